@@ -1,0 +1,215 @@
+package lab
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// run runs a program of this machine in dir, and returns its standard output.
+func run(dir string, args ...string) ([]byte, error) {
+	return runCtx(context.Background(), dir, args...)
+}
+
+func runCtx(ctx context.Context, dir string, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
+	out, err := cmd.Output()
+	if err == nil {
+		return out, nil
+	}
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("%s: %w", args[0], context.Cause(ctx))
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		if last := lastLine(exit.Stderr); last != "" {
+			return nil, fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, last)
+		}
+	}
+	return nil, fmt.Errorf("%s: %w", strings.Join(args, " "), err)
+}
+
+func lastLine(b []byte) string {
+	lines := bytes.Split(bytes.TrimSpace(b), []byte("\n"))
+	return string(lines[len(lines)-1])
+}
+
+// hostTool finds a program of this machine, also where a user's PATH does not
+// lead.
+func hostTool(name string) (string, error) {
+	if p, err := exec.LookPath(name); err == nil {
+		return p, nil
+	}
+	for _, d := range []string{"/usr/sbin", "/sbin", "/usr/bin", "/bin"} {
+		if p, err := exec.LookPath(filepath.Join(d, name)); err == nil {
+			return p, nil
+		}
+	}
+	if p, ok := hostPackages[name]; ok {
+		return "", fmt.Errorf("no program %s on this machine; install %s", name, p)
+	}
+	return "", fmt.Errorf("no program %s on this machine", name)
+}
+
+// hostPackages are the Debian packages of the programs that the lab runs here.
+var hostPackages = map[string]string{
+	"qemu-system-x86_64": "qemu-system-x86",
+	"busybox":            "busybox-static",
+	"mke2fs":             "e2fsprogs",
+	"depmod":             "kmod",
+}
+
+// hostTools installs what is missing of hostPackages, where it may.
+func (s *setup) hostTools() error {
+	for _, p := range []string{"apt-get", "apt-cache", "dpkg-deb"} {
+		if _, err := hostTool(p); err != nil {
+			return fmt.Errorf("the lab needs a Debian system: %w", err)
+		}
+	}
+	var missing []string
+	for tool, pkg := range hostPackages {
+		if _, err := hostTool(tool); err != nil {
+			missing = append(missing, pkg)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	slices.Sort(missing)
+	install := append([]string{"apt-get", "install", "-y", "--no-install-recommends"}, missing...)
+	by := "sudo " + strings.Join(install, " ")
+	var sudo []string
+	if os.Geteuid() != 0 {
+		if _, err := run("", "sudo", "-n", "true"); err != nil {
+			return fmt.Errorf("programs are missing; install them with: %s", by)
+		}
+		sudo = []string{"sudo", "-n"}
+	}
+	s.say("installing %s", strings.Join(missing, " "))
+	if _, err := runCtx(s.ctx, "", append(sudo, install...)...); err == nil {
+		return nil
+	}
+	if _, err := runCtx(s.ctx, "", append(sudo, "apt-get", "update")...); err != nil {
+		return err
+	}
+	if _, err := runCtx(s.ctx, "", append(sudo, install...)...); err != nil {
+		return fmt.Errorf("%w; try: %s", err, by)
+	}
+	return nil
+}
+
+// A client runs apt with the system's package lists, or with lists of its own
+// in the cache when those lack something: that takes no privileges, and changes
+// nothing outside the cache.
+type client struct{ options []string }
+
+// ownLists fetches package lists into the cache.
+func (s *setup) ownLists() error {
+	dir := filepath.Join(s.cache, "apt")
+	for _, d := range []string{"lists/partial", "archives/partial"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
+			return err
+		}
+	}
+	s.apt.options = []string{
+		"-o", "Dir::State::lists=" + filepath.Join(dir, "lists"),
+		"-o", "Dir::Cache=" + dir,
+		"-o", "Debug::NoLocking=1",
+		"-o", "APT::Sandbox::User=",
+	}
+	s.say("fetching package lists")
+	_, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-get"}, s.apt.options, []string{"update", "-q"})...)
+	return err
+}
+
+// withLists calls f, and once more with fresh package lists if it fails: the
+// system may have none, or some that name packages which are gone.
+func (s *setup) withLists(f func() error) error {
+	err := f()
+	if err == nil || s.ctx.Err() != nil || len(s.apt.options) > 0 {
+		return err
+	}
+	if updateErr := s.ownLists(); updateErr != nil {
+		return errors.Join(err, updateErr)
+	}
+	return f()
+}
+
+// resolve returns the package of the kernel itself that a name such as
+// linux-image-amd64 stands for: what the metapackage depends on, or else the
+// newest package whose version begins the way the name does.
+func (s *setup) resolve(name string) (string, error) {
+	out, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, s.apt.options, []string{"depends", "--important", name})...)
+	if err == nil {
+		if p := imageDependency(string(out)); p != "" {
+			return p, nil
+		}
+	}
+	prefix := strings.TrimSuffix(name, "-amd64")
+	out, err = runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, s.apt.options, []string{"pkgnames", prefix})...)
+	if err != nil {
+		return "", err
+	}
+	if p := newest(prefix, strings.Fields(string(out))); p != "" {
+		return p, nil
+	}
+	return "", fmt.Errorf("no package is, or begins as, %s", name)
+}
+
+var dependency = regexp.MustCompile(`(?m)^ *\|?(?:Pre)?Depends: (linux-image-[0-9]\S*)$`)
+
+// imageDependency finds the kernel in what apt-cache depends prints.
+func imageDependency(out string) string {
+	if m := dependency.FindStringSubmatch(out); m != nil {
+		return m[1]
+	}
+	return ""
+}
+
+var imageName = regexp.MustCompile(`^linux-image-([0-9]+(?:\.[0-9]+)*)(?:-([0-9]+))?(?:\+[a-z0-9.]+)?-amd64$`)
+
+// newest picks the signed kernel for PCs with the highest version of the
+// packages whose names begin with prefix and a dot.
+func newest(prefix string, names []string) string {
+	version := func(name string) []int {
+		m := imageName.FindStringSubmatch(name)
+		if m == nil {
+			return nil
+		}
+		var v []int
+		for _, n := range strings.Split(m[1]+"."+cmp.Or(m[2], "0"), ".") {
+			i, err := strconv.Atoi(n)
+			if err != nil {
+				return nil
+			}
+			v = append(v, i)
+		}
+		return v
+	}
+	best := ""
+	for _, n := range names {
+		if v := version(n); v != nil && strings.HasPrefix(n, prefix+".") && slices.Compare(v, version(best)) > 0 {
+			best = n
+		}
+	}
+	return best
+}
+
+// download fetches the .deb of a package into dir and returns its path.
+func (s *setup) download(pkg, dir string) (string, error) {
+	if _, err := runCtx(s.ctx, dir, slices.Concat([]string{"apt-get"}, s.apt.options, []string{"-q", "download", pkg})...); err != nil {
+		return "", err
+	}
+	return one(filepath.Join(dir, "*.deb"))
+}

@@ -1,0 +1,182 @@
+package lab
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Lab is what Setup prepares: stock kernels, and all that it takes to boot L1.
+// It holds no resources; any number of Runs may go on at a time.
+type Lab struct {
+	// Cache is the directory that holds everything below.
+	Cache string
+	// Debian is the kernel of linux-image-amd64, Cloud that of
+	// linux-image-cloud-amd64, and V612 the newest linux-image-6.12*-amd64.
+	Debian, Cloud, V612 *Kernel
+	// Tree is a small Debian system as a directory: for its programs and
+	// libraries, with Tree as Initramfs.Root. RootImage is the same as an ext4
+	// image whose /sbin/init runs the shell script /init.sh if there is one,
+	// else a shell on the console.
+	Tree, RootImage string
+}
+
+// Kernel is one stock Debian kernel.
+type Kernel struct {
+	Package string // the name it was asked for by, such as linux-image-amd64
+	Release string // what uname -r says in it
+	BZImage string // path of the compressed image
+	VMLinux string // path of the ELF file taken out of BZImage
+	Modules string // path of its modules: the directory that has modules.dep
+}
+
+// CacheEnv names the environment variable that says where the lab keeps its
+// files, instead of gvm-lab in the user's cache directory.
+const CacheEnv = "GVM_LAB_CACHE"
+
+// InLabEnv is set to 1 for commands that run in a lab.
+const InLabEnv = "GVM_IN_LAB"
+
+func cacheDir() (string, error) {
+	if d := os.Getenv(CacheEnv); d != "" {
+		return filepath.Abs(d)
+	}
+	d, err := os.UserCacheDir()
+	if err != nil {
+		return "", fmt.Errorf("no cache directory, set %s: %w", CacheEnv, err)
+	}
+	return filepath.Join(d, "gvm-lab"), nil
+}
+
+// Setup prepares the lab, or finds it prepared; it writes a line to progress
+// for each step that takes time. Everything is fetched with Debian's own
+// clients into the cache directory, one finished piece at a time: a killed
+// Setup goes on where it was, and two at once wait for each other. In a lab it
+// only finds what the host has prepared.
+func Setup(ctx context.Context, progress io.Writer) (*Lab, error) {
+	cache, err := cacheDir()
+	if err != nil {
+		return nil, err
+	}
+	if l, err := open(cache); err == nil || os.Getenv(InLabEnv) == "1" {
+		return l, err
+	}
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		return nil, err
+	}
+	unlock, err := lock(ctx, filepath.Join(cache, "lock"), progress)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	s := setup{ctx: ctx, cache: cache, progress: progress}
+	if err := s.all(); err != nil {
+		return nil, fmt.Errorf("set up the lab in %s: %w", cache, err)
+	}
+	return open(cache)
+}
+
+// lock takes an exclusive lock that ends with this process at the latest.
+func lock(ctx context.Context, name string, progress io.Writer) (unlock func(), err error) {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		fmt.Fprintf(progress, "lab: another process prepares the lab; waiting for it\n")
+		got := make(chan error, 1)
+		go func() { got <- unix.Flock(int(f.Fd()), unix.LOCK_EX) }()
+		select {
+		case err = <-got:
+		case <-ctx.Done():
+			go func() { <-got; f.Close() }()
+			return nil, ctx.Err()
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", name, err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// The cache has one directory per package version, and one link per name that
+// the lab asks for. A link is made last, so that what it leads to is whole.
+var kernelNames = [3]string{"linux-image-amd64", "linux-image-cloud-amd64", "linux-image-6.12-amd64"}
+
+// open finds a lab that has been prepared.
+func open(cache string) (*Lab, error) {
+	var ks [len(kernelNames)]*Kernel
+	for i, name := range kernelNames {
+		k, err := openKernel(cache, name)
+		if err != nil {
+			return nil, fmt.Errorf("the lab in %s is not set up: %w", cache, err)
+		}
+		ks[i] = k
+	}
+	root := filepath.Join(cache, "root-"+rootVersion())
+	l := &Lab{
+		Cache: cache, Debian: ks[0], Cloud: ks[1], V612: ks[2],
+		Tree: filepath.Join(root, "tree"), RootImage: filepath.Join(root, "root.ext4"),
+	}
+	if _, err := os.Stat(l.RootImage); err != nil {
+		return nil, fmt.Errorf("the lab in %s is not set up: %w", cache, err)
+	}
+	return l, nil
+}
+
+func openKernel(cache, name string) (*Kernel, error) {
+	dir, err := filepath.EvalSymlinks(filepath.Join(cache, name))
+	if err != nil {
+		return nil, err
+	}
+	k := &Kernel{Package: name, VMLinux: filepath.Join(dir, "vmlinux")}
+	if k.BZImage, err = one(filepath.Join(dir, "boot", "vmlinuz-*")); err != nil {
+		return nil, err
+	}
+	k.Release = strings.TrimPrefix(filepath.Base(k.BZImage), "vmlinuz-")
+	k.Modules = filepath.Join(dir, "lib", "modules", k.Release)
+	if _, err := os.Stat(k.Modules); err != nil {
+		k.Modules = filepath.Join(dir, "usr", "lib", "modules", k.Release)
+	}
+	for _, p := range []string{k.VMLinux, filepath.Join(k.Modules, "modules.builtin")} {
+		if _, err := os.Stat(p); err != nil {
+			return nil, err
+		}
+	}
+	return k, nil
+}
+
+// one returns the single path that matches a pattern.
+func one(pattern string) (string, error) {
+	m, err := filepath.Glob(pattern)
+	if err != nil {
+		return "", err
+	}
+	if len(m) != 1 {
+		return "", fmt.Errorf("%d files match %s, want 1", len(m), pattern)
+	}
+	return m[0], nil
+}
+
+// l1Modules are what every L1 loads: the way to its host first, then what gvm
+// needs of a kernel, and what tests put behind the kernel's SCSI target.
+var l1Modules = []string{"virtio_pci", "virtio_console", "9pnet_virtio", "9p", "kvm_amd", "vhost_scsi", "target_core_file", "target_core_iblock", "loop"}
+
+// hash shortens a description to a part of a file name.
+func hash(s string) string {
+	h := sha256.Sum256([]byte(s))
+	return hex.EncodeToString(h[:6])
+}
+
+// inL1 is where a module's file is in L1's initramfs.
+func inL1(m module) string { return "/modules/" + m.Name + ".ko" }

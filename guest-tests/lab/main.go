@@ -1,0 +1,277 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Options says how Main runs a package's tests.
+type Options struct {
+	// Direct decides whether this machine can run the tests itself, and says
+	// why or why not. It is not asked in a lab. Nil means never.
+	Direct func() (direct bool, why string)
+	// Kernel picks L1's kernel; nil is Lab.Debian.
+	Kernel func(*Lab) *Kernel
+	// Modules, Memory and CPUs are as in Command.
+	Modules      []string
+	Memory, CPUs int
+	// Build are Go packages of main programs that the tests run, such as
+	// ./cmd/gvm's import path. They are built on this machine, static; Program
+	// says where they are.
+	Build []string
+	// Writable and Visible are as in Command. The directories of profiles that
+	// the go command asks for are writable anyway.
+	Writable, Visible []string
+}
+
+// attempts is in how many labs Main tries to get a package's tests to their end.
+const attempts = 3
+
+// exitInfrastructure is Main's status when the tests could not be run at all.
+// The testing package ends with 0, 1 or 2.
+const exitInfrastructure = 3
+
+// programsEnv says where Options.Build has been built.
+const programsEnv = "GVM_LAB_PROGRAMS"
+
+// Program returns the path of a program of Options.Build, by its last name.
+func Program(name string) string { return filepath.Join(os.Getenv(programsEnv), name) }
+
+// build makes the programs in a directory of their own.
+func build(packages []string) (dir string, err error) {
+	if dir, err = os.MkdirTemp("", "lab-programs"); err != nil {
+		return "", err
+	}
+	cmd := exec.Command("go", append([]string{"build", "-o", dir + "/"}, packages...)...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		os.RemoveAll(dir)
+		return "", fmt.Errorf("lab: build %s: %w\n%s", strings.Join(packages, " "), err, out)
+	}
+	return dir, os.Setenv(programsEnv, dir)
+}
+
+// Main is the body of a TestMain: os.Exit(lab.Main(m, lab.Options{…})). It runs
+// the tests here where that can be, and otherwise runs this same test binary,
+// with the same flags and in the same directory, in a lab; it returns the exit
+// status either way. One line says which and why.
+func Main(m interface{ Run() int }, o Options) int {
+	a := parseTestArgs(os.Args[1:])
+	if os.Getenv(InLabEnv) == "1" || a.list {
+		return m.Run()
+	}
+	if len(o.Build) > 0 {
+		dir, err := build(o.Build)
+		if err != nil {
+			fmt.Fprintf(os.Stderr, "%v\n", err)
+			return exitInfrastructure
+		}
+		defer os.RemoveAll(dir)
+		o.Visible = append(slices.Clone(o.Visible), dir)
+	}
+	direct, why := false, "this package's tests always do"
+	if o.Direct != nil {
+		direct, why = o.Direct()
+	}
+	if direct {
+		fmt.Fprintf(os.Stderr, "lab: tests run on this machine: %s\n", why)
+		return m.Run()
+	}
+	fmt.Fprintf(os.Stderr, "lab: tests run in the lab: %s\n", why)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	start := time.Now()
+	code, err := mainInLab(ctx, a, o, start)
+	// A lab that crashed or wedged says nothing of the tests: they run again
+	// from the first, in a new one, and the log says so.
+	for try := 1; try < attempts && (errors.Is(err, ErrCrashed) || errors.Is(err, ErrWedged)); try++ {
+		fmt.Fprintf(os.Stderr, "%v\nlab: the tests start again in a new lab\n", err)
+		code, err = mainInLab(ctx, a, o, start)
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%v\nFAIL: the tests did not run to their end\n", err)
+		return exitInfrastructure
+	}
+	return code
+}
+
+func mainInLab(ctx context.Context, a testArgs, o Options, start time.Time) (int, error) {
+	l, err := Setup(ctx, os.Stderr)
+	if err != nil {
+		return 0, err
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		return 0, err
+	}
+	cwd, err := os.Getwd()
+	if err != nil {
+		return 0, err
+	}
+	c := Command{
+		Dir:      cwd,
+		Env:      os.Environ(),
+		Writable: slices.Concat(a.writable(cwd), o.Writable),
+		Visible:  append([]string{moduleRoot(cwd)}, o.Visible...),
+		Modules:  o.Modules,
+		Memory:   o.Memory,
+		CPUs:     o.CPUs,
+		Stdout:   os.Stdout,
+		Stderr:   os.Stderr,
+	}
+	if same(os.Stdout, os.Stderr) {
+		c.Stderr = c.Stdout
+	}
+	if o.Kernel != nil {
+		c.Kernel = o.Kernel(l)
+	}
+	args := a.args
+	if a.timeout > 0 {
+		// The tests' own limit has to come first: it says which test hangs.
+		left := max(a.timeout-time.Since(start)-bootTime, time.Second)
+		args = append(slices.Clone(args), "-test.timeout="+left.String())
+		c.Timeout = left + 2*bootTime
+	}
+	c.Args = slices.Concat([]string{exe}, args, a.rest)
+	return l.Run(ctx, c)
+}
+
+// moduleRoot is the directory of the Go module that dir is in, or dir.
+func moduleRoot(dir string) string {
+	for d := dir; d != "/"; d = filepath.Dir(d) {
+		if _, err := os.Stat(filepath.Join(d, "go.mod")); err == nil {
+			return d
+		}
+	}
+	return dir
+}
+
+// bootTime is what Main sets aside of a test's time for L1's start and end.
+const bootTime = 15 * time.Second
+
+func same(a, b *os.File) bool {
+	sa, errA := a.Stat()
+	sb, errB := b.Stat()
+	return errA == nil && errB == nil && os.SameFile(sa, sb)
+}
+
+// testArgs is a test binary's command line, taken apart.
+type testArgs struct {
+	args      []string          // flags for the binary in the lab, without a timeout
+	rest      []string          // what follows the flags
+	values    map[string]string // of the flags in args that name files
+	timeout   time.Duration
+	list      bool // tests are to be listed, not run
+	fuzz      bool
+	outputDir string
+}
+
+// fileFlags are those flags of package testing that name a file to write, and
+// dirFlags a directory.
+var (
+	fileFlags = []string{"blockprofile", "coverprofile", "cpuprofile", "memprofile", "mutexprofile", "trace"}
+	dirFlags  = []string{"gocoverdir", "fuzzcachedir", "outputdir"}
+)
+
+// parseTestArgs reads a test binary's arguments. testlogfile is dropped: the go
+// command caches a result by the files that it lists, and the lab's kernels,
+// which a result hangs on as well, would not be among them.
+func parseTestArgs(args []string) testArgs {
+	a := testArgs{values: make(map[string]string)}
+	for i := 0; i < len(args); i++ {
+		arg := args[i]
+		if len(arg) < 2 || arg[0] != '-' || arg == "--" {
+			a.rest = args[i:]
+			break
+		}
+		name, value, hasValue := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		name, isTest := strings.CutPrefix(name, "test.")
+		if isTest && !hasValue && takesValue(name) && i+1 < len(args) {
+			i++
+			value = args[i]
+			arg += "=" + value
+		}
+		switch {
+		case !isTest:
+		case name == "testlogfile":
+			continue
+		case name == "timeout":
+			if d, err := time.ParseDuration(value); err == nil {
+				a.timeout = d
+				continue
+			}
+		case name == "list":
+			a.list = value != ""
+		case name == "fuzz":
+			a.fuzz = value != ""
+		case name == "outputdir":
+			a.outputDir = value
+			a.values[name] = value
+		case slices.Contains(fileFlags, name), slices.Contains(dirFlags, name):
+			a.values[name] = value
+		}
+		a.args = append(a.args, arg)
+	}
+	return a
+}
+
+// takesValue tells flags of package testing that must have a value from those
+// that are switches.
+func takesValue(name string) bool {
+	return !slices.Contains([]string{"v", "short", "failfast", "fullpath", "benchmem", "paniconexit0", "fuzzworker", "artifacts"}, name)
+}
+
+// writable returns the directories that the tests' own flags make them write to.
+func (a testArgs) writable(cwd string) []string {
+	abs := func(dir, p string) string {
+		if filepath.IsAbs(p) {
+			return p
+		}
+		return filepath.Join(dir, p)
+	}
+	var dirs []string
+	if a.fuzz {
+		dirs = append(dirs, cwd) // failing inputs go to testdata/fuzz
+	}
+	for name, v := range a.values {
+		switch {
+		case v == "":
+		case slices.Contains(dirFlags, name):
+			dirs = append(dirs, abs(cwd, v))
+		default:
+			dirs = append(dirs, filepath.Dir(abs(abs(cwd, a.outputDir), v)))
+		}
+	}
+	slices.Sort(dirs)
+	return slices.Compact(dirs)
+}
+
+// Log is where a test that calls Run or Setup sends their lines: testing.TB's
+// Log method as a writer.
+func Log(t interface{ Logf(string, ...any) }) io.Writer {
+	return writerFunc(func(p []byte) (int, error) {
+		t.Logf("%s", strings.TrimRight(string(p), "\n"))
+		return len(p), nil
+	})
+}
+
+// KVM is an Options.Direct for tests that need a /dev/kvm, whether it has
+// hardware behind it or not.
+func KVM() (bool, string) {
+	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		return false, err.Error()
+	}
+	f.Close()
+	return true, "/dev/kvm is there"
+}

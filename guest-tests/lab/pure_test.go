@@ -1,0 +1,400 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cavaliergopher/cpio"
+)
+
+const dep = `kernel/fs/9p/9p.ko: kernel/net/9p/9pnet.ko kernel/fs/netfs/netfs.ko.xz
+kernel/net/9p/9pnet.ko:
+kernel/fs/netfs/netfs.ko.xz: kernel/fs/fscache.ko
+kernel/fs/fscache.ko:
+kernel/arch/x86/kvm/kvm-amd.ko: kernel/arch/x86/kvm/kvm.ko kernel/drivers/ccp.ko
+kernel/arch/x86/kvm/kvm.ko:
+kernel/drivers/ccp.ko:
+kernel/a.ko: kernel/b.ko
+kernel/b.ko: kernel/a.ko
+`
+
+func TestOrder(t *testing.T) {
+	mods, err := parseDep(strings.NewReader(dep))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ names, want, err string }{
+		{names: "9p", want: "fscache netfs 9pnet 9p"},
+		{names: "9pnet 9p kvm-amd", want: "9pnet fscache netfs 9p ccp kvm kvm_amd"},
+		{names: "kvm_amd kvm", want: "ccp kvm kvm_amd"},
+		{names: "", want: ""},
+		{names: "9p nosuch", err: "no module nosuch"},
+		{names: "a", err: "module a depends on itself"},
+	} {
+		got, err := order(mods, strings.Fields(tt.names))
+		if tt.err != "" {
+			if err == nil || err.Error() != tt.err {
+				t.Errorf("order(%q): error %v, want %q", tt.names, err, tt.err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("order(%q): %v", tt.names, err)
+		}
+		var names []string
+		for _, m := range got {
+			names = append(names, m.Name)
+		}
+		if s := strings.Join(names, " "); s != tt.want {
+			t.Errorf("order(%q) = %q, want %q", tt.names, s, tt.want)
+		}
+	}
+	if _, err := parseDep(strings.NewReader("kernel/x.ko\n")); err == nil {
+		t.Error("a line without a colon is accepted")
+	}
+}
+
+func TestAddSoft(t *testing.T) {
+	const dep = "a/ext4.ko: a/jbd2.ko\na/jbd2.ko:\na/crc32c-intel.ko:\na/crc32c_generic.ko:\na/late.ko:\n"
+	const softdep = `# a comment
+softdep ext4 pre: crypto-crc32c nothing post: late
+softdep gone pre: late
+softdep jbd2 pre: late
+`
+	const alias = "alias crypto-crc32c crc32c_intel\nalias crypto-crc32c crc32c_generic\nalias crypto-crc32c crc32c_other\nalias pci:v* late\n"
+	mods, err := parseDep(strings.NewReader(dep))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := addSoft(mods, strings.NewReader(softdep), strings.NewReader(alias)); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string][]string{"ext4": {"jbd2", "crc32c_generic"}, "jbd2": {"late"}, "late": nil} {
+		if got := mods[name].Deps; !reflect.DeepEqual(got, want) {
+			t.Errorf("%s depends on %q, want %q", name, got, want)
+		}
+	}
+	if _, ok := mods["gone"]; ok {
+		t.Error("a module that is not there has come about")
+	}
+}
+
+func TestDropSignature(t *testing.T) {
+	const magic = "~Module signature appended~\n"
+	sign := func(n uint32) []byte {
+		b := append([]byte("\x7fELFbody"), "sigsig"...)
+		b = append(b, make([]byte, 8)...)
+		b = binary.BigEndian.AppendUint32(b, n)
+		return append(b, magic...)
+	}
+	for _, tt := range []struct {
+		name     string
+		in, want []byte
+	}{
+		{"signed", sign(6), []byte("\x7fELFbody")},
+		{"unsigned", []byte("\x7fELFbody"), []byte("\x7fELFbody")},
+		{"length beyond the file", sign(1 << 31), sign(1 << 31)},
+		{"magic alone", []byte(magic), []byte(magic)},
+	} {
+		if got := dropSignature(tt.in); !bytes.Equal(got, tt.want) {
+			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestImageDependency(t *testing.T) {
+	const out = `linux-image-amd64
+  Depends: linux-image-6.1.0-56-amd64
+`
+	if got := imageDependency(out); got != "linux-image-6.1.0-56-amd64" {
+		t.Errorf("got %q", got)
+	}
+	if got := imageDependency("linux-image-6.12-amd64\n  Depends: linux-image-amd64\n"); got != "" {
+		t.Errorf("a metapackage is taken for a kernel: %q", got)
+	}
+}
+
+func TestNewest(t *testing.T) {
+	names := []string{
+		"linux-image-6.12-amd64", "linux-image-6.12.9+deb12-amd64", "linux-image-6.12.107+deb12-amd64",
+		"linux-image-6.12.117+deb12-amd64", "linux-image-6.12.117+deb12-amd64-dbg", "linux-image-6.12.200+deb12-cloud-amd64",
+		"linux-image-6.12.201+deb12-rt-amd64", "linux-image-6.12.202+deb12-amd64-unsigned", "linux-image-6.120.1-amd64",
+		"linux-image-6.1.0-9-amd64", "linux-image-6.1.0-56-amd64",
+	}
+	for prefix, want := range map[string]string{
+		"linux-image-6.12": "linux-image-6.12.117+deb12-amd64",
+		"linux-image-6.1":  "linux-image-6.1.0-56-amd64",
+		"linux-image-5":    "",
+	} {
+		if got := newest(prefix, names); got != want {
+			t.Errorf("newest(%q) = %q, want %q", prefix, got, want)
+		}
+	}
+}
+
+// fakeKernel is a kernel directory with two modules, one needing the other.
+func fakeKernel(t *testing.T) *Kernel {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"modules.dep":       "kernel/top-one.ko: kernel/base.ko\nkernel/base.ko:\n",
+		"modules.softdep":   "",
+		"modules.alias":     "",
+		"modules.builtin":   "kernel/fs/ext4/ext4.ko\n",
+		"kernel/base.ko":    "\x7fELF base \x00.BTF\x00",
+		"kernel/top-one.ko": "\x7fELF top",
+	} {
+		p := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(p, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return &Kernel{Release: "fake", Modules: dir, VMLinux: filepath.Join(dir, "vmlinux")}
+}
+
+// archive reads a newc archive into path -> mode and contents.
+func archive(t *testing.T, name string) map[string]node {
+	f, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	got := make(map[string]node)
+	r := cpio.NewReader(f)
+	for {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			return got
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Mode&cpio.ModeType == cpio.TypeSymlink {
+			b = []byte(h.Linkname)
+		}
+		if dir := filepath.Dir(h.Name); dir != "." && got[dir].mode == 0 {
+			t.Errorf("%s comes before its directory", h.Name)
+		}
+		got[h.Name] = node{h.Mode, b}
+	}
+}
+
+func TestInitramfs(t *testing.T) {
+	dir := t.TempDir()
+	data := filepath.Join(dir, "data")
+	if err := os.WriteFile(data, []byte("payload"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	mke2fs, err := hostTool("mke2fs")
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := filepath.Join(dir, "initramfs")
+	err = Initramfs{
+		Kernel:   fakeKernel(t),
+		Modules:  []string{"ext4", "top_one"},
+		Binaries: []string{mke2fs},
+		Files:    map[string]string{"/srv/deep/data": data},
+		Init:     "echo hello\n",
+	}.Build(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := archive(t, out)
+	for name, want := range map[string]node{
+		"modules/000-base.ko":    {cpio.TypeReg | 0o644, []byte("\x7fELF base \x00.btf\x00")},
+		"modules/001-top_one.ko": {cpio.TypeReg | 0o644, []byte("\x7fELF top")},
+		"srv/deep/data":          {cpio.TypeReg | 0o640, []byte("payload")},
+		"srv/deep":               {cpio.TypeDir | 0o755, []byte{}},
+		"bin/sh":                 {cpio.TypeSymlink | 0o777, []byte("busybox")},
+		"init":                   {cpio.TypeReg | 0o755, []byte(initPrologue + "echo hello\n" + initEpilogue)},
+	} {
+		if !reflect.DeepEqual(got[name], want) {
+			t.Errorf("%s is %v %q, want %v %q", name, got[name].mode, got[name].data, want.mode, want.data)
+		}
+	}
+	for _, name := range []string{"bin/busybox", "bin/mke2fs", "lib64/ld-linux-x86-64.so.2", "lib/x86_64-linux-gnu/libc.so.6", "lib/x86_64-linux-gnu/libext2fs.so.2"} {
+		if !bytes.HasPrefix(got[name].data, []byte("\x7fELF")) {
+			t.Errorf("%s is not an ELF file", name)
+		}
+	}
+	st, err := os.Stat(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st.Size()%4 != 0 {
+		t.Errorf("the archive has %d bytes, which another cannot follow", st.Size())
+	}
+	if err := (Initramfs{Kernel: fakeKernel(t), Modules: []string{"nosuch"}}).Build(out); err == nil {
+		t.Error("a module that is not there is accepted")
+	}
+}
+
+func TestFrames(t *testing.T) {
+	var b bytes.Buffer
+	w := frameWriter{w: &b}
+	for _, p := range []string{"", "\x00\xff\n", strings.Repeat("x", maxPayload)} {
+		if err := w.send(frameStdout, []byte(p)); err != nil {
+			t.Fatal(err)
+		}
+		kind, got, err := readFrame(&b, make([]byte, maxPayload))
+		if err != nil || kind != frameStdout || string(got) != p {
+			t.Errorf("frame of %d bytes comes back as type %d, %d bytes, %v", len(p), kind, len(got), err)
+		}
+	}
+	w.send(frameStdout, make([]byte, maxPayload+1))
+	if _, _, err := readFrame(&b, make([]byte, 2*maxPayload)); err == nil {
+		t.Error("a frame longer than the limit is accepted")
+	}
+	b.Reset()
+	w.send(frameStdout, []byte("cut short"))
+	b.Truncate(b.Len() - 1)
+	if _, _, err := readFrame(&b, make([]byte, maxPayload)); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("a frame cut short gives %v", err)
+	}
+}
+
+func TestJob(t *testing.T) {
+	l := &Lab{Cache: "/tmp/cache/gvm-lab"}
+	outer := t.TempDir() // under /tmp
+	inner := filepath.Join(outer, "in,ner")
+	if err := os.Mkdir(inner, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	k := fakeKernel(t)
+	saved := l1Modules
+	l1Modules = []string{"base"}
+	defer func() { l1Modules = saved }()
+	j, err := l.job(&Command{
+		Args:     []string{inner + "/prog"},
+		Kernel:   k,
+		Modules:  []string{"top_one"},
+		Env:      []string{"GVM_IN_LAB=0", "A=b", "TMPDIR=/var/tmp"},
+		Writable: []string{inner, outer, outer},
+		Visible:  []string{"/etc/passwd", "/tmp/cache/gvm-lab/below", "/tmp/other"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := []share{{"w1", outer}, {"w0", inner}}; !reflect.DeepEqual(j.Mounts, want) {
+		t.Errorf("mounts %v, want %v", j.Mounts, want)
+	}
+	if want := []string{"/tmp/cache/gvm-lab", "/tmp/other"}; !reflect.DeepEqual(j.Visible, want) {
+		t.Errorf("visible %v, want %v", j.Visible, want)
+	}
+	slices.Sort(j.Env)
+	if want := []string{"A=b", "GVM_IN_LAB=1", "GVM_LAB_CACHE=/tmp/cache/gvm-lab", "TMPDIR=/tmp"}; !reflect.DeepEqual(j.Env, want) {
+		t.Errorf("environment %q, want %q", j.Env, want)
+	}
+	if j.Dir != inner {
+		t.Errorf("directory %s, want %s", j.Dir, inner)
+	}
+	if want := []module{{"base", "kernel/base.ko", nil}, {"top_one", "kernel/top-one.ko", []string{"base"}}}; !reflect.DeepEqual(j.Modules, want) {
+		t.Errorf("modules %v, want %v", j.Modules, want)
+	}
+	args := strings.Join(qemuArgs(&Command{Kernel: k}, j, 3, 4, 5), " ")
+	if want := "local,id=w0,path=" + outer + "/in,,ner,security_model=none"; !strings.Contains(args, want) {
+		t.Errorf("no %q in %s", want, args)
+	}
+	for _, c := range []Command{{}, {Args: []string{"x"}, Writable: []string{"/nonexistent"}}, {Args: []string{"x"}, Writable: []string{"/etc/passwd"}}} {
+		c.Kernel = k
+		if _, err := l.job(&c); err == nil {
+			t.Errorf("%v is accepted", c)
+		}
+	}
+}
+
+func TestParseTestArgs(t *testing.T) {
+	a := parseTestArgs([]string{
+		"-test.testlogfile=/tmp/log", "-test.paniconexit0", "-test.timeout=2m0s", "-test.v=test2json", "-test.run", "^TestX$",
+		"-test.coverprofile=cover.out", "-test.outputdir", "out", "-test.gocoverdir=/tmp/cov", "-test.cpuprofile=/prof/cpu", "-own", "-test.short=true", "--", "x", "-y",
+	})
+	wantArgs := []string{"-test.paniconexit0", "-test.v=test2json", "-test.run=^TestX$", "-test.coverprofile=cover.out",
+		"-test.outputdir=out", "-test.gocoverdir=/tmp/cov", "-test.cpuprofile=/prof/cpu", "-own", "-test.short=true"}
+	if !reflect.DeepEqual(a.args, wantArgs) {
+		t.Errorf("args %q, want %q", a.args, wantArgs)
+	}
+	if want := []string{"--", "x", "-y"}; !reflect.DeepEqual(a.rest, want) {
+		t.Errorf("rest %q, want %q", a.rest, want)
+	}
+	if a.timeout != 2*time.Minute || a.list || a.fuzz {
+		t.Errorf("timeout %v, list %v, fuzz %v", a.timeout, a.list, a.fuzz)
+	}
+	if got, want := a.writable("/src/pkg"), []string{"/prof", "/src/pkg/out", "/tmp/cov"}; !reflect.DeepEqual(got, want) {
+		t.Errorf("writable %q, want %q", got, want)
+	}
+	if a := parseTestArgs([]string{"-test.list=."}); !a.list {
+		t.Error("-test.list is not seen")
+	}
+	fuzz := parseTestArgs([]string{"-test.fuzz=FuzzX", "-test.fuzzcachedir=/c/fuzz"})
+	if got, want := fuzz.writable("/src/pkg"), []string{"/c/fuzz", "/src/pkg"}; !reflect.DeepEqual(got, want) {
+		t.Errorf("writable when fuzzing %q, want %q", got, want)
+	}
+}
+
+func TestCopySparse(t *testing.T) {
+	dir := t.TempDir()
+	want := make([]byte, 3<<20+5)
+	copy(want[1<<20:], "in the middle")
+	want[len(want)-6] = 1
+	from, to := filepath.Join(dir, "from"), filepath.Join(dir, "to")
+	if err := os.WriteFile(from, want, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := copySparse(to, from); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(to); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("the copy differs (%d bytes, want %d; %v)", len(got), len(want), err)
+	}
+}
+
+func TestTail(t *testing.T) {
+	var all bytes.Buffer
+	w := tail{also: &all}
+	for range tailSize {
+		io.WriteString(&w, "abc\r\n")
+	}
+	io.WriteString(&w, "end")
+	if all.Len() != 5*tailSize+3 || len(w.b) != tailSize || !strings.HasSuffix(w.String(), "abc\nabc\nend") {
+		t.Errorf("%d bytes passed on, %d kept, ending %q", all.Len(), len(w.b), w.String()[tailSize-1000:])
+	}
+}
+
+// A second setup waits for the first, and gives up with its context.
+func TestLock(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "lock")
+	unlock, err := lock(t.Context(), name, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	waiting := make(chan struct{})
+	said := writerFunc(func(p []byte) (int, error) { close(waiting); return len(p), nil })
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() { <-waiting; cancel() }()
+	if _, err := lock(ctx, name, said); !errors.Is(err, context.Canceled) {
+		t.Fatalf("the lock that is held gives %v", err)
+	}
+	unlock()
+	unlock, err = lock(t.Context(), name, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unlock()
+}

@@ -1,0 +1,263 @@
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Command is a program to run in L1. Every path means the same there as here:
+// L1's root is this machine's root, read-only. Only /tmp, /run, /dev, /proc and
+// /sys are L1's own.
+type Command struct {
+	// Args is the program, found by PATH in Env, and its arguments.
+	Args []string
+	// Env is the whole environment. If nil, it is a small one: PATH, HOME=/tmp,
+	// LC_ALL=C, TERM. GVM_IN_LAB=1, GVM_LAB_CACHE and TMPDIR=/tmp are set in
+	// either case.
+	Env []string
+	// Dir is the working directory. The default is Writable[0], or else /tmp.
+	Dir string
+	// Writable are directories of this machine that the command may write to.
+	Writable []string
+	// Visible are paths under /tmp that the command may read. Args[0], Dir and
+	// the lab's cache are visible anyway.
+	Visible []string
+
+	// Kernel that L1 runs; the default is Lab.Debian. Lab.V612 works too.
+	Kernel *Kernel
+	// Modules of Kernel that L1 loads besides its usual ones.
+	Modules []string
+	Memory  int // of L1, in MiB; the default is 4096
+	CPUs    int // the default is 2
+
+	// Stdin is the command's input; nil is /dev/null. Run may take more from it
+	// than the command does, and may leave a Read under way when it returns. A
+	// command with input is not tried again when its lab wedges.
+	Stdin io.Reader
+	// Stdout and Stderr receive the command's output as it comes. If they are
+	// the same, the command has one pipe for both, so that order is kept.
+	Stdout, Stderr io.Writer
+	// TTY gives the command a terminal of its own, whose output goes to Stdout.
+	// If Stdin is a terminal, it is in raw mode meanwhile, and its size passed
+	// on.
+	TTY bool
+
+	// Timeout is for the whole run, start of L1 included; 0 is none.
+	Timeout time.Duration
+	// Silence is how long the lab may give no sign of life before it is taken
+	// for wedged; the default is 40 s. It does not limit the command's silence.
+	Silence time.Duration
+	// Console receives what L1's kernel prints. Log receives the lab's own
+	// lines, and the end of the console when a run fails; the default is
+	// os.Stderr.
+	Console, Log io.Writer
+}
+
+var (
+	// ErrWedged says that L1 gave no sign of life for Command.Silence. It says
+	// nothing about the command.
+	ErrWedged = errors.New("lab wedged")
+	// ErrCrashed says that L1 came to an end before the command did: its kernel
+	// panicked, or QEMU failed.
+	ErrCrashed = errors.New("lab crashed")
+)
+
+// bootSilence is the limit until the agent's first sign of life: then the
+// kernel boots, and nothing beats.
+const bootSilence = 2 * time.Minute
+
+// Run starts an L1, runs the command in it, and returns its exit status, which
+// is 128+n for a command that signal n killed. An error means that there is no
+// status: ErrWedged, ErrCrashed, the context's end, or a set-up that cannot
+// work. A wedged lab is started once more, and Log says so; what the command
+// wrote before is not taken back. No process or file of Run's is left when it
+// returns.
+func (l *Lab) Run(ctx context.Context, c Command) (exit int, err error) {
+	if c.Timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, c.Timeout, fmt.Errorf("timeout of %v: %w", c.Timeout, context.DeadlineExceeded))
+		defer cancel()
+	}
+	if c.Log == nil {
+		c.Log = os.Stderr
+	}
+	exit, err = l.try(ctx, c)
+	if errors.Is(err, ErrWedged) && c.Stdin == nil {
+		fmt.Fprintf(c.Log, "lab: %v; trying once more\n", err)
+		exit, err = l.try(ctx, c)
+	}
+	return exit, err
+}
+
+func (l *Lab) try(ctx context.Context, c Command) (int, error) {
+	if c.Kernel == nil {
+		c.Kernel = l.Debian
+	}
+	j, err := l.job(&c)
+	if err != nil {
+		return 0, fmt.Errorf("lab: %w", err)
+	}
+	restore, err := rawTerminal(&c, j)
+	if err != nil {
+		return 0, fmt.Errorf("lab: %w", err)
+	}
+	defer restore()
+	initrd, err := l.initrd(&c, j)
+	if err != nil {
+		return 0, fmt.Errorf("lab: pack the initramfs: %w", err)
+	}
+	defer initrd.Close()
+	m, err := startMachine(&c, j, initrd)
+	if err != nil {
+		return 0, fmt.Errorf("lab: %w", err)
+	}
+	exit, err := m.serve(ctx, &c)
+	m.stop()
+	if err != nil {
+		err = fmt.Errorf("%w (L1 kernel %s)", err, c.Kernel.Release)
+		if t := strings.TrimSpace(m.console.String()); t != "" {
+			fmt.Fprintf(c.Log, "lab: the end of L1's console:\n%s\n", t)
+		}
+	}
+	return exit, err
+}
+
+// job works out what to tell the agent.
+func (l *Lab) job(c *Command) (*job, error) {
+	if len(c.Args) == 0 {
+		return nil, errors.New("no command")
+	}
+	j := &job{
+		Args:  c.Args,
+		Env:   c.Env,
+		Dir:   c.Dir,
+		Stdin: c.Stdin != nil,
+		TTY:   c.TTY,
+		Merge: c.Stdout == c.Stderr,
+	}
+	if j.Env == nil {
+		j.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/tmp", "LC_ALL=C", "TERM=" + os.Getenv("TERM")}
+	}
+	for key, value := range map[string]string{InLabEnv: "1", CacheEnv: l.Cache, "TMPDIR": "/tmp"} {
+		// A second definition would not count.
+		j.Env = slices.DeleteFunc(slices.Clone(j.Env), func(s string) bool { return strings.HasPrefix(s, key+"=") })
+		j.Env = append(j.Env, key+"="+value)
+	}
+	for i, d := range c.Writable {
+		d, err := filepath.Abs(d)
+		if err != nil {
+			return nil, err
+		}
+		if st, err := os.Stat(d); err != nil {
+			return nil, err
+		} else if !st.IsDir() {
+			return nil, fmt.Errorf("%s is not a directory", d)
+		}
+		j.Mounts = append(j.Mounts, share{fmt.Sprintf("w%d", i), d})
+		if j.Dir == "" {
+			j.Dir = d
+		}
+	}
+	if j.Dir == "" {
+		j.Dir = "/tmp"
+	}
+	// An outer directory is mounted first.
+	slices.SortFunc(j.Mounts, func(a, b share) int { return strings.Compare(a.Path, b.Path) })
+	j.Mounts = slices.CompactFunc(j.Mounts, func(a, b share) bool { return a.Path == b.Path })
+	visible := append([]string{l.Cache, j.Dir}, c.Visible...)
+	if filepath.IsAbs(c.Args[0]) {
+		visible = append(visible, c.Args[0])
+	}
+	var err error
+	for _, p := range visible {
+		if p, err = filepath.Abs(p); err != nil {
+			return nil, err
+		}
+		if p != "/tmp" && within(p, "/tmp") && !slices.ContainsFunc(j.Mounts, func(s share) bool { return within(p, s.Path) }) {
+			j.Visible = append(j.Visible, p)
+		}
+	}
+	slices.Sort(j.Visible)
+	// What is inside a visible directory is visible with it.
+	j.Visible = slices.CompactFunc(j.Visible, func(a, b string) bool { return within(a, b) || within(b, a) })
+	if j.Modules, err = c.Kernel.modules(slices.Concat(l1Modules, c.Modules)); err != nil {
+		return nil, err
+	}
+	return j, nil
+}
+
+// within reports whether path p is dir or below it.
+func within(p, dir string) bool {
+	rel, err := filepath.Rel(dir, p)
+	return err == nil && filepath.IsLocal(rel)
+}
+
+// initrd returns L1's initramfs as a file without a name: an archive of modules
+// from the cache, and one with the agent and its job.
+func (l *Lab) initrd(c *Command, j *job) (*os.File, error) {
+	t := make(tree)
+	text, err := json.Marshal(j)
+	if err != nil {
+		return nil, err
+	}
+	t.file("lab.json", 0o644, text)
+	const self = "/proc/self/exe"
+	if err := t.copyFile("init", self); err != nil {
+		return nil, err
+	}
+	libs, err := libraries("", self) // there are some if the race detector is in
+	if err != nil {
+		return nil, err
+	}
+	for guest, host := range libs {
+		if err := t.copyFile(guest, host); err != nil {
+			return nil, err
+		}
+	}
+	mods, err := l.moduleArchive(c.Kernel, j.Modules)
+	if err != nil {
+		return nil, err
+	}
+	defer mods.Close()
+	f, err := memfile("lab-initrd")
+	if err != nil {
+		return nil, err
+	}
+	if _, err = io.Copy(f, mods); err == nil {
+		err = t.writeTo(f)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// moduleArchive opens the archive of these modules in the cache; if there is
+// none, it makes it. The name follows from what is in it.
+func (l *Lab) moduleArchive(k *Kernel, mods []module) (*os.File, error) {
+	name := filepath.Join(l.Cache, fmt.Sprintf("l1-%s-%s.cpio", k.Release, hash(fmt.Sprint(k.VMLinux, mods))))
+	if f, err := os.Open(name); err == nil {
+		return f, nil
+	}
+	t := make(tree)
+	for _, m := range mods {
+		b, err := readModule(filepath.Join(k.Modules, m.Path))
+		if err != nil {
+			return nil, err
+		}
+		t.file(inL1(m), 0o644, b)
+	}
+	if err := t.writeFile(name); err != nil {
+		return nil, err
+	}
+	return os.Open(name)
+}

@@ -1,0 +1,24 @@
+package lab
+
+import (
+	"fmt"
+	"os"
+
+	"gvm/vmm/boot"
+)
+
+// unpackKernel writes the ELF kernel inside a bzImage to the file elf. Booting
+// it in place of the bzImage halves the start of L1, which would else unpack
+// itself under emulation.
+func unpackKernel(bzImage, elf string) error {
+	f, err := boot.OpenFile(bzImage)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	k, err := boot.ExtractELF(f)
+	if err != nil {
+		return fmt.Errorf("unpack kernel: %w", err)
+	}
+	return os.WriteFile(elf, k, 0o644)
+}

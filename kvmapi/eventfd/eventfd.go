@@ -1,0 +1,106 @@
+// Package eventfd wraps eventfd(2), the one form in which doorbells and
+// interrupts travel between the guest, KVM, vhost and gvm's own workers: KVM
+// signals a doorbell (ioeventfd), KVM consumes an interrupt (irqfd), and vhost
+// does both without gvm taking part.
+//
+// The descriptors are raw and blocking. A worker that owns a queue reads its
+// doorbell on a locked OS thread, which wakes sooner than a goroutine parked
+// in the runtime's poller.
+package eventfd
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// FD is one eventfd with a 64-bit counter. All methods may be called from
+// several goroutines; Close must come after the last use, or with Wait callers
+// woken first (Signal does that).
+type FD struct {
+	fd    int
+	close sync.Once
+}
+
+// New returns an eventfd whose counter is zero, close-on-exec, in blocking
+// mode. The error is eventfd(2)'s, with its name.
+func New() (*FD, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	return &FD{fd: fd}, nil
+}
+
+// Fd returns the descriptor's number, for KVM_IRQFD, KVM_IOEVENTFD and
+// VHOST_SET_VRING_KICK/CALL/ERR. FD keeps owning it.
+func (f *FD) Fd() int { return f.fd }
+
+// Signal adds one to the counter and so wakes one Wait, injects the interrupt
+// of an irqfd, or wakes a vhost worker.
+func (f *FD) Signal() error {
+	one := [8]byte{1} // native order; gvm runs on x86-64 alone
+	for {
+		_, err := unix.Write(f.fd, one[:])
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("eventfd: signal: %w", err)
+		}
+	}
+}
+
+// Wait blocks until the counter is not zero, resets it and returns what it
+// was. It is for a goroutine locked to its OS thread.
+func (f *FD) Wait() (uint64, error) {
+	var b [8]byte
+	for {
+		_, err := unix.Read(f.fd, b[:])
+		if err == nil {
+			return binary.LittleEndian.Uint64(b[:]), nil
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return 0, fmt.Errorf("eventfd: wait: %w", err)
+		}
+	}
+}
+
+// Pending tells whether the counter is not zero, and leaves it alone. It is
+// what the pending bit of a masked MSI-X vector reads.
+func (f *FD) Pending() bool {
+	p := []unix.PollFd{{Fd: int32(f.fd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(p, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		return err == nil && n == 1 && p[0].Revents&unix.POLLIN != 0
+	}
+}
+
+// Drain resets the counter without blocking, and tells whether it was not zero.
+func (f *FD) Drain() (bool, error) {
+	var b [8]byte
+	for {
+		_, err := unix.Preadv2(f.fd, [][]byte{b[:]}, -1, unix.RWF_NOWAIT)
+		switch {
+		case err == nil:
+			return true, nil
+		case errors.Is(err, unix.EAGAIN):
+			return false, nil
+		case !errors.Is(err, unix.EINTR):
+			return false, fmt.Errorf("eventfd: drain: %w", err)
+		}
+	}
+}
+
+// Close releases the descriptor; later calls do nothing.
+func (f *FD) Close() error {
+	var err error
+	f.close.Do(func() { err = unix.Close(f.fd) })
+	return err
+}

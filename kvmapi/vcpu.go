@@ -1,0 +1,235 @@
+package kvmapi
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/bobuhiro11/gokvm/kvm"
+	"golang.org/x/sys/unix"
+)
+
+// VCPU is a virtual CPU. Run and the register methods belong to one goroutine,
+// locked to its OS thread (KVM ties a vCPU to a thread); Kick is for all
+// others.
+type VCPU struct {
+	fd   int
+	page []byte // struct kvm_run and what follows it
+	run  *kvm.RunData
+
+	mu  sync.Mutex // guards tid, so that no signal goes to a thread that has left
+	tid int
+
+	kicked atomic.Bool
+}
+
+// Close unmaps and closes the vCPU; Run has returned for the last time.
+func (c *VCPU) Close() error {
+	c.run = nil
+	if err := unix.Munmap(c.page); err != nil {
+		return fmt.Errorf("munmap of vCPU: %w", err)
+	}
+	return unix.Close(c.fd)
+}
+
+// SetCPUID is KVM_SET_CPUID2.
+func (c *VCPU) SetCPUID(entries []kvm.CPUIDEntry2) error {
+	t := &cpuid2{Nent: uint32(len(entries))}
+	if copy(t.Entries[:], entries) < len(entries) {
+		return fmt.Errorf("KVM_SET_CPUID2: %d entries, at most %d", len(entries), MaxCPUIDEntries)
+	}
+	_, err := ioctl(c.fd, "KVM_SET_CPUID2", kvm.IIOW(nrSetCPUID2, 8), t)
+	return err
+}
+
+// Regs is KVM_GET_REGS.
+func (c *VCPU) Regs() (r kvm.Regs, err error) {
+	_, err = ioctl(c.fd, "KVM_GET_REGS", ior[kvm.Regs](nrGetRegs), &r)
+	return r, err
+}
+
+// SetRegs is KVM_SET_REGS.
+func (c *VCPU) SetRegs(r kvm.Regs) error {
+	_, err := ioctl(c.fd, "KVM_SET_REGS", iow[kvm.Regs](nrSetRegs), &r)
+	return err
+}
+
+// Sregs is KVM_GET_SREGS.
+func (c *VCPU) Sregs() (s kvm.Sregs, err error) {
+	_, err = ioctl(c.fd, "KVM_GET_SREGS", ior[kvm.Sregs](nrGetSregs), &s)
+	return s, err
+}
+
+// SetSregs is KVM_SET_SREGS.
+func (c *VCPU) SetSregs(s kvm.Sregs) error {
+	_, err := ioctl(c.fd, "KVM_SET_SREGS", iow[kvm.Sregs](nrSetSregs), &s)
+	return err
+}
+
+// FPU is struct kvm_fpu.
+type FPU struct {
+	FPR        [8][16]byte
+	FCW, FSW   uint16
+	FTWX, _    uint8
+	LastOpcode uint16
+	LastIP     uint64
+	LastDP     uint64
+	XMM        [16][16]byte
+	MXCSR, _   uint32
+}
+
+// SetFPU is KVM_SET_FPU.
+func (c *VCPU) SetFPU(f FPU) error {
+	_, err := ioctl(c.fd, "KVM_SET_FPU", iow[FPU](nrSetFPU), &f)
+	return err
+}
+
+// MSR is one entry of struct kvm_msrs.
+type MSR struct {
+	Index, _ uint32
+	Data     uint64
+}
+
+type msrs struct {
+	N, _    uint32
+	Entries [64]MSR
+}
+
+// SetMSRs sets MSRs in order. KVM stops at the first that it refuses, which is
+// the one that the error names.
+func (c *VCPU) SetMSRs(list []MSR) error {
+	m := &msrs{}
+	m.N = uint32(copy(m.Entries[:], list))
+	n, err := ioctl(c.fd, "KVM_SET_MSRS", kvm.IIOW(nrSetMSRs, 8), m)
+	if err == nil && n < len(list) {
+		err = fmt.Errorf("KVM_SET_MSRS: MSR %#x = %#x refused", list[n].Index, list[n].Data)
+	}
+	return err
+}
+
+// LAPIC returns the registers of the local APIC.
+func (c *VCPU) LAPIC() (l kvm.LAPICState, err error) {
+	_, err = ioctl(c.fd, "KVM_GET_LAPIC", ior[kvm.LAPICState](nrGetLAPIC), &l)
+	return l, err
+}
+
+// SetLAPIC sets the registers of the local APIC.
+func (c *VCPU) SetLAPIC(l kvm.LAPICState) error {
+	_, err := ioctl(c.fd, "KVM_SET_LAPIC", iow[kvm.LAPICState](nrSetLAPIC), &l)
+	return err
+}
+
+// MPState is KVM_GET_MP_STATE: one of gokvm's MPState constants.
+func (c *VCPU) MPState() (uint32, error) {
+	var s kvm.MPState
+	_, err := ioctl(c.fd, "KVM_GET_MP_STATE", ior[kvm.MPState](nrGetMPState), &s)
+	return s.State, err
+}
+
+// SetMPState is KVM_SET_MP_STATE.
+func (c *VCPU) SetMPState(state uint32) error {
+	_, err := ioctl(c.fd, "KVM_SET_MP_STATE", iow[kvm.MPState](nrSetMPState), &kvm.MPState{State: state})
+	return err
+}
+
+// TSCKHz is KVM_GET_TSC_KHZ: the guest's TSC frequency, 0 where unknown.
+func (c *VCPU) TSCKHz() (int, error) {
+	return ioctlInt(c.fd, "KVM_GET_TSC_KHZ", kvm.IIO(nrGetTSCKHz), 0)
+}
+
+// Translate returns the guest physical address behind a linear address in the
+// vCPU's current paging mode; ok is false where nothing is mapped.
+func (c *VCPU) Translate(linear uint64) (gpa uint64, ok bool, err error) {
+	t := kvm.Translation{LinearAddress: linear}
+	_, err = ioctl(c.fd, "KVM_TRANSLATE", iowr[kvm.Translation](nrTranslate), &t)
+	return t.PhysicalAddress, t.Valid != 0, err
+}
+
+// GuestDebug is struct kvm_guest_debug for x86.
+type GuestDebug struct {
+	Control, _ uint32
+	DebugReg   [8]uint64
+}
+
+// Bits of GuestDebug.Control (linux/kvm.h and asm/kvm.h).
+const (
+	GuestDebugEnable     = 1 << 0
+	GuestDebugSingleStep = 1 << 1
+	GuestDebugUseSWBP    = 1 << 16
+	GuestDebugUseHWBP    = 1 << 17
+)
+
+// SetGuestDebug is KVM_SET_GUEST_DEBUG; the zero value turns debugging off.
+func (c *VCPU) SetGuestDebug(d GuestDebug) error {
+	_, err := ioctl(c.fd, "KVM_SET_GUEST_DEBUG", iow[GuestDebug](nrSetGuestDebug), &d)
+	return err
+}
+
+// Bind says that the calling OS thread is the one that will call Run; the
+// goroutine is locked to it. Unbind undoes it before the thread may go.
+func (c *VCPU) Bind() {
+	c.mu.Lock()
+	c.tid = unix.Gettid()
+	c.mu.Unlock()
+}
+
+// Unbind: see Bind.
+func (c *VCPU) Unbind() {
+	c.mu.Lock()
+	c.tid = 0
+	c.mu.Unlock()
+}
+
+// kickSignal interrupts KVM_RUN. It is the signal that the Go runtime uses for
+// preemption: it has a handler in every Go program and may come spuriously at
+// any time, so that no signal is taken from the program.
+const kickSignal = unix.SIGURG
+
+// Kick makes the current or the next Run return with ExitInterrupted. It is the
+// only place that sets immediate_exit and that sends the signal: the flag alone
+// would miss a vCPU that is in the guest, the signal alone one that is about
+// to enter it.
+func (c *VCPU) Kick() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.kicked.Store(true)
+	if c.tid == 0 {
+		return nil
+	}
+	setImmediateExit(c.page, 1)
+	if err := unix.Tgkill(unix.Getpid(), c.tid, kickSignal); err != nil {
+		return fmt.Errorf("tgkill of a vCPU thread: %w", err)
+	}
+	return nil
+}
+
+// Run enters the guest until it exits to user space. Registers that the exit
+// asks for (the data of an IN or an MMIO read) are set in place in the Exit's
+// Data before the next Run.
+func (c *VCPU) Run() (Exit, error) {
+	if c.kicked.Swap(false) {
+		setImmediateExit(c.page, 0)
+		return Exit{Reason: ExitInterrupted}, nil
+	}
+	interrupted, err := enter(c.fd)
+	if err != nil {
+		return Exit{}, err
+	}
+	if interrupted {
+		// Not only Kick: any signal to the thread ends KVM_RUN.
+		setImmediateExit(c.page, 0)
+		c.kicked.Store(false)
+		return Exit{Reason: ExitInterrupted}, nil
+	}
+	return c.exit(), nil
+}
+
+// Complete lets KVM finish the instruction of the last exit (an IN's register
+// write) without running the guest further: what a machine does before it
+// looks at registers or stops for good.
+func (c *VCPU) Complete() error {
+	setImmediateExit(c.page, 1)
+	_, err := enter(c.fd)
+	setImmediateExit(c.page, 0)
+	return err
+}

@@ -1,0 +1,282 @@
+package kvmapi
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/guest-tests/lab"
+	"gvm/kvmapi/eventfd"
+)
+
+// testVM runs real-mode code at 0x1000 on one vCPU of a VM with 64 KiB of RAM.
+// The goroutine is locked to its thread until the test ends.
+type testVM struct {
+	*VM
+	cpu *VCPU
+	ram []byte
+}
+
+func newTestVM(t *testing.T, code []byte, irqchip bool) *testVM {
+	t.Helper()
+	sys, err := Open()
+	must(t, err)
+	defer sys.Close()
+	vm, err := sys.CreateVM()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ram, err := unix.Mmap(-1, 0, 64<<10, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	copy(ram[0x1000:], code)
+	if irqchip {
+		must(t, vm.CreateIRQChip())
+	}
+	must(t, vm.SetMemory(0, 0, ram))
+	cpu, err := vm.CreateVCPU(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := cpu.Sregs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.CS.Base, s.CS.Selector = 0, 0
+	must(t, cpu.SetSregs(s))
+	r, err := cpu.Regs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.RIP, r.RFLAGS = 0x1000, 2
+	must(t, cpu.SetRegs(r))
+	runtime.LockOSThread()
+	cpu.Bind()
+	t.Cleanup(func() {
+		cpu.Unbind()
+		runtime.UnlockOSThread()
+		must(t, cpu.Close())
+		must(t, vm.Close())
+		must(t, unix.Munmap(ram))
+	})
+	return &testVM{vm, cpu, ram}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// run runs until an exit that is not a stray signal.
+func (v *testVM) run(t *testing.T) Exit {
+	t.Helper()
+	for {
+		e, err := v.cpu.Run()
+		must(t, err)
+		if e.Reason != ExitInterrupted {
+			return e
+		}
+	}
+}
+
+func TestPortAndMemoryExits(t *testing.T) {
+	v := newTestVM(t, []byte{
+		0xb0, 0x5a, // mov al, 0x5a
+		0xe6, 0x42, // out 0x42, al
+		0xba, 0x34, 0x12, // mov dx, 0x1234
+		0xed,             // in ax, dx
+		0xa3, 0x00, 0x20, // mov [0x2000], ax
+		0xb8, 0x00, 0xf0, // mov ax, 0xf000
+		0x8e, 0xd8, // mov ds, ax
+		0xa1, 0x08, 0x00, // mov ax, [8]     (0xf0008: no RAM)
+		0xa3, 0x0c, 0x00, // mov [0xc], ax
+		0xbe, 0x00, 0x30, // mov si, 0x3000
+		0xb9, 0x03, 0x00, // mov cx, 3
+		0x31, 0xc0, // xor ax, ax
+		0x8e, 0xd8, // mov ds, ax
+		0xf3, 0x6e, // rep outsb
+		0xf4, // hlt
+	}, false)
+	copy(v.ram[0x3000:], "xyz")
+	e := v.run(t)
+	if e.Reason != ExitIO || !e.Write || e.Addr != 0x42 || e.Size != 1 || !bytes.Equal(e.Data, []byte{0x5a}) {
+		t.Fatalf("OUT: %+v", e)
+	}
+	e = v.run(t)
+	if e.Reason != ExitIO || e.Write || e.Addr != 0x1234 || e.Size != 2 || len(e.Data) != 2 {
+		t.Fatalf("IN: %+v", e)
+	}
+	copy(e.Data, []byte{0xcd, 0xab})
+	e = v.run(t)
+	if !bytes.Equal(v.ram[0x2000:0x2002], []byte{0xcd, 0xab}) {
+		t.Errorf("IN gave the guest % x", v.ram[0x2000:0x2002])
+	}
+	if e.Reason != ExitMMIO || e.Write || e.Addr != 0xf0008 || e.Size != 2 {
+		t.Fatalf("MMIO read: %+v", e)
+	}
+	copy(e.Data, []byte{0x11, 0x22})
+	e = v.run(t)
+	if e.Reason != ExitMMIO || !e.Write || e.Addr != 0xf000c || !bytes.Equal(e.Data, []byte{0x11, 0x22}) {
+		t.Fatalf("MMIO write: %+v", e)
+	}
+	// REP OUTSB: KVM may report the items one by one or together.
+	var got []byte
+	for len(got) < 3 {
+		e = v.run(t)
+		if e.Reason != ExitIO || !e.Write || e.Addr != 0x1234 || e.Size != 1 {
+			t.Fatalf("REP OUTSB: %+v", e)
+		}
+		for i := range e.Count {
+			got = append(got, e.Item(i)...)
+		}
+	}
+	if string(got) != "xyz" {
+		t.Errorf("REP OUTSB wrote %q", got)
+	}
+	if e = v.run(t); e.Reason != ExitHLT {
+		t.Errorf("HLT: %+v", e)
+	}
+}
+
+func TestKickStopsASpinningGuest(t *testing.T) {
+	v := newTestVM(t, []byte{0xeb, 0xfe}, false) // jmp $
+	must(t, v.cpu.Kick())                        // before Run: not lost
+	e, err := v.cpu.Run()
+	must(t, err)
+	if e.Reason != ExitInterrupted {
+		t.Fatalf("a kick before Run: %+v", e)
+	}
+	for range 3 {
+		var stop atomic.Bool // set before the kick, looked at after Run: as a machine does
+		kicked := make(chan error, 1)
+		go func() {
+			time.Sleep(20 * time.Millisecond)
+			stop.Store(true)
+			kicked <- v.cpu.Kick()
+		}()
+		for !stop.Load() {
+			e, err := v.cpu.Run()
+			must(t, err)
+			if e.Reason != ExitInterrupted {
+				t.Fatalf("spinning guest: %+v", e)
+			}
+		}
+		must(t, <-kicked)
+	}
+}
+
+func TestDoorbellAndInterrupt(t *testing.T) {
+	v := newTestVM(t, []byte{
+		0xb8, 0x00, 0xf0, 0x8e, 0xd8, // ds = 0xf000
+		0xb8, 0x07, 0x00, // mov ax, 7
+		0xa3, 0x00, 0x00, // mov [0], ax: the doorbell of 7
+		0xb8, 0x08, 0x00, // mov ax, 8
+		0xa3, 0x00, 0x00, // mov [0], ax: not matched, exits
+		0xe6, 0x80, // out 0x80, al
+	}, true)
+	bell, err := eventfd.New()
+	must(t, err)
+	defer bell.Close()
+	seven := uint64(7)
+	d := Doorbell{Addr: 0xf0000, Len: 2, Match: &seven}
+	must(t, v.AssignDoorbell(d, bell))
+	if err := v.AssignDoorbell(d, bell); !errors.Is(err, unix.EEXIST) {
+		t.Errorf("the same doorbell twice: %v", err)
+	}
+	e := v.run(t)
+	if e.Reason != ExitMMIO || !e.Write || e.Data[0] != 8 {
+		t.Fatalf("%+v", e)
+	}
+	if !bell.Pending() {
+		t.Error("the doorbell of 7 did not ring")
+	}
+	must(t, v.DeassignDoorbell(d, bell))
+
+	call, err := eventfd.New()
+	must(t, err)
+	defer call.Close()
+	must(t, v.RouteMSI(FirstMSIGSI, 0xfee00000, 0x41))
+	must(t, v.AssignIRQFD(call, FirstMSIGSI))
+	must(t, v.DeassignIRQFD(call, FirstMSIGSI))
+	must(t, call.Signal())
+	if !call.Pending() {
+		t.Error("a deassigned irqfd lost its event")
+	}
+	// Assigning delivers what is pending and leaves the counter as it was.
+	must(t, v.AssignIRQFD(call, FirstMSIGSI))
+	if was, err := call.Drain(); !was || err != nil {
+		t.Errorf("drain: %v, %v", was, err)
+	}
+	must(t, call.Signal()) // KVM consumes it before Signal returns
+	if call.Pending() {
+		t.Error("an assigned irqfd did not take its event")
+	}
+	must(t, v.RouteMSI(FirstMSIGSI, 0xfee01000, 0x42))
+	must(t, v.RouteMSI(FirstMSIGSI+1, 0xfee00000, 0x43))
+	if n := v.routes.NR; n != 16+23+2 {
+		t.Errorf("%d routes", n)
+	}
+}
+
+func TestSupportedCPUIDAndCaps(t *testing.T) {
+	sys, err := Open()
+	must(t, err)
+	defer sys.Close()
+	ids, err := sys.SupportedCPUID()
+	must(t, err)
+	var kvmLeaf bool
+	for _, e := range ids {
+		kvmLeaf = kvmLeaf || e.Function == 0x4000_0000 && e.Ebx == 0x4b4d564b // "KVMK"
+	}
+	if !kvmLeaf {
+		t.Error("no KVM signature leaf")
+	}
+	if sys.Check(CapMaxVCPUs) < 1 || sys.Check(CapImmediateExit) != 1 {
+		t.Errorf("max vCPUs %d, immediate_exit %d", sys.Check(CapMaxVCPUs), sys.Check(CapImmediateExit))
+	}
+}
+
+func TestSingleStepAndBreakpoint(t *testing.T) {
+	v := newTestVM(t, []byte{
+		0xb0, 0x01, // 1000: mov al, 1
+		0xb0, 0x02, // 1002: mov al, 2
+		0xb0, 0x03, // 1004: mov al, 3
+		0xb0, 0x04, // 1006: mov al, 4
+		0xf4, // 1008: hlt
+	}, false)
+	at := func() (rip, al uint64) {
+		t.Helper()
+		r, err := v.cpu.Regs()
+		must(t, err)
+		return r.RIP, r.RAX & 0xff
+	}
+	must(t, v.cpu.SetGuestDebug(GuestDebug{Control: GuestDebugEnable | GuestDebugSingleStep}))
+	for i := range uint64(2) {
+		e := v.run(t)
+		if rip, al := at(); e.Reason != ExitDebug || rip != 0x1002+2*i || al != 1+i {
+			t.Fatalf("step %d: %s at %#x, al %d", i, e.String(), rip, al)
+		}
+	}
+	// A hardware breakpoint on execution: DR7 enables DR0.
+	if os.Getenv(lab.InLabEnv) != "" {
+		t.Skip("the lab's QEMU does not load the debug registers when it enters a nested guest")
+	}
+	must(t, v.cpu.SetGuestDebug(GuestDebug{Control: GuestDebugEnable | GuestDebugUseHWBP, DebugReg: [8]uint64{0: 0x1006, 7: 0x401}}))
+	e := v.run(t)
+	if rip, al := at(); e.Reason != ExitDebug || rip != 0x1006 || al != 3 {
+		t.Fatalf("breakpoint: %s at %#x, al %d", e.String(), rip, al)
+	}
+	must(t, v.cpu.SetGuestDebug(GuestDebug{}))
+	if e := v.run(t); e.Reason != ExitHLT {
+		t.Errorf("without debugging: %s", e.String())
+	}
+}

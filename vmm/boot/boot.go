@@ -1,0 +1,216 @@
+// Package boot puts a kernel, its initrds and its command line into guest
+// memory and says how the first vCPU starts. It knows no KVM.
+//
+// An ELF kernel is entered directly: through its PVH note where it has one
+// (32-bit protected mode, hvm_start_info), else at its ELF entry point by
+// Linux's 64-bit boot protocol (long mode, zero page). Of a bzImage the
+// compressed vmlinux is taken out and decompressed on the host, and then entered in
+// the same way: the decompressor in the image would do the same work far more
+// slowly in the guest. Where that cannot be done the bzImage is entered
+// by the 64-bit boot protocol of Documentation/arch/x86/boot.rst.
+//
+// Libraries decompress: klauspost/compress gzip and zstd, pierrec/lz4 the blocks
+// of lz4, the standard library bzip2, and ulikunitz/xz LZMA and LZMA2. Around
+// them are written here what they do not read: the lz4 legacy frame, and the
+// xz container with the x86 branch filter.
+package boot
+
+import (
+	"fmt"
+	"strings"
+
+	"gvm/vmm/guestmem"
+)
+
+// Mode says what is done with a bzImage.
+type Mode int
+
+const (
+	Auto    Mode = iota // decompress on the host, fall back to BzImage with a note
+	ELF                 // decompress on the host, or fail; an ELF file is taken as it is
+	BzImage             // let the decompressor in the bzImage run in the guest
+)
+
+var modeNames = [...]string{Auto: "auto", ELF: "elf", BzImage: "bzimage"}
+
+func (m Mode) String() string { return modeNames[m] }
+
+// ParseMode reads a Mode as the --boot flag spells it.
+func ParseMode(s string) (Mode, error) {
+	for m, name := range modeNames {
+		if s == name {
+			return Mode(m), nil
+		}
+	}
+	return 0, fmt.Errorf("boot mode %q: want auto, elf or bzimage", s)
+}
+
+// Protocol is the state that a kernel expects its first CPU in.
+type Protocol int
+
+const (
+	// PVH32 is the x86/HVM direct boot ABI: 32-bit protected mode, flat
+	// segments, paging off, EBX = address of hvm_start_info.
+	PVH32 Protocol = iota + 1
+	// Linux64 is Linux's 64-bit boot protocol: long mode, identity page
+	// tables, CS = 0x10, DS = ES = SS = 0x18, RSI = address of the zero page.
+	Linux64
+)
+
+func (p Protocol) String() string {
+	switch p {
+	case PVH32:
+		return "PVH"
+	case Linux64:
+		return "64-bit entry"
+	}
+	return "any"
+}
+
+// Config says what to load.
+type Config struct {
+	Kernel  *Image  // from Open or NewImage
+	Initrds []*File // concatenated in this order
+	CmdLine string
+	Mode    Mode
+	// Protocol forces the way into an ELF kernel. Zero takes PVH where the
+	// kernel has the note, else the 64-bit entry.
+	Protocol Protocol
+	RSDP     uint64 // guest physical address of the ACPI RSDP, 0 when there is none
+	// E820 is the memory map that the guest is told; nil takes E820(mem). Only
+	// what it calls E820RAM is loaded into.
+	E820 []E820Entry
+	// Cache is a directory of decompressed kernels, as CacheDir gives; "" keeps none.
+	Cache string
+	// Dirty says that mem may hold something other than zeros.
+	Dirty bool
+	// Note takes one-line remarks about what was done instead of what was
+	// asked for; nil drops them.
+	Note func(string)
+}
+
+// Entry is how the first vCPU starts.
+type Entry struct {
+	Protocol  Protocol
+	RIP       uint64
+	StartInfo uint64 // PVH32: hvm_start_info, for EBX
+	ZeroPage  uint64 // Linux64: boot_params, for RSI
+	CR3       uint64 // Linux64: identity page tables
+	GDT       uint64 // Linux64: address of the GDT
+	GDTLimit  uint16 // Linux64
+	Payload   string // compression of the bzImage that was undone on the host, "" when none was
+}
+
+// maxELFCmdLine is COMMAND_LINE_SIZE less the NUL: an ELF kernel has no
+// header that tells its limit, and Linux cuts what is longer.
+const maxELFCmdLine = 2047
+
+// loader is one Load on its way.
+type loader struct {
+	mem  *guestmem.Memory
+	cfg  Config
+	e820 []E820Entry
+	free layout
+}
+
+// Load puts the kernel, the initrds, the command line and the tables that the
+// protocol needs into mem. An *ImageError says what the user gave that cannot
+// be booted.
+func Load(mem *guestmem.Memory, cfg Config) (Entry, error) {
+	ld := &loader{mem: mem, cfg: cfg, e820: cfg.E820}
+	if ld.e820 == nil {
+		ld.e820 = E820(mem)
+	}
+	if len(ld.e820) > maxE820 {
+		return Entry{}, fmt.Errorf("the memory map has %d entries, the boot protocols carry %d", len(ld.e820), maxE820)
+	}
+	if strings.ContainsAny(cfg.CmdLine, "\x00\n") {
+		return Entry{}, &ImageError{"the kernel command line", "holds a NUL or a newline", "give one line of text"}
+	}
+	ld.free = newLayout(mem, ld.e820)
+	if cfg.Kernel.elf != nil {
+		if cfg.Mode == BzImage {
+			return Entry{}, &ImageError{cfg.Kernel.Name, "is an ELF kernel, and the boot mode bzimage takes a bzImage", "use the boot mode auto or elf"}
+		}
+		if err := ld.placeELF(cfg.Kernel.elf); err != nil {
+			return Entry{}, err
+		}
+		return ld.startELF(cfg.Kernel.elf, nil)
+	}
+	return ld.bzImage()
+}
+
+func (ld *loader) note(format string, args ...any) {
+	if ld.cfg.Note != nil {
+		ld.cfg.Note(fmt.Sprintf(format, args...))
+	}
+}
+
+// imageError makes an *ImageError about the kernel.
+func (ld *loader) imageError(mend, format string, args ...any) error {
+	return &ImageError{ld.cfg.Kernel.Name, fmt.Sprintf(format, args...), mend}
+}
+
+// place takes size bytes for a table, as low as they fit.
+func (ld *loader) place(what string, size, align uint64) (uint64, error) {
+	addr, ok := ld.free.low(size, align, 0, 1<<32)
+	if !ok {
+		return 0, ld.imageError("give the guest more memory", "leaves no room for the %s (%d bytes) in the guest's memory", what, size)
+	}
+	return addr, nil
+}
+
+// cmdLine writes the NUL-terminated command line and returns its address.
+func (ld *loader) cmdLine(limit uint64) (uint64, error) {
+	if n := uint64(len(ld.cfg.CmdLine)); n > limit {
+		return 0, &ImageError{"the kernel command line", fmt.Sprintf("is %d bytes long, and the kernel takes %d", n, limit), "shorten it"}
+	}
+	b := append([]byte(ld.cfg.CmdLine), 0)
+	addr, err := ld.place("command line", uint64(len(b)), 16)
+	if err != nil {
+		return 0, err
+	}
+	return addr, ld.mem.Write(addr, b)
+}
+
+// initrd reads the initrds into memory that ends at or below max, as high as
+// they fit, or where above4G is set and they do not fit, above 4 GiB.
+func (ld *loader) initrd(max uint64, above4G bool) (addr, size uint64, err error) {
+	for _, f := range ld.cfg.Initrds {
+		// The kernel's unpacker looks for the next archive at a multiple of 4.
+		size = (size+3)&^3 + uint64(f.Size)
+	}
+	if size == 0 {
+		return 0, 0, nil
+	}
+	addr, ok := ld.free.high(size, pageSize, 0, max)
+	if !ok && above4G {
+		addr, ok = ld.free.high(size, pageSize, 1<<32, ^uint64(0))
+	}
+	if !ok {
+		name := ld.cfg.Initrds[0].Name
+		if n := len(ld.cfg.Initrds); n > 1 {
+			name = fmt.Sprintf("%s and %d more", name, n-1)
+		}
+		return 0, 0, &ImageError{name, fmt.Sprintf("does not fit as initrd: it takes %d MiB, and the guest has %d MiB in all, kernel included",
+			(size+1<<20-1)>>20, ld.mem.Size()>>20), "give the guest more memory or a smaller initrd"}
+	}
+	at := addr
+	for _, f := range ld.cfg.Initrds {
+		pad, err := ld.mem.Slice(at, -(at-addr)&3)
+		if err != nil {
+			return 0, 0, err
+		}
+		clear(pad)
+		at += uint64(len(pad))
+		b, err := ld.mem.Slice(at, uint64(f.Size))
+		if err != nil {
+			return 0, 0, err
+		}
+		if err := readFull(f, b, 0); err != nil {
+			return 0, 0, err
+		}
+		at += uint64(len(b))
+	}
+	return addr, size, nil
+}

@@ -1,0 +1,174 @@
+package boot
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/bits"
+	"slices"
+)
+
+// Offsets of setup header fields in the bzImage and in the zero page
+// (Documentation/arch/x86/boot.rst), and what bits of theirs are used.
+const (
+	hdrStart        = 0x1f1
+	hdrSetupSects   = 0x1f1 // u8
+	hdrSysSize      = 0x1f4 // u32, in 16-byte units
+	hdrBootFlag     = 0x1fe // u16
+	hdrJump         = 0x200 // u16; its second byte tells where the header ends
+	hdrMagic        = 0x202 // "HdrS"
+	hdrVersion      = 0x206 // u16
+	hdrTypeOfLoader = 0x210 // u8
+	hdrLoadFlags    = 0x211 // u8
+	hdrRamdisk      = 0x218 // u32
+	hdrRamdiskSize  = 0x21c // u32
+	hdrCmdLinePtr   = 0x228 // u32
+	hdrInitrdMax    = 0x22c // u32, highest address an initrd's byte may have
+	hdrAlignment    = 0x230 // u32
+	hdrRelocatable  = 0x234 // u8
+	hdrXLoadFlags   = 0x236 // u16
+	hdrCmdLineSize  = 0x238 // u32, without the NUL
+	hdrPayloadOff   = 0x248 // u32, from the start of the protected-mode code
+	hdrPayloadLen   = 0x24c // u32
+	hdrPrefAddress  = 0x258 // u64
+	hdrInitSize     = 0x260 // u32
+	hdrNeeded       = 0x264 // the end of the last field used
+	hdrMaxEnd       = 0x290 // where the zero page's next field is
+
+	bootFlag      = 0xaa55
+	loadedHigh    = 1 << 0 // loadflags
+	kaslrFlag     = 1 << 1 // loadflags; the kernel's own
+	canUseHeap    = 1 << 7 // loadflags
+	xlfKernel64   = 1 << 0 // xloadflags
+	xlfAbove4G    = 1 << 1 // xloadflags
+	undefLoader   = 0xff   // type_of_loader
+	minVersion    = 0x20c
+	entry64Offset = 0x200 // of the 64-bit entry in the protected-mode code
+)
+
+// setupHeader is the start of a bzImage up to the end of its setup header, at
+// the header's own offsets.
+type setupHeader struct{ b []byte }
+
+func (h *setupHeader) u8(off int) uint8      { return h.b[off] }
+func (h *setupHeader) u16(off int) uint16    { return binary.LittleEndian.Uint16(h.b[off:]) }
+func (h *setupHeader) u32(off int) uint32    { return binary.LittleEndian.Uint32(h.b[off:]) }
+func (h *setupHeader) u64(off int) uint64    { return binary.LittleEndian.Uint64(h.b[off:]) }
+func (h *setupHeader) cmdlineSize() uint32   { return h.u32(hdrCmdLineSize) }
+func (h *setupHeader) loadableAbove4G() bool { return h.u16(hdrXLoadFlags)&xlfAbove4G != 0 }
+
+// code returns where the protected-mode code is in the file.
+func (h *setupHeader) code() (off, size int64) {
+	sects := int64(h.u8(hdrSetupSects))
+	if sects == 0 {
+		sects = 4 // boot.rst, "setup_sects"
+	}
+	return (sects + 1) * 512, int64(h.u32(hdrSysSize)) * 16
+}
+
+func isBzImage(head []byte) bool {
+	return len(head) >= hdrVersion && bytes.HasPrefix(head[hdrMagic:], []byte("HdrS"))
+}
+
+// parseSetupHeader checks the header of a bzImage of size bytes that starts
+// with head.
+func parseSetupHeader(name string, head []byte, size int64) (*setupHeader, error) {
+	bad := func(mend, format string, args ...any) (*setupHeader, error) {
+		return nil, &ImageError{name, fmt.Sprintf(format, args...), mend}
+	}
+	if len(head) < hdrNeeded {
+		return bad(wantWhole, "is a truncated bzImage")
+	}
+	h := &setupHeader{slices.Clone(head[:min(len(head), hdrMaxEnd)])}
+	if h.u16(hdrBootFlag) != bootFlag {
+		return bad(wantWhole, "has a setup header without its boot flag")
+	}
+	if v := h.u16(hdrVersion); v < minVersion {
+		return bad(wantKernel+", Linux 3.8 or newer", "has boot protocol %d.%02d, older than the 64-bit one (2.12)", v>>8, v&0xff)
+	}
+	if h.u16(hdrXLoadFlags)&xlfKernel64 == 0 {
+		return bad(wantKernel, "is a 32-bit kernel")
+	}
+	end := hdrMagic + int(h.u8(hdrJump+1))
+	if end < hdrNeeded || end > hdrMaxEnd {
+		return bad(wantWhole, "has a setup header that ends at %#x", end)
+	}
+	if end > len(head) {
+		return bad(wantWhole, "is a truncated bzImage")
+	}
+	h.b = h.b[:end]
+	if align := h.u32(hdrAlignment); bits.OnesCount32(align) != 1 {
+		return bad(wantWhole, "has a setup header with kernel_alignment %#x", align)
+	}
+	off, n := h.code()
+	if n <= entry64Offset {
+		return bad(wantWhole, "has a setup header with a kernel of %d bytes", n)
+	}
+	// The last 16-byte unit need not be whole.
+	if size <= off+n-16 {
+		return bad(wantWhole, "is a truncated bzImage: it has %d bytes of %d", size, off+n)
+	}
+	return h, nil
+}
+
+// bzImage loads a bzImage: its vmlinux where the mode says so and it can be
+// had, else the image itself.
+func (ld *loader) bzImage() (Entry, error) {
+	im := ld.cfg.Kernel
+	if ld.cfg.Mode != BzImage {
+		all := slices.Clone(ld.free.free)
+		v, err := im.extract(ld.cfg.Cache)
+		if err == nil {
+			defer v.free()
+			if err = ld.placeELF(v.elf); err == nil {
+				e, err := ld.startELF(v.elf, im.hdr)
+				e.Payload = v.format
+				return e, err
+			}
+		}
+		if ld.cfg.Mode == ELF {
+			return Entry{}, err
+		}
+		var ie *ImageError
+		if errors.As(err, &ie) {
+			err = errors.New(ie.Name + " " + ie.What) // there is nothing to mend
+		}
+		ld.note("%v; it decompresses itself in the guest", err)
+		ld.free.free = all
+	}
+	if ld.cfg.Protocol == PVH32 {
+		return Entry{}, ld.imageError("use the boot mode elf, or the 64-bit entry", "has no PVH entry as a bzImage")
+	}
+	addr, err := ld.placeBzImage(im.hdr)
+	if err != nil {
+		return Entry{}, err
+	}
+	off, n := im.hdr.code()
+	b, err := ld.mem.Slice(addr, uint64(min(n, im.Size-off)))
+	if err != nil {
+		return Entry{}, err
+	}
+	if err := readFull(im.File, b, off); err != nil {
+		return Entry{}, err
+	}
+	return ld.linux64(addr+entry64Offset, im.hdr)
+}
+
+// placeBzImage takes the memory that the kernel runs in while it has no memory
+// map yet: init_size bytes from where it is loaded.
+func (ld *loader) placeBzImage(h *setupHeader) (uint64, error) {
+	_, n := h.code()
+	size := max(uint64(h.u32(hdrInitSize)), uint64(n))
+	pref := h.u64(hdrPrefAddress)
+	if ld.free.take(pref, size) {
+		return pref, nil
+	}
+	if h.u8(hdrRelocatable) != 0 {
+		// Below pref_address the kernel would move itself there.
+		if addr, ok := ld.free.low(size, uint64(h.u32(hdrAlignment)), pref, 1<<32); ok {
+			return addr, nil
+		}
+	}
+	return 0, ld.imageError("give the guest more memory", "needs %d MiB of RAM from %#x, and the guest has %d MiB in all", (size+1<<20-1)>>20, pref, ld.mem.Size()>>20)
+}

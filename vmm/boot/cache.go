@@ -1,0 +1,131 @@
+package boot
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"hash/crc32"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The cache holds decompressed kernels: files named by the SHA-256 of the
+// payload that they came from, each the ELF file with a footer behind it. The
+// footer's checksum is what keeps a damaged file from being booted. Nothing
+// in the cache is worth an error: what cannot be read or written is done
+// without.
+const (
+	cacheLimit  = 512 << 20 // bytes of kernels that are kept, the latest used ones
+	cacheSuffix = ".vmlinux"
+	cacheTemp   = ".tmp"
+	footerSize  = 8 + 8 + 4
+	footerMagic = "gvmELF01"
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// CacheDir returns where a user's decompressed kernels are kept,
+// $XDG_CACHE_HOME/gvm/kernels, or "" when the user has no cache directory.
+func CacheDir() string {
+	dir, err := os.UserCacheDir()
+	if err != nil {
+		return ""
+	}
+	return filepath.Join(dir, "gvm", "kernels")
+}
+
+// cachePath returns the file for a payload's kernel.
+func cachePath(dir string, payload []byte) string {
+	sum := sha256.Sum256(payload)
+	return filepath.Join(dir, hex.EncodeToString(sum[:])+cacheSuffix)
+}
+
+// footer is the end of a cache file: magic, size of the ELF file, CRC-32C of it.
+func footer(image []byte) []byte {
+	b := binary.LittleEndian.AppendUint64([]byte(footerMagic), uint64(len(image)))
+	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(image, castagnoli))
+}
+
+// cached maps a kernel in the cache, or returns nil. It is given back with Munmap.
+func cached(path string) (image, mapping []byte) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, nil
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil || !st.Mode().IsRegular() || st.Size() <= footerSize || st.Size() > maxVmlinux+footerSize {
+		return nil, nil
+	}
+	mapping, err = unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_POPULATE)
+	if err != nil {
+		return nil, nil
+	}
+	image = mapping[:len(mapping)-footerSize]
+	if string(mapping[len(image):]) != string(footer(image)) {
+		_ = unix.Munmap(mapping)
+		return nil, nil
+	}
+	now := time.Now()
+	_ = os.Chtimes(path, now, now) // the latest used ones are kept
+	return image, mapping
+}
+
+// store puts a kernel into the cache, whole or not at all.
+func store(path string, image []byte) {
+	dir := filepath.Dir(path)
+	if os.MkdirAll(dir, 0o700) != nil {
+		return
+	}
+	f, err := os.CreateTemp(dir, "*"+cacheTemp)
+	if err != nil {
+		return
+	}
+	_, err = f.Write(image)
+	if err == nil {
+		_, err = f.Write(footer(image))
+	}
+	err = cmp.Or(err, f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+		return
+	}
+	prune(dir, cacheLimit)
+}
+
+// prune removes the kernels used longest ago until the rest take no more than
+// limit bytes, and what an interrupted store left.
+func prune(dir string, limit int64) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return
+	}
+	var kernels []fs.FileInfo
+	for _, e := range entries {
+		st, err := e.Info()
+		switch {
+		case err != nil:
+		case strings.HasSuffix(e.Name(), cacheSuffix):
+			kernels = append(kernels, st)
+		case strings.HasSuffix(e.Name(), cacheTemp) && time.Since(st.ModTime()) > time.Hour:
+			_ = os.Remove(filepath.Join(dir, e.Name()))
+		}
+	}
+	slices.SortFunc(kernels, func(a, b fs.FileInfo) int { return b.ModTime().Compare(a.ModTime()) })
+	for i, st := range kernels {
+		// The newest stays even when it is larger than the limit.
+		if limit -= st.Size(); limit < 0 && i > 0 {
+			_ = os.Remove(filepath.Join(dir, st.Name()))
+		}
+	}
+}

@@ -1,0 +1,120 @@
+package boot
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+func TestCache(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "a", "b")
+	want := bigELF()
+	bz := makeBzImage(payloads(t, want)["gzip"], nil)
+	im := image(t, bz)
+	get := func() *vmlinux {
+		t.Helper()
+		v, err := im.extract(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		equalBytes(t, "vmlinux", v.image, want)
+		return v
+	}
+	get().free()
+	names, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil || len(names) != 1 {
+		t.Fatalf("%q, %v", names, err)
+	}
+	path := names[0]
+	whole, err := os.ReadFile(path)
+	if err != nil || !bytes.Equal(whole[:len(want)], want) {
+		t.Fatal(err)
+	}
+	// That the cache is used shows in a kernel that only the cache has.
+	other := bytes.Clone(want)
+	other[len(other)/2] ^= 0xff
+	if err := os.WriteFile(path, append(bytes.Clone(other), footer(other)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	v, err := im.extract(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	equalBytes(t, "cached vmlinux", v.image, other)
+	v.free()
+
+	flip := func(at int) []byte { b := bytes.Clone(whole); b[at] ^= 4; return b }
+	for name, b := range map[string][]byte{
+		"first byte":   flip(0),
+		"a middle bit": flip(len(want) / 2),
+		"last byte":    flip(len(want) - 1),
+		"magic":        flip(len(want)),
+		"size":         flip(len(want) + 8),
+		"checksum":     flip(len(want) + 16),
+		"cut":          whole[:len(whole)-1],
+		"cut to half":  whole[:len(whole)/2],
+		"longer":       append(bytes.Clone(whole), 0),
+		"footer alone": whole[len(want):],
+		"empty":        nil,
+	} {
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		get().free()
+		if after, err := os.ReadFile(path); err != nil || !bytes.Equal(after, whole) {
+			t.Errorf("%s: the damaged file was not replaced (%v)", name, err)
+		}
+	}
+	if names, _ := filepath.Glob(filepath.Join(dir, "*")); len(names) != 1 {
+		t.Errorf("left behind: %q", names)
+	}
+}
+
+// TestCacheUnwritable shows that no cache is no error.
+func TestCacheUnwritable(t *testing.T) {
+	plain := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(plain, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want := kernelELF()
+	v, err := image(t, makeBzImage(payloads(t, want)["zstd"], nil)).extract(plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	equalBytes(t, "vmlinux", v.image, want)
+	v.free()
+}
+
+func TestPrune(t *testing.T) {
+	dir := t.TempDir()
+	now := time.Now()
+	for name, age := range map[string]time.Duration{
+		"a.vmlinux": 3 * time.Hour, "b.vmlinux": time.Hour, "c.vmlinux": 2 * time.Hour,
+		"old.tmp": 2 * time.Hour, "new.tmp": time.Minute, "other": 9 * time.Hour,
+	} {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, make([]byte, 100), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(path, now.Add(-age), now.Add(-age)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left := func() (s string) {
+		names, _ := os.ReadDir(dir)
+		for _, e := range names {
+			s += e.Name() + " "
+		}
+		return s
+	}
+	prune(dir, 200)
+	if got := left(); got != "b.vmlinux c.vmlinux new.tmp other " {
+		t.Errorf("left %s", got)
+	}
+	prune(dir, 50)
+	if got := left(); got != "b.vmlinux new.tmp other " {
+		t.Errorf("left %s", got)
+	}
+}

@@ -1,0 +1,140 @@
+package boot
+
+import (
+	"cmp"
+	"slices"
+
+	"gvm/vmm/guestmem"
+)
+
+const pageSize = 4096
+
+// E820 types (ACPI 6.5, 15.1); PVH's memory map uses the same numbers.
+const (
+	E820RAM      uint32 = 1
+	E820Reserved uint32 = 2
+	E820ACPI     uint32 = 3
+)
+
+// maxE820 is E820_MAX_ENTRIES_ZEROPAGE. The kernel copies a PVH map into
+// the zero page's, so it is PVH's limit as well.
+const maxE820 = 128
+
+const (
+	ebda    = 0x9fc00  // what PC firmware keeps starts here
+	highRAM = 0x100000 // and ends here: VGA, option ROMs, ACPI tables
+)
+
+// E820Entry is a row of the memory map: [Addr, Addr+Size) is of that type.
+type E820Entry struct {
+	Addr, Size uint64
+	Type       uint32
+}
+
+// E820 returns the memory map of mem in ascending order: its regions as RAM,
+// but for the 0x9fc00-0x100000 area of PC firmware, and the rows of reserved,
+// which win over RAM.
+func E820(mem *guestmem.Memory, reserved ...E820Entry) []E820Entry {
+	reserved = append([]E820Entry{{ebda, highRAM - ebda, E820Reserved}}, reserved...)
+	var ram layout
+	for _, r := range mem.Regions() {
+		ram.free = append(ram.free, span{r.Base, r.End()})
+	}
+	for _, r := range reserved {
+		ram.remove(r.Addr, r.Addr+r.Size)
+	}
+	out := reserved
+	for _, s := range ram.free {
+		out = append(out, E820Entry{s.start, s.end - s.start, E820RAM})
+	}
+	slices.SortFunc(out, func(a, b E820Entry) int { return cmp.Compare(a.Addr, b.Addr) })
+	return out
+}
+
+// span is [start, end) of guest physical memory.
+type span struct{ start, end uint64 }
+
+// layout is what of the guest's memory is not taken yet, ascending.
+type layout struct{ free []span }
+
+// newLayout returns what the memory map calls RAM and mem backs, less the
+// first page: zero is "none" in every boot protocol.
+func newLayout(mem *guestmem.Memory, e820 []E820Entry) layout {
+	var l layout
+	for _, r := range mem.Regions() {
+		l.free = append(l.free, span{r.Base, r.End()})
+	}
+	var at uint64
+	ram := slices.Clone(e820)
+	ram = slices.DeleteFunc(ram, func(e E820Entry) bool { return e.Type != E820RAM })
+	slices.SortFunc(ram, func(a, b E820Entry) int { return cmp.Compare(a.Addr, b.Addr) })
+	for _, e := range ram {
+		l.remove(at, e.Addr)
+		at = max(at, e.Addr+e.Size)
+	}
+	l.remove(at, ^uint64(0))
+	for _, e := range e820 {
+		if e.Type != E820RAM {
+			l.remove(e.Addr, e.Addr+e.Size)
+		}
+	}
+	l.remove(0, pageSize)
+	return l
+}
+
+// remove takes [start, end) out of what is free.
+func (l *layout) remove(start, end uint64) {
+	if start >= end {
+		return
+	}
+	var out []span
+	for _, s := range l.free {
+		if s.start < min(start, s.end) {
+			out = append(out, span{s.start, min(start, s.end)})
+		}
+		if max(end, s.start) < s.end {
+			out = append(out, span{max(end, s.start), s.end})
+		}
+	}
+	l.free = out
+}
+
+// take takes [start, start+size), and tells whether all of it was free.
+func (l *layout) take(start, size uint64) bool {
+	for _, s := range l.free {
+		if start >= s.start && start < s.end && size <= s.end-start {
+			l.remove(start, start+size)
+			return true
+		}
+	}
+	return false
+}
+
+// low takes size bytes at the lowest multiple of align, a power of two, that lie in
+// [from, to).
+func (l *layout) low(size, align, from, to uint64) (uint64, bool) {
+	for _, s := range l.free {
+		start := (max(s.start, from) + align - 1) &^ (align - 1)
+		if end := min(s.end, to); start >= s.start && start < end && size <= end-start {
+			l.remove(start, start+size)
+			return start, true
+		}
+	}
+	return 0, false
+}
+
+// high takes size bytes at the highest multiple of align, a power of two, that lie in
+// [from, to).
+func (l *layout) high(size, align, from, to uint64) (uint64, bool) {
+	for _, s := range slices.Backward(l.free) {
+		start, end := max(s.start, from), min(s.end, to)
+		if start >= end || size > end-start {
+			continue
+		}
+		if at := (end - size) &^ (align - 1); at >= start {
+			l.remove(at, at+size)
+			return at, true
+		}
+	}
+	return 0, false
+}

@@ -1,0 +1,218 @@
+package boot
+
+import (
+	"bytes"
+	"compress/bzip2"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
+	"github.com/ulikunitz/xz/lzma"
+	"golang.org/x/sys/unix"
+)
+
+// maxVmlinux bounds what a payload may decompress to.
+const maxVmlinux = 1 << 30
+
+// compression is a format that kernels are compressed with. decode fills dst
+// from src, and fails when src holds more, less, or damaged data.
+type compression struct {
+	name, magic string
+	trailer     int // bytes that the kernel build appends: the size (scripts/Makefile.lib, size_append)
+	decode      func(dst, src []byte) error
+}
+
+var compressions = []compression{
+	{"gzip", "\x1f\x8b", 0, stream(func(r io.Reader) (io.Reader, error) { return gzip.NewReader(r) })},
+	{"xz", "\xfd7zXZ\x00", 4, decodeXZ},
+	{"zstd", "\x28\xb5\x2f\xfd", 4, decodeZstd},
+	{"lz4", "\x02\x21\x4c\x18", 4, decodeLZ4},
+	{"bzip2", "BZh", 4, stream(func(r io.Reader) (io.Reader, error) { return bzip2.NewReader(r), nil })},
+	{"lzma", "\x5d\x00\x00", 4, stream(func(r io.Reader) (io.Reader, error) { return lzma.ReaderConfig{DictCap: maxWindow}.NewReader(r) })},
+	{"lzo", "\x89LZO", 4, func(dst, src []byte) error { return errors.New("gvm does not read it") }},
+}
+
+// detect returns the compression that b starts with the magic of, or nil.
+func detect(b []byte) *compression {
+	for i := range compressions {
+		if bytes.HasPrefix(b, []byte(compressions[i].magic)) {
+			return &compressions[i]
+		}
+	}
+	return nil
+}
+
+// vmlinux is a kernel taken out of a bzImage.
+type vmlinux struct {
+	elf     *elfKernel
+	image   []byte
+	mapping []byte // what image is in
+	format  string
+}
+
+func (v *vmlinux) free() { _ = unix.Munmap(v.mapping) }
+
+// scratch returns n zero bytes outside the Go heap, which Munmap gives back at once.
+func scratch(n int) ([]byte, error) {
+	b, err := unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	if err != nil {
+		return nil, fmt.Errorf("allocate %d bytes for the decompressed kernel: %w", n, err)
+	}
+	_ = unix.Madvise(b, unix.MADV_HUGEPAGE)
+	return b, nil
+}
+
+// extract decompresses the payload of a bzImage, or takes the result from
+// the cache directory where one is given and has it.
+func (im *Image) extract(cache string) (*vmlinux, error) {
+	bad := func(format string, args ...any) (*vmlinux, error) {
+		return nil, &ImageError{im.Name, fmt.Sprintf(format, args...), "use the boot mode bzimage"}
+	}
+	base, n := im.hdr.code()
+	n = min(n, im.Size-base)
+	off, size := int64(im.hdr.u32(hdrPayloadOff)), int64(im.hdr.u32(hdrPayloadLen))
+	if size < 16 || off+size > n {
+		return bad("has no payload that can be taken out")
+	}
+	src, err := scratch(int(size))
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Munmap(src)
+	if err := readFull(im.File, src, base+off); err != nil {
+		return nil, err
+	}
+	c := detect(src)
+	if c == nil {
+		return bad("has a payload of unknown compression (it starts with %x)", src[:6])
+	}
+	v := &vmlinux{format: c.name}
+	path := ""
+	if cache != "" {
+		path = cachePath(cache, src)
+		v.image, v.mapping = cached(path)
+	}
+	hit := v.image != nil
+	if !hit {
+		// The kernel's own decompressor needs this much, and more.
+		out := binary.LittleEndian.Uint32(src[len(src)-4:])
+		if out == 0 || out > im.hdr.u32(hdrInitSize) || out > maxVmlinux {
+			return bad("has a payload that says it decompresses to %d bytes", out)
+		}
+		if v.image, err = scratch(int(out)); err != nil {
+			return nil, err
+		}
+		v.mapping = v.image
+		if err := c.decode(v.image, src[:len(src)-c.trailer]); err != nil {
+			v.free()
+			return bad("has a payload that cannot be decompressed (%s: %v)", c.name, err)
+		}
+	}
+	if v.elf, err = parseELF(im.Name+" (decompressed)", bytes.NewReader(v.image), int64(len(v.image))); err != nil {
+		v.free()
+		return nil, err
+	}
+	if !hit && path != "" {
+		store(path, v.image)
+	}
+	return v, nil
+}
+
+// ExtractELF returns the decompressed vmlinux of a bzImage, or the file as it is
+// when it is an ELF kernel already. Errors are *ImageError.
+func ExtractELF(f *File) ([]byte, error) {
+	im, err := NewImage(f)
+	if err != nil {
+		return nil, err
+	}
+	if im.elf != nil {
+		b := make([]byte, f.Size)
+		return b, readFull(f, b, 0)
+	}
+	v, err := im.extract("")
+	if err != nil {
+		return nil, err
+	}
+	defer v.free()
+	return bytes.Clone(v.image), nil
+}
+
+var errLength = errors.New("the length is not the one that the payload's end tells")
+
+// stream makes a decode function of a decompressing reader.
+func stream(open func(io.Reader) (io.Reader, error)) func(dst, src []byte) error {
+	return func(dst, src []byte) error {
+		in := bytes.NewReader(src)
+		r, err := open(in)
+		if err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(r, dst); err != nil {
+			return err
+		}
+		// The end of the stream is where its checksum is compared.
+		var more [1]byte
+		if _, err := io.ReadFull(r, more[:]); err == nil || err == io.EOF && in.Len() > 0 {
+			return errLength
+		} else if err != io.EOF {
+			return err
+		}
+		return nil
+	}
+}
+
+// maxWindow is the largest window that kernels are packed with: by zstd --ultra -22, and by
+// xz in the newest kernels. lzma -9 asks for half of it. It bounds what a header
+// can make the libraries allocate.
+const maxWindow = 128 << 20
+
+func decodeZstd(dst, src []byte) error {
+	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecodeAllCapLimit(true))
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	out, err := d.DecodeAll(src, dst[:0])
+	if err != nil {
+		return err
+	}
+	if len(out) != len(dst) || &out[0] != &dst[0] {
+		return errLength
+	}
+	return nil
+}
+
+// lz4Block is what every block of an lz4 legacy frame but the last decompresses to.
+const lz4Block = 8 << 20
+
+// decodeLZ4 reads the legacy frame format: after the magic number, blocks that
+// each have their compressed size in front.
+func decodeLZ4(dst, src []byte) error {
+	src = src[4:]
+	for len(dst) > 0 {
+		if len(src) < 4 {
+			return io.ErrUnexpectedEOF
+		}
+		n := binary.LittleEndian.Uint32(src)
+		if src = src[4:]; uint64(n) > uint64(len(src)) {
+			return io.ErrUnexpectedEOF
+		}
+		want := min(len(dst), lz4Block)
+		got, err := lz4.UncompressBlock(src[:n], dst[:want])
+		if err != nil {
+			return err
+		}
+		if got != want {
+			return errLength
+		}
+		src, dst = src[n:], dst[want:]
+	}
+	if len(src) > 0 {
+		return errLength
+	}
+	return nil
+}

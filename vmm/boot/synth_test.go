@@ -1,0 +1,147 @@
+package boot
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"debug/elf"
+	"encoding/binary"
+	"hash/crc32"
+	"hash/crc64"
+	"testing"
+
+	"gvm/vmm/guestmem"
+)
+
+// segment is a program header of a synthetic ELF file and what it holds.
+type segment struct {
+	kind                elf.ProgType
+	vaddr, paddr, memsz uint64
+	align               uint64
+	data                []byte
+}
+
+// makeELF builds an x86-64 ELF file of the segments.
+func makeELF(kind elf.Type, entry uint64, segs ...segment) []byte {
+	h := elf.Header64{Type: uint16(kind), Machine: uint16(elf.EM_X86_64), Version: 1, Entry: entry,
+		Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: uint16(len(segs))}
+	copy(h.Ident[:], "\x7fELF\x02\x01\x01")
+	var head, body bytes.Buffer
+	put(&head, h)
+	off := uint64(64 + 56*len(segs))
+	for _, s := range segs {
+		put(&head, elf.Prog64{Type: uint32(s.kind), Off: off + uint64(body.Len()), Vaddr: s.vaddr, Paddr: s.paddr,
+			Filesz: uint64(len(s.data)), Memsz: max(s.memsz, uint64(len(s.data))), Align: s.align})
+		body.Write(s.data)
+	}
+	return append(head.Bytes(), body.Bytes()...)
+}
+
+func put(b *bytes.Buffer, v any) {
+	if err := binary.Write(b, binary.LittleEndian, v); err != nil {
+		panic(err)
+	}
+}
+
+// note builds one ELF note padded to align.
+func note(name string, kind uint32, desc []byte, align int) []byte {
+	var b bytes.Buffer
+	put(&b, [3]uint32{uint32(len(name)), uint32(len(desc)), kind})
+	b.WriteString(name)
+	b.Write(make([]byte, -b.Len()&(align-1)))
+	b.Write(desc)
+	b.Write(make([]byte, -b.Len()&(align-1)))
+	return b.Bytes()
+}
+
+func le32(v uint32) []byte { return binary.LittleEndian.AppendUint32(nil, v) }
+func le64(v uint64) []byte { return binary.LittleEndian.AppendUint64(nil, v) }
+
+// pattern returns n bytes that differ by seed and position.
+func pattern(seed byte, n int) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = seed ^ byte(i) ^ byte(i>>8)*3
+	}
+	return b
+}
+
+// kernelELF is a small kernel: text at 2 MiB, data with bss at 3 MiB, entered at
+// 0x200040 by its ELF entry and at 0x200080 by PVH.
+func kernelELF() []byte {
+	notes := append(note("GNU\x00", 3, pattern(9, 20), 4), note("Xen\x00", 18, le64(0x200080), 4)...)
+	return makeELF(elf.ET_EXEC, 0x200040,
+		segment{kind: elf.PT_LOAD, vaddr: 0xffffffff80300000, paddr: 0x300000, memsz: 0x3000, data: pattern(2, 0x1800)},
+		segment{kind: elf.PT_LOAD, vaddr: 0xffffffff80200000, paddr: 0x200000, data: pattern(1, 0x2345)},
+		segment{kind: elf.PT_NOTE, data: notes, align: 4})
+}
+
+// file makes a File of bytes.
+func file(name string, b []byte) *File { return &File{name, bytes.NewReader(b), int64(len(b))} }
+
+func image(t testing.TB, b []byte) *Image {
+	t.Helper()
+	im, err := NewImage(file("kernel", b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return im
+}
+
+// read returns n bytes of guest memory.
+func read(t testing.TB, mem *guestmem.Memory, addr, n uint64) []byte {
+	t.Helper()
+	b, err := mem.Slice(addr, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func u32at(t testing.TB, mem *guestmem.Memory, addr uint64) uint32 {
+	t.Helper()
+	return binary.LittleEndian.Uint32(read(t, mem, addr, 4))
+}
+
+func u64at(t testing.TB, mem *guestmem.Memory, addr uint64) uint64 {
+	t.Helper()
+	return binary.LittleEndian.Uint64(read(t, mem, addr, 8))
+}
+
+func equalBytes(t testing.TB, what string, got, want []byte) {
+	t.Helper()
+	if !bytes.Equal(got, want) {
+		i := 0
+		for i < len(got) && i < len(want) && got[i] == want[i] {
+			i++
+		}
+		t.Fatalf("%s: %d bytes, want %d; they differ at %d", what, len(got), len(want), i)
+	}
+}
+
+var xzChecks = []struct {
+	id  byte
+	sum func([]byte) []byte
+}{
+	{0, func([]byte) []byte { return nil }},
+	{1, func(b []byte) []byte { return le32(crc32.ChecksumIEEE(b)) }},
+	{4, func(b []byte) []byte { return le64(crc64.Checksum(b, crc64.MakeTable(crc64.ECMA))) }},
+	{10, func(b []byte) []byte { s := sha256.Sum256(b); return s[:] }},
+}
+
+// makeXZ starts a .xz stream with one block.
+func makeXZ(check byte, sum func([]byte) []byte, filters []byte, extra int, packed, data []byte) []byte {
+	b := append([]byte("\xfd7zXZ\x00"), 0, check)
+	b = append(b, le32(crc32.ChecksumIEEE(b[6:8]))...)
+	return appendXZBlock(b, sum, filters, extra, packed, data)
+}
+
+// appendXZBlock adds a block with one filter and extra more.
+func appendXZBlock(b []byte, sum func([]byte) []byte, filters []byte, extra int, packed, data []byte) []byte {
+	h := append([]byte{0, byte(extra)}, filters...)
+	h = append(h, make([]byte, -len(h)&3)...)
+	h[0] = byte((len(h)+4)/4 - 1)
+	b = append(append(b, h...), le32(crc32.ChecksumIEEE(h))...)
+	b = append(b, packed...)
+	b = append(b, make([]byte, -len(packed)&3)...)
+	return append(b, sum(data)...)
+}
