@@ -1,0 +1,122 @@
+package acpi
+
+import (
+	"fmt"
+
+	"gvm/devices/acpipm"
+)
+
+// dsdt is the DSDT's byte code. Devices are children of \_SB: there is no ISA
+// bridge to put the legacy ones under.
+func (c *Config) dsdt() aml {
+	sb := []aml{c.hostBridge(), c.motherboard(), c.com1(), rtcDevice(), c.pvpanic()}
+	for i := range c.APICIDs {
+		sb = append(sb, device(fmt.Sprintf("C%03X", i), name("_HID", str("ACPI0007")), name("_UID", integer(uint64(i)))))
+	}
+	s5 := integer(acpipm.SleepTypeS5)
+	return join(
+		name("_S5", packageOf(s5, s5, integer(0), integer(0))),
+		scope("_SB", sb...),
+	)
+}
+
+// hostBridge is the PCI Express root. It has no _PRT: every device here
+// interrupts by MSI-X and has no INTx pin to route.
+func (c *Config) hostBridge() aml {
+	crs := []aml{
+		window(busRange, 2, 0, uint64(c.Buses)),
+		io(0xcf8, 8),
+	}
+	if w := c.IO; w.Size > 0 {
+		crs = append(crs, window(ioRange, 2, w.Base, w.Size))
+	}
+	if w := c.MMIO32; w.Size > 0 {
+		crs = append(crs, window(memoryRange, 4, w.Base, w.Size))
+	}
+	if w := c.MMIO64; w.Size > 0 {
+		crs = append(crs, window(memoryRange, 8, w.Base, w.Size))
+	}
+	return device("PCI0",
+		name("_HID", eisaID("PNP0A08")),
+		name("_CID", eisaID("PNP0A03")),
+		name("_SEG", integer(0)),
+		name("_BBN", integer(0)),
+		name("_UID", integer(0)),
+		name("_CRS", resources(crs...)),
+		osc(),
+	)
+}
+
+// Bits of _OSC for PCI host bridges (PCI Firmware 3.3, 4.5.1).
+const (
+	oscUnknownUUID     = 1 << 2
+	oscUnknownRevision = 1 << 3
+	oscMasked          = 1 << 4
+
+	oscPME  = 1 << 2
+	oscAER  = 1 << 3
+	oscPCIe = 1 << 4
+	oscLTR  = 1 << 5
+
+	// oscGranted is what the guest may run itself. Hot-plug is not in it: there
+	// are no slots, and granting it would shut out plugging by ACPI.
+	oscGranted = oscPME | oscAER | oscPCIe | oscLTR
+)
+
+func osc() aml {
+	cdw1, cdw3 := seg("CDW1"), seg("CDW3")
+	set := func(bit uint64) aml { return or(cdw1, integer(bit), cdw1) }
+	return method("_OSC", 4,
+		createDWordField(arg(3), 0, "CDW1"),
+		ifElse(equal(arg(0), toUUID("33DB4D5B-1FF7-401C-9657-7441C03DD766")),
+			join(
+				createDWordField(arg(3), 8, "CDW3"),
+				and(cdw3, integer(oscGranted), local0),
+				when(not(equal(arg(1), integer(1))), set(oscUnknownRevision)),
+				when(not(equal(local0, cdw3)), set(oscMasked)),
+				store(local0, cdw3),
+			),
+			set(oscUnknownUUID),
+		),
+		returns(arg(3)),
+	)
+}
+
+// motherboard reserves what belongs to no other device. Linux trusts MCFG only
+// if the range is reserved here or by the firmware's memory map.
+func (c *Config) motherboard() aml {
+	crs := []aml{io(c.PM, acpipm.Size)}
+	if end := c.ECAM + uint64(c.Buses)<<20; end <= 1<<32 {
+		crs = append(crs, memory32Fixed(uint32(c.ECAM), uint32(end-c.ECAM)))
+	} else {
+		crs = append(crs, window(memoryRange, 8, c.ECAM, end-c.ECAM))
+	}
+	return device("MBRD",
+		name("_HID", eisaID("PNP0C02")),
+		name("_UID", integer(0)),
+		name("_CRS", resources(crs...)),
+	)
+}
+
+func (c *Config) com1() aml {
+	return device("COM1",
+		name("_HID", eisaID("PNP0501")),
+		name("_UID", integer(1)),
+		name("_CRS", resources(io(c.COM1, 8), irqNoFlags(c.COM1IRQ))),
+	)
+}
+
+// rtcDevice names no interrupt: the clock has none.
+func rtcDevice() aml {
+	return device("RTC",
+		name("_HID", eisaID("PNP0B00")),
+		name("_CRS", resources(io(0x70, 2))),
+	)
+}
+
+func (c *Config) pvpanic() aml {
+	return device("PEVT",
+		name("_HID", str("QEMU0001")),
+		name("_CRS", resources(io(c.PVPanic, 1))),
+	)
+}
