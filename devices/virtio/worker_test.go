@@ -1,0 +1,470 @@
+package virtio_test
+
+import (
+	"encoding/binary"
+	"errors"
+	"math/rand"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"gvm/devices/virtio"
+	"gvm/devices/virtio/virtq"
+	"gvm/devices/virtio/virtqtest"
+	"gvm/vmm/guestmem"
+)
+
+const base = 0x10000
+
+// rig is a driver and what the device under test gets at DRIVER_OK.
+type rig struct {
+	*virtqtest.Driver
+	a      virtio.Activation
+	broken chan error
+}
+
+func newRig(t testing.TB, size uint16, features uint64) *rig {
+	t.Helper()
+	mem := guestmem.Heap(base, 1<<20)
+	d, err := virtqtest.New(mem, base, size, features)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(d.Close)
+	r := &rig{Driver: d, broken: make(chan error, 10)}
+	r.a = virtio.Activation{
+		Mem:      mem,
+		Features: features,
+		Queues:   []virtio.Queue{{Layout: d.Layout, Kick: d.Kick, Call: d.Call}},
+		Broken:   func(err error) { r.broken <- err },
+	}
+	return r
+}
+
+func (r *rig) start(t testing.TB, h virtio.Handler) *virtio.Worker {
+	t.Helper()
+	w, err := virtio.StartWorker(r.a, 0, h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+func stop(t testing.TB, w *virtio.Worker) {
+	t.Helper()
+	if err := w.Stop(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// echo answers a chain with the complement of what it holds.
+func echo(w *virtio.Worker, c *virtq.Chain) error {
+	var b [8]byte
+	n, _ := c.Out.Read(b[:])
+	for i := range b {
+		b[i] = ^b[i]
+	}
+	c.In.Write(b[:n])
+	w.Complete(c, uint32(n))
+	return nil
+}
+
+// TestNoLostWakeUp sends bursts with every way of notification; one that is
+// lost on either side hangs the test. Each answer is checked against its own
+// request. The race detector watches rings and buffers.
+func TestNoLostWakeUp(t *testing.T) {
+	requests := 20000
+	if testing.Short() {
+		requests = 2000
+	}
+	for name, features := range map[string]uint64{
+		"flags":     0,
+		"event_idx": virtio.FeatureEventIdx,
+		"indirect":  virtio.FeatureEventIdx | virtio.FeatureIndirectDesc,
+	} {
+		for _, async := range []bool{false, true} {
+			t.Run(name+map[bool]string{true: "/async"}[async], func(t *testing.T) {
+				r := newRig(t, 16, features)
+				handle := virtio.Handler(echo)
+				type job struct {
+					w *virtio.Worker
+					c *virtq.Chain
+				}
+				jobs := make(chan job, 16)
+				var pool sync.WaitGroup
+				if async {
+					handle = func(w *virtio.Worker, c *virtq.Chain) error {
+						jobs <- job{w, c}
+						return nil
+					}
+					for range 3 {
+						pool.Add(1)
+						go func() {
+							defer pool.Done()
+							for j := range jobs {
+								if err := echo(j.w, j.c); err != nil {
+									t.Error(err)
+								}
+							}
+						}()
+					}
+				}
+				w := r.start(t, handle)
+				rnd := rand.New(rand.NewSource(3))
+				var addr [16]uint64
+				var next []int
+				for i := range addr {
+					addr[i] = r.Alloc(32)
+					next = append(next, i)
+				}
+				buffer := map[uint16]int{} // by head
+				sent, got := uint64(0), 0
+				value := map[uint16]uint64{}
+				reap := func(head uint16, written uint32) {
+					i := buffer[head]
+					b := r.Bytes(addr[i]+16, 8)
+					if have := binary.LittleEndian.Uint64(b); have != ^value[head] || written != 8 {
+						t.Fatalf("request %d: answer %#x of %d bytes", value[head], have, written)
+					}
+					next = append(next, i)
+					got++
+				}
+				for got < requests {
+					for burst := 1 + rnd.Intn(6); burst > 0 && len(next) > 0 && r.Free() >= 2; burst-- {
+						i := next[len(next)-1]
+						sent++
+						binary.LittleEndian.PutUint64(r.Bytes(addr[i], 8), sent)
+						binary.LittleEndian.PutUint64(r.Bytes(addr[i]+16, 8), 0)
+						direct := 2
+						if features&virtio.FeatureIndirectDesc != 0 {
+							direct = rnd.Intn(3)
+						}
+						head, ok := r.AddIndirect(direct, virtqtest.Seg{Addr: addr[i], Len: 8}, virtqtest.Seg{Addr: addr[i] + 16, Len: 8, Write: true})
+						if !ok {
+							t.Fatal("no room")
+						}
+						next = next[:len(next)-1]
+						buffer[head], value[head] = i, sent
+						if rnd.Intn(2) == 0 {
+							if _, err := r.Publish(); err != nil {
+								t.Fatal(err)
+							}
+						}
+					}
+					if _, err := r.Publish(); err != nil {
+						t.Fatal(err)
+					}
+					if rnd.Intn(3) == 0 {
+						r.DisableCalls()
+					}
+					head, written, err := r.Wait()
+					if err != nil {
+						t.Fatal(err)
+					}
+					reap(head, written)
+					for {
+						head, written, ok := r.Used()
+						if !ok {
+							break
+						}
+						reap(head, written)
+					}
+				}
+				stop(t, w)
+				close(jobs)
+				pool.Wait()
+			})
+		}
+	}
+}
+
+// TestPolledPingPong adds a chain the moment the last one is used, which is
+// when the worker goes from polling to waiting: one kick that it neither asks
+// for in time nor makes up for hangs the test.
+func TestPolledPingPong(t *testing.T) {
+	requests := 150000
+	if testing.Short() {
+		requests = 20000
+	}
+	for _, features := range []uint64{0, virtio.FeatureEventIdx} {
+		r := newRig(t, 4, features)
+		w := r.start(t, echo)
+		r.DisableCalls()
+		in, out := r.Alloc(8), r.Alloc(8)
+		for range requests {
+			r.Add(virtqtest.Seg{Addr: in, Len: 8}, virtqtest.Seg{Addr: out, Len: 8, Write: true})
+			if _, err := r.Publish(); err != nil {
+				t.Fatal(err)
+			}
+			for {
+				if _, _, ok := r.Used(); ok {
+					break
+				}
+				runtime.Gosched()
+			}
+		}
+		stop(t, w)
+	}
+}
+
+// TestServesWhatWasThereFirst fills the queue before the worker starts, with
+// the kick lost.
+func TestServesWhatWasThereFirst(t *testing.T) {
+	r := newRig(t, 4, virtio.FeatureEventIdx)
+	r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8}, virtqtest.Seg{Addr: r.Alloc(8), Len: 8, Write: true})
+	if _, err := r.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Kick.Drain(); err != nil {
+		t.Fatal(err)
+	}
+	w := r.start(t, echo)
+	if _, written, err := r.Wait(); err != nil || written != 8 {
+		t.Fatal(written, err)
+	}
+	stop(t, w)
+}
+
+// TestBrokenRing: the worker reports it once and serves no more; after a reset
+// the same device serves again.
+func TestBrokenRing(t *testing.T) {
+	r := newRig(t, 4, 0)
+	var served atomic.Int32
+	h := func(w *virtio.Worker, c *virtq.Chain) error {
+		served.Add(1)
+		return echo(w, c)
+	}
+	w := r.start(t, h)
+	r.SetAvail(0, 99)
+	r.SetAvailIdx(1)
+	if err := r.Kick.Signal(); err != nil {
+		t.Fatal(err)
+	}
+	var g *virtq.GuestError
+	if err := <-r.broken; !errors.As(err, &g) || g.Rule != "virtio 1.3, 2.7.5" {
+		t.Fatalf("broken: %v", err)
+	}
+	r.SetAvail(0, 0)
+	if err := r.Kick.Signal(); err != nil {
+		t.Fatal(err)
+	}
+	stop(t, w)
+	if served.Load() != 0 || len(r.broken) != 0 {
+		t.Fatalf("served %d, %d more reports", served.Load(), len(r.broken))
+	}
+
+	r = newRig(t, 4, 0)
+	w = r.start(t, h)
+	r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8})
+	if _, err := r.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := r.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	stop(t, w)
+}
+
+func TestHandlerErrorBreaks(t *testing.T) {
+	r := newRig(t, 4, 0)
+	rule := &virtq.GuestError{Rule: "virtio 1.3, 5.x", What: "bad header"}
+	w := r.start(t, func(*virtio.Worker, *virtq.Chain) error { return rule })
+	r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8})
+	if _, err := r.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-r.broken; !errors.Is(err, rule) {
+		t.Fatal(err)
+	}
+	stop(t, w) // does not wait for the chain that the handler refused
+	if _, _, ok := r.Used(); ok {
+		t.Fatal("the refused chain was used")
+	}
+}
+
+func TestStartWorkerChecksLayout(t *testing.T) {
+	r := newRig(t, 4, 0)
+	r.a.Queues[0].Desc++
+	var g *virtq.GuestError
+	if _, err := virtio.StartWorker(r.a, 0, echo); !errors.As(err, &g) {
+		t.Fatalf("error %v", err)
+	}
+}
+
+// TestStopWaits: Stop returns after the last completion of an asynchronous
+// handler, and takes no more chains.
+func TestStopWaits(t *testing.T) {
+	r := newRig(t, 8, 0)
+	var kept []*virtq.Chain
+	taken := make(chan struct{}, 8)
+	w := r.start(t, func(w *virtio.Worker, c *virtq.Chain) error {
+		kept = append(kept, c)
+		taken <- struct{}{}
+		return nil
+	})
+	for range 3 {
+		r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8, Write: true})
+	}
+	if _, err := r.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		<-taken
+	}
+	if err := w.Halt(); err != nil {
+		t.Fatal(err)
+	}
+	r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8, Write: true})
+	if _, err := r.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	var completed atomic.Bool
+	go func() {
+		w.Complete(kept[1], 1)
+		w.Drop(kept[0])
+		completed.Store(true)
+		w.Complete(kept[2], 2)
+	}()
+	w.Wait()
+	if !completed.Load() {
+		t.Fatal("Wait returned with chains in flight")
+	}
+	for i, want := range []uint32{1, 2} {
+		if _, written, ok := r.Used(); !ok || written != want {
+			t.Fatalf("completion %d: %d, %v", i, written, ok)
+		}
+	}
+	if _, _, ok := r.Used(); ok || len(kept) != 3 {
+		t.Fatalf("a chain was taken after Halt: %d", len(kept))
+	}
+}
+
+// TestHaltTakesNoMore: the worker stops between two chains.
+func TestHaltTakesNoMore(t *testing.T) {
+	r := newRig(t, 8, 0)
+	entered, quiet := make(chan struct{}, 2), make(chan struct{})
+	w := r.start(t, func(w *virtio.Worker, c *virtq.Chain) error {
+		entered <- struct{}{}
+		<-quiet
+		for !r.Kick.Pending() { // until Halt wakes the worker
+		}
+		return echo(w, c)
+	})
+	for range 2 {
+		r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8})
+	}
+	if _, err := r.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	<-entered
+	if _, err := r.Kick.Drain(); err != nil {
+		t.Fatal(err)
+	}
+	close(quiet)
+	stop(t, w)
+	if len(entered) != 0 {
+		t.Fatal("a chain was taken after Halt")
+	}
+}
+
+// TestBarrier: what was available before is in the handler's hands after.
+func TestBarrier(t *testing.T) {
+	r := newRig(t, 64, virtio.FeatureEventIdx)
+	var handled atomic.Uint32
+	w := r.start(t, func(w *virtio.Worker, c *virtq.Chain) error {
+		time.Sleep(time.Microsecond) // lets the caller of Barrier go on, if it may
+		handled.Add(1)
+		w.Complete(c, 0)
+		return nil
+	})
+	sent := uint32(0)
+	addr := r.Alloc(8)
+	for round := range 500 {
+		for range round % 7 {
+			r.Add(virtqtest.Seg{Addr: addr, Len: 8})
+			sent++
+		}
+		if round%2 == 0 {
+			r.SetAvailIdx(uint16(sent)) // the kick is on its way, or forgotten
+		}
+		if _, err := r.Publish(); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Barrier(); err != nil {
+			t.Fatal(err)
+		}
+		if n := handled.Load(); n != sent {
+			t.Fatalf("round %d: handled %d of %d", round, n, sent)
+		}
+		for {
+			if _, _, ok := r.Used(); !ok {
+				break
+			}
+		}
+	}
+	stop(t, w)
+	if err := w.Barrier(); err != nil { // of a stopped worker: returns at once
+		t.Fatal(err)
+	}
+}
+
+var raceDetector bool
+
+func TestWorkerNoAllocations(t *testing.T) {
+	if raceDetector {
+		t.Skip("the race detector allocates")
+	}
+	r := newRig(t, 64, virtio.FeatureEventIdx)
+	w := r.start(t, echo)
+	one := newExchange(r, 8)
+	if n := testing.AllocsPerRun(500, one.run); n != 0 {
+		t.Fatalf("%v allocations for %d requests", n, one.depth)
+	}
+	stop(t, w)
+}
+
+type exchange struct {
+	r     *rig
+	depth int
+	segs  []virtqtest.Seg
+}
+
+func newExchange(r *rig, depth int) *exchange {
+	a := r.Alloc(64)
+	return &exchange{r, depth, []virtqtest.Seg{{Addr: a, Len: 8}, {Addr: a + 16, Len: 8, Write: true}}}
+}
+
+func (e *exchange) run() {
+	for range e.depth {
+		e.r.Add(e.segs...)
+	}
+	if _, err := e.r.Publish(); err != nil {
+		panic(err)
+	}
+	for range e.depth {
+		if _, _, err := e.r.Wait(); err != nil {
+			panic(err)
+		}
+	}
+}
+
+// BenchmarkWorker is one request through both eventfds, at a queue depth.
+func BenchmarkWorker(b *testing.B) {
+	for _, bb := range []struct {
+		name  string
+		depth int
+	}{{"depth1", 1}, {"depth32", 32}} {
+		b.Run(bb.name, func(b *testing.B) {
+			r := newRig(b, 128, virtio.FeatureEventIdx)
+			w := r.start(b, echo)
+			e := newExchange(r, bb.depth)
+			b.ReportAllocs()
+			for i := 0; i < b.N; i += bb.depth {
+				e.run()
+			}
+			stop(b, w)
+		})
+	}
+}
