@@ -1,0 +1,241 @@
+// Package backend has the storage that logical units of package scsi stand on:
+// raw files and block devices (File), memory (Mem), nothing (Null), and a
+// wrapper that fails on purpose (Faulty).
+package backend
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// Options say how Open takes an image.
+type Options struct {
+	ReadOnly bool
+	// Size, in bytes, is what the image shall have; 0 takes it as it is. A file
+	// that does not exist is created, sparse; a smaller one grows, and the new
+	// part reads as zeroes. Nothing ever shrinks: a larger file is an error, as
+	// is a block device of another size.
+	Size int64
+	// BlockSize is the logical block size that Size and the image must be a
+	// multiple of: 512 (the default) or 4096.
+	BlockSize int
+	// Direct opens with O_DIRECT, past the host's page cache. Data from buffers
+	// that are not aligned goes through one that is.
+	Direct bool
+	// Raw takes the image as raw bytes without looking for another format.
+	Raw bool
+}
+
+// Kinds of failure of Open, for errors.Is. Each error names the path and what
+// can be done. Those of the system, such as fs.ErrNotExist and
+// fs.ErrPermission, come through as they are.
+var (
+	ErrLocked  = errors.New("in use") // see also *LockedError
+	ErrFormat  = errors.New("not a raw image")
+	ErrSize    = errors.New("unsuitable size")
+	ErrNotDisk = errors.New("neither a regular file nor a block device")
+)
+
+// openError is one line for the user that is also one of the kinds above.
+type openError struct {
+	kind error
+	text string
+}
+
+func (e *openError) Error() string { return e.text }
+func (e *openError) Unwrap() error { return e.kind }
+
+// badImage says what is wrong with path.
+func badImage(kind error, path, format string, a ...any) error {
+	return &openError{kind, path + ": " + fmt.Sprintf(format, a...)}
+}
+
+// File is a raw image: a regular file or a block device. It is locked from Open
+// to Close. All methods but Close may be called at the same time.
+type File struct {
+	f           *os.File
+	fd          int
+	path        string
+	size        int64
+	block       bool
+	direct      bool
+	granularity int64        // of Discard, 0 without
+	lost        atomic.Value // the error of the flush that lost data, an error
+}
+
+// Open opens, checks and locks the raw image at path. It changes nothing but
+// what Options.Size asks for, and a file that it created is removed again when
+// it fails.
+func Open(path string, o Options) (_ *File, err error) {
+	if o.BlockSize == 0 {
+		o.BlockSize = 512
+	}
+	if o.Size < 0 || o.Size%int64(o.BlockSize) != 0 {
+		return nil, badImage(ErrSize, path, "size %d is not a multiple of the block size %d", o.Size, o.BlockSize)
+	}
+	f, created, err := openFile(path, o)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+			if created {
+				os.Remove(path)
+			}
+		}
+	}()
+	// Fd leaves the descriptor as it is: a regular file never was non-blocking.
+	b := &File{f: f, fd: int(f.Fd()), path: path, direct: o.Direct}
+	if err := lock(b.fd, path, o.ReadOnly); err != nil {
+		return nil, err
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	b.block = fi.Mode()&fs.ModeDevice != 0
+	if b.size, err = b.currentSize(); err != nil {
+		return nil, err
+	}
+	if err := b.fit(o); err != nil {
+		return nil, err
+	}
+	if o.Direct {
+		if err := b.checkDirect(o.BlockSize); err != nil {
+			return nil, err
+		}
+	}
+	if !o.Raw {
+		if err := b.checkFormat(); err != nil {
+			return nil, err
+		}
+	}
+	if !o.ReadOnly {
+		b.granularity = b.discardGranularity()
+	}
+	return b, nil
+}
+
+// openFile opens path if it is something that can be a disk. The check comes
+// before the open, which would hang on a FIFO or trigger a tape drive.
+func openFile(path string, o Options) (f *os.File, created bool, err error) {
+	flags := os.O_RDWR
+	if o.ReadOnly {
+		flags = os.O_RDONLY
+	}
+	if o.Direct {
+		flags |= unix.O_DIRECT
+	}
+	fi, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && o.Size > 0 && !o.ReadOnly:
+		f, err = os.OpenFile(path, flags|os.O_CREATE|os.O_EXCL, 0o644)
+		created = err == nil
+	case errors.Is(err, fs.ErrNotExist) && !o.ReadOnly:
+		return nil, false, fmt.Errorf("%s: %w (give a size to create it)", path, fs.ErrNotExist)
+	case err != nil:
+	case fi.IsDir():
+		return nil, false, badImage(ErrNotDisk, path, "is a directory, not a disk image")
+	case !fi.Mode().IsRegular() && (fi.Mode()&fs.ModeDevice == 0 || fi.Mode()&fs.ModeCharDevice != 0):
+		return nil, false, badImage(ErrNotDisk, path, "is neither a regular file nor a block device")
+	default:
+		f, err = os.OpenFile(path, flags, 0)
+	}
+	if err != nil {
+		var pe *fs.PathError
+		if errors.As(err, &pe) {
+			err = pe.Err
+		}
+		switch {
+		case o.Direct && errors.Is(err, unix.EINVAL):
+			return nil, false, fmt.Errorf("%s: the file system has no direct I/O: %w", path, err)
+		case !o.ReadOnly && (errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS)):
+			return nil, false, fmt.Errorf("%s: cannot be opened for writing (readonly may work): %w", path, err)
+		}
+		return nil, false, fmt.Errorf("%s: %w", path, err)
+	}
+	return f, created, nil
+}
+
+// currentSize asks the system. A block device has BLKGETSIZE64's size at its
+// end, which lseek returns too.
+func (b *File) currentSize() (int64, error) {
+	return b.f.Seek(0, io.SeekEnd)
+}
+
+// fit makes the image as large as o says and checks what it has then.
+func (b *File) fit(o Options) error {
+	bs := int64(o.BlockSize)
+	switch {
+	case o.Size == 0 || o.Size == b.size:
+	case b.block:
+		return badImage(ErrSize, b.path, "is a block device of %d bytes, size says %d", b.size, o.Size)
+	case b.size > o.Size:
+		return badImage(ErrSize, b.path, "has %d bytes, size says %d: an image is never made smaller", b.size, o.Size)
+	case o.ReadOnly:
+		return badImage(ErrSize, b.path, "has %d bytes, size says %d: it cannot grow readonly", b.size, o.Size)
+	default:
+		if err := b.f.Truncate(o.Size); err != nil {
+			return err
+		}
+		b.size = o.Size
+	}
+	if b.size == 0 {
+		return badImage(ErrSize, b.path, "is empty (give a size to make it a disk)")
+	}
+	if rest := b.size % bs; rest != 0 {
+		return badImage(ErrSize, b.path, "has %d bytes, not a multiple of the block size %d (truncate -s %d makes it one)", b.size, bs, b.size-rest+bs)
+	}
+	return nil
+}
+
+// checkDirect makes sure that O_DIRECT can move single blocks.
+func (b *File) checkDirect(blockSize int) error {
+	need := 0
+	if b.block {
+		n, err := unix.IoctlGetInt(b.fd, unix.BLKSSZGET)
+		if err != nil {
+			return fmt.Errorf("%s: BLKSSZGET: %w", b.path, err)
+		}
+		need = n & 0x7fffffff // the kernel stores an int, of 32 bits
+	} else {
+		var st unix.Statx_t
+		if err := unix.Statx(b.fd, "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st); err == nil && st.Mask&unix.STATX_DIOALIGN != 0 {
+			need = int(st.Dio_offset_align)
+		}
+	}
+	if need > blockSize {
+		return badImage(ErrSize, b.path, "direct I/O needs blocks of %d bytes here, the disk has %d", need, blockSize)
+	}
+	return nil
+}
+
+// Close releases the lock and the file. It does not flush.
+func (b *File) Close() error { return b.f.Close() }
+
+// Path returns the path that Open was given.
+func (b *File) Path() string { return b.path }
+
+// Size returns the size of the image in bytes.
+func (b *File) Size() int64 { return b.size }
+
+// Identity names the image by its absolute path, so that a unit without a
+// serial number has the same one in every run.
+func (b *File) Identity() string {
+	path, err := filepath.EvalSymlinks(b.path)
+	if err == nil {
+		path, err = filepath.Abs(path)
+	}
+	if err != nil {
+		return b.path
+	}
+	return path
+}

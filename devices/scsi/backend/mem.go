@@ -1,0 +1,138 @@
+package backend
+
+import (
+	"fmt"
+	"io"
+	"sync"
+)
+
+// Mem is storage in memory. It is as durable as memory is.
+type Mem struct {
+	mu   sync.RWMutex
+	data []byte
+}
+
+// NewMem returns size bytes of zeroes. The host gives memory as it is written.
+func NewMem(size int64) *Mem { return &Mem{data: make([]byte, size)} }
+
+// Size returns the size in bytes.
+func (m *Mem) Size() int64 { return int64(len(m.data)) }
+
+// Flush does nothing.
+func (m *Mem) Flush() error { return nil }
+
+// ReadAt implements io.ReaderAt.
+func (m *Mem) ReadAt(p []byte, off int64) (int, error) { return m.ReadVec([][]byte{p}, off) }
+
+// WriteAt implements io.WriterAt.
+func (m *Mem) WriteAt(p []byte, off int64) (int, error) { return m.WriteVec([][]byte{p}, off) }
+
+// ReadVec fills iov from off on; at the end of the storage it stops with
+// io.ErrUnexpectedEOF.
+func (m *Mem) ReadVec(iov [][]byte, off int64) (int, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	n := 0
+	for _, p := range iov {
+		at, err := m.from(off + int64(n))
+		if err != nil {
+			return n, err
+		}
+		k := copy(p, at)
+		if n += k; k < len(p) {
+			return n, io.ErrUnexpectedEOF
+		}
+	}
+	return n, nil
+}
+
+// WriteVec writes iov at off; at the end of the storage it stops with
+// io.ErrShortWrite.
+func (m *Mem) WriteVec(iov [][]byte, off int64) (int, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := 0
+	for _, p := range iov {
+		at, err := m.from(off + int64(n))
+		if err != nil {
+			return n, err
+		}
+		k := copy(at, p)
+		if n += k; k < len(p) {
+			return n, io.ErrShortWrite
+		}
+	}
+	return n, nil
+}
+
+// from returns the storage from off on.
+func (m *Mem) from(off int64) ([]byte, error) {
+	if off < 0 || off > int64(len(m.data)) {
+		return nil, fmt.Errorf("memory disk: offset %d past the end at %d", off, len(m.data))
+	}
+	return m.data[off:], nil
+}
+
+// WriteVecDurable is WriteVec.
+func (m *Mem) WriteVecDurable(iov [][]byte, off int64) (int, error) { return m.WriteVec(iov, off) }
+
+// DiscardGranularity returns 4096.
+func (m *Mem) DiscardGranularity() int64 { return 4096 }
+
+// Discard writes zeroes.
+func (m *Mem) Discard(off, n int64) error { return m.Zero(off, n) }
+
+// Zero writes zeroes.
+func (m *Mem) Zero(off, n int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	at, err := m.from(off)
+	if err == nil && n > int64(len(at)) {
+		err = fmt.Errorf("memory disk: %d bytes at %d past the end at %d", n, off, len(m.data))
+	}
+	if err == nil {
+		clear(at[:n])
+	}
+	return err
+}
+
+// Null is storage that keeps nothing, for benchmarks: it reads as zeroes and
+// takes every write. Its value is its size in bytes.
+type Null int64
+
+// Size returns the size in bytes.
+func (n Null) Size() int64 { return int64(n) }
+
+// Flush does nothing.
+func (n Null) Flush() error { return nil }
+
+// ReadAt fills p with zeroes.
+func (n Null) ReadAt(p []byte, _ int64) (int, error) {
+	clear(p)
+	return len(p), nil
+}
+
+// WriteAt drops p.
+func (n Null) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
+
+// ReadVec fills iov with zeroes.
+func (n Null) ReadVec(iov [][]byte, _ int64) (int, error) {
+	total := 0
+	for _, p := range iov {
+		clear(p)
+		total += len(p)
+	}
+	return total, nil
+}
+
+// WriteVec drops iov.
+func (n Null) WriteVec(iov [][]byte, _ int64) (int, error) {
+	total := 0
+	for _, p := range iov {
+		total += len(p)
+	}
+	return total, nil
+}
+
+// WriteVecDurable drops iov.
+func (n Null) WriteVecDurable(iov [][]byte, off int64) (int, error) { return n.WriteVec(iov, off) }

@@ -1,0 +1,377 @@
+package scsi
+
+import (
+	"bytes"
+	"encoding/binary"
+)
+
+// readCapacity10 is READ CAPACITY(10) (SBC-4 5.20).
+func readCapacity10(tk *task) error {
+	b := make([]byte, 8)
+	binary.BigEndian.PutUint32(b, clamp32(tk.u.Blocks()-1))
+	binary.BigEndian.PutUint32(b[4:], uint32(tk.u.blockSize))
+	return tk.reply(b, len(b))
+}
+
+// readCapacity16 is READ CAPACITY(16) (SBC-4 5.21).
+func readCapacity16(tk *task) error {
+	u, b := tk.u, make([]byte, 32)
+	binary.BigEndian.PutUint64(b, u.Blocks()-1)
+	binary.BigEndian.PutUint32(b[8:], uint32(u.blockSize))
+	b[13] = u.physicalExponent()
+	if u.thin() {
+		b[14] = 0x80 | 0x40 // LBPME, LBPRZ
+	}
+	return tk.reply(b, int(binary.BigEndian.Uint32(tk.CDB[10:])))
+}
+
+// extent returns the LOGICAL BLOCK ADDRESS of cdb and the number of blocks, by
+// the layout that its group of operation codes has (SPC-5 4.2.2).
+func extent(cdb []byte) (lba, n uint64) {
+	be := binary.BigEndian
+	switch cdb[0] >> 5 {
+	case 0:
+		if n = uint64(cdb[4]); n == 0 {
+			n = 256 // SBC-4 5.16
+		}
+		return uint64(be.Uint32(cdb) & 0x1fffff), n
+	case 1, 2:
+		return uint64(be.Uint32(cdb[2:])), uint64(be.Uint16(cdb[7:]))
+	case 5:
+		return uint64(be.Uint32(cdb[2:])), uint64(be.Uint32(cdb[6:]))
+	}
+	return be.Uint64(cdb[2:]), uint64(be.Uint32(cdb[10:]))
+}
+
+// transfer returns the extent of a command that moves data, checked against
+// the medium and MAXIMUM TRANSFER LENGTH. Protection information is not
+// supported: the upper bits of byte 1 must be 0.
+func (tk *task) transfer() (lba uint64, n int, err error) {
+	cdb := tk.CDB
+	if cdb[0]>>5 != 0 && cdb[1]>>5 != 0 {
+		return 0, 0, invalidCDB(1, 7)
+	}
+	lba, blocks := extent(cdb)
+	if err := tk.u.inRange(lba, blocks); err != nil {
+		return 0, 0, err
+	}
+	if blocks > maxTransfer {
+		return 0, 0, invalidCDB(lengthField(cdb), 7)
+	}
+	return lba, int(blocks), nil
+}
+
+// lengthField is where the number of blocks starts in a CDB.
+func lengthField(cdb []byte) int {
+	switch cdb[0] >> 5 {
+	case 0:
+		return 4
+	case 1, 2:
+		return 7
+	case 5:
+		return 6
+	}
+	return 10
+}
+
+// fua is FORCE UNIT ACCESS, which the 6-byte commands do not have.
+func fua(cdb []byte) bool { return cdb[0]>>5 != 0 && cdb[1]&0x08 != 0 }
+
+// read is READ(6), (10), (12) and (16) (SBC-4 5.16 to 5.19). DPO is a hint
+// about a cache that is not ours.
+func read(tk *task) error {
+	lba, n, err := tk.transfer()
+	if err != nil {
+		return err
+	}
+	if fua(tk.CDB) {
+		// The data must come from the medium: what a volatile cache holds of
+		// it is written there first (SBC-4 5.17).
+		if err := tk.u.flushDirty(); err != nil {
+			return err
+		}
+	}
+	want := n * int(tk.u.blockSize)
+	have := want
+	if tk.inLen < want {
+		tk.overrun = true
+		have = tk.inLen - tk.inLen%int(tk.u.blockSize)
+	}
+	if have > 0 {
+		if err := tk.u.read(tk.clip(tk.In, tk.inLen, 0, have), lba); err != nil {
+			return err
+		}
+	}
+	if rest := min(tk.inLen, want) - have; rest > 0 {
+		// The buffer ends inside a block.
+		block := make([]byte, tk.u.blockSize)
+		if err := tk.u.read([][]byte{block}, lba+uint64(have)/uint64(tk.u.blockSize)); err != nil {
+			return err
+		}
+		scatter(tk.clip(tk.In, tk.inLen, have, rest), block)
+		have += rest
+	}
+	tk.inDone = have
+	return nil
+}
+
+// write is WRITE(6), (10), (12) and (16) (SBC-4 5.40 to 5.43).
+func write(tk *task) error {
+	lba, n, err := tk.transfer()
+	if err != nil || n == 0 {
+		return err
+	}
+	return tk.writeOut(lba, n, fua(tk.CDB))
+}
+
+// writeOut writes n blocks of data-out. Nothing counts as transferred when it
+// fails.
+func (tk *task) writeOut(lba uint64, n int, durable bool) error {
+	iov, err := tk.dataOut(n * int(tk.u.blockSize))
+	if err != nil {
+		return err
+	}
+	if err := tk.u.write(iov, lba, durable); err != nil {
+		tk.outDone = 0
+		return err
+	}
+	return nil
+}
+
+// byteCheck is the BYTCHK field of VERIFY and WRITE AND VERIFY (SBC-4 5.33).
+func byteCheck(cdb []byte) byte { return cdb[1] >> 1 & 0x03 }
+
+// verify is VERIFY(10), (12) and (16) (SBC-4 5.33 to 5.36).
+func verify(tk *task) error {
+	lba, n, err := tk.transfer()
+	if err != nil {
+		return err
+	}
+	size := int(tk.u.blockSize)
+	switch byteCheck(tk.CDB) {
+	case 0: // that the medium can be read
+		return tk.u.compare(nil, lba, n)
+	case 1: // that it holds the data-out
+		if n == 0 {
+			return nil
+		}
+		iov, err := tk.dataOut(n * size)
+		if err != nil {
+			return err
+		}
+		return tk.u.compare(iov, lba, n)
+	case 3: // that every block holds the one block of data-out
+		if n == 0 {
+			return nil
+		}
+		block, err := tk.parameters(size)
+		if err != nil {
+			return err
+		}
+		for i := range uint64(n) {
+			if err := tk.u.compare([][]byte{block}, lba+i, 1); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return invalidCDB(1, 2)
+}
+
+// writeAndVerify is WRITE AND VERIFY(10), (12) and (16) (SBC-4 5.45): the data
+// goes to the medium, past the write cache, and is read back.
+func writeAndVerify(tk *task) error {
+	check := byteCheck(tk.CDB)
+	if check > 1 {
+		return invalidCDB(1, 2)
+	}
+	lba, n, err := tk.transfer()
+	if err != nil || n == 0 {
+		return err
+	}
+	if err := tk.writeOut(lba, n, true); err != nil {
+		return err
+	}
+	var iov [][]byte
+	if check == 1 {
+		iov = tk.clip(tk.Out, tk.outLen, 0, tk.outDone)
+	}
+	return tk.u.compare(iov, lba, n)
+}
+
+// compare reads n blocks from lba on and compares them with want, if it is not
+// nil. A difference is MISCOMPARE DURING VERIFY OPERATION with the offset of
+// the first wrong byte as INFORMATION.
+func (u *Unit) compare(want [][]byte, lba uint64, n int) error {
+	buf := getScratch()
+	defer putScratch(buf)
+	total := n * int(u.blockSize)
+	for done := 0; done < total; {
+		part := (*buf)[:min(total-done, len(*buf))]
+		if err := u.read([][]byte{part}, lba+uint64(done)/uint64(u.blockSize)); err != nil {
+			return err
+		}
+		if want != nil {
+			at := done
+			for _, w := range clip(nil, want, done, len(part)) {
+				if i := mismatch(part[at-done:], w); i >= 0 {
+					s := MiscompareInVerify
+					s.Info, s.InfoValid = uint64(at+i), true
+					return s
+				}
+				at += len(w)
+			}
+		}
+		done += len(part)
+	}
+	return nil
+}
+
+// mismatch returns the first index where the start of a differs from b, or -1.
+// b may change meanwhile: it is looked at once.
+func mismatch(a, b []byte) int {
+	if bytes.Equal(a[:len(b)], b) {
+		return -1
+	}
+	for i := range b {
+		if a[i] != b[i] {
+			return i
+		}
+	}
+	return 0
+}
+
+// compareAndWrite is COMPARE AND WRITE (SBC-4 5.3). Dispatch lets nothing else
+// at the medium meanwhile.
+func compareAndWrite(tk *task) error {
+	cdb, size := tk.CDB, int(tk.u.blockSize)
+	if cdb[1]>>5 != 0 {
+		return invalidCDB(1, 7)
+	}
+	lba, n := binary.BigEndian.Uint64(cdb[2:]), int(cdb[13])
+	if err := tk.u.inRange(lba, uint64(n)); err != nil {
+		return err
+	}
+	if n == 0 {
+		return nil
+	}
+	if tk.outLen != 2*n*size {
+		tk.overrun = tk.outLen < 2*n*size
+		return InvalidFieldInIU
+	}
+	if err := tk.u.compare(clip(nil, tk.Out, 0, n*size), lba, n); err != nil {
+		return err
+	}
+	if err := tk.u.write(clip(nil, tk.Out, n*size, n*size), lba, fua(cdb)); err != nil {
+		return err
+	}
+	tk.outDone = tk.outLen
+	return nil
+}
+
+// synchronizeCache is SYNCHRONIZE CACHE(10) and (16) (SBC-4 5.32). The whole
+// cache is written, and IMMED does not make the answer come sooner: both are
+// more than was asked.
+func synchronizeCache(tk *task) error {
+	if lba, n := extent(tk.CDB); tk.u.inRange(lba, n) != nil {
+		return LBAOutOfRange
+	}
+	return tk.u.flush()
+}
+
+// prefetch is PRE-FETCH(10) and (16) (SBC-4 5.11). It promises nothing about a
+// cache that is the host's: GOOD says that not all blocks were stored in it.
+func prefetch(tk *task) error {
+	lba, n := extent(tk.CDB)
+	return tk.u.inRange(lba, n)
+}
+
+// writeSame is WRITE SAME(10) and (16) (SBC-4 5.47, 5.48).
+func writeSame(tk *task) error {
+	cdb, u := tk.CDB, tk.u
+	discard, noData := cdb[1]&0x08 != 0, cdb[0] == 0x93 && cdb[1]&0x01 != 0
+	switch {
+	case cdb[1]>>5 != 0:
+		return invalidCDB(1, 7) // WRPROTECT
+	case cdb[1]&0x10 != 0:
+		return invalidCDB(1, 4) // ANCHOR
+	case discard && !u.thin():
+		return invalidCDB(1, 3) // UNMAP
+	case cdb[1]&0x06 != 0:
+		return invalidCDB(1, 2) // PBDATA and LBDATA, obsolete
+	}
+	lba, n := extent(cdb)
+	if err := u.inRange(lba, n); err != nil {
+		return err
+	}
+	if n == 0 || n > maxWriteSame {
+		return invalidCDB(lengthField(cdb), 7) // WSNZ; MAXIMUM WRITE SAME LENGTH
+	}
+	if noData {
+		return u.zero(lba, n, discard)
+	}
+	if tk.outLen > int(u.blockSize) {
+		return InvalidFieldInIU
+	}
+	block, err := tk.parameters(int(u.blockSize))
+	if err != nil {
+		return err
+	}
+	if allAre(block, 0) {
+		err = u.zero(lba, n, discard)
+	} else {
+		err = u.repeat(lba, n, block)
+	}
+	if err != nil {
+		tk.outDone = 0
+	}
+	return err
+}
+
+// unmap is UNMAP (SBC-4 5.33). The whole list is checked before anything is
+// unmapped.
+func unmap(tk *task) error {
+	u, be := tk.u, binary.BigEndian
+	if tk.CDB[1]&0x01 != 0 {
+		return invalidCDB(1, 0) // ANCHOR
+	}
+	n := int(be.Uint16(tk.CDB[7:]))
+	if n == 0 {
+		return nil
+	}
+	if n < 8 {
+		return ParameterListLength
+	}
+	b, err := tk.parameters(n)
+	if err != nil {
+		return err
+	}
+	list := b[8:]
+	// An incomplete last descriptor is ignored.
+	list = list[:min(len(list), int(be.Uint16(b[2:])))/16*16]
+	if len(list)/16 > maxUnmapRanges {
+		return invalidParam(2)
+	}
+	total := uint64(0)
+	for i := 0; i < len(list); i += 16 {
+		lba, blocks := be.Uint64(list[i:]), uint64(be.Uint32(list[i+8:]))
+		if err := u.inRange(lba, blocks); err != nil {
+			return err
+		}
+		if total += blocks; total > maxUnmapBlocks {
+			return invalidParam(8 + i + 8)
+		}
+	}
+	for i := 0; i < len(list); i += 16 {
+		lba, blocks := be.Uint64(list[i:]), uint64(be.Uint32(list[i+8:]))
+		if blocks == 0 {
+			continue
+		}
+		off := int64(lba) * u.blockSize
+		if err := u.b.(Discarder).Discard(off, int64(blocks)*u.blockSize); err != nil {
+			u.written.Add(1)
+			return u.failed("discard", off, err)
+		}
+	}
+	return u.settle()
+}

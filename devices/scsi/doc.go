@@ -1,0 +1,57 @@
+// Package scsi is a SCSI target: command descriptor blocks in; status, sense
+// and data out (SAM-5, SPC-5, SBC-4). It knows no transport, no ring and no
+// guest memory.
+//
+// # Parts
+//
+// A Target has logical units, each a Unit at a LUN. A Unit is a disk over a
+// Backend, which is any storage that can be read, written and flushed; package
+// backend has files, block devices and memory. A transport, such as virtio-scsi,
+// makes a Command of what its initiator sends, with the buffers as they lie, and
+// hands it to Target.Submit:
+//
+//	t := scsi.NewTarget()
+//	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: b, Serial: "disk-1"})
+//	…
+//	err = t.Attach(0, u)
+//	…
+//	t.Submit(&scsi.Command{CDB: cdb, In: buffers, Done: func(r scsi.Result) {
+//		// r.Status, r.Sense and r.Residual go back to the initiator
+//	}})
+//
+// # How a command ends
+//
+// Done is called exactly once. CHECK CONDITION always comes with sense data,
+// in fixed format unless the initiator has set D_SENSE. A failure of the
+// Backend is never GOOD: see Sense for what becomes of it. The initiator's
+// ALLOCATION LENGTH and the size of its buffer are two limits; Residual counts
+// against the buffer, and Overrun tells that the buffer was the smaller one.
+//
+// The first command of an I_T nexus that is not INQUIRY, REPORT LUNS or REQUEST
+// SENSE ends with the unit attention POWER ON OCCURRED, as with any disk;
+// initiators repeat it.
+//
+// # What is durable when
+//
+// CacheMode is the promise. With WriteBack, data is on stable storage when
+// SYNCHRONIZE CACHE or a write with FUA is answered GOOD; a read with FUA comes
+// from the medium, so that pending writes are flushed before it. When the
+// initiator turns WCE off by MODE SELECT, what was written is flushed and every
+// later write is durable when it is answered. WriteThrough is always so. Unsafe
+// promises nothing.
+//
+// # At the same time
+//
+// Submit may be called from many goroutines and works in the caller's. Commands
+// of the attribute SIMPLE run beside each other in any order, as QUEUE ALGORITHM
+// MODIFIER of the control mode page says; ORDERED and HEAD OF QUEUE are obeyed.
+// COMPARE AND WRITE is atomic against everything else. The task management
+// functions (AbortTask and the rest) return when whatever they aborted has been
+// answered.
+//
+// # Adding a command
+//
+// A command is a row in the table of opcode.go and a handler, a func(*task)
+// error that returns a Sense, or any other error, to fail. Dispatch, tracing and
+// REPORT SUPPORTED OPERATION CODES all read the row.
+package scsi

@@ -1,0 +1,83 @@
+package scsi_test
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"syscall"
+	"testing"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/scsitest"
+)
+
+// TestErrors checks what becomes of failures of the backend.
+func TestErrors(t *testing.T) {
+	for _, v := range []struct {
+		op   backend.Op
+		err  error
+		cdb  []byte
+		out  []byte
+		in   int
+		want string
+	}{
+		{backend.OpRead, syscall.EIO, cdb10(0x28, 0, 0, 2), nil, 1024, "CHECK 3/11/00"},
+		{backend.OpRead, syscall.ENOSPC, cdb10(0x28, 0, 0, 2), nil, 1024, "CHECK 3/11/00"},
+		{backend.OpRead, errors.New("odd"), cdb10(0x2f, 0, 0, 2), nil, 0, "CHECK 3/11/00"},
+		{backend.OpWrite, syscall.EIO, cdb10(0x2a, 0, 0, 2), make([]byte, 1024), 0, "CHECK 3/0c/00"},
+		{backend.OpWrite, syscall.EIO, cdb10(0x2a, 8, 0, 2), make([]byte, 1024), 0, "CHECK 3/0c/00"},
+		{backend.OpWrite, errors.New("odd"), cdb10(0x2a, 0, 0, 2), make([]byte, 1024), 0, "CHECK 3/0c/00"},
+		{backend.OpWrite, syscall.ENOSPC, cdb10(0x2a, 0, 0, 2), make([]byte, 1024), 0, "CHECK 7/27/07"},
+		{backend.OpWrite, syscall.EDQUOT, cdb16(0x93, 0, 0, 2), bytes.Repeat([]byte{1}, 512), 0, "CHECK 7/27/07"},
+		{backend.OpWrite, syscall.EROFS, cdb10(0x2a, 0, 0, 2), make([]byte, 1024), 0, "CHECK 7/27/00"},
+		{backend.OpFlush, syscall.EIO, syncCache, nil, 0, "CHECK 3/0c/00"},
+		{backend.OpFlush, syscall.EIO, cdb16(0x91, 2, 0, 0), nil, 0, "CHECK 3/0c/00"},
+		{backend.OpFlush, syscall.ENOSPC, syncCache, nil, 0, "CHECK 7/27/07"},
+		{backend.OpFlush, syscall.EIO, []byte{0x1b, 0, 0, 0, 0, 0}, nil, 0, "CHECK 3/0c/00"},
+		{backend.OpZero, syscall.EIO, cdb16(0x93, 1, 0, 2), nil, 0, "CHECK 3/0c/00"},
+		{backend.OpDiscard, syscall.EIO, cdb16(0x93, 9, 0, 2), nil, 0, "CHECK 3/0c/00"},
+		{backend.OpDiscard, syscall.EIO, cdb10(0x42, 0, 0, 24), []byte{0, 22, 0, 16, 23: 0, 19: 1}, 0, "CHECK 3/0c/00"},
+	} {
+		var reported []error
+		f := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: v.op, Short: 512, Err: v.err})
+		target := attach(t, scsi.UnitConfig{Backend: f, OnError: func(err error) { reported = append(reported, err) }})
+		a := expect(t, target, v.cdb, v.out, v.in, v.want)
+		if v.cdb[0] != 0x42 && a.Residual != uint32(len(v.out)+v.in) {
+			t.Errorf("%s: residual %d of %d", scsi.OpcodeName(v.cdb), a.Residual, len(v.out)+v.in)
+		}
+		if len(reported) != 1 || !errors.Is(reported[0], v.err) {
+			t.Errorf("%s: OnError got %v", scsi.OpcodeName(v.cdb), reported)
+		}
+	}
+}
+
+// TestScatteredRandom compares random reads and writes with a copy in memory.
+func TestScatteredRandom(t *testing.T) {
+	for _, b := range []scsi.Backend{backend.NewMem(blocks * block), struct{ scsi.Backend }{backend.NewMem(blocks * block)}} {
+		target := attach(t, scsi.UnitConfig{Backend: b, Cache: scsi.WriteThrough})
+		want := make([]byte, blocks*block)
+		r := rand.New(rand.NewPCG(1, 2))
+		for range 500 {
+			lba, n := r.IntN(blocks-64), 1+r.IntN(64)
+			p := make([]byte, n*block)
+			var iov [][]byte
+			for q := p; len(q) > 0; {
+				k := 1 + r.IntN(len(q))
+				iov = append(iov, q[:k])
+				q = q[k:]
+			}
+			c := &scsi.Command{CDB: cdb16(0x88, 0, uint64(lba), uint32(n)), In: iov}
+			if r.IntN(2) == 0 {
+				for i := range p {
+					p[i] = byte(r.Uint32())
+				}
+				copy(want[lba*block:], p)
+				c = &scsi.Command{CDB: cdb16(0x8a, 0, uint64(lba), uint32(n)), Out: iov}
+			}
+			if a := scsitest.Run(target, c); a.Status != scsi.Good || a.Residual != 0 || !bytes.Equal(p, want[lba*block:(lba+n)*block]) {
+				t.Fatalf("%s of %d blocks at %d in %d pieces: %v, residual %d, or wrong data", scsi.OpcodeName(c.CDB), n, lba, len(iov), a, a.Residual)
+			}
+		}
+	}
+}

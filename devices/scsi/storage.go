@@ -1,0 +1,193 @@
+package scsi
+
+import (
+	"errors"
+	"io"
+)
+
+// Vectored is a Backend that reads into and writes from scattered buffers with
+// one operation. The total length is a multiple of the logical block size; the
+// length of one buffer need not be. Fewer bytes than asked come with an error.
+type Vectored interface {
+	ReadVec(iov [][]byte, off int64) (int, error)
+	WriteVec(iov [][]byte, off int64) (int, error)
+}
+
+// Syncer is a Backend with writes that are on stable storage when they return,
+// without a flush of everything else.
+type Syncer interface {
+	WriteVecDurable(iov [][]byte, off int64) (int, error)
+}
+
+// Discarder is a Backend that can give back the storage of a range.
+type Discarder interface {
+	// DiscardGranularity returns the size, in bytes, of the smallest range
+	// that gives back storage, or 0 when Discard does not work after all.
+	DiscardGranularity() int64
+	// Discard gives back what it can of the range. The whole range reads as
+	// zeroes afterwards.
+	Discard(off, n int64) error
+}
+
+// Zeroer is a Backend that writes zeroes faster than by WriteAt. An error that
+// is errors.ErrUnsupported makes the unit write them itself.
+type Zeroer interface {
+	Zero(off, n int64) error
+}
+
+// Identified is a Backend that knows a name which stays the same as long as it
+// holds the same data, for units without a serial number.
+type Identified interface {
+	Identity() string
+}
+
+// ReadVec reads from b at off until iov is full, with one operation if b is
+// Vectored. The error is nil only when every byte was read.
+func ReadVec(b Backend, iov [][]byte, off int64) (int, error) {
+	v, ok := b.(Vectored)
+	if !ok {
+		return each(iov, off, b.ReadAt, true)
+	}
+	n, err := v.ReadVec(iov, off)
+	if err == nil && n < size(iov) {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+// WriteVec writes all of iov to b at off, with one operation if b is Vectored.
+// The error is nil only when every byte was written.
+func WriteVec(b Backend, iov [][]byte, off int64) (int, error) {
+	v, ok := b.(Vectored)
+	if !ok {
+		return each(iov, off, b.WriteAt, false)
+	}
+	n, err := v.WriteVec(iov, off)
+	if err == nil && n < size(iov) {
+		err = io.ErrShortWrite
+	}
+	return n, err
+}
+
+// WriteVecDurable is WriteVec that returns when the data is on stable storage:
+// by b's own means if it is a Syncer, else by a flush.
+func WriteVecDurable(b Backend, iov [][]byte, off int64) (int, error) {
+	s, ok := b.(Syncer)
+	if !ok {
+		n, err := WriteVec(b, iov, off)
+		if err == nil {
+			err = b.Flush()
+		}
+		return n, err
+	}
+	n, err := s.WriteVecDurable(iov, off)
+	if err == nil && n < size(iov) {
+		err = io.ErrShortWrite
+	}
+	return n, err
+}
+
+// discardGranularity returns b's granularity, 0 if it cannot discard.
+func discardGranularity(b Backend) int64 {
+	if d, ok := b.(Discarder); ok {
+		return d.DiscardGranularity()
+	}
+	return 0
+}
+
+// pieceSize divides the length of every buffer that may go to a Backend that is
+// not Vectored by itself: no logical block is larger.
+const pieceSize = 4096
+
+// each hands the buffers of iov to do one after another. When one of them ends
+// inside a logical block, all go through a buffer of our own, because offsets
+// of a Backend are multiples of the block size.
+func each(iov [][]byte, off int64, do func([]byte, int64) (int, error), read bool) (int, error) {
+	if len(iov) > 1 {
+		for _, p := range iov {
+			if len(p)%pieceSize == 0 {
+				continue
+			}
+			buf := make([]byte, size(iov))
+			if !read {
+				gather(buf, iov)
+			}
+			n, err := whole(do, buf, off)
+			if read {
+				scatter(iov, buf[:n])
+			}
+			return n, err
+		}
+	}
+	done := 0
+	for _, p := range iov {
+		n, err := whole(do, p, off+int64(done))
+		done += n
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, nil
+}
+
+// whole calls do once. io.ReaderAt may return io.EOF with a full buffer, which
+// is no error here, and neither kind may be short without one.
+func whole(do func([]byte, int64) (int, error), p []byte, off int64) (int, error) {
+	n, err := do(p, off)
+	switch {
+	case n == len(p) && errors.Is(err, io.EOF):
+		err = nil
+	case n < len(p) && (err == nil || err == io.EOF):
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+// size returns how many bytes iov holds.
+func size(iov [][]byte) int {
+	n := 0
+	for _, p := range iov {
+		n += len(p)
+	}
+	return n
+}
+
+// gather fills dst from iov and returns how many bytes there were.
+func gather(dst []byte, iov [][]byte) int {
+	n := 0
+	for _, p := range iov {
+		n += copy(dst[n:], p)
+	}
+	return n
+}
+
+// scatter copies src into iov and returns how many bytes fitted.
+func scatter(iov [][]byte, src []byte) int {
+	n := 0
+	for _, p := range iov {
+		n += copy(p, src[n:])
+	}
+	return n
+}
+
+// clip appends to dst the n bytes of iov that start at byte off. The range is
+// inside iov.
+func clip(dst, iov [][]byte, off, n int) [][]byte {
+	for _, p := range iov {
+		if n == 0 {
+			break
+		}
+		if off >= len(p) {
+			off -= len(p)
+			continue
+		}
+		q := p[off:]
+		if len(q) > n {
+			q = q[:n]
+		}
+		off = 0
+		n -= len(q)
+		dst = append(dst, q)
+	}
+	return dst
+}

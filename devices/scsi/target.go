@@ -1,0 +1,395 @@
+package scsi
+
+import (
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// Target is a SCSI target device with its logical units. Its methods may be
+// called from any goroutine.
+type Target struct {
+	mu    sync.Mutex // held while units is replaced
+	units atomic.Pointer[map[LUN]*Unit]
+	wlun  *Unit
+	tasks sync.Pool
+}
+
+// NewTarget returns a target without units, but with the REPORT LUNS well-known
+// logical unit.
+func NewTarget() *Target {
+	t := &Target{wlun: &Unit{wellKnown: true, serial: "REPORT LUNS", blockSize: 1}}
+	t.wlun.cfg.Vendor, t.wlun.cfg.Product, t.wlun.cfg.Revision = "GVM", "REPORT LUNS", "1"
+	t.wlun.set.init()
+	t.units.Store(&map[LUN]*Unit{})
+	t.tasks.New = func() any { return &task{} }
+	return t
+}
+
+// Attach makes u a logical unit of the target. Initiators that know the target
+// find the unit attention REPORTED LUNS DATA HAS CHANGED on its other units.
+// It fails when lun is taken or is not a single level LUN, and when a unit with
+// the same serial number is there already: initiators would take the two for
+// two paths to the same storage.
+func (t *Target) Attach(lun LUN, u *Unit) error {
+	if _, ok := DecodeLUN(lun); !ok {
+		return fmt.Errorf("scsi attach: LUN %#016x is not a single level logical unit number", uint64(lun))
+	}
+	lun = lun.canonical()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	units := maps.Clone(*t.units.Load())
+	if units[lun] != nil {
+		return fmt.Errorf("scsi attach: LUN %#016x is in use", uint64(lun))
+	}
+	for at, other := range units {
+		if other.serial == u.serial {
+			return fmt.Errorf("scsi attach: LUN %#016x: LUN %#016x has the serial %q too", uint64(lun), uint64(at), u.serial)
+		}
+	}
+	u.set.open()
+	units[lun] = u
+	t.swap(units, u)
+	return nil
+}
+
+// Detach takes the unit at lun away. Commands in flight are aborted and
+// answered before it returns, so that the backend may be closed then.
+func (t *Target) Detach(lun LUN) error {
+	lun = lun.canonical()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	units := maps.Clone(*t.units.Load())
+	u := units[lun]
+	if u == nil {
+		return fmt.Errorf("scsi detach: no unit at LUN %#016x", uint64(lun))
+	}
+	delete(units, lun)
+	t.swap(units, nil)
+	u.set.close()
+	return nil
+}
+
+// swap publishes units and tells initiators, on all of them but the new one.
+func (t *Target) swap(units map[LUN]*Unit, added *Unit) {
+	t.units.Store(&units)
+	for _, u := range units {
+		if u != added {
+			u.set.attention(LUNsChanged, everyone)
+		}
+	}
+}
+
+// LUNs returns the LUNs that have a unit, in ascending order of their number.
+func (t *Target) LUNs() []LUN {
+	return slices.SortedFunc(maps.Keys(*t.units.Load()), func(a, b LUN) int {
+		x, _ := DecodeLUN(a)
+		y, _ := DecodeLUN(b)
+		return x - y
+	})
+}
+
+// Unit returns the unit at lun, nil if there is none.
+func (t *Target) Unit(lun LUN) *Unit { return (*t.units.Load())[lun.canonical()] }
+
+// lookup is Unit with the well-known logical unit.
+func (t *Target) lookup(lun LUN) *Unit {
+	if lun == ReportLUNsWLUN {
+		return t.wlun
+	}
+	return t.Unit(lun)
+}
+
+// Submit processes c, inline today. It may be called from several goroutines at
+// the same time and blocks while task attributes or COMPARE AND WRITE want it;
+// c belongs to the target until Done is called.
+func (t *Target) Submit(c *Command) {
+	tk := t.tasks.Get().(*task)
+	tk.Command, tk.t = c, t
+	tk.inLen, tk.outLen = size(c.In), size(c.Out)
+	r, entered := t.process(tk)
+	c.Done(r)
+	if entered {
+		tk.u.set.leave(tk)
+	}
+	clear(tk.iov)
+	*tk = task{iov: tk.iov[:0]}
+	t.tasks.Put(tk)
+}
+
+// process runs the command and says how it ended, and whether it is in the task
+// set of a unit.
+func (t *Target) process(tk *task) (Result, bool) {
+	op, err := lookupOpcode(tk.CDB)
+	tk.op = op
+	u := t.lookup(tk.LUN)
+	if u == nil {
+		return t.noUnit(tk), false
+	}
+	tk.u = u
+	attention, ok := u.set.enter(tk, op != nil && op.flags&noAttention != 0)
+	if !ok {
+		tk.u = nil
+		return t.noUnit(tk), false
+	}
+	if attention != nil {
+		err = attention
+	}
+	if err == nil {
+		err = tk.run()
+	}
+	r := tk.result(err)
+	if !tk.state.CompareAndSwap(running, answering) {
+		r = Result{Status: TaskAborted, Abort: u.set.abortCause(tk), Residual: clampInt(tk.inLen + tk.outLen)}
+	}
+	return r, true
+}
+
+// run does the checks that all commands share, then calls the handler.
+func (tk *task) run() error {
+	op, u := tk.op, tk.u
+	if tk.state.Load() != running {
+		return TargetFailure // aborted while it waited: nothing is done, nothing answered
+	}
+	if err := tk.acceptable(); err != nil {
+		return err
+	}
+	if !op.exists(u) {
+		return InvalidOpcode
+	}
+	if op.flags&medium != 0 && u.stopped.Load() {
+		return BecomingReady
+	}
+	if op.flags&writes != 0 {
+		if err := u.writeProtected(); err != nil {
+			return err
+		}
+	}
+	switch {
+	case op.flags&alone != 0:
+		u.medium.Lock()
+		defer u.medium.Unlock()
+	case op.flags&medium != 0:
+		u.medium.RLock()
+		defer u.medium.RUnlock()
+	}
+	return op.run(tk)
+}
+
+// acceptable checks what a CDB must have before its operation code matters.
+func (tk *task) acceptable() error {
+	if len(tk.CDB) < tk.op.length() {
+		return InvalidFieldInIU
+	}
+	// NACA is bit 2 of CONTROL, the last byte (SAM-5 5.2); NORMACA is 0.
+	if last := tk.op.length() - 1; tk.CDB[last]&0x04 != 0 {
+		return invalidCDB(last, 2)
+	}
+	if tk.Attr >= ACA {
+		return InvalidFieldInIU // there never is an ACA condition (SAM-5 8.6.5)
+	}
+	return nil
+}
+
+// result makes the answer of a command that ended with err. An error without
+// sense data of its own is a failure all the same.
+func (tk *task) result(err error) Result {
+	r := Result{Status: tk.status, Overrun: tk.overrun}
+	if err != nil {
+		r.Status = CheckCondition
+		r.Sense = senseOf(err).encode(tk.u != nil && tk.u.dSense.Load())
+	}
+	r.Residual = clampInt(tk.inLen - tk.inDone + tk.outLen - tk.outDone)
+	return r
+}
+
+// noUnit answers a command to a LUN without a unit (SPC-5 5.9.4, SAM-5 4.7.2):
+// INQUIRY with peripheral qualifier 011b, REQUEST SENSE with the sense data as
+// its parameter data, REPORT LUNS at LUN 0 with the inventory, everything else
+// with LOGICAL UNIT NOT SUPPORTED.
+func (t *Target) noUnit(tk *task) Result {
+	var err error = LUNNotSupported
+	zero := tk.LUN.canonical() == 0 && len(*t.units.Load()) > 0
+	answered := false
+	if tk.op != nil && tk.op.flags&noAttention != 0 && tk.acceptable() == nil {
+		switch tk.CDB[0] {
+		case opInquiry, opRequestSense:
+			answered = true
+		case opReportLUNs:
+			answered = zero
+		}
+	}
+	if answered {
+		err = tk.op.run(tk)
+	}
+	r := tk.result(err)
+	r.NoLUN = !(zero && answered)
+	return r
+}
+
+// clampInt is n as a residual.
+func clampInt(n int) uint32 { return uint32(min(n, math.MaxUint32)) }
+
+// reply transfers data to the initiator: at most alloc bytes, the ALLOCATION
+// LENGTH of the CDB, and no more than the data-in buffer holds, which is
+// another limit (SPC-5 4.2.5.6).
+func (tk *task) reply(data []byte, alloc int) error {
+	if len(data) > alloc {
+		data = data[:alloc]
+	}
+	tk.inDone = scatter(tk.In, data)
+	tk.overrun = tk.inDone < len(data)
+	return nil
+}
+
+// parameters returns a copy of the n bytes of parameter list in the data-out
+// buffer.
+func (tk *task) parameters(n int) ([]byte, error) {
+	if n > tk.outLen {
+		tk.overrun = true
+		return nil, InvalidFieldInIU
+	}
+	b := make([]byte, n)
+	tk.outDone = gather(b, tk.Out)
+	return b, nil
+}
+
+// dataOut returns the n bytes of data-out as they lie, or an error when the
+// initiator sent less.
+func (tk *task) dataOut(n int) ([][]byte, error) {
+	if n > tk.outLen {
+		tk.overrun = true
+		return nil, InvalidFieldInIU
+	}
+	tk.outDone = n
+	return tk.clip(tk.Out, tk.outLen, 0, n), nil
+}
+
+// clip returns n bytes of iov, which has total, from off on. It is valid until
+// the next call.
+func (tk *task) clip(iov [][]byte, total, off, n int) [][]byte {
+	if off == 0 && n == total {
+		return iov
+	}
+	tk.iov = clip(tk.iov[:0], iov, off, n)
+	return tk.iov
+}
+
+// TaskResponse is the service response of a task management function (SAM-5
+// 7.1).
+type TaskResponse uint8
+
+// Service responses.
+const (
+	FunctionComplete TaskResponse = iota
+	FunctionSucceeded
+	FunctionRejected
+	IncorrectLUN
+)
+
+// AbortTask is ABORT TASK: it ends the command of the nexus with the tag, if it
+// is in the task set. Like every function that aborts, it returns when the
+// commands it ended have been answered with a Result whose Abort is set, and
+// so have those that were ending by themselves: no Done of theirs comes later.
+// It therefore waits for I/O in flight, and must not be called from Done.
+func (t *Target) AbortTask(nexus NexusID, lun LUN, tag uint64) TaskResponse {
+	return t.abort(lun, AbortedByTask, func(tk *task) bool { return tk.Nexus == nexus && tk.Tag == tag })
+}
+
+// AbortTaskSet is ABORT TASK SET: it ends every command of the nexus.
+func (t *Target) AbortTaskSet(nexus NexusID, lun LUN) TaskResponse {
+	return t.abort(lun, AbortedByTask, func(tk *task) bool { return tk.Nexus == nexus })
+}
+
+// ClearTaskSet is CLEAR TASK SET: it ends every command of every nexus. Other
+// initiators find COMMANDS CLEARED BY ANOTHER INITIATOR (SAM-5 5.14).
+func (t *Target) ClearTaskSet(nexus NexusID, lun LUN) TaskResponse {
+	others := map[NexusID]bool{}
+	r := t.abort(lun, AbortedByTask, func(tk *task) bool {
+		others[tk.Nexus] = true
+		return true
+	})
+	if u := t.lookup(lun); u != nil {
+		u.set.attention(CommandsCleared, func(id NexusID) bool { return id != nexus && others[id] })
+	}
+	return r
+}
+
+func (t *Target) abort(lun LUN, cause Abort, match func(*task) bool) TaskResponse {
+	u := t.lookup(lun)
+	if u == nil {
+		return IncorrectLUN
+	}
+	u.set.abort(cause, match)
+	return FunctionComplete
+}
+
+// LogicalUnitReset is LOGICAL UNIT RESET (SAM-5 6.3.3): it ends every command,
+// brings back the default mode parameters, starts a stopped unit and leaves the
+// unit attention BUS DEVICE RESET FUNCTION OCCURRED for every nexus.
+//
+// A write cache that the initiator has turned off stays off: the driver that
+// did so may not look again, and would lose data it believes to be durable.
+func (t *Target) LogicalUnitReset(lun LUN) TaskResponse {
+	u := t.lookup(lun)
+	if u == nil {
+		return IncorrectLUN
+	}
+	u.set.abort(AbortedByReset, func(*task) bool { return true })
+	u.defaults()
+	u.set.attention(DeviceReset, everyone)
+	return FunctionComplete
+}
+
+// NexusReset is I_T NEXUS RESET (SAM-5 6.3.4): it ends every command of the
+// nexus on every unit and leaves it the unit attention I_T NEXUS LOSS OCCURRED.
+func (t *Target) NexusReset(nexus NexusID) TaskResponse {
+	for _, u := range t.all() {
+		u.set.abort(AbortedByReset, func(tk *task) bool { return tk.Nexus == nexus })
+		u.set.attention(NexusLoss, func(id NexusID) bool { return id == nexus })
+	}
+	return FunctionComplete
+}
+
+// PowerOn is a power cycle: every command ends, every unit is as it was
+// attached, the write cache too, and every nexus finds POWER ON OCCURRED. It is
+// for a transport whose machine was reset.
+func (t *Target) PowerOn() {
+	for _, u := range t.all() {
+		u.set.abort(AbortedByReset, func(*task) bool { return true })
+		u.defaults()
+		u.wce.Store(u.cfg.Cache != WriteThrough)
+		u.set.forget()
+	}
+}
+
+// all returns every unit, the well-known one too.
+func (t *Target) all() []*Unit {
+	return append(slices.Collect(maps.Values(*t.units.Load())), t.wlun)
+}
+
+// QueryTask is QUERY TASK: FunctionSucceeded when the command is in the task
+// set, FunctionComplete when it is not.
+func (t *Target) QueryTask(nexus NexusID, lun LUN, tag uint64) TaskResponse {
+	return t.query(lun, func(tk *task) bool { return tk.Nexus == nexus && tk.Tag == tag })
+}
+
+// QueryTaskSet is QUERY TASK SET: FunctionSucceeded when the nexus has any
+// command in the task set, FunctionComplete when it has none.
+func (t *Target) QueryTaskSet(nexus NexusID, lun LUN) TaskResponse {
+	return t.query(lun, func(tk *task) bool { return tk.Nexus == nexus })
+}
+
+func (t *Target) query(lun LUN, match func(*task) bool) TaskResponse {
+	u := t.lookup(lun)
+	if u == nil {
+		return IncorrectLUN
+	}
+	if u.set.has(match) {
+		return FunctionSucceeded
+	}
+	return FunctionComplete
+}

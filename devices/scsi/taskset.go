@@ -1,0 +1,292 @@
+package scsi
+
+import (
+	"sync"
+	"sync/atomic"
+)
+
+// States of a task. The step out of running decides whether the initiator gets
+// the command's status or an abort: it is taken once, by the command or by a
+// task management function.
+const (
+	running int32 = iota
+	answering
+	aborted
+)
+
+// task is a command inside the target.
+type task struct {
+	*Command
+	t  *Target
+	u  *Unit
+	op *opcode
+
+	status        Status // what a command without error ends with
+	inLen, outLen int    // sizes of the buffers
+	inDone        int    // bytes transferred
+	outDone       int
+	overrun       bool
+	iov           [][]byte // reused by clip
+
+	state atomic.Int32
+
+	// Guarded by set.mu.
+	prev, next *task
+	cause      Abort
+	waiters    []*abortWait
+}
+
+// abortWait is a task management function that waits for the tasks it aborted.
+type abortWait struct{ left int }
+
+// taskSet holds the commands of one unit that were submitted and not yet
+// answered, in order of arrival (SAM-5 8), and what it keeps for each I_T nexus.
+type taskSet struct {
+	mu      sync.Mutex
+	changed *sync.Cond // a task left, or was aborted
+	first   *task
+	last    *task
+	ordered int // tasks with the attribute ORDERED
+	head    int // tasks with the attribute HEAD OF QUEUE
+	waiting int // callers inside changed.Wait
+	closed  bool
+	nexuses map[NexusID]*nexus
+}
+
+// nexus is what a unit remembers of one initiator: unit attention conditions
+// not yet reported, oldest first.
+type nexus struct{ attention []Sense }
+
+func (s *taskSet) init() {
+	s.changed = sync.NewCond(&s.mu)
+	s.nexuses = map[NexusID]*nexus{}
+}
+
+// nexus returns the state for id. An initiator that the unit has not seen finds
+// POWER ON OCCURRED. The caller holds mu.
+func (s *taskSet) nexus(id NexusID) *nexus {
+	n := s.nexuses[id]
+	if n == nil {
+		n = &nexus{attention: []Sense{PowerOnOccurred}}
+		s.nexuses[id] = n
+	}
+	return n
+}
+
+// enter puts tk at the end of the set and returns when its attribute lets it
+// run (SAM-5 8.6). It reports the oldest unit attention condition unless the
+// command is exempt, and false when the unit has been detached.
+func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, false
+	}
+	tk.prev, tk.next = s.last, nil
+	if s.last == nil {
+		s.first = tk
+	} else {
+		s.last.next = tk
+	}
+	s.last = tk
+	switch tk.Attr {
+	case Ordered:
+		s.ordered++
+	case HeadOfQueue:
+		s.head++
+	}
+	for tk.state.Load() == running && s.blocked(tk) {
+		s.wait()
+	}
+	n := s.nexus(tk.Nexus)
+	if len(n.attention) > 0 && !exempt && tk.state.Load() == running {
+		err = n.attention[0]
+		n.attention = n.attention[1:]
+	}
+	return err, true
+}
+
+// blocked says whether tk must wait: SIMPLE for HEAD OF QUEUE and for older
+// ORDERED tasks, ORDERED for HEAD OF QUEUE and for every older task, HEAD OF
+// QUEUE for none. The caller holds mu.
+func (s *taskSet) blocked(tk *task) bool {
+	switch {
+	case tk.Attr == HeadOfQueue:
+		return false
+	case s.head > 0:
+		return true
+	case tk.Attr == Ordered:
+		return tk.prev != nil
+	case s.ordered == 0:
+		return false
+	}
+	for p := tk.prev; p != nil; p = p.prev {
+		if p.Attr == Ordered {
+			return true
+		}
+	}
+	return false
+}
+
+// wait is changed.Wait. The caller holds mu.
+func (s *taskSet) wait() {
+	s.waiting++
+	s.changed.Wait()
+	s.waiting--
+}
+
+// abortCause returns what ended tk, whose state is aborted.
+func (s *taskSet) abortCause(tk *task) Abort {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return tk.cause
+}
+
+// leave takes tk out of the set, after Done has returned.
+func (s *taskSet) leave(tk *task) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if tk.prev == nil {
+		s.first = tk.next
+	} else {
+		tk.prev.next = tk.next
+	}
+	if tk.next == nil {
+		s.last = tk.prev
+	} else {
+		tk.next.prev = tk.prev
+	}
+	switch tk.Attr {
+	case Ordered:
+		s.ordered--
+	case HeadOfQueue:
+		s.head--
+	}
+	for _, w := range tk.waiters {
+		w.left--
+	}
+	if s.waiting > 0 {
+		s.changed.Broadcast()
+	}
+}
+
+// abort ends every task that match selects and returns when the last of them
+// has been answered: what was being answered already is waited for too, so that
+// no answer comes after abort has returned. It returns how many it ended.
+func (s *taskSet) abort(cause Abort, match func(*task) bool) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	w, n := &abortWait{}, 0
+	for tk := s.first; tk != nil; tk = tk.next {
+		if !match(tk) {
+			continue
+		}
+		if tk.state.CompareAndSwap(running, aborted) {
+			tk.cause = cause
+			n++
+		}
+		w.left++
+		tk.waiters = append(tk.waiters, w)
+	}
+	if w.left > 0 {
+		s.changed.Broadcast()
+	}
+	for w.left > 0 {
+		s.wait()
+	}
+	return n
+}
+
+// attention establishes a unit attention condition for the known initiators
+// that whom selects. One that is pending already is not repeated, and one that
+// tells of a reset replaces all others (SAM-5 5.14).
+func (s *taskSet) attention(sense Sense, whom func(NexusID) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, n := range s.nexuses {
+		if whom(id) {
+			n.add(sense)
+		}
+	}
+}
+
+// everyone is attention's choice of all initiators.
+func everyone(NexusID) bool { return true }
+
+func (n *nexus) add(sense Sense) {
+	if sense.ASC == 0x29 {
+		n.attention = append(n.attention[:0], sense)
+		return
+	}
+	for _, have := range n.attention {
+		if have == sense {
+			return
+		}
+	}
+	n.attention = append(n.attention, sense)
+}
+
+// takeAttention returns and clears the oldest unit attention of id.
+func (s *taskSet) takeAttention(id NexusID) (Sense, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nexus(id)
+	if len(n.attention) == 0 {
+		return Sense{}, false
+	}
+	first := n.attention[0]
+	n.attention = n.attention[1:]
+	return first, true
+}
+
+// clearAttention takes a condition back from id.
+func (s *taskSet) clearAttention(id NexusID, sense Sense) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nexuses[id]
+	if n == nil {
+		return
+	}
+	kept := n.attention[:0]
+	for _, have := range n.attention {
+		if have != sense {
+			kept = append(kept, have)
+		}
+	}
+	n.attention = kept
+}
+
+// has says whether match selects a task of the set.
+func (s *taskSet) has(match func(*task) bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for tk := s.first; tk != nil; tk = tk.next {
+		if match(tk) {
+			return true
+		}
+	}
+	return false
+}
+
+// forget makes every initiator a new one, which finds POWER ON OCCURRED.
+func (s *taskSet) forget() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	clear(s.nexuses)
+}
+
+// close ends every task and lets no more in, until open.
+func (s *taskSet) close() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.abort(AbortedByReset, func(*task) bool { return true })
+}
+
+// open lets tasks in, of initiators that the unit has not seen.
+func (s *taskSet) open() {
+	s.forget()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = false
+}

@@ -1,0 +1,290 @@
+package trace
+
+import (
+	"encoding/binary"
+	"fmt"
+	"strings"
+
+	"gvm/devices/scsi"
+)
+
+// Op returns the name of what was asked: of the command, as the standards print
+// it, or of the task management function.
+func (r *Record) Op() string {
+	switch r.Kind {
+	case Command:
+		return scsi.OpcodeName(r.CDB)
+	case TaskManagement:
+		if int64(r.Function) >= int64(len(functions)) {
+			return "unknown function"
+		}
+		return functions[r.Function]
+	case Reset:
+		return "device reset"
+	case PowerOn:
+		return "power on"
+	}
+	return "lost"
+}
+
+func name(names []string, n int, unknown string) string {
+	if n >= 0 && n < len(names) && names[n] != "" {
+		return names[n]
+	}
+	return fmt.Sprintf(unknown, n)
+}
+
+// Names by code: virtio 1.3, 5.6.6.2 and 5.6.6.1; SAM-5 5.3.1; SPC-5 4.5.6.
+var (
+	functions = []string{"ABORT TASK", "ABORT TASK SET", "CLEAR ACA", "CLEAR TASK SET", "I_T NEXUS RESET", "LOGICAL UNIT RESET", "QUERY TASK", "QUERY TASK SET"}
+	responses = []string{"OK", "OVERRUN", "ABORTED", "BAD TARGET", "RESET", "BUSY", "TRANSPORT FAILURE", "TARGET FAILURE", "NEXUS FAILURE", "FAILURE",
+		"FUNCTION SUCCEEDED", "FUNCTION REJECTED", "INCORRECT LUN"}
+	statuses = map[scsi.Status]string{
+		scsi.Good: "GOOD", scsi.CheckCondition: "CHECK CONDITION", scsi.ConditionMet: "CONDITION MET", scsi.Busy: "BUSY",
+		scsi.ReservationConflict: "RESERVATION CONFLICT", scsi.TaskSetFull: "TASK SET FULL", scsi.ACAActive: "ACA ACTIVE", scsi.TaskAborted: "TASK ABORTED",
+	}
+	senseKeys = []string{"NO SENSE", "RECOVERED ERROR", "NOT READY", "MEDIUM ERROR", "HARDWARE ERROR", "ILLEGAL REQUEST", "UNIT ATTENTION", "DATA PROTECT",
+		"BLANK CHECK", "", "COPY ABORTED", "ABORTED COMMAND", "", "VOLUME OVERFLOW", "MISCOMPARE", "COMPLETED"}
+)
+
+// Response codes that say that all is well.
+const (
+	responseOK        = 0
+	functionSucceeded = 10
+)
+
+// additional are the additional sense codes that the in-process target returns,
+// and a few more that LIO does (SPC-5, table F.2).
+var additional = map[[2]byte]string{
+	{0x00, 0x00}: "no additional sense",
+	{0x04, 0x02}: "initializing command required",
+	{0x08, 0x00}: "communication failure",
+	{0x0c, 0x00}: "write error",
+	{0x0e, 0x03}: "invalid field in command information unit",
+	{0x10, 0x01}: "guard check failed",
+	{0x11, 0x00}: "unrecovered read error",
+	{0x1a, 0x00}: "parameter list length error",
+	{0x1d, 0x00}: "miscompare during verify",
+	{0x20, 0x00}: "invalid command operation code",
+	{0x21, 0x00}: "logical block address out of range",
+	{0x24, 0x00}: "invalid field in CDB",
+	{0x25, 0x00}: "logical unit not supported",
+	{0x26, 0x00}: "invalid field in parameter list",
+	{0x27, 0x00}: "write protected",
+	{0x27, 0x02}: "logical unit software write protected",
+	{0x27, 0x07}: "space allocation failed",
+	{0x29, 0x00}: "power on, reset, or bus device reset occurred",
+	{0x29, 0x01}: "power on occurred",
+	{0x29, 0x03}: "bus device reset function occurred",
+	{0x29, 0x07}: "I_T nexus loss occurred",
+	{0x2a, 0x01}: "mode parameters changed",
+	{0x2a, 0x09}: "capacity data has changed",
+	{0x2f, 0x00}: "commands cleared by another initiator",
+	{0x39, 0x00}: "saving parameters not supported",
+	{0x3f, 0x0e}: "reported LUNs data has changed",
+	{0x44, 0x00}: "internal target failure",
+	{0x55, 0x03}: "insufficient resources",
+}
+
+// ParseSense reads sense data of either format (SPC-5 4.5.2, 4.5.3), as far as
+// a Sense has room. ok is false for data that is too short or of another kind.
+func ParseSense(b []byte) (s scsi.Sense, ok bool) {
+	if len(b) < 4 {
+		return s, false
+	}
+	switch b[0] & 0x7f {
+	case 0x70, 0x71:
+		s.Key = scsi.SenseKey(b[2] & 0xf)
+		if len(b) >= 7 {
+			s.InfoValid = b[0]&0x80 != 0
+			s.Info = uint64(binary.BigEndian.Uint32(b[3:]))
+		}
+		if len(b) >= 14 {
+			s.ASC, s.ASCQ = b[12], b[13]
+		}
+		if len(b) >= 18 {
+			s.Specific = [3]byte(b[15:18])
+		}
+		return s, true
+	case 0x72, 0x73:
+		s.Key, s.ASC, s.ASCQ = scsi.SenseKey(b[1]&0xf), b[2], b[3]
+		for d := b[min(8, len(b)):]; len(d) >= 2 && len(d) >= 2+int(d[1]); d = d[2+int(d[1]):] {
+			switch {
+			case d[0] == 0 && d[1] == 10:
+				s.InfoValid = d[2]&0x80 != 0
+				s.Info = binary.BigEndian.Uint64(d[4:])
+			case d[0] == 2 && d[1] == 6:
+				s.Specific = [3]byte(d[4:7])
+			}
+		}
+		return s, true
+	}
+	return s, false
+}
+
+// senseText says what sense data means: "ILLEGAL REQUEST, invalid field in CDB
+// (byte 2, bit 7)".
+func senseText(b []byte) string {
+	s, ok := ParseSense(b)
+	if !ok {
+		return fmt.Sprintf("sense data % x", b)
+	}
+	text := name(senseKeys, int(s.Key), "sense key %xh") + ", "
+	if what, ok := additional[[2]byte{s.ASC, s.ASCQ}]; ok {
+		text += what
+	} else {
+		text += fmt.Sprintf("additional sense %02xh/%02xh", s.ASC, s.ASCQ)
+	}
+	if s.Specific[0]&0x80 != 0 && s.Key == scsi.IllegalRequest { // field pointer, SPC-5 4.5.2.4.2
+		text += fmt.Sprintf(" (byte %d", binary.BigEndian.Uint16(s.Specific[1:]))
+		if s.Specific[0]&0x08 != 0 {
+			text += fmt.Sprintf(", bit %d", s.Specific[0]&7)
+		}
+		text += ")"
+	}
+	if s.InfoValid {
+		text += fmt.Sprintf(" (information %d)", s.Info)
+	}
+	return text
+}
+
+// Failed tells whether the request ended other than well. A unit attention is a
+// failure in this sense, which initiators do not mind.
+func (r *Record) Failed() bool {
+	switch r.Kind {
+	case Command:
+		return r.Response != responseOK || r.Status != scsi.Good && r.Status != scsi.ConditionMet
+	case TaskManagement:
+		return r.Response != responseOK && r.Response != functionSucceeded
+	}
+	return r.Kind == Lost
+}
+
+// Outcome says in words how the request ended.
+func (r *Record) Outcome() string {
+	switch r.Kind {
+	case TaskManagement:
+		return name(responses, int(r.Response), "response %d")
+	case Command:
+	case Lost:
+		return fmt.Sprintf("%d requests are missing here", r.Count)
+	default:
+		return ""
+	}
+	var words []string
+	if r.Response != responseOK {
+		words = append(words, name(responses, int(r.Response), "response %d"))
+	}
+	if status, ok := statuses[r.Status]; !ok {
+		words = append(words, fmt.Sprintf("status %02xh", uint8(r.Status)))
+	} else if r.Status != scsi.Good || len(words) == 0 {
+		words = append(words, status)
+	}
+	if len(r.Sense) > 0 {
+		words = append(words, senseText(r.Sense))
+	}
+	if r.Residual > 0 {
+		words = append(words, fmt.Sprintf("residual %d", r.Residual))
+	}
+	return strings.Join(words, ": ")
+}
+
+// Unit names what the request is for: the number of a LUN of target 0, "wlun"
+// for the REPORT LUNS well-known logical unit, "none" for what is no address.
+func (r *Record) Unit() string {
+	if n, ok := r.UnitNumber(); ok {
+		return fmt.Sprint(n)
+	}
+	b := r.LUN
+	lun := binary.BigEndian.Uint64(b[:])
+	switch {
+	case r.Kind > TaskManagement:
+		return ""
+	case scsi.LUN(lun) == scsi.ReportLUNsWLUN, b[0] == 1 && b[1] == 0 && scsi.LUN(lun<<16) == scsi.ReportLUNsWLUN:
+		return "wlun"
+	}
+	return "none"
+}
+
+// UnitNumber returns the number of the LUN, and false when the request is not
+// for a single level LUN of target 0 (virtio 1.3, 5.6.6.1).
+func (r *Record) UnitNumber() (int, bool) {
+	b := r.LUN
+	if b[0] != 1 || b[1] != 0 || r.Kind > TaskManagement {
+		return 0, false
+	}
+	return scsi.DecodeLUN(scsi.LUN(binary.BigEndian.Uint64(b[:]) << 16))
+}
+
+// UnitLUN returns the lun field of a request for logical unit n of target 0, as
+// Linux writes it, for what knows no more than the number.
+func UnitLUN(n int) [8]byte { return [8]byte{1, 0, 0x40 | byte(n>>8), byte(n)} }
+
+// Blocks returns the first logical block and the number of blocks of a command
+// that has both in its CDB (SBC-4 5), and false for any other.
+func Blocks(cdb []byte) (lba, n uint64, ok bool) {
+	length, _, known := scsi.CommandInfo(cdb)
+	if !known || len(cdb) < length {
+		return 0, 0, false
+	}
+	be := binary.BigEndian
+	switch cdb[0] {
+	case 0x08, 0x0a: // 0 means 256 blocks
+		n = uint64(cdb[4])
+		if n == 0 {
+			n = 256
+		}
+		return uint64(be.Uint32(cdb) & 0x1fffff), n, true
+	case 0x28, 0x2a, 0x2e, 0x2f, 0x34, 0x35, 0x41:
+		return uint64(be.Uint32(cdb[2:])), uint64(be.Uint16(cdb[7:])), true
+	case 0xa8, 0xaa, 0xae, 0xaf:
+		return uint64(be.Uint32(cdb[2:])), uint64(be.Uint32(cdb[6:])), true
+	case 0x88, 0x8a, 0x8e, 0x8f, 0x90, 0x91, 0x93:
+		return be.Uint64(cdb[2:]), uint64(be.Uint32(cdb[10:])), true
+	case 0x89:
+		return be.Uint64(cdb[2:]), uint64(cdb[13]), true
+	}
+	return 0, 0, false
+}
+
+// Detail says what else of the request matters: blocks, pages, what a task
+// management function is about.
+func (r *Record) Detail() string {
+	if r.Kind == TaskManagement {
+		switch {
+		case r.Function == 0, r.Function == 6: // ABORT TASK, QUERY TASK
+			return fmt.Sprintf("tag %x", r.Tag)
+		case int64(r.Function) >= int64(len(functions)):
+			return fmt.Sprint(r.Function)
+		}
+	}
+	if r.Kind != Command {
+		return ""
+	}
+	c := r.CDB
+	if lba, n, ok := Blocks(c); ok {
+		text := fmt.Sprintf("%d+%d", lba, n)
+		switch c[0] {
+		case 0x28, 0x2a, 0x88, 0x8a, 0xa8, 0xaa:
+			if c[1]&0x08 != 0 {
+				text += " FUA"
+			}
+		case 0x41, 0x93:
+			if c[1]&0x08 != 0 {
+				text += " UNMAP"
+			}
+		}
+		return text
+	}
+	if _, _, known := scsi.CommandInfo(c); !known {
+		return fmt.Sprintf("% x", c)
+	}
+	switch {
+	case len(c) < 6:
+	case c[0] == 0x12 && c[1]&1 != 0:
+		return fmt.Sprintf("page %02xh", c[2])
+	case c[0] == 0x1a, c[0] == 0x5a:
+		return fmt.Sprintf("page %02xh", c[2]&0x3f)
+	}
+	return ""
+}

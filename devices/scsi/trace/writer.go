@@ -1,0 +1,256 @@
+package trace
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Version is the version of the format that this package writes and reads. It
+// changes when a reader of the one before would be misled.
+const Version = 1
+
+const magic = "gvm-trace "
+
+// Header says what run a trace is of.
+type Header struct {
+	GVM     string    `json:"gvm"`    // gvm's version
+	Kernel  string    `json:"kernel"` // the host kernel's release
+	Start   time.Time `json:"start"`  // the wall clock when Record.Time is 0
+	Devices []Device  `json:"devices"`
+}
+
+// Device is a virtio-scsi device.
+type Device struct {
+	Backend string `json:"backend"` // "process" or "vhost"
+	Queues  int    `json:"queues"`  // request queues
+	Disks   []Disk `json:"disks"`
+}
+
+// Disk is a logical unit when the run began.
+type Disk struct {
+	LUN       int    `json:"lun"`
+	Serial    string `json:"serial"`
+	Size      uint64 `json:"size"`       // bytes
+	BlockSize int    `json:"block_size"` // bytes
+}
+
+// HostKernel returns the release of the kernel that this process runs on.
+func HostKernel() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}
+
+const (
+	flushAt    = 64 << 10    // bytes that are worth a write
+	flushAfter = time.Second // and how long fewer may wait
+)
+
+// Writer writes a trace. Its methods may be called from any goroutine. Observe
+// never waits for the file: a goroutine of the writer's writes what has come
+// together, and when that cannot keep up, records are dropped and counted.
+type Writer struct {
+	now  func() time.Duration
+	file io.Writer
+	wake chan struct{}
+	done chan struct{}
+
+	mu      sync.Mutex
+	buf     []byte // what has not been written; it never grows beyond its capacity
+	lost    uint64 // records that are missing behind buf
+	allLost uint64
+	woken   bool // wake has been sent for buf
+	closed  bool
+	err     error // of the file; nothing is recorded after it
+}
+
+// NewWriter writes the header and returns a Writer on w. Header.Start is the
+// moment of the call unless it is set; now tells the time since then, nil for
+// the system's monotonic clock.
+func NewWriter(w io.Writer, h Header, now func() time.Duration) (*Writer, error) {
+	start := time.Now()
+	if h.Start.IsZero() {
+		h.Start = start
+	}
+	if now == nil {
+		now = func() time.Duration { return time.Since(start) }
+	}
+	b, err := json.Marshal(h)
+	if err != nil {
+		return nil, fmt.Errorf("header: %w", err)
+	}
+	if _, err := fmt.Fprintf(w, "%s%d\n%s\n", magic, Version, b); err != nil {
+		return nil, fmt.Errorf("header: %w", err)
+	}
+	t := &Writer{now: now, file: w, wake: make(chan struct{}, 1), done: make(chan struct{}), buf: make([]byte, 0, MaxRecord)}
+	go t.run()
+	return t, nil
+}
+
+// Observe records r, of which nothing is kept.
+func (t *Writer) Observe(r *Record) {
+	t.mu.Lock()
+	if t.err == nil && !t.closed {
+		if len(t.buf)+r.size() > cap(t.buf)-lostLen {
+			t.lost++
+		} else {
+			t.buf = r.append(t.buf)
+		}
+		if len(t.buf) >= flushAt && !t.woken {
+			t.woken = true
+			select {
+			case t.wake <- struct{}{}:
+			default: // it is awake
+			}
+		}
+	}
+	t.mu.Unlock()
+}
+
+// run writes what Observe collects.
+func (t *Writer) run() {
+	defer close(t.done)
+	tick := time.NewTicker(flushAfter)
+	defer tick.Stop()
+	spare := make([]byte, 0, MaxRecord)
+	for open := true; open; {
+		select {
+		case _, open = <-t.wake:
+		case <-tick.C:
+		}
+		spare = t.flush(spare)
+	}
+}
+
+// flush writes the records, with empty in their place meanwhile, and returns
+// the buffer that they were in, empty.
+func (t *Writer) flush(empty []byte) []byte {
+	t.mu.Lock()
+	if t.lost > 0 {
+		t.buf = (&Record{Kind: Lost, Time: t.now(), Count: t.lost}).append(t.buf)
+		t.allLost += t.lost
+	}
+	full := t.buf
+	t.buf, t.lost, t.woken = empty, 0, false
+	bad := t.err != nil
+	t.mu.Unlock()
+	if len(full) > 0 && !bad {
+		if _, err := t.file.Write(full); err != nil {
+			t.mu.Lock()
+			t.err = err
+			t.mu.Unlock()
+		}
+	}
+	return full[:0]
+}
+
+// Close writes what is left. The error, which is there for the first failure of
+// the file and for records that were dropped, says that the trace is not
+// complete; what has been written of it can be read.
+func (t *Writer) Close() error {
+	t.mu.Lock()
+	was := t.closed
+	t.closed = true
+	t.mu.Unlock()
+	if was {
+		return nil
+	}
+	close(t.wake)
+	<-t.done
+	switch {
+	case t.err != nil:
+		return fmt.Errorf("the trace ends before the run did: %w", t.err)
+	case t.allLost > 0:
+		return fmt.Errorf("the trace lacks %d requests, which came faster than its disk took them", t.allLost)
+	}
+	return nil
+}
+
+// File is a Writer on a file of its own.
+type File struct {
+	*Writer
+	f *os.File
+}
+
+// ErrRefused is Create's error for a path that is not for a trace.
+var ErrRefused = errors.New("name another file")
+
+// Device returns what records the requests of Header.Devices[i].
+func (t *Writer) Device(i uint8) *Observer { return &Observer{t, i} }
+
+// Observer records the requests of one device.
+type Observer struct {
+	t      *Writer
+	device uint8
+}
+
+// Now returns the time since the start of the run.
+func (o *Observer) Now() time.Duration { return o.t.now() }
+
+// Observe records r as a request of the device. Nothing of r is kept.
+func (o *Observer) Observe(r *Record) {
+	r.Device = o.device
+	o.t.Observe(r)
+}
+
+// Create makes the file at path, in place of a trace that is there already, and
+// of nothing else: a mistyped path must not cost a disk image. Two gvm may not
+// write to the same file.
+func Create(path string, h Header) (_ *File, err error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o666)
+	if err != nil {
+		return nil, fmt.Errorf("trace: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+			err = fmt.Errorf("trace %s: %w", path, err)
+		}
+	}()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	switch mode := fi.Mode(); {
+	case mode.IsRegular():
+		var b [len(magic)]byte
+		if _, err := f.ReadAt(b[:], 0); fi.Size() > 0 && (err != nil || string(b[:]) != magic) {
+			return nil, fmt.Errorf("it holds something else than a trace and was left alone; %w", ErrRefused)
+		}
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			return nil, fmt.Errorf("another gvm writes to it; %w", ErrRefused)
+		}
+		if err := f.Truncate(0); err != nil {
+			return nil, err
+		}
+	case mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0:
+		return nil, fmt.Errorf("it is a block device; %w", ErrRefused)
+	}
+	w, err := NewWriter(f, h, nil)
+	if err != nil {
+		return nil, err
+	}
+	return &File{w, f}, nil
+}
+
+// Close is the Writer's, and closes the file.
+func (f *File) Close() error {
+	err := errors.Join(f.Writer.Close(), f.f.Close())
+	if err != nil {
+		return fmt.Errorf("trace %s: %w", f.f.Name(), err)
+	}
+	return nil
+}
+
+// IsTrace tells whether b, the start of a file, begins as a trace does.
+func IsTrace(b []byte) bool { return bytes.HasPrefix(b, []byte(magic)) }

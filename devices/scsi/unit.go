@@ -1,0 +1,338 @@
+package scsi
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+)
+
+// CacheMode is what a unit promises about data that it has taken.
+type CacheMode uint8
+
+const (
+	// WriteBack advertises a volatile write cache (WCE=1). Data is durable
+	// when SYNCHRONIZE CACHE or a write with FUA has been answered; while the
+	// initiator has turned WCE off by MODE SELECT, every write is durable when
+	// it is answered.
+	WriteBack CacheMode = iota
+	// WriteThrough has no write cache (WCE=0, not changeable): every write is
+	// durable when it is answered.
+	WriteThrough
+	// Unsafe advertises a write cache (WCE=1) and answers flushes and FUA at
+	// once, without doing anything: data that the initiator believes to be
+	// durable is lost when the host loses power or its kernel crashes. It
+	// survives the end of this process. Turning WCE off changes nothing.
+	Unsafe
+)
+
+// UnitConfig describes a logical unit. Backend and a serial number, its own or
+// the Backend's identity, are all that it needs.
+type UnitConfig struct {
+	Backend Backend
+	// Serial is the unit serial number, 1 to 64 printable ASCII characters.
+	// The NAA and T10 designators are made from it: the same serial gives the
+	// same names in every run. When it is empty, it is derived from the
+	// identity of an Identified backend.
+	Serial   string
+	Vendor   string // T10 vendor identification, at most 8 characters; "GVM"
+	Product  string // product identification, at most 16 characters; "DISK"
+	Revision string // product revision level, at most 4 characters; "1"
+	ReadOnly bool
+	// BlockSize is the logical block size in bytes, 512 (the default) or 4096.
+	BlockSize int
+	// PhysicalBlockExponent says that 2^n logical blocks make a physical one.
+	PhysicalBlockExponent int
+	Cache                 CacheMode
+	// OnError is told of every failure of the backend, for the host's log; the
+	// initiator sees no more than sense data. It may be called from several
+	// goroutines at the same time.
+	OnError func(error)
+}
+
+// Unit is a logical unit: a direct access block device (SBC-4) over a Backend.
+type Unit struct {
+	cfg         UnitConfig
+	b           Backend
+	blockSize   int64
+	granularity int64 // bytes that a discard works in, 0 for a unit without
+	wellKnown   bool  // the REPORT LUNS well-known logical unit: no medium
+	serial      string
+
+	blocks  atomic.Uint64 // capacity
+	wce     atomic.Bool   // caching mode page: WCE
+	swp     atomic.Bool   // control mode page: SWP
+	dSense  atomic.Bool   // control mode page: D_SENSE
+	stopped atomic.Bool   // START STOP UNIT
+	written atomic.Uint64 // writes that were not made durable, counted when done
+	flushed atomic.Uint64 // the part of written that a flush has covered
+
+	// medium orders commands that must not be interleaved with others: COMPARE
+	// AND WRITE and MODE SELECT hold it alone, commands that access the medium
+	// share it. It is taken after set.mu has been released, never inside.
+	medium sync.RWMutex
+
+	set taskSet
+}
+
+const (
+	maxTransfer     = 65536   // MAXIMUM TRANSFER LENGTH, blocks
+	maxCompareWrite = 255     // MAXIMUM COMPARE AND WRITE LENGTH, blocks
+	maxUnmapBlocks  = 1 << 20 // MAXIMUM UNMAP LBA COUNT
+	maxUnmapRanges  = 256     // MAXIMUM UNMAP BLOCK DESCRIPTOR COUNT
+	maxWriteSame    = 1 << 20 // MAXIMUM WRITE SAME LENGTH, blocks
+	optimalTransfer = 1 << 20 // OPTIMAL TRANSFER LENGTH, bytes
+)
+
+// NewUnit returns a unit for cfg, to be attached to a Target. The backend stays
+// the caller's to close, after Detach.
+func NewUnit(cfg UnitConfig) (*Unit, error) {
+	if cfg.Backend == nil {
+		return nil, errors.New("scsi unit: no backend")
+	}
+	if cfg.BlockSize == 0 {
+		cfg.BlockSize = 512
+	}
+	if cfg.BlockSize != 512 && cfg.BlockSize != 4096 {
+		return nil, fmt.Errorf("scsi unit: block size %d: must be 512 or 4096", cfg.BlockSize)
+	}
+	if e := cfg.PhysicalBlockExponent; e < 0 || e > 15 {
+		return nil, fmt.Errorf("scsi unit: physical block exponent %d: must be 0 to 15", e)
+	}
+	if cfg.Cache > Unsafe {
+		return nil, fmt.Errorf("scsi unit: unknown cache mode %d", cfg.Cache)
+	}
+	if id, ok := cfg.Backend.(Identified); ok && cfg.Serial == "" {
+		cfg.Serial = serialFrom(id.Identity())
+	}
+	for _, f := range []struct {
+		name  string
+		value *string
+		min   int
+		max   int
+		def   string
+	}{
+		{"serial", &cfg.Serial, 1, 64, ""},
+		{"vendor", &cfg.Vendor, 0, 8, "GVM"},
+		{"product", &cfg.Product, 0, 16, "DISK"},
+		{"revision", &cfg.Revision, 0, 4, "1"},
+	} {
+		if *f.value == "" {
+			*f.value = f.def
+		}
+		if n := len(*f.value); n < f.min || n > f.max {
+			return nil, fmt.Errorf("scsi unit: %s %q: must have %d to %d characters", f.name, *f.value, max(f.min, 1), f.max)
+		}
+		for _, c := range []byte(*f.value) {
+			if c < 0x20 || c > 0x7e {
+				return nil, fmt.Errorf("scsi unit: %s %q: not printable ASCII", f.name, *f.value)
+			}
+		}
+	}
+	u := &Unit{cfg: cfg, b: cfg.Backend, blockSize: int64(cfg.BlockSize), serial: cfg.Serial}
+	blocks, err := u.capacity()
+	if err != nil {
+		return nil, err
+	}
+	u.blocks.Store(blocks)
+	if g := discardGranularity(u.b); g > 0 && !cfg.ReadOnly {
+		u.granularity = max(g, u.blockSize)
+	}
+	u.defaults()
+	u.wce.Store(cfg.Cache != WriteThrough)
+	u.set.init()
+	return u, nil
+}
+
+// capacity asks the backend for its size and checks it.
+func (u *Unit) capacity() (uint64, error) {
+	n := u.b.Size()
+	if n <= 0 || n%u.blockSize != 0 {
+		return 0, fmt.Errorf("scsi unit: backend of %d bytes: must be a positive multiple of the block size %d", n, u.blockSize)
+	}
+	return uint64(n / u.blockSize), nil
+}
+
+// defaults sets what a reset brings back, except WCE.
+func (u *Unit) defaults() {
+	u.swp.Store(false)
+	u.dSense.Store(false)
+	u.stopped.Store(false)
+}
+
+// Resized reads the size of the backend again. When it has changed, every
+// initiator finds the unit attention CAPACITY DATA HAS CHANGED.
+func (u *Unit) Resized() error {
+	blocks, err := u.capacity()
+	if err != nil {
+		return err
+	}
+	if u.blocks.Swap(blocks) != blocks {
+		u.set.attention(CapacityChanged, everyone)
+	}
+	return nil
+}
+
+// Serial returns the unit serial number.
+func (u *Unit) Serial() string { return u.serial }
+
+// BlockSize returns the logical block size in bytes.
+func (u *Unit) BlockSize() int { return int(u.blockSize) }
+
+// Blocks returns the capacity in logical blocks.
+func (u *Unit) Blocks() uint64 { return u.blocks.Load() }
+
+// thin says whether logical block provisioning management works (LBPME).
+func (u *Unit) thin() bool { return u.granularity > 0 }
+
+// writeProtected returns the sense data that a write meets, if any.
+func (u *Unit) writeProtected() error {
+	switch {
+	case u.cfg.ReadOnly:
+		return WriteProtected
+	case u.swp.Load():
+		return SoftwareProtected
+	}
+	return nil
+}
+
+// inRange checks that n blocks from lba on exist. Both come from the initiator
+// and may have any value: the sum is never formed (SBC-4 4.6). Zero blocks at
+// the very end are in range.
+func (u *Unit) inRange(lba, n uint64) error {
+	if c := u.blocks.Load(); lba > c || n > c-lba {
+		return LBAOutOfRange
+	}
+	return nil
+}
+
+// failed wraps and reports an error of the backend.
+func (u *Unit) failed(op string, off int64, err error) error {
+	e := &mediumError{op, off, err}
+	if u.cfg.OnError != nil {
+		u.cfg.OnError(e)
+	}
+	return e
+}
+
+// read fills iov from lba on.
+func (u *Unit) read(iov [][]byte, lba uint64) error {
+	off := int64(lba) * u.blockSize
+	if n, err := ReadVec(u.b, iov, off); err != nil {
+		return u.failed("read", off+int64(n), err)
+	}
+	return nil
+}
+
+// write stores iov from lba on. It is durable on return when fua is set or the
+// write cache is off.
+func (u *Unit) write(iov [][]byte, lba uint64, fua bool) error {
+	off := int64(lba) * u.blockSize
+	if u.cfg.Cache != Unsafe && (fua || !u.wce.Load()) {
+		if n, err := WriteVecDurable(u.b, iov, off); err != nil {
+			return u.failed("write", off+int64(n), err)
+		}
+		return nil
+	}
+	n, err := WriteVec(u.b, iov, off)
+	u.written.Add(1)
+	if err != nil {
+		return u.failed("write", off+int64(n), err)
+	}
+	return nil
+}
+
+// flush makes everything that was written before it was called durable.
+func (u *Unit) flush() error {
+	if u.cfg.Cache == Unsafe || u.cfg.ReadOnly {
+		return nil
+	}
+	covered := u.written.Load()
+	if err := u.b.Flush(); err != nil {
+		return u.failed("flush", 0, err)
+	}
+	for {
+		old := u.flushed.Load()
+		if old >= covered || u.flushed.CompareAndSwap(old, covered) {
+			return nil
+		}
+	}
+}
+
+// flushDirty is flush, unless nothing was written since the last one.
+func (u *Unit) flushDirty() error {
+	if u.flushed.Load() == u.written.Load() {
+		return nil
+	}
+	return u.flush()
+}
+
+// settle ends a change of the medium that was no plain write (UNMAP, WRITE
+// SAME): it counts as written, and is durable when the write cache is off.
+func (u *Unit) settle() error {
+	u.written.Add(1)
+	if u.wce.Load() {
+		return nil
+	}
+	return u.flush()
+}
+
+// zero makes n blocks from lba on read as zeroes; with discard it gives their
+// storage back if it can.
+func (u *Unit) zero(lba, n uint64, discard bool) error {
+	off, size := int64(lba)*u.blockSize, int64(n)*u.blockSize
+	err := errors.ErrUnsupported
+	if discard && u.thin() {
+		err = u.b.(Discarder).Discard(off, size)
+	}
+	if z, ok := u.b.(Zeroer); ok && errors.Is(err, errors.ErrUnsupported) {
+		err = z.Zero(off, size)
+	}
+	if errors.Is(err, errors.ErrUnsupported) {
+		return u.repeat(lba, n, make([]byte, u.blockSize))
+	}
+	if err != nil {
+		return u.failed("zero", off, err)
+	}
+	return u.settle()
+}
+
+// repeat writes block to each of n blocks from lba on.
+func (u *Unit) repeat(lba, n uint64, block []byte) error {
+	buf := getScratch()
+	defer putScratch(buf)
+	for i := 0; i < len(*buf); i += len(block) {
+		copy((*buf)[i:], block)
+	}
+	for per := uint64(len(*buf) / len(block)); n > 0; {
+		k := min(n, per)
+		off := int64(lba) * u.blockSize
+		if w, err := WriteVec(u.b, [][]byte{(*buf)[:k*uint64(len(block))]}, off); err != nil {
+			u.written.Add(1)
+			return u.failed("write", off+int64(w), err)
+		}
+		lba, n = lba+k, n-k
+	}
+	return u.settle()
+}
+
+// scratch buffers are for data that passes through the target: comparisons and
+// repeated blocks.
+var scratch = sync.Pool{New: func() any { b := make([]byte, 256<<10); return &b }}
+
+func getScratch() *[]byte  { return scratch.Get().(*[]byte) }
+func putScratch(b *[]byte) { scratch.Put(b) }
+
+// physicalExponent is LOGICAL BLOCKS PER PHYSICAL BLOCK EXPONENT.
+func (u *Unit) physicalExponent() byte { return byte(u.cfg.PhysicalBlockExponent) }
+
+// clamp32 is n, or all ones when it does not fit.
+func clamp32(n uint64) uint32 { return uint32(min(n, math.MaxUint32)) }
+
+// unmapGranularity is the granularity in blocks, a power of two.
+func (u *Unit) unmapGranularity() uint32 {
+	n := uint64(u.granularity / u.blockSize)
+	return clamp32(1 << bits.Len64(n-1))
+}
