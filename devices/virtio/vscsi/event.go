@@ -1,0 +1,125 @@
+package vscsi
+
+import (
+	"encoding/binary"
+	"sync"
+
+	"gvm/devices/scsi"
+	"gvm/devices/virtio"
+	"gvm/devices/virtio/virtq"
+)
+
+// EventType is the kind of an event, Reason what happened (5.6.6.3).
+type (
+	EventType uint32
+	Reason    uint32
+)
+
+// Event types, and the reasons of a TransportReset.
+const (
+	TransportReset EventType = 1 // VIRTIO_SCSI_T_TRANSPORT_RESET
+	ParamChange    EventType = 3 // VIRTIO_SCSI_T_PARAM_CHANGE; see ParamReason
+
+	ResetHard    Reason = 0 // the unit was reset
+	ResetRescan  Reason = 1 // the unit has appeared
+	ResetRemoved Reason = 2 // the unit is gone
+)
+
+const (
+	noEvent      = 0       // VIRTIO_SCSI_T_NO_EVENT
+	eventsMissed = 1 << 31 // VIRTIO_SCSI_T_EVENTS_MISSED
+	eventLen     = 16      // struct virtio_scsi_event
+)
+
+// ParamReason is the reason of a ParamChange: the additional sense code and
+// qualifier that the unit attention condition has too.
+func ParamReason(asc, ascq byte) Reason { return Reason(asc) | Reason(ascq)<<8 }
+
+// Event tells the driver about a logical unit, if the driver negotiated the
+// feature for that. It does not block and keeps nothing for later: without a
+// buffer the event is lost, and the next one says that some were.
+func (d *Device) Event(t EventType, lun scsi.LUN, reason Reason) { d.events.send(t, lun, reason) }
+
+// events is the event queue: buffers that wait for something to report. Lock
+// order: mu is taken before the worker's own lock.
+type events struct {
+	mu       sync.Mutex
+	active   bool
+	features uint64 // that the driver accepted
+	buffers  []buffer
+	missed   bool
+}
+
+type buffer struct {
+	w *virtio.Worker
+	c *virtq.Chain
+}
+
+func (e *events) start(features uint64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.active, e.features, e.missed = true, features, false
+}
+
+// stop forgets the buffers, after the worker was halted.
+func (e *events) stop() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, b := range e.buffers {
+		b.w.Drop(b.c)
+	}
+	e.active, e.buffers = false, nil
+}
+
+// add serves the event queue: it keeps the buffer, or reports at once what
+// was missed for want of one.
+func (e *events) add(w *virtio.Worker, c *virtq.Chain) error {
+	if n := c.In.Len(); n < eventLen {
+		return guestErr("5.6.6.3.1", "event buffer of %d bytes", n)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.buffers = append(e.buffers, buffer{w, c})
+	if e.missed {
+		e.write(noEvent, 0, 0)
+	}
+	return nil
+}
+
+func (e *events) send(t EventType, lun scsi.LUN, reason Reason) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	wanted := true
+	switch {
+	case t == ParamChange:
+		wanted = e.features&featureChange != 0
+	case reason != ResetHard:
+		wanted = e.features&featureHotplug != 0
+	}
+	if e.active && wanted {
+		e.write(t, lun, reason)
+	}
+}
+
+// write fills one buffer, or notes that there was none. The caller holds mu.
+func (e *events) write(t EventType, lun scsi.LUN, reason Reason) {
+	if len(e.buffers) == 0 {
+		e.missed = true
+		return
+	}
+	b := e.buffers[0]
+	e.buffers = append(e.buffers[:0], e.buffers[1:]...)
+	var ev [eventLen]byte
+	if e.missed {
+		t |= eventsMissed
+		e.missed = false
+	}
+	binary.LittleEndian.PutUint32(ev[:], uint32(t))
+	if t&^eventsMissed != noEvent {
+		// The same form of the LUN that REPORT LUNS has, on target 0.
+		binary.BigEndian.PutUint64(ev[4:], 0x01<<56|uint64(lun)>>16)
+	}
+	binary.LittleEndian.PutUint32(ev[12:], uint32(reason))
+	scatter(b.c.In.Take(eventLen), ev[:])
+	b.w.Complete(b.c, eventLen)
+}

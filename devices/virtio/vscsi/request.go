@@ -1,0 +1,168 @@
+package vscsi
+
+import (
+	"encoding/binary"
+	"io"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/trace"
+	"gvm/devices/virtio"
+	"gvm/devices/virtio/virtq"
+)
+
+// struct virtio_scsi_req_cmd (5.6.6.1): what surrounds the CDB and the sense
+// data.
+const (
+	idOff       = 8
+	taskAttrOff = 16
+	cdbOff      = 19
+	respLen     = 12 // sense_len, residual, status_qualifier, status, response
+)
+
+// Response codes (5.6.6.1, 5.6.6.2).
+const (
+	sOK                = 0
+	sOverrun           = 1
+	sAborted           = 2
+	sBadTarget         = 3
+	sReset             = 4
+	sFailure           = 9
+	sFunctionComplete  = 0
+	sFunctionSucceeded = 10
+	sFunctionRejected  = 11
+	sIncorrectLUN      = 12
+)
+
+// request is the state of one request. It lives in a chain's User and is used
+// again with the chain.
+type request struct {
+	w    *virtio.Worker
+	c    *virtq.Chain
+	cmd  scsi.Command
+	hdr  [cdbOff + maxCDBSize]byte
+	resp [respLen + maxSenseSize]byte
+	// The response part of the chain: header and sense_size bytes.
+	to      [][]byte
+	toLen   int
+	dataLen int // bytes of data-in or data-out
+
+	observer Observer
+	rec      trace.Record // for the observer, if there is one
+}
+
+// request serves request queue q. It parses the request into a command, all of
+// it copied but for the data, and submits that.
+func (d *Device) request(q uint16, w *virtio.Worker, c *virtq.Chain) error {
+	r, _ := c.User.(*request)
+	if r == nil {
+		r = &request{observer: d.cfg.Observer}
+		r.cmd.Done = r.done
+		c.User = r
+	}
+	cdbSize, senseSize := int(d.cdbSize.Load()), int(d.senseSize.Load())
+	hdr := r.hdr[:cdbOff+cdbSize]
+	if _, err := io.ReadFull(&c.Out, hdr); err != nil {
+		return guestErr("5.6.6.1", "request with less than %d device-readable bytes", len(hdr))
+	}
+	r.toLen = respLen + senseSize
+	if c.In.Len() < r.toLen {
+		return guestErr("5.6.6.1", "request with %d device-writable bytes, not %d", c.In.Len(), r.toLen)
+	}
+	r.w, r.c = w, c
+	r.to = c.In.Take(r.toLen)
+	outLen, inLen := c.Out.Len(), c.In.Len()
+	r.dataLen = outLen + inLen
+	if r.observer != nil {
+		r.begin(q, hdr, outLen, inLen)
+	}
+
+	lun, ok := address(hdr[:8])
+	if !ok {
+		r.answer(sBadTarget, scsi.Result{Residual: uint32(r.dataLen)})
+		return nil
+	}
+	if outLen > 0 && inLen > 0 { // VIRTIO_SCSI_F_INOUT is not offered
+		r.answer(sFailure, scsi.Result{Residual: uint32(r.dataLen)})
+		return nil
+	}
+	attr := scsi.TaskAttr(hdr[taskAttrOff])
+	if attr > scsi.ACA {
+		attr = scsi.Simple
+	}
+	r.cmd.LUN = lun
+	r.cmd.CDB = hdr[cdbOff:]
+	r.cmd.Attr = attr
+	r.cmd.Tag = binary.LittleEndian.Uint64(hdr[idOff:])
+	r.cmd.Nexus = d.cfg.Nexus
+	r.cmd.Out = c.Out.Take(outLen)
+	r.cmd.In = c.In.Take(inLen)
+	d.cfg.Target.Submit(&r.cmd)
+	return nil
+}
+
+// done is the command's Done: the one way from a result to a response code.
+func (r *request) done(res scsi.Result) {
+	code := byte(sFailure)
+	switch {
+	case res.Abort == scsi.AbortedByTask:
+		code = sAborted
+	case res.Abort == scsi.AbortedByReset:
+		code = sReset
+	case res.Overrun:
+		code = sOverrun
+	case res.Abort == scsi.NotAborted:
+		// A LUN without a unit too: the status and sense data of that are
+		// what initiators look for when they scan.
+		code = sOK
+	}
+	r.answer(code, res)
+}
+
+// answer writes the response and gives the chain back. The sense area is
+// written to its end, so that the written length covers the data behind it
+// without a gap.
+func (r *request) answer(code byte, res scsi.Result) {
+	resp := r.resp[:r.toLen]
+	senseLen := copy(resp[respLen:], res.Sense)
+	clear(resp[respLen+senseLen:])
+	binary.LittleEndian.PutUint32(resp, uint32(senseLen))
+	binary.LittleEndian.PutUint32(resp[4:], res.Residual)
+	binary.LittleEndian.PutUint16(resp[8:], 0) // status_qualifier
+	resp[10] = byte(res.Status)
+	resp[11] = code
+	scatter(r.to, resp)
+
+	written := r.toLen
+	if len(r.cmd.In) > 0 {
+		written += max(r.dataLen-int(res.Residual), 0)
+	}
+	if r.observer != nil {
+		r.end(code, &res)
+	}
+	// What lies in guest memory is not kept past the request.
+	r.to, r.cmd.Out, r.cmd.In = nil, nil, nil
+	r.w.Complete(r.c, uint32(written))
+}
+
+// begin notes what was asked.
+func (r *request) begin(q uint16, hdr []byte, outLen, inLen int) {
+	r.rec = trace.Record{
+		Kind:  trace.Command,
+		Queue: q,
+		LUN:   [8]byte(hdr),
+		Tag:   binary.LittleEndian.Uint64(hdr[idOff:]),
+		Attr:  scsi.TaskAttr(hdr[taskAttrOff]),
+		CDB:   hdr[cdbOff:],
+		Out:   uint32(outLen),
+		In:    uint32(inLen),
+		Time:  r.observer.Now(),
+	}
+}
+
+// end notes what came of it.
+func (r *request) end(code byte, res *scsi.Result) {
+	r.rec.Latency = r.observer.Now() - r.rec.Time
+	r.rec.Response, r.rec.Status, r.rec.Residual = code, res.Status, res.Residual
+	r.rec.Sense = r.resp[respLen : respLen+min(len(res.Sense), r.toLen-respLen)] // as much as the driver gets
+	r.observer.Observe(&r.rec)
+}

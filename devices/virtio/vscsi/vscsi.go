@@ -1,0 +1,258 @@
+// Package vscsi is the virtio SCSI host device (virtio 1.3, 5.6) over an
+// in-process SCSI target: it turns requests in virtqueues into scsi.Commands,
+// and their results into responses. The host has one target, number 0.
+package vscsi
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/trace"
+	"gvm/devices/virtio"
+	"gvm/devices/virtio/virtq"
+)
+
+// Target is what the device needs of a SCSI target; *scsi.Target is one.
+type Target interface {
+	Submit(*scsi.Command)
+	AbortTask(scsi.NexusID, scsi.LUN, uint64) scsi.TaskResponse
+	AbortTaskSet(scsi.NexusID, scsi.LUN) scsi.TaskResponse
+	ClearTaskSet(scsi.NexusID, scsi.LUN) scsi.TaskResponse
+	LogicalUnitReset(scsi.LUN) scsi.TaskResponse
+	PowerOn()
+	NexusReset(scsi.NexusID) scsi.TaskResponse
+	QueryTask(scsi.NexusID, scsi.LUN, uint64) scsi.TaskResponse
+	QueryTaskSet(scsi.NexusID, scsi.LUN) scsi.TaskResponse
+}
+
+// Observer is told of every request once it has been answered, and of resets.
+// Its methods are called from the threads that serve queues, at the same time.
+type Observer interface {
+	// Now returns the time since an origin of the observer's.
+	Now() time.Duration
+	// Observe keeps nothing of the record, which the device uses again.
+	Observe(*trace.Record)
+}
+
+// Feature bits (5.6.3).
+const (
+	featureHotplug = 1 << 1 // VIRTIO_SCSI_F_HOTPLUG
+	featureChange  = 1 << 2 // VIRTIO_SCSI_F_CHANGE
+)
+
+// Queue numbers (5.6.2).
+const (
+	controlQueue = iota
+	eventQueue
+	requestQueue // the first of them
+)
+
+// struct virtio_scsi_config (5.6.4).
+const (
+	configLen    = 36
+	senseSizeOff = 20
+	cdbSizeOff   = 24
+
+	defaultSenseSize = 96
+	defaultCDBSize   = 32
+	// What the driver may set them to: SPC-5 4.4.1 ends sense data at 252
+	// bytes, and CDBs have 6 (SPC-5 4.2.2) to 260 (SPC-5 4.2.3).
+	maxSenseSize = 252
+	minCDBSize   = 6
+	maxCDBSize   = 260
+)
+
+const (
+	sideQueueSize   = 64 // of the control and the event queue
+	defaultRingSize = 256
+	maxRingSize     = 1024
+	maxQueues       = 1024
+)
+
+// Config says what New makes.
+type Config struct {
+	Target   Target
+	Queues   int          // request queues; 0 is 1
+	RingSize uint16       // entries in each request queue, a power of two from 4 to 1024; 0 is 256
+	Nexus    scsi.NexusID // what the target knows the guest by
+	Observer Observer     // nil: nobody
+}
+
+// Device is a virtio SCSI host.
+type Device struct {
+	cfg                Config
+	senseSize, cdbSize atomic.Uint32
+	workers            []*virtio.Worker // while active; nil for a queue the driver left alone
+	events             events
+}
+
+// New returns a device, or what is wrong with cfg.
+func New(cfg Config) (*Device, error) {
+	if cfg.Queues == 0 {
+		cfg.Queues = 1
+	}
+	if cfg.RingSize == 0 {
+		cfg.RingSize = defaultRingSize
+	}
+	switch {
+	case cfg.Target == nil:
+		return nil, errors.New("virtio-scsi: no target")
+	case cfg.Queues < 0 || cfg.Queues > maxQueues:
+		return nil, fmt.Errorf("virtio-scsi: %d request queues: not from 1 to %d", cfg.Queues, maxQueues)
+	case cfg.RingSize < 4 || cfg.RingSize > maxRingSize || cfg.RingSize&(cfg.RingSize-1) != 0:
+		return nil, fmt.Errorf("virtio-scsi: ring size %d: not a power of two from 4 to %d", cfg.RingSize, maxRingSize)
+	}
+	d := &Device{cfg: cfg}
+	d.defaults()
+	return d, nil
+}
+
+func (d *Device) defaults() {
+	d.senseSize.Store(defaultSenseSize)
+	d.cdbSize.Store(defaultCDBSize)
+}
+
+// ID implements virtio.Device.
+func (*Device) ID() virtio.ID { return virtio.IDSCSI }
+
+// Features implements virtio.Device.
+func (*Device) Features() uint64 {
+	return featureHotplug | featureChange | virtio.FeatureIndirectDesc | virtio.FeatureEventIdx
+}
+
+// QueueSizes implements virtio.Device: control, event and request queues.
+func (d *Device) QueueSizes() []uint16 {
+	sizes := []uint16{controlQueue: sideQueueSize, eventQueue: sideQueueSize}
+	for range d.cfg.Queues {
+		sizes = append(sizes, d.cfg.RingSize)
+	}
+	return sizes
+}
+
+// Config implements virtio.Device.
+func (d *Device) Config() []byte {
+	ring := uint32(d.cfg.RingSize)
+	b := make([]byte, 0, configLen)
+	for _, v := range []uint32{
+		uint32(d.cfg.Queues), // num_queues
+		ring - 2,             // seg_max: beside the data, header and response take a descriptor each
+		0xffff,               // max_sectors
+		ring,                 // cmd_per_lun
+		eventLen,             // event_info_size
+		d.senseSize.Load(),   // sense_size
+		d.cdbSize.Load(),     // cdb_size
+		0,                    // max_channel, max_target: 16 bits each
+		16383,                // max_lun
+	} {
+		b = binary.LittleEndian.AppendUint32(b, v)
+	}
+	return b
+}
+
+// WriteConfig implements virtio.ConfigWriter: the driver may set sense_size
+// and cdb_size, and reads back what the device took.
+func (d *Device) WriteConfig(off uint32, p []byte) {
+	b := d.Config()
+	if int64(off)+int64(len(p)) > configLen {
+		return
+	}
+	copy(b[off:], p)
+	d.senseSize.Store(min(binary.LittleEndian.Uint32(b[senseSizeOff:]), maxSenseSize))
+	d.cdbSize.Store(max(min(binary.LittleEndian.Uint32(b[cdbSizeOff:]), maxCDBSize), minCDBSize))
+}
+
+// Activate implements virtio.Device.
+func (d *Device) Activate(a virtio.Activation) error {
+	d.workers = make([]*virtio.Worker, len(a.Queues))
+	d.events.start(a.Features)
+	// The control queue comes last: task management looks at the others.
+	for i := len(a.Queues) - 1; i >= 0; i-- {
+		if a.Queues[i].Size == 0 {
+			continue
+		}
+		var handle virtio.Handler
+		switch i {
+		case controlQueue:
+			handle = d.control
+		case eventQueue:
+			handle = d.events.add
+		default:
+			handle = func(w *virtio.Worker, c *virtq.Chain) error { return d.request(uint16(i-requestQueue), w, c) }
+		}
+		w, err := virtio.StartWorker(a, i, handle)
+		if err != nil {
+			return errors.Join(fmt.Errorf("virtio-scsi: %w", err), d.Reset())
+		}
+		d.workers[i] = w
+	}
+	return nil
+}
+
+// PowerOn is a power cycle of the machine, which the target sees: the guest
+// finds every unit as it was attached. The device is not active.
+func (d *Device) PowerOn() {
+	d.cfg.Target.PowerOn()
+	d.observe(trace.PowerOn)
+}
+
+// observe tells the observer of an event that is no request.
+func (d *Device) observe(kind trace.Kind) {
+	if o := d.cfg.Observer; o != nil {
+		o.Observe(&trace.Record{Kind: kind, Missing: trace.NoQueue, Time: o.Now()})
+	}
+}
+
+// Reset implements virtio.Device: no more requests are taken, those in flight
+// are aborted or finish, and sense_size and cdb_size are the defaults again.
+// To the target it is the loss of the I_T nexus.
+func (d *Device) Reset() error {
+	d.defaults()
+	if d.workers == nil {
+		return nil
+	}
+	for i, w := range d.workers {
+		if w == nil {
+			continue
+		}
+		if err := w.Halt(); err != nil {
+			return fmt.Errorf("virtio-scsi: stop queue %d: %w", i, err)
+		}
+	}
+	d.events.stop()
+	d.cfg.Target.NexusReset(d.cfg.Nexus)
+	for _, w := range d.workers {
+		if w != nil {
+			w.Wait()
+		}
+	}
+	d.workers = nil
+	d.observe(trace.Reset)
+	return nil
+}
+
+// address returns the LUN that the eight bytes name (5.6.6.1), and false when
+// they do not name target 0. Any single level LUN is the target's to judge,
+// and so are well-known ones; a second level, which has no place in the
+// format, makes a LUN that no target has.
+func address(lun []byte) (scsi.LUN, bool) {
+	v := binary.BigEndian.Uint64(lun)
+	if v == uint64(scsi.ReportLUNsWLUN) {
+		return scsi.ReportLUNsWLUN, true
+	}
+	return scsi.LUN(v << 16), v>>48 == 0x0100
+}
+
+func guestErr(rule, format string, args ...any) error {
+	return &virtq.GuestError{Rule: "virtio 1.3, " + rule, What: fmt.Sprintf(format, args...)}
+}
+
+// scatter copies src to the front of dst, which is at least as long.
+func scatter(dst [][]byte, src []byte) {
+	for _, b := range dst {
+		src = src[copy(b, src):]
+	}
+}
