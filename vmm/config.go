@@ -1,0 +1,134 @@
+// Package vmm builds a machine out of a kernel and devices, and runs it: guest
+// memory, the platform of a small PC with ACPI and PCI, virtual CPUs, and how
+// the run ended. It is a library: it reads no flags, prints nothing and does not
+// exit.
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"gvm/devices/virtio"
+	"gvm/kvmapi"
+	"gvm/vmm/boot"
+	"gvm/vmm/guestmem"
+	"gvm/vmm/x86"
+)
+
+// Config is a machine. The zero value of every field but Kernel and Memory is
+// useful.
+type Config struct {
+	Memory      guestmem.Config
+	CPUs        int // 0 is 1
+	CPUFeatures []x86.FeatureChange
+
+	Kernel   *boot.Image
+	Initrds  []*boot.File
+	CmdLine  string
+	BootMode boot.Mode
+	Protocol boot.Protocol // forces how an ELF kernel is entered; 0: PVH where it has it
+	// KernelCache is a directory for decompressed kernels, such as
+	// boot.CacheDir(); "" keeps none.
+	KernelCache string
+
+	// Devices become PCI functions in this order, from slot 1. They outlive the
+	// machine: Run resets them, and a machine that reboots activates them again.
+	Devices []virtio.Device
+
+	Console Console // COM1; nil has no input and drops output
+	// Rebooting makes a reset by the guest start the machine again in place,
+	// with fresh memory, until it ends otherwise.
+	Rebooting bool
+	// PanicText takes a Linux kernel's panic message on the console for a panic,
+	// for guests without a pvpanic driver.
+	PanicText bool
+
+	Note  func(string)    // one-line remarks for the user; nil drops them
+	Stamp func(code byte) // what the guest writes to port 0x80; nil drops it
+}
+
+// PowerCycler is a virtio.Device with state behind it that a power cycle of the
+// machine resets; PowerOn is called before each life of the machine.
+type PowerCycler interface{ PowerOn() }
+
+// Console is the terminal of COM1.
+type Console interface {
+	io.Writer // what the guest sends, from one goroutine
+	// Connect says where the guest's input goes from now on; nil: nowhere. A
+	// Write to the old one that waits for the guest has returned with an error.
+	Connect(io.Writer)
+}
+
+type nullConsole struct{}
+
+func (nullConsole) Write(p []byte) (int, error) { return len(p), nil }
+func (nullConsole) Connect(io.Writer)           {}
+
+// Ending is how a run ended.
+type Ending int
+
+// Endings.
+const (
+	PoweredOff   Ending = iota + 1 // the guest turned itself off (ACPI S5)
+	GuestReset                     // the guest asked for a reset, and Rebooting is false
+	GuestPanic                     // the guest's kernel panicked
+	GuestCrashed                   // triple fault, or KVM could not go on
+	Stopped                        // the context was cancelled
+	HostFailed                     // something on the host failed
+	Bug                            // gvm itself is wrong
+)
+
+func (e Ending) String() string {
+	return [...]string{"?", "powered off", "reset", "panicked", "crashed", "stopped", "host failed", "bug"}[e]
+}
+
+// Outcome is the end of a run.
+type Outcome struct {
+	Ending Ending
+	// Err says what happened; nil for PoweredOff and GuestReset. For Stopped it is the
+	// context's cause.
+	Err error
+	// Report is more than one line for GuestCrashed and Bug: registers and
+	// instruction bytes, or a stack.
+	Report string
+}
+
+// Run builds the machine of cfg and runs it to its end, which cancelling ctx
+// brings about. Everything that it made is gone when it returns. An error is
+// about what could not be built; *boot.ImageError and *ConfigError are the
+// user's, everything else the host's.
+func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
+	for {
+		m, err := newMachine(sys, cfg)
+		if err != nil {
+			return Outcome{}, err
+		}
+		out := m.run(ctx)
+		if err := m.close(); err != nil && out.Err == nil {
+			out = Outcome{Ending: HostFailed, Err: err}
+		}
+		if out.Ending == GuestPanic {
+			// The console may have shown the text after the device told.
+			if text := m.console.lastPanic(); text != "" {
+				out.Err = errors.New(text)
+			}
+		}
+		if out.Ending != GuestReset || !cfg.Rebooting {
+			return out, nil
+		}
+		if ctx.Err() != nil {
+			return Outcome{Ending: Stopped, Err: context.Cause(ctx)}, nil
+		}
+	}
+}
+
+// ConfigError says what of a Config this host or gvm does not do.
+type ConfigError struct{ What string }
+
+func (e *ConfigError) Error() string { return e.What }
+
+func configErrorf(format string, args ...any) error {
+	return &ConfigError{fmt.Sprintf(format, args...)}
+}

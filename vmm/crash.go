@@ -1,0 +1,56 @@
+package vmm
+
+import (
+	"fmt"
+	"strings"
+
+	"gvm/kvmapi"
+)
+
+// crash describes an exit after which the guest can not go on. It runs on the
+// vCPU's thread.
+func (m *machine) crash(index int, c *kvmapi.VCPU, e kvmapi.Exit) Outcome {
+	out := Outcome{Ending: GuestCrashed, Err: fmt.Errorf("vCPU %d: %s", index, e.String())}
+	var b strings.Builder
+	r, err := c.Regs()
+	s, err2 := c.Sregs()
+	if err != nil || err2 != nil {
+		out.Report = fmt.Sprintf("no registers: %v, %v", err, err2)
+		return out
+	}
+	fmt.Fprintf(&b, "rip %016x  rflags %016x  cs %04x base %x  cpl %d  efer %x\n", r.RIP, r.RFLAGS, s.CS.Selector, s.CS.Base, s.SS.DPL, s.EFER)
+	fmt.Fprintf(&b, "rax %016x  rbx %016x  rcx %016x  rdx %016x\n", r.RAX, r.RBX, r.RCX, r.RDX)
+	fmt.Fprintf(&b, "rsi %016x  rdi %016x  rbp %016x  rsp %016x\n", r.RSI, r.RDI, r.RBP, r.RSP)
+	fmt.Fprintf(&b, "r8  %016x  r9  %016x  r10 %016x  r11 %016x\n", r.R8, r.R9, r.R10, r.R11)
+	fmt.Fprintf(&b, "r12 %016x  r13 %016x  r14 %016x  r15 %016x\n", r.R12, r.R13, r.R14, r.R15)
+	fmt.Fprintf(&b, "cr0 %016x  cr2 %016x  cr3 %016x  cr4 %016x\n", s.CR0, s.CR2, s.CR3, s.CR4)
+	fmt.Fprintf(&b, "gdt %016x+%x  idt %016x+%x  tr %04x  apic base %x\n", s.GDT.Base, s.GDT.Limit, s.IDT.Base, s.IDT.Limit, s.TR.Selector, s.ApicBase)
+	fmt.Fprintf(&b, "code at rip: %s\n", m.code(c, s.CS.Base+r.RIP))
+	if in := e.EmulationBytes(); len(in) > 0 {
+		fmt.Fprintf(&b, "instruction: % x\n", in)
+	}
+	if e.Reason == kvmapi.ExitInternalError && len(e.Info) > 0 {
+		fmt.Fprintf(&b, "KVM's data: %x\n", e.Info)
+	}
+	if e.Reason == kvmapi.ExitInternalError {
+		if mips, err := Speed(m.sys); err == nil && mips < EmulatedBelow {
+			fmt.Fprintf(&b, "this host's KVM has no hardware virtualization: it emulates guest kernel code (%.1f MIPS) and lacks this instruction; run this guest on a host with VT-x or AMD-V\n", mips)
+		}
+	}
+	out.Report = b.String()
+	return out
+}
+
+// code returns 16 bytes at a linear address as the guest sees it, in hex.
+func (m *machine) code(c *kvmapi.VCPU, linear uint64) string {
+	var b strings.Builder
+	for i := range uint64(16) {
+		gpa, ok, err := c.Translate(linear + i)
+		var p [1]byte
+		if err != nil || !ok || m.mem.Read(gpa, p[:]) != nil {
+			return b.String() + " (not in RAM)"
+		}
+		fmt.Fprintf(&b, "%02x ", p[0])
+	}
+	return strings.TrimSpace(b.String())
+}

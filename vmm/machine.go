@@ -1,0 +1,339 @@
+package vmm
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/bobuhiro11/gokvm/kvm"
+
+	"gvm/devices/acpipm"
+	"gvm/devices/debugport"
+	"gvm/devices/i8042"
+	"gvm/devices/pci"
+	"gvm/devices/pvpanic"
+	"gvm/devices/rtc"
+	"gvm/devices/serial"
+	"gvm/devices/virtio/vpci"
+	"gvm/kvmapi"
+	"gvm/kvmapi/eventfd"
+	"gvm/vmm/acpi"
+	"gvm/vmm/boot"
+	"gvm/vmm/bus"
+	"gvm/vmm/guestmem"
+	"gvm/vmm/x86"
+)
+
+// machine is one life of a virtual machine, from its first instruction to its
+// power-off or reset. Everything in it is made new for the next life, but for the
+// virtio devices, which are the Config's.
+type machine struct {
+	cfg     Config
+	sys     *kvmapi.System
+	vm      *kvmapi.VM
+	mem     *guestmem.Memory
+	pio     bus.Bus
+	mmio    bus.Bus
+	uart    *serial.UART
+	uartIRQ *eventfd.FD
+	console *panicWatch
+	irqs    interrupts
+	bus     *pci.Bus
+	virtio  []*vpci.Device
+	cpus    []*kvmapi.VCPU
+	cpuid   []kvm.CPUIDEntry2 // what KVM supports
+	entry   boot.Entry
+
+	said      sync.Map // device trouble that was told
+	saidCount atomic.Int32
+
+	lifecycle
+}
+
+// maxSaid bounds how much device trouble is told of one machine.
+const maxSaid = 20
+
+// newMachine builds a machine up to the point where its vCPUs can run. On an
+// error nothing stays behind.
+func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
+	m := &machine{cfg: cfg, sys: sys}
+	m.lifecycle.init()
+	if m.cfg.CPUs == 0 {
+		m.cfg.CPUs = 1
+	}
+	if m.cfg.Console == nil {
+		m.cfg.Console = nullConsole{}
+	}
+	if m.cfg.Note == nil {
+		m.cfg.Note = func(string) {}
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.close())
+		}
+	}()
+	for _, step := range []func() error{m.createVM, m.addPlatform, m.addPCI, m.loadKernel, m.createCPUs} {
+		if err := step(); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+func (m *machine) createVM() error {
+	if limit := m.sys.Check(kvmapi.CapMaxVCPUs); m.cfg.CPUs < 1 || m.cfg.CPUs > limit {
+		return configErrorf("%d CPUs: this host's KVM gives a guest 1 to %d", m.cfg.CPUs, limit)
+	}
+	var err error
+	if m.cpuid, err = m.sys.SupportedCPUID(); err != nil {
+		return err
+	}
+	if m.vm, err = m.sys.CreateVM(); err != nil {
+		return err
+	}
+	m.irqs.vm = m.vm
+	if err := m.vm.SetTSSAddr(tssAddr); err != nil {
+		return err
+	}
+	if err := m.vm.SetIdentityMapAddr(identityMapAddr); err != nil {
+		return err
+	}
+	if err := m.vm.CreateIRQChip(); err != nil {
+		return err
+	}
+	if err := m.vm.CreatePIT(); err != nil {
+		return err
+	}
+	if m.cfg.CPUs > 255 {
+		// 32-bit APIC IDs in MSI messages (KVM_X2APIC_API_USE_32BIT_IDS and
+		// DISABLE_BROADCAST_QUIRK).
+		if err := m.vm.EnableCap(kvmapi.CapX2APICAPI, 3); err != nil {
+			return err
+		}
+	}
+	if m.mem, err = guestmem.Map(m.cfg.Memory); err != nil {
+		return err
+	}
+	for i, r := range m.mem.Regions() {
+		if err := m.vm.SetMemory(uint32(i), r.Base, r.Bytes); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addPlatform puts the devices of a PC at their ports.
+func (m *machine) addPlatform() error {
+	var err error
+	if m.uartIRQ, err = eventfd.New(); err != nil {
+		return err
+	}
+	if err := m.vm.AssignIRQFD(m.uartIRQ, serial.IRQ); err != nil {
+		return err
+	}
+	m.console = &panicWatch{out: m.cfg.Console, on: m.cfg.PanicText, panicked: m.panicText}
+	m.uart = serial.New(serial.Config{Out: m.console, Raise: func() { m.check(m.uartIRQ.Signal()) }})
+	m.cfg.Console.Connect(m.uart.Input())
+
+	pm := acpipm.New(acpipm.Config{
+		PowerOff: func() { m.end(Outcome{Ending: PoweredOff}) },
+		Reset:    m.reset,
+		SCI:      func(level bool) { m.check(m.vm.SetIRQ(sciGSI, level)) },
+	})
+	m.bus = pci.NewBus(&space{&m.mmio}, pm.ResetControl())
+	stamp := m.cfg.Stamp
+	if stamp == nil {
+		stamp = func(byte) {}
+	}
+	for _, d := range []struct {
+		name       string
+		base, size uint64
+		bus.Handler
+	}{
+		{"COM1", serial.COM1, serial.Size, m.uart},
+		{"RTC", rtc.Port, rtc.Size, rtc.New(nil)},
+		{"i8042", i8042.Port, 1, i8042.Handler(m.reset)},
+		{"ACPI PM", acpipm.Port, acpipm.Size, pm},
+		{"pvpanic", pvpanic.Port, 1, pvpanic.Handler(m.pvpanic)},
+		{"debug port", debugport.Port, 1, debugport.Handler(stamp)},
+		{"PCI configuration", pci.PortBase, pci.PortSize, m.bus.Ports()},
+	} {
+		if err := m.pio.Add(d.name, d.base, d.size, d); err != nil {
+			return err
+		}
+	}
+	return m.mmio.Add("ECAM", ecamBase, ecamSize, m.bus.ECAM())
+}
+
+// space puts BARs into the machine's memory-mapped address space. A window of
+// the bus never reaches RAM, so what the guest asks for can only overlap devices.
+type space struct{ bus *bus.Bus }
+
+func (s *space) Map(name string, base, size uint64, h pci.Handler) error {
+	return s.bus.Add(name, base, size, h)
+}
+
+func (s *space) Unmap(base uint64) error { return s.bus.Remove(base) }
+
+// addPCI puts the virtio devices on the PCI bus and gives them addresses.
+func (m *machine) addPCI() error {
+	for i, d := range m.cfg.Devices {
+		if p, ok := d.(PowerCycler); ok {
+			p.PowerOn()
+		}
+		v, err := vpci.New(vpci.Config{
+			Name:      fmt.Sprintf("virtio device %d (type %d)", i, d.ID()),
+			Device:    d,
+			Mem:       m.mem,
+			Vectors:   m.irqs.vector,
+			Doorbells: doorbells{m.vm},
+			Log:       m.deviceTrouble,
+		})
+		if err != nil {
+			return err
+		}
+		m.virtio = append(m.virtio, v)
+		if _, err := m.bus.Add(v.Function()); err != nil {
+			return err
+		}
+	}
+	return m.bus.Assign(pci.Window{Base: mmio32Base, Size: mmio32Size}, m.mmio64())
+}
+
+func (m *machine) mmio64() pci.Window {
+	bits := uint(36) // what a processor without leaf 0x80000008 has
+	for _, e := range m.cpuid {
+		if e.Function == 0x8000_0008 {
+			bits = uint(e.Eax & 0xff)
+		}
+	}
+	return mmio64(m.mem, bits)
+}
+
+// loadKernel puts the ACPI tables and the kernel into memory.
+func (m *machine) loadKernel() error {
+	ids := make([]uint32, m.cfg.CPUs)
+	for i := range ids {
+		ids[i] = uint32(i)
+	}
+	w := m.mmio64()
+	tables, rsdp, err := acpi.Build(acpi.Config{
+		Area:    acpi.Range{Base: acpiBase, Size: acpiSize},
+		APICIDs: ids,
+		ECAM:    ecamBase,
+		Buses:   ecamSize / pci.ECAMSize,
+		MMIO32:  acpi.Range{Base: mmio32Base, Size: mmio32Size},
+		MMIO64:  acpi.Range{Base: w.Base, Size: w.Size},
+		IOAPIC:  ioapicBase,
+		SCI:     sciGSI,
+	})
+	if err != nil {
+		return fmt.Errorf("ACPI tables: %w", err)
+	}
+	if err := m.mem.Write(acpiBase, tables); err != nil {
+		return fmt.Errorf("ACPI tables: %w", err)
+	}
+	m.entry, err = boot.Load(m.mem, boot.Config{
+		Kernel:   m.cfg.Kernel,
+		Initrds:  m.cfg.Initrds,
+		CmdLine:  m.cfg.CmdLine,
+		Mode:     m.cfg.BootMode,
+		Protocol: m.cfg.Protocol,
+		Cache:    m.cfg.KernelCache,
+		RSDP:     rsdp,
+		E820:     boot.E820(m.mem, boot.E820Entry{Addr: ecamBase, Size: ecamSize, Type: boot.E820Reserved}),
+		Note:     m.cfg.Note,
+	})
+	return err
+}
+
+// createCPUs makes the vCPUs and sets the first one to the kernel's entry. The
+// others wait for the start-up IPI.
+func (m *machine) createCPUs() error {
+	for i := range m.cfg.CPUs {
+		c, err := m.vm.CreateVCPU(i)
+		if err != nil {
+			return err
+		}
+		m.cpus = append(m.cpus, c)
+		cpuid, err := x86.CPUID(m.cpuid, x86.CPUIDConfig{
+			APICID:      uint32(i),
+			CPUs:        m.cfg.CPUs,
+			TSCDeadline: m.sys.Check(kvmapi.CapTSCDeadline) != 0,
+			Features:    m.cfg.CPUFeatures,
+		})
+		if err != nil {
+			return &ConfigError{err.Error()}
+		}
+		if err := initCPU(c, cpuid, i == 0, m.entry); err != nil {
+			return fmt.Errorf("vCPU %d: %w", i, err)
+		}
+	}
+	return nil
+}
+
+func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, boots bool, entry boot.Entry) error {
+	if err := c.SetCPUID(cpuid); err != nil {
+		return err
+	}
+	if err := c.SetMSRs(x86.MSRs()); err != nil {
+		return err
+	}
+	if err := c.SetFPU(x86.InitialFPU()); err != nil {
+		return err
+	}
+	lapic, err := c.LAPIC()
+	if err != nil {
+		return err
+	}
+	if err := c.SetLAPIC(x86.WireLAPIC(lapic)); err != nil {
+		return err
+	}
+	if !boots {
+		return nil
+	}
+	s, err := c.Sregs()
+	if err != nil {
+		return err
+	}
+	var r kvm.Regs
+	switch entry.Protocol {
+	case boot.PVH32:
+		r, s = x86.StartPVH32(s, entry.RIP, entry.StartInfo)
+	case boot.Linux64:
+		r, s = x86.StartLong64(s, entry.RIP, entry.ZeroPage, entry.CR3, entry.GDT, entry.GDTLimit)
+	default:
+		return fmt.Errorf("boot protocol %v", entry.Protocol)
+	}
+	if err := c.SetSregs(s); err != nil {
+		return err
+	}
+	return c.SetRegs(r)
+}
+
+// close undoes newMachine in reverse: devices first, so that nobody writes to
+// memory that is gone.
+func (m *machine) close() error {
+	var errs []error
+	if m.uart != nil {
+		m.cfg.Console.Connect(nil)
+		errs = append(errs, m.uart.Close())
+	}
+	for _, v := range m.virtio {
+		errs = append(errs, v.Close())
+	}
+	for _, c := range m.cpus {
+		errs = append(errs, c.Close())
+	}
+	if m.uartIRQ != nil {
+		errs = append(errs, m.uartIRQ.Close())
+	}
+	if m.vm != nil {
+		errs = append(errs, m.vm.Close())
+	}
+	if m.mem != nil {
+		errs = append(errs, m.mem.Close())
+	}
+	return errors.Join(errs...)
+}

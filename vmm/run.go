@@ -1,0 +1,143 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+
+	"gvm/devices/pvpanic"
+	"gvm/kvmapi"
+	"gvm/vmm/bus"
+)
+
+// lifecycle is how a machine comes to its end. The first call of end decides;
+// ended is closed by it, and stop is what the vCPU threads look at.
+type lifecycle struct {
+	once    sync.Once
+	outcome Outcome
+	ended   chan struct{}
+	stop    atomic.Bool
+	// sawPanic is the text of a kernel panic that the console showed.
+	sawPanic atomic.Pointer[string]
+}
+
+func (l *lifecycle) init() { l.ended = make(chan struct{}) }
+
+// end makes o the outcome unless there is one. It does not wait.
+func (l *lifecycle) end(o Outcome) {
+	l.once.Do(func() {
+		l.outcome = o
+		l.stop.Store(true)
+		close(l.ended)
+	})
+}
+
+// check ends the machine for an error of the host that no caller can handle.
+func (l *lifecycle) check(err error) {
+	if err != nil {
+		l.end(Outcome{Ending: HostFailed, Err: err})
+	}
+}
+
+// reset is the guest asking for a reset. A kernel that panicked before does so
+// after its panic timeout.
+func (l *lifecycle) reset() {
+	if text := l.sawPanic.Load(); text != nil {
+		l.end(panicOutcome(*text))
+		return
+	}
+	l.end(Outcome{Ending: GuestReset})
+}
+
+func panicOutcome(text string) Outcome {
+	return Outcome{Ending: GuestPanic, Err: errors.New(text)}
+}
+
+// pvpanic is the guest's panic notifier. A guest that goes on to its crash
+// kernel, or that just shuts down, is left to do so.
+func (m *machine) pvpanic(e pvpanic.Event) {
+	if e&pvpanic.Panicked == 0 {
+		return
+	}
+	m.end(panicOutcome("the guest's kernel panicked"))
+}
+
+// panicText is the console's word of a panic: final when the kernel has said
+// that it stays where it is.
+func (m *machine) panicText(text string, final bool) {
+	m.sawPanic.Store(&text)
+	if final {
+		m.end(panicOutcome(text))
+	}
+}
+
+// deviceTrouble is what a transport tells of a device that broke. The guest
+// sees it in the device's status, and goes on. It is said once per text: a guest
+// can cause any number of them.
+func (m *machine) deviceTrouble(err error) {
+	if _, said := m.said.LoadOrStore(err.Error(), true); !said && m.saidCount.Add(1) <= maxSaid {
+		m.cfg.Note(err.Error())
+	}
+}
+
+// run runs every vCPU on a thread of its own until the machine ends.
+func (m *machine) run(ctx context.Context) Outcome {
+	defer context.AfterFunc(ctx, func() { m.end(Outcome{Ending: Stopped, Err: context.Cause(ctx)}) })()
+	var threads sync.WaitGroup
+	for i, c := range m.cpus {
+		threads.Go(func() {
+			runtime.LockOSThread() // the thread ends with the goroutine: nothing of KVM's is left on it
+			c.Bind()
+			defer c.Unbind()
+			m.check(m.runCPU(i, c))
+		})
+	}
+	<-m.ended
+	m.uart.Stop()
+	for _, c := range m.cpus {
+		if err := c.Kick(); err != nil {
+			m.outcome.Err = errors.Join(m.outcome.Err, err)
+		}
+	}
+	threads.Wait()
+	return m.outcome
+}
+
+// runCPU is a vCPU's life. The error is the host's.
+func (m *machine) runCPU(index int, c *kvmapi.VCPU) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			m.end(Outcome{Ending: Bug, Err: fmt.Errorf("vCPU %d: %v", index, r), Report: string(debug.Stack())})
+		}
+	}()
+	for !m.stop.Load() {
+		e, err := c.Run()
+		if err != nil {
+			return fmt.Errorf("vCPU %d: %w", index, err)
+		}
+		switch e.Reason {
+		case kvmapi.ExitIO:
+			for i := range e.Count {
+				access(&m.pio, &e, e.Item(i))
+			}
+		case kvmapi.ExitMMIO:
+			access(&m.mmio, &e, e.Data)
+		case kvmapi.ExitInterrupted:
+		default:
+			m.end(m.crash(index, c, e))
+		}
+	}
+	return nil
+}
+
+func access(b *bus.Bus, e *kvmapi.Exit, p []byte) {
+	if e.Write {
+		b.Write(e.Addr, p)
+	} else {
+		b.Read(e.Addr, p)
+	}
+}
