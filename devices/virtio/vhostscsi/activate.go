@@ -1,0 +1,170 @@
+package vhostscsi
+
+import (
+	"errors"
+	"fmt"
+
+	"gvm/devices/virtio"
+	"gvm/devices/virtio/virtq"
+	"gvm/kvmapi/vhost"
+	"gvm/vmm/guestmem"
+)
+
+// Activate implements virtio.Device. The kernel wants everything before the
+// endpoint: with it, it makes as many commands as the vrings have entries, and
+// no vring can be changed any more.
+func (d *Device) Activate(a virtio.Activation) error {
+	if err := d.activate(a); err != nil {
+		return errors.Join(fmt.Errorf("vhost-scsi: %w", err), d.Reset())
+	}
+	return nil
+}
+
+func (d *Device) activate(a virtio.Activation) error {
+	if d.dev == nil {
+		if err := d.open(); err != nil {
+			return err
+		}
+	}
+	var regions []vhost.Region
+	for _, r := range a.Mem.Regions() {
+		regions = append(regions, vhost.Region{GPA: r.Base, Bytes: r.Bytes})
+	}
+	if err := d.dev.SetMemTable(regions); err != nil {
+		return err
+	}
+	// Bits of the transport are none of the kernel's business.
+	if err := d.dev.SetFeatures(a.Features & d.kernel); err != nil {
+		return err
+	}
+	// What an earlier driver missed is no news for this one.
+	if err := d.dev.SetEventsMissed(false); err != nil {
+		return err
+	}
+	var err error
+	if d.watch, err = newWatcher(d.dev, a); err != nil {
+		return err
+	}
+	for i, q := range a.Queues {
+		if q.Size == 0 {
+			continue
+		}
+		if err := d.setVring(i, a); err != nil {
+			return err
+		}
+	}
+	if err := d.dev.SetEndpoint(d.endpoint); err != nil {
+		return d.explain(err)
+	}
+	d.watch.start()
+	// The kernel looks at a queue when its doorbell rings, and one that rang
+	// before the endpoint was there is forgotten.
+	for i, q := range a.Queues {
+		if q.Size == 0 {
+			continue
+		}
+		if err := q.Kick.Signal(); err != nil {
+			return fmt.Errorf("queue %d: %w", i, err)
+		}
+	}
+	return nil
+}
+
+func (d *Device) setVring(i int, a virtio.Activation) error {
+	q := a.Queues[i]
+	addr, err := resolve(a.Mem, q.Layout, a.Features)
+	if err != nil {
+		return fmt.Errorf("queue %d: %w", i, err)
+	}
+	if err := d.dev.SetVringNum(i, q.Size); err != nil {
+		return err
+	}
+	if err := d.dev.SetVringBase(i, 0); err != nil {
+		return err
+	}
+	if err := d.dev.SetVringAddr(i, addr); err != nil {
+		return err
+	}
+	if err := d.dev.SetVringErr(i, d.watch.errs[i]); err != nil {
+		return err
+	}
+	if err := d.dev.SetVringCall(i, q.Call); err != nil {
+		return err
+	}
+	return d.dev.SetVringKick(i, q.Kick)
+}
+
+// resolve finds a queue's parts in guest RAM; the device side's own New says
+// whether they may be there.
+func resolve(mem *guestmem.Memory, l virtq.Layout, features uint64) (a vhost.VringAddr, err error) {
+	if _, err := virtq.New(mem, l, features); err != nil {
+		return a, err
+	}
+	n := uint64(l.Size)
+	for _, part := range []struct {
+		to      *[]byte
+		addr, n uint64
+	}{{&a.Desc, l.Desc, 16 * n}, {&a.Driver, l.Driver, 6 + 2*n}, {&a.Device, l.Device, 6 + 8*n}} {
+		if *part.to, err = mem.Slice(part.addr, part.n); err != nil {
+			return a, err
+		}
+	}
+	return a, nil
+}
+
+// Reset implements virtio.Device: the kernel lets the target go, once it has
+// answered what it had taken, and forgets the queues.
+//
+// The kernel's half stays open, for its owner, workers and permission to use it
+// are got once, before the guest runs; a monitor that gave up its privileges
+// could not open it again. So everything that Activate set has to be undone:
+// above all the addresses, for the kernel writes to the used ring of each vring
+// that has one when it gets an endpoint, and the next driver may use fewer
+// queues and the memory for something else. Should the kernel refuse any of it,
+// closing does the same, and the next Activate opens anew.
+func (d *Device) Reset() error {
+	var err error
+	if d.watch != nil {
+		if err = d.watch.halt(); err != nil {
+			return fmt.Errorf("vhost-scsi: stop watching for errors: %w", err)
+		}
+	}
+	if d.dev != nil && d.watch != nil {
+		if undo := d.detach(); undo != nil {
+			d.cfg.Note(fmt.Sprintf("vhost-scsi: closed, to be opened again, because it did not stop: %v", undo))
+			err = d.dev.Close()
+			d.dev = nil
+		}
+	}
+	if d.watch != nil {
+		err = errors.Join(err, d.watch.close())
+		d.watch = nil
+	}
+	if err != nil {
+		return fmt.Errorf("vhost-scsi: %w", err)
+	}
+	return nil
+}
+
+// detach undoes Activate. There is nothing to be learned from
+// VHOST_GET_VRING_BASE here: it stops no vring, and the next driver starts at 0.
+func (d *Device) detach() error {
+	if err := d.dev.ClearEndpoint(d.endpoint); err != nil {
+		return err
+	}
+	for i := range firstRequestQueue + d.cfg.Queues {
+		if err := d.dev.SetVringKick(i, nil); err != nil {
+			return err
+		}
+		if err := d.dev.SetVringCall(i, nil); err != nil {
+			return err
+		}
+		if err := d.dev.SetVringErr(i, nil); err != nil {
+			return err
+		}
+		if err := d.dev.SetVringAddr(i, vhost.VringAddr{}); err != nil {
+			return err
+		}
+	}
+	return d.dev.SetMemTable(nil)
+}
