@@ -1,0 +1,50 @@
+# `./dev WORD` installs what a Debian machine lacks and then runs `make WORD`.
+GO ?= go
+export CGO_ENABLED = 0
+
+# The packages whose tests start the lab, which wants the machine for itself; and
+# the others. Two guests at a time are what loses guests in the lab: -parallel 1.
+LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostscsi
+UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
+
+.PHONY: build run demo test lint race fuzz bench guest clean
+
+build: ## a static binary: bin/gvm
+	$(GO) build -trimpath -o bin/gvm ./cmd/gvm
+
+run: ## boot the embedded guest
+	$(GO) run ./cmd/gvm run
+
+demo: ## boot a stock Debian kernel to a shell, here or in the lab
+	$(GO) run ./guest-tests/cmd/demo
+
+test: ## every test; those that need a real KVM run in the lab where there is none
+	$(GO) test -timeout 10m $(UNIT)
+	$(GO) test -timeout 30m -p 1 -parallel 1 $(LAB)
+
+lint: ## gofmt, go vet, staticcheck
+	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt would change: $$out"; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+race: ## the unit tests under the race detector
+	CGO_ENABLED=1 $(GO) test -race -timeout 10m $(UNIT)
+
+FUZZTIME ?= 8s
+fuzz: ## every fuzz target, FUZZTIME each
+	@for pkg in $(UNIT); do \
+	  for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
+	    echo "fuzz $$pkg $$target"; \
+	    $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1x $$pkg || exit 1; \
+	  done; \
+	done
+
+bench: ## host-side benchmarks, then boot times in the lab
+	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
+	$(GO) test -run '^$$' -bench . -timeout 60m ./guest-tests/linux
+
+guest: ## rebuild the embedded guest's image
+	$(MAKE) -C guest-tests/embedded
+
+clean:
+	rm -rf bin

@@ -1,0 +1,414 @@
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"crypto/sha256"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"gvm/guest-tests/embedded"
+)
+
+// bzImage is the smallest file that passes for a bzImage of a 64-bit kernel
+// (Documentation/arch/x86/boot.rst); set changes its header.
+func bzImage(set func(b []byte)) []byte {
+	b := make([]byte, 1024+4096)
+	le := binary.LittleEndian
+	b[0x1f1] = 1                     // setup_sects
+	le.PutUint32(b[0x1f4:], 4096/16) // syssize
+	le.PutUint16(b[0x1fe:], 0xaa55)
+	b[0x200], b[0x201] = 0xeb, 0x6a
+	copy(b[0x202:], "HdrS")
+	le.PutUint16(b[0x206:], 0x20f)
+	b[0x211] = 1 // LOADED_HIGH
+	le.PutUint32(b[0x22c:], 0x7fffffff)
+	le.PutUint32(b[0x230:], 0x200000)
+	b[0x234] = 1
+	le.PutUint16(b[0x236:], 3) // XLF_KERNEL_64, CAN_BE_LOADED_ABOVE_4G
+	le.PutUint32(b[0x238:], 2047)
+	le.PutUint64(b[0x258:], 0x200000)
+	le.PutUint32(b[0x260:], 0x100000)
+	if set != nil {
+		set(b)
+	}
+	return b
+}
+
+// badFiles makes the files that TestBadInput names, in a directory.
+func badFiles(t *testing.T) string {
+	dir := t.TempDir()
+	guest := func(set func(b []byte)) []byte {
+		b := bytes.Clone(embedded.Image)
+		set(b)
+		return b
+	}
+	var gz bytes.Buffer
+	w := gzip.NewWriter(&gz)
+	w.Write(embedded.Image)
+	w.Close()
+	head := func(text string, size int) []byte { return append([]byte(text), make([]byte, size-len(text))...) }
+	le := binary.LittleEndian
+	for name, data := range map[string][]byte{
+		"empty":      nil,
+		"text":       []byte("not a kernel\n"),
+		"guest.elf":  embedded.Image,
+		"cut.elf":    embedded.Image[:300],
+		"arm64.elf":  guest(func(b []byte) { le.PutUint16(b[18:], uint16(elf.EM_AARCH64)) }),
+		"i386.elf":   guest(func(b []byte) { b[4] = byte(elf.ELFCLASS32); le.PutUint16(b[18:], uint16(elf.EM_386)) }),
+		"module.ko":  guest(func(b []byte) { le.PutUint16(b[16:], uint16(elf.ET_REL)) }),
+		"program":    guest(func(b []byte) { le.PutUint16(b[16:], uint16(elf.ET_DYN)) }),
+		"bigend.elf": guest(func(b []byte) { b[5] = byte(elf.ELFDATA2MSB) }),
+		"vmlinux.gz": gz.Bytes(),
+		"initrd":     head("070701", 512),
+		"package":    head("!<arch>\ndebian-binary", 512),
+		"bz":         bzImage(nil),
+		"cut.bz":     bzImage(nil)[:2000],
+		"head.bz":    append([]byte("MZ"), bzImage(nil)[2:0x210]...),
+		"old.bz":     bzImage(func(b []byte) { le.PutUint16(b[0x206:], 0x204) }),
+		"i386.bz":    bzImage(func(b []byte) { le.PutUint16(b[0x236:], 0) }),
+		"disk":       make([]byte, 1<<20),
+		"disk2":      make([]byte, 1<<20),
+		"twice":      make([]byte, 1<<20),
+		"twice2":     make([]byte, 1<<20),
+		"large":      make([]byte, 1<<20),
+		"serial":     make([]byte, 1<<20),
+		"serial2":    make([]byte, 1<<20),
+		"grow":       make([]byte, 1<<20),
+		"locked":     make([]byte, 1<<20),
+		"odd":        make([]byte, 1000),
+		"odd4096":    make([]byte, 4096+512),
+		"small":      make([]byte, 512),
+		"disk.qcow2": head("QFI\xfb\x00\x00\x00\x03", 1<<16),
+		"same.qcow2": head("QFI\xfb\x00\x00\x00\x03", 1<<16),
+		"disk.vmdk":  head("KDMV", 1<<16),
+		"disk.vhdx":  head("vhdxfile", 1<<16),
+		"disk.gz":    head("\x1f\x8b\x08", 512),
+		"comma,file": []byte("x"),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, f := range []string{"tree/Kbuild", "tree/MAINTAINERS", "tree/arch/x86/Makefile"} {
+		f = filepath.Join(dir, f)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(f), 0o700), os.WriteFile(f, nil, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(
+		os.Mkdir(filepath.Join(dir, "dir"), 0o700),
+		os.Symlink("loop", filepath.Join(dir, "loop")),
+		os.Symlink("nowhere", filepath.Join(dir, "dangling")),
+		syscall.Mkfifo(filepath.Join(dir, "fifo"), 0o600),
+		os.WriteFile(filepath.Join(dir, "secret"), embedded.Image, 0o000),
+	); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// contents is every file under dir, with what tells a change.
+func contents(t *testing.T, dir string) string {
+	var b strings.Builder
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		fi, err := d.Info()
+		if err != nil {
+			return err
+		}
+		fmt.Fprint(&b, path[len(dir):], " ", fi.Mode(), " ", fi.Size())
+		if fi.Mode().IsRegular() && fi.Mode().Perm() != 0 && fi.Size() <= 64<<20 {
+			data, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(&b, " %x", sha256.Sum256(data))
+		}
+		b.WriteByte('\n')
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// TestBadInput gives gvm what it cannot take: each is one line on standard error that
+// names what is wrong, an exit status, and no change to any file.
+func TestBadInput(t *testing.T) {
+	dir := badFiles(t)
+	holder := startGVM(t, dir, "run", "--guest-arg", "spin", "--disk", "locked")
+	holder.expect("spinning")
+	pid := strconv.Itoa(holder.cmd.Process.Pid)
+	long := strings.Repeat("x", 3000)
+	run := func(args ...string) []string { return append([]string{"run"}, args...) }
+	tests := []struct {
+		name string
+		args []string
+		want string // parts of the message, apart by |
+		dir  string
+	}{
+		{"unknown flag", run("--nosuch"), "unknown flag -nosuch", ""},
+		{"unknown global flag", []string{"--nosuch"}, "unknown flag -nosuch", ""},
+		{"unknown command", []string{"nosuch"}, `unknown command "nosuch"`, ""},
+		{"empty command", []string{""}, `unknown command ""`, ""},
+		{"stray argument", run("vmlinux"), `"vmlinux"|--kernel`, ""},
+		{"stray argument after --", run("--", "--cpus"), `"--cpus"`, ""},
+		{"flag without a value", run("--kernel"), "-kernel|argument", ""},
+		{"help for nothing", []string{"help", "nosuch"}, "nosuch", ""},
+		{"help for nothing of run", run("help", "nosuch"), "nosuch", ""},
+		{"doctor with an argument", []string{"doctor", "kvm"}, `doctor|"kvm"`, ""},
+		{"doctor with a flag", []string{"doctor", "--fix"}, "-fix", ""},
+		{"completion of nothing", []string{"completion"}, "want bash, zsh or fish", ""},
+		{"completion of an unknown shell", []string{"completion", "tcsh"}, `"tcsh"|want bash, zsh or fish`, ""},
+		{"completion of two shells", []string{"completion", "bash", "zsh"}, "want bash, zsh or fish", ""},
+
+		{"no CPU", run("--cpus", "0"), "--cpus 0", ""},
+		{"negative CPUs", run("--cpus", "-1"), "--cpus -1", ""},
+		{"many CPUs", run("--cpus", "100000"), "100000 CPUs", ""},
+		{"CPUs of letters", run("--cpus", "abc"), "-cpus|abc", ""},
+		{"no memory", run("--memory", "0"), "--memory 0|16 MiB", ""},
+		{"little memory", run("--memory", "1M"), "--memory 1M|16 MiB", ""},
+		{"memory of letters", run("--memory", "12X"), "--memory|12X", ""},
+		{"negative memory", run("--memory=-512M"), "--memory|-512M", ""},
+		{"empty memory", run("--memory="), "--memory", ""},
+		{"memory past 64 bits", run("--memory", "99999999999T"), "--memory|99999999999T|too large", ""},
+		{"more memory than the host", run("--memory", "9999T"), "--memory 9999T|this host has", ""},
+		{"memory of odd pages", run("--memory", "20000001K"), "--memory 20000001K", ""},
+		{"hugepages of odd size", run("--memory", "33M", "--hugepages"), "--memory 33M|2 MiB", ""},
+		{"timeout 0", run("--timeout", "0"), "--timeout 0s", ""},
+		{"negative timeout", run("--timeout", "-5s"), "--timeout -5s", ""},
+		{"timeout of letters", run("--timeout", "abc"), "-timeout|abc", ""},
+		{"timeout without unit", run("--timeout", "90"), "-timeout|90", ""},
+		{"boot", run("--boot", "foo"), `--boot|"foo"`, ""},
+		{"entry", run("--entry", "foo"), "--entry foo", ""},
+		{"entry of the embedded guest", run("--entry", "64"), "--entry 64", ""},
+		{"on-reset", run("--on-reset", "foo"), "--on-reset foo", ""},
+		{"feature without sign", run("--cpu-features", "avx"), `--cpu-features|"avx"`, ""},
+		{"unknown feature hidden", run("--cpu-features=-nosuch"), `--cpu-features|"nosuch"`, ""},
+		{"unknown feature demanded", run("--cpu-features=+nosuch"), `--cpu-features|"nosuch"`, ""},
+		{"no queue", run("--queues", "0"), "--queues 0|64", ""},
+		{"many queues", run("--queues", "1000"), "--queues 1000|64", ""},
+		{"initrd without kernel", run("--initrd", "initrd"), "--initrd|--kernel", ""},
+		{"cmdline without kernel", run("--cmdline", "quiet"), "--cmdline|--kernel", ""},
+		{"bare-cmdline without kernel", run("--bare-cmdline"), "--bare-cmdline|--kernel", ""},
+		{"guest-arg with kernel", run("--kernel", "guest.elf", "--guest-arg", "hang"), "--guest-arg|--cmdline", ""},
+		{"long guest-arg", run("--guest-arg", long), "command line|3006 bytes|2047", ""},
+		{"newline in guest-arg", run("--guest-arg", "a\nb"), "command line|newline", ""},
+		{"bzimage mode for the embedded guest", run("--boot", "bzimage"), "embedded guest|ELF", ""},
+
+		{"empty kernel", run("--kernel", ""), "--kernel|empty", ""},
+		{"kernel missing", run("--kernel", "none"), "none|does not exist", ""},
+		{"kernel is a directory", run("--kernel", "dir"), "dir is a directory", ""},
+		{"kernel of no bytes", run("--kernel", "empty"), "empty is empty", ""},
+		{"kernel under a file", run("--kernel", "text/x"), "text/x|not a directory", ""},
+		{"kernel in a loop", run("--kernel", "loop"), "loop|symbolic links", ""},
+		{"kernel name too long", run("--kernel", long), "name too long", ""},
+		{"kernel of text", run("--kernel", "text"), "text is neither a bzImage nor an ELF file", ""},
+		{"truncated ELF", run("--kernel", "cut.elf"), "cut.elf|truncated", ""},
+		{"ELF for arm64", run("--kernel", "arm64.elf"), "arm64.elf|AARCH64", ""},
+		{"32-bit ELF", run("--kernel", "i386.elf"), "i386.elf|32-bit", ""},
+		{"big-endian ELF", run("--kernel", "bigend.elf"), "bigend.elf|big-endian", ""},
+		{"module", run("--kernel", "module.ko"), "module.ko is a relocatable object", ""},
+		{"shared object", run("--kernel", "program"), "program is a shared object", ""},
+		{"compressed vmlinux", run("--kernel", "vmlinux.gz"), "vmlinux.gz is compressed with gzip", ""},
+		{"initrd as kernel", run("--kernel", "initrd"), "initrd is a cpio archive", ""},
+		{"package as kernel", run("--kernel", "package"), "package is an archive", ""},
+		{"disk as kernel", run("--kernel", "disk.qcow2"), "disk.qcow2 is a disk image", ""},
+		{"truncated bzImage", run("--kernel", "cut.bz"), "cut.bz|truncated", ""},
+		{"bzImage's first sectors", run("--kernel", "head.bz"), "head.bz|truncated", ""},
+		{"old bzImage", run("--kernel", "old.bz"), "old.bz|2.04", ""},
+		{"32-bit bzImage", run("--kernel", "i386.bz"), "i386.bz|32-bit", ""},
+		{"bzImage without payload in mode elf", run("--kernel", "bz", "--boot", "elf"), "bz has no payload", ""},
+		{"PVH entry of a bzImage", run("--kernel", "bz", "--boot", "bzimage", "--entry", "pvh"), "bz|PVH", ""},
+		{"long cmdline for a bzImage", run("--kernel", "bz", "--boot", "bzimage", "--cmdline", long), "command line|2047", ""},
+		{"long cmdline for an ELF kernel", run("--kernel", "guest.elf", "--cmdline", long), "command line|2047", ""},
+		{"newline in cmdline", run("--kernel", "guest.elf", "--cmdline", "a\nb"), "command line|newline", ""},
+		{"kernel tree without kernel", run(), "kernel tree|bzImage|--kernel", "tree"},
+		{"initrd missing", run("--kernel", "guest.elf", "--initrd", "none"), "none does not exist", ""},
+		{"initrd is a directory", run("--kernel", "guest.elf", "--initrd", "dir"), "dir is a directory", ""},
+		{"second initrd of no bytes", run("--kernel", "guest.elf", "--initrd", "initrd", "--initrd", "empty"), "empty is empty", ""},
+		{"initrd larger than memory", run("--kernel", "guest.elf", "--memory", "16M", "--initrd", "huge"), "huge does not fit as initrd", ""},
+
+		{"empty disk", run("--disk", ""), `--disk ""|no path`, ""},
+		{"disk of options", run("--disk", ",readonly"), "--disk|no path", ""},
+		{"disk missing", run("--disk", "none"), "none|does not exist|size", ""},
+		{"readonly disk missing", run("--disk", "none,readonly,size=1M"), "none|no such file", ""},
+		{"disk is a directory", run("--disk", "dir"), "dir|directory", ""},
+		{"disk is a FIFO", run("--disk", "fifo"), "fifo|neither a regular file nor a block device", ""},
+		{"disk is a character device", run("--disk", "/dev/null"), "/dev/null|neither a regular file nor a block device", ""},
+		{"disk under a file", run("--disk", "text/x"), "text/x|not a directory", ""},
+		{"disk in a loop", run("--disk", "loop"), "loop|symbolic links", ""},
+		{"disk behind a dangling link", run("--disk", "dangling,size=1M"), "dangling|exists", ""},
+		{"disk name too long", run("--disk", long+",size=1M"), "name too long", ""},
+		{"disk in a missing directory", run("--disk", "none/new,size=1M"), "none/new|no such file", ""},
+		{"disk is a running program", run("--disk", strings.ReplaceAll(self(t), ",", ",,")), filepath.Base(self(t)), ""},
+		{"disk of no bytes", run("--disk", "empty"), "empty|is empty", ""},
+		{"disk of odd size", run("--disk", "odd"), "odd|1000 bytes|512", ""},
+		{"disk of odd size for 4096", run("--disk", "odd4096,block_size=4096"), "odd4096|4608 bytes|4096", ""},
+		{"qcow2", run("--disk", "disk.qcow2"), "disk.qcow2|qcow2 image|qemu-img convert", ""},
+		{"vmdk", run("--disk", "disk.vmdk,readonly"), "disk.vmdk|VMDK image|qemu-img convert", ""},
+		{"vhdx", run("--disk", "disk.vhdx"), "disk.vhdx|VHDX image|qemu-img convert", ""},
+		{"gzip as disk", run("--disk", "disk.gz"), "disk.gz|gzip -dc", ""},
+		{"disk of another gvm", run("--disk", "locked"), "locked|in use by process " + pid, ""},
+		{"readonly disk of another gvm", run("--disk", "locked,readonly"), "locked|in use by process " + pid, ""},
+		{"same disk twice", run("--disk", "twice", "--disk", "./twice"), "twice|given twice", ""},
+		{"same disk twice, readonly once", run("--disk", "twice2,readonly", "--disk", "twice2"), "twice2|given twice", ""},
+		{"same lun twice", run("--disk", "disk,lun=5", "--disk", "disk2,lun=5"), "disk2|lun=5|disk", ""},
+		{"lun past the last", run("--disk", "disk,lun=16384"), "disk|lun=16384|16383", ""},
+		{"negative lun", run("--disk", "disk,lun=-1"), "disk|lun=-1", ""},
+		{"lun of letters", run("--disk", "disk,lun=a"), "disk|lun=a", ""},
+		{"cache", run("--disk", "disk,cache=foo"), "disk|cache=foo|writethrough", ""},
+		{"block_size", run("--disk", "disk,block_size=1024"), "disk|block_size=1024|4096", ""},
+		{"size 0", run("--disk", "disk,size=0"), "disk|size=0", ""},
+		{"size of letters", run("--disk", "disk,size=big"), "disk|big", ""},
+		{"size smaller than the image", run("--disk", "large,size=512K"), "large|1048576 bytes|524288", ""},
+		{"size of odd blocks", run("--disk", "new,size=1000"), "new|1000|512", ""},
+		{"size past 63 bits", run("--disk", "new,size=8388608T"), "new|8388608T|too large", ""},
+		{"size on a readonly disk", run("--disk", "small,readonly,size=1M"), "small|512 bytes|readonly", ""},
+		{"size on a qcow2", run("--disk", "same.qcow2,readonly,size=64K"), "same.qcow2|qcow2 image", ""},
+		{"long serial", run("--disk", "serial,serial="+long[:65]), "serial|serial|64", ""},
+		{"serial in other letters", run("--disk", "serial2,serial=ä"), "serial2|serial|ASCII", ""},
+		{"empty serial", run("--disk", "disk,serial="), `disk|"serial="`, ""},
+		{"unknown disk option", run("--disk", "disk,colour=red"), `disk|"colour"|block_size`, ""},
+		{"disk option without value", run("--disk", "disk,lun"), `disk|"lun"`, ""},
+		{"readonly with value", run("--disk", "disk,readonly=yes"), `disk|"readonly=yes"`, ""},
+		{"comma at the end", run("--disk", "disk,"), `disk|""`, ""},
+		{"comma in a path", run("--disk", "comma,,file"), "comma,file|1 bytes|512", ""},
+
+		// A disk that size= made or grew is as before when something else is wrong.
+		{"new disk, bad serial", run("--disk", "new,size=1M,serial=ä"), "new|serial", ""},
+		{"new disk, then a missing one", run("--disk", "new2,size=1M", "--disk", "none"), "none", ""},
+		{"new disk, many CPUs", run("--disk", "new3,size=1M", "--cpus", "100000"), "100000 CPUs", ""},
+		{"new disk, long guest-arg", run("--disk", "new4,size=1M", "--guest-arg", long), "command line", ""},
+		{"grown disk, many CPUs", run("--disk", "grow,size=2M", "--cpus", "100000"), "100000 CPUs", ""},
+		{"new disk given twice", run("--disk", "new5,size=1M", "--disk", "new5"), "new5|given twice", ""},
+	}
+	huge, err := os.Create(filepath.Join(dir, "huge"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(huge.Truncate(20<<20), huge.Close()); err != nil {
+		t.Fatal(err)
+	}
+	before := contents(t, dir)
+	t.Run("each", func(t *testing.T) {
+		for _, tt := range tests {
+			t.Run(tt.name, func(t *testing.T) {
+				t.Parallel()
+				c := command(t, tt.args...)
+				c.Dir = filepath.Join(dir, tt.dir)
+				wantBad(t, gvmRuns(t, c), tt.want)
+			})
+		}
+	})
+	if after := contents(t, dir); after != before {
+		t.Errorf("files changed from\n%sto\n%s", before, after)
+	}
+	holder.signal(syscall.SIGTERM)
+	if r := holder.wait(); r.status != 143 {
+		t.Errorf("the holder of the lock ended with %d: %s", r.status, r.errs)
+	}
+}
+
+// TestFileSystemLimit asks for a disk that the file system has no numbers for.
+func TestFileSystemLimit(t *testing.T) {
+	c := command(t, "run", "--disk", "new,size=4194304T")
+	probe := filepath.Join(c.Dir, "probe")
+	if err := os.WriteFile(probe, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if os.Truncate(probe, 1<<62) == nil {
+		t.Skip("the file system of the temporary directory takes files of 4 EiB")
+	}
+	wantBad(t, gvmRuns(t, c), "new|file too large")
+	if _, err := os.Lstat(filepath.Join(c.Dir, "new")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the disk was left: %v", err)
+	}
+}
+
+// TestHugepages asks for more huge pages than there are.
+func TestHugepages(t *testing.T) {
+	free := 0
+	if b, err := os.ReadFile("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages"); err == nil {
+		if free, err = strconv.Atoi(strings.TrimSpace(string(b))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := gvmRuns(t, command(t, "run", "--hugepages", "--memory", strconv.Itoa(2*free+64)))
+	if r.status != exitHost || r.out != "" || strings.Count(r.errs, "\n") != 1 || !strings.HasPrefix(r.errs, "gvm: guest memory: ") {
+		t.Errorf("status %d: %s%s", r.status, r.out, r.errs)
+	}
+}
+
+// wantBad checks the end of a gvm that was given something bad: status 2, and
+// one line with every part of want.
+func wantBad(t *testing.T, r result, want string) {
+	t.Helper()
+	if r.status != exitUsage {
+		t.Errorf("status %d, want %d", r.status, exitUsage)
+	}
+	if r.out != "" {
+		t.Errorf("standard output %q", r.out)
+	}
+	if !strings.HasPrefix(r.errs, "gvm: ") || strings.Index(r.errs, "\n") != len(r.errs)-1 || strings.Contains(r.errs, "%!") {
+		t.Errorf("want one line that begins with gvm, not %q", r.errs)
+	}
+	for part := range strings.SplitSeq(want, "|") {
+		if !strings.Contains(r.errs, part) {
+			t.Errorf("%q lacks %q", r.errs, part)
+		}
+	}
+}
+
+// TestUnreadable needs a user whom permissions bind.
+func TestUnreadable(t *testing.T) {
+	if os.Getuid() == 0 {
+		t.Skip("root may read every file")
+	}
+	dir := badFiles(t)
+	for _, args := range [][]string{{"--kernel", "secret"}, {"--disk", "secret"}, {"--disk", "secret,readonly"}} {
+		c := command(t, append([]string{"run"}, args...)...)
+		c.Dir = dir
+		wantBad(t, gvmRuns(t, c), "secret|permi")
+	}
+}
+
+// TestReadOnlyFileSystem gives gvm disks that cannot be written to.
+func TestReadOnlyFileSystem(t *testing.T) {
+	img := image(t, "disk", 1, 1<<20)
+	inReadOnly := func(disk string) result {
+		c := command(t, "run", "--disk", disk)
+		c.Dir = filepath.Dir(img)
+		c.Env = append(c.Env, readOnlyEnv+"="+c.Dir)
+		c.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS
+		if os.Getuid() != 0 {
+			c.SysProcAttr.Cloneflags = syscall.CLONE_NEWUSER
+			c.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getuid(), HostID: os.Getuid(), Size: 1}}
+			c.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getgid(), HostID: os.Getgid(), Size: 1}}
+			c.SysProcAttr.AmbientCaps = []uintptr{21} // CAP_SYS_ADMIN
+		}
+		r := gvmRuns(t, c)
+		if r.status == 99 {
+			t.Fatal(r.out)
+		}
+		return r
+	}
+	wantBad(t, inReadOnly("disk"), "disk|readonly may work|read-only file system")
+	wantBad(t, inReadOnly("new,size=1M"), "new|read-only file system")
+	if r := inReadOnly("disk,readonly"); r.status != 0 || !strings.Contains(r.out, "PASS") {
+		t.Errorf("readonly: status %d\n%s%s", r.status, r.out, r.errs)
+	}
+}

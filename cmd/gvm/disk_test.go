@@ -1,0 +1,260 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"syscall"
+	"testing"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/scsitest"
+	"gvm/guest-tests/embedded/embeddedtest"
+)
+
+// passes runs the embedded guest and returns its report and console.
+func passes(t *testing.T, args ...string) (embeddedtest.Report, string) {
+	t.Helper()
+	r := gvmRuns(t, command(t, args...))
+	out := lines(r.out)
+	report, err := embeddedtest.ParseReport(out)
+	if err != nil || !report.Passed || r.status != 0 || r.errs != "" {
+		t.Fatalf("status %d, %v\n%s%s", r.status, err, out, r.errs)
+	}
+	return report, out
+}
+
+func TestDiskNotWritten(t *testing.T) {
+	for _, option := range []string{"", ",readonly", ",cache=writethrough", ",cache=unsafe", ",block_size=4096"} {
+		t.Run(strings.ReplaceAll(option, ",", " "), func(t *testing.T) {
+			t.Parallel()
+			img := image(t, "disk", 9, 1<<20)
+			want, err := os.ReadFile(img)
+			if err != nil {
+				t.Fatal(err)
+			}
+			args := []string{"run", "--disk", img + option}
+			if option == ",readonly" {
+				args = append(args, "--guest-arg", "write") // as far as it may
+			}
+			_, out := passes(t, args...)
+			if got, err := os.ReadFile(img); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("the image changed, %v", err)
+			}
+			line := map[string]string{"": "writable, write cache on", ",readonly": "write-protected", ",cache=writethrough": "writable, write cache off",
+				",cache=unsafe": "writable, write cache on", ",block_size=4096": "256 blocks of 4096 bytes"}[option]
+			if !strings.Contains(out, line) {
+				t.Errorf("%s\nlacks %q", out, line)
+			}
+		})
+	}
+}
+
+func TestDiskWritten(t *testing.T) {
+	for _, tt := range []struct {
+		options         string
+		size, blockSize int64
+	}{
+		{"", 1 << 20, 512},
+		{",cache=writethrough", 1 << 20, 512},
+		{",cache=unsafe,serial=A1", 1 << 20, 512},
+		{",block_size=4096", 1 << 20, 4096},
+		{",size=3M", 3 << 20, 512},
+		{",lun=0,size=3T", 3 << 40, 512}, // past what 32-bit LBAs reach
+	} {
+		t.Run(strings.ReplaceAll(tt.options, ",", " "), func(t *testing.T) {
+			t.Parallel()
+			img := image(t, "disk", 17, 1<<20)
+			original, err := os.ReadFile(img)
+			if err != nil {
+				t.Fatal(err)
+			}
+			passes(t, "run", "--disk", img+tt.options, "--guest-arg", "write")
+			f, err := os.Open(img)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if err := embeddedtest.CheckDisk(f, tt.size, tt.blockSize, 0, 0); err != nil {
+				t.Error(err)
+			}
+			if fi, err := f.Stat(); err != nil || fi.Size() != tt.size || fi.Sys().(*syscall.Stat_t).Blocks > 8<<20/512 {
+				t.Errorf("the image has %d bytes, %+v, %v", fi.Size(), fi.Sys(), err)
+			}
+			// Beside what the guest wrote all is as it was.
+			for _, r := range embeddedtest.Written(tt.size, tt.blockSize) {
+				if r.Offset < int64(len(original)) {
+					copy(original[r.Offset:], embeddedtest.Pattern(0, 0, r))
+				}
+			}
+			got := make([]byte, len(original))
+			if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, original) {
+				t.Errorf("bytes changed that the guest did not write, %v", err)
+			}
+		})
+	}
+}
+
+// TestDiskCreated makes a disk with size=.
+func TestDiskCreated(t *testing.T) {
+	t.Parallel()
+	img := filepath.Join(t.TempDir(), "new")
+	passes(t, "run", "--disk", img+",size=1G", "--guest-arg", "write")
+	f, err := os.Open(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := embeddedtest.CheckDisk(f, 1<<30, 512, 0, 0); err != nil {
+		t.Error(err)
+	}
+	if fi, err := f.Stat(); err != nil || fi.Size() != 1<<30 || fi.Sys().(*syscall.Stat_t).Blocks > 1<<20/512 {
+		t.Errorf("%+v, %v", fi.Sys(), err)
+	}
+}
+
+func TestSeveralDisks(t *testing.T) {
+	t.Parallel()
+	disks := []struct {
+		options string
+		lun     uint16
+		size    int
+		written bool
+	}{
+		{",lun=1", 1, 1 << 20, true},
+		{"", 0, 1<<20 + 4096, true},
+		{",lun=300,block_size=4096", 300, 1<<20 + 8192, true},
+		{",readonly", 2, 1<<20 + 512, false},
+		{",serial=five", 3, 1<<20 + 1024, true},
+	}
+	args := []string{"run", "--guest-arg", "write"}
+	paths := make([]string, len(disks))
+	for i, d := range disks {
+		paths[i] = image(t, "disk", byte(31*i), d.size)
+		args = append(args, "--disk", paths[i]+d.options)
+	}
+	report, _ := passes(t, args...)
+	var at []string
+	for _, d := range report.Disks {
+		address, _, _ := strings.Cut(d, " ")
+		at = append(at, address)
+	}
+	if want := []string{"0:0:0:0", "0:0:0:1", "0:0:0:2", "0:0:0:3", "0:0:0:300"}; !reflect.DeepEqual(at, want) {
+		t.Errorf("disks at %q, want %q", at, want)
+	}
+	for i, d := range disks {
+		f, err := os.Open(paths[i])
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		blockSize := int64(512)
+		if strings.Contains(d.options, "4096") {
+			blockSize = 4096
+		}
+		err = embeddedtest.CheckDisk(f, int64(d.size), blockSize, 0, d.lun)
+		if d.written && err != nil || !d.written && err == nil {
+			t.Errorf("disk %d: %v", i, err)
+		}
+	}
+}
+
+// vpd80 asks a unit for its serial number.
+func vpd80(t *testing.T, ds *disks, n int) string {
+	t.Helper()
+	lun, _ := scsi.EncodeLUN(n)
+	if err := scsitest.Ready(ds.target, lun); err != nil {
+		t.Fatal(err)
+	}
+	r := scsitest.Do(ds.target, lun, []byte{0x12, 1, 0x80, 0, 68, 0}, nil, 68)
+	if r.Status != scsi.Good || len(r.Data) < 4 {
+		t.Fatalf("INQUIRY: %+v", r)
+	}
+	return string(r.Data[4 : 4+r.Data[3]])
+}
+
+func TestOpenDisks(t *testing.T) {
+	a, b := image(t, "a", 1, 1<<20), image(t, "b", 2, 1<<20)
+	ds, err := openDisks([]disk{{path: a, lun: -1, serial: "SN, 1", blockSize: 512}, {path: b, lun: 7, blockSize: 512}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ds.close()
+	if s := vpd80(t, ds, 0); s != "SN, 1" {
+		t.Errorf("serial %q", s)
+	}
+	if s := vpd80(t, ds, 7); s == "" || s == vpd80(t, ds, 0) {
+		t.Errorf("serial of a disk without one: %q", s)
+	}
+}
+
+// TestQueues checks the request queues, beside which are a control and an event queue.
+func TestQueues(t *testing.T) {
+	for _, tt := range []struct{ cpus, queues, want int }{{1, 0, 1}, {4, 0, 4}, {4, 2, 2}, {70, 0, maxQueues}} {
+		d, err := deviceTable[0].make(runConfig{cpus: tt.cpus, queues: tt.queues}, &disks{target: scsi.NewTarget()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := len(d.QueueSizes()) - 2; got != tt.want {
+			t.Errorf("%d CPUs, --queues %d: %d request queues, want %d", tt.cpus, tt.queues, got, tt.want)
+		}
+	}
+}
+
+// TestUndo checks that what size= did is taken back only where no data can be lost.
+func TestUndo(t *testing.T) {
+	dir := t.TempDir()
+	open := func(path string) *disks {
+		ds, err := openDisks([]disk{{path: path, lun: -1, size: 2 << 20, blockSize: 512}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ds
+	}
+	size := func(path string) int64 {
+		fi, err := os.Stat(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return -1
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fi.Size()
+	}
+	for _, tt := range []struct {
+		name    string
+		grown   bool
+		writeAt int64 // -1: nowhere
+		want    int64
+	}{
+		{"created", false, -1, -1},
+		{"created and written", false, 1<<20 + 8192, 2 << 20},
+		{"grown", true, -1, 1 << 20},
+		{"grown, old part written", true, 4096, 1 << 20},
+		{"grown, new part written", true, 1<<20 + 8192, 2 << 20},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			path := filepath.Join(dir, tt.name)
+			if tt.grown {
+				path = image(t, "disk", 1, 1<<20)
+			}
+			ds := open(path)
+			if tt.writeAt >= 0 {
+				if _, err := ds.open[0].WriteAt([]byte("data"), tt.writeAt); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ds.undo()
+			if err := ds.close(); err != nil {
+				t.Fatal(err)
+			}
+			if got := size(path); got != tt.want {
+				t.Errorf("size %d, want %d", got, tt.want)
+			}
+		})
+	}
+}

@@ -1,0 +1,155 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/bobuhiro11/gokvm/kvm"
+	"github.com/urfave/cli/v2"
+
+	"gvm/kvmapi"
+	"gvm/vmm"
+)
+
+// neededCaps is what gvm cannot run without.
+var neededCaps = []struct {
+	name string
+	cap  int
+}{
+	{"KVM_CAP_IRQCHIP", int(kvm.CapIRQChip)},
+	{"KVM_CAP_USER_MEMORY", int(kvm.CapUserMemory)},
+	{"KVM_CAP_SET_TSS_ADDR", int(kvm.CapSetTSSAddr)},
+	{"KVM_CAP_PIT2", int(kvm.CapPIT2)},
+	{"KVM_CAP_IRQ_ROUTING", int(kvm.CapIRQRouting)},
+	{"KVM_CAP_IRQFD", int(kvm.CapIRQFD)},
+	{"KVM_CAP_IOEVENTFD", int(kvm.CapIOEventFD)},
+	{"KVM_CAP_IMMEDIATE_EXIT", kvmapi.CapImmediateExit},
+}
+
+// usefulCaps is what gvm uses where it is there.
+var usefulCaps = []struct {
+	name string
+	cap  int
+	lost string
+}{
+	{"KVM_CAP_TSC_DEADLINE_TIMER", kvmapi.CapTSCDeadline, "guests use the slower APIC timer"},
+	{"KVM_CAP_IOEVENTFD_ANY_LENGTH", kvmapi.CapIOEventFDAnyLen, "doorbells take a slower path"},
+	{"KVM_CAP_X2APIC_API", kvmapi.CapX2APICAPI, "no more than 255 CPUs"},
+}
+
+func doctorCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "doctor",
+		Usage: "tell what this host offers to guests, and what to do about what is missing",
+		Description: `Each line is ok, note (something optional is missing) or FAIL (gvm run will
+not work), with what to do. The exit status is 0 without a FAIL, else 3.`,
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usageError{fmt.Errorf("doctor takes no argument, and got %q", c.Args().First())}
+			}
+			if !doctor(c.App.Writer) {
+				return errors.New("this host cannot run guests; see the lines with FAIL")
+			}
+			return nil
+		},
+	}
+}
+
+// doctor writes the report and tells whether gvm run will work.
+func doctor(w io.Writer) bool {
+	good := true
+	line := func(kind, format string, args ...any) {
+		good = good && kind != "FAIL"
+		fmt.Fprintf(w, "%-5s %s\n", kind, fmt.Sprintf(format, args...))
+	}
+	doctorKVM(line)
+	doctorVhost(line)
+	doctorMemory(line)
+	return good
+}
+
+func doctorKVM(line func(kind, format string, args ...any)) {
+	sys, err := kvmapi.Open()
+	if err != nil {
+		line("FAIL", "%v", err)
+		return
+	}
+	defer sys.Close()
+	line("ok", "%s, API version %d", kvmapi.Device, kvmapi.APIVersion)
+	for _, c := range neededCaps {
+		if sys.Check(c.cap) == 0 {
+			line("FAIL", "%s is missing: this kernel's KVM is too old", c.name)
+		}
+	}
+	for _, c := range usefulCaps {
+		if sys.Check(c.cap) == 0 {
+			line("note", "%s is missing: %s", c.name, c.lost)
+		}
+	}
+	line("ok", "up to %d CPUs in a guest (%d recommended)", sys.Check(kvmapi.CapMaxVCPUs), sys.Check(kvmapi.CapNRVCPUs))
+	mips, err := vmm.Speed(sys)
+	switch {
+	case err != nil:
+		line("FAIL", "a tiny guest does not run: %v", err)
+	case mips < vmm.EmulatedBelow:
+		line("note", "guest kernel code is emulated (%.1f MIPS%s): the embedded guest runs, a Linux kernel does not; for that use a host with VT-x or AMD-V, or go test's lab", mips, modules())
+	default:
+		line("ok", "guest code runs on the processor (%.0f MIPS in a tiny loop%s)", mips, modules())
+	}
+}
+
+// modules names the KVM modules that are loaded.
+func modules() string {
+	dirs, err := os.ReadDir("/sys/module")
+	if err != nil {
+		return ""
+	}
+	var names []string
+	for _, d := range dirs {
+		if strings.HasPrefix(d.Name(), "kvm_") {
+			names = append(names, d.Name())
+		}
+	}
+	if len(names) == 0 {
+		return ""
+	}
+	return ", " + strings.Join(names, ", ")
+}
+
+func doctorVhost(line func(kind, format string, args ...any)) {
+	f, err := os.OpenFile("/dev/vhost-scsi", os.O_RDWR, 0)
+	switch {
+	case err == nil:
+		f.Close()
+		line("ok", "/dev/vhost-scsi")
+	case errors.Is(err, fs.ErrPermission):
+		line("note", "/dev/vhost-scsi: no permission; the kernel's SCSI target needs root")
+	default:
+		line("note", "/dev/vhost-scsi is not there: modprobe vhost_scsi (CONFIG_VHOST_SCSI); disks are served in-process without it")
+	}
+	switch _, err := os.Stat("/sys/kernel/config/target"); {
+	case err == nil:
+		line("ok", "LIO, the kernel's SCSI target, in /sys/kernel/config/target")
+	default:
+		line("note", "LIO is not there: mount -t configfs configfs /sys/kernel/config; modprobe target_core_mod (CONFIG_TARGET_CORE)")
+	}
+}
+
+func doctorMemory(line func(kind, format string, args ...any)) {
+	line("ok", "%s of memory", formatSize(hostMemory()>>20<<20))
+	b, err := os.ReadFile("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+	n, err2 := strconv.Atoi(strings.TrimSpace(string(b)))
+	switch {
+	case err != nil || err2 != nil:
+		line("note", "this kernel has no 2 MiB pages (CONFIG_HUGETLBFS): --hugepages will not work")
+	case n == 0:
+		line("note", "no free 2 MiB pages: --hugepages needs sysctl vm.nr_hugepages=N")
+	default:
+		line("ok", "%d free 2 MiB pages for --hugepages", n)
+	}
+}

@@ -1,0 +1,317 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/guest-tests/embedded/embeddedtest"
+)
+
+func guestRun(words ...string) []string {
+	args := []string{"run"}
+	for _, w := range words {
+		if strings.HasPrefix(w, "--") {
+			args = append(args, w)
+		} else {
+			args = append(args, "--guest-arg", w)
+		}
+	}
+	return args
+}
+
+// endings are the ways for a guest to end by itself or by --timeout.
+var endings = []struct {
+	name   string
+	args   []string
+	status int
+	out    string // part of the console
+	errs   string // all of standard error
+}{
+	{"power-off", guestRun(), 0, "\nPASS\n", `^$`},
+	{"two CPUs", guestRun("--cpus=2"), 0, "cpus: 2 of 2 up", `^$`},
+	{"triple fault", guestRun("crash=triple"), exitCrash, "triple fault next\n",
+		`^gvm: the guest crashed: vCPU 0: [^\n]+\nrip [0-9a-f]{16} [^\n]*\nrax (?s:.*)\ncr0 (?s:.*)\ncode at rip: (([0-9a-f]{2} ){15}[0-9a-f]{2}| \(not in RAM\))\n`}, // an AMD processor keeps no registers: KVM resets them
+	{"panic", guestRun("crash=panic"), exitPanic, "pvpanic event next\n", `^gvm: guest panic: [^\n]+\n$`},
+	{"reset", guestRun("crash=reset"), exitReset, "reset next\n", `^gvm: the guest asked for a reset[^\n]*\n$`},
+	{"reset by ACPI", guestRun("crash=reset-acpi"), exitReset, "reset by ACPI next\n", `^gvm: the guest asked for a reset[^\n]*\n$`},
+	{"reset by port 0xcf9", guestRun("crash=reset-cf9"), exitReset, "reset by port 0xcf9 next\n", `^gvm: the guest asked for a reset[^\n]*\n$`},
+	{"reset by the i8042", guestRun("crash=reset-i8042"), exitReset, "reset by the i8042 next\n", `^gvm: the guest asked for a reset[^\n]*\n$`},
+	{"timeout, spinning", guestRun("--timeout=300ms", "spin"), exitTimeout, "", `^gvm: --timeout 300ms elapsed\n$`},
+	{"timeout, halted", guestRun("--timeout=300ms", "hang"), exitTimeout, "", `^gvm: --timeout 300ms elapsed\n$`},
+	{"timeout, rebooting", guestRun("--timeout=1s", "--on-reset=reboot", "crash=reset"), exitTimeout, "", `^gvm: --timeout 1s elapsed\n$`},
+	{"timeout at once", guestRun("--timeout=1ns"), exitTimeout, "", `^gvm: --timeout 1ns elapsed\n$`},
+}
+
+// TestEndings is the contract of the exit status, on pipes and on a terminal.
+func TestEndings(t *testing.T) {
+	for _, tt := range endings {
+		check := func(t *testing.T, r result, onTerminal bool) {
+			t.Helper()
+			if r.status != tt.status {
+				t.Errorf("status %d, want %d", r.status, tt.status)
+			}
+			if !strings.Contains(lines(r.out), tt.out) {
+				t.Errorf("console %q lacks %q", r.out, tt.out)
+			}
+			if !onTerminal && !regexp.MustCompile(tt.errs).MatchString(r.errs) {
+				t.Errorf("standard error %q, want %q", r.errs, tt.errs)
+			}
+		}
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			check(t, gvmRuns(t, command(t, tt.args...)), false)
+		})
+		t.Run(tt.name+", terminal", func(t *testing.T) {
+			t.Parallel()
+			check(t, startOnTerminal(t, tt.args...).wait(), true)
+		})
+	}
+}
+
+// TestReport checks that gvm without words passes the guest's own checks.
+func TestReport(t *testing.T) {
+	t.Parallel()
+	r := gvmRuns(t, command(t, "run"))
+	report, err := embeddedtest.ParseReport(lines(r.out))
+	if err != nil || !report.Passed || report.CPUs != 1 || len(report.Disks) != 1 || report.Interrupts == 0 {
+		t.Errorf("report %+v, %v", report, err)
+	}
+}
+
+func TestSignals(t *testing.T) {
+	for _, tt := range []struct {
+		sig    syscall.Signal
+		name   string
+		status int
+	}{
+		{syscall.SIGTERM, "SIGTERM", 143},
+		{syscall.SIGINT, "SIGINT", 130},
+		{syscall.SIGHUP, "SIGHUP", 129},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			for _, word := range []string{"spin", "hang", "echo"} {
+				p := startGVM(t, "", guestRun(word)...)
+				p.expect(map[string]string{"spin": "spinning", "hang": "hanging", "echo": "ready"}[word])
+				p.signal(tt.sig)
+				if r := p.wait(); r.status != tt.status || r.errs != "gvm: stopped by "+tt.name+"\n" {
+					t.Errorf("%s: status %d, want %d: %q", word, r.status, tt.status, r.errs)
+				}
+			}
+		})
+		t.Run(tt.name+", terminal", func(t *testing.T) {
+			t.Parallel()
+			p := startOnTerminal(t, guestRun("spin")...)
+			p.expect("spinning")
+			p.signal(tt.sig)
+			if r := p.wait(); r.status != tt.status || !strings.HasSuffix(r.out, "gvm: stopped by "+tt.name+"\r\n") {
+				t.Errorf("status %d, want %d: %q", r.status, tt.status, r.out)
+			}
+		})
+	}
+}
+
+func TestReboot(t *testing.T) {
+	t.Parallel()
+	img := image(t, "disk", 5, 1<<20)
+	p := startGVM(t, "", guestRun("--on-reset=reboot", "--disk="+img, "crash=reset")...)
+	p.expectCount("reset next", 3)
+	p.signal(syscall.SIGTERM)
+	if r := p.wait(); r.status != 143 {
+		t.Errorf("status %d: %s", r.status, r.errs)
+	}
+}
+
+// TestOutput gives gvm outputs that take nothing.
+func TestOutput(t *testing.T) {
+	shell := func(t *testing.T, script string) result {
+		c := command(t)
+		c.Args = []string{"sh", "-c", script, c.Path}
+		var err error
+		if c.Path, err = exec.LookPath("sh"); err != nil {
+			t.Fatal(err)
+		}
+		return gvmRuns(t, c)
+	}
+	for _, tt := range []struct {
+		name, script string
+		status       int
+		errs         string
+	}{
+		{"input closed", `exec "$0" run <&-`, 0, `^$`},
+		{"output closed", `exec "$0" run >&-`, 0, `^$`},
+		{"all closed", `exec "$0" run <&- >&- 2>&-`, 0, `^$`},
+		{"input is a directory", `exec "$0" run </`, 0, `^$`},
+		{"disk full", `exec "$0" run >/dev/full`, exitHost, `^gvm: console output: [^\n]*no space left on device\n$`},
+		{"doctor, disk full", `exec "$0" completion bash >/dev/full`, exitHost, `^gvm: [^\n]*no space left on device\n$`},
+		{"head", `"$0" run | head -n 1`, 0, `^(gvm: console output: [^\n]*broken pipe\n)?$`},
+		{"errors to a full disk", `exec "$0" run --nosuch 2>/dev/full`, exitUsage, `^$`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			r := shell(t, tt.script)
+			if r.status != tt.status || !regexp.MustCompile(tt.errs).MatchString(r.errs) {
+				t.Errorf("status %d, want %d: %q", r.status, tt.status, r.errs)
+			}
+		})
+	}
+	pipe := func(t *testing.T) (r, w *os.File) {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { r.Close(); w.Close() })
+		return r, w
+	}
+	t.Run("reader gone", func(t *testing.T) {
+		t.Parallel()
+		in, out := pipe(t)
+		in.Close()
+		c := command(t, "run")
+		c.Stdout = out
+		if r := gvmRuns(t, c); r.status != exitHost || !regexp.MustCompile(`^gvm: console output: .*broken pipe\n$`).MatchString(r.errs) {
+			t.Errorf("status %d: %q", r.status, r.errs)
+		}
+	})
+	// Nobody reads: the guest's output waits, but an end does not.
+	for _, how := range []string{"timeout", "signal"} {
+		t.Run("reader stopped "+how, func(t *testing.T) {
+			t.Parallel()
+			_, out := pipe(t)
+			if _, err := unix.FcntlInt(out.Fd(), unix.F_SETPIPE_SZ, 4096); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := out.Write(make([]byte, 4096)); err != nil {
+				t.Fatal(err)
+			}
+			args, want := guestRun("--timeout=500ms"), exitTimeout
+			if how == "signal" {
+				args, want = guestRun("--disk="+image(t, "disk", 1, 1<<20)), 143
+			}
+			c := command(t, args...)
+			c.Stdout = out
+			in, w := pipe(t)
+			c.Stdin = in
+			if err := c.Start(); err != nil {
+				t.Fatal(err)
+			}
+			if how == "signal" {
+				// It can be told to stop once it takes input.
+				if _, err := w.Write([]byte("x")); err != nil {
+					t.Fatal(err)
+				}
+				for n, start := 1, time.Now(); n > 0 && time.Since(start) < tooLong; time.Sleep(time.Millisecond) {
+					var err error
+					if n, err = unix.IoctlGetInt(int(in.Fd()), unix.TIOCINQ); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := c.Process.Signal(syscall.SIGTERM); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if r := wait(t, c); r.status != want {
+				t.Errorf("status %d, want %d", r.status, want)
+			}
+		})
+	}
+}
+
+// TestKilled checks what SIGKILL leaves: no lock.
+func TestKilled(t *testing.T) {
+	t.Parallel()
+	img := image(t, "disk", 3, 1<<20)
+	p := startGVM(t, "", guestRun("--disk="+img, "spin")...)
+	p.expect("spinning")
+	p.signal(syscall.SIGKILL)
+	if r := p.wait(); r.status != 137 {
+		t.Errorf("status %d", r.status)
+	}
+	if r := gvmRuns(t, command(t, "run", "--disk", img)); r.status != 0 {
+		t.Errorf("the next gvm: status %d: %s", r.status, r.errs)
+	}
+}
+
+// TestNothingLeft runs gvm inside this process, over and over: descriptors, goroutines
+// and memory are as before.
+func TestNothingLeft(t *testing.T) {
+	img := image(t, "disk", 4, 1<<20)
+	fresh := filepath.Join(t.TempDir(), "fresh")
+	for name, dir := range map[string]string{"TMPDIR": noTemp, "XDG_CACHE_HOME": noTemp} {
+		t.Setenv(name, dir)
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	quietly := func(args []string) int {
+		defer func(in, out, errs *os.File) { os.Stdin, os.Stdout, os.Stderr = in, out, errs }(os.Stdin, os.Stdout, os.Stderr)
+		os.Stdin, os.Stdout, os.Stderr = null, null, null
+		return gvm(append([]string{"gvm"}, args...))
+	}
+	type state struct {
+		fds, goroutines int
+		mappings        int
+		shm             int
+	}
+	look := func() (s state) {
+		count := func(dir string) int {
+			list, err := os.ReadDir(dir)
+			if err != nil && !os.IsNotExist(err) {
+				t.Fatal(err)
+			}
+			return len(list)
+		}
+		maps, err := os.ReadFile("/proc/self/maps")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return state{count("/proc/self/fd"), runtime.NumGoroutine(), bytes.Count(maps, []byte("kvm")) + bytes.Count(maps, []byte("memfd")), count("/dev/shm")}
+	}
+	disk := "--disk=" + img
+	tests := map[string]struct {
+		args   []string
+		status int
+	}{
+		"power-off":     {guestRun(disk, "--cpus=2"), 0},
+		"shared memory": {guestRun("--shared-memory"), 0},
+		"triple fault":  {guestRun(disk, "crash=triple"), exitCrash},
+		"panic":         {guestRun(disk, "crash=panic"), exitPanic},
+		"reset":         {guestRun(disk, "crash=reset"), exitReset},
+		"reboots":       {guestRun(disk, "--on-reset=reboot", "--timeout=1s", "crash=reset"), exitTimeout},
+		"many CPUs":     {guestRun(disk, "--cpus=100000", "--disk="+fresh+",size=1M"), exitUsage},
+		"bad disk":      {guestRun(disk, "--disk=/none"), exitUsage},
+		"bad feature":   {guestRun(disk, "--cpu-features=+vmx,+svm,+ia64"), exitUsage},
+	}
+	quietly(guestRun(disk)) // starts what the runtime keeps
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			before := look()
+			if got := quietly(tt.args); got != tt.status {
+				t.Errorf("status %d, want %d", got, tt.status)
+			}
+			left := func() bool {
+				after := look()
+				after.goroutines = max(after.goroutines, before.goroutines) // fewer is no fault
+				return after != before
+			}
+			for deadline := time.Now().Add(tooLong); left() && time.Now().Before(deadline); {
+				time.Sleep(time.Millisecond) // a goroutine that was told to end may not have yet
+			}
+			if left() {
+				t.Errorf("%+v became %+v", before, look())
+			}
+		})
+	}
+}

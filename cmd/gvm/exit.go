@@ -1,0 +1,81 @@
+package main
+
+import (
+	"errors"
+	"io/fs"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+
+	"gvm/devices/scsi/backend"
+	"gvm/vmm"
+	"gvm/vmm/boot"
+)
+
+// Exit statuses: a contract with scripts. README.md and `gvm help exit-status`
+// have the same table.
+const (
+	exitUsage   = 2
+	exitHost    = 3
+	exitCrash   = 4
+	exitPanic   = 5
+	exitReset   = 6
+	exitBug     = 70
+	exitTimeout = 124
+	exitHangup  = 129
+	exitQuit    = 130
+)
+
+const exitStatusHelp = `gvm run ends with one of these, and nothing else:
+
+     0  the guest powered itself off
+     2  usage or configuration: a bad flag or value; a named file that is
+        missing, unreadable, not a kernel, not a disk, or in use by another gvm
+     3  host failure: /dev/kvm, memory, descriptors, disk access, terminal
+     4  the guest crashed: triple fault, or KVM could not go on; registers and
+        instruction bytes are on standard error
+     5  the guest's kernel panicked (told by pvpanic, or seen on the console)
+     6  the guest asked for a reset (--on-reset=reboot starts it again instead)
+    70  a bug in gvm; the report is on standard error
+   124  --timeout elapsed
+   130  stopped by Ctrl-a x, or by an interrupt (SIGINT)
+   129, 143  stopped by SIGHUP or SIGTERM; a terminal that goes away is a SIGHUP
+
+Other commands end with 0, 2 or 3 in the same sense, and gvm trace diff with 1
+when the traces differ.`
+
+// usageError is wrong words on the command line.
+type usageError struct{ error }
+
+// configError is a value that cannot be served; diskError is one that comes
+// from the backend, whose kind says whose fault it is.
+type configError struct{ error }
+type diskError struct{ error }
+
+func (e diskError) Unwrap() error   { return e.error }
+func (e configError) Unwrap() error { return e.error }
+
+// exitStatus maps an error to the status of the process: 2 where the user can
+// mend what was given, 3 where the host failed.
+func exitStatus(err error) int {
+	var (
+		usage  usageError
+		config configError
+		vc     *vmm.ConfigError
+		image  *boot.ImageError
+		disk   diskError
+		words  cli.ExitCoder // help for a command that there is not
+	)
+	switch {
+	case errors.As(err, &usage), errors.As(err, &words), errors.As(err, &config), errors.As(err, &vc), errors.As(err, &image):
+		return exitUsage
+	case errors.As(err, &disk):
+		for _, kind := range []error{backend.ErrLocked, backend.ErrFormat, backend.ErrSize, backend.ErrNotDisk, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
+			unix.EROFS, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG, unix.ETXTBSY, unix.EFBIG} {
+			if errors.Is(err, kind) {
+				return exitUsage
+			}
+		}
+	}
+	return exitHost
+}

@@ -1,0 +1,169 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/guest-tests/lab"
+)
+
+// The tests start this test binary as gvm: asGVM makes it one. With
+// readOnlyEnv it makes that directory read-only for itself first.
+const (
+	asGVM       = "GVM_TEST_AS_GVM"
+	readOnlyEnv = "GVM_TEST_READ_ONLY"
+)
+
+// tooLong is when a test gives up on something that should have happened: long
+// enough for the lab on a busy machine.
+const tooLong = 2 * time.Minute
+
+// noTemp is an empty directory that every gvm has for its temporary files.
+var noTemp string
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asGVM) != "" {
+		if dir := os.Getenv(readOnlyEnv); dir != "" {
+			if err := makeReadOnly(dir); err != nil {
+				fmt.Println("read-only mount:", err)
+				os.Exit(99)
+			}
+		}
+		os.Exit(gvm(os.Args))
+	}
+	os.Exit(testMain(m))
+}
+
+func testMain(m *testing.M) int {
+	var err error
+	if noTemp, err = os.MkdirTemp("", "gvm-test"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(noTemp)
+	// Two guests at a time on an L1 of two processors are what wedges the lab.
+	return lab.Main(m, lab.Options{Visible: []string{noTemp}, Direct: lab.KVM, CPUs: 1})
+}
+
+// makeReadOnly works in a mount namespace of the process's own.
+func makeReadOnly(dir string) error {
+	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	if err := unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		return err
+	}
+	return os.Chdir(dir) // into the mount, from what it covers
+}
+
+// command is gvm with args, in a process group, directory and environment of
+// its own.
+func command(t testing.TB, args ...string) *exec.Cmd {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), tooLong)
+	t.Cleanup(cancel)
+	c := exec.CommandContext(ctx, self(t), args...)
+	c.Args[0] = "gvm"
+	c.Dir = t.TempDir()
+	c.Env = environment()
+	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	return c
+}
+
+func self(t testing.TB) string {
+	t.Helper()
+	path, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// environment has a place for what the coverage instrumentation writes.
+func environment() []string {
+	env := append(os.Environ(), asGVM+"=1", "TMPDIR="+noTemp, "XDG_CACHE_HOME="+noTemp)
+	if testing.CoverMode() != "" {
+		dir := os.DevNull
+		if f := flag.Lookup("test.gocoverdir"); f != nil && f.Value.String() != "" {
+			dir = f.Value.String()
+		}
+		env = append(env, "GOCOVERDIR="+dir)
+	}
+	return env
+}
+
+// result is a gvm that ended.
+type result struct {
+	status    int // 128+n after signal n killed it
+	out, errs string
+}
+
+// gvmRuns runs the command to its end and checks that it left nothing behind.
+func gvmRuns(t testing.TB, c *exec.Cmd) result {
+	t.Helper()
+	var out, errs bytes.Buffer
+	if c.Stdout == nil {
+		c.Stdout = &out
+	}
+	if c.Stderr == nil {
+		c.Stderr = &errs
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	r := wait(t, c)
+	r.out, r.errs = out.String(), errs.String()
+	return r
+}
+
+// wait waits for a command that was started.
+func wait(t testing.TB, c *exec.Cmd) result {
+	t.Helper()
+	start := time.Now()
+	err := c.Wait()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	if time.Since(start) >= tooLong {
+		t.Fatalf("gvm %s hangs", strings.Join(c.Args[1:], " "))
+	}
+	if err := syscall.Kill(-c.Process.Pid, 0); !errors.Is(err, syscall.ESRCH) {
+		t.Errorf("a process of gvm's group is left: %v", err)
+	}
+	if left, err := os.ReadDir(noTemp); err != nil || len(left) > 0 {
+		t.Errorf("left in TMPDIR or the cache directory: %v, %v", left, err)
+	}
+	ws := c.ProcessState.Sys().(syscall.WaitStatus)
+	if ws.Signaled() {
+		return result{status: 128 + int(ws.Signal())}
+	}
+	return result{status: ws.ExitStatus()}
+}
+
+// image makes a file of n bytes that differ from block to block and from those
+// of an image with another seed.
+func image(t testing.TB, name string, seed byte, n int) string {
+	t.Helper()
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = byte(i) ^ byte(i>>8)*7 ^ byte(i>>16)*13 ^ seed
+	}
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}

@@ -1,0 +1,226 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// proc is a gvm that runs, on pipes or on a terminal.
+type proc struct {
+	t        *testing.T
+	cmd      *exec.Cmd
+	master   *os.File // of its terminal, nil without one
+	slave    *os.File
+	input    io.WriteCloser
+	settings unix.Termios // of its terminal before the start
+
+	mu    sync.Mutex
+	more  *sync.Cond
+	out   []byte
+	errs  bytes.Buffer
+	ended bool // nothing more comes
+	late  bool
+	eof   chan struct{}
+}
+
+// startGVM starts gvm in dir with pipes for its input and output.
+func startGVM(t *testing.T, dir string, args ...string) *proc {
+	t.Helper()
+	p := newProc(t, args)
+	if dir != "" {
+		p.cmd.Dir = dir
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.cmd.Stdout, p.cmd.Stderr = w, &p.errs
+	if p.input, err = p.cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	p.start(r)
+	w.Close()
+	return p
+}
+
+// startOnTerminal starts gvm on a terminal of its own, of which it is the
+// session leader.
+func startOnTerminal(t *testing.T, args ...string) *proc {
+	t.Helper()
+	p := newProc(t, args)
+	p.master, p.slave = openPTY(t)
+	p.settings = p.termios()
+	p.settings.Cc[unix.VERASE], p.settings.Cc[unix.VMIN] = 'E', 7 // as nothing would set it by itself
+	p.settings.Iflag |= unix.IUTF8 | unix.IXANY
+	p.setTermios(p.settings)
+	p.settings = p.termios()
+	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = p.slave, p.slave, p.slave
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	p.input = p.master
+	p.start(p.master)
+	return p
+}
+
+func newProc(t *testing.T, args []string) *proc {
+	p := &proc{t: t, cmd: command(t, args...), eof: make(chan struct{})}
+	p.more = sync.NewCond(&p.mu)
+	return p
+}
+
+// start starts the command, whose output comes from r.
+func (p *proc) start(r *os.File) {
+	p.t.Helper()
+	if err := p.cmd.Start(); err != nil {
+		p.t.Fatal(err)
+	}
+	giveUp := time.AfterFunc(tooLong, func() {
+		p.mu.Lock()
+		p.late = true
+		p.mu.Unlock()
+		p.more.Broadcast()
+	})
+	p.t.Cleanup(func() {
+		giveUp.Stop()
+		if p.cmd.ProcessState == nil {
+			_ = p.cmd.Process.Kill()
+			_ = p.cmd.Wait()
+		}
+		r.Close()
+	})
+	go func() {
+		defer close(p.eof)
+		buf := make([]byte, 4096)
+		for {
+			n, err := r.Read(buf)
+			p.mu.Lock()
+			p.out = append(p.out, buf[:n]...)
+			p.ended = err != nil
+			p.mu.Unlock()
+			p.more.Broadcast()
+			if err != nil {
+				return
+			}
+		}
+	}()
+}
+
+// expect waits until the output has every one of texts.
+func (p *proc) expect(texts ...string) {
+	p.t.Helper()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, text := range texts {
+		for !bytes.Contains(p.out, []byte(text)) {
+			if p.ended || p.late {
+				p.t.Fatalf("no %q in the output: %q", text, p.out)
+			}
+			p.more.Wait()
+		}
+	}
+}
+
+// expectCount waits until the output has text n times.
+func (p *proc) expectCount(text string, n int) {
+	p.t.Helper()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for bytes.Count(p.out, []byte(text)) < n {
+		if p.ended || p.late {
+			p.t.Fatalf("not %d times %q in the output: %q", n, text, p.out)
+		}
+		p.more.Wait()
+	}
+}
+
+func (p *proc) typeIn(s string) {
+	p.t.Helper()
+	if _, err := io.WriteString(p.input, s); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+func (p *proc) signal(s syscall.Signal) {
+	p.t.Helper()
+	if err := p.cmd.Process.Signal(s); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// wait waits for the end. On a terminal, out is what it showed.
+func (p *proc) wait() result {
+	p.t.Helper()
+	r := wait(p.t, p.cmd)
+	if p.slave != nil && p.termios() != p.settings {
+		p.t.Errorf("terminal settings changed from %+v to %+v", p.settings, p.termios())
+	}
+	if p.slave != nil {
+		p.slave.Close() // the last one: the master reads to the end
+	}
+	<-p.eof
+	r.out, r.errs = string(p.out), p.errs.String()
+	return r
+}
+
+// openPTY opens a pseudo-terminal (pty(7)).
+func openPTY(t *testing.T) (master, slave *os.File) {
+	t.Helper()
+	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal("/dev/ptmx: ", err)
+	}
+	master = os.NewFile(uintptr(fd), "ptmx")
+	t.Cleanup(func() { master.Close() })
+	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal("TIOCSPTLCK: ", err)
+	}
+	n, err := unix.IoctlGetUint32(fd, unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal("TIOCGPTN: ", err)
+	}
+	slave, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { slave.Close() })
+	return master, slave
+}
+
+// termios returns how the terminal is set.
+func (p *proc) termios() unix.Termios {
+	p.t.Helper()
+	conn, err := p.slave.SyscallConn()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	var s *unix.Termios
+	err = errors.Join(conn.Control(func(fd uintptr) { s, err = unix.IoctlGetTermios(int(fd), unix.TCGETS) }), err)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return *s
+}
+
+func (p *proc) setTermios(s unix.Termios) {
+	p.t.Helper()
+	conn, err := p.slave.SyscallConn()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if e := conn.Control(func(fd uintptr) { err = unix.IoctlSetTermios(int(fd), unix.TCSETS, &s) }); e != nil || err != nil {
+		p.t.Fatal(e, err)
+	}
+}
+
+// lines is terminal or serial output with the line ends of a file.
+func lines(s string) string { return strings.ReplaceAll(s, "\r\n", "\n") }

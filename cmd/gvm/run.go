@@ -1,0 +1,399 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/trace"
+	"gvm/guest-tests/embedded"
+	"gvm/kvmapi"
+	"gvm/vmm"
+	"gvm/vmm/boot"
+	"gvm/vmm/guestmem"
+	"gvm/vmm/x86"
+)
+
+// runConfig is `gvm run`'s command line, checked as far as words go.
+type runConfig struct {
+	kernel      string // "": the embedded guest
+	initrds     []string
+	cmdline     string
+	bareCmdline bool
+	guestArgs   []string
+	disks       []disk
+	cpus        int
+	features    []x86.FeatureChange
+	memory      guestmem.Config
+	mode        boot.Mode
+	protocol    boot.Protocol
+	reboot      bool
+	timeout     time.Duration
+	queues      int
+	traceFile   string
+	trace       *trace.File // nil: none
+}
+
+// requestQueues is how many request queues the SCSI device has.
+func (rc *runConfig) requestQueues() int {
+	if rc.queues > 0 {
+		return rc.queues
+	}
+	return min(rc.cpus, maxQueues)
+}
+
+// embeddedDisk is the size of the disk that the embedded guest gets when the
+// user names none. It is in memory, so that the guest may write to it.
+const embeddedDisk = 16 << 20
+
+var entries = map[string]boot.Protocol{"auto": 0, "pvh": boot.PVH32, "64": boot.Linux64}
+
+func runCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "run",
+		Usage:     "boot a guest on this terminal",
+		ArgsUsage: " ",
+		Description: `Without --kernel, in a kernel tree, the tree's own kernel is booted
+(arch/x86/boot/bzImage, else vmlinux); elsewhere the embedded guest, which
+tests the virtual hardware and needs no files.
+
+The guest's serial port is standard input and output. On a terminal, Ctrl-a x
+stops the guest and Ctrl-a h shows the other keys.
+
+EXAMPLES
+   gvm run                                          the embedded guest
+   gvm run --kernel bzImage --initrd initramfs.img
+   gvm run --kernel bzImage --disk debian.img       root=/dev/sda
+   gvm run --disk a.img,serial=one --disk b.img,readonly,lun=4
+   gvm run --cpus 4 --memory 2G --cmdline "ro quiet" --timeout 60s
+   gvm help exit-status                             what the exit status says`,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"}, Usage: "bzImage or ELF vmlinux `FILE`", TakesFile: true},
+			&cli.StringSliceFlag{Name: "initrd", Aliases: []string{"i"}, Usage: "initramfs `FILE`; several are concatenated", TakesFile: true},
+			&cli.StringSliceFlag{Name: "disk", Aliases: []string{"d"}, Usage: "raw image or block device as `" + diskUsage + "`; a comma in a path is written twice"},
+			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"}, Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, for a disk without an initrd, root=/dev/sda"},
+			&cli.BoolFlag{Name: "bare-cmdline", Usage: "give the kernel --cmdline as it is"},
+			&cli.StringSliceFlag{Name: "guest-arg", Usage: "`WORD` for the embedded guest: write lets it write to the disks of --disk"},
+			&cli.IntFlag{Name: "cpus", Aliases: []string{"c"}, Value: 1, Usage: "`N` virtual CPUs"},
+			&cli.StringFlag{Name: "cpu-features", Usage: "`LIST` such as -x2apic,+avx2: names of /proc/cpuinfo to hide or demand"},
+			&cli.StringFlag{Name: "memory", Aliases: []string{"m"}, Value: "512M", Usage: "`SIZE` of guest RAM, in MiB without a suffix; pages are taken as the guest touches them"},
+			&cli.BoolFlag{Name: "hugepages", Usage: "guest RAM from the host's pool of 2 MiB pages"},
+			&cli.BoolFlag{Name: "shared-memory", Usage: "guest RAM in a memfd"},
+			&cli.StringFlag{Name: "boot", Value: "auto", Usage: "`MODE` for a bzImage: auto decompresses it on the host if it can, elf does or fails, bzimage lets the guest do it"},
+			&cli.StringFlag{Name: "entry", Value: "auto", Usage: "enter an ELF kernel by `WAY` pvh or 64 (the 64-bit boot protocol); auto is pvh where the kernel has it"},
+			&cli.StringFlag{Name: "on-reset", Value: "exit", Usage: "when the guest asks for a reset: `ACTION` exit (status 6) or reboot"},
+			&cli.DurationFlag{Name: "timeout", Usage: "stop the guest after `DURATION`, such as 90s, with status 124"},
+			&cli.StringFlag{Name: "trace", Usage: "record every SCSI request in `FILE`, for gvm trace", TakesFile: true},
+			&cli.IntFlag{Name: "queues", Usage: "`N` virtio-scsi request queues (default: one per CPU)"},
+		},
+		Action: func(c *cli.Context) error {
+			rc, err := parseRun(c)
+			if err != nil {
+				return usageError{err}
+			}
+			return run(rc)
+		},
+	}
+}
+
+func parseRun(c *cli.Context) (rc runConfig, err error) {
+	if c.Args().Present() {
+		return rc, fmt.Errorf("unexpected argument %q; a kernel is named with --kernel, a disk with --disk", c.Args().First())
+	}
+	rc = runConfig{
+		kernel:      c.String("kernel"),
+		initrds:     c.StringSlice("initrd"),
+		cmdline:     c.String("cmdline"),
+		bareCmdline: c.Bool("bare-cmdline"),
+		guestArgs:   c.StringSlice("guest-arg"),
+		cpus:        c.Int("cpus"),
+		timeout:     c.Duration("timeout"),
+		queues:      c.Int("queues"),
+		traceFile:   c.String("trace"),
+	}
+	if c.IsSet("kernel") && rc.kernel == "" {
+		return rc, errors.New("--kernel: the path is empty")
+	}
+	if rc.cpus < 1 {
+		return rc, fmt.Errorf("--cpus %d: want 1 or more", rc.cpus)
+	}
+	if c.IsSet("queues") && (rc.queues < 1 || rc.queues > maxQueues) {
+		return rc, fmt.Errorf("--queues %d: want 1 to %d", rc.queues, maxQueues)
+	}
+	if c.IsSet("timeout") && rc.timeout <= 0 {
+		return rc, fmt.Errorf("--timeout %s: want a positive duration, such as 90s", rc.timeout)
+	}
+	if rc.memory.Size, err = parseSize(c.String("memory"), 1<<20); err != nil {
+		return rc, fmt.Errorf("--memory: %w", err)
+	}
+	rc.memory.Hugepages, rc.memory.Shared = c.Bool("hugepages"), c.Bool("shared-memory")
+	if err := checkMemory(rc.memory); err != nil {
+		return rc, fmt.Errorf("--memory %s: %w", c.String("memory"), err)
+	}
+	if rc.features, err = x86.ParseFeatures(c.String("cpu-features")); err != nil {
+		return rc, fmt.Errorf("--cpu-features: %w", err)
+	}
+	if rc.mode, err = boot.ParseMode(c.String("boot")); err != nil {
+		return rc, fmt.Errorf("--boot: %w", err)
+	}
+	var ok bool
+	if rc.protocol, ok = entries[c.String("entry")]; !ok {
+		return rc, fmt.Errorf("--entry %s: want auto, pvh or 64", c.String("entry"))
+	}
+	switch v := c.String("on-reset"); v {
+	case "exit", "reboot":
+		rc.reboot = v == "reboot"
+	default:
+		return rc, fmt.Errorf("--on-reset %s: want exit or reboot", v)
+	}
+	for _, s := range c.StringSlice("disk") {
+		d, err := parseDisk(s)
+		if err != nil {
+			return rc, err
+		}
+		rc.disks = append(rc.disks, d)
+	}
+	if rc.kernel == "" {
+		if rc.kernel, err = treeKernel("."); err != nil {
+			return rc, err
+		}
+	}
+	if rc.kernel == "" && (len(rc.initrds) > 0 || c.IsSet("cmdline") || rc.bareCmdline || rc.protocol == boot.Linux64) {
+		return rc, errors.New("--initrd, --cmdline, --bare-cmdline and --entry 64 need a --kernel; the embedded guest takes --guest-arg")
+	}
+	if rc.kernel != "" && len(rc.guestArgs) > 0 {
+		return rc, errors.New("--guest-arg is for the embedded guest; a kernel takes --cmdline")
+	}
+	return rc, nil
+}
+
+// maxQueues is the most request queues that a device has: with the control and
+// event queues, and the configuration interrupt, it keeps MSI-X vectors in
+// proportion to CPUs.
+const maxQueues = 64
+
+func checkMemory(c guestmem.Config) error {
+	unit := uint64(4 << 10)
+	if c.Hugepages {
+		unit = 2 << 20
+	}
+	switch {
+	case c.Size < guestmem.MinSize:
+		return fmt.Errorf("a guest needs %s or more", formatSize(guestmem.MinSize))
+	case c.Size%unit != 0:
+		return fmt.Errorf("want a multiple of %s", formatSize(unit))
+	}
+	if host := hostMemory(); host > 0 && c.Size > host {
+		return fmt.Errorf("this host has %s", formatSize(host>>20<<20))
+	}
+	return nil
+}
+
+// hostMemory returns the host's RAM in bytes, 0 where it cannot be told.
+func hostMemory() uint64 {
+	var si syscall.Sysinfo_t
+	if err := syscall.Sysinfo(&si); err != nil {
+		return 0
+	}
+	return uint64(si.Totalram) * uint64(si.Unit)
+}
+
+// treeKernel returns the kernel that was built in dir if dir is a Linux source
+// tree, "" if it is not one. A tree without a kernel is an error: the user
+// would not expect another guest there.
+func treeKernel(dir string) (string, error) {
+	for _, f := range []string{"Kbuild", "MAINTAINERS", "arch/x86/Makefile"} {
+		if _, err := os.Stat(filepath.Join(dir, f)); err != nil {
+			return "", nil
+		}
+	}
+	images := []string{"arch/x86/boot/bzImage", "vmlinux"}
+	for _, f := range images {
+		if _, err := os.Stat(filepath.Join(dir, f)); err == nil {
+			return filepath.Join(dir, f), nil
+		}
+	}
+	return "", fmt.Errorf("this is a kernel tree without %s; build one (make bzImage) or name a kernel with --kernel", strings.Join(images, " or "))
+}
+
+// kernelCmdLine is what a Linux guest is booted with.
+func (rc *runConfig) kernelCmdLine() string {
+	if rc.bareCmdline {
+		return rc.cmdline
+	}
+	words := []string{"console=ttyS0", "panic=-1"}
+	if len(rc.disks) > 0 && len(rc.initrds) == 0 && !strings.Contains(" "+rc.cmdline, " root=") {
+		words = append(words, "root=/dev/sda")
+		if rc.disks[0].readOnly {
+			words = append(words, "ro")
+		} else {
+			words = append(words, "rw")
+		}
+	}
+	if rc.cmdline != "" {
+		words = append(words, rc.cmdline)
+	}
+	return strings.Join(words, " ")
+}
+
+// run boots the guest and returns how it ended, as an error that exit makes a
+// status of. Whatever was opened is closed when it returns.
+func run(rc runConfig) (err error) {
+	cfg := vmm.Config{
+		Memory:      rc.memory,
+		CPUs:        rc.cpus,
+		CPUFeatures: rc.features,
+		BootMode:    rc.mode,
+		Protocol:    rc.protocol,
+		KernelCache: boot.CacheDir(),
+		Rebooting:   rc.reboot,
+		Note:        note,
+	}
+	for _, path := range rc.initrds {
+		f, err := boot.OpenFile(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		cfg.Initrds = append(cfg.Initrds, f)
+	}
+	if rc.kernel != "" {
+		cfg.CmdLine, cfg.PanicText = rc.kernelCmdLine(), true
+		if cfg.Kernel, err = boot.Open(rc.kernel); err != nil {
+			return err
+		}
+		defer cfg.Kernel.Close()
+	} else if cfg.Kernel, err = boot.NewImage(&boot.File{Name: "the embedded guest", ReaderAt: bytes.NewReader(embedded.Image), Size: int64(len(embedded.Image))}); err != nil {
+		return err
+	}
+	ds, err := openDisks(rc.disks)
+	if err != nil {
+		return err
+	}
+	started := false
+	defer func() {
+		if !started {
+			ds.undo()
+		}
+		err = errors.Join(err, ds.close())
+	}()
+	if rc.kernel == "" {
+		if len(rc.disks) == 0 {
+			if err := ds.attach(disk{serial: "gvm-memory-disk"}, backend.NewMem(embeddedDisk)); err != nil {
+				return err
+			}
+			rc.guestArgs = append(rc.guestArgs, "write")
+		}
+		if rc.cpus > 255 {
+			rc.guestArgs = append(rc.guestArgs, "x2apic") // xAPIC IDs have 8 bits
+		}
+		cfg.CmdLine = strings.Join(rc.guestArgs, " ")
+	}
+	if rc.traceFile != "" {
+		if rc.trace, err = createTrace(rc.traceFile, traceHeader(ds, rc.requestQueues())); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, rc.trace.Close()) }()
+	}
+	for _, row := range deviceTable {
+		d, err := row.make(rc, ds)
+		if err != nil {
+			return fmt.Errorf("%s: %w", row.name, err)
+		}
+		cfg.Devices = append(cfg.Devices, d)
+	}
+	sys, err := kvmapi.Open()
+	if err != nil {
+		return err
+	}
+	defer sys.Close()
+
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	defer catchSignals(stop)()
+	if rc.timeout > 0 {
+		timer := time.AfterFunc(rc.timeout, func() { stop(endError{exitTimeout, fmt.Errorf("--timeout %s elapsed", rc.timeout)}) })
+		defer timer.Stop()
+	}
+	t, err := openTerminal(ctx, stop)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, t.close()) }()
+	cfg.Console = t
+	out, err := vmm.Run(ctx, sys, cfg)
+	if err != nil {
+		return err
+	}
+	started = true
+	return ended(out)
+}
+
+// endError is a run that ended with a status of its own.
+type endError struct {
+	status int
+	error
+}
+
+func (e endError) Unwrap() error { return e.error }
+
+// ended makes an error of an outcome; nil is the guest's power-off.
+func ended(out vmm.Outcome) error {
+	switch out.Ending {
+	case vmm.PoweredOff:
+		return nil
+	case vmm.GuestReset:
+		return endError{exitReset, errors.New("the guest asked for a reset (--on-reset=reboot starts it again)")}
+	case vmm.GuestPanic:
+		return endError{exitPanic, fmt.Errorf("guest panic: %w", out.Err)}
+	case vmm.GuestCrashed:
+		return endError{exitCrash, fmt.Errorf("the guest crashed: %w\n%s", out.Err, strings.TrimRight(out.Report, "\n"))}
+	case vmm.Bug:
+		return endError{exitBug, fmt.Errorf("a bug in gvm, please report it: %w\n%s", out.Err, out.Report)}
+	case vmm.Stopped:
+		if errors.Is(out.Err, errQuit) {
+			return endError{exitQuit, out.Err}
+		}
+		return out.Err
+	}
+	return out.Err
+}
+
+// catchSignals makes the signals that ask a process to end stop the run in good
+// order. The function that it returns undoes it.
+func catchSignals(stop context.CancelCauseFunc) func() {
+	ch := make(chan os.Signal, 1)
+	signal.Notify(ch, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	signal.Ignore(syscall.SIGPIPE) // a closed output is a write error
+	go func() {
+		for s := range ch {
+			stop(endError{128 + int(s.(syscall.Signal)), fmt.Errorf("stopped by %s", unix.SignalName(s.(syscall.Signal)))})
+		}
+	}()
+	return func() {
+		signal.Stop(ch)
+		close(ch)
+	}
+}
+
+// note tells the user one line on standard error, whose terminal may be raw.
+func note(s string) {
+	end := "\n"
+	if term.IsTerminal(int(os.Stderr.Fd())) {
+		end = "\r\n"
+	}
+	_, _ = io.WriteString(os.Stderr, "gvm: "+s+end)
+}

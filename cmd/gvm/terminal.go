@@ -1,0 +1,266 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"gvm/kvmapi/eventfd"
+)
+
+// errQuit is Ctrl-a x.
+var errQuit = errors.New("stopped by Ctrl-a x")
+
+const escape = 0x01 // Ctrl-a
+
+const escapeHelp = "\r\n" +
+	"Ctrl-a x  stop the guest and leave\r\n" +
+	"Ctrl-a b  send a break (Linux: SysRq)\r\n" +
+	"Ctrl-a h  this help\r\n" +
+	"Ctrl-a Ctrl-a  send Ctrl-a\r\n"
+
+// terminal is gvm's own standard input and output as the guest's serial
+// console. On a terminal it is raw from start to close; bytes pass as they are.
+type terminal struct {
+	in    *os.File
+	out   *os.File
+	raw   *term.State // nil where in is not a terminal
+	run   context.Context
+	quit  func(error)
+	wake  *eventfd.FD // ends the input goroutine
+	input sync.WaitGroup
+
+	mu     sync.Mutex
+	to     io.Writer // the guest's input; nil: nowhere
+	queue  [][]byte  // what was typed and is not the guest's yet; nil stands for a break
+	queued int       // bytes of it
+	change *sync.Cond
+	done   bool
+}
+
+// maxQueued bounds the input that waits for the guest. A pipe waits then; a
+// terminal's is dropped, since Ctrl-a has to be seen whatever the guest does.
+const maxQueued = 1 << 20
+
+// patience is how long a run that was stopped waits for somebody to take the
+// output: a pipe to a program that is itself stopped must not keep gvm alive.
+const patience = time.Second
+
+// breaker is a serial port that can take a break.
+type breaker interface{ Break() error }
+
+// openTerminal takes standard input and output for a run. quit is called for
+// Ctrl-a x and for output that fails.
+func openTerminal(run context.Context, quit func(error)) (*terminal, error) {
+	t := &terminal{in: os.Stdin, out: os.Stdout, run: run, quit: quit}
+	t.change = sync.NewCond(&t.mu)
+	var err error
+	if t.wake, err = eventfd.New(); err != nil {
+		return nil, err
+	}
+	if fd := int(t.in.Fd()); term.IsTerminal(fd) {
+		if t.raw, err = term.MakeRaw(fd); err != nil {
+			return nil, errors.Join(fmt.Errorf("terminal: raw mode: %w", err), t.wake.Close())
+		}
+	}
+	t.input.Go(t.read)
+	t.input.Go(t.feed)
+	return t, nil
+}
+
+// Write sends the guest's output on. A reader that is gone (a closed pipe) ends
+// the run: the guest would write to nowhere for ever.
+func (t *terminal) Write(p []byte) (n int, err error) {
+	p = bytes.Clone(p) // the write may outlive the call
+	written := make(chan struct{})
+	var wn int
+	var werr error
+	go func() {
+		defer close(written)
+		wn, werr = t.out.Write(p)
+	}()
+	select {
+	case <-written:
+	case <-t.run.Done():
+		select {
+		case <-written:
+		case <-time.After(patience):
+			return 0, context.Cause(t.run)
+		}
+	}
+	if werr != nil {
+		t.gone("output", werr)
+	}
+	return wn, werr
+}
+
+// gone ends the run for a console that failed; for a terminal that hung up, as
+// the signal does that comes with it.
+func (t *terminal) gone(what string, err error) {
+	if t.raw != nil && errors.Is(err, unix.EIO) {
+		err = endError{exitHangup, err}
+	}
+	t.quit(fmt.Errorf("console %s: %w", what, err))
+}
+
+// Connect says where input goes.
+func (t *terminal) Connect(w io.Writer) {
+	t.mu.Lock()
+	t.to = w
+	t.mu.Unlock()
+	t.change.Broadcast()
+}
+
+// put queues input for the guest; nil is a break.
+func (t *terminal) put(p []byte) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for t.raw == nil && t.queued >= maxQueued && !t.done {
+		t.change.Wait()
+	}
+	if t.queued < maxQueued {
+		t.queue = append(t.queue, bytes.Clone(p))
+		t.queued += len(p)
+		t.change.Broadcast()
+	}
+}
+
+// feed gives the queue to the guest; while the machine reboots it waits for the
+// next one.
+func (t *terminal) feed() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for {
+		for !t.done && (t.to == nil || len(t.queue) == 0) {
+			t.change.Wait()
+		}
+		if t.done {
+			return
+		}
+		to, p := t.to, t.queue[0]
+		t.mu.Unlock()
+		n, err := give(to, p)
+		t.mu.Lock()
+		t.queued -= n
+		if t.queue[0] = p[n:]; n == len(p) {
+			t.queue = t.queue[1:]
+		}
+		if err != nil && t.to == to {
+			t.to = nil
+		}
+		t.change.Broadcast()
+	}
+}
+
+func give(to io.Writer, p []byte) (int, error) {
+	if p != nil {
+		return to.Write(p)
+	}
+	if b, ok := to.(breaker); ok {
+		return 0, b.Break()
+	}
+	return 0, nil
+}
+
+// read passes input on until it ends or close wakes it. Ctrl-a is taken out on
+// a terminal only: what comes through a pipe is data.
+func (t *terminal) read() {
+	fds := []unix.PollFd{{Fd: int32(t.in.Fd()), Events: unix.POLLIN}, {Fd: int32(t.wake.Fd()), Events: unix.POLLIN}}
+	buf := make([]byte, 4096)
+	escaped := false
+	for {
+		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
+			t.quit(fmt.Errorf("console input: poll: %w", err))
+			return
+		}
+		if fds[1].Revents != 0 {
+			return
+		}
+		if fds[0].Revents == 0 {
+			continue
+		}
+		n, err := unix.Read(int(t.in.Fd()), buf)
+		switch {
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+			continue
+		case t.raw == nil && (err != nil || n == 0):
+			return // the end of the input is not the end of the guest
+		case err != nil:
+			t.gone("input", err)
+			return
+		case n == 0: // what a terminal that hung up reads as
+			t.gone("input", unix.EIO)
+			return
+		}
+		p := buf[:n]
+		if t.raw == nil {
+			t.put(p)
+			continue
+		}
+		for len(p) > 0 {
+			if escaped {
+				escaped = false
+				if t.command(p[0]) {
+					p = p[1:]
+					continue
+				}
+			}
+			i := bytes.IndexByte(p, escape)
+			if i < 0 {
+				t.put(p)
+				break
+			}
+			t.put(p[:i])
+			p, escaped = p[i+1:], true
+		}
+	}
+}
+
+// command is the key after Ctrl-a; false means that it is plain input.
+func (t *terminal) command(key byte) bool {
+	switch key {
+	case 'x', 'X':
+		t.quit(errQuit)
+	case 'h', 'H', '?':
+		_, _ = t.Write([]byte(escapeHelp))
+	case 'b', 'B':
+		t.put(nil)
+	case escape:
+		t.put([]byte{escape})
+	default:
+		return false
+	}
+	return true
+}
+
+// close restores the terminal and ends the input goroutine.
+func (t *terminal) close() error {
+	t.mu.Lock()
+	t.done = true
+	t.mu.Unlock()
+	t.change.Broadcast()
+	err := t.wake.Signal()
+	t.input.Wait()
+	err = errors.Join(err, t.restore(), t.wake.Close())
+	return err
+}
+
+// restore puts the terminal back as it was. It may be called at any time, from
+// any goroutine.
+func (t *terminal) restore() error {
+	if t.raw == nil {
+		return nil
+	}
+	if err := term.Restore(int(t.in.Fd()), t.raw); err != nil {
+		return fmt.Errorf("terminal: %w", err)
+	}
+	return nil
+}

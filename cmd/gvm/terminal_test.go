@@ -1,0 +1,132 @@
+package main
+
+import (
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestTerminal talks to a guest on a terminal. wait checks each time that the
+// terminal's settings are as before.
+func TestTerminal(t *testing.T) {
+	const raw = unix.ICANON | unix.ECHO | unix.ISIG | unix.IEXTEN
+	for _, tt := range []struct {
+		name   string
+		word   string
+		ready  string
+		do     func(p *proc)
+		status int
+		last   string // of the output
+	}{
+		{"raw", "echo", "ready", func(p *proc) {
+			if s := p.termios(); s.Lflag&raw != 0 || s.Oflag&unix.OPOST != 0 || s.Iflag&(unix.ICRNL|unix.IXON) != 0 {
+				p.t.Errorf("not raw: %+v", s)
+			}
+			p.typeIn("\x03\x04\x1a\x13\x1c\r\x7fq") // what a terminal that is not raw acts on
+			p.expect("ready\r\n\x03\x04\x1a\x13\x1c\r\x7fq\r\n")
+		}, 0, "PASS\r\n"},
+		{"every byte", "echo", "ready", func(p *proc) {
+			var all []byte
+			for b := range 256 {
+				if b != 'q' && b != escape {
+					all = append(all, byte(b))
+				}
+			}
+			p.typeIn(string(all))
+			p.expect("ready\r\n" + string(all))
+			p.typeIn("q")
+		}, 0, "PASS\r\n"},
+		{"early input", "echo", "", func(p *proc) { p.typeIn("early"); p.expect("ready\r\nearly"); p.typeIn("q") }, 0, "PASS\r\n"},
+		{"help", "echo", "ready", func(p *proc) {
+			p.typeIn("a\x01hb")
+			p.expect("Ctrl-a x", "Ctrl-a Ctrl-a", "ab")
+			p.typeIn("q")
+		}, 0, "PASS\r\n"},
+		{"literal Ctrl-a", "echo", "ready", func(p *proc) { p.typeIn("<\x01\x01>"); p.expect("<\x01>"); p.typeIn("q") }, 0, "PASS\r\n"},
+		{"Ctrl-a and another key", "echo", "ready", func(p *proc) { p.typeIn("<\x01z>"); p.expect("<z>"); p.typeIn("q") }, 0, "PASS\r\n"},
+		{"Ctrl-a alone", "echo", "ready", func(p *proc) {
+			p.typeIn("<\x01")
+			p.expect("<")
+			p.typeIn("\x01>q") // the pair came apart
+			p.expect("<\x01>")
+		}, 0, "PASS\r\n"},
+		{"quit", "echo", "ready", func(p *proc) { p.typeIn("\x01x") }, exitQuit, "\r\ngvm: stopped by Ctrl-a x\r\n"},
+		{"quit at once", "spin", "", func(p *proc) { p.typeIn("\x01x") }, exitQuit, "gvm: stopped by Ctrl-a x\r\n"},
+		{"quit, guest spins", "spin", "spinning", func(p *proc) { p.typeIn("\x01X") }, exitQuit, "gvm: stopped by Ctrl-a x\r\n"},
+		// The guest takes none of this: what is typed after it must be seen all the same.
+		{"quit, guest takes no input", "hang", "hanging", func(p *proc) {
+			for range 3 {
+				p.typeIn(strings.Repeat("z", 1000))
+				p.typeIn("\x01h")
+			}
+			p.expectCount("Ctrl-a h  this help", 3)
+			p.typeIn("\x01x")
+		}, exitQuit, "gvm: stopped by Ctrl-a x\r\n"},
+		{"SIGTERM, guest takes no input", "hang", "hanging", func(p *proc) {
+			p.typeIn(strings.Repeat("z", 1000))
+			p.signal(syscall.SIGTERM)
+		}, 143, "gvm: stopped by SIGTERM\r\n"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			p := startOnTerminal(t, guestRun(tt.word)...)
+			p.expect(tt.ready)
+			tt.do(p)
+			if r := p.wait(); r.status != tt.status || !strings.HasSuffix(r.out, tt.last) {
+				t.Errorf("status %d, want %d: %q", r.status, tt.status, r.out)
+			}
+		})
+	}
+	for _, args := range [][]string{{"run", "--nosuch"}, {"run", "--disk", "none"}, {"doctor"}} {
+		t.Run(strings.Join(args, " "), func(t *testing.T) {
+			t.Parallel()
+			want := exitUsage
+			if args[0] == "doctor" {
+				want = 0
+			}
+			if r := startOnTerminal(t, args...).wait(); r.status != want {
+				t.Errorf("status %d: %q", r.status, r.out)
+			}
+		})
+	}
+}
+
+// TestHangUp takes the terminal away.
+func TestHangUp(t *testing.T) {
+	t.Parallel()
+	p := startOnTerminal(t, guestRun("spin")...)
+	p.expect("spinning")
+	p.slave.Close()
+	p.slave = nil
+	p.master.Close()
+	if r := p.wait(); r.status != exitHangup {
+		t.Errorf("status %d", r.status)
+	}
+}
+
+// TestPipe gives a guest input that is no terminal's: it is data to the last byte,
+// and its end ends nothing.
+func TestPipe(t *testing.T) {
+	t.Parallel()
+	p := startGVM(t, "", guestRun("echo")...)
+	p.typeIn("\x01x\x01\x01")
+	p.expect("ready", "\x01x\x01\x01")
+	for i := range 40 { // the guest has room for 256 bytes that it has not sent back
+		p.typeIn(strings.Repeat("long ", 50))
+		p.expectCount("long ", 50*(i+1))
+	}
+	p.typeIn("q")
+	if r := p.wait(); r.status != 0 {
+		t.Errorf("status %d: %s", r.status, r.errs)
+	}
+	p = startGVM(t, "", guestRun("echo")...)
+	p.typeIn("all")
+	p.input.Close()
+	p.expect("ready\r\nall")
+	p.signal(syscall.SIGTERM)
+	if r := p.wait(); r.status != 143 {
+		t.Errorf("after the end of input: status %d: %s", r.status, r.errs)
+	}
+}

@@ -1,0 +1,481 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/trace"
+	"gvm/devices/scsi/trace/traceplot"
+)
+
+// exitDiffers is `gvm trace diff`'s status for traces that differ.
+const exitDiffers = 1
+
+func traceCommand() *cli.Command {
+	jsonFlag := &cli.BoolFlag{Name: "json", Usage: "write JSON"}
+	c := &cli.Command{
+		Name:  "trace",
+		Usage: "look at the SCSI requests that gvm run --trace recorded",
+		Description: `gvm run --trace FILE records every SCSI request of a run with its answer and
+its latency, for disks of either backend. These commands read such files.`,
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usageError{fmt.Errorf("unknown command %q of gvm trace; want show, stat, diff or plot", c.Args().First())}
+			}
+			return cli.ShowSubcommandHelp(c)
+		},
+		Subcommands: []*cli.Command{
+			{
+				Name:      "show",
+				Usage:     "list the requests, in the order of their answers",
+				ArgsUsage: "FILE",
+				Description: `BLOCKS are the first logical block and the number of blocks; FUA and UNMAP are
+bits of the CDB. For a command without blocks that is the page, the tag of the
+task that a task management function is about, or the bytes of an unknown CDB.
+Q is the request queue. In LUN, wlun is the REPORT LUNS well-known logical unit,
+and none what is no address of the target.
+
+EXAMPLES
+   gvm trace show run.trace
+   gvm trace show run.trace --lun 1 --op "WRITE(10)"
+   gvm trace show run.trace --errors
+   gvm trace show run.trace --min-latency 10ms --json | jq .cdb`,
+				Flags: []cli.Flag{
+					&cli.IntFlag{Name: "lun", Usage: "only requests to logical unit `N`", Value: -1, DefaultText: "all"},
+					&cli.StringFlag{Name: "op", Usage: "only the operation `NAME|CODE`: a name or the beginning of one, or a number such as 0x2a"},
+					&cli.BoolFlag{Name: "errors", Usage: "only requests that did not end well; unit attentions are among them"},
+					&cli.DurationFlag{Name: "min-latency", Usage: "only requests that took `DURATION` or longer, such as 500us"},
+					&cli.BoolFlag{Name: "json", Usage: "write JSON, one object on a line for each request"},
+				},
+				Action: onFiles(1, 1, traceShow),
+			},
+			{
+				Name:      "stat",
+				Usage:     "count requests, errors and bytes, with latencies, by operation",
+				ArgsUsage: "FILE...",
+				Description: `Backends are counted apart, and so are files when there are several.
+
+EXAMPLES
+   gvm trace stat run.trace
+   gvm trace stat process.trace vhost.trace --json`,
+				Flags:  []cli.Flag{jsonFlag},
+				Action: onFiles(1, 64, traceStat),
+			},
+			{
+				Name:      "diff",
+				Usage:     "tell what two guests asked and got differently",
+				ArgsUsage: "A B",
+				Description: `The requests of each logical unit are aligned in the order in which they were
+made. Told are requests of one trace only (- and +), and those whose response,
+status, sense data, residual or length differs (~). Times, tags, queues, and
+the order of requests that both have do not count.
+
+The exit status is 0 when nothing differs, 1 when something does, and 2 or 3
+when a trace cannot be read.
+
+EXAMPLES
+   gvm trace diff process.trace vhost.trace
+   gvm trace diff before.trace after.trace --json | jq .changed`,
+				Flags:  []cli.Flag{jsonFlag},
+				Action: onFiles(2, 2, traceDiff),
+			},
+			{
+				Name:      "plot",
+				Usage:     "draw latencies over time, and their distribution",
+				ArgsUsage: "FILE...",
+				Description: `Operations have colours; backends, and files when there are several, have shapes.
+
+EXAMPLES
+   gvm trace plot run.trace -o latency.svg
+   gvm trace plot process.trace vhost.trace -o compare.png`,
+				Flags:  []cli.Flag{&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "`FILE` to write, whose name ends with .svg or .png", TakesFile: true}},
+				Action: onFiles(1, 64, tracePlot),
+			},
+		},
+	}
+	for _, sub := range append(c.Subcommands, c) {
+		sub.OnUsageError = func(_ *cli.Context, err error, _ bool) error {
+			return usageError{fmt.Errorf("%s; see gvm help trace", strings.Replace(err.Error(), "flag provided but not defined:", "unknown flag", 1))}
+		}
+	}
+	return c
+}
+
+// onFiles makes an action of one on least to most files. Flags may come after
+// files too, where the cli package does not look for them.
+func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionFunc {
+	return func(c *cli.Context) error {
+		var files []string
+		for rest := c.Args().Slice(); len(rest) > 0; {
+			word := rest[0]
+			rest = rest[1:]
+			flag, value, has := strings.Cut(strings.TrimLeft(word, "-"), "=")
+			if word == "--" {
+				files = append(files, rest...)
+				break
+			}
+			if len(word) < 2 || word[0] != '-' {
+				files = append(files, word)
+				continue
+			}
+			i := slices.IndexFunc(c.Command.Flags, func(f cli.Flag) bool { return slices.Contains(f.Names(), flag) })
+			if i < 0 {
+				return usageError{fmt.Errorf("unknown flag %s; see gvm help trace", word)}
+			}
+			flag = c.Command.Flags[i].Names()[0]
+			_, isBool := c.Command.Flags[i].(*cli.BoolFlag)
+			switch {
+			case has:
+			case isBool:
+				value = "true"
+			case len(rest) > 0:
+				value, rest = rest[0], rest[1:]
+			default:
+				return usageError{fmt.Errorf("%s needs a value", word)}
+			}
+			if err := c.Set(flag, value); err != nil {
+				return usageError{fmt.Errorf("%s: %w; see gvm help trace", word, err)}
+			}
+			if flag == "help" {
+				return cli.ShowCommandHelp(c, c.Command.Name)
+			}
+		}
+		if len(files) < least || len(files) > most {
+			return usageError{fmt.Errorf("want gvm trace %s %s, and got %d files", c.Command.Name, c.Command.ArgsUsage, len(files))}
+		}
+		return do(c, files)
+	}
+}
+
+// traceError makes an error of what is wrong with a trace file: what the user
+// can mend, or the host's failure to read it.
+func traceError(path string, err error) error {
+	err = fmt.Errorf("%s: %w", path, err)
+	if bad := (*trace.FormatError)(nil); errors.As(err, &bad) {
+		return configError{err}
+	}
+	return diskError{err}
+}
+
+// openTrace opens a trace, and returns a function that closes it.
+func openTrace(path string) (*trace.Reader, func(), error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, nil, diskError{fmt.Errorf("trace: %w", err)}
+	}
+	r, err := trace.NewReader(f)
+	if err != nil {
+		f.Close()
+		return nil, nil, traceError(path, err)
+	}
+	return r, func() { f.Close() }, nil
+}
+
+// eachRecord calls do for every record of a trace, and tells of a cut one.
+func eachRecord(c *cli.Context, path string, header func(*trace.Header), do func(*trace.Header, *trace.Record) error) error {
+	r, done, err := openTrace(path)
+	if err != nil {
+		return err
+	}
+	defer done()
+	header(&r.Header)
+	var rec trace.Record
+	for {
+		err := r.Next(&rec)
+		if err == io.EOF {
+			noteCut(c, path, r)
+			return nil
+		}
+		if err != nil {
+			return traceError(path, err)
+		}
+		if err := do(&r.Header, &rec); err != nil {
+			return err
+		}
+	}
+}
+
+func noteCut(c *cli.Context, path string, r *trace.Reader) {
+	if n := r.Cut(); n > 0 {
+		fmt.Fprintf(c.App.ErrWriter, "gvm: %s ends inside a record, of which %d bytes are left out: its gvm was killed, ran out of disk space or runs still\n", path, n)
+	}
+}
+
+// opFilter returns a test for the value of --op.
+func opFilter(s string) (func(*trace.Record) bool, error) {
+	if s == "" {
+		return func(*trace.Record) bool { return true }, nil
+	}
+	if code, err := strconv.ParseUint(s, 0, 8); err == nil {
+		return func(r *trace.Record) bool { return r.Kind == trace.Command && len(r.CDB) > 0 && r.CDB[0] == byte(code) }, nil
+	}
+	if s[0] >= '0' && s[0] <= '9' {
+		return nil, fmt.Errorf("--op %s: want a name or an operation code from 0 to 0xff", s)
+	}
+	return func(r *trace.Record) bool { return strings.HasPrefix(r.Op(), strings.ToUpper(s)) }, nil
+}
+
+func traceShow(c *cli.Context, files []string) error {
+	op, err := opFilter(c.String("op"))
+	if err != nil {
+		return usageError{err}
+	}
+	lun := c.Int("lun")
+	if c.IsSet("lun") && (lun < 0 || lun > 16383) {
+		return usageError{fmt.Errorf("--lun %d: want 0 to 16383", lun)}
+	}
+	w := &report{w: c.App.Writer}
+	header := func(h *trace.Header) {
+		w.printHeader(h)
+		w.printf("%14s %2s %-5s %-24s %-20s %10s %9s  %s", "TIME (s)", "Q", "LUN", "OPERATION", "BLOCKS OR DETAIL", "DATA", "LATENCY", "OUTCOME")
+	}
+	if c.Bool("json") {
+		header = func(*trace.Header) {}
+	}
+	err = eachRecord(c, files[0], header, func(_ *trace.Header, r *trace.Record) error {
+		if n, ok := r.UnitNumber(); lun >= 0 && (!ok || n != lun) || c.Bool("errors") && !r.Failed() || r.Latency < c.Duration("min-latency") || !op(r) {
+			return nil
+		}
+		if c.Bool("json") {
+			b, err := json.Marshal(r)
+			if err != nil {
+				return err
+			}
+			w.printf("%s", b)
+		} else {
+			w.printRecord("", r)
+		}
+		return w.err
+	})
+	return errors.Join(err, w.flush())
+}
+
+// report writes lines, through a buffer, until one fails.
+type report struct {
+	w   io.Writer
+	buf bytes.Buffer
+	err error
+}
+
+func (l *report) printf(format string, args ...any) {
+	line := fmt.Sprintf(format, args...)
+	l.buf.WriteString(strings.TrimRight(line, " ") + "\n")
+	if l.buf.Len() > 64<<10 {
+		_ = l.flush()
+	}
+}
+
+func (l *report) flush() error {
+	if l.err == nil {
+		_, l.err = l.buf.WriteTo(l.w)
+	}
+	return l.err
+}
+
+func (l *report) printHeader(h *trace.Header) {
+	l.printf("# gvm %s on Linux %s, started %s", h.GVM, h.Kernel, h.Start.Format(time.RFC3339))
+	for _, d := range h.Devices {
+		for _, k := range d.Disks {
+			l.printf("# %s: lun %d, serial %s, %s in blocks of %d", d.Backend, k.LUN, k.Serial, formatSize(k.Size), k.BlockSize)
+		}
+	}
+}
+
+func (l *report) printRecord(mark string, r *trace.Record) {
+	queue, data, latency := "", "", ""
+	if r.Kind == trace.Command && r.Missing&trace.NoQueue == 0 {
+		queue = strconv.Itoa(int(r.Queue))
+	}
+	if r.Out > 0 {
+		data = fmt.Sprintf("out %d", r.Out)
+	}
+	if r.In > 0 {
+		data += fmt.Sprintf(" in %d", r.In)
+	}
+	if r.Kind == trace.Command || r.Kind == trace.TaskManagement {
+		latency = short(r.Latency)
+	}
+	l.printf("%s%14.6f %2s %-5s %-24s %-20s %10s %9s  %s", mark, r.Time.Seconds(), queue, r.Unit(), r.Op(), r.Detail(), strings.TrimSpace(data), latency, r.Outcome())
+}
+
+// short writes a duration with three digits: 12.3µs.
+func short(d time.Duration) string {
+	for unit := time.Duration(1); ; unit *= 10 {
+		if r := d.Round(unit); r < 1000*unit {
+			return r.String()
+		}
+	}
+}
+
+// sources names what requests are counted by: backends, and files if there are
+// several, by their base names if these differ.
+func sources(files []string) func(string, *trace.Header, *trace.Record) string {
+	if len(files) == 1 {
+		return func(_ string, h *trace.Header, r *trace.Record) string { return h.Backend(r) }
+	}
+	names, bases := map[string]string{}, map[string]bool{}
+	for _, path := range files {
+		names[path] = filepath.Base(path)
+		bases[names[path]] = true
+	}
+	if len(bases) < len(names) {
+		for path := range names {
+			names[path] = path
+		}
+	}
+	return func(path string, h *trace.Header, r *trace.Record) string {
+		return names[path] + " (" + h.Backend(r) + ")"
+	}
+}
+
+func writeJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+func traceDiff(c *cli.Context, files []string) error {
+	var readers [2]*trace.Reader
+	for i, path := range files {
+		r, done, err := openTrace(path)
+		if err != nil {
+			return err
+		}
+		defer done()
+		readers[i] = r
+	}
+	d, err := trace.Compare(readers[0], readers[1])
+	var side *trace.SideError
+	if errors.As(err, &side) {
+		return traceError(files[side.Side], side.Err)
+	}
+	for i, r := range readers {
+		noteCut(c, files[i], r)
+	}
+	if c.Bool("json") {
+		err = diffJSON(c.App.Writer, files, d)
+	} else {
+		err = diffText(c.App.Writer, d)
+	}
+	if err == nil && !d.Same() {
+		err = endError{exitDiffers, fmt.Errorf("%s and %s differ", files[0], files[1])}
+	}
+	return err
+}
+
+func diffJSON(w io.Writer, files []string, d *trace.Diff) error {
+	type change struct {
+		What []string      `json:"what"`
+		A    *trace.Record `json:"a"`
+		B    *trace.Record `json:"b"`
+	}
+	v := struct {
+		A        string          `json:"a"`
+		B        string          `json:"b"`
+		Same     bool            `json:"same"`
+		Requests int             `json:"requests"`
+		Moved    int             `json:"in_another_order"`
+		LostA    uint64          `json:"lost_in_a"`
+		LostB    uint64          `json:"lost_in_b"`
+		Changed  []change        `json:"changed"`
+		OnlyA    []*trace.Record `json:"only_a"`
+		OnlyB    []*trace.Record `json:"only_b"`
+	}{files[0], files[1], d.Same(), d.Requests, d.Moved, d.LostA, d.LostB, []change{}, append([]*trace.Record{}, d.OnlyA...), append([]*trace.Record{}, d.OnlyB...)}
+	for _, x := range d.Changed {
+		v.Changed = append(v.Changed, change{x.What, x.A, x.B})
+	}
+	return writeJSON(w, v)
+}
+
+func diffText(out io.Writer, d *trace.Diff) error {
+	w := &report{w: out}
+	for _, r := range d.OnlyA {
+		w.printRecord("-", r)
+	}
+	for _, r := range d.OnlyB {
+		w.printRecord("+", r)
+	}
+	for _, x := range d.Changed {
+		w.printf("~%14.6f %2s %-5s %-24s %-20s %s", x.A.Time.Seconds(), "", x.A.Unit(), x.A.Op(), x.A.Detail(), strings.Join(x.What, ", "))
+		a, b := x.Outcomes()
+		w.printf("    a: %s", a)
+		w.printf("    b: %s", b)
+	}
+	w.printf("%d requests in both (%d in another order), %d answered differently; %d only in a, %d only in b", d.Requests, d.Moved, len(d.Changed), len(d.OnlyA), len(d.OnlyB))
+	for i, n := range []uint64{d.LostA, d.LostB} {
+		if n > 0 {
+			w.printf("%d requests of %c could not be recorded", n, 'a'+i)
+		}
+	}
+	return w.flush()
+}
+
+func tracePlot(c *cli.Context, files []string) error {
+	out := c.String("output")
+	format := strings.TrimPrefix(strings.ToLower(filepath.Ext(out)), ".")
+	if format != "svg" && format != "png" {
+		return usageError{fmt.Errorf("-o %s: want -o and a file name that ends with .svg or .png", out)}
+	}
+	p := traceplot.Plot{Title: "SCSI request latency"}
+	source := sources(files)
+	for _, path := range files {
+		if err := eachRecord(c, path, func(h *trace.Header) {
+			if len(files) == 1 {
+				p.Title = fmt.Sprintf("SCSI request latency: %s (gvm %s on Linux %s)", filepath.Base(path), h.GVM, h.Kernel)
+			}
+		}, func(h *trace.Header, r *trace.Record) error {
+			if r.Kind == trace.Command || r.Kind == trace.TaskManagement {
+				p.Add(source(path, h, r), r.Op(), r.Time, r.Latency)
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+	}
+	var b bytes.Buffer
+	if err := p.Write(&b, format); err != nil {
+		if errors.Is(err, traceplot.ErrEmpty) {
+			return configError{fmt.Errorf("%s: %w", strings.Join(files, ", "), err)}
+		}
+		return err
+	}
+	if err := os.WriteFile(out, b.Bytes(), 0o666); err != nil {
+		return diskError{err}
+	}
+	return nil
+}
+
+// traceHeader describes a run with the disks.
+func traceHeader(ds *disks, queues int) trace.Header {
+	d := trace.Device{Backend: "process", Queues: queues}
+	for _, lun := range ds.target.LUNs() {
+		u := ds.target.Unit(lun)
+		n, _ := scsi.DecodeLUN(lun)
+		d.Disks = append(d.Disks, trace.Disk{LUN: n, Serial: u.Serial(), Size: u.Blocks() * uint64(u.BlockSize()), BlockSize: u.BlockSize()})
+	}
+	return trace.Header{GVM: version, Kernel: trace.HostKernel(), Devices: []trace.Device{d}}
+}
+
+// createTrace makes the trace file of a run, before it starts.
+func createTrace(path string, h trace.Header) (*trace.File, error) {
+	f, err := trace.Create(path, h)
+	switch {
+	case errors.Is(err, trace.ErrRefused):
+		return nil, configError{err}
+	case err != nil:
+		return nil, diskError{err}
+	}
+	return f, nil
+}

@@ -1,0 +1,136 @@
+package linux
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// verifiedIO reads a disk, writes to it and reads back, past the page cache.
+const verifiedIO = `
+say kernel $(uname -r)
+say cpus $(nproc)
+total=0
+for m in /sys/firmware/memmap/*; do
+	[ "$(cat $m/type)" = "System RAM" ] && total=$((total + $(cat $m/end) - $(cat $m/start) + 1))
+done
+say ram $total
+say whole $(sum /dev/sda)
+seq 1 30000 >/tmp/numbers
+dd if=/tmp/numbers of=/dev/sda bs=4k seek=512 conv=fsync,notrunc 2>/dev/null || say write failed
+echo 3 >/proc/sys/vm/drop_caches
+say written $(dd if=/dev/sda iflag=direct bs=4k skip=512 count=42 2>/dev/null | head -c 168894 | sum)
+`
+
+// lowRAM is what a guest's memory map lacks of its RAM: the area of ROMs and
+// tables that ends at 1 MiB, and the last KiB below 640 KiB.
+const lowRAM = 1<<20 - 639<<10
+
+// TestBoot boots every kernel in every way, and has each read and write a disk.
+func TestBoot(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	for _, c := range []struct {
+		name string
+		guest
+		cpus int
+		args []string
+	}{
+		{"debian", guest{kernel: l.Debian}, 1, nil},
+		{"debian vmlinux pvh", guest{kernel: l.Debian, image: l.Debian.VMLinux}, 4, []string{"--entry", "pvh"}},
+		{"debian vmlinux 64", guest{kernel: l.Debian, image: l.Debian.VMLinux}, 1, []string{"--entry", "64"}},
+		{"cloud", guest{kernel: l.Cloud}, 1, nil},
+		{"cloud vmlinux pvh", guest{kernel: l.Cloud, image: l.Cloud.VMLinux}, 1, []string{"--entry", "pvh"}},
+		{"cloud vmlinux 64", guest{kernel: l.Cloud, image: l.Cloud.VMLinux}, 4, []string{"--entry", "64"}},
+		{"cloud decompressed in the guest", guest{kernel: l.Cloud}, 1, []string{"--boot", "bzimage"}},
+		{"6.12", guest{kernel: l.V612}, 4, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			data := content(t.Name(), 8<<20)
+			disk := diskFile(t, data)
+			c.script = verifiedIO + "klog"
+			r := c.run(t, append(c.args, "--disk", disk, "--memory", "256M", "--cpus", fmt.Sprint(c.cpus))...)
+			r.wantStatus(t, 0)
+			r.want(t, map[string]string{
+				"kernel":  c.kernel.Release,
+				"cpus":    strconv.Itoa(c.cpus),
+				"ram":     strconv.Itoa(256<<20 - lowRAM),
+				"whole":   sum(data),
+				"written": sum(numbers(1, 30000)),
+			})
+			r.kernelLog(t, 1)
+			copy(data[2<<20:], numbers(1, 30000))
+			wantFile(t, disk, 0, data)
+		})
+	}
+}
+
+// TestSMP looks at what a guest with four CPUs and memory above 4 GiB is made
+// of.
+func TestSMP(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	data := content(t.Name(), 48<<20)
+	disk := diskFile(t, data)
+	r := guest{
+		kernel:  l.Cloud,
+		modules: []string{"virtio_rng"},
+		script: verifiedIO + `
+cpuinfo() { grep "^$1" /proc/cpuinfo | sed 's/.*: //' | sort -u | xargs; }
+say sockets $(cpuinfo 'physical id')
+say core-ids $(cpuinfo 'core id')
+say cores $(cpuinfo 'cpu cores')
+say siblings $(cpuinfo 'siblings')
+say apicids $(cpuinfo 'apicid')
+say threads $(cat /sys/devices/system/cpu/cpu*/topology/thread_siblings_list)
+for f in x2apic tsc_deadline_timer hypervisor constant_tsc; do grep -q " $f " /proc/cpuinfo && say flag-$f yes; done
+say clocksource $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)
+say timers $(cat /sys/devices/system/clockevents/clockevent[0-3]/current_device)
+dmesg | grep -q 'x2apic enabled\|routing to .* x2apic' && say x2apic in use
+say rng $(cat /sys/class/misc/hw_random/rng_current)
+say random $(dd if=/dev/hwrng bs=64 count=4 2>/dev/null | hexdump -v -e '16/1 "%02x" "\n"' | sort -u | wc -l)
+
+free_pages() { awk '/zone +Normal/ {n=1} n && /nr_free_pages/ {print $2; exit}' /proc/zoneinfo; }
+before=$(free_pages)
+cp /dev/sda /tmp/all
+say above $(( (before - $(free_pages)) / 256 > 36 ))
+say copied $(sum /tmp/all)
+rm /tmp/all
+
+for c in 0 1 2 3; do
+	echo 3 >/proc/sys/vm/drop_caches
+	taskset $((1 << c)) dd if=/dev/sda of=/dev/null iflag=direct bs=4k count=32 2>/dev/null
+done
+# Lines are IRQ: a count for each CPU, the chip, the vector, the name.
+awk '$NF ~ /^virtio0-/ {n=0; for (i=2; i<=5; i++) n+=$i; if (n>0) print "= irq-" $NF, $6}' /proc/interrupts
+klog
+`}.run(t, "--disk", disk, "--memory", "6G", "--cpus", "4")
+	r.wantStatus(t, 0)
+	copy(data[2<<20:], numbers(1, 30000))
+	r.want(t, map[string]string{
+		"cpus": "4", "ram": strconv.Itoa(6<<30 - lowRAM),
+		"sockets": "0", "core-ids": "0 1 2 3", "cores": "4", "siblings": "4", "apicids": "0 1 2 3", "threads": "0 1 2 3",
+		"flag-x2apic": "yes", "flag-tsc_deadline_timer": "yes", "flag-hypervisor": "yes",
+		"clocksource": "kvm-clock", "timers": "lapic-deadline lapic-deadline lapic-deadline lapic-deadline", "x2apic": "in use",
+		"rng": "virtio_rng.0", "random": "16",
+		"above": "1", "copied": sum(data),
+		"irq-virtio0-request": "PCI-MSI",
+	})
+	if n := strings.Count(r.console, "= irq-virtio0-request "); n != 4 {
+		r.fatalf(t, "%d request queues had interrupts, want 4", n)
+	}
+	r.kernelLog(t, 1)
+	wantFile(t, disk, 0, data)
+}
+
+// TestManyCPUs boots with more CPUs than any machine here has.
+func TestManyCPUs(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	r := guest{kernel: l.Cloud, script: verifiedIO + "klog"}.run(t, "--disk", diskFile(t, content(t.Name(), 8<<20)), "--cpus", "8")
+	r.wantStatus(t, 0)
+	r.want(t, map[string]string{"cpus": "8", "whole": sum(content(t.Name(), 8<<20)), "written": sum(numbers(1, 30000))})
+	r.kernelLog(t, 1)
+}

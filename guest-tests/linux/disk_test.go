@@ -1,0 +1,278 @@
+package linux
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"gvm/guest-tests/lab"
+)
+
+// TestDisks: three disks that differ in all that a guest can see.
+func TestDisks(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	first, second, third := content("first", 8<<20), content("second", 12<<20), content("third", 16<<20)
+	files := []string{diskFile(t, first), diskFile(t, second), diskFile(t, third)}
+	r := guest{kernel: l.Cloud, script: `
+for d in /sys/block/sd*; do
+	lun=$(basename $(readlink -f $d/device)); lun=${lun##*:}; s=$d/device; dev=/dev/${d##*/}
+	say $lun-sha256 $(sum $dev)
+	say $lun-bytes $(blockdev --getsize64 $dev)
+	say $lun-readonly $(cat $d/ro)
+	say $lun-blocks $(cat $d/queue/logical_block_size) $(cat $d/queue/physical_block_size)
+	say $lun-cache $(cat $d/queue/write_cache) fua $(cat $d/queue/fua)
+	say $lun-serial $(tail -c +5 $s/vpd_pg80)
+	say $lun-name $(cat $s/vendor) $(cat $s/model)
+	say $lun-wwid $(cat $s/wwid)
+	printf 'written to lun %5d' $lun | dd of=$dev bs=4k seek=1 conv=sync,fsync,notrunc 2>/dev/null && say $lun-write done || say $lun-write failed
+	if [ $lun = 3 ]; then
+		# The kernel has refused; now let the disk do it.
+		blockdev --setrw $dev
+		printf 'forced' | dd of=$dev bs=4k seek=2 conv=sync,fsync,notrunc 2>/dev/null && say forced done || say forced failed
+	fi
+done
+say disks $(ls -d /sys/block/sd* | wc -l)
+klog
+`}.run(t,
+		"--disk", files[0]+",serial=one",
+		"--disk", files[1]+",lun=3,readonly,serial=disk two",
+		"--disk", files[2]+",lun=300,block_size=4096,cache=writethrough,serial=three")
+	r.wantStatus(t, 0)
+	// Linux keeps the addressing method of a LUN past 255 in its number: flat,
+	// 01b (SAM-5 4.7.7.3), so 300 is 0x4000 + 300.
+	r.want(t, map[string]string{
+		"disks":    "3",
+		"0-sha256": sum(first), "3-sha256": sum(second), "16684-sha256": sum(third),
+		"0-bytes": "8388608", "3-bytes": "12582912", "16684-bytes": "16777216",
+		"0-readonly": "0", "3-readonly": "1", "16684-readonly": "0",
+		"0-blocks": "512 512", "3-blocks": "512 512", "16684-blocks": "4096 4096",
+		"0-serial": "one", "3-serial": "disk two", "16684-serial": "three",
+		"0-name": "GVM DISK", "3-name": "GVM DISK", "16684-name": "GVM DISK",
+		"0-cache": "write back fua 1", "16684-cache": "write through fua 0",
+		"0-write": "done", "3-write": "failed", "16684-write": "done", "forced": "failed",
+	})
+	wwids := map[string]bool{r.said(t, "0-wwid"): true, r.said(t, "3-wwid"): true, r.said(t, "16684-wwid"): true}
+	if len(wwids) != 3 {
+		r.fatalf(t, "the disks have only %d names between them", len(wwids))
+	}
+	r.kernelLog(t, 1,
+		// What the forced write ends in.
+		`\] (sd 0:0:0:3|critical \w+ error, dev sdb|Buffer I/O error on dev sdb)`)
+	written := func(lun string) []byte {
+		b := make([]byte, 4096)
+		copy(b, lun)
+		return b
+	}
+	copy(first[4096:], written("written to lun     0"))
+	copy(third[4096:], written("written to lun 16684"))
+	wantFile(t, files[0], 0, first)
+	wantFile(t, files[1], 0, second)
+	wantFile(t, files[2], 0, third)
+}
+
+// TestFilesystemOverReboot: what a guest has written to a file system is there
+// after it has reset the machine, for itself and for this side.
+func TestFilesystemOverReboot(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	disk := diskFile(t, make([]byte, 32<<20))
+	r := guest{
+		kernel:   l.Debian,
+		modules:  []string{"ext4"},
+		programs: []string{"usr/sbin/mkfs.ext4"},
+		files:    map[string]string{"etc/mke2fs.conf": filepath.Join(l.Tree, "etc/mke2fs.conf")},
+		script: `
+magic=$(dd if=/dev/sda bs=2 skip=540 count=1 2>/dev/null | hexdump -e '"%04x"')
+if [ "$magic" != ef53 ]; then
+	mkfs.ext4 -q /dev/sda </dev/null || say mkfs failed
+	mount -t ext4 /dev/sda /mnt || say mount failed
+	mkdir /mnt/dir
+	seq 1 100000 | dd of=/mnt/dir/numbers bs=64k conv=fsync 2>/dev/null || say write failed
+	say before $(sum /mnt/dir/numbers)
+	umount /mnt || say umount failed
+	klog
+	reboot -f
+fi
+mount -t ext4 /dev/sda /mnt || say mount failed again
+say after $(sum /mnt/dir/numbers)
+echo second boot >/mnt/second
+umount /mnt
+klog
+`}.run(t, "--disk", disk, "--on-reset", "reboot", "--cpus", "2")
+	r.wantStatus(t, 0)
+	want := sum(numbers(1, 100000))
+	r.want(t, map[string]string{"before": want, "after": want})
+	r.kernelLog(t, 2)
+	fsck(t, disk)
+	if got := sum(debugfs(t, disk, "cat /dir/numbers")); got != want {
+		t.Errorf("the file has SHA-256 %s in the image, want %s", got, want)
+	}
+	if got := string(debugfs(t, disk, "cat /second")); got != "second boot\n" {
+		t.Errorf("the second boot's file holds %q", got)
+	}
+}
+
+// TestRoot runs a small Debian system from its disk.
+func TestRoot(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	disk := filepath.Join(t.TempDir(), "root.ext4")
+	err := l.CopyRootImage(t.Context(), disk, prologue+`
+say root $(grep ' / ' /proc/mounts | cut -d' ' -f1-3)
+say debian $(cat /etc/debian_version)
+say bash $(sha256sum </usr/bin/bash | cut -c1-64)
+seq 1 50000 >/root/numbers
+sync
+say written $(sum /root/numbers)
+klog
+`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bash, err := os.ReadFile(filepath.Join(l.Tree, "usr/bin/bash"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	version, err := os.ReadFile(filepath.Join(l.Tree, "etc/debian_version"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := guest{kernel: l.V612, modules: []string{"ext4"}, script: lab.SwitchRoot, cmdline: "root=/dev/sda"}.run(t, "--disk", disk)
+	r.wantStatus(t, 0)
+	r.want(t, map[string]string{
+		"root":    "/dev/sda / ext4",
+		"debian":  strings.TrimSpace(string(version)),
+		"bash":    sum(bash),
+		"written": sum(numbers(1, 50000)),
+	})
+	r.kernelLog(t, 1)
+	fsck(t, disk)
+	if got, want := debugfs(t, disk, "cat /root/numbers"), numbers(1, 50000); sum(got) != sum(want) {
+		t.Errorf("/root/numbers in the image is %d bytes, not what the guest wrote", len(got))
+	}
+}
+
+func fsck(t *testing.T, disk string) {
+	t.Helper()
+	if out, err := exec.Command("/usr/sbin/e2fsck", "-f", "-n", disk).CombinedOutput(); err != nil {
+		t.Errorf("e2fsck: %v\n%s", err, out)
+	}
+}
+
+func debugfs(t *testing.T, disk, request string) []byte {
+	t.Helper()
+	out, err := exec.Command("/usr/sbin/debugfs", "-R", request, disk).Output()
+	if err != nil {
+		t.Fatalf("debugfs %s: %v", request, err)
+	}
+	return out
+}
+
+// TestReinitialisation: the device goes through the hands of a driver that
+// leaves and comes back, of a PCI rescan, of error recovery while requests are
+// under way, and of another kernel.
+func TestReinitialisation(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	data := content(t.Name(), 8<<20)
+	disk := diskFile(t, data)
+	// part N writes numbers from N*10000 to the disk's Nth MiB, and reads them
+	// back and the rest of the disk's first MiB too.
+	const part = `
+part() {
+	seq $(($1*10000)) $(($1*10000+9999)) >/tmp/numbers
+	dd if=/tmp/numbers of=/dev/sda bs=1M seek=$1 conv=fsync,notrunc 2>/dev/null || say part-$1 write failed
+	echo 3 >/proc/sys/vm/drop_caches
+	say part-$1 $(dd if=/dev/sda bs=1M skip=$1 count=1 iflag=direct 2>/dev/null | head -c $(wc -c </tmp/numbers) | sum) $(dd if=/dev/sda bs=1M count=1 2>/dev/null | sum)
+}
+`
+	second := guest{kernel: l.Cloud, script: part + `
+say second-cmdline $(cat /proc/cmdline)
+wait_for /dev/sda
+part 6
+klog
+`}
+	r := guest{
+		kernel:   l.Cloud,
+		modules:  []string{"sg"},
+		programs: []string{"usr/sbin/kexec", "usr/bin/sg_reset"},
+		files:    map[string]string{"kernel": l.Cloud.BZImage, "second": second.initramfs(t)},
+		script: part + `
+driver=/sys/bus/virtio/drivers/virtio_scsi
+virtio=$(basename $driver/virtio*)
+pci=$(basename $(dirname $(readlink -f $driver/$virtio)))
+for i in 1 2 3; do
+	echo $virtio >$driver/unbind
+	[ -e /dev/sda ] && say unbind-$i the disk is still there
+	echo $virtio >$driver/bind
+	wait_for /dev/sda
+	part $i
+done
+echo 1 >/sys/bus/pci/devices/$pci/remove
+[ -e /dev/sda ] && say remove the disk is still there
+echo 1 >/sys/bus/pci/rescan
+wait_for /dev/sda
+part 4
+
+(n=0; while [ $n -lt 30 ]; do
+	n=$((n+1))
+	dd if=/dev/sda of=/dev/null iflag=direct bs=256k 2>/dev/null || say read failed
+done; touch /tmp/reads-done) &
+n=0
+while [ $n -lt 5 ]; do
+	n=$((n+1))
+	/bin/sg_reset -d /dev/sda >/tmp/reset 2>&1 || say reset-$n failed: $(cat /tmp/reset)
+done
+[ -e /tmp/reads-done ] && say overlap none || say overlap some
+wait
+part 5
+klog
+kexec -l /kernel --initrd=/second --command-line="console=ttyS0 panic=-1 quiet second" || say kexec cannot load
+kexec -e
+say kexec cannot start
+`}.run(t, "--disk", disk, "--cpus", "2")
+	r.wantStatus(t, 0)
+	want := map[string]string{"second-cmdline": "console=ttyS0 panic=-1 quiet second", "overlap": "some"}
+	for i := 1; i <= 6; i++ {
+		b := numbers(i*10000, i*10000+9999)
+		want[fmt.Sprint("part-", i)] = sum(b) + " " + sum(data[:1<<20])
+		copy(data[i<<20:], b)
+	}
+	r.want(t, want)
+	// The first kernel's timer is still running when the second one starts.
+	r.kernelLog(t, 2, `\] Spurious LAPIC timer interrupt on cpu \d+$`)
+	wantFile(t, disk, 0, data)
+}
+
+// TestKilled: of what a guest was told is on its disk, nothing was only in
+// gvm's memory; and the image is free for the next gvm at once, but not before.
+func TestKilled(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	disk := diskFile(t, make([]byte, 8<<20))
+	p := start(t, nil, append(guest{kernel: l.Cloud, script: `
+n=0
+while [ $n -lt 64 ]; do
+	n=$((n+1))
+	seq $((n*1000)) $((n*1000+999)) | dd of=/dev/sda oflag=direct conv=sync,fsync,notrunc bs=8k count=1 iflag=fullblock seek=$n 2>/dev/null || say write failed
+	echo written $n
+	[ $n = 40 ] && sleep 600
+done
+`}.build(t), "--disk", disk)...)
+	p.waitFor("written 40")
+	other := gvm(t, "run", "--disk", disk)
+	if other.wantStatus(t, 2); !strings.Contains(other.stderr, fmt.Sprint(p.cmd.Process.Pid)) {
+		other.fatalf(t, "the message does not name process %d, which uses the disk", p.cmd.Process.Pid)
+	}
+	p.signal(syscall.SIGKILL)
+	p.wait().wantStatus(t, -1)
+	for n := 1; n <= 40; n++ {
+		wantFile(t, disk, int64(n)*8192, numbers(n*1000, n*1000+999))
+	}
+	gvm(t, "run", "--disk", disk).wantStatus(t, 0)
+}

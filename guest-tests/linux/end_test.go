@@ -1,0 +1,113 @@
+package linux
+
+import (
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// TestEndings: how a guest ends is gvm's exit status.
+func TestEndings(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	for _, c := range []struct {
+		name   string
+		guest  guest
+		status int
+		stderr string
+		bare   string // a whole command line
+	}{
+		{"panic told on the console", guest{script: "echo c >/proc/sysrq-trigger"}, 5, "guest panic: Kernel panic - not syncing: sysrq triggered crash", ""},
+		{"panic told by pvpanic", guest{modules: []string{"pvpanic_mmio"}, script: "echo c >/proc/sysrq-trigger"}, 5, "guest panic: ", "quiet"},
+		{"init exits", guest{script: "exit 3"}, 5, "guest panic: Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300", ""},
+		{"reboot", guest{script: "reboot -f"}, 6, "the guest asked for a reset", ""},
+		{"reboot by triple fault", guest{script: "reboot -f", cmdline: "reboot=t"}, 4, "triple fault", ""},
+		{"power off", guest{script: "poweroff -f"}, 0, "", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			c.guest.kernel = l.Cloud
+			args := append(c.guest.build(t), "--disk", diskFile(t, content(t.Name(), 1<<20)))
+			if c.bare != "" {
+				args = append(args, "--bare-cmdline", "--cmdline", c.bare)
+			}
+			r := gvm(t, args...)
+			r.wantStatus(t, c.status)
+			if !strings.Contains(r.stderr, c.stderr) {
+				r.fatalf(t, "standard error lacks %q", c.stderr)
+			}
+		})
+	}
+}
+
+// TestEmbeddedEndings: the same of the embedded guest.
+func TestEmbeddedEndings(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name   string
+		args   []string
+		status int
+		stderr string
+	}{
+		{"power off", []string{"--cpus", "8"}, 0, ""},
+		{"triple fault", []string{"--guest-arg", "crash=triple"}, 4, "triple fault"},
+		{"panic", []string{"--guest-arg", "crash=panic"}, 5, "guest panic"},
+		{"reset", []string{"--guest-arg", "crash=reset"}, 6, "reset"},
+		{"timeout of a halted guest", []string{"--guest-arg", "hang", "--timeout", "2s"}, 124, "--timeout 2s elapsed"},
+		{"timeout of a busy guest", []string{"--guest-arg", "spin", "--timeout", "2s"}, 124, "--timeout 2s elapsed"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			disk := diskFile(t, content(t.Name(), 1<<20))
+			r := gvm(t, append([]string{"run", "--disk", disk}, c.args...)...)
+			r.wantStatus(t, c.status)
+			if !strings.Contains(r.stderr, c.stderr) {
+				r.fatalf(t, "standard error lacks %q", c.stderr)
+			}
+			wantFile(t, disk, 0, content(t.Name(), 1<<20))
+		})
+	}
+}
+
+// TestSignals: a signal ends a Linux guest, and gvm in good order.
+func TestSignals(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	args := guest{kernel: l.Cloud, script: "echo ready; while :; do :; done"}.build(t)
+	p := start(t, nil, args...)
+	p.waitFor("ready")
+	p.signal(syscall.SIGTERM)
+	p.wait().wantStatus(t, 143)
+	for signal, status := range map[syscall.Signal]int{syscall.SIGINT: 130, syscall.SIGHUP: 129} {
+		p := start(t, nil, "run", "--guest-arg", "echo")
+		p.waitFor("ready")
+		p.signal(signal)
+		p.wait().wantStatus(t, status)
+	}
+}
+
+// TestConsole: a pipe is as good as a terminal for a guest's shell, and no byte
+// of its console is lost in either direction.
+func TestConsole(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	input := "echo $((6*7))\nstty -echo\n" +
+		strings.Repeat("count=$((count+1)) # a line that is longer than the FIFO of a 16550\n", 40) +
+		"echo counted $count\necho begin; seq 1 13000 | tr '\\n' ' '; echo; echo end\npoweroff -f\n"
+	r := start(t, strings.NewReader(input), guest{kernel: l.Cloud, script: "sh"}.build(t)...).wait()
+	r.wantStatus(t, 0)
+	for _, line := range []string{"\n42\n", "counted 40\n"} {
+		if !strings.Contains(r.console, line) {
+			r.fatalf(t, "the console lacks %q", line)
+		}
+	}
+	_, out, _ := strings.Cut(r.console, "begin\n")
+	out, _, _ = strings.Cut(out, "\nend\n")
+	want := strings.ReplaceAll(string(numbers(1, 13000)), "\n", " ")
+	if out != want {
+		i := 0
+		for i < len(out) && i < len(want) && out[i] == want[i] {
+			i++
+		}
+		r.fatalf(t, "of %d bytes of output %d came, the first wrong one at %d", len(want), len(out), i)
+	}
+}

@@ -1,0 +1,47 @@
+// Package linux tests gvm with stock Linux kernels: directly where this host's
+// KVM runs them, inside the lab elsewhere. GVM_TEST_L1=6.12 has the lab run on
+// Debian's 6.12 kernel.
+package linux
+
+import (
+	"fmt"
+	"os"
+	"testing"
+
+	"gvm/guest-tests/lab"
+	"gvm/vmm"
+)
+
+// cacheHome is XDG_CACHE_HOME of every gvm, so that one that boots a kernel
+// finds what another has decompressed.
+var cacheHome string
+
+func TestMain(m *testing.M) { os.Exit(testMain(m)) }
+
+func testMain(m *testing.M) int {
+	var err error
+	if cacheHome, err = os.MkdirTemp("", "gvm-linux-test"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(cacheHome)
+	options := lab.Options{
+		Direct: vmm.RunsLinux,
+		Build:  []string{"gvm/cmd/gvm"},
+		Memory: 10 << 10, // a guest has 6 GiB
+	}
+	if os.Getenv("GVM_TEST_L1") == "6.12" {
+		options.Kernel = func(l *lab.Lab) *lab.Kernel { return l.V612 }
+	}
+	return lab.Main(m, options)
+}
+
+// theLab returns what the lab has prepared: kernels and images.
+func theLab(t testing.TB) *lab.Lab {
+	t.Helper()
+	l, err := lab.Setup(t.Context(), lab.Log(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}

@@ -1,0 +1,204 @@
+package linux
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"gvm/guest-tests/lab"
+)
+
+// patience is how long a run of gvm may take before it is killed and the test
+// fails. No guest here needs a third of it.
+const patience = 3 * time.Minute
+
+// process is a running gvm, or what it is compared with.
+type process struct {
+	t    testing.TB
+	cmd  *exec.Cmd
+	temp string // its TMPDIR
+	ctx  context.Context
+	stop context.CancelFunc
+	errs bytes.Buffer
+
+	mu      sync.Mutex
+	changed sync.Cond
+	console bytes.Buffer
+	ended   bool
+}
+
+// result is a gvm that ended. Console is without carriage returns.
+type result struct {
+	status          int // -1: ended by a signal
+	console, stderr string
+}
+
+// start starts gvm. stdin nil is an input that has ended.
+func start(t testing.TB, stdin io.Reader, args ...string) *process {
+	t.Helper()
+	return startProgram(t, lab.Program("gvm"), stdin, cacheHome, args...)
+}
+
+func startProgram(t testing.TB, program string, stdin io.Reader, cache string, args ...string) *process {
+	t.Helper()
+	ctx, stop := context.WithTimeout(t.Context(), patience)
+	p := &process{t: t, temp: t.TempDir(), ctx: ctx, stop: stop}
+	p.changed.L = &p.mu
+	p.cmd = exec.CommandContext(ctx, program, args...)
+	p.cmd.Env = append(os.Environ(), "XDG_CACHE_HOME="+cache, "TMPDIR="+p.temp)
+	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = stdin, p, &p.errs
+	// One that is late says where its goroutines are, on standard error.
+	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGQUIT) }
+	p.cmd.WaitDelay = 3 * time.Second // an input that does not end does not hold Wait up
+	// A process that gvm left behind would be in its group.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	context.AfterFunc(ctx, func() {
+		p.mu.Lock()
+		p.ended = true
+		p.mu.Unlock()
+		p.changed.Broadcast()
+	})
+	return p
+}
+
+// Write takes console output.
+func (p *process) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	p.console.Write(bytes.ReplaceAll(b, []byte("\r"), nil))
+	p.mu.Unlock()
+	p.changed.Broadcast()
+	return len(b), nil
+}
+
+// waitFor waits for a line on the console.
+func (p *process) waitFor(line string) {
+	p.t.Helper()
+	has := func() bool { return strings.Contains("\n"+p.console.String(), "\n"+line+"\n") }
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for !has() {
+		if p.ended {
+			p.t.Fatalf("no line %q on the console:\n%s", line, p.console.String())
+		}
+		p.changed.Wait()
+	}
+}
+
+func (p *process) signal(s syscall.Signal) {
+	p.t.Helper()
+	if err := p.cmd.Process.Signal(s); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// wait returns how gvm ended. It fails the test if gvm did not end of itself,
+// or left a process or a temporary file behind.
+func (p *process) wait() result {
+	p.t.Helper()
+	r, late := p.join()
+	if late {
+		r.fatalf(p.t, "gvm did not end within %v", patience)
+	}
+	return r
+}
+
+// join is wait that leaves a gvm that did not end of itself to its caller.
+func (p *process) join() (r result, late bool) {
+	p.t.Helper()
+	err := p.cmd.Wait()
+	late = errors.Is(p.ctx.Err(), context.DeadlineExceeded)
+	p.stop()
+	r = result{p.cmd.ProcessState.ExitCode(), p.console.String(), p.errs.String()}
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) && !errors.Is(err, exec.ErrWaitDelay) && !late {
+		r.fatalf(p.t, "gvm: %v", err)
+	}
+	if err := syscall.Kill(-p.cmd.Process.Pid, 0); !errors.Is(err, syscall.ESRCH) {
+		p.t.Errorf("gvm left a process behind: a signal to its group gives %v", err)
+	}
+	left, err := os.ReadDir(p.temp)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for _, f := range left {
+		p.t.Errorf("gvm left the temporary file %s behind", f.Name())
+	}
+	return r, late
+}
+
+// exitCrash is gvm's status for a guest that crashed.
+const exitCrash = 4
+
+// gvm runs gvm to its end without input. In the lab, a Linux guest that hangs or
+// crashes before its init has said or written anything is told and tried once more: the
+// processor there is software, and loses guests of QEMU's own too.
+func gvm(t testing.TB, args ...string) result {
+	t.Helper()
+	r, late := start(t, nil, args...).join()
+	if os.Getenv(lab.InLabEnv) != "" && r.console == "" && (late || r.status == exitCrash) {
+		t.Logf("the lab lost a guest before its first word (status %d, late: %v); once more. Standard error:\n%s", r.status, late, r.stderr)
+		r, late = start(t, nil, args...).join()
+	}
+	if late {
+		r.fatalf(t, "gvm did not end within %v", patience)
+	}
+	return r
+}
+
+// fatalf fails the test and shows what gvm printed.
+func (r result) fatalf(t testing.TB, format string, args ...any) {
+	t.Helper()
+	t.Errorf(format, args...)
+	t.Fatalf("exit status %d\nconsole:\n%s\nstandard error:\n%s", r.status, r.console, r.stderr)
+}
+
+// wantStatus fails the test unless gvm ended with status.
+func (r result) wantStatus(t testing.TB, status int) {
+	t.Helper()
+	if r.status != status {
+		r.fatalf(t, "exit status %d, want %d", r.status, status)
+	}
+}
+
+// want fails the test unless the guest said all of these, name by name, with
+// `say NAME VALUE`, and nothing different under the same name later.
+func (r result) want(t testing.TB, said map[string]string) {
+	t.Helper()
+	for name, want := range said {
+		if got := r.said(t, name); got != want {
+			t.Errorf("%s: the guest says %q, want %q", name, got, want)
+		}
+	}
+	if t.Failed() {
+		r.fatalf(t, "the guest did not say what it should")
+	}
+}
+
+var saidLine = regexp.MustCompile(`(?m)^= (\S+) ?(.*)$`)
+
+// said returns what the guest said last under a name.
+func (r result) said(t testing.TB, name string) string {
+	t.Helper()
+	value, ok := "", false
+	for _, m := range saidLine.FindAllStringSubmatch(r.console, -1) {
+		if m[1] == name {
+			value, ok = m[2], true
+		}
+	}
+	if !ok {
+		r.fatalf(t, "the guest did not say %s", name)
+	}
+	return value
+}

@@ -1,0 +1,93 @@
+package gvm_test
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// may lists, for each package or tree ("/..."), what of this module its non-test
+// files may import; the first entry that matches a package counts. DESIGN.md
+// says why.
+var may = []struct{ pkg, imports string }{
+	{"kvmapi/eventfd", ""},
+	{"kvmapi/...", "kvmapi/eventfd"},
+	{"vmm/guestmem", ""},
+	{"vmm/bus", ""},
+	{"vmm/acpi", "devices/acpipm devices/pvpanic devices/rtc devices/serial"},
+	{"vmm/boot/...", "vmm/guestmem"},
+	{"vmm/x86", "kvmapi"},
+	{"vmm", "kvmapi/... vmm/... devices/..."},
+	{"devices/scsi/backend", "devices/scsi"},
+	{"devices/scsi/lio", "devices/scsi devices/scsi/backend"},
+	{"devices/scsi/trace/traceplot", "devices/scsi/trace"},
+	{"devices/scsi/trace", "devices/scsi"},
+	{"devices/scsi/scsitest", "devices/scsi devices/scsi/backend"},
+	{"devices/scsi", ""},
+	{"devices/pci/...", "devices/pci kvmapi/eventfd"},
+	{"devices/virtio/virtq", "vmm/guestmem"},
+	{"devices/virtio/virtqtest", "devices/virtio devices/virtio/virtq vmm/guestmem kvmapi/eventfd"},
+	{"devices/virtio/vpci", "devices/virtio devices/virtio/virtq devices/pci vmm/guestmem kvmapi/eventfd"},
+	{"devices/virtio/vscsi", "devices/virtio devices/virtio/virtq devices/scsi devices/scsi/trace vmm/guestmem"},
+	{"devices/virtio/vhostscsi", "devices/virtio devices/virtio/virtq kvmapi/vhost kvmapi/eventfd vmm/guestmem"},
+	{"devices/virtio/rng", "devices/virtio devices/virtio/virtq vmm/guestmem"},
+	{"devices/virtio", "devices/virtio/virtq vmm/guestmem kvmapi/eventfd"},
+	{"devices/...", ""},
+	{"guest-tests/embedded/...", ""},
+	{"guest-tests/...", "guest-tests/... vmm vmm/boot"},
+	{"cmd/gvm", "vmm/... devices/... kvmapi/... guest-tests/embedded"},
+}
+
+func matches(pattern, pkg string) bool {
+	tree, ok := strings.CutSuffix(pattern, "/...")
+	return pkg == pattern || ok && (pkg == tree || strings.HasPrefix(pkg, tree+"/"))
+}
+
+// TestLayering holds every import of the module's own packages against the
+// table, and keeps unsafe in files that say so in their names.
+func TestLayering(t *testing.T) {
+	seen := map[string]bool{}
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, ".go") {
+			return err
+		}
+		f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ImportsOnly)
+		if err != nil {
+			return err
+		}
+		pkg := filepath.Dir(path)
+		i := slices.IndexFunc(may, func(row struct{ pkg, imports string }) bool { return matches(row.pkg, pkg) })
+		if i < 0 && pkg != "." {
+			t.Errorf("%s: package %s has no row in the table", path, pkg)
+			return nil
+		}
+		test := strings.HasSuffix(path, "_test.go")
+		for _, spec := range f.Imports {
+			name := strings.Trim(spec.Path.Value, `"`)
+			if name == "unsafe" && !strings.HasSuffix(strings.TrimSuffix(path, ".go"), "_unsafe") && !strings.HasSuffix(path, "_unsafe_test.go") {
+				t.Errorf("%s imports unsafe; only *_unsafe.go may", path)
+			}
+			own, ok := strings.CutPrefix(name, "gvm/")
+			if !ok || test {
+				continue
+			}
+			seen[may[i].pkg] = true
+			if !slices.ContainsFunc(strings.Fields(may[i].imports), func(p string) bool { return matches(p, own) }) {
+				t.Errorf("%s imports %s, which %s may not", path, own, pkg)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range may {
+		if row.imports != "" && !seen[row.pkg] {
+			t.Errorf("the row of %s matches no import", row.pkg)
+		}
+	}
+}
