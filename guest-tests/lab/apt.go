@@ -64,10 +64,10 @@ func hostTool(name string) (string, error) {
 
 // hostPackages are the Debian packages of the programs that the lab runs here.
 var hostPackages = map[string]string{
-	"qemu-system-x86_64": "qemu-system-x86",
-	"busybox":            "busybox-static",
-	"mke2fs":             "e2fsprogs",
-	"depmod":             "kmod",
+	qemuName:  "qemu-system-x86",
+	"busybox": "busybox-static",
+	"mke2fs":  "e2fsprogs",
+	"depmod":  "kmod",
 }
 
 // hostTools installs what is missing of hostPackages, where it may.
@@ -114,20 +114,32 @@ func (s *setup) hostTools() error {
 // nothing outside the cache.
 type client struct{ options []string }
 
-// ownLists fetches package lists into the cache.
-func (s *setup) ownLists() error {
-	dir := filepath.Join(s.cache, "apt")
-	for _, d := range []string{"lists/partial", "archives/partial"} {
-		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
-			return err
-		}
-	}
-	s.apt.options = []string{
+// aptDirs are the options that have apt keep its lists and archives in dir.
+func aptDirs(dir string) []string {
+	return []string{
 		"-o", "Dir::State::lists=" + filepath.Join(dir, "lists"),
 		"-o", "Dir::Cache=" + dir,
 		"-o", "Debug::NoLocking=1",
 		"-o", "APT::Sandbox::User=",
 	}
+}
+
+func makeAptDirs(dir string) error {
+	for _, d := range []string{"lists/partial", "archives/partial"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ownLists fetches package lists into the cache.
+func (s *setup) ownLists() error {
+	dir := filepath.Join(s.cache, "apt")
+	if err := makeAptDirs(dir); err != nil {
+		return err
+	}
+	s.apt.options = aptDirs(dir)
 	s.say("fetching package lists")
 	_, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-get"}, s.apt.options, []string{"update", "-q"})...)
 	return err

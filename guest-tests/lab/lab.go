@@ -27,6 +27,8 @@ type Lab struct {
 	// image whose /sbin/init runs the shell script /init.sh if there is one,
 	// else a shell on the console.
 	Tree, RootImage string
+
+	qemu string // the program that runs L1
 }
 
 // Kernel is one stock Debian kernel.
@@ -127,9 +129,12 @@ func open(cache string) (*Lab, error) {
 	l := &Lab{
 		Cache: cache, Debian: ks[0], Cloud: ks[1], V612: ks[2],
 		Tree: filepath.Join(root, "tree"), RootImage: filepath.Join(root, "root.ext4"),
+		qemu: qemuPath(cache),
 	}
-	if _, err := os.Stat(l.RootImage); err != nil {
-		return nil, fmt.Errorf("the lab in %s is not set up: %w", cache, err)
+	for _, f := range []string{l.RootImage, l.qemu} {
+		if _, err := os.Stat(f); err != nil {
+			return nil, fmt.Errorf("the lab in %s is not set up: %w", cache, err)
+		}
 	}
 	return l, nil
 }

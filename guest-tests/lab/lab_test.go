@@ -139,7 +139,7 @@ func TestGuest(t *testing.T) {
 		return
 	}
 	l := setUp(t)
-	qemu, err := hostTool("qemu-system-x86_64")
+	qemu, err := hostTool(qemuName)
 	if err != nil {
 		t.Fatal(err)
 	}

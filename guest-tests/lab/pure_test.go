@@ -124,6 +124,28 @@ func TestImageDependency(t *testing.T) {
 	}
 }
 
+func TestQEMUVersion(t *testing.T) {
+	for _, tt := range []struct {
+		says string
+		want [2]int
+		good bool
+	}{
+		{"QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)", [2]int{7, 2}, false},
+		{"QEMU emulator version 10.0.2 (Debian)", [2]int{10, 0}, false},
+		{"QEMU emulator version 10.2.0", [2]int{10, 2}, true},
+		{"QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)", [2]int{11, 1}, true},
+	} {
+		path := filepath.Join(t.TempDir(), "qemu")
+		if err := os.WriteFile(path, []byte("#!/bin/sh\necho '"+tt.says+"'\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		got, err := (&setup{ctx: t.Context()}).qemuVersion(path)
+		if err != nil || got != tt.want || (newEnough(got) == nil) != tt.good {
+			t.Errorf("%q: %v, %v, new enough: %v", tt.says, got, err, newEnough(got))
+		}
+	}
+}
+
 func TestNewest(t *testing.T) {
 	names := []string{
 		"linux-image-6.12-amd64", "linux-image-6.12.9+deb12-amd64", "linux-image-6.12.107+deb12-amd64",

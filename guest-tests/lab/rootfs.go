@@ -82,7 +82,7 @@ func (s *setup) root() error {
 	var debs []string
 	err = s.withLists(func() (err error) {
 		s.say("fetching a small Debian system")
-		debs, err = s.closure(tmp)
+		debs, err = s.closure(tmp, s.apt.options, rootPackages...)
 		return err
 	})
 	if err != nil {
@@ -115,9 +115,9 @@ func (s *setup) root() error {
 	return os.Rename(tmp, dir)
 }
 
-// closure downloads rootPackages and all they need, as apt would install them
-// on an empty system, and returns the .deb files.
-func (s *setup) closure(tmp string) ([]string, error) {
+// closure downloads packages and all they need, as apt would install them on an
+// empty system, and returns the .deb files. They are in a directory apt of tmp.
+func (s *setup) closure(tmp string, options []string, packages ...string) ([]string, error) {
 	apt := filepath.Join(tmp, "apt")
 	if err := os.MkdirAll(filepath.Join(apt, "archives", "partial"), 0o755); err != nil {
 		return nil, err
@@ -125,9 +125,9 @@ func (s *setup) closure(tmp string) ([]string, error) {
 	if err := os.WriteFile(filepath.Join(apt, "status"), nil, 0o644); err != nil {
 		return nil, err
 	}
-	args := slices.Concat([]string{"apt-get"}, s.apt.options, []string{
+	args := slices.Concat([]string{"apt-get"}, options, []string{
 		"-o", "Dir::State::status=" + filepath.Join(apt, "status"), "-o", "Dir::Cache=" + apt, "-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=",
-		"-q", "-y", "--download-only", "--no-install-recommends", "install"}, rootPackages)
+		"-q", "-y", "--download-only", "--no-install-recommends", "install"}, packages)
 	if _, err := runCtx(s.ctx, "", args...); err != nil {
 		return nil, err
 	}

@@ -115,7 +115,7 @@ func (l *Lab) try(ctx context.Context, c Command) (int, error) {
 		return 0, fmt.Errorf("lab: pack the initramfs: %w", err)
 	}
 	defer initrd.Close()
-	m, err := startMachine(&c, j, initrd)
+	m, err := startMachine(l.qemu, &c, j, initrd)
 	if err != nil {
 		return 0, fmt.Errorf("lab: %w", err)
 	}

@@ -37,6 +37,11 @@ func (s *setup) all() error {
 	if err := s.hostTools(); err != nil {
 		return err
 	}
+	if _, err := os.Stat(qemuPath(s.cache)); err != nil {
+		if err := s.qemu(); err != nil {
+			return err
+		}
+	}
 	for _, name := range kernelNames {
 		if _, err := openKernel(s.cache, name); err == nil {
 			continue
@@ -86,11 +91,7 @@ func (s *setup) kernel(name string) error {
 			return err
 		}
 	}
-	link := filepath.Join(s.cache, name)
-	if err := os.Remove(link); err != nil && !os.IsNotExist(err) {
-		return err
-	}
-	return os.Symlink(filepath.Base(dir), link)
+	return s.link(name, filepath.Base(dir))
 }
 
 // finishKernel adds what the package does not have: the ELF kernel, and the

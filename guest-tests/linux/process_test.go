@@ -30,6 +30,9 @@ type process struct {
 	stop context.CancelFunc
 	errs bytes.Buffer
 
+	done chan struct{} // closed when err is there
+	err  error         // cmd.Wait's
+
 	mu      sync.Mutex
 	changed sync.Cond
 	console bytes.Buffer
@@ -64,12 +67,15 @@ func startProgram(t testing.TB, program string, stdin io.Reader, cache string, a
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	context.AfterFunc(ctx, func() {
+	p.done = make(chan struct{})
+	go func() {
+		defer close(p.done)
+		p.err = p.cmd.Wait()
 		p.mu.Lock()
 		p.ended = true
 		p.mu.Unlock()
 		p.changed.Broadcast()
-	})
+	}()
 	return p
 }
 
@@ -90,7 +96,7 @@ func (p *process) waitFor(line string) {
 	defer p.mu.Unlock()
 	for !has() {
 		if p.ended {
-			p.t.Fatalf("no line %q on the console:\n%s", line, p.console.String())
+			p.t.Fatalf("gvm ended with no line %q on the console:\n%s\nstandard error:\n%s", line, p.console.String(), p.errs.String())
 		}
 		p.changed.Wait()
 	}
@@ -117,7 +123,8 @@ func (p *process) wait() result {
 // join is wait that leaves a gvm that did not end of itself to its caller.
 func (p *process) join() (r result, late bool) {
 	p.t.Helper()
-	err := p.cmd.Wait()
+	<-p.done
+	err := p.err
 	late = errors.Is(p.ctx.Err(), context.DeadlineExceeded)
 	p.stop()
 	r = result{p.cmd.ProcessState.ExitCode(), p.console.String(), p.errs.String()}
