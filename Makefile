@@ -18,9 +18,12 @@ run: ## boot the embedded guest
 demo: ## boot a stock Debian kernel to a shell, here or in the lab
 	$(GO) run ./guest-tests/cmd/demo
 
+# What the kernel's vhost-scsi serves is tested on two kernels.
 test: ## every test; those that need a real KVM run in the lab where there is none
 	$(GO) test -timeout 10m $(UNIT)
 	$(GO) test -timeout 30m -p 1 -parallel 1 $(LAB)
+	GVM_TEST_L1=6.12 $(GO) test -timeout 15m -p 1 -parallel 1 -run Vhost ./guest-tests/linux
+	GVM_TEST_L1=6.12 $(GO) test -timeout 15m ./devices/virtio/vhostscsi
 
 lint: ## gofmt, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt would change: $$out"; exit 1; }

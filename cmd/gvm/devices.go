@@ -6,18 +6,28 @@ import (
 	"gvm/devices/virtio/vscsi"
 )
 
-// deviceTable is every virtio device that a guest gets, in the order of their
-// PCI slots. A new kind of device is a row here and a package of its own.
+// deviceTable is every kind of virtio device that a guest gets, in the order of
+// their PCI slots. A new kind of device is a row here and a package of its own.
 var deviceTable = []struct {
 	name string
-	make func(runConfig, *disks) (virtio.Device, error)
+	make func(runConfig, *disks) ([]virtio.Device, error)
 }{
-	{"virtio-scsi", func(c runConfig, ds *disks) (virtio.Device, error) {
+	{"virtio-scsi", func(c runConfig, ds *disks) ([]virtio.Device, error) {
+		if len(ds.kernels) > 0 && len(ds.target.LUNs()) == 0 {
+			return nil, nil // every disk is the kernel's
+		}
 		cfg := vscsi.Config{Target: ds.target, Queues: c.requestQueues()}
 		if c.trace != nil {
 			cfg.Observer = c.trace.Device(0)
 		}
-		return vscsi.New(cfg)
+		d, err := vscsi.New(cfg)
+		return []virtio.Device{d}, err
 	}},
-	{"virtio-rng", func(runConfig, *disks) (virtio.Device, error) { return rng.New(), nil }},
+	{"vhost-scsi", func(_ runConfig, ds *disks) (made []virtio.Device, _ error) {
+		for _, k := range ds.kernels {
+			made = append(made, k.device)
+		}
+		return made, nil
+	}},
+	{"virtio-rng", func(runConfig, *disks) ([]virtio.Device, error) { return []virtio.Device{rng.New()}, nil }},
 }

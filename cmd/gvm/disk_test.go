@@ -179,11 +179,11 @@ func vpd80(t *testing.T, ds *disks, n int) string {
 
 func TestOpenDisks(t *testing.T) {
 	a, b := image(t, "a", 1, 1<<20), image(t, "b", 2, 1<<20)
-	ds, err := openDisks([]disk{{path: a, lun: -1, serial: "SN, 1", blockSize: 512}, {path: b, lun: 7, blockSize: 512}})
+	ds, err := openDisks([]disk{{path: a, lun: -1, serial: "SN, 1", blockSize: 512}, {path: b, lun: 7, blockSize: 512}}, kernelOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ds.close()
+	defer ds.close(true)
 	if s := vpd80(t, ds, 0); s != "SN, 1" {
 		t.Errorf("serial %q", s)
 	}
@@ -195,11 +195,11 @@ func TestOpenDisks(t *testing.T) {
 // TestQueues checks the request queues, beside which are a control and an event queue.
 func TestQueues(t *testing.T) {
 	for _, tt := range []struct{ cpus, queues, want int }{{1, 0, 1}, {4, 0, 4}, {4, 2, 2}, {70, 0, maxQueues}} {
-		d, err := deviceTable[0].make(runConfig{cpus: tt.cpus, queues: tt.queues}, &disks{target: scsi.NewTarget()})
+		made, err := deviceTable[0].make(runConfig{cpus: tt.cpus, queues: tt.queues}, &disks{target: scsi.NewTarget()})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := len(d.QueueSizes()) - 2; got != tt.want {
+		if got := len(made[0].QueueSizes()) - 2; got != tt.want {
 			t.Errorf("%d CPUs, --queues %d: %d request queues, want %d", tt.cpus, tt.queues, got, tt.want)
 		}
 	}
@@ -209,7 +209,7 @@ func TestQueues(t *testing.T) {
 func TestUndo(t *testing.T) {
 	dir := t.TempDir()
 	open := func(path string) *disks {
-		ds, err := openDisks([]disk{{path: path, lun: -1, size: 2 << 20, blockSize: 512}})
+		ds, err := openDisks([]disk{{path: path, lun: -1, size: 2 << 20, blockSize: 512}}, kernelOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -248,8 +248,7 @@ func TestUndo(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			ds.undo()
-			if err := ds.close(); err != nil {
+			if err := ds.close(false); err != nil {
 				t.Fatal(err)
 			}
 			if got := size(path); got != tt.want {

@@ -16,27 +16,33 @@ import (
 	"gvm/vmm"
 )
 
-// neededCaps is what gvm cannot run without.
-var neededCaps = []struct {
-	name string
-	cap  int
-}{
-	{"KVM_CAP_IRQCHIP", int(kvm.CapIRQChip)},
-	{"KVM_CAP_USER_MEMORY", int(kvm.CapUserMemory)},
-	{"KVM_CAP_SET_TSS_ADDR", int(kvm.CapSetTSSAddr)},
-	{"KVM_CAP_PIT2", int(kvm.CapPIT2)},
-	{"KVM_CAP_IRQ_ROUTING", int(kvm.CapIRQRouting)},
-	{"KVM_CAP_IRQFD", int(kvm.CapIRQFD)},
-	{"KVM_CAP_IOEVENTFD", int(kvm.CapIOEventFD)},
-	{"KVM_CAP_IMMEDIATE_EXIT", kvmapi.CapImmediateExit},
-}
-
-// usefulCaps is what gvm uses where it is there.
-var usefulCaps = []struct {
+// capability is one of KVM's, and what is lost without it.
+type capability struct {
 	name string
 	cap  int
 	lost string
-}{
+}
+
+// neededCaps is what gvm cannot run without.
+var neededCaps = []capability{
+	{"KVM_CAP_IRQCHIP", int(kvm.CapIRQChip), ""},
+	{"KVM_CAP_USER_MEMORY", int(kvm.CapUserMemory), ""},
+	{"KVM_CAP_SET_TSS_ADDR", int(kvm.CapSetTSSAddr), ""},
+	{"KVM_CAP_PIT2", int(kvm.CapPIT2), ""},
+	{"KVM_CAP_IRQ_ROUTING", int(kvm.CapIRQRouting), ""},
+	{"KVM_CAP_IRQFD", int(kvm.CapIRQFD), ""},
+	{"KVM_CAP_IOEVENTFD", int(kvm.CapIOEventFD), ""},
+	{"KVM_CAP_IMMEDIATE_EXIT", kvmapi.CapImmediateExit, ""},
+}
+
+// countCaps are limits.
+var countCaps = []capability{
+	{"KVM_CAP_NR_VCPUS", kvmapi.CapNRVCPUs, ""},
+	{"KVM_CAP_MAX_VCPUS", kvmapi.CapMaxVCPUs, ""},
+}
+
+// usefulCaps is what gvm uses where it is there.
+var usefulCaps = []capability{
 	{"KVM_CAP_TSC_DEADLINE_TIMER", kvmapi.CapTSCDeadline, "guests use the slower APIC timer"},
 	{"KVM_CAP_IOEVENTFD_ANY_LENGTH", kvmapi.CapIOEventFDAnyLen, "doorbells take a slower path"},
 	{"KVM_CAP_X2APIC_API", kvmapi.CapX2APICAPI, "no more than 255 CPUs"},

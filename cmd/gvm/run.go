@@ -19,6 +19,7 @@ import (
 
 	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/trace"
+	"gvm/devices/virtio/vhostscsi"
 	"gvm/guest-tests/embedded"
 	"gvm/kvmapi"
 	"gvm/vmm"
@@ -43,6 +44,7 @@ type runConfig struct {
 	reboot      bool
 	timeout     time.Duration
 	queues      int
+	vhostABI    vhostscsi.ABIPolicy
 	traceFile   string
 	trace       *trace.File // nil: none
 }
@@ -78,6 +80,7 @@ EXAMPLES
    gvm run --kernel bzImage --initrd initramfs.img
    gvm run --kernel bzImage --disk debian.img       root=/dev/sda
    gvm run --disk a.img,serial=one --disk b.img,readonly,lun=4
+   gvm run --disk a.img,backend=vhost               served by the kernel's target
    gvm run --cpus 4 --memory 2G --cmdline "ro quiet" --timeout 60s
    gvm help exit-status                             what the exit status says`,
 		Flags: []cli.Flag{
@@ -97,6 +100,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "on-reset", Value: "exit", Usage: "when the guest asks for a reset: `ACTION` exit (status 6) or reboot"},
 			&cli.DurationFlag{Name: "timeout", Usage: "stop the guest after `DURATION`, such as 90s, with status 124"},
 			&cli.StringFlag{Name: "trace", Usage: "record every SCSI request in `FILE`, for gvm trace", TakesFile: true},
+			&cli.StringFlag{Name: "vhost-abi", Usage: "accept version `N|any` of the kernel's vhost-scsi interface, whatever gvm is written for"},
 			&cli.IntFlag{Name: "queues", Usage: "`N` virtio-scsi request queues (default: one per CPU)"},
 		},
 		Action: func(c *cli.Context) error {
@@ -158,6 +162,9 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		rc.reboot = v == "reboot"
 	default:
 		return rc, fmt.Errorf("--on-reset %s: want exit or reboot", v)
+	}
+	if rc.vhostABI, err = parseABI(c.String("vhost-abi")); err != nil {
+		return rc, fmt.Errorf("--vhost-abi: %w", err)
 	}
 	for _, s := range c.StringSlice("disk") {
 		d, err := parseDisk(s)
@@ -279,17 +286,16 @@ func run(rc runConfig) (err error) {
 	} else if cfg.Kernel, err = boot.NewImage(&boot.File{Name: "the embedded guest", ReaderAt: bytes.NewReader(embedded.Image), Size: int64(len(embedded.Image))}); err != nil {
 		return err
 	}
-	ds, err := openDisks(rc.disks)
+	// From here on there is something to take down: signals end the run in order.
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	defer catchSignals(stop)()
+	ds, err := openDisks(rc.disks, kernelOptions{queues: rc.requestQueues(), abi: rc.vhostABI, note: note})
 	if err != nil {
 		return err
 	}
 	started := false
-	defer func() {
-		if !started {
-			ds.undo()
-		}
-		err = errors.Join(err, ds.close())
-	}()
+	defer func() { err = errors.Join(err, ds.close(started)) }()
 	if rc.kernel == "" {
 		if len(rc.disks) == 0 {
 			if err := ds.attach(disk{serial: "gvm-memory-disk"}, backend.NewMem(embeddedDisk)); err != nil {
@@ -302,6 +308,9 @@ func run(rc runConfig) (err error) {
 		}
 		cfg.CmdLine = strings.Join(rc.guestArgs, " ")
 	}
+	if rc.traceFile != "" && len(ds.kernels) > 0 {
+		return configError{errors.New("--trace: disks with backend=vhost cannot be traced yet")}
+	}
 	if rc.traceFile != "" {
 		if rc.trace, err = createTrace(rc.traceFile, traceHeader(ds, rc.requestQueues())); err != nil {
 			return err
@@ -309,11 +318,11 @@ func run(rc runConfig) (err error) {
 		defer func() { err = errors.Join(err, rc.trace.Close()) }()
 	}
 	for _, row := range deviceTable {
-		d, err := row.make(rc, ds)
+		made, err := row.make(rc, ds)
 		if err != nil {
 			return fmt.Errorf("%s: %w", row.name, err)
 		}
-		cfg.Devices = append(cfg.Devices, d)
+		cfg.Devices = append(cfg.Devices, made...)
 	}
 	sys, err := kvmapi.Open()
 	if err != nil {
@@ -321,9 +330,6 @@ func run(rc runConfig) (err error) {
 	}
 	defer sys.Close()
 
-	ctx, stop := context.WithCancelCause(context.Background())
-	defer stop(nil)
-	defer catchSignals(stop)()
 	if rc.timeout > 0 {
 		timer := time.AfterFunc(rc.timeout, func() { stop(endError{exitTimeout, fmt.Errorf("--timeout %s elapsed", rc.timeout)}) })
 		defer timer.Stop()

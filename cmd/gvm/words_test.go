@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"gvm/devices/scsi"
+	"gvm/devices/virtio/vhostscsi"
 )
 
 func TestHelp(t *testing.T) {
@@ -29,6 +30,7 @@ func TestHelp(t *testing.T) {
 		{[]string{"-v"}, "gvm version " + version},
 		{[]string{"help", "run"}, "EXAMPLES|--kernel|--disk|block_size=512|4096]|--timeout|--on-reset|--cpu-features|--queues"},
 		{[]string{"run", "--help"}, "EXAMPLES|--kernel"},
+		{[]string{"help", "abi"}, "gvm abi diff 6.1.json 6.12.json|--json"},
 		{[]string{"help", "doctor"}, "FAIL|exit status"},
 		{[]string{"help", "completion"}, "source <(gvm completion bash)"},
 		{[]string{"help", "exit-status"}, exitStatusHelp},
@@ -133,7 +135,7 @@ func TestCompletion(t *testing.T) {
 		want  []string
 	}{
 		{[]string{"gvm", "ru"}, []string{"run"}},
-		{[]string{"gvm", ""}, []string{"completion", "doctor", "exit-status", "h", "help", "lio", "run", "trace"}},
+		{[]string{"gvm", ""}, []string{"abi", "completion", "doctor", "exit-status", "h", "help", "lio", "run", "trace"}},
 		{[]string{"gvm", "run", "--ker"}, []string{"--kernel"}},
 		{[]string{"gvm", "run", "--cpus", "2", "--mem"}, []string{"--memory"}},
 		{[]string{"gvm", "run", "--cpu"}, []string{"--cpu-features", "--cpus"}},
@@ -226,6 +228,11 @@ func TestParseDisk(t *testing.T) {
 		"a,size=1.5M":      {path: "a", lun: -1, blockSize: 512, size: 3 << 19},
 		"a,block_size=512": {path: "a", lun: -1, blockSize: 512},
 		"a,lun=3,block_size=4096,cache=writethrough,size=4T,serial=s,readonly": {path: "a", lun: 3, blockSize: 4096, cache: scsi.WriteThrough, size: 4 << 40, serial: "s", readOnly: true},
+		"a,backend=process":                      {path: "a", lun: -1, blockSize: 512},
+		"a,workers=2,backend=vhost":              {path: "a", lun: -1, blockSize: 512, backend: byKernel, workers: 2},
+		"a,backend=auto,workers=shared":          {path: "a", lun: -1, blockSize: 512, backend: byEither, workers: vhostscsi.SharedWorker},
+		"wwn=naa.5,backend=vhost":                {wwn: "naa.5", lun: -1, blockSize: 512, backend: byKernel},
+		"wwn=iqn.a:b,,c,workers=3,backend=vhost": {wwn: "iqn.a:b,c", lun: -1, blockSize: 512, backend: byKernel, workers: 3},
 	} {
 		if got, err := parseDisk(s); err != nil || got != want {
 			t.Errorf("parseDisk(%q) = %+v, %v, want %+v", s, got, err, want)
@@ -235,7 +242,7 @@ func TestParseDisk(t *testing.T) {
 
 // FuzzParseDisk writes what was read as a --disk again, which must read the same.
 func FuzzParseDisk(f *testing.F) {
-	for _, s := range []string{"", "a", "a,,b,readonly", "a,serial=x,,y,lun=7", "a,cache=unsafe,size=1.5G,block_size=4096", "a,size=4194304T", "a,lun=99999", "a,foo=", ",,"} {
+	for _, s := range []string{"", "a", "a,,b,readonly", "a,serial=x,,y,lun=7", "a,cache=unsafe,size=1.5G,block_size=4096", "a,size=4194304T", "a,lun=99999", "a,foo=", ",,", "a,backend=vhost,workers=4", "wwn=naa.5,backend=vhost,workers=shared"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -243,11 +250,25 @@ func FuzzParseDisk(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if d.path == "" || d.lun < -1 || d.lun > 16383 || d.size < 0 || d.blockSize != 512 && d.blockSize != 4096 || d.cache > scsi.Unsafe {
+		if (d.path == "") == (d.wwn == "") || d.workers < vhostscsi.SharedWorker || d.workers > maxQueues || d.lun < -1 || d.lun > 16383 || d.size < 0 || d.blockSize != 512 && d.blockSize != 4096 || d.cache > scsi.Unsafe {
 			t.Fatalf("parseDisk(%q) = %+v", s, d)
 		}
 		double := func(s string) string { return strings.ReplaceAll(s, ",", ",,") }
-		again := double(d.path)
+		workers := ""
+		switch {
+		case d.workers > 0:
+			workers = ",workers=" + strconv.Itoa(d.workers)
+		case d.workers < 0:
+			workers = ",workers=shared"
+		}
+		if d.path == "" {
+			again := "wwn=" + double(d.wwn) + ",backend=vhost" + workers
+			if e, err := parseDisk(again); err != nil || e != d {
+				t.Fatalf("parseDisk(%q) = %+v; written as %q it is %+v, %v", s, d, again, e, err)
+			}
+			return
+		}
+		again := double(d.path) + ",backend=" + [...]string{"process", "vhost", "auto"}[d.backend] + workers
 		if d.readOnly {
 			again += ",readonly"
 		}

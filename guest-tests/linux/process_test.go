@@ -53,7 +53,7 @@ func start(t testing.TB, stdin io.Reader, args ...string) *process {
 
 func startProgram(t testing.TB, program string, stdin io.Reader, cache string, args ...string) *process {
 	t.Helper()
-	ctx, stop := context.WithTimeout(t.Context(), patience)
+	ctx, stop := context.WithTimeout(context.Background(), patience)
 	p := &process{t: t, temp: t.TempDir(), ctx: ctx, stop: stop}
 	p.changed.L = &p.mu
 	p.cmd = exec.CommandContext(ctx, program, args...)
@@ -76,6 +76,12 @@ func startProgram(t testing.TB, program string, stdin io.Reader, cache string, a
 		p.mu.Unlock()
 		p.changed.Broadcast()
 	}()
+	// After a test that failed in the middle, gvm ends in good order.
+	t.Cleanup(func() {
+		_ = p.cmd.Process.Signal(syscall.SIGTERM)
+		<-p.done
+		stop()
+	})
 	return p
 }
 

@@ -420,6 +420,12 @@ func TestLookup(t *testing.T) {
 	if f.snapshot() != before || len(f.locks) > 0 {
 		t.Errorf("Close changed something: %s %v", f.snapshot(), f.locks)
 	}
+	own, err := h.provision(nil)
+	must(err)
+	if _, err := h.lookup(own.WWN); !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), "belongs to gvm") {
+		t.Errorf("lookup of a gvm's own: %v", err)
+	}
+	must(own.Close())
 }
 
 func TestList(t *testing.T) {

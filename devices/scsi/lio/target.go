@@ -323,6 +323,15 @@ func (h *host) lookup(wwn string) (_ *Target, err error) {
 	if !slices.Contains(wwns, wwn) {
 		return nil, fail(ErrNoTarget, nil, "no target %s under %s/vhost: see gvm lio list", wwn, h.root)
 	}
+	_, owners, err := h.adapters()
+	if err != nil {
+		return nil, err
+	}
+	for o := range owners {
+		if o.wwn() == wwn { // also before its guest, or a gc, has come to it
+			return nil, fail(ErrBusy, nil, "%s: belongs to gvm %d: see gvm lio list", wwn, o.pid)
+		}
+	}
 	tags, err := h.tpgs(wwn)
 	if err != nil {
 		return nil, err

@@ -42,8 +42,8 @@ type Config struct {
 	Queues    int    // request queues; 0 is 1
 	RingSize  uint16 // entries in each request queue, a power of two from 4 to 1024; 0 is 128
 	// Workers is how many kernel threads the request queues are dealt out to,
-	// up to one each. 0: the one thread that every device has serves all. Others
-	// need Linux 6.5.
+	// up to one each, which needs Linux 6.5. 0: one each where the kernel can.
+	// SharedWorker: the one thread that every device has serves all.
 	Workers int
 	ABI     ABIPolicy
 	// Note is told, in a line, what the user should know and is no error.
@@ -51,6 +51,9 @@ type Config struct {
 	// Before is vhost.Device's: it can make any ioctl fail.
 	Before func(ioctl string) error
 }
+
+// SharedWorker is for Config.Workers.
+const SharedWorker = -1
 
 // ABIPolicy says which versions of the kernel's vhost-scsi interface are
 // accepted. The zero value accepts the one that gvm is written for.
@@ -132,8 +135,8 @@ func (c *Config) check() error {
 		return fmt.Errorf("%d request queues: not from 1 to %d", c.Queues, maxQueues)
 	case c.RingSize < 4 || c.RingSize > maxRingSize || c.RingSize&(c.RingSize-1) != 0:
 		return fmt.Errorf("ring size %d: not a power of two from 4 to %d", c.RingSize, maxRingSize)
-	case c.Workers < 0 || c.Workers > c.Queues:
-		return fmt.Errorf("%d workers: not from 0 to one for each of %d request queues", c.Workers, c.Queues)
+	case c.Workers < SharedWorker || c.Workers > c.Queues:
+		return fmt.Errorf("%d workers: not from 1 to one for each of %d request queues", c.Workers, c.Queues)
 	}
 	return nil
 }
@@ -152,23 +155,45 @@ func (d *Device) open() error {
 	return nil
 }
 
-func (d *Device) prepare(dev *vhost.SCSI) error {
+// Check tells whether this host has a vhost-scsi that gvm can use.
+func Check(p ABIPolicy) error {
+	dev, err := vhost.OpenSCSI()
+	if err == nil {
+		_, _, err = p.ask(dev)
+		err = errors.Join(err, dev.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("vhost-scsi: %w", err)
+	}
+	return nil
+}
+
+// ask returns the kernel's feature bits, and what the user should know, if its
+// interface is one that the policy accepts.
+func (p ABIPolicy) ask(dev *vhost.SCSI) (features uint64, note string, err error) {
 	v, err := dev.ABIVersion()
 	if err != nil {
-		return err
+		return 0, "", err
 	}
-	note, err := d.cfg.ABI.check(v)
+	if note, err = p.check(v); err != nil {
+		return 0, "", err
+	}
+	if features, err = dev.Features(); err != nil {
+		return 0, "", err
+	}
+	if features&virtio.FeatureVersion1 == 0 {
+		return 0, "", fmt.Errorf("this kernel's features %#x lack VIRTIO_F_VERSION_1: boot a newer kernel", features)
+	}
+	return features, note, nil
+}
+
+func (d *Device) prepare(dev *vhost.SCSI) error {
+	features, note, err := d.cfg.ABI.ask(dev)
 	if err != nil {
 		return err
 	}
-	if note != "" {
+	if d.kernel = features; note != "" {
 		d.cfg.Note(note)
-	}
-	if d.kernel, err = dev.Features(); err != nil {
-		return err
-	}
-	if d.kernel&virtio.FeatureVersion1 == 0 {
-		return fmt.Errorf("this kernel's features %#x lack VIRTIO_F_VERSION_1: boot a newer kernel", d.kernel)
 	}
 	if err := dev.SetOwner(); err != nil {
 		return err
@@ -195,18 +220,28 @@ func (d *Device) prepare(dev *vhost.SCSI) error {
 // startWorkers deals the request queues out to threads of their own, which
 // stay until the device is closed.
 func (d *Device) startWorkers(dev *vhost.SCSI) error {
-	ids := make([]uint32, d.cfg.Workers)
+	n := d.cfg.Workers
+	switch n {
+	case SharedWorker:
+		return nil
+	case 0:
+		n = d.cfg.Queues
+	}
+	ids := make([]uint32, n)
 	for i := range ids {
 		id, err := dev.NewWorker()
 		if errors.Is(err, unix.ENOTTY) {
-			return fmt.Errorf("%w: this kernel has one worker for all queues; boot Linux 6.5 or newer, or ask for none", err)
+			if d.cfg.Workers == 0 {
+				return nil
+			}
+			return fmt.Errorf("%w: this kernel has one worker for all queues; boot Linux 6.5 or newer, or ask for no number", err)
 		}
 		if err != nil {
 			return err
 		}
 		ids[i] = id
 	}
-	for q := 0; q < d.cfg.Queues && len(ids) > 0; q++ {
+	for q := range d.cfg.Queues {
 		if err := dev.AttachVringWorker(firstRequestQueue+q, ids[q%len(ids)]); err != nil {
 			return err
 		}

@@ -166,8 +166,8 @@ func TestNewSaysWhatIsWrong(t *testing.T) {
 		{vhostscsi.Config{RingSize: 2}, "ring size 2: not a power of two"},
 		{vhostscsi.Config{RingSize: 100}, "ring size 100: not a power of two"},
 		{vhostscsi.Config{RingSize: 2048}, "ring size 2048: not a power of two"},
-		{vhostscsi.Config{Queues: 2, Workers: 3}, "3 workers: not from 0"},
-		{vhostscsi.Config{Workers: -1}, "-1 workers: not from 0"},
+		{vhostscsi.Config{Queues: 2, Workers: 3}, "3 workers: not from 1"},
+		{vhostscsi.Config{Workers: -2}, "-2 workers: not from 1"},
 		{vhostscsi.Config{ABI: vhostscsi.PinABI(0)}, "speaks version 1 of its interface, and version 0 is asked for"},
 		{vhostscsi.Config{ABI: vhostscsi.PinABI(2)}, "speaks version 1 of its interface, and version 2 is asked for"},
 	} {
@@ -317,9 +317,16 @@ func TestEvents(t *testing.T) {
 func TestWorkers(t *testing.T) {
 	tg := newTarget(t, wwn)
 	tg.lun(tg.group(0, true), 0, pattern(1, 8))
-	d, err := vhostscsi.New(vhostscsi.Config{WWPN: wwn, Queues: 3, Workers: 2})
+	d, err := vhostscsi.New(vhostscsi.Config{WWPN: wwn, Queues: 3, Workers: vhostscsi.SharedWorker})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	d, err = vhostscsi.New(vhostscsi.Config{WWPN: wwn, Queues: 3, Workers: 2})
 	if !hasWorkers(t) {
-		if !errors.Is(err, unix.ENOTTY) || !strings.Contains(err.Error(), "boot Linux 6.5 or newer, or ask for none") {
+		if !errors.Is(err, unix.ENOTTY) || !strings.Contains(err.Error(), "boot Linux 6.5 or newer, or ask for no number") {
 			t.Errorf("a kernel without workers: %v", err)
 		}
 		return

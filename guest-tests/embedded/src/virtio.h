@@ -49,6 +49,7 @@ unsigned queue_take(struct virtqueue *q);                // the slot of the next
 // virtio_scsi.c. Response codes: 5.6.6.1; control queue: 5.6.6.2.
 enum {
 	VIRTIO_SCSI_S_OK = 0, VIRTIO_SCSI_S_BAD_TARGET = 3, VIRTIO_SCSI_S_FAILURE = 9, VIRTIO_SCSI_S_FUNCTION_COMPLETE = 0,
+	VIRTIO_SCSI_S_FUNCTION_SUCCEEDED = 10,
 	SCSI_GOOD = 0, SCSI_CHECK_CONDITION = 2,
 	NO_RESPONSE = 0xff,
 	CONTROL_QUEUE = 0, EVENT_QUEUE = 1, REQUEST_QUEUE = 2,

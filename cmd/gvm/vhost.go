@@ -1,0 +1,165 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/lio"
+	"gvm/devices/virtio/vhostscsi"
+)
+
+// kernelOptions are what disks with backend=vhost or auto share.
+type kernelOptions struct {
+	queues int
+	abi    vhostscsi.ABIPolicy
+	note   func(string)
+}
+
+// kernelError says that the kernel does not serve a disk, which backend=auto
+// gets over; inUseError that an image for the kernel is in use, which nobody
+// does. Both are status 3.
+type (
+	kernelError struct{ error }
+	inUseError  struct{ error }
+)
+
+func (e kernelError) Unwrap() error { return e.error }
+func (e inUseError) Unwrap() error  { return e.error }
+
+// kernelTarget is a target of LIO's and the device that gives it to the guest.
+type kernelTarget struct {
+	target *lio.Target
+	device *vhostscsi.Device
+	units  []lio.Unit // of gvm's making
+}
+
+// close lets the target go, then takes it down if gvm made it.
+func (t *kernelTarget) close() error {
+	var err error
+	if t.device != nil {
+		err = t.device.Close()
+	}
+	return errors.Join(err, t.target.Close())
+}
+
+// parseABI reads --vhost-abi.
+func parseABI(s string) (vhostscsi.ABIPolicy, error) {
+	switch n, err := strconv.ParseUint(s, 10, 31); {
+	case s == "":
+		return vhostscsi.ABIPolicy{}, nil
+	case s == "any":
+		return vhostscsi.AnyABI(), nil
+	case err != nil:
+		return vhostscsi.ABIPolicy{}, fmt.Errorf("%q: want a version number or any", s)
+	default:
+		return vhostscsi.PinABI(int(n)), nil
+	}
+}
+
+// autoNote is how the line begins that says what became of backend=auto.
+const autoNote = "backend=auto: served "
+
+// choose settles backend=auto by what this host offers; auto says that it had
+// to. If the kernel turns out to refuse a disk, fallback is the list with all of
+// those disks in-process; it is nil if that would change nothing or a disk
+// insists on the kernel.
+func (k kernelOptions) choose(list []disk) (chosen, fallback []disk, auto bool) {
+	isAuto := func(d disk) bool { return d.backend == byEither }
+	if !slices.ContainsFunc(list, isAuto) {
+		return slices.Clone(list), nil, false
+	}
+	to := func(b backendChoice) []disk {
+		out := slices.Clone(list)
+		for i := range out {
+			if isAuto(out[i]) {
+				out[i].backend = b
+			}
+		}
+		return out
+	}
+	if err := k.check(); err != nil {
+		k.note(fmt.Sprintf("%sin-process: %v", autoNote, err))
+		return to(byProcess), nil, false
+	}
+	if !slices.ContainsFunc(list, func(d disk) bool { return d.backend == byKernel }) {
+		fallback = to(byProcess)
+	}
+	return to(byKernel), fallback, true
+}
+
+// check tells whether this host's kernel can serve disks.
+func (k kernelOptions) check() error {
+	if err := vhostscsi.Check(k.abi); err != nil {
+		return err
+	}
+	return lio.Check("")
+}
+
+// kernelUnits are the disks that become one target of the kernel's.
+type kernelUnits struct {
+	units   []lio.Unit
+	workers int
+	path    string // of the first disk
+}
+
+func (u *kernelUnits) add(d disk, f *backend.File) error {
+	if len(u.units) > 0 && d.workers != u.workers {
+		return fmt.Errorf("workers= differs from %s's: both are on one target", u.path)
+	}
+	if len(u.units) == 0 {
+		u.workers, u.path = d.workers, d.path
+	}
+	// Reservations are off for what package scsi does not have either, and LIO
+	// looks at them with every command.
+	u.units = append(u.units, lio.Unit{LUN: d.lun, UnitConfig: d.unit(f), NoReservations: true})
+	return nil
+}
+
+// provision has the kernel serve the units.
+func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
+	if err := vhostscsi.Check(k.abi); err != nil {
+		return nil, kernelError{err}
+	}
+	t, err := lio.Provision(lio.Config{Units: u.units})
+	if err != nil {
+		if errors.Is(err, lio.ErrUnit) {
+			err = configError{fmt.Errorf("--disk %w", err)}
+		}
+		return nil, kernelError{err}
+	}
+	for _, n := range t.Notes() {
+		k.note(n)
+	}
+	return k.device(&kernelTarget{target: t, units: u.units}, u.workers)
+}
+
+// lookup takes a target that exists.
+func (k kernelOptions) lookup(d disk) (*kernelTarget, error) {
+	if err := vhostscsi.Check(k.abi); err != nil {
+		return nil, kernelError{err}
+	}
+	t, err := lio.Lookup("", d.wwn)
+	if err != nil {
+		return nil, kernelError{fmt.Errorf("--disk %w", err)}
+	}
+	return k.device(&kernelTarget{target: t}, d.workers)
+}
+
+// device makes the device of a target. On an error the target is closed.
+func (k kernelOptions) device(t *kernelTarget, workers int) (_ *kernelTarget, err error) {
+	t.device, err = vhostscsi.New(vhostscsi.Config{
+		WWPN:      t.target.WWN,
+		MaxTarget: uint8(t.target.TPGT),
+		Queues:    k.queues,
+		Workers:   min(workers, k.queues),
+		ABI:       k.abi,
+		Note:      k.note,
+	})
+	if err != nil {
+		return nil, kernelError{errors.Join(err, t.close())}
+	}
+	return t, nil
+}

@@ -1,0 +1,301 @@
+package linux
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"gvm/devices/scsi/lio"
+	"gvm/guest-tests/lab"
+	"gvm/kvmapi/vhost"
+)
+
+// needVhost skips a test on a machine without vhost-scsi. The lab has one.
+func needVhost(t *testing.T) {
+	t.Helper()
+	dev, err := vhost.OpenSCSI()
+	switch {
+	case err == nil:
+		dev.Close()
+	case os.Getenv(lab.InLabEnv) == "1":
+		t.Fatal(err)
+	default:
+		t.Skip(err)
+	}
+}
+
+// loopDevice puts a block device on a file until the test ends.
+func loopDevice(t *testing.T, file string) string {
+	t.Helper()
+	out, err := exec.Command("/sbin/losetup", "--find", "--show", file).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if err := exec.Command("/sbin/losetup", "--detach", dev).Run(); err != nil {
+			t.Error(err)
+		}
+	})
+	return dev
+}
+
+// lioState is everything that is in LIO's part of configfs, and what its links
+// lead to. Values are left out: they are of objects, and objects are listed.
+func lioState(t *testing.T) string {
+	t.Helper()
+	var b strings.Builder
+	err := filepath.WalkDir(lio.DefaultRoot, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		to := ""
+		if d.Type()&fs.ModeSymlink != 0 {
+			to, err = os.Readlink(path)
+		}
+		fmt.Fprintln(&b, path, to)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// lioUnchanged fails the test if it ends with anything else in LIO than now.
+func lioUnchanged(t *testing.T) {
+	t.Helper()
+	before := lioState(t)
+	t.Cleanup(func() {
+		if after := lioState(t); after != before {
+			t.Errorf("LIO holds something else than before.\nbefore:\n%s\nafter:\n%s", before, after)
+		}
+	})
+}
+
+// TestVhostFilesystems: file systems on a file and on a block device, which the
+// kernel serves by its two kinds of backstore, with one, two and four queues.
+func TestVhostFilesystems(t *testing.T) {
+	needVhost(t)
+	l := theLab(t)
+	for _, queues := range []int{1, 2, 4} {
+		t.Run(fmt.Sprint(queues, " queues"), func(t *testing.T) {
+			lioUnchanged(t)
+			image, behind := diskFile(t, make([]byte, 32<<20)), diskFile(t, make([]byte, 32<<20))
+			device := loopDevice(t, behind)
+			r := guest{
+				kernel:   l.Cloud,
+				modules:  []string{"ext4"},
+				programs: []string{"usr/sbin/mkfs.ext4"},
+				files:    map[string]string{"etc/mke2fs.conf": filepath.Join(l.Tree, "etc/mke2fs.conf")},
+				script: `
+for d in sda sdb; do
+	mkfs.ext4 -q /dev/$d </dev/null || say mkfs of $d failed
+	mount -t ext4 /dev/$d /mnt || say mount of $d failed
+	seq 1 100000 | dd of=/mnt/numbers bs=64k conv=fsync 2>/dev/null || say write to $d failed
+	umount /mnt
+	echo 3 >/proc/sys/vm/drop_caches
+	mount -t ext4 /dev/$d /mnt || say mount of $d failed again
+	say $d $(sum /mnt/numbers)
+	umount /mnt
+	say $d-queues $(ls -d /sys/block/$d/mq/* | wc -l)
+	say $d-cache $(cat /sys/block/$d/queue/write_cache)
+done
+klog
+`}.run(t, "--disk", image+",backend=vhost", "--disk", device+",backend=vhost", "--cpus", fmt.Sprint(queues))
+			r.wantStatus(t, 0)
+			want := map[string]string{}
+			for _, d := range []string{"sda", "sdb"} {
+				want[d], want[d+"-queues"], want[d+"-cache"] = sum(numbers(1, 100000)), fmt.Sprint(queues), "write back"
+			}
+			r.want(t, want)
+			r.kernelLog(t, 1, lunsChanged)
+			for _, file := range []string{image, behind} {
+				fsck(t, file)
+				if got, want := sum(debugfs(t, file, "cat /numbers")), sum(numbers(1, 100000)); got != want {
+					t.Errorf("%s: the file has SHA-256 %s, want %s", filepath.Base(file), got, want)
+				}
+			}
+		})
+	}
+}
+
+// lunsChanged: LIO tells an initiator that was there first of every further LUN
+// (REPORTED LUNS DATA HAS CHANGED).
+const lunsChanged = `LUN assignments on this target have changed`
+
+// TestVhostLives: a guest of five lives with three disks that the kernel serves.
+// In each, driver and device part and come together again; the last one ends in
+// another kernel. Every disk stays itself.
+func TestVhostLives(t *testing.T) {
+	needVhost(t)
+	lioUnchanged(t)
+	l := theLab(t)
+	const lives = 5
+	contents := map[int][]byte{0: content("vhost 0", 4<<20), 1: content("vhost 1", 4<<20), 300: content("vhost 300", 4<<20)}
+	copy(contents[1], "1 ") // the number of the life
+	files := map[int]string{}
+	for lun, b := range contents {
+		files[lun] = diskFile(t, b)
+	}
+	const common = `
+disk() { ls -d /sys/bus/scsi/devices/0:0:0:$1/block/* | sed 's,.*/,/dev/,'; }
+there() { wait_for $(disk 0); wait_for $(disk 1); wait_for $(disk 300); }
+see() { say life-$1 $(sum <$(disk 0)) $(tail -c +513 $(disk 1) | sum) $(sum <$(disk 300)); }
+`
+	second := guest{kernel: l.Cloud, script: common + "there; see 6; klog"}
+	r := guest{
+		kernel:   l.Cloud,
+		programs: []string{"usr/sbin/kexec"},
+		files:    map[string]string{"kernel": l.Cloud.BZImage, "second": second.initramfs(t)},
+		script: common + `
+driver=/sys/bus/virtio/drivers/virtio_scsi
+virtio=$(basename $driver/virtio*)
+there
+life=$(head -c1 $(disk 1))
+echo $virtio >$driver/unbind
+echo $virtio >$driver/bind
+while [ -z "$(disk 300 2>/dev/null)" ]; do sleep 0.1; done
+there
+seq $((life*10000)) $((life*10000+999)) >/tmp/numbers
+dd if=/tmp/numbers of=$(disk 0) bs=64k seek=$life conv=fsync,notrunc 2>/dev/null || say write failed
+echo 3 >/proc/sys/vm/drop_caches
+see $life
+say host-$life $(ls -d /sys/bus/scsi/devices/*:*:*:* | sed 's,.*/,,' | sort)
+say readonly-$life $(cat /sys/block/$(basename $(disk 300))/ro)
+say serial-$life $(tail -c +5 /sys/bus/scsi/devices/0:0:0:1/vpd_pg80 | tr -d '\0')
+echo -n $((life+1)) | dd of=$(disk 1) conv=fsync,notrunc 2>/dev/null
+klog
+[ $life = 5 ] || reboot -f
+kexec -l /kernel --initrd=/second --command-line="console=ttyS0 panic=-1 quiet" || say kexec cannot load
+kexec -e
+say kexec cannot start
+`}.run(t, "--cpus", "2", "--on-reset", "reboot",
+		"--disk", files[0]+",backend=vhost",
+		"--disk", files[1]+",backend=vhost,serial=unit-1",
+		"--disk", files[300]+",backend=vhost,lun=300,readonly")
+	r.wantStatus(t, 0)
+	want := make(map[string]string)
+	for life := 1; life <= lives+1; life++ {
+		if life <= lives {
+			copy(contents[0][life<<16:], numbers(life*10000, life*10000+999))
+			want[fmt.Sprint("host-", life)] = "0:0:0:0 0:0:0:1 0:0:0:300"
+			want[fmt.Sprint("readonly-", life)] = "1"
+			want[fmt.Sprint("serial-", life)] = "unit-1"
+		}
+		want[fmt.Sprint("life-", life)] = strings.Join([]string{sum(contents[0]), sum(contents[1][512:]), sum(contents[300])}, " ")
+	}
+	r.want(t, want)
+	r.kernelLog(t, lives+1, lunsChanged, `\] Spurious LAPIC timer interrupt on cpu \d+$`)
+	wantFile(t, files[0], 0, contents[0])
+	wantFile(t, files[1], 0, append([]byte("6"), contents[1][1:]...))
+	wantFile(t, files[300], 0, contents[300])
+}
+
+// TestVhostEndings: after whatever end of gvm, LIO holds what it held before.
+func TestVhostEndings(t *testing.T) {
+	needVhost(t)
+	for _, c := range []struct {
+		name   string
+		args   []string
+		signal syscall.Signal // sent once the guest is there
+		status int
+		stderr string
+	}{
+		{"power off", nil, 0, 0, ""},
+		{"triple fault", []string{"--guest-arg", "crash=triple"}, 0, 4, "triple fault"},
+		{"panic", []string{"--guest-arg", "crash=panic"}, 0, 5, "guest panic"},
+		{"reset", []string{"--guest-arg", "crash=reset"}, 0, 6, "reset"},
+		{"timeout", []string{"--guest-arg", "hang", "--timeout", "2s"}, 0, 124, "--timeout 2s elapsed"},
+		{"SIGTERM", []string{"--guest-arg", "echo"}, syscall.SIGTERM, 143, "SIGTERM"},
+		{"SIGINT", []string{"--guest-arg", "echo"}, syscall.SIGINT, 130, "SIGINT"},
+		{"SIGHUP", []string{"--guest-arg", "echo"}, syscall.SIGHUP, 129, "SIGHUP"},
+		{"no such image", []string{"--disk", "/none,backend=vhost"}, 0, 2, "/none"},
+		{"too many CPUs", []string{"--cpus", "100000"}, 0, 2, "CPUs"},
+		{"too many queues", []string{"--disk", "wwn=naa.5001405ffffffff0,backend=vhost"}, 0, 3, "no target naa.5001405ffffffff0"},
+		{"a trace that cannot be", []string{"--trace", "/none/trace"}, 0, 2, "trace"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			lioUnchanged(t)
+			disk := diskFile(t, content(t.Name(), 1<<20))
+			p := start(t, nil, append([]string{"run", "--disk", disk + ",backend=vhost"}, c.args...)...)
+			if c.signal != 0 {
+				p.waitFor("ready")
+				p.signal(c.signal)
+			}
+			r := p.wait()
+			r.wantStatus(t, c.status)
+			if !strings.Contains(r.stderr, c.stderr) {
+				r.fatalf(t, "standard error lacks %q", c.stderr)
+			}
+			wantFile(t, disk, 0, content(t.Name(), 1<<20))
+		})
+	}
+	killed := func(t *testing.T) string {
+		lioUnchanged(t)
+		disk := diskFile(t, content(t.Name(), 1<<20))
+		p := start(t, nil, "run", "--guest-arg", "echo", "--disk", disk+",backend=vhost")
+		p.waitFor("ready")
+		p.signal(syscall.SIGKILL)
+		p.wait().wantStatus(t, -1)
+		if list := gvm(t, "lio", "list"); !strings.Contains(list.console, fmt.Sprintf("gvm %d (dead)", p.cmd.Process.Pid)) {
+			list.fatalf(t, "the list does not show what the dead gvm left")
+		}
+		return disk
+	}
+	t.Run("SIGKILL then gc", func(t *testing.T) {
+		killed(t)
+		gvm(t, "lio", "gc").wantStatus(t, 0)
+	})
+	t.Run("SIGKILL then the next run", func(t *testing.T) {
+		gvm(t, "run", "--disk", killed(t)+",backend=vhost").wantStatus(t, 0)
+	})
+}
+
+// TestVhostTold: what keeps the kernel from serving a disk is one line with the
+// mend, status 3, and comes before the guest.
+func TestVhostTold(t *testing.T) {
+	needVhost(t)
+	lioUnchanged(t)
+	disk, other := diskFile(t, content("told", 1<<20)), diskFile(t, content("other", 1<<20))
+	p := start(t, nil, "run", "--guest-arg", "echo", "--disk", disk+",backend=vhost")
+	p.waitFor("ready")
+	list := gvm(t, "lio", "list")
+	_, wwn, _ := strings.Cut(list.console, " vhost/")
+	wwn, _, _ = strings.Cut(wwn, " ")
+	for _, c := range []struct {
+		name, stderr string
+		args         []string
+		status       int
+	}{
+		{"image in use by a gvm", fmt.Sprintf("in use by process %d", p.cmd.Process.Pid), []string{"--disk", disk + ",backend=vhost"}, 3},
+		{"target in use", fmt.Sprintf("belongs to gvm %d", p.cmd.Process.Pid), []string{"--disk", "wwn=" + wwn + ",backend=vhost"}, 3},
+		{"a newer interface is pinned", "this kernel speaks version 1 of its interface, and version 2 is asked for", []string{"--disk", other + ",backend=vhost", "--vhost-abi", "2"}, 3},
+		{"workers where the kernel has none, or fewer queues", "", []string{"--disk", other + ",backend=vhost,workers=1"}, -1},
+		{"options that LIO cannot serve", "LIO drops spaces at either end", []string{"--disk", other + ",backend=vhost,serial= x"}, 2},
+	} {
+		r := gvm(t, append([]string{"run"}, c.args...)...)
+		if c.status >= 0 {
+			r.wantStatus(t, c.status)
+		}
+		if !strings.Contains(r.stderr, c.stderr) || c.status > 0 && strings.Count(r.stderr, "\n") != 1 {
+			r.fatalf(t, "%s: standard error is not one line with %q", c.name, c.stderr)
+		}
+	}
+	// What cannot be served by the kernel is served in-process, and said to be.
+	r := gvm(t, "run", "--disk", other+",backend=auto,serial= x")
+	if r.wantStatus(t, 0); !strings.Contains(r.stderr, "backend=auto: served in-process: --disk "+other) || strings.Count(r.stderr, "\n") != 1 {
+		r.fatalf(t, "standard error does not say why the disk is served in-process")
+	}
+	r = gvm(t, "run", "--disk", other+",backend=auto")
+	if r.wantStatus(t, 0); r.stderr != "gvm: backend=auto: served by the kernel: vhost-scsi and LIO are there\n" {
+		r.fatalf(t, "backend=auto does not take the kernel")
+	}
+	p.signal(syscall.SIGTERM)
+	p.wait()
+}
