@@ -13,8 +13,8 @@ var deviceTable = []struct {
 	make func(runConfig, *disks) ([]virtio.Device, error)
 }{
 	{"virtio-scsi", func(c runConfig, ds *disks) ([]virtio.Device, error) {
-		if len(ds.kernels) > 0 && len(ds.target.LUNs()) == 0 {
-			return nil, nil // every disk is the kernel's
+		if !ds.inProcess() {
+			return nil, nil
 		}
 		cfg := vscsi.Config{Target: ds.target, Queues: c.requestQueues()}
 		if c.trace != nil {

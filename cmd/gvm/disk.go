@@ -181,6 +181,10 @@ type disks struct {
 	was     []int64 // the size of each before it was opened, -1: there was none
 }
 
+// inProcess tells whether the guest has gvm's own target: not if every disk is
+// the kernel's.
+func (ds *disks) inProcess() bool { return len(ds.kernels) == 0 || len(ds.target.LUNs()) > 0 }
+
 // openDisks opens, checks and locks every image, and gives each its LUN on a
 // target: gvm's own, or one that the kernel serves, as its backend= says. On an
 // error nothing stays open or provisioned, and what size= made is undone.

@@ -308,14 +308,16 @@ func run(rc runConfig) (err error) {
 		}
 		cfg.CmdLine = strings.Join(rc.guestArgs, " ")
 	}
-	if rc.traceFile != "" && len(ds.kernels) > 0 {
-		return configError{errors.New("--trace: disks with backend=vhost cannot be traced yet")}
-	}
 	if rc.traceFile != "" {
 		if rc.trace, err = createTrace(rc.traceFile, traceHeader(ds, rc.requestQueues())); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, rc.trace.Close()) }()
+		stop, err2 := ds.traceKernels(rc.trace)
+		if err2 != nil {
+			return err2
+		}
+		defer func() { err = errors.Join(err, stop()) }()
 	}
 	for _, row := range deviceTable {
 		made, err := row.make(rc, ds)

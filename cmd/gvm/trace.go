@@ -16,6 +16,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/devices/scsi"
+	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/scsi/trace/traceplot"
 )
@@ -457,15 +458,56 @@ func tracePlot(c *cli.Context, files []string) error {
 	return nil
 }
 
-// traceHeader describes a run with the disks.
+// traceHeader describes a run with the disks: the devices in the order of
+// deviceTable.
 func traceHeader(ds *disks, queues int) trace.Header {
-	d := trace.Device{Backend: "process", Queues: queues}
-	for _, lun := range ds.target.LUNs() {
-		u := ds.target.Unit(lun)
-		n, _ := scsi.DecodeLUN(lun)
-		d.Disks = append(d.Disks, trace.Disk{LUN: n, Serial: u.Serial(), Size: u.Blocks() * uint64(u.BlockSize()), BlockSize: u.BlockSize()})
+	h := trace.Header{GVM: version, Kernel: trace.HostKernel()}
+	describe := func(lun int, u *scsi.Unit) trace.Disk {
+		return trace.Disk{LUN: lun, Serial: u.Serial(), Size: u.Blocks() * uint64(u.BlockSize()), BlockSize: u.BlockSize()}
 	}
-	return trace.Header{GVM: version, Kernel: trace.HostKernel(), Devices: []trace.Device{d}}
+	if ds.inProcess() {
+		d := trace.Device{Backend: "process", Queues: queues}
+		for _, lun := range ds.target.LUNs() {
+			n, _ := scsi.DecodeLUN(lun)
+			d.Disks = append(d.Disks, describe(n, ds.target.Unit(lun)))
+		}
+		h.Devices = append(h.Devices, d)
+	}
+	for _, k := range ds.kernels {
+		d := trace.Device{Backend: "vhost", Queues: queues}
+		for _, u := range k.units {
+			if same, err := scsi.NewUnit(u.UnitConfig); err == nil { // what LIO shows, as it was made from the same
+				d.Disks = append(d.Disks, describe(u.LUN, same))
+			}
+		}
+		h.Devices = append(h.Devices, d)
+	}
+	return h
+}
+
+// traceKernels has the kernel's tracepoints recorded for the disks that it
+// serves. stop ends that.
+func (ds *disks) traceKernels(f *trace.File) (stop func() error, err error) {
+	var tracers []*lio.Tracer
+	stop = func() error {
+		var errs []error
+		for _, t := range tracers {
+			errs = append(errs, t.Close())
+		}
+		return errors.Join(errs...)
+	}
+	first := 0
+	if ds.inProcess() {
+		first = 1
+	}
+	for i, k := range ds.kernels {
+		t, err := k.target.Trace(f.Device(uint8(first + i)))
+		if err != nil {
+			return nil, errors.Join(err, stop())
+		}
+		tracers = append(tracers, t)
+	}
+	return stop, nil
 }
 
 // createTrace makes the trace file of a run, before it starts.

@@ -239,7 +239,7 @@ func TestVhostEndings(t *testing.T) {
 	killed := func(t *testing.T) string {
 		lioUnchanged(t)
 		disk := diskFile(t, content(t.Name(), 1<<20))
-		p := start(t, nil, "run", "--guest-arg", "echo", "--disk", disk+",backend=vhost")
+		p := start(t, nil, "run", "--guest-arg", "echo", "--disk", disk+",backend=vhost", "--trace", filepath.Join(t.TempDir(), "trace"))
 		p.waitFor("ready")
 		p.signal(syscall.SIGKILL)
 		p.wait().wantStatus(t, -1)
@@ -251,6 +251,7 @@ func TestVhostEndings(t *testing.T) {
 	t.Run("SIGKILL then gc", func(t *testing.T) {
 		killed(t)
 		gvm(t, "lio", "gc").wantStatus(t, 0)
+		noTraces(t)
 	})
 	t.Run("SIGKILL then the next run", func(t *testing.T) {
 		gvm(t, "run", "--disk", killed(t)+",backend=vhost").wantStatus(t, 0)
@@ -298,4 +299,46 @@ func TestVhostTold(t *testing.T) {
 	}
 	p.signal(syscall.SIGTERM)
 	p.wait()
+}
+
+// TestVhostTrace: what a guest asks of a disk and gets is recorded in the same
+// form whoever serves it.
+func TestVhostTrace(t *testing.T) {
+	needVhost(t)
+	lioUnchanged(t)
+	l := theLab(t)
+	dir := t.TempDir()
+	for _, b := range []string{"process", "vhost"} {
+		r := guest{kernel: l.Cloud, script: `
+seq 1 30000 | dd of=/dev/sda bs=4k seek=16 conv=fsync,notrunc 2>/dev/null || say write failed
+echo 3 >/proc/sys/vm/drop_caches
+say read $(dd if=/dev/sda iflag=direct bs=4k skip=16 count=42 2>/dev/null | head -c 168894 | sum)
+dd if=/dev/sda of=/dev/null iflag=direct bs=4k count=32 2>/dev/null
+`}.run(t, "--disk", diskFile(t, make([]byte, 8<<20))+",serial=TRACED,backend="+b, "--trace", filepath.Join(dir, b))
+		r.wantStatus(t, 0)
+		r.want(t, map[string]string{"read": sum(numbers(1, 30000))})
+		show := gvm(t, "trace", "show", filepath.Join(dir, b))
+		show.wantStatus(t, 0)
+		for _, want := range []string{"serial TRACED, 8 MiB in blocks of 512", "WRITE(10) ", "READ(10) ", "SYNCHRONIZE CACHE(10)", "INQUIRY"} {
+			if !strings.Contains(show.console, want) {
+				show.fatalf(t, "the trace of backend %s lacks %q", b, want)
+			}
+		}
+		if n := strings.Count(show.console, "READ(10)"); n < 32 {
+			show.fatalf(t, "the trace of backend %s has %d reads, and there were 32 and more", b, n)
+		}
+	}
+	diff := gvm(t, "trace", "diff", filepath.Join(dir, "process"), filepath.Join(dir, "vhost"))
+	if diff.status != 0 && diff.status != 1 {
+		diff.fatalf(t, "the traces cannot be compared")
+	}
+	t.Logf("what the backends do differently:\n%s", diff.console)
+	noTraces(t)
+}
+
+func noTraces(t *testing.T) {
+	t.Helper()
+	if instances, err := os.ReadDir("/sys/kernel/tracing/instances"); err != nil || len(instances) > 0 {
+		t.Errorf("gvm left %v in tracefs, %v", instances, err)
+	}
 }

@@ -242,7 +242,8 @@ func compareOwners(a, b owner) int {
 }
 
 // Collect removes what gvm processes that are dead have left, and nothing else.
-// It returns the names of what is gone, below root; "" is DefaultRoot. On an
+// It returns the names of what is gone, below root ("" is DefaultRoot), and of
+// trace instances. On an
 // error the rest has been removed all the same.
 func Collect(root string) (removed []string, err error) {
 	h := newHost(root)
@@ -251,7 +252,9 @@ func Collect(root string) (removed []string, err error) {
 		return nil, err
 	}
 	defer unlock()
-	return h.collect()
+	removed, err = h.collect()
+	traces, err2 := h.collectTraces()
+	return append(removed, traces...), errors.Join(err, err2)
 }
 
 // Check says whether Provision can work: whether configfs, the target and

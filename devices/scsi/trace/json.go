@@ -50,7 +50,9 @@ func (r *Record) MarshalJSON() ([]byte, error) {
 			v.LUN = &n
 		}
 		v.LUNBytes = hex.EncodeToString(r.LUN[:])
-		v.Tag = fmt.Sprintf("%016x", r.Tag)
+		if r.Missing&NoTag == 0 {
+			v.Tag = fmt.Sprintf("%016x", r.Tag)
+		}
 		v.Latency = (*int64)(&r.Latency)
 	}
 	switch r.Kind {

@@ -36,6 +36,7 @@ const (
 	NoQueue Missing = 1 << iota
 	NoResponse
 	NoResidual
+	NoTag
 )
 
 // Record is one request and its answer. The slices of a record that a Reader
