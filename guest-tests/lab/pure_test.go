@@ -124,6 +124,18 @@ func TestImageDependency(t *testing.T) {
 	}
 }
 
+func TestTranscript(t *testing.T) {
+	var to bytes.Buffer
+	out := &transcript{to: &to}
+	const text = "=== RUN   TestA\n--- FAIL: TestA (0.1s)\n    --- FAIL: TestA/x (0.1s)\n--- PASS: TestB (0.2s)\n--- FAIL: TestC (3s)\nFAIL\n"
+	for _, part := range []string{text[:20], text[20:]} {
+		io.WriteString(out, part)
+	}
+	if got := out.failed(); !reflect.DeepEqual(got, []string{"TestA", "TestC"}) || to.String() != text {
+		t.Errorf("failed: %q, passed on: %q", got, to.String())
+	}
+}
+
 func TestQEMUVersion(t *testing.T) {
 	for _, tt := range []struct {
 		says string

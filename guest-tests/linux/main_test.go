@@ -6,6 +6,7 @@ package linux
 import (
 	"fmt"
 	"os"
+	"regexp"
 	"testing"
 
 	"gvm/guest-tests/lab"
@@ -29,6 +30,7 @@ func testMain(m *testing.M) int {
 		Direct: vmm.RunsLinux,
 		Build:  []string{"gvm/cmd/gvm"},
 		Memory: 10 << 10, // a guest has 6 GiB
+		Lost:   regexp.MustCompile(`KVM_EXIT_SHUTDOWN|SIGQUIT: quit|BUG: soft lockup`),
 	}
 	if os.Getenv("GVM_TEST_L1") == "6.12" {
 		options.Kernel = func(l *lab.Lab) *lab.Kernel { return l.V612 }

@@ -117,21 +117,11 @@ func (p *process) signal(s syscall.Signal) {
 
 // wait returns how gvm ended. It fails the test if gvm did not end of itself,
 // or left a process or a temporary file behind.
-func (p *process) wait() result {
-	p.t.Helper()
-	r, late := p.join()
-	if late {
-		r.fatalf(p.t, "gvm did not end within %v", patience)
-	}
-	return r
-}
-
-// join is wait that leaves a gvm that did not end of itself to its caller.
-func (p *process) join() (r result, late bool) {
+func (p *process) wait() (r result) {
 	p.t.Helper()
 	<-p.done
 	err := p.err
-	late = errors.Is(p.ctx.Err(), context.DeadlineExceeded)
+	late := errors.Is(p.ctx.Err(), context.DeadlineExceeded)
 	p.stop()
 	r = result{p.cmd.ProcessState.ExitCode(), p.console.String(), p.errs.String()}
 	var exit *exec.ExitError
@@ -148,26 +138,16 @@ func (p *process) join() (r result, late bool) {
 	for _, f := range left {
 		p.t.Errorf("gvm left the temporary file %s behind", f.Name())
 	}
-	return r, late
-}
-
-// exitCrash is gvm's status for a guest that crashed.
-const exitCrash = 4
-
-// gvm runs gvm to its end without input. In the lab, a Linux guest that hangs or
-// crashes before its init has said or written anything is told and tried once more: the
-// processor there is software, and loses guests of QEMU's own too.
-func gvm(t testing.TB, args ...string) result {
-	t.Helper()
-	r, late := start(t, nil, args...).join()
-	if os.Getenv(lab.InLabEnv) != "" && r.console == "" && (late || r.status == exitCrash) {
-		t.Logf("the lab lost a guest before its first word (status %d, late: %v); once more. Standard error:\n%s", r.status, late, r.stderr)
-		r, late = start(t, nil, args...).join()
-	}
 	if late {
-		r.fatalf(t, "gvm did not end within %v", patience)
+		r.fatalf(p.t, "gvm did not end within %v", patience)
 	}
 	return r
+}
+
+// gvm runs gvm to its end without input.
+func gvm(t testing.TB, args ...string) result {
+	t.Helper()
+	return start(t, nil, args...).wait()
 }
 
 // fatalf fails the test and shows what gvm printed.
