@@ -157,6 +157,9 @@ func (t *Tracer) read() {
 	if n := t.in.Missed(); n > t.lost {
 		t.to.Observe(&trace.Record{Kind: trace.Lost, Time: t.to.Now(), Count: n - t.lost})
 		t.lost = n
+		// The answer of any of these may be among them, and the next command with
+		// the same CDB must not get its time.
+		clear(t.open)
 	}
 }
 
