@@ -12,7 +12,7 @@ import (
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
-	"github.com/ulikunitz/xz"
+	"github.com/mikelolasagasti/xz"
 )
 
 // module is one kernel module of an initramfs.
@@ -209,7 +209,7 @@ func decompress(b []byte) ([]byte, error) {
 	var err error
 	switch {
 	case bytes.HasPrefix(b, []byte("\xfd7zXZ\x00")):
-		r, err = xz.NewReader(bytes.NewReader(b))
+		r, err = xz.NewReader(bytes.NewReader(b), 0)
 	case bytes.HasPrefix(b, []byte("\x28\xb5\x2f\xfd")):
 		var d *zstd.Decoder
 		if d, err = zstd.NewReader(bytes.NewReader(b)); err == nil {

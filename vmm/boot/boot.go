@@ -10,9 +10,8 @@
 // by the 64-bit boot protocol of Documentation/arch/x86/boot.rst.
 //
 // Libraries decompress: klauspost/compress gzip and zstd, pierrec/lz4 the blocks
-// of lz4, the standard library bzip2, and ulikunitz/xz LZMA and LZMA2. Around
-// them are written here what they do not read: the lz4 legacy frame, and the
-// xz container with the x86 branch filter.
+// of lz4, the standard library bzip2, mikelolasagasti/xz xz, and ulikunitz/xz
+// LZMA. Around them only the lz4 legacy frame is written here.
 package boot
 
 import (

@@ -2,10 +2,8 @@ package boot
 
 import (
 	"cmp"
-	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
-	"hash/crc32"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -13,23 +11,23 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cespare/xxhash/v2"
 	"golang.org/x/sys/unix"
 )
 
-// The cache holds decompressed kernels: files named by the SHA-256 of the
+// The cache holds decompressed kernels: files named by the hash and size of the
 // payload that they came from, each the ELF file with a footer behind it. The
-// footer's checksum is what keeps a damaged file from being booted. Nothing
-// in the cache is worth an error: what cannot be read or written is done
-// without.
+// footer's checksum is what keeps a damaged file from being booted. Both are
+// XXH64: a boot waits for them, and nobody is kept out by them, as who can write
+// to the cache can boot what he likes. Nothing in the cache is worth an
+// error: what cannot be read or written is done without.
 const (
 	cacheLimit  = 512 << 20 // bytes of kernels that are kept, the latest used ones
 	cacheSuffix = ".vmlinux"
 	cacheTemp   = ".tmp"
-	footerSize  = 8 + 8 + 4
-	footerMagic = "gvmELF01"
+	footerSize  = 8 + 8 + 8
+	footerMagic = "gvmELF02"
 )
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // CacheDir returns where a user's decompressed kernels are kept,
 // $XDG_CACHE_HOME/gvm/kernels, or "" when the user has no cache directory.
@@ -42,15 +40,23 @@ func CacheDir() string {
 }
 
 // cachePath returns the file for a payload's kernel.
-func cachePath(dir string, payload []byte) string {
-	sum := sha256.Sum256(payload)
-	return filepath.Join(dir, hex.EncodeToString(sum[:])+cacheSuffix)
+func cachePath(dir string, payload *File) (string, error) {
+	h := xxhash.New()
+	buf := make([]byte, 256<<10)
+	for off := int64(0); off < payload.Size; off += int64(len(buf)) {
+		buf = buf[:min(int64(len(buf)), payload.Size-off)]
+		if err := readFull(payload, buf, off); err != nil {
+			return "", err
+		}
+		_, _ = h.Write(buf)
+	}
+	return filepath.Join(dir, fmt.Sprintf("%016x-%x%s", h.Sum64(), payload.Size, cacheSuffix)), nil
 }
 
-// footer is the end of a cache file: magic, size of the ELF file, CRC-32C of it.
+// footer is the end of a cache file: magic, size of the ELF file, XXH64 of it.
 func footer(image []byte) []byte {
 	b := binary.LittleEndian.AppendUint64([]byte(footerMagic), uint64(len(image)))
-	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(image, castagnoli))
+	return binary.LittleEndian.AppendUint64(b, xxhash.Sum64(image))
 }
 
 // cached maps a kernel in the cache, or returns nil. It is given back with Munmap.

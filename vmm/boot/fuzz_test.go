@@ -2,7 +2,6 @@ package boot
 
 import (
 	"errors"
-	"os"
 	"testing"
 
 	"gvm/vmm/guestmem"
@@ -55,20 +54,5 @@ func FuzzLoad(f *testing.F) {
 				}
 			}
 		}
-	})
-}
-
-// FuzzXZ decodes .xz streams whose header checksums are right and whose data has none.
-func FuzzXZ(f *testing.F) {
-	f.Add([]byte{filterX86, 0, filterLZMA2, 1, 22}, byte(1), []byte("\x01\x00\x05\xe8cd\x00\x00\xe8\x02\x00\x01ef\x00"))
-	f.Add([]byte{9, 9, filterX86, 4, 1, 2, 3, 4, filterLZMA2, 1, 40}, byte(0xc1), []byte("\x01\x00\x03abcd\x02\x00\x01ef\x00"))
-	x, err := os.ReadFile("testdata/vmlinux.xz")
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add([]byte{filterLZMA2, 1, 22}, byte(0), x[28:3000])
-	f.Fuzz(func(t *testing.T, filters []byte, flags byte, packed []byte) {
-		b := makeXZ(0, xzChecks[0].sum, filters[:min(len(filters), 1000)], int(flags), packed, nil)
-		_ = decodeXZ(make([]byte, 1<<16), append(b, "\x00YZ"...))
 	})
 }

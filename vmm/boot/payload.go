@@ -10,6 +10,7 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+	"github.com/mikelolasagasti/xz"
 	"github.com/pierrec/lz4/v4"
 	"github.com/ulikunitz/xz/lzma"
 	"golang.org/x/sys/unix"
@@ -28,7 +29,7 @@ type compression struct {
 
 var compressions = []compression{
 	{"gzip", "\x1f\x8b", 0, stream(func(r io.Reader) (io.Reader, error) { return gzip.NewReader(r) })},
-	{"xz", "\xfd7zXZ\x00", 4, decodeXZ},
+	{"xz", "\xfd7zXZ\x00", 4, stream(func(r io.Reader) (io.Reader, error) { return xz.NewReader(r, maxWindow) })},
 	{"zstd", "\x28\xb5\x2f\xfd", 4, decodeZstd},
 	{"lz4", "\x02\x21\x4c\x18", 4, decodeLZ4},
 	{"bzip2", "BZh", 4, stream(func(r io.Reader) (io.Reader, error) { return bzip2.NewReader(r), nil })},
@@ -78,26 +79,33 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 	if size < 16 || off+size > n {
 		return bad("has no payload that can be taken out")
 	}
-	src, err := scratch(int(size))
-	if err != nil {
+	magic := make([]byte, 6)
+	if err := readFull(im.File, magic, base+off); err != nil {
 		return nil, err
 	}
-	defer unix.Munmap(src)
-	if err := readFull(im.File, src, base+off); err != nil {
-		return nil, err
-	}
-	c := detect(src)
+	c := detect(magic)
 	if c == nil {
-		return bad("has a payload of unknown compression (it starts with %x)", src[:6])
+		return bad("has a payload of unknown compression (it starts with %x)", magic)
 	}
 	v := &vmlinux{format: c.name}
 	path := ""
 	if cache != "" {
-		path = cachePath(cache, src)
+		var err error
+		if path, err = cachePath(cache, &File{im.Name, io.NewSectionReader(im.File, base+off, size), size}); err != nil {
+			return nil, err
+		}
 		v.image, v.mapping = cached(path)
 	}
 	hit := v.image != nil
 	if !hit {
+		src, err := scratch(int(size))
+		if err != nil {
+			return nil, err
+		}
+		defer unix.Munmap(src)
+		if err := readFull(im.File, src, base+off); err != nil {
+			return nil, err
+		}
 		// The kernel's own decompressor needs this much, and more.
 		out := binary.LittleEndian.Uint32(src[len(src)-4:])
 		if out == 0 || out > im.hdr.u32(hdrInitSize) || out > maxVmlinux {
@@ -112,6 +120,7 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 			return bad("has a payload that cannot be decompressed (%s: %v)", c.name, err)
 		}
 	}
+	var err error
 	if v.elf, err = parseELF(im.Name+" (decompressed)", bytes.NewReader(v.image), int64(len(v.image))); err != nil {
 		v.free()
 		return nil, err

@@ -2,11 +2,8 @@ package boot
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"debug/elf"
 	"encoding/binary"
-	"hash/crc32"
-	"hash/crc64"
 	"testing"
 
 	"gvm/vmm/guestmem"
@@ -116,32 +113,4 @@ func equalBytes(t testing.TB, what string, got, want []byte) {
 		}
 		t.Fatalf("%s: %d bytes, want %d; they differ at %d", what, len(got), len(want), i)
 	}
-}
-
-var xzChecks = []struct {
-	id  byte
-	sum func([]byte) []byte
-}{
-	{0, func([]byte) []byte { return nil }},
-	{1, func(b []byte) []byte { return le32(crc32.ChecksumIEEE(b)) }},
-	{4, func(b []byte) []byte { return le64(crc64.Checksum(b, crc64.MakeTable(crc64.ECMA))) }},
-	{10, func(b []byte) []byte { s := sha256.Sum256(b); return s[:] }},
-}
-
-// makeXZ starts a .xz stream with one block.
-func makeXZ(check byte, sum func([]byte) []byte, filters []byte, extra int, packed, data []byte) []byte {
-	b := append([]byte("\xfd7zXZ\x00"), 0, check)
-	b = append(b, le32(crc32.ChecksumIEEE(b[6:8]))...)
-	return appendXZBlock(b, sum, filters, extra, packed, data)
-}
-
-// appendXZBlock adds a block with one filter and extra more.
-func appendXZBlock(b []byte, sum func([]byte) []byte, filters []byte, extra int, packed, data []byte) []byte {
-	h := append([]byte{0, byte(extra)}, filters...)
-	h = append(h, make([]byte, -len(h)&3)...)
-	h[0] = byte((len(h)+4)/4 - 1)
-	b = append(append(b, h...), le32(crc32.ChecksumIEEE(h))...)
-	b = append(b, packed...)
-	b = append(b, make([]byte, -len(packed)&3)...)
-	return append(b, sum(data)...)
 }
