@@ -43,8 +43,8 @@ const exitStatusHelp = `gvm run ends with one of these, and nothing else:
    130  stopped by Ctrl-a x, or by an interrupt (SIGINT)
    129, 143  stopped by SIGHUP or SIGTERM; a terminal that goes away is a SIGHUP
 
-Other commands end with 0, 2 or 3 in the same sense, and gvm trace diff with 1
-when the traces differ.`
+Other commands end with 0, 2 or 3 in the same sense, and gvm trace diff and gvm
+replay with 1 when something differs.`
 
 // usageError is wrong words on the command line.
 type usageError struct{ error }

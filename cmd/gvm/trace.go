@@ -118,6 +118,7 @@ EXAMPLES
 // files too, where the cli package does not look for them.
 func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionFunc {
 	return func(c *cli.Context) error {
+		topic := strings.Fields(c.Command.HelpName)[1] // gvm TOPIC or gvm TOPIC COMMAND
 		var files []string
 		for rest := c.Args().Slice(); len(rest) > 0; {
 			word := rest[0]
@@ -133,7 +134,7 @@ func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionF
 			}
 			i := slices.IndexFunc(c.Command.Flags, func(f cli.Flag) bool { return slices.Contains(f.Names(), flag) })
 			if i < 0 {
-				return usageError{fmt.Errorf("unknown flag %s; see gvm help trace", word)}
+				return usageError{fmt.Errorf("unknown flag %s; see gvm help %s", word, topic)}
 			}
 			flag = c.Command.Flags[i].Names()[0]
 			_, isBool := c.Command.Flags[i].(*cli.BoolFlag)
@@ -147,14 +148,14 @@ func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionF
 				return usageError{fmt.Errorf("%s needs a value", word)}
 			}
 			if err := c.Set(flag, value); err != nil {
-				return usageError{fmt.Errorf("%s: %w; see gvm help trace", word, err)}
+				return usageError{fmt.Errorf("%s: %w; see gvm help %s", word, err, topic)}
 			}
 			if flag == "help" {
 				return cli.ShowCommandHelp(c, c.Command.Name)
 			}
 		}
 		if len(files) < least || len(files) > most {
-			return usageError{fmt.Errorf("want gvm trace %s %s, and got %d files", c.Command.Name, c.Command.ArgsUsage, len(files))}
+			return usageError{fmt.Errorf("want %s %s, and got %d files", c.Command.HelpName, c.Command.ArgsUsage, len(files))}
 		}
 		return do(c, files)
 	}
@@ -463,7 +464,13 @@ func tracePlot(c *cli.Context, files []string) error {
 func traceHeader(ds *disks, queues int) trace.Header {
 	h := trace.Header{GVM: version, Kernel: trace.HostKernel()}
 	describe := func(lun int, u *scsi.Unit) trace.Disk {
-		return trace.Disk{LUN: lun, Serial: u.Serial(), Size: u.Blocks() * uint64(u.BlockSize()), BlockSize: u.BlockSize()}
+		k := trace.Disk{LUN: lun, Serial: u.Serial(), Size: u.Blocks() * uint64(u.BlockSize()), BlockSize: u.BlockSize(), ReadOnly: u.Config().ReadOnly}
+		for name, mode := range cacheModes {
+			if mode == u.Config().Cache && mode != scsi.WriteBack {
+				k.Cache = name
+			}
+		}
+		return k
 	}
 	if ds.inProcess() {
 		d := trace.Device{Backend: "process", Queues: queues}

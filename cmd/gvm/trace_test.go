@@ -199,8 +199,12 @@ func gvmTrace(args ...string) (out string, status int, errText string) {
 // gvmTraceNotes is gvmTrace with what is said on standard error beside the error.
 func gvmTraceNotes(args ...string) (out string, status int, errText, notes string) {
 	var b, e bytes.Buffer
-	app := &cli.App{Name: "gvm", Commands: []*cli.Command{traceCommand()}, Writer: &b, ErrWriter: &e, ExitErrHandler: func(*cli.Context, error) {}, DisableSliceFlagSeparator: true}
-	err := app.Run(append([]string{"gvm", "trace"}, args...))
+	app := &cli.App{Name: "gvm", Commands: []*cli.Command{traceCommand(), replayCommand()}, Writer: &b, ErrWriter: &e, ExitErrHandler: func(*cli.Context, error) {}, DisableSliceFlagSeparator: true}
+	words := append([]string{"gvm", "trace"}, args...)
+	if args[0] == "replay" {
+		words = append([]string{"gvm"}, args...)
+	}
+	err := app.Run(words)
 	if err == nil {
 		return b.String(), 0, "", e.String()
 	}
@@ -302,6 +306,15 @@ func TestTraceMistakes(t *testing.T) {
 		{"stat " + damaged, fmt.Sprintf("%s: damaged at byte %d: a record's checksum is", damaged, len(whole)-64)},
 		{"diff " + a + " " + damaged, damaged + ": damaged at byte"},
 		{"plot " + a, "-o : want -o and a file name that ends with .svg or .png"},
+		{"replay", "want gvm replay FILE, or gvm replay --corpus"},
+		{"replay --corpus " + a, "want gvm replay FILE, or gvm replay --corpus"},
+		{"replay --corpus", "--corpus has no answers to compare with: add --backend both"},
+		{"replay " + a + " " + a, "want gvm replay FILE, and got 2 files"},
+		{"replay " + a + " --frob", "unknown flag --frob; see gvm help replay"},
+		{"replay " + a + " --backend frob", "--backend frob: want process, vhost or both"},
+		{"replay " + a + " --vhost-abi frob", "--vhost-abi \"frob\": want a version number or any"},
+		{"replay " + disk, disk + ": not a trace of gvm"},
+		{"replay " + damaged, damaged + ": damaged at byte"},
 		{"plot " + a + " -o x.pdf", "-o x.pdf: want -o and a file name that ends with .svg or .png"},
 		{"plot " + empty + " -o " + dir + "/x.svg", empty + ": no request to plot"},
 		{"plot " + a + " -o " + none + "/x.svg", "open " + none + "/x.svg: no such file or directory"},

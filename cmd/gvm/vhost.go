@@ -8,6 +8,7 @@ import (
 
 	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/lio"
+	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/vhostscsi"
 )
 
@@ -133,7 +134,20 @@ func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 	for _, n := range t.Notes() {
 		k.note(n)
 	}
+	if release := trace.HostKernel(); len(u.units) > 1 && losesResets(release) {
+		k.note(fmt.Sprintf("Linux %s has a fault: a guest that resets one of several disks of the kernel's can bring this host down when gvm ends; serve one disk, or take backend=process or Linux 6.4", release))
+	}
 	return k.device(&kernelTarget{target: t, units: u.units}, u.workers)
+}
+
+// losesResets tells whether vhost-scsi of a kernel keeps its control blocks for
+// LOGICAL UNIT RESET in a list that it gets wrong (docs/backends.md).
+func losesResets(release string) bool {
+	var major, minor int
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+		return false
+	}
+	return major < 6 || major == 6 && minor < 4
 }
 
 // lookup takes a target that exists.

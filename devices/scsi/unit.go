@@ -178,6 +178,9 @@ func (u *Unit) Resized() error {
 // Serial returns the unit serial number.
 func (u *Unit) Serial() string { return u.serial }
 
+// Config returns what the unit was made from, with its defaults filled in.
+func (u *Unit) Config() UnitConfig { return u.cfg }
+
 // BlockSize returns the logical block size in bytes.
 func (u *Unit) BlockSize() int { return int(u.blockSize) }
 

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"gvm/devices/scsi/lio"
+	"gvm/guest-tests/backends"
 	"gvm/guest-tests/lab"
 	"gvm/kvmapi/vhost"
 )
@@ -334,6 +335,82 @@ dd if=/dev/sda of=/dev/null iflag=direct bs=4k count=32 2>/dev/null
 	}
 	t.Logf("what the backends do differently:\n%s", diff.console)
 	noTraces(t)
+}
+
+// TestVhostEquivalence replays the corpus at both backends: each difference is on
+// the list, and each row of the list is used.
+func TestVhostEquivalence(t *testing.T) {
+	needVhost(t)
+	lioUnchanged(t)
+	list := backends.NewList()
+	replayBoth(t, list, "--corpus")
+	for row, n := range list.Used {
+		if n == 0 {
+			t.Errorf("nothing in the corpus is answered as the row %s of docs/backends.md says", row)
+		}
+	}
+}
+
+// TestVhostTools has a Linux guest's tools and disk driver ask each backend, and
+// replays what they asked at both.
+func TestVhostTools(t *testing.T) {
+	needVhost(t)
+	lioUnchanged(t)
+	l := theLab(t)
+	tools := []string{"inq", "vpd", "readcap", "luns", "turs", "requests", "modes", "opcodes", "logs", "persist", "sync", "verify", "write_same", "unmap",
+		"get_lba_status", "start", "prevent", "reset", "dd", "raw", "senddiag", "format", "sat_identify", "wr_mode", "stpg", "rtpg", "compare_and_write"}
+	var programs []string
+	for _, name := range tools {
+		programs = append(programs, "usr/bin/sg_"+name)
+	}
+	for _, b := range []string{"process", "vhost"} {
+		file := filepath.Join(t.TempDir(), "trace")
+		r := guest{kernel: l.Debian, modules: []string{"sg"}, programs: programs, script: `
+seq 1 30000 | dd of=/dev/sda bs=4k seek=16 conv=fsync,notrunc 2>/dev/null || say write failed
+d=/dev/sda; p=/bin/sg_
+{
+	${p}inq $d; ${p}inq -e -p 0x83 $d; ${p}inq -A $d
+	for page in 0 0x80 0x83 0x86 0xb0 0xb1 0xb2 0xb3 0xb6 0x89; do ${p}vpd -p $page $d; done
+	${p}readcap $d; ${p}readcap -l $d; ${p}luns $d; ${p}luns -s 1 $d; ${p}luns -s 2 $d; ${p}turs -n 3 $d
+	${p}requests $d; ${p}requests -d $d; ${p}modes -a $d; ${p}modes -6 -a $d; ${p}modes -c 1 -p 8 $d; ${p}modes -p 0x3f,0xff $d
+	${p}opcodes $d; ${p}opcodes -o 0x28 $d; ${p}opcodes -t $d; ${p}logs -a $d; ${p}persist -k $d; ${p}persist -c $d
+	${p}sync $d; ${p}sync --16 $d; ${p}verify -l 0 -c 8 $d; ${p}verify -l 0 -c 8 --16 $d
+	${p}write_same -l 8 -n 8 --xferlen=512 $d; ${p}write_same -U -l 16 -n 8 --xferlen=512 $d; ${p}write_same -S -l 8 -n 8 --xferlen=512 $d
+	${p}unmap -l 16 -n 8 $d; ${p}get_lba_status -l 0 $d; ${p}start 1 $d; ${p}start --immed 1 $d; ${p}prevent --allow $d
+	${p}dd if=$d of=/dev/null bs=512 count=64 blk_sgio=1; ${p}dd if=/dev/zero of=$d bs=512 count=64 seek=64 blk_sgio=1
+	${p}raw -r 64 $d 12 01 83 00 40 00; ${p}raw -r 512 $d 5e 00 00 00 00 00 00 02 00 00; ${p}raw $d c0 00 00 00 00 00
+	${p}senddiag -t $d; ${p}sat_identify $d; ${p}rtpg $d; ${p}wr_mode -p 8 -c 8,12,4 $d; ${p}reset -d $d
+} >/tmp/out 2>&1 </dev/null
+say lines $(wc -l </tmp/out)
+say read $(dd if=/dev/sda iflag=direct bs=4k skip=16 count=42 2>/dev/null | head -c 168894 | sum)
+`}.run(t, "--disk", diskFile(t, make([]byte, 8<<20))+",serial=TOOLS,backend="+b, "--trace", file)
+		r.wantStatus(t, 0)
+		r.want(t, map[string]string{"read": sum(numbers(1, 30000))})
+		replayBoth(t, backends.NewList(), file)
+	}
+}
+
+// replayBoth replays requests at both backends, and fails the test for each
+// difference that is not on the list.
+func replayBoth(t *testing.T, list *backends.List, what string) {
+	t.Helper()
+	r := gvm(t, "replay", "--backend", "both", "--json", what)
+	if r.status != 0 && r.status != 1 {
+		r.fatalf(t, "gvm replay: status %d", r.status)
+	}
+	n := 0
+	for line := range strings.Lines(r.console) {
+		d, left, err := list.Unlisted([]byte(line))
+		if err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		n++
+		if len(left) > 0 {
+			t.Errorf("not listed: %s of request %d, %s, cdb %s, %d out, %d in:\n  gvm:    %s\n  kernel: %s\n  bytes %s",
+				strings.Join(left, ", "), d.Number, d.Request.Op, d.Request.CDB, d.Request.Out, d.Request.In, d.A.Outcome, d.B.Outcome, d.Data)
+		}
+	}
+	t.Logf("%d requests are answered differently: %s", n, r.stderr)
 }
 
 func noTraces(t *testing.T) {

@@ -288,3 +288,19 @@ func (r *Record) Detail() string {
 	}
 	return ""
 }
+
+// ParameterList tells whether the data-out of a command says what the command is
+// to do, and is not just blocks for the medium: a parameter list, or the block of
+// WRITE SAME with UNMAP (SBC-4 5.49). Traces have it.
+func ParameterList(cdb []byte) bool {
+	if len(cdb) == 0 {
+		return false
+	}
+	switch cdb[0] {
+	case 0x41, 0x93:
+		return len(cdb) > 1 && cdb[1]&0x08 != 0
+	case 0x0a, 0x2a, 0x2e, 0x2f, 0x89, 0x8a, 0x8b, 0x8e, 0x8f, 0xaa, 0xae, 0xaf:
+		return false
+	}
+	return true
+}

@@ -40,6 +40,8 @@ type Disk struct {
 	Serial    string `json:"serial"`
 	Size      uint64 `json:"size"`       // bytes
 	BlockSize int    `json:"block_size"` // bytes
+	ReadOnly  bool   `json:"read_only,omitempty"`
+	Cache     string `json:"cache,omitempty"` // as --disk has it; "" is writeback
 }
 
 // HostKernel returns the release of the kernel that this process runs on.

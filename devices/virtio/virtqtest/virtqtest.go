@@ -1,6 +1,6 @@
 // Package virtqtest is the driver side of the split virtqueue (virtio 1.3,
-// 2.7), with rings in guest memory and eventfds for both doorbells: unit
-// tests, fuzz targets and benchmarks drive every device through it, and break
+// 2.7), with rings in guest memory and eventfds for both doorbells: gvm replay,
+// unit tests, fuzz targets and benchmarks drive every device through it, and break
 // its rules with the raw pokes.
 package virtqtest
 

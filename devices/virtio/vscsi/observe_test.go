@@ -74,7 +74,9 @@ func TestObserver(t *testing.T) {
 	r.roundTrip(2, append(header(lun5, 2, 0, cdb...), "payload"...), nil, 108, nil)
 	want.Queue, want.Time, want.Tag, want.Attr, want.In, want.Out = 0, 3000, 2, 0, 0, 7
 	want.Status, want.Residual, want.Sense, want.Response = scsi.TaskAborted, 7, []byte{}, 2
+	want.Payload = []byte("payload") // to a command that has no blocks to write
 	check("data-out, aborted")
+	want.Payload = nil
 
 	r.roundTrip(2, header("\x01\x09\x00\x00\x00\x00\x00\x00", 2, 0, cdb...), nil, 108+4, nil)
 	want.Time, want.LUN, want.Out, want.In, want.Response, want.Status, want.Residual = 5000, [8]byte{1, 9}, 0, 4, 3, scsi.Good, 4

@@ -3,6 +3,7 @@ package vscsi
 import (
 	"encoding/binary"
 	"io"
+	"slices"
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/trace"
@@ -18,6 +19,10 @@ const (
 	cdbOff      = 19
 	respLen     = 12 // sense_len, residual, status_qualifier, status, response
 )
+
+// maxPayload bounds the parameter lists that the observer gets: a length in a
+// CDB of 10 bytes has no more bits.
+const maxPayload = 64 << 10
 
 // Response codes (5.6.6.1, 5.6.6.2).
 const (
@@ -96,6 +101,9 @@ func (d *Device) request(q uint16, w *virtio.Worker, c *virtq.Chain) error {
 	r.cmd.Nexus = d.cfg.Nexus
 	r.cmd.Out = c.Out.Take(outLen)
 	r.cmd.In = c.In.Take(inLen)
+	if r.observer != nil && outLen > 0 && outLen <= maxPayload && trace.ParameterList(r.cmd.CDB) {
+		r.rec.Payload = slices.Concat(r.cmd.Out...)
+	}
 	d.cfg.Target.Submit(&r.cmd)
 	return nil
 }

@@ -1,0 +1,278 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"gvm/devices/scsi/trace"
+	"gvm/devices/virtio"
+	"gvm/devices/virtio/replay"
+	"gvm/devices/virtio/vscsi"
+)
+
+func replayCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "replay",
+		Usage:     "send the SCSI requests of a trace to a backend again, without a guest",
+		ArgsUsage: "FILE",
+		Description: `The requests of a trace (gvm run --trace FILE) go straight to a backend, one
+after the other, from the driver's side of the rings: to gvm's own target, or to
+/dev/vhost-scsi, which gets memory of gvm's as if it were a guest's. The disks
+are empty images as large as those of the trace, under $TMPDIR, and gone at the
+end. A command that writes blocks writes made-up ones.
+
+With --backend=process or vhost the answers are compared with those in the trace:
+status, sense data, residual and response, as far as the trace has them. With
+--backend=both they are compared with each other, and so is the data read, byte
+by byte. --corpus replays requests that gvm brings along, good and bad ones of
+every operation code that one of the backends has; docs/backends.md lists what
+they answer differently.
+
+The exit status is 0 when no answer differs, 1 when one does. --backend=vhost and
+both need what backend=vhost of gvm run needs.
+
+EXAMPLES
+   gvm replay run.trace
+   sudo gvm replay run.trace --backend both
+   sudo gvm replay --corpus --backend both --all`,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "backend", Usage: "`process|vhost|both`", Value: "process"},
+			&cli.BoolFlag{Name: "corpus", Usage: "replay the requests that gvm brings along, in place of a FILE's"},
+			&cli.BoolFlag{Name: "all", Usage: fmt.Sprintf("show every difference, not the first %d", shownDifferences)},
+			&cli.BoolFlag{Name: "json", Usage: "one JSON object for each difference, on a line of its own, and all of them"},
+			&cli.StringFlag{Name: "vhost-abi", Usage: "as of gvm run: accept version `N|any` of the kernel's vhost-scsi interface"},
+		},
+		Action: onFiles(0, 1, replayTrace),
+	}
+}
+
+// shownDifferences is how many are printed unless all are asked for.
+const shownDifferences = 20
+
+func replayTrace(c *cli.Context, files []string) (err error) {
+	names := map[string][]string{"process": {"process"}, "vhost": {"vhost"}, "both": {"process", "vhost"}}[c.String("backend")]
+	if names == nil {
+		return usageError{fmt.Errorf("--backend %s: want process, vhost or both", c.String("backend"))}
+	}
+	abi, err := parseABI(c.String("vhost-abi"))
+	if err != nil {
+		return usageError{fmt.Errorf("--vhost-abi %w", err)}
+	}
+	var header trace.Header
+	var records []trace.Record
+	switch {
+	case c.Bool("corpus") == (len(files) == 1):
+		return usageError{errors.New("want gvm replay FILE, or gvm replay --corpus")}
+	case c.Bool("corpus"):
+		if len(names) == 1 {
+			return usageError{errors.New("--corpus has no answers to compare with: add --backend both")}
+		}
+		header, records = replay.Corpus()
+	default:
+		if header, records, err = loadTrace(c, files[0]); err != nil {
+			return err
+		}
+	}
+	// From here on there is something to take down: signals end the run in order.
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	defer catchSignals(stop)()
+	var sides []replay.Side
+	for _, name := range names {
+		s, undo, err := newSide(ctx, name, header, kernelOptions{queues: 1, abi: abi, note: note})
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, undo()) }()
+		sides = append(sides, s)
+	}
+	w := &report{w: c.App.Writer}
+	shown := 0
+	sum, err := replay.Run(ctx, records, sides, func(d *replay.Difference) error {
+		shown++
+		switch {
+		case c.Bool("json"):
+			return w.differenceJSON(names, d)
+		case shown <= shownDifferences || c.Bool("all"):
+			w.difference(names, d)
+		}
+		return w.err
+	})
+	if err != nil {
+		return errors.Join(w.flush(), err)
+	}
+	if !c.Bool("json") {
+		if rest := sum.Different - shownDifferences; rest > 0 && !c.Bool("all") {
+			w.printf("… and %d more; --all shows them", rest)
+		}
+		w.printf("%d requests, %d answered differently", sum.Requests, sum.Different)
+		if sum.Skipped > 0 {
+			w.printf("%d requests left out: the trace does not have their parameter lists", sum.Skipped)
+		}
+		if sum.Lost > 0 {
+			w.printf("%d requests could not be recorded", sum.Lost)
+		}
+	}
+	if err := w.flush(); err != nil {
+		return err
+	}
+	if sum.Different > 0 {
+		return endError{exitDiffers, fmt.Errorf("%d of %d answers differ", sum.Different, sum.Requests)}
+	}
+	return nil
+}
+
+func loadTrace(c *cli.Context, path string) (trace.Header, []trace.Record, error) {
+	r, done, err := openTrace(path)
+	if err != nil {
+		return trace.Header{}, nil, err
+	}
+	defer done()
+	records, err := replay.Load(r)
+	if err != nil {
+		return trace.Header{}, nil, traceError(path, err)
+	}
+	noteCut(c, path, r)
+	for i, d := range r.Header.Devices {
+		if len(d.Disks) == 0 {
+			return trace.Header{}, nil, configError{fmt.Errorf("%s: device %d has no disks that gvm knows: a run with wwn=… cannot be replayed", path, i)}
+		}
+	}
+	return r.Header, records, nil
+}
+
+// newSide makes the devices and disks of a trace, served by the backend named,
+// and a driver for each. undo takes all of it down.
+func newSide(ctx context.Context, name string, h trace.Header, k kernelOptions) (_ replay.Side, undo func() error, err error) {
+	side := replay.Side{Name: name}
+	var undos []func() error
+	undo = func() error {
+		var errs []error
+		for i := len(undos) - 1; i >= 0; i-- {
+			errs = append(errs, undos[i]())
+		}
+		return errors.Join(errs...)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, undo())
+		}
+	}()
+	dir, err := os.MkdirTemp("", "gvm-replay-")
+	if err != nil {
+		return side, nil, diskError{err}
+	}
+	undos = append(undos, func() error { return os.RemoveAll(dir) })
+	for i, d := range h.Devices {
+		list, err := scratchDisks(dir, i, name, d.Disks)
+		if err != nil {
+			return side, nil, err
+		}
+		ds, err := openDisks(list, k)
+		if err != nil {
+			return side, nil, err
+		}
+		undos = append(undos, func() error { return ds.close(true) })
+		dev, err := ds.device()
+		if err != nil {
+			return side, nil, err
+		}
+		host, err := replay.NewHost(ctx, dev)
+		if err != nil {
+			return side, nil, fmt.Errorf("%s: %w", name, err)
+		}
+		undos = append(undos, host.Close)
+		side.Hosts = append(side.Hosts, host)
+	}
+	return side, undo, nil
+}
+
+// scratchDisks are disks like those of a device, on images of their own.
+func scratchDisks(dir string, device int, backendName string, like []trace.Disk) ([]disk, error) {
+	var list []disk
+	for _, k := range like {
+		path := filepath.Join(dir, fmt.Sprintf("disk-%d-%d", device, k.LUN))
+		f, err := os.Create(path)
+		if err != nil {
+			return nil, diskError{err}
+		}
+		if err := errors.Join(f.Truncate(int64(k.Size)), f.Close()); err != nil {
+			return nil, diskError{fmt.Errorf("an image of %d bytes: %w", k.Size, err)}
+		}
+		list = append(list, disk{
+			path:      path,
+			backend:   backends[backendName],
+			readOnly:  k.ReadOnly,
+			serial:    k.Serial,
+			lun:       k.LUN,
+			cache:     cacheModes[k.Cache],
+			blockSize: k.BlockSize,
+		})
+	}
+	return list, nil
+}
+
+// device is the one virtio device of disks that have one backend.
+func (ds *disks) device() (virtio.Device, error) {
+	if len(ds.kernels) > 0 {
+		return ds.kernels[0].device, nil
+	}
+	return vscsi.New(vscsi.Config{Target: ds.target})
+}
+
+// difference prints a request that was answered differently.
+func (l *report) difference(names []string, d *replay.Difference) {
+	r := d.Record
+	if len(names) == 1 {
+		names = []string{"trace", names[0]}
+	}
+	l.printf("request %d at %.6f s, lun %s: %s %s: %s", d.Number, r.Time.Seconds(), r.Unit(), r.Op(), r.Detail(), strings.Join(d.What, ", "))
+	l.printf("  cdb % x", r.CDB)
+	for i, a := range []*replay.Answer{&d.A, &d.B} {
+		l.printf("  %-8s %s", names[i], a.Text(r))
+	}
+	if len(d.Data) > 0 {
+		l.printf("  bytes    %s", replay.Spans(d.Data))
+		first := d.Data[0] &^ 15
+		for i, a := range []*replay.Answer{&d.A, &d.B} {
+			l.printf("  %-8s %4d: % x", names[i], first, a.Data[first:min(first+16, len(a.Data))])
+		}
+	}
+}
+
+func (l *report) differenceJSON(names []string, d *replay.Difference) error {
+	type answer struct {
+		From     string `json:"from"`
+		Outcome  string `json:"outcome"`
+		Response uint8  `json:"response"`
+		Status   uint8  `json:"status"`
+		Sense    string `json:"sense"`
+		Residual uint32 `json:"residual"`
+	}
+	if len(names) == 1 {
+		names = []string{"trace", names[0]}
+	}
+	of := func(i int, a *replay.Answer) answer {
+		return answer{names[i], a.Text(d.Record), a.Response, uint8(a.Status), fmt.Sprintf("%x", a.Sense), a.Residual}
+	}
+	b, err := json.Marshal(struct {
+		Number  int           `json:"number"`
+		Request *trace.Record `json:"request"`
+		What    []string      `json:"what"`
+		Data    string        `json:"data_bytes,omitempty"`
+		A       answer        `json:"a"`
+		B       answer        `json:"b"`
+	}{d.Number, d.Record, d.What, replay.Spans(d.Data), of(0, &d.A), of(1, &d.B)})
+	if err != nil {
+		return err
+	}
+	l.printf("%s", b)
+	return l.err
+}

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/trace"
+)
+
+// TestReplay replays a trace of gvm's own target at it: the answers are the same,
+// but for one that the trace is made to have otherwise.
+func TestReplay(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir())
+	unit := trace.UnitLUN(0)
+	whole := record(t, false, func(g *traced) {
+		g.do(0, unit, make([]byte, 6), nil, 0) // the unit attention of power on
+		g.do(0, unit, rw(0x2a, 8, 2), make([]byte, 1024), 0)
+		g.do(1, unit, rw(0x28, 8, 2), nil, 1024)
+		g.do(1, trace.UnitLUN(9), make([]byte, 6), nil, 0)
+		g.do(0, unit, []byte{0x15, 0x10, 0, 0, 24, 0}, append(append(make([]byte, 4), 0x08, 18), make([]byte, 18)...), 0)
+		g.manage(5, unit, 0)
+	})
+	dir := t.TempDir()
+	write := func(name string, b []byte) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	same := write("same.trace", whole)
+	out, status, text := gvmTrace("replay", same)
+	if status != 0 || out != "6 requests, 0 answered differently\n" {
+		t.Fatalf("status %d, %s\n%s", status, text, out)
+	}
+
+	f, err := os.Open(same)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	r, err := trace.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var other strings.Builder
+	w, err := trace.NewWriter(&other, r.Header, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rec trace.Record
+	for r.Next(&rec) == nil {
+		if rec.Kind == trace.Command && rec.CDB[0] == 0x28 {
+			rec.Status, rec.Residual = scsi.Busy, 512
+		}
+		w.Observe(&rec)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	changed := write("changed.trace", []byte(other.String()))
+	out, status, text = gvmTrace("replay", "--backend", "process", changed)
+	want := `request 2 at `
+	if status != 1 || text != "1 of 6 answers differ" || !strings.HasPrefix(out, want) ||
+		!strings.Contains(out, "READ(10) 8+2: status, residual\n  cdb 28 00 00 00 00 08 00 00 02 00\n  trace    BUSY: residual 512\n  process  GOOD\n6 requests, 1 answered differently\n") {
+		t.Errorf("status %d, %s\n%s", status, text, out)
+	}
+	out, status, _ = gvmTrace("replay", changed, "--json")
+	var d struct {
+		What    []string
+		Request struct{ Op string }
+		A, B    struct{ From, Outcome string }
+	}
+	if err := json.Unmarshal([]byte(out), &d); err != nil || status != 1 || d.Request.Op != "READ(10)" || d.A.From != "trace" || d.B.Outcome != "GOOD" || len(d.What) != 2 {
+		t.Errorf("status %d, %v, %+v in\n%s", status, err, d, out)
+	}
+	if left, err := os.ReadDir(os.Getenv("TMPDIR")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+
+	none := r.Header
+	none.Devices = []trace.Device{{Backend: "vhost"}}
+	other.Reset()
+	if w, err = trace.NewWriter(&other, none, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, status, text = gvmTrace("replay", write("none.trace", []byte(other.String()))); status != 2 || !strings.Contains(text, "a run with wwn=… cannot be replayed") {
+		t.Errorf("status %d, %s", status, text)
+	}
+}
+
+func TestLosesResets(t *testing.T) {
+	for release, want := range map[string]bool{"6.1.0-56-amd64": true, "5.10.0": true, "6.3.9": true, "6.4.0": false, "6.12.117+deb12": false, "7.0": false, "": false, "linux": false} {
+		if losesResets(release) != want {
+			t.Errorf("%q: %v", release, !want)
+		}
+	}
+}
