@@ -41,6 +41,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/...", ""},
 	{"guest-tests/embedded/...", ""},
 	{"guest-tests/backends", "devices/scsi devices/scsi/trace"},
+	{"guest-tests/cmd/diskload", ""},
 	{"guest-tests/...", "guest-tests/... vmm vmm/boot"},
 	{"cmd/gvm", "vmm/... devices/... kvmapi/... guest-tests/embedded"},
 }

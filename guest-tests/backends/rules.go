@@ -158,22 +158,14 @@ var rules = []rule{
 	}},
 
 	// Of what commands tell.
-	{"inquiry", nil, func(r *request) bool {
-		switch {
-		case !r.op("INQUIRY") || r.cdb[1] != 0:
-			return false
-		case r.Request.Device == readOnlyDevice:
-			return r.bytes("3 5 58-67 96-99")
-		}
-		return r.bytes("3 5 58-67")
-	}},
+	{"inquiry", []string{"data"}, func(r *request) bool { return r.op("INQUIRY") && r.cdb[1] == 0 && r.bytes("3 5 60 62-63 66") }},
 	{"inquiry-cmddt", nil, func(r *request) bool { return r.op("INQUIRY") && r.cdb[1] == 2 && r.a == invalidField }},
-	{"vpd-00", nil, func(r *request) bool { return r.vpd(0x00) && r.bytes("3 8-15") }},
+	{"vpd-00", nil, func(r *request) bool { return r.vpd(0x00) && r.bytes("3 11") }},
 	{"vpd-80", nil, func(r *request) bool { return r.vpd(0x80) && r.bytes("3") }},
 	{"vpd-83", nil, func(r *request) bool { return r.vpd(0x83) && r.bytes("2-251") }},
-	{"vpd-86", nil, func(r *request) bool { return r.vpd(0x86) && r.bytes("4-63") }},
-	{"vpd-b0", nil, func(r *request) bool { return r.vpd(0xb0) && r.bytes("3 5 8-15 20-32 36-43") }},
-	{"vpd-b2", nil, func(r *request) bool { return r.vpd(0xb2) && r.bytes("5 6") }},
+	{"vpd-86", nil, func(r *request) bool { return r.vpd(0x86) && r.Request.Device == readOnlyDevice && r.bytes("6") }},
+	{"vpd-b0", nil, func(r *request) bool { return r.vpd(0xb0) && r.bytes("3 5 9-10 14 21 32 41-42") }},
+	{"vpd-b2", nil, func(r *request) bool { return r.vpd(0xb2) && r.bytes("6") }},
 	{"vpd-b3", nil, func(r *request) bool { return r.vpd(0xb3) && r.a == invalidField }},
 	{"request-sense", nil, func(r *request) bool { return r.op("REQUEST SENSE") }},
 	{"read-capacity", nil, func(r *request) bool { return r.op("READ CAPACITY(10)") && r.cdb[5] == 1 && r.b == invalidField }},

@@ -1,6 +1,9 @@
 package linux
 
 import (
+	"errors"
+	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -8,10 +11,22 @@ import (
 	"testing"
 	"time"
 
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/lio"
 	"gvm/guest-tests/lab"
+	"gvm/kvmapi/vhost"
 )
 
 const benchCmdline = "quiet mitigations=off cryptomgr.notests"
+
+// qemuArgs are arguments of a QEMU that is as near to gvm run as it gets, but for
+// disks.
+func qemuArgs(machine, kernel, initrd string) []string {
+	return []string{"-accel", "kvm", "-cpu", "host", "-machine", machine, "-m", "512", "-nodefaults", "-no-user-config", "-display", "none",
+		"-serial", "stdio", "-no-reboot", "-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 panic=-1 " + benchCmdline,
+		"-device", "virtio-rng-pci"}
+}
 
 // BenchmarkBootXZ measures from the start of a VMM to the first line of init,
 // with Debian's xz-compressed bzImage, an initramfs without modules, and a command line that
@@ -30,9 +45,7 @@ func BenchmarkBootXZ(b *testing.B) {
 		b.Fatal(err)
 	}
 	kvm := func(machine string) []string {
-		return []string{"-accel", "kvm", "-cpu", "host", "-machine", machine, "-m", "512", "-nodefaults", "-no-user-config", "-display", "none",
-			"-serial", "stdio", "-no-reboot", "-kernel", l.Debian.BZImage, "-initrd", initrd, "-append", "console=ttyS0 panic=-1 " + benchCmdline,
-			"-device", "virtio-scsi-pci", "-device", "virtio-rng-pci"}
+		return append(qemuArgs(machine, l.Debian.BZImage, initrd), "-device", "virtio-scsi-pci")
 	}
 	ways := []struct {
 		name    string
@@ -75,5 +88,94 @@ func BenchmarkBootXZ(b *testing.B) {
 		if i > 0 {
 			b.ReportMetric(median(i)/median(0), w.name+"/warm")
 		}
+	}
+}
+
+// BenchmarkDisk has a Linux guest read and write blocks of 4 KiB at random places of
+// the same file, served by gvm's target and the kernel's, in gvm and in
+// QEMU. Each iteration boots a guest of each, one after the other. The metrics are
+// medians: IOPS, mean latency in µs, and IOPS as a multiple of the way after the
+// slash.
+func BenchmarkDisk(b *testing.B) {
+	if dev, err := vhost.OpenSCSI(); err != nil {
+		b.Skip(err)
+	} else {
+		dev.Close()
+	}
+	l := theLab(b)
+	qemu, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		b.Fatal(err)
+	}
+	loads := map[string]string{"read-1": "-depth 1", "read-32": "-depth 32", "write-1": "-depth 1 -write", "write-32": "-depth 32 -write"}
+	script := "wait_for /dev/sda\n"
+	for name, flags := range loads {
+		script += fmt.Sprintf("say %s $(diskload -file /dev/sda -time 4s %s)\n", name, flags)
+	}
+	args := guest{kernel: l.Debian, files: map[string]string{"bin/diskload": lab.Program("diskload")}, script: script, cmdline: benchCmdline}.build(b)
+	initrd := args[4]
+	file := filepath.Join(b.TempDir(), "disk")
+	if err := os.WriteFile(file, content("disk", 64<<20), 0o600); err != nil {
+		b.Fatal(err)
+	}
+	gvmWith := func(backend string) func() (string, []string, func()) {
+		return func() (string, []string, func()) {
+			return lab.Program("gvm"), append(args[:len(args):len(args)], "--disk", file+",backend="+backend), func() {}
+		}
+	}
+	ways := []struct {
+		name string
+		make func() (program string, args []string, done func())
+	}{
+		{"gvm", gvmWith("process")},
+		{"gvm-vhost", gvmWith("vhost")},
+		{"qemu", func() (string, []string, func()) {
+			return qemu, append(qemuArgs("q35", l.Debian.BZImage, initrd), "-object", "iothread,id=t", "-device", "virtio-scsi-pci,iothread=t",
+				"-drive", "if=none,id=d,format=raw,cache=writeback,file="+file, "-device", "scsi-hd,drive=d"), func() {}
+		}},
+		{"qemu-vhost", func() (string, []string, func()) {
+			f, err := backend.Open(file, backend.Options{})
+			if err != nil {
+				b.Fatal(err)
+			}
+			target, err := lio.Provision(lio.Config{Units: []lio.Unit{{UnitConfig: scsi.UnitConfig{Backend: f}, NoReservations: true}}})
+			if err != nil {
+				b.Fatal(err)
+			}
+			return qemu, append(qemuArgs("q35", l.Debian.BZImage, initrd), "-device", "vhost-scsi-pci,wwpn="+target.WWN), func() {
+				if err := errors.Join(target.Close(), f.Close()); err != nil {
+					b.Error(err)
+				}
+			}
+		}},
+	}
+	iops, latency := map[string][]float64{}, map[string][]float64{}
+	for b.Loop() {
+		for _, w := range ways {
+			program, args, done := w.make()
+			r := startProgram(b, program, nil, cacheHome, args...).wait()
+			done()
+			for load := range loads {
+				var n, us float64
+				if _, err := fmt.Sscan(r.said(b, load), &n, &us); err != nil {
+					r.fatalf(b, "%s: %v", w.name, err)
+				}
+				key := load + "-" + w.name
+				iops[key], latency[key] = append(iops[key], n), append(latency[key], us)
+			}
+		}
+	}
+	median := func(v []float64) float64 { slices.Sort(v); return v[len(v)/2] }
+	for load := range loads {
+		for i, w := range ways {
+			key := load + "-" + w.name
+			b.ReportMetric(median(iops[key]), key+"-iops")
+			b.ReportMetric(median(latency[key]), key+"-us")
+			if i < 2 { // each of gvm's beside what QEMU has of its kind
+				peer := ways[i+2].name
+				b.ReportMetric(median(iops[key])/median(iops[load+"-"+peer]), key+"/"+peer)
+			}
+		}
+		b.ReportMetric(median(iops[load+"-gvm-vhost"])/median(iops[load+"-gvm"]), load+"-gvm-vhost/gvm")
 	}
 }

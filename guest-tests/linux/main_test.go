@@ -28,7 +28,7 @@ func testMain(m *testing.M) int {
 	defer os.RemoveAll(cacheHome)
 	options := lab.Options{
 		Direct: vmm.RunsLinux,
-		Build:  []string{"gvm/cmd/gvm"},
+		Build:  []string{"gvm/cmd/gvm", "gvm/guest-tests/cmd/diskload"},
 		Memory: 10 << 10, // a guest has 6 GiB
 		Lost:   regexp.MustCompile(`KVM_EXIT_SHUTDOWN|SIGQUIT: quit|BUG: soft lockup`),
 	}

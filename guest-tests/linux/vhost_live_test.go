@@ -1,0 +1,338 @@
+package linux
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/lio"
+	"gvm/devices/scsi/trace"
+	"gvm/devices/virtio"
+	"gvm/devices/virtio/vhostscsi"
+	"gvm/guest-tests/lab"
+	"gvm/kvmapi"
+	"gvm/vmm"
+	"gvm/vmm/boot"
+	"gvm/vmm/guestmem"
+)
+
+// plugging is the script of a guest whose second disk comes and goes, twice.
+const plugging = `
+wait_for /dev/sda
+echo ready
+for life in 1 2; do
+	wait_for /dev/sdb
+	say added-$life $(sum </dev/sdb)
+	echo added $life
+	while [ -e /dev/sdb ]; do sleep 0.1; done
+	say removed-$life $(sum </dev/sda)
+	echo removed $life
+done
+`
+
+// plug has the second disk of a running guest come and go as its script says.
+func plug(waitFor func(string), add, remove func()) {
+	waitFor("ready")
+	for n := 1; n <= 2; n++ {
+		add()
+		waitFor(fmt.Sprint("added ", n))
+		remove()
+		waitFor(fmt.Sprint("removed ", n))
+	}
+}
+
+// plugged is what the guest says of it.
+func plugged(first, second []byte) map[string]string {
+	return map[string]string{"added-1": sum(second), "removed-1": sum(first), "added-2": sum(second), "removed-2": sum(first)}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestVhostPlugByHand: LUNs that somebody adds to a target in configfs, and
+// removes from it, as targetcli does, come and go in the guest.
+func TestVhostPlugByHand(t *testing.T) {
+	needVhost(t)
+	lioUnchanged(t)
+	const (
+		wwn = "naa.5001405bbbbbbb01"
+		tpg = lio.DefaultRoot + "/vhost/" + wwn + "/tpgt_1"
+		hba = lio.DefaultRoot + "/core/fileio_4711"
+	)
+	mkdir := func(dir string) {
+		t.Helper()
+		must(t, os.Mkdir(dir, 0o755))
+		t.Cleanup(func() {
+			if err := os.Remove(dir); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	write := func(file, text string) { t.Helper(); must(t, os.WriteFile(file, []byte(text), 0)) }
+	if _, err := os.Stat(lio.DefaultRoot + "/vhost"); err != nil {
+		mkdir(lio.DefaultRoot + "/vhost")
+	}
+	mkdir(filepath.Dir(tpg))
+	mkdir(tpg)
+	write(tpg+"/nexus", "naa.5001405bbbbbbb02")
+	t.Cleanup(func() { write(tpg+"/nexus", "NULL") })
+	mkdir(hba)
+	contents := [][]byte{content("by hand 0", 1<<20), content("by hand 1", 2<<20)}
+	link := func(n int) string { return fmt.Sprintf("%s/lun/lun_%d/disk", tpg, n) }
+	plugIn := func(n int) { t.Helper(); must(t, os.Symlink(fmt.Sprintf("%s/disk%d", hba, n), link(n))) }
+	for n, b := range contents {
+		store := fmt.Sprintf("%s/disk%d", hba, n)
+		mkdir(store)
+		write(store+"/control", fmt.Sprintf("fd_dev_name=%s,fd_dev_size=%d,fd_buffered_io=1", diskFile(t, b), len(b)))
+		write(store+"/enable", "1")
+		mkdir(filepath.Dir(link(n)))
+	}
+	plugIn(0)
+	t.Cleanup(func() { os.Remove(link(0)); os.Remove(link(1)) })
+	p := start(t, nil, append(guest{kernel: theLab(t).Cloud, script: plugging}.build(t), "--disk", "wwn="+wwn+",backend=vhost")...)
+	plug(p.waitFor, func() { plugIn(1) }, func() { must(t, os.Remove(link(1))) })
+	r := p.wait()
+	r.wantStatus(t, 0)
+	r.want(t, plugged(contents[0], contents[1]))
+}
+
+// TestVhostPlug: disks that gvm adds to its target and removes from it come and
+// go in the guest. The machine runs in the test, as no command does this yet.
+func TestVhostPlug(t *testing.T) {
+	needVhost(t)
+	lioUnchanged(t)
+	contents := [][]byte{content("plug 0", 1<<20), content("plug 1", 2<<20)}
+	var units []lio.Unit
+	for n, b := range contents {
+		f, err := backend.Open(diskFile(t, b), backend.Options{})
+		must(t, err)
+		t.Cleanup(func() { f.Close() })
+		units = append(units, lio.Unit{LUN: n, UnitConfig: scsi.UnitConfig{Backend: f}})
+	}
+	target, err := lio.Provision(lio.Config{Units: units[:1]})
+	must(t, err)
+	t.Cleanup(func() {
+		if err := target.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	dev, err := vhostscsi.New(vhostscsi.Config{WWPN: target.WWN})
+	must(t, err)
+	t.Cleanup(func() { dev.Close() })
+	g := guest{kernel: theLab(t).Cloud, script: plugging}
+	kernel, err := boot.Open(g.kernel.BZImage)
+	must(t, err)
+	t.Cleanup(func() { kernel.Close() })
+	initrd, err := boot.OpenFile(g.initramfs(t))
+	must(t, err)
+	t.Cleanup(func() { initrd.Close() })
+	sys, err := kvmapi.Open()
+	must(t, err)
+	t.Cleanup(func() { sys.Close() })
+	ctx, stop := context.WithTimeoutCause(t.Context(), patience, errors.New("the guest is late"))
+	c := &console{changed: make(chan struct{}, 1)}
+	var ended error
+	var running sync.WaitGroup
+	running.Go(func() {
+		var out vmm.Outcome
+		out, ended = vmm.Run(ctx, sys, vmm.Config{
+			Memory: guestmem.Config{Size: 512 << 20}, Kernel: kernel, Initrds: []*boot.File{initrd}, CmdLine: "console=ttyS0 panic=-1 quiet",
+			Devices: []virtio.Device{dev}, Console: c,
+		})
+		if ended == nil && out.Ending != vmm.PoweredOff {
+			ended = fmt.Errorf("the guest %v: %w", out.Ending, out.Err)
+		}
+		stop()
+	})
+	t.Cleanup(func() { stop(); running.Wait() })
+	plug(func(line string) { t.Helper(); c.waitFor(ctx, t, line) },
+		func() { must(t, target.Add(units[1])) }, func() { must(t, target.Remove(1)) })
+	running.Wait()
+	must(t, ended)
+	result{console: c.text()}.want(t, plugged(contents[0], contents[1]))
+}
+
+// console is looked at while it is written to.
+type console struct {
+	mu      sync.Mutex
+	buf     bytes.Buffer
+	changed chan struct{}
+}
+
+func (*console) Connect(io.Writer) {}
+
+func (c *console) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	c.buf.Write(bytes.ReplaceAll(p, []byte("\r"), nil))
+	c.mu.Unlock()
+	select {
+	case c.changed <- struct{}{}:
+	default:
+	}
+	return len(p), nil
+}
+
+func (c *console) text() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.buf.String()
+}
+
+func (c *console) waitFor(ctx context.Context, t *testing.T, line string) {
+	t.Helper()
+	for !strings.Contains("\n"+c.text(), "\n"+line+"\n") {
+		select {
+		case <-c.changed:
+		case <-ctx.Done():
+			t.Fatalf("no line %q on the console: %v\n%s", line, context.Cause(ctx), c.text())
+		}
+	}
+}
+
+// effort is what the threads of a process have done.
+type effort struct {
+	switches int // context switches of threads that are no vCPU's
+	ticks    int // of CPU time: theirs, and what those of vCPUs spent outside of the guest and the kernel
+}
+
+func (e effort) since(before effort) effort {
+	return effort{e.switches - before.switches, e.ticks - before.ticks}
+}
+
+// effortOf adds up what is in /proc (proc(5)). A vCPU's thread is one that has
+// spent time in a guest.
+func effortOf(t *testing.T, pid int) (e effort) {
+	t.Helper()
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
+	must(t, err)
+	vcpus := 0
+	for _, task := range tasks {
+		stat, err := os.ReadFile(task + "/stat")
+		if err != nil {
+			continue // it has ended
+		}
+		status, err := os.ReadFile(task + "/status")
+		if err != nil {
+			continue
+		}
+		_, rest, _ := strings.Cut(string(stat), ") ")
+		field := func(n int) int { // as proc(5) counts them, from 1
+			v, err := strconv.Atoi(strings.Fields(rest)[n-3])
+			must(t, err)
+			return v
+		}
+		utime, stime, guestTime := field(14), field(15), field(43)
+		if guestTime > 0 {
+			vcpus++
+			e.ticks += utime - guestTime
+			continue
+		}
+		e.ticks += utime + stime
+		for line := range strings.Lines(string(status)) {
+			if name, n, _ := strings.Cut(line, ":"); strings.HasSuffix(name, "ctxt_switches") {
+				v, err := strconv.Atoi(strings.TrimSpace(n))
+				must(t, err)
+				e.switches += v
+			}
+		}
+	}
+	if vcpus != 1 {
+		t.Fatalf("process %d has %d threads that spent time in a guest", pid, vcpus)
+	}
+	return e
+}
+
+// TestVhostIdle: while a guest keeps a disk of the kernel's busy, gvm's own threads
+// sleep, and the vCPU's spends no time in gvm. That this would be seen shows
+// in the same with gvm's own target.
+func TestVhostIdle(t *testing.T) {
+	needVhost(t)
+	lioUnchanged(t)
+	l := theLab(t)
+	for _, b := range []string{"process", "vhost"} {
+		p := start(t, nil, append(guest{kernel: l.Debian, files: map[string]string{"bin/diskload": lab.Program("diskload")}, script: `
+wait_for /dev/sda
+diskload -file /dev/sda -depth 8 -count 100 >/dev/null # what is done but once
+echo begin
+for write in true false; do diskload -file /dev/sda -depth 8 -write=$write -count 2000 >/dev/null || say failed; done
+echo end
+set -- $(cat /sys/block/sda/stat); say requests $(($1+$5))
+`}.build(t), "--disk", diskFile(t, make([]byte, 64<<20))+",backend="+b)...)
+		p.waitFor("begin")
+		before := effortOf(t, p.cmd.Process.Pid)
+		p.waitFor("end")
+		did := effortOf(t, p.cmd.Process.Pid).since(before)
+		r := p.wait()
+		r.wantStatus(t, 0)
+		requests, _ := strconv.Atoi(r.said(t, "requests"))
+		t.Logf("backend=%s: %d requests, %d context switches, %d ticks of CPU time of gvm's own", b, requests, did.switches, did.ticks)
+		switch {
+		case requests < 4000:
+			r.fatalf(t, "the guest made %d requests", requests)
+		case b == "process" && did.switches < requests/20:
+			t.Errorf("the threads of gvm's target switched %d times for %d requests: the test sees too little", did.switches, requests)
+		case b == "vhost" && (did.switches > requests/100 || did.ticks > 10):
+			t.Errorf("gvm was not idle: %d context switches and %d ticks of CPU time for %d requests", did.switches, did.ticks, requests)
+		}
+	}
+}
+
+// TestVhostABI: gvm abi tells of this kernel what is known of it, and its diff
+// finds what another has and it lacks.
+func TestVhostABI(t *testing.T) {
+	needVhost(t)
+	r := gvm(t, "abi", "--json")
+	r.wantStatus(t, 0)
+	var f struct {
+		Kernel string
+		KVM    struct {
+			APIVersion   int `json:"api_version"`
+			Capabilities map[string]int
+		}
+		Vhost struct {
+			ABIVersion int `json:"abi_version"`
+			Features   map[string]bool
+			Workers    string
+			MaxIOVQs   int `json:"max_io_vqs"`
+		} `json:"vhost_scsi"`
+	}
+	must(t, json.Unmarshal([]byte(r.console), &f))
+	v := f.Vhost
+	if f.Kernel != trace.HostKernel() || f.KVM.APIVersion != 12 || f.KVM.Capabilities["KVM_CAP_IRQFD"] != 1 || v.ABIVersion != 1 || v.MaxIOVQs != 128 {
+		r.fatalf(t, "these are not the facts: %+v", f)
+	}
+	for _, name := range []string{"VIRTIO_SCSI_F_HOTPLUG", "VIRTIO_F_INDIRECT_DESC", "VIRTIO_F_EVENT_IDX", "VIRTIO_F_VERSION_1"} {
+		if !v.Features[name] {
+			t.Errorf("no %s in %v", name, v.Features)
+		}
+	}
+	workers := map[bool]string{true: "none", false: "one for each queue if asked"}[strings.HasPrefix(f.Kernel, "6.1.")]
+	if v.Workers != workers {
+		t.Errorf("workers: %q, want %q on %s", v.Workers, workers, f.Kernel)
+	}
+	dir := t.TempDir()
+	this, other := filepath.Join(dir, "this.json"), filepath.Join(dir, "other.json")
+	must(t, os.WriteFile(this, []byte(r.console), 0o600))
+	must(t, os.WriteFile(other, []byte(strings.Replace(r.console, `"`+workers+`"`, `"one"`, 1)), 0o600))
+	if r := gvm(t, "abi", "diff", this, this); r.status != 0 || r.console != "" {
+		r.fatalf(t, "this kernel differs from itself")
+	}
+	if r := gvm(t, "abi", "diff", this, other); r.status != 1 || r.console != "~ vhost_scsi.workers: "+workers+" -> one\n" {
+		r.fatalf(t, "the difference is not the one that was made")
+	}
+}
