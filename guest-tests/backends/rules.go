@@ -142,8 +142,8 @@ var rules = []rule{
 	{"opcodes-of-the-kernel", nil, func(r *request) bool {
 		return r.a == invalidOpcode && slices.Contains([]byte{0x01, 0x0b, 0x2b, 0x16, 0x17, 0x56, 0x57, 0x5e, 0x5f, 0x7f, 0x83, 0x84}, r.cdb[0])
 	}},
-	{"maintenance-in", nil, func(r *request) bool {
-		return r.cdb[0] == 0xa3 && r.a == invalidField && r.cdb[1] != 0x0c && r.cdb[1] != 0x0d
+	{"service-actions", nil, func(r *request) bool {
+		return r.a == invalidField && (r.cdb[0] == 0xa3 && r.cdb[1] != 0x0c && r.cdb[1] != 0x0d || r.cdb[0] == 0x9e && r.b == invalidOpcode)
 	}},
 	{"report-supported", nil, func(r *request) bool { return r.cdb[0] == 0xa3 && (r.cdb[1]&0x1f == 0x0c || r.cdb[1]&0x1f == 0x0d) }},
 

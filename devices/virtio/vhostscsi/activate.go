@@ -56,6 +56,7 @@ func (d *Device) activate(a virtio.Activation) error {
 	if err := d.dev.SetEndpoint(d.endpoint); err != nil {
 		return d.explain(err)
 	}
+	d.serving = true
 	d.watch.start()
 	// The kernel looks at a queue when its doorbell rings, and one that rang
 	// before the endpoint was there is forgotten.
@@ -146,11 +147,16 @@ func (d *Device) Reset() error {
 	return nil
 }
 
-// detach undoes Activate. There is nothing to be learned from
-// VHOST_GET_VRING_BASE here: it stops no vring, and the next driver starts at 0.
+// detach undoes Activate.
 func (d *Device) detach() error {
 	if err := d.dev.ClearEndpoint(d.endpoint); err != nil {
 		return err
+	}
+	if d.serving {
+		d.serving = false
+		if err := d.account(); err != nil {
+			return err
+		}
 	}
 	for i := range firstRequestQueue + d.cfg.Queues {
 		if err := d.dev.SetVringKick(i, nil); err != nil {
@@ -167,4 +173,28 @@ func (d *Device) detach() error {
 		}
 	}
 	return d.dev.SetMemTable(nil)
+}
+
+// account asks the kernel, which has let the target go, how far it came in each
+// vring. It has answered then what it took, but for what it dropped as no request;
+// more than that would be a fault of its own, so the first such time is told.
+func (d *Device) account() error {
+	for i, q := range d.watch.a.Queues {
+		if q.Size == 0 {
+			continue
+		}
+		base, err := d.dev.VringBase(i)
+		if err != nil {
+			return err
+		}
+		used, err := d.watch.a.Mem.Slice(q.Device, 4)
+		if err != nil {
+			return err
+		}
+		if n := base - guestmem.LoadUint16(used[2:]); n != 0 && !d.told {
+			d.told = true
+			d.cfg.Note(fmt.Sprintf("vhost-scsi: queue %d: the kernel stopped with %d of the guest's requests taken and not answered", i, n))
+		}
+	}
+	return nil
 }

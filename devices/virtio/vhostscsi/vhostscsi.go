@@ -94,6 +94,8 @@ type Device struct {
 	dev      *vhost.SCSI // nil after the kernel's half had to be closed
 	kernel   uint64      // feature bits that the kernel has
 	watch    *watcher    // while active
+	serving  bool        // the kernel has had an endpoint since Activate
+	told     bool        // account has
 }
 
 // New opens the kernel's device and finds out all that can go wrong before a

@@ -256,6 +256,32 @@ func TestErrors(t *testing.T) {
 	r.ready(requestQueue, 0, 0)
 }
 
+// TestUnanswered has the kernel drop what is no request, and tell so once, at a
+// reset.
+func TestUnanswered(t *testing.T) {
+	tg := newTarget(t, wwn)
+	tg.lun(tg.group(0, true), 0, pattern(1, 8))
+	var notes []string
+	r := newRig(t, vhostscsi.Config{WWPN: wwn, Note: func(s string) { notes = append(notes, s) }})
+	for range 3 {
+		r.mustStart()
+		r.ready(requestQueue, 0, 0)
+		if r.mustReset(); len(notes) > 0 {
+			t.Fatalf("nothing was dropped, and gvm says %q", notes)
+		}
+	}
+	for range 3 {
+		r.mustStart()
+		d := r.queues[requestQueue]
+		r.add(d, r.put(d, make([]byte, 10))) // shorter than a request's header
+		r.ready(requestQueue, 0, 0)
+		r.mustReset()
+	}
+	if len(notes) != 1 || !strings.Contains(notes[0], "queue 2: the kernel stopped with 1 of the guest's requests taken and not answered") {
+		t.Errorf("%q", notes)
+	}
+}
+
 // TestEarlyRequest has a request in the ring before the device starts, whose
 // doorbell the kernel has not heard.
 func TestEarlyRequest(t *testing.T) {
