@@ -70,10 +70,11 @@ func build(packages []string) (dir string, err error) {
 // with the same flags and in the same directory, in a lab; it returns the exit
 // status either way. One line says which and why.
 //
-// The lab's processor is software, and loses a guest now and then (one in some
-// hundred ends in a triple fault, of QEMU's own too). When tests failed and
-// Options.Lost matches what was printed, those that failed run once more, in a
-// new lab, and the log says so: what they say then is their result.
+// The lab's processor is software, and loses a guest now and then (of those with a
+// busy console one in ten ends in a triple fault, of QEMU's own guests some too).
+// When tests failed and Options.Lost matches what was printed, those that failed
+// run again, in a new lab, and the log says so: what they say then is their
+// result, or after one more loss, what they say the third time.
 func Main(m interface{ Run() int }, o Options) int {
 	a := parseTestArgs(os.Args[1:])
 	if os.Getenv(InLabEnv) == "1" || a.list {
@@ -109,10 +110,15 @@ func Main(m interface{ Run() int }, o Options) int {
 		out = new(transcript)
 		code, err = mainInLab(ctx, a, o, start, out)
 	}
-	if failed := out.failed(); err == nil && code == 1 && o.Lost != nil && o.Lost.Match(out.b) && len(failed) > 0 {
+	for try := 1; try < attempts && err == nil && code == 1 && o.Lost != nil && o.Lost.Match(out.b); try++ {
+		failed := out.failed()
+		if len(failed) == 0 {
+			break
+		}
 		fmt.Fprintf(os.Stderr, "lab: a guest was lost; in a new lab run again: %s\n", strings.Join(failed, ", "))
 		a.args = append(slices.Clone(a.args), "-test.run=^("+strings.Join(failed, "|")+")$")
-		code, err = mainInLab(ctx, a, o, start, new(transcript))
+		out = new(transcript)
+		code, err = mainInLab(ctx, a, o, start, out)
 	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "%v\nFAIL: the tests did not run to their end\n", err)

@@ -226,7 +226,7 @@ func (ld *loader) startELF(k *elfKernel, h *setupHeader) (Entry, error) {
 		if err != nil {
 			return Entry{}, err
 		}
-		if err := ld.fill(b[:p.Filesz], &File{ld.cfg.Kernel.Name, k.r, int64(p.Off + p.Filesz)}, int64(p.Off)); err != nil {
+		if err := readFull(&File{ld.cfg.Kernel.Name, k.r, int64(p.Off + p.Filesz)}, b[:p.Filesz], int64(p.Off)); err != nil {
 			return Entry{}, err
 		}
 		if ld.cfg.Dirty {
@@ -238,29 +238,3 @@ func (ld *loader) startELF(k *elfKernel, h *setupHeader) (Entry, error) {
 	}
 	return ld.linux64(k.entry, h)
 }
-
-// fill reads guest memory from off of a file. Zeros are not written to fresh memory,
-// which the host then need not provide: half of what a vmlinux says
-// it loads is its bss.
-func (ld *loader) fill(b []byte, f *File, off int64) error {
-	if ld.cfg.Dirty {
-		return readFull(f, b, off)
-	}
-	buf := make([]byte, 256<<10)
-	for len(b) > 0 {
-		buf = buf[:min(len(buf), len(b))]
-		if err := readFull(f, buf, off); err != nil {
-			return err
-		}
-		for page := range slices.Chunk(buf, pageSize) {
-			if !bytes.Equal(page, zeroPage[:len(page)]) {
-				copy(b, page)
-			}
-			b = b[len(page):]
-		}
-		off += int64(len(buf))
-	}
-	return nil
-}
-
-var zeroPage [pageSize]byte
