@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -86,11 +88,12 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	defer catchSignals(stop)()
 	var sides []replay.Side
 	for _, name := range names {
-		s, undo, err := newSide(ctx, name, header, kernelOptions{queues: 1, abi: abi, note: note})
+		var undo undoList
+		defer func() { err = errors.Join(err, undo.all()) }()
+		s, err := newSide(ctx, &undo, name, header, kernelOptions{queues: 1, abi: abi, note: note})
 		if err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, undo()) }()
 		sides = append(sides, s)
 	}
 	w := &report{w: c.App.Writer}
@@ -148,56 +151,59 @@ func loadTrace(c *cli.Context, path string) (trace.Header, []trace.Record, error
 	return r.Header, records, nil
 }
 
-// newSide makes the devices and disks of a trace, served by the backend named,
-// and a driver for each. undo takes all of it down.
-func newSide(ctx context.Context, name string, h trace.Header, k kernelOptions) (_ replay.Side, undo func() error, err error) {
-	side := replay.Side{Name: name}
-	var undos []func() error
-	undo = func() error {
-		var errs []error
-		for i := len(undos) - 1; i >= 0; i-- {
-			errs = append(errs, undos[i]())
-		}
-		return errors.Join(errs...)
+// undoList is what there is to take down, the last first.
+type undoList []func() error
+
+func (u undoList) all() error {
+	var errs []error
+	for _, undo := range slices.Backward(u) {
+		errs = append(errs, undo())
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, undo())
-		}
-	}()
+	return errors.Join(errs...)
+}
+
+// newSide makes the devices and disks of a trace, served by the backend named,
+// and a driver for each. What it made is in undo, on an error too.
+func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, k kernelOptions) (replay.Side, error) {
+	side := replay.Side{Name: name}
+	later := func(f func() error) { *undo = append(*undo, f) }
 	dir, err := os.MkdirTemp("", "gvm-replay-")
 	if err != nil {
-		return side, nil, diskError{err}
+		return side, diskError{err}
 	}
-	undos = append(undos, func() error { return os.RemoveAll(dir) })
+	later(func() error { return os.RemoveAll(dir) })
 	for i, d := range h.Devices {
 		list, err := scratchDisks(dir, i, name, d.Disks)
 		if err != nil {
-			return side, nil, err
+			return side, err
 		}
 		ds, err := openDisks(list, k)
 		if err != nil {
-			return side, nil, err
+			return side, err
 		}
-		undos = append(undos, func() error { return ds.close(true) })
+		later(func() error { return ds.close(true) })
 		dev, err := ds.device()
 		if err != nil {
-			return side, nil, err
+			return side, err
 		}
 		host, err := replay.NewHost(ctx, dev)
 		if err != nil {
-			return side, nil, fmt.Errorf("%s: %w", name, err)
+			return side, fmt.Errorf("%s: %w", name, err)
 		}
-		undos = append(undos, host.Close)
+		later(host.Close)
 		side.Hosts = append(side.Hosts, host)
 	}
-	return side, undo, nil
+	return side, nil
 }
 
 // scratchDisks are disks like those of a device, on images of their own.
 func scratchDisks(dir string, device int, backendName string, like []trace.Disk) ([]disk, error) {
 	var list []disk
 	for _, k := range like {
+		cache, known := cacheModes[cmp.Or(k.Cache, "writeback")]
+		if !known {
+			return nil, configError{fmt.Errorf("the trace has a disk with cache=%s: this gvm does not know that; use the gvm that recorded it", k.Cache)}
+		}
 		path := filepath.Join(dir, fmt.Sprintf("disk-%d-%d", device, k.LUN))
 		f, err := os.Create(path)
 		if err != nil {
@@ -212,7 +218,7 @@ func scratchDisks(dir string, device int, backendName string, like []trace.Disk)
 			readOnly:  k.ReadOnly,
 			serial:    k.Serial,
 			lun:       k.LUN,
-			cache:     cacheModes[k.Cache],
+			cache:     cache,
 			blockSize: k.BlockSize,
 		})
 	}

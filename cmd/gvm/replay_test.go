@@ -9,6 +9,7 @@ import (
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/trace"
+	"gvm/devices/virtio/vhostscsi"
 )
 
 // TestReplay replays a trace of gvm's own target at it: the answers are the same,
@@ -77,6 +78,29 @@ func TestReplay(t *testing.T) {
 	}
 	if err := json.Unmarshal([]byte(out), &d); err != nil || status != 1 || d.Request.Op != "READ(10)" || d.A.From != "trace" || d.B.Outcome != "GOOD" || len(d.What) != 2 {
 		t.Errorf("status %d, %v, %+v in\n%s", status, err, d, out)
+	}
+	if left, err := os.ReadDir(os.Getenv("TMPDIR")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+
+	// A host whose kernel serves no disks, or does not to this user: a line, and
+	// nothing left behind.
+	if vhostscsi.Check(vhostscsi.ABIPolicy{}) != nil {
+		if _, status, text = gvmTrace("replay", "--backend", "both", same); status != 3 || !strings.Contains(text, "vhost-scsi") || strings.Contains(text, "\n") {
+			t.Errorf("status %d, %s", status, text)
+		}
+	}
+	strange := r.Header
+	strange.Devices = []trace.Device{{Backend: "process", Disks: []trace.Disk{{Serial: "S", Size: 1 << 20, BlockSize: 512, Cache: "frob"}}}}
+	other.Reset()
+	if w, err = trace.NewWriter(&other, strange, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, status, text = gvmTrace("replay", write("strange.trace", []byte(other.String()))); status != 2 || !strings.Contains(text, "cache=frob") {
+		t.Errorf("status %d, %s", status, text)
 	}
 	if left, err := os.ReadDir(os.Getenv("TMPDIR")); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v, %v", left, err)

@@ -53,6 +53,25 @@ func (a *Answer) code() string {
 	return fmt.Sprintf("%x/%02x/%02x", s.Key, s.ASC, s.ASCQ)
 }
 
+// answers names both answers in a word: "5/24/00>good", or with a response that is
+// not OK, "R1:5/0e/03>good".
+func (d *Difference) answers() string {
+	name := func(a *Answer) string {
+		s := a.code()
+		switch {
+		case s == "" && a.Status != scsi.Good:
+			s = fmt.Sprintf("status %02x", uint8(a.Status))
+		case s == "":
+			s = "good"
+		}
+		if a.Response != 0 {
+			s = fmt.Sprintf("R%d:%s", a.Response, s)
+		}
+		return s
+	}
+	return name(&d.A) + ">" + name(&d.B)
+}
+
 func (a *Answer) failed() bool { return a.Response != 0 || a.Status != scsi.Good }
 
 // Sense of the answers that rules are about.
@@ -109,6 +128,9 @@ type rule struct {
 	// fields are what the rule explains of a request that matches; nil is all.
 	fields []string
 	match  func(*request) bool
+	// answers are the pairs of answers, as Difference.answers has them, that the
+	// row is about; "" is any, of what match has looked at.
+	answers string
 }
 
 const readOnlyDevice = 3 // of the corpus
@@ -116,72 +138,72 @@ const readOnlyDevice = 3 // of the corpus
 // rules are tried in their order, until nothing is left to explain.
 var rules = []rule{
 	// Of failures in general.
-	{"residual-of-failures", []string{"residual"}, func(r *request) bool { return r.A.failed() && r.B.failed() }},
-	{"sense-details", []string{"sense"}, func(r *request) bool { return r.a != "" && r.a == r.b }},
-	{"unit-attention", nil, func(r *request) bool { return strings.HasPrefix(r.a, "6/29/") }},
+	{"residual-of-failures", []string{"residual"}, func(r *request) bool { return r.A.failed() && r.B.failed() }, ""},
+	{"sense-details", []string{"sense"}, func(r *request) bool { return r.a != "" && r.a == r.b }, ""},
+	{"unit-attention", nil, func(r *request) bool { return strings.HasPrefix(r.a, "6/29/") }, "6/29/01>good 6/29/01>5/25/00 6/29/07>good"},
 
 	// Of the transport.
 	{"target-and-lun", nil, func(r *request) bool {
 		return r.Request.LUN != "0100400000000000" && r.Request.LUN != "0100000000000000"
-	}},
-	{"task-management", []string{"response"}, func(r *request) bool { return r.Request.Function != nil }},
-	{"both-ways", nil, func(r *request) bool { return r.Request.In > 0 && r.Request.Out > 0 }},
-	{"overrun", nil, func(r *request) bool { return r.A.Response == overrun && r.B.Response == 0 }},
+	}, "5/20/00>5/25/00 5/20/00>R3:good 5/24/00>5/25/00 5/24/00>good 5/25/00>good R12:good>R11:good R3:good>good good>5/25/00 good>R11:good good>R3:good good>good R3:good>R3:good"},
+	{"task-management", []string{"response"}, func(r *request) bool { return r.Request.Function != nil }, "good>R11:good good>R10:good R12:good>R11:good R3:good>good"},
+	{"both-ways", nil, func(r *request) bool { return r.Request.In > 0 && r.Request.Out > 0 }, "R9:good>good"},
+	{"overrun", nil, func(r *request) bool { return r.A.Response == overrun && r.B.Response == 0 }, "R1:5/0e/03>5/0e/03 R1:5/0e/03>5/24/00 R1:5/0e/03>good R1:good>2/08/00 R1:good>5/24/00 R1:good>good"},
 	{"underrun", nil, func(r *request) bool {
 		return !r.A.failed() && r.A.Residual > 0 && (r.b == invalidIU || r.b == communication)
-	}},
-	{"task-attribute-aca", []string{"sense"}, func(r *request) bool { return r.Request.Attr == scsi.ACA && r.a == invalidIU && r.b == invalidField }},
+	}, ""},
+	{"task-attribute-aca", []string{"sense"}, func(r *request) bool { return r.Request.Attr == scsi.ACA && r.a == invalidIU && r.b == invalidField }, ""},
 	{"residual-without-data", []string{"residual"}, func(r *request) bool {
 		return r.op("SYNCHRONIZE CACHE", "VERIFY") && r.A.Residual == 0 && !r.A.failed() && !r.B.failed()
-	}},
+	}, ""},
 
 	// Of commands that one target lacks.
 	{"opcodes-of-gvm", nil, func(r *request) bool {
 		return r.b == invalidOpcode && r.op("PRE-FETCH", "PREVENT ALLOW MEDIUM REMOVAL", "VERIFY(12)", "WRITE AND VERIFY(12)")
-	}},
+	}, "good>5/20/00 5/21/00>5/20/00 5/24/00>5/20/00 7/27/00>5/20/00 e/1d/00>5/20/00"},
 	{"opcodes-of-the-kernel", nil, func(r *request) bool {
 		return r.a == invalidOpcode && slices.Contains([]byte{0x01, 0x0b, 0x2b, 0x16, 0x17, 0x56, 0x57, 0x5e, 0x5f, 0x7f, 0x83, 0x84}, r.cdb[0])
-	}},
+	}, "5/20/00>good 5/20/00>5/24/00"},
 	{"service-actions", nil, func(r *request) bool {
 		return r.a == invalidField && (r.cdb[0] == 0xa3 && r.cdb[1] != 0x0c && r.cdb[1] != 0x0d || r.cdb[0] == 0x9e && r.b == invalidOpcode)
-	}},
-	{"report-supported", nil, func(r *request) bool { return r.cdb[0] == 0xa3 && (r.cdb[1]&0x1f == 0x0c || r.cdb[1]&0x1f == 0x0d) }},
+	}, "5/24/00>5/20/00 5/24/00>good"},
+	{"report-supported", nil, func(r *request) bool { return r.cdb[0] == 0xa3 && (r.cdb[1]&0x1f == 0x0c || r.cdb[1]&0x1f == 0x0d) }, "5/24/00>5/20/00 5/24/00>good good>5/20/00 good>good"},
 
 	// Of the unit's state.
-	{"read-only", nil, func(r *request) bool { return r.Request.Device == readOnlyDevice && r.a == writeProtected }},
+	{"read-only", nil, func(r *request) bool { return r.Request.Device == readOnlyDevice && r.a == writeProtected }, "7/27/00>2/08/00 7/27/00>5/0e/03 7/27/00>5/21/00 7/27/00>5/24/00 7/27/00>e/1d/00 7/27/00>good"},
 	{"start-stop", nil, func(r *request) bool {
 		return r.a == notReady && !r.B.failed() || r.op("START STOP UNIT") && !r.A.failed() && r.b == invalidField
-	}},
-	{"naca", nil, func(r *request) bool { return r.op("READ(10)") && r.cdb[9]&4 != 0 && r.a == invalidField }},
+	}, ""},
+	{"naca", nil, func(r *request) bool { return r.op("READ(10)") && r.cdb[9]&4 != 0 && r.a == invalidField }, ""},
 	{"dpo", nil, func(r *request) bool {
 		return r.op("READ", "WRITE") && r.cdb[1]&0x18 != 0 && r.Request.Device == readOnlyDevice && r.b == invalidField
-	}},
+	}, ""},
 
 	// Of what commands tell.
-	{"inquiry", []string{"data"}, func(r *request) bool { return r.op("INQUIRY") && r.cdb[1] == 0 && r.bytes("3 5 60 62-63 66") }},
-	{"inquiry-cmddt", nil, func(r *request) bool { return r.op("INQUIRY") && r.cdb[1] == 2 && r.a == invalidField }},
-	{"vpd-00", nil, func(r *request) bool { return r.vpd(0x00) && r.bytes("3 11") }},
-	{"vpd-80", nil, func(r *request) bool { return r.vpd(0x80) && r.bytes("3") }},
-	{"vpd-83", nil, func(r *request) bool { return r.vpd(0x83) && r.bytes("2-251") }},
-	{"vpd-86", nil, func(r *request) bool { return r.vpd(0x86) && r.Request.Device == readOnlyDevice && r.bytes("6") }},
-	{"vpd-b0", nil, func(r *request) bool { return r.vpd(0xb0) && r.bytes("3 5 9-10 14 21 32 41-42") }},
-	{"vpd-b2", nil, func(r *request) bool { return r.vpd(0xb2) && r.bytes("6") }},
-	{"vpd-b3", nil, func(r *request) bool { return r.vpd(0xb3) && r.a == invalidField }},
-	{"request-sense", nil, func(r *request) bool { return r.op("REQUEST SENSE") }},
-	{"read-capacity", nil, func(r *request) bool { return r.op("READ CAPACITY(10)") && r.cdb[5] == 1 && r.b == invalidField }},
-	{"report-luns", nil, func(r *request) bool { return r.op("REPORT LUNS") && r.cdb[2] != 0 }},
-	{"mode-sense", []string{"data"}, func(r *request) bool { return r.op("MODE SENSE") && r.modeBytes() }},
-	{"mode-saved", nil, func(r *request) bool { return r.op("MODE SENSE") && r.cdb[2]>>6 == 3 && r.a == savingImpossible }},
-	{"mode-subpages", nil, func(r *request) bool { return r.op("MODE SENSE") && r.cdb[3] != 0 }},
-	{"mode-select", nil, func(r *request) bool { return r.op("MODE SELECT") }},
+	{"inquiry", []string{"data"}, func(r *request) bool { return r.op("INQUIRY") && r.cdb[1] == 0 && r.bytes("3 5 60 62-63 66") }, ""},
+	{"inquiry-cmddt", nil, func(r *request) bool { return r.op("INQUIRY") && r.cdb[1] == 2 && r.a == invalidField }, ""},
+	{"vpd-00", nil, func(r *request) bool { return r.vpd(0x00) && r.bytes("3 11") }, ""},
+	{"vpd-80", nil, func(r *request) bool { return r.vpd(0x80) && r.bytes("3") }, ""},
+	{"vpd-83", nil, func(r *request) bool { return r.vpd(0x83) && r.bytes("2-251") }, ""},
+	{"vpd-86", nil, func(r *request) bool { return r.vpd(0x86) && r.Request.Device == readOnlyDevice && r.bytes("6") }, ""},
+	{"vpd-b0", nil, func(r *request) bool { return r.vpd(0xb0) && r.bytes("3 5 9-10 14 21 32 41-42") }, ""},
+	{"vpd-b2", nil, func(r *request) bool { return r.vpd(0xb2) && r.bytes("6") }, ""},
+	{"vpd-b3", nil, func(r *request) bool { return r.vpd(0xb3) && r.a == invalidField }, ""},
+	{"request-sense", nil, func(r *request) bool { return r.op("REQUEST SENSE") }, "good>good good>2/08/00 good>5/24/00"},
+	{"read-capacity", nil, func(r *request) bool { return r.op("READ CAPACITY(10)") && r.cdb[5] == 1 && r.b == invalidField }, ""},
+	{"report-luns", nil, func(r *request) bool { return r.op("REPORT LUNS") && r.cdb[2] != 0 }, "good>good 5/24/00>good"},
+	{"mode-sense", []string{"data"}, func(r *request) bool { return r.op("MODE SENSE") && r.modeBytes() }, ""},
+	{"mode-saved", nil, func(r *request) bool { return r.op("MODE SENSE") && r.cdb[2]>>6 == 3 && r.a == savingImpossible }, ""},
+	{"mode-subpages", nil, func(r *request) bool { return r.op("MODE SENSE") && r.cdb[3] != 0 }, "good>5/24/00"},
+	{"mode-select", nil, func(r *request) bool { return r.op("MODE SELECT") }, "5/1a/00>5/26/00 5/24/00>5/26/00 5/26/00>5/1a/00 5/26/00>5/24/00 good>5/1a/00 good>5/24/00 good>5/26/00"},
 
 	// Of what commands do.
-	{"verify", nil, func(r *request) bool { return r.op("VERIFY") && r.cdb[1]&6 != 0 }},
+	{"verify", nil, func(r *request) bool { return r.op("VERIFY") && r.cdb[1]&6 != 0 }, "5/24/00>good e/1d/00>good"},
 	{"compare-and-write", nil, func(r *request) bool {
 		return r.op("COMPARE AND WRITE") && (r.cdb[13] != 1 || r.cdb[1]&0xe0 != 0 || r.b == invalidField)
-	}},
-	{"write-same-unmap", []string{"data"}, func(r *request) bool { return r.op("READ") && r.Request.LBA == 1024 && r.Request.Device == 0 }},
-	{"write-same", nil, func(r *request) bool { return r.op("WRITE SAME") }},
+	}, "5/21/00>5/24/00 5/24/00>good good>5/24/00"},
+	{"write-same-unmap", []string{"data"}, func(r *request) bool { return r.op("READ") && r.Request.LBA == 1024 && r.Request.Device == 0 }, ""},
+	{"write-same", nil, func(r *request) bool { return r.op("WRITE SAME") }, "5/0e/03>5/24/00 5/0e/03>good 5/21/00>5/24/00 5/24/00>5/20/00 good>5/24/00"},
 }
 
 func (r *request) vpd(page byte) bool { return r.op("INQUIRY") && r.cdb[1] == 1 && r.cdb[2] == page }
@@ -272,11 +294,11 @@ func (l *List) Unlisted(line []byte) (*Difference, []string, error) {
 	if r.op("READ") && slices.ContainsFunc(l.written[r.Request.Device], func(w [2]uint64) bool { return w[0] < blocks[1] && blocks[0] < w[1] }) {
 		left = l.use(consequence, left, []string{"data"})
 	}
-	if r.Request.Out > 0 && d.A.failed() != d.B.failed() {
+	if r.op("WRITE SAME") && d.A.failed() != d.B.failed() {
 		l.written[r.Request.Device] = append(l.written[r.Request.Device], blocks)
 	}
 	for _, rule := range rules {
-		if len(left) > 0 && rule.match(r) {
+		if len(left) > 0 && rule.match(r) && (rule.answers == "" || slices.Contains(strings.Fields(rule.answers), d.answers())) {
 			left = l.use(rule.id, left, rule.fields)
 		}
 	}

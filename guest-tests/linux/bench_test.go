@@ -15,9 +15,9 @@ import (
 	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/lio"
 	"gvm/guest-tests/lab"
-	"gvm/kvmapi/vhost"
 )
 
+// benchCmdline keeps a kernel from work that is nobody's business in a test guest.
 const benchCmdline = "quiet mitigations=off cryptomgr.notests"
 
 // qemuArgs are arguments of a QEMU that is as near to gvm run as it gets, but for
@@ -29,10 +29,10 @@ func qemuArgs(machine, kernel, initrd string) []string {
 }
 
 // BenchmarkBootXZ measures from the start of a VMM to the first line of init,
-// with Debian's xz-compressed bzImage, an initramfs without modules, and a command line that
-// keeps a kernel from work that is nobody's business in a test guest. Each iteration boots once in every way,
-// one after the other, as a lab's speed changes over time; the metrics are
-// medians in seconds, and how many times faster gvm's default is.
+// with Debian's xz-compressed bzImage, an initramfs without modules, and
+// benchCmdline. Each iteration boots once in every way, one after the other, as a
+// lab's speed changes over time; the metrics are medians in seconds, and how many
+// times faster gvm's default is.
 func BenchmarkBootXZ(b *testing.B) {
 	l := theLab(b)
 	initrd := filepath.Join(b.TempDir(), "initrd")
@@ -97,11 +97,7 @@ func BenchmarkBootXZ(b *testing.B) {
 // medians: IOPS, mean latency in µs, and IOPS as a multiple of the way after the
 // slash.
 func BenchmarkDisk(b *testing.B) {
-	if dev, err := vhost.OpenSCSI(); err != nil {
-		b.Skip(err)
-	} else {
-		dev.Close()
-	}
+	needVhost(b)
 	l := theLab(b)
 	qemu, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {

@@ -17,7 +17,7 @@ import (
 )
 
 // needVhost skips a test on a machine without vhost-scsi. The lab has one.
-func needVhost(t *testing.T) {
+func needVhost(t testing.TB) {
 	t.Helper()
 	dev, err := vhost.OpenSCSI()
 	switch {

@@ -148,8 +148,10 @@ func dataOut(i int, r *trace.Record) ([]byte, bool) {
 		return r.Payload, true
 	case r.Out == 0 || r.Kind != trace.Command:
 		return nil, true
-	case trace.ParameterList(r.CDB) || r.Out > MaxData:
-		return nil, r.Out > MaxData // send has an error for that
+	case r.Out > MaxData:
+		return nil, true // send has an error for that
+	case trace.ParameterList(r.CDB):
+		return nil, false
 	}
 	var seed [32]byte
 	binary.LittleEndian.PutUint64(seed[:], uint64(i))

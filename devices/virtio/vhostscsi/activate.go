@@ -56,7 +56,6 @@ func (d *Device) activate(a virtio.Activation) error {
 	if err := d.dev.SetEndpoint(d.endpoint); err != nil {
 		return d.explain(err)
 	}
-	d.serving = true
 	d.watch.start()
 	// The kernel looks at a queue when its doorbell rings, and one that rang
 	// before the endpoint was there is forgotten.
@@ -152,8 +151,7 @@ func (d *Device) detach() error {
 	if err := d.dev.ClearEndpoint(d.endpoint); err != nil {
 		return err
 	}
-	if d.serving {
-		d.serving = false
+	if d.watch.started {
 		if err := d.account(); err != nil {
 			return err
 		}

@@ -94,7 +94,6 @@ type Device struct {
 	dev      *vhost.SCSI // nil after the kernel's half had to be closed
 	kernel   uint64      // feature bits that the kernel has
 	watch    *watcher    // while active
-	serving  bool        // the kernel has had an endpoint since Activate
 	told     bool        // account has
 }
 

@@ -25,6 +25,7 @@ type watcher struct {
 	stop    *eventfd.FD
 	errs    []*eventfd.FD // by queue; nil for one the driver left alone
 	suspect []suspect     // by queue
+	started bool          // there was an endpoint
 	running sync.WaitGroup
 }
 
@@ -52,7 +53,10 @@ func newWatcher(dev *vhost.SCSI, a virtio.Activation) (w *watcher, err error) {
 	return w, nil
 }
 
-func (w *watcher) start() { w.running.Go(w.run) }
+func (w *watcher) start() {
+	w.started = true
+	w.running.Go(w.run)
+}
 
 // halt stops the watcher, started or not, and waits for it.
 func (w *watcher) halt() error {

@@ -36,7 +36,7 @@ func run() error {
 	write := flag.Bool("write", false, "write, and not read")
 	depth := flag.Int("depth", 1, "`number` of requests in flight")
 	count := flag.Int64("count", 0, "end after `number` requests")
-	limit := flag.Duration("time", 0, "end after a `duration`, and do as much again before that is not counted")
+	limit := flag.Duration("time", 0, "end after a `duration`, and do a quarter of that before, which is not counted")
 	flag.Parse()
 	if *name == "" || *depth < 1 || (*count > 0) == (*limit > 0) || flag.NArg() > 0 {
 		flag.Usage()
