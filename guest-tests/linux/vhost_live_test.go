@@ -268,6 +268,7 @@ func TestVhostIdle(t *testing.T) {
 	needVhost(t)
 	lioUnchanged(t)
 	l := theLab(t)
+	var process effort
 	for _, b := range []string{"process", "vhost"} {
 		p := start(t, nil, append(guest{kernel: l.Debian, files: map[string]string{"bin/diskload": lab.Program("diskload")}, script: `
 wait_for /dev/sda
@@ -288,10 +289,12 @@ set -- $(cat /sys/block/sda/stat); say requests $(($1+$5))
 		switch {
 		case requests < 4000:
 			r.fatalf(t, "the guest made %d requests", requests)
-		case b == "process" && did.switches < requests/20:
-			t.Errorf("the threads of gvm's target switched %d times for %d requests: the test sees too little", did.switches, requests)
-		case b == "vhost" && (did.switches > requests/100 || did.ticks > 10):
-			t.Errorf("gvm was not idle: %d context switches and %d ticks of CPU time for %d requests", did.switches, did.ticks, requests)
+		case b == "process":
+			if process = did; did.switches < requests/2 {
+				t.Errorf("the threads of gvm's target switched %d times for %d requests: the test sees too little", did.switches, requests)
+			}
+		case did.switches > requests/20 || did.ticks*4 > process.ticks: // the Go runtime's own threads wake now and then
+			t.Errorf("gvm was not idle: %d context switches and %d ticks of CPU time for %d requests, %d ticks with its own target", did.switches, did.ticks, requests, process.ticks)
 		}
 	}
 }
