@@ -3,6 +3,7 @@ package scsi
 import (
 	"bytes"
 	"encoding/binary"
+	"math"
 )
 
 // readCapacity10 is READ CAPACITY(10) (SBC-4 5.20).
@@ -134,6 +135,49 @@ func (tk *task) writeOut(lba uint64, n int, durable bool) error {
 	if err := tk.u.write(iov, lba, durable); err != nil {
 		tk.outDone = 0
 		return err
+	}
+	return nil
+}
+
+// orWrite is ORWRITE(16) (SBC-4 5.14). Dispatch lets nothing else at the medium
+// meanwhile.
+func orWrite(tk *task) error {
+	lba, n, err := tk.transfer()
+	if err != nil || n == 0 {
+		return err
+	}
+	iov, err := tk.dataOut(n * int(tk.u.blockSize))
+	if err != nil {
+		return err
+	}
+	if err := tk.u.or(iov, lba, n, fua(tk.CDB)); err != nil {
+		tk.outDone = 0
+		return err
+	}
+	return nil
+}
+
+// or sets those bits of n blocks from lba on that are set in iov.
+func (u *Unit) or(iov [][]byte, lba uint64, n int, durable bool) error {
+	buf := getScratch()
+	defer putScratch(buf)
+	for done, total := 0, n*int(u.blockSize); done < total; {
+		part := (*buf)[:min(total-done, len(*buf))]
+		at := lba + uint64(done)/uint64(u.blockSize)
+		if err := u.read([][]byte{part}, at); err != nil {
+			return err
+		}
+		rest := part
+		for _, p := range clip(nil, iov, done, len(part)) {
+			for i, b := range p {
+				rest[i] |= b
+			}
+			rest = rest[len(p):]
+		}
+		if err := u.write([][]byte{part}, at, durable); err != nil {
+			return err
+		}
+		done += len(part)
 	}
 	return nil
 }
@@ -270,11 +314,14 @@ func compareAndWrite(tk *task) error {
 }
 
 // synchronizeCache is SYNCHRONIZE CACHE(10) and (16) (SBC-4 5.32). The whole
-// cache is written, and IMMED does not make the answer come sooner: both are
-// more than was asked.
+// cache is written, which is more than was asked.
 func synchronizeCache(tk *task) error {
 	if lba, n := extent(tk.CDB); tk.u.inRange(lba, n) != nil {
 		return LBAOutOfRange
+	}
+	if tk.CDB[1]&0x02 != 0 { // IMMED
+		tk.after = tk.u.flush
+		return nil
 	}
 	return tk.u.flush()
 }
@@ -374,4 +421,69 @@ func unmap(tk *task) error {
 		}
 	}
 	return u.settle()
+}
+
+// getLBAStatus is GET LBA STATUS(16) (SBC-4 5.6).
+func getLBAStatus(tk *task) error {
+	u, be := tk.u, binary.BigEndian
+	lba, alloc := be.Uint64(tk.CDB[2:]), int(be.Uint32(tk.CDB[10:]))
+	if lba >= u.Blocks() {
+		return LBAOutOfRange
+	}
+	if tk.CDB[14] != 0 {
+		return invalidCDB(14, 7) // REPORT TYPE: all of them
+	}
+	b := make([]byte, 8)
+	for end := u.Blocks(); lba < end && len(b) <= min(alloc, 4096)-16; {
+		mapped, n, err := u.mapped(lba, min(end-lba, math.MaxUint32))
+		if err != nil {
+			return err
+		}
+		d := [16]byte{}
+		be.PutUint64(d[:], lba)
+		be.PutUint32(d[8:], uint32(n))
+		if !mapped {
+			d[12] = 0x01 // deallocated
+		}
+		b = append(b, d[:]...)
+		lba += n
+	}
+	be.PutUint32(b, uint32(len(b)-4))
+	return tk.reply(b, alloc)
+}
+
+// mapped says whether lba has storage, and for how many of n blocks from lba on
+// that is so. A block with any storage is mapped.
+func (u *Unit) mapped(lba, n uint64) (bool, uint64, error) {
+	m, ok := u.b.(Mapper)
+	if !ok || !u.thin() {
+		return true, n, nil
+	}
+	off := int64(lba) * u.blockSize
+	mapped, size, err := m.Mapped(off, int64(n)*u.blockSize)
+	if err != nil {
+		return false, 0, u.failed("read", off, err)
+	}
+	if !mapped && size < u.blockSize {
+		return true, 1, nil
+	}
+	if mapped {
+		size += u.blockSize - 1
+	}
+	return mapped, min(max(uint64(size/u.blockSize), 1), n), nil
+}
+
+// readDefectData is READ DEFECT DATA(10) and (12) (SBC-4 5.18, 5.19): in any
+// format there is, both lists are empty.
+func readDefectData(tk *task) error {
+	lists, b, alloc := tk.CDB[2], make([]byte, 4), int(binary.BigEndian.Uint16(tk.CDB[7:]))
+	at := 2
+	if tk.CDB[0] == 0xb7 {
+		lists, b, alloc, at = tk.CDB[1], make([]byte, 8), allocation32(tk.CDB), 1
+	}
+	if lists&0x07 > 0x05 {
+		return invalidCDB(at, 2) // DEFECT LIST FORMAT
+	}
+	b[1] = lists & 0x1f
+	return tk.reply(b, alloc)
 }

@@ -31,6 +31,9 @@
 // SENSE ends with the unit attention POWER ON OCCURRED, as with any disk;
 // initiators repeat it.
 //
+// A command with IMMED is answered first and done then; when that fails, the
+// initiator's next command ends with the sense data, as a deferred error.
+//
 // # What is durable when
 //
 // CacheMode is the promise. With WriteBack, data is on stable storage when
@@ -45,7 +48,7 @@
 // Submit may be called from many goroutines and works in the caller's. Commands
 // of the attribute SIMPLE run beside each other in any order, as QUEUE ALGORITHM
 // MODIFIER of the control mode page says; ORDERED and HEAD OF QUEUE are obeyed.
-// COMPARE AND WRITE is atomic against everything else. The task management
+// COMPARE AND WRITE and ORWRITE are atomic against everything else. The task management
 // functions (AbortTask and the rest) return when whatever they aborted has been
 // answered.
 //

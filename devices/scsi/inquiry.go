@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"slices"
 )
 
 // Peripheral qualifiers and device types (SPC-5 6.6.2).
@@ -65,6 +66,9 @@ func standardInquiry(u *Unit) []byte {
 		return b
 	}
 	b[0] = u.deviceType()
+	if !u.wellKnown {
+		b[5] = 0x08 // 3PC: EXTENDED COPY
+	}
 	padded(b[8:16], u.cfg.Vendor)
 	padded(b[16:32], u.cfg.Product)
 	padded(b[32:36], u.cfg.Revision)
@@ -98,6 +102,7 @@ func init() {
 		{0x80, func(u *Unit) []byte { return []byte(u.serial) }},
 		{0x83, deviceIdentification},
 		{0x86, extendedInquiry},
+		{0x8f, thirdPartyCopy},
 		{0xb0, blockLimits},
 		{0xb1, blockCharacteristics},
 		{0xb2, blockProvisioning},
@@ -116,17 +121,18 @@ func supportedPages(u *Unit) []byte {
 
 // deviceIdentification has a locally assigned NAA designator and a T10 vendor
 // ID one for the logical unit, both made from the serial number (SPC-5 7.7.6).
-func deviceIdentification(u *Unit) []byte {
+func deviceIdentification(u *Unit) []byte { return slices.Concat(u.designators()...) }
+
+// designators returns the designation descriptors of u.
+func (u *Unit) designators() [][]byte {
 	sum := sha256.Sum256([]byte(u.cfg.Vendor + "\x00" + u.serial))
 	naa := sum[:8]
 	naa[0] = naa[0]&0x0f | 0x30 // NAA 3h: locally assigned
-	b := append([]byte{0x01, 0x03, 0, 8}, naa...)
 	id := make([]byte, 8+16, 8+16+len(u.serial))
 	padded(id[:8], u.cfg.Vendor)
 	padded(id[8:], u.cfg.Product)
 	id = append(id, u.serial...)
-	b = append(b, 0x02, 0x01, 0, byte(len(id)))
-	return append(b, id...)
+	return [][]byte{append([]byte{0x01, 0x03, 0, 8}, naa...), append([]byte{0x02, 0x01, 0, byte(len(id))}, id...)}
 }
 
 // serialFrom is the serial number of a unit that was given none.

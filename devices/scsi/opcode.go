@@ -80,13 +80,25 @@ func init() {
 		0x2f: {name: "VERIFY(10)", usage: "\x2f\xf6" + lba4 + "\x00\xff\xff\x00", dir: DataOut, flags: medium, run: verify},
 		0x34: {name: "PRE-FETCH(10)", usage: "\x34\x02" + lba4 + "\x00\xff\xff\x00", flags: medium, run: prefetch},
 		0x35: {name: "SYNCHRONIZE CACHE(10)", usage: "\x35\x02" + lba4 + "\x00\xff\xff\x00", flags: medium, run: synchronizeCache},
+		0x37: {name: "READ DEFECT DATA(10)", usage: "\x37\x00\x1f" + zeros4 + "\xff\xff\x00", dir: DataIn, flags: medium, run: readDefectData},
 		0x41: {name: "WRITE SAME(10)", usage: "\x41\xfe" + lba4 + "\x00\xff\xff\x00", dir: DataOut, flags: medium | writes, run: writeSame},
 		0x42: {name: "UNMAP", usage: "\x42\x01" + zeros4 + "\x00\xff\xff\x00", dir: DataOut, flags: medium | writes | thinOnly, run: unmap},
+		0x4d: {name: "LOG SENSE", usage: "\x4d\x01\xff\xff\x00\xff\xff\xff\xff\x00", dir: DataIn, run: logSense},
 		0x55: {name: "MODE SELECT(10)", usage: "\x55\x11" + zeros4 + "\x00\xff\xff\x00", dir: DataOut, flags: alone, run: modeSelect},
 		0x5a: {name: "MODE SENSE(10)", usage: "\x5a\x18\xff\xff\x00\x00\x00\xff\xff\x00", dir: DataIn, run: modeSense},
+		0x83: {name: "EXTENDED COPY", actions: []opcode{
+			{name: "EXTENDED COPY(LID1)", usage: "\x83\x00" + zeros4 + zeros4 + lba4 + "\x00\x00", dir: DataOut, flags: writes, run: extendedCopy},
+		}},
+		0x84: {name: "RECEIVE COPY RESULTS", actions: []opcode{
+			{name: "RECEIVE COPY STATUS(LID1)", usage: "\x84\x00\xff\x00\x00\x00" + zeros4 + lba4 + "\x00\x00", dir: DataIn, run: copyStatus},
+			{name: "RECEIVE COPY DATA(LID1)", usage: "\x84\x01\xff\x00\x00\x00" + zeros4 + lba4 + "\x00\x00", dir: DataIn, run: copyData},
+			{name: "RECEIVE COPY OPERATING PARAMETERS", usage: "\x84\x03\x00\x00\x00\x00" + zeros4 + lba4 + "\x00\x00", dir: DataIn, run: copyParameters},
+			{name: "RECEIVE COPY FAILURE DETAILS(LID1)", usage: "\x84\x04\xff\x00\x00\x00" + zeros4 + lba4 + "\x00\x00", dir: DataIn, run: copyFailure},
+		}},
 		0x88: {name: "READ(16)", usage: "\x88\xf8" + lba8 + lba4 + "\x00\x00", dir: DataIn, flags: medium, run: read},
 		0x89: {name: "COMPARE AND WRITE", usage: "\x89\xf8" + lba8 + "\x00\x00\x00\xff\x00\x00", dir: DataOut, flags: medium | writes | alone, run: compareAndWrite},
 		0x8a: {name: "WRITE(16)", usage: "\x8a\xf8" + lba8 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes, run: write},
+		0x8b: {name: "ORWRITE(16)", usage: "\x8b\xf8" + lba8 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes | alone, run: orWrite},
 		0x8e: {name: "WRITE AND VERIFY(16)", usage: "\x8e\xf6" + lba8 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes, run: writeAndVerify},
 		0x8f: {name: "VERIFY(16)", usage: "\x8f\xf6" + lba8 + lba4 + "\x00\x00", dir: DataOut, flags: medium, run: verify},
 		0x90: {name: "PRE-FETCH(16)", usage: "\x90\x02" + lba8 + lba4 + "\x00\x00", flags: medium, run: prefetch},
@@ -94,6 +106,7 @@ func init() {
 		0x93: {name: "WRITE SAME(16)", usage: "\x93\xff" + lba8 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes, run: writeSame},
 		0x9e: {name: "SERVICE ACTION IN(16)", actions: []opcode{
 			{name: "READ CAPACITY(16)", usage: "\x9e\x10" + zeros4 + zeros4 + lba4 + "\x00\x00", dir: DataIn, flags: medium, run: readCapacity16},
+			{name: "GET LBA STATUS(16)", usage: "\x9e\x12" + lba8 + lba4 + "\xff\x00", dir: DataIn, flags: medium, run: getLBAStatus},
 		}},
 		0xa0: {name: "REPORT LUNS", usage: "\xa0\x00\xff\x00\x00\x00" + lba4 + "\x00\x00", dir: DataIn, flags: noAttention | onWLUN, run: reportLUNs},
 		0xa3: {name: "MAINTENANCE IN", actions: []opcode{
@@ -104,6 +117,7 @@ func init() {
 		0xaa: {name: "WRITE(12)", usage: "\xaa\xf8" + lba4 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes, run: write},
 		0xae: {name: "WRITE AND VERIFY(12)", usage: "\xae\xf6" + lba4 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes, run: writeAndVerify},
 		0xaf: {name: "VERIFY(12)", usage: "\xaf\xf6" + lba4 + lba4 + "\x00\x00", dir: DataOut, flags: medium, run: verify},
+		0xb7: {name: "READ DEFECT DATA(12)", usage: "\xb7\x1f" + zeros4 + lba4 + "\x00\x00", dir: DataIn, flags: medium, run: readDefectData},
 	}
 }
 

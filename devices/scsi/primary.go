@@ -175,7 +175,11 @@ func startStopUnit(tk *task) error {
 		return nil
 	}
 	u.stopped.Store(true)
-	if noFlush {
+	switch {
+	case noFlush:
+		return nil
+	case cdb[1]&0x01 != 0: // IMMED
+		tk.after = u.flush
 		return nil
 	}
 	return u.flush()

@@ -20,6 +20,7 @@ const (
 	IllegalRequest SenseKey = 0x5
 	UnitAttention  SenseKey = 0x6
 	DataProtect    SenseKey = 0x7
+	CopyAbortedKey SenseKey = 0xa
 	AbortedCommand SenseKey = 0xb
 	Miscompare     SenseKey = 0xe
 )
@@ -35,6 +36,9 @@ type Sense struct {
 	// Specific is the SENSE KEY SPECIFIC field; its SKSV bit (80h of the first
 	// byte) says whether it is valid.
 	Specific [3]byte
+	// Deferred says that the error is of a command that was answered before
+	// (SPC-5 4.5.7).
+	Deferred bool
 }
 
 // The sense data that this target returns.
@@ -42,6 +46,8 @@ var (
 	BecomingReady        = Sense{Key: NotReady, ASC: 0x04, ASCQ: 0x02} // initializing command required
 	WriteError           = Sense{Key: MediumError, ASC: 0x0c, ASCQ: 0x00}
 	InvalidFieldInIU     = Sense{Key: IllegalRequest, ASC: 0x0e, ASCQ: 0x03}
+	CopyAborted          = Sense{Key: CopyAbortedKey, ASC: 0x00, ASCQ: 0x00}
+	CopyUnreachable      = Sense{Key: CopyAbortedKey, ASC: 0x0d, ASCQ: 0x02} // copy target device not reachable
 	UnrecoveredReadError = Sense{Key: MediumError, ASC: 0x11, ASCQ: 0x00}
 	ParameterListLength  = Sense{Key: IllegalRequest, ASC: 0x1a, ASCQ: 0x00}
 	MiscompareInVerify   = Sense{Key: Miscompare, ASC: 0x1d, ASCQ: 0x00}
@@ -50,6 +56,12 @@ var (
 	InvalidFieldInCDB    = Sense{Key: IllegalRequest, ASC: 0x24, ASCQ: 0x00}
 	LUNNotSupported      = Sense{Key: IllegalRequest, ASC: 0x25, ASCQ: 0x00}
 	InvalidFieldInParam  = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x00}
+	UnsupportedCSCD      = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x07}
+	TooManyCSCDs         = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x06}
+	TooManySegments      = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x08}
+	UnsupportedSegment   = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x09}
+	CopyGranularity      = Sense{Key: CopyAbortedKey, ASC: 0x26, ASCQ: 0x0a} // unexpected inexact segment
+	InlineDataExceeded   = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x0b}
 	WriteProtected       = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x00}
 	SoftwareProtected    = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x02}
 	SpaceAllocFailed     = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x07}
@@ -94,6 +106,9 @@ func invalidParam(at int) Sense {
 func (s Sense) Fixed() []byte {
 	b := make([]byte, 18)
 	b[0] = 0x70
+	if s.Deferred {
+		b[0] = 0x71
+	}
 	b[2] = byte(s.Key)
 	if s.InfoValid && s.Info <= math.MaxUint32 {
 		b[0] |= 0x80
@@ -114,6 +129,9 @@ func (s Sense) Descriptor() []byte {
 	}
 	if s.Specific[0]&0x80 != 0 {
 		b = append(b, 0x02, 0x06, 0, 0, s.Specific[0], s.Specific[1], s.Specific[2], 0)
+	}
+	if s.Deferred {
+		b[0] = 0x73
 	}
 	b[7] = byte(len(b) - 8)
 	return b

@@ -29,6 +29,13 @@ type Discarder interface {
 	Discard(off, n int64) error
 }
 
+// Mapper is a Backend that knows which blocks have storage of their own.
+type Mapper interface {
+	// Mapped says whether the bytes at off have storage, and how many bytes
+	// from off on, at least one and at most n, share that.
+	Mapped(off, n int64) (mapped bool, length int64, err error)
+}
+
 // Zeroer is a Backend that writes zeroes faster than by WriteAt. An error that
 // is errors.ErrUnsupported makes the unit write them itself.
 type Zeroer interface {

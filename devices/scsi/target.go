@@ -70,6 +70,9 @@ func (t *Target) Detach(lun LUN) error {
 	delete(units, lun)
 	t.swap(units, nil)
 	u.set.close()
+	// Copies between other units end before the backend may be closed.
+	u.medium.Lock()
+	defer u.medium.Unlock()
 	return nil
 }
 
@@ -109,9 +112,17 @@ func (t *Target) lookup(lun LUN) *Unit {
 func (t *Target) Submit(c *Command) {
 	tk := t.tasks.Get().(*task)
 	tk.Command, tk.t = c, t
+	tk.Attr, tk.Nexus, tk.Tag = c.Attr, c.Nexus, c.Tag
 	tk.inLen, tk.outLen = size(c.In), size(c.Out)
 	r, entered := t.process(tk)
 	c.Done(r)
+	if tk.after != nil && r.Status == Good {
+		if err := tk.after(); err != nil {
+			sense := senseOf(err)
+			sense.Deferred = true
+			tk.u.set.attention(sense, func(id NexusID) bool { return id == tk.Nexus })
+		}
+	}
 	if entered {
 		tk.u.set.leave(tk)
 	}

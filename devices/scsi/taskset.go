@@ -1,6 +1,7 @@
 package scsi
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -17,6 +18,11 @@ const (
 // task is a command inside the target.
 type task struct {
 	*Command
+	// Of the command, for after Done, when it is the caller's again.
+	Attr  TaskAttr
+	Nexus NexusID
+	Tag   uint64
+
 	t  *Target
 	u  *Unit
 	op *opcode
@@ -26,7 +32,8 @@ type task struct {
 	inDone        int    // bytes transferred
 	outDone       int
 	overrun       bool
-	iov           [][]byte // reused by clip
+	iov           [][]byte     // reused by clip
+	after         func() error // what is left to do once the command has been answered, nil: nothing
 
 	state atomic.Int32
 
@@ -54,8 +61,12 @@ type taskSet struct {
 }
 
 // nexus is what a unit remembers of one initiator: unit attention conditions
-// not yet reported, oldest first.
-type nexus struct{ attention []Sense }
+// not yet reported, oldest first, and results of its EXTENDED COPY commands.
+// Deferred errors are among the former: they too end the next command.
+type nexus struct {
+	attention []Sense
+	copies    []copyResult
+}
 
 func (s *taskSet) init() {
 	s.changed = sync.NewCond(&s.mu)
@@ -214,8 +225,9 @@ func (s *taskSet) attention(sense Sense, whom func(NexusID) bool) {
 func everyone(NexusID) bool { return true }
 
 func (n *nexus) add(sense Sense) {
-	if sense.ASC == 0x29 {
-		n.attention = append(n.attention[:0], sense)
+	if sense.Key == UnitAttention && sense.ASC == 0x29 {
+		n.copies = nil
+		n.attention = append(slices.DeleteFunc(n.attention, func(s Sense) bool { return !s.Deferred }), sense)
 		return
 	}
 	for _, have := range n.attention {
@@ -281,6 +293,13 @@ func (s *taskSet) close() {
 	s.closed = true
 	s.mu.Unlock()
 	s.abort(AbortedByReset, func(*task) bool { return true })
+}
+
+// isClosed says whether the unit has been detached.
+func (s *taskSet) isClosed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closed
 }
 
 // open lets tasks in, of initiators that the unit has not seen.

@@ -159,11 +159,13 @@ var rules = []rule{
 
 	// Of commands that one target lacks.
 	{"opcodes-of-gvm", nil, func(r *request) bool {
-		return r.b == invalidOpcode && r.op("PRE-FETCH", "PREVENT ALLOW MEDIUM REMOVAL", "VERIFY(12)", "WRITE AND VERIFY(12)")
+		return r.b == invalidOpcode && r.op("PRE-FETCH", "PREVENT ALLOW MEDIUM REMOVAL", "VERIFY(12)", "WRITE AND VERIFY(12)", "ORWRITE", "LOG SENSE", "READ DEFECT DATA")
 	}, "good>5/20/00 5/21/00>5/20/00 5/24/00>5/20/00 7/27/00>5/20/00 e/1d/00>5/20/00"},
 	{"opcodes-of-the-kernel", nil, func(r *request) bool {
-		return r.a == invalidOpcode && slices.Contains([]byte{0x01, 0x0b, 0x2b, 0x16, 0x17, 0x56, 0x57, 0x5e, 0x5f, 0x7f, 0x83, 0x84}, r.cdb[0])
+		return r.a == invalidOpcode && slices.Contains([]byte{0x01, 0x0b, 0x2b, 0x16, 0x17, 0x56, 0x57, 0x5e, 0x5f, 0x7f}, r.cdb[0])
 	}, "5/20/00>good 5/20/00>5/24/00"},
+	{"third-party-copy", nil, func(r *request) bool { return r.cdb[0] == 0x83 || r.cdb[0] == 0x84 }, "good>5/20/00 5/24/00>5/20/00 5/1a/00>5/20/00 good>5/24/00 good>good"},
+	{"get-lba-status", nil, func(r *request) bool { return r.op("GET LBA STATUS") }, "good>5/24/00 good>5/20/00"},
 	{"service-actions", nil, func(r *request) bool {
 		return r.a == invalidField && (r.cdb[0] == 0xa3 && r.cdb[1] != 0x0c && r.cdb[1] != 0x0d || r.cdb[0] == 0x9e && r.b == invalidOpcode)
 	}, "5/24/00>5/20/00 5/24/00>good"},
@@ -182,7 +184,7 @@ var rules = []rule{
 	// Of what commands tell.
 	{"inquiry", []string{"data"}, func(r *request) bool { return r.op("INQUIRY") && r.cdb[1] == 0 && r.bytes("3 5 60 62-63 66") }, ""},
 	{"inquiry-cmddt", nil, func(r *request) bool { return r.op("INQUIRY") && r.cdb[1] == 2 && r.a == invalidField }, ""},
-	{"vpd-00", nil, func(r *request) bool { return r.vpd(0x00) && r.bytes("3 11") }, ""},
+	{"vpd-00", nil, func(r *request) bool { return r.vpd(0x00) && r.bytes("3 8-11") }, ""},
 	{"vpd-80", nil, func(r *request) bool { return r.vpd(0x80) && r.bytes("3") }, ""},
 	{"vpd-83", nil, func(r *request) bool { return r.vpd(0x83) && r.bytes("2-251") }, ""},
 	{"vpd-86", nil, func(r *request) bool { return r.vpd(0x86) && r.Request.Device == readOnlyDevice && r.bytes("6") }, ""},

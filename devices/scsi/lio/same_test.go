@@ -103,7 +103,7 @@ func differs(page string, b []byte, u Unit, serial string) []byte {
 	switch page {
 	case "inquiry":
 		b[3] &^= 0x10                                                              // HISUP
-		b[5] |= 0x80                                                               // SCCS
+		b[5] = 0x80                                                                // SCCS, and not 3PC
 		b[6] |= 0x10                                                               // MULTIP: this test uses a second port
 		copy(b[58:], []byte{0x00, 0xa0, 0x0c, 0x60, 0x04, 0x60, 0x04, 0xc0, 0, 0}) // SAM-5, SAS-3, SPC-4, SBC-3
 	case "vpd_pg80":

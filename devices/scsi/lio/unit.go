@@ -149,7 +149,7 @@ func (p *plan) attributes() []attribute {
 		{"attrib/is_nonrot", "1"},
 		{"attrib/emulate_pr", onOff[!p.NoReservations]},
 		// EXTENDED COPY reaches every other disk of this host's LIO by its NAA
-		// designator, and package scsi has none.
+		// designator, and not those of the guest alone.
 		{"attrib/emulate_3pc", "0"},
 		{"alua/default_tg_pt_gp/alua_access_type", "0"}, // TPGS=0: one port, no groups
 		{"wwn/vendor_id", or(p.Vendor, "GVM")},

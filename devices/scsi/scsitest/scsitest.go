@@ -23,9 +23,9 @@ type Answer struct {
 func (a Answer) Codes() (key scsi.SenseKey, asc, ascq byte) {
 	s := a.Sense
 	switch {
-	case len(s) >= 14 && s[0]&0x7f == 0x70:
+	case len(s) >= 14 && s[0]&0x7e == 0x70:
 		return scsi.SenseKey(s[2] & 0x0f), s[12], s[13]
-	case len(s) >= 8 && s[0]&0x7f == 0x72:
+	case len(s) >= 8 && s[0]&0x7e == 0x72:
 		return scsi.SenseKey(s[1] & 0x0f), s[2], s[3]
 	}
 	return 0, 0, 0

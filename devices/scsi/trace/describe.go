@@ -61,6 +61,7 @@ var additional = map[[2]byte]string{
 	{0x08, 0x00}: "communication failure",
 	{0x0c, 0x00}: "write error",
 	{0x0e, 0x03}: "invalid field in command information unit",
+	{0x0d, 0x02}: "copy target device not reachable",
 	{0x10, 0x01}: "guard check failed",
 	{0x11, 0x00}: "unrecovered read error",
 	{0x1a, 0x00}: "parameter list length error",
@@ -70,6 +71,12 @@ var additional = map[[2]byte]string{
 	{0x24, 0x00}: "invalid field in CDB",
 	{0x25, 0x00}: "logical unit not supported",
 	{0x26, 0x00}: "invalid field in parameter list",
+	{0x26, 0x06}: "too many CSCD descriptors",
+	{0x26, 0x07}: "unsupported CSCD descriptor type code",
+	{0x26, 0x08}: "too many segment descriptors",
+	{0x26, 0x09}: "unsupported segment descriptor type code",
+	{0x26, 0x0a}: "unexpected inexact segment",
+	{0x26, 0x0b}: "inline data length exceeded",
 	{0x27, 0x00}: "write protected",
 	{0x27, 0x02}: "logical unit software write protected",
 	{0x27, 0x07}: "space allocation failed",
@@ -92,6 +99,7 @@ func ParseSense(b []byte) (s scsi.Sense, ok bool) {
 	if len(b) < 4 {
 		return s, false
 	}
+	s.Deferred = b[0]&1 != 0
 	switch b[0] & 0x7f {
 	case 0x70, 0x71:
 		s.Key = scsi.SenseKey(b[2] & 0xf)
@@ -129,7 +137,11 @@ func senseText(b []byte) string {
 	if !ok {
 		return fmt.Sprintf("sense data % x", b)
 	}
-	text := name(senseKeys, int(s.Key), "sense key %xh") + ", "
+	text := ""
+	if s.Deferred {
+		text = "deferred error: "
+	}
+	text += name(senseKeys, int(s.Key), "sense key %xh") + ", "
 	if what, ok := additional[[2]byte{s.ASC, s.ASCQ}]; ok {
 		text += what
 	} else {

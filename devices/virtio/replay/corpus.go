@@ -185,6 +185,7 @@ func (c *corpus) blocks() {
 		n   int
 	}{{0, 1}, {0, 8}, {7, 3}, {last - 7, 8}, {last, 1}, {last, 2}, {last + 1, 1}, {1<<32 - 1, 1}, {1 << 40, 1}, {1<<64 - 1, 2}, {0, 0}, {last, 0}, {last + 1, 0}} {
 		size := at.n * bs
+		c.filled(cdb16(0x8b, 0, at.lba, at.n), 0, at.n) // ORWRITE that sets no bit
 		if at.lba < 1<<32 {
 			c.out(size, cdb10(0x2a, 0, at.lba, at.n))
 			c.in(size, cdb10(0x28, 0, at.lba, at.n))
@@ -415,6 +416,10 @@ func (c *corpus) others() {
 	for _, page := range []byte{0x00, 0x0d, 0x2f, 0x3f} { // LOG SENSE
 		c.in(512, append([]byte{0x4d, 0, 0x40 | page, 0, 0, 0, 0}, 2, 0, 0))
 	}
+	c.in(16, append([]byte{0x4d, 0, 0x40, 0xff, 0, 0, 0}, 0, 16, 0)) // of supported subpages
+	c.in(8, append([]byte{0x37, 0, 0x1d, 0, 0, 0, 0}, 0, 8, 0))      // READ DEFECT DATA
+	c.in(8, append([]byte{0x37, 0, 0x1e, 0, 0, 0, 0}, 0, 8, 0))
+	c.in(16, cdb12(0xb7, 0x18, 0, 16))
 	c.in(512, cdb10(0x3c, 0, 0, 512)) // READ BUFFER
 	c.out(512, cdb10(0x3b, 0, 0, 512))
 	c.in(0, cdb6(0x1d, 4, 0, 0))               // SEND DIAGNOSTIC, self-test
