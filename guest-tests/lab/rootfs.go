@@ -15,7 +15,7 @@ import (
 
 // rootPackages are what the small Debian system has, besides what they need.
 var rootPackages = []string{"base-files", "base-passwd", "bash", "dash", "coreutils", "debianutils", "grep", "sed", "procps",
-	"util-linux", "mount", "e2fsprogs", "kexec-tools", "sg3-utils"}
+	"util-linux", "mount", "e2fsprogs", "kexec-tools", "sg3-utils", "libiscsi-bin"}
 
 // rootTrim is left out of it: documents, and perl, which only packages' own
 // scripts use.

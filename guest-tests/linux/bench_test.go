@@ -149,17 +149,12 @@ func BenchmarkDisk(b *testing.B) {
 	iops, latency := map[string][]float64{}, map[string][]float64{}
 	for b.Loop() {
 		for _, w := range ways {
-			// The lab loses a guest of some that are as busy as these.
-			var r result
-			for tries := 0; tries < 4; tries++ {
+			ended := func(r result) bool { return r.status == 0 }
+			r := again(b, ended, func() result {
 				program, args, done := w.make()
-				r = startProgram(b, program, nil, cacheHome, args...).wait()
-				done()
-				if r.status == 0 {
-					break
-				}
-				b.Logf("%s: a guest was lost", w.name)
-			}
+				defer done()
+				return startProgram(b, program, nil, cacheHome, args...).wait()
+			})
 			for _, load := range loads {
 				var n, us float64
 				if _, err := fmt.Sscan(r.said(b, load), &n, &us); err != nil {

@@ -17,6 +17,23 @@ import (
 // finds what another has decompressed.
 var cacheHome string
 
+// lost is what a test prints whose guest the lab has lost, through no fault of gvm's.
+var lost = regexp.MustCompile(`KVM_EXIT_SHUTDOWN|SIGQUIT: quit|BUG: soft lockup`)
+
+// again runs a guest, and in the lab up to three times more if it is lost before
+// it is done.
+func again(t testing.TB, done func(result) bool, run func() result) (r result) {
+	t.Helper()
+	for tries := range 4 {
+		r = run()
+		if done(r) || os.Getenv(lab.InLabEnv) != "1" || r.status != 0 && !lost.MatchString(r.stderr) {
+			break
+		}
+		t.Logf("try %d: the lab lost a guest", tries+1)
+	}
+	return r
+}
+
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
 func testMain(m *testing.M) int {
@@ -30,7 +47,7 @@ func testMain(m *testing.M) int {
 		Direct: vmm.RunsLinux,
 		Build:  []string{"gvm/cmd/gvm", "gvm/guest-tests/cmd/diskload"},
 		Memory: 10 << 10, // a guest has 6 GiB
-		Lost:   regexp.MustCompile(`KVM_EXIT_SHUTDOWN|SIGQUIT: quit|BUG: soft lockup`),
+		Lost:   lost,
 	}
 	if os.Getenv("GVM_TEST_L1") == "6.12" {
 		options.Kernel = func(l *lab.Lab) *lab.Kernel { return l.V612 }

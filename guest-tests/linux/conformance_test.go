@@ -1,0 +1,98 @@
+package linux
+
+import (
+	"fmt"
+	"maps"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+
+	"gvm/guest-tests/conformance"
+)
+
+// conformanceGroups are the suites by the part that a guest of its own runs: the
+// lab seldom keeps one that is as busy as these for longer.
+var conformanceGroups = [][]string{
+	{"SCSI.CompareAndWrite", "SCSI.ExtendedCopy", "SCSI.GetLBAStatus", "SCSI.Inquiry", "SCSI.Mandatory", "SCSI.ModeSense6", "SCSI.NoMedia", "SCSI.Prefetch10",
+		"SCSI.Prefetch16", "SCSI.PreventAllow", "SCSI.ReadCapacity10", "SCSI.ReadCapacity16", "SCSI.ReadDefectData10", "SCSI.ReadDefectData12", "SCSI.ReadOnly",
+		"SCSI.ReceiveCopyResults", "SCSI.ReportSupportedOpcodes", "SCSI.Sanitize", "SCSI.StartStopUnit", "SCSI.TestUnitReady", "SCSI.MultipathIO", "iSCSI"},
+	{"SCSI.PrinReadKeys", "SCSI.PrinServiceactionRange", "SCSI.PrinReportCapabilities", "SCSI.ProutRegister", "SCSI.ProutReserve", "SCSI.ProutClear",
+		"SCSI.ProutPreempt", "SCSI.Reserve6", "SCSI.OrWrite", "SCSI.Read6", "SCSI.Read10", "SCSI.Read12", "SCSI.Read16"},
+	{"SCSI.Unmap", "SCSI.Verify10", "SCSI.Verify12", "SCSI.Verify16"},
+	{"SCSI.Write10", "SCSI.Write12", "SCSI.Write16", "SCSI.WriteAtomic16", "SCSI.WriteSame10", "SCSI.WriteSame16", "SCSI.WriteVerify10", "SCSI.WriteVerify12",
+		"SCSI.WriteVerify16"},
+}
+
+// verdicts has a guest for each group run its suites on /dev/sg0, and returns what they
+// say of its disk.
+func verdicts(t testing.TB, destroy bool, run func(guest) result) conformance.Verdicts {
+	t.Helper()
+	flags := "-v"
+	if destroy {
+		flags = "-d -v"
+	}
+	all := conformance.Verdicts{}
+	for _, group := range conformanceGroups {
+		g := guest{kernel: theLab(t).Debian, modules: []string{"sg"}, programs: []string{"usr/bin/iscsi-test-cu"}, script: `
+wait_for /dev/sg0
+for suite in ` + strings.Join(group, " ") + `; do
+	iscsi-test-cu ` + flags + ` -t $suite /dev/sg0 >/tmp/out 2>&1 </dev/null
+	status=$?
+	echo Suite:
+	grep -E '` + conformance.Lines + `' /tmp/out
+	[ $status -le 1 ] || say $suite ended with $status
+done
+say done
+`, cmdline: benchCmdline}
+		done := func(r result) bool { return strings.Contains(r.console, "\n= done\n") }
+		r := again(t, done, func() result { return run(g) })
+		r.said(t, "done")
+		if strings.Contains(r.console, "ended with") {
+			r.fatalf(t, "a suite did not end as it should")
+		}
+		maps.Copy(all, conformance.Parse(r.console))
+	}
+	return all
+}
+
+// BenchmarkConformance prints how many tests of the suite each target passes, skips and
+// fails: gvm's own in four kinds of disk, the kernel's through gvm, and QEMU's.
+// Only ways that destroy nothing are for a read-only disk.
+func BenchmarkConformance(b *testing.B) {
+	needVhost(b)
+	l := theLab(b)
+	qemu, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		b.Fatal(err)
+	}
+	type way struct {
+		name    string
+		destroy bool
+		run     func(g guest, file string) result
+	}
+	gvmDisk := func(options string) func(guest, string) result {
+		return func(g guest, file string) result { return g.run(b, "--disk", file+options) }
+	}
+	ways := []way{
+		{"gvm", true, gvmDisk("")},
+		{"gvm, block_size=4096", true, gvmDisk(",block_size=4096")},
+		{"gvm, readonly", false, gvmDisk(",readonly")},
+		{"gvm, backend=vhost", true, gvmDisk(",backend=vhost")},
+		{"QEMU scsi-hd", true, func(g guest, file string) result {
+			return startProgram(b, qemu, nil, cacheHome, append(qemuArgs("q35", l.Debian.BZImage, g.initramfs(b)), "-device", "virtio-scsi-pci",
+				"-drive", "if=none,id=d,format=raw,cache=writeback,discard=unmap,file="+file, "-device", "scsi-hd,drive=d")...).wait()
+		}},
+	}
+	for b.Loop() {
+		fmt.Printf("\n| target | pass | skip | fail |\n|---|---|---|---|\n")
+		for _, w := range ways {
+			v := verdicts(b, w.destroy, func(g guest) result { return w.run(g, diskFile(b, make([]byte, conformance.Size))) })
+			n := v.Count()
+			fmt.Printf("| %s | %d | %d | %d |\n", w.name, n["PASS"], n["SKIP"], n["FAIL"])
+			for _, name := range slices.Concat(v.With("FAIL"), v.With("SKIP")) {
+				b.Logf("%s: %s: %s", w.name, name, v[name])
+			}
+		}
+	}
+}
