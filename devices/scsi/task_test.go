@@ -1,6 +1,7 @@
 package scsi_test
 
 import (
+	"errors"
 	"runtime"
 	"slices"
 	"sync"
@@ -110,6 +111,51 @@ func TestResized(t *testing.T) {
 	}
 	expect(t, target, cdb10(0x28, 0, 16, 1), nil, block, "CHECK 6/2a/09")
 	expect(t, target, cdb10(0x28, 0, 16, 1), nil, block, "GOOD")
+}
+
+// TestResize makes a unit smaller under reads of its end: none of them sees the
+// backend between its sizes.
+func TestResize(t *testing.T) {
+	r := &resizable{backend.NewMem(16384)}
+	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: r, Serial: "a"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	target := scsi.NewTarget()
+	if err := target.Attach(0, u); err != nil {
+		t.Fatal(err)
+	}
+	if err := scsitest.Ready(target, 0); err != nil {
+		t.Fatal(err)
+	}
+	failure := errors.New("no")
+	if err := u.Resize(func() error { return failure }); err != failure || u.Blocks() != 32 {
+		t.Errorf("a change that failed: %v, %d blocks", err, u.Blocks())
+	}
+	expect(t, target, cdb10(0x28, 0, 31, 1), nil, block, "GOOD")
+	var readers sync.WaitGroup
+	for range 2 {
+		readers.Go(func() {
+			for {
+				switch a := scsitest.Do(target, 0, cdb10(0x28, 0, 31, 1), nil, block); a.String() {
+				case "GOOD", "CHECK 6/2a/09":
+				case "CHECK 5/21/00":
+					return
+				default:
+					t.Error(a)
+					return
+				}
+			}
+		})
+	}
+	if err := u.Resize(func() error { r.Mem = backend.NewMem(8192); return nil }); err != nil || u.Blocks() != 16 {
+		t.Errorf("%v, %d blocks", err, u.Blocks())
+	}
+	readers.Wait()
+	// A size that the unit cannot have leaves it as it is.
+	if err := u.Resize(func() error { r.Mem = backend.NewMem(8191); return nil }); err == nil || u.Blocks() != 16 {
+		t.Errorf("%v, %d blocks", err, u.Blocks())
+	}
 }
 
 func TestStopped(t *testing.T) {

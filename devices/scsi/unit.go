@@ -70,8 +70,8 @@ type Unit struct {
 	flushed atomic.Uint64 // the part of written that a flush has covered
 
 	// medium orders commands that must not be interleaved with others: COMPARE
-	// AND WRITE and MODE SELECT hold it alone, commands that access the medium
-	// share it. It is taken after set.mu has been released, never inside.
+	// AND WRITE and MODE SELECT hold it alone, as does Resize; commands that
+	// access the medium share it. It is taken after set.mu has been released, never inside.
 	medium sync.RWMutex
 
 	set taskSet
@@ -173,6 +173,17 @@ func (u *Unit) Resized() error {
 		u.set.attention(CapacityChanged, everyone)
 	}
 	return nil
+}
+
+// Resize has change give the backend another size while no command accesses the
+// medium, and is then Resized.
+func (u *Unit) Resize(change func() error) error {
+	u.medium.Lock()
+	defer u.medium.Unlock()
+	if err := change(); err != nil {
+		return err
+	}
+	return u.Resized()
 }
 
 // Serial returns the unit serial number.

@@ -23,8 +23,8 @@ func (b *File) CopyFrom(src scsi.Backend, srcOff, off, n int64) error {
 	if !ok || s.block || b.block {
 		return errors.ErrUnsupported
 	}
-	if srcOff < 0 || off < 0 || n < 0 || srcOff > s.size-n || off > b.size-n {
-		return fmt.Errorf("copy_file_range %s: %d bytes from %d to %d: past an end, at %d and %d", b.path, n, srcOff, off, s.size, b.size)
+	if srcOff < 0 || off < 0 || n < 0 || srcOff > s.Size()-n || off > b.Size()-n {
+		return fmt.Errorf("copy_file_range %s: %d bytes from %d to %d: past an end, at %d and %d", b.path, n, srcOff, off, s.Size(), b.Size())
 	}
 	for n > 0 {
 		moved, err := unix.CopyFileRange(s.fd, &srcOff, b.fd, &off, int(min(n, maxBytes)), 0)

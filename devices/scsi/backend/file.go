@@ -63,7 +63,9 @@ type File struct {
 	f           *os.File
 	fd          int
 	path        string
-	size        int64
+	size        atomic.Int64
+	blockSize   int64
+	readOnly    bool
 	block       bool
 	direct      bool
 	granularity int64        // of Discard, 0 without
@@ -93,7 +95,7 @@ func Open(path string, o Options) (_ *File, err error) {
 		}
 	}()
 	// Fd leaves the descriptor as it is: a regular file never was non-blocking.
-	b := &File{f: f, fd: int(f.Fd()), path: path, direct: o.Direct}
+	b := &File{f: f, fd: int(f.Fd()), path: path, blockSize: int64(o.BlockSize), readOnly: o.ReadOnly, direct: o.Direct}
 	if err := lock(b.fd, path, o.ReadOnly); err != nil {
 		return nil, err
 	}
@@ -102,9 +104,6 @@ func Open(path string, o Options) (_ *File, err error) {
 		return nil, err
 	}
 	b.block = fi.Mode()&fs.ModeDevice != 0
-	if b.size, err = b.currentSize(); err != nil {
-		return nil, err
-	}
 	if err := b.fit(o); err != nil {
 		return nil, err
 	}
@@ -173,26 +172,38 @@ func (b *File) currentSize() (int64, error) {
 
 // fit makes the image as large as o says and checks what it has then.
 func (b *File) fit(o Options) error {
-	bs := int64(o.BlockSize)
+	size, err := b.currentSize()
+	if err != nil {
+		return err
+	}
 	switch {
-	case o.Size == 0 || o.Size == b.size:
+	case o.Size == 0 || o.Size == size:
 	case b.block:
-		return badImage(ErrSize, b.path, "is a block device of %d bytes, size says %d", b.size, o.Size)
-	case b.size > o.Size:
-		return badImage(ErrSize, b.path, "has %d bytes, size says %d: an image is never made smaller", b.size, o.Size)
+		return badImage(ErrSize, b.path, "is a block device of %d bytes, size says %d", size, o.Size)
+	case size > o.Size:
+		return badImage(ErrSize, b.path, "has %d bytes, size says %d: an image is never made smaller", size, o.Size)
 	case o.ReadOnly:
-		return badImage(ErrSize, b.path, "has %d bytes, size says %d: it cannot grow readonly", b.size, o.Size)
+		return badImage(ErrSize, b.path, "has %d bytes, size says %d: it cannot grow readonly", size, o.Size)
 	default:
 		if err := b.f.Truncate(o.Size); err != nil {
 			return err
 		}
-		b.size = o.Size
+		size = o.Size
 	}
-	if b.size == 0 {
+	if err := b.checkSize(size); err != nil {
+		return err
+	}
+	b.size.Store(size)
+	return nil
+}
+
+// checkSize tells what is wrong with a size that the image has.
+func (b *File) checkSize(size int64) error {
+	if size == 0 {
 		return badImage(ErrSize, b.path, "is empty (give a size to make it a disk)")
 	}
-	if rest := b.size % bs; rest != 0 {
-		return badImage(ErrSize, b.path, "has %d bytes, not a multiple of the block size %d (truncate -s %d makes it one)", b.size, bs, b.size-rest+bs)
+	if rest := size % b.blockSize; rest != 0 {
+		return badImage(ErrSize, b.path, "has %d bytes, not a multiple of the block size %d (truncate -s %d makes it one)", size, b.blockSize, size-rest+b.blockSize)
 	}
 	return nil
 }
@@ -225,7 +236,7 @@ func (b *File) Close() error { return b.f.Close() }
 func (b *File) Path() string { return b.path }
 
 // Size returns the size of the image in bytes.
-func (b *File) Size() int64 { return b.size }
+func (b *File) Size() int64 { return b.size.Load() }
 
 // Identity names the image by its absolute path, so that a unit without a
 // serial number has the same one in every run.

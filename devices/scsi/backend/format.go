@@ -40,7 +40,7 @@ var formats = []format{
 // checkFormat refuses an image that starts as a container format does: its
 // bytes are not the disk's, and a guest that writes to them destroys it.
 func (b *File) checkFormat() error {
-	head := make([]byte, min(4096, b.size))
+	head := make([]byte, min(4096, b.Size()))
 	if _, err := b.ReadAt(head, 0); err != nil && err != io.EOF {
 		return err
 	}

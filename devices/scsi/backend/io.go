@@ -101,8 +101,8 @@ func (b *File) move(name string, do transfer, iov [][]byte, off int64, read bool
 	for _, p := range iov {
 		total += len(p)
 	}
-	if off < 0 || off > b.size || int64(total) > b.size-off {
-		return 0, fmt.Errorf("%s %s: %d bytes at %d: past the end at %d", name, b.path, total, off, b.size)
+	if size := b.Size(); off < 0 || off > size || int64(total) > size-off {
+		return 0, fmt.Errorf("%s %s: %d bytes at %d: past the end at %d", name, b.path, total, off, size)
 	}
 	done := 0
 	for done < total {

@@ -52,7 +52,8 @@ func TestMove(t *testing.T) {
 			want[i] = byte(i*7 + i/256)
 		}
 		d := &fakeDisk{data: make([]byte, 3*8192), fussy: fussy}
-		b := &File{size: int64(len(d.data)), path: "fake", direct: fussy}
+		b := &File{path: "fake", direct: fussy}
+		b.size.Store(int64(len(d.data)))
 		iov := [][]byte{want[:100], want[100:101], want[101:5000], want[5000:]}
 		if n, err := b.move("pwritev", d.do(false), iov, 8192, false); n != len(want) || err != nil {
 			t.Errorf("write = %d, %v", n, err)
@@ -71,7 +72,8 @@ func TestMove(t *testing.T) {
 }
 
 func TestMoveErrors(t *testing.T) {
-	b := &File{size: 8192, path: "fake"}
+	b := &File{path: "fake"}
+	b.size.Store(8192)
 	stop := func(after int, end error) transfer {
 		return func(int, [][]byte, int64) (int, error) {
 			if after--; after < 0 {

@@ -31,8 +31,8 @@ func (b *File) Zero(off, n int64) error {
 }
 
 func (b *File) allocate(mode uint32, off, n int64) error {
-	if off < 0 || n <= 0 || off > b.size || n > b.size-off {
-		return fmt.Errorf("fallocate %s: %d bytes at %d: past the end at %d", b.path, n, off, b.size)
+	if size := b.Size(); off < 0 || n <= 0 || off > size || n > size-off {
+		return fmt.Errorf("fallocate %s: %d bytes at %d: past the end at %d", b.path, n, off, size)
 	}
 	for {
 		err := unix.Fallocate(b.fd, mode, off, n)
@@ -53,7 +53,7 @@ func (b *File) discardGranularity() int64 {
 		return 0
 	}
 	// A hole past the end changes nothing and tells whether holes work.
-	err := unix.Fallocate(b.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, b.size, int64(st.Blksize))
+	err := unix.Fallocate(b.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, b.Size(), int64(st.Blksize))
 	if errors.Is(err, errors.ErrUnsupported) {
 		return 0
 	}

@@ -35,10 +35,23 @@ const (
 // qualifier that the unit attention condition has too.
 func ParamReason(asc, ascq byte) Reason { return Reason(asc) | Reason(ascq)<<8 }
 
+// Delivery is what became of an event.
+type Delivery int
+
+// Deliveries.
+const (
+	Delivered Delivery = iota // the driver has it
+	Missed                    // for want of a buffer: the next event says that some were lost
+	Unwanted                  // the driver has not negotiated the feature
+	Inactive                  // no driver is active; one that starts looks by itself
+)
+
 // Event tells the driver about a logical unit, if the driver negotiated the
 // feature for that. It does not block and keeps nothing for later: without a
 // buffer the event is lost, and the next one says that some were.
-func (d *Device) Event(t EventType, lun scsi.LUN, reason Reason) { d.events.send(t, lun, reason) }
+func (d *Device) Event(t EventType, lun scsi.LUN, reason Reason) Delivery {
+	return d.events.send(t, lun, reason)
+}
 
 // events is the event queue: buffers that wait for something to report. Lock
 // order: mu is taken before the worker's own lock.
@@ -86,7 +99,7 @@ func (e *events) add(w *virtio.Worker, c *virtq.Chain) error {
 	return nil
 }
 
-func (e *events) send(t EventType, lun scsi.LUN, reason Reason) {
+func (e *events) send(t EventType, lun scsi.LUN, reason Reason) Delivery {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	wanted := true
@@ -96,16 +109,23 @@ func (e *events) send(t EventType, lun scsi.LUN, reason Reason) {
 	case reason != ResetHard:
 		wanted = e.features&featureHotplug != 0
 	}
-	if e.active && wanted {
-		e.write(t, lun, reason)
+	switch {
+	case !e.active:
+		return Inactive
+	case !wanted:
+		return Unwanted
+	case !e.write(t, lun, reason):
+		return Missed
 	}
+	return Delivered
 }
 
-// write fills one buffer, or notes that there was none. The caller holds mu.
-func (e *events) write(t EventType, lun scsi.LUN, reason Reason) {
+// write fills one buffer, or notes that there was none, which is false. The
+// caller holds mu.
+func (e *events) write(t EventType, lun scsi.LUN, reason Reason) bool {
 	if len(e.buffers) == 0 {
 		e.missed = true
-		return
+		return false
 	}
 	b := e.buffers[0]
 	e.buffers = append(e.buffers[:0], e.buffers[1:]...)
@@ -122,4 +142,5 @@ func (e *events) write(t EventType, lun scsi.LUN, reason Reason) {
 	binary.LittleEndian.PutUint32(ev[12:], uint32(reason))
 	scatter(b.c.In.Take(eventLen), ev[:])
 	b.w.Complete(b.c, eventLen)
+	return true
 }

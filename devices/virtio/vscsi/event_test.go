@@ -35,7 +35,9 @@ func TestEvents(t *testing.T) {
 		r := newRig(t, Config{Target: &fake{submit: good}}, allEvents)
 		segs := r.send(1, nil, nil, 20, []int{3, 9})
 		r.settle()
-		r.dev.Event(tt.typ, tt.lun, tt.reason)
+		if got := r.dev.Event(tt.typ, tt.lun, tt.reason); got != Delivered {
+			t.Errorf("%s: delivery %d", tt.name, got)
+		}
 		if got := r.result(1, segs); !bytes.Equal(got, tt.want) {
 			t.Errorf("%s: % x", tt.name, got)
 		}
@@ -44,8 +46,11 @@ func TestEvents(t *testing.T) {
 
 func TestEventsMissed(t *testing.T) {
 	r := newRig(t, Config{Target: &fake{submit: good}}, allEvents)
-	r.dev.Event(TransportReset, 1<<48, ResetRescan)
-	r.dev.Event(TransportReset, 2<<48, ResetRescan)
+	for lun := scsi.LUN(1); lun <= 2; lun++ {
+		if got := r.dev.Event(TransportReset, lun<<48, ResetRescan); got != Missed {
+			t.Errorf("an event without a buffer: delivery %d", got)
+		}
+	}
 	// The next buffer comes back at once: some event was lost.
 	if got := r.roundTrip(1, nil, nil, 16, nil); !bytes.Equal(got, []byte{0, 0, 0, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}) {
 		t.Fatalf("% x", got)
@@ -75,7 +80,13 @@ func TestEventsNeedFeatures(t *testing.T) {
 		r := newRig(t, Config{Target: &fake{submit: good}}, tt.features)
 		r.send(1, nil, nil, 16, nil)
 		r.settle()
-		r.dev.Event(tt.typ, 1<<48, tt.reason)
+		want := Unwanted
+		if tt.sent {
+			want = Delivered
+		}
+		if got := r.dev.Event(tt.typ, 1<<48, tt.reason); got != want {
+			t.Errorf("%+v: delivery %d", tt, got)
+		}
 		if _, _, ok := r.q[1].Used(); ok != tt.sent {
 			t.Errorf("%+v: sent %v", tt, ok)
 		}
@@ -91,7 +102,9 @@ func TestEventsAcrossReset(t *testing.T) {
 	if err := r.dev.Reset(); err != nil {
 		t.Fatal(err)
 	}
-	r.dev.Event(TransportReset, 1<<48, ResetRescan)
+	if got := r.dev.Event(TransportReset, 1<<48, ResetRescan); got != Inactive {
+		t.Errorf("an event without a driver: delivery %d", got)
+	}
 	r.activate(allEvents)
 	r.send(1, nil, nil, 16, nil)
 	r.settle()

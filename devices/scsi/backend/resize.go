@@ -1,0 +1,40 @@
+package backend
+
+// Resize gives the image n bytes, or takes the size that it has by now if n is
+// 0, as that of a block device, which is not gvm's to change. The new part of
+// an image that grows reads as zeroes. Less than before is ErrSize unless
+// shrink is set. On an error the size is as it was.
+//
+// Whoever makes an image smaller keeps commands away from it meanwhile: see
+// scsi.Unit.Resize.
+func (b *File) Resize(n int64, shrink bool) error {
+	has, err := b.currentSize()
+	if err != nil {
+		return b.wrap("resize", err)
+	}
+	size := n
+	if n == 0 {
+		size = has
+	}
+	if n < 0 || n%b.blockSize != 0 {
+		return badImage(ErrSize, b.path, "size %d is not a multiple of the block size %d", n, b.blockSize)
+	}
+	if err := b.checkSize(size); err != nil {
+		return err
+	}
+	switch most := max(b.Size(), has); {
+	case size < most && !shrink:
+		return badImage(ErrSize, b.path, "has %d bytes, and would have %d: what lies behind them would be lost", most, size)
+	case size == has:
+	case b.block:
+		return badImage(ErrSize, b.path, "is a block device of %d bytes, size says %d", has, size)
+	case b.readOnly:
+		return badImage(ErrSize, b.path, "is readonly and keeps its %d bytes", has)
+	default:
+		if err := b.f.Truncate(size); err != nil {
+			return err
+		}
+	}
+	b.size.Store(size)
+	return nil
+}
