@@ -167,7 +167,8 @@ func openTop(path string, n int64) (*File, error) {
 			f.Close()
 			return nil, err
 		}
-		b := &File{f: f, fd: fd, path: f.Name(), size: n}
+		b := &File{f: f, fd: fd, path: f.Name(), blockSize: 512}
+		b.size.Store(n)
 		b.granularity = b.discardGranularity()
 		return b, nil
 	}
