@@ -43,7 +43,8 @@ var may = []struct{ pkg, imports string }{
 	{"guest-tests/backends", "devices/scsi devices/scsi/trace"},
 	{"guest-tests/cmd/diskload", ""},
 	{"guest-tests/...", "guest-tests/... vmm vmm/boot"},
-	{"cmd/gvm", "vmm/... devices/... kvmapi/... guest-tests/embedded"},
+	{"control", ""},
+	{"cmd/gvm", "vmm/... devices/... kvmapi/... control guest-tests/embedded"},
 }
 
 func matches(pattern, pkg string) bool {

@@ -21,7 +21,11 @@ var deviceTable = []struct {
 			cfg.Observer = c.trace.Device(0)
 		}
 		d, err := vscsi.New(cfg)
-		return []virtio.Device{d}, err
+		if err != nil {
+			return nil, err
+		}
+		ds.events = d
+		return []virtio.Device{d}, nil
 	}},
 	{"vhost-scsi", func(_ runConfig, ds *disks) (made []virtio.Device, _ error) {
 		for _, k := range ds.kernels {

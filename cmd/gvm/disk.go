@@ -3,7 +3,9 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -16,7 +18,9 @@ import (
 
 // disk is one --disk.
 type disk struct {
-	path      string // "" for a target of the kernel's that exists
+	path      string // "" for a target of the kernel's that exists; else as it was given
+	storage   storage
+	overlay   string // "": none; overlayOn; else the path of its file
 	wwn       string // of that target
 	backend   backendChoice
 	workers   int // as in vhostscsi.Config
@@ -36,6 +40,21 @@ func (d *disk) name() string {
 	return d.path
 }
 
+// storage is what a disk is kept in.
+type storage int
+
+const (
+	inImage storage = iota
+	inMemory
+	inNothing
+)
+
+// storages are the beginnings of a path that is none.
+var storages = map[string]storage{"mem:": inMemory, "null:": inNothing}
+
+// overlayOn is an overlay that ends with the machine.
+const overlayOn = "on"
+
 // backendChoice is who serves a disk.
 type backendChoice int
 
@@ -47,7 +66,7 @@ const (
 
 var backends = map[string]backendChoice{"process": byProcess, "vhost": byKernel, "auto": byEither}
 
-const diskUsage = "PATH[,readonly][,serial=S][,lun=N][,cache=writeback|writethrough|unsafe][,size=SIZE][,block_size=512|4096][,backend=process|vhost|auto][,workers=N|shared] or wwn=NAME,backend=vhost[,workers=N|shared]"
+const diskUsage = "PATH[,readonly][,serial=S][,lun=N][,cache=writeback|writethrough|unsafe][,size=SIZE][,block_size=512|4096][,overlay=on|FILE][,backend=process|vhost|auto][,workers=N|shared], mem:SIZE or null:SIZE for PATH, or wwn=NAME,backend=vhost[,workers=N|shared]"
 
 var cacheModes = map[string]scsi.CacheMode{
 	"writeback":    scsi.WriteBack,
@@ -85,6 +104,15 @@ func parseDisk(s string) (disk, error) {
 	if d.path == "" {
 		return d, fmt.Errorf("--disk %q: no path; want %s", s, diskUsage)
 	}
+	for prefix, kind := range storages {
+		if text, ok := strings.CutPrefix(d.path, prefix); ok {
+			n, err := parseSize(text, 1)
+			if err != nil || n == 0 || n > 1<<62 {
+				return d, fmt.Errorf("--disk %s: want a size, such as %s1G (./%s is a file of that name)", d.path, prefix, d.path)
+			}
+			d.storage, d.size = kind, int64(n)
+		}
+	}
 	for _, w := range words[1:] {
 		key, val, has := strings.Cut(w, "=")
 		if has == (key == "readonly") || has && val == "" {
@@ -106,6 +134,8 @@ func parseDisk(s string) (disk, error) {
 			if d.cache, ok = cacheModes[val]; !ok {
 				return d, fmt.Errorf("--disk %s: cache=%s: want writeback, writethrough or unsafe", d.path, val)
 			}
+		case "overlay":
+			d.overlay = val
 		case "size":
 			var n uint64
 			if n, err = parseSize(val, 1); err != nil {
@@ -131,10 +161,27 @@ func parseDisk(s string) (disk, error) {
 			return d, fmt.Errorf("--disk %s: unknown option %q; want %s", d.path, key, diskUsage)
 		}
 	}
+	if err := d.consistent(words[1:]); err != nil {
+		return d, err
+	}
 	if d.workers != 0 && d.backend == byProcess {
 		return d, fmt.Errorf("--disk %s: workers= is for backend=vhost: the threads are the kernel's", d.path)
 	}
 	return d, nil
+}
+
+// consistent refuses options that exclude each other.
+func (d *disk) consistent(words []string) error {
+	sized := slices.ContainsFunc(words, func(w string) bool { return strings.HasPrefix(w, "size=") })
+	switch {
+	case d.storage != inImage && (d.overlay != "" || sized || d.readOnly):
+		return fmt.Errorf("--disk %s: readonly, size= and overlay= are for images", d.path)
+	case d.overlay != "" && (d.readOnly || sized):
+		return fmt.Errorf("--disk %s: overlay= makes the image read-only and keeps its size: neither readonly nor size= goes with it", d.path)
+	case (d.overlay != "" || d.storage != inImage) && d.backend != byProcess:
+		return fmt.Errorf("--disk %s: overlay=, mem: and null: are for backend=process", d.path)
+	}
+	return nil
 }
 
 // parseTarget reads the options of a disk that is a target of the kernel's.
@@ -177,8 +224,16 @@ func (d *disk) parseWorkers(val string) error {
 type disks struct {
 	target  *scsi.Target    // gvm's own
 	kernels []*kernelTarget // those of the kernel
-	open    []*backend.File
-	was     []int64 // the size of each before it was opened, -1: there was none
+	open    []opened
+
+	live // what changes while the machine runs
+}
+
+// opened is what a disk of gvm's has open.
+type opened struct {
+	backend io.Closer     // what the unit has; it closes all
+	file    *backend.File // that size= may have changed, nil: none
+	was     int64         // its size before it was opened, -1: there was none
 }
 
 // inProcess tells whether the guest has gvm's own target: not if every disk is
@@ -230,8 +285,8 @@ func openAll(list []disk, k kernelOptions) (_ *disks, err error) {
 			}
 			return nil, err
 		}
-		if d.backend == byKernel {
-			err = provision.add(d, f)
+		if file, ok := f.(*backend.File); ok && d.backend == byKernel {
+			err = provision.add(d, file)
 		} else {
 			err = ds.attach(d, f)
 		}
@@ -274,23 +329,53 @@ func assignLUNs(list []disk) error {
 	return nil
 }
 
-// openImage opens and locks a disk's image.
-func (ds *disks) openImage(d disk) (*backend.File, error) {
+// openImage opens and locks a disk's image, or makes what it has instead.
+func (ds *disks) openImage(d disk) (scsi.Backend, error) {
+	switch d.storage {
+	case inMemory:
+		if d.size%int64(d.blockSize) != 0 {
+			return nil, configError{fmt.Errorf("--disk %s: not a multiple of the block size %d", d.path, d.blockSize)}
+		}
+		f, err := backend.OpenMemory(d.size)
+		if err != nil {
+			return nil, err
+		}
+		ds.open = append(ds.open, opened{backend: f})
+		return f, nil
+	case inNothing:
+		return backend.Null(d.size), nil
+	}
 	was := int64(-1)
 	if fi, err := os.Stat(d.path); err == nil {
 		was = fi.Size()
 	}
-	f, err := backend.Open(d.path, backend.Options{ReadOnly: d.readOnly, Size: d.size, BlockSize: d.blockSize})
+	f, err := backend.Open(d.path, backend.Options{ReadOnly: d.readOnly || d.overlay != "", Size: d.size, BlockSize: d.blockSize})
 	if err != nil {
 		return nil, diskError{err}
 	}
-	ds.open, ds.was = append(ds.open, f), append(ds.was, was)
-	return f, nil
+	if d.overlay == "" {
+		ds.open = append(ds.open, opened{f, f, was})
+		return f, nil
+	}
+	path := d.overlay
+	if path == overlayOn {
+		path = ""
+	}
+	o, err := backend.OpenOverlay(f, path)
+	if err != nil {
+		return nil, errors.Join(diskError{fmt.Errorf("overlay: %w", err)}, f.Close())
+	}
+	ds.open = append(ds.open, opened{backend: o})
+	return o, nil
 }
 
 // unit is how a target shows the disk.
 func (d *disk) unit(b scsi.Backend) scsi.UnitConfig {
-	return scsi.UnitConfig{Backend: b, Serial: d.serial, ReadOnly: d.readOnly, BlockSize: d.blockSize, Cache: d.cache}
+	serial := d.serial
+	if serial == "" && d.storage != inImage {
+		serial = fmt.Sprintf("gvm-memory-%d", max(d.lun, 0))
+	}
+	return scsi.UnitConfig{Backend: b, Serial: serial, ReadOnly: d.readOnly, BlockSize: d.blockSize, Cache: d.cache}
 }
 
 // attach makes the disk a unit of gvm's own target.
@@ -300,49 +385,57 @@ func (ds *disks) attach(d disk, b scsi.Backend) error {
 		return err
 	}
 	lun, _ := scsi.EncodeLUN(max(d.lun, 0))
-	return ds.target.Attach(lun, u)
+	if err := ds.target.Attach(lun, u); err != nil {
+		return err
+	}
+	ds.served = append(ds.served, newServed(d, lun, u))
+	return nil
 }
 
-// undo takes back what size= did to images, for a guest that could not be
-// started. What holds data by now is left alone.
-func (ds *disks) undo() {
-	for i, f := range ds.open {
-		was := ds.was[i]
-		if was == f.Size() {
-			continue
-		}
-		h, err := os.OpenFile(f.Path(), os.O_WRONLY, 0)
-		if err != nil {
-			continue
-		}
-		// A block device has data up to its end.
-		if _, err := h.Seek(max(was, 0), unix.SEEK_DATA); !errors.Is(err, unix.ENXIO) {
-			h.Close()
-			continue
-		}
-		if was < 0 {
-			_ = os.Remove(f.Path())
-		} else {
-			_ = h.Truncate(was)
-		}
-		h.Close()
+// close closes the image. For a guest that never had it, what size= did is taken
+// back, unless there is data by now.
+func (i opened) close(had bool) error {
+	if i.file != nil && !had {
+		undo(i.file, i.was)
+	}
+	return i.backend.Close()
+}
+
+// undo takes back what size= did. What holds data by now is left alone.
+func undo(f *backend.File, was int64) {
+	if was == f.Size() {
+		return
+	}
+	h, err := os.OpenFile(f.Path(), os.O_WRONLY, 0)
+	if err != nil {
+		return
+	}
+	defer h.Close()
+	// A block device has data up to its end.
+	if _, err := h.Seek(max(was, 0), unix.SEEK_DATA); !errors.Is(err, unix.ENXIO) {
+		return
+	}
+	if was < 0 {
+		_ = os.Remove(f.Path())
+	} else {
+		_ = h.Truncate(was)
 	}
 }
 
 // close takes down what was provisioned and releases the images; if no guest was
 // started, what size= did is undone in between. A guest that flushed has lost
 // nothing; what it did not flush is in the page cache, as after a reset of a
-// real disk's host.
+// real disk's host. Nothing can be changed afterwards.
 func (ds *disks) close(started bool) error {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	ds.ended = true
 	var errs []error
 	for _, k := range ds.kernels {
 		errs = append(errs, k.close())
 	}
-	if !started {
-		ds.undo()
-	}
 	for _, f := range ds.open {
-		errs = append(errs, f.Close())
+		errs = append(errs, f.close(started))
 	}
 	return errors.Join(errs...)
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -244,7 +245,7 @@ func TestUndo(t *testing.T) {
 			}
 			ds := open(path)
 			if tt.writeAt >= 0 {
-				if _, err := ds.open[0].WriteAt([]byte("data"), tt.writeAt); err != nil {
+				if _, err := ds.open[0].file.WriteAt([]byte("data"), tt.writeAt); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -256,4 +257,41 @@ func TestUndo(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestOverlay: a guest writes to an overlay, and the image stays as it is. Two guests
+// share it, and each finds in its overlay what it has written.
+func TestOverlay(t *testing.T) {
+	t.Parallel()
+	golden := image(t, "golden", 9, 1<<20)
+	before, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := startGVM(t, "", guestRun("--disk="+golden+",overlay=on", "spin")...)
+	p.expect("spinning")
+	file := filepath.Join(t.TempDir(), "overlay")
+	for range 2 {
+		passes(t, guestRun("--disk="+golden+",overlay=on", "--disk="+golden+",overlay="+file+",lun=1", "write")...)
+	}
+	if fi, err := os.Stat(file); err != nil || fi.Size() < 1<<20 {
+		t.Errorf("the overlay: %v", err)
+	}
+	if now, err := os.ReadFile(golden); err != nil || !bytes.Equal(now, before) {
+		t.Errorf("the image has changed, %v", err)
+	}
+	wantBad(t, gvmRuns(t, command(t, "run", "--disk", golden)), "in use by process "+fmt.Sprint(p.cmd.Process.Pid))
+	p.signal(syscall.SIGTERM)
+	p.wait()
+	if err := os.WriteFile(golden, append(before, make([]byte, 512)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	wantBad(t, gvmRuns(t, command(t, "run", "--disk", golden+",overlay="+file)), "another size")
+}
+
+// TestMemoryDisks: disks that are no images work as disks.
+func TestMemoryDisks(t *testing.T) {
+	t.Parallel()
+	passes(t, guestRun("--disk=mem:2M", "--disk=mem:16M,block_size=4096", "write")...)
+	passes(t, guestRun("--disk=null:3T")...)
 }

@@ -247,7 +247,7 @@ func TestKilled(t *testing.T) {
 func TestNothingLeft(t *testing.T) {
 	img := image(t, "disk", 4, 1<<20)
 	fresh := filepath.Join(t.TempDir(), "fresh")
-	for name, dir := range map[string]string{"TMPDIR": noTemp, "XDG_CACHE_HOME": noTemp} {
+	for name, dir := range map[string]string{"TMPDIR": noTemp, "XDG_CACHE_HOME": noTemp, "XDG_RUNTIME_DIR": runtimeDir} {
 		t.Setenv(name, dir)
 	}
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)

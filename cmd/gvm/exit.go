@@ -74,7 +74,7 @@ func exitStatus(err error) int {
 		return exitUsage
 	case errors.As(err, &inUse):
 	case errors.As(err, &disk):
-		for _, kind := range []error{backend.ErrLocked, backend.ErrFormat, backend.ErrSize, backend.ErrNotDisk, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
+		for _, kind := range []error{backend.ErrLocked, backend.ErrFormat, backend.ErrSize, backend.ErrNotDisk, backend.ErrBase, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
 			unix.EROFS, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG, unix.ETXTBSY, unix.EFBIG} {
 			if errors.Is(err, kind) {
 				return exitUsage

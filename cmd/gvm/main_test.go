@@ -30,8 +30,9 @@ const (
 // enough for the lab on a busy machine.
 const tooLong = 2 * time.Minute
 
-// noTemp is an empty directory that every gvm has for its temporary files.
-var noTemp string
+// noTemp is an empty directory that every gvm has for its temporary files;
+// runtimeDir has the control sockets of those that run.
+var noTemp, runtimeDir string
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asGVM) != "" {
@@ -53,8 +54,13 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(noTemp)
+	if runtimeDir, err = os.MkdirTemp("", "gvm-run"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(runtimeDir)
 	// Two guests at a time on an L1 of two processors are what wedges the lab.
-	return lab.Main(m, lab.Options{Visible: []string{noTemp}, Direct: lab.KVM, CPUs: 1})
+	return lab.Main(m, lab.Options{Visible: []string{noTemp, runtimeDir}, Direct: lab.KVM, CPUs: 1})
 }
 
 // makeReadOnly works in a mount namespace of the process's own.
@@ -93,7 +99,7 @@ func self(t testing.TB) string {
 
 // environment has a place for what the coverage instrumentation writes.
 func environment() []string {
-	env := append(os.Environ(), asGVM+"=1", "TMPDIR="+noTemp, "XDG_CACHE_HOME="+noTemp)
+	env := append(os.Environ(), asGVM+"=1", "TMPDIR="+noTemp, "XDG_CACHE_HOME="+noTemp, "XDG_RUNTIME_DIR="+runtimeDir)
 	if testing.CoverMode() != "" {
 		dir := os.DevNull
 		if f := flag.Lookup("test.gocoverdir"); f != nil && f.Value.String() != "" {

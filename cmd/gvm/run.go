@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"gvm/control"
 	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/vhostscsi"
@@ -46,6 +47,7 @@ type runConfig struct {
 	queues      int
 	vhostABI    vhostscsi.ABIPolicy
 	traceFile   string
+	name        string      // "": one made of the PID
 	trace       *trace.File // nil: none
 }
 
@@ -99,6 +101,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "entry", Value: "auto", Usage: "enter an ELF kernel by `WAY` pvh or 64 (the 64-bit boot protocol); auto is pvh where the kernel has it"},
 			&cli.StringFlag{Name: "on-reset", Value: "exit", Usage: "when the guest asks for a reset: `ACTION` exit (status 6) or reboot"},
 			&cli.DurationFlag{Name: "timeout", Usage: "stop the guest after `DURATION`, such as 90s, with status 124"},
+			&cli.StringFlag{Name: "name", Usage: "`NAME` of the machine for gvm list and gvm disk (default: gvm-PID)"},
 			&cli.StringFlag{Name: "trace", Usage: "record every SCSI request in `FILE`, for gvm trace", TakesFile: true},
 			&cli.StringFlag{Name: "vhost-abi", Usage: "accept version `N|any` of the kernel's vhost-scsi interface, whatever gvm is written for"},
 			&cli.IntFlag{Name: "queues", Usage: "`N` virtio-scsi request queues (default: one per CPU)"},
@@ -127,9 +130,15 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		timeout:     c.Duration("timeout"),
 		queues:      c.Int("queues"),
 		traceFile:   c.String("trace"),
+		name:        c.String("name"),
 	}
 	if c.IsSet("kernel") && rc.kernel == "" {
 		return rc, errors.New("--kernel: the path is empty")
+	}
+	if c.IsSet("name") {
+		if err := control.CheckName(rc.name); err != nil {
+			return rc, fmt.Errorf("--name: %w", err)
+		}
 	}
 	if rc.cpus < 1 {
 		return rc, fmt.Errorf("--cpus %d: want 1 or more", rc.cpus)
@@ -290,6 +299,13 @@ func run(rc runConfig) (err error) {
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
 	defer catchSignals(stop)()
+	socket, err := rc.claimName()
+	if err != nil {
+		return err
+	}
+	if socket != nil {
+		defer func() { err = errors.Join(err, socket.Close()) }()
+	}
 	ds, err := openDisks(rc.disks, kernelOptions{queues: rc.requestQueues(), abi: rc.vhostABI, note: note})
 	if err != nil {
 		return err
@@ -331,6 +347,9 @@ func run(rc runConfig) (err error) {
 		return err
 	}
 	defer sys.Close()
+	if socket != nil {
+		socket.Serve(&machine{rc.info(), ds})
+	}
 
 	if rc.timeout > 0 {
 		timer := time.AfterFunc(rc.timeout, func() { stop(endError{exitTimeout, fmt.Errorf("--timeout %s elapsed", rc.timeout)}) })

@@ -59,6 +59,16 @@ func TestBackends(t *testing.T) {
 	t.Run("Mem", func(t *testing.T) {
 		scsitest.TestBackend(t, func() scsi.Backend { return backend.NewMem(2 * mib) })
 	})
+	t.Run("Memory", func(t *testing.T) {
+		scsitest.TestBackend(t, func() scsi.Backend {
+			f, err := backend.OpenMemory(2 * mib)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { f.Close() })
+			return f
+		})
+	})
 	t.Run("Faulty", func(t *testing.T) {
 		scsitest.TestBackend(t, func() scsi.Backend { return backend.NewFaulty(backend.NewMem(2 * mib)) })
 	})

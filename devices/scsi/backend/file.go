@@ -1,6 +1,7 @@
 // Package backend has the storage that logical units of package scsi stand on:
-// raw files and block devices (File), memory (Mem), nothing (Null), and a
-// wrapper that fails on purpose (Faulty).
+// raw files and block devices (File), memory (OpenMemory, and Mem without a
+// file), nothing (Null), what was written over a base that stays as it is
+// (Overlay), and a wrapper that fails on purpose (Faulty).
 package backend
 
 import (

@@ -3,7 +3,10 @@ package backend
 import (
 	"fmt"
 	"io"
+	"os"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // Mem is storage in memory. It is as durable as memory is.
@@ -94,6 +97,30 @@ func (m *Mem) Zero(off, n int64) error {
 		clear(at[:n])
 	}
 	return err
+}
+
+// OpenMemory returns a File of size bytes in memory that has no name, with all
+// that a file can: it takes memory as it is written, gives back what is discarded,
+// and can change its size. It is gone when it is closed.
+func OpenMemory(size int64) (*File, error) {
+	fd, err := unix.MemfdCreate("gvm-disk", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("memory disk: memfd_create: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "memory disk")
+	if err := f.Truncate(size); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("memory disk: %w", err)
+	}
+	return unnamed(f, size), nil
+}
+
+// unnamed returns a File for a file without a name.
+func unnamed(f *os.File, size int64) *File {
+	b := &File{f: f, fd: int(f.Fd()), path: f.Name(), blockSize: 512}
+	b.size.Store(size)
+	b.granularity = b.discardGranularity()
+	return b
 }
 
 // Null is storage that keeps nothing, for benchmarks: it reads as zeroes and

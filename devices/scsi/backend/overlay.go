@@ -167,10 +167,7 @@ func openTop(path string, n int64) (*File, error) {
 			f.Close()
 			return nil, err
 		}
-		b := &File{f: f, fd: fd, path: f.Name(), blockSize: 512}
-		b.size.Store(n)
-		b.granularity = b.discardGranularity()
-		return b, nil
+		return unnamed(f, n), nil
 	}
 	if fi, err := os.Stat(path); err == nil && fi.Size() != n {
 		head := make([]byte, len(overlayMagic))

@@ -1,0 +1,343 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/urfave/cli/v2"
+
+	"gvm/control"
+)
+
+// machine is what the control socket shows of a run.
+type machine struct {
+	info control.Info
+	*disks
+}
+
+func (m *machine) Info() control.Info    { return m.info }
+func (m *machine) Disks() []control.Disk { return m.list() }
+
+func (m *machine) AddDisk(a control.AddDisk) (control.Change, error) {
+	d, err := parseDisk(a.Disk)
+	if err != nil {
+		return control.Change{}, control.Errorf(http.StatusBadRequest, "%v", err)
+	}
+	if d.path != "" && !filepath.IsAbs(d.path) {
+		if !filepath.IsAbs(a.Dir) {
+			return control.Change{}, control.Errorf(http.StatusBadRequest, "--disk %s: a relative path, and no absolute directory that it starts from", d.path)
+		}
+		d.path = filepath.Join(a.Dir, d.path)
+	}
+	return m.add(d)
+}
+
+func (m *machine) RemoveDisk(id string) (control.Change, error) { return m.remove(id) }
+
+func (m *machine) ResizeDisk(id string, r control.ResizeDisk) (control.Change, error) {
+	return m.resize(id, r)
+}
+
+// claimName takes the machine's name and opens its control socket. A machine that
+// was given no name goes without a socket, with a note, where there can be none.
+func (rc *runConfig) claimName() (*control.Server, error) {
+	name := rc.name
+	if name == "" {
+		name = "gvm-" + strconv.Itoa(os.Getpid())
+	}
+	s, err := control.Claim(control.DefaultDirectory(), name)
+	switch {
+	case errors.Is(err, control.ErrInUse):
+		return nil, configError{fmt.Errorf("--name %s: %w", name, err)}
+	case err != nil && rc.name != "":
+		return nil, fmt.Errorf("--name %s: %w", name, err)
+	case err != nil:
+		note(fmt.Sprintf("gvm disk and gvm list will not find this machine: %v", err))
+		return nil, nil
+	}
+	rc.name = name
+	return s, nil
+}
+
+// info is what the machine says of itself.
+func (rc *runConfig) info() control.Info {
+	kernel := rc.kernel
+	if kernel != "" {
+		kernel = absolute(kernel)
+	}
+	return control.Info{Name: rc.name, PID: os.Getpid(), GVM: version, Kernel: kernel, CPUs: rc.cpus, Memory: rc.memory.Size}
+}
+
+// theMachine returns a client for the machine that word names, by name or PID;
+// with an empty word for the only one that runs.
+func theMachine(word string) (*control.Client, error) {
+	dir := control.DefaultDirectory()
+	entries, err := dir.List()
+	if err != nil {
+		return nil, fmt.Errorf("list machines: %w", err)
+	}
+	if word == "" && len(entries) == 1 {
+		return control.NewClient(dir, entries[0].Name), nil
+	}
+	var names []string
+	for _, e := range entries {
+		if word == e.Name || word == strconv.Itoa(e.PID) {
+			return control.NewClient(dir, e.Name), nil
+		}
+		names = append(names, e.Name)
+	}
+	switch {
+	case len(names) == 0:
+		return nil, usageError{errors.New("no machine of this user runs")}
+	case word == "":
+		return nil, usageError{fmt.Errorf("several machines run: name one of %s", strings.Join(names, ", "))}
+	}
+	return nil, usageError{fmt.Errorf("no machine of this user has the name or PID %s; there are %s", word, strings.Join(names, ", "))}
+}
+
+// refused gives what a machine refuses to a user the status that it would have had
+// on the command line of gvm run.
+func refused(err error) error {
+	var e *control.Error
+	if errors.As(err, &e) && e.Status < http.StatusInternalServerError {
+		return usageError{err}
+	}
+	return err
+}
+
+func listCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "list",
+		Usage: "show the machines that run",
+		Description: `Machines of this user, by the names that gvm run --name gave them.
+
+EXAMPLES
+   gvm list
+   gvm list --json | jq '.[].pid'`,
+		Flags: []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "a JSON array instead of a table"}},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usageError{fmt.Errorf("list takes no argument, and got %q", c.Args().First())}
+			}
+			return listMachines(c.Context, c.App.Writer, c.App.ErrWriter, c.Bool("json"))
+		},
+	}
+}
+
+// listMachines asks every machine what it is. One that ends meanwhile, or does not
+// answer, is a note.
+func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error {
+	dir := control.DefaultDirectory()
+	entries, err := dir.List()
+	if err != nil {
+		return fmt.Errorf("list machines: %w", err)
+	}
+	type row struct {
+		control.Info
+		Disks []control.Disk `json:"disks"`
+	}
+	rows := []row{}
+	for _, e := range entries {
+		c := control.NewClient(dir, e.Name)
+		info, err := c.Info(ctx)
+		if err == nil {
+			var disks []control.Disk
+			if disks, err = c.Disks(ctx); err == nil {
+				rows = append(rows, row{info, disks})
+			}
+		}
+		if err != nil {
+			fmt.Fprintln(notes, "note:", err)
+		}
+	}
+	if asJSON {
+		return writeJSON(out, rows)
+	}
+	if len(rows) == 0 {
+		return nil
+	}
+	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "NAME\tPID\tCPUS\tMEMORY\tDISKS\tKERNEL")
+	for _, r := range rows {
+		kernel := r.Kernel
+		if kernel == "" {
+			kernel = "(the embedded guest)"
+		}
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%s\n", r.Name, r.PID, r.CPUs, formatSize(r.Memory), len(r.Disks), kernel)
+	}
+	return w.Flush()
+}
+
+func diskCommand() *cli.Command {
+	usage := func(_ *cli.Context, err error, _ bool) error {
+		return usageError{fmt.Errorf("%w; see gvm help disk", err)}
+	}
+	// sub makes a subcommand whose arguments are [VM] and what words names.
+	sub := func(name, words, text, description string, optional int, flags []cli.Flag, do func(*cli.Context, *control.Client, []string) error) *cli.Command {
+		n := len(strings.Fields(words))
+		return &cli.Command{
+			Name: name, Usage: text, ArgsUsage: strings.TrimSpace("[VM] " + words), Description: description, Flags: flags, OnUsageError: usage,
+			Action: func(c *cli.Context) error {
+				args := c.Args().Slice()
+				if len(args) < n-optional || len(args) > n+1 {
+					return usageError{fmt.Errorf("disk %s takes %s, and got %d words; see gvm disk %s --help", name, strings.TrimSpace("[VM] "+words), len(args), name)}
+				}
+				vm := ""
+				if len(args) == n+1 || optional > 0 && len(args) > 1 && n > 1 && isMachine(args[0]) {
+					vm, args = args[0], args[1:]
+				}
+				client, err := theMachine(vm)
+				if err != nil {
+					return err
+				}
+				return refused(do(c, client, args))
+			},
+		}
+	}
+	list := sub("list", "", "show the disks of a machine", `EXAMPLES
+   gvm disk list
+   gvm disk list build --json`, 0, []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "a JSON array instead of a table"}},
+		func(c *cli.Context, m *control.Client, _ []string) error {
+			disks, err := m.Disks(c.Context)
+			if err != nil {
+				return err
+			}
+			if c.Bool("json") {
+				return writeJSON(c.App.Writer, disks)
+			}
+			return diskTable(c.App.Writer, disks)
+		})
+	add := sub("add", "DISK", "give a running machine a disk", `DISK is what gvm run --disk takes, with backend=process. Without lun= the disk
+gets the lowest LUN that is free. The guest sees it come without a rescan.
+
+EXAMPLES
+   gvm disk add data.img
+   gvm disk add build scratch.img,size=10G,serial=SCRATCH`, 0, nil,
+		func(c *cli.Context, m *control.Client, args []string) error {
+			dir, err := os.Getwd()
+			if err != nil {
+				return err
+			}
+			change, err := m.AddDisk(c.Context, control.AddDisk{Disk: args[0], Dir: dir})
+			return told(c, "added", change, err)
+		})
+	remove := sub("remove", "DISK", "take a disk away from a running machine", `DISK is a LUN, a path or a serial number. The guest is told; requests that it has
+under way are aborted, and what it has not written yet it cannot write any
+more: unmount the disk there first.
+
+EXAMPLES
+   gvm disk remove 1
+   gvm disk remove build scratch.img`, 0, nil,
+		func(c *cli.Context, m *control.Client, args []string) error {
+			change, err := m.RemoveDisk(c.Context, diskID(args[0]))
+			return told(c, "removed", change, err)
+		})
+	resize := sub("resize", "DISK SIZE", "change the size of a disk of a running machine", `DISK is a LUN, a path or a serial number. With SIZE the image gets that size;
+without it the machine looks how large the image or the block device is by now.
+The guest sees the new size without a rescan.
+
+EXAMPLES
+   gvm disk resize data.img 20G
+   gvm disk resize build 0 20G
+   gvm disk resize /dev/vg/data      after lvextend`, 1, []cli.Flag{&cli.BoolFlag{Name: "shrink", Usage: "the disk may become smaller: what lies behind its new end is lost"}},
+		func(c *cli.Context, m *control.Client, args []string) error {
+			r := control.ResizeDisk{Shrink: c.Bool("shrink")}
+			if len(args) > 1 {
+				n, err := parseSize(args[1], 1)
+				if err != nil {
+					return usageError{err}
+				}
+				if r.Size = int64(n); n == 0 || r.Size < 0 {
+					return usageError{fmt.Errorf("size %s: not one for a disk", args[1])}
+				}
+			}
+			change, err := m.ResizeDisk(c.Context, diskID(args[0]), r)
+			return told(c, "resized", change, err)
+		})
+	return &cli.Command{
+		Name:  "disk",
+		Usage: "add, remove, resize and list the disks of a running machine",
+		Description: `VM is the name or the PID of a machine, as gvm list shows them. It may be left out
+if only one runs.
+
+The exit status is 0, 2 if the words, the machine or the disk are wrong, or 3 if
+the host or the machine fails.
+
+EXAMPLES
+   gvm disk list
+   gvm disk add scratch.img,size=10G
+   gvm disk resize scratch.img 20G
+   gvm disk remove scratch.img`,
+		Subcommands:  []*cli.Command{list, add, remove, resize},
+		OnUsageError: usage,
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usageError{fmt.Errorf("disk %q: want add, remove, resize or list; see gvm help disk", c.Args().First())}
+			}
+			return cli.ShowSubcommandHelp(c)
+		},
+	}
+}
+
+// isMachine tells whether a machine has the name or PID.
+func isMachine(word string) bool {
+	entries, err := control.DefaultDirectory().List()
+	return err == nil && slices.ContainsFunc(entries, func(e control.Entry) bool { return word == e.Name || word == strconv.Itoa(e.PID) })
+}
+
+// diskID is a disk's word as a machine takes it: with a path made absolute.
+func diskID(word string) string {
+	if _, err := strconv.Atoi(word); err == nil {
+		return word
+	}
+	if _, err := os.Stat(word); err == nil || strings.Contains(word, "/") {
+		return absolute(word)
+	}
+	return word
+}
+
+// told prints what became of a change.
+func told(c *cli.Context, what string, change control.Change, err error) error {
+	if err != nil {
+		return err
+	}
+	guest := map[control.Guest]string{
+		control.Missed: "; the guest had no room for the news, and finds out when it looks again",
+		control.Deaf:   "; the guest's driver does not take such news, and finds out when it looks again",
+		control.Absent: "; no driver is active in the guest",
+	}[change.Guest]
+	d := change.Disk
+	_, err = fmt.Fprintf(c.App.Writer, "%s LUN %d, %s, serial %s, %s%s\n", what, d.LUN, d.Path, d.Serial, formatSize(uint64(d.Size)), guest)
+	return err
+}
+
+func diskTable(out io.Writer, disks []control.Disk) error {
+	if len(disks) == 0 {
+		return nil
+	}
+	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "LUN\tSIZE\tBLOCK\tCACHE\tMODE\tBACKEND\tSERIAL\tIMAGE")
+	for _, d := range disks {
+		mode, image := "rw", d.Path
+		if d.ReadOnly {
+			mode = "ro"
+		}
+		switch {
+		case image == "" && d.WWN != "":
+			image = d.WWN
+		case image == "":
+			image = "(memory)"
+		}
+		fmt.Fprintf(w, "%d\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n", d.LUN, formatSize(uint64(d.Size)), d.BlockSize, d.Cache, mode, d.Backend, d.Serial, image)
+	}
+	return w.Flush()
+}

@@ -1,0 +1,151 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/control"
+)
+
+// ask runs a command about machines, in the directory dir.
+func ask(t *testing.T, dir string, args ...string) result {
+	t.Helper()
+	c := command(t, args...)
+	c.Dir = dir
+	return gvmRuns(t, c)
+}
+
+// TestDiskCommands has a guest that does nothing meanwhile.
+func TestDiskCommands(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, name := range []string{"one.img", "two.img"} {
+		if err := os.WriteFile(filepath.Join(dir, name), make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	name := fmt.Sprintf("disks-%d", os.Getpid())
+	p := startGVM(t, dir, guestRun("--name="+name, "--disk=one.img,serial=ONE", "spin")...)
+	p.expect("spinning")
+	pid := fmt.Sprint(p.cmd.Process.Pid)
+	one, two := filepath.Join(dir, "one.img"), filepath.Join(dir, "two.img")
+	for _, v := range []struct {
+		args   string // VM is the machine's name
+		status int
+		out    string
+		errs   string // parts
+	}{
+		{"list", 0, "VM", ""},
+		{"disk list VM", 0, "LUN  SIZE   BLOCK  CACHE      MODE  BACKEND  SERIAL  IMAGE\n0    1 MiB  512    writeback  rw    process  ONE     " + one + "\n", ""},
+		{"disk add VM one.img", 2, "", "one.img: given twice"},
+		{"disk add VM none.img", 2, "", "none.img: file does not exist"},
+		{"disk add VM two.img,lun=0", 2, "", "lun=0 is"},
+		{"disk add VM two.img,serial=ONE", 2, "", "has the serial"},
+		{"disk add VM two.img,color=red", 2, "", `unknown option "color"`},
+		{"disk add VM two.img,backend=vhost", 2, "", "backend=vhost disks cannot be added"},
+		{"disk add VM new.img,size=2M,serial=ONE", 2, "", "has the serial"},
+		{"disk add VM two.img,serial=TWO,cache=writethrough", 0, "added LUN 1, " + two + ", serial TWO, 1 MiB", ""},
+		{"disk add VM two.img", 2, "", "two.img: given twice"},
+		{"disk list " + pid, 0, "1    1 MiB  512    writethrough  rw    process  TWO     " + two + "\n", ""},
+		{"disk resize VM TWO 3M", 0, "resized LUN 1, " + two + ", serial TWO, 3 MiB", ""},
+		{"disk resize VM 1 2M", 2, "", "what lies behind them would be lost"},
+		{"disk resize --shrink VM two.img 2M", 0, "resized LUN 1, " + two + ", serial TWO, 2 MiB", ""},
+		{"disk resize VM 1 1000", 2, "", "size 1000 is not a multiple"},
+		{"disk resize VM 1 much", 2, "", "much"},
+		{"disk resize VM 1", 0, "resized LUN 1", ""},
+		{"disk resize VM 7 2M", 2, "", "no disk of this machine has the LUN, serial number or path 7"},
+		{"disk remove VM two.img", 0, "removed LUN 1", ""},
+		{"disk remove VM two.img", 2, "", "no disk of this machine has the LUN, serial number or path " + two},
+		{"disk add VM two.img,lun=9", 0, "added LUN 9", ""},
+		{"disk remove VM 9", 0, "removed LUN 9", ""},
+		{"disk remove nobody 1", 2, "", "no machine of this user has the name or PID nobody; there "},
+		{"disk add", 2, "", "disk add takes [VM] DISK, and got 0 words"},
+		{"disk eject", 2, "", `disk "eject": want add, remove, resize or list`},
+		{"list all", 2, "", "list takes no argument"},
+		{"run --name=" + name, 2, "", "in use by process " + pid},
+		{"run --name=7", 2, "", `--name: "7" is not a name of a machine`},
+	} {
+		args := strings.Fields(strings.ReplaceAll(v.args, "VM", name))
+		r := ask(t, dir, args...)
+		out := strings.ReplaceAll(v.out, "VM", name)
+		if r.status != v.status || !strings.Contains(r.out, out) || !strings.Contains(r.errs, v.errs) || strings.Count(r.errs, "\n") > min(v.status, 1) {
+			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, r.status, r.out, r.errs, v.status, out, v.errs)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "new.img")); !os.IsNotExist(err) {
+		t.Errorf("a disk that was refused has left its image: %v", err)
+	}
+	var rows []struct {
+		control.Info
+		Disks []control.Disk
+	}
+	r := ask(t, dir, "list", "--json")
+	if err := json.Unmarshal([]byte(r.out), &rows); err != nil {
+		t.Fatalf("%v: %s", err, r.out)
+	}
+	found := false
+	for _, row := range rows {
+		if row.Name == name {
+			found = fmt.Sprint(row.PID) == pid && row.CPUs == 1 && row.Memory == 512<<20 && len(row.Disks) == 1 && row.Disks[0].Serial == "ONE"
+		}
+	}
+	if !found {
+		t.Errorf("gvm list --json: %s", r.out)
+	}
+	if r := ask(t, dir, "run", "--disk=two.img", "--guest-arg=write"); r.status != 0 { // the lock is free again
+		t.Errorf("status %d: %s", r.status, r.errs)
+	}
+	p.signal(syscall.SIGKILL)
+	p.wait()
+	socket := filepath.Join(runtimeDir, "gvm", name+".sock")
+	if _, err := os.Stat(socket); err != nil {
+		t.Errorf("what SIGKILL leaves: %v", err)
+	}
+	if r := ask(t, dir, "list"); r.status != 0 || strings.Contains(r.out, name) {
+		t.Errorf("after the end: %+v", r)
+	}
+	if _, err := os.Stat(socket); !os.IsNotExist(err) {
+		t.Errorf("gvm list has left the socket: %v", err)
+	}
+}
+
+// TestSocketPlaces: a machine runs where there can be no control socket, unless it was
+// given a name, and leaves no file where there can be.
+func TestSocketPlaces(t *testing.T) {
+	t.Parallel()
+	for _, v := range []struct {
+		name   string
+		mode   uint32
+		args   []string
+		status int
+		errs   string
+	}{
+		{"private", 0o700, nil, 0, ""},
+		{"private, named", 0o700, []string{"--name=vm"}, 0, ""},
+		{"open to others", 0o755, nil, 0, "others can get into it, want 0700"},
+		{"open to others, named", 0o755, []string{"--name=vm"}, exitHost, "gvm: --name vm: control socket: "},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := unix.Mkdir(filepath.Join(dir, "gvm"), v.mode); err != nil {
+				t.Fatal(err)
+			}
+			c := command(t, append(guestRun(), v.args...)...)
+			c.Env = append(c.Env, "XDG_RUNTIME_DIR="+dir)
+			r := gvmRuns(t, c)
+			if r.status != v.status || !strings.Contains(r.errs, v.errs) || v.errs == "" && r.errs != "" || strings.Count(r.errs, "\n") > 1 {
+				t.Errorf("status %d: %q, want %d with %q", r.status, r.errs, v.status, v.errs)
+			}
+			if left, err := os.ReadDir(filepath.Join(dir, "gvm")); len(left) > 0 {
+				t.Errorf("left: %v, %v", left, err)
+			}
+		})
+	}
+}

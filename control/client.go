@@ -1,0 +1,119 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+)
+
+// maxAnswer is more than any answer has.
+const maxAnswer = 32 << 20
+
+// Client asks the machine that has a name in a Directory. It holds no resources.
+type Client struct {
+	name string
+	http http.Client
+}
+
+// NewClient returns a client for the machine of that name, which the first
+// request looks for.
+func NewClient(d Directory, name string) *Client {
+	return &Client{name: name, http: http.Client{
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				if err := private(d.path, os.Geteuid()); err != nil {
+					return nil, err
+				}
+				dir, err := os.Open(d.path)
+				if err != nil {
+					return nil, err
+				}
+				defer dir.Close()
+				var dialer net.Dialer
+				return dialer.DialContext(ctx, "unix", socketPath(dir, name+socketSuffix))
+			},
+		},
+	}}
+}
+
+// Info asks what the machine is.
+func (c *Client) Info(ctx context.Context) (Info, error) {
+	return ask[Info](ctx, c, http.MethodGet, "machine", nil)
+}
+
+// Disks asks for the disks.
+func (c *Client) Disks(ctx context.Context) ([]Disk, error) {
+	return ask[[]Disk](ctx, c, http.MethodGet, "disks", nil)
+}
+
+// AddDisk adds a disk.
+func (c *Client) AddDisk(ctx context.Context, a AddDisk) (Change, error) {
+	return ask[Change](ctx, c, http.MethodPost, "disks", a)
+}
+
+// RemoveDisk removes the disk with a LUN, a serial number or an absolute path.
+func (c *Client) RemoveDisk(ctx context.Context, id string) (Change, error) {
+	return ask[Change](ctx, c, http.MethodDelete, "disks/"+segment(id), nil)
+}
+
+// ResizeDisk changes a disk's size, or has the machine look at it again.
+func (c *Client) ResizeDisk(ctx context.Context, id string, r ResizeDisk) (Change, error) {
+	return ask[Change](ctx, c, http.MethodPost, "disks/"+segment(id)+"/resize", r)
+}
+
+// segment writes an ID as one segment of a path, which "." and ".." are not.
+func segment(id string) string { return strings.ReplaceAll(url.PathEscape(id), ".", "%2E") }
+
+// ask makes a request. The error is an *Error if the machine has refused it.
+func ask[T any](ctx context.Context, c *Client, method, path string, body any) (answer T, err error) {
+	var content io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return answer, err
+		}
+		content = bytes.NewReader(b)
+	}
+	r, err := http.NewRequestWithContext(ctx, method, "http://gvm/v1/"+path, content)
+	if err != nil {
+		return answer, err
+	}
+	resp, err := c.http.Do(r)
+	if err != nil {
+		if e := (*url.Error)(nil); errors.As(err, &e) {
+			err = e.Err // without the URL, which says nothing
+		}
+		return answer, fmt.Errorf("machine %s does not answer: %w", c.name, err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return answer, fmt.Errorf("machine %s stops in the middle of an answer: %w", c.name, err)
+	}
+	switch resp.StatusCode {
+	case http.StatusNoContent:
+		return answer, nil
+	case http.StatusOK:
+		if err := json.Unmarshal(b, &answer); err != nil {
+			return answer, fmt.Errorf("machine %s answers what this gvm does not understand: %w", c.name, err)
+		}
+		return answer, nil
+	}
+	var e struct {
+		Error string `json:"error"`
+	}
+	if json.Unmarshal(b, &e) != nil || e.Error == "" {
+		e.Error = resp.Status
+	}
+	return answer, &Error{resp.StatusCode, e.Error}
+}

@@ -1,0 +1,95 @@
+// Package control lets other processes of the same user look at a running
+// machine and change it: HTTP with JSON bodies over a unix socket of the
+// machine's own. A Server answers for a Machine; a Client asks.
+//
+// docs/control.md has the protocol.
+package control
+
+import (
+	"fmt"
+	"net/http"
+)
+
+// Info is what a machine says of itself.
+type Info struct {
+	Name   string `json:"name"`
+	PID    int    `json:"pid"`
+	GVM    string `json:"gvm"`    // version
+	Kernel string `json:"kernel"` // path of the kernel, "" for the embedded guest
+	CPUs   int    `json:"cpus"`
+	Memory uint64 `json:"memory"` // bytes
+}
+
+// Disk is a logical unit that the guest has.
+type Disk struct {
+	LUN       int    `json:"lun"`
+	Path      string `json:"path,omitempty"` // absolute; "" for memory and for targets of the kernel's
+	WWN       string `json:"wwn,omitempty"`  // of a target of the kernel's
+	Serial    string `json:"serial,omitempty"`
+	Size      int64  `json:"size"` // bytes
+	BlockSize int    `json:"block_size"`
+	ReadOnly  bool   `json:"readonly"`
+	Cache     string `json:"cache"`
+	Backend   string `json:"backend"`
+}
+
+// AddDisk is the body of POST /v1/disks.
+type AddDisk struct {
+	// Disk is the disk as gvm run --disk takes it.
+	Disk string `json:"disk"`
+	// Dir is what a relative path in Disk starts from. Without it such a path
+	// is refused: the machine has a working directory of its own.
+	Dir string `json:"dir,omitempty"`
+}
+
+// ResizeDisk is the body of POST /v1/disks/ID/resize.
+type ResizeDisk struct {
+	Size   int64 `json:"size,omitempty"`   // in bytes; 0 takes the size that the image has by now
+	Shrink bool  `json:"shrink,omitempty"` // it may become smaller
+}
+
+// Change is the answer to a change of the disks.
+type Change struct {
+	Disk  Disk  `json:"disk"`  // as it is, or was
+	Guest Guest `json:"guest"` // whether the guest knows
+}
+
+// Guest is what the guest's driver has heard of a change.
+type Guest string
+
+// What the guest has heard.
+const (
+	Told      Guest = "told"      // the driver has the event
+	Missed    Guest = "missed"    // it had no buffer for it; the next event says that some were lost
+	Deaf      Guest = "deaf"      // it has not negotiated such events
+	Absent    Guest = "absent"    // no driver is active; one that starts looks by itself
+	Unchanged Guest = "unchanged" // there was nothing to tell
+)
+
+// Machine is what a Server needs of a machine. Its methods are called from
+// several goroutines. An error that is an *Error goes to the client with its
+// status, any other as a failure of the host.
+type Machine interface {
+	Info() Info
+	Disks() []Disk
+	AddDisk(AddDisk) (Change, error)
+	// RemoveDisk and ResizeDisk take a LUN, a serial number or an absolute path.
+	RemoveDisk(id string) (Change, error)
+	ResizeDisk(id string, r ResizeDisk) (Change, error)
+}
+
+// Error is a request that was refused or failed.
+type Error struct {
+	Status int // of HTTP
+	Text   string
+}
+
+func (e *Error) Error() string { return e.Text }
+
+// Errorf returns an *Error.
+func Errorf(status int, format string, a ...any) error {
+	return &Error{status, fmt.Sprintf(format, a...)}
+}
+
+// ErrEnded refuses what comes after the end of the machine.
+var ErrEnded = Errorf(http.StatusServiceUnavailable, "the machine has ended")

@@ -1,0 +1,626 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// fake is a machine whose disks are a list.
+type fake struct {
+	mu     sync.Mutex
+	disks  map[string]Disk // by path
+	adding chan struct{}   // AddDisk sends to it and waits for what comes back; nil: it does not
+}
+
+func newFake() *fake { return &fake{disks: map[string]Disk{}} }
+
+func (f *fake) Info() Info {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return Info{Name: "vm", PID: 4711, GVM: "1.2.3", Kernel: "/boot/bzImage", CPUs: 2, Memory: 1 << 30}
+}
+
+func (f *fake) Disks() (list []Disk) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, d := range f.disks {
+		list = append(list, d)
+	}
+	slices.SortFunc(list, func(a, b Disk) int { return strings.Compare(a.Path, b.Path) })
+	return list
+}
+
+func (f *fake) AddDisk(a AddDisk) (Change, error) {
+	if f.adding != nil {
+		f.adding <- struct{}{}
+		<-f.adding
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case a.Disk == "bug":
+		panic("no such disk")
+	case a.Disk == "host":
+		return Change{}, errors.New("no storage")
+	case f.disks[a.Disk].Path != "":
+		return Change{}, Errorf(http.StatusConflict, "%s is there", a.Disk)
+	}
+	d := Disk{Path: a.Disk, LUN: len(f.disks), Serial: a.Dir, Size: 512, BlockSize: 512, Cache: "writeback", Backend: "process"}
+	f.disks[a.Disk] = d
+	return Change{d, Told}, nil
+}
+
+func (f *fake) RemoveDisk(id string) (Change, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	d, ok := f.disks[id]
+	if !ok {
+		return Change{}, Errorf(http.StatusNotFound, "no disk %s", id)
+	}
+	delete(f.disks, id)
+	return Change{d, Missed}, nil
+}
+
+func (f *fake) ResizeDisk(id string, r ResizeDisk) (Change, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	d, ok := f.disks[id]
+	if !ok {
+		return Change{}, Errorf(http.StatusNotFound, "no disk %s", id)
+	}
+	if r.Size < d.Size && !r.Shrink {
+		return Change{}, Errorf(http.StatusConflict, "shrinking")
+	}
+	d.Size = r.Size
+	f.disks[id] = d
+	return Change{d, Unchanged}, nil
+}
+
+// testDir is a directory whose path is longer than a socket's address.
+func testDir(t *testing.T) Directory {
+	return In(filepath.Join(t.TempDir(), "gvm-"+strings.Repeat("x", 120)))
+}
+
+// serve has a machine answer, and checks at the end that nothing is left.
+func serve(t *testing.T, m Machine) (Directory, *Client) {
+	t.Helper()
+	d := testDir(t)
+	s, err := Claim(d, "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Serve(m)
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Lstat(d.path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the directory is left: %v", err)
+		}
+	})
+	return d, NewClient(d, "vm")
+}
+
+func wantError(t *testing.T, err error, status int, text string) {
+	t.Helper()
+	var e *Error
+	if !errors.As(err, &e) || e.Status != status || e.Text != text {
+		t.Errorf("error %v, want %d %q", err, status, text)
+	}
+}
+
+func TestClient(t *testing.T) {
+	_, c := serve(t, newFake())
+	ctx := t.Context()
+	info, err := c.Info(ctx)
+	if want := (Info{"vm", 4711, "1.2.3", "/boot/bzImage", 2, 1 << 30}); err != nil || info != want {
+		t.Errorf("%+v, %v, want %+v", info, err, want)
+	}
+	if list, err := c.Disks(ctx); err != nil || list == nil || len(list) > 0 {
+		t.Errorf("%+v, %v, want an empty list", list, err)
+	}
+	for _, path := range []string{"/a b/c%2F?d#e", ".", "..", "7", "ü", "<&>"} {
+		want := Disk{Path: path, Serial: "/home", Size: 512, BlockSize: 512, Cache: "writeback", Backend: "process"}
+		if ch, err := c.AddDisk(ctx, AddDisk{Disk: path, Dir: "/home"}); err != nil || ch != (Change{want, Told}) {
+			t.Errorf("added %+v, %v", ch, err)
+		}
+		_, err := c.AddDisk(ctx, AddDisk{Disk: path})
+		wantError(t, err, http.StatusConflict, path+" is there")
+		if list, err := c.Disks(ctx); err != nil || !reflect.DeepEqual(list, []Disk{want}) {
+			t.Errorf("%+v, %v", list, err)
+		}
+		_, err = c.ResizeDisk(ctx, path, ResizeDisk{Size: 100})
+		wantError(t, err, http.StatusConflict, "shrinking")
+		want.Size = 100
+		if ch, err := c.ResizeDisk(ctx, path, ResizeDisk{Size: 100, Shrink: true}); err != nil || ch != (Change{want, Unchanged}) {
+			t.Errorf("resized %+v, %v", ch, err)
+		}
+		if ch, err := c.RemoveDisk(ctx, path); err != nil || ch != (Change{want, Missed}) {
+			t.Errorf("removed %+v, %v", ch, err)
+		}
+		_, err = c.RemoveDisk(ctx, path)
+		wantError(t, err, http.StatusNotFound, "no disk "+path)
+	}
+	_, err = c.AddDisk(ctx, AddDisk{Disk: "bug"})
+	wantError(t, err, http.StatusInternalServerError, "a bug in gvm, please report it: no such disk")
+	_, err = c.AddDisk(ctx, AddDisk{Disk: "host"})
+	wantError(t, err, http.StatusInternalServerError, "no storage")
+}
+
+// exchange sends raw text over the socket and returns the answer.
+func exchange(t *testing.T, d Directory, text string) (status int, header http.Header, body string) {
+	t.Helper()
+	dir, err := os.Open(d.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	conn, err := net.Dial("unix", socketPath(dir, "vm.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	go func() { _, _ = io.WriteString(conn, text) }() // the server may stop to read
+	raw, err := io.ReadAll(conn)
+	if err != nil && !errors.Is(err, unix.ECONNRESET) {
+		t.Fatal(err)
+	}
+	head, body, _ := strings.Cut(string(raw), "\r\n\r\n")
+	header = http.Header{}
+	for i, line := range strings.Split(head, "\r\n") {
+		if i == 0 {
+			status, _ = strconv.Atoi(strings.Fields(line + " 0 0")[1])
+			continue
+		}
+		key, value, _ := strings.Cut(line, ": ")
+		header.Set(key, value)
+	}
+	return status, header, body
+}
+
+func TestBadRequests(t *testing.T) {
+	f := newFake()
+	d, _ := serve(t, f)
+	const bad = "the body is not what this request takes: "
+	for _, tt := range []struct {
+		method, path, body string
+		status             int
+		want               string // the error
+		allow              string
+	}{
+		{"POST", "/v1/disks", "", 400, bad + "EOF", ""},
+		{"POST", "/v1/disks", "{", 400, bad + "unexpected EOF", ""},
+		{"POST", "/v1/disks", "disk", 400, bad + "invalid character 'd' looking for beginning of value", ""},
+		{"POST", "/v1/disks", "[]", 400, bad + "json: cannot unmarshal array into Go value of type control.AddDisk", ""},
+		{"POST", "/v1/disks", `{"disk": 1}`, 400, bad + "json: cannot unmarshal number into Go struct field AddDisk.disk of type string", ""},
+		{"POST", "/v1/disks", `{"disk": "a", "lun": 1}`, 400, bad + `json: unknown field "lun"`, ""},
+		{"POST", "/v1/disks", `{"disk": "a"} {}`, 400, bad + "more than one JSON value", ""},
+		{"POST", "/v1/disks", `{"disk": "a"} ]`, 400, bad + "invalid character ']' looking for beginning of value", ""},
+		{"POST", "/v1/disks", `{"disk": "` + strings.Repeat("x", maxBody) + `"}`, 413, "the body has more than 65536 bytes", ""},
+		{"POST", "/v1/disks/0/resize", `{"size": 1.5}`, 400, bad + "json: cannot unmarshal number 1.5 into Go struct field ResizeDisk.size of type int64", ""},
+		{"POST", "/v1/disks/0/resize", `{"size": 99999999999999999999}`, 400, bad + "json: cannot unmarshal number 99999999999999999999 into Go struct field ResizeDisk.size of type int64", ""},
+		{"POST", "/v1/disks/0/resize", `{}`, 404, "no disk 0", ""},
+		{"DELETE", "/v1/disks/0", `{"force": true}`, 400, bad + `json: unknown field "force"`, ""},
+		{"DELETE", "/v1/disks/0", `{}`, 404, "no disk 0", ""},
+		{"PUT", "/v1/machine", "", 405, "PUT of /v1/machine: want GET", "GET"},
+		{"DELETE", "/v1/disks", "", 405, "DELETE of /v1/disks: want GET or POST", "GET, POST"},
+		{"GET", "/v1/disks/0", "", 405, "GET of /v1/disks/0: want DELETE", "DELETE"},
+		{"GET", "/v1/disks/0/resize", "", 405, "GET of /v1/disks/0/resize: want POST", "POST"},
+		{"GET", "/", "", 404, "no / in version 1 of the protocol", ""},
+		{"GET", "/v2/machine", "", 404, "no /v2/machine in version 1 of the protocol", ""},
+		{"GET", "/v1/disks/", "", 404, "no /v1/disks/ in version 1 of the protocol", ""},
+		{"DELETE", "/v1/disks/0/resize/1", "", 404, "no /v1/disks/0/resize/1 in version 1 of the protocol", ""},
+	} {
+		status, header, body := exchange(t, d, fmt.Sprintf("%s %s HTTP/1.1\r\nHost: gvm\r\nContent-Length: %d\r\n\r\n%s", tt.method, tt.path, len(tt.body), tt.body))
+		want := fmt.Sprintf("{\"error\":%s}\n", strconv.Quote(tt.want))
+		if status != tt.status || body != want || header.Get("Allow") != tt.allow || header.Get("Content-Type") != "application/json" {
+			t.Errorf("%s %s %.40s: %d %v %q, want %d %q", tt.method, tt.path, tt.body, status, header, body, tt.status, want)
+		}
+	}
+	// What HTTP itself does not take has no JSON.
+	for text, want := range map[string]int{
+		"hello\r\n\r\n":                    400,
+		"GET /v1/machine HTTP/1.1\r\n\r\n": 400, // no host
+		"GET /v1/machine HTTP/1.1\r\nHost: gvm\r\nX: " + strings.Repeat("x", 2*maxHeader) + "\r\n\r\n": 431,
+	} {
+		if status, _, body := exchange(t, d, text); status != want {
+			t.Errorf("%.40q: %d %q, want %d", text, status, body, want)
+		}
+	}
+	if list := f.Disks(); len(list) > 0 {
+		t.Errorf("a request that was refused added %+v", list)
+	}
+}
+
+// TestConcurrent has clients add and remove disks at the same time: each add and
+// each remove is done once.
+func TestConcurrent(t *testing.T) {
+	f := newFake()
+	_, c := serve(t, f)
+	var clients sync.WaitGroup
+	counts := make([][2]int, 8)
+	for i := range counts {
+		clients.Go(func() {
+			for n := range 20 {
+				id := fmt.Sprint("disk", n%3)
+				var e *Error
+				if _, err := c.AddDisk(t.Context(), AddDisk{Disk: id}); err == nil {
+					counts[i][0]++
+				} else if !errors.As(err, &e) || e.Status != http.StatusConflict {
+					t.Error(err)
+				}
+				if _, err := c.Disks(t.Context()); err != nil {
+					t.Error(err)
+				}
+				if _, err := c.RemoveDisk(t.Context(), id); err == nil {
+					counts[i][1]++
+				} else if !errors.As(err, &e) || e.Status != http.StatusNotFound {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	clients.Wait()
+	added, removed := 0, 0
+	for _, n := range counts {
+		added, removed = added+n[0], removed+n[1]
+	}
+	if left := len(f.Disks()); added == 0 || added-removed != left {
+		t.Errorf("%d added, %d removed, %d left", added, removed, left)
+	}
+}
+
+// TestCloseWaits: an answer that is on its way arrives, and requests that come
+// later are not served.
+func TestCloseWaits(t *testing.T) {
+	f := newFake()
+	f.adding = make(chan struct{})
+	d := testDir(t)
+	s, err := Claim(d, "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Serve(f)
+	c := NewClient(d, "vm")
+	answered := make(chan error, 1)
+	go func() {
+		_, err := c.AddDisk(context.Background(), AddDisk{Disk: "a"})
+		answered <- err
+	}()
+	<-f.adding
+	closed := make(chan error, 1)
+	go func() { closed <- s.Close() }()
+	f.adding <- struct{}{}
+	if err := <-answered; err != nil {
+		t.Error(err)
+	}
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Info(t.Context()); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a request after Close: %v", err)
+	}
+	if _, err := s.guarded(func(*http.Request) (any, error) { return 1, nil }, nil); err != ErrEnded {
+		t.Errorf("a request that was read before Close and came after: %v", err)
+	}
+}
+
+// TestCloseDoesNotWaitForClients that send nothing, or nothing more.
+func TestCloseDoesNotWaitForClients(t *testing.T) {
+	d := testDir(t)
+	s, err := Claim(d, "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Serve(newFake())
+	dir, err := os.Open(d.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	for _, text := range []string{"", "POST /v1/disks HTTP/1.1\r\nHost: gvm\r\nContent-Length: 10\r\n\r\n{"} {
+		conn, err := net.Dial("unix", socketPath(dir, "vm.sock"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if _, err := io.WriteString(conn, text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestClaim: a name is taken by one machine; requests wait for Serve; a socket
+// that is claimed and not served goes too.
+func TestClaim(t *testing.T) {
+	d := testDir(t)
+	s, err := Claim(d, "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{"vm.sock", "vm.lock"} {
+		if fi, err := os.Stat(filepath.Join(d.path, file)); err != nil || fi.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v, %v", file, fi.Mode(), err)
+		}
+	}
+	if _, err := Claim(d, "vm"); !errors.Is(err, ErrInUse) || err.Error() != fmt.Sprintf("control socket: the name vm is in use by process %d", os.Getpid()) {
+		t.Errorf("claimed twice: %v", err)
+	}
+	asked := make(chan error, 1)
+	go func() {
+		_, err := NewClient(d, "vm").Info(context.Background())
+		asked <- err
+	}()
+	s.Serve(newFake())
+	if err := <-asked; err != nil {
+		t.Error(err)
+	}
+	other, err := Claim(d, "other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Entry{{"other", os.Getpid()}, {"vm", os.Getpid()}}
+	if list, err := d.List(); err != nil || !reflect.DeepEqual(list, want) {
+		t.Errorf("%v, %v, want %v", list, err, want)
+	}
+	for _, s := range []*Server{s, other} {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if list, err := d.List(); err != nil || list != nil {
+		t.Errorf("%v, %v", list, err)
+	}
+}
+
+// TestClaimOnce has many claim one name: one gets it, over and over.
+func TestClaimOnce(t *testing.T) {
+	d := testDir(t)
+	for range 20 {
+		var claims sync.WaitGroup
+		got := make(chan *Server, 8)
+		for range cap(got) {
+			claims.Go(func() {
+				s, err := Claim(d, "vm")
+				if err == nil {
+					got <- s
+				} else if !errors.Is(err, ErrInUse) {
+					t.Error(err)
+				}
+				if _, err := d.List(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		claims.Wait()
+		if len(got) != 1 {
+			t.Fatalf("%d claims of one name succeeded", len(got))
+		}
+		if err := (<-got).Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestComingAndGoing has machines end while others begin: the directory that
+// the last one removes is there for the next.
+func TestComingAndGoing(t *testing.T) {
+	d := testDir(t)
+	var machines sync.WaitGroup
+	for i := range 4 {
+		machines.Go(func() {
+			for range 50 {
+				s, err := Claim(d, fmt.Sprint("vm", i))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if err := s.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	machines.Wait()
+	if _, err := os.Lstat(d.path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory is left: %v", err)
+	}
+}
+
+// TestDead: what a machine that was killed has left is taken over, or removed by
+// the next look.
+func TestDead(t *testing.T) {
+	for _, how := range []string{"claim the name", "claim another", "list"} {
+		t.Run(how, func(t *testing.T) {
+			d := testDir(t)
+			if err := os.Mkdir(d.path, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			for _, name := range []string{"vm.lock", "vm.sock", "half.lock", "notes.txt", "-no-name.lock"} {
+				if err := os.WriteFile(filepath.Join(d.path, name), []byte("4711\n"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want := []string{"-no-name.lock", "notes.txt"} // not ours
+			var list []Entry
+			switch name := map[string]string{"claim the name": "vm", "claim another": "other"}[how]; name {
+			case "":
+				var err error
+				if list, err = d.List(); err != nil || list != nil {
+					t.Errorf("%v, %v", list, err)
+				}
+			default:
+				s, err := Claim(d, name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				s.Serve(newFake())
+				if _, err := NewClient(d, name).Info(t.Context()); err != nil {
+					t.Error(err)
+				}
+				if list, err := d.List(); err != nil || !reflect.DeepEqual(list, []Entry{{name, os.Getpid()}}) {
+					t.Errorf("%v, %v", list, err)
+				}
+				if err := s.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+			var left []string
+			files, err := os.ReadDir(d.path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range files {
+				left = append(left, f.Name())
+			}
+			if !reflect.DeepEqual(left, want) {
+				t.Errorf("left: %q, want %q", left, want)
+			}
+		})
+	}
+}
+
+// TestDirectoryTricks: a directory that others made, or that is none, is not
+// used.
+func TestDirectoryTricks(t *testing.T) {
+	for name, tt := range map[string]struct {
+		make func(path string) error
+		want string
+	}{
+		"link":     {func(path string) error { return os.Symlink(t.TempDir(), path) }, "is not a directory"},
+		"dangling": {func(path string) error { return os.Symlink("/nonexistent", path) }, "is not a directory"},
+		"file":     {func(path string) error { return os.WriteFile(path, nil, 0o600) }, "is not a directory"},
+		"open":     {func(path string) error { return errors.Join(os.Mkdir(path, 0o700), os.Chmod(path, 0o755)) }, "has mode 0755: others can get into it"},
+		"parent":   {func(path string) error { return os.Remove(filepath.Dir(path)) }, "no such file or directory"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := testDir(t)
+			if err := tt.make(d.path); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Claim(d, "vm"); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("claimed: %v", err)
+			}
+			if name != "parent" {
+				if _, err := d.List(); err == nil || !strings.Contains(err.Error(), tt.want) {
+					t.Errorf("listed: %v", err)
+				}
+			}
+			if _, err := NewClient(d, "vm").Info(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("asked: %v", err)
+			}
+		})
+	}
+	if err := private(t.TempDir(), os.Geteuid()+1); err == nil || !strings.Contains(err.Error(), "is not this user's") {
+		t.Errorf("another user's: %v", err)
+	}
+	// A lock file that is a link is not followed.
+	d := testDir(t)
+	target := filepath.Join(t.TempDir(), "precious")
+	if err := errors.Join(os.WriteFile(target, []byte("data"), 0o600), os.Mkdir(d.path, 0o700), os.Symlink(target, filepath.Join(d.path, "vm.lock"))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Claim(d, "vm"); !errors.Is(err, unix.ELOOP) {
+		t.Errorf("claimed over a link: %v", err)
+	}
+	if b, err := os.ReadFile(target); err != nil || string(b) != "data" {
+		t.Errorf("the link's target: %q, %v", b, err)
+	}
+}
+
+func TestDefaultDirectory(t *testing.T) {
+	uid := strconv.Itoa(os.Geteuid())
+	temp := t.TempDir()
+	t.Setenv("TMPDIR", temp)
+	t.Setenv("XDG_RUNTIME_DIR", "/some/where")
+	if d := DefaultDirectory(); d.path != "/some/where/gvm" {
+		t.Error(d)
+	}
+	for _, unusable := range []string{"", "relative"} {
+		t.Setenv("XDG_RUNTIME_DIR", unusable)
+		want := filepath.Join(temp, "gvm-"+uid)
+		if private("/run/user/"+uid, os.Geteuid()) == nil {
+			want = "/run/user/" + uid + "/gvm"
+		}
+		if d := DefaultDirectory(); d.path != want {
+			t.Errorf("%q, want %q", d.path, want)
+		}
+	}
+}
+
+func TestCheckName(t *testing.T) {
+	for _, name := range []string{"a", "gvm-1", "0x", "A.b_c-9", strings.Repeat("x", maxName)} {
+		if err := CheckName(name); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, name := range []string{"", "1", "4711", ".", "..", ".a", "-a", "a/b", "a b", "ä", "a\x00", strings.Repeat("x", maxName+1)} {
+		if err := CheckName(name); !errors.Is(err, ErrName) {
+			t.Errorf("%q: %v", name, err)
+		}
+		if _, err := Claim(testDir(t), name); !errors.Is(err, ErrName) {
+			t.Errorf("claimed %q: %v", name, err)
+		}
+	}
+}
+
+// TestClientOddAnswers are those of something that is no machine.
+func TestClientOddAnswers(t *testing.T) {
+	d := testDir(t)
+	dir, err := d.lock(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := listen(dir, "vm.sock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.unlock(dir)
+	t.Cleanup(func() { l.Close(); os.RemoveAll(d.path) })
+	for answer, want := range map[string]string{
+		"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]":                "machine vm answers what this gvm does not understand: ",
+		"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n[]":                "machine vm stops in the middle of an answer: ",
+		"HTTP/1.1 418 Short\r\nContent-Length: 2\r\n\r\n[]":             "418 Short",
+		"HTTP/1.1 301 Gone\r\nLocation: /\r\nContent-Length: 0\r\n\r\n": "301 Gone",
+		"220 mail\r\n\r\n": "machine vm does not answer: ",
+		"":                 "machine vm does not answer: EOF",
+	} {
+		go func() {
+			conn, err := l.Accept()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			_, _ = conn.Read(make([]byte, 4096))
+			_, _ = io.WriteString(conn, answer)
+		}()
+		if _, err := NewClient(d, "vm").Info(t.Context()); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", answer, err, want)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if _, err := NewClient(d, "vm").Info(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a machine that does not answer: %v", err)
+	}
+}

@@ -1,0 +1,291 @@
+package control
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Directory is where the sockets of a user's machines are. Each machine has two
+// files there: NAME.lock, which it holds a lock on (flock(2)) and which has its
+// PID, and NAME.sock. Whoever creates, removes or judges files holds a lock on
+// the directory itself meanwhile.
+type Directory struct{ path string }
+
+// Errors of Claim and of a Client.
+var (
+	ErrName  = errors.New("not a name of a machine")
+	ErrInUse = errors.New("in use")
+)
+
+const (
+	lockSuffix   = ".lock"
+	socketSuffix = ".sock"
+	maxName      = 64
+)
+
+// DefaultDirectory is gvm's in $XDG_RUNTIME_DIR, unless that is another user's,
+// as it may be under su; else in /run/user/UID if that is the user's; failing
+// both, one for the user in the directory for temporary files. It need not
+// exist.
+func DefaultDirectory() Directory {
+	uid := os.Geteuid()
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(dir) {
+		var st unix.Stat_t
+		if err := unix.Stat(dir, &st); err != nil || int(st.Uid) == uid {
+			return Directory{filepath.Join(dir, "gvm")}
+		}
+	}
+	if dir := "/run/user/" + strconv.Itoa(uid); private(dir, uid) == nil {
+		return Directory{filepath.Join(dir, "gvm")}
+	}
+	return Directory{filepath.Join(os.TempDir(), "gvm-"+strconv.Itoa(uid))}
+}
+
+// In is the directory at path.
+func In(path string) Directory { return Directory{path} }
+
+// CheckName tells what is wrong with a name for a machine. A number is none: it
+// would be taken for a PID.
+func CheckName(name string) error {
+	if name == "" || len(name) > maxName || strings.Trim(name, "0123456789") == "" || strings.ContainsRune(".-", rune(name[0])) ||
+		strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != "" {
+		return fmt.Errorf("%q is %w: want 1 to %d letters, digits, dots, dashes and underlines that are not a number and begin with no dot or dash", name, ErrName, maxName)
+	}
+	return nil
+}
+
+// private checks that path is a directory, no link to one, that nobody but the
+// user can get into.
+func private(path string, uid int) error {
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return &fs.PathError{Op: "lstat", Path: path, Err: err}
+	}
+	switch {
+	case st.Mode&unix.S_IFMT != unix.S_IFDIR:
+		return fmt.Errorf("%s is not a directory", path)
+	case int(st.Uid) != uid:
+		return fmt.Errorf("%s is not this user's, but user %d's", path, st.Uid)
+	case st.Mode&0o077 != 0:
+		return fmt.Errorf("%s has mode %04o: others can get into it, want 0700", path, st.Mode&0o7777)
+	}
+	return nil
+}
+
+// lock locks the directory. It makes it if create is set; otherwise a directory
+// that is not there is fs.ErrNotExist. The file is for unlock.
+func (d Directory) lock(create bool) (*os.File, error) {
+	for {
+		if create {
+			if err := os.Mkdir(d.path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+				return nil, err
+			}
+		}
+		err := private(d.path, os.Geteuid())
+		if errors.Is(err, fs.ErrNotExist) && create {
+			continue // the last machine in it has just ended
+		}
+		if err != nil {
+			return nil, err
+		}
+		f, err := os.OpenFile(d.path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+		if errors.Is(err, fs.ErrNotExist) && create {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if err := flock(f, unix.LOCK_EX); err != nil {
+			f.Close()
+			return nil, err
+		}
+		if same(f, d.path) {
+			return f, nil
+		}
+		f.Close() // it was removed before the lock was there
+		if !create {
+			return nil, &fs.PathError{Op: "lock", Path: d.path, Err: fs.ErrNotExist}
+		}
+	}
+}
+
+// unlock ends what lock began, and removes a directory that is empty.
+func (d Directory) unlock(f *os.File) {
+	_ = os.Remove(d.path)
+	f.Close()
+}
+
+// flock is flock(2), which signals may interrupt.
+func flock(f *os.File, how int) error {
+	for {
+		if err := unix.Flock(int(f.Fd()), how); err != unix.EINTR {
+			if err != nil {
+				return &fs.PathError{Op: "flock", Path: f.Name(), Err: err}
+			}
+			return nil
+		}
+	}
+}
+
+// same tells whether f is what path names.
+func same(f *os.File, path string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Lstat(path)
+	return err == nil && os.SameFile(a, b)
+}
+
+// claim takes the files of a name for a machine. lock stays open as long as the
+// machine lives.
+func (d Directory) claim(name string) (lock *os.File, l *net.UnixListener, err error) {
+	if err := CheckName(name); err != nil {
+		return nil, nil, err
+	}
+	dir, err := d.lock(true)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer d.unlock(dir)
+	path := filepath.Join(d.path, name+lockSuffix)
+	if lock, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600); err != nil {
+		return nil, nil, err
+	}
+	if err := flock(lock, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		pid := holder(lock)
+		lock.Close()
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, nil, err
+		}
+		return nil, nil, fmt.Errorf("the name %s is %w by process %d", name, ErrInUse, pid)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.remove(name), lock.Close())
+		}
+	}()
+	if err := os.Remove(filepath.Join(d.path, name+socketSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, err
+	}
+	if err := lock.Truncate(0); err != nil {
+		return nil, nil, err
+	}
+	if _, err := lock.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0); err != nil {
+		return nil, nil, err
+	}
+	l, err = listen(dir, name+socketSuffix)
+	return lock, l, err
+}
+
+// holder returns the PID in a lock file, 0 if it has none.
+func holder(f *os.File) int {
+	b, err := io.ReadAll(io.NewSectionReader(f, 0, 32))
+	if err != nil {
+		return 0
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return 0
+	}
+	return pid
+}
+
+// socketPath is a name of a file in an open directory that an address has room
+// for (108 bytes, unix(7)), however long the path of the directory is.
+func socketPath(dir *os.File, file string) string {
+	return fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), file)
+}
+
+// listen makes a socket in the directory, which nobody but the user gets into
+// before its mode is what it should be.
+func listen(dir *os.File, file string) (*net.UnixListener, error) {
+	addr := socketPath(dir, file)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: addr, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false) // the directory's descriptor has another number then
+	if err := os.Chmod(addr, 0o600); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// release gives up what claim has taken.
+func (d Directory) release(name string, lock *os.File) error {
+	dir, err := d.lock(false)
+	if err != nil {
+		return errors.Join(err, lock.Close())
+	}
+	defer d.unlock(dir)
+	return errors.Join(d.remove(name), lock.Close())
+}
+
+// remove removes the files of a name. The caller holds both locks.
+func (d Directory) remove(name string) error {
+	var errs []error
+	for _, suffix := range []string{socketSuffix, lockSuffix} {
+		if err := os.Remove(filepath.Join(d.path, name+suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Entry is a machine in a Directory.
+type Entry struct {
+	Name string
+	PID  int // 0 if it cannot be told
+}
+
+// List returns the machines that live, in the order of their names, and removes
+// what dead ones left. A directory that is not there has none.
+func (d Directory) List() ([]Entry, error) {
+	dir, err := d.lock(false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer d.unlock(dir)
+	names, err := dir.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(names)
+	var list []Entry
+	for _, file := range names {
+		name, ok := strings.CutSuffix(file, lockSuffix)
+		if !ok || CheckName(name) != nil {
+			continue
+		}
+		f, err := os.OpenFile(filepath.Join(d.path, file), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return list, err
+		}
+		switch err := flock(f, unix.LOCK_EX|unix.LOCK_NB); {
+		case errors.Is(err, unix.EWOULDBLOCK):
+			list = append(list, Entry{name, holder(f)})
+			err = nil
+		case err == nil:
+			err = d.remove(name)
+		}
+		f.Close()
+		if err != nil {
+			return list, err
+		}
+	}
+	return list, nil
+}

@@ -1,0 +1,221 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Limits of a server.
+const (
+	maxBody     = 64 << 10
+	maxHeader   = 16 << 10
+	readTimeout = 10 * time.Second
+	idleTimeout = 30 * time.Second
+	// answerTimeout is for a request and its answer: longer than a disk takes to
+	// open, as the answer is lost then.
+	answerTimeout = 5 * time.Minute
+	// closeTimeout is how long Close waits for answers that are on their way.
+	closeTimeout = time.Second
+)
+
+// Server is the control socket of a machine.
+type Server struct {
+	dir      Directory
+	name     string
+	lock     *os.File
+	listener *net.UnixListener
+
+	http    *http.Server // nil before Serve
+	accepts sync.WaitGroup
+
+	busy   sync.RWMutex // shared by requests while they are at the machine
+	closed bool         // guarded by busy
+}
+
+// Claim takes a name in the directory and opens its socket, where requests wait
+// for Serve. A name that a living machine has is ErrInUse; what a dead one left
+// is taken over. What other dead machines left is removed.
+func Claim(d Directory, name string) (*Server, error) {
+	if _, err := d.List(); err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	lock, l, err := d.claim(name)
+	if err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	return &Server{dir: d, name: name, lock: lock, listener: l}, nil
+}
+
+// Serve begins to answer for m. It is called once at most, before Close.
+func (s *Server) Serve(m Machine) {
+	s.http = &http.Server{
+		Handler:           s.handler(m),
+		ReadHeaderTimeout: readTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      answerTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          log.New(io.Discard, "", 0), // what a client does wrong is told to the client
+	}
+	s.http.SetKeepAlivesEnabled(false)
+	s.accepts.Go(func() { _ = s.http.Serve(s.listener) })
+}
+
+// Close ends the service, waits for what the machine has been asked to do, and
+// removes the socket.
+func (s *Server) Close() error {
+	var err error
+	if s.http == nil {
+		err = s.listener.Close()
+	} else {
+		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+		defer cancel()
+		if s.http.Shutdown(ctx) != nil {
+			err = s.http.Close()
+		}
+		s.accepts.Wait()
+		s.busy.Lock()
+		s.closed = true // for a request that was read just before
+		s.busy.Unlock()
+	}
+	return errors.Join(err, s.dir.release(s.name, s.lock))
+}
+
+// endpoint answers a request with what becomes JSON, nil for no content.
+type endpoint func(*http.Request) (any, error)
+
+// handler has the paths and methods of the protocol.
+func (s *Server) handler(m Machine) http.Handler {
+	mux := http.NewServeMux()
+	for path, methods := range map[string]map[string]endpoint{
+		"/v1/machine": {
+			http.MethodGet: func(*http.Request) (any, error) { return m.Info(), nil },
+		},
+		"/v1/disks": {
+			http.MethodGet: func(*http.Request) (any, error) { return append([]Disk{}, m.Disks()...), nil },
+			http.MethodPost: func(r *http.Request) (any, error) {
+				var a AddDisk
+				if err := body(r, &a); err != nil {
+					return nil, err
+				}
+				return m.AddDisk(a)
+			},
+		},
+		"/v1/disks/{id}": {
+			http.MethodDelete: func(r *http.Request) (any, error) {
+				if err := body(r, nil); err != nil {
+					return nil, err
+				}
+				return m.RemoveDisk(r.PathValue("id"))
+			},
+		},
+		"/v1/disks/{id}/resize": {
+			http.MethodPost: func(r *http.Request) (any, error) {
+				var c ResizeDisk
+				if err := body(r, &c); err != nil {
+					return nil, err
+				}
+				return m.ResizeDisk(r.PathValue("id"), c)
+			},
+		},
+	} {
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			do, ok := methods[r.Method]
+			if !ok {
+				var allow []string
+				for method := range methods {
+					allow = append(allow, method)
+				}
+				slices.Sort(allow)
+				w.Header().Set("Allow", strings.Join(allow, ", "))
+				do = func(*http.Request) (any, error) {
+					return nil, Errorf(http.StatusMethodNotAllowed, "%s of %s: want %s", r.Method, r.URL.Path, strings.Join(allow, " or "))
+				}
+			}
+			s.serve(w, r, do)
+		})
+	}
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		s.serve(w, r, func(*http.Request) (any, error) {
+			return nil, Errorf(http.StatusNotFound, "no %s in version 1 of the protocol", r.URL.Path)
+		})
+	})
+	return mux
+}
+
+// serve answers one request.
+func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
+	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+	value, err := s.guarded(do, r)
+	status := http.StatusOK
+	if err != nil {
+		status = http.StatusInternalServerError
+		if e := (*Error)(nil); errors.As(err, &e) {
+			status = e.Status
+		}
+		value = struct {
+			Error string `json:"error"`
+		}{err.Error()}
+	} else if value == nil {
+		w.WriteHeader(http.StatusNoContent)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	_ = e.Encode(value) // a client that has gone
+}
+
+// guarded does a request unless the machine has ended. A bug of ours becomes an
+// error: the machine goes on.
+func (s *Server) guarded(do endpoint, r *http.Request) (value any, err error) {
+	s.busy.RLock()
+	defer s.busy.RUnlock()
+	if s.closed {
+		return nil, ErrEnded
+	}
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("a bug in gvm, please report it: %v", p)
+		}
+	}()
+	return do(r)
+}
+
+// body reads a request's JSON object into v, which has every field that there
+// may be; nil is a body without any, which may be empty.
+func body(r *http.Request, v any) error {
+	empty := v == nil
+	if empty {
+		v = &struct{}{}
+	}
+	d := json.NewDecoder(r.Body)
+	d.DisallowUnknownFields()
+	err := d.Decode(v)
+	if err == io.EOF && empty {
+		return nil
+	}
+	if err == nil {
+		if _, err = d.Token(); err == io.EOF {
+			return nil
+		} else if err == nil {
+			err = errors.New("more than one JSON value")
+		}
+	}
+	if e := (*http.MaxBytesError)(nil); errors.As(err, &e) {
+		return Errorf(http.StatusRequestEntityTooLarge, "the body has more than %d bytes", e.Limit)
+	}
+	return Errorf(http.StatusBadRequest, "the body is not what this request takes: %v", err)
+}
