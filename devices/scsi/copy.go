@@ -80,7 +80,7 @@ func extendedCopy(tk *task) error {
 	copies := make([]segment, len(segments)/segmentLen)
 	for i := range copies {
 		at := i * segmentLen
-		if copies[i], err = parseSegment(units, segments[at:at+segmentLen], copyHeaderLen+len(cscds)+at); err != nil {
+		if copies[i], err = parseSegment(tk.Nexus, units, segments[at:at+segmentLen], copyHeaderLen+len(cscds)+at); err != nil {
 			return err
 		}
 	}
@@ -160,7 +160,7 @@ func (t *Target) cscd(d []byte, at int) (*Unit, error) {
 
 // parseSegment reads and checks a segment descriptor, which lies at byte at of the
 // list.
-func parseSegment(units []*Unit, d []byte, at int) (segment, error) {
+func parseSegment(by NexusID, units []*Unit, d []byte, at int) (segment, error) {
 	be := binary.BigEndian
 	if d[0] != segmentBlockToBlock {
 		return segment{}, UnsupportedSegment
@@ -181,15 +181,18 @@ func parseSegment(units []*Unit, d []byte, at int) (segment, error) {
 	if s.bytes%s.from.blockSize != 0 || s.bytes%s.to.blockSize != 0 {
 		return segment{}, CopyGranularity
 	}
-	return s, s.check()
+	return s, s.check(by)
 }
 
-// check finds out whether both units can take part.
-func (s segment) check() error {
+// check finds out whether both units can take part in a copy for an initiator.
+func (s segment) check(by NexusID) error {
 	for _, u := range []*Unit{s.from, s.to} {
 		if u.set.isClosed() || u.stopped.Load() {
 			return CopyUnreachable
 		}
+	}
+	if s.from.set.refusesCopy(by, readAccess) || s.to.set.refusesCopy(by, writeAccess) {
+		return CopyThirdParty
 	}
 	if s.to.writeProtected() != nil || s.from.inRange(s.fromLBA, uint64(s.bytes/s.from.blockSize)) != nil || s.to.inRange(s.toLBA, uint64(s.bytes/s.to.blockSize)) != nil {
 		return CopyAborted
@@ -206,7 +209,7 @@ func (tk *task) copySegment(s segment) error {
 		u.medium.RLock()
 		defer u.medium.RUnlock()
 	}
-	if err := s.check(); err != nil { // again, now that nothing can change
+	if err := s.check(tk.Nexus); err != nil { // again, now that nothing can change
 		return err
 	}
 	err := s.move(tk)

@@ -43,37 +43,43 @@ type Sense struct {
 
 // The sense data that this target returns.
 var (
-	BecomingReady        = Sense{Key: NotReady, ASC: 0x04, ASCQ: 0x02} // initializing command required
-	WriteError           = Sense{Key: MediumError, ASC: 0x0c, ASCQ: 0x00}
-	InvalidFieldInIU     = Sense{Key: IllegalRequest, ASC: 0x0e, ASCQ: 0x03}
-	CopyAborted          = Sense{Key: CopyAbortedKey, ASC: 0x00, ASCQ: 0x00}
-	CopyUnreachable      = Sense{Key: CopyAbortedKey, ASC: 0x0d, ASCQ: 0x02} // copy target device not reachable
-	UnrecoveredReadError = Sense{Key: MediumError, ASC: 0x11, ASCQ: 0x00}
-	ParameterListLength  = Sense{Key: IllegalRequest, ASC: 0x1a, ASCQ: 0x00}
-	MiscompareInVerify   = Sense{Key: Miscompare, ASC: 0x1d, ASCQ: 0x00}
-	InvalidOpcode        = Sense{Key: IllegalRequest, ASC: 0x20, ASCQ: 0x00}
-	LBAOutOfRange        = Sense{Key: IllegalRequest, ASC: 0x21, ASCQ: 0x00}
-	InvalidFieldInCDB    = Sense{Key: IllegalRequest, ASC: 0x24, ASCQ: 0x00}
-	LUNNotSupported      = Sense{Key: IllegalRequest, ASC: 0x25, ASCQ: 0x00}
-	InvalidFieldInParam  = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x00}
-	UnsupportedCSCD      = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x07}
-	TooManyCSCDs         = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x06}
-	TooManySegments      = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x08}
-	UnsupportedSegment   = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x09}
-	CopyGranularity      = Sense{Key: CopyAbortedKey, ASC: 0x26, ASCQ: 0x0a} // unexpected inexact segment
-	InlineDataExceeded   = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x0b}
-	WriteProtected       = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x00}
-	SoftwareProtected    = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x02}
-	SpaceAllocFailed     = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x07}
-	PowerOnOccurred      = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x01}
-	DeviceReset          = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x03}
-	NexusLoss            = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x07}
-	ModeParamsChanged    = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x01}
-	CapacityChanged      = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x09}
-	CommandsCleared      = Sense{Key: UnitAttention, ASC: 0x2f, ASCQ: 0x00}
-	SavingNotSupported   = Sense{Key: IllegalRequest, ASC: 0x39, ASCQ: 0x00}
-	LUNsChanged          = Sense{Key: UnitAttention, ASC: 0x3f, ASCQ: 0x0e}
-	TargetFailure        = Sense{Key: HardwareError, ASC: 0x44, ASCQ: 0x00}
+	BecomingReady             = Sense{Key: NotReady, ASC: 0x04, ASCQ: 0x02} // initializing command required
+	WriteError                = Sense{Key: MediumError, ASC: 0x0c, ASCQ: 0x00}
+	InvalidFieldInIU          = Sense{Key: IllegalRequest, ASC: 0x0e, ASCQ: 0x03}
+	CopyAborted               = Sense{Key: CopyAbortedKey, ASC: 0x00, ASCQ: 0x00}
+	CopyThirdParty            = Sense{Key: CopyAbortedKey, ASC: 0x0d, ASCQ: 0x01} // third party device failure
+	CopyUnreachable           = Sense{Key: CopyAbortedKey, ASC: 0x0d, ASCQ: 0x02} // copy target device not reachable
+	UnrecoveredReadError      = Sense{Key: MediumError, ASC: 0x11, ASCQ: 0x00}
+	ParameterListLength       = Sense{Key: IllegalRequest, ASC: 0x1a, ASCQ: 0x00}
+	MiscompareInVerify        = Sense{Key: Miscompare, ASC: 0x1d, ASCQ: 0x00}
+	InvalidOpcode             = Sense{Key: IllegalRequest, ASC: 0x20, ASCQ: 0x00}
+	LBAOutOfRange             = Sense{Key: IllegalRequest, ASC: 0x21, ASCQ: 0x00}
+	InvalidFieldInCDB         = Sense{Key: IllegalRequest, ASC: 0x24, ASCQ: 0x00}
+	LUNNotSupported           = Sense{Key: IllegalRequest, ASC: 0x25, ASCQ: 0x00}
+	InvalidFieldInParam       = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x00}
+	InvalidRelease            = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x04} // invalid release of persistent reservation
+	UnsupportedCSCD           = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x07}
+	TooManyCSCDs              = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x06}
+	TooManySegments           = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x08}
+	UnsupportedSegment        = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x09}
+	CopyGranularity           = Sense{Key: CopyAbortedKey, ASC: 0x26, ASCQ: 0x0a} // unexpected inexact segment
+	InlineDataExceeded        = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x0b}
+	WriteProtected            = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x00}
+	SoftwareProtected         = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x02}
+	SpaceAllocFailed          = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x07}
+	PowerOnOccurred           = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x01}
+	DeviceReset               = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x03}
+	NexusLoss                 = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x07}
+	ModeParamsChanged         = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x01}
+	ReservationsPreempted     = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x03}
+	ReservationsReleased      = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x04}
+	RegistrationsPreempted    = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x05}
+	CapacityChanged           = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x09}
+	CommandsCleared           = Sense{Key: UnitAttention, ASC: 0x2f, ASCQ: 0x00}
+	SavingNotSupported        = Sense{Key: IllegalRequest, ASC: 0x39, ASCQ: 0x00}
+	LUNsChanged               = Sense{Key: UnitAttention, ASC: 0x3f, ASCQ: 0x0e}
+	TargetFailure             = Sense{Key: HardwareError, ASC: 0x44, ASCQ: 0x00}
+	InsufficientRegistrations = Sense{Key: IllegalRequest, ASC: 0x55, ASCQ: 0x04} // insufficient registration resources
 )
 
 func (s Sense) Error() string {
@@ -85,6 +91,10 @@ func (s Sense) Is(err error) bool {
 	o, ok := err.(Sense)
 	return ok && s.Key == o.Key && s.ASC == o.ASC && s.ASCQ == o.ASCQ
 }
+
+// ofReset says whether s is a unit attention condition that tells of a reset or
+// of the loss of an I_T nexus.
+func (s Sense) ofReset() bool { return s.Key == UnitAttention && s.ASC == 0x29 }
 
 // invalidCDB is INVALID FIELD IN CDB with a field pointer to bit (7 to 0) of
 // byte at in the CDB (SPC-5 4.5.2.4.2).

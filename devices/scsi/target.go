@@ -209,7 +209,10 @@ func (tk *task) acceptable() error {
 // sense data of its own is a failure all the same.
 func (tk *task) result(err error) Result {
 	r := Result{Status: tk.status, Overrun: tk.overrun}
-	if err != nil {
+	switch {
+	case err == errReservationConflict:
+		r.Status = ReservationConflict
+	case err != nil:
 		r.Status = CheckCondition
 		r.Sense = senseOf(err).encode(tk.u != nil && tk.u.dSense.Load())
 	}
@@ -340,7 +343,8 @@ func (t *Target) abort(lun LUN, cause Abort, match func(*task) bool) TaskRespons
 
 // LogicalUnitReset is LOGICAL UNIT RESET (SAM-5 6.3.3): it ends every command,
 // brings back the default mode parameters, starts a stopped unit and leaves the
-// unit attention BUS DEVICE RESET FUNCTION OCCURRED for every nexus.
+// unit attention BUS DEVICE RESET FUNCTION OCCURRED for every nexus. It releases
+// RESERVE(6) and RESERVE(10), and leaves persistent reservations.
 //
 // A write cache that the initiator has turned off stays off: the driver that
 // did so may not look again, and would lose data it believes to be durable.
@@ -351,23 +355,27 @@ func (t *Target) LogicalUnitReset(lun LUN) TaskResponse {
 	}
 	u.set.abort(AbortedByReset, func(*task) bool { return true })
 	u.defaults()
+	u.set.dropReserver(everyone)
 	u.set.attention(DeviceReset, everyone)
 	return FunctionComplete
 }
 
 // NexusReset is I_T NEXUS RESET (SAM-5 6.3.4): it ends every command of the
-// nexus on every unit and leaves it the unit attention I_T NEXUS LOSS OCCURRED.
+// nexus on every unit, releases its RESERVE(6) and RESERVE(10), and leaves it the
+// unit attention I_T NEXUS LOSS OCCURRED.
 func (t *Target) NexusReset(nexus NexusID) TaskResponse {
 	for _, u := range t.all() {
 		u.set.abort(AbortedByReset, func(tk *task) bool { return tk.Nexus == nexus })
+		u.set.dropReserver(func(id NexusID) bool { return id == nexus })
 		u.set.attention(NexusLoss, func(id NexusID) bool { return id == nexus })
 	}
 	return FunctionComplete
 }
 
 // PowerOn is a power cycle: every command ends, every unit is as it was
-// attached, the write cache too, and every nexus finds POWER ON OCCURRED. It is
-// for a transport whose machine was reset.
+// attached, the write cache too, and every nexus finds POWER ON OCCURRED. Of
+// reservations stays what APTPL keeps. It is for a transport whose machine was
+// reset.
 func (t *Target) PowerOn() {
 	for _, u := range t.all() {
 		u.set.abort(AbortedByReset, func(*task) bool { return true })

@@ -58,6 +58,19 @@ type taskSet struct {
 	waiting int // callers inside changed.Wait
 	closed  bool
 	nexuses map[NexusID]*nexus
+
+	// What is reserved: a persistent reservation, or else the I_T nexus of
+	// RESERVE(6) or RESERVE(10). It changes with both prOut and mu held. A
+	// command is checked against it under mu, when its attribute lets it run:
+	// each change has either happened for it or not, and what was let in before
+	// one is not stopped by it, unless it is aborted (SPC-5 5.14.1).
+	pr       persistent
+	reserver *NexusID
+
+	// prOut is held from the reading of what is reserved to its change, while
+	// it is saved too. It is taken before mu.
+	prOut  sync.Mutex
+	unsure bool // the last save failed: what is kept is not known; guarded by prOut
 }
 
 // nexus is what a unit remembers of one initiator: unit attention conditions
@@ -86,7 +99,9 @@ func (s *taskSet) nexus(id NexusID) *nexus {
 
 // enter puts tk at the end of the set and returns when its attribute lets it
 // run (SAM-5 8.6). It reports the oldest unit attention condition unless the
-// command is exempt, and false when the unit has been detached.
+// command is exempt, a conflict with a reservation, and false when the unit has
+// been detached. A conflict comes before every unit attention condition but that
+// of a reset (SAM-5 5.3.3).
 func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -110,9 +125,18 @@ func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
 		s.wait()
 	}
 	n := s.nexus(tk.Nexus)
-	if len(n.attention) > 0 && !exempt && tk.state.Load() == running {
-		err = n.attention[0]
-		n.attention = n.attention[1:]
+	if tk.state.Load() != running {
+		return nil, true
+	}
+	first := 0
+	if s.conflicts(tk) {
+		if first = slices.IndexFunc(n.attention, Sense.ofReset); first < 0 {
+			return errReservationConflict, true
+		}
+	}
+	if len(n.attention) > 0 && !exempt {
+		err = n.attention[first]
+		n.attention = slices.Delete(n.attention, first, first+1)
 	}
 	return err, true
 }
@@ -187,7 +211,15 @@ func (s *taskSet) leave(tk *task) {
 func (s *taskSet) abort(cause Abort, match func(*task) bool) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	w, n := &abortWait{}, 0
+	w, n := s.end(cause, match)
+	s.await(w)
+	return n
+}
+
+// end is the first half of abort: it ends the tasks, which await waits for. The
+// caller holds mu.
+func (s *taskSet) end(cause Abort, match func(*task) bool) (w *abortWait, n int) {
+	w = &abortWait{}
 	for tk := s.first; tk != nil; tk = tk.next {
 		if !match(tk) {
 			continue
@@ -202,10 +234,14 @@ func (s *taskSet) abort(cause Abort, match func(*task) bool) int {
 	if w.left > 0 {
 		s.changed.Broadcast()
 	}
+	return w, n
+}
+
+// await returns when the tasks of w have been answered. The caller holds mu.
+func (s *taskSet) await(w *abortWait) {
 	for w.left > 0 {
 		s.wait()
 	}
-	return n
 }
 
 // attention establishes a unit attention condition for the known initiators
@@ -221,11 +257,19 @@ func (s *taskSet) attention(sense Sense, whom func(NexusID) bool) {
 	}
 }
 
+// tell establishes a unit attention condition for one initiator. One that the
+// unit has not seen finds POWER ON OCCURRED. The caller holds mu.
+func (s *taskSet) tell(id NexusID, sense Sense) {
+	if n := s.nexuses[id]; n != nil {
+		n.add(sense)
+	}
+}
+
 // everyone is attention's choice of all initiators.
 func everyone(NexusID) bool { return true }
 
 func (n *nexus) add(sense Sense) {
-	if sense.Key == UnitAttention && sense.ASC == 0x29 {
+	if sense.ofReset() {
 		n.copies = nil
 		n.attention = append(slices.DeleteFunc(n.attention, func(s Sense) bool { return !s.Deferred }), sense)
 		return
@@ -280,11 +324,15 @@ func (s *taskSet) has(match func(*task) bool) bool {
 	return false
 }
 
-// forget makes every initiator a new one, which finds POWER ON OCCURRED.
+// forget makes every initiator a new one, which finds POWER ON OCCURRED, and
+// drops the reservations that do not survive a loss of power.
 func (s *taskSet) forget() {
+	s.prOut.Lock()
+	defer s.prOut.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	clear(s.nexuses)
+	s.pr, s.reserver = s.pr.powerLoss(), nil
 }
 
 // close ends every task and lets no more in, until open.

@@ -46,6 +46,9 @@ type UnitConfig struct {
 	// PhysicalBlockExponent says that 2^n logical blocks make a physical one.
 	PhysicalBlockExponent int
 	Cache                 CacheMode
+	// Reservations keeps persistent reservations over a loss of power, for
+	// initiators that ask for it (APTPL). nil: they cannot.
+	Reservations ReservationKeeper
 	// OnError is told of every failure of the backend, for the host's log; the
 	// initiator sees no more than sense data. It may be called from several
 	// goroutines at the same time.
@@ -143,6 +146,9 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 	u.defaults()
 	u.wce.Store(cfg.Cache != WriteThrough)
 	u.set.init()
+	if u.set.pr, err = loadReservations(cfg.Reservations); err != nil {
+		return nil, fmt.Errorf("scsi unit: persistent reservations: %w", err)
+	}
 	return u, nil
 }
 
