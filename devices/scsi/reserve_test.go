@@ -254,3 +254,402 @@ func TestConflictOrder(t *testing.T) {
 		t.Errorf("conflict with residual %d, sense % x", a.Residual, a.Sense)
 	}
 }
+
+func TestRegister(t *testing.T) {
+	c := newCluster(t, scsi.UnitConfig{})
+	c.in(1, 0, "00000000 00000000")
+	// An unregistered nexus has the key 0. Each REGISTER that succeeds counts.
+	c.out(1, prRegister, 0, 0x11, 0x22, "CONFLICT")
+	c.out(1, prRegister, 0, 0, 0, "GOOD")
+	c.in(1, 0, "00000001 00000000")
+	c.out(1, prRegister, 0, 0, 0x11, "GOOD")
+	c.out(2, prIgnore, 0, 0x99, 0x22, "GOOD")
+	c.out(3, prIgnore, 0, 0x99, 0, "GOOD")
+	c.in(3, 0, "00000004 00000010 0000000000000011 0000000000000022")
+	// A new key needs the old one, unless that is ignored; it may be that of
+	// another nexus.
+	c.out(1, prRegister, 0, 0, 0x12, "CONFLICT")
+	c.out(1, prRegister, 0, 0x22, 0x12, "CONFLICT")
+	c.out(1, prRegister, 0, 0x11, 0x22, "GOOD")
+	c.out(2, prIgnore, 0, 0, 0x23, "GOOD")
+	c.in(3, 0, "00000006 00000010 0000000000000022 0000000000000023")
+	c.out(1, prRegister, 0, 0x11, 0, "CONFLICT")
+	c.out(1, prRegister, 0, 0x22, 0, "GOOD")
+	c.out(2, prIgnore, 0, 0, 0, "GOOD")
+	c.in(3, 0, "00000008 00000000")
+	c.attention("", "", "")
+}
+
+func TestReserveOutRefusals(t *testing.T) {
+	c := newCluster(t, scsi.UnitConfig{})
+	c.keys(2)
+	const key = 0x11
+	// What needs a registration or the right key, whatever else is wrong.
+	for _, action := range []byte{prReserve, prRelease, prClear, prPreempt, prAbort} {
+		c.out(3, action, we, 0, key, "CONFLICT")
+		c.out(3, action, we, key, key, "CONFLICT")
+		c.out(1, action, 0xff, 0x22, key, "CONFLICT")
+		c.out(1, action, 0xff, 0, key, "CONFLICT")
+	}
+	at := func(a scsitest.Answer, want ...byte) {
+		t.Helper()
+		if !bytes.Equal(a.Sense[15:18], want) {
+			t.Errorf("field pointer % x, want % x", a.Sense[15:18], want)
+		}
+	}
+	cdb := func(action, scopeType, length byte) []byte {
+		return []byte{0x5f, action, scopeType, 0, 0, 0, 0, 0, length, 0}
+	}
+	// SCOPE and TYPE.
+	for _, typ := range []byte{0, 2, 4, 9, 15} {
+		at(c.do(1, cdb(prReserve, typ, 24), parameters(key, 0, 0), 0, "CHECK 5/24/00"), 0xcb, 0, 2)
+	}
+	at(c.do(1, cdb(prReserve, 0x10|we, 24), parameters(key, 0, 0), 0, "CHECK 5/24/00"), 0xcf, 0, 2)
+	c.out(1, prReserve, we, key, 0, "GOOD")
+	at(c.do(2, cdb(prPreempt, 0, 24), parameters(0x22, key, 0), 0, "CHECK 5/24/00"), 0xcb, 0, 2)
+	at(c.do(2, cdb(prPreempt, 0x20|ea, 24), parameters(0x22, key, 0), 0, "CHECK 5/24/00"), 0xcf, 0, 2)
+	at(c.do(2, cdb(prPreempt, ea, 24), parameters(0x22, 0, 0), 0, "CHECK 5/26/00"), 0x80, 0, 8)
+	c.out(2, prPreempt, ea, 0x22, 0x33, "CONFLICT") // nobody has the key
+	// The parameter list.
+	c.do(1, cdb(prRegister, 0, 0), nil, 0, "CHECK 5/1a/00")
+	c.do(1, cdb(prRegister, 0, 23), parameters(key, 1, 0), 0, "CHECK 5/1a/00")
+	c.do(1, cdb(prRegister, 0, 28), append(parameters(key, 1, 0), 0, 0, 0, 0), 0, "CHECK 5/1a/00")
+	c.do(1, cdb(prRegister, 0, 24), parameters(key, 1, 0)[:23], 0, "CHECK 5/0e/03")
+	c.do(1, []byte{0x5f, prRegister, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0}, parameters(key, 1, 0), 0, "CHECK 5/1a/00")
+	at(c.do(1, cdb(prRegister, 0, 24), parameters(key, 1, 0x08), 0, "CHECK 5/26/00"), 0x80, 0, 20)                     // SPEC_I_PT
+	at(c.do(1, cdb(prRegister, 0, 28), append(parameters(key, 1, 0x08), 0, 0, 0, 0), 0, "CHECK 5/26/00"), 0x80, 0, 20) // with TransportIDs
+	at(c.do(1, cdb(prRegister, 0, 24), parameters(key, 1, 0x01), 0, "CHECK 5/26/00"), 0x80, 0, 20)                     // APTPL
+	at(c.do(1, cdb(prIgnore, 0, 24), parameters(key, 1, 0x01), 0, "CHECK 5/26/00"), 0x80, 0, 20)                       // likewise
+	at(c.do(1, cdb(7, 0, 24), parameters(key, 1, 0), 0, "CHECK 5/24/00"), 0xcc, 0, 1)                                  // REGISTER AND MOVE
+	at(c.do(1, []byte{0x5e, 4, 0, 0, 0, 0, 0, 1, 0, 0}, nil, 256, "CHECK 5/24/00"), 0xcc, 0, 1)                        // of PERSISTENT RESERVE IN
+	c.do(1, cdb(prReserve, we, 24), parameters(key, 0, 0x01), 0, "GOOD")                                               // APTPL is for registrations
+	c.do(1, cdb(prRegister, 0, 24), parameters(key, key, 0x04), 0, "GOOD")                                             // ALL_TG_PT
+	c.in(1, 0, "00000003 00000010 0000000000000011 0000000000000022")
+	c.in(1, 1, "00000003 00000010 0000000000000011 00000000 00 01 0000")
+}
+
+func TestReadReservation(t *testing.T) {
+	c := newCluster(t, scsi.UnitConfig{})
+	c.in(3, 1, "00000000 00000000")
+	c.in(3, 2, "0008 14 b0 ea01 0000")
+	c.in(3, 3, "00000000 00000000")
+	c.keys(2)
+	c.in(3, 1, "00000002 00000000")
+	const (
+		id1 = "0001 00000018 06 000000 3000000000000001" + "000000000000000000000000"
+		id2 = "0001 00000018 06 000000 3000000000000002" + "000000000000000000000000"
+	)
+	c.in(3, 3, "00000002 00000060"+"0000000000000011 00000000 00 00 00000000"+id1+"0000000000000022 00000000 00 00 00000000"+id2)
+	c.out(2, prReserve, earo, 0x22, 0, "GOOD")
+	c.in(3, 1, "00000002 00000010 0000000000000022 00000000 00 06 0000")
+	c.in(3, 3, "00000002 00000060"+"0000000000000011 00000000 00 00 00000000"+id1+"0000000000000022 00000000 01 06 00000000"+id2)
+	c.out(2, prRegister, 0, 0x22, 0x2222222222222222, "GOOD") // the holder keeps it
+	c.in(3, 1, "00000003 00000010 2222222222222222 00000000 00 06 0000")
+	c.out(2, prRelease, earo, 0x2222222222222222, 0, "GOOD")
+	c.attention("2a/04", "", "")
+	c.out(1, prReserve, wear, 0x11, 0, "GOOD")
+	c.in(3, 1, "00000003 00000010 0000000000000000 00000000 00 07 0000")
+	c.in(3, 3, "00000003 00000060"+"0000000000000011 00000000 01 07 00000000"+id1+"2222222222222222 00000000 01 07 00000000"+id2)
+	// ALLOCATION LENGTH cuts off the data, and not what it says of its length.
+	if a := c.do(3, []byte{0x5e, 0, 0, 0, 0, 0, 0, 0, 12, 0}, nil, 256, "GOOD"); a.Residual != 244 || !bytes.Equal(a.Data[:13], []byte{0, 0, 0, 3, 0, 0, 0, 16, 0, 0, 0, 0, 0}) {
+		t.Errorf("READ KEYS of 12 bytes: residual %d, % x", a.Residual, a.Data[:13])
+	}
+}
+
+func TestReserveRelease(t *testing.T) {
+	for _, typ := range []byte{we, ea, wero, earo, wear, eaar} {
+		c := newCluster(t, scsi.UnitConfig{})
+		c.keys(3)
+		all, registrants := typ >= wear, typ >= wero
+		c.out(1, prRelease, typ, 0x11, 0, "GOOD") // there is none
+		c.out(1, prReserve, typ, 0x11, 0, "GOOD")
+		c.out(1, prReserve, typ, 0x11, 0, "GOOD") // again
+		other := map[byte]byte{we: ea, ea: we, wero: earo, earo: wero, wear: eaar, eaar: wear}[typ]
+		c.out(1, prReserve, other, 0x11, 0, "CONFLICT")
+		// Another one may reserve only what it holds already, and releases nothing
+		// that it does not hold.
+		if all {
+			c.out(2, prReserve, typ, 0x22, 0, "GOOD")
+			c.out(2, prRelease, other, 0x22, 0, "CHECK 5/26/04")
+		} else {
+			c.out(2, prReserve, typ, 0x22, 0, "CONFLICT")
+			c.out(2, prRelease, typ, 0x22, 0, "GOOD")
+			c.out(2, prRelease, other, 0x22, 0, "GOOD")
+		}
+		c.out(1, prRelease, other, 0x11, 0, "CHECK 5/26/04")
+		c.out(1, prRelease, 0x10|typ, 0x11, 0, "CHECK 5/26/04")
+		key := "0000000000000011"
+		if all {
+			key = "0000000000000000"
+		}
+		c.in(2, 1, fmt.Sprintf("00000003 00000010 %s 00000000 00 %02x 0000", key, typ))
+		c.attention("", "", "")
+		c.out(1, prRelease, typ, 0x11, 0, "GOOD")
+		c.in(0, 1, "00000003 00000000")
+		if registrants {
+			c.attention("", "2a/04", "2a/04")
+		} else {
+			c.attention("", "", "")
+		}
+	}
+}
+
+// TestUnregister has a holder that unregisters: that ends the reservation, but
+// for all registrants that of the last of them.
+func TestUnregister(t *testing.T) {
+	for _, typ := range []byte{we, ea, wero, earo, wear, eaar} {
+		c := newCluster(t, scsi.UnitConfig{})
+		c.keys(2)
+		c.out(1, prReserve, typ, 0x11, 0, "GOOD")
+		c.out(1, prRegister, 0, 0x11, 0, "GOOD")
+		switch {
+		case typ >= wear:
+			c.in(3, 1, fmt.Sprintf("00000003 00000010 0000000000000000 00000000 00 %02x 0000", typ))
+			c.attention("", "", "")
+			c.do(1, cdb10(0x2a, 0, 0, 1), filled(0, 1), 0, "CONFLICT")
+			c.out(2, prIgnore, 0, 0, 0, "GOOD")
+			c.in(3, 1, "00000004 00000000")
+			c.attention("", "", "")
+		case typ >= wero:
+			c.in(3, 1, "00000003 00000000")
+			c.attention("", "2a/04", "")
+		default:
+			c.in(3, 1, "00000003 00000000")
+			c.attention("", "", "")
+		}
+		c.do(3, cdb10(0x2a, 0, 0, 1), filled(0, 1), 0, "GOOD")
+	}
+	// One who is registered and no holder takes nothing along.
+	c := newCluster(t, scsi.UnitConfig{})
+	c.keys(2)
+	c.out(1, prReserve, wero, 0x11, 0, "GOOD")
+	c.out(2, prRegister, 0, 0x22, 0, "GOOD")
+	c.in(3, 1, "00000003 00000010 0000000000000011 00000000 00 05 0000")
+	c.attention("", "", "")
+}
+
+func TestClear(t *testing.T) {
+	for _, typ := range []byte{0, we, eaar} {
+		c := newCluster(t, scsi.UnitConfig{})
+		c.keys(2)
+		if typ != 0 {
+			c.out(1, prReserve, typ, 0x11, 0, "GOOD")
+		}
+		c.out(2, prClear, 0xff, 0x22, 0, "GOOD")
+		c.in(3, 0, "00000003 00000000")
+		c.in(3, 1, "00000003 00000000")
+		c.attention("2a/03", "", "")
+	}
+}
+
+func TestPreempt(t *testing.T) {
+	const none = "00000000"
+	held := func(key byte, typ byte) string {
+		return fmt.Sprintf("00000010 00000000000000%02x 00000000 00 %02x 0000", key, typ)
+	}
+	for _, tt := range []struct {
+		name        string
+		typ         byte   // reserved by nexus 1, 0: nobody
+		by          byte   // nexus that preempts
+		key         uint64 // whom
+		with        byte   // SCOPE and TYPE
+		want        string
+		keys        string // left
+		reservation string
+		attention   [3]string
+	}{
+		{"no reservation", 0, 2, 0x11, 0xff, "GOOD", "00000010 0000000000000022 0000000000000033", none, [3]string{"2a/05", "", ""}},
+		{"no reservation, own key", 0, 2, 0x22, 0xff, "GOOD", "00000010 0000000000000011 0000000000000033", none, [3]string{}},
+		{"no holder", we, 2, 0x33, 0xff, "GOOD", "00000010 0000000000000011 0000000000000022", held(0x11, we), [3]string{"", "", "2a/05"}},
+		{"own key, no holder", we, 2, 0x22, 0xff, "GOOD", "00000010 0000000000000011 0000000000000033", held(0x11, we), [3]string{}},
+		{"holder, same type", we, 2, 0x11, we, "GOOD", "00000010 0000000000000022 0000000000000033", held(0x22, we), [3]string{"2a/05", "", ""}},
+		{"holder, other type", we, 2, 0x11, earo, "GOOD", "00000010 0000000000000022 0000000000000033", held(0x22, earo), [3]string{"2a/05", "", "2a/04"}},
+		{"holder, to all registrants", earo, 2, 0x11, eaar, "GOOD", "00000010 0000000000000022 0000000000000033", held(0, eaar), [3]string{"2a/05", "", "2a/04"}},
+		{"itself, same type", we, 1, 0x11, we, "GOOD", "00000018 0000000000000011 0000000000000022 0000000000000033", held(0x11, we), [3]string{}},
+		{"itself, other type", we, 1, 0x11, ea, "GOOD", "00000018 0000000000000011 0000000000000022 0000000000000033", held(0x11, ea), [3]string{"", "2a/04", "2a/04"}},
+		{"all registrants", wear, 2, 0, wear, "GOOD", "00000008 0000000000000022", held(0, wear), [3]string{"2a/05", "", "2a/05"}},
+		{"all registrants, to one", wear, 2, 0, we, "GOOD", "00000008 0000000000000022", held(0x22, we), [3]string{"2a/05", "", "2a/05"}},
+		{"one of all registrants", wear, 2, 0x11, we, "GOOD", "00000010 0000000000000022 0000000000000033", held(0, wear), [3]string{"2a/05", "", ""}},
+		{"itself of all registrants", wear, 2, 0x22, we, "GOOD", "00000010 0000000000000011 0000000000000033", held(0, wear), [3]string{}},
+		{"nobody of all registrants", wear, 2, 0x44, we, "CONFLICT", "", held(0, wear), [3]string{}},
+		{"nobody", we, 2, 0x44, we, "CONFLICT", "", held(0x11, we), [3]string{}},
+		{"zero", we, 2, 0, we, "CHECK 5/26/00", "", held(0x11, we), [3]string{}},
+		{"zero, no reservation", 0, 2, 0, we, "CHECK 5/26/00", "", none, [3]string{}},
+	} {
+		for _, action := range []byte{prPreempt, prAbort} {
+			t.Run(fmt.Sprintf("%s, %d", tt.name, action), func(t *testing.T) {
+				c := newCluster(t, scsi.UnitConfig{})
+				c.keys(3)
+				if tt.typ != 0 {
+					c.out(1, prReserve, tt.typ, 0x11, 0, "GOOD")
+				}
+				c.out(scsi.NexusID(tt.by), action, tt.with, 0x11*uint64(tt.by), tt.key, tt.want)
+				generation := "00000004"
+				if tt.want != "GOOD" {
+					generation = "00000003"
+					c.in(0, 0, generation+"00000018 0000000000000011 0000000000000022 0000000000000033")
+				} else {
+					c.in(0, 0, generation+tt.keys)
+				}
+				c.in(0, 1, generation+tt.reservation)
+				c.attention(tt.attention[:]...)
+			})
+		}
+	}
+	// The last of all registrants takes the reservation along.
+	c := newCluster(t, scsi.UnitConfig{})
+	c.keys(1)
+	c.out(1, prReserve, eaar, 0x11, 0, "GOOD")
+	c.out(1, prPreempt, eaar, 0x11, 0x11, "GOOD")
+	c.in(1, 0, "00000002 00000000")
+	c.in(1, 1, "00000002 00000000")
+	// A key can be that of several nexuses.
+	c = newCluster(t, scsi.UnitConfig{})
+	for n := scsi.NexusID(1); n <= 3; n++ {
+		c.out(n, prRegister, 0, 0, 0x77, "GOOD")
+	}
+	c.out(1, prReserve, ea, 0x77, 0, "GOOD")
+	c.out(2, prPreempt, ea, 0x77, 0x77, "GOOD")
+	c.in(2, 0, "00000004 00000008 0000000000000077")
+	c.in(2, 1, "00000004"+held(0x77, ea))
+	c.do(2, cdb10(0x2a, 0, 0, 1), filled(0, 1), 0, "GOOD")
+	c.attention("2a/05", "", "2a/05")
+}
+
+// TestReserveUnit is RESERVE(6), RESERVE(10), RELEASE(6) and RELEASE(10), and how
+// they and persistent reservations exclude each other.
+func TestReserveUnit(t *testing.T) {
+	reserve := [][]byte{{0x16, 5: 0}, {0x56, 9: 0}}
+	release := [][]byte{{0x17, 5: 0}, {0x57, 9: 0}}
+	write := cdb10(0x2a, 0, 0, 1)
+	c := newCluster(t, scsi.UnitConfig{})
+	for i := range reserve {
+		c.do(1, reserve[i], nil, 0, "GOOD")
+		c.do(1, reserve[1-i], nil, 0, "GOOD")
+		c.do(2, reserve[i], nil, 0, "CONFLICT")
+		c.do(2, write, filled(0, 1), 0, "CONFLICT")
+		c.do(1, write, filled(0, 1), 0, "GOOD")
+		c.do(2, release[i], nil, 0, "GOOD") // of what is not its own
+		c.do(2, write, filled(0, 1), 0, "CONFLICT")
+		// All persistent reservation commands conflict, the holder's too.
+		for n := scsi.NexusID(1); n <= 2; n++ {
+			c.out(n, prRegister, 0, 0, 0x11, "CONFLICT")
+			for action := range byte(4) {
+				c.do(n, []byte{0x5e, action, 0, 0, 0, 0, 0, 1, 0, 0}, nil, 256, "CONFLICT")
+			}
+		}
+		c.do(1, release[1-i], nil, 0, "GOOD")
+		c.do(2, write, filled(0, 1), 0, "GOOD")
+	}
+	for _, cdb := range [][]byte{{0x16, 0x10, 5: 0}, {0x17, 0x01, 5: 0}, {0x56, 0x10, 9: 0}, {0x57, 0x01, 9: 0}} {
+		c.do(1, cdb, nil, 0, "CHECK 5/24/00")
+	}
+	// With registrations they conflict, but for those whom the persistent
+	// reservation restricts in nothing (SPC-5 5.14.3).
+	for _, typ := range []byte{0, we, earo, wear} {
+		c := newCluster(t, scsi.UnitConfig{})
+		c.keys(2)
+		if typ != 0 {
+			c.out(1, prReserve, typ, 0x11, 0, "GOOD")
+		}
+		want := []string{"CONFLICT", "CONFLICT", "CONFLICT"}
+		if typ != 0 {
+			want[0] = "GOOD"
+		}
+		if typ >= wero {
+			want[1] = "GOOD"
+		}
+		for i := range reserve {
+			for n, w := range want {
+				c.do(scsi.NexusID(n+1), reserve[i], nil, 0, w)
+				c.do(scsi.NexusID(n+1), release[i], nil, 0, w)
+			}
+		}
+		c.in(1, 0, "00000002 00000010 0000000000000011 0000000000000022") // nothing was reserved
+	}
+	// Resets.
+	for _, tt := range []struct {
+		name string
+		do   func(*cluster)
+		want [2]string // unit attention of nexuses 1 and 2
+	}{
+		{"LOGICAL UNIT RESET", func(c *cluster) { c.LogicalUnitReset(0) }, [2]string{"29/03", "29/03"}},
+		{"I_T NEXUS RESET", func(c *cluster) { c.NexusReset(1) }, [2]string{"29/07", ""}},
+		{"power on", func(c *cluster) { c.PowerOn() }, [2]string{"29/01", "29/01"}},
+	} {
+		c := newCluster(t, scsi.UnitConfig{})
+		c.do(1, reserve[0], nil, 0, "GOOD")
+		c.NexusReset(2)
+		c.do(2, testUnitReady, nil, 0, "CHECK 6/29/07")
+		c.do(2, write, filled(0, 1), 0, "CONFLICT")
+		tt.do(c)
+		c.attention(tt.want[:]...)
+		c.do(2, write, filled(0, 1), 0, "GOOD")
+	}
+}
+
+// TestResets has what keeps a persistent reservation: all but a loss of power.
+func TestResets(t *testing.T) {
+	c := newCluster(t, scsi.UnitConfig{})
+	c.keys(2)
+	c.out(1, prReserve, earo, 0x11, 0, "GOOD")
+	c.LogicalUnitReset(0)
+	c.attention("29/03", "29/03", "29/03")
+	c.NexusReset(1)
+	c.attention("29/07", "", "")
+	c.in(3, 0, "00000002 00000010 0000000000000011 0000000000000022")
+	c.in(3, 1, "00000002 00000010 0000000000000011 00000000 00 06 0000")
+	c.do(2, cdb10(0x28, 0, 0, 1), nil, block, "GOOD")
+	c.do(3, cdb10(0x28, 0, 0, 1), nil, block, "CONFLICT")
+	c.PowerOn()
+	c.ready()
+	c.in(3, 0, "00000000 00000000")
+	c.do(3, cdb10(0x28, 0, 0, 1), nil, block, "GOOD")
+}
+
+func TestTooManyRegistrations(t *testing.T) {
+	c := newCluster(t, scsi.UnitConfig{})
+	for n := scsi.NexusID(1); n <= 1024; n++ {
+		if n > 3 {
+			c.do(n, testUnitReady, nil, 0, "CHECK 6/29/01")
+		}
+		c.out(n, prRegister, 0, 0, uint64(n), "GOOD")
+	}
+	c.do(2000, testUnitReady, nil, 0, "CHECK 6/29/01")
+	c.out(2000, prRegister, 0, 0, 1, "CHECK 5/55/04")
+	c.out(7, prRegister, 0, 7, 0, "GOOD")
+	c.out(2000, prRegister, 0, 0, 1, "GOOD")
+}
+
+// TestReserveOpcodes asks REPORT SUPPORTED OPERATION CODES for every command
+// that reserves.
+func TestReserveOpcodes(t *testing.T) {
+	c := newCluster(t, scsi.UnitConfig{})
+	for _, tt := range []struct {
+		option, op, action byte
+		want               string
+	}{
+		{1, 0x16, 0, "00 03 0006 16 11 00 00 00 00"},
+		{1, 0x17, 0, "00 03 0006 17 11 00 00 00 00"},
+		{1, 0x56, 0, "00 03 000a 56 11 00 00 00 00 00 00 00 00"},
+		{1, 0x57, 0, "00 03 000a 57 11 00 00 00 00 00 00 00 00"},
+		{2, 0x5e, 0, "00 03 000a 5e 00 00 00 00 00 00 ff ff 00"},
+		{2, 0x5e, 1, "00 03 000a 5e 01 00 00 00 00 00 ff ff 00"},
+		{2, 0x5e, 2, "00 03 000a 5e 02 00 00 00 00 00 ff ff 00"},
+		{2, 0x5e, 3, "00 03 000a 5e 03 00 00 00 00 00 ff ff 00"},
+		{2, 0x5e, 4, "00 01 0000"},
+		{2, 0x5f, 0, "00 03 000a 5f 00 00 00 00 ff ff ff ff 00"},
+		{2, 0x5f, 1, "00 03 000a 5f 01 ff 00 00 ff ff ff ff 00"},
+		{2, 0x5f, 2, "00 03 000a 5f 02 ff 00 00 ff ff ff ff 00"},
+		{2, 0x5f, 3, "00 03 000a 5f 03 00 00 00 ff ff ff ff 00"},
+		{2, 0x5f, 4, "00 03 000a 5f 04 ff 00 00 ff ff ff ff 00"},
+		{2, 0x5f, 5, "00 03 000a 5f 05 ff 00 00 ff ff ff ff 00"},
+		{2, 0x5f, 6, "00 03 000a 5f 06 00 00 00 ff ff ff ff 00"},
+		{2, 0x5f, 7, "00 01 0000"},
+	} {
+		a := c.do(1, []byte{0xa3, 0x0c, tt.option, tt.op, 0, tt.action, 0, 0, 0, 64, 0, 0}, nil, 64, "GOOD")
+		if got := hex.EncodeToString(a.Data[:64-int(a.Residual)]); got != strings.ReplaceAll(tt.want, " ", "") {
+			t.Errorf("%02x/%02x: %s, want %s", tt.op, tt.action, got, tt.want)
+		}
+	}
+}
