@@ -7,7 +7,7 @@ export CGO_ENABLED = 0
 LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostscsi
 UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 
-.PHONY: build run demo test lint race fuzz bench guest clean
+.PHONY: build run demo test lint race fuzz conformance bench guest clean
 
 build: ## a static binary: bin/gvm
 	$(GO) build -trimpath -o bin/gvm ./cmd/gvm
@@ -42,9 +42,12 @@ fuzz: ## every fuzz target, FUZZTIME each
 	  done; \
 	done
 
+conformance: ## libiscsi's suite in Linux guests on gvm's, the kernel's and QEMU's target, in the lab
+	$(GO) test -run '^$$' -bench BenchmarkConformance -benchtime 1x -timeout 60m -v ./guest-tests/linux
+
 bench: ## host-side benchmarks, then boot times in the lab
 	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
-	$(GO) test -run '^$$' -bench . -timeout 60m ./guest-tests/linux
+	$(GO) test -run '^$$' -bench 'Boot|Disk' -timeout 60m ./guest-tests/linux
 
 guest: ## rebuild the embedded guest's image
 	$(MAKE) -C guest-tests/embedded

@@ -353,7 +353,7 @@ static void check_masked_vector(struct address at)
 		sleep_until_interrupt(); // the tick's
 	interrupts_on();
 	bool pending = false;
-	for (unsigned looks = 0; !pending && looks < 100; looks++)
+	for (uint32_t since = ticks(); !pending && ticks() - since < TICKS_PER_SECOND;) // the device may be late after its buffer
 		pending = msix_pending(q);
 	check(pending && interrupts_taken[q->vector] == q->interrupts_before, "a masked vector's interrupt is held pending");
 	msix_mask(q, false);
