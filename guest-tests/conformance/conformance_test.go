@@ -58,8 +58,8 @@ func TestTarget(t *testing.T) {
 		{"512", scsi.UnitConfig{}, false, true, nil},
 		{"4096", scsi.UnitConfig{BlockSize: 4096}, false, true, nil},
 		{"thick", scsi.UnitConfig{Cache: scsi.WriteThrough, Serial: "thick"}, true, true, nil},
-		// The first three write although the suite was told not to, the others want
-		// persistent reservations, which are to come.
+		// The first three write although the suite was told not to, and the others
+		// expect to have registered when it did not let them.
 		{"readonly", scsi.UnitConfig{ReadOnly: true}, false, false, []string{"WriteVerify10.Dpo", "WriteVerify12.Dpo", "WriteVerify16.Dpo",
 			"PrinReadKeys.Truncate", "ProutRegister.Simple", "ProutReserve.Simple"}},
 	} {
