@@ -113,9 +113,7 @@ func (u *kernelUnits) add(d disk, f *backend.File) error {
 	if len(u.units) == 0 {
 		u.workers, u.path = d.workers, d.path
 	}
-	// Reservations are off for what package scsi does not have either, and LIO
-	// looks at them with every command.
-	u.units = append(u.units, lio.Unit{LUN: d.lun, UnitConfig: d.unit(f), NoReservations: true})
+	u.units = append(u.units, lio.Unit{LUN: d.lun, UnitConfig: d.unit(f)})
 	return nil
 }
 

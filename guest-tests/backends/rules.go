@@ -60,7 +60,7 @@ func (d *Difference) answers() string {
 		s := a.code()
 		switch {
 		case s == "" && a.Status != scsi.Good:
-			s = fmt.Sprintf("status %02x", uint8(a.Status))
+			s = fmt.Sprintf("status%02x", uint8(a.Status))
 		case s == "":
 			s = "good"
 		}
@@ -162,9 +162,10 @@ var rules = []rule{
 		return r.b == invalidOpcode && r.op("PRE-FETCH", "PREVENT ALLOW MEDIUM REMOVAL", "VERIFY(12)", "WRITE AND VERIFY(12)", "ORWRITE", "LOG SENSE", "READ DEFECT DATA")
 	}, "good>5/20/00 5/21/00>5/20/00 5/24/00>5/20/00 7/27/00>5/20/00 e/1d/00>5/20/00"},
 	{"opcodes-of-the-kernel", nil, func(r *request) bool {
-		return r.a == invalidOpcode && slices.Contains([]byte{0x01, 0x0b, 0x2b, 0x16, 0x17, 0x56, 0x57, 0x5e, 0x5f, 0x7f}, r.cdb[0])
+		return r.a == invalidOpcode && slices.Contains([]byte{0x01, 0x0b, 0x2b, 0x7f}, r.cdb[0])
 	}, "5/20/00>good 5/20/00>5/24/00"},
 	{"third-party-copy", nil, func(r *request) bool { return r.cdb[0] == 0x83 || r.cdb[0] == 0x84 }, "good>5/20/00 5/24/00>5/20/00 5/1a/00>5/20/00 good>5/24/00 good>good"},
+	{"reservations", nil, func(r *request) bool { return (r.cdb[0] == 0x5e || r.cdb[0] == 0x5f) && r.bytes("2-3") }, "good>good good>5/24/00 5/24/00>status18 status18>good"},
 	{"get-lba-status", nil, func(r *request) bool { return r.op("GET LBA STATUS") }, "good>5/24/00 good>5/20/00"},
 	{"service-actions", nil, func(r *request) bool {
 		return r.a == invalidField && (r.cdb[0] == 0xa3 && r.cdb[1] != 0x0c && r.cdb[1] != 0x0d || r.cdb[0] == 0x9e && r.b == invalidOpcode)

@@ -135,7 +135,7 @@ func BenchmarkDisk(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			target, err := lio.Provision(lio.Config{Units: []lio.Unit{{UnitConfig: scsi.UnitConfig{Backend: f}, NoReservations: true}}})
+			target, err := lio.Provision(lio.Config{Units: []lio.Unit{{UnitConfig: scsi.UnitConfig{Backend: f}}}})
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -85,7 +85,7 @@ func TestProvisionAndClose(t *testing.T) {
 	foreign(t, h)
 	before := f.snapshot()
 	units := threeUnits(t)
-	units[1].Serial, units[1].BlockSize, units[1].Cache, units[1].NoReservations = "disk-1", 4096, scsi.WriteThrough, true
+	units[1].Serial, units[1].BlockSize, units[1].Cache = "disk-1", 4096, scsi.WriteThrough
 	tg, err := h.provision(units)
 	if err != nil {
 		t.Fatal(err)
@@ -114,7 +114,6 @@ func TestProvisionAndClose(t *testing.T) {
 		{disk(0) + "/wwn/revision", "1"},
 		{disk(1) + "/attrib/block_size", "4096"},
 		{disk(1) + "/attrib/emulate_write_cache", "0"},
-		{disk(1) + "/attrib/emulate_pr", "0"},
 		{disk(1) + "/attrib/optimal_sectors", "256"},
 		{disk(1) + "/wwn/vpd_unit_serial", "disk-1"},
 		{disk(1) + "/wwn/company_id", "0xfec507"},

@@ -25,9 +25,6 @@ type Unit struct {
 	// Target.Close or Remove has returned. OnError is never called: the kernel
 	// reports failures in its own log.
 	scsi.UnitConfig
-	// NoReservations turns off PERSISTENT RESERVE and RESERVE (emulate_pr=0),
-	// which LIO otherwise looks at for every command.
-	NoReservations bool
 }
 
 // plan is a Unit, checked, with all that it takes to make it.
@@ -147,7 +144,7 @@ func (p *plan) attributes() []attribute {
 	out := []attribute{
 		{"attrib/block_size", number(int64(p.blockSize))},
 		{"attrib/is_nonrot", "1"},
-		{"attrib/emulate_pr", onOff[!p.NoReservations]},
+		{"attrib/emulate_pr", "1"},
 		// EXTENDED COPY reaches every other disk of this host's LIO by its NAA
 		// designator, and not those of the guest alone.
 		{"attrib/emulate_3pc", "0"},
