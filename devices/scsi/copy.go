@@ -187,7 +187,7 @@ func parseSegment(by NexusID, units []*Unit, d []byte, at int) (segment, error) 
 // check finds out whether both units can take part in a copy for an initiator.
 func (s segment) check(by NexusID) error {
 	for _, u := range []*Unit{s.from, s.to} {
-		if u.set.isClosed() || u.stopped.Load() {
+		if u.set.isClosed() || u.notReady() != nil {
 			return CopyUnreachable
 		}
 	}

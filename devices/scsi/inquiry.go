@@ -174,9 +174,12 @@ func blockLimits(u *Unit) []byte {
 }
 
 // blockCharacteristics is the Block Device Characteristics page (SBC-4 6.6.2).
-func blockCharacteristics(*Unit) []byte {
+func blockCharacteristics(u *Unit) []byte {
 	b := make([]byte, 60)
 	b[1] = 0x01 // MEDIUM ROTATION RATE: non-rotating
+	if u.thin() {
+		b[3] = 0x40 // WABEREQ 01b: after BLOCK ERASE every block can be read
+	}
 	return b
 }
 

@@ -93,6 +93,11 @@ func init() {
 		0x37: {name: "READ DEFECT DATA(10)", usage: "\x37\x00\x1f" + zeros4 + "\xff\xff\x00", dir: DataIn, flags: medium, run: readDefectData},
 		0x41: {name: "WRITE SAME(10)", usage: "\x41\xfe" + lba4 + "\x00\xff\xff\x00", dir: DataOut, flags: medium | writes, run: writeSame},
 		0x42: {name: "UNMAP", usage: "\x42\x01" + zeros4 + "\x00\xff\xff\x00", dir: DataOut, flags: medium | writes | thinOnly, run: unmap},
+		0x48: {name: "SANITIZE", actions: []opcode{
+			{name: "SANITIZE, OVERWRITE", usage: "\x48\xa1" + zeros4 + "\x00\xff\xff\x00", dir: DataOut, flags: writes | alone, run: sanitize},
+			{name: "SANITIZE, BLOCK ERASE", usage: "\x48\xa2" + zeros4 + "\x00\xff\xff\x00", flags: writes | alone | thinOnly, run: sanitize},
+			{name: "SANITIZE, EXIT FAILURE MODE", usage: "\x48\x1f" + zeros4 + "\x00\xff\xff\x00", flags: writes | alone, run: sanitize},
+		}},
 		0x4d: {name: "LOG SENSE", usage: "\x4d\x01\xff\xff\x00\xff\xff\xff\xff\x00", dir: DataIn, flags: always, run: logSense},
 		0x55: {name: "MODE SELECT(10)", usage: "\x55\x11" + zeros4 + "\x00\xff\xff\x00", dir: DataOut, flags: alone, run: modeSelect},
 		0x56: {name: "RESERVE(10)", usage: "\x56\x11" + zeros4 + zeros4, flags: always, run: reserveUnit},

@@ -14,8 +14,8 @@ func requestSense(tk *task) error {
 		s = LUNNotSupported
 	} else if ua, ok := tk.u.set.takeAttention(tk.Nexus); ok {
 		s = ua
-	} else if tk.u.stopped.Load() {
-		s = BecomingReady
+	} else if err := tk.u.notReady(); err != nil {
+		s = senseOf(err)
 	}
 	return tk.reply(s.encode(tk.CDB[1]&0x01 != 0), int(tk.CDB[4]))
 }

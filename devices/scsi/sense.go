@@ -44,6 +44,7 @@ type Sense struct {
 // The sense data that this target returns.
 var (
 	BecomingReady             = Sense{Key: NotReady, ASC: 0x04, ASCQ: 0x02} // initializing command required
+	SanitizeInProgress        = Sense{Key: NotReady, ASC: 0x04, ASCQ: 0x1b}
 	WriteError                = Sense{Key: MediumError, ASC: 0x0c, ASCQ: 0x00}
 	InvalidFieldInIU          = Sense{Key: IllegalRequest, ASC: 0x0e, ASCQ: 0x03}
 	CopyAborted               = Sense{Key: CopyAbortedKey, ASC: 0x00, ASCQ: 0x00}
@@ -76,6 +77,7 @@ var (
 	RegistrationsPreempted    = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x05}
 	CapacityChanged           = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x09}
 	CommandsCleared           = Sense{Key: UnitAttention, ASC: 0x2f, ASCQ: 0x00}
+	SanitizeFailed            = Sense{Key: MediumError, ASC: 0x31, ASCQ: 0x03}
 	SavingNotSupported        = Sense{Key: IllegalRequest, ASC: 0x39, ASCQ: 0x00}
 	LUNsChanged               = Sense{Key: UnitAttention, ASC: 0x3f, ASCQ: 0x0e}
 	TargetFailure             = Sense{Key: HardwareError, ASC: 0x44, ASCQ: 0x00}

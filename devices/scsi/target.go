@@ -171,8 +171,10 @@ func (tk *task) run() error {
 	if !op.exists(u) {
 		return InvalidOpcode
 	}
-	if op.flags&medium != 0 && u.stopped.Load() {
-		return BecomingReady
+	if op.flags&medium != 0 {
+		if err := u.notReady(); err != nil {
+			return err
+		}
 	}
 	if op.flags&writes != 0 {
 		if err := u.writeProtected(); err != nil {

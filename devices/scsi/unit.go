@@ -64,13 +64,14 @@ type Unit struct {
 	wellKnown   bool  // the REPORT LUNS well-known logical unit: no medium
 	serial      string
 
-	blocks  atomic.Uint64 // capacity
-	wce     atomic.Bool   // caching mode page: WCE
-	swp     atomic.Bool   // control mode page: SWP
-	dSense  atomic.Bool   // control mode page: D_SENSE
-	stopped atomic.Bool   // START STOP UNIT
-	written atomic.Uint64 // writes that were not made durable, counted when done
-	flushed atomic.Uint64 // the part of written that a flush has covered
+	blocks   atomic.Uint64 // capacity
+	wce      atomic.Bool   // caching mode page: WCE
+	swp      atomic.Bool   // control mode page: SWP
+	dSense   atomic.Bool   // control mode page: D_SENSE
+	stopped  atomic.Bool   // START STOP UNIT
+	sanitize atomic.Int32  // SANITIZE
+	written  atomic.Uint64 // writes that were not made durable, counted when done
+	flushed  atomic.Uint64 // the part of written that a flush has covered
 
 	// medium orders commands that must not be interleaved with others: COMPARE
 	// AND WRITE and MODE SELECT hold it alone, as does Resize; commands that

@@ -159,7 +159,7 @@ var rules = []rule{
 
 	// Of commands that one target lacks.
 	{"opcodes-of-gvm", nil, func(r *request) bool {
-		return r.b == invalidOpcode && r.op("PRE-FETCH", "PREVENT ALLOW MEDIUM REMOVAL", "VERIFY(12)", "WRITE AND VERIFY(12)", "ORWRITE", "LOG SENSE", "READ DEFECT DATA")
+		return r.b == invalidOpcode && r.op("PRE-FETCH", "PREVENT ALLOW MEDIUM REMOVAL", "VERIFY(12)", "WRITE AND VERIFY(12)", "ORWRITE", "LOG SENSE", "READ DEFECT DATA") || r.b == invalidOpcode && r.cdb[0] == 0x48
 	}, "good>5/20/00 5/21/00>5/20/00 5/24/00>5/20/00 7/27/00>5/20/00 e/1d/00>5/20/00"},
 	{"opcodes-of-the-kernel", nil, func(r *request) bool {
 		return r.a == invalidOpcode && slices.Contains([]byte{0x01, 0x0b, 0x2b, 0x7f}, r.cdb[0])
@@ -190,6 +190,7 @@ var rules = []rule{
 	{"vpd-83", nil, func(r *request) bool { return r.vpd(0x83) && r.bytes("2-251") }, ""},
 	{"vpd-86", nil, func(r *request) bool { return r.vpd(0x86) && r.Request.Device == readOnlyDevice && r.bytes("6") }, ""},
 	{"vpd-b0", nil, func(r *request) bool { return r.vpd(0xb0) && r.bytes("3 5 9-10 14 21 32 41-42") }, ""},
+	{"vpd-b1", nil, func(r *request) bool { return r.vpd(0xb1) && r.bytes("7") }, ""},
 	{"vpd-b2", nil, func(r *request) bool { return r.vpd(0xb2) && r.bytes("6") }, ""},
 	{"vpd-b3", nil, func(r *request) bool { return r.vpd(0xb3) && r.a == invalidField }, ""},
 	{"request-sense", nil, func(r *request) bool { return r.op("REQUEST SENSE") }, "good>good good>2/08/00 good>5/24/00"},

@@ -3,6 +3,7 @@ package conformance
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -78,18 +79,25 @@ func TestTarget(t *testing.T) {
 				t.Fatal(err)
 			}
 			socket := serve(t, u)
-			args := []string{"-v", "-t", "ALL", "/dev/sg0"}
+			runs := [][]string{{"-t", "ALL"}}
 			if v.destroy {
-				args = append([]string{"-d"}, args...)
+				runs[0] = append(runs[0], DestroyFlag)
+				for _, test := range Sanitize {
+					runs = append(runs, []string{DestroyFlag, SanitizeFlag, "-t", test})
+				}
 			}
-			cmd := exec.Command(suite, args...)
-			cmd.Env = append(os.Environ(), "LD_PRELOAD="+shim, "SGIO_SOCKET="+socket)
-			out, err := cmd.CombinedOutput()
-			var exit *exec.ExitError
-			if err != nil && (!errors.As(err, &exit) || exit.ExitCode() != 1) {
-				t.Fatalf("%v\n%s", err, out[max(0, len(out)-2000):])
+			var output strings.Builder
+			for _, args := range runs {
+				cmd := exec.Command(suite, slices.Concat(strings.Fields(Flags), args, []string{"/dev/sg0"})...)
+				cmd.Env = append(os.Environ(), "LD_PRELOAD="+shim, "SGIO_SOCKET="+socket)
+				out, err := cmd.CombinedOutput()
+				var exit *exec.ExitError
+				if err != nil && (!errors.As(err, &exit) || exit.ExitCode() != 1) {
+					t.Fatalf("%v: %v\n%s", args, err, out[max(0, len(out)-2000):])
+				}
+				fmt.Fprintf(&output, "Suite:\n%s\n", out)
 			}
-			got := Parse(string(out))
+			got := Parse(output.String())
 			for _, name := range got.With("FAIL") {
 				if !slices.Contains(v.fails, name) {
 					t.Errorf("%s: %s", name, got[name])

@@ -37,6 +37,19 @@ func (v Verdicts) With(outcome string) []string {
 // happens to be in large pieces.
 const Size = 24 << 20
 
+// Flags of iscsi-test-cu have it say all that Parse needs: without -V some tests keep to
+// themselves that they were skipped. DestroyFlag lets it destroy data, and
+// SanitizeFlag do SANITIZE.
+const (
+	Flags        = "-v -V"
+	DestroyFlag  = "-d"
+	SanitizeFlag = "-S"
+)
+
+// Sanitize are the tests of SANITIZE that can be run: with SanitizeFlag, another one
+// crashes the suite, so that each is a run of its own.
+var Sanitize = []string{"SCSI.Sanitize.BlockErase", "SCSI.Sanitize.ExitFailureMode", "SCSI.Sanitize.InvalidServiceAction", "SCSI.Sanitize.Overwrite"}
+
 // Lines is a regular expression, for grep -E too, of the lines that Parse needs.
 const Lines = `^Suite:|^ *Test:|SKIPPED|FAILED|^ *[0-9]+\. [^ ]*\.c:`
 
@@ -48,8 +61,8 @@ var (
 	assertLine = regexp.MustCompile(`^\s*\d+\. \S+\.c:\d+ `)
 )
 
-// Parse reads the output of iscsi-test-cu -v, or of several runs of it with a line
-// "Suite:" between them.
+// Parse reads the output of iscsi-test-cu, or of several runs of it with a line
+// "Suite:" before each. Of a test that ran twice the later verdict counts.
 func Parse(output string) Verdicts {
 	v := Verdicts{}
 	suite, test, why := "", "", ""

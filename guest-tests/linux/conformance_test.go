@@ -1,7 +1,6 @@
 package linux
 
 import (
-	"fmt"
 	"maps"
 	"os/exec"
 	"slices"
@@ -28,16 +27,19 @@ var conformanceGroups = [][]string{
 // say of its disk.
 func verdicts(t testing.TB, destroy bool, run func(guest) result) conformance.Verdicts {
 	t.Helper()
-	flags := "-v"
+	flags, tests := conformance.Flags, conformanceGroups
 	if destroy {
-		flags = "-d -v"
+		flags += " " + conformance.DestroyFlag
+		tests = append(slices.Clone(tests), conformance.Sanitize)
 	}
 	all := conformance.Verdicts{}
-	for _, group := range conformanceGroups {
+	for _, group := range tests {
 		g := guest{kernel: theLab(t).Debian, modules: []string{"sg"}, programs: []string{"usr/bin/iscsi-test-cu"}, script: `
 wait_for /dev/sg0
 for suite in ` + strings.Join(group, " ") + `; do
-	iscsi-test-cu ` + flags + ` -t $suite /dev/sg0 >/tmp/out 2>&1 </dev/null
+	sanitize=
+	case $suite in *.Sanitize.*) sanitize=` + conformance.SanitizeFlag + ` ;; esac
+	iscsi-test-cu ` + flags + ` $sanitize -t $suite /dev/sg0 >/tmp/out 2>&1 </dev/null
 	status=$?
 	echo Suite:
 	grep -E '` + conformance.Lines + `' /tmp/out
@@ -56,9 +58,9 @@ say done
 	return all
 }
 
-// BenchmarkConformance prints how many tests of the suite each target passes, skips and
-// fails: gvm's own in four kinds of disk, the kernel's through gvm, and QEMU's.
-// Only ways that destroy nothing are for a read-only disk.
+// BenchmarkConformance counts the tests of the suite that each target passes, skips and fails: gvm's own
+// with three kinds of disk, the kernel's through gvm, and QEMU's. A read-only
+// disk gets only those that destroy nothing.
 func BenchmarkConformance(b *testing.B) {
 	needVhost(b)
 	l := theLab(b)
@@ -69,30 +71,33 @@ func BenchmarkConformance(b *testing.B) {
 	type way struct {
 		name    string
 		destroy bool
-		run     func(g guest, file string) result
+		run     func(b *testing.B, g guest, file string) result
 	}
-	gvmDisk := func(options string) func(guest, string) result {
-		return func(g guest, file string) result { return g.run(b, "--disk", file+options) }
+	gvmDisk := func(options string) func(*testing.B, guest, string) result {
+		return func(b *testing.B, g guest, file string) result { return g.run(b, "--disk", file+options) }
 	}
 	ways := []way{
 		{"gvm", true, gvmDisk("")},
-		{"gvm, block_size=4096", true, gvmDisk(",block_size=4096")},
-		{"gvm, readonly", false, gvmDisk(",readonly")},
-		{"gvm, backend=vhost", true, gvmDisk(",backend=vhost")},
-		{"QEMU scsi-hd", true, func(g guest, file string) result {
+		{"gvm-vhost", true, gvmDisk(",backend=vhost")},
+		{"qemu", true, func(b *testing.B, g guest, file string) result {
 			return startProgram(b, qemu, nil, cacheHome, append(qemuArgs("q35", l.Debian.BZImage, g.initramfs(b)), "-device", "virtio-scsi-pci",
 				"-drive", "if=none,id=d,format=raw,cache=writeback,discard=unmap,file="+file, "-device", "scsi-hd,drive=d")...).wait()
 		}},
+		{"gvm-4096", true, gvmDisk(",block_size=4096")},
+		{"gvm-readonly", false, gvmDisk(",readonly")},
 	}
-	for b.Loop() {
-		fmt.Printf("\n| target | pass | skip | fail |\n|---|---|---|---|\n")
-		for _, w := range ways {
-			v := verdicts(b, w.destroy, func(g guest) result { return w.run(g, diskFile(b, make([]byte, conformance.Size))) })
-			n := v.Count()
-			fmt.Printf("| %s | %d | %d | %d |\n", w.name, n["PASS"], n["SKIP"], n["FAIL"])
-			for _, name := range slices.Concat(v.With("FAIL"), v.With("SKIP")) {
-				b.Logf("%s: %s: %s", w.name, name, v[name])
+	for _, w := range ways {
+		b.Run(w.name, func(b *testing.B) {
+			for b.Loop() {
+				v := verdicts(b, w.destroy, func(g guest) result { return w.run(b, g, diskFile(b, make([]byte, conformance.Size))) })
+				for _, name := range slices.Concat(v.With("FAIL"), v.With("SKIP")) {
+					b.Logf("%s: %s", name, v[name])
+				}
+				n := v.Count()
+				b.ReportMetric(float64(n["PASS"]), "pass")
+				b.ReportMetric(float64(n["SKIP"]), "skip")
+				b.ReportMetric(float64(n["FAIL"]), "fail")
 			}
-		}
+		})
 	}
 }

@@ -129,6 +129,8 @@ func differs(page string, b []byte, u Unit, serial string) []byte {
 			b[3] = 0x10
 			b = b[:20]
 		}
+	case "vpd_pgb1":
+		b[7] = 0 // WABEREQ
 	case "vpd_pgb2":
 		b[6] = 0 // PROVISIONING TYPE
 		if device {

@@ -147,7 +147,7 @@ var Answers = []Vector{
 		"0008 0004 02 02 e4 00" + "000c 0004 0000 0000" + "8001 0020 00000001 00000001 01fffe00 09" + strings.Repeat("00", 19)},
 	{Name: "VPD B0", CDB: "12 01 b0 00ff 00", InLen: 255, Want: "GOOD", Residual: 191,
 		Data: "00 b0 003c 01 ff 0001 00010000 00000800 00000000 00100000 00000100 00000008 80000000 0000000000100000" + strings.Repeat("00", 20)},
-	{Name: "VPD B1", CDB: "12 01 b1 00ff 00", InLen: 255, Want: "GOOD", Residual: 191, Data: "00 b1 003c 0001" + strings.Repeat("00", 58)},
+	{Name: "VPD B1", CDB: "12 01 b1 00ff 00", InLen: 255, Want: "GOOD", Residual: 191, Data: "00 b1 003c 0001 00 40" + strings.Repeat("00", 56)},
 	{Name: "VPD B2", CDB: "12 01 b2 00ff 00", InLen: 255, Want: "GOOD", Residual: 247, Data: "00 b2 0004 00 e4 02 00"},
 	{Name: "READ CAPACITY(10)", CDB: "25 00 00000000 0000 00 00", InLen: 8, Want: "GOOD", Data: "000007ff 00000200"},
 	{Name: "READ CAPACITY(16)", CDB: "9e 10 0000000000000000 00000020 00 00", InLen: 32, Want: "GOOD",

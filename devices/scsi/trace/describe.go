@@ -58,6 +58,7 @@ const (
 var additional = map[[2]byte]string{
 	{0x00, 0x00}: "no additional sense",
 	{0x04, 0x02}: "initializing command required",
+	{0x04, 0x1b}: "sanitize in progress",
 	{0x08, 0x00}: "communication failure",
 	{0x0c, 0x00}: "write error",
 	{0x0e, 0x03}: "invalid field in command information unit",
@@ -87,6 +88,7 @@ var additional = map[[2]byte]string{
 	{0x2a, 0x01}: "mode parameters changed",
 	{0x2a, 0x09}: "capacity data has changed",
 	{0x2f, 0x00}: "commands cleared by another initiator",
+	{0x31, 0x03}: "sanitize command failed",
 	{0x39, 0x00}: "saving parameters not supported",
 	{0x3f, 0x0e}: "reported LUNs data has changed",
 	{0x44, 0x00}: "internal target failure",
