@@ -380,7 +380,16 @@ func (d *disk) unit(b scsi.Backend) scsi.UnitConfig {
 
 // attach makes the disk a unit of gvm's own target.
 func (ds *disks) attach(d disk, b scsi.Backend) error {
-	u, err := scsi.NewUnit(d.unit(b))
+	cfg, keeper := d.unit(b), (*backend.Reservations)(nil)
+	if f, ok := b.(*backend.File); ok && d.storage == inImage && !d.readOnly {
+		if keeper = f.Reservations(); keeper != nil {
+			cfg.Reservations = keeper
+		}
+	}
+	u, err := scsi.NewUnit(cfg)
+	if keeper != nil && errors.Is(err, scsi.ErrReservationState) {
+		return fmt.Errorf("%w (%s; without that file the disk has no reservations)", err, keeper.Path())
+	}
 	if err != nil {
 		return err
 	}

@@ -52,9 +52,17 @@
 // functions (AbortTask and the rest) return when whatever they aborted has been
 // answered.
 //
+// # Reservations
+//
+// Persistent reservations, and RESERVE and RELEASE, are kept for each I_T nexus
+// (Command.Nexus), and a command that one of them keeps out ends with RESERVATION
+// CONFLICT. A reservation takes effect at one point in the order of commands: what
+// was let in before it goes on, unless PREEMPT AND ABORT ends it. With a
+// ReservationKeeper, registrations with APTPL are there after a loss of power.
+//
 // # Adding a command
 //
 // A command is a row in the table of opcode.go and a handler, a func(*task)
-// error that returns a Sense, or any other error, to fail. Dispatch, tracing and
-// REPORT SUPPORTED OPERATION CODES all read the row.
+// error that returns a Sense, or any other error, to fail. Dispatch, tracing,
+// reservations and REPORT SUPPORTED OPERATION CODES all read the row.
 package scsi

@@ -28,7 +28,9 @@ const (
 
 var keptCRC = crc32.MakeTable(crc32.Castagnoli)
 
-var errKept = errors.New("not a saved state of persistent reservations")
+// ErrReservationState is the error of NewUnit when what its ReservationKeeper
+// returned is no state of persistent reservations.
+var ErrReservationState = errors.New("not a state of persistent reservations")
 
 // kept is p as a ReservationKeeper gets it, empty if nothing is to be kept.
 func (p persistent) kept() []byte {
@@ -54,23 +56,23 @@ func parseKept(b []byte) (persistent, error) {
 	be := binary.BigEndian
 	body := len(b) - 4
 	if body < keptHeader || string(b[:len(keptMagic)]) != keptMagic || be.Uint32(b[body:]) != crc32.Checksum(b[:body], keptCRC) {
-		return persistent{}, errKept
+		return persistent{}, ErrReservationState
 	}
 	h, list := b[len(keptMagic):keptHeader], b[keptHeader:body]
 	p := persistent{kind: reservationType(h[0]), holder: NexusID(be.Uint32(h[4:])), aptpl: true}
 	n := be.Uint32(h[8:])
 	if n == 0 || n > maxRegistrations || len(list) != int(n)*keptRegistration || h[1]|h[2]|h[3] != 0 || p.kind != 0 && !p.kind.valid() {
-		return persistent{}, errKept
+		return persistent{}, ErrReservationState
 	}
 	for ; len(list) > 0; list = list[keptRegistration:] {
 		r := registration{NexusID(be.Uint32(list)), be.Uint64(list[4:])}
 		if r.key == 0 || p.key(r.nexus) != 0 {
-			return persistent{}, errKept
+			return persistent{}, ErrReservationState
 		}
 		p.registered = append(p.registered, r)
 	}
 	if one := p.kind != 0 && !p.kind.allRegistrants(); one && p.key(p.holder) == 0 || !one && p.holder != 0 {
-		return persistent{}, errKept
+		return persistent{}, ErrReservationState
 	}
 	return p, nil
 }

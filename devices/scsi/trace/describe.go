@@ -45,6 +45,9 @@ var (
 	}
 	senseKeys = []string{"NO SENSE", "RECOVERED ERROR", "NOT READY", "MEDIUM ERROR", "HARDWARE ERROR", "ILLEGAL REQUEST", "UNIT ATTENTION", "DATA PROTECT",
 		"BLANK CHECK", "", "COPY ABORTED", "ABORTED COMMAND", "", "VOLUME OVERFLOW", "MISCOMPARE", "COMPLETED"}
+	// Types of persistent reservations: SPC-5 6.16.3.4.
+	reservations = []string{"", "Write Exclusive", "", "Exclusive Access", "", "Write Exclusive, registrants only", "Exclusive Access, registrants only",
+		"Write Exclusive, all registrants", "Exclusive Access, all registrants"}
 )
 
 // Response codes that say that all is well.
@@ -62,6 +65,7 @@ var additional = map[[2]byte]string{
 	{0x08, 0x00}: "communication failure",
 	{0x0c, 0x00}: "write error",
 	{0x0e, 0x03}: "invalid field in command information unit",
+	{0x0d, 0x01}: "third party device failure",
 	{0x0d, 0x02}: "copy target device not reachable",
 	{0x10, 0x01}: "guard check failed",
 	{0x11, 0x00}: "unrecovered read error",
@@ -72,6 +76,7 @@ var additional = map[[2]byte]string{
 	{0x24, 0x00}: "invalid field in CDB",
 	{0x25, 0x00}: "logical unit not supported",
 	{0x26, 0x00}: "invalid field in parameter list",
+	{0x26, 0x04}: "invalid release of persistent reservation",
 	{0x26, 0x06}: "too many CSCD descriptors",
 	{0x26, 0x07}: "unsupported CSCD descriptor type code",
 	{0x26, 0x08}: "too many segment descriptors",
@@ -86,6 +91,9 @@ var additional = map[[2]byte]string{
 	{0x29, 0x03}: "bus device reset function occurred",
 	{0x29, 0x07}: "I_T nexus loss occurred",
 	{0x2a, 0x01}: "mode parameters changed",
+	{0x2a, 0x03}: "reservations preempted",
+	{0x2a, 0x04}: "reservations released",
+	{0x2a, 0x05}: "registrations preempted",
 	{0x2a, 0x09}: "capacity data has changed",
 	{0x2f, 0x00}: "commands cleared by another initiator",
 	{0x31, 0x03}: "sanitize command failed",
@@ -93,6 +101,7 @@ var additional = map[[2]byte]string{
 	{0x3f, 0x0e}: "reported LUNs data has changed",
 	{0x44, 0x00}: "internal target failure",
 	{0x55, 0x03}: "insufficient resources",
+	{0x55, 0x04}: "insufficient registration resources",
 }
 
 // ParseSense reads sense data of either format (SPC-5 4.5.2, 4.5.3), as far as
@@ -299,6 +308,11 @@ func (r *Record) Detail() string {
 		return fmt.Sprintf("page %02xh", c[2])
 	case c[0] == 0x1a, c[0] == 0x5a:
 		return fmt.Sprintf("page %02xh", c[2]&0x3f)
+	case c[0] == 0x5f:
+		switch c[1] & 0x1f {
+		case 1, 2, 4, 5: // RESERVE, RELEASE, PREEMPT, PREEMPT AND ABORT
+			return name(reservations, int(c[2]&0xf), "type %xh")
+		}
 	}
 	return ""
 }

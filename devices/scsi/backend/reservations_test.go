@@ -1,0 +1,73 @@
+package backend_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+)
+
+func TestReservations(t *testing.T) {
+	path := image(t, "disk.img", "", mib)
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(path, link); err != nil {
+		t.Fatal(err)
+	}
+	r := open(t, link, backend.Options{}).Reservations()
+	if want := path + ".pr"; r.Path() != want {
+		t.Errorf("path %s, want %s", r.Path(), want)
+	}
+	load := func(want string) {
+		t.Helper()
+		if got, err := r.Load(); err != nil || string(got) != want {
+			t.Errorf("Load: %q, %v, want %q", got, err, want)
+		}
+		list, err := os.ReadDir(filepath.Dir(path))
+		if n := min(len(want), 1) + 1; err != nil || len(list) != n {
+			t.Errorf("%d files beside the image, want %d: %v", len(list), n, list)
+		}
+	}
+	save := func(state string) {
+		t.Helper()
+		if err := r.Save([]byte(state)); err != nil {
+			t.Error(err)
+		}
+		load(state)
+	}
+	load("")
+	save("")
+	save("one state")
+	save("another")
+	save("")
+	for name, bad := range map[string]func() error{
+		"empty":       func() error { return os.WriteFile(r.Path(), nil, 0o600) },
+		"large":       func() error { return os.WriteFile(r.Path(), make([]byte, 2*mib), 0o600) },
+		"a directory": func() error { return os.Mkdir(r.Path(), 0o700) },
+	} {
+		if err := bad(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Load(); !errors.Is(err, scsi.ErrReservationState) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if name != "a directory" {
+			save("in its place")
+			save("")
+			continue
+		}
+		if err := r.Save([]byte("state")); err == nil {
+			t.Error("saved over a directory")
+		}
+		os.Remove(r.Path())
+		load("")
+	}
+	if err := os.RemoveAll(filepath.Dir(path)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Save([]byte("state")); err == nil {
+		t.Error("saved in a directory that is not there")
+	}
+}
