@@ -135,7 +135,7 @@ func TestCompletion(t *testing.T) {
 		want  []string
 	}{
 		{[]string{"gvm", "ru"}, []string{"run"}},
-		{[]string{"gvm", ""}, []string{"abi", "completion", "disk", "doctor", "exit-status", "h", "help", "lio", "list", "replay", "run", "trace"}},
+		{[]string{"gvm", ""}, []string{"abi", "completion", "disk", "doctor", "exit-status", "h", "help", "image", "lio", "list", "replay", "run", "trace"}},
 		{[]string{"gvm", "run", "--ker"}, []string{"--kernel"}},
 		{[]string{"gvm", "run", "--cpus", "2", "--mem"}, []string{"--memory"}},
 		{[]string{"gvm", "run", "--cpu"}, []string{"--cpu-features", "--cpus"}},

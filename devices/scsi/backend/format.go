@@ -19,6 +19,7 @@ const (
 )
 
 var formats = []format{
+	{"overlay of gvm's", 0, overlayMagic, "give the image that it is of, with overlay=%[2]s"},
 	{"qcow2 image", 0, "QFI\xfb", convert},
 	{"QED image", 0, "QED\x00", convert},
 	{"VMDK image", 0, "KDMV", convert},
@@ -44,10 +45,18 @@ func (b *File) checkFormat() error {
 	if _, err := b.ReadAt(head, 0); err != nil && err != io.EOF {
 		return err
 	}
-	for _, f := range formats {
-		if len(head) >= f.off && bytes.HasPrefix(head[f.off:], []byte(f.magic)) {
-			return badImage(ErrFormat, b.path, "%[1]s; "+f.mend, f.name, b.path)
-		}
+	if f, ok := formatOf(head); ok {
+		return badImage(ErrFormat, b.path, "%[1]s; "+f.mend, f.name, b.path)
 	}
 	return nil
+}
+
+// formatOf finds the format of what starts with head.
+func formatOf(head []byte) (format, bool) {
+	for _, f := range formats {
+		if len(head) >= f.off && bytes.HasPrefix(head[f.off:], []byte(f.magic)) {
+			return f, true
+		}
+	}
+	return format{}, false
 }

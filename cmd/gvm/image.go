@@ -1,0 +1,135 @@
+package main
+
+import (
+	"fmt"
+	"io"
+
+	"github.com/urfave/cli/v2"
+
+	"gvm/devices/scsi/backend"
+)
+
+func imageCommand() *cli.Command {
+	usage := func(_ *cli.Context, err error, _ bool) error {
+		return usageError{fmt.Errorf("%w; see gvm help image", err)}
+	}
+	// sub makes a subcommand that takes what words names.
+	sub := func(name, words, text, description string, min, max int, flags []cli.Flag, do func(*cli.Context, []string) error) *cli.Command {
+		return &cli.Command{
+			Name: name, Usage: text, ArgsUsage: words, Description: description, Flags: flags, OnUsageError: usage,
+			Action: func(c *cli.Context) error {
+				if n := c.NArg(); n < min || n > max {
+					return usageError{fmt.Errorf("image %s takes %s, and got %d words", name, words, n)}
+				}
+				return do(c, c.Args().Slice())
+			},
+		}
+	}
+	create := sub("create", "PATH SIZE", "make a raw image", `The image is sparse: it takes no room until it is written.
+
+EXAMPLES
+   gvm image create disk.img 20G
+   gvm image create --prealloc disk.img 20G`, 2, 2,
+		[]cli.Flag{&cli.BoolFlag{Name: "prealloc", Usage: "take all of its room from the file system at once"}},
+		func(c *cli.Context, args []string) error {
+			size, err := imageSize(args[1])
+			if err != nil {
+				return err
+			}
+			return imageError(backend.Create(args[0], size, c.Bool("prealloc")))
+		})
+	info := sub("info", "PATH", "tell what an image is, and who uses it", `EXAMPLES
+   gvm image info disk.img
+   gvm image info --json disk.img | jq .allocated`, 1, 1,
+		[]cli.Flag{&cli.BoolFlag{Name: "json", Usage: "a JSON object"}},
+		func(c *cli.Context, args []string) error {
+			i, err := backend.Inspect(args[0])
+			if err != nil {
+				return imageError(err)
+			}
+			if c.Bool("json") {
+				return writeJSON(c.App.Writer, i)
+			}
+			return showImage(c.App.Writer, i)
+		})
+	resize := sub("resize", "PATH SIZE", "change the size of a raw image that no machine has", `gvm disk resize changes that of a machine that runs.
+
+EXAMPLES
+   gvm image resize disk.img 40G
+   gvm image resize --shrink disk.img 10G    what lies behind is lost`, 2, 2,
+		[]cli.Flag{&cli.BoolFlag{Name: "shrink", Usage: "the image may become smaller: what lies behind its new end is lost"}},
+		func(c *cli.Context, args []string) error {
+			size, err := imageSize(args[1])
+			if err != nil {
+				return err
+			}
+			f, err := backend.Open(args[0], backend.Options{})
+			if err != nil {
+				return imageError(err)
+			}
+			defer f.Close()
+			return imageError(f.Resize(size, c.Bool("shrink")))
+		})
+	return &cli.Command{
+		Name:  "image",
+		Usage: "make, show and resize raw disk images",
+		Description: `The exit status is 0, 2 if the words or the image are wrong, or 3 if the host
+fails.
+
+EXAMPLES
+   gvm image create disk.img 20G
+   gvm image info disk.img
+   gvm image resize disk.img 40G`,
+		Subcommands:  []*cli.Command{create, info, resize},
+		OnUsageError: usage,
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usageError{fmt.Errorf("image %q: want create, info or resize; see gvm help image", c.Args().First())}
+			}
+			return cli.ShowSubcommandHelp(c)
+		},
+	}
+}
+
+// imageSize reads a size that an image can have.
+func imageSize(word string) (int64, error) {
+	n, err := parseSize(word, 1)
+	switch {
+	case err != nil:
+		return 0, usageError{err}
+	case n == 0 || n > 1<<62:
+		return 0, usageError{fmt.Errorf("size %s: not one for a disk", word)}
+	}
+	return int64(n), nil
+}
+
+// imageError gives an error of the backend's its exit status.
+func imageError(err error) error {
+	if err == nil {
+		return nil
+	}
+	return diskError{err}
+}
+
+func showImage(out io.Writer, i backend.Info) error {
+	use := "nobody"
+	switch {
+	case i.Writer > 0:
+		use = fmt.Sprintf("process %d, for writing", i.Writer)
+	case i.Writer < 0:
+		use = "another process, for writing"
+	case i.Readers:
+		use = "for reading"
+	}
+	_, err := fmt.Fprintf(out, "path       %s\nformat     %s\nsize       %s\n", i.Path, i.Format, formatSize(uint64(i.Size)))
+	if i.Format != "block device" && err == nil {
+		_, err = fmt.Fprintf(out, "allocated  %s\n", formatSize(uint64(i.Allocated)))
+	}
+	if i.Base != "" && err == nil {
+		_, err = fmt.Fprintf(out, "base       %s\n", i.Base)
+	}
+	if err == nil {
+		_, err = fmt.Fprintf(out, "in use by  %s\n", use)
+	}
+	return err
+}

@@ -1,0 +1,88 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"gvm/devices/scsi/backend"
+)
+
+func TestImage(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	if err := os.WriteFile(at("disk.qcow2"), append([]byte("QFI\xfb"), make([]byte, 1020)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range []struct {
+		args   string
+		status int
+		out    string
+		errs   string // part
+	}{
+		{"image create disk.img 4M", 0, "", ""},
+		{"image create disk.img 4M", 2, "", "disk.img: file exists"},
+		{"image create full.img 1M --prealloc", 2, "", "takes PATH SIZE, and got 3 words"},
+		{"image create --prealloc full.img 1M", 0, "", ""},
+		{"image create odd.img 1000", 2, "", "odd.img: size 1000 is not a multiple of 512"},
+		{"image create none/new.img 1M", 2, "", "none/new.img: no such file"},
+		{"image create huge.img 4194304T", 2, "", "huge.img"},
+		{"image create zero.img 0", 2, "", "size 0: not one for a disk"},
+		{"image create big.img much", 2, "", "much"},
+		{"image info disk.img", 0, "path       " + at("disk.img") + "\nformat     raw\nsize       4 MiB\nallocated  0 bytes\nin use by  nobody\n", ""},
+		{"image info full.img", 0, "path       " + at("full.img") + "\nformat     raw\nsize       1 MiB\nallocated  1 MiB\nin use by  nobody\n", ""},
+		{"image info disk.qcow2", 0, "path       " + at("disk.qcow2") + "\nformat     qcow2 image\nsize       1 KiB\nallocated  4 KiB\nin use by  nobody\n", ""},
+		{"image info none.img", 2, "", "none.img: "},
+		{"image info .", 2, "", "is a directory"},
+		{"image info", 2, "", "image info takes PATH, and got 0 words"},
+		{"image resize disk.img 8M", 0, "", ""},
+		{"image resize disk.img 2M", 2, "", "what lies behind them would be lost"},
+		{"image resize --shrink disk.img 2M", 0, "", ""},
+		{"image resize disk.qcow2 8M", 2, "", "qcow2 image; gvm takes raw images"},
+		{"image resize disk.img 1000", 2, "", "not a multiple"},
+		{"image convert", 2, "", `image "convert": want create, info or resize`},
+	} {
+		r := ask(t, dir, strings.Fields(v.args)...)
+		if r.status != v.status || r.out != v.out || !strings.Contains(r.errs, v.errs) || strings.Count(r.errs, "\n") > min(v.status, 1) {
+			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, r.status, r.out, r.errs, v.status, v.out, v.errs)
+		}
+	}
+	list, err := os.ReadDir(dir)
+	if err != nil || len(list) != 3 {
+		t.Errorf("%v, %v: what failed has left something", list, err)
+	}
+
+	p := startGVM(t, dir, guestRun("--disk=disk.img", "--disk=full.img,overlay=full.ovl", "spin")...)
+	p.expect("spinning")
+	info := func(name string) (i backend.Info) {
+		t.Helper()
+		r := ask(t, dir, "image", "info", "--json", name)
+		if err := json.Unmarshal([]byte(r.out), &i); err != nil {
+			t.Fatalf("%v: %+v", err, r)
+		}
+		return i
+	}
+	pid := p.cmd.Process.Pid
+	if i := info("disk.img"); i.Writer != pid || i.Readers || i.Size != 2<<20 {
+		t.Errorf("%+v", i)
+	}
+	if i := info("full.img"); i.Writer != 0 || !i.Readers {
+		t.Errorf("%+v", i)
+	}
+	if i := info("full.ovl"); i.Writer != pid || i.Format != "overlay" || i.Base != at("full.img") || i.Size != 1<<20 {
+		t.Errorf("%+v", i)
+	}
+	r := ask(t, dir, "image", "info", "full.ovl")
+	if want := fmt.Sprintf("base       %s\nin use by  process %d, for writing\n", at("full.img"), pid); !strings.Contains(r.out, want) {
+		t.Errorf("%s lacks %s", r.out, want)
+	}
+	wantBad(t, ask(t, dir, "image", "resize", "disk.img", "8M"), fmt.Sprintf("disk.img: in use by process %d", pid))
+	p.signal(syscall.SIGTERM)
+	p.wait()
+	wantBad(t, ask(t, dir, "run", "--disk=full.ovl"), "full.ovl: overlay of gvm's; |overlay=")
+}
