@@ -69,6 +69,9 @@ func TestBackends(t *testing.T) {
 			return f
 		})
 	})
+	t.Run("Volatile", func(t *testing.T) {
+		scsitest.TestBackend(t, func() scsi.Backend { return backend.NewVolatile(2 * mib) })
+	})
 	t.Run("Faulty", func(t *testing.T) {
 		scsitest.TestBackend(t, func() scsi.Backend { return backend.NewFaulty(backend.NewMem(2 * mib)) })
 	})

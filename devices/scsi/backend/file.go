@@ -1,7 +1,8 @@
 // Package backend has the storage that logical units of package scsi stand on:
 // raw files and block devices (File), memory (OpenMemory, and Mem without a
 // file), nothing (Null), what was written over a base that stays as it is
-// (Overlay), and a wrapper that fails on purpose (Faulty).
+// (Overlay), a wrapper that fails on purpose (Faulty), and a
+// disk whose cache a power cut loses (Volatile).
 package backend
 
 import (
