@@ -7,7 +7,7 @@ export CGO_ENABLED = 0
 LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostscsi
 UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 
-.PHONY: build run demo test lint race fuzz conformance bench guest clean
+.PHONY: build run demo test lint race fuzz soak conformance bench guest clean
 
 build: ## a static binary: bin/gvm
 	$(GO) build -trimpath -o bin/gvm ./cmd/gvm
@@ -41,6 +41,9 @@ fuzz: ## every fuzz target, FUZZTIME each
 	    $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1x $$pkg || exit 1; \
 	  done; \
 	done
+
+soak: ## kill gvm 200 times while its guest writes, and look for what was lost
+	GVM_TEST_KILLS=40 $(GO) test -run TestKilledInJournal -count=1 -timeout 30m -v ./cmd/gvm
 
 conformance: ## libiscsi's suite in Linux guests on gvm's, the kernel's and QEMU's target, in the lab
 	$(GO) test -run '^$$' -bench BenchmarkConformance -benchtime 1x -timeout 60m -v ./guest-tests/linux

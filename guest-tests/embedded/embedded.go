@@ -14,6 +14,7 @@
 // that device is there. The words of the command line, apart by spaces, say what else it does:
 //
 //	write               write a pattern to some blocks of each disk and read it back; without it disks are only read
+//	journal             with write: write numbered blocks to the first disk for ever, and print which of them were answered
 //	nodisk              a machine without a disk is no failure
 //	movebars            move the virtio device's memory BARs before using it, to 0xd0000000 and up
 //	movebars=high       the same, but the 64-bit ones above 4 GiB: to the next GiB if they are there already, else to 448 GiB

@@ -301,11 +301,42 @@ static void check_any_layout(const struct disk *d)
 	check(ok && good(&c) && !memcmp(linear, again, d->block_size), "headers split over descriptors");
 }
 
+// journal writes 4 KiB at a time, all over the disk again and again, each 8 bytes with the number of the write, and prints the
+// numbers of those that were answered. Every eighth has FUA, every sixteenth is followed by a flush.
+static void journal(const struct disk *d)
+{
+	enum { SIZE = 4096, FUA = 0x08 };
+	uint32_t blocks = SIZE / d->block_size;
+	uint64_t slots = d->blocks / blocks;
+	for (uint64_t n = 1;; n++) {
+		for (unsigned i = 0; i < SIZE / 8; i++)
+			linear[i] = n;
+		struct command c = transfer_command(d, true, n % slots * blocks, blocks);
+		if (n % 8 == 4)
+			c.cdb[1] |= FUA;
+		c.out[0] = (struct segment){ linear, SIZE };
+		c.outs = 1;
+		run(&c);
+		if (good(&c))
+			print("wrote %lu\n", n);
+		if (good(&c) && n % 16 == 8) {
+			c = new_command(d->at, (uint8_t[]){ SYNCHRONIZE_CACHE_10 }, 1);
+			run(&c);
+		}
+		if (!good(&c)) {
+			check_good(&c, "journal");
+			return;
+		}
+	}
+}
+
 // check_disk goes through all checks of one disk. False if the unit is none, or cannot be used.
 static bool check_disk(struct disk *d)
 {
 	if (!identify(d))
 		return false;
+	if (options.write && options.journal)
+		journal(d);
 	uint32_t run_blocks = MAX_TRANSFER / d->block_size;
 	check_region(d, "first block", 0, 1);
 	check_region(d, "middle block", d->blocks / 2, 1);

@@ -24,6 +24,7 @@ extern struct options {
 	bool movebars; // move the virtio device's BARs before use,
 	bool movebars_high; // and the 64-bit ones far above RAM
 	bool x2apic;   // switch the boot CPU's local APIC to x2APIC mode if it has it
+	bool journal;  // write numbered blocks for ever
 } options;
 bool check(bool ok, const char *format, ...) __attribute__((format(printf, 2, 3))); // prints the line, counts, returns ok
 void fatal(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));

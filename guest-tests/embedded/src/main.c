@@ -154,6 +154,7 @@ static const struct { const char *name; bool *option; void (*mode)(void); } word
 	{ "movebars", &options.movebars, 0 },
 	{ "movebars=high", &options.movebars_high, 0 },
 	{ "x2apic", &options.x2apic, 0 },
+	{ "journal", &options.journal, 0 },
 	{ "crash=triple", 0, mode_triple_fault },
 	{ "crash=panic", 0, mode_panic },
 	{ "crash=reset", 0, mode_reset },
