@@ -4,8 +4,10 @@
 package linux
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"regexp"
 	"testing"
 
@@ -43,6 +45,12 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(cacheHome)
+	// The control sockets of every gvm are here: those of one that is killed stay.
+	run := filepath.Join(cacheHome, "run")
+	if err := errors.Join(os.Mkdir(run, 0o700), os.Setenv("XDG_RUNTIME_DIR", run)); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	options := lab.Options{
 		Direct: vmm.RunsLinux,
 		Build:  []string{"gvm/cmd/gvm", "gvm/guest-tests/cmd/diskload"},
