@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -316,9 +317,12 @@ func told(c *cli.Context, what string, change control.Change, err error) error {
 		control.Absent: "; no driver is active in the guest",
 	}[change.Guest]
 	d := change.Disk
-	_, err = fmt.Fprintf(c.App.Writer, "%s LUN %d, %s, serial %s, %s%s\n", what, d.LUN, d.Path, d.Serial, formatSize(uint64(d.Size)), guest)
+	_, err = fmt.Fprintf(c.App.Writer, "%s LUN %d, %s, serial %s, %s%s\n", what, d.LUN, diskImage(d), d.Serial, formatSize(uint64(d.Size)), guest)
 	return err
 }
+
+// diskImage is what is behind a disk, for people.
+func diskImage(d control.Disk) string { return cmp.Or(d.Path, d.WWN, "(memory)") }
 
 func diskTable(out io.Writer, disks []control.Disk) error {
 	if len(disks) == 0 {
@@ -327,17 +331,11 @@ func diskTable(out io.Writer, disks []control.Disk) error {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "LUN\tSIZE\tBLOCK\tCACHE\tMODE\tBACKEND\tSERIAL\tIMAGE")
 	for _, d := range disks {
-		mode, image := "rw", d.Path
+		mode := "rw"
 		if d.ReadOnly {
 			mode = "ro"
 		}
-		switch {
-		case image == "" && d.WWN != "":
-			image = d.WWN
-		case image == "":
-			image = "(memory)"
-		}
-		fmt.Fprintf(w, "%d\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n", d.LUN, formatSize(uint64(d.Size)), d.BlockSize, d.Cache, mode, d.Backend, d.Serial, image)
+		fmt.Fprintf(w, "%d\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n", d.LUN, formatSize(uint64(d.Size)), d.BlockSize, d.Cache, mode, d.Backend, d.Serial, diskImage(d))
 	}
 	return w.Flush()
 }
