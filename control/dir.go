@@ -275,7 +275,7 @@ func (d Directory) List() ([]Entry, error) {
 		if err != nil {
 			return list, err
 		}
-		switch err := flock(f, unix.LOCK_EX|unix.LOCK_NB); {
+		switch err = flock(f, unix.LOCK_EX|unix.LOCK_NB); {
 		case errors.Is(err, unix.EWOULDBLOCK):
 			list = append(list, Entry{name, holder(f)})
 			err = nil
