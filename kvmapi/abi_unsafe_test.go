@@ -141,6 +141,7 @@ func TestABIMatchesKernelHeaders(t *testing.T) {
 		"value KVM_SET_MP_STATE":           uint64(iow[kvm.MPState](nrSetMPState)),
 		"value KVM_SET_GUEST_DEBUG":        uint64(iow[GuestDebug](nrSetGuestDebug)),
 		"value KVM_GET_TSC_KHZ":            uint64(kvm.IIO(nrGetTSCKHz)),
+		"value KVM_KVMCLOCK_CTRL":          uint64(kvm.IIO(nrKVMClockCtrl)),
 		"value KVM_ENABLE_CAP":             uint64(iow[enableCap](nrEnableCap)),
 
 		"value KVM_CAP_MAX_VCPUS":            CapMaxVCPUs,

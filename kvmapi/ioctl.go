@@ -33,4 +33,5 @@ const (
 	nrSetGuestDebug       = 0x9b
 	nrGetTSCKHz           = 0xa3
 	nrEnableCap           = 0xa3
+	nrKVMClockCtrl        = 0xad
 )

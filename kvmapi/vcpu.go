@@ -1,6 +1,7 @@
 package kvmapi
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -135,6 +136,18 @@ func (c *VCPU) SetMPState(state uint32) error {
 // TSCKHz is KVM_GET_TSC_KHZ: the guest's TSC frequency, 0 where unknown.
 func (c *VCPU) TSCKHz() (int, error) {
 	return ioctlInt(c.fd, "KVM_GET_TSC_KHZ", kvm.IIO(nrGetTSCKHz), 0)
+}
+
+// StoppedByHost tells the guest's kvmclock that the host has kept the vCPU from
+// running, so that its watchdogs do not take that for a lockup
+// (KVM_KVMCLOCK_CTRL). A guest without a kvmclock, or a KVM without the request,
+// is left alone.
+func (c *VCPU) StoppedByHost() error {
+	_, err := ioctlInt(c.fd, "KVM_KVMCLOCK_CTRL", kvm.IIO(nrKVMClockCtrl), 0)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTTY) {
+		return nil
+	}
+	return err
 }
 
 // Translate returns the guest physical address behind a linear address in the

@@ -41,6 +41,8 @@ type Config struct {
 	// Rebooting makes a reset by the guest start the machine again in place,
 	// with fresh memory, until it ends otherwise.
 	Rebooting bool
+	// Pauser pauses the machine; nil: nobody does.
+	Pauser *Pauser
 	// PanicText takes a Linux kernel's panic message on the console for a panic,
 	// for guests without a pvpanic driver.
 	PanicText bool
@@ -100,6 +102,7 @@ type Outcome struct {
 // about what could not be built; *boot.ImageError and *ConfigError are the
 // user's, everything else the host's.
 func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
+	defer cfg.Pauser.end()
 	for {
 		m, err := newMachine(sys, cfg)
 		if err != nil {

@@ -87,6 +87,7 @@ func (m *machine) deviceTrouble(err error) {
 // run runs every vCPU on a thread of its own until the machine ends.
 func (m *machine) run(ctx context.Context) Outcome {
 	defer context.AfterFunc(ctx, func() { m.end(Outcome{Ending: Stopped, Err: context.Cause(ctx)}) })()
+	m.cfg.Pauser.begin(m)
 	var threads sync.WaitGroup
 	for i, c := range m.cpus {
 		threads.Go(func() {
@@ -98,13 +99,20 @@ func (m *machine) run(ctx context.Context) Outcome {
 	}
 	<-m.ended
 	m.uart.Stop()
-	for _, c := range m.cpus {
-		if err := c.Kick(); err != nil {
-			m.outcome.Err = errors.Join(m.outcome.Err, err)
-		}
+	if err := m.kick(); err != nil {
+		m.outcome.Err = errors.Join(m.outcome.Err, err)
 	}
 	threads.Wait()
 	return m.outcome
+}
+
+// kick has every vCPU leave the guest and look why.
+func (m *machine) kick() error {
+	var errs []error
+	for _, c := range m.cpus {
+		errs = append(errs, c.Kick())
+	}
+	return errors.Join(errs...)
 }
 
 // runCPU is a vCPU's life. The error is the host's.
@@ -115,6 +123,12 @@ func (m *machine) runCPU(index int, c *kvmapi.VCPU) (err error) {
 		}
 	}()
 	for !m.stop.Load() {
+		if p := m.cfg.Pauser; p != nil && p.wanted.Load() {
+			if err := p.park(m, c); err != nil {
+				return fmt.Errorf("vCPU %d: %w", index, err)
+			}
+			continue
+		}
 		e, err := c.Run()
 		if err != nil {
 			return fmt.Errorf("vCPU %d: %w", index, err)

@@ -1,0 +1,235 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"runtime"
+	"strings"
+	"testing"
+
+	"gvm/devices/virtio"
+	"gvm/devices/virtio/rng"
+	"gvm/vmm/guestmem"
+)
+
+// shownConsole tells of each write.
+type shownConsole struct {
+	testConsole
+	wrote chan struct{}
+}
+
+func (c *shownConsole) Write(p []byte) (int, error) {
+	n, err := c.testConsole.Write(p)
+	select {
+	case c.wrote <- struct{}{}:
+	default:
+	}
+	return n, err
+}
+
+func (c *shownConsole) waitFor(text string) {
+	for has := false; !has; {
+		<-c.wrote
+		c.mu.Lock()
+		has = strings.Contains(c.out.String(), text)
+		c.mu.Unlock()
+	}
+}
+
+// pausable runs the embedded guest until the test stops it.
+func pausable(t *testing.T, words string, cpus int) (p *Pauser, c *shownConsole, stop func() Outcome) {
+	t.Helper()
+	p, c = &Pauser{}, &shownConsole{wrote: make(chan struct{}, 1)}
+	sys := system(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan Outcome, 1)
+	go func() {
+		out, err := Run(ctx, sys, Config{
+			Memory: guestmem.Config{Size: 64 << 20}, CPUs: cpus, Kernel: embeddedKernel(t), CmdLine: words,
+			Devices: []virtio.Device{rng.New()}, Console: c, Rebooting: true, Pauser: p,
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		ended <- out
+	}()
+	return p, c, func() Outcome { cancel(); return <-ended }
+}
+
+func TestPause(t *testing.T) {
+	p, c, stop := pausable(t, "spin", 2)
+	c.waitFor("spinning")
+	cpus := p.m.cpus
+	for range 3 {
+		if err := p.Pause(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if !p.Paused() {
+			t.Error("not paused")
+		}
+		if err := p.Pause(t.Context()); err != ErrPaused {
+			t.Errorf("paused twice: %v", err)
+		}
+		// KVM_GET_REGS waits for a vCPU that is in KVM_RUN.
+		for i, cpu := range cpus {
+			a, err := cpu.Regs()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if b, err := cpu.Regs(); err != nil || a != b {
+				t.Errorf("vCPU %d runs: %+v became %+v, %v", i, a, b, err)
+			}
+		}
+		if err := p.Resume(); err != nil {
+			t.Fatal(err)
+		}
+		if err := p.Resume(); err != ErrNotPaused || p.Paused() {
+			t.Errorf("resumed twice: %v", err)
+		}
+	}
+	if err := p.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// The end does not wait for a Resume.
+	if out := stop(); out.Ending != Stopped {
+		t.Errorf("%s, %v", out.Ending, out.Err)
+	}
+	if p.Paused() {
+		t.Error("paused after the end")
+	}
+	if err := p.Pause(t.Context()); err != ErrNotRunning {
+		t.Errorf("paused after the end: %v", err)
+	}
+	if err := p.Resume(); err != ErrNotRunning {
+		t.Errorf("resumed after the end: %v", err)
+	}
+}
+
+// TestPauseOverResets pauses a machine that resets itself all the time, in every
+// state that it is in: it goes on each time.
+func TestPauseOverResets(t *testing.T) {
+	p, c, stop := pausable(t, "crash=reset", 2)
+	c.waitFor("reset next")
+	for range 30 {
+		if err := p.Pause(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := p.Resume(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.mu.Lock()
+	before := strings.Count(c.out.String(), "reset next")
+	c.mu.Unlock()
+	for after := before; after <= before+1; {
+		<-c.wrote
+		c.mu.Lock()
+		after = strings.Count(c.out.String(), "reset next")
+		c.mu.Unlock()
+	}
+	if out := stop(); out.Ending != Stopped {
+		t.Errorf("%s, %v", out.Ending, out.Err)
+	}
+}
+
+// TestPauseGivenUp ends a Pause by its context, by a Resume and by the machine's
+// end, before the vCPUs have stopped: there are none yet that could.
+func TestPauseGivenUp(t *testing.T) {
+	begun := func() *Pauser {
+		p := &Pauser{}
+		p.begin(&machine{})
+		return p
+	}
+	why := errors.New("enough")
+	p := begun()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(why)
+	if err := p.Pause(ctx); err != why || p.Paused() {
+		t.Errorf("%v, paused %v", err, p.Paused())
+	}
+	for want, do := range map[error]func(*Pauser) error{ErrNotPaused: (*Pauser).Resume, ErrNotRunning: func(p *Pauser) error { p.end(); return nil }} {
+		p := begun()
+		done := make(chan error, 1)
+		go func() { done <- p.Pause(context.Background()) }()
+		for !p.Paused() {
+			runtime.Gosched()
+		}
+		if err := do(p); err != nil {
+			t.Error(err)
+		}
+		if err := <-done; err != want {
+			t.Errorf("%v, want %v", err, want)
+		}
+	}
+	p = &Pauser{}
+	p.end() // of a machine that could not be built
+	if err := p.Pause(t.Context()); err != ErrNotRunning {
+		t.Error(err)
+	}
+}
+
+// TestHold: what holds a machine goes on when it is resumed, however it was
+// paused, and is let go by its own end and by that of the machine's life.
+func TestHold(t *testing.T) {
+	p, c, stop := pausable(t, "spin", 2)
+	c.waitFor("spinning")
+	hold := func(ctx context.Context) chan bool {
+		held := make(chan bool, 1)
+		go func() { held <- p.Hold(ctx) }()
+		return held
+	}
+	paused := func() {
+		for !p.Paused() {
+			runtime.Gosched()
+		}
+	}
+	a := hold(t.Context())
+	paused()
+	ctx, cancel := context.WithCancel(t.Context())
+	b := hold(ctx)
+	cancel()
+	if <-b || !p.Paused() {
+		t.Error("let go by its context, it was resumed, or the machine was")
+	}
+	if err := p.Pause(t.Context()); err != ErrPaused {
+		t.Error(err)
+	}
+	if err := p.Resume(); err != nil {
+		t.Error(err)
+	}
+	if !<-a {
+		t.Error("not resumed")
+	}
+	if err := p.Pause(t.Context()); err != nil {
+		t.Error(err)
+	}
+	a = hold(t.Context())
+	if out := stop(); out.Ending != Stopped {
+		t.Errorf("%s, %v", out.Ending, out.Err)
+	}
+	if <-a {
+		t.Error("resumed by the end")
+	}
+	if p.Hold(t.Context()) {
+		t.Error("held after the end")
+	}
+}
+
+// TestPauseInput: what is typed while the guest is paused is not lost.
+func TestPauseInput(t *testing.T) {
+	p, c, stop := pausable(t, "echo", 1)
+	c.waitFor("ready")
+	if err := p.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.m.uart.Input().Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	c.waitFor("hello")
+	if out := stop(); out.Ending != Stopped {
+		t.Errorf("%s, %v", out.Ending, out.Err)
+	}
+}
