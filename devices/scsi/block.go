@@ -415,9 +415,9 @@ func unmap(tk *task) error {
 			continue
 		}
 		off := int64(lba) * u.blockSize
-		if err := u.b.(Discarder).Discard(off, int64(blocks)*u.blockSize); err != nil {
+		if err := u.try("discard", off, func() (int, error) { return 0, u.b.(Discarder).Discard(off, int64(blocks)*u.blockSize) }); err != nil {
 			u.written.Add(1)
-			return u.failed("discard", off, err)
+			return err
 		}
 	}
 	return u.settle()
@@ -460,9 +460,13 @@ func (u *Unit) mapped(lba, n uint64) (bool, uint64, error) {
 		return true, n, nil
 	}
 	off := int64(lba) * u.blockSize
-	mapped, size, err := m.Mapped(off, int64(n)*u.blockSize)
-	if err != nil {
-		return false, 0, u.failed("read", off, err)
+	var mapped bool
+	var size int64
+	if err := u.try("read", off, func() (_ int, err error) {
+		mapped, size, err = m.Mapped(off, int64(n)*u.blockSize)
+		return 0, err
+	}); err != nil {
+		return false, 0, err
 	}
 	if !mapped && size < u.blockSize {
 		return true, 1, nil

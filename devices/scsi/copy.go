@@ -204,6 +204,11 @@ func (s segment) check(by NexusID) error {
 // commands, taken in one order by all who take two.
 func (tk *task) copySegment(s segment) error {
 	both := []*Unit{s.from, s.to}
+	for _, u := range both {
+		if u.limit != nil {
+			tk.throttle(u, u.limit.reserve(uint64(s.bytes)))
+		}
+	}
 	slices.SortFunc(both, func(a, b *Unit) int { return strings.Compare(a.serial, b.serial) })
 	for _, u := range slices.Compact(both) {
 		u.medium.RLock()
@@ -224,12 +229,19 @@ func (tk *task) copySegment(s segment) error {
 func (s segment) move(tk *task) error {
 	fromOff, toOff := int64(s.fromLBA)*s.from.blockSize, int64(s.toLBA)*s.to.blockSize
 	if c, ok := s.to.b.(Copier); ok && s.bytes > 0 {
-		err := c.CopyFrom(s.from.b, fromOff, toOff, s.bytes)
-		if !errors.Is(err, errors.ErrUnsupported) {
-			if err != nil {
-				s.to.written.Add(1)
-				return s.to.failed("write", toOff, err)
+		unsupported := false
+		err := s.to.try("write", toOff, func() (int, error) {
+			err := c.CopyFrom(s.from.b, fromOff, toOff, s.bytes)
+			if unsupported = errors.Is(err, errors.ErrUnsupported); unsupported {
+				err = nil
 			}
+			return 0, err
+		})
+		switch {
+		case err != nil:
+			s.to.written.Add(1)
+			return err
+		case !unsupported:
 			return s.to.settle()
 		}
 	}

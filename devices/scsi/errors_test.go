@@ -52,6 +52,50 @@ func TestErrors(t *testing.T) {
 	}
 }
 
+// TestRetry: what failed is done again for as long as Retry wants it, other than a flush.
+func TestRetry(t *testing.T) {
+	unmap := []byte{0, 22, 0, 16, 23: 0, 19: 1}
+	for _, v := range []struct {
+		op   backend.Op
+		cdb  []byte
+		out  []byte
+		in   int
+		want string // when it fails three times, and is done again twice
+		once string // when it fails once
+	}{
+		{backend.OpRead, cdb10(0x28, 0, 0, 2), nil, 1024, "CHECK 3/11/00", "GOOD"},
+		{backend.OpWrite, cdb10(0x2a, 0, 0, 2), make([]byte, 1024), 0, "CHECK 7/27/07", "GOOD"},
+		{backend.OpWrite, cdb10(0x2a, 8, 0, 2), make([]byte, 1024), 0, "CHECK 7/27/07", "GOOD"},
+		{backend.OpWrite, cdb16(0x93, 0, 0, 2), bytes.Repeat([]byte{1}, 512), 0, "CHECK 7/27/07", "GOOD"},
+		{backend.OpZero, cdb16(0x93, 1, 0, 2), nil, 0, "CHECK 7/27/07", "GOOD"},
+		{backend.OpDiscard, cdb16(0x93, 9, 0, 2), nil, 0, "CHECK 7/27/07", "GOOD"},
+		{backend.OpDiscard, cdb10(0x42, 0, 0, 24), unmap, 0, "CHECK 7/27/07", "GOOD"},
+		{backend.OpFlush, syncCache, nil, 0, "CHECK 7/27/07", "CHECK 7/27/07"},
+		{backend.OpFlush, cdb10(0x2a, 8, 0, 2), make([]byte, 1024), 0, "CHECK 7/27/07", "CHECK 7/27/07"},
+	} {
+		faults := make([]backend.Fault, 3)
+		for i := range faults {
+			faults[i] = backend.Fault{Op: v.op, Nth: i + 1, Short: 512, Err: syscall.ENOSPC}
+		}
+		for n, want := range map[int]string{1: v.once, 3: v.want} {
+			var reported, asked int
+			f := backend.NewFaulty(backend.NewMem(blocks*block), faults[:n]...)
+			target := attach(t, scsi.UnitConfig{Backend: f, OnError: func(error) { reported++ }, Retry: func(err error) bool {
+				asked++
+				return errors.Is(err, syscall.ENOSPC) && asked < 3
+			}})
+			expect(t, target, v.cdb, v.out, v.in, want)
+			wantReported, wantAsked := n, n
+			if v.op == backend.OpFlush {
+				wantReported, wantAsked = 1, 1
+			}
+			if reported != wantReported || asked != wantAsked {
+				t.Errorf("%s, %d failures: reported %d times, asked %d times", scsi.OpcodeName(v.cdb), n, reported, asked)
+			}
+		}
+	}
+}
+
 // TestScatteredRandom compares random reads and writes with a copy in memory.
 func TestScatteredRandom(t *testing.T) {
 	for _, b := range []scsi.Backend{backend.NewMem(blocks * block), struct{ scsi.Backend }{backend.NewMem(blocks * block)}} {

@@ -106,16 +106,32 @@ func (t *Target) lookup(lun LUN) *Unit {
 	return t.Unit(lun)
 }
 
-// Submit processes c, inline today. It may be called from several goroutines at
-// the same time and blocks while task attributes or COMPARE AND WRITE want it;
-// c belongs to the target until Done is called.
+// Submit processes c: inline, or in a goroutine of its own for a unit that is kept
+// to a Limit. It may be called from several goroutines at the same time and blocks
+// while task attributes or COMPARE AND WRITE want it; c belongs to the target until
+// Done is called.
 func (t *Target) Submit(c *Command) {
 	tk := t.tasks.Get().(*task)
 	tk.Command, tk.t = c, t
 	tk.Attr, tk.Nexus, tk.Tag = c.Attr, c.Nexus, c.Tag
 	tk.inLen, tk.outLen = size(c.In), size(c.Out)
+	tk.op, tk.err = lookupOpcode(tk.CDB)
+	tk.u = t.lookup(tk.LUN)
+	if tk.u != nil && tk.u.limit != nil && tk.u.set.join(tk) {
+		// Commands take their places, in the set and under the limit, as they come.
+		if tk.op.limited() {
+			tk.due = tk.u.limit.reserve(tk.cost())
+		}
+		go t.serve(tk)
+		return
+	}
+	t.serve(tk)
+}
+
+// serve runs the command, answers it and does what is left then.
+func (t *Target) serve(tk *task) {
 	r, entered := t.process(tk)
-	c.Done(r)
+	tk.Done(r)
 	if tk.after != nil && r.Status == Good {
 		if err := tk.after(); err != nil {
 			sense := senseOf(err)
@@ -134,18 +150,16 @@ func (t *Target) Submit(c *Command) {
 // process runs the command and says how it ended, and whether it is in the task
 // set of a unit.
 func (t *Target) process(tk *task) (Result, bool) {
-	op, err := lookupOpcode(tk.CDB)
-	tk.op = op
-	u := t.lookup(tk.LUN)
+	u := tk.u
 	if u == nil {
 		return t.noUnit(tk), false
 	}
-	tk.u = u
-	attention, ok := u.set.enter(tk, op != nil && op.flags&noAttention != 0)
+	attention, ok := u.set.enter(tk, tk.op != nil && tk.op.flags&noAttention != 0)
 	if !ok {
 		tk.u = nil
 		return t.noUnit(tk), false
 	}
+	err := tk.err
 	if attention != nil {
 		err = attention
 	}
@@ -170,6 +184,11 @@ func (tk *task) run() error {
 	}
 	if !op.exists(u) {
 		return InvalidOpcode
+	}
+	if tk.due > 0 {
+		if tk.throttle(u, tk.due); tk.state.Load() != running {
+			return TargetFailure // aborted, as above
+		}
 	}
 	if op.flags&medium != 0 {
 		if err := u.notReady(); err != nil {

@@ -4,6 +4,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // States of a task. The step out of running decides whether the initiator gets
@@ -23,9 +24,11 @@ type task struct {
 	Nexus NexusID
 	Tag   uint64
 
-	t  *Target
-	u  *Unit
-	op *opcode
+	t   *Target
+	u   *Unit
+	op  *opcode
+	err error         // of the lookup of op
+	due time.Duration // when the limit of u lets it run
 
 	status        Status // what a command without error ends with
 	inLen, outLen int    // sizes of the buffers
@@ -38,9 +41,11 @@ type task struct {
 	state atomic.Int32
 
 	// Guarded by set.mu.
+	joined     bool // it is in the set
 	prev, next *task
 	cause      Abort
 	waiters    []*abortWait
+	cut        chan struct{} // closed to end a delay; nil: it is not delayed
 }
 
 // abortWait is a task management function that waits for the tasks it aborted.
@@ -97,17 +102,20 @@ func (s *taskSet) nexus(id NexusID) *nexus {
 	return n
 }
 
-// enter puts tk at the end of the set and returns when its attribute lets it
-// run (SAM-5 8.6). It reports the oldest unit attention condition unless the
-// command is exempt, a conflict with a reservation, and false when the unit has
-// been detached. A conflict comes before every unit attention condition but that
-// of a reset (SAM-5 5.3.3).
-func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
+// join puts tk at the end of the set, and returns false when the unit has been
+// detached. For a task that is there already nothing changes.
+func (s *taskSet) join(tk *task) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed {
-		return nil, false
+	return s.add(tk)
+}
+
+// add is join. The caller holds mu.
+func (s *taskSet) add(tk *task) bool {
+	if s.closed || tk.joined {
+		return tk.joined
 	}
+	tk.joined = true
 	tk.prev, tk.next = s.last, nil
 	if s.last == nil {
 		s.first = tk
@@ -120,6 +128,19 @@ func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
 		s.ordered++
 	case HeadOfQueue:
 		s.head++
+	}
+	return true
+}
+
+// enter is join that returns when the attribute of tk lets it run (SAM-5 8.6). It
+// reports the oldest unit attention condition unless the command is exempt, a
+// conflict with a reservation, and false when the unit has been detached. A conflict
+// comes before every unit attention condition but that of a reset (SAM-5 5.3.3).
+func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.add(tk) {
+		return nil, false
 	}
 	for tk.state.Load() == running && s.blocked(tk) {
 		s.wait()
@@ -161,6 +182,27 @@ func (s *taskSet) blocked(tk *task) bool {
 		}
 	}
 	return false
+}
+
+// delay returns after d, or when tk is aborted.
+func (s *taskSet) delay(tk *task, d time.Duration) {
+	cut := make(chan struct{})
+	s.mu.Lock()
+	if tk.state.Load() != running {
+		s.mu.Unlock()
+		return
+	}
+	tk.cut = cut
+	s.mu.Unlock()
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-cut:
+	}
+	s.mu.Lock()
+	tk.cut = nil
+	s.mu.Unlock()
 }
 
 // wait is changed.Wait. The caller holds mu.
@@ -227,6 +269,9 @@ func (s *taskSet) end(cause Abort, match func(*task) bool) (w *abortWait, n int)
 		if tk.state.CompareAndSwap(running, aborted) {
 			tk.cause = cause
 			n++
+			if tk.cut != nil {
+				close(tk.cut)
+			}
 		}
 		w.left++
 		tk.waiters = append(tk.waiters, w)

@@ -46,6 +46,9 @@ type UnitConfig struct {
 	// PhysicalBlockExponent says that 2^n logical blocks make a physical one.
 	PhysicalBlockExponent int
 	Cache                 CacheMode
+	// IOPS limits commands that use the medium, and Bandwidth the bytes that they
+	// move. A command that has to wait does not hold up its queue.
+	IOPS, Bandwidth Limit
 	// Reservations keeps persistent reservations over a loss of power, for
 	// initiators that ask for it (APTPL). nil: they cannot.
 	Reservations ReservationKeeper
@@ -53,6 +56,12 @@ type UnitConfig struct {
 	// initiator sees no more than sense data. It may be called from several
 	// goroutines at the same time.
 	OnError func(error)
+	// Retry is asked after OnError; while it returns true the unit does again what
+	// failed. It may take its time: the command waits, and with it whoever wants to
+	// abort it. A flush is not done again whatever it returns: the host's kernel
+	// forgets what it could not write back (fsync(2)), and the next flush would succeed
+	// without that data. nil: nothing is.
+	Retry func(error) bool
 }
 
 // Unit is a logical unit: a direct access block device (SBC-4) over a Backend.
@@ -63,6 +72,7 @@ type Unit struct {
 	granularity int64 // bytes that a discard works in, 0 for a unit without
 	wellKnown   bool  // the REPORT LUNS well-known logical unit: no medium
 	serial      string
+	limit       *limiter // nil: none
 
 	blocks   atomic.Uint64 // capacity
 	wce      atomic.Bool   // caching mode page: WCE
@@ -143,6 +153,9 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 	u.blocks.Store(blocks)
 	if g := discardGranularity(u.b); g > 0 && !cfg.ReadOnly {
 		u.granularity = max(g, u.blockSize)
+	}
+	if u.limit, err = newLimiter(cfg); err != nil {
+		return nil, fmt.Errorf("scsi unit: %w", err)
 	}
 	u.defaults()
 	u.wce.Store(cfg.Cache != WriteThrough)
@@ -229,40 +242,45 @@ func (u *Unit) inRange(lba, n uint64) error {
 	return nil
 }
 
-// failed wraps and reports an error of the backend.
-func (u *Unit) failed(op string, off int64, err error) error {
-	e := &mediumError{op, off, err}
-	if u.cfg.OnError != nil {
-		u.cfg.OnError(e)
+// try has do use the backend at off, which returns how far it came, and again
+// as long as that fails and Retry wants it.
+func (u *Unit) try(op string, off int64, do func() (int, error)) error {
+	for {
+		n, err := do()
+		if err == nil {
+			return nil
+		}
+		e := &mediumError{op, off + int64(n), err}
+		if u.cfg.OnError != nil {
+			u.cfg.OnError(e)
+		}
+		if u.cfg.Retry == nil || !u.cfg.Retry(e) || op == "flush" {
+			return e
+		}
 	}
-	return e
 }
 
 // read fills iov from lba on.
 func (u *Unit) read(iov [][]byte, lba uint64) error {
 	off := int64(lba) * u.blockSize
-	if n, err := ReadVec(u.b, iov, off); err != nil {
-		return u.failed("read", off+int64(n), err)
-	}
-	return nil
+	return u.try("read", off, func() (int, error) { return ReadVec(u.b, iov, off) })
 }
 
 // write stores iov from lba on. It is durable on return when fua is set or the
 // write cache is off.
 func (u *Unit) write(iov [][]byte, lba uint64, fua bool) error {
 	off := int64(lba) * u.blockSize
-	if u.cfg.Cache != Unsafe && (fua || !u.wce.Load()) {
-		if n, err := WriteVecDurable(u.b, iov, off); err != nil {
-			return u.failed("write", off+int64(n), err)
-		}
-		return nil
+	durable := u.cfg.Cache != Unsafe && (fua || !u.wce.Load())
+	if durable && u.cfg.Retry == nil {
+		return u.try("write", off, func() (int, error) { return WriteVecDurable(u.b, iov, off) })
 	}
-	n, err := WriteVec(u.b, iov, off)
+	err := u.try("write", off, func() (int, error) { return WriteVec(u.b, iov, off) })
 	u.written.Add(1)
-	if err != nil {
-		return u.failed("write", off+int64(n), err)
+	if err == nil && durable {
+		// In two steps, of which one can be done again.
+		err = u.flush()
 	}
-	return nil
+	return err
 }
 
 // flush makes everything that was written before it was called durable.
@@ -271,8 +289,8 @@ func (u *Unit) flush() error {
 		return nil
 	}
 	covered := u.written.Load()
-	if err := u.b.Flush(); err != nil {
-		return u.failed("flush", 0, err)
+	if err := u.try("flush", 0, func() (int, error) { return 0, u.b.Flush() }); err != nil {
+		return err
 	}
 	for {
 		old := u.flushed.Load()
@@ -304,18 +322,25 @@ func (u *Unit) settle() error {
 // storage back if it can.
 func (u *Unit) zero(lba, n uint64, discard bool) error {
 	off, size := int64(lba)*u.blockSize, int64(n)*u.blockSize
-	err := errors.ErrUnsupported
-	if discard && u.thin() {
-		err = u.b.(Discarder).Discard(off, size)
-	}
-	if z, ok := u.b.(Zeroer); ok && errors.Is(err, errors.ErrUnsupported) {
-		err = z.Zero(off, size)
-	}
-	if errors.Is(err, errors.ErrUnsupported) {
+	unsupported := false
+	err := u.try("zero", off, func() (int, error) {
+		err := errors.ErrUnsupported
+		if discard && u.thin() {
+			err = u.b.(Discarder).Discard(off, size)
+		}
+		if z, ok := u.b.(Zeroer); ok && errors.Is(err, errors.ErrUnsupported) {
+			err = z.Zero(off, size)
+		}
+		if unsupported = errors.Is(err, errors.ErrUnsupported); unsupported {
+			err = nil
+		}
+		return 0, err
+	})
+	switch {
+	case unsupported:
 		return u.repeat(lba, n, make([]byte, u.blockSize))
-	}
-	if err != nil {
-		return u.failed("zero", off, err)
+	case err != nil:
+		return err
 	}
 	return u.settle()
 }
@@ -329,10 +354,10 @@ func (u *Unit) repeat(lba, n uint64, block []byte) error {
 	}
 	for per := uint64(len(*buf) / len(block)); n > 0; {
 		k := min(n, per)
-		off := int64(lba) * u.blockSize
-		if w, err := WriteVec(u.b, [][]byte{(*buf)[:k*uint64(len(block))]}, off); err != nil {
+		off, blocks := int64(lba)*u.blockSize, [][]byte{(*buf)[:k*uint64(len(block))]}
+		if err := u.try("write", off, func() (int, error) { return WriteVec(u.b, blocks, off) }); err != nil {
 			u.written.Add(1)
-			return u.failed("write", off+int64(w), err)
+			return err
 		}
 		lba, n = lba+k, n-k
 	}

@@ -1,0 +1,171 @@
+package scsi_test
+
+import (
+	"bytes"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+)
+
+// answers submits commands to LUN 0 of a unit with limits, one after another and all at once,
+// and returns when each was answered.
+func answers(t *testing.T, cfg scsi.UnitConfig, commands ...*scsi.Command) []time.Duration {
+	t.Helper()
+	cfg.Backend = backend.NewMem(blocks * block)
+	target := attach(t, cfg)
+	start, at := time.Now(), make([]time.Duration, len(commands))
+	var done sync.WaitGroup
+	done.Add(len(commands))
+	for i, c := range commands {
+		c.Done = func(r scsi.Result) {
+			defer done.Done()
+			at[i] = time.Since(start)
+			if r.Status != scsi.Good {
+				t.Errorf("command %d: status %02x", i, r.Status)
+			}
+		}
+		target.Submit(c)
+	}
+	done.Wait()
+	return at
+}
+
+func reads(n, blocks int) (list []*scsi.Command) {
+	for range n {
+		list = append(list, &scsi.Command{CDB: cdb10(0x28, 0, 0, uint16(blocks)), In: [][]byte{make([]byte, blocks*block)}})
+	}
+	return list
+}
+
+func TestLimits(t *testing.T) {
+	type seconds []float64
+	same := &scsi.Command{CDB: cdb10(0x41, 0, 0, 8), Out: [][]byte{bytes.Repeat([]byte{1}, block)}}
+	discard := &scsi.Command{CDB: cdb10(0x41, 8, 0, 8), Out: [][]byte{make([]byte, block)}}
+	verify := &scsi.Command{CDB: cdb10(0x2f, 0, 0, 8)}
+	ready := &scsi.Command{CDB: testUnitReady}
+	for name, v := range map[string]struct {
+		cfg      scsi.UnitConfig
+		commands []*scsi.Command
+		want     seconds
+	}{
+		"commands":               {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 4, Burst: 1}}, reads(5, 1), seconds{0, 0.25, 0.5, 0.75, 1}},
+		"the default burst":      {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 20}}, reads(4, 1), seconds{0, 0, 0.05, 0.1}},
+		"a burst":                {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 3}}, reads(5, 1), seconds{0, 0, 0, 1, 2}},
+		"bytes":                  {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: 4 * block, Burst: 4 * block}}, reads(4, 2), seconds{0, 0, 0.5, 1}},
+		"one larger than bursts": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: block, Burst: block}}, reads(2, 3), seconds{2, 5}},
+		"both":                   {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1}, Bandwidth: scsi.Limit{Rate: block, Burst: 2 * block}}, reads(3, 2), seconds{0, 2, 4}},
+		"what moves no data":     {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1}}, []*scsi.Command{reads(1, 1)[0], ready, {CDB: syncCache}, ready}, seconds{0, 0, 1, 0}},
+		"what the medium moves":  {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: block, Burst: block}}, []*scsi.Command{same, discard, verify}, seconds{8, 9, 17}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				at := answers(t, v.cfg, v.commands...)
+				for i, want := range v.want {
+					if got := at[i].Seconds(); got < want-1e-6 || got > want+1e-6 {
+						t.Errorf("command %d is answered after %gs, want %gs", i, got, want)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestLimitShortCDB: a CDB without the field that the cost is in is refused as ever.
+func TestLimitShortCDB(t *testing.T) {
+	target := attach(t, scsi.UnitConfig{Backend: backend.NewMem(blocks * block), IOPS: scsi.Limit{Rate: 1 << 40}})
+	for _, op := range []byte{0x41, 0x93, 0x2f, 0xaf, 0x8f, 0x28} {
+		expect(t, target, []byte{op, 0}, nil, 0, "CHECK 5/0e/03")
+	}
+}
+
+// TestLimitRefills: after a time without commands there is a burst again, and no more.
+func TestLimitRefills(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		target := attach(t, scsi.UnitConfig{Backend: backend.NewMem(blocks * block), IOPS: scsi.Limit{Rate: 1, Burst: 2}})
+		for range 3 {
+			start, ends := time.Now(), make(chan time.Duration, 3)
+			for _, c := range reads(3, 1) {
+				c.Done = func(scsi.Result) { ends <- time.Since(start).Round(time.Millisecond) }
+				target.Submit(c)
+			}
+			got := []time.Duration{<-ends, <-ends, <-ends}
+			if !slices.Equal(got, []time.Duration{0, 0, time.Second}) {
+				t.Errorf("answered after %v", got)
+			}
+			time.Sleep(time.Minute)
+		}
+	})
+}
+
+// TestLimitHoldsUpNobody: what waits for its limit neither holds up its caller nor other units, can be
+// aborted, and keeps its place before an ORDERED command.
+func TestLimitHoldsUpNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		slow, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(blocks * block), Serial: "slow", IOPS: scsi.Limit{Rate: 1, Burst: 1}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		target := attach(t, scsi.UnitConfig{Backend: backend.NewMem(blocks * block)})
+		lun, _ := scsi.EncodeLUN(1)
+		if err := target.Attach(lun, slow); err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		var log []string
+		submit := func(name string, c *scsi.Command, lun scsi.LUN, tag uint64) {
+			c.LUN, c.Tag = lun, tag
+			c.Done = func(r scsi.Result) {
+				if r.Abort != scsi.NotAborted {
+					name += " aborted"
+				}
+				log = append(log, name+" after "+time.Since(start).Round(time.Millisecond).String())
+			}
+			target.Submit(c)
+			synctest.Wait()
+		}
+		for range 2 { // POWER ON OCCURRED, REPORTED LUNS DATA HAS CHANGED
+			submit("attention", &scsi.Command{CDB: testUnitReady}, lun, 0)
+		}
+		submit("attention", &scsi.Command{CDB: testUnitReady}, 0, 0)
+		log = nil
+		submit("first", reads(1, 1)[0], lun, 1)
+		submit("second", reads(1, 1)[0], lun, 2)
+		submit("third", reads(1, 1)[0], lun, 3)
+		ordered := reads(1, 1)[0]
+		ordered.Attr = scsi.Ordered
+		submit("ordered", ordered, lun, 4)
+		submit("other unit", reads(1, 1)[0], 0, 5)
+		if got := target.QueryTask(0, lun, 3); got != scsi.FunctionSucceeded {
+			t.Errorf("QUERY TASK: %v", got)
+		}
+		if got := target.AbortTask(0, lun, 3); got != scsi.FunctionComplete {
+			t.Errorf("ABORT TASK: %v", got)
+		}
+		time.Sleep(time.Minute)
+		submit("again", reads(1, 1)[0], lun, 6)
+		submit("detached", reads(1, 1)[0], lun, 7)
+		if err := target.Detach(lun); err != nil {
+			t.Fatal(err)
+		}
+		want := []string{"first after 0s", "other unit after 0s", "third aborted after 0s", "second after 1s", "ordered after 3s", "again after 1m0s", "detached aborted after 1m0s"}
+		if !slices.Equal(log, want) {
+			t.Errorf("%q\nwant %q", log, want)
+		}
+	})
+}
+
+func TestLimitRefused(t *testing.T) {
+	for _, l := range []scsi.Limit{{Burst: 1}, {Rate: 1<<40 + 1}, {Rate: 1, Burst: 1<<40 + 1}} {
+		for _, cfg := range []scsi.UnitConfig{{IOPS: l}, {Bandwidth: l}} {
+			cfg.Backend, cfg.Serial = backend.NewMem(blocks*block), "s"
+			if _, err := scsi.NewUnit(cfg); err == nil {
+				t.Errorf("%+v is taken", l)
+			}
+		}
+	}
+}
