@@ -43,6 +43,7 @@ type process struct {
 type result struct {
 	status          int // -1: ended by a signal
 	console, stderr string
+	late            bool // it was killed
 }
 
 // start starts gvm. stdin nil is an input that has ended.
@@ -117,13 +118,23 @@ func (p *process) signal(s syscall.Signal) {
 
 // wait returns how gvm ended. It fails the test if gvm did not end of itself,
 // or left a process or a temporary file behind.
-func (p *process) wait() (r result) {
+func (p *process) wait() result {
+	p.t.Helper()
+	r := p.end()
+	if r.late {
+		r.fatalf(p.t, "gvm did not end within %v", patience)
+	}
+	return r
+}
+
+// end is wait for one that may have been killed for being late.
+func (p *process) end() (r result) {
 	p.t.Helper()
 	<-p.done
 	err := p.err
 	late := errors.Is(p.ctx.Err(), context.DeadlineExceeded)
 	p.stop()
-	r = result{p.cmd.ProcessState.ExitCode(), p.console.String(), p.errs.String()}
+	r = result{p.cmd.ProcessState.ExitCode(), p.console.String(), p.errs.String(), late}
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) && !errors.Is(err, exec.ErrWaitDelay) && !late {
 		r.fatalf(p.t, "gvm: %v", err)
@@ -137,9 +148,6 @@ func (p *process) wait() (r result) {
 	}
 	for _, f := range left {
 		p.t.Errorf("gvm left the temporary file %s behind", f.Name())
-	}
-	if late {
-		r.fatalf(p.t, "gvm did not end within %v", patience)
 	}
 	return r
 }
