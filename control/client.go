@@ -51,6 +51,18 @@ func (c *Client) Info(ctx context.Context) (Info, error) {
 	return ask[Info](ctx, c, http.MethodGet, "machine", nil)
 }
 
+// Pause stops the machine's CPUs.
+func (c *Client) Pause(ctx context.Context) error {
+	_, err := ask[struct{}](ctx, c, http.MethodPost, "machine/pause", nil)
+	return err
+}
+
+// Resume lets them go on.
+func (c *Client) Resume(ctx context.Context) error {
+	_, err := ask[struct{}](ctx, c, http.MethodPost, "machine/resume", nil)
+	return err
+}
+
 // Disks asks for the disks.
 func (c *Client) Disks(ctx context.Context) ([]Disk, error) {
 	return ask[[]Disk](ctx, c, http.MethodGet, "disks", nil)

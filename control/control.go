@@ -6,6 +6,7 @@
 package control
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 )
@@ -18,7 +19,17 @@ type Info struct {
 	Kernel string `json:"kernel"` // path of the kernel, "" for the embedded guest
 	CPUs   int    `json:"cpus"`
 	Memory uint64 `json:"memory"` // bytes
+	State  State  `json:"state"`
 }
+
+// State is what a machine does.
+type State string
+
+// States of a machine.
+const (
+	Running State = "running"
+	Paused  State = "paused"
+)
 
 // Disk is a logical unit that the guest has.
 type Disk struct {
@@ -71,6 +82,9 @@ const (
 // status, any other as a failure of the host.
 type Machine interface {
 	Info() Info
+	// Pause stops the CPUs, and Resume lets them go on.
+	Pause(context.Context) error
+	Resume() error
 	Disks() []Disk
 	AddDisk(AddDisk) (Change, error)
 	// RemoveDisk and ResizeDisk take a LUN, a serial number or an absolute path.

@@ -25,16 +25,30 @@ import (
 type fake struct {
 	mu     sync.Mutex
 	disks  map[string]Disk // by path
-	adding chan struct{}   // AddDisk sends to it and waits for what comes back; nil: it does not
+	state  State
+	adding chan struct{} // AddDisk sends to it and waits for what comes back; nil: it does not
 }
 
-func newFake() *fake { return &fake{disks: map[string]Disk{}} }
+func newFake() *fake { return &fake{disks: map[string]Disk{}, state: Running} }
 
 func (f *fake) Info() Info {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return Info{Name: "vm", PID: 4711, GVM: "1.2.3", Kernel: "/boot/bzImage", CPUs: 2, Memory: 1 << 30}
+	return Info{Name: "vm", PID: 4711, GVM: "1.2.3", Kernel: "/boot/bzImage", CPUs: 2, Memory: 1 << 30, State: f.state}
 }
+
+func (f *fake) set(from, to State) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.state != from {
+		return Errorf(http.StatusConflict, "the machine is %s", f.state)
+	}
+	f.state = to
+	return nil
+}
+
+func (f *fake) Pause(context.Context) error { return f.set(Running, Paused) }
+func (f *fake) Resume() error               { return f.set(Paused, Running) }
 
 func (f *fake) Disks() (list []Disk) {
 	f.mu.Lock()
@@ -129,7 +143,7 @@ func TestClient(t *testing.T) {
 	_, c := serve(t, newFake())
 	ctx := t.Context()
 	info, err := c.Info(ctx)
-	if want := (Info{"vm", 4711, "1.2.3", "/boot/bzImage", 2, 1 << 30}); err != nil || info != want {
+	if want := (Info{"vm", 4711, "1.2.3", "/boot/bzImage", 2, 1 << 30, Running}); err != nil || info != want {
 		t.Errorf("%+v, %v, want %+v", info, err, want)
 	}
 	if list, err := c.Disks(ctx); err != nil || list == nil || len(list) > 0 {
@@ -161,6 +175,19 @@ func TestClient(t *testing.T) {
 	wantError(t, err, http.StatusInternalServerError, "a bug in gvm, please report it: no such disk")
 	_, err = c.AddDisk(ctx, AddDisk{Disk: "host"})
 	wantError(t, err, http.StatusInternalServerError, "no storage")
+	for range 2 {
+		if err := c.Pause(ctx); err != nil {
+			t.Error(err)
+		}
+		wantError(t, c.Pause(ctx), http.StatusConflict, "the machine is paused")
+		if info, err := c.Info(ctx); err != nil || info.State != Paused {
+			t.Errorf("%+v, %v", info, err)
+		}
+		if err := c.Resume(ctx); err != nil {
+			t.Error(err)
+		}
+		wantError(t, c.Resume(ctx), http.StatusConflict, "the machine is running")
+	}
 }
 
 // exchange sends raw text over the socket and returns the answer.
@@ -218,6 +245,8 @@ func TestBadRequests(t *testing.T) {
 		{"POST", "/v1/disks/0/resize", `{}`, 404, "no disk 0", ""},
 		{"DELETE", "/v1/disks/0", `{"force": true}`, 400, bad + `json: unknown field "force"`, ""},
 		{"DELETE", "/v1/disks/0", `{}`, 404, "no disk 0", ""},
+		{"POST", "/v1/machine/pause", `{"why": 1}`, 400, bad + `json: unknown field "why"`, ""},
+		{"POST", "/v1/machine/resume", `1`, 400, bad + "json: cannot unmarshal number into Go value of type struct {}", ""},
 		{"PUT", "/v1/machine", "", 405, "PUT of /v1/machine: want GET", "GET"},
 		{"DELETE", "/v1/disks", "", 405, "DELETE of /v1/disks: want GET or POST", "GET, POST"},
 		{"GET", "/v1/disks/0", "", 405, "GET of /v1/disks/0: want DELETE", "DELETE"},

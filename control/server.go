@@ -102,6 +102,22 @@ func (s *Server) handler(m Machine) http.Handler {
 		"/v1/machine": {
 			http.MethodGet: func(*http.Request) (any, error) { return m.Info(), nil },
 		},
+		"/v1/machine/pause": {
+			http.MethodPost: func(r *http.Request) (any, error) {
+				if err := body(r, nil); err != nil {
+					return nil, err
+				}
+				return nil, m.Pause(r.Context())
+			},
+		},
+		"/v1/machine/resume": {
+			http.MethodPost: func(r *http.Request) (any, error) {
+				if err := body(r, nil); err != nil {
+					return nil, err
+				}
+				return nil, m.Resume()
+			},
+		},
 		"/v1/disks": {
 			http.MethodGet: func(*http.Request) (any, error) { return append([]Disk{}, m.Disks()...), nil },
 			http.MethodPost: func(r *http.Request) (any, error) {

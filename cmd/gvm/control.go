@@ -17,15 +17,39 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/control"
+	"gvm/vmm"
 )
 
 // machine is what the control socket shows of a run.
 type machine struct {
-	info control.Info
+	info   control.Info
+	pauser *vmm.Pauser
 	*disks
 }
 
-func (m *machine) Info() control.Info    { return m.info }
+func (m *machine) Info() control.Info {
+	i := m.info
+	i.State = control.Running
+	if m.pauser.Paused() {
+		i.State = control.Paused
+	}
+	return i
+}
+
+func (m *machine) Pause(ctx context.Context) error { return pauseError(m.pauser.Pause(ctx)) }
+func (m *machine) Resume() error                   { return pauseError(m.pauser.Resume()) }
+
+// pauseError is how the control socket says what a Pauser does.
+func pauseError(err error) error {
+	switch {
+	case errors.Is(err, vmm.ErrPaused), errors.Is(err, vmm.ErrNotPaused):
+		return control.Errorf(http.StatusConflict, "%v", err)
+	case errors.Is(err, vmm.ErrNotRunning):
+		return control.Errorf(http.StatusServiceUnavailable, "%v", err)
+	}
+	return err
+}
+
 func (m *machine) Disks() []control.Disk { return m.list() }
 
 func (m *machine) AddDisk(a control.AddDisk) (control.Change, error) {
@@ -167,15 +191,52 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 		return nil
 	}
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(w, "NAME\tPID\tCPUS\tMEMORY\tDISKS\tKERNEL")
+	fmt.Fprintln(w, "NAME\tPID\tSTATE\tCPUS\tMEMORY\tDISKS\tKERNEL")
 	for _, r := range rows {
 		kernel := r.Kernel
 		if kernel == "" {
 			kernel = "(the embedded guest)"
 		}
-		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%s\n", r.Name, r.PID, r.CPUs, formatSize(r.Memory), len(r.Disks), kernel)
+		fmt.Fprintf(w, "%s\t%d\t%s\t%d\t%s\t%d\t%s\n", r.Name, r.PID, r.State, r.CPUs, formatSize(r.Memory), len(r.Disks), kernel)
 	}
 	return w.Flush()
+}
+
+func pauseCommand() *cli.Command {
+	return stateCommand("pause", "stop the CPUs of a running machine", `The CPUs stop until gvm resume; the machine can be ended meanwhile, and its disks can
+be changed. Requests that the guest has made of its disks are finished, and
+--timeout of gvm run goes on.
+
+EXAMPLES
+   gvm pause          if one machine runs
+   gvm pause build`, (*control.Client).Pause)
+}
+
+func resumeCommand() *cli.Command {
+	return stateCommand("resume", "let a machine that was paused go on", `A machine pauses by gvm pause, or by itself when a disk with error=stop or
+error=enospc-stop fails: it says so, and once it is resumed it does the failed request
+again.
+
+EXAMPLES
+   gvm resume         if one machine runs
+   gvm resume build`, (*control.Client).Resume)
+}
+
+// stateCommand is a command whose argument is [VM].
+func stateCommand(name, text, description string, do func(*control.Client, context.Context) error) *cli.Command {
+	return &cli.Command{
+		Name: name, Usage: text, ArgsUsage: "[VM]", Description: description,
+		Action: func(c *cli.Context) error {
+			if c.Args().Len() > 1 {
+				return usageError{fmt.Errorf("%s takes [VM], and got %d words", name, c.Args().Len())}
+			}
+			client, err := theMachine(c.Args().First())
+			if err != nil {
+				return err
+			}
+			return refused(do(client, c.Context))
+		},
+	}
 }
 
 func diskCommand() *cli.Command {

@@ -43,6 +43,15 @@ func TestDiskCommands(t *testing.T) {
 		errs   string // parts
 	}{
 		{"list", 0, "VM", ""},
+		{"pause VM", 0, "", ""},
+		{"list", 0, "  paused   1 ", ""},
+		{"pause " + pid, 2, "", "the machine is paused"},
+		{"disk list VM", 0, one, ""},
+		{"resume VM", 0, "", ""},
+		{"list", 0, "  running  1 ", ""},
+		{"resume VM", 2, "", "the machine is not paused"},
+		{"resume VM VM", 2, "", "resume takes [VM], and got 2 words"},
+		{"pause nobody", 2, "", "no machine of this user has the name or PID nobody; there "},
 		{"disk list VM", 0, "LUN  SIZE   BLOCK  CACHE      MODE  BACKEND  SERIAL  IMAGE\n0    1 MiB  512    writeback  rw    process  ONE     " + one + "\n", ""},
 		{"disk add VM one.img", 2, "", "one.img: given twice"},
 		{"disk add VM none.img", 2, "", "none.img: file does not exist"},

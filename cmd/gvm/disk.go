@@ -1,9 +1,11 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 	"os"
 	"slices"
 	"strconv"
@@ -30,6 +32,9 @@ type disk struct {
 	cache     scsi.CacheMode
 	size      int64 // 0: as it is
 	blockSize int
+	physical  int // physical block size, 0: as blockSize
+	onError   errorPolicy
+	iops, bps scsi.Limit
 }
 
 // name is what messages call the disk.
@@ -66,7 +71,7 @@ const (
 
 var backends = map[string]backendChoice{"process": byProcess, "vhost": byKernel, "auto": byEither}
 
-const diskUsage = "PATH[,readonly][,serial=S][,lun=N][,cache=writeback|writethrough|unsafe][,size=SIZE][,block_size=512|4096][,overlay=on|FILE][,backend=process|vhost|auto][,workers=N|shared], mem:SIZE or null:SIZE for PATH, or wwn=NAME,backend=vhost[,workers=N|shared]"
+const diskUsage = "PATH[,readonly][,serial=S][,lun=N][,cache=writeback|writethrough|unsafe][,size=SIZE][,block_size=512|4096][,physical_block_size=N][,error=report|stop|enospc-stop][,iops=N[:BURST]][,bps=SIZE[:BURST]][,overlay=on|FILE][,backend=process|vhost|auto][,workers=N|shared], mem:SIZE or null:SIZE for PATH, or wwn=NAME,backend=vhost[,workers=N|shared]"
 
 var cacheModes = map[string]scsi.CacheMode{
 	"writeback":    scsi.WriteBack,
@@ -148,6 +153,23 @@ func parseDisk(s string) (disk, error) {
 			if d.blockSize, err = strconv.Atoi(val); err != nil || d.blockSize != 512 && d.blockSize != 4096 {
 				return d, fmt.Errorf("--disk %s: block_size=%s: want 512 or 4096", d.path, val)
 			}
+		case "physical_block_size":
+			if d.physical, err = strconv.Atoi(val); err != nil {
+				return d, fmt.Errorf("--disk %s: physical_block_size=%s: want a number of bytes", d.path, val)
+			}
+		case "error":
+			var ok bool
+			if d.onError, ok = errorPolicies[val]; !ok {
+				return d, fmt.Errorf("--disk %s: error=%s: want report, stop or enospc-stop", d.path, val)
+			}
+		case "iops":
+			if d.iops, err = parseLimit(val); err != nil {
+				return d, fmt.Errorf("--disk %s: iops=%s: %w, such as 1000 or 1000:5000", d.path, val, err)
+			}
+		case "bps":
+			if d.bps, err = parseLimit(val); err != nil {
+				return d, fmt.Errorf("--disk %s: bps=%s: %w, such as 10M or 10M:100M", d.path, val, err)
+			}
 		case "backend":
 			var ok bool
 			if d.backend, ok = backends[val]; !ok {
@@ -180,8 +202,24 @@ func (d *disk) consistent(words []string) error {
 		return fmt.Errorf("--disk %s: overlay= makes the image read-only and keeps its size: neither readonly nor size= goes with it", d.path)
 	case (d.overlay != "" || d.storage != inImage) && d.backend != byProcess:
 		return fmt.Errorf("--disk %s: overlay=, mem: and null: are for backend=process", d.path)
+	case (d.physical != 0 || d.onError != reportErrors || d.iops.Rate+d.bps.Rate > 0) && d.backend != byProcess:
+		return fmt.Errorf("--disk %s: physical_block_size=, error=, iops= and bps= are for backend=process", d.path)
+	case d.physical != 0 && (d.physical < d.blockSize || d.physical > d.blockSize<<15 || d.physical&(d.physical-1) != 0):
+		return fmt.Errorf("--disk %s: physical_block_size=%d: want a power of 2 from %d, the block size, to %d", d.path, d.physical, d.blockSize, d.blockSize<<15)
 	}
 	return nil
+}
+
+// parseLimit reads RATE or RATE:BURST.
+func parseLimit(s string) (l scsi.Limit, err error) {
+	rate, burst, has := strings.Cut(s, ":")
+	if l.Rate, err = parseSize(rate, 1); err == nil && has {
+		l.Burst, err = parseSize(burst, 1)
+	}
+	if err != nil || l.Rate == 0 || has && l.Burst == 0 || max(l.Rate, l.Burst) > scsi.MaxRate {
+		err = errors.New("want a rate in a second and perhaps a burst, from 1 to 1T")
+	}
+	return l, err
 }
 
 // parseTarget reads the options of a disk that is a target of the kernel's.
@@ -225,6 +263,7 @@ type disks struct {
 	target  *scsi.Target    // gvm's own
 	kernels []*kernelTarget // those of the kernel
 	open    []opened
+	mishaps *mishaps
 
 	live // what changes while the machine runs
 }
@@ -243,23 +282,23 @@ func (ds *disks) inProcess() bool { return len(ds.kernels) == 0 || len(ds.target
 // openDisks opens, checks and locks every image, and gives each its LUN on a
 // target: gvm's own, or one that the kernel serves, as its backend= says. On an
 // error nothing stays open or provisioned, and what size= made is undone.
-func openDisks(list []disk, k kernelOptions) (*disks, error) {
+func openDisks(list []disk, k kernelOptions, m *mishaps) (*disks, error) {
 	list, fallback, auto := k.choose(list)
-	ds, err := openAll(list, k)
+	ds, err := openAll(list, k, m)
 	var refused kernelError
 	switch {
 	case err == nil && auto:
 		k.note(autoNote + "by the kernel: vhost-scsi and LIO are there")
 	case fallback != nil && errors.As(err, &refused):
 		k.note(fmt.Sprintf("%sin-process: %v", autoNote, err))
-		return openAll(fallback, k)
+		return openAll(fallback, k, m)
 	}
 	return ds, err
 }
 
 // openAll is openDisks for disks of which none is backend=auto.
-func openAll(list []disk, k kernelOptions) (_ *disks, err error) {
-	ds := &disks{target: scsi.NewTarget()}
+func openAll(list []disk, k kernelOptions, m *mishaps) (_ *disks, err error) {
+	ds := &disks{target: scsi.NewTarget(), mishaps: m}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, ds.close(false))
@@ -375,12 +414,21 @@ func (d *disk) unit(b scsi.Backend) scsi.UnitConfig {
 	if serial == "" && d.storage != inImage {
 		serial = fmt.Sprintf("gvm-memory-%d", max(d.lun, 0))
 	}
-	return scsi.UnitConfig{Backend: b, Serial: serial, ReadOnly: d.readOnly, BlockSize: d.blockSize, Cache: d.cache}
+	physical := max(d.physical/max(d.blockSize, 1), 1)
+	return scsi.UnitConfig{Backend: b, Serial: serial, ReadOnly: d.readOnly, BlockSize: d.blockSize, Cache: d.cache,
+		PhysicalBlockExponent: bits.TrailingZeros(uint(physical)), IOPS: d.iops, Bandwidth: d.bps}
 }
 
 // attach makes the disk a unit of gvm's own target.
-func (ds *disks) attach(d disk, b scsi.Backend) error {
+func (ds *disks) attach(d disk, b scsi.Backend) (err error) {
 	cfg, keeper := d.unit(b), (*backend.Reservations)(nil)
+	ctx, gone := context.WithCancel(context.Background())
+	defer func() {
+		if err != nil {
+			gone()
+		}
+	}()
+	cfg.OnError, cfg.Retry = ds.mishaps.watch(ctx, d)
 	if f, ok := b.(*backend.File); ok && d.storage == inImage && !d.readOnly {
 		if keeper = f.Reservations(); keeper != nil {
 			cfg.Reservations = keeper
@@ -397,7 +445,9 @@ func (ds *disks) attach(d disk, b scsi.Backend) error {
 	if err := ds.target.Attach(lun, u); err != nil {
 		return err
 	}
-	ds.served = append(ds.served, newServed(d, lun, u))
+	s := newServed(d, lun, u)
+	s.gone = gone
+	ds.served = append(ds.served, s)
 	return nil
 }
 

@@ -180,7 +180,7 @@ func vpd80(t *testing.T, ds *disks, n int) string {
 
 func TestOpenDisks(t *testing.T) {
 	a, b := image(t, "a", 1, 1<<20), image(t, "b", 2, 1<<20)
-	ds, err := openDisks([]disk{{path: a, lun: -1, serial: "SN, 1", blockSize: 512}, {path: b, lun: 7, blockSize: 512}}, kernelOptions{})
+	ds, err := openDisks([]disk{{path: a, lun: -1, serial: "SN, 1", blockSize: 512}, {path: b, lun: 7, blockSize: 512}}, kernelOptions{}, &mishaps{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,7 +210,7 @@ func TestQueues(t *testing.T) {
 func TestUndo(t *testing.T) {
 	dir := t.TempDir()
 	open := func(path string) *disks {
-		ds, err := openDisks([]disk{{path: path, lun: -1, size: 2 << 20, blockSize: 512}}, kernelOptions{})
+		ds, err := openDisks([]disk{{path: path, lun: -1, size: 2 << 20, blockSize: 512}}, kernelOptions{}, &mishaps{})
 		if err != nil {
 			t.Fatal(err)
 		}

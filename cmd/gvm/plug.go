@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -41,6 +42,7 @@ type served struct {
 	path string // absolute, "" for memory
 	at   scsi.LUN
 	unit *scsi.Unit
+	gone context.CancelFunc // lets go requests that wait for the machine to be resumed
 }
 
 func newServed(d disk, lun scsi.LUN, u *scsi.Unit) served {
@@ -162,6 +164,7 @@ func (ds *disks) remove(id string) (control.Change, error) {
 	}
 	s := ds.served[i]
 	ch := control.Change{Disk: s.describe(), Guest: ds.tell(&s, vscsi.TransportReset, vscsi.ResetRemoved)}
+	s.gone()
 	if err := ds.target.Detach(s.at); err != nil {
 		return ch, err
 	}

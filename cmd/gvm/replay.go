@@ -177,7 +177,7 @@ func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, k
 		if err != nil {
 			return side, err
 		}
-		ds, err := openDisks(list, k)
+		ds, err := openDisks(list, k, &mishaps{note: k.note})
 		if err != nil {
 			return side, err
 		}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -306,7 +307,14 @@ func run(rc runConfig) (err error) {
 	if socket != nil {
 		defer func() { err = errors.Join(err, socket.Close()) }()
 	}
-	ds, err := openDisks(rc.disks, kernelOptions{queues: rc.requestQueues(), abi: rc.vhostABI, note: note})
+	m := &mishaps{name: rc.name, note: note}
+	if socket != nil {
+		cfg.Pauser = new(vmm.Pauser)
+		m.hold = cfg.Pauser.Hold
+	} else if i := slices.IndexFunc(rc.disks, func(d disk) bool { return d.onError != reportErrors }); i >= 0 {
+		return configError{fmt.Errorf("--disk %s: error=: without a control socket nobody could resume the machine", rc.disks[i].name())}
+	}
+	ds, err := openDisks(rc.disks, kernelOptions{queues: rc.requestQueues(), abi: rc.vhostABI, note: note}, m)
 	if err != nil {
 		return err
 	}
@@ -348,7 +356,7 @@ func run(rc runConfig) (err error) {
 	}
 	defer sys.Close()
 	if socket != nil {
-		socket.Serve(&machine{rc.info(), ds})
+		socket.Serve(&machine{rc.info(), cfg.Pauser, ds})
 	}
 
 	if rc.timeout > 0 {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
@@ -30,6 +31,8 @@ func TestHelp(t *testing.T) {
 		{[]string{"-v"}, "gvm version " + version},
 		{[]string{"help", "run"}, "EXAMPLES|--kernel|--disk|block_size=512|4096]|--timeout|--on-reset|--cpu-features|--queues"},
 		{[]string{"run", "--help"}, "EXAMPLES|--kernel"},
+		{[]string{"help", "pause"}, "gvm pause build"},
+		{[]string{"help", "resume"}, "error=enospc-stop|gvm resume build"},
 		{[]string{"help", "abi"}, "gvm abi diff 6.1.json 6.12.json|--json"},
 		{[]string{"help", "doctor"}, "FAIL|exit status"},
 		{[]string{"help", "completion"}, "source <(gvm completion bash)"},
@@ -135,7 +138,7 @@ func TestCompletion(t *testing.T) {
 		want  []string
 	}{
 		{[]string{"gvm", "ru"}, []string{"run"}},
-		{[]string{"gvm", ""}, []string{"abi", "completion", "disk", "doctor", "exit-status", "h", "help", "image", "lio", "list", "replay", "run", "trace"}},
+		{[]string{"gvm", ""}, []string{"abi", "completion", "disk", "doctor", "exit-status", "h", "help", "image", "lio", "list", "pause", "replay", "resume", "run", "trace"}},
 		{[]string{"gvm", "run", "--ker"}, []string{"--kernel"}},
 		{[]string{"gvm", "run", "--cpus", "2", "--mem"}, []string{"--memory"}},
 		{[]string{"gvm", "run", "--cpu"}, []string{"--cpu-features", "--cpus"}},
@@ -228,11 +231,14 @@ func TestParseDisk(t *testing.T) {
 		"a,size=1.5M":      {path: "a", lun: -1, blockSize: 512, size: 3 << 19},
 		"a,block_size=512": {path: "a", lun: -1, blockSize: 512},
 		"a,lun=3,block_size=4096,cache=writethrough,size=4T,serial=s,readonly": {path: "a", lun: 3, blockSize: 4096, cache: scsi.WriteThrough, size: 4 << 40, serial: "s", readOnly: true},
-		"a,backend=process":                      {path: "a", lun: -1, blockSize: 512},
-		"a,workers=2,backend=vhost":              {path: "a", lun: -1, blockSize: 512, backend: byKernel, workers: 2},
-		"a,backend=auto,workers=shared":          {path: "a", lun: -1, blockSize: 512, backend: byEither, workers: vhostscsi.SharedWorker},
-		"wwn=naa.5,backend=vhost":                {wwn: "naa.5", lun: -1, blockSize: 512, backend: byKernel},
-		"wwn=iqn.a:b,,c,workers=3,backend=vhost": {wwn: "iqn.a:b,c", lun: -1, blockSize: 512, backend: byKernel, workers: 3},
+		"a,error=stop,physical_block_size=4096":                                {path: "a", lun: -1, blockSize: 512, onError: stopOnErrors, physical: 4096},
+		"a,error=enospc-stop,iops=100,bps=1M:1G":                               {path: "a", lun: -1, blockSize: 512, onError: stopWhenFull, iops: scsi.Limit{Rate: 100}, bps: scsi.Limit{Rate: 1 << 20, Burst: 1 << 30}},
+		"a,error=report,iops=1:2":                                              {path: "a", lun: -1, blockSize: 512, iops: scsi.Limit{Rate: 1, Burst: 2}},
+		"a,backend=process":                                                    {path: "a", lun: -1, blockSize: 512},
+		"a,workers=2,backend=vhost":                                            {path: "a", lun: -1, blockSize: 512, backend: byKernel, workers: 2},
+		"a,backend=auto,workers=shared":                                        {path: "a", lun: -1, blockSize: 512, backend: byEither, workers: vhostscsi.SharedWorker},
+		"wwn=naa.5,backend=vhost":                                              {wwn: "naa.5", lun: -1, blockSize: 512, backend: byKernel},
+		"wwn=iqn.a:b,,c,workers=3,backend=vhost":                               {wwn: "iqn.a:b,c", lun: -1, blockSize: 512, backend: byKernel, workers: 3},
 	} {
 		if got, err := parseDisk(s); err != nil || got != want {
 			t.Errorf("parseDisk(%q) = %+v, %v, want %+v", s, got, err, want)
@@ -242,7 +248,8 @@ func TestParseDisk(t *testing.T) {
 
 // FuzzParseDisk writes what was read as a --disk again, which must read the same.
 func FuzzParseDisk(f *testing.F) {
-	for _, s := range []string{"", "a", "a,,b,readonly", "a,serial=x,,y,lun=7", "a,cache=unsafe,size=1.5G,block_size=4096", "a,size=4194304T", "a,lun=99999", "a,foo=", ",,", "a,backend=vhost,workers=4", "wwn=naa.5,backend=vhost,workers=shared"} {
+	for _, s := range []string{"", "a", "a,,b,readonly", "a,serial=x,,y,lun=7", "a,cache=unsafe,size=1.5G,block_size=4096", "a,size=4194304T", "a,lun=99999", "a,foo=", ",,", "a,backend=vhost,workers=4", "wwn=naa.5,backend=vhost,workers=shared",
+		"a,error=stop,iops=5:7,bps=1M,physical_block_size=4096"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -281,6 +288,18 @@ func FuzzParseDisk(f *testing.F) {
 		if d.size > 0 {
 			again += ",size=" + strconv.FormatInt(d.size, 10)
 		}
+		if d.physical > 0 {
+			again += ",physical_block_size=" + strconv.Itoa(d.physical)
+		}
+		for name, l := range map[string]scsi.Limit{"iops": d.iops, "bps": d.bps} {
+			if l.Rate > 0 {
+				again += fmt.Sprintf(",%s=%d", name, l.Rate)
+			}
+			if l.Burst > 0 {
+				again += fmt.Sprintf(":%d", l.Burst)
+			}
+		}
+		again += ",error=" + [...]string{"report", "stop", "enospc-stop"}[d.onError]
 		again += ",block_size=" + strconv.Itoa(d.blockSize) + ",cache=" + [...]string{"writeback", "writethrough", "unsafe"}[d.cache]
 		if e, err := parseDisk(again); err != nil || e != d {
 			t.Fatalf("parseDisk(%q) = %+v; written as %q it is %+v, %v", s, d, again, e, err)

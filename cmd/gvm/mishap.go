@@ -1,0 +1,72 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// errorPolicy is what becomes of a failure of what a disk is kept in.
+type errorPolicy int
+
+const (
+	reportErrors errorPolicy = iota // the guest gets it
+	stopOnErrors                    // the machine pauses, and the request is done again when it is resumed
+	stopWhenFull                    // so for a lack of space, the guest gets others
+)
+
+var errorPolicies = map[string]errorPolicy{"report": reportErrors, "stop": stopOnErrors, "enospc-stop": stopWhenFull}
+
+// stops tells whether the machine pauses for err.
+func (p errorPolicy) stops(err error) bool {
+	full := errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
+	return p == stopOnErrors || p == stopWhenFull && full
+}
+
+// mishaps is what a machine does about disks that fail.
+type mishaps struct {
+	name string                     // of the machine, for who is to resume it
+	hold func(context.Context) bool // vmm.Pauser's Hold; nil: there is nobody to resume it
+	note func(string)
+
+	mu   sync.Mutex
+	told map[string]bool
+}
+
+// watch returns what the unit of d is to tell of failures, and to ask whether to do
+// again what failed, until ctx ends.
+func (m *mishaps) watch(ctx context.Context, d disk) (tell func(error), retry func(error) bool) {
+	report := func(err error) { m.report(d.name(), err) }
+	if d.onError == reportErrors || m.hold == nil {
+		return report, nil
+	}
+	return nil, func(err error) bool {
+		if !d.onError.stops(err) {
+			report(err)
+			return false
+		}
+		m.note(fmt.Sprintf("%s: %v; the machine is paused until: gvm resume %s", d.name(), err, m.name))
+		return m.hold(ctx)
+	}
+}
+
+// report says that the guest gets an error, once for each disk and cause: a guest
+// can repeat it as it likes.
+func (m *mishaps) report(disk string, err error) {
+	var cause unix.Errno
+	_ = errors.As(err, &cause)
+	key := fmt.Sprintf("%s %d", disk, cause)
+	m.mu.Lock()
+	said := m.told[key]
+	if m.told == nil {
+		m.told = map[string]bool{}
+	}
+	m.told[key] = true
+	m.mu.Unlock()
+	if !said {
+		m.note(fmt.Sprintf("%s: the guest gets an error: %v", disk, err))
+	}
+}
