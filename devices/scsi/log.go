@@ -10,8 +10,9 @@ var logPages = []struct {
 }{
 	{0x00, 0x00, []byte{0x00, 0x2f}},                         // Supported Log Pages
 	{0x00, 0xff, []byte{0x00, 0x00, 0x00, 0xff, 0x2f, 0x00}}, // Supported Log Pages and Subpages
-	// No exception, and no temperature: nothing here has one.
-	{0x2f, 0x00, []byte{0x00, 0x00, 0x03, 0x04, 0x00, 0x00, 0xff, 0x00}},
+	// No exception, and no temperature, nor one to warn of (the vendor specific byte,
+	// by custom): nothing here has any.
+	{0x2f, 0x00, []byte{0x00, 0x00, 0x03, 0x04, 0x00, 0x00, 0xff, 0xff}},
 }
 
 // logSense is LOG SENSE (SPC-5 6.9). Nothing counts here, so that all values of

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -45,10 +46,7 @@ func TestTarget(t *testing.T) {
 	if err != nil {
 		t.Skip("needs iscsi-test-cu, of Debian's libiscsi-bin")
 	}
-	shim := filepath.Join(t.TempDir(), "sgio.so")
-	if out, err := exec.Command("gcc", "-Wall", "-shared", "-fPIC", "-o", shim, "testdata/sgio.c").CombinedOutput(); err != nil {
-		t.Fatalf("gcc: %v\n%s", err, out)
-	}
+	environment := preload(t)
 	for _, v := range []struct {
 		list    string // of what passes, in testdata
 		unit    scsi.UnitConfig
@@ -89,7 +87,7 @@ func TestTarget(t *testing.T) {
 			var output strings.Builder
 			for _, args := range runs {
 				cmd := exec.Command(suite, slices.Concat(strings.Fields(Flags), args, []string{"/dev/sg0"})...)
-				cmd.Env = append(os.Environ(), "LD_PRELOAD="+shim, "SGIO_SOCKET="+socket)
+				cmd.Env = environment(socket)
 				out, err := cmd.CombinedOutput()
 				var exit *exec.ExitError
 				if err != nil && (!errors.As(err, &exit) || exit.ExitCode() != 1) {
@@ -123,44 +121,60 @@ func TestTarget(t *testing.T) {
 	}
 }
 
-// serve has u answer at a socket what testdata/sgio.c sends there. Every connection is the same
-// initiator's, as every open of /dev/sg0 is.
-func serve(t *testing.T, u *scsi.Unit) string {
+// serve has units answer at sockets what testdata/sgio.c sends there, as the LUNs of one target. Every
+// connection is the same initiator's, as every open of /dev/sg0 is.
+func serve(t *testing.T, units ...*scsi.Unit) string {
 	target := scsi.NewTarget()
-	if err := target.Attach(0, u); err != nil {
-		t.Fatal(err)
-	}
-	if err := scsitest.Ready(target, 0); err != nil {
-		t.Fatal(err)
-	}
 	socket := filepath.Join(t.TempDir(), "socket")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var served sync.WaitGroup
-	served.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return // closed
-			}
-			served.Go(func() {
-				defer c.Close()
-				for answer(c, target) == nil {
-				}
-			})
+	for i, u := range units {
+		lun, _ := scsi.EncodeLUN(i)
+		if err := target.Attach(lun, u); err != nil {
+			t.Fatal(err)
 		}
-	})
-	t.Cleanup(func() {
-		l.Close()
-		served.Wait()
-	})
+	}
+	for i := range units {
+		lun, _ := scsi.EncodeLUN(i)
+		if err := scsitest.Ready(target, lun); err != nil {
+			t.Fatal(err)
+		}
+		name := socket
+		if i > 0 {
+			name += strconv.Itoa(i)
+		}
+		l, err := net.Listen("unix", name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var served sync.WaitGroup
+		served.Go(func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return // closed
+				}
+				served.Go(func() {
+					defer c.Close()
+					for answer(c, target, lun) == nil {
+					}
+				})
+			}
+		})
+		t.Cleanup(func() {
+			l.Close()
+			served.Wait()
+		})
+	}
 	return socket
 }
 
+// resets are the task management functions for what SG_SCSI_RESET (scsi/sg.h) can ask for.
+var resets = map[uint32]func(*scsi.Target, scsi.LUN) scsi.TaskResponse{
+	1: (*scsi.Target).LogicalUnitReset,                                               // device
+	4: func(t *scsi.Target, _ scsi.LUN) scsi.TaskResponse { return t.NexusReset(0) }, // target
+}
+
 // answer does one command.
-func answer(c net.Conn, target *scsi.Target) error {
+func answer(c net.Conn, target *scsi.Target, lun scsi.LUN) error {
 	le := binary.LittleEndian
 	var head [16]byte
 	if _, err := io.ReadFull(c, head[:]); err != nil {
@@ -172,7 +186,17 @@ func answer(c net.Conn, target *scsi.Target) error {
 			return err
 		}
 	}
-	cmd := &scsi.Command{CDB: append(cdb, make([]byte, 32-min(32, len(cdb)))...)} // as virtio-scsi pads it
+	if what := le.Uint32(head[12:]) &^ 0x100; what != 0 { // SG_SCSI_RESET_NO_ESCALATE
+		failed := uint32(1)
+		if reset := resets[what]; reset != nil && reset(target, lun) == scsi.FunctionComplete {
+			failed = 0
+		}
+		clear(head[:])
+		le.PutUint32(head[:], failed)
+		_, err := c.Write(head[:])
+		return err
+	}
+	cmd := &scsi.Command{LUN: lun, CDB: append(cdb, make([]byte, 32-min(32, len(cdb)))...)} // as virtio-scsi pads it
 	if len(out) > 0 {
 		cmd.Out = [][]byte{out}
 	}
@@ -185,4 +209,14 @@ func answer(c net.Conn, target *scsi.Target) error {
 	le.PutUint32(head[8:], a.Residual)
 	_, err := c.Write(slices.Concat(head[:], a.Sense, in))
 	return err
+}
+
+// preload compiles testdata/sgio.c and returns the environment for a program that is to have it, with
+// devices at a socket.
+func preload(t *testing.T) func(socket string) []string {
+	shim := filepath.Join(t.TempDir(), "sgio.so")
+	if out, err := exec.Command("gcc", "-Wall", "-shared", "-fPIC", "-o", shim, "testdata/sgio.c").CombinedOutput(); err != nil {
+		t.Fatalf("gcc: %v\n%s", err, out)
+	}
+	return func(socket string) []string { return append(os.Environ(), "LD_PRELOAD="+shim, "SGIO_SOCKET="+socket) }
 }

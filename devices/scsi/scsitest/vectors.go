@@ -175,7 +175,7 @@ var Answers = []Vector{
 	{Name: "opcodes, option 2, unknown service action", CDB: "a3 0c 02 9e 0013 000000ff 00 00", InLen: 20, Want: "GOOD", Residual: 16, Data: "00 01 0000"},
 	{Name: "LOG SENSE supported pages", CDB: "4d 00 40 00 00 0000 00ff 00", InLen: 255, Want: "GOOD", Residual: 249, Data: "00 00 0002 00 2f"},
 	{Name: "LOG SENSE supported subpages", CDB: "4d 00 40 ff 00 0000 00ff 00", InLen: 255, Want: "GOOD", Residual: 245, Data: "40 ff 0006 0000 00ff 2f00"},
-	{Name: "LOG SENSE informational exceptions", CDB: "4d 00 6f 00 00 0000 00ff 00", InLen: 255, Want: "GOOD", Residual: 243, Data: "2f 00 0008 0000 03 04 00 00 ff 00"},
+	{Name: "LOG SENSE informational exceptions", CDB: "4d 00 6f 00 00 0000 00ff 00", InLen: 255, Want: "GOOD", Residual: 243, Data: "2f 00 0008 0000 03 04 00 00 ff ff"},
 	{Name: "LOG SENSE allocation length 4", CDB: "4d 00 6f 00 00 0000 0004 00", InLen: 255, Want: "GOOD", Residual: 251, Data: "2f 00 0008"},
 	{Name: "READ DEFECT DATA(10)", CDB: "37 00 1d 00000000 0008 00", InLen: 8, Want: "GOOD", Residual: 4, Data: "00 1d 0000"},
 	{Name: "READ DEFECT DATA(12)", CDB: "b7 08 00000000 00000010 00 00", InLen: 16, Want: "GOOD", Residual: 8, Data: "00 08 0000 00000000"},

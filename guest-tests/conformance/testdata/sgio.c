@@ -1,11 +1,15 @@
 /*
  * Preloaded into a program, this makes /dev/sg0 a connection to the socket that
- * SGIO_SOCKET names, and SG_IO on it a message each way:
+ * SGIO_SOCKET names, /dev/sg1 one to that with 1 at the end of its name, and so
+ * on; and SG_IO on them a message each way:
  *
  *	to the socket:   4 numbers of 32 bits, the lengths of the CDB, of data-out
  *	                 and of data-in, and 0; the CDB; the data-out
  *	from the socket: status, length of sense data, residual, and 0; the sense
  *	                 data; all of the data-in buffer
+ *
+ * SG_SCSI_RESET is a message without CDB and data, whose last number is what is
+ * to be reset.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -16,6 +20,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/un.h>
 #include <unistd.h>
 #include <scsi/sg.h>
@@ -40,34 +46,77 @@ static void move(int fd, void *at, size_t left, int out)
 	}
 }
 
-static int connect_sg(void)
+/* The N of /dev/sgN, or -1. */
+static int sg_number(const char *path)
+{
+	return !strncmp(path, "/dev/sg", 7) && path[7] >= '0' && path[7] <= '9' && !path[8] ? path[7] - '0' : -1;
+}
+
+static int connect_sg(int number)
 {
 	struct sockaddr_un to = {.sun_family = AF_UNIX};
 	const char *path = getenv("SGIO_SOCKET");
 	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
 
-	if (!path || strlen(path) >= sizeof(to.sun_path) || fd < 0 || count == 64)
+	if (!path || strlen(path) >= sizeof(to.sun_path) - 1 || fd < 0 || count == 64)
 		fail("sgio: SGIO_SOCKET");
 	strcpy(to.sun_path, path);
+	if (number)
+		strncat(to.sun_path, &"0123456789"[number], 1);
 	if (connect(fd, (struct sockaddr *)&to, sizeof(to)))
-		fail(path);
+		fail(to.sun_path);
 	return connections[count++] = fd;
 }
 
-int open(const char *path, int flags, ...)
-{
-	static int (*real)(const char *, int, ...);
-	va_list rest;
-	int mode;
+#define OPEN(name) \
+int name(const char *path, int flags, ...) \
+{ \
+	static int (*real)(const char *, int, ...); \
+	va_list rest; \
+	int mode; \
+\
+	va_start(rest, flags); \
+	mode = va_arg(rest, int); \
+	va_end(rest); \
+	if (sg_number(path) >= 0) \
+		return connect_sg(sg_number(path)); \
+	if (!real) \
+		real = dlsym(RTLD_NEXT, #name); \
+	return real(path, flags, mode); \
+}
+OPEN(open)
+OPEN(open64)
+OPEN(__open64_2) /* open64, with _FORTIFY_SOURCE */
 
-	va_start(rest, flags);
-	mode = va_arg(rest, int);
-	va_end(rest);
-	if (!strcmp(path, "/dev/sg0"))
-		return connect_sg();
+/* /dev/sgN is a character device of its own. */
+#define STAT(name, type) \
+int name(const char *path, struct type *st) \
+{ \
+	static int (*real)(const char *, struct type *); \
+\
+	if (sg_number(path) >= 0) { \
+		memset(st, 0, sizeof(*st)); \
+		st->st_mode = S_IFCHR | 0600; \
+		st->st_rdev = makedev(21, sg_number(path)); \
+		return 0; \
+	} \
+	if (!real) \
+		real = dlsym(RTLD_NEXT, #name); \
+	return real(path, st); \
+}
+STAT(stat, stat)
+STAT(stat64, stat64)
+
+int fstat64(int fd, struct stat64 *st)
+{
+	static int (*real)(int, struct stat64 *);
+
+	for (int i = 0; i < count; i++)
+		if (connections[i] == fd)
+			return stat64("/dev/sg0", st);
 	if (!real)
-		real = dlsym(RTLD_NEXT, "open");
-	return real(path, flags, mode);
+		real = dlsym(RTLD_NEXT, "fstat64");
+	return real(fd, st);
 }
 
 static int sg_io(int fd, sg_io_hdr_t *h)
@@ -96,6 +145,16 @@ static int sg_io(int fd, sg_io_hdr_t *h)
 	return 0;
 }
 
+static int reset(int fd, uint32_t what)
+{
+	uint32_t ask[4] = {0, 0, 0, what}, answer[4];
+
+	move(fd, ask, sizeof(ask), 1);
+	move(fd, answer, sizeof(answer), 0);
+	errno = EIO;
+	return answer[0] ? -1 : 0;
+}
+
 int ioctl(int fd, unsigned long request, ...)
 {
 	static int (*real)(int, unsigned long, ...);
@@ -114,6 +173,11 @@ int ioctl(int fd, unsigned long request, ...)
 			return 0;
 		case SG_IO:
 			return sg_io(fd, arg);
+		case SG_SCSI_RESET:
+			return reset(fd, *(int *)arg);
+		case SG_SET_TIMEOUT:
+		case SG_SET_RESERVED_SIZE:
+			return 0;
 		}
 		errno = EINVAL;
 		return -1;
