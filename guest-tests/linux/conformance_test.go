@@ -41,7 +41,7 @@ for suite in ` + strings.Join(part, " ") + `; do
 	iscsi-test-cu ` + flags + ` $sanitize -t $suite /dev/sg0 >/tmp/out 2>&1 </dev/null
 	status=$?
 	echo Suite:
-	grep -E '` + conformance.Lines + `' /tmp/out
+	grep -E '` + conformance.Lines + `' /tmp/out | uniq
 	[ $status -le 1 ] || say $suite ended with $status
 	say finished $suite
 done
