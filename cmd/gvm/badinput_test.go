@@ -95,6 +95,8 @@ func badFiles(t *testing.T) string {
 		"disk.vhdx":  head("vhdxfile", 1<<16),
 		"disk.gz":    head("\x1f\x8b\x08", 512),
 		"comma,file": []byte("x"),
+		"otherpi":    make([]byte, 1<<20),
+		"otherpi.pi": []byte("notes"),
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
 			t.Fatal(err)
@@ -284,6 +286,11 @@ func TestBadInput(t *testing.T) {
 		{"physical_block_size", run("--disk", "disk,physical_block_size=big"), "disk|physical_block_size=big", ""},
 		{"physical blocks that are too small", run("--disk", "disk,block_size=4096,physical_block_size=512"), "disk|physical_block_size=512|4096", ""},
 		{"physical blocks of odd size", run("--disk", "disk,physical_block_size=1536"), "disk|physical_block_size=1536|power of 2", ""},
+		{"pi", run("--disk", "disk,pi=yes"), "disk|pi=yes|0 or 1", ""},
+		{"pi by vhost", run("--disk", "disk,pi=1,backend=vhost"), "disk|pi=1|backend=process", ""},
+		{"pi of an overlay", run("--disk", "disk,pi=1,overlay=on"), "disk|pi=1|overlay=", ""},
+		{"pi of nothing", run("--disk", "null:1M,pi=1"), "null:1M|pi=1|mem:", ""},
+		{"pi of another disk", run("--disk", "otherpi,pi=1"), "otherpi.pi|not the protection information", ""},
 		{"error", run("--disk", "disk,error=ignore"), "disk|error=ignore|enospc-stop", ""},
 		{"error by vhost", run("--disk", "disk,error=stop,backend=vhost"), "disk|error=|backend=process", ""},
 		{"iops", run("--disk", "disk,iops=0"), "disk|iops=0|1000:5000", ""},

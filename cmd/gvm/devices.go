@@ -1,6 +1,8 @@
 package main
 
 import (
+	"slices"
+
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
@@ -16,7 +18,7 @@ var deviceTable = []struct {
 		if !ds.inProcess() {
 			return nil, nil
 		}
-		cfg := vscsi.Config{Target: ds.target, Queues: c.requestQueues()}
+		cfg := vscsi.Config{Target: ds.target, Queues: c.requestQueues(), Protection: slices.ContainsFunc(c.disks, func(d disk) bool { return d.pi })}
 		if c.trace != nil {
 			cfg.Observer = c.trace.Device(0)
 		}

@@ -32,7 +32,8 @@ type disk struct {
 	cache     scsi.CacheMode
 	size      int64 // 0: as it is
 	blockSize int
-	physical  int // physical block size, 0: as blockSize
+	physical  int  // physical block size, 0: as blockSize
+	pi        bool // protection information
 	onError   errorPolicy
 	iops, bps scsi.Limit
 }
@@ -71,7 +72,7 @@ const (
 
 var backends = map[string]backendChoice{"process": byProcess, "vhost": byKernel, "auto": byEither}
 
-const diskUsage = "PATH[,readonly][,serial=S][,lun=N][,cache=writeback|writethrough|unsafe][,size=SIZE][,block_size=512|4096][,physical_block_size=N][,error=report|stop|enospc-stop][,iops=N[:BURST]][,bps=SIZE[:BURST]][,overlay=on|FILE][,backend=process|vhost|auto][,workers=N|shared], mem:SIZE or null:SIZE for PATH, or wwn=NAME,backend=vhost[,workers=N|shared]"
+const diskUsage = "PATH[,readonly][,serial=S][,lun=N][,cache=writeback|writethrough|unsafe][,size=SIZE][,block_size=512|4096][,physical_block_size=N][,pi=1][,error=report|stop|enospc-stop][,iops=N[:BURST]][,bps=SIZE[:BURST]][,overlay=on|FILE][,backend=process|vhost|auto][,workers=N|shared], mem:SIZE or null:SIZE for PATH, or wwn=NAME,backend=vhost[,workers=N|shared]"
 
 var cacheModes = map[string]scsi.CacheMode{
 	"writeback":    scsi.WriteBack,
@@ -157,6 +158,10 @@ func parseDisk(s string) (disk, error) {
 			if d.physical, err = strconv.Atoi(val); err != nil {
 				return d, fmt.Errorf("--disk %s: physical_block_size=%s: want a number of bytes", d.path, val)
 			}
+		case "pi":
+			if d.pi = val == "1"; !d.pi && val != "0" {
+				return d, fmt.Errorf("--disk %s: pi=%s: want 0 or 1", d.path, val)
+			}
 		case "error":
 			var ok bool
 			if d.onError, ok = errorPolicies[val]; !ok {
@@ -204,6 +209,8 @@ func (d *disk) consistent(words []string) error {
 		return fmt.Errorf("--disk %s: overlay=, mem: and null: are for backend=process", d.path)
 	case (d.physical != 0 || d.onError != reportErrors || d.iops.Rate+d.bps.Rate > 0) && d.backend != byProcess:
 		return fmt.Errorf("--disk %s: physical_block_size=, error=, iops= and bps= are for backend=process", d.path)
+	case d.pi && (d.backend != byProcess || d.overlay != "" || d.storage == inNothing):
+		return fmt.Errorf("--disk %s: pi=1 is for images and mem:, with backend=process and without overlay=", d.path)
 	case d.physical != 0 && (d.physical < d.blockSize || d.physical > d.blockSize<<15 || d.physical&(d.physical-1) != 0):
 		return fmt.Errorf("--disk %s: physical_block_size=%d: want a power of 2 from %d, the block size, to %d", d.path, d.physical, d.blockSize, d.blockSize<<15)
 	}
@@ -271,6 +278,7 @@ type disks struct {
 // opened is what a disk of gvm's has open.
 type opened struct {
 	backend io.Closer     // what the unit has; it closes all
+	tuples  io.Closer     // its protection information, nil: none
 	file    *backend.File // that size= may have changed, nil: none
 	was     int64         // its size before it was opened, -1: there was none
 }
@@ -393,7 +401,7 @@ func (ds *disks) openImage(d disk) (scsi.Backend, error) {
 		return nil, diskError{err}
 	}
 	if d.overlay == "" {
-		ds.open = append(ds.open, opened{f, f, was})
+		ds.open = append(ds.open, opened{backend: f, file: f, was: was})
 		return f, nil
 	}
 	path := d.overlay
@@ -434,6 +442,11 @@ func (ds *disks) attach(d disk, b scsi.Backend) (err error) {
 			cfg.Reservations = keeper
 		}
 	}
+	if d.pi {
+		if cfg.Protection, err = ds.tuples(b); err != nil {
+			return fmt.Errorf("pi=1: %w", err)
+		}
+	}
 	u, err := scsi.NewUnit(cfg)
 	if keeper != nil && errors.Is(err, scsi.ErrReservationState) {
 		return fmt.Errorf("%w (%s; without that file the disk has no reservations)", err, keeper.Path())
@@ -451,13 +464,28 @@ func (ds *disks) attach(d disk, b scsi.Backend) (err error) {
 	return nil
 }
 
+// tuples opens the protection information of an image that is open.
+func (ds *disks) tuples(b scsi.Backend) (scsi.Protection, error) {
+	t, err := b.(*backend.File).Tuples()
+	if err != nil {
+		return nil, err
+	}
+	i := slices.IndexFunc(ds.open, func(i opened) bool { return any(i.backend) == any(b) })
+	ds.open[i].tuples = t
+	return t, nil
+}
+
 // close closes the image. For a guest that never had it, what size= did is taken
 // back, unless there is data by now.
 func (i opened) close(had bool) error {
 	if i.file != nil && !had {
 		undo(i.file, i.was)
 	}
-	return i.backend.Close()
+	err := i.backend.Close()
+	if i.tuples != nil {
+		err = errors.Join(err, i.tuples.Close())
+	}
+	return err
 }
 
 // undo takes back what size= did. What holds data by now is left alone.

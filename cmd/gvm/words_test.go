@@ -233,6 +233,8 @@ func TestParseDisk(t *testing.T) {
 		"a,lun=3,block_size=4096,cache=writethrough,size=4T,serial=s,readonly": {path: "a", lun: 3, blockSize: 4096, cache: scsi.WriteThrough, size: 4 << 40, serial: "s", readOnly: true},
 		"a,error=stop,physical_block_size=4096":                                {path: "a", lun: -1, blockSize: 512, onError: stopOnErrors, physical: 4096},
 		"a,error=enospc-stop,iops=100,bps=1M:1G":                               {path: "a", lun: -1, blockSize: 512, onError: stopWhenFull, iops: scsi.Limit{Rate: 100}, bps: scsi.Limit{Rate: 1 << 20, Burst: 1 << 30}},
+		"a,pi=1":                                                               {path: "a", lun: -1, blockSize: 512, pi: true},
+		"a,pi=0":                                                               {path: "a", lun: -1, blockSize: 512},
 		"a,error=report,iops=1:2":                                              {path: "a", lun: -1, blockSize: 512, iops: scsi.Limit{Rate: 1, Burst: 2}},
 		"a,backend=process":                                                    {path: "a", lun: -1, blockSize: 512},
 		"a,workers=2,backend=vhost":                                            {path: "a", lun: -1, blockSize: 512, backend: byKernel, workers: 2},
@@ -249,7 +251,7 @@ func TestParseDisk(t *testing.T) {
 // FuzzParseDisk writes what was read as a --disk again, which must read the same.
 func FuzzParseDisk(f *testing.F) {
 	for _, s := range []string{"", "a", "a,,b,readonly", "a,serial=x,,y,lun=7", "a,cache=unsafe,size=1.5G,block_size=4096", "a,size=4194304T", "a,lun=99999", "a,foo=", ",,", "a,backend=vhost,workers=4", "wwn=naa.5,backend=vhost,workers=shared",
-		"a,error=stop,iops=5:7,bps=1M,physical_block_size=4096"} {
+		"a,error=stop,iops=5:7,bps=1M,physical_block_size=4096", "a,pi=1"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -298,6 +300,9 @@ func FuzzParseDisk(f *testing.F) {
 			if l.Burst > 0 {
 				again += fmt.Sprintf(":%d", l.Burst)
 			}
+		}
+		if d.pi {
+			again += ",pi=1"
 		}
 		again += ",error=" + [...]string{"report", "stop", "enospc-stop"}[d.onError]
 		again += ",block_size=" + strconv.Itoa(d.blockSize) + ",cache=" + [...]string{"writeback", "writethrough", "unsafe"}[d.cache]

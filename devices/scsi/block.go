@@ -19,6 +19,9 @@ func readCapacity16(tk *task) error {
 	u, b := tk.u, make([]byte, 32)
 	binary.BigEndian.PutUint64(b, u.Blocks()-1)
 	binary.BigEndian.PutUint32(b[8:], uint32(u.blockSize))
+	if u.cfg.Protection != nil {
+		b[12] = 0x01 // PROT_EN; P_TYPE 000b is type 1
+	}
 	b[13] = u.physicalExponent()
 	if u.thin() {
 		b[14] = 0x80 | 0x40 // LBPME, LBPRZ
@@ -45,11 +48,11 @@ func extent(cdb []byte) (lba, n uint64) {
 }
 
 // transfer returns the extent of a command that moves data, checked against
-// the medium and MAXIMUM TRANSFER LENGTH. Protection information is not
-// supported: the upper bits of byte 1 must be 0.
+// the medium and MAXIMUM TRANSFER LENGTH, and its protection field against what the
+// unit has.
 func (tk *task) transfer() (lba uint64, n int, err error) {
 	cdb := tk.CDB
-	if cdb[0]>>5 != 0 && cdb[1]>>5 != 0 {
+	if p := protectField(cdb); p != 0 && (tk.u.cfg.Protection == nil || int(p) >= len(protectChecks)) {
 		return 0, 0, invalidCDB(1, 7)
 	}
 	lba, blocks := extent(cdb)
@@ -99,7 +102,7 @@ func read(tk *task) error {
 		have = tk.inLen - tk.inLen%int(tk.u.blockSize)
 	}
 	if have > 0 {
-		if err := tk.u.read(tk.clip(tk.In, tk.inLen, 0, have), lba); err != nil {
+		if err := tk.readIn(lba, have); err != nil {
 			return err
 		}
 	}
@@ -114,6 +117,19 @@ func read(tk *task) error {
 	}
 	tk.inDone = have
 	return nil
+}
+
+// readIn reads n bytes, whole blocks, into data-in.
+func (tk *task) readIn(lba uint64, n int) error {
+	iov := tk.clip(tk.In, tk.inLen, 0, n)
+	if tk.u.cfg.Protection == nil {
+		return tk.u.read(iov, lba)
+	}
+	tuples, err := tk.protected(tk.ProtectionIn, n/int(tk.u.blockSize))
+	if err != nil {
+		return err
+	}
+	return tk.u.readChecked(iov, lba, tuples, protectChecks[protectField(tk.CDB)])
 }
 
 // write is WRITE(6), (10), (12) and (16) (SBC-4 5.40 to 5.43).
@@ -132,16 +148,25 @@ func (tk *task) writeOut(lba uint64, n int, durable bool) error {
 	if err != nil {
 		return err
 	}
-	if err := tk.u.write(iov, lba, durable); err != nil {
-		tk.outDone = 0
-		return err
+	if tk.u.cfg.Protection == nil {
+		err = tk.u.write(iov, lba, durable)
+	} else if tuples, err2 := tk.protected(tk.ProtectionOut, n); err2 != nil {
+		err = err2
+	} else {
+		err = tk.u.writeChecked(iov, lba, tuples, protectChecks[protectField(tk.CDB)], durable || !tk.u.wce.Load())
 	}
-	return nil
+	if err != nil {
+		tk.outDone = 0
+	}
+	return err
 }
 
 // orWrite is ORWRITE(16) (SBC-4 5.14). Dispatch lets nothing else at the medium
 // meanwhile.
 func orWrite(tk *task) error {
+	if protectField(tk.CDB) != 0 {
+		return invalidCDB(1, 7) // ORPROTECT
+	}
 	lba, n, err := tk.transfer()
 	if err != nil || n == 0 {
 		return err
@@ -192,6 +217,13 @@ func verify(tk *task) error {
 		return err
 	}
 	size := int(tk.u.blockSize)
+	protect := protectField(tk.CDB)
+	switch check := byteCheck(tk.CDB); {
+	case check != 0 && protect != 0:
+		return invalidCDB(1, 7) // VRPROTECT: protection information is not compared
+	case protect != 0: // that it can be read, with these checks
+		return tk.u.checkMedium(lba, n, protectChecks[protect])
+	}
 	switch byteCheck(tk.CDB) {
 	case 0: // that the medium can be read
 		return tk.u.compare(nil, lba, n)
@@ -414,9 +446,7 @@ func unmap(tk *task) error {
 		if blocks == 0 {
 			continue
 		}
-		off := int64(lba) * u.blockSize
-		if err := u.try("discard", off, func() (int, error) { return 0, u.b.(Discarder).Discard(off, int64(blocks)*u.blockSize) }); err != nil {
-			u.written.Add(1)
+		if err := u.discard(lba, blocks); err != nil {
 			return err
 		}
 	}

@@ -33,7 +33,11 @@ type Command struct {
 	Nexus NexusID
 	Out   [][]byte // data-out buffer, in order, as scattered as the initiator gave it
 	In    [][]byte // data-in buffer, likewise
-	Done  func(Result)
+	// The protection information of a unit with any, TupleSize bytes for each block,
+	// never between the blocks. For a command that asks for it and has no such buffer the
+	// unit does what a host bus adapter would: it makes it, or checks and drops it.
+	ProtectionOut, ProtectionIn [][]byte
+	Done                        func(Result)
 }
 
 // NexusID is the transport's number for an I_T nexus (SAM-5 4.8).

@@ -228,21 +228,14 @@ func (tk *task) copySegment(s segment) error {
 // move copies the data: by the backend's own means, or piece by piece.
 func (s segment) move(tk *task) error {
 	fromOff, toOff := int64(s.fromLBA)*s.from.blockSize, int64(s.toLBA)*s.to.blockSize
-	if c, ok := s.to.b.(Copier); ok && s.bytes > 0 {
-		unsupported := false
-		err := s.to.try("write", toOff, func() (int, error) {
-			err := c.CopyFrom(s.from.b, fromOff, toOff, s.bytes)
-			if unsupported = errors.Is(err, errors.ErrUnsupported); unsupported {
-				err = nil
-			}
-			return 0, err
-		})
+	if c, ok := s.to.b.(Copier); ok && s.bytes > 0 && s.from.cfg.Protection == nil && s.to.cfg.Protection == nil {
+		err := s.to.attempt("write", toOff, func() error { return c.CopyFrom(s.from.b, fromOff, toOff, s.bytes) })
 		switch {
-		case err != nil:
+		case err == nil:
+			return s.to.settle()
+		case !errors.Is(err, errors.ErrUnsupported):
 			s.to.written.Add(1)
 			return err
-		case !unsupported:
-			return s.to.settle()
 		}
 	}
 	buf := getScratch()

@@ -60,6 +60,18 @@
 // was let in before it goes on, unless PREEMPT AND ABORT ends it. With a
 // ReservationKeeper, registrations with APTPL are there after a loss of power.
 //
+// # Protection information
+//
+// A unit with a Protection has type 1 (SBC-4 4.21). The tuples of a command are in buffers of their
+// own (Command.ProtectionOut and ProtectionIn); without them the unit does what a host bus adapter
+// would. What is checked is what is stored.
+//
+// # Failures and limits
+//
+// UnitConfig.OnError hears of every failure of the Backend, and Retry may have the unit do it again
+// once somebody has seen to it. A unit with a Limit makes commands wait, in goroutines
+// of their own, so that no other unit waits with them.
+//
 // # Adding a command
 //
 // A command is a row in the table of opcode.go and a handler, a func(*task)

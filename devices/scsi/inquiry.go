@@ -69,6 +69,9 @@ func standardInquiry(u *Unit) []byte {
 	if !u.wellKnown {
 		b[5] = 0x08 // 3PC: EXTENDED COPY
 	}
+	if u.cfg.Protection != nil {
+		b[5] |= 0x01 // PROTECT
+	}
 	padded(b[8:16], u.cfg.Vendor)
 	padded(b[16:32], u.cfg.Product)
 	padded(b[32:36], u.cfg.Revision)
@@ -147,6 +150,9 @@ func serialFrom(identity string) string {
 // extendedInquiry is the Extended INQUIRY Data page (SPC-5 7.7.7).
 func extendedInquiry(u *Unit) []byte {
 	b := make([]byte, 60)
+	if u.cfg.Protection != nil {
+		b[0] = 0x04 | 0x01 // SPT 000b, type 1 alone; GRD_CHK, REF_CHK
+	}
 	b[1] = 0x07 // HEADSUP, ORDSUP, SIMPSUP
 	if u.cfg.Cache != WriteThrough {
 		b[2] = 0x01 // V_SUP: the cache is volatile

@@ -46,6 +46,8 @@ var (
 	BecomingReady             = Sense{Key: NotReady, ASC: 0x04, ASCQ: 0x02} // initializing command required
 	SanitizeInProgress        = Sense{Key: NotReady, ASC: 0x04, ASCQ: 0x1b}
 	WriteError                = Sense{Key: MediumError, ASC: 0x0c, ASCQ: 0x00}
+	GuardCheckFailed          = Sense{Key: AbortedCommand, ASC: 0x10, ASCQ: 0x01} // logical block guard check failed
+	ReferenceTagCheckFailed   = Sense{Key: AbortedCommand, ASC: 0x10, ASCQ: 0x03} // logical block reference tag check failed
 	InvalidFieldInIU          = Sense{Key: IllegalRequest, ASC: 0x0e, ASCQ: 0x03}
 	CopyAborted               = Sense{Key: CopyAbortedKey, ASC: 0x00, ASCQ: 0x00}
 	CopyThirdParty            = Sense{Key: CopyAbortedKey, ASC: 0x0d, ASCQ: 0x01} // third party device failure

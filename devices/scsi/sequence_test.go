@@ -173,7 +173,7 @@ func (s *sequence) next() byte {
 func newSequence(t *testing.T, in []byte) *sequence {
 	s := &sequence{t: t, in: in, target: scsi.NewTarget()}
 	for i, cfg := range []scsi.UnitConfig{
-		{Serial: "thin"},
+		{Serial: "thin", Protection: newTuples()},
 		{Serial: "large", BlockSize: 4096, Cache: scsi.WriteThrough},
 		{Serial: "readonly", ReadOnly: true},
 	} {
@@ -391,7 +391,7 @@ func (s *sequence) check(u *modelUnit, nexus int, cdb, out, in []byte, a scsites
 		if len(a.Sense) < 8 || key == 0 {
 			t.Errorf("%s: CHECK CONDITION with sense % x", name, a.Sense)
 		}
-		if (key == scsi.MediumError || key == scsi.HardwareError) && !u.disk.failing && !u.sanitized && cdb[0] != 0x83 {
+		if (key == scsi.MediumError || key == scsi.HardwareError || key == scsi.AbortedCommand) && !u.disk.failing && !u.sanitized && cdb[0] != 0x83 {
 			t.Errorf("%s: %v with a sound backend", name, a)
 		}
 	default:
@@ -399,6 +399,13 @@ func (s *sequence) check(u *modelUnit, nexus int, cdb, out, in []byte, a scsites
 	}
 	if int(a.Residual) > len(in)+len(out) {
 		t.Errorf("%s: residual %d of %d bytes", name, a.Residual, len(in)+len(out))
+	}
+	if cdb[0] == 0xa0 && a.Status == scsi.Good {
+		for _, u := range s.units {
+			q := &u.attentions[nexus].queue
+			*q = slices.DeleteFunc(*q, func(code string) bool { return code == "3f0e" })
+		}
+		s.luns(cdb, in, a)
 	}
 	if !u.attached {
 		if u.disk.changes != changes {
@@ -427,7 +434,7 @@ func (s *sequence) check(u *modelUnit, nexus int, cdb, out, in []byte, a scsites
 		t.Errorf("%s: %v, and the medium has changed", name, a)
 	}
 	u.doubt = u.doubt || u.disk.failing
-	flushes := cdb[0] == 0x35 || cdb[0] == 0x91
+	flushes := (cdb[0] == 0x35 || cdb[0] == 0x91) && (cdb[1]&0x02 == 0 || !u.disk.failing) // IMMED: a failure is told later
 	if a.Status == scsi.Good && u.disk.dirty && (flushes || !u.wce && !u.doubt) {
 		t.Errorf("%s is answered before what was written is durable", name)
 	}
@@ -466,13 +473,6 @@ func (s *sequence) attention(u *modelUnit, nexus int, cdb, in []byte, a scsitest
 		n.queue = n.queue[1:]
 	case a.Status == scsi.Good && len(n.queue) > 0 && !bytes.Contains([]byte{0x12, 0xa0, 0x03}, cdb[:1]):
 		s.t.Fatalf("%s: GOOD, and %v pending", scsi.OpcodeName(cdb), n.queue)
-	}
-	if cdb[0] == 0xa0 && a.Status == scsi.Good {
-		for _, u := range s.units {
-			q := &u.attentions[nexus].queue
-			*q = slices.DeleteFunc(*q, func(code string) bool { return code == "3f0e" })
-		}
-		s.luns(cdb, in, a)
 	}
 }
 

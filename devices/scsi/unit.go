@@ -52,6 +52,9 @@ type UnitConfig struct {
 	// Reservations keeps persistent reservations over a loss of power, for
 	// initiators that ask for it (APTPL). nil: they cannot.
 	Reservations ReservationKeeper
+	// Protection makes the unit one with protection information of type 1 (SBC-4
+	// 4.21), which is checked at every read and write, and keeps it. nil: none.
+	Protection Protection
 	// OnError is told of every failure of the backend, for the host's log; the
 	// initiator sees no more than sense data. It may be called from several
 	// goroutines at the same time.
@@ -87,6 +90,10 @@ type Unit struct {
 	// AND WRITE and MODE SELECT hold it alone, as does Resize; commands that
 	// access the medium share it. It is taken after set.mu has been released, never inside.
 	medium sync.RWMutex
+
+	// tuples keeps blocks and their protection information together: held alone
+	// where both change, and shared where both are read. It is taken after medium.
+	tuples sync.RWMutex
 
 	set taskSet
 }
@@ -189,8 +196,12 @@ func (u *Unit) Resized() error {
 	if err != nil {
 		return err
 	}
-	if u.blocks.Swap(blocks) != blocks {
+	was := u.blocks.Swap(blocks)
+	if was != blocks {
 		u.set.attention(CapacityChanged, everyone)
+	}
+	if p := u.cfg.Protection; p != nil && blocks < was {
+		return p.ClearTuples(blocks, was-blocks)
 	}
 	return nil
 }
@@ -260,8 +271,28 @@ func (u *Unit) try(op string, off int64, do func() (int, error)) error {
 	}
 }
 
+// attempt is try for what the backend may not have: errors.ErrUnsupported is no
+// failure, and returned as it is.
+func (u *Unit) attempt(op string, off int64, do func() error) error {
+	unsupported := false
+	err := u.try(op, off, func() (int, error) {
+		err := do()
+		if unsupported = errors.Is(err, errors.ErrUnsupported); unsupported {
+			err = nil
+		}
+		return 0, err
+	})
+	if unsupported {
+		return errors.ErrUnsupported
+	}
+	return err
+}
+
 // read fills iov from lba on.
 func (u *Unit) read(iov [][]byte, lba uint64) error {
+	if u.cfg.Protection != nil {
+		return u.readChecked(iov, lba, nil, checkAll)
+	}
 	off := int64(lba) * u.blockSize
 	return u.try("read", off, func() (int, error) { return ReadVec(u.b, iov, off) })
 }
@@ -269,17 +300,30 @@ func (u *Unit) read(iov [][]byte, lba uint64) error {
 // write stores iov from lba on. It is durable on return when fua is set or the
 // write cache is off.
 func (u *Unit) write(iov [][]byte, lba uint64, fua bool) error {
+	if u.cfg.Protection != nil {
+		return u.writeChecked(iov, lba, nil, 0, fua || !u.wce.Load())
+	}
 	off := int64(lba) * u.blockSize
 	durable := u.cfg.Cache != Unsafe && (fua || !u.wce.Load())
 	if durable && u.cfg.Retry == nil {
 		return u.try("write", off, func() (int, error) { return WriteVecDurable(u.b, iov, off) })
 	}
-	err := u.try("write", off, func() (int, error) { return WriteVec(u.b, iov, off) })
-	u.written.Add(1)
+	err := u.store(iov, lba)
 	if err == nil && durable {
 		// In two steps, of which one can be done again.
 		err = u.flush()
 	}
+	return err
+}
+
+// store is write without a promise.
+func (u *Unit) store(iov [][]byte, lba uint64) error {
+	if u.cfg.Protection != nil {
+		return u.writeChecked(iov, lba, nil, 0, false)
+	}
+	off := int64(lba) * u.blockSize
+	err := u.try("write", off, func() (int, error) { return WriteVec(u.b, iov, off) })
+	u.written.Add(1)
 	return err
 }
 
@@ -291,6 +335,11 @@ func (u *Unit) flush() error {
 	covered := u.written.Load()
 	if err := u.try("flush", 0, func() (int, error) { return 0, u.b.Flush() }); err != nil {
 		return err
+	}
+	if p := u.cfg.Protection; p != nil {
+		if err := u.try("flush", 0, func() (int, error) { return 0, p.Flush() }); err != nil {
+			return err
+		}
 	}
 	for {
 		old := u.flushed.Load()
@@ -318,26 +367,38 @@ func (u *Unit) settle() error {
 	return u.flush()
 }
 
+// discard gives back what it can of the storage of n blocks from lba on, which read
+// as zeroes then.
+func (u *Unit) discard(lba, n uint64) error {
+	off, size, p := int64(lba)*u.blockSize, int64(n)*u.blockSize, u.cfg.Protection
+	if p != nil {
+		u.tuples.Lock()
+		defer u.tuples.Unlock()
+	}
+	err := u.attempt("discard", off, func() error {
+		if p != nil {
+			if err := p.ClearTuples(lba, n); err != nil {
+				return err
+			}
+		}
+		return u.b.(Discarder).Discard(off, size)
+	})
+	u.written.Add(1)
+	return err
+}
+
 // zero makes n blocks from lba on read as zeroes; with discard it gives their
 // storage back if it can.
 func (u *Unit) zero(lba, n uint64, discard bool) error {
-	off, size := int64(lba)*u.blockSize, int64(n)*u.blockSize
-	unsupported := false
-	err := u.try("zero", off, func() (int, error) {
-		err := errors.ErrUnsupported
-		if discard && u.thin() {
-			err = u.b.(Discarder).Discard(off, size)
-		}
-		if z, ok := u.b.(Zeroer); ok && errors.Is(err, errors.ErrUnsupported) {
-			err = z.Zero(off, size)
-		}
-		if unsupported = errors.Is(err, errors.ErrUnsupported); unsupported {
-			err = nil
-		}
-		return 0, err
-	})
+	off, size, err := int64(lba)*u.blockSize, int64(n)*u.blockSize, errors.ErrUnsupported
+	if discard && u.thin() {
+		err = u.discard(lba, n)
+	}
+	if z, ok := u.b.(Zeroer); ok && u.cfg.Protection == nil && errors.Is(err, errors.ErrUnsupported) {
+		err = u.attempt("zero", off, func() error { return z.Zero(off, size) })
+	}
 	switch {
-	case unsupported:
+	case errors.Is(err, errors.ErrUnsupported):
 		return u.repeat(lba, n, make([]byte, u.blockSize))
 	case err != nil:
 		return err
@@ -354,9 +415,7 @@ func (u *Unit) repeat(lba, n uint64, block []byte) error {
 	}
 	for per := uint64(len(*buf) / len(block)); n > 0; {
 		k := min(n, per)
-		off, blocks := int64(lba)*u.blockSize, [][]byte{(*buf)[:k*uint64(len(block))]}
-		if err := u.try("write", off, func() (int, error) { return WriteVec(u.b, blocks, off) }); err != nil {
-			u.written.Add(1)
+		if err := u.store([][]byte{(*buf)[:k*uint64(len(block))]}, lba); err != nil {
 			return err
 		}
 		lba, n = lba+k, n-k

@@ -22,9 +22,11 @@ type guest struct {
 	modules []string // besides diskModules
 	// programs are paths in lab.Tree, files as in lab.Initramfs.
 	programs []string
-	files    map[string]string
-	script   string // preceded by prologue; the guest powers off at its end
-	cmdline  string // besides what gvm and quiet add
+	// hostPrograms are paths of programs of this machine, instead of programs.
+	hostPrograms []string
+	files        map[string]string
+	script       string // preceded by prologue; the guest powers off at its end
+	cmdline      string // besides what gvm and quiet add
 }
 
 // diskModules are what stock kernels need for a disk of gvm's.
@@ -69,6 +71,7 @@ func (g guest) initramfs(t testing.TB) string {
 			i.Binaries = append(i.Binaries, filepath.Join(i.Root, p))
 		}
 	}
+	i.Binaries = append(i.Binaries, g.hostPrograms...)
 	if err := i.Build(name); err != nil {
 		t.Fatal(err)
 	}

@@ -52,10 +52,11 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	options := lab.Options{
-		Direct: vmm.RunsLinux,
-		Build:  []string{"gvm/cmd/gvm", "gvm/guest-tests/cmd/diskload"},
-		Memory: 10 << 10, // a guest has 6 GiB
-		Lost:   lost,
+		Direct:  vmm.RunsLinux,
+		Build:   []string{"gvm/cmd/gvm", "gvm/guest-tests/cmd/diskload"},
+		Memory:  10 << 10, // a guest has 6 GiB
+		Modules: []string{"nbd"},
+		Lost:    lost,
 	}
 	if os.Getenv("GVM_TEST_L1") == "6.12" {
 		options.Kernel = func(l *lab.Lab) *lab.Kernel { return l.V612 }

@@ -69,6 +69,7 @@ type File struct {
 	blockSize   int64
 	readOnly    bool
 	block       bool
+	unnamed     bool // in memory
 	direct      bool
 	granularity int64        // of Discard, 0 without
 	lost        atomic.Value // the error of the flush that lost data, an error

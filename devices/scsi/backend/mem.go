@@ -117,7 +117,7 @@ func OpenMemory(size int64) (*File, error) {
 
 // unnamed returns a File for a file without a name.
 func unnamed(f *os.File, size int64) *File {
-	b := &File{f: f, fd: int(f.Fd()), path: f.Name(), blockSize: 512}
+	b := &File{f: f, fd: int(f.Fd()), path: f.Name(), blockSize: 512, unnamed: true}
 	b.size.Store(size)
 	b.granularity = b.discardGranularity()
 	return b

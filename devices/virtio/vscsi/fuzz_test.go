@@ -14,6 +14,8 @@ import (
 // answered or breaks the device; the used length is within the chain.
 func FuzzRequest(f *testing.F) {
 	f.Add([]byte{2, 51, 108, 0, 0, 0, 0, 0}, header(lun5, 1, 0, 0x28))
+	f.Add([]byte{2, 80, 140, 0, 0, 0, 0, 0}, append(headerPI(9, 0, 0x2a), 1))
+	f.Add([]byte{2, 59, 255, 0, 0, 0, 0, 0}, append(headerPI(0, 24, 0x28), 1))
 	f.Add([]byte{2, 60, 108, 20, 3, 0, 0, 9, 0, 24, 1, 3, 0, 0, 0, 0}, header(lun5, 1, 2, 0x2a))
 	f.Add([]byte{2, 51, 140, 7, 30, 1, 5, 200, 2, 40, 150, 90, 4, 0, 99, 2}, header("\xc1\x01\x00\x00\x00\x00\x00\x00", 1, 0, 0xa0))
 	f.Add([]byte{0, 24, 1, 0, 0, 0, 0, 0, 0, 24, 2, 1, 1, 0, 0, 0}, tmf(5, lun5, 0))
@@ -33,7 +35,11 @@ func FuzzRequest(f *testing.F) {
 				Overrun: op[5]&1 != 0, Abort: scsi.Abort(op[5] >> 6),
 			})
 		}}
-		r := newRig(t, Config{Target: target, RingSize: 16}, featureHotplug|virtio.FeatureIndirectDesc)
+		features := uint64(featureHotplug | virtio.FeatureIndirectDesc)
+		if len(image)%2 == 0 {
+			features |= featureProtection
+		}
+		r := newRig(t, Config{Target: target, RingSize: 16, Protection: true}, features)
 		ops = ops[:min(len(ops), 8*64)]
 		for ; len(ops) >= 8 && len(r.broken) == 0; ops = ops[8:] {
 			op = ops[:8]

@@ -11,12 +11,14 @@ import (
 	"gvm/devices/virtio/virtq"
 )
 
-// struct virtio_scsi_req_cmd (5.6.6.1): what surrounds the CDB and the sense
-// data.
+// struct virtio_scsi_req_cmd and virtio_scsi_req_cmd_pi (5.6.6.1): what surrounds
+// the CDB and the sense data.
 const (
 	idOff       = 8
 	taskAttrOff = 16
 	cdbOff      = 19
+	piOff       = 19 // with VIRTIO_SCSI_F_T10_PI: pi_bytesout and pi_bytesin, before the CDB
+	piLen       = 8
 	respLen     = 12 // sense_len, residual, status_qualifier, status, response
 )
 
@@ -44,12 +46,13 @@ type request struct {
 	w    *virtio.Worker
 	c    *virtq.Chain
 	cmd  scsi.Command
-	hdr  [cdbOff + maxCDBSize]byte
+	hdr  [piOff + piLen + maxCDBSize]byte
 	resp [respLen + maxSenseSize]byte
 	// The response part of the chain: header and sense_size bytes.
 	to      [][]byte
 	toLen   int
-	dataLen int // bytes of data-in or data-out
+	piIn    int // bytes of protection information before data-in
+	dataLen int // bytes of data-in or data-out, without protection information
 
 	observer Observer
 	rec      trace.Record // for the observer, if there is one
@@ -65,7 +68,11 @@ func (d *Device) request(q uint16, w *virtio.Worker, c *virtq.Chain) error {
 		c.User = r
 	}
 	cdbSize, senseSize := int(d.cdbSize.Load()), int(d.senseSize.Load())
-	hdr := r.hdr[:cdbOff+cdbSize]
+	cdbAt := cdbOff
+	if d.protection {
+		cdbAt = piOff + piLen
+	}
+	hdr := r.hdr[:cdbAt+cdbSize]
 	if _, err := io.ReadFull(&c.Out, hdr); err != nil {
 		return guestErr("5.6.6.1", "request with less than %d device-readable bytes", len(hdr))
 	}
@@ -75,6 +82,15 @@ func (d *Device) request(q uint16, w *virtio.Worker, c *virtq.Chain) error {
 	}
 	r.w, r.c = w, c
 	r.to = c.In.Take(r.toLen)
+	r.cmd.CDB, r.piIn = hdr[cdbAt:], 0
+	if d.protection {
+		out, in := binary.LittleEndian.Uint32(hdr[piOff:]), binary.LittleEndian.Uint32(hdr[piOff+4:])
+		if uint64(out) > uint64(c.Out.Len()) || uint64(in) > uint64(c.In.Len()) {
+			return guestErr("5.6.6.1", "request with %d and %d bytes of protection information in buffers of %d and %d", out, in, c.Out.Len(), c.In.Len())
+		}
+		r.cmd.ProtectionOut, r.cmd.ProtectionIn = c.Out.Take(int(out)), c.In.Take(int(in))
+		r.piIn = int(in)
+	}
 	outLen, inLen := c.Out.Len(), c.In.Len()
 	r.dataLen = outLen + inLen
 	if r.observer != nil {
@@ -95,7 +111,6 @@ func (d *Device) request(q uint16, w *virtio.Worker, c *virtq.Chain) error {
 		attr = scsi.Simple
 	}
 	r.cmd.LUN = lun
-	r.cmd.CDB = hdr[cdbOff:]
 	r.cmd.Attr = attr
 	r.cmd.Tag = binary.LittleEndian.Uint64(hdr[idOff:])
 	r.cmd.Nexus = d.cfg.Nexus
@@ -142,13 +157,15 @@ func (r *request) answer(code byte, res scsi.Result) {
 
 	written := r.toLen
 	if len(r.cmd.In) > 0 {
-		written += max(r.dataLen-int(res.Residual), 0)
+		if moved := r.dataLen - int(res.Residual); moved > 0 {
+			written += r.piIn + moved
+		}
 	}
 	if r.observer != nil {
 		r.end(code, &res)
 	}
 	// What lies in guest memory is not kept past the request.
-	r.to, r.cmd.Out, r.cmd.In = nil, nil, nil
+	r.to, r.cmd.Out, r.cmd.In, r.cmd.ProtectionOut, r.cmd.ProtectionIn = nil, nil, nil, nil, nil
 	r.w.Complete(r.c, uint32(written))
 }
 
@@ -160,7 +177,7 @@ func (r *request) begin(q uint16, hdr []byte, outLen, inLen int) {
 		LUN:   [8]byte(hdr),
 		Tag:   binary.LittleEndian.Uint64(hdr[idOff:]),
 		Attr:  scsi.TaskAttr(hdr[taskAttrOff]),
-		CDB:   hdr[cdbOff:],
+		CDB:   r.cmd.CDB,
 		Out:   uint32(outLen),
 		In:    uint32(inLen),
 		Time:  r.observer.Now(),

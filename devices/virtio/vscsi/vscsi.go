@@ -40,8 +40,9 @@ type Observer interface {
 
 // Feature bits (5.6.3).
 const (
-	featureHotplug = 1 << 1 // VIRTIO_SCSI_F_HOTPLUG
-	featureChange  = 1 << 2 // VIRTIO_SCSI_F_CHANGE
+	featureHotplug    = 1 << 1 // VIRTIO_SCSI_F_HOTPLUG
+	featureChange     = 1 << 2 // VIRTIO_SCSI_F_CHANGE
+	featureProtection = 1 << 3 // VIRTIO_SCSI_F_T10_PI
 )
 
 // Queue numbers (5.6.2).
@@ -80,12 +81,16 @@ type Config struct {
 	RingSize uint16       // entries in each request queue, a power of two from 4 to 1024; 0 is 256
 	Nexus    scsi.NexusID // what the target knows the guest by
 	Observer Observer     // nil: nobody
+	// Protection offers VIRTIO_SCSI_F_T10_PI: protection information moves beside the
+	// data of units that have it.
+	Protection bool
 }
 
 // Device is a virtio SCSI host.
 type Device struct {
 	cfg                Config
 	senseSize, cdbSize atomic.Uint32
+	protection         bool             // while active: VIRTIO_SCSI_F_T10_PI is negotiated
 	workers            []*virtio.Worker // while active; nil for a queue the driver left alone
 	events             events
 }
@@ -120,8 +125,12 @@ func (d *Device) defaults() {
 func (*Device) ID() virtio.ID { return virtio.IDSCSI }
 
 // Features implements virtio.Device.
-func (*Device) Features() uint64 {
-	return featureHotplug | featureChange | virtio.FeatureIndirectDesc | virtio.FeatureEventIdx
+func (d *Device) Features() uint64 {
+	f := uint64(featureHotplug | featureChange | virtio.FeatureIndirectDesc | virtio.FeatureEventIdx)
+	if d.cfg.Protection {
+		f |= featureProtection
+	}
+	return f
 }
 
 // QueueSizes implements virtio.Device: control, event and request queues.
@@ -168,6 +177,7 @@ func (d *Device) WriteConfig(off uint32, p []byte) {
 // Activate implements virtio.Device.
 func (d *Device) Activate(a virtio.Activation) error {
 	d.workers = make([]*virtio.Worker, len(a.Queues))
+	d.protection = a.Features&featureProtection != 0
 	d.events.start(a.Features)
 	// The control queue comes last: task management looks at the others.
 	for i := len(a.Queues) - 1; i >= 0; i-- {

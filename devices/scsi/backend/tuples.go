@@ -1,0 +1,203 @@
+package backend
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/devices/scsi"
+)
+
+// The file of a Tuples: a header of tuplesHeader bytes, which has tuplesMagic and the
+// block size in 4 bytes, big-endian; then the tuples of all blocks, each bit
+// inverted, so that a hole reads as tuples that are not checked.
+const (
+	tuplesMagic  = "GVM-PI\x00\x01"
+	tuplesHeader = 4096
+)
+
+// ErrTuples is a file that is not what it should be.
+var ErrTuples = errors.New("not the protection information of this disk")
+
+// Tuples keeps the protection information of a disk in a file beside its image. It is
+// a scsi.Protection. The file is made with the first tuple.
+type Tuples struct {
+	path      string // "": it has no name
+	blockSize int
+	readOnly  bool
+
+	mu sync.Mutex // held while f is made
+	f  *os.File   // nil: there is none
+}
+
+var _ scsi.Protection = (*Tuples)(nil)
+
+// Tuples returns the protection information of the image: in IMAGE.pi, next to the image
+// that symbolic links lead to, or in memory for memory. The lock on the image covers
+// it. It is an error for a block device, which has no such place, and when the
+// file is there and is of another block size.
+func (b *File) Tuples() (*Tuples, error) {
+	t := &Tuples{blockSize: int(b.blockSize), readOnly: b.readOnly}
+	switch {
+	case b.block:
+		return nil, badImage(ErrNotDisk, b.path, "a block device has no place for protection information beside it")
+	case b.unnamed:
+		fd, err := unix.MemfdCreate("gvm-pi", unix.MFD_CLOEXEC)
+		if err != nil {
+			return nil, fmt.Errorf("protection information in memory: memfd_create: %w", err)
+		}
+		t.f = os.NewFile(uintptr(fd), "protection information")
+		return t, nil
+	}
+	t.path = b.Identity() + ".pi"
+	flags := os.O_RDWR
+	if t.readOnly {
+		flags = os.O_RDONLY
+	}
+	f, err := os.OpenFile(t.path, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return t, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := t.check(f); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", t.path, err), f.Close())
+	}
+	t.f = f
+	return t, nil
+}
+
+func (t *Tuples) header() []byte {
+	return binary.BigEndian.AppendUint32([]byte(tuplesMagic), uint32(t.blockSize))
+}
+
+func (t *Tuples) check(f *os.File) error {
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !fi.Mode().IsRegular() {
+		return ErrTuples
+	}
+	want := t.header()
+	got := make([]byte, len(want))
+	if _, err := f.ReadAt(got, 0); err != nil && err != io.EOF {
+		return err
+	}
+	switch {
+	case bytes.Equal(got, want):
+		return nil
+	case bytes.Equal(got[:len(tuplesMagic)], want[:len(tuplesMagic)]):
+		return fmt.Errorf("%w: it is for blocks of %d bytes", ErrTuples, binary.BigEndian.Uint32(got[len(tuplesMagic):]))
+	}
+	return ErrTuples
+}
+
+// file returns the file, and makes it if there is none and make is set.
+func (t *Tuples) file(create bool) (*os.File, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.f != nil || !create {
+		return t.f, nil
+	}
+	f, err := os.OpenFile(t.path, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if _, err = f.WriteAt(t.header(), 0); err == nil {
+		err = syncDir(filepath.Dir(t.path))
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close(), os.Remove(t.path))
+	}
+	t.f = f
+	return f, nil
+}
+
+// tupleOffset is where a block's tuple is.
+func tupleOffset(block uint64) int64 { return tuplesHeader + int64(block)*scsi.TupleSize }
+
+// invert is how tuples lie in the file.
+func invert(dst, src []byte) {
+	for i, b := range src {
+		dst[i] = ^b
+	}
+}
+
+// ReadTuples implements scsi.Protection.
+func (t *Tuples) ReadTuples(p []byte, block uint64) error {
+	f, err := t.file(false)
+	if err != nil {
+		return err
+	}
+	clear(p)
+	if f != nil {
+		if n, err := f.ReadAt(p, tupleOffset(block)); err == io.EOF {
+			clear(p[n:])
+		} else if err != nil {
+			return err
+		}
+	}
+	invert(p, p)
+	return nil
+}
+
+// WriteTuples implements scsi.Protection.
+func (t *Tuples) WriteTuples(p []byte, block uint64) error {
+	f, err := t.file(true)
+	if err != nil {
+		return err
+	}
+	q := make([]byte, len(p))
+	invert(q, p)
+	_, err = f.WriteAt(q, tupleOffset(block))
+	return err
+}
+
+// ClearTuples implements scsi.Protection.
+func (t *Tuples) ClearTuples(block, n uint64) error {
+	f, err := t.file(false)
+	if f == nil || err != nil {
+		return err
+	}
+	err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, tupleOffset(block), int64(n)*scsi.TupleSize)
+	if !errors.Is(err, errors.ErrUnsupported) {
+		return err
+	}
+	for zeroes := make([]byte, 64<<10); n > 0; {
+		k := min(n, uint64(len(zeroes)/scsi.TupleSize))
+		if _, err := f.WriteAt(zeroes[:k*scsi.TupleSize], tupleOffset(block)); err != nil {
+			return err
+		}
+		block, n = block+k, n-k
+	}
+	return nil
+}
+
+// Flush implements scsi.Protection.
+func (t *Tuples) Flush() error {
+	f, err := t.file(false)
+	if f == nil || err != nil || t.path == "" {
+		return err
+	}
+	return unix.Fdatasync(int(f.Fd()))
+}
+
+// Close closes the file.
+func (t *Tuples) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.f == nil {
+		return nil
+	}
+	return t.f.Close()
+}

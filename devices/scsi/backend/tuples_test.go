@@ -1,0 +1,138 @@
+package backend_test
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"gvm/devices/scsi/backend"
+)
+
+// tuplesOf opens an image of 1 MiB with its protection information.
+func tuplesOf(t *testing.T, path string, o backend.Options) (*backend.Tuples, error) {
+	t.Helper()
+	if !o.ReadOnly {
+		o.Size = 1 << 20
+	}
+	f, err := backend.Open(path, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f.Tuples()
+}
+
+// TestTuples writes, clears and reads tuples, in a file and in memory.
+func TestTuples(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk")
+	inFile, err := tuplesOf(t, image, backend.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory, err := backend.OpenMemory(1 << 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer memory.Close()
+	inMemory, err := memory.Tuples()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []*backend.Tuples{inFile, inMemory} {
+		all, want := make([]byte, 8*2048), bytes.Repeat([]byte{0xff}, 8*2048)
+		check := func(when string) {
+			t.Helper()
+			if err := p.ReadTuples(all, 0); err != nil || !bytes.Equal(all, want) {
+				t.Errorf("%s: %v, or wrong tuples", when, err)
+			}
+		}
+		check("at the beginning")
+		if err := errors.Join(p.ClearTuples(0, 2048), p.Flush()); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(image + ".pi"); p == inFile && !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the file is there before the first tuple: %v", err)
+		}
+		for i := range want[8*100 : 8*1500] {
+			want[8*100+i] = byte(i * 7)
+		}
+		if err := errors.Join(p.WriteTuples(want[8*100:8*1500], 100), p.Flush()); err != nil {
+			t.Fatal(err)
+		}
+		check("written")
+		copy(want[8*600:], bytes.Repeat([]byte{0xff}, 8*700))
+		if err := p.ClearTuples(600, 700); err != nil {
+			t.Fatal(err)
+		}
+		check("cleared")
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestTuplesKept: the next run has them, also when it only reads.
+func TestTuplesKept(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk")
+	for _, o := range []backend.Options{{}, {ReadOnly: true}} {
+		f, err := backend.Open(image, backend.Options{Size: 1 << 20, ReadOnly: o.ReadOnly})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := f.Tuples()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, want := make([]byte, 8), []byte{1, 2, 3, 4, 5, 6, 7, 8}
+		if !o.ReadOnly {
+			if err := p.WriteTuples(want, 2047); err != nil {
+				t.Fatal(err)
+			}
+		} else if err := p.ReadTuples(got, 2047); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("% x, %v", got, err)
+		} else if err := p.WriteTuples(want, 0); err == nil {
+			t.Error("written to a read-only file")
+		}
+		if err := errors.Join(p.Close(), f.Close()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestTuplesRefused(t *testing.T) {
+	dir := t.TempDir()
+	good := filepath.Join(dir, "good")
+	p, err := tuplesOf(t, good, backend.Options{BlockSize: 4096})
+	if err == nil {
+		err = errors.Join(p.WriteTuples(make([]byte, 8), 0), p.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	of4096, err := os.ReadFile(good + ".pi")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, v := range map[string]struct {
+		make func(path string) error
+		want string
+	}{
+		"other block size": {func(path string) error { return os.WriteFile(path, of4096, 0o600) }, "for blocks of 4096 bytes"},
+		"other file":       {func(path string) error { return os.WriteFile(path, []byte("notes"), 0o600) }, "not the protection information"},
+		"empty":            {func(path string) error { return os.WriteFile(path, nil, 0o600) }, "not the protection information"},
+		"directory":        {func(path string) error { return os.Mkdir(path, 0o700) }, "directory"},
+		"link":             {func(path string) error { return os.Symlink(good, path) }, "symbolic links"},
+	} {
+		path := filepath.Join(dir, name)
+		if err := v.make(path + ".pi"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tuplesOf(t, path, backend.Options{}); err == nil || !strings.Contains(err.Error(), path+".pi") || !strings.Contains(err.Error(), v.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

@@ -1,0 +1,212 @@
+package scsi
+
+import (
+	"bytes"
+	"encoding/binary"
+)
+
+// TupleSize is what the protection information of a logical block has (SBC-4
+// 4.21.3): LOGICAL BLOCK GUARD, the CRC of the data, LOGICAL BLOCK APPLICATION
+// TAG and LOGICAL BLOCK REFERENCE TAG, which is the end of its address.
+const TupleSize = 8
+
+// Protection keeps the protection information of a unit beside its Backend.
+// Tuples that were never written read as all FFh, the escape from checks (SBC-4
+// 4.21.3). Its methods may be called at the same time for different blocks.
+type Protection interface {
+	// ReadTuples and WriteTuples move len(p)/TupleSize tuples from block on.
+	ReadTuples(p []byte, block uint64) error
+	WriteTuples(p []byte, block uint64) error
+	// ClearTuples makes n tuples as if never written.
+	ClearTuples(block, n uint64) error
+	// Flush is as a Backend's.
+	Flush() error
+}
+
+// protectionCheck says which fields are checked.
+type protectionCheck uint8
+
+const (
+	checkGuard protectionCheck = 1 << iota
+	checkReference
+	checkAll = checkGuard | checkReference
+)
+
+// protectField is RDPROTECT, WRPROTECT, VRPROTECT or ORPROTECT; 6-byte commands
+// have none.
+func protectField(cdb []byte) byte {
+	if cdb[0]>>5 == 0 {
+		return 0
+	}
+	return cdb[1] >> 5
+}
+
+// protectChecks are the checks for each value of the field (SBC-4 tables of 5.17,
+// 5.42 and 5.35). The application tag is nobody's here but the initiator's, and is not
+// checked (VPD 86h, APP_CHK).
+var protectChecks = [...]protectionCheck{0: checkAll, 1: checkAll, 2: checkReference, 3: 0, 4: checkGuard, 5: checkAll}
+
+// escape is a tuple that is not checked.
+var escape = [TupleSize]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+
+// guardTable is of the CRC of LOGICAL BLOCK GUARD, of polynomial 8BB7h (SBC-4
+// 4.21.4).
+var guardTable = func() (t [256]uint16) {
+	for i := range t {
+		c := uint16(i) << 8
+		for range 8 {
+			if c&0x8000 != 0 {
+				c = c<<1 ^ 0x8bb7
+			} else {
+				c <<= 1
+			}
+		}
+		t[i] = c
+	}
+	return t
+}()
+
+// guard continues a CRC with p.
+func guard(c uint16, p []byte) uint16 {
+	for _, b := range p {
+		c = c<<8 ^ guardTable[byte(c>>8)^b]
+	}
+	return c
+}
+
+// makeTuples fills t for the blocks of data from lba on. The application tag is 0.
+func makeTuples(t, data []byte, lba uint64) {
+	size := len(data) / (len(t) / TupleSize)
+	for ; len(t) > 0; t, data, lba = t[TupleSize:], data[size:], lba+1 {
+		binary.BigEndian.PutUint16(t, guard(0, data[:size]))
+		binary.BigEndian.PutUint16(t[2:], 0)
+		binary.BigEndian.PutUint32(t[4:], uint32(lba))
+	}
+}
+
+// verifyTuples checks t against the blocks of data that start at off, each of size
+// bytes, the first at lba.
+func (k protectionCheck) verifyTuples(t []byte, data [][]byte, off, size int, lba uint64) error {
+	var block [8][]byte
+	for ; len(t) > 0; t, off, lba = t[TupleSize:], off+size, lba+1 {
+		if t[2] == 0xff && t[3] == 0xff {
+			continue // the application tag that stops checks of type 1
+		}
+		failed := func(s Sense) error {
+			s.Info, s.InfoValid = lba, true
+			return s
+		}
+		if k&checkGuard != 0 {
+			c := uint16(0)
+			for _, p := range clip(block[:0], data, off, size) {
+				c = guard(c, p)
+			}
+			if binary.BigEndian.Uint16(t) != c {
+				return failed(GuardCheckFailed)
+			}
+		}
+		if k&checkReference != 0 && binary.BigEndian.Uint32(t[4:]) != uint32(lba) {
+			return failed(ReferenceTagCheckFailed)
+		}
+	}
+	return nil
+}
+
+// readChecked is read with protection information, which it checks, and returns in
+// tuples unless that is nil.
+func (u *Unit) readChecked(iov [][]byte, lba uint64, tuples [][]byte, k protectionCheck) error {
+	u.tuples.RLock()
+	defer u.tuples.RUnlock()
+	off, bs := int64(lba)*u.blockSize, int(u.blockSize)
+	if err := u.try("read", off, func() (int, error) { return ReadVec(u.b, iov, off) }); err != nil {
+		return err
+	}
+	t := make([]byte, min(size(iov)/bs, 512)*TupleSize)
+	for done, n := 0, size(iov)/bs; done < n; {
+		part := t[:min(n-done, 512)*TupleSize]
+		at := lba + uint64(done)
+		if err := u.try("read", int64(at)*u.blockSize, func() (int, error) { return 0, u.cfg.Protection.ReadTuples(part, at) }); err != nil {
+			return err
+		}
+		if err := k.verifyTuples(part, iov, done*bs, bs, at); err != nil {
+			return err
+		}
+		scatter(clip(nil, tuples, min(done*TupleSize, size(tuples)), min(len(part), max(size(tuples)-done*TupleSize, 0))), part)
+		done += len(part) / TupleSize
+	}
+	return nil
+}
+
+// checkMedium reads n blocks from lba on and checks them.
+func (u *Unit) checkMedium(lba uint64, n int, k protectionCheck) error {
+	buf := getScratch()
+	defer putScratch(buf)
+	for per := len(*buf) / int(u.blockSize); n > 0; n, lba = n-per, lba+uint64(per) {
+		if err := u.readChecked([][]byte{(*buf)[:min(n, per)*int(u.blockSize)]}, lba, nil, k); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeChecked is write with protection information, which is checked, or made if
+// tuples is nil. What is checked is what is stored, whatever the initiator does to its
+// buffers meanwhile. It stops at the first block that is wrong.
+func (u *Unit) writeChecked(iov [][]byte, lba uint64, tuples [][]byte, k protectionCheck, durable bool) error {
+	buf := getScratch()
+	defer putScratch(buf)
+	bs, total := int(u.blockSize), size(iov)
+	for done := 0; done < total; {
+		part := (*buf)[:min(total-done, len(*buf))]
+		gather(part, clip(nil, iov, done, len(part)))
+		at, t := lba+uint64(done/bs), make([]byte, len(part)/bs*TupleSize)
+		if tuples == nil {
+			makeTuples(t, part, at)
+		} else {
+			gather(t, clip(nil, tuples, done/bs*TupleSize, len(t)))
+			if err := k.verifyTuples(t, [][]byte{part}, 0, bs, at); err != nil {
+				return err
+			}
+		}
+		err := u.storeProtected(part, t, at)
+		u.written.Add(1)
+		if err != nil {
+			return err
+		}
+		done += len(part)
+	}
+	if durable && u.cfg.Cache != Unsafe {
+		return u.flush()
+	}
+	return nil
+}
+
+// storeProtected writes blocks and their tuples. When this process ends in the middle,
+// the blocks are unchecked, not wrong.
+func (u *Unit) storeProtected(data, tuples []byte, lba uint64) error {
+	u.tuples.Lock()
+	defer u.tuples.Unlock()
+	off := int64(lba) * u.blockSize
+	return u.try("write", off, func() (int, error) {
+		if err := u.cfg.Protection.WriteTuples(bytes.Repeat(escape[:], len(tuples)/TupleSize), lba); err != nil {
+			return 0, err
+		}
+		if n, err := WriteVec(u.b, [][]byte{data}, off); err != nil {
+			return n, err
+		}
+		return 0, u.cfg.Protection.WriteTuples(tuples, lba)
+	})
+}
+
+// protected returns the protection information buffer of n blocks, nil if there is none to
+// transfer: the transport then makes and takes it away, as a host bus adapter does.
+func (tk *task) protected(buffers [][]byte, n int) ([][]byte, error) {
+	if protectField(tk.CDB) == 0 || len(buffers) == 0 {
+		return nil, nil
+	}
+	if size(buffers) < n*TupleSize {
+		tk.overrun = true
+		return nil, InvalidFieldInIU
+	}
+	return buffers, nil
+}
