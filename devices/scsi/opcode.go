@@ -117,6 +117,7 @@ func init() {
 			{name: "PERSISTENT RESERVE OUT, PREEMPT", usage: "\x5f\x04\xff\x00\x00" + lba4 + "\x00", dir: DataOut, flags: always, run: persistentReserveOut},
 			{name: "PERSISTENT RESERVE OUT, PREEMPT AND ABORT", usage: "\x5f\x05\xff\x00\x00" + lba4 + "\x00", dir: DataOut, flags: always, run: persistentReserveOut},
 			{name: "PERSISTENT RESERVE OUT, REGISTER AND IGNORE EXISTING KEY", usage: "\x5f\x06\x00\x00\x00" + lba4 + "\x00", dir: DataOut, flags: always, run: persistentReserveOut},
+			{name: "PERSISTENT RESERVE OUT, REGISTER AND MOVE", usage: "\x5f\x07\x00\x00\x00" + lba4 + "\x00", dir: DataOut, flags: always, run: registerAndMove},
 		}},
 		0x83: {name: "EXTENDED COPY", actions: []opcode{
 			{name: "EXTENDED COPY(LID1)", usage: "\x83\x00" + zeros4 + zeros4 + lba4 + "\x00\x00", dir: DataOut, flags: writes, run: extendedCopy},

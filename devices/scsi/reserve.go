@@ -1,6 +1,7 @@
 package scsi
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -136,6 +137,7 @@ const (
 	prPreempt         = 0x04
 	prPreemptAndAbort = 0x05
 	prRegisterIgnore  = 0x06
+	prRegisterAndMove = 0x07
 )
 
 // reserveOut is a PERSISTENT RESERVE OUT command.
@@ -145,6 +147,10 @@ type reserveOut struct {
 	nexus       NexusID
 	key, newKey uint64 // RESERVATION KEY and SERVICE ACTION RESERVATION KEY
 	aptpl       bool
+	// Of REGISTER AND MOVE.
+	to         NexusID
+	unregister bool
+	invalid    error // what is wrong with the rest of the parameter list
 }
 
 // scope checks SCOPE and TYPE of a command that makes a reservation, and returns
@@ -224,32 +230,59 @@ func (p persistent) apply(r reserveOut) (reserved, error) {
 		o.remove(r.nexus, ReservationsPreempted, func(registration) bool { return true })
 	case prPreempt, prPreemptAndAbort:
 		err = o.preempt(r)
+	case prRegisterAndMove:
+		err = o.move(r)
 	default:
 		o.aptpl = r.aptpl
-		err = o.register(r, own)
+		err = o.register(r.nexus, r.newKey)
 	}
 	return o, err
 }
 
 // register is REGISTER and REGISTER AND IGNORE EXISTING KEY (SPC-5 5.14.7,
-// 5.14.11.3). own is the key of the I_T nexus.
-func (o *reserved) register(r reserveOut, own uint64) error {
+// 5.14.11.3) of an I_T nexus.
+func (o *reserved) register(id NexusID, key uint64) error {
+	own := o.key(id)
 	switch {
-	case r.newKey == 0 && own == 0:
-	case r.newKey == 0:
+	case key == 0 && own == 0:
+	case key == 0:
 		kind := o.kind
-		o.remove(r.nexus, Sense{}, func(g registration) bool { return g.nexus == r.nexus })
+		o.remove(id, Sense{}, func(g registration) bool { return g.nexus == id })
 		if kind.forRegistrants() && o.kind == 0 {
-			o.released(r.nexus)
+			o.released(id)
 		}
 	case own == 0 && len(o.registered) == maxRegistrations:
 		return InsufficientRegistrations
 	case own == 0:
-		o.registered = append(slices.Clip(o.registered), registration{r.nexus, r.newKey})
+		o.registered = append(slices.Clip(o.registered), registration{id, key})
 	default:
 		o.registered = slices.Clone(o.registered)
-		i := slices.IndexFunc(o.registered, func(g registration) bool { return g.nexus == r.nexus })
-		o.registered[i].key = r.newKey
+		i := slices.IndexFunc(o.registered, func(g registration) bool { return g.nexus == id })
+		o.registered[i].key = key
+	}
+	return nil
+}
+
+// move is REGISTER AND MOVE (SPC-5 5.14.8): the holder registers another I_T nexus and
+// makes that the holder.
+func (o *reserved) move(r reserveOut) error {
+	switch {
+	case !o.holds(r.nexus) || o.kind.allRegistrants():
+		return errReservationConflict
+	case r.newKey == 0:
+		return invalidParam(8)
+	case r.invalid != nil:
+		return r.invalid
+	case r.to == r.nexus:
+		return invalidParam(24)
+	}
+	if err := o.register(r.to, r.newKey); err != nil {
+		return err
+	}
+	o.reserves(o.kind, r.to)
+	o.aptpl = r.aptpl
+	if r.unregister {
+		return o.register(r.nexus, 0)
 	}
 	return nil
 }
@@ -311,6 +344,36 @@ func (o *reserved) preempt(r reserveOut) error {
 		o.released(r.nexus)
 	}
 	return nil
+}
+
+// registerAndMove is PERSISTENT RESERVE OUT with REGISTER AND MOVE (SPC-5 6.17.4).
+func registerAndMove(tk *task) error {
+	const header, at = 24, 24 // of the parameter list, and where the TransportID is
+	be, idLen := binary.BigEndian, len(transportID(0))
+	n := int(be.Uint32(tk.CDB[5:]))
+	if n < header || n > header+256 {
+		return ParameterListLength
+	}
+	b, err := tk.parameters(n)
+	if err != nil {
+		return err
+	}
+	r := reserveOut{action: prRegisterAndMove, nexus: tk.Nexus, key: be.Uint64(b), newKey: be.Uint64(b[8:]), aptpl: b[17]&0x01 != 0, unregister: b[17]&0x02 != 0}
+	switch {
+	case int(be.Uint32(b[20:])) != n-header:
+		return ParameterListLength
+	case r.aptpl && tk.u.cfg.Reservations == nil:
+		r.invalid = invalidParam(17)
+	case be.Uint16(b[18:]) != relativePort:
+		r.invalid = invalidParam(18)
+	case n != header+idLen:
+		r.invalid = invalidParam(at)
+	default:
+		if r.to = NexusID(be.Uint64(b[at+4:])); !bytes.Equal(b[at:], transportID(r.to)) {
+			r.invalid = invalidParam(at)
+		}
+	}
+	return tk.u.set.reserveOut(tk, r)
 }
 
 // persistentReserveOut is PERSISTENT RESERVE OUT (SPC-5 6.17).
@@ -570,12 +633,15 @@ func readFullStatus(tk *task) error {
 			d[13] = byte(p.kind)
 		}
 		id := transportID(r.nexus)
-		d[19] = 1 // RELATIVE TARGET PORT IDENTIFIER
+		d[19] = relativePort
 		binary.BigEndian.PutUint32(d[20:], uint32(len(id)))
 		b = append(append(b, d...), id...)
 	}
 	return tk.replyReservations(p, b)
 }
+
+// relativePort is the RELATIVE TARGET PORT IDENTIFIER of the one port there is.
+const relativePort = 1
 
 // transportID is a TransportID for an I_T nexus: that of a SAS initiator port
 // (SPC-5 7.6.4.8) whose address is locally assigned (NAA 3h) and the number of

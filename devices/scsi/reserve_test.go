@@ -323,7 +323,7 @@ func TestReserveOutRefusals(t *testing.T) {
 	at(c.do(1, cdb(prRegister, 0, 28), append(parameters(key, 1, 0x08), 0, 0, 0, 0), 0, "CHECK 5/26/00"), 0x80, 0, 20) // with TransportIDs
 	at(c.do(1, cdb(prRegister, 0, 24), parameters(key, 1, 0x01), 0, "CHECK 5/26/00"), 0x80, 0, 20)                     // APTPL
 	at(c.do(1, cdb(prIgnore, 0, 24), parameters(key, 1, 0x01), 0, "CHECK 5/26/00"), 0x80, 0, 20)                       // likewise
-	at(c.do(1, cdb(7, 0, 24), parameters(key, 1, 0), 0, "CHECK 5/24/00"), 0xcc, 0, 1)                                  // REGISTER AND MOVE
+	at(c.do(1, cdb(8, 0, 24), parameters(key, 1, 0), 0, "CHECK 5/24/00"), 0xcc, 0, 1)                                  // REPLACE LOST RESERVATION
 	at(c.do(1, []byte{0x5e, 4, 0, 0, 0, 0, 0, 1, 0, 0}, nil, 256, "CHECK 5/24/00"), 0xcc, 0, 1)                        // of PERSISTENT RESERVE IN
 	c.do(1, cdb(prReserve, we, 24), parameters(key, 0, 0x01), 0, "GOOD")                                               // APTPL is for registrations
 	c.do(1, cdb(prRegister, 0, 24), parameters(key, key, 0x04), 0, "GOOD")                                             // ALL_TG_PT
@@ -624,6 +624,67 @@ func TestTooManyRegistrations(t *testing.T) {
 	c.out(2000, prRegister, 0, 0, 1, "GOOD")
 }
 
+// moveTo is the parameter list of REGISTER AND MOVE.
+func moveTo(key, newKey uint64, flags byte, port uint16, to scsi.NexusID) []byte {
+	be := binary.BigEndian
+	b := be.AppendUint64(be.AppendUint64(nil, key), newKey)
+	b = be.AppendUint16(append(b, 0, flags), port)
+	b = append(be.AppendUint32(b, 24), 6, 0, 0, 0)
+	return append(be.AppendUint64(b, 3<<60|uint64(to)), make([]byte, 12)...)
+}
+
+// TestRegisterAndMove hands a reservation to an I_T nexus that need not have registered (SPC-5 5.14.8).
+func TestRegisterAndMove(t *testing.T) {
+	c := newCluster(t, scsi.UnitConfig{})
+	move := func(n scsi.NexusID, list []byte, want string) scsitest.Answer {
+		t.Helper()
+		return c.do(n, []byte{0x5f, 7, 0, 0, 0, 0, 0, byte(len(list) >> 8), byte(len(list)), 0}, list, 0, want)
+	}
+	c.keys(2)
+	move(1, moveTo(0x11, 0x33, 0, 1, 3), "CONFLICT") // nothing is reserved
+	c.out(1, prReserve, we, 0x11, 0, "GOOD")
+	for _, tt := range []struct {
+		nexus scsi.NexusID
+		list  []byte
+		want  string
+		at    byte
+	}{
+		{3, moveTo(0, 0x33, 0, 1, 3), "CONFLICT", 0},                                                                     // not registered
+		{1, moveTo(0x12, 0x33, 0, 1, 3), "CONFLICT", 0},                                                                  // another key
+		{2, moveTo(0x22, 0x33, 0, 1, 3), "CONFLICT", 0},                                                                  // not the holder
+		{2, moveTo(0x22, 0, 0, 9, 2), "CONFLICT", 0},                                                                     // whatever else is wrong
+		{1, moveTo(0x11, 0, 0, 9, 3), "CHECK 5/26/00", 8},                                                                // no key
+		{1, moveTo(0x11, 0x33, 1, 1, 3), "CHECK 5/26/00", 17},                                                            // APTPL
+		{1, moveTo(0x11, 0x33, 0, 2, 3), "CHECK 5/26/00", 18},                                                            // another target port
+		{1, moveTo(0x11, 0x33, 0, 1, 1), "CHECK 5/26/00", 24},                                                            // itself
+		{1, append(moveTo(0x11, 0x33, 0, 1, 3)[:24:24], append([]byte{5}, make([]byte, 23)...)...), "CHECK 5/26/00", 24}, // a TransportID of iSCSI
+		{1, moveTo(0x11, 0x33, 0, 1, 3)[:40], "CHECK 5/1a/00", 0},
+		{1, moveTo(0x11, 0x33, 0, 1, 3)[:20], "CHECK 5/1a/00", 0},
+		{1, make([]byte, 512), "CHECK 5/1a/00", 0},
+	} {
+		if a := move(tt.nexus, tt.list, tt.want); tt.at > 0 && !bytes.Equal(a.Sense[15:18], []byte{0x80, 0, tt.at}) {
+			t.Errorf("% x: field pointer % x, want %d", tt.list, a.Sense[15:18], tt.at)
+		}
+	}
+	c.in(1, 1, "00000002 00000010 0000000000000011 00000000 00 01 0000")
+
+	// To one that is not registered; the mover stays registered.
+	move(1, moveTo(0x11, 0x33, 0, 1, 3), "GOOD")
+	c.in(1, 0, "00000003 00000018 0000000000000011 0000000000000022 0000000000000033")
+	c.in(1, 1, "00000003 00000010 0000000000000033 00000000 00 01 0000")
+	c.do(1, cdb10(0x2a, 0, 0, 1), make([]byte, block), 0, "CONFLICT")
+	c.do(3, cdb10(0x2a, 0, 0, 1), make([]byte, block), 0, "GOOD")
+	// To one that is, with UNREG: its key changes and the mover's goes.
+	move(3, moveTo(0x33, 0x44, 2, 1, 2), "GOOD")
+	c.in(1, 0, "00000004 00000010 0000000000000011 0000000000000044")
+	c.in(1, 1, "00000004 00000010 0000000000000044 00000000 00 01 0000")
+	c.attention("", "", "")
+	// A reservation of all registrants has no one holder to move it from.
+	c.out(2, prRelease, we, 0x44, 0, "GOOD")
+	c.out(2, prReserve, wear, 0x44, 0, "GOOD")
+	move(2, moveTo(0x44, 0x55, 0, 1, 3), "CONFLICT")
+}
+
 // TestReserveOpcodes asks REPORT SUPPORTED OPERATION CODES for every command
 // that reserves.
 func TestReserveOpcodes(t *testing.T) {
@@ -648,7 +709,8 @@ func TestReserveOpcodes(t *testing.T) {
 		{2, 0x5f, 4, "00 03 000a 5f 04 ff 00 00 ff ff ff ff 00"},
 		{2, 0x5f, 5, "00 03 000a 5f 05 ff 00 00 ff ff ff ff 00"},
 		{2, 0x5f, 6, "00 03 000a 5f 06 00 00 00 ff ff ff ff 00"},
-		{2, 0x5f, 7, "00 01 0000"},
+		{2, 0x5f, 7, "00 03 000a 5f 07 00 00 00 ff ff ff ff 00"},
+		{2, 0x5f, 8, "00 01 0000"},
 	} {
 		a := c.do(1, []byte{0xa3, 0x0c, tt.option, tt.op, 0, tt.action, 0, 0, 0, 64, 0, 0}, nil, 64, "GOOD")
 		if got := hex.EncodeToString(a.Data[:64-int(a.Residual)]); got != strings.ReplaceAll(tt.want, " ", "") {

@@ -126,7 +126,11 @@ sg_persist --out --register-ignore --param-sark=0xdef /dev/sg0
 sg_persist --in --read-keys /dev/sg0
 sg_persist --out --clear --param-rk=0xdef /dev/sg0
 sg_persist --in --read-full-status /dev/sg0
-5 sg_persist --out --register --param-sark=1 --param-aptpl /dev/sg1`,
+5 sg_persist --out --register --param-sark=1 --param-aptpl /dev/sg1
+sg_persist --out --register --param-sark=0xabc /dev/sg0
+sg_persist --out --reserve --param-rk=0xabc --prout-type=5 /dev/sg0
+sg_persist --out --register-move --param-rk=0xabc --param-sark=0x123 --relative-target-port=1 --transport-id=sas,3000000000000005 /dev/sg0
+sg_persist --in --read-full-status /dev/sg0`,
 	"luns": `
 sg_luns /dev/sg0
 sg_luns --select=0 /dev/sg0
