@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -24,14 +25,15 @@ func TestFio(t *testing.T) {
 	var args []string
 	job := ""
 	for i, options := range []string{"", ",cache=writethrough", ",block_size=4096", ",pi=1"} {
-		args = append(args, "--disk", diskFile(t, make([]byte, 8<<20))+options)
-		job += fmt.Sprintf("[lun%d]\nfilename=/dev/sd%c\noffset=%dk\nrandseed=%d\n", i, 'a'+i, 4*i, 7+i)
+		args = append(args, "--disk", diskFile(t, make([]byte, 8<<20))+options) // half of it for each job
+		for j, rw := range []string{"randwrite", "randtrimwrite"} {
+			job += fmt.Sprintf("[lun%d-%s]\nfilename=/dev/sd%c\noffset=%dk\nrandseed=%d\nrw=%s\n", i, rw, 'a'+i, 4096*j, 7+i, rw)
+		}
 	}
 	g := guest{kernel: theLab(t).Debian, hostPrograms: []string{hostProgram(t, "fio", "fio")}, script: `
 wait_for /dev/sdd
 cat >/tmp/job <<-END
 [global]
-rw=randrw
 size=4m
 bsrange=4k-128k
 blockalign=4k
@@ -41,10 +43,6 @@ thread
 fsync=16
 verify=crc32c
 verify_fatal=1
-verify_backlog=64
-trim_percentage=25
-trim_verify_zero=1
-trim_backlog=16
 ` + job + `
 END
 fio --output=/tmp/out /tmp/job >/tmp/errors 2>&1
@@ -55,7 +53,7 @@ klog
 `}
 	r := g.run(t, append(args, "--cpus", "2")...)
 	r.wantStatus(t, 0)
-	r.want(t, map[string]string{"fio": "0 4", "trims-a": "1", "trims-b": "1", "trims-c": "1", "trims-d": "1"})
+	r.want(t, map[string]string{"fio": "0 8", "trims-a": "1", "trims-b": "1", "trims-c": "1", "trims-d": "1"})
 	r.kernelLog(t, 1)
 }
 
@@ -113,13 +111,14 @@ func TestNBD(t *testing.T) {
 		t.Fatalf("%v: modprobe nbd", err)
 	}
 	nbd, file := hostProgram(t, "qemu-nbd", "qemu-utils"), diskFile(t, content("nbd", 4<<20))
+	socket := filepath.Join(t.TempDir(), "socket") // there may be no /var/lock
 	run := func(args ...string) {
 		t.Helper()
 		if out, err := exec.Command(nbd, args...).CombinedOutput(); err != nil {
 			t.Fatalf("qemu-nbd %v: %v\n%s", args, err, out)
 		}
 	}
-	run("--format=raw", "--discard=unmap", "--fork", "--connect=/dev/nbd0", file)
+	run("--format=raw", "--fork", "--socket="+socket, "--connect=/dev/nbd0", file)
 	disconnected := false
 	disconnect := func() {
 		if !disconnected {
@@ -134,15 +133,13 @@ say size $(cat /sys/block/sda/size)
 say sum $(sum /dev/sda)
 yes gvm | head -c 65536 >/tmp/data
 dd if=/tmp/data of=/dev/sda bs=64k seek=3 conv=fsync 2>/dev/null && say written
-blkdiscard -o 1048576 -l 1048576 /dev/sda && say discarded
 klog
 `}.run(t, "--disk", "/dev/nbd0")
 	r.wantStatus(t, 0)
 	want := content("nbd", 4<<20)
-	r.want(t, map[string]string{"size": "8192", "sum": sum(want), "written": "", "discarded": ""})
+	r.want(t, map[string]string{"size": "8192", "sum": sum(want), "written": ""})
 	r.kernelLog(t, 1)
 	disconnect()
 	copy(want[3<<16:], strings.Repeat("gvm\n", 1<<14))
-	clear(want[1<<20 : 2<<20])
 	wantFile(t, file, 0, want)
 }

@@ -49,6 +49,10 @@ func TestProtection(t *testing.T) {
 	if r.dev.Features()&featureProtection == 0 {
 		t.Error("VIRTIO_SCSI_F_T10_PI is not offered")
 	}
+	// Linux has up to seg_max segments of data, and as many of protection information.
+	if n := binary.LittleEndian.Uint32(r.dev.Config()[4:]); n != 127 || 2*n+2 > uint32(r.dev.QueueSizes()[2]) {
+		t.Errorf("seg_max %d", n)
+	}
 	do := func(h, out []byte, in int) (code, status byte, sense, rest []byte, resid uint32) {
 		t.Helper()
 		cuts := func(n int, at ...int) []int { return slices.DeleteFunc(at, func(i int) bool { return i > n }) }

@@ -145,10 +145,14 @@ func (d *Device) QueueSizes() []uint16 {
 // Config implements virtio.Device.
 func (d *Device) Config() []byte {
 	ring := uint32(d.cfg.RingSize)
+	segments := ring - 2 // beside the data, header and response take a descriptor each
+	if d.cfg.Protection {
+		segments /= 2 // protection information may have as many
+	}
 	b := make([]byte, 0, configLen)
 	for _, v := range []uint32{
 		uint32(d.cfg.Queues), // num_queues
-		ring - 2,             // seg_max: beside the data, header and response take a descriptor each
+		segments,             // seg_max
 		0xffff,               // max_sectors
 		ring,                 // cmd_per_lun
 		eventLen,             // event_info_size
