@@ -131,7 +131,9 @@ func (u *Unit) readChecked(iov [][]byte, lba uint64, tuples [][]byte, k protecti
 		if err := k.verifyTuples(part, iov, done*bs, bs, at); err != nil {
 			return err
 		}
-		scatter(clip(nil, tuples, min(done*TupleSize, size(tuples)), min(len(part), max(size(tuples)-done*TupleSize, 0))), part)
+		if tuples != nil {
+			scatter(clip(nil, tuples, done*TupleSize, len(part)), part)
+		}
 		done += len(part) / TupleSize
 	}
 	return nil

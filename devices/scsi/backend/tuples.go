@@ -69,7 +69,11 @@ func (b *File) Tuples() (*Tuples, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := t.check(f); err != nil {
+	err = t.check(f)
+	if err == nil && !t.readOnly {
+		err = t.cut(f, uint64(b.Size()/b.blockSize))
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", t.path, err), f.Close())
 	}
 	t.f = f
@@ -100,6 +104,15 @@ func (t *Tuples) check(f *os.File) error {
 		return fmt.Errorf("%w: it is for blocks of %d bytes", ErrTuples, binary.BigEndian.Uint32(got[len(tuplesMagic):]))
 	}
 	return ErrTuples
+}
+
+// cut drops the tuples of blocks that an image which got smaller has no more.
+func (t *Tuples) cut(f *os.File, blocks uint64) error {
+	fi, err := f.Stat()
+	if err != nil || fi.Size() <= tupleOffset(blocks) {
+		return err
+	}
+	return f.Truncate(tupleOffset(blocks))
 }
 
 // file returns the file, and makes it if there is none and make is set.

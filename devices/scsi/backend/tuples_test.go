@@ -103,6 +103,39 @@ func TestTuplesKept(t *testing.T) {
 	}
 }
 
+// TestTuplesCut: an image that got smaller and larger again has no old tuples.
+func TestTuplesCut(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk")
+	open := func(size int64) (*backend.File, *backend.Tuples) {
+		t.Helper()
+		f, err := backend.Open(image, backend.Options{Size: size})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := f.Tuples()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f, p
+	}
+	f, p := open(1 << 20)
+	if err := errors.Join(p.WriteTuples(bytes.Repeat([]byte{7}, 8*2048), 0), p.Close(), f.Close(), os.Truncate(image, 512<<10)); err != nil {
+		t.Fatal(err)
+	}
+	f, p = open(512 << 10)
+	if err := errors.Join(p.Close(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	f, p = open(1 << 20)
+	got := make([]byte, 8*2048)
+	if err := p.ReadTuples(got, 0); err != nil || !bytes.Equal(got[:8*1024], bytes.Repeat([]byte{7}, 8*1024)) || !bytes.Equal(got[8*1024:], bytes.Repeat([]byte{0xff}, 8*1024)) {
+		t.Errorf("%v, or wrong tuples", err)
+	}
+	if err := errors.Join(p.Close(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestTuplesRefused(t *testing.T) {
 	dir := t.TempDir()
 	good := filepath.Join(dir, "good")
