@@ -3,6 +3,7 @@ package scsi
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"math"
 )
 
@@ -446,7 +447,11 @@ func unmap(tk *task) error {
 		if blocks == 0 {
 			continue
 		}
-		if err := u.discard(lba, blocks); err != nil {
+		err := u.discard(lba, blocks)
+		if errors.Is(err, errors.ErrUnsupported) {
+			err = u.zero(lba, blocks, false) // as LBPRZ promises
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -52,6 +52,26 @@ func TestErrors(t *testing.T) {
 	}
 }
 
+// TestDiscardUnsupported: a backend that cannot discard after all has zeroes written.
+func TestDiscardUnsupported(t *testing.T) {
+	for _, v := range []struct{ cdb, out []byte }{
+		{cdb10(0x42, 0, 0, 24), []byte{0, 22, 0, 16, 23: 0, 19: 1}},
+		{cdb16(0x93, 9, 0, 1), nil},
+	} {
+		var reported []error
+		f := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpDiscard | backend.OpZero, Err: errors.ErrUnsupported})
+		target := attach(t, scsi.UnitConfig{Backend: f, OnError: func(err error) { reported = append(reported, err) }})
+		expect(t, target, cdb10(0x2a, 0, 0, 2), filled(1, 2), 0, "GOOD")
+		expect(t, target, v.cdb, v.out, 0, "GOOD")
+		if a := expect(t, target, cdb10(0x28, 0, 0, 2), nil, 2*block, "GOOD"); !bytes.Equal(a.Data[:block], make([]byte, block)) || !bytes.Equal(a.Data[block:], filled(1, 2)[block:]) {
+			t.Errorf("%s: wrong data", scsi.OpcodeName(v.cdb))
+		}
+		if len(reported) > 0 {
+			t.Errorf("%s: OnError got %v", scsi.OpcodeName(v.cdb), reported)
+		}
+	}
+}
+
 // TestRetry: what failed is done again for as long as Retry wants it, other than a flush.
 func TestRetry(t *testing.T) {
 	unmap := []byte{0, 22, 0, 16, 23: 0, 19: 1}
