@@ -49,7 +49,15 @@ type Config struct {
 
 	Note  func(string)    // one-line remarks for the user; nil drops them
 	Stamp func(code byte) // what the guest writes to port 0x80; nil drops it
+	// Phase is told when each phase of building the machine is over, and at last,
+	// on the thread of the first vCPU, that the guest is entered; nil: nobody is. A
+	// reboot has the same phases again.
+	Phase func(name string)
 }
+
+// Entered is the last phase: the first vCPU is about to run the guest's first
+// instruction.
+const Entered = "first instruction"
 
 // PowerCycler is a virtio.Device with state behind it that a power cycle of the
 // machine resets; PowerOn is called before each life of the machine.

@@ -73,10 +73,23 @@ func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
 			err = errors.Join(err, m.close())
 		}
 	}()
-	for _, step := range []func() error{m.createVM, m.addPlatform, m.addPCI, m.loadKernel, m.createCPUs} {
-		if err := step(); err != nil {
+	if m.cfg.Phase == nil {
+		m.cfg.Phase = func(string) {}
+	}
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"virtual machine and memory", m.createVM},
+		{"platform", m.addPlatform},
+		{"PCI devices", m.addPCI},
+		{"ACPI tables, kernel, initrd", m.loadKernel},
+		{"CPUs", m.createCPUs},
+	} {
+		if err := step.do(); err != nil {
 			return nil, err
 		}
+		m.cfg.Phase(step.name)
 	}
 	return m, nil
 }

@@ -122,6 +122,9 @@ func (m *machine) runCPU(index int, c *kvmapi.VCPU) (err error) {
 			m.end(Outcome{Ending: Bug, Err: fmt.Errorf("vCPU %d: %v", index, r), Report: string(debug.Stack())})
 		}
 	}()
+	if index == 0 {
+		m.cfg.Phase(Entered)
+	}
 	for !m.stop.Load() {
 		if p := m.cfg.Pauser; p != nil && p.wanted.Load() {
 			if err := p.park(m, c); err != nil {

@@ -50,6 +50,7 @@ type runConfig struct {
 	traceFile   string
 	name        string      // "": one made of the PID
 	trace       *trace.File // nil: none
+	timing      *timing     // nil: none
 }
 
 // requestQueues is how many request queues the SCSI device has.
@@ -104,6 +105,7 @@ EXAMPLES
 			&cli.DurationFlag{Name: "timeout", Usage: "stop the guest after `DURATION`, such as 90s, with status 124"},
 			&cli.StringFlag{Name: "name", Usage: "`NAME` of the machine for gvm list and gvm disk (default: gvm-PID)"},
 			&cli.StringFlag{Name: "trace", Usage: "record every SCSI request in `FILE`, for gvm trace", TakesFile: true},
+			&cli.BoolFlag{Name: "timing", Usage: "print at the end what took how long, with what the guest wrote to port 0x80"},
 			&cli.StringFlag{Name: "vhost-abi", Usage: "accept version `N|any` of the kernel's vhost-scsi interface, whatever gvm is written for"},
 			&cli.IntFlag{Name: "queues", Usage: "`N` virtio-scsi request queues (default: one per CPU)"},
 		},
@@ -132,6 +134,9 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		queues:      c.Int("queues"),
 		traceFile:   c.String("trace"),
 		name:        c.String("name"),
+	}
+	if c.Bool("timing") {
+		rc.timing = newTiming()
 	}
 	if c.IsSet("kernel") && rc.kernel == "" {
 		return rc, errors.New("--kernel: the path is empty")
@@ -278,6 +283,8 @@ func run(rc runConfig) (err error) {
 		KernelCache: boot.CacheDir(),
 		Rebooting:   rc.reboot,
 		Note:        note,
+		Stamp:       rc.timing.stamp,
+		Phase:       rc.timing.phase,
 	}
 	for _, path := range rc.initrds {
 		f, err := boot.OpenFile(path)
@@ -369,11 +376,14 @@ func run(rc runConfig) (err error) {
 	}
 	defer func() { err = errors.Join(err, t.close()) }()
 	cfg.Console = t
+	rc.timing.phase("files, disks, control socket")
 	out, err := vmm.Run(ctx, sys, cfg)
 	if err != nil {
 		return err
 	}
 	started = true
+	rc.timing.phase("the guest's run")
+	rc.timing.print()
 	return ended(out)
 }
 

@@ -1,0 +1,64 @@
+package main
+
+import (
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"gvm/vmm"
+)
+
+var timingLine = regexp.MustCompile(`(?m)^gvm: timing +(\d+\.\d{3}) +(\d+\.\d{3})  (.*)$`)
+
+// TestTiming: every phase is there, in order, and the parts are the whole.
+func TestTiming(t *testing.T) {
+	began := time.Now()
+	r := gvmRuns(t, command(t, "run", "--timing"))
+	total := ms(time.Since(began))
+	if r.status != 0 {
+		t.Fatalf("status %d\n%s", r.status, r.errs)
+	}
+	var names []string
+	sum, last := 0.0, 0.0
+	for _, m := range timingLine.FindAllStringSubmatch(r.errs, -1) {
+		took, err1 := strconv.ParseFloat(m[1], 64)
+		at, err2 := strconv.ParseFloat(m[2], 64)
+		if err1 != nil || err2 != nil || at < last {
+			t.Errorf("%q after %v", m[0], last)
+		}
+		names = append(names, m[3])
+		sum, last = sum+took, at
+	}
+	want := []string{"program start, command line", "files, disks, control socket", "virtual machine and memory",
+		"platform", "PCI devices", "ACPI tables, kernel, initrd", "CPUs", vmm.Entered, "the guest's run"}
+	if !slices.Equal(names, want) {
+		t.Errorf("phases %q, want %q", names, want)
+	}
+	if diff := sum - last; diff < -0.1 || diff > 0.1 || last > total {
+		t.Errorf("the phases add up to %.3f ms, the last ends at %.3f, the process took %.3f", sum, last, total)
+	}
+	if r := gvmRuns(t, command(t, "run")); strings.Contains(r.errs, "timing") {
+		t.Errorf("unasked:\n%s", r.errs)
+	}
+}
+
+func TestTimingStamps(t *testing.T) {
+	x := newTiming()
+	for _, code := range []byte{0x40, 0x41, 0x41, 0x00, 0x40} {
+		x.stamp(code)
+	}
+	var names []string
+	for _, m := range x.marks[1:] {
+		names = append(names, m.name)
+	}
+	if want := []string{"guest stamp 0x40", "guest stamp 0x41", "guest stamp 0x00"}; !slices.Equal(names, want) {
+		t.Errorf("%q, want %q", names, want)
+	}
+	var none *timing
+	none.stamp(1)
+	none.phase("x")
+	none.print()
+}
