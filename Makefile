@@ -51,6 +51,7 @@ conformance: ## libiscsi's suite in Linux guests on gvm's, the kernel's and QEMU
 	$(GO) test -run '^$$' -bench BenchmarkConformance -benchtime 1x -timeout 60m -v ./guest-tests/linux
 
 bench: ## host-side benchmarks, then boot times in the lab
+	$(GO) run ./cmd/gvm bench disk
 	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
 	$(GO) test -run '^$$' -bench 'Boot|Disk' -timeout 60m ./guest-tests/linux
 

@@ -49,7 +49,7 @@ func app() *cli.App {
 		Version: version,
 		Description: `gvm run boots a kernel in a virtual machine on this terminal; without any
 argument it boots a small guest of its own and so shows that all works.`,
-		Commands:                  []*cli.Command{runCommand(), listCommand(), diskCommand(), pauseCommand(), resumeCommand(), imageCommand(), doctorCommand(), traceCommand(), replayCommand(), lioCommand(), abiCommand(), completionCommand(), exitStatusCommand()},
+		Commands:                  []*cli.Command{runCommand(), listCommand(), diskCommand(), pauseCommand(), resumeCommand(), imageCommand(), doctorCommand(), benchCommand(), traceCommand(), replayCommand(), lioCommand(), abiCommand(), completionCommand(), exitStatusCommand()},
 		EnableBashCompletion:      true,
 		DisableSliceFlagSeparator: true,
 		HideHelpCommand:           false,

@@ -34,6 +34,7 @@ func TestHelp(t *testing.T) {
 		{[]string{"help", "pause"}, "gvm pause build"},
 		{[]string{"help", "resume"}, "error=enospc-stop|gvm resume build"},
 		{[]string{"help", "abi"}, "gvm abi diff 6.1.json 6.12.json|--json"},
+		{[]string{"bench", "disk", "--help"}, "gvm bench disk --depth 32|--rounds"},
 		{[]string{"help", "doctor"}, "FAIL|exit status"},
 		{[]string{"help", "completion"}, "source <(gvm completion bash)"},
 		{[]string{"help", "exit-status"}, exitStatusHelp},
@@ -138,7 +139,7 @@ func TestCompletion(t *testing.T) {
 		want  []string
 	}{
 		{[]string{"gvm", "ru"}, []string{"run"}},
-		{[]string{"gvm", ""}, []string{"abi", "completion", "disk", "doctor", "exit-status", "h", "help", "image", "lio", "list", "pause", "replay", "resume", "run", "trace"}},
+		{[]string{"gvm", ""}, []string{"abi", "bench", "completion", "disk", "doctor", "exit-status", "h", "help", "image", "lio", "list", "pause", "replay", "resume", "run", "trace"}},
 		{[]string{"gvm", "run", "--ker"}, []string{"--kernel"}},
 		{[]string{"gvm", "run", "--cpus", "2", "--mem"}, []string{"--memory"}},
 		{[]string{"gvm", "run", "--cpu"}, []string{"--cpu-features", "--cpus"}},

@@ -1,0 +1,344 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/virtio/ringbench"
+	"gvm/devices/virtio/vscsi"
+)
+
+func benchCommand() *cli.Command {
+	usage := func(_ *cli.Context, err error, _ bool) error { return usageError{err} }
+	disk := &cli.Command{
+		Name:         "disk",
+		Usage:        "measure the path from the ring to the storage and back, without a guest",
+		ArgsUsage:    " ",
+		OnUsageError: usage,
+		Description: `Random reads go through rings, doorbells and interrupts to gvm's SCSI target and its
+storage: nothing (null), memory (mem), and an image under $TMPDIR that is in the
+page cache (file), or the image of --disk, which is only read. Beside them, in the
+same round, fio reads the same file by io_uring, which is about what the host can
+do, and by pread with one request in flight; without fio those rows are missing.
+
+All figures are medians of the rounds, with the lowest and the highest in
+brackets. CPU is that of the whole process, the driver's part included. The last
+column is the median of file's requests per second divided by io_uring's of the
+same round.
+
+EXAMPLES
+   gvm bench disk
+   gvm bench disk --depth 32 --size 4K --rounds 11 --json disk.json`,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "disk", Usage: "raw image or block device as `PATH`", TakesFile: true},
+			&cli.DurationFlag{Name: "time", Value: 200 * time.Millisecond, Usage: "`DURATION` of each measurement"},
+			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure everything `N` times, in turns"},
+			&cli.StringFlag{Name: "size", Value: "4K,128K", Usage: "`LIST` of request sizes"},
+			&cli.StringFlag{Name: "depth", Value: "1,8,32,128", Usage: "`LIST` of requests in flight in each queue"},
+			&cli.StringFlag{Name: "queues", Value: "1,2", Usage: "`LIST` of numbers of queues"},
+			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
+		},
+		Action: func(c *cli.Context) error {
+			b, err := parseBench(c)
+			if err != nil {
+				return usageError{err}
+			}
+			ctx, stop := context.WithCancelCause(context.Background())
+			defer stop(nil)
+			defer catchSignals(stop)()
+			return b.run(ctx, c.App.Writer)
+		},
+	}
+	return &cli.Command{
+		Name:         "bench",
+		Usage:        "measure this host",
+		Description:  "gvm help bench disk says what is measured.",
+		Subcommands:  []*cli.Command{disk},
+		OnUsageError: usage,
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usageError{fmt.Errorf("bench %q: want disk; see gvm help bench", c.Args().First())}
+			}
+			return cli.ShowSubcommandHelp(c)
+		},
+	}
+}
+
+// diskBench is `gvm bench disk`'s command line.
+type diskBench struct {
+	disk                  string
+	time                  time.Duration
+	rounds                int
+	sizes, depths, queues []int
+	json                  string
+}
+
+func parseBench(c *cli.Context) (b diskBench, err error) {
+	if c.Args().Present() {
+		return b, fmt.Errorf("unexpected argument %q; see gvm help bench", c.Args().First())
+	}
+	b = diskBench{disk: c.String("disk"), time: c.Duration("time"), rounds: c.Int("rounds"), json: c.String("json")}
+	switch {
+	case b.time < time.Millisecond || b.time > time.Hour:
+		return b, fmt.Errorf("--time %s: want 1ms to 1h", b.time)
+	case b.rounds < 1:
+		return b, fmt.Errorf("--rounds %d: want 1 or more", b.rounds)
+	}
+	for _, l := range []struct {
+		flag string
+		max  int
+		to   *[]int
+	}{{"size", 1 << 20, &b.sizes}, {"depth", 256, &b.depths}, {"queues", maxQueues, &b.queues}} {
+		for _, word := range strings.Split(c.String(l.flag), ",") {
+			v, err := parseSize(word, 1)
+			if err == nil && (v < 1 || v > uint64(l.max)) {
+				err = fmt.Errorf("want 1 to %d", l.max)
+			}
+			if err == nil && l.flag == "size" && v%4096 != 0 {
+				err = errors.New("want a multiple of 4096")
+			}
+			if err != nil {
+				return b, fmt.Errorf("--%s %s: %w", l.flag, word, err)
+			}
+			*l.to = append(*l.to, int(v))
+		}
+	}
+	return b, nil
+}
+
+// benchImage is the size of the image that is made for want of --disk.
+const benchImage = 256 << 20
+
+// sample is one measurement, as in the JSON file.
+type sample struct {
+	Storage string  `json:"storage"` // null, mem, file; io_uring and pread are fio's
+	Size    int     `json:"size"`
+	Depth   int     `json:"depth"`
+	Queues  int     `json:"queues"`
+	Round   int     `json:"round"`
+	IOPS    float64 `json:"iops"`
+	CPU     float64 `json:"cpu_ns"` // for each request
+	P50     float64 `json:"p50_ns"`
+	P99     float64 `json:"p99_ns"`
+	Allocs  float64 `json:"allocs"` // for each request
+}
+
+func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
+	var record *os.File
+	if b.json != "" {
+		if record, err = os.Create(b.json); err != nil {
+			return configError{err}
+		}
+		defer func() { err = errors.Join(err, record.Close()) }()
+	}
+	path := b.disk
+	if path == "" {
+		dir, err2 := os.MkdirTemp("", "gvm-bench-")
+		if err2 != nil {
+			return err2
+		}
+		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+		path = filepath.Join(dir, "disk.img")
+		if err := fillImage(path, benchImage); err != nil {
+			return err
+		}
+	}
+	file, err := backend.Open(path, backend.Options{ReadOnly: true})
+	if err != nil {
+		return diskError{err}
+	}
+	defer func() { err = errors.Join(err, file.Close()) }()
+	if largest := slices.Max(b.sizes); file.Size() < int64(largest) {
+		return configError{fmt.Errorf("--disk %s: has %d bytes, less than a request of %d", path, file.Size(), largest)}
+	}
+	fio, err := exec.LookPath("fio")
+	if err != nil {
+		note("fio is not installed (Debian: apt install fio): nothing to compare with")
+	}
+	storages := []struct {
+		name string
+		b    scsi.Backend
+	}{{"null", backend.Null(file.Size())}, {"mem", backend.NewMem(64 << 20)}, {"file", file}}
+	var devices []*vscsi.Device
+	for _, s := range storages {
+		d, err := benchDevice(s.b, slices.Max(b.queues))
+		if err != nil {
+			return err
+		}
+		devices = append(devices, d)
+	}
+	var all []sample
+	for round := range b.rounds {
+		for _, size := range b.sizes {
+			for _, queues := range b.queues {
+				for _, depth := range b.depths {
+					at := sample{Size: size, Depth: depth, Queues: queues, Round: round}
+					for i, s := range storages {
+						r, err := ringbench.Run(devices[i], ringbench.Load{
+							Queues: queues, Depth: depth, Size: size, BlockSize: 512, Blocks: uint64(s.b.Size()) / 512, Time: b.time,
+						})
+						if err == nil && ctx.Err() != nil {
+							err = context.Cause(ctx)
+						}
+						if err != nil {
+							return fmt.Errorf("%s: %w", s.name, err)
+						}
+						n := float64(r.Requests)
+						at.Storage, at.IOPS, at.CPU, at.Allocs = s.name, n/r.Elapsed.Seconds(), float64(r.CPU)/n, float64(r.Allocs)/n
+						at.P50, at.P99 = float64(r.Quantile(0.5)), float64(r.Quantile(0.99))
+						all = append(all, at)
+					}
+					for _, engine := range []string{"io_uring", "pread"} {
+						if fio == "" || engine == "pread" && depth != b.depths[0] {
+							continue // pread knows no depth
+						}
+						if err := b.fio(ctx, fio, engine, path, &at); err != nil {
+							return err
+						}
+						all = append(all, at)
+					}
+				}
+			}
+		}
+	}
+	if record != nil {
+		e := json.NewEncoder(record)
+		e.SetIndent("", " ")
+		if err := e.Encode(all); err != nil {
+			return err
+		}
+	}
+	return benchTable(w, all)
+}
+
+// fillImage makes an image without holes, of data that is not all the same.
+func fillImage(path string, size int) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	buf := make([]byte, 1<<20)
+	for i := range buf {
+		buf[i] = byte(i ^ i>>9)
+	}
+	for off := 0; off < size; off += len(buf) {
+		if _, err := f.Write(buf); err != nil {
+			return err
+		}
+	}
+	return f.Sync() // write-back would be measured with the rest
+}
+
+func benchDevice(b scsi.Backend, queues int) (*vscsi.Device, error) {
+	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: b, Serial: "BENCH"})
+	if err != nil {
+		return nil, err
+	}
+	target := scsi.NewTarget()
+	if err := target.Attach(0, u); err != nil {
+		return nil, err
+	}
+	return vscsi.New(vscsi.Config{Target: target, Queues: queues})
+}
+
+// fio measures what s says by fio.
+func (b diskBench) fio(ctx context.Context, program, engine, path string, s *sample) error {
+	depth, name := s.Depth, "io_uring"
+	if engine == "pread" {
+		depth, name = 1, "psync"
+	}
+	c := exec.CommandContext(ctx, program, "--name=bench", "--filename="+strings.ReplaceAll(path, ":", `\:`), "--readonly", "--rw=randread",
+		"--ioengine="+name, "--bs="+strconv.Itoa(s.Size), "--iodepth="+strconv.Itoa(depth), "--numjobs="+strconv.Itoa(s.Queues),
+		"--thread", "--group_reporting", "--norandommap", "--invalidate=0", "--time_based", fmt.Sprintf("--runtime=%dms", b.time.Milliseconds()),
+		"--output-format=json")
+	out, err := c.Output()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("fio --ioengine=%s: %w: %s", name, err, strings.TrimSpace(string(out)))
+	}
+	var v struct {
+		Jobs []struct {
+			Usr  float64 `json:"usr_cpu"` // percent of one CPU
+			Sys  float64 `json:"sys_cpu"`
+			Read struct {
+				IOPS    float64 `json:"iops"`
+				Latency struct {
+					Percentile map[string]float64 `json:"percentile"`
+				} `json:"clat_ns"`
+			} `json:"read"`
+		} `json:"jobs"`
+	}
+	if err := json.Unmarshal(out, &v); err != nil || len(v.Jobs) != 1 {
+		return fmt.Errorf("fio --ioengine=%s: no result in its output: %w", name, err)
+	}
+	j := v.Jobs[0]
+	*s = sample{
+		Storage: engine, Size: s.Size, Depth: depth, Queues: s.Queues, Round: s.Round, IOPS: j.Read.IOPS,
+		CPU: (j.Usr + j.Sys) / 100 * float64(s.Queues) * 1e9 / j.Read.IOPS,
+		P50: j.Read.Latency.Percentile["50.000000"], P99: j.Read.Latency.Percentile["99.000000"],
+	}
+	return nil
+}
+
+// benchTable prints the medians of the rounds.
+func benchTable(w io.Writer, all []sample) error {
+	key := func(s sample) sample {
+		return sample{Storage: s.Storage, Size: s.Size, Depth: s.Depth, Queues: s.Queues}
+	}
+	at := map[sample][]sample{}
+	var order []sample
+	for _, s := range all {
+		k := key(s)
+		if at[k] == nil {
+			order = append(order, k)
+		}
+		at[k] = append(at[k], s)
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(t, "storage\tsize\tqueues\tdepth\tkIOPS\t\tCPU, µs\tp50, µs\tp99, µs\tallocs\tof io_uring\t")
+	for _, k := range order {
+		rounds := at[k]
+		pick := func(f func(sample) float64) []float64 {
+			var v []float64
+			for _, s := range rounds {
+				v = append(v, f(s))
+			}
+			slices.Sort(v)
+			return v
+		}
+		median := func(f func(sample) float64) float64 { v := pick(f); return v[len(v)/2] }
+		iops := pick(func(s sample) float64 { return s.IOPS / 1e3 })
+		allocs, ratio := "", ""
+		if k.Storage != "io_uring" && k.Storage != "pread" {
+			allocs = fmt.Sprintf("%.3f", median(func(s sample) float64 { return s.Allocs }))
+		}
+		peer := k
+		peer.Storage = "io_uring"
+		if peers := at[peer]; k.Storage == "file" && len(peers) == len(rounds) {
+			i := -1
+			ratio = fmt.Sprintf("%.2f", median(func(s sample) float64 { i++; return s.IOPS / peers[i].IOPS }))
+		}
+		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%.1f\t(%.1f–%.1f)\t%.2f\t%.1f\t%.1f\t%s\t%s\t\n", k.Storage, formatSize(uint64(k.Size)), k.Queues, k.Depth,
+			iops[len(iops)/2], iops[0], iops[len(iops)-1], median(func(s sample) float64 { return s.CPU / 1e3 }),
+			median(func(s sample) float64 { return s.P50 / 1e3 }), median(func(s sample) float64 { return s.P99 / 1e3 }), allocs, ratio)
+	}
+	return t.Flush()
+}

@@ -1,0 +1,78 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestBenchDisk: a row for each storage at each load, figures that are there, and
+// nothing left behind.
+func TestBenchDisk(t *testing.T) {
+	record := filepath.Join(t.TempDir(), "disk.json")
+	r := gvmRuns(t, command(t, "bench", "disk", "--time", "20ms", "--rounds", "2", "--size", "4K", "--depth", "1,16", "--queues", "2", "--json", record))
+	if r.status != 0 {
+		t.Fatalf("status %d: %s", r.status, r.errs)
+	}
+	rows := map[string]int{"null": 2, "mem": 2, "file": 2, "io_uring": 2, "pread": 1}
+	if _, err := exec.LookPath("fio"); err != nil {
+		delete(rows, "io_uring")
+		delete(rows, "pread")
+		if !strings.Contains(r.errs, "fio is not installed") {
+			t.Errorf("without fio: %q", r.errs)
+		}
+	}
+	for name, want := range rows {
+		row := regexp.MustCompile(`(?m)^ *` + name + ` +4 KiB +2 +(1|16) +\d+\.\d +\(\d+\.\d–\d+\.\d\) +\d+\.\d\d `)
+		if n := len(row.FindAllString(r.out, -1)); n != want {
+			t.Errorf("%d rows of %s, want %d", n, name, want)
+		}
+	}
+	if t.Failed() {
+		t.Log(r.out)
+	}
+	text, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []sample
+	if err := json.Unmarshal(text, &all); err != nil {
+		t.Fatal(err)
+	}
+	count := map[string]int{}
+	for _, s := range all {
+		count[s.Storage]++
+		if s.IOPS <= 0 || s.CPU <= 0 || s.P50 <= 0 || s.P99 < s.P50 || s.Queues != 2 || s.Size != 4096 {
+			t.Errorf("%+v", s)
+		}
+	}
+	for name, want := range rows {
+		if count[name] != 2*want {
+			t.Errorf("%s: %d measurements in two rounds of %d", name, count[name], want)
+		}
+	}
+}
+
+// TestBenchStopped: a signal ends it, and its image is gone.
+func TestBenchStopped(t *testing.T) {
+	p := startGVM(t, "", "bench", "disk", "--time", "20ms", "--rounds", "100000")
+	for {
+		if made, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(made) > 0 {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	p.signal(syscall.SIGTERM)
+	if r := p.wait(); r.status != 143 || !strings.Contains(r.errs, "SIGTERM") {
+		t.Errorf("status %d: %s", r.status, r.errs)
+	}
+	if left, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
