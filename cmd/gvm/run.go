@@ -377,6 +377,11 @@ func run(rc runConfig) (err error) {
 	defer func() { err = errors.Join(err, t.close()) }()
 	cfg.Console = t
 	rc.timing.phase("files, disks, control socket")
+	defer time.AfterFunc(settled, func() {
+		if err := trim(); err != nil {
+			note(fmt.Sprintf("the memory that the start took is kept: %v", err))
+		}
+	}).Stop()
 	out, err := vmm.Run(ctx, sys, cfg)
 	if err != nil {
 		return err

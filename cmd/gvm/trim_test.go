@@ -1,0 +1,61 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+)
+
+// TestTrim: fewer pages of the program are in this process afterwards, it still runs,
+// and nothing writable was touched.
+func TestTrim(t *testing.T) {
+	before := programRSS(t)
+	if err := trim(); err != nil {
+		t.Fatal(err)
+	}
+	if after := programRSS(t); after >= before {
+		t.Errorf("%d KiB of the program are resident, %d before", after, before)
+	}
+	maps, err := programMaps()
+	if err != nil || len(maps) < 2 { // code and constants
+		t.Errorf("%x, %v", maps, err)
+	}
+	smaps := readSmaps(t)
+	for _, m := range maps {
+		if head := fmt.Sprintf("%08x-%08x r--p", m.from, m.to); !strings.Contains(smaps, head) && !strings.Contains(smaps, strings.Replace(head, "r--p", "r-xp", 1)) {
+			t.Errorf("%s is not a read-only mapping", head)
+		}
+	}
+}
+
+func readSmaps(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile("/proc/self/smaps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// programRSS is how much of the program's file is resident in read-only mappings, in KiB.
+func programRSS(t *testing.T) (kib int) {
+	t.Helper()
+	exe, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	counts := false
+	for line := range strings.Lines(readSmaps(t)) {
+		var n int
+		switch fields := strings.Fields(line); {
+		case !strings.HasSuffix(fields[0], ":"): // the head of a mapping
+			counts = fields[1][1] == '-' && fields[len(fields)-1] == exe
+		case counts:
+			if _, err := fmt.Sscanf(line, "Rss: %d kB", &n); err == nil {
+				kib += n
+			}
+		}
+	}
+	return kib
+}
