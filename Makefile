@@ -35,7 +35,7 @@ race: ## the unit tests under the race detector
 
 # A count and not a time: with a time, go test can fail at its end with "context deadline
 # exceeded" and no finding (go.dev/issue/75804).
-FUZZTIME ?= 20000x
+FUZZTIME ?= 5000x
 fuzz: ## every fuzz target, FUZZTIME each
 	@for pkg in $(UNIT); do \
 	  for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \

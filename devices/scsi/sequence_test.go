@@ -205,10 +205,16 @@ func (s *sequence) attach(u *modelUnit) {
 		s.t.Fatal(err)
 	}
 	u.attached = true
+	u.powerOn()
+	s.lunsChanged(u)
+}
+
+// powerOn is what a power on makes of a unit.
+func (u *modelUnit) powerOn() {
+	u.stopped, u.swp, u.dSense, u.wce = false, false, false, u.cfg.Cache == scsi.WriteBack
 	for i := range u.attentions {
 		u.attentions[i] = attentions{queue: []string{"2901"}}
 	}
-	s.lunsChanged(u)
 }
 
 // lunsChanged tells those who know the units beside u.
@@ -667,9 +673,8 @@ func (s *sequence) manage() {
 		do = func() scsi.TaskResponse { s.target.PowerOn(); return scsi.FunctionComplete }
 		ended = func(*heldCommand) bool { return true }
 		for _, u := range s.units {
-			u.stopped, u.swp, u.dSense, u.wce = false, false, false, u.cfg.Cache == scsi.WriteBack
-			for i := range u.attentions {
-				u.attentions[i] = attentions{queue: []string{"2901"}}
+			if u.attached {
+				u.powerOn()
 			}
 		}
 	default:

@@ -29,7 +29,7 @@ func NewTarget() *Target {
 	return t
 }
 
-// Attach makes u a logical unit of the target. Initiators that know the target
+// Attach makes u a logical unit of the target, as after a power on. Initiators that know the target
 // find the unit attention REPORTED LUNS DATA HAS CHANGED on its other units.
 // It fails when lun is taken or is not a single level LUN, and when a unit with
 // the same serial number is there already: initiators would take the two for
@@ -50,6 +50,7 @@ func (t *Target) Attach(lun LUN, u *Unit) error {
 			return fmt.Errorf("scsi attach: LUN %#016x: LUN %#016x has the serial %q too", uint64(lun), uint64(at), u.serial)
 		}
 	}
+	u.powerOn()
 	u.set.open()
 	units[lun] = u
 	t.swap(units, u)
@@ -400,9 +401,7 @@ func (t *Target) NexusReset(nexus NexusID) TaskResponse {
 func (t *Target) PowerOn() {
 	for _, u := range t.all() {
 		u.set.abort(AbortedByReset, func(*task) bool { return true })
-		u.defaults()
-		u.wce.Store(u.cfg.Cache != WriteThrough)
-		u.set.forget()
+		u.powerOn()
 	}
 }
 

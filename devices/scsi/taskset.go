@@ -395,9 +395,8 @@ func (s *taskSet) isClosed() bool {
 	return s.closed
 }
 
-// open lets tasks in, of initiators that the unit has not seen.
+// open lets tasks in.
 func (s *taskSet) open() {
-	s.forget()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = false

@@ -164,8 +164,6 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 	if u.limit, err = newLimiter(cfg); err != nil {
 		return nil, fmt.Errorf("scsi unit: %w", err)
 	}
-	u.defaults()
-	u.wce.Store(cfg.Cache != WriteThrough)
 	u.set.init()
 	if u.set.pr, err = loadReservations(cfg.Reservations); err != nil {
 		return nil, fmt.Errorf("scsi unit: persistent reservations: %w", err)
@@ -187,6 +185,14 @@ func (u *Unit) defaults() {
 	u.swp.Store(false)
 	u.dSense.Store(false)
 	u.stopped.Store(false)
+}
+
+// powerOn makes the unit what it is after a power on (SAM-5 6.3.1), for initiators that
+// it has not seen.
+func (u *Unit) powerOn() {
+	u.defaults()
+	u.wce.Store(u.cfg.Cache != WriteThrough)
+	u.set.forget()
 }
 
 // Resized reads the size of the backend again. When it has changed, every
