@@ -35,7 +35,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/virtio/vpci", "devices/virtio devices/virtio/virtq devices/pci vmm/guestmem kvmapi/eventfd"},
 	{"devices/virtio/vscsi", "devices/virtio devices/virtio/virtq devices/scsi devices/scsi/trace vmm/guestmem"},
 	{"devices/virtio/replay", "devices/virtio devices/virtio/virtqtest devices/scsi devices/scsi/trace kvmapi/eventfd vmm/guestmem"},
-	{"devices/virtio/ringbench", "devices/virtio devices/virtio/virtqtest kvmapi/eventfd vmm/guestmem"},
+	{"devices/virtio/ringbench", "devices/scsi/trace devices/virtio devices/virtio/virtqtest kvmapi/eventfd vmm/guestmem"},
 	{"devices/virtio/vhostscsi", "devices/virtio devices/virtio/virtq kvmapi/vhost kvmapi/eventfd vmm/guestmem"},
 	{"devices/virtio/rng", "devices/virtio devices/virtio/virtq vmm/guestmem"},
 	{"devices/virtio", "devices/virtio/virtq vmm/guestmem kvmapi/eventfd"},

@@ -96,6 +96,7 @@ func badFiles(t *testing.T) string {
 		"disk.gz":    head("\x1f\x8b\x08", 512),
 		"comma,file": []byte("x"),
 		"otherpi":    make([]byte, 1<<20),
+		"page":       make([]byte, 4096),
 		"otherpi.pi": []byte("notes"),
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
@@ -183,7 +184,7 @@ func TestBadInput(t *testing.T) {
 		{"bench too deep", []string{"bench", "disk", "--depth", "1,257"}, "--depth 257|1 to 256", ""},
 		{"bench without a queue", []string{"bench", "disk", "--queues", ","}, "--queues|number", ""},
 		{"bench of no file", []string{"bench", "disk", "--disk", "missing.img"}, "missing.img", ""},
-		{"bench of a small disk", []string{"bench", "disk", "--disk", "secret", "--size", "1M"}, "secret", ""},
+		{"bench of a small disk", []string{"bench", "disk", "--disk", "page", "--size", "8K"}, "page|4096 bytes|request of 8192", ""},
 		{"bench into a directory", []string{"bench", "disk", "--json", "dir"}, "dir", ""},
 		{"completion of nothing", []string{"completion"}, "want bash, zsh or fish", ""},
 		{"completion of an unknown shell", []string{"completion", "tcsh"}, `"tcsh"|want bash, zsh or fish`, ""},

@@ -141,10 +141,16 @@ type sample struct {
 func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 	var record *os.File
 	if b.json != "" {
-		if record, err = os.Create(b.json); err != nil {
+		// What is in the file stays there until there is something to put in its place.
+		if record, err = os.OpenFile(b.json, os.O_WRONLY|os.O_CREATE, 0o644); err != nil {
 			return configError{err}
 		}
-		defer func() { err = errors.Join(err, record.Close()) }()
+		defer func() {
+			if fi, err2 := record.Stat(); err != nil && err2 == nil && fi.Mode().IsRegular() && fi.Size() == 0 {
+				err = errors.Join(err, os.Remove(b.json))
+			}
+			err = errors.Join(err, record.Close())
+		}()
 	}
 	path := b.disk
 	if path == "" {
@@ -200,7 +206,7 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 						}
 						n := float64(r.Requests)
 						at.Storage, at.IOPS, at.CPU, at.Allocs = s.name, n/r.Elapsed.Seconds(), float64(r.CPU)/n, float64(r.Allocs)/n
-						at.P50, at.P99 = float64(r.Quantile(0.5)), float64(r.Quantile(0.99))
+						at.P50, at.P99 = float64(r.Latency.Quantile(0.5)), float64(r.Latency.Quantile(0.99))
 						all = append(all, at)
 					}
 					for _, engine := range []string{"io_uring", "pread"} {
@@ -217,6 +223,11 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 		}
 	}
 	if record != nil {
+		if fi, err := record.Stat(); err == nil && fi.Mode().IsRegular() {
+			if err := record.Truncate(0); err != nil {
+				return err
+			}
+		}
 		e := json.NewEncoder(record)
 		e.SetIndent("", " ")
 		if err := e.Encode(all); err != nil {

@@ -59,6 +59,24 @@ func TestBenchDisk(t *testing.T) {
 	}
 }
 
+// TestBenchRecord: a run that fails leaves an earlier record as it is, and none of its own.
+func TestBenchRecord(t *testing.T) {
+	dir := t.TempDir()
+	old := filepath.Join(dir, "old.json")
+	if err := os.WriteFile(old, []byte("[]"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, record := range []string{old, filepath.Join(dir, "new.json")} {
+		if r := gvmRuns(t, command(t, "bench", "disk", "--disk", "missing.img", "--json", record)); r.status != 2 {
+			t.Errorf("status %d: %s", r.status, r.errs)
+		}
+	}
+	text, err := os.ReadFile(old)
+	if made, _ := filepath.Glob(filepath.Join(dir, "*")); err != nil || string(text) != "[]" || len(made) != 1 {
+		t.Errorf("%q, %v; there are %v", text, err, made)
+	}
+}
+
 // TestBenchStopped: a signal ends it, and its image is gone.
 func TestBenchStopped(t *testing.T) {
 	p := startGVM(t, "", "bench", "disk", "--time", "20ms", "--rounds", "100000")

@@ -19,6 +19,9 @@ type timing struct {
 	stamps [256]bool // codes that have a mark
 }
 
+// maxMarks bounds them for guests that reboot again and again.
+const maxMarks = 1000
+
 type mark struct {
 	name string
 	at   time.Duration // since start
@@ -44,7 +47,7 @@ func (t *timing) phase(name string) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.marks = append(t.marks, mark{name, time.Since(t.start)})
+	t.add(name)
 }
 
 // stamp notes the first time that the guest wrote code to port 0x80: a guest can
@@ -57,7 +60,14 @@ func (t *timing) stamp(code byte) {
 	defer t.mu.Unlock()
 	if !t.stamps[code] {
 		t.stamps[code] = true
-		t.marks = append(t.marks, mark{fmt.Sprintf("guest stamp %#02x", code), time.Since(t.start)})
+		t.add(fmt.Sprintf("guest stamp %#02x", code))
+	}
+}
+
+// add makes a mark. The caller holds mu.
+func (t *timing) add(name string) {
+	if len(t.marks) < maxMarks {
+		t.marks = append(t.marks, mark{name, time.Since(t.start)})
 	}
 }
 

@@ -57,6 +57,12 @@ func TestTimingStamps(t *testing.T) {
 	if want := []string{"guest stamp 0x40", "guest stamp 0x41", "guest stamp 0x00"}; !slices.Equal(names, want) {
 		t.Errorf("%q, want %q", names, want)
 	}
+	for range 2 * maxMarks {
+		x.phase("again")
+	}
+	if len(x.marks) != maxMarks {
+		t.Errorf("%d marks", len(x.marks))
+	}
 	var none *timing
 	none.stamp(1)
 	none.phase("x")

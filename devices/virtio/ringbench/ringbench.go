@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
 	"gvm/kvmapi/eventfd"
@@ -35,8 +36,6 @@ const (
 	write16       = 0x8a
 
 	pageSize = 4096
-	// maxSamples bounds the latencies that a queue keeps.
-	maxSamples = 1 << 20
 )
 
 // Load is what the driver does, on LUN 0.
@@ -57,17 +56,7 @@ type Result struct {
 	Elapsed  time.Duration // from the first request to the last answer
 	CPU      time.Duration // that the process used meanwhile, the driver's part included
 	Allocs   uint64        // on the Go heap meanwhile, those of the driver included, which has none for a request
-	// Latency is from the request in the ring to its answer taken out, in ascending
-	// order; of very many requests the first ones of each queue.
-	Latency []time.Duration
-}
-
-// Quantile returns the latency that the part q (0 to 1) of the requests does not exceed.
-func (r *Result) Quantile(q float64) time.Duration {
-	if len(r.Latency) == 0 {
-		return 0
-	}
-	return r.Latency[int(q*float64(len(r.Latency)-1))]
+	Latency  trace.Latency // from the request in the ring to its answer taken out
 }
 
 // Run activates the device, puts the load on it and resets it. An answer other than
@@ -170,9 +159,8 @@ func (d *drive) run() (res Result, err error) {
 	res.Allocs = after.Mallocs - before.Mallocs
 	for _, q := range d.queues {
 		res.Requests += q.done
-		res.Latency = append(res.Latency, q.latency...)
+		res.Latency.Merge(&q.latency)
 	}
-	slices.Sort(res.Latency)
 	return res, errors.Join(errs...)
 }
 
@@ -192,7 +180,7 @@ type queue struct {
 	byHead  []*slot // those in flight
 	random  *rand.PCG
 	done    uint64
-	latency []time.Duration
+	latency trace.Latency
 }
 
 // slot is one request and its memory.
@@ -204,10 +192,9 @@ type slot struct {
 
 func newQueue(d *virtqtest.Driver, data uint64, l Load) *queue {
 	q := &queue{
-		Driver:  d,
-		byHead:  make([]*slot, d.Size),
-		random:  rand.NewPCG(1, data), // the same requests in every run
-		latency: make([]time.Duration, 0, maxSamples),
+		Driver: d,
+		byHead: make([]*slot, d.Size),
+		random: rand.NewPCG(1, data), // the same requests in every run
 	}
 	for i := range l.Depth {
 		header, response := d.Alloc(headerLen), d.Alloc(responseLen)
@@ -284,9 +271,7 @@ func (d *drive) drive(q *queue, start time.Time) error {
 					binary.BigEndian.Uint64(s.header[cdbOff+2:]), status, response)
 			}
 			q.done++
-			if len(q.latency) < cap(q.latency) {
-				q.latency = append(q.latency, now.Sub(s.sent))
-			}
+			q.latency.Add(now.Sub(s.sent))
 			if now.Sub(start) < d.load.Time {
 				send(s)
 			} else {
