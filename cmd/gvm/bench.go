@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -35,6 +36,8 @@ storage: nothing (null), memory (mem), and an image under $TMPDIR that is in the
 page cache (file), or the image of --disk, which is only read. Beside them, in the
 same round, fio reads the same file by io_uring, which is about what the host can
 do, and by pread with one request in flight; without fio those rows are missing.
+The driver sleeps until an interrupt, or polls, where there are two CPUs for each
+queue: one for it, and one for the device.
 
 All figures are medians of the rounds, with the lowest and the highest in
 brackets. CPU is that of the whole process, the driver's part included. The last
@@ -51,6 +54,8 @@ EXAMPLES
 			&cli.StringFlag{Name: "size", Value: "4K,128K", Usage: "`LIST` of request sizes"},
 			&cli.StringFlag{Name: "depth", Value: "1,8,32,128", Usage: "`LIST` of requests in flight in each queue"},
 			&cli.StringFlag{Name: "queues", Value: "1,2", Usage: "`LIST` of numbers of queues"},
+			&cli.StringFlag{Name: "driver", Value: "interrupt,poll", Usage: "`LIST` of how the driver learns of answers"},
+			pollFlag(),
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 		},
 		Action: func(c *cli.Context) error {
@@ -85,6 +90,8 @@ type diskBench struct {
 	time                  time.Duration
 	rounds                int
 	sizes, depths, queues []int
+	drivers               []string
+	poll                  time.Duration
 	json                  string
 }
 
@@ -93,6 +100,15 @@ func parseBench(c *cli.Context) (b diskBench, err error) {
 		return b, fmt.Errorf("unexpected argument %q; see gvm help bench", c.Args().First())
 	}
 	b = diskBench{disk: c.String("disk"), time: c.Duration("time"), rounds: c.Int("rounds"), json: c.String("json")}
+	if b.poll, err = parsePoll(c); err != nil {
+		return b, err
+	}
+	b.drivers = strings.Split(c.String("driver"), ",")
+	for _, d := range b.drivers {
+		if d != "interrupt" && d != "poll" {
+			return b, fmt.Errorf("--driver %s: want interrupt or poll", d)
+		}
+	}
 	switch {
 	case b.time < time.Millisecond || b.time > time.Hour:
 		return b, fmt.Errorf("--time %s: want 1ms to 1h", b.time)
@@ -126,7 +142,8 @@ const benchImage = 256 << 20
 
 // sample is one measurement, as in the JSON file.
 type sample struct {
-	Storage string  `json:"storage"` // null, mem, file; io_uring and pread are fio's
+	Storage string  `json:"storage"`          // null, mem, file; io_uring and pread are fio's
+	Driver  string  `json:"driver,omitempty"` // interrupt or poll; fio has none
 	Size    int     `json:"size"`
 	Depth   int     `json:"depth"`
 	Queues  int     `json:"queues"`
@@ -182,7 +199,7 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 	}{{"null", backend.Null(file.Size())}, {"mem", backend.NewMem(64 << 20)}, {"file", file}}
 	var devices []*vscsi.Device
 	for _, s := range storages {
-		d, err := benchDevice(s.b, slices.Max(b.queues))
+		d, err := b.device(s.b)
 		if err != nil {
 			return err
 		}
@@ -195,19 +212,26 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 				for _, depth := range b.depths {
 					at := sample{Size: size, Depth: depth, Queues: queues, Round: round}
 					for i, s := range storages {
-						r, err := ringbench.Run(devices[i], ringbench.Load{
-							Queues: queues, Depth: depth, Size: size, BlockSize: 512, Blocks: uint64(s.b.Size()) / 512, Time: b.time,
-						})
-						if err == nil && ctx.Err() != nil {
-							err = context.Cause(ctx)
+						for _, driver := range b.drivers {
+							if driver == "poll" && 2*queues > runtime.NumCPU() {
+								continue
+							}
+							r, err := ringbench.Run(devices[i], ringbench.Load{
+								Queues: queues, Depth: depth, Size: size, Poll: driver == "poll",
+								BlockSize: 512, Blocks: uint64(s.b.Size()) / 512, Time: b.time,
+							})
+							if err == nil && ctx.Err() != nil {
+								err = context.Cause(ctx)
+							}
+							if err != nil {
+								return fmt.Errorf("%s: %w", s.name, err)
+							}
+							n := float64(r.Requests)
+							at.Storage, at.Driver = s.name, driver
+							at.IOPS, at.CPU, at.Allocs = n/r.Elapsed.Seconds(), float64(r.CPU)/n, float64(r.Allocs)/n
+							at.P50, at.P99 = float64(r.Latency.Quantile(0.5)), float64(r.Latency.Quantile(0.99))
+							all = append(all, at)
 						}
-						if err != nil {
-							return fmt.Errorf("%s: %w", s.name, err)
-						}
-						n := float64(r.Requests)
-						at.Storage, at.IOPS, at.CPU, at.Allocs = s.name, n/r.Elapsed.Seconds(), float64(r.CPU)/n, float64(r.Allocs)/n
-						at.P50, at.P99 = float64(r.Latency.Quantile(0.5)), float64(r.Latency.Quantile(0.99))
-						all = append(all, at)
 					}
 					for _, engine := range []string{"io_uring", "pread"} {
 						if fio == "" || engine == "pread" && depth != b.depths[0] {
@@ -256,8 +280,8 @@ func fillImage(path string, size int) error {
 	return f.Sync() // write-back would be measured with the rest
 }
 
-func benchDevice(b scsi.Backend, queues int) (*vscsi.Device, error) {
-	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: b, Serial: "BENCH"})
+func (b diskBench) device(s scsi.Backend) (*vscsi.Device, error) {
+	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: s, Serial: "BENCH"})
 	if err != nil {
 		return nil, err
 	}
@@ -265,7 +289,7 @@ func benchDevice(b scsi.Backend, queues int) (*vscsi.Device, error) {
 	if err := target.Attach(0, u); err != nil {
 		return nil, err
 	}
-	return vscsi.New(vscsi.Config{Target: target, Queues: queues})
+	return vscsi.New(vscsi.Config{Target: target, Queues: slices.Max(b.queues), Poll: b.poll})
 }
 
 // fio measures what s says by fio.
@@ -312,7 +336,7 @@ func (b diskBench) fio(ctx context.Context, program, engine, path string, s *sam
 // benchTable prints the medians of the rounds.
 func benchTable(w io.Writer, all []sample) error {
 	key := func(s sample) sample {
-		return sample{Storage: s.Storage, Size: s.Size, Depth: s.Depth, Queues: s.Queues}
+		return sample{Storage: s.Storage, Driver: s.Driver, Size: s.Size, Depth: s.Depth, Queues: s.Queues}
 	}
 	at := map[sample][]sample{}
 	var order []sample
@@ -324,7 +348,7 @@ func benchTable(w io.Writer, all []sample) error {
 		at[k] = append(at[k], s)
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(t, "storage\tsize\tqueues\tdepth\tkIOPS\t\tCPU, µs\tp50, µs\tp99, µs\tallocs\tof io_uring\t")
+	fmt.Fprintln(t, "storage\tdriver\tsize\tqueues\tdepth\tkIOPS\t\tCPU, µs\tp50, µs\tp99, µs\tallocs\tof io_uring\t")
 	for _, k := range order {
 		rounds := at[k]
 		pick := func(f func(sample) float64) []float64 {
@@ -342,12 +366,12 @@ func benchTable(w io.Writer, all []sample) error {
 			allocs = fmt.Sprintf("%.3f", median(func(s sample) float64 { return s.Allocs }))
 		}
 		peer := k
-		peer.Storage = "io_uring"
+		peer.Storage, peer.Driver = "io_uring", ""
 		if peers := at[peer]; k.Storage == "file" && len(peers) == len(rounds) {
 			i := -1
 			ratio = fmt.Sprintf("%.2f", median(func(s sample) float64 { i++; return s.IOPS / peers[i].IOPS }))
 		}
-		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%.1f\t(%.1f–%.1f)\t%.2f\t%.1f\t%.1f\t%s\t%s\t\n", k.Storage, formatSize(uint64(k.Size)), k.Queues, k.Depth,
+		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\t%.1f\t(%.1f–%.1f)\t%.2f\t%.1f\t%.1f\t%s\t%s\t\n", k.Storage, k.Driver, formatSize(uint64(k.Size)), k.Queues, k.Depth,
 			iops[len(iops)/2], iops[0], iops[len(iops)-1], median(func(s sample) float64 { return s.CPU / 1e3 }),
 			median(func(s sample) float64 { return s.P50 / 1e3 }), median(func(s sample) float64 { return s.P99 / 1e3 }), allocs, ratio)
 	}

@@ -18,7 +18,7 @@ var deviceTable = []struct {
 		if !ds.inProcess() {
 			return nil, nil
 		}
-		cfg := vscsi.Config{Target: ds.target, Queues: c.requestQueues(), Protection: slices.ContainsFunc(c.disks, func(d disk) bool { return d.pi })}
+		cfg := vscsi.Config{Target: ds.target, Queues: c.requestQueues(), Poll: c.poll, Protection: slices.ContainsFunc(c.disks, func(d disk) bool { return d.pi })}
 		if c.trace != nil {
 			cfg.Observer = c.trace.Device(0)
 		}

@@ -89,6 +89,10 @@ func read(tk *task) error {
 	if err != nil {
 		return err
 	}
+	want := n * int(tk.u.blockSize)
+	if tk.now && (fua(tk.CDB) || tk.inLen < want) {
+		return errWait
+	}
 	if fua(tk.CDB) {
 		// The data must come from the medium: what a volatile cache holds of
 		// it is written there first (SBC-4 5.17).
@@ -96,7 +100,6 @@ func read(tk *task) error {
 			return err
 		}
 	}
-	want := n * int(tk.u.blockSize)
 	have := want
 	if tk.inLen < want {
 		tk.overrun = true
@@ -123,6 +126,12 @@ func read(tk *task) error {
 // readIn reads n bytes, whole blocks, into data-in.
 func (tk *task) readIn(lba uint64, n int) error {
 	iov := tk.clip(tk.In, tk.inLen, 0, n)
+	if tk.now {
+		if !tk.u.readNow(iov, lba) {
+			return errWait
+		}
+		return nil
+	}
 	if tk.u.cfg.Protection == nil {
 		return tk.u.read(iov, lba)
 	}
@@ -149,7 +158,11 @@ func (tk *task) writeOut(lba uint64, n int, durable bool) error {
 	if err != nil {
 		return err
 	}
-	if tk.u.cfg.Protection == nil {
+	if tk.now {
+		if !tk.u.writeNow(iov, lba, durable) {
+			err = errWait
+		}
+	} else if tk.u.cfg.Protection == nil {
 		err = tk.u.write(iov, lba, durable)
 	} else if tuples, err2 := tk.protected(tk.ProtectionOut, n); err2 != nil {
 		err = err2

@@ -59,7 +59,9 @@ func TestCachePromise(t *testing.T) {
 			rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
 			target := attach(t, scsi.UnitConfig{Backend: rec, Cache: tt.cache})
 			for _, s := range tt.steps {
+				done := make(chan struct{})
 				c := &scsi.Command{CDB: s.cdb, Done: func(r scsi.Result) {
+					defer close(done)
 					if r.Status != scsi.Good {
 						t.Errorf("%s: status %02x, sense % x", scsi.OpcodeName(s.cdb), r.Status, r.Sense)
 					}
@@ -71,6 +73,7 @@ func TestCachePromise(t *testing.T) {
 					c.In = [][]byte{make([]byte, 4096)}
 				}
 				target.Submit(c)
+				<-done
 			}
 			if got := rec.Log(); !slices.Equal(got, tt.want) {
 				t.Errorf("calls\n%q, want\n%q", got, tt.want)

@@ -282,14 +282,15 @@ func TestImmediate(t *testing.T) {
 		rec := &scsitest.Recorder{Backend: backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Nth: 2, Err: syscall.EIO})}
 		target := attach(t, scsi.UnitConfig{Backend: rec})
 		for range 2 {
-			answered := false
+			answer := make(chan scsi.Status, 1)
 			target.Submit(&scsi.Command{CDB: cdb, Done: func(r scsi.Result) {
-				answered = r.Status == scsi.Good
 				rec.Note("answered")
+				answer <- r.Status
 			}})
-			if !answered {
-				t.Errorf("%s: not GOOD", name)
+			if status := <-answer; status != scsi.Good {
+				t.Errorf("%s: status %02x", name, status)
 			}
+			settle(target)
 		}
 		if log := strings.Join(rec.Log(), ", "); log != "answered, flush, answered, flush failed" {
 			t.Errorf("%s: %s", name, log)

@@ -45,8 +45,9 @@
 //
 // # At the same time
 //
-// Submit may be called from many goroutines and works in the caller's. Commands
-// of the attribute SIMPLE run beside each other in any order, as QUEUE ALGORITHM
+// Submit may be called from many goroutines and waits for nothing: a command goes on in a
+// goroutine of its own unless all of it can be done at once, such as a read of what a
+// Prompt backend has in memory. Commands of the attribute SIMPLE run beside each other in any order, as QUEUE ALGORITHM
 // MODIFIER of the control mode page says; ORDERED and HEAD OF QUEUE are obeyed.
 // COMPARE AND WRITE and ORWRITE are atomic against everything else. The task management
 // functions (AbortTask and the rest) return when whatever they aborted has been

@@ -19,15 +19,19 @@ func Example() {
 		log.Fatal(err)
 	}
 	data := make([]byte, 8)
+	done := make(chan struct{})
 	readCapacity := &scsi.Command{
 		CDB: []byte{0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0},
 		In:  [][]byte{data},
 		Done: func(r scsi.Result) {
 			fmt.Printf("status %02x, sense % x, residual %d\n", uint8(r.Status), r.Sense, r.Residual)
+			done <- struct{}{}
 		},
 	}
-	target.Submit(readCapacity) // the first command finds POWER ON OCCURRED
-	target.Submit(readCapacity)
+	for range 2 { // the first command finds POWER ON OCCURRED
+		go target.Submit(readCapacity)
+		<-done
+	}
 	fmt.Printf("last block and block length: % x\n", data)
 	// Output:
 	// status 02, sense 70 00 06 00 00 00 00 0a 00 00 00 00 29 01 00 00 00 00, residual 8

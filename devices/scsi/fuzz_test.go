@@ -33,6 +33,16 @@ func (g *guarded) WriteVec(iov [][]byte, off int64) (int, error) {
 	return g.Mem.WriteVec(iov, off)
 }
 
+func (g *guarded) ReadVecNow(iov [][]byte, off int64) bool {
+	_, err := g.ReadVec(iov, off)
+	return err == nil
+}
+
+func (g *guarded) WriteVecNow(iov [][]byte, off int64) bool {
+	_, err := g.WriteVec(iov, off)
+	return err == nil
+}
+
 func (g *guarded) WriteVecDurable(iov [][]byte, off int64) (int, error) { return g.WriteVec(iov, off) }
 
 func (g *guarded) Discard(off, n int64) error {

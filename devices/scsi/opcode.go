@@ -26,7 +26,7 @@ const (
 )
 
 // opFlags say what a command needs before its handler may run.
-type opFlags uint8
+type opFlags uint16
 
 const (
 	medium      opFlags = 1 << iota // accesses the medium: the unit must not be stopped
@@ -36,6 +36,7 @@ const (
 	noAttention                     // exempt from unit attention (SAM-5 5.14)
 	onWLUN                          // known to the REPORT LUNS well-known logical unit
 	always                          // allowed whatever is reserved (see access)
+	prompt                          // waits for nothing but the medium, and not for that when task.now says so
 	never                           // refused to others under any reservation, although it changes no block
 )
 
@@ -72,20 +73,20 @@ var opcodes [256]opcode
 
 func init() {
 	opcodes = [256]opcode{
-		0x00: {name: "TEST UNIT READY", usage: "\x00" + zeros4 + "\x00", flags: medium | onWLUN | always, run: testUnitReady},
-		0x03: {name: "REQUEST SENSE", usage: "\x03\x01\x00\x00\xff\x00", dir: DataIn, flags: noAttention | onWLUN | always, run: requestSense},
-		0x08: {name: "READ(6)", usage: "\x08\x1f\xff\xff\xff\x00", dir: DataIn, flags: medium, run: read},
-		0x0a: {name: "WRITE(6)", usage: "\x0a\x1f\xff\xff\xff\x00", dir: DataOut, flags: medium | writes, run: write},
-		0x12: {name: "INQUIRY", usage: "\x12\x03\xff\xff\xff\x00", dir: DataIn, flags: noAttention | onWLUN | always, run: inquiry},
+		0x00: {name: "TEST UNIT READY", usage: "\x00" + zeros4 + "\x00", flags: prompt | medium | onWLUN | always, run: testUnitReady},
+		0x03: {name: "REQUEST SENSE", usage: "\x03\x01\x00\x00\xff\x00", dir: DataIn, flags: prompt | noAttention | onWLUN | always, run: requestSense},
+		0x08: {name: "READ(6)", usage: "\x08\x1f\xff\xff\xff\x00", dir: DataIn, flags: prompt | medium, run: read},
+		0x0a: {name: "WRITE(6)", usage: "\x0a\x1f\xff\xff\xff\x00", dir: DataOut, flags: prompt | medium | writes, run: write},
+		0x12: {name: "INQUIRY", usage: "\x12\x03\xff\xff\xff\x00", dir: DataIn, flags: prompt | noAttention | onWLUN | always, run: inquiry},
 		0x15: {name: "MODE SELECT(6)", usage: "\x15\x11\x00\x00\xff\x00", dir: DataOut, flags: alone, run: modeSelect},
 		0x16: {name: "RESERVE(6)", usage: "\x16\x11\x00\x00\x00\x00", flags: always, run: reserveUnit},
 		0x17: {name: "RELEASE(6)", usage: "\x17\x11\x00\x00\x00\x00", flags: always, run: reserveUnit},
-		0x1a: {name: "MODE SENSE(6)", usage: "\x1a\x08\xff\xff\xff\x00", dir: DataIn, run: modeSense},
+		0x1a: {name: "MODE SENSE(6)", usage: "\x1a\x08\xff\xff\xff\x00", dir: DataIn, flags: prompt, run: modeSense},
 		0x1b: {name: "START STOP UNIT", usage: "\x1b\x01\x00\x0f\xf7\x00", run: startStopUnit},
 		0x1e: {name: "PREVENT ALLOW MEDIUM REMOVAL", usage: "\x1e\x00\x00\x00\x03\x00", run: preventAllow},
-		0x25: {name: "READ CAPACITY(10)", usage: "\x25" + zeros4 + zeros4 + "\x00", dir: DataIn, flags: medium | always, run: readCapacity10},
-		0x28: {name: "READ(10)", usage: "\x28\xf8" + lba4 + "\x00\xff\xff\x00", dir: DataIn, flags: medium, run: read},
-		0x2a: {name: "WRITE(10)", usage: "\x2a\xf8" + lba4 + "\x00\xff\xff\x00", dir: DataOut, flags: medium | writes, run: write},
+		0x25: {name: "READ CAPACITY(10)", usage: "\x25" + zeros4 + zeros4 + "\x00", dir: DataIn, flags: prompt | medium | always, run: readCapacity10},
+		0x28: {name: "READ(10)", usage: "\x28\xf8" + lba4 + "\x00\xff\xff\x00", dir: DataIn, flags: prompt | medium, run: read},
+		0x2a: {name: "WRITE(10)", usage: "\x2a\xf8" + lba4 + "\x00\xff\xff\x00", dir: DataOut, flags: prompt | medium | writes, run: write},
 		0x2e: {name: "WRITE AND VERIFY(10)", usage: "\x2e\xf6" + lba4 + "\x00\xff\xff\x00", dir: DataOut, flags: medium | writes, run: writeAndVerify},
 		0x2f: {name: "VERIFY(10)", usage: "\x2f\xf6" + lba4 + "\x00\xff\xff\x00", dir: DataOut, flags: medium, run: verify},
 		0x34: {name: "PRE-FETCH(10)", usage: "\x34\x02" + lba4 + "\x00\xff\xff\x00", flags: medium, run: prefetch},
@@ -98,11 +99,11 @@ func init() {
 			{name: "SANITIZE, BLOCK ERASE", usage: "\x48\xa2" + zeros4 + "\x00\xff\xff\x00", flags: writes | alone | thinOnly, run: sanitize},
 			{name: "SANITIZE, EXIT FAILURE MODE", usage: "\x48\x1f" + zeros4 + "\x00\xff\xff\x00", flags: writes | alone, run: sanitize},
 		}},
-		0x4d: {name: "LOG SENSE", usage: "\x4d\x01\xff\xff\x00\xff\xff\xff\xff\x00", dir: DataIn, flags: always, run: logSense},
+		0x4d: {name: "LOG SENSE", usage: "\x4d\x01\xff\xff\x00\xff\xff\xff\xff\x00", dir: DataIn, flags: prompt | always, run: logSense},
 		0x55: {name: "MODE SELECT(10)", usage: "\x55\x11" + zeros4 + "\x00\xff\xff\x00", dir: DataOut, flags: alone, run: modeSelect},
 		0x56: {name: "RESERVE(10)", usage: "\x56\x11" + zeros4 + zeros4, flags: always, run: reserveUnit},
 		0x57: {name: "RELEASE(10)", usage: "\x57\x11" + zeros4 + zeros4, flags: always, run: reserveUnit},
-		0x5a: {name: "MODE SENSE(10)", usage: "\x5a\x18\xff\xff\x00\x00\x00\xff\xff\x00", dir: DataIn, run: modeSense},
+		0x5a: {name: "MODE SENSE(10)", usage: "\x5a\x18\xff\xff\x00\x00\x00\xff\xff\x00", dir: DataIn, flags: prompt, run: modeSense},
 		0x5e: {name: "PERSISTENT RESERVE IN", actions: []opcode{
 			{name: "PERSISTENT RESERVE IN, READ KEYS", usage: "\x5e\x00\x00" + zeros4 + "\xff\xff\x00", dir: DataIn, flags: always, run: readKeys},
 			{name: "PERSISTENT RESERVE IN, READ RESERVATION", usage: "\x5e\x01\x00" + zeros4 + "\xff\xff\x00", dir: DataIn, flags: always, run: readReservation},
@@ -128,9 +129,9 @@ func init() {
 			{name: "RECEIVE COPY OPERATING PARAMETERS", usage: "\x84\x03\x00\x00\x00\x00" + zeros4 + lba4 + "\x00\x00", dir: DataIn, flags: always, run: copyParameters},
 			{name: "RECEIVE COPY FAILURE DETAILS(LID1)", usage: "\x84\x04\xff\x00\x00\x00" + zeros4 + lba4 + "\x00\x00", dir: DataIn, flags: always, run: copyFailure},
 		}},
-		0x88: {name: "READ(16)", usage: "\x88\xf8" + lba8 + lba4 + "\x00\x00", dir: DataIn, flags: medium, run: read},
+		0x88: {name: "READ(16)", usage: "\x88\xf8" + lba8 + lba4 + "\x00\x00", dir: DataIn, flags: prompt | medium, run: read},
 		0x89: {name: "COMPARE AND WRITE", usage: "\x89\xf8" + lba8 + "\x00\x00\x00\xff\x00\x00", dir: DataOut, flags: medium | writes | alone, run: compareAndWrite},
-		0x8a: {name: "WRITE(16)", usage: "\x8a\xf8" + lba8 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes, run: write},
+		0x8a: {name: "WRITE(16)", usage: "\x8a\xf8" + lba8 + lba4 + "\x00\x00", dir: DataOut, flags: prompt | medium | writes, run: write},
 		0x8b: {name: "ORWRITE(16)", usage: "\x8b\xf8" + lba8 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes | alone, run: orWrite},
 		0x8e: {name: "WRITE AND VERIFY(16)", usage: "\x8e\xf6" + lba8 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes, run: writeAndVerify},
 		0x8f: {name: "VERIFY(16)", usage: "\x8f\xf6" + lba8 + lba4 + "\x00\x00", dir: DataOut, flags: medium, run: verify},
@@ -138,16 +139,16 @@ func init() {
 		0x91: {name: "SYNCHRONIZE CACHE(16)", usage: "\x91\x02" + lba8 + lba4 + "\x00\x00", flags: medium | never, run: synchronizeCache},
 		0x93: {name: "WRITE SAME(16)", usage: "\x93\xff" + lba8 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes, run: writeSame},
 		0x9e: {name: "SERVICE ACTION IN(16)", actions: []opcode{
-			{name: "READ CAPACITY(16)", usage: "\x9e\x10" + zeros4 + zeros4 + lba4 + "\x00\x00", dir: DataIn, flags: medium | always, run: readCapacity16},
+			{name: "READ CAPACITY(16)", usage: "\x9e\x10" + zeros4 + zeros4 + lba4 + "\x00\x00", dir: DataIn, flags: prompt | medium | always, run: readCapacity16},
 			{name: "GET LBA STATUS(16)", usage: "\x9e\x12" + lba8 + lba4 + "\xff\x00", dir: DataIn, flags: medium, run: getLBAStatus},
 		}},
-		0xa0: {name: "REPORT LUNS", usage: "\xa0\x00\xff\x00\x00\x00" + lba4 + "\x00\x00", dir: DataIn, flags: noAttention | onWLUN | always, run: reportLUNs},
+		0xa0: {name: "REPORT LUNS", usage: "\xa0\x00\xff\x00\x00\x00" + lba4 + "\x00\x00", dir: DataIn, flags: prompt | noAttention | onWLUN | always, run: reportLUNs},
 		0xa3: {name: "MAINTENANCE IN", actions: []opcode{
 			{name: "REPORT SUPPORTED OPERATION CODES", usage: "\xa3\x0c\x87\xff\xff\xff" + lba4 + "\x00\x00", dir: DataIn, run: reportSupportedOpcodes},
 			{name: "REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS", usage: "\xa3\x0d\x80\x00\x00\x00" + lba4 + "\x00\x00", dir: DataIn, run: reportSupportedTMFs},
 		}},
-		0xa8: {name: "READ(12)", usage: "\xa8\xf8" + lba4 + lba4 + "\x00\x00", dir: DataIn, flags: medium, run: read},
-		0xaa: {name: "WRITE(12)", usage: "\xaa\xf8" + lba4 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes, run: write},
+		0xa8: {name: "READ(12)", usage: "\xa8\xf8" + lba4 + lba4 + "\x00\x00", dir: DataIn, flags: prompt | medium, run: read},
+		0xaa: {name: "WRITE(12)", usage: "\xaa\xf8" + lba4 + lba4 + "\x00\x00", dir: DataOut, flags: prompt | medium | writes, run: write},
 		0xae: {name: "WRITE AND VERIFY(12)", usage: "\xae\xf6" + lba4 + lba4 + "\x00\x00", dir: DataOut, flags: medium | writes, run: writeAndVerify},
 		0xaf: {name: "VERIFY(12)", usage: "\xaf\xf6" + lba4 + lba4 + "\x00\x00", dir: DataOut, flags: medium, run: verify},
 		0xb7: {name: "READ DEFECT DATA(12)", usage: "\xb7\x1f" + zeros4 + lba4 + "\x00\x00", dir: DataIn, flags: medium, run: readDefectData},

@@ -45,6 +45,7 @@ func TestSanitize(t *testing.T) {
 	}
 	list[0] = 0x82
 	expect(t, target, sanitizeCDB(0x81, len(list)), list, 0, "GOOD")
+	settle(target)
 	if got := medium(); got[0] != 0x5f || got[blocks*block-1] != ^want[block-1] {
 		t.Errorf("OVERWRITE with IMMED, inverted: % x", got[:8])
 	}

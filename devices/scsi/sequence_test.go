@@ -120,6 +120,22 @@ func (w *watched) WriteVec(iov [][]byte, off int64) (int, error) {
 	return w.Mem.WriteVec(iov, off)
 }
 
+func (w *watched) ReadVecNow(iov [][]byte, off int64) bool {
+	if w.gate != nil || w.failing {
+		return false
+	}
+	_, err := w.ReadVec(iov, off)
+	return err == nil
+}
+
+func (w *watched) WriteVecNow(iov [][]byte, off int64) bool {
+	if w.failing {
+		return false
+	}
+	_, err := w.WriteVec(iov, off)
+	return err == nil
+}
+
 func (w *watched) WriteVecDurable(iov [][]byte, off int64) (int, error) {
 	was := w.dirty
 	n, err := w.WriteVec(iov, off)

@@ -13,6 +13,15 @@ type Vectored interface {
 	WriteVec(iov [][]byte, off int64) (int, error)
 }
 
+// Prompt is a Backend that knows which transfers need not wait for storage, because
+// what they read is in memory, or what they write goes there. Its methods do all of
+// such a transfer as ReadVec and WriteVec do, and else return false: then it is done
+// again from its beginning by those, which also have the error.
+type Prompt interface {
+	ReadVecNow(iov [][]byte, off int64) bool
+	WriteVecNow(iov [][]byte, off int64) bool
+}
+
 // Syncer is a Backend with writes that are on stable storage when they return,
 // without a flush of everything else.
 type Syncer interface {

@@ -1,6 +1,7 @@
 package scsi
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -23,7 +24,7 @@ type Target struct {
 func NewTarget() *Target {
 	t := &Target{wlun: &Unit{wellKnown: true, serial: "REPORT LUNS", blockSize: 1}}
 	t.wlun.cfg.Vendor, t.wlun.cfg.Product, t.wlun.cfg.Revision = "GVM", "REPORT LUNS", "1"
-	t.wlun.set.init()
+	t.wlun.init()
 	t.units.Store(&map[LUN]*Unit{})
 	t.tasks.New = func() any { return &task{} }
 	return t
@@ -107,10 +108,10 @@ func (t *Target) lookup(lun LUN) *Unit {
 	return t.Unit(lun)
 }
 
-// Submit processes c: inline, or in a goroutine of its own for a unit that is kept
-// to a Limit. It may be called from several goroutines at the same time and blocks
-// while task attributes or COMPARE AND WRITE want it; c belongs to the target until
-// Done is called.
+// Submit processes c and does not wait for it: what can be done at once, because it
+// needs no storage or a Prompt one has it in memory, is done inline, and everything
+// else in a goroutine of its own. It may be called from several goroutines at the same
+// time; c belongs to the target until Done is called.
 func (t *Target) Submit(c *Command) {
 	tk := t.tasks.Get().(*task)
 	tk.Command, tk.t = c, t
@@ -118,20 +119,47 @@ func (t *Target) Submit(c *Command) {
 	tk.inLen, tk.outLen = size(c.In), size(c.Out)
 	tk.op, tk.err = lookupOpcode(tk.CDB)
 	tk.u = t.lookup(tk.LUN)
-	if tk.u != nil && tk.u.limit != nil && tk.u.set.join(tk) {
+	switch {
+	case tk.u == nil:
+		t.serve(tk)
+	case tk.u.limit == nil && t.now(tk):
+	default:
 		// Commands take their places, in the set and under the limit, as they come.
-		if tk.op.limited() {
+		if tk.u.set.join(tk) && tk.u.limit != nil && tk.op.limited() {
 			tk.due = tk.u.limit.reserve(tk.cost())
 		}
 		go t.serve(tk)
-		return
 	}
-	t.serve(tk)
 }
 
-// serve runs the command, answers it and does what is left then.
+// errWait says that a command cannot go on without waiting, and has to begin again
+// where it may.
+var errWait = errors.New("scsi: would wait")
+
+// now serves the command if nothing of it has to wait, and says whether it did.
+func (t *Target) now(tk *task) bool {
+	if tk.op == nil || tk.op.flags&prompt == 0 || !tk.u.set.enterNow(tk, tk.op.flags&noAttention != 0) {
+		return false
+	}
+	tk.now = true
+	err := tk.run()
+	tk.now = false
+	if err == errWait {
+		tk.inDone, tk.outDone, tk.overrun = 0, 0, false
+		return false
+	}
+	t.finish(tk, tk.answer(err), true)
+	return true
+}
+
+// serve runs the command and answers it.
 func (t *Target) serve(tk *task) {
 	r, entered := t.process(tk)
+	t.finish(tk, r, entered)
+}
+
+// finish answers the command and does what is left then.
+func (t *Target) finish(tk *task, r Result, entered bool) {
 	tk.Done(r)
 	if tk.after != nil && r.Status == Good {
 		if err := tk.after(); err != nil {
@@ -167,11 +195,16 @@ func (t *Target) process(tk *task) (Result, bool) {
 	if err == nil {
 		err = tk.run()
 	}
+	return tk.answer(err), true
+}
+
+// answer is result, or that of an abort which came before.
+func (tk *task) answer(err error) Result {
 	r := tk.result(err)
 	if !tk.state.CompareAndSwap(running, answering) {
-		r = Result{Status: TaskAborted, Abort: u.set.abortCause(tk), Residual: clampInt(tk.inLen + tk.outLen)}
+		r = Result{Status: TaskAborted, Abort: tk.u.set.abortCause(tk), Residual: clampInt(tk.inLen + tk.outLen)}
 	}
-	return r, true
+	return r
 }
 
 // run does the checks that all commands share, then calls the handler.
@@ -191,6 +224,12 @@ func (tk *task) run() error {
 			return TargetFailure // aborted, as above
 		}
 	}
+	if op.flags&medium != 0 && !tk.now {
+		if !u.set.occupy(tk, u.slots) {
+			return TargetFailure // likewise
+		}
+		defer func() { <-u.slots }()
+	}
 	if op.flags&medium != 0 {
 		if err := u.notReady(); err != nil {
 			return err
@@ -205,6 +244,11 @@ func (tk *task) run() error {
 	case op.flags&alone != 0:
 		u.medium.Lock()
 		defer u.medium.Unlock()
+	case op.flags&medium != 0 && tk.now:
+		if !u.medium.TryRLock() {
+			return errWait
+		}
+		defer u.medium.RUnlock()
 	case op.flags&medium != 0:
 		u.medium.RLock()
 		defer u.medium.RUnlock()

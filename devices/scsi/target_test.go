@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -36,6 +37,14 @@ func attach(t testing.TB, cfg scsi.UnitConfig) *scsi.Target {
 		t.Fatal(err)
 	}
 	return target
+}
+
+// settle waits until every command is done, and those with IMMED also with what comes
+// after their answer.
+func settle(target *scsi.Target) {
+	for target.QueryTaskSet(0, 0) != scsi.FunctionComplete {
+		runtime.Gosched()
+	}
 }
 
 // cdb16 is a 16-byte CDB with a logical block address and a number of blocks.

@@ -29,6 +29,7 @@ type task struct {
 	op  *opcode
 	err error         // of the lookup of op
 	due time.Duration // when the limit of u lets it run
+	now bool          // it must not wait
 
 	status        Status // what a command without error ends with
 	inLen, outLen int    // sizes of the buffers
@@ -45,7 +46,7 @@ type task struct {
 	prev, next *task
 	cause      Abort
 	waiters    []*abortWait
-	cut        chan struct{} // closed to end a delay; nil: it is not delayed
+	cut        chan struct{} // closed to end a wait; nil: it does not wait
 }
 
 // abortWait is a task management function that waits for the tasks it aborted.
@@ -162,6 +163,18 @@ func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
 	return err, true
 }
 
+// enterNow is enter for a task that must not wait, and has nothing to report: else it
+// returns false, with the task in the set if the unit is attached.
+func (s *taskSet) enterNow(tk *task, exempt bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.add(tk) || s.blocked(tk) {
+		return false
+	}
+	n := s.nexus(tk.Nexus) // known from now on, whatever the command
+	return (exempt || len(n.attention) == 0) && !s.conflicts(tk)
+}
+
 // blocked says whether tk must wait: SIMPLE for HEAD OF QUEUE and for older
 // ORDERED tasks, ORDERED for HEAD OF QUEUE and for every older task, HEAD OF
 // QUEUE for none. The caller holds mu.
@@ -186,6 +199,36 @@ func (s *taskSet) blocked(tk *task) bool {
 
 // delay returns after d, or when tk is aborted.
 func (s *taskSet) delay(tk *task, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	s.interruptibly(tk, func(cut <-chan struct{}) {
+		select {
+		case <-timer.C:
+		case <-cut:
+		}
+	})
+}
+
+// occupy takes one of slots, and says whether it has: it gives up when tk is aborted.
+func (s *taskSet) occupy(tk *task, slots chan<- struct{}) (ok bool) {
+	select {
+	case slots <- struct{}{}:
+		return true
+	default:
+	}
+	s.interruptibly(tk, func(cut <-chan struct{}) {
+		select {
+		case slots <- struct{}{}:
+			ok = true
+		case <-cut:
+		}
+	})
+	return ok
+}
+
+// interruptibly calls wait with a channel that is closed when tk is aborted, unless
+// that has happened.
+func (s *taskSet) interruptibly(tk *task, wait func(cut <-chan struct{})) {
 	cut := make(chan struct{})
 	s.mu.Lock()
 	if tk.state.Load() != running {
@@ -194,12 +237,7 @@ func (s *taskSet) delay(tk *task, d time.Duration) {
 	}
 	tk.cut = cut
 	s.mu.Unlock()
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-cut:
-	}
+	wait(cut)
 	s.mu.Lock()
 	tk.cut = nil
 	s.mu.Unlock()

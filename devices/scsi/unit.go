@@ -76,6 +76,7 @@ type Unit struct {
 	wellKnown   bool  // the REPORT LUNS well-known logical unit: no medium
 	serial      string
 	limit       *limiter // nil: none
+	now         Prompt   // nil: every transfer may wait
 
 	blocks   atomic.Uint64 // capacity
 	wce      atomic.Bool   // caching mode page: WCE
@@ -95,8 +96,16 @@ type Unit struct {
 	// where both change, and shared where both are read. It is taken after medium.
 	tuples sync.RWMutex
 
+	// slots bounds the commands that wait for the medium at the same time, each of which
+	// may keep a thread.
+	slots chan struct{}
+
 	set taskSet
 }
+
+// maxWaiting is how many commands of a unit wait for its medium at the same time: more
+// do not make storage faster.
+const maxWaiting = 64
 
 const (
 	maxTransfer     = 65536   // MAXIMUM TRANSFER LENGTH, blocks
@@ -164,11 +173,17 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 	if u.limit, err = newLimiter(cfg); err != nil {
 		return nil, fmt.Errorf("scsi unit: %w", err)
 	}
-	u.set.init()
+	u.now, _ = cfg.Backend.(Prompt)
+	u.init()
 	if u.set.pr, err = loadReservations(cfg.Reservations); err != nil {
 		return nil, fmt.Errorf("scsi unit: persistent reservations: %w", err)
 	}
 	return u, nil
+}
+
+func (u *Unit) init() {
+	u.slots = make(chan struct{}, maxWaiting)
+	u.set.init()
 }
 
 // capacity asks the backend for its size and checks it.
@@ -303,6 +318,23 @@ func (u *Unit) read(iov [][]byte, lba uint64) error {
 	return u.try("read", off, func() (int, error) { return ReadVec(u.b, iov, off) })
 }
 
+// readNow is read of what needs no wait; false leaves it to read.
+func (u *Unit) readNow(iov [][]byte, lba uint64) bool {
+	return u.now != nil && u.cfg.Protection == nil && u.now.ReadVecNow(iov, int64(lba)*u.blockSize)
+}
+
+// durable says whether a write has to be on stable storage when it is answered.
+func (u *Unit) durable(fua bool) bool { return u.cfg.Cache != Unsafe && (fua || !u.wce.Load()) }
+
+// writeNow is write of what needs no wait; false leaves it to write.
+func (u *Unit) writeNow(iov [][]byte, lba uint64, fua bool) bool {
+	if u.now == nil || u.cfg.Protection != nil || u.durable(fua) || !u.now.WriteVecNow(iov, int64(lba)*u.blockSize) {
+		return false
+	}
+	u.written.Add(1)
+	return true
+}
+
 // write stores iov from lba on. It is durable on return when fua is set or the
 // write cache is off.
 func (u *Unit) write(iov [][]byte, lba uint64, fua bool) error {
@@ -310,7 +342,7 @@ func (u *Unit) write(iov [][]byte, lba uint64, fua bool) error {
 		return u.writeChecked(iov, lba, nil, 0, fua || !u.wce.Load())
 	}
 	off := int64(lba) * u.blockSize
-	durable := u.cfg.Cache != Unsafe && (fua || !u.wce.Load())
+	durable := u.durable(fua)
 	if durable && u.cfg.Retry == nil {
 		return u.try("write", off, func() (int, error) { return WriteVecDurable(u.b, iov, off) })
 	}

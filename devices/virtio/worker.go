@@ -1,19 +1,27 @@
 package virtio
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"gvm/devices/virtio/virtq"
 	"gvm/kvmapi/eventfd"
 )
 
 // Handler serves one chain: it calls w.Complete for it, before it returns or
-// later from any goroutine. An error says that the driver broke a rule of the
-// device; the chain is then dropped and the queue serves no more.
+// later from any goroutine. One that may wait calls w.Interrupt before. An error
+// says that the driver broke a rule of the device; the chain is then dropped and the
+// queue serves no more.
 type Handler func(w *Worker, c *virtq.Chain) error
+
+// maxOwed is how long the driver waits at most for an interrupt that it asked for,
+// while the worker has more chains to hand out: interrupts are the dearest part of a
+// small request, and a driver that is woken for each finds one request each time.
+const maxOwed = 5 * time.Microsecond
 
 // Worker serves one queue on an OS thread of its own: it waits for the
 // doorbell, hands each chain to the handler and interrupts the driver when a
@@ -26,10 +34,13 @@ type Worker struct {
 	stopping   atomic.Bool
 	done       chan struct{}  // closed when the thread has stopped
 	inFlight   sync.WaitGroup // chains that the handler has and has not completed
+	poll       spin
 
 	mu       sync.Mutex // guards what follows; the handler runs without it
 	q        *virtq.Queue
 	barriers []barrier
+	serving  bool // the thread is in drain, and interrupts for what is completed meanwhile
+	owed     bool // the driver has asked for an interrupt, and not got it yet
 }
 
 type barrier struct {
@@ -38,8 +49,9 @@ type barrier struct {
 }
 
 // StartWorker starts a worker on a.Queues[i], which the driver has set up.
+// Before it sleeps it looks for more chains, for poll at most and only while that pays.
 // The error is a *virtq.GuestError: the rings are not where they may be.
-func StartWorker(a Activation, i int, handle Handler) (*Worker, error) {
+func StartWorker(a Activation, i int, poll time.Duration, handle Handler) (*Worker, error) {
 	q, err := virtq.New(a.Mem, a.Queues[i].Layout, a.Features)
 	if err != nil {
 		return nil, fmt.Errorf("queue %d: %w", i, err)
@@ -50,6 +62,7 @@ func StartWorker(a Activation, i int, handle Handler) (*Worker, error) {
 		handle: handle,
 		broken: func(err error) { a.Broken(fmt.Errorf("queue %d: %w", i, err)) },
 		done:   make(chan struct{}),
+		poll:   spin{max: poll},
 		q:      q,
 	}
 	go w.run()
@@ -70,26 +83,40 @@ func (w *Worker) run() {
 		if w.stopping.Load() {
 			return
 		}
+		start := time.Now()
 		if _, err := w.kick.Wait(); err != nil {
 			w.broken(err)
 			return
 		}
+		w.poll.waited(time.Since(start))
 	}
 }
 
 // drain hands out chains until none is left and the driver has been asked to
 // notify of the next, or the worker is to stop.
-func (w *Worker) drain() error {
+func (w *Worker) drain() (err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.serving = true
+	defer func() {
+		w.serving = false
+		err = errors.Join(err, w.pay())
+	}()
 	w.q.DisableKicks()
+	var since time.Time // when the thread first saw what is owed now
 	for !w.stopping.Load() {
 		c, ok, err := w.q.Next()
 		if err != nil {
 			return err
 		}
 		if !ok {
+			if err := w.pay(); err != nil {
+				return err
+			}
 			w.passBarriers()
+			if w.look() {
+				continue
+			}
 			if !w.q.EnableKicks() {
 				return nil
 			}
@@ -105,8 +132,51 @@ func (w *Worker) drain() error {
 			return err
 		}
 		w.passBarriers()
+		switch {
+		case !w.owed:
+			since = time.Time{}
+		case since.IsZero():
+			since = time.Now()
+		case time.Since(since) > maxOwed:
+			since = time.Time{}
+			if err := w.pay(); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
+}
+
+// look polls the queue for as long as that pays, and says whether the driver has
+// made a chain available. The caller holds mu, which is free meanwhile.
+func (w *Worker) look() bool {
+	position := w.q.Position()
+	w.serving = false
+	w.mu.Unlock()
+	found := w.poll.until(func() bool { return w.q.Available() != position || w.stopping.Load() })
+	w.mu.Lock()
+	w.serving = true
+	return found
+}
+
+// pay interrupts the driver if that is owed. The caller holds mu.
+func (w *Worker) pay() error {
+	if !w.owed {
+		return nil
+	}
+	w.owed = false
+	return w.call.Signal()
+}
+
+// Interrupt interrupts the driver now for what was completed, if it asked for that. A
+// handler calls it before it waits for something.
+func (w *Worker) Interrupt() {
+	w.mu.Lock()
+	err := w.pay()
+	w.mu.Unlock()
+	if err != nil {
+		w.broken(err)
+	}
 }
 
 func (w *Worker) passBarriers() {
@@ -121,11 +191,16 @@ func (w *Worker) passBarriers() {
 }
 
 // Complete gives a chain back to the driver, with the bytes written to the
-// front of its device-writable part, and interrupts the driver if it asked for
-// that. It may be called from any goroutine, once for a chain.
+// front of its device-writable part, and has the driver interrupted if it asked for
+// that: at once, or soon while the worker's thread has more chains to hand out. It may
+// be called from any goroutine, once for a chain.
 func (w *Worker) Complete(c *virtq.Chain, written uint32) {
 	w.mu.Lock()
 	signal := w.q.Push(c, written)
+	if w.serving {
+		w.owed = w.owed || signal
+		signal = false
+	}
 	w.mu.Unlock()
 	if signal {
 		if err := w.call.Signal(); err != nil {

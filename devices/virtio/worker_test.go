@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -23,6 +24,7 @@ type rig struct {
 	*virtqtest.Driver
 	a      virtio.Activation
 	broken chan error
+	poll   time.Duration
 }
 
 func newRig(t testing.TB, size uint16, features uint64) *rig {
@@ -45,7 +47,7 @@ func newRig(t testing.TB, size uint16, features uint64) *rig {
 
 func (r *rig) start(t testing.TB, h virtio.Handler) *virtio.Worker {
 	t.Helper()
-	w, err := virtio.StartWorker(r.a, 0, h)
+	w, err := virtio.StartWorker(r.a, 0, r.poll, h)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,9 +86,13 @@ func TestNoLostWakeUp(t *testing.T) {
 		"event_idx": virtio.FeatureEventIdx,
 		"indirect":  virtio.FeatureEventIdx | virtio.FeatureIndirectDesc,
 	} {
-		for _, async := range []bool{false, true} {
-			t.Run(name+map[bool]string{true: "/async"}[async], func(t *testing.T) {
+		for _, how := range []string{"", "/async", "/poll", "/async poll"} {
+			t.Run(name+how, func(t *testing.T) {
+				async := strings.Contains(how, "async")
 				r := newRig(t, 16, features)
+				if strings.Contains(how, "poll") {
+					r.poll = 50 * time.Microsecond
+				}
 				handle := virtio.Handler(echo)
 				type job struct {
 					w *virtio.Worker
@@ -188,8 +194,9 @@ func TestPolledPingPong(t *testing.T) {
 	if testing.Short() {
 		requests = 20000
 	}
-	for _, features := range []uint64{0, virtio.FeatureEventIdx} {
+	for i, features := range []uint64{0, virtio.FeatureEventIdx, 0, virtio.FeatureEventIdx} {
 		r := newRig(t, 4, features)
+		r.poll = time.Duration(i/2) * 10 * time.Microsecond
 		w := r.start(t, echo)
 		r.DisableCalls()
 		in, out := r.Alloc(8), r.Alloc(8)
@@ -225,6 +232,63 @@ func TestServesWhatWasThereFirst(t *testing.T) {
 		t.Fatal(written, err)
 	}
 	stop(t, w)
+}
+
+// TestInterrupts: a driver that sleeps learns of a completed chain although the handler
+// waits with the next one, if it said so before, and although the queue never becomes
+// empty.
+func TestInterrupts(t *testing.T) {
+	add := func(r *rig) {
+		r.Add(virtqtest.Seg{Addr: base + 1<<19, Len: 8}, virtqtest.Seg{Addr: base + 1<<19 + 8, Len: 8, Write: true})
+		if _, err := r.Publish(); err != nil {
+			t.Error(err)
+		}
+	}
+	t.Run("before a wait", func(t *testing.T) {
+		r, release := newRig(t, 4, virtio.FeatureEventIdx), make(chan struct{})
+		add(r)
+		add(r)
+		n := 0
+		w := r.start(t, func(w *virtio.Worker, c *virtq.Chain) error {
+			if n++; n == 2 {
+				w.Interrupt()
+				<-release
+			}
+			return echo(w, c)
+		})
+		if _, _, err := r.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		close(release)
+		if _, _, err := r.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		stop(t, w)
+	})
+	t.Run("among many", func(t *testing.T) {
+		r := newRig(t, 8, virtio.FeatureEventIdx)
+		add(r)
+		var told atomic.Bool
+		done := make(chan struct{})
+		w := r.start(t, func(w *virtio.Worker, c *virtq.Chain) error {
+			switch {
+			case !told.Load():
+				r.Used()
+				add(r)
+			case done != nil:
+				close(done)
+				done = nil
+			}
+			return echo(w, c)
+		})
+		finished := done
+		if _, err := r.Call.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		told.Store(true)
+		<-finished
+		stop(t, w)
+	})
 }
 
 // TestBrokenRing: the worker reports it once and serves no more; after a reset
@@ -288,7 +352,7 @@ func TestStartWorkerChecksLayout(t *testing.T) {
 	r := newRig(t, 4, 0)
 	r.a.Queues[0].Desc++
 	var g *virtq.GuestError
-	if _, err := virtio.StartWorker(r.a, 0, echo); !errors.As(err, &g) {
+	if _, err := virtio.StartWorker(r.a, 0, 0, echo); !errors.As(err, &g) {
 		t.Fatalf("error %v", err)
 	}
 }

@@ -129,7 +129,9 @@ klog
 func TestManyCPUs(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
-	r := guest{kernel: l.Cloud, script: verifiedIO + "klog"}.run(t, "--disk", diskFile(t, content(t.Name(), 8<<20)), "--cpus", "8")
+	r := again(t, func(r result) bool { return r.status == 0 }, func() result {
+		return guest{kernel: l.Cloud, script: verifiedIO + "klog"}.run(t, "--disk", diskFile(t, content(t.Name(), 8<<20)), "--cpus", "8")
+	})
 	r.wantStatus(t, 0)
 	r.want(t, map[string]string{"cpus": "8", "whole": sum(content(t.Name(), 8<<20)), "written": sum(numbers(1, 30000))})
 	r.kernelLog(t, 1)

@@ -69,8 +69,10 @@ type File struct {
 	blockSize   int64
 	readOnly    bool
 	block       bool
-	unnamed     bool // in memory
+	unnamed     bool // it has no path
+	inMemory    bool // its file system is
 	direct      bool
+	mayWait     atomic.Bool  // the file system does not tell which reads wait
 	granularity int64        // of Discard, 0 without
 	lost        atomic.Value // the error of the flush that lost data, an error
 }
@@ -107,6 +109,7 @@ func Open(path string, o Options) (_ *File, err error) {
 		return nil, err
 	}
 	b.block = fi.Mode()&fs.ModeDevice != 0
+	b.inMemory = !b.block && isInMemory(b.fd)
 	if err := b.fit(o); err != nil {
 		return nil, err
 	}

@@ -42,6 +42,42 @@ func (b *File) WriteVec(iov [][]byte, off int64) (int, error) {
 	return b.move("pwritev", writev, iov, off, false)
 }
 
+// isInMemory says whether a file is in a file system that keeps its files in memory,
+// which reads and writes without waiting, and does not always know RWF_NOWAIT.
+func isInMemory(fd int) bool {
+	var st unix.Statfs_t
+	return unix.Fstatfs(fd, &st) == nil && (st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC)
+}
+
+// ReadVecNow implements scsi.Prompt: it reads what the page cache has (RWF_NOWAIT).
+func (b *File) ReadVecNow(iov [][]byte, off int64) bool {
+	n := int(length(iov))
+	switch {
+	case b.direct || b.mayWait.Load() || len(iov) > iovMax || off < 0 || off > b.Size()-int64(n):
+		return false
+	case b.inMemory:
+		got, err := unix.Preadv(b.fd, iov, off)
+		return err == nil && got == n
+	}
+	got, err := unix.Preadv2(b.fd, iov, off, unix.RWF_NOWAIT)
+	if err == unix.EOPNOTSUPP {
+		b.mayWait.Store(true)
+	}
+	return err == nil && got == n
+}
+
+// WriteVecNow implements scsi.Prompt: a write goes to the page cache. It waits only
+// while the host holds up all who write, because too much of its memory is dirty; few
+// file systems can tell that before.
+func (b *File) WriteVecNow(iov [][]byte, off int64) bool {
+	n := int(length(iov))
+	if b.direct || len(iov) > iovMax || off < 0 || off > b.Size()-int64(n) {
+		return false
+	}
+	got, err := unix.Pwritev(b.fd, iov, off)
+	return err == nil && got == n
+}
+
 // WriteVecDurable writes iov at off and returns when it is on stable storage
 // (RWF_DSYNC).
 func (b *File) WriteVecDurable(iov [][]byte, off int64) (int, error) {

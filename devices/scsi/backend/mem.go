@@ -68,6 +68,18 @@ func (m *Mem) WriteVec(iov [][]byte, off int64) (int, error) {
 	return n, nil
 }
 
+// ReadVecNow implements scsi.Prompt.
+func (m *Mem) ReadVecNow(iov [][]byte, off int64) bool {
+	_, err := m.ReadVec(iov, off)
+	return err == nil
+}
+
+// WriteVecNow implements scsi.Prompt.
+func (m *Mem) WriteVecNow(iov [][]byte, off int64) bool {
+	_, err := m.WriteVec(iov, off)
+	return err == nil
+}
+
 // from returns the storage from off on.
 func (m *Mem) from(off int64) ([]byte, error) {
 	if off < 0 || off > int64(len(m.data)) {
@@ -118,6 +130,7 @@ func OpenMemory(size int64) (*File, error) {
 // unnamed returns a File for a file without a name.
 func unnamed(f *os.File, size int64) *File {
 	b := &File{f: f, fd: int(f.Fd()), path: f.Name(), blockSize: 512, unnamed: true}
+	b.inMemory = isInMemory(b.fd)
 	b.size.Store(size)
 	b.granularity = b.discardGranularity()
 	return b
@@ -160,6 +173,15 @@ func (n Null) WriteVec(iov [][]byte, _ int64) (int, error) {
 	}
 	return total, nil
 }
+
+// ReadVecNow implements scsi.Prompt.
+func (n Null) ReadVecNow(iov [][]byte, off int64) bool {
+	_, _ = n.ReadVec(iov, off)
+	return true
+}
+
+// WriteVecNow implements scsi.Prompt.
+func (n Null) WriteVecNow([][]byte, int64) bool { return true }
 
 // WriteVecDurable drops iov.
 func (n Null) WriteVecDurable(iov [][]byte, off int64) (int, error) { return n.WriteVec(iov, off) }

@@ -318,6 +318,34 @@ func (o *Overlay) ReadVec(iov [][]byte, off int64) (int, error) {
 	return int(done), nil
 }
 
+// ReadVecNow implements scsi.Prompt.
+func (o *Overlay) ReadVecNow(iov [][]byte, off int64) bool {
+	f, off := o.only(iov, off)
+	return f != nil && f.ReadVecNow(iov, off)
+}
+
+// WriteVecNow implements scsi.Prompt. What the base has would have to be copied first.
+func (o *Overlay) WriteVecNow(iov [][]byte, off int64) bool {
+	f, off := o.only(iov, off)
+	return f == o.top && f.WriteVecNow(iov, off)
+}
+
+// only returns the file that has the whole range, nil if parts of it are in either,
+// and where.
+func (o *Overlay) only(iov [][]byte, off int64) (*File, int64) {
+	total := length(iov)
+	if total == 0 || o.check(off, total) != nil {
+		return nil, 0
+	}
+	switch top, to := o.run(off, off+total); {
+	case to < off+total:
+		return nil, 0
+	case top:
+		return o.top, o.data + off
+	}
+	return o.base, off
+}
+
 // WriteVec writes to top, and takes there what was the base's.
 func (o *Overlay) WriteVec(iov [][]byte, off int64) (int, error) {
 	return o.write(iov, off, o.top.WriteVec)

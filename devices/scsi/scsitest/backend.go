@@ -90,6 +90,42 @@ func TestBackend(t *testing.T, open func() scsi.Backend) {
 		}
 	})
 
+	t.Run("Prompt", func(t *testing.T) {
+		b := open()
+		now, ok := b.(scsi.Prompt)
+		if !ok {
+			return
+		}
+		end := b.Size()
+		// What it says it has done it has done, and what it refuses others can do.
+		p := pattern(4, 96<<10)
+		iov := pieces(p, 512, 1, 4095, 0, 30000)
+		if !now.WriteVecNow(iov, 4096) {
+			write(t, b, 4096, p)
+		}
+		same(t, "WriteVecNow", read(t, b, 4096, len(p)), p)
+		q := pattern(5, 64<<10)
+		if !now.WriteVecNow([][]byte{q}, 8192) {
+			write(t, b, 8192, q)
+		}
+		copy(p[4096:], q)
+		got := make([]byte, len(p))
+		if now.ReadVecNow(pieces(got, 17, 50000, 0, 495), 4096) {
+			same(t, "ReadVecNow", got, p)
+		}
+		for _, off := range []int64{b.Size() - 512, b.Size(), -512} {
+			if now.ReadVecNow([][]byte{got[:1024]}, off) {
+				t.Errorf("ReadVecNow across the end, at %d", off)
+			}
+			if now.WriteVecNow([][]byte{p[:1024]}, off) {
+				t.Errorf("WriteVecNow across the end, at %d", off)
+			}
+		}
+		if n := b.Size(); n != end {
+			t.Errorf("Size() is %d afterwards, was %d", n, end)
+		}
+	})
+
 	t.Run("Vectored", func(t *testing.T) {
 		b := open()
 		p := pattern(4, 96<<10)

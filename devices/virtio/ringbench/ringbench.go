@@ -44,6 +44,7 @@ type Load struct {
 	Depth  int // requests in flight in each of them
 	Size   int // bytes of each request, a multiple of BlockSize
 	Write  bool
+	Poll   bool // the driver looks for answers all the time, and wants no interrupts
 	// BlockSize and Blocks are the unit's logical block size in bytes and capacity.
 	BlockSize int
 	Blocks    uint64
@@ -293,7 +294,7 @@ func (d *drive) wait(q *queue) (head uint16, err error) {
 			return 0, fmt.Errorf("the device broke: %w", d.err)
 		default:
 		}
-		if q.EnableCalls() {
+		if d.load.Poll || q.EnableCalls() {
 			continue
 		}
 		if _, err := q.Call.Wait(); err != nil {

@@ -35,6 +35,16 @@ func (c *counted) WriteVec(iov [][]byte, off int64) (int, error) {
 	return n, err
 }
 
+func (c *counted) ReadVecNow(iov [][]byte, off int64) bool {
+	_, err := c.ReadVec(iov, off)
+	return err == nil
+}
+
+func (c *counted) WriteVecNow(iov [][]byte, off int64) bool {
+	_, err := c.WriteVec(iov, off)
+	return err == nil
+}
+
 func device(t *testing.T, b scsi.Backend, queues int) *vscsi.Device {
 	t.Helper()
 	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: b, Serial: "BENCH"})

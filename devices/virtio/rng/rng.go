@@ -42,7 +42,7 @@ func (d *Device) Activate(a virtio.Activation) error {
 		return nil
 	}
 	var err error
-	d.worker, err = virtio.StartWorker(a, 0, fill)
+	d.worker, err = virtio.StartWorker(a, 0, 0, fill)
 	return err
 }
 

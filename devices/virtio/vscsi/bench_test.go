@@ -6,6 +6,7 @@ import (
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/scsitest"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
 )
@@ -59,8 +60,9 @@ func nullTargets(t testing.TB) map[string]Target {
 	if err := tgt.Attach(0, u); err != nil {
 		t.Fatal(err)
 	}
-	ready := &scsi.Command{CDB: make([]byte, 6), Done: func(scsi.Result) {}}
-	tgt.Submit(ready) // takes the power on unit attention
+	if err := scsitest.Ready(tgt, 0); err != nil {
+		t.Fatal(err)
+	}
 	return map[string]Target{"fake": &fake{submit: good}, "null": tgt}
 }
 

@@ -119,6 +119,9 @@ func (d *Device) request(q uint16, w *virtio.Worker, c *virtq.Chain) error {
 	if r.observer != nil && outLen > 0 && outLen <= maxPayload && trace.ParameterList(r.cmd.CDB) {
 		r.rec.Payload = slices.Concat(r.cmd.Out...)
 	}
+	if outLen > 0 {
+		w.Interrupt() // a write may wait after all
+	}
 	d.cfg.Target.Submit(&r.cmd)
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/scsitest"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
 )
@@ -231,8 +232,7 @@ func TestPowerOn(t *testing.T) {
 		t.Helper()
 		page := make([]byte, 64)
 		for { // past the unit attention
-			var r scsi.Result
-			target.Submit(&scsi.Command{CDB: []byte{0x1a, 0x08, 0x08, 0, 64, 0}, In: [][]byte{page}, Done: func(res scsi.Result) { r = res }})
+			r := scsitest.Run(target, &scsi.Command{CDB: []byte{0x1a, 0x08, 0x08, 0, 64, 0}, In: [][]byte{page}})
 			if r.Status == scsi.Good {
 				return page[6]&4 != 0
 			}
@@ -246,8 +246,7 @@ func TestPowerOn(t *testing.T) {
 	}
 	off := make([]byte, 24)
 	off[4], off[5] = 0x08, 0x12 // the caching page, WCE clear
-	var r scsi.Result
-	target.Submit(&scsi.Command{CDB: []byte{0x15, 0x10, 0, 0, 24, 0}, Out: [][]byte{off}, Done: func(res scsi.Result) { r = res }})
+	r := scsitest.Run(target, &scsi.Command{CDB: []byte{0x15, 0x10, 0, 0, 24, 0}, Out: [][]byte{off}})
 	if r.Status != scsi.Good || wce() {
 		t.Fatalf("MODE SELECT: %+v, cache on: %v", r, wce())
 	}

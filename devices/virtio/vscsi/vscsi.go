@@ -81,6 +81,9 @@ type Config struct {
 	RingSize uint16       // entries in each request queue, a power of two from 4 to 1024; 0 is 256
 	Nexus    scsi.NexusID // what the target knows the guest by
 	Observer Observer     // nil: nobody
+	// Poll is how long the thread of a request queue looks for the next request before it
+	// sleeps, at most, while requests come that fast; 0 is not at all.
+	Poll time.Duration
 	// Protection offers VIRTIO_SCSI_F_T10_PI: protection information moves beside the
 	// data of units that have it.
 	Protection bool
@@ -189,15 +192,17 @@ func (d *Device) Activate(a virtio.Activation) error {
 			continue
 		}
 		var handle virtio.Handler
+		var poll time.Duration
 		switch i {
 		case controlQueue:
 			handle = d.control
 		case eventQueue:
 			handle = d.events.add
 		default:
+			poll = d.cfg.Poll
 			handle = func(w *virtio.Worker, c *virtq.Chain) error { return d.request(uint16(i-requestQueue), w, c) }
 		}
-		w, err := virtio.StartWorker(a, i, handle)
+		w, err := virtio.StartWorker(a, i, poll, handle)
 		if err != nil {
 			return errors.Join(fmt.Errorf("virtio-scsi: %w", err), d.Reset())
 		}
