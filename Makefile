@@ -52,6 +52,7 @@ conformance: ## libiscsi's suite in Linux guests on gvm's, the kernel's and QEMU
 
 bench: ## host-side benchmarks, then boot times in the lab
 	$(GO) run ./cmd/gvm bench disk
+	$(GO) run ./cmd/gvm bench guest
 	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
 	$(GO) test -run '^$$' -bench 'Boot|Disk' -timeout 60m ./guest-tests/linux
 

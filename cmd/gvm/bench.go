@@ -6,9 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -26,6 +24,8 @@ import (
 
 func benchCommand() *cli.Command {
 	usage := func(_ *cli.Context, err error, _ bool) error { return usageError{err} }
+	guest := benchGuestCommand()
+	guest.OnUsageError = usage
 	disk := &cli.Command{
 		Name:         "disk",
 		Usage:        "measure the path from the ring to the storage and back, without a guest",
@@ -72,12 +72,12 @@ EXAMPLES
 	return &cli.Command{
 		Name:         "bench",
 		Usage:        "measure this host",
-		Description:  "gvm help bench disk says what is measured.",
-		Subcommands:  []*cli.Command{disk},
+		Description:  "gvm help bench disk and gvm help bench guest say what is measured.",
+		Subcommands:  []*cli.Command{disk, guest},
 		OnUsageError: usage,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usageError{fmt.Errorf("bench %q: want disk; see gvm help bench", c.Args().First())}
+				return usageError{fmt.Errorf("bench %q: want disk or guest; see gvm help bench", c.Args().First())}
 			}
 			return cli.ShowSubcommandHelp(c)
 		},
@@ -137,9 +137,6 @@ func parseBench(c *cli.Context) (b diskBench, err error) {
 	return b, nil
 }
 
-// benchImage is the size of the image that is made for want of --disk.
-const benchImage = 256 << 20
-
 // sample is one measurement, as in the JSON file.
 type sample struct {
 	Storage string  `json:"storage"`          // null, mem, file; io_uring and pread are fio's
@@ -156,31 +153,16 @@ type sample struct {
 }
 
 func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
-	var record *os.File
-	if b.json != "" {
-		// What is in the file stays there until there is something to put in its place.
-		if record, err = os.OpenFile(b.json, os.O_WRONLY|os.O_CREATE, 0o644); err != nil {
-			return configError{err}
-		}
-		defer func() {
-			if fi, err2 := record.Stat(); err != nil && err2 == nil && fi.Mode().IsRegular() && fi.Size() == 0 {
-				err = errors.Join(err, os.Remove(b.json))
-			}
-			err = errors.Join(err, record.Close())
-		}()
+	record, err := openBenchRecord(b.json)
+	if err != nil {
+		return err
 	}
-	path := b.disk
-	if path == "" {
-		dir, err2 := os.MkdirTemp("", "gvm-bench-")
-		if err2 != nil {
-			return err2
-		}
-		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-		path = filepath.Join(dir, "disk.img")
-		if err := fillImage(path, benchImage); err != nil {
-			return err
-		}
+	defer func() { err = record.close(err) }()
+	path, remove, err := benchFile(b.disk)
+	if err != nil {
+		return err
 	}
+	defer func() { err = errors.Join(err, remove()) }()
 	file, err := backend.Open(path, backend.Options{ReadOnly: true})
 	if err != nil {
 		return diskError{err}
@@ -246,38 +228,10 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 			}
 		}
 	}
-	if record != nil {
-		if fi, err := record.Stat(); err == nil && fi.Mode().IsRegular() {
-			if err := record.Truncate(0); err != nil {
-				return err
-			}
-		}
-		e := json.NewEncoder(record)
-		e.SetIndent("", " ")
-		if err := e.Encode(all); err != nil {
-			return err
-		}
-	}
-	return benchTable(w, all)
-}
-
-// fillImage makes an image without holes, of data that is not all the same.
-func fillImage(path string, size int) error {
-	f, err := os.Create(path)
-	if err != nil {
+	if err := record.write(all); err != nil {
 		return err
 	}
-	defer f.Close()
-	buf := make([]byte, 1<<20)
-	for i := range buf {
-		buf[i] = byte(i ^ i>>9)
-	}
-	for off := 0; off < size; off += len(buf) {
-		if _, err := f.Write(buf); err != nil {
-			return err
-		}
-	}
-	return f.Sync() // write-back would be measured with the rest
+	return benchTable(w, all)
 }
 
 func (b diskBench) device(s scsi.Backend) (*vscsi.Device, error) {

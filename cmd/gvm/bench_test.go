@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -63,6 +64,66 @@ func TestBenchDisk(t *testing.T) {
 	}
 }
 
+// TestBenchGuest: every load, under gvm and under each QEMU that runs here, and nothing
+// left behind.
+func TestBenchGuest(t *testing.T) {
+	record := filepath.Join(t.TempDir(), "guest.json")
+	r := gvmRuns(t, command(t, "bench", "guest", "--time", "5ms", "--rounds", "1", "--write", "--json", record))
+	if r.status != 0 {
+		t.Fatalf("status %d: %s", r.status, r.errs)
+	}
+	text, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []guestSample
+	if err := json.Unmarshal(text, &all); err != nil {
+		t.Fatal(err)
+	}
+	count := map[string]int{}
+	for _, s := range all {
+		count[s.VMM]++
+		if s.IOPS <= 0 || s.P50 <= 0 || s.P99 < s.P50 || s.P999 < s.P99 || s.Notifications == 0 || s.Driver == "interrupt" && s.Interrupts == 0 {
+			t.Errorf("%+v", s)
+		}
+		row := regexp.MustCompile(`(?m)^ *` + s.Operation + ` +` + s.Driver + ` +` + strconv.Itoa(s.Depth) + ` +` + s.VMM + ` +\d+\.\d +\(\d+\.\d–\d+\.\d\) +\d+\.\d +\d+\.\d `)
+		if n := len(row.FindAllString(r.out, -1)); n != 1 {
+			t.Errorf("%d rows of %+v", n, s)
+		}
+	}
+	for vmm, n := range count {
+		if n != 2*2*5 {
+			t.Errorf("%s: %d measurements of read and write, poll and interrupt, five depths", vmm, n)
+		}
+	}
+	if count["gvm"] == 0 || len(count) == 1 && r.errs == "" {
+		t.Errorf("%v; %q", count, r.errs)
+	}
+	if t.Failed() {
+		t.Log(r.out)
+	}
+	if left, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// TestGuestSamples: a report that is not whole, or of nothing, is an error.
+func TestGuestSamples(t *testing.T) {
+	line := "bench: read depth 4 poll: 2000 requests in 1000000 us; ns p50 10 p99 20 p999 30 max 40; 5 notifications, 6 interrupts\r\n"
+	all, err := guestSamples("gvm", 3, []byte("hello\r\n"+line+"PASS\r\n"))
+	want := guestSample{VMM: "gvm", Operation: "read", Depth: 4, Driver: "poll", Round: 3, IOPS: 2000, P50: 10, P99: 20, P999: 30, Max: 40, Notifications: 5, Interrupts: 6}
+	if err != nil || len(all) != 1 || all[0] != want {
+		t.Errorf("%+v, %v", all, err)
+	}
+	for console, want := range map[string]string{
+		"": "did not end well", line: "did not end well", line + "FAIL: the disk does not answer\r\n": "the disk does not answer", "PASS\r\n": "measured nothing",
+	} {
+		if all, err := guestSamples("qemu", 0, []byte(console)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, %v", console, all, err)
+		}
+	}
+}
+
 // TestBenchRecord: a run that fails leaves an earlier record as it is, and none of its own.
 func TestBenchRecord(t *testing.T) {
 	dir := t.TempDir()
@@ -71,8 +132,11 @@ func TestBenchRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, record := range []string{old, filepath.Join(dir, "new.json")} {
-		if r := gvmRuns(t, command(t, "bench", "disk", "--disk", "missing.img", "--json", record)); r.status != 2 {
-			t.Errorf("status %d: %s", r.status, r.errs)
+		for _, what := range []string{"disk", "guest"} {
+			r := gvmRuns(t, command(t, "bench", what, "--disk", "missing.img", "--json", record))
+			if r.status != 2 || !strings.HasPrefix(r.errs, "gvm: missing.img: ") {
+				t.Errorf("%s: status %d: %s", what, r.status, r.errs)
+			}
 		}
 	}
 	text, err := os.ReadFile(old)
@@ -83,18 +147,20 @@ func TestBenchRecord(t *testing.T) {
 
 // TestBenchStopped: a signal ends it, and its image is gone.
 func TestBenchStopped(t *testing.T) {
-	p := startGVM(t, "", "bench", "disk", "--time", "20ms", "--rounds", "100000")
-	for {
-		if made, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(made) > 0 {
-			break
+	for _, what := range []string{"disk", "guest"} {
+		p := startGVM(t, "", "bench", what, "--time", "20ms", "--rounds", "100000")
+		for {
+			if made, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(made) > 0 {
+				break
+			}
+			time.Sleep(time.Millisecond)
 		}
-		time.Sleep(time.Millisecond)
-	}
-	p.signal(syscall.SIGTERM)
-	if r := p.wait(); r.status != 143 || !strings.Contains(r.errs, "SIGTERM") {
-		t.Errorf("status %d: %s", r.status, r.errs)
-	}
-	if left, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(left) > 0 {
-		t.Errorf("left behind: %v", left)
+		p.signal(syscall.SIGTERM)
+		if r := p.wait(); r.status != 143 || !strings.Contains(r.errs, "SIGTERM") {
+			t.Errorf("%s: status %d: %s", what, r.status, r.errs)
+		}
+		if left, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(left) > 0 {
+			t.Errorf("%s: left behind: %v", what, left)
+		}
 	}
 }

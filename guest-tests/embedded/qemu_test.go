@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -132,6 +133,23 @@ func TestReadOnlyByDefault(t *testing.T) {
 				t.Errorf("no line %q in\n%s", want, console)
 			}
 		})
+	}
+}
+
+// TestBench: every measurement of the benchmark, at every depth, of reads, and of writes
+// where they are allowed.
+func TestBench(t *testing.T) {
+	for words, operations := range map[string]int{"bench bench-ms=2": 1, "bench write bench-ms=2": 2} {
+		image := newImage(t, diskSize, 1)
+		before := hash(t, image)
+		console := qemu(t, words, slices.Concat([]string{"-M", "q35"}, controller, disk("a", raw(image), ""))...)
+		lines := regexp.MustCompile(`(?m)^bench: (read|write) depth \d+ (poll|interrupt): [1-9]\d* requests in [1-9]\d* us; ns p50 [1-9]\d* p99 [1-9]\d* p999 [1-9]\d* max [1-9]\d*; \d+ notifications, \d+ interrupts\r$`).FindAllString(console, -1)
+		if len(lines) != operations*2*5 || !strings.Contains(console, "\nPASS") {
+			t.Errorf("%s: %d measurements:\n%s", words, len(lines), console)
+		}
+		if changed := hash(t, image) != before; changed != (operations == 2) {
+			t.Errorf("%s: the disk has changed: %v", words, changed)
+		}
 	}
 }
 

@@ -109,6 +109,10 @@ func Open(path string, o Options) (_ *File, err error) {
 		return nil, err
 	}
 	b.block = fi.Mode()&fs.ModeDevice != 0
+	// Of files of others the kernel keeps the time of the last access all the same.
+	if flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0); err == nil {
+		_, _ = unix.FcntlInt(f.Fd(), unix.F_SETFL, flags|unix.O_NOATIME)
+	}
 	b.inMemory = !b.block && isInMemory(b.fd)
 	if err := b.fit(o); err != nil {
 		return nil, err

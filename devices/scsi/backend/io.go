@@ -6,6 +6,8 @@ import (
 	"io"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // iovMax is the most buffers that one system call takes (IOV_MAX).
@@ -59,7 +61,7 @@ func (b *File) ReadVecNow(iov [][]byte, off int64) bool {
 		got, err := unix.Preadv(b.fd, iov, off)
 		return err == nil && got == n
 	}
-	got, err := unix.Preadv2(b.fd, iov, off, unix.RWF_NOWAIT)
+	got, err := nowait.Preadv(b.fd, iov, off)
 	if err == unix.EOPNOTSUPP {
 		b.mayWait.Store(true)
 	}

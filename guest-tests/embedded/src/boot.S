@@ -21,14 +21,15 @@ pvh_start:
 	movl $boot_stack_end, %esp
 
 	# Identity map of the first 16 MiB in 2 MiB pages. map() in paging.c adds what else the guest touches.
-	movl $(page_directory_pointers + 3), page_map
-	movl $(page_directory + 3), page_directory_pointers
+	# Ring 3 may use all of it: see bench.c.
+	movl $(page_directory_pointers + 7), page_map
+	movl $(page_directory + 7), page_directory_pointers
 	movl $page_directory, %edi
-	movl $0x83, %eax		# present, writable, large
+	movl $0x87, %eax		# present, writable, user, large
 1:	movl %eax, (%edi)
 	addl $8, %edi
 	addl $0x200000, %eax
-	cmpl $(0x83 + 16 * 1024 * 1024), %eax
+	cmpl $(0x87 + 16 * 1024 * 1024), %eax
 	jb 1b
 
 	movl $0x20, %eax		# CR4.PAE
@@ -101,6 +102,30 @@ interrupt_common:
 	addq $16, %rsp
 	iretq
 
+# run_in_ring3(f): calls f, which does not return, in ring 3, where it may do port I/O: by the permission bitmap, as not every KVM
+# keeps an IOPL of 3. Interrupts come back to ring 0 on the stack that this leaves.
+	.globl run_in_ring3
+run_in_ring3:
+	movl $(task_state_segment), %eax
+	movq %rsp, 4(%rax)		# RSP0
+	movw $104, 102(%rax)		# where the I/O permission bitmap is, whose zeroes permit
+	movb $0xff, 104 + 8192(%rax)	# and its end
+	movw %ax, gdt_task + 2
+	shrl $16, %eax
+	movb %al, gdt_task + 4
+	movb %ah, gdt_task + 7
+	movl $40, %eax
+	ltr %ax
+	movl $27, %eax			# data, ring 3
+	movl %eax, %ds
+	movl %eax, %es
+	pushq $27
+	pushq $ring3_stack_end
+	pushq $0x202			# interrupts on
+	pushq $35			# code, ring 3
+	pushq %rdi
+	iretq
+
 # Application processors start here, in real mode at the page the start-up IPI names (smp.c copies this code there): count, sleep.
 	.section .rodata
 	.globl ap_start, ap_counter, ap_end
@@ -121,6 +146,11 @@ gdt:
 	.quad 0
 	.quad 0x00af9a000000ffff	# 8: 64-bit code
 	.quad 0x00cf92000000ffff	# 16: data
+	.quad 0x00cff2000000ffff	# 24: data, ring 3
+	.quad 0x00affa000000ffff	# 32: 64-bit code, ring 3
+gdt_task:
+	.quad 0x0000890000002068	# 40: task state segment, whose address run_in_ring3 puts in
+	.quad 0
 gdt_end:
 gdt_pointer:
 	.word gdt_end - gdt - 1
@@ -139,3 +169,8 @@ page_directory:
 	.balign 16
 	.skip 16384
 boot_stack_end:
+	.skip 16384 - 8
+ring3_stack_end:			# as after a call
+	.skip 8
+task_state_segment:
+	.skip 104 + 8192 + 1

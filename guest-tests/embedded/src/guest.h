@@ -25,9 +25,19 @@ extern struct options {
 	bool movebars_high; // and the 64-bit ones far above RAM
 	bool x2apic;   // switch the boot CPU's local APIC to x2APIC mode if it has it
 	bool journal;  // write numbered blocks for ever
+	bool bench;    // measure the first disk instead of checking the disks
+	uint32_t bench_ms; // how long each measurement takes
 } options;
 bool check(bool ok, const char *format, ...) __attribute__((format(printf, 2, 3))); // prints the line, counts, returns ok
 void fatal(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
+
+void finish(void) __attribute__((noreturn)); // the report's last line, and off
+
+// boot.S
+void run_in_ring3(void (*f)(void)) __attribute__((noreturn)); // f does not return
+
+// bench.c: reads of the first disk, and writes with the word write
+void bench_disk(void) __attribute__((noreturn));
 
 // paging.c
 void *map(uint64_t address, uint64_t length);

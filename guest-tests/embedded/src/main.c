@@ -14,7 +14,7 @@ struct start_info {
 struct memory_range { uint64_t address, size; uint32_t type, reserved; };
 enum { START_INFO_MAGIC = 0x336ec578, RANGE_RAM = 1, COMMAND_LINE_MAX = 1024 };
 
-struct options options;
+struct options options = { .bench_ms = 300 };
 unsigned checks_made, checks_failed;
 static void (*mode)(void); // what to do instead of the disk checks
 
@@ -36,7 +36,7 @@ static bool panic_event(void)
 	return true;
 }
 
-static void __attribute__((noreturn)) finish(void)
+void finish(void)
 {
 	ticks_stop();
 	if (checks_failed == 0) {
@@ -155,6 +155,7 @@ static const struct { const char *name; bool *option; void (*mode)(void); } word
 	{ "movebars=high", &options.movebars_high, 0 },
 	{ "x2apic", &options.x2apic, 0 },
 	{ "journal", &options.journal, 0 },
+	{ "bench", &options.bench, 0 },
 	{ "crash=triple", 0, mode_triple_fault },
 	{ "crash=panic", 0, mode_panic },
 	{ "crash=reset", 0, mode_reset },
@@ -166,8 +167,26 @@ static const struct { const char *name; bool *option; void (*mode)(void); } word
 	{ "echo", 0, mode_echo },
 };
 
+// take_number takes words such as bench-ms=100.
+static bool take_number(const char *word, size_t length)
+{
+	static const char name[] = "bench-ms=";
+	if (length < sizeof name || memcmp(word, name, sizeof name - 1))
+		return false;
+	uint32_t n = 0;
+	for (size_t i = sizeof name - 1; i < length; i++) {
+		if (word[i] < '0' || word[i] > '9' || n > 100000)
+			return false;
+		n = 10 * n + (uint32_t)(word[i] - '0');
+	}
+	options.bench_ms = n;
+	return n > 0;
+}
+
 static bool take_word(const char *word, size_t length)
 {
+	if (take_number(word, length))
+		return true;
 	for (unsigned i = 0; i < sizeof words / sizeof *words; i++) {
 		if (memcmp(words[i].name, word, length) || words[i].name[length])
 			continue;
@@ -232,6 +251,8 @@ void guest_main(const struct start_info *s)
 	ticks_start();
 	start_processors(); // may overwrite what the loader left below 1 MiB: all of that has been read
 	pci_scan();
+	if (options.bench)
+		bench_disk();
 	check_disks();
 	finish();
 }

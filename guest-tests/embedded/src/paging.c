@@ -2,7 +2,7 @@
 // would cost more than the rest of the run.
 #include "guest.h"
 
-enum { PRESENT = 1, WRITABLE = 2, LARGE = 0x80, TABLES = 16 };
+enum { PRESENT = 1, WRITABLE = 2, USER = 4, LARGE = 0x80, TABLES = 16 };
 #define ADDRESS_MASK 0x000ffffffffff000u
 
 extern uint64_t page_map[512];
@@ -14,7 +14,7 @@ static uint64_t *next_level(uint64_t *entry)
 	if (!(*entry & PRESENT)) {
 		if (tables_used == TABLES)
 			fatal("no page table left");
-		*entry = (uintptr_t)tables[tables_used++] | WRITABLE | PRESENT;
+		*entry = (uintptr_t)tables[tables_used++] | USER | WRITABLE | PRESENT;
 	}
 	return (uint64_t *)(*entry & ADDRESS_MASK);
 }
@@ -37,12 +37,12 @@ void *map(uint64_t address, uint64_t length)
 	for (uint64_t page = address & ~0x1fffffull; page <= last; page += 0x200000) {
 		uint64_t *entry = &next_level(&page_map[page >> 39])[page >> 30 & 511];
 		if (!(*entry & PRESENT) && has_1gib_pages())
-			*entry = (page & ~0x3fffffffull) | LARGE | WRITABLE | PRESENT;
+			*entry = (page & ~0x3fffffffull) | LARGE | USER | WRITABLE | PRESENT;
 		if (*entry & LARGE)
 			continue;
 		entry = &next_level(entry)[page >> 21 & 511];
 		if (!(*entry & PRESENT))
-			*entry = page | LARGE | WRITABLE | PRESENT;
+			*entry = page | LARGE | USER | WRITABLE | PRESENT;
 	}
 	return (void *)address;
 }

@@ -44,6 +44,8 @@ void queue_add(struct virtqueue *q, unsigned slot, const struct segment *s, unsi
 void queue_kick(struct virtqueue *q, unsigned expected); // the interrupt is asked for the last of expected completions
 void queue_wait(struct virtqueue *q, unsigned expected); // fatal if they, or their interrupt, fail to come
 bool queue_used(const struct virtqueue *q, unsigned expected); // whether that many have completed, interrupt or not
+void queue_publish(struct virtqueue *q);                 // kick with used_event as it is
+uint32_t queue_next(struct virtqueue *q);                // the head of the next completion, unchecked
 unsigned queue_take(struct virtqueue *q);                // the slot of the next completion
 
 // virtio_scsi.c. Response codes: 5.6.6.1; control queue: 5.6.6.2.

@@ -212,6 +212,11 @@ void queue_kick(struct virtqueue *q, unsigned expected)
 {
 	write16(q->avail + 4 + 2 * q->size, (uint16_t)(q->last_used + expected - 1)); // used_event, 2.7.7.1
 	compiler_barrier();
+	queue_publish(q);
+}
+
+void queue_publish(struct virtqueue *q)
+{
 	write16(q->avail + 2, q->next_avail); // publishes the chains; x86 stores stay in order
 	full_barrier();                       // before the look at whether the device wants to hear of it (2.7.13.4.1)
 	bool wanted;
@@ -247,12 +252,16 @@ void queue_wait(struct virtqueue *q, unsigned expected)
 	interrupts_on();
 }
 
-// queue_take leaves the element's length alone: QEMU counts bytes it read too, and LIO writes 0.
+// queue_next leaves the element's length alone: QEMU counts bytes it read too, and LIO writes 0.
+uint32_t queue_next(struct virtqueue *q)
+{
+	return read32(q->used + 4 + 8 * (q->last_used++ % q->size));
+}
+
 unsigned queue_take(struct virtqueue *q)
 {
-	uint32_t id = read32(q->used + 4 + 8 * (q->last_used % q->size));
+	uint32_t id = queue_next(q);
 	if (id >= q->size || id % SLOT_DESCRIPTORS)
 		fatal("queue %u: used ring names chain %u, which was not made", (uint32_t)q->index, id);
-	q->last_used++;
 	return id / SLOT_DESCRIPTORS;
 }
