@@ -23,6 +23,9 @@ type Config struct {
 	Memory      guestmem.Config
 	CPUs        int // 0 is 1
 	CPUFeatures []x86.FeatureChange
+	// Prepared is what Prepare has begun to make for this Config, for the first machine of
+	// one Run; nil: Run makes it. It stays the caller's to close, after Run.
+	Prepared *Prepared
 
 	Kernel   *boot.Image
 	Initrds  []*boot.File
@@ -116,6 +119,7 @@ func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 		if err != nil {
 			return Outcome{}, err
 		}
+		cfg.Prepared = nil // a reboot makes its own
 		out := m.run(ctx)
 		if err := m.close(); err != nil && out.Err == nil {
 			out = Outcome{Ending: HostFailed, Err: err}

@@ -95,45 +95,15 @@ func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
 }
 
 func (m *machine) createVM() error {
-	if limit := m.sys.Check(kvmapi.CapMaxVCPUs); m.cfg.CPUs < 1 || m.cfg.CPUs > limit {
-		return configErrorf("%d CPUs: this host's KVM gives a guest 1 to %d", m.cfg.CPUs, limit)
+	p := m.cfg.Prepared
+	if p == nil {
+		p = Prepare(m.sys, m.cfg)
 	}
-	var err error
-	if m.cpuid, err = m.sys.SupportedCPUID(); err != nil {
-		return err
-	}
-	if m.vm, err = m.sys.CreateVM(); err != nil {
-		return err
-	}
+	<-p.done
+	m.vm, m.mem, m.cpuid = p.vm, p.mem, p.cpuid
 	m.irqs.vm = m.vm
-	if err := m.vm.SetTSSAddr(tssAddr); err != nil {
-		return err
-	}
-	if err := m.vm.SetIdentityMapAddr(identityMapAddr); err != nil {
-		return err
-	}
-	if err := m.vm.CreateIRQChip(); err != nil {
-		return err
-	}
-	if err := m.vm.CreatePIT(); err != nil {
-		return err
-	}
-	if m.cfg.CPUs > 255 {
-		// 32-bit APIC IDs in MSI messages (KVM_X2APIC_API_USE_32BIT_IDS and
-		// DISABLE_BROADCAST_QUIRK).
-		if err := m.vm.EnableCap(kvmapi.CapX2APICAPI, 3); err != nil {
-			return err
-		}
-	}
-	if m.mem, err = guestmem.Map(m.cfg.Memory); err != nil {
-		return err
-	}
-	for i, r := range m.mem.Regions() {
-		if err := m.vm.SetMemory(uint32(i), r.Base, r.Bytes); err != nil {
-			return err
-		}
-	}
-	return nil
+	p.vm, p.mem = nil, nil
+	return p.err
 }
 
 // addPlatform puts the devices of a PC at their ports.

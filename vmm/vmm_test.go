@@ -231,14 +231,19 @@ func TestRebootInPlaceAndDescriptors(t *testing.T) {
 		}
 		cancel()
 	}()
-	out, err := Run(ctx, sys, Config{
+	cfg := Config{
 		Memory:    guestmem.Config{Size: 64 << 20},
 		Kernel:    embeddedKernel(t),
 		CmdLine:   "crash=reset",
 		Devices:   []virtio.Device{rng.New()},
 		Console:   console,
 		Rebooting: true,
-	})
+	}
+	cfg.Prepared = Prepare(sys, cfg) // for the first life
+	out, err := Run(ctx, sys, cfg)
+	if err := cfg.Prepared.Close(); err != nil {
+		t.Error(err)
+	}
 	if err != nil || out.Ending != Stopped {
 		t.Fatalf("%s, %v, %v", out.Ending, out.Err, err)
 	}
@@ -247,6 +252,20 @@ func TestRebootInPlaceAndDescriptors(t *testing.T) {
 	}
 	if after := openFDs(t); after != before {
 		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
+
+// TestPrepareForNothing: what is prepared and not used is gone when it is closed.
+func TestPrepareForNothing(t *testing.T) {
+	sys := system(t)
+	for _, size := range []uint64{64 << 20, 1} { // 1 is refused
+		before := openFDs(t)
+		if err := Prepare(sys, Config{Memory: guestmem.Config{Size: size}}).Close(); err != nil {
+			t.Error(err)
+		}
+		if after := openFDs(t); after != before {
+			t.Errorf("%d bytes: %d descriptors before, %d after", size, before, after)
+		}
 	}
 }
 

@@ -24,8 +24,8 @@ import (
 
 func benchCommand() *cli.Command {
 	usage := func(_ *cli.Context, err error, _ bool) error { return usageError{err} }
-	guest := benchGuestCommand()
-	guest.OnUsageError = usage
+	guest, footprint := benchGuestCommand(), benchFootprintCommand()
+	guest.OnUsageError, footprint.OnUsageError = usage, usage
 	disk := &cli.Command{
 		Name:         "disk",
 		Usage:        "measure the path from the ring to the storage and back, without a guest",
@@ -72,12 +72,12 @@ EXAMPLES
 	return &cli.Command{
 		Name:         "bench",
 		Usage:        "measure this host",
-		Description:  "gvm help bench disk and gvm help bench guest say what is measured.",
-		Subcommands:  []*cli.Command{disk, guest},
+		Description:  "gvm help bench disk, and so on, says what is measured.",
+		Subcommands:  []*cli.Command{disk, guest, footprint},
 		OnUsageError: usage,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usageError{fmt.Errorf("bench %q: want disk or guest; see gvm help bench", c.Args().First())}
+				return usageError{fmt.Errorf("bench %q: want disk, guest or footprint; see gvm help bench", c.Args().First())}
 			}
 			return cli.ShowSubcommandHelp(c)
 		},

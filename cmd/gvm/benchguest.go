@@ -90,6 +90,12 @@ func parseGuestBench(c *cli.Context) (b guestBench, err error) {
 	return b, err
 }
 
+// contender is a VMM to measure: what it is called, its program and arguments.
+type contender struct {
+	name string
+	args []string
+}
+
 // guestSample is one measurement of the guest's, as in the JSON file.
 type guestSample struct {
 	VMM           string  `json:"vmm"`       // gvm, or qemu with how it does I/O
@@ -159,19 +165,13 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 	for _, word := range words {
 		run = append(run, "--guest-arg", word)
 	}
-	vmms := []struct {
-		name string
-		args []string
-	}{{"gvm", run}}
+	vmms := []contender{{"gvm", run}}
 	if qemu, err := exec.LookPath(b.qemu); err != nil {
 		note(b.qemu + " is not installed (Debian: apt install qemu-system-x86): nothing to compare with")
 	} else {
 		for _, cache := range []string{"writeback", "none"} {
 			for _, aio := range []string{"io_uring", "threads"} {
-				vmms = append(vmms, struct {
-					name string
-					args []string
-				}{"qemu " + aio + " " + cache, b.qemuArgs(qemu, kernel.Name(), path, strings.Join(words, " "), aio, cache)})
+				vmms = append(vmms, contender{"qemu " + aio + " " + cache, qemuArgs(qemu, kernel.Name(), path, strings.Join(words, " "), aio, cache, b.write)})
 			}
 		}
 	}
@@ -214,21 +214,33 @@ func console(ctx context.Context, args []string) ([]byte, error) {
 	var errs bytes.Buffer
 	c.Stderr = &errs
 	out, err := c.Output()
-	var exit *exec.ExitError
-	if text, _, _ := strings.Cut(strings.TrimSpace(errs.String()), "\n"); errors.As(err, &exit) && text != "" {
-		err = endError{exit.ExitCode(), errors.New(strings.TrimPrefix(text, "gvm: "))}
+	if err != nil {
+		return nil, said(err, errs.String())
 	}
-	return out, err
+	return out, nil
+}
+
+// said is how a program ended: by the first line of what it said, with its exit status.
+func said(err error, text string) error {
+	var exit *exec.ExitError
+	text, _, _ = strings.Cut(strings.TrimSpace(text), "\n")
+	switch {
+	case errors.As(err, &exit) && text != "":
+		return endError{exit.ExitCode(), errors.New(strings.TrimPrefix(text, "gvm: "))}
+	case err == nil:
+		return errors.New("the machine ended before its guest was ready")
+	}
+	return err
 }
 
 // qemuArgs is a machine of QEMU's with the same guest and disk, as fast as QEMU knows.
-func (b guestBench) qemuArgs(qemu, kernel, path, words, aio, cache string) []string {
+func qemuArgs(qemu, kernel, path, words, aio, cache string, write bool) []string {
 	escape := func(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 	onOff := map[bool]string{false: "off", true: "on"}
 	if abs, err := filepath.Abs(path); err == nil {
 		path = abs // a colon would be a protocol's
 	}
-	file := fmt.Sprintf("driver=file,filename=%s,node-name=f,read-only=%s,aio=%s,cache.direct=%s", escape(path), onOff[!b.write], aio, onOff[cache == "none"])
+	file := fmt.Sprintf("driver=file,filename=%s,node-name=f,read-only=%s,aio=%s,cache.direct=%s", escape(path), onOff[!write], aio, onOff[cache == "none"])
 	if fi, err := os.Stat(path); err == nil && fi.Mode()&os.ModeDevice != 0 {
 		file = strings.Replace(file, "driver=file", "driver=host_device", 1)
 	}
@@ -237,7 +249,7 @@ func (b guestBench) qemuArgs(qemu, kernel, path, words, aio, cache string) []str
 		qemu, "-M", "q35", "-accel", "kvm", "-cpu", "max,-arch-capabilities", "-m", "512", "-nodefaults", "-no-user-config",
 		"-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot", "-kernel", kernel, "-append", words,
 		"-object", "iothread,id=t", "-device", "virtio-scsi-pci,id=scsi,disable-legacy=on,iothread=t",
-		"-blockdev", file, "-blockdev", "driver=raw,file=f,node-name=d,read-only=" + onOff[!b.write], "-device", "scsi-hd,bus=scsi.0,drive=d",
+		"-blockdev", file, "-blockdev", "driver=raw,file=f,node-name=d,read-only=" + onOff[!write], "-device", "scsi-hd,bus=scsi.0,drive=d",
 	}
 }
 

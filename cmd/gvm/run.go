@@ -306,6 +306,12 @@ func run(rc runConfig) (err error) {
 		Stamp:       rc.timing.stamp,
 		Phase:       rc.timing.phase,
 	}
+	sys, sysErr := kvmapi.Open() // an error waits for those of what the user named
+	if sysErr == nil {
+		defer sys.Close()
+		cfg.Prepared = vmm.Prepare(sys, cfg)
+		defer func() { err = errors.Join(err, cfg.Prepared.Close()) }()
+	}
 	for _, path := range rc.initrds {
 		f, err := boot.OpenFile(path)
 		if err != nil {
@@ -377,11 +383,9 @@ func run(rc runConfig) (err error) {
 		}
 		cfg.Devices = append(cfg.Devices, made...)
 	}
-	sys, err := kvmapi.Open()
-	if err != nil {
-		return err
+	if sysErr != nil {
+		return sysErr
 	}
-	defer sys.Close()
 	if socket != nil {
 		socket.Serve(&machine{rc.info(), cfg.Pauser, ds})
 	}

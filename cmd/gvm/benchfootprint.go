@@ -1,0 +1,390 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"gvm/guest-tests/embedded"
+)
+
+func benchFootprintCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "footprint",
+		Usage:     "measure what a machine takes of the host, beside QEMU's",
+		ArgsUsage: " ",
+		Description: `The embedded guest boots and waits for input that does not come, with 512 MiB of RAM and one
+disk: under gvm, and in turns under QEMU's q35 if that is installed. Some seconds later:
+
+   ready     from exec to the guest's first word after its checks of the platform
+   CPU       that all threads have used until then
+   RSS, PSS  resident memory without the guest's RAM, and without what is shared with others
+   threads, and the program's size
+
+Then --guests machines of gvm's wait at the same time, and the last line says which part of this
+host's CPUs they use in all.
+
+EXAMPLES
+   gvm bench footprint
+   gvm bench footprint --guests 1000 --time 1m`,
+		Flags: []cli.Flag{
+			&cli.IntFlag{Name: "guests", Value: 100, Usage: "`N` guests that wait at the same time, 0 for none"},
+			&cli.DurationFlag{Name: "time", Value: 10 * time.Second, Usage: "watch them for `DURATION`"},
+			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure one machine of each kind `N` times, in turns"},
+			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64", Usage: "`PROGRAM` to compare with", TakesFile: true},
+			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
+		},
+		Action: func(c *cli.Context) error {
+			b, err := parseFootprint(c)
+			if err != nil {
+				return usageError{err}
+			}
+			ctx, stop := context.WithCancelCause(context.Background())
+			defer stop(nil)
+			defer catchSignals(stop)()
+			return b.run(ctx, c.App.Writer)
+		},
+	}
+}
+
+// footprintBench is `gvm bench footprint`'s command line.
+type footprintBench struct {
+	guests, rounds int
+	time           time.Duration
+	qemu, json     string
+}
+
+func parseFootprint(c *cli.Context) (b footprintBench, err error) {
+	if c.Args().Present() {
+		return b, fmt.Errorf("unexpected argument %q; see gvm help bench footprint", c.Args().First())
+	}
+	b = footprintBench{guests: c.Int("guests"), rounds: c.Int("rounds"), time: c.Duration("time"), qemu: c.String("qemu"), json: c.String("json")}
+	switch {
+	case b.guests < 0 || b.guests > 10000:
+		return b, fmt.Errorf("--guests %d: want 0 to 10000", b.guests)
+	case b.rounds < 1:
+		return b, fmt.Errorf("--rounds %d: want 1 or more", b.rounds)
+	case b.time < 10*time.Millisecond || b.time > time.Hour:
+		return b, fmt.Errorf("--time %s: want 10ms to 1h", b.time)
+	}
+	return b, nil
+}
+
+// footprint is one machine, as in the JSON file.
+type footprint struct {
+	VMM     string  `json:"vmm"`
+	Round   int     `json:"round"`
+	Ready   float64 `json:"ready_ms"` // since exec
+	CPU     float64 `json:"cpu_ms"`   // until then
+	RSS     float64 `json:"rss_mib"`  // beside the guest's RAM
+	PSS     float64 `json:"pss_mib"`
+	Threads int     `json:"threads"`
+	Program float64 `json:"program_mib"`
+}
+
+// idle is many machines that wait, as in the JSON file.
+type idle struct {
+	Guests  int     `json:"guests"`
+	Seconds float64 `json:"seconds"`
+	CPU     float64 `json:"cpu_percent"` // of all of this host's CPUs
+}
+
+const (
+	footprintRAM = 512 << 20
+	footprintSet = 2 * time.Second // after which a machine is measured: longer than gvm takes to settle
+)
+
+func (b footprintBench) run(ctx context.Context, w io.Writer) (err error) {
+	record, err := openBenchRecord(b.json)
+	if err != nil {
+		return err
+	}
+	defer func() { err = record.close(err) }()
+	dir, err := os.MkdirTemp("", "gvm-bench-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	kernel, disk := filepath.Join(dir, "guest.elf"), filepath.Join(dir, "disk.img")
+	if err := errors.Join(os.WriteFile(kernel, embedded.Image, 0o600), fillImage(disk, 16<<20)); err != nil {
+		return err
+	}
+	gvm, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	vmms := []contender{{"gvm", []string{gvm, "run", "--guest-arg", "echo", "--disk", disk}}}
+	if qemu, err := exec.LookPath(b.qemu); err != nil {
+		note(b.qemu + " is not installed (Debian: apt install qemu-system-x86): nothing to compare with")
+	} else {
+		vmms = append(vmms, contender{"qemu", qemuArgs(qemu, kernel, disk, "echo", "io_uring", "writeback", false)})
+	}
+	var all []footprint
+	for round := range b.rounds {
+		for i := 0; i < len(vmms); {
+			f, err := measureFootprint(ctx, vmms[i])
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if err != nil && i > 0 && round == 0 {
+				note(fmt.Sprintf("%s does not run here, its row is missing: %v", vmms[i].name, err))
+				vmms = slices.Delete(vmms, i, i+1)
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			f.Round = round
+			all = append(all, f)
+			i++
+		}
+	}
+	var many *idle
+	if b.guests > 0 {
+		if many, err = b.idle(ctx, gvm); err != nil {
+			return err
+		}
+	}
+	if err := record.write(struct {
+		Machines []footprint `json:"machines"`
+		Idle     *idle       `json:"idle,omitempty"`
+	}{all, many}); err != nil {
+		return err
+	}
+	return footprintTable(w, vmms, all, many)
+}
+
+// waiting is a machine whose guest waits for input.
+type waiting struct {
+	c     *exec.Cmd
+	stdin io.Closer
+	errs  bytes.Buffer
+	ready time.Duration // since exec
+}
+
+// startWaiting starts a machine and returns once its guest waits.
+func startWaiting(ctx context.Context, args []string) (_ *waiting, err error) {
+	m := &waiting{c: exec.CommandContext(ctx, args[0], args[1:]...)}
+	m.c.Cancel = func() error { return m.c.Process.Signal(syscall.SIGTERM) } // it cleans up
+	m.c.WaitDelay = 10 * time.Second
+	m.c.Stderr = &m.errs
+	if m.stdin, err = m.c.StdinPipe(); err != nil {
+		return nil, err
+	}
+	console, err := m.c.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	if err := m.c.Start(); err != nil {
+		return nil, err
+	}
+	for lines := bufio.NewScanner(console); lines.Scan(); {
+		if strings.TrimSpace(lines.Text()) == "ready" {
+			m.ready = time.Since(start)
+			return m, nil
+		}
+	}
+	return nil, said(m.c.Wait(), m.errs.String())
+}
+
+// stop ends it. That it was told to is no error.
+func (m *waiting) stop() error {
+	err := m.c.Process.Signal(syscall.SIGTERM)
+	_ = m.stdin.Close()
+	var exit *exec.ExitError
+	if err2 := m.c.Wait(); err2 != nil && !errors.As(err2, &exit) {
+		err = errors.Join(err, err2)
+	}
+	return err
+}
+
+func measureFootprint(ctx context.Context, v contender) (f footprint, err error) {
+	m, err := startWaiting(ctx, v.args)
+	if err != nil {
+		return f, err
+	}
+	defer func() { err = errors.Join(err, m.stop()) }()
+	pid := m.c.Process.Pid
+	f = footprint{VMM: v.name, Ready: float64(m.ready.Microseconds()) / 1e3}
+	cpu, err := cpuOf(pid)
+	if err != nil {
+		return f, err
+	}
+	f.CPU = float64(cpu.Microseconds()) / 1e3
+	select {
+	case <-ctx.Done():
+		return f, context.Cause(ctx)
+	case <-time.After(footprintSet):
+	}
+	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if err != nil {
+		return f, err
+	}
+	f.Threads = len(tasks)
+	smaps, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps", pid))
+	if err != nil {
+		return f, err
+	}
+	rss, pss := besideRAM(smaps)
+	f.RSS, f.PSS = float64(rss)/(1<<20), float64(pss)/(1<<20)
+	program, err := os.Stat(v.args[0])
+	if err != nil {
+		return f, err
+	}
+	f.Program = float64(program.Size()) / (1 << 20)
+	return f, nil
+}
+
+// besideRAM adds up smaps (proc_pid_smaps(5)) but for the mappings that are as large as
+// the guest's RAM, in bytes.
+func besideRAM(smaps []byte) (rss, pss int64) {
+	counts := false
+	for line := range strings.Lines(string(smaps)) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 {
+			continue
+		}
+		if from, to, ok := strings.Cut(fields[0], "-"); ok {
+			a, err := strconv.ParseUint(from, 16, 64)
+			b, err2 := strconv.ParseUint(to, 16, 64)
+			counts = err == nil && err2 == nil && b-a < footprintRAM
+			continue
+		}
+		n, err := strconv.ParseInt(fields[1], 10, 64)
+		if err != nil || !counts {
+			continue
+		}
+		switch fields[0] {
+		case "Rss:":
+			rss += n << 10
+		case "Pss:":
+			pss += n << 10
+		}
+	}
+	return rss, pss
+}
+
+// cpuOf is the CPU time that the threads of a process have used which it has now.
+func cpuOf(pid int) (sum time.Duration, err error) {
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
+	if err != nil {
+		return 0, err
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ESRCH) {
+			continue // the thread has ended
+		}
+		if err != nil {
+			return 0, err
+		}
+		word, _, _ := strings.Cut(string(b), " ")
+		n, err := strconv.ParseInt(word, 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("%s: %w", f, err)
+		}
+		sum += time.Duration(n)
+	}
+	if len(files) == 0 {
+		return 0, fmt.Errorf("process %d has ended", pid)
+	}
+	return sum, nil
+}
+
+// idle has many machines wait at the same time.
+func (b footprintBench) idle(ctx context.Context, gvm string) (_ *idle, err error) {
+	var all []*waiting
+	defer func() {
+		for _, m := range all {
+			err = errors.Join(err, m.stop())
+		}
+	}()
+	for range b.guests {
+		m, err := startWaiting(ctx, []string{gvm, "run", "--memory", "64M", "--disk", "mem:16M", "--guest-arg", "echo"})
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("machine %d of %d: %w", len(all)+1, b.guests, err)
+		}
+		all = append(all, m)
+	}
+	sleep := func(d time.Duration) bool {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(d):
+			return true
+		}
+	}
+	used := func() (sum time.Duration, err error) {
+		for _, m := range all {
+			d, err := cpuOf(m.c.Process.Pid)
+			if err != nil {
+				return 0, err
+			}
+			sum += d
+		}
+		return sum, nil
+	}
+	if !sleep(footprintSet) {
+		return nil, context.Cause(ctx)
+	}
+	before, err := used()
+	if err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	if !sleep(b.time) {
+		return nil, context.Cause(ctx)
+	}
+	took := time.Since(start)
+	after, err := used()
+	if err != nil {
+		return nil, err
+	}
+	return &idle{Guests: b.guests, Seconds: took.Seconds(), CPU: 100 * (after - before).Seconds() / took.Seconds() / float64(runtime.NumCPU())}, nil
+}
+
+func footprintTable(w io.Writer, vmms []contender, all []footprint, many *idle) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(t, "VMM\tready, ms\t\tCPU, ms\tRSS, MiB\tPSS, MiB\tthreads\tprogram, MiB\t")
+	for _, v := range vmms {
+		pick := func(f func(footprint) float64) []float64 {
+			var list []float64
+			for _, s := range all {
+				if s.VMM == v.name {
+					list = append(list, f(s))
+				}
+			}
+			slices.Sort(list)
+			return list
+		}
+		median := func(f func(footprint) float64) float64 { list := pick(f); return list[len(list)/2] }
+		ready := pick(func(f footprint) float64 { return f.Ready })
+		fmt.Fprintf(t, "%s\t%.1f\t(%.1f–%.1f)\t%.1f\t%.1f\t%.1f\t%.0f\t%.1f\t\n", v.name, ready[len(ready)/2], ready[0], ready[len(ready)-1],
+			median(func(f footprint) float64 { return f.CPU }), median(func(f footprint) float64 { return f.RSS }), median(func(f footprint) float64 { return f.PSS }),
+			median(func(f footprint) float64 { return float64(f.Threads) }), median(func(f footprint) float64 { return f.Program }))
+	}
+	if err := t.Flush(); err != nil || many == nil {
+		return err
+	}
+	_, err := fmt.Fprintf(w, "%d waiting guests use %.3f %% of this host's CPUs\n", many.Guests, many.CPU)
+	return err
+}

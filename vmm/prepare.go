@@ -1,0 +1,87 @@
+package vmm
+
+import (
+	"cmp"
+	"errors"
+
+	"github.com/bobuhiro11/gokvm/kvm"
+
+	"gvm/kvmapi"
+	"gvm/vmm/guestmem"
+)
+
+// Prepared is a virtual machine that has its memory and nothing else.
+type Prepared struct {
+	done  chan struct{} // closed when what follows is there
+	vm    *kvmapi.VM
+	mem   *guestmem.Memory
+	cpuid []kvm.CPUIDEntry2 // what KVM supports
+	err   error
+}
+
+// Prepare begins to make what the first machine of Run stands on, for a caller that has
+// something else to do meanwhile: half of the time from exec to a guest's first
+// instruction is the kernel's for this. It needs Memory and CPUs of cfg alone. The
+// result is for Config.Prepared; errors come from Run.
+func Prepare(sys *kvmapi.System, cfg Config) *Prepared {
+	p := &Prepared{done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		p.err = p.make(sys, cfg)
+	}()
+	return p
+}
+
+func (p *Prepared) make(sys *kvmapi.System, cfg Config) (err error) {
+	cpus := cmp.Or(cfg.CPUs, 1)
+	if limit := sys.Check(kvmapi.CapMaxVCPUs); cpus < 1 || cpus > limit {
+		return configErrorf("%d CPUs: this host's KVM gives a guest 1 to %d", cfg.CPUs, limit)
+	}
+	if p.cpuid, err = sys.SupportedCPUID(); err != nil {
+		return err
+	}
+	if p.vm, err = sys.CreateVM(); err != nil {
+		return err
+	}
+	if err := p.vm.SetTSSAddr(tssAddr); err != nil {
+		return err
+	}
+	if err := p.vm.SetIdentityMapAddr(identityMapAddr); err != nil {
+		return err
+	}
+	if err := p.vm.CreateIRQChip(); err != nil {
+		return err
+	}
+	if err := p.vm.CreatePIT(); err != nil {
+		return err
+	}
+	if cpus > 255 {
+		// 32-bit APIC IDs in MSI messages (KVM_X2APIC_API_USE_32BIT_IDS and
+		// DISABLE_BROADCAST_QUIRK).
+		if err := p.vm.EnableCap(kvmapi.CapX2APICAPI, 3); err != nil {
+			return err
+		}
+	}
+	if p.mem, err = guestmem.Map(cfg.Memory); err != nil {
+		return err
+	}
+	for i, r := range p.mem.Regions() {
+		if err := p.vm.SetMemory(uint32(i), r.Base, r.Bytes); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Close waits until the machine has been made, and takes it down unless Run has taken it.
+func (p *Prepared) Close() (err error) {
+	<-p.done
+	if p.vm != nil {
+		err = p.vm.Close()
+	}
+	if p.mem != nil {
+		err = errors.Join(err, p.mem.Close())
+	}
+	p.vm, p.mem = nil, nil
+	return err
+}
