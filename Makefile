@@ -53,6 +53,7 @@ conformance: ## libiscsi's suite in Linux guests on gvm's, the kernel's and QEMU
 bench: ## host-side benchmarks, then boot times in the lab
 	$(GO) run ./cmd/gvm bench disk
 	$(GO) run ./cmd/gvm bench guest
+	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench boot
 	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench footprint
 	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
 	$(GO) test -run '^$$' -bench 'Boot|Disk' -timeout 60m ./guest-tests/linux

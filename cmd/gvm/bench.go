@@ -24,8 +24,10 @@ import (
 
 func benchCommand() *cli.Command {
 	usage := func(_ *cli.Context, err error, _ bool) error { return usageError{err} }
-	guest, footprint := benchGuestCommand(), benchFootprintCommand()
-	guest.OnUsageError, footprint.OnUsageError = usage, usage
+	others := []*cli.Command{benchGuestCommand(), benchBootCommand(), benchFootprintCommand()}
+	for _, c := range others {
+		c.OnUsageError = usage
+	}
 	disk := &cli.Command{
 		Name:         "disk",
 		Usage:        "measure the path from the ring to the storage and back, without a guest",
@@ -57,6 +59,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "driver", Value: "interrupt,poll", Usage: "`LIST` of how the driver learns of answers"},
 			pollFlag(),
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
+			plotFlag(),
 		},
 		Action: func(c *cli.Context) error {
 			b, err := parseBench(c)
@@ -73,11 +76,11 @@ EXAMPLES
 		Name:         "bench",
 		Usage:        "measure this host",
 		Description:  "gvm help bench disk, and so on, says what is measured.",
-		Subcommands:  []*cli.Command{disk, guest, footprint},
+		Subcommands:  append([]*cli.Command{disk}, others...),
 		OnUsageError: usage,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usageError{fmt.Errorf("bench %q: want disk, guest or footprint; see gvm help bench", c.Args().First())}
+				return usageError{fmt.Errorf("bench %q: want disk, guest, boot or footprint; see gvm help bench", c.Args().First())}
 			}
 			return cli.ShowSubcommandHelp(c)
 		},
@@ -92,15 +95,18 @@ type diskBench struct {
 	sizes, depths, queues []int
 	drivers               []string
 	poll                  time.Duration
-	json                  string
+	json, plot            string
 }
 
 func parseBench(c *cli.Context) (b diskBench, err error) {
 	if c.Args().Present() {
 		return b, fmt.Errorf("unexpected argument %q; see gvm help bench", c.Args().First())
 	}
-	b = diskBench{disk: c.String("disk"), time: c.Duration("time"), rounds: c.Int("rounds"), json: c.String("json")}
+	b = diskBench{disk: c.String("disk"), time: c.Duration("time"), rounds: c.Int("rounds"), json: c.String("json"), plot: c.String("plot")}
 	if b.poll, err = parsePoll(c); err != nil {
+		return b, err
+	}
+	if err := checkPlot(b.plot); err != nil {
 		return b, err
 	}
 	b.drivers = strings.Split(c.String("driver"), ",")
@@ -231,6 +237,26 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 	if err := record.write(all); err != nil {
 		return err
 	}
+	if b.plot != "" {
+		var panels []benchPanel
+		for _, size := range b.sizes {
+			for _, queues := range b.queues {
+				p := benchPanel{title: fmt.Sprintf("read %s, %d queues", formatSize(uint64(size)), queues)}
+				if queues == 1 {
+					p.title = strings.TrimSuffix(p.title, "s")
+				}
+				for _, s := range all {
+					if s.Size == size && s.Queues == queues && s.Storage != "pread" {
+						p.add(strings.TrimSpace(s.Storage+" "+s.Driver), s.Depth, s.IOPS/1e3)
+					}
+				}
+				panels = append(panels, p)
+			}
+		}
+		if err := writeBenchPlot(b.plot, panels); err != nil {
+			return err
+		}
+	}
 	return benchTable(w, all)
 }
 
@@ -313,7 +339,7 @@ func benchTable(w io.Writer, all []sample) error {
 			slices.Sort(v)
 			return v
 		}
-		median := func(f func(sample) float64) float64 { v := pick(f); return v[len(v)/2] }
+		median := func(f func(sample) float64) float64 { return median(pick(f)) }
 		iops := pick(func(s sample) float64 { return s.IOPS / 1e3 })
 		allocs, ratio := "", ""
 		if k.Storage != "io_uring" && k.Storage != "pread" {

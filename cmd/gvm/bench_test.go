@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"image/png"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,13 +13,15 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"gvm/guest-tests/embedded"
 )
 
 // TestBenchDisk: a row for each storage at each load, figures that are there, and
 // nothing left behind.
 func TestBenchDisk(t *testing.T) {
-	record := filepath.Join(t.TempDir(), "disk.json")
-	r := gvmRuns(t, command(t, "bench", "disk", "--time", "20ms", "--rounds", "2", "--size", "4K", "--depth", "1,16", "--queues", "1,2", "--json", record))
+	record, svg := filepath.Join(t.TempDir(), "disk.json"), filepath.Join(t.TempDir(), "disk.svg")
+	r := gvmRuns(t, command(t, "bench", "disk", "--time", "20ms", "--rounds", "2", "--size", "4K", "--depth", "1,16", "--queues", "1,2", "--json", record, "--plot", svg))
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -50,6 +53,9 @@ func TestBenchDisk(t *testing.T) {
 	if err := json.Unmarshal(text, &all); err != nil {
 		t.Fatal(err)
 	}
+	if drawn, err := os.ReadFile(svg); err != nil || !strings.Contains(string(drawn), "<svg") || !strings.Contains(string(drawn), ">read 4 KiB, 2 queues<") || !strings.Contains(string(drawn), ">file interrupt<") {
+		t.Errorf("plot: %v, %.300s", err, drawn)
+	}
 	count := map[string]int{}
 	for _, s := range all {
 		count[strings.TrimSpace(s.Storage+" "+s.Driver)]++
@@ -67,8 +73,8 @@ func TestBenchDisk(t *testing.T) {
 // TestBenchGuest: every load, under gvm and under each QEMU that runs here, and nothing
 // left behind.
 func TestBenchGuest(t *testing.T) {
-	record := filepath.Join(t.TempDir(), "guest.json")
-	r := gvmRuns(t, command(t, "bench", "guest", "--time", "5ms", "--rounds", "1", "--write", "--json", record))
+	record, plot := filepath.Join(t.TempDir(), "guest.json"), filepath.Join(t.TempDir(), "guest.png")
+	r := gvmRuns(t, command(t, "bench", "guest", "--time", "5ms", "--rounds", "1", "--write", "--json", record, "--plot", plot))
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -79,6 +85,11 @@ func TestBenchGuest(t *testing.T) {
 	var all []guestSample
 	if err := json.Unmarshal(text, &all); err != nil {
 		t.Fatal(err)
+	}
+	if f, err := os.Open(plot); err != nil {
+		t.Error(err)
+	} else if _, err := png.Decode(f); err != nil {
+		t.Error(err)
 	}
 	count := map[string]int{}
 	for _, s := range all {
@@ -101,6 +112,55 @@ func TestBenchGuest(t *testing.T) {
 	}
 	if t.Failed() {
 		t.Log(r.out)
+	}
+	if left, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// TestBenchBoot: a row for gvm and for each QEMU that boots the embedded guest here; a
+// kernel that never says what is waited for ends in time, with nothing left.
+func TestBenchBoot(t *testing.T) {
+	dir := t.TempDir()
+	record := filepath.Join(dir, "boot.json")
+	r := gvmRuns(t, command(t, "bench", "boot", "--rounds", "1", "--json", record))
+	if r.status != 0 {
+		t.Fatalf("status %d: %s", r.status, r.errs)
+	}
+	text, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []bootSample
+	if err := json.Unmarshal(text, &all); err != nil {
+		t.Fatal(err)
+	}
+	if len(all) == 0 || all[0].VMM != "gvm" || len(all) == 1 && r.errs == "" {
+		t.Errorf("%+v; %q", all, r.errs)
+	}
+	for _, s := range all {
+		if s.First <= 0 || s.Until < s.First || s.CPU <= 0 {
+			t.Errorf("%+v", s)
+		}
+		if !regexp.MustCompile(`(?m)^ *` + s.VMM + `( +\d+\.\d){2} +\(\d+\.\d–\d+\.\d\) +\d+\.\d( +\d+\.\d\d)? *$`).MatchString(r.out) {
+			t.Errorf("no row of %s: %s", s.VMM, r.out)
+		}
+	}
+	guest := filepath.Join(dir, "guest.elf")
+	if err := os.WriteFile(guest, embedded.Image, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"--cmdline", "spin", "--timeout", "1s"}, `no line with "never" within 1s`},
+		{[]string{"--cmdline", "crash=reset"}, "asked for a reset"},
+	} {
+		r := gvmRuns(t, command(t, append([]string{"bench", "boot", "--kernel", guest, "--until", "never", "--json", record + "2"}, c.args...)...))
+		if made, _ := filepath.Glob(record + "2"); r.status == 0 || !strings.Contains(r.errs, c.want) || len(made) > 0 {
+			t.Errorf("%v: status %d, %q; left %v", c.args, r.status, r.errs, made)
+		}
 	}
 	if left, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(left) > 0 {
 		t.Errorf("left behind: %v", left)

@@ -130,29 +130,19 @@ func (b footprintBench) run(ctx context.Context, w io.Writer) (err error) {
 	}
 	vmms := []contender{{"gvm", []string{gvm, "run", "--guest-arg", "echo", "--disk", disk}}}
 	if qemu, err := exec.LookPath(b.qemu); err != nil {
-		note(b.qemu + " is not installed (Debian: apt install qemu-system-x86): nothing to compare with")
+		noQEMU(b.qemu)
 	} else {
 		vmms = append(vmms, contender{"qemu", qemuArgs(qemu, kernel, disk, "echo", "io_uring", "writeback", false)})
 	}
 	var all []footprint
-	for round := range b.rounds {
-		for i := 0; i < len(vmms); {
-			f, err := measureFootprint(ctx, vmms[i])
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			if err != nil && i > 0 && round == 0 {
-				note(fmt.Sprintf("%s does not run here, its row is missing: %v", vmms[i].name, err))
-				vmms = slices.Delete(vmms, i, i+1)
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			f.Round = round
-			all = append(all, f)
-			i++
-		}
+	vmms, err = inTurns(ctx, b.rounds, vmms, func(round int, v contender) error {
+		f, err := measureFootprint(ctx, v)
+		f.Round = round
+		all = append(all, f)
+		return err
+	})
+	if err != nil {
+		return err
 	}
 	var many *idle
 	if b.guests > 0 {
@@ -171,14 +161,14 @@ func (b footprintBench) run(ctx context.Context, w io.Writer) (err error) {
 
 // waiting is a machine whose guest waits for input.
 type waiting struct {
-	c     *exec.Cmd
-	stdin io.Closer
-	errs  bytes.Buffer
-	ready time.Duration // since exec
+	c            *exec.Cmd
+	stdin        io.Closer
+	errs         bytes.Buffer
+	first, ready time.Duration // since exec: the first line on the console, and that which has the text
 }
 
-// startWaiting starts a machine and returns once its guest waits.
-func startWaiting(ctx context.Context, args []string) (_ *waiting, err error) {
+// startWaiting starts a machine and returns once a line on its console has the text.
+func startWaiting(ctx context.Context, args []string, text string) (_ *waiting, err error) {
 	m := &waiting{c: exec.CommandContext(ctx, args[0], args[1:]...)}
 	m.c.Cancel = func() error { return m.c.Process.Signal(syscall.SIGTERM) } // it cleans up
 	m.c.WaitDelay = 10 * time.Second
@@ -194,13 +184,24 @@ func startWaiting(ctx context.Context, args []string) (_ *waiting, err error) {
 	if err := m.c.Start(); err != nil {
 		return nil, err
 	}
-	for lines := bufio.NewScanner(console); lines.Scan(); {
-		if strings.TrimSpace(lines.Text()) == "ready" {
-			m.ready = time.Since(start)
+	for lines := bufio.NewReader(console); ; {
+		line, err := lines.ReadString('\n')
+		if err != nil {
+			break
+		}
+		if m.ready = time.Since(start); m.first == 0 {
+			m.first = m.ready
+		}
+		if strings.Contains(line, text) {
+			go io.Copy(io.Discard, lines) // until it ends; nobody reads the rest
 			return m, nil
 		}
 	}
-	return nil, said(m.c.Wait(), m.errs.String())
+	err = said(m.c.Wait(), m.errs.String())
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return nil, err
 }
 
 // stop ends it. That it was told to is no error.
@@ -215,7 +216,7 @@ func (m *waiting) stop() error {
 }
 
 func measureFootprint(ctx context.Context, v contender) (f footprint, err error) {
-	m, err := startWaiting(ctx, v.args)
+	m, err := startWaiting(ctx, v.args, "ready")
 	if err != nil {
 		return f, err
 	}
@@ -316,7 +317,7 @@ func (b footprintBench) idle(ctx context.Context, gvm string) (_ *idle, err erro
 		}
 	}()
 	for range b.guests {
-		m, err := startWaiting(ctx, []string{gvm, "run", "--memory", "64M", "--disk", "mem:16M", "--guest-arg", "echo"})
+		m, err := startWaiting(ctx, []string{gvm, "run", "--memory", "64M", "--disk", "mem:16M", "--guest-arg", "echo"}, "ready")
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
@@ -376,7 +377,7 @@ func footprintTable(w io.Writer, vmms []contender, all []footprint, many *idle) 
 			slices.Sort(list)
 			return list
 		}
-		median := func(f func(footprint) float64) float64 { list := pick(f); return list[len(list)/2] }
+		median := func(f func(footprint) float64) float64 { return median(pick(f)) }
 		ready := pick(func(f footprint) float64 { return f.Ready })
 		fmt.Fprintf(t, "%s\t%.1f\t(%.1f–%.1f)\t%.1f\t%.1f\t%.1f\t%.0f\t%.1f\t\n", v.name, ready[len(ready)/2], ready[0], ready[len(ready)-1],
 			median(func(f footprint) float64 { return f.CPU }), median(func(f footprint) float64 { return f.RSS }), median(func(f footprint) float64 { return f.PSS }),

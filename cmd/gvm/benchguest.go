@@ -50,6 +50,7 @@ EXAMPLES
 			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure everything `N` times, in turns"},
 			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64", Usage: "`PROGRAM` to compare with", TakesFile: true},
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
+			plotFlag(),
 			pollFlag(),
 		},
 		Action: func(c *cli.Context) error {
@@ -67,17 +68,17 @@ EXAMPLES
 
 // guestBench is `gvm bench guest`'s command line.
 type guestBench struct {
-	disk, qemu, json string
-	write            bool
-	time, poll       time.Duration
-	rounds           int
+	disk, qemu, json, plot string
+	write                  bool
+	time, poll             time.Duration
+	rounds                 int
 }
 
 func parseGuestBench(c *cli.Context) (b guestBench, err error) {
 	if c.Args().Present() {
 		return b, fmt.Errorf("unexpected argument %q; see gvm help bench guest", c.Args().First())
 	}
-	b = guestBench{disk: c.String("disk"), qemu: c.String("qemu"), json: c.String("json"), write: c.Bool("write"), time: c.Duration("time"), rounds: c.Int("rounds")}
+	b = guestBench{disk: c.String("disk"), qemu: c.String("qemu"), json: c.String("json"), plot: c.String("plot"), write: c.Bool("write"), time: c.Duration("time"), rounds: c.Int("rounds")}
 	switch {
 	case b.time < time.Millisecond || b.time > time.Minute:
 		return b, fmt.Errorf("--time %s: want 1ms to 1m", b.time)
@@ -86,8 +87,10 @@ func parseGuestBench(c *cli.Context) (b guestBench, err error) {
 	case b.write && b.disk != "":
 		return b, errors.New("--write: would overwrite the disk of --disk; leave one of them out")
 	}
-	b.poll, err = parsePoll(c)
-	return b, err
+	if b.poll, err = parsePoll(c); err != nil {
+		return b, err
+	}
+	return b, checkPlot(b.plot)
 }
 
 // contender is a VMM to measure: what it is called, its program and arguments.
@@ -167,7 +170,7 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 	}
 	vmms := []contender{{"gvm", run}}
 	if qemu, err := exec.LookPath(b.qemu); err != nil {
-		note(b.qemu + " is not installed (Debian: apt install qemu-system-x86): nothing to compare with")
+		noQEMU(b.qemu)
 	} else {
 		for _, cache := range []string{"writeback", "none"} {
 			for _, aio := range []string{"io_uring", "threads"} {
@@ -176,31 +179,35 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 		}
 	}
 	var all []guestSample
-	for round := range b.rounds {
-		for i := 0; i < len(vmms); {
-			vmm := vmms[i]
-			console, err := console(ctx, vmm.args)
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			var some []guestSample
-			if err == nil {
-				some, err = guestSamples(vmm.name, round, console)
-			}
-			if err != nil && i > 0 && round == 0 {
-				note(fmt.Sprintf("%s does not run here, its rows are missing: %v", vmm.name, err))
-				vmms = slices.Delete(vmms, i, i+1)
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			all = append(all, some...)
-			i++
+	_, err = inTurns(ctx, b.rounds, vmms, func(round int, v contender) error {
+		console, err := console(ctx, v.args)
+		if err != nil {
+			return err
 		}
+		some, err := guestSamples(v.name, round, console)
+		all = append(all, some...)
+		return err
+	})
+	if err != nil {
+		return err
 	}
 	if err := record.write(all); err != nil {
 		return err
+	}
+	if b.plot != "" {
+		var panels []benchPanel
+		for _, s := range all {
+			title := fmt.Sprintf("%s 4 KiB, driver: %s", s.Operation, s.Driver)
+			i := slices.IndexFunc(panels, func(p benchPanel) bool { return p.title == title })
+			if i < 0 {
+				i = len(panels)
+				panels = append(panels, benchPanel{title: title})
+			}
+			panels[i].add(s.VMM, s.Depth, s.IOPS/1e3)
+		}
+		if err := writeBenchPlot(b.plot, panels); err != nil {
+			return err
+		}
 	}
 	return guestTable(w, all)
 }
@@ -244,12 +251,17 @@ func qemuArgs(qemu, kernel, path, words, aio, cache string, write bool) []string
 	if fi, err := os.Stat(path); err == nil && fi.Mode()&os.ModeDevice != 0 {
 		file = strings.Replace(file, "driver=file", "driver=host_device", 1)
 	}
-	return []string{
-		// The host's CPU, without a feature whose MSR not every KVM lets be set.
-		qemu, "-M", "q35", "-accel", "kvm", "-cpu", "max,-arch-capabilities", "-m", "512", "-nodefaults", "-no-user-config",
-		"-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot", "-kernel", kernel, "-append", words,
+	return append(qemuMachine(qemu, "q35"), "-kernel", kernel, "-append", words,
 		"-object", "iothread,id=t", "-device", "virtio-scsi-pci,id=scsi,disable-legacy=on,iothread=t",
-		"-blockdev", file, "-blockdev", "driver=raw,file=f,node-name=d,read-only=" + onOff[!write], "-device", "scsi-hd,bus=scsi.0,drive=d",
+		"-blockdev", file, "-blockdev", "driver=raw,file=f,node-name=d,read-only="+onOff[!write], "-device", "scsi-hd,bus=scsi.0,drive=d")
+}
+
+// qemuMachine is a machine of QEMU's with as little in it as gvm's.
+func qemuMachine(qemu, machine string) []string {
+	// The host's CPU, without a feature whose MSR not every KVM lets be set.
+	return []string{
+		qemu, "-M", machine, "-accel", "kvm", "-cpu", "max,-arch-capabilities", "-m", "512", "-nodefaults", "-no-user-config",
+		"-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot",
 	}
 }
 
@@ -272,10 +284,6 @@ func guestTable(w io.Writer, all []guestSample) error {
 		if !slices.Contains(vmms, s.VMM) {
 			vmms = append(vmms, s.VMM)
 		}
-	}
-	median := func(v []float64) float64 {
-		slices.Sort(v)
-		return v[len(v)/2]
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "operation\tdriver\tdepth\tVMM\tkIOPS\t\tp50, µs\tp99, µs\tIOPS of best\tp50 of best\t")

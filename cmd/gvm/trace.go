@@ -426,9 +426,9 @@ func diffText(out io.Writer, d *trace.Diff) error {
 
 func tracePlot(c *cli.Context, files []string) error {
 	out := c.String("output")
-	format := strings.TrimPrefix(strings.ToLower(filepath.Ext(out)), ".")
-	if format != "svg" && format != "png" {
-		return usageError{fmt.Errorf("-o %s: want -o and a file name that ends with .svg or .png", out)}
+	format, err := plotFormat(out)
+	if err != nil {
+		return usageError{fmt.Errorf("-o %w", err)}
 	}
 	p := traceplot.Plot{Title: "SCSI request latency"}
 	source := sources(files)

@@ -305,7 +305,7 @@ func TestTraceMistakes(t *testing.T) {
 		{"show " + disk, disk + ": not a trace of gvm"},
 		{"stat " + damaged, fmt.Sprintf("%s: damaged at byte %d: a record's checksum is", damaged, len(whole)-64)},
 		{"diff " + a + " " + damaged, damaged + ": damaged at byte"},
-		{"plot " + a, "-o : want -o and a file name that ends with .svg or .png"},
+		{"plot " + a, "-o \"\": want a file name that ends with .svg or .png"},
 		{"replay", "want gvm replay FILE, or gvm replay --corpus"},
 		{"replay --corpus " + a, "want gvm replay FILE, or gvm replay --corpus"},
 		{"replay --corpus", "--corpus has no answers to compare with: add --backend both"},
@@ -315,7 +315,7 @@ func TestTraceMistakes(t *testing.T) {
 		{"replay " + a + " --vhost-abi frob", "--vhost-abi \"frob\": want a version number or any"},
 		{"replay " + disk, disk + ": not a trace of gvm"},
 		{"replay " + damaged, damaged + ": damaged at byte"},
-		{"plot " + a + " -o x.pdf", "-o x.pdf: want -o and a file name that ends with .svg or .png"},
+		{"plot " + a + " -o x.pdf", "-o \"x.pdf\": want a file name that ends with .svg or .png"},
 		{"plot " + empty + " -o " + dir + "/x.svg", empty + ": no request to plot"},
 		{"plot " + a + " -o " + none + "/x.svg", "open " + none + "/x.svg: no such file or directory"},
 	} {
