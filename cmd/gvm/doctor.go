@@ -12,6 +12,7 @@ import (
 	"github.com/bobuhiro11/gokvm/kvm"
 	"github.com/urfave/cli/v2"
 
+	"gvm/devices/scsi/backend"
 	"gvm/kvmapi"
 	"gvm/vmm"
 )
@@ -76,6 +77,7 @@ func doctor(w io.Writer) bool {
 	doctorKVM(line)
 	doctorVhost(line)
 	doctorMemory(line)
+	doctorDisks(line)
 	return good
 }
 
@@ -143,6 +145,17 @@ func doctorVhost(line func(kind, format string, args ...any)) {
 		line("ok", "LIO, the kernel's SCSI target, in /sys/kernel/config/target")
 	default:
 		line("note", "LIO is not there: mount -t configfs configfs /sys/kernel/config; modprobe target_core_mod (CONFIG_TARGET_CORE)")
+	}
+}
+
+func doctorDisks(line func(kind, format string, args ...any)) {
+	switch at, err := backend.ReadsAtOnce("."); {
+	case err != nil:
+		line("note", "whether images here are read at once is not known: %v", err)
+	case at:
+		line("ok", "images in this directory: what the page cache has is read at once")
+	default:
+		line("note", "images in this directory: its file system does not tell which reads wait (RWF_NOWAIT), so all go over a thread of their own, which is slower; ext4, XFS and btrfs do")
 	}
 }
 

@@ -51,6 +51,23 @@ func isInMemory(fd int) bool {
 	return unix.Fstatfs(fd, &st) == nil && (st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC)
 }
 
+// ReadsAtOnce says whether a file in dir can be read without a wait where the page cache
+// has its data. Else each read of a File there goes over a thread that may wait.
+func ReadsAtOnce(dir string) (bool, error) {
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return false, fmt.Errorf("a file in %s: %w", dir, err)
+	}
+	defer unix.Close(fd)
+	b := &File{fd: fd, path: dir, inMemory: isInMemory(fd)}
+	b.size.Store(512)
+	block := [][]byte{make([]byte, 512)}
+	if _, err := b.WriteVec(block, 0); err != nil {
+		return false, err
+	}
+	return b.ReadVecNow(block, 0), nil
+}
+
 // ReadVecNow implements scsi.Prompt: it reads what the page cache has (RWF_NOWAIT).
 func (b *File) ReadVecNow(iov [][]byte, off int64) bool {
 	n := int(length(iov))
