@@ -50,13 +50,13 @@ soak: ## kill gvm 200 times while its guest writes, and look for what was lost
 conformance: ## libiscsi's suite in Linux guests on gvm's, the kernel's and QEMU's target, in the lab
 	$(GO) test -run '^$$' -bench BenchmarkConformance -benchtime 1x -timeout 60m -v ./guest-tests/linux
 
-bench: ## host-side benchmarks, then boot times in the lab
-	$(GO) run ./cmd/gvm bench disk
-	$(GO) run ./cmd/gvm bench guest
-	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench boot
-	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench footprint
+bench: ## benchmarks without a guest, of Linux in the lab, and of this host's KVM
+	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench disk
 	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
 	$(GO) test -run '^$$' -bench 'Boot|Disk' -timeout 60m ./guest-tests/linux
+	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench guest
+	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench boot
+	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench footprint
 
 guest: ## rebuild the embedded guest's image
 	$(MAKE) -C guest-tests/embedded
