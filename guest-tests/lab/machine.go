@@ -62,9 +62,7 @@ func qemuArgs(c *Command, j *job, port, monitor, initrd int) []string {
 	return append(args,
 		"-kernel", c.Kernel.VMLinux, "-initrd", fmt.Sprintf("/proc/self/fd/%d", initrd),
 		// One processor until the modules are in: see onlineCPUs. No transparent
-		// huge pages: while L1's khugepaged puts one together out of L2's memory,
-		// L2 can read its own page tables as empty, and dies of a triple fault.
-		// Three of ten guests with a busy console did; without, none of ten.
+		// huge pages, or not as the kernel gives them by itself: see hugePages.
 		"-append", "console=ttyS0 maxcpus=1 transparent_hugepage=never panic=-1 quiet mitigations=off tsc=reliable no_timer_check nokaslr cryptomgr.notests "+
 			"random.trust_cpu=on apparmor=0 audit=0 rcupdate.rcu_expedited=1 "+agentEnv+"=1")
 }

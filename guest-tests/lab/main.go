@@ -48,6 +48,9 @@ const exitInfrastructure = 3
 // programsEnv says where Options.Build has been built.
 const programsEnv = "GVM_LAB_PROGRAMS"
 
+// hugePagesEnv, set to 1, has tests run with Command.HugePages, as benchmarks should.
+const hugePagesEnv = "GVM_LAB_HUGEPAGES"
+
 // Program returns the path of a program of Options.Build, by its last name.
 func Program(name string) string { return filepath.Join(os.Getenv(programsEnv), name) }
 
@@ -170,7 +173,9 @@ func mainInLab(ctx context.Context, a testArgs, o Options, start time.Time, out 
 		Memory:   o.Memory,
 		CPUs:     o.CPUs,
 		Stdout:   out,
-		Stderr:   os.Stderr,
+
+		HugePages: os.Getenv(hugePagesEnv) == "1",
+		Stderr:    os.Stderr,
 	}
 	out.to = os.Stdout
 	if same(os.Stdout, os.Stderr) {
