@@ -61,16 +61,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 			plotFlag(),
 		},
-		Action: func(c *cli.Context) error {
-			b, err := parseBench(c)
-			if err != nil {
-				return usageError{err}
-			}
-			ctx, stop := context.WithCancelCause(context.Background())
-			defer stop(nil)
-			defer catchSignals(stop)()
-			return b.run(ctx, c.App.Writer)
-		},
+		Action: benchAction(parseBench),
 	}
 	return &cli.Command{
 		Name:         "bench",
@@ -87,6 +78,29 @@ EXAMPLES
 	}
 }
 
+// benchAction runs what parse makes of the command line of a benchmark, which has --rounds,
+// until it ends or a signal comes.
+func benchAction[B interface {
+	run(context.Context, io.Writer) error
+}](parse func(*cli.Context) (B, error)) cli.ActionFunc {
+	return func(c *cli.Context) error {
+		if c.Args().Present() {
+			return usageError{fmt.Errorf("unexpected argument %q; see gvm help bench %s", c.Args().First(), c.Command.Name)}
+		}
+		if n := c.Int("rounds"); n < 1 {
+			return usageError{fmt.Errorf("--rounds %d: want 1 or more", n)}
+		}
+		b, err := parse(c)
+		if err != nil {
+			return usageError{err}
+		}
+		ctx, stop := context.WithCancelCause(context.Background())
+		defer stop(nil)
+		defer catchSignals(stop)()
+		return b.run(ctx, c.App.Writer)
+	}
+}
+
 // diskBench is `gvm bench disk`'s command line.
 type diskBench struct {
 	disk                  string
@@ -99,9 +113,6 @@ type diskBench struct {
 }
 
 func parseBench(c *cli.Context) (b diskBench, err error) {
-	if c.Args().Present() {
-		return b, fmt.Errorf("unexpected argument %q; see gvm help bench", c.Args().First())
-	}
 	b = diskBench{disk: c.String("disk"), time: c.Duration("time"), rounds: c.Int("rounds"), json: c.String("json"), plot: c.String("plot")}
 	if b.poll, err = parsePoll(c); err != nil {
 		return b, err
@@ -115,11 +126,8 @@ func parseBench(c *cli.Context) (b diskBench, err error) {
 			return b, fmt.Errorf("--driver %s: want interrupt or poll", d)
 		}
 	}
-	switch {
-	case b.time < time.Millisecond || b.time > time.Hour:
+	if b.time < time.Millisecond || b.time > time.Hour {
 		return b, fmt.Errorf("--time %s: want 1ms to 1h", b.time)
-	case b.rounds < 1:
-		return b, fmt.Errorf("--rounds %d: want 1 or more", b.rounds)
 	}
 	for _, l := range []struct {
 		flag string
@@ -234,6 +242,9 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 			}
 		}
 	}
+	if len(all) == 0 {
+		return configError{fmt.Errorf("nothing to measure: a driver that polls takes two CPUs for each queue, and this host has %d", runtime.NumCPU())}
+	}
 	if err := record.write(all); err != nil {
 		return err
 	}
@@ -250,7 +261,9 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 						p.add(strings.TrimSpace(s.Storage+" "+s.Driver), s.Depth, s.IOPS/1e3)
 					}
 				}
-				panels = append(panels, p)
+				if len(p.curves) > 0 { // else the driver would have to poll on too few CPUs
+					panels = append(panels, p)
+				}
 			}
 		}
 		if err := writeBenchPlot(b.plot, panels); err != nil {

@@ -241,6 +241,22 @@ func TestGuestSamples(t *testing.T) {
 	}
 }
 
+// TestBenchNothing: without fio, a driver that would have to poll on too few CPUs leaves
+// nothing to measure, and nothing to draw.
+func TestBenchNothing(t *testing.T) {
+	if runtime.NumCPU() >= 2*maxQueues {
+		t.Skipf("%d CPUs are enough for %d queues", runtime.NumCPU(), maxQueues)
+	}
+	dir := t.TempDir()
+	c := command(t, "bench", "disk", "--driver", "poll", "--queues", strconv.Itoa(maxQueues), "--time", "1ms", "--rounds", "1",
+		"--json", filepath.Join(dir, "x.json"), "--plot", filepath.Join(dir, "x.svg"))
+	c.Env = append(c.Env, "PATH=")
+	r := gvmRuns(t, c)
+	if made, _ := filepath.Glob(filepath.Join(dir, "*")); r.status != 2 || !strings.Contains(r.errs, "nothing to measure") || len(made) > 0 {
+		t.Errorf("status %d, %q; made %v", r.status, r.errs, made)
+	}
+}
+
 // TestBenchRecord: a run that fails leaves an earlier record as it is, and none of its own.
 func TestBenchRecord(t *testing.T) {
 	dir := t.TempDir()

@@ -48,16 +48,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64", Usage: "`PROGRAM` to compare with", TakesFile: true},
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 		},
-		Action: func(c *cli.Context) error {
-			b, err := parseBootBench(c)
-			if err != nil {
-				return usageError{err}
-			}
-			ctx, stop := context.WithCancelCause(context.Background())
-			defer stop(nil)
-			defer catchSignals(stop)()
-			return b.run(ctx, c.App.Writer)
-		},
+		Action: benchAction(parseBootBench),
 	}
 }
 
@@ -70,16 +61,11 @@ type bootBench struct {
 }
 
 func parseBootBench(c *cli.Context) (b bootBench, err error) {
-	if c.Args().Present() {
-		return b, fmt.Errorf("unexpected argument %q; see gvm help bench boot", c.Args().First())
-	}
 	b = bootBench{
 		kernel: c.String("kernel"), initrd: c.String("initrd"), cmdline: c.String("cmdline"), until: c.String("until"),
 		timeout: c.Duration("timeout"), rounds: c.Int("rounds"), qemu: c.String("qemu"), json: c.String("json"),
 	}
 	switch {
-	case b.rounds < 1:
-		return b, fmt.Errorf("--rounds %d: want 1 or more", b.rounds)
 	case b.timeout <= 0:
 		return b, fmt.Errorf("--timeout %s: want a positive duration, such as 90s", b.timeout)
 	case b.until == "":
@@ -93,7 +79,7 @@ func parseBootBench(c *cli.Context) (b bootBench, err error) {
 	return b, nil
 }
 
-// boot is one, as in the JSON file.
+// bootSample is one boot, as in the JSON file.
 type bootSample struct {
 	VMM   string  `json:"vmm"`
 	Round int     `json:"round"`
@@ -152,9 +138,12 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 			return err
 		}
 		cpu, err := cpuOf(m.c.Process.Pid)
+		if err := errors.Join(err, m.stop()); err != nil {
+			return err
+		}
 		ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1e3 }
 		all = append(all, bootSample{v.name, round, ms(m.first), ms(m.ready), ms(cpu)})
-		return errors.Join(err, m.stop())
+		return nil
 	})
 	if err != nil {
 		return err

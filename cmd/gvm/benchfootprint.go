@@ -49,16 +49,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64", Usage: "`PROGRAM` to compare with", TakesFile: true},
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 		},
-		Action: func(c *cli.Context) error {
-			b, err := parseFootprint(c)
-			if err != nil {
-				return usageError{err}
-			}
-			ctx, stop := context.WithCancelCause(context.Background())
-			defer stop(nil)
-			defer catchSignals(stop)()
-			return b.run(ctx, c.App.Writer)
-		},
+		Action: benchAction(parseFootprint),
 	}
 }
 
@@ -70,15 +61,10 @@ type footprintBench struct {
 }
 
 func parseFootprint(c *cli.Context) (b footprintBench, err error) {
-	if c.Args().Present() {
-		return b, fmt.Errorf("unexpected argument %q; see gvm help bench footprint", c.Args().First())
-	}
 	b = footprintBench{guests: c.Int("guests"), rounds: c.Int("rounds"), time: c.Duration("time"), qemu: c.String("qemu"), json: c.String("json")}
 	switch {
 	case b.guests < 0 || b.guests > 10000:
 		return b, fmt.Errorf("--guests %d: want 0 to 10000", b.guests)
-	case b.rounds < 1:
-		return b, fmt.Errorf("--rounds %d: want 1 or more", b.rounds)
 	case b.time < 10*time.Millisecond || b.time > time.Hour:
 		return b, fmt.Errorf("--time %s: want 10ms to 1h", b.time)
 	}
@@ -137,9 +123,12 @@ func (b footprintBench) run(ctx context.Context, w io.Writer) (err error) {
 	var all []footprint
 	vmms, err = inTurns(ctx, b.rounds, vmms, func(round int, v contender) error {
 		f, err := measureFootprint(ctx, v)
+		if err != nil {
+			return err
+		}
 		f.Round = round
 		all = append(all, f)
-		return err
+		return nil
 	})
 	if err != nil {
 		return err

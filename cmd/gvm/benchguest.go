@@ -53,16 +53,7 @@ EXAMPLES
 			plotFlag(),
 			pollFlag(),
 		},
-		Action: func(c *cli.Context) error {
-			b, err := parseGuestBench(c)
-			if err != nil {
-				return usageError{err}
-			}
-			ctx, stop := context.WithCancelCause(context.Background())
-			defer stop(nil)
-			defer catchSignals(stop)()
-			return b.run(ctx, c.App.Writer)
-		},
+		Action: benchAction(parseGuestBench),
 	}
 }
 
@@ -75,15 +66,10 @@ type guestBench struct {
 }
 
 func parseGuestBench(c *cli.Context) (b guestBench, err error) {
-	if c.Args().Present() {
-		return b, fmt.Errorf("unexpected argument %q; see gvm help bench guest", c.Args().First())
-	}
 	b = guestBench{disk: c.String("disk"), qemu: c.String("qemu"), json: c.String("json"), plot: c.String("plot"), write: c.Bool("write"), time: c.Duration("time"), rounds: c.Int("rounds")}
 	switch {
 	case b.time < time.Millisecond || b.time > time.Minute:
 		return b, fmt.Errorf("--time %s: want 1ms to 1m", b.time)
-	case b.rounds < 1:
-		return b, fmt.Errorf("--rounds %d: want 1 or more", b.rounds)
 	case b.write && b.disk != "":
 		return b, errors.New("--write: would overwrite the disk of --disk; leave one of them out")
 	}
@@ -290,11 +276,13 @@ func guestTable(w io.Writer, all []guestSample) error {
 	for _, k := range order {
 		for _, vmm := range vmms {
 			var iops, p50, p99, more, less []float64
-			for i, s := range at[k][vmm] {
+			for _, s := range at[k][vmm] {
 				iops, p50, p99 = append(iops, s.IOPS/1e3), append(p50, s.P50/1e3), append(p99, s.P99/1e3)
 				best, quickest := 0.0, 0.0
-				for _, peer := range vmms[1:] {
-					o := at[k][peer][i]
+				for _, o := range all {
+					if o.VMM == "gvm" || o.Round != s.Round || o.Operation != s.Operation || o.Driver != s.Driver || o.Depth != s.Depth {
+						continue
+					}
 					if best = max(best, o.IOPS); quickest == 0 || o.P50 < quickest {
 						quickest = o.P50
 					}

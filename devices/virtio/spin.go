@@ -17,6 +17,14 @@ type spin struct {
 	now time.Duration
 }
 
+// newSpin looks for max at most. On one CPU nobody looks: whoever it waits for could not run.
+func newSpin(max time.Duration) spin {
+	if runtime.NumCPU() == 1 {
+		max = 0
+	}
+	return spin{max: max}
+}
+
 // until calls event until it says true, but no longer than pays, and says whether it did.
 func (s *spin) until(event func() bool) bool {
 	if s.now == 0 {
@@ -33,7 +41,7 @@ func (s *spin) until(event func() bool) bool {
 // waited is told how long the event took after a sleep began.
 func (s *spin) waited(d time.Duration) {
 	switch {
-	case s.max == 0 || runtime.NumCPU() == 1:
+	case s.max == 0:
 	case s.now+d > s.max:
 		s.now = 0
 	default:

@@ -13,13 +13,13 @@ import (
 )
 
 // Handler serves one chain: it calls w.Complete for it, before it returns or
-// later from any goroutine. One that may wait calls w.Interrupt before. An error
+// later from any goroutine. One that may wait, or takes long, calls w.Interrupt before. An error
 // says that the driver broke a rule of the device; the chain is then dropped and the
 // queue serves no more.
 type Handler func(w *Worker, c *virtq.Chain) error
 
-// maxOwed is how long the driver waits at most for an interrupt that it asked for,
-// while the worker has more chains to hand out: interrupts are the dearest part of a
+// maxOwed is how long the driver waits for an interrupt that it asked for, while the
+// worker has more chains to hand out, besides what the handler takes for one of them: interrupts are the dearest part of a
 // small request, and a driver that is woken for each finds one request each time.
 const maxOwed = 5 * time.Microsecond
 
@@ -62,7 +62,7 @@ func StartWorker(a Activation, i int, poll time.Duration, handle Handler) (*Work
 		handle: handle,
 		broken: func(err error) { a.Broken(fmt.Errorf("queue %d: %w", i, err)) },
 		done:   make(chan struct{}),
-		poll:   spin{max: poll},
+		poll:   newSpin(poll),
 		q:      q,
 	}
 	go w.run()

@@ -259,7 +259,7 @@ func onlineCPUs() error {
 
 // hugePages has L1 give programs that ask for it (MADV_HUGEPAGE) huge pages, when they
 // first touch the memory and a huge page is free, and never later: a guest leaves for its
-// hypervisor once for 2 MiB and not once for 4 KiB, and boots in less than half of the time.
+// hypervisor once for 2 MiB and not once for 4 KiB, and boots in two thirds of the time.
 //
 // Tests do without. While the kernel moves pages of L2's, to put a huge one together, L2 can
 // read its own page tables as empty, and dies of a triple fault; L1 crashes of it too. Of guests

@@ -37,7 +37,7 @@ type Command struct {
 	Modules []string
 	Memory  int // of L1, in MiB; the default is 4096
 	// HugePages has L1 give out transparent huge pages, as most machines do: guests boot
-	// twice as fast, and now and then one hangs.
+	// in two thirds of the time, and now and then one hangs.
 	HugePages bool
 	CPUs      int // the default is 2
 

@@ -26,6 +26,10 @@ const (
 // CDB of 10 bytes has no more bits.
 const maxPayload = 64 << 10
 
+// promptRead is how many bytes the driver may have to wait for, in a read of what is in
+// memory, with the interrupt for what was completed before: some microseconds.
+const promptRead = 64 << 10
+
 // Response codes (5.6.6.1, 5.6.6.2).
 const (
 	sOK                = 0
@@ -119,7 +123,7 @@ func (d *Device) request(q uint16, w *virtio.Worker, c *virtq.Chain) error {
 	if r.observer != nil && outLen > 0 && outLen <= maxPayload && trace.ParameterList(r.cmd.CDB) {
 		r.rec.Payload = slices.Concat(r.cmd.Out...)
 	}
-	if outLen > 0 {
+	if outLen > 0 || inLen > promptRead {
 		w.Interrupt() // a write may wait after all
 	}
 	d.cfg.Target.Submit(&r.cmd)
