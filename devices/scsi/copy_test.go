@@ -315,6 +315,7 @@ func TestDeferredSurvives(t *testing.T) {
 	faulty := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Err: syscall.EIO})
 	target := attach(t, scsi.UnitConfig{Backend: faulty})
 	expect(t, target, cdb10(0x35, 2, 0, 0), nil, 0, "GOOD")
+	settle(target)
 	target.LogicalUnitReset(0)
 	a := expect(t, target, []byte{0x03, 1, 0, 0, 255, 0}, nil, 255, "GOOD")
 	if got := hex.EncodeToString(a.Data); got != "73030c0000000000" {

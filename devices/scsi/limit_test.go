@@ -21,7 +21,8 @@ func answers(t *testing.T, cfg scsi.UnitConfig, commands ...*scsi.Command) []tim
 	start, at := time.Now(), make([]time.Duration, len(commands))
 	var done sync.WaitGroup
 	done.Add(len(commands))
-	for i, c := range commands {
+	for i, command := range commands {
+		c := *command // the list may have one twice
 		c.Done = func(r scsi.Result) {
 			defer done.Done()
 			at[i] = time.Since(start)
@@ -29,7 +30,7 @@ func answers(t *testing.T, cfg scsi.UnitConfig, commands ...*scsi.Command) []tim
 				t.Errorf("command %d: status %02x", i, r.Status)
 			}
 		}
-		target.Submit(c)
+		target.Submit(&c)
 	}
 	done.Wait()
 	return at

@@ -100,6 +100,7 @@ func TestSanitizeFailure(t *testing.T) {
 		faulty := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpDiscard, Nth: 1, Err: syscall.EIO})
 		target := attach(t, scsi.UnitConfig{Backend: faulty})
 		expect(t, target, sanitizeCDB(v.b1, 0), nil, 0, v.want)
+		settle(target)
 		expect(t, target, testUnitReady, nil, 0, "CHECK 3/31/03")
 		expect(t, target, cdb10(0x2a, 0, 0, 1), make([]byte, block), 0, "CHECK 3/31/03")
 		expect(t, target, sanitizeCDB(0x1f, 0), nil, 0, v.exit)
