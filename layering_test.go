@@ -42,11 +42,12 @@ var may = []struct{ pkg, imports string }{
 	{"devices/virtio", "devices/virtio/virtq vmm/guestmem kvmapi/eventfd"},
 	{"devices/...", ""},
 	{"guest-tests/embedded/...", ""},
+	{"guest-tests/bootinit", ""},
 	{"guest-tests/backends", "devices/scsi devices/scsi/trace"},
 	{"guest-tests/cmd/diskload", ""},
 	{"guest-tests/...", "guest-tests/... vmm vmm/boot"},
 	{"control", ""},
-	{"cmd/gvm", "vmm/... devices/... kvmapi/... control guest-tests/embedded"},
+	{"cmd/gvm", "vmm/... devices/... kvmapi/... control guest-tests/embedded guest-tests/bootinit"},
 }
 
 func matches(pattern, pkg string) bool {
