@@ -2,16 +2,20 @@ package boot
 
 import (
 	"bytes"
+	"debug/elf"
+	"encoding/binary"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"gvm/vmm/guestmem"
 )
 
 func TestCache(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "a", "b")
-	want := bigELF()
-	bz := makeBzImage(payloads(t, want)["gzip"], nil)
+	bz := makeBzImage(payloads(t, bigELF())["gzip"], nil)
+	want := trim(bigELF())
 	im := image(t, bz)
 	get := func() *vmlinux {
 		t.Helper()
@@ -19,7 +23,6 @@ func TestCache(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		equalBytes(t, "vmlinux", v.image, want)
 		return v
 	}
 	get().free()
@@ -32,16 +35,16 @@ func TestCache(t *testing.T) {
 	if err != nil || !bytes.Equal(whole[:len(want)], want) {
 		t.Fatal(err)
 	}
+	v := get()
+	equalBytes(t, "vmlinux", v.image, want)
+	v.free()
 	// That the cache is used shows in a kernel that only the cache has.
 	other := bytes.Clone(want)
 	other[len(other)/2] ^= 0xff
 	if err := os.WriteFile(path, append(bytes.Clone(other), footer(other)...), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	v, err := im.extract(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	v = get()
 	equalBytes(t, "cached vmlinux", v.image, other)
 	v.free()
 
@@ -70,6 +73,37 @@ func TestCache(t *testing.T) {
 	if names, _ := filepath.Glob(filepath.Join(dir, "*")); len(names) != 1 {
 		t.Errorf("left behind: %q", names)
 	}
+}
+
+// TestTrim: what is cached loads as the whole does, on memory that had something else.
+func TestTrim(t *testing.T) {
+	load := func(b []byte, memory byte) []byte {
+		mem := guestmem.Heap(0, 4<<20)
+		all := read(t, mem, 0, 4<<20)
+		for i := range all {
+			all[i] = memory
+		}
+		if _, err := Load(mem, Config{Kernel: image(t, b), Dirty: true}); err != nil {
+			t.Fatal(err)
+		}
+		return all[2<<20:]
+	}
+	zeros := func(b []byte) []byte { return append(b, make([]byte, 0x1000)...) }
+	whole := append(makeELF(elf.ET_EXEC, 0x200040,
+		segment{kind: elf.PT_LOAD, paddr: 0x200000, data: zeros(pattern(1, 0x2345))},
+		segment{kind: elf.PT_NOTE, data: note("Xen\x00", 18, le64(0x200080), 4), align: 4},
+		segment{kind: elf.PT_LOAD, paddr: 0x280000, data: zeros(nil)},
+		segment{kind: elf.PT_LOAD, paddr: 0x300000, memsz: 0x3000, data: zeros(pattern(2, 0x1800))}), "sections"...)
+	trimmed := trim(bytes.Clone(whole))
+	if want := len(whole) - len("sections") - 0x1000; len(trimmed) != want {
+		t.Errorf("%d of %d bytes are left, want %d", len(trimmed), len(whole), want)
+	}
+	equalBytes(t, "memory", load(trimmed, 0xaa), load(whole, 0xaa))
+
+	// The headers are part of what is loaded, and have to stay as they are.
+	mapped := bytes.Clone(whole)
+	binary.LittleEndian.PutUint64(mapped[64+8:], 0)
+	equalBytes(t, "a file with its headers in a segment", trim(bytes.Clone(mapped)), mapped)
 }
 
 // TestCacheUnwritable shows that no cache is no error.

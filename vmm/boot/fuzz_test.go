@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"bytes"
 	"errors"
 	"testing"
 
@@ -25,6 +26,18 @@ func FuzzLoad(f *testing.F) {
 				t.Fatalf("%v is no ImageError", err)
 			}
 			return
+		}
+		if im.elf != nil {
+			// What would be kept in the cache loads the same.
+			trimmed := trim(bytes.Clone(data))
+			elf, err := parseELF("trimmed", bytes.NewReader(trimmed), int64(len(trimmed)))
+			if err != nil { // an entry point was among the zeros
+				elf = new(elfKernel)
+			}
+			for i, p := range elf.loads {
+				whole := im.elf.loads[i]
+				equalBytes(t, "segment", append(bytes.Clone(trimmed[p.Off:p.Off+p.Filesz]), make([]byte, whole.Filesz-p.Filesz)...), data[whole.Off:whole.Off+whole.Filesz])
+			}
 		}
 		initrd := pattern(0x33, 5003)
 		for _, mode := range []Mode{Auto, BzImage} {
