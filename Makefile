@@ -10,7 +10,7 @@ UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 .PHONY: build run demo test lint race fuzz soak conformance bench guest clean
 
 build: ## a static binary: bin/gvm
-	$(GO) build -trimpath -o bin/gvm ./cmd/gvm
+	$(GO) build -tags urfave_cli_no_docs -trimpath -o bin/gvm ./cmd/gvm
 
 run: ## boot the embedded guest
 	$(GO) run ./cmd/gvm run

@@ -156,12 +156,14 @@ type waiting struct {
 	first, ready time.Duration // since exec: the first line on the console, and that which has the text
 }
 
-// startWaiting starts a machine and returns once a line on its console has the text.
-func startWaiting(ctx context.Context, args []string, text string) (_ *waiting, err error) {
+// startWaiting starts a machine and returns once a line on its console has the text. It has the files from
+// descriptor 3 on.
+func startWaiting(ctx context.Context, args []string, text string, files ...*os.File) (_ *waiting, err error) {
 	m := &waiting{c: exec.CommandContext(ctx, args[0], args[1:]...)}
 	m.c.Cancel = func() error { return m.c.Process.Signal(syscall.SIGTERM) } // it cleans up
 	m.c.WaitDelay = 10 * time.Second
 	m.c.Stderr = &m.errs
+	m.c.ExtraFiles = files
 	if m.stdin, err = m.c.StdinPipe(); err != nil {
 		return nil, err
 	}

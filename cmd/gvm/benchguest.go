@@ -213,10 +213,12 @@ func console(ctx context.Context, args []string) ([]byte, error) {
 	return out, nil
 }
 
-// said is how a program ended: by the first line of what it said, with its exit status.
+var timingPrint = regexp.MustCompile(`(?m)^gvm: timing .*\n`)
+
+// said is how a program ended: by the first line of what it said (--timing's are none), with its exit status.
 func said(err error, text string) error {
 	var exit *exec.ExitError
-	text, _, _ = strings.Cut(strings.TrimSpace(text), "\n")
+	text, _, _ = strings.Cut(strings.TrimSpace(timingPrint.ReplaceAllString(text, "")), "\n")
 	switch {
 	case errors.As(err, &exit) && text != "":
 		return endError{exit.ExitCode(), errors.New(strings.TrimPrefix(text, "gvm: "))}

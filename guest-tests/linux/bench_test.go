@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -125,7 +126,7 @@ func BenchmarkBoot(b *testing.B) {
 	}
 }
 
-// BenchmarkDisk has a Linux guest read and write blocks of 4 KiB at random places of
+// BenchmarkDisk has fio, in a Linux guest, read and write blocks of 4 KiB at random places of
 // the same file, served by gvm's target and the kernel's, in gvm and in
 // QEMU. Each iteration boots a guest of each, one after the other. The metrics are
 // medians: IOPS, mean latency in µs, and IOPS as a multiple of the way after the
@@ -138,12 +139,18 @@ func BenchmarkDisk(b *testing.B) {
 		b.Fatal(err)
 	}
 	loads := []string{"read-1", "read-32", "write-1", "write-32"}
-	flags := []string{"-depth 1", "-depth 32", "-depth 1 -write", "-depth 32 -write"}
 	script := "wait_for /dev/sda\n"
 	for i, load := range loads {
-		script += fmt.Sprintf("say %s $(diskload -file /dev/sda -time 4s %s)\n", load, flags[i])
+		// Fields of fio's terse output, version 3: IOPS and the mean latency in µs, of reads and of writes.
+		rw, fields := "read", "$8, $40"
+		if i >= 2 {
+			rw, fields = "write", "$49, $81"
+		}
+		script += fmt.Sprintf(`say %s $(fio --name=x --filename=/dev/sda --direct=1 --ioengine=libaio --rw=rand%s --bs=4k --iodepth=%s \
+	--time_based --runtime=5 --norandommap --disable_slat=1 --disable_clat=1 --eta=never --output-format=terse --terse-version=3 2>&1 | awk -F';' '$1 == 3 && $5 == 0 { print %s }')
+`, load, rw, load[strings.IndexByte(load, '-')+1:], fields)
 	}
-	args := guest{kernel: l.Debian, files: map[string]string{"bin/diskload": lab.Program("diskload")}, script: script, cmdline: benchCmdline}.build(b)
+	args := guest{kernel: l.Debian, hostPrograms: []string{hostProgram(b, "fio", "fio")}, script: script, cmdline: benchCmdline}.build(b)
 	initrd := args[4]
 	file := filepath.Join(b.TempDir(), "disk")
 	if err := os.WriteFile(file, content("disk", 64<<20), 0o600); err != nil {

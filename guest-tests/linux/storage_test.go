@@ -10,7 +10,7 @@ import (
 )
 
 // hostProgram is the path of a program of this machine.
-func hostProgram(t *testing.T, name, pkg string) string {
+func hostProgram(t testing.TB, name, pkg string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {

@@ -271,9 +271,9 @@ func TestVhostIdle(t *testing.T) {
 	for _, b := range []string{"process", "vhost"} {
 		p := start(t, nil, append(guest{kernel: l.Debian, files: map[string]string{"bin/diskload": lab.Program("diskload")}, script: `
 wait_for /dev/sda
-diskload -file /dev/sda -depth 8 -count 100 >/dev/null # what is done but once
+diskload -file /dev/sda -depth 8 -count 100 # what is done but once
 echo begin
-for write in true false; do diskload -file /dev/sda -depth 8 -write=$write -count 2000 >/dev/null || say failed; done
+for write in true false; do diskload -file /dev/sda -depth 8 -write=$write -count 2000 || say failed; done
 echo end
 set -- $(cat /sys/block/sda/stat); say requests $(($1+$5))
 `}.build(t), "--disk", diskFile(t, make([]byte, 64<<20))+",backend="+b)...)

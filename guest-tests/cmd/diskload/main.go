@@ -1,7 +1,7 @@
 // Diskload reads or writes blocks of 4 KiB of a disk at random places, past the
-// page cache, and prints how many a second and with what mean latency in µs:
+// page cache:
 //
-//	diskload -file /dev/sda -depth 32 -time 4s
+//	diskload -file /dev/sda -depth 32 -count 1000
 //
 // It is a static program for guests that have nothing else: what keeps depth
 // requests in flight are as many threads.
@@ -17,7 +17,6 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -36,11 +35,10 @@ func run() error {
 	write := flag.Bool("write", false, "write, and not read")
 	depth := flag.Int("depth", 1, "`number` of requests in flight")
 	count := flag.Int64("count", 0, "end after `number` requests")
-	limit := flag.Duration("time", 0, "end after a `duration`, and do a quarter of that before, which is not counted")
 	flag.Parse()
-	if *name == "" || *depth < 1 || (*count > 0) == (*limit > 0) || flag.NArg() > 0 {
+	if *name == "" || *depth < 1 || *count < 1 || flag.NArg() > 0 {
 		flag.Usage()
-		return errors.New("want -file, and either -count or -time")
+		return errors.New("want -file and -count")
 	}
 	f, err := os.OpenFile(*name, os.O_RDWR|unix.O_DIRECT, 0)
 	if err != nil {
@@ -51,39 +49,24 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	if *limit > 0 {
-		if _, _, err := load(f, size, *write, *depth, 0, *limit/4); err != nil {
-			return err
-		}
-	}
-	n, took, err := load(f, size, *write, *depth, *count, *limit)
-	if err != nil {
-		return err
-	}
-	fmt.Printf("%.1f %.1f %d\n", float64(n)/took.Seconds(), took.Seconds()*1e6*float64(*depth)/float64(n), n)
-	return nil
+	return load(f, size, *write, *depth, *count)
 }
 
-// load keeps depth requests in flight until count of them have been sent or limit
-// has passed, and returns how many there were and the time they took.
-func load(f *os.File, size int64, write bool, depth int, count int64, limit time.Duration) (n int64, took time.Duration, err error) {
+// load keeps depth requests in flight until count of them have been sent.
+func load(f *os.File, size int64, write bool, depth int, count int64) error {
 	var sent atomic.Int64
 	var failed atomic.Pointer[error]
 	var threads sync.WaitGroup
-	begin := time.Now()
 	for range depth {
 		threads.Go(func() {
 			runtime.LockOSThread()
 			buf, err := unix.Mmap(-1, 0, block, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS) // aligned
-			for err == nil && (count == 0 || sent.Add(1) <= count) && (limit == 0 || time.Since(begin) < limit) {
+			for err == nil && sent.Add(1) <= count {
 				at := rand.Int64N(size/block) * block
 				if write {
 					_, err = f.WriteAt(buf, at)
 				} else {
 					_, err = f.ReadAt(buf, at)
-				}
-				if count == 0 {
-					sent.Add(1)
 				}
 			}
 			if err != nil {
@@ -92,12 +75,8 @@ func load(f *os.File, size int64, write bool, depth int, count int64, limit time
 		})
 	}
 	threads.Wait()
-	took = time.Since(begin)
 	if err := failed.Load(); err != nil {
-		return 0, 0, *err
+		return *err
 	}
-	if n = sent.Load(); count > 0 {
-		n = count
-	}
-	return n, took, nil
+	return nil
 }
