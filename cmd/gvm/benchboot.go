@@ -156,23 +156,22 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 			vmms = append(vmms, contender{"qemu " + machine, args})
 		}
 	}
-	if b.kernel != "" { // its first boot would take in decompressing it
-		ctx, stop := context.WithTimeout(ctx, b.timeout)
-		if m, err := startWaiting(ctx, run, b.until); err == nil {
-			_ = m.stop()
+	boot := func(name string, args []string, files ...*os.File) (m *waiting, cpu time.Duration, err error) {
+		ctx, stop := context.WithTimeoutCause(ctx, b.timeout, fmt.Errorf("%s: no line with %q within %s", name, b.until, b.timeout))
+		defer stop()
+		if m, err = startWaiting(ctx, args, b.until, files...); err != nil {
+			return nil, 0, err
 		}
-		stop()
+		cpu, err = cpuOf(m.c.Process.Pid)
+		return m, cpu, errors.Join(err, m.stop())
+	}
+	if b.kernel != "" { // its first boot would take in decompressing it
+		_, _, _ = boot("gvm", run)
 	}
 	var all []bootSample
 	vmms, err = inTurns(ctx, b.rounds, vmms, func(round int, v contender) error {
-		ctx, stop := context.WithTimeoutCause(ctx, b.timeout, fmt.Errorf("%s: no line with %q within %s", v.name, b.until, b.timeout))
-		defer stop()
-		m, err := startWaiting(ctx, v.args, b.until)
+		m, cpu, err := boot(v.name, v.args)
 		if err != nil {
-			return err
-		}
-		cpu, err := cpuOf(m.c.Process.Pid)
-		if err := errors.Join(err, m.stop()); err != nil {
 			return err
 		}
 		s := bootSample{VMM: v.name, Round: round, First: ms(m.first), Until: ms(m.ready), CPU: ms(cpu)}
@@ -180,9 +179,14 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 			s.Instruction, err = strconv.ParseFloat(string(found[1]), 64)
 			s.Kernel = s.Instruction
 		} else {
-			s.Instruction, s.Kernel, err = b.firmware(ctx, v.args)
+			s.Instruction, s.Kernel, err = firmware(func(args []string, debug *os.File) error {
+				_, _, err := boot(v.name, append(slices.Clip(v.args), args...), debug)
+				return err
+			})
 		}
-		all = append(all, s)
+		if err == nil {
+			all = append(all, s)
+		}
 		return err
 	})
 	if err != nil {
@@ -217,9 +221,9 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 // firstInstruction is gvm run --timing's line of it.
 var firstInstruction = regexp.MustCompile(`timing +\S+ +(\S+)  first instruction\n`)
 
-// firmware boots a QEMU whose firmware has a debug port, and returns when it had its first word there and when
-// it was done, in ms. Of a firmware that says nothing both are 0.
-func (b bootBench) firmware(ctx context.Context, args []string) (begun, done float64, err error) {
+// firmware has QEMU boot with more arguments, and debug as descriptor 3, that give its firmware a debug port; and returns when
+// that had its first word there and when it was done, in ms. Of a firmware that says nothing both are 0.
+func firmware(boot func(args []string, debug *os.File) error) (begun, done float64, err error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return 0, 0, err
@@ -243,12 +247,8 @@ func (b bootBench) firmware(ctx context.Context, args []string) (begun, done flo
 			}
 		}
 	}()
-	m, err := startWaiting(ctx, append(slices.Clip(args), "-chardev", "file,id=debug,path=/proc/self/fd/3",
-		"-device", "isa-debugcon,iobase=0x402,chardev=debug"), b.until, w)
+	err = boot([]string{"-chardev", "file,id=debug,path=/proc/self/fd/3", "-device", "isa-debugcon,iobase=0x402,chardev=debug"}, w)
 	w.Close()
-	if err == nil {
-		err = m.stop()
-	}
 	<-read
 	return begun, done, err
 }

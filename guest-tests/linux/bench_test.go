@@ -49,9 +49,10 @@ func cleanMemory(b *testing.B) {
 }
 
 // BenchmarkBoot measures from the start of a VMM to the first word of init (bootinit's), with
-// Debian's xz-compressed bzImage or the vmlinux in it, and benchCmdline. Each iteration boots once in every way, one after the other, as a
-// lab's speed changes over time; the metrics are medians in seconds, and medians of how
-// many times as long as in another way it takes in the same iteration.
+// Debian's xz-compressed bzImage or the vmlinux in it, and benchCmdline. Each iteration boots
+// once in every way, one after the other, as a lab's speed changes over time; the metrics are
+// medians in seconds, and medians of how many times as long as in another way it takes in the
+// same iteration.
 func BenchmarkBoot(b *testing.B) {
 	l := theLab(b)
 	initramfs, err := bootinit.Initramfs()
