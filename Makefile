@@ -53,13 +53,14 @@ conformance: ## libiscsi's suite in Linux guests on gvm's, the kernel's and QEMU
 bench: ## benchmarks without a guest, of Linux in the lab, and of this host's KVM
 	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench disk
 	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
-	GVM_LAB_HUGEPAGES=1 $(GO) test -run '^$$' -bench 'Boot|Disk' -benchtime 3x -timeout 60m ./guest-tests/linux
+	GVM_LAB_FAST=1 $(GO) test -run '^$$' -bench 'Boot|Disk' -benchtime 3x -timeout 60m ./guest-tests/linux
 	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench guest
 	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench boot
 	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench footprint
 
-guest: ## rebuild the embedded guest's image
+guest: ## rebuild the embedded guest's image, and the init of measured boots
 	$(MAKE) -C guest-tests/embedded
+	$(MAKE) -C guest-tests/bootinit
 
 clean:
 	rm -rf bin

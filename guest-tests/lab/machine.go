@@ -41,13 +41,17 @@ func qemuArgs(c *Command, j *job, port, monitor, initrd int) []string {
 	if cpus == 0 {
 		cpus = 2
 	}
+	cpu := "max,-xsave"
+	if c.Fast {
+		// Without ERMS and FSRM kernels copy and clear memory by plain moves, which
+		// are translated: REP MOVSB, fast in hardware, takes four times as long here.
+		cpu += ",-erms,-fsrm"
+	}
 	args := []string{
 		// "max" is an AMD processor with SVM, nested paging and vGIF. It does
 		// not intercept XSETBV: L1's KVM would not learn what L2 sets, and give
 		// it another XCR0 at the next entry. Guests, and L1 too, crash of that.
-		// Without ERMS and FSRM kernels copy and clear memory by plain moves, which
-		// are translated: REP MOVSB, fast in hardware, takes four times as long here.
-		"-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-xsave,-erms,-fsrm",
+		"-accel", "tcg,thread=multi,tb-size=512", "-cpu", cpu,
 		"-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory),
 		"-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
 		"-chardev", fmt.Sprintf("socket,id=monitor,fd=%d", monitor), "-mon", "chardev=monitor",

@@ -48,8 +48,8 @@ const exitInfrastructure = 3
 // programsEnv says where Options.Build has been built.
 const programsEnv = "GVM_LAB_PROGRAMS"
 
-// hugePagesEnv, set to 1, has tests run with Command.HugePages, as benchmarks should.
-const hugePagesEnv = "GVM_LAB_HUGEPAGES"
+// fastEnv, set to 1, has tests run with Command.Fast, as benchmarks should.
+const fastEnv = "GVM_LAB_FAST"
 
 // Program returns the path of a program of Options.Build, by its last name.
 func Program(name string) string { return filepath.Join(os.Getenv(programsEnv), name) }
@@ -174,8 +174,8 @@ func mainInLab(ctx context.Context, a testArgs, o Options, start time.Time, out 
 		CPUs:     o.CPUs,
 		Stdout:   out,
 
-		HugePages: os.Getenv(hugePagesEnv) == "1",
-		Stderr:    os.Stderr,
+		Fast:   os.Getenv(fastEnv) == "1",
+		Stderr: os.Stderr,
 	}
 	out.to = os.Stdout
 	if same(os.Stdout, os.Stderr) {

@@ -37,12 +37,12 @@ var diskModules = []string{"virtio_pci", "virtio_scsi", "sd_mod"}
 //	say NAME VALUE   tells the test something
 //	sum [FILE]       prints the SHA-256 of a file or its input
 //	klog             shows what the kernel has logged as a warning or worse
-//	wait_for FILE    waits for a file to appear
+//	wait_for FILE    waits for a file to appear, and a disk to open (its node is there a little earlier)
 const prologue = `
 say() { echo "= $*"; }
 sum() { sha256sum "$@" | cut -c1-64; }
 klog() { echo '--- kernel log'; dmesg -r | grep '^<[0-4]>'; echo '--- end of kernel log'; }
-wait_for() { n=0; until [ -e "$1" ]; do sleep 0.1; n=$((n+1)); [ $n -lt 300 ] || { say missing "$1"; return 1; }; done; }
+wait_for() { n=0; until [ -e "$1" ] && { [ ! -b "$1" ] || true <"$1"; } 2>/dev/null; do sleep 0.1; n=$((n+1)); [ $n -lt 300 ] || { say missing "$1"; return 1; }; done; }
 `
 
 // build makes the guest's initramfs, and returns the arguments of gvm run for
