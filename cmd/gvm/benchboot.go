@@ -166,7 +166,9 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 		return m, cpu, errors.Join(err, m.stop())
 	}
 	if b.kernel != "" { // its first boot would take in decompressing it
-		_, _, _ = boot("gvm", run)
+		if _, _, err := boot("gvm", run); err != nil {
+			return err
+		}
 	}
 	var all []bootSample
 	vmms, err = inTurns(ctx, b.rounds, vmms, func(round int, v contender) error {
@@ -175,8 +177,12 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 			return err
 		}
 		s := bootSample{VMM: v.name, Round: round, First: ms(m.first), Until: ms(m.ready), CPU: ms(cpu)}
-		if found := firstInstruction.FindSubmatch(m.errs.Bytes()); found != nil {
-			s.Instruction, err = strconv.ParseFloat(string(found[1]), 64)
+		if v.name == "gvm" {
+			found := firstInstruction.FindStringSubmatch(m.errs.String())
+			if found == nil {
+				return errors.New("gvm run --timing did not tell when the first instruction ran")
+			}
+			s.Instruction, err = strconv.ParseFloat(found[1], 64)
 			s.Kernel = s.Instruction
 		} else {
 			s.Instruction, s.Kernel, err = firmware(func(args []string, debug *os.File) error {

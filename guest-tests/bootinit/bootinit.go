@@ -1,6 +1,6 @@
-// Package bootinit holds the first program of a Linux guest whose boot is measured. It writes Stamp to port 0x80, where
-// gvm run --timing prints when that was, and Line to port 0x402, where QEMU's isa-debugcon listens, and to the console; then
-// it waits.
+// Package bootinit holds the first program of a Linux guest whose boot is measured. It writes 0x41 to port 0x80, as
+// cloud-hypervisor's guests do when user space runs, and gvm run --timing prints when that was; and Line to port 0x402, where
+// QEMU's isa-debugcon listens, and to the console. Then it waits.
 //
 // Its source is init.S; "make -C guest-tests/bootinit" rebuilds it with gcc and binutils, and with those of Debian 12 to the
 // same bytes, which a test compares.
@@ -13,10 +13,8 @@ import (
 	"github.com/cavaliergopher/cpio"
 )
 
-const (
-	Stamp = 0x41        // what it writes to port 0x80, as cloud-hypervisor's guests do when user space runs
-	Line  = "init runs" // what it writes elsewhere, and a newline
-)
+// Line is what it says, before a newline.
+const Line = "init runs"
 
 //go:embed init
 var program []byte

@@ -44,7 +44,7 @@ func qemuArgs(c *Command, j *job, port, monitor, initrd int) []string {
 	cpu := "max,-xsave"
 	if c.Fast {
 		// Without ERMS and FSRM kernels copy and clear memory by plain moves, which
-		// are translated: REP MOVSB, fast in hardware, takes four times as long here.
+		// are translated: REP MOVSB, fast in hardware, takes three to four times as long here.
 		cpu += ",-erms,-fsrm"
 	}
 	args := []string{

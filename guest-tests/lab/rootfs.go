@@ -51,8 +51,8 @@ for word in $(cat /proc/cmdline); do
 	ro) mode=ro ;;
 	esac
 done
-n=0
-until [ -b "$root" ] || [ $n -ge 200 ]; do sleep 0.1; n=$((n+1)); done
+n=0 # a disk's node is there a little before it opens
+until { true <"$root"; } 2>/dev/null || [ $n -ge 200 ]; do sleep 0.1; n=$((n+1)); done
 mount -t ext4 -o $mode "$root" /mnt || exec poweroff -f
 mount --move /dev /mnt/dev
 umount /sys /proc

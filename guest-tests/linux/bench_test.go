@@ -141,15 +141,13 @@ func BenchmarkDisk(b *testing.B) {
 	}
 	loads := []string{"read-1", "read-32", "write-1", "write-32"}
 	script := "wait_for /dev/sda\n"
-	for i, load := range loads {
-		// Fields of fio's terse output, version 3: IOPS and the mean latency in µs, of reads and of writes.
-		rw, fields := "read", "$8, $40"
-		if i >= 2 {
-			rw, fields = "write", "$49, $81"
-		}
+	// Fields of fio's terse output, version 3: IOPS and the mean latency in µs.
+	fields := map[string]string{"read": "$8, $40", "write": "$49, $81"}
+	for _, load := range loads {
+		rw, depth, _ := strings.Cut(load, "-")
 		script += fmt.Sprintf(`say %s $(fio --name=x --filename=/dev/sda --direct=1 --ioengine=libaio --rw=rand%s --bs=4k --iodepth=%s \
 	--time_based --runtime=5 --norandommap --disable_slat=1 --disable_clat=1 --eta=never --output-format=terse --terse-version=3 2>&1 | awk -F';' '$1 == 3 && $5 == 0 { print %s }')
-`, load, rw, load[strings.IndexByte(load, '-')+1:], fields)
+`, load, rw, depth, fields[rw])
 	}
 	args := guest{kernel: l.Debian, hostPrograms: []string{hostProgram(b, "fio", "fio")}, script: script, cmdline: benchCmdline}.build(b)
 	initrd := args[4]

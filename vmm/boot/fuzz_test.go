@@ -3,6 +3,7 @@ package boot
 import (
 	"bytes"
 	"errors"
+	"strings"
 	"testing"
 
 	"gvm/vmm/guestmem"
@@ -31,11 +32,11 @@ func FuzzLoad(f *testing.F) {
 			// What would be kept in the cache loads the same.
 			trimmed := trim(bytes.Clone(data))
 			elf, err := parseELF("trimmed", bytes.NewReader(trimmed), int64(len(trimmed)))
-			if err != nil { // an entry point was among the zeros
-				elf = new(elfKernel)
+			if err != nil && !strings.Contains(err.Error(), "entry point") { // one may have been among the zeros
+				t.Fatal(err)
 			}
-			for i, p := range elf.loads {
-				whole := im.elf.loads[i]
+			for i := 0; err == nil && i < len(im.elf.loads); i++ {
+				whole, p := im.elf.loads[i], elf.loads[i]
 				equalBytes(t, "segment", append(bytes.Clone(trimmed[p.Off:p.Off+p.Filesz]), make([]byte, whole.Filesz-p.Filesz)...), data[whole.Off:whole.Off+whole.Filesz])
 			}
 		}

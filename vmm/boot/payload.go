@@ -127,9 +127,10 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 		return nil, err
 	}
 	if !hit && path != "" {
-		// v.elf reads the whole of it still. An entry point among zeros is gone: no kernel has one there.
+		whole := v.elf // it reads all of the image still
 		trimmed := trim(v.image)
-		if _, err := parseELF(im.Name, bytes.NewReader(trimmed), int64(len(trimmed))); err == nil {
+		k, err := parseELF(im.Name, bytes.NewReader(trimmed), int64(len(trimmed)))
+		if err == nil && k.entry == whole.entry && k.pvh == whole.pvh { // neither was among the zeros
 			store(path, trimmed)
 		}
 	}
@@ -137,7 +138,7 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 }
 
 // trim leaves out of an ELF file that parseELF has seen what loading it does not need: sections, and the zeros at
-// the end of segments, which in a bzImage's vmlinux are all of its .bss and .brk (a third of Debian's kernel). It
+// the end of segments, which in a bzImage's vmlinux are all of its .bss and .brk (more than a third of Debian's kernel). It
 // changes image, and returns the first part of it; a file whose segments have its headers in them stays as it is.
 func trim(image []byte) []byte {
 	le := binary.LittleEndian
