@@ -1,7 +1,7 @@
 # The first program of a Linux guest whose boot is measured: it says that it runs, to whoever can hear
 # that, and waits. Without a library, so that it runs a few instructions after the kernel has started it.
-# The kernel does its port I/O, by what /dev/port is: a program's own needs iopl(3), after which OUT has faulted in a
-# guest of a software-emulated processor.
+# The kernel does its port I/O, by what /dev/port is (without CONFIG_DEVPORT there is none): a program's
+# own needs iopl(3), after which OUT has faulted in a guest of a software-emulated processor.
 
 	.set	SYS_write, 1
 	.set	SYS_open, 2

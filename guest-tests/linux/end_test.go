@@ -1,9 +1,12 @@
 package linux
 
 import (
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
+
+	"gvm/guest-tests/bootinit"
 )
 
 // TestEndings: how a guest ends is gvm's exit status.
@@ -37,6 +40,28 @@ func TestEndings(t *testing.T) {
 				r.fatalf(t, "standard error lacks %q", c.stderr)
 			}
 		})
+	}
+}
+
+// TestBootInit: the init of measured boots says when it runs, on the console and by port 0x80; gvm bench boot has it for a
+// kernel without an initrd.
+func TestBootInit(t *testing.T) {
+	t.Parallel()
+	kernel := theLab(t).Debian.VMLinux // the cloud kernel has no CONFIG_DEVPORT
+	archive, err := bootinit.Initramfs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, nil, "run", "--timing", "--kernel", kernel, "--initrd", diskFile(t, archive), "--cmdline", "quiet")
+	p.waitFor(bootinit.Line)
+	p.signal(syscall.SIGTERM)
+	if r := p.wait(); !strings.Contains(r.stderr, "  guest stamp 0x41\n") {
+		r.fatalf(t, "no stamp of init's")
+	}
+	r := gvm(t, "bench", "boot", "--kernel", kernel, "--cmdline", "quiet", "--rounds", "1", "--qemu", "none")
+	r.wantStatus(t, 0)
+	if row := regexp.MustCompile(`(?m)^ *gvm( +\d+\.\d){4} `); !row.MatchString(r.console) {
+		r.fatalf(t, "no row of gvm's")
 	}
 }
 
