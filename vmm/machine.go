@@ -68,22 +68,26 @@ func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
 	if m.cfg.Note == nil {
 		m.cfg.Note = func(string) {}
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, m.close())
-		}
-	}()
 	if m.cfg.Phase == nil {
 		m.cfg.Phase = func(string) {}
 	}
+	if m.cfg.Prepared == nil {
+		m.cfg.Prepared = Prepare(sys, m.cfg)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.close(), m.cfg.Prepared.Close())
+		}
+	}()
 	for _, step := range []struct {
 		name string
 		do   func() error
 	}{
+		// Loading needs the memory alone, and KVM takes its time for the rest meanwhile.
+		{"ACPI tables, kernel, initrd", m.loadKernel},
 		{"virtual machine and memory", m.createVM},
 		{"platform", m.addPlatform},
 		{"PCI devices", m.addPCI},
-		{"ACPI tables, kernel, initrd", m.loadKernel},
 		{"CPUs", m.createCPUs},
 	} {
 		if err := step.do(); err != nil {
@@ -94,16 +98,16 @@ func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
 	return m, nil
 }
 
+// createVM makes the virtual machine and its memory the machine's own.
 func (m *machine) createVM() error {
 	p := m.cfg.Prepared
-	if p == nil {
-		p = Prepare(m.sys, m.cfg)
-	}
 	<-p.done
-	m.vm, m.mem, m.cpuid = p.vm, p.mem, p.cpuid
-	m.irqs.vm = m.vm
+	if p.err != nil {
+		return p.err
+	}
+	m.vm, m.irqs.vm = p.vm, p.vm
 	p.vm, p.mem = nil, nil
-	return p.err
+	return nil
 }
 
 // addPlatform puts the devices of a PC at their ports.
@@ -196,6 +200,12 @@ func (m *machine) mmio64() pci.Window {
 
 // loadKernel puts the ACPI tables and the kernel into memory.
 func (m *machine) loadKernel() error {
+	p := m.cfg.Prepared
+	<-p.mapped
+	if p.mem == nil {
+		return nil // createVM tells why
+	}
+	m.mem, m.cpuid = p.mem, p.cpuid
 	ids := make([]uint32, m.cfg.CPUs)
 	for i := range ids {
 		ids[i] = uint32(i)
@@ -312,11 +322,8 @@ func (m *machine) close() error {
 	if m.uartIRQ != nil {
 		errs = append(errs, m.uartIRQ.Close())
 	}
-	if m.vm != nil {
-		errs = append(errs, m.vm.Close())
-	}
-	if m.mem != nil {
-		errs = append(errs, m.mem.Close())
+	if m.vm != nil { // else both are Prepared's
+		errs = append(errs, m.vm.Close(), m.mem.Close())
 	}
 	return errors.Join(errs...)
 }

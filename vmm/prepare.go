@@ -12,11 +12,13 @@ import (
 
 // Prepared is a virtual machine that has its memory and nothing else.
 type Prepared struct {
-	done  chan struct{} // closed when what follows is there
-	vm    *kvmapi.VM
-	mem   *guestmem.Memory
-	cpuid []kvm.CPUIDEntry2 // what KVM supports
-	err   error
+	mapped chan struct{} // closed when mem and cpuid are there, or nil because of err
+	mem    *guestmem.Memory
+	cpuid  []kvm.CPUIDEntry2 // what KVM supports
+
+	done chan struct{} // closed when vm is there, or err
+	vm   *kvmapi.VM
+	err  error
 }
 
 // Prepare begins to make what the first machine of Run stands on, for a caller that has
@@ -24,15 +26,19 @@ type Prepared struct {
 // instruction is the kernel's for this. It needs Memory and CPUs of cfg alone. The
 // result is for Config.Prepared; errors come from Run.
 func Prepare(sys *kvmapi.System, cfg Config) *Prepared {
-	p := &Prepared{done: make(chan struct{})}
+	p := &Prepared{mapped: make(chan struct{}), done: make(chan struct{})}
 	go func() {
 		defer close(p.done)
-		p.err = p.make(sys, cfg)
+		p.err = p.mapMemory(sys, cfg)
+		close(p.mapped)
+		if p.err == nil {
+			p.err = p.makeVM(sys, cmp.Or(cfg.CPUs, 1))
+		}
 	}()
 	return p
 }
 
-func (p *Prepared) make(sys *kvmapi.System, cfg Config) (err error) {
+func (p *Prepared) mapMemory(sys *kvmapi.System, cfg Config) (err error) {
 	cpus := cmp.Or(cfg.CPUs, 1)
 	if limit := sys.Check(kvmapi.CapMaxVCPUs); cpus < 1 || cpus > limit {
 		return configErrorf("%d CPUs: this host's KVM gives a guest 1 to %d", cfg.CPUs, limit)
@@ -40,8 +46,21 @@ func (p *Prepared) make(sys *kvmapi.System, cfg Config) (err error) {
 	if p.cpuid, err = sys.SupportedCPUID(); err != nil {
 		return err
 	}
+	p.mem, err = guestmem.Map(cfg.Memory)
+	return err
+}
+
+func (p *Prepared) makeVM(sys *kvmapi.System, cpus int) (err error) {
 	if p.vm, err = sys.CreateVM(); err != nil {
 		return err
+	}
+	// Memory comes before KVM's own devices: since Linux 6.18 (7d9a0273c459) each of those
+	// begins an SRCU grace period that is not expedited, and a memory region that is
+	// made meanwhile waits for its end, which takes a few ticks.
+	for i, r := range p.mem.Regions() {
+		if err := p.vm.SetMemory(uint32(i), r.Base, r.Bytes); err != nil {
+			return err
+		}
 	}
 	if err := p.vm.SetTSSAddr(tssAddr); err != nil {
 		return err
@@ -59,14 +78,6 @@ func (p *Prepared) make(sys *kvmapi.System, cfg Config) (err error) {
 		// 32-bit APIC IDs in MSI messages (KVM_X2APIC_API_USE_32BIT_IDS and
 		// DISABLE_BROADCAST_QUIRK).
 		if err := p.vm.EnableCap(kvmapi.CapX2APICAPI, 3); err != nil {
-			return err
-		}
-	}
-	if p.mem, err = guestmem.Map(cfg.Memory); err != nil {
-		return err
-	}
-	for i, r := range p.mem.Regions() {
-		if err := p.vm.SetMemory(uint32(i), r.Base, r.Bytes); err != nil {
 			return err
 		}
 	}

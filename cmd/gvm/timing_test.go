@@ -32,8 +32,8 @@ func TestTiming(t *testing.T) {
 		names = append(names, m[3])
 		sum, last = sum+took, at
 	}
-	want := []string{"program start, command line", "files, disks, control socket", "virtual machine and memory",
-		"platform", "PCI devices", "ACPI tables, kernel, initrd", "CPUs", vmm.Entered, "the guest's run"}
+	want := []string{"program start, command line", "files, disks, control socket", "ACPI tables, kernel, initrd",
+		"virtual machine and memory", "platform", "PCI devices", "CPUs", vmm.Entered, "the guest's run"}
 	if !slices.Equal(names, want) {
 		t.Errorf("phases %q, want %q", names, want)
 	}
