@@ -31,8 +31,8 @@ lint: ## gofmt, go vet, staticcheck
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 
-# Without what runs gvm's benchmarks as programs, and the conformance suite on three more kinds
-# of disk: most of the time, and no code of its own.
+# Without what takes most of the time: gvm's benchmarks run as programs, and the conformance
+# suite on three more kinds of disk.
 race: ## the unit tests under the race detector
 	CGO_ENABLED=1 $(GO) test -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^TestTarget$$/^(4096|thick|readonly)$$' $(UNIT)
 
@@ -53,7 +53,7 @@ soak: ## kill gvm 200 times while its guest writes, and look for what was lost
 conformance: ## libiscsi's suite in Linux guests on gvm's, the kernel's and QEMU's target, in the lab
 	$(GO) test -run '^$$' -bench BenchmarkConformance -benchtime 1x -timeout 60m -v ./guest-tests/linux
 
-vhost: ## all tests of what the kernel serves, on both of the lab's kernels
+vhost: ## all guests' tests of what the kernel serves, on both of the lab's kernels
 	$(GO) test -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux
 	GVM_TEST_L1=6.12 $(GO) test -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux
 

@@ -203,7 +203,8 @@ func (m *machine) loadKernel() error {
 	p := m.cfg.Prepared
 	<-p.mapped
 	if p.mem == nil {
-		return nil // createVM tells why
+		<-p.done
+		return p.err
 	}
 	m.mem, m.cpuid = p.mem, p.cpuid
 	ids := make([]uint32, m.cfg.CPUs)

@@ -22,25 +22,25 @@ type Prepared struct {
 }
 
 // Prepare begins to make what the first machine of Run stands on, for a caller that has
-// something else to do meanwhile: half of the time from exec to a guest's first
-// instruction is the kernel's for this. It needs Memory and CPUs of cfg alone. The
-// result is for Config.Prepared; errors come from Run.
+// something else to do meanwhile. It needs Memory and CPUs of cfg alone. The result is
+// for Config.Prepared; errors come from Run.
 func Prepare(sys *kvmapi.System, cfg Config) *Prepared {
+	cfg.CPUs = cmp.Or(cfg.CPUs, 1)
 	p := &Prepared{mapped: make(chan struct{}), done: make(chan struct{})}
 	go func() {
 		defer close(p.done)
 		p.err = p.mapMemory(sys, cfg)
 		close(p.mapped)
 		if p.err == nil {
-			p.err = p.makeVM(sys, cmp.Or(cfg.CPUs, 1))
+			p.err = p.makeVM(sys, cfg.CPUs)
 		}
 	}()
 	return p
 }
 
+// mapMemory makes what loading a kernel needs: memory, and what KVM says of its processors.
 func (p *Prepared) mapMemory(sys *kvmapi.System, cfg Config) (err error) {
-	cpus := cmp.Or(cfg.CPUs, 1)
-	if limit := sys.Check(kvmapi.CapMaxVCPUs); cpus < 1 || cpus > limit {
+	if limit := sys.Check(kvmapi.CapMaxVCPUs); cfg.CPUs < 1 || cfg.CPUs > limit {
 		return configErrorf("%d CPUs: this host's KVM gives a guest 1 to %d", cfg.CPUs, limit)
 	}
 	if p.cpuid, err = sys.SupportedCPUID(); err != nil {

@@ -133,7 +133,6 @@ func BenchmarkBoot(b *testing.B) {
 // medians: IOPS, mean latency in µs, and IOPS as a multiple of the way after the
 // slash.
 func BenchmarkDisk(b *testing.B) {
-	needVhost(b)
 	l := theLab(b)
 	qemu, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {

@@ -81,7 +81,6 @@ say done
 // with three kinds of disk, the kernel's through gvm, and QEMU's. A read-only
 // disk gets only those that destroy nothing.
 func BenchmarkConformance(b *testing.B) {
-	needVhost(b)
 	l := theLab(b)
 	qemu, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {

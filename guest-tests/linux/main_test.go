@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"gvm/guest-tests/lab"
+	"gvm/kvmapi/vhost"
 	"gvm/vmm"
 )
 
@@ -52,7 +53,7 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	options := lab.Options{
-		Direct:  vmm.RunsLinux,
+		Direct:  direct,
 		Build:   []string{"gvm/cmd/gvm", "gvm/guest-tests/cmd/diskload"},
 		Memory:  10 << 10, // a guest has 6 GiB
 		Modules: []string{"nbd"},
@@ -62,6 +63,20 @@ func testMain(m *testing.M) int {
 		options.Kernel = func(l *lab.Lab) *lab.Kernel { return l.V612 }
 	}
 	return lab.Main(m, options)
+}
+
+// direct wants a KVM that runs Linux and a vhost-scsi of this machine; the lab has both.
+func direct() (bool, string) {
+	ok, why := vmm.RunsLinux()
+	if !ok {
+		return false, why
+	}
+	dev, err := vhost.OpenSCSI()
+	if err != nil {
+		return false, err.Error()
+	}
+	dev.Close()
+	return true, why
 }
 
 // theLab returns what the lab has prepared: kernels and images.

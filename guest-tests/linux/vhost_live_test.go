@@ -67,7 +67,6 @@ func must(t *testing.T, err error) {
 // TestVhostPlugByHand: LUNs that somebody adds to a target in configfs, and
 // removes from it, as targetcli does, come and go in the guest.
 func TestVhostPlugByHand(t *testing.T) {
-	needVhost(t)
 	lioUnchanged(t)
 	const (
 		wwn = "naa.5001405bbbbbbb01"
@@ -114,7 +113,6 @@ func TestVhostPlugByHand(t *testing.T) {
 // TestVhostPlug: disks that gvm adds to its target and removes from it come and
 // go in the guest. The machine runs in the test, as no command does this yet.
 func TestVhostPlug(t *testing.T) {
-	needVhost(t)
 	lioUnchanged(t)
 	contents := [][]byte{content("plug 0", 1<<20), content("plug 1", 2<<20)}
 	var units []lio.Unit
@@ -264,7 +262,6 @@ func effortOf(t *testing.T, pid int) (e effort) {
 // sleep. That this would be seen shows
 // in the same with gvm's own target.
 func TestVhostIdle(t *testing.T) {
-	needVhost(t)
 	lioUnchanged(t)
 	l := theLab(t)
 	var process effort
@@ -301,7 +298,6 @@ set -- $(cat /sys/block/sda/stat); say requests $(($1+$5))
 // TestVhostABI: gvm abi tells of this kernel what is known of it, and its diff
 // finds what another has and it lacks.
 func TestVhostABI(t *testing.T) {
-	needVhost(t)
 	r := gvm(t, "abi", "--json")
 	r.wantStatus(t, 0)
 	var f struct {

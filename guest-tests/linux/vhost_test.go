@@ -12,23 +12,7 @@ import (
 
 	"gvm/devices/scsi/lio"
 	"gvm/guest-tests/backends"
-	"gvm/guest-tests/lab"
-	"gvm/kvmapi/vhost"
 )
-
-// needVhost skips a test on a machine without vhost-scsi. The lab has one.
-func needVhost(t testing.TB) {
-	t.Helper()
-	dev, err := vhost.OpenSCSI()
-	switch {
-	case err == nil:
-		dev.Close()
-	case os.Getenv(lab.InLabEnv) == "1":
-		t.Fatal(err)
-	default:
-		t.Skip(err)
-	}
-}
 
 // loopDevice puts a block device on a file until the test ends.
 func loopDevice(t *testing.T, file string) string {
@@ -82,7 +66,6 @@ func lioUnchanged(t *testing.T) {
 // TestVhostFilesystems: file systems on a file and on a block device, which the
 // kernel serves by its two kinds of backstore, with one queue and with four.
 func TestVhostFilesystems(t *testing.T) {
-	needVhost(t)
 	l := theLab(t)
 	for _, queues := range []int{1, 4} {
 		t.Run(fmt.Sprint(queues, " queues"), func(t *testing.T) {
@@ -134,7 +117,6 @@ const lunsChanged = `LUN assignments on this target have changed`
 // In each, driver and device part and come together again; the last one ends in
 // another kernel. Every disk stays itself.
 func TestVhostLives(t *testing.T) {
-	needVhost(t)
 	lioUnchanged(t)
 	l := theLab(t)
 	const lives = 3
@@ -200,7 +182,6 @@ say kexec cannot start
 
 // TestVhostEndings: after whatever end of gvm, LIO holds what it held before.
 func TestVhostEndings(t *testing.T) {
-	needVhost(t)
 	for _, c := range []struct {
 		name   string
 		args   []string
@@ -262,7 +243,6 @@ func TestVhostEndings(t *testing.T) {
 // TestVhostTold: what keeps the kernel from serving a disk is one line with the
 // mend, status 3, and comes before the guest.
 func TestVhostTold(t *testing.T) {
-	needVhost(t)
 	lioUnchanged(t)
 	disk, other := diskFile(t, content("told", 1<<20)), diskFile(t, content("other", 1<<20))
 	p := start(t, nil, "run", "--guest-arg", "echo", "--disk", disk+",backend=vhost")
@@ -305,7 +285,6 @@ func TestVhostTold(t *testing.T) {
 // TestVhostTrace: what a guest asks of a disk and gets is recorded in the same
 // form whoever serves it.
 func TestVhostTrace(t *testing.T) {
-	needVhost(t)
 	lioUnchanged(t)
 	l := theLab(t)
 	dir := t.TempDir()
@@ -340,7 +319,6 @@ dd if=/dev/sda of=/dev/null iflag=direct bs=4k count=32 2>/dev/null
 // TestVhostEquivalence replays the corpus at both backends: each difference is on
 // the list, and each row of the list is used.
 func TestVhostEquivalence(t *testing.T) {
-	needVhost(t)
 	lioUnchanged(t)
 	list := backends.NewList()
 	replayBoth(t, list, "--corpus")
@@ -354,7 +332,6 @@ func TestVhostEquivalence(t *testing.T) {
 // TestVhostTools has a Linux guest's tools and disk driver ask each backend, and
 // replays what they asked at both.
 func TestVhostTools(t *testing.T) {
-	needVhost(t)
 	lioUnchanged(t)
 	l := theLab(t)
 	programs, err := filepath.Glob(l.Tree + "/usr/bin/sg_*")
