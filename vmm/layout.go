@@ -35,11 +35,24 @@ const (
 // physBits is the width of the guest's physical addresses; a guest whose RAM
 // leaves no room below that has no such window, and its BARs go below 4 GiB.
 func mmio64(mem *guestmem.Memory, physBits uint) pci.Window {
-	rs := mem.Regions()
-	base := max(rs[len(rs)-1].End(), guestmem.HoleEnd)
+	base := max(ramEnd(mem), guestmem.HoleEnd)
 	base = (base + mmio64Align - 1) &^ (mmio64Align - 1)
 	if base+mmio64Size > 1<<physBits {
 		return pci.Window{}
 	}
 	return pci.Window{Base: base, Size: mmio64Size}
+}
+
+// ramEnd returns the guest physical address one past RAM.
+func ramEnd(mem *guestmem.Memory) uint64 {
+	rs := mem.Regions()
+	return rs[len(rs)-1].End()
+}
+
+// checkRAM refuses RAM that processors with physical addresses of physBits do not reach.
+func checkRAM(mem *guestmem.Memory, physBits uint) error {
+	if ramEnd(mem) > 1<<physBits {
+		return configErrorf("%d MiB of memory: a guest's processors here have addresses of %d bits", mem.Size()>>20, physBits)
+	}
+	return nil
 }

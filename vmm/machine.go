@@ -185,17 +185,7 @@ func (m *machine) addPCI() error {
 			return err
 		}
 	}
-	return m.bus.Assign(pci.Window{Base: mmio32Base, Size: mmio32Size}, m.mmio64())
-}
-
-func (m *machine) mmio64() pci.Window {
-	bits := uint(36) // what a processor without leaf 0x80000008 has
-	for _, e := range m.cpuid {
-		if e.Function == 0x8000_0008 {
-			bits = uint(e.Eax & 0xff)
-		}
-	}
-	return mmio64(m.mem, bits)
+	return m.bus.Assign(pci.Window{Base: mmio32Base, Size: mmio32Size}, mmio64(m.mem, physBits(m.cpuid)))
 }
 
 // loadKernel puts the ACPI tables and the kernel into memory.
@@ -211,7 +201,7 @@ func (m *machine) loadKernel() error {
 	for i := range ids {
 		ids[i] = uint32(i)
 	}
-	w := m.mmio64()
+	w := mmio64(m.mem, physBits(m.cpuid))
 	tables, rsdp, err := acpi.Build(acpi.Config{
 		Area:    acpi.Range{Base: acpiBase, Size: acpiSize},
 		APICIDs: ids,

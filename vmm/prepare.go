@@ -46,8 +46,25 @@ func (p *Prepared) mapMemory(sys *kvmapi.System, cfg Config) (err error) {
 	if p.cpuid, err = sys.SupportedCPUID(); err != nil {
 		return err
 	}
-	p.mem, err = guestmem.Map(cfg.Memory)
-	return err
+	mem, err := guestmem.Map(cfg.Memory)
+	if err != nil {
+		return err
+	}
+	if err := checkRAM(mem, physBits(p.cpuid)); err != nil {
+		return errors.Join(err, mem.Close())
+	}
+	p.mem = mem
+	return nil
+}
+
+// physBits returns the width of the guest's physical addresses.
+func physBits(cpuid []kvm.CPUIDEntry2) uint {
+	for _, e := range cpuid {
+		if e.Function == 0x8000_0008 {
+			return uint(e.Eax & 0xff)
+		}
+	}
+	return 36 // what a processor without that leaf has
 }
 
 func (p *Prepared) makeVM(sys *kvmapi.System, cpus int) (err error) {

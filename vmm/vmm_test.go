@@ -72,12 +72,14 @@ func TestMMIO64IsAboveRAM(t *testing.T) {
 		size uint64
 		bits uint
 		want pci.Window
+		fits bool
 	}{
-		{512 << 20, 40, pci.Window{Base: 4 << 30, Size: mmio64Size}},
-		{3 << 30, 40, pci.Window{Base: 4 << 30, Size: mmio64Size}},
-		{6 << 30, 40, pci.Window{Base: 7 << 30, Size: mmio64Size}},
-		{6<<30 + 4096, 40, pci.Window{Base: 8 << 30, Size: mmio64Size}},
-		{60 << 30, 36, pci.Window{}},
+		{512 << 20, 40, pci.Window{Base: 4 << 30, Size: mmio64Size}, true},
+		{3 << 30, 40, pci.Window{Base: 4 << 30, Size: mmio64Size}, true},
+		{6 << 30, 40, pci.Window{Base: 7 << 30, Size: mmio64Size}, true},
+		{6<<30 + 4096, 40, pci.Window{Base: 8 << 30, Size: mmio64Size}, true},
+		{63 << 30, 36, pci.Window{}, true},
+		{63<<30 + 4096, 36, pci.Window{}, false},
 	} {
 		m, err := guestmem.Map(guestmem.Config{Size: c.size})
 		if err != nil {
@@ -85,6 +87,9 @@ func TestMMIO64IsAboveRAM(t *testing.T) {
 		}
 		if w := mmio64(m, c.bits); w != c.want {
 			t.Errorf("%#x bytes, %d bits: window %#x", c.size, c.bits, w)
+		}
+		if err := checkRAM(m, c.bits); (err == nil) != c.fits {
+			t.Errorf("%#x bytes, %d bits: %v", c.size, c.bits, err)
 		}
 		if err := m.Close(); err != nil {
 			t.Error(err)

@@ -217,7 +217,8 @@ func TestBadInput(t *testing.T) {
 		{"negative memory", run("--memory=-512M"), "--memory|-512M", ""},
 		{"empty memory", run("--memory="), "--memory", ""},
 		{"memory past 64 bits", run("--memory", "99999999999T"), "--memory|99999999999T|too large", ""},
-		{"more memory than the host", run("--memory", "9999T"), "--memory 9999T|this host has", ""},
+		{"more memory than the host", run("--memory", "7T"), "--memory 7T|this host has|--overcommit", ""},
+		{"more memory than a guest has", run("--memory", "9T", "--overcommit"), "--memory 9T|8 TiB at most", ""},
 		{"memory of odd pages", run("--memory", "20000001K"), "--memory 20000001K", ""},
 		{"hugepages of odd size", run("--memory", "33M", "--hugepages"), "--memory 33M|2 MiB", ""},
 		{"timeout 0", run("--timeout", "0"), "--timeout 0s", ""},
@@ -414,6 +415,17 @@ func TestHugepages(t *testing.T) {
 	}
 	r := gvmRuns(t, command(t, "run", "--hugepages", "--memory", strconv.Itoa(2*free+64)))
 	if r.status != exitHost || r.out != "" || strings.Count(r.errs, "\n") != 1 || !strings.HasPrefix(r.errs, "gvm: guest memory: ") {
+		t.Errorf("status %d: %s%s", r.status, r.out, r.errs)
+	}
+}
+
+// TestOvercommit gives a guest more memory than the host has.
+func TestOvercommit(t *testing.T) {
+	if b, err := os.ReadFile("/proc/sys/vm/overcommit_memory"); err != nil || strings.TrimSpace(string(b)) == "2" {
+		t.Skipf("this kernel gives no process more memory than it has (vm.overcommit_memory is %s, %v)", b, err)
+	}
+	r := gvmRuns(t, command(t, "run", "--overcommit", "--memory", strconv.FormatUint(hostMemory()>>20+1024, 10)))
+	if r.status != 0 || !strings.Contains(r.out, "\nPASS\r\n") {
 		t.Errorf("status %d: %s%s", r.status, r.out, r.errs)
 	}
 }

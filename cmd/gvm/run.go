@@ -98,6 +98,7 @@ EXAMPLES
 			&cli.IntFlag{Name: "cpus", Aliases: []string{"c"}, Value: 1, Usage: "`N` virtual CPUs"},
 			&cli.StringFlag{Name: "cpu-features", Usage: "`LIST` such as -x2apic,+avx2: names of /proc/cpuinfo to hide or demand"},
 			&cli.StringFlag{Name: "memory", Aliases: []string{"m"}, Value: "512M", Usage: "`SIZE` of guest RAM, in MiB without a suffix; pages are taken as the guest touches them"},
+			&cli.BoolFlag{Name: "overcommit", Usage: "let --memory be more than this host has, for a guest that touches less"},
 			&cli.BoolFlag{Name: "hugepages", Usage: "guest RAM from the host's pool of 2 MiB pages"},
 			&cli.BoolFlag{Name: "shared-memory", Usage: "guest RAM in a memfd"},
 			&cli.StringFlag{Name: "boot", Value: "auto", Usage: "`MODE` for a bzImage: auto decompresses it on the host if it can, elf does or fails, bzimage lets the guest do it"},
@@ -164,7 +165,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		return rc, fmt.Errorf("--memory: %w", err)
 	}
 	rc.memory.Hugepages, rc.memory.Shared = c.Bool("hugepages"), c.Bool("shared-memory")
-	if err := checkMemory(rc.memory); err != nil {
+	if err := checkMemory(rc.memory, c.Bool("overcommit")); err != nil {
 		return rc, fmt.Errorf("--memory %s: %w", c.String("memory"), err)
 	}
 	if rc.features, err = x86.ParseFeatures(c.String("cpu-features")); err != nil {
@@ -227,7 +228,7 @@ func parsePoll(c *cli.Context) (time.Duration, error) {
 // proportion to CPUs.
 const maxQueues = 64
 
-func checkMemory(c guestmem.Config) error {
+func checkMemory(c guestmem.Config, overcommit bool) error {
 	unit := uint64(4 << 10)
 	if c.Hugepages {
 		unit = 2 << 20
@@ -235,11 +236,13 @@ func checkMemory(c guestmem.Config) error {
 	switch {
 	case c.Size < guestmem.MinSize:
 		return fmt.Errorf("a guest needs %s or more", formatSize(guestmem.MinSize))
+	case c.Size > guestmem.MaxSize:
+		return fmt.Errorf("a guest has %s at most", formatSize(guestmem.MaxSize))
 	case c.Size%unit != 0:
 		return fmt.Errorf("want a multiple of %s", formatSize(unit))
 	}
-	if host := hostMemory(); host > 0 && c.Size > host {
-		return fmt.Errorf("this host has %s", formatSize(host>>20<<20))
+	if host := hostMemory(); host > 0 && c.Size > host && !overcommit {
+		return fmt.Errorf("this host has %s; --overcommit allows more than that", formatSize(host>>20<<20))
 	}
 	return nil
 }

@@ -14,13 +14,14 @@ const (
 	HoleEnd   = 0x1_0000_0000 // 4 GiB
 
 	MinSize = 16 << 20 // the least that a Linux kernel starts in
+	MaxSize = 8 << 40  // a memory slot of KVM has 1<<31 - 1 pages (KVM_MEM_MAX_NR_PAGES)
 
 	hugePage = 2 << 20
 )
 
 // Config says how Map gets memory from the host.
 type Config struct {
-	Size uint64 // bytes, a multiple of 4096, MinSize or more
+	Size uint64 // bytes, a multiple of 4096, MinSize to MaxSize
 	// Hugepages takes 2 MiB pages from the host's pool (vm.nr_hugepages).
 	Hugepages bool
 	// Shared backs each region by a memfd, for others to map (Region.FD).
@@ -34,8 +35,8 @@ func Map(c Config) (*Memory, error) {
 	if c.Hugepages {
 		align = hugePage
 	}
-	if c.Size < MinSize || c.Size%align != 0 || c.Size > 1<<46 {
-		return nil, fmt.Errorf("guest memory: %d bytes: want %d MiB or more, in multiples of %d KiB", c.Size, MinSize>>20, align>>10)
+	if c.Size < MinSize || c.Size%align != 0 || c.Size > MaxSize {
+		return nil, fmt.Errorf("guest memory: %d bytes: want %d MiB to %d TiB, in multiples of %d KiB", c.Size, MinSize>>20, MaxSize>>40, align>>10)
 	}
 	m := &Memory{}
 	var unmaps []func() error
