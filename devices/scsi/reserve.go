@@ -432,16 +432,12 @@ func (s *taskSet) reserveOut(tk *task, r reserveOut) error {
 	}
 	var w *abortWait
 	if r.action == prPreemptAndAbort && len(o.preempted) > 0 {
-		cleared := map[NexusID]bool{}
-		w, _ = s.end(AbortedByTask, func(other *task) bool {
-			hit := other != tk && slices.Contains(o.preempted, other.Nexus)
-			if hit && other.Nexus != r.nexus {
-				cleared[other.Nexus] = true
+		var ended []NexusID
+		w, ended = s.end(AbortedByTask, func(other *task) bool { return other != tk && slices.Contains(o.preempted, other.Nexus) })
+		for _, id := range ended {
+			if id != r.nexus {
+				s.tell(id, CommandsCleared)
 			}
-			return hit
-		})
-		for id := range cleared {
-			s.tell(id, CommandsCleared)
 		}
 	}
 	// Whoever waits below holds no lock that those it waits for want, and is not

@@ -385,17 +385,15 @@ func (t *Target) AbortTaskSet(nexus NexusID, lun LUN) TaskResponse {
 }
 
 // ClearTaskSet is CLEAR TASK SET: it ends every command of every nexus. Other
-// initiators find COMMANDS CLEARED BY ANOTHER INITIATOR (SAM-5 5.14).
+// initiators that lost one find COMMANDS CLEARED BY ANOTHER INITIATOR (SAM-5 5.14).
 func (t *Target) ClearTaskSet(nexus NexusID, lun LUN) TaskResponse {
-	others := map[NexusID]bool{}
-	r := t.abort(lun, AbortedByTask, func(tk *task) bool {
-		others[tk.Nexus] = true
-		return true
-	})
-	if u := t.lookup(lun); u != nil {
-		u.set.attention(CommandsCleared, func(id NexusID) bool { return id != nexus && others[id] })
+	u := t.lookup(lun)
+	if u == nil {
+		return IncorrectLUN
 	}
-	return r
+	ended := u.set.abort(AbortedByTask, func(*task) bool { return true })
+	u.set.attention(CommandsCleared, func(id NexusID) bool { return id != nexus && slices.Contains(ended, id) })
+	return FunctionComplete
 }
 
 func (t *Target) abort(lun LUN, cause Abort, match func(*task) bool) TaskResponse {

@@ -199,6 +199,58 @@ func (l *journal) add(s string) {
 	l.lines = append(l.lines, s)
 }
 
+// TestAnsweredIsNotCleared: of two nexuses with a command in the task set, one has its
+// answer already. That its commands were cleared is only told to the other.
+func TestAnsweredIsNotCleared(t *testing.T) {
+	for _, f := range []struct {
+		name string
+		do   func(*cluster)
+	}{
+		{"CLEAR TASK SET", func(c *cluster) { c.ClearTaskSet(1, 0) }},
+		{"PREEMPT AND ABORT", func(c *cluster) {
+			cdb := []byte{0x5f, prAbort, wear, 0, 0, 0, 0, 0, 24, 0}
+			done := make(chan scsi.Result, 1)
+			c.Submit(&scsi.Command{CDB: cdb, Nexus: 1, Attr: scsi.HeadOfQueue, Out: [][]byte{parameters(0x11, 0, 0)}, Done: func(r scsi.Result) { done <- r }})
+			if r := <-done; r.Status != scsi.Good {
+				c.t.Errorf("%+v", r)
+			}
+		}},
+	} {
+		t.Run(f.name, func(t *testing.T) {
+			c := newCluster(t, scsi.UnitConfig{})
+			c.keys(3)
+			c.out(1, prReserve, wear, 0x11, 0, "GOOD")
+			answering, release, ended := make(chan struct{}), make(chan struct{}), make(chan scsi.Result, 1)
+			go c.Submit(&scsi.Command{CDB: testUnitReady, Nexus: 3, Done: func(scsi.Result) {
+				close(answering)
+				<-release
+			}})
+			<-answering
+			// It waits for the first one to leave the set.
+			go c.Submit(&scsi.Command{CDB: testUnitReady, Nexus: 2, Attr: scsi.Ordered, Done: func(r scsi.Result) {
+				ended <- r
+				close(release)
+			}})
+			for c.QueryTaskSet(2, 0) != scsi.FunctionSucceeded {
+				runtime.Gosched()
+			}
+			f.do(c)
+			if r := <-ended; r.Abort != scsi.AbortedByTask {
+				t.Errorf("the command that waits: %+v", r)
+			}
+			for nexus, want := range map[scsi.NexusID]bool{2: true, 3: false} {
+				got := false
+				for range 3 { // PREEMPT has something to tell too
+					got = asNexus(c.Target, nexus, testUnitReady, nil, 0).String() == "CHECK 6/2f/00" || got
+				}
+				if got != want {
+					t.Errorf("nexus %d was told that its commands were cleared: %t", nexus, got)
+				}
+			}
+		})
+	}
+}
+
 // TestAbort aborts a read that hangs in the backend, by every function that
 // aborts: the function returns after the command has been answered, and the
 // answer says that it was aborted.

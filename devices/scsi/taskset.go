@@ -287,18 +287,18 @@ func (s *taskSet) leave(tk *task) {
 
 // abort ends every task that match selects and returns when the last of them
 // has been answered: what was being answered already is waited for too, so that
-// no answer comes after abort has returned. It returns how many it ended.
-func (s *taskSet) abort(cause Abort, match func(*task) bool) int {
+// no answer comes after abort has returned. It returns whose tasks it ended.
+func (s *taskSet) abort(cause Abort, match func(*task) bool) []NexusID {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	w, n := s.end(cause, match)
+	w, ended := s.end(cause, match)
 	s.await(w)
-	return n
+	return ended
 }
 
 // end is the first half of abort: it ends the tasks, which await waits for. The
 // caller holds mu.
-func (s *taskSet) end(cause Abort, match func(*task) bool) (w *abortWait, n int) {
+func (s *taskSet) end(cause Abort, match func(*task) bool) (w *abortWait, ended []NexusID) {
 	w = &abortWait{}
 	for tk := s.first; tk != nil; tk = tk.next {
 		if !match(tk) {
@@ -306,7 +306,7 @@ func (s *taskSet) end(cause Abort, match func(*task) bool) (w *abortWait, n int)
 		}
 		if tk.state.CompareAndSwap(running, aborted) {
 			tk.cause = cause
-			n++
+			ended = append(ended, tk.Nexus)
 			if tk.cut != nil {
 				close(tk.cut)
 			}
@@ -317,7 +317,7 @@ func (s *taskSet) end(cause Abort, match func(*task) bool) (w *abortWait, n int)
 	if w.left > 0 {
 		s.changed.Broadcast()
 	}
-	return w, n
+	return w, ended
 }
 
 // await returns when the tasks of w have been answered. The caller holds mu.
