@@ -61,7 +61,8 @@ func TestBenchDisk(t *testing.T) {
 	count := map[string]int{}
 	for _, s := range all {
 		count[strings.TrimSpace(s.Storage+" "+s.Driver)]++
-		if s.IOPS <= 0 || s.CPU <= 0 || s.P50 <= 0 || s.P99 < s.P50 || s.Queues < 1 || s.Queues > 2 || s.Size != 4096 {
+		fio := s.Driver == "" // in 20 ms it may see no CPU time
+		if s.IOPS <= 0 || s.CPU < 0 || s.CPU == 0 && !fio || s.P50 <= 0 || s.P99 < s.P50 || s.Queues < 1 || s.Queues > 2 || s.Size != 4096 {
 			t.Errorf("%+v", s)
 		}
 	}

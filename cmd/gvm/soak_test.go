@@ -34,6 +34,7 @@ func TestKilledInJournal(t *testing.T) {
 		"writeback": "", "writethrough": ",cache=writethrough", "unsafe": ",cache=unsafe", "blocks of 4096": ",block_size=4096", "overlay": ",overlay=",
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			const size = 16 << 20 // more than a guest gets to write once
 			img := filepath.Join(t.TempDir(), "disk.img")
 			if err := backend.Create(img, size, false); err != nil {

@@ -354,7 +354,7 @@ d=/dev/sda; p=/bin/sg_
 	${p}opcodes $d; ${p}opcodes -o 0x28 $d; ${p}opcodes -t $d; ${p}logs -a $d; ${p}persist -k $d; ${p}persist -c $d
 	${p}sync $d; ${p}sync --16 $d; ${p}verify -l 0 -c 8 $d; ${p}verify -l 0 -c 8 --16 $d
 	${p}write_same -l 8 -n 8 --xferlen=512 $d; ${p}write_same -U -l 16 -n 8 --xferlen=512 $d; ${p}write_same -S -l 8 -n 8 --xferlen=512 $d
-	${p}unmap -l 16 -n 8 $d; ${p}get_lba_status -l 0 $d; ${p}start 1 $d; ${p}start --immed 1 $d; ${p}prevent --allow $d
+	${p}unmap --force -l 16 -n 8 $d; ${p}get_lba_status -l 0 $d; ${p}start 1 $d; ${p}start --immed 1 $d; ${p}prevent --allow $d
 	${p}dd if=$d of=/dev/null bs=512 count=64 blk_sgio=1; ${p}dd if=/dev/zero of=$d bs=512 count=64 seek=64 blk_sgio=1
 	${p}raw -r 64 $d 12 01 83 00 40 00; ${p}raw -r 512 $d 5e 00 00 00 00 00 00 02 00 00; ${p}raw $d c0 00 00 00 00 00
 	${p}senddiag -t $d; ${p}sat_identify $d; ${p}rtpg $d; ${p}wr_mode -p 8 -c 8,12,4 $d; ${p}reset -d $d
