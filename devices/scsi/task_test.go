@@ -226,6 +226,9 @@ func TestAnsweredIsNotCleared(t *testing.T) {
 				<-release
 			}})
 			<-answering
+			if r := c.QueryTaskSet(3, 0); r != scsi.FunctionComplete {
+				t.Errorf("QUERY TASK SET of a nexus whose command has been answered: %v", r)
+			}
 			// It waits for the first one to leave the set.
 			go c.Submit(&scsi.Command{CDB: testUnitReady, Nexus: 2, Attr: scsi.Ordered, Done: func(r scsi.Result) {
 				ended <- r

@@ -395,12 +395,12 @@ func (s *taskSet) clearAttention(id NexusID, sense Sense) {
 	n.attention = kept
 }
 
-// has says whether match selects a task of the set.
+// has says whether match selects a task of the set that has not been answered.
 func (s *taskSet) has(match func(*task) bool) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for tk := s.first; tk != nil; tk = tk.next {
-		if match(tk) {
+		if match(tk) && tk.state.Load() != answering {
 			return true
 		}
 	}
