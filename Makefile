@@ -57,17 +57,18 @@ vhost: ## all guests' tests of what the kernel serves, on both of the lab's kern
 	$(GO) test -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux
 	GVM_TEST_L1=6.12 $(GO) test -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux
 
-bench: ## benchmarks without a guest, of Linux in the lab, and of this host's KVM
-	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench disk
+bench: build ## benchmarks without a guest, of Linux in the lab, and of this host's KVM; JSON and plots in bench/
+	mkdir -p bench
+	bin/gvm bench disk --json bench/disk.json --plot bench/disk.svg
 	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
-	GVM_LAB_FAST=1 $(GO) test -run '^$$' -bench 'Boot|Disk' -benchtime 3x -timeout 60m ./guest-tests/linux
-	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench guest
-	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench boot
-	CGO_ENABLED=0 $(GO) run ./cmd/gvm bench footprint
+	GVM_LAB_FAST=1 $(GO) test -run '^$$' -bench 'Boot|Disk' -benchtime 3x -timeout 60m -v -outputdir bench ./guest-tests/linux
+	bin/gvm bench guest --json bench/guest.json --plot bench/guest.svg
+	bin/gvm bench boot --json bench/boot.json
+	bin/gvm bench footprint --json bench/footprint.json
 
 guest: ## rebuild the embedded guest's image, and the init of measured boots
 	$(MAKE) -C guest-tests/embedded
 	$(MAKE) -C guest-tests/bootinit
 
 clean:
-	rm -rf bin
+	rm -rf bin bench

@@ -1,7 +1,9 @@
 package linux
 
 import (
+	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -10,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"text/tabwriter"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -48,11 +51,58 @@ func cleanMemory(b *testing.B) {
 	}
 }
 
+// figure is what a benchmark measured in one way, once in each of its iterations.
+type figure struct {
+	What   string    `json:"what"` // and its unit
+	Way    string    `json:"way"`
+	Values []float64 `json:"values"`
+	Peer   string    `json:"peer,omitempty"` // a way of which the values are multiples
+	Ratios []float64 `json:"ratios,omitempty"`
+}
+
+// of makes f's ratios to what peer measured in the same iterations.
+func (f *figure) of(peer figure) {
+	f.Peer, f.Ratios = peer.Way, nil
+	for i, v := range f.Values {
+		f.Ratios = append(f.Ratios, v/peer.Values[i])
+	}
+}
+
+// report prints figures as a table of medians, with the lowest and the highest, and writes
+// them to name.json where go test's -outputdir says.
+func report(b *testing.B, name string, figures []figure) {
+	b.Helper()
+	spread := func(v []float64, format string) string {
+		s := slices.Sorted(slices.Values(v))
+		return fmt.Sprintf(format+" ("+format+"–"+format+")", s[len(s)/2], s[0], s[len(s)-1])
+	}
+	var out strings.Builder
+	t := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
+	for _, f := range figures {
+		ratio := ""
+		if f.Peer != "" {
+			ratio = spread(f.Ratios, "%.2f") + " of " + f.Peer
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", f.What, f.Way, spread(f.Values, "%.4g"), ratio)
+	}
+	t.Flush()
+	b.Logf("medians of %d (lowest–highest):\n%s", len(figures[0].Values), out.String())
+	dir := flag.Lookup("test.outputdir").Value.String()
+	if dir == "" {
+		return
+	}
+	text, err := json.MarshalIndent(figures, "", "\t")
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, name+".json"), append(text, '\n'), 0o666)
+	}
+	if err != nil {
+		b.Error(err)
+	}
+}
+
 // BenchmarkBoot measures from the start of a VMM to the first word of init (bootinit's), with
 // Debian's xz-compressed bzImage or the vmlinux in it, and benchCmdline. Each iteration boots
-// once in every way, one after the other, as a lab's speed changes over time; the metrics are
-// medians in seconds, and medians of how many times as long as in another way it takes in the
-// same iteration.
+// once in every way, one after the other, as a lab's speed changes over time.
 func BenchmarkBoot(b *testing.B) {
 	l := theLab(b)
 	initramfs, err := bootinit.Initramfs()
@@ -88,7 +138,6 @@ func BenchmarkBoot(b *testing.B) {
 		{"qemu-pc", qemu, false, kvm("pc", l.Debian.BZImage), "gvm-warm"},
 		{"qemu-pc-vmlinux", qemu, false, kvm("pc", l.Debian.VMLinux), "gvm-vmlinux"},
 	}
-	times := make([][]float64, len(ways))
 	boot := func(i int) float64 {
 		w, cache := ways[i], cacheHome
 		if w.cold {
@@ -104,34 +153,26 @@ func BenchmarkBoot(b *testing.B) {
 		return d
 	}
 	boot(0) // files come into the page cache, the kernel into gvm's
+	figures := make([]figure, len(ways))
 	for b.Loop() {
 		for i := range ways {
-			times[i] = append(times[i], boot(i))
+			figures[i].Values = append(figures[i].Values, boot(i))
 		}
 	}
-	median := func(v []float64) float64 { slices.Sort(v); return v[len(v)/2] }
 	for i, w := range ways {
+		figures[i].What, figures[i].Way = "until init runs, s", w.name
 		for j, peer := range ways {
-			if peer.name != w.peer {
-				continue
+			if peer.name == w.peer {
+				figures[i].of(figure{Way: peer.name, Values: figures[j].Values})
 			}
-			var ratios []float64
-			for n := range times[i] {
-				ratios = append(ratios, times[i][n]/times[j][n])
-			}
-			b.ReportMetric(median(ratios), w.name+"/"+peer.name)
 		}
 	}
-	for i, w := range ways {
-		b.ReportMetric(median(times[i]), w.name+"-s")
-	}
+	report(b, "linux-boot", figures)
 }
 
 // BenchmarkDisk has fio, in a Linux guest, read and write blocks of 4 KiB at random places of
 // the same file, served by gvm's target and the kernel's, in gvm and in
-// QEMU. Each iteration boots a guest of each, one after the other. The metrics are
-// medians: IOPS, mean latency in µs, and IOPS as a multiple of the way after the
-// slash.
+// QEMU. Each iteration boots a guest of each, one after the other.
 func BenchmarkDisk(b *testing.B) {
 	l := theLab(b)
 	qemu, err := exec.LookPath("qemu-system-x86_64")
@@ -161,15 +202,16 @@ func BenchmarkDisk(b *testing.B) {
 	}
 	ways := []struct {
 		name string
+		peer int // what it is compared with
 		make func() (program string, args []string, done func())
 	}{
-		{"gvm", gvmWith("process")},
-		{"gvm-vhost", gvmWith("vhost")},
-		{"qemu", func() (string, []string, func()) {
+		{"gvm", 2, gvmWith("process")},
+		{"gvm-vhost", 3, gvmWith("vhost")},
+		{"qemu", -1, func() (string, []string, func()) {
 			return qemu, append(qemuArgs("q35", l.Debian.BZImage, initrd), "-object", "iothread,id=t", "-device", "virtio-scsi-pci,iothread=t",
 				"-drive", "if=none,id=d,format=raw,cache=writeback,file="+file, "-device", "scsi-hd,drive=d"), func() {}
 		}},
-		{"qemu-vhost", func() (string, []string, func()) {
+		{"qemu-vhost", -1, func() (string, []string, func()) {
 			f, err := backend.Open(file, backend.Options{})
 			if err != nil {
 				b.Fatal(err)
@@ -185,36 +227,32 @@ func BenchmarkDisk(b *testing.B) {
 			}
 		}},
 	}
-	iops, latency := map[string][]float64{}, map[string][]float64{}
+	iops, latency := make([]figure, len(loads)*len(ways)), make([]figure, len(loads)*len(ways))
 	for b.Loop() {
-		for _, w := range ways {
+		for i, w := range ways {
 			ended := func(r result) bool { return r.status == 0 }
 			r := again(b, ended, func() result {
 				program, args, done := w.make()
 				defer done()
 				return startProgram(b, program, nil, cacheHome, args...).wait()
 			})
-			for _, load := range loads {
+			for j, load := range loads {
 				var n, us float64
 				if _, err := fmt.Sscan(r.said(b, load), &n, &us); err != nil {
 					r.fatalf(b, "%s: %v", w.name, err)
 				}
-				key := load + "-" + w.name
-				iops[key], latency[key] = append(iops[key], n), append(latency[key], us)
+				k := j*len(ways) + i
+				iops[k].What, iops[k].Way, iops[k].Values = load+", IOPS", w.name, append(iops[k].Values, n)
+				latency[k].What, latency[k].Way, latency[k].Values = load+", mean latency, µs", w.name, append(latency[k].Values, us)
 			}
 		}
 	}
-	median := func(v []float64) float64 { slices.Sort(v); return v[len(v)/2] }
-	for _, load := range loads {
-		for i, w := range ways {
-			key := load + "-" + w.name
-			b.ReportMetric(median(iops[key]), key+"-iops")
-			b.ReportMetric(median(latency[key]), key+"-us")
-			if i < 2 { // each of gvm's beside what QEMU has of its kind
-				peer := ways[i+2].name
-				b.ReportMetric(median(iops[key])/median(iops[load+"-"+peer]), key+"/"+peer)
-			}
+	for k := range iops {
+		if peer := ways[k%len(ways)].peer; peer >= 0 {
+			peer += k - k%len(ways)
+			iops[k].of(iops[peer])
+			latency[k].of(latency[peer])
 		}
-		b.ReportMetric(median(iops[load+"-gvm-vhost"])/median(iops[load+"-gvm"]), load+"-gvm-vhost/gvm")
 	}
+	report(b, "linux-disk", append(iops, latency...))
 }
