@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
-	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -40,11 +39,12 @@ func attach(t testing.TB, cfg scsi.UnitConfig) *scsi.Target {
 }
 
 // settle waits until every command is done, and those with IMMED also with what comes
-// after their answer.
+// after their answer: an ORDERED command comes after all of it. INQUIRY reports nothing
+// that is pending.
 func settle(target *scsi.Target) {
-	for target.QueryTaskSet(0, 0) != scsi.FunctionComplete {
-		runtime.Gosched()
-	}
+	done := make(chan struct{})
+	target.Submit(&scsi.Command{CDB: []byte{0x12, 0, 0, 0, 0, 0}, Attr: scsi.Ordered, Done: func(scsi.Result) { close(done) }})
+	<-done
 }
 
 // cdb16 is a 16-byte CDB with a logical block address and a number of blocks.
