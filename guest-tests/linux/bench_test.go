@@ -56,13 +56,13 @@ type figure struct {
 	What   string    `json:"what"` // and its unit
 	Way    string    `json:"way"`
 	Values []float64 `json:"values"`
-	Peer   string    `json:"peer,omitempty"` // a way of which the values are multiples
-	Ratios []float64 `json:"ratios,omitempty"`
+	Peer   string    `json:"peer,omitempty"`   // another way
+	Ratios []float64 `json:"ratios,omitempty"` // of the values to the peer's
 }
 
 // of makes f's ratios to what peer measured in the same iterations.
 func (f *figure) of(peer figure) {
-	f.Peer, f.Ratios = peer.Way, nil
+	f.Peer = peer.Way
 	for i, v := range f.Values {
 		f.Ratios = append(f.Ratios, v/peer.Values[i])
 	}
@@ -154,16 +154,18 @@ func BenchmarkBoot(b *testing.B) {
 	}
 	boot(0) // files come into the page cache, the kernel into gvm's
 	figures := make([]figure, len(ways))
+	for i, w := range ways {
+		figures[i].What, figures[i].Way = "until init runs, s", w.name
+	}
 	for b.Loop() {
 		for i := range ways {
 			figures[i].Values = append(figures[i].Values, boot(i))
 		}
 	}
 	for i, w := range ways {
-		figures[i].What, figures[i].Way = "until init runs, s", w.name
-		for j, peer := range ways {
-			if peer.name == w.peer {
-				figures[i].of(figure{Way: peer.name, Values: figures[j].Values})
+		for _, peer := range figures {
+			if peer.Way == w.peer {
+				figures[i].of(peer)
 			}
 		}
 	}

@@ -126,7 +126,7 @@ klog
 }
 
 // TestManyCPUs boots with more CPUs than any machine here has. It is not parallel, so that it
-// comes early: late in the lab's life such a guest hangs now and then, and takes three minutes.
+// comes first: after some fifty other guests it has hung in the lab, which takes three minutes.
 func TestManyCPUs(t *testing.T) {
 	l := theLab(t)
 	r := again(t, func(r result) bool { return r.status == 0 }, func() result {
