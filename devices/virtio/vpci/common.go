@@ -379,7 +379,7 @@ func (d *Device) forget() {
 	d.cfgVector.Store(noVector)
 	for i := range d.queues {
 		q := &d.queues[i]
-		*q = queue{max: q.max, size: q.max, vector: noVector, kick: q.kick}
+		q.setup = setup{size: q.max, vector: noVector}
 	}
 	d.isr.Store(0)
 	d.drain()

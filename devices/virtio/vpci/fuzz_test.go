@@ -228,12 +228,14 @@ func TestConcurrent(t *testing.T) {
 	}
 	stop := make(chan struct{})
 	var worker sync.WaitGroup
+	regs, _ := r.v.Function().Region(0)
 	worker.Go(func() {
 		for {
 			select {
 			case <-stop:
 				return
 			default:
+				pcitest.Store(regs, 0x3000, 2, 0) // a doorbell that KVM does not take
 				if a := r.dev.last.Load(); a != nil {
 					a.Broken(errors.New("made up"))
 					a.ConfigChanged()

@@ -68,11 +68,19 @@ type Config struct {
 	Log func(error)
 }
 
+// queue is a virtqueue. What is not setup never changes: a doorbell that causes
+// an exit uses kick without the lock.
 type queue struct {
-	max, size, vector  uint16
+	max  uint16
+	kick *eventfd.FD
+	setup
+}
+
+// setup is what the driver tells of a virtqueue, and a reset forgets.
+type setup struct {
+	size, vector       uint16
 	enabled            bool
 	desc, driver, used uint64 // queue_desc, queue_driver, queue_device
-	kick               *eventfd.FD
 }
 
 // activation is one time between DRIVER_OK and reset; what an earlier one
@@ -88,7 +96,7 @@ type Device struct {
 	cfg      Config
 	fn       *pci.Function
 	msix     *pci.MSIX
-	queues   []queue     // the slice and every kick never change
+	queues   []queue     // the slice never changes
 	unheard  *eventfd.FD // Call of a queue without a vector
 	cfgLen   int
 	doorbell []int // queues whose doorbell is connected; guarded by the bus
