@@ -7,7 +7,7 @@ export CGO_ENABLED = 0
 LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostscsi
 UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 
-.PHONY: build run demo test lint race fuzz soak conformance vhost bench guest clean
+.PHONY: build run demo test lint race racelab fuzz soak conformance vhost bench guest clean
 
 build: ## a static binary: bin/gvm
 	$(GO) build -tags urfave_cli_no_docs -trimpath -o bin/gvm ./cmd/gvm
@@ -35,6 +35,16 @@ lint: ## gofmt, go vet, staticcheck
 # suite on three more kinds of disk.
 race: ## the unit tests under the race detector
 	CGO_ENABLED=1 $(GO) test -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^TestTarget$$/^(4096|thick|readonly)$$' $(UNIT)
+
+# gvm itself has the detector there as well, and ends when it finds something. Static, for
+# the lab has no C library; xz without, which would decompress a kernel for minutes.
+# RACELAB is of which packages, RUN of which tests.
+RACELAB ?= $(LAB)
+RUN ?= .
+racelab: export GORACE = halt_on_error=1
+racelab: export GOFLAGS = -race "-ldflags=-linkmode=external -extldflags=-static" -gcflags=github.com/mikelolasagasti/xz=-race=false
+racelab: ## what runs in the lab under the race detector, gvm and all
+	CGO_ENABLED=1 $(GO) test -timeout 60m -p 1 -parallel 1 -run '$(RUN)' $(RACELAB)
 
 # A count and not a time: with a time, go test can fail at its end with "context deadline
 # exceeded" and no finding (go.dev/issue/75804).

@@ -54,13 +54,14 @@ const fastEnv = "GVM_LAB_FAST"
 // Program returns the path of a program of Options.Build, by its last name.
 func Program(name string) string { return filepath.Join(os.Getenv(programsEnv), name) }
 
-// build makes the programs in a directory of their own.
+// build makes the programs in a directory of their own. They are static by CGO_ENABLED=0,
+// or as the environment has it: the race detector wants 1.
 func build(packages []string) (dir string, err error) {
 	if dir, err = os.MkdirTemp("", "lab-programs"); err != nil {
 		return "", err
 	}
 	cmd := exec.Command("go", append([]string{"build", "-o", dir + "/"}, packages...)...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd.Env = append([]string{"CGO_ENABLED=0"}, os.Environ()...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		os.RemoveAll(dir)
 		return "", fmt.Errorf("lab: build %s: %w\n%s", strings.Join(packages, " "), err, out)
