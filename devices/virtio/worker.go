@@ -113,7 +113,7 @@ func (w *Worker) drain() (err error) {
 			if err := w.pay(); err != nil {
 				return err
 			}
-			w.passBarriers()
+			w.passBarriers(true)
 			if w.look() {
 				continue
 			}
@@ -131,7 +131,7 @@ func (w *Worker) drain() (err error) {
 			w.drop(c)
 			return err
 		}
-		w.passBarriers()
+		w.passBarriers(false)
 		switch {
 		case !w.owed:
 			since = time.Time{}
@@ -179,9 +179,12 @@ func (w *Worker) Interrupt() {
 	}
 }
 
-func (w *Worker) passBarriers() {
+// passBarriers releases who waits for chains that the handler has been given by now. When
+// the queue is empty that is everybody: a driver that takes its index back leaves a position
+// that is never reached. The caller holds mu.
+func (w *Worker) passBarriers(empty bool) {
 	for i := 0; i < len(w.barriers); {
-		if b := w.barriers[i]; int16(w.q.Position()-b.at) >= 0 {
+		if b := w.barriers[i]; empty || int16(w.q.Position()-b.at) >= 0 {
 			close(b.done)
 			w.barriers = append(w.barriers[:i], w.barriers[i+1:]...)
 		} else {
@@ -225,7 +228,7 @@ func (w *Worker) drop(c *virtq.Chain) {
 }
 
 // Barrier returns once the handler has been given every chain that was
-// available when Barrier was called, or the worker has stopped. The handler
+// available when Barrier was called and still is, or the worker has stopped. The handler
 // of the same worker must not call it.
 func (w *Worker) Barrier() error {
 	b := barrier{done: make(chan struct{})}

@@ -474,6 +474,39 @@ func TestBarrier(t *testing.T) {
 	}
 }
 
+// TestBarrierIndexTakenBack: a driver that takes back what it made available, against the
+// specification, does not leave anybody waiting.
+func TestBarrierIndexTakenBack(t *testing.T) {
+	r := newRig(t, 64, 0)
+	r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8})
+	if _, err := r.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	handling, release := make(chan struct{}), make(chan struct{})
+	w := r.start(t, func(w *virtio.Worker, c *virtq.Chain) error {
+		close(handling)
+		<-release
+		w.Complete(c, 0)
+		return nil
+	})
+	<-handling
+	if _, err := r.Kick.Drain(); err != nil { // Publish's
+		t.Fatal(err)
+	}
+	r.SetAvailIdx(2)
+	passed := make(chan error)
+	go func() { passed <- w.Barrier() }()
+	for !r.Kick.Pending() { // Barrier signals it, once it knows for what it waits
+		runtime.Gosched()
+	}
+	r.SetAvailIdx(1)
+	close(release)
+	if err := <-passed; err != nil {
+		t.Fatal(err)
+	}
+	stop(t, w)
+}
+
 var raceDetector bool
 
 func TestWorkerNoAllocations(t *testing.T) {

@@ -1,0 +1,255 @@
+package vmm
+
+import (
+	"encoding/binary"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"gvm/devices/acpipm"
+	"gvm/devices/debugport"
+	"gvm/devices/i8042"
+	"gvm/devices/pci"
+	"gvm/devices/pvpanic"
+	"gvm/devices/rtc"
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/serial"
+	"gvm/devices/virtio"
+	"gvm/devices/virtio/rng"
+	"gvm/devices/virtio/vscsi"
+	"gvm/vmm/guestmem"
+)
+
+// hostile is a CPU whose guest means no good. It does not run in KVM: what it does are
+// the accesses that would be exits.
+type hostile struct {
+	*machine
+	*rand.Rand
+}
+
+// Where the guests' rings are: a page for each part, in 64 KiB for each queue.
+const (
+	ringsAt   = 1 << 20
+	ringSize  = 16
+	buffersAt = 2 << 20
+)
+
+func (h *hostile) put(space interface{ Write(uint64, []byte) bool }, addr uint64, n int, v uint64) {
+	space.Write(addr, binary.LittleEndian.AppendUint64(nil, v)[:n:n])
+}
+
+func (h *hostile) get(space interface{ Read(uint64, []byte) bool }, addr uint64, n int) uint64 {
+	var b [8]byte
+	space.Read(addr, b[:n:n])
+	return binary.LittleEndian.Uint64(b[:])
+}
+
+// write writes to memory at an address that is there.
+func (h *hostile) write(addr uint64, b []byte) {
+	if err := h.mem.Write(addr, b); err != nil {
+		panic(err)
+	}
+}
+
+// config is the address of slot's configuration space, bar of the memory at its BAR i.
+func (h *hostile) config(slot int) uint64 { return ecamBase + uint64(slot)<<15 }
+
+func (h *hostile) bar(slot, i int) uint64 {
+	at := h.config(slot) + 0x10 + 4*uint64(i)
+	v := h.get(&h.mmio, at, 4)
+	if v&4 != 0 {
+		v |= h.get(&h.mmio, at+4, 4) << 32
+	}
+	return v &^ 15
+}
+
+// value is a number as guests write them: small, any, or with few bits.
+func (h *hostile) value() uint64 {
+	switch h.IntN(3) {
+	case 0:
+		return h.Uint64N(16)
+	case 1:
+		return h.Uint64() >> h.UintN(64)
+	}
+	return 1 << h.UintN(64) >> h.UintN(2)
+}
+
+// start is what a driver does until DRIVER_OK (virtio 1.3, 3.1.1), with empty queues where
+// ring fills them.
+func (h *hostile) start(slot int) {
+	cfg := h.config(slot)
+	h.put(&h.mmio, cfg+4, 2, pci.CommandMemory|pci.CommandMaster)
+	for _, w := range []struct {
+		off uint64
+		n   int
+		v   uint64
+	}{{0x14, 1, 0}, {0x14, 1, 3}, {0x08, 4, 0}, {0x0c, 4, h.Uint64N(4)<<28 | 6}, {0x08, 4, 1}, {0x0c, 4, 1}, {0x14, 1, 11}} {
+		h.put(&h.mmio, h.bar(slot, 0)+w.off, w.n, w.v)
+	}
+	for q := range uint64(4) {
+		at := ringsAt + q<<16
+		h.write(at+4096, make([]byte, 4+2*ringSize))
+		for _, w := range []struct {
+			off uint64
+			n   int
+			v   uint64
+		}{{0x16, 2, q}, {0x18, 2, ringSize}, {0x1a, 2, q}, {0x20, 8, at}, {0x28, 8, at + 4096}, {0x30, 8, at + 8192}, {0x1c, 2, 1}} {
+			h.put(&h.mmio, h.bar(slot, 0)+w.off, w.n, w.v)
+		}
+	}
+	h.put(&h.mmio, h.bar(slot, 0)+0x14, 1, 15)
+}
+
+// ring makes a chain of three descriptors available in one of the queues, and rings its
+// doorbell. Now and then a descriptor is any.
+func (h *hostile) ring(slot int) {
+	q := h.Uint64N(4)
+	at := ringsAt + q<<16
+	head := h.Uint64N(ringSize/4) * 4
+	request := make([]byte, 51)
+	for i := range request {
+		request[i] = byte(h.value())
+	}
+	lun := []byte{1, 0, 0x40, byte(h.IntN(3)), 0, 0, 0, 0}
+	if q == 0 { // task management (virtio 1.3, 5.6.6.2)
+		copy(request, []byte{0, 0, 0, 0, byte(h.IntN(9)), 0, 0, 0})
+		copy(request[8:], lun)
+	} else {
+		copy(request, lun)
+	}
+	buffer := buffersAt + q<<16 + head<<10
+	h.write(buffer, request)
+	le := binary.LittleEndian
+	for i, d := range []struct{ addr, n, flags uint64 }{{buffer, 51, 1}, {buffer + 64, 108, 3}, {buffer + 4096, 512 * h.Uint64N(8), 2}} {
+		if h.IntN(40) == 0 {
+			d.addr, d.n, d.flags = h.value(), h.value(), h.Uint64N(8)
+		}
+		if q == 1 { // events: a buffer alone
+			d.flags = 2
+		}
+		b := le.AppendUint64(nil, d.addr)
+		b = le.AppendUint32(b, uint32(d.n))
+		b = le.AppendUint16(b, uint16(d.flags))
+		h.write(at+16*(head+uint64(i)), le.AppendUint16(b, uint16(head)+uint16(i)+1))
+	}
+	var idx [2]byte
+	if err := h.mem.Read(at+4096+2, idx[:]); err != nil {
+		panic(err)
+	}
+	n := le.Uint16(idx[:])
+	h.write(at+4096+4+2*uint64(n%ringSize), le.AppendUint16(nil, uint16(head)))
+	h.write(at+4096+2, le.AppendUint16(nil, n+1))
+	h.put(&h.mmio, h.bar(slot, 0)+0x3000+4*q, 2, q)
+}
+
+// act is one thing that the CPU does: mostly requests, for the rest stops them.
+func (h *hostile) act() {
+	slot, size := 1+h.IntN(2), 1<<h.IntN(4)
+	aligned := func(n uint64) uint64 { return h.Uint64N(n) &^ uint64(size-1) }
+	switch n := h.IntN(100); {
+	case n < 5:
+		port := []uint64{serial.COM1, rtc.Port, i8042.Port, acpipm.Port, pvpanic.Port, debugport.Port, pci.PortBase}[h.IntN(7)]
+		size = min(size, 4)
+		if h.IntN(2) == 0 {
+			h.get(&h.pio, port+h.Uint64N(8), size)
+		} else {
+			h.put(&h.pio, port+h.Uint64N(8), size, h.value())
+		}
+	case n < 10:
+		h.get(&h.mmio, h.config(h.IntN(4))+h.Uint64N(256), size)
+	case n < 12:
+		h.put(&h.mmio, h.config(slot)+h.Uint64N(256), size, h.value())
+	case n < 20:
+		h.get(&h.mmio, h.bar(slot, 0)+aligned(0x3020), size)
+	case n < 22:
+		h.put(&h.mmio, h.bar(slot, 0)+aligned(0x40), size, h.value())
+	case n < 26:
+		h.put(&h.mmio, h.bar(slot, 2)+h.Uint64N(96)&^3, 4, 0xfee0_0000|h.value())
+	case n < 30:
+		h.start(slot)
+	default:
+		h.ring(slot)
+	}
+}
+
+// TestHostileCPUs has CPUs do anything at the same time, to every device of a machine,
+// while the host changes disks. It is for the race detector, and against panics and
+// deadlocks; in the end the devices still work.
+func TestHostileCPUs(t *testing.T) {
+	target := scsi.NewTarget()
+	unit := func(lun int, serial string) scsi.LUN {
+		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewVolatile(1 << 20), Serial: serial})
+		if err != nil {
+			t.Error(err)
+			return 0
+		}
+		at, _ := scsi.EncodeLUN(lun)
+		if err := target.Attach(at, u); err != nil {
+			t.Error(err)
+		}
+		return at
+	}
+	unit(0, "A")
+	disk, err := vscsi.New(vscsi.Config{Target: target, Queues: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sys := system(t)
+	before := openFDs(t)
+	m, err := newMachine(sys, Config{
+		Memory: guestmem.Config{Size: 64 << 20}, CPUs: 2, Kernel: embeddedKernel(t),
+		Devices: []virtio.Device{rng.New(), disk},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	var cpus, host sync.WaitGroup
+	for id := range uint64(3) {
+		cpus.Go(func() {
+			h := &hostile{m, rand.New(rand.NewPCG(seed, id))}
+			for range 5000 {
+				h.act()
+			}
+		})
+	}
+	stop := make(chan struct{})
+	host.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(100 * time.Microsecond): // the CPUs want to run too
+			}
+			lun := unit(1, "B")
+			disk.Event(vscsi.TransportReset, lun, vscsi.ResetRescan)
+			if err := target.Detach(lun); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	cpus.Wait()
+	close(stop)
+	host.Wait()
+	if m.stop.Load() && m.outcome.Ending == HostFailed {
+		t.Errorf("%s: %v", m.outcome.Ending, m.outcome.Err)
+	}
+	if err := m.bus.Reset(); err != nil {
+		t.Error(err)
+	}
+	h := &hostile{m, rand.New(rand.NewPCG(seed, 3))}
+	for slot := 1; slot <= 2; slot++ {
+		if h.start(slot); h.get(&m.mmio, h.bar(slot, 0)+0x14, 1) != 15 {
+			t.Errorf("slot %d has status %#x after all that", slot, h.get(&m.mmio, h.bar(slot, 0)+0x14, 1))
+		}
+	}
+	if err := m.close(); err != nil {
+		t.Error(err)
+	}
+	if after := openFDs(t); after != before {
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
