@@ -37,7 +37,8 @@ race: ## the unit tests under the race detector
 	CGO_ENABLED=1 $(GO) test -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^TestTarget$$/^(4096|thick|readonly)$$' $(UNIT)
 
 # gvm itself has the detector there as well, and ends when it finds something. Static, for
-# the lab has no C library; xz without, which would decompress a kernel for minutes.
+# guests, which get diskload, have no C library; xz without, which would decompress a kernel
+# for minutes.
 # RACELAB is of which packages, RUN of which tests.
 RACELAB ?= $(LAB)
 RUN ?= .

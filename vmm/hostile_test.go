@@ -77,7 +77,7 @@ func (h *hostile) value() uint64 {
 }
 
 // start is what a driver does until DRIVER_OK (virtio 1.3, 3.1.1), with empty queues where
-// ring fills them.
+// ring fills them; the offsets are those of 4.1.4.3.
 func (h *hostile) start(slot int) {
 	cfg := h.config(slot)
 	h.put(&h.mmio, cfg+4, 2, pci.CommandMemory|pci.CommandMaster)
@@ -176,7 +176,7 @@ func (h *hostile) act() {
 
 // TestHostileCPUs has CPUs do anything at the same time, to every device of a machine,
 // while the host changes disks. It is for the race detector, and against panics and
-// deadlocks; in the end the devices still work.
+// deadlocks; in the end the devices start anew.
 func TestHostileCPUs(t *testing.T) {
 	target := scsi.NewTarget()
 	unit := func(lun int, serial string) scsi.LUN {

@@ -235,8 +235,10 @@ func (m *machine) postMortem(c *Command) {
 	if _, err := io.WriteString(m.monitor, "info cpus\ninfo registers -a\n"); err != nil {
 		return
 	}
-	fmt.Fprintf(c.Console, "\nlab: wedged; what QEMU says of the processors:\n")
-	io.Copy(c.Console, m.monitor) // ends with the deadline
+	said, _ := io.ReadAll(m.monitor) // ends with the deadline
+	m.console.mu.Lock()
+	defer m.console.mu.Unlock()
+	fmt.Fprintf(c.Console, "\nlab: wedged; what QEMU says of the processors:\n%s", said)
 }
 
 // terminal returns the command's input if it is a terminal to pass on.
@@ -309,21 +311,21 @@ func memfile(name string) (*os.File, error) {
 
 // tail passes on all that is written to it, and keeps the end.
 type tail struct {
-	also io.Writer
 	mu   sync.Mutex
+	also io.Writer
 	b    []byte
 }
 
 const tailSize = 4 << 10
 
 func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	if t.also != nil {
 		if _, err := t.also.Write(p); err != nil {
 			return 0, err
 		}
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
 	t.b = append(t.b, p...)
 	if n := len(t.b) - tailSize; n > 0 {
 		t.b = append(t.b[:0], t.b[n:]...)

@@ -29,7 +29,7 @@ func TestPreadv(t *testing.T) {
 	}
 	defer f.Close()
 	fd := int(f.Fd())
-	if _, err := nowait.Preadv(fd, [][]byte{make([]byte, 1)}, 0); errors.Is(err, unix.EOPNOTSUPP) {
+	if _, err := unix.Preadv2(fd, [][]byte{make([]byte, 1)}, 0, unix.RWF_NOWAIT); errors.Is(err, unix.EOPNOTSUPP) {
 		t.Skip("the file system of the temporary directory does not know RWF_NOWAIT")
 	}
 	for _, sizes := range [][]int{{1}, {4096}, {0, 512, 0, 512}, {1, 2, 3, 4, 5, 6, 7, 8}, {1, 2, 3, 4, 5, 6, 7, 8, 9}, {64 << 10}, {64 << 10, 1}, {130 << 10}} {
