@@ -31,6 +31,13 @@ type machine struct {
 	exited  chan struct{} // closed when QEMU is gone and its output read
 }
 
+// processor is QEMU's "max", an AMD processor with SVM, nested paging and vGIF, without
+// XSAVE and the features that depend on it. QEMU does not intercept XSETBV in SVM: L1's
+// KVM would not learn which XCR0 its guest sets, and would enter the guest with another
+// one. A processor that had AVX and no XSAVE would be one that does not exist: Linux
+// enables AVX code by the AVX bit alone, and dies of #UD in it.
+const processor = "max,-xsave,-xsaveerptr,-avx,-avx2,-fma,-f16c,-vaes,-vpclmulqdq,-pku,-mpx"
+
 // qemuArgs is QEMU's command line; port, monitor and initrd are its descriptors
 // of those names.
 func qemuArgs(c *Command, j *job, port, monitor, initrd int) []string {
@@ -41,16 +48,13 @@ func qemuArgs(c *Command, j *job, port, monitor, initrd int) []string {
 	if cpus == 0 {
 		cpus = 2
 	}
-	cpu := "max,-xsave"
+	cpu := processor
 	if c.Fast {
 		// Without ERMS and FSRM kernels copy and clear memory by plain moves, which
 		// are translated: REP MOVSB, fast in hardware, takes three to four times as long here.
 		cpu += ",-erms,-fsrm"
 	}
 	args := []string{
-		// "max" is an AMD processor with SVM, nested paging and vGIF. It does
-		// not intercept XSETBV: L1's KVM would not learn what L2 sets, and give
-		// it another XCR0 at the next entry. Guests, and L1 too, crash of that.
 		"-accel", "tcg,thread=multi,tb-size=512", "-cpu", cpu,
 		"-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory),
 		"-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
