@@ -15,6 +15,7 @@ import (
 	"gvm/devices/scsi/backend"
 	"gvm/kvmapi"
 	"gvm/vmm"
+	"gvm/vmm/x86"
 )
 
 // capability is one of KVM's, and what is lost without it.
@@ -100,6 +101,11 @@ func doctorKVM(line func(kind, format string, args ...any)) {
 		}
 	}
 	line("ok", "up to %d CPUs in a guest (%d recommended)", sys.Check(kvmapi.CapMaxVCPUs), sys.Check(kvmapi.CapNRVCPUs))
+	if cpuid, err := sys.SupportedCPUID(); err != nil {
+		line("FAIL", "%v", err)
+	} else if dropped, missing := x86.Orphans(cpuid); len(dropped) > 0 {
+		line("note", "%s", orphans(dropped, missing))
+	}
 	mips, err := vmm.Speed(sys)
 	switch {
 	case err != nil:
@@ -109,6 +115,12 @@ func doctorKVM(line func(kind, format string, args ...any)) {
 	default:
 		line("ok", "guest code runs on the processor (%.0f MIPS in a tiny loop%s)", mips, modules())
 	}
+}
+
+// orphans tells which CPU features guests do not see because KVM lacks others.
+func orphans(dropped, missing []string) string {
+	return fmt.Sprintf("this host's KVM offers %s without %s: guests do not see them; where this host is a virtual machine, correct its processor",
+		strings.Join(dropped, ", "), strings.Join(missing, ", "))
 }
 
 // modules names the KVM modules that are loaded.

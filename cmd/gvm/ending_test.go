@@ -284,15 +284,16 @@ func TestNothingLeft(t *testing.T) {
 		args   []string
 		status int
 	}{
-		"power-off":     {guestRun(disk, "--cpus=2"), 0},
-		"shared memory": {guestRun("--shared-memory"), 0},
-		"triple fault":  {guestRun(disk, "crash=triple"), exitCrash},
-		"panic":         {guestRun(disk, "crash=panic"), exitPanic},
-		"reset":         {guestRun(disk, "crash=reset"), exitReset},
-		"reboots":       {guestRun(disk, "--on-reset=reboot", "--timeout=1s", "crash=reset"), exitTimeout},
-		"many CPUs":     {guestRun(disk, "--cpus=100000", "--disk="+fresh+",size=1M"), exitUsage},
-		"bad disk":      {guestRun(disk, "--disk=/none"), exitUsage},
-		"bad feature":   {guestRun(disk, "--cpu-features=+vmx,+svm,+ia64"), exitUsage},
+		"power-off":       {guestRun(disk, "--cpus=2"), 0},
+		"shared memory":   {guestRun("--shared-memory"), 0},
+		"triple fault":    {guestRun(disk, "crash=triple"), exitCrash},
+		"panic":           {guestRun(disk, "crash=panic"), exitPanic},
+		"reset":           {guestRun(disk, "crash=reset"), exitReset},
+		"reboots":         {guestRun(disk, "--on-reset=reboot", "--timeout=1s", "crash=reset"), exitTimeout},
+		"many CPUs":       {guestRun(disk, "--cpus=100000", "--disk="+fresh+",size=1M"), exitUsage},
+		"bad disk":        {guestRun(disk, "--disk=/none"), exitUsage},
+		"bad feature":     {guestRun(disk, "--cpu-features=+vmx,+svm,+ia64"), exitUsage},
+		"lacking feature": {guestRun(disk, "--cpu-features=-avx,+avx2"), exitUsage},
 	}
 	quietly(guestRun(disk)) // starts what the runtime keeps
 	for name, tt := range tests {

@@ -96,7 +96,7 @@ EXAMPLES
 			&cli.BoolFlag{Name: "bare-cmdline", Usage: "give the kernel --cmdline as it is"},
 			&cli.StringSliceFlag{Name: "guest-arg", Usage: "`WORD` for the embedded guest: write lets it write to the disks of --disk"},
 			&cli.IntFlag{Name: "cpus", Aliases: []string{"c"}, Value: 1, Usage: "`N` virtual CPUs"},
-			&cli.StringFlag{Name: "cpu-features", Usage: "`LIST` such as -x2apic,+avx2: names of /proc/cpuinfo to hide or demand"},
+			&cli.StringFlag{Name: "cpu-features", Usage: "`LIST` such as -x2apic,+avx2: names of /proc/cpuinfo to hide, with what depends on them, or to demand"},
 			&cli.StringFlag{Name: "memory", Aliases: []string{"m"}, Value: "512M", Usage: "`SIZE` of guest RAM, in MiB without a suffix; pages are taken as the guest touches them"},
 			&cli.BoolFlag{Name: "overcommit", Usage: "let --memory be more than this host has, for a guest that touches less"},
 			&cli.BoolFlag{Name: "hugepages", Usage: "guest RAM from the host's pool of 2 MiB pages"},

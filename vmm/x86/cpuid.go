@@ -3,7 +3,6 @@
 package x86
 
 import (
-	"fmt"
 	"math/bits"
 	"slices"
 
@@ -33,7 +32,8 @@ type CPUIDConfig struct {
 
 // CPUID returns a vCPU's CPUID table: what KVM supports on this host, with the
 // topology of the guest in place of the host's, and the features that the
-// user asked for. Enabling a feature that the host lacks is an error.
+// user asked for. A feature that lacks another one that it needs is dropped. Demanding such
+// a feature, or one that the host lacks, is an error.
 func CPUID(supported []kvm.CPUIDEntry2, c CPUIDConfig) ([]kvm.CPUIDEntry2, error) {
 	t := slices.Clone(supported)
 	idBits := uint32(bits.Len(uint(c.CPUs - 1))) // width of the core number in an APIC ID
@@ -77,12 +77,7 @@ func CPUID(supported []kvm.CPUIDEntry2, c CPUIDConfig) ([]kvm.CPUIDEntry2, error
 	}
 	t = extendedTopology(t, 0xb, c)
 	t = extendedTopology(t, 0x1f, c)
-	for _, f := range c.Features {
-		if err := f.apply(t, supported); err != nil {
-			return nil, err
-		}
-	}
-	return t, nil
+	return applyFeatures(t, supported, c.Features)
 }
 
 // extendedTopology replaces leaf 0xb or 0x1f, where the host has it, by the
@@ -114,20 +109,4 @@ func find(t []kvm.CPUIDEntry2, leaf, index uint32) *kvm.CPUIDEntry2 {
 
 func register(e *kvm.CPUIDEntry2, r int) *uint32 {
 	return []*uint32{&e.Eax, &e.Ebx, &e.Ecx, &e.Edx}[r]
-}
-
-func (f FeatureChange) apply(t, supported []kvm.CPUIDEntry2) error {
-	e := find(t, f.leaf, f.index)
-	if !f.Enable {
-		if e != nil {
-			*register(e, f.reg) &^= 1 << f.bit
-		}
-		return nil
-	}
-	s := find(supported, f.leaf, f.index)
-	if e == nil || s == nil || *register(s, f.reg)>>f.bit&1 == 0 {
-		return fmt.Errorf("CPU feature %s: this host's KVM does not offer it", f.Name)
-	}
-	*register(e, f.reg) |= 1 << f.bit
-	return nil
 }
