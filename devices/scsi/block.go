@@ -90,6 +90,20 @@ func read(tk *task) error {
 		return err
 	}
 	want := n * int(tk.u.blockSize)
+	have, moved := want, min(tk.inLen, want)
+	if tk.inLen < want {
+		tk.overrun = true
+		have = tk.inLen - tk.inLen%int(tk.u.blockSize)
+	}
+	tuples, err := tk.protected(tk.ProtectionIn, have/int(tk.u.blockSize))
+	if err != nil {
+		return err
+	}
+	if moved > 0 || fua(tk.CDB) {
+		if err := tk.charge(moved); err != nil {
+			return err
+		}
+	}
 	if tk.now && (fua(tk.CDB) || tk.inLen < want) {
 		return errWait
 	}
@@ -100,17 +114,12 @@ func read(tk *task) error {
 			return err
 		}
 	}
-	have := want
-	if tk.inLen < want {
-		tk.overrun = true
-		have = tk.inLen - tk.inLen%int(tk.u.blockSize)
-	}
 	if have > 0 {
-		if err := tk.readIn(lba, have); err != nil {
+		if err := tk.readIn(lba, have, tuples); err != nil {
 			return err
 		}
 	}
-	if rest := min(tk.inLen, want) - have; rest > 0 {
+	if rest := moved - have; rest > 0 {
 		// The buffer ends inside a block.
 		block := make([]byte, tk.u.blockSize)
 		if err := tk.u.read([][]byte{block}, lba+uint64(have)/uint64(tk.u.blockSize)); err != nil {
@@ -123,8 +132,9 @@ func read(tk *task) error {
 	return nil
 }
 
-// readIn reads n bytes, whole blocks, into data-in.
-func (tk *task) readIn(lba uint64, n int) error {
+// readIn reads n bytes, whole blocks, into data-in, and their protection information into
+// tuples unless that is nil.
+func (tk *task) readIn(lba uint64, n int, tuples [][]byte) error {
 	iov := tk.clip(tk.In, tk.inLen, 0, n)
 	if tk.now {
 		if !tk.u.readNow(iov, lba) {
@@ -135,10 +145,6 @@ func (tk *task) readIn(lba uint64, n int) error {
 	if tk.u.cfg.Protection == nil {
 		return tk.u.read(iov, lba)
 	}
-	tuples, err := tk.protected(tk.ProtectionIn, n/int(tk.u.blockSize))
-	if err != nil {
-		return err
-	}
 	return tk.u.readChecked(iov, lba, tuples, protectChecks[protectField(tk.CDB)])
 }
 
@@ -148,25 +154,29 @@ func write(tk *task) error {
 	if err != nil || n == 0 {
 		return err
 	}
-	return tk.writeOut(lba, n, fua(tk.CDB))
+	return tk.writeOut(lba, n, n, fua(tk.CDB))
 }
 
-// writeOut writes n blocks of data-out. Nothing counts as transferred when it
-// fails.
-func (tk *task) writeOut(lba uint64, n int, durable bool) error {
+// writeOut writes n blocks of data-out. The limit counts moved blocks. Nothing counts as
+// transferred when it fails.
+func (tk *task) writeOut(lba uint64, n, moved int, durable bool) error {
 	iov, err := tk.dataOut(n * int(tk.u.blockSize))
 	if err != nil {
 		return err
 	}
-	if tk.now {
+	tuples, err := tk.protected(tk.ProtectionOut, n)
+	if err == nil {
+		err = tk.charge(moved * int(tk.u.blockSize))
+	}
+	switch {
+	case err != nil:
+	case tk.now:
 		if !tk.u.writeNow(iov, lba, durable) {
 			err = errWait
 		}
-	} else if tk.u.cfg.Protection == nil {
+	case tk.u.cfg.Protection == nil:
 		err = tk.u.write(iov, lba, durable)
-	} else if tuples, err2 := tk.protected(tk.ProtectionOut, n); err2 != nil {
-		err = err2
-	} else {
+	default:
 		err = tk.u.writeChecked(iov, lba, tuples, protectChecks[protectField(tk.CDB)], durable || !tk.u.wce.Load())
 	}
 	if err != nil {
@@ -189,11 +199,13 @@ func orWrite(tk *task) error {
 	if err != nil {
 		return err
 	}
-	if err := tk.u.or(iov, lba, n, fua(tk.CDB)); err != nil {
-		tk.outDone = 0
-		return err
+	if err = tk.charge(2 * n * int(tk.u.blockSize)); err == nil {
+		err = tk.u.or(iov, lba, n, fua(tk.CDB))
 	}
-	return nil
+	if err != nil {
+		tk.outDone = 0
+	}
+	return err
 }
 
 // or sets those bits of n blocks from lba on that are set in iov.
@@ -230,42 +242,43 @@ func verify(tk *task) error {
 	if err != nil {
 		return err
 	}
-	size := int(tk.u.blockSize)
-	protect := protectField(tk.CDB)
-	switch check := byteCheck(tk.CDB); {
+	size, check, protect := int(tk.u.blockSize), byteCheck(tk.CDB), protectField(tk.CDB)
+	switch {
+	case check == 2:
+		return invalidCDB(1, 2)
 	case check != 0 && protect != 0:
 		return invalidCDB(1, 7) // VRPROTECT: protection information is not compared
-	case protect != 0: // that it can be read, with these checks
-		return tk.u.checkMedium(lba, n, protectChecks[protect])
+	case n == 0:
+		return nil
 	}
-	switch byteCheck(tk.CDB) {
-	case 0: // that the medium can be read
-		return tk.u.compare(nil, lba, n)
-	case 1: // that it holds the data-out
-		if n == 0 {
-			return nil
-		}
-		iov, err := tk.dataOut(n * size)
-		if err != nil {
+	var want [][]byte
+	switch check {
+	case 1: // that the medium holds the data-out
+		if want, err = tk.dataOut(n * size); err != nil {
 			return err
 		}
-		return tk.u.compare(iov, lba, n)
 	case 3: // that every block holds the one block of data-out
-		if n == 0 {
-			return nil
-		}
 		block, err := tk.parameters(size)
 		if err != nil {
 			return err
 		}
+		want = [][]byte{block}
+	}
+	if err := tk.charge(n * size); err != nil {
+		return err
+	}
+	switch {
+	case protect != 0: // that it can be read, with these checks
+		return tk.u.checkMedium(lba, n, protectChecks[protect])
+	case check == 3:
 		for i := range uint64(n) {
-			if err := tk.u.compare([][]byte{block}, lba+i, 1); err != nil {
+			if err := tk.u.compare(want, lba+i, 1); err != nil {
 				return err
 			}
 		}
 		return nil
 	}
-	return invalidCDB(1, 2)
+	return tk.u.compare(want, lba, n) // without data-out: that it can be read
 }
 
 // writeAndVerify is WRITE AND VERIFY(10), (12) and (16) (SBC-4 5.45): the data
@@ -279,7 +292,7 @@ func writeAndVerify(tk *task) error {
 	if err != nil || n == 0 {
 		return err
 	}
-	if err := tk.writeOut(lba, n, true); err != nil {
+	if err := tk.writeOut(lba, n, 2*n, true); err != nil {
 		return err
 	}
 	var iov [][]byte
@@ -349,6 +362,9 @@ func compareAndWrite(tk *task) error {
 		tk.overrun = tk.outLen < 2*n*size
 		return InvalidFieldInIU
 	}
+	if err := tk.charge(2 * n * size); err != nil {
+		return err
+	}
 	if err := tk.u.compare(clip(nil, tk.Out, 0, n*size), lba, n); err != nil {
 		return err
 	}
@@ -364,6 +380,9 @@ func compareAndWrite(tk *task) error {
 func synchronizeCache(tk *task) error {
 	if lba, n := extent(tk.CDB); tk.u.inRange(lba, n) != nil {
 		return LBAOutOfRange
+	}
+	if err := tk.charge(0); err != nil {
+		return err
 	}
 	if tk.CDB[1]&0x02 != 0 { // IMMED
 		tk.after = tk.u.flush
@@ -400,17 +419,25 @@ func writeSame(tk *task) error {
 	if n == 0 || n > maxWriteSame {
 		return invalidCDB(lengthField(cdb), 7) // WSNZ; MAXIMUM WRITE SAME LENGTH
 	}
-	if noData {
-		return u.zero(lba, n, discard)
+	var block []byte
+	if !noData {
+		if tk.outLen > int(u.blockSize) {
+			return InvalidFieldInIU
+		}
+		var err error
+		if block, err = tk.parameters(int(u.blockSize)); err != nil {
+			return err
+		}
 	}
-	if tk.outLen > int(u.blockSize) {
-		return InvalidFieldInIU
+	zero, moved := allAre(block, 0), int(n)*int(u.blockSize) // without a block: zero
+	if zero && discard {
+		moved = 0
 	}
-	block, err := tk.parameters(int(u.blockSize))
+	err := tk.charge(moved)
 	if err != nil {
 		return err
 	}
-	if allAre(block, 0) {
+	if zero {
 		err = u.zero(lba, n, discard)
 	} else {
 		err = u.repeat(lba, n, block)
@@ -455,6 +482,12 @@ func unmap(tk *task) error {
 			return invalidParam(8 + i + 8)
 		}
 	}
+	if total == 0 {
+		return nil
+	}
+	if err := tk.charge(0); err != nil {
+		return err
+	}
 	for i := 0; i < len(list); i += 16 {
 		lba, blocks := be.Uint64(list[i:]), uint64(be.Uint32(list[i+8:]))
 		if blocks == 0 {
@@ -480,6 +513,9 @@ func getLBAStatus(tk *task) error {
 	}
 	if tk.CDB[14] != 0 {
 		return invalidCDB(14, 7) // REPORT TYPE: all of them
+	}
+	if err := tk.charge(0); err != nil {
+		return err
 	}
 	b := make([]byte, 8)
 	for end := u.Blocks(); lba < end && len(b) <= min(alloc, 4096)-16; {

@@ -203,10 +203,20 @@ func (s segment) check(by NexusID) error {
 // copySegment does one segment. It shares the medium of both units with other
 // commands, taken in one order by all who take two.
 func (tk *task) copySegment(s segment) error {
-	both := []*Unit{s.from, s.to}
-	for _, u := range both {
-		if u.limit != nil {
-			tk.throttle(u, u.limit.reserve(uint64(s.bytes)))
+	both, places, begun := []*Unit{s.from, s.to}, [2]ticket{}, false
+	for i, u := range []*Unit{s.from, s.to} {
+		if u.limit == nil || s.bytes == 0 {
+			continue
+		}
+		defer func() {
+			if !begun {
+				u.limit.giveBack(&places[i])
+			}
+		}()
+		for !u.limit.take(&places[i], uint64(s.bytes)) {
+			if tk.await(&places[i]); tk.state.Load() != running {
+				return TargetFailure // aborted
+			}
 		}
 	}
 	slices.SortFunc(both, func(a, b *Unit) int { return strings.Compare(a.serial, b.serial) })
@@ -217,6 +227,7 @@ func (tk *task) copySegment(s segment) error {
 	if err := s.check(tk.Nexus); err != nil { // again, now that nothing can change
 		return err
 	}
+	begun = tk.state.Load() == running
 	err := s.move(tk)
 	var m *mediumError
 	if errors.As(err, &m) {

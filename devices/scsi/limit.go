@@ -47,22 +47,60 @@ func (b *bucket) time(n uint64) time.Duration {
 	return time.Duration(min(float64(n)/b.rate, math.MaxInt64/4))
 }
 
-// take fills in n at the time now and returns when that may be done.
-func (b *bucket) take(now time.Duration, n uint64) time.Duration {
+// due returns when n may be done if that is asked for at the time at.
+func (b *bucket) due(at time.Duration, n uint64) time.Duration {
 	if b.rate == 0 {
-		return now
+		return at
 	}
-	b.empty = max(b.empty, now) + b.time(n)
-	return b.empty - b.burst
+	return max(b.empty, at) + b.time(n) - b.burst
 }
 
-// limiter is what keeps a unit to its limits.
+// fill counts n, and returns when the bucket will have drained it.
+func (b *bucket) fill(at time.Duration, n uint64) time.Duration {
+	if b.rate != 0 {
+		b.empty = max(b.empty, at) + b.time(n)
+	}
+	return b.empty
+}
+
+// giveBack undoes fill, which returned until, but for what has drained by now.
+func (b *bucket) giveBack(now, until time.Duration, n uint64) {
+	if b.rate != 0 && until > now {
+		b.empty -= min(until-now, b.time(n))
+	}
+}
+
+// limiter keeps a unit to its limits. Commands that have to wait are in a queue, and only the
+// first of them has a time: the buckets hold what was let through, never what still waits, so
+// that a command which is aborted leaves no debt.
 type limiter struct {
 	start time.Time
 
 	mu              sync.Mutex
 	commands, bytes bucket
+	first, last     *ticket
+	since           time.Duration // first has been the first, or might have, since then
+	timer           *time.Timer   // calls tick when first is due; nil: not yet needed
 }
+
+// ticket is a place under a limit. The zero value is none. limiter.mu guards it.
+type ticket struct {
+	state      ticketState
+	n          uint64        // bytes
+	arrived    time.Duration // since limiter.start
+	turn       chan struct{} // closed when it is let through, nil if it was at once
+	prev, next *ticket
+	// When the buckets will have drained it, after it was let through.
+	commands, bytes time.Duration
+}
+
+type ticketState uint8
+
+const (
+	noTicket ticketState = iota
+	queued
+	letThrough
+)
 
 // newLimiter returns nil where nothing is limited.
 func newLimiter(cfg UnitConfig) (*limiter, error) {
@@ -76,43 +114,121 @@ func newLimiter(cfg UnitConfig) (*limiter, error) {
 	return l, errors.Join(err, err2)
 }
 
-// reserve takes one command of n bytes and returns when it may be done, as the
-// time since start.
-func (l *limiter) reserve(n uint64) time.Duration {
-	now := time.Since(l.start)
+// take makes k a place for one command of n bytes, unless it is one already, and says whether it
+// is let through.
+func (l *limiter) take(k *ticket, n uint64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return max(l.commands.take(now, 1), l.bytes.take(now, n))
-}
-
-// throttle waits until u may do what reserve has said, or the command is aborted.
-func (tk *task) throttle(u *Unit, due time.Duration) {
-	if d := due - time.Since(u.limit.start); d > 0 {
-		tk.u.set.delay(tk, d)
-	}
-}
-
-// limited says whether a command counts: if it uses the medium.
-func (o *opcode) limited() bool { return o != nil && o.flags&(medium|always) == medium }
-
-// cost is how many bytes a limit counts for the command: what is transferred, and
-// what VERIFY reads and WRITE SAME writes of the medium beside that.
-func (tk *task) cost() uint64 {
-	n := uint64(tk.inLen + tk.outLen)
-	if len(tk.CDB) < tk.op.length() {
-		return n // it is refused
-	}
-	switch tk.CDB[0] {
-	case 0x41, 0x93: // WRITE SAME
-		if tk.CDB[1]&0x08 != 0 { // UNMAP
-			return n
+	if k.state == noTicket {
+		now := time.Since(l.start)
+		*k = ticket{state: queued, n: n, arrived: now, prev: l.last}
+		if l.last == nil {
+			l.first, l.since = k, now
+		} else {
+			l.last.next = k
 		}
-	case 0x2f, 0xaf, 0x8f: // VERIFY
-	default:
-		return n
+		l.last = k
+		l.serve(now)
+		if k.state == queued {
+			k.turn = make(chan struct{})
+		}
 	}
-	if _, blocks := extent(tk.CDB); blocks <= maxWriteSame {
-		n += blocks * uint64(tk.u.blockSize)
-	}
-	return n
+	return k.state == letThrough
 }
+
+// giveBack ends k, whose command has not begun and never will.
+func (l *limiter) giveBack(k *ticket) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Since(l.start)
+	switch k.state {
+	case queued:
+		if l.first == k {
+			l.since = now
+		}
+		l.remove(k)
+	case letThrough:
+		l.commands.giveBack(now, k.commands, 1)
+		l.bytes.giveBack(now, k.bytes, k.n)
+	default:
+		return
+	}
+	k.state = noTicket
+	l.serve(now)
+}
+
+// serve lets through what is due, and sets the timer for what is not. The caller holds mu.
+func (l *limiter) serve(now time.Duration) {
+	for l.first != nil {
+		k, at := l.first, max(l.first.arrived, l.since)
+		due := max(l.commands.due(at, 1), l.bytes.due(at, k.n))
+		if due > now {
+			if l.timer == nil {
+				l.timer = time.AfterFunc(due-now, l.tick)
+			} else {
+				l.timer.Reset(due - now)
+			}
+			return
+		}
+		k.commands, k.bytes = l.commands.fill(at, 1), l.bytes.fill(at, k.n)
+		k.state = letThrough
+		if k.turn != nil {
+			close(k.turn)
+		}
+		l.since = max(l.since, due)
+		l.remove(k)
+	}
+	if l.timer != nil {
+		l.timer.Stop()
+	}
+}
+
+// remove takes k out of the queue. The caller holds mu.
+func (l *limiter) remove(k *ticket) {
+	if k.prev == nil {
+		l.first = k.next
+	} else {
+		k.prev.next = k.next
+	}
+	if k.next == nil {
+		l.last = k.prev
+	} else {
+		k.next.prev = k.prev
+	}
+	k.prev, k.next = nil, nil
+}
+
+// tick is serve by the timer.
+func (l *limiter) tick() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.serve(time.Since(l.start))
+}
+
+// charge counts one command that moves n bytes of the medium of u. A handler calls it after all
+// of its checks and before it uses the medium: what is refused costs nothing. errWait says that it
+// is not the command's turn; the handler then runs again.
+func (tk *task) charge(n int) error {
+	l := tk.u.limit
+	if l == nil {
+		return nil
+	}
+	if !l.take(&tk.place, uint64(n)) || tk.now && tk.op.flags&prompt == 0 {
+		return errWait
+	}
+	tk.charged = true
+	return nil
+}
+
+// await returns when k is let through by the limits of u, or tk has been aborted.
+func (tk *task) await(k *ticket) {
+	tk.u.set.interruptibly(tk, func(cut <-chan struct{}) {
+		select {
+		case <-k.turn:
+		case <-cut:
+		}
+	})
+}
+
+// limited says whether a command may count: if it uses the medium.
+func (o *opcode) limited() bool { return o != nil && o.flags&(medium|always) == medium }

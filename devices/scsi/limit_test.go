@@ -49,6 +49,10 @@ func TestLimits(t *testing.T) {
 	discard := &scsi.Command{CDB: cdb10(0x41, 8, 0, 8), Out: [][]byte{make([]byte, block)}}
 	verify := &scsi.Command{CDB: cdb10(0x2f, 0, 0, 8)}
 	ready := &scsi.Command{CDB: testUnitReady}
+	writeBack := &scsi.Command{CDB: cdb10(0x2e, 0, 9, 1), Out: [][]byte{make([]byte, block)}}
+	or := &scsi.Command{CDB: cdb16(0x8b, 0, 9, 1), Out: [][]byte{make([]byte, block)}}
+	compare := &scsi.Command{CDB: cdb16(0x89, 0, 9, 0), Out: [][]byte{make([]byte, 2*block)}}
+	compare.CDB[13] = 1
 	for name, v := range map[string]struct {
 		cfg      scsi.UnitConfig
 		commands []*scsi.Command
@@ -61,7 +65,8 @@ func TestLimits(t *testing.T) {
 		"one larger than bursts": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: block, Burst: block}}, reads(2, 3), seconds{2, 5}},
 		"both":                   {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1}, Bandwidth: scsi.Limit{Rate: block, Burst: 2 * block}}, reads(3, 2), seconds{0, 2, 4}},
 		"what moves no data":     {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1}}, []*scsi.Command{reads(1, 1)[0], ready, {CDB: syncCache}, ready}, seconds{0, 0, 1, 0}},
-		"what the medium moves":  {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: block, Burst: block}}, []*scsi.Command{same, discard, verify}, seconds{8, 9, 17}},
+		"what the medium moves":  {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: block, Burst: block}}, []*scsi.Command{same, discard, verify}, seconds{7, 7, 15}},
+		"what it moves twice":    {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: block, Burst: block}}, []*scsi.Command{writeBack, or, compare}, seconds{1, 3, 5}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -153,7 +158,7 @@ func TestLimitHoldsUpNobody(t *testing.T) {
 		if err := target.Detach(lun); err != nil {
 			t.Fatal(err)
 		}
-		want := []string{"first after 0s", "other unit after 0s", "third aborted after 0s", "second after 1s", "ordered after 3s", "again after 1m0s", "detached aborted after 1m0s"}
+		want := []string{"first after 0s", "other unit after 0s", "third aborted after 0s", "second after 1s", "ordered after 2s", "again after 1m0s", "detached aborted after 1m0s"}
 		if !slices.Equal(log, want) {
 			t.Errorf("%q\nwant %q", log, want)
 		}

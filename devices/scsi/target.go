@@ -122,12 +122,9 @@ func (t *Target) Submit(c *Command) {
 	switch {
 	case tk.u == nil:
 		t.serve(tk)
-	case tk.u.limit == nil && t.now(tk):
+	case t.now(tk):
 	default:
-		// Commands take their places, in the set and under the limit, as they come.
-		if tk.u.set.join(tk) && tk.u.limit != nil && tk.op.limited() {
-			tk.due = tk.u.limit.reserve(tk.cost())
-		}
+		tk.u.set.join(tk) // commands take their places as they come
 		go t.serve(tk)
 	}
 }
@@ -136,16 +133,17 @@ func (t *Target) Submit(c *Command) {
 // where it may.
 var errWait = errors.New("scsi: would wait")
 
-// now serves the command if nothing of it has to wait, and says whether it did.
+// now serves the command if nothing of it has to wait, and says whether it did. A command that
+// counts under a limit takes its place there.
 func (t *Target) now(tk *task) bool {
-	if tk.op == nil || tk.op.flags&prompt == 0 || !tk.u.set.enterNow(tk, tk.op.flags&noAttention != 0) {
+	able := tk.op != nil && (tk.op.flags&prompt != 0 || tk.u.limit != nil && tk.op.limited())
+	if !able || !tk.u.set.enterNow(tk, tk.op.flags&noAttention != 0) {
 		return false
 	}
 	tk.now = true
 	err := tk.run()
 	tk.now = false
 	if err == errWait {
-		tk.inDone, tk.outDone, tk.overrun = 0, 0, false
 		return false
 	}
 	t.finish(tk, tk.answer(err), true)
@@ -200,6 +198,9 @@ func (t *Target) process(tk *task) (Result, bool) {
 
 // answer is result, or that of an abort which came before.
 func (tk *task) answer(err error) Result {
+	if tk.u.limit != nil && !tk.charged {
+		tk.u.limit.giveBack(&tk.place)
+	}
 	r := tk.result(err)
 	if !tk.state.CompareAndSwap(running, answering) {
 		r = Result{Status: TaskAborted, Abort: tk.u.set.abortCause(tk), Residual: clampInt(tk.inLen + tk.outLen)}
@@ -207,8 +208,26 @@ func (tk *task) answer(err error) Result {
 	return r
 }
 
-// run does the checks that all commands share, then calls the handler.
+// run does the command, again from its beginning when that had to wait for its place under the
+// limit.
 func (tk *task) run() error {
+	for {
+		if tk.place.turn != nil {
+			tk.await(&tk.place)
+		}
+		err := tk.once()
+		if err != errWait {
+			return err
+		}
+		tk.inDone, tk.outDone, tk.overrun, tk.charged = 0, 0, false, false
+		if tk.now {
+			return err
+		}
+	}
+}
+
+// once does the checks that all commands share, then calls the handler.
+func (tk *task) once() error {
 	op, u := tk.op, tk.u
 	if tk.state.Load() != running {
 		return TargetFailure // aborted while it waited: nothing is done, nothing answered
@@ -218,11 +237,6 @@ func (tk *task) run() error {
 	}
 	if !op.exists(u) {
 		return InvalidOpcode
-	}
-	if tk.due > 0 {
-		if tk.throttle(u, tk.due); tk.state.Load() != running {
-			return TargetFailure // aborted, as above
-		}
 	}
 	if op.flags&medium != 0 && !tk.now {
 		if !u.set.occupy(tk, u.slots) {
@@ -241,6 +255,11 @@ func (tk *task) run() error {
 		}
 	}
 	switch {
+	case op.flags&alone != 0 && tk.now:
+		if !u.medium.TryLock() {
+			return errWait
+		}
+		defer u.medium.Unlock()
 	case op.flags&alone != 0:
 		u.medium.Lock()
 		defer u.medium.Unlock()

@@ -4,7 +4,6 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 )
 
 // States of a task. The step out of running decides whether the initiator gets
@@ -27,9 +26,11 @@ type task struct {
 	t   *Target
 	u   *Unit
 	op  *opcode
-	err error         // of the lookup of op
-	due time.Duration // when the limit of u lets it run
-	now bool          // it must not wait
+	err error // of the lookup of op
+	now bool  // it must not wait
+
+	place   ticket // under the limit of u
+	charged bool   // the limit counts the command, as it has begun
 
 	status        Status // what a command without error ends with
 	inLen, outLen int    // sizes of the buffers
@@ -195,18 +196,6 @@ func (s *taskSet) blocked(tk *task) bool {
 		}
 	}
 	return false
-}
-
-// delay returns after d, or when tk is aborted.
-func (s *taskSet) delay(tk *task, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	s.interruptibly(tk, func(cut <-chan struct{}) {
-		select {
-		case <-timer.C:
-		case <-cut:
-		}
-	})
 }
 
 // occupy takes one of slots, and says whether it has: it gives up when tk is aborted.
