@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 
+	"gvm/devices/rtc"
 	"gvm/devices/virtio"
 	"gvm/kvmapi"
 	"gvm/vmm/boot"
@@ -56,6 +57,8 @@ type Config struct {
 	// on the thread of the first vCPU, that the guest is entered; nil: nobody is. A
 	// reboot has the same phases again.
 	Phase func(name string)
+
+	battery *rtc.Battery // what Run keeps of the clock when the machine reboots
 }
 
 // Entered is the last phase: the first vCPU is about to run the guest's first
@@ -114,6 +117,7 @@ type Outcome struct {
 // user's, everything else the host's.
 func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 	defer cfg.Pauser.end()
+	cfg.battery = &rtc.Battery{}
 	for {
 		m, err := newMachine(sys, cfg)
 		if err != nil {

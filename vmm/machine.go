@@ -37,6 +37,7 @@ type machine struct {
 	mmio    bus.Bus
 	uart    *serial.UART
 	uartIRQ *eventfd.FD
+	rtc     *rtc.RTC
 	console *panicWatch
 	irqs    interrupts
 	bus     *pci.Bus
@@ -128,6 +129,11 @@ func (m *machine) addPlatform() error {
 		Reset:    m.reset,
 		SCI:      func(level bool) { m.check(m.vm.SetIRQ(sciGSI, level)) },
 	})
+	m.rtc = rtc.New(rtc.Config{
+		IRQ:     func(level bool) { m.check(m.vm.SetIRQ(rtc.IRQ, level)) },
+		Alarm:   pm.RTCAlarm,
+		Battery: m.cfg.battery,
+	})
 	m.bus = pci.NewBus(&space{&m.mmio}, pm.ResetControl())
 	stamp := m.cfg.Stamp
 	if stamp == nil {
@@ -139,7 +145,7 @@ func (m *machine) addPlatform() error {
 		bus.Handler
 	}{
 		{"COM1", serial.COM1, serial.Size, m.uart},
-		{"RTC", rtc.Port, rtc.Size, rtc.New(nil)},
+		{"RTC", rtc.Port, rtc.Size, m.rtc},
 		{"i8042", i8042.Port, 1, i8042.Handler(m.reset)},
 		{"ACPI PM", acpipm.Port, acpipm.Size, pm},
 		{"pvpanic", pvpanic.Port, 1, pvpanic.Handler(m.pvpanic)},
@@ -303,6 +309,9 @@ func (m *machine) close() error {
 	if m.uart != nil {
 		m.cfg.Console.Connect(nil)
 		errs = append(errs, m.uart.Close())
+	}
+	if m.rtc != nil {
+		m.rtc.Close()
 	}
 	for _, v := range m.virtio {
 		errs = append(errs, v.Close())

@@ -39,7 +39,7 @@ const (
 const (
 	gblEN     = 1 << 5  // PM1_EN; also GBL_STS
 	pwrbtnSTS = 1 << 8  // PM1_STS; also PWRBTN_EN in PM1_EN
-	rtcEN     = 1 << 10 // PM1_EN
+	rtcSTS    = 1 << 10 // PM1_STS; also RTC_EN in PM1_EN
 	sciEN     = 1 << 0  // PM1_CNT
 	gblRLS    = 1 << 2  // PM1_CNT, reads as zero
 	slpTYP    = 10      // PM1_CNT, 3 bits
@@ -47,9 +47,7 @@ const (
 
 	// TMR_EN is not among them: the timer is 32 bits wide (FADT TMR_VAL_EXT)
 	// and its carry, once in 20 minutes, raises no event.
-	// RTC_EN is: Linux enables the event even where the FADT says that there is
-	// none (FIX_RTC), and complains when the bit does not stay.
-	enables = gblEN | pwrbtnSTS | rtcEN
+	enables = gblEN | pwrbtnSTS | rtcSTS
 
 	timerHz = 3579545
 )
@@ -97,6 +95,15 @@ func (d *PM) PowerButton() bool {
 	d.status |= pwrbtnSTS
 	d.update()
 	return d.enable&pwrbtnSTS != 0
+}
+
+// RTCAlarm is the alarm of the real-time clock, which wakes a guest that sleeps:
+// Linux waits in suspend-to-idle for this event and not for the clock's interrupt.
+func (d *PM) RTCAlarm() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.status |= rtcSTS
+	d.update()
 }
 
 // Reset puts the registers into their state after reset. The timer runs on.

@@ -93,6 +93,18 @@ func TestPowerButton(t *testing.T) {
 	m.reads(t, "after reset", 0, 0, 0, 0, 0, 1, 0)
 }
 
+func TestRTCAlarm(t *testing.T) {
+	m := newMachine()
+	m.RTCAlarm()
+	m.reads(t, "not enabled", 0, 0x00, 0x04, 0x00, 0x00)
+	m.want(t, "not enabled")
+	m.Write(2, []byte{0x00, 0x04})
+	m.want(t, "enabled", "SCI true")
+	m.RTCAlarm()
+	m.Write(0, []byte{0x00, 0x04})
+	m.want(t, "cleared", "SCI false")
+}
+
 func TestEnableBits(t *testing.T) {
 	m := newMachine()
 	m.Write(2, []byte{0xff, 0xff})

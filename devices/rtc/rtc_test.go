@@ -41,13 +41,13 @@ func TestTime(t *testing.T) {
 		{"at reset", time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC), map[byte]byte{
 			0x0a: 0x26, 0x0b: 0x02, 0x0c: 0x00, 0x0d: 0x80, 0x0f: 0x00}},
 	} {
-		t.Run(c.name, func(t *testing.T) { check(t, New(func() time.Time { return c.now }), c.want) })
+		t.Run(c.name, func(t *testing.T) { check(t, New(Config{Now: func() time.Time { return c.now }}), c.want) })
 	}
 }
 
 func TestUpdateInProgress(t *testing.T) {
 	now := time.Date(2026, 1, 1, 0, 0, 7, 0, time.UTC)
-	r := New(func() time.Time { return now })
+	r := New(Config{Now: func() time.Time { return now }})
 	for _, c := range []struct {
 		ns   int
 		want byte
@@ -66,7 +66,7 @@ func TestUpdateInProgress(t *testing.T) {
 // TestSetTime sets 28 February on 31 March: no state between is a date.
 func TestSetTime(t *testing.T) {
 	now := time.Date(2026, 3, 31, 10, 20, 30, 0, time.UTC)
-	r := New(func() time.Time { return now })
+	r := New(Config{Now: func() time.Time { return now }})
 	write(r, 0x0b, 0x82)
 	now = now.Add(time.Minute)
 	check(t, r, map[byte]byte{0x00: 0x30, 0x02: 0x20, 0x0b: 0x82})
@@ -95,20 +95,21 @@ func TestRegisters(t *testing.T) {
 		{"shutdown status is kept", 0x0f, 0x0a, 0x0a},
 		{"last byte is kept", 0x7f, 0x5a, 0x5a},
 		{"UIP cannot be written", 0x0a, 0xf5, 0x75},
-		{"interrupt enables are kept, the format is not", 0x0b, 0x74, 0x72},
+		{"interrupt enables and format are kept", 0x0b, 0x7d, 0x7d},
+		{"the rise of SET clears UIE", 0x0b, 0xf2, 0xe2},
 		{"C is read-only", 0x0c, 0xff, 0x00},
 		{"D is read-only", 0x0d, 0x00, 0x80},
 		{"bit 7 of the index masks NMI", 0x8f, 0x3c, 0x3c},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			r := New(func() time.Time { return now })
+			r := New(Config{Now: func() time.Time { return now }})
 			write(r, c.reg, c.put)
 			if got := read(r, c.reg&0x7f); got != c.want {
 				t.Errorf("wrote %#02x, read %#02x, want %#02x", c.put, got, c.want)
 			}
 		})
 	}
-	r := New(nil)
+	r := New(Config{})
 	r.Write(0, []byte{0x40, 0x77}) // one 16-bit write: index and data
 	p := []byte{0, 0}
 	r.Read(0, p)
@@ -121,12 +122,14 @@ func TestRegisters(t *testing.T) {
 func FuzzWrites(f *testing.F) {
 	f.Add([]byte{0x0b, 0x80, 0x08, 0xff, 0x32, 0xff, 0x0b, 0x00})
 	f.Add([]byte{0x04, 0x00, 0x07, 0x00, 0x08, 0x00, 0x09, 0x00, 0x32, 0x00})
+	f.Add([]byte{0x0b, 0x76, 0x0a, 0x7f, 0x01, 0xff, 0x03, 0x99, 0x05, 0xc0, 0x0a, 0x23, 0x0b, 0xf4})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		r := New(func() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) })
+		r := New(Config{Now: func() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }})
 		for i := 0; i+1 < len(b); i += 2 {
 			write(r, b[i], b[i+1])
 		}
-		write(r, 0x0b, 0)
+		write(r, 0x0b, 2)
+		write(r, 0x0a, 0x26)
 		for _, reg := range []byte{0, 2, 4, 6, 7, 8, 9, 0x32} {
 			if v := read(r, reg); v>>4 > 9 || v&0xf > 9 {
 				t.Errorf("register %#02x reads %#02x, which is not BCD", reg, v)

@@ -238,12 +238,11 @@ const (
 	legacyDevices = 1 << 0
 	vgaNotPresent = 1 << 2
 
-	// Flags (table 5.10). The power button is fixed hardware, its bit clear;
-	// the clock wakes nothing, and there is no sleep button.
+	// Flags (table 5.10). The power button and the clock's alarm are fixed hardware,
+	// their bits clear; there is no sleep button.
 	wbinvd      = 1 << 0
 	procC1      = 1 << 2
 	slpButton   = 1 << 5
-	fixRTC      = 1 << 6
 	tmrValExt   = 1 << 8
 	resetRegSup = 1 << 10
 )
@@ -258,7 +257,7 @@ func (c *Config) fadt(facs, dsdt uint64) []byte {
 		PLvl2Lat: 0xfff, PLvl3Lat: 0xfff, // more than 100 and 1000: no C2, no C3
 		Century:      rtc.Century,
 		IAPCBootArch: legacyDevices | vgaNotPresent,
-		Flags:        wbinvd | procC1 | slpButton | fixRTC | tmrValExt | resetRegSup,
+		Flags:        wbinvd | procC1 | slpButton | tmrValExt | resetRegSup,
 		ResetReg:     port(c.ResetPort, 1, 1),
 		ResetValue:   acpipm.ResetValue,
 		MinorVersion: 4,

@@ -120,7 +120,7 @@ func TestFADT(t *testing.T) {
 		{"block lengths", 88, []byte{4, 2, 0, 4, 0, 0}},
 		{"CENTURY", 108, []byte{0x32}},
 		{"IAPC_BOOT_ARCH: legacy devices, no 8042, no VGA", 109, []byte{0x05, 0}},
-		{"Flags", 112, []byte{0x65, 0x05, 0, 0}},
+		{"Flags: the alarm is in the PM1 registers", 112, []byte{0x25, 0x05, 0, 0}},
 		{"RESET_REG, RESET_VALUE", 116, []byte{1, 8, 0, 1, 0xf9, 0x0c, 0, 0, 0, 0, 0, 0, 6}},
 		{"X_PM1a_EVT_BLK", 148, []byte{1, 32, 0, 2, 0x00, 0x06, 0, 0, 0, 0, 0, 0}},
 		{"X_PM1a_CNT_BLK", 172, []byte{1, 16, 0, 2, 0x04, 0x06, 0, 0, 0, 0, 0, 0}},
@@ -297,7 +297,7 @@ func TestRecompile(t *testing.T) {
 		`QWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite, 0x0000000000000000, 0x0000000240000000, 0x000000423FFFFFFF, 0x0000000000000000, 0x0000004000000000,`,
 		`Name (_HID, EisaId ("PNP0C02") ) Name (_UID, Zero) Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0600, 0x0600, 0x01, 0x0C, ) Memory32Fixed (ReadWrite, 0xE0000000, 0x10000000, ) })`,
 		`Name (_HID, EisaId ("PNP0501") ) Name (_UID, One) Name (_CRS, ResourceTemplate () { IO (Decode16, 0x03F8, 0x03F8, 0x01, 0x08, ) IRQNoFlags () {4} })`,
-		`Name (_HID, EisaId ("PNP0B00") ) Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0070, 0x0070, 0x01, 0x02, ) })`,
+		`Name (_HID, EisaId ("PNP0B00") ) Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0070, 0x0070, 0x01, 0x02, ) IRQNoFlags () {8} })`,
 		`Name (_HID, "QEMU0001") Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0505, 0x0505, 0x01, 0x01, ) })`,
 		`Device (C001) { Name (_HID, "ACPI0007" ) Name (_UID, One) }`,
 	} {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"gvm/devices/acpipm"
+	"gvm/devices/rtc"
 )
 
 // dsdt is the DSDT's byte code. Devices are children of \_SB: there is no ISA
@@ -106,11 +107,10 @@ func (c *Config) com1() aml {
 	)
 }
 
-// rtcDevice names no interrupt: the clock has none.
 func rtcDevice() aml {
 	return device("RTC",
 		name("_HID", eisaID("PNP0B00")),
-		name("_CRS", resources(io(0x70, 2))),
+		name("_CRS", resources(io(rtc.Port, rtc.Size), irqNoFlags(rtc.IRQ))),
 	)
 }
 
