@@ -74,13 +74,19 @@ type Console interface {
 	io.Writer // what the guest sends, from one goroutine
 	// Connect says where the guest's input goes from now on; nil: nowhere. A
 	// Write to the old one that waits for the guest has returned with an error.
-	Connect(io.Writer)
+	Connect(Input)
+}
+
+// Input is the terminal's side of COM1. Both wait until the guest takes what they send.
+type Input interface {
+	io.Writer
+	Break() error // sends a break, which Linux takes as SysRq
 }
 
 type nullConsole struct{}
 
 func (nullConsole) Write(p []byte) (int, error) { return len(p), nil }
-func (nullConsole) Connect(io.Writer)           {}
+func (nullConsole) Connect(Input)               {}
 
 // Ending is how a run ended.
 type Ending int

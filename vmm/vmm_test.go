@@ -166,7 +166,7 @@ func (c *testConsole) Write(p []byte) (int, error) {
 	return c.out.Write(p)
 }
 
-func (c *testConsole) Connect(w io.Writer) {
+func (c *testConsole) Connect(w Input) {
 	if c.to != nil && w != nil {
 		c.to <- w
 	}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"sync"
 	"time"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/term"
 
 	"gvm/kvmapi/eventfd"
+	"gvm/vmm"
 )
 
 // errQuit is Ctrl-a x.
@@ -39,9 +39,9 @@ type terminal struct {
 	input sync.WaitGroup
 
 	mu     sync.Mutex
-	to     io.Writer // the guest's input; nil: nowhere
+	to     vmm.Input // the guest's input; nil: nowhere
 	queue  [][]byte  // what was typed and is not the guest's yet; nil stands for a break
-	queued int       // bytes of it
+	queued int       // bytes of it, a break as one
 	change *sync.Cond
 	done   bool
 }
@@ -53,9 +53,6 @@ const maxQueued = 1 << 20
 // patience is how long a run that was stopped waits for somebody to take the
 // output: a pipe to a program that is itself stopped must not keep gvm alive.
 const patience = time.Second
-
-// breaker is a serial port that can take a break.
-type breaker interface{ Break() error }
 
 // openTerminal takes standard input and output for a run. quit is called for
 // Ctrl-a x and for output that fails.
@@ -112,7 +109,7 @@ func (t *terminal) gone(what string, err error) {
 }
 
 // Connect says where input goes.
-func (t *terminal) Connect(w io.Writer) {
+func (t *terminal) Connect(w vmm.Input) {
 	t.mu.Lock()
 	t.to = w
 	t.mu.Unlock()
@@ -128,7 +125,7 @@ func (t *terminal) put(p []byte) {
 	}
 	if t.queued < maxQueued {
 		t.queue = append(t.queue, bytes.Clone(p))
-		t.queued += len(p)
+		t.queued += max(1, len(p))
 		t.change.Broadcast()
 	}
 }
@@ -149,9 +146,11 @@ func (t *terminal) feed() {
 		t.mu.Unlock()
 		n, err := give(to, p)
 		t.mu.Lock()
-		t.queued -= n
-		if t.queue[0] = p[n:]; n == len(p) {
+		if t.queued -= n; err == nil {
+			t.queued -= max(1, len(p)) - len(p)
 			t.queue = t.queue[1:]
+		} else if p != nil {
+			t.queue[0] = p[n:]
 		}
 		if err != nil && t.to == to {
 			t.to = nil
@@ -160,14 +159,11 @@ func (t *terminal) feed() {
 	}
 }
 
-func give(to io.Writer, p []byte) (int, error) {
+func give(to vmm.Input, p []byte) (int, error) {
 	if p != nil {
 		return to.Write(p)
 	}
-	if b, ok := to.(breaker); ok {
-		return 0, b.Break()
-	}
-	return 0, nil
+	return 0, to.Break()
 }
 
 // read passes input on until it ends or close wakes it. Ctrl-a is taken out on

@@ -52,6 +52,7 @@ func TestTerminal(t *testing.T) {
 			p.typeIn("\x01>q") // the pair came apart
 			p.expect("<\x01>")
 		}, 0, "PASS\r\n"},
+		{"break", "echo", "ready", func(p *proc) { p.typeIn("<\x01b>"); p.expect("<\x00>"); p.typeIn("q") }, 0, "PASS\r\n"},
 		{"quit", "echo", "ready", func(p *proc) { p.typeIn("\x01x") }, exitQuit, "\r\ngvm: stopped by Ctrl-a x\r\n"},
 		{"quit at once", "spin", "", func(p *proc) { p.typeIn("\x01x") }, exitQuit, "gvm: stopped by Ctrl-a x\r\n"},
 		{"quit, guest spins", "spin", "spinning", func(p *proc) { p.typeIn("\x01X") }, exitQuit, "gvm: stopped by Ctrl-a x\r\n"},

@@ -108,19 +108,22 @@ func (u *UART) Close() error {
 // taken everything, or with ErrStopped and how much it has taken. Like a
 // terminal with hardware flow control it sends only while the guest asserts
 // RTS: what is typed before the guest's driver is ready is not lost to the
-// driver's clearing of the receiver.
-func (u *UART) Input() io.Writer { return input{u} }
+// driver's clearing of the receiver. A driver that polls the receiver (see
+// pollsAlone) gets one character at a time without RTS.
+func (u *UART) Input() Input { return Input{u} }
+
+// Input is the terminal's side of a UART.
+type Input struct{ u *UART }
 
 // Break sends a break, which Linux takes as SysRq on a console. It waits for
-// its turn as Input does.
-func (u *UART) Break() error {
-	_, err := u.give([]char{{errs: lsrBI}})
+// its turn as Write does.
+func (in Input) Break() error {
+	_, err := in.u.give([]char{{errs: lsrBI}})
 	return err
 }
 
-type input struct{ u *UART }
-
-func (in input) Write(p []byte) (int, error) {
+// Write sends characters.
+func (in Input) Write(p []byte) (int, error) {
 	cs := make([]char, len(p))
 	for i, b := range p {
 		cs[i].data = b
@@ -137,17 +140,31 @@ func (u *UART) give(cs []char) (n int, err error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	for n < len(cs) {
-		for !u.stopped && (len(u.rx) > 0 || u.mcr&(mcrRTS|mcrLoop) != mcrRTS) {
+		for !u.stopped && (len(u.rx) > 0 || u.room() == 0) {
 			u.rxEmpty.Wait()
 		}
 		if u.stopped {
 			return n, ErrStopped
 		}
-		for _, c := range cs[n:min(n+u.capacity(), len(cs))] {
+		for _, c := range cs[n:min(n+u.room(), len(cs))] {
 			u.accept(c)
 			n++
 		}
 		u.update()
 	}
 	return n, nil
+}
+
+// room is how many characters the guest lets the terminal send to an empty
+// receiver.
+func (u *UART) room() int {
+	switch {
+	case u.mcr&mcrLoop != 0:
+		return 0
+	case u.mcr&mcrRTS != 0:
+		return u.capacity()
+	case u.polls >= pollsAlone:
+		return 1
+	}
+	return 0
 }

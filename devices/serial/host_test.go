@@ -102,7 +102,7 @@ func TestStop(t *testing.T) {
 		synctest.Wait() // both are held up
 		u.Stop()
 		join.Wait()
-		if err := u.Break(); !errors.Is(err, ErrStopped) {
+		if err := u.Input().Break(); !errors.Is(err, ErrStopped) {
 			t.Errorf("break after stop: %v", err)
 		}
 		close(out.open)
@@ -203,6 +203,112 @@ func TestInputWaitsForRTS(t *testing.T) {
 			t.Errorf("received %q", got)
 		}
 	})
+}
+
+// TestInputPolled: a driver that polls the receiver without RTS, as kgdb's does, gets
+// input one character at a time. What else a driver does with LSR takes none, so
+// that its start-up loses none, and the rest waits for the driver that sets RTS.
+func TestInputPolled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := New(Config{Out: io.Discard, Raise: func() {}})
+		defer u.Close()
+		var join sync.WaitGroup
+		join.Go(func() {
+			if n, err := io.WriteString(u.Input(), "$?#3f and the rest"); n != 18 || err != nil {
+				t.Errorf("input: %d, %v", n, err)
+			}
+		})
+		lsr := func() byte {
+			synctest.Wait()
+			v := in(u, regLSR)
+			if synctest.Wait(); len(u.rx) > 1 {
+				t.Fatalf("%d characters in the receiver", len(u.rx))
+			}
+			return v
+		}
+		quiet := func(what string) {
+			t.Helper()
+			if lsr()&lsrDR != 0 {
+				t.Errorf("%s: input came", what)
+			}
+		}
+		print := func(n int) { // as consoles do: an empty transmitter before and after each byte
+			for range n {
+				in(u, regIER)
+				quiet("before a byte")
+				u.Write(regRBR, []byte{'o'})
+				quiet("after a byte")
+				quiet("at the end of a line")
+			}
+		}
+		get := func() byte { // poll_get_char until it has one
+			for range 10 * pollsAlone {
+				if lsr()&lsrDR != 0 {
+					return in(u, regRBR)
+				}
+			}
+			t.Fatal("polled in vain")
+			return 0
+		}
+		u.Write(regMCR, []byte{0x01}) // a console's set-up asserts DTR alone
+		print(100)
+		var got []byte
+		for range 3 {
+			got = append(got, get())
+		}
+		print(1) // an answer, and polling goes on
+		for range 2 {
+			got = append(got, get())
+		}
+		print(100)
+		u.Write(regIIR, []byte{0x07}) // a driver starts, and clears what it finds
+		quiet("start-up")
+		in(u, regRBR)
+		u.Write(regMCR, []byte{0x1b}) // loopback is a line of its own
+		for range 3 * pollsAlone {
+			quiet("loopback")
+		}
+		u.Write(regMCR, []byte{0x0b})
+		for synctest.Wait(); in(u, regLSR)&lsrDR != 0; synctest.Wait() {
+			got = append(got, in(u, regRBR))
+		}
+		if join.Wait(); string(got) != "$?#3f and the rest" {
+			t.Errorf("received %q", got)
+		}
+	})
+}
+
+// TestBreakPolled: a break reaches a driver that polls, with its NUL, and keeps its
+// place among the characters.
+func TestBreakPolled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := New(Config{Out: io.Discard, Raise: func() {}})
+		defer u.Close()
+		var join sync.WaitGroup
+		join.Go(func() {
+			for _, err := range []error{write(u, "a"), u.Input().Break(), write(u, "g")} {
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+		for _, want := range []char{{'a', 0}, {0, lsrBI}, {'g', 0}} {
+			var lsr byte
+			for lsr&lsrDR == 0 {
+				synctest.Wait()
+				lsr = in(u, regLSR)
+			}
+			if got := (char{in(u, regRBR), lsr & lsrErrs}); got != want {
+				t.Errorf("received %+v, want %+v", got, want)
+			}
+		}
+		join.Wait()
+	})
+}
+
+func write(u *UART, s string) error {
+	_, err := io.WriteString(u.Input(), s)
+	return err
 }
 
 // TestEcho has a driver that works by edges alone, and that, as Linux's does,

@@ -81,6 +81,13 @@ const (
 	connected = msrCTS | msrDSR | msrDCD
 
 	fifoSize = 16
+
+	// pollsAlone is how many successive reads of LSR tell a driver that polls the
+	// receiver (Linux: poll_get_char for kgdb and kdb, a boot loader's getc) from one
+	// that looks for room to send, which the first read finds. Such a driver may not
+	// set RTS. It waits for one character and takes it at once, so one is sent: what
+	// it does not wait for stays with the terminal, for the driver that comes later.
+	pollsAlone = 16
 )
 
 var triggers = [4]int{1, 4, 8, 14} // FCR bits 7:6
@@ -116,6 +123,7 @@ type UART struct {
 	causes   byte // what the interrupt line is high for, as IER bits
 	rx       []char
 	tx       []byte // the transmitter FIFO
+	polls    int    // successive reads of LSR that found both FIFOs empty
 
 	rxEmpty sync.Cond // input waits for the receiver
 	txRoom  sync.Cond // a vCPU waits for the transmitter
@@ -152,7 +160,7 @@ func (u *UART) Reset() {
 func (u *UART) reset() {
 	u.ier, u.fcr, u.lcr, u.mcr, u.scr, u.dll, u.dlm = 0, 0, 0, 0, 0, 0x0c, 0
 	u.errs, u.delta, u.thre, u.causes = 0, 0, false, 0
-	u.rx, u.tx = nil, nil
+	u.rx, u.tx, u.polls = nil, nil, 0
 }
 
 // Read reads registers, one for each byte of p.
@@ -178,6 +186,9 @@ func (u *UART) Write(off uint64, p []byte) {
 
 func (u *UART) read(reg uint64) byte {
 	dlab := u.lcr&lcrDLAB != 0
+	if reg != regLSR && (reg != regRBR || dlab) {
+		u.polls = 0
+	}
 	switch reg {
 	case regRBR:
 		if dlab {
@@ -216,6 +227,7 @@ func (u *UART) read(reg uint64) byte {
 
 func (u *UART) write(reg uint64, v byte) {
 	dlab := u.lcr&lcrDLAB != 0
+	u.polls = 0
 	switch reg {
 	case regRBR:
 		if dlab {
@@ -306,6 +318,11 @@ func (u *UART) lsr() byte {
 	}
 	if len(u.tx) == 0 {
 		v |= lsrTHRE | lsrTEMT
+	}
+	if v == lsrTHRE|lsrTEMT {
+		if u.polls = min(u.polls+1, pollsAlone); u.polls == pollsAlone {
+			u.rxEmpty.Broadcast()
+		}
 	}
 	if u.fcr&fcrEnable != 0 {
 		for i, c := range u.rx {

@@ -313,7 +313,7 @@ func TestBreak(t *testing.T) {
 	p.put(regIIR, 0x01)
 	p.put(regMCR, 0x0b)
 	p.put(regIER, 0x04)
-	if err := p.Break(); err != nil {
+	if err := p.Input().Break(); err != nil {
 		t.Fatal(err)
 	}
 	p.wantEdges("break", 1)

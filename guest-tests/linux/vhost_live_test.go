@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -172,7 +171,7 @@ type console struct {
 	changed chan struct{}
 }
 
-func (*console) Connect(io.Writer) {}
+func (*console) Connect(vmm.Input) {}
 
 func (c *console) Write(p []byte) (int, error) {
 	c.mu.Lock()
