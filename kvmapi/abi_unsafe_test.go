@@ -125,6 +125,7 @@ func TestABIMatchesKernelHeaders(t *testing.T) {
 		"value KVM_SET_GSI_ROUTING":        uint64(kvm.IIOW(nrSetGSIRouting, 8)),
 		"value KVM_IRQFD":                  uint64(iow[irqfd](nrIRQFD)),
 		"value KVM_CREATE_PIT2":            uint64(iow[pitConfig](nrCreatePIT2)),
+		"value KVM_SET_BOOT_CPU_ID":        uint64(kvm.IIO(nrSetBootCPUID)),
 		"value KVM_IOEVENTFD":              uint64(iow[ioeventfd](nrIOEventFD)),
 		"value KVM_RUN":                    uint64(kvm.IIO(nrRun)),
 		"value KVM_GET_REGS":               uint64(ior[kvm.Regs](nrGetRegs)),

@@ -16,6 +16,7 @@ const (
 	nrSetGSIRouting       = 0x6a
 	nrIRQFD               = 0x76
 	nrCreatePIT2          = 0x77
+	nrSetBootCPUID        = 0x78
 	nrIOEventFD           = 0x79
 	nrRun                 = 0x80
 	nrGetRegs             = 0x81

@@ -53,6 +53,13 @@ func (v *VM) SetIdentityMapAddr(gpa uint64) error {
 	return err
 }
 
+// SetBootCPU is KVM_SET_BOOT_CPU_ID: the vCPU whose APIC ID is id runs first, and the others wait for
+// the start-up IPI. It comes before the first vCPU.
+func (v *VM) SetBootCPU(id uint32) error {
+	_, err := ioctlInt(v.fd, "KVM_SET_BOOT_CPU_ID", kvm.IIO(nrSetBootCPUID), uintptr(id))
+	return err
+}
+
 // CreateIRQChip makes the in-kernel PIC, IOAPIC and local APICs, with the
 // IOAPIC's pins as on a PC: the PIT at pin 2.
 func (v *VM) CreateIRQChip() error {

@@ -21,8 +21,10 @@ import (
 // Config is a machine. The zero value of every field but Kernel and Memory is
 // useful.
 type Config struct {
-	Memory      guestmem.Config
-	CPUs        int // 0 is 1
+	Memory guestmem.Config
+	CPUs   int // 0 is 1
+	// APICIDs are the CPUs' local APIC IDs, ascending, the boot CPU first; nil: 0 to CPUs-1.
+	APICIDs     []uint32
 	CPUFeatures []x86.FeatureChange
 	// Prepared is what Prepare has begun to make for this Config, for the first machine of
 	// one Run; nil: Run makes it. It stays the caller's to close, after Run.

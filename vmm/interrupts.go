@@ -12,7 +12,8 @@ import (
 
 // interrupts hands out GSIs for message-signalled interrupts.
 type interrupts struct {
-	vm *kvmapi.VM
+	vm       *kvmapi.VM
+	extended bool // messages carry 15 bits of destination ID
 
 	mu   sync.Mutex
 	next uint32
@@ -57,6 +58,9 @@ func (v *vector) Event() *eventfd.FD { return v.event }
 func (v *vector) Unmask(m pci.Message) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if v.of.extended {
+		m.Addr = extendedDestination(m.Addr)
+	}
 	if err := v.of.vm.RouteMSI(v.gsi, m.Addr, m.Data); err != nil || v.connected {
 		return err
 	}

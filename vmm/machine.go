@@ -42,6 +42,7 @@ type machine struct {
 	irqs    interrupts
 	bus     *pci.Bus
 	virtio  []*vpci.Device
+	ids     []uint32 // local APIC IDs of cpus
 	cpus    []*kvmapi.VCPU
 	cpuid   []kvm.CPUIDEntry2 // what KVM supports
 	entry   boot.Entry
@@ -60,9 +61,6 @@ const maxSaid = 20
 func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
 	m := &machine{cfg: cfg, sys: sys}
 	m.lifecycle.init()
-	if m.cfg.CPUs == 0 {
-		m.cfg.CPUs = 1
-	}
 	if m.cfg.Console == nil {
 		m.cfg.Console = nullConsole{}
 	}
@@ -203,14 +201,12 @@ func (m *machine) loadKernel() error {
 		return p.err
 	}
 	m.mem, m.cpuid = p.mem, p.cpuid
-	ids := make([]uint32, m.cfg.CPUs)
-	for i := range ids {
-		ids[i] = uint32(i)
-	}
+	m.ids = m.cfg.apicIDs()
+	m.irqs.extended = x2apic(m.ids)
 	w := mmio64(m.mem, physBits(m.cpuid))
 	tables, rsdp, err := acpi.Build(acpi.Config{
 		Area:    acpi.Range{Base: acpiBase, Size: acpiSize},
-		APICIDs: ids,
+		APICIDs: m.ids,
 		ECAM:    ecamBase,
 		Buses:   ecamSize / pci.ECAMSize,
 		MMIO32:  acpi.Range{Base: mmio32Base, Size: mmio32Size},
@@ -241,29 +237,31 @@ func (m *machine) loadKernel() error {
 // createCPUs makes the vCPUs and sets the first one to the kernel's entry. The
 // others wait for the start-up IPI.
 func (m *machine) createCPUs() error {
-	for i := range m.cfg.CPUs {
-		c, err := m.vm.CreateVCPU(i)
+	for i, id := range m.ids {
+		c, err := m.vm.CreateVCPU(int(id))
 		if err != nil {
 			return err
 		}
 		m.cpus = append(m.cpus, c)
 		cpuid, err := x86.CPUID(m.cpuid, x86.CPUIDConfig{
-			APICID:      uint32(i),
-			CPUs:        m.cfg.CPUs,
+			APICID:      id,
+			MaxAPICID:   m.ids[len(m.ids)-1],
+			CPUs:        len(m.ids),
+			X2APIC:      x2apic(m.ids),
 			TSCDeadline: m.sys.Check(kvmapi.CapTSCDeadline) != 0,
 			Features:    m.cfg.CPUFeatures,
 		})
 		if err != nil {
 			return &ConfigError{err.Error()}
 		}
-		if err := initCPU(c, cpuid, i == 0, m.entry); err != nil {
-			return fmt.Errorf("vCPU %d: %w", i, err)
+		if err := initCPU(c, cpuid, i == 0, x2apic(m.ids), m.entry); err != nil {
+			return fmt.Errorf("vCPU %d: %w", id, err)
 		}
 	}
 	return nil
 }
 
-func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, boots bool, entry boot.Entry) error {
+func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, boots, x2apic bool, entry boot.Entry) error {
 	if err := c.SetCPUID(cpuid); err != nil {
 		return err
 	}
@@ -272,6 +270,16 @@ func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, boots bool, entry boot.Ent
 	}
 	if err := c.SetFPU(x86.InitialFPU()); err != nil {
 		return err
+	}
+	s, err := c.Sregs()
+	if err != nil {
+		return err
+	}
+	if x2apic {
+		s.ApicBase |= x86.X2APICMode
+		if err := c.SetSregs(s); err != nil {
+			return err
+		}
 	}
 	lapic, err := c.LAPIC()
 	if err != nil {
@@ -282,10 +290,6 @@ func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, boots bool, entry boot.Ent
 	}
 	if !boots {
 		return nil
-	}
-	s, err := c.Sregs()
-	if err != nil {
-		return err
 	}
 	var r kvm.Regs
 	switch entry.Protocol {

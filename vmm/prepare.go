@@ -1,7 +1,6 @@
 package vmm
 
 import (
-	"cmp"
 	"errors"
 
 	"github.com/bobuhiro11/gokvm/kvm"
@@ -22,17 +21,16 @@ type Prepared struct {
 }
 
 // Prepare begins to make what the first machine of Run stands on, for a caller that has
-// something else to do meanwhile. It needs Memory and CPUs of cfg alone. The result is
-// for Config.Prepared; errors come from Run.
+// something else to do meanwhile. It needs Memory, CPUs, APICIDs and CPUFeatures of cfg alone. The
+// result is for Config.Prepared; errors come from Run.
 func Prepare(sys *kvmapi.System, cfg Config) *Prepared {
-	cfg.CPUs = cmp.Or(cfg.CPUs, 1)
 	p := &Prepared{mapped: make(chan struct{}), done: make(chan struct{})}
 	go func() {
 		defer close(p.done)
 		p.err = p.mapMemory(sys, cfg)
 		close(p.mapped)
 		if p.err == nil {
-			p.err = p.makeVM(sys, cfg.CPUs)
+			p.err = p.makeVM(sys, cfg.apicIDs())
 		}
 	}()
 	return p
@@ -40,10 +38,10 @@ func Prepare(sys *kvmapi.System, cfg Config) *Prepared {
 
 // mapMemory makes what loading a kernel needs: memory, and what KVM says of its processors.
 func (p *Prepared) mapMemory(sys *kvmapi.System, cfg Config) (err error) {
-	if limit := sys.Check(kvmapi.CapMaxVCPUs); cfg.CPUs < 1 || cfg.CPUs > limit {
-		return configErrorf("%d CPUs: this host's KVM gives a guest 1 to %d", cfg.CPUs, limit)
-	}
 	if p.cpuid, err = sys.SupportedCPUID(); err != nil {
+		return err
+	}
+	if err := checkCPUs(cfg, sys.Check, p.cpuid); err != nil {
 		return err
 	}
 	mem, err := guestmem.Map(cfg.Memory)
@@ -67,7 +65,7 @@ func physBits(cpuid []kvm.CPUIDEntry2) uint {
 	return 36 // what a processor without that leaf has
 }
 
-func (p *Prepared) makeVM(sys *kvmapi.System, cpus int) (err error) {
+func (p *Prepared) makeVM(sys *kvmapi.System, ids []uint32) (err error) {
 	if p.vm, err = sys.CreateVM(); err != nil {
 		return err
 	}
@@ -91,12 +89,13 @@ func (p *Prepared) makeVM(sys *kvmapi.System, cpus int) (err error) {
 	if err := p.vm.CreatePIT(); err != nil {
 		return err
 	}
-	if cpus > 255 {
-		// 32-bit APIC IDs in MSI messages (KVM_X2APIC_API_USE_32BIT_IDS and
-		// DISABLE_BROADCAST_QUIRK).
-		if err := p.vm.EnableCap(kvmapi.CapX2APICAPI, 3); err != nil {
+	if x2apic(ids) {
+		if err := p.vm.EnableCap(kvmapi.CapX2APICAPI, x2apicAPI); err != nil {
 			return err
 		}
+	}
+	if ids[0] != 0 { // KVM's own choice
+		return p.vm.SetBootCPU(ids[0])
 	}
 	return nil
 }

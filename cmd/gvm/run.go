@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -39,6 +40,7 @@ type runConfig struct {
 	guestArgs   []string
 	disks       []disk
 	cpus        int
+	apicIDs     []uint32 // nil: 0 to cpus-1
 	features    []x86.FeatureChange
 	memory      guestmem.Config
 	mode        boot.Mode
@@ -96,6 +98,7 @@ EXAMPLES
 			&cli.BoolFlag{Name: "bare-cmdline", Usage: "give the kernel --cmdline as it is"},
 			&cli.StringSliceFlag{Name: "guest-arg", Usage: "`WORD` for the embedded guest: write lets it write to the disks of --disk"},
 			&cli.IntFlag{Name: "cpus", Aliases: []string{"c"}, Value: 1, Usage: "`N` virtual CPUs"},
+			&cli.StringFlag{Name: "apic-ids", Usage: "`LIST` of the CPUs' local APIC IDs, ascending, such as 0,2,300; default 0,1,2 and so on"},
 			&cli.StringFlag{Name: "cpu-features", Usage: "`LIST` such as -x2apic,+avx2: names of /proc/cpuinfo to hide, with what depends on them, or to demand"},
 			&cli.StringFlag{Name: "memory", Aliases: []string{"m"}, Value: "512M", Usage: "`SIZE` of guest RAM, in MiB without a suffix; pages are taken as the guest touches them"},
 			&cli.BoolFlag{Name: "overcommit", Usage: "let --memory be more than this host has, for a guest that touches less"},
@@ -152,6 +155,15 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	if rc.cpus < 1 {
 		return rc, fmt.Errorf("--cpus %d: want 1 or more", rc.cpus)
 	}
+	if c.IsSet("apic-ids") {
+		if rc.apicIDs, err = parseAPICIDs(c.String("apic-ids")); err != nil {
+			return rc, fmt.Errorf("--apic-ids: %w", err)
+		}
+		if c.IsSet("cpus") && rc.cpus != len(rc.apicIDs) {
+			return rc, fmt.Errorf("--apic-ids has %d IDs for --cpus %d: give each CPU one, or leave --cpus out", len(rc.apicIDs), rc.cpus)
+		}
+		rc.cpus = len(rc.apicIDs)
+	}
 	if c.IsSet("queues") && (rc.queues < 1 || rc.queues > maxQueues) {
 		return rc, fmt.Errorf("--queues %d: want 1 to %d", rc.queues, maxQueues)
 	}
@@ -206,6 +218,21 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		return rc, errors.New("--guest-arg is for the embedded guest; a kernel takes --cmdline")
 	}
 	return rc, nil
+}
+
+// parseAPICIDs reads a list such as "0,2,300".
+func parseAPICIDs(list string) (ids []uint32, err error) {
+	for word := range strings.SplitSeq(list, ",") {
+		id, err := strconv.ParseUint(word, 10, 15)
+		if err != nil {
+			return nil, fmt.Errorf("%q: want a number up to %d", word, 1<<15-1)
+		}
+		if n := len(ids); n > 0 && uint32(id) <= ids[n-1] {
+			return nil, fmt.Errorf("%d after %d: give them in ascending order", id, ids[n-1])
+		}
+		ids = append(ids, uint32(id))
+	}
+	return ids, nil
 }
 
 // pollFlag is --poll of the commands that have request queues. At its default a host
@@ -300,6 +327,7 @@ func run(rc runConfig) (err error) {
 	cfg := vmm.Config{
 		Memory:      rc.memory,
 		CPUs:        rc.cpus,
+		APICIDs:     rc.apicIDs,
 		CPUFeatures: rc.features,
 		BootMode:    rc.mode,
 		Protocol:    rc.protocol,
@@ -362,9 +390,6 @@ func run(rc runConfig) (err error) {
 				return err
 			}
 			rc.guestArgs = append(rc.guestArgs, "write")
-		}
-		if rc.cpus > 255 {
-			rc.guestArgs = append(rc.guestArgs, "x2apic") // xAPIC IDs have 8 bits
 		}
 		cfg.CmdLine = strings.Join(rc.guestArgs, " ")
 	}

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -152,6 +153,35 @@ func TestMADT(t *testing.T) {
 	}
 	if few := build(t, Config{APICIDs: ids(2)})["APIC"]; bytes.Contains(few, want[len(want)-12:]) {
 		t.Error("an x2APIC NMI without x2APIC CPUs")
+	}
+}
+
+// TestMADTCounts: every CPU has one entry, of the kind that its ID asks for, with the UID of its
+// device in the DSDT.
+func TestMADTCounts(t *testing.T) {
+	for _, list := range [][]uint32{ids(2), ids(8), ids(64), ids(255), ids(256), ids(300), ids(1024), {0, 300}, {3, 254, 255, 32767}} {
+		tables := build(t, Config{APICIDs: list, MMIO64: mmio64})
+		var got []uint32
+		b := tables["APIC"][44:]
+		for ; len(b) > 0; b = b[b[1]:] {
+			uid, id, enabled := uint32(b[2]), uint32(b[3]), b[4] == 1
+			switch {
+			case b[0] == 9:
+				uid, id, enabled = le.Uint32(b[12:]), le.Uint32(b[4:]), b[8] == 1
+			case b[0] != 0:
+				continue
+			}
+			if (b[0] == 9) != (id > 254) || !enabled || uid != uint32(len(got)) {
+				t.Errorf("%d CPUs: CPU %d: type %d, UID %d, ID %d, enabled %v", len(list), len(got), b[0], uid, id, enabled)
+			}
+			got = append(got, id)
+			if name := fmt.Sprintf("C%03X", uid); !bytes.Contains(tables["DSDT"], []byte(name)) {
+				t.Errorf("%d CPUs: no %s in the DSDT", len(list), name)
+			}
+		}
+		if !slices.Equal(got, list) {
+			t.Errorf("%d CPUs: IDs %d", len(list), got)
+		}
 	}
 }
 

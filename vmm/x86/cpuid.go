@@ -25,6 +25,11 @@ const flagSignificantIndex = 1
 type CPUIDConfig struct {
 	APICID uint32
 	CPUs   int // in the machine, all in one package, one thread a core
+	// MaxAPICID is the highest APIC ID in the machine, at least CPUs-1.
+	MaxAPICID uint32
+	// X2APIC says that the machine has IDs above 254, and message-signalled interrupts with extended
+	// destination IDs.
+	X2APIC bool
 	// TSCDeadline: KVM offers the TSC deadline timer with the in-kernel APIC.
 	TSCDeadline bool
 	Features    []FeatureChange
@@ -36,7 +41,11 @@ type CPUIDConfig struct {
 // a feature, or one that the host lacks, is an error.
 func CPUID(supported []kvm.CPUIDEntry2, c CPUIDConfig) ([]kvm.CPUIDEntry2, error) {
 	t := slices.Clone(supported)
-	idBits := uint32(bits.Len(uint(c.CPUs - 1))) // width of the core number in an APIC ID
+	if c.X2APIC {
+		t = wideIDs(t)
+	}
+	supported = slices.Clone(t)
+	idBits := c.idBits()
 	cores := uint32(c.CPUs)
 	for i := range t {
 		e := &t[i]
@@ -70,7 +79,7 @@ func CPUID(supported []kvm.CPUIDEntry2, c CPUIDConfig) ([]kvm.CPUIDEntry2, error
 				e.Ecx &^= 1 << 1
 			}
 		case 0x8000_0008:
-			e.Ecx = idBits<<12 | (cores-1)&0xff
+			e.Ecx = idBits<<12 | min(cores-1, 0xff)
 		case 0x8000_001e:
 			e.Eax, e.Ebx, e.Ecx = c.APICID, c.APICID&0xff, 0
 		}
@@ -78,6 +87,27 @@ func CPUID(supported []kvm.CPUIDEntry2, c CPUIDConfig) ([]kvm.CPUIDEntry2, error
 	t = extendedTopology(t, 0xb, c)
 	t = extendedTopology(t, 0x1f, c)
 	return applyFeatures(t, supported, c.Features)
+}
+
+// idBits returns the width of the core number in an APIC ID.
+func (c *CPUIDConfig) idBits() uint32 {
+	return uint32(bits.Len(uint(max(c.MaxAPICID, uint32(c.CPUs-1)))))
+}
+
+// wideIDs adds what a guest needs to use APIC IDs above 254: leaf 0xb, which alone has 32 bits of
+// the ID, and the bit that lets Linux use them without interrupt remapping.
+func wideIDs(t []kvm.CPUIDEntry2) []kvm.CPUIDEntry2 {
+	if find(t, 0xb, 0) == nil {
+		t = append(t, kvm.CPUIDEntry2{Function: 0xb, Flags: flagSignificantIndex})
+		if e := find(t, 0, 0); e != nil {
+			e.Eax = max(e.Eax, 0xb)
+		}
+	}
+	if e := find(t, 0x4000_0001, 0); e != nil {
+		f := features["kvm_msi_ext_dest_id"]
+		*register(e, f.reg) |= 1 << f.bit
+	}
+	return t
 }
 
 // extendedTopology replaces leaf 0xb or 0x1f, where the host has it, by the
@@ -89,7 +119,7 @@ func extendedTopology(t []kvm.CPUIDEntry2, leaf uint32, c CPUIDConfig) []kvm.CPU
 		return t
 	}
 	const thread, core = 1 << 8, 2 << 8 // level types in ECX
-	idBits := uint32(bits.Len(uint(c.CPUs - 1)))
+	idBits := c.idBits()
 	return append(t,
 		kvm.CPUIDEntry2{Function: leaf, Index: 0, Flags: flagSignificantIndex, Eax: 0, Ebx: 1, Ecx: thread, Edx: c.APICID},
 		kvm.CPUIDEntry2{Function: leaf, Index: 1, Flags: flagSignificantIndex, Eax: idBits, Ebx: uint32(c.CPUs), Ecx: core | 1, Edx: c.APICID},

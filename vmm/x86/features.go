@@ -73,6 +73,17 @@ func ParseFeatures(list string) ([]FeatureChange, error) {
 	return out, nil
 }
 
+// Masked reports whether changes leave a feature turned off.
+func Masked(changes []FeatureChange, name string) bool {
+	masked := false
+	for _, f := range changes {
+		if f.Name == name {
+			masked = !f.Enable
+		}
+	}
+	return masked
+}
+
 // near suggests known names that contain name or begin as it does.
 func near(name string) string {
 	var like []string

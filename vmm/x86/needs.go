@@ -50,6 +50,9 @@ var xstate = map[uint32][]string{
 	11: {"shstk", "ibt"}, 12: {"shstk", "ibt"}, 17: {"amx_tile"}, 18: {"amx_tile"}, 19: {"apx"},
 }
 
+// Offers reports whether KVM supports a feature, by its name in /proc/cpuinfo.
+func Offers(supported []kvm.CPUIDEntry2, name string) bool { return has(supported, name) }
+
 func has(t []kvm.CPUIDEntry2, name string) bool {
 	f := features[name]
 	e := find(t, f.leaf, f.index)
@@ -99,9 +102,7 @@ func Orphans(supported []kvm.CPUIDEntry2) (dropped, missing []string) {
 // applyFeatures makes the user's changes in t, drops what lacks its needs, and takes out what
 // leaves and state components say of features that are gone.
 func applyFeatures(t, supported []kvm.CPUIDEntry2, changes []FeatureChange) ([]kvm.CPUIDEntry2, error) {
-	enable := map[string]bool{}
 	for _, f := range changes {
-		enable[f.Name] = f.Enable
 		if !f.Enable {
 			drop(t, f.Name)
 			continue
@@ -114,7 +115,7 @@ func applyFeatures(t, supported []kvm.CPUIDEntry2, changes []FeatureChange) ([]k
 	}
 	lacks := dropOrphans(t)
 	for _, f := range changes {
-		if !enable[f.Name] || lacks[f.Name] == "" {
+		if lacks[f.Name] == "" || Masked(changes, f.Name) {
 			continue
 		}
 		chain, need := "", f.Name
@@ -122,7 +123,7 @@ func applyFeatures(t, supported []kvm.CPUIDEntry2, changes []FeatureChange) ([]k
 			need = lacks[need]
 			chain += " needs " + need + ", which"
 		}
-		if masked, ok := enable[need]; ok && !masked {
+		if Masked(changes, need) {
 			return nil, fmt.Errorf("CPU feature %s%s is masked: demand one or mask the other, not both", f.Name, chain)
 		}
 		return nil, fmt.Errorf("CPU feature %s%s this host's KVM does not offer", f.Name, chain)

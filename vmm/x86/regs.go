@@ -61,6 +61,10 @@ func StartLong64(s kvm.Sregs, rip, bootParams, cr3, gdt uint64, gdtLimit uint16)
 	return kvm.Regs{RFLAGS: rflagsReserved, RIP: rip, RSI: bootParams}, s
 }
 
+// X2APICMode is the bit of IA32_APIC_BASE that puts an enabled local APIC into x2APIC mode (Intel
+// SDM 3, 11.12.1).
+const X2APICMode = 1 << 10
+
 // MSRs returns the MSRs that firmware would have set before a kernel runs:
 // fast strings on, and write-back as the default memory type, which a guest
 // without any variable-range MTRR needs for its RAM to be cached.

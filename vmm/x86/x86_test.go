@@ -29,7 +29,7 @@ func TestCPUIDTopology(t *testing.T) {
 		{1, 0, 0x0001_0800, 0, 0x121, 0x163, 0, 0},
 		{4, 3, 0x0304_0800, 1, 0x0c00_0121, 0x0c00_c163, 2, 0x2003},
 		{5, 4, 0x0408_0800, 1, 0x1c00_0121, 0x1c01_c163, 3, 0x3004},
-		{300, 299, 0x2bff_0800, 1, 0xfc00_0121, 0xfc7f_c163, 9, 0x902b},
+		{300, 299, 0x2bff_0800, 1, 0xfc00_0121, 0xfc7f_c163, 9, 0x90ff},
 	} {
 		e, err := CPUID(host, CPUIDConfig{APICID: c.id, CPUs: c.cpus, TSCDeadline: true})
 		if err != nil {
@@ -98,5 +98,79 @@ func TestStartStates(t *testing.T) {
 	r, s = StartLong64(kvm.Sregs{}, 0x20_0200, 0x8000, 0x9000, 0x500, 31)
 	if r.RIP != 0x20_0200 || r.RSI != 0x8000 || s.CR3 != 0x9000 || s.EFER != 0x500 || s.CR4 != 0x20 || s.CS.L != 1 || s.CS.DB != 0 || s.CS.Selector != 0x10 || s.SS.Selector != 0x18 || s.GDT.Base != 0x500 || s.GDT.Limit != 31 {
 		t.Errorf("64-bit: %+v %+v", r, s)
+	}
+}
+
+// TestTopology: whatever leaf a guest asks, it finds the same package with the same IDs.
+func TestTopology(t *testing.T) {
+	amd := []kvm.CPUIDEntry2{
+		{Function: 0x0, Eax: 0x1f},
+		{Function: 0x1, Ebx: 0x07_08_08_00, Edx: 1 << 28},
+		{Function: 0x4, Index: 3, Flags: 1, Eax: 0xfc03_c163},
+		{Function: 0xb, Flags: 1, Eax: 1, Ebx: 2, Ecx: 0x100, Edx: 7},
+		{Function: 0x1f, Flags: 1, Eax: 1, Ebx: 2, Ecx: 0x100, Edx: 7},
+		{Function: 0x4000_0001, Eax: 1},
+		{Function: 0x8000_0008, Ecx: 0x2007},
+		{Function: 0x8000_001d, Index: 3, Flags: 1, Eax: 0x1c163},
+		{Function: 0x8000_001e, Eax: 7, Ebx: 0x107, Ecx: 0x100},
+	}
+	for _, c := range []struct {
+		cpus  int
+		ids   []uint32 // of some CPUs, the last one's too
+		shift uint32
+	}{
+		{1, []uint32{0}, 0},
+		{2, []uint32{0, 1}, 1},
+		{8, []uint32{0, 5, 7}, 3},
+		{64, []uint32{0, 63}, 6},
+		{255, []uint32{0, 254}, 8},
+		{256, []uint32{0, 254, 255}, 8},
+		{300, []uint32{0, 44, 255, 256, 299}, 9},
+		{1024, []uint32{0, 255, 256, 1023}, 10},
+		{2, []uint32{0, 300}, 9},
+		{3, []uint32{1, 254, 255}, 8},
+		{4, []uint32{0, 4095}, 12},
+		{2, []uint32{0, 32767}, 15},
+	} {
+		last := c.ids[len(c.ids)-1]
+		for _, id := range c.ids {
+			e, err := CPUID(amd, CPUIDConfig{APICID: id, MaxAPICID: last, CPUs: c.cpus, X2APIC: last > 254})
+			if err != nil {
+				t.Fatal(err)
+			}
+			count := uint32(c.cpus)
+			for _, leaf := range []uint32{0xb, 0x1f} {
+				thread, core := find(e, leaf, 0), find(e, leaf, 1)
+				if thread.Eax != 0 || thread.Ebx != 1 || thread.Edx != id || core.Eax != c.shift || core.Ebx != count || core.Edx != id {
+					t.Errorf("%d CPUs, ID %d: leaf %#x %+v %+v", c.cpus, id, leaf, thread, core)
+				}
+			}
+			one := find(e, 1, 0)
+			if one.Ebx>>24 != id&0xff || one.Ebx>>16&0xff != min(uint32(1)<<c.shift, 255) || one.Edx>>28&1 != min(count-1, 1) {
+				t.Errorf("%d CPUs, ID %d: leaf 1 EBX %#x EDX %#x", c.cpus, id, one.Ebx, one.Edx)
+			}
+			if got, want := find(e, 0x8000_0008, 0).Ecx, c.shift<<12|min(count-1, 255); got != want {
+				t.Errorf("%d CPUs: leaf 0x80000008 ECX %#x, want %#x", c.cpus, got, want)
+			}
+			if got := find(e, 0x8000_001e, 0); got.Eax != id || got.Ebx != id&0xff || got.Ecx != 0 {
+				t.Errorf("%d CPUs, ID %d: leaf 0x8000001e %+v", c.cpus, id, got)
+			}
+			for _, leaf := range []uint32{0x4, 0x8000_001d} {
+				if got, want := find(e, leaf, 3).Eax>>14&0xfff, min(uint32(1)<<c.shift-1, 0xfff); got != want {
+					t.Errorf("%d CPUs: leaf %#x: %d processors share level 3, want %d", c.cpus, leaf, got+1, want+1)
+				}
+			}
+			if got := has(e, "kvm_msi_ext_dest_id"); got != (last > 254) {
+				t.Errorf("%d CPUs, highest ID %d: extended destination IDs %v", c.cpus, last, got)
+			}
+		}
+	}
+	old := []kvm.CPUIDEntry2{{Function: 0, Eax: 7}, {Function: 1}}
+	e, err := CPUID(old, CPUIDConfig{APICID: 299, CPUs: 300, X2APIC: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if find(e, 0, 0).Eax != 0xb || find(e, 0xb, 1) == nil || find(e, 0xb, 1).Edx != 299 || old[0].Eax != 7 {
+		t.Errorf("a host without leaf 0xb: %+v", e)
 	}
 }

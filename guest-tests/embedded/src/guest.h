@@ -66,7 +66,7 @@ void load_empty_idt(void);
 void start_processors(void);
 
 // acpi.c
-enum { MAX_CPUS = 512 };
+enum { MAX_CPUS = 4096 };
 extern struct acpi {
 	unsigned cpus;
 	uint32_t cpu_apic_id[MAX_CPUS];

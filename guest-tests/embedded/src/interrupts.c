@@ -100,7 +100,7 @@ bool ioapic_route(uint8_t isa_irq, uint8_t vector)
 	uint8_t *select = map(acpi.ioapic, 32), *window = select + 16;
 	uint32_t pin = acpi.isa_gsi[isa_irq] - acpi.ioapic_gsi_base;
 	write32(select, 0x11 + 2 * pin); // the redirection entry's high half, then its low half
-	write32(window, apic_id << 24);
+	write32(window, apic_id << 24 | (apic_id >> 8 & 0x7f) << 17);
 	write32(select, 0x10 + 2 * pin);
 	write32(window, vector);
 	return true;

@@ -112,7 +112,8 @@ bool virtio_negotiate(uint64_t wanted)
 static void set_msix_entry(uint16_t entry)
 {
 	uint8_t *e = msix_table + 16 * entry;
-	write32(e, 0xfee00000 | apic_id << 12);
+	// Bits 8 to 14 of the ID are where KVM_FEATURE_MSI_EXT_DEST_ID has them.
+	write32(e, 0xfee00000 | (apic_id & 0xff) << 12 | (apic_id >> 8 & 0x7f) << 5);
 	write32(e + 4, 0);
 	write32(e + 8, VECTOR_MSIX + entry);
 	write32(e + 12, 0);

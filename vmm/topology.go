@@ -1,0 +1,84 @@
+package vmm
+
+import (
+	"github.com/bobuhiro11/gokvm/kvm"
+
+	"gvm/kvmapi"
+	"gvm/vmm/x86"
+)
+
+const (
+	// maxXAPICID is the highest ID that a local APIC in xAPIC mode has; 255 is the
+	// broadcast (Intel SDM 3, 11.6.2.1).
+	maxXAPICID = 254
+	// maxMSIID is the highest ID that a message-signalled interrupt can be sent to, by the extended
+	// destination ID (Documentation/virt/kvm/x86/cpuid.rst, KVM_FEATURE_MSI_EXT_DEST_ID).
+	maxMSIID = 1<<15 - 1
+	// x2apicAPI is KVM_X2APIC_API_USE_32BIT_IDS and KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK.
+	x2apicAPI = 3
+)
+
+// apicIDs returns the CPUs' local APIC IDs.
+func (c *Config) apicIDs() []uint32 {
+	if c.APICIDs != nil {
+		return c.APICIDs
+	}
+	ids := make([]uint32, max(c.CPUs, 1))
+	for i := range ids {
+		ids[i] = uint32(i)
+	}
+	return ids
+}
+
+// x2apic reports whether the machine has IDs that xAPIC mode has not. Its CPUs then start in
+// x2APIC mode, as firmware leaves such a machine: Linux ignores the MADT's x2APIC entries
+// unless its boot CPU is in that mode.
+func x2apic(ids []uint32) bool { return ids[len(ids)-1] > maxXAPICID }
+
+// checkCPUs refuses CPUs that this host's KVM does not make, and those that a guest could not
+// start or interrupt.
+func checkCPUs(cfg Config, check func(capability int) int, supported []kvm.CPUIDEntry2) error {
+	limit := check(kvmapi.CapMaxVCPUs)
+	if cfg.APICIDs != nil && len(cfg.APICIDs) != max(cfg.CPUs, 1) {
+		return configErrorf("%d APIC IDs for %d CPUs: give each CPU one", len(cfg.APICIDs), max(cfg.CPUs, 1))
+	}
+	if cfg.CPUs < 0 || cfg.CPUs > limit {
+		return configErrorf("%d CPUs: this host's KVM gives a guest 1 to %d", cfg.CPUs, limit)
+	}
+	ids := cfg.apicIDs()
+	for i, id := range ids[1:] {
+		if id <= ids[i] {
+			return configErrorf("APIC ID %d after %d: give them in ascending order", id, ids[i])
+		}
+	}
+	// KVM_CAP_MAX_VCPU_ID is one past the highest; without it every ID below KVM_CAP_MAX_VCPUS is one.
+	end := check(kvmapi.CapMaxVCPUID)
+	if end == 0 {
+		end = limit
+	}
+	last := ids[len(ids)-1]
+	switch {
+	case last > maxMSIID:
+		return configErrorf("APIC ID %d: interrupts reach IDs up to %d", last, maxMSIID)
+	case int(last) >= end:
+		return configErrorf("APIC ID %d: this host's KVM gives IDs up to %d", last, end-1)
+	case !x2apic(ids):
+		return nil
+	case check(kvmapi.CapX2APICAPI)&x2apicAPI != x2apicAPI:
+		return configErrorf("APIC ID %d: this host's KVM (without KVM_CAP_X2APIC_API) sends interrupts to IDs up to %d; give the guest at most %d CPUs",
+			last, maxXAPICID, maxXAPICID+1)
+	case !x86.Offers(supported, "x2apic"):
+		return configErrorf("APIC ID %d needs the CPU feature x2apic, which this host's KVM does not offer; give the guest at most %d CPUs", last, maxXAPICID+1)
+	case x86.Masked(cfg.CPUFeatures, "x2apic"):
+		return configErrorf("APIC ID %d needs the CPU feature x2apic, which is masked: keep it, or give the guest at most %d CPUs", last, maxXAPICID+1)
+	}
+	return nil
+}
+
+// extendedDestination returns the address that KVM takes for a message to addr under KVM_CAP_X2APIC_API: it
+// wants bits 8 to 31 of the destination ID in the address's bits 40 to 63, where the guest has bits
+// 8 to 14 in the address's bits 5 to 11.
+func extendedDestination(addr uint64) uint64 {
+	const ext = 0x7f << 5
+	return addr&0xffff_ffff&^ext | addr&ext<<(40-5)
+}

@@ -1,0 +1,139 @@
+package vmm
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/bobuhiro11/gokvm/kvm"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/virtio"
+	"gvm/devices/virtio/rng"
+	"gvm/devices/virtio/vscsi"
+	"gvm/guest-tests/embedded/embeddedtest"
+	"gvm/kvmapi"
+	"gvm/vmm/guestmem"
+	"gvm/vmm/x86"
+)
+
+func idsTo(n int) []uint32 { return (&Config{CPUs: n}).apicIDs() }
+
+// TestAPICIDs starts every CPU and has interrupts, messages and those of the I/O APIC, reach a boot CPU
+// whatever its ID is. The guest leaves the mode of its local APIC as it finds it.
+func TestAPICIDs(t *testing.T) {
+	sys := system(t)
+	for _, c := range []struct {
+		ids  []uint32
+		mode string
+	}{
+		{idsTo(2), "xAPIC"},
+		{[]uint32{0, 2, 9, 254}, "xAPIC"},
+		{[]uint32{5, 77}, "xAPIC"},
+		{[]uint32{0, 255}, "x2APIC"},
+		{[]uint32{1, 300, 1023}, "x2APIC"},
+		{[]uint32{255, 256}, "x2APIC"},
+		{[]uint32{300}, "x2APIC"},
+		{[]uint32{513, 1000}, "x2APIC"},
+		{idsTo(255), "xAPIC"},
+		{idsTo(256), "x2APIC"},
+		{idsTo(300), "x2APIC"},
+	} {
+		name := fmt.Sprintf("%d CPUs from %d to %d", len(c.ids), c.ids[0], c.ids[len(c.ids)-1])
+		if limit := sys.Check(kvmapi.CapMaxVCPUs); len(c.ids) > limit {
+			t.Logf("%s: this host's KVM makes %d CPUs", name, limit)
+			continue
+		}
+		console := &testConsole{}
+		target := scsi.NewTarget()
+		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewVolatile(1 << 20), Serial: "memory"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		lun, _ := scsi.EncodeLUN(0)
+		if err := target.Attach(lun, u); err != nil {
+			t.Fatal(err)
+		}
+		disk, err := vscsi.New(vscsi.Config{Target: target})
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := Run(t.Context(), sys, Config{
+			Memory:  guestmem.Config{Size: 64 << 20},
+			CPUs:    len(c.ids),
+			APICIDs: c.ids,
+			Kernel:  embeddedKernel(t),
+			CmdLine: "write",
+			Devices: []virtio.Device{disk, rng.New()},
+			Console: console,
+		})
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		text := console.out.String()
+		r, err := embeddedtest.ParseReport(text)
+		up := fmt.Sprintf("cpus: %d of %d up, boot CPU has APIC id %d, %s mode", len(c.ids), len(c.ids), c.ids[0], c.mode)
+		if out.Ending != PoweredOff || err != nil || !r.Passed || r.Interrupts == 0 || !strings.Contains(text, up) {
+			t.Errorf("%s: %s, %v, %v: want %q\n%s", name, out.Ending, out.Err, err, up, text)
+		}
+	}
+}
+
+func TestCheckCPUs(t *testing.T) {
+	all := []kvm.CPUIDEntry2{{Function: 1, Ecx: 1 << 21}}
+	masked, err := x86.ParseFeatures("-x2apic")
+	if err != nil {
+		t.Fatal(err)
+	}
+	caps := map[int]int{kvmapi.CapMaxVCPUs: 1024, kvmapi.CapMaxVCPUID: 4096, kvmapi.CapX2APICAPI: 3}
+	old := map[int]int{kvmapi.CapMaxVCPUs: 288}
+	for _, c := range []struct {
+		cfg       Config
+		caps      map[int]int
+		supported []kvm.CPUIDEntry2
+		want      string // "": all is well
+	}{
+		{Config{}, caps, all, ""},
+		{Config{CPUs: 1024}, caps, all, ""},
+		{Config{CPUs: 1025}, caps, all, "1025 CPUs: this host's KVM gives a guest 1 to 1024"},
+		{Config{CPUs: 1 << 50}, caps, all, "gives a guest 1 to 1024"},
+		{Config{CPUs: -1}, caps, all, "-1 CPUs"},
+		{Config{CPUs: 255}, old, nil, ""},
+		{Config{CPUs: 256}, old, all, "APIC ID 255: this host's KVM (without KVM_CAP_X2APIC_API) sends interrupts to IDs up to 254; give the guest at most 255 CPUs"},
+		{Config{CPUs: 256}, caps, nil, "APIC ID 255 needs the CPU feature x2apic, which this host's KVM does not offer"},
+		{Config{CPUs: 256, CPUFeatures: masked}, caps, all, "APIC ID 255 needs the CPU feature x2apic, which is masked"},
+		{Config{CPUs: 255, CPUFeatures: masked}, caps, all, ""},
+		{Config{CPUs: 2, APICIDs: []uint32{0, 300}}, caps, all, ""},
+		{Config{CPUs: 2, APICIDs: []uint32{0, 4095}}, caps, all, ""},
+		{Config{CPUs: 2, APICIDs: []uint32{0, 4096}}, caps, all, "APIC ID 4096: this host's KVM gives IDs up to 4095"},
+		{Config{CPUs: 2, APICIDs: []uint32{0, 300}}, old, all, "APIC ID 300: this host's KVM gives IDs up to 287"},
+		{Config{CPUs: 2, APICIDs: []uint32{0, 1 << 15}}, map[int]int{kvmapi.CapMaxVCPUs: 9, kvmapi.CapMaxVCPUID: 1 << 20, kvmapi.CapX2APICAPI: 3}, all, "APIC ID 32768: interrupts reach IDs up to 32767"},
+		{Config{CPUs: 2, APICIDs: []uint32{3, 3}}, caps, all, "APIC ID 3 after 3: give them in ascending order"},
+		{Config{CPUs: 3, APICIDs: []uint32{3, 4}}, caps, all, "2 APIC IDs for 3 CPUs"},
+		{Config{CPUs: 2, APICIDs: []uint32{}}, caps, all, "0 APIC IDs for 2 CPUs"},
+	} {
+		err := checkCPUs(c.cfg, func(capability int) int { return c.caps[capability] }, c.supported)
+		var ce *ConfigError
+		if c.want == "" && err != nil || c.want != "" && (!errors.As(err, &ce) || !strings.Contains(ce.What, c.want)) {
+			t.Errorf("%d CPUs, IDs %d: %v, want %q", c.cfg.CPUs, c.cfg.APICIDs, err, c.want)
+		}
+	}
+}
+
+func TestExtendedDestination(t *testing.T) {
+	for addr, want := range map[uint64]uint64{
+		0xfee0_0000:                 0xfee0_0000,
+		0xfee2_c000:                 0xfee2_c000,
+		0xfeef_f00c:                 0xfeef_f00c,      // redirection hint, logical destination
+		0xfee2_c000 | 1<<5:          0x100_fee2_c000,  // 300 is 0x12c
+		0xfeef_ffe0:                 0x7f00_feef_f000, // 32767
+		0xffff_ffff_fee2_c000:       0xfee2_c000,      // KVM refuses what else is in the high half
+		0x1_0000_0000 | 0xfee0_1000: 0xfee0_1000,
+	} {
+		if got := extendedDestination(addr); got != want {
+			t.Errorf("%#x became %#x, want %#x", addr, got, want)
+		}
+	}
+}
