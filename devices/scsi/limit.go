@@ -78,18 +78,18 @@ type limiter struct {
 
 	mu              sync.Mutex
 	commands, bytes bucket
-	first, last     *ticket
-	since           time.Duration // first has been the first, or might have, since then
+	queue           list[ticket]
+	since           time.Duration // the first has been the first, or might have, since then
 	timer           *time.Timer   // calls tick when first is due; nil: not yet needed
 }
 
 // ticket is a place under a limit. The zero value is none. limiter.mu guards it.
 type ticket struct {
-	state      ticketState
-	n          uint64        // bytes
-	arrived    time.Duration // since limiter.start
-	turn       chan struct{} // closed when it is let through, nil if it was at once
-	prev, next *ticket
+	state   ticketState
+	n       uint64        // bytes
+	arrived time.Duration // since limiter.start
+	turn    chan struct{} // closed when it is let through, nil if it was at once
+	node    node[ticket]  // in limiter.queue
 	// When the buckets will have drained it, after it was let through.
 	commands, bytes time.Duration
 }
@@ -121,13 +121,11 @@ func (l *limiter) take(k *ticket, n uint64) bool {
 	defer l.mu.Unlock()
 	if k.state == noTicket {
 		now := time.Since(l.start)
-		*k = ticket{state: queued, n: n, arrived: now, prev: l.last}
-		if l.last == nil {
-			l.first, l.since = k, now
-		} else {
-			l.last.next = k
+		*k = ticket{state: queued, n: n, arrived: now}
+		if l.queue.first == nil {
+			l.since = now
 		}
-		l.last = k
+		l.queue.push(&k.node, k)
 		l.serve(now)
 		if k.state == queued {
 			k.turn = make(chan struct{})
@@ -143,10 +141,10 @@ func (l *limiter) giveBack(k *ticket) {
 	now := time.Since(l.start)
 	switch k.state {
 	case queued:
-		if l.first == k {
+		if l.queue.first == &k.node {
 			l.since = now
 		}
-		l.remove(k)
+		l.queue.remove(&k.node)
 	case letThrough:
 		l.commands.giveBack(now, k.commands, 1)
 		l.bytes.giveBack(now, k.bytes, k.n)
@@ -159,8 +157,9 @@ func (l *limiter) giveBack(k *ticket) {
 
 // serve lets through what is due, and sets the timer for what is not. The caller holds mu.
 func (l *limiter) serve(now time.Duration) {
-	for l.first != nil {
-		k, at := l.first, max(l.first.arrived, l.since)
+	for l.queue.first != nil {
+		k := l.queue.first.of
+		at := max(k.arrived, l.since)
 		due := max(l.commands.due(at, 1), l.bytes.due(at, k.n))
 		if due > now {
 			if l.timer == nil {
@@ -176,26 +175,11 @@ func (l *limiter) serve(now time.Duration) {
 			close(k.turn)
 		}
 		l.since = max(l.since, due)
-		l.remove(k)
+		l.queue.remove(&k.node)
 	}
 	if l.timer != nil {
 		l.timer.Stop()
 	}
-}
-
-// remove takes k out of the queue. The caller holds mu.
-func (l *limiter) remove(k *ticket) {
-	if k.prev == nil {
-		l.first = k.next
-	} else {
-		k.prev.next = k.next
-	}
-	if k.next == nil {
-		l.last = k.prev
-	} else {
-		k.next.prev = k.prev
-	}
-	k.prev, k.next = nil, nil
 }
 
 // tick is serve by the timer.

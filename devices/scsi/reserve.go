@@ -432,9 +432,11 @@ func (s *taskSet) reserveOut(tk *task, r reserveOut) error {
 	}
 	var w *abortWait
 	if r.action == prPreemptAndAbort && len(o.preempted) > 0 {
-		var ended []NexusID
-		w, ended = s.end(AbortedByTask, func(other *task) bool { return other != tk && slices.Contains(o.preempted, other.Nexus) })
-		for _, id := range ended {
+		var ended map[NexusID]bool
+		w, ended = s.end(AbortedByTask, every(func(other *task) bool {
+			return other != tk && slices.Contains(o.preempted, other.Nexus)
+		}))
+		for id := range ended {
 			if id != r.nexus {
 				s.tell(id, CommandsCleared)
 			}
@@ -444,11 +446,9 @@ func (s *taskSet) reserveOut(tk *task, r reserveOut) error {
 	// among them: they were in the set before this change, and one that was
 	// ended makes no change of its own.
 	s.prOut.Unlock()
-	if w != nil {
-		s.await(w)
-	}
 	s.mu.Unlock()
 	if w != nil {
+		<-w.done
 		tk.u.medium.Lock()
 		defer tk.u.medium.Unlock()
 	}

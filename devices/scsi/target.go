@@ -395,12 +395,12 @@ const (
 // so have those that were ending by themselves: no Done of theirs comes later.
 // It therefore waits for I/O in flight, and must not be called from Done.
 func (t *Target) AbortTask(nexus NexusID, lun LUN, tag uint64) TaskResponse {
-	return t.abort(lun, AbortedByTask, func(tk *task) bool { return tk.Nexus == nexus && tk.Tag == tag })
+	return t.abort(lun, AbortedByTask, tagged(nexus, tag))
 }
 
 // AbortTaskSet is ABORT TASK SET: it ends every command of the nexus.
 func (t *Target) AbortTaskSet(nexus NexusID, lun LUN) TaskResponse {
-	return t.abort(lun, AbortedByTask, func(tk *task) bool { return tk.Nexus == nexus })
+	return t.abort(lun, AbortedByTask, tasksOf(nexus))
 }
 
 // ClearTaskSet is CLEAR TASK SET: it ends every command of every nexus. Other
@@ -410,17 +410,17 @@ func (t *Target) ClearTaskSet(nexus NexusID, lun LUN) TaskResponse {
 	if u == nil {
 		return IncorrectLUN
 	}
-	ended := u.set.abort(AbortedByTask, func(*task) bool { return true })
-	u.set.attention(CommandsCleared, func(id NexusID) bool { return id != nexus && slices.Contains(ended, id) })
+	ended := u.set.abort(AbortedByTask, allTasks)
+	u.set.attention(CommandsCleared, func(id NexusID) bool { return id != nexus && ended[id] })
 	return FunctionComplete
 }
 
-func (t *Target) abort(lun LUN, cause Abort, match func(*task) bool) TaskResponse {
+func (t *Target) abort(lun LUN, cause Abort, which selection) TaskResponse {
 	u := t.lookup(lun)
 	if u == nil {
 		return IncorrectLUN
 	}
-	u.set.abort(cause, match)
+	u.set.abort(cause, which)
 	return FunctionComplete
 }
 
@@ -436,7 +436,7 @@ func (t *Target) LogicalUnitReset(lun LUN) TaskResponse {
 	if u == nil {
 		return IncorrectLUN
 	}
-	u.set.abort(AbortedByReset, func(*task) bool { return true })
+	u.set.abort(AbortedByReset, allTasks)
 	u.defaults()
 	u.set.dropReserver(everyone)
 	u.set.attention(DeviceReset, everyone)
@@ -448,7 +448,7 @@ func (t *Target) LogicalUnitReset(lun LUN) TaskResponse {
 // unit attention I_T NEXUS LOSS OCCURRED.
 func (t *Target) NexusReset(nexus NexusID) TaskResponse {
 	for _, u := range t.all() {
-		u.set.abort(AbortedByReset, func(tk *task) bool { return tk.Nexus == nexus })
+		u.set.abort(AbortedByReset, tasksOf(nexus))
 		u.set.dropReserver(func(id NexusID) bool { return id == nexus })
 		u.set.attention(NexusLoss, func(id NexusID) bool { return id == nexus })
 	}
@@ -461,7 +461,7 @@ func (t *Target) NexusReset(nexus NexusID) TaskResponse {
 // reset.
 func (t *Target) PowerOn() {
 	for _, u := range t.all() {
-		u.set.abort(AbortedByReset, func(*task) bool { return true })
+		u.set.abort(AbortedByReset, allTasks)
 		u.powerOn()
 	}
 }
@@ -474,21 +474,21 @@ func (t *Target) all() []*Unit {
 // QueryTask is QUERY TASK: FunctionSucceeded when the command is in the task
 // set, FunctionComplete when it is not.
 func (t *Target) QueryTask(nexus NexusID, lun LUN, tag uint64) TaskResponse {
-	return t.query(lun, func(tk *task) bool { return tk.Nexus == nexus && tk.Tag == tag })
+	return t.query(lun, tagged(nexus, tag))
 }
 
 // QueryTaskSet is QUERY TASK SET: FunctionSucceeded when the nexus has any
 // command in the task set, FunctionComplete when it has none.
 func (t *Target) QueryTaskSet(nexus NexusID, lun LUN) TaskResponse {
-	return t.query(lun, func(tk *task) bool { return tk.Nexus == nexus })
+	return t.query(lun, tasksOf(nexus))
 }
 
-func (t *Target) query(lun LUN, match func(*task) bool) TaskResponse {
+func (t *Target) query(lun LUN, which selection) TaskResponse {
 	u := t.lookup(lun)
 	if u == nil {
 		return IncorrectLUN
 	}
-	if u.set.has(match) {
+	if u.set.has(which) {
 		return FunctionSucceeded
 	}
 	return FunctionComplete

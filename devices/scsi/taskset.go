@@ -1,6 +1,7 @@
 package scsi
 
 import (
+	"iter"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -43,26 +44,38 @@ type task struct {
 	state atomic.Int32
 
 	// Guarded by set.mu.
-	joined     bool // it is in the set
-	prev, next *task
-	cause      Abort
-	waiters    []*abortWait
-	cut        chan struct{} // closed to end a wait; nil: it does not wait
+	inSet, inOrdered, inDormant, inTag node[task] // in tasks, ordered, dormant and byTag of the set
+	cause                              Abort
+	waiters                            []*abortWait
+	wake                               chan struct{} // closed to end a wait; nil: it does not wait
 }
 
 // abortWait is a task management function that waits for the tasks it aborted.
-type abortWait struct{ left int }
+type abortWait struct {
+	left int           // tasks; guarded by set.mu
+	done chan struct{} // closed when none is left
+}
+
+// taskKey is what ABORT TASK and QUERY TASK know a task by. Initiators that break the rules have
+// several of one key.
+type taskKey struct {
+	nexus NexusID
+	tag   uint64
+}
 
 // taskSet holds the commands of one unit that were submitted and not yet
 // answered, in order of arrival (SAM-5 8), and what it keeps for each I_T nexus.
+//
+// Nothing here takes longer the more tasks there are: a task that has to wait has its own
+// channel, and one that leaves looks only at those that it lets run (TestStepsPerCommand).
 type taskSet struct {
 	mu      sync.Mutex
-	changed *sync.Cond // a task left, or was aborted
-	first   *task
-	last    *task
-	ordered int // tasks with the attribute ORDERED
-	head    int // tasks with the attribute HEAD OF QUEUE
-	waiting int // callers inside changed.Wait
+	tasks   list[task]
+	ordered list[task]              // those with the attribute ORDERED
+	dormant list[task]              // those whose attribute does not let them run yet (SAM-5 8.6)
+	head    int                     // tasks with the attribute HEAD OF QUEUE
+	byTag   map[taskKey]*list[task] // all of tasks; nil until tagged is called, and again when there are none
+	steps   int                     // tasks looked at and woken, for tests
 	closed  bool
 	nexuses map[NexusID]*nexus
 
@@ -89,7 +102,6 @@ type nexus struct {
 }
 
 func (s *taskSet) init() {
-	s.changed = sync.NewCond(&s.mu)
 	s.nexuses = map[NexusID]*nexus{}
 }
 
@@ -114,24 +126,62 @@ func (s *taskSet) join(tk *task) bool {
 
 // add is join. The caller holds mu.
 func (s *taskSet) add(tk *task) bool {
-	if s.closed || tk.joined {
-		return tk.joined
+	if s.closed || tk.inSet.of != nil {
+		return tk.inSet.of != nil
 	}
-	tk.joined = true
-	tk.prev, tk.next = s.last, nil
-	if s.last == nil {
-		s.first = tk
-	} else {
-		s.last.next = tk
+	if s.blocks(tk) {
+		s.dormant.push(&tk.inDormant, tk)
 	}
-	s.last = tk
+	s.tasks.push(&tk.inSet, tk)
 	switch tk.Attr {
 	case Ordered:
-		s.ordered++
+		s.ordered.push(&tk.inOrdered, tk)
 	case HeadOfQueue:
 		s.head++
 	}
+	if s.byTag != nil {
+		s.index(tk)
+	}
 	return true
+}
+
+// blocks says whether the tasks of the set keep one that arrives from running: HEAD OF QUEUE
+// ones all but such, ORDERED ones SIMPLE, and any task ORDERED. The caller holds mu.
+func (s *taskSet) blocks(tk *task) bool {
+	switch {
+	case tk.Attr == HeadOfQueue:
+		return false
+	case tk.Attr == Ordered:
+		return s.tasks.first != nil
+	}
+	return s.head > 0 || s.ordered.first != nil
+}
+
+// release lets those dormant tasks run that nothing blocks any longer. They are looked at in
+// order of arrival: whatever blocks one blocks all that came later. The caller holds mu.
+func (s *taskSet) release() {
+	for s.dormant.first != nil && s.head == 0 {
+		s.steps++
+		tk := s.dormant.first.of
+		if tk.Attr == Ordered {
+			if s.tasks.first.of != tk {
+				return
+			}
+		} else if o := s.ordered.first; o != nil && o.of.inDormant.of == nil {
+			return // an older ORDERED task: it runs, as those that are dormant are not older
+		}
+		s.dormant.remove(&tk.inDormant)
+		s.wake(tk)
+	}
+}
+
+// wake ends the wait of tk, if it waits. The caller holds mu.
+func (s *taskSet) wake(tk *task) {
+	if tk.wake != nil {
+		s.steps++
+		close(tk.wake)
+		tk.wake = nil
+	}
 }
 
 // enter is join that returns when the attribute of tk lets it run (SAM-5 8.6). It
@@ -144,8 +194,12 @@ func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
 	if !s.add(tk) {
 		return nil, false
 	}
-	for tk.state.Load() == running && s.blocked(tk) {
-		s.wait()
+	if tk.inDormant.of != nil && tk.state.Load() == running {
+		wake := make(chan struct{})
+		tk.wake = wake
+		s.mu.Unlock()
+		<-wake
+		s.mu.Lock()
 	}
 	n := s.nexus(tk.Nexus)
 	if tk.state.Load() != running {
@@ -169,33 +223,11 @@ func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
 func (s *taskSet) enterNow(tk *task, exempt bool) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.add(tk) || s.blocked(tk) {
+	if !s.add(tk) || tk.inDormant.of != nil {
 		return false
 	}
 	n := s.nexus(tk.Nexus) // known from now on, whatever the command
 	return (exempt || len(n.attention) == 0) && !s.conflicts(tk)
-}
-
-// blocked says whether tk must wait: SIMPLE for HEAD OF QUEUE and for older
-// ORDERED tasks, ORDERED for HEAD OF QUEUE and for every older task, HEAD OF
-// QUEUE for none. The caller holds mu.
-func (s *taskSet) blocked(tk *task) bool {
-	switch {
-	case tk.Attr == HeadOfQueue:
-		return false
-	case s.head > 0:
-		return true
-	case tk.Attr == Ordered:
-		return tk.prev != nil
-	case s.ordered == 0:
-		return false
-	}
-	for p := tk.prev; p != nil; p = p.prev {
-		if p.Attr == Ordered {
-			return true
-		}
-	}
-	return false
 }
 
 // occupy takes one of slots, and says whether it has: it gives up when tk is aborted.
@@ -224,19 +256,12 @@ func (s *taskSet) interruptibly(tk *task, wait func(cut <-chan struct{})) {
 		s.mu.Unlock()
 		return
 	}
-	tk.cut = cut
+	tk.wake = cut
 	s.mu.Unlock()
 	wait(cut)
 	s.mu.Lock()
-	tk.cut = nil
+	tk.wake = nil
 	s.mu.Unlock()
-}
-
-// wait is changed.Wait. The caller holds mu.
-func (s *taskSet) wait() {
-	s.waiting++
-	s.changed.Wait()
-	s.waiting--
 }
 
 // abortCause returns what ended tk, whose state is aborted.
@@ -250,70 +275,110 @@ func (s *taskSet) abortCause(tk *task) Abort {
 func (s *taskSet) leave(tk *task) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if tk.prev == nil {
-		s.first = tk.next
-	} else {
-		tk.prev.next = tk.next
-	}
-	if tk.next == nil {
-		s.last = tk.prev
-	} else {
-		tk.next.prev = tk.prev
-	}
-	switch tk.Attr {
-	case Ordered:
-		s.ordered--
-	case HeadOfQueue:
+	s.tasks.remove(&tk.inSet)
+	s.ordered.remove(&tk.inOrdered)
+	s.dormant.remove(&tk.inDormant)
+	if tk.Attr == HeadOfQueue {
 		s.head--
 	}
-	for _, w := range tk.waiters {
-		w.left--
+	switch {
+	case s.byTag == nil:
+	case s.tasks.first == nil:
+		s.byTag = nil
+	default:
+		key := taskKey{tk.Nexus, tk.Tag}
+		twins := s.byTag[key]
+		if twins.remove(&tk.inTag); twins.first == nil {
+			delete(s.byTag, key)
+		}
 	}
-	if s.waiting > 0 {
-		s.changed.Broadcast()
+	for _, w := range tk.waiters {
+		if w.left--; w.left == 0 {
+			close(w.done)
+		}
+	}
+	s.release()
+}
+
+// index puts tk in byTag. The caller holds mu.
+func (s *taskSet) index(tk *task) {
+	s.steps++
+	key := taskKey{tk.Nexus, tk.Tag}
+	twins := s.byTag[key]
+	if twins == nil {
+		twins = &list[task]{}
+		s.byTag[key] = twins
+	}
+	twins.push(&tk.inTag, tk)
+}
+
+// A selection is some of the tasks of a set, in order of arrival. The caller of one holds mu.
+type selection func(*taskSet) iter.Seq[*task]
+
+// tagged selects the tasks of a nexus with a tag, of which there should be one.
+func tagged(nexus NexusID, tag uint64) selection {
+	return func(s *taskSet) iter.Seq[*task] {
+		if s.byTag == nil {
+			s.byTag = map[taskKey]*list[task]{}
+			for tk := range s.tasks.all() {
+				s.index(tk)
+			}
+		}
+		if twins := s.byTag[taskKey{nexus, tag}]; twins != nil {
+			return twins.all()
+		}
+		return func(func(*task) bool) {}
 	}
 }
 
-// abort ends every task that match selects and returns when the last of them
-// has been answered: what was being answered already is waited for too, so that
-// no answer comes after abort has returned. It returns whose tasks it ended.
-func (s *taskSet) abort(cause Abort, match func(*task) bool) []NexusID {
+// every selects all tasks that match is true for.
+func every(match func(*task) bool) selection {
+	return func(s *taskSet) iter.Seq[*task] {
+		return func(yield func(*task) bool) {
+			for tk := range s.tasks.all() {
+				s.steps++
+				if match(tk) && !yield(tk) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// tasksOf selects the tasks of a nexus, and allTasks those of all.
+func tasksOf(nexus NexusID) selection { return every(func(tk *task) bool { return tk.Nexus == nexus }) }
+
+var allTasks = every(func(*task) bool { return true })
+
+// abort ends every selected task and returns when the last of them has been answered: what was
+// being answered already is waited for too, so that no answer comes after abort has returned. It
+// returns whose tasks it ended.
+func (s *taskSet) abort(cause Abort, which selection) map[NexusID]bool {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	w, ended := s.end(cause, match)
-	s.await(w)
+	w, ended := s.end(cause, which)
+	s.mu.Unlock()
+	<-w.done
 	return ended
 }
 
-// end is the first half of abort: it ends the tasks, which await waits for. The
-// caller holds mu.
-func (s *taskSet) end(cause Abort, match func(*task) bool) (w *abortWait, ended []NexusID) {
-	w = &abortWait{}
-	for tk := s.first; tk != nil; tk = tk.next {
-		if !match(tk) {
-			continue
-		}
+// end is the first half of abort: it ends the tasks, which are gone when done of what it returns
+// is closed. The caller holds mu.
+func (s *taskSet) end(cause Abort, which selection) (w *abortWait, ended map[NexusID]bool) {
+	w, ended = &abortWait{done: make(chan struct{})}, map[NexusID]bool{}
+	for tk := range which(s) {
+		s.steps++
 		if tk.state.CompareAndSwap(running, aborted) {
 			tk.cause = cause
-			ended = append(ended, tk.Nexus)
-			if tk.cut != nil {
-				close(tk.cut)
-			}
+			ended[tk.Nexus] = true
+			s.wake(tk)
 		}
 		w.left++
 		tk.waiters = append(tk.waiters, w)
 	}
-	if w.left > 0 {
-		s.changed.Broadcast()
+	if w.left == 0 {
+		close(w.done)
 	}
 	return w, ended
-}
-
-// await returns when the tasks of w have been answered. The caller holds mu.
-func (s *taskSet) await(w *abortWait) {
-	for w.left > 0 {
-		s.wait()
-	}
 }
 
 // attention establishes a unit attention condition for the known initiators
@@ -384,12 +449,13 @@ func (s *taskSet) clearAttention(id NexusID, sense Sense) {
 	n.attention = kept
 }
 
-// has says whether match selects a task of the set that has not been answered.
-func (s *taskSet) has(match func(*task) bool) bool {
+// has says whether a selected task is in the set and has not been answered.
+func (s *taskSet) has(which selection) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for tk := s.first; tk != nil; tk = tk.next {
-		if match(tk) && tk.state.Load() != answering {
+	for tk := range which(s) {
+		s.steps++
+		if tk.state.Load() != answering {
 			return true
 		}
 	}
@@ -412,7 +478,7 @@ func (s *taskSet) close() {
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
-	s.abort(AbortedByReset, func(*task) bool { return true })
+	s.abort(AbortedByReset, allTasks)
 }
 
 // isClosed says whether the unit has been detached.
