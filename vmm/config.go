@@ -6,7 +6,6 @@ package vmm
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 
@@ -117,6 +116,8 @@ type Outcome struct {
 	// Report is more than one line for GuestCrashed and Bug: registers and
 	// instruction bytes, or a stack.
 	Report string
+
+	tripleFault bool
 }
 
 // Run builds the machine of cfg and runs it to its end, which cancelling ctx
@@ -136,12 +137,7 @@ func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 		if err := m.close(); err != nil && out.Err == nil {
 			out = Outcome{Ending: HostFailed, Err: err}
 		}
-		if out.Ending == GuestPanic {
-			// The console may have shown the text after the device told.
-			if text := m.console.lastPanic(); text != "" {
-				out.Err = errors.New(text)
-			}
-		}
+		out = m.verdict(out)
 		if out.Ending != GuestReset || !cfg.Rebooting {
 			return out, nil
 		}

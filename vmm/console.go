@@ -1,71 +1,176 @@
 package vmm
 
 import (
-	"bytes"
 	"io"
 	"regexp"
+	"strconv"
+	"strings"
 	"sync"
 )
 
-// A Linux panic as the console shows it, at the start of a line but for
-// printk's time stamp and caller. The second is the last line of a kernel that
-// stays where it is (kernel/panic.c).
-var (
-	panicLine = regexp.MustCompile(`^(?:\[[ 0-9.TC]+\] ?)*(Kernel panic - not syncing: ?.*)$`)
-	panicEnd  = regexp.MustCompile(`^(?:\[[ 0-9.TC]+\] ?)*---\[ end Kernel panic`)
-)
-
-// maxLine bounds what is kept of a line; no kernel line of interest is longer.
-const maxLine = 512
-
-// panicWatch passes console output on and looks for a panic in it.
-type panicWatch struct {
-	out      io.Writer
-	on       bool
-	panicked func(text string, final bool)
-
-	mu   sync.Mutex
-	line []byte
-	last string
+// kernelLines are what Linux prints that tells of the machine's end. The expressions match the
+// text of a printk record, without its prefix.
+var kernelLines = []struct {
+	text *regexp.Regexp
+	read func(w *consoleWatch, text string)
+}{
+	{regexp.MustCompile(`^Kernel panic - not syncing`), func(w *consoleWatch, text string) {
+		w.text, w.own = text, true
+	}},
+	// What follows a panic (kernel/panic.c; the notifier in arch/x86/kernel/setup.c), and the
+	// first line of a crash kernel.
+	{regexp.MustCompile(`^(CPU: \d+ (UID: \d+ )?PID: \d+ |Kernel Offset: |Rebooting in \d+ seconds|---\[ end Kernel panic|Linux version )`),
+		func(w *consoleWatch, _ string) { w.proved = w.text != "" }},
+	// From here on the kernel only waits.
+	{regexp.MustCompile(`^(Rebooting in \d+ seconds|---\[ end Kernel panic)`), func(w *consoleWatch, _ string) {
+		if w.proved {
+			w.final()
+		}
+	}},
+	// A kernel that restarts in order did not panic: a program printed the text.
+	{regexp.MustCompile(`^((reboot: )?Restarting system|sysrq: (SysRq : )?Resetting|kexec_core: Starting new kernel)`),
+		func(w *consoleWatch, _ string) {
+			if !w.proved {
+				w.text, w.own = "", false
+			}
+		}},
 }
 
-// Write passes p on, then looks at the lines that it completes.
-func (w *panicWatch) Write(p []byte) (int, error) {
+// A printk record has none or several of these in front of its text: a log level
+// (console_msg_format=syslog), a time stamp (printk.time), and the task or CPU that printed it
+// (CONFIG_PRINTK_CALLER). Patched kernels put other things between brackets. It begins a line,
+// or follows what a program or another record left there.
+var (
+	recordAtStart = regexp.MustCompile(`^ *(?:<(\d{1,3})>)?(?:[ I]?\[[^][]{1,64}\])* ?`)
+	recordInside  = regexp.MustCompile(`(?:<(\d{1,3})>|\[ *(?:\d+\.\d+|[TC]\d+)[^][]{0,48}\])(?:[ I]?\[[^][]{1,64}\])* ?`)
+	panicInside   = regexp.MustCompile(`Kernel panic - not syncing: .*\S`)
+)
+
+// records calls read with each text in a line that can be a record of the kernel.
+func records(line []byte, read func(text string)) {
+	at := append([][]int{recordAtStart.FindSubmatchIndex(line)}, recordInside.FindAllSubmatchIndex(line, -1)...)
+	for i, m := range at {
+		if i > 0 && m[1] == at[0][1] {
+			continue // the one at the start again
+		}
+		if m[2] >= 0 {
+			// The facility of what a program writes to /dev/kmsg is not 0 (the kernel).
+			if level, _ := strconv.Atoi(string(line[m[2]:m[3]])); level >= 8 {
+				continue
+			}
+		}
+		read(strings.TrimSpace(string(line[m[1]:])))
+	}
+}
+
+// consoleWatch passes console output on and reads the kernel's lines in it.
+type consoleWatch struct {
+	out io.Writer
+	on  bool
+	// final is called, perhaps several times, when the kernel has said that it panicked and
+	// only waits from here on.
+	final func()
+
+	mu   sync.Mutex
+	line consoleLine
+	// text is a panic's message, or "". It counts if it stood where the kernel prints (own), or
+	// if a line that follows only a panic came after it (proved).
+	text        string
+	own, proved bool
+}
+
+// Write passes p on, then reads the lines that it completes.
+func (w *consoleWatch) Write(p []byte) (int, error) {
 	n, err := w.out.Write(p)
 	if !w.on {
 		return n, err
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for rest := p; len(rest) > 0; {
-		i := bytes.IndexByte(rest, '\n')
-		part := rest
-		if i >= 0 {
-			part = rest[:i]
+	for _, c := range p {
+		if w.line.add(c) {
+			w.read()
 		}
-		w.line = append(w.line, part[:min(len(part), maxLine-len(w.line))]...)
-		if i < 0 {
-			break
-		}
-		w.see(bytes.TrimRight(w.line, "\r"))
-		w.line = w.line[:0]
-		rest = rest[i+1:]
 	}
 	return n, err
 }
 
-func (w *panicWatch) see(line []byte) {
-	if m := panicLine.FindSubmatch(line); m != nil {
-		w.last = string(m[1])
-		w.panicked(w.last, false)
-	} else if w.last != "" && panicEnd.Match(line) {
-		w.panicked(w.last, true)
+// read reads the line and empties it. The caller has mu.
+func (w *consoleWatch) read() {
+	line := w.line.text
+	w.line.text, w.line.full = line[:0], false
+	if len(line) == 0 {
+		return
+	}
+	known := false
+	records(line, func(text string) {
+		for _, k := range kernelLines {
+			if k.text.MatchString(text) {
+				known = true
+				k.read(w, text)
+			}
+		}
+	})
+	if !known && !w.own && !w.proved {
+		if text := panicInside.Find(line); text != nil {
+			w.text = string(text)
+		}
 	}
 }
 
-// lastPanic returns the panic message seen last, or "".
-func (w *panicWatch) lastPanic() string {
+// panicText returns the message of the panic that the console showed, or "".
+func (w *consoleWatch) panicText() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.last
+	w.read() // a line that nothing has ended
+	if w.own || w.proved {
+		return w.text
+	}
+	return ""
+}
+
+// consoleLine collects the text of a line: without line ends, other control characters and
+// escape sequences. Any of the line ends CR, LF and CR LF ends it.
+type consoleLine struct {
+	text   []byte
+	escape byte // 0: none; escapeByte; '[' in a control sequence (ECMA-48, 5.4)
+	full   bool // the text has a panic's and takes no more than fits
+}
+
+const (
+	escapeByte = 0x1b
+	// maxLine bounds a line; a record of the kernel has 1 KiB (PRINTKRB_RECORD_MAX). Of a longer
+	// one the end is kept, where a record can begin.
+	maxLine = 4 << 10
+	keptEnd = 256
+)
+
+// add adds a byte, and reports whether it ended the line.
+func (l *consoleLine) add(c byte) bool {
+	escape := l.escape
+	l.escape = 0
+	switch {
+	case c == '\r' || c == '\n':
+		return true
+	case c == escapeByte:
+		l.escape = escapeByte
+	case c < ' ' && c != '\t' || c == 0x7f:
+		l.escape = escape
+	case escape == escapeByte && c == '[':
+		l.escape = '['
+	case escape == escapeByte && c <= '/', escape == '[' && c <= '?':
+		l.escape = escape // an intermediate byte, or a parameter
+	case escape != 0: // the final byte
+	case len(l.text) < maxLine:
+		l.text = append(l.text, c)
+	case !l.full:
+		from := maxLine - keptEnd
+		if m := panicInside.FindIndex(l.text); m != nil {
+			from, l.full = max(m[0]-keptEnd, 0), true
+		}
+		if l.text = append(l.text[:0], l.text[from:]...); from > 0 {
+			l.text = append(l.text, c)
+		}
+	}
+	return false
 }

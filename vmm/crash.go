@@ -10,7 +10,11 @@ import (
 // crash describes an exit after which the guest can not go on. It runs on the
 // vCPU's thread.
 func (m *machine) crash(index int, c *kvmapi.VCPU, e kvmapi.Exit) Outcome {
-	out := Outcome{Ending: GuestCrashed, Err: fmt.Errorf("vCPU %d: %s", index, e.String())}
+	out := Outcome{
+		Ending:      GuestCrashed,
+		Err:         fmt.Errorf("vCPU %d: %s", index, e.String()),
+		tripleFault: e.Reason == kvmapi.ExitShutdown,
+	}
 	var b strings.Builder
 	r, err := c.Regs()
 	s, err2 := c.Sregs()

@@ -38,7 +38,7 @@ type machine struct {
 	uart    *serial.UART
 	uartIRQ *eventfd.FD
 	rtc     *rtc.RTC
-	console *panicWatch
+	console *consoleWatch
 	irqs    interrupts
 	bus     *pci.Bus
 	virtio  []*vpci.Device
@@ -118,7 +118,7 @@ func (m *machine) addPlatform() error {
 	if err := m.vm.AssignIRQFD(m.uartIRQ, serial.IRQ); err != nil {
 		return err
 	}
-	m.console = &panicWatch{out: m.cfg.Console, on: m.cfg.PanicText, panicked: m.panicText}
+	m.console = &consoleWatch{out: m.cfg.Console, on: m.cfg.PanicText, final: m.panicFinal}
 	m.uart = serial.New(serial.Config{Out: m.console, Raise: func() { m.check(m.uartIRQ.Signal()) }})
 	m.cfg.Console.Connect(m.uart.Input())
 

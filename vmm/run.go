@@ -9,7 +9,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"gvm/devices/pvpanic"
 	"gvm/kvmapi"
 	"gvm/vmm/bus"
 )
@@ -21,8 +20,6 @@ type lifecycle struct {
 	outcome Outcome
 	ended   chan struct{}
 	stop    atomic.Bool
-	// sawPanic is the text of a kernel panic that the console showed.
-	sawPanic atomic.Pointer[string]
 }
 
 func (l *lifecycle) init() { l.ended = make(chan struct{}) }
@@ -43,37 +40,8 @@ func (l *lifecycle) check(err error) {
 	}
 }
 
-// reset is the guest asking for a reset. A kernel that panicked before does so
-// after its panic timeout.
-func (l *lifecycle) reset() {
-	if text := l.sawPanic.Load(); text != nil {
-		l.end(panicOutcome(*text))
-		return
-	}
-	l.end(Outcome{Ending: GuestReset})
-}
-
-func panicOutcome(text string) Outcome {
-	return Outcome{Ending: GuestPanic, Err: errors.New(text)}
-}
-
-// pvpanic is the guest's panic notifier. A guest that goes on to its crash
-// kernel, or that just shuts down, is left to do so.
-func (m *machine) pvpanic(e pvpanic.Event) {
-	if e&pvpanic.Panicked == 0 {
-		return
-	}
-	m.end(panicOutcome("the guest's kernel panicked"))
-}
-
-// panicText is the console's word of a panic: final when the kernel has said
-// that it stays where it is.
-func (m *machine) panicText(text string, final bool) {
-	m.sawPanic.Store(&text)
-	if final {
-		m.end(panicOutcome(text))
-	}
-}
+// reset is the guest asking for a reset.
+func (l *lifecycle) reset() { l.end(Outcome{Ending: GuestReset}) }
 
 // deviceTrouble is what a transport tells of a device that broke. The guest
 // sees it in the device's status, and goes on. It is said once per text: a guest

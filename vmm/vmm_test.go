@@ -20,53 +20,6 @@ import (
 	"gvm/vmm/guestmem"
 )
 
-func TestPanicWatch(t *testing.T) {
-	type seen struct {
-		text  string
-		final bool
-	}
-	const text = "Kernel panic - not syncing: sysrq triggered crash"
-	for _, c := range []struct {
-		name  string
-		lines string
-		want  []seen
-	}{
-		{"time stamp", "[    1.234567] " + text + "\r\n", []seen{{text, false}}},
-		{"caller", "[    1.234567][  T12] " + text + "\n", []seen{{text, false}}},
-		{"bare", text + "\n", []seen{{text, false}}},
-		{"end", "[ 1.2] " + text + "\n[ 1.3] CPU: 0\n[ 1.4] ---[ end " + text + " ]---\n", []seen{{text, false}, {text, true}}},
-		{"end alone", "---[ end Kernel panic - not syncing ]---\n", nil},
-		{"quoted", "echo '" + text + "'\n", nil},
-		{"unfinished", "[ 1.2] " + text, nil},
-		{"long line", strings.Repeat("x", 1000) + "\n" + text + "\n", []seen{{text, false}}},
-	} {
-		// The console's writes cut lines anywhere.
-		for _, step := range []int{1, 7, 1 << 20} {
-			var out bytes.Buffer
-			var got []seen
-			w := &panicWatch{out: &out, on: true, panicked: func(text string, final bool) { got = append(got, seen{text, final}) }}
-			for p := []byte(c.lines); len(p) > 0; {
-				n := min(step, len(p))
-				if _, err := w.Write(p[:n]); err != nil {
-					t.Fatal(err)
-				}
-				p = p[n:]
-			}
-			if len(got) != len(c.want) {
-				t.Fatalf("%s, %d bytes at a time: saw %v, want %v", c.name, step, got, c.want)
-			}
-			for i := range got {
-				if got[i] != c.want[i] {
-					t.Errorf("%s: saw %v, want %v", c.name, got[i], c.want[i])
-				}
-			}
-			if out.String() != c.lines {
-				t.Errorf("%s: the console got %q", c.name, out.String())
-			}
-		}
-	}
-}
-
 func TestMMIO64IsAboveRAM(t *testing.T) {
 	for _, c := range []struct {
 		size uint64

@@ -1,0 +1,126 @@
+package vmm
+
+import (
+	"bytes"
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// A panic's lines and those of an end in order, as Linux prints them.
+const (
+	panicked   = "Kernel panic - not syncing: sysrq triggered crash"
+	offset     = "[   12.345678] Kernel Offset: 0x2a000000 from 0xffffffff81000000\r\n"
+	endMarker  = "---[ end Kernel panic - not syncing: sysrq triggered crash ]---"
+	restarting = "[   13.000000] reboot: Restarting system\r\n"
+)
+
+// TestPanicText has the forms in which a console shows a panic, and what is none.
+func TestPanicText(t *testing.T) {
+	long := strings.Repeat("a progress bar that never ends ", 1000)
+	for _, tt := range []struct {
+		name, out, want string
+	}{
+		// printk's own prefixes.
+		{"bare", panicked + "\n", panicked},
+		{"time", "[   12.345678] " + panicked + "\r\n", panicked},
+		{"a machine up for months", "[12345678.123456] " + panicked + "\r\n", panicked},
+		{"syslog", "<0>" + panicked + "\r\n", panicked},
+		{"syslog, time", "<0>[   12.345678] " + panicked + "\r\n", panicked},
+		{"syslog, time, task", "<0>[   12.345678][    T1] " + panicked + "\r\n", panicked},
+		{"syslog, CPU", "<0>[    C0] " + panicked + "\r\n", panicked},
+		{"time, task", "[   12.345678][ T1234] " + panicked + "\r\n", panicked},
+		{"task, no time", "[    T1] " + panicked + "\r\n", panicked},
+		{"space between", "[   12.345678] [    C3] " + panicked + "\r\n", panicked},
+		{"Android's process", "<0>[   12.345678] [1:      swapper/0:    1] " + panicked + "\r\n", panicked},
+		{"its interrupt", "[   12.345678]I[1:      swapper/0:    1] " + panicked + "\r\n", panicked},
+		{"no colon", "[    0.000000] Kernel panic - not syncing\r\n", "Kernel panic - not syncing"},
+		// Lines.
+		{"LF", "a\n" + panicked + "\n", panicked},
+		{"CR alone", "a\r" + panicked + "\rb", panicked},
+		{"LF CR", "a\n\r" + panicked + "\n\r", panicked},
+		{"never ended", "a\r\n[   12.345678] " + panicked, panicked},
+		{"NULs", "\x00\x00[   12.3456\x0078] Kernel pa\x00nic - not syncing: sysrq triggered crash\x00\r\n", panicked},
+		{"bell, backspaces", "\a[   12.345678] \b" + panicked + "\a\r\n", panicked},
+		{"earlycon's and the console's", strings.Repeat("[    0.000000] "+panicked+"\r\n", 2), panicked},
+		// Escape sequences.
+		{"colour around", "\x1b[0;1;31m[   12.345678] " + panicked + "\x1b[0m\r\n", panicked},
+		{"colour between", "\x1b[32m[   12.345678]\x1b[0m \x1b[31mKernel panic - not syncing: sysrq\x1b[1m triggered crash\x1b[m\r\n", panicked},
+		{"line erased", "/ # \x1b[2K\x1b[1G" + panicked + "\r\n" + offset, panicked},
+		{"character set, keypad", "\x1b(B\x1b=" + panicked + "\r\n", panicked},
+		{"window title", "\x1b]0;root@guest: ~\a[   12.345678] " + panicked + "\r\n", panicked},
+		{"a title that does not end", "\x1b]0;root@guest[   12.345678] " + panicked + "\r\n", panicked},
+		{"a sequence that the panic cuts", "\x1b[3[   12.345678] " + panicked + "\r\n" + offset, panicked},
+		// A line that something else began.
+		{"prompt, time", "/ # [   12.345678] " + panicked + "\r\n", panicked},
+		{"prompt, syslog", "guest login: <0>" + panicked + "\r\n", panicked},
+		{"prompt, syslog, time", "guest login: <0>[   12.345678][   T99] " + panicked + "\r\n", panicked},
+		{"prompt, task", "~ # [    T1] " + panicked + "\r\n", panicked},
+		{"a record cut by another", "[   12.345677] systemd[1]: Starting[   12.345678] " + panicked + "\r\n", panicked},
+		{"prompt, bare", "/ # " + panicked + "\r\nCPU: 0 PID: 1 Comm: sh Not tainted 5.10.0\r\n", panicked},
+		{"prompt, bare, 6.12", "/ # " + panicked + "\r\nCPU: 0 UID: 0 PID: 1 Comm: sh Not tainted 6.12.0\r\n", panicked},
+		{"prompt, bare, rebooting", "/ # " + panicked + "\r\nRebooting in 1 seconds..", panicked},
+		{"dropped records, old kernels", "** 12 printk messages dropped ** [   12.345678] " + panicked + "\r\n", panicked},
+		{"dropped records, bare", "** 12 printk messages dropped ** " + panicked + "\r\n" + endMarker + "\r\n", panicked},
+		{"long line", long + "[   12.345678] " + panicked + "\r\n", panicked},
+		{"long line, bare", long + panicked + "\r\n" + offset, panicked},
+		{"a long message", panicked + " " + strings.Repeat("x", 1<<20) + "\r\n", panicked + " " + strings.Repeat("x", maxLine-len(panicked)-1)},
+		// After the panic.
+		{"the last panic", "[    1.000000] Kernel panic - not syncing: one\r\n[    2.000000] Kernel panic - not syncing: two\r\n", "Kernel panic - not syncing: two"},
+		{"crash kernel", panicked + "\r\n" + offset + "[    0.000000] Linux version 6.12.0\r\n" + restarting, panicked},
+		{"a quote after it", panicked + "\r\nno 'Kernel panic - not syncing: quoted' here\r\n", panicked},
+		// Not the kernel's.
+		{"nothing", "hello\r\n", ""},
+		{"quoted", "grep 'Kernel panic - not syncing: ' log\r\n", ""},
+		{"typed at a prompt", "/ # echo Kernel panic - not syncing: no\r\n", ""},
+		{"/dev/kmsg, syslog", "<12>[   12.345678] Kernel panic - not syncing: no\r\n", ""},
+		{"/dev/kmsg, syslog, inside", "/ # <8>[   12.345678] Kernel panic - not syncing: no\r\n", ""},
+		{"printed, then a restart in order", "Kernel panic - not syncing: no\r\n" + restarting, ""},
+		{"the same, old kernels", "Kernel panic - not syncing: no\r\nRestarting system.\r\n", ""},
+		{"printed, then sysrq b", "Kernel panic - not syncing: no\r\n[    2.000000] sysrq: Resetting\r\n", ""},
+		{"printed, then kexec", "Kernel panic - not syncing: no\r\n[    2.000000] kexec_core: Starting new kernel\r\n[    0.000000] Linux version 6.12.0\r\n", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, size := range []int{len(tt.out), 7, 1} { // of a write
+				var passed bytes.Buffer
+				w := &consoleWatch{out: &passed, on: true, final: func() {}}
+				for rest := []byte(tt.out); len(rest) > 0; {
+					n, err := w.Write(rest[:min(size, len(rest))])
+					if err != nil {
+						t.Fatal(err)
+					}
+					rest = rest[n:]
+				}
+				if got := w.panicText(); got != tt.want {
+					t.Errorf("writes of %d: %.200q, want %.200q", size, got, tt.want)
+				}
+				if passed.String() != tt.out {
+					t.Errorf("writes of %d: %d bytes passed, want %d", size, passed.Len(), len(tt.out))
+				}
+			}
+		})
+	}
+}
+
+// TestPanicFinal: the kernel's last line after a panic, and only then, is its end.
+func TestPanicFinal(t *testing.T) {
+	for out, want := range map[string]bool{
+		panicked + "\r\n" + endMarker + "\r\n":                                        true,
+		"<0>[    1.0][T1] " + panicked + "\r\n<0>[    1.0][T1] " + endMarker + "\r\n": true,
+		"/ # " + panicked + "\r\n" + endMarker + "\r\n":                               true,
+		panicked + "\r\n[    1.0] ---[ end Kernel panic - not syncing: old\r\n":       true,
+		panicked + "\r\nRebooting in 10 seconds..\r\n":                                true,
+		panicked + "\r\n" + offset:                                                    false,
+		endMarker + "\r\n":                                                            false,
+		panicked + "\r\n# grep '" + endMarker + "' log\r\n":                           false,
+		"grep 'Kernel panic - not syncing: ' log; grep '" + endMarker + "'\r\n":       false,
+		panicked + "\r\n<12>[    1.0] " + endMarker + "\r\n":                          false,
+	} {
+		got := false
+		w := &consoleWatch{out: new(bytes.Buffer), on: true, final: func() { got = true }}
+		fmt.Fprint(w, out)
+		if got != want {
+			t.Errorf("%q: final %v, want %v", out, got, want)
+		}
+	}
+}
