@@ -145,7 +145,11 @@ func (tk *task) readIn(lba uint64, n int, tuples [][]byte) error {
 	if tk.u.cfg.Protection == nil {
 		return tk.u.read(iov, lba)
 	}
-	return tk.u.readChecked(iov, lba, tuples, protectChecks[protectField(tk.CDB)])
+	err := tk.u.readChecked(iov, lba, tuples, protectChecks[protectField(tk.CDB)])
+	if err == nil && tuples != nil {
+		tk.piDone = n / int(tk.u.blockSize) * TupleSize
+	}
+	return err
 }
 
 // write is WRITE(6), (10), (12) and (16) (SBC-4 5.40 to 5.43).

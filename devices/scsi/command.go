@@ -58,6 +58,8 @@ type Result struct {
 	Status   Status
 	Sense    []byte // sense data, empty unless Status is CheckCondition
 	Residual uint32 // bytes of the data buffers that were not transferred
+	// ProtectionIn is how many bytes of the buffer of that name were written, from its beginning.
+	ProtectionIn uint32
 	// NoLUN says that the LUN of the command has no logical unit, for a
 	// transport that answers that itself. Status and Sense are set all the
 	// same, as SPC-5 6.6.1 and SAM-5 4.7 say for an incorrect logical unit.

@@ -219,7 +219,7 @@ func (tk *task) run() error {
 		if err != errWait {
 			return err
 		}
-		tk.inDone, tk.outDone, tk.overrun, tk.charged = 0, 0, false, false
+		tk.inDone, tk.outDone, tk.piDone, tk.overrun, tk.charged = 0, 0, 0, false, false
 		if tk.now {
 			return err
 		}
@@ -293,7 +293,7 @@ func (tk *task) acceptable() error {
 // result makes the answer of a command that ended with err. An error without
 // sense data of its own is a failure all the same.
 func (tk *task) result(err error) Result {
-	r := Result{Status: tk.status, Overrun: tk.overrun}
+	r := Result{Status: tk.status, Overrun: tk.overrun, ProtectionIn: clampInt(tk.piDone)}
 	switch {
 	case err == errReservationConflict:
 		r.Status = ReservationConflict

@@ -37,6 +37,7 @@ type task struct {
 	inLen, outLen int    // sizes of the buffers
 	inDone        int    // bytes transferred
 	outDone       int
+	piDone        int // bytes of ProtectionIn written
 	overrun       bool
 	iov           [][]byte     // reused by clip
 	after         func() error // what is left to do once the command has been answered, nil: nothing

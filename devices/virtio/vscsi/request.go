@@ -26,6 +26,9 @@ const (
 // CDB of 10 bytes has no more bits.
 const maxPayload = 64 << 10
 
+// maxProtection bounds what fillProtection writes: the tuples of the largest transfer.
+const maxProtection = 65536 * scsi.TupleSize
+
 // promptRead is how many bytes the driver may have to wait for, in a read of what is in
 // memory, with the interrupt for what was completed before: some microseconds.
 const promptRead = 64 << 10
@@ -148,9 +151,10 @@ func (r *request) done(res scsi.Result) {
 	r.answer(code, res)
 }
 
-// answer writes the response and gives the chain back. The sense area is
-// written to its end, so that the written length covers the data behind it
-// without a gap.
+// answer writes the response and gives the chain back. The used length is the bytes written from
+// the beginning of the device-writable part, without a gap (virtio 1.3, 2.7.8.2; TestUsedLength).
+// The sense area and that of protection information are written to their ends, so that it
+// covers the data behind them.
 func (r *request) answer(code byte, res scsi.Result) {
 	resp := r.resp[:r.toLen]
 	senseLen := copy(resp[respLen:], res.Sense)
@@ -165,7 +169,10 @@ func (r *request) answer(code byte, res scsi.Result) {
 	written := r.toLen
 	if len(r.cmd.In) > 0 {
 		if moved := r.dataLen - int(res.Residual); moved > 0 {
-			written += r.piIn + moved
+			written += int(res.ProtectionIn)
+			if r.fillProtection(int(res.ProtectionIn)) {
+				written += r.piIn - int(res.ProtectionIn) + moved
+			}
 		}
 	}
 	if r.observer != nil {
@@ -174,6 +181,22 @@ func (r *request) answer(code byte, res scsi.Result) {
 	// What lies in guest memory is not kept past the request.
 	r.to, r.cmd.Out, r.cmd.In, r.cmd.ProtectionOut, r.cmd.ProtectionIn = nil, nil, nil, nil, nil
 	r.w.Complete(r.c, uint32(written))
+}
+
+// fillProtection writes what the target left of pi_in, after done bytes, with the tuples that
+// are not checked (SBC-4 4.21.3). It returns false where that is more than any command can have.
+func (r *request) fillProtection(done int) bool {
+	if r.piIn-done > maxProtection {
+		return false
+	}
+	for _, p := range r.cmd.ProtectionIn {
+		skip := min(done, len(p))
+		done -= skip
+		for i := range p[skip:] {
+			p[skip+i] = 0xff
+		}
+	}
+	return true
 }
 
 // begin notes what was asked.
