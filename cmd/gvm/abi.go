@@ -179,9 +179,9 @@ func abiTable(w io.Writer, f facts) error {
 
 // readFacts reads what gvm abi --json wrote.
 func readFacts(path string) (map[string]string, error) {
-	b, err := os.ReadFile(path)
+	b, err := readInput(path, 16<<20)
 	if err != nil {
-		return nil, diskError{err}
+		return nil, err
 	}
 	var f facts
 	if err := json.Unmarshal(b, &f); err != nil || f["kernel"] == nil {

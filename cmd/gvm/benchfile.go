@@ -15,9 +15,9 @@ func openBenchRecord(path string) (*benchRecord, error) {
 	if path == "" {
 		return nil, nil
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644)
+	f, err := openOutput(path)
 	if err != nil {
-		return nil, configError{err}
+		return nil, err
 	}
 	return &benchRecord{f}, nil
 }

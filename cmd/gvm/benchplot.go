@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"image/color"
 	"io"
@@ -129,19 +130,11 @@ func writeBenchPlot(path string, panels []benchPanel) (err error) {
 	for i, c := range plot.Align([][]*plot.Plot{row}, tiles, all)[0] {
 		row[i].Draw(c)
 	}
-	f, err := os.Create(path)
-	if err != nil {
-		return configError{err}
+	var b bytes.Buffer
+	if _, err := canvas.WriteTo(&b); err != nil {
+		return fmt.Errorf("draw %s: %w", path, err)
 	}
-	if _, err = canvas.WriteTo(f); err == nil {
-		err = f.Close()
-	} else {
-		_ = f.Close()
-	}
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return nil
+	return writeOutput(path, b.Bytes())
 }
 
 func (b *benchPanel) plot() (*plot.Plot, error) {

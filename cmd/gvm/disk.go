@@ -11,8 +11,6 @@ import (
 	"strconv"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
 	"gvm/devices/virtio/vhostscsi"
@@ -27,6 +25,7 @@ type disk struct {
 	backend   backendChoice
 	workers   int // as in vhostscsi.Config
 	readOnly  bool
+	noLock    bool
 	serial    string
 	lun       int // -1: the next free one
 	cache     scsi.CacheMode
@@ -72,7 +71,7 @@ const (
 
 var backends = map[string]backendChoice{"process": byProcess, "vhost": byKernel, "auto": byEither}
 
-const diskUsage = "PATH[,readonly][,serial=S][,lun=N][,cache=writeback|writethrough|unsafe][,size=SIZE][,block_size=512|4096][,physical_block_size=N][,pi=1][,error=report|stop|enospc-stop][,iops=N[:BURST]][,bps=SIZE[:BURST]][,overlay=on|FILE][,backend=process|vhost|auto][,workers=N|shared], mem:SIZE or null:SIZE for PATH, or wwn=NAME,backend=vhost[,workers=N|shared]"
+const diskUsage = "PATH[,readonly][,serial=S][,lun=N][,cache=writeback|writethrough|unsafe][,size=SIZE][,block_size=512|4096][,physical_block_size=N][,pi=1][,error=report|stop|enospc-stop][,iops=N[:BURST]][,bps=SIZE[:BURST]][,overlay=on|FILE][,lock=on|off][,backend=process|vhost|auto][,workers=N|shared], mem:SIZE or null:SIZE for PATH, or wwn=NAME,backend=vhost[,workers=N|shared]"
 
 var cacheModes = map[string]scsi.CacheMode{
 	"writeback":    scsi.WriteBack,
@@ -142,6 +141,10 @@ func parseDisk(s string) (disk, error) {
 			}
 		case "overlay":
 			d.overlay = val
+		case "lock":
+			if d.noLock = val == "off"; !d.noLock && val != "on" {
+				return d, fmt.Errorf("--disk %s: lock=%s: want on or off", d.path, val)
+			}
 		case "size":
 			var n uint64
 			if n, err = parseSize(val, 1); err != nil {
@@ -201,8 +204,8 @@ func parseDisk(s string) (disk, error) {
 func (d *disk) consistent(words []string) error {
 	sized := slices.ContainsFunc(words, func(w string) bool { return strings.HasPrefix(w, "size=") })
 	switch {
-	case d.storage != inImage && (d.overlay != "" || sized || d.readOnly):
-		return fmt.Errorf("--disk %s: readonly, size= and overlay= are for images", d.path)
+	case d.storage != inImage && (d.overlay != "" || sized || d.readOnly || d.noLock):
+		return fmt.Errorf("--disk %s: readonly, size=, overlay= and lock= are for images", d.path)
 	case d.overlay != "" && (d.readOnly || sized):
 		return fmt.Errorf("--disk %s: overlay= makes the image read-only and keeps its size: neither readonly nor size= goes with it", d.path)
 	case (d.overlay != "" || d.storage != inImage) && d.backend != byProcess:
@@ -327,9 +330,6 @@ func openAll(list []disk, k kernelOptions, m *mishaps) (_ *disks, err error) {
 		}
 		f, err := ds.openImage(d)
 		if err != nil {
-			if d.backend == byKernel && errors.Is(err, backend.ErrLocked) {
-				err = inUseError{err}
-			}
 			return nil, err
 		}
 		if file, ok := f.(*backend.File); ok && d.backend == byKernel {
@@ -396,7 +396,10 @@ func (ds *disks) openImage(d disk) (scsi.Backend, error) {
 	if fi, err := os.Stat(d.path); err == nil {
 		was = fi.Size()
 	}
-	f, err := backend.Open(d.path, backend.Options{ReadOnly: d.readOnly || d.overlay != "", Size: d.size, BlockSize: d.blockSize})
+	f, err := backend.Open(d.path, backend.Options{
+		ReadOnly: d.readOnly || d.overlay != "", Size: d.size, BlockSize: d.blockSize,
+		NoLock: d.noLock, Lend: d.backend == byKernel, Note: ds.mishaps.note,
+	})
 	if err != nil {
 		return nil, diskError{err}
 	}
@@ -479,34 +482,13 @@ func (ds *disks) tuples(b scsi.Backend) (scsi.Protection, error) {
 // back, unless there is data by now.
 func (i opened) close(had bool) error {
 	if i.file != nil && !had {
-		undo(i.file, i.was)
+		i.file.Undo(i.was)
 	}
 	err := i.backend.Close()
 	if i.tuples != nil {
 		err = errors.Join(err, i.tuples.Close())
 	}
 	return err
-}
-
-// undo takes back what size= did. What holds data by now is left alone.
-func undo(f *backend.File, was int64) {
-	if was == f.Size() {
-		return
-	}
-	h, err := os.OpenFile(f.Path(), os.O_WRONLY, 0)
-	if err != nil {
-		return
-	}
-	defer h.Close()
-	// A block device has data up to its end.
-	if _, err := h.Seek(max(was, 0), unix.SEEK_DATA); !errors.Is(err, unix.ENXIO) {
-		return
-	}
-	if was < 0 {
-		_ = os.Remove(f.Path())
-	} else {
-		_ = h.Truncate(was)
-	}
 }
 
 // close takes down what was provisioned and releases the images; if no guest was

@@ -30,10 +30,10 @@ const exitStatusHelp = `gvm run ends with one of these, and nothing else:
 
      0  the guest powered itself off
      2  usage or configuration: a bad flag or value; a named file that is
-        missing, unreadable, not a kernel, not a disk, or in use by another gvm
+        missing, unreadable, not a kernel, not a disk, or in use by another gvm,
+        another process or the host
      3  host failure: /dev/kvm, memory, descriptors, disk access, terminal; for
-        a disk with backend=vhost all that keeps the kernel from serving it,
-        an image in use too
+        a disk with backend=vhost all that keeps the kernel from serving it
      4  the guest crashed: triple fault, or KVM could not go on; registers and
         instruction bytes are on standard error
      5  the guest's kernel panicked (told by pvpanic, or seen on the console)
@@ -66,15 +66,13 @@ func exitStatus(err error) int {
 		vc     *vmm.ConfigError
 		image  *boot.ImageError
 		disk   diskError
-		inUse  inUseError
 		words  cli.ExitCoder // help for a command that there is not
 	)
 	switch {
 	case errors.As(err, &usage), errors.As(err, &words), errors.As(err, &config), errors.As(err, &vc), errors.As(err, &image):
 		return exitUsage
-	case errors.As(err, &inUse):
 	case errors.As(err, &disk):
-		for _, kind := range []error{backend.ErrLocked, backend.ErrFormat, backend.ErrSize, backend.ErrNotDisk, backend.ErrBase, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
+		for _, kind := range []error{backend.ErrLocked, backend.ErrFormat, backend.ErrSize, backend.ErrNotDisk, backend.ErrBase, backend.ErrNoLocks, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
 			unix.EROFS, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG, unix.ETXTBSY, unix.EFBIG} {
 			if errors.Is(err, kind) {
 				return exitUsage

@@ -121,6 +121,9 @@ func showImage(out io.Writer, i backend.Info) error {
 	case i.Readers:
 		use = "for reading"
 	}
+	if i.Host != "" {
+		use = i.Host
+	}
 	_, err := fmt.Fprintf(out, "path       %s\nformat     %s\nsize       %s\n", i.Path, i.Format, formatSize(uint64(i.Size)))
 	if i.Format != "block device" && err == nil {
 		_, err = fmt.Fprintf(out, "allocated  %s\n", formatSize(uint64(i.Allocated)))

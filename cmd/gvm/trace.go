@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -173,9 +172,9 @@ func traceError(path string, err error) error {
 
 // openTrace opens a trace, and returns a function that closes it.
 func openTrace(path string) (*trace.Reader, func(), error) {
-	f, err := os.Open(path)
+	f, err := openInput(path)
 	if err != nil {
-		return nil, nil, diskError{fmt.Errorf("trace: %w", err)}
+		return nil, nil, fmt.Errorf("trace: %w", err)
 	}
 	r, err := trace.NewReader(f)
 	if err != nil {
@@ -453,10 +452,7 @@ func tracePlot(c *cli.Context, files []string) error {
 		}
 		return err
 	}
-	if err := os.WriteFile(out, b.Bytes(), 0o666); err != nil {
-		return diskError{err}
-	}
-	return nil
+	return writeOutput(out, b.Bytes())
 }
 
 // traceHeader describes a run with the disks: the devices in the order of

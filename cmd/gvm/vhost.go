@@ -19,16 +19,11 @@ type kernelOptions struct {
 	note   func(string)
 }
 
-// kernelError says that the kernel does not serve a disk, which backend=auto
-// gets over; inUseError that an image for the kernel is in use, which nobody
-// does. Both are status 3.
-type (
-	kernelError struct{ error }
-	inUseError  struct{ error }
-)
+// kernelError says that the kernel does not serve a disk: backend=auto then has gvm serve
+// it. It is status 3.
+type kernelError struct{ error }
 
 func (e kernelError) Unwrap() error { return e.error }
-func (e inUseError) Unwrap() error  { return e.error }
 
 // kernelTarget is a target of LIO's and the device that gives it to the guest.
 type kernelTarget struct {

@@ -255,7 +255,7 @@ func TestVhostTold(t *testing.T) {
 		args         []string
 		status       int
 	}{
-		{"image in use by a gvm", fmt.Sprintf("in use by process %d", p.cmd.Process.Pid), []string{"--disk", disk + ",backend=vhost"}, 3},
+		{"image in use by a gvm", fmt.Sprintf("in use by process %d", p.cmd.Process.Pid), []string{"--disk", disk + ",backend=vhost"}, 2},
 		{"target in use", fmt.Sprintf("belongs to gvm %d", p.cmd.Process.Pid), []string{"--disk", "wwn=" + wwn + ",backend=vhost"}, 3},
 		{"a newer interface is pinned", "this kernel speaks version 1 of its interface, and version 2 is asked for", []string{"--disk", other + ",backend=vhost", "--vhost-abi", "2"}, 3},
 		{"workers where the kernel has none, or fewer queues", "", []string{"--disk", other + ",backend=vhost,workers=1"}, -1},

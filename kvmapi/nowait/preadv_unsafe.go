@@ -1,6 +1,6 @@
-// Package nowait has system calls that do not wait, made without telling Go's scheduler,
-// which readies itself for a long absence at every other one: a tenth of what a small
-// read of the page cache takes.
+// Package nowait has file operations that do not wait. Preadv does not even tell Go's
+// scheduler, which readies itself for a long absence at every other system call: a tenth of
+// what a small read of the page cache takes.
 package nowait
 
 import (

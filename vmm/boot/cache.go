@@ -13,6 +13,8 @@ import (
 
 	"github.com/cespare/xxhash/v2"
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // The cache holds decompressed kernels: files named by the hash and size of the
@@ -61,13 +63,13 @@ func footer(image []byte) []byte {
 
 // cached maps a kernel in the cache, or returns nil. It is given back with Munmap.
 func cached(path string) (image, mapping []byte) {
-	f, err := os.Open(path)
+	f, err := nowait.Open(path, os.O_RDONLY, 0, nowait.Regular)
 	if err != nil {
 		return nil, nil
 	}
 	defer f.Close()
 	st, err := f.Stat()
-	if err != nil || !st.Mode().IsRegular() || st.Size() <= footerSize || st.Size() > maxVmlinux+footerSize {
+	if err != nil || st.Size() <= footerSize || st.Size() > maxVmlinux+footerSize {
 		return nil, nil
 	}
 	mapping, err = unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_POPULATE)

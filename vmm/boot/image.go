@@ -7,6 +7,8 @@ import (
 	"io"
 	"io/fs"
 	"os"
+
+	"gvm/kvmapi/nowait"
 )
 
 // ImageError says that what the user gave cannot be booted: Name is the file
@@ -26,10 +28,10 @@ type File struct {
 // maxStream bounds what is read from a pipe or device given as a file.
 const maxStream = 1 << 30
 
-// OpenFile opens a kernel or initrd for reading. What is not a regular file,
-// such as a pipe, is read to its end. Errors are *ImageError.
+// OpenFile opens a kernel or initrd for reading. A pipe and a block device are read to
+// their end; a pipe that no program writes is empty. Errors are *ImageError.
 func OpenFile(path string) (*File, error) {
-	f, err := os.Open(path)
+	f, err := nowait.Open(path, os.O_RDONLY, 0, nowait.Regular|nowait.Pipe|nowait.BlockDevice)
 	if err != nil {
 		return nil, openError(path, err)
 	}
@@ -42,15 +44,15 @@ func OpenFile(path string) (*File, error) {
 		return &File{path, f, st.Size()}, nil
 	}
 	defer f.Close()
-	if st.IsDir() {
-		return nil, &ImageError{path, "is a directory", "give a file"}
-	}
 	b, err := io.ReadAll(io.LimitReader(f, maxStream+1))
 	if err != nil {
 		return nil, openError(path, err)
 	}
 	if len(b) > maxStream {
 		return nil, &ImageError{path, fmt.Sprintf("does not end within %d MiB", maxStream>>20), "give a regular file"}
+	}
+	if len(b) == 0 && nowait.KindOf(st.Mode()) == nowait.Pipe {
+		return nil, &ImageError{path, "is a pipe that no program writes", "start the program first, or give a regular file"}
 	}
 	if len(b) == 0 {
 		return nil, &ImageError{path, "is empty", wantWhole}
@@ -67,7 +69,10 @@ func (f *File) Close() error {
 }
 
 func openError(path string, err error) error {
+	kind := (*nowait.KindError)(nil)
 	switch {
+	case errors.As(err, &kind):
+		return &ImageError{path, "is " + kind.Is.String(), "give a file"}
 	case errors.Is(err, fs.ErrNotExist):
 		return &ImageError{path, "does not exist", "check the path"}
 	case errors.Is(err, fs.ErrPermission):

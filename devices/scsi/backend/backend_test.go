@@ -133,8 +133,8 @@ func TestOpenRefuses(t *testing.T) {
 		{"missing", filepath.Join(dir, "none"), backend.Options{}, fs.ErrNotExist, "give a size to create it"},
 		{"missing, readonly", filepath.Join(dir, "none"), backend.Options{ReadOnly: true, Size: mib}, fs.ErrNotExist, "no such file"},
 		{"directory", dir, backend.Options{}, backend.ErrNotDisk, "is a directory"},
-		{"fifo", fifo, backend.Options{}, backend.ErrNotDisk, "neither a regular file nor a block device"},
-		{"character device", "/dev/null", backend.Options{}, backend.ErrNotDisk, "neither a regular file nor a block device"},
+		{"fifo", fifo, backend.Options{}, backend.ErrNotDisk, "is a pipe"},
+		{"character device", "/dev/null", backend.Options{}, backend.ErrNotDisk, "is a character device"},
 		{"empty", image(t, "e", "", 0), backend.Options{}, backend.ErrSize, "is empty"},
 		{"odd size", image(t, "o", "", mib+1), backend.Options{}, backend.ErrSize, "truncate -s 1049088"},
 		{"odd for 4096", image(t, "o4", "", mib+512), backend.Options{BlockSize: 4096}, backend.ErrSize, "block size 4096"},
@@ -232,7 +232,7 @@ func TestLockOtherProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = backend.Open(path, backend.Options{})
-	want := fmt.Sprintf("%s: in use by process %d (backend.test)", path, cmd.Process.Pid)
+	want := fmt.Sprintf("%s: in use by process %d (backend.test); end that first", path, cmd.Process.Pid)
 	if !errors.Is(err, backend.ErrLocked) || err.Error() != want {
 		t.Errorf("error %q, want %q", err, want)
 	}

@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // Options say how Open takes an image.
@@ -31,6 +33,13 @@ type Options struct {
 	// Direct opens with O_DIRECT, past the host's page cache. Data from buffers
 	// that are not aligned goes through one that is.
 	Direct bool
+	// Note is told of what does not keep a read-only image from being read. nil drops it.
+	Note func(string)
+	// NoLock takes the image without a lock, and minds none, for file systems that have none.
+	NoLock bool
+	// Lend leaves a block device unclaimed, because the kernel's SCSI target claims it. That
+	// it can be claimed is checked.
+	Lend bool
 	// Raw takes the image as raw bytes without looking for another format.
 	Raw bool
 }
@@ -43,6 +52,7 @@ var (
 	ErrFormat  = errors.New("not a raw image")
 	ErrSize    = errors.New("unsuitable size")
 	ErrNotDisk = errors.New("neither a regular file nor a block device")
+	ErrNoLocks = errors.New("no locks")
 )
 
 // openError is one line for the user that is also one of the kinds above.
@@ -68,6 +78,8 @@ type File struct {
 	size        atomic.Int64
 	blockSize   int64
 	readOnly    bool
+	noLock      bool
+	below       []io.Closer // what a loop device stands on, locked or claimed
 	block       bool
 	unnamed     bool // it has no path
 	inMemory    bool // its file system is
@@ -91,27 +103,29 @@ func Open(path string, o Options) (_ *File, err error) {
 	if err != nil {
 		return nil, err
 	}
+	b := &File{f: f, fd: int(f.Fd()), path: path, blockSize: int64(o.BlockSize), readOnly: o.ReadOnly, direct: o.Direct, noLock: o.NoLock}
 	defer func() {
 		if err != nil {
-			f.Close()
+			b.Close()
 			if created {
 				os.Remove(path)
 			}
 		}
 	}()
-	// Fd leaves the descriptor as it is: a regular file never was non-blocking.
-	b := &File{f: f, fd: int(f.Fd()), path: path, blockSize: int64(o.BlockSize), readOnly: o.ReadOnly, direct: o.Direct}
-	if err := lock(b.fd, path, o.ReadOnly); err != nil {
-		return nil, err
-	}
 	fi, err := f.Stat()
 	if err != nil {
 		return nil, err
 	}
 	b.block = fi.Mode()&fs.ModeDevice != 0
+	if err := b.lock(o); err != nil {
+		return nil, err
+	}
+	if err := b.claim(o); err != nil {
+		return nil, err
+	}
 	// Of files of others the kernel keeps the time of the last access all the same.
 	if flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0); err == nil {
-		_, _ = unix.FcntlInt(f.Fd(), unix.F_SETFL, flags|unix.O_NOATIME)
+		_, _ = unix.FcntlInt(f.Fd(), unix.F_SETFL, flags&^unix.O_NONBLOCK|unix.O_NOATIME)
 	}
 	b.inMemory = !b.block && isInMemory(b.fd)
 	if err := b.fit(o); err != nil {
@@ -133,8 +147,8 @@ func Open(path string, o Options) (_ *File, err error) {
 	return b, nil
 }
 
-// openFile opens path if it is something that can be a disk. The check comes
-// before the open, which would hang on a FIFO or trigger a tape drive.
+// openFile opens path if it is something that can be a disk, and claims a block device
+// that is to be written.
 func openFile(path string, o Options) (f *os.File, created bool, err error) {
 	flags := os.O_RDWR
 	if o.ReadOnly {
@@ -143,22 +157,32 @@ func openFile(path string, o Options) (f *os.File, created bool, err error) {
 	if o.Direct {
 		flags |= unix.O_DIRECT
 	}
+	const disk = nowait.Regular | nowait.BlockDevice
 	fi, err := os.Stat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && o.Size > 0 && !o.ReadOnly:
-		f, err = os.OpenFile(path, flags|os.O_CREATE|os.O_EXCL, 0o644)
+		f, err = nowait.Open(path, flags|os.O_CREATE|os.O_EXCL, 0o644, nowait.Regular)
 		created = err == nil
 	case errors.Is(err, fs.ErrNotExist) && !o.ReadOnly:
 		return nil, false, fmt.Errorf("%s: %w (give a size to create it)", path, fs.ErrNotExist)
 	case err != nil:
-	case fi.IsDir():
-		return nil, false, badImage(ErrNotDisk, path, "is a directory, not a disk image")
-	case !fi.Mode().IsRegular() && (fi.Mode()&fs.ModeDevice == 0 || fi.Mode()&fs.ModeCharDevice != 0):
-		return nil, false, badImage(ErrNotDisk, path, "is neither a regular file nor a block device")
+	case !o.ReadOnly && nowait.KindOf(fi.Mode()) == nowait.BlockDevice:
+		t := thingOf(fi)
+		f, err = openDevice(path, flags, o.Lend)
+		switch {
+		case !errors.Is(err, unix.EBUSY):
+		case o.Lend && t.lioUser("iblock") != "": // of a dead gvm, perhaps: package lio knows
+			f, err = nowait.Open(path, flags, 0, nowait.BlockDevice)
+		default:
+			return nil, false, deviceLocked(path, t.rdev)
+		}
 	default:
-		f, err = os.OpenFile(path, flags, 0)
+		f, err = nowait.Open(path, flags, 0, disk)
 	}
 	if err != nil {
+		if kind := (*nowait.KindError)(nil); errors.As(err, &kind) {
+			return nil, false, badImage(ErrNotDisk, path, "is %v, not a disk image", kind.Is)
+		}
 		var pe *fs.PathError
 		if errors.As(err, &pe) {
 			err = pe.Err
@@ -172,6 +196,25 @@ func openFile(path string, o Options) (f *os.File, created bool, err error) {
 		return nil, false, fmt.Errorf("%s: %w", path, err)
 	}
 	return f, created, nil
+}
+
+// openDevice opens a block device for writing, and claims it (O_EXCL): unix.EBUSY says that
+// something else does. One that is lent is only tried to be claimed.
+func openDevice(path string, flags int, lend bool) (*os.File, error) {
+	f, err := nowait.Open(path, flags|unix.O_EXCL, 0, nowait.BlockDevice)
+	if err != nil {
+		return nil, err
+	}
+	// Linux lets a read-only device be opened for writing, and fails the writes.
+	if ro, err := unix.IoctlGetInt(int(f.Fd()), unix.BLKROGET); err == nil && ro&0x7fffffff != 0 {
+		f.Close()
+		return nil, unix.EROFS
+	}
+	if !lend {
+		return f, nil
+	}
+	f.Close()
+	return nowait.Open(path, flags, 0, nowait.BlockDevice)
 }
 
 // currentSize asks the system. A block device has BLKGETSIZE64's size at its
@@ -240,7 +283,13 @@ func (b *File) checkDirect(blockSize int) error {
 }
 
 // Close releases the lock and the file. It does not flush.
-func (b *File) Close() error { return b.f.Close() }
+func (b *File) Close() error {
+	err := b.f.Close()
+	for _, f := range b.below {
+		err = errors.Join(err, f.Close())
+	}
+	return err
+}
 
 // Path returns the path that Open was given.
 func (b *File) Path() string { return b.path }

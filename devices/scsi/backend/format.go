@@ -20,6 +20,8 @@ const (
 
 var formats = []format{
 	{"overlay of gvm's", 0, overlayMagic, "give the image that it is of, with overlay=%[2]s"},
+	{"protection information of gvm's", 0, tuplesMagic, "give the image that it is beside, with pi=1"},
+	{"persistent reservations of gvm's", 0, reservationsMagic, "give the image that they are beside"},
 	{"qcow2 image", 0, "QFI\xfb", convert},
 	{"QED image", 0, "QED\x00", convert},
 	{"VMDK image", 0, "KDMV", convert},

@@ -22,6 +22,7 @@ type Info struct {
 	Base      string `json:"base,omitempty"`   // of an overlay: the path of its base when it was made
 	Writer    int    `json:"writer,omitempty"` // PID of the process that has it for writing, -1 if it is not found
 	Readers   bool   `json:"readers"`          // it is in use for reading
+	Host      string `json:"host,omitempty"`   // what the host has it for, such as a mount
 }
 
 // Inspect looks at an image, which may be in use.
@@ -58,16 +59,17 @@ func Inspect(path string) (i Info, err error) {
 	case known:
 		i.Format = name.name
 	}
-	if i.Format != "block device" {
-		var st unix.Stat_t
-		if err := unix.Fstat(b.fd, &st); err != nil {
-			return i, fmt.Errorf("%s: %w", path, err)
-		}
+	var st unix.Stat_t
+	if err := unix.Fstat(b.fd, &st); err != nil {
+		return i, fmt.Errorf("%s: %w", path, err)
+	}
+	if b.block = i.Format == "block device"; !b.block {
 		i.Allocated = st.Blocks * 512
 	}
+	i.Host = b.usedBy(&st, Options{ReadOnly: true})
 	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
-	if err := unix.FcntlFlock(uintptr(b.fd), unix.F_OFD_GETLK, &l); err != nil {
-		return i, fmt.Errorf("%s: lock: %w", path, err)
+	if err := setLock(uintptr(b.fd), unix.F_OFD_GETLK, &l); err != nil {
+		l.Type = unix.F_UNLCK // a file system without locks
 	}
 	switch l.Type {
 	case unix.F_RDLCK:

@@ -8,30 +8,40 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// LockedError says that another open of the image has a lock that excludes this
-// one. It is ErrLocked.
+// LockedError says that something else has the image. It is ErrLocked.
 type LockedError struct {
 	Path string
-	PID  int // the process that has it, 0 if it could not be found
+	PID  int    // the process that has it, 0 if it could not be found
+	By   string // what has it if that is not a process, and what to do about it
 }
 
 func (e *LockedError) Error() string {
-	switch e.PID {
-	case 0:
-		return e.Path + ": in use by another process"
-	case os.Getpid():
+	switch {
+	case e.By != "":
+		return e.Path + ": in use: " + e.By
+	case e.PID == 0:
+		return e.Path + ": in use by another process; end that first"
+	case e.PID == os.Getpid():
 		return e.Path + ": given twice: one image can be written by one disk only"
 	}
-	return fmt.Sprintf("%s: in use by process %d%s", e.Path, e.PID, command(e.PID))
+	return fmt.Sprintf("%s: in use by process %d%s; end that first", e.Path, e.PID, command(e.PID))
 }
 
 func (e *LockedError) Unwrap() error { return ErrLocked }
+
+// noLocks are the errors of file systems without locks, of which some NFS, FUSE and 9p
+// are. EINVAL is that of a kernel that does not know the kind of lock.
+var noLocks = []error{unix.ENOLCK, unix.EOPNOTSUPP, unix.ENOSYS, unix.EINVAL}
+
+// setLock sets or asks for a lock: a variable, so that tests can take it away.
+var setLock = unix.FcntlFlock
 
 // lock puts an open file description lock on the whole file: shared to read,
 // exclusive to write. It goes with the descriptor, and cannot outlive the
@@ -41,10 +51,12 @@ func lock(fd int, path string, shared bool) error {
 	if shared {
 		l.Type = unix.F_RDLCK
 	}
-	err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l)
+	err := setLock(uintptr(fd), unix.F_OFD_SETLK, &l)
 	switch {
 	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EACCES):
-		return &LockedError{path, lockHolder(fd, shared)}
+		return &LockedError{Path: path, PID: lockHolder(fd, shared)}
+	case slices.ContainsFunc(noLocks, func(e error) bool { return errors.Is(err, e) }):
+		return badImage(ErrNoLocks, path, "the file system has no locks (%v), so nothing would keep another machine from writing it too; if none does, lock=off goes on without", err)
 	case err != nil:
 		return fmt.Errorf("%s: lock: %w", path, err)
 	}
@@ -59,19 +71,29 @@ func lockHolder(fd int, shared bool) int {
 	if err := unix.Fstat(fd, &want); err != nil {
 		return 0
 	}
-	fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
-	for _, path := range fds {
-		var st unix.Stat_t
-		if unix.Stat(path, &st) != nil || st.Dev != want.Dev || st.Ino != want.Ino {
-			continue
+	return findOpen(func(st *unix.Stat_t, info string) bool {
+		if st.Dev != want.Dev || st.Ino != want.Ino {
+			return false
 		}
-		part := strings.Split(path, "/") // "", proc, PID, fd, N
-		info, err := os.ReadFile("/proc/" + part[2] + "/fdinfo/" + part[4])
-		if err != nil || !hasLock(info, shared) {
-			continue
-		}
-		if pid, err := strconv.Atoi(part[2]); err == nil {
-			return pid
+		b, err := os.ReadFile(info)
+		return err == nil && hasLock(b, shared)
+	})
+}
+
+// findOpen finds a process, this one first, with an open file that match knows, by its
+// status and the path of its fdinfo. 0 is none.
+func findOpen(match func(st *unix.Stat_t, info string) bool) int {
+	for _, proc := range []string{strconv.Itoa(os.Getpid()), "[0-9]*"} {
+		fds, _ := filepath.Glob("/proc/" + proc + "/fd/*")
+		for _, path := range fds {
+			var st unix.Stat_t
+			part := strings.Split(path, "/") // "", proc, PID, fd, N
+			if unix.Stat(path, &st) != nil || !match(&st, "/proc/"+part[2]+"/fdinfo/"+part[4]) {
+				continue
+			}
+			if pid, err := strconv.Atoi(part[2]); err == nil {
+				return pid
+			}
 		}
 	}
 	return 0
@@ -99,4 +121,20 @@ func command(pid int) string {
 		return ""
 	}
 	return " (" + strings.TrimSpace(string(name)) + ")"
+}
+
+// lock locks the image as o says. One that is only read goes on without where there are no
+// locks.
+func (b *File) lock(o Options) error {
+	if o.NoLock {
+		return nil
+	}
+	err := lock(b.fd, b.path, o.ReadOnly)
+	if errors.Is(err, ErrNoLocks) && o.ReadOnly {
+		if o.Note != nil {
+			o.Note(b.path + ": the file system has no locks: nothing keeps another machine from writing it while this one reads it")
+		}
+		return nil
+	}
+	return err
 }

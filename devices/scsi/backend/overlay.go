@@ -127,7 +127,7 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	o.at[1] = o.at[0] + round(4*words, 4096)
 	o.data = round(o.at[1]+4*words, overlayCluster)
 
-	if o.top, err = openTop(path, o.data+clusters*overlayCluster); err != nil {
+	if o.top, err = openTop(path, o.data+clusters*overlayCluster, base.noLock); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -156,7 +156,7 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 }
 
 // openTop opens the file of an overlay with n bytes.
-func openTop(path string, n int64) (*File, error) {
+func openTop(path string, n int64, noLock bool) (*File, error) {
 	if path == "" {
 		fd, err := unix.Open(os.TempDir(), unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
 		if err != nil {
@@ -170,17 +170,19 @@ func openTop(path string, n int64) (*File, error) {
 		return unnamed(f, n), nil
 	}
 	if fi, err := os.Stat(path); err == nil && fi.Size() != n {
-		head := make([]byte, len(overlayMagic))
-		if f, err := os.Open(path); err == nil {
-			_, _ = io.ReadFull(f, head)
-			f.Close()
+		f, _, err := openFile(path, Options{ReadOnly: true})
+		if err != nil {
+			return nil, err
 		}
+		head := make([]byte, len(overlayMagic))
+		_, _ = io.ReadFull(f, head)
+		f.Close()
 		if string(head) != overlayMagic {
 			return nil, badImage(ErrFormat, path, "exists, and is not an overlay of gvm's")
 		}
 		return nil, badImage(ErrBase, path, "belongs to a base of another size, or was cut short")
 	}
-	return Open(path, Options{Size: n, Raw: true})
+	return Open(path, Options{Size: n, Raw: true, NoLock: noLock})
 }
 
 // begin writes the header of this boot, when all before it is durable: a header

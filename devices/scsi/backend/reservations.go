@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -11,10 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/scsi"
+	"gvm/kvmapi/nowait"
 )
 
 // maxReservations is larger than any state of persistent reservations.
 const maxReservations = 1 << 20
+
+// reservationsMagic is how a state begins (scsi's keptMagic).
+const reservationsMagic = "GVM-PR\x00"
 
 // Reservations keeps the persistent reservations of a disk in a file beside its
 // image. It is a scsi.ReservationKeeper. The file is there only as long as there
@@ -38,11 +43,14 @@ func (r *Reservations) Path() string { return r.path }
 
 // Load implements scsi.ReservationKeeper.
 func (r *Reservations) Load() ([]byte, error) {
-	f, err := os.OpenFile(r.path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if errors.Is(err, fs.ErrNotExist) {
+	f, err := nowait.Open(r.path, os.O_RDONLY|unix.O_NOFOLLOW, 0, nowait.Regular)
+	kind := (*nowait.KindError)(nil)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return nil, nil
-	}
-	if err != nil {
+	case errors.As(err, &kind):
+		return nil, fmt.Errorf("%w: %w", err, scsi.ErrReservationState)
+	case err != nil:
 		return nil, err
 	}
 	defer f.Close()
@@ -50,44 +58,52 @@ func (r *Reservations) Load() ([]byte, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case !fi.Mode().IsRegular() || fi.Size() == 0 || fi.Size() > maxReservations:
+	case fi.Size() == 0 || fi.Size() > maxReservations:
 		return nil, fmt.Errorf("%s: %w", r.path, scsi.ErrReservationState)
 	}
-	return io.ReadAll(f)
+	return io.ReadAll(io.LimitReader(f, maxReservations))
 }
 
 // Save implements scsi.ReservationKeeper. After a crash the file has either the
-// old or the new state.
+// old or the new state. A file that is something else by now stays.
 func (r *Reservations) Save(state []byte) error {
+	old, err := r.Load()
+	if err != nil {
+		return err
+	}
+	if old != nil && !bytes.HasPrefix(old, []byte(reservationsMagic)) {
+		return fmt.Errorf("%s: %w", r.path, scsi.ErrReservationState)
+	}
 	if len(state) == 0 {
 		if err := os.Remove(r.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		return syncDir(filepath.Dir(r.path))
 	}
-	tmp := r.path + ".tmp"
-	if err := writeSynced(tmp, state); err != nil {
-		os.Remove(tmp)
-		return err
+	tmp, err := writeSynced(r.path, state)
+	if err == nil {
+		err = os.Rename(tmp, r.path)
 	}
-	if err := os.Rename(tmp, r.path); err != nil {
-		os.Remove(tmp)
+	if err != nil {
+		if tmp != "" {
+			os.Remove(tmp)
+		}
 		return err
 	}
 	return syncDir(filepath.Dir(r.path))
 }
 
-// writeSynced writes a file that is on stable storage when it returns.
-func writeSynced(path string, data []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
+// writeSynced writes a new file beside path that is on stable storage when it returns.
+func writeSynced(path string, data []byte) (name string, err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*.tmp")
 	if err != nil {
-		return err
+		return "", err
 	}
 	_, err = f.Write(data)
 	if err == nil {
 		err = f.Sync()
 	}
-	return errors.Join(err, f.Close())
+	return f.Name(), errors.Join(err, f.Close())
 }
 
 // syncDir makes what was renamed or removed in a directory durable.

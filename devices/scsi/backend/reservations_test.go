@@ -20,6 +20,7 @@ func TestReservations(t *testing.T) {
 	if want := path + ".pr"; r.Path() != want {
 		t.Errorf("path %s, want %s", r.Path(), want)
 	}
+	const magic = "GVM-PR\x00"
 	load := func(want string) {
 		t.Helper()
 		if got, err := r.Load(); err != nil || string(got) != want {
@@ -39,8 +40,8 @@ func TestReservations(t *testing.T) {
 	}
 	load("")
 	save("")
-	save("one state")
-	save("another")
+	save(magic + "one state")
+	save(magic + "another")
 	save("")
 	for name, bad := range map[string]func() error{
 		"empty":       func() error { return os.WriteFile(r.Path(), nil, 0o600) },
@@ -53,13 +54,10 @@ func TestReservations(t *testing.T) {
 		if _, err := r.Load(); !errors.Is(err, scsi.ErrReservationState) {
 			t.Errorf("%s: %v", name, err)
 		}
-		if name != "a directory" {
-			save("in its place")
-			save("")
-			continue
-		}
-		if err := r.Save([]byte("state")); err == nil {
-			t.Error("saved over a directory")
+		for _, state := range []string{magic + "in its place", ""} {
+			if err := r.Save([]byte(state)); !errors.Is(err, scsi.ErrReservationState) {
+				t.Errorf("%s: saved over it: %v", name, err)
+			}
 		}
 		os.Remove(r.Path())
 		load("")

@@ -1,5 +1,12 @@
 package backend
 
+import (
+	"errors"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
 // Resize gives the image n bytes, or takes the size that it has by now if n is
 // 0, as that of a block device, which is not gvm's to change. The new part of
 // an image that grows reads as zeroes. Less than before is ErrSize unless
@@ -37,4 +44,26 @@ func (b *File) Resize(n int64, shrink bool) error {
 	}
 	b.size.Store(size)
 	return nil
+}
+
+// Undo takes back what Options.Size did to an image that had was bytes before Open, -1 if it
+// was not there, for a guest that never had it. What holds data by now is left alone.
+func (b *File) Undo(was int64) {
+	if was == b.Size() || b.block || b.readOnly {
+		return
+	}
+	if _, err := unix.Seek(b.fd, max(was, 0), unix.SEEK_DATA); !errors.Is(err, unix.ENXIO) {
+		return
+	}
+	if was >= 0 {
+		_ = b.f.Truncate(was)
+		return
+	}
+	mine, err := b.f.Stat()
+	if err != nil {
+		return
+	}
+	if there, err := os.Lstat(b.path); err == nil && os.SameFile(mine, there) {
+		_ = os.Remove(b.path)
+	}
 }

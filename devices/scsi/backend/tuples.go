@@ -33,6 +33,7 @@ type Tuples struct {
 	path      string // "": it has no name
 	blockSize int
 	readOnly  bool
+	noLock    bool
 
 	mu sync.Mutex // held while f is made
 	f  *os.File   // nil: there is none
@@ -45,7 +46,7 @@ var _ scsi.Protection = (*Tuples)(nil)
 // it. It is an error for a block device, which has no such place, and when the
 // file is there and is of another block size.
 func (b *File) Tuples() (*Tuples, error) {
-	t := &Tuples{blockSize: int(b.blockSize), readOnly: b.readOnly}
+	t := &Tuples{blockSize: int(b.blockSize), readOnly: b.readOnly, noLock: b.noLock}
 	switch {
 	case b.block:
 		return nil, badImage(ErrNotDisk, b.path, "a block device has no place for protection information beside it")
@@ -69,7 +70,10 @@ func (b *File) Tuples() (*Tuples, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = t.check(f)
+	err = t.lock(f)
+	if err == nil {
+		err = t.check(f)
+	}
 	if err == nil && !t.readOnly {
 		err = t.cut(f, uint64(b.Size()/b.blockSize))
 	}
@@ -78,6 +82,18 @@ func (b *File) Tuples() (*Tuples, error) {
 	}
 	t.f = f
 	return t, nil
+}
+
+// lock keeps the file from being taken as a disk. Against other machines the image's lock
+// is enough.
+func (t *Tuples) lock(f *os.File) error {
+	if t.noLock {
+		return nil
+	}
+	if err := lock(int(f.Fd()), t.path, t.readOnly); errors.Is(err, ErrLocked) {
+		return err
+	}
+	return nil
 }
 
 func (t *Tuples) header() []byte {
@@ -126,7 +142,10 @@ func (t *Tuples) file(create bool) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err = f.WriteAt(t.header(), 0); err == nil {
+	if err = t.lock(f); err == nil {
+		_, err = f.WriteAt(t.header(), 0)
+	}
+	if err == nil {
 		err = syncDir(filepath.Dir(t.path))
 	}
 	if err != nil {

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"gvm/devices/scsi"
 )
 
@@ -311,7 +313,7 @@ func TestCreate(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Create(path, header); !errors.Is(err, ErrRefused) || err.Error() != "trace "+path+": another gvm writes to it; name another file" {
+		if _, err := Create(path, header); !errors.Is(err, ErrRefused) || err.Error() != "trace "+path+": another gvm writes to it, or has it as a disk; name another file" {
 			t.Errorf("while it is written: %v", err)
 		}
 		f.Device(1).Observe(&Record{Kind: Command, CDB: cdb(6)})
@@ -505,5 +507,53 @@ func TestAlign(t *testing.T) {
 	a, b = append(a, 7000, 7001), append(b, 7000, 7001)
 	if pairs := align(a, b); len(pairs) < 2 || a[pairs[len(pairs)-1][0]] != 7001 {
 		t.Errorf("%d pairs", len(pairs))
+	}
+}
+
+// TestPipeWithoutReader: a pipe that no program empties does not keep a run from ending.
+func TestPipeWithoutReader(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "fifo")
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := Create(path, header)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 4096 { // more than a pipe holds
+		f.Device(0).Observe(&Record{Kind: Command, CDB: cdb(32)})
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- f.Close() }()
+	select {
+	case err := <-closed:
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("Close: %v", err)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("Close waits for a reader")
+	}
+	if _, err := Create(path, header); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("again: %v", err)
+	}
+}
+
+// TestCreateOverDisk: a trace's file that a gvm has as a disk is not a trace's any more.
+func TestCreateOverDisk(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, []byte(magic+"1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	l := unix.Flock_t{Type: unix.F_WRLCK}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Create(path, header); !errors.Is(err, ErrRefused) {
+		t.Errorf("in place of a disk: %v", err)
 	}
 }

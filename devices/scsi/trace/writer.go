@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // Version is the version of the format that this package writes and reads. It
@@ -209,8 +211,12 @@ func (o *Observer) Observe(r *Record) {
 // of nothing else: a mistyped path must not cost a disk image. Two gvm may not
 // write to the same file.
 func Create(path string, h Header) (_ *File, err error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o666)
-	if err != nil {
+	f, err := nowait.Open(path, os.O_RDWR|os.O_CREATE, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
+	kind := (*nowait.KindError)(nil)
+	switch {
+	case errors.As(err, &kind):
+		return nil, fmt.Errorf("trace %s: it is %v; %w", path, kind.Is, ErrRefused)
+	case err != nil:
 		return nil, fmt.Errorf("trace: %w", err)
 	}
 	defer func() {
@@ -223,30 +229,36 @@ func Create(path string, h Header) (_ *File, err error) {
 	if err != nil {
 		return nil, err
 	}
-	switch mode := fi.Mode(); {
-	case mode.IsRegular():
+	if fi.Mode().IsRegular() {
 		var b [len(magic)]byte
 		if _, err := f.ReadAt(b[:], 0); fi.Size() > 0 && (err != nil || string(b[:]) != magic) {
 			return nil, fmt.Errorf("it holds something else than a trace and was left alone; %w", ErrRefused)
 		}
-		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-			return nil, fmt.Errorf("another gvm writes to it; %w", ErrRefused)
+		// The kind of lock that disks have: the file of one is no trace's. A file system without
+		// locks keeps its traces all the same.
+		l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
+		if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err == unix.EAGAIN || err == unix.EACCES {
+			return nil, fmt.Errorf("another gvm writes to it, or has it as a disk; %w", ErrRefused)
 		}
 		if err := f.Truncate(0); err != nil {
 			return nil, err
 		}
-	case mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0:
-		return nil, fmt.Errorf("it is a block device; %w", ErrRefused)
 	}
+	_ = f.SetWriteDeadline(time.Now().Add(endsWithin)) // of what is no regular file
 	w, err := NewWriter(f, h, nil)
 	if err != nil {
 		return nil, err
 	}
+	_ = f.SetWriteDeadline(time.Time{})
 	return &File{w, f}, nil
 }
 
+// endsWithin is how long the end of a run waits for the program that reads its trace.
+const endsWithin = time.Second
+
 // Close is the Writer's, and closes the file.
 func (f *File) Close() error {
+	_ = f.f.SetWriteDeadline(time.Now().Add(endsWithin))
 	err := errors.Join(f.Writer.Close(), f.f.Close())
 	if err != nil {
 		return fmt.Errorf("trace %s: %w", f.f.Name(), err)

@@ -1,0 +1,86 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
+)
+
+// openInput opens a file that a user names to be read, without waiting for what it is.
+func openInput(path string) (*os.File, error) {
+	f, err := nowait.Open(path, os.O_RDONLY, 0, nowait.Regular|nowait.Pipe)
+	if err != nil {
+		return nil, namedError(err)
+	}
+	return f, nil
+}
+
+// readInput reads a file that a user names, of limit bytes at most.
+func readInput(path string, limit int64) ([]byte, error) {
+	f, err := openInput(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, diskError{err}
+	}
+	if int64(len(b)) > limit {
+		return nil, configError{fmt.Errorf("%s: larger than %s", path, formatSize(uint64(limit)))}
+	}
+	return b, nil
+}
+
+// openOutput opens or makes a file that a user names to be written, and leaves what it has in it. A
+// file that is locked, as disks and traces are, is refused.
+func openOutput(path string) (*os.File, error) {
+	f, err := nowait.Open(path, os.O_WRONLY|os.O_CREATE, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
+	if errors.Is(err, unix.ENXIO) {
+		return nil, configError{fmt.Errorf("%s: is a pipe that no program reads; start that first", path)}
+	}
+	if err != nil {
+		return nil, namedError(err)
+	}
+	if fi, err := f.Stat(); err == nil && fi.Mode().IsRegular() {
+		l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
+		if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err == unix.EAGAIN || err == unix.EACCES {
+			f.Close()
+			return nil, configError{fmt.Errorf("%s: in use, as a disk or trace of another gvm; name another file", path)}
+		}
+	}
+	return f, nil
+}
+
+// writeOutput makes b the contents of a file that a user names.
+func writeOutput(path string, b []byte) error {
+	f, err := openOutput(path)
+	if err != nil {
+		return err
+	}
+	if fi, err := f.Stat(); err == nil && fi.Mode().IsRegular() {
+		if err := f.Truncate(0); err != nil {
+			return diskError{errors.Join(err, f.Close())}
+		}
+	}
+	if _, err = f.Write(b); err != nil {
+		return diskError{errors.Join(err, f.Close())}
+	}
+	if err := f.Close(); err != nil {
+		return diskError{err}
+	}
+	return nil
+}
+
+// namedError is what is wrong with a file that a user names.
+func namedError(err error) error {
+	if kind := (*nowait.KindError)(nil); errors.As(err, &kind) {
+		return configError{err}
+	}
+	return diskError{err}
+}

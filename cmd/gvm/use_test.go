@@ -1,0 +1,123 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestDiskInUseByHost: a guest does not write what the host has mounted, and the file system
+// is whole afterwards.
+func TestDiskInUseByHost(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root, for loop devices")
+	}
+	dir := t.TempDir()
+	img, mnt := filepath.Join(dir, "fs.img"), filepath.Join(dir, "mnt")
+	sh := func(line string) string {
+		t.Helper()
+		c := exec.Command("sh", "-c", line)
+		c.Dir = dir
+		out, err := c.CombinedOutput()
+		if err != nil {
+			t.Skipf("%s: %v: %s", line, err, out)
+		}
+		return strings.TrimSpace(string(out))
+	}
+	dev := sh("mkdir mnt && truncate -s 16M fs.img && mkfs.ext4 -q -F fs.img && losetup --find --show fs.img")
+	t.Cleanup(func() { _ = exec.Command("losetup", "--detach", dev).Run() })
+	sh("mount " + dev + " mnt && echo kept >mnt/file")
+	t.Cleanup(func() { _ = unix.Unmount(mnt, 0) })
+	for _, disk := range []string{dev, img, dev + ",cache=unsafe", img + ",lock=off"} {
+		wantBad(t, ask(t, dir, "run", "--disk", disk, "--guest-arg", "write"), "in use|mounted at "+mnt+"|umount")
+	}
+	wantBad(t, ask(t, dir, "image", "resize", img, "32M"), "in use|mounted at "+mnt)
+	if r := ask(t, dir, "image", "info", dev); r.status != 0 || !strings.Contains(r.out, "mounted at "+mnt) {
+		t.Errorf("image info: %d %s%s", r.status, r.out, r.errs)
+	}
+	r := ask(t, dir, "run", "--disk", dev+",readonly")
+	if r.status != 0 || !strings.Contains(r.errs, "may change while the guest reads it") || !strings.Contains(r.out, "\nPASS\r\n") {
+		t.Errorf("readonly: status %d: %s%s", r.status, r.out, r.errs)
+	}
+
+	name := fmt.Sprintf("use-%d", os.Getpid())
+	p := startGVM(t, dir, guestRun("--name="+name, "spin")...)
+	p.expect("spinning")
+	wantBad(t, ask(t, dir, "disk", "add", name, img), "in use|mounted at "+mnt)
+	p.signal(syscall.SIGTERM)
+	p.wait()
+
+	sh("umount mnt && e2fsck -f -n " + dev)
+	// While a guest has the device, the host does not mount it.
+	p = startGVM(t, dir, guestRun("--disk="+dev, "spin")...)
+	p.expect("spinning")
+	if out, err := exec.Command("mount", dev, mnt).CombinedOutput(); err == nil {
+		t.Error("the host mounted a guest's disk")
+	} else if !strings.Contains(string(out), "already mounted or mount point busy") {
+		t.Logf("mount: %s", out)
+	}
+	wantBad(t, ask(t, dir, "run", "--disk", img), "in use by process "+fmt.Sprint(p.cmd.Process.Pid))
+	p.signal(syscall.SIGTERM)
+	p.wait()
+	if r := ask(t, dir, "run", "--disk", dev, "--guest-arg", "write"); r.status != 0 {
+		t.Errorf("after it: status %d: %s%s", r.status, r.out, r.errs)
+	}
+}
+
+// TestFIFOOnRunningMachine: a FIFO that is added as a disk's overlay holds up neither
+// the next request nor the end.
+func TestFIFOOnRunningMachine(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "disk"), make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mkfifo(filepath.Join(dir, "fifo"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	name := fmt.Sprintf("fifo-%d", os.Getpid())
+	p := startGVM(t, dir, guestRun("--name="+name, "spin")...)
+	p.expect("spinning")
+	wantBad(t, ask(t, dir, "disk", "add", name, "disk,overlay=fifo"), "fifo|is a pipe")
+	wantBad(t, ask(t, dir, "disk", "add", name, "fifo"), "fifo|is a pipe")
+	if r := ask(t, dir, "disk", "list", name); r.status != 0 {
+		t.Errorf("list: %d %s", r.status, r.errs)
+	}
+	p.signal(syscall.SIGTERM)
+	if r := p.wait(); r.status != 143 {
+		t.Errorf("status %d: %s", r.status, r.errs)
+	}
+}
+
+// TestNoLocks takes the locks of files away, as some network file systems have none.
+func TestNoLocks(t *testing.T) {
+	run := func(args ...string) result {
+		c := command(t, append([]string{"run"}, args...)...)
+		c.Env = append(c.Env, noLocksEnv+"=1")
+		if err := os.WriteFile(filepath.Join(c.Dir, "disk"), make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return gvmRuns(t, c)
+	}
+	wantBad(t, run("--disk", "disk"), "disk: the file system has no locks|no locks available|lock=off")
+	if r := run("--disk", "disk,overlay=disk.ovl"); r.status != exitUsage || !strings.Contains(r.errs, "disk.ovl: the file system has no locks (no") {
+		t.Errorf("overlay: status %d: %s%s", r.status, r.out, r.errs)
+	}
+	for disk, note := range map[string]string{
+		"disk,readonly":                  "disk: the file system has no locks",
+		"disk,overlay=on":                "disk: the file system has no locks",
+		"disk,lock=off":                  "",
+		"disk,pi=1,lock=off":             "",
+		"disk,overlay=disk.ovl,lock=off": "",
+	} {
+		r := run("--disk", disk)
+		if r.status != 0 || !strings.Contains(r.out, "\nPASS\r\n") || !strings.Contains(r.errs, note) || note == "" && r.errs != "" {
+			t.Errorf("%s: status %d: %s%s", disk, r.status, r.out, r.errs)
+		}
+	}
+}

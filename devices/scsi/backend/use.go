@@ -1,0 +1,371 @@
+package backend
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
+)
+
+// A disk that gvm writes is written by nothing else, by whatever name. A lock on the file
+// keeps out programs that lock, O_EXCL on a block device everything that claims
+// devices: mounts, swap, device mapper, md, and of partitions and their disk the other.
+// Neither sees through a loop device, which claims nothing and locks nothing. So the loop
+// devices on a file or device are looked for, and the files below a device are
+// locked: shared, as several partitions may lie in one.
+
+// claim makes sure of the disk's storage beyond the locks that its own descriptor has.
+// A disk that is only read goes on where another writes, with a note.
+func (b *File) claim(o Options) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(b.fd, &st); err != nil {
+		return fmt.Errorf("%s: %w", b.path, err)
+	}
+	by := b.usedBy(&st, o)
+	if by != "" && !o.ReadOnly {
+		return &LockedError{Path: b.path, By: by}
+	}
+	if by != "" && o.Note != nil {
+		o.Note(fmt.Sprintf("%s: may change while the guest reads it: %s", b.path, by))
+	}
+	if !b.block {
+		return nil
+	}
+	return b.claimBelow(st.Rdev, o, 0)
+}
+
+// usedBy returns what has the image that no lock and no claim of it shows, and what to do
+// about that; "" if nothing has.
+func (b *File) usedBy(st *unix.Stat_t, o Options) string {
+	t := thing{dev: st.Dev, ino: st.Ino}
+	if b.block {
+		t = thing{rdev: st.Rdev}
+	}
+	// With Lend, package lio looks at LIO itself, after it has removed what dead gvms left.
+	if by := t.loops("", o.ReadOnly); by != "" && !(o.Lend && t.lioUser("iblock") != "") {
+		return by
+	}
+	switch {
+	case b.block && o.ReadOnly:
+		return deviceUser(st.Rdev, true)
+	case b.block: // is claimed
+	case t.isSwap():
+		return "it is swap; swapoff " + b.path + " first"
+	case !o.Lend:
+		return t.lioUser("fileio")
+	}
+	return ""
+}
+
+// claimBelow locks the files and claims the devices that loop devices below a block
+// device stand on.
+func (b *File) claimBelow(rdev uint64, o Options, depth int) error {
+	dir := sysDir(rdev)
+	if depth > 16 { // deeper than the kernel goes
+		return nil
+	}
+	below, _ := filepath.Glob(dir + "/slaves/*/dev")
+	if _, err := os.Stat(dir + "/partition"); err == nil {
+		below = append(below, dir+"/../dev")
+	}
+	for _, file := range below {
+		if lower, ok := readDev(file); ok {
+			if err := b.claimBelow(lower, o, depth+1); err != nil {
+				return err
+			}
+		}
+	}
+	path, err := os.ReadFile(dir + "/loop/backing_file")
+	if err != nil {
+		return nil // no loop device
+	}
+	name := strings.TrimSuffix(string(path), "\n")
+	fi, err := os.Stat(name)
+	if err != nil {
+		return nil // its name is gone, or is of another mount namespace
+	}
+	t := thingOf(fi)
+	if !t.behind(filepath.Base(realPath(dir))) {
+		return nil // another file has the name now
+	}
+	lower, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|b.exclusive(t, o), 0)
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		return fmt.Errorf("%s: is a loop device on %w", b.path, deviceLocked(name, t.rdev))
+	case err != nil:
+		return nil // not for this user, who may have the device alone
+	}
+	b.below = append(b.below, lower)
+	if err := lock(int(lower.Fd()), name, true); !o.NoLock && errors.Is(err, ErrLocked) {
+		return fmt.Errorf("%s: is a loop device on %w", b.path, err)
+	}
+	if by := t.loops(filepath.Base(realPath(dir)), o.ReadOnly); by != "" && !o.ReadOnly {
+		return fmt.Errorf("%s: is a loop device on %w", b.path, &LockedError{Path: name, By: by})
+	}
+	if t.rdev != 0 {
+		return b.claimBelow(t.rdev, o, depth+1)
+	}
+	return nil
+}
+
+// exclusive is O_EXCL for a block device that the disk writes through a loop device.
+func (b *File) exclusive(t thing, o Options) int {
+	if t.rdev != 0 && !o.ReadOnly {
+		return unix.O_EXCL
+	}
+	return 0
+}
+
+// thing is what names lead to: a file, or the device of a node.
+type thing struct{ dev, ino, rdev uint64 }
+
+func thingOf(fi fs.FileInfo) thing {
+	st := fi.Sys().(*syscall.Stat_t)
+	if nowait.KindOf(fi.Mode()) == nowait.BlockDevice {
+		return thing{rdev: st.Rdev}
+	}
+	return thing{dev: st.Dev, ino: st.Ino}
+}
+
+// is tells whether a path leads there.
+func (t thing) is(path string) bool {
+	fi, err := os.Stat(path)
+	return err == nil && thingOf(fi) == t
+}
+
+// behind tells whether a loop device stands on it. The device itself knows, under
+// whatever name it was attached; where it may not be asked, the name has to do.
+func (t thing) behind(loop string) bool {
+	if fd, err := unix.Open("/dev/"+loop, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err == nil {
+		defer unix.Close(fd)
+		if i, err := unix.IoctlLoopGetStatus64(fd); err == nil {
+			return t.rdev != 0 && i.Rdevice == t.rdev || t.rdev == 0 && i.Device == t.dev && i.Inode == t.ino
+		}
+	}
+	path, err := os.ReadFile("/sys/block/" + loop + "/loop/backing_file")
+	return err == nil && t.is(strings.TrimSuffix(string(path), "\n"))
+}
+
+// loops returns the loop device that has it beside the one that is called but, and what to
+// do about that; "" if there is none. Of devices that cannot write, a reader sees nothing.
+func (t thing) loops(but string, reader bool) string {
+	files, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	for _, file := range files {
+		dir := filepath.Dir(filepath.Dir(file))
+		name := filepath.Base(dir)
+		if name == but || reader && isReadOnly(dir) || !t.behind(name) {
+			continue
+		}
+		by := fmt.Sprintf("loop device /dev/%s is on it", name)
+		if rdev, ok := readDev(dir + "/dev"); ok {
+			user := deviceUser(rdev, true)
+			if user == "" {
+				user = t.lioUser("iblock")
+			}
+			if user != "" {
+				return fmt.Sprintf("%s, and then losetup --detach /dev/%s", by+": "+user, name)
+			}
+		}
+		return fmt.Sprintf("%s; losetup --detach /dev/%s first", by, name)
+	}
+	return ""
+}
+
+// isSwap tells whether the kernel swaps to the file.
+func (t thing) isSwap() bool {
+	return slices.ContainsFunc(swaps(), t.is)
+}
+
+// swaps lists the files and devices of swap.
+func swaps() (paths []string) {
+	for i, line := range lines("/proc/swaps") {
+		if f := strings.Fields(line); i > 0 && len(f) > 0 {
+			paths = append(paths, unescape(f[0]))
+		}
+	}
+	return paths
+}
+
+// lioUser returns the disk that the kernel's SCSI target has on it, of those made by
+// plugin, and what to do about that.
+func (t thing) lioUser(plugin string) string {
+	files, _ := filepath.Glob("/sys/kernel/config/target/core/" + plugin + "_*/*/udev_path")
+	for _, file := range files {
+		path, err := os.ReadFile(file)
+		if err == nil && len(path) > 1 && t.is(strings.TrimSuffix(string(path), "\n")) {
+			return fmt.Sprintf("the kernel's SCSI target serves it, as %s; see gvm lio list and gvm lio gc",
+				strings.TrimPrefix(filepath.Dir(file), "/sys/kernel/config/target/"))
+		}
+	}
+	return ""
+}
+
+// deviceUser says what has a block device, its disk or one of its partitions, and what to
+// do about that: "" if it is not found. Writers are those that do not only read.
+func deviceUser(rdev uint64, writers bool) string {
+	devs := related(rdev)
+	has := func(path string) bool {
+		fi, err := os.Stat(path)
+		return err == nil && slices.Contains(devs, thingOf(fi).rdev) && thingOf(fi).rdev != 0
+	}
+	if by := mountedAt(devs, has, writers); by != "" {
+		return by
+	}
+	for _, path := range swaps() {
+		if has(path) {
+			return fmt.Sprintf("%s is swap; swapoff %[1]s first", path)
+		}
+	}
+	for _, dev := range devs {
+		dirs, _ := filepath.Glob(sysDir(dev) + "/holders/*")
+		for _, dir := range dirs {
+			name, end := "/dev/"+filepath.Base(dir), ""
+			if dm, err := os.ReadFile(dir + "/dm/name"); err == nil {
+				name = "/dev/mapper/" + strings.TrimSpace(string(dm))
+				end = "; dmsetup remove (or vgchange -an, cryptsetup close) that first"
+			} else if _, err := os.Stat(dir + "/md"); err == nil {
+				end = "; mdadm --stop that first"
+			}
+			return fmt.Sprintf("%s is part of %s%s", devName(dev), name, end)
+		}
+		t := thing{rdev: dev}
+		if by := t.loops("", writers); by != "" {
+			return by
+		}
+		if by := t.lioUser("iblock"); by != "" {
+			return by
+		}
+	}
+	return ""
+}
+
+// deviceLocked is the failure to claim a block device.
+func deviceLocked(path string, rdev uint64) *LockedError {
+	e := &LockedError{Path: path, By: deviceUser(rdev, false)}
+	if e.By != "" {
+		return e
+	}
+	devs := related(rdev)
+	e.PID = findOpen(func(st *unix.Stat_t, _ string) bool {
+		return st.Mode&unix.S_IFMT == unix.S_IFBLK && slices.Contains(devs, st.Rdev)
+	})
+	if e.PID == 0 {
+		e.By = "the kernel or another process claims it; see lsblk"
+	}
+	return e
+}
+
+// mountedAt returns where a file system of one of the devices is mounted, in this
+// or any other mount namespace.
+func mountedAt(devs []uint64, has func(string) bool, writers bool) string {
+	files, _ := filepath.Glob("/proc/[0-9]*/mountinfo")
+	seen := map[string]bool{}
+	for _, file := range append([]string{"/proc/self/mountinfo"}, files...) {
+		ns, err := os.Readlink(filepath.Dir(file) + "/ns/mnt")
+		if err != nil || seen[ns] {
+			continue
+		}
+		seen[ns] = true
+		for _, line := range lines(file) {
+			// 36 35 98:0 / /mnt rw,noatime shared:1 - ext4 /dev/root rw (proc_pid_mountinfo(5)).
+			f, rest, ok := strings.Cut(line, " - ")
+			at, of := strings.Fields(f), strings.Fields(rest)
+			if !ok || len(at) < 6 || len(of) < 3 {
+				continue
+			}
+			readOnly := slices.Contains(strings.Split(of[2], ","), "ro")
+			dev, known := parseDev(at[2])
+			source := unescape(of[1])
+			if writers && readOnly || !(known && slices.Contains(devs, dev)) && !(strings.HasPrefix(source, "/") && has(source)) {
+				continue
+			}
+			return fmt.Sprintf("%s is mounted at %s; umount %[2]s first", source, unescape(at[4]))
+		}
+	}
+	return ""
+}
+
+// related are a block device, the disk that it is a partition of, and its partitions.
+func related(rdev uint64) []uint64 {
+	dir := sysDir(rdev)
+	devs := []uint64{rdev}
+	files, _ := filepath.Glob(dir + "/*/partition")
+	for _, file := range files {
+		if dev, ok := readDev(filepath.Dir(file) + "/dev"); ok {
+			devs = append(devs, dev)
+		}
+	}
+	if _, err := os.Stat(dir + "/partition"); err == nil {
+		if dev, ok := readDev(realPath(dir) + "/../dev"); ok {
+			devs = append(devs, dev)
+		}
+	}
+	return devs
+}
+
+func sysDir(rdev uint64) string {
+	return fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(rdev), unix.Minor(rdev))
+}
+
+// devName is the name that the kernel gives a block device.
+func devName(rdev uint64) string { return "/dev/" + filepath.Base(realPath(sysDir(rdev))) }
+
+func realPath(path string) string {
+	if real, err := filepath.EvalSymlinks(path); err == nil {
+		return real
+	}
+	return path
+}
+
+// isReadOnly tells whether a device of /sys takes no writes.
+func isReadOnly(dir string) bool {
+	b, err := os.ReadFile(dir + "/ro")
+	return err == nil && strings.TrimSpace(string(b)) == "1"
+}
+
+// readDev reads a file of /sys with MAJOR:MINOR.
+func readDev(file string) (uint64, bool) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return 0, false
+	}
+	return parseDev(strings.TrimSpace(string(b)))
+}
+
+func parseDev(s string) (uint64, bool) {
+	major, minor, _ := strings.Cut(s, ":")
+	a, err := strconv.ParseUint(major, 10, 32)
+	b, err2 := strconv.ParseUint(minor, 10, 32)
+	return unix.Mkdev(uint32(a), uint32(b)), err == nil && err2 == nil
+}
+
+// lines reads a file of /proc; none if it cannot be read.
+func lines(file string) []string {
+	b, _ := os.ReadFile(file)
+	return strings.Split(string(b), "\n")
+}
+
+// unescape undoes the \040 of paths in files of /proc.
+func unescape(s string) string {
+	var out []byte
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				out = append(out, byte(n))
+				i += 3
+				continue
+			}
+		}
+		out = append(out, s[i])
+	}
+	return string(out)
+}

@@ -1,0 +1,387 @@
+package backend_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/devices/scsi/backend"
+)
+
+// run runs a command that sets up what a test needs.
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// needs skips a test where loop devices cannot be made or a program is missing.
+func needs(t *testing.T, programs ...string) {
+	t.Helper()
+	c, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil || os.Geteuid() != 0 {
+		t.Skipf("needs root and loop devices: %v", err)
+	}
+	c.Close()
+	for _, p := range programs {
+		if _, err := exec.LookPath(p); err != nil {
+			t.Skip(err)
+		}
+	}
+}
+
+// loop attaches a loop device to path until the test ends.
+func loop(t *testing.T, path string, more ...string) string {
+	t.Helper()
+	dev := run(t, "losetup", append([]string{"--find", "--show", path}, more...)...)
+	t.Cleanup(func() { detach(t, dev) })
+	return dev
+}
+
+// detach waits until the loop device is gone, which is after its last user.
+func detach(t *testing.T, dev string) {
+	_ = exec.Command("losetup", "--detach", dev).Run()
+	dir := "/sys/block/" + filepath.Base(dev) + "/loop"
+	for range 1000 {
+		if _, err := os.Stat(dir); err != nil {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("%s is still attached", dev)
+}
+
+// partition makes a partition of a loop device, in sectors, and returns a node of it.
+func partition(t *testing.T, dev string, n, start, sectors int) string {
+	t.Helper()
+	run(t, "addpart", dev, strconv.Itoa(n), strconv.Itoa(start), strconv.Itoa(sectors))
+	name := filepath.Base(dev)
+	b, err := os.ReadFile(fmt.Sprintf("/sys/block/%s/%[1]sp%d/dev", name, n))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var major, minor uint32
+	if _, err := fmt.Sscanf(string(b), "%d:%d", &major, &minor); err != nil {
+		t.Fatal(err)
+	}
+	node := filepath.Join(t.TempDir(), fmt.Sprintf("part%d", n))
+	if err := unix.Mknod(node, unix.S_IFBLK|0o600, int(unix.Mkdev(major, minor))); err != nil {
+		t.Fatal(err)
+	}
+	return node
+}
+
+// mount mounts dev until the test ends.
+func mount(t *testing.T, dev string) string {
+	t.Helper()
+	dir := t.TempDir()
+	run(t, "mount", dev, dir)
+	t.Cleanup(func() { run(t, "umount", dir) })
+	return dir
+}
+
+// ext4 is an image of a file system.
+func ext4(t *testing.T) string {
+	path := image(t, "fs.img", "", 16*mib)
+	run(t, "mkfs.ext4", "-q", "-F", path)
+	return path
+}
+
+// refused wants Open of path for writing to say that it is in use, by what texts name.
+func refused(t *testing.T, path string, texts ...string) {
+	t.Helper()
+	f, err := backend.Open(path, backend.Options{})
+	if err == nil {
+		f.Close()
+		t.Errorf("%s: opened for writing although it is in use: want %q", path, texts)
+		return
+	}
+	if !errors.Is(err, backend.ErrLocked) || strings.Contains(err.Error(), "\n") {
+		t.Errorf("%s: %v", path, err)
+	}
+	for _, text := range append(texts, path) {
+		if !strings.Contains(err.Error(), text) {
+			t.Errorf("%s: the message %q lacks %q", path, err, text)
+		}
+	}
+}
+
+// reads wants Open of path for reading to go on, and returns what it notes.
+func reads(t *testing.T, path string) string {
+	t.Helper()
+	var notes []string
+	f, err := backend.Open(path, backend.Options{ReadOnly: true, Note: func(s string) { notes = append(notes, s) }})
+	if err != nil {
+		t.Errorf("%s readonly: %v", path, err)
+		return ""
+	}
+	f.Close()
+	return strings.Join(notes, "\n")
+}
+
+// TestInUseByHost: what the host writes is not written by a guest too, by whatever name.
+func TestInUseByHost(t *testing.T) {
+	needs(t, "losetup", "mkfs.ext4")
+	t.Run("mounted", func(t *testing.T) {
+		img := ext4(t)
+		dev := loop(t, img)
+		open(t, dev, backend.Options{}).Close()
+		dir := mount(t, dev)
+		refused(t, dev, "mounted at "+dir, "umount")
+		var st unix.Stat_t
+		if err := unix.Stat(dev, &st); err != nil {
+			t.Fatal(err)
+		}
+		node := filepath.Join(t.TempDir(), "node")
+		if err := unix.Mknod(node, unix.S_IFBLK|0o600, int(st.Rdev)); err != nil {
+			t.Fatal(err)
+		}
+		refused(t, node, "mounted at "+dir)
+		refused(t, img, dev, "mounted at "+dir, "losetup --detach "+dev)
+		if note := reads(t, dev); !strings.Contains(note, "mounted at "+dir) {
+			t.Errorf("readonly, mounted: noted %q", note)
+		}
+		if note := reads(t, img); !strings.Contains(note, "mounted at "+dir) {
+			t.Errorf("readonly, behind a mounted loop device: noted %q", note)
+		}
+	})
+	t.Run("loop", func(t *testing.T) {
+		img := image(t, "disk.img", "", mib)
+		link, bound := img+".link", filepath.Join(t.TempDir(), "bound.img")
+		if err := os.Link(img, link); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(bound, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "mount", "--bind", img, bound)
+		t.Cleanup(func() { run(t, "umount", bound) })
+		dev := loop(t, img)
+		for _, name := range []string{img, link, bound} {
+			refused(t, name, dev, "losetup --detach "+dev)
+		}
+		// The name that the kernel has for it may be gone.
+		if err := os.Rename(img, img+".moved"); err != nil {
+			t.Fatal(err)
+		}
+		refused(t, link, dev)
+		if err := os.Remove(img + ".moved"); err != nil {
+			t.Fatal(err)
+		}
+		refused(t, link, dev)
+		detach(t, dev)
+		open(t, link, backend.Options{})
+		for _, name := range []string{link, bound} {
+			refused(t, name, "given twice")
+		}
+	})
+	t.Run("read-only loop", func(t *testing.T) {
+		img := image(t, "disk.img", "", mib)
+		dev := loop(t, img, "--read-only")
+		refused(t, img, dev)
+		if note := reads(t, img); note != "" {
+			t.Errorf("noted %q of two that read", note)
+		}
+		if _, err := backend.Open(dev, backend.Options{}); err == nil {
+			t.Error("a read-only loop device was opened for writing")
+		}
+		if note := reads(t, dev); note != "" {
+			t.Errorf("noted %q of a read-only loop device", note)
+		}
+	})
+	t.Run("image of a gvm", func(t *testing.T) {
+		img := image(t, "disk.img", "", mib)
+		dev := loop(t, img)
+		twin := loop(t, img)
+		refused(t, dev, twin) // two devices on one file
+		detach(t, twin)
+		w := open(t, dev, backend.Options{})
+		refused(t, dev, "given twice")
+		refused(t, img)
+		w.Close()
+		detach(t, dev)
+		w = open(t, img, backend.Options{})
+		dev = loop(t, img)
+		refused(t, dev, img)
+		w.Close()
+		open(t, dev, backend.Options{}).Close()
+	})
+	t.Run("loop on loop", func(t *testing.T) {
+		lower := loop(t, ext4(t))
+		upper := loop(t, lower)
+		refused(t, lower, upper)
+		dir := mount(t, lower)
+		refused(t, upper, lower, "mounted at "+dir)
+	})
+	t.Run("partition", func(t *testing.T) {
+		needs(t, "addpart")
+		img := image(t, "disk.img", "", 32*mib)
+		dev := loop(t, img, "--partscan")
+		one, two := partition(t, dev, 1, 2048, 20480), partition(t, dev, 2, 24576, 20480)
+		run(t, "mkfs.ext4", "-q", "-F", one)
+		dir := mount(t, one)
+		refused(t, one, "mounted at "+dir)
+		refused(t, dev, "mounted at "+dir)
+		refused(t, img, dev)
+		w := open(t, two, backend.Options{})
+		refused(t, dev)
+		w.Close()
+		run(t, "umount", dir)
+		a, b := open(t, one, backend.Options{}), open(t, two, backend.Options{})
+		refused(t, dev, "given twice")
+		a.Close()
+		b.Close()
+		w = open(t, dev, backend.Options{})
+		refused(t, one, "given twice")
+		w.Close()
+		run(t, "mount", one, dir) // what Cleanup unmounts
+	})
+	t.Run("device mapper", func(t *testing.T) {
+		needs(t, "dmsetup")
+		dev := loop(t, image(t, "disk.img", "", mib))
+		name := "gvm-test-" + filepath.Base(dev)
+		if out, err := exec.Command("dmsetup", "create", name, "--table", "0 2048 linear "+dev+" 0").CombinedOutput(); err != nil {
+			t.Skipf("no device mapper here: %s", out)
+		}
+		t.Cleanup(func() { run(t, "dmsetup", "remove", name) })
+		refused(t, dev, name)
+	})
+	t.Run("swap", func(t *testing.T) {
+		needs(t, "mkswap", "swapon")
+		path := filepath.Join(t.TempDir(), "swap")
+		if err := os.WriteFile(path, make([]byte, mib), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "mkswap", path)
+		if out, err := exec.Command("swapon", path).CombinedOutput(); err != nil {
+			t.Skipf("no swap here: %s", out)
+		}
+		refused(t, path, "swap", "swapoff")
+		run(t, "swapoff", path)
+		dev := loop(t, path)
+		run(t, "swapon", dev)
+		t.Cleanup(func() { run(t, "swapoff", dev) })
+		refused(t, dev, "swap", "swapoff")
+	})
+}
+
+// TestSideFilesAreNotDisks: what gvm keeps beside an image is not taken as a disk, and is
+// not put in place of one.
+func TestSideFilesAreNotDisks(t *testing.T) {
+	img := image(t, "disk.img", "", mib)
+	disk := open(t, img, backend.Options{})
+	tuples, err := disk.Tuples()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tuples.Close()
+	if err := tuples.WriteTuples(make([]byte, 8), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(img+".pi", 8192); err != nil {
+		t.Fatal(err)
+	}
+	refused(t, img+".pi", "given twice")
+	tuples.Close()
+	if _, err := backend.Open(img+".pi", backend.Options{}); !errors.Is(err, backend.ErrFormat) {
+		t.Errorf("IMAGE.pi as a disk: %v", err)
+	}
+
+	keeper := disk.Reservations()
+	if err := keeper.Save([]byte("GVM-PR\x00\x01" + strings.Repeat("s", 504))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := backend.Open(img+".pr", backend.Options{}); !errors.Is(err, backend.ErrFormat) {
+		t.Errorf("IMAGE.pr as a disk: %v", err)
+	}
+	if err := keeper.Save(nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{img + ".pr", img + ".pr.tmp"} {
+		if err := os.WriteFile(name, []byte("data of another disk"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := keeper.Save([]byte("GVM-PR\x00\x01state")); err == nil {
+		t.Error("IMAGE.pr, which is something else, was replaced")
+	}
+	if err := keeper.Save(nil); err == nil {
+		t.Error("IMAGE.pr, which is something else, was removed")
+	}
+	for _, name := range []string{img + ".pr", img + ".pr.tmp"} {
+		if b, _ := os.ReadFile(name); string(b) != "data of another disk" {
+			t.Errorf("%s was written over: %q", name, b)
+		}
+	}
+}
+
+// TestOpensWithoutWaiting: no FIFO makes any open wait.
+func TestOpensWithoutWaiting(t *testing.T) {
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	base := image(t, "base.img", "", mib)
+	for _, name := range []string{base + ".pi", base + ".pr", base + ".pr.tmp"} {
+		if err := syscall.Mkfifo(name, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for what, do := range map[string]func() error{
+		"overlay": func() error {
+			f := open(t, base, backend.Options{ReadOnly: true})
+			defer f.Close()
+			_, err := backend.OpenOverlay(f, fifo)
+			return err
+		},
+		"image":  func() error { _, err := backend.Open(fifo, backend.Options{}); return err },
+		"info":   func() error { _, err := backend.Inspect(fifo); return err },
+		"create": func() error { return backend.Create(fifo, mib, false) },
+		"IMAGE.pi": func() error {
+			f := open(t, base, backend.Options{})
+			defer f.Close()
+			_, err := f.Tuples()
+			return err
+		},
+		"IMAGE.pr": func() error {
+			f := open(t, base, backend.Options{})
+			defer f.Close()
+			_, err := f.Reservations().Load()
+			return err
+		},
+		"IMAGE.pr of a guest's": func() error {
+			f := open(t, base, backend.Options{})
+			defer f.Close()
+			return f.Reservations().Save([]byte("GVM-PR\x00\x01state"))
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			done := make(chan error, 1)
+			go func() { done <- do() }()
+			select {
+			case err := <-done:
+				if err == nil {
+					t.Error("a FIFO was taken")
+				}
+			case <-time.After(20 * time.Second):
+				t.Error("waits for a FIFO")
+				if f, err := os.OpenFile(fifo, os.O_RDWR|unix.O_NONBLOCK, 0); err == nil {
+					defer f.Close() // let it go
+				}
+			}
+		})
+	}
+}
