@@ -13,6 +13,7 @@ const (
 	nrSetIdentityMapAddr  = 0x48
 	nrCreateIRQChip       = 0x60
 	nrIRQLine             = 0x61
+	nrGetIRQChip          = 0x62
 	nrSetGSIRouting       = 0x6a
 	nrIRQFD               = 0x76
 	nrCreatePIT2          = 0x77
@@ -34,5 +35,6 @@ const (
 	nrSetGuestDebug       = 0x9b
 	nrGetTSCKHz           = 0xa3
 	nrEnableCap           = 0xa3
+	nrSignalMSI           = 0xa5
 	nrKVMClockCtrl        = 0xad
 )

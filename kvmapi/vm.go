@@ -1,6 +1,7 @@
 package kvmapi
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 
@@ -109,6 +110,40 @@ func (v *VM) SetIRQ(irq uint32, level bool) error {
 		l.Level = 1
 	}
 	_, err := ioctl(v.fd, "KVM_IRQ_LINE", iow[irqLevel](nrIRQLine), &l)
+	return err
+}
+
+// irqchip is struct kvm_irqchip with struct kvm_ioapic_state in its union.
+type irqchip struct {
+	ID, _            uint32
+	Base             uint64
+	Select, APICID   uint32
+	IRR, _           uint32
+	RedirectionTable [24]uint64
+	_                [296]byte // the union has 512 bytes
+}
+
+// IOAPICEntry returns the redirection table entry of an I/O APIC pin (82093AA, 3.2.4), with
+// the bits that KVM itself ignores.
+func (v *VM) IOAPICEntry(pin uint32) (uint64, error) {
+	c := &irqchip{ID: ChipIOAPIC}
+	_, err := ioctl(v.fd, "KVM_GET_IRQCHIP", iowr[irqchip](nrGetIRQChip), c)
+	return c.RedirectionTable[pin], err
+}
+
+// msi is struct kvm_msi.
+type msi struct {
+	AddrLo, AddrHi, Data, Flags, DevID uint32
+	_                                  [12]byte
+}
+
+// SignalMSI is KVM_SIGNAL_MSI: it sends one message-signalled interrupt. A message that no CPU takes, which is
+// -1 (EPERM) in KVM, is lost as on any machine.
+func (v *VM) SignalMSI(addr uint64, data uint32) error {
+	_, err := ioctl(v.fd, "KVM_SIGNAL_MSI", iow[msi](nrSignalMSI), &msi{AddrLo: uint32(addr), AddrHi: uint32(addr >> 32), Data: data})
+	if errors.Is(err, unix.EPERM) {
+		return nil
+	}
 	return err
 }
 

@@ -119,16 +119,16 @@ func (m *machine) addPlatform() error {
 		return err
 	}
 	m.console = &consoleWatch{out: m.cfg.Console, on: m.cfg.PanicText, final: m.panicFinal}
-	m.uart = serial.New(serial.Config{Out: m.console, Raise: func() { m.check(m.uartIRQ.Signal()) }})
+	m.uart = serial.New(serial.Config{Out: m.console, Raise: func() { m.check(m.raiseUART()) }})
 	m.cfg.Console.Connect(m.uart.Input())
 
 	pm := acpipm.New(acpipm.Config{
 		PowerOff: func() { m.end(Outcome{Ending: PoweredOff}) },
 		Reset:    m.reset,
-		SCI:      func(level bool) { m.check(m.vm.SetIRQ(sciGSI, level)) },
+		SCI:      func(level bool) { m.check(m.setPin(sciGSI, level)) },
 	})
 	m.rtc = rtc.New(rtc.Config{
-		IRQ:     func(level bool) { m.check(m.vm.SetIRQ(rtc.IRQ, level)) },
+		IRQ:     func(level bool) { m.check(m.setPin(rtc.IRQ, level)) },
 		Alarm:   pm.RTCAlarm,
 		Battery: m.cfg.battery,
 	})

@@ -3,6 +3,8 @@ package vmm
 import (
 	"github.com/bobuhiro11/gokvm/kvm"
 
+	"gvm/devices/pci"
+	"gvm/devices/serial"
 	"gvm/kvmapi"
 	"gvm/vmm/x86"
 )
@@ -73,6 +75,58 @@ func checkCPUs(cfg Config, check func(capability int) int, supported []kvm.CPUID
 		return configErrorf("APIC ID %d needs the CPU feature x2apic, which is masked: keep it, or give the guest at most %d CPUs", last, maxXAPICID+1)
 	}
 	return nil
+}
+
+// pinMessage returns the message that the I/O APIC would send for a pin, by the pin's redirection table entry, if it
+// goes to an ID above 255. KVM's own I/O APIC knows 8 bits of the ID and would interrupt another CPU. The entry has
+// bits 8 to 14 of the ID in bits 49 to 55, as Linux has them where messages have them.
+func pinMessage(entry uint64) (m pci.Message, ok bool) {
+	const (
+		masked      = 1 << 16
+		logical     = 1 << 11
+		vectorMode  = 0x7ff // vector and delivery mode
+		messageBase = 0xfee0_0000
+	)
+	ext := entry >> 49 & 0x7f
+	if ext == 0 || entry&masked != 0 {
+		return pci.Message{}, false
+	}
+	return pci.Message{Addr: messageBase | entry>>56<<12 | ext<<5 | entry&logical>>(11-2), Data: uint32(entry & vectorMode)}, true
+}
+
+// raisePin raises an I/O APIC pin that leads to a CPU with an ID above 255, and tells whether
+// the pin does. Such an interrupt is edge-triggered whatever the entry says.
+func (m *machine) raisePin(pin uint32) (bool, error) {
+	if !m.irqs.extended {
+		return false, nil
+	}
+	entry, err := m.vm.IOAPICEntry(pin)
+	if err != nil {
+		return false, err
+	}
+	msg, ok := pinMessage(entry)
+	if !ok {
+		return false, nil
+	}
+	return true, m.vm.SignalMSI(extendedDestination(msg.Addr), msg.Data)
+}
+
+// setPin sets the level of an I/O APIC pin.
+func (m *machine) setPin(pin uint32, level bool) error {
+	if level {
+		if done, err := m.raisePin(pin); done || err != nil {
+			return err
+		}
+	}
+	return m.vm.SetIRQ(pin, level)
+}
+
+// raiseUART interrupts for COM1.
+func (m *machine) raiseUART() error {
+	if done, err := m.raisePin(serial.IRQ); done || err != nil {
+		return err
+	}
+	return m.uartIRQ.Signal()
 }
 
 // extendedDestination returns the address that KVM takes for a message to addr under KVM_CAP_X2APIC_API: it

@@ -1,13 +1,17 @@
 package vmm
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/bobuhiro11/gokvm/kvm"
 
+	"gvm/devices/pci"
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
 	"gvm/devices/virtio"
@@ -77,6 +81,41 @@ func TestAPICIDs(t *testing.T) {
 		up := fmt.Sprintf("cpus: %d of %d up, boot CPU has APIC id %d, %s mode", len(c.ids), len(c.ids), c.ids[0], c.mode)
 		if out.Ending != PoweredOff || err != nil || !r.Passed || r.Interrupts == 0 || !strings.Contains(text, up) {
 			t.Errorf("%s: %s, %v, %v: want %q\n%s", name, out.Ending, out.Err, err, up, text)
+		}
+	}
+}
+
+// TestPinsReachHighIDs: COM1's interrupt goes through the I/O APIC to a boot CPU that KVM's knows no ID of.
+func TestPinsReachHighIDs(t *testing.T) {
+	sys := system(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	console := &testConsole{to: make(chan io.Writer, 1)}
+	go func() { _, _ = (<-console.to).Write([]byte("abcq")) }()
+	out, err := Run(ctx, sys, Config{
+		Memory:  guestmem.Config{Size: 64 << 20},
+		APICIDs: []uint32{300},
+		Kernel:  embeddedKernel(t),
+		CmdLine: "nodisk echo",
+		Console: console,
+	})
+	if text := console.out.String(); err != nil || out.Ending != PoweredOff || !strings.Contains(text, "abcq") {
+		t.Errorf("%s, %v, %v\n%s", out.Ending, out.Err, err, text)
+	}
+}
+
+func TestPinMessage(t *testing.T) {
+	for _, c := range []struct {
+		entry uint64
+		want  pci.Message // zero: KVM's I/O APIC does
+	}{
+		{0x1000_0000_0000_0034, pci.Message{}},
+		{0x2c02_0000_0000_0034, pci.Message{Addr: 0xfee2_c020, Data: 0x34}},  // 300
+		{0x2c02_0000_0001_0034, pci.Message{}},                               // masked
+		{0xfffe_0000_0000_a934, pci.Message{Addr: 0xfeef_ffe4, Data: 0x134}}, // 32767, logical, lowest priority, level
+	} {
+		if got, ok := pinMessage(c.entry); got != c.want || ok != (c.want != pci.Message{}) {
+			t.Errorf("%#x: %#x, %v, want %#x", c.entry, got, ok, c.want)
 		}
 	}
 }

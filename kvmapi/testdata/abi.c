@@ -16,6 +16,11 @@ int main(void)
 	OFF(kvm_enable_cap, args);
 	SIZE(kvm_pit_config);
 	SIZE(kvm_irq_level);
+	SIZE(kvm_irqchip);
+	OFF(kvm_irqchip, chip);
+	OFF(kvm_ioapic_state, redirtbl);
+	SIZE(kvm_msi);
+	OFF(kvm_msi, data);
 	SIZE(kvm_irqfd);
 	OFF(kvm_irqfd, gsi);
 	OFF(kvm_irqfd, flags);
@@ -84,6 +89,8 @@ int main(void)
 	NR(KVM_SET_IDENTITY_MAP_ADDR);
 	NR(KVM_CREATE_IRQCHIP);
 	NR(KVM_IRQ_LINE);
+	NR(KVM_GET_IRQCHIP);
+	NR(KVM_SIGNAL_MSI);
 	NR(KVM_SET_GSI_ROUTING);
 	NR(KVM_IRQFD);
 	NR(KVM_CREATE_PIT2);
