@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 )
 
 // kernelLines are what Linux prints that tells of the machine's end. The expressions match the
@@ -15,7 +16,7 @@ var kernelLines = []struct {
 	read func(w *consoleWatch, text string)
 }{
 	{regexp.MustCompile(`^Kernel panic - not syncing`), func(w *consoleWatch, text string) {
-		w.text, w.own = text, true
+		w.text, w.last, w.own = text, text, true
 	}},
 	// What follows a panic (kernel/panic.c; the notifier in arch/x86/kernel/setup.c), and the
 	// first line of a crash kernel.
@@ -71,22 +72,29 @@ type consoleWatch struct {
 	// only waits from here on.
 	final func()
 
-	mu   sync.Mutex
-	line consoleLine
+	mu      sync.Mutex
+	writing bool      // out has not taken a write yet
+	wrote   time.Time // when it last had
+	line    consoleLine
 	// text is a panic's message, or "". It counts if it stood where the kernel prints (own), or
 	// if a line that follows only a panic came after it (proved).
 	text        string
 	own, proved bool
+	last        string // the message seen last, whether it counts or not
 }
 
 // Write passes p on, then reads the lines that it completes.
 func (w *consoleWatch) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	w.writing = true
+	w.mu.Unlock()
 	n, err := w.out.Write(p)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.writing, w.wrote = false, time.Now()
 	if !w.on {
 		return n, err
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	for _, c := range p {
 		if w.line.add(c) {
 			w.read()
@@ -113,20 +121,41 @@ func (w *consoleWatch) read() {
 	})
 	if !known && !w.own && !w.proved {
 		if text := panicInside.Find(line); text != nil {
-			w.text = string(text)
+			w.text, w.last = string(text), string(text)
 		}
 	}
 }
 
-// panicText returns the message of the panic that the console showed, or "".
-func (w *consoleWatch) panicText() string {
+// panicText returns the message of the panic that the console showed, or "". Of a panic that is
+// known it need not count.
+func (w *consoleWatch) panicText(known bool) string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.read() // a line that nothing has ended
-	if w.own || w.proved {
+	switch {
+	case w.own, w.proved:
 		return w.text
+	case known:
+		return w.last
 	}
 	return ""
+}
+
+// forgetPanic forgets the panic that the console showed.
+func (w *consoleWatch) forgetPanic() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.text, w.own, w.proved = "", false, false
+}
+
+// silent returns how long the guest has printed nothing, 0 while output waits to be taken.
+func (w *consoleWatch) silent() time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.writing {
+		return 0
+	}
+	return time.Since(w.wrote)
 }
 
 // consoleLine collects the text of a line: without line ends, other control characters and

@@ -91,7 +91,7 @@ func TestPanicText(t *testing.T) {
 					}
 					rest = rest[n:]
 				}
-				if got := w.panicText(); got != tt.want {
+				if got := w.panicText(false); got != tt.want {
 					t.Errorf("writes of %d: %.200q, want %.200q", size, got, tt.want)
 				}
 				if passed.String() != tt.out {

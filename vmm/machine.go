@@ -51,6 +51,7 @@ type machine struct {
 	saidCount atomic.Int32
 
 	lifecycle
+	panicked panicState
 }
 
 // maxSaid bounds how much device trouble is told of one machine.

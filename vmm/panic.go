@@ -2,32 +2,126 @@ package vmm
 
 import (
 	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"gvm/devices/pvpanic"
 )
 
-// pvpanic is the guest's panic notifier. A guest that goes on to its crash
-// kernel, or that just shuts down, is left to do so.
+// A guest that panicked runs on until it ends by itself: the kernel tells the pvpanic device first,
+// and then prints what panic_print= asks for. One that does not end is ended when its console has
+// been silent for panicSilence, or for haltSilence after the last line of a kernel that stays where
+// it is, and at the latest panicLimit after the panic.
+const (
+	panicSilence = 5 * time.Second
+	haltSilence  = time.Second
+	panicLimit   = time.Minute
+)
+
+// panicState is what is known of the guest's panic.
+type panicState struct {
+	told atomic.Bool // by pvpanic
+
+	mu      sync.Mutex
+	timer   *time.Timer   // nil: nothing waits for silence
+	silence time.Duration // how long the console has to be silent
+	began   time.Time     // the wait
+}
+
+// pvpanic is the guest's panic notifier. A guest that goes on to its crash kernel ends when that
+// does.
 func (m *machine) pvpanic(e pvpanic.Event) {
-	if e&pvpanic.Panicked != 0 {
-		m.end(Outcome{Ending: GuestPanic})
+	if e&(pvpanic.Panicked|pvpanic.CrashLoaded) == 0 {
+		return
+	}
+	m.panicked.told.Store(true)
+	if e&pvpanic.CrashLoaded == 0 {
+		m.awaitSilence(panicSilence)
 	}
 }
 
 // panicFinal is the console's word that the guest panicked and stays where it is.
-func (m *machine) panicFinal() { m.end(Outcome{Ending: GuestPanic}) }
+func (m *machine) panicFinal() { m.awaitSilence(haltSilence) }
+
+// awaitSilence ends the machine when its console has been silent for d.
+func (m *machine) awaitSilence(d time.Duration) {
+	p := &m.panicked
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case m.stop.Load():
+	case p.timer == nil:
+		p.silence, p.began = d, time.Now()
+		p.timer = time.AfterFunc(d, m.checkSilence)
+	case d < p.silence:
+		p.silence = d
+		p.timer.Reset(d)
+	}
+}
+
+func (m *machine) checkSilence() {
+	p := &m.panicked
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	silent := m.console.silent()
+	switch {
+	case m.stop.Load():
+	case m.cfg.Pauser != nil && m.cfg.Pauser.Paused():
+		p.began = time.Now()
+		p.timer.Reset(p.silence)
+	case silent >= p.silence:
+		m.end(Outcome{Ending: GuestPanic, Err: fmt.Errorf("its console was then silent for %v", p.silence)})
+	case time.Since(p.began) < panicLimit:
+		p.timer.Reset(p.silence - silent)
+	case p.told.Load():
+		m.end(Outcome{Ending: GuestPanic, Err: fmt.Errorf("its console was still busy %v later", panicLimit)})
+	default: // a program printed the text, and prints on
+		m.console.forgetPanic()
+		p.timer = nil
+	}
+}
+
+// stopSilence ends the wait for silence, once the machine has ended.
+func (p *panicState) stopSilence() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.timer != nil {
+		p.timer.Stop()
+	}
+}
 
 // verdict makes the outcome of a machine that has been closed, whose console has shown all, what it
-// is if the guest's kernel panicked: a kernel resets after that, for some values of reboot= by a
-// triple fault. One that was only seen to panic, and powers off, did not: a program printed that.
+// is if the guest's kernel panicked: that comes first, and its end says how the panic ended. A kernel
+// that was only seen to panic must have reset after that, for some values of reboot= by a triple
+// fault: one that powers off did not panic, and a program printed the text.
 func (m *machine) verdict(out Outcome) Outcome {
-	text := m.console.panicText()
-	switch {
-	case out.Ending == GuestPanic && text == "":
-		text = "the guest's kernel panicked"
-	case out.Ending == GuestPanic, text != "" && (out.Ending == GuestReset || out.tripleFault):
+	told := m.panicked.told.Load()
+	text := m.console.panicText(told || out.Ending == GuestPanic)
+	var then string
+	switch out.Ending {
+	case GuestPanic:
+		then = out.Err.Error()
+	case GuestReset:
+		then = "the guest then reset"
+	case GuestCrashed:
+		then = fmt.Sprintf("the guest then crashed: %v", out.Err)
+		told = told || out.tripleFault && text != ""
+	case PoweredOff:
+		then = "the guest then powered off"
+	case Stopped:
+		then = fmt.Sprintf("the guest was then stopped: %v", out.Err)
 	default:
 		return out
 	}
-	return Outcome{Ending: GuestPanic, Err: errors.New(text), Report: out.Report}
+	switch {
+	case told, out.Ending == GuestPanic, out.Ending == GuestReset && text != "":
+	default:
+		return out
+	}
+	if text == "" {
+		text = "the guest's kernel panicked"
+	}
+	return Outcome{Ending: GuestPanic, Err: errors.New(text + "; " + then), Report: out.Report}
 }

@@ -1,40 +1,140 @@
 package vmm
 
 import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"gvm/devices/pvpanic"
 )
 
-// TestPanicVerdict: what a guest shows of a panic and how it ends make the ending.
+// TestPanicVerdict: what a guest shows of a panic and how it ends make the ending, and the guest
+// says all that it has to say.
 func TestPanicVerdict(t *testing.T) {
 	line := "<0>[   12.345678][    T1] " + panicked + "\r\n"
+	more := strings.Repeat("[   12.345679] what panic_print= asks for\r\n", 48)
+	told := script{}.print(line).pvpanic(pvpanic.Panicked)
 	for _, tt := range []struct {
 		name        string
 		script      script
 		tripleFault bool
 		want        Ending
+		err         string
 	}{
-		{"reset", script{}.print(line).reset(), false, GuestPanic},
-		{"reset in the middle of the line", script{}.print("/ # <0>[ 1.2] " + panicked).reset(), false, GuestPanic},
-		{"triple fault as a reset", script{}.print(line), true, GuestPanic},
-		{"end marker", script{}.print(line + offset + endMarker + "\r\n"), false, GuestPanic},
-		{"pvpanic, then its text", script{}.print(line).pvpanic(pvpanic.Panicked), false, GuestPanic},
-		{"power-off", script{}.print(line).powerOff(), false, PoweredOff},
-		{"restart in order", script{}.print(line + restarting).reset(), false, GuestReset},
-		{"reset without a panic", script{}.print("hello\r\n").reset(), false, GuestReset},
-		{"triple fault without a panic", script{}.print("hello\r\n"), true, GuestCrashed},
+		{"reset", script{}.print(line).reset(), false, GuestPanic, panicked + "; the guest then reset"},
+		{"reset in the middle of the line", script{}.print("/ # <0>[ 1.2] " + panicked).reset(), false, GuestPanic, panicked + "; the guest then reset"},
+		{"triple fault as a reset", script{}.print(line), true, GuestPanic, panicked + "; the guest then crashed: vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
+		{"end marker", script{}.print(line + offset + endMarker + "\r\n"), false, GuestPanic, panicked + "; its console was then silent for 1s"},
+		{"power-off", script{}.print(line).powerOff(), false, PoweredOff, ""},
+		{"restart in order", script{}.print(line + restarting).reset(), false, GuestReset, ""},
+		{"reset without a panic", script{}.print("hello\r\n").reset(), false, GuestReset, ""},
+		{"triple fault without a panic", script{}.print("hello\r\n"), true, GuestCrashed, "vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
+		{"a log with an end marker, power-off", script{}.print(line + endMarker + "\r\n").powerOff(), false, PoweredOff, ""},
+
+		{"pvpanic, reset", told.print(more).reset(), false, GuestPanic, panicked + "; the guest then reset"},
+		{"pvpanic, end marker", told.print(more + endMarker + "\r\n"), false, GuestPanic, panicked + "; its console was then silent for 1s"},
+		{"pvpanic, silence", told.print(more), false, GuestPanic, panicked + "; its console was then silent for 5s"},
+		{"pvpanic, triple fault", told.print(more), true, GuestPanic, panicked + "; the guest then crashed: vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
+		{"pvpanic, power-off", told.print(more).powerOff(), false, GuestPanic, panicked + "; the guest then powered off"},
+		{"pvpanic, no console", script{}.pvpanic(pvpanic.Panicked).reset(), false, GuestPanic, "the guest's kernel panicked; the guest then reset"},
+		{"crash kernel, reset", script{}.print(line).pvpanic(pvpanic.CrashLoaded).print(more + restarting).reset(), false, GuestPanic, panicked + "; the guest then reset"},
+		{"crash kernel, power-off", script{}.pvpanic(pvpanic.CrashLoaded).print(more).powerOff(), false, GuestPanic, "the guest's kernel panicked; the guest then powered off"},
+		{"pvpanic, shutdown", script{}.pvpanic(pvpanic.Shutdown).print(more).powerOff(), false, PoweredOff, ""},
 	} {
-		out, console := tt.script.run(t, tt.tripleFault, Config{})
-		if out.Ending != tt.want || out.Ending == GuestPanic && !strings.HasPrefix(out.Err.Error(), panicked) {
-			t.Errorf("%s: %s, %v, want %s; console %q", tt.name, out.Ending, out.Err, tt.want, console)
-		}
-		if tt.tripleFault && out.Report == "" {
-			t.Errorf("%s: no registers", tt.name)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			out, console := tt.script.run(t, tt.tripleFault, Config{})
+			if err := fmt.Sprint(out.Err); out.Ending != tt.want || err != cmp.Or(tt.err, "<nil>") {
+				t.Errorf("%s, %s, want %s, %s", out.Ending, err, tt.want, tt.err)
+			}
+			if want := tt.script.printed(); console != want {
+				t.Errorf("console %q, want %q", console, want)
+			}
+			if tt.tripleFault && out.Report == "" {
+				t.Error("no registers")
+			}
+		})
 	}
+}
+
+// TestPanicStopped: a run that is stopped while the guest ends its panic panicked.
+func TestPanicStopped(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	s := script{}.pvpanic(pvpanic.CrashLoaded).stamp(1)
+	out, _ := s.runContext(ctx, t, false, Config{Stamp: func(byte) { cancel(errors.New("asked to")) }})
+	if out.Ending != GuestPanic || out.Err.Error() != "the guest's kernel panicked; the guest was then stopped: asked to" {
+		t.Errorf("%s, %v", out.Ending, out.Err)
+	}
+}
+
+// TestPanicSilence is the wait for a guest that panicked, on a clock that waits for nothing.
+func TestPanicSilence(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		guest func(m *machine, pauser *Pauser)
+		want  string
+		after time.Duration
+	}{
+		{"silent", func(m *machine, _ *Pauser) {}, "its console was then silent for 5s", 5 * time.Second},
+		{"prints for a while", func(m *machine, _ *Pauser) { chatter(m, 10, 4*time.Second) }, "its console was then silent for 5s", 45 * time.Second},
+		{"prints for ever", func(m *machine, _ *Pauser) { chatter(m, 1000, time.Second) }, "its console was still busy 1m0s later", 64 * time.Second},
+		{"paused", func(m *machine, p *Pauser) {
+			p.wanted.Store(true)
+			time.Sleep(10 * time.Minute)
+			p.wanted.Store(false)
+		}, "its console was then silent for 5s", 10*time.Minute + 5*time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				pauser := new(Pauser)
+				m := &machine{cfg: Config{Pauser: pauser}, console: &consoleWatch{out: io.Discard}}
+				m.lifecycle.init()
+				start := time.Now()
+				m.pvpanic(pvpanic.Panicked)
+				var guest sync.WaitGroup
+				guest.Go(func() { tt.guest(m, pauser) })
+				<-m.ended
+				if got := time.Since(start); m.outcome.Err.Error() != tt.want || got > tt.after {
+					t.Errorf("%v after %v, want %s by %v", m.outcome.Err, got, tt.want, tt.after)
+				}
+				m.panicked.stopSilence()
+				guest.Wait()
+			})
+		})
+	}
+}
+
+func chatter(m *machine, lines int, every time.Duration) {
+	for range lines {
+		if m.stop.Load() {
+			return
+		}
+		fmt.Fprintln(m.console, "more")
+		time.Sleep(every)
+	}
+}
+
+// TestPanicOnlyPrinted: a guest that prints on after a panic's last line, without a pvpanic event,
+// runs on, and its later end is not a panic.
+func TestPanicOnlyPrinted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &machine{console: &consoleWatch{out: io.Discard, on: true}}
+		m.console.final = m.panicFinal
+		m.lifecycle.init()
+		fmt.Fprint(m.console, panicked+"\r\n"+endMarker+"\r\n")
+		chatter(m, 150, time.Second/2)
+		if m.stop.Load() || m.verdict(Outcome{Ending: GuestReset}).Ending != GuestReset {
+			t.Errorf("%s, %v", m.outcome.Ending, m.outcome.Err)
+		}
+		m.panicked.stopSilence()
+	})
 }
 
 // stuckConsole takes nothing before it is told to.

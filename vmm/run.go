@@ -66,6 +66,7 @@ func (m *machine) run(ctx context.Context) Outcome {
 		})
 	}
 	<-m.ended
+	m.panicked.stopSilence()
 	m.uart.Stop()
 	if err := m.kick(); err != nil {
 		m.outcome.Err = errors.Join(m.outcome.Err, err)

@@ -85,8 +85,26 @@ func (s script) kernel(t *testing.T, tripleFault bool) *boot.Image {
 	return k
 }
 
+// printed returns what the script has written to COM1.
+func (s script) printed() string {
+	var text []byte
+	for i := 0; i < len(s); i += 3 {
+		if binary.LittleEndian.Uint16(s[i:]) == serial.COM1 {
+			text = append(text, s[i+2])
+		}
+	}
+	return string(text)
+}
+
 // run runs the script as a guest.
 func (s script) run(t *testing.T, tripleFault bool, cfg Config) (Outcome, string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // one that misses its end
+	defer cancel()
+	return s.runContext(ctx, t, tripleFault, cfg)
+}
+
+func (s script) runContext(ctx context.Context, t *testing.T, tripleFault bool, cfg Config) (Outcome, string) {
 	t.Helper()
 	console := new(testConsole)
 	if cfg.Console == nil {
@@ -94,8 +112,6 @@ func (s script) run(t *testing.T, tripleFault bool, cfg Config) (Outcome, string
 	}
 	cfg.Memory = guestmem.Config{Size: 64 << 20}
 	cfg.Kernel, cfg.Protocol, cfg.PanicText = s.kernel(t, tripleFault), boot.Linux64, true
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // one that misses its end
-	defer cancel()
 	out, err := Run(ctx, system(t), cfg)
 	if err != nil {
 		t.Fatal(err)

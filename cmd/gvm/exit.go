@@ -36,7 +36,8 @@ const exitStatusHelp = `gvm run ends with one of these, and nothing else:
         a disk with backend=vhost all that keeps the kernel from serving it
      4  the guest crashed: triple fault, or KVM could not go on; registers and
         instruction bytes are on standard error
-     5  the guest's kernel panicked (told by pvpanic, or seen on the console)
+     5  the guest's kernel panicked (told by pvpanic, or seen on the console);
+        the message says how the guest ended after that
      6  the guest asked for a reset (--on-reset=reboot starts it again instead)
     70  a bug in gvm; the report is on standard error
    124  --timeout elapsed

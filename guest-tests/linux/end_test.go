@@ -22,6 +22,11 @@ func TestEndings(t *testing.T) {
 	}{
 		{"panic told on the console", guest{script: "echo c >/proc/sysrq-trigger"}, 5, "guest panic: Kernel panic - not syncing: sysrq triggered crash", ""},
 		{"panic told by pvpanic", guest{modules: []string{"pvpanic_mmio"}, script: "echo c >/proc/sysrq-trigger"}, 5, "guest panic: ", "quiet"},
+		{"panic with log levels and callers", guest{cmdline: "console_msg_format=syslog printk.time=1", script: "echo -n 'on this line: '; echo c >/proc/sysrq-trigger"},
+			5, "guest panic: Kernel panic - not syncing: sysrq triggered crash; the guest then reset", ""},
+		{"panic of a kernel that stays", guest{cmdline: "console_msg_format=syslog panic=0", script: "echo c >/proc/sysrq-trigger"},
+			5, "guest panic: Kernel panic - not syncing: sysrq triggered crash; its console was then silent for 1s", ""},
+		{"panic, its text alone", guest{script: "echo 'Kernel panic - not syncing: no'; reboot -f"}, 6, "the guest asked for a reset", ""},
 		{"init exits", guest{script: "exit 3"}, 5, "guest panic: Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300", ""},
 		{"reboot", guest{script: "reboot -f"}, 6, "the guest asked for a reset", ""},
 		{"reboot by triple fault", guest{script: "reboot -f", cmdline: "reboot=t"}, 4, "triple fault", ""},
@@ -39,6 +44,22 @@ func TestEndings(t *testing.T) {
 				r.fatalf(t, "standard error lacks %q", c.stderr)
 			}
 		})
+	}
+}
+
+// TestPanicPrint: a kernel whose pvpanic driver tells of the panic says all that panic_print= asks for.
+func TestPanicPrint(t *testing.T) {
+	t.Parallel()
+	r := guest{kernel: theLab(t).Cloud, modules: []string{"pvpanic_mmio"}, cmdline: "panic_print=0x2", script: "echo c >/proc/sysrq-trigger"}.run(t)
+	r.wantStatus(t, 5)
+	if want := "guest panic: Kernel panic - not syncing: sysrq triggered crash; the guest then reset\n"; !strings.Contains(r.stderr, want) {
+		r.fatalf(t, "standard error lacks %q", want)
+	}
+	_, more, _ := strings.Cut(r.console, "Kernel panic - not syncing")
+	for _, want := range []string{"Mem-Info:", "pages hwpoisoned", "Kernel Offset: "} {
+		if !strings.Contains(more, want) {
+			r.fatalf(t, "the console lacks %q after the panic", want)
+		}
 	}
 }
 
