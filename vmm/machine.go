@@ -3,8 +3,6 @@ package vmm
 import (
 	"errors"
 	"fmt"
-	"sync"
-	"sync/atomic"
 
 	"github.com/bobuhiro11/gokvm/kvm"
 
@@ -47,15 +45,11 @@ type machine struct {
 	cpuid   []kvm.CPUIDEntry2 // what KVM supports
 	entry   boot.Entry
 
-	said      sync.Map // device trouble that was told
-	saidCount atomic.Int32
+	troubles troubles
 
 	lifecycle
 	panicked panicState
 }
-
-// maxSaid bounds how much device trouble is told of one machine.
-const maxSaid = 20
 
 // newMachine builds a machine up to the point where its vCPUs can run. On an
 // error nothing stays behind.
@@ -321,6 +315,7 @@ func (m *machine) close() error {
 	for _, v := range m.virtio {
 		errs = append(errs, v.Close())
 	}
+	m.tellMore()
 	for _, c := range m.cpus {
 		errs = append(errs, c.Close())
 	}

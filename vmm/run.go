@@ -43,15 +43,6 @@ func (l *lifecycle) check(err error) {
 // reset is the guest asking for a reset.
 func (l *lifecycle) reset() { l.end(Outcome{Ending: GuestReset}) }
 
-// deviceTrouble is what a transport tells of a device that broke. The guest
-// sees it in the device's status, and goes on. It is said once per text: a guest
-// can cause any number of them.
-func (m *machine) deviceTrouble(err error) {
-	if _, said := m.said.LoadOrStore(err.Error(), true); !said && m.saidCount.Add(1) <= maxSaid {
-		m.cfg.Note(err.Error())
-	}
-}
-
 // run runs every vCPU on a thread of its own until the machine ends.
 func (m *machine) run(ctx context.Context) Outcome {
 	defer context.AfterFunc(ctx, func() { m.end(Outcome{Ending: Stopped, Err: context.Cause(ctx)}) })()

@@ -30,10 +30,13 @@ func (p errorPolicy) stops(err error) bool {
 type mishaps struct {
 	name string                     // of the machine, for who is to resume it
 	hold func(context.Context) bool // vmm.Pauser's Hold; nil: there is nobody to resume it
-	note func(string)
+	// note tells what a guest can make happen again and again, and paused why the machine is
+	// paused, which is told whatever else was.
+	note, paused func(string)
 
 	mu   sync.Mutex
-	told map[string]bool
+	told map[string]bool // by disk and cause
+	held map[string]int  // by disk: failures that hold the machine
 }
 
 // watch returns what the unit of d is to tell of failures, and to ask whether to do
@@ -48,9 +51,24 @@ func (m *mishaps) watch(ctx context.Context, d disk) (tell func(error), retry fu
 			report(err)
 			return false
 		}
-		m.note(fmt.Sprintf("%s: %v; the machine is paused until: gvm resume %s", d.name(), err, m.name))
+		// All commands of a disk may fail at the same time: the first one is told.
+		if m.holds(d.name(), 1) == 1 {
+			m.paused(fmt.Sprintf("%s: %v; the machine is paused until: gvm resume %s", d.name(), err, m.name))
+		}
+		defer m.holds(d.name(), -1)
 		return m.hold(ctx)
 	}
+}
+
+// holds adds n to the failures of a disk that hold the machine, and returns how many they are.
+func (m *mishaps) holds(disk string, n int) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.held == nil {
+		m.held = map[string]int{}
+	}
+	m.held[disk] += n
+	return m.held[disk]
 }
 
 // report says that the guest gets an error, once for each disk and cause: a guest

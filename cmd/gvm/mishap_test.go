@@ -8,8 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -20,7 +22,8 @@ import (
 func TestMishaps(t *testing.T) {
 	var notes []string
 	var held int
-	m := &mishaps{name: "vm", note: func(s string) { notes = append(notes, s) }, hold: func(context.Context) bool { held++; return held < 3 }}
+	add := func(s string) { notes = append(notes, s) }
+	m := &mishaps{name: "vm", note: add, paused: add, hold: func(context.Context) bool { held++; return held < 3 }}
 	eio, full, quota := fmt.Errorf("write at byte 0: %w", unix.EIO), fmt.Errorf("write at byte 0: %w", unix.ENOSPC), fmt.Errorf("write at byte 0: %w", unix.EDQUOT)
 	for _, v := range []struct {
 		policy errorPolicy
@@ -55,6 +58,40 @@ func TestMishaps(t *testing.T) {
 	if _, retry := m.watch(t.Context(), disk{onError: stopOnErrors}); retry != nil {
 		t.Error("waits for nobody")
 	}
+}
+
+// TestMishapsTogether has many commands of two disks fail at the same time: each disk is named
+// once, and again after the machine went on.
+func TestMishapsTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		var notes []string
+		resumed := make(chan struct{})
+		m := &mishaps{name: "vm", paused: func(s string) {
+			mu.Lock()
+			defer mu.Unlock()
+			notes = append(notes, s)
+		}, hold: func(context.Context) bool { <-resumed; return true }}
+		fail := func() {
+			var failing sync.WaitGroup
+			for _, path := range []string{"a", "b"} {
+				_, retry := m.watch(t.Context(), disk{path: path, onError: stopOnErrors})
+				for i := range 64 {
+					failing.Go(func() { retry(fmt.Errorf("write at byte %d: %w", i, unix.EIO)) })
+				}
+			}
+			synctest.Wait()
+			close(resumed)
+			failing.Wait()
+			resumed = make(chan struct{})
+		}
+		for range 3 {
+			fail()
+		}
+		if len(notes) != 6 {
+			t.Errorf("%d notes of 2 disks in 3 pauses: %q", len(notes), notes)
+		}
+	})
 }
 
 // TestErrorStop lets a disk's file system run full under a guest: the machine pauses. With more room

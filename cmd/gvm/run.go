@@ -324,6 +324,8 @@ func (rc *runConfig) kernelCmdLine() string {
 // run boots the guest and returns how it ended, as an error that exit makes a
 // status of. Whatever was opened is closed when it returns.
 func run(rc runConfig) (err error) {
+	notes := &guestNotes{say: note}
+	defer notes.close()
 	cfg := vmm.Config{
 		Memory:      rc.memory,
 		CPUs:        rc.cpus,
@@ -333,7 +335,7 @@ func run(rc runConfig) (err error) {
 		Protocol:    rc.protocol,
 		KernelCache: boot.CacheDir(),
 		Rebooting:   rc.reboot,
-		Note:        note,
+		Note:        notes.note,
 		Stamp:       rc.timing.stamp,
 		Phase:       rc.timing.phase,
 	}
@@ -371,14 +373,14 @@ func run(rc runConfig) (err error) {
 	if socket != nil {
 		defer func() { err = errors.Join(err, socket.Close()) }()
 	}
-	m := &mishaps{name: rc.name, note: note}
+	m := &mishaps{name: rc.name, note: notes.note, paused: note}
 	if socket != nil {
 		cfg.Pauser = new(vmm.Pauser)
 		m.hold = cfg.Pauser.Hold
 	} else if i := slices.IndexFunc(rc.disks, func(d disk) bool { return d.onError != reportErrors }); i >= 0 {
 		return configError{fmt.Errorf("--disk %s: error=: without a control socket nobody could resume the machine", rc.disks[i].name())}
 	}
-	ds, err := openDisks(rc.disks, kernelOptions{queues: rc.requestQueues(), abi: rc.vhostABI, note: note}, m)
+	ds, err := openDisks(rc.disks, kernelOptions{queues: rc.requestQueues(), abi: rc.vhostABI, note: notes.note}, m)
 	if err != nil {
 		return err
 	}

@@ -13,6 +13,20 @@ type idle struct{ Backend }
 
 func (idle) Size() int64 { return 1 << 20 }
 
+// idleTarget has an idle unit at LUN 0.
+func idleTarget(t *testing.T) (*Target, *Unit) {
+	t.Helper()
+	u, err := NewUnit(UnitConfig{Backend: idle{}, Serial: "S"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	target := NewTarget()
+	if err := target.Attach(0, u); err != nil {
+		t.Fatal(err)
+	}
+	return target, u
+}
+
 // TestStepsPerCommand holds up n commands behind one whose answer is being taken, and counts what
 // the task set does for them afterwards: tasks looked at and woken. It is a few for each command,
 // however many there are.
@@ -51,14 +65,7 @@ func TestStepsPerCommand(t *testing.T) {
 		}},
 	} {
 		for _, n := range []int{256, 1024} {
-			u, err := NewUnit(UnitConfig{Backend: idle{}, Serial: "S"})
-			if err != nil {
-				t.Fatal(err)
-			}
-			target := NewTarget()
-			if err := target.Attach(0, u); err != nil {
-				t.Fatal(err)
-			}
+			target, u := idleTarget(t)
 			u.set.takeAttention(0)
 			answering, release := make(chan struct{}), make(chan struct{})
 			go target.Submit(&Command{CDB: make([]byte, 6), Attr: v.first, Tag: 1 << 50, Done: func(Result) {

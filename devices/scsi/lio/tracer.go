@@ -46,8 +46,13 @@ type Tracer struct {
 
 	complete *tracefs.Format
 	open     map[string][]tracefs.Event // commands under way
+	opened   int                        // how many
 	lost     uint64
 }
+
+// maxOpen bounds the commands under way. LIO tells nothing of one that is aborted, and a guest can
+// abort any number.
+const maxOpen = 1 << 16
 
 // traceName is the name of the owner's trace instance.
 func (o owner) traceName() string { return fmt.Sprintf("gvm-%d-%d-%d", o.pid, o.start, o.seq) }
@@ -155,18 +160,27 @@ func (t *Tracer) read() {
 		t.event(e)
 	}
 	if n := t.in.Missed(); n > t.lost {
-		t.to.Observe(&trace.Record{Kind: trace.Lost, Time: t.to.Now(), Count: n - t.lost})
+		t.forget(n - t.lost)
 		t.lost = n
-		// The answer of any of these may be among them, and the next command with
-		// the same CDB must not get its time.
-		clear(t.open)
 	}
+}
+
+// forget tells that n records are missing. The answer of any command under way may be among them,
+// and the next one with the same CDB must not get its time.
+func (t *Tracer) forget(n uint64) {
+	t.to.Observe(&trace.Record{Kind: trace.Lost, Time: t.to.Now(), Count: n})
+	clear(t.open)
+	t.opened = 0
 }
 
 // event takes one event, and makes a record of a command that is answered.
 func (t *Tracer) event(e tracefs.Event) {
 	key := string(binary.LittleEndian.AppendUint32(nil, uint32(e.Uint("unpacked_lun")))) + string(e.Bytes("cdb"))
 	if e.Format != t.complete {
+		if t.opened >= maxOpen {
+			t.forget(maxOpen)
+		}
+		t.opened++
 		t.open[key] = append(t.open[key], e)
 		return
 	}
@@ -174,6 +188,7 @@ func (t *Tracer) event(e tracefs.Event) {
 	if len(waiting) == 0 {
 		return // it began before the trace, or its start is lost
 	}
+	t.opened--
 	start := waiting[0]
 	if len(waiting) == 1 {
 		delete(t.open, key)

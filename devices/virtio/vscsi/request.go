@@ -220,4 +220,5 @@ func (r *request) end(code byte, res *scsi.Result) {
 	r.rec.Response, r.rec.Status, r.rec.Residual = code, res.Status, res.Residual
 	r.rec.Sense = r.resp[respLen : respLen+min(len(res.Sense), r.toLen-respLen)] // as much as the driver gets
 	r.observer.Observe(&r.rec)
+	r.rec.Payload = nil // up to maxPayload of each chain of the queue
 }

@@ -1,0 +1,45 @@
+package scsi
+
+import (
+	"fmt"
+	"testing"
+)
+
+// TestKeptIsBounded does what makes a unit keep something, ever new: what it keeps stays small.
+func TestKeptIsBounded(t *testing.T) {
+	const times = 20000
+	target, u := idleTarget(t)
+	do := func(tag uint64, cdb []byte) {
+		done := make(chan struct{})
+		target.Submit(&Command{CDB: cdb, Tag: tag, Done: func(Result) { close(done) }})
+		<-done
+	}
+	s := &u.set
+	for i := range times {
+		s.holdCopy(0, copyResult{list: byte(i), bytes: uint64(i)})
+		s.dropCopy(0, byte(i+128))
+		// What a failure is, and where, is not in a deferred error.
+		deferred := senseOf(&mediumError{[]string{"flush", "write", "read"}[i%3], int64(i), fmt.Errorf("failure %d", i)})
+		deferred.Deferred = true
+		s.attention(deferred, everyone)
+		s.attention([]Sense{CapacityChanged, ModeParamsChanged, CommandsCleared, LUNsChanged}[i%4], everyone)
+		target.QueryTask(0, 0, uint64(i))
+		target.AbortTask(0, 0, uint64(i))
+		if i%16 == 0 {
+			do(uint64(i), make([]byte, 6))
+		}
+	}
+	n := s.nexuses[0]
+	if len(s.nexuses) != 1 || len(n.copies) > maxHeldCopies || len(n.attention) > 16 || len(s.byTag) > 0 {
+		t.Errorf("%d nexuses, %d results of copies, %d conditions, %d tags", len(s.nexuses), len(n.copies), len(n.attention), len(s.byTag))
+	}
+	var p persistent
+	for i := range NexusID(3 * maxRegistrations) {
+		if o, err := p.apply(reserveOut{action: prRegisterIgnore, nexus: i, newKey: uint64(i) + 1}); err == nil {
+			p = o.persistent
+		}
+	}
+	if len(p.registered) != maxRegistrations {
+		t.Errorf("%d registrations, want %d", len(p.registered), maxRegistrations)
+	}
+}
