@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/bobuhiro11/gokvm/kvm"
+
 	"gvm/kvmapi"
 )
 
@@ -22,11 +24,12 @@ func (m *machine) crash(index int, c *kvmapi.VCPU, e kvmapi.Exit) Outcome {
 		out.Report = fmt.Sprintf("no registers: %v, %v", err, err2)
 		return out
 	}
+	if e.Reason == kvmapi.ExitShutdown && afterINIT(r, s) {
+		out.Report = lostRegisters(r)
+		return out
+	}
 	fmt.Fprintf(&b, "rip %016x  rflags %016x  cs %04x base %x  cpl %d  efer %x\n", r.RIP, r.RFLAGS, s.CS.Selector, s.CS.Base, s.SS.DPL, s.EFER)
-	fmt.Fprintf(&b, "rax %016x  rbx %016x  rcx %016x  rdx %016x\n", r.RAX, r.RBX, r.RCX, r.RDX)
-	fmt.Fprintf(&b, "rsi %016x  rdi %016x  rbp %016x  rsp %016x\n", r.RSI, r.RDI, r.RBP, r.RSP)
-	fmt.Fprintf(&b, "r8  %016x  r9  %016x  r10 %016x  r11 %016x\n", r.R8, r.R9, r.R10, r.R11)
-	fmt.Fprintf(&b, "r12 %016x  r13 %016x  r14 %016x  r15 %016x\n", r.R12, r.R13, r.R14, r.R15)
+	b.WriteString(generalRegisters(r))
 	fmt.Fprintf(&b, "cr0 %016x  cr2 %016x  cr3 %016x  cr4 %016x\n", s.CR0, s.CR2, s.CR3, s.CR4)
 	fmt.Fprintf(&b, "gdt %016x+%x  idt %016x+%x  tr %04x  apic base %x\n", s.GDT.Base, s.GDT.Limit, s.IDT.Base, s.IDT.Limit, s.TR.Selector, s.ApicBase)
 	fmt.Fprintf(&b, "code at rip: %s\n", m.code(c, s.CS.Base+r.RIP))
@@ -43,6 +46,36 @@ func (m *machine) crash(index int, c *kvmapi.VCPU, e kvmapi.Exit) Outcome {
 	}
 	out.Report = b.String()
 	return out
+}
+
+// generalRegisters is every one but RIP.
+func generalRegisters(r kvm.Regs) string {
+	return fmt.Sprintf("rax %016x  rbx %016x  rcx %016x  rdx %016x\n"+
+		"rsi %016x  rdi %016x  rbp %016x  rsp %016x\n"+
+		"r8  %016x  r9  %016x  r10 %016x  r11 %016x\n"+
+		"r12 %016x  r13 %016x  r14 %016x  r15 %016x\n",
+		r.RAX, r.RBX, r.RCX, r.RDX,
+		r.RSI, r.RDI, r.RBP, r.RSP,
+		r.R8, r.R9, r.R10, r.R11,
+		r.R12, r.R13, r.R14, r.R15)
+}
+
+// afterINIT reports whether these are the registers of a CPU after INIT, which has run no guest
+// since (AMD64 APM volume 2, 14.1.3). On AMD a shutdown leaves nothing of the guest's state, and
+// KVM's handler resets the CPU before it tells (shutdown_interception in arch/x86/kvm/svm/svm.c).
+func afterINIT(r kvm.Regs, s kvm.Sregs) bool {
+	return r.RIP == 0xfff0 && s.CS.Selector == 0xf000 && s.CS.Base == 0xffff_0000 && s.CR0&1 == 0 && s.EFER == 0
+}
+
+// lostRegisters is the report for a CPU after INIT. Kernels before 5.19 keep the general registers.
+func lostRegisters(r kvm.Regs) string {
+	text := "the guest's registers are lost: on AMD, KVM resets a CPU that had a triple fault\n"
+	kept := r
+	kept.RIP, kept.RFLAGS, kept.RDX = 0, 0, 0 // RDX is the processor's signature
+	if kept != (kvm.Regs{}) {
+		text = "the guest's general registers are all that is left: on AMD, KVM resets a CPU that had a triple fault\n" + generalRegisters(r)
+	}
+	return text
 }
 
 // code returns 16 bytes at a linear address as the guest sees it, in hex.
