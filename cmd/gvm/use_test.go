@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/devices/scsi/backend"
 )
 
 // TestDiskInUseByHost: a guest does not write what the host has mounted, and the file system
@@ -119,5 +121,36 @@ func TestNoLocks(t *testing.T) {
 		if r.status != 0 || !strings.Contains(r.out, "\nPASS\r\n") || !strings.Contains(r.errs, note) || note == "" && r.errs != "" {
 			t.Errorf("%s: status %d: %s%s", disk, r.status, r.out, r.errs)
 		}
+	}
+}
+
+// TestOverlayOfHoles: an overlay over an image of 1 EiB takes what is written of memory,
+// at the start and on a machine that runs.
+func TestOverlayOfHoles(t *testing.T) {
+	dir, err := os.MkdirTemp("/dev/shm", "gvm-test-") // tmpfs has files of that size
+	if err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := backend.Create(filepath.Join(dir, "base"), 1<<60, false); err != nil {
+		t.Skip(err)
+	}
+	name := fmt.Sprintf("holes-%d", os.Getpid())
+	c := command(t, guestRun("--name="+name, "--disk=base,overlay=one", "write")...)
+	c.Dir = dir
+	if r := gvmRuns(t, c); r.status != 0 || !strings.Contains(r.out, "\nPASS\r\n") {
+		t.Errorf("status %d: %s%s", r.status, r.out, r.errs)
+	}
+	p := startGVM(t, dir, guestRun("--name="+name, "spin")...)
+	p.expect("spinning")
+	if r := ask(t, dir, "disk", "add", name, "base,overlay=two"); r.status != 0 {
+		t.Errorf("disk add: %d %s", r.status, r.errs)
+	}
+	if r := ask(t, dir, "disk", "list", name); !strings.Contains(r.out, "1048576 TiB") {
+		t.Errorf("disk list: %d %s%s", r.status, r.out, r.errs)
+	}
+	p.signal(syscall.SIGTERM)
+	if r := p.wait(); r.status != 143 {
+		t.Errorf("status %d: %s", r.status, r.errs)
 	}
 }

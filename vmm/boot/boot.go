@@ -177,7 +177,7 @@ func (ld *loader) cmdLine(limit uint64) (uint64, error) {
 func (ld *loader) initrd(max uint64, above4G bool) (addr, size uint64, err error) {
 	for _, f := range ld.cfg.Initrds {
 		// The kernel's unpacker looks for the next archive at a multiple of 4.
-		size = (size+3)&^3 + uint64(f.Size)
+		size = min((size+3)&^3+uint64(f.Size), 1<<62) // more than any guest has, and no overflow
 	}
 	if size == 0 {
 		return 0, 0, nil

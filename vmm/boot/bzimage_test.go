@@ -396,3 +396,49 @@ func TestLargeWindow(t *testing.T) {
 		t.Errorf("allocated %d bytes", after.TotalAlloc-before.TotalAlloc)
 	}
 }
+
+// holes reads as b and then zeroes, and counts what is read.
+type holes struct {
+	b    []byte
+	read int64
+}
+
+func (h *holes) ReadAt(p []byte, off int64) (int, error) {
+	h.read += int64(len(p))
+	clear(p)
+	if off < int64(len(h.b)) {
+		copy(p, h.b[off:])
+	}
+	return len(p), nil
+}
+
+// TestLargePayload: a payload that is larger than the largest kernel is not read.
+func TestLargePayload(t *testing.T) {
+	bz := makeBzImage(payloads(t, kernelELF())["gzip"], func(h []byte) {
+		binary.LittleEndian.PutUint32(h[hdrPayloadLen:], 3<<30)
+		binary.LittleEndian.PutUint32(h[hdrSysSize:], (4<<30-1024)/16)
+	})
+	h := &holes{b: bz}
+	im, err := NewImage(&File{"sparse", h, 4 << 30})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = im.extract(t.TempDir())
+	var ie *ImageError
+	if !errors.As(err, &ie) || ie.Name != "sparse" || h.read > 1<<20 {
+		t.Errorf("read %d bytes: %v", h.read, err)
+	}
+}
+
+// TestInitrdSizes: sizes whose sum has more than 64 bits.
+func TestInitrdSizes(t *testing.T) {
+	var list []*File
+	for range 4 {
+		list = append(list, &File{"huge", &holes{}, 1 << 62})
+	}
+	_, err := Load(sparse(t), Config{Kernel: image(t, kernelELF()), Initrds: list})
+	var ie *ImageError
+	if !errors.As(err, &ie) || !strings.Contains(err.Error(), "does not fit as initrd") {
+		t.Errorf("%v", err)
+	}
+}

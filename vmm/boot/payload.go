@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxVmlinux bounds what a payload may decompress to.
+// maxVmlinux bounds a payload, and what it may decompress to.
 const maxVmlinux = 1 << 30
 
 // compression is a format that kernels are compressed with. decode fills dst
@@ -79,6 +79,9 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 	off, size := int64(im.hdr.u32(hdrPayloadOff)), int64(im.hdr.u32(hdrPayloadLen))
 	if size < 16 || off+size > n {
 		return bad("has no payload that can be taken out")
+	}
+	if size > maxVmlinux {
+		return bad("has a payload of %d MiB, and gvm decompresses %d MiB at most", size>>20, maxVmlinux>>20)
 	}
 	magic := make([]byte, 6)
 	if err := readFull(im.File, magic, base+off); err != nil {

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -32,16 +31,17 @@ type Overlay struct {
 	base, top *File
 	named     bool // top has a name, and stays
 	size      int64
+	clusters  int64
 	at        [2]int64 // of the bitmaps in top
+	words     int64    // of 4 bytes, in each
 	data      int64    // of the clusters in top
 
 	// Clusters that the base has become top's under mu, so that parts of one that
-	// are written at the same time meet. Bits are set, and never cleared.
-	mu   sync.Mutex
-	bits []atomic.Uint32
+	// are written at the same time meet.
+	mu  sync.Mutex
+	own *clusterSet
 
 	flushing sync.Mutex
-	durable  []uint32 // the second bitmap
 }
 
 const (
@@ -110,6 +110,9 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 		return nil, err
 	}
 	o := &Overlay{base: base, named: path != "", size: base.Size()}
+	if o.size > 1<<62 {
+		return nil, badImage(ErrSize, base.path, "has %d bytes, more than an overlay can stand on", o.size)
+	}
 	want := overlayInfo{Size: o.size, BaseTime: fi.ModTime().UnixNano(), Base: base.Identity()}
 	if base.block {
 		want.BaseTime = 0 // it is the node's
@@ -119,15 +122,15 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 		return nil, err
 	}
 	copy(want.Boot[:], boot)
-	clusters := (o.size + overlayCluster - 1) / overlayCluster
-	words := (clusters + 31) / 32
-	o.bits, o.durable = make([]atomic.Uint32, words), make([]uint32, words)
+	o.clusters = (o.size + overlayCluster - 1) / overlayCluster
+	o.words = (o.clusters + 31) / 32
+	o.own = newClusterSet(o.clusters)
 	round := func(n, to int64) int64 { return (n + to - 1) / to * to }
 	o.at[0] = overlayHeader
-	o.at[1] = o.at[0] + round(4*words, 4096)
-	o.data = round(o.at[1]+4*words, overlayCluster)
+	o.at[1] = o.at[0] + round(4*o.words, 4096)
+	o.data = round(o.at[1]+4*o.words, overlayCluster)
 
-	if o.top, err = openTop(path, o.data+clusters*overlayCluster, base.noLock); err != nil {
+	if o.top, err = openTop(path, o.data+o.clusters*overlayCluster, base.noLock); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -140,7 +143,7 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 		return nil, err
 	}
 	if bytes.Count(head, []byte{0}) == len(head) { // a new one, or one that never began
-		return o, o.begin(want)
+		return o, o.begin(want, false)
 	}
 	have, err := decodeOverlay(head)
 	if err != nil {
@@ -149,10 +152,11 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	if have.Size != want.Size || have.BaseTime != want.BaseTime {
 		return nil, badImage(ErrBase, path, "was made on %s as it was then, of %d bytes; %s has changed since, or is another: remove the overlay to begin anew", have.Base, have.Size, base.path)
 	}
-	if err := o.load(have.Boot == want.Boot); err != nil {
+	same := have.Boot == want.Boot
+	if err := o.load(same); err != nil {
 		return nil, err
 	}
-	return o, o.begin(want)
+	return o, o.begin(want, same)
 }
 
 // openTop opens the file of an overlay with n bytes.
@@ -186,16 +190,15 @@ func openTop(path string, n int64, noLock bool) (*File, error) {
 }
 
 // begin writes the header of this boot, when all before it is durable: a header
-// with this boot makes the first bitmap count.
-func (o *Overlay) begin(i overlayInfo) error {
+// with this boot makes the first bitmap count. In the same boot it is as it should be.
+func (o *Overlay) begin(i overlayInfo, same bool) error {
 	if err := o.Flush(); err != nil {
 		return err
 	}
-	if _, err := o.top.WriteAt(o.bitmap(func(n int) uint32 { return o.bits[n].Load() }), o.at[0]); err != nil {
-		return err
-	}
-	if err := o.top.Flush(); err != nil {
-		return err
+	if !same {
+		if err := o.begun(); err != nil {
+			return err
+		}
 	}
 	if _, err := o.top.WriteAt(i.encode(), 0); err != nil {
 		return err
@@ -203,56 +206,106 @@ func (o *Overlay) begin(i overlayInfo) error {
 	return o.top.Flush()
 }
 
-// bitmap returns a bitmap as it lies in the file.
-func (o *Overlay) bitmap(word func(int) uint32) []byte {
-	b := make([]byte, 0, 4*len(o.bits))
-	for i := range o.bits {
-		b = binary.LittleEndian.AppendUint32(b, word(i))
+// begun makes the first bitmap what the second one is.
+func (o *Overlay) begun() error {
+	err := o.extents(o.at[0], func(off, n int64) error {
+		err := o.top.Discard(off, n)
+		if errors.Is(err, errors.ErrUnsupported) {
+			_, err = o.top.WriteAt(make([]byte, n), off)
+		}
+		return err
+	})
+	if err == nil {
+		err = o.own.leaves(o.clusters, func(word int64, leaf *clusterLeaf) error { return o.put(0, word, leaf.bytes()) })
 	}
-	return b
+	if err != nil {
+		return err
+	}
+	return o.top.Flush()
+}
+
+// put writes a part of a bitmap, from a word on.
+func (o *Overlay) put(bitmap int, word int64, b []byte) error {
+	b = b[:min(int64(len(b)), 4*(o.words-word))]
+	_, err := o.top.WriteAt(b, o.at[bitmap]+4*word)
+	return err
+}
+
+// extents calls do for the parts of a bitmap that are not holes, whole words of 64 KiB at most.
+func (o *Overlay) extents(at int64, do func(off, n int64) error) error {
+	for off, end := at, at+4*o.words; off < end; {
+		mapped, n, err := o.top.Mapped(off, end-off)
+		if err != nil {
+			return err
+		}
+		if n &^= 3; n == 0 {
+			mapped, n = true, 4
+		}
+		if mapped {
+			n = min(n, 64<<10)
+			if err := do(off, n); err != nil {
+				return err
+			}
+		}
+		off += n
+	}
+	return nil
 }
 
 // load reads the bitmap that counts: the first one in the boot that wrote it.
 func (o *Overlay) load(same bool) error {
 	for i, at := range o.at {
-		b := make([]byte, 4*len(o.bits))
-		if _, err := o.top.ReadAt(b, at); err != nil {
-			return err
+		if i == 0 && !same {
+			continue
 		}
-		for n := range o.bits {
-			switch word := binary.LittleEndian.Uint32(b[4*n:]); i {
-			case 0:
-				if same {
-					o.bits[n].Store(word)
-				}
-			case 1:
-				o.durable[n] = word
-				o.bits[n].Or(word)
+		err := o.extents(at, func(off, n int64) error {
+			b := make([]byte, n)
+			if _, err := o.top.ReadAt(b, off); err != nil {
+				return err
 			}
+			for ; len(b) > 0; b, off = b[4:], off+4 {
+				word := binary.LittleEndian.Uint32(b)
+				if word == 0 {
+					continue
+				}
+				n := (off - at) / 4
+				leaf := o.own.make(32 * n)
+				leaf.words[n%leafWords].Or(word)
+				if i == 0 {
+					leaf.dirty.Store(true) // for all that is known here
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
 		}
 	}
 	return nil
-}
-
-// has says whether the cluster is top's.
-func (o *Overlay) has(cluster int64) bool {
-	return o.bits[cluster/32].Load()&(1<<(cluster%32)) != 0
 }
 
 // take makes clusters from first to before end top's, whose data is there. The
 // caller holds mu.
 func (o *Overlay) take(first, end int64) error {
 	for c := first; c < end; {
-		word, mask := c/32, uint32(0)
-		for ; c < end && c/32 == word; c++ {
-			mask |= 1 << (c % 32)
+		leaf := o.own.make(c)
+		begin, b := c/32, []byte(nil)
+		var masks [leafWords]uint32
+		for ; c < end && c/32/leafWords == begin/leafWords; c++ {
+			masks[c/32%leafWords] |= 1 << (c % 32)
 		}
-		var b [4]byte
-		binary.LittleEndian.PutUint32(b[:], o.bits[word].Load()|mask)
-		if _, err := o.top.WriteAt(b[:], o.at[0]+4*word); err != nil {
+		for word := begin; word <= (c-1)/32; word++ {
+			b = binary.LittleEndian.AppendUint32(b, leaf.words[word%leafWords].Load()|masks[word%leafWords])
+		}
+		if err := o.put(0, begin, b); err != nil {
 			return err
 		}
-		o.bits[word].Or(mask)
+		for i, mask := range masks {
+			if mask != 0 {
+				leaf.words[i].Or(mask)
+			}
+		}
+		leaf.dirty.Store(true)
 	}
 	return nil
 }
@@ -260,10 +313,7 @@ func (o *Overlay) take(first, end int64) error {
 // run returns the end of the range from off on, at most end, of which all clusters
 // are top's or none is.
 func (o *Overlay) run(off, end int64) (top bool, to int64) {
-	c := off / overlayCluster
-	top = o.has(c)
-	for c++; c*overlayCluster < end && o.has(c) == top; c++ {
-	}
+	top, c := o.own.same(off/overlayCluster, (end+overlayCluster-1)/overlayCluster)
 	return top, min(c*overlayCluster, end)
 }
 
@@ -383,7 +433,7 @@ func (o *Overlay) first(iov [][]byte, off, n int64, do func([][]byte, int64) (in
 	defer o.mu.Unlock()
 	begin, end := off/overlayCluster*overlayCluster, min((off+n+overlayCluster-1)/overlayCluster*overlayCluster, o.size)
 	for _, edge := range [][2]int64{{begin, off}, {off + n, end}} {
-		if edge[0] == edge[1] || o.has(edge[0]/overlayCluster) {
+		if edge[0] == edge[1] || o.own.has(edge[0]/overlayCluster) {
 			continue
 		}
 		b := make([]byte, edge[1]-edge[0])
@@ -410,25 +460,44 @@ func (o *Overlay) WriteVecDurable(iov [][]byte, off int64) (int, error) {
 }
 
 // Flush makes the data durable, and then the bitmap that says so.
-func (o *Overlay) Flush() error {
+func (o *Overlay) Flush() (err error) {
 	o.flushing.Lock()
 	defer o.flushing.Unlock()
-	now, changed := make([]uint32, len(o.bits)), false
-	for i := range now {
-		now[i] = o.bits[i].Load()
-		changed = changed || now[i] != o.durable[i]
+	// The bitmap as it is before the data is flushed, in pieces that follow one another.
+	type piece struct {
+		word int64
+		b    []byte
 	}
-	if err := o.top.Flush(); err != nil || !changed {
+	var pieces []piece
+	var leaves []*clusterLeaf
+	_ = o.own.leaves(o.clusters, func(word int64, leaf *clusterLeaf) error {
+		if !leaf.dirty.Swap(false) {
+			return nil
+		}
+		leaves = append(leaves, leaf)
+		if last := len(pieces) - 1; last >= 0 && pieces[last].word+int64(len(pieces[last].b)/4) == word {
+			pieces[last].b = append(pieces[last].b, leaf.bytes()...)
+		} else {
+			pieces = append(pieces, piece{word, leaf.bytes()})
+		}
+		return nil
+	})
+	defer func() {
+		if err != nil {
+			for _, leaf := range leaves {
+				leaf.dirty.Store(true)
+			}
+		}
+	}()
+	if err := o.top.Flush(); err != nil || len(pieces) == 0 {
 		return err
 	}
-	if _, err := o.top.WriteAt(o.bitmap(func(n int) uint32 { return now[n] }), o.at[1]); err != nil {
-		return err
+	for _, p := range pieces {
+		if err := o.put(1, p.word, p.b); err != nil {
+			return err
+		}
 	}
-	if err := o.top.Flush(); err != nil {
-		return err
-	}
-	o.durable = now
-	return nil
+	return o.top.Flush()
 }
 
 // DiscardGranularity is the size of a cluster: of one that is the base's, a part is
@@ -440,14 +509,15 @@ func (o *Overlay) DiscardGranularity() int64 {
 	return overlayCluster
 }
 
-// Discard makes holes in top, which hide the base.
-func (o *Overlay) Discard(off, n int64) error { return o.clear(off, n, o.top.Discard) }
+// Discard makes holes in top, which hide the base. What the base has as holes stays its.
+func (o *Overlay) Discard(off, n int64) error { return o.clear(off, n, o.top.Discard, true) }
 
 // Zero writes zeroes to top.
-func (o *Overlay) Zero(off, n int64) error { return o.clear(off, n, o.top.Zero) }
+func (o *Overlay) Zero(off, n int64) error { return o.clear(off, n, o.top.Zero, false) }
 
-// clear makes a range read as zeroes: of whole clusters by do, of parts by a write.
-func (o *Overlay) clear(off, n int64, do func(off, n int64) error) error {
+// clear makes a range read as zeroes: of whole clusters by do, of parts by a write. With
+// holes, what is the base's and reads as zeroes already is left alone.
+func (o *Overlay) clear(off, n int64, do func(off, n int64) error, holes bool) error {
 	if err := o.check(off, n); err != nil {
 		return err
 	}
@@ -460,8 +530,9 @@ func (o *Overlay) clear(off, n int64, do func(off, n int64) error) error {
 		var err error
 		switch {
 		case edge[0] == edge[1]:
-		case o.has(edge[0] / overlayCluster):
+		case o.own.has(edge[0] / overlayCluster):
 			err = do(o.data+edge[0], edge[1]-edge[0])
+		case holes && o.hole(edge[0], edge[1]-edge[0]) == edge[1]-edge[0]:
 		default:
 			_, err = o.WriteAt(make([]byte, edge[1]-edge[0]), edge[0])
 		}
@@ -469,15 +540,57 @@ func (o *Overlay) clear(off, n int64, do func(off, n int64) error) error {
 			return err
 		}
 	}
-	if first == last {
-		return nil
+	for off := first; off < last; {
+		top, to := o.run(off, last)
+		if holes && !top {
+			switch n := o.hole(off, to-off); {
+			case n == to-off:
+				off = to
+				continue
+			case n >= overlayCluster:
+				off += n / overlayCluster * overlayCluster
+				continue
+			}
+			to = o.dataEnd(off, to)
+		}
+		if err := o.clearClusters(off, to, do); err != nil {
+			return err
+		}
+		off = to
 	}
+	return nil
+}
+
+// hole returns how many bytes of a range of the base, from its start on, are a hole.
+func (o *Overlay) hole(off, n int64) int64 {
+	mapped, n, err := o.base.Mapped(off, n)
+	if mapped || err != nil {
+		return 0
+	}
+	return n
+}
+
+// dataEnd returns the end of the cluster, and at most end, in which the data of the base
+// ends that the cluster at off has.
+func (o *Overlay) dataEnd(off, end int64) int64 {
+	switch mapped, n, err := o.base.Mapped(off, end-off); {
+	case err != nil:
+		return end
+	case !mapped: // a hole that is smaller than the cluster
+		return min(off+overlayCluster, end)
+	default:
+		return min((off+n+overlayCluster-1)/overlayCluster*overlayCluster, end)
+	}
+}
+
+// clearClusters clears whole clusters, which are top's from then on.
+func (o *Overlay) clearClusters(off, end int64, do func(off, n int64) error) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if err := do(o.data+first, last-first); err != nil {
+	if err := do(o.data+off, end-off); err != nil {
 		return err
 	}
-	return o.take(first/overlayCluster, (last+overlayCluster-1)/overlayCluster)
+	return o.take(off/overlayCluster, (end+overlayCluster-1)/overlayCluster)
 }
 
 // Mapped asks the file that has the cluster.

@@ -8,9 +8,12 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
@@ -293,5 +296,88 @@ func TestOverlayRefuses(t *testing.T) {
 	}
 	if got := overlay(t, base, "").Identity(); got != base {
 		t.Errorf("identity %q, want %q", got, base)
+	}
+}
+
+// TestOverlayOfHoles is on a base of 1 EiB, all of it holes: what an overlay takes of memory
+// and storage is what was written.
+func TestOverlayOfHoles(t *testing.T) {
+	dir, err := os.MkdirTemp("/dev/shm", "gvm-test-") // tmpfs has files of that size
+	if err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	const size = 1 << 60
+	base, path := filepath.Join(dir, "base"), filepath.Join(dir, "overlay")
+	if err := backend.Create(base, size, false); err != nil {
+		t.Skip(err)
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	o := overlay(t, base, path)
+	at := []int64{0, 5 * cluster, 3<<30 + 512, 1<<45 + cluster - 512, size/2 - 512, size - 1024}
+	check := func(o *backend.Overlay, what string) {
+		t.Helper()
+		for i, off := range at {
+			want := make([]byte, 4*cluster)
+			from := max(0, min(off-cluster, size-int64(len(want))))
+			copy(want[off-from:], bytes.Repeat([]byte{byte(i + 1)}, 1024))
+			got := make([]byte, len(want))
+			if _, err := o.ReadAt(got, from); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("%s: at %#x: wrong data, %v", what, off, err)
+			}
+		}
+	}
+	for i, off := range at {
+		if _, err := o.WriteAt(bytes.Repeat([]byte{byte(i + 1)}, 1024), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := o.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	check(o, "written")
+	o.Close()
+	o = overlay(t, base, path)
+	check(o, "opened again")
+	o.Close()
+	header, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer header.Close()
+	head := make([]byte, 4096)
+	if _, err := header.ReadAt(head, 0); err != nil {
+		t.Fatal(err)
+	}
+	copy(head[32:], "00000000-0000-0000-0000-000000000000")
+	seal(head)
+	if _, err := header.WriteAt(head, 0); err != nil {
+		t.Fatal(err)
+	}
+	o = overlay(t, base, path)
+	check(o, "after another boot")
+	if mapped, n, err := o.Mapped(1<<50, size-1<<50); err != nil || mapped || n < 1<<55 {
+		t.Errorf("holes: %v, %d bytes, %v", mapped, n, err)
+	}
+	if err := o.Discard(0, size); err != nil {
+		t.Fatal(err)
+	}
+	for _, off := range at {
+		got := make([]byte, 1024)
+		if _, err := o.ReadAt(got, off); err != nil || !bytes.Equal(got, make([]byte, 1024)) {
+			t.Errorf("at %#x after Discard: %x…, %v", off, got[:4], err)
+		}
+	}
+	if err := o.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 64<<20 {
+		t.Errorf("took %d MiB of memory", n>>20)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil || st.Blocks*512 > 16<<20 {
+		t.Errorf("took %d MiB of storage, %v", st.Blocks*512>>20, err)
 	}
 }

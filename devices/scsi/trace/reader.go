@@ -10,8 +10,11 @@ import (
 	"strconv"
 )
 
-// maxHeader is the most bytes of a header.
-const maxHeader = 1 << 20
+const (
+	maxHeader   = 1 << 20   // bytes of a header
+	maxDevices  = 32        // of a machine: a PCI bus has as many
+	maxDiskSize = 1<<63 - 1 // bytes, of a file
+)
 
 // FormatError says that a file is not a trace, is one that this gvm cannot
 // read, or is damaged.
@@ -66,6 +69,16 @@ func NewReader(r io.Reader) (*Reader, error) {
 	}
 	if err := json.Unmarshal(b, &t.Header); err != nil {
 		return nil, &FormatError{Offset: at, What: fmt.Sprintf("the header: %v", err)}
+	}
+	if n := len(t.Header.Devices); n > maxDevices {
+		return nil, &FormatError{Offset: at, What: fmt.Sprintf("the header: %d devices, and a machine has %d at most", n, maxDevices)}
+	}
+	for _, d := range t.Header.Devices {
+		for _, k := range d.Disks {
+			if k.Size > maxDiskSize {
+				return nil, &FormatError{Offset: at, What: fmt.Sprintf("the header: a disk of %d bytes", k.Size)}
+			}
+		}
 	}
 	return t, nil
 }

@@ -3,6 +3,7 @@ package trace
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -555,5 +556,22 @@ func TestCreateOverDisk(t *testing.T) {
 	}
 	if _, err := Create(path, header); !errors.Is(err, ErrRefused) {
 		t.Errorf("in place of a disk: %v", err)
+	}
+}
+
+// TestHeaderSizes: a header asks for no more than a machine can have.
+func TestHeaderSizes(t *testing.T) {
+	for what, h := range map[string]Header{
+		"devices":   {Devices: make([]Device, 33)},
+		"disk size": {Devices: []Device{{Disks: []Disk{{Size: 1 << 63}}}}},
+	} {
+		b, err := json.Marshal(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var bad *FormatError
+		if _, err := NewReader(strings.NewReader(magic + "1\n" + string(b) + "\n")); !errors.As(err, &bad) {
+			t.Errorf("%s: %v", what, err)
+		}
 	}
 }
