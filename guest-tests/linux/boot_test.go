@@ -136,3 +136,29 @@ func TestManyCPUs(t *testing.T) {
 	r.want(t, map[string]string{"cpus": "8", "whole": sum(content(t.Name(), 8<<20)), "written": sum(numbers(1, 30000))})
 	r.kernelLog(t, 1)
 }
+
+// TestHighAPICIDs: Linux takes CPUs whose APIC IDs have gaps and pass 254, and interrupts reach
+// them, those of a disk's queues as messages and that of the serial port through the I/O APIC.
+func TestHighAPICIDs(t *testing.T) {
+	t.Parallel()
+	r := guest{kernel: theLab(t).Cloud, script: `
+say cpus $(nproc)
+say apicids $(grep '^apicid' /proc/cpuinfo | sed 's/.*: //')
+say sockets $(grep '^physical id' /proc/cpuinfo | sed 's/.*: //' | sort -u)
+say ignored $(dmesg | grep -c 'x2apic entry ignored')
+taskset 8 dd if=/dev/sda of=/dev/null iflag=direct bs=4k count=32 2>/dev/null
+# Lines are IRQ: a count for each CPU, the chip, the pin or vector, the name.
+awk '$NF ~ /^virtio0-request/ && $5 > 0 {print "= disk reached"}' /proc/interrupts
+irq=$(awk '$NF == "ttyS0" {sub(":", "", $1); print $1}' /proc/interrupts)
+echo 3 >/proc/irq/$irq/smp_affinity_list
+before=$(awk '$NF == "ttyS0" {print $5}' /proc/interrupts)
+seq 1 200
+[ $(awk '$NF == "ttyS0" {print $5}' /proc/interrupts) -gt $before ] && say serial reached
+klog
+`}.run(t, "--disk", diskFile(t, content(t.Name(), 1<<20)), "--apic-ids", "0,2,255,300")
+	r.wantStatus(t, 0)
+	r.want(t, map[string]string{
+		"cpus": "4", "apicids": "0 2 255 300", "sockets": "0", "ignored": "0", "disk": "reached", "serial": "reached",
+	})
+	r.kernelLog(t, 1)
+}
