@@ -30,11 +30,17 @@ func imageCommand() *cli.Command {
 EXAMPLES
    gvm image create disk.img 20G
    gvm image create --prealloc disk.img 20G`, 2, 2,
-		[]cli.Flag{&cli.BoolFlag{Name: "prealloc", Usage: "take all of its room from the file system at once"}},
+		[]cli.Flag{
+			&cli.BoolFlag{Name: "prealloc", Usage: "take all of its room from the file system at once"},
+			&cli.BoolFlag{Name: "raw", Usage: "make it raw although its name is that of another format, such as .qcow2"},
+		},
 		func(c *cli.Context, args []string) error {
 			size, err := imageSize(args[1])
 			if err != nil {
 				return err
+			}
+			if err := backend.CheckName(args[0]); err != nil && !c.Bool("raw") {
+				return imageError(err)
 			}
 			return imageError(backend.Create(args[0], size, c.Bool("prealloc")))
 		})

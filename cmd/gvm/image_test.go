@@ -34,6 +34,13 @@ func TestImage(t *testing.T) {
 		{"image create huge.img 4194304T", 2, "", "huge.img"},
 		{"image create zero.img 0", 2, "", "size 0: not one for a disk"},
 		{"image create big.img much", 2, "", "much"},
+		{"image create b.qcow2 1M", 2, "", "b.qcow2: is the name of a qcow2 image, and gvm makes raw ones: name it b.img, or make it with gvm image create --raw"},
+		{"image create B.VHDX 1M", 2, "", "B.VHDX: is the name of a VHDX image"},
+		{"image create disk.img.gz 1M", 2, "", "disk.img.gz: is the name of a gzip file"},
+		{"run --disk c.vmdk,size=1M", 2, "", "c.vmdk: is the name of a VMDK image"},
+		{"run --disk disk.img,overlay=c.qcow2", 2, "", "c.qcow2: is the name of a qcow2 image"},
+		{"image create --raw raw.vdi 1M", 0, "", ""},
+		{"image info raw.vdi", 0, "path       " + at("raw.vdi") + "\nformat     raw\nsize       1 MiB\nallocated  0 bytes\nin use by  nobody\n", ""},
 		{"image info disk.img", 0, "path       " + at("disk.img") + "\nformat     raw\nsize       4 MiB\nallocated  0 bytes\nin use by  nobody\n", ""},
 		{"image info full.img", 0, "path       " + at("full.img") + "\nformat     raw\nsize       1 MiB\nallocated  1 MiB\nin use by  nobody\n", ""},
 		{"image info disk.qcow2", 0, "path       " + at("disk.qcow2") + "\nformat     qcow2 image\nsize       1 KiB\nallocated  4 KiB\nin use by  nobody\n", ""},
@@ -53,7 +60,7 @@ func TestImage(t *testing.T) {
 		}
 	}
 	list, err := os.ReadDir(dir)
-	if err != nil || len(list) != 3 {
+	if err != nil || len(list) != 4 {
 		t.Errorf("%v, %v: what failed has left something", list, err)
 	}
 

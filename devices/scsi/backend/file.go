@@ -161,6 +161,9 @@ func openFile(path string, o Options) (f *os.File, created bool, err error) {
 	fi, err := os.Stat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && o.Size > 0 && !o.ReadOnly:
+		if err := CheckName(path); err != nil {
+			return nil, false, err
+		}
 		f, err = nowait.Open(path, flags|os.O_CREATE|os.O_EXCL, 0o644, nowait.Regular)
 		created = err == nil
 	case errors.Is(err, fs.ErrNotExist) && !o.ReadOnly:
@@ -238,6 +241,11 @@ func (b *File) fit(o Options) error {
 	case o.ReadOnly:
 		return badImage(ErrSize, b.path, "has %d bytes, size says %d: it cannot grow readonly", size, o.Size)
 	default:
+		if size == 0 {
+			if err := CheckName(b.path); err != nil {
+				return err
+			}
+		}
 		if err := b.f.Truncate(o.Size); err != nil {
 			return err
 		}

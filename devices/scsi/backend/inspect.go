@@ -46,7 +46,12 @@ func Inspect(path string) (i Info, err error) {
 	if err != nil && err != io.EOF {
 		return i, err
 	}
-	name, known := formatOf(head[:n])
+	name, known := formatOf(formats, head[:n])
+	if !known {
+		tail := make([]byte, 512)
+		n, _ := f.ReadAt(tail, max(i.Size-512, 0))
+		name, known = formatOf(trailers, tail[:n])
+	}
 	switch {
 	case fi.Mode()&fs.ModeDevice != 0:
 		i.Format = "block device"
