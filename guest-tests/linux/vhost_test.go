@@ -248,6 +248,13 @@ func TestVhostTold(t *testing.T) {
 	p := start(t, nil, "run", "--guest-arg", "echo", "--disk", disk+",backend=vhost")
 	p.waitFor("ready")
 	list := gvm(t, "lio", "list")
+	claimed, behind := loopDevice(t, diskFile(t, content("claimed", 1<<20))), diskFile(t, content("behind", 1<<20))
+	claim, err := os.OpenFile(claimed, os.O_RDONLY|syscall.O_EXCL, 0) // as a mount does
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer claim.Close()
+	loop := loopDevice(t, behind)
 	_, wwn, _ := strings.Cut(list.console, " vhost/")
 	wwn, _, _ = strings.Cut(wwn, " ")
 	for _, c := range []struct {
@@ -256,6 +263,8 @@ func TestVhostTold(t *testing.T) {
 		status       int
 	}{
 		{"image in use by a gvm", fmt.Sprintf("in use by process %d", p.cmd.Process.Pid), []string{"--disk", disk + ",backend=vhost"}, 2},
+		{"block device in use", fmt.Sprintf("in use by process %d", os.Getpid()), []string{"--disk", claimed + ",backend=vhost"}, 2},
+		{"image behind a loop device", "losetup --detach " + loop, []string{"--disk", behind + ",backend=vhost"}, 2},
 		{"target in use", fmt.Sprintf("belongs to gvm %d", p.cmd.Process.Pid), []string{"--disk", "wwn=" + wwn + ",backend=vhost"}, 3},
 		{"a newer interface is pinned", "this kernel speaks version 1 of its interface, and version 2 is asked for", []string{"--disk", other + ",backend=vhost", "--vhost-abi", "2"}, 3},
 		{"workers where the kernel has none, or fewer queues", "", []string{"--disk", other + ",backend=vhost,workers=1"}, -1},

@@ -302,6 +302,9 @@ func (b *File) Close() error {
 // Path returns the path that Open was given.
 func (b *File) Path() string { return b.path }
 
+// Stat describes the file that is open.
+func (b *File) Stat() (fs.FileInfo, error) { return b.f.Stat() }
+
 // Size returns the size of the image in bytes.
 func (b *File) Size() int64 { return b.size.Load() }
 

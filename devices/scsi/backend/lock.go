@@ -99,12 +99,12 @@ func findOpen(match func(st *unix.Stat_t, info string) bool) int {
 	return 0
 }
 
-// hasLock says whether fdinfo shows an open file description lock that excludes
+// hasLock says whether fdinfo shows a lock, of an open file description or a process, that excludes
 // a shared or an exclusive one: "lock:	1: OFDLCK  ADVISORY  WRITE -1 …".
 func hasLock(info []byte, shared bool) bool {
 	for s := bufio.NewScanner(bytes.NewReader(info)); s.Scan(); {
 		f := strings.Fields(s.Text())
-		if len(f) < 5 || f[0] != "lock:" || f[2] != "OFDLCK" {
+		if len(f) < 5 || f[0] != "lock:" || f[2] != "OFDLCK" && f[2] != "POSIX" {
 			continue
 		}
 		if f[4] == "WRITE" || !shared {

@@ -560,12 +560,14 @@ func TestKernelBusy(t *testing.T) {
 	}
 	theirs = before
 
+	a.Close()
 	dev := loopDevice(t, a.Path())
+	b := reopen(t, dev, backend.Options{Raw: true})
 	claim, err := os.OpenFile(dev, os.O_RDONLY|unix.O_EXCL, 0) // as a mount would
 	if err != nil {
 		t.Fatal(err)
 	}
-	expect(reopen(t, dev, backend.Options{Raw: true}), "lsblk")
+	expect(b, "lsblk")
 	claim.Close()
 
 	tg, err := Provision(Config{Units: []Unit{unit(0, reopen(t, filepath.Join(t.TempDir(), "x"), backend.Options{Size: 1 << 20}))}})

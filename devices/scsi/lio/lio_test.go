@@ -48,6 +48,7 @@ func image(t *testing.T, name string) *backend.File {
 
 func reopen(t *testing.T, path string, o backend.Options) *backend.File {
 	t.Helper()
+	o.Lend = true
 	b, err := backend.Open(path, o)
 	if err != nil {
 		t.Fatal(err)
@@ -538,5 +539,20 @@ func TestMissing(t *testing.T) {
 	}
 	if err := Check(filepath.Join(t.TempDir(), "config", "target")); !errors.Is(err, ErrNoConfigfs) {
 		t.Errorf("no configfs: %v", err)
+	}
+}
+
+// TestReplaced: another file has the image's name by now.
+func TestReplaced(t *testing.T) {
+	a := image(t, "a.img")
+	a2 := a.Path() + ".old"
+	if err := errors.Join(os.Rename(a.Path(), a2), unix.Mkfifo(a.Path(), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	u := unit(0, a)
+	u.ReadOnly = true
+	f := newFake(t)
+	if _, err := fakeHost(f).provision([]Unit{u}); !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), "was replaced") || f.ops > 0 {
+		t.Errorf("%d changes, %v", f.ops, err)
 	}
 }

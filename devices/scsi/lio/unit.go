@@ -21,8 +21,8 @@ import (
 type Unit struct {
 	LUN int
 	// UnitConfig describes the disk as for scsi.NewUnit. Its Backend must be a
-	// *backend.File: an image that the caller has open, and so locked, until
-	// Target.Close or Remove has returned. OnError is never called: the kernel
+	// *backend.File: an image that the caller has open, with backend.Options.Lend, and so
+	// locked, until Target.Close or Remove has returned. OnError is never called: the kernel
 	// reports failures in its own log.
 	scsi.UnitConfig
 }
@@ -64,6 +64,9 @@ func newPlan(u Unit) (*plan, error) {
 	}
 	if p.stat, err = os.Stat(p.path); err != nil {
 		return nil, err
+	}
+	if open, err := image.Stat(); err != nil || !os.SameFile(open, p.stat) {
+		return nil, errors.Join(err, fail(ErrBusy, nil, "%s: was replaced after it was opened", p.path))
 	}
 	p.device = p.stat.Mode()&fs.ModeDevice != 0
 	if p.device || u.ReadOnly {
