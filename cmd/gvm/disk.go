@@ -492,14 +492,18 @@ func (i opened) close(had bool) error {
 }
 
 // close takes down what was provisioned and releases the images; if no guest was
-// started, what size= did is undone in between. A guest that flushed has lost
-// nothing; what it did not flush is in the page cache, as after a reset of a
-// real disk's host. Nothing can be changed afterwards.
+// started, what size= did is undone in between. What a guest has not flushed is made durable as far as
+// settlePatience goes, the rest is in the page cache. Nothing can be changed afterwards.
 func (ds *disks) close(started bool) error {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	ds.ended = true
 	var errs []error
+	if started {
+		ctx, cancel := context.WithTimeout(context.Background(), settlePatience)
+		errs = append(errs, ds.settle(ctx))
+		cancel()
+	}
 	for _, k := range ds.kernels {
 		errs = append(errs, k.close())
 	}

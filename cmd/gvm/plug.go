@@ -169,10 +169,7 @@ func (ds *disks) remove(id string) (control.Change, error) {
 		return ch, err
 	}
 	ds.served = slices.Delete(ds.served, i, i+1)
-	if c := s.unit.Config(); !c.ReadOnly && c.Cache != scsi.Unsafe {
-		err = c.Backend.Flush()
-	}
-	return ch, errors.Join(err, ds.release(s.backend(), true))
+	return ch, errors.Join(s.unit.Sync(), ds.release(s.backend(), true))
 }
 
 // resize gives a disk another size, or takes the one that its image has by now,

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -337,7 +338,6 @@ func run(rc runConfig) (err error) {
 		Rebooting:   rc.reboot,
 		Note:        notes.note,
 		Stamp:       rc.timing.stamp,
-		Phase:       rc.timing.phase,
 	}
 	sys, sysErr := kvmapi.Open() // an error waits for those of what the user named
 	if sysErr == nil {
@@ -384,8 +384,14 @@ func run(rc runConfig) (err error) {
 	if err != nil {
 		return err
 	}
-	started := false
-	defer func() { err = errors.Join(err, ds.close(started)) }()
+	var started atomic.Bool // the guest has run, whatever became of a reboot
+	cfg.Phase = func(name string) {
+		if name == vmm.Entered {
+			started.Store(true)
+		}
+		rc.timing.phase(name)
+	}
+	defer func() { err = errors.Join(err, ds.close(started.Load())) }()
 	if rc.kernel == "" {
 		if len(rc.disks) == 0 {
 			if err := ds.attach(disk{serial: "gvm-memory-disk"}, backend.NewMem(embeddedDisk)); err != nil {
@@ -440,7 +446,6 @@ func run(rc runConfig) (err error) {
 	if err != nil {
 		return err
 	}
-	started = true
 	rc.timing.phase("the guest's run")
 	rc.timing.print()
 	return ended(out)

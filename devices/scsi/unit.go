@@ -229,7 +229,26 @@ func (u *Unit) Resized() error {
 
 // Resize has change give the backend another size while no command accesses the
 // medium, and is then Resized.
+//
+// Before and after it the protection information is made durable, so that a crash of the host leaves
+// none for blocks that are new: they would be refused.
 func (u *Unit) Resize(change func() error) error {
+	flush := func() error {
+		if p := u.cfg.Protection; p != nil {
+			return p.Flush()
+		}
+		return nil
+	}
+	if err := flush(); err != nil {
+		return err
+	}
+	if err := u.resize(change); err != nil {
+		return err
+	}
+	return flush()
+}
+
+func (u *Unit) resize(change func() error) error {
 	u.medium.Lock()
 	defer u.medium.Unlock()
 	if err := change(); err != nil {
@@ -379,17 +398,45 @@ func (u *Unit) flush() error {
 			return err
 		}
 	}
+	u.covers(covered)
+	return nil
+}
+
+// covers notes that the first n writes are durable.
+func (u *Unit) covers(n uint64) {
 	for {
 		old := u.flushed.Load()
-		if old >= covered || u.flushed.CompareAndSwap(old, covered) {
-			return nil
+		if old >= n || u.flushed.CompareAndSwap(old, n) {
+			return
 		}
 	}
 }
 
+// Sync makes all that was written durable, for a unit that is taken away: the medium, and then the
+// protection information, even if the medium fails. With the cache mode Unsafe it does nothing.
+func (u *Unit) Sync() error {
+	if u.cfg.Cache == Unsafe || u.cfg.ReadOnly {
+		return nil
+	}
+	covered := u.written.Load()
+	err := u.b.Flush()
+	if p := u.cfg.Protection; p != nil {
+		err = errors.Join(err, p.Flush())
+	}
+	if err == nil {
+		u.covers(covered)
+	}
+	return err
+}
+
+// Dirty says whether Sync has anything to do.
+func (u *Unit) Dirty() bool {
+	return u.cfg.Cache != Unsafe && !u.cfg.ReadOnly && u.flushed.Load() != u.written.Load()
+}
+
 // flushDirty is flush, unless nothing was written since the last one.
 func (u *Unit) flushDirty() error {
-	if u.flushed.Load() == u.written.Load() {
+	if !u.Dirty() {
 		return nil
 	}
 	return u.flush()

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// settlePatience is how long the end of a machine waits for what its guest has not flushed.
+const settlePatience = 900 * time.Millisecond
+
+// writeBacker is a backend that can be made nearly durable in pieces; *backend.File is one.
+type writeBacker interface {
+	WriteBack(context.Context) error
+}
+
+// settle makes durable what the guest has not flushed, with all that lies beside the images: an
+// overlay's map and protection information, without which the image alone is worth less. When ctx ends it
+// gives up, tells of which disks, and leaves them to the host. The caller holds mu.
+func (ds *disks) settle(ctx context.Context) error {
+	type result struct {
+		disk *served
+		err  error
+	}
+	results, left := make(chan result, len(ds.served)), map[*served]bool{}
+	for i := range ds.served {
+		s := &ds.served[i]
+		if !s.unit.Dirty() {
+			continue
+		}
+		left[s] = true
+		go func() { // it ends by itself; storage that hangs keeps the process, whatever waits for it
+			if w, ok := s.backend().(writeBacker); ok {
+				if err := w.WriteBack(ctx); err != nil {
+					results <- result{s, err}
+					return
+				}
+			}
+			results <- result{s, s.unit.Sync()}
+		}()
+	}
+	var errs []error
+	for len(left) > 0 {
+		select {
+		case r := <-results:
+			if !errors.Is(r.err, context.DeadlineExceeded) {
+				delete(left, r.disk)
+				if r.err != nil {
+					errs = append(errs, diskError{fmt.Errorf("--disk %s: %w", r.disk.name(), r.err)})
+				}
+			}
+		case <-ctx.Done():
+			for s := range left {
+				ds.mishaps.note(fmt.Sprintf("%s: what the guest did not flush is not all on stable storage; the host goes on writing it", s.name()))
+			}
+			return errors.Join(errs...)
+		}
+	}
+	return errors.Join(errs...)
+}

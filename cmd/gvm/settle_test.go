@@ -1,0 +1,214 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"hash/crc32"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"gvm/control"
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/scsitest"
+	"gvm/devices/virtio/vscsi"
+)
+
+// sideFile is protection information that notes what is done to it with what is done to the image.
+type sideFile struct {
+	scsi.Protection
+	rec  *scsitest.Recorder
+	fail error
+}
+
+func (s *sideFile) WriteTuples([]byte, uint64) error { return nil }
+
+func (s *sideFile) ClearTuples(uint64, uint64) error {
+	s.rec.Note("clear tuples")
+	return nil
+}
+
+func (s *sideFile) Flush() error {
+	s.rec.Note("flush tuples")
+	return s.fail
+}
+
+// noGuest is a guest without a driver.
+type noGuest struct{}
+
+func (noGuest) Event(vscsi.EventType, scsi.LUN, vscsi.Reason) vscsi.Delivery { return vscsi.Inactive }
+
+// sized is a backend that can change its size, and notes that.
+type sized struct {
+	*scsitest.Recorder
+	size int64
+}
+
+func (s *sized) Size() int64 { return s.size }
+
+func (s *sized) Resize(n int64, _ bool) error {
+	s.Note("resize")
+	s.size = n
+	return nil
+}
+
+// protectedDisks has one disk with protection information.
+func protectedDisks(t *testing.T, fault ...backend.Fault) (*disks, *scsitest.Recorder, *sideFile) {
+	t.Helper()
+	mem := backend.NewMem(1 << 20)
+	rec := &scsitest.Recorder{Backend: backend.NewFaulty(mem, fault...)}
+	side := &sideFile{rec: rec}
+	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: &sized{rec, 1 << 20}, Serial: "S", Protection: side})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ds := &disks{target: scsi.NewTarget(), mishaps: &mishaps{note: func(string) {}}}
+	if err := ds.target.Attach(0, u); err != nil {
+		t.Fatal(err)
+	}
+	if err := scsitest.Ready(ds.target, 0); err != nil {
+		t.Fatal(err)
+	}
+	s := newServed(disk{}, 0, u)
+	s.gone = func() {}
+	ds.served, ds.events = []served{s}, noGuest{}
+	rec.Log()
+	return ds, rec, side
+}
+
+// writeBlock writes block 9 of LUN 0 as v, into the cache.
+func writeBlock(t *testing.T, ds *disks, v byte) {
+	t.Helper()
+	write := []byte{0x2a, 0, 0, 0, 0, 9, 0, 0, 1, 0}
+	if a := scsitest.Do(ds.target, 0, write, bytes.Repeat([]byte{v}, 512), 0); a.Status != scsi.Good {
+		t.Fatal(a)
+	}
+}
+
+// TestSettle has a disk with protection information go by every way: the image is made durable, and
+// then what is beside it, whatever becomes of the image; both failures are told.
+func TestSettle(t *testing.T) {
+	both := []string{"flush", "flush tuples"}
+	for _, tt := range []struct {
+		name string
+		do   func(ds *disks) error
+		want []string
+	}{
+		{"remove", func(ds *disks) error { _, err := ds.remove("0"); return err }, both},
+		{"end", func(ds *disks) error { return ds.close(true) }, both},
+		{"end of a guest that never ran", func(ds *disks) error { return ds.close(false) }, nil},
+		{"grow", func(ds *disks) error {
+			_, err := ds.resize("0", control.ResizeDisk{Size: 2 << 20})
+			return err
+		}, []string{"flush tuples", "resize", "flush tuples"}},
+		{"shrink", func(ds *disks) error {
+			_, err := ds.resize("0", control.ResizeDisk{Size: 512 << 10, Shrink: true})
+			return err
+		}, []string{"flush tuples", "resize", "clear tuples", "flush tuples"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ds, rec, _ := protectedDisks(t)
+			writeBlock(t, ds, 1)
+			rec.Log()
+			if err := tt.do(ds); err != nil {
+				t.Fatal(err)
+			}
+			if got := rec.Log(); !slices.Equal(got, tt.want) {
+				t.Errorf("%q, want %q", got, tt.want)
+			}
+			if tt.want == nil || tt.name == "grow" || tt.name == "shrink" {
+				return
+			}
+			bad := errors.New("no tuples today")
+			ds, rec, side := protectedDisks(t, backend.Fault{Op: backend.OpFlush, Err: errors.New("no image today")})
+			writeBlock(t, ds, 1)
+			rec.Log()
+			side.fail = bad
+			err := tt.do(ds)
+			if !errors.Is(err, bad) || !strings.Contains(err.Error(), "no image today") {
+				t.Errorf("error %v, want both", err)
+			}
+			if got := rec.Log(); !slices.Equal(got, []string{"flush failed", "flush tuples"}) {
+				t.Errorf("%q after a failure", got)
+			}
+		})
+	}
+	// What has been flushed is not flushed again at the end: that takes no time then.
+	ds, rec, _ := protectedDisks(t)
+	writeBlock(t, ds, 1)
+	if a := scsitest.Do(ds.target, 0, []byte{0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0}, nil, 0); a.Status != scsi.Good {
+		t.Fatal(a)
+	}
+	rec.Log()
+	if err := ds.close(true); err != nil || len(rec.Log()) > 0 {
+		t.Errorf("%v, and flushed once more", err)
+	}
+}
+
+// TestOverlayEnds ends a machine that has flushed nothing: its overlay holds what it wrote after the
+// host is booted again, too.
+func TestOverlayEnds(t *testing.T) {
+	dir := t.TempDir()
+	d := disk{path: filepath.Join(dir, "base"), overlay: filepath.Join(dir, "overlay"), lun: -1, blockSize: 512}
+	if err := os.WriteFile(d.path, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	open := func() *disks {
+		t.Helper()
+		ds, err := openDisks([]disk{d}, kernelOptions{note: func(string) {}}, &mishaps{note: func(string) {}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := scsitest.Ready(ds.target, 0); err != nil {
+			t.Fatal(err)
+		}
+		return ds
+	}
+	ds := open()
+	writeBlock(t, ds, 0x5a)
+	if err := ds.close(true); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.ReadFile(d.overlay)
+	if err != nil {
+		t.Fatal(err)
+	}
+	copy(file[32:68], "00000000-0000-0000-0000-000000000000") // another boot
+	binary.BigEndian.PutUint32(file[8:], crc32.ChecksumIEEE(file[16:4096]))
+	if err := os.WriteFile(d.overlay, file, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ds = open()
+	a := scsitest.Do(ds.target, 0, []byte{0x28, 0, 0, 0, 0, 9, 0, 0, 1, 0}, nil, 512)
+	if a.Status != scsi.Good || !bytes.Equal(a.Data, bytes.Repeat([]byte{0x5a}, 512)) {
+		t.Errorf("%v, % x", a, a.Data[:4])
+	}
+	if err := ds.close(true); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestSettleGivesUp ends a machine whose storage takes its time to flush: the end does not wait for
+// it, and the user is told.
+func TestSettleGivesUp(t *testing.T) {
+	hang := make(chan struct{})
+	defer close(hang)
+	ds, _, _ := protectedDisks(t, backend.Fault{Op: backend.OpFlush, Hang: hang})
+	var notes []string
+	ds.mishaps.note = func(s string) { notes = append(notes, s) }
+	writeBlock(t, ds, 1)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if err := ds.settle(ctx); err != nil {
+		t.Error(err)
+	}
+	if len(notes) != 1 || !strings.Contains(notes[0], "stable storage") {
+		t.Errorf("notes %q", notes)
+	}
+}
