@@ -165,6 +165,11 @@ func (h *hostile) act() {
 		h.get(&h.mmio, h.bar(slot, 0)+aligned(0x3020), size)
 	case n < 22:
 		h.put(&h.mmio, h.bar(slot, 0)+aligned(0x40), size, h.value())
+	case n < 23: // INTx and MSI-X, whose capability is the first
+		h.put(&h.mmio, h.config(slot)+4, 2, pci.CommandMemory|pci.CommandMaster|h.Uint64N(2)<<10)
+		h.put(&h.mmio, h.config(slot)+0x42, 2, h.Uint64N(4)<<14)
+	case n < 24:
+		h.get(&h.mmio, h.bar(slot, 0)+0x1000, 1)
 	case n < 26:
 		h.put(&h.mmio, h.bar(slot, 2)+h.Uint64N(96)&^3, 4, 0xfee0_0000|h.value())
 	case n < 30:

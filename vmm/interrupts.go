@@ -90,6 +90,40 @@ func (v *vector) Close() error {
 	return err
 }
 
+// intxLine is a level-triggered interrupt line that the INTx# of several slots drive.
+type intxLine struct {
+	set func(level bool) // sets the level of the pin
+
+	mu   sync.Mutex
+	high int // slots that assert it
+}
+
+func (l *intxLine) drive(level bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	was := l.high > 0
+	if level {
+		l.high++
+	} else {
+		l.high--
+	}
+	if is := l.high > 0; is != was {
+		l.set(is)
+	}
+}
+
+// intxLines returns the lines of the slots' INTA#: those of intxIRQs, in turn.
+func (m *machine) intxLines() func(slot int) pci.Line {
+	var lines [len(intxIRQs)]intxLine
+	for i, irq := range intxIRQs {
+		lines[i].set = func(level bool) { m.check(m.vm.SetIRQ(uint32(irq), level)) }
+	}
+	return func(slot int) pci.Line {
+		i := (slot - 1) % len(lines)
+		return pci.Line{IRQ: intxIRQs[i], Set: lines[i].drive}
+	}
+}
+
 // doorbells makes guest writes to an address signal an eventfd in the kernel.
 type doorbells struct{ vm *kvmapi.VM }
 

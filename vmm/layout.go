@@ -31,6 +31,11 @@ const (
 	mmio64Size  = 16 << 30
 )
 
+// intxIRQs are the ISA interrupts that PCI's INTx# lines have, the slots in turn from
+// slot 1 on: those that a PC leaves to PCI. They are pins of the IOAPIC and of the PICs, so
+// that a kernel without either (noapic, pci=nomsi) has a disk.
+var intxIRQs = [...]uint8{10, 11, 5}
+
 // mmio64 returns the window for 64-bit BARs: the first whole GiB past RAM.
 // physBits is the width of the guest's physical addresses; a guest whose RAM
 // leaves no room below that has no such window, and its BARs go below 4 GiB.

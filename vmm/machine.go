@@ -128,6 +128,7 @@ func (m *machine) addPlatform() error {
 		Battery: m.cfg.battery,
 	})
 	m.bus = pci.NewBus(&space{&m.mmio}, pm.ResetControl())
+	m.bus.Wire(m.intxLines())
 	stamp := m.cfg.Stamp
 	if stamp == nil {
 		stamp = func(byte) {}
@@ -208,6 +209,7 @@ func (m *machine) loadKernel() error {
 		MMIO64:  acpi.Range{Base: w.Base, Size: w.Size},
 		IOAPIC:  ioapicBase,
 		SCI:     sciGSI,
+		INTx:    intxIRQs[:],
 	})
 	if err != nil {
 		return fmt.Errorf("ACPI tables: %w", err)

@@ -1,6 +1,6 @@
 // Package pci is the guest's PCI: a host bridge, one root bus with type 0
-// functions, configuration space by ports and by ECAM, base address registers
-// and MSI-X. "PCI 3.0" below is the PCI Local Bus Specification 3.0.
+// functions, configuration space by ports and by ECAM, base address registers,
+// MSI-X and INTx. "PCI 3.0" below is the PCI Local Bus Specification 3.0.
 //
 // A guest may write anything to configuration space. What it cannot do is take
 // an address that is not in the bus's windows or that something else has: such
@@ -68,6 +68,7 @@ type Bus struct {
 	reset Handler
 	latch atomic.Uint32
 	slot  [slots]atomic.Pointer[Function]
+	lines func(slot int) Line // nil: INTx# is not wired
 
 	mapping sync.Mutex // guards what follows and the mutable part of every region
 	windows [2]Window  // below 4 GiB, above
@@ -85,6 +86,9 @@ func NewBus(space Space, reset Handler) *Bus {
 	bridge.attach(b, 0)
 	return b
 }
+
+// Wire says which line the INTA# of each slot drives. It comes before Add.
+func (b *Bus) Wire(lines func(slot int) Line) { b.lines = lines }
 
 // Add puts f in the first free slot, counted from 1, and returns its number.
 // The error is that all 31 are taken, or that f is on a bus already.

@@ -24,8 +24,10 @@ const (
 	regSubDevice  = 0x2e
 	regCapPtr     = 0x34
 	regIntLine    = 0x3c
+	regIntPin     = 0x3d
 	regFirstCap   = 0x40
 	conventional  = 0x100 // capabilities are below, extended ones above
+	statusINTx    = 0x0008
 	statusCapList = 0x0010
 	statusErrors  = 0xf900 // the bits that writing 1 clears
 	barWide       = 0x4
@@ -93,11 +95,8 @@ type placed struct {
 	at int // of Body in configuration space
 }
 
-// Function is a type 0 function: single, number 0 of its device. BARs and
-// capabilities are added before it is put on a bus. The interrupt pin register
-// is 0: gvm has no INTx, which would need a level-triggered line that every
-// device shares and an exit per interrupt to lower it; every guest that knows
-// virtio 1.x knows MSI-X.
+// Function is a type 0 function: single, number 0 of its device. BARs,
+// capabilities and INTx are added before it is put on a bus.
 type Function struct {
 	FunctionConfig
 	bus  *Bus // nil until Add
@@ -105,6 +104,7 @@ type Function struct {
 	bars []*region
 	caps []placed
 	msix *MSIX
+	intx *INTx
 	next int // where the next capability goes
 	link int // the pointer to it
 
@@ -215,6 +215,11 @@ func (f *Function) BARs() []BARState {
 
 // attach puts f in b's slot; Bus.mapping is held, or b is not shared yet.
 func (f *Function) attach(b *Bus, slot int) {
+	if f.intx != nil && b.lines != nil {
+		l := b.lines(slot)
+		f.intx.set = l.Set
+		f.conf[regIntLine], f.conf[regIntPin] = l.IRQ, 1 // INTA#
+	}
 	f.bus, f.slot, f.start = b, slot, f.conf
 	b.regions = append(b.regions, f.bars...)
 	b.slot[slot].Store(f)
@@ -256,6 +261,9 @@ func (f *Function) Reset() error {
 	}
 	f.conf = f.start
 	f.place()
+	if f.intx != nil {
+		f.intx.disable(false)
+	}
 	return err
 }
 
@@ -266,6 +274,12 @@ func (f *Function) read(reg int, p []byte) {
 		c := &f.caps[i]
 		if lo, hi := max(reg, c.at), min(reg+len(p), c.at+len(c.Body)); lo < hi && c.OnRead != nil {
 			c.OnRead(f.conf[c.at:c.at+len(c.Body)], lo-c.at, hi-lo)
+		}
+	}
+	if f.intx != nil {
+		f.conf[regStatus] &^= statusINTx
+		if f.intx.status() {
+			f.conf[regStatus] |= statusINTx
 		}
 	}
 	copy(p, f.conf[reg:])
@@ -282,6 +296,9 @@ func (f *Function) write(reg int, p []byte) {
 	command := f.command()
 	if end := reg + len(p); command != before || reg < regBAR+24 && end > regBAR {
 		f.place()
+	}
+	if command != before && f.intx != nil {
+		f.intx.disable(command&commandINTxDisable != 0)
 	}
 	if command != before && f.Command != nil {
 		f.Command(command)

@@ -31,6 +31,10 @@ const (
 // Vector, because each is a system call that stops interrupt delivery of the
 // whole guest for a moment.
 type MSIX struct {
+	// Changed, if set, is told after a write that may have enabled or disabled MSI-X;
+	// configuration space is locked meanwhile.
+	Changed func()
+
 	name    string
 	report  func(error)
 	pba     uint64 // offset of the pending bit array in the BAR
@@ -74,7 +78,15 @@ func (f *Function) AddMSIX(bar, n int, vectors Vectors, report func(error)) (*MS
 		body = binary.LittleEndian.AppendUint32(body, uint32(bar))
 		body = binary.LittleEndian.AppendUint32(body, uint32(m.pba)|uint32(bar))
 		_, err = f.AddCapability(Capability{ID: capMSIX, Body: body, Writable: []byte{0, (msixEnable | msixMaskAll) >> 8},
-			OnWrite: func(body []byte, off, n int) { m.control(binary.LittleEndian.Uint16(body)) }})
+			OnWrite: func(body []byte, off, n int) {
+				m.control(binary.LittleEndian.Uint16(body))
+				if f.intx != nil {
+					f.intx.update(func() {})
+				}
+				if m.Changed != nil {
+					m.Changed()
+				}
+			}})
 	}
 	if err != nil {
 		return nil, errors.Join(err, m.Close())
@@ -98,6 +110,14 @@ func (m *MSIX) Discard() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.discard()
+}
+
+// TakePending reports whether a vector was signalled while MSI-X is disabled, and
+// forgets it. With MSI-X enabled it does nothing.
+func (m *MSIX) TakePending() (was bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return !m.Enabled() && m.discard()
 }
 
 // Close closes every vector. The guest must not run any more, and nobody may
@@ -199,15 +219,19 @@ func (m *MSIX) mask(i int) {
 	v.asked, v.live = false, false
 }
 
-// discard reads the events that nobody else does; mu is held.
-func (m *MSIX) discard() {
+// discard reads the events of vectors that are not connected, and tells whether
+// there was one; mu is held.
+func (m *MSIX) discard() (was bool) {
 	for i := range m.vec {
 		if v := &m.vec[i]; !v.live {
-			if _, err := v.Event().Drain(); err != nil {
+			pending, err := v.Event().Drain()
+			if err != nil {
 				m.report(fmt.Errorf("pci: %s: MSI-X vector %d: %w", m.name, i, err))
 			}
+			was = was || pending
 		}
 	}
+	return was
 }
 
 // clear makes the table as a reset leaves it: every vector masked.

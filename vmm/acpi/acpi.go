@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"gvm/devices/acpipm"
 	"gvm/devices/pvpanic"
@@ -36,6 +37,9 @@ type Config struct {
 
 	IOAPIC uint32 // the I/O APIC's address: 0xfec00000; its ID and first GSI are 0
 	SCI    uint8  // the system control interrupt, level-triggered: GSI 9
+	// INTx are the ISA interrupts of the PCI slots' INTA#, in turn from slot 1 on,
+	// level-triggered; none: INTx# is not wired.
+	INTx []uint8
 
 	PM        uint16 // ports of package acpipm: 0x600
 	ResetPort uint16 // 0xcf9
@@ -83,6 +87,11 @@ func (c *Config) check() error {
 	}
 	if c.SCI > 15 || c.COM1IRQ > 15 {
 		return fmt.Errorf("acpi: SCI %d or COM1 interrupt %d is no ISA interrupt", c.SCI, c.COM1IRQ)
+	}
+	for _, irq := range c.INTx {
+		if irq > 15 || irq == 0 || irq == c.SCI || irq == c.COM1IRQ {
+			return fmt.Errorf("acpi: PCI cannot have interrupt %d", irq)
+		}
 	}
 	for _, r := range []struct {
 		name  string
@@ -281,6 +290,7 @@ func (c *Config) madt() []byte {
 		enabled    = 1
 		isa        = 0
 		levelHigh  = 3<<2 | 1 // trigger mode level, polarity active high
+		levelLow   = 3<<2 | 3 // and active low, as PCI's are
 		lint1      = 1
 	)
 	b := marshal(uint32(localAPIC), uint32(pcatCompat))
@@ -314,6 +324,11 @@ func (c *Config) madt() []byte {
 	}
 	override(0, 2, 0)
 	override(c.SCI, uint32(c.SCI), levelHigh)
+	for i, irq := range c.INTx {
+		if !slices.Contains(c.INTx[:i], irq) {
+			override(irq, uint32(irq), levelLow)
+		}
+	}
 
 	b = append(b, marshal(struct { // NMI of every local APIC
 		Type, Length, UID byte

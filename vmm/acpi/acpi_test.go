@@ -134,7 +134,7 @@ func TestFADT(t *testing.T) {
 }
 
 func TestMADT(t *testing.T) {
-	got := build(t, Config{APICIDs: []uint32{0, 2, 254, 255, 0x1234}})["APIC"][36:]
+	got := build(t, Config{APICIDs: []uint32{0, 2, 254, 255, 0x1234}, INTx: []uint8{10, 5, 10}})["APIC"][36:]
 	want := bytes.Join([][]byte{
 		{0, 0, 0xe0, 0xfe, 1, 0, 0, 0},
 		{0, 8, 0, 0, 1, 0, 0, 0},
@@ -145,6 +145,8 @@ func TestMADT(t *testing.T) {
 		{1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0},
 		{2, 10, 0, 0, 2, 0, 0, 0, 0, 0},
 		{2, 10, 0, 9, 9, 0, 0, 0, 13, 0},
+		{2, 10, 0, 10, 10, 0, 0, 0, 15, 0},
+		{2, 10, 0, 5, 5, 0, 0, 0, 15, 0},
 		{4, 6, 0xff, 0, 0, 1},
 		{10, 12, 0, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0},
 	}, nil)
@@ -213,6 +215,8 @@ func TestErrors(t *testing.T) {
 		{"257 buses", Config{APICIDs: ids(1), Buses: 257}, "257 PCI buses"},
 		{"-1 buses", Config{APICIDs: ids(1), Buses: -1}, "-1 PCI buses"},
 		{"SCI past the ISA interrupts", Config{APICIDs: ids(1), SCI: 16}, "SCI 16"},
+		{"PCI has COM1's interrupt", Config{APICIDs: ids(1), INTx: []uint8{10, 4}}, "PCI cannot have interrupt 4"},
+		{"PCI past the ISA interrupts", Config{APICIDs: ids(1), INTx: []uint8{16}}, "PCI cannot have interrupt 16"},
 		{"area too small", Config{APICIDs: ids(1024), Area: Range{0xe0000, 0x4000}}, "tables for 1024 CPUs take"},
 		{"area not aligned", Config{APICIDs: ids(1), Area: Range{0xe0010, 0x10000}}, "table area"},
 		{"ECAM not aligned", Config{APICIDs: ids(1), ECAM: 0xe0080000}, "ECAM"},
@@ -288,7 +292,7 @@ func write(t *testing.T, tables map[string][]byte) string {
 
 func TestDisassemble(t *testing.T) {
 	for _, cfg := range []Config{
-		{APICIDs: ids(2), MMIO64: mmio64},
+		{APICIDs: ids(2), MMIO64: mmio64, INTx: []uint8{10, 11, 5}},
 		{APICIDs: ids(300), ECAM: 0x1_8000_0000, Area: Range{0x3ffc0000, 0x40000}},
 	} {
 		t.Run(fmt.Sprint(len(cfg.APICIDs), " CPUs"), func(t *testing.T) {
@@ -309,7 +313,7 @@ func TestDisassemble(t *testing.T) {
 // TestRecompile has the reference compiler judge the DSDT's source, and make
 // the same bytes of it.
 func TestRecompile(t *testing.T) {
-	tables := build(t, Config{APICIDs: ids(2), MMIO64: mmio64})
+	tables := build(t, Config{APICIDs: ids(2), MMIO64: mmio64, INTx: []uint8{10, 11, 5}})
 	dir := write(t, tables)
 	tool(t, dir, "iasl", "-d", "DSDT.aml")
 	complain(t, "DSDT.dsl", tool(t, dir, "iasl", "-p", "again", "DSDT.dsl"))
@@ -325,6 +329,8 @@ func TestRecompile(t *testing.T) {
 		`WordIO (ResourceProducer, MinFixed, MaxFixed, PosDecode, EntireRange, 0x0000, 0x1000, 0xFFFF, 0x0000, 0xF000,`,
 		`DWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite, 0x00000000, 0xC0000000, 0xDFFFFFFF, 0x00000000, 0x20000000,`,
 		`QWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite, 0x0000000000000000, 0x0000000240000000, 0x000000423FFFFFFF, 0x0000000000000000, 0x0000004000000000,`,
+		`Name (_PRT, Package (0x1F) { Package (0x04) { 0x0001FFFF, Zero, Zero, 0x0A }, Package (0x04) { 0x0002FFFF, Zero, Zero, 0x0B }, ` +
+			`Package (0x04) { 0x0003FFFF, Zero, Zero, 0x05 }, Package (0x04) { 0x0004FFFF, Zero, Zero, 0x0A },`,
 		`Name (_HID, EisaId ("PNP0C02") ) Name (_UID, Zero) Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0600, 0x0600, 0x01, 0x0C, ) Memory32Fixed (ReadWrite, 0xE0000000, 0x10000000, ) })`,
 		`Name (_HID, EisaId ("PNP0501") ) Name (_UID, One) Name (_CRS, ResourceTemplate () { IO (Decode16, 0x03F8, 0x03F8, 0x01, 0x08, ) IRQNoFlags () {4} })`,
 		`Name (_HID, EisaId ("PNP0B00") ) Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0070, 0x0070, 0x01, 0x02, ) IRQNoFlags () {8} })`,

@@ -21,8 +21,7 @@ func (c *Config) dsdt() aml {
 	)
 }
 
-// hostBridge is the PCI Express root. It has no _PRT: every device here
-// interrupts by MSI-X and has no INTx pin to route.
+// hostBridge is the PCI Express root.
 func (c *Config) hostBridge() aml {
 	crs := []aml{
 		window(busRange, 2, 0, uint64(c.Buses)),
@@ -37,6 +36,13 @@ func (c *Config) hostBridge() aml {
 	if w := c.MMIO64; w.Size > 0 {
 		crs = append(crs, window(memoryRange, 8, w.Base, w.Size))
 	}
+	// _PRT (6.2.13): the device in each slot has INTA# alone, which is wired to a GSI
+	// and has no link device.
+	var prt []aml
+	for slot := 1; slot < 32 && len(c.INTx) > 0; slot++ { // none: an empty table
+		irq := c.INTx[(slot-1)%len(c.INTx)]
+		prt = append(prt, packageOf(integer(uint64(slot)<<16|0xffff), integer(0), integer(0), integer(uint64(irq))))
+	}
 	return device("PCI0",
 		name("_HID", eisaID("PNP0A08")),
 		name("_CID", eisaID("PNP0A03")),
@@ -44,6 +50,7 @@ func (c *Config) hostBridge() aml {
 		name("_BBN", integer(0)),
 		name("_UID", integer(0)),
 		name("_CRS", resources(crs...)),
+		name("_PRT", packageOf(prt...)),
 		osc(),
 	)
 }

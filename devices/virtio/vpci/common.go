@@ -44,20 +44,18 @@ const (
 
 const noVector = 0xffff // VIRTIO_MSI_NO_VECTOR
 
-// ISR status (virtio 1.3, 4.1.4.5).
-const (
-	isrQueue  = 1
-	isrConfig = 2
-)
-
 // regs is what BAR 0 answers.
 type regs struct{ d *Device }
 
 func (r regs) Read(off uint64, p []byte) {
 	clear(p)
 	d := r.d
-	if off >= notifyOff {
-		return // without d.mu: it is held while a device stops
+	switch { // without d.mu: it is held while a device stops
+	case off >= notifyOff:
+		return
+	case off == isrOff:
+		p[0] = d.intx.read()
+		return
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -68,8 +66,6 @@ func (r regs) Read(off uint64, p []byte) {
 		}
 		b := d.common()
 		copy(p, b[off:])
-	case off == isrOff:
-		p[0] = d.takeISR()
 	case off >= deviceOff:
 		d.look()
 		copy(p, d.seen[min(off-deviceOff, uint64(len(d.seen))):])
@@ -117,29 +113,6 @@ func (d *Device) look() {
 		d.seen = now
 		d.gen.Add(1)
 	}
-}
-
-// takeISR reads and clears ISR status. With MSI-X enabled it stays 0. Without,
-// there is no interrupt that it would explain (the interrupt pin register is
-// 0), but a polling driver may look: queues then have no vector, and what
-// they signalled is in unheard.
-func (d *Device) takeISR() byte {
-	if d.msix.Enabled() {
-		return 0
-	}
-	v := byte(d.isr.Swap(0))
-	if d.drain() {
-		v |= isrQueue
-	}
-	return v
-}
-
-func (d *Device) drain() bool {
-	was, err := d.unheard.Drain()
-	if err != nil {
-		d.cfg.Log(fmt.Errorf("vpci: %s: %w", d.cfg.Name, err))
-	}
-	return was
 }
 
 // selected is the queue at queue_select, or nil.
@@ -290,7 +263,13 @@ func (d *Device) setStatus(v byte) {
 
 func (d *Device) activate() {
 	a := &activation{}
+	for i := range d.queues {
+		a.vectors = a.vectors || d.queues[i].vector != noVector
+	}
 	d.act.Store(a)
+	d.intx.mu.Lock()
+	d.intx.watch()
+	d.intx.mu.Unlock()
 	err := d.stuck
 	switch {
 	case err != nil:
@@ -327,20 +306,19 @@ func (d *Device) broken(a *activation, err error) {
 		return
 	}
 	d.cfg.Log(fmt.Errorf("vpci: %s: %w", d.cfg.Name, err))
-	d.interrupt()
+	d.interrupt(a)
 }
 
 func (d *Device) changed(a *activation) {
 	if d.act.Load() == a {
 		d.gen.Add(1)
-		d.interrupt()
+		d.interrupt(a)
 	}
 }
 
 // interrupt is a configuration change notification (virtio 1.3, 4.1.5.3).
-func (d *Device) interrupt() {
-	if !d.msix.Enabled() {
-		d.isr.Or(isrConfig)
+func (d *Device) interrupt(a *activation) {
+	if d.intx.config(a) {
 		return
 	}
 	if v := d.cfgVector.Load(); v != noVector {
@@ -381,7 +359,6 @@ func (d *Device) forget() {
 		q := &d.queues[i]
 		q.setup = setup{size: q.max, vector: noVector}
 	}
-	d.isr.Store(0)
-	d.drain()
+	d.intx.reset()
 	d.msix.Discard()
 }

@@ -160,8 +160,15 @@ func scsi(t testing.TB) *device {
 
 func newRig(t testing.TB, dev *device, d virtio.Device) *rig {
 	t.Helper()
+	return rigWith(t, dev, d, func(int) pci.Line { return pci.Line{Set: func(bool) {}} })
+}
+
+// rigWith is newRig with lines for INTx#.
+func rigWith(t testing.TB, dev *device, d virtio.Device, lines func(slot int) pci.Line) *rig {
+	t.Helper()
 	r := &rig{t: t, dev: dev, mem: guestmem.Heap(0, 1<<16), bells: bells{at: make(map[uint64]*eventfd.FD)}}
 	r.bus = pci.NewBus(&r.space, nil)
+	r.bus.Wire(lines)
 	var err error
 	r.v, err = vpci.New(vpci.Config{Name: "dev", Device: d, Mem: r.mem, Vectors: r.vs.New, Doorbells: &r.bells, Log: r.log})
 	if err != nil {
@@ -391,7 +398,7 @@ func TestDriver(t *testing.T) {
 			equal(t, "ID", cfg.Read(0, 4), 0x10481af4)
 			equal(t, "class and revision", cfg.Read(8, 4), 0x01000001)
 			equal(t, "subsystem", cfg.Read(0x2c, 4), 0x10481af4)
-			equal(t, "interrupt pin", cfg.Read(0x3d, 1), 0)
+			equal(t, "interrupt pin", cfg.Read(0x3d, 1), 1)
 			d := r.attach(cfg, tt.window)
 			d.interrupts()
 			for n := range 100 { // unbind and bind

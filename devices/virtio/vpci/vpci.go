@@ -1,6 +1,6 @@
 // Package vpci shows a virtio device to the guest as a PCI function: the modern
 // transport of virtio 1.3, 4.1. It does feature negotiation, device status,
-// queue set-up, doorbells and MSI-X, and hands the device its queues at
+// queue set-up, doorbells, MSI-X and INTx, and hands the device its queues at
 // DRIVER_OK; the transitional and legacy interfaces are not there.
 package vpci
 
@@ -85,7 +85,10 @@ type setup struct {
 
 // activation is one time between DRIVER_OK and reset; what an earlier one
 // reports late is dropped.
-type activation struct{ broken atomic.Bool }
+type activation struct {
+	broken  atomic.Bool
+	vectors bool // some queue has an MSI-X vector
+}
 
 // Device is a virtio device on PCI.
 //
@@ -96,13 +99,13 @@ type Device struct {
 	cfg      Config
 	fn       *pci.Function
 	msix     *pci.MSIX
-	queues   []queue     // the slice never changes
+	queues   []queue // the slice never changes
+	intx     intx
 	unheard  *eventfd.FD // Call of a queue without a vector
 	cfgLen   int
 	doorbell []int // queues whose doorbell is connected; guarded by the bus
 
 	cfgVector atomic.Uint32
-	isr       atomic.Uint32
 	gen       atomic.Uint32 // config_generation, the low 8 bits
 	act       atomic.Pointer[activation]
 
@@ -153,6 +156,10 @@ func (d *Device) open(sizes []uint16) (err error) {
 	if d.unheard, err = eventfd.New(); err != nil {
 		return err
 	}
+	if d.intx.wake, err = eventfd.New(); err != nil {
+		return err
+	}
+	d.intx.d, d.intx.pin = d, d.fn.AddINTx()
 	for i, n := range sizes {
 		if bits.OnesCount16(n) != 1 || n > 1<<15 {
 			return fmt.Errorf("queue %d has a bad size %d", i, n)
@@ -175,6 +182,7 @@ func (d *Device) open(sizes []uint16) (err error) {
 	if d.msix, err = d.fn.AddMSIX(barMSIX, 1+len(sizes), d.cfg.Vectors, d.cfg.Log); err != nil {
 		return err
 	}
+	d.msix.Changed = d.intx.changed
 	caps := []pci.Capability{
 		vendorCap(capCommon, commonOff, commonSize),
 		vendorCap(capNotify, notifyOff, notify, notifyMul, 0, 0, 0),
@@ -257,6 +265,9 @@ func (d *Device) Close() error {
 
 func (d *Device) release() error {
 	var errs []error
+	if d.intx.wake != nil {
+		errs = append(errs, d.intx.close())
+	}
 	for i := range d.queues {
 		errs = append(errs, d.queues[i].kick.Close())
 	}

@@ -584,7 +584,7 @@ func TestNewErrors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	equal(t, "descriptors", fds()-before, 200+201+1)
+	equal(t, "descriptors", fds()-before, 200+201+2)
 	if _, err := pci.NewBus(nil, nil).Add(d.Function()); err != nil {
 		t.Error(err)
 	}

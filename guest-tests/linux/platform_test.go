@@ -1,0 +1,105 @@
+package linux
+
+import (
+	"testing"
+)
+
+// TestRTC reads and sets the clock, waits for its interrupts and sleeps until its alarm. The
+// time is kept when the machine reboots.
+func TestRTC(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	r := guest{kernel: l.Debian, hostPrograms: []string{"/usr/sbin/rtcwake", "/usr/sbin/hwclock"}, script: `
+case $(cat /sys/class/rtc/rtc0/date) in 2031-*) say rebooted in 2031; klog; poweroff -f;; esac
+irqs() { awk '$NF == "rtc0" {print $2}' /proc/interrupts; }
+say line $(awk '$NF == "rtc0" {print $1, $3, $4}' /proc/interrupts)
+n=$(irqs)
+# It waits for the end of an update, by interrupt, and gives up after ten seconds.
+/bin/hwclock --utc -r >/tmp/out 2>&1 && say read ok || { say read failed; cat /tmp/out; }
+say update $(( $(irqs) > n ))
+date -s '2031-12-24 12:34:56' >/dev/null
+/bin/hwclock --utc -w && say written $(/bin/hwclock --utc -r | cut -d: -f1)
+n=$(irqs)
+rtcwake -m on -s 2 >/dev/null && say alarm $(( $(irqs) > n ))
+rtcwake -m freeze -s 3 >/dev/null && say woken yes || say woken no
+klog
+reboot -f
+`}.run(t, "--on-reset", "reboot")
+	r.wantStatus(t, 0)
+	r.want(t, map[string]string{
+		"line": "8: IO-APIC 8-edge", "read": "ok", "update": "1", "written": "2031-12-24 12",
+		"alarm": "1", "woken": "yes", "rebooted": "in 2031",
+	})
+	r.kernelLog(t, 2)
+}
+
+// TestINTx: kernels without MSI have their disks, on both backends, with lines that
+// devices share and by the PICs alone.
+func TestINTx(t *testing.T) {
+	l := theLab(t)
+	const script = `
+say lines $(awk '/virtio/ {print $3, $4}' /proc/interrupts)
+part() { # DISK: reads it all, writes a part and reads that back, past the page cache
+	say $1 $(dd if=/dev/$1 iflag=direct bs=64k 2>/dev/null | sum)
+	seq 1 30000 | dd of=/dev/$1 bs=4k seek=16 conv=fsync,notrunc 2>/dev/null || say $1-write failed
+	echo 3 >/proc/sys/vm/drop_caches
+	say $1-written $(dd if=/dev/$1 iflag=direct bs=4k skip=16 count=42 2>/dev/null | head -c 168894 | sum)
+}
+parts() { for d in /sys/block/sd*; do part ${d##*/} & done; wait; }
+`
+	for _, c := range []struct {
+		name, cmdline, disk string
+		disks               int
+		lines               string
+	}{
+		{"process", "pci=nomsi", "", 2, "IO-APIC 10-fasteoi IO-APIC 11-fasteoi"},
+		{"vhost with two disks on a line", "pci=nomsi", ",backend=vhost", 4, "IO-APIC 5-fasteoi IO-APIC 10-fasteoi IO-APIC 11-fasteoi"},
+		{"no IOAPIC", "pci=nomsi noapic", "", 1, "XT-PIC virtio0 XT-PIC virtio1"},
+		{"the interrupt line registers alone", "pci=nomsi acpi=noirq", "", 1, "XT-PIC virtio0 XT-PIC virtio1"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			lioUnchanged(t)
+			var args, files []string
+			var contents [][]byte
+			want := map[string]string{"lines": c.lines}
+			for i := range c.disks {
+				name := "sd" + string(rune('a'+i))
+				contents = append(contents, content(name, 1<<20))
+				files = append(files, diskFile(t, contents[i]))
+				args = append(args, "--disk", files[i]+c.disk)
+			}
+			r := guest{kernel: l.Cloud, modules: []string{"virtio_rng"}, cmdline: c.cmdline, script: script + "parts; klog"}.run(t, args...)
+			r.wantStatus(t, 0)
+			// Disks may get their names in any order.
+			sums := map[string]int{}
+			for i := range c.disks {
+				sums[r.said(t, "sd"+string(rune('a'+i)))]++
+				want["sd"+string(rune('a'+i))+"-written"] = sum(numbers(1, 30000))
+				copy(contents[i][64<<10:], numbers(1, 30000))
+				wantFile(t, files[i], 0, contents[i])
+			}
+			for i := range c.disks {
+				if n := sums[sum(content("sd"+string(rune('a'+i)), 1<<20))]; n != 1 {
+					t.Errorf("disk %d was read %d times, want once", i, n)
+				}
+			}
+			r.want(t, want)
+			r.kernelLog(t, 1, lunsChanged,
+				// What noapic and acpi=noirq give cause for.
+				`\] ACPI: (setting ELCR to|MPS support code is not built-in)`, `\] smpboot: weird, boot CPU`, `\] PMU not available`)
+		})
+	}
+	t.Run("plug", func(t *testing.T) {
+		t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
+		first, second := content("stays", 1<<20), content("comes and goes", 2<<20)
+		comes := diskFile(t, second)
+		g := guest{kernel: l.Debian, cmdline: "pci=nomsi", script: plugging + "klog"}
+		p := start(t, nil, append(g.build(t), "--name=intx", "--cpus=2", "--disk", diskFile(t, first))...)
+		disk := func(args ...string) { gvm(t, append([]string{"disk"}, args...)...).wantStatus(t, 0) }
+		plug(p.waitFor, func() { disk("add", comes) }, func() { disk("remove", "intx", comes) })
+		r := p.wait()
+		r.wantStatus(t, 0)
+		r.want(t, plugged(first, second))
+		r.kernelLog(t, 1, lunsChanged)
+	})
+}
