@@ -6,7 +6,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"strconv"
 	"strings"
 
 	"github.com/bobuhiro11/gokvm/kvm"
@@ -15,6 +14,7 @@ import (
 	"gvm/devices/scsi/backend"
 	"gvm/kvmapi"
 	"gvm/vmm"
+	"gvm/vmm/guestmem"
 	"gvm/vmm/x86"
 )
 
@@ -172,15 +172,31 @@ func doctorDisks(line func(kind, format string, args ...any)) {
 }
 
 func doctorMemory(line func(kind, format string, args ...any)) {
-	line("ok", "%s of memory", formatSize(hostMemory()>>20<<20))
-	b, err := os.ReadFile("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
-	n, err2 := strconv.Atoi(strings.TrimSpace(string(b)))
-	switch {
-	case err != nil || err2 != nil:
+	h := thisHost()
+	line("ok", "%s of memory", formatSize(h.ram>>20<<20))
+	pool := h.hugepagePool(0)
+	told := map[string]bool{pool.what: true}
+	for _, kind := range []struct {
+		flag   string
+		config guestmem.Config
+	}{
+		{"", guestmem.Config{}},
+		{"--shared-memory: ", guestmem.Config{Shared: true}},
+		{"--hugepages: ", guestmem.Config{Hugepages: true}},
+	} {
+		for _, l := range h.memoryLimits(kind.config) {
+			if l.bytes < h.ram && !told[l.what] {
+				told[l.what] = true
+				line("note", "%s%s", kind.flag, l)
+			}
+		}
+	}
+	switch _, err := os.Stat("/sys/kernel/mm/hugepages/hugepages-2048kB"); {
+	case err != nil:
 		line("note", "this kernel has no 2 MiB pages (CONFIG_HUGETLBFS): --hugepages will not work")
-	case n == 0:
+	case pool.bytes == 0:
 		line("note", "no free 2 MiB pages: --hugepages needs sysctl vm.nr_hugepages=N")
 	default:
-		line("ok", "%d free 2 MiB pages for --hugepages", n)
+		line("ok", "%d free 2 MiB pages for --hugepages", pool.bytes>>21)
 	}
 }

@@ -44,6 +44,7 @@ type runConfig struct {
 	apicIDs     []uint32 // nil: 0 to cpus-1
 	features    []x86.FeatureChange
 	memory      guestmem.Config
+	memoryNote  string // what to tell of it
 	mode        boot.Mode
 	protocol    boot.Protocol
 	reboot      bool
@@ -102,7 +103,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "apic-ids", Usage: "`LIST` of the CPUs' local APIC IDs, ascending, such as 0,2,300; default 0,1,2 and so on"},
 			&cli.StringFlag{Name: "cpu-features", Usage: "`LIST` such as -x2apic,+avx2: names of /proc/cpuinfo to hide, with what depends on them, or to demand"},
 			&cli.StringFlag{Name: "memory", Aliases: []string{"m"}, Value: "512M", Usage: "`SIZE` of guest RAM, in MiB without a suffix; pages are taken as the guest touches them"},
-			&cli.BoolFlag{Name: "overcommit", Usage: "let --memory be more than this host has, for a guest that touches less"},
+			&cli.BoolFlag{Name: "overcommit", Usage: "let --memory be more than this host or a cgroup has, for a guest that touches less"},
 			&cli.BoolFlag{Name: "hugepages", Usage: "guest RAM from the host's pool of 2 MiB pages"},
 			&cli.BoolFlag{Name: "shared-memory", Usage: "guest RAM in a memfd"},
 			&cli.StringFlag{Name: "boot", Value: "auto", Usage: "`MODE` for a bzImage: auto decompresses it on the host if it can, elf does or fails, bzimage lets the guest do it"},
@@ -178,7 +179,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		return rc, fmt.Errorf("--memory: %w", err)
 	}
 	rc.memory.Hugepages, rc.memory.Shared = c.Bool("hugepages"), c.Bool("shared-memory")
-	if err := checkMemory(rc.memory, c.Bool("overcommit")); err != nil {
+	if rc.memoryNote, err = checkMemory(rc.memory, c.Bool("overcommit"), thisHost()); err != nil {
 		return rc, fmt.Errorf("--memory %s: %w", c.String("memory"), err)
 	}
 	if rc.features, err = x86.ParseFeatures(c.String("cpu-features")); err != nil {
@@ -256,34 +257,6 @@ func parsePoll(c *cli.Context) (time.Duration, error) {
 // proportion to CPUs.
 const maxQueues = 64
 
-func checkMemory(c guestmem.Config, overcommit bool) error {
-	unit := uint64(4 << 10)
-	if c.Hugepages {
-		unit = 2 << 20
-	}
-	switch {
-	case c.Size < guestmem.MinSize:
-		return fmt.Errorf("a guest needs %s or more", formatSize(guestmem.MinSize))
-	case c.Size > guestmem.MaxSize:
-		return fmt.Errorf("a guest has %s at most", formatSize(guestmem.MaxSize))
-	case c.Size%unit != 0:
-		return fmt.Errorf("want a multiple of %s", formatSize(unit))
-	}
-	if host := hostMemory(); host > 0 && c.Size > host && !overcommit {
-		return fmt.Errorf("this host has %s; --overcommit allows more than that", formatSize(host>>20<<20))
-	}
-	return nil
-}
-
-// hostMemory returns the host's RAM in bytes, 0 where it cannot be told.
-func hostMemory() uint64 {
-	var si syscall.Sysinfo_t
-	if err := syscall.Sysinfo(&si); err != nil {
-		return 0
-	}
-	return uint64(si.Totalram) * uint64(si.Unit)
-}
-
 // treeKernel returns the kernel that was built in dir if dir is a Linux source
 // tree, "" if it is not one. A tree without a kernel is an error: the user
 // would not expect another guest there.
@@ -338,6 +311,9 @@ func run(rc runConfig) (err error) {
 		Rebooting:   rc.reboot,
 		Note:        notes.note,
 		Stamp:       rc.timing.stamp,
+	}
+	if rc.memoryNote != "" {
+		note(rc.memoryNote)
 	}
 	sys, sysErr := kvmapi.Open() // an error waits for those of what the user named
 	if sysErr == nil {

@@ -1,12 +1,15 @@
 package linux
 
 import (
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 
 	"gvm/guest-tests/bootinit"
+	"gvm/guest-tests/lab"
 )
 
 // TestEndings: how a guest ends is gvm's exit status.
@@ -60,6 +63,37 @@ func TestPanicPrint(t *testing.T) {
 		if !strings.Contains(more, want) {
 			r.fatalf(t, "the console lacks %q after the panic", want)
 		}
+	}
+}
+
+// TestMemoryCgroup: more memory than a memory cgroup has, nested, is refused.
+func TestMemoryCgroup(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	if err := syscall.Mount("cgroup2", root, "cgroup2", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := syscall.Unmount(root, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	}()
+	outer := filepath.Join(root, "gvm-test-outer")
+	inner := filepath.Join(outer, "inner")
+	if err := os.MkdirAll(inner, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(outer)
+	defer os.Remove(inner)
+	for _, w := range [][2]string{{root + "/cgroup.subtree_control", "+memory"}, {outer + "/memory.max", "128M"}} {
+		if err := os.WriteFile(w[0], []byte(w[1]), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := startProgram(t, "/bin/sh", nil, cacheHome, "-c", `echo $$ >"$1"/cgroup.procs && exec "$0" run --memory 2G`, lab.Program("gvm"), inner).wait()
+	r.wantStatus(t, 2)
+	if want := "memory.max of cgroup /gvm-test-outer is 128 MiB, which leaves a guest 111 MiB; --overcommit allows more"; !strings.Contains(r.stderr, want) {
+		r.fatalf(t, "standard error lacks %q", want)
 	}
 }
 

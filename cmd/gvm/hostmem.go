@@ -1,0 +1,267 @@
+package main
+
+import (
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/vmm/guestmem"
+)
+
+// ownMemory is what a running gvm takes beside guest RAM, generously. Page tables come on top:
+// ownMemory plus a 256th.
+const ownMemory = 16 << 20
+
+// memoryLimit is what one of the host's limits leaves to a guest. gvm doctor tells them and
+// gvm run keeps them, both from memoryLimits.
+type memoryLimit struct {
+	bytes uint64
+	what  string // that sets it
+	mend  string // besides less memory
+	// firm: memory over it is refused at once. Else the kernel kills gvm when the guest has
+	// touched too much, which --overcommit allows.
+	firm bool
+}
+
+// hostLimits reads the limits of the host below root, which is "/" but for tests.
+type hostLimits struct {
+	root   string
+	ram    uint64
+	rlimit func(resource int) uint64 // math.MaxUint64 where there is none
+}
+
+func thisHost() hostLimits {
+	return hostLimits{"/", hostMemory(), func(resource int) uint64 {
+		var r unix.Rlimit
+		if err := unix.Getrlimit(resource, &r); err != nil {
+			return math.MaxUint64
+		}
+		return r.Cur
+	}}
+}
+
+// hostMemory returns the host's RAM in bytes, 0 where it cannot be told.
+func hostMemory() uint64 {
+	var si syscall.Sysinfo_t
+	if err := syscall.Sysinfo(&si); err != nil {
+		return 0
+	}
+	return uint64(si.Totalram) * uint64(si.Unit)
+}
+
+// checkMemory refuses memory that a guest cannot have. With overcommit it returns what to tell of
+// limits that the guest may not touch as much as.
+func checkMemory(c guestmem.Config, overcommit bool, h hostLimits) (note string, err error) {
+	unit := uint64(4 << 10)
+	if c.Hugepages {
+		unit = 2 << 20
+	}
+	switch {
+	case c.Size < guestmem.MinSize:
+		return "", fmt.Errorf("a guest needs %s or more", formatSize(guestmem.MinSize))
+	case c.Size > guestmem.MaxSize:
+		return "", fmt.Errorf("a guest has %s at most", formatSize(guestmem.MaxSize))
+	case c.Size%unit != 0:
+		return "", fmt.Errorf("want a multiple of %s", formatSize(unit))
+	}
+	for _, l := range h.memoryLimits(c) {
+		switch {
+		case c.Size <= l.bytes:
+		case l.firm:
+			return "", fmt.Errorf("%s; %s", l, l.mend)
+		case !overcommit:
+			return "", fmt.Errorf("%s; --overcommit allows more than that", l)
+		case note == "":
+			note = fmt.Sprintf("--overcommit: %s: the kernel kills gvm if the guest touches more", l)
+		}
+	}
+	return note, nil
+}
+
+func (l memoryLimit) String() string {
+	return fmt.Sprintf("%s, which leaves a guest %s", l.what, formatSize(l.bytes>>20<<20))
+}
+
+// memoryLimits returns the limits for a guest's memory of c's kind, the lowest first. Swap is not
+// counted: a guest in swap is of no use.
+func (h hostLimits) memoryLimits(c guestmem.Config) []memoryLimit {
+	var all []memoryLimit
+	add := func(bytes uint64, firm bool, mend, format string, args ...any) {
+		all = append(all, memoryLimit{bytes, fmt.Sprintf(format, args...), mend, firm})
+	}
+	// The process's own limits: see setrlimit(2).
+	for _, r := range []struct {
+		resource int
+		name     string
+		used     string // the line in /proc/self/status
+		applies  bool
+	}{
+		{unix.RLIMIT_AS, "RLIMIT_AS (ulimit -v)", "VmSize:", true},
+		{unix.RLIMIT_DATA, "RLIMIT_DATA (ulimit -d)", "VmData:", !c.Shared},
+		{unix.RLIMIT_FSIZE, "RLIMIT_FSIZE (ulimit -f)", "", c.Shared}, // a memfd is a file
+	} {
+		if n := h.rlimit(r.resource); r.applies && n < math.MaxInt64 {
+			if r.used != "" {
+				n = less(n, h.kibibytes("proc/self/status", r.used)+ownMemory)
+			}
+			add(n, true, "raise it", "%s is %s", r.name, formatSize(h.rlimit(r.resource)))
+		}
+	}
+	if c.Hugepages {
+		all = append(all, h.hugepagePool(c.Size))
+		for _, g := range h.cgroupLimits("hugetlb", "hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes") {
+			add(g.bytes, true, "raise it", "%s of cgroup %s is %s", g.file, g.group, formatSize(g.bytes))
+		}
+	} else {
+		if h.ram > 0 {
+			add(h.ram, false, "", "this host has %s", formatSize(h.ram>>20<<20))
+		}
+		// memory.high does not kill, but hardly lets a process go on that has nothing to give back.
+		for _, g := range h.cgroupLimits("memory", "memory.max", "memory.high", "memory.limit_in_bytes", "memory.stat") {
+			add(less(g.bytes, ownMemory+g.bytes/256), false, "", "%s of cgroup %s is %s", g.file, g.group, formatSize(g.bytes))
+		}
+		if mode, _ := h.number("proc/sys/vm/overcommit_memory"); mode == 2 {
+			limit, used := h.kibibytes("proc/meminfo", "CommitLimit:"), h.kibibytes("proc/meminfo", "Committed_AS:")
+			add(less(limit, used+ownMemory), true, "raise vm.overcommit_ratio, or set vm.overcommit_memory=0",
+				"vm.overcommit_memory is 2, and of CommitLimit %s are left", formatSize(less(limit, used)>>20<<20))
+		}
+	}
+	slices.SortStableFunc(all, func(a, b memoryLimit) int {
+		switch {
+		case a.bytes < b.bytes:
+			return -1
+		case a.bytes > b.bytes:
+			return 1
+		}
+		return 0
+	})
+	return all
+}
+
+// hugepagePool is the limit that the host's pool of 2 MiB pages sets, with the mend for a size.
+func (h hostLimits) hugepagePool(size uint64) memoryLimit {
+	const page = 2 << 20
+	n := func(name string) uint64 {
+		v, _ := h.number("sys/kernel/mm/hugepages/hugepages-2048kB/" + name)
+		return v
+	}
+	free := less(n("free_hugepages"), n("resv_hugepages")) + less(n("nr_overcommit_hugepages"), n("surplus_hugepages"))
+	return memoryLimit{
+		bytes: free * page,
+		what:  fmt.Sprintf("the host's pool has %d free 2 MiB pages", free),
+		mend:  fmt.Sprintf("add pages: sysctl vm.nr_hugepages=%d", (size+page-1)/page),
+		firm:  true,
+	}
+}
+
+// less is a-b, 0 where b is more.
+func less(a, b uint64) uint64 { return a - min(a, b) }
+
+// cgroupLimit is a limit of one control group.
+type cgroupLimit struct {
+	bytes       uint64
+	file, group string
+}
+
+// cgroupLimits reads the files of this process's control groups for a controller, and of all groups
+// above them that can be seen: the limits of all of them hold. Both versions may be mounted, each
+// with other controllers (cgroups(7)).
+func (h hostLimits) cgroupLimits(controller string, files ...string) (all []cgroupLimit) {
+	paths := make(map[string]string) // by file system type
+	for line := range strings.Lines(h.text("proc/self/cgroup")) {
+		f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
+		switch {
+		case len(f) != 3:
+		case f[0] == "0" && f[1] == "":
+			paths["cgroup2"] = f[2]
+		case slices.Contains(strings.Split(f[1], ","), controller):
+			paths["cgroup"] = f[2]
+		}
+	}
+	for line := range strings.Lines(h.text("proc/self/mountinfo")) {
+		before, after, _ := strings.Cut(line, " - ")
+		f, fs := strings.Fields(before), strings.Fields(after)
+		if len(f) < 5 || len(fs) < 3 || fs[0] == "cgroup" && !slices.Contains(strings.Split(fs[2], ","), controller) {
+			continue
+		}
+		path, ok := paths[fs[0]]
+		if !ok {
+			continue
+		}
+		// The mount has the tree from a group on, such as a container's own.
+		mounted := strings.TrimSuffix(f[3], "/")
+		rel, below := strings.CutPrefix(filepath.Clean(path), mounted)
+		if !below || rel != "" && rel[0] != '/' {
+			rel = ""
+		}
+		mountPoint := filepath.Clean(unescapeMount.Replace(f[4]))
+		for group := filepath.Clean("/" + rel); ; group = filepath.Dir(group) {
+			for _, file := range files {
+				if file == "memory.stat" && group != filepath.Clean("/"+rel) {
+					continue // it tells of those above too
+				}
+				if n, ok := h.limit(filepath.Join(mountPoint, group, file)); ok {
+					all = append(all, cgroupLimit{n, file, group})
+				}
+			}
+			if group == "/" {
+				break
+			}
+		}
+	}
+	return slices.DeleteFunc(slices.Clone(all), func(g cgroupLimit) bool {
+		return g.file == "memory.stat" && slices.ContainsFunc(all, func(o cgroupLimit) bool { return o.file != g.file && o.bytes <= g.bytes })
+	})
+}
+
+// unescapeMount undoes what /proc/self/mountinfo does to spaces (proc_pid_mountinfo(5)).
+var unescapeMount = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+
+// limit reads a control group's limit; of memory.stat the least limit of all groups above, seen or
+// not. Version 1 has a huge number for none.
+func (h hostLimits) limit(name string) (uint64, bool) {
+	n, ok := h.number(name)
+	if filepath.Base(name) == "memory.stat" {
+		var s string
+		if s, ok = fieldOf(h.text(name), "hierarchical_memory_limit"); ok {
+			var err error
+			n, err = strconv.ParseUint(s, 10, 64)
+			ok = err == nil
+		}
+	}
+	return n, ok && n < 1<<60
+}
+
+func (h hostLimits) text(name string) string {
+	b, _ := os.ReadFile(filepath.Join(h.root, name))
+	return string(b)
+}
+
+func (h hostLimits) number(name string) (uint64, bool) {
+	n, err := strconv.ParseUint(strings.TrimSpace(h.text(name)), 10, 64)
+	return n, err == nil
+}
+
+// kibibytes returns a line's number in bytes; 0 where it is missing.
+func (h hostLimits) kibibytes(name, line string) uint64 {
+	s, _ := fieldOf(h.text(name), line)
+	n, _ := strconv.ParseUint(s, 10, 64)
+	return n << 10
+}
+
+// fieldOf returns the second word of the line that begins with the first.
+func fieldOf(text, first string) (string, bool) {
+	for line := range strings.Lines(text) {
+		if f := strings.Fields(line); len(f) > 1 && f[0] == first {
+			return f[1], true
+		}
+	}
+	return "", false
+}

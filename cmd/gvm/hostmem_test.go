@@ -1,0 +1,175 @@
+package main
+
+import (
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/vmm/guestmem"
+)
+
+// fakeHost has the files of a host with 8 GiB; a name that ends with / is a directory without a
+// limit of interest.
+func fakeHost(t *testing.T, rlimits map[int]uint64, files map[string]string) hostLimits {
+	t.Helper()
+	root := t.TempDir()
+	for name, text := range files {
+		name = filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, []byte(text+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return hostLimits{root, 8 << 30, func(resource int) uint64 {
+		if n, ok := rlimits[resource]; ok {
+			return n
+		}
+		return math.MaxUint64
+	}}
+}
+
+const (
+	mountV2     = "31 23 0:28 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
+	mountV1     = "31 23 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n32 23 0:29 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+	mountTLB    = "33 23 0:30 / /sys/fs/cgroup/hugetlb rw - cgroup cgroup rw,hugetlb\n"
+	noLimitV1   = "9223372036854771712"
+	hugepageDir = "sys/kernel/mm/hugepages/hugepages-2048kB/"
+)
+
+// TestCheckMemory has every limit of a host, alone.
+func TestCheckMemory(t *testing.T) {
+	huge := guestmem.Config{Size: 2 << 30, Hugepages: true}
+	shared := guestmem.Config{Size: 2 << 30, Shared: true}
+	for _, tt := range []struct {
+		name    string
+		config  guestmem.Config // of 2 GiB, if it is zero
+		rlimits map[int]uint64
+		files   map[string]string
+		want    string // parts of the error; "" is none
+		over    string // with --overcommit: "" is a note with the same parts, else parts of the error
+	}{
+		{name: "no limit"},
+		{name: "host", config: guestmem.Config{Size: 9 << 30}, want: "this host has 8 GiB|--overcommit"},
+		{name: "version 2", files: map[string]string{
+			"proc/self/cgroup": "0::/a/b", "proc/self/mountinfo": mountV2,
+			"sys/fs/cgroup/a/b/memory.max": "134217728",
+		}, want: "memory.max of cgroup /a/b is 128 MiB, which leaves a guest 111 MiB|--overcommit"},
+		{name: "version 2, a group above", files: map[string]string{
+			"proc/self/cgroup": "0::/a/b/c", "proc/self/mountinfo": mountV2,
+			"sys/fs/cgroup/a/b/c/memory.max": "max", "sys/fs/cgroup/a/b/memory.max": "1073741824", "sys/fs/cgroup/a/memory.max": "134217728",
+		}, want: "memory.max of cgroup /a is 128 MiB"},
+		{name: "version 2, high", files: map[string]string{
+			"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
+			"sys/fs/cgroup/a/memory.max": "1073741824", "sys/fs/cgroup/a/memory.high": "134217728",
+		}, want: "memory.high of cgroup /a is 128 MiB"},
+		{name: "version 2, a container's namespace", files: map[string]string{
+			"proc/self/cgroup": "0::/", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/memory.max": "134217728",
+		}, want: "memory.max of cgroup / is 128 MiB"},
+		{name: "version 2, outside of the namespace", files: map[string]string{
+			"proc/self/cgroup": "0::/../other", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/memory.max": "134217728",
+		}, want: "memory.max of cgroup / is 128 MiB"},
+		{name: "version 2, a mount of a part", files: map[string]string{
+			"proc/self/cgroup": "0::/docker/x/y", "proc/self/mountinfo": "31 23 0:28 /docker/x /mnt/my\\040groups rw - cgroup2 cgroup2 rw",
+			"mnt/my groups/y/memory.max": "134217728",
+		}, want: "memory.max of cgroup /y is 128 MiB"},
+		{name: "version 2, enough", files: map[string]string{
+			"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/a/memory.max": "4294967296",
+		}},
+		{name: "version 2, exactly as much", files: map[string]string{
+			"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/a/memory.max": "2147483648",
+		}, want: "memory.max of cgroup /a is 2 GiB"},
+		{name: "version 1", files: map[string]string{
+			"proc/self/cgroup": "5:cpu:/\n4:memory:/a/b\n0::/", "proc/self/mountinfo": mountV1,
+			"sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "134217728", "sys/fs/cgroup/memory/memory.limit_in_bytes": noLimitV1,
+		}, want: "memory.limit_in_bytes of cgroup /a/b is 128 MiB"},
+		{name: "version 1, a group above", files: map[string]string{
+			"proc/self/cgroup": "4:cpu,memory:/a/b", "proc/self/mountinfo": mountV1,
+			"sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": noLimitV1, "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "134217728",
+		}, want: "memory.limit_in_bytes of cgroup /a is 128 MiB"},
+		{name: "version 1, a group above that is not seen", files: map[string]string{
+			"proc/self/cgroup": "4:memory:/docker/x", "proc/self/mountinfo": "32 23 0:29 /docker/x /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory",
+			"sys/fs/cgroup/memory/memory.limit_in_bytes": noLimitV1, "sys/fs/cgroup/memory/memory.stat": "cache 1\nhierarchical_memory_limit 134217728",
+		}, want: "memory.stat of cgroup / is 128 MiB"},
+		{name: "both versions", files: map[string]string{
+			"proc/self/cgroup": "4:cpu:/x\n0::/a", "proc/self/mountinfo": mountV1 + "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw",
+			"sys/fs/cgroup/unified/a/memory.max": "134217728", "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "1",
+		}, want: "memory.max of cgroup /a is 128 MiB"},
+		{name: "broken files", files: map[string]string{
+			"proc/self/cgroup": "0::\n::\nx", "proc/self/mountinfo": "1 2\n\n - cgroup2\n" + mountV2, "sys/fs/cgroup/memory.max": "-1",
+		}},
+		{name: "address space", rlimits: map[int]uint64{unix.RLIMIT_AS: 2 << 30}, files: map[string]string{"proc/self/status": "VmSize:\t 1048576 kB"},
+			want: "RLIMIT_AS (ulimit -v) is 2 GiB, which leaves a guest 1008 MiB", over: "RLIMIT_AS"},
+		{name: "data", rlimits: map[int]uint64{unix.RLIMIT_DATA: 1 << 30}, want: "RLIMIT_DATA (ulimit -d) is 1 GiB", over: "RLIMIT_DATA"},
+		{name: "data, shared memory", config: shared, rlimits: map[int]uint64{unix.RLIMIT_DATA: 1 << 30}},
+		{name: "file size", rlimits: map[int]uint64{unix.RLIMIT_FSIZE: 1 << 30}},
+		{name: "file size, shared memory", config: shared, rlimits: map[int]uint64{unix.RLIMIT_FSIZE: 1 << 30}, want: "RLIMIT_FSIZE (ulimit -f) is 1 GiB", over: "RLIMIT_FSIZE"},
+		{name: "no overcommit", files: map[string]string{
+			"proc/sys/vm/overcommit_memory": "2", "proc/meminfo": "MemTotal: 8388608 kB\nCommitLimit: 3145728 kB\nCommitted_AS: 2097152 kB",
+		}, want: "vm.overcommit_memory is 2, and of CommitLimit 1 GiB are left, which leaves a guest 1008 MiB|vm.overcommit_ratio", over: "vm.overcommit_memory"},
+		{name: "hugepages", config: huge, files: map[string]string{
+			hugepageDir + "free_hugepages": "600", hugepageDir + "resv_hugepages": "100", hugepageDir + "nr_overcommit_hugepages": "10",
+		}, want: "the host's pool has 510 free 2 MiB pages|sysctl vm.nr_hugepages=1024", over: "vm.nr_hugepages=1024"},
+		{name: "enough hugepages, in a small cgroup", config: huge, files: map[string]string{
+			hugepageDir + "free_hugepages": "1024", "proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/a/memory.max": "134217728",
+		}},
+		{name: "hugetlb, version 2", config: huge, files: map[string]string{
+			hugepageDir + "free_hugepages": "1024", "proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/a/hugetlb.2MB.max": "134217728",
+		}, want: "hugetlb.2MB.max of cgroup /a is 128 MiB", over: "hugetlb.2MB.max"},
+		{name: "hugetlb, version 1", config: huge, files: map[string]string{
+			hugepageDir + "free_hugepages": "1024", "proc/self/cgroup": "9:hugetlb:/a", "proc/self/mountinfo": mountTLB,
+			"sys/fs/cgroup/hugetlb/a/hugetlb.2MB.limit_in_bytes": "134217728",
+		}, want: "hugetlb.2MB.limit_in_bytes of cgroup /a is 128 MiB", over: "hugetlb"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := fakeHost(t, tt.rlimits, tt.files)
+			c := tt.config
+			if c.Size == 0 {
+				c.Size = 2 << 30
+			}
+			has := func(got, want string) {
+				t.Helper()
+				for part := range strings.SplitSeq(want, "|") {
+					if !strings.Contains(got, part) || want == "" && got != "" {
+						t.Errorf("%q, want %q", got, want)
+					}
+				}
+			}
+			text := func(err error) string {
+				if err == nil {
+					return ""
+				}
+				return err.Error()
+			}
+			note, err := checkMemory(c, false, h)
+			has(text(err), tt.want)
+			has(note, "")
+			note, err = checkMemory(c, true, h)
+			has(text(err), tt.over)
+			if tt.over == "" {
+				has(note, tt.want)
+			}
+		})
+	}
+}
+
+// TestMemoryLimitsDoctor: doctor tells what the check refuses. The process's own limit of its address
+// space is one that a test can have.
+func TestMemoryLimitsDoctor(t *testing.T) {
+	c := command(t)
+	c.Args = []string{"sh", "-c", fmt.Sprintf(`ulimit -v %d && "$0" doctor; "$0" run --memory 2000`, 3<<20), c.Path}
+	c.Path = "/bin/sh"
+	r := gvmRuns(t, c)
+	if want := "note  RLIMIT_AS (ulimit -v) is 3 GiB, which leaves a guest "; !strings.Contains(r.out, want) {
+		t.Errorf("doctor says %q, want %q", r.out, want)
+	}
+	if r.status != exitUsage || !strings.HasPrefix(r.errs, "gvm: --memory 2000: RLIMIT_AS") {
+		t.Errorf("status %d, %q", r.status, r.errs)
+	}
+}
