@@ -280,10 +280,9 @@ type disks struct {
 
 // opened is what a disk of gvm's has open.
 type opened struct {
-	backend io.Closer     // what the unit has; it closes all
-	tuples  io.Closer     // its protection information, nil: none
-	file    *backend.File // that size= may have changed, nil: none
-	was     int64         // its size before it was opened, -1: there was none
+	backend io.Closer // what the unit has; it closes all
+	tuples  io.Closer // its protection information, nil: none
+	undo    func()    // takes back what size= and overlay= did, nil: nothing
 }
 
 // inProcess tells whether the guest has gvm's own target: not if every disk is
@@ -404,7 +403,7 @@ func (ds *disks) openImage(d disk) (scsi.Backend, error) {
 		return nil, diskError{err}
 	}
 	if d.overlay == "" {
-		ds.open = append(ds.open, opened{backend: f, file: f, was: was})
+		ds.open = append(ds.open, opened{backend: f, undo: func() { f.Undo(was) }})
 		return f, nil
 	}
 	path := d.overlay
@@ -415,7 +414,7 @@ func (ds *disks) openImage(d disk) (scsi.Backend, error) {
 	if err != nil {
 		return nil, errors.Join(diskError{fmt.Errorf("overlay: %w", err)}, f.Close())
 	}
-	ds.open = append(ds.open, opened{backend: o})
+	ds.open = append(ds.open, opened{backend: o, undo: o.Undo})
 	return o, nil
 }
 
@@ -478,11 +477,11 @@ func (ds *disks) tuples(b scsi.Backend) (scsi.Protection, error) {
 	return t, nil
 }
 
-// close closes the image. For a guest that never had it, what size= did is taken
-// back, unless there is data by now.
+// close closes the image. For a guest that never had it, what size= and overlay= did
+// is taken back, unless there is data by now.
 func (i opened) close(had bool) error {
-	if i.file != nil && !had {
-		i.file.Undo(i.was)
+	if i.undo != nil && !had {
+		i.undo()
 	}
 	err := i.backend.Close()
 	if i.tuples != nil {

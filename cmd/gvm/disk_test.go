@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 	"gvm/guest-tests/embedded/embeddedtest"
 )
@@ -245,7 +246,7 @@ func TestUndo(t *testing.T) {
 			}
 			ds := open(path)
 			if tt.writeAt >= 0 {
-				if _, err := ds.open[0].file.WriteAt([]byte("data"), tt.writeAt); err != nil {
+				if _, err := ds.open[0].backend.(*backend.File).WriteAt([]byte("data"), tt.writeAt); err != nil {
 					t.Fatal(err)
 				}
 			}

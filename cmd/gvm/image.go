@@ -63,13 +63,20 @@ EXAMPLES
 EXAMPLES
    gvm image resize disk.img 40G
    gvm image resize --shrink disk.img 10G    what lies behind is lost`, 2, 2,
-		[]cli.Flag{&cli.BoolFlag{Name: "shrink", Usage: "the image may become smaller: what lies behind its new end is lost"}},
+		[]cli.Flag{
+			&cli.BoolFlag{Name: "shrink", Usage: "the image may become smaller: what lies behind its new end is lost"},
+			&cli.StringFlag{Name: "lock", Value: "on", Usage: "`on|off`: off takes no lock, on a file system that has none"},
+		},
 		func(c *cli.Context, args []string) error {
 			size, err := imageSize(args[1])
 			if err != nil {
 				return err
 			}
-			f, err := backend.Open(args[0], backend.Options{})
+			lock := c.String("lock")
+			if lock != "on" && lock != "off" {
+				return usageError{fmt.Errorf("--lock %s: want on or off", lock)}
+			}
+			f, err := backend.Open(args[0], backend.Options{NoLock: lock == "off"})
 			if err != nil {
 				return imageError(err)
 			}

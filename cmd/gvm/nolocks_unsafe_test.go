@@ -12,13 +12,14 @@ import (
 // noLocksEnv has a gvm of a test run where no file can be locked by its open file description.
 const noLocksEnv = "GVM_TEST_NO_LOCKS"
 
-// takeLocksAway has every fcntl(F_OFD_SETLK) of this process fail with ENOLCK (seccomp(2)).
+// takeLocksAway has every fcntl of this process for such locks fail with ENOLCK (seccomp(2)).
 func takeLocksAway() {
 	const number, second = 0, 16 + 8 // of struct seccomp_data: nr, the low half of args[1]
 	filter := []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: number},
-		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 3, K: unix.SYS_FCNTL},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 4, K: unix.SYS_FCNTL},
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: second},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jt: 1, K: unix.F_OFD_GETLK},
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 1, K: unix.F_OFD_SETLK},
 		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.ENOLCK)},
 		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},

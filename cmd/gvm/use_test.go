@@ -98,15 +98,23 @@ func TestFIFOOnRunningMachine(t *testing.T) {
 
 // TestNoLocks takes the locks of files away, as some network file systems have none.
 func TestNoLocks(t *testing.T) {
-	run := func(args ...string) result {
-		c := command(t, append([]string{"run"}, args...)...)
+	gvm := func(args ...string) result {
+		c := command(t, args...)
 		c.Env = append(c.Env, noLocksEnv+"=1")
 		if err := os.WriteFile(filepath.Join(c.Dir, "disk"), make([]byte, 1<<20), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		return gvmRuns(t, c)
 	}
+	run := func(args ...string) result { return gvm(append([]string{"run"}, args...)...) }
 	wantBad(t, run("--disk", "disk"), "disk: the file system has no locks|no locks available|lock=off")
+	wantBad(t, gvm("image", "resize", "disk", "2M"), "disk: the file system has no locks|lock=off")
+	wantBad(t, gvm("image", "resize", "--lock=maybe", "disk", "2M"), "--lock maybe: want on or off")
+	for _, args := range []string{"image resize --lock=off disk 2M", "image info disk"} {
+		if r := gvm(strings.Fields(args)...); r.status != 0 || r.errs != "" {
+			t.Errorf("%s: status %d: %s", args, r.status, r.errs)
+		}
+	}
 	if r := run("--disk", "disk,overlay=disk.ovl"); r.status != exitUsage || !strings.Contains(r.errs, "disk.ovl: the file system has no locks (no") {
 		t.Errorf("overlay: status %d: %s%s", r.status, r.out, r.errs)
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
@@ -30,6 +31,7 @@ import (
 type Overlay struct {
 	base, top *File
 	named     bool // top has a name, and stays
+	made      bool // top was not there
 	size      int64
 	clusters  int64
 	at        [2]int64 // of the bitmaps in top
@@ -130,11 +132,14 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	o.at[1] = o.at[0] + round(4*o.words, 4096)
 	o.data = round(o.at[1]+4*o.words, overlayCluster)
 
+	_, missing := os.Lstat(path)
+	o.made = o.named && errors.Is(missing, fs.ErrNotExist)
 	if o.top, err = openTop(path, o.data+o.clusters*overlayCluster, base.noLock); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
+			o.Undo()
 			o.top.Close()
 		}
 	}()
@@ -335,6 +340,13 @@ func (o *Overlay) Identity() string {
 		return o.top.Identity()
 	}
 	return o.base.Identity()
+}
+
+// Undo removes a file that OpenOverlay made, for a guest that never had it.
+func (o *Overlay) Undo() {
+	if o.made {
+		o.top.remove()
+	}
 }
 
 // Close closes both files. It does not flush.

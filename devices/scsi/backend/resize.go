@@ -59,6 +59,11 @@ func (b *File) Undo(was int64) {
 		_ = b.f.Truncate(was)
 		return
 	}
+	b.remove()
+}
+
+// remove removes the file, unless another has its name by now.
+func (b *File) remove() {
 	mine, err := b.f.Stat()
 	if err != nil {
 		return
