@@ -2,6 +2,7 @@ package linux
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -50,11 +51,18 @@ func TestBoot(t *testing.T) {
 			t.Parallel()
 			data := content(t.Name(), 8<<20)
 			disk := diskFile(t, data)
-			c.script = verifiedIO + "klog"
+			c.script = verifiedIO + `
+say kaslr $(($(hexdump -s 0x211 -n 1 -e '1/1 "%d"' /sys/kernel/boot_params/data) >> 1 & 1))
+klog`
+			kaslr := "0" // loadflags, bit 1
+			if slices.Contains(c.args, "bzimage") {
+				kaslr = "1"
+			}
 			r := c.run(t, append(c.args, "--disk", disk, "--memory", "256M", "--cpus", fmt.Sprint(c.cpus))...)
 			r.wantStatus(t, 0)
 			r.want(t, map[string]string{
 				"kernel":  c.kernel.Release,
+				"kaslr":   kaslr,
 				"cpus":    strconv.Itoa(c.cpus),
 				"ram":     strconv.Itoa(256<<20 - lowRAM),
 				"whole":   sum(data),

@@ -2,8 +2,8 @@
 // memory and says how the first vCPU starts. It knows no KVM.
 //
 // An ELF kernel is entered directly: through its PVH note where it has one
-// (32-bit protected mode, hvm_start_info), else at its ELF entry point by
-// Linux's 64-bit boot protocol (long mode, zero page). Of a bzImage the
+// (32-bit protected mode, hvm_start_info), else, or where an initrd has to be above 4 GiB, at its
+// ELF entry point by Linux's 64-bit boot protocol (long mode, zero page). Of a bzImage the
 // compressed vmlinux is taken out and decompressed on the host, and then entered in
 // the same way: the decompressor in the image would do the same work far more
 // slowly in the guest. Where that cannot be done the bzImage is entered
@@ -73,7 +73,7 @@ type Config struct {
 	CmdLine string
 	Mode    Mode
 	// Protocol forces the way into an ELF kernel. Zero takes PVH where the
-	// kernel has the note, else the 64-bit entry.
+	// kernel has the note and the initrds fit below 4 GiB, else the 64-bit entry.
 	Protocol Protocol
 	RSDP     uint64 // guest physical address of the ACPI RSDP, 0 when there is none
 	// E820 is the memory map that the guest is told; nil takes E820(mem). Only
@@ -150,6 +150,14 @@ func (ld *loader) imageError(mend, format string, args ...any) error {
 	return &ImageError{ld.cfg.Kernel.Name, fmt.Sprintf(format, args...), mend}
 }
 
+// roomMend returns what makes [start, end) free RAM: more memory, unless some of it is never RAM.
+func roomMend(start, end uint64, otherwise string) string {
+	if start >= highRAM && end <= guestmem.HoleStart || start >= guestmem.HoleEnd {
+		return "give the guest more memory"
+	}
+	return otherwise
+}
+
 // place takes size bytes for a table, as low as they fit.
 func (ld *loader) place(what string, size, align uint64) (uint64, error) {
 	addr, ok := ld.free.low(size, align, 0, 1<<32)
@@ -170,46 +178,4 @@ func (ld *loader) cmdLine(limit uint64) (uint64, error) {
 		return 0, err
 	}
 	return addr, ld.mem.Write(addr, b)
-}
-
-// initrd reads the initrds into memory that ends at or below max, as high as
-// they fit, or where above4G is set and they do not fit, above 4 GiB.
-func (ld *loader) initrd(max uint64, above4G bool) (addr, size uint64, err error) {
-	for _, f := range ld.cfg.Initrds {
-		// The kernel's unpacker looks for the next archive at a multiple of 4.
-		size = min((size+3)&^3+uint64(f.Size), 1<<62) // more than any guest has, and no overflow
-	}
-	if size == 0 {
-		return 0, 0, nil
-	}
-	addr, ok := ld.free.high(size, pageSize, 0, max)
-	if !ok && above4G {
-		addr, ok = ld.free.high(size, pageSize, 1<<32, ^uint64(0))
-	}
-	if !ok {
-		name := ld.cfg.Initrds[0].Name
-		if n := len(ld.cfg.Initrds); n > 1 {
-			name = fmt.Sprintf("%s and %d more", name, n-1)
-		}
-		return 0, 0, &ImageError{name, fmt.Sprintf("does not fit as initrd: it takes %d MiB, and the guest has %d MiB in all, kernel included",
-			(size+1<<20-1)>>20, ld.mem.Size()>>20), "give the guest more memory or a smaller initrd"}
-	}
-	at := addr
-	for _, f := range ld.cfg.Initrds {
-		pad, err := ld.mem.Slice(at, -(at-addr)&3)
-		if err != nil {
-			return 0, 0, err
-		}
-		clear(pad)
-		at += uint64(len(pad))
-		b, err := ld.mem.Slice(at, uint64(f.Size))
-		if err != nil {
-			return 0, 0, err
-		}
-		if err := readFull(f, b, 0); err != nil {
-			return 0, 0, err
-		}
-		at += uint64(len(b))
-	}
-	return addr, size, nil
 }

@@ -170,5 +170,5 @@ func (ld *loader) placeBzImage(h *setupHeader) (uint64, error) {
 			return addr, nil
 		}
 	}
-	return 0, ld.imageError("give the guest more memory", "needs %d MiB of RAM from %#x, and the guest has %d MiB in all", (size+1<<20-1)>>20, pref, ld.mem.Size()>>20)
+	return 0, ld.imageError(roomMend(pref, pref+size, wantWhole), "needs %d MiB of RAM from %#x, and the guest has %d MiB in all", (size+1<<20-1)>>20, pref, ld.mem.Size()>>20)
 }

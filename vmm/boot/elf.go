@@ -200,7 +200,7 @@ func pvhNote(b []byte, align uint64) (uint64, bool) {
 func (ld *loader) placeELF(k *elfKernel) error {
 	for _, p := range k.loads {
 		if !ld.free.take(p.Paddr, p.Memsz) {
-			return ld.imageError("give the guest more memory",
+			return ld.imageError(roomMend(p.Paddr, p.Paddr+p.Memsz, "build it for addresses where guests have RAM, such as 1 MiB to 3 GiB"),
 				"needs memory at [%#x, %#x) for a segment, which is not all free RAM in a guest of %d MiB", p.Paddr, p.Paddr+p.Memsz, ld.mem.Size()>>20)
 		}
 	}
@@ -212,7 +212,7 @@ func (ld *loader) placeELF(k *elfKernel) error {
 func (ld *loader) startELF(k *elfKernel, h *setupHeader) (Entry, error) {
 	proto := ld.cfg.Protocol
 	switch {
-	case proto == 0 && k.pvh != 0:
+	case proto == 0 && k.pvh != 0 && (k.entry == 0 || pvhInitrd.fits(ld)):
 		proto = PVH32
 	case proto == 0:
 		proto = Linux64
@@ -234,7 +234,11 @@ func (ld *loader) startELF(k *elfKernel, h *setupHeader) (Entry, error) {
 		}
 	}
 	if proto == PVH32 {
-		return ld.pvh(k.pvh, h)
+		limit := pvhInitrd
+		if k.entry != 0 {
+			limit.mend = "use the 64-bit entry"
+		}
+		return ld.pvh(k.pvh, h, limit)
 	}
 	return ld.linux64(k.entry, h)
 }

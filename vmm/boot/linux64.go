@@ -29,12 +29,12 @@ const (
 func (ld *loader) linux64(rip uint64, h *setupHeader) (Entry, error) {
 	zp := make([]byte, zeroPageSize)
 	le := binary.LittleEndian
-	limit, initrdMax, above4G := uint64(maxELFCmdLine), uint64(1<<32), true
+	maxCmdLine, limit := uint64(maxELFCmdLine), initrdLimit{end: 1 << 32, above4G: true}
 	if h != nil {
 		copy(zp[hdrStart:], h.b[hdrStart:])
-		limit = uint64(h.cmdlineSize())
-		if above4G = h.loadableAbove4G(); !above4G {
-			initrdMax = uint64(h.u32(hdrInitrdMax)) + 1
+		maxCmdLine = uint64(h.cmdlineSize())
+		if !h.loadableAbove4G() {
+			limit = initrdLimit{end: uint64(h.u32(hdrInitrdMax)) + 1, mend: "a kernel with CONFIG_RELOCATABLE=y"}
 		}
 	} else {
 		le.PutUint16(zp[hdrBootFlag:], bootFlag)
@@ -42,11 +42,11 @@ func (ld *loader) linux64(rip uint64, h *setupHeader) (Entry, error) {
 		le.PutUint16(zp[hdrVersion:], minVersion)
 		le.PutUint32(zp[hdrCmdLineSize:], maxELFCmdLine)
 	}
-	cmdline, err := ld.cmdLine(limit)
+	cmdline, err := ld.cmdLine(maxCmdLine)
 	if err != nil {
 		return Entry{}, err
 	}
-	initrd, initrdSize, err := ld.initrd(initrdMax, above4G)
+	initrd, initrdSize, err := ld.initrd(limit)
 	if err != nil {
 		return Entry{}, err
 	}
@@ -93,9 +93,6 @@ func (ld *loader) linux64(rip uint64, h *setupHeader) (Entry, error) {
 func (ld *loader) pageTables(end uint64) (uint64, error) {
 	const gib = 1 << 30
 	dirs := max(4, (end+gib-1)/gib)
-	if dirs > 512 {
-		return 0, ld.imageError("give the guest less memory", "would have its initrd above 512 GiB")
-	}
 	size := (2 + dirs) * pageSize
 	pml4, err := ld.place("page tables", size, pageSize)
 	if err != nil {

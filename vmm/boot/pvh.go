@@ -12,17 +12,16 @@ const (
 
 // pvh writes what a kernel entered by PVH reads: hvm_start_info, and behind it
 // the module list and the memory map.
-func (ld *loader) pvh(rip uint64, h *setupHeader) (Entry, error) {
-	limit := uint64(maxELFCmdLine)
+func (ld *loader) pvh(rip uint64, h *setupHeader, limit initrdLimit) (Entry, error) {
+	maxCmdLine := uint64(maxELFCmdLine)
 	if h != nil {
-		limit = uint64(h.cmdlineSize())
+		maxCmdLine = uint64(h.cmdlineSize())
 	}
-	cmdline, err := ld.cmdLine(limit)
+	cmdline, err := ld.cmdLine(maxCmdLine)
 	if err != nil {
 		return Entry{}, err
 	}
-	// Linux keeps 32 bits of the module's address.
-	initrd, initrdSize, err := ld.initrd(1<<32, false)
+	initrd, initrdSize, err := ld.initrd(limit)
 	if err != nil {
 		return Entry{}, err
 	}
