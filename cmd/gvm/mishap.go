@@ -26,6 +26,9 @@ func (p errorPolicy) stops(err error) bool {
 	return p == stopOnErrors || p == stopWhenFull && full
 }
 
+// maxTold bounds the failures that are remembered, as disks may come and go.
+const maxTold = 1000
+
 // mishaps is what a machine does about disks that fail.
 type mishaps struct {
 	name string                     // of the machine, for who is to resume it
@@ -67,8 +70,11 @@ func (m *mishaps) holds(disk string, n int) int {
 	if m.held == nil {
 		m.held = map[string]int{}
 	}
-	m.held[disk] += n
-	return m.held[disk]
+	n += m.held[disk]
+	if m.held[disk] = n; n == 0 {
+		delete(m.held, disk)
+	}
+	return n
 }
 
 // report says that the guest gets an error, once for each disk and cause: a guest
@@ -79,7 +85,7 @@ func (m *mishaps) report(disk string, err error) {
 	key := fmt.Sprintf("%s %d", disk, cause)
 	m.mu.Lock()
 	said := m.told[key]
-	if m.told == nil {
+	if m.told == nil || len(m.told) >= maxTold {
 		m.told = map[string]bool{}
 	}
 	m.told[key] = true

@@ -88,7 +88,15 @@ func TestMishapsTogether(t *testing.T) {
 		for range 3 {
 			fail()
 		}
-		if len(notes) != 6 {
+		m.note = m.paused
+		for i := range 3 * maxTold {
+			tell, _ := m.watch(t.Context(), disk{path: fmt.Sprint("disk", i)})
+			tell(unix.EIO)
+		}
+		if len(m.held) > 0 || len(m.told) > maxTold {
+			t.Errorf("%d disks hold the machine, %d failures are kept", len(m.held), len(m.told))
+		}
+		if notes = notes[:len(notes)-3*maxTold]; len(notes) != 6 {
 			t.Errorf("%d notes of 2 disks in 3 pauses: %q", len(notes), notes)
 		}
 	})

@@ -85,6 +85,7 @@ type File struct {
 	inMemory    bool // its file system is
 	direct      bool
 	mayWait     atomic.Bool  // the file system does not tell which reads wait
+	found       int64        // the size before Open made it larger
 	granularity int64        // of Discard, 0 without
 	lost        atomic.Value // the error of the flush that lost data, an error
 }
@@ -232,6 +233,7 @@ func (b *File) fit(o Options) error {
 	if err != nil {
 		return err
 	}
+	b.found = size
 	switch {
 	case o.Size == 0 || o.Size == size:
 	case b.block:

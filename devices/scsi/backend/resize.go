@@ -38,6 +38,10 @@ func (b *File) Resize(n int64, shrink bool) error {
 	case b.readOnly:
 		return badImage(ErrSize, b.path, "is readonly and keeps its %d bytes", has)
 	default:
+		// First, so that no new block has an old tuple, whatever happens then.
+		if err := b.cutTuples(min(size, has)); err != nil {
+			return err
+		}
 		if err := b.f.Truncate(size); err != nil {
 			return err
 		}

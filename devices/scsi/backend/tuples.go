@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/scsi"
+	"gvm/kvmapi/nowait"
 )
 
 // The file of a Tuples: a header of tuplesHeader bytes, which has tuplesMagic and the
@@ -75,7 +76,7 @@ func (b *File) Tuples() (*Tuples, error) {
 		err = t.check(f)
 	}
 	if err == nil && !t.readOnly {
-		err = t.cut(f, uint64(b.Size()/b.blockSize))
+		err = t.cut(f, uint64(b.found/b.blockSize))
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", t.path, err), f.Close())
@@ -129,6 +130,35 @@ func (t *Tuples) cut(f *os.File, blocks uint64) error {
 		return err
 	}
 	return f.Truncate(tupleOffset(blocks))
+}
+
+// cutTuples drops from IMAGE.pi, if that is there, what is behind size bytes of the image, for good.
+func (b *File) cutTuples(size int64) error {
+	if b.block || b.unnamed {
+		return nil
+	}
+	f, err := nowait.Open(b.Identity()+".pi", os.O_RDWR|unix.O_NOFOLLOW, 0, nowait.Regular)
+	kind := (*nowait.KindError)(nil)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ELOOP), errors.As(err, &kind):
+		return nil
+	case err != nil:
+		return err
+	}
+	defer f.Close()
+	head := make([]byte, len(tuplesMagic)+4)
+	if _, err := f.ReadAt(head, 0); err != nil && err != io.EOF {
+		return err
+	}
+	blockSize := int64(binary.BigEndian.Uint32(head[len(tuplesMagic):]))
+	if !bytes.HasPrefix(head, []byte(tuplesMagic)) || blockSize == 0 {
+		return nil
+	}
+	t := Tuples{blockSize: int(blockSize)}
+	if err := t.cut(f, uint64(size/blockSize)); err != nil {
+		return err
+	}
+	return unix.Fdatasync(int(f.Fd()))
 }
 
 // file returns the file, and makes it if there is none and make is set.
