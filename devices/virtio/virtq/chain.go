@@ -17,6 +17,11 @@ type Chain struct {
 	writable uint64   // bytes of In at the start
 }
 
+// large says whether the chain has room for more than keepSegs segments.
+func (c *Chain) large() bool {
+	return cap(c.segs) > keepSegs || cap(c.Out.views) > 2*keepSegs || cap(c.In.views) > 2*keepSegs
+}
+
 // Buffer is a run of bytes scattered in guest RAM, consumed from the front by
 // Read, Write and Take. The guest may change the bytes at any time: what is
 // checked is read once, and the copy is used.

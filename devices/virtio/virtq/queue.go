@@ -59,8 +59,16 @@ type Queue struct {
 	inFlight  int    // chains taken and not yet given back
 
 	free   []*Chain
+	large  int // of free, those with room for more than keepSegs segments
 	broken error
 }
+
+// What a queue keeps for its next chains: room for so many segments in each, and for more in so
+// many. One burst of long chains must not cost memory for ever.
+const (
+	keepSegs  = 16
+	keepLarge = 16
+)
 
 // New checks where the driver put a queue and returns its device side with
 // both indices at zero, as after a reset. features are the bits the driver
@@ -128,6 +136,9 @@ func (q *Queue) Next() (c *Chain, ok bool, err error) {
 	head := guestmem.LoadUint16(q.avail[ringOff+2*int(q.nextAvail&(q.size-1)):])
 	if n := len(q.free); n > 0 {
 		c, q.free = q.free[n-1], q.free[:n-1]
+		if c.large() {
+			q.large--
+		}
 	} else {
 		c = new(Chain)
 	}
@@ -245,6 +256,13 @@ func (q *Queue) Add(c *Chain, written uint32) {
 func (q *Queue) Drop(c *Chain) {
 	c.live = false
 	q.inFlight--
+	if c.large() {
+		if q.large < keepLarge {
+			q.large++
+		} else {
+			c.segs, c.Out, c.In = nil, Buffer{}, Buffer{}
+		}
+	}
 	q.free = append(q.free, c)
 }
 
