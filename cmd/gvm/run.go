@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -45,6 +44,7 @@ type runConfig struct {
 	features    []x86.FeatureChange
 	memory      guestmem.Config
 	memoryNote  string // what to tell of it
+	kernelNote  string // what to tell of a kernel that was found
 	mode        boot.Mode
 	protocol    boot.Protocol
 	reboot      bool
@@ -77,9 +77,9 @@ func runCommand() *cli.Command {
 		Name:      "run",
 		Usage:     "boot a guest on this terminal",
 		ArgsUsage: " ",
-		Description: `Without --kernel, in a kernel tree, the tree's own kernel is booted
-(arch/x86/boot/bzImage, else vmlinux); elsewhere the embedded guest, which
-tests the virtual hardware and needs no files.
+		Description: `Without --kernel, in a kernel tree or the O= directory of one, or below, its
+own kernel is booted (arch/x86/boot/bzImage, else vmlinux); elsewhere the
+embedded guest, which tests the virtual hardware and needs no files.
 
 The guest's serial port is standard input and output. On a terminal, Ctrl-a x
 stops the guest and Ctrl-a h shows the other keys.
@@ -209,7 +209,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		rc.disks = append(rc.disks, d)
 	}
 	if rc.kernel == "" {
-		if rc.kernel, err = treeKernel("."); err != nil {
+		if rc.kernel, rc.kernelNote, err = treeKernel("."); err != nil {
 			return rc, err
 		}
 	}
@@ -257,30 +257,12 @@ func parsePoll(c *cli.Context) (time.Duration, error) {
 // proportion to CPUs.
 const maxQueues = 64
 
-// treeKernel returns the kernel that was built in dir if dir is a Linux source
-// tree, "" if it is not one. A tree without a kernel is an error: the user
-// would not expect another guest there.
-func treeKernel(dir string) (string, error) {
-	for _, f := range []string{"Kbuild", "MAINTAINERS", "arch/x86/Makefile"} {
-		if _, err := os.Stat(filepath.Join(dir, f)); err != nil {
-			return "", nil
-		}
-	}
-	images := []string{"arch/x86/boot/bzImage", "vmlinux"}
-	for _, f := range images {
-		if _, err := os.Stat(filepath.Join(dir, f)); err == nil {
-			return filepath.Join(dir, f), nil
-		}
-	}
-	return "", fmt.Errorf("this is a kernel tree without %s; build one (make bzImage) or name a kernel with --kernel", strings.Join(images, " or "))
-}
-
 // kernelCmdLine is what a Linux guest is booted with.
 func (rc *runConfig) kernelCmdLine() string {
 	if rc.bareCmdline {
 		return rc.cmdline
 	}
-	words := []string{"console=ttyS0", "panic=-1"}
+	words := append([]string{"console=ttyS0", "panic=-1"}, terminalSize()...)
 	if len(rc.disks) > 0 && len(rc.initrds) == 0 && !strings.Contains(" "+rc.cmdline, " root=") {
 		words = append(words, "root=/dev/sda")
 		if rc.disks[0].readOnly {
@@ -312,8 +294,10 @@ func run(rc runConfig) (err error) {
 		Note:        notes.note,
 		Stamp:       rc.timing.stamp,
 	}
-	if rc.memoryNote != "" {
-		note(rc.memoryNote)
+	for _, s := range []string{rc.kernelNote, rc.memoryNote} {
+		if s != "" {
+			note(s)
+		}
 	}
 	sys, sysErr := kvmapi.Open() // an error waits for those of what the user named
 	if sysErr == nil {
