@@ -96,3 +96,68 @@ func TestUsedLength(t *testing.T) {
 		}
 	}
 }
+
+// TestUsedLengthBesides is TestUsedLength of the control and the event queue.
+func TestUsedLengthBesides(t *testing.T) {
+	target := newTarget(t, 0)
+	r := newRig(t, Config{Target: target}, featureHotplug)
+	an := func(typ byte) []byte { return append([]byte{typ, 0, 0, 0}, header(linuxLUN(0), 0, 0)[:12]...) }
+	event := func() {
+		if got := r.dev.Event(TransportReset, 0, ResetRescan); got != Delivered {
+			t.Errorf("the event is %v", got)
+		}
+	}
+	for _, tt := range []struct {
+		name string
+		q    int
+		out  []byte
+		room int
+		want int
+		do   func() // then
+	}{
+		{"a task management function", 0, tmf(tmfLogicalUnitReset, linuxLUN(0), 0), 16, 1, nil},
+		{"one that is rejected", 0, tmf(77, linuxLUN(0), 0), 1, 1, nil},
+		{"one for no target", 0, tmf(tmfAbortTask, "\x02\x00\x00\x00\x00\x00\x00\x00", 0), 8, 1, nil},
+		{"asynchronous notification, query", 0, an(1), 16, 5, nil},
+		{"asynchronous notification, subscribe", 0, an(2), 5, 5, nil},
+		{"an event", 1, nil, 16, 16, event},
+		{"an event in a large buffer", 1, nil, 64, 16, event},
+	} {
+		d := r.q[tt.q]
+		out, in := d.Alloc(64), d.Alloc(64)
+		var seen [2][]byte
+		for i, pattern := range []byte{0x3c, 0xc3} {
+			copy(d.Bytes(out, 64), tt.out)
+			area := d.Bytes(in, 64)
+			for j := range area {
+				area[j] = pattern
+			}
+			segs := []virtqtest.Seg{{Addr: out, Len: uint32(len(tt.out))}, {Addr: in, Len: uint32(tt.room), Write: true}}
+			if tt.out == nil {
+				segs = segs[1:]
+			}
+			d.Add(segs...)
+			r.publish(tt.q)
+			if tt.do != nil {
+				if err := r.dev.workers[tt.q].Barrier(); err != nil {
+					t.Fatal(err)
+				}
+				tt.do()
+			}
+			_, n, err := d.Wait()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if int(n) != tt.want {
+				t.Errorf("%s: used length %d, want %d", tt.name, n, tt.want)
+			}
+			if rest := area[n:]; !bytes.Equal(rest, bytes.Repeat([]byte{pattern}, len(rest))) {
+				t.Errorf("%s: more than the used length was written", tt.name)
+			}
+			seen[i] = bytes.Clone(area[:n])
+		}
+		if !bytes.Equal(seen[0], seen[1]) {
+			t.Errorf("%s: not all of the used length was written", tt.name)
+		}
+	}
+}
