@@ -146,7 +146,7 @@ func doctorVhost(line func(kind, format string, args ...any)) {
 	switch {
 	case err == nil:
 		f.Close()
-		line("ok", "/dev/vhost-scsi")
+		line("ok", "/dev/vhost-scsi; the kernel takes some %s for each request queue of a guest, which has one a CPU unless --queues bounds them", formatSize(queueMemory))
 	case errors.Is(err, fs.ErrPermission):
 		line("note", "/dev/vhost-scsi: no permission; the kernel's SCSI target needs root")
 	default:

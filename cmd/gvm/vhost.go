@@ -15,6 +15,7 @@ import (
 // kernelOptions are what disks with backend=vhost or auto share.
 type kernelOptions struct {
 	queues int
+	chosen bool // queues are the user's choice
 	abi    vhostscsi.ABIPolicy
 	note   func(string)
 }
@@ -168,5 +169,22 @@ func (k kernelOptions) device(t *kernelTarget, workers int) (_ *kernelTarget, er
 	if err != nil {
 		return nil, kernelError{errors.Join(err, t.close())}
 	}
+	if n := k.queueNote(); n != "" {
+		k.note(n)
+	}
 	return t, nil
+}
+
+// queueMemory is about what vhost-scsi allocates for a request queue of 256 entries once the guest's
+// driver runs: each entry has a scatterlist of 2,048 segments (vhost_scsi_setup_vq_cmds in the
+// kernel's drivers/vhost/scsi.c). It is the kernel's own memory: no control group of gvm's bounds it.
+const queueMemory = 21 << 20
+
+// queueNote tells of many request queues that the user has not asked for.
+func (k kernelOptions) queueNote() string {
+	if k.chosen || k.queues <= 4 {
+		return ""
+	}
+	return fmt.Sprintf("the kernel takes some %s for each of %d request queues, one a CPU: %s of its memory; --queues N bounds that",
+		formatSize(queueMemory), k.queues, formatSize(uint64(k.queues)*queueMemory))
 }
