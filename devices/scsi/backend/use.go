@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -157,27 +158,56 @@ func (t thing) behind(loop string) bool {
 
 // loops returns the loop device that has it beside the one that is called but, and what to
 // do about that; "" if there is none. Of devices that cannot write, a reader sees nothing.
+// A device whose last user has gone is taken down by the kernel in its own time, and waited for.
 func (t thing) loops(but string, reader bool) string {
-	files, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	for tries := 0; ; tries++ {
+		by, going := t.loop(but, reader)
+		if by == "" || !going || tries == 25 {
+			return by
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// loop is loops at this moment; going says that the device has no user that is known, and
+// goes with its last one.
+func (t thing) loop(but string, reader bool) (by string, going bool) {
+	const all = "/sys/block/"
+	files, _ := filepath.Glob(all + "loop*/loop/backing_file")
 	for _, file := range files {
 		dir := filepath.Dir(filepath.Dir(file))
 		name := filepath.Base(dir)
-		if name == but || reader && isReadOnly(dir) || !t.behind(name) {
+		if name == but || reader && isReadOnly(dir) || but != "" && apart(dir, all+but) || !t.behind(name) {
 			continue
 		}
 		by := fmt.Sprintf("loop device /dev/%s is on it", name)
+		user := ""
 		if rdev, ok := readDev(dir + "/dev"); ok {
-			user := deviceUser(rdev, true)
-			if user == "" {
-				user = t.lioUser("iblock")
-			}
-			if user != "" {
-				return fmt.Sprintf("%s, and then losetup --detach /dev/%s", by+": "+user, name)
-			}
+			user = deviceUser(rdev, true)
 		}
-		return fmt.Sprintf("%s; losetup --detach /dev/%s first", by, name)
+		if user == "" {
+			user = t.lioUser("iblock")
+		}
+		if user != "" {
+			return fmt.Sprintf("%s: %s, and then losetup --detach /dev/%s", by, user, name), false
+		}
+		return fmt.Sprintf("%s; losetup --detach /dev/%s first", by, name), readNumber(dir+"/loop/autoclear") == 1
 	}
-	return ""
+	return "", false
+}
+
+// apart tells whether two loop devices have different parts of their file.
+func apart(a, b string) bool {
+	reach := func(dir string) (from, to uint64) {
+		from = readNumber(dir + "/loop/offset")
+		if n := readNumber(dir + "/loop/sizelimit"); n > 0 {
+			return from, from + n
+		}
+		return from, 1 << 63
+	}
+	from, to := reach(a)
+	from2, to2 := reach(b)
+	return to <= from2 || to2 <= from
 }
 
 // isSwap tells whether the kernel swaps to the file.
@@ -327,9 +357,16 @@ func realPath(path string) string {
 }
 
 // isReadOnly tells whether a device of /sys takes no writes.
-func isReadOnly(dir string) bool {
-	b, err := os.ReadFile(dir + "/ro")
-	return err == nil && strings.TrimSpace(string(b)) == "1"
+func isReadOnly(dir string) bool { return readNumber(dir+"/ro") == 1 }
+
+// readNumber reads a file of /sys with a number; 0 if it cannot be read.
+func readNumber(file string) uint64 {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return 0
+	}
+	n, _ := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+	return n
 }
 
 // readDev reads a file of /sys with MAJOR:MINOR.

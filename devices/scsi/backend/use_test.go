@@ -218,6 +218,15 @@ func TestInUseByHost(t *testing.T) {
 		w.Close()
 		open(t, dev, backend.Options{}).Close()
 	})
+	t.Run("parts of a file", func(t *testing.T) {
+		img := image(t, "disk.img", "", 3*mib)
+		one, two := loop(t, img, "--sizelimit", "1M"), loop(t, img, "--offset", "1M", "--sizelimit", "1M")
+		open(t, one, backend.Options{})
+		open(t, two, backend.Options{}).Close()
+		both := loop(t, img, "--offset", "512K")
+		refused(t, two, both)
+		refused(t, both)
+	})
 	t.Run("loop on loop", func(t *testing.T) {
 		lower := loop(t, ext4(t))
 		upper := loop(t, lower)
