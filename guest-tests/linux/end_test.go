@@ -66,6 +66,38 @@ func TestPanicPrint(t *testing.T) {
 	}
 }
 
+// TestCrashKernel: the crash kernel of a guest that panicked runs to its own end, and the panic is
+// what the run ends with.
+func TestCrashKernel(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	for _, c := range []struct {
+		name, cmdline, end string
+		modules            []string
+		stderr             string
+	}{
+		{"told by pvpanic", "crash_kexec_post_notifiers", "poweroff -f", []string{"pvpanic_mmio"}, "sysrq triggered crash; the guest then powered off\n"},
+		{"seen on the console", "", "reboot -f", nil, "sysrq triggered crash; the guest then reset\n"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			second := guest{kernel: l.Cloud, script: "echo the crash kernel runs\nsleep 6\n" + c.end}
+			r := guest{
+				kernel:   l.Cloud,
+				modules:  c.modules,
+				programs: []string{"usr/sbin/kexec"},
+				files:    map[string]string{"kernel": l.Cloud.BZImage, "second": second.initramfs(t)},
+				cmdline:  "crashkernel=192M " + c.cmdline,
+				script: `kexec -p /kernel --initrd=/second --command-line="console=ttyS0 panic=-1 quiet nr_cpus=1" || say kexec cannot load
+echo c >/proc/sysrq-trigger`,
+			}.run(t)
+			r.wantStatus(t, 5)
+			if !strings.Contains(r.stderr, c.stderr) || !strings.Contains(r.console, "\nthe crash kernel runs\n") {
+				r.fatalf(t, "standard error lacks %q, or the crash kernel did not run", c.stderr)
+			}
+		})
+	}
+}
+
 // TestMemoryCgroup: more memory than a memory cgroup has, nested, is refused.
 func TestMemoryCgroup(t *testing.T) {
 	t.Parallel()
