@@ -191,6 +191,11 @@ func doctorMemory(line func(kind, format string, args ...any)) {
 			}
 		}
 	}
+	for _, l := range h.threadLimits() {
+		if l.bytes < 512 {
+			line("note", "%s leaves %d threads: a guest has one for each CPU and request queue, and gvm some %d more", l.what, l.bytes, ownThreads())
+		}
+	}
 	switch _, err := os.Stat("/sys/kernel/mm/hugepages/hugepages-2048kB"); {
 	case err != nil:
 		line("note", "this kernel has no 2 MiB pages (CONFIG_HUGETLBFS): --hugepages will not work")

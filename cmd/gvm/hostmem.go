@@ -5,6 +5,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,7 +23,7 @@ const ownMemory = 16 << 20
 // memoryLimit is what one of the host's limits leaves to a guest. gvm doctor tells them and
 // gvm run keeps them, both from memoryLimits.
 type memoryLimit struct {
-	bytes uint64
+	bytes uint64 // or threads
 	what  string // that sets it
 	mend  string // besides less memory
 	// firm: memory over it is refused at once. Else the kernel kills gvm when the guest has
@@ -83,6 +84,53 @@ func checkMemory(c guestmem.Config, overcommit bool, h hostLimits) (note string,
 		}
 	}
 	return note, nil
+}
+
+// checkDiskMemory does the same for disks in memory (mem:) beside the guest's, as they are written. A
+// disk may well be larger than what is ever written to it, so it is only told of.
+func checkDiskMemory(c guestmem.Config, disks uint64, h hostLimits) (note string, err error) {
+	if disks == 0 {
+		return "", nil
+	}
+	total := disks
+	if !c.Hugepages {
+		total += c.Size
+	}
+	for _, l := range h.memoryLimits(guestmem.Config{}) {
+		switch {
+		case total <= l.bytes:
+		case l.firm:
+			return "", fmt.Errorf("the guest's memory and its disks in memory have %s: %s; %s", formatSize(total>>20<<20), l, l.mend)
+		case note == "":
+			note = fmt.Sprintf("the guest's memory and its disks in memory have %s: %s: the kernel kills gvm if the guest touches more", formatSize(total>>20<<20), l)
+		}
+	}
+	return note, nil
+}
+
+// ownThreads returns how many threads gvm has beside those of CPUs and request queues: the Go
+// runtime's, and some that wait for storage.
+func ownThreads() int { return 8 + runtime.GOMAXPROCS(0) }
+
+// checkThreads refuses CPUs and queues for which the host makes no threads: the Go runtime does not
+// survive that.
+func checkThreads(cpus, queues int, h hostLimits) error {
+	need := uint64(cpus + queues + ownThreads())
+	for _, l := range h.threadLimits() {
+		if need > l.bytes {
+			return fmt.Errorf("%d CPUs and %d request queues take some %d threads: %s leaves %d; raise it, or give fewer", cpus, queues, need, l.what, l.bytes)
+		}
+	}
+	return nil
+}
+
+// threadLimits returns the limits for this process's threads.
+func (h hostLimits) threadLimits() (all []memoryLimit) {
+	for _, g := range h.cgroupLimits("pids", "pids.max") {
+		used, _ := h.number(filepath.Join(g.dir, "pids.current"))
+		all = append(all, memoryLimit{bytes: less(g.bytes, used), what: fmt.Sprintf("pids.max of cgroup %s, which is %d,", g.group, g.bytes)})
+	}
+	return all
 }
 
 func (l memoryLimit) String() string {
@@ -166,8 +214,8 @@ func less(a, b uint64) uint64 { return a - min(a, b) }
 
 // cgroupLimit is a limit of one control group.
 type cgroupLimit struct {
-	bytes       uint64
-	file, group string
+	bytes            uint64
+	file, group, dir string
 }
 
 // cgroupLimits reads the files of this process's control groups for a controller, and of all groups
@@ -207,8 +255,9 @@ func (h hostLimits) cgroupLimits(controller string, files ...string) (all []cgro
 				if file == "memory.stat" && group != filepath.Clean("/"+rel) {
 					continue // it tells of those above too
 				}
-				if n, ok := h.limit(filepath.Join(mountPoint, group, file)); ok {
-					all = append(all, cgroupLimit{n, file, group})
+				dir := filepath.Join(mountPoint, group)
+				if n, ok := h.limit(filepath.Join(dir, file)); ok {
+					all = append(all, cgroupLimit{n, file, group, dir})
 				}
 			}
 			if group == "/" {

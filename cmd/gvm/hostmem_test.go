@@ -159,6 +159,46 @@ func TestCheckMemory(t *testing.T) {
 	}
 }
 
+// TestCheckDiskMemory: disks in memory count, with the guest's.
+func TestCheckDiskMemory(t *testing.T) {
+	guest := guestmem.Config{Size: 512 << 20}
+	group := map[string]string{"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/a/memory.max": "1073741824"}
+	for _, tt := range []struct {
+		name       string
+		config     guestmem.Config
+		disks      uint64
+		rlimits    map[int]uint64
+		note, errs string
+	}{
+		{"none", guest, 0, nil, "", ""},
+		{"fits", guest, 256 << 20, nil, "", ""},
+		{"too much", guest, 600 << 20, nil, "have 1112 MiB: memory.max of cgroup /a is 1 GiB, which leaves a guest 1004 MiB: the kernel kills gvm", ""},
+		{"the guest's is in the pool", guestmem.Config{Size: 512 << 20, Hugepages: true}, 600 << 20, nil, "", ""},
+		{"address space", guest, 600 << 20, map[int]uint64{unix.RLIMIT_AS: 1 << 30}, "", "RLIMIT_AS (ulimit -v) is 1 GiB, which leaves a guest 1008 MiB; raise it"},
+	} {
+		note, err := checkDiskMemory(tt.config, tt.disks, fakeHost(t, tt.rlimits, group))
+		if !strings.Contains(note, tt.note) || tt.note == "" && note != "" || (err != nil) != (tt.errs != "") || err != nil && !strings.Contains(err.Error(), tt.errs) {
+			t.Errorf("%s: %q, %v", tt.name, note, err)
+		}
+	}
+}
+
+// TestCheckThreads: a control group of processes is too small for the CPUs.
+func TestCheckThreads(t *testing.T) {
+	h := fakeHost(t, nil, map[string]string{
+		"proc/self/cgroup": "8:pids:/x/y", "proc/self/mountinfo": "34 23 0:30 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids",
+		"sys/fs/cgroup/pids/x/y/pids.max": "max", "sys/fs/cgroup/pids/x/pids.max": "100", "sys/fs/cgroup/pids/x/pids.current": "60",
+	})
+	fits := 40 - ownThreads()
+	if err := checkThreads(fits, 0, h); err != nil {
+		t.Error(err)
+	}
+	want := fmt.Sprintf("%d CPUs and 1 request queues take some 41 threads: pids.max of cgroup /x, which is 100, leaves 40; raise it, or give fewer", fits)
+	if err := checkThreads(fits, 1, h); err == nil || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+}
+
 // TestMemoryLimitsDoctor: doctor tells what the check refuses. The process's own limit of its address
 // space is one that a test can have.
 func TestMemoryLimitsDoctor(t *testing.T) {

@@ -201,12 +201,24 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	if rc.vhostABI, err = parseABI(c.String("vhost-abi")); err != nil {
 		return rc, fmt.Errorf("--vhost-abi: %w", err)
 	}
+	inRAM := uint64(0)
 	for _, s := range c.StringSlice("disk") {
 		d, err := parseDisk(s)
 		if err != nil {
 			return rc, err
 		}
 		rc.disks = append(rc.disks, d)
+		if d.storage == inMemory {
+			inRAM += uint64(d.size)
+		}
+	}
+	if diskNote, err := checkDiskMemory(rc.memory, inRAM, thisHost()); err != nil {
+		return rc, fmt.Errorf("--disk mem: %w", err)
+	} else if rc.memoryNote == "" {
+		rc.memoryNote = diskNote
+	}
+	if err := checkThreads(rc.cpus, rc.requestQueues(), thisHost()); err != nil {
+		return rc, err
 	}
 	if rc.kernel == "" {
 		if rc.kernel, rc.kernelNote, err = treeKernel("."); err != nil {
