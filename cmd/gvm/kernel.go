@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"golang.org/x/term"
+
+	"gvm/kvmapi/nowait"
 )
 
 // kernelImages are what a build of Linux leaves, the better first.
@@ -86,10 +88,7 @@ func isBuildTree(dir string) bool {
 
 // head returns the first 1 KiB of a regular file, "" if there is none.
 func head(name string) string {
-	if st, err := os.Stat(name); err != nil || !st.Mode().IsRegular() {
-		return ""
-	}
-	f, err := os.Open(name)
+	f, err := nowait.Open(name, os.O_RDONLY, 0, nowait.Regular)
 	if err != nil {
 		return ""
 	}
