@@ -141,6 +141,13 @@ func (w *consoleWatch) panicText(known bool) string {
 	return ""
 }
 
+// panicProved reports whether lines that follow only a panic came after its message.
+func (w *consoleWatch) panicProved() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.proved
+}
+
 // forgetPanic forgets the panic that the console showed.
 func (w *consoleWatch) forgetPanic() {
 	w.mu.Lock()

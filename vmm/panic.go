@@ -107,7 +107,7 @@ func (m *machine) verdict(out Outcome) Outcome {
 		then = "the guest then reset"
 	case GuestCrashed:
 		then = fmt.Sprintf("the guest then crashed: %v", out.Err)
-		told = told || out.tripleFault && text != ""
+		told = told || out.tripleFault && m.console.panicProved()
 	case PoweredOff:
 		then = "the guest then powered off"
 	case Stopped:

@@ -30,7 +30,8 @@ func TestPanicVerdict(t *testing.T) {
 	}{
 		{"reset", script{}.print(line).reset(), false, GuestPanic, panicked + "; the guest then reset"},
 		{"reset in the middle of the line", script{}.print("/ # <0>[ 1.2] " + panicked).reset(), false, GuestPanic, panicked + "; the guest then reset"},
-		{"triple fault as a reset", script{}.print(line), true, GuestPanic, panicked + "; the guest then crashed: vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
+		{"a printed panic, then a triple fault", script{}.print(line), true, GuestCrashed, "vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
+		{"triple fault as a reset", script{}.print(line + offset), true, GuestPanic, panicked + "; the guest then crashed: vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
 		{"end marker", script{}.print(line + offset + endMarker + "\r\n"), false, GuestPanic, panicked + "; its console was then silent for 1s"},
 		{"power-off", script{}.print(line).powerOff(), false, PoweredOff, ""},
 		{"restart in order", script{}.print(line + restarting).reset(), false, GuestReset, ""},
