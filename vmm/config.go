@@ -113,8 +113,8 @@ type Outcome struct {
 	// Err says what happened; nil for PoweredOff and GuestReset. For Stopped it is the
 	// context's cause.
 	Err error
-	// Report is more than one line for GuestCrashed and Bug: registers and
-	// instruction bytes, or a stack.
+	// Report is more than one line for GuestCrashed and Bug, and for GuestPanic after which the
+	// guest crashed: registers and instruction bytes, or a stack.
 	Report string
 
 	tripleFault bool

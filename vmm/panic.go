@@ -95,7 +95,8 @@ func (p *panicState) stopSilence() {
 // verdict makes the outcome of a machine that has been closed, whose console has shown all, what it
 // is if the guest's kernel panicked: that comes first, and its end says how the panic ended. A kernel
 // that was only seen to panic must have reset after that, for some values of reboot= by a triple
-// fault: one that powers off did not panic, and a program printed the text.
+// fault: one that powers off did not panic, and a program printed the text. A triple fault is a
+// panic's only if the kernel printed what follows one.
 func (m *machine) verdict(out Outcome) Outcome {
 	told := m.panicked.told.Load()
 	text := m.console.panicText(told || out.Ending == GuestPanic)

@@ -439,7 +439,11 @@ func ended(out vmm.Outcome) error {
 	case vmm.GuestReset:
 		return endError{exitReset, errors.New("the guest asked for a reset (--on-reset=reboot starts it again)")}
 	case vmm.GuestPanic:
-		return endError{exitPanic, fmt.Errorf("guest panic: %w", out.Err)}
+		err := fmt.Errorf("guest panic: %w", out.Err)
+		if out.Report != "" {
+			err = fmt.Errorf("%w\n%s", err, strings.TrimRight(out.Report, "\n"))
+		}
+		return endError{exitPanic, err}
 	case vmm.GuestCrashed:
 		return endError{exitCrash, fmt.Errorf("the guest crashed: %w\n%s", out.Err, strings.TrimRight(out.Report, "\n"))}
 	case vmm.Bug:
