@@ -198,16 +198,17 @@ func TestSignals(t *testing.T) {
 }
 
 // TestConsole: a pipe is as good as a terminal for a guest's shell, and no byte
-// of its console is lost in either direction.
+// of its console is lost in either direction. It has the terminal's size from the command line, where
+// gvm puts it on a terminal.
 func TestConsole(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
-	input := "echo $((6*7))\nstty -echo\n" +
+	input := "echo $((6*7))\nstty -echo\necho size $LINES $COLUMNS\n" +
 		strings.Repeat("count=$((count+1)) # a line that is longer than the FIFO of a 16550\n", 40) +
 		"echo counted $count\necho begin; seq 1 13000 | tr '\\n' ' '; echo; echo end\npoweroff -f\n"
-	r := start(t, strings.NewReader(input), guest{kernel: l.Cloud, script: "sh"}.build(t)...).wait()
+	r := start(t, strings.NewReader(input), guest{kernel: l.Cloud, script: "sh", cmdline: "LINES=50 COLUMNS=132"}.build(t)...).wait()
 	r.wantStatus(t, 0)
-	for _, line := range []string{"\n42\n", "counted 40\n"} {
+	for _, line := range []string{"\n42\n", "size 50 132\n", "counted 40\n"} {
 		if !strings.Contains(r.console, line) {
 			r.fatalf(t, "the console lacks %q", line)
 		}
