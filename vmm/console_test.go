@@ -124,3 +124,33 @@ func TestPanicFinal(t *testing.T) {
 		}
 	}
 }
+
+// FuzzConsole: what is read does not depend on how it is written, and a line stays bounded.
+func FuzzConsole(f *testing.F) {
+	f.Add([]byte("/ # \x1b[1m<0>[    1.0][T1] "+panicked+"\r\n"+endMarker+"\r\n"), uint8(3))
+	f.Add([]byte(strings.Repeat("x", maxLine)+panicked+"\x1b]0;"+restarting), uint8(1))
+	f.Fuzz(func(t *testing.T, out []byte, size uint8) {
+		read := func(size int) (text string, finals int) {
+			var passed bytes.Buffer
+			w := &consoleWatch{out: &passed, on: true, final: func() { finals++ }}
+			for rest := out; len(rest) > 0; {
+				n := min(size, len(rest))
+				fmt.Fprintf(w, "%s", rest[:n])
+				if rest = rest[n:]; len(w.line.text) > maxLine {
+					t.Fatalf("a line of %d bytes is kept", len(w.line.text))
+				}
+			}
+			if !bytes.Equal(passed.Bytes(), out) {
+				t.Fatal("not all was passed on")
+			}
+			return w.panicText(false), finals
+		}
+		text, finals := read(len(out) + 1)
+		if again, n := read(int(size) + 1); again != text || n != finals {
+			t.Errorf("%q and %d ends, at %d bytes a write %q and %d", text, finals, int(size)+1, again, n)
+		}
+		if len(text) > maxLine || strings.ContainsAny(text, "\x1b\n\r\x00") {
+			t.Errorf("the text is %q", text)
+		}
+	})
+}
