@@ -54,8 +54,8 @@ func (v *VM) SetIdentityMapAddr(gpa uint64) error {
 	return err
 }
 
-// SetBootCPU is KVM_SET_BOOT_CPU_ID: the vCPU whose APIC ID is id runs first, and the others wait for
-// the start-up IPI. It comes before the first vCPU.
+// SetBootCPU is KVM_SET_BOOT_CPU_ID: the vCPU whose APIC ID is id runs first, and the others wait
+// for the start-up IPI. It comes before the first vCPU.
 func (v *VM) SetBootCPU(id uint32) error {
 	_, err := ioctlInt(v.fd, "KVM_SET_BOOT_CPU_ID", kvm.IIO(nrSetBootCPUID), uintptr(id))
 	return err
@@ -137,10 +137,11 @@ type msi struct {
 	_                                  [12]byte
 }
 
-// SignalMSI is KVM_SIGNAL_MSI: it sends one message-signalled interrupt. A message that no CPU takes, which is
-// -1 (EPERM) in KVM, is lost as on any machine.
+// SignalMSI is KVM_SIGNAL_MSI: it sends one message-signalled interrupt. A message that no CPU
+// takes, which is -1 (EPERM) in KVM, is lost as on any machine.
 func (v *VM) SignalMSI(addr uint64, data uint32) error {
-	_, err := ioctl(v.fd, "KVM_SIGNAL_MSI", iow[msi](nrSignalMSI), &msi{AddrLo: uint32(addr), AddrHi: uint32(addr >> 32), Data: data})
+	m := &msi{AddrLo: uint32(addr), AddrHi: uint32(addr >> 32), Data: data}
+	_, err := ioctl(v.fd, "KVM_SIGNAL_MSI", iow[msi](nrSignalMSI), m)
 	if errors.Is(err, unix.EPERM) {
 		return nil
 	}

@@ -93,6 +93,9 @@ func (v *vector) Close() error {
 // intxLine is a level-triggered interrupt line that the INTx# of several slots drive.
 type intxLine struct {
 	set func(level bool) // sets the level of the pin
+	// again says that raisePin may make edges of the pin's level: each slot that still asserts a line
+	// needs one of its own, since nothing looks at the level at the end of an interrupt.
+	again bool
 
 	mu   sync.Mutex
 	high int // slots that assert it
@@ -107,7 +110,7 @@ func (l *intxLine) drive(level bool) {
 	} else {
 		l.high--
 	}
-	if is := l.high > 0; is != was {
+	if is := l.high > 0; is != was || is && l.again {
 		l.set(is)
 	}
 }
@@ -116,7 +119,8 @@ func (l *intxLine) drive(level bool) {
 func (m *machine) intxLines() func(slot int) pci.Line {
 	var lines [len(intxIRQs)]intxLine
 	for i, irq := range intxIRQs {
-		lines[i].set = func(level bool) { m.check(m.vm.SetIRQ(uint32(irq), level)) }
+		lines[i].set = func(level bool) { m.check(m.setPin(uint32(irq), level)) }
+		lines[i].again = m.irqs.extended
 	}
 	return func(slot int) pci.Line {
 		i := (slot - 1) % len(lines)

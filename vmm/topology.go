@@ -1,6 +1,8 @@
 package vmm
 
 import (
+	"fmt"
+
 	"github.com/bobuhiro11/gokvm/kvm"
 
 	"gvm/devices/pci"
@@ -53,12 +55,16 @@ func checkCPUs(cfg Config, check func(capability int) int, supported []kvm.CPUID
 			return configErrorf("APIC ID %d after %d: give them in ascending order", id, ids[i])
 		}
 	}
-	// KVM_CAP_MAX_VCPU_ID is one past the highest; without it every ID below KVM_CAP_MAX_VCPUS is one.
+	// KVM_CAP_MAX_VCPU_ID is one past the highest; without it IDs end with KVM_CAP_MAX_VCPUS.
 	end := check(kvmapi.CapMaxVCPUID)
 	if end == 0 {
 		end = limit
 	}
 	last := ids[len(ids)-1]
+	fewer := fmt.Sprintf("give the guest at most %d CPUs", maxXAPICID+1)
+	if cfg.APICIDs != nil {
+		fewer = "give its CPUs lower IDs"
+	}
 	switch {
 	case last > maxMSIID:
 		return configErrorf("APIC ID %d: interrupts reach IDs up to %d", last, maxMSIID)
@@ -67,19 +73,20 @@ func checkCPUs(cfg Config, check func(capability int) int, supported []kvm.CPUID
 	case !x2apic(ids):
 		return nil
 	case check(kvmapi.CapX2APICAPI)&x2apicAPI != x2apicAPI:
-		return configErrorf("APIC ID %d: this host's KVM (without KVM_CAP_X2APIC_API) sends interrupts to IDs up to %d; give the guest at most %d CPUs",
-			last, maxXAPICID, maxXAPICID+1)
+		return configErrorf("APIC ID %d: this host's KVM (without KVM_CAP_X2APIC_API) sends interrupts "+
+			"to IDs up to %d; %s", last, maxXAPICID, fewer)
 	case !x86.Offers(supported, "x2apic"):
-		return configErrorf("APIC ID %d needs the CPU feature x2apic, which this host's KVM does not offer; give the guest at most %d CPUs", last, maxXAPICID+1)
+		return configErrorf("APIC ID %d needs the CPU feature x2apic, which this host's KVM does not offer; %s", last, fewer)
 	case x86.Masked(cfg.CPUFeatures, "x2apic"):
-		return configErrorf("APIC ID %d needs the CPU feature x2apic, which is masked: keep it, or give the guest at most %d CPUs", last, maxXAPICID+1)
+		return configErrorf("APIC ID %d needs the CPU feature x2apic, which is masked: keep it, or %s", last, fewer)
 	}
 	return nil
 }
 
-// pinMessage returns the message that the I/O APIC would send for a pin, by the pin's redirection table entry, if it
-// goes to an ID above 255. KVM's own I/O APIC knows 8 bits of the ID and would interrupt another CPU. The entry has
-// bits 8 to 14 of the ID in bits 49 to 55, as Linux has them where messages have them.
+// pinMessage returns the message that the I/O APIC would send for a pin, by the pin's redirection
+// table entry, if it goes to an ID above 255. KVM's own I/O APIC knows 8 bits of the ID and would
+// interrupt another CPU. The entry has bits 8 to 14 of the ID in bits 49 to 55, as Linux has them
+// where messages have them.
 func pinMessage(entry uint64) (m pci.Message, ok bool) {
 	const (
 		masked      = 1 << 16
@@ -91,7 +98,8 @@ func pinMessage(entry uint64) (m pci.Message, ok bool) {
 	if ext == 0 || entry&masked != 0 {
 		return pci.Message{}, false
 	}
-	return pci.Message{Addr: messageBase | entry>>56<<12 | ext<<5 | entry&logical>>(11-2), Data: uint32(entry & vectorMode)}, true
+	addr := messageBase | entry>>56<<12 | ext<<5 | entry&logical>>(11-2)
+	return pci.Message{Addr: addr, Data: uint32(entry & vectorMode)}, true
 }
 
 // raisePin raises an I/O APIC pin that leads to a CPU with an ID above 255, and tells whether
@@ -129,9 +137,9 @@ func (m *machine) raiseUART() error {
 	return m.uartIRQ.Signal()
 }
 
-// extendedDestination returns the address that KVM takes for a message to addr under KVM_CAP_X2APIC_API: it
-// wants bits 8 to 31 of the destination ID in the address's bits 40 to 63, where the guest has bits
-// 8 to 14 in the address's bits 5 to 11.
+// extendedDestination returns the address that KVM takes for a message to addr under
+// KVM_CAP_X2APIC_API: it wants bits 8 to 31 of the destination ID in the address's bits 40 to 63,
+// where the guest has bits 8 to 14 in the address's bits 5 to 11.
 func extendedDestination(addr uint64) uint64 {
 	const ext = 0x7f << 5
 	return addr&0xffff_ffff&^ext | addr&ext<<(40-5)

@@ -25,8 +25,8 @@ import (
 
 func idsTo(n int) []uint32 { return (&Config{CPUs: n}).apicIDs() }
 
-// TestAPICIDs starts every CPU and has interrupts, messages and those of the I/O APIC, reach a boot CPU
-// whatever its ID is. The guest leaves the mode of its local APIC as it finds it.
+// TestAPICIDs starts every CPU, and has messages reach a boot CPU whatever its ID is. The guest
+// leaves the mode of its local APIC as it finds it.
 func TestAPICIDs(t *testing.T) {
 	sys := system(t)
 	for _, c := range []struct {
@@ -85,7 +85,8 @@ func TestAPICIDs(t *testing.T) {
 	}
 }
 
-// TestPinsReachHighIDs: COM1's interrupt goes through the I/O APIC to a boot CPU that KVM's knows no ID of.
+// TestPinsReachHighIDs: COM1's interrupt goes through the I/O APIC to a boot CPU whose ID that of
+// KVM does not know.
 func TestPinsReachHighIDs(t *testing.T) {
 	sys := system(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -128,6 +129,7 @@ func TestCheckCPUs(t *testing.T) {
 	}
 	caps := map[int]int{kvmapi.CapMaxVCPUs: 1024, kvmapi.CapMaxVCPUID: 4096, kvmapi.CapX2APICAPI: 3}
 	old := map[int]int{kvmapi.CapMaxVCPUs: 288}
+	wide := map[int]int{kvmapi.CapMaxVCPUs: 9, kvmapi.CapMaxVCPUID: 1 << 20, kvmapi.CapX2APICAPI: 3}
 	for _, c := range []struct {
 		cfg       Config
 		caps      map[int]int
@@ -140,15 +142,16 @@ func TestCheckCPUs(t *testing.T) {
 		{Config{CPUs: 1 << 50}, caps, all, "gives a guest 1 to 1024"},
 		{Config{CPUs: -1}, caps, all, "-1 CPUs"},
 		{Config{CPUs: 255}, old, nil, ""},
-		{Config{CPUs: 256}, old, all, "APIC ID 255: this host's KVM (without KVM_CAP_X2APIC_API) sends interrupts to IDs up to 254; give the guest at most 255 CPUs"},
-		{Config{CPUs: 256}, caps, nil, "APIC ID 255 needs the CPU feature x2apic, which this host's KVM does not offer"},
-		{Config{CPUs: 256, CPUFeatures: masked}, caps, all, "APIC ID 255 needs the CPU feature x2apic, which is masked"},
+		{Config{CPUs: 256}, old, all, "sends interrupts to IDs up to 254; give the guest at most 255 CPUs"},
+		{Config{CPUs: 2, APICIDs: []uint32{0, 255}}, old, all, "to IDs up to 254; give its CPUs lower IDs"},
+		{Config{CPUs: 256}, caps, nil, "needs the CPU feature x2apic, which this host's KVM does not offer"},
+		{Config{CPUs: 256, CPUFeatures: masked}, caps, all, "needs the CPU feature x2apic, which is masked"},
 		{Config{CPUs: 255, CPUFeatures: masked}, caps, all, ""},
 		{Config{CPUs: 2, APICIDs: []uint32{0, 300}}, caps, all, ""},
 		{Config{CPUs: 2, APICIDs: []uint32{0, 4095}}, caps, all, ""},
 		{Config{CPUs: 2, APICIDs: []uint32{0, 4096}}, caps, all, "APIC ID 4096: this host's KVM gives IDs up to 4095"},
 		{Config{CPUs: 2, APICIDs: []uint32{0, 300}}, old, all, "APIC ID 300: this host's KVM gives IDs up to 287"},
-		{Config{CPUs: 2, APICIDs: []uint32{0, 1 << 15}}, map[int]int{kvmapi.CapMaxVCPUs: 9, kvmapi.CapMaxVCPUID: 1 << 20, kvmapi.CapX2APICAPI: 3}, all, "APIC ID 32768: interrupts reach IDs up to 32767"},
+		{Config{CPUs: 2, APICIDs: []uint32{0, 1 << 15}}, wide, all, "APIC ID 32768: interrupts reach IDs up to 32767"},
 		{Config{CPUs: 2, APICIDs: []uint32{3, 3}}, caps, all, "APIC ID 3 after 3: give them in ascending order"},
 		{Config{CPUs: 3, APICIDs: []uint32{3, 4}}, caps, all, "2 APIC IDs for 3 CPUs"},
 		{Config{CPUs: 2, APICIDs: []uint32{}}, caps, all, "0 APIC IDs for 2 CPUs"},

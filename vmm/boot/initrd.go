@@ -17,11 +17,12 @@ type initrdLimit struct {
 	mend    string // besides a smaller initrd, where no memory would help
 }
 
-// pvhInitrd is PVH's: Linux keeps 32 bits of a module's address and size (arch/x86/platform/pvh/enlighten.c).
+// pvhInitrd is PVH's: Linux keeps 32 bits of a module's address and size
+// (arch/x86/platform/pvh/enlighten.c).
 var pvhInitrd = initrdLimit{end: 1 << 32}
 
-// initrdSize returns how much memory the initrds take. The kernel's unpacker looks for the next archive
-// at a multiple of 4.
+// initrdSize returns how much memory the initrds take. The kernel's unpacker looks for the next
+// archive at a multiple of 4.
 func (ld *loader) initrdSize() (size uint64) {
 	for _, f := range ld.cfg.Initrds {
 		size = min((size+3)&^3+uint64(f.Size), 1<<62) // more than any guest has, and no overflow
@@ -29,7 +30,8 @@ func (ld *loader) initrdSize() (size uint64) {
 	return size
 }
 
-// find returns the place of an initrd of size bytes, as high as it fits, and below 4 GiB where it does.
+// find returns the place of an initrd of size bytes, as high as it fits, and below 4 GiB where it
+// does.
 func (lim initrdLimit) find(free *layout, size uint64) (uint64, bool) {
 	addr, ok := free.high(size, pageSize, 0, lim.end)
 	if !ok && lim.above4G {
@@ -95,12 +97,12 @@ func (ld *loader) initrdError(lim initrdLimit, size uint64) error {
 	if !lim.above4G {
 		where = fmt.Sprintf(" below %d MiB", lim.end/mib)
 	}
-	return &ImageError{name, fmt.Sprintf("does not fit as initrd: it takes %d MiB in one piece%s, and the guest has %d MiB in all, kernel included",
-		up(size), where, ld.mem.Size()/mib), mend}
+	return &ImageError{name, fmt.Sprintf("does not fit as initrd: it takes %d MiB in one piece%s, "+
+		"and the guest has %d MiB in all, kernel included", up(size), where, ld.mem.Size()/mib), mend}
 }
 
-// moreFits reports whether an initrd of size bytes would have a place below 4 GiB in a guest that has all of its RAM
-// there.
+// moreFits reports whether an initrd of size bytes would have a place below 4 GiB in a guest that
+// has all of its RAM there.
 func (ld *loader) moreFits(lim initrdLimit, size uint64) bool {
 	free := slices.Clone(ld.free.free)
 	top := ld.mem.Regions()[0].End()

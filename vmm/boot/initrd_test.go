@@ -15,7 +15,8 @@ const (
 	gib = 1 << 30
 )
 
-// hollow reads as whatever is in the buffer, but for its first and last bytes, so that a large file costs no memory.
+// hollow reads as what is in the buffer, but for its first and last bytes, so that a large file
+// costs no memory.
 type hollow struct{ size int64 }
 
 func (h hollow) ReadAt(p []byte, off int64) (int, error) {
@@ -36,8 +37,8 @@ func onlyPVH() []byte {
 		segment{kind: elf.PT_NOTE, data: notes, align: 4})
 }
 
-// TestLargeInitrd: an initrd that does not fit below 4 GiB has the kernel entered by the way that takes it above, and where
-// there is none, the mend is one that helps.
+// TestLargeInitrd: an initrd that does not fit below 4 GiB has the kernel entered by the way that
+// takes it above, and where there is none, the mend is one that helps.
 func TestLargeInitrd(t *testing.T) {
 	gz := payloads(t, kernelELF())["gzip"]
 	below4G := makeBzImage(gz, func(h []byte) { binary.LittleEndian.PutUint16(h[hdrXLoadFlags:], xlfKernel64) })
@@ -60,11 +61,14 @@ func TestLargeInitrd(t *testing.T) {
 
 		{"little memory", kernelELF(), 16 * mib, 20 * mib, Config{}, 0, "give the guest more memory or a smaller initrd"},
 		{"short of 3 GiB", kernelELF(), 2 * gib, 2*gib + 512*mib, Config{}, 0, "give the guest more memory or a smaller initrd"},
-		{"in pieces", kernelELF(), 4*gib + 512*mib, 3*gib + 512*mib, Config{}, 0, "3584 MiB in one piece, and the guest has 4608 MiB in all, kernel included: give the guest 6656 MiB of memory or a smaller initrd"},
+		{"in pieces", kernelELF(), 4*gib + 512*mib, 3*gib + 512*mib, Config{}, 0,
+			"3584 MiB in one piece, and the guest has 4608 MiB in all, kernel included: give the guest 6656 MiB of memory or a smaller initrd"},
 		{"and 6656 MiB of memory", kernelELF(), 6656 * mib, 3*gib + 512*mib, Config{}, Linux64, ""},
-		{"PVH asked for", kernelELF(), 8 * gib, 3*gib + 512*mib, Config{Protocol: PVH32}, 0, "below 4096 MiB, and the guest has 8192 MiB in all, kernel included: give a smaller initrd or use the 64-bit entry"},
+		{"PVH asked for", kernelELF(), 8 * gib, 3*gib + 512*mib, Config{Protocol: PVH32}, 0,
+			"in one piece below 4096 MiB, and the guest has 8192 MiB in all, kernel included: give a smaller initrd or use the 64-bit entry"},
 		{"PVH alone", onlyPVH(), 8 * gib, 3*gib + 512*mib, Config{}, 0, "kernel included: give a smaller initrd"},
-		{"not above 4 GiB", below4G, 8 * gib, 3*gib + 512*mib, Config{}, 0, "below 2048 MiB, and the guest has 8192 MiB in all, kernel included: give a smaller initrd or a kernel with CONFIG_RELOCATABLE=y"},
+		{"not above 4 GiB", below4G, 8 * gib, 3*gib + 512*mib, Config{}, 0,
+			"below 2048 MiB, and the guest has 8192 MiB in all, kernel included: give a smaller initrd or a kernel with CONFIG_RELOCATABLE=y"},
 		{"larger than any guest", kernelELF(), 8 * gib, 1 << 50, Config{}, 0, "kernel included: give a smaller initrd"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -116,7 +120,9 @@ func TestKernelWithoutRoom(t *testing.T) {
 		return makeELF(elf.ET_EXEC, addr, segment{kind: elf.PT_LOAD, vaddr: addr, paddr: addr, data: pattern(1, 0x2000)})
 	}
 	const more, other = "give the guest more memory", "build it for addresses where guests have RAM"
-	for addr, mend := range map[uint64]string{32 * mib: more, 5 * gib: more, 0xa0000: other, 3*gib - 0x1000: other, 0xfec0_0000: other} {
+	for addr, mend := range map[uint64]string{
+		32 * mib: more, 5 * gib: more, 0xa0000: other, 3*gib - 0x1000: other, 0xfec0_0000: other,
+	} {
 		_, err := Load(guestmem.Heap(0, 16*mib), Config{Kernel: image(t, at(addr))})
 		var ie *ImageError
 		if !errors.As(err, &ie) || !strings.HasPrefix(ie.Mend, mend) {

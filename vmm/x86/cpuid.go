@@ -27,8 +27,8 @@ type CPUIDConfig struct {
 	CPUs   int // in the machine, all in one package, one thread a core
 	// MaxAPICID is the highest APIC ID in the machine, at least CPUs-1.
 	MaxAPICID uint32
-	// X2APIC says that the machine has IDs above 254, and message-signalled interrupts with extended
-	// destination IDs.
+	// X2APIC says that the machine has IDs above 254, and message-signalled interrupts with
+	// extended destination IDs.
 	X2APIC bool
 	// TSCDeadline: KVM offers the TSC deadline timer with the in-kernel APIC.
 	TSCDeadline bool

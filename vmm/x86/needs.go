@@ -26,7 +26,8 @@ var needs = []struct{ need, dependents string }{
 	{"pclmulqdq", "vpclmulqdq"},
 	{"avx", "fma f16c avx2 vaes vpclmulqdq xop fma4"},
 	{"avx2", "avx512f avx_vnni avx_ifma avx_vnni_int8 avx_vnni_int16 avx_ne_convert sha512 sm3 sm4"},
-	{"avx512f", "avx512dq avx512ifma avx512pf avx512er avx512cd avx512bw avx512vl avx512vbmi avx512_vpopcntdq avx512_4vnniw avx512_4fmaps avx10"},
+	{"avx512f", "avx512dq avx512ifma avx512pf avx512er avx512cd avx512bw avx512vl avx512vbmi " +
+		"avx512_vpopcntdq avx512_4vnniw avx512_4fmaps avx10"},
 	{"avx512vl", "avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vp2intersect avx512_bf16"},
 	{"avx512bw", "avx512_fp16"},
 	{"xgetbv1", "xfd"},
