@@ -44,7 +44,6 @@ func CPUID(supported []kvm.CPUIDEntry2, c CPUIDConfig) ([]kvm.CPUIDEntry2, error
 	if c.X2APIC {
 		t = wideIDs(t)
 	}
-	supported = slices.Clone(t)
 	idBits := c.idBits()
 	cores := uint32(c.CPUs)
 	for i := range t {

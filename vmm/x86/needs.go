@@ -103,13 +103,14 @@ func Orphans(supported []kvm.CPUIDEntry2) (dropped, missing []string) {
 // applyFeatures makes the user's changes in t, drops what lacks its needs, and takes out what
 // leaves and state components say of features that are gone.
 func applyFeatures(t, supported []kvm.CPUIDEntry2, changes []FeatureChange) ([]kvm.CPUIDEntry2, error) {
+	own := slices.Clone(t) // what gvm adds to KVM's, such as the TSC deadline timer
 	for _, f := range changes {
 		if !f.Enable {
 			drop(t, f.Name)
 			continue
 		}
 		e := find(t, f.leaf, f.index)
-		if e == nil || !has(supported, f.Name) {
+		if e == nil || !has(supported, f.Name) && !has(own, f.Name) {
 			return nil, fmt.Errorf("CPU feature %s: this host's KVM does not offer it", f.Name)
 		}
 		*register(e, f.reg) |= 1 << f.bit

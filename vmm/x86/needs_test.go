@@ -159,6 +159,14 @@ func TestDemandWithoutNeed(t *testing.T) {
 		}
 	}
 	with(t, offering(), "-avx,+avx,+avx2") // the last word counts
+	own, err := ParseFeatures("+tsc_deadline_timer,+hypervisor,+kvm_msi_ext_dest_id")
+	if err != nil {
+		t.Fatal(err)
+	}
+	supported := offering("tsc_deadline_timer", "hypervisor", "kvm_msi_ext_dest_id")
+	if _, err := CPUID(supported, CPUIDConfig{CPUs: 300, TSCDeadline: true, X2APIC: true, Features: own}); err != nil {
+		t.Errorf("what gvm itself adds: %v", err)
+	}
 }
 
 func TestOrphans(t *testing.T) {
