@@ -25,9 +25,6 @@ const exitABIDiffers = 1
 
 func abiCommand() *cli.Command {
 	jsonFlag := &cli.BoolFlag{Name: "json", Usage: "write JSON, for gvm abi diff and other programs"}
-	usage := func(_ *cli.Context, err error, _ bool) error {
-		return usageError{fmt.Errorf("%w; see gvm help abi", err)}
-	}
 	return &cli.Command{
 		Name:  "abi",
 		Usage: "what this kernel's KVM and vhost-scsi say of themselves",
@@ -41,10 +38,9 @@ EXAMPLES
    gvm abi diff 6.1.json 6.12.json`,
 		Flags: []cli.Flag{jsonFlag},
 		Subcommands: []*cli.Command{{
-			Name:         "diff",
-			Usage:        "tell what changed between two kernels",
-			ArgsUsage:    "A.json B.json",
-			OnUsageError: usage,
+			Name:      "diff",
+			Usage:     "tell what changed between two kernels",
+			ArgsUsage: "A.json B.json",
 			Action: func(c *cli.Context) error {
 				if c.Args().Len() != 2 {
 					return usageError{fmt.Errorf("want gvm abi diff A.json B.json, and got %d files", c.Args().Len())}
@@ -52,10 +48,9 @@ EXAMPLES
 				return abiDiff(c.App.Writer, c.Args().Get(0), c.Args().Get(1))
 			},
 		}},
-		OnUsageError: usage,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usageError{fmt.Errorf("abi takes no argument but diff, and got %q", c.Args().First())}
+				return showHelp(c)
 			}
 			facts := abiFacts()
 			if c.Bool("json") {

@@ -23,28 +23,23 @@ import (
 )
 
 func benchCommand() *cli.Command {
-	usage := func(_ *cli.Context, err error, _ bool) error { return usageError{err} }
 	others := []*cli.Command{benchGuestCommand(), benchBootCommand(), benchFootprintCommand()}
-	for _, c := range others {
-		c.OnUsageError = usage
-	}
 	disk := &cli.Command{
-		Name:         "disk",
-		Usage:        "measure the path from the ring to the storage and back, without a guest",
-		ArgsUsage:    " ",
-		OnUsageError: usage,
-		Description: `Random reads go through rings, doorbells and interrupts to gvm's SCSI target and its
-storage: nothing (null), memory (mem), and an image under $TMPDIR that is in the
-page cache (file), or the image of --disk, which is only read. Beside them, in the
-same round, fio reads the same file by io_uring, which is about what the host can
-do, and by pread with one request in flight; without fio those rows are missing.
-The driver sleeps until an interrupt, or polls, where there are two CPUs for each
-queue: one for it, and one for the device.
+		Name:      "disk",
+		Usage:     "measure the path from the ring to the storage and back, without a guest",
+		ArgsUsage: " ",
+		Description: `Random reads go through rings, doorbells and interrupts to gvm's SCSI target
+and its storage: nothing (null), memory (mem), and an image under $TMPDIR
+that is in the page cache (file), or the image of --disk, which is only read.
+Beside them, in the same round, fio reads the same file by io_uring, which is
+about what the host can do, and by pread with one request in flight; without
+fio those rows are missing. The driver sleeps until an interrupt, or polls,
+where there are two CPUs for each queue: one for it, and one for the device.
 
 All figures are medians of the rounds, with the lowest and the highest in
-brackets. CPU is that of the whole process, the driver's part included. The last
-column is the median of file's requests per second divided by io_uring's of the
-same round.
+brackets. CPU is that of the whole process, the driver's part included. The
+last column is the median of file's requests per second divided by io_uring's
+of the same round.
 
 EXAMPLES
    gvm bench disk
@@ -64,17 +59,10 @@ EXAMPLES
 		Action: benchAction(parseBench),
 	}
 	return &cli.Command{
-		Name:         "bench",
-		Usage:        "measure this host",
-		Description:  "gvm help bench disk, and so on, says what is measured.",
-		Subcommands:  append([]*cli.Command{disk}, others...),
-		OnUsageError: usage,
-		Action: func(c *cli.Context) error {
-			if c.Args().Present() {
-				return usageError{fmt.Errorf("bench %q: want disk, guest, boot or footprint; see gvm help bench", c.Args().First())}
-			}
-			return cli.ShowSubcommandHelp(c)
-		},
+		Name:        "bench",
+		Usage:       "measure this host",
+		Description: "gvm help bench disk, and so on, says what is measured.",
+		Subcommands: append([]*cli.Command{disk}, others...),
 	}
 }
 

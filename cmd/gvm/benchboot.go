@@ -27,30 +27,36 @@ func benchBootCommand() *cli.Command {
 		Name:      "boot",
 		Usage:     "measure how long a boot takes, beside QEMU",
 		ArgsUsage: " ",
-		Description: `A kernel boots until a line on its console has the text of --until: under gvm, and in turns under
-QEMU's microvm, pc and q35 if QEMU is installed and they boot it here. Without --kernel it is the embedded
-guest, until it waits for input. Without --initrd a kernel gets one whose init says "init runs" and waits. The
-guest has one CPU and no disk.
+		Description: `A kernel boots until a line on its console has the text of --until: under
+gvm, and in turns under QEMU's microvm, pc and q35 if QEMU is installed and
+they boot it here. Without --kernel it is the embedded guest, until it waits
+for input. Without --initrd a kernel gets one whose init says "init runs" and
+waits. The guest has one CPU and no disk.
 
-   instruction  from exec to the guest's first instruction, in ms; of QEMU to its firmware's first word
-   kernel       to the kernel's first instruction; of QEMU until the firmware is done
+   instruction  from exec to the guest's first instruction, in ms; of QEMU to
+                its firmware's first word
+   kernel       to the kernel's first instruction; of QEMU until the firmware
+                is done
    first        to the first line on the console
    until        to the line of --until
    CPU          that all threads have used until then
 
-gvm takes its first instruction's time itself (gvm run --timing, which also tells what the time before it goes
-to). The firmware's is taken at its debug port (0x402), in a boot of its own, as its words take it time; that
-of microvm says nothing there.
+gvm takes its first instruction's time itself (gvm run --timing, which also
+tells what the time before it goes to). The firmware's is taken at its debug
+port (0x402), in a boot of its own, as its words take it time; that of
+microvm says nothing there.
 
-A kernel boots once under gvm before that, which leaves it decompressed in gvm's cache.
+A kernel boots once under gvm before that, which leaves it decompressed in
+gvm's cache.
 
-Figures are medians of the rounds, with the lowest and the highest in brackets. The last column is the
-median of gvm's time divided by that VMM's in the same round.
+Figures are medians of the rounds, with the lowest and the highest in
+brackets. The last column is the median of gvm's time divided by that VMM's
+in the same round.
 
 EXAMPLES
    gvm bench boot
    gvm bench boot --kernel bzImage --cmdline quiet
-   gvm bench boot --kernel bzImage --initrd initramfs.img --until "Run /init as init process"`,
+   gvm bench boot --kernel bzImage --initrd i.img --until "Run /init as init"`,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "kernel", Usage: "bzImage or ELF vmlinux `FILE`", TakesFile: true},
 			&cli.StringFlag{Name: "initrd", Usage: "initramfs `FILE`", TakesFile: true},

@@ -28,16 +28,18 @@ func benchFootprintCommand() *cli.Command {
 		Name:      "footprint",
 		Usage:     "measure what a machine takes of the host, beside QEMU's",
 		ArgsUsage: " ",
-		Description: `The embedded guest boots and waits for input that does not come, with 512 MiB of RAM and one
-disk: under gvm, and in turns under QEMU's q35 if that is installed. Some seconds later:
+		Description: `The embedded guest boots and waits for input that does not come, with 512 MiB
+of RAM and one disk: under gvm, and in turns under QEMU's q35 if that is
+installed. Some seconds later:
 
-   ready     from exec to the guest's first word after its checks of the platform
+   ready     from exec to the guest's first word after its checks
    CPU       that all threads have used until then
-   RSS, PSS  resident memory without the guest's RAM, and without what is shared with others
+   RSS, PSS  resident memory without the guest's RAM, and without what others
+             share
    threads, and the program's size
 
-Then --guests machines of gvm's wait at the same time, and the last line says which part of this
-host's CPUs they use in all.
+Then --guests machines of gvm's wait at the same time, and the last line says
+which part of this host's CPUs they use in all.
 
 EXAMPLES
    gvm bench footprint

@@ -27,22 +27,26 @@ func benchGuestCommand() *cli.Command {
 		Name:      "guest",
 		Usage:     "measure a disk from inside a guest, beside QEMU",
 		ArgsUsage: " ",
-		Description: `The embedded guest reads 4 KiB at random places of a disk, with a fixed number of requests
-in flight, and learns of completed ones by polling or by interrupt. The same image does the same work
-under QEMU, if that is installed: on the same KVM, with an iothread, with io_uring and with threads, and
-with the host's page cache (writeback) and past it (none). They take turns, in every round.
+		Description: `The embedded guest reads 4 KiB at random places of a disk, with a fixed
+number of requests in flight, and learns of completed ones by polling or by
+interrupt. The same image does the same work under QEMU, if that is
+installed: on the same KVM, with an iothread, with io_uring and with threads,
+and with the host's page cache (writeback) and past it (none). They take
+turns, in every round.
 
-Where this host's KVM emulates kernel mode, because there is no hardware virtualization, the guest runs
-in user mode, at the processor's speed. Its interrupts are emulated all the same.
+Where this host's KVM emulates kernel mode, because there is no hardware
+virtualization, the guest runs in user mode, at the processor's speed. Its
+interrupts are emulated all the same.
 
-All figures are medians of the rounds, with the lowest and the highest in brackets; latencies are the
-guest's own, by its TSC. The last two columns are gvm's requests per second and median latency, each
-divided by the best one of QEMU in the same round.
+All figures are medians of the rounds, with the lowest and the highest in
+brackets; latencies are the guest's own, by its TSC. The last two columns are
+gvm's requests per second and median latency, each divided by the best one of
+QEMU in the same round.
 
 EXAMPLES
    gvm bench guest
    gvm bench guest --disk /dev/nvme0n1 --rounds 11 --json guest.json
-   gvm bench guest --write                  writes too, to an image under $TMPDIR`,
+   gvm bench guest --write         writes too, to an image under $TMPDIR`,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "disk", Usage: "raw image or block device as `PATH`, which is only read; default: an image under $TMPDIR, in the page cache", TakesFile: true},
 			&cli.BoolFlag{Name: "write", Usage: "measure writes too, without --disk"},

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"strconv"
 
 	"github.com/urfave/cli/v2"
 )
@@ -39,7 +40,7 @@ func completionCommand() *cli.Command {
 		Action: func(c *cli.Context) error {
 			script, ok := completions[c.Args().First()]
 			if !ok || c.NArg() != 1 {
-				return usageError{fmt.Errorf("completion %q: want bash, zsh or fish", c.Args().First())}
+				return usageError{oneOf("completion ", strconv.Quote(c.Args().First()), completions)}
 			}
 			_, err := fmt.Fprint(c.App.Writer, script)
 			return err

@@ -203,9 +203,9 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 }
 
 func pauseCommand() *cli.Command {
-	return stateCommand("pause", "stop the CPUs of a running machine", `The CPUs stop until gvm resume; the machine can be ended meanwhile, and its disks can
-be changed. Requests that the guest has made of its disks are finished, and
---timeout of gvm run goes on.
+	return stateCommand("pause", "stop the CPUs of a running machine", `The CPUs stop until gvm resume; the machine can be ended meanwhile, and its
+disks can be changed. Requests that the guest has made of its disks are
+finished, and --timeout of gvm run goes on.
 
 EXAMPLES
    gvm pause          if one machine runs
@@ -214,8 +214,8 @@ EXAMPLES
 
 func resumeCommand() *cli.Command {
 	return stateCommand("resume", "let a machine that was paused go on", `A machine pauses by gvm pause, or by itself when a disk with error=stop or
-error=enospc-stop fails: it says so, and once it is resumed it does the failed request
-again.
+error=enospc-stop fails: it says so, and once it is resumed it does the
+failed request again.
 
 EXAMPLES
    gvm resume         if one machine runs
@@ -240,14 +240,11 @@ func stateCommand(name, text, description string, do func(*control.Client, conte
 }
 
 func diskCommand() *cli.Command {
-	usage := func(_ *cli.Context, err error, _ bool) error {
-		return usageError{fmt.Errorf("%w; see gvm help disk", err)}
-	}
 	// sub makes a subcommand whose arguments are [VM] and what words names.
 	sub := func(name, words, text, description string, optional int, flags []cli.Flag, do func(*cli.Context, *control.Client, []string) error) *cli.Command {
 		n := len(strings.Fields(words))
 		return &cli.Command{
-			Name: name, Usage: text, ArgsUsage: strings.TrimSpace("[VM] " + words), Description: description, Flags: flags, OnUsageError: usage,
+			Name: name, Usage: text, ArgsUsage: strings.TrimSpace("[VM] " + words), Description: description, Flags: flags,
 			Action: func(c *cli.Context) error {
 				args := c.Args().Slice()
 				if len(args) < n-optional || len(args) > n+1 {
@@ -278,8 +275,9 @@ func diskCommand() *cli.Command {
 			}
 			return diskTable(c.App.Writer, disks)
 		})
-	add := sub("add", "DISK", "give a running machine a disk", `DISK is what gvm run --disk takes, with backend=process. Without lun= the disk
-gets the lowest LUN that is free. The guest sees it come without a rescan.
+	add := sub("add", "DISK", "give a running machine a disk", `DISK is what gvm run --disk takes (gvm help disk), with backend=process.
+Without lun= the disk gets the lowest LUN that is free. The guest sees it
+come without a rescan.
 
 EXAMPLES
    gvm disk add data.img
@@ -292,9 +290,9 @@ EXAMPLES
 			change, err := m.AddDisk(c.Context, control.AddDisk{Disk: args[0], Dir: dir})
 			return told(c, "added", change, err)
 		})
-	remove := sub("remove", "DISK", "take a disk away from a running machine", `DISK is a LUN, a path or a serial number. The guest is told; requests that it has
-under way are aborted, and what it has not written yet it cannot write any
-more: unmount the disk there first.
+	remove := sub("remove", "DISK", "take a disk away from a running machine", `DISK is a LUN, a path or a serial number. The guest is told; requests that it
+has under way are aborted, and what it has not written yet it cannot write
+any more: unmount the disk there first.
 
 EXAMPLES
    gvm disk remove 1
@@ -304,8 +302,8 @@ EXAMPLES
 			return told(c, "removed", change, err)
 		})
 	resize := sub("resize", "DISK SIZE", "change the size of a disk of a running machine", `DISK is a LUN, a path or a serial number. With SIZE the image gets that size;
-without it the machine looks how large the image or the block device is by now.
-The guest sees the new size without a rescan.
+without it the machine looks how large the image or the block device is by
+now. The guest sees the new size without a rescan.
 
 EXAMPLES
    gvm disk resize data.img 20G
@@ -328,25 +326,20 @@ EXAMPLES
 	return &cli.Command{
 		Name:  "disk",
 		Usage: "add, remove, resize and list the disks of a running machine",
-		Description: `VM is the name or the PID of a machine, as gvm list shows them. It may be left out
-if only one runs.
+		Description: `VM is the name or the PID of a machine, as gvm list shows them. It may be
+left out if only one runs.
 
-The exit status is 0, 2 if the words, the machine or the disk are wrong, or 3 if
-the host or the machine fails.
+The exit status is 0, 2 if the words, the machine or the disk are wrong, or 3
+if the host or the machine fails.
 
 EXAMPLES
    gvm disk list
    gvm disk add scratch.img,size=10G
    gvm disk resize scratch.img 20G
-   gvm disk remove scratch.img`,
-		Subcommands:  []*cli.Command{list, add, remove, resize},
-		OnUsageError: usage,
-		Action: func(c *cli.Context) error {
-			if c.Args().Present() {
-				return usageError{fmt.Errorf("disk %q: want add, remove, resize or list; see gvm help disk", c.Args().First())}
-			}
-			return cli.ShowSubcommandHelp(c)
-		},
+   gvm disk remove scratch.img
+
+` + diskGrammar(),
+		Subcommands: []*cli.Command{list, add, remove, resize},
 	}
 }
 

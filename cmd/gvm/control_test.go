@@ -83,7 +83,7 @@ func TestDiskCommands(t *testing.T) {
 		{"disk remove VM 9", 0, "removed LUN 9", ""},
 		{"disk remove nobody 1", 2, "", "no machine of this user has the name or PID nobody; there "},
 		{"disk add", 2, "", "disk add takes [VM] DISK, and got 0 words"},
-		{"disk eject", 2, "", `disk "eject": want add, remove, resize or list`},
+		{"disk eject", 2, "", `unknown command "eject" of gvm disk`},
 		{"list all", 2, "", "list takes no argument"},
 		{"run --name=" + name, 2, "", "in use by process " + pid},
 		{"run --name=7", 2, "", `--name: "7" is not a name of a machine`},

@@ -14,6 +14,7 @@ import (
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
 	"gvm/devices/virtio/vhostscsi"
+	"gvm/text"
 )
 
 // disk is one --disk.
@@ -71,8 +72,6 @@ const (
 
 var backends = map[string]backendChoice{"process": byProcess, "vhost": byKernel, "auto": byEither}
 
-const diskUsage = "PATH[,readonly][,serial=S][,lun=N][,cache=writeback|writethrough|unsafe][,size=SIZE][,block_size=512|4096][,physical_block_size=N][,pi=1][,error=report|stop|enospc-stop][,iops=N[:BURST]][,bps=SIZE[:BURST]][,overlay=on|FILE][,lock=on|off][,backend=process|vhost|auto][,workers=N|shared], mem:SIZE or null:SIZE for PATH, or wwn=NAME,backend=vhost[,workers=N|shared]"
-
 var cacheModes = map[string]scsi.CacheMode{
 	"writeback":    scsi.WriteBack,
 	"writethrough": scsi.WriteThrough,
@@ -107,7 +106,7 @@ func parseDisk(s string) (disk, error) {
 		return d, d.parseTarget(words[1:])
 	}
 	if d.path == "" {
-		return d, fmt.Errorf("--disk %q: no path; want %s", s, diskUsage)
+		return d, fmt.Errorf("--disk %q: no path; see gvm help disk", s)
 	}
 	for prefix, kind := range storages {
 		if text, ok := strings.CutPrefix(d.path, prefix); ok {
@@ -120,8 +119,12 @@ func parseDisk(s string) (disk, error) {
 	}
 	for _, w := range words[1:] {
 		key, val, has := strings.Cut(w, "=")
-		if has == (key == "readonly") || has && val == "" {
-			return d, fmt.Errorf("--disk %s: bad option %q; want %s", d.path, w, diskUsage)
+		i := slices.IndexFunc(diskOptions, func(o diskOption) bool { return o.key == key })
+		if i < 0 {
+			return d, unknownOption(d.path, key)
+		}
+		if o := diskOptions[i]; has == (o.value == "") || has && val == "" {
+			return d, fmt.Errorf("--disk %s: %q: want %s; see gvm help disk", d.path, w, o.word())
 		}
 		var err error
 		switch key {
@@ -137,7 +140,7 @@ func parseDisk(s string) (disk, error) {
 		case "cache":
 			var ok bool
 			if d.cache, ok = cacheModes[val]; !ok {
-				return d, fmt.Errorf("--disk %s: cache=%s: want writeback, writethrough or unsafe", d.path, val)
+				return d, oneOf("--disk "+d.path+": cache=", val, cacheModes)
 			}
 		case "overlay":
 			d.overlay = val
@@ -168,7 +171,7 @@ func parseDisk(s string) (disk, error) {
 		case "error":
 			var ok bool
 			if d.onError, ok = errorPolicies[val]; !ok {
-				return d, fmt.Errorf("--disk %s: error=%s: want report, stop or enospc-stop", d.path, val)
+				return d, oneOf("--disk "+d.path+": error=", val, errorPolicies)
 			}
 		case "iops":
 			if d.iops, err = parseLimit(val); err != nil {
@@ -181,14 +184,12 @@ func parseDisk(s string) (disk, error) {
 		case "backend":
 			var ok bool
 			if d.backend, ok = backends[val]; !ok {
-				return d, fmt.Errorf("--disk %s: backend=%s: want process, vhost or auto", d.path, val)
+				return d, oneOf("--disk "+d.path+": backend=", val, backends)
 			}
 		case "workers":
 			if err := d.parseWorkers(val); err != nil {
 				return d, err
 			}
-		default:
-			return d, fmt.Errorf("--disk %s: unknown option %q; want %s", d.path, key, diskUsage)
 		}
 	}
 	if err := d.consistent(words[1:]); err != nil {
@@ -247,7 +248,8 @@ func (d *disk) parseTarget(words []string) error {
 				return err
 			}
 		default:
-			return fmt.Errorf("--disk %s: bad option %q: a target that exists takes backend=vhost and workers=N; the rest is up to who made it", d.name(), w)
+			return fmt.Errorf("--disk %s: bad option %q: a target that exists takes backend=vhost and workers=N; its maker chose the rest%s",
+				d.name(), w, text.Suggest(key, []string{"backend", "workers"}))
 		}
 	}
 	if d.backend != byKernel {

@@ -10,13 +10,10 @@ import (
 )
 
 func imageCommand() *cli.Command {
-	usage := func(_ *cli.Context, err error, _ bool) error {
-		return usageError{fmt.Errorf("%w; see gvm help image", err)}
-	}
 	// sub makes a subcommand that takes what words names.
 	sub := func(name, words, text, description string, min, max int, flags []cli.Flag, do func(*cli.Context, []string) error) *cli.Command {
 		return &cli.Command{
-			Name: name, Usage: text, ArgsUsage: words, Description: description, Flags: flags, OnUsageError: usage,
+			Name: name, Usage: text, ArgsUsage: words, Description: description, Flags: flags,
 			Action: func(c *cli.Context) error {
 				if n := c.NArg(); n < min || n > max {
 					return usageError{fmt.Errorf("image %s takes %s, and got %d words", name, words, n)}
@@ -93,14 +90,7 @@ EXAMPLES
    gvm image create disk.img 20G
    gvm image info disk.img
    gvm image resize disk.img 40G`,
-		Subcommands:  []*cli.Command{create, info, resize},
-		OnUsageError: usage,
-		Action: func(c *cli.Context) error {
-			if c.Args().Present() {
-				return usageError{fmt.Errorf("image %q: want create, info or resize; see gvm help image", c.Args().First())}
-			}
-			return cli.ShowSubcommandHelp(c)
-		},
+		Subcommands: []*cli.Command{create, info, resize},
 	}
 }
 

@@ -52,7 +52,7 @@ func TestImage(t *testing.T) {
 		{"image resize --shrink disk.img 2M", 0, "", ""},
 		{"image resize disk.qcow2 8M", 2, "", "qcow2 image; gvm takes raw images"},
 		{"image resize disk.img 1000", 2, "", "not a multiple"},
-		{"image convert", 2, "", `image "convert": want create, info or resize`},
+		{"image convert", 2, "", `unknown command "convert" of gvm image`},
 	} {
 		r := ask(t, dir, strings.Fields(v.args)...)
 		if r.status != v.status || r.out != v.out || !strings.Contains(r.errs, v.errs) || strings.Count(r.errs, "\n") > min(v.status, 1) {

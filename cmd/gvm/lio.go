@@ -14,9 +14,6 @@ import (
 )
 
 func lioCommand() *cli.Command {
-	usage := func(_ *cli.Context, err error, _ bool) error {
-		return usageError{fmt.Errorf("%w; see gvm help lio", err)}
-	}
 	list := &cli.Command{
 		Name:  "list",
 		Usage: "show vhost-scsi targets and the disks behind them, and whose they are",
@@ -26,8 +23,7 @@ made. A gvm that is dead has left its objects: gvm lio gc removes them.
 EXAMPLES
    gvm lio list
    gvm lio list --json | jq '.[] | select(.owner.alive == false) | .name'`,
-		Flags:        []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "a JSON array instead of a table"}},
-		OnUsageError: usage,
+		Flags: []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "a JSON array instead of a table"}},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usageError{fmt.Errorf("lio list takes no argument, and got %q", c.Args().First())}
@@ -39,12 +35,11 @@ EXAMPLES
 		Name:  "gc",
 		Usage: "remove what dead gvms left in LIO, and nothing else",
 		Description: `A gvm that is killed cannot take down the target that its guest had. The next
-gvm run with backend=vhost does it, or this command. Objects of living gvms and
-of other tools stay. Each object that is gone is printed.
+gvm run with backend=vhost does it, or this command. Objects of living gvms
+and of other tools stay. Each object that is gone is printed.
 
 EXAMPLE
    sudo gvm lio gc`,
-		OnUsageError: usage,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usageError{fmt.Errorf("lio gc takes no argument, and got %q", c.Args().First())}
@@ -59,19 +54,13 @@ EXAMPLE
 backend=vhost, under /sys/kernel/config/target, and removes them at its end.
 
 The exit status is 0, 2 for wrong words, or 3 if the host refuses. A host
-without LIO has nothing to show or to remove: 0, with a note on standard error.
+without LIO has nothing to show or to remove: 0, with a note on standard
+error.
 
 EXAMPLES
-   gvm lio list       # targets, disks, and whose they are; --json for scripts
+   gvm lio list       # targets, disks, and their owners; --json for scripts
    sudo gvm lio gc    # remove what a killed gvm has left`,
-		Subcommands:  []*cli.Command{list, gc},
-		OnUsageError: usage,
-		Action: func(c *cli.Context) error {
-			if c.Args().Present() {
-				return usageError{fmt.Errorf("lio %q: want list or gc; see gvm help lio", c.Args().First())}
-			}
-			return cli.ShowSubcommandHelp(c)
-		},
+		Subcommands: []*cli.Command{list, gc},
 	}
 }
 

@@ -8,8 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/urfave/cli/v2"
-
 	"gvm/devices/scsi/lio"
 )
 
@@ -90,7 +88,8 @@ func TestLioGCFails(t *testing.T) {
 
 func TestLioWords(t *testing.T) {
 	for _, words := range [][]string{{"lio", "no"}, {"lio", "list", "x"}, {"lio", "gc", "x"}, {"lio", "gc", "--no"}} {
-		a := &cli.App{Name: "gvm", Commands: []*cli.Command{lioCommand()}, Writer: new(bytes.Buffer), ErrWriter: new(bytes.Buffer), ExitErrHandler: func(*cli.Context, error) {}}
+		a := app()
+		a.Writer, a.ErrWriter = new(bytes.Buffer), new(bytes.Buffer)
 		if err := a.Run(append([]string{"gvm"}, words...)); err == nil || exitStatus(err) != exitUsage {
 			t.Errorf("gvm %v: %v", words, err)
 		}

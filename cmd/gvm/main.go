@@ -40,31 +40,31 @@ func gvm(args []string) (status int) {
 }
 
 func app() *cli.App {
-	usage := func(_ *cli.Context, err error, _ bool) error {
-		return usageError{fmt.Errorf("%s; see gvm help", strings.Replace(err.Error(), "flag provided but not defined:", "unknown flag", 1))}
-	}
 	a := &cli.App{
 		Name:    "gvm",
 		Usage:   "boot Linux guests on KVM with virtio-scsi disks",
 		Version: version,
 		Description: `gvm run boots a kernel in a virtual machine on this terminal; without any
 argument it boots a small guest of its own and so shows that all works.`,
-		Commands:                  []*cli.Command{runCommand(), listCommand(), diskCommand(), pauseCommand(), resumeCommand(), imageCommand(), doctorCommand(), benchCommand(), traceCommand(), replayCommand(), lioCommand(), abiCommand(), completionCommand(), exitStatusCommand()},
+		Commands: []*cli.Command{
+			runCommand(), listCommand(), diskCommand(), pauseCommand(), resumeCommand(), imageCommand(), doctorCommand(),
+			benchCommand(), traceCommand(), replayCommand(), lioCommand(), abiCommand(), completionCommand(),
+			exitStatusCommand(), helpCommand(),
+		},
 		EnableBashCompletion:      true,
 		DisableSliceFlagSeparator: true,
-		HideHelpCommand:           false,
-		OnUsageError:              usage,
+		Flags:                     []cli.Flag{cli.HelpFlag},
+		HideHelpCommand:           true, // helpCommand is there
+		OnUsageError:              flagError,
 		ExitErrHandler:            func(*cli.Context, error) {},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usageError{fmt.Errorf("unknown command %q; see gvm help", c.Args().First())}
+				return unknownCommand(c.App.Commands, nil, c.Args().First())
 			}
 			return cli.ShowAppHelp(c)
 		},
 	}
-	for _, c := range a.Commands {
-		c.OnUsageError = usage
-	}
+	complete(a.Commands)
 	return a
 }
 

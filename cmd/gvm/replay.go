@@ -25,20 +25,20 @@ func replayCommand() *cli.Command {
 		Usage:     "send the SCSI requests of a trace to a backend again, without a guest",
 		ArgsUsage: "FILE",
 		Description: `The requests of a trace (gvm run --trace FILE) go straight to a backend, one
-after the other, from the driver's side of the rings: to gvm's own target, or to
-/dev/vhost-scsi, which gets memory of gvm's as if it were a guest's. The disks
-are empty images as large as those of the trace, under $TMPDIR, and gone at the
-end. A command that writes blocks writes made-up ones.
+after the other, from the driver's side of the rings: to gvm's own target, or
+to /dev/vhost-scsi, which gets memory of gvm's as if it were a guest's. The
+disks are empty images as large as those of the trace, under $TMPDIR, and
+gone at the end. A command that writes blocks writes made-up ones.
 
-With --backend=process or vhost the answers are compared with those in the trace:
-status, sense data, residual and response, as far as the trace has them. With
---backend=both they are compared with each other, and so is the data read, byte
-by byte. --corpus replays requests that gvm brings along, good and bad ones of
-every operation code that one of the backends has; docs/backends.md lists what
-they answer differently.
+With --backend=process or vhost the answers are compared with those in the
+trace: status, sense data, residual and response, as far as the trace has
+them. With --backend=both they are compared with each other, and so is the
+data read, byte by byte. --corpus replays requests that gvm brings along,
+good and bad ones of every operation code that one of the backends has;
+docs/backends.md lists what they answer differently.
 
-The exit status is 0 when no answer differs, 1 when one does. --backend=vhost and
-both need what backend=vhost of gvm run needs.
+The exit status is 0 when no answer differs, 1 when one does. --backend=vhost
+and both need what backend=vhost of gvm run needs.
 
 EXAMPLES
    gvm replay run.trace
@@ -59,9 +59,10 @@ EXAMPLES
 const shownDifferences = 20
 
 func replayTrace(c *cli.Context, files []string) (err error) {
-	names := map[string][]string{"process": {"process"}, "vhost": {"vhost"}, "both": {"process", "vhost"}}[c.String("backend")]
-	if names == nil {
-		return usageError{fmt.Errorf("--backend %s: want process, vhost or both", c.String("backend"))}
+	sidesOf := map[string][]string{"process": {"process"}, "vhost": {"vhost"}, "both": {"process", "vhost"}}
+	names, ok := sidesOf[c.String("backend")]
+	if !ok {
+		return usageError{oneOf("--backend ", c.String("backend"), sidesOf)}
 	}
 	abi, err := parseABI(c.String("vhost-abi"))
 	if err != nil {

@@ -89,13 +89,13 @@ EXAMPLES
    gvm run --kernel bzImage --initrd initramfs.img
    gvm run --kernel bzImage --disk debian.img       root=/dev/sda
    gvm run --disk a.img,serial=one --disk b.img,readonly,lun=4
-   gvm run --disk a.img,backend=vhost               served by the kernel's target
+   gvm run --disk a.img,backend=vhost               served by the kernel
    gvm run --cpus 4 --memory 2G --cmdline "ro quiet" --timeout 60s
    gvm help exit-status                             what the exit status says`,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"}, Usage: "bzImage or ELF vmlinux `FILE`", TakesFile: true},
 			&cli.StringSliceFlag{Name: "initrd", Aliases: []string{"i"}, Usage: "initramfs `FILE`; several are concatenated", TakesFile: true},
-			&cli.StringSliceFlag{Name: "disk", Aliases: []string{"d"}, Usage: "raw image or block device as `" + diskUsage + "`; a comma in a path is written twice"},
+			&cli.StringSliceFlag{Name: "disk", Aliases: []string{"d"}, Usage: "`PATH[,OPTION]...` of a raw image or block device; see gvm help disk"},
 			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"}, Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, for a disk without an initrd, root=/dev/sda"},
 			&cli.BoolFlag{Name: "bare-cmdline", Usage: "give the kernel --cmdline as it is"},
 			&cli.StringSliceFlag{Name: "guest-arg", Usage: "`WORD` for the embedded guest: write lets it write to the disks of --disk"},
@@ -190,13 +190,13 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	}
 	var ok bool
 	if rc.protocol, ok = entries[c.String("entry")]; !ok {
-		return rc, fmt.Errorf("--entry %s: want auto, pvh or 64", c.String("entry"))
+		return rc, oneOf("--entry ", c.String("entry"), entries)
 	}
 	switch v := c.String("on-reset"); v {
 	case "exit", "reboot":
 		rc.reboot = v == "reboot"
 	default:
-		return rc, fmt.Errorf("--on-reset %s: want exit or reboot", v)
+		return rc, oneOfNames("--on-reset ", v, []string{"exit", "reboot"})
 	}
 	if rc.vhostABI, err = parseABI(c.String("vhost-abi")); err != nil {
 		return rc, fmt.Errorf("--vhost-abi: %w", err)

@@ -25,27 +25,21 @@ const exitDiffers = 1
 
 func traceCommand() *cli.Command {
 	jsonFlag := &cli.BoolFlag{Name: "json", Usage: "write JSON"}
-	c := &cli.Command{
+	return &cli.Command{
 		Name:  "trace",
 		Usage: "look at the SCSI requests that gvm run --trace recorded",
 		Description: `gvm run --trace FILE records every SCSI request of a run with its answer and
 its latency, for disks of either backend. These commands read such files.`,
-		Action: func(c *cli.Context) error {
-			if c.Args().Present() {
-				return usageError{fmt.Errorf("unknown command %q of gvm trace; want show, stat, diff or plot", c.Args().First())}
-			}
-			return cli.ShowSubcommandHelp(c)
-		},
 		Subcommands: []*cli.Command{
 			{
 				Name:      "show",
 				Usage:     "list the requests, in the order of their answers",
 				ArgsUsage: "FILE",
-				Description: `BLOCKS are the first logical block and the number of blocks; FUA and UNMAP are
-bits of the CDB. For a command without blocks that is the page, the tag of the
-task that a task management function is about, or the bytes of an unknown CDB.
-Q is the request queue. In LUN, wlun is the REPORT LUNS well-known logical unit,
-and none what is no address of the target.
+				Description: `BLOCKS are the first logical block and the number of blocks; FUA and UNMAP
+are bits of the CDB. For a command without blocks that is the page, the tag
+of the task that a task management function is about, or the bytes of an
+unknown CDB. Q is the request queue. In LUN, wlun is the REPORT LUNS
+well-known logical unit, and none what is no address of the target.
 
 EXAMPLES
    gvm trace show run.trace
@@ -78,9 +72,9 @@ EXAMPLES
 				Usage:     "tell what two guests asked and got differently",
 				ArgsUsage: "A B",
 				Description: `The requests of each logical unit are aligned in the order in which they were
-made. Told are requests of one trace only (- and +), and those whose response,
-status, sense data, residual or length differs (~). Times, tags, queues, and
-the order of requests that both have do not count.
+made. Told are requests of one trace only (- and +), and those whose
+response, status, sense data, residual or length differs (~). Times, tags,
+queues, and the order of requests that both have do not count.
 
 The exit status is 0 when nothing differs, 1 when something does, and 2 or 3
 when a trace cannot be read.
@@ -95,7 +89,8 @@ EXAMPLES
 				Name:      "plot",
 				Usage:     "draw latencies over time, and their distribution",
 				ArgsUsage: "FILE...",
-				Description: `Operations have colours; backends, and files when there are several, have shapes.
+				Description: `Operations have colours; backends, and files when there are several, have
+shapes.
 
 EXAMPLES
    gvm trace plot run.trace -o latency.svg
@@ -105,19 +100,13 @@ EXAMPLES
 			},
 		},
 	}
-	for _, sub := range append(c.Subcommands, c) {
-		sub.OnUsageError = func(_ *cli.Context, err error, _ bool) error {
-			return usageError{fmt.Errorf("%s; see gvm help trace", strings.Replace(err.Error(), "flag provided but not defined:", "unknown flag", 1))}
-		}
-	}
-	return c
 }
 
 // onFiles makes an action of one on least to most files. Flags may come after
 // files too, where the cli package does not look for them.
 func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionFunc {
 	return func(c *cli.Context) error {
-		topic := strings.Fields(c.Command.HelpName)[1] // gvm TOPIC or gvm TOPIC COMMAND
+		topic := strings.TrimPrefix(c.Command.HelpName, "gvm ")
 		var files []string
 		for rest := c.Args().Slice(); len(rest) > 0; {
 			word := rest[0]
@@ -133,7 +122,7 @@ func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionF
 			}
 			i := slices.IndexFunc(c.Command.Flags, func(f cli.Flag) bool { return slices.Contains(f.Names(), flag) })
 			if i < 0 {
-				return usageError{fmt.Errorf("unknown flag %s; see gvm help %s", word, topic)}
+				return usageError{unknownFlag(c.Command, strings.TrimLeft(flag, "-"))}
 			}
 			flag = c.Command.Flags[i].Names()[0]
 			_, isBool := c.Command.Flags[i].(*cli.BoolFlag)
@@ -150,7 +139,7 @@ func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionF
 				return usageError{fmt.Errorf("%s: %w; see gvm help %s", word, err, topic)}
 			}
 			if flag == "help" {
-				return cli.ShowCommandHelp(c, c.Command.Name)
+				return helpPage(c, strings.Fields(topic))
 			}
 		}
 		if len(files) < least || len(files) > most {

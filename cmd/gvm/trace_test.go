@@ -15,8 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/urfave/cli/v2"
-
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/trace"
@@ -199,7 +197,8 @@ func gvmTrace(args ...string) (out string, status int, errText string) {
 // gvmTraceNotes is gvmTrace with what is said on standard error beside the error.
 func gvmTraceNotes(args ...string) (out string, status int, errText, notes string) {
 	var b, e bytes.Buffer
-	app := &cli.App{Name: "gvm", Commands: []*cli.Command{traceCommand(), replayCommand()}, Writer: &b, ErrWriter: &e, ExitErrHandler: func(*cli.Context, error) {}, DisableSliceFlagSeparator: true}
+	app := app()
+	app.Writer, app.ErrWriter = &b, &e
 	words := append([]string{"gvm", "trace"}, args...)
 	if args[0] == "replay" {
 		words = append([]string{"gvm"}, args...)
@@ -289,13 +288,13 @@ func TestTraceMistakes(t *testing.T) {
 		args string
 		want string
 	}{
-		{"frob", `unknown command "frob" of gvm trace; want show, stat, diff or plot`},
+		{"frob", `unknown command "frob" of gvm trace; see gvm help trace`},
 		{"show", "want gvm trace show FILE, and got 0 files"},
 		{"show " + a + " " + a, "want gvm trace show FILE, and got 2 files"},
 		{"diff " + a, "want gvm trace diff A B, and got 1 files"},
-		{"show --frob " + a, "unknown flag -frob; see gvm help trace"},
-		{"show " + a + " --frob", "unknown flag --frob; see gvm help trace"},
-		{"show " + a + " --json=3", "--json=3: parse error; see gvm help trace"},
+		{"show --frob " + a, "unknown flag --frob; see gvm help trace show"},
+		{"show " + a + " --frob", "unknown flag --frob; see gvm help trace show"},
+		{"show " + a + " --json=3", "--json=3: parse error; see gvm help trace show"},
 		{"show " + a + " --op", "--op needs a value"},
 		{"show " + a + " --op 0x100", "--op 0x100: want a name or an operation code from 0 to 0xff"},
 		{"show " + a + " --lun 16384", "--lun 16384: want 0 to 16383"},
@@ -311,7 +310,7 @@ func TestTraceMistakes(t *testing.T) {
 		{"replay --corpus", "--corpus has no answers to compare with: add --backend both"},
 		{"replay " + a + " " + a, "want gvm replay FILE, and got 2 files"},
 		{"replay " + a + " --frob", "unknown flag --frob; see gvm help replay"},
-		{"replay " + a + " --backend frob", "--backend frob: want process, vhost or both"},
+		{"replay " + a + " --backend frob", "--backend frob: want both, process or vhost"},
 		{"replay " + a + " --vhost-abi frob", "--vhost-abi \"frob\": want a version number or any"},
 		{"replay " + disk, disk + ": not a trace of gvm"},
 		{"replay " + damaged, damaged + ": damaged at byte"},

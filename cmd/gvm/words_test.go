@@ -29,7 +29,7 @@ func TestHelp(t *testing.T) {
 		{[]string{"--help"}, "boot Linux guests|doctor"},
 		{[]string{"--version"}, "gvm version " + version},
 		{[]string{"-v"}, "gvm version " + version},
-		{[]string{"help", "run"}, "EXAMPLES|--kernel|--disk|block_size=512|4096]|--timeout|--on-reset|--cpu-features|--queues"},
+		{[]string{"help", "run"}, "EXAMPLES|--kernel|--disk|gvm help disk|--timeout|--on-reset|--cpu-features|--queues"},
 		{[]string{"run", "--help"}, "EXAMPLES|--kernel"},
 		{[]string{"help", "pause"}, "gvm pause build"},
 		{[]string{"help", "resume"}, "error=enospc-stop|gvm resume build"},

@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"strings"
 
+	"gvm/text"
 	"gvm/vmm/guestmem"
 )
 
@@ -41,7 +42,7 @@ func ParseMode(s string) (Mode, error) {
 			return Mode(m), nil
 		}
 	}
-	return 0, fmt.Errorf("boot mode %q: want auto, elf or bzimage", s)
+	return 0, fmt.Errorf("boot mode %q: want auto, elf or bzimage%s", s, text.Suggest(s, modeNames[:]))
 }
 
 // Protocol is the state that a kernel expects its first CPU in.

@@ -2,8 +2,11 @@ package x86
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
+
+	"gvm/text"
 )
 
 // FeatureChange turns one CPUID bit on or off.
@@ -66,7 +69,7 @@ func ParseFeatures(list string) ([]FeatureChange, error) {
 			return nil, fmt.Errorf("CPU feature %q: begin it with + or -", word)
 		}
 		if !ok {
-			return nil, fmt.Errorf("CPU feature %q is not known; the names are those of /proc/cpuinfo%s", name, near(name))
+			return nil, fmt.Errorf("CPU feature %q is not known; the names are those of /proc/cpuinfo%s", name, text.Suggest(name, slices.Collect(maps.Keys(features))))
 		}
 		out = append(out, FeatureChange{Name: name, Enable: sign == '+', feature: f})
 	}
@@ -82,19 +85,4 @@ func Masked(changes []FeatureChange, name string) bool {
 		}
 	}
 	return masked
-}
-
-// near suggests known names that contain name or begin as it does.
-func near(name string) string {
-	var like []string
-	for n := range features {
-		if len(name) >= 3 && (strings.Contains(n, name) || strings.Contains(name, n) && len(n) >= 3) {
-			like = append(like, n)
-		}
-	}
-	if len(like) == 0 {
-		return ""
-	}
-	slices.Sort(like)
-	return " (like " + strings.Join(like[:min(len(like), 4)], ", ") + ")"
 }

@@ -71,7 +71,7 @@ func TestFeatures(t *testing.T) {
 	}
 	for list, want := range map[string]string{
 		"x2apic":  "begin it with + or -",
-		"-avx51":  "(like avx",
+		"-avx51":  "did you mean avx512f?",
 		"+nosuch": "is not known",
 		"-":       `"" is not known`,
 	} {

@@ -1,0 +1,216 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/urfave/cli/v2"
+
+	"gvm/text"
+)
+
+// Pages of help are as wide as the narrowest terminal that is common.
+const (
+	helpWidth = 80
+	helpFlags = 24 // columns of a flag's name
+)
+
+func init() {
+	cli.FlagStringer = describeFlag
+	cli.HelpPrinter = func(w io.Writer, template string, data any) {
+		var b strings.Builder
+		cli.HelpPrinterCustom(&b, template, data, map[string]any{"wrap": wrap})
+		for line := range strings.Lines(b.String()) {
+			fmt.Fprintln(w, strings.TrimRight(line, " \n"))
+		}
+	}
+}
+
+// describeFlag is a flag's entry in a page of help: its names, and beside or below them
+// its usage, in which the name of its value is in backquotes.
+func describeFlag(f cli.Flag) string {
+	doc, ok := f.(cli.DocGenerationFlag)
+	if !ok {
+		return ""
+	}
+	var names []string
+	for _, n := range f.Names() {
+		names = append(names, strings.Repeat("-", min(len(n), 2))+n)
+	}
+	usage := doc.GetUsage()
+	head := strings.Join(names, ", ")
+	if before, rest, ok := strings.Cut(usage, "`"); ok {
+		value, after, _ := strings.Cut(rest, "`")
+		head, usage = head+" "+value, before+value+after
+	}
+	if many, ok := f.(cli.DocGenerationSliceFlag); ok && many.IsSliceFlag() {
+		usage += "; may be repeated"
+	}
+	if _, isBool := f.(*cli.BoolFlag); !isBool {
+		if s := strings.Trim(doc.GetDefaultText(), `"`); s != "" && s != "0" && s != "0s" {
+			usage += " (default: " + s + ")"
+		}
+	}
+	// The template has it begin in column 3, and other lines in column 6.
+	return column(head, helpFlags, usage, helpWidth-6, -3)
+}
+
+// wrap is the templates' function for a text that begins in column offset: as the
+// cli package's, but lines that are too long keep their indentation.
+func wrap(words string, offset int) string {
+	var lines []string
+	for line := range strings.SplitSeq(words, "\n") {
+		if width := helpWidth - offset; utf8.RuneCountInString(line) > width {
+			indent := len(line) - len(strings.TrimLeft(line, " "))
+			line = strings.ReplaceAll(column(strings.Repeat(" ", indent), indent, line, width, 0), "\n", "\n"+strings.Repeat(" ", offset))
+		}
+		lines = append(lines, line)
+	}
+	return strings.Join(lines, "\n"+strings.Repeat(" ", offset))
+}
+
+// column puts words into lines of width columns behind a head of n columns, or below it
+// where it is longer. Every line but the first is indented by indent columns more.
+func column(head string, n int, words string, width, indent int) string {
+	var b strings.Builder
+	b.WriteString(head)
+	at := utf8.RuneCountInString(head)
+	newline := func() {
+		b.WriteString("\n" + strings.Repeat(" ", indent+n))
+		at = n
+	}
+	if at > 0 && at+2 > n && strings.TrimSpace(head) != "" {
+		newline()
+	} else {
+		b.WriteString(strings.Repeat(" ", max(n-at, 0)))
+		at = n
+	}
+	for i, w := range strings.Fields(words) {
+		switch size := utf8.RuneCountInString(w); {
+		case i == 0:
+			at += size
+		case at+1+size > width:
+			newline()
+			at += size
+		default:
+			b.WriteByte(' ')
+			at += 1 + size
+		}
+		b.WriteString(w)
+	}
+	return b.String()
+}
+
+// complete gives commands the answers to words that they do not know, and groups of
+// commands a page of help.
+func complete(commands []*cli.Command) {
+	for _, c := range commands {
+		c.OnUsageError = flagError
+		if len(c.Subcommands) > 0 {
+			c.HideHelpCommand = true
+			complete(c.Subcommands)
+			if c.Action == nil {
+				c.Action = showHelp
+			}
+		}
+	}
+}
+
+// flagError answers an error of the flag package.
+func flagError(c *cli.Context, err error, _ bool) error {
+	page := strings.TrimPrefix(c.Command.HelpName, "gvm")
+	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: "); ok {
+		return usageError{unknownFlag(c.Command, name)}
+	}
+	return usageError{fmt.Errorf("%w; see gvm help%s", err, page)}
+}
+
+// unknownFlag says that a command has no such flag.
+func unknownFlag(c *cli.Command, flag string) error {
+	var names []string
+	for _, f := range c.Flags {
+		names = append(names, f.Names()...)
+	}
+	word := strings.TrimLeft(flag, "-")
+	if len(word) > 1 {
+		flag = "--" + word
+	}
+	near := text.Nearest(word, names)
+	if near != "" {
+		near = "--" + near
+	}
+	return unknown("flag "+flag, near, strings.TrimPrefix(c.HelpName, "gvm"))
+}
+
+// unknown says that there is no such thing, what may have been meant, and which page of
+// help, such as " run", has the names.
+func unknown(thing, near, page string) error {
+	if near != "" {
+		return fmt.Errorf("unknown %s; did you mean %s? See gvm help%s", thing, near, page)
+	}
+	return fmt.Errorf("unknown %s; see gvm help%s", thing, page)
+}
+
+// unknownCommand says that the group of commands at path has no such command.
+func unknownCommand(commands []*cli.Command, path []string, word string) error {
+	var names []string
+	for _, c := range commands {
+		names = append(names, c.Name)
+	}
+	thing, page := fmt.Sprintf("command %q", word), ""
+	if len(path) > 0 {
+		page = " " + strings.Join(path, " ")
+		thing += " of gvm" + page
+	}
+	return usageError{unknown(thing, text.Nearest(word, names), page)}
+}
+
+// oneOf says which of the keys of a map a value must be.
+func oneOf[V any](what, value string, values map[string]V) error {
+	return oneOfNames(what, value, slices.Sorted(maps.Keys(values)))
+}
+
+func oneOfNames(what, value string, names []string) error {
+	last := len(names) - 1
+	return fmt.Errorf("%s%s: want %s or %s%s", what, value, strings.Join(names[:last], ", "), names[last], text.Suggest(strings.Trim(value, `"`), names))
+}
+
+// showHelp prints the page of a group of commands, for which there is no command of the
+// name given.
+func showHelp(c *cli.Context) error {
+	path := strings.Fields(c.Command.HelpName)[1:]
+	words := c.Args().Slice()
+	if len(words) == 0 || words[0] == "help" || words[0] == "h" {
+		return helpPage(c, append(path, words[min(1, len(words)):]...))
+	}
+	return unknownCommand(c.Command.Subcommands, path, words[0])
+}
+
+// helpPage prints the page of the command at a path.
+func helpPage(c *cli.Context, path []string) error {
+	if len(path) == 0 {
+		return cli.ShowAppHelp(c)
+	}
+	commands := c.App.Commands
+	for i, word := range path {
+		n := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(word) })
+		if n < 0 {
+			return unknownCommand(commands, path[:i], word)
+		}
+		commands = commands[n].Subcommands
+	}
+	return c.App.Run(append(append([]string{"gvm"}, path...), "--help"))
+}
+
+// helpCommand is `gvm help`, whose words are those of any command.
+func helpCommand() *cli.Command {
+	return &cli.Command{
+		Name: "help", Aliases: []string{"h"}, Usage: "show the help of a command", ArgsUsage: "[COMMAND [SUBCOMMAND]]",
+		Description: "gvm help disk has the options of --disk as well, gvm help exit-status what the\nexit status says.",
+		Action:      func(c *cli.Context) error { return helpPage(c, c.Args().Slice()) },
+	}
+}

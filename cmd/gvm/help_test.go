@@ -1,0 +1,127 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"unicode/utf8"
+
+	"github.com/urfave/cli/v2"
+)
+
+// TestHelpWidth walks the tree of commands: every page of help has text, and fits a
+// terminal of 80 columns.
+func TestHelpWidth(t *testing.T) {
+	page := func(args ...string) string {
+		var b bytes.Buffer
+		a := app()
+		a.Writer = &b
+		if err := a.Run(append([]string{"gvm"}, args...)); err != nil {
+			t.Errorf("gvm %s: %v", strings.Join(args, " "), err)
+		}
+		if b.Len() < 40 {
+			t.Errorf("gvm %s prints %q", strings.Join(args, " "), &b)
+		}
+		for line := range strings.Lines(b.String()) {
+			if n := utf8.RuneCountInString(strings.TrimRight(line, "\n")); n > 80 || strings.HasSuffix(line, " \n") {
+				t.Errorf("gvm %s: %d columns: %q", strings.Join(args, " "), n, line)
+			}
+		}
+		return b.String()
+	}
+	pages := 0
+	var walk func(path []string, cs []*cli.Command)
+	walk = func(path []string, cs []*cli.Command) {
+		for _, c := range cs {
+			if c.Name == "help" {
+				continue
+			}
+			pages++
+			path := append(slices.Clone(path), c.Name)
+			for line := range strings.Lines(c.Description) {
+				if n := utf8.RuneCountInString(line); n > helpWidth-3+1 && c.CustomHelpTemplate == "" {
+					t.Errorf("%q: a line of %d columns would be broken: %q", path, n, line)
+				}
+			}
+			help := page(append([]string{"help"}, path...)...)
+			if flag := page(append(path, "--help")...); flag != help {
+				t.Errorf("gvm %s --help differs from its page:\n%s\n%s", strings.Join(path, " "), flag, help)
+			}
+			if !strings.Contains(help, "EXIT") && c.CustomHelpTemplate == "" && !strings.Contains(help, "gvm "+strings.Join(path, " ")) {
+				t.Errorf("the page of %q is another's:\n%s", path, help)
+			}
+			walk(path, c.Subcommands)
+		}
+	}
+	page()
+	page("help")
+	page("--help")
+	walk(nil, app().Commands)
+	if pages < 25 {
+		t.Errorf("%d pages", pages)
+	}
+	// The page of the command gvm disk has the words of the flag as well.
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range diskOptions {
+		if !strings.Contains(string(readme), "`"+row.key) {
+			t.Errorf("README.md lacks %s", row.key)
+		}
+		if !strings.Contains(page("help", "disk"), "\n      "+row.word()) {
+			t.Errorf("gvm help disk lacks %s", row.word())
+		}
+	}
+}
+
+// TestSuggestions has the nearest name for a word that is unknown, and none for a
+// word that is near to nothing.
+func TestSuggestions(t *testing.T) {
+	for _, tt := range []struct{ args, want string }{
+		{"run --memroy 1G", "unknown flag --memroy; did you mean --memory? See gvm help run"},
+		{"run --mem 1G", "did you mean --memory?"},
+		{"run --xyzzy", "unknown flag --xyzzy; see gvm help run"},
+		{"rnu", `unknown command "rnu"; did you mean run? See gvm help`},
+		{"xyzzy", `unknown command "xyzzy"; see gvm help`},
+		{"help rnu", "did you mean run?"},
+		{"help trace shwo", "did you mean show?"},
+		{"help xyzzy", `unknown command "xyzzy"; see gvm help`},
+		{"--vresion", "did you mean --version?"},
+		{"disk lst", `unknown command "lst" of gvm disk; did you mean list? See gvm help disk`},
+		{"disk resize --shrnik x", "unknown flag --shrnik; did you mean --shrink? See gvm help disk resize"},
+		{"lio gcc", "did you mean gc?"},
+		{"abi dif a b", "did you mean diff?"},
+		{"bench dsk", "did you mean disk?"},
+		{"image craete x 1G", "did you mean create?"},
+		{"trace sohw x", "did you mean show?"},
+		{"trace show x --jsn", "unknown flag --jsn; did you mean --json? See gvm help trace show"},
+		{"trace show --jsn x", "unknown flag --jsn; did you mean --json? See gvm help trace show"},
+		{"replay --corpus --bakend both", "did you mean --backend?"},
+		{"replay --corpus --backend bth", "did you mean both?"},
+		{"completion bsh", "did you mean bash?"},
+		{"run --boot bzimge", "did you mean bzimage?"},
+		{"run --entry phv", "did you mean pvh?"},
+		{"run --on-reset rebot", "did you mean reboot?"},
+		{"run --cpu-features -x2apci", "did you mean x2apic?"},
+		{"run --disk a,cahce=writeback", "did you mean cache? See gvm help disk"},
+		{"run --disk a,read-only", "did you mean readonly?"},
+		{"run --disk a,xyzzy=1", `unknown option "xyzzy"; see gvm help disk`},
+		{"run --disk a,cache=write-back", "did you mean writeback?"},
+		{"run --disk a,error=enospc", "did you mean enospc-stop?"},
+		{"run --disk a,backend=vhots", "did you mean vhost?"},
+		{"run --disk wwn=naa.1,backend=vhost,worker=1", "did you mean workers?"},
+	} {
+		t.Run(tt.args, func(t *testing.T) {
+			var b bytes.Buffer
+			a := app()
+			a.Writer, a.ErrWriter = &b, &b
+			err := a.Run(append([]string{"gvm"}, strings.Fields(tt.args)...))
+			if err == nil || !strings.Contains(err.Error(), tt.want) || len(err.Error()) > 200 || exitStatus(err) != exitUsage {
+				t.Errorf("%v\nlacks %q, or is long", err, tt.want)
+			}
+		})
+	}
+}
