@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"gvm/devices/pci"
 	"gvm/devices/virtio"
@@ -111,12 +110,18 @@ type testConsole struct {
 	mu  sync.Mutex
 	out bytes.Buffer
 	to  chan io.Writer
+
+	greeted func() // if set, is told of the embedded guest's first line
 }
 
 func (c *testConsole) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.out.Write(p)
+	c.out.Write(p)
+	if c.greeted != nil && bytes.Contains(c.out.Bytes(), []byte("gvm embedded guest")) {
+		c.greeted()
+	}
+	return len(p), nil
 }
 
 func (c *testConsole) Connect(w Input) {
@@ -151,7 +156,7 @@ func TestEndings(t *testing.T) {
 		console := &testConsole{}
 		ctx, cancel := context.WithCancelCause(t.Context())
 		if c.want == Stopped {
-			time.AfterFunc(100*time.Millisecond, func() { cancel(errAsked) })
+			console.greeted = func() { cancel(errAsked) }
 		}
 		out, err := Run(ctx, sys, Config{
 			Memory:  guestmem.Config{Size: 64 << 20},

@@ -266,10 +266,7 @@ func (d *Device) activate() {
 	for i := range d.queues {
 		a.vectors = a.vectors || d.queues[i].vector != noVector
 	}
-	d.act.Store(a)
-	d.intx.mu.Lock()
-	d.intx.watch()
-	d.intx.mu.Unlock()
+	d.intx.begin(a)
 	err := d.stuck
 	switch {
 	case err != nil:

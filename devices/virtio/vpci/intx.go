@@ -39,6 +39,16 @@ type intx struct {
 	done    chan struct{} // closed when the goroutine has ended
 }
 
+// begin begins an activation: what was signalled before is not its.
+func (x *intx) begin(a *activation) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.gather()
+	x.d.msix.TakePending()
+	x.d.act.Store(a)
+	x.watch()
+}
+
 // read is the driver's read of ISR status, which clears it. With MSI-X enabled it is 0.
 func (x *intx) read() (v byte) {
 	x.mu.Lock()
