@@ -56,7 +56,7 @@ func testMain(m *testing.M) int {
 		Direct:  direct,
 		Build:   []string{"gvm/cmd/gvm", "gvm/guest-tests/cmd/diskload"},
 		Memory:  10 << 10, // a guest has 6 GiB
-		Modules: []string{"nbd"},
+		Modules: []string{"nbd", "dm-mod"},
 		Lost:    lost,
 	}
 	if os.Getenv("GVM_TEST_L1") == "6.12" {

@@ -103,6 +103,32 @@ dmesg | grep -q 'protection error\|guard' && say log protection
 	second.want(t, map[string]string{"before": "read", "changed": "refused", "log": "protection"})
 }
 
+// TestDeviceMapper: a device that is part of one of device mapper's is not written by a guest; the
+// mapped one is, and then the host does not take it.
+func TestDeviceMapper(t *testing.T) {
+	t.Setenv("DM_DISABLE_UDEV", "1")
+	dmsetup, file := hostProgram(t, "dmsetup", "dmsetup"), diskFile(t, content("mapped", 1<<20))
+	dev := loopDevice(t, file)
+	name := "gvm-" + filepath.Base(dev)
+	dm := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command(dmsetup, args...).CombinedOutput(); err != nil {
+			t.Fatalf("dmsetup %v: %v\n%s", args, err, out)
+		}
+	}
+	dm("create", name, "--table", "0 2048 linear "+dev+" 0")
+	t.Cleanup(func() { dm("remove", name) })
+	r := gvm(t, "run", "--disk", dev)
+	if r.wantStatus(t, 2); !strings.Contains(r.stderr, dev+" is part of /dev/mapper/"+name+"; dmsetup remove") {
+		r.fatalf(t, "standard error does not say what has the device")
+	}
+	r = gvm(t, "run", "--disk", file)
+	if r.wantStatus(t, 2); !strings.Contains(r.stderr, "loop device "+dev+" is on it") {
+		r.fatalf(t, "standard error does not say what has the image")
+	}
+	gvm(t, "run", "--disk", "/dev/mapper/"+name, "--guest-arg", "write").wantStatus(t, 0)
+}
+
 // TestNBD is the example of docs/storage.md: a block device of the kernel's NBD client is a guest's disk, and
 // what the guest writes is at the server.
 func TestNBD(t *testing.T) {
