@@ -317,18 +317,22 @@ func run(rc runConfig) (err error) {
 		cfg.Prepared = vmm.Prepare(sys, cfg)
 		defer func() { err = errors.Join(err, cfg.Prepared.Close()) }()
 	}
+	var by time.Time
+	if rc.timeout > 0 {
+		by = time.Now().Add(rc.timeout)
+	}
 	for _, path := range rc.initrds {
-		f, err := boot.OpenFile(path)
+		f, err := boot.OpenFile(path, by)
 		if err != nil {
-			return err
+			return rc.late(err)
 		}
 		defer f.Close()
 		cfg.Initrds = append(cfg.Initrds, f)
 	}
 	if rc.kernel != "" {
 		cfg.CmdLine, cfg.PanicText = rc.kernelCmdLine(), true
-		if cfg.Kernel, err = boot.Open(rc.kernel); err != nil {
-			return err
+		if cfg.Kernel, err = boot.Open(rc.kernel, by); err != nil {
+			return rc.late(err)
 		}
 		defer cfg.Kernel.Close()
 	} else if cfg.Kernel, err = boot.NewImage(&boot.File{Name: "the embedded guest", ReaderAt: bytes.NewReader(embedded.Image), Size: int64(len(embedded.Image))}); err != nil {
@@ -421,6 +425,14 @@ func run(rc runConfig) (err error) {
 	rc.timing.phase("the guest's run")
 	rc.timing.print()
 	return ended(out)
+}
+
+// late makes the end by --timeout of a pipe that had no end.
+func (rc *runConfig) late(err error) error {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return endError{exitTimeout, fmt.Errorf("--timeout %s elapsed: %w", rc.timeout, err)}
+	}
+	return err
 }
 
 // endError is a run that ended with a status of its own.

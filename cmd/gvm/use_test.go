@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/scsi/backend"
+	"gvm/guest-tests/embedded"
 )
 
 // TestDiskInUseByHost: a guest does not write what the host has mounted, and the file system
@@ -160,5 +162,25 @@ func TestOverlayOfHoles(t *testing.T) {
 	p.signal(syscall.SIGTERM)
 	if r := p.wait(); r.status != 143 {
 		t.Errorf("status %d: %s", r.status, r.errs)
+	}
+}
+
+// TestSilentPipe: a kernel or initrd that comes by a pipe which its program keeps open does
+// not outlast --timeout.
+func TestSilentPipe(t *testing.T) {
+	for _, args := range []string{"--kernel fifo", "--kernel kernel --initrd fifo"} {
+		c := command(t, append([]string{"run", "--timeout", "100ms"}, strings.Fields(args)...)...)
+		fifo := filepath.Join(c.Dir, "fifo")
+		if err := errors.Join(syscall.Mkfifo(fifo, 0o600), os.WriteFile(filepath.Join(c.Dir, "kernel"), embedded.Image, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.OpenFile(fifo, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if r := gvmRuns(t, c); r.status != exitTimeout || !strings.Contains(r.errs, "fifo") {
+			t.Errorf("%s: status %d: %s", args, r.status, r.errs)
+		}
 	}
 }

@@ -3,6 +3,7 @@ package lab
 import (
 	"fmt"
 	"os"
+	"time"
 
 	"gvm/vmm/boot"
 )
@@ -11,7 +12,7 @@ import (
 // it in place of the bzImage halves the start of L1, which would else unpack
 // itself under emulation.
 func unpackKernel(bzImage, elf string) error {
-	f, err := boot.OpenFile(bzImage)
+	f, err := boot.OpenFile(bzImage, time.Time{})
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
@@ -132,10 +133,10 @@ func TestVhostPlug(t *testing.T) {
 	must(t, err)
 	t.Cleanup(func() { dev.Close() })
 	g := guest{kernel: theLab(t).Cloud, script: plugging}
-	kernel, err := boot.Open(g.kernel.BZImage)
+	kernel, err := boot.Open(g.kernel.BZImage, time.Time{})
 	must(t, err)
 	t.Cleanup(func() { kernel.Close() })
-	initrd, err := boot.OpenFile(g.initramfs(t))
+	initrd, err := boot.OpenFile(g.initramfs(t), time.Time{})
 	must(t, err)
 	t.Cleanup(func() { initrd.Close() })
 	sys, err := kvmapi.Open()

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -304,7 +305,7 @@ func TestTruncated(t *testing.T) {
 func BenchmarkDecompress(b *testing.B) {
 	want := bigELF()
 	if path := os.Getenv("GVM_TEST_KERNEL"); path != "" {
-		im, err := Open(path)
+		im, err := Open(path, time.Time{})
 		if err != nil {
 			b.Fatal(err)
 		}

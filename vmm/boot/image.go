@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"time"
 
 	"gvm/kvmapi/nowait"
 )
@@ -29,8 +30,9 @@ type File struct {
 const maxStream = 1 << 30
 
 // OpenFile opens a kernel or initrd for reading. A pipe and a block device are read to
-// their end; a pipe that no program writes is empty. Errors are *ImageError.
-func OpenFile(path string) (*File, error) {
+// their end; a pipe that no program writes is empty. Errors are *ImageError, or
+// os.ErrDeadlineExceeded if a pipe has no end by then. A zero time is never.
+func OpenFile(path string, by time.Time) (*File, error) {
 	f, err := nowait.Open(path, os.O_RDONLY, 0, nowait.Regular|nowait.Pipe|nowait.BlockDevice)
 	if err != nil {
 		return nil, openError(path, err)
@@ -44,7 +46,11 @@ func OpenFile(path string) (*File, error) {
 		return &File{path, f, st.Size()}, nil
 	}
 	defer f.Close()
+	_ = f.SetReadDeadline(by) // only pipes have one
 	b, err := io.ReadAll(io.LimitReader(f, maxStream+1))
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil, err
+	}
 	if err != nil {
 		return nil, openError(path, err)
 	}
@@ -103,10 +109,10 @@ type Image struct {
 	hdr *setupHeader // a bzImage
 }
 
-// Open opens a kernel and checks its headers, before anything else is
-// started. Errors are *ImageError.
-func Open(path string) (*Image, error) {
-	f, err := OpenFile(path)
+// Open opens a kernel, as OpenFile does, and checks its headers, before anything else is
+// started.
+func Open(path string, by time.Time) (*Image, error) {
+	f, err := OpenFile(path, by)
 	if err != nil {
 		return nil, err
 	}

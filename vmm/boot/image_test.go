@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestNotAKernel(t *testing.T) {
@@ -115,13 +116,13 @@ func TestOpen(t *testing.T) {
 		write("empty", nil):         "is empty",
 		write("text", []byte("hi")): "neither a bzImage nor an ELF file",
 	} {
-		_, err := Open(path)
+		_, err := Open(path, time.Time{})
 		var ie *ImageError
 		if !errors.As(err, &ie) || ie.Name != path || !strings.Contains(ie.What, want) {
 			t.Errorf("%s: %v, want %q", path, err, want)
 		}
 	}
-	im, err := Open(write("vmlinux", kernelELF()))
+	im, err := Open(write("vmlinux", kernelELF()), time.Time{})
 	if err != nil || im.elf.pvh != 0x200080 {
 		t.Fatal(im, err)
 	}
@@ -137,7 +138,7 @@ func TestOpen(t *testing.T) {
 		w.Write(kernelELF())
 		w.Close()
 	}()
-	if im, err = Open("/dev/fd/" + itoa(r.Fd())); err != nil || im.elf.pvh != 0x200080 {
+	if im, err = Open("/dev/fd/"+itoa(r.Fd()), time.Time{}); err != nil || im.elf.pvh != 0x200080 {
 		t.Errorf("through a pipe: %v", err)
 	}
 }
