@@ -24,9 +24,7 @@ var kernelLines = []struct {
 		func(w *consoleWatch, _ string) { w.proved = w.text != "" }},
 	// From here on the kernel only waits.
 	{regexp.MustCompile(`^(Rebooting in \d+ seconds|---\[ end Kernel panic)`), func(w *consoleWatch, _ string) {
-		if w.proved {
-			w.final()
-		}
+		w.waits = w.proved
 	}},
 	// A kernel that restarts in order did not panic: a program printed the text.
 	{regexp.MustCompile(`^((reboot: )?Restarting system|sysrq: (SysRq : )?Resetting|kexec_core: Starting new kernel)`),
@@ -68,8 +66,8 @@ func records(line []byte, read func(text string)) {
 type consoleWatch struct {
 	out io.Writer
 	on  bool
-	// final is called, perhaps several times, when the kernel has said that it panicked and
-	// only waits from here on.
+	// final is called, perhaps several times and with no lock held, when the kernel has said that it
+	// panicked and only waits from here on.
 	final func()
 
 	mu      sync.Mutex
@@ -80,6 +78,7 @@ type consoleWatch struct {
 	// if a line that follows only a panic came after it (proved).
 	text        string
 	own, proved bool
+	waits       bool   // final is to be called
 	last        string // the message seen last, whether it counts or not
 }
 
@@ -90,15 +89,19 @@ func (w *consoleWatch) Write(p []byte) (int, error) {
 	w.mu.Unlock()
 	n, err := w.out.Write(p)
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	w.writing, w.wrote = false, time.Now()
-	if !w.on {
-		return n, err
-	}
-	for _, c := range p {
-		if w.line.add(c) {
-			w.read()
+	if w.on {
+		for _, c := range p {
+			if w.line.add(c) {
+				w.read()
+			}
 		}
+	}
+	waits := w.waits
+	w.waits = false
+	w.mu.Unlock()
+	if waits {
+		w.final()
 	}
 	return n, err
 }
