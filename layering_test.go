@@ -26,7 +26,7 @@ var may = []struct{ pkg, imports string }{
 	{"vmm", "kvmapi/... vmm/... devices/..."},
 	{"devices/scsi/backend", "devices/scsi kvmapi/nowait"},
 	{"devices/scsi/lio", "devices/scsi devices/scsi/backend devices/scsi/trace kvmapi/tracefs"},
-	{"devices/scsi/trace/traceplot", "devices/scsi/trace"},
+	{"devices/scsi/trace/traceplot", "devices/scsi/trace text"},
 	{"devices/scsi/trace", "devices/scsi kvmapi/nowait"},
 	{"devices/scsi/scsitest", "devices/scsi devices/scsi/backend"},
 	{"devices/scsi", ""},

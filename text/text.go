@@ -43,14 +43,17 @@ func printable(s, keep string) string {
 	return b.String()
 }
 
-// NewWriter returns a writer of text made Printable to w, which keeps newlines and tabs.
-// It is for output that has foreign words anywhere. A single Write has whole characters.
+// Lines is Printable for a text whose lines and columns are its own: it keeps newlines and
+// tabs.
+func Lines(s string) string { return printable(s, "\n\t") }
+
+// NewWriter returns a writer of Lines to w. It is for output that has foreign words anywhere. A single Write has whole characters.
 func NewWriter(w io.Writer) io.Writer { return writer{w} }
 
 type writer struct{ w io.Writer }
 
 func (w writer) Write(p []byte) (int, error) {
-	if _, err := io.WriteString(w.w, printable(string(p), "\n\t")); err != nil {
+	if _, err := io.WriteString(w.w, Lines(string(p))); err != nil {
 		return 0, err
 	}
 	return len(p), nil

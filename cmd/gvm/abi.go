@@ -18,6 +18,7 @@ import (
 	"gvm/devices/scsi/trace"
 	"gvm/kvmapi"
 	"gvm/kvmapi/vhost"
+	"gvm/text"
 )
 
 // exitABIDiffers is `gvm abi diff`'s status for kernels that differ.
@@ -150,14 +151,14 @@ func bitNames(v uint64, names map[int]string) facts {
 // flatten makes one level of facts: "kvm.capabilities.KVM_CAP_IRQCHIP" to "1".
 func flatten(prefix string, f facts, into map[string]string) {
 	for name, v := range f {
-		name = prefix + name
+		name = text.Printable(prefix + name)
 		switch v := v.(type) {
 		case facts:
 			flatten(name+".", v, into)
 		case bool:
 			into[name] = map[bool]string{true: "yes", false: "no"}[v]
 		default:
-			into[name] = fmt.Sprint(v)
+			into[name] = text.Printable(fmt.Sprint(v))
 		}
 	}
 }

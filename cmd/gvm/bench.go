@@ -111,7 +111,7 @@ func parseBench(c *cli.Context) (b diskBench, err error) {
 	b.drivers = strings.Split(c.String("driver"), ",")
 	for _, d := range b.drivers {
 		if d != "interrupt" && d != "poll" {
-			return b, fmt.Errorf("--driver %s: want interrupt or poll", d)
+			return b, oneOfNames("--driver ", d, []string{"interrupt", "poll"})
 		}
 	}
 	if b.time < time.Millisecond || b.time > time.Hour {

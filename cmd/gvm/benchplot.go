@@ -20,6 +20,8 @@ import (
 	"gonum.org/v1/plot/vg/draw"
 	"gonum.org/v1/plot/vg/vgimg"
 	"gonum.org/v1/plot/vg/vgsvg"
+
+	"gvm/text"
 )
 
 // benchPanel is one of the plots beside each other: requests per second over the
@@ -160,7 +162,7 @@ func (b *benchPanel) plot() (*plot.Plot, error) {
 		line.Color, line.Width, line.Dashes = plotutil.Color(i), vg.Points(1.4), plotutil.Dashes(i)
 		dots.Color, dots.Shape, bars.Color = plotutil.Color(i), plotutil.Shape(i), plotutil.Color(i)
 		p.Add(line, dots, bars)
-		p.Legend.Add(c.name, line, dots)
+		p.Legend.Add(text.Printable(c.name), line, dots)
 		for d := range c.points {
 			depths = append(depths, d)
 		}

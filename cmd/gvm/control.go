@@ -17,6 +17,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/control"
+	"gvm/text"
 	"gvm/vmm"
 )
 
@@ -181,7 +182,7 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 			}
 		}
 		if err != nil {
-			fmt.Fprintln(notes, "note:", err)
+			fmt.Fprintln(notes, "note:", text.Printable(err.Error()))
 		}
 	}
 	if asJSON {
@@ -197,7 +198,7 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 		if kernel == "" {
 			kernel = "(the embedded guest)"
 		}
-		fmt.Fprintf(w, "%s\t%d\t%s\t%d\t%s\t%d\t%s\n", r.Name, r.PID, r.State, r.CPUs, formatSize(r.Memory), len(r.Disks), kernel)
+		tableRow(w, r.Name, r.PID, r.State, r.CPUs, formatSize(r.Memory), len(r.Disks), kernel)
 	}
 	return w.Flush()
 }
@@ -371,12 +372,22 @@ func told(c *cli.Context, what string, change control.Change, err error) error {
 		control.Absent: "; no driver is active in the guest",
 	}[change.Guest]
 	d := change.Disk
-	_, err = fmt.Fprintf(c.App.Writer, "%s LUN %d, %s, serial %s, %s%s\n", what, d.LUN, diskImage(d), d.Serial, formatSize(uint64(d.Size)), guest)
+	line := fmt.Sprintf("%s LUN %d, %s, serial %s, %s%s", what, d.LUN, diskImage(d), d.Serial, formatSize(uint64(d.Size)), guest)
+	_, err = fmt.Fprintln(c.App.Writer, text.Printable(line))
 	return err
 }
 
 // diskImage is what is behind a disk, for people.
 func diskImage(d control.Disk) string { return cmp.Or(d.Path, d.WWN, "(memory)") }
+
+// tableRow writes a row of printable cells.
+func tableRow(w io.Writer, cells ...any) {
+	words := make([]string, len(cells))
+	for i, c := range cells {
+		words[i] = text.Printable(fmt.Sprint(c))
+	}
+	fmt.Fprintln(w, strings.Join(words, "\t"))
+}
 
 func diskTable(out io.Writer, disks []control.Disk) error {
 	if len(disks) == 0 {
@@ -389,7 +400,7 @@ func diskTable(out io.Writer, disks []control.Disk) error {
 		if d.ReadOnly {
 			mode = "ro"
 		}
-		fmt.Fprintf(w, "%d\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n", d.LUN, formatSize(uint64(d.Size)), d.BlockSize, d.Cache, mode, d.Backend, d.Serial, diskImage(d))
+		tableRow(w, d.LUN, formatSize(uint64(d.Size)), d.BlockSize, d.Cache, mode, d.Backend, d.Serial, diskImage(d))
 	}
 	return w.Flush()
 }

@@ -146,7 +146,7 @@ func parseDisk(s string) (disk, error) {
 			d.overlay = val
 		case "lock":
 			if d.noLock = val == "off"; !d.noLock && val != "on" {
-				return d, fmt.Errorf("--disk %s: lock=%s: want on or off", d.path, val)
+				return d, oneOfNames("--disk "+d.path+": lock=", val, []string{"on", "off"})
 			}
 		case "size":
 			var n uint64

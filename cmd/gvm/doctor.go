@@ -13,6 +13,7 @@ import (
 
 	"gvm/devices/scsi/backend"
 	"gvm/kvmapi"
+	"gvm/text"
 	"gvm/vmm"
 	"gvm/vmm/guestmem"
 	"gvm/vmm/x86"
@@ -73,7 +74,7 @@ func doctor(w io.Writer) bool {
 	good := true
 	line := func(kind, format string, args ...any) {
 		good = good && kind != "FAIL"
-		fmt.Fprintf(w, "%-5s %s\n", kind, fmt.Sprintf(format, args...))
+		fmt.Fprintf(w, "%-5s %s\n", kind, text.Printable(fmt.Sprintf(format, args...)))
 	}
 	doctorKVM(line)
 	doctorVhost(line)

@@ -7,6 +7,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/devices/scsi/backend"
+	"gvm/text"
 )
 
 func imageCommand() *cli.Command {
@@ -71,7 +72,7 @@ EXAMPLES
 			}
 			lock := c.String("lock")
 			if lock != "on" && lock != "off" {
-				return usageError{fmt.Errorf("--lock %s: want on or off", lock)}
+				return usageError{oneOfNames("--lock ", lock, []string{"on", "off"})}
 			}
 			f, err := backend.Open(args[0], backend.Options{NoLock: lock == "off"})
 			if err != nil {
@@ -127,12 +128,12 @@ func showImage(out io.Writer, i backend.Info) error {
 	if i.Host != "" {
 		use = i.Host
 	}
-	_, err := fmt.Fprintf(out, "path       %s\nformat     %s\nsize       %s\n", i.Path, i.Format, formatSize(uint64(i.Size)))
+	_, err := fmt.Fprintf(out, "path       %s\nformat     %s\nsize       %s\n", text.Printable(i.Path), i.Format, formatSize(uint64(i.Size)))
 	if i.Format != "block device" && err == nil {
 		_, err = fmt.Fprintf(out, "allocated  %s\n", formatSize(uint64(i.Allocated)))
 	}
 	if i.Base != "" && err == nil {
-		_, err = fmt.Fprintf(out, "base       %s\n", i.Base)
+		_, err = fmt.Fprintf(out, "base       %s\n", text.Printable(i.Base))
 	}
 	if err == nil {
 		_, err = fmt.Fprintf(out, "in use by  %s\n", use)

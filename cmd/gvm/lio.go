@@ -11,6 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/devices/scsi/lio"
+	"gvm/text"
 )
 
 func lioCommand() *cli.Command {
@@ -93,7 +94,7 @@ func lioList(out, notes io.Writer, root string, asJSON bool) error {
 			}
 			what = strings.Join(luns, ", ")
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", o.Kind, lioOwner(o.Owner), o.Name, what)
+		tableRow(w, o.Kind, lioOwner(o.Owner), o.Name, what)
 	}
 	return w.Flush()
 }
@@ -112,7 +113,7 @@ func lioOwner(o *lio.Owner) string {
 func lioGC(out, notes io.Writer, root string) error {
 	removed, err := lio.Collect(root)
 	for _, name := range removed {
-		fmt.Fprintln(out, "removed", name)
+		fmt.Fprintln(out, "removed", text.Printable(name))
 	}
 	return absent(notes, err)
 }
@@ -121,7 +122,7 @@ func lioGC(out, notes io.Writer, root string) error {
 // there.
 func absent(notes io.Writer, err error) error {
 	if errors.Is(err, lio.ErrNoConfigfs) || errors.Is(err, lio.ErrNoCore) {
-		fmt.Fprintln(notes, "note:", err)
+		fmt.Fprintln(notes, "note:", text.Printable(err.Error()))
 		return nil
 	}
 	return err

@@ -5,11 +5,15 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
+
+	"gvm/text"
 )
 
 // version is set by the Makefile's build for a release.
@@ -23,7 +27,7 @@ func main() {
 func gvm(args []string) (status int) {
 	defer func() {
 		if r := recover(); r != nil {
-			fmt.Fprintf(os.Stderr, "gvm: a bug in gvm, please report it: %v\n%s", r, debug.Stack())
+			fmt.Fprintf(printer(os.Stderr), "gvm: a bug in gvm, please report it: %v\n%s", r, debug.Stack())
 			status = exitBug
 		}
 	}()
@@ -31,7 +35,7 @@ func gvm(args []string) (status int) {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintf(os.Stderr, "gvm: %s\n", strings.TrimSpace(err.Error()))
+	fmt.Fprintf(os.Stderr, "gvm: %s\n", errorText(err))
 	var end endError
 	if errors.As(err, &end) {
 		return end.status
@@ -39,11 +43,39 @@ func gvm(args []string) (status int) {
 	return exitStatus(err)
 }
 
+// printer is the way to the terminal of everything but the guest's console: other words than
+// gvm's own are anywhere in it.
+func printer(w io.Writer) io.Writer { return text.NewWriter(w) }
+
+// errorText is an error as it is printed. It has lines of its own if it is several errors or has a
+// report of the guest's end; in others a name could only feign one.
+func errorText(err error) string {
+	s := strings.TrimSpace(err.Error())
+	var end endError
+	if several(err) || errors.As(err, &end) && slices.Contains([]int{exitCrash, exitPanic, exitBug}, end.status) {
+		return text.Lines(s)
+	}
+	return text.Printable(s)
+}
+
+// several tells whether errors.Join made an error of more than one.
+func several(err error) bool {
+	switch e := err.(type) {
+	case interface{ Unwrap() []error }:
+		all := e.Unwrap()
+		return len(all) > 1 && errors.Join(all...).Error() == err.Error() || slices.ContainsFunc(all, several)
+	case interface{ Unwrap() error }:
+		return several(e.Unwrap())
+	}
+	return false
+}
+
 func app() *cli.App {
 	a := &cli.App{
 		Name:    "gvm",
 		Usage:   "boot Linux guests on KVM with virtio-scsi disks",
 		Version: version,
+		Writer:  printer(os.Stdout), ErrWriter: printer(os.Stderr),
 		Description: `gvm run boots a kernel in a virtual machine on this terminal; without any
 argument it boots a small guest of its own and so shows that all works.`,
 		Commands: []*cli.Command{

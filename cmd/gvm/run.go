@@ -25,6 +25,7 @@ import (
 	"gvm/devices/virtio/vhostscsi"
 	"gvm/guest-tests/embedded"
 	"gvm/kvmapi"
+	"gvm/text"
 	"gvm/vmm"
 	"gvm/vmm/boot"
 	"gvm/vmm/guestmem"
@@ -492,5 +493,5 @@ func note(s string) {
 	if term.IsTerminal(int(os.Stderr.Fd())) {
 		end = "\r\n"
 	}
-	_, _ = io.WriteString(os.Stderr, "gvm: "+s+end)
+	_, _ = io.WriteString(os.Stderr, "gvm: "+text.Printable(s)+end)
 }

@@ -18,6 +18,7 @@ import (
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/scsi/trace/traceplot"
+	"gvm/text"
 )
 
 // exitDiffers is `gvm trace diff`'s status for traces that differ.
@@ -199,7 +200,7 @@ func eachRecord(c *cli.Context, path string, header func(*trace.Header), do func
 
 func noteCut(c *cli.Context, path string, r *trace.Reader) {
 	if n := r.Cut(); n > 0 {
-		fmt.Fprintf(c.App.ErrWriter, "gvm: %s ends inside a record, of which %d bytes are left out: its gvm was killed, ran out of disk space or runs still\n", path, n)
+		fmt.Fprintf(c.App.ErrWriter, "gvm: %s ends inside a record, of which %d bytes are left out: its gvm was killed, ran out of disk space or runs still\n", text.Printable(path), n)
 	}
 }
 
@@ -252,7 +253,7 @@ func traceShow(c *cli.Context, files []string) error {
 	return errors.Join(err, w.flush())
 }
 
-// report writes lines, through a buffer, until one fails.
+// report writes printable lines, through a buffer, until one fails.
 type report struct {
 	w   io.Writer
 	buf bytes.Buffer
@@ -261,7 +262,7 @@ type report struct {
 
 func (l *report) printf(format string, args ...any) {
 	line := fmt.Sprintf(format, args...)
-	l.buf.WriteString(strings.TrimRight(line, " ") + "\n")
+	l.buf.WriteString(text.Printable(strings.TrimRight(line, " ")) + "\n")
 	if l.buf.Len() > 64<<10 {
 		_ = l.flush()
 	}
@@ -317,12 +318,12 @@ func sources(files []string) func(string, *trace.Header, *trace.Record) string {
 	}
 	names, bases := map[string]string{}, map[string]bool{}
 	for _, path := range files {
-		names[path] = filepath.Base(path)
+		names[path] = text.Printable(filepath.Base(path))
 		bases[names[path]] = true
 	}
 	if len(bases) < len(names) {
 		for path := range names {
-			names[path] = path
+			names[path] = text.Printable(path)
 		}
 	}
 	return func(path string, h *trace.Header, r *trace.Record) string {

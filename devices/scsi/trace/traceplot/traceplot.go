@@ -22,6 +22,7 @@ import (
 	"gonum.org/v1/plot/vg/vgsvg"
 
 	"gvm/devices/scsi/trace"
+	"gvm/text"
 )
 
 // Plot collects requests and draws them. Operations have colours, sources
@@ -249,7 +250,7 @@ func sans(size float64) font.Font {
 
 func newPlot(title, x, y string) *plot.Plot {
 	p := plot.New()
-	p.Title.Text, p.X.Label.Text, p.Y.Label.Text = title, x, y
+	p.Title.Text, p.X.Label.Text, p.Y.Label.Text = text.Printable(title), x, y
 	p.Title.Padding = vg.Points(6)
 	p.Title.TextStyle.Font = sans(13)
 	for _, a := range []*plot.Axis{&p.X, &p.Y} {
@@ -337,6 +338,7 @@ func sample(c color.RGBA, source int) []plot.Thumbnailer {
 // shorten makes a name fit the legend.
 func shorten(s string) string {
 	const room = 26
+	s = text.Printable(s)
 	if r := []rune(s); len(r) > room {
 		return string(r[:room-1]) + "…"
 	}

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"gonum.org/v1/plot/plotter"
 )
@@ -152,5 +154,17 @@ func TestFormats(t *testing.T) {
 	}
 	if err := p.Write(&b, "pdf"); err == nil {
 		t.Error("a format that there is not")
+	}
+}
+
+// TestForeignNames has names that are no XML.
+func TestForeignNames(t *testing.T) {
+	const evil = "\x1b[31m\x00\x07\u009b\ufffe\xff<&\"'\n\u202e"
+	p := &Plot{Title: evil}
+	p.Add(evil, evil, 1, 2)
+	p.Add("other", evil, 1, 2)
+	file, words, _ := svg(t, p)
+	if !utf8.ValidString(file) || strings.ContainsFunc(file, func(r rune) bool { return r != '\n' && r != '\t' && !unicode.IsPrint(r) }) {
+		t.Errorf("the file has %q", words)
 	}
 }

@@ -1,0 +1,187 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"gvm/control"
+	"gvm/devices/scsi/trace"
+	"gvm/vmm"
+)
+
+// evil is what no terminal, SVG or line of text should get from a name: escape sequences in
+// 7 and 8 bits, a bell, a new line, a cell of a table, an order of writing and no UTF-8.
+const evil = "a\x1b]0;x\x07\u009b31m\nb\tc\x7f\u202e\ufffe\xff<&"
+
+// harmless fails the test if words have more than lines of printable text.
+func harmless(t *testing.T, what, words string) {
+	t.Helper()
+	if words == "" {
+		t.Errorf("%s: nothing", what)
+	}
+	if !utf8.ValidString(words) {
+		t.Errorf("%s: not UTF-8: %q", what, words)
+	}
+	for line := range strings.Lines(words) {
+		if strings.ContainsFunc(strings.TrimSuffix(line, "\n"), func(r rune) bool { return r != '\t' && !unicode.IsPrint(r) }) || strings.HasPrefix(line, "b") {
+			t.Errorf("%s: %q", what, line)
+		}
+	}
+}
+
+// TestForeignWords has words that a file, a path, another machine or the kernel's target
+// chose in the output of every command that shows such words.
+func TestForeignWords(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, evil)
+	write := func(path string, b []byte) {
+		t.Helper()
+		if err := os.WriteFile(path, b, 0o666); err != nil {
+			t.Fatal(err)
+		}
+	}
+	header := trace.Header{GVM: evil, Kernel: evil, Start: time.Now(), Devices: []trace.Device{{Backend: evil, Disks: []trace.Disk{{Serial: evil, BlockSize: 512}}}}}
+	var b bytes.Buffer
+	w, err := trace.NewWriter(&b, header, func() time.Duration { return time.Millisecond })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	write(path, b.Bytes())
+	write(path+"2", append(readTestFile(t, "testdata/a.trace"), 1))
+	facts, err := json.Marshal(map[string]any{"gvm": evil, "kernel": evil, evil: evil})
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(path+".json", facts)
+	write(path+"2.json", []byte(`{"kernel":"6"}`))
+	write(filepath.Join(dir, "disk"), make([]byte, 1<<20))
+	run := func(args ...string) {
+		t.Helper()
+		c := command(t, args...)
+		r := gvmRuns(t, c)
+		if r.status == exitBug {
+			t.Errorf("gvm %q: status %d", args, r.status)
+		}
+		harmless(t, strings.Join(args, " "), r.out+r.errs)
+	}
+	svg := filepath.Join(dir, "x.svg")
+	run("trace", "show", path)
+	run("trace", "show", path+"2", "--json")
+	run("trace", "stat", path, path+"2")
+	run("trace", "stat", path, path+"2", "--json")
+	run("trace", "diff", path, path+"2")
+	run("trace", "diff", path, path+"2", "--json")
+	run("trace", "plot", path, path+"2", "-o", svg)
+	run("replay", path)
+	run("abi", "diff", path+".json", path+"2.json")
+	run("image", "info", path)
+	run("image", "info", path, "--json")
+	run("image", "info", filepath.Join(dir, "no"+evil))
+	run("run", "--disk", filepath.Join(dir, "no"+evil), "--timeout=1s")
+	run("run", "--kernel", path, "--timeout=1s")
+	run("run", "--disk", filepath.Join(dir, "disk")+",error="+evil)
+	run("run", evil)
+	run(evil)
+	run("--" + evil)
+	run("run", "--"+evil)
+	run("trace", "show", path, "--"+evil)
+	run("help", evil)
+
+	drawn := readTestFile(t, svg)
+	for d := xml.NewDecoder(bytes.NewReader(drawn)); ; {
+		if _, err := d.Token(); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Errorf("the plot: %v", err)
+			break
+		}
+	}
+	harmless(t, "the plot", string(drawn))
+}
+
+func readTestFile(t *testing.T, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// TestForeignAnswers has what other machines and configfs say, in tables.
+func TestForeignAnswers(t *testing.T) {
+	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
+	s, err := control.Claim(control.DefaultDirectory(), "evil")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.Serve(evilMachine{})
+	for _, args := range []string{"list", "list --json", "disk list", "disk list --json", "disk remove 1", "pause"} {
+		var out, notes bytes.Buffer
+		a := app()
+		a.Writer, a.ErrWriter = printer(&out), printer(&notes)
+		if err := a.Run(append([]string{"gvm"}, strings.Fields(args)...)); err != nil {
+			out.WriteString(errorText(err))
+		}
+		harmless(t, args, out.String()+notes.String())
+		if strings.Contains(args, "--json") {
+			var v any
+			if err := json.Unmarshal(out.Bytes(), &v); err != nil {
+				t.Errorf("%s: %v", args, err)
+			}
+		}
+	}
+
+	root := filepath.Join(t.TempDir(), "config", "target")
+	disk := filepath.Join(root, "core/fileio_0", strings.ReplaceAll(evil, "/", ""))
+	if err := os.MkdirAll(disk, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(disk, "udev_path"), []byte("/srv/"+evil), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	if err := lioList(&out, io.Discard, root, false); err != nil {
+		t.Fatal(err)
+	}
+	harmless(t, "lio list", out.String())
+	crash := ended(vmm.Outcome{Ending: vmm.GuestCrashed, Err: errors.New(evil), Report: "RIP 0\n" + strings.ReplaceAll(evil, "\n", "")})
+	if s := errorText(crash); !strings.Contains(s, "\nRIP 0\n") {
+		t.Errorf("the report has lost its lines: %q", s)
+	} else {
+		harmless(t, "crash", strings.Replace(s, "\nb", "", 1))
+	}
+}
+
+type evilMachine struct{}
+
+func (evilMachine) Pause(context.Context) error { return errors.New(evil) }
+func (evilMachine) Resume() error               { return errors.New(evil) }
+func (evilMachine) Info() control.Info {
+	return control.Info{Name: evil, GVM: evil, Kernel: evil, State: evil}
+}
+func (evilMachine) Disks() []control.Disk {
+	return []control.Disk{{Path: evil, Serial: evil, Backend: evil, Cache: evil, WWN: evil, BlockSize: 512}}
+}
+func (m evilMachine) AddDisk(control.AddDisk) (control.Change, error) { return m.RemoveDisk("") }
+func (m evilMachine) RemoveDisk(string) (control.Change, error) {
+	return control.Change{Disk: m.Disks()[0], Guest: evil}, nil
+}
+func (m evilMachine) ResizeDisk(string, control.ResizeDisk) (control.Change, error) {
+	return m.RemoveDisk("")
+}
