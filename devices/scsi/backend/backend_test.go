@@ -151,16 +151,22 @@ func TestOpenRefuses(t *testing.T) {
 		{"empty, by another format's name", image(t, "e.vdi", "", 0), backend.Options{Size: mib}, backend.ErrFormat, "e.vdi: is the name of a VDI image"},
 		{"vhdx", image(t, "d", "vhdxfile", mib), backend.Options{}, backend.ErrFormat, "VHDX image"},
 		{"vdi", image(t, "d", vdi, mib), backend.Options{ReadOnly: true}, backend.ErrFormat, "VDI image"},
+		{"qcow2 to grow", image(t, "grow", "QFI\xfb", mib), backend.Options{Size: 2 * mib}, backend.ErrFormat, "qcow2 image"},
+		{"qcow2 of odd size", image(t, "odd", "QFI\xfb", 1000), backend.Options{}, backend.ErrFormat, "qcow2 image"},
 		{"gzip", image(t, "d.gz", "\x1f\x8b\x08\x00", mib), backend.Options{}, backend.ErrFormat, "gzip -dc "},
 		{"xz", image(t, "d.xz", "\xfd7zXZ\x00", mib), backend.Options{}, backend.ErrFormat, "xz -dc "},
 		{"bzip2", image(t, "d.bz2", "BZh91AY&SY", mib), backend.Options{}, backend.ErrFormat, "bzip2 file; decompress"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
+			before, _ := os.Stat(tt.path)
 			f, err := backend.Open(tt.path, tt.o)
 			if err == nil {
 				f.Close()
 				t.Fatal("opened")
+			}
+			if after, _ := os.Stat(tt.path); before == nil && after != nil || before != nil && after.Size() != before.Size() {
+				t.Error("the file was made or changed")
 			}
 			if !errors.Is(err, tt.kind) || !strings.Contains(err.Error(), tt.text) {
 				t.Errorf("error %q, want %v with %q", err, tt.kind, tt.text)

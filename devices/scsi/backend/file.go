@@ -129,16 +129,22 @@ func Open(path string, o Options) (_ *File, err error) {
 		_, _ = unix.FcntlInt(f.Fd(), unix.F_SETFL, flags&^unix.O_NONBLOCK|unix.O_NOATIME)
 	}
 	b.inMemory = !b.block && isInMemory(b.fd)
+	size, err := b.currentSize()
+	if err != nil {
+		return nil, err
+	}
+	b.size.Store(size)
+	// Before it grows: what is of another format stays as it is.
+	if !o.Raw && (!o.Direct || size%b.blockSize == 0) {
+		if err := b.checkFormat(); err != nil {
+			return nil, err
+		}
+	}
 	if err := b.fit(o); err != nil {
 		return nil, err
 	}
 	if o.Direct {
 		if err := b.checkDirect(o.BlockSize); err != nil {
-			return nil, err
-		}
-	}
-	if !o.Raw {
-		if err := b.checkFormat(); err != nil {
 			return nil, err
 		}
 	}
