@@ -51,7 +51,7 @@ func openOutput(path string) (*os.File, error) {
 		l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
 		if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err == unix.EAGAIN || err == unix.EACCES {
 			f.Close()
-			return nil, configError{fmt.Errorf("%s: in use, as a disk or trace of another gvm; name another file", path)}
+			return nil, configError{fmt.Errorf("%s: in use by another gvm; name another file", path)}
 		}
 	}
 	return f, nil

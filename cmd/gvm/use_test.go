@@ -61,10 +61,8 @@ func TestDiskInUseByHost(t *testing.T) {
 	// While a guest has the device, the host does not mount it.
 	p = startGVM(t, dir, guestRun("--disk="+dev, "spin")...)
 	p.expect("spinning")
-	if out, err := exec.Command("mount", dev, mnt).CombinedOutput(); err == nil {
+	if err := exec.Command("mount", dev, mnt).Run(); err == nil {
 		t.Error("the host mounted a guest's disk")
-	} else if !strings.Contains(string(out), "already mounted or mount point busy") {
-		t.Logf("mount: %s", out)
 	}
 	wantBad(t, ask(t, dir, "run", "--disk", img), "in use by process "+fmt.Sprint(p.cmd.Process.Pid))
 	p.signal(syscall.SIGTERM)

@@ -104,7 +104,10 @@ func Open(path string, o Options) (_ *File, err error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &File{f: f, fd: int(f.Fd()), path: path, blockSize: int64(o.BlockSize), readOnly: o.ReadOnly, direct: o.Direct, noLock: o.NoLock}
+	b := &File{
+		f: f, fd: int(f.Fd()), path: path, blockSize: int64(o.BlockSize),
+		readOnly: o.ReadOnly, direct: o.Direct, noLock: o.NoLock,
+	}
 	defer func() {
 		if err != nil {
 			b.Close()

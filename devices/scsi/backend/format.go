@@ -52,9 +52,10 @@ var trailers = []format{
 
 // suffixes are the ends of names by which people and programs know a format.
 var suffixes = map[string]string{
-	".qcow2": "qcow2 image", ".qcow": "qcow2 image", ".qed": "QED image", ".vmdk": "VMDK image", ".vhdx": "VHDX image", ".vhd": "VHD image",
-	".vdi": "VDI image", ".dmg": "DMG image", ".gz": "gzip file", ".xz": "xz file", ".zst": "zstd file", ".bz2": "bzip2 file",
-	".lz4": "lz4 file", ".zip": "zip archive", ".7z": "7z archive",
+	".qcow2": "qcow2 image", ".qcow": "qcow2 image", ".qed": "QED image", ".vmdk": "VMDK image",
+	".vhdx": "VHDX image", ".vhd": "VHD image", ".vdi": "VDI image", ".dmg": "DMG image",
+	".gz": "gzip file", ".xz": "xz file", ".zst": "zstd file", ".bz2": "bzip2 file", ".lz4": "lz4 file",
+	".zip": "zip archive", ".7z": "7z archive",
 }
 
 // CheckName refuses to make an image by a name that says another format: other programs
@@ -65,8 +66,8 @@ func CheckName(path string) error {
 	if !ok {
 		return nil
 	}
-	return badImage(ErrFormat, path, "is the name of a %s, and gvm makes raw ones: name it %s.img, or make it with gvm image create --raw",
-		name, strings.TrimSuffix(strings.TrimSuffix(filepath.Base(path), suffix), ".img"))
+	return badImage(ErrFormat, path,
+		"is the name of a %s, and gvm makes raw ones: name it %s.img, or make it with gvm image create --raw", name, strings.TrimSuffix(strings.TrimSuffix(filepath.Base(path), suffix), ".img"))
 }
 
 // checkFormat refuses an image that starts or ends as a container format does: its

@@ -56,7 +56,8 @@ func lock(fd int, path string, shared bool) error {
 	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EACCES):
 		return &LockedError{Path: path, PID: lockHolder(fd, shared)}
 	case slices.ContainsFunc(noLocks, func(e error) bool { return errors.Is(err, e) }):
-		return badImage(ErrNoLocks, path, "the file system has no locks (%v), so nothing would keep another machine from writing it too; if none does, lock=off goes on without", err)
+		return badImage(ErrNoLocks, path, "the file system has no locks (%v), so nothing would keep another machine"+
+			" from writing it too; if none does, lock=off goes on without", err)
 	case err != nil:
 		return fmt.Errorf("%s: lock: %w", path, err)
 	}
@@ -132,7 +133,8 @@ func (b *File) lock(o Options) error {
 	err := lock(b.fd, b.path, o.ReadOnly)
 	if errors.Is(err, ErrNoLocks) && o.ReadOnly {
 		if o.Note != nil {
-			o.Note(b.path + ": the file system has no locks: nothing keeps another machine from writing it while this one reads it")
+			o.Note(b.path + ": the file system has no locks:" +
+				" nothing keeps another machine from writing it while this one reads it")
 		}
 		return nil
 	}

@@ -221,7 +221,9 @@ func (o *Overlay) begun() error {
 		return err
 	})
 	if err == nil {
-		err = o.own.leaves(o.clusters, func(word int64, leaf *clusterLeaf) error { return o.put(0, word, leaf.bytes()) })
+		err = o.own.leaves(o.clusters, func(word int64, leaf *clusterLeaf) error {
+			return o.put(0, word, leaf.bytes())
+		})
 	}
 	if err != nil {
 		return err

@@ -315,7 +315,8 @@ func mountedAt(devs []uint64, has func(string) bool, writers bool) string {
 			readOnly := slices.Contains(strings.Split(of[2], ","), "ro")
 			dev, known := parseDev(at[2])
 			source := unescape(of[1])
-			if writers && readOnly || !(known && slices.Contains(devs, dev)) && !(strings.HasPrefix(source, "/") && has(source)) {
+			is := known && slices.Contains(devs, dev) || strings.HasPrefix(source, "/") && has(source)
+			if !is || writers && readOnly {
 				continue
 			}
 			return fmt.Sprintf("%s is mounted at %s; umount %[2]s first", source, unescape(at[4]))
