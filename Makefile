@@ -18,13 +18,14 @@ run: ## boot the embedded guest
 demo: ## boot a stock Debian kernel to a shell, here or in the lab
 	$(GO) run ./guest-tests/cmd/demo
 
-# What the kernel's vhost-scsi serves is tested on two kernels; on the second one in a
+# What the kernel's vhost-scsi serves is tested on three kernels; on the second and third in a
 # short form, of what differs between them. `make vhost` has all of it.
 test: ## every test; those that need a real KVM run in the lab where there is none
 	$(GO) test -timeout 10m $(UNIT)
 	$(GO) test -timeout 40m -p 1 -parallel 1 $(LAB)
 	GVM_TEST_L1=6.12 $(GO) test -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Trace)' ./guest-tests/linux
-	GVM_TEST_L1=6.12 $(GO) test -timeout 15m ./devices/virtio/vhostscsi
+	GVM_TEST_L1=7.3 $(GO) test -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Equivalence|Filesystems|Plug)' ./guest-tests/linux
+	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GO) test -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
 
 lint: ## gofmt, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt would change: $$out"; exit 1; }
@@ -64,9 +65,9 @@ soak: ## kill gvm 200 times while its guest writes, and look for what was lost
 conformance: ## libiscsi's suite in Linux guests on gvm's, the kernel's and QEMU's target, in the lab
 	$(GO) test -run '^$$' -bench BenchmarkConformance -benchtime 1x -timeout 60m -v ./guest-tests/linux
 
-vhost: ## all guests' tests of what the kernel serves, on both of the lab's kernels
+vhost: ## all guests' tests of what the kernel serves, on three of the lab's kernels
 	$(GO) test -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux
-	GVM_TEST_L1=6.12 $(GO) test -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux
+	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GO) test -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux || exit 1; done
 
 bench: build ## benchmarks without a guest, of Linux in the lab, and of this host's KVM; JSON and plots in bench/
 	mkdir -p bench

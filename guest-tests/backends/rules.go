@@ -189,7 +189,7 @@ var rules = []rule{
 	{"vpd-80", nil, func(r *request) bool { return r.vpd(0x80) && r.bytes("3") }, ""},
 	{"vpd-83", nil, func(r *request) bool { return r.vpd(0x83) && r.bytes("2-251") }, ""},
 	{"vpd-86", nil, func(r *request) bool { return r.vpd(0x86) && r.Request.Device == readOnlyDevice && r.bytes("6") }, ""},
-	{"vpd-b0", nil, func(r *request) bool { return r.vpd(0xb0) && r.bytes("3 5 9-10 14 21 32 41-42") }, ""},
+	{"vpd-b0", nil, func(r *request) bool { return r.vpd(0xb0) && r.bytes("3 5 9-10 14 21 32 41-43") }, ""},
 	{"vpd-b1", nil, func(r *request) bool { return r.vpd(0xb1) && r.bytes("7") }, ""},
 	{"vpd-b2", nil, func(r *request) bool { return r.vpd(0xb2) && r.bytes("6") }, ""},
 	{"vpd-b3", nil, func(r *request) bool { return r.vpd(0xb3) && r.a == invalidField }, ""},

@@ -161,15 +161,15 @@ func (s *setup) withLists(f func() error) error {
 // resolve returns the package of the kernel itself that a name such as
 // linux-image-amd64 stands for: what the metapackage depends on, or else the
 // newest package whose version begins the way the name does.
-func (s *setup) resolve(name string) (string, error) {
-	out, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, s.apt.options, []string{"depends", "--important", name})...)
+func (s *setup) resolve(apt client, name string) (string, error) {
+	out, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, apt.options, []string{"depends", "--important", name})...)
 	if err == nil {
 		if p := imageDependency(string(out)); p != "" {
 			return p, nil
 		}
 	}
 	prefix := strings.TrimSuffix(name, "-amd64")
-	out, err = runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, s.apt.options, []string{"pkgnames", prefix})...)
+	out, err = runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, apt.options, []string{"pkgnames", prefix})...)
 	if err != nil {
 		return "", err
 	}
@@ -218,10 +218,25 @@ func newest(prefix string, names []string) string {
 	return best
 }
 
+var part = regexp.MustCompile(`(?m)^ *Depends: (linux-(?:base|binary|modules)-[0-9]\S*)$`)
+
+// parts returns the packages that an image's files are in besides its own: since Linux 7.0,
+// Debian has the kernel, its modules and its configuration in a package each.
+func (s *setup) parts(apt client, image string) (names []string, err error) {
+	out, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, apt.options, []string{"depends", "--important", image})...)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range part.FindAllStringSubmatch(string(out), -1) {
+		names = append(names, m[1])
+	}
+	return names, nil
+}
+
 // download fetches the .deb of a package into dir and returns its path.
-func (s *setup) download(pkg, dir string) (string, error) {
-	if _, err := runCtx(s.ctx, dir, slices.Concat([]string{"apt-get"}, s.apt.options, []string{"-q", "download", pkg})...); err != nil {
+func (s *setup) download(apt client, pkg, dir string) (string, error) {
+	if _, err := runCtx(s.ctx, dir, slices.Concat([]string{"apt-get"}, apt.options, []string{"-q", "download", pkg})...); err != nil {
 		return "", err
 	}
-	return one(filepath.Join(dir, "*.deb"))
+	return one(filepath.Join(dir, pkg+"_*.deb"))
 }

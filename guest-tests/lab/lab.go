@@ -9,7 +9,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,16 +18,17 @@ import (
 type Lab struct {
 	// Cache is the directory that holds everything below.
 	Cache string
-	// Debian is the kernel of linux-image-amd64, Cloud that of
-	// linux-image-cloud-amd64, and V612 the newest linux-image-6.12*-amd64.
-	Debian, Cloud, V612 *Kernel
+	// Debian is the kernel of linux-image-amd64, and Cloud that of
+	// linux-image-cloud-amd64. Kernel has others.
+	Debian, Cloud *Kernel
 	// Tree is a small Debian system as a directory: for its programs and
 	// libraries, with Tree as Initramfs.Root. RootImage is the same as an ext4
 	// image whose /sbin/init runs the shell script /init.sh if there is one,
 	// else a shell on the console.
 	Tree, RootImage string
 
-	qemu string // the program that runs L1
+	kernels []*Kernel // a kernel for each of stocks
+	qemu    string    // the program that runs L1
 }
 
 // Kernel is one stock Debian kernel.
@@ -111,23 +111,20 @@ func lock(ctx context.Context, name string, progress io.Writer) (unlock func(), 
 	return func() { f.Close() }, nil
 }
 
-// The cache has one directory per package version, and one link per name that
-// the lab asks for. A link is made last, so that what it leads to is whole.
-var kernelNames = [3]string{"linux-image-amd64", "linux-image-cloud-amd64", "linux-image-6.12-amd64"}
-
-// open finds a lab that has been prepared.
+// open finds a lab that has been prepared. The cache has a directory for each package
+// version, and a link for each kernel. A link is made last, when its target is whole.
 func open(cache string) (*Lab, error) {
-	var ks [len(kernelNames)]*Kernel
-	for i, name := range kernelNames {
-		k, err := openKernel(cache, name)
+	var ks []*Kernel
+	for _, s := range stocks {
+		k, err := openKernel(cache, s)
 		if err != nil {
 			return nil, fmt.Errorf("the lab in %s is not set up: %w", cache, err)
 		}
-		ks[i] = k
+		ks = append(ks, k)
 	}
 	root := filepath.Join(cache, "root-"+rootVersion())
 	l := &Lab{
-		Cache: cache, Debian: ks[0], Cloud: ks[1], V612: ks[2],
+		Cache: cache, Debian: ks[0], Cloud: ks[1], kernels: ks,
 		Tree: filepath.Join(root, "tree"), RootImage: filepath.Join(root, "root.ext4"),
 		qemu: qemuPath(cache),
 	}
@@ -137,28 +134,6 @@ func open(cache string) (*Lab, error) {
 		}
 	}
 	return l, nil
-}
-
-func openKernel(cache, name string) (*Kernel, error) {
-	dir, err := filepath.EvalSymlinks(filepath.Join(cache, name))
-	if err != nil {
-		return nil, err
-	}
-	k := &Kernel{Package: name, VMLinux: filepath.Join(dir, "vmlinux")}
-	if k.BZImage, err = one(filepath.Join(dir, "boot", "vmlinuz-*")); err != nil {
-		return nil, err
-	}
-	k.Release = strings.TrimPrefix(filepath.Base(k.BZImage), "vmlinuz-")
-	k.Modules = filepath.Join(dir, "lib", "modules", k.Release)
-	if _, err := os.Stat(k.Modules); err != nil {
-		k.Modules = filepath.Join(dir, "usr", "lib", "modules", k.Release)
-	}
-	for _, p := range []string{k.VMLinux, filepath.Join(k.Modules, "modules.builtin")} {
-		if _, err := os.Stat(p); err != nil {
-			return nil, err
-		}
-	}
-	return k, nil
 }
 
 // one returns the single path that matches a pattern.

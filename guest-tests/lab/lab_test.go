@@ -18,6 +18,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi"
+	"gvm/vmm/x86"
 )
 
 // testMainEnv makes this test binary one whose tests run in the lab.
@@ -103,9 +106,15 @@ func TestRunKVM(t *testing.T) {
 		t.Fatal(err)
 	}
 	var wg sync.WaitGroup
-	defer wg.Wait() // two labs at once
-	for _, k := range []*Kernel{l.Debian, l.V612} {
+	defer wg.Wait()
+	two := make(chan struct{}, 2) // labs at once
+	for _, k := range l.kernels {
+		if k == l.Cloud { // it has no 9p
+			continue
+		}
 		wg.Go(func() {
+			two <- struct{}{}
+			defer func() { <-two }()
 			var out bytes.Buffer
 			code, err := l.Run(t.Context(), Command{
 				Args: []string{exe, "-test.run=^TestProbe$", "-test.v"}, Kernel: k, Modules: []string{"brd"},
@@ -206,6 +215,18 @@ func TestProbe(t *testing.T) {
 	}
 	if _, err := unix.IoctlRetInt(vm, createVCPU); err != nil {
 		t.Errorf("KVM_CREATE_VCPU: %v", err)
+	}
+	sys, err := kvmapi.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sys.Close()
+	cpuid, err := sys.SupportedCPUID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if orphans, missing := x86.Orphans(cpuid); len(orphans) > 0 {
+		t.Errorf("the processor has %s without %s: no such processor exists", orphans, missing)
 	}
 	vhost, err := os.OpenFile("/dev/vhost-scsi", os.O_RDWR, 0)
 	if err != nil {

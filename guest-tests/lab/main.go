@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,8 +22,9 @@ type Options struct {
 	// Direct decides whether this machine can run the tests itself, and says
 	// why or why not. It is not asked in a lab. Nil means never.
 	Direct func() (direct bool, why string)
-	// Kernel picks L1's kernel; nil is Lab.Debian.
-	Kernel func(*Lab) *Kernel
+	// Kernel names L1's kernel, as Lab.Kernel has them. The default is in the
+	// environment, as KernelEnv, or else debian.
+	Kernel string
 	// Modules, Memory and CPUs are as in Command.
 	Modules      []string
 	Memory, CPUs int
@@ -47,6 +49,9 @@ const exitInfrastructure = 3
 
 // programsEnv says where Options.Build has been built.
 const programsEnv = "GVM_LAB_PROGRAMS"
+
+// KernelEnv names the environment variable that has tests run with another kernel of L1.
+const KernelEnv = "GVM_TEST_L1"
 
 // fastEnv, set to 1, has tests run with Command.Fast, as benchmarks should.
 const fastEnv = "GVM_LAB_FAST"
@@ -182,8 +187,8 @@ func mainInLab(ctx context.Context, a testArgs, o Options, start time.Time, out 
 	if same(os.Stdout, os.Stderr) {
 		c.Stderr = c.Stdout
 	}
-	if o.Kernel != nil {
-		c.Kernel = o.Kernel(l)
+	if c.Kernel, err = l.Kernel(cmp.Or(o.Kernel, os.Getenv(KernelEnv), "debian")); err != nil {
+		return 0, err
 	}
 	args := a.args
 	if a.timeout > 0 {

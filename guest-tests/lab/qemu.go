@@ -108,7 +108,7 @@ func (s *setup) newerQEMU() (string, error) {
 	defer os.RemoveAll(tmp)
 	newest := qemuSuites[len(qemuSuites)-1]
 	s.say("fetching QEMU from %s", newest)
-	options, err := s.suites(filepath.Join(tmp, "lists"))
+	options, err := s.suites(filepath.Join(tmp, "lists"), qemuSuites)
 	if err != nil {
 		return "", err
 	}
@@ -146,9 +146,9 @@ func (s *setup) newerQEMU() (string, error) {
 
 var codename = regexp.MustCompile(`(?m)^VERSION_CODENAME="?([a-z]+)"?$`)
 
-// suites fetches the package lists of qemuSuites into dir, from the mirror that
+// suites fetches the package lists of releases of Debian into dir, from the mirror that
 // this machine uses, and returns apt's options for them.
-func (s *setup) suites(dir string) ([]string, error) {
+func (s *setup) suites(dir string, releases []string) ([]string, error) {
 	release, err := os.ReadFile("/etc/os-release")
 	if err != nil {
 		return nil, err
@@ -170,7 +170,7 @@ func (s *setup) suites(dir string) ([]string, error) {
 	}
 	list := filepath.Join(dir, "sources.list")
 	var text strings.Builder
-	for _, suite := range qemuSuites {
+	for _, suite := range releases {
 		fmt.Fprintf(&text, "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n", mirror, suite)
 	}
 	if err := os.WriteFile(list, []byte(text.String()), 0o644); err != nil {

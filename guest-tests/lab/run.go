@@ -31,7 +31,7 @@ type Command struct {
 	// the lab's cache are visible anyway.
 	Visible []string
 
-	// Kernel that L1 runs; the default is Lab.Debian. Lab.V612 works too.
+	// Kernel that L1 runs; the default is Lab.Debian. Each of Lab.Kernel works but cloud, which has no 9p.
 	Kernel *Kernel
 	// Modules of Kernel that L1 loads besides its usual ones.
 	Modules []string

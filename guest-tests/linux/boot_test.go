@@ -45,7 +45,9 @@ func TestBoot(t *testing.T) {
 		{"cloud vmlinux pvh", guest{kernel: l.Cloud, image: l.Cloud.VMLinux}, 1, []string{"--entry", "pvh"}},
 		{"cloud vmlinux 64", guest{kernel: l.Cloud, image: l.Cloud.VMLinux}, 4, []string{"--entry", "64"}},
 		{"cloud decompressed in the guest", guest{kernel: l.Cloud}, 1, []string{"--boot", "bzimage"}},
-		{"6.12", guest{kernel: l.V612}, 4, nil},
+		{"5.10", guest{kernel: kernel(t, "5.10")}, 1, nil},
+		{"6.12", guest{kernel: kernel(t, "6.12")}, 4, nil},
+		{"7.3", guest{kernel: kernel(t, "7.3")}, 2, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()

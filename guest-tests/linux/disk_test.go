@@ -142,7 +142,7 @@ klog
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := guest{kernel: l.V612, modules: []string{"ext4"}, script: lab.SwitchRoot, cmdline: "root=/dev/sda"}.run(t, "--disk", disk)
+	r := guest{kernel: kernel(t, "6.12"), modules: []string{"ext4"}, script: lab.SwitchRoot, cmdline: "root=/dev/sda"}.run(t, "--disk", disk)
 	r.wantStatus(t, 0)
 	r.want(t, map[string]string{
 		"root":    "/dev/sda / ext4",

@@ -1,6 +1,6 @@
 // Package linux tests gvm with stock Linux kernels: directly where this host's
 // KVM runs them, inside the lab elsewhere. GVM_TEST_L1=6.12 has the lab run on
-// Debian's 6.12 kernel.
+// Debian's 6.12 kernel; lab.Versions has the others.
 package linux
 
 import (
@@ -59,9 +59,6 @@ func testMain(m *testing.M) int {
 		Modules: []string{"nbd", "dm-mod"},
 		Lost:    lost,
 	}
-	if os.Getenv("GVM_TEST_L1") == "6.12" {
-		options.Kernel = func(l *lab.Lab) *lab.Kernel { return l.V612 }
-	}
 	return lab.Main(m, options)
 }
 
@@ -77,6 +74,16 @@ func direct() (bool, string) {
 	}
 	dev.Close()
 	return true, why
+}
+
+// kernel returns a kernel of the lab: see lab.Lab.Kernel.
+func kernel(t testing.TB, name string) *lab.Kernel {
+	t.Helper()
+	k, err := theLab(t).Kernel(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
 }
 
 // theLab returns what the lab has prepared: kernels and images.

@@ -12,6 +12,7 @@ import (
 
 	"gvm/devices/scsi/lio"
 	"gvm/guest-tests/backends"
+	"gvm/guest-tests/lab"
 )
 
 // loopDevice puts a block device on a file until the test ends.
@@ -64,16 +65,17 @@ func lioUnchanged(t *testing.T) {
 }
 
 // TestVhostFilesystems: file systems on a file and on a block device, which the
-// kernel serves by its two kinds of backstore, with one queue and with four.
+// kernel serves by its two kinds of backstore, with one queue to four, and guests of each
+// kernel.
 func TestVhostFilesystems(t *testing.T) {
 	l := theLab(t)
-	for _, queues := range []int{1, 4} {
-		t.Run(fmt.Sprint(queues, " queues"), func(t *testing.T) {
+	for queues, kernel := range map[int]*lab.Kernel{1: l.Cloud, 2: kernel(t, "5.10"), 3: kernel(t, "7.3"), 4: l.Cloud} {
+		t.Run(fmt.Sprint(queues, " queues on ", kernel.Release), func(t *testing.T) {
 			lioUnchanged(t)
 			image, behind := diskFile(t, make([]byte, 32<<20)), diskFile(t, make([]byte, 32<<20))
 			device := loopDevice(t, behind)
 			r := guest{
-				kernel:   l.Cloud,
+				kernel:   kernel,
 				modules:  []string{"ext4"},
 				programs: []string{"usr/sbin/mkfs.ext4"},
 				files:    map[string]string{"etc/mke2fs.conf": filepath.Join(l.Tree, "etc/mke2fs.conf")},

@@ -82,7 +82,7 @@ func (f *fake) mkdir(p string) error {
 		files["hba_info"] = "HBA Index: 1"
 	case match("core/*/*"):
 		for _, name := range []string{"control", "enable", "info", "udev_path", "attrib/block_size", "attrib/is_nonrot", "attrib/emulate_pr", "attrib/emulate_3pc",
-			"attrib/emulate_write_cache", "attrib/optimal_sectors", "attrib/max_unmap_lba_count", "attrib/max_unmap_block_desc_count", "attrib/unmap_granularity",
+			"attrib/emulate_write_cache", "attrib/optimal_sectors", "attrib/max_write_same_len", "attrib/max_unmap_lba_count", "attrib/max_unmap_block_desc_count", "attrib/unmap_granularity",
 			"attrib/emulate_tpu", "attrib/emulate_tpws", "attrib/unmap_zeroes_data", "alua/default_tg_pt_gp/alua_access_type",
 			"wwn/vendor_id", "wwn/product_id", "wwn/revision", "wwn/company_id", "wwn/vpd_unit_serial"} {
 			files[name] = "0"

@@ -66,6 +66,21 @@ func threeUnits(t *testing.T) []Unit {
 	return []Unit{unit(0, image(t, "a.img")), unit(1, image(t, "b, c.img")), unit(300, image(t, "d.img"))}
 }
 
+// TestNoCompanyID: a kernel before 5.11 has no wwn/company_id, and is refused by a line.
+func TestNoCompanyID(t *testing.T) {
+	f := newFake(t)
+	f.hook = func(op string) error {
+		if strings.HasPrefix(op, "write ") && strings.HasSuffix(op, "/wwn/company_id") {
+			return fault("open", op, unix.ENOENT)
+		}
+		return nil
+	}
+	_, err := fakeHost(f).provision(threeUnits(t))
+	if !errors.Is(err, ErrNoBackstore) || !strings.Contains(fmt.Sprint(err), "Linux 5.11") {
+		t.Error(err)
+	}
+}
+
 // foreign makes objects of somebody else, which nothing may touch.
 func foreign(t *testing.T, h *host) {
 	t.Helper()
@@ -110,6 +125,7 @@ func TestProvisionAndClose(t *testing.T) {
 		{disk(0) + "/attrib/emulate_pr", "1"},
 		{disk(0) + "/attrib/emulate_3pc", "0"},
 		{disk(0) + "/attrib/optimal_sectors", "2048"},
+		{disk(0) + "/attrib/max_write_same_len", "65535"},
 		{disk(0) + "/wwn/vendor_id", "GVM"},
 		{disk(0) + "/wwn/product_id", "DISK"},
 		{disk(0) + "/wwn/revision", "1"},

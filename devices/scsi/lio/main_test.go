@@ -12,8 +12,8 @@ import (
 )
 
 // TestMain has the tests run where there is a vhost-scsi and a LIO to set up:
-// here, or in the lab, on Debian's 6.1 and 6.12 kernels one after the other.
-// GVM_TEST_L1=6.1 or 6.12 takes one of them.
+// here, or in the lab, on Debian's own and its 6.12 kernel one after the other.
+// GVM_TEST_L1 takes one kernel alone.
 func TestMain(m *testing.M) {
 	if os.Getenv(childEnv) != "" {
 		child()
@@ -21,14 +21,14 @@ func TestMain(m *testing.M) {
 	run := &once{M: m}
 	options := lab.Options{Direct: canProvision, Modules: []string{"tcm_loop", "sd_mod"}}
 	code := 0
-	for _, version := range []string{"6.1", "6.12"} {
-		if v := os.Getenv("GVM_TEST_L1"); v != "" && v != version || code != 0 || run.done {
-			continue
+	kernels := []string{"debian", "6.12"}
+	if k := os.Getenv(lab.KernelEnv); k != "" {
+		kernels = []string{k}
+	}
+	for _, options.Kernel = range kernels {
+		if code == 0 && !run.done {
+			code = lab.Main(run, options)
 		}
-		if version == "6.12" {
-			options.Kernel = func(l *lab.Lab) *lab.Kernel { return l.V612 }
-		}
-		code = lab.Main(run, options)
 	}
 	os.Exit(code)
 }

@@ -118,7 +118,7 @@ func differs(page string, b []byte, u Unit, serial string) []byte {
 		b[32] = 0                        // UGAVALID
 		put.PutUint32(b[8:], 8<<20/4096) // MAXIMUM TRANSFER LENGTH
 		put.PutUint32(b[20:], 1<<19)     // MAXIMUM UNMAP LBA COUNT, with blocks of 4096 bytes
-		put.PutUint64(b[36:], 4096)      // MAXIMUM WRITE SAME LENGTH
+		put.PutUint64(b[36:], 65535)     // MAXIMUM WRITE SAME LENGTH
 		if device {                      // by the limits of the device
 			put.PutUint32(b[8:], 2560)
 			put.PutUint32(b[12:], 2560)

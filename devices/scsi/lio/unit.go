@@ -171,7 +171,10 @@ func (p *plan) attributes() []attribute {
 	}
 	out = append(out,
 		attribute{"attrib/emulate_write_cache", onOff[p.Cache != scsi.WriteThrough]},
-		attribute{"attrib/optimal_sectors", number(int64(1 << 20 / p.blockSize))})
+		attribute{"attrib/optimal_sectors", number(int64(1 << 20 / p.blockSize))},
+		// Linux from 7.0 on answers a short BLOCK LIMITS page, from which guests before
+		// 6.9 read no limit: they take 65535 blocks, the most of WRITE SAME(10).
+		attribute{"attrib/max_write_same_len", "65535"})
 	if !thin {
 		return out
 	}
@@ -223,6 +226,8 @@ func (h *host) makeDisk(dir string, p *plan) error {
 		err := h.write(dir+"/"+a.name, a.value)
 		switch {
 		case err == nil:
+		case a.name == "wwn/company_id" && errors.Is(err, fs.ErrNotExist):
+			return fail(ErrNoBackstore, nil, "%s: the kernel's SCSI target is older than Linux 5.11; use backend=process", p.path)
 		case a.name == "enable" && errors.Is(err, unix.EBUSY):
 			return fail(ErrBusy, nil, "%s: in use: mounted, or claimed by a device or another target; see lsblk and gvm lio list", p.path)
 		case a.name == "enable":

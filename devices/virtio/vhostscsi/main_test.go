@@ -15,11 +15,7 @@ const configfs = "/sys/kernel/config/target"
 // TestMain has the tests run where there is a vhost-scsi and a LIO to set up:
 // here, or in the lab. GVM_TEST_L1=6.12 takes Debian's 6.12 kernel for the lab.
 func TestMain(m *testing.M) {
-	o := lab.Options{Direct: hasVhostSCSI}
-	if os.Getenv("GVM_TEST_L1") == "6.12" {
-		o.Kernel = func(l *lab.Lab) *lab.Kernel { return l.V612 }
-	}
-	os.Exit(lab.Main(m, o))
+	os.Exit(lab.Main(m, lab.Options{Direct: hasVhostSCSI}))
 }
 
 func hasVhostSCSI() (bool, string) {

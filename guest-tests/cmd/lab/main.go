@@ -37,7 +37,10 @@ func run() int {
 	flag.IntVar(&c.Memory, "m", 4096, "`MiB` of memory")
 	flag.IntVar(&c.CPUs, "c", 2, "number of `CPUs`")
 	flag.DurationVar(&c.Timeout, "t", 0, "end the run after this `duration`")
-	v612 := flag.Bool("6.12", false, "run L1 on the 6.12 kernel")
+	kernel := ""
+	for _, v := range lab.Versions() {
+		flag.BoolFunc(v, "run L1 on the "+v+" kernel", func(string) error { kernel = v; return nil })
+	}
 	console := flag.String("console", "", "`file` for what L1's kernel prints")
 	flag.Usage = func() {
 		fmt.Fprintf(os.Stderr, "usage: lab setup | lab [flags] -- COMMAND [ARGUMENT]...\n")
@@ -57,8 +60,10 @@ func run() int {
 	if flag.NArg() == 1 && flag.Arg(0) == "setup" {
 		return 0
 	}
-	if *v612 {
-		c.Kernel = l.V612
+	if kernel != "" {
+		if c.Kernel, err = l.Kernel(kernel); err != nil {
+			return fail(err)
+		}
 	}
 	if *console != "" {
 		f, err := os.Create(*console)
