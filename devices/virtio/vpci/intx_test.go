@@ -102,6 +102,15 @@ func TestINTx(t *testing.T) {
 	level(t, "what an earlier activation signals", levels)
 	dev.active.ConfigChanged()
 	level(t, "asserted", levels, true)
+	cfg.Write(4, 2, 0x002)
+	level(t, "bus mastering off", levels, false)
+	equal(t, "ISR status", d.load(d.isr, 1), 0)
+	r.logged("vpci: dev: bus mastering was turned off")
+	cfg.Write(4, 2, 0x006)
+	d.status(0)
+	start()
+	dev.active.ConfigChanged()
+	level(t, "asserted", levels, true)
 	if err := r.v.Function().Reset(); err != nil {
 		t.Error(err)
 	}

@@ -303,7 +303,8 @@ func (d *Device) disconnect(base uint64) {
 
 // command follows the bus master bit. Without it a function must not touch
 // memory (PCI 3.0, 6.2.2), and Linux clears it before kexec for exactly that:
-// a device that is active stops, and its driver has to reset it.
+// a device that is active stops, and its driver has to reset it. It lowers its line:
+// the next kernel may enable a device that shares it first.
 func (d *Device) command(command uint16) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -311,5 +312,6 @@ func (d *Device) command(command uint16) {
 	if a := d.act.Load(); a != nil && !d.master {
 		d.stuck = d.cfg.Device.Reset()
 		d.broken(a, errors.Join(errors.New("bus mastering was turned off"), d.stuck))
+		d.intx.reset()
 	}
 }
