@@ -225,16 +225,32 @@ func swaps() (paths []string) {
 	return paths
 }
 
+// lioCore is where the kernel's SCSI target has its disks: a variable for tests.
+var lioCore = "/sys/kernel/config/target/core/"
+
 // lioUser returns the disk that the kernel's SCSI target has on it, of those made by
 // plugin, and what to do about that.
 func (t thing) lioUser(plugin string) string {
-	files, _ := filepath.Glob("/sys/kernel/config/target/core/" + plugin + "_*/*/udev_path")
-	for _, file := range files {
-		path, err := os.ReadFile(file)
-		if err == nil && len(path) > 1 && t.is(strings.TrimSuffix(string(path), "\n")) {
-			return fmt.Sprintf("the kernel's SCSI target serves it, as %s; see gvm lio list and gvm lio gc",
-				strings.TrimPrefix(filepath.Dir(file), "/sys/kernel/config/target/"))
+	disks, _ := filepath.Glob(lioCore + plugin + "_*/*")
+	for _, disk := range disks {
+		if path := lioPath(disk); path != "" && t.is(path) {
+			return fmt.Sprintf("the kernel's SCSI target serves it, as core/%s; see gvm lio list and gvm lio gc",
+				strings.TrimPrefix(disk, lioCore))
 		}
+	}
+	return ""
+}
+
+// lioPath is the path that a disk of LIO's stands on: as its maker calls it, or else as the
+// kernel's description does ("  File: PATH  Size: N  Mode: …").
+func lioPath(disk string) string {
+	if b, err := os.ReadFile(disk + "/udev_path"); err == nil && len(b) > 1 {
+		return strings.TrimSuffix(string(b), "\n")
+	}
+	info, _ := os.ReadFile(disk + "/info")
+	_, path, ok := strings.Cut(string(info), " File: ")
+	if i := strings.LastIndex(path, "  Size: "); ok && i >= 0 {
+		return path[:i]
 	}
 	return ""
 }

@@ -1,0 +1,43 @@
+package backend
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestServedByLIO: a file that another tool has the kernel's SCSI target serve, by the name that the
+// tool wrote or by the kernel's own description.
+func TestServedByLIO(t *testing.T) {
+	was := lioCore
+	t.Cleanup(func() { lioCore = was })
+	img := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(img, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{
+		"udev_path": img + "\n",
+		"info":      "Status: ACTIVATED\nTCM FILEIO ID: 0        File: " + img + "  Size: 4096  Mode: O_DSYNC Async: 0\n",
+	} {
+		lioCore = t.TempDir() + "/"
+		disk := filepath.Join(lioCore, "fileio_5", "theirs")
+		err := errors.Join(os.MkdirAll(disk, 0o700), os.WriteFile(filepath.Join(disk, name), []byte(text), 0o600))
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := Open(img, Options{})
+		if err == nil {
+			f.Close()
+		}
+		if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), "serves it, as core/fileio_5/theirs") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if f, err = Open(img, Options{Lend: true}); err != nil {
+			t.Errorf("%s, lent: %v", name, err)
+			continue
+		}
+		f.Close()
+	}
+}
