@@ -5,24 +5,40 @@ import (
 	"time"
 )
 
-// minSpin is what a spin begins with.
-const minSpin = 4 * time.Microsecond
+const (
+	minSpin = 4 * time.Microsecond // a look begins with it
+	minRest = 16                   // sleeps between two trials
+	maxRest = 1024
+	// A look that was away from its core for so long was not alone on it.
+	preempted = 20 * time.Microsecond
+	// aloneAgain is for how many sleeps there is no look after that.
+	aloneAgain = 64
+)
 
 // spin decides how long to look for the next event before sleeping until it comes.
 // A sleep costs both sides: the doorbell is an exit from the guest, and waking up
 // takes the host a while. While events come within max of each other a look finds
 // them; once they do not, it ends with the next one, and the core is free.
+//
+// What the sleep itself costs can keep events further apart than max, which would be
+// closer without it. So a look of max is tried now and then, more rarely the more often
+// that fails. A look that shares its core with another thread is worse than a sleep: the
+// other thread may be the CPU of the guest that the event has to come from.
 type spin struct {
-	max time.Duration // 0: never
-	now time.Duration
+	max   time.Duration // 0: never
+	now   time.Duration // of the next look
+	rest  int           // sleeps until a trial
+	next  int           // rest after a trial that fails
+	crowd int           // sleeps until the core is looked at as free again
+	clock func() time.Time
 }
 
-// newSpin looks for max at most. On one CPU nobody looks: whoever it waits for could not run.
+// newSpin looks for max at most, and never on one CPU: the other side could not run.
 func newSpin(max time.Duration) spin {
 	if runtime.NumCPU() == 1 {
 		max = 0
 	}
-	return spin{max: max}
+	return spin{max: max, rest: minRest, next: minRest, clock: time.Now}
 }
 
 // until calls event until it says true, but no longer than pays, and says whether it did.
@@ -30,21 +46,35 @@ func (s *spin) until(event func() bool) bool {
 	if s.now == 0 {
 		return false
 	}
-	for start := time.Now(); time.Since(start) < s.now; {
+	start := s.clock()
+	for last := start; last.Sub(start) < s.now; {
 		if event() {
+			s.next = minRest
 			return true
 		}
+		now := s.clock()
+		if now.Sub(last) > preempted {
+			s.now, s.crowd = 0, aloneAgain
+			return false
+		}
+		last = now
 	}
 	return false
 }
 
 // waited is told how long the event took after a sleep began.
 func (s *spin) waited(d time.Duration) {
+	s.rest--
 	switch {
 	case s.max == 0:
-	case s.now+d > s.max:
+	case s.crowd > 0:
 		s.now = 0
-	default:
+		s.crowd--
+	case s.now+d <= s.max:
 		s.now = min(max(2*s.now, minSpin), s.max)
+	case s.rest <= 0:
+		s.now, s.rest, s.next = s.max, s.next, min(2*s.next, maxRest)
+	default:
+		s.now = 0
 	}
 }

@@ -5,11 +5,20 @@ import (
 	"time"
 )
 
+func us(n int) time.Duration { return time.Duration(n) * time.Microsecond }
+
+// testSpin is a spin whose clock advances by step at each reading.
+func testSpin(max, step time.Duration) *spin {
+	var now time.Time
+	return &spin{max: max, rest: minRest, next: minRest, clock: func() time.Time { now = now.Add(step); return now }}
+}
+
+func never() bool { return false }
+
 // TestSpin: looking grows while events come soon, ends with the first that does not,
 // and is never longer than it may be.
 func TestSpin(t *testing.T) {
-	us := func(n int) time.Duration { return time.Duration(n) * time.Microsecond }
-	s := spin{max: us(50)}
+	s := testSpin(us(50), us(1))
 	for i, step := range []struct{ waited, now int }{
 		{1000, 0}, {10, 4}, {10, 8}, {10, 16}, {10, 32}, {10, 50}, {0, 50}, {1, 0}, {50, 4}, {47, 0},
 	} {
@@ -26,13 +35,60 @@ func TestSpin(t *testing.T) {
 	if !s.until(func() bool { calls++; return calls == 3 }) || calls != 3 {
 		t.Errorf("%d looks until the third found something", calls)
 	}
-	s.now = us(1)
-	if s.until(func() bool { return false }) {
-		t.Error("it found nothing, and says it did")
+	s.now = us(5)
+	if s.until(func() bool { calls++; return false }) || calls != 3+5 {
+		t.Errorf("%d looks in 5 µs at 1 µs each, or it found nothing and says it did", calls-3)
 	}
-	never := spin{}
-	never.waited(0)
-	if never.now != 0 {
-		t.Error("it looks although it must not")
+	off := testSpin(0, us(1))
+	for range 10 * maxRest {
+		if off.waited(0); off.now != 0 {
+			t.Fatal("it looks although it must not")
+		}
+	}
+}
+
+// TestSpinTrial: events that only sleeping keeps further apart than max are found by a trial,
+// which comes more rarely while it finds nothing.
+func TestSpinTrial(t *testing.T) {
+	s := testSpin(us(50), us(1))
+	trials := 0
+	for range 1 << 20 {
+		if s.waited(us(80)); s.now == s.max {
+			trials++
+			s.until(never)
+		}
+	}
+	if trials < (1<<20)/maxRest || trials > (1<<20)/maxRest+10 {
+		t.Errorf("%d trials in %d sleeps, want one in %d", trials, 1<<20, maxRest)
+	}
+	for s.now == 0 {
+		s.waited(us(80))
+	}
+	if !s.until(func() bool { return true }) || s.now != s.max {
+		t.Errorf("a trial that finds an event: it looks for %v from then on, want %v", s.now, s.max)
+	}
+	s.waited(us(80))
+	for sleeps := 0; s.now == 0; sleeps++ {
+		if s.waited(us(80)); sleeps > maxRest {
+			t.Fatal("no trial after one that found an event")
+		}
+	}
+}
+
+// TestSpinCrowded: a look that is kept from its core ends, and there is none for a while.
+func TestSpinCrowded(t *testing.T) {
+	s := testSpin(us(1000), 2*preempted)
+	s.now = s.max
+	calls := 0
+	if s.until(func() bool { calls++; return false }) || calls != 1 {
+		t.Errorf("%d looks, want one", calls)
+	}
+	for i := range aloneAgain {
+		if s.waited(us(1)); s.now != 0 {
+			t.Fatalf("it looks after %d sleeps", i+1)
+		}
+	}
+	if s.waited(us(1)); s.now != minSpin {
+		t.Errorf("it looks for %v when it may again, want %v", s.now, minSpin)
 	}
 }
