@@ -1,7 +1,12 @@
 package linux
 
 import (
+	"fmt"
+	"os"
+	"strings"
 	"testing"
+
+	"gvm/guest-tests/lab"
 )
 
 // TestRTC reads and sets the clock, waits for its interrupts and sleeps until its alarm. The
@@ -34,7 +39,7 @@ reboot -f
 }
 
 // TestINTx: kernels without MSI have their disks, on both backends, with lines that
-// devices share and by the PICs alone.
+// the PICs have alone.
 func TestINTx(t *testing.T) {
 	l := theLab(t)
 	const script = `
@@ -48,25 +53,25 @@ part() { # DISK: reads it all, writes a part and reads that back, past the page 
 parts() { for d in /sys/block/sd*; do part ${d##*/} & done; wait; }
 `
 	for _, c := range []struct {
-		name, cmdline, disk string
-		disks               int
-		lines               string
+		name, cmdline string
+		disks         []string // options
+		lines         string
 	}{
-		{"process", "pci=nomsi", "", 2, "IO-APIC 10-fasteoi IO-APIC 11-fasteoi"},
-		{"vhost with two disks on a line", "pci=nomsi", ",backend=vhost", 4, "IO-APIC 5-fasteoi IO-APIC 10-fasteoi IO-APIC 11-fasteoi"},
-		{"no IOAPIC", "pci=nomsi noapic", "", 1, "XT-PIC virtio0 XT-PIC virtio1"},
-		{"the interrupt line registers alone", "pci=nomsi acpi=noirq", "", 1, "XT-PIC virtio0 XT-PIC virtio1"},
+		{"process", "pci=nomsi", []string{"", ""}, "IO-APIC 10-fasteoi IO-APIC 11-fasteoi"},
+		{"both", "pci=nomsi", []string{",backend=vhost", "", ",backend=vhost"}, "IO-APIC 5-fasteoi IO-APIC 10-fasteoi IO-APIC 11-fasteoi"},
+		{"no IOAPIC", "pci=nomsi noapic", []string{""}, "XT-PIC virtio0 XT-PIC virtio1"},
+		{"the interrupt line registers alone", "pci=nomsi acpi=noirq", []string{""}, "XT-PIC virtio0 XT-PIC virtio1"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			lioUnchanged(t)
 			var args, files []string
 			var contents [][]byte
 			want := map[string]string{"lines": c.lines}
-			for i := range c.disks {
+			for i, options := range c.disks {
 				name := "sd" + string(rune('a'+i))
 				contents = append(contents, content(name, 1<<20))
 				files = append(files, diskFile(t, contents[i]))
-				args = append(args, "--disk", files[i]+c.disk)
+				args = append(args, "--disk", files[i]+options)
 			}
 			r := guest{kernel: l.Cloud, modules: []string{"virtio_rng"}, cmdline: c.cmdline, script: script + "parts; klog"}.run(t, args...)
 			r.wantStatus(t, 0)
@@ -102,4 +107,35 @@ parts() { for d in /sys/block/sd*; do part ${d##*/} & done; wait; }
 		r.want(t, plugged(first, second))
 		r.kernelLog(t, 1, lunsChanged)
 	})
+}
+
+// TestBreak: Ctrl-a b and a key on the terminal are SysRq.
+func TestBreak(t *testing.T) {
+	t.Parallel()
+	in, out, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	defer out.Close()
+	g := guest{kernel: theLab(t).Cloud, script: `
+echo 1 >/proc/sys/kernel/sysrq
+dmesg -n 7
+echo ready
+read line
+say typed $line
+`}
+	// script(1) is the terminal.
+	command := []string{lab.Program("gvm")}
+	for _, a := range g.build(t) {
+		command = append(command, "'"+a+"'")
+	}
+	p := startProgram(t, "/usr/bin/script", in, cacheHome, "-qec", strings.Join(command, " "), "/dev/null")
+	p.waitFor("ready")
+	fmt.Fprint(out, "\x01bh")
+	p.waitForText("sysrq: HELP : ")
+	fmt.Fprint(out, "plain\r")
+	r := p.wait()
+	r.wantStatus(t, 0)
+	r.want(t, map[string]string{"typed": "plain"})
 }

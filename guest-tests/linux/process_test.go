@@ -96,14 +96,16 @@ func (p *process) Write(b []byte) (int, error) {
 }
 
 // waitFor waits for a line on the console.
-func (p *process) waitFor(line string) {
+func (p *process) waitFor(line string) { p.t.Helper(); p.waitForText("\n" + line + "\n") }
+
+// waitForText waits for text on the console.
+func (p *process) waitForText(text string) {
 	p.t.Helper()
-	has := func() bool { return strings.Contains("\n"+p.console.String(), "\n"+line+"\n") }
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for !has() {
+	for !strings.Contains("\n"+p.console.String(), text) {
 		if p.ended {
-			p.t.Fatalf("gvm ended with no line %q on the console:\n%s\nstandard error:\n%s", line, p.console.String(), p.errs.String())
+			p.t.Fatalf("gvm ended with no %q on the console:\n%s\nstandard error:\n%s", text, p.console.String(), p.errs.String())
 		}
 		p.changed.Wait()
 	}
