@@ -38,8 +38,8 @@ reboot -f
 	r.kernelLog(t, 2)
 }
 
-// TestINTx: kernels without MSI have their disks, on both backends, with lines that
-// the PICs have alone.
+// TestINTx: kernels without MSI have their disks, on both backends, by the IOAPIC and by
+// the PICs alone.
 func TestINTx(t *testing.T) {
 	l := theLab(t)
 	const script = `
