@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,7 @@ import (
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/replay"
+	"gvm/devices/virtio/replay/equivalence"
 	"gvm/devices/virtio/vscsi"
 )
 
@@ -33,12 +35,14 @@ gone at the end. A command that writes blocks writes made-up ones.
 With --backend=process or vhost the answers are compared with those in the
 trace: status, sense data, residual and response, as far as the trace has
 them. With --backend=both they are compared with each other, and so is the
-data read, byte by byte. --corpus replays requests that gvm brings along,
-good and bad ones of every operation code that one of the backends has;
-docs/backends.md lists what they answer differently.
+data read, byte by byte: what docs/backends.md lists is counted, by its rows,
+and only other differences are shown. --corpus replays requests that gvm
+brings along, good and bad ones of every operation code that one of the
+backends has.
 
-The exit status is 0 when no answer differs, 1 when one does. --backend=vhost
-and both need what backend=vhost of gvm run needs.
+The exit status is 0 when no answer differs, or as docs/backends.md lists,
+and 1 when one does otherwise. --backend=vhost and both need what
+backend=vhost of gvm run needs.
 
 EXAMPLES
    gvm replay run.trace
@@ -47,8 +51,8 @@ EXAMPLES
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "backend", Usage: "`process|vhost|both`", Value: "process"},
 			&cli.BoolFlag{Name: "corpus", Usage: "replay the requests that gvm brings along, in place of a FILE's"},
-			&cli.BoolFlag{Name: "all", Usage: fmt.Sprintf("show every difference, not the first %d", shownDifferences)},
-			&cli.BoolFlag{Name: "json", Usage: "one JSON object for each difference, on a line of its own, and all of them"},
+			&cli.BoolFlag{Name: "all", Usage: fmt.Sprintf("show every difference, known ones too, and not the first %d alone", shownDifferences)},
+			&cli.BoolFlag{Name: "json", Usage: "one JSON object for each difference, known or not, on a line of its own"},
 			&cli.StringFlag{Name: "vhost-abi", Usage: "as of gvm run: accept version `N|any` of the kernel's vhost-scsi interface"},
 		},
 		Action: onFiles(0, 1, replayTrace),
@@ -98,39 +102,86 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 		sides = append(sides, s)
 	}
 	w := &report{w: c.App.Writer}
-	shown := 0
-	sum, err := replay.Run(ctx, records, sides, func(d *replay.Difference) error {
-		shown++
-		switch {
-		case c.Bool("json"):
-			return w.differenceJSON(names, d)
-		case shown <= shownDifferences || c.Bool("all"):
-			w.difference(names, d)
-		}
-		return w.err
-	})
+	shown := differences{report: w, names: names, all: c.Bool("all"), asJSON: c.Bool("json")}
+	if len(names) == 2 {
+		shown.known = equivalence.NewList(header, c.Bool("corpus"))
+	}
+	sum, err := replay.Run(ctx, records, sides, shown.add)
 	if err != nil {
 		return errors.Join(w.flush(), err)
 	}
 	if !c.Bool("json") {
-		if rest := sum.Different - shownDifferences; rest > 0 && !c.Bool("all") {
-			w.printf("… and %d more; --all shows them", rest)
-		}
-		w.printf("%d requests, %d answered differently", sum.Requests, sum.Different)
-		if sum.Skipped > 0 {
-			w.printf("%d requests left out: the trace does not have their parameter lists", sum.Skipped)
-		}
-		if sum.Lost > 0 {
-			w.printf("%d requests could not be recorded", sum.Lost)
-		}
+		shown.summary(sum)
 	}
 	if err := w.flush(); err != nil {
 		return err
 	}
-	if sum.Different > 0 {
-		return endError{exitDiffers, fmt.Errorf("%d of %d answers differ", sum.Different, sum.Requests)}
+	return shown.verdict(sum)
+}
+
+// differences shows those requests that were answered differently and not as docs/backends.md
+// lists, and counts the others.
+type differences struct {
+	*report
+	names       []string // of the sides
+	all, asJSON bool
+	known       *equivalence.List // nil: the answers are compared with the trace
+
+	unlisted, shown int
+}
+
+func (s *differences) add(d *replay.Difference) error {
+	var rows []string
+	left := d.What
+	if s.known != nil {
+		rows, left = s.known.Explain(d)
 	}
-	return nil
+	if len(left) > 0 {
+		s.unlisted++
+	}
+	switch {
+	case s.asJSON:
+		return s.differenceJSON(s.names, d, rows, left)
+	case s.all || len(left) > 0 && s.shown < shownDifferences:
+		s.shown++
+		s.difference(s.names, d)
+		if s.known != nil && len(left) == 0 {
+			s.printf("  known    %s", strings.Join(rows, ", "))
+		}
+	}
+	return s.err
+}
+
+func (s *differences) summary(sum replay.Summary) {
+	if rest := s.unlisted - s.shown; rest > 0 {
+		s.printf("… and %d more; --all shows them", rest)
+	}
+	if s.known == nil {
+		s.printf("%d requests, %d answered differently", sum.Requests, sum.Different)
+	} else {
+		s.printf("%d requests, %d answered differently as docs/backends.md lists, %d otherwise", sum.Requests, sum.Different-s.unlisted, s.unlisted)
+		for _, row := range slices.Sorted(maps.Keys(s.known.Used)) {
+			if n := s.known.Used[row]; n > 0 {
+				s.printf("%7d %s", n, row)
+			}
+		}
+	}
+	if sum.Skipped > 0 {
+		s.printf("%d requests left out: the trace does not have their parameter lists", sum.Skipped)
+	}
+	if sum.Lost > 0 {
+		s.printf("%d requests could not be recorded", sum.Lost)
+	}
+}
+
+func (s *differences) verdict(sum replay.Summary) error {
+	switch {
+	case s.unlisted == 0:
+		return nil
+	case s.known == nil:
+		return endError{exitDiffers, fmt.Errorf("%d of %d answers differ", s.unlisted, sum.Requests)}
+	}
+	return endError{exitDiffers, fmt.Errorf("%d of %d answers differ in a way that docs/backends.md does not list", s.unlisted, sum.Requests)}
 }
 
 func loadTrace(c *cli.Context, path string) (trace.Header, []trace.Record, error) {
@@ -254,7 +305,9 @@ func (l *report) difference(names []string, d *replay.Difference) {
 	}
 }
 
-func (l *report) differenceJSON(names []string, d *replay.Difference) error {
+// differenceJSON has the rows of docs/backends.md that are about a difference, and what none
+// explains.
+func (l *report) differenceJSON(names []string, d *replay.Difference, rows, left []string) error {
 	type answer struct {
 		From     string `json:"from"`
 		Outcome  string `json:"outcome"`
@@ -273,10 +326,12 @@ func (l *report) differenceJSON(names []string, d *replay.Difference) error {
 		Number  int           `json:"number"`
 		Request *trace.Record `json:"request"`
 		What    []string      `json:"what"`
+		Known   []string      `json:"known,omitempty"`
+		Unknown []string      `json:"unknown,omitempty"`
 		Data    string        `json:"data_bytes,omitempty"`
 		A       answer        `json:"a"`
 		B       answer        `json:"b"`
-	}{d.Number, d.Record, d.What, replay.Spans(d.Data), of(0, &d.A), of(1, &d.B)})
+	}{d.Number, d.Record, d.What, rows, left, replay.Spans(d.Data), of(0, &d.A), of(1, &d.B)})
 	if err != nil {
 		return err
 	}

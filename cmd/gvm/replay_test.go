@@ -4,11 +4,14 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/trace"
+	"gvm/devices/virtio/replay"
+	"gvm/devices/virtio/replay/equivalence"
 	"gvm/devices/virtio/vhostscsi"
 )
 
@@ -124,6 +127,47 @@ func TestLosesResets(t *testing.T) {
 	for release, want := range map[string]bool{"6.1.0-56-amd64": true, "5.10.0": true, "6.3.9": true, "6.4.0": false, "6.12.117+deb12": false, "7.0": false, "": false, "linux": false} {
 		if losesResets(release) != want {
 			t.Errorf("%q: %v", release, !want)
+		}
+	}
+}
+
+// TestKnownDifferences has differences that docs/backends.md lists, which are counted, and
+// one that it does not, which is shown and decides the exit status.
+func TestKnownDifferences(t *testing.T) {
+	inquiry := &trace.Record{Kind: trace.Command, LUN: trace.UnitLUN(0), CDB: []byte("\x12\x00\x00\x00\x24\x00"), In: 36}
+	listed := &replay.Difference{Number: 7, Record: inquiry, What: []string{"data"}, Data: []int{3}, A: replay.Answer{Data: make([]byte, 36)}, B: replay.Answer{Data: []byte{3: 2, 35: 0}}}
+	other := *listed
+	other.Data = []int{8}
+	for _, tt := range []struct {
+		name        string
+		all         bool
+		ds          []*replay.Difference
+		want, lacks string
+		err         string
+	}{
+		{"listed alone", false, []*replay.Difference{listed, listed}, "9 requests, 2 answered differently as docs/backends.md lists, 0 otherwise\n      2 inquiry\n", "INQUIRY", ""},
+		{"another", false, []*replay.Difference{listed, &other}, "INQUIRY", "known", "1 of 9 answers differ in a way that docs/backends.md does not list"},
+		{"all", true, []*replay.Difference{listed}, "  known    inquiry\n", "", ""},
+		{"many others", false, slices.Repeat([]*replay.Difference{&other}, shownDifferences+3), "… and 3 more; --all shows them", "", "23 of 9"},
+	} {
+		var b strings.Builder
+		s := differences{report: &report{w: &b}, names: []string{"process", "vhost"}, all: tt.all, known: equivalence.NewList(trace.Header{}, false)}
+		for _, d := range tt.ds {
+			if err := s.add(d); err != nil {
+				t.Fatal(err)
+			}
+		}
+		sum := replay.Summary{Requests: 9, Different: len(tt.ds)}
+		s.summary(sum)
+		err := s.verdict(sum)
+		if flushErr := s.flush(); flushErr != nil {
+			t.Fatal(flushErr)
+		}
+		if out := b.String(); !strings.Contains(out, tt.want) || tt.lacks != "" && strings.Contains(out, tt.lacks) {
+			t.Errorf("%s:\n%s\nlacks %q or has %q", tt.name, out, tt.want, tt.lacks)
+		}
+		if (err == nil) != (tt.err == "") || err != nil && !strings.HasPrefix(err.Error(), tt.err) {
+			t.Errorf("%s: %v", tt.name, err)
 		}
 	}
 }
