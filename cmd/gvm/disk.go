@@ -276,6 +276,7 @@ type disks struct {
 	kernels []*kernelTarget // those of the kernel
 	open    []opened
 	mishaps *mishaps
+	given   []rootDisk // in the order of --disk
 
 	live // what changes while the machine runs
 }
@@ -327,12 +328,14 @@ func openAll(list []disk, k kernelOptions, m *mishaps) (_ *disks, err error) {
 				return nil, err
 			}
 			ds.kernels = append(ds.kernels, t)
+			ds.given = append(ds.given, rootDisk{})
 			continue
 		}
 		f, err := ds.openImage(d)
 		if err != nil {
 			return nil, err
 		}
+		ds.given = append(ds.given, rootDisk{f, d.blockSize})
 		if file, ok := f.(*backend.File); ok && d.backend == byKernel {
 			err = provision.add(d, file)
 		} else {

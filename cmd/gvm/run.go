@@ -88,7 +88,7 @@ stops the guest and Ctrl-a h shows the other keys.
 EXAMPLES
    gvm run                                          the embedded guest
    gvm run --kernel bzImage --initrd initramfs.img
-   gvm run --kernel bzImage --disk debian.img       root=/dev/sda
+   gvm run --kernel bzImage --disk debian.img       root= is added
    gvm run --disk a.img,serial=one --disk b.img,readonly,lun=4
    gvm run --disk a.img,backend=vhost               served by the kernel
    gvm run --cpus 4 --memory 2G --cmdline "ro quiet" --timeout 60s
@@ -97,7 +97,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"}, Usage: "bzImage or ELF vmlinux `FILE`", TakesFile: true},
 			&cli.StringSliceFlag{Name: "initrd", Aliases: []string{"i"}, Usage: "initramfs `FILE`; several are concatenated", TakesFile: true},
 			&cli.StringSliceFlag{Name: "disk", Aliases: []string{"d"}, Usage: "`PATH[,OPTION]...` of a raw image or block device; see gvm help disk"},
-			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"}, Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, for a disk without an initrd, root=/dev/sda"},
+			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"}, Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, without an initrd, root= for the first disk where that is sure"},
 			&cli.BoolFlag{Name: "bare-cmdline", Usage: "give the kernel --cmdline as it is"},
 			&cli.StringSliceFlag{Name: "guest-arg", Usage: "`WORD` for the embedded guest: write lets it write to the disks of --disk"},
 			&cli.IntFlag{Name: "cpus", Aliases: []string{"c"}, Value: 1, Usage: "`N` virtual CPUs"},
@@ -270,18 +270,19 @@ func parsePoll(c *cli.Context) (time.Duration, error) {
 // proportion to CPUs.
 const maxQueues = 64
 
-// kernelCmdLine is what a Linux guest is booted with.
-func (rc *runConfig) kernelCmdLine() string {
+// kernelCmdLine is what a Linux guest with the disks is booted with.
+func (rc *runConfig) kernelCmdLine(disks []rootDisk, note func(string)) string {
 	if rc.bareCmdline {
 		return rc.cmdline
 	}
 	words := append([]string{"console=ttyS0", "panic=-1"}, terminalSize()...)
 	if len(rc.disks) > 0 && len(rc.initrds) == 0 && !strings.Contains(" "+rc.cmdline, " root=") {
-		words = append(words, "root=/dev/sda")
-		if rc.disks[0].readOnly {
-			words = append(words, "ro")
+		if root, why := rootWord(disks); root == "" {
+			note(why)
+		} else if rc.disks[0].readOnly {
+			words = append(words, "root="+root, "ro")
 		} else {
-			words = append(words, "rw")
+			words = append(words, "root="+root, "rw")
 		}
 	}
 	if rc.cmdline != "" {
@@ -331,7 +332,7 @@ func run(rc runConfig) (err error) {
 		cfg.Initrds = append(cfg.Initrds, f)
 	}
 	if rc.kernel != "" {
-		cfg.CmdLine, cfg.PanicText = rc.kernelCmdLine(), true
+		cfg.PanicText = true
 		if cfg.Kernel, err = boot.Open(rc.kernel, by); err != nil {
 			return rc.late(err)
 		}
@@ -377,6 +378,8 @@ func run(rc runConfig) (err error) {
 			rc.guestArgs = append(rc.guestArgs, "write")
 		}
 		cfg.CmdLine = strings.Join(rc.guestArgs, " ")
+	} else {
+		cfg.CmdLine = rc.kernelCmdLine(ds.given, note)
 	}
 	if rc.traceFile != "" {
 		if rc.trace, err = createTrace(rc.traceFile, traceHeader(ds, rc.requestQueues())); err != nil {
