@@ -45,6 +45,9 @@ func TestMain(m *testing.M) {
 		if os.Getenv(noLocksEnv) != "" {
 			takeLocksAway()
 		}
+		if os.Getenv(asShell) != "" {
+			os.Exit(shell())
+		}
 		os.Exit(gvm(os.Args))
 	}
 	os.Exit(testMain(m))

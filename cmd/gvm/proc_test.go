@@ -58,6 +58,12 @@ func startGVM(t *testing.T, dir string, args ...string) *proc {
 // session leader.
 func startOnTerminal(t *testing.T, args ...string) *proc {
 	t.Helper()
+	return startOnTerminalAs(t, func(*proc) {}, args...)
+}
+
+// startOnTerminalAs is startOnTerminal after change has changed how.
+func startOnTerminalAs(t *testing.T, change func(*proc), args ...string) *proc {
+	t.Helper()
 	p := newProc(t, args)
 	p.master, p.slave = openPTY(t)
 	p.settings = p.termios()
@@ -68,6 +74,7 @@ func startOnTerminal(t *testing.T, args ...string) *proc {
 	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = p.slave, p.slave, p.slave
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	p.input = p.master
+	change(p)
 	p.start(p.master)
 	return p
 }
@@ -141,6 +148,27 @@ func (p *proc) expectCount(text string, n int) {
 		}
 		p.more.Wait()
 	}
+}
+
+// eventually waits until done returns true.
+func (p *proc) eventually(what string, done func() bool) {
+	p.t.Helper()
+	for !done() {
+		p.mu.Lock()
+		over := p.ended || p.late
+		p.mu.Unlock()
+		if over {
+			p.t.Fatalf("never %s: %q", what, p.text())
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// text returns the output so far.
+func (p *proc) text() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return string(p.out)
 }
 
 func (p *proc) typeIn(s string) {

@@ -479,6 +479,8 @@ func catchSignals(stop context.CancelCauseFunc) func() {
 	ch := make(chan os.Signal, 1)
 	signal.Notify(ch, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	signal.Ignore(syscall.SIGPIPE) // a closed output is a write error
+	// In the background of a terminal gvm writes to it, reads from it fail, and neither stops gvm.
+	signal.Ignore(syscall.SIGTTOU, syscall.SIGTTIN)
 	go func() {
 		for s := range ch {
 			stop(endError{128 + int(s.(syscall.Signal)), fmt.Errorf("stopped by %s", unix.SignalName(s.(syscall.Signal)))})

@@ -28,15 +28,17 @@ const escapeHelp = "\r\n" +
 	"Ctrl-a Ctrl-a  send Ctrl-a\r\n"
 
 // terminal is gvm's own standard input and output as the guest's serial
-// console. On a terminal it is raw from start to close; bytes pass as they are.
+// console. A terminal is raw while gvm is in its foreground; bytes pass as they are.
 type terminal struct {
 	in    *os.File
 	out   *os.File
-	raw   *term.State // nil where in is not a terminal
+	tty   *tty // nil where in is not a terminal
 	run   context.Context
 	quit  func(error)
 	wake  *eventfd.FD // ends the input goroutine
 	input sync.WaitGroup
+
+	unwatch func() // ends the watch of job control, where there is a tty
 
 	mu     sync.Mutex
 	to     vmm.Input // the guest's input; nil: nowhere
@@ -64,9 +66,15 @@ func openTerminal(run context.Context, quit func(error)) (*terminal, error) {
 		return nil, err
 	}
 	if fd := int(t.in.Fd()); term.IsTerminal(fd) {
-		if t.raw, err = term.MakeRaw(fd); err != nil {
+		t.tty = &tty{fd: fd}
+		has, err := t.tty.look(false)
+		if err != nil {
 			return nil, errors.Join(fmt.Errorf("terminal: raw mode: %w", err), t.wake.Close())
 		}
+		if !has {
+			note("in the background of this terminal: the guest gets no input until fg (with timeout(1): --foreground)")
+		}
+		t.unwatch = t.tty.watch(func(err error) { quit(fmt.Errorf("terminal: %w", err)) })
 	}
 	t.input.Go(t.read)
 	t.input.Go(t.feed)
@@ -102,7 +110,7 @@ func (t *terminal) Write(p []byte) (n int, err error) {
 // gone ends the run for a console that failed; for a terminal that hung up, as
 // the signal does that comes with it.
 func (t *terminal) gone(what string, err error) {
-	if t.raw != nil && errors.Is(err, unix.EIO) {
+	if t.tty != nil && errors.Is(err, unix.EIO) {
 		err = endError{exitHangup, err}
 	}
 	t.quit(fmt.Errorf("console %s: %w", what, err))
@@ -120,7 +128,7 @@ func (t *terminal) Connect(w vmm.Input) {
 func (t *terminal) put(p []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for t.raw == nil && t.queued >= maxQueued && !t.done {
+	for t.tty == nil && t.queued >= maxQueued && !t.done {
 		t.change.Wait()
 	}
 	if t.queued < maxQueued {
@@ -173,7 +181,15 @@ func (t *terminal) read() {
 	buf := make([]byte, 4096)
 	escaped := false
 	for {
-		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
+		// The input of a terminal in whose background gvm is belongs to another job.
+		timeout := -1
+		if fds[0].Fd = int32(t.in.Fd()); t.tty != nil {
+			timeout = int(jobPoll.Milliseconds())
+			if !t.tty.foreground() {
+				fds[0].Fd = -1
+			}
+		}
+		if _, err := unix.Poll(fds, timeout); err != nil && !errors.Is(err, unix.EINTR) {
 			t.quit(fmt.Errorf("console input: poll: %w", err))
 			return
 		}
@@ -183,12 +199,19 @@ func (t *terminal) read() {
 		if fds[0].Revents == 0 {
 			continue
 		}
+		if t.tty != nil {
+			if has, err := t.tty.look(false); err == nil && !has {
+				continue
+			}
+		}
 		n, err := unix.Read(int(t.in.Fd()), buf)
 		switch {
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 			continue
-		case t.raw == nil && (err != nil || n == 0):
+		case t.tty == nil && (err != nil || n == 0):
 			return // the end of the input is not the end of the guest
+		case errors.Is(err, unix.EIO) && !t.tty.foreground(): // SIGTTIN is ignored
+			continue
 		case err != nil:
 			t.gone("input", err)
 			return
@@ -197,7 +220,7 @@ func (t *terminal) read() {
 			return
 		}
 		p := buf[:n]
-		if t.raw == nil {
+		if t.tty == nil {
 			t.put(p)
 			continue
 		}
@@ -245,18 +268,9 @@ func (t *terminal) close() error {
 	t.change.Broadcast()
 	err := t.wake.Signal()
 	t.input.Wait()
-	err = errors.Join(err, t.restore(), t.wake.Close())
-	return err
-}
-
-// restore puts the terminal back as it was. It may be called at any time, from
-// any goroutine.
-func (t *terminal) restore() error {
-	if t.raw == nil {
-		return nil
+	if t.tty != nil {
+		t.unwatch()
+		err = errors.Join(err, t.tty.restore())
 	}
-	if err := term.Restore(int(t.in.Fd()), t.raw); err != nil {
-		return fmt.Errorf("terminal: %w", err)
-	}
-	return nil
+	return errors.Join(err, t.wake.Close())
 }

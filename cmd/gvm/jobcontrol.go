@@ -1,0 +1,175 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+)
+
+// tty is a terminal that is raw while gvm is in its foreground process group. From the
+// background gvm neither sets nor reads it: SIGTTOU and SIGTTIN would stop gvm, and the
+// settings are another job's.
+type tty struct {
+	fd int
+
+	mu     sync.Mutex
+	before *term.State  // the settings to restore
+	raw    unix.Termios // those that gvm made
+	held   bool         // gvm made the terminal raw
+	closed bool
+}
+
+// jobPoll is how often gvm looks whether its process group has the terminal: a shell may
+// give and take it without a signal.
+const jobPoll = 200 * time.Millisecond
+
+// foreground reports whether gvm may use the terminal. One that does not control gvm has no
+// job control (ENOTTY), and one that hung up tells so when it is read (EIO).
+func (t *tty) foreground() bool {
+	group, err := unix.IoctlGetInt(t.fd, unix.TIOCGPGRP)
+	return err != nil || group == unix.Getpgrp()
+}
+
+// look takes the terminal if gvm is in the foreground, and gives it back if gvm no longer is.
+// again is for a process that was stopped: a shell has set the terminal since. It reports
+// whether the terminal may be read.
+func (t *tty) look(again bool) (bool, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch fg := t.foreground(); {
+	case t.closed:
+		return false, nil
+	case !fg:
+		return false, t.giveBack()
+	case t.held && !again:
+		return true, nil
+	}
+	now, err := unix.IoctlGetTermios(t.fd, unix.TCGETS)
+	if err != nil {
+		return true, err
+	}
+	before, err := term.MakeRaw(t.fd)
+	if err != nil {
+		return true, err
+	}
+	if t.before == nil || *now != t.raw {
+		t.before = before
+	}
+	raw, err := unix.IoctlGetTermios(t.fd, unix.TCGETS)
+	if err == nil {
+		t.raw, t.held = *raw, true
+	}
+	return true, err
+}
+
+// giveBack restores the settings from before. In the background it does so only as long as
+// they are gvm's own: otherwise the job in the foreground has set the terminal. The caller has mu.
+func (t *tty) giveBack() error {
+	if !t.held {
+		return nil
+	}
+	t.held = false
+	if !t.foreground() {
+		if now, err := unix.IoctlGetTermios(t.fd, unix.TCGETS); err != nil || *now != t.raw {
+			return nil
+		}
+	}
+	return term.Restore(t.fd, t.before)
+}
+
+// restore gives the terminal back for good. It may be called at any time, from any goroutine.
+func (t *tty) restore() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.closed = true
+	if err := t.giveBack(); err != nil {
+		return fmt.Errorf("terminal: %w", err)
+	}
+	return nil
+}
+
+// watch follows job control until the function that it returns is called: the terminal is given
+// back before SIGTSTP stops gvm, and taken again when gvm goes on in the foreground.
+func (t *tty) watch(fail func(error)) (stop func()) {
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, unix.SIGCONT)
+	if !signal.Ignored(unix.SIGTSTP) {
+		signal.Notify(signals, unix.SIGTSTP)
+	}
+	over := make(chan struct{})
+	var watcher sync.WaitGroup
+	watcher.Go(func() {
+		tick := time.NewTicker(jobPoll)
+		defer tick.Stop()
+		for {
+			again := false
+			select {
+			case <-over:
+				return
+			case <-tick.C:
+			case s := <-signals:
+				if again = true; s == unix.SIGTSTP {
+					t.mu.Lock()
+					err := t.giveBack()
+					t.mu.Unlock()
+					if err = errors.Join(err, suspend()); err != nil {
+						fail(err)
+						return
+					}
+				}
+			}
+			if _, err := t.look(again); err != nil && !errors.Is(err, unix.EIO) {
+				fail(err)
+				return
+			}
+		}
+	})
+	return func() {
+		close(over)
+		watcher.Wait()
+		signal.Stop(signals)
+	}
+}
+
+// suspend stops the process as SIGTSTP does without a handler, which Go cannot take off again.
+// A process group that is orphaned is not stopped, as nothing would continue it (POSIX 2.4.3).
+func suspend() error {
+	if orphaned(os.Getppid()) {
+		return nil
+	}
+	runtime.LockOSThread() // the signal stops the process before Tgkill returns
+	defer runtime.UnlockOSThread()
+	return unix.Tgkill(unix.Getpid(), unix.Gettid(), unix.SIGSTOP)
+}
+
+// orphaned reports whether the process group has no parent in its session that is outside of the
+// group, from parent upwards.
+func orphaned(parent int) bool {
+	for parent > 1 {
+		session, err := unix.Getsid(parent)
+		own, _ := unix.Getsid(0)
+		if err != nil || session != own {
+			return true
+		}
+		if group, err := unix.Getpgid(parent); err != nil || group != unix.Getpgrp() {
+			return err != nil
+		}
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", parent))
+		if err != nil {
+			return true
+		}
+		after := string(stat[bytes.LastIndexByte(stat, ')')+1:]) // the name (proc_pid_stat(5))
+		if _, err := fmt.Sscanf(after, " %c %d", new(rune), &parent); err != nil {
+			return true
+		}
+	}
+	return true
+}
