@@ -204,7 +204,7 @@ func orWrite(tk *task) error {
 		return err
 	}
 	if err = tk.charge(2 * n * int(tk.u.blockSize)); err == nil {
-		err = tk.u.or(iov, lba, n, fua(tk.CDB))
+		err = tk.u.or(tk, iov, lba, n, fua(tk.CDB))
 	}
 	if err != nil {
 		tk.outDone = 0
@@ -213,10 +213,13 @@ func orWrite(tk *task) error {
 }
 
 // or sets those bits of n blocks from lba on that are set in iov.
-func (u *Unit) or(iov [][]byte, lba uint64, n int, durable bool) error {
+func (u *Unit) or(w worker, iov [][]byte, lba uint64, n int, durable bool) error {
 	buf := getScratch()
 	defer putScratch(buf)
 	for done, total := 0, n*int(u.blockSize); done < total; {
+		if w.stopped() {
+			return errStopped
+		}
 		part := (*buf)[:min(total-done, len(*buf))]
 		at := lba + uint64(done)/uint64(u.blockSize)
 		if err := u.read([][]byte{part}, at); err != nil {
@@ -273,16 +276,16 @@ func verify(tk *task) error {
 	}
 	switch {
 	case protect != 0: // that it can be read, with these checks
-		return tk.u.checkMedium(lba, n, protectChecks[protect])
+		return tk.u.checkMedium(tk, lba, n, protectChecks[protect])
 	case check == 3:
 		for i := range uint64(n) {
-			if err := tk.u.compare(want, lba+i, 1); err != nil {
+			if err := tk.u.compare(tk, want, lba+i, 1); err != nil {
 				return err
 			}
 		}
 		return nil
 	}
-	return tk.u.compare(want, lba, n) // without data-out: that it can be read
+	return tk.u.compare(tk, want, lba, n) // without data-out: that it can be read
 }
 
 // writeAndVerify is WRITE AND VERIFY(10), (12) and (16) (SBC-4 5.45): the data
@@ -303,30 +306,33 @@ func writeAndVerify(tk *task) error {
 	if check == 1 {
 		iov = tk.clip(tk.Out, tk.outLen, 0, tk.outDone)
 	}
-	return tk.u.compare(iov, lba, n)
+	return tk.u.compare(tk, iov, lba, n)
 }
 
 // compare reads n blocks from lba on and compares them with want, if it is not
 // nil. A difference is MISCOMPARE DURING VERIFY OPERATION with the offset of
 // the first wrong byte as INFORMATION.
-func (u *Unit) compare(want [][]byte, lba uint64, n int) error {
+func (u *Unit) compare(w worker, want [][]byte, lba uint64, n int) error {
 	buf := getScratch()
 	defer putScratch(buf)
 	total := n * int(u.blockSize)
 	for done := 0; done < total; {
+		if w.stopped() {
+			return errStopped
+		}
 		part := (*buf)[:min(total-done, len(*buf))]
 		if err := u.read([][]byte{part}, lba+uint64(done)/uint64(u.blockSize)); err != nil {
 			return err
 		}
 		if want != nil {
 			at := done
-			for _, w := range clip(nil, want, done, len(part)) {
-				if i := mismatch(part[at-done:], w); i >= 0 {
+			for _, p := range clip(nil, want, done, len(part)) {
+				if i := mismatch(part[at-done:], p); i >= 0 {
 					s := MiscompareInVerify
 					s.Info, s.InfoValid = uint64(at+i), true
 					return s
 				}
-				at += len(w)
+				at += len(p)
 			}
 		}
 		done += len(part)
@@ -369,7 +375,7 @@ func compareAndWrite(tk *task) error {
 	if err := tk.charge(2 * n * size); err != nil {
 		return err
 	}
-	if err := tk.u.compare(clip(nil, tk.Out, 0, n*size), lba, n); err != nil {
+	if err := tk.u.compare(tk, clip(nil, tk.Out, 0, n*size), lba, n); err != nil {
 		return err
 	}
 	if err := tk.u.write(clip(nil, tk.Out, n*size, n*size), lba, fua(cdb)); err != nil {
@@ -442,9 +448,9 @@ func writeSame(tk *task) error {
 		return err
 	}
 	if zero {
-		err = u.zero(lba, n, discard)
+		err = u.zero(tk, lba, n, discard)
 	} else {
-		err = u.repeat(lba, n, block)
+		err = u.repeat(tk, lba, n, block)
 	}
 	if err != nil {
 		tk.outDone = 0
@@ -497,9 +503,9 @@ func unmap(tk *task) error {
 		if blocks == 0 {
 			continue
 		}
-		err := u.discard(lba, blocks)
+		err := u.discard(tk, lba, blocks)
 		if errors.Is(err, errors.ErrUnsupported) {
-			err = u.zero(lba, blocks, false) // as LBPRZ promises
+			err = u.zero(tk, lba, blocks, false) // as LBPRZ promises
 		}
 		if err != nil {
 			return err
@@ -523,6 +529,9 @@ func getLBAStatus(tk *task) error {
 	}
 	b := make([]byte, 8)
 	for end := u.Blocks(); lba < end && len(b) <= min(alloc, 4096)-16; {
+		if tk.stopped() {
+			return errStopped
+		}
 		mapped, n, err := u.mapped(lba, min(end-lba, math.MaxUint32))
 		if err != nil {
 			return err

@@ -28,9 +28,12 @@ const (
 	segmentLen          = 28
 )
 
+// copyPiece is how many bytes a Copier copies at once.
+const copyPiece = 16 << 20
+
 // Copier is a Backend that copies from another one without the data coming
 // through this process. An error that is errors.ErrUnsupported, with nothing
-// copied, makes the unit read and write.
+// copied, makes the unit read and write what is left.
 type Copier interface {
 	CopyFrom(src Backend, srcOff, off, n int64) error
 }
@@ -221,8 +224,10 @@ func (tk *task) copySegment(s segment) error {
 	}
 	slices.SortFunc(both, func(a, b *Unit) int { return strings.Compare(a.serial, b.serial) })
 	for _, u := range slices.Compact(both) {
-		u.medium.RLock()
-		defer u.medium.RUnlock()
+		if !tk.lockMedium(u, false) {
+			return TargetFailure // aborted
+		}
+		defer u.medium.unlock(false)
 	}
 	if err := s.check(tk.Nexus); err != nil { // again, now that nothing can change
 		return err
@@ -239,8 +244,20 @@ func (tk *task) copySegment(s segment) error {
 // move copies the data: by the backend's own means, or piece by piece.
 func (s segment) move(tk *task) error {
 	fromOff, toOff := int64(s.fromLBA)*s.from.blockSize, int64(s.toLBA)*s.to.blockSize
+	done := int64(0)
 	if c, ok := s.to.b.(Copier); ok && s.bytes > 0 && s.from.cfg.Protection == nil && s.to.cfg.Protection == nil {
-		err := s.to.attempt("write", toOff, func() error { return c.CopyFrom(s.from.b, fromOff, toOff, s.bytes) })
+		var err error
+		for err == nil && done < s.bytes {
+			if tk.stopped() {
+				err = errStopped
+				break
+			}
+			n := min(s.bytes-done, copyPiece)
+			err = s.to.attempt("write", toOff+done, func() error { return c.CopyFrom(s.from.b, fromOff+done, toOff+done, n) })
+			if err == nil {
+				done += n
+			}
+		}
 		switch {
 		case err == nil:
 			return s.to.settle()
@@ -251,9 +268,9 @@ func (s segment) move(tk *task) error {
 	}
 	buf := getScratch()
 	defer putScratch(buf)
-	for done := int64(0); done < s.bytes; {
-		if tk.state.Load() != running {
-			return TargetFailure // aborted
+	for done < s.bytes {
+		if tk.stopped() {
+			return errStopped
 		}
 		part := [][]byte{(*buf)[:min(s.bytes-done, int64(len(*buf)))]}
 		if err := s.from.read(part, uint64((fromOff+done)/s.from.blockSize)); err != nil {

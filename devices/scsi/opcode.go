@@ -95,9 +95,9 @@ func init() {
 		0x41: {name: "WRITE SAME(10)", usage: "\x41\xfe" + lba4 + "\x00\xff\xff\x00", dir: DataOut, flags: medium | writes, run: writeSame},
 		0x42: {name: "UNMAP", usage: "\x42\x01" + zeros4 + "\x00\xff\xff\x00", dir: DataOut, flags: medium | writes | thinOnly, run: unmap},
 		0x48: {name: "SANITIZE", actions: []opcode{
-			{name: "SANITIZE, OVERWRITE", usage: "\x48\xa1" + zeros4 + "\x00\xff\xff\x00", dir: DataOut, flags: writes | alone, run: sanitize},
-			{name: "SANITIZE, BLOCK ERASE", usage: "\x48\xa2" + zeros4 + "\x00\xff\xff\x00", flags: writes | alone | thinOnly, run: sanitize},
-			{name: "SANITIZE, EXIT FAILURE MODE", usage: "\x48\x1f" + zeros4 + "\x00\xff\xff\x00", flags: writes | alone, run: sanitize},
+			{name: "SANITIZE, OVERWRITE", usage: "\x48\xa1" + zeros4 + "\x00\xff\xff\x00", dir: DataOut, flags: writes, run: sanitize},
+			{name: "SANITIZE, BLOCK ERASE", usage: "\x48\xa2" + zeros4 + "\x00\xff\xff\x00", flags: writes | thinOnly, run: sanitize},
+			{name: "SANITIZE, EXIT FAILURE MODE", usage: "\x48\x1f" + zeros4 + "\x00\xff\xff\x00", flags: writes, run: sanitize},
 		}},
 		0x4d: {name: "LOG SENSE", usage: "\x4d\x01\xff\xff\x00\xff\xff\xff\xff\x00", dir: DataIn, flags: prompt | always, run: logSense},
 		0x55: {name: "MODE SELECT(10)", usage: "\x55\x11" + zeros4 + "\x00\xff\xff\x00", dir: DataOut, flags: alone, run: modeSelect},

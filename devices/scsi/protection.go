@@ -140,10 +140,13 @@ func (u *Unit) readChecked(iov [][]byte, lba uint64, tuples [][]byte, k protecti
 }
 
 // checkMedium reads n blocks from lba on and checks them.
-func (u *Unit) checkMedium(lba uint64, n int, k protectionCheck) error {
+func (u *Unit) checkMedium(w worker, lba uint64, n int, k protectionCheck) error {
 	buf := getScratch()
 	defer putScratch(buf)
 	for per := len(*buf) / int(u.blockSize); n > 0; n, lba = n-per, lba+uint64(per) {
+		if w.stopped() {
+			return errStopped
+		}
 		if err := u.readChecked([][]byte{(*buf)[:min(n, per)*int(u.blockSize)]}, lba, nil, k); err != nil {
 			return err
 		}

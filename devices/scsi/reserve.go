@@ -448,9 +448,15 @@ func (s *taskSet) reserveOut(tk *task, r reserveOut) error {
 	s.prOut.Unlock()
 	s.mu.Unlock()
 	if w != nil {
-		<-w.done
-		tk.u.medium.Lock()
-		defer tk.u.medium.Unlock()
+		s.interruptibly(tk, func(cut <-chan struct{}) {
+			select {
+			case <-w.done:
+			case <-cut:
+			}
+		})
+		if tk.lockMedium(tk.u, true) {
+			tk.u.medium.unlock(true)
+		}
 	}
 	return nil
 }

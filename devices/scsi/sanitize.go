@@ -1,6 +1,9 @@
 package scsi
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"sync/atomic"
+)
 
 // States of a unit as to SANITIZE.
 const (
@@ -30,10 +33,20 @@ func (u *Unit) notReady() error {
 	return nil
 }
 
+// sanitizeOperation is what SANITIZE has begun. It is the unit's, not the command's: abort and reset
+// end a command that waits for it, and nothing but Detach and the end of the target ends the operation
+// itself, which has failed then (SBC-4 4.11). It goes on over a power cycle of the guest.
+type sanitizeOperation struct {
+	stop atomic.Bool
+	err  error         // for who has seen done closed
+	done chan struct{} // closed when the operation has ended
+}
+
+func (o *sanitizeOperation) stopped() bool { return o.stop.Load() }
+
 // sanitize is SANITIZE (SBC-4 5.29). All of the medium that the initiator can
 // read is changed; what a host's file system or device keeps of it elsewhere is
-// not this target's. An operation that was begun goes on to its end, whatever
-// task management function comes, but not over the end of this process.
+// not this target's.
 func sanitize(tk *task) error {
 	u, action, n := tk.u, tk.op.action(), int(binary.BigEndian.Uint16(tk.CDB[7:]))
 	var pattern []byte
@@ -54,72 +67,112 @@ func sanitize(tk *task) error {
 	} else if n != 0 {
 		return invalidCDB(7, 7)
 	}
+	op, err := tk.beginSanitize(action, pattern)
+	if op == nil || tk.CDB[1]&0x80 != 0 { // IMMED
+		return err // commands to come tell of a failure
+	}
+	u.set.interruptibly(tk, func(cut <-chan struct{}) {
+		select {
+		case <-op.done:
+			err = op.err
+		case <-cut:
+		}
+	})
+	return err
+}
+
+// beginSanitize waits until no other command uses the medium and begins the operation, or ends the
+// failure of one: then it returns none. No state is set before the wait is over (TestSanitizeAborted).
+func (tk *task) beginSanitize(action byte, pattern []byte) (*sanitizeOperation, error) {
+	u := tk.u
+	if u.sanitize.Load() == sanitizing {
+		return nil, SanitizeInProgress
+	}
+	if !tk.lockMedium(u, true) {
+		return nil, TargetFailure // aborted
+	}
+	defer u.medium.unlock(true)
 	switch state := u.sanitize.Load(); {
 	case u.stopped.Load():
-		return BecomingReady
+		return nil, BecomingReady
 	case state == sanitizing:
-		return SanitizeInProgress
+		return nil, SanitizeInProgress
+	case tk.stopped():
+		return nil, TargetFailure
 	case action != sanitizeExitFailure:
-		u.sanitize.Store(sanitizing)
 	case state == sanitizeFailed:
-		return invalidCDB(1, 4) // only after one with AUSE
+		return nil, invalidCDB(1, 4) // only after one with AUSE
 	default:
 		u.sanitize.Store(notSanitizing)
-		return nil
+		return nil, nil
 	}
-	do := func() error {
-		err := u.erase(pattern)
-		switch {
-		case err == nil:
-			u.sanitize.Store(notSanitizing)
-		case tk.CDB[1]&0x20 != 0: // AUSE
-			u.sanitize.Store(sanitizeFailedAUSE)
-		default:
-			u.sanitize.Store(sanitizeFailed)
-		}
-		if err != nil {
-			return SanitizeFailed
-		}
-		return nil
+	op, failed := &sanitizeOperation{done: make(chan struct{})}, sanitizeFailed
+	if tk.CDB[1]&0x20 != 0 { // AUSE
+		failed = sanitizeFailedAUSE
 	}
-	if tk.CDB[1]&0x80 != 0 { // IMMED
-		tk.after = func() error {
-			u.medium.Lock()
-			defer u.medium.Unlock()
-			_ = do() // commands to come tell of a failure
-			return nil
+	u.sanitize.Store(sanitizing)
+	u.sanitizing.Store(op)
+	go func() { // Detach and Target.End stop it
+		defer close(op.done)
+		ended := notSanitizing
+		if err := u.erase(op, pattern); err != nil {
+			ended, op.err = failed, SanitizeFailed
 		}
-		return nil
-	}
-	return do()
+		u.sanitizing.Store(nil)
+		u.sanitize.Store(ended)
+	}()
+	return op, nil
 }
 
 // erase discards every block, or overwrites it as pattern says, whose first byte is
 // that of the parameter list and the rest what is repeated in every block.
-func (u *Unit) erase(pattern []byte) error {
-	blocks := u.Blocks()
-	if pattern == nil {
-		if err := u.zero(0, blocks, true); err != nil {
-			return err
+func (u *Unit) erase(op *sanitizeOperation, pattern []byte) error {
+	passes, block := byte(1), []byte(nil)
+	if pattern != nil {
+		passes, block = pattern[0]&0x1f, make([]byte, u.blockSize) // OVERWRITE COUNT
+		for i := range block {
+			block[i] = pattern[1+i%(len(pattern)-1)]
 		}
-		return u.flush()
 	}
-	how, block := pattern[0], make([]byte, u.blockSize)
-	for i := range block {
-		block[i] = pattern[1+i%(len(pattern)-1)]
-	}
-	for range how & 0x1f { // OVERWRITE COUNT
-		if err := u.repeat(0, blocks, block); err != nil {
+	for range passes {
+		if err := u.erasePass(op, block); err != nil {
 			return err
 		}
 		if err := u.flush(); err != nil {
 			return err
 		}
-		if how&0x80 != 0 { // INVERT
+		if pattern != nil && pattern[0]&0x80 != 0 { // INVERT
 			for i := range block {
 				block[i] = ^block[i]
 			}
 		}
 	}
 	return nil
+}
+
+// erasePass writes block to all blocks, or discards them if it is nil. Between two pieces the medium
+// is free, for a resize.
+func (u *Unit) erasePass(op *sanitizeOperation, block []byte) error {
+	piece := func(p *pieces, lba uint64) (n uint64, err error) {
+		u.medium.lock(false, nil)
+		defer u.medium.unlock(false)
+		if n = p.next(u.Blocks() - min(lba, u.Blocks())); n == 0 {
+			return 0, nil
+		}
+		if block == nil {
+			return n, u.zero(op, lba, n, true)
+		}
+		return n, u.repeat(op, lba, n, block)
+	}
+	p := u.pieces()
+	for lba := uint64(0); ; {
+		if op.stopped() {
+			return errStopped
+		}
+		n, err := piece(&p, lba)
+		if n == 0 || err != nil {
+			return err
+		}
+		lba += n
+	}
 }

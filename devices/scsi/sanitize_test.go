@@ -6,6 +6,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
@@ -45,7 +46,7 @@ func TestSanitize(t *testing.T) {
 	}
 	list[0] = 0x82
 	expect(t, target, sanitizeCDB(0x81, len(list)), list, 0, "GOOD")
-	settle(target)
+	ready(t, target)
 	if got := medium(); got[0] != 0x5f || got[blocks*block-1] != ^want[block-1] {
 		t.Errorf("OVERWRITE with IMMED, inverted: % x", got[:8])
 	}
@@ -100,11 +101,163 @@ func TestSanitizeFailure(t *testing.T) {
 		faulty := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpDiscard, Nth: 1, Err: syscall.EIO})
 		target := attach(t, scsi.UnitConfig{Backend: faulty})
 		expect(t, target, sanitizeCDB(v.b1, 0), nil, 0, v.want)
-		settle(target)
+		ready(t, target)
 		expect(t, target, testUnitReady, nil, 0, "CHECK 3/31/03")
 		expect(t, target, cdb10(0x2a, 0, 0, 1), make([]byte, block), 0, "CHECK 3/31/03")
 		expect(t, target, sanitizeCDB(0x1f, 0), nil, 0, v.exit)
 		expect(t, target, sanitizeCDB(0x02, 0), nil, 0, "GOOD")
 		expect(t, target, testUnitReady, nil, 0, "GOOD")
+	}
+}
+
+// ready waits until no sanitize operation is in progress.
+func ready(t *testing.T, target *scsi.Target) {
+	t.Helper()
+	for range 100_000 {
+		if scsitest.Do(target, 0, testUnitReady, nil, 0).String() != "CHECK 2/04/1b" {
+			return
+		}
+		time.Sleep(100 * time.Microsecond)
+	}
+	t.Fatal("SANITIZE is in progress for ever")
+}
+
+// TestSanitizeAborted: a SANITIZE that waits for the medium and is aborted leaves no state, with IMMED and
+// without, and whatever aborts it does not wait for the command that has the medium.
+func TestSanitizeAborted(t *testing.T) {
+	for _, b1 := range []byte{0x02, 0x82, 0xa2} {
+		for name, abort := range map[string]func(*scsi.Target){
+			"ABORT TASK":  func(target *scsi.Target) { target.AbortTask(0, 0, 7) },
+			"NEXUS RESET": func(target *scsi.Target) { target.NexusReset(3) },
+		} {
+			hang, reading := make(chan struct{}), make(chan struct{})
+			rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+			target := attach(t, scsi.UnitConfig{Backend: rec})
+			rec.OnCall = func(call string) {
+				if strings.HasPrefix(call, "read") {
+					close(reading)
+					<-hang
+				}
+			}
+			read, sanitize := make(chan scsi.Result, 1), make(chan scsi.Result, 1)
+			asNexus(target, 2, testUnitReady, nil, 0)
+			target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, block)}, Nexus: 2, Tag: 1,
+				Done: func(r scsi.Result) { read <- r }})
+			<-reading
+			nexus := scsi.NexusID(0)
+			if name == "NEXUS RESET" {
+				nexus = 3
+				asNexus(target, 3, testUnitReady, nil, 0)
+			}
+			target.Submit(&scsi.Command{CDB: sanitizeCDB(b1, 0), Nexus: nexus, Tag: 7,
+				Done: func(r scsi.Result) { sanitize <- r }})
+			time.Sleep(20 * time.Millisecond) // it waits by now, on most machines
+			ended := make(chan struct{})
+			go func() {
+				abort(target)
+				close(ended)
+			}()
+			select {
+			case <-ended:
+			case <-time.After(10 * time.Second):
+				t.Errorf("%s waits for the READ", name)
+			}
+			close(hang)
+			if r := <-sanitize; r.Abort == scsi.NotAborted {
+				t.Errorf("%s: %+v", name, r)
+			}
+			expect(t, target, testUnitReady, nil, 0, "GOOD")
+			if r := <-read; r.Status != scsi.Good {
+				t.Errorf("%s: the READ: %+v", name, r)
+			}
+			target.LogicalUnitReset(0)
+			expect(t, target, testUnitReady, nil, 0, "CHECK 6/29/03")
+			expect(t, target, testUnitReady, nil, 0, "GOOD")
+		}
+	}
+}
+
+// TestSanitizeGoesOn: what was begun goes on over abort, reset and power on, none of which waits for it,
+// and is a failure once the unit was detached meanwhile.
+func TestSanitizeGoesOn(t *testing.T) {
+	list := []byte{31, 0, 0, 1, 0xa5}
+	for name, end := range map[string]func(*scsi.Target){
+		"ABORT TASK":         func(target *scsi.Target) { target.AbortTask(0, 0, 7) },
+		"LOGICAL UNIT RESET": func(target *scsi.Target) { target.LogicalUnitReset(0) },
+		"NEXUS RESET":        func(target *scsi.Target) { target.NexusReset(0) },
+		"power on":           func(target *scsi.Target) { target.PowerOn() },
+		"Detach": func(target *scsi.Target) {
+			u := target.Unit(0)
+			if err := target.Detach(0); err != nil {
+				t.Error(err)
+			}
+			if err := target.Attach(0, u); err != nil {
+				t.Error(err)
+			}
+		},
+		"Resize": func(target *scsi.Target) {
+			if err := target.Unit(0).Resize(func() error { return nil }); err != nil {
+				t.Error(err)
+			}
+		},
+	} {
+		for _, b1 := range []byte{0x01, 0x81} {
+			target := attach(t, scsi.UnitConfig{Backend: backend.Null(1 << 40)})
+			answer := make(chan scsi.Result, 1)
+			target.Submit(&scsi.Command{CDB: sanitizeCDB(b1, len(list)), Out: [][]byte{list}, Tag: 7,
+				Done: func(r scsi.Result) { answer <- r }})
+			for scsitest.Do(target, 0, testUnitReady, nil, 0).String() != "CHECK 2/04/1b" {
+				time.Sleep(time.Millisecond)
+			}
+			end(target)
+			if b1 == 0x81 || name != "Resize" {
+				<-answer
+			}
+			want := "CHECK 2/04/1b"
+			if name == "Detach" {
+				want = "CHECK 3/31/03"
+			}
+			if err := scsitest.Ready(target, 0); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s, %02x: %v, want %s", name, b1, err, want)
+			}
+			if err := target.Detach(0); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// TestMemoryAfterDone scribbles over the CDB and the buffers of each command upon its answer, which are
+// the initiator's again, for the commands that go on after it.
+func TestMemoryAfterDone(t *testing.T) {
+	list := []byte{0x81, 0, 0, 2, 0xa0, 0xb1}
+	for _, v := range []struct{ cdb, out []byte }{
+		{sanitizeCDB(0x81, len(list)), list}, {sanitizeCDB(0x82, 0), nil},
+		{cdb10(0x35, 0x02, 0, 0), nil}, {cdb16(0x91, 0x02, 0, 0), nil}, {[]byte{0x1b, 1, 0, 0, 0, 0}, nil},
+	} {
+		faulty := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush | backend.OpDiscard, Err: syscall.EIO})
+		target := attach(t, scsi.UnitConfig{Backend: faulty})
+		cdb, out, done := bytes.Clone(v.cdb), bytes.Clone(v.out), make(chan struct{})
+		c := &scsi.Command{CDB: cdb, Out: [][]byte{out}}
+		c.Done = func(scsi.Result) {
+			for i := range cdb {
+				cdb[i] = 0xff // AUSE among others
+			}
+			for i := range out {
+				out[i] = 0xff
+			}
+			*c = scsi.Command{LUN: 1 << 63, Nexus: 99}
+			close(done)
+		}
+		target.Submit(c)
+		<-done
+		settle(target)
+		if v.cdb[0] != 0x48 {
+			expect(t, target, testUnitReady, nil, 0, "CHECK 3/0c/00") // deferred, to the nexus that sent it
+			continue
+		}
+		ready(t, target)
+		expect(t, target, testUnitReady, nil, 0, "CHECK 3/31/03")
+		expect(t, target, sanitizeCDB(0x1f, 0), nil, 0, "CHECK 5/24/00") // AUSE was 0
 	}
 }

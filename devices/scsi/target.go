@@ -72,9 +72,13 @@ func (t *Target) Detach(lun LUN) error {
 	delete(units, lun)
 	t.swap(units, nil)
 	u.set.close()
+	if op := u.sanitizing.Load(); op != nil {
+		op.stop.Store(true)
+		<-op.done
+	}
 	// Copies between other units end before the backend may be closed.
-	u.medium.Lock()
-	defer u.medium.Unlock()
+	u.medium.lock(true, nil)
+	defer u.medium.unlock(true)
 	return nil
 }
 
@@ -158,7 +162,9 @@ func (t *Target) serve(tk *task) {
 
 // finish answers the command and does what is left then.
 func (t *Target) finish(tk *task, r Result, entered bool) {
-	tk.Done(r)
+	done := tk.Done
+	tk.Command = nil // it is the caller's again, CDB and buffers too: no later use of it goes unseen
+	done(r)
 	if tk.after != nil && r.Status == Good {
 		if err := tk.after(); err != nil {
 			sense := senseOf(err)
@@ -255,25 +261,37 @@ func (tk *task) once() error {
 		}
 	}
 	switch {
-	case op.flags&alone != 0 && tk.now:
-		if !u.medium.TryLock() {
+	case op.flags&(medium|alone) == 0:
+	case tk.now:
+		if !u.medium.try(op.flags&alone != 0) {
 			return errWait
 		}
-		defer u.medium.Unlock()
-	case op.flags&alone != 0:
-		u.medium.Lock()
-		defer u.medium.Unlock()
-	case op.flags&medium != 0 && tk.now:
-		if !u.medium.TryRLock() {
-			return errWait
+		defer u.medium.unlock(op.flags&alone != 0)
+	default:
+		if !tk.lockMedium(u, op.flags&alone != 0) {
+			return TargetFailure // likewise
 		}
-		defer u.medium.RUnlock()
-	case op.flags&medium != 0:
-		u.medium.RLock()
-		defer u.medium.RUnlock()
+		defer u.medium.unlock(op.flags&alone != 0)
+		if op.flags&medium != 0 { // again: it may have been stopped or sanitized meanwhile
+			if err := u.notReady(); err != nil {
+				return err
+			}
+		}
 	}
 	return op.run(tk)
 }
+
+// lockMedium takes the medium of u, and returns false without it when tk is aborted.
+func (tk *task) lockMedium(u *Unit, alone bool) (ok bool) {
+	if u.medium.try(alone) {
+		return true
+	}
+	tk.u.set.interruptibly(tk, func(cut <-chan struct{}) { ok = u.medium.lock(alone, cut) })
+	return ok
+}
+
+// stopped implements worker: an aborted command ends between two pieces of its work.
+func (tk *task) stopped() bool { return tk.state.Load() == aborted }
 
 // acceptable checks what a CDB must have before its operation code matters.
 func (tk *task) acceptable() error {

@@ -78,19 +78,20 @@ type Unit struct {
 	limit       *limiter // nil: none
 	now         Prompt   // nil: every transfer may wait
 
-	blocks   atomic.Uint64 // capacity
-	wce      atomic.Bool   // caching mode page: WCE
-	swp      atomic.Bool   // control mode page: SWP
-	dSense   atomic.Bool   // control mode page: D_SENSE
-	stopped  atomic.Bool   // START STOP UNIT
-	sanitize atomic.Int32  // SANITIZE
-	written  atomic.Uint64 // writes that were not made durable, counted when done
-	flushed  atomic.Uint64 // the part of written that a flush has covered
+	blocks     atomic.Uint64                     // capacity
+	wce        atomic.Bool                       // caching mode page: WCE
+	swp        atomic.Bool                       // control mode page: SWP
+	dSense     atomic.Bool                       // control mode page: D_SENSE
+	stopped    atomic.Bool                       // START STOP UNIT
+	sanitize   atomic.Int32                      // SANITIZE
+	sanitizing atomic.Pointer[sanitizeOperation] // nil: none
+	written    atomic.Uint64                     // writes that were not made durable, counted when done
+	flushed    atomic.Uint64                     // the part of written that a flush has covered
 
 	// medium orders commands that must not be interleaved with others: COMPARE
 	// AND WRITE and MODE SELECT hold it alone, as does Resize; commands that
 	// access the medium share it. It is taken after set.mu has been released, never inside.
-	medium sync.RWMutex
+	medium mediumLock
 
 	// tuples keeps blocks and their protection information together: held alone
 	// where both change, and shared where both are read. It is taken after medium.
@@ -249,8 +250,8 @@ func (u *Unit) Resize(change func() error) error {
 }
 
 func (u *Unit) resize(change func() error) error {
-	u.medium.Lock()
-	defer u.medium.Unlock()
+	u.medium.lock(true, nil)
+	defer u.medium.unlock(true)
 	if err := change(); err != nil {
 		return err
 	}
@@ -454,7 +455,33 @@ func (u *Unit) settle() error {
 
 // discard gives back what it can of the storage of n blocks from lba on, which read
 // as zeroes then.
-func (u *Unit) discard(lba, n uint64) error {
+func (u *Unit) discard(w worker, lba, n uint64) error {
+	return u.inPieces(w, lba, n, u.discardPiece)
+}
+
+// inPieces calls do for all of n blocks from lba on. Pieces end where a multiple of the first one's size
+// does, so that none cuts what the backend gives back at once.
+func (u *Unit) inPieces(w worker, lba, n uint64, do func(lba, n uint64) error) error {
+	for p, first := u.pieces(), true; n > 0; first = false {
+		if w.stopped() {
+			return errStopped
+		}
+		k := p.next(n)
+		if rest := lba % uint64(firstPiece/u.blockSize); k < n && k > rest {
+			k -= rest
+		}
+		if err := do(lba, k); err != nil {
+			if errors.Is(err, errors.ErrUnsupported) && !first {
+				return u.repeat(w, lba, n, make([]byte, u.blockSize))
+			}
+			return err
+		}
+		lba, n = lba+k, n-k
+	}
+	return nil
+}
+
+func (u *Unit) discardPiece(lba, n uint64) error {
 	off, size, p := int64(lba)*u.blockSize, int64(n)*u.blockSize, u.cfg.Protection
 	if p != nil {
 		u.tuples.Lock()
@@ -474,17 +501,20 @@ func (u *Unit) discard(lba, n uint64) error {
 
 // zero makes n blocks from lba on read as zeroes; with discard it gives their
 // storage back if it can.
-func (u *Unit) zero(lba, n uint64, discard bool) error {
-	off, size, err := int64(lba)*u.blockSize, int64(n)*u.blockSize, errors.ErrUnsupported
+func (u *Unit) zero(w worker, lba, n uint64, discard bool) error {
+	err := errors.ErrUnsupported
 	if discard && u.thin() {
-		err = u.discard(lba, n)
+		err = u.discard(w, lba, n)
 	}
 	if z, ok := u.b.(Zeroer); ok && u.cfg.Protection == nil && errors.Is(err, errors.ErrUnsupported) {
-		err = u.attempt("zero", off, func() error { return z.Zero(off, size) })
+		err = u.inPieces(w, lba, n, func(lba, n uint64) error {
+			off := int64(lba) * u.blockSize
+			return u.attempt("zero", off, func() error { return z.Zero(off, int64(n)*u.blockSize) })
+		})
 	}
 	switch {
 	case errors.Is(err, errors.ErrUnsupported):
-		return u.repeat(lba, n, make([]byte, u.blockSize))
+		return u.repeat(w, lba, n, make([]byte, u.blockSize))
 	case err != nil:
 		return err
 	}
@@ -492,13 +522,16 @@ func (u *Unit) zero(lba, n uint64, discard bool) error {
 }
 
 // repeat writes block to each of n blocks from lba on.
-func (u *Unit) repeat(lba, n uint64, block []byte) error {
+func (u *Unit) repeat(w worker, lba, n uint64, block []byte) error {
 	buf := getScratch()
 	defer putScratch(buf)
 	for i := 0; i < len(*buf); i += len(block) {
 		copy((*buf)[i:], block)
 	}
 	for per := uint64(len(*buf) / len(block)); n > 0; {
+		if w.stopped() {
+			return errStopped
+		}
 		k := min(n, per)
 		if err := u.store([][]byte{(*buf)[:k*uint64(len(block))]}, lba); err != nil {
 			return err

@@ -1,0 +1,71 @@
+package scsi_test
+
+import (
+	"encoding/binary"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/scsitest"
+)
+
+// TestLongCommandsAbort aborts each long command in the middle of its first access to the backend, and
+// counts those that come after: the rest of the work is left.
+func TestLongCommandsAbort(t *testing.T) {
+	const many = 1 << 16 // blocks
+	ranges := make([]byte, 8+256*16)
+	binary.BigEndian.PutUint16(ranges[2:], 256*16)
+	for i := range 256 {
+		binary.BigEndian.PutUint64(ranges[8+16*i:], uint64(i)*16)
+		binary.BigEndian.PutUint32(ranges[16+16*i:], 8)
+	}
+	unmap := []byte{0x42, 0, 0, 0, 0, 0, 0, byte(len(ranges) >> 8), byte(len(ranges) & 0xff), 0}
+	ones := slices.Repeat([]byte{1}, block)
+	for _, v := range []struct {
+		name     string
+		cdb, out []byte
+	}{
+		{"VERIFY", cdb16(0x8f, 0, 0, many), nil},
+		{"VERIFY of one block", cdb16(0x8f, 0x06, 0, many), make([]byte, block)},
+		{"WRITE SAME", cdb16(0x93, 0, 0, many), ones},
+		{"ORWRITE", cdb16(0x8b, 0, 0, many), make([]byte, many*block)},
+		{"UNMAP", unmap, ranges},
+		{"SANITIZE", sanitizeCDB(0x01, 5), []byte{31, 0, 0, 1, 0xa5}},
+	} {
+		rec := &scsitest.Recorder{Backend: backend.NewMem(many * block)}
+		target := attach(t, scsi.UnitConfig{Backend: rec})
+		var calls atomic.Int32
+		var first sync.Once
+		begun, aborting := make(chan struct{}), make(chan struct{})
+		rec.OnCall = func(string) {
+			calls.Add(1)
+			first.Do(func() {
+				close(begun)
+				<-aborting
+			})
+			time.Sleep(5 * time.Millisecond) // else all may be over before the abort is seen
+		}
+		answer := make(chan scsi.Result, 1)
+		target.Submit(&scsi.Command{CDB: v.cdb, Out: [][]byte{v.out}, Tag: 7, Done: func(r scsi.Result) { answer <- r }})
+		<-begun
+		close(aborting)
+		if v.name == "SANITIZE" {
+			// What was begun goes on: Detach is what ends it.
+			if err := target.Detach(0); err != nil {
+				t.Error(err)
+			}
+		} else {
+			target.AbortTask(0, 0, 7)
+		}
+		if r := <-answer; r.Abort == scsi.NotAborted {
+			t.Errorf("%s: %+v", v.name, r)
+		}
+		if n := calls.Load(); n > 60 {
+			t.Errorf("%s: %d accesses in spite of the abort", v.name, n)
+		}
+	}
+}
