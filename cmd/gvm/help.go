@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -120,13 +121,16 @@ func complete(commands []*cli.Command) {
 	}
 }
 
+var oneDash = regexp.MustCompile(`(: |for flag |for )-([a-z][a-z-]+)(:|$)`)
+
 // flagError answers an error of the flag package.
 func flagError(c *cli.Context, err error, _ bool) error {
 	page := strings.TrimPrefix(c.Command.HelpName, "gvm")
 	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: "); ok {
 		return usageError{unknownFlag(c.Command, name)}
 	}
-	return usageError{fmt.Errorf("%w; see gvm help%s", err, page)}
+	// The flag package writes one dash.
+	return usageError{fmt.Errorf("%s; see gvm help%s", oneDash.ReplaceAllString(err.Error(), "$1--$2$3"), page)}
 }
 
 // unknownFlag says that a command has no such flag.

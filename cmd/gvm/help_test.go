@@ -83,6 +83,10 @@ func TestSuggestions(t *testing.T) {
 	for _, tt := range []struct{ args, want string }{
 		{"run --memroy 1G", "unknown flag --memroy; did you mean --memory? See gvm help run"},
 		{"run --mem 1G", "did you mean --memory?"},
+		{"run --cpus abc", `invalid value "abc" for flag --cpus: parse error; see gvm help run`},
+		{"run --cpus", "flag needs an argument: --cpus; see gvm help run"},
+		{"trace stat --json=maybe f", `invalid boolean value "maybe" for --json: parse error; see gvm help trace stat`},
+		{"run -c abc", `invalid value "abc" for flag -c: parse error`},
 		{"run --xyzzy", "unknown flag --xyzzy; see gvm help run"},
 		{"rnu", `unknown command "rnu"; did you mean run? See gvm help`},
 		{"xyzzy", `unknown command "xyzzy"; see gvm help`},

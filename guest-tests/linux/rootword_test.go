@@ -1,0 +1,99 @@
+package linux
+
+import (
+	"encoding/binary"
+	"fmt"
+	"hash/crc32"
+	"regexp"
+	"slices"
+	"testing"
+)
+
+// tables are a disk with an MBR and one with a GPT, each with its second partition for Linux.
+func tables() (mbr, gpt []byte) {
+	le := binary.LittleEndian
+	table := func(b []byte, i int, kind byte, first, blocks uint32) {
+		p := b[446+16*i:]
+		p[4] = kind
+		le.PutUint32(p[8:], first)
+		le.PutUint32(p[12:], blocks)
+		b[510], b[511] = 0x55, 0xaa
+	}
+	mbr, gpt = make([]byte, 8<<20), make([]byte, 8<<20)
+	le.PutUint32(mbr[440:], 0x00c0ffee)
+	table(mbr, 0, 0x82, 64, 1024)
+	table(mbr, 1, 0x83, 2048, 1024)
+
+	blocks := uint64(len(gpt) / 512)
+	table(gpt, 0, 0xee, 1, uint32(blocks-1))
+	entries := make([]byte, 128*128)
+	for i, kind := range []string{"\x28\x73\x2a\xc1\x1f\xf8\xd2\x11\xba\x4b\x00\xa0\xc9\x3e\xc9\x3b", "\xe3\xbc\x68\x4f\xcd\xe8\xb1\x4d\x96\xe7\xfb\xca\xf9\x84\xb7\x09"} {
+		e := entries[128*i:]
+		copy(e, kind)
+		for j := range 16 {
+			e[16+j] = byte(16*(i+1) + j)
+		}
+		le.PutUint64(e[32:], uint64(2048*(i+1)))
+		le.PutUint64(e[40:], uint64(2048*(i+1)+1023))
+	}
+	header := func(at, other, table uint64) {
+		h := gpt[at*512:][:92]
+		copy(h, "EFI PART\x00\x00\x01\x00\x5c\x00\x00\x00")
+		le.PutUint64(h[24:], at)
+		le.PutUint64(h[32:], other)
+		le.PutUint64(h[40:], 34)
+		le.PutUint64(h[48:], blocks-34)
+		copy(h[56:], "a disk of gvm's.")
+		le.PutUint64(h[72:], table)
+		le.PutUint32(h[80:], 128)
+		le.PutUint32(h[84:], 128)
+		le.PutUint32(h[88:], crc32.ChecksumIEEE(entries))
+		le.PutUint32(h[16:], crc32.ChecksumIEEE(h))
+		copy(gpt[table*512:], entries)
+	}
+	header(1, blocks-1, 2)
+	header(blocks-1, 1, blocks-33)
+	return mbr, gpt
+}
+
+var rootOnConsole = regexp.MustCompile(`Command line: .*\broot=PARTUUID=(\S+)`)
+
+var luns = regexp.MustCompile(`name-\d+`)
+
+// TestRootWord has the root= that gvm adds for the first of four disks and a kernel without an
+// initrd: Linux gives the partition that is meant the same PARTUUID, whatever the disks' names.
+func TestRootWord(t *testing.T) {
+	k := kernel(t, "7.3")
+	mbr, gpt := tables()
+	for name, first := range map[string][]byte{"MBR": mbr, "GPT": gpt} {
+		disks := []string{"--disk", diskFile(t, first)}
+		for i := range 3 {
+			disks = append(disks, "--disk", fmt.Sprintf("%s,lun=%d", diskFile(t, content(fmt.Sprint(name, i), 8<<20)), []int{1, 255, 300}[i]))
+		}
+		r := gvm(t, append([]string{"run", "--kernel", k.BZImage, "--memory", "512M"}, disks...)...)
+		r.wantStatus(t, 5) // VFS: Unable to mount root fs: the kernel's disk driver is a module
+		m := rootOnConsole.FindStringSubmatch(r.console)
+		if m == nil {
+			r.fatalf(t, "%s: no root=PARTUUID= on the kernel's command line", name)
+		}
+		r = guest{kernel: k, script: `
+wait_for /dev/sda; wait_for /dev/sdb; wait_for /dev/sdc; wait_for /dev/sdd
+for p in /sys/block/sd*/sd*[0-9]; do
+	grep -qi "^PARTUUID=` + m[1] + `$" $p/uevent || continue
+	say partition $(cat $p/partition)
+	lun=$(readlink -f $p/../device)
+	say lun ${lun##*:}
+done
+for d in /sys/block/sd*; do
+	lun=$(readlink -f $d/device)
+	say name-${lun##*:} ${d##*/}
+done
+`}.run(t, disks...)
+		r.wantStatus(t, 0)
+		r.want(t, map[string]string{"partition": "2", "lun": "0"})
+		names := luns.FindAllString(r.console, -1)
+		if slices.Sort(names); !slices.Equal(names, []string{"name-0", "name-1", "name-16684", "name-255"}) {
+			t.Errorf("%s: LUNs %q, want 300 with the bits of flat space addressing", name, names)
+		}
+	}
+}
