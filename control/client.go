@@ -63,6 +63,14 @@ func (c *Client) Resume(ctx context.Context) error {
 	return err
 }
 
+// Stop has the machine end, by the guest itself if it does so in time.
+func (c *Client) Stop(ctx context.Context, s Stop) (Stopped, error) {
+	return ask[Stopped](ctx, c, http.MethodPost, "machine/stop", s)
+}
+
+// Name returns the machine's name.
+func (c *Client) Name() string { return c.name }
+
 // Disks asks for the disks.
 func (c *Client) Disks(ctx context.Context) ([]Disk, error) {
 	return ask[[]Disk](ctx, c, http.MethodGet, "disks", nil)

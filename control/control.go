@@ -9,6 +9,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"time"
 )
 
 // Info is what a machine says of itself.
@@ -77,6 +78,21 @@ const (
 	Unchanged Guest = "unchanged" // there was nothing to tell
 )
 
+// MaxGrace is the longest grace time of a Stop.
+const MaxGrace = 24 * time.Hour
+
+// Stop is the body of POST /v1/machine/stop.
+type Stop struct {
+	// GraceMS is how many milliseconds the guest has to power itself off, after its power
+	// button has been pressed; 0 stops the machine at once.
+	GraceMS int64 `json:"grace_ms,omitempty"`
+}
+
+// Stopped is the answer to a Stop.
+type Stopped struct {
+	Asked bool `json:"asked"` // the guest has its grace time; else the machine ends now
+}
+
 // Machine is what a Server needs of a machine. Its methods are called from
 // several goroutines. An error that is an *Error goes to the client with its
 // status, any other as a failure of the host.
@@ -85,6 +101,8 @@ type Machine interface {
 	// Pause stops the CPUs, and Resume lets them go on.
 	Pause(context.Context) error
 	Resume() error
+	// Stop has the machine end. It does not wait for that.
+	Stop(Stop) (Stopped, error)
 	Disks() []Disk
 	AddDisk(AddDisk) (Change, error)
 	// RemoveDisk and ResizeDisk take a LUN, a serial number or an absolute path.

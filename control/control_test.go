@@ -50,6 +50,10 @@ func (f *fake) set(from, to State) error {
 func (f *fake) Pause(context.Context) error { return f.set(Running, Paused) }
 func (f *fake) Resume() error               { return f.set(Paused, Running) }
 
+func (f *fake) Stop(s Stop) (Stopped, error) {
+	return Stopped{Asked: s.GraceMS > 0}, f.set(Running, "stopped")
+}
+
 func (f *fake) Disks() (list []Disk) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

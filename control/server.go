@@ -118,6 +118,18 @@ func (s *Server) handler(m Machine) http.Handler {
 				return nil, m.Resume()
 			},
 		},
+		"/v1/machine/stop": {
+			http.MethodPost: func(r *http.Request) (any, error) {
+				var c Stop
+				if err := body(r, &c); err != nil {
+					return nil, err
+				}
+				if c.GraceMS < 0 || c.GraceMS > MaxGrace.Milliseconds() {
+					return nil, Errorf(http.StatusBadRequest, "grace_ms %d: want 0 to %d", c.GraceMS, MaxGrace.Milliseconds())
+				}
+				return m.Stop(c)
+			},
+		},
 		"/v1/disks": {
 			http.MethodGet: func(*http.Request) (any, error) { return append([]Disk{}, m.Disks()...), nil },
 			http.MethodPost: func(r *http.Request) (any, error) {

@@ -101,16 +101,17 @@ const (
 	Stopped                        // the context was cancelled
 	HostFailed                     // something on the host failed
 	Bug                            // gvm itself is wrong
+	Halted                         // Linux said that it halts, and every CPU did, with interrupts disabled
 )
 
 func (e Ending) String() string {
-	return [...]string{"?", "powered off", "reset", "panicked", "crashed", "stopped", "host failed", "bug"}[e]
+	return [...]string{"?", "powered off", "reset", "panicked", "crashed", "stopped", "host failed", "bug", "halted"}[e]
 }
 
 // Outcome is the end of a run.
 type Outcome struct {
 	Ending Ending
-	// Err says what happened; nil for PoweredOff and GuestReset. For Stopped it is the
+	// Err says what happened; nil for PoweredOff, GuestReset and Halted. For Stopped it is the
 	// context's cause.
 	Err error
 	// Report is more than one line for GuestCrashed and Bug, and for GuestPanic after which the

@@ -26,6 +26,8 @@ var kernelLines = []struct {
 	{regexp.MustCompile(`^(Rebooting in \d+ seconds|---\[ end Kernel panic)`), func(w *consoleWatch, _ string) {
 		w.waits = w.proved
 	}},
+	// kernel_halt (kernel/reboot.c) prints this last.
+	{regexp.MustCompile(`^(reboot: )?System halted\.?$`), func(w *consoleWatch, _ string) { w.halts = true }},
 	// A kernel that restarts in order did not panic: a program printed the text.
 	{regexp.MustCompile(`^((reboot: )?Restarting system|sysrq: (SysRq : )?Resetting|kexec_core: Starting new kernel)`),
 		func(w *consoleWatch, _ string) {
@@ -69,6 +71,7 @@ type consoleWatch struct {
 	// final is called, perhaps several times and with no lock held, when the kernel has said that it
 	// panicked and only waits from here on.
 	final func()
+	halt  func() // likewise, when it has said that it halts
 
 	mu      sync.Mutex
 	writing bool      // out has not taken a write yet
@@ -79,6 +82,7 @@ type consoleWatch struct {
 	text        string
 	own, proved bool
 	waits       bool   // final is to be called
+	halts       bool   // halt is to be called
 	last        string // the message seen last, whether it counts or not
 }
 
@@ -97,11 +101,14 @@ func (w *consoleWatch) Write(p []byte) (int, error) {
 			}
 		}
 	}
-	waits := w.waits
-	w.waits = false
+	waits, halts := w.waits, w.halts
+	w.waits, w.halts = false, false
 	w.mu.Unlock()
 	if waits {
 		w.final()
+	}
+	if halts {
+		w.halt()
 	}
 	return n, err
 }

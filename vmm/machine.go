@@ -49,6 +49,8 @@ type machine struct {
 
 	lifecycle
 	panicked panicState
+	halt     haltState
+	pm       *acpipm.PM
 }
 
 // newMachine builds a machine up to the point where its vCPUs can run. On an
@@ -113,21 +115,21 @@ func (m *machine) addPlatform() error {
 	if err := m.vm.AssignIRQFD(m.uartIRQ, serial.IRQ); err != nil {
 		return err
 	}
-	m.console = &consoleWatch{out: m.cfg.Console, on: m.cfg.PanicText, final: m.panicFinal}
+	m.console = &consoleWatch{out: m.cfg.Console, on: m.cfg.PanicText, final: m.panicFinal, halt: m.haltSaid}
 	m.uart = serial.New(serial.Config{Out: m.console, Raise: func() { m.check(m.raiseUART()) }})
 	m.cfg.Console.Connect(m.uart.Input())
 
-	pm := acpipm.New(acpipm.Config{
+	m.pm = acpipm.New(acpipm.Config{
 		PowerOff: func() { m.end(Outcome{Ending: PoweredOff}) },
 		Reset:    m.reset,
 		SCI:      func(level bool) { m.check(m.setPin(sciGSI, level)) },
 	})
 	m.rtc = rtc.New(rtc.Config{
 		IRQ:     func(level bool) { m.check(m.setPin(rtc.IRQ, level)) },
-		Alarm:   pm.RTCAlarm,
+		Alarm:   m.pm.RTCAlarm,
 		Battery: m.cfg.battery,
 	})
-	m.bus = pci.NewBus(&space{&m.mmio}, pm.ResetControl())
+	m.bus = pci.NewBus(&space{&m.mmio}, m.pm.ResetControl())
 	m.bus.Wire(m.intxLines())
 	stamp := m.cfg.Stamp
 	if stamp == nil {
@@ -141,7 +143,7 @@ func (m *machine) addPlatform() error {
 		{"COM1", serial.COM1, serial.Size, m.uart},
 		{"RTC", rtc.Port, rtc.Size, m.rtc},
 		{"i8042", i8042.Port, 1, i8042.Handler(m.reset)},
-		{"ACPI PM", acpipm.Port, acpipm.Size, pm},
+		{"ACPI PM", acpipm.Port, acpipm.Size, m.pm},
 		{"pvpanic", pvpanic.Port, 1, pvpanic.Handler(m.pvpanic)},
 		{"debug port", debugport.Port, 1, debugport.Handler(stamp)},
 		{"PCI configuration", pci.PortBase, pci.PortSize, m.bus.Ports()},

@@ -111,6 +111,9 @@ func (m *machine) verdict(out Outcome) Outcome {
 		told = told || out.tripleFault && m.console.panicProved()
 	case PoweredOff:
 		then = "the guest then powered off"
+	case Halted:
+		then = "the guest then halted"
+		told = told || m.console.panicProved()
 	case Stopped:
 		then = fmt.Sprintf("the guest was then stopped: %v", out.Err)
 	default:

@@ -9,7 +9,7 @@ import (
 	"gvm/kvmapi"
 )
 
-// Pauser stops the vCPUs of a running machine and lets them go on. The zero
+// Pauser stops the vCPUs of a running machine and lets them go on, and presses its power button. The zero
 // value is for one Config. Its methods may be called from any goroutine.
 //
 // A machine that is paused stays so over a reset; it can end meanwhile, by
@@ -120,6 +120,13 @@ func (p *Pauser) resume() {
 	p.wanted.Store(false)
 	close(p.release)
 	p.release = nil
+}
+
+// PowerButton presses the machine's power button, and reports whether the guest listens.
+func (p *Pauser) PowerButton() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.m != nil && p.m.pm.PowerButton()
 }
 
 // Paused tells whether the machine is paused, or about to be.

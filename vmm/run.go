@@ -58,6 +58,7 @@ func (m *machine) run(ctx context.Context) Outcome {
 	}
 	<-m.ended
 	m.panicked.stopSilence()
+	m.halt.stopHalt()
 	m.uart.Stop()
 	if err := m.kick(); err != nil {
 		m.outcome.Err = errors.Join(m.outcome.Err, err)
@@ -91,6 +92,11 @@ func (m *machine) runCPU(index int, c *kvmapi.VCPU) (err error) {
 				return fmt.Errorf("vCPU %d: %w", index, err)
 			}
 			continue
+		}
+		if m.halt.asked.Load() {
+			if err := m.sayHalted(index, c); err != nil {
+				return fmt.Errorf("vCPU %d: %w", index, err)
+			}
 		}
 		e, err := c.Run()
 		if err != nil {

@@ -30,6 +30,11 @@ func (s script) pvpanic(e pvpanic.Event) script { return s.out(pvpanic.Port, byt
 func (s script) stamp(code byte) script         { return s.out(debugport.Port, code) }
 func (s script) reset() script                  { return s.out(acpipm.ResetPort, acpipm.ResetValue) }
 
+// idle has the CPU halt with interrupts enabled at the end of the script.
+func (s script) idle() script { return s.out(idlePort, 0) }
+
+const idlePort = 0xfff0 // no device has it
+
 // powerOff writes SLP_TYP and SLP_EN to the high byte of PM1_CNT (ACPI 6.5, 4.8.3.2.1).
 func (s script) powerOff() script {
 	return s.out(acpipm.Port+acpipm.OffControl+1, acpipm.SleepTypeS5<<2|1<<5)
@@ -53,6 +58,9 @@ func (s script) kernel(t *testing.T, tripleFault bool) *boot.Image {
 		0xfa,       // cli
 		0xf4,       // hlt
 		0xeb, 0xfc, // jmp back to cli
+	}
+	if bytes.HasSuffix(s, script{}.idle()) {
+		code[27] = 0xfb // sti
 	}
 	if tripleFault {
 		copy(code[25:], []byte{0x0f, 0x0b})

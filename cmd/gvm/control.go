@@ -25,6 +25,7 @@ import (
 type machine struct {
 	info   control.Info
 	pauser *vmm.Pauser
+	*stopper
 	*disks
 }
 

@@ -54,6 +54,12 @@ func TestDiskCommands(t *testing.T) {
 		{"resume VM", 0, "", ""},
 		{"list", 0, " running ", ""},
 		{"resume VM", 2, "", "the machine is not paused"},
+		{"pause VM", 0, "", ""},
+		{"stop VM", 2, "", "the machine is paused, and its guest cannot power off"},
+		{"resume VM", 0, "", ""},
+		{"stop nobody", 2, "", "no machine of this user has the name or PID nobody; there "},
+		{"stop VM VM", 2, "", "stop takes [VM], and got 2 words"},
+		{"stop --grace=-1s VM", 2, "", "--grace -1s: want 0 to 24h"},
 		{"resume VM VM", 2, "", "resume takes [VM], and got 2 words"},
 		{"pause nobody", 2, "", "no machine of this user has the name or PID nobody; there "},
 		{"disk list VM", 0, "LUN  SIZE   BLOCK  CACHE      MODE  BACKEND  SERIAL  IMAGE\n0    1 MiB  512    writeback  rw    process  ONE     " + one + "\n", ""},
@@ -164,5 +170,21 @@ func TestSocketPlaces(t *testing.T) {
 				t.Errorf("left: %v, %v", left, err)
 			}
 		})
+	}
+}
+
+// TestStop: gvm stop ends a guest that does not listen to the power button, or that it is not to ask.
+func TestStop(t *testing.T) {
+	t.Parallel()
+	for _, args := range [][]string{{"stop"}, {"stop", "--force"}, {"stop", "--grace=0s"}} {
+		name := fmt.Sprintf("stop-%d-%d", os.Getpid(), len(args[len(args)-1]))
+		p := startGVM(t, t.TempDir(), guestRun("--name="+name, "spin")...)
+		p.expect("spinning")
+		if r := ask(t, t.TempDir(), append(args, name)...); r.status != 0 || r.out+others.ReplaceAllString(r.errs, "") != "" {
+			t.Errorf("%v: status %d, %q, %q", args, r.status, r.out, r.errs)
+		}
+		if r := p.wait(); r.status != exitTerminated || !strings.Contains(r.errs, "stopped by gvm stop") {
+			t.Errorf("%v: gvm run: status %d, %q", args, r.status, r.errs)
+		}
 	}
 }

@@ -28,7 +28,7 @@ const (
 
 const exitStatusHelp = `gvm run ends with one of these, and nothing else:
 
-     0  the guest powered itself off
+     0  the guest powered itself off, or its Linux kernel halted (halt -f)
      2  usage or configuration: a bad flag or value; a named file that is
         missing, unreadable, not a kernel, not a disk, or in use by another gvm,
         another process or the host
@@ -42,7 +42,8 @@ const exitStatusHelp = `gvm run ends with one of these, and nothing else:
     70  a bug in gvm; the report is on standard error
    124  --timeout elapsed
    130  stopped by Ctrl-a x, or by an interrupt (SIGINT)
-   129, 143  stopped by SIGHUP or SIGTERM; a terminal that goes away is a SIGHUP
+   129, 143  stopped by SIGHUP, or by SIGTERM or gvm stop; a terminal that goes
+        away is a SIGHUP
 
 Other commands end with 0, 2 or 3 in the same sense, and gvm trace diff and gvm
 replay with 1 when something differs.`

@@ -79,7 +79,7 @@ func app() *cli.App {
 		Description: `gvm run boots a kernel in a virtual machine on this terminal; without any
 argument it boots a small guest of its own and so shows that all works.`,
 		Commands: []*cli.Command{
-			runCommand(), listCommand(), diskCommand(), pauseCommand(), resumeCommand(), imageCommand(), doctorCommand(),
+			runCommand(), listCommand(), diskCommand(), pauseCommand(), resumeCommand(), stopCommand(), imageCommand(), doctorCommand(),
 			benchCommand(), traceCommand(), replayCommand(), lioCommand(), abiCommand(), completionCommand(),
 			exitStatusCommand(), helpCommand(),
 		},

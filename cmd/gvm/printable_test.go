@@ -170,8 +170,9 @@ func TestForeignAnswers(t *testing.T) {
 
 type evilMachine struct{}
 
-func (evilMachine) Pause(context.Context) error { return errors.New(evil) }
-func (evilMachine) Resume() error               { return errors.New(evil) }
+func (evilMachine) Stop(control.Stop) (control.Stopped, error) { return control.Stopped{}, nil }
+func (evilMachine) Pause(context.Context) error                { return errors.New(evil) }
+func (evilMachine) Resume() error                              { return errors.New(evil) }
 func (evilMachine) Info() control.Info {
 	return control.Info{Name: evil, GVM: evil, Kernel: evil, State: evil}
 }

@@ -50,6 +50,7 @@ type runConfig struct {
 	protocol    boot.Protocol
 	reboot      bool
 	timeout     time.Duration
+	grace       time.Duration // that the guest has to power off when gvm is asked to end
 	queues      int
 	poll        time.Duration
 	vhostABI    vhostscsi.ABIPolicy
@@ -111,6 +112,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "entry", Value: "auto", Usage: "enter an ELF kernel by `WAY` pvh or 64 (the 64-bit boot protocol); auto is pvh where the kernel has it and the initrds fit below 4 GiB"},
 			&cli.StringFlag{Name: "on-reset", Value: "exit", Usage: "when the guest asks for a reset: `ACTION` exit (status 6) or reboot"},
 			&cli.DurationFlag{Name: "timeout", Usage: "stop the guest after `DURATION`, such as 90s, with status 124"},
+			&cli.DurationFlag{Name: "grace", Usage: "at SIGINT, SIGTERM and SIGHUP press the guest's power button, and stop it `DURATION` later; a second signal stops it (default: stop it at once)"},
 			&cli.StringFlag{Name: "name", Usage: "`NAME` of the machine for gvm list and gvm disk (default: gvm-PID)"},
 			&cli.StringFlag{Name: "trace", Usage: "record every SCSI request in `FILE`, for gvm trace", TakesFile: true},
 			&cli.BoolFlag{Name: "timing", Usage: "print at the end what took how long, with what the guest wrote to port 0x80"},
@@ -140,6 +142,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		guestArgs:   c.StringSlice("guest-arg"),
 		cpus:        c.Int("cpus"),
 		timeout:     c.Duration("timeout"),
+		grace:       c.Duration("grace"),
 		queues:      c.Int("queues"),
 		traceFile:   c.String("trace"),
 		name:        c.String("name"),
@@ -172,6 +175,9 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	}
 	if rc.poll, err = parsePoll(c); err != nil {
 		return rc, err
+	}
+	if rc.grace < 0 || rc.grace > control.MaxGrace {
+		return rc, fmt.Errorf("--grace %s: want 0 to %s", rc.grace, control.MaxGrace)
 	}
 	if c.IsSet("timeout") && rc.timeout <= 0 {
 		return rc, fmt.Errorf("--timeout %s: want a positive duration, such as 90s", rc.timeout)
@@ -343,7 +349,10 @@ func run(rc runConfig) (err error) {
 	// From here on there is something to take down: signals end the run in order.
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
-	defer catchSignals(stop)()
+	cfg.Pauser = new(vmm.Pauser)
+	end := &stopper{pauser: cfg.Pauser, stop: stop, note: note}
+	defer end.close()
+	defer catchSignals(func(cause error) { end.ask(cause, rc.grace) })()
 	socket, err := rc.claimName()
 	if err != nil {
 		return err
@@ -353,7 +362,6 @@ func run(rc runConfig) (err error) {
 	}
 	m := &mishaps{name: rc.name, note: notes.note, paused: note}
 	if socket != nil {
-		cfg.Pauser = new(vmm.Pauser)
 		m.hold = cfg.Pauser.Hold
 	} else if i := slices.IndexFunc(rc.disks, func(d disk) bool { return d.onError != reportErrors }); i >= 0 {
 		return configError{fmt.Errorf("--disk %s: error=: without a control socket nobody could resume the machine", rc.disks[i].name())}
@@ -403,7 +411,7 @@ func run(rc runConfig) (err error) {
 		return sysErr
 	}
 	if socket != nil {
-		socket.Serve(&machine{rc.info(), cfg.Pauser, ds})
+		socket.Serve(&machine{rc.info(), cfg.Pauser, end, ds})
 	}
 
 	if rc.timeout > 0 {
@@ -450,7 +458,7 @@ func (e endError) Unwrap() error { return e.error }
 // ended makes an error of an outcome; nil is the guest's power-off.
 func ended(out vmm.Outcome) error {
 	switch out.Ending {
-	case vmm.PoweredOff:
+	case vmm.PoweredOff, vmm.Halted:
 		return nil
 	case vmm.GuestReset:
 		return endError{exitReset, errors.New("the guest asked for a reset (--on-reset=reboot starts it again)")}
@@ -475,7 +483,7 @@ func ended(out vmm.Outcome) error {
 
 // catchSignals makes the signals that ask a process to end stop the run in good
 // order. The function that it returns undoes it.
-func catchSignals(stop context.CancelCauseFunc) func() {
+func catchSignals(stop func(error)) func() {
 	ch := make(chan os.Signal, 1)
 	signal.Notify(ch, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	signal.Ignore(syscall.SIGPIPE) // a closed output is a write error

@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -31,13 +32,16 @@ func TestEndings(t *testing.T) {
 			5, "guest panic: Kernel panic - not syncing: sysrq triggered crash; its console was then silent for 1s", ""},
 		{"text of a panic", guest{script: "echo 'Kernel panic - not syncing: no'; reboot -f"}, 6, "the guest asked for a reset", ""},
 		{"init exits", guest{script: "exit 3"}, 5, "guest panic: Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300", ""},
+		{"halt", guest{script: "halt -f"}, 0, "", ""},
+		{"halt of two CPUs", guest{script: "halt -f", cmdline: "console_msg_format=syslog"}, 0, "", ""},
+		{"text of a halt", guest{script: "echo 'reboot: System halted'; sleep 3; reboot -f"}, 6, "the guest asked for a reset", ""},
 		{"reboot", guest{script: "reboot -f"}, 6, "the guest asked for a reset", ""},
 		{"reboot by triple fault", guest{script: "reboot -f", cmdline: "reboot=t"}, 4, "triple fault", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			c.guest.kernel = l.Cloud
-			args := append(c.guest.build(t), "--disk", diskFile(t, content(t.Name(), 1<<20)))
+			args := append(c.guest.build(t), "--cpus", fmt.Sprint(1+strings.Count(c.name, "two CPUs")), "--disk", diskFile(t, content(t.Name(), 1<<20)))
 			if c.bare != "" {
 				args = append(args, "--bare-cmdline", "--cmdline", c.bare)
 			}
@@ -48,6 +52,31 @@ func TestEndings(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestPowerButton: gvm stop, and SIGTERM with --grace, press the power button, and a guest that
+// listens to it ends by itself; one that does not is stopped.
+func TestPowerButton(t *testing.T) {
+	t.Parallel()
+	g := guest{kernel: theLab(t).Debian, modules: []string{"button", "evdev"}, script: `
+for e in /dev/input/event*; do (dd if=$e of=/dev/null bs=24 count=1 2>/dev/null; echo pressed; poweroff -f) & done
+sleep 1
+echo listening
+sleep 1000
+`}
+	p := start(t, nil, append(g.build(t), "--name", "button")...)
+	p.waitFor("listening")
+	gvm(t, "stop", "button", "--grace", "1m").wantStatus(t, 0)
+	p.wait().wantStatus(t, 0)
+	p = start(t, nil, append(g.build(t), "--grace", "1m")...)
+	p.waitFor("listening")
+	p.signal(syscall.SIGTERM)
+	p.wait().wantStatus(t, 0)
+	g.script = "echo deaf; sleep 1000"
+	p = start(t, nil, append(g.build(t), "--grace", "100ms")...)
+	p.waitFor("deaf")
+	p.signal(syscall.SIGTERM)
+	p.wait().wantStatus(t, 143)
 }
 
 // TestPanicPrint: a kernel whose pvpanic driver tells of the panic says all that panic_print= asks for.

@@ -1,0 +1,127 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"gvm/control"
+	"gvm/vmm"
+)
+
+// exitTerminated is the status of a run that was stopped by SIGTERM or gvm stop.
+const exitTerminated = 143
+
+// stopper ends a run: by the power button and a grace time, or at once.
+type stopper struct {
+	pauser *vmm.Pauser
+	stop   context.CancelCauseFunc
+	note   func(string)
+
+	mu    sync.Mutex
+	timer *time.Timer // nil: the guest has not been asked
+}
+
+// ask presses the power button, and stops the machine when the guest has not powered itself off
+// within grace. It stops the machine at once, and returns false, without a grace time, when the
+// guest has been asked before, is paused, or has no driver for the button.
+func (s *stopper) ask(cause error, grace time.Duration) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if grace <= 0 || s.timer != nil || s.pauser.Paused() || !s.pauser.PowerButton() {
+		s.stop(cause)
+		return false
+	}
+	s.note(fmt.Sprintf("%v: pressed the guest's power button, which has %v to power off", cause, grace))
+	s.timer = time.AfterFunc(grace, func() { s.stop(fmt.Errorf("%w; the guest did not power off within %v", cause, grace)) })
+	return true
+}
+
+// close ends the grace time, once the machine has ended.
+func (s *stopper) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+}
+
+// Stop is gvm stop.
+func (m *machine) Stop(r control.Stop) (control.Stopped, error) {
+	if r.GraceMS > 0 && m.pauser.Paused() {
+		return control.Stopped{}, control.Errorf(http.StatusConflict, "the machine is paused, and its guest cannot power off: gvm resume it first, or gvm stop --force")
+	}
+	cause := endError{exitTerminated, fmt.Errorf("stopped by gvm stop")}
+	return control.Stopped{Asked: m.stopper.ask(cause, time.Duration(r.GraceMS)*time.Millisecond)}, nil
+}
+
+const stopPatience = 10 * time.Second // for the end of a machine that has been stopped
+
+func stopCommand() *cli.Command {
+	return &cli.Command{
+		Name: "stop", Usage: "have a running machine power off", ArgsUsage: "[VM]",
+		Description: `The guest's power button is pressed, and a guest that has not powered
+itself off within --grace is stopped. A guest without a driver for the
+button is stopped at once. gvm run then ends with status 0 if the guest
+powered off, and with 143 if it was stopped. The command returns when the
+machine has ended.
+
+EXAMPLES
+   gvm stop                       if one machine runs
+   gvm stop build --grace 1m
+   gvm stop --force build         stop it at once`,
+		Flags: []cli.Flag{
+			&cli.DurationFlag{Name: "grace", Value: 10 * time.Second, Usage: "`DURATION` that the guest has to power off"},
+			&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "stop the machine without asking the guest"},
+		},
+		Action: func(c *cli.Context) error {
+			grace := c.Duration("grace")
+			switch {
+			case c.Args().Len() > 1:
+				return usageError{fmt.Errorf("stop takes [VM], and got %d words", c.Args().Len())}
+			case grace < 0 || grace > control.MaxGrace:
+				return usageError{fmt.Errorf("--grace %s: want 0 to %s", grace, control.MaxGrace)}
+			case c.Bool("force"):
+				grace = 0
+			}
+			client, err := theMachine(c.Args().First())
+			if err != nil {
+				return err
+			}
+			return stopMachine(c.Context, client, grace)
+		},
+	}
+}
+
+// stopMachine asks the machine to stop, and returns when it is gone.
+func stopMachine(ctx context.Context, client *control.Client, grace time.Duration) error {
+	answer, err := client.Stop(ctx, control.Stop{GraceMS: grace.Milliseconds()})
+	if err != nil {
+		return refused(err)
+	}
+	wait := stopPatience
+	if answer.Asked {
+		wait += grace
+	}
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	for {
+		entries, err := control.DefaultDirectory().List()
+		if err != nil {
+			return fmt.Errorf("list machines: %w", err)
+		}
+		if !slices.ContainsFunc(entries, func(e control.Entry) bool { return e.Name == client.Name() }) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("machine %s has not ended after %v; kill -9 its process (gvm list)", client.Name(), wait)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
