@@ -47,7 +47,8 @@ func printable(s, keep string) string {
 // tabs.
 func Lines(s string) string { return printable(s, "\n\t") }
 
-// NewWriter returns a writer of Lines to w. It is for output that has foreign words anywhere. A single Write has whole characters.
+// NewWriter returns a writer of Lines to w. It is for output that has foreign words anywhere.
+// A single Write has whole characters.
 func NewWriter(w io.Writer) io.Writer { return writer{w} }
 
 type writer struct{ w io.Writer }

@@ -26,17 +26,20 @@ var diskOptions = []diskOption{
 	{"readonly", "", "the guest sees a write-protected disk; the image is opened read-only"},
 	{"serial", "S", "unit serial number; the default is derived from the image's path"},
 	{"lun", "N", "logical unit number, 0 to 16383; the default is the next free one"},
-	{"cache", "writeback|writethrough|unsafe", "writeback, the default: data is durable when the guest's flush or FUA write is answered; writethrough: when the write is; unsafe: flushes do nothing"},
+	{"cache", "writeback|writethrough|unsafe", "writeback, the default: data is durable when the guest's " +
+		"flush or FUA write is answered; writethrough: when the write is; unsafe: flushes do nothing"},
 	{"size", "SIZE", "create the image, sparse, or grow it to SIZE; it never shrinks"},
 	{"block_size", "512|4096", "bytes in a logical block"},
 	{"physical_block_size", "N", "bytes in a block of the medium, as the guest is told"},
 	{"pi", "0|1", "1: protection information (T10-PI type 1), kept in IMAGE.pi"},
-	{"error", "report|stop|enospc-stop", "report, the default: a failure of the image is the guest's; stop: the machine pauses, and repeats the request after gvm resume; enospc-stop: so only where the host has no room"},
+	{"error", "report|stop|enospc-stop", "report, the default: a failure of the image is the guest's; stop: the " +
+		"machine pauses, and repeats the request after gvm resume; enospc-stop: so only where the host has no room"},
 	{"iops", "N[:BURST]", "limit of requests in a second, with a burst"},
 	{"bps", "SIZE[:BURST]", "limit of bytes in a second, with a burst"},
 	{"overlay", "on|FILE", "the image stays as it is; what the guest writes is gone with the machine, or kept in FILE"},
 	{"lock", "on|off", "off: take the image without a lock, on a file system that has none"},
-	{"backend", "process|vhost|auto", "process, the default: gvm's SCSI target serves the disk; vhost: the kernel's does; auto: the kernel's where it can"},
+	{"backend", "process|vhost|auto", "process, the default: gvm's SCSI target serves the disk; vhost: the " +
+		"kernel's does; auto: the kernel's where it can"},
 	{"workers", "N|shared", "kernel threads for the request queues of backend=vhost"},
 }
 

@@ -67,7 +67,8 @@ func wrap(words string, offset int) string {
 	for line := range strings.SplitSeq(words, "\n") {
 		if width := helpWidth - offset; utf8.RuneCountInString(line) > width {
 			indent := len(line) - len(strings.TrimLeft(line, " "))
-			line = strings.ReplaceAll(column(strings.Repeat(" ", indent), indent, line, width, 0), "\n", "\n"+strings.Repeat(" ", offset))
+			line = column(strings.Repeat(" ", indent), indent, line, width, 0)
+			line = strings.ReplaceAll(line, "\n", "\n"+strings.Repeat(" ", offset))
 		}
 		lines = append(lines, line)
 	}
@@ -180,7 +181,8 @@ func oneOf[V any](what, value string, values map[string]V) error {
 
 func oneOfNames(what, value string, names []string) error {
 	last := len(names) - 1
-	return fmt.Errorf("%s%s: want %s or %s%s", what, value, strings.Join(names[:last], ", "), names[last], text.Suggest(strings.Trim(value, `"`), names))
+	near := text.Suggest(strings.Trim(value, `"`), names)
+	return fmt.Errorf("%s%s: want %s or %s%s", what, value, strings.Join(names[:last], ", "), names[last], near)
 }
 
 // showHelp prints the page of a group of commands, for which there is no command of the

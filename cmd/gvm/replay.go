@@ -156,10 +156,10 @@ func (s *differences) summary(sum replay.Summary) {
 	if rest := s.unlisted - s.shown; rest > 0 {
 		s.printf("… and %d more; --all shows them", rest)
 	}
-	if s.known == nil {
+	if known := sum.Different - s.unlisted; s.known == nil {
 		s.printf("%d requests, %d answered differently", sum.Requests, sum.Different)
 	} else {
-		s.printf("%d requests, %d answered differently as docs/backends.md lists, %d otherwise", sum.Requests, sum.Different-s.unlisted, s.unlisted)
+		s.printf("%d requests, %d answered differently as docs/backends.md lists, %d otherwise", sum.Requests, known, s.unlisted)
 		for _, row := range slices.Sorted(maps.Keys(s.known.Used)) {
 			if n := s.known.Used[row]; n > 0 {
 				s.printf("%7d %s", n, row)
@@ -181,7 +181,8 @@ func (s *differences) verdict(sum replay.Summary) error {
 	case s.known == nil:
 		return endError{exitDiffers, fmt.Errorf("%d of %d answers differ", s.unlisted, sum.Requests)}
 	}
-	return endError{exitDiffers, fmt.Errorf("%d of %d answers differ in a way that docs/backends.md does not list", s.unlisted, sum.Requests)}
+	err := fmt.Errorf("%d of %d answers differ in a way that docs/backends.md does not list", s.unlisted, sum.Requests)
+	return endError{exitDiffers, err}
 }
 
 func loadTrace(c *cli.Context, path string) (trace.Header, []trace.Record, error) {

@@ -20,7 +20,9 @@ type rootDisk struct {
 // disk that is alone: sd_probe runs for all disks at once, whatever their LUNs, and no parameter
 // of the kernel orders it (PROBE_PREFER_ASYNCHRONOUS). A PARTUUID is sure if no other disk has it.
 func rootWord(disks []rootDisk) (word, why string) {
-	const mend = "; add root= to --cmdline, or an initrd"
+	none := func(format string, args ...any) (string, string) {
+		return "", "no root= is added: " + fmt.Sprintf(format, args...) + "; add root= to --cmdline, or an initrd"
+	}
 	var parts []partition
 	partitioned := false
 	if disks[0].image != nil {
@@ -28,7 +30,7 @@ func rootWord(disks []rootDisk) (word, why string) {
 	}
 	if !partitioned {
 		if len(disks) > 1 {
-			return "", "no root= is added: Linux gives several disks their names in any order, and the first has no partition to name by PARTUUID" + mend
+			return none("Linux names several disks in any order, and the first has no partition to name by PARTUUID")
 		}
 		return "/dev/sda", ""
 	}
@@ -44,7 +46,7 @@ func rootWord(disks []rootDisk) (word, why string) {
 		}
 	}
 	if len(root) != 1 {
-		return "", fmt.Sprintf("no root= is added: %d partitions of the first disk may have the root file system", len(root)) + mend
+		return none("%d partitions of the first disk may have the root file system", len(root))
 	}
 	for _, d := range disks[1:] {
 		if d.image == nil {
@@ -53,7 +55,7 @@ func rootWord(disks []rootDisk) (word, why string) {
 		others, _ := partitions(d)
 		for _, p := range others {
 			if strings.HasPrefix(p.uuid, root[0].uuid) { // Linux compares so many characters
-				return "", fmt.Sprintf("no root= is added: another disk has a partition with the PARTUUID %s too", root[0].uuid) + mend
+				return none("another disk has a partition with the PARTUUID %s too", root[0].uuid)
 			}
 		}
 	}
@@ -129,17 +131,19 @@ func partitions(d rootDisk) ([]partition, bool) {
 func gptPartitions(d rootDisk) []partition {
 	const headerSize, most = 92, 1 << 20
 	h := make([]byte, headerSize)
-	if n, _ := d.image.ReadAt(h, int64(d.blockSize)); n < len(h) || string(h[:8]) != "EFI PART" || binary.LittleEndian.Uint32(h[12:]) != headerSize {
+	le := binary.LittleEndian
+	if n, _ := d.image.ReadAt(h, int64(d.blockSize)); n < len(h) || string(h[:8]) != "EFI PART" || le.Uint32(h[12:]) != headerSize {
 		return nil
 	}
-	sum := binary.LittleEndian.Uint32(h[16:])
+	sum := le.Uint32(h[16:])
 	clear(h[16:20])
-	at, entries, size := binary.LittleEndian.Uint64(h[72:]), binary.LittleEndian.Uint32(h[80:]), binary.LittleEndian.Uint32(h[84:])
+	at, entries, size := le.Uint64(h[72:]), le.Uint32(h[80:]), le.Uint32(h[84:])
 	if crc32.ChecksumIEEE(h) != sum || at > 1<<40 || size != 128 || uint64(entries)*uint64(size) > most {
 		return nil
 	}
 	table := make([]byte, entries*size)
-	if n, _ := d.image.ReadAt(table, int64(at)*int64(d.blockSize)); n < len(table) || crc32.ChecksumIEEE(table) != binary.LittleEndian.Uint32(h[88:]) {
+	n, _ := d.image.ReadAt(table, int64(at)*int64(d.blockSize))
+	if n < len(table) || crc32.ChecksumIEEE(table) != le.Uint32(h[88:]) {
 		return nil
 	}
 	var list []partition
