@@ -118,11 +118,15 @@ type Outcome struct {
 	// guest crashed: registers and instruction bytes, or a stack.
 	Report string
 
+	// Left says that threads of vCPUs or devices did not end in time: they wait for the host. They,
+	// guest memory and what the devices use stay as they are, for the end of the process.
+	Left bool
+
 	tripleFault bool
 }
 
 // Run builds the machine of cfg and runs it to its end, which cancelling ctx
-// brings about. Everything that it made is gone when it returns. An error is
+// brings about. Everything that it made is gone when it returns, unless Outcome.Left. An error is
 // about what could not be built; *boot.ImageError and *ConfigError are the
 // user's, everything else the host's.
 func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
@@ -135,10 +139,18 @@ func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 		}
 		cfg.Prepared = nil // a reboot makes its own
 		out := m.run(ctx)
-		if err := m.close(); err != nil && out.Err == nil {
+		again := out.Ending == GuestReset && cfg.Rebooting
+		over, err := m.takeDown(ctx, again)
+		if err != nil && out.Err == nil {
 			out = Outcome{Ending: HostFailed, Err: err}
 		}
+		if !over && again {
+			out = Outcome{Ending: Stopped, Err: context.Cause(ctx)}
+		}
 		out = m.verdict(out)
+		if out.Left = !over; out.Left {
+			return out, nil
+		}
 		if out.Ending != GuestReset || !cfg.Rebooting {
 			return out, nil
 		}

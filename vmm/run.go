@@ -8,6 +8,7 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"gvm/kvmapi"
 	"gvm/vmm/bus"
@@ -20,6 +21,7 @@ type lifecycle struct {
 	outcome Outcome
 	ended   chan struct{}
 	stop    atomic.Bool
+	threads sync.WaitGroup // of the vCPUs
 }
 
 func (l *lifecycle) init() { l.ended = make(chan struct{}) }
@@ -43,13 +45,13 @@ func (l *lifecycle) check(err error) {
 // reset is the guest asking for a reset.
 func (l *lifecycle) reset() { l.end(Outcome{Ending: GuestReset}) }
 
-// run runs every vCPU on a thread of its own until the machine ends.
+// run runs every vCPU on a thread of its own until the machine ends. The threads may end later: see
+// takeDown.
 func (m *machine) run(ctx context.Context) Outcome {
 	defer context.AfterFunc(ctx, func() { m.end(Outcome{Ending: Stopped, Err: context.Cause(ctx)}) })()
 	m.cfg.Pauser.begin(m)
-	var threads sync.WaitGroup
 	for i, c := range m.cpus {
-		threads.Go(func() {
+		m.threads.Go(func() {
 			runtime.LockOSThread() // the thread ends with the goroutine: nothing of KVM's is left on it
 			c.Bind()
 			defer c.Unbind()
@@ -63,8 +65,35 @@ func (m *machine) run(ctx context.Context) Outcome {
 	if err := m.kick(); err != nil {
 		m.outcome.Err = errors.Join(m.outcome.Err, err)
 	}
-	threads.Wait()
 	return m.outcome
+}
+
+// endPatience is how long the end of a machine waits for its threads and devices: for a request that
+// storage does not finish they could wait for ever.
+const endPatience = 700 * time.Millisecond
+
+// takeDown waits for the vCPUs' threads and closes the machine. The wait is bounded, from now on if the
+// machine is not to start again, else from the end of ctx on. Then over is false: threads and devices go
+// on, and all that they use stays (TestStuckDevice).
+func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err error) {
+	done := make(chan error, 1)
+	go func() { // ends with the process at the latest
+		m.threads.Wait()
+		done <- m.close()
+	}()
+	if again {
+		select {
+		case err := <-done:
+			return true, err
+		case <-ctx.Done():
+		}
+	}
+	select {
+	case err := <-done:
+		return true, err
+	case <-time.After(endPatience):
+		return false, nil
+	}
 }
 
 // kick has every vCPU leave the guest and look why.

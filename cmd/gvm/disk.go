@@ -503,16 +503,19 @@ func (ds *disks) close(started bool) error {
 	defer ds.mu.Unlock()
 	ds.ended = true
 	var errs []error
+	ctx, cancel := context.WithTimeout(context.Background(), settlePatience)
+	defer cancel()
+	busy := ds.end(ctx)
 	if started {
-		ctx, cancel := context.WithTimeout(context.Background(), settlePatience)
 		errs = append(errs, ds.settle(ctx))
-		cancel()
 	}
 	for _, k := range ds.kernels {
 		errs = append(errs, k.close())
 	}
 	for _, f := range ds.open {
-		errs = append(errs, f.close(started))
+		if !busy[f.backend] { // else it is in use, and the end of the process closes it
+			errs = append(errs, f.close(started))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -13,6 +14,24 @@ const settlePatience = 900 * time.Millisecond
 // writeBacker is a backend that can be made nearly durable in pieces; *backend.File is one.
 type writeBacker interface {
 	WriteBack(context.Context) error
+}
+
+// end ends all work of the disks, and returns the backends of those whose storage does not let go of a
+// request before ctx ends. They are not served any more. The caller holds mu.
+func (ds *disks) end(ctx context.Context) map[any]bool {
+	busy := map[any]bool{}
+	for _, u := range ds.target.End(ctx) {
+		i := slices.IndexFunc(ds.served, func(s served) bool { return s.unit == u })
+		if i < 0 {
+			continue
+		}
+		s := ds.served[i]
+		ds.mishaps.note(fmt.Sprintf("%s: its storage has not finished a request; gvm ends without it, "+
+			"and what the guest did not flush may be lost", s.name()))
+		busy[s.backend()] = true
+		ds.served = slices.Delete(ds.served, i, i+1)
+	}
+	return busy
 }
 
 // settle makes durable what the guest has not flushed, with all that lies beside the images: an

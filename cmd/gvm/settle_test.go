@@ -58,6 +58,11 @@ func (s *sized) Resize(n int64, _ bool) error {
 	return nil
 }
 
+func (s *sized) Close() error {
+	s.Note("close")
+	return nil
+}
+
 // protectedDisks has one disk with protection information.
 func protectedDisks(t *testing.T, fault ...backend.Fault) (*disks, *scsitest.Recorder, *sideFile) {
 	t.Helper()
@@ -211,4 +216,31 @@ func TestSettleGivesUp(t *testing.T) {
 	if len(notes) != 1 || !strings.Contains(notes[0], "stable storage") {
 		t.Errorf("notes %q", notes)
 	}
+}
+
+// TestEndOfStuckDisk ends a machine with a request that storage does not finish: the end does not wait
+// for it, the user is told of the disk once, and its storage stays open.
+func TestEndOfStuckDisk(t *testing.T) {
+	hang, done := make(chan struct{}), make(chan struct{})
+	ds, rec, _ := protectedDisks(t, backend.Fault{Op: backend.OpWrite, Hang: hang})
+	ds.open = []opened{{backend: ds.served[0].backend().(*sized)}}
+	var notes []string
+	ds.mishaps.note = func(s string) { notes = append(notes, s) }
+	begun := make(chan struct{})
+	rec.OnCall = func(call string) {
+		if strings.HasPrefix(call, "write") {
+			close(begun)
+		}
+	}
+	ds.target.Submit(&scsi.Command{CDB: []byte{0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0}, Out: [][]byte{make([]byte, 512)},
+		Done: func(scsi.Result) { close(done) }})
+	<-begun
+	if err := ds.close(true); err != nil {
+		t.Error(err)
+	}
+	if log := rec.Log(); len(notes) != 1 || !strings.Contains(notes[0], "not finished a request") || slices.Contains(log, "close") {
+		t.Errorf("notes %q, %q", notes, log)
+	}
+	close(hang)
+	<-done
 }

@@ -44,6 +44,23 @@ type sanitizeOperation struct {
 
 func (o *sanitizeOperation) stopped() bool { return o.stop.Load() }
 
+// stopSanitize ends the operation, if there is one, and returns what is closed when it has ended. No
+// command may begin one.
+func (u *Unit) stopSanitize() <-chan struct{} {
+	op := u.sanitizing.Load()
+	if op == nil {
+		return closedChannel
+	}
+	op.stop.Store(true)
+	return op.done
+}
+
+var closedChannel = func() chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()
+
 // sanitize is SANITIZE (SBC-4 5.29). All of the medium that the initiator can
 // read is changed; what a host's file system or device keeps of it elsewhere is
 // not this target's.

@@ -1,6 +1,7 @@
 package scsi
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -72,14 +73,36 @@ func (t *Target) Detach(lun LUN) error {
 	delete(units, lun)
 	t.swap(units, nil)
 	u.set.close()
-	if op := u.sanitizing.Load(); op != nil {
-		op.stop.Store(true)
-		<-op.done
-	}
+	<-u.stopSanitize()
 	// Copies between other units end before the backend may be closed.
 	u.medium.lock(true, nil)
 	defer u.medium.unlock(true)
 	return nil
+}
+
+// End ends every command and every sanitize operation for good, and waits for them until ctx ends. It
+// returns the units that still use their backends then, which must not be closed.
+func (t *Target) End(ctx context.Context) (busy []*Unit) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	waits := map[*Unit]*abortWait{}
+	for _, u := range *t.units.Load() {
+		waits[u] = u.set.shut()
+		u.stopSanitize()
+	}
+	for u, w := range waits {
+		select {
+		case <-w.done:
+			select {
+			case <-u.stopSanitize():
+				continue
+			case <-ctx.Done():
+			}
+		case <-ctx.Done():
+		}
+		busy = append(busy, u)
+	}
+	return busy
 }
 
 // swap publishes units and tells initiators, on all of them but the new one.

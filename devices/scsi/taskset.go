@@ -475,11 +475,15 @@ func (s *taskSet) forget() {
 }
 
 // close ends every task and lets no more in, until open.
-func (s *taskSet) close() {
+func (s *taskSet) close() { <-s.shut().done }
+
+// shut is close without the wait.
+func (s *taskSet) shut() *abortWait {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.closed = true
-	s.mu.Unlock()
-	s.abort(AbortedByReset, allTasks)
+	w, _ := s.end(AbortedByReset, allTasks)
+	return w
 }
 
 // isClosed says whether the unit has been detached.

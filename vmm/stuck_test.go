@@ -1,0 +1,149 @@
+package vmm
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/scsitest"
+	"gvm/devices/virtio"
+	"gvm/devices/virtio/rng"
+	"gvm/devices/virtio/vscsi"
+	"gvm/vmm/guestmem"
+)
+
+// stuck is a device whose Reset waits, as one does for a request that storage does not finish.
+type stuck struct {
+	virtio.Device
+	resetting chan struct{}
+	until     chan struct{}
+}
+
+func (s *stuck) Reset() error {
+	select {
+	case s.resetting <- struct{}{}:
+	default:
+	}
+	<-s.until
+	return s.Device.Reset()
+}
+
+// TestStuckDevice: the end does not wait for a device for ever, and a restart does so until it is ended.
+func TestStuckDevice(t *testing.T) {
+	cause := errors.New("told to")
+	for _, again := range []bool{false, true} {
+		s := &stuck{rng.New(), make(chan struct{}, 1), make(chan struct{})}
+		guest, want := script{}.powerOff(), PoweredOff
+		if again {
+			guest, want = script{}.reset(), Stopped
+		}
+		ctx, cancel := context.WithCancelCause(t.Context())
+		type end struct {
+			out Outcome
+		}
+		ended := make(chan end, 1)
+		go func() {
+			out, _ := guest.runContext(ctx, t, false, Config{Devices: []virtio.Device{s}, Rebooting: again})
+			ended <- end{out}
+		}()
+		<-s.resetting
+		if again {
+			cancel(cause)
+		}
+		select {
+		case e := <-ended:
+			if e.out.Ending != want || !e.out.Left || again && !errors.Is(e.out.Err, cause) {
+				t.Errorf("restarts %v: %+v", again, e.out)
+			}
+		case <-time.After(30 * time.Second):
+			t.Errorf("restarts %v: the end waits for the device", again)
+			close(s.until)
+			<-ended
+			cancel(nil)
+			continue
+		}
+		close(s.until)
+		cancel(nil)
+	}
+}
+
+// command is the first command of a driver, with data-out, in the first request queue of slot.
+func (h *hostile) command(slot int, cdb, data []byte) {
+	const q = 2
+	at, le := uint64(ringsAt+q<<16), binary.LittleEndian
+	header := append([]byte{1, 0, 0x40, 0, 0, 0, 0, 0, 18: 0}, cdb...)
+	header = append(header, make([]byte, 51-len(header))...)
+	const buffer = uint64(buffersAt)
+	h.write(buffer, append(header, data...))
+	var table []byte
+	for i, d := range []struct{ addr, n, flags uint64 }{{buffer, uint64(51 + len(data)), 1}, {buffer + 8192, 108, 2}} {
+		table = le.AppendUint32(le.AppendUint64(table, d.addr), uint32(d.n))
+		table = le.AppendUint16(le.AppendUint16(table, uint16(d.flags)), uint16(i)+1)
+	}
+	h.write(at, table)
+	h.write(at+4096+2, []byte{1, 0, 0, 0}) // the available ring's index, and descriptor 0
+	h.put(&h.mmio, h.bar(slot, 0)+0x3000+4*q, 2, q)
+}
+
+// TestEndOfLongCommands ends a machine whose driver has begun commands that take minutes: it is taken
+// down, device and all, and the target has nothing to do then.
+func TestEndOfLongCommands(t *testing.T) {
+	list := []byte{31, 0, 0, 1, 0xa5} // OVERWRITE COUNT
+	same := []byte{0x93, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0}
+	for name, v := range map[string]struct{ cdb, data []byte }{
+		"SANITIZE":            {[]byte{0x48, 0x01, 0, 0, 0, 0, 0, 0, 5, 0}, list},
+		"SANITIZE with IMMED": {[]byte{0x48, 0x81, 0, 0, 0, 0, 0, 0, 5, 0}, list},
+		"WRITE SAME":          {same, append([]byte{1}, make([]byte, 4095)...)},
+	} {
+		target := scsi.NewTarget()
+		calls := make(chan struct{}, 1)
+		slow := &scsitest.Recorder{Backend: backend.Null(1 << 40), OnCall: func(string) {
+			select {
+			case calls <- struct{}{}:
+			default:
+			}
+			time.Sleep(20 * time.Millisecond)
+		}}
+		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: slow, Serial: "A", BlockSize: 4096})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := target.Attach(0, u); err != nil {
+			t.Fatal(err)
+		}
+		disk, err := vscsi.New(vscsi.Config{Target: target, Queues: 2})
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := newMachine(system(t), Config{
+			Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t), Devices: []virtio.Device{rng.New(), disk},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := &hostile{m, rand.New(rand.NewPCG(1, 2))}
+		h.start(2)
+		if err := scsitest.Ready(target, 0); err != nil {
+			t.Fatal(err)
+		}
+		h.command(2, v.cdb, v.data)
+		select {
+		case <-calls:
+		case <-time.After(30 * time.Second):
+			t.Fatalf("%s does not begin", name)
+		}
+		if over, err := m.takeDown(t.Context(), false); !over || err != nil {
+			t.Errorf("%s: over %v, %v", name, over, err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		if busy := target.End(ctx); len(busy) > 0 {
+			t.Errorf("%s: still at it", name)
+		}
+		cancel()
+	}
+}
