@@ -174,7 +174,7 @@ func startStopUnit(tk *task) error {
 		u.stopped.Store(false)
 		return nil
 	}
-	u.stopped.Store(true)
+	was := u.stopped.Swap(true)
 	switch {
 	case noFlush:
 		return nil
@@ -182,7 +182,11 @@ func startStopUnit(tk *task) error {
 		tk.after = u.flush
 		return nil
 	}
-	return u.flush()
+	err := u.flush()
+	if err != nil || tk.stopped() { // it failed or was aborted: the unit is as it was
+		u.stopped.Store(was)
+	}
+	return err
 }
 
 // preventAllow is PREVENT ALLOW MEDIUM REMOVAL (SBC-4 5.15). The medium cannot

@@ -261,3 +261,34 @@ func TestMemoryAfterDone(t *testing.T) {
 		expect(t, target, sanitizeCDB(0x1f, 0), nil, 0, "CHECK 5/24/00") // AUSE was 0
 	}
 }
+
+// TestStopAborted: a START STOP UNIT that is aborted while it flushes, or cannot flush, does not stop the unit.
+func TestStopAborted(t *testing.T) {
+	hang, flushing := make(chan struct{}), make(chan struct{})
+	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+	target := attach(t, scsi.UnitConfig{Backend: rec})
+	rec.OnCall = func(string) {
+		close(flushing)
+		<-hang
+	}
+	answer := make(chan scsi.Result, 1)
+	target.Submit(&scsi.Command{CDB: []byte{0x1b, 0, 0, 0, 0, 0}, Tag: 7, Done: func(r scsi.Result) {
+		answer <- r
+	}})
+	<-flushing
+	aborted := make(chan struct{})
+	go func() {
+		target.AbortTask(0, 0, 7)
+		close(aborted)
+	}()
+	time.Sleep(20 * time.Millisecond) // it waits by now, on most machines
+	close(hang)
+	<-aborted
+	if r := <-answer; r.Abort != scsi.NotAborted {
+		expect(t, target, testUnitReady, nil, 0, "GOOD")
+	}
+	faulty := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Err: syscall.EIO})
+	target = attach(t, scsi.UnitConfig{Backend: faulty})
+	expect(t, target, []byte{0x1b, 0, 0, 0, 0, 0}, nil, 0, "CHECK 3/0c/00")
+	expect(t, target, testUnitReady, nil, 0, "GOOD")
+}
