@@ -31,7 +31,8 @@ func gvm(args []string) (status int) {
 			status = exitBug
 		}
 	}()
-	err := app().Run(args)
+	a := app()
+	err := a.Run(flagsFirst(a.Commands, args))
 	if err == nil {
 		return 0
 	}

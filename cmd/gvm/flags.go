@@ -1,0 +1,54 @@
+package main
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+)
+
+// flagsFirst moves a command's flags in front of its arguments: package flag stops at the first
+// argument, and people write flags behind it as well. Words behind "--" stay where they are.
+func flagsFirst(commands []*cli.Command, args []string) []string {
+	if len(args) == 0 || args[len(args)-1] == "--generate-bash-completion" {
+		return args
+	}
+	at, command := 1, (*cli.Command)(nil)
+	for ; at < len(args); at++ {
+		i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(args[at]) })
+		if i < 0 {
+			break
+		}
+		command, commands = commands[i], commands[i].Subcommands
+	}
+	if command == nil || len(commands) > 0 {
+		return args
+	}
+	flags, rest := slices.Clone(args[:at]), []string(nil)
+	for words := args[at:]; len(words) > 0; words = words[1:] {
+		word := words[0]
+		if word == "--" {
+			rest = append(rest, words...)
+			break
+		}
+		if len(word) < 2 || word[0] != '-' {
+			rest = append(rest, word)
+			continue
+		}
+		flags = append(flags, word)
+		if len(words) > 1 && takesNext(command, word) {
+			words = words[1:]
+			flags = append(flags, words[0])
+		}
+	}
+	return append(flags, rest...)
+}
+
+// takesNext reports whether the value of a flag is the next word.
+func takesNext(command *cli.Command, word string) bool {
+	name := strings.TrimLeft(word, "-")
+	return slices.ContainsFunc(command.Flags, func(f cli.Flag) bool {
+		d, ok := f.(cli.DocGenerationFlag)
+		return ok && d.TakesValue() && slices.Contains(f.Names(), name)
+	})
+}
