@@ -13,6 +13,7 @@ import (
 	"gvm/devices/pvpanic"
 	"gvm/devices/rtc"
 	"gvm/devices/serial"
+	"gvm/devices/virtio"
 	"gvm/devices/virtio/vpci"
 	"gvm/kvmapi"
 	"gvm/kvmapi/eventfd"
@@ -165,6 +166,10 @@ func (s *space) Map(name string, base, size uint64, h pci.Handler) error {
 
 func (s *space) Unmap(base uint64) error { return s.bus.Remove(base) }
 
+func deviceName(i int, d virtio.Device) string {
+	return fmt.Sprintf("virtio device %d (type %d)", i, d.ID())
+}
+
 // addPCI puts the virtio devices on the PCI bus and gives them addresses.
 func (m *machine) addPCI() error {
 	for i, d := range m.cfg.Devices {
@@ -172,7 +177,7 @@ func (m *machine) addPCI() error {
 			p.PowerOn()
 		}
 		v, err := vpci.New(vpci.Config{
-			Name:      fmt.Sprintf("virtio device %d (type %d)", i, d.ID()),
+			Name:      deviceName(i, d),
 			Device:    d,
 			Mem:       m.mem,
 			Vectors:   m.irqs.vector,
@@ -310,15 +315,18 @@ func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, boots, x2apic bool, entry 
 func (m *machine) close() error {
 	var errs []error
 	if m.uart != nil {
+		m.closing.Store("the console")
 		m.cfg.Console.Connect(nil)
 		errs = append(errs, m.uart.Close())
 	}
 	if m.rtc != nil {
 		m.rtc.Close()
 	}
-	for _, v := range m.virtio {
+	for i, v := range m.virtio {
+		m.closing.Store(deviceName(i, m.cfg.Devices[i]))
 		errs = append(errs, v.Close())
 	}
+	m.closing.Store("KVM")
 	m.tellMore()
 	for _, c := range m.cpus {
 		errs = append(errs, c.Close())

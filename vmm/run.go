@@ -22,6 +22,7 @@ type lifecycle struct {
 	ended   chan struct{}
 	stop    atomic.Bool
 	threads sync.WaitGroup // of the vCPUs
+	closing atomic.Value   // string: what takeDown waits for
 }
 
 func (l *lifecycle) init() { l.ended = make(chan struct{}) }
@@ -77,6 +78,7 @@ const endPatience = 700 * time.Millisecond
 // on, and all that they use stays (TestStuckDevice).
 func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err error) {
 	done := make(chan error, 1)
+	m.closing.Store("a vCPU")
 	go func() { // ends with the process at the latest
 		m.threads.Wait()
 		done <- m.close()
@@ -92,6 +94,7 @@ func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err erro
 	case err := <-done:
 		return true, err
 	case <-time.After(endPatience):
+		m.cfg.Note(fmt.Sprintf("%s waits for the host and does not end; gvm ends without it", m.closing.Load()))
 		return false, nil
 	}
 }

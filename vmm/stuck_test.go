@@ -43,22 +43,25 @@ func TestStuckDevice(t *testing.T) {
 			guest, want = script{}.reset(), Stopped
 		}
 		ctx, cancel := context.WithCancelCause(t.Context())
-		type end struct {
-			out Outcome
-		}
-		ended := make(chan end, 1)
+		ended, notes := make(chan Outcome, 1), make(chan string, 10)
 		go func() {
-			out, _ := guest.runContext(ctx, t, false, Config{Devices: []virtio.Device{s}, Rebooting: again})
-			ended <- end{out}
+			out, _ := guest.runContext(ctx, t, false, Config{
+				Devices: []virtio.Device{s}, Rebooting: again, Note: func(s string) { notes <- s },
+			})
+			ended <- out
 		}()
 		<-s.resetting
 		if again {
 			cancel(cause)
 		}
 		select {
-		case e := <-ended:
-			if e.out.Ending != want || !e.out.Left || again && !errors.Is(e.out.Err, cause) {
-				t.Errorf("restarts %v: %+v", again, e.out)
+		case out := <-ended:
+			if out.Ending != want || !out.Left || again && !errors.Is(out.Err, cause) {
+				t.Errorf("restarts %v: %+v", again, out)
+			}
+			const note = "virtio device 0 (type 4) waits for the host and does not end; gvm ends without it"
+			if len(notes) != 1 || <-notes != note {
+				t.Errorf("%d notes, or another one", len(notes))
 			}
 		case <-time.After(30 * time.Second):
 			t.Errorf("restarts %v: the end waits for the device", again)
