@@ -135,8 +135,8 @@ func (tk *task) beginSanitize(action byte, pattern []byte) (*sanitizeOperation, 
 		if err := u.erase(op, pattern); err != nil {
 			ended, op.err = failed, SanitizeFailed
 		}
-		u.sanitizing.Store(nil)
 		u.sanitize.Store(ended)
+		u.sanitizing.CompareAndSwap(op, nil) // unless another has begun
 	}()
 	return op, nil
 }
