@@ -43,7 +43,15 @@ type Disk struct {
 	ReadOnly  bool   `json:"readonly"`
 	Cache     string `json:"cache"`
 	Backend   string `json:"backend"`
+	Change    string `json:"change,omitempty"` // under way: Adding, Removing or Resizing
 }
+
+// Changes of a disk that are under way.
+const (
+	Adding   = "adding"
+	Removing = "removing"
+	Resizing = "resizing"
+)
 
 // AddDisk is the body of POST /v1/disks.
 type AddDisk struct {
@@ -95,7 +103,8 @@ type Stopped struct {
 
 // Machine is what a Server needs of a machine. Its methods are called from
 // several goroutines. An error that is an *Error goes to the client with its
-// status, any other as a failure of the host.
+// status, any other as a failure of the host. When the context ends, because the client has gone or the
+// server closes, a method returns, whatever it waits for.
 type Machine interface {
 	Info() Info
 	// Pause stops the CPUs, and Resume lets them go on.
@@ -104,10 +113,10 @@ type Machine interface {
 	// Stop has the machine end. It does not wait for that.
 	Stop(Stop) (Stopped, error)
 	Disks() []Disk
-	AddDisk(AddDisk) (Change, error)
+	AddDisk(context.Context, AddDisk) (Change, error)
 	// RemoveDisk and ResizeDisk take a LUN, a serial number or an absolute path.
-	RemoveDisk(id string) (Change, error)
-	ResizeDisk(id string, r ResizeDisk) (Change, error)
+	RemoveDisk(ctx context.Context, id string) (Change, error)
+	ResizeDisk(ctx context.Context, id string, r ResizeDisk) (Change, error)
 }
 
 // Error is a request that was refused or failed.

@@ -64,7 +64,7 @@ func (f *fake) Disks() (list []Disk) {
 	return list
 }
 
-func (f *fake) AddDisk(a AddDisk) (Change, error) {
+func (f *fake) AddDisk(_ context.Context, a AddDisk) (Change, error) {
 	if f.adding != nil {
 		f.adding <- struct{}{}
 		<-f.adding
@@ -84,7 +84,7 @@ func (f *fake) AddDisk(a AddDisk) (Change, error) {
 	return Change{d, Told}, nil
 }
 
-func (f *fake) RemoveDisk(id string) (Change, error) {
+func (f *fake) RemoveDisk(_ context.Context, id string) (Change, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	d, ok := f.disks[id]
@@ -95,7 +95,7 @@ func (f *fake) RemoveDisk(id string) (Change, error) {
 	return Change{d, Missed}, nil
 }
 
-func (f *fake) ResizeDisk(id string, r ResizeDisk) (Change, error) {
+func (f *fake) ResizeDisk(_ context.Context, id string, r ResizeDisk) (Change, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	d, ok := f.disks[id]

@@ -137,7 +137,7 @@ func (s *Server) handler(m Machine) http.Handler {
 				if err := body(r, &a); err != nil {
 					return nil, err
 				}
-				return m.AddDisk(a)
+				return m.AddDisk(r.Context(), a)
 			},
 		},
 		"/v1/disks/{id}": {
@@ -145,7 +145,7 @@ func (s *Server) handler(m Machine) http.Handler {
 				if err := body(r, nil); err != nil {
 					return nil, err
 				}
-				return m.RemoveDisk(r.PathValue("id"))
+				return m.RemoveDisk(r.Context(), r.PathValue("id"))
 			},
 		},
 		"/v1/disks/{id}/resize": {
@@ -154,7 +154,7 @@ func (s *Server) handler(m Machine) http.Handler {
 				if err := body(r, &c); err != nil {
 					return nil, err
 				}
-				return m.ResizeDisk(r.PathValue("id"), c)
+				return m.ResizeDisk(r.Context(), r.PathValue("id"), c)
 			},
 		},
 	} {

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -38,8 +39,18 @@ func (m *machine) Info() control.Info {
 	return i
 }
 
-func (m *machine) Pause(ctx context.Context) error { return pauseError(m.pauser.Pause(ctx)) }
-func (m *machine) Resume() error                   { return pauseError(m.pauser.Resume()) }
+// pausePatience bounds the wait for CPUs: one may be at a console whose reader has stopped.
+const pausePatience = 10 * time.Second
+
+var errNotPausing = control.Errorf(http.StatusGatewayTimeout, "a CPU does not stop: is the output of gvm run taken?")
+
+func (m *machine) Pause(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, pausePatience, errNotPausing)
+	defer cancel()
+	return pauseError(m.pauser.Pause(ctx))
+}
+
+func (m *machine) Resume() error { return pauseError(m.pauser.Resume()) }
 
 // pauseError is how the control socket says what a Pauser does.
 func pauseError(err error) error {
@@ -54,7 +65,7 @@ func pauseError(err error) error {
 
 func (m *machine) Disks() []control.Disk { return m.list() }
 
-func (m *machine) AddDisk(a control.AddDisk) (control.Change, error) {
+func (m *machine) AddDisk(ctx context.Context, a control.AddDisk) (control.Change, error) {
 	d, err := parseDisk(a.Disk)
 	if err != nil {
 		return control.Change{}, control.Errorf(http.StatusBadRequest, "%v", err)
@@ -65,13 +76,15 @@ func (m *machine) AddDisk(a control.AddDisk) (control.Change, error) {
 		}
 		d.path = filepath.Join(a.Dir, d.path)
 	}
-	return m.add(d)
+	return m.add(ctx, d)
 }
 
-func (m *machine) RemoveDisk(id string) (control.Change, error) { return m.remove(id) }
+func (m *machine) RemoveDisk(ctx context.Context, id string) (control.Change, error) {
+	return m.remove(ctx, id)
+}
 
-func (m *machine) ResizeDisk(id string, r control.ResizeDisk) (control.Change, error) {
-	return m.resize(id, r)
+func (m *machine) ResizeDisk(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
+	return m.resize(ctx, id, r)
 }
 
 // claimName takes the machine's name and opens its control socket. A machine that
@@ -400,6 +413,9 @@ func diskTable(out io.Writer, disks []control.Disk) error {
 		mode := "rw"
 		if d.ReadOnly {
 			mode = "ro"
+		}
+		if d.Change != "" {
+			mode += "," + d.Change
 		}
 		tableRow(w, d.LUN, formatSize(uint64(d.Size)), d.BlockSize, d.Cache, mode, d.Backend, d.Serial, diskImage(d))
 	}

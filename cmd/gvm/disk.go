@@ -337,6 +337,10 @@ func openAll(list []disk, k kernelOptions, m *mishaps) (_ *disks, err error) {
 		}
 		ds.given = append(ds.given, rootDisk{f, d.blockSize})
 		if file, ok := f.(*backend.File); ok && d.backend == byKernel {
+			if ds.paths == nil {
+				ds.paths = map[string]string{}
+			}
+			ds.paths[file.Path()] = absolute(file.Path())
 			err = provision.add(d, file)
 		} else {
 			err = ds.attach(d, f)
@@ -488,6 +492,9 @@ func (i opened) close(had bool) error {
 	if i.undo != nil && !had {
 		i.undo()
 	}
+	if i.backend == nil {
+		return nil // it holds nothing open
+	}
 	err := i.backend.Close()
 	if i.tuples != nil {
 		err = errors.Join(err, i.tuples.Close())
@@ -499,20 +506,18 @@ func (i opened) close(had bool) error {
 // started, what size= did is undone in between. What a guest has not flushed is made durable as far as
 // settlePatience goes, the rest is in the page cache. Nothing can be changed afterwards.
 func (ds *disks) close(started bool) error {
-	ds.mu.Lock()
-	defer ds.mu.Unlock()
-	ds.ended = true
-	var errs []error
 	ctx, cancel := context.WithTimeout(context.Background(), settlePatience)
 	defer cancel()
+	open := ds.endChanges(ctx)
 	busy := ds.end(ctx)
+	var errs []error
 	if started {
 		errs = append(errs, ds.settle(ctx))
 	}
 	for _, k := range ds.kernels {
 		errs = append(errs, k.close())
 	}
-	for _, f := range ds.open {
+	for _, f := range open {
 		if !busy[f.backend] { // else it is in use, and the end of the process closes it
 			errs = append(errs, f.close(started))
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"time"
 
 	"gvm/control"
 	"gvm/devices/scsi"
@@ -19,11 +21,73 @@ import (
 
 // live is the part of disks that changes while the machine runs. Until it runs
 // and after it has ended one goroutine has the disks for itself.
+//
+// A change of a disk is slow: it waits for storage, and for commands of the guest. It runs in a
+// goroutine of its own, with no lock held, and is in busy meanwhile.
 type live struct {
-	mu     sync.Mutex // guards what follows, and disks.open
-	ended  bool
-	served []served // the units of gvm's own target
-	events notifier // the device of that target; nil: the guest has none
+	mu      sync.Mutex // guards what follows, and disks.open; held across no wait and no I/O
+	ended   bool       // no change begins
+	closed  bool       // close has begun to close what no change uses
+	served  []served   // the units of gvm's own target
+	events  notifier   // the device of that target; nil: the guest has none
+	adding  []disk     // disks that are not units yet
+	busy    map[*scsi.Unit]string
+	over    chan struct{}     // closed when ended is set; made by ending
+	paths   map[string]string // absolute paths of the kernel's disks
+	changes sync.WaitGroup
+	bounds
+}
+
+// bounds are on waits of the control socket; zero is the default.
+type bounds struct {
+	commands time.Duration // of a resize for commands that use the disk: 10 s
+	answer   time.Duration // of a client for a change: 30 s, and the change goes on
+}
+
+// ending returns the channel that is closed when the machine ends. The caller holds mu.
+func (l *live) ending() chan struct{} {
+	if l.over == nil {
+		l.over = make(chan struct{})
+	}
+	return l.over
+}
+
+// change has work change a disk, with mu released, and answers for it. The caller holds mu. done
+// ends what work has begun, with mu held again.
+func (l *live) change(ctx context.Context, what string, work func(cut <-chan struct{}) (control.Change, error), done func()) (control.Change, error) {
+	type answer struct {
+		control.Change
+		error
+	}
+	answers, over := make(chan answer, 1), l.ending()
+	l.changes.Add(1)
+	go func() {
+		defer l.changes.Done()
+		var a answer
+		defer func() {
+			if p := recover(); p != nil {
+				a.error = fmt.Errorf("a bug in gvm, please report it: %v", p)
+			}
+			l.mu.Lock()
+			done()
+			l.mu.Unlock()
+			answers <- a
+		}()
+		a.Change, a.error = work(over)
+	}()
+	l.mu.Unlock()
+	defer l.mu.Lock()
+	timer := time.NewTimer(cmp.Or(l.bounds.answer, 30*time.Second))
+	defer timer.Stop()
+	select {
+	case a := <-answers:
+		return a.Change, a.error
+	case <-over:
+		return control.Change{}, control.ErrEnded
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+	return control.Change{}, control.Errorf(http.StatusGatewayTimeout, "%s takes long and goes on: gvm disk list shows when it is over", what)
 }
 
 // notifier is the device that tells the guest; *vscsi.Device is one.
@@ -101,7 +165,13 @@ func (ds *disks) list() []control.Disk {
 	defer ds.mu.Unlock()
 	var list []control.Disk
 	for i := range ds.served {
-		list = append(list, ds.served[i].describe())
+		d := ds.served[i].describe()
+		d.Change = ds.busy[ds.served[i].unit]
+		list = append(list, d)
+	}
+	for _, d := range ds.adding {
+		list = append(list, control.Disk{LUN: d.lun, Path: d.path, Serial: d.serial, Size: d.size, BlockSize: d.blockSize, ReadOnly: d.readOnly,
+			Cache: cacheName(d.cache), Backend: "process", Change: control.Adding})
 	}
 	slices.SortFunc(list, func(a, b control.Disk) int { return a.LUN - b.LUN })
 	for _, k := range ds.kernels {
@@ -109,7 +179,7 @@ func (ds *disks) list() []control.Disk {
 			list = append(list, control.Disk{WWN: k.target.WWN, Backend: "vhost"})
 		}
 		for _, u := range k.units {
-			list = append(list, control.Disk{LUN: u.LUN, Path: absolute(u.Backend.(*backend.File).Path()), WWN: k.target.WWN, Serial: u.Serial,
+			list = append(list, control.Disk{LUN: u.LUN, Path: ds.paths[u.Backend.(*backend.File).Path()], WWN: k.target.WWN, Serial: u.Serial,
 				Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly, Cache: cacheName(u.Cache), Backend: "vhost"})
 		}
 	}
@@ -118,7 +188,7 @@ func (ds *disks) list() []control.Disk {
 
 // add opens a disk's image, gives it a LUN and tells the guest. On an error all
 // is as before.
-func (ds *disks) add(d disk) (control.Change, error) {
+func (ds *disks) add(ctx context.Context, d disk) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	switch {
@@ -128,9 +198,11 @@ func (ds *disks) add(d disk) (control.Change, error) {
 		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: backend=vhost disks cannot be added to a machine that runs; backend=process ones can", d.name())
 	case ds.events == nil:
 		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: the machine was started with backend=vhost disks only and has no device for others", d.name())
+	case d.storage == inImage && slices.ContainsFunc(ds.adding, func(a disk) bool { return a.storage == inImage && filepath.Clean(a.path) == filepath.Clean(d.path) }):
+		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s is being added already: gvm disk list shows when that is over", d.path)
 	}
 	d.backend = byProcess
-	all := []disk{}
+	all := slices.Clone(ds.adding)
 	for _, s := range ds.served {
 		s.lun = s.number()
 		all = append(all, s.disk)
@@ -140,61 +212,148 @@ func (ds *disks) add(d disk) (control.Change, error) {
 		return control.Change{}, control.Errorf(http.StatusConflict, "%v", err)
 	}
 	d = all[len(all)-1]
-	f, err := ds.openImage(d)
+	ds.adding = append(ds.adding, d)
+	return ds.change(ctx, "adding "+d.path, func(<-chan struct{}) (control.Change, error) { return ds.addNow(d) }, func() {
+		ds.adding = slices.DeleteFunc(ds.adding, func(a disk) bool { return a.lun == d.lun })
+	})
+}
+
+// addNow is the slow part of add.
+func (ds *disks) addNow(d disk) (control.Change, error) {
+	own := &disks{target: ds.target, mishaps: ds.mishaps} // until the disk is there
+	f, err := own.openImage(d)
 	if err != nil {
 		return control.Change{}, refusal(err)
 	}
-	if err := ds.attach(d, f); err != nil {
+	if err := own.attach(d, f); err != nil {
 		err = configError{fmt.Errorf("--disk %s: %w", d.path, err)}
-		return control.Change{}, refusal(errors.Join(err, ds.release(f, false)))
+		for _, f := range own.open {
+			err = errors.Join(err, f.close(false))
+		}
+		return control.Change{}, refusal(err)
 	}
-	s := &ds.served[len(ds.served)-1]
-	return control.Change{Disk: s.describe(), Guest: ds.tell(s, vscsi.TransportReset, vscsi.ResetRescan)}, nil
+	s := own.served[0]
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	if ds.closed { // the process ends now
+		s.gone()
+		return control.Change{}, control.ErrEnded
+	}
+	ds.served, ds.open = append(ds.served, s), append(ds.open, own.open...)
+	return control.Change{Disk: s.describe(), Guest: ds.tell(&s, vscsi.TransportReset, vscsi.ResetRescan)}, nil
+}
+
+// claim finds a disk for a change that no other is under way for. The caller holds mu.
+func (ds *disks) claim(id, change string) (s served, release func(), err error) {
+	i, err := ds.find(id)
+	if err != nil {
+		return s, nil, err
+	}
+	s = ds.served[i]
+	if other := ds.busy[s.unit]; other != "" {
+		return s, nil, control.Errorf(http.StatusConflict, "LUN %d, %s: %s is under way: gvm disk list shows when it is over", s.number(), s.disk.path, other)
+	}
+	if ds.busy == nil {
+		ds.busy = map[*scsi.Unit]string{}
+	}
+	ds.busy[s.unit] = change
+	return s, func() {
+		if !ds.closed {
+			delete(ds.busy, s.unit)
+		}
+	}, nil
 }
 
 // remove tells the guest that a disk goes, and takes it away without waiting for
 // the guest: commands in flight are aborted. What the guest has written is on
 // stable storage then, as it gets to flush nothing more.
-func (ds *disks) remove(id string) (control.Change, error) {
+func (ds *disks) remove(ctx context.Context, id string) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
-	i, err := ds.find(id)
+	s, release, err := ds.claim(id, control.Removing)
 	if err != nil {
 		return control.Change{}, err
 	}
-	s := ds.served[i]
 	ch := control.Change{Disk: s.describe(), Guest: ds.tell(&s, vscsi.TransportReset, vscsi.ResetRemoved)}
 	s.gone()
+	return ds.change(ctx, "removing "+s.disk.path, func(<-chan struct{}) (control.Change, error) { return ch, ds.removeNow(s) }, release)
+}
+
+// removeNow is the slow part of remove.
+func (ds *disks) removeNow(s served) error {
 	if err := ds.target.Detach(s.at); err != nil {
-		return ch, err
+		return err
 	}
-	ds.served = slices.Delete(ds.served, i, i+1)
-	return ch, errors.Join(s.unit.Sync(), ds.release(s.backend(), true))
+	err := s.unit.Sync()
+	ds.mu.Lock()
+	if ds.closed {
+		ds.mu.Unlock()
+		return control.ErrEnded
+	}
+	ds.served = slices.DeleteFunc(ds.served, func(o served) bool { return o.unit == s.unit })
+	f := ds.taken(s.backend())
+	ds.mu.Unlock()
+	return errors.Join(err, f.close(true))
 }
 
 // resize gives a disk another size, or takes the one that its image has by now,
 // and tells the guest.
-func (ds *disks) resize(id string, r control.ResizeDisk) (control.Change, error) {
+func (ds *disks) resize(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
-	i, err := ds.find(id)
+	s, release, err := ds.claim(id, control.Resizing)
 	if err != nil {
 		return control.Change{}, err
 	}
-	s := &ds.served[i]
 	b, ok := s.backend().(resizer)
 	if !ok {
+		release()
 		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s, keeps its size", s.number(), s.disk.path)
 	}
+	return ds.change(ctx, "resizing "+s.disk.path, func(over <-chan struct{}) (control.Change, error) {
+		return ds.resizeNow(s, over, func() error { return b.Resize(r.Size, r.Shrink) })
+	}, release)
+}
+
+// resizeNow is the slow part of resize. It does not wait for commands that wait for the user.
+func (ds *disks) resizeNow(s served, over <-chan struct{}, do func() error) (control.Change, error) {
+	held := func() bool { return ds.mishaps.holds(s.disk.name(), 0) > 0 }
+	cut, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(cut)
+		late := time.NewTimer(cmp.Or(ds.bounds.commands, 10*time.Second))
+		defer late.Stop()
+		for !held() {
+			select {
+			case <-done:
+				return
+			case <-over:
+				return
+			case <-late.C:
+				return
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+	}()
 	before := s.unit.Blocks()
-	if err := s.unit.Resize(func() error { return b.Resize(r.Size, r.Shrink) }); err != nil {
+	err := s.unit.ResizeUntil(cut, do)
+	close(done)
+	<-cut
+	switch {
+	case errors.Is(err, scsi.ErrBusy) && held():
+		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s: a command has failed and waits: gvm resume %s first", s.number(), s.disk.path, ds.mishaps.name)
+	case errors.Is(err, scsi.ErrBusy):
+		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s: %v; try again", s.number(), s.disk.path, err)
+	case err != nil:
 		return control.Change{}, refusal(diskError{err})
 	}
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
 	ch := control.Change{Disk: s.describe(), Guest: control.Unchanged}
 	if s.unit.Blocks() != before {
 		// The additional sense code of CAPACITY DATA HAS CHANGED (SPC-5 4.5.2),
 		// which the unit attention has too.
-		ch.Guest = ds.tell(s, vscsi.ParamChange, vscsi.ParamReason(scsi.CapacityChanged.ASC, scsi.CapacityChanged.ASCQ))
+		ch.Guest = ds.tell(&s, vscsi.ParamChange, vscsi.ParamReason(scsi.CapacityChanged.ASC, scsi.CapacityChanged.ASCQ))
 	}
 	return ch, nil
 }
@@ -216,9 +375,14 @@ func (ds *disks) find(id string) (int, error) {
 			return i, nil
 		}
 	}
+	for _, d := range ds.adding {
+		if isLUN && d.lun == n || d.serial != "" && d.serial == id || d.path == id {
+			return 0, control.Errorf(http.StatusConflict, "LUN %d, %s, is being added: gvm disk list shows when that is over", d.lun, d.path)
+		}
+	}
 	for _, k := range ds.kernels {
 		for _, u := range k.units {
-			if isLUN && u.LUN == n || u.Serial != "" && u.Serial == id || absolute(u.Backend.(*backend.File).Path()) == id {
+			if isLUN && u.LUN == n || u.Serial != "" && u.Serial == id || ds.paths[u.Backend.(*backend.File).Path()] == id {
 				return 0, control.Errorf(http.StatusConflict, "disk %s has backend=vhost: it cannot be changed while the machine runs", id)
 			}
 		}
@@ -239,15 +403,45 @@ func (ds *disks) tell(s *served, t vscsi.EventType, r vscsi.Reason) control.Gues
 	return control.Absent
 }
 
-// release closes what is open for a backend. The caller holds mu.
-func (ds *disks) release(b scsi.Backend, had bool) error {
-	i := slices.IndexFunc(ds.open, func(i opened) bool { return any(i.backend) == any(b) })
-	if i < 0 {
-		return nil // it holds nothing open
+// taken returns what is open for a backend, which is the caller's to close. The caller holds mu.
+func (ds *disks) taken(b scsi.Backend) (f opened) {
+	if i := slices.IndexFunc(ds.open, func(i opened) bool { return any(i.backend) == any(b) }); i >= 0 {
+		f = ds.open[i]
+		ds.open = slices.Delete(ds.open, i, i+1)
 	}
-	f := ds.open[i]
-	ds.open = slices.Delete(ds.open, i, i+1)
-	return f.close(had)
+	return f
+}
+
+// endChanges ends changes and waits for those under way, but not longer than ctx. It returns what is open
+// and no change uses any more; the rest closes with the process.
+func (ds *disks) endChanges(ctx context.Context) (open []opened) {
+	ctx, cancel := context.WithTimeout(ctx, settlePatience/3) // the rest is for the disks
+	defer cancel()
+	ds.mu.Lock()
+	if !ds.ended {
+		ds.ended = true
+		close(ds.ending())
+	}
+	ds.mu.Unlock()
+	changed := make(chan struct{})
+	go func() {
+		ds.changes.Wait()
+		close(changed)
+	}()
+	select {
+	case <-changed:
+	case <-ctx.Done():
+	}
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	ds.closed = true
+	for _, f := range ds.open {
+		used := slices.ContainsFunc(ds.served, func(s served) bool { return ds.busy[s.unit] != "" && any(s.backend()) == any(f.backend) })
+		if !used {
+			open = append(open, f)
+		}
+	}
+	return open
 }
 
 // refusal gives an error of the user's making the status of one; any other is

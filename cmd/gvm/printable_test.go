@@ -179,10 +179,12 @@ func (evilMachine) Info() control.Info {
 func (evilMachine) Disks() []control.Disk {
 	return []control.Disk{{Path: evil, Serial: evil, Backend: evil, Cache: evil, WWN: evil, BlockSize: 512}}
 }
-func (m evilMachine) AddDisk(control.AddDisk) (control.Change, error) { return m.RemoveDisk("") }
-func (m evilMachine) RemoveDisk(string) (control.Change, error) {
+func (m evilMachine) AddDisk(ctx context.Context, _ control.AddDisk) (control.Change, error) {
+	return m.RemoveDisk(ctx, "")
+}
+func (m evilMachine) RemoveDisk(context.Context, string) (control.Change, error) {
 	return control.Change{Disk: m.Disks()[0], Guest: evil}, nil
 }
-func (m evilMachine) ResizeDisk(string, control.ResizeDisk) (control.Change, error) {
-	return m.RemoveDisk("")
+func (m evilMachine) ResizeDisk(ctx context.Context, _ string, _ control.ResizeDisk) (control.Change, error) {
+	return m.RemoveDisk(ctx, "")
 }

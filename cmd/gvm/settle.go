@@ -17,10 +17,13 @@ type writeBacker interface {
 }
 
 // end ends all work of the disks, and returns the backends of those whose storage does not let go of a
-// request before ctx ends. They are not served any more. The caller holds mu.
+// request before ctx ends. They are not served any more.
 func (ds *disks) end(ctx context.Context) map[any]bool {
 	busy := map[any]bool{}
-	for _, u := range ds.target.End(ctx) {
+	units := ds.target.End(ctx)
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	for _, u := range units {
 		i := slices.IndexFunc(ds.served, func(s served) bool { return s.unit == u })
 		if i < 0 {
 			continue
@@ -36,7 +39,7 @@ func (ds *disks) end(ctx context.Context) map[any]bool {
 
 // settle makes durable what the guest has not flushed, with all that lies beside the images: an
 // overlay's map and protection information, without which the image alone is worth less. When ctx ends it
-// gives up, tells of which disks, and leaves them to the host. The caller holds mu.
+// gives up, tells of which disks, and leaves them to the host. The caller has called endChanges.
 func (ds *disks) settle(ctx context.Context) error {
 	type result struct {
 		disk *served
@@ -45,7 +48,7 @@ func (ds *disks) settle(ctx context.Context) error {
 	results, left := make(chan result, len(ds.served)), map[*served]bool{}
 	for i := range ds.served {
 		s := &ds.served[i]
-		if !s.unit.Dirty() {
+		if ds.busy[s.unit] != "" || !s.unit.Dirty() {
 			continue
 		}
 		left[s] = true

@@ -105,15 +105,15 @@ func TestSettle(t *testing.T) {
 		do   func(ds *disks) error
 		want []string
 	}{
-		{"remove", func(ds *disks) error { _, err := ds.remove("0"); return err }, both},
+		{"remove", func(ds *disks) error { _, err := ds.remove(context.Background(), "0"); return err }, both},
 		{"end", func(ds *disks) error { return ds.close(true) }, both},
 		{"end of a guest that never ran", func(ds *disks) error { return ds.close(false) }, nil},
 		{"grow", func(ds *disks) error {
-			_, err := ds.resize("0", control.ResizeDisk{Size: 2 << 20})
+			_, err := ds.resize(context.Background(), "0", control.ResizeDisk{Size: 2 << 20})
 			return err
 		}, []string{"flush tuples", "resize", "flush tuples"}},
 		{"shrink", func(ds *disks) error {
-			_, err := ds.resize("0", control.ResizeDisk{Size: 512 << 10, Shrink: true})
+			_, err := ds.resize(context.Background(), "0", control.ResizeDisk{Size: 512 << 10, Shrink: true})
 			return err
 		}, []string{"flush tuples", "resize", "clear tuples", "flush tuples"}},
 	} {

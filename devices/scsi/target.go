@@ -63,16 +63,11 @@ func (t *Target) Attach(lun LUN, u *Unit) error {
 // answered before it returns, so that the backend may be closed then.
 func (t *Target) Detach(lun LUN) error {
 	lun = lun.canonical()
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	units := maps.Clone(*t.units.Load())
-	u := units[lun]
+	u := t.take(lun)
 	if u == nil {
 		return fmt.Errorf("scsi detach: no unit at LUN %#016x", uint64(lun))
 	}
-	delete(units, lun)
-	t.swap(units, nil)
-	u.set.close()
+	u.set.close() // without t.mu: commands may end late, and other units come and go meanwhile
 	<-u.stopSanitize()
 	// Copies between other units end before the backend may be closed.
 	u.medium.lock(true, nil)
@@ -103,6 +98,19 @@ func (t *Target) End(ctx context.Context) (busy []*Unit) {
 		busy = append(busy, u)
 	}
 	return busy
+}
+
+// take removes the unit at lun from the target, and returns nil if there is none.
+func (t *Target) take(lun LUN) *Unit {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	units := maps.Clone(*t.units.Load())
+	u := units[lun]
+	if u != nil {
+		delete(units, lun)
+		t.swap(units, nil)
+	}
+	return u
 }
 
 // swap publishes units and tells initiators, on all of them but the new one.

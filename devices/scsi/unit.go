@@ -233,7 +233,13 @@ func (u *Unit) Resized() error {
 //
 // Before and after it the protection information is made durable, so that a crash of the host leaves
 // none for blocks that are new: they would be refused.
-func (u *Unit) Resize(change func() error) error {
+func (u *Unit) Resize(change func() error) error { return u.ResizeUntil(nil, change) }
+
+// ErrBusy is a change of a unit whose commands did not end in time.
+var ErrBusy = errors.New("commands that use the medium do not end")
+
+// ResizeUntil is Resize that waits for commands only until cut is closed, and returns ErrBusy then.
+func (u *Unit) ResizeUntil(cut <-chan struct{}, change func() error) error {
 	flush := func() error {
 		if p := u.cfg.Protection; p != nil {
 			return p.Flush()
@@ -243,14 +249,16 @@ func (u *Unit) Resize(change func() error) error {
 	if err := flush(); err != nil {
 		return err
 	}
-	if err := u.resize(change); err != nil {
+	if err := u.resize(cut, change); err != nil {
 		return err
 	}
 	return flush()
 }
 
-func (u *Unit) resize(change func() error) error {
-	u.medium.lock(true, nil)
+func (u *Unit) resize(cut <-chan struct{}, change func() error) error {
+	if !u.medium.lock(true, cut) {
+		return ErrBusy
+	}
 	defer u.medium.unlock(true)
 	if err := change(); err != nil {
 		return err

@@ -1,0 +1,146 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"gvm/control"
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/scsitest"
+)
+
+// slow is a backend whose every operation waits until go on is closed.
+type slow struct {
+	*backend.Mem
+	begun, goOn chan struct{}
+}
+
+func newSlow() *slow {
+	return &slow{backend.NewMem(1 << 20), make(chan struct{}, 10), make(chan struct{})}
+}
+
+func (s *slow) wait() { s.begun <- struct{}{}; <-s.goOn }
+
+func (s *slow) Flush() error                 { s.wait(); return nil }
+func (s *slow) Resize(_ int64, _ bool) error { s.wait(); return nil }
+
+func slowDisks(t *testing.T) (*disks, *slow) {
+	t.Helper()
+	ds := &disks{target: scsi.NewTarget(), mishaps: &mishaps{name: "vm", note: func(string) {}}}
+	b := newSlow()
+	if err := ds.attach(disk{path: "slow", lun: 0, blockSize: 512, serial: "SLOW"}, b); err != nil {
+		t.Fatal(err)
+	}
+	ds.events = noGuest{}
+	scsitest.Do(ds.target, 0, make([]byte, 6), nil, 0) // the unit attention of a power on
+	return ds, b
+}
+
+func wantConflict(t *testing.T, err error, text string) {
+	t.Helper()
+	var e *control.Error
+	if !errors.As(err, &e) || e.Status != http.StatusConflict || !strings.Contains(e.Text, text) || strings.Contains(e.Text, "\n") {
+		t.Errorf("error %v, want a conflict that says %q", err, text)
+	}
+}
+
+// TestChangesWaitForNothing has storage that does not answer: the list does, other disks can be
+// changed, a second change of the disk is refused, and the machine ends.
+func TestChangesWaitForNothing(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		state  string
+		change func(context.Context, *disks) error
+	}{
+		{"resize", control.Resizing, func(ctx context.Context, ds *disks) error {
+			_, err := ds.resize(ctx, "0", control.ResizeDisk{Size: 1 << 20})
+			return err
+		}},
+		{"remove", control.Removing, func(ctx context.Context, ds *disks) error {
+			_, err := ds.remove(ctx, "SLOW")
+			return err
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ds, b := slowDisks(t)
+			defer close(b.goOn)
+			write := []byte{0x2a, 0, 0, 0, 0, 9, 0, 0, 1, 0} // so that there is something to flush
+			if a := scsitest.Do(ds.target, 0, write, make([]byte, 512), 0); a.Status != scsi.Good {
+				t.Fatal(a)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			result := make(chan error, 1)
+			go func() { result <- tt.change(ctx, ds) }()
+			<-b.begun
+			if list := ds.list(); len(list) != 1 || list[0].Change != tt.state {
+				t.Errorf("the list: %+v", list)
+			}
+			_, err := ds.remove(t.Context(), "0")
+			wantConflict(t, err, tt.state+" is under way")
+			_, err = ds.resize(t.Context(), "0", control.ResizeDisk{})
+			wantConflict(t, err, tt.state+" is under way")
+			if ch, err := ds.add(t.Context(), disk{path: "mem", storage: inMemory, size: 1 << 20, lun: -1, blockSize: 512}); err != nil || ch.Disk.LUN != 1 {
+				t.Errorf("another disk: %+v, %v", ch, err)
+			}
+			if _, err := ds.remove(t.Context(), "1"); err != nil {
+				t.Errorf("another disk: %v", err)
+			}
+			cancel() // the client goes
+			var e *control.Error
+			if err := <-result; !errors.As(err, &e) || e.Status != http.StatusGatewayTimeout {
+				t.Errorf("a client that goes: %v", err)
+			}
+			if list := ds.list(); len(list) != 1 || list[0].Change != tt.state {
+				t.Errorf("the list after that: %+v", list)
+			}
+			if err := ds.close(true); err != nil { // would hang
+				t.Error(err)
+			}
+			if _, err := ds.resize(t.Context(), "0", control.ResizeDisk{}); err != control.ErrEnded {
+				t.Errorf("after the end: %v", err)
+			}
+		})
+	}
+}
+
+// TestResizeBehindCommand resizes a disk while a command of the guest uses it.
+func TestResizeBehindCommand(t *testing.T) {
+	for _, held := range []bool{false, true} {
+		ds, b := slowDisks(t)
+		ds.bounds.commands = time.Hour
+		want := "gvm resume vm first"
+		if !held {
+			ds.bounds.commands, want = time.Millisecond, "do not end; try again"
+		}
+		flush := make(chan scsi.Status, 1)
+		go func() { flush <- scsitest.Do(ds.target, 0, []byte{0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0}, nil, 0).Status }()
+		<-b.begun
+		if held {
+			ds.mishaps.holds("slow", 1)
+		}
+		_, err := ds.resize(t.Context(), "0", control.ResizeDisk{Size: 1 << 20})
+		wantConflict(t, err, want)
+		if list := ds.list(); len(list) != 1 || list[0].Change != "" {
+			t.Errorf("the list: %+v", list)
+		}
+		close(b.goOn)
+		if got := <-flush; got != scsi.Good {
+			t.Errorf("the command: %v", got)
+		}
+		if held {
+			ds.mishaps.holds("slow", -1)
+		}
+		ds.bounds.commands = 0
+		if _, err := ds.resize(t.Context(), "0", control.ResizeDisk{Size: 1 << 20}); err != nil {
+			t.Errorf("after it: %v", err)
+		}
+		if err := ds.close(true); err != nil {
+			t.Error(err)
+		}
+	}
+}
