@@ -84,7 +84,7 @@ func benchAction[B interface {
 		}
 		ctx, stop := context.WithCancelCause(context.Background())
 		defer stop(nil)
-		defer catchSignals(stop)()
+		defer catchSignals(ctx, stop)()
 		return b.run(ctx, c.App.Writer)
 	}
 }

@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -118,6 +120,42 @@ func TestSignals(t *testing.T) {
 				t.Errorf("status %d, want %d: %q", r.status, tt.status, r.out)
 			}
 		})
+	}
+}
+
+// asStuck makes a gvm of the tests one whose end in order never comes.
+const asStuck = "GVM_TEST_AS_STUCK"
+
+func stuck() {
+	ctx, stop := context.WithCancelCause(context.Background())
+	catchSignals(ctx, stop)
+	urgent.restore = func() error { fmt.Println("restored"); return nil }
+	fmt.Println("ready")
+	<-ctx.Done()
+	fmt.Println("ending")
+	time.Sleep(time.Hour)
+}
+
+// TestSecondSignal ends at once what is ending.
+func TestSecondSignal(t *testing.T) {
+	t.Parallel()
+	for _, second := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP} {
+		p := newProc(t, nil)
+		p.cmd.Env = append(p.cmd.Env, asStuck+"=1")
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.cmd.Stdout, p.cmd.Stderr = w, &p.errs
+		p.start(r)
+		w.Close()
+		p.expect("ready")
+		p.signal(syscall.SIGTERM)
+		p.expect("ending")
+		p.signal(second)
+		if r := p.wait(); r.status != 128+int(second) || !strings.Contains(r.out, "restored") || !strings.Contains(r.errs, "stopped at once by "+unix.SignalName(second)) {
+			t.Errorf("%+v", r)
+		}
 	}
 }
 

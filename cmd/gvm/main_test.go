@@ -45,6 +45,9 @@ func TestMain(m *testing.M) {
 		if os.Getenv(noLocksEnv) != "" {
 			takeLocksAway()
 		}
+		if os.Getenv(asStuck) != "" {
+			stuck()
+		}
 		if os.Getenv(asShell) != "" {
 			os.Exit(shell())
 		}

@@ -90,7 +90,7 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	// From here on there is something to take down: signals end the run in order.
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
-	defer catchSignals(stop)()
+	defer catchSignals(ctx, stop)()
 	var sides []replay.Side
 	for _, name := range names {
 		var undo undoList

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -352,7 +353,7 @@ func run(rc runConfig) (err error) {
 	cfg.Pauser = new(vmm.Pauser)
 	end := &stopper{pauser: cfg.Pauser, stop: stop, note: note}
 	defer end.close()
-	defer catchSignals(func(cause error) { end.ask(cause, rc.grace) })()
+	defer catchSignals(ctx, func(cause error) { end.ask(cause, rc.grace) })()
 	socket, err := rc.claimName()
 	if err != nil {
 		return err
@@ -482,22 +483,43 @@ func ended(out vmm.Outcome) error {
 }
 
 // catchSignals makes the signals that ask a process to end stop the run in good
-// order. The function that it returns undoes it.
-func catchSignals(stop func(error)) func() {
-	ch := make(chan os.Signal, 1)
+// order, and at once if it ends already. The function that it returns undoes it.
+func catchSignals(ctx context.Context, stop func(error)) func() {
+	ch := make(chan os.Signal, 2)
 	signal.Notify(ch, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	signal.Ignore(syscall.SIGPIPE) // a closed output is a write error
 	// In the background of a terminal gvm writes to it, reads from it fail, and neither stops gvm.
 	signal.Ignore(syscall.SIGTTOU, syscall.SIGTTIN)
 	go func() {
 		for s := range ch {
-			stop(endError{128 + int(s.(syscall.Signal)), fmt.Errorf("stopped by %s", unix.SignalName(s.(syscall.Signal)))})
+			status, name := 128+int(s.(syscall.Signal)), unix.SignalName(s.(syscall.Signal))
+			if ctx.Err() != nil {
+				endNow(status, "stopped at once by "+name)
+			}
+			stop(endError{status, fmt.Errorf("stopped by %s", name)})
 		}
 	}()
 	return func() {
 		signal.Stop(ch)
 		close(ch)
 	}
+}
+
+// urgent has what an end at once still does.
+var urgent struct {
+	sync.Mutex
+	restore func() error
+}
+
+// endNow ends the process while its end in order waits: the next gvm removes a socket that is
+// left, and gvm lio gc the objects of the kernel.
+func endNow(status int, why string) {
+	urgent.Lock() // for good
+	if urgent.restore != nil {
+		_ = urgent.restore()
+	}
+	fmt.Fprintf(os.Stderr, "gvm: %s, before the end in order was over\n", why)
+	os.Exit(status)
 }
 
 // note tells the user one line on standard error, whose terminal may be raw.

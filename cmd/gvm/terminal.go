@@ -74,6 +74,9 @@ func openTerminal(run context.Context, quit func(error)) (*terminal, error) {
 		if !has {
 			note("in the background of this terminal: the guest gets no input until fg (with timeout(1): --foreground)")
 		}
+		urgent.Lock()
+		urgent.restore = t.tty.restore
+		urgent.Unlock()
 		t.unwatch = t.tty.watch(func(err error) { quit(fmt.Errorf("terminal: %w", err)) })
 	}
 	t.input.Go(t.read)
@@ -247,6 +250,9 @@ func (t *terminal) read() {
 func (t *terminal) command(key byte) bool {
 	switch key {
 	case 'x', 'X':
+		if t.run.Err() != nil {
+			endNow(exitQuit, "stopped at once by Ctrl-a x")
+		}
 		t.quit(errQuit)
 	case 'h', 'H', '?':
 		_, _ = t.Write([]byte(escapeHelp))
