@@ -10,31 +10,36 @@ import (
 )
 
 // kernelLines are what Linux prints that tells of the machine's end. The expressions match the
-// text of a printk record, without its prefix.
-var kernelLines = []struct {
+// text of a printk record, without its prefix. Like all expressions here they are compiled when
+// the console has its first line: that takes as long as making a vCPU, and a start waits for nothing.
+var kernelLines = sync.OnceValue(func() []kernelLine {
+	return []kernelLine{
+		{regexp.MustCompile(`^Kernel panic - not syncing`), func(w *consoleWatch, text string) {
+			w.text, w.last, w.own = text, text, true
+		}},
+		// What follows a panic (kernel/panic.c; the notifier in arch/x86/kernel/setup.c), and the
+		// first line of a crash kernel.
+		{regexp.MustCompile(`^(CPU: \d+ (UID: \d+ )?PID: \d+ |Kernel Offset: |Rebooting in \d+ seconds|---\[ end Kernel panic|Linux version )`),
+			func(w *consoleWatch, _ string) { w.proved = w.text != "" }},
+		// From here on the kernel only waits.
+		{regexp.MustCompile(`^(Rebooting in \d+ seconds|---\[ end Kernel panic)`), func(w *consoleWatch, _ string) {
+			w.waits = w.proved
+		}},
+		// kernel_halt (kernel/reboot.c) prints this last.
+		{regexp.MustCompile(`^(reboot: )?System halted\.?$`), func(w *consoleWatch, _ string) { w.halts = true }},
+		// A kernel that restarts in order did not panic: a program printed the text.
+		{regexp.MustCompile(`^((reboot: )?Restarting system|sysrq: (SysRq : )?Resetting|kexec_core: Starting new kernel)`),
+			func(w *consoleWatch, _ string) {
+				if !w.proved {
+					w.text, w.own = "", false
+				}
+			}},
+	}
+})
+
+type kernelLine struct {
 	text *regexp.Regexp
 	read func(w *consoleWatch, text string)
-}{
-	{regexp.MustCompile(`^Kernel panic - not syncing`), func(w *consoleWatch, text string) {
-		w.text, w.last, w.own = text, text, true
-	}},
-	// What follows a panic (kernel/panic.c; the notifier in arch/x86/kernel/setup.c), and the
-	// first line of a crash kernel.
-	{regexp.MustCompile(`^(CPU: \d+ (UID: \d+ )?PID: \d+ |Kernel Offset: |Rebooting in \d+ seconds|---\[ end Kernel panic|Linux version )`),
-		func(w *consoleWatch, _ string) { w.proved = w.text != "" }},
-	// From here on the kernel only waits.
-	{regexp.MustCompile(`^(Rebooting in \d+ seconds|---\[ end Kernel panic)`), func(w *consoleWatch, _ string) {
-		w.waits = w.proved
-	}},
-	// kernel_halt (kernel/reboot.c) prints this last.
-	{regexp.MustCompile(`^(reboot: )?System halted\.?$`), func(w *consoleWatch, _ string) { w.halts = true }},
-	// A kernel that restarts in order did not panic: a program printed the text.
-	{regexp.MustCompile(`^((reboot: )?Restarting system|sysrq: (SysRq : )?Resetting|kexec_core: Starting new kernel)`),
-		func(w *consoleWatch, _ string) {
-			if !w.proved {
-				w.text, w.own = "", false
-			}
-		}},
 }
 
 // A printk record has none or several of these in front of its text: a log level
@@ -42,14 +47,16 @@ var kernelLines = []struct {
 // (CONFIG_PRINTK_CALLER). Patched kernels put other things between brackets. It begins a line,
 // or follows what a program or another record left there.
 var (
-	recordAtStart = regexp.MustCompile(`^ *(?:<(\d{1,3})>)?(?:[ I]?\[[^][]{1,64}\])* ?`)
-	recordInside  = regexp.MustCompile(`(?:<(\d{1,3})>|\[ *(?:\d+\.\d+|[TC]\d+)[^][]{0,48}\])(?:[ I]?\[[^][]{1,64}\])* ?`)
-	panicInside   = regexp.MustCompile(`Kernel panic - not syncing: .*\S`)
+	recordAtStart = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^ *(?:<(\d{1,3})>)?(?:[ I]?\[[^][]{1,64}\])* ?`) })
+	recordInside  = sync.OnceValue(func() *regexp.Regexp {
+		return regexp.MustCompile(`(?:<(\d{1,3})>|\[ *(?:\d+\.\d+|[TC]\d+)[^][]{0,48}\])(?:[ I]?\[[^][]{1,64}\])* ?`)
+	})
+	panicInside = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`Kernel panic - not syncing: .*\S`) })
 )
 
 // records calls read with each text in a line that can be a record of the kernel.
 func records(line []byte, read func(text string)) {
-	at := append([][]int{recordAtStart.FindSubmatchIndex(line)}, recordInside.FindAllSubmatchIndex(line, -1)...)
+	at := append([][]int{recordAtStart().FindSubmatchIndex(line)}, recordInside().FindAllSubmatchIndex(line, -1)...)
 	for i, m := range at {
 		if i > 0 && m[1] == at[0][1] {
 			continue // the one at the start again
@@ -122,7 +129,7 @@ func (w *consoleWatch) read() {
 	}
 	known := false
 	records(line, func(text string) {
-		for _, k := range kernelLines {
+		for _, k := range kernelLines() {
 			if k.text.MatchString(text) {
 				known = true
 				k.read(w, text)
@@ -130,7 +137,7 @@ func (w *consoleWatch) read() {
 		}
 	})
 	if !known && !w.own && !w.proved {
-		if text := panicInside.Find(line); text != nil {
+		if text := panicInside().Find(line); text != nil {
 			w.text, w.last = string(text), string(text)
 		}
 	}
@@ -211,7 +218,7 @@ func (l *consoleLine) add(c byte) bool {
 		l.text = append(l.text, c)
 	case !l.full:
 		from := maxLine - keptEnd
-		if m := panicInside.FindIndex(l.text); m != nil {
+		if m := panicInside().FindIndex(l.text); m != nil {
 			from, l.full = max(m[0]-keptEnd, 0), true
 		}
 		if l.text = append(l.text[:0], l.text[from:]...); from > 0 {
