@@ -73,7 +73,7 @@ bench: build ## benchmarks without a guest, of Linux in the lab, and of this hos
 	mkdir -p bench
 	bin/gvm bench disk --json bench/disk.json --plot bench/disk.svg
 	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
-	GVM_LAB_FAST=1 $(GO) test -run '^$$' -bench 'Boot|Disk' -benchtime 3x -timeout 60m -v -outputdir bench ./guest-tests/linux
+	$(GO) test -run '^$$' -bench 'Boot|Disk' -benchtime 3x -timeout 60m -v -outputdir bench ./guest-tests/linux
 	bin/gvm bench guest --json bench/guest.json --plot bench/guest.svg
 	bin/gvm bench boot --json bench/boot.json
 	bin/gvm bench footprint --json bench/footprint.json

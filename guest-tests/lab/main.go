@@ -53,7 +53,7 @@ const programsEnv = "GVM_LAB_PROGRAMS"
 // KernelEnv names the environment variable that has tests run with another kernel of L1.
 const KernelEnv = "GVM_TEST_L1"
 
-// fastEnv, set to 1, has tests run with Command.Fast, as benchmarks should.
+// fastEnv, set to 0, has tests run without Command.Fast.
 const fastEnv = "GVM_LAB_FAST"
 
 // Program returns the path of a program of Options.Build, by its last name.
@@ -180,7 +180,7 @@ func mainInLab(ctx context.Context, a testArgs, o Options, start time.Time, out 
 		CPUs:     o.CPUs,
 		Stdout:   out,
 
-		Fast:   os.Getenv(fastEnv) == "1",
+		Fast:   os.Getenv(fastEnv) != "0",
 		Stderr: os.Stderr,
 	}
 	out.to = os.Stdout

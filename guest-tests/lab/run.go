@@ -38,8 +38,7 @@ type Command struct {
 	Memory  int // of L1, in MiB; the default is 4096
 	CPUs    int // the default is 2
 	// Fast has L1 give out transparent huge pages, as most machines do, and copy memory
-	// in a way that is quick to emulate: guests boot in half the time, and now and then
-	// one hangs.
+	// in a way that is quick to emulate: guests boot in half the time.
 	Fast bool
 
 	// Stdin is the command's input; nil is /dev/null. Run may take more from it
