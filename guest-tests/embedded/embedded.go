@@ -20,6 +20,7 @@
 //	movebars=high       the same, but the 64-bit ones above 4 GiB: to the next GiB if they are there already, else to 448 GiB
 //	bench               measure the first disk instead of the checks: random reads of 4 KiB, and writes with write, at depths
 //	                    1 to 64, by polling and by interrupt; in ring 3 where a KVM emulates kernel mode but not user mode
+//	sanitize            overwrite the first disk in 31 passes, with one command that it does not wait for, and loop for ever
 //	bench-ms=N          each measurement takes N ms, not 300
 //	x2apic              switch the boot CPU's local APIC to x2APIC mode
 //	crash=triple        raise a triple fault

@@ -177,32 +177,16 @@ static void __attribute__((noreturn)) run(void)
 	finish();
 }
 
-// first_command does one for the first disk, again while it tells of unit attentions.
-static void first_command(struct command *c)
-{
-	for (unsigned tries = 0; tries < 5; tries++) {
-		vscsi_execute(REQUEST_QUEUE, c);
-		if (c->response == VIRTIO_SCSI_S_OK && c->status == SCSI_GOOD)
-			return;
-	}
-	fatal("%x ends with response %u, status %#x", (uint32_t)c->cdb[0], (uint32_t)c->response, (uint32_t)c->status);
-}
-
 void bench_disk(void)
 {
-	struct pci_device *d = pci_devices;
-	while (d < pci_devices + pci_device_count && !(d->vendor_id == 0x1af4 && (d->device_id == 0x1048 || d->device_id == 0x1004)))
-		d++;
-	if (d == pci_devices + pci_device_count)
-		fatal("no virtio-scsi device");
-	pci_enable(d);
-	if (!virtio_open(d) || !vscsi_start(true) || !(virtio_features & VIRTIO_F_INDIRECT_DESC) || !(virtio_features & VIRTIO_F_EVENT_IDX))
+	vscsi_start_first();
+	if (!(virtio_features & VIRTIO_F_INDIRECT_DESC) || !(virtio_features & VIRTIO_F_EVENT_IDX))
 		fatal("the device is not one to measure");
 	static uint8_t capacity[8];
 	struct command ready = { .cdb = { TEST_UNIT_READY } };
 	struct command c = { .cdb = { READ_CAPACITY_10 }, .in = { { capacity, sizeof capacity } }, .ins = 1 };
-	first_command(&ready);
-	first_command(&c);
+	vscsi_first_command(&ready);
+	vscsi_first_command(&c);
 	block_size = be32(capacity + 4);
 	if (!block_size || BLOCK % block_size)
 		fatal("blocks of %u bytes", block_size);

@@ -26,6 +26,7 @@ extern struct options {
 	bool x2apic;   // switch the boot CPU's local APIC to x2APIC mode if it has it
 	bool journal;  // write numbered blocks for ever
 	bool bench;    // measure the first disk instead of checking the disks
+	bool sanitize; // overwrite the first disk for as long as it takes
 	uint32_t bench_ms; // how long each measurement takes
 } options;
 bool check(bool ok, const char *format, ...) __attribute__((format(printf, 2, 3))); // prints the line, counts, returns ok
@@ -38,6 +39,9 @@ void run_in_ring3(void (*f)(void)) __attribute__((noreturn)); // f does not retu
 
 // bench.c: reads of the first disk, and writes with the word write
 void bench_disk(void) __attribute__((noreturn));
+
+// sanitize.c
+void sanitize_disk(void) __attribute__((noreturn));
 
 // paging.c
 void *map(uint64_t address, uint64_t length);

@@ -156,6 +156,7 @@ static const struct { const char *name; bool *option; void (*mode)(void); } word
 	{ "x2apic", &options.x2apic, 0 },
 	{ "journal", &options.journal, 0 },
 	{ "bench", &options.bench, 0 },
+	{ "sanitize", &options.sanitize, 0 },
 	{ "crash=triple", 0, mode_triple_fault },
 	{ "crash=panic", 0, mode_panic },
 	{ "crash=reset", 0, mode_reset },
@@ -253,6 +254,8 @@ void guest_main(const struct start_info *s)
 	pci_scan();
 	if (options.bench)
 		bench_disk();
+	if (options.sanitize)
+		sanitize_disk();
 	check_disks();
 	finish();
 }

@@ -77,4 +77,6 @@ void vscsi_execute(unsigned queue, struct command *c);
 void vscsi_batch(unsigned queue, struct command *commands, unsigned n); // n ≤ SLOTS at once, one notification
 void vscsi_submit(unsigned queue, unsigned slot, struct command *c);    // the parts of execute,
 void vscsi_finish(unsigned queue, unsigned expected);                   // for a caller that looks in between
+void vscsi_start_first(void);                                           // the first device of the machine
+void vscsi_first_command(struct command *c);                            // again while the unit tells of unit attentions
 uint8_t vscsi_reset_lun(struct address to);                             // the task management response

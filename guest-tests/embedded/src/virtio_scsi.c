@@ -144,3 +144,25 @@ uint8_t vscsi_reset_lun(struct address to)
 	queue_take(q);
 	return response;
 }
+
+void vscsi_start_first(void)
+{
+	struct pci_device *d = pci_devices;
+	while (d < pci_devices + pci_device_count && !(d->vendor_id == 0x1af4 && (d->device_id == 0x1048 || d->device_id == 0x1004)))
+		d++;
+	if (d == pci_devices + pci_device_count)
+		fatal("no virtio-scsi device");
+	pci_enable(d);
+	if (!virtio_open(d) || !vscsi_start(true))
+		fatal("the device does not start");
+}
+
+void vscsi_first_command(struct command *c)
+{
+	for (unsigned tries = 0; tries < 5; tries++) {
+		vscsi_execute(REQUEST_QUEUE, c);
+		if (c->response == VIRTIO_SCSI_S_OK && c->status == SCSI_GOOD)
+			return;
+	}
+	fatal("%x ends with response %u, status %#x", (uint32_t)c->cdb[0], (uint32_t)c->response, (uint32_t)c->status);
+}
