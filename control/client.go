@@ -12,10 +12,21 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"time"
 )
 
 // maxAnswer is more than any answer has.
 const maxAnswer = 32 << 20
+
+// How long a client waits: for what a machine knows, and for what it has to do, which its server
+// gives up before that.
+const (
+	askTimeout    = 2 * time.Second
+	changeTimeout = time.Minute
+)
+
+// ErrNoAnswer is a machine that took a request and did not answer it in time. Its process may be stopped.
+var ErrNoAnswer = errors.New("no answer")
 
 // Client asks the machine that has a name in a Directory. It holds no resources.
 type Client struct {
@@ -96,6 +107,17 @@ func segment(id string) string { return strings.ReplaceAll(url.PathEscape(id), "
 
 // ask makes a request. The error is an *Error if the machine has refused it.
 func ask[T any](ctx context.Context, c *Client, method, path string, body any) (answer T, err error) {
+	limit := changeTimeout
+	if method == http.MethodGet {
+		limit = askTimeout
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, ErrNoAnswer)
+	defer cancel()
+	defer func() {
+		if err != nil && context.Cause(ctx) == ErrNoAnswer {
+			err = fmt.Errorf("machine %s: %w within %v: its process may be stopped (kill -CONT PID), or its host overloaded", c.name, ErrNoAnswer, limit)
+		}
+	}()
 	var content io.Reader
 	if body != nil {
 		b, err := json.Marshal(body)

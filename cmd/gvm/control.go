@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 
@@ -125,13 +126,21 @@ func theMachine(word string) (*control.Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list machines: %w", err)
 	}
+	// One that does not answer a question is not asked to do anything.
+	client := func(e control.Entry) (*control.Client, error) {
+		c := control.NewClient(dir, e.Name)
+		if _, err := c.Info(context.Background()); errors.Is(err, control.ErrNoAnswer) {
+			return nil, fmt.Errorf("%w (process %d)", err, e.PID)
+		}
+		return c, nil
+	}
 	if word == "" && len(entries) == 1 {
-		return control.NewClient(dir, entries[0].Name), nil
+		return client(entries[0])
 	}
 	var names []string
 	for _, e := range entries {
 		if word == e.Name || word == strconv.Itoa(e.PID) {
-			return control.NewClient(dir, e.Name), nil
+			return client(e)
 		}
 		names = append(names, e.Name)
 	}
@@ -185,18 +194,24 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 		control.Info
 		Disks []control.Disk `json:"disks"`
 	}
-	rows := []row{}
-	for _, e := range entries {
-		c := control.NewClient(dir, e.Name)
-		info, err := c.Info(ctx)
-		if err == nil {
-			var disks []control.Disk
-			if disks, err = c.Disks(ctx); err == nil {
-				rows = append(rows, row{info, disks})
+	answers, errs := make([]row, len(entries)), make([]error, len(entries))
+	var asked sync.WaitGroup
+	for i, e := range entries { // at once: one that does not answer holds no other up
+		asked.Go(func() {
+			c := control.NewClient(dir, e.Name)
+			if answers[i].Info, errs[i] = c.Info(ctx); errs[i] == nil {
+				answers[i].Disks, errs[i] = c.Disks(ctx)
 			}
-		}
-		if err != nil {
-			fmt.Fprintln(notes, "note:", text.Printable(err.Error()))
+		})
+	}
+	asked.Wait()
+	rows := []row{}
+	for i, e := range entries {
+		switch {
+		case errs[i] == nil:
+			rows = append(rows, answers[i])
+		default:
+			fmt.Fprintf(notes, "note: %s (process %d)\n", text.Printable(errs[i].Error()), e.PID)
 		}
 	}
 	if asJSON {

@@ -54,7 +54,7 @@ func shell() int {
 				err = fmt.Errorf("not stopped: %#x", ws)
 			}
 		case "wait":
-			err = job.Wait()
+			_ = job.Wait() // its status is what is asked for
 			fmt.Fprintln(answers, job.ProcessState.ExitCode())
 			return 0
 		}
