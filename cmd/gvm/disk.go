@@ -117,14 +117,18 @@ func parseDisk(s string) (disk, error) {
 			d.storage, d.size = kind, int64(n)
 		}
 	}
-	for _, w := range words[1:] {
+	given := map[string]bool{}
+	for n, w := range words[1:] {
 		key, val, has := strings.Cut(w, "=")
 		i := slices.IndexFunc(diskOptions, func(o diskOption) bool { return o.key == key })
 		if i < 0 {
-			return d, unknownOption(d.path, key)
+			return d, unknownOption(words, n+1, key)
 		}
 		if o := diskOptions[i]; has == (o.value == "") || has && val == "" {
 			return d, fmt.Errorf("--disk %s: %q: want %s; see gvm help disk", d.path, w, o.word())
+		}
+		if err := d.once(given, key, has); err != nil {
+			return d, err
 		}
 		var err error
 		switch key {
@@ -201,6 +205,17 @@ func parseDisk(s string) (disk, error) {
 	return d, nil
 }
 
+// once refuses an option that was given before.
+func (d *disk) once(given map[string]bool, key string, valued bool) error {
+	if given[key] && valued {
+		key += "="
+	} else if !given[key] {
+		given[key] = true
+		return nil
+	}
+	return fmt.Errorf("--disk %s: %s is given twice", d.name(), key)
+}
+
 // consistent refuses options that exclude each other.
 func (d *disk) consistent(words []string) error {
 	sized := slices.ContainsFunc(words, func(w string) bool { return strings.HasPrefix(w, "size=") })
@@ -238,8 +253,12 @@ func (d *disk) parseTarget(words []string) error {
 	if d.wwn == "" {
 		return errors.New("--disk wwn=: no name; want one such as wwn=naa.5001405a1b2c3d4e, see gvm lio list")
 	}
+	given := map[string]bool{}
 	for _, w := range words {
-		key, val, _ := strings.Cut(w, "=")
+		key, val, has := strings.Cut(w, "=")
+		if err := d.once(given, key, has); err != nil {
+			return err
+		}
 		switch {
 		case key == "backend" && backends[val] == byKernel:
 			d.backend = byKernel
@@ -346,7 +365,7 @@ func openAll(list []disk, k kernelOptions, m *mishaps) (_ *disks, err error) {
 			err = ds.attach(d, f)
 		}
 		if err != nil {
-			return nil, configError{fmt.Errorf("--disk %s: %w", d.path, err)}
+			return nil, configError{fmt.Errorf("--disk %s: %w", d.path, ds.sameSerial(err))}
 		}
 	}
 	if len(provision.units) > 0 {
@@ -473,6 +492,19 @@ func (ds *disks) attach(d disk, b scsi.Backend) (err error) {
 	s.gone = gone
 	ds.served = append(ds.served, s)
 	return nil
+}
+
+// sameSerial names the other disk where the error is that two have one serial number. The caller holds mu.
+func (ds *disks) sameSerial(err error) error {
+	same := (*scsi.SerialError)(nil)
+	if !errors.As(err, &same) {
+		return err
+	}
+	other := ""
+	if i := slices.IndexFunc(ds.served, func(s served) bool { return s.number() == same.Other }); i >= 0 {
+		other = ", " + ds.served[i].disk.name() + ","
+	}
+	return fmt.Errorf("it has the serial %q, as LUN %d%s has: give one of them another with serial=", same.Serial, same.Other, other)
 }
 
 // tuples opens the protection information of an image that is open.

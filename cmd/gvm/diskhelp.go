@@ -2,8 +2,10 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"strings"
 
+	"gvm/guest-tests/embedded"
 	"gvm/text"
 )
 
@@ -61,11 +63,43 @@ OPTIONS OF A DISK`)
 	return b.String()
 }
 
-// unknownOption says that --disk has no such option.
-func unknownOption(disk, key string) error {
+// unknownOption says that --disk has no such option as the word at n, which is part of a path
+// that has a comma if there is such a file, or if the word does not look like an option.
+func unknownOption(words []string, n int, key string) error {
 	var names []string
 	for _, o := range diskOptions {
 		names = append(names, o.key)
 	}
-	return fmt.Errorf("--disk %s: %w", disk, unknown(fmt.Sprintf("option %q", key), text.Nearest(key, names), " disk"))
+	thing := fmt.Sprintf("option %q", key)
+	path := strings.Join(words[:n+1], ",")
+	if _, err := os.Stat(path); err == nil || n == 1 && strings.ContainsAny(words[n], "./ ") && !strings.Contains(words[n], "=") {
+		return fmt.Errorf("--disk %s: unknown %s; a comma in a path is written twice: --disk %s", words[0], thing, strings.ReplaceAll(path, ",", ",,"))
+	}
+	return fmt.Errorf("--disk %s: %w", words[0], unknown(thing, text.Nearest(key, names), " disk"))
+}
+
+// guestWords is the part of `gvm help run` about --guest-arg.
+func guestWords() string {
+	var b strings.Builder
+	b.WriteString("WORDS OF --guest-arg")
+	for _, w := range embedded.Words {
+		b.WriteString("\n   " + column(guestWord(w), 25, w.Text, helpWidth-6, 3))
+	}
+	return b.String()
+}
+
+func guestWord(w embedded.Word) string {
+	if strings.HasSuffix(w.Name, "=") {
+		return w.Name + "N"
+	}
+	return w.Name
+}
+
+// unknownWord says that the embedded guest does not know a word.
+func unknownWord(word string) error {
+	var names []string
+	for _, w := range embedded.Words {
+		names = append(names, guestWord(w))
+	}
+	return fmt.Errorf("--guest-arg: %w", unknown(fmt.Sprintf("word %q", word), text.Nearest(word, names), " run"))
 }

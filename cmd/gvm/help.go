@@ -122,7 +122,11 @@ func complete(commands []*cli.Command) {
 	}
 }
 
-var oneDash = regexp.MustCompile(`(: |for flag |for )-([a-z][a-z-]+)(:|$)`)
+// wrongValue and noValue are errors of the flag package, which writes one dash.
+var (
+	wrongValue = regexp.MustCompile(`(?s)^invalid (?:boolean )?value (".*") for (?:flag )?-([a-z0-9-]+): `)
+	noValue    = regexp.MustCompile(`^flag needs an argument: -([a-z0-9-]+)$`)
+)
 
 // flagError answers an error of the flag package.
 func flagError(c *cli.Context, err error, _ bool) error {
@@ -130,8 +134,51 @@ func flagError(c *cli.Context, err error, _ bool) error {
 	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: "); ok {
 		return usageError{unknownFlag(c.Command, name)}
 	}
-	// The flag package writes one dash.
-	return usageError{fmt.Errorf("%s; see gvm help%s", oneDash.ReplaceAllString(err.Error(), "$1--$2$3"), page)}
+	if m := noValue.FindStringSubmatch(err.Error()); m != nil {
+		return usageError{fmt.Errorf("%s: want a value%s; see gvm help%s", dashed(m[1]), valueName(c.Command, m[1]), page)}
+	}
+	if m := wrongValue.FindStringSubmatch(err.Error()); m != nil {
+		return usageError{fmt.Errorf("%s %s: %s; see gvm help%s", dashed(m[2]), m[1], wanted(c.Command, m[2]), page)}
+	}
+	return usageError{fmt.Errorf("%w; see gvm help%s", err, page)}
+}
+
+// dashed is a flag's name as it is typed.
+func dashed(name string) string { return strings.Repeat("-", min(len(name), 2)) + name }
+
+// flagOf returns the flag of a name, or nil.
+func flagOf(c *cli.Command, name string) cli.Flag {
+	for _, f := range c.Flags {
+		if slices.Contains(f.Names(), name) {
+			return f
+		}
+	}
+	return nil
+}
+
+// valueName is ", FILE" for a flag whose usage calls its value FILE.
+func valueName(c *cli.Command, flag string) string {
+	if doc, ok := flagOf(c, flag).(cli.DocGenerationFlag); ok {
+		if parts := strings.Split(doc.GetUsage(), "`"); len(parts) == 3 {
+			return ", " + parts[1]
+		}
+	}
+	return ""
+}
+
+// wanted says what the value of a flag is, for one that the flag package cannot read.
+func wanted(c *cli.Command, flag string) string {
+	switch f := flagOf(c, flag).(type) {
+	case *cli.DurationFlag:
+		such := "90s"
+		if f.Value != 0 {
+			such = f.Value.String()
+		}
+		return "want a duration such as " + such
+	case *cli.BoolFlag, nil: // nil is --help
+		return "want true or false"
+	}
+	return "want a number"
 }
 
 // unknownFlag says that a command has no such flag.

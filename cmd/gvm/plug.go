@@ -226,7 +226,9 @@ func (ds *disks) addNow(d disk) (control.Change, error) {
 		return control.Change{}, refusal(err)
 	}
 	if err := own.attach(d, f); err != nil {
-		err = configError{fmt.Errorf("--disk %s: %w", d.path, err)}
+		ds.mu.Lock()
+		err = configError{fmt.Errorf("--disk %s: %w", d.path, ds.sameSerial(err))}
+		ds.mu.Unlock()
 		for _, f := range own.open {
 			err = errors.Join(err, f.close(false))
 		}

@@ -94,7 +94,9 @@ EXAMPLES
    gvm run --disk a.img,serial=one --disk b.img,readonly,lun=4
    gvm run --disk a.img,backend=vhost               served by the kernel
    gvm run --cpus 4 --memory 2G --cmdline "ro quiet" --timeout 60s
-   gvm help exit-status                             what the exit status says`,
+   gvm help exit-status                             what the exit status says
+
+` + guestWords(),
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"}, Usage: "bzImage or ELF vmlinux `FILE`", TakesFile: true},
 			&cli.StringSliceFlag{Name: "initrd", Aliases: []string{"i"}, Usage: "initramfs `FILE`; several are concatenated", TakesFile: true},
@@ -238,6 +240,11 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	}
 	if rc.kernel != "" && len(rc.guestArgs) > 0 {
 		return rc, errors.New("--guest-arg is for the embedded guest; a kernel takes --cmdline")
+	}
+	for word := range strings.SplitSeq(strings.Join(rc.guestArgs, " "), " ") {
+		if word != "" && !embedded.Known(word) {
+			return rc, unknownWord(word)
+		}
 	}
 	return rc, nil
 }

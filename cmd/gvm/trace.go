@@ -134,10 +134,10 @@ func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionF
 			case len(rest) > 0:
 				value, rest = rest[0], rest[1:]
 			default:
-				return usageError{fmt.Errorf("%s needs a value", word)}
+				return usageError{fmt.Errorf("%s: want a value%s; see gvm help %s", word, valueName(c.Command, flag), topic)}
 			}
 			if err := c.Set(flag, value); err != nil {
-				return usageError{fmt.Errorf("%s: %w; see gvm help %s", word, err, topic)}
+				return usageError{fmt.Errorf("%s %q: %s; see gvm help %s", dashed(flag), value, wanted(c.Command, flag), topic)}
 			}
 			if flag == "help" {
 				return helpPage(c, strings.Fields(topic))

@@ -31,6 +31,22 @@ func NewTarget() *Target {
 	return t
 }
 
+// SerialError is an Attach at LUN of a unit whose serial number the unit at Other has.
+type SerialError struct {
+	LUN, Other int
+	Serial     string
+}
+
+func (e *SerialError) Error() string {
+	return fmt.Sprintf("scsi attach: LUN %d: LUN %d has the serial %q too", e.LUN, e.Other, e.Serial)
+}
+
+// number is a single level LUN as a number.
+func (l LUN) number() int {
+	n, _ := DecodeLUN(l)
+	return n
+}
+
 // Attach makes u a logical unit of the target, as after a power on. Initiators that know the target
 // find the unit attention REPORTED LUNS DATA HAS CHANGED on its other units.
 // It fails when lun is taken or is not a single level LUN, and when a unit with
@@ -45,11 +61,11 @@ func (t *Target) Attach(lun LUN, u *Unit) error {
 	defer t.mu.Unlock()
 	units := maps.Clone(*t.units.Load())
 	if units[lun] != nil {
-		return fmt.Errorf("scsi attach: LUN %#016x is in use", uint64(lun))
+		return fmt.Errorf("scsi attach: LUN %d is in use", lun.number())
 	}
 	for at, other := range units {
 		if other.serial == u.serial {
-			return fmt.Errorf("scsi attach: LUN %#016x: LUN %#016x has the serial %q too", uint64(lun), uint64(at), u.serial)
+			return &SerialError{LUN: lun.number(), Other: at.number(), Serial: u.serial}
 		}
 	}
 	u.powerOn()
@@ -65,7 +81,7 @@ func (t *Target) Detach(lun LUN) error {
 	lun = lun.canonical()
 	u := t.take(lun)
 	if u == nil {
-		return fmt.Errorf("scsi detach: no unit at LUN %#016x", uint64(lun))
+		return fmt.Errorf("scsi detach: no unit at LUN %d", lun.number())
 	}
 	u.set.close() // without t.mu: commands may end late, and other units come and go meanwhile
 	<-u.stopSanitize()

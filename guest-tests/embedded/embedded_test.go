@@ -4,6 +4,9 @@ import (
 	"bytes"
 	"debug/elf"
 	"encoding/binary"
+	"os"
+	"regexp"
+	"slices"
 	"testing"
 
 	"gvm/guest-tests/embedded"
@@ -49,6 +52,31 @@ func TestImage(t *testing.T) {
 	}
 	if l := loads[0]; l.Paddr != 1<<20 || l.Paddr+l.Memsz > 2<<20 || entry < l.Paddr || entry >= l.Paddr+l.Filesz {
 		t.Errorf("segment %#x+%#x with PVH entry %#x, want it and the entry within the second MiB", l.Paddr, l.Memsz, entry)
+	}
+}
+
+// TestWords: the table for users has the words that the guest knows, and no others.
+func TestWords(t *testing.T) {
+	source, err := os.ReadFile("src/main.c")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var guest, table []string
+	for _, m := range regexp.MustCompile(`(?m)^\t(?:\{ |static const char name\[\] = )"([a-z0-9=-]+)"`).FindAllStringSubmatch(string(source), -1) {
+		guest = append(guest, m[1])
+	}
+	for _, w := range embedded.Words {
+		table = append(table, w.Name)
+	}
+	slices.Sort(guest)
+	slices.Sort(table)
+	if !slices.Equal(guest, table) {
+		t.Errorf("the guest knows %q, the table %q", guest, table)
+	}
+	for word, want := range map[string]bool{"write": true, "bench-ms=5": true, "bench-ms=": false, "bench-ms=0": false, "bench-ms=x": false, "Write": false, "": false} {
+		if embedded.Known(word) != want {
+			t.Errorf("%q: known %v", word, !want)
+		}
 	}
 }
 
