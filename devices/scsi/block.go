@@ -145,7 +145,7 @@ func (tk *task) readIn(lba uint64, n int, tuples [][]byte) error {
 	if tk.u.cfg.Protection == nil {
 		return tk.u.read(iov, lba)
 	}
-	err := tk.u.readChecked(iov, lba, tuples, protectChecks[protectField(tk.CDB)])
+	err := tk.u.readChecked(tk, iov, lba, tuples, protectChecks[protectField(tk.CDB)])
 	if err == nil && tuples != nil {
 		tk.piDone = n / int(tk.u.blockSize) * TupleSize
 	}
@@ -181,7 +181,7 @@ func (tk *task) writeOut(lba uint64, n, moved int, durable bool) error {
 	case tk.u.cfg.Protection == nil:
 		err = tk.u.write(iov, lba, durable)
 	default:
-		err = tk.u.writeChecked(iov, lba, tuples, protectChecks[protectField(tk.CDB)], durable || !tk.u.wce.Load())
+		err = tk.u.writeChecked(tk, iov, lba, tuples, protectChecks[protectField(tk.CDB)], durable || !tk.u.wce.Load())
 	}
 	if err != nil {
 		tk.outDone = 0

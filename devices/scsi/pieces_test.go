@@ -13,6 +13,17 @@ import (
 	"gvm/devices/scsi/scsitest"
 )
 
+// calledTuples tells of reads.
+type calledTuples struct {
+	*tuples
+	onRead func(string)
+}
+
+func (c *calledTuples) ReadTuples(p []byte, block uint64) error {
+	c.onRead("read tuples")
+	return c.tuples.ReadTuples(p, block)
+}
+
 // TestLongCommandsAbort aborts each long command in the middle of its first access to the backend, and
 // counts those that come after: the rest of the work is left.
 func TestLongCommandsAbort(t *testing.T) {
@@ -24,20 +35,28 @@ func TestLongCommandsAbort(t *testing.T) {
 		binary.BigEndian.PutUint32(ranges[16+16*i:], 8)
 	}
 	unmap := []byte{0x42, 0, 0, 0, 0, 0, 0, byte(len(ranges) >> 8), byte(len(ranges) & 0xff), 0}
+	in := make([]byte, many*block)
 	ones := slices.Repeat([]byte{1}, block)
 	for _, v := range []struct {
 		name     string
 		cdb, out []byte
+		pi       *calledTuples
 	}{
-		{"VERIFY", cdb16(0x8f, 0, 0, many), nil},
-		{"VERIFY of one block", cdb16(0x8f, 0x06, 0, many), make([]byte, block)},
-		{"WRITE SAME", cdb16(0x93, 0, 0, many), ones},
-		{"ORWRITE", cdb16(0x8b, 0, 0, many), make([]byte, many*block)},
-		{"UNMAP", unmap, ranges},
-		{"SANITIZE", sanitizeCDB(0x01, 5), []byte{31, 0, 0, 1, 0xa5}},
+		{"VERIFY", cdb16(0x8f, 0, 0, many), nil, nil},
+		{"VERIFY of one block", cdb16(0x8f, 0x06, 0, many), make([]byte, block), nil},
+		{"WRITE SAME", cdb16(0x93, 0, 0, many), ones, nil},
+		{"ORWRITE", cdb16(0x8b, 0, 0, many), make([]byte, many*block), nil},
+		{"UNMAP", unmap, ranges, nil},
+		{"SANITIZE", sanitizeCDB(0x01, 5), []byte{31, 0, 0, 1, 0xa5}, nil},
+		{"READ with tuples", cdb16(0x88, 0, 0, many), nil, &calledTuples{tuples: newTuples()}},
+		{"WRITE with tuples", cdb16(0x8a, 0, 0, many), make([]byte, many*block), &calledTuples{tuples: newTuples()}},
 	} {
 		rec := &scsitest.Recorder{Backend: backend.NewMem(many * block)}
-		target := attach(t, scsi.UnitConfig{Backend: rec})
+		cfg := scsi.UnitConfig{Backend: rec}
+		if v.pi != nil {
+			cfg.Protection = v.pi
+		}
+		target := attach(t, cfg)
 		var calls atomic.Int32
 		var first sync.Once
 		begun, aborting := make(chan struct{}), make(chan struct{})
@@ -49,8 +68,11 @@ func TestLongCommandsAbort(t *testing.T) {
 			})
 			time.Sleep(5 * time.Millisecond) // else all may be over before the abort is seen
 		}
+		if v.pi != nil {
+			v.pi.onRead = rec.OnCall
+		}
 		answer := make(chan scsi.Result, 1)
-		target.Submit(&scsi.Command{CDB: v.cdb, Out: [][]byte{v.out}, Tag: 7, Done: func(r scsi.Result) { answer <- r }})
+		target.Submit(&scsi.Command{CDB: v.cdb, Out: [][]byte{v.out}, In: [][]byte{in}, Tag: 7, Done: func(r scsi.Result) { answer <- r }})
 		<-begun
 		close(aborting)
 		if v.name == "SANITIZE" {

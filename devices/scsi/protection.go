@@ -113,8 +113,8 @@ func (k protectionCheck) verifyTuples(t []byte, data [][]byte, off, size int, lb
 }
 
 // readChecked is read with protection information, which it checks, and returns in
-// tuples unless that is nil.
-func (u *Unit) readChecked(iov [][]byte, lba uint64, tuples [][]byte, k protectionCheck) error {
+// tuples unless that is nil. It is for w, or in one piece if that is nil.
+func (u *Unit) readChecked(w worker, iov [][]byte, lba uint64, tuples [][]byte, k protectionCheck) error {
 	u.tuples.RLock()
 	defer u.tuples.RUnlock()
 	off, bs := int64(lba)*u.blockSize, int(u.blockSize)
@@ -123,6 +123,9 @@ func (u *Unit) readChecked(iov [][]byte, lba uint64, tuples [][]byte, k protecti
 	}
 	t := make([]byte, min(size(iov)/bs, 512)*TupleSize)
 	for done, n := 0, size(iov)/bs; done < n; {
+		if w != nil && w.stopped() {
+			return errStopped
+		}
 		part := t[:min(n-done, 512)*TupleSize]
 		at := lba + uint64(done)
 		if err := u.try("read", int64(at)*u.blockSize, func() (int, error) { return 0, u.cfg.Protection.ReadTuples(part, at) }); err != nil {
@@ -147,7 +150,7 @@ func (u *Unit) checkMedium(w worker, lba uint64, n int, k protectionCheck) error
 		if w.stopped() {
 			return errStopped
 		}
-		if err := u.readChecked([][]byte{(*buf)[:min(n, per)*int(u.blockSize)]}, lba, nil, k); err != nil {
+		if err := u.readChecked(w, [][]byte{(*buf)[:min(n, per)*int(u.blockSize)]}, lba, nil, k); err != nil {
 			return err
 		}
 	}
@@ -156,12 +159,16 @@ func (u *Unit) checkMedium(w worker, lba uint64, n int, k protectionCheck) error
 
 // writeChecked is write with protection information, which is checked, or made if
 // tuples is nil. What is checked is what is stored, whatever the initiator does to its
-// buffers meanwhile. It stops at the first block that is wrong.
-func (u *Unit) writeChecked(iov [][]byte, lba uint64, tuples [][]byte, k protectionCheck, durable bool) error {
+// buffers meanwhile. It stops at the first block that is wrong. It is for w, or in one piece if that
+// is nil.
+func (u *Unit) writeChecked(w worker, iov [][]byte, lba uint64, tuples [][]byte, k protectionCheck, durable bool) error {
 	buf := getScratch()
 	defer putScratch(buf)
 	bs, total := int(u.blockSize), size(iov)
 	for done := 0; done < total; {
+		if w != nil && w.stopped() {
+			return errStopped
+		}
 		part := (*buf)[:min(total-done, len(*buf))]
 		gather(part, clip(nil, iov, done, len(part)))
 		at, t := lba+uint64(done/bs), make([]byte, len(part)/bs*TupleSize)

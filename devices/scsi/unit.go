@@ -223,6 +223,8 @@ func (u *Unit) Resized() error {
 		u.set.attention(CapacityChanged, everyone)
 	}
 	if p := u.cfg.Protection; p != nil && blocks < was {
+		u.tuples.Lock()
+		defer u.tuples.Unlock()
 		return p.ClearTuples(blocks, was-blocks)
 	}
 	return nil
@@ -340,7 +342,7 @@ func (u *Unit) attempt(op string, off int64, do func() error) error {
 // read fills iov from lba on.
 func (u *Unit) read(iov [][]byte, lba uint64) error {
 	if u.cfg.Protection != nil {
-		return u.readChecked(iov, lba, nil, checkAll)
+		return u.readChecked(nil, iov, lba, nil, checkAll)
 	}
 	off := int64(lba) * u.blockSize
 	return u.try("read", off, func() (int, error) { return ReadVec(u.b, iov, off) })
@@ -367,7 +369,7 @@ func (u *Unit) writeNow(iov [][]byte, lba uint64, fua bool) bool {
 // write cache is off.
 func (u *Unit) write(iov [][]byte, lba uint64, fua bool) error {
 	if u.cfg.Protection != nil {
-		return u.writeChecked(iov, lba, nil, 0, fua || !u.wce.Load())
+		return u.writeChecked(nil, iov, lba, nil, 0, fua || !u.wce.Load())
 	}
 	off := int64(lba) * u.blockSize
 	durable := u.durable(fua)
@@ -385,7 +387,7 @@ func (u *Unit) write(iov [][]byte, lba uint64, fua bool) error {
 // store is write without a promise.
 func (u *Unit) store(iov [][]byte, lba uint64) error {
 	if u.cfg.Protection != nil {
-		return u.writeChecked(iov, lba, nil, 0, false)
+		return u.writeChecked(nil, iov, lba, nil, 0, false)
 	}
 	off := int64(lba) * u.blockSize
 	err := u.try("write", off, func() (int, error) { return WriteVec(u.b, iov, off) })

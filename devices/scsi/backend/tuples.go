@@ -225,11 +225,19 @@ func (t *Tuples) WriteTuples(p []byte, block uint64) error {
 	return err
 }
 
-// ClearTuples implements scsi.Protection.
+// ClearTuples implements scsi.Protection. What reaches to the end of the file is cut off, which takes
+// the same time for any length: zeroes take long where a file system punches no holes.
 func (t *Tuples) ClearTuples(block, n uint64) error {
 	f, err := t.file(false)
 	if f == nil || err != nil {
 		return err
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if fi.Size() <= tupleOffset(block+n) {
+		return t.cut(f, block)
 	}
 	err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, tupleOffset(block), int64(n)*scsi.TupleSize)
 	if !errors.Is(err, errors.ErrUnsupported) {

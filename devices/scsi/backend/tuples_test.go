@@ -69,6 +69,14 @@ func TestTuples(t *testing.T) {
 			t.Fatal(err)
 		}
 		check("cleared")
+		copy(want[8*400:], bytes.Repeat([]byte{0xff}, 8*1648))
+		if err := p.ClearTuples(400, 1<<40); err != nil { // too many for zeroes
+			t.Fatal(err)
+		}
+		check("cleared to the end")
+		if fi, err := os.Stat(image + ".pi"); p == inFile && (err != nil || fi.Size() != 4096+8*400) {
+			t.Errorf("the file is not cut: %+v, %v", fi, err)
+		}
 		if err := p.Close(); err != nil {
 			t.Error(err)
 		}
