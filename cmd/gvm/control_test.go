@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -35,6 +36,10 @@ func TestDiskCommands(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if err := errors.Join(os.Link(filepath.Join(dir, "one.img"), filepath.Join(dir, "linked.img")),
+		os.WriteFile(filepath.Join(dir, "run.trace"), []byte("gvm-trace 1\n{"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
 	name := fmt.Sprintf("disks-%d", os.Getpid())
 	p := startGVM(t, dir, guestRun("--name="+name, "--disk=one.img,serial=ONE", "spin")...)
 	p.expect("spinning")
@@ -64,6 +69,9 @@ func TestDiskCommands(t *testing.T) {
 		{"pause nobody", 2, "", "no machine of this user has the name or PID nobody; there "},
 		{"disk list VM", 0, "LUN  SIZE   BLOCK  CACHE      MODE  BACKEND  SERIAL  IMAGE\n0    1 MiB  512    writeback  rw    process  ONE     " + one + "\n", ""},
 		{"disk add VM one.img", 2, "", "one.img: given twice"},
+		{"disk add VM linked.img", 2, "", "linked.img: given twice: " + one},
+		{"disk add VM linked.img,lock=off", 2, "", "linked.img: given twice: " + one},
+		{"disk add VM run.trace,size=1M", 2, "", "run.trace: trace of gvm's"},
 		{"disk add VM none.img", 2, "", "none.img: file does not exist"},
 		{"disk add VM two.img,lun=0", 2, "", "lun=0 is"},
 		{"disk add VM two.img,serial=ONE", 2, "", "it has the serial \"ONE\", as LUN 0, one.img, has: give one of them another with serial="},

@@ -222,6 +222,9 @@ func (ds *disks) add(ctx context.Context, d disk) (control.Change, error) {
 func (ds *disks) addNow(d disk) (control.Change, error) {
 	own := &disks{target: ds.target, mishaps: ds.mishaps} // until the disk is there
 	f, err := own.openImage(d)
+	if locked := (*backend.LockedError)(nil); errors.As(err, &locked) && locked.Other != "" {
+		locked.Other = absolute(locked.Other) // the client may have another working directory
+	}
 	if err != nil {
 		return control.Change{}, refusal(err)
 	}

@@ -36,6 +36,7 @@ type Options struct {
 	// Note is told of what does not keep a read-only image from being read. nil drops it.
 	Note func(string)
 	// NoLock takes the image without a lock, and minds none, for file systems that have none.
+	// What this process and the host's mounts and loop devices have is refused all the same.
 	NoLock bool
 	// Lend leaves a block device unclaimed, because the kernel's SCSI target claims it. That
 	// it can be claimed is checked.
@@ -80,6 +81,7 @@ type File struct {
 	readOnly    bool
 	noLock      bool
 	below       []io.Closer // what a loop device stands on, locked or claimed
+	uses        []*use      // of the file or device and of what it stands on
 	block       bool
 	unnamed     bool // it has no path
 	inMemory    bool // its file system is
@@ -121,6 +123,9 @@ func Open(path string, o Options) (_ *File, err error) {
 		return nil, err
 	}
 	b.block = fi.Mode()&fs.ModeDevice != 0
+	if err := b.use(thingOf(fi), path, o.ReadOnly); err != nil {
+		return nil, err
+	}
 	if err := b.lock(o); err != nil {
 		return nil, err
 	}
@@ -307,6 +312,7 @@ func (b *File) Close() error {
 	for _, f := range b.below {
 		err = errors.Join(err, f.Close())
 	}
+	b.endUses()
 	return err
 }
 

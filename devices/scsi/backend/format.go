@@ -20,10 +20,16 @@ const (
 	decompress = "decompress it first: "
 )
 
+// traceMagic is the start of a file of package trace, which this package does not import.
+const traceMagic = "gvm-trace "
+
+// formats are told by the start of a file. Every format of gvm's own is here, so that no command
+// takes such a file for an image.
 var formats = []format{
 	{"overlay of gvm's", 0, overlayMagic, "give the image that it is of, with overlay=%[2]s"},
 	{"protection information of gvm's", 0, tuplesMagic, "give the image that it is beside, with pi=1"},
 	{"persistent reservations of gvm's", 0, reservationsMagic, "give the image that they are beside"},
+	{"trace of gvm's", 0, traceMagic, "gvm trace show %[2]s reads it; for a disk, name another file"},
 	{"qcow2 image", 0, "QFI\xfb", convert},
 	{"QED image", 0, "QED\x00", convert},
 	{"VMDK image", 0, "KDMV", convert},

@@ -20,6 +20,8 @@ type LockedError struct {
 	Path string
 	PID  int    // the process that has it, 0 if it could not be found
 	By   string // what has it if that is not a process, and what to do about it
+	// Other is the path by which this process has it, "" if that is not known.
+	Other string
 }
 
 func (e *LockedError) Error() string {
@@ -28,6 +30,9 @@ func (e *LockedError) Error() string {
 		return e.Path + ": in use: " + e.By
 	case e.PID == 0:
 		return e.Path + ": in use by another process; end that first"
+	case e.PID == os.Getpid() && e.Other != "" && e.Other != e.Path:
+		return e.Path + ": given twice: " + e.Other +
+			" is the same storage, and one image can be written by one disk only"
 	case e.PID == os.Getpid():
 		return e.Path + ": given twice: one image can be written by one disk only"
 	}

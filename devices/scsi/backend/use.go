@@ -106,6 +106,9 @@ func (b *File) claimBelow(rdev uint64, o Options, depth int) error {
 		return nil // not for this user, who may have the device alone
 	}
 	b.below = append(b.below, lower)
+	if err := b.use(t, name, true); err != nil {
+		return fmt.Errorf("%s: is a loop device on %w", b.path, err)
+	}
 	if err := lock(int(lower.Fd()), name, true); !o.NoLock && errors.Is(err, ErrLocked) {
 		return fmt.Errorf("%s: is a loop device on %w", b.path, err)
 	}
@@ -301,6 +304,10 @@ func deviceLocked(path string, rdev uint64) *LockedError {
 		return e
 	}
 	devs := related(rdev)
+	if e.Other = usedPath(devs); e.Other != "" {
+		e.PID = os.Getpid()
+		return e
+	}
 	e.PID = findOpen(func(st *unix.Stat_t, _ string) bool {
 		return st.Mode&unix.S_IFMT == unix.S_IFBLK && slices.Contains(devs, st.Rdev)
 	})
