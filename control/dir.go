@@ -170,9 +170,10 @@ func (d Directory) claim(name string) (lock *os.File, l *net.UnixListener, err e
 		}
 		return nil, nil, fmt.Errorf("the name %s is %w by process %d", name, ErrInUse, pid)
 	}
+	held := lock // a return of an error sets lock to nil
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, d.remove(name), lock.Close())
+			err = errors.Join(err, d.remove(name), held.Close())
 		}
 	}()
 	if err := os.Remove(filepath.Join(d.path, name+socketSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {

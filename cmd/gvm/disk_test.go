@@ -296,3 +296,39 @@ func TestMemoryDisks(t *testing.T) {
 	passes(t, guestRun("--disk=mem:2M", "--disk=mem:16M,block_size=4096", "write")...)
 	passes(t, guestRun("--disk=null:3T")...)
 }
+
+// TestFullFileSystem: what gvm makes where there is no room is one line that names it, and leaves no
+// empty file.
+func TestFullFileSystem(t *testing.T) {
+	full := t.TempDir()
+	if err := syscall.Mount("tmpfs", full, "tmpfs", 0, "size=64k"); err != nil {
+		t.Skipf("mounting a tmpfs: %v", err)
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(full, 0) })
+	if err := os.WriteFile(filepath.Join(full, "fill"), make([]byte, 1<<20), 0o600); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("filling: %v", err)
+	}
+	img := image(t, "disk", 3, 1<<20)
+	for _, tt := range []struct {
+		args, tmp, want string
+		lines           int
+	}{
+		{"--trace " + full + "/tr", "", "trace " + full + "/tr: ", 1},
+		{"--disk " + img + ",overlay=" + full + "/ovl", "", full + "/ovl: no space left", 1},
+		{"--disk " + img + ",overlay=on", full, "temporary file in " + full + ": no space left on device; set TMPDIR", 2},
+		{"--disk " + img + ",overlay=on", full + "/none", "temporary file in " + full + "/none: no such file", 2},
+	} {
+		c := command(t, append([]string{"run"}, strings.Fields(tt.args)...)...)
+		if tt.tmp != "" {
+			c.Env = append(c.Environ(), "TMPDIR="+tt.tmp)
+		}
+		r := gvmRuns(t, c)
+		if r.status == 0 || !strings.Contains(r.errs, tt.want) || strings.Count(r.errs, "\n") > tt.lines ||
+			strings.Contains(r.errs, "invalid argument") {
+			t.Errorf("%s: status %d, %q; want %q", tt.args, r.status, r.errs, tt.want)
+		}
+	}
+	if list, err := os.ReadDir(full); err != nil || len(list) != 1 {
+		t.Errorf("left behind: %v, %v", list, err)
+	}
+}

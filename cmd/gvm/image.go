@@ -1,8 +1,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
 
 	"github.com/urfave/cli/v2"
 
@@ -75,6 +78,9 @@ EXAMPLES
 				return usageError{oneOfNames("--lock ", lock, []string{"on", "off"})}
 			}
 			f, err := backend.Open(args[0], backend.Options{NoLock: lock == "off"})
+			if _, there := os.Lstat(args[0]); errors.Is(there, fs.ErrNotExist) {
+				return imageError(fmt.Errorf("%s: %w; gvm image create makes an image", args[0], fs.ErrNotExist))
+			}
 			if err != nil {
 				return imageError(err)
 			}

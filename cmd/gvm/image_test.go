@@ -27,8 +27,8 @@ func TestImage(t *testing.T) {
 	}{
 		{"image create disk.img 4M", 0, "", ""},
 		{"image create disk.img 4M", 2, "", "disk.img: file exists"},
-		{"image create full.img 1M --prealloc", 2, "", "takes PATH SIZE, and got 3 words"},
-		{"image create --prealloc full.img 1M", 0, "", ""},
+		{"image create full.img 1M 2M", 2, "", "takes PATH SIZE, and got 3 words"},
+		{"image create full.img 1M --prealloc", 0, "", ""},
 		{"image create odd.img 1000", 2, "", "odd.img: size 1000 is not a multiple of 512"},
 		{"image create none/new.img 1M", 2, "", "none/new.img: no such file"},
 		{"image create huge.img 4194304T", 2, "", "huge.img"},

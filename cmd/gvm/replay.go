@@ -222,7 +222,7 @@ func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, k
 	later := func(f func() error) { *undo = append(*undo, f) }
 	dir, err := os.MkdirTemp("", "gvm-replay-")
 	if err != nil {
-		return side, diskError{err}
+		return side, diskError{fmt.Errorf("%w (set TMPDIR to a directory that exists and has room)", err)}
 	}
 	later(func() error { return os.RemoveAll(dir) })
 	for i, d := range h.Devices {

@@ -180,7 +180,11 @@ func openFile(path string, o Options) (f *os.File, created bool, err error) {
 			return nil, false, err
 		}
 		f, err = nowait.Open(path, flags|os.O_CREATE|os.O_EXCL, 0o644, nowait.Regular)
-		created = err == nil
+		if created = err == nil; !created {
+			return nil, false, nowait.CreateError(path, err)
+		}
+	case errors.Is(err, fs.ErrNotExist) && isLink(path):
+		return nil, false, nowait.CreateError(path, err)
 	case errors.Is(err, fs.ErrNotExist) && !o.ReadOnly:
 		return nil, false, fmt.Errorf("%s: %w (give a size to create it)", path, fs.ErrNotExist)
 	case err != nil:
@@ -214,6 +218,12 @@ func openFile(path string, o Options) (f *os.File, created bool, err error) {
 		return nil, false, fmt.Errorf("%s: %w", path, err)
 	}
 	return f, created, nil
+}
+
+// isLink tells whether path is a symbolic link.
+func isLink(path string) bool {
+	_, err := os.Readlink(path)
+	return err == nil
 }
 
 // openDevice opens a block device for writing, and claims it (O_EXCL): unix.EBUSY says that

@@ -9,6 +9,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // Info is what there is to know of an image without taking it.
@@ -95,7 +97,7 @@ func Create(path string, size int64, allocate bool) error {
 	}
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_CLOEXEC, 0o644)
 	if err != nil {
-		return err
+		return nowait.CreateError(path, err)
 	}
 	if allocate {
 		err = unix.Fallocate(int(f.Fd()), 0, 0, size)

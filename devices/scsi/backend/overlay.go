@@ -139,6 +139,9 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	}
 	defer func() {
 		if err != nil {
+			if !o.named {
+				err = tempError(err)
+			}
 			o.Undo()
 			o.top.Close()
 		}
@@ -164,17 +167,25 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	return o, o.begin(want, same)
 }
 
+// tempError names the directory for temporary files, which a user may not think of.
+func tempError(err error) error {
+	if errno := unix.Errno(0); errors.As(err, &errno) {
+		err = errno
+	}
+	return fmt.Errorf("temporary file in %s: %w; set TMPDIR to a directory that exists and has room", os.TempDir(), err)
+}
+
 // openTop opens the file of an overlay with n bytes.
 func openTop(path string, n int64, noLock bool) (*File, error) {
 	if path == "" {
 		fd, err := unix.Open(os.TempDir(), unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
 		if err != nil {
-			return nil, fmt.Errorf("%s: file without a name: %w", os.TempDir(), err)
+			return nil, tempError(err)
 		}
 		f := os.NewFile(uintptr(fd), filepath.Join(os.TempDir(), "overlay"))
 		if err := f.Truncate(n); err != nil {
 			f.Close()
-			return nil, err
+			return nil, tempError(err)
 		}
 		return unnamed(f, n), nil
 	}

@@ -511,13 +511,35 @@ func TestAlign(t *testing.T) {
 	}
 }
 
-// TestPipeWithoutReader: a pipe that no program empties does not keep a run from ending.
+// TestPipeWithoutReader: a pipe that no program reads is refused, one that no program empties does
+// not keep a run from ending, and one whose reader goes is an error.
 func TestPipeWithoutReader(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "fifo")
 	if err := unix.Mkfifo(path, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := Create(path, header); !errors.Is(err, ErrRefused) {
+		t.Errorf("no reader: %v", err)
+	}
+	reader, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
 	f, err := Create(path, header)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reader.Close()
+	f.Device(0).Observe(&Record{Kind: Command, CDB: cdb(32)})
+	if err := f.Close(); !errors.Is(err, unix.EPIPE) {
+		t.Errorf("the reader has gone: %v", err)
+	}
+	if reader, err = os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	f, err = Create(path, header)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -211,16 +213,27 @@ func (o *Observer) Observe(r *Record) {
 // of nothing else: a mistyped path must not cost a disk image. Two gvm may not
 // write to the same file.
 func Create(path string, h Header) (_ *File, err error) {
-	f, err := nowait.Open(path, os.O_RDWR|os.O_CREATE, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
+	flags := os.O_RDWR | os.O_CREATE
+	there, err := os.Stat(path)
+	made := errors.Is(err, fs.ErrNotExist)
+	if err == nil && nowait.KindOf(there.Mode()) == nowait.Pipe {
+		flags = os.O_WRONLY // fails without a reader, and writes fail when that has gone
+	}
+	f, err := nowait.Open(path, flags, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
 	kind := (*nowait.KindError)(nil)
 	switch {
+	case errors.Is(err, unix.ENXIO):
+		return nil, fmt.Errorf("trace %s: it is a pipe that no program reads; start that first, or %w", path, ErrRefused)
 	case errors.As(err, &kind):
 		return nil, fmt.Errorf("trace %s: it is %v; %w", path, kind.Is, ErrRefused)
 	case err != nil:
-		return nil, fmt.Errorf("trace: %w", err)
+		return nil, fmt.Errorf("trace: %w", nowait.CreateError(path, err))
 	}
 	defer func() {
 		if err != nil {
+			if made {
+				remove(f, path)
+			}
 			f.Close()
 			err = fmt.Errorf("trace %s: %w", path, err)
 		}
@@ -251,6 +264,16 @@ func Create(path string, h Header) (_ *File, err error) {
 	}
 	_ = f.SetWriteDeadline(time.Time{})
 	return &File{w, f}, nil
+}
+
+// remove removes the file that Create made, unless another has its name by now.
+func remove(f *os.File, path string) {
+	path, err := filepath.EvalSymlinks(path)
+	mine, err2 := f.Stat()
+	there, err3 := os.Lstat(path)
+	if errors.Join(err, err2, err3) == nil && os.SameFile(mine, there) {
+		_ = os.Remove(path)
+	}
 }
 
 // endsWithin is how long the end of a run waits for the program that reads its trace.
