@@ -35,8 +35,9 @@ const (
 // Disk is a logical unit that the guest has.
 type Disk struct {
 	LUN       int    `json:"lun"`
-	Path      string `json:"path,omitempty"` // absolute; "" for memory and for targets of the kernel's
-	WWN       string `json:"wwn,omitempty"`  // of a target of the kernel's
+	Path      string `json:"path,omitempty"`    // absolute; "" for memory and for targets of the kernel's
+	Storage   string `json:"storage,omitempty"` // of a disk without a path: mem or null
+	WWN       string `json:"wwn,omitempty"`     // of a target of the kernel's
 	Serial    string `json:"serial,omitempty"`
 	Size      int64  `json:"size"` // bytes
 	BlockSize int    `json:"block_size"`

@@ -44,7 +44,7 @@ EXAMPLES
 			ArgsUsage: "A.json B.json",
 			Action: func(c *cli.Context) error {
 				if c.Args().Len() != 2 {
-					return usageError{fmt.Errorf("want gvm abi diff A.json B.json, and got %d files", c.Args().Len())}
+					return usageError{fmt.Errorf("want gvm abi diff A.json B.json, and got %s", count(c.Args().Len(), "file"))}
 				}
 				return abiDiff(c.App.Writer, c.Args().Get(0), c.Args().Get(1))
 			},

@@ -48,16 +48,18 @@ var errNotPausing = control.Errorf(http.StatusGatewayTimeout, "a CPU does not st
 func (m *machine) Pause(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, pausePatience, errNotPausing)
 	defer cancel()
-	return pauseError(m.pauser.Pause(ctx))
+	return m.pauseError(m.pauser.Pause(ctx))
 }
 
-func (m *machine) Resume() error { return pauseError(m.pauser.Resume()) }
+func (m *machine) Resume() error { return m.pauseError(m.pauser.Resume()) }
 
 // pauseError is how the control socket says what a Pauser does.
-func pauseError(err error) error {
+func (m *machine) pauseError(err error) error {
 	switch {
-	case errors.Is(err, vmm.ErrPaused), errors.Is(err, vmm.ErrNotPaused):
-		return control.Errorf(http.StatusConflict, "%v", err)
+	case errors.Is(err, vmm.ErrPaused):
+		return control.Errorf(http.StatusConflict, "machine %s is paused already", m.info.Name)
+	case errors.Is(err, vmm.ErrNotPaused):
+		return control.Errorf(http.StatusConflict, "machine %s is not paused", m.info.Name)
 	case errors.Is(err, vmm.ErrNotRunning):
 		return control.Errorf(http.StatusServiceUnavailable, "%v", err)
 	}
@@ -71,11 +73,14 @@ func (m *machine) AddDisk(ctx context.Context, a control.AddDisk) (control.Chang
 	if err != nil {
 		return control.Change{}, control.Errorf(http.StatusBadRequest, "%v", err)
 	}
-	if d.path != "" && !filepath.IsAbs(d.path) {
-		if !filepath.IsAbs(a.Dir) {
-			return control.Change{}, control.Errorf(http.StatusBadRequest, "--disk %s: a relative path, and no absolute directory that it starts from", d.path)
+	for _, path := range []*string{&d.path, &d.overlay} {
+		if d.storage != inImage || *path == "" || filepath.IsAbs(*path) || path == &d.overlay && *path == overlayOn {
+			continue
 		}
-		d.path = filepath.Join(a.Dir, d.path)
+		if !filepath.IsAbs(a.Dir) {
+			return control.Change{}, control.Errorf(http.StatusBadRequest, "--disk %s: a relative path, and no absolute directory that it starts from", *path)
+		}
+		*path = filepath.Join(a.Dir, *path)
 	}
 	return m.add(ctx, d)
 }
@@ -150,7 +155,7 @@ func theMachine(word string) (*control.Client, error) {
 	case word == "":
 		return nil, usageError{fmt.Errorf("several machines run: name one of %s", strings.Join(names, ", "))}
 	}
-	return nil, usageError{fmt.Errorf("no machine of this user has the name or PID %s; there are %s", word, strings.Join(names, ", "))}
+	return nil, usageError{fmt.Errorf("no machine of this user has the name or PID %s; there %s %s%s", word, map[bool]string{true: "is", false: "are"}[len(names) == 1], strings.Join(names, ", "), text.Suggest(word, names))}
 }
 
 // refused gives what a machine refuses to a user the status that it would have had
@@ -217,6 +222,9 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 	if asJSON {
 		return writeJSON(out, rows)
 	}
+	if len(entries) == 0 {
+		fmt.Fprintln(notes, "note: no machine of this user runs")
+	}
 	if len(rows) == 0 {
 		return nil
 	}
@@ -258,7 +266,7 @@ func stateCommand(name, text, description string, do func(*control.Client, conte
 		Name: name, Usage: text, ArgsUsage: "[VM]", Description: description,
 		Action: func(c *cli.Context) error {
 			if c.Args().Len() > 1 {
-				return usageError{fmt.Errorf("%s takes [VM], and got %d words", name, c.Args().Len())}
+				return usageError{fmt.Errorf("%s takes [VM], and got %s", name, count(c.Args().Len(), "word"))}
 			}
 			client, err := theMachine(c.Args().First())
 			if err != nil {
@@ -278,17 +286,17 @@ func diskCommand() *cli.Command {
 			Action: func(c *cli.Context) error {
 				args := c.Args().Slice()
 				if len(args) < n-optional || len(args) > n+1 {
-					return usageError{fmt.Errorf("disk %s takes %s, and got %d words; see gvm disk %s --help", name, strings.TrimSpace("[VM] "+words), len(args), name)}
+					return usageError{fmt.Errorf("disk %s takes %s, and got %s; see gvm disk %s --help", name, strings.TrimSpace("[VM] "+words), count(len(args), "word"), name)}
 				}
 				vm := ""
 				if len(args) == n+1 || optional > 0 && len(args) > 1 && n > 1 && isMachine(args[0]) {
 					vm, args = args[0], args[1:]
 				}
 				client, err := theMachine(vm)
-				if err != nil {
-					return err
+				if err == nil {
+					err = refused(do(c, client, args))
 				}
-				return refused(do(c, client, args))
+				return diskMissing(name, words, vm, args, err)
 			},
 		}
 	}
@@ -331,7 +339,7 @@ EXAMPLES
 			change, err := m.RemoveDisk(c.Context, diskID(args[0]))
 			return told(c, "removed", change, err)
 		})
-	resize := sub("resize", "DISK SIZE", "change the size of a disk of a running machine", `DISK is a LUN, a path or a serial number. With SIZE the image gets that size;
+	resize := sub("resize", "DISK [SIZE]", "change the size of a disk of a running machine", `DISK is a LUN, a path or a serial number. With SIZE the image gets that size;
 without it the machine looks how large the image or the block device is by
 now. The guest sees the new size without a rescan.
 
@@ -342,12 +350,9 @@ EXAMPLES
 		func(c *cli.Context, m *control.Client, args []string) error {
 			r := control.ResizeDisk{Shrink: c.Bool("shrink")}
 			if len(args) > 1 {
-				n, err := parseSize(args[1], 1)
-				if err != nil {
-					return usageError{err}
-				}
-				if r.Size = int64(n); n == 0 || r.Size < 0 {
-					return usageError{fmt.Errorf("size %s: not one for a disk", args[1])}
+				var err error
+				if r.Size, err = diskSize("disk "+args[0], args[1]); err != nil {
+					return err
 				}
 			}
 			change, err := m.ResizeDisk(c.Context, diskID(args[0]), r)
@@ -371,6 +376,24 @@ EXAMPLES
 ` + diskGrammar(),
 		Subcommands: []*cli.Command{list, add, remove, resize},
 	}
+}
+
+// diskMissing says that DISK is missing, where that is why a subcommand of gvm disk failed: its
+// arguments end with a machine, or a machine and a size.
+func diskMissing(name, words, vm string, args []string, err error) error {
+	var refused *control.Error
+	var several usageError
+	if err == nil || len(args) == 0 || !(errors.As(err, &refused) && refused.Status == http.StatusNotFound || refused == nil && errors.As(err, &several)) {
+		return err
+	}
+	if vm == "" && isMachine(args[0]) {
+		vm = args[0]
+	} else if _, notLUN := strconv.Atoi(args[0]); vm == "" || name != "resize" || len(args) > 1 || notLUN == nil {
+		return err
+	} else if _, notSize := parseSize(args[0], 1); notSize != nil {
+		return err
+	}
+	return usageError{fmt.Errorf("disk %s: %s is a machine, and DISK is missing: gvm disk %s %s %s", name, vm, name, vm, words)}
 }
 
 // isMachine tells whether a machine has the name or PID.
@@ -407,7 +430,12 @@ func told(c *cli.Context, what string, change control.Change, err error) error {
 }
 
 // diskImage is what is behind a disk, for people.
-func diskImage(d control.Disk) string { return cmp.Or(d.Path, d.WWN, "(memory)") }
+func diskImage(d control.Disk) string {
+	if d.Storage != "" {
+		return d.Storage + ":" + sizeWord(uint64(d.Size))
+	}
+	return cmp.Or(d.Path, d.WWN, "(memory)") // memory of a machine of an older gvm
+}
 
 // tableRow writes a row of printable cells.
 func tableRow(w io.Writer, cells ...any) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -54,15 +55,16 @@ func TestDiskCommands(t *testing.T) {
 		{"list", 0, "VM", ""},
 		{"pause VM", 0, "", ""},
 		{"list", 0, " paused ", ""},
-		{"pause " + pid, 2, "", "the machine is paused"},
+		{"pause " + pid, 2, "", "machine VM is paused already"},
 		{"disk list VM", 0, one, ""},
 		{"resume VM", 0, "", ""},
 		{"list", 0, " running ", ""},
-		{"resume VM", 2, "", "the machine is not paused"},
+		{"resume VM", 2, "", "machine VM is not paused"},
 		{"pause VM", 0, "", ""},
 		{"stop VM", 2, "", "the machine is paused, and its guest cannot power off"},
 		{"resume VM", 0, "", ""},
 		{"stop nobody", 2, "", "no machine of this user has the name or PID nobody; there "},
+		{"stop VMM", 2, "", "did you mean VM?"},
 		{"stop VM VM", 2, "", "stop takes [VM], and got 2 words"},
 		{"stop --grace=-1s VM", 2, "", "--grace -1s: want 0 to 24h"},
 		{"resume VM VM", 2, "", "resume takes [VM], and got 2 words"},
@@ -73,6 +75,12 @@ func TestDiskCommands(t *testing.T) {
 		{"disk add VM linked.img,lock=off", 2, "", "linked.img: given twice: " + one},
 		{"disk add VM run.trace,size=1M", 2, "", "run.trace: trace of gvm's"},
 		{"disk add VM none.img", 2, "", "none.img: file does not exist"},
+		{"disk add VM mem:1M,lun=0", 2, "", "--disk mem:1M: lun=0 is"},
+		{"disk remove VM", 2, "", "VM is a machine, and DISK is missing"},
+		{"disk add VM", 2, "", "VM is a machine, and DISK is missing"},
+		{"disk resize VM", 2, "", "VM is a machine, and DISK is missing"},
+		{"disk resize VM 2M", 2, "", "VM is a machine, and DISK is missing"},
+		{"disk resize VM 0 2M 3M", 2, "", "disk resize takes [VM] DISK [SIZE], and got 4 words"},
 		{"disk add VM two.img,lun=0", 2, "", "lun=0 is"},
 		{"disk add VM two.img,serial=ONE", 2, "", "it has the serial \"ONE\", as LUN 0, one.img, has: give one of them another with serial="},
 		{"disk add VM two.img,color=red", 2, "", `unknown option "color"`},
@@ -82,17 +90,26 @@ func TestDiskCommands(t *testing.T) {
 		{"disk add VM two.img", 2, "", "two.img: given twice"},
 		{"disk list " + pid, 0, "1    1 MiB  512    writethrough  rw    process  TWO     " + two + "\n", ""},
 		{"disk resize VM TWO 3M", 0, "resized LUN 1, " + two + ", serial TWO, 3 MiB", ""},
-		{"disk resize VM 1 2M", 2, "", "what lies behind them would be lost"},
+		{"disk resize VM 1 2M", 2, "", "what lies behind them would be lost, as --shrink allows"},
 		{"disk resize --shrink VM two.img 2M", 0, "resized LUN 1, " + two + ", serial TWO, 2 MiB", ""},
-		{"disk resize VM 1 1000", 2, "", "size 1000 is not a multiple"},
-		{"disk resize VM 1 much", 2, "", "much"},
+		{"disk resize VM 1 1000", 2, "", "size 1000 is not a multiple of the block size 512; 1024 is"},
+		{"disk resize VM 1 much", 2, "", "disk 1: size \"much\""},
+		{"disk resize VM 1 0", 2, "", "disk 1: size 0: want 512 bytes or more"},
+		{"disk resize VM 1 1P", 2, "", "disk 1: size \"1P\": want a number and K, M, G or T, such as 1024T"},
 		{"disk resize VM 1", 0, "resized LUN 1", ""},
 		{"disk resize VM 7 2M", 2, "", "no disk of this machine has the LUN, serial number or path 7"},
 		{"disk remove VM two.img", 0, "removed LUN 1", ""},
 		{"disk remove VM two.img", 2, "", "no disk of this machine has the LUN, serial number or path " + two},
-		{"disk add VM mem:1M", 0, "added LUN 1, (memory), serial gvm-memory-1, 1 MiB", ""},
-		{"disk resize VM 1 2M", 0, "resized LUN 1, (memory), serial gvm-memory-1, 2 MiB", ""},
-		{"disk remove VM gvm-memory-1", 0, "removed LUN 1, (memory)", ""},
+		{"disk add VM mem:1M", 0, "added LUN 1, mem:1M, serial gvm-memory-1, 1 MiB", ""},
+		{"disk resize VM 1 2M", 0, "resized LUN 1, mem:2M, serial gvm-memory-1, 2 MiB", ""},
+		{"disk list VM", 0, " gvm-memory-1  mem:2M\n", ""},
+		{"disk remove VM mem:1M", 2, "", "no disk of this machine has"},
+		{"disk remove VM mem:2048K", 0, "removed LUN 1, mem:2M", ""},
+		{"disk add VM null:1M", 0, "added LUN 1, null:1M", ""},
+		{"disk add VM null:1M", 0, "added LUN 2, null:1M", ""},
+		{"disk remove VM null:1M", 2, "", "several disks are null:1M: name one by its LUN or serial number, such as 1 or gvm-memory-1"},
+		{"disk remove VM gvm-memory-1", 0, "removed LUN 1, null:1M", ""},
+		{"disk remove VM null:1M", 0, "removed LUN 2, null:1M", ""},
 		{"disk add VM two.img,lun=9", 0, "added LUN 9", ""},
 		{"disk remove VM 9", 0, "removed LUN 9", ""},
 		{"disk remove nobody 1", 2, "", "no machine of this user has the name or PID nobody; there "},
@@ -105,6 +122,8 @@ func TestDiskCommands(t *testing.T) {
 		args := strings.Fields(strings.ReplaceAll(v.args, "VM", name))
 		r := ask(t, dir, args...)
 		out := strings.ReplaceAll(v.out, "VM", name)
+		v.errs = strings.ReplaceAll(strings.ReplaceAll(v.errs, "[VM]", "[vm]"), "VM", name)
+		v.errs = strings.ReplaceAll(v.errs, "[vm]", "[VM]")
 		r.errs = others.ReplaceAllString(r.errs, "")
 		if r.status != v.status || !strings.Contains(r.out, out) || !strings.Contains(r.errs, v.errs) || strings.Count(r.errs, "\n") > min(v.status, 1) {
 			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, r.status, r.out, r.errs, v.status, out, v.errs)
@@ -175,6 +194,46 @@ func TestSocketPlaces(t *testing.T) {
 				t.Errorf("left: %v, %v", left, err)
 			}
 		})
+	}
+}
+
+// TestNothingToPrint: an empty list is told, and output that fails is the host's failure.
+func TestNothingToPrint(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	defer full.Close()
+	for _, v := range []struct {
+		args      string
+		full      bool
+		status    int
+		out, errs string
+	}{
+		{"list", false, 0, "", "note: no machine of this user runs\n"},
+		{"list --json", false, 0, "[]\n", ""},
+		{"help", true, exitHost, "", "no space left on device\n"},
+		{"help run", true, exitHost, "", "no space left on device\n"},
+		{"run --help", true, exitHost, "", "no space left on device\n"},
+		{"--version", true, exitHost, "", "no space left on device\n"},
+		{"disk", true, exitHost, "", "no space left on device\n"},
+		{"exit-status", true, exitHost, "", "no space left on device\n"},
+	} {
+		dir := t.TempDir()
+		if err := os.Chmod(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		c := command(t, strings.Fields(v.args)...)
+		c.Env = append(c.Env, "XDG_RUNTIME_DIR="+dir)
+		var out, errs bytes.Buffer
+		c.Stdout, c.Stderr = &out, &errs
+		if v.full {
+			c.Stdout = full
+		}
+		_ = c.Run()
+		if status := c.ProcessState.ExitCode(); status != v.status || out.String() != v.out || !strings.HasSuffix(errs.String(), v.errs) || strings.Count(errs.String(), "\n") > 1 {
+			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, status, &out, &errs, v.status, v.out, v.errs)
+		}
 	}
 }
 

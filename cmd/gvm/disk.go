@@ -58,6 +58,9 @@ const (
 // storages are the beginnings of a path that is none.
 var storages = map[string]storage{"mem:": inMemory, "null:": inNothing}
 
+// storageNames are what the control socket calls storages.
+var storageNames = map[storage]string{inMemory: "mem", inNothing: "null"}
+
 // overlayOn is an overlay that ends with the machine.
 const overlayOn = "on"
 

@@ -6,9 +6,11 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/control"
 	"gvm/devices/scsi/backend"
 	"gvm/text"
 )
@@ -20,7 +22,7 @@ func imageCommand() *cli.Command {
 			Name: name, Usage: text, ArgsUsage: words, Description: description, Flags: flags,
 			Action: func(c *cli.Context) error {
 				if n := c.NArg(); n < min || n > max {
-					return usageError{fmt.Errorf("image %s takes %s, and got %d words", name, words, n)}
+					return usageError{fmt.Errorf("image %s takes %s, and got %s", name, words, count(n, "word"))}
 				}
 				return do(c, c.Args().Slice())
 			},
@@ -36,7 +38,7 @@ EXAMPLES
 			&cli.BoolFlag{Name: "raw", Usage: "make it raw although its name is that of another format, such as .qcow2"},
 		},
 		func(c *cli.Context, args []string) error {
-			size, err := imageSize(args[1])
+			size, err := diskSize(args[0], args[1])
 			if err != nil {
 				return err
 			}
@@ -69,7 +71,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "lock", Value: "on", Usage: "`on|off`: off takes no lock, on a file system that has none"},
 		},
 		func(c *cli.Context, args []string) error {
-			size, err := imageSize(args[1])
+			size, err := diskSize(args[0], args[1])
 			if err != nil {
 				return err
 			}
@@ -80,6 +82,9 @@ EXAMPLES
 			f, err := backend.Open(args[0], backend.Options{NoLock: lock == "off"})
 			if _, there := os.Lstat(args[0]); errors.Is(there, fs.ErrNotExist) {
 				return imageError(fmt.Errorf("%s: %w; gvm image create makes an image", args[0], fs.ErrNotExist))
+			}
+			if errors.Is(err, backend.ErrLocked) {
+				err = fmt.Errorf("%w%s", err, ofMachine(args))
 			}
 			if err != nil {
 				return imageError(err)
@@ -101,16 +106,19 @@ EXAMPLES
 	}
 }
 
-// imageSize reads a size that an image can have.
-func imageSize(word string) (int64, error) {
-	n, err := parseSize(word, 1)
-	switch {
-	case err != nil:
-		return 0, usageError{err}
-	case n == 0 || n > 1<<62:
-		return 0, usageError{fmt.Errorf("size %s: not one for a disk", word)}
+// ofMachine is the mend for an image that a machine has: words are its path and a size.
+func ofMachine(words []string) string {
+	i, err := backend.Inspect(words[0])
+	if err != nil {
+		return ""
 	}
-	return int64(n), nil
+	entries, _ := control.DefaultDirectory().List()
+	for _, e := range entries {
+		if e.PID == i.Writer {
+			return fmt.Sprintf("; gvm disk resize %s %s resizes it there", e.Name, strings.Join(words, " "))
+		}
+	}
+	return ""
 }
 
 // imageError gives an error of the backend's its exit status.

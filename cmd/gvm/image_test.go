@@ -29,11 +29,13 @@ func TestImage(t *testing.T) {
 		{"image create disk.img 4M", 2, "", "disk.img: file exists"},
 		{"image create full.img 1M 2M", 2, "", "takes PATH SIZE, and got 3 words"},
 		{"image create full.img 1M --prealloc", 0, "", ""},
-		{"image create odd.img 1000", 2, "", "odd.img: size 1000 is not a multiple of 512"},
+		{"image create odd.img 1000", 2, "", "odd.img: size 1000 is not a multiple of 512; 1024 is"},
 		{"image create none/new.img 1M", 2, "", "none/new.img: no such file"},
 		{"image create huge.img 4194304T", 2, "", "huge.img"},
-		{"image create zero.img 0", 2, "", "size 0: not one for a disk"},
-		{"image create big.img much", 2, "", "much"},
+		{"image create zero.img 0", 2, "", "zero.img: size 0: want 512 bytes or more"},
+		{"image create big.img much", 2, "", "big.img: size \"much\""},
+		{"image create big.img 1.5P", 2, "", "big.img: size \"1.5P\": want a number and K, M, G or T, such as 1536T"},
+		{"image resize big.img", 2, "", "image resize takes PATH SIZE, and got 1 word\n"},
 		{"image create b.qcow2 1M", 2, "", "b.qcow2: is the name of a qcow2 image, and gvm makes raw ones: name it b.img, or make it with gvm image create --raw"},
 		{"image create B.VHDX 1M", 2, "", "B.VHDX: is the name of a VHDX image"},
 		{"image create disk.img.gz 1M", 2, "", "disk.img.gz: is the name of a gzip file"},
@@ -48,7 +50,7 @@ func TestImage(t *testing.T) {
 		{"image info .", 2, "", "is a directory"},
 		{"image info", 2, "", "image info takes PATH, and got 0 words"},
 		{"image resize disk.img 8M", 0, "", ""},
-		{"image resize disk.img 2M", 2, "", "what lies behind them would be lost"},
+		{"image resize disk.img 2M", 2, "", "what lies behind them would be lost, as --shrink allows"},
 		{"image resize --shrink disk.img 2M", 0, "", ""},
 		{"image resize disk.qcow2 8M", 2, "", "qcow2 image; gvm takes raw images"},
 		{"image resize disk.img 1000", 2, "", "not a multiple"},
@@ -88,7 +90,7 @@ func TestImage(t *testing.T) {
 	if want := fmt.Sprintf("base       %s\nin use by  process %d, for writing\n", at("full.img"), pid); !strings.Contains(r.out, want) {
 		t.Errorf("%s lacks %s", r.out, want)
 	}
-	wantBad(t, ask(t, dir, "image", "resize", "disk.img", "8M"), fmt.Sprintf("disk.img: in use by process %d", pid))
+	wantBad(t, ask(t, dir, "image", "resize", "disk.img", "8M"), fmt.Sprintf("disk.img: in use by process %d|gvm disk resize gvm-%d disk.img 8M", pid, pid))
 	p.signal(syscall.SIGTERM)
 	p.wait()
 	wantBad(t, ask(t, dir, "run", "--disk=full.ovl"), "full.ovl: overlay of gvm's; |overlay=")

@@ -32,7 +32,12 @@ func gvm(args []string) (status int) {
 		}
 	}()
 	a := app()
+	out := &keepError{w: a.Writer}
+	a.Writer = out
 	err := a.Run(flagsFirst(a.Commands, args))
+	if err == nil {
+		err = out.err // pages of help come by functions without an error
+	}
 	if err == nil {
 		return 0
 	}
@@ -47,6 +52,20 @@ func gvm(args []string) (status int) {
 // printer is the way to the terminal of everything but the guest's console: other words than
 // gvm's own are anywhere in it.
 func printer(w io.Writer) io.Writer { return text.NewWriter(w) }
+
+// keepError keeps the first error of a writer.
+type keepError struct {
+	w   io.Writer
+	err error
+}
+
+func (k *keepError) Write(p []byte) (int, error) {
+	n, err := k.w.Write(p)
+	if err != nil && k.err == nil {
+		k.err = err
+	}
+	return n, err
+}
 
 // errorText is an error as it is printed. It has lines of its own if it is several errors or has a
 // report of the guest's end; in others a name could only feign one.

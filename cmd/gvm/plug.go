@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -141,6 +142,7 @@ func (s *served) describe() control.Disk {
 	return control.Disk{
 		LUN:       s.number(),
 		Path:      s.path,
+		Storage:   storageNames[s.storage],
 		Serial:    s.unit.Serial(),
 		Size:      int64(s.unit.Blocks()) * int64(s.unit.BlockSize()),
 		BlockSize: s.unit.BlockSize(),
@@ -380,6 +382,11 @@ func (ds *disks) find(id string) (int, error) {
 			return i, nil
 		}
 	}
+	for prefix, kind := range storages {
+		if size, ok := strings.CutPrefix(id, prefix); ok {
+			return ds.findStorage(id, kind, size)
+		}
+	}
 	for _, d := range ds.adding {
 		if isLUN && d.lun == n || d.serial != "" && d.serial == id || d.path == id {
 			return 0, control.Errorf(http.StatusConflict, "LUN %d, %s, is being added: gvm disk list shows when that is over", d.lun, d.path)
@@ -393,6 +400,27 @@ func (ds *disks) find(id string) (int, error) {
 		}
 	}
 	return 0, control.Errorf(http.StatusNotFound, "no disk of this machine has the LUN, serial number or path %s", id)
+}
+
+// findStorage is find for a disk that has no path, such as mem:1M. The caller holds mu.
+func (ds *disks) findStorage(id string, kind storage, size string) (int, error) {
+	found := -1
+	n, err := parseSize(size, 1)
+	for i, s := range ds.served {
+		if err != nil || s.storage != kind || s.describe().Size != int64(n) {
+			continue
+		}
+		if found >= 0 {
+			first := ds.served[found]
+			return 0, control.Errorf(http.StatusConflict, "several disks are %s: name one by its LUN or serial number, such as %d or %s",
+				id, first.number(), first.unit.Serial())
+		}
+		found = i
+	}
+	if found < 0 {
+		return 0, control.Errorf(http.StatusNotFound, "no disk of this machine has the LUN, serial number or path %s", id)
+	}
+	return found, nil
 }
 
 // tell sends the guest an event about a disk. The caller holds mu.

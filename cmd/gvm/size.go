@@ -15,7 +15,7 @@ func parseSize(s string, unit uint64) (uint64, error) {
 		scale = 1 << (10 * (1 + strings.IndexByte("KMGT", num[i])))
 		num = num[:i]
 	} else if num != s {
-		return 0, fmt.Errorf("size %q: want a number and K, M, G or T", s)
+		return 0, badSize(s, num)
 	}
 	whole, err := strconv.ParseUint(num, 10, 64)
 	if err == nil {
@@ -26,12 +26,49 @@ func parseSize(s string, unit uint64) (uint64, error) {
 	}
 	f, err := strconv.ParseFloat(num, 64)
 	if err != nil || !(f >= 0) || strings.ContainsAny(num, "xXeEpPnN_") {
-		return 0, fmt.Errorf("size %q: want a number and K, M, G or T", s)
+		return 0, badSize(s, num)
 	}
 	if f *= float64(scale); f > 1<<62 {
 		return 0, fmt.Errorf("size %q is too large", s)
 	}
 	return uint64(f), nil
+}
+
+// badSize says what a size is. One in petabytes is given in terabytes.
+func badSize(s, num string) error {
+	such := ""
+	if number, ok := strings.CutSuffix(num, "P"); ok {
+		if f, err := strconv.ParseFloat(number, 64); err == nil && f > 0 && f < 1<<20 {
+			such = fmt.Sprintf(", such as %gT", 1024*f)
+		}
+	}
+	return fmt.Errorf("size %q: want a number and K, M, G or T%s", s, such)
+}
+
+// diskSize reads the size of a disk; names is what messages call it.
+func diskSize(names, word string) (int64, error) {
+	n, err := parseSize(word, 1)
+	switch {
+	case err != nil:
+		return 0, usageError{fmt.Errorf("%s: %w", names, err)}
+	case n == 0:
+		return 0, usageError{fmt.Errorf("%s: size %s: want 512 bytes or more", names, word)}
+	}
+	return int64(n), nil
+}
+
+// count writes a number of things.
+func count(n int, noun string) string {
+	if n != 1 {
+		noun += "s"
+	}
+	return fmt.Sprintf("%d %s", n, noun)
+}
+
+// sizeWord writes a size as parseSize takes it.
+func sizeWord(n uint64) string {
+	number, unit, _ := strings.Cut(formatSize(n), " ")
+	return number + strings.TrimSuffix(strings.TrimSuffix(unit, "bytes"), "iB")
 }
 
 // formatSize writes a size with the largest suffix that leaves it whole.

@@ -83,7 +83,7 @@ EXAMPLES
 			grace := c.Duration("grace")
 			switch {
 			case c.Args().Len() > 1:
-				return usageError{fmt.Errorf("stop takes [VM], and got %d words", c.Args().Len())}
+				return usageError{fmt.Errorf("stop takes [VM], and got %s", count(c.Args().Len(), "word"))}
 			case grace < 0 || grace > control.MaxGrace:
 				return usageError{fmt.Errorf("--grace %s: want 0 to %s", grace, control.MaxGrace)}
 			case c.Bool("force"):

@@ -230,10 +230,9 @@ func (t *terminal) read() {
 		for len(p) > 0 {
 			if escaped {
 				escaped = false
-				if t.command(p[0]) {
-					p = p[1:]
-					continue
-				}
+				t.command(p[0])
+				p = p[1:]
+				continue
 			}
 			i := bytes.IndexByte(p, escape)
 			if i < 0 {
@@ -246,24 +245,21 @@ func (t *terminal) read() {
 	}
 }
 
-// command is the key after Ctrl-a; false means that it is plain input.
-func (t *terminal) command(key byte) bool {
+// command is the key after Ctrl-a. One that means nothing is answered by the keys that do.
+func (t *terminal) command(key byte) {
 	switch key {
 	case 'x', 'X':
 		if t.run.Err() != nil {
 			endNow(exitQuit, "stopped at once by Ctrl-a x")
 		}
 		t.quit(errQuit)
-	case 'h', 'H', '?':
-		_, _ = t.Write([]byte(escapeHelp))
 	case 'b', 'B':
 		t.put(nil)
 	case escape:
 		t.put([]byte{escape})
-	default:
-		return false
+	default: // h among them
+		_, _ = t.Write([]byte(escapeHelp))
 	}
-	return true
 }
 
 // close restores the terminal and ends the input goroutine.

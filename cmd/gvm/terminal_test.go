@@ -45,7 +45,11 @@ func TestTerminal(t *testing.T) {
 			p.typeIn("q")
 		}, 0, "PASS\r\n"},
 		{"literal Ctrl-a", "echo", "ready", func(p *proc) { p.typeIn("<\x01\x01>"); p.expect("<\x01>"); p.typeIn("q") }, 0, "PASS\r\n"},
-		{"Ctrl-a and another key", "echo", "ready", func(p *proc) { p.typeIn("<\x01z>"); p.expect("<z>"); p.typeIn("q") }, 0, "PASS\r\n"},
+		{"Ctrl-a and another key", "echo", "ready", func(p *proc) {
+			p.typeIn("<\x01z>")
+			p.expect("Ctrl-a h  this help", "Ctrl-a Ctrl-a", "<>")
+			p.typeIn("q")
+		}, 0, "PASS\r\n"},
 		{"Ctrl-a alone", "echo", "ready", func(p *proc) {
 			p.typeIn("<\x01")
 			p.expect("<")

@@ -144,7 +144,7 @@ func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionF
 			}
 		}
 		if len(files) < least || len(files) > most {
-			return usageError{fmt.Errorf("want %s %s, and got %d files", c.Command.HelpName, c.Command.ArgsUsage, len(files))}
+			return usageError{fmt.Errorf("want %s %s, and got %s", c.Command.HelpName, c.Command.ArgsUsage, count(len(files), "file"))}
 		}
 		return do(c, files)
 	}

@@ -100,7 +100,7 @@ func Open(path string, o Options) (_ *File, err error) {
 		o.BlockSize = 512
 	}
 	if o.Size < 0 || o.Size%int64(o.BlockSize) != 0 {
-		return nil, badImage(ErrSize, path, "size %d is not a multiple of the block size %d", o.Size, o.BlockSize)
+		return nil, badImage(ErrSize, path, "size %d is not a multiple of the block size %d; %d is", o.Size, o.BlockSize, roundUp(o.Size, int64(o.BlockSize)))
 	}
 	f, created, err := openFile(path, o)
 	if err != nil {

@@ -93,7 +93,7 @@ func Inspect(path string) (i Info, err error) {
 // its storage if allocate is set. When it fails there is none.
 func Create(path string, size int64, allocate bool) error {
 	if size <= 0 || size%512 != 0 {
-		return badImage(ErrSize, path, "size %d is not a multiple of 512", size)
+		return badImage(ErrSize, path, "size %d is not a multiple of 512; %d is", size, roundUp(size, 512))
 	}
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_CLOEXEC, 0o644)
 	if err != nil {

@@ -24,14 +24,14 @@ func (b *File) Resize(n int64, shrink bool) error {
 		size = has
 	}
 	if n < 0 || n%b.blockSize != 0 {
-		return badImage(ErrSize, b.path, "size %d is not a multiple of the block size %d", n, b.blockSize)
+		return badImage(ErrSize, b.path, "size %d is not a multiple of the block size %d; %d is", n, b.blockSize, roundUp(n, b.blockSize))
 	}
 	if err := b.checkSize(size); err != nil {
 		return err
 	}
 	switch most := max(b.Size(), has); {
 	case size < most && !shrink:
-		return badImage(ErrSize, b.path, "has %d bytes, and would have %d: what lies behind them would be lost", most, size)
+		return badImage(ErrSize, b.path, "has %d bytes, and would have %d: what lies behind them would be lost, as --shrink allows", most, size)
 	case size == has:
 	case b.block:
 		return badImage(ErrSize, b.path, "is a block device of %d bytes, size says %d", has, size)
@@ -49,6 +49,9 @@ func (b *File) Resize(n int64, shrink bool) error {
 	b.size.Store(size)
 	return nil
 }
+
+// roundUp returns the first positive multiple of block that is n or more.
+func roundUp(n, block int64) int64 { return max((n+block-1)/block, 1) * block }
 
 // Undo takes back what Options.Size did to an image that had was bytes before Open, -1 if it
 // was not there, for a guest that never had it. What holds data by now is left alone.

@@ -25,7 +25,7 @@ func TestResize(t *testing.T) {
 		{"grow", 0, 2 * mib, false, backend.Options{}, 2 * mib, 2 * mib, ""},
 		{"same", 0, mib, false, backend.Options{}, mib, mib, ""},
 		{"same, readonly", 0, mib, false, backend.Options{ReadOnly: true}, mib, mib, ""},
-		{"shrink", 0, mib / 2, false, backend.Options{}, 0, mib, "has 1048576 bytes, and would have 524288: what lies behind them would be lost"},
+		{"shrink", 0, mib / 2, false, backend.Options{}, 0, mib, "has 1048576 bytes, and would have 524288: what lies behind them would be lost, as --shrink allows"},
 		{"shrink, meant", 0, mib / 2, true, backend.Options{}, mib / 2, mib / 2, ""},
 		{"as it is", 0, 0, false, backend.Options{}, mib, mib, ""},
 		{"as it is, grown", 3 * mib, 0, false, backend.Options{}, 3 * mib, 3 * mib, ""},
