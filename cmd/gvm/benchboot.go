@@ -124,7 +124,7 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 	}
 	dir := ""
 	if b.initrd == "" {
-		if dir, err = os.MkdirTemp("", "gvm-bench-"); err != nil {
+		if dir, err = tempDir("gvm-bench-"); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()

@@ -65,7 +65,7 @@ func benchFile(path string) (_ string, remove func() error, err error) {
 	if path != "" {
 		return path, func() error { return nil }, nil
 	}
-	dir, err := os.MkdirTemp("", "gvm-bench-")
+	dir, err := tempDir("gvm-bench-")
 	if err != nil {
 		return "", nil, err
 	}

@@ -103,7 +103,7 @@ func (b footprintBench) run(ctx context.Context, w io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = record.close(err) }()
-	dir, err := os.MkdirTemp("", "gvm-bench-")
+	dir, err := tempDir("gvm-bench-")
 	if err != nil {
 		return err
 	}

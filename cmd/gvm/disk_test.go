@@ -328,6 +328,11 @@ func TestFullFileSystem(t *testing.T) {
 			t.Errorf("%s: status %d, %q; want %q", tt.args, r.status, r.errs, tt.want)
 		}
 	}
+	c := command(t, "bench", "disk")
+	c.Env = append(c.Environ(), "TMPDIR="+full+"/none")
+	if r := gvmRuns(t, c); r.status != 2 || !strings.Contains(r.errs, "set TMPDIR to") {
+		t.Errorf("bench disk: %+v", r)
+	}
 	if list, err := os.ReadDir(full); err != nil || len(list) != 1 {
 		t.Errorf("left behind: %v, %v", list, err)
 	}

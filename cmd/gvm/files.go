@@ -44,6 +44,9 @@ func openOutput(path string) (*os.File, error) {
 	if errors.Is(err, unix.ENXIO) {
 		return nil, configError{fmt.Errorf("%s: is a pipe that no program reads; start that first", path)}
 	}
+	if kind := (*nowait.KindError)(nil); err != nil && !errors.As(err, &kind) {
+		err = nowait.CreateError(path, err)
+	}
 	if err != nil {
 		return nil, namedError(err)
 	}
@@ -83,4 +86,13 @@ func namedError(err error) error {
 		return configError{err}
 	}
 	return diskError{err}
+}
+
+// tempDir is os.MkdirTemp in the directory for temporary files, with the mend in its error.
+func tempDir(pattern string) (string, error) {
+	dir, err := os.MkdirTemp("", pattern)
+	if err != nil {
+		return "", diskError{fmt.Errorf("%w; set TMPDIR to a directory that exists and has room", err)}
+	}
+	return dir, nil
 }

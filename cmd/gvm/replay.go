@@ -220,9 +220,9 @@ func (u undoList) all() error {
 func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, k kernelOptions) (replay.Side, error) {
 	side := replay.Side{Name: name}
 	later := func(f func() error) { *undo = append(*undo, f) }
-	dir, err := os.MkdirTemp("", "gvm-replay-")
+	dir, err := tempDir("gvm-replay-")
 	if err != nil {
-		return side, diskError{fmt.Errorf("%w (set TMPDIR to a directory that exists and has room)", err)}
+		return side, err
 	}
 	later(func() error { return os.RemoveAll(dir) })
 	for i, d := range h.Devices {
