@@ -291,7 +291,7 @@ func TestTraceMistakes(t *testing.T) {
 		{"frob", `unknown command "frob" of gvm trace; see gvm help trace`},
 		{"show", "want gvm trace show FILE, and got 0 files"},
 		{"show " + a + " " + a, "want gvm trace show FILE, and got 2 files"},
-		{"diff " + a, "want gvm trace diff A B, and got 1 files"},
+		{"diff " + a, "want gvm trace diff A B, and got 1 file"},
 		{"show --frob " + a, "unknown flag --frob; see gvm help trace show"},
 		{"show " + a + " --frob", "unknown flag --frob; see gvm help trace show"},
 		{"show " + a + " --json=3", `--json "3": want true or false; see gvm help trace show`},
