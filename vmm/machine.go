@@ -315,7 +315,7 @@ func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, boots, x2apic bool, entry 
 func (m *machine) close() error {
 	var errs []error
 	if m.uart != nil {
-		m.closing.Store("the console")
+		m.closing.Store(closingConsole)
 		m.cfg.Console.Connect(nil)
 		errs = append(errs, m.uart.Close())
 	}

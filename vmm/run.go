@@ -70,8 +70,15 @@ func (m *machine) run(ctx context.Context) Outcome {
 }
 
 // endPatience is how long the end of a machine waits for its threads and devices: for a request that
-// storage does not finish they could wait for ever.
-const endPatience = 700 * time.Millisecond
+// storage does not finish they could wait for ever. The end of a guest that ends by itself has longer,
+// as a busy host can keep the threads from running, and the console's reader has any time that it wants
+// (a pager), unless ctx ends meanwhile.
+const (
+	endPatience      = 700 * time.Millisecond
+	guestEndPatience = 5 * time.Second
+)
+
+const closingConsole = "the console" // whose reader takes its time
 
 // takeDown waits for the vCPUs' threads and closes the machine. The wait is bounded, from now on if the
 // machine is not to start again, else from the end of ctx on. Then over is false: threads and devices go
@@ -83,11 +90,16 @@ func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err erro
 		m.threads.Wait()
 		done <- m.close()
 	}()
-	if again {
+	for late := time.After(guestEndPatience); late != nil; {
 		select {
 		case err := <-done:
 			return true, err
 		case <-ctx.Done():
+			late = nil
+		case <-late:
+			if late = nil; again || m.closing.Load() == closingConsole {
+				late = time.After(guestEndPatience)
+			}
 		}
 	}
 	select {

@@ -54,7 +54,7 @@ const maxQueued = 1 << 20
 
 // patience is how long a run that was stopped waits for somebody to take the
 // output: a pipe to a program that is itself stopped must not keep gvm alive.
-const patience = time.Second
+const patience = 500 * time.Millisecond // less than the end of a machine has
 
 // openTerminal takes standard input and output for a run. quit is called for
 // Ctrl-a x and for output that fails.
