@@ -316,7 +316,7 @@ func TestTraceMistakes(t *testing.T) {
 		{"replay " + damaged, damaged + ": damaged at byte"},
 		{"plot " + a + " -o x.pdf", "-o \"x.pdf\": want a file name that ends with .svg or .png"},
 		{"plot " + empty + " -o " + dir + "/x.svg", empty + ": no request to plot"},
-		{"plot " + a + " -o " + none + "/x.svg", "open " + none + "/x.svg: no such file or directory"},
+		{"plot " + a + " -o " + none + "/x.svg", none + "/x.svg: no such file or directory; there is no directory " + none + ": make it first"},
 	} {
 		const want = 2
 		_, status, got := gvmTrace(strings.Fields(tt.args)...)
