@@ -265,6 +265,33 @@ func TestOutput(t *testing.T) {
 	}
 }
 
+// TestErrorsNotRead: standard error that nobody reads does not hold up an end that was asked for.
+func TestErrorsNotRead(t *testing.T) {
+	t.Parallel()
+	for _, signals := range [][]syscall.Signal{{syscall.SIGTERM}, {syscall.SIGTERM, syscall.SIGINT}} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		defer w.Close()
+		if _, err := unix.FcntlInt(w.Fd(), unix.F_SETPIPE_SZ, 4096); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(make([]byte, 4096)); err != nil {
+			t.Fatal(err)
+		}
+		p := startGVMAs(t, "", func(p *proc) { p.cmd.Stderr = w }, guestRun("spin")...)
+		p.expect("spinning")
+		for _, s := range signals {
+			p.signal(s)
+		}
+		if got := p.wait().status; got != 128+int(signals[0]) && got != 128+int(signals[len(signals)-1]) {
+			t.Errorf("%v: status %d", signals, got)
+		}
+	}
+}
+
 // TestKilled checks what SIGKILL leaves: no lock.
 func TestKilled(t *testing.T) {
 	t.Parallel()

@@ -41,11 +41,17 @@ func gvm(args []string) (status int) {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintf(os.Stderr, "gvm: %s\n", errorText(err))
+	say := func() { fmt.Fprintf(os.Stderr, "gvm: %s\n", errorText(err)) }
 	var end endError
 	if errors.As(err, &end) {
+		if end.status >= exitTimeout { // the end was asked for
+			within(patience, say)
+		} else {
+			say()
+		}
 		return end.status
 	}
+	say()
 	return exitStatus(err)
 }
 

@@ -37,6 +37,12 @@ type proc struct {
 // startGVM starts gvm in dir with pipes for its input and output.
 func startGVM(t *testing.T, dir string, args ...string) *proc {
 	t.Helper()
+	return startGVMAs(t, dir, func(*proc) {}, args...)
+}
+
+// startGVMAs is startGVM after change has changed how.
+func startGVMAs(t *testing.T, dir string, change func(*proc), args ...string) *proc {
+	t.Helper()
 	p := newProc(t, args)
 	if dir != "" {
 		p.cmd.Dir = dir
@@ -49,6 +55,7 @@ func startGVM(t *testing.T, dir string, args ...string) *proc {
 	if p.input, err = p.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}
+	change(p)
 	p.start(r)
 	w.Close()
 	return p

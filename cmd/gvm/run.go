@@ -521,12 +521,28 @@ var urgent struct {
 // endNow ends the process while its end in order waits: the next gvm removes a socket that is
 // left, and gvm lio gc the objects of the kernel.
 func endNow(status int, why string) {
-	urgent.Lock() // for good
-	if urgent.restore != nil {
-		_ = urgent.restore()
-	}
-	fmt.Fprintf(os.Stderr, "gvm: %s, before the end in order was over\n", why)
+	within(patience, func() {
+		urgent.Lock() // for good
+		if urgent.restore != nil {
+			_ = urgent.restore()
+		}
+		fmt.Fprintf(os.Stderr, "gvm: %s, before the end in order was over\n", why)
+	})
 	os.Exit(status)
+}
+
+// within returns when do has, or after d: what do waits for, such as a reader of standard error that
+// takes nothing, must not hold up an end that was asked for. Then do goes on until the process ends.
+func within(d time.Duration, do func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		do()
+	}()
+	select {
+	case <-done:
+	case <-time.After(d):
+	}
 }
 
 // note tells the user one line on standard error, whose terminal may be raw.
