@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -105,7 +106,15 @@ func (d Directory) lock(create bool) (*os.File, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := flock(f, unix.LOCK_EX); err != nil {
+		err = flock(f, unix.LOCK_EX|unix.LOCK_NB)
+		for giveUp := time.Now().Add(lockTimeout); errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(giveUp); {
+			time.Sleep(5 * time.Millisecond)
+			err = flock(f, unix.LOCK_EX|unix.LOCK_NB)
+		}
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = fmt.Errorf("%s: another process has held its lock for %v: look for a gvm that is stopped (kill -CONT it)", d.path, lockTimeout)
+		}
+		if err != nil {
 			f.Close()
 			return nil, err
 		}
@@ -118,6 +127,9 @@ func (d Directory) lock(create bool) (*os.File, error) {
 		}
 	}
 }
+
+// lockTimeout is how long a directory's lock is waited for. Its holders do nothing that waits.
+const lockTimeout = 2 * time.Second
 
 // unlock ends what lock began, and removes a directory that is empty.
 func (d Directory) unlock(f *os.File) {
