@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -56,8 +58,25 @@ func openOutput(path string) (*os.File, error) {
 			f.Close()
 			return nil, configError{fmt.Errorf("%s: in use by another gvm; name another file", path)}
 		}
+		if fi.Size() > 0 && !formerOutput(f) {
+			f.Close()
+			return nil, configError{fmt.Errorf("%s: has something that gvm did not write; name another file, or remove it first", path)}
+		}
 	}
 	return f, nil
+}
+
+// formerOutput reports whether a file begins as JSON, an SVG or a PNG does: one that begins otherwise
+// may be a disk image, and is not overwritten.
+func formerOutput(f *os.File) bool {
+	r, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	if err != nil {
+		return false
+	}
+	defer r.Close()
+	head := make([]byte, 8)
+	n, _ := io.ReadFull(r, head)
+	return slices.ContainsFunc([]string{"[", "{", "<?xml", "<svg", "\x89PNG"}, func(s string) bool { return strings.HasPrefix(string(head[:n]), s) })
 }
 
 // writeOutput makes b the contents of a file that a user names.
