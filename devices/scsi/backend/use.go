@@ -91,12 +91,16 @@ func (b *File) claimBelow(rdev uint64, o Options, depth int) error {
 	}
 	name := strings.TrimSuffix(string(path), "\n")
 	fi, err := os.Stat(name)
-	if err != nil {
-		return nil // its name is gone, or is of another mount namespace
+	t := thing{}
+	if err == nil {
+		t = thingOf(fi)
 	}
-	t := thingOf(fi)
-	if !t.behind(filepath.Base(realPath(dir))) {
-		return nil // another file has the name now
+	if err != nil || !t.behind(filepath.Base(realPath(dir))) {
+		// The name is gone, is of another mount namespace, or is another file's now.
+		if o.ReadOnly || o.NoLock {
+			return nil
+		}
+		return &LockedError{Path: b.path, By: "a loop device on a file that has no longer the name " + name + ": gvm cannot tell what else writes it; take readonly, or lock=off to insist"}
 	}
 	lower, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|b.exclusive(t, o), 0)
 	switch {

@@ -181,6 +181,9 @@ func TestInUseByHost(t *testing.T) {
 			t.Fatal(err)
 		}
 		refused(t, link, dev)
+		refused(t, dev, "no longer the name", "lock=off")
+		reads(t, dev)
+		open(t, dev, backend.Options{NoLock: true}).Close()
 		detach(t, dev)
 		open(t, link, backend.Options{})
 		for _, name := range []string{link, bound} {
