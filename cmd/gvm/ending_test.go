@@ -281,7 +281,8 @@ func TestErrorsNotRead(t *testing.T) {
 		if _, err := w.Write(make([]byte, 4096)); err != nil {
 			t.Fatal(err)
 		}
-		p := startGVMAs(t, "", func(p *proc) { p.cmd.Stderr = w }, guestRun("spin")...)
+		full := image(t, "disk", 2, 1<<20)
+		p := startGVMAs(t, "", func(p *proc) { p.cmd.Stderr = w }, guestRun("--disk="+full+",iops=100", "--grace=1s", "spin")...)
 		p.expect("spinning")
 		for _, s := range signals {
 			p.signal(s)

@@ -31,6 +31,13 @@ func gvm(args []string) (status int) {
 			status = exitBug
 		}
 	}()
+	defer func() {
+		wait := patience
+		if status < exitTimeout { // the end was not asked for: a pager has its time
+			wait = -1
+		}
+		stderr.flush(wait)
+	}()
 	a := app()
 	out := &keepError{w: a.Writer}
 	a.Writer = out
@@ -41,17 +48,11 @@ func gvm(args []string) (status int) {
 	if err == nil {
 		return 0
 	}
-	say := func() { fmt.Fprintf(os.Stderr, "gvm: %s\n", errorText(err)) }
+	stderr.say("gvm: " + errorText(err) + "\n")
 	var end endError
 	if errors.As(err, &end) {
-		if end.status >= exitTimeout { // the end was asked for
-			within(patience, say)
-		} else {
-			say()
-		}
 		return end.status
 	}
-	say()
 	return exitStatus(err)
 }
 

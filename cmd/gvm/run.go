@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/signal"
 	"slices"
@@ -521,28 +520,17 @@ var urgent struct {
 // endNow ends the process while its end in order waits: the next gvm removes a socket that is
 // left, and gvm lio gc the objects of the kernel.
 func endNow(status int, why string) {
-	within(patience, func() {
+	go func() { // restoring may wait too
 		urgent.Lock() // for good
 		if urgent.restore != nil {
 			_ = urgent.restore()
 		}
-		fmt.Fprintf(os.Stderr, "gvm: %s, before the end in order was over\n", why)
-	})
-	os.Exit(status)
-}
-
-// within returns when do has, or after d: what do waits for, such as a reader of standard error that
-// takes nothing, must not hold up an end that was asked for. Then do goes on until the process ends.
-func within(d time.Duration, do func()) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		do()
+		stderr.say(fmt.Sprintf("gvm: %s, before the end in order was over\n", why))
+		stderr.flush(-1)
+		os.Exit(status)
 	}()
-	select {
-	case <-done:
-	case <-time.After(d):
-	}
+	time.Sleep(patience)
+	os.Exit(status)
 }
 
 // note tells the user one line on standard error, whose terminal may be raw.
@@ -551,5 +539,5 @@ func note(s string) {
 	if term.IsTerminal(int(os.Stderr.Fd())) {
 		end = "\r\n"
 	}
-	_, _ = io.WriteString(os.Stderr, "gvm: "+text.Printable(s)+end)
+	stderr.say("gvm: " + text.Printable(s) + end)
 }

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+)
+
+// errorOutput writes to standard error. No caller waits for its reader: a pipe that no program reads
+// would otherwise hold up the guest's disks, the control socket and the end of the run.
+type errorOutput struct {
+	mu      sync.Mutex
+	queue   []string
+	dropped int           // of the queue, which is full
+	idle    chan struct{} // closed when all has been written; nil: it has
+}
+
+// maxErrorQueue bounds the notes that wait for a reader.
+const maxErrorQueue = 256
+
+var stderr errorOutput
+
+// say writes text soon, after what came before it.
+func (e *errorOutput) say(text string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.queue) == maxErrorQueue {
+		e.dropped++
+		return
+	}
+	e.queue = append(e.queue, text)
+	if e.idle == nil {
+		e.idle = make(chan struct{})
+		go e.write() // ends when the queue is empty, or with the process
+	}
+}
+
+func (e *errorOutput) write() {
+	for {
+		e.mu.Lock()
+		queue, dropped := e.queue, e.dropped
+		e.queue, e.dropped = nil, 0
+		if len(queue) == 0 && dropped == 0 {
+			close(e.idle)
+			e.idle = nil
+			e.mu.Unlock()
+			return
+		}
+		e.mu.Unlock()
+		for _, text := range queue {
+			_, _ = io.WriteString(os.Stderr, text)
+		}
+		if dropped > 0 {
+			fmt.Fprintf(os.Stderr, "gvm: and %d more notes, which nothing read in time\n", dropped)
+		}
+	}
+}
+
+// flush returns when all has been written, or after patience if that is not negative.
+func (e *errorOutput) flush(patience time.Duration) {
+	e.mu.Lock()
+	idle := e.idle
+	e.mu.Unlock()
+	if idle == nil {
+		return
+	}
+	var late <-chan time.Time
+	if patience >= 0 {
+		late = time.After(patience)
+	}
+	select {
+	case <-idle:
+	case <-late:
+	}
+}
