@@ -116,6 +116,23 @@ func TestFlushFailure(t *testing.T) {
 	expect(t, target, cdb16(0x93, 1, 0, 1), nil, 0, "CHECK 3/0c/00")
 }
 
+// TestFlushFailureOfModeSelect: turning the write cache off is GOOD only once what was written is
+// durable, however often the flush before has failed.
+func TestFlushFailureOfModeSelect(t *testing.T) {
+	f := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Nth: 1, Err: syscall.EIO})
+	rec := &scsitest.Recorder{Backend: f}
+	target := attach(t, scsi.UnitConfig{Backend: rec})
+	expect(t, target, cdb10(0x2a, 0, 0, 1), filled(1, 1), 0, "GOOD")
+	cdb, out := selectPage(append([]byte{0x08, 18}, make([]byte, 18)...)...)
+	expect(t, target, cdb, out, 0, "CHECK 3/0c/00")
+	for range 2 {
+		expect(t, target, cdb, out, 0, "GOOD")
+	}
+	if got := rec.Log(); !slices.Equal(got, []string{"write 0+512", "flush failed", "flush"}) {
+		t.Errorf("calls %q", got)
+	}
+}
+
 // TestWCE checks what the caching page says and that what MODE SELECT set holds.
 func TestWCE(t *testing.T) {
 	wce := func(target *scsi.Target, control byte) byte {

@@ -189,6 +189,9 @@ func modeSelect(tk *task) error {
 		// themselves.
 		return u.flush()
 	}
+	if !after.wce {
+		return u.flushDirty() // that flush may have failed
+	}
 	return nil
 }
 
