@@ -237,10 +237,14 @@ func (r *RTC) load() {
 		return
 	}
 	t := r.seen
+	year := t.Year()
+	if year < 0 {
+		year += 10000 // a month or a day of 0 in the year 0 carries below it
+	}
 	for reg, v := range map[byte]int{
 		regSeconds: t.Second(), regMinutes: t.Minute(),
 		regDayOfWeek: int(t.Weekday()) + 1, regDayOfMonth: t.Day(), regMonth: int(t.Month()),
-		regYear: t.Year() % 100, Century: t.Year() / 100 % 100,
+		regYear: year % 100, Century: year / 100 % 100,
 	} {
 		r.ram[reg] = r.encode(v)
 	}
