@@ -145,7 +145,7 @@ func (tk *task) readIn(lba uint64, n int, tuples [][]byte) error {
 	if tk.u.cfg.Protection == nil {
 		return tk.u.read(iov, lba)
 	}
-	err := tk.u.readChecked(tk, iov, lba, tuples, protectChecks[protectField(tk.CDB)])
+	err := tk.u.readChecked(tk, iov, lba, n/int(tk.u.blockSize), tuples, protectChecks[protectField(tk.CDB)])
 	if err == nil && tuples != nil {
 		tk.piDone = n / int(tk.u.blockSize) * TupleSize
 	}
@@ -276,7 +276,7 @@ func verify(tk *task) error {
 	}
 	switch {
 	case protect != 0: // that it can be read, with these checks
-		return tk.u.checkMedium(tk, lba, n, protectChecks[protect])
+		return tk.u.readChecked(tk, nil, lba, n, nil, protectChecks[protect])
 	case check == 3:
 		for i := range uint64(n) {
 			if err := tk.u.compare(tk, want, lba+i, 1); err != nil {

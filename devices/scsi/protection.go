@@ -84,11 +84,13 @@ func makeTuples(t, data []byte, lba uint64) {
 	}
 }
 
-// verifyTuples checks t against the blocks of data that start at off, each of size
-// bytes, the first at lba.
-func (k protectionCheck) verifyTuples(t []byte, data [][]byte, off, size int, lba uint64) error {
-	var block [8][]byte
-	for ; len(t) > 0; t, off, lba = t[TupleSize:], off+size, lba+1 {
+// verifyTuples checks t against data, the blocks from lba on.
+func (k protectionCheck) verifyTuples(t, data []byte, lba uint64) error {
+	if len(t) == 0 {
+		return nil
+	}
+	size := len(data) / (len(t) / TupleSize)
+	for ; len(t) > 0; t, data, lba = t[TupleSize:], data[size:], lba+1 {
 		if t[2] == 0xff && t[3] == 0xff {
 			continue // the application tag that stops checks of type 1
 		}
@@ -96,14 +98,8 @@ func (k protectionCheck) verifyTuples(t []byte, data [][]byte, off, size int, lb
 			s.Info, s.InfoValid = lba, true
 			return s
 		}
-		if k&checkGuard != 0 {
-			c := uint16(0)
-			for _, p := range clip(block[:0], data, off, size) {
-				c = guard(c, p)
-			}
-			if binary.BigEndian.Uint16(t) != c {
-				return failed(GuardCheckFailed)
-			}
+		if k&checkGuard != 0 && binary.BigEndian.Uint16(t) != guard(0, data[:size]) {
+			return failed(GuardCheckFailed)
 		}
 		if k&checkReference != 0 && binary.BigEndian.Uint32(t[4:]) != uint32(lba) {
 			return failed(ReferenceTagCheckFailed)
@@ -112,49 +108,50 @@ func (k protectionCheck) verifyTuples(t []byte, data [][]byte, off, size int, lb
 	return nil
 }
 
-// readChecked is read with protection information, which it checks, and returns in
-// tuples unless that is nil. It is for w, or in one piece if that is nil.
-func (u *Unit) readChecked(w worker, iov [][]byte, lba uint64, tuples [][]byte, k protectionCheck) error {
-	u.tuples.RLock()
-	defer u.tuples.RUnlock()
-	off, bs := int64(lba)*u.blockSize, int(u.blockSize)
-	if err := u.try("read", off, func() (int, error) { return ReadVec(u.b, iov, off) }); err != nil {
-		return err
-	}
-	t := make([]byte, min(size(iov)/bs, 512)*TupleSize)
-	for done, n := 0, size(iov)/bs; done < n; {
+// readChecked reads n blocks from lba on, checks them, and copies them to iov and their
+// protection information to tuples, unless those are nil. What is checked is what the medium
+// holds: the initiator may write to its buffers meanwhile, or use one for several commands. It is
+// for w, or in one piece if that is nil.
+func (u *Unit) readChecked(w worker, iov [][]byte, lba uint64, n int, tuples [][]byte, k protectionCheck) error {
+	buf := getScratch()
+	defer putScratch(buf)
+	bs := int(u.blockSize)
+	per := len(*buf) / bs
+	t := make([]byte, min(n, per)*TupleSize)
+	for done := 0; done < n; done += per {
 		if w != nil && w.stopped() {
 			return errStopped
 		}
-		part := t[:min(n-done, 512)*TupleSize]
+		blocks := min(n-done, per)
+		data, pi := (*buf)[:blocks*bs], t[:blocks*TupleSize]
 		at := lba + uint64(done)
-		if err := u.try("read", int64(at)*u.blockSize, func() (int, error) { return 0, u.cfg.Protection.ReadTuples(part, at) }); err != nil {
+		if err := u.loadProtected(data, pi, at); err != nil {
 			return err
 		}
-		if err := k.verifyTuples(part, iov, done*bs, bs, at); err != nil {
+		if err := k.verifyTuples(pi, data, at); err != nil {
 			return err
+		}
+		if iov != nil {
+			scatter(clip(nil, iov, done*bs, len(data)), data)
 		}
 		if tuples != nil {
-			scatter(clip(nil, tuples, done*TupleSize, len(part)), part)
+			scatter(clip(nil, tuples, done*TupleSize, len(pi)), pi)
 		}
-		done += len(part) / TupleSize
 	}
 	return nil
 }
 
-// checkMedium reads n blocks from lba on and checks them.
-func (u *Unit) checkMedium(w worker, lba uint64, n int, k protectionCheck) error {
-	buf := getScratch()
-	defer putScratch(buf)
-	for per := len(*buf) / int(u.blockSize); n > 0; n, lba = n-per, lba+uint64(per) {
-		if w.stopped() {
-			return errStopped
+// loadProtected reads blocks from lba on and their tuples, neither newer than the other.
+func (u *Unit) loadProtected(data, tuples []byte, lba uint64) error {
+	u.tuples.RLock()
+	defer u.tuples.RUnlock()
+	off := int64(lba) * u.blockSize
+	return u.try("read", off, func() (int, error) {
+		if n, err := ReadVec(u.b, [][]byte{data}, off); err != nil {
+			return n, err
 		}
-		if err := u.readChecked(w, [][]byte{(*buf)[:min(n, per)*int(u.blockSize)]}, lba, nil, k); err != nil {
-			return err
-		}
-	}
-	return nil
+		return 0, u.cfg.Protection.ReadTuples(tuples, lba)
+	})
 }
 
 // writeChecked is write with protection information, which is checked, or made if
@@ -176,7 +173,7 @@ func (u *Unit) writeChecked(w worker, iov [][]byte, lba uint64, tuples [][]byte,
 			makeTuples(t, part, at)
 		} else {
 			gather(t, clip(nil, tuples, done/bs*TupleSize, len(t)))
-			if err := k.verifyTuples(t, [][]byte{part}, 0, bs, at); err != nil {
+			if err := k.verifyTuples(t, part, at); err != nil {
 				return err
 			}
 		}

@@ -284,6 +284,29 @@ func TestProtectionFinds(t *testing.T) {
 	expect(t, target, cdb10(0x28, 0, 550, 10), nil, 10*block, "GOOD")
 }
 
+// TestProtectionSharedBuffer: a read checks what the medium holds, whatever else changes the
+// initiator's buffer before the command ends.
+func TestProtectionSharedBuffer(t *testing.T) {
+	m := &changingTuples{tuples: newTuples(), buffer: make([]byte, 4*block)}
+	target := attach(t, scsi.UnitConfig{Protection: m})
+	expect(t, target, cdb10(0x2a, 0, 0, 4), filled(1, 4), 0, "GOOD")
+	a := scsitest.Run(target, &scsi.Command{CDB: cdb10(0x28, 0, 0, 4), In: [][]byte{m.buffer}})
+	if a.Status != scsi.Good || !bytes.Equal(m.buffer, filled(1, 4)) {
+		t.Errorf("%v", a)
+	}
+}
+
+// changingTuples changes the initiator's buffer when the tuples are read.
+type changingTuples struct {
+	*tuples
+	buffer []byte
+}
+
+func (m *changingTuples) ReadTuples(p []byte, block uint64) error {
+	m.buffer[0] ^= 0xff
+	return m.tuples.ReadTuples(p, block)
+}
+
 // TestProtectionInterrupted: a write that ends in the middle leaves its blocks unchecked, not unreadable.
 func TestProtectionInterrupted(t *testing.T) {
 	for n := 1; n <= 2; n++ {

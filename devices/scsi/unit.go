@@ -342,7 +342,7 @@ func (u *Unit) attempt(op string, off int64, do func() error) error {
 // read fills iov from lba on.
 func (u *Unit) read(iov [][]byte, lba uint64) error {
 	if u.cfg.Protection != nil {
-		return u.readChecked(nil, iov, lba, nil, checkAll)
+		return u.readChecked(nil, iov, lba, size(iov)/int(u.blockSize), nil, checkAll)
 	}
 	off := int64(lba) * u.blockSize
 	return u.try("read", off, func() (int, error) { return ReadVec(u.b, iov, off) })
