@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"bytes"
 	"io"
 	"regexp"
 	"strconv"
@@ -123,7 +124,7 @@ func (w *consoleWatch) Write(p []byte) (int, error) {
 // read reads the line and empties it. The caller has mu.
 func (w *consoleWatch) read() {
 	line := w.line.text
-	w.line.text, w.line.full = line[:0], false
+	w.line.text, w.line.inString, w.line.full = line[:0], false, false
 	if len(line) == 0 {
 		return
 	}
@@ -182,12 +183,17 @@ func (w *consoleWatch) silent() time.Duration {
 	return time.Since(w.wrote)
 }
 
-// consoleLine collects the text of a line: without line ends, other control characters and
-// escape sequences. Any of the line ends CR, LF and CR LF ends it.
+// consoleLine collects the text of a line: without line ends, other control characters, escape
+// sequences and control strings (ECMA-48). Any of the line ends CR, LF and CR LF ends it.
 type consoleLine struct {
 	text   []byte
 	escape byte // 0: none; escapeByte; '[' in a control sequence (ECMA-48, 5.4)
-	full   bool // the text has a panic's and takes no more than fits
+	// A control string (5.6), such as a window's title, is in the text from start on until its
+	// terminator takes it away: one that the end of the line cuts is text.
+	inString bool
+	start    int
+	more     int  // bytes that the UTF-8 character has still to come
+	full     bool // the text has a panic's and takes no more than fits
 }
 
 const (
@@ -200,17 +206,37 @@ const (
 
 // add adds a byte, and reports whether it ended the line.
 func (l *consoleLine) add(c byte) bool {
-	escape := l.escape
+	escape, continued := l.escape, l.more > 0 && c&0xc0 == 0x80
 	l.escape = 0
+	if l.more--; !continued {
+		l.more = 0
+		switch {
+		case c >= 0xf0:
+			l.more = 3
+		case c >= 0xe0:
+			l.more = 2
+		case c >= 0xc2:
+			l.more = 1
+		}
+	}
 	switch {
 	case c == '\r' || c == '\n':
 		return true
 	case c == escapeByte:
 		l.escape = escapeByte
+	case c == 0x18 || c == 0x1a: // CAN and SUB cancel a sequence
+		l.endString()
+	case c == '\a' && l.inString: // as xterm takes it
+		l.endString()
 	case c < ' ' && c != '\t' || c == 0x7f:
 		l.escape = escape
-	case escape == escapeByte && c == '[':
-		l.escape = '['
+	case c&^0x1f == 0x80 && !continued: // an 8-bit control is ESC and a 7-bit one (5.3)
+		l.control(c - 0x40)
+	case c&^0x1f == 0x80 && bytes.HasSuffix(l.text, []byte{0xc2}): // the same in UTF-8
+		l.text = l.text[:len(l.text)-1]
+		l.control(c - 0x40)
+	case escape == escapeByte && c >= '@' && c <= '_':
+		l.control(c)
 	case escape == escapeByte && c <= '/', escape == '[' && c <= '?':
 		l.escape = escape // an intermediate byte, or a parameter
 	case escape != 0: // the final byte
@@ -221,9 +247,31 @@ func (l *consoleLine) add(c byte) bool {
 		if m := panicInside().FindIndex(l.text); m != nil {
 			from, l.full = max(m[0]-keptEnd, 0), true
 		}
+		l.start = max(l.start-from, 0)
 		if l.text = append(l.text[:0], l.text[from:]...); from > 0 {
 			l.text = append(l.text, c)
 		}
 	}
 	return false
+}
+
+// control does what a control function of the C1 set, ESC and c, does to the line.
+func (l *consoleLine) control(c byte) {
+	switch c {
+	case '[':
+		l.escape = '['
+	case 'P', 'X', ']', '^', '_': // DCS, SOS, OSC, PM, APC
+		if !l.inString { // else one in another, as tmux passes them
+			l.inString, l.start = true, len(l.text)
+		}
+	case '\\': // ST
+		l.endString()
+	}
+}
+
+// endString takes the control string away.
+func (l *consoleLine) endString() {
+	if l.inString {
+		l.text, l.inString, l.full = l.text[:min(l.start, len(l.text))], false, false
+	}
 }
