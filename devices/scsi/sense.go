@@ -25,6 +25,22 @@ const (
 	Miscompare     SenseKey = 0xe
 )
 
+// keyNames are the names of sense keys, of those too that only other targets return.
+var keyNames = [16]string{
+	NoSense: "NO SENSE", 0x1: "RECOVERED ERROR", NotReady: "NOT READY", MediumError: "MEDIUM ERROR",
+	HardwareError: "HARDWARE ERROR", IllegalRequest: "ILLEGAL REQUEST", UnitAttention: "UNIT ATTENTION",
+	DataProtect: "DATA PROTECT", 0x8: "BLANK CHECK", CopyAbortedKey: "COPY ABORTED",
+	AbortedCommand: "ABORTED COMMAND", 0xd: "VOLUME OVERFLOW", Miscompare: "MISCOMPARE", 0xf: "COMPLETED",
+}
+
+// Name returns the name of the sense key as the standards print it.
+func (k SenseKey) Name() string {
+	if int(k) < len(keyNames) && keyNames[k] != "" {
+		return keyNames[k]
+	}
+	return fmt.Sprintf("sense key %xh", uint8(k))
+}
+
 // Sense is sense data (SPC-5 4.5) before it has a format. It is an error:
 // a handler returns one to end its command with CHECK CONDITION.
 type Sense struct {
@@ -41,53 +57,92 @@ type Sense struct {
 	Deferred bool
 }
 
+// additional has the name of each additional sense code (SPC-5, table F.2). Those here are of other
+// targets, whose traces are read; sense adds those of this one.
+var additional = map[[2]uint8]string{
+	{0x08, 0x00}: "communication failure",
+	{0x29, 0x00}: "power on, reset, or bus device reset occurred",
+	{0x55, 0x03}: "insufficient resources",
+}
+
+// returned is the sense data that this target returns.
+var returned []Sense
+
+// sense makes sense data that this target returns, and gives its additional sense code a name. No
+// other code of this package makes any (TestSenseNames).
+func sense(key SenseKey, asc, ascq uint8, name string) Sense {
+	s := Sense{Key: key, ASC: asc, ASCQ: ascq}
+	additional[[2]uint8{asc, ascq}] = name
+	returned = append(returned, s)
+	return s
+}
+
 // The sense data that this target returns.
 var (
-	BecomingReady             = Sense{Key: NotReady, ASC: 0x04, ASCQ: 0x02} // initializing command required
-	SanitizeInProgress        = Sense{Key: NotReady, ASC: 0x04, ASCQ: 0x1b}
-	WriteError                = Sense{Key: MediumError, ASC: 0x0c, ASCQ: 0x00}
-	GuardCheckFailed          = Sense{Key: AbortedCommand, ASC: 0x10, ASCQ: 0x01} // logical block guard check failed
-	ReferenceTagCheckFailed   = Sense{Key: AbortedCommand, ASC: 0x10, ASCQ: 0x03} // logical block reference tag check failed
-	InvalidFieldInIU          = Sense{Key: IllegalRequest, ASC: 0x0e, ASCQ: 0x03}
-	CopyAborted               = Sense{Key: CopyAbortedKey, ASC: 0x00, ASCQ: 0x00}
-	CopyThirdParty            = Sense{Key: CopyAbortedKey, ASC: 0x0d, ASCQ: 0x01} // third party device failure
-	CopyUnreachable           = Sense{Key: CopyAbortedKey, ASC: 0x0d, ASCQ: 0x02} // copy target device not reachable
-	UnrecoveredReadError      = Sense{Key: MediumError, ASC: 0x11, ASCQ: 0x00}
-	ParameterListLength       = Sense{Key: IllegalRequest, ASC: 0x1a, ASCQ: 0x00}
-	MiscompareInVerify        = Sense{Key: Miscompare, ASC: 0x1d, ASCQ: 0x00}
-	InvalidOpcode             = Sense{Key: IllegalRequest, ASC: 0x20, ASCQ: 0x00}
-	LBAOutOfRange             = Sense{Key: IllegalRequest, ASC: 0x21, ASCQ: 0x00}
-	InvalidFieldInCDB         = Sense{Key: IllegalRequest, ASC: 0x24, ASCQ: 0x00}
-	LUNNotSupported           = Sense{Key: IllegalRequest, ASC: 0x25, ASCQ: 0x00}
-	InvalidFieldInParam       = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x00}
-	InvalidRelease            = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x04} // invalid release of persistent reservation
-	UnsupportedCSCD           = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x07}
-	TooManyCSCDs              = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x06}
-	TooManySegments           = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x08}
-	UnsupportedSegment        = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x09}
-	CopyGranularity           = Sense{Key: CopyAbortedKey, ASC: 0x26, ASCQ: 0x0a} // unexpected inexact segment
-	InlineDataExceeded        = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x0b}
-	WriteProtected            = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x00}
-	SoftwareProtected         = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x02}
-	SpaceAllocFailed          = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x07}
-	PowerOnOccurred           = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x01}
-	DeviceReset               = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x03}
-	NexusLoss                 = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x07}
-	ModeParamsChanged         = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x01}
-	ReservationsPreempted     = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x03}
-	ReservationsReleased      = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x04}
-	RegistrationsPreempted    = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x05}
-	CapacityChanged           = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x09}
-	CommandsCleared           = Sense{Key: UnitAttention, ASC: 0x2f, ASCQ: 0x00}
-	SanitizeFailed            = Sense{Key: MediumError, ASC: 0x31, ASCQ: 0x03}
-	SavingNotSupported        = Sense{Key: IllegalRequest, ASC: 0x39, ASCQ: 0x00}
-	LUNsChanged               = Sense{Key: UnitAttention, ASC: 0x3f, ASCQ: 0x0e}
-	TargetFailure             = Sense{Key: HardwareError, ASC: 0x44, ASCQ: 0x00}
-	InsufficientRegistrations = Sense{Key: IllegalRequest, ASC: 0x55, ASCQ: 0x04} // insufficient registration resources
+	BecomingReady             = sense(NotReady, 0x04, 0x02, "initializing command required")
+	SanitizeInProgress        = sense(NotReady, 0x04, 0x1b, "sanitize in progress")
+	WriteError                = sense(MediumError, 0x0c, 0x00, "write error")
+	GuardCheckFailed          = sense(AbortedCommand, 0x10, 0x01, "guard check failed")
+	ReferenceTagCheckFailed   = sense(AbortedCommand, 0x10, 0x03, "reference tag check failed")
+	InvalidFieldInIU          = sense(IllegalRequest, 0x0e, 0x03, "invalid field in command information unit")
+	CopyAborted               = sense(CopyAbortedKey, 0x00, 0x00, "no additional sense")
+	CopyThirdParty            = sense(CopyAbortedKey, 0x0d, 0x01, "third party device failure")
+	CopyUnreachable           = sense(CopyAbortedKey, 0x0d, 0x02, "copy target device not reachable")
+	UnrecoveredReadError      = sense(MediumError, 0x11, 0x00, "unrecovered read error")
+	ParameterListLength       = sense(IllegalRequest, 0x1a, 0x00, "parameter list length error")
+	MiscompareInVerify        = sense(Miscompare, 0x1d, 0x00, "miscompare during verify")
+	InvalidOpcode             = sense(IllegalRequest, 0x20, 0x00, "invalid command operation code")
+	LBAOutOfRange             = sense(IllegalRequest, 0x21, 0x00, "logical block address out of range")
+	InvalidFieldInCDB         = sense(IllegalRequest, 0x24, 0x00, "invalid field in CDB")
+	LUNNotSupported           = sense(IllegalRequest, 0x25, 0x00, "logical unit not supported")
+	InvalidFieldInParam       = sense(IllegalRequest, 0x26, 0x00, "invalid field in parameter list")
+	InvalidRelease            = sense(IllegalRequest, 0x26, 0x04, "invalid release of persistent reservation")
+	UnsupportedCSCD           = sense(IllegalRequest, 0x26, 0x07, "unsupported CSCD descriptor type code")
+	TooManyCSCDs              = sense(IllegalRequest, 0x26, 0x06, "too many CSCD descriptors")
+	TooManySegments           = sense(IllegalRequest, 0x26, 0x08, "too many segment descriptors")
+	UnsupportedSegment        = sense(IllegalRequest, 0x26, 0x09, "unsupported segment descriptor type code")
+	CopyGranularity           = sense(CopyAbortedKey, 0x26, 0x0a, "unexpected inexact segment")
+	InlineDataExceeded        = sense(IllegalRequest, 0x26, 0x0b, "inline data length exceeded")
+	WriteProtected            = sense(DataProtect, 0x27, 0x00, "write protected")
+	SoftwareProtected         = sense(DataProtect, 0x27, 0x02, "logical unit software write protected")
+	SpaceAllocFailed          = sense(DataProtect, 0x27, 0x07, "space allocation failed")
+	PowerOnOccurred           = sense(UnitAttention, 0x29, 0x01, "power on occurred")
+	DeviceReset               = sense(UnitAttention, 0x29, 0x03, "bus device reset function occurred")
+	NexusLoss                 = sense(UnitAttention, 0x29, 0x07, "I_T nexus loss occurred")
+	ModeParamsChanged         = sense(UnitAttention, 0x2a, 0x01, "mode parameters changed")
+	ReservationsPreempted     = sense(UnitAttention, 0x2a, 0x03, "reservations preempted")
+	ReservationsReleased      = sense(UnitAttention, 0x2a, 0x04, "reservations released")
+	RegistrationsPreempted    = sense(UnitAttention, 0x2a, 0x05, "registrations preempted")
+	CapacityChanged           = sense(UnitAttention, 0x2a, 0x09, "capacity data has changed")
+	CommandsCleared           = sense(UnitAttention, 0x2f, 0x00, "commands cleared by another initiator")
+	SanitizeFailed            = sense(MediumError, 0x31, 0x03, "sanitize command failed")
+	SavingNotSupported        = sense(IllegalRequest, 0x39, 0x00, "saving parameters not supported")
+	LUNsChanged               = sense(UnitAttention, 0x3f, 0x0e, "reported LUNs data has changed")
+	TargetFailure             = sense(HardwareError, 0x44, 0x00, "internal target failure")
+	InsufficientRegistrations = sense(IllegalRequest, 0x55, 0x04, "insufficient registration resources")
 )
 
+// Error says what the sense data means: "ILLEGAL REQUEST, invalid field in CDB (byte 2, bit 7)".
 func (s Sense) Error() string {
-	return fmt.Sprintf("sense key %xh, additional sense %02xh/%02xh", uint8(s.Key), s.ASC, s.ASCQ)
+	what, ok := additional[[2]uint8{s.ASC, s.ASCQ}]
+	if !ok {
+		what = fmt.Sprintf("additional sense %02xh/%02xh", s.ASC, s.ASCQ)
+	}
+	text := s.Key.Name() + ", " + what
+	if s.Deferred {
+		text = "deferred error: " + text
+	}
+	if s.Specific[0]&0x80 != 0 && s.Key == IllegalRequest { // field pointer, SPC-5 4.5.2.4.2
+		text += fmt.Sprintf(" (byte %d", binary.BigEndian.Uint16(s.Specific[1:]))
+		if s.Specific[0]&0x08 != 0 {
+			text += fmt.Sprintf(", bit %d", s.Specific[0]&7)
+		}
+		text += ")"
+	}
+	if s.InfoValid {
+		text += fmt.Sprintf(" (information %d)", s.Info)
+	}
+	return text
 }
 
 // Is makes errors.Is compare key and additional sense code alone.

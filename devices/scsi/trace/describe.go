@@ -34,7 +34,7 @@ func name(names []string, n int, unknown string) string {
 	return fmt.Sprintf(unknown, n)
 }
 
-// Names by code: virtio 1.3, 5.6.6.2 and 5.6.6.1; SAM-5 5.3.1; SPC-5 4.5.6.
+// Names by code: virtio 1.3, 5.6.6.2 and 5.6.6.1; SAM-5 5.3.1.
 var (
 	functions = []string{"ABORT TASK", "ABORT TASK SET", "CLEAR ACA", "CLEAR TASK SET", "I_T NEXUS RESET", "LOGICAL UNIT RESET", "QUERY TASK", "QUERY TASK SET"}
 	responses = []string{"OK", "OVERRUN", "ABORTED", "BAD TARGET", "RESET", "BUSY", "TRANSPORT FAILURE", "TARGET FAILURE", "NEXUS FAILURE", "FAILURE",
@@ -43,8 +43,6 @@ var (
 		scsi.Good: "GOOD", scsi.CheckCondition: "CHECK CONDITION", scsi.ConditionMet: "CONDITION MET", scsi.Busy: "BUSY",
 		scsi.ReservationConflict: "RESERVATION CONFLICT", scsi.TaskSetFull: "TASK SET FULL", scsi.ACAActive: "ACA ACTIVE", scsi.TaskAborted: "TASK ABORTED",
 	}
-	senseKeys = []string{"NO SENSE", "RECOVERED ERROR", "NOT READY", "MEDIUM ERROR", "HARDWARE ERROR", "ILLEGAL REQUEST", "UNIT ATTENTION", "DATA PROTECT",
-		"BLANK CHECK", "", "COPY ABORTED", "ABORTED COMMAND", "", "VOLUME OVERFLOW", "MISCOMPARE", "COMPLETED"}
 	// Types of persistent reservations: SPC-5 6.16.3.4.
 	reservations = []string{"", "Write Exclusive", "", "Exclusive Access", "", "Write Exclusive, registrants only", "Exclusive Access, registrants only",
 		"Write Exclusive, all registrants", "Exclusive Access, all registrants"}
@@ -55,54 +53,6 @@ const (
 	responseOK        = 0
 	functionSucceeded = 10
 )
-
-// additional are the additional sense codes that the in-process target returns,
-// and a few more that LIO does (SPC-5, table F.2).
-var additional = map[[2]byte]string{
-	{0x00, 0x00}: "no additional sense",
-	{0x04, 0x02}: "initializing command required",
-	{0x04, 0x1b}: "sanitize in progress",
-	{0x08, 0x00}: "communication failure",
-	{0x0c, 0x00}: "write error",
-	{0x0e, 0x03}: "invalid field in command information unit",
-	{0x0d, 0x01}: "third party device failure",
-	{0x0d, 0x02}: "copy target device not reachable",
-	{0x10, 0x01}: "guard check failed",
-	{0x11, 0x00}: "unrecovered read error",
-	{0x1a, 0x00}: "parameter list length error",
-	{0x1d, 0x00}: "miscompare during verify",
-	{0x20, 0x00}: "invalid command operation code",
-	{0x21, 0x00}: "logical block address out of range",
-	{0x24, 0x00}: "invalid field in CDB",
-	{0x25, 0x00}: "logical unit not supported",
-	{0x26, 0x00}: "invalid field in parameter list",
-	{0x26, 0x04}: "invalid release of persistent reservation",
-	{0x26, 0x06}: "too many CSCD descriptors",
-	{0x26, 0x07}: "unsupported CSCD descriptor type code",
-	{0x26, 0x08}: "too many segment descriptors",
-	{0x26, 0x09}: "unsupported segment descriptor type code",
-	{0x26, 0x0a}: "unexpected inexact segment",
-	{0x26, 0x0b}: "inline data length exceeded",
-	{0x27, 0x00}: "write protected",
-	{0x27, 0x02}: "logical unit software write protected",
-	{0x27, 0x07}: "space allocation failed",
-	{0x29, 0x00}: "power on, reset, or bus device reset occurred",
-	{0x29, 0x01}: "power on occurred",
-	{0x29, 0x03}: "bus device reset function occurred",
-	{0x29, 0x07}: "I_T nexus loss occurred",
-	{0x2a, 0x01}: "mode parameters changed",
-	{0x2a, 0x03}: "reservations preempted",
-	{0x2a, 0x04}: "reservations released",
-	{0x2a, 0x05}: "registrations preempted",
-	{0x2a, 0x09}: "capacity data has changed",
-	{0x2f, 0x00}: "commands cleared by another initiator",
-	{0x31, 0x03}: "sanitize command failed",
-	{0x39, 0x00}: "saving parameters not supported",
-	{0x3f, 0x0e}: "reported LUNs data has changed",
-	{0x44, 0x00}: "internal target failure",
-	{0x55, 0x03}: "insufficient resources",
-	{0x55, 0x04}: "insufficient registration resources",
-}
 
 // ParseSense reads sense data of either format (SPC-5 4.5.2, 4.5.3), as far as
 // a Sense has room. ok is false for data that is too short or of another kind.
@@ -148,27 +98,7 @@ func senseText(b []byte) string {
 	if !ok {
 		return fmt.Sprintf("sense data % x", b)
 	}
-	text := ""
-	if s.Deferred {
-		text = "deferred error: "
-	}
-	text += name(senseKeys, int(s.Key), "sense key %xh") + ", "
-	if what, ok := additional[[2]byte{s.ASC, s.ASCQ}]; ok {
-		text += what
-	} else {
-		text += fmt.Sprintf("additional sense %02xh/%02xh", s.ASC, s.ASCQ)
-	}
-	if s.Specific[0]&0x80 != 0 && s.Key == scsi.IllegalRequest { // field pointer, SPC-5 4.5.2.4.2
-		text += fmt.Sprintf(" (byte %d", binary.BigEndian.Uint16(s.Specific[1:]))
-		if s.Specific[0]&0x08 != 0 {
-			text += fmt.Sprintf(", bit %d", s.Specific[0]&7)
-		}
-		text += ")"
-	}
-	if s.InfoValid {
-		text += fmt.Sprintf(" (information %d)", s.Info)
-	}
-	return text
+	return s.Error()
 }
 
 // Failed tells whether the request ended other than well. A unit attention is a
