@@ -136,3 +136,37 @@ func TestSuggestions(t *testing.T) {
 		})
 	}
 }
+
+// TestSurplusArguments walks the tree of commands: none takes more words than its page of help names, or
+// one that it does not know.
+func TestSurplusArguments(t *testing.T) {
+	refused := func(words ...string) {
+		t.Helper()
+		var b bytes.Buffer
+		a := app()
+		a.Writer, a.ErrWriter = &b, &b
+		err := a.Run(flagsFirst(a.Commands, append([]string{"gvm"}, words...)))
+		if exitStatus(err) != exitUsage || b.Len() > 0 || strings.Contains(err.Error(), "no machine of this user runs") {
+			t.Errorf("gvm %s: %v, output %.200q", strings.Join(words, " "), err, &b)
+		}
+	}
+	var walk func(path []string, cs []*cli.Command)
+	walk = func(path []string, cs []*cli.Command) {
+		for _, c := range cs {
+			path := append(slices.Clone(path), c.Name)
+			if len(c.Subcommands) > 0 {
+				walk(path, c.Subcommands)
+				refused(append(path, "nosuch")...)
+				refused(append(path, c.Subcommands[0].Name, "nosuch", "nosuch", "nosuch", "nosuch")...)
+				continue
+			}
+			if most := len(strings.Fields(c.ArgsUsage)); !strings.HasSuffix(c.ArgsUsage, "...") {
+				refused(append(path, slices.Repeat([]string{"nosuch"}, most+1)...)...)
+			}
+			refused("help", strings.Join(path, " "), "nosuch")
+			refused(append(path, "--nosuch")...)
+		}
+	}
+	walk(nil, app().Commands)
+	refused("nosuch")
+}

@@ -134,6 +134,12 @@ func exitStatusCommand() *cli.Command {
 		Usage:              "what gvm's exit status says",
 		Description:        exitStatusHelp,
 		CustomHelpTemplate: "{{.Description}}\n",
-		Action:             func(c *cli.Context) error { _, err := fmt.Fprintln(c.App.Writer, exitStatusHelp); return err },
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usageError{fmt.Errorf("exit-status takes no argument, and got %q", c.Args().First())}
+			}
+			_, err := fmt.Fprintln(c.App.Writer, exitStatusHelp)
+			return err
+		},
 	}
 }
