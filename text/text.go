@@ -72,7 +72,7 @@ func Nearest(word string, names []string) string {
 	for _, name := range slices.SortedFunc(slices.Values(names), byLength) {
 		d := 2 * distance(word, strings.ToLower(name))
 		if strings.HasPrefix(strings.ToLower(name), word) {
-			d = min(d, 3) // between one letter and two
+			d = min(d-1, 3) // between one letter and two, and before another with as many to change
 		} else if name != "" && name[0]|0x20 != word[0] {
 			d++ // the first letter is rarely wrong
 		}

@@ -113,12 +113,15 @@ func parseDisk(s string) (disk, error) {
 	}
 	for prefix, kind := range storages {
 		if text, ok := strings.CutPrefix(d.path, prefix); ok {
-			n, err := parseSize(text, 1)
-			if err != nil || n == 0 || n > 1<<62 {
-				return d, fmt.Errorf("--disk %s: want a size, such as %s1G (./%s is a file of that name)", d.path, prefix, d.path)
+			n, err := diskSize("--disk "+d.path, text)
+			if err != nil {
+				return d, fmt.Errorf("%w (./%s is a file of that name)", err, d.path)
 			}
-			d.storage, d.size = kind, int64(n)
+			d.storage, d.size = kind, n
 		}
+	}
+	if near := nearStorage(d.path); d.storage == inImage && near != "" {
+		return d, fmt.Errorf("--disk %s: did you mean %s? ./%s is a file of that name", d.path, near, d.path)
 	}
 	given := map[string]bool{}
 	for n, w := range words[1:] {
@@ -208,6 +211,28 @@ func parseDisk(s string) (disk, error) {
 	return d, nil
 }
 
+// nearStorage returns what a path that is none was probably meant to be, or "": mem:1M for men:1M. A
+// file that exists is meant.
+func nearStorage(path string) string {
+	i := strings.IndexAny(path, ":=")
+	if i < 0 {
+		return ""
+	}
+	near, rest := text.Nearest(path[:i], []string{"mem", "null", "wwn"}), path[i+1:]
+	switch _, err := parseSize(rest, 1); {
+	case near == "wwn" && strings.HasPrefix(rest, "naa."):
+		near += "="
+	case (near == "mem" || near == "null") && err == nil:
+		near += ":"
+	default:
+		return ""
+	}
+	if _, err := os.Lstat(path); err == nil {
+		return ""
+	}
+	return near + rest
+}
+
 // once refuses an option that was given before.
 func (d *disk) once(given map[string]bool, key string, valued bool) error {
 	if given[key] && valued {
@@ -262,10 +287,13 @@ func (d *disk) parseTarget(words []string) error {
 		if err := d.once(given, key, has); err != nil {
 			return err
 		}
-		switch {
-		case key == "backend" && backends[val] == byKernel:
-			d.backend = byKernel
-		case key == "workers":
+		var ok bool
+		switch key {
+		case "backend":
+			if d.backend, ok = backends[val]; !ok {
+				return oneOf("--disk "+d.name()+": backend=", val, backends)
+			}
+		case "workers":
 			if err := d.parseWorkers(val); err != nil {
 				return err
 			}
@@ -287,7 +315,7 @@ func (d *disk) parseWorkers(val string) error {
 	case val == "shared":
 		d.workers = vhostscsi.SharedWorker
 	case err != nil || d.workers < 1 || d.workers > maxQueues:
-		return fmt.Errorf("--disk %s: workers=%s: want a number from 1 to %d, or shared", d.name(), val, maxQueues)
+		return fmt.Errorf("--disk %s: workers=%s: want a number from 1 to %d, or shared%s", d.name(), val, maxQueues, text.Suggest(val, []string{"shared"}))
 	}
 	return nil
 }

@@ -124,6 +124,19 @@ func TestSuggestions(t *testing.T) {
 		{"run --disk a,error=enospc", "did you mean enospc-stop?"},
 		{"run --disk a,backend=vhots", "did you mean vhost?"},
 		{"run --disk wwn=naa.1,backend=vhost,worker=1", "did you mean workers?"},
+		{"run --disk wwn=naa.1,backend=vhots", "did you mean vhost?"},
+		{"run --disk wwm=naa.1,backend=vhost", "did you mean wwn=naa.1? ./wwm=naa.1 is a file of that name"},
+		{"run --disk nul:1M", "did you mean null:1M? ./nul:1M is a file of that name"},
+		{"run --disk NULL:1M", "did you mean null:1M?"},
+		{"run --disk mem=1M", "did you mean mem:1M?"},
+		{"run --disk mem:1P", `--disk mem:1P: size "1P": want a number and K, M, G or T, such as 1024T; the largest is 4194304T`},
+		{"run --disk mem:1x", `--disk mem:1x: size "1x": want a number and K, M, G or T (./mem:1x is a file of that name)`},
+		{"run --disk null:0", "--disk null:0: size 0: want 512 bytes or more"},
+		{"run --disk null:8388608T", `size "8388608T" is too large: the largest is 4194304T`},
+		{"run --disk mem:4194304T --disk mem:4194304T --disk mem:4194304T --disk mem:4194304T", "the disks in memory have more than 4194304T"},
+		{"run --memory 8388608T", `--memory: size "8388608T" is too large: the largest is 4194304T`},
+		{"run --disk a,lock=of", "did you mean off?"},
+		{"run --disk a,workers=share,backend=vhost", "did you mean shared?"},
 	} {
 		t.Run(tt.args, func(t *testing.T) {
 			var b bytes.Buffer

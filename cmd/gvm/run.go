@@ -218,7 +218,9 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		}
 		rc.disks = append(rc.disks, d)
 		if d.storage == inMemory {
-			inRAM += uint64(d.size)
+			if inRAM += uint64(d.size); inRAM > maxSize {
+				return rc, fmt.Errorf("--disk %s: the disks in memory have more than %s", d.path, sizeWord(maxSize))
+			}
 		}
 	}
 	if diskNote, err := checkDiskMemory(rc.memory, inRAM, thisHost()); err != nil {

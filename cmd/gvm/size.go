@@ -6,6 +6,9 @@ import (
 	"strings"
 )
 
+// maxSize is the largest size that parseSize takes.
+const maxSize = 1 << 62
+
 // parseSize reads a size such as 512M, 1.5G or 8GiB: suffixes K, M, G and T are
 // powers of 1024. A number without a suffix counts units of unit bytes.
 func parseSize(s string, unit uint64) (uint64, error) {
@@ -19,8 +22,8 @@ func parseSize(s string, unit uint64) (uint64, error) {
 	}
 	whole, err := strconv.ParseUint(num, 10, 64)
 	if err == nil {
-		if whole > (1<<62)/scale {
-			return 0, fmt.Errorf("size %q is too large", s)
+		if whole > maxSize/scale {
+			return 0, tooLarge(s)
 		}
 		return whole * scale, nil
 	}
@@ -28,10 +31,14 @@ func parseSize(s string, unit uint64) (uint64, error) {
 	if err != nil || !(f >= 0) || strings.ContainsAny(num, "xXeEpPnN_") {
 		return 0, badSize(s, num)
 	}
-	if f *= float64(scale); f > 1<<62 {
-		return 0, fmt.Errorf("size %q is too large", s)
+	if f *= float64(scale); f > maxSize {
+		return 0, tooLarge(s)
 	}
 	return uint64(f), nil
+}
+
+func tooLarge(s string) error {
+	return fmt.Errorf("size %q is too large: the largest is %s", s, sizeWord(maxSize))
 }
 
 // badSize says what a size is. One in petabytes is given in terabytes.
@@ -39,7 +46,7 @@ func badSize(s, num string) error {
 	such := ""
 	if number, ok := strings.CutSuffix(num, "P"); ok {
 		if f, err := strconv.ParseFloat(number, 64); err == nil && f > 0 && f < 1<<20 {
-			such = fmt.Sprintf(", such as %gT", 1024*f)
+			such = fmt.Sprintf(", such as %gT; the largest is %s", 1024*f, sizeWord(maxSize))
 		}
 	}
 	return fmt.Errorf("size %q: want a number and K, M, G or T%s", s, such)
