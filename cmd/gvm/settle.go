@@ -53,13 +53,18 @@ func (ds *disks) settle(ctx context.Context) error {
 		}
 		left[s] = true
 		go func() { // it ends by itself; storage that hangs keeps the process, whatever waits for it
+			var wrote error
 			if w, ok := s.backend().(writeBacker); ok {
-				if err := w.WriteBack(ctx); err != nil {
-					results <- result{s, err}
+				if wrote = w.WriteBack(ctx); ctx.Err() != nil {
+					results <- result{s, wrote}
 					return
 				}
 			}
-			results <- result{s, s.unit.Sync()}
+			err := s.unit.Sync()
+			if !errors.Is(err, wrote) { // else it tells of that, too
+				err = errors.Join(wrote, err)
+			}
+			results <- result{s, err}
 		}()
 	}
 	var errs []error

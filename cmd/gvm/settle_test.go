@@ -47,8 +47,11 @@ func (noGuest) Event(vscsi.EventType, scsi.LUN, vscsi.Reason) vscsi.Delivery { r
 // sized is a backend that can change its size, and notes that.
 type sized struct {
 	*scsitest.Recorder
-	size int64
+	size      int64
+	writeBack error // of WriteBack
 }
+
+func (s *sized) WriteBack(context.Context) error { return s.writeBack }
 
 func (s *sized) Size() int64 { return s.size }
 
@@ -69,7 +72,7 @@ func protectedDisks(t *testing.T, fault ...backend.Fault) (*disks, *scsitest.Rec
 	mem := backend.NewMem(1 << 20)
 	rec := &scsitest.Recorder{Backend: backend.NewFaulty(mem, fault...)}
 	side := &sideFile{rec: rec}
-	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: &sized{rec, 1 << 20}, Serial: "S", Protection: side})
+	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: &sized{Recorder: rec, size: 1 << 20}, Serial: "S", Protection: side})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,6 +156,16 @@ func TestSettle(t *testing.T) {
 	rec.Log()
 	if err := ds.close(true); err != nil || len(rec.Log()) > 0 {
 		t.Errorf("%v, and flushed once more", err)
+	}
+	// What cannot be written back is flushed all the same, with what is beside it.
+	ds, rec, _ = protectedDisks(t)
+	writeBlock(t, ds, 1)
+	rec.Log()
+	bad := errors.New("no pages today")
+	ds.served[0].backend().(*sized).writeBack = bad
+	err := ds.close(true)
+	if got := rec.Log(); !errors.Is(err, bad) || !slices.Equal(got, both) {
+		t.Errorf("%v, %q after a write-back that failed", err, got)
 	}
 }
 
