@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -225,6 +226,70 @@ func TestSanitizeGoesOn(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestSanitizeLetsResize: a resize waits for a piece of the operation, not for a pass of it.
+func TestSanitizeLetsResize(t *testing.T) {
+	const size, access = 1 << 30, 256 << 10
+	var calls atomic.Int32
+	begun := make(chan struct{})
+	rec := &scsitest.Recorder{Backend: backend.Null(size), OnCall: func(string) {
+		if calls.Add(1) == 1 {
+			close(begun)
+		}
+		time.Sleep(time.Millisecond) // else a pass may be over before the resize asks
+	}}
+	target := attach(t, scsi.UnitConfig{Backend: rec})
+	list := []byte{1, 0, 0, 1, 0xa5}
+	expect(t, target, sanitizeCDB(0x81, len(list)), list, 0, "GOOD")
+	<-begun
+	if err := target.Unit(0).Resize(func() error { return nil }); err != nil {
+		t.Error(err)
+	}
+	if n := calls.Load(); n > size/access/2 {
+		t.Errorf("the resize waited for %d of %d writes", n, size/access)
+	}
+	if err := target.Detach(0); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestReadBehindSanitize: a READ that waits for the medium behind a SANITIZE finds the operation when it
+// gets the medium.
+func TestReadBehindSanitize(t *testing.T) {
+	reading, hang, answered := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	var first atomic.Bool
+	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block), OnCall: func(call string) {
+		switch {
+		case strings.HasPrefix(call, "write"):
+			<-answered
+		case first.CompareAndSwap(false, true):
+			close(reading)
+			<-hang
+		}
+	}}
+	target := attach(t, scsi.UnitConfig{Backend: rec})
+	var done [3]chan string
+	list := []byte{1, 0, 0, 1, 0xa5}
+	for i, c := range []scsi.Command{
+		{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, block)}},
+		{CDB: sanitizeCDB(0x81, len(list)), Out: [][]byte{list}},
+		{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, block)}},
+	} {
+		done[i] = make(chan string, 1)
+		go func() { done[i] <- scsitest.Run(target, &c).String() }()
+		if i == 0 {
+			<-reading
+		}
+		time.Sleep(20 * time.Millisecond) // it waits by now, on most machines
+	}
+	close(hang)
+	for i, want := range []string{"GOOD", "GOOD", "CHECK 2/04/1b"} {
+		if got := <-done[i]; got != want {
+			t.Errorf("command %d: %s, want %s", i, got, want)
+		}
+	}
+	close(answered)
 }
 
 // TestMemoryAfterDone scribbles over the CDB and the buffers of each command upon its answer, which are
