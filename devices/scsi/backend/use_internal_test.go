@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestServedByLIO: a file that another tool has the kernel's SCSI target serve, by the name that the
@@ -36,6 +38,38 @@ func TestServedByLIO(t *testing.T) {
 		}
 		if f, err = Open(img, Options{Lend: true}); err != nil {
 			t.Errorf("%s, lent: %v", name, err)
+			continue
+		}
+		f.Close()
+	}
+}
+
+// TestLockErrors has every error by which a file system or a kernel says that it has no such locks.
+func TestLockErrors(t *testing.T) {
+	was := setLock
+	t.Cleanup(func() { setLock = was })
+	img := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(img, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for errno, none := range map[unix.Errno]bool{
+		unix.ENOLCK: true, unix.EOPNOTSUPP: true, unix.ENOSYS: true, unix.EINVAL: true, unix.EIO: false,
+	} {
+		setLock = func(uintptr, int, *unix.Flock_t) error { return errno }
+		_, err := Open(img, Options{})
+		if !errors.Is(err, errno) && !none || errors.Is(err, ErrNoLocks) != none || none && !strings.Contains(err.Error(), "lock=off") {
+			t.Errorf("%v: %v", errno, err)
+		}
+		var notes []string
+		f, err := Open(img, Options{ReadOnly: true, Note: func(s string) { notes = append(notes, s) }})
+		if (err == nil) != none || none && (len(notes) != 1 || !strings.Contains(notes[0], "has no locks")) {
+			t.Errorf("%v, read-only: %v, notes %q", errno, err, notes)
+		}
+		if err == nil {
+			f.Close()
+		}
+		if f, err = Open(img, Options{NoLock: true}); err != nil {
+			t.Errorf("%v, lock=off: %v", errno, err)
 			continue
 		}
 		f.Close()

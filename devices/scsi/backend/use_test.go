@@ -216,8 +216,11 @@ func TestInUseByHost(t *testing.T) {
 		w.Close()
 		detach(t, dev)
 		w = open(t, img, backend.Options{})
-		dev = loop(t, img)
+		dev = loop(t, img, "--partscan")
 		refused(t, dev, img)
+		if _, err := exec.LookPath("addpart"); err == nil {
+			refused(t, partition(t, dev, 1, 8, 8), img)
+		}
 		w.Close()
 		open(t, dev, backend.Options{}).Close()
 	})
@@ -332,10 +335,14 @@ func TestSideFilesAreNotDisks(t *testing.T) {
 	if err := keeper.Save(nil); err == nil {
 		t.Error("IMAGE.pr, which is something else, was removed")
 	}
-	for _, name := range []string{img + ".pr", img + ".pr.tmp"} {
-		if b, _ := os.ReadFile(name); string(b) != "data of another disk" {
-			t.Errorf("%s was written over: %q", name, b)
-		}
+	if b, _ := os.ReadFile(img + ".pr"); string(b) != "data of another disk" {
+		t.Errorf("%s.pr was written over: %q", img, b)
+	}
+	if err := errors.Join(os.Remove(img+".pr"), keeper.Save([]byte("GVM-PR\x00\x01state"))); err != nil {
+		t.Fatal(err)
+	}
+	if b, _ := os.ReadFile(img + ".pr.tmp"); string(b) != "data of another disk" {
+		t.Errorf("%s.pr.tmp was written over: %q", img, b)
 	}
 }
 
