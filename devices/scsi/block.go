@@ -395,7 +395,7 @@ func synchronizeCache(tk *task) error {
 		return err
 	}
 	if tk.CDB[1]&0x02 != 0 { // IMMED
-		tk.after = tk.u.flush
+		tk.flushAfter = true
 		return nil
 	}
 	return tk.u.flush()

@@ -2,13 +2,16 @@ package scsi_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/hex"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
@@ -366,4 +369,61 @@ func TestGetLBAStatus(t *testing.T) {
 		t.Errorf("4096 bytes: %s", got)
 	}
 	expect(t, attach(t, scsi.UnitConfig{Backend: mapped{backend.NewMem(blocks * block), syscall.EIO}}), get(0, 24), nil, 24, "CHECK 3/11/00")
+}
+
+// TestImmediateHoldsUpNothing: once SYNCHRONIZE CACHE or START STOP UNIT with IMMED has been answered, its
+// flush holds up no task management function and no other command, and any number of them keep
+// one flush that runs and one to come.
+func TestImmediateHoldsUpNothing(t *testing.T) {
+	for name, cdb := range map[string][]byte{
+		"SYNCHRONIZE CACHE(10)": cdb10(0x35, 2, 0, 0), "SYNCHRONIZE CACHE(16)": cdb16(0x91, 2, 0, 0), "START STOP UNIT": {0x1b, 1, 0, 0, 0, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			hang, started := make(chan struct{}), make(chan struct{}, 100)
+			rec := &scsitest.Recorder{
+				Backend: backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Hang: hang}),
+				OnCall:  func(string) { started <- struct{}{} },
+			}
+			target := attach(t, scsi.UnitConfig{Backend: rec})
+			release := sync.OnceFunc(func() { close(hang) })
+			t.Cleanup(release)
+			for tag := range uint64(50) {
+				answered := make(chan scsi.Status, 1)
+				target.Submit(&scsi.Command{CDB: cdb, Tag: tag, Attr: scsi.HeadOfQueue, Done: func(r scsi.Result) { answered <- r.Status }})
+				if status := <-answered; status != scsi.Good {
+					t.Fatalf("status %02x", status)
+				}
+			}
+			<-started
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				target.AbortTask(0, 0, 0)
+				target.AbortTaskSet(0, 0)
+				target.ClearTaskSet(0, 0)
+				target.NexusReset(0)
+				scsitest.Run(target, &scsi.Command{CDB: testUnitReady, Attr: scsi.Ordered})
+				target.LogicalUnitReset(0)
+			}()
+			select {
+			case <-done:
+			case <-time.After(20 * time.Second):
+				t.Fatal("the flush holds them up")
+			}
+			ended, cancel := context.WithCancel(t.Context())
+			cancel()
+			unit := target.Unit(0)
+			if busy := target.End(ended); !slices.Equal(busy, []*scsi.Unit{unit}) {
+				t.Errorf("End: busy %v, while the flush runs", busy)
+			}
+			rec.Note("released")
+			release()
+			if err := target.Detach(0); err != nil {
+				t.Fatal(err)
+			}
+			if log := rec.Log(); len(log) != 3 || log[0] != "released" {
+				t.Errorf("calls %q, want the flush that hung and one for all later ones", log)
+			}
+		})
+	}
 }

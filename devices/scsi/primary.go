@@ -179,7 +179,7 @@ func startStopUnit(tk *task) error {
 	case noFlush:
 		return nil
 	case cdb[1]&0x01 != 0: // IMMED
-		tk.after = u.flush
+		tk.flushAfter = true
 		return nil
 	}
 	err := u.flush()

@@ -76,7 +76,8 @@ func (t *Target) Attach(lun LUN, u *Unit) error {
 }
 
 // Detach takes the unit at lun away. Commands in flight are aborted and
-// answered before it returns, so that the backend may be closed then.
+// answered before it returns, and flushes of answered commands have ended, so that the backend may
+// be closed then.
 func (t *Target) Detach(lun LUN) error {
 	lun = lun.canonical()
 	u := t.take(lun)
@@ -85,14 +86,16 @@ func (t *Target) Detach(lun LUN) error {
 	}
 	u.set.close() // without t.mu: commands may end late, and other units come and go meanwhile
 	<-u.stopSanitize()
+	<-u.later.ended()
 	// Copies between other units end before the backend may be closed.
 	u.medium.lock(true, nil)
 	defer u.medium.unlock(true)
 	return nil
 }
 
-// End ends every command and every sanitize operation for good, and waits for them until ctx ends. It
-// returns the units that still use their backends then, which must not be closed.
+// End ends every command and every sanitize operation for good, and waits for them and for the
+// flushes of answered commands until ctx ends. It returns the units that still use their backends
+// then, which must not be closed.
 func (t *Target) End(ctx context.Context) (busy []*Unit) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -102,18 +105,26 @@ func (t *Target) End(ctx context.Context) (busy []*Unit) {
 		u.stopSanitize()
 	}
 	for u, w := range waits {
-		select {
-		case <-w.done:
-			select {
-			case <-u.stopSanitize():
-				continue
-			case <-ctx.Done():
-			}
-		case <-ctx.Done():
+		if !endsBy(ctx, w.done) || !endsBy(ctx, u.stopSanitize()) || !endsBy(ctx, u.later.ended()) {
+			busy = append(busy, u)
 		}
-		busy = append(busy, u)
 	}
 	return busy
+}
+
+// endsBy says whether done is closed before ctx ends.
+func endsBy(ctx context.Context, done <-chan struct{}) bool {
+	select {
+	case <-done:
+		return true
+	case <-ctx.Done():
+	}
+	select { // both may be ready
+	case <-done:
+		return true
+	default:
+		return false
+	}
 }
 
 // take removes the unit at lun from the target, and returns nil if there is none.
@@ -212,12 +223,8 @@ func (t *Target) finish(tk *task, r Result, entered bool) {
 	done := tk.Done
 	tk.Command = nil // it is the caller's again, CDB and buffers too: no later use of it goes unseen
 	done(r)
-	if tk.after != nil && r.Status == Good {
-		if err := tk.after(); err != nil {
-			sense := senseOf(err)
-			sense.Deferred = true
-			tk.u.set.attention(sense, func(id NexusID) bool { return id == tk.Nexus })
-		}
+	if tk.flushAfter && r.Status == Good {
+		tk.u.flushLater(tk.Nexus)
 	}
 	if entered {
 		tk.u.set.leave(tk)

@@ -38,13 +38,13 @@ func attach(t testing.TB, cfg scsi.UnitConfig) *scsi.Target {
 	return target
 }
 
-// settle waits until every command is done, and those with IMMED also with what comes
-// after their answer: an ORDERED command comes after all of it. INQUIRY reports nothing
-// that is pending.
+// settle waits until every command is done, as an ORDERED one comes after all of them, and the flushes
+// of those with IMMED. INQUIRY reports nothing that is pending.
 func settle(target *scsi.Target) {
 	done := make(chan struct{})
 	target.Submit(&scsi.Command{CDB: []byte{0x12, 0, 0, 0, 0, 0}, Attr: scsi.Ordered, Done: func(scsi.Result) { close(done) }})
 	<-done
+	<-target.Unit(0).Flushed()
 }
 
 // cdb16 is a 16-byte CDB with a logical block address and a number of blocks.

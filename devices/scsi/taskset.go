@@ -39,8 +39,8 @@ type task struct {
 	outDone       int
 	piDone        int // bytes of ProtectionIn written
 	overrun       bool
-	iov           [][]byte     // reused by clip
-	after         func() error // what is left to do once the command has been answered, nil: nothing
+	iov           [][]byte // reused by clip
+	flushAfter    bool     // IMMED: what was written is flushed once the command has been answered
 
 	state atomic.Int32
 

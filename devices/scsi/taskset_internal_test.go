@@ -8,6 +8,9 @@ import (
 	"time"
 )
 
+// Flushed returns what is closed when the flushes of commands with IMMED have ended.
+func (u *Unit) Flushed() <-chan struct{} { return u.later.ended() }
+
 // idle is storage that nothing is done with.
 type idle struct{ Backend }
 

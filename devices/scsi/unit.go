@@ -101,6 +101,8 @@ type Unit struct {
 	// may keep a thread.
 	slots chan struct{}
 
+	later laterFlush
+
 	set taskSet
 }
 
