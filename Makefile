@@ -79,8 +79,8 @@ bench: build ## benchmarks without a guest, of Linux in the lab, and of this hos
 	bin/gvm bench footprint --json bench/footprint.json
 
 guest: ## rebuild the embedded guest's image, and the init of measured boots
-	$(MAKE) -C guest-tests/embedded
-	$(MAKE) -C guest-tests/bootinit
+	$(MAKE) -C guest/embedded
+	$(MAKE) -C guest/bootinit
 
 clean:
 	rm -rf bin bench

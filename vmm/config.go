@@ -11,9 +11,9 @@ import (
 
 	"gvm/devices/rtc"
 	"gvm/devices/virtio"
+	"gvm/guestmem"
 	"gvm/kvmapi"
 	"gvm/vmm/boot"
-	"gvm/vmm/guestmem"
 	"gvm/vmm/x86"
 )
 

@@ -19,7 +19,7 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // hostile is a CPU whose guest means no good. It does not run in KVM: what it does are

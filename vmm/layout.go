@@ -2,7 +2,7 @@ package vmm
 
 import (
 	"gvm/devices/pci"
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // The machine's physical addresses. RAM has 0 to guestmem.HoleStart, and what

@@ -15,12 +15,12 @@ import (
 	"gvm/devices/serial"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/vpci"
+	"gvm/guestmem"
 	"gvm/kvmapi"
 	"gvm/kvmapi/eventfd"
 	"gvm/vmm/acpi"
 	"gvm/vmm/boot"
 	"gvm/vmm/bus"
-	"gvm/vmm/guestmem"
 	"gvm/vmm/x86"
 )
 

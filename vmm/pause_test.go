@@ -9,7 +9,7 @@ import (
 
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // shownConsole tells of each write.

@@ -5,8 +5,8 @@ import (
 
 	"github.com/bobuhiro11/gokvm/kvm"
 
+	"gvm/guestmem"
 	"gvm/kvmapi"
-	"gvm/vmm/guestmem"
 )
 
 // Prepared is a virtual machine that has its memory and nothing else.

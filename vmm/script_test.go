@@ -11,8 +11,8 @@ import (
 	"gvm/devices/debugport"
 	"gvm/devices/pvpanic"
 	"gvm/devices/serial"
+	"gvm/guestmem"
 	"gvm/vmm/boot"
-	"gvm/vmm/guestmem"
 )
 
 // script is what a scripted guest does: bytes that it writes to ports, one after the other.

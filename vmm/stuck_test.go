@@ -14,7 +14,7 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // stuck is a device whose Reset waits, as one does for a request that storage does not finish.

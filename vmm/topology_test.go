@@ -17,9 +17,9 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
-	"gvm/guest-tests/embedded/embeddedtest"
+	"gvm/guest/embedded/embeddedtest"
+	"gvm/guestmem"
 	"gvm/kvmapi"
-	"gvm/vmm/guestmem"
 	"gvm/vmm/x86"
 )
 

@@ -12,11 +12,11 @@ import (
 	"gvm/devices/pci"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
-	"gvm/guest-tests/embedded"
+	"gvm/guest/embedded"
+	"gvm/guestmem"
 	"gvm/kvmapi"
 	"gvm/kvmapi/eventfd"
 	"gvm/vmm/boot"
-	"gvm/vmm/guestmem"
 )
 
 func TestMMIO64IsAboveRAM(t *testing.T) {

@@ -17,7 +17,7 @@ import (
 	"syscall"
 	"testing"
 
-	"gvm/guest-tests/embedded"
+	"gvm/guest/embedded"
 )
 
 // bzImage is the smallest file that passes for a bzImage of a 64-bit kernel

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"gvm/guest-tests/embedded"
+	"gvm/guest/embedded"
 )
 
 // TestBenchDisk: a row for each storage at each load, figures that are there, and

@@ -18,8 +18,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"gvm/guest-tests/bootinit"
-	"gvm/guest-tests/embedded"
+	"gvm/guest/bootinit"
+	"gvm/guest/embedded"
 )
 
 func benchBootCommand() *cli.Command {

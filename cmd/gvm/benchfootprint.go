@@ -20,7 +20,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"gvm/guest-tests/embedded"
+	"gvm/guest/embedded"
 )
 
 func benchFootprintCommand() *cli.Command {

@@ -19,7 +19,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"gvm/guest-tests/embedded"
+	"gvm/guest/embedded"
 )
 
 func benchGuestCommand() *cli.Command {

@@ -15,7 +15,7 @@ import (
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
-	"gvm/guest-tests/embedded/embeddedtest"
+	"gvm/guest/embedded/embeddedtest"
 )
 
 // passes runs the embedded guest and returns its report and console.

@@ -5,7 +5,7 @@ import (
 	"os"
 	"strings"
 
-	"gvm/guest-tests/embedded"
+	"gvm/guest/embedded"
 	"gvm/text"
 )
 

@@ -12,10 +12,10 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/devices/scsi/backend"
+	"gvm/guestmem"
 	"gvm/kvmapi"
 	"gvm/text"
 	"gvm/vmm"
-	"gvm/vmm/guestmem"
 	"gvm/vmm/x86"
 )
 

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"gvm/guest-tests/embedded/embeddedtest"
+	"gvm/guest/embedded/embeddedtest"
 )
 
 func guestRun(words ...string) []string {

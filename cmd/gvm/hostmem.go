@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // ownMemory is what a running gvm takes beside guest RAM, generously. Page tables come on top:

@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // fakeHost has the files of a host with 8 GiB; a name that ends with / is a directory without a

@@ -8,7 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"gvm/guest-tests/embedded"
+	"gvm/guest/embedded"
 )
 
 // tree makes files with a text, and links for texts that begin with ->, in a fresh directory.

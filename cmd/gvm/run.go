@@ -23,12 +23,12 @@ import (
 	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/vhostscsi"
-	"gvm/guest-tests/embedded"
+	"gvm/guest/embedded"
+	"gvm/guestmem"
 	"gvm/kvmapi"
 	"gvm/text"
 	"gvm/vmm"
 	"gvm/vmm/boot"
-	"gvm/vmm/guestmem"
 	"gvm/vmm/x86"
 )
 

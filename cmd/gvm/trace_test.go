@@ -21,7 +21,7 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
 	"gvm/devices/virtio/vscsi"
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 var update = flag.Bool("update", false, "write testdata anew")

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/scsi/backend"
-	"gvm/guest-tests/embedded"
+	"gvm/guest/embedded"
 )
 
 // TestDiskInUseByHost: a guest does not write what the host has mounted, and the file system

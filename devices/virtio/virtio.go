@@ -10,8 +10,8 @@ package virtio
 
 import (
 	"gvm/devices/virtio/virtq"
+	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
-	"gvm/vmm/guestmem"
 )
 
 // ID is a virtio device ID (virtio 1.3, 5).

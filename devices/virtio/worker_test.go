@@ -14,7 +14,7 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtq"
 	"gvm/devices/virtio/virtqtest"
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 const base = 0x10000

@@ -20,8 +20,8 @@ import (
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/lio"
-	"gvm/guest-tests/bootinit"
 	"gvm/guest-tests/lab"
+	"gvm/guest/bootinit"
 )
 
 // benchCmdline keeps a kernel from work that is nobody's business in a test guest.

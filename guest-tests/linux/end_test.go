@@ -9,8 +9,8 @@ import (
 	"syscall"
 	"testing"
 
-	"gvm/guest-tests/bootinit"
 	"gvm/guest-tests/lab"
+	"gvm/guest/bootinit"
 )
 
 // TestEndings: how a guest ends is gvm's exit status.

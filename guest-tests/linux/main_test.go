@@ -54,7 +54,7 @@ func testMain(m *testing.M) int {
 	}
 	options := lab.Options{
 		Direct:  direct,
-		Build:   []string{"gvm/cmd/gvm", "gvm/guest-tests/cmd/diskload"},
+		Build:   []string{"gvm/cmd/gvm", "gvm/guest/diskload"},
 		Memory:  10 << 10, // a guest has 6 GiB
 		Modules: []string{"nbd", "dm-mod"},
 		Lost:    lost,

@@ -21,10 +21,10 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/vhostscsi"
 	"gvm/guest-tests/lab"
+	"gvm/guestmem"
 	"gvm/kvmapi"
 	"gvm/vmm"
 	"gvm/vmm/boot"
-	"gvm/vmm/guestmem"
 )
 
 // plugging is the script of a guest whose second disk comes and goes, twice.

@@ -18,8 +18,8 @@ import (
 	"fmt"
 	"strings"
 
+	"gvm/guestmem"
 	"gvm/text"
-	"gvm/vmm/guestmem"
 )
 
 // Mode says what is done with a bzImage.

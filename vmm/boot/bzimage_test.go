@@ -20,7 +20,7 @@ import (
 	"github.com/mikelolasagasti/xz"
 	"github.com/pierrec/lz4/v4"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // bigELF is a kernel of a little over 9 MiB, more than one block of lz4 and than four chunks of

@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 func TestCache(t *testing.T) {

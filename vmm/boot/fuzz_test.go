@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // FuzzLoad loads what may be a kernel in every mode: a kernel is loaded with all parts

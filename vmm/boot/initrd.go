@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"slices"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // maxMapped is one past the highest address that pageTables maps: one page of its second level.

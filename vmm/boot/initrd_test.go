@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 const (

@@ -4,7 +4,7 @@ import (
 	"cmp"
 	"slices"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 const pageSize = 4096

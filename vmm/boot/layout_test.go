@@ -5,7 +5,7 @@ import (
 	"strconv"
 	"testing"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 func itoa(fd uintptr) string { return strconv.Itoa(int(fd)) }

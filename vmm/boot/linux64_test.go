@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 func TestLoadBzImage64(t *testing.T) {

@@ -3,7 +3,7 @@ package boot
 import (
 	"testing"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 func TestLoadPVH(t *testing.T) {

@@ -6,7 +6,7 @@ import (
 	"encoding/binary"
 	"testing"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // segment is a program header of a synthetic ELF file and what it holds.

@@ -16,8 +16,8 @@ import (
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
+	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
-	"gvm/vmm/guestmem"
 )
 
 const (

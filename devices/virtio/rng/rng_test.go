@@ -9,7 +9,7 @@ import (
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/virtq"
 	"gvm/devices/virtio/virtqtest"
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 const base = 0x10000

@@ -6,8 +6,8 @@ import (
 
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtq"
+	"gvm/guestmem"
 	"gvm/kvmapi/vhost"
-	"gvm/vmm/guestmem"
 )
 
 // Activate implements virtio.Device. The kernel wants everything before the

@@ -13,8 +13,8 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/vhostscsi"
 	"gvm/devices/virtio/virtqtest"
+	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
-	"gvm/vmm/guestmem"
 )
 
 const (

@@ -8,9 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtq"
+	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
 	"gvm/kvmapi/vhost"
-	"gvm/vmm/guestmem"
 )
 
 // watcher waits for errors of the vrings (VHOST_SET_VRING_ERR). The kernel

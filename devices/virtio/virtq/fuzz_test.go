@@ -9,7 +9,7 @@ import (
 
 	"gvm/devices/virtio/virtq"
 	"gvm/devices/virtio/virtqtest"
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // FuzzQueue gives the device rings made of the input: a queue that is right

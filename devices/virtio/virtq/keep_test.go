@@ -6,7 +6,7 @@ import (
 
 	"gvm/devices/virtio/virtq"
 	"gvm/devices/virtio/virtqtest"
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // TestQueueKeepsLittle has all chains of a queue as long as chains can be, once: what the queue keeps of

@@ -4,7 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // Feature bits that change how the split ring works (virtio 1.3, 6).

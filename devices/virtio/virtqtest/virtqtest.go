@@ -9,8 +9,8 @@ import (
 	"fmt"
 
 	"gvm/devices/virtio/virtq"
+	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
-	"gvm/vmm/guestmem"
 )
 
 // Seg is one buffer of a chain.

@@ -13,8 +13,8 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtq"
 	"gvm/devices/virtio/vpci"
+	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
-	"gvm/vmm/guestmem"
 )
 
 // device is a virtio device that records what the transport does with it, and

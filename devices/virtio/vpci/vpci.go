@@ -14,8 +14,8 @@ import (
 
 	"gvm/devices/pci"
 	"gvm/devices/virtio"
+	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
-	"gvm/vmm/guestmem"
 )
 
 // PCI identity (virtio 1.3, 4.1.2) and capabilities (4.1.4).

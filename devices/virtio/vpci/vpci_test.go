@@ -12,7 +12,7 @@ import (
 	"gvm/devices/pci/pcitest"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/vpci"
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 func TestCapabilities(t *testing.T) {

@@ -13,7 +13,7 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtq"
 	"gvm/devices/virtio/virtqtest"
-	"gvm/vmm/guestmem"
+	"gvm/guestmem"
 )
 
 // fake is a target that answers as the test says and notes what it was asked.

@@ -2,7 +2,7 @@
 // cloud-hypervisor's guests do when user space runs, and gvm run --timing prints when that was; and Line to port 0x402, where
 // QEMU's isa-debugcon listens, and to the console. Then it waits. A kernel without CONFIG_DEVPORT leaves it the console alone.
 //
-// Its source is init.S; "make -C guest-tests/bootinit" rebuilds it with gcc and binutils, and with those of Debian 12 to the
+// Its source is init.S; "make -C guest/bootinit" rebuilds it with gcc and binutils, and with those of Debian 12 to the
 // same bytes, which a test compares.
 package bootinit
 

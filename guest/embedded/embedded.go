@@ -7,7 +7,7 @@
 //	qemu-system-x86_64 -M q35 -m 128 -nodefaults -display none -serial stdio -no-reboot -kernel guest.elf -append write \
 //		-device virtio-scsi-pci,id=s -drive if=none,id=d,file=disk.img,format=raw -device scsi-hd,drive=d,bus=s.0
 //
-// Its C and assembler sources are in src; "make -C guest-tests/embedded" rebuilds it with gcc and binutils, and with those of
+// Its C and assembler sources are in src; "make -C guest/embedded" rebuilds it with gcc and binutils, and with those of
 // Debian 12 to the same bytes, which a test compares.
 //
 // The report's last line is "PASS", or begins with "FAIL: "; on a failure the guest also raises a pvpanic event at port 0x505 if

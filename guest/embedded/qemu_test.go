@@ -17,8 +17,8 @@ import (
 	"testing"
 	"time"
 
-	"gvm/guest-tests/embedded"
-	"gvm/guest-tests/embedded/embeddedtest"
+	"gvm/guest/embedded"
+	"gvm/guest/embedded/embeddedtest"
 )
 
 const diskSize = 16 << 20

@@ -9,8 +9,8 @@ import (
 	"slices"
 	"testing"
 
-	"gvm/guest-tests/embedded"
 	"gvm/guest-tests/imagetest"
+	"gvm/guest/embedded"
 )
 
 // TestImage: what a loader relies on. One segment of plain RAM and a PVH note whose entry lies in it.
