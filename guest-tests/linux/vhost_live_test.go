@@ -64,15 +64,20 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// TestVhostPlugByHand: LUNs that somebody adds to a target in configfs, and
-// removes from it, as targetcli does, come and go in the guest.
-func TestVhostPlugByHand(t *testing.T) {
-	lioUnchanged(t)
-	const (
-		wwn = "naa.5001405bbbbbbb01"
-		tpg = lio.DefaultRoot + "/vhost/" + wwn + "/tpgt_1"
-		hba = lio.DefaultRoot + "/core/fileio_4711"
-	)
+// handMade is a target of the kernel's that was made in configfs, as targetcli does.
+type handMade struct {
+	wwn   string
+	files []string // of the LUNs 0, 1 and so on
+	// plugIn adds a LUN to the target, unplug removes it. The first is there.
+	plugIn, unplug func(lun int)
+}
+
+// makeByHand makes target number n with a file for each of contents. It is gone after the test.
+func makeByHand(t *testing.T, n int, contents ...[]byte) (m handMade) {
+	t.Helper()
+	m.wwn = fmt.Sprintf("naa.5001405bbbbbbb%d1", n)
+	tpg := lio.DefaultRoot + "/vhost/" + m.wwn + "/tpgt_1"
+	hba := fmt.Sprintf(lio.DefaultRoot+"/core/fileio_471%d", n)
 	mkdir := func(dir string) {
 		t.Helper()
 		must(t, os.Mkdir(dir, 0o755))
@@ -88,23 +93,33 @@ func TestVhostPlugByHand(t *testing.T) {
 	}
 	mkdir(filepath.Dir(tpg))
 	mkdir(tpg)
-	write(tpg+"/nexus", "naa.5001405bbbbbbb02")
+	write(tpg+"/nexus", fmt.Sprintf("naa.5001405bbbbbbb%d2", n))
 	t.Cleanup(func() { write(tpg+"/nexus", "NULL") })
 	mkdir(hba)
-	contents := [][]byte{content("by hand 0", 1<<20), content("by hand 1", 2<<20)}
-	link := func(n int) string { return fmt.Sprintf("%s/lun/lun_%d/disk", tpg, n) }
-	plugIn := func(n int) { t.Helper(); must(t, os.Symlink(fmt.Sprintf("%s/disk%d", hba, n), link(n))) }
-	for n, b := range contents {
-		store := fmt.Sprintf("%s/disk%d", hba, n)
+	link := func(lun int) string { return fmt.Sprintf("%s/lun/lun_%d/disk", tpg, lun) }
+	m.plugIn = func(lun int) { t.Helper(); must(t, os.Symlink(fmt.Sprintf("%s/disk%d", hba, lun), link(lun))) }
+	m.unplug = func(lun int) { t.Helper(); must(t, os.Remove(link(lun))) }
+	for lun, b := range contents {
+		store := fmt.Sprintf("%s/disk%d", hba, lun)
 		mkdir(store)
-		write(store+"/control", fmt.Sprintf("fd_dev_name=%s,fd_dev_size=%d,fd_buffered_io=1", diskFile(t, b), len(b)))
+		m.files = append(m.files, diskFile(t, b))
+		write(store+"/control", fmt.Sprintf("fd_dev_name=%s,fd_dev_size=%d,fd_buffered_io=1", m.files[lun], len(b)))
 		write(store+"/enable", "1")
-		mkdir(filepath.Dir(link(n)))
+		mkdir(filepath.Dir(link(lun)))
+		t.Cleanup(func() { os.Remove(link(lun)) })
 	}
-	plugIn(0)
-	t.Cleanup(func() { os.Remove(link(0)); os.Remove(link(1)) })
-	p := start(t, nil, append(guest{kernel: theLab(t).Cloud, script: plugging}.build(t), "--disk", "wwn="+wwn+",backend=vhost")...)
-	plug(p.waitFor, func() { plugIn(1) }, func() { must(t, os.Remove(link(1))) })
+	m.plugIn(0)
+	return m
+}
+
+// TestVhostPlugByHand: LUNs that somebody adds to a target in configfs, and
+// removes from it, as targetcli does, come and go in the guest.
+func TestVhostPlugByHand(t *testing.T) {
+	lioUnchanged(t)
+	contents := [][]byte{content("by hand 0", 1<<20), content("by hand 1", 2<<20)}
+	m := makeByHand(t, 0, contents...)
+	p := start(t, nil, append(guest{kernel: theLab(t).Cloud, script: plugging}.build(t), "--disk", "wwn="+m.wwn+",backend=vhost")...)
+	plug(p.waitFor, func() { m.plugIn(1) }, func() { m.unplug(1) })
 	r := p.wait()
 	r.wantStatus(t, 0)
 	r.want(t, plugged(contents[0], contents[1]))
