@@ -9,8 +9,8 @@ UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 
 .PHONY: build run demo test lint race racelab fuzz soak conformance vhost bench guest clean
 
-build: ## a static binary: bin/gvm
-	$(GO) build -tags urfave_cli_no_docs -trimpath -o bin/gvm ./cmd/gvm
+build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
+	$(GO) build -tags urfave_cli_no_docs -trimpath -ldflags '-s -w' -o bin/ ./cmd/gvm ./cmd/gvm-plot
 
 run: ## boot the embedded guest
 	$(GO) run ./cmd/gvm run

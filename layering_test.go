@@ -26,7 +26,7 @@ var may = []struct{ pkg, imports string }{
 	{"vmm", "kvmapi/... vmm/... devices/... guestmem"},
 	{"devices/scsi/backend", "devices/scsi kvmapi/nowait"},
 	{"devices/scsi/lio", "devices/scsi devices/scsi/backend devices/scsi/trace kvmapi/tracefs"},
-	{"devices/scsi/trace/traceplot", "devices/scsi/trace text"},
+	{"devices/scsi/trace/traceplot", "devices/scsi/trace plot"},
 	{"devices/scsi/trace", "devices/scsi kvmapi/nowait"},
 	{"devices/scsi/scsitest", "devices/scsi devices/scsi/backend"},
 	{"devices/scsi", ""},
@@ -48,7 +48,10 @@ var may = []struct{ pkg, imports string }{
 	{"guest-tests/...", "guest-tests/... guest/... vmm vmm/boot"},
 	{"control", ""},
 	{"text", ""},
-	{"cmd/gvm", "vmm/... devices/... kvmapi/... guestmem control text guest/embedded guest/bootinit"},
+	{"plot/draw", "plot text"},
+	{"plot", ""},
+	{"cmd/gvm-plot", "plot plot/draw"},
+	{"cmd/gvm", "vmm/... devices/... kvmapi/... guestmem control plot text guest/embedded guest/bootinit"},
 }
 
 func matches(pattern, pkg string) bool {

@@ -69,7 +69,18 @@ func testMain(m *testing.M) int {
 	}
 	defer os.RemoveAll(runtimeDir)
 	// Two guests at a time on an L1 of two processors are what wedges the lab.
-	return lab.Main(m, lab.Options{Visible: []string{noTemp, runtimeDir}, Direct: lab.KVM, CPUs: 1})
+	return lab.Main(withPlotter{m}, lab.Options{Build: []string{"gvm/cmd/gvm-plot"}, Visible: []string{noTemp, runtimeDir}, Direct: lab.KVM, CPUs: 1})
+}
+
+// withPlotter runs the tests with gvm-plot in $PATH.
+type withPlotter struct{ *testing.M }
+
+func (m withPlotter) Run() int {
+	if err := os.Setenv("PATH", filepath.Dir(lab.Program("gvm-plot"))+":"+os.Getenv("PATH")); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.M.Run()
 }
 
 // makeReadOnly works in a mount namespace of the process's own.

@@ -18,6 +18,7 @@ import (
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/scsi/trace/traceplot"
+	"gvm/plot"
 	"gvm/text"
 )
 
@@ -415,8 +416,7 @@ func diffText(out io.Writer, d *trace.Diff) error {
 
 func tracePlot(c *cli.Context, files []string) error {
 	out := c.String("output")
-	format, err := plotFormat(out)
-	if err != nil {
+	if _, err := plotFormat(out); err != nil {
 		return usageError{fmt.Errorf("-o %w", err)}
 	}
 	p := traceplot.Plot{Title: "SCSI request latency"}
@@ -435,14 +435,11 @@ func tracePlot(c *cli.Context, files []string) error {
 			return err
 		}
 	}
-	var b bytes.Buffer
-	if err := p.Write(&b, format); err != nil {
-		if errors.Is(err, traceplot.ErrEmpty) {
-			return configError{fmt.Errorf("%s: %w", strings.Join(files, ", "), err)}
-		}
-		return err
+	l, err := p.Latencies()
+	if err != nil {
+		return configError{fmt.Errorf("%s: %w", strings.Join(files, ", "), err)}
 	}
-	return writeOutput(out, b.Bytes())
+	return writePlot(out, &plot.Plot{Latencies: l})
 }
 
 // traceHeader describes a run with the disks: the devices in the order of

@@ -1,31 +1,19 @@
-// Package traceplot draws the latencies of traces: each request over the time of
+// Package traceplot makes a plot of the latencies of traces: each request over the time of
 // the run, and below that their distribution.
 package traceplot
 
 import (
 	"cmp"
 	"errors"
-	"fmt"
-	"image/color"
-	"io"
 	"math"
 	"slices"
-	"strconv"
 	"time"
 
-	"gonum.org/v1/plot"
-	"gonum.org/v1/plot/font"
-	"gonum.org/v1/plot/plotter"
-	"gonum.org/v1/plot/vg"
-	"gonum.org/v1/plot/vg/draw"
-	"gonum.org/v1/plot/vg/vgimg"
-	"gonum.org/v1/plot/vg/vgsvg"
-
 	"gvm/devices/scsi/trace"
-	"gvm/text"
+	"gvm/plot"
 )
 
-// Plot collects requests and draws them. Operations have colours, sources
+// Plot collects requests for a plot. Operations have colours, sources
 // (backends or files) have shapes and dashes.
 type Plot struct {
 	Title string
@@ -61,23 +49,9 @@ const (
 	columns = 300
 	rowSpan = cellsPerDecade / 50
 
-	width, height = 11 * vg.Inch, 8.5 * vg.Inch
-	legendWidth   = 2.7 * vg.Inch
-	pngDPI        = 120
-	maxOps        = 7 // with a colour of their own
-	otherOps      = "all others"
+	maxOps   = plot.Colours - 1 // with a colour of their own
+	otherOps = "all others"
 )
-
-// Colours that people with any kind of colour vision tell apart (M. Okabe and
-// K. Ito, "Color Universal Design", 2008), and grey for the rest.
-var colours = []color.RGBA{
-	{0x00, 0x72, 0xb2, 0xff}, {0xd5, 0x5e, 0x00, 0xff}, {0x00, 0x9e, 0x73, 0xff}, {0xcc, 0x79, 0xa7, 0xff},
-	{0xe6, 0x9f, 0x00, 0xff}, {0x56, 0xb4, 0xe9, 0xff}, {0x00, 0x00, 0x00, 0xff}, {0x99, 0x99, 0x99, 0xff},
-}
-
-var shapes = []draw.GlyphDrawer{draw.CircleGlyph{}, draw.CrossGlyph{}, draw.PyramidGlyph{}, draw.RingGlyph{}}
-
-var dashes = [][]vg.Length{nil, {vg.Points(6), vg.Points(3)}, {vg.Points(2), vg.Points(2)}, {vg.Points(8), vg.Points(2), vg.Points(2), vg.Points(2)}}
 
 // Add adds a request that began at a time since the start of its run.
 func (p *Plot) Add(source, op string, at, latency time.Duration) {
@@ -176,7 +150,7 @@ func (p *Plot) span() (column, row int64) {
 }
 
 // points are the dots of the series, in seconds and nanoseconds.
-func (s *series) points(shift uint, column, row int64) plotter.XYs {
+func (s *series) points(shift uint, column, row int64) []plot.Point {
 	coarse := map[cell]cell{} // one of those in it, so that no dot is where no request was
 	for c := range s.cells {
 		at := cell{c.at / column, c.latency / row}
@@ -184,25 +158,25 @@ func (s *series) points(shift uint, column, row int64) plotter.XYs {
 			coarse[at] = c
 		}
 	}
-	var xys plotter.XYs
+	var xys []plot.Point
 	for _, c := range coarse {
-		xys = append(xys, plotter.XY{
-			X: (float64(c.at) + 0.5) * float64(uint64(1)<<shift) / 1e9,
-			Y: math.Pow(10, float64(c.latency)/cellsPerDecade),
+		xys = append(xys, plot.Point{
+			(float64(c.at) + 0.5) * float64(uint64(1)<<shift) / 1e9,
+			math.Pow(10, float64(c.latency)/cellsPerDecade),
 		})
 	}
-	slices.SortFunc(xys, func(a, b plotter.XY) int { return cmp.Or(cmp.Compare(a.X, b.X), cmp.Compare(a.Y, b.Y)) })
+	slices.SortFunc(xys, func(a, b plot.Point) int { return slices.Compare(a[:], b[:]) })
 	return xys
 }
 
 // shares are the steps of the distribution: which percentage of the requests
 // took no longer than a latency.
-func (s *series) shares() plotter.XYs {
-	xys := plotter.XYs{{X: float64(max(s.latency.Quantile(0), 1)), Y: 0}}
+func (s *series) shares() []plot.Point {
+	xys := []plot.Point{{float64(max(s.latency.Quantile(0), 1)), 0}}
 	var sum uint64
 	for _, b := range s.latency.Buckets() {
 		sum += b.Count
-		xys = append(xys, plotter.XY{X: float64(b.UpTo), Y: 100 * float64(sum) / float64(s.count)})
+		xys = append(xys, plot.Point{float64(b.UpTo), 100 * float64(sum) / float64(s.count)})
 	}
 	return xys
 }
@@ -210,178 +184,26 @@ func (s *series) shares() plotter.XYs {
 // ErrEmpty says that there is no request to draw.
 var ErrEmpty = errors.New("no request to plot")
 
-// Write draws the plot, in the format "svg" or "png".
-func (p *Plot) Write(w io.Writer, format string) error {
+// Latencies describes the plot.
+func (p *Plot) Latencies() (*plot.Latencies, error) {
 	if len(p.series) == 0 {
-		return ErrEmpty
+		return nil, ErrEmpty
 	}
-	over, share, legend, err := p.plots()
-	if err != nil {
-		return fmt.Errorf("plot: %w", err)
-	}
-	var canvas interface {
-		vg.CanvasSizer
-		io.WriterTo
-	}
-	switch format {
-	case "svg":
-		canvas = vgsvg.New(width, height)
-	case "png":
-		canvas = vgimg.PngCanvas{Canvas: vgimg.NewWith(vgimg.UseWH(width, height), vgimg.UseDPI(pngDPI))}
-	default:
-		return fmt.Errorf("plot: format %q is neither svg nor png", format)
-	}
-	all := draw.New(canvas)
-	all.SetColor(color.White)
-	all.Fill(all.Path())
-	all = draw.Crop(all, vg.Points(8), -vg.Points(8), vg.Points(8), -vg.Points(8))
-	column := [][]*plot.Plot{{over}, {share}}
-	cells := plot.Align(column, draw.Tiles{Rows: 2, Cols: 1, PadY: vg.Points(14)}, draw.Crop(all, 0, -legendWidth, 0, 0))
-	over.Draw(cells[0][0])
-	share.Draw(cells[1][0])
-	legend.Draw(draw.Crop(all, all.Size().X-legendWidth+vg.Points(12), 0, 0, -vg.Points(24)))
-	_, err = canvas.WriteTo(w)
-	return err
-}
-
-func sans(size float64) font.Font {
-	return font.Font{Typeface: "Liberation", Variant: "Sans", Size: vg.Points(size)}
-}
-
-func newPlot(title, x, y string) *plot.Plot {
-	p := plot.New()
-	p.Title.Text, p.X.Label.Text, p.Y.Label.Text = text.Printable(title), x, y
-	p.Title.Padding = vg.Points(6)
-	p.Title.TextStyle.Font = sans(13)
-	for _, a := range []*plot.Axis{&p.X, &p.Y} {
-		a.Label.TextStyle.Font, a.Tick.Label.Font = sans(10.5), sans(9.5)
-		a.Label.Padding = vg.Points(3)
-	}
-	grid := plotter.NewGrid()
-	grid.Horizontal.Color, grid.Vertical.Color = color.Gray{0xdd}, color.Gray{0xdd}
-	p.Add(grid)
-	return p
-}
-
-// plots makes both plots and their legend.
-func (p *Plot) plots() (over, share *plot.Plot, legend *plot.Legend, err error) {
-	over = newPlot(p.Title, "time since the start of the run (s)", "latency")
-	share = newPlot("", "latency", "requests that took no longer (%)")
-	l := plot.NewLegend()
-	l.Top, l.Left = true, true
-	l.TextStyle.Font = sans(9.5)
-	l.Padding = vg.Points(4)
-	l.ThumbnailWidth = vg.Points(24)
-
 	list, ops, sources := p.drawn()
 	column, row := p.span()
-	counts := map[string]uint64{}
-	low, high := math.Inf(1), 0.0
+	l := &plot.Latencies{Title: p.Title, Sources: sources, Low: math.Inf(1)}
+	for _, op := range ops {
+		l.Operations = append(l.Operations, plot.Operation{Name: op})
+	}
 	for _, s := range list {
-		colour := colours[slices.Index(ops, s.op)]
-		source := slices.Index(sources, s.source)
-		dots, err := plotter.NewScatter(s.points(p.shift, column, row))
-		if err != nil {
-			return nil, nil, nil, err
-		}
-		dots.GlyphStyle = dot(colour, source)
-		line, err := plotter.NewLine(s.shares())
-		if err != nil {
-			return nil, nil, nil, err
-		}
-		line.StepStyle = plotter.PostStep
-		line.LineStyle = stroke(colour, source)
-		over.Add(dots)
-		share.Add(line)
-		counts[s.op] += s.count
-		low = min(low, float64(s.latency.Quantile(0)))
-		high = max(high, float64(s.latency.Quantile(1)))
+		op := slices.Index(ops, s.op)
+		l.Operations[op].Count += s.count
+		l.Series = append(l.Series, plot.Series{
+			Operation: op, Source: slices.Index(sources, s.source),
+			Dots: s.points(p.shift, column, row), Shares: s.shares(),
+		})
+		l.Low = min(l.Low, float64(s.latency.Quantile(0)))
+		l.High = max(l.High, float64(s.latency.Quantile(1)))
 	}
-	for i, op := range ops {
-		l.Add(fmt.Sprintf("%s: %d", shorten(op), counts[op]), sample(colours[i], 0)...)
-	}
-	if len(sources) > 1 {
-		for i, source := range sources {
-			l.Add(shorten(source), sample(color.RGBA{A: 0xff}, i)...)
-		}
-	}
-	// Half a decade at least, so that there are labels.
-	low = max(low, 1)
-	if wide := math.Sqrt(5 * low / high); wide > 1 {
-		low, high = low/wide, high*wide
-	}
-	for _, a := range []*plot.Axis{&over.Y, &share.X} {
-		a.Min, a.Max = low/1.25, high*1.25
-		a.Scale, a.Tick.Marker = plot.LogScale{}, durations{}
-	}
-	over.X.Tick.Marker = round{8}
-	share.Y.Min, share.Y.Max, share.Y.Tick.Marker = 0, 100, round{5}
-	return over, share, &l, nil
-}
-
-// dot and stroke are how a colour and a source look.
-func dot(c color.RGBA, source int) draw.GlyphStyle {
-	return draw.GlyphStyle{Color: color.NRGBA{c.R, c.G, c.B, 0xa0}, Radius: vg.Points(1.8), Shape: shapes[source%len(shapes)]}
-}
-
-func stroke(c color.RGBA, source int) draw.LineStyle {
-	return draw.LineStyle{Color: c, Width: vg.Points(1.4), Dashes: dashes[source%len(dashes)]}
-}
-
-// sample is what a line of the legend shows.
-func sample(c color.RGBA, source int) []plot.Thumbnailer {
-	s := dot(c, source)
-	s.Radius *= 2
-	return []plot.Thumbnailer{&plotter.Line{LineStyle: stroke(c, source)}, &plotter.Scatter{GlyphStyle: s}}
-}
-
-// shorten makes a name fit the legend.
-func shorten(s string) string {
-	const room = 26
-	s = text.Printable(s)
-	if r := []rune(s); len(r) > room {
-		return string(r[:room-1]) + "…"
-	}
-	return s
-}
-
-// round marks an axis at up to so many round numbers, besides the ends.
-type round struct{ marks int }
-
-// Ticks implements plot.Ticker.
-func (r round) Ticks(low, high float64) []plot.Tick {
-	step := math.Pow10(int(math.Floor(math.Log10((high - low) / float64(r.marks)))))
-	for _, f := range []float64{2, 2.5, 2} { // 1, 2, 5, 10
-		if (high-low)/step > float64(r.marks) {
-			step *= f
-		}
-	}
-	var ticks []plot.Tick
-	for i := math.Ceil(low / step); i*step <= high; i++ {
-		ticks = append(ticks, plot.Tick{Value: i * step, Label: strconv.FormatFloat(i*step, 'g', 10, 64)})
-	}
-	return ticks
-}
-
-// durations marks a logarithmic axis of nanoseconds.
-type durations struct{}
-
-// Ticks implements plot.Ticker.
-func (durations) Ticks(low, high float64) []plot.Tick {
-	var ticks []plot.Tick
-	wide := math.Log10(high/low) > 3
-	for decade := math.Pow10(int(math.Floor(math.Log10(low)))); decade <= high; decade *= 10 {
-		for i := 1.0; i < 10; i++ {
-			v := decade * i
-			if v < low || v > high {
-				continue
-			}
-			t := plot.Tick{Value: v}
-			if i == 1 || !wide && (i == 2 || i == 5) {
-				t.Label = time.Duration(math.Round(v)).String()
-			}
-			ticks = append(ticks, t)
-		}
-	}
-	return ticks
+	return l, nil
 }
