@@ -114,7 +114,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "entry", Value: "auto", Usage: "enter an ELF kernel by `WAY` pvh or 64 (the 64-bit boot protocol); auto is pvh where the kernel has it and the initrds fit below 4 GiB"},
 			&cli.StringFlag{Name: "on-reset", Value: "exit", Usage: "when the guest asks for a reset: `ACTION` exit (status 6) or reboot"},
 			&cli.DurationFlag{Name: "timeout", Usage: "stop the guest after `DURATION`, such as 90s, with status 124"},
-			&cli.DurationFlag{Name: "grace", Usage: "at SIGINT, SIGTERM and SIGHUP press the guest's power button, and stop it `DURATION` later; a second signal stops it (default: stop it at once)"},
+			&cli.DurationFlag{Name: "grace", Usage: "at SIGINT, SIGTERM and SIGHUP press the guest's power button, and stop it `DURATION` later; a second signal stops it at once (default: stop it at once)"},
 			&cli.StringFlag{Name: "name", Usage: "`NAME` of the machine for gvm list and gvm disk (default: gvm-PID)"},
 			&cli.StringFlag{Name: "trace", Usage: "record every SCSI request in `FILE`, for gvm trace", TakesFile: true},
 			&cli.BoolFlag{Name: "timing", Usage: "print at the end what took how long, with what the guest wrote to port 0x80"},
@@ -361,7 +361,7 @@ func run(rc runConfig) (err error) {
 	cfg.Pauser = new(vmm.Pauser)
 	end := &stopper{pauser: cfg.Pauser, stop: stop, note: note}
 	defer end.close()
-	defer catchSignals(ctx, func(cause error) { end.ask(cause, rc.grace) })()
+	defer catchSignals(ctx, func(cause error) { end.signal(cause, rc.grace) })()
 	socket, err := rc.claimName()
 	if err != nil {
 		return err
