@@ -5,21 +5,26 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+
+	"gvm/kvmapi/nowait"
 )
 
 // benchRecord is the JSON file of a benchmark. What is in the file stays there until there
 // is something to put in its place. A nil one takes everything and keeps nothing.
-type benchRecord struct{ f *os.File }
+type benchRecord struct {
+	f    *os.File
+	made bool // the file was not there
+}
 
 func openBenchRecord(path string) (*benchRecord, error) {
 	if path == "" {
 		return nil, nil
 	}
-	f, err := openOutput(path)
+	f, made, err := openOutput(path)
 	if err != nil {
 		return nil, err
 	}
-	return &benchRecord{f}, nil
+	return &benchRecord{f, made}, nil
 }
 
 func (r *benchRecord) regular() (int64, bool) {
@@ -44,14 +49,14 @@ func (r *benchRecord) write(v any) error {
 	return e.Encode(v)
 }
 
-// close closes the file after a benchmark that ended with err, and removes one in which
-// a failed one has written nothing.
+// close closes the file after a benchmark that ended with err, and removes the one that a failed
+// benchmark made and has written nothing to.
 func (r *benchRecord) close(err error) error {
 	if r == nil {
 		return err
 	}
-	if n, ok := r.regular(); ok && err != nil && n == 0 {
-		err = errors.Join(err, os.Remove(r.f.Name()))
+	if n, _ := r.regular(); r.made && err != nil && n == 0 {
+		err = errors.Join(err, nowait.Remove(r.f, r.f.Name()))
 	}
 	return errors.Join(err, r.f.Close())
 }

@@ -450,10 +450,6 @@ func (ds *disks) openImage(d disk) (scsi.Backend, error) {
 	case inNothing:
 		return backend.Null(d.size), nil
 	}
-	was := int64(-1)
-	if fi, err := os.Stat(d.path); err == nil {
-		was = fi.Size()
-	}
 	f, err := backend.Open(d.path, backend.Options{
 		ReadOnly: d.readOnly || d.overlay != "", Size: d.size, BlockSize: d.blockSize,
 		NoLock: d.noLock, Lend: d.backend == byKernel, Note: ds.mishaps.note,
@@ -462,7 +458,7 @@ func (ds *disks) openImage(d disk) (scsi.Backend, error) {
 		return nil, diskError{err}
 	}
 	if d.overlay == "" {
-		ds.open = append(ds.open, opened{backend: f, undo: func() { f.Undo(was) }})
+		ds.open = append(ds.open, opened{backend: f, undo: f.Undo})
 		return f, nil
 	}
 	path := d.overlay

@@ -40,30 +40,30 @@ func readInput(path string, limit int64) ([]byte, error) {
 }
 
 // openOutput opens or makes a file that a user names to be written, and leaves what it has in it. A
-// file that is locked, as disks and traces are, is refused.
-func openOutput(path string) (*os.File, error) {
-	f, err := nowait.Open(path, os.O_WRONLY|os.O_CREATE, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
+// file that is locked, as disks and traces are, is refused. made says that it was not there.
+func openOutput(path string) (f *os.File, made bool, err error) {
+	f, made, err = nowait.Make(path, os.O_WRONLY, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
 	if errors.Is(err, unix.ENXIO) {
-		return nil, configError{fmt.Errorf("%s: is a pipe that no program reads; start that first", path)}
+		return nil, false, configError{fmt.Errorf("%s: is a pipe that no program reads; start that first", path)}
 	}
 	if kind := (*nowait.KindError)(nil); err != nil && !errors.As(err, &kind) {
 		err = nowait.CreateError(path, err)
 	}
 	if err != nil {
-		return nil, namedError(err)
+		return nil, false, namedError(err)
 	}
 	if fi, err := f.Stat(); err == nil && fi.Mode().IsRegular() {
 		l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
 		if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err == unix.EAGAIN || err == unix.EACCES {
 			f.Close()
-			return nil, configError{fmt.Errorf("%s: in use by another gvm; name another file", path)}
+			return nil, false, configError{fmt.Errorf("%s: in use by another gvm; name another file", path)}
 		}
 		if fi.Size() > 0 && !formerOutput(f) {
 			f.Close()
-			return nil, configError{fmt.Errorf("%s: has something that gvm did not write; name another file, or remove it first", path)}
+			return nil, false, configError{fmt.Errorf("%s: has something that gvm did not write; name another file, or remove it first", path)}
 		}
 	}
-	return f, nil
+	return f, made, nil
 }
 
 // formerOutput reports whether a file begins as JSON, an SVG or a PNG does: one that begins otherwise
@@ -81,7 +81,7 @@ func formerOutput(f *os.File) bool {
 
 // writeOutput makes b the contents of a file that a user names.
 func writeOutput(path string, b []byte) error {
-	f, err := openOutput(path)
+	f, _, err := openOutput(path)
 	if err != nil {
 		return err
 	}

@@ -16,7 +16,7 @@ func TestOpenOutput(t *testing.T) {
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		f, err := openOutput(path)
+		f, _, err := openOutput(path)
 		if err == nil {
 			f.Close()
 		}

@@ -17,6 +17,36 @@ type createError struct {
 func (e *createError) Error() string { return e.text }
 func (e *createError) Unwrap() error { return e.err }
 
+// Make is Open for a file that is made if it is not there, and says whether it was made.
+func Make(path string, flag int, perm fs.FileMode, want Kinds) (f *os.File, made bool, err error) {
+	f, err = Open(path, flag|os.O_CREATE|os.O_EXCL, perm, want)
+	if !errors.Is(err, fs.ErrExist) {
+		return f, err == nil, err
+	}
+	f, err = Open(path, flag, perm, want)
+	return f, false, err
+}
+
+// Remove removes the file at path, which the caller made and has open as f, unless another has its
+// name by now.
+func Remove(f *os.File, path string) error {
+	mine, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if there, err := os.Lstat(path); err != nil || !os.SameFile(mine, there) {
+		return nil
+	}
+	return os.Remove(path)
+}
+
+// Leads tells whether path leads to the file that f has open.
+func Leads(path string, f *os.File) bool {
+	a, err := os.Stat(path)
+	b, err2 := f.Stat()
+	return err == nil && err2 == nil && os.SameFile(a, b)
+}
+
 // CreateError makes of err, from an attempt to make the file at path, one that names the path, the
 // reason and the mend.
 func CreateError(path string, err error) error {

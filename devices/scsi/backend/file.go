@@ -83,6 +83,7 @@ type File struct {
 	below       []io.Closer // what a loop device stands on, locked or claimed
 	uses        []*use      // of the file or device and of what it stands on
 	block       bool
+	made        bool // Open made the file
 	unnamed     bool // it has no path
 	inMemory    bool // its file system is
 	direct      bool
@@ -102,20 +103,34 @@ func Open(path string, o Options) (_ *File, err error) {
 	if o.Size < 0 || o.Size%int64(o.BlockSize) != 0 {
 		return nil, badImage(ErrSize, path, "size %d is not a multiple of the block size %d; %d is", o.Size, o.BlockSize, roundUp(o.Size, int64(o.BlockSize)))
 	}
-	f, created, err := openFile(path, o)
+	for tries := 0; ; tries++ {
+		b, err := openLocked(path, o)
+		if !errors.Is(err, errReplaced) || tries == 10 {
+			return b, err
+		}
+	}
+}
+
+// errReplaced is a file that came or went between two looks at it.
+var errReplaced = errors.New("another process makes or removes the file; try again")
+
+// openLocked is one attempt of Open.
+func openLocked(path string, o Options) (_ *File, err error) {
+	f, made, err := openFile(path, o)
 	if err != nil {
 		return nil, err
 	}
 	b := &File{
-		f: f, fd: int(f.Fd()), path: path, blockSize: int64(o.BlockSize),
+		f: f, fd: int(f.Fd()), path: path, made: made, blockSize: int64(o.BlockSize),
 		readOnly: o.ReadOnly, direct: o.Direct, noLock: o.NoLock,
 	}
 	defer func() {
 		if err != nil {
-			b.Close()
-			if created {
-				os.Remove(path)
+			// Before the lock goes. Without it the file is another's, which found it before the lock.
+			if made && !errors.Is(err, ErrLocked) {
+				err = errors.Join(err, nowait.Remove(f, path))
 			}
+			b.Close()
 		}
 	}()
 	fi, err := f.Stat()
@@ -128,6 +143,9 @@ func Open(path string, o Options) (_ *File, err error) {
 	}
 	if err := b.lock(o); err != nil {
 		return nil, err
+	}
+	if !nowait.Leads(path, f) {
+		return nil, fmt.Errorf("%s: %w", path, errReplaced)
 	}
 	if err := b.claim(o); err != nil {
 		return nil, err
@@ -164,7 +182,7 @@ func Open(path string, o Options) (_ *File, err error) {
 
 // openFile opens path if it is something that can be a disk, and claims a block device
 // that is to be written.
-func openFile(path string, o Options) (f *os.File, created bool, err error) {
+func openFile(path string, o Options) (f *os.File, made bool, err error) {
 	flags := os.O_RDWR
 	if o.ReadOnly {
 		flags = os.O_RDONLY
@@ -180,9 +198,13 @@ func openFile(path string, o Options) (f *os.File, created bool, err error) {
 			return nil, false, err
 		}
 		f, err = nowait.Open(path, flags|os.O_CREATE|os.O_EXCL, 0o644, nowait.Regular)
-		if created = err == nil; !created {
+		switch {
+		case errors.Is(err, fs.ErrExist) && !isLink(path):
+			return nil, false, fmt.Errorf("%s: %w", path, errReplaced)
+		case err != nil:
 			return nil, false, nowait.CreateError(path, err)
 		}
+		made = true
 	case errors.Is(err, fs.ErrNotExist) && isLink(path):
 		return nil, false, nowait.CreateError(path, err)
 	case errors.Is(err, fs.ErrNotExist) && !o.ReadOnly:
@@ -217,7 +239,7 @@ func openFile(path string, o Options) (f *os.File, created bool, err error) {
 		}
 		return nil, false, fmt.Errorf("%s: %w", path, err)
 	}
-	return f, created, nil
+	return f, made, nil
 }
 
 // isLink tells whether path is a symbolic link.

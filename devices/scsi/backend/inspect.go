@@ -99,6 +99,9 @@ func Create(path string, size int64, allocate bool) error {
 	if err != nil {
 		return nowait.CreateError(path, err)
 	}
+	if err := lock(int(f.Fd()), path, false); errors.Is(err, ErrLocked) {
+		return errors.Join(err, f.Close()) // the file is another's, which found it before the lock
+	}
 	if allocate {
 		err = unix.Fallocate(int(f.Fd()), 0, 0, size)
 		if err != nil {
@@ -107,8 +110,8 @@ func Create(path string, size int64, allocate bool) error {
 	} else {
 		err = f.Truncate(size)
 	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		os.Remove(path)
+	if err != nil {
+		err = errors.Join(err, nowait.Remove(f, path))
 	}
-	return err
+	return errors.Join(err, f.Close())
 }

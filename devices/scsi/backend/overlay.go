@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/scsi"
+	"gvm/kvmapi/nowait"
 )
 
 // Overlay is storage that reads as its base until it is written: the base, which
@@ -31,7 +31,6 @@ import (
 type Overlay struct {
 	base, top *File
 	named     bool // top has a name, and stays
-	made      bool // top was not there
 	size      int64
 	clusters  int64
 	at        [2]int64 // of the bitmaps in top
@@ -132,8 +131,6 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	o.at[1] = o.at[0] + round(4*o.words, 4096)
 	o.data = round(o.at[1]+4*o.words, overlayCluster)
 
-	_, missing := os.Lstat(path)
-	o.made = o.named && errors.Is(missing, fs.ErrNotExist)
 	if o.top, err = openTop(path, o.data+o.clusters*overlayCluster, base.noLock); err != nil {
 		return nil, err
 	}
@@ -357,8 +354,8 @@ func (o *Overlay) Identity() string {
 
 // Undo removes a file that OpenOverlay made, for a guest that never had it.
 func (o *Overlay) Undo() {
-	if o.made {
-		o.top.remove()
+	if o.top.made {
+		_ = nowait.Remove(o.top.f, o.top.path)
 	}
 }
 

@@ -2,9 +2,10 @@ package backend
 
 import (
 	"errors"
-	"os"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // Resize gives the image n bytes, or takes the size that it has by now if n is
@@ -53,29 +54,18 @@ func (b *File) Resize(n int64, shrink bool) error {
 // roundUp returns the first positive multiple of block that is n or more.
 func roundUp(n, block int64) int64 { return max((n+block-1)/block, 1) * block }
 
-// Undo takes back what Options.Size did to an image that had was bytes before Open, -1 if it
-// was not there, for a guest that never had it. What holds data by now is left alone.
-func (b *File) Undo(was int64) {
-	if was == b.Size() || b.block || b.readOnly {
+// Undo takes back what Options.Size did to the image, for a guest that never had it. What holds
+// data by now is left alone.
+func (b *File) Undo() {
+	if b.found == b.Size() || b.block || b.readOnly {
 		return
 	}
-	if _, err := unix.Seek(b.fd, max(was, 0), unix.SEEK_DATA); !errors.Is(err, unix.ENXIO) {
+	if _, err := unix.Seek(b.fd, b.found, unix.SEEK_DATA); !errors.Is(err, unix.ENXIO) {
 		return
 	}
-	if was >= 0 {
-		_ = b.f.Truncate(was)
+	if b.made {
+		_ = nowait.Remove(b.f, b.path)
 		return
 	}
-	b.remove()
-}
-
-// remove removes the file, unless another has its name by now.
-func (b *File) remove() {
-	mine, err := b.f.Stat()
-	if err != nil {
-		return
-	}
-	if there, err := os.Lstat(b.path); err == nil && os.SameFile(mine, there) {
-		_ = os.Remove(b.path)
-	}
+	_ = b.f.Truncate(b.found)
 }

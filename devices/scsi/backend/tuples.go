@@ -172,14 +172,15 @@ func (t *Tuples) file(create bool) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err = t.lock(f); err == nil {
-		_, err = f.WriteAt(t.header(), 0)
+	if err := t.lock(f); err != nil { // the file is another's, which found it before the lock
+		return nil, errors.Join(err, f.Close())
 	}
+	_, err = f.WriteAt(t.header(), 0)
 	if err == nil {
 		err = syncDir(filepath.Dir(t.path))
 	}
 	if err != nil {
-		return nil, errors.Join(err, f.Close(), os.Remove(t.path))
+		return nil, errors.Join(err, nowait.Remove(f, t.path), f.Close())
 	}
 	t.f = f
 	return f, nil

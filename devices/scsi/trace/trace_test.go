@@ -305,6 +305,30 @@ func TestWriteError(t *testing.T) {
 	}
 }
 
+// TestCreatedAtOnce: a file that is locked between its making and its lock is the other's.
+func TestCreatedAtOnce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "t")
+	was := setLock
+	defer func() { setLock = was }()
+	setLock = func(fd uintptr, cmd int, l *unix.Flock_t) error {
+		other, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { other.Close() })
+		if err := was(other.Fd(), cmd, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
+			t.Fatal(err)
+		}
+		return was(fd, cmd, l)
+	}
+	if _, err := Create(path, header); !errors.Is(err, ErrRefused) {
+		t.Errorf("%v", err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Errorf("the other's file is gone: %v", err)
+	}
+}
+
 // TestCreate is about what stands in a trace's place.
 func TestCreate(t *testing.T) {
 	dir := t.TempDir()

@@ -6,9 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -209,17 +207,18 @@ func (o *Observer) Observe(r *Record) {
 	o.t.Observe(r)
 }
 
+// setLock is a variable for tests.
+var setLock = unix.FcntlFlock
+
 // Create makes the file at path, in place of a trace that is there already, and
 // of nothing else: a mistyped path must not cost a disk image. Two gvm may not
 // write to the same file.
 func Create(path string, h Header) (_ *File, err error) {
-	flags := os.O_RDWR | os.O_CREATE
-	there, err := os.Stat(path)
-	made := errors.Is(err, fs.ErrNotExist)
-	if err == nil && nowait.KindOf(there.Mode()) == nowait.Pipe {
+	flags := os.O_RDWR
+	if there, err := os.Stat(path); err == nil && nowait.KindOf(there.Mode()) == nowait.Pipe {
 		flags = os.O_WRONLY // fails without a reader, and writes fail when that has gone
 	}
-	f, err := nowait.Open(path, flags, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
+	f, made, err := nowait.Make(path, flags, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
 	kind := (*nowait.KindError)(nil)
 	switch {
 	case errors.Is(err, unix.ENXIO):
@@ -232,7 +231,7 @@ func Create(path string, h Header) (_ *File, err error) {
 	defer func() {
 		if err != nil {
 			if made {
-				remove(f, path)
+				err = errors.Join(err, nowait.Remove(f, path))
 			}
 			f.Close()
 			err = fmt.Errorf("trace %s: %w", path, err)
@@ -250,7 +249,8 @@ func Create(path string, h Header) (_ *File, err error) {
 		// The kind of lock that disks have: the file of one is no trace's. A file system without
 		// locks keeps its traces all the same.
 		l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
-		if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err == unix.EAGAIN || err == unix.EACCES {
+		if err := setLock(f.Fd(), unix.F_OFD_SETLK, &l); err == unix.EAGAIN || err == unix.EACCES {
+			made = false // the other may have it from now on
 			return nil, fmt.Errorf("another gvm writes to it, or has it as a disk; %w", ErrRefused)
 		}
 		if err := f.Truncate(0); err != nil {
@@ -264,16 +264,6 @@ func Create(path string, h Header) (_ *File, err error) {
 	}
 	_ = f.SetWriteDeadline(time.Time{})
 	return &File{w, f}, nil
-}
-
-// remove removes the file that Create made, unless another has its name by now.
-func remove(f *os.File, path string) {
-	path, err := filepath.EvalSymlinks(path)
-	mine, err2 := f.Stat()
-	there, err3 := os.Lstat(path)
-	if errors.Join(err, err2, err3) == nil && os.SameFile(mine, there) {
-		_ = os.Remove(path)
-	}
 }
 
 // endsWithin is how long the end of a run waits for the program that reads its trace.
