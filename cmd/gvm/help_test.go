@@ -16,17 +16,18 @@ import (
 func TestHelpWidth(t *testing.T) {
 	page := func(args ...string) string {
 		var b bytes.Buffer
-		a := app()
+		args = append([]string{"gvm"}, args...)
+		a := app(args)
 		a.Writer = &b
-		if err := a.Run(append([]string{"gvm"}, args...)); err != nil {
-			t.Errorf("gvm %s: %v", strings.Join(args, " "), err)
+		if err := a.Run(args); err != nil {
+			t.Errorf("%s: %v", strings.Join(args, " "), err)
 		}
 		if b.Len() < 40 {
-			t.Errorf("gvm %s prints %q", strings.Join(args, " "), &b)
+			t.Errorf("%s prints %q", strings.Join(args, " "), &b)
 		}
 		for line := range strings.Lines(b.String()) {
 			if n := utf8.RuneCountInString(strings.TrimRight(line, "\n")); n > 80 || strings.HasSuffix(line, " \n") {
-				t.Errorf("gvm %s: %d columns: %q", strings.Join(args, " "), n, line)
+				t.Errorf("%s: %d columns: %q", strings.Join(args, " "), n, line)
 			}
 		}
 		return b.String()
@@ -58,7 +59,12 @@ func TestHelpWidth(t *testing.T) {
 	page()
 	page("help")
 	page("--help")
-	walk(nil, app().Commands)
+	walk(nil, app(nil).Commands)
+	for i, c := range commands { // one alone is the same command
+		if one := app([]string{"gvm", c.name}).Commands; one[0].Name != c.name && c.name != "help" || app(nil).Commands[i].Name != c.name {
+			t.Errorf("%s makes %s", c.name, one[0].Name)
+		}
+	}
 	if pages < 25 {
 		t.Errorf("%d pages", pages)
 	}
@@ -140,7 +146,7 @@ func TestSuggestions(t *testing.T) {
 	} {
 		t.Run(tt.args, func(t *testing.T) {
 			var b bytes.Buffer
-			a := app()
+			a := app(nil)
 			a.Writer, a.ErrWriter = &b, &b
 			err := a.Run(append([]string{"gvm"}, strings.Fields(tt.args)...))
 			if err == nil || !strings.Contains(err.Error(), tt.want) || len(err.Error()) > 200 || exitStatus(err) != exitUsage {
@@ -156,7 +162,7 @@ func TestSurplusArguments(t *testing.T) {
 	refused := func(words ...string) {
 		t.Helper()
 		var b bytes.Buffer
-		a := app()
+		a := app(nil)
 		a.Writer, a.ErrWriter = &b, &b
 		err := a.Run(flagsFirst(a.Commands, append([]string{"gvm"}, words...)))
 		if exitStatus(err) != exitUsage || b.Len() > 0 || strings.Contains(err.Error(), "no machine of this user runs") {
@@ -180,6 +186,6 @@ func TestSurplusArguments(t *testing.T) {
 			refused(append(path, "--nosuch")...)
 		}
 	}
-	walk(nil, app().Commands)
+	walk(nil, app(nil).Commands)
 	refused("nosuch")
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"math"
-	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -36,6 +35,7 @@ type hostLimits struct {
 	root   string
 	ram    uint64
 	rlimit func(resource int) uint64 // math.MaxUint64 where there is none
+	own    map[string]string         // the files of /proc/self that have been read
 }
 
 func thisHost() hostLimits {
@@ -45,7 +45,7 @@ func thisHost() hostLimits {
 			return math.MaxUint64
 		}
 		return r.Cur
-	}}
+	}, map[string]string{}}
 }
 
 // hostMemory returns the host's RAM in bytes, 0 where it cannot be told.
@@ -126,7 +126,7 @@ func checkThreads(cpus, queues int, h hostLimits) error {
 
 // threadLimits returns the limits for this process's threads.
 func (h hostLimits) threadLimits() (all []memoryLimit) {
-	for _, g := range h.cgroupLimits("pids", "pids.max") {
+	for _, g := range h.cgroupLimits("pids", []string{"pids.max"}, []string{"pids.max"}) {
 		used, _ := h.number(filepath.Join(g.dir, "pids.current"))
 		all = append(all, memoryLimit{bytes: less(g.bytes, used), what: fmt.Sprintf("pids.max of cgroup %s, which is %d,", g.group, g.bytes)})
 	}
@@ -164,7 +164,7 @@ func (h hostLimits) memoryLimits(c guestmem.Config) []memoryLimit {
 	}
 	if c.Hugepages {
 		all = append(all, h.hugepagePool(c.Size))
-		for _, g := range h.cgroupLimits("hugetlb", "hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes") {
+		for _, g := range h.cgroupLimits("hugetlb", []string{"hugetlb.2MB.limit_in_bytes"}, []string{"hugetlb.2MB.max"}) {
 			add(g.bytes, true, "raise it", "%s of cgroup %s is %s", g.file, g.group, formatSize(g.bytes))
 		}
 	} else {
@@ -172,7 +172,7 @@ func (h hostLimits) memoryLimits(c guestmem.Config) []memoryLimit {
 			add(h.ram, false, "", "this host has %s", formatSize(h.ram>>20<<20))
 		}
 		// memory.high does not kill, but hardly lets a process go on that has nothing to give back.
-		for _, g := range h.cgroupLimits("memory", "memory.max", "memory.high", "memory.limit_in_bytes", "memory.stat") {
+		for _, g := range h.cgroupLimits("memory", []string{"memory.limit_in_bytes", "memory.stat"}, []string{"memory.max", "memory.high"}) {
 			add(less(g.bytes, ownMemory+g.bytes/256), false, "", "%s of cgroup %s is %s", g.file, g.group, formatSize(g.bytes))
 		}
 		if mode, _ := h.number("proc/sys/vm/overcommit_memory"); mode == 2 {
@@ -220,8 +220,8 @@ type cgroupLimit struct {
 
 // cgroupLimits reads the files of this process's control groups for a controller, and of all groups
 // above them that can be seen: the limits of all of them hold. Both versions may be mounted, each
-// with other controllers (cgroups(7)).
-func (h hostLimits) cgroupLimits(controller string, files ...string) (all []cgroupLimit) {
+// with other controllers (cgroups(7)), and have other files.
+func (h hostLimits) cgroupLimits(controller string, v1, v2 []string) (all []cgroupLimit) {
 	paths := make(map[string]string) // by file system type
 	for line := range strings.Lines(h.text("proc/self/cgroup")) {
 		f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
@@ -242,6 +242,10 @@ func (h hostLimits) cgroupLimits(controller string, files ...string) (all []cgro
 		path, ok := paths[fs[0]]
 		if !ok {
 			continue
+		}
+		files := v1
+		if fs[0] == "cgroup2" {
+			files = v2
 		}
 		// The mount has the tree from a group on, such as a container's own.
 		mounted := strings.TrimSuffix(f[3], "/")
@@ -276,20 +280,44 @@ var unescapeMount = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n",
 // limit reads a control group's limit; of memory.stat the least limit of all groups above, seen or
 // not. Version 1 has a huge number for none.
 func (h hostLimits) limit(name string) (uint64, bool) {
-	n, ok := h.number(name)
-	if filepath.Base(name) == "memory.stat" {
-		var s string
-		if s, ok = fieldOf(h.text(name), "hierarchical_memory_limit"); ok {
-			var err error
-			n, err = strconv.ParseUint(s, 10, 64)
-			ok = err == nil
-		}
+	if filepath.Base(name) != "memory.stat" {
+		n, ok := h.number(name)
+		return n, ok && n < 1<<60
 	}
-	return n, ok && n < 1<<60
+	s, _ := fieldOf(h.text(name), "hierarchical_memory_limit")
+	n, err := strconv.ParseUint(s, 10, 64)
+	return n, err == nil && n < 1<<60
 }
 
+// text returns what a file has, "" if that cannot be read. Package os would have the poller look at
+// each of these files, which takes longer than to read it.
 func (h hostLimits) text(name string) string {
-	b, _ := os.ReadFile(filepath.Join(h.root, name))
+	if text, ok := h.own[name]; ok {
+		return text
+	}
+	fd, err := unix.Open(filepath.Join(h.root, name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return ""
+	}
+	defer unix.Close(fd)
+	var b []byte
+	for {
+		b = slices.Grow(b, 4<<10)
+		n, err := unix.Read(fd, b[len(b):cap(b)])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return ""
+		}
+		if n == 0 {
+			break
+		}
+		b = b[:len(b)+n]
+	}
+	if h.own != nil && strings.HasPrefix(name, "proc/self/") {
+		h.own[name] = string(b)
+	}
 	return string(b)
 }
 

@@ -88,7 +88,7 @@ func TestLioGCFails(t *testing.T) {
 
 func TestLioWords(t *testing.T) {
 	for _, words := range [][]string{{"lio", "no"}, {"lio", "list", "x"}, {"lio", "gc", "x"}, {"lio", "gc", "--no"}} {
-		a := app()
+		a := app(nil)
 		a.Writer, a.ErrWriter = new(bytes.Buffer), new(bytes.Buffer)
 		if err := a.Run(append([]string{"gvm"}, words...)); err == nil || exitStatus(err) != exitUsage {
 			t.Errorf("gvm %v: %v", words, err)

@@ -38,7 +38,7 @@ func gvm(args []string) (status int) {
 		}
 		stderr.flush(wait)
 	}()
-	a := app()
+	a := app(args)
 	out := &keepError{w: a.Writer}
 	a.Writer = out
 	err := a.Run(flagsFirst(a.Commands, args))
@@ -97,7 +97,20 @@ func several(err error) bool {
 	return false
 }
 
-func app() *cli.App {
+// commands are gvm's, in the order of its page of help. The last one, help, looks at all others.
+var commands = []struct {
+	name string
+	make func() *cli.Command
+}{
+	{"run", runCommand}, {"list", listCommand}, {"disk", diskCommand}, {"pause", pauseCommand}, {"resume", resumeCommand},
+	{"stop", stopCommand}, {"image", imageCommand}, {"doctor", doctorCommand}, {"bench", benchCommand}, {"trace", traceCommand},
+	{"replay", replayCommand}, {"lio", lioCommand}, {"abi", abiCommand}, {"completion", completionCommand},
+	{"exit-status", exitStatusCommand}, {"help", helpCommand},
+}
+
+// app makes the command line for the words of one. When the first is a command, that is the only one: to make
+// all takes a part of the time in which a guest starts.
+func app(args []string) *cli.App {
 	a := &cli.App{
 		Name:    "gvm",
 		Usage:   "boot Linux guests on KVM with virtio-scsi disks",
@@ -105,11 +118,6 @@ func app() *cli.App {
 		Writer:  printer(os.Stdout), ErrWriter: printer(os.Stderr),
 		Description: `gvm run boots a kernel in a virtual machine on this terminal; without any
 argument it boots a small guest of its own and so shows that all works.`,
-		Commands: []*cli.Command{
-			runCommand(), listCommand(), diskCommand(), pauseCommand(), resumeCommand(), stopCommand(), imageCommand(), doctorCommand(),
-			benchCommand(), traceCommand(), replayCommand(), lioCommand(), abiCommand(), completionCommand(),
-			exitStatusCommand(), helpCommand(),
-		},
 		EnableBashCompletion:      true,
 		DisableSliceFlagSeparator: true,
 		Flags:                     []cli.Flag{cli.HelpFlag},
@@ -122,6 +130,15 @@ argument it boots a small guest of its own and so shows that all works.`,
 			}
 			return cli.ShowAppHelp(c)
 		},
+	}
+	rows := commands
+	for i, c := range commands[:len(commands)-1] {
+		if len(args) > 1 && args[1] == c.name {
+			rows = commands[i : i+1]
+		}
+	}
+	for _, c := range rows {
+		a.Commands = append(a.Commands, c.make())
 	}
 	complete(a.Commands)
 	return a

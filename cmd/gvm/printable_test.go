@@ -133,7 +133,7 @@ func TestForeignAnswers(t *testing.T) {
 	s.Serve(evilMachine{})
 	for _, args := range []string{"list", "list --json", "disk list", "disk list --json", "disk remove 1", "pause"} {
 		var out, notes bytes.Buffer
-		a := app()
+		a := app(nil)
 		a.Writer, a.ErrWriter = printer(&out), printer(&notes)
 		if err := a.Run(append([]string{"gvm"}, strings.Fields(args)...)); err != nil {
 			out.WriteString(errorText(err))

@@ -187,8 +187,9 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	if rc.memory.Size, err = parseSize(c.String("memory"), 1<<20); err != nil {
 		return rc, fmt.Errorf("--memory: %w", err)
 	}
+	host := thisHost()
 	rc.memory.Hugepages, rc.memory.Shared = c.Bool("hugepages"), c.Bool("shared-memory")
-	if rc.memoryNote, err = checkMemory(rc.memory, c.Bool("overcommit"), thisHost()); err != nil {
+	if rc.memoryNote, err = checkMemory(rc.memory, c.Bool("overcommit"), host); err != nil {
 		return rc, fmt.Errorf("--memory %s: %w", c.String("memory"), err)
 	}
 	if rc.features, err = x86.ParseFeatures(c.String("cpu-features")); err != nil {
@@ -223,12 +224,12 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 			}
 		}
 	}
-	if diskNote, err := checkDiskMemory(rc.memory, inRAM, thisHost()); err != nil {
+	if diskNote, err := checkDiskMemory(rc.memory, inRAM, host); err != nil {
 		return rc, fmt.Errorf("--disk mem: %w", err)
 	} else if rc.memoryNote == "" {
 		rc.memoryNote = diskNote
 	}
-	if err := checkThreads(rc.cpus, rc.requestQueues(), thisHost()); err != nil {
+	if err := checkThreads(rc.cpus, rc.requestQueues(), host); err != nil {
 		return rc, err
 	}
 	if rc.kernel == "" {

@@ -197,7 +197,7 @@ func gvmTrace(args ...string) (out string, status int, errText string) {
 // gvmTraceNotes is gvmTrace with what is said on standard error beside the error.
 func gvmTraceNotes(args ...string) (out string, status int, errText, notes string) {
 	var b, e bytes.Buffer
-	app := app()
+	app := app(nil)
 	app.Writer, app.ErrWriter = &b, &e
 	words := append([]string{"gvm", "trace"}, args...)
 	if args[0] == "replay" {
