@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -184,7 +183,7 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 		}
 		s := bootSample{VMM: v.name, Round: round, First: ms(m.first), Until: ms(m.ready), CPU: ms(cpu)}
 		if v.name == "gvm" {
-			found := firstInstruction.FindStringSubmatch(m.errs.String())
+			found := firstInstruction().FindStringSubmatch(m.errs.String())
 			if found == nil {
 				return errors.New("gvm run --timing did not tell when the first instruction ran")
 			}
@@ -231,7 +230,7 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 }
 
 // firstInstruction is gvm run --timing's line of it.
-var firstInstruction = regexp.MustCompile(`timing +\S+ +(\S+)  first instruction\n`)
+var firstInstruction = pattern(`timing +\S+ +(\S+)  first instruction\n`)
 
 // firmware has QEMU boot with more arguments, and debug as descriptor 3, that give its firmware a debug port; and returns when
 // that had its first word there and when it was done, in ms. Of a firmware that says nothing both are 0.

@@ -105,7 +105,7 @@ type guestSample struct {
 	Interrupts    int     `json:"interrupts"`
 }
 
-var guestLine = regexp.MustCompile(`(?m)^bench: (read|write) depth (\d+) (poll|interrupt): (\d+) requests in (\d+) us; ns p50 (\d+) p99 (\d+) p999 (\d+) max (\d+); (\d+) notifications, (\d+) interrupts\r?$`)
+var guestLine = pattern(`(?m)^bench: (read|write) depth (\d+) (poll|interrupt): (\d+) requests in (\d+) us; ns p50 (\d+) p99 (\d+) p999 (\d+) max (\d+); (\d+) notifications, (\d+) interrupts\r?$`)
 
 // guestSamples reads a guest's console, whose report must be whole.
 func guestSamples(vmm string, round int, console []byte) (all []guestSample, err error) {
@@ -113,7 +113,7 @@ func guestSamples(vmm string, round int, console []byte) (all []guestSample, err
 		lines := strings.Split(strings.TrimSpace(string(console)), "\n")
 		return nil, fmt.Errorf("bench: the guest of %s did not end well: %s", vmm, strings.TrimSpace(lines[len(lines)-1]))
 	}
-	for _, m := range guestLine.FindAllSubmatch(console, -1) {
+	for _, m := range guestLine().FindAllSubmatch(console, -1) {
 		n := func(i int) float64 { v, _ := strconv.ParseFloat(string(m[i]), 64); return v }
 		all = append(all, guestSample{
 			VMM: vmm, Round: round, Operation: string(m[1]), Depth: int(n(2)), Driver: string(m[3]), IOPS: n(4) / n(5) * 1e6,
@@ -217,12 +217,12 @@ func console(ctx context.Context, args []string) ([]byte, error) {
 	return out, nil
 }
 
-var timingPrint = regexp.MustCompile(`(?m)^gvm: timing .*\n`)
+var timingPrint = pattern(`(?m)^gvm: timing .*\n`)
 
 // said is how a program ended: by the first line of what it said (--timing's are none), with its exit status.
 func said(err error, text string) error {
 	var exit *exec.ExitError
-	text, _, _ = strings.Cut(strings.TrimSpace(timingPrint.ReplaceAllString(text, "")), "\n")
+	text, _, _ = strings.Cut(strings.TrimSpace(timingPrint().ReplaceAllString(text, "")), "\n")
 	switch {
 	case errors.As(err, &exit) && text != "":
 		return endError{exit.ExitCode(), errors.New(strings.TrimPrefix(text, "gvm: "))}

@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"unicode/utf8"
 
 	"github.com/urfave/cli/v2"
@@ -124,9 +125,14 @@ func complete(commands []*cli.Command) {
 
 // wrongValue and noValue are errors of the flag package, which writes one dash.
 var (
-	wrongValue = regexp.MustCompile(`(?s)^invalid (?:boolean )?value (".*") for (?:flag )?-([a-z0-9-]+): `)
-	noValue    = regexp.MustCompile(`^flag needs an argument: -([a-z0-9-]+)$`)
+	wrongValue = pattern(`(?s)^invalid (?:boolean )?value (".*") for (?:flag )?-([a-z0-9-]+): `)
+	noValue    = pattern(`^flag needs an argument: -([a-z0-9-]+)$`)
 )
+
+// pattern compiles a regular expression when it is used, and not whenever gvm starts.
+func pattern(s string) func() *regexp.Regexp {
+	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(s) })
+}
 
 // flagError answers an error of the flag package.
 func flagError(c *cli.Context, err error, _ bool) error {
@@ -134,10 +140,10 @@ func flagError(c *cli.Context, err error, _ bool) error {
 	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: "); ok {
 		return usageError{unknownFlag(c.Command, name)}
 	}
-	if m := noValue.FindStringSubmatch(err.Error()); m != nil {
+	if m := noValue().FindStringSubmatch(err.Error()); m != nil {
 		return usageError{fmt.Errorf("%s: want a value%s; see gvm help%s", dashed(m[1]), valueName(c.Command, m[1]), page)}
 	}
-	if m := wrongValue.FindStringSubmatch(err.Error()); m != nil {
+	if m := wrongValue().FindStringSubmatch(err.Error()); m != nil {
 		return usageError{fmt.Errorf("%s %s: %s; see gvm help%s", dashed(m[2]), m[1], wanted(c.Command, m[2]), page)}
 	}
 	return usageError{fmt.Errorf("%w; see gvm help%s", err, page)}

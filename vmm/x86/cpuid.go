@@ -103,7 +103,7 @@ func wideIDs(t []kvm.CPUIDEntry2) []kvm.CPUIDEntry2 {
 		}
 	}
 	if e := find(t, 0x4000_0001, 0); e != nil {
-		f := features["kvm_msi_ext_dest_id"]
+		f := features()["kvm_msi_ext_dest_id"]
 		*register(e, f.reg) |= 1 << f.bit
 	}
 	return t

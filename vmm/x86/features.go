@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
 	"gvm/text"
 )
@@ -25,9 +26,8 @@ type feature struct {
 // features names the CPUID bits that a kernel developer may want to mask, with
 // the names that Linux shows in /proc/cpuinfo (Intel SDM 2, CPUID; AMD APM 3,
 // appendix E; Documentation/virt/kvm/x86/cpuid.rst).
-var features = map[string]feature{}
-
-func init() {
+var features = sync.OnceValue(func() map[string]feature {
+	features := make(map[string]feature, 320)
 	for _, g := range []struct {
 		leaf, index uint32
 		reg         int
@@ -53,7 +53,8 @@ func init() {
 			}
 		}
 	}
-}
+	return features
+})
 
 // ParseFeatures reads a list such as "-x2apic,+avx2": names as /proc/cpuinfo
 // has them (kvm_ and its kin for the paravirtual ones), each with a sign.
@@ -64,12 +65,12 @@ func ParseFeatures(list string) ([]FeatureChange, error) {
 			continue
 		}
 		name, sign := word[1:], word[0]
-		f, ok := features[name]
+		f, ok := features()[name]
 		if sign != '-' && sign != '+' {
 			return nil, fmt.Errorf("CPU feature %q: begin it with + or -", word)
 		}
 		if !ok {
-			return nil, fmt.Errorf("CPU feature %q is not known; the names are those of /proc/cpuinfo%s", name, text.Suggest(name, slices.Collect(maps.Keys(features))))
+			return nil, fmt.Errorf("CPU feature %q is not known; the names are those of /proc/cpuinfo%s", name, text.Suggest(name, slices.Collect(maps.Keys(features()))))
 		}
 		out = append(out, FeatureChange{Name: name, Enable: sign == '+', feature: f})
 	}

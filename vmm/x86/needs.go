@@ -55,13 +55,13 @@ var xstate = map[uint32][]string{
 func Offers(supported []kvm.CPUIDEntry2, name string) bool { return has(supported, name) }
 
 func has(t []kvm.CPUIDEntry2, name string) bool {
-	f := features[name]
+	f := features()[name]
 	e := find(t, f.leaf, f.index)
 	return e != nil && *register(e, f.reg)>>f.bit&1 != 0
 }
 
 func drop(t []kvm.CPUIDEntry2, name string) {
-	f := features[name]
+	f := features()[name]
 	if e := find(t, f.leaf, f.index); e != nil {
 		*register(e, f.reg) &^= 1 << f.bit
 	}

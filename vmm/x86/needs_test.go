@@ -12,7 +12,7 @@ import (
 // named, and with the XSAVE layout of a processor with AVX-512, protection keys and AMX.
 func offering(without ...string) []kvm.CPUIDEntry2 {
 	var t []kvm.CPUIDEntry2
-	for name, f := range features {
+	for name, f := range features() {
 		e := find(t, f.leaf, f.index)
 		if e == nil {
 			t = append(t, kvm.CPUIDEntry2{Function: f.leaf, Index: f.index, Flags: flagSignificantIndex})
@@ -78,7 +78,7 @@ func TestDependents(t *testing.T) {
 			"missing": with(t, offering(c.root), ""),
 		} {
 			for name := range strings.FieldsSeq(c.gone + " " + c.root) {
-				if features[name] == (feature{}) || has(e, name) {
+				if features()[name] == (feature{}) || has(e, name) {
 					t.Errorf("%s %s: %s is still there", c.root, how, name)
 				}
 			}
@@ -95,7 +95,7 @@ func TestDependents(t *testing.T) {
 func TestNeedsOrder(t *testing.T) {
 	for i, n := range needs {
 		for name := range strings.FieldsSeq(n.need + " " + n.dependents) {
-			if features[name] == (feature{}) {
+			if features()[name] == (feature{}) {
 				t.Errorf("%q is not a feature", name)
 			}
 		}

@@ -84,8 +84,8 @@ func TestFeatures(t *testing.T) {
 		t.Errorf("a feature that the host lacks: %v", err)
 	}
 	for name, want := range map[string]feature{"hypervisor": {1, 0, ecx, 31}, "avx512vl": {7, 0, ebx, 31}, "pks": {7, 0, ecx, 31}, "lm": {0x8000_0001, 0, edx, 29}, "kvmclock_stable": {0x4000_0001, 0, eax, 24}, "spec_ctrl_ssbd": {7, 0, edx, 31}, "ibpb": {0x8000_0008, 0, ebx, 12}, "pdpe1gb": {0x8000_0001, 0, edx, 26}} {
-		if features[name] != want {
-			t.Errorf("%s is %+v, want %+v", name, features[name], want)
+		if features()[name] != want {
+			t.Errorf("%s is %+v, want %+v", name, features()[name], want)
 		}
 	}
 }

@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -124,13 +123,18 @@ func New(cfg Config) (*Device, error) {
 	return d, nil
 }
 
-// wwpn is what the kernel takes for a directory in target/vhost, less some
+// isWWPN tells whether the kernel takes s for a directory in target/vhost, less some
 // characters that no such name has.
-var wwpn = regexp.MustCompile(`^(naa|fc|iqn)\.[0-9A-Za-z.:_-]+$`)
+func isWWPN(s string) bool {
+	kind, rest, _ := strings.Cut(s, ".")
+	return (kind == "naa" || kind == "fc" || kind == "iqn") && rest != "" && !strings.ContainsFunc(rest, func(r rune) bool {
+		return (r < '0' || r > '9') && (r < 'A' || r > 'Z') && (r < 'a' || r > 'z') && !strings.ContainsRune(".:_-", r)
+	})
+}
 
 func (c *Config) check() error {
 	switch {
-	case !wwpn.MatchString(c.WWPN) || len(c.WWPN) > vhost.MaxWWPN:
+	case !isWWPN(c.WWPN) || len(c.WWPN) > vhost.MaxWWPN:
 		return fmt.Errorf("target name %q: not of the form naa.5001405a1b2c3d4e (or fc.…, iqn.…)", c.WWPN)
 	case c.Queues < 0 || c.Queues > maxQueues:
 		return fmt.Errorf("%d request queues: not from 1 to %d", c.Queues, maxQueues)
