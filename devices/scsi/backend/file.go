@@ -177,6 +177,11 @@ func openLocked(path string, o Options) (_ *File, err error) {
 	if !o.ReadOnly {
 		b.granularity = b.discardGranularity()
 	}
+	if b.found == 0 { // it is new, or a crash came between its making and this
+		if err := durable(f, b.Identity()); err != nil {
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+	}
 	return b, nil
 }
 

@@ -110,6 +110,9 @@ func Create(path string, size int64, allocate bool) error {
 	} else {
 		err = f.Truncate(size)
 	}
+	if err == nil {
+		err = durable(f, path)
+	}
 	if err != nil {
 		err = errors.Join(err, nowait.Remove(f, path))
 	}

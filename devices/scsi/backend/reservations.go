@@ -106,11 +106,28 @@ func writeSynced(path string, data []byte) (name string, err error) {
 	return f.Name(), errors.Join(err, f.Close())
 }
 
-// syncDir makes what was renamed or removed in a directory durable.
-func syncDir(path string) error {
+// durable makes a new file durable, with the name that it has.
+func durable(f *os.File, path string) error {
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// syncDir makes what was made, renamed or removed in a directory durable: a variable for tests. A file
+// system that cannot (some FUSE and network ones), and a directory that only others may read, are
+// left to do that in their own time.
+var syncDir = func(path string) error {
 	d, err := os.Open(path)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.Sync(), d.Close())
+	err = d.Sync()
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
+		err = nil
+	}
+	return errors.Join(err, d.Close())
 }

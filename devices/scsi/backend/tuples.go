@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -175,15 +174,19 @@ func (t *Tuples) file(create bool) (*os.File, error) {
 	if err := t.lock(f); err != nil { // the file is another's, which found it before the lock
 		return nil, errors.Join(err, f.Close())
 	}
-	_, err = f.WriteAt(t.header(), 0)
-	if err == nil {
-		err = syncDir(filepath.Dir(t.path))
-	}
-	if err != nil {
+	if err := t.begin(f); err != nil {
 		return nil, errors.Join(err, nowait.Remove(f, t.path), f.Close())
 	}
 	t.f = f
 	return f, nil
+}
+
+// begin writes the header, which is durable before there is any tuple.
+func (t *Tuples) begin(f *os.File) error {
+	if _, err := f.WriteAt(t.header(), 0); err != nil {
+		return err
+	}
+	return durable(f, t.path)
 }
 
 // tupleOffset is where a block's tuple is.
