@@ -506,7 +506,7 @@ func (ds *disks) attach(d disk, b scsi.Backend) (err error) {
 	}
 	u, err := scsi.NewUnit(cfg)
 	if keeper != nil && errors.Is(err, scsi.ErrReservationState) {
-		return fmt.Errorf("%w (%s; without that file the disk has no reservations)", err, keeper.Path())
+		return fmt.Errorf("%w (move %s away to begin without reservations)", err, keeper.Path())
 	}
 	if err != nil {
 		return err

@@ -31,6 +31,7 @@ import (
 type Overlay struct {
 	base, top *File
 	named     bool // top has a name, and stays
+	begun     bool // top was blank
 	size      int64
 	clusters  int64
 	at        [2]int64 // of the bitmaps in top
@@ -79,14 +80,16 @@ func (i *overlayInfo) encode() []byte {
 	return b
 }
 
+var errDamaged = errors.New("has a damaged header: take a copy of it from before, or remove the overlay to begin anew")
+
 // decodeOverlay reads a header.
 func decodeOverlay(b []byte) (i overlayInfo, err error) {
 	be := binary.BigEndian
 	switch {
 	case len(b) != overlayHeader || !bytes.HasPrefix(b, []byte(overlayMagic)):
-		return i, errors.New("is not an overlay of gvm's")
+		return i, errors.New("is not an overlay of gvm's: name another file")
 	case be.Uint32(b[8:]) != crc32.ChecksumIEEE(b[16:]) || be.Uint32(b[12:]) != overlayCluster:
-		return i, errors.New("has a damaged header")
+		return i, errDamaged
 	}
 	for n, p := range []*int64{&i.Size, &i.BaseTime} {
 		*p = int64(be.Uint64(b[16+8*n:]))
@@ -94,7 +97,7 @@ func decodeOverlay(b []byte) (i overlayInfo, err error) {
 	copy(i.Boot[:], b[32:])
 	n := int(be.Uint16(b[68:]))
 	if i.Size < 0 || i.Size > 1<<62 || n > overlayHeader-70 {
-		return i, errors.New("has a damaged header")
+		return i, errDamaged
 	}
 	i.Base = string(b[70 : 70+n])
 	return i, nil
@@ -147,7 +150,13 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	if _, err := o.top.ReadAt(head, 0); err != nil {
 		return nil, err
 	}
-	if bytes.Count(head, []byte{0}) == len(head) { // a new one, or one that never began
+	if bytes.Count(head, []byte{0}) == len(head) && o.top.isBlank() { // new, or its maker crashed
+		o.begun = true
+		if o.named && o.top.found > 0 { // else Open has done that
+			if err := durable(o.top.f, o.top.Identity()); err != nil {
+				return nil, fmt.Errorf("%s: %w", path, err)
+			}
+		}
 		return o, o.begin(want, false)
 	}
 	have, err := decodeOverlay(head)
@@ -186,7 +195,7 @@ func openTop(path string, n int64, noLock bool) (*File, error) {
 		}
 		return unnamed(f, n), nil
 	}
-	if fi, err := os.Stat(path); err == nil && fi.Size() != n {
+	if fi, err := os.Stat(path); err == nil && fi.Size() != n && fi.Size() != 0 {
 		f, _, err := openFile(path, Options{ReadOnly: true})
 		if err != nil {
 			return nil, err
@@ -195,11 +204,17 @@ func openTop(path string, n int64, noLock bool) (*File, error) {
 		_, _ = io.ReadFull(f, head)
 		f.Close()
 		if string(head) != overlayMagic {
-			return nil, badImage(ErrFormat, path, "exists, and is not an overlay of gvm's")
+			return nil, badImage(ErrFormat, path, "exists, and is not an overlay of gvm's: name another file")
 		}
-		return nil, badImage(ErrBase, path, "belongs to a base of another size, or was cut short")
+		return nil, badImage(ErrBase, path, "belongs to a base of another size, or was cut short: give that base, or remove the overlay to begin anew")
 	}
 	return Open(path, Options{Size: n, Raw: true, NoLock: noLock})
+}
+
+// isBlank tells whether the file is nothing but a hole, as one is that gvm has just made.
+func (b *File) isBlank() bool {
+	_, err := unix.Seek(b.fd, 0, unix.SEEK_DATA)
+	return b.found == 0 || errors.Is(err, unix.ENXIO)
 }
 
 // begin writes the header of this boot, when all before it is durable: a header
@@ -209,7 +224,7 @@ func (o *Overlay) begin(i overlayInfo, same bool) error {
 		return err
 	}
 	if !same {
-		if err := o.begun(); err != nil {
+		if err := o.restore(); err != nil {
 			return err
 		}
 	}
@@ -219,8 +234,8 @@ func (o *Overlay) begin(i overlayInfo, same bool) error {
 	return o.top.Flush()
 }
 
-// begun makes the first bitmap what the second one is.
-func (o *Overlay) begun() error {
+// restore makes the first bitmap what the second one is.
+func (o *Overlay) restore() error {
 	err := o.extents(o.at[0], func(off, n int64) error {
 		err := o.top.Discard(off, n)
 		if errors.Is(err, errors.ErrUnsupported) {
@@ -352,10 +367,14 @@ func (o *Overlay) Identity() string {
 	return o.base.Identity()
 }
 
-// Undo removes a file that OpenOverlay made, for a guest that never had it.
+// Undo removes a file that OpenOverlay made, and empties one that was blank, for a guest that never
+// had it.
 func (o *Overlay) Undo() {
-	if o.top.made {
+	switch {
+	case o.top.made:
 		_ = nowait.Remove(o.top.f, o.top.path)
+	case o.begun:
+		_ = errors.Join(o.top.f.Truncate(0), o.top.f.Truncate(o.top.found))
 	}
 }
 

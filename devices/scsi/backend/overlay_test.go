@@ -260,6 +260,8 @@ func TestOverlayRefuses(t *testing.T) {
 		text string
 	}{
 		{"a disk", make([]byte, mib), backend.ErrFormat, "not an overlay of gvm's"},
+		{"of that size, blank at first", append(make([]byte, len(good)-1), 1), backend.ErrFormat, "not an overlay of gvm's: name another file"},
+		{"of that size, zeroes", make([]byte, len(good)), backend.ErrFormat, "not an overlay of gvm's: name another file"},
 		{"of that size", append([]byte("QFI"), good[3:]...), backend.ErrFormat, "not an overlay of gvm's"},
 		{"cut short", good[:len(good)-4096], backend.ErrBase, "another size"},
 		{"checksum", change(40, 1, false), backend.ErrFormat, "damaged header"},
@@ -284,6 +286,20 @@ func TestOverlayRefuses(t *testing.T) {
 		if now, _ := os.ReadFile(path); !bytes.Equal(now, v.file) {
 			t.Errorf("%s: the file was changed", v.name)
 		}
+	}
+	// What a crash leaves between the making of the file and its header.
+	for _, size := range []int{0, len(good)} {
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, int64(size))); err != nil {
+			t.Fatal(err)
+		}
+		o := overlay(t, base, path)
+		o.Undo()
+		if fi, err := os.Stat(path); err != nil || fi.Size() != int64(size) {
+			t.Errorf("a file of %d bytes that was taken and given back: %v, %v", size, fi, err)
+		}
+		o.Close()
+		overlay(t, base, path).Close()
+		overlay(t, base, path).Close()
 	}
 	os.Remove(path)
 	o := overlay(t, base, path)

@@ -71,8 +71,16 @@ func (b *File) Tuples() (*Tuples, error) {
 		return nil, err
 	}
 	err = t.lock(f)
+	blank := false
 	if err == nil {
-		err = t.check(f)
+		blank, err = t.check(f)
+	}
+	switch {
+	case !blank || err != nil:
+	case t.readOnly:
+		return t, f.Close() // there is none
+	default:
+		err = t.begin(f)
 	}
 	if err == nil && !t.readOnly {
 		err = t.cut(f, uint64(b.found/b.blockSize))
@@ -100,26 +108,30 @@ func (t *Tuples) header() []byte {
 	return binary.BigEndian.AppendUint32([]byte(tuplesMagic), uint32(t.blockSize))
 }
 
-func (t *Tuples) check(f *os.File) error {
+// check checks the header. A blank file is one whose maker crashed before it had written that.
+func (t *Tuples) check(f *os.File) (blank bool, err error) {
 	fi, err := f.Stat()
 	if err != nil {
-		return err
+		return false, err
 	}
 	if !fi.Mode().IsRegular() {
-		return ErrTuples
+		return false, ErrTuples
 	}
 	want := t.header()
 	got := make([]byte, len(want))
 	if _, err := f.ReadAt(got, 0); err != nil && err != io.EOF {
-		return err
+		return false, err
 	}
 	switch {
 	case bytes.Equal(got, want):
-		return nil
+		return false, nil
 	case bytes.Equal(got[:len(tuplesMagic)], want[:len(tuplesMagic)]):
-		return fmt.Errorf("%w: it is for blocks of %d bytes", ErrTuples, binary.BigEndian.Uint32(got[len(tuplesMagic):]))
+		return false, fmt.Errorf("%w: it is for blocks of %d bytes; give block_size=%[2]d, or remove it to begin without any",
+			ErrTuples, binary.BigEndian.Uint32(got[len(tuplesMagic):]))
+	case fi.Size() <= int64(len(got)) && bytes.Count(got, []byte{0}) == len(got):
+		return true, nil
 	}
-	return ErrTuples
+	return false, fmt.Errorf("%w; move it away, and gvm begins without any", ErrTuples)
 }
 
 // cut drops the tuples of blocks that an image which got smaller has no more.

@@ -144,6 +144,39 @@ func TestTuplesCut(t *testing.T) {
 	}
 }
 
+// TestTuplesOfCrash: what a crash leaves between the making of IMAGE.pi and its header has no tuples, and
+// is continued.
+func TestTuplesOfCrash(t *testing.T) {
+	for name, left := range map[string][]byte{"empty": nil, "zeroes": make([]byte, 12)} {
+		path := filepath.Join(t.TempDir(), name)
+		if err := errors.Join(backend.Create(path, 1<<20, false), os.WriteFile(path+".pi", left, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		got, want := make([]byte, 8), bytes.Repeat([]byte{0xff}, 8)
+		for _, readOnly := range []bool{true, false, false, true} {
+			f, err := backend.Open(path, backend.Options{ReadOnly: readOnly})
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, err := f.Tuples()
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			if err := p.ReadTuples(got, 7); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("%s: % x, %v; want % x", name, got, err, want)
+			}
+			if want = []byte{1, 2, 3, 4, 5, 6, 7, 8}; readOnly {
+				want = bytes.Clone(got)
+			} else if err := p.WriteTuples(want, 7); err != nil {
+				t.Error(err)
+			}
+			if err := errors.Join(p.Close(), f.Close()); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
 func TestTuplesRefused(t *testing.T) {
 	dir := t.TempDir()
 	good := filepath.Join(dir, "good")
@@ -164,7 +197,6 @@ func TestTuplesRefused(t *testing.T) {
 	}{
 		"other block size": {func(path string) error { return os.WriteFile(path, of4096, 0o600) }, "for blocks of 4096 bytes"},
 		"other file":       {func(path string) error { return os.WriteFile(path, []byte("notes"), 0o600) }, "not the protection information"},
-		"empty":            {func(path string) error { return os.WriteFile(path, nil, 0o600) }, "not the protection information"},
 		"directory":        {func(path string) error { return os.Mkdir(path, 0o700) }, "directory"},
 		"link":             {func(path string) error { return os.Symlink(good, path) }, "symbolic links"},
 	} {
