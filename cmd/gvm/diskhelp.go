@@ -39,7 +39,7 @@ var diskOptions = []diskOption{
 	{"iops", "N[:BURST]", "limit of requests in a second, with a burst"},
 	{"bps", "SIZE[:BURST]", "limit of bytes in a second, with a burst"},
 	{"overlay", "on|FILE", "the image stays as it is; what the guest writes is gone with the machine, or kept in FILE"},
-	{"lock", "on|off", "off: take the image without a lock, on a file system that has none"},
+	{"lock", "on|off", "off: go on without a lock on a file system that has none"},
 	{"backend", "process|vhost|auto", "process, the default: gvm's SCSI target serves the disk; vhost: the " +
 		"kernel's does; auto: the kernel's where it can"},
 	{"workers", "N|shared", "kernel threads for the request queues of backend=vhost"},

@@ -68,7 +68,7 @@ EXAMPLES
    gvm image resize --shrink disk.img 10G    what lies behind is lost`, 2, 2,
 		[]cli.Flag{
 			&cli.BoolFlag{Name: "shrink", Usage: "the image may become smaller: what lies behind its new end is lost"},
-			&cli.StringFlag{Name: "lock", Value: "on", Usage: "`on|off`: off takes no lock, on a file system that has none"},
+			&cli.StringFlag{Name: "lock", Value: "on", Usage: "`on|off`: off goes on without a lock on a file system that has none"},
 		},
 		func(c *cli.Context, args []string) error {
 			size, err := diskSize(args[0], args[1])

@@ -35,8 +35,8 @@ type Options struct {
 	Direct bool
 	// Note is told of what does not keep a read-only image from being read. nil drops it.
 	Note func(string)
-	// NoLock takes the image without a lock, and minds none, for file systems that have none.
-	// What this process and the host's mounts and loop devices have is refused all the same.
+	// NoLock takes the image without a lock where the file system has no locks. It takes a lock, and
+	// minds those of others, where that has them. A loop device on a file that it cannot find is taken.
 	NoLock bool
 	// Lend leaves a block device unclaimed, because the kernel's SCSI target claims it. That
 	// it can be claimed is checked.

@@ -129,15 +129,12 @@ func command(pid int) string {
 	return " (" + strings.TrimSpace(string(name)) + ")"
 }
 
-// lock locks the image as o says. One that is only read goes on without where there are no
-// locks.
+// lock locks the image. Where there are no locks, one that is only read goes on without, as does
+// any with NoLock.
 func (b *File) lock(o Options) error {
-	if o.NoLock {
-		return nil
-	}
 	err := lock(b.fd, b.path, o.ReadOnly)
-	if errors.Is(err, ErrNoLocks) && o.ReadOnly {
-		if o.Note != nil {
+	if errors.Is(err, ErrNoLocks) && (o.ReadOnly || o.NoLock) {
+		if o.Note != nil && !o.NoLock {
 			o.Note(b.path + ": the file system has no locks:" +
 				" nothing keeps another machine from writing it while this one reads it")
 		}

@@ -33,7 +33,6 @@ type Tuples struct {
 	path      string // "": it has no name
 	blockSize int
 	readOnly  bool
-	noLock    bool
 
 	mu sync.Mutex // held while f is made
 	f  *os.File   // nil: there is none
@@ -46,7 +45,7 @@ var _ scsi.Protection = (*Tuples)(nil)
 // it. It is an error for a block device, which has no such place, and when the
 // file is there and is of another block size.
 func (b *File) Tuples() (*Tuples, error) {
-	t := &Tuples{blockSize: int(b.blockSize), readOnly: b.readOnly, noLock: b.noLock}
+	t := &Tuples{blockSize: int(b.blockSize), readOnly: b.readOnly}
 	switch {
 	case b.block:
 		return nil, badImage(ErrNotDisk, b.path, "a block device has no place for protection information beside it")
@@ -95,9 +94,6 @@ func (b *File) Tuples() (*Tuples, error) {
 // lock keeps the file from being taken as a disk. Against other machines the image's lock
 // is enough.
 func (t *Tuples) lock(f *os.File) error {
-	if t.noLock {
-		return nil
-	}
 	if err := lock(int(f.Fd()), t.path, t.readOnly); errors.Is(err, ErrLocked) {
 		return err
 	}

@@ -113,7 +113,7 @@ func (b *File) claimBelow(rdev uint64, o Options, depth int) error {
 	if err := b.use(t, name, true); err != nil {
 		return fmt.Errorf("%s: is a loop device on %w", b.path, err)
 	}
-	if err := lock(int(lower.Fd()), name, true); !o.NoLock && errors.Is(err, ErrLocked) {
+	if err := lock(int(lower.Fd()), name, true); errors.Is(err, ErrLocked) {
 		return fmt.Errorf("%s: is a loop device on %w", b.path, err)
 	}
 	if by := t.loops(filepath.Base(realPath(dir)), o.ReadOnly); by != "" && !o.ReadOnly {

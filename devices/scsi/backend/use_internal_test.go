@@ -68,10 +68,32 @@ func TestLockErrors(t *testing.T) {
 		if err == nil {
 			f.Close()
 		}
-		if f, err = Open(img, Options{NoLock: true}); err != nil {
+		if f, err = Open(img, Options{NoLock: true}); (err == nil) != none {
 			t.Errorf("%v, lock=off: %v", errno, err)
-			continue
 		}
-		f.Close()
+		if err == nil {
+			f.Close()
+		}
+	}
+	setLock = was
+	f, err := Open(img, Options{NoLock: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	other, err := os.OpenFile(img, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if err := lock(int(other.Fd()), img, true); !errors.Is(err, ErrLocked) {
+		t.Errorf("lock=off where locks work: the image can be locked: %v", err)
+	}
+	f.Close()
+	if err := lock(int(other.Fd()), img, true); err != nil {
+		t.Fatal(err)
+	}
+	if f, err := Open(img, Options{NoLock: true}); !errors.Is(err, ErrLocked) {
+		t.Errorf("lock=off of an image that another has: %v, %v", f, err)
 	}
 }
