@@ -9,6 +9,75 @@ import (
 	"gvm/kvmapi"
 )
 
+// Begun is KVM with a virtual machine that has nothing, not even memory.
+type Begun struct {
+	opened  chan struct{} // closed when sys is there, or openErr
+	sys     *kvmapi.System
+	openErr error
+
+	done  chan struct{} // closed when vm and cpuid are there, or err
+	vm    *kvmapi.VM
+	cpuid []kvm.CPUIDEntry2 // what KVM supports
+	err   error
+}
+
+// Begin begins to make what no Config is needed for, for a caller that has yet to find out what
+// machine it is to be. Errors come from System and from Run.
+func Begin() *Begun { return begin(kvmapi.Open) }
+
+func begin(open func() (*kvmapi.System, error)) *Begun {
+	b := &Begun{opened: make(chan struct{}), done: make(chan struct{})}
+	go func() {
+		defer close(b.done)
+		b.sys, b.openErr = open()
+		close(b.opened)
+		if b.openErr != nil {
+			return
+		}
+		if b.cpuid, b.err = b.sys.SupportedCPUID(); b.err == nil {
+			b.vm, b.err = b.sys.CreateVM()
+		}
+	}()
+	return b
+}
+
+// System returns KVM as soon as it is open. It lives until Close.
+func (b *Begun) System() (*kvmapi.System, error) {
+	<-b.opened
+	return b.sys, b.openErr
+}
+
+// Prepare is what the function Prepare is, on the virtual machine. It is called once at most, after
+// System has returned one.
+func (b *Begun) Prepare(cfg Config) *Prepared {
+	p := &Prepared{mapped: make(chan struct{}), done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		<-b.done
+		p.vm, b.vm, p.cpuid, p.err = b.vm, nil, b.cpuid, b.err
+		if p.err == nil {
+			p.err = p.mapMemory(b.sys, cfg)
+		}
+		close(p.mapped)
+		if p.err == nil {
+			p.err = p.fillVM(cfg.apicIDs())
+		}
+	}()
+	return p
+}
+
+// Close takes down what was begun, but for what Prepare has taken, whose own Close comes first.
+func (b *Begun) Close() (err error) {
+	<-b.done
+	if b.vm != nil {
+		err = b.vm.Close()
+	}
+	if b.sys != nil {
+		err = errors.Join(err, b.sys.Close())
+	}
+	return err
+}
+
 // Prepared is a virtual machine that has its memory and nothing else.
 type Prepared struct {
 	mapped chan struct{} // closed when mem and cpuid are there, or nil because of err
@@ -24,23 +93,11 @@ type Prepared struct {
 // something else to do meanwhile. It needs Memory, CPUs, APICIDs and CPUFeatures of cfg alone. The
 // result is for Config.Prepared; errors come from Run.
 func Prepare(sys *kvmapi.System, cfg Config) *Prepared {
-	p := &Prepared{mapped: make(chan struct{}), done: make(chan struct{})}
-	go func() {
-		defer close(p.done)
-		p.err = p.mapMemory(sys, cfg)
-		close(p.mapped)
-		if p.err == nil {
-			p.err = p.makeVM(sys, cfg.apicIDs())
-		}
-	}()
-	return p
+	return begin(func() (*kvmapi.System, error) { return sys, nil }).Prepare(cfg)
 }
 
-// mapMemory makes what loading a kernel needs: memory, and what KVM says of its processors.
+// mapMemory makes what loading a kernel needs, if KVM has the processors.
 func (p *Prepared) mapMemory(sys *kvmapi.System, cfg Config) (err error) {
-	if p.cpuid, err = sys.SupportedCPUID(); err != nil {
-		return err
-	}
 	if err := checkCPUs(cfg, sys.Check, p.cpuid); err != nil {
 		return err
 	}
@@ -65,10 +122,8 @@ func physBits(cpuid []kvm.CPUIDEntry2) uint {
 	return 36 // what a processor without that leaf has
 }
 
-func (p *Prepared) makeVM(sys *kvmapi.System, ids []uint32) (err error) {
-	if p.vm, err = sys.CreateVM(); err != nil {
-		return err
-	}
+// fillVM gives the virtual machine its memory, and KVM's own devices.
+func (p *Prepared) fillVM(ids []uint32) (err error) {
 	// Memory comes before KVM's own devices: since Linux 6.18 (7d9a0273c459) each of those
 	// begins an SRCU grace period that is not expedited, and a memory region that is
 	// made meanwhile waits for its end, which takes a few ticks.

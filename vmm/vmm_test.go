@@ -202,9 +202,13 @@ func TestRebootInPlaceAndDescriptors(t *testing.T) {
 		Console:   console,
 		Rebooting: true,
 	}
-	cfg.Prepared = Prepare(sys, cfg) // for the first life
+	begun := Begin()
+	if _, err := begun.System(); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Prepared = begun.Prepare(cfg) // for the first life
 	out, err := Run(ctx, sys, cfg)
-	if err := cfg.Prepared.Close(); err != nil {
+	if err := errors.Join(cfg.Prepared.Close(), begun.Close()); err != nil {
 		t.Error(err)
 	}
 	if err != nil || out.Ending != Stopped {
@@ -229,6 +233,17 @@ func TestPrepareForNothing(t *testing.T) {
 		if after := openFDs(t); after != before {
 			t.Errorf("%d bytes: %d descriptors before, %d after", size, before, after)
 		}
+	}
+	before := openFDs(t)
+	b := Begin()
+	if _, err := b.System(); err != nil {
+		t.Error(err)
+	}
+	if err := b.Close(); err != nil {
+		t.Error(err)
+	}
+	if after := openFDs(t); after != before {
+		t.Errorf("begun alone: %d descriptors before, %d after", before, after)
 	}
 }
 

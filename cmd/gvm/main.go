@@ -25,6 +25,7 @@ func main() {
 
 // gvm runs the command line and returns the exit status.
 func gvm(args []string) (status int) {
+	processStart = startOfProcess()
 	defer func() {
 		if r := recover(); r != nil {
 			fmt.Fprintf(printer(os.Stderr), "gvm: a bug in gvm, please report it: %v\n%s", r, debug.Stack())
@@ -38,6 +39,9 @@ func gvm(args []string) (status int) {
 		}
 		stderr.flush(wait)
 	}()
+	if len(args) > 1 && args[1] == "run" {
+		begin()
+	}
 	a := app(args)
 	out := &keepError{w: a.Writer}
 	a.Writer = out

@@ -27,15 +27,23 @@ type mark struct {
 	at   time.Duration // since start
 }
 
-// newTiming takes the process to be as old as the CPU time that it has used: up
-// to here it has waited for nothing but the pages of its own program, and the
+// processStart is when the process was started.
+var processStart time.Time
+
+// startOfProcess takes the process to be as old as the CPU time that it has used. At
+// the beginning of main it has waited for nothing but the pages of its own program, and the
 // kernel's own word, /proc/self/stat, has clock ticks of 10 ms.
-func newTiming() *timing {
-	t := &timing{start: time.Now()}
+func startOfProcess() time.Time {
+	now := time.Now()
 	var used unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &used); err == nil {
-		t.start = t.start.Add(-time.Duration(used.Nano()))
+		return now.Add(-time.Duration(used.Nano()))
 	}
+	return now
+}
+
+func newTiming() *timing {
+	t := &timing{start: processStart}
 	t.phase("program start, command line")
 	return t
 }
