@@ -332,6 +332,17 @@ func run(rc runConfig) (err error) {
 		Note:        notes.note,
 		Stamp:       rc.timing.stamp,
 	}
+	// Signals and --timeout end the run in order from its beginning: what it opens may take its time.
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	cfg.Pauser = new(vmm.Pauser)
+	end := &stopper{pauser: cfg.Pauser, stop: stop, note: note}
+	defer end.close()
+	defer catchSignals(ctx, func(cause error) { end.signal(cause, rc.grace) })()
+	if rc.timeout > 0 {
+		timer := time.AfterFunc(rc.timeout, func() { stop(endError{exitTimeout, fmt.Errorf("--timeout %s elapsed", rc.timeout)}) })
+		defer timer.Stop()
+	}
 	for _, s := range []string{rc.kernelNote, rc.memoryNote} {
 		if s != "" {
 			note(s)
@@ -345,34 +356,23 @@ func run(rc runConfig) (err error) {
 		cfg.Prepared = begun.Prepare(cfg)
 		defer func() { err = errors.Join(err, cfg.Prepared.Close()) }()
 	}
-	var by time.Time
-	if rc.timeout > 0 {
-		by = time.Now().Add(rc.timeout)
-	}
 	for _, path := range rc.initrds {
-		f, err := boot.OpenFile(path, by)
+		f, err := boot.OpenFile(ctx, path)
 		if err != nil {
-			return rc.late(err)
+			return err
 		}
 		defer f.Close()
 		cfg.Initrds = append(cfg.Initrds, f)
 	}
 	if rc.kernel != "" {
 		cfg.PanicText = true
-		if cfg.Kernel, err = boot.Open(rc.kernel, by); err != nil {
-			return rc.late(err)
+		if cfg.Kernel, err = boot.Open(ctx, rc.kernel); err != nil {
+			return err
 		}
 		defer cfg.Kernel.Close()
 	} else if cfg.Kernel, err = boot.NewImage(&boot.File{Name: "the embedded guest", ReaderAt: bytes.NewReader(embedded.Image), Size: int64(len(embedded.Image))}); err != nil {
 		return err
 	}
-	// From here on there is something to take down: signals end the run in order.
-	ctx, stop := context.WithCancelCause(context.Background())
-	defer stop(nil)
-	cfg.Pauser = new(vmm.Pauser)
-	end := &stopper{pauser: cfg.Pauser, stop: stop, note: note}
-	defer end.close()
-	defer catchSignals(ctx, func(cause error) { end.signal(cause, rc.grace) })()
 	socket, err := rc.claimName()
 	if err != nil {
 		return err
@@ -433,11 +433,6 @@ func run(rc runConfig) (err error) {
 	if socket != nil {
 		socket.Serve(&machine{rc.info(), cfg.Pauser, end, ds})
 	}
-
-	if rc.timeout > 0 {
-		timer := time.AfterFunc(rc.timeout, func() { stop(endError{exitTimeout, fmt.Errorf("--timeout %s elapsed", rc.timeout)}) })
-		defer timer.Stop()
-	}
 	t, err := openTerminal(ctx, stop)
 	if err != nil {
 		return err
@@ -458,14 +453,6 @@ func run(rc runConfig) (err error) {
 	rc.timing.phase("the guest's run")
 	rc.timing.print()
 	return ended(out)
-}
-
-// late makes the end by --timeout of a pipe that had no end.
-func (rc *runConfig) late(err error) error {
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return endError{exitTimeout, fmt.Errorf("--timeout %s elapsed: %w", rc.timeout, err)}
-	}
-	return err
 }
 
 // endError is a run that ended with a status of its own.

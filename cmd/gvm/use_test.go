@@ -163,22 +163,49 @@ func TestOverlayOfHoles(t *testing.T) {
 	}
 }
 
-// TestSilentPipe: a kernel or initrd that comes by a pipe which its program keeps open does
-// not outlast --timeout.
-func TestSilentPipe(t *testing.T) {
+// TestInputEnds: a kernel or initrd that comes by a pipe which has no end, or nothing at all, outlasts
+// neither --timeout nor a signal.
+func TestInputEnds(t *testing.T) {
+	t.Parallel()
 	for _, args := range []string{"--kernel fifo", "--kernel kernel --initrd fifo"} {
-		c := command(t, append([]string{"run", "--timeout", "100ms"}, strings.Fields(args)...)...)
-		fifo := filepath.Join(c.Dir, "fifo")
-		if err := errors.Join(syscall.Mkfifo(fifo, 0o600), os.WriteFile(filepath.Join(c.Dir, "kernel"), embedded.Image, 0o600)); err != nil {
-			t.Fatal(err)
-		}
-		f, err := os.OpenFile(fifo, os.O_RDWR, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		if r := gvmRuns(t, c); r.status != exitTimeout || !strings.Contains(r.errs, "fifo") {
-			t.Errorf("%s: status %d: %s", args, r.status, r.errs)
+		for _, endless := range []bool{false, true} {
+			for how, want := range map[string]int{"timeout": exitTimeout, "signal": 143} {
+				words := append([]string{"run"}, strings.Fields(args)...)
+				if how == "timeout" {
+					words = append(words, "--timeout=100ms")
+				}
+				dir := t.TempDir()
+				fifo := filepath.Join(dir, "fifo")
+				if err := errors.Join(syscall.Mkfifo(fifo, 0o600), os.WriteFile(filepath.Join(dir, "kernel"), embedded.Image, 0o600)); err != nil {
+					t.Fatal(err)
+				}
+				f, err := os.OpenFile(fifo, os.O_RDWR, 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				taken := make(chan error, 1)
+				go func() { // ends when f is closed
+					for n := 0; ; n++ {
+						if n == 20 {
+							taken <- nil // more than a pipe holds: gvm reads
+						}
+						if _, err := f.Write(make([]byte, 64<<10)); err != nil || n == 20 && !endless {
+							return
+						}
+					}
+				}()
+				p := startGVM(t, dir, words...)
+				if how == "signal" {
+					<-taken
+					p.signal(syscall.SIGTERM)
+				}
+				if r := p.wait(); r.status != want || !strings.HasSuffix(r.errs, " while fifo was read\n") {
+					t.Errorf("%s, endless %v, %s: status %d: %s", args, endless, how, r.status, r.errs)
+				}
+				if err := f.Close(); err != nil {
+					t.Error(err)
+				}
+			}
 		}
 	}
 }

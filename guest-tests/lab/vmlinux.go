@@ -1,9 +1,9 @@
 package lab
 
 import (
+	"context"
 	"fmt"
 	"os"
-	"time"
 
 	"gvm/vmm/boot"
 )
@@ -12,7 +12,7 @@ import (
 // it in place of the bzImage halves the start of L1, which would else unpack
 // itself under emulation.
 func unpackKernel(bzImage, elf string) error {
-	f, err := boot.OpenFile(bzImage, time.Time{})
+	f, err := boot.OpenFile(context.Background(), bzImage)
 	if err != nil {
 		return err
 	}

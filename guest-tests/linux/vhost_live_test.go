@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
@@ -148,10 +147,10 @@ func TestVhostPlug(t *testing.T) {
 	must(t, err)
 	t.Cleanup(func() { dev.Close() })
 	g := guest{kernel: theLab(t).Cloud, script: plugging}
-	kernel, err := boot.Open(g.kernel.BZImage, time.Time{})
+	kernel, err := boot.Open(context.Background(), g.kernel.BZImage)
 	must(t, err)
 	t.Cleanup(func() { kernel.Close() })
-	initrd, err := boot.OpenFile(g.initramfs(t), time.Time{})
+	initrd, err := boot.OpenFile(context.Background(), g.initramfs(t))
 	must(t, err)
 	t.Cleanup(func() { initrd.Close() })
 	sys, err := kvmapi.Open()

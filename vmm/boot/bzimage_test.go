@@ -2,6 +2,7 @@ package boot
 
 import (
 	"bytes"
+	"context"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
@@ -13,7 +14,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -305,7 +305,7 @@ func TestTruncated(t *testing.T) {
 func BenchmarkDecompress(b *testing.B) {
 	want := bigELF()
 	if path := os.Getenv("GVM_TEST_KERNEL"); path != "" {
-		im, err := Open(path, time.Time{})
+		im, err := Open(context.Background(), path)
 		if err != nil {
 			b.Fatal(err)
 		}

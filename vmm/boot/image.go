@@ -2,12 +2,15 @@ package boot
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"gvm/kvmapi/nowait"
 )
@@ -29,10 +32,13 @@ type File struct {
 // maxStream bounds what is read from a pipe or device given as a file.
 const maxStream = 1 << 30
 
-// OpenFile opens a kernel or initrd for reading. A pipe and a block device are read to
-// their end; a pipe that no program writes is empty. Errors are *ImageError, or
-// os.ErrDeadlineExceeded if a pipe has no end by then. A zero time is never.
-func OpenFile(path string, by time.Time) (*File, error) {
+// pieceSize is how much is read before a look at the context.
+const pieceSize = 4 << 20
+
+// OpenFile opens a kernel or initrd, which is read as long as ctx is not done. What a pipe or a block
+// device has is read at once, to its end; a pipe that no program writes is empty. Errors are *ImageError, or
+// those of stopped.
+func OpenFile(ctx context.Context, path string) (*File, error) {
 	f, err := nowait.Open(path, os.O_RDONLY, 0, nowait.Regular|nowait.Pipe|nowait.BlockDevice)
 	if err != nil {
 		return nil, openError(path, err)
@@ -43,28 +49,77 @@ func OpenFile(path string, by time.Time) (*File, error) {
 		return nil, openError(path, err)
 	}
 	if st.Mode().IsRegular() && st.Size() > 0 {
-		return &File{path, f, st.Size()}, nil
+		return &File{path, &input{ctx, path, f}, st.Size()}, nil
 	}
 	defer f.Close()
-	_ = f.SetReadDeadline(by) // only pipes have one
-	b, err := io.ReadAll(io.LimitReader(f, maxStream+1))
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return nil, err
+	all, size, err := drain(ctx, path, f)
+	switch {
+	case err != nil:
+	case size > maxStream:
+		err = &ImageError{path, fmt.Sprintf("does not end within %d MiB", maxStream>>20), "give a regular file"}
+	case size == 0 && nowait.KindOf(st.Mode()) == nowait.Pipe:
+		err = &ImageError{path, "is a pipe that no program writes", "start the program first, or give a regular file"}
+	case size == 0:
+		err = &ImageError{path, "is empty", wantWhole}
 	}
 	if err != nil {
-		return nil, openError(path, err)
+		all.Close()
+		return nil, err
 	}
-	if len(b) > maxStream {
-		return nil, &ImageError{path, fmt.Sprintf("does not end within %d MiB", maxStream>>20), "give a regular file"}
-	}
-	if len(b) == 0 && nowait.KindOf(st.Mode()) == nowait.Pipe {
-		return nil, &ImageError{path, "is a pipe that no program writes", "start the program first, or give a regular file"}
-	}
-	if len(b) == 0 {
-		return nil, &ImageError{path, "is empty", wantWhole}
-	}
-	return &File{path, bytes.NewReader(b), int64(len(b))}, nil
+	return &File{path, &input{ctx, path, all}, size}, nil
 }
+
+// drain reads a file into memory that is no more than what it has, until it has more than maxStream.
+func drain(ctx context.Context, path string, f *os.File) (all *os.File, size int64, err error) {
+	fd, err := unix.MemfdCreate("gvm-input", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, 0, fmt.Errorf("memory for %s: %w", path, err)
+	}
+	all = os.NewFile(uintptr(fd), path)
+	// Of pipes only, others have no deadline: what they have comes in pieces.
+	defer context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Now()) })()
+	for size <= maxStream {
+		n, err := io.CopyN(all, f, pieceSize)
+		size += n
+		switch {
+		case ctx.Err() != nil:
+			return all, size, stopped(ctx, path)
+		case err == io.EOF:
+			return all, size, nil
+		case err != nil:
+			return all, size, openError(path, err)
+		}
+	}
+	return all, size, nil
+}
+
+// input is a file whose reads end with a context.
+type input struct {
+	ctx  context.Context
+	path string
+	*os.File
+}
+
+func (in *input) ReadAt(b []byte, off int64) (n int, err error) {
+	for err == nil && n < len(b) {
+		if in.ctx.Err() != nil {
+			return n, stopped(in.ctx, in.path)
+		}
+		var m int
+		m, err = in.File.ReadAt(b[n:min(len(b), n+pieceSize)], off+int64(n))
+		n += m
+	}
+	return n, err
+}
+
+// stopped is the cause of a context that ended while a file was read.
+func stopped(ctx context.Context, path string) error {
+	return &stoppedError{fmt.Errorf("%w while %s was read", context.Cause(ctx), path)}
+}
+
+type stoppedError struct{ error }
+
+func (e *stoppedError) Unwrap() error { return e.error }
 
 // Close closes the file where OpenFile left one open.
 func (f *File) Close() error {
@@ -97,6 +152,9 @@ func readFull(f *File, b []byte, off int64) error {
 		if err == nil || err == io.EOF {
 			return &ImageError{f.Name, "became shorter while it was read", "give a file that nobody writes"}
 		}
+		if end := (*stoppedError)(nil); errors.As(err, &end) {
+			return err
+		}
 		return openError(f.Name, err)
 	}
 	return nil
@@ -111,8 +169,8 @@ type Image struct {
 
 // Open opens a kernel, as OpenFile does, and checks its headers, before anything else is
 // started.
-func Open(path string, by time.Time) (*Image, error) {
-	f, err := OpenFile(path, by)
+func Open(ctx context.Context, path string) (*Image, error) {
+	f, err := OpenFile(ctx, path)
 	if err != nil {
 		return nil, err
 	}
@@ -139,6 +197,9 @@ func NewImage(f *File) (*Image, error) {
 		im.hdr, err = parseSetupHeader(f.Name, head, f.Size)
 	default:
 		err = foreign(f.Name, head)
+	}
+	if in, ok := f.ReaderAt.(*input); ok && err != nil && in.ctx.Err() != nil {
+		return nil, stopped(in.ctx, in.path)
 	}
 	if err != nil {
 		return nil, err

@@ -2,6 +2,7 @@ package boot
 
 import (
 	"bytes"
+	"context"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
@@ -9,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 func TestNotAKernel(t *testing.T) {
@@ -116,13 +116,13 @@ func TestOpen(t *testing.T) {
 		write("empty", nil):         "is empty",
 		write("text", []byte("hi")): "neither a bzImage nor an ELF file",
 	} {
-		_, err := Open(path, time.Time{})
+		_, err := Open(context.Background(), path)
 		var ie *ImageError
 		if !errors.As(err, &ie) || ie.Name != path || !strings.Contains(ie.What, want) {
 			t.Errorf("%s: %v, want %q", path, err, want)
 		}
 	}
-	im, err := Open(write("vmlinux", kernelELF()), time.Time{})
+	im, err := Open(context.Background(), write("vmlinux", kernelELF()))
 	if err != nil || im.elf.pvh != 0x200080 {
 		t.Fatal(im, err)
 	}
@@ -138,7 +138,39 @@ func TestOpen(t *testing.T) {
 		w.Write(kernelELF())
 		w.Close()
 	}()
-	if im, err = Open("/dev/fd/"+itoa(r.Fd()), time.Time{}); err != nil || im.elf.pvh != 0x200080 {
+	if im, err = Open(context.Background(), "/dev/fd/"+itoa(r.Fd())); err != nil || im.elf.pvh != 0x200080 {
 		t.Errorf("through a pipe: %v", err)
+	}
+}
+
+// TestInputStopped: what is read later ends with the context too, in the middle of a file.
+func TestInputStopped(t *testing.T) {
+	ctx, stop := context.WithCancelCause(context.Background())
+	path := filepath.Join(t.TempDir(), "initrd")
+	if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := OpenFile(ctx, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := readFull(f, make([]byte, f.Size), 0); err != nil {
+		t.Fatal(err)
+	}
+	cause := errors.New("stopped")
+	stop(cause)
+	err = readFull(f, make([]byte, f.Size), 0)
+	if image := (*ImageError)(nil); !errors.Is(err, cause) || errors.As(err, &image) {
+		t.Errorf("after the end of the context: %v", err)
+	}
+	for _, open := range []func() error{
+		func() error { _, err := OpenFile(ctx, "/proc/self/maps"); return err }, // it tells no size
+		func() error { _, err := Open(ctx, path); return err },
+		func() error { _, err := NewImage(f); return err },
+	} {
+		if err := open(); !errors.Is(err, cause) {
+			t.Errorf("opened after the end of the context: %v", err)
+		}
 	}
 }
