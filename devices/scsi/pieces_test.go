@@ -2,6 +2,7 @@ package scsi_test
 
 import (
 	"encoding/binary"
+	"errors"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -22,6 +23,22 @@ type calledTuples struct {
 func (c *calledTuples) ReadTuples(p []byte, block uint64) error {
 	c.onRead("read tuples")
 	return c.tuples.ReadTuples(p, block)
+}
+
+// fragmented tells of each look at its map, in which every other block is a hole.
+type fragmented struct{ *scsitest.Recorder }
+
+func (f fragmented) Mapped(off, _ int64) (bool, int64, error) {
+	f.OnCall("map")
+	return off/block%2 == 0, block, nil
+}
+
+// copier tells of each copy by its own means, of which it makes none.
+type copier struct{ *scsitest.Recorder }
+
+func (c copier) CopyFrom(scsi.Backend, int64, int64, int64) error {
+	c.OnCall("copy")
+	return nil
 }
 
 // TestLongCommandsAbort aborts each long command in the middle of its first access to the backend, and
@@ -48,6 +65,9 @@ func TestLongCommandsAbort(t *testing.T) {
 		{"ORWRITE", cdb16(0x8b, 0, 0, many), make([]byte, many*block), nil},
 		{"UNMAP", unmap, ranges, nil},
 		{"SANITIZE", sanitizeCDB(0x01, 5), []byte{31, 0, 0, 1, 0xa5}, nil},
+		{"GET LBA STATUS", []byte{0x9e, 0x12, 9: 0, 12: 0x10, 15: 0}, nil, nil},
+		{"EXTENDED COPY", nil, nil, nil},
+		{"EXTENDED COPY by the backend", nil, nil, nil},
 		{"READ with tuples", cdb16(0x88, 0, 0, many), nil, &calledTuples{tuples: newTuples()}},
 		{"WRITE with tuples", cdb16(0x8a, 0, 0, many), make([]byte, many*block), &calledTuples{tuples: newTuples()}},
 	} {
@@ -56,7 +76,17 @@ func TestLongCommandsAbort(t *testing.T) {
 		if v.pi != nil {
 			cfg.Protection = v.pi
 		}
+		switch v.name {
+		case "GET LBA STATUS":
+			cfg.Backend = fragmented{rec}
+		case "EXTENDED COPY by the backend":
+			cfg.Backend = copier{rec}
+		}
 		target := attach(t, cfg)
+		if v.cdb == nil {
+			all := slices.Repeat([][]byte{copySegment(0, 0, 0, many-1, 0, 0)}, 64)
+			v.cdb, v.out = copyList(1, 0, [][]byte{cscd(t, target, 0, 0, block)}, all)
+		}
 		var calls atomic.Int32
 		var first sync.Once
 		begun, aborting := make(chan struct{}), make(chan struct{})
@@ -89,5 +119,44 @@ func TestLongCommandsAbort(t *testing.T) {
 		if n := calls.Load(); n > 60 {
 			t.Errorf("%s: %d accesses in spite of the abort", v.name, n)
 		}
+	}
+}
+
+// TestDetachAlone: a Detach that waits for a command keeps no other unit from coming and going.
+func TestDetachAlone(t *testing.T) {
+	begun, hang := make(chan struct{}), make(chan struct{})
+	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block), OnCall: func(string) {
+		close(begun)
+		<-hang
+	}}
+	target := attach(t, scsi.UnitConfig{Backend: rec})
+	answer, detached := make(chan scsi.Result, 1), make(chan error, 1)
+	target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, block)}, Done: func(r scsi.Result) { answer <- r }})
+	<-begun
+	go func() { detached <- target.Detach(0) }()
+	for target.Unit(0) != nil {
+		time.Sleep(time.Millisecond)
+	}
+	other, _ := scsi.EncodeLUN(1)
+	changed := make(chan error, 1)
+	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(blocks * block), Serial: "OTHER"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { changed <- errors.Join(target.Attach(other, u), target.Detach(other)) }()
+	select {
+	case err := <-changed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("another unit waits for the command")
+	}
+	close(hang)
+	if r := <-answer; r.Abort == scsi.NotAborted {
+		t.Errorf("the command: %+v", r)
+	}
+	if err := <-detached; err != nil {
+		t.Error(err)
 	}
 }
