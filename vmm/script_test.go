@@ -33,7 +33,13 @@ func (s script) reset() script                  { return s.out(acpipm.ResetPort,
 // idle has the CPU halt with interrupts enabled at the end of the script.
 func (s script) idle() script { return s.out(idlePort, 0) }
 
-const idlePort = 0xfff0 // no device has it
+// in prints what a byte of a port, below 0x100, reads as.
+func (s script) in(port byte) script { return s.out(inPort, port) }
+
+const (
+	idlePort = 0xfff0 // no device has these
+	inPort   = 0xfff1
+)
 
 // powerOff writes SLP_TYP and SLP_EN to the high byte of PM1_CNT (ACPI 6.5, 4.8.3.2.1).
 func (s script) powerOff() script {
@@ -51,19 +57,24 @@ func (s script) kernel(t *testing.T, tripleFault bool) *boot.Image {
 		0x8a, 0x46, 0x02, // mov 2(%rsi), %al
 		0x48, 0x83, 0xc6, 0x03, // add $3, %rsi
 		0x66, 0x85, 0xd2, // test %dx, %dx
-		0x74, 0x03, // jz 2f
-		0xee,       // out %al, (%dx)
-		0xeb, 0xee, // jmp 1b
+		0x74, 0x12, // jz 2f
+		0x66, 0x81, 0xfa, 0xf1, 0xff, // cmp $inPort, %dx
+		0x75, 0x08, // jne 3f
+		0x0f, 0xb6, 0xd0, // movzx %al, %edx
+		0xec,                   // in (%dx), %al
+		0x66, 0xba, 0xf8, 0x03, // mov $COM1, %dx
+		0xee,       // 3: out %al, (%dx)
+		0xeb, 0xdf, // jmp 1b
 		0x90, 0x90, // 2: nothing, or ud2 without a handler
 		0xfa,       // cli
 		0xf4,       // hlt
 		0xeb, 0xfc, // jmp back to cli
 	}
 	if bytes.HasSuffix(s, script{}.idle()) {
-		code[27] = 0xfb // sti
+		code[42] = 0xfb // sti
 	}
 	if tripleFault {
-		copy(code[25:], []byte{0x0f, 0x0b})
+		copy(code[40:], []byte{0x0f, 0x0b})
 	}
 	binary.LittleEndian.PutUint32(code[3:], uint32(len(code)-7))
 	body := append(append(code, s...), 0, 0, 0)

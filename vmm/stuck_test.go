@@ -75,6 +75,32 @@ func TestStuckDevice(t *testing.T) {
 	}
 }
 
+// TestEndHasTime: a guest that ends by itself is waited for while a device takes seconds, and while its
+// console's reader does, which may be a pager.
+func TestEndHasTime(t *testing.T) {
+	t.Parallel()
+	free := make(chan struct{})
+	s := &stuck{rng.New(), make(chan struct{}, 1), make(chan struct{})}
+	for name, v := range map[string]struct {
+		cfg   Config
+		let   chan struct{}
+		after time.Duration
+	}{
+		"device":  {Config{Devices: []virtio.Device{s}}, s.until, guestEndPatience / 2},
+		"console": {Config{Console: stuckConsole{free}}, free, guestEndPatience + 2*endPatience},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			time.AfterFunc(v.after, func() { close(v.let) })
+			v.cfg.Note = func(s string) { t.Error(s) }
+			guest := script{}.print("bye\r\n").powerOff()
+			if out, _ := guest.run(t, false, v.cfg); out.Ending != PoweredOff || out.Left {
+				t.Errorf("%+v", out)
+			}
+		})
+	}
+}
+
 // command is the first command of a driver, with data-out, in the first request queue of slot.
 func (h *hostile) command(slot int, cdb, data []byte) {
 	const q = 2

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/term"
 
 	"gvm/guest/embedded/embeddedtest"
 )
@@ -130,6 +131,11 @@ func stuck() {
 	ctx, stop := context.WithCancelCause(context.Background())
 	catchSignals(ctx, stop)
 	urgent.restore = func() error { fmt.Println("restored"); return nil }
+	if term.IsTerminal(int(os.Stdin.Fd())) {
+		if _, err := openTerminal(ctx, stop); err != nil {
+			fmt.Println(err)
+		}
+	}
 	fmt.Println("ready")
 	<-ctx.Done()
 	fmt.Println("ending")
@@ -156,6 +162,14 @@ func TestSecondSignal(t *testing.T) {
 		if r := p.wait(); r.status != 128+int(second) || !strings.Contains(r.out, "restored") || !strings.Contains(r.errs, "stopped at once by "+unix.SignalName(second)) {
 			t.Errorf("%+v", r)
 		}
+	}
+	p := startOnTerminalAs(t, func(p *proc) { p.cmd.Env = append(p.cmd.Env, asStuck+"=1") })
+	p.expect("ready")
+	p.typeIn("\x01x")
+	p.expect("ending")
+	p.typeIn("\x01x")
+	if r := p.wait(); r.status != exitQuit || !strings.Contains(r.out, "stopped at once by Ctrl-a x") {
+		t.Errorf("%+v", r)
 	}
 }
 
