@@ -24,14 +24,11 @@ func (m *machine) crash(index int, c *kvmapi.VCPU, e kvmapi.Exit) Outcome {
 		out.Report = fmt.Sprintf("no registers: %v, %v", err, err2)
 		return out
 	}
-	if e.Reason == kvmapi.ExitShutdown && afterINIT(r, s) {
-		out.Report = lostRegisters(r)
+	text, lost := registers(e.Reason, r, s)
+	if b.WriteString(text); lost {
+		out.Report = b.String()
 		return out
 	}
-	fmt.Fprintf(&b, "rip %016x  rflags %016x  cs %04x base %x  cpl %d  efer %x\n", r.RIP, r.RFLAGS, s.CS.Selector, s.CS.Base, s.SS.DPL, s.EFER)
-	b.WriteString(generalRegisters(r))
-	fmt.Fprintf(&b, "cr0 %016x  cr2 %016x  cr3 %016x  cr4 %016x\n", s.CR0, s.CR2, s.CR3, s.CR4)
-	fmt.Fprintf(&b, "gdt %016x+%x  idt %016x+%x  tr %04x  apic base %x\n", s.GDT.Base, s.GDT.Limit, s.IDT.Base, s.IDT.Limit, s.TR.Selector, s.ApicBase)
 	fmt.Fprintf(&b, "code at rip: %s\n", m.code(c, s.CS.Base+r.RIP))
 	if in := e.EmulationBytes(); len(in) > 0 {
 		fmt.Fprintf(&b, "instruction: % x\n", in)
@@ -46,6 +43,19 @@ func (m *machine) crash(index int, c *kvmapi.VCPU, e kvmapi.Exit) Outcome {
 	}
 	out.Report = b.String()
 	return out
+}
+
+// registers describes a CPU that had an exit, or says that its registers are lost.
+func registers(reason uint32, r kvm.Regs, s kvm.Sregs) (text string, lost bool) {
+	if reason == kvmapi.ExitShutdown && afterINIT(r, s) {
+		return lostRegisters(r), true
+	}
+	return fmt.Sprintf("rip %016x  rflags %016x  cs %04x base %x  cpl %d  efer %x\n",
+		r.RIP, r.RFLAGS, s.CS.Selector, s.CS.Base, s.SS.DPL, s.EFER) +
+		generalRegisters(r) +
+		fmt.Sprintf("cr0 %016x  cr2 %016x  cr3 %016x  cr4 %016x\n", s.CR0, s.CR2, s.CR3, s.CR4) +
+		fmt.Sprintf("gdt %016x+%x  idt %016x+%x  tr %04x  apic base %x\n",
+			s.GDT.Base, s.GDT.Limit, s.IDT.Base, s.IDT.Limit, s.TR.Selector, s.ApicBase), false
 }
 
 // generalRegisters is every one but RIP.

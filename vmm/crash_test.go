@@ -5,6 +5,8 @@ import (
 	"testing"
 
 	"github.com/bobuhiro11/gokvm/kvm"
+
+	"gvm/kvmapi"
 )
 
 // TestAfterINIT has the registers that KVM gives after a triple fault.
@@ -30,8 +32,11 @@ func TestAfterINIT(t *testing.T) {
 		{"real mode", kvm.Regs{RIP: 0x7c00}, realMode, false},
 		{"the same offset in real mode", init, realMode, false},
 	} {
-		if got := afterINIT(tt.regs, tt.s); got != tt.want {
-			t.Errorf("%s: %v", tt.name, got)
+		if text, lost := registers(kvmapi.ExitShutdown, tt.regs, tt.s); lost != tt.want || strings.HasPrefix(text, "rip ") == lost {
+			t.Errorf("%s: lost is %v: %s", tt.name, lost, text)
+		}
+		if text, lost := registers(kvmapi.ExitInternalError, tt.regs, tt.s); lost || !strings.HasPrefix(text, "rip ") {
+			t.Errorf("%s, no triple fault: lost is %v: %s", tt.name, lost, text)
 		}
 	}
 	if got := lostRegisters(init); strings.Contains(got, "rax") || strings.Count(got, "\n") != 1 {
