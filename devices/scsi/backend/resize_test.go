@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"gvm/devices/scsi/backend"
 )
 
@@ -156,5 +158,8 @@ func TestResizeCutsTuples(t *testing.T) {
 	}
 	if got, err := os.ReadFile(path + ".pi"); err != nil || !bytes.Equal(got, notes) {
 		t.Errorf("%v, %d bytes are left of another file", err, len(got))
+	}
+	if err := errors.Join(os.Remove(path+".pi"), unix.Mkfifo(path+".pi", 0o600), f.Resize(mib, false)); err != nil {
+		t.Errorf("beside a FIFO: %v", err)
 	}
 }

@@ -375,6 +375,12 @@ func TestOpensWithoutWaiting(t *testing.T) {
 			_, err := f.Tuples()
 			return err
 		},
+		"IMAGE.pi, readonly": func() error {
+			f := open(t, base, backend.Options{ReadOnly: true})
+			defer f.Close()
+			_, err := f.Tuples()
+			return err
+		},
 		"IMAGE.pr": func() error {
 			f := open(t, base, backend.Options{})
 			defer f.Close()
@@ -397,8 +403,10 @@ func TestOpensWithoutWaiting(t *testing.T) {
 				}
 			case <-time.After(20 * time.Second):
 				t.Error("waits for a FIFO")
-				if f, err := os.OpenFile(fifo, os.O_RDWR|unix.O_NONBLOCK, 0); err == nil {
-					defer f.Close() // let it go
+				for _, name := range []string{fifo, base + ".pi", base + ".pr"} {
+					if f, err := os.OpenFile(name, os.O_RDWR|unix.O_NONBLOCK, 0); err == nil {
+						defer f.Close() // let it go
+					}
 				}
 			}
 		})
