@@ -251,7 +251,8 @@ func TestOutput(t *testing.T) {
 				args, want = guestRun("--disk="+image(t, "disk", 1, 1<<20)), 143
 			}
 			c := command(t, args...)
-			c.Stdout = out
+			var errs bytes.Buffer
+			c.Stdout, c.Stderr = out, &errs
 			in, w := pipe(t)
 			c.Stdin = in
 			if err := c.Start(); err != nil {
@@ -272,14 +273,15 @@ func TestOutput(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if r := wait(t, c); r.status != want {
-				t.Errorf("status %d, want %d", r.status, want)
+			if r := wait(t, c); r.status != want || strings.Count(errs.String(), "\n") != 1 { // how it ended, and no more
+				t.Errorf("status %d, want %d: %s", r.status, want, &errs)
 			}
 		})
 	}
 }
 
-// TestErrorsNotRead: standard error that nobody reads does not hold up an end that was asked for.
+// TestErrorsNotRead: standard error that nobody reads holds up neither the run, with a note, nor an end that was
+// asked for.
 func TestErrorsNotRead(t *testing.T) {
 	t.Parallel()
 	for _, signals := range [][]syscall.Signal{{syscall.SIGTERM}, {syscall.SIGTERM, syscall.SIGINT}} {
@@ -295,8 +297,14 @@ func TestErrorsNotRead(t *testing.T) {
 		if _, err := w.Write(make([]byte, 4096)); err != nil {
 			t.Fatal(err)
 		}
-		full := image(t, "disk", 2, 1<<20)
-		p := startGVMAs(t, "", func(p *proc) { p.cmd.Stderr = w }, guestRun("--disk="+full+",iops=100", "--grace=1s", "spin")...)
+		full, dir := image(t, "disk", 2, 1<<20), t.TempDir()
+		if err := unix.Mkdir(filepath.Join(dir, "gvm"), 0o755); err != nil { // of which gvm has a note
+			t.Fatal(err)
+		}
+		p := startGVMAs(t, "", func(p *proc) {
+			p.cmd.Stderr = w
+			p.cmd.Env = append(p.cmd.Env, "XDG_RUNTIME_DIR="+dir)
+		}, guestRun("--disk="+full+",iops=100", "--grace=1s", "spin")...)
 		p.expect("spinning")
 		for _, s := range signals {
 			p.signal(s)

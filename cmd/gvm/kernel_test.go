@@ -96,6 +96,19 @@ func TestTreeKernel(t *testing.T) {
 	}
 }
 
+// TestTreeOfPipes: a pipe in place of a file that tells of a kernel tree is not waited for.
+func TestTreeOfPipes(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"Makefile", ".config"} {
+		if err := unix.Mkfifo(filepath.Join(dir, name), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if kernel, _, err := treeKernel(dir); kernel != "" || err != nil { // would hang
+		t.Errorf("%q, %v", kernel, err)
+	}
+}
+
 // TestTerminalSize: a kernel is told of the terminal's size, where there is one.
 func TestTerminalSize(t *testing.T) {
 	t.Parallel()
