@@ -12,7 +12,7 @@ func readCapacity10(tk *task) error {
 	b := make([]byte, 8)
 	binary.BigEndian.PutUint32(b, clamp32(tk.u.Blocks()-1))
 	binary.BigEndian.PutUint32(b[4:], uint32(tk.u.blockSize))
-	return tk.reply(b, len(b))
+	return tk.reply(b)
 }
 
 // readCapacity16 is READ CAPACITY(16) (SBC-4 5.21).
@@ -27,60 +27,25 @@ func readCapacity16(tk *task) error {
 	if u.thin() {
 		b[14] = 0x80 | 0x40 // LBPME, LBPRZ
 	}
-	return tk.reply(b, int(binary.BigEndian.Uint32(tk.CDB[10:])))
-}
-
-// extent returns the LOGICAL BLOCK ADDRESS of cdb and the number of blocks, by
-// the layout that its group of operation codes has (SPC-5 4.2.2).
-func extent(cdb []byte) (lba, n uint64) {
-	be := binary.BigEndian
-	switch cdb[0] >> 5 {
-	case 0:
-		if n = uint64(cdb[4]); n == 0 {
-			n = 256 // SBC-4 5.16
-		}
-		return uint64(be.Uint32(cdb) & 0x1fffff), n
-	case 1, 2:
-		return uint64(be.Uint32(cdb[2:])), uint64(be.Uint16(cdb[7:]))
-	case 5:
-		return uint64(be.Uint32(cdb[2:])), uint64(be.Uint32(cdb[6:]))
-	}
-	return be.Uint64(cdb[2:]), uint64(be.Uint32(cdb[10:]))
+	return tk.reply(b)
 }
 
 // transfer returns the extent of a command that moves data, checked against
 // the medium and MAXIMUM TRANSFER LENGTH, and its protection field against what the
 // unit has.
 func (tk *task) transfer() (lba uint64, n int, err error) {
-	cdb := tk.CDB
-	if p := protectField(cdb); p != 0 && (tk.u.cfg.Protection == nil || int(p) >= len(protectChecks)) {
+	if p := tk.op.protect(tk.CDB); p != 0 && (tk.u.cfg.Protection == nil || int(p) >= len(protectChecks)) {
 		return 0, 0, invalidCDB(1, 7)
 	}
-	lba, blocks := extent(cdb)
+	lba, blocks := tk.op.extent.of(tk.CDB)
 	if err := tk.u.inRange(lba, blocks); err != nil {
 		return 0, 0, err
 	}
 	if blocks > maxTransfer {
-		return 0, 0, invalidCDB(lengthField(cdb), 7)
+		return 0, 0, invalidCDB(int(tk.op.extent.blocks.at), 7)
 	}
 	return lba, int(blocks), nil
 }
-
-// lengthField is where the number of blocks starts in a CDB.
-func lengthField(cdb []byte) int {
-	switch cdb[0] >> 5 {
-	case 0:
-		return 4
-	case 1, 2:
-		return 7
-	case 5:
-		return 6
-	}
-	return 10
-}
-
-// fua is FORCE UNIT ACCESS, which the 6-byte commands do not have.
-func fua(cdb []byte) bool { return cdb[0]>>5 != 0 && cdb[1]&0x08 != 0 }
 
 // read is READ(6), (10), (12) and (16) (SBC-4 5.16 to 5.19). DPO is a hint
 // about a cache that is not ours.
@@ -99,15 +64,15 @@ func read(tk *task) error {
 	if err != nil {
 		return err
 	}
-	if moved > 0 || fua(tk.CDB) {
+	if moved > 0 || tk.op.fua(tk.CDB) {
 		if err := tk.charge(moved); err != nil {
 			return err
 		}
 	}
-	if tk.now && (fua(tk.CDB) || tk.inLen < want) {
+	if tk.now && (tk.op.fua(tk.CDB) || tk.inLen < want) {
 		return errWait
 	}
-	if fua(tk.CDB) {
+	if tk.op.fua(tk.CDB) {
 		// The data must come from the medium: what a volatile cache holds of
 		// it is written there first (SBC-4 5.17).
 		if err := tk.u.flushDirty(); err != nil {
@@ -145,7 +110,7 @@ func (tk *task) readIn(lba uint64, n int, tuples [][]byte) error {
 	if tk.u.cfg.Protection == nil {
 		return tk.u.read(iov, lba)
 	}
-	err := tk.u.readChecked(tk, iov, lba, n/int(tk.u.blockSize), tuples, protectChecks[protectField(tk.CDB)])
+	err := tk.u.readChecked(tk, iov, lba, n/int(tk.u.blockSize), tuples, protectChecks[tk.op.protect(tk.CDB)])
 	if err == nil && tuples != nil {
 		tk.piDone = n / int(tk.u.blockSize) * TupleSize
 	}
@@ -158,19 +123,18 @@ func write(tk *task) error {
 	if err != nil || n == 0 {
 		return err
 	}
-	return tk.writeOut(lba, n, n, fua(tk.CDB))
+	return tk.writeOut(lba, n, tk.op.fua(tk.CDB))
 }
 
-// writeOut writes n blocks of data-out. The limit counts moved blocks. Nothing counts as
-// transferred when it fails.
-func (tk *task) writeOut(lba uint64, n, moved int, durable bool) error {
+// writeOut writes n blocks of data-out. Nothing counts as transferred when it fails.
+func (tk *task) writeOut(lba uint64, n int, durable bool) error {
 	iov, err := tk.dataOut(n * int(tk.u.blockSize))
 	if err != nil {
 		return err
 	}
 	tuples, err := tk.protected(tk.ProtectionOut, n)
 	if err == nil {
-		err = tk.charge(moved * int(tk.u.blockSize))
+		err = tk.charge(n * int(tk.u.blockSize))
 	}
 	switch {
 	case err != nil:
@@ -181,7 +145,7 @@ func (tk *task) writeOut(lba uint64, n, moved int, durable bool) error {
 	case tk.u.cfg.Protection == nil:
 		err = tk.u.write(iov, lba, durable)
 	default:
-		err = tk.u.writeChecked(tk, iov, lba, tuples, protectChecks[protectField(tk.CDB)], durable || !tk.u.wce.Load())
+		err = tk.u.writeChecked(tk, iov, lba, tuples, protectChecks[tk.op.protect(tk.CDB)], durable || !tk.u.wce.Load())
 	}
 	if err != nil {
 		tk.outDone = 0
@@ -192,7 +156,7 @@ func (tk *task) writeOut(lba uint64, n, moved int, durable bool) error {
 // orWrite is ORWRITE(16) (SBC-4 5.14). Dispatch lets nothing else at the medium
 // meanwhile.
 func orWrite(tk *task) error {
-	if protectField(tk.CDB) != 0 {
+	if tk.op.protect(tk.CDB) != 0 {
 		return invalidCDB(1, 7) // ORPROTECT
 	}
 	lba, n, err := tk.transfer()
@@ -203,8 +167,8 @@ func orWrite(tk *task) error {
 	if err != nil {
 		return err
 	}
-	if err = tk.charge(2 * n * int(tk.u.blockSize)); err == nil {
-		err = tk.u.or(tk, iov, lba, n, fua(tk.CDB))
+	if err = tk.charge(n * int(tk.u.blockSize)); err == nil {
+		err = tk.u.or(tk, iov, lba, n, tk.op.fua(tk.CDB))
 	}
 	if err != nil {
 		tk.outDone = 0
@@ -249,7 +213,7 @@ func verify(tk *task) error {
 	if err != nil {
 		return err
 	}
-	size, check, protect := int(tk.u.blockSize), byteCheck(tk.CDB), protectField(tk.CDB)
+	size, check, protect := int(tk.u.blockSize), byteCheck(tk.CDB), tk.op.protect(tk.CDB)
 	switch {
 	case check == 2:
 		return invalidCDB(1, 2)
@@ -299,7 +263,7 @@ func writeAndVerify(tk *task) error {
 	if err != nil || n == 0 {
 		return err
 	}
-	if err := tk.writeOut(lba, n, 2*n, true); err != nil {
+	if err := tk.writeOut(lba, n, true); err != nil {
 		return err
 	}
 	var iov [][]byte
@@ -358,11 +322,12 @@ func mismatch(a, b []byte) int {
 // at the medium meanwhile.
 func compareAndWrite(tk *task) error {
 	cdb, size := tk.CDB, int(tk.u.blockSize)
-	if cdb[1]>>5 != 0 {
+	if tk.op.protect(cdb) != 0 {
 		return invalidCDB(1, 7)
 	}
-	lba, n := binary.BigEndian.Uint64(cdb[2:]), int(cdb[13])
-	if err := tk.u.inRange(lba, uint64(n)); err != nil {
+	lba, blocks := tk.op.extent.of(cdb)
+	n := int(blocks)
+	if err := tk.u.inRange(lba, blocks); err != nil {
 		return err
 	}
 	if n == 0 {
@@ -372,13 +337,13 @@ func compareAndWrite(tk *task) error {
 		tk.overrun = tk.outLen < 2*n*size
 		return InvalidFieldInIU
 	}
-	if err := tk.charge(2 * n * size); err != nil {
+	if err := tk.charge(n * size); err != nil {
 		return err
 	}
 	if err := tk.u.compare(tk, clip(nil, tk.Out, 0, n*size), lba, n); err != nil {
 		return err
 	}
-	if err := tk.u.write(clip(nil, tk.Out, n*size, n*size), lba, fua(cdb)); err != nil {
+	if err := tk.u.write(clip(nil, tk.Out, n*size, n*size), lba, tk.op.fua(cdb)); err != nil {
 		return err
 	}
 	tk.outDone = tk.outLen
@@ -388,7 +353,7 @@ func compareAndWrite(tk *task) error {
 // synchronizeCache is SYNCHRONIZE CACHE(10) and (16) (SBC-4 5.32). The whole
 // cache is written, which is more than was asked.
 func synchronizeCache(tk *task) error {
-	if lba, n := extent(tk.CDB); tk.u.inRange(lba, n) != nil {
+	if lba, n := tk.op.extent.of(tk.CDB); tk.u.inRange(lba, n) != nil {
 		return LBAOutOfRange
 	}
 	if err := tk.charge(0); err != nil {
@@ -404,16 +369,16 @@ func synchronizeCache(tk *task) error {
 // prefetch is PRE-FETCH(10) and (16) (SBC-4 5.11). It promises nothing about a
 // cache that is the host's: GOOD says that not all blocks were stored in it.
 func prefetch(tk *task) error {
-	lba, n := extent(tk.CDB)
+	lba, n := tk.op.extent.of(tk.CDB)
 	return tk.u.inRange(lba, n)
 }
 
 // writeSame is WRITE SAME(10) and (16) (SBC-4 5.47, 5.48).
 func writeSame(tk *task) error {
 	cdb, u := tk.CDB, tk.u
-	discard, noData := cdb[1]&0x08 != 0, cdb[0] == 0x93 && cdb[1]&0x01 != 0
+	discard, noBlock := tk.op.unmap(cdb), cdb[1]&tk.op.usage[1]&0x01 != 0 // UNMAP, NDOB
 	switch {
-	case cdb[1]>>5 != 0:
+	case tk.op.protect(cdb) != 0:
 		return invalidCDB(1, 7) // WRPROTECT
 	case cdb[1]&0x10 != 0:
 		return invalidCDB(1, 4) // ANCHOR
@@ -422,15 +387,15 @@ func writeSame(tk *task) error {
 	case cdb[1]&0x06 != 0:
 		return invalidCDB(1, 2) // PBDATA and LBDATA, obsolete
 	}
-	lba, n := extent(cdb)
+	lba, n := tk.op.extent.of(cdb)
 	if err := u.inRange(lba, n); err != nil {
 		return err
 	}
 	if n == 0 || n > maxWriteSame {
-		return invalidCDB(lengthField(cdb), 7) // WSNZ; MAXIMUM WRITE SAME LENGTH
+		return invalidCDB(int(tk.op.extent.blocks.at), 7) // WSNZ; MAXIMUM WRITE SAME LENGTH
 	}
 	var block []byte
-	if !noData {
+	if !noBlock {
 		if tk.outLen > int(u.blockSize) {
 			return InvalidFieldInIU
 		}
@@ -465,7 +430,7 @@ func unmap(tk *task) error {
 	if tk.CDB[1]&0x01 != 0 {
 		return invalidCDB(1, 0) // ANCHOR
 	}
-	n := int(be.Uint16(tk.CDB[7:]))
+	n := tk.listLength()
 	if n == 0 {
 		return nil
 	}
@@ -517,7 +482,7 @@ func unmap(tk *task) error {
 // getLBAStatus is GET LBA STATUS(16) (SBC-4 5.6).
 func getLBAStatus(tk *task) error {
 	u, be := tk.u, binary.BigEndian
-	lba, alloc := be.Uint64(tk.CDB[2:]), int(be.Uint32(tk.CDB[10:]))
+	lba, _ := tk.op.extent.of(tk.CDB)
 	if lba >= u.Blocks() {
 		return LBAOutOfRange
 	}
@@ -528,7 +493,7 @@ func getLBAStatus(tk *task) error {
 		return err
 	}
 	b := make([]byte, 8)
-	for end := u.Blocks(); lba < end && len(b) <= min(alloc, 4096)-16; {
+	for end := u.Blocks(); lba < end && len(b) <= min(tk.listLength(), 4096)-16; {
 		if tk.stopped() {
 			return errStopped
 		}
@@ -546,7 +511,7 @@ func getLBAStatus(tk *task) error {
 		lba += n
 	}
 	be.PutUint32(b, uint32(len(b)-4))
-	return tk.reply(b, alloc)
+	return tk.reply(b)
 }
 
 // mapped says whether lba has storage, and for how many of n blocks from lba on
@@ -577,14 +542,14 @@ func (u *Unit) mapped(lba, n uint64) (bool, uint64, error) {
 // readDefectData is READ DEFECT DATA(10) and (12) (SBC-4 5.18, 5.19): in any
 // format there is, both lists are empty.
 func readDefectData(tk *task) error {
-	lists, b, alloc := tk.CDB[2], make([]byte, 4), int(binary.BigEndian.Uint16(tk.CDB[7:]))
-	at := 2
-	if tk.CDB[0] == 0xb7 {
-		lists, b, alloc, at = tk.CDB[1], make([]byte, 8), allocation32(tk.CDB), 1
+	at, b := 2, make([]byte, 4)
+	if tk.op.length() == 12 {
+		at, b = 1, make([]byte, 8)
 	}
+	lists := tk.CDB[at]
 	if lists&0x07 > 0x05 {
 		return invalidCDB(at, 2) // DEFECT LIST FORMAT
 	}
 	b[1] = lists & 0x1f
-	return tk.reply(b, alloc)
+	return tk.reply(b)
 }

@@ -56,7 +56,7 @@ type segment struct {
 
 // extendedCopy is EXTENDED COPY(LID1) (SPC-4 6.4) among the units of the target.
 func extendedCopy(tk *task) error {
-	n := int(binary.BigEndian.Uint32(tk.CDB[10:]))
+	n := tk.listLength()
 	switch {
 	case n == 0:
 		return nil // SPC-4 6.4.3: no copy, and no error
@@ -333,7 +333,7 @@ func copyStatus(tk *task) error {
 	binary.BigEndian.PutUint16(b[5:], r.segments)
 	b[7] = 0x00 // TRANSFER COUNT UNITS: bytes
 	binary.BigEndian.PutUint32(b[8:], clamp32(r.bytes))
-	return tk.reply(b, int(binary.BigEndian.Uint32(tk.CDB[10:])))
+	return tk.reply(b)
 }
 
 // copyData is RECEIVE COPY DATA(LID1) (SPC-4 6.21): no kind of segment here
@@ -342,7 +342,7 @@ func copyData(tk *task) error {
 	if _, ok := tk.u.set.heldCopy(tk.Nexus, tk.CDB[2]); !ok {
 		return invalidCDB(2, 7)
 	}
-	return tk.reply(make([]byte, 4), int(binary.BigEndian.Uint32(tk.CDB[10:])))
+	return tk.reply(make([]byte, 4))
 }
 
 // copyFailure is RECEIVE COPY FAILURE DETAILS(LID1) (SPC-4 6.22).
@@ -357,7 +357,7 @@ func copyFailure(tk *task) error {
 	be.PutUint32(b, uint32(len(b)-4))
 	b[56] = byte(CheckCondition)
 	be.PutUint16(b[58:], uint16(len(sense)))
-	return tk.reply(b, int(be.Uint32(tk.CDB[10:])))
+	return tk.reply(b)
 }
 
 // copyParameters is RECEIVE COPY OPERATING PARAMETERS (SPC-4 6.23).
@@ -375,7 +375,7 @@ func copyParameters(tk *task) error {
 	b[37] = tk.u.blockExponent()                        // DATA SEGMENT GRANULARITY
 	b[43] = 2
 	b[44], b[45] = segmentBlockToBlock, cscdIdentification
-	return tk.reply(b, int(be.Uint32(tk.CDB[10:])))
+	return tk.reply(b)
 }
 
 // thirdPartyCopy is the Third-party Copy page (SPC-4 7.8.17): which commands and

@@ -76,6 +76,8 @@
 // # Adding a command
 //
 // A command is a row in the table of opcode.go and a handler, a func(*task)
-// error that returns a Sense, or any other error, to fail. Dispatch, tracing,
-// reservations and REPORT SUPPORTED OPERATION CODES all read the row.
+// error that returns a Sense, or any other error, to fail. The row says where
+// address and lengths stand in the CDB, what data the command has, and what may
+// refuse it. Dispatch, handlers, limits, reservations, traces and REPORT
+// SUPPORTED OPERATION CODES all read the row.
 package scsi

@@ -1,4 +1,41 @@
 package scsi
 
+import "time"
+
 // ReturnedSense returns the sense data that the target returns.
 func ReturnedSense() []Sense { return returned }
+
+// UsageData returns the usage data of every command.
+func UsageData() (list [][]byte) {
+	for i := range opcodes {
+		for _, o := range append(opcodes[i].actions, opcodes[i]) {
+			if o.run != nil {
+				list = append(list, []byte(o.usage))
+			}
+		}
+	}
+	return list
+}
+
+// Counts returns what the row of the command in cdb says that limits count of it.
+func Counts(u *Unit, cdb []byte) (commands, bytes int) {
+	o, err := lookupOpcode(cdb)
+	if err != nil || !o.limited() {
+		return 0, 0
+	}
+	if o.data.ofBlocks() {
+		_, n := o.extent.of(cdb)
+		bytes = int(n) * u.BlockSize()
+	}
+	if o.flags&countsTwice != 0 {
+		bytes *= 2
+	}
+	return 1, bytes
+}
+
+// Counted returns what the limits of u, each with the rate 1, have counted, but for a constant.
+func Counted(u *Unit) (commands, bytes int) {
+	u.limit.mu.Lock()
+	defer u.limit.mu.Unlock()
+	return int(u.limit.commands.empty.Round(time.Second).Seconds()), int(u.limit.bytes.empty.Round(time.Second).Seconds())
+}

@@ -20,7 +20,6 @@ var versionDescriptors = []uint16{0x00a0, 0x0460, 0x05c0, 0x04c0, 0x0600}
 
 // inquiry is INQUIRY (SPC-5 6.6).
 func inquiry(tk *task) error {
-	alloc := int(binary.BigEndian.Uint16(tk.CDB[3:]))
 	evpd, page := tk.CDB[1]&0x01 != 0, tk.CDB[2]
 	switch {
 	case tk.CDB[1]&0x02 != 0:
@@ -28,7 +27,7 @@ func inquiry(tk *task) error {
 	case !evpd && page != 0:
 		return invalidCDB(2, 7)
 	case !evpd:
-		return tk.reply(standardInquiry(tk.u), alloc)
+		return tk.reply(standardInquiry(tk.u))
 	case tk.u == nil:
 		return invalidCDB(1, 0) // no unit, no vital product data
 	}
@@ -37,7 +36,7 @@ func inquiry(tk *task) error {
 			body := v.data(tk.u)
 			b := append([]byte{tk.u.deviceType(), page, 0, 0}, body...)
 			binary.BigEndian.PutUint16(b[2:], uint16(len(body)))
-			return tk.reply(b, alloc)
+			return tk.reply(b)
 		}
 	}
 	return invalidCDB(2, 7)

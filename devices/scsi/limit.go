@@ -189,15 +189,18 @@ func (l *limiter) tick() {
 	l.serve(time.Since(l.start))
 }
 
-// charge counts one command that moves n bytes of the medium of u. A handler calls it after all
-// of its checks and before it uses the medium: what is refused costs nothing. errWait says that it
-// is not the command's turn; the handler then runs again.
+// charge counts one command that moves n bytes of the medium of u, or twice as many (countsTwice).
+// A handler calls it after all of its checks and before it uses the medium: what is refused costs
+// nothing. errWait says that it is not the command's turn; the handler then runs again.
 func (tk *task) charge(n int) error {
 	l := tk.u.limit
 	if l == nil {
 		return nil
 	}
-	if !l.take(&tk.place, uint64(n)) || tk.now && tk.op.flags&prompt == 0 {
+	if tk.op.flags&countsTwice != 0 {
+		n *= 2
+	}
+	if !l.take(&tk.place, uint64(n)) || tk.now && tk.op.flags&nonBlocking == 0 {
 		return errWait
 	}
 	tk.charged = true
@@ -214,5 +217,5 @@ func (tk *task) await(k *ticket) {
 	})
 }
 
-// limited says whether a command may count: if it uses the medium.
-func (o *opcode) limited() bool { return o != nil && o.flags&(medium|always) == medium }
+// limited reports whether the handler charges.
+func (o *opcode) limited() bool { return o.data.ofBlocks() || o.flags&counts != 0 }

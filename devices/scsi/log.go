@@ -1,7 +1,5 @@
 package scsi
 
-import "encoding/binary"
-
 // logPages are the pages of LOG SENSE by page code and subpage code, with their
 // parameters: lists of what there is, and Informational Exceptions (SPC-5 7.3.9).
 var logPages = []struct {
@@ -33,7 +31,7 @@ func logSense(tk *task) error {
 		if p.sub != 0 {
 			b[0] |= 0x40 // SPF
 		}
-		return tk.reply(append(b, p.data...), int(binary.BigEndian.Uint16(cdb[7:])))
+		return tk.reply(append(b, p.data...))
 	}
 	if cdb[3] != 0 {
 		return invalidCDB(3, 7)

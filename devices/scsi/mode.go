@@ -79,7 +79,7 @@ func (m *modePage) bytes(u *Unit, control int) []byte {
 // modeSense is MODE SENSE(6) and (10) (SPC-5 6.14, 6.15).
 func modeSense(tk *task) error {
 	cdb, u := tk.CDB, tk.u
-	ten := cdb[0] == 0x5a
+	ten := tk.op.length() == 10
 	control, page, sub := int(cdb[2]>>6), cdb[2]&0x3f, cdb[3]
 	if sub != 0x00 && sub != 0xff {
 		return invalidCDB(3, 7)
@@ -105,19 +105,17 @@ func modeSense(tk *task) error {
 		specific |= 0x80 // WP
 	}
 	var b []byte
-	alloc := int(cdb[4])
 	if ten {
 		b = []byte{0, 0, 0, specific, 0, 0, 0, byte(len(desc))}
 		if len(desc) == 16 {
 			b[4] = 0x01 // LONGLBA
 		}
-		alloc = int(binary.BigEndian.Uint16(cdb[7:]))
 		binary.BigEndian.PutUint16(b, uint16(len(b)+len(desc)+len(pages)-2))
 	} else {
 		b = []byte{0, 0, specific, byte(len(desc))}
 		b[0] = byte(len(b) + len(desc) + len(pages) - 1)
 	}
-	return tk.reply(append(append(b, desc...), pages...), alloc)
+	return tk.reply(append(append(b, desc...), pages...))
 }
 
 // blockDescriptor is the mode parameter block descriptor of a direct access
@@ -142,9 +140,9 @@ func modeSelect(tk *task) error {
 	if cdb[1]&0x01 != 0 {
 		return invalidCDB(1, 0) // SP: nothing can be saved
 	}
-	n, header := int(cdb[4]), 4
-	if cdb[0] == 0x55 {
-		n, header = int(binary.BigEndian.Uint16(cdb[7:])), 8
+	n, header := tk.listLength(), 4
+	if tk.op.length() == 10 {
+		header = 8
 	}
 	if n == 0 {
 		return nil

@@ -17,7 +17,7 @@ func requestSense(tk *task) error {
 	} else if err := tk.u.notReady(); err != nil {
 		s = senseOf(err)
 	}
-	return tk.reply(s.encode(tk.CDB[1]&0x01 != 0), int(tk.CDB[4]))
+	return tk.reply(s.encode(tk.CDB[1]&0x01 != 0))
 }
 
 // reportLUNs is REPORT LUNS (SPC-5 6.33).
@@ -42,11 +42,8 @@ func reportLUNs(tk *task) error {
 	for _, u := range tk.t.all() {
 		u.set.clearAttention(tk.Nexus, LUNsChanged)
 	}
-	return tk.reply(b, allocation32(tk.CDB))
+	return tk.reply(b)
 }
-
-// allocation32 is the ALLOCATION LENGTH at byte 6 of a 12-byte CDB.
-func allocation32(cdb []byte) int { return int(binary.BigEndian.Uint32(cdb[6:])) }
 
 // timeouts is a command timeouts descriptor that names no timeout (SPC-5
 // 6.35.4).
@@ -60,7 +57,7 @@ func reportSupportedOpcodes(tk *task) error {
 	has := row.name != ""
 	switch tk.CDB[2] & 0x07 {
 	case 0: // all commands
-		return tk.reply(allOpcodes(tk.u, rctd), allocation32(tk.CDB))
+		return tk.reply(allOpcodes(tk.u, rctd))
 	case 1: // an operation code without service actions
 		if row.actions != nil {
 			return invalidCDB(2, 2)
@@ -79,7 +76,7 @@ func reportSupportedOpcodes(tk *task) error {
 	default:
 		return invalidCDB(2, 2)
 	}
-	return tk.reply(oneOpcode(tk.u, row, has, rctd), allocation32(tk.CDB))
+	return tk.reply(oneOpcode(tk.u, row, has, rctd))
 }
 
 // findAction replaces row by the row of its service action.
@@ -152,7 +149,7 @@ func reportSupportedTMFs(tk *task) error {
 		b[3] = 0x0c
 		b = append(b, make([]byte, 12)...)
 	}
-	return tk.reply(b, allocation32(tk.CDB))
+	return tk.reply(b)
 }
 
 // startStopUnit is START STOP UNIT (SBC-4 5.31). There is nothing to eject and

@@ -32,16 +32,7 @@ const (
 	checkAll = checkGuard | checkReference
 )
 
-// protectField is RDPROTECT, WRPROTECT, VRPROTECT or ORPROTECT; 6-byte commands
-// have none.
-func protectField(cdb []byte) byte {
-	if cdb[0]>>5 == 0 {
-		return 0
-	}
-	return cdb[1] >> 5
-}
-
-// protectChecks are the checks for each value of the field (SBC-4 tables of 5.17,
+// protectChecks are the checks for each value of RDPROTECT, WRPROTECT or VRPROTECT (SBC-4 tables of 5.17,
 // 5.42 and 5.35). The application tag is nobody's here but the initiator's, and is not
 // checked (VPD 86h, APP_CHK).
 var protectChecks = [...]protectionCheck{0: checkAll, 1: checkAll, 2: checkReference, 3: 0, 4: checkGuard, 5: checkAll}
@@ -210,7 +201,7 @@ func (u *Unit) storeProtected(data, tuples []byte, lba uint64) error {
 // protected returns the protection information buffer of n blocks, nil if there is none to
 // transfer: the transport then makes and takes it away, as a host bus adapter does.
 func (tk *task) protected(buffers [][]byte, n int) ([][]byte, error) {
-	if protectField(tk.CDB) == 0 || len(buffers) == 0 {
+	if tk.op.protect(tk.CDB) == 0 || len(buffers) == 0 {
 		return nil, nil
 	}
 	if size(buffers) < n*TupleSize {

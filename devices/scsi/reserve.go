@@ -25,17 +25,21 @@ const (
 // reservations. What no flag says is refused by every type.
 func (o *opcode) access(cdb []byte) access {
 	switch {
-	case o.flags&always != 0,
-		cdb[0] == opStartStopUnit && cdb[4]&0xf1 == 0x01, // START, and no POWER CONDITION
-		cdb[0] == opPreventAllow && cdb[4]&0x03 == 0:
+	case o.flags&ignoresReservation != 0, o.exempt != nil && o.exempt(cdb):
 		return freeAccess
-	case o.flags&(writes|never) != 0:
+	case o.flags&(writes|alwaysConflicts) != 0:
 		return writeAccess
-	case o.flags&medium != 0, o.dir == DataIn:
+	case o.flags&medium != 0, o.data.direction() == DataIn:
 		return readAccess
 	}
 	return writeAccess
 }
+
+// starts is START STOP UNIT with START, and no POWER CONDITION.
+func starts(cdb []byte) bool { return cdb[4]&0xf1 == 0x01 }
+
+// allows is PREVENT ALLOW MEDIUM REMOVAL with neither bit of PREVENT.
+func allows(cdb []byte) bool { return cdb[4]&0x03 == 0 }
 
 // reservationType is the TYPE of a persistent reservation (SPC-5 6.16.3.4), 0
 // for none.
@@ -49,6 +53,21 @@ const (
 	writeExclusiveAllRegistrants  reservationType = 0x7
 	exclusiveAllRegistrants       reservationType = 0x8
 )
+
+var reservationNames = [...]string{
+	writeExclusive: "Write Exclusive", exclusiveAccess: "Exclusive Access",
+	writeExclusiveRegistrantsOnly: "Write Exclusive, registrants only",
+	exclusiveRegistrantsOnly:      "Exclusive Access, registrants only",
+	writeExclusiveAllRegistrants:  "Write Exclusive, all registrants",
+	exclusiveAllRegistrants:       "Exclusive Access, all registrants",
+}
+
+func (t reservationType) name() string {
+	if int(t) < len(reservationNames) && reservationNames[t] != "" {
+		return reservationNames[t]
+	}
+	return fmt.Sprintf("type %xh", byte(t))
+}
 
 // reservationTypes is the PERSISTENT RESERVATION TYPE MASK: a bit for each type.
 const reservationTypes = 1<<writeExclusive | 1<<exclusiveAccess | 1<<writeExclusiveRegistrantsOnly | 1<<exclusiveRegistrantsOnly |
@@ -350,7 +369,7 @@ func (o *reserved) preempt(r reserveOut) error {
 func registerAndMove(tk *task) error {
 	const header, at = 24, 24 // of the parameter list, and where the TransportID is
 	be, idLen := binary.BigEndian, len(transportID(0))
-	n := int(be.Uint32(tk.CDB[5:]))
+	n := tk.listLength()
 	if n < header || n > header+256 {
 		return ParameterListLength
 	}
@@ -380,7 +399,7 @@ func registerAndMove(tk *task) error {
 func persistentReserveOut(tk *task) error {
 	const listLen = 24
 	be := binary.BigEndian
-	n := be.Uint32(tk.CDB[5:])
+	n := tk.listLength()
 	if n < listLen {
 		return ParameterListLength
 	}
@@ -496,8 +515,8 @@ func (s *taskSet) conflicts(tk *task) bool {
 		return false
 	}
 	a := tk.op.access(tk.CDB)
-	if op := tk.CDB[0]; s.reserver != nil && (op == opTestUnitReady || op == opReceiveCopyResults) {
-		a = readAccess // SPC-2 5.5.1 is stricter than later standards
+	if s.reserver != nil && tk.op.flags&conflictsWithReserve != 0 {
+		a = readAccess
 	}
 	return s.refuses(tk.Nexus, a)
 }
@@ -568,7 +587,7 @@ func (s *taskSet) reserveIn() (persistent, error) {
 func (tk *task) replyReservations(p persistent, data []byte) error {
 	b := binary.BigEndian.AppendUint32(nil, p.generation)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
-	return tk.reply(append(b, data...), int(binary.BigEndian.Uint16(tk.CDB[7:])))
+	return tk.reply(append(b, data...))
 }
 
 // readKeys is PERSISTENT RESERVE IN with READ KEYS (SPC-5 6.16.2).
@@ -617,7 +636,7 @@ func reportCapabilities(tk *task) error {
 	if p.aptpl {
 		b[3] |= 0x01 // PTPL_A
 	}
-	return tk.reply(b, int(binary.BigEndian.Uint16(tk.CDB[7:])))
+	return tk.reply(b)
 }
 
 // readFullStatus is PERSISTENT RESERVE IN with READ FULL STATUS (SPC-5 6.16.5).

@@ -65,7 +65,7 @@ var closedChannel = func() chan struct{} {
 // read is changed; what a host's file system or device keeps of it elsewhere is
 // not this target's.
 func sanitize(tk *task) error {
-	u, action, n := tk.u, tk.op.action(), int(binary.BigEndian.Uint16(tk.CDB[7:]))
+	u, action, n := tk.u, tk.op.action(), tk.listLength()
 	var pattern []byte
 	if action == sanitizeOverwrite {
 		if n <= 4 || n > 4+int(u.blockSize) {

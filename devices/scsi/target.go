@@ -198,8 +198,8 @@ var errWait = errors.New("scsi: would wait")
 // now serves the command if nothing of it has to wait, and says whether it did. A command that
 // counts under a limit takes its place there.
 func (t *Target) now(tk *task) bool {
-	able := tk.op != nil && (tk.op.flags&prompt != 0 || tk.u.limit != nil && tk.op.limited())
-	if !able || !tk.u.set.enterNow(tk, tk.op.flags&noAttention != 0) {
+	able := tk.op != nil && (tk.op.flags&nonBlocking != 0 || tk.u.limit != nil && tk.op.limited())
+	if !able || !tk.u.set.enterNow(tk, tk.op.flags&ignoresAttention != 0) {
 		return false
 	}
 	tk.now = true
@@ -241,7 +241,7 @@ func (t *Target) process(tk *task) (Result, bool) {
 	if u == nil {
 		return t.noUnit(tk), false
 	}
-	attention, ok := u.set.enter(tk, tk.op != nil && tk.op.flags&noAttention != 0)
+	attention, ok := u.set.enter(tk, tk.op != nil && tk.op.flags&ignoresAttention != 0)
 	if !ok {
 		tk.u = nil
 		return t.noUnit(tk), false
@@ -315,17 +315,17 @@ func (tk *task) once() error {
 		}
 	}
 	switch {
-	case op.flags&(medium|alone) == 0:
+	case op.flags&(medium|exclusive) == 0:
 	case tk.now:
-		if !u.medium.try(op.flags&alone != 0) {
+		if !u.medium.try(op.flags&exclusive != 0) {
 			return errWait
 		}
-		defer u.medium.unlock(op.flags&alone != 0)
+		defer u.medium.unlock(op.flags&exclusive != 0)
 	default:
-		if !tk.lockMedium(u, op.flags&alone != 0) {
+		if !tk.lockMedium(u, op.flags&exclusive != 0) {
 			return TargetFailure // likewise
 		}
-		defer u.medium.unlock(op.flags&alone != 0)
+		defer u.medium.unlock(op.flags&exclusive != 0)
 		if op.flags&medium != 0 { // again: it may have been stopped or sanitized meanwhile
 			if err := u.notReady(); err != nil {
 				return err
@@ -385,7 +385,7 @@ func (t *Target) noUnit(tk *task) Result {
 	var err error = LUNNotSupported
 	zero := tk.LUN.canonical() == 0 && len(*t.units.Load()) > 0
 	answered := false
-	if tk.op != nil && tk.op.flags&noAttention != 0 && tk.acceptable() == nil {
+	if tk.op != nil && tk.op.flags&ignoresAttention != 0 && tk.acceptable() == nil {
 		switch tk.CDB[0] {
 		case opInquiry, opRequestSense:
 			answered = true
@@ -404,12 +404,15 @@ func (t *Target) noUnit(tk *task) Result {
 // clampInt is n as a residual.
 func clampInt(n int) uint32 { return uint32(min(n, math.MaxUint32)) }
 
-// reply transfers data to the initiator: at most alloc bytes, the ALLOCATION
-// LENGTH of the CDB, and no more than the data-in buffer holds, which is
+// listLength is the ALLOCATION LENGTH or PARAMETER LIST LENGTH of the CDB.
+func (tk *task) listLength() int { return int(tk.op.list.of(tk.CDB)) }
+
+// reply transfers data to the initiator: no more than ALLOCATION LENGTH, if the
+// CDB has one, and no more than the data-in buffer holds, which is
 // another limit (SPC-5 4.2.5.6).
-func (tk *task) reply(data []byte, alloc int) error {
-	if len(data) > alloc {
-		data = data[:alloc]
+func (tk *task) reply(data []byte) error {
+	if tk.op.list != (field{}) {
+		data = data[:min(len(data), tk.listLength())]
 	}
 	tk.inDone = scatter(tk.In, data)
 	tk.overrun = tk.inDone < len(data)

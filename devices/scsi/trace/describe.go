@@ -43,9 +43,6 @@ var (
 		scsi.Good: "GOOD", scsi.CheckCondition: "CHECK CONDITION", scsi.ConditionMet: "CONDITION MET", scsi.Busy: "BUSY",
 		scsi.ReservationConflict: "RESERVATION CONFLICT", scsi.TaskSetFull: "TASK SET FULL", scsi.ACAActive: "ACA ACTIVE", scsi.TaskAborted: "TASK ABORTED",
 	}
-	// Types of persistent reservations: SPC-5 6.16.3.4.
-	reservations = []string{"", "Write Exclusive", "", "Exclusive Access", "", "Write Exclusive, registrants only", "Exclusive Access, registrants only",
-		"Write Exclusive, all registrants", "Exclusive Access, all registrants"}
 )
 
 // Response codes that say that all is well.
@@ -173,33 +170,6 @@ func (r *Record) UnitNumber() (int, bool) {
 // Linux writes it, for what knows no more than the number.
 func UnitLUN(n int) [8]byte { return [8]byte{1, 0, 0x40 | byte(n>>8), byte(n)} }
 
-// Blocks returns the first logical block and the number of blocks of a command
-// that has both in its CDB (SBC-4 5), and false for any other.
-func Blocks(cdb []byte) (lba, n uint64, ok bool) {
-	length, _, known := scsi.CommandInfo(cdb)
-	if !known || len(cdb) < length {
-		return 0, 0, false
-	}
-	be := binary.BigEndian
-	switch cdb[0] {
-	case 0x08, 0x0a: // 0 means 256 blocks
-		n = uint64(cdb[4])
-		if n == 0 {
-			n = 256
-		}
-		return uint64(be.Uint32(cdb) & 0x1fffff), n, true
-	case 0x28, 0x2a, 0x2e, 0x2f, 0x34, 0x35, 0x41:
-		return uint64(be.Uint32(cdb[2:])), uint64(be.Uint16(cdb[7:])), true
-	case 0xa8, 0xaa, 0xae, 0xaf:
-		return uint64(be.Uint32(cdb[2:])), uint64(be.Uint32(cdb[6:])), true
-	case 0x88, 0x8a, 0x8e, 0x8f, 0x90, 0x91, 0x93:
-		return be.Uint64(cdb[2:]), uint64(be.Uint32(cdb[10:])), true
-	case 0x89:
-		return be.Uint64(cdb[2:]), uint64(cdb[13]), true
-	}
-	return 0, 0, false
-}
-
 // Detail says what else of the request matters: blocks, pages, what a task
 // management function is about.
 func (r *Record) Detail() string {
@@ -214,51 +184,5 @@ func (r *Record) Detail() string {
 	if r.Kind != Command {
 		return ""
 	}
-	c := r.CDB
-	if lba, n, ok := Blocks(c); ok {
-		text := fmt.Sprintf("%d+%d", lba, n)
-		switch c[0] {
-		case 0x28, 0x2a, 0x88, 0x8a, 0xa8, 0xaa:
-			if c[1]&0x08 != 0 {
-				text += " FUA"
-			}
-		case 0x41, 0x93:
-			if c[1]&0x08 != 0 {
-				text += " UNMAP"
-			}
-		}
-		return text
-	}
-	if _, _, known := scsi.CommandInfo(c); !known {
-		return fmt.Sprintf("% x", c)
-	}
-	switch {
-	case len(c) < 6:
-	case c[0] == 0x12 && c[1]&1 != 0:
-		return fmt.Sprintf("page %02xh", c[2])
-	case c[0] == 0x1a, c[0] == 0x5a:
-		return fmt.Sprintf("page %02xh", c[2]&0x3f)
-	case c[0] == 0x5f:
-		switch c[1] & 0x1f {
-		case 1, 2, 4, 5: // RESERVE, RELEASE, PREEMPT, PREEMPT AND ABORT
-			return name(reservations, int(c[2]&0xf), "type %xh")
-		}
-	}
-	return ""
-}
-
-// ParameterList tells whether the data-out of a command says what the command is
-// to do, and is not just blocks for the medium: a parameter list, or the block of
-// WRITE SAME with UNMAP (SBC-4 5.49). Traces have it.
-func ParameterList(cdb []byte) bool {
-	if len(cdb) == 0 {
-		return false
-	}
-	switch cdb[0] {
-	case 0x41, 0x93:
-		return len(cdb) > 1 && cdb[1]&0x08 != 0
-	case 0x0a, 0x2a, 0x2e, 0x2f, 0x89, 0x8a, 0x8b, 0x8e, 0x8f, 0xaa, 0xae, 0xaf:
-		return false
-	}
-	return true
+	return scsi.Detail(r.CDB)
 }

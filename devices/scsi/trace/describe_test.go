@@ -8,29 +8,6 @@ import (
 	"gvm/devices/scsi"
 )
 
-func TestBlocks(t *testing.T) {
-	for _, tt := range []struct {
-		cdb    []byte
-		lba, n uint64
-		ok     bool
-	}{
-		{[]byte{0x08, 0xff, 2, 3, 4, 0}, 0x1f0203, 4, true},
-		{[]byte{0x0a, 0, 0, 9, 0, 0}, 9, 256, true},
-		{[]byte{0x28, 0xff, 1, 2, 3, 4, 5, 6, 7, 8}, 0x01020304, 0x0607, true},
-		{[]byte{0xaa, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0}, 0x01020304, 0x05060708, true},
-		{[]byte{0x8a, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0, 0}, 0x0102030405060708, 0x090a0b0c, true},
-		{[]byte{0x89, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0, 0}, 0x0102030405060708, 12, true},
-		{[]byte{0x28, 0, 1, 2, 3, 4}, 0, 0, false},
-		{[]byte{0x12, 0, 1, 2, 3, 4}, 0, 0, false},
-		{[]byte{0xc0, 0, 1, 2, 3, 4}, 0, 0, false},
-		{nil, 0, 0, false},
-	} {
-		if lba, n, ok := Blocks(tt.cdb); lba != tt.lba || n != tt.n || ok != tt.ok {
-			t.Errorf("% x: %#x+%#x, %v", tt.cdb, lba, n, ok)
-		}
-	}
-}
-
 // TestParseSense reads back what a target writes, in both formats, and what is
 // cut short.
 func TestParseSense(t *testing.T) {

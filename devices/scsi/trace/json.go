@@ -4,6 +4,8 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+
+	"gvm/devices/scsi"
 )
 
 var kindNames = map[Kind]string{Command: "command", TaskManagement: "tmf", Reset: "reset", PowerOn: "power on", Lost: "lost"}
@@ -62,7 +64,7 @@ func (r *Record) MarshalJSON() ([]byte, error) {
 		v.Attr, v.Status = (*uint8)(&r.Attr), (*uint8)(&r.Status)
 		v.CDB, v.Sense, v.Payload = hex.EncodeToString(r.CDB), hex.EncodeToString(r.Sense), hex.EncodeToString(r.Payload)
 		v.Out, v.In = &r.Out, &r.In
-		if lba, n, ok := Blocks(r.CDB); ok {
+		if lba, n, ok := scsi.Extent(r.CDB); ok {
 			v.LBA, v.Blocks = &lba, &n
 		}
 		if r.Missing&NoResidual == 0 {

@@ -75,7 +75,7 @@ func (c *corpus) in(n int, cdb []byte) {
 // out is a command with n bytes of data-out: made up, or zeros for a command
 // that does not write them to blocks.
 func (c *corpus) out(n int, cdb []byte) {
-	if trace.ParameterList(cdb) {
+	if scsi.ParameterList(cdb) {
 		c.param(zeros(n), cdb)
 		return
 	}

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"slices"
 
+	"gvm/devices/scsi"
 	"gvm/devices/scsi/trace"
 )
 
@@ -150,7 +151,7 @@ func dataOut(i int, r *trace.Record) ([]byte, bool) {
 		return nil, true
 	case r.Out > MaxData:
 		return nil, true // send has an error for that
-	case trace.ParameterList(r.CDB):
+	case scsi.ParameterList(r.CDB):
 		return nil, false
 	}
 	var seed [32]byte

@@ -123,7 +123,7 @@ func (d *Device) request(q uint16, w *virtio.Worker, c *virtq.Chain) error {
 	r.cmd.Nexus = d.cfg.Nexus
 	r.cmd.Out = c.Out.Take(outLen)
 	r.cmd.In = c.In.Take(inLen)
-	if r.observer != nil && outLen > 0 && outLen <= maxPayload && trace.ParameterList(r.cmd.CDB) {
+	if r.observer != nil && outLen > 0 && outLen <= maxPayload && scsi.ParameterList(r.cmd.CDB) {
 		r.rec.Payload = slices.Concat(r.cmd.Out...)
 	}
 	if outLen > 0 || inLen > promptRead {

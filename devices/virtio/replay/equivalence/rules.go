@@ -254,7 +254,7 @@ func (l *List) Explain(d *replay.Difference) (rows, left []string) {
 	r := &request{Difference: d, name: d.Record.Op(), a: code(&d.A), b: code(&d.B), readOnly: l.readOnly(d.Record), corpus: l.corpus}
 	r.cdb = append(slices.Clone(d.Record.CDB), make([]byte, 16)...)
 	if d.Record.Kind == trace.Command {
-		r.lba, r.blocks, _ = trace.Blocks(d.Record.CDB)
+		r.lba, r.blocks, _ = scsi.Extent(d.Record.CDB)
 	}
 	left = slices.Clone(d.What)
 	use := func(id string, fields []string) {
