@@ -13,8 +13,8 @@ import (
 	"gvm/devices/rtc"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
+	"gvm/guestmem"
 	"gvm/vmm/boot"
-	"gvm/vmm/guestmem"
 )
 
 // TestInterruptLines: the clock's interrupt is at pin 8 of the PICs, and that of a PCI device whose

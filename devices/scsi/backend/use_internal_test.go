@@ -92,7 +92,7 @@ func TestLockErrors(t *testing.T) {
 		}
 	}
 	setLock = was
-	f, err := Open(img, Options{NoLock: true})
+	f, err = Open(img, Options{NoLock: true})
 	if err != nil {
 		t.Fatal(err)
 	}
