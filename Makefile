@@ -7,10 +7,13 @@ export CGO_ENABLED = 0
 LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostscsi
 UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 
+# Where build puts the programs.
+BIN = bin
+
 .PHONY: build run demo test lint race racelab fuzz soak conformance vhost bench guest clean
 
 build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
-	$(GO) build -tags urfave_cli_no_docs -trimpath -ldflags '-s -w' -o bin/ ./cmd/gvm ./cmd/gvm-plot
+	$(GO) build -tags urfave_cli_no_docs -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot
 
 run: ## boot the embedded guest
 	$(GO) run ./cmd/gvm run

@@ -36,6 +36,7 @@ type hostLimits struct {
 	ram    uint64
 	rlimit func(resource int) uint64 // math.MaxUint64 where there is none
 	own    map[string]string         // the files of /proc/self that have been read
+	buffer []byte                    // for files: most fit
 }
 
 func thisHost() hostLimits {
@@ -45,7 +46,7 @@ func thisHost() hostLimits {
 			return math.MaxUint64
 		}
 		return r.Cur
-	}, map[string]string{}}
+	}, map[string]string{}, make([]byte, 0, 4<<10)}
 }
 
 // hostMemory returns the host's RAM in bytes, 0 where it cannot be told.
@@ -300,9 +301,9 @@ func (h hostLimits) text(name string) string {
 		return ""
 	}
 	defer unix.Close(fd)
-	var b []byte
+	b := h.buffer[:0]
 	for {
-		b = slices.Grow(b, 4<<10)
+		b = slices.Grow(b, 1<<10)
 		n, err := unix.Read(fd, b[len(b):cap(b)])
 		if err == unix.EINTR {
 			continue

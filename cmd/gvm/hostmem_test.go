@@ -32,7 +32,7 @@ func fakeHost(t *testing.T, rlimits map[int]uint64, files map[string]string) hos
 			return n
 		}
 		return math.MaxUint64
-	}, nil}
+	}, nil, nil}
 }
 
 const (

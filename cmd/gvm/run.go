@@ -149,13 +149,15 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		traceFile:   c.String("trace"),
 		name:        c.String("name"),
 	}
+	set := c.LocalFlagNames() // c.IsSet looks at all flags each time
+	given := func(flag string) bool { return slices.Contains(set, flag) }
 	if c.Bool("timing") {
 		rc.timing = newTiming()
 	}
-	if c.IsSet("kernel") && rc.kernel == "" {
+	if given("kernel") && rc.kernel == "" {
 		return rc, errors.New("--kernel: the path is empty")
 	}
-	if c.IsSet("name") {
+	if given("name") {
 		if err := control.CheckName(rc.name); err != nil {
 			return rc, fmt.Errorf("--name: %w", err)
 		}
@@ -163,16 +165,16 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	if rc.cpus < 1 {
 		return rc, fmt.Errorf("--cpus %d: want 1 or more", rc.cpus)
 	}
-	if c.IsSet("apic-ids") {
+	if given("apic-ids") {
 		if rc.apicIDs, err = parseAPICIDs(c.String("apic-ids")); err != nil {
 			return rc, fmt.Errorf("--apic-ids: %w", err)
 		}
-		if c.IsSet("cpus") && rc.cpus != len(rc.apicIDs) {
+		if given("cpus") && rc.cpus != len(rc.apicIDs) {
 			return rc, fmt.Errorf("--apic-ids has %d IDs for --cpus %d: give each CPU one, or leave --cpus out", len(rc.apicIDs), rc.cpus)
 		}
 		rc.cpus = len(rc.apicIDs)
 	}
-	if c.IsSet("queues") && (rc.queues < 1 || rc.queues > maxQueues) {
+	if given("queues") && (rc.queues < 1 || rc.queues > maxQueues) {
 		return rc, fmt.Errorf("--queues %d: want 1 to %d", rc.queues, maxQueues)
 	}
 	if rc.poll, err = parsePoll(c); err != nil {
@@ -181,7 +183,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	if rc.grace < 0 || rc.grace > control.MaxGrace {
 		return rc, fmt.Errorf("--grace %s: want 0 to %s", rc.grace, control.MaxGrace)
 	}
-	if c.IsSet("timeout") && rc.timeout <= 0 {
+	if given("timeout") && rc.timeout <= 0 {
 		return rc, fmt.Errorf("--timeout %s: want a positive duration, such as 90s", rc.timeout)
 	}
 	if rc.memory.Size, err = parseSize(c.String("memory"), 1<<20); err != nil {
@@ -237,7 +239,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 			return rc, err
 		}
 	}
-	if rc.kernel == "" && (len(rc.initrds) > 0 || c.IsSet("cmdline") || rc.bareCmdline || rc.protocol == boot.Linux64) {
+	if rc.kernel == "" && (len(rc.initrds) > 0 || given("cmdline") || rc.bareCmdline || rc.protocol == boot.Linux64) {
 		return rc, errors.New("--initrd, --cmdline, --bare-cmdline and --entry 64 need a --kernel; the embedded guest takes --guest-arg")
 	}
 	if rc.kernel != "" && len(rc.guestArgs) > 0 {

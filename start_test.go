@@ -1,0 +1,152 @@
+package gvm_test
+
+import (
+	"cmp"
+	"debug/buildinfo"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// What gvm has at most before main. Each start of a guest pays for it: see docs/performance.md.
+const (
+	mostBytes    = 14_000_000 // of the program
+	mostInit     = 36 << 10   // that a package allocates
+	mostAllocs   = 64         // of a package
+	mostAllInits = 144 << 10  // that all packages allocate
+	initNoise    = 2 << 10    // that a package allocates and need not be listed for
+)
+
+// linked are the modules that gvm is made of.
+var linked = []string{
+	"github.com/HdrHistogram/hdrhistogram-go",
+	"github.com/bobuhiro11/gokvm",
+	"github.com/cavaliergopher/cpio",
+	"github.com/cespare/xxhash/v2",
+	"github.com/klauspost/compress",
+	"github.com/mikelolasagasti/xz",
+	"github.com/pierrec/lz4/v4",
+	"github.com/ulikunitz/xz",
+	"github.com/urfave/cli/v2",
+	"github.com/xrash/smetrics",
+	"golang.org/x/sys",
+	"golang.org/x/term",
+}
+
+// initialized are the packages, but those of the standard library, that have something to do
+// before main. Prefer sync.OnceValue, and tables that the linker fills.
+var initialized = []string{
+	"github.com/klauspost/compress/internal/snapref", // the tables of CRC-32C, 0.15 ms, with zstd
+	"github.com/mikelolasagasti/xz",                  // the tables of CRC-64
+	"github.com/urfave/cli/v2",
+	"gvm/devices/scsi",
+	"main",
+}
+
+// TestStart builds the program that users get, and holds its size and what it does before main against the lists
+// above. A time would depend on the machine, so that the times are only logged.
+func TestStart(t *testing.T) {
+	// go test's cache has to know what the programs are made of: it sees which directories are read here.
+	if err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && path != "." && (d.Name()[0] == '.' || d.Name() == "bin") {
+			return fs.SkipDir
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if out, err := exec.Command("make", "build", "BIN="+dir).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	gvm := filepath.Join(dir, "gvm")
+	fi, err := os.Stat(gvm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d bytes", fi.Size())
+	if fi.Size() > mostBytes {
+		t.Errorf("gvm has %d bytes: want %d at most", fi.Size(), mostBytes)
+	}
+	info, err := buildinfo.ReadFile(gvm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var modules []string
+	for _, m := range info.Deps {
+		modules = append(modules, m.Path)
+		if !slices.Contains(linked, m.Path) {
+			t.Errorf("gvm has come to link %s: what is heavy is a program of its own, as gvm-plot is; what is not, is in the list", m.Path)
+		}
+	}
+	for _, path := range linked {
+		if !slices.Contains(modules, path) {
+			t.Errorf("gvm does not link %s any longer: take it off the list", path)
+		}
+	}
+
+	type initTask struct {
+		bytes, allocs int
+		times         []time.Duration
+	}
+	tasks := map[string]*initTask{}
+	const runs = 7
+	for range runs {
+		c := exec.Command(gvm, "--version")
+		c.Env = append(os.Environ(), "GODEBUG=inittrace=1")
+		var errs strings.Builder
+		c.Stderr = &errs
+		if err := c.Run(); err != nil {
+			t.Fatalf("%v\n%s", err, &errs)
+		}
+		for _, m := range initLine.FindAllStringSubmatch(errs.String(), -1) {
+			k := tasks[m[1]]
+			if k == nil {
+				k = &initTask{}
+				tasks[m[1]] = k
+			}
+			took, err := time.ParseDuration(m[2] + "ms")
+			if err != nil {
+				t.Fatal(err)
+			}
+			bytes, _ := strconv.Atoi(m[3])
+			allocs, _ := strconv.Atoi(m[4])
+			k.bytes, k.allocs, k.times = max(k.bytes, bytes), max(k.allocs, allocs), append(k.times, took)
+		}
+	}
+	all := 0
+	median := func(k *initTask) time.Duration { return slices.Sorted(slices.Values(k.times))[len(k.times)/2] }
+	for _, name := range slices.SortedFunc(maps.Keys(tasks), func(a, b string) int { return cmp.Compare(median(tasks[b]), median(tasks[a])) }) {
+		k := tasks[name]
+		all += k.bytes
+		if took := median(k); took >= 10*time.Microsecond {
+			t.Logf("%8s %6d bytes %4d allocations: %s", took, k.bytes, k.allocs, name)
+		}
+		if k.bytes > mostInit || k.allocs > mostAllocs {
+			t.Errorf("%s allocates %d bytes in %d pieces before main: want %d in %d at most", name, k.bytes, k.allocs, mostInit, mostAllocs)
+		}
+		own := name == "main" || strings.HasPrefix(name, "gvm/") || strings.Contains(strings.Split(name, "/")[0], ".")
+		if own && k.bytes >= initNoise && !slices.Contains(initialized, name) {
+			t.Errorf("%s allocates %d bytes before main, and is not in the list", name, k.bytes)
+		}
+	}
+	for _, name := range initialized {
+		if tasks[name] == nil || tasks[name].bytes < initNoise {
+			t.Errorf("%s has nothing to do before main any longer: take it off the list", name)
+		}
+	}
+	if len(tasks) < 20 || all > mostAllInits {
+		t.Errorf("%d packages allocate %d bytes before main: want %d at most", len(tasks), all, mostAllInits)
+	}
+}
+
+// initLine is what GODEBUG=inittrace=1 prints of a package (package runtime).
+var initLine = regexp.MustCompile(`(?m)^init (\S+) @\S+ ms, (\S+) ms clock, (\d+) bytes, (\d+) allocs$`)
