@@ -371,9 +371,9 @@ func TestGetLBAStatus(t *testing.T) {
 	expect(t, attach(t, scsi.UnitConfig{Backend: mapped{backend.NewMem(blocks * block), syscall.EIO}}), get(0, 24), nil, 24, "CHECK 3/11/00")
 }
 
-// TestImmediateHoldsUpNothing: once SYNCHRONIZE CACHE or START STOP UNIT with IMMED has been answered, its
-// flush holds up no task management function and no other command, and any number of them keep
-// one flush that runs and one to come.
+// TestImmediateHoldsUpNothing: once SYNCHRONIZE CACHE or START STOP UNIT with IMMED has been
+// answered, its flush holds up no task management function and no other command, and any number of
+// them keep one flush that runs and one to come.
 func TestImmediateHoldsUpNothing(t *testing.T) {
 	for name, cdb := range map[string][]byte{
 		"SYNCHRONIZE CACHE(10)": cdb10(0x35, 2, 0, 0), "SYNCHRONIZE CACHE(16)": cdb16(0x91, 2, 0, 0), "START STOP UNIT": {0x1b, 1, 0, 0, 0, 0},

@@ -38,8 +38,8 @@ func attach(t testing.TB, cfg scsi.UnitConfig) *scsi.Target {
 	return target
 }
 
-// settle waits until every command is done, as an ORDERED one comes after all of them, and the flushes
-// of those with IMMED. INQUIRY reports nothing that is pending.
+// settle waits until every command is done, as an ORDERED one comes after all of them, and the
+// flushes of those with IMMED. INQUIRY reports nothing that is pending.
 func settle(target *scsi.Target) {
 	done := make(chan struct{})
 	target.Submit(&scsi.Command{CDB: []byte{0x12, 0, 0, 0, 0, 0}, Attr: scsi.Ordered, Done: func(scsi.Result) { close(done) }})

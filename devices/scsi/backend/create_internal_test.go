@@ -32,7 +32,7 @@ func TestCreatedAtOnce(t *testing.T) {
 		if other, err = os.OpenFile(path, os.O_RDWR, 0); err != nil {
 			t.Fatal(err)
 		}
-		if err := lock(int(other.Fd()), path, false); err != nil {
+		if err := lock(int(other.Fd()), path, false, whole); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -89,8 +89,8 @@ func TestUndo(t *testing.T) {
 	}
 }
 
-// TestNamesAreDurable: the directory of every file that gvm makes, replaces or removes is made durable
-// after that, and by then the file is whole.
+// TestNamesAreDurable: the directory of every file that gvm makes, replaces or removes is made
+// durable after that, and by then the file is whole.
 func TestNamesAreDurable(t *testing.T) {
 	dir := t.TempDir()
 	img := filepath.Join(dir, "disk.img")

@@ -36,7 +36,8 @@ type Options struct {
 	// Note is told of what does not keep a read-only image from being read. nil drops it.
 	Note func(string)
 	// NoLock takes the image without a lock where the file system has no locks. It takes a lock, and
-	// minds those of others, where that has them. A loop device on a file that it cannot find is taken.
+	// minds those of others, where that has them. A loop device on a file that it cannot find is
+	// taken.
 	NoLock bool
 	// Lend leaves a block device unclaimed, because the kernel's SCSI target claims it. That
 	// it can be claimed is checked.
@@ -80,7 +81,7 @@ type File struct {
 	blockSize   int64
 	readOnly    bool
 	noLock      bool
-	below       []io.Closer // what a loop device stands on, locked or claimed
+	below       []io.Closer // what a block device stands on, locked or claimed
 	uses        []*use      // of the file or device and of what it stands on
 	block       bool
 	made        bool // Open made the file
@@ -138,7 +139,7 @@ func openLocked(path string, o Options) (_ *File, err error) {
 		return nil, err
 	}
 	b.block = fi.Mode()&fs.ModeDevice != 0
-	if err := b.use(thingOf(fi), path, o.ReadOnly); err != nil {
+	if err := b.use(thingOf(fi), path, o.ReadOnly, whole); err != nil {
 		return nil, err
 	}
 	if err := b.lock(o); err != nil {

@@ -6,12 +6,13 @@ import (
 	"sync"
 )
 
-// use is one open of a file or block device by a File of this process. Locks do not replace
-// these: an image of Options.NoLock has none, and a lock does not tell the other path.
+// use is what a File of this process has of a file or block device. Locks do not replace these: an
+// image of Options.NoLock may have none, and a lock does not tell the other path.
 type use struct {
 	of     thing
-	path   string
+	path   string // of the File
 	shared bool
+	span   span
 }
 
 var uses struct {
@@ -19,16 +20,17 @@ var uses struct {
 	list []*use
 }
 
-// use registers that b has t open until Close. Unless both only read, a second use is a *LockedError.
-func (b *File) use(t thing, path string, shared bool) error {
+// use registers that b has a range of t, which path leads to, until Close. Unless both only read, a
+// second use is a *LockedError.
+func (b *File) use(t thing, path string, shared bool, s span) error {
 	uses.Lock()
 	defer uses.Unlock()
 	for _, u := range uses.list {
-		if u.of == t && !(u.shared && shared) {
+		if u.of == t && !(u.shared && shared) && u.span.meets(s) && !slices.Contains(b.uses, u) {
 			return &LockedError{Path: path, PID: os.Getpid(), Other: u.path}
 		}
 	}
-	u := &use{t, path, shared}
+	u := &use{t, b.path, shared, s}
 	uses.list, b.uses = append(uses.list, u), append(b.uses, u)
 	return nil
 }

@@ -82,7 +82,7 @@ func Inspect(path string) (i Info, err error) {
 	case unix.F_RDLCK:
 		i.Readers = true
 	case unix.F_WRLCK:
-		if i.Writer = lockHolder(b.fd, true); i.Writer == 0 {
+		if i.Writer = lockHolder(b.fd, true, whole); i.Writer == 0 {
 			i.Writer = -1
 		}
 	}
@@ -99,7 +99,7 @@ func Create(path string, size int64, allocate bool) error {
 	if err != nil {
 		return nowait.CreateError(path, err)
 	}
-	if err := lock(int(f.Fd()), path, false); errors.Is(err, ErrLocked) {
+	if err := lock(int(f.Fd()), path, false, whole); errors.Is(err, ErrLocked) {
 		return errors.Join(err, f.Close()) // the file is another's, which found it before the lock
 	}
 	if allocate {

@@ -48,18 +48,17 @@ var noLocks = []error{unix.ENOLCK, unix.EOPNOTSUPP, unix.ENOSYS, unix.EINVAL}
 // setLock sets or asks for a lock: a variable, so that tests can take it away.
 var setLock = unix.FcntlFlock
 
-// lock puts an open file description lock on the whole file: shared to read,
-// exclusive to write. It goes with the descriptor, and cannot outlive the
-// process.
-func lock(fd int, path string, shared bool) error {
-	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
+// lock puts an open file description lock on a range of a file: shared to read, exclusive to write.
+// It goes with the descriptor, and cannot outlive the process.
+func lock(fd int, path string, shared bool, s span) error {
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: s.from, Len: s.length()}
 	if shared {
 		l.Type = unix.F_RDLCK
 	}
 	err := setLock(uintptr(fd), unix.F_OFD_SETLK, &l)
 	switch {
 	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EACCES):
-		return &LockedError{Path: path, PID: lockHolder(fd, shared)}
+		return &LockedError{Path: path, PID: lockHolder(fd, shared, s)}
 	case slices.ContainsFunc(noLocks, func(e error) bool { return errors.Is(err, e) }):
 		return badImage(ErrNoLocks, path, "the file system has no locks (%v), so nothing would keep another machine"+
 			" from writing it too; if none does, lock=off goes on without", err)
@@ -69,10 +68,10 @@ func lock(fd int, path string, shared bool) error {
 	return nil
 }
 
-// lockHolder finds a process with a lock on the file that fd has open. The
+// lockHolder finds a process with a lock on a range of the file that fd has open. The
 // kernel says nothing of the owner of an open file description lock, but shows
 // the locks of each descriptor in its fdinfo (proc_pid_fdinfo(5)).
-func lockHolder(fd int, shared bool) int {
+func lockHolder(fd int, shared bool, s span) int {
 	var want unix.Stat_t
 	if err := unix.Fstat(fd, &want); err != nil {
 		return 0
@@ -82,7 +81,7 @@ func lockHolder(fd int, shared bool) int {
 			return false
 		}
 		b, err := os.ReadFile(info)
-		return err == nil && hasLock(b, shared)
+		return err == nil && hasLock(b, shared, s)
 	})
 }
 
@@ -106,11 +105,11 @@ func findOpen(match func(st *unix.Stat_t, info string) bool) int {
 }
 
 // hasLock says whether fdinfo shows a lock, of an open file description or a process, that excludes
-// a shared or an exclusive one: "lock:	1: OFDLCK  ADVISORY  WRITE -1 …".
-func hasLock(info []byte, shared bool) bool {
-	for s := bufio.NewScanner(bytes.NewReader(info)); s.Scan(); {
-		f := strings.Fields(s.Text())
-		if len(f) < 5 || f[0] != "lock:" || f[2] != "OFDLCK" && f[2] != "POSIX" {
+// a shared or an exclusive one of a range: "lock:	1: OFDLCK  ADVISORY  WRITE -1 08:01:42 0 EOF".
+func hasLock(info []byte, shared bool, s span) bool {
+	for lines := bufio.NewScanner(bytes.NewReader(info)); lines.Scan(); {
+		f := strings.Fields(lines.Text())
+		if len(f) < 9 || f[0] != "lock:" || f[2] != "OFDLCK" && f[2] != "POSIX" || !s.meets(spanOfLock(f[7], f[8])) {
 			continue
 		}
 		if f[4] == "WRITE" || !shared {
@@ -132,7 +131,7 @@ func command(pid int) string {
 // lock locks the image. Where there are no locks, one that is only read goes on without, as does
 // any with NoLock.
 func (b *File) lock(o Options) error {
-	err := lock(b.fd, b.path, o.ReadOnly)
+	err := lock(b.fd, b.path, o.ReadOnly, whole)
 	if errors.Is(err, ErrNoLocks) && (o.ReadOnly || o.NoLock) {
 		if o.Note != nil && !o.NoLock {
 			o.Note(b.path + ": the file system has no locks:" +

@@ -114,9 +114,9 @@ func durable(f *os.File, path string) error {
 	return syncDir(filepath.Dir(path))
 }
 
-// syncDir makes what was made, renamed or removed in a directory durable: a variable for tests. A file
-// system that cannot (some FUSE and network ones), and a directory that only others may read, are
-// left to do that in their own time.
+// syncDir makes what was made, renamed or removed in a directory durable: a variable for tests. A
+// file system that cannot (some FUSE and network ones), and a directory that only others may read,
+// are left to do that in their own time.
 var syncDir = func(path string) error {
 	d, err := os.Open(path)
 	if errors.Is(err, fs.ErrPermission) {

@@ -94,7 +94,7 @@ func (b *File) Tuples() (*Tuples, error) {
 // lock keeps the file from being taken as a disk. Against other machines the image's lock
 // is enough.
 func (t *Tuples) lock(f *os.File) error {
-	if err := lock(int(f.Fd()), t.path, t.readOnly); errors.Is(err, ErrLocked) {
+	if err := lock(int(f.Fd()), t.path, t.readOnly, whole); errors.Is(err, ErrLocked) {
 		return err
 	}
 	return nil

@@ -21,8 +21,9 @@ import (
 // keeps out programs that lock, O_EXCL on a block device everything that claims
 // devices: mounts, swap, device mapper, md, and of partitions and their disk the other.
 // Neither sees through a loop device, which claims nothing and locks nothing. So the loop
-// devices on a file or device are looked for, and the files below a device are
-// locked: shared, as several partitions may lie in one.
+// devices on a file or device are looked for, and of what a partition or loop device stands on the
+// range that it has there is locked, so that a gvm that writes it keeps out one that reads the
+// whole, and the other way round.
 
 // claim makes sure of the disk's storage beyond the locks that its own descriptor has.
 // A disk that is only read goes on where another writes, with a note.
@@ -41,7 +42,16 @@ func (b *File) claim(o Options) error {
 	if !b.block {
 		return nil
 	}
-	return b.claimBelow(st.Rdev, o, 0)
+	// Locks are of nodes: this is the one that all have.
+	if name := devName(st.Rdev); !nowait.Leads(name, b.f) {
+		if err := b.lockBelow(name, thing{rdev: st.Rdev}, whole, o.ReadOnly, 0); err != nil {
+			return fmt.Errorf("%s: is %w", b.path, err)
+		}
+	}
+	if err := b.lockPartitions(st.Rdev, whole, o.ReadOnly); err != nil {
+		return err
+	}
+	return b.claimBelow(st.Rdev, whole, o.ReadOnly, o, 0)
 }
 
 // usedBy returns what has the image that no lock and no claim of it shows, and what to do
@@ -52,7 +62,7 @@ func (b *File) usedBy(st *unix.Stat_t, o Options) string {
 		t = thing{rdev: st.Rdev}
 	}
 	// With Lend, package lio looks at LIO itself, after it has removed what dead gvms left.
-	if by := t.loops("", o.ReadOnly); by != "" && !(o.Lend && t.lioUser("iblock") != "") {
+	if by := t.loops("", whole, o.ReadOnly); by != "" && !(o.Lend && t.lioUser("iblock") != "") {
 		return by
 	}
 	switch {
@@ -67,20 +77,38 @@ func (b *File) usedBy(st *unix.Stat_t, o Options) string {
 	return ""
 }
 
-// claimBelow locks the files and claims the devices that loop devices below a block
-// device stand on.
-func (b *File) claimBelow(rdev uint64, o Options, depth int) error {
+// lockPartitions locks those partitions of a disk that have a part of s. Their disk is locked by no
+// partition: to lock a range of it for writing it has to be open for writing, and when that ends
+// udev has the kernel read the partition table anew, which takes all partitions away for a moment.
+func (b *File) lockPartitions(disk uint64, s span, shared bool) error {
+	files, _ := filepath.Glob(sysDir(disk) + "/*/partition")
+	for _, file := range files {
+		dir := filepath.Dir(file)
+		if rdev, ok := readDev(dir + "/dev"); ok && partSpan(dir, whole).meets(s) {
+			if err := b.lockBelow("/dev/"+filepath.Base(dir), thing{rdev: rdev}, whole, shared, 0); err != nil {
+				return fmt.Errorf("%s: has the partition %w", b.path, err)
+			}
+		}
+	}
+	return nil
+}
+
+// claimBelow locks what a block device stands on: of the file or device below a loop device, or
+// below the one that a partition is of, the range that s, of the device, is there. A loop device
+// that is written claims the device below it. Which ranges a device of device mapper or md has is
+// not known: what is below those is locked shared, whole.
+func (b *File) claimBelow(rdev uint64, s span, shared bool, o Options, depth int) error {
 	dir := sysDir(rdev)
-	if depth > 16 { // deeper than the kernel goes
+	if depth > 16 || s.from >= s.to { // deeper than the kernel goes, or nothing
 		return nil
 	}
-	below, _ := filepath.Glob(dir + "/slaves/*/dev")
-	if _, err := os.Stat(dir + "/partition"); err == nil {
-		below = append(below, dir+"/../dev")
+	if disk, ok := diskOf(dir); ok {
+		return b.claimBelow(disk, partSpan(dir, s), shared, o, depth+1)
 	}
+	below, _ := filepath.Glob(dir + "/slaves/*/dev")
 	for _, file := range below {
 		if lower, ok := readDev(file); ok {
-			if err := b.claimBelow(lower, o, depth+1); err != nil {
+			if err := b.claimBelow(lower, whole, true, o, depth+1); err != nil {
 				return err
 			}
 		}
@@ -102,35 +130,56 @@ func (b *File) claimBelow(rdev uint64, o Options, depth int) error {
 		}
 		return &LockedError{Path: b.path, By: "a loop device on a file that has no longer the name " + name + ": gvm cannot tell what else writes it; take readonly, or lock=off to insist"}
 	}
-	lower, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|b.exclusive(t, o), 0)
-	switch {
-	case errors.Is(err, unix.EBUSY):
-		return fmt.Errorf("%s: is a loop device on %w", b.path, deviceLocked(name, t.rdev))
-	case err != nil:
-		return nil // not for this user, who may have the device alone
+	claim := 0
+	if t.rdev != 0 && !o.ReadOnly {
+		claim = unix.O_EXCL
 	}
-	b.below = append(b.below, lower)
-	if err := b.use(t, name, true); err != nil {
+	s = loopSpan(dir, s)
+	if err := b.lockBelow(name, t, s, shared, claim); err != nil {
 		return fmt.Errorf("%s: is a loop device on %w", b.path, err)
 	}
-	if err := lock(int(lower.Fd()), name, true); errors.Is(err, ErrLocked) {
-		return fmt.Errorf("%s: is a loop device on %w", b.path, err)
-	}
-	if by := t.loops(filepath.Base(realPath(dir)), o.ReadOnly); by != "" && !o.ReadOnly {
+	if by := t.loops(filepath.Base(realPath(dir)), s, o.ReadOnly); by != "" && !o.ReadOnly {
 		return fmt.Errorf("%s: is a loop device on %w", b.path, &LockedError{Path: name, By: by})
 	}
-	if t.rdev != 0 {
-		return b.claimBelow(t.rdev, o, depth+1)
+	if t.rdev == 0 {
+		return nil
 	}
-	return nil
+	if err := b.lockPartitions(t.rdev, s, shared); err != nil {
+		return err
+	}
+	return b.claimBelow(t.rdev, s, shared, o, depth+1)
 }
 
-// exclusive is O_EXCL for a block device that the disk writes through a loop device.
-func (b *File) exclusive(t thing, o Options) int {
-	if t.rdev != 0 && !o.ReadOnly {
-		return unix.O_EXCL
+// lockBelow locks a range of t, which name leads to, and claims it with O_EXCL as claim. What the
+// user may only read is locked shared, which keeps out those that write all of it; what the user
+// may not open is left, as the user may have the device above alone.
+func (b *File) lockBelow(name string, t thing, s span, shared bool, claim int) error {
+	if err := b.use(t, name, shared, s); err != nil {
+		return err
 	}
-	return 0
+	flags := os.O_RDWR | unix.O_NONBLOCK | claim
+	if shared {
+		flags = os.O_RDONLY | unix.O_NONBLOCK | claim
+	}
+	lower, err := os.OpenFile(name, flags, 0)
+	if err != nil && !shared && !(claim != 0 && errors.Is(err, unix.EBUSY)) {
+		shared = true
+		lower, err = os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|claim, 0)
+	}
+	switch {
+	case claim != 0 && errors.Is(err, unix.EBUSY):
+		return deviceLocked(name, t.rdev)
+	case err != nil:
+		return nil
+	}
+	b.below = append(b.below, lower)
+	if fi, err := lower.Stat(); err != nil || thingOf(fi) != t {
+		return nil // the name leads elsewhere
+	}
+	if err := lock(int(lower.Fd()), name, shared, s); errors.Is(err, ErrLocked) {
+		return err
+	}
+	return nil
 }
 
 // thing is what names lead to: a file, or the device of a node.
@@ -163,12 +212,12 @@ func (t thing) behind(loop string) bool {
 	return err == nil && t.is(strings.TrimSuffix(string(path), "\n"))
 }
 
-// loops returns the loop device that has it beside the one that is called but, and what to
+// loops returns the loop device that has a part of s beside the one that is called but, and what to
 // do about that; "" if there is none. Of devices that cannot write, a reader sees nothing.
 // A device whose last user has gone is taken down by the kernel in its own time, and waited for.
-func (t thing) loops(but string, reader bool) string {
+func (t thing) loops(but string, s span, reader bool) string {
 	for tries := 0; ; tries++ {
-		by, going := t.loop(but, reader)
+		by, going := t.loop(but, s, reader)
 		if by == "" || !going || tries == 25 {
 			return by
 		}
@@ -178,13 +227,12 @@ func (t thing) loops(but string, reader bool) string {
 
 // loop is loops at this moment; going says that the device has no user that is known, and
 // goes with its last one.
-func (t thing) loop(but string, reader bool) (by string, going bool) {
-	const all = "/sys/block/"
-	files, _ := filepath.Glob(all + "loop*/loop/backing_file")
+func (t thing) loop(but string, s span, reader bool) (by string, going bool) {
+	files, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	for _, file := range files {
 		dir := filepath.Dir(filepath.Dir(file))
 		name := filepath.Base(dir)
-		if name == but || reader && isReadOnly(dir) || but != "" && apart(dir, all+but) || !t.behind(name) {
+		if name == but || reader && isReadOnly(dir) || !loopSpan(dir, whole).meets(s) || !t.behind(name) {
 			continue
 		}
 		by := fmt.Sprintf("loop device /dev/%s is on it", name)
@@ -201,20 +249,6 @@ func (t thing) loop(but string, reader bool) (by string, going bool) {
 		return fmt.Sprintf("%s; losetup --detach /dev/%s first", by, name), readNumber(dir+"/loop/autoclear") == 1
 	}
 	return "", false
-}
-
-// apart tells whether two loop devices have different parts of their file.
-func apart(a, b string) bool {
-	reach := func(dir string) (from, to uint64) {
-		from = readNumber(dir + "/loop/offset")
-		if n := readNumber(dir + "/loop/sizelimit"); n > 0 {
-			return from, from + n
-		}
-		return from, 1 << 63
-	}
-	from, to := reach(a)
-	from2, to2 := reach(b)
-	return to <= from2 || to2 <= from
 }
 
 // isSwap tells whether the kernel swaps to the file.
@@ -291,7 +325,7 @@ func deviceUser(rdev uint64, writers bool) string {
 			return fmt.Sprintf("%s is part of %s%s", devName(dev), name, end)
 		}
 		t := thing{rdev: dev}
-		if by := t.loops("", writers); by != "" {
+		if by := t.loops("", whole, writers); by != "" {
 			return by
 		}
 		if by := t.lioUser("iblock"); by != "" {
@@ -362,12 +396,18 @@ func related(rdev uint64) []uint64 {
 			devs = append(devs, dev)
 		}
 	}
-	if _, err := os.Stat(dir + "/partition"); err == nil {
-		if dev, ok := readDev(realPath(dir) + "/../dev"); ok {
-			devs = append(devs, dev)
-		}
+	if disk, ok := diskOf(dir); ok {
+		devs = append(devs, disk)
 	}
 	return devs
+}
+
+// diskOf returns the disk that a partition, given by its directory in /sys, is of.
+func diskOf(dir string) (disk uint64, ok bool) {
+	if _, err := os.Stat(dir + "/partition"); err != nil {
+		return 0, false
+	}
+	return readDev(realPath(dir) + "/../dev")
 }
 
 func sysDir(rdev uint64) string {
