@@ -79,5 +79,5 @@
 // error that returns a Sense, or any other error, to fail. The row says where
 // address and lengths stand in the CDB, what data the command has, and what may
 // refuse it. Dispatch, handlers, limits, reservations, traces and REPORT
-// SUPPORTED OPERATION CODES all read the row.
+// SUPPORTED OPERATION CODES all read the row (see AddCommand in the tests).
 package scsi
