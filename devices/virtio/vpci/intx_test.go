@@ -126,6 +126,7 @@ func TestINTxMSIX(t *testing.T) {
 	cfg := pcitest.ECAM(r.bus, 1)
 	d := r.attach(cfg, false)
 	c := pcitest.Caps(cfg, 0x11)[0]
+	var earlier func() // signals the queue of the last round
 	for round := range 3 {
 		what := func(s string) string { return fmt.Sprintf("round %d: %s", round, s) }
 		d.interrupts()
@@ -134,6 +135,7 @@ func TestINTxMSIX(t *testing.T) {
 			followers(t, "MSI-X", 0)
 		}
 		call := dev.active.Queues[2].Call
+		earlier = func() { call.Signal() }
 		call.Signal()
 		dev.active.ConfigChanged()
 		r.took(what("MSI-X"), 0x40, 0x42)
@@ -163,6 +165,13 @@ func TestINTxMSIX(t *testing.T) {
 		level(t, what("nor is the line"), levels)
 		equal(t, what("reset"), d.status(0), 0)
 	}
+	d.set(driverFeatureSelect, 4, 1)
+	d.set(driverFeature, 4, 1)
+	d.setQueue(2, 64, 2, 0x1000, 0x2000, 0x3000)
+	earlier()
+	equal(t, "started without MSI-X", d.status(15), 15)
+	level(t, "what an earlier activation signals", levels)
+	equal(t, "its ISR status", d.load(d.isr, 1), 0)
 	followers(t, "MSI-X was disabled", 1)
 	r.logged()
 }

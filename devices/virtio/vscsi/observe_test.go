@@ -108,6 +108,27 @@ func TestObserver(t *testing.T) {
 	check("power on")
 }
 
+// lastRecord is an observer that keeps where the record is, which observers must not.
+type lastRecord struct {
+	at      *trace.Record
+	payload int
+}
+
+func (*lastRecord) Now() time.Duration { return 0 }
+
+func (l *lastRecord) Observe(r *trace.Record) { l.at, l.payload = r, len(r.Payload) }
+
+// TestPayloadNotKept: a parameter list that was traced is not kept with its chain.
+func TestPayloadNotKept(t *testing.T) {
+	last, f := &lastRecord{}, &fake{submit: func(c *scsi.Command) { c.Done(scsi.Result{}) }}
+	r := newRig(t, Config{Target: f, Observer: last}, 0)
+	modeSelect := append([]byte{0x55, 0x10, 0, 0, 0, 0, 0, 0x10, 0, 0}, make([]byte, 22)...)
+	r.roundTrip(2, append(header(lun5, 1, 0, modeSelect...), make([]byte, 4096)...), nil, 108, nil)
+	if last.payload != 4096 || last.at.Payload != nil {
+		t.Errorf("%d bytes were told, and %d are kept", last.payload, len(last.at.Payload))
+	}
+}
+
 // TestObserverAllocatesNothing is TestNoAllocations with a trace.
 func TestObserverAllocatesNothing(t *testing.T) {
 	if raceDetector {
