@@ -616,6 +616,19 @@ func TestCheckName(t *testing.T) {
 	}
 }
 
+// TestLockHeld: a process that keeps a directory's lock, as one that is stopped does, is not waited for.
+func TestLockHeld(t *testing.T) {
+	d := testDir(t)
+	dir, err := d.lock(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.unlock(dir)
+	if _, err := d.List(); err == nil || !strings.Contains(err.Error(), d.path+": another process has held its lock") { // or hangs
+		t.Errorf("list: %v", err)
+	}
+}
+
 // TestClientOddAnswers are those of something that is no machine.
 func TestClientOddAnswers(t *testing.T) {
 	d := testDir(t)

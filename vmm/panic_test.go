@@ -102,14 +102,28 @@ func TestPanicSilence(t *testing.T) {
 				var guest sync.WaitGroup
 				guest.Go(func() { tt.guest(m, pauser) })
 				<-m.ended
-				if got := time.Since(start); m.outcome.Err.Error() != tt.want || got > tt.after {
-					t.Errorf("%v after %v, want %s by %v", m.outcome.Err, got, tt.want, tt.after)
+				if got := time.Since(start); m.outcome.Err.Error() != tt.want || got > tt.after || got < tt.after-panicSilence {
+					t.Errorf("%v after %v, want %s in the %v before %v", m.outcome.Err, got, tt.want, panicSilence, tt.after)
 				}
 				m.panicked.stopSilence()
 				guest.Wait()
 			})
 		})
 	}
+}
+
+// TestCrashKernelSilence: a guest that goes on to its crash kernel may be silent.
+func TestCrashKernelSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &machine{console: &consoleWatch{out: io.Discard}}
+		m.lifecycle.init()
+		m.pvpanic(pvpanic.Panicked | pvpanic.CrashLoaded)
+		time.Sleep(time.Hour)
+		if m.stop.Load() {
+			t.Errorf("%s, %v", m.outcome.Ending, m.outcome.Err)
+		}
+		m.panicked.stopSilence()
+	})
 }
 
 func chatter(m *machine, lines int, every time.Duration) {

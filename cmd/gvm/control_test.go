@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -277,5 +278,38 @@ func TestStoppedMachine(t *testing.T) {
 	}
 	if r := p.wait(); r.status != exitTerminated {
 		t.Errorf("status %d, %q", r.status, r.errs)
+	}
+}
+
+// patient is a machine that does not answer before another is asked as well.
+type patient struct {
+	evilMachine
+	name string
+	all  *sync.WaitGroup
+}
+
+func (p patient) Info() control.Info {
+	p.all.Done()
+	p.all.Wait()
+	return control.Info{Name: p.name}
+}
+
+// TestListAsksAtOnce: no machine waits for the answer of another.
+func TestListAsksAtOnce(t *testing.T) {
+	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
+	var all sync.WaitGroup
+	names := []string{"first", "second"}
+	all.Add(len(names))
+	for _, name := range names {
+		s, err := control.Claim(control.DefaultDirectory(), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		s.Serve(patient{name: name, all: &all})
+	}
+	var out, notes bytes.Buffer
+	if err := listMachines(t.Context(), &out, &notes, false); err != nil || notes.Len() > 0 || strings.Count(out.String(), "\n") != 3 {
+		t.Errorf("%v\n%s%s", err, &out, &notes)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	"gvm/guest/embedded/embeddedtest"
+	"gvm/vmm"
 )
 
 func guestRun(words ...string) []string {
@@ -78,6 +79,15 @@ func TestEndings(t *testing.T) {
 			t.Parallel()
 			check(t, startOnTerminal(t, tt.args...).wait(), true)
 		})
+	}
+}
+
+// TestEnded: a guest that halted has ended as well as one that powered off.
+func TestEnded(t *testing.T) {
+	for _, e := range []vmm.Ending{vmm.PoweredOff, vmm.Halted} {
+		if err := ended(vmm.Outcome{Ending: e}); err != nil {
+			t.Errorf("%v: %v", e, err)
+		}
 	}
 }
 
