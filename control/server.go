@@ -9,7 +9,6 @@ import (
 	"log"
 	"net"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -31,9 +30,7 @@ const (
 
 // Server is the control socket of a machine.
 type Server struct {
-	dir      Directory
-	name     string
-	lock     *os.File
+	release  func() error // gives up the name, once
 	listener *net.UnixListener
 
 	http    *http.Server // nil before Serve
@@ -54,7 +51,7 @@ func Claim(d Directory, name string) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
-	return &Server{dir: d, name: name, lock: lock, listener: l}, nil
+	return &Server{release: sync.OnceValue(func() error { return d.release(name, lock) }), listener: l}, nil
 }
 
 // Serve begins to answer for m. It is called once at most, before Close.
@@ -89,8 +86,12 @@ func (s *Server) Close() error {
 		s.closed = true // for a request that was read just before
 		s.busy.Unlock()
 	}
-	return errors.Join(err, s.dir.release(s.name, s.lock))
+	return errors.Join(err, s.release())
 }
+
+// Release gives up the name and removes the socket, as Close does, whatever requests are under way: for a
+// process that ends at once. It may be called at any time.
+func (s *Server) Release() error { return s.release() }
 
 // endpoint answers a request with what becomes JSON, nil for no content.
 type endpoint func(*http.Request) (any, error)

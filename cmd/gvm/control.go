@@ -111,6 +111,9 @@ func (rc *runConfig) claimName() (*control.Server, error) {
 		return nil, nil
 	}
 	rc.name = name
+	urgent.Lock()
+	urgent.release = s.Release
+	urgent.Unlock()
 	return s, nil
 }
 

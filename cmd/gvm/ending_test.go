@@ -3,12 +3,15 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -150,6 +153,47 @@ func stuck() {
 	<-ctx.Done()
 	fmt.Println("ending")
 	time.Sleep(time.Hour)
+}
+
+// TestEverySignal sends a gvm on a terminal every signal that can be caught: it goes on or ends, with the
+// terminal restored and its name given up. The fatal ones have it dump its goroutines.
+func TestEverySignal(t *testing.T) {
+	t.Parallel()
+	ends := map[syscall.Signal]int{syscall.SIGHUP: exitHangup, syscall.SIGINT: exitQuit, syscall.SIGTERM: exitTerminated}
+	for _, s := range fatalSignals {
+		ends[s.(syscall.Signal)] = 128 + int(s.(syscall.Signal))
+	}
+	for s := syscall.Signal(1); s <= 64; s++ {
+		if s == syscall.SIGKILL || s == syscall.SIGSTOP || s > 34 && s < 64 { // of real-time signals two are enough
+			continue
+		}
+		t.Run(s.String(), func(t *testing.T) {
+			t.Parallel()
+			name := fmt.Sprintf("signal-%d-%d", s, os.Getpid())
+			p := startOnTerminal(t, guestRun("--name="+name, "echo")...)
+			p.expect("ready")
+			p.signal(s)
+			status, ended := ends[s]
+			if !ended {
+				p.typeIn("here")
+				p.expect("here")
+				p.signal(syscall.SIGTERM)
+				status = exitTerminated
+			}
+			r := p.wait()
+			if r.status != status {
+				t.Errorf("status %d, want %d: %q", r.status, status, r.out)
+			}
+			if slices.Contains(fatalSignals, os.Signal(s)) && !(strings.Contains(r.out, fmt.Sprintf("%s: %s\r\n", unix.SignalName(s), s)) && strings.Contains(r.out, "\ngoroutine 1 [")) {
+				t.Errorf("no dump: %q", r.out)
+			}
+			for _, suffix := range []string{".sock", ".lock"} {
+				if _, err := os.Lstat(filepath.Join(runtimeDir, "gvm", name+suffix)); !errors.Is(err, fs.ErrNotExist) {
+					t.Errorf("%s is left: %v", suffix, err)
+				}
+			}
+		})
+	}
 }
 
 // TestSecondSignal ends at once what is ending.

@@ -44,6 +44,8 @@ const exitStatusHelp = `gvm run ends with one of these, and nothing else:
    130  stopped by Ctrl-a x, or by an interrupt (SIGINT)
    129, 143  stopped by SIGHUP, or by SIGTERM or gvm stop; a terminal that goes
         away is a SIGHUP
+   131  SIGQUIT, with a dump of gvm's goroutines on standard error; 132 to 159
+        likewise, 128 and the number of another such signal (SIGABRT and so on)
 
 Other commands end with 0, 2 or 3 in the same sense, and gvm trace diff and gvm
 replay with 1 when something differs.`

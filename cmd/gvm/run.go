@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -491,18 +492,31 @@ func ended(out vmm.Outcome) error {
 	return out.Err
 }
 
+// fatalSignals are those of which the Go runtime dumps the goroutines and exits, with the terminal as it
+// is. Faults of the process itself do not come through a channel, and stay the runtime's.
+var fatalSignals = []os.Signal{syscall.SIGQUIT, syscall.SIGILL, syscall.SIGTRAP, syscall.SIGABRT, syscall.SIGBUS,
+	syscall.SIGFPE, syscall.SIGSEGV, syscall.SIGSTKFLT, syscall.SIGSYS}
+
 // catchSignals makes the signals that ask a process to end stop the run in good
-// order, and at once if it ends already. The function that it returns undoes it.
+// order, and at once if it ends already. Fatal ones end it at once with a dump of the goroutines; others
+// do nothing, as the runtime has it. The function that it returns undoes it.
 func catchSignals(ctx context.Context, stop func(error)) func() {
 	ch := make(chan os.Signal, 2)
-	signal.Notify(ch, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	signal.Notify(ch, append([]os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP}, fatalSignals...)...)
 	signal.Ignore(syscall.SIGPIPE) // a closed output is a write error
 	// In the background of a terminal gvm writes to it, reads from it fail, and neither stops gvm.
 	signal.Ignore(syscall.SIGTTOU, syscall.SIGTTIN)
+	ignoreRealTime()
 	go func() {
 		for s := range ch {
 			status, name := 128+int(s.(syscall.Signal)), unix.SignalName(s.(syscall.Signal))
-			if ctx.Err() != nil {
+			switch {
+			case slices.Contains(fatalSignals, s):
+				exitNow(status, dumpPatience, func() {
+					stderr.say(fmt.Sprintf("%s: %s\n\n", name, s))
+					stderr.say(string(stacks()))
+				})
+			case ctx.Err() != nil:
 				endNow(status, "stopped at once by "+name)
 			}
 			stop(endError{status, fmt.Errorf("stopped by %s", name)})
@@ -514,21 +528,43 @@ func catchSignals(ctx context.Context, stop func(error)) func() {
 	}
 }
 
+// stacks returns the stacks of all goroutines.
+func stacks() []byte {
+	for n := 1 << 20; ; n *= 2 {
+		b := make([]byte, n)
+		if m := runtime.Stack(b, true); m < n || n > 64<<20 {
+			return b[:m]
+		}
+	}
+}
+
 // urgent has what an end at once still does.
 var urgent struct {
 	sync.Mutex
-	restore func() error
+	restore func() error // the terminal
+	release func() error // the name and its socket
 }
 
-// endNow ends the process while its end in order waits: the next gvm removes a socket that is
-// left, and gvm lio gc the objects of the kernel.
+// endNow ends the process while its end in order waits: gvm lio gc removes the objects of the kernel that
+// are left.
 func endNow(status int, why string) {
+	exitNow(status, patience, func() { stderr.say(fmt.Sprintf("gvm: %s, before the end in order was over\n", why)) })
+}
+
+// dumpPatience is how long the reader of a dump has.
+const dumpPatience = 10 * time.Second
+
+// exitNow ends the process with what urgent has and what say says, or without it after a while.
+func exitNow(status int, patience time.Duration, say func()) {
 	go func() { // restoring may wait too
 		urgent.Lock() // for good
 		if urgent.restore != nil {
 			_ = urgent.restore()
 		}
-		stderr.say(fmt.Sprintf("gvm: %s, before the end in order was over\n", why))
+		say()
+		if urgent.release != nil {
+			_ = urgent.release() // else the next gvm removes them
+		}
 		stderr.flush(-1)
 		os.Exit(status)
 	}()
