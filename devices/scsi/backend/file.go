@@ -81,8 +81,9 @@ type File struct {
 	blockSize   int64
 	readOnly    bool
 	noLock      bool
-	below       []io.Closer // what a block device stands on, locked or claimed
-	uses        []*use      // of the file or device and of what it stands on
+	note        func(string) // nil: dropped
+	below       []io.Closer  // what a block device stands on, locked or claimed
+	uses        []*use       // of the file or device and of what it stands on
 	block       bool
 	made        bool // Open made the file
 	unnamed     bool // it has no path
@@ -123,7 +124,7 @@ func openLocked(path string, o Options) (_ *File, err error) {
 	}
 	b := &File{
 		f: f, fd: int(f.Fd()), path: path, made: made, blockSize: int64(o.BlockSize),
-		readOnly: o.ReadOnly, direct: o.Direct, noLock: o.NoLock,
+		readOnly: o.ReadOnly, direct: o.Direct, noLock: o.NoLock, note: o.Note,
 	}
 	defer func() {
 		if err != nil {

@@ -59,7 +59,7 @@ var ErrBase = errors.New("another base")
 // overlayInfo is the header: what it was made for, and the boot of the host that
 // its first bitmap is true in.
 type overlayInfo struct {
-	Size, BaseTime int64 // of the base: bytes, nanoseconds
+	Size, BaseTime int64 // of the base: bytes, and when it changed in nanoseconds, 0 if not known
 	Boot           [36]byte
 	Base           string // absolute path, for people
 }
@@ -118,8 +118,8 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 		return nil, badImage(ErrSize, base.path, "has %d bytes, more than an overlay can stand on", o.size)
 	}
 	want := overlayInfo{Size: o.size, BaseTime: fi.ModTime().UnixNano(), Base: base.Identity()}
-	if base.block {
-		want.BaseTime = 0 // it is the node's
+	if base.block { // the time is the node's
+		want.BaseTime = modTime(thingOf(fi).rdev)
 	}
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -163,8 +163,13 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	if err != nil {
 		return nil, badImage(ErrFormat, path, "%v", err)
 	}
-	if have.Size != want.Size || have.BaseTime != want.BaseTime {
+	unsure := base.block && have.BaseTime == 0
+	if have.Size != want.Size || have.BaseTime != want.BaseTime && !unsure {
 		return nil, badImage(ErrBase, path, "was made on %s as it was then, of %d bytes; %s has changed since, or is another: remove the overlay to begin anew", have.Base, have.Size, base.path)
+	}
+	if unsure && base.note != nil {
+		base.note(fmt.Sprintf("%s: was made on %s, and Linux does not tell whether %s has changed since: if it has,"+
+			" remove the overlay to begin anew", path, have.Base, base.path))
 	}
 	same := have.Boot == want.Boot
 	if err := o.load(same); err != nil {

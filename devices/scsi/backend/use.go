@@ -182,6 +182,30 @@ func (b *File) lockBelow(name string, t thing, s span, shared bool, claim int) e
 	return nil
 }
 
+// modTime returns when the file changed that a loop device, or a partition of one, stands on, in
+// nanoseconds. Of other devices Linux keeps no such time: 0.
+func modTime(rdev uint64) int64 {
+	for range 16 { // deeper than the kernel goes
+		dir := sysDir(rdev)
+		if disk, ok := diskOf(dir); ok {
+			rdev = disk
+			continue
+		}
+		path, err := os.ReadFile(dir + "/loop/backing_file")
+		if err != nil {
+			return 0
+		}
+		fi, err := os.Stat(strings.TrimSuffix(string(path), "\n"))
+		if err != nil || !thingOf(fi).behind(filepath.Base(realPath(dir))) {
+			return 0
+		}
+		if rdev = thingOf(fi).rdev; rdev == 0 {
+			return fi.ModTime().UnixNano()
+		}
+	}
+	return 0
+}
+
 // thing is what names lead to: a file, or the device of a node.
 type thing struct{ dev, ino, rdev uint64 }
 

@@ -292,6 +292,74 @@ func TestInUseByHost(t *testing.T) {
 	})
 }
 
+// TestOverlayOnDevice: an overlay on a block device is continued on it as it was. Where gvm cannot
+// tell, it says so.
+func TestOverlayOnDevice(t *testing.T) {
+	needs(t, "losetup", "addpart")
+	img := image(t, "disk.img", "", 8*mib)
+	dev := loop(t, img, "--partscan")
+	file := filepath.Join(t.TempDir(), "overlay")
+	begin := func(base string) (notes string, err error) {
+		t.Helper()
+		f := open(t, base, backend.Options{ReadOnly: true, Note: func(s string) { notes += s + "\n" }})
+		o, err := backend.OpenOverlay(f, file)
+		if err == nil {
+			err = o.Close()
+		} else {
+			f.Close()
+		}
+		return notes, err
+	}
+	quiet := func(base string) {
+		t.Helper()
+		if notes, err := begin(base); err != nil || notes != "" {
+			t.Errorf("%s: %v, notes %q", base, err, notes)
+		}
+	}
+	noted := func(base string) {
+		t.Helper()
+		if notes, err := begin(base); err != nil || !strings.Contains(notes, file+": ") || !strings.Contains(notes, base+" has changed since") {
+			t.Errorf("%s: %v, notes %q", base, err, notes)
+		}
+	}
+	for _, base := range []string{dev, partition(t, dev, 1, 2048, 2048)} {
+		quiet(base)
+		quiet(base)
+		w := open(t, base, backend.Options{})
+		if _, err := w.WriteAt([]byte("changed"), 4096); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(w.Flush(), w.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if notes, err := begin(base); !errors.Is(err, backend.ErrBase) || !strings.Contains(err.Error(), base+" has changed since") {
+			t.Errorf("%s, changed: %v, notes %q", base, err, notes)
+		}
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// An overlay of an earlier gvm has no time of its device.
+	quiet(dev)
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	clear(b[24:32])
+	seal(b)
+	if err := os.WriteFile(file, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	noted(dev)
+	quiet(dev)
+	// What has no file below it, as this loop device from now on, has no time.
+	if err := errors.Join(os.Remove(img), os.Remove(file)); err != nil {
+		t.Fatal(err)
+	}
+	quiet(dev)
+	noted(dev)
+}
+
 // TestSideFilesAreNotDisks: what gvm keeps beside an image is not taken as a disk, and is
 // not put in place of one.
 func TestSideFilesAreNotDisks(t *testing.T) {
