@@ -670,3 +670,54 @@ func TestClientOddAnswers(t *testing.T) {
 		t.Errorf("a machine that does not answer: %v", err)
 	}
 }
+
+// TestManyClients: clients that send half a request, or do not take an answer, take a bounded number of
+// descriptors and keep no other client out.
+func TestManyClients(t *testing.T) {
+	f := newFake()
+	f.disks["big"] = Disk{Path: strings.Repeat("x", 512<<10)} // an answer that no socket has room for
+	d, client := serve(t, f)
+	dir, err := os.Open(d.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	descriptors := func() int {
+		list, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	before, conns := descriptors(), []net.Conn{}
+	defer func() {
+		for _, c := range conns {
+			c.Close()
+		}
+	}()
+	const each = 3 * maxClients
+	for _, text := range []string{
+		"", "G", "GET /v1/machine HTTP/1.1\r\nHost: gvm\r\n",
+		"POST /v1/disks HTTP/1.1\r\nHost: gvm\r\nContent-Length: 10\r\n\r\n{",
+		"GET /v1/disks HTTP/1.1\r\nHost: gvm\r\n\r\n",
+	} {
+		for range each {
+			c, err := net.Dial("unix", socketPath(dir, "vm.sock"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			conns = append(conns, c)
+			_, _ = io.WriteString(c, text) // it may be closed already
+		}
+		if info, err := client.Info(t.Context()); err != nil || info.Name != "vm" {
+			t.Errorf("after clients that send %q: %+v, %v", text, info, err)
+		}
+		// The answer to Info came after all of these were accepted.
+		if n := descriptors() - before - len(conns); n > maxClients+1 {
+			t.Errorf("after clients that send %q: %d descriptors of the server", text, n)
+		}
+	}
+	if _, err := conns[0].Read(make([]byte, 1)); !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("the oldest client: %v", err)
+	}
+}

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -58,6 +59,7 @@ func Claim(d Directory, name string) (*Server, error) {
 func (s *Server) Serve(m Machine) {
 	s.http = &http.Server{
 		Handler:           s.handler(m),
+		ConnContext:       withClient,
 		ReadHeaderTimeout: readTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      answerTimeout,
@@ -66,7 +68,7 @@ func (s *Server) Serve(m Machine) {
 		ErrorLog:          log.New(io.Discard, "", 0), // what a client does wrong is told to the client
 	}
 	s.http.SetKeepAlivesEnabled(false)
-	s.accepts.Go(func() { _ = s.http.Serve(s.listener) })
+	s.accepts.Go(func() { _ = s.http.Serve(&clients{UnixListener: s.listener}) })
 }
 
 // Close ends the service, waits for what the machine has been asked to do, and
@@ -185,8 +187,15 @@ func (s *Server) handler(m Machine) http.Handler {
 
 // serve answers one request.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
-	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-	value, err := s.guarded(do, r)
+	// All of the body, before the machine has to do with it: the client may never send it.
+	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	var value any
+	if err != nil {
+		err = bodyError(err)
+	} else {
+		r.Body = io.NopCloser(bytes.NewReader(b))
+		value, err = s.guarded(do, r)
+	}
 	status := http.StatusOK
 	if err != nil {
 		status = http.StatusInternalServerError
@@ -210,6 +219,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
 // guarded does a request unless the machine has ended. A bug of ours becomes an
 // error: the machine goes on.
 func (s *Server) guarded(do endpoint, r *http.Request) (value any, err error) {
+	defer enter(r.Context())()
 	s.busy.RLock()
 	defer s.busy.RUnlock()
 	if s.closed {
@@ -243,6 +253,10 @@ func body(r *http.Request, v any) error {
 			err = errors.New("more than one JSON value")
 		}
 	}
+	return bodyError(err)
+}
+
+func bodyError(err error) error {
 	if e := (*http.MaxBytesError)(nil); errors.As(err, &e) {
 		return Errorf(http.StatusRequestEntityTooLarge, "the body has more than %d bytes", e.Limit)
 	}
