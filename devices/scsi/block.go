@@ -376,7 +376,7 @@ func prefetch(tk *task) error {
 // writeSame is WRITE SAME(10) and (16) (SBC-4 5.47, 5.48).
 func writeSame(tk *task) error {
 	cdb, u := tk.CDB, tk.u
-	discard, noBlock := tk.op.unmap(cdb), cdb[1]&tk.op.usage[1]&0x01 != 0 // UNMAP, NDOB
+	discard, noBlock := tk.op.unmap(cdb), cdb[1]&tk.op.usage[0]&0x01 != 0 // UNMAP, NDOB
 	switch {
 	case tk.op.protect(cdb) != 0:
 		return invalidCDB(1, 7) // WRPROTECT

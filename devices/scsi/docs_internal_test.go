@@ -34,7 +34,7 @@ func CommandTable() string {
 	var b strings.Builder
 	b.WriteString("| code | command | CDB | address | blocks | bytes | data | limits | reservations | units |\n")
 	b.WriteString("|---|---|---|---|---|---|---|---|---|---|\n")
-	line := func(code string, o *opcode) {
+	line := func(code int, o *opcode) {
 		counted := ""
 		switch {
 		case o.flags&countsTwice != 0:
@@ -46,30 +46,33 @@ func CommandTable() string {
 		case o.flags&countsSegments != 0:
 			counted = "segments"
 		}
-		conflicts := map[access]string{freeAccess: "", readAccess: "EA", writeAccess: "all"}[o.access([]byte(o.usage))]
+		conflicts := map[access]string{freeAccess: "", readAccess: "EA", writeAccess: "all"}[o.access(o.usageData(byte(code)))]
 		switch {
 		case o.exempt != nil:
 			conflicts += " but some"
 		case o.flags&conflictsWithReserve != 0:
 			conflicts = "RESERVE"
 		}
-		units := ""
+		number, units := fmt.Sprintf("%02x", code), ""
+		if o != &opcodes[code] {
+			number += fmt.Sprintf("/%02x", o.action())
+		}
 		switch {
 		case o.flags&onWLUN != 0:
 			units = "W-LUN too"
 		case o.flags&thinOnly != 0:
 			units = "thin"
 		}
-		fmt.Fprintf(&b, "| %s | %s | %d | %s | %s | %s | %s | %s | %s | %s |\n", code, o.name, o.length(),
+		fmt.Fprintf(&b, "| %s | %s | %d | %s | %s | %s | %s | %s | %s | %s |\n", number, o.name, o.length(),
 			o.extent.lba.span(), o.extent.blocks.span(), o.list.span(), dataWords[o.data], counted, conflicts, units)
 	}
 	for code := range opcodes {
 		row := &opcodes[code]
 		for i := range row.actions {
-			line(fmt.Sprintf("%02x/%02x", code, row.actions[i].action()), &row.actions[i])
+			line(code, &row.actions[i])
 		}
 		if row.run != nil {
-			line(fmt.Sprintf("%02x", code), row)
+			line(code, row)
 		}
 	}
 	return b.String()
@@ -78,13 +81,12 @@ func CommandTable() string {
 // senseTable is the other table of docs/commands.md: a line for each sense that the target returns.
 func senseTable() string {
 	list := slices.Clone(returned)
-	slices.SortFunc(list, func(a, b Sense) int {
-		return bytes.Compare([]byte{a.ASC, a.ASCQ, byte(a.Key)}, []byte{b.ASC, b.ASCQ, byte(b.Key)})
+	slices.SortFunc(list, func(a, b namedSense) int {
+		return bytes.Compare([]byte{a.asc, a.ascq, byte(a.key)}, []byte{b.asc, b.ascq, byte(b.key)})
 	})
 	b := "| sense | key | additional sense |\n|---|---|---|\n"
 	for _, s := range list {
-		key, name, _ := strings.Cut(s.Error(), ", ")
-		b += fmt.Sprintf("| %x/%02x/%02x | %s | %s |\n", uint8(s.Key), s.ASC, s.ASCQ, key, name)
+		b += fmt.Sprintf("| %x/%02x/%02x | %s | %s |\n", uint8(s.key), s.asc, s.ascq, s.key.Name(), s.name)
 	}
 	return b
 }

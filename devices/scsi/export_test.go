@@ -3,14 +3,19 @@ package scsi
 import "time"
 
 // ReturnedSense returns the sense data that the target returns.
-func ReturnedSense() []Sense { return returned }
+func ReturnedSense() (list []Sense) {
+	for _, n := range returned {
+		list = append(list, Sense{Key: n.key, ASC: n.asc, ASCQ: n.ascq})
+	}
+	return list
+}
 
 // UsageData returns the usage data of every command.
 func UsageData() (list [][]byte) {
 	for i := range opcodes {
 		for _, o := range append(opcodes[i].actions, opcodes[i]) {
 			if o.run != nil {
-				list = append(list, []byte(o.usage))
+				list = append(list, o.usageData(byte(i)))
 			}
 		}
 	}

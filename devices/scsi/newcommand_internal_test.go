@@ -8,7 +8,6 @@ func AddCommand(t testing.TB) {
 	t.Cleanup(func() { opcodes[0xc0] = opcode{} })
 	opcodes[0xc0] = opcode{name: "WRITE INVERTED(12)", usage: "\x08" + rest12, extent: extent12, data: blocksOut,
 		flags: medium | writes | fuaBit, run: writeInverted}
-	opcodes[0xc0].complete(0xc0)
 }
 
 // writeInverted writes the complement of data-out.

@@ -125,10 +125,8 @@ const (
 // opcode is a row of the dispatch table: all that is known of a command but what it does.
 type opcode struct {
 	name string
-	// usage is the CDB USAGE DATA of SPC-5 6.35.3: the operation code, the
-	// service action if there is one, and ones for the bits that are looked
-	// at. Its length is the length of the CDB. The table has it without the operation
-	// code and the bits of the fields below, which complete adds.
+	// usage is usageData without the operation code and without the bits of the fields
+	// below. The length of the CDB is one more.
 	usage   string
 	extent  extent
 	list    field // ALLOCATION LENGTH or PARAMETER LIST LENGTH, in bytes
@@ -140,26 +138,21 @@ type opcode struct {
 	actions []opcode // rows of the service actions, in ascending order
 }
 
-// complete makes the usage data of a row of the table, and of those of its service actions.
-func (o *opcode) complete(code byte) {
-	for i := range o.actions {
-		o.actions[i].complete(code)
-	}
-	if o.run == nil {
-		return
-	}
+// usageData is the CDB USAGE DATA of SPC-5 6.35.3: the operation code, the service action if there is
+// one, and ones for the bits that are looked at.
+func (o *opcode) usageData(code byte) []byte {
 	b := append([]byte{code}, o.usage...)
 	for _, f := range []field{o.extent.lba, o.extent.blocks, o.list} {
 		f.mark(b)
 	}
-	o.usage = string(b)
+	return b
 }
 
 // length is the length of the CDB in bytes.
-func (o *opcode) length() int { return len(o.usage) }
+func (o *opcode) length() int { return 1 + len(o.usage) }
 
 // action is the service action of a row in actions.
-func (o *opcode) action() byte { return o.usage[1] & 0x1f }
+func (o *opcode) action() byte { return o.usage[0] & 0x1f }
 
 // Bytes of a CDB after the first two, or three.
 const (
@@ -319,9 +312,6 @@ func init() {
 		0xb7: {name: "READ DEFECT DATA(12)", usage: "\x1f" + rest12, list: field{6, 32}, data: listIn,
 			flags: medium, run: readDefectData},
 	}
-	for code := range opcodes {
-		opcodes[code].complete(byte(code))
-	}
 }
 
 // lookupOpcode finds the row for cdb: INVALID COMMAND OPERATION CODE for an
@@ -450,7 +440,7 @@ func (o *opcode) unmap(cdb []byte) bool {
 }
 
 // protect is RDPROTECT, WRPROTECT, VRPROTECT or ORPROTECT, which 6-byte commands do not have.
-func (o *opcode) protect(cdb []byte) byte { return cdb[1] & o.usage[1] >> 5 }
+func (o *opcode) protect(cdb []byte) byte { return cdb[1] & o.usage[0] >> 5 }
 
 // vpdDetail is the page that INQUIRY asks for.
 func vpdDetail(cdb []byte) string {

@@ -30,15 +30,14 @@ func TestRows(t *testing.T) {
 			}
 			list := o.data == listIn || o.data == listOut
 			for what, wrong := range map[string]bool{
-				"operation code":                        o.usage[0] != byte(i),
 				"blocks without an address":             o.data.ofBlocks() && o.extent.lba == field{},
 				"blocks without their number":           o.data.ofBlocks() && o.extent.blocks == field{},
 				"blocks, but not of the medium":         o.data.ofBlocks() && o.flags&medium == 0,
 				"a number of blocks without an address": o.extent.lba == field{} && o.extent.blocks != field{},
 				"no length of its data":                 list && o.list == field{} && o.name != "READ CAPACITY(10)",
 				"a length of no data":                   !list && o.list != field{} && i != 0x48,
-				"a FUA bit that is not looked at":       o.flags&fuaBit != 0 && o.usage[1]&0x08 == 0,
-				"an UNMAP bit that is not looked at":    o.data == oneBlock && o.usage[1]&0x08 == 0,
+				"a FUA bit that is not looked at":       o.flags&fuaBit != 0 && o.usage[0]&0x08 == 0,
+				"an UNMAP bit that is not looked at":    o.data == oneBlock && o.usage[0]&0x08 == 0,
 				"two ways of counting":                  o.data.ofBlocks() && o.flags&(counts|countsSegments) != 0,
 				"twice what is not counted":             !o.data.ofBlocks() && o.flags&countsTwice != 0,
 			} {

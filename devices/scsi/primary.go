@@ -76,7 +76,7 @@ func reportSupportedOpcodes(tk *task) error {
 	default:
 		return invalidCDB(2, 2)
 	}
-	return tk.reply(oneOpcode(tk.u, row, has, rctd))
+	return tk.reply(oneOpcode(tk.u, code, row, has, rctd))
 }
 
 // findAction replaces row by the row of its service action.
@@ -93,12 +93,12 @@ func findAction(row **opcode, action uint16) bool {
 }
 
 // oneOpcode is the one_command parameter data (SPC-5 6.35.3).
-func oneOpcode(u *Unit, row *opcode, has, rctd bool) []byte {
+func oneOpcode(u *Unit, code byte, row *opcode, has, rctd bool) []byte {
 	if !has || !row.exists(u) {
 		return []byte{0, 0x01, 0, 0} // not supported
 	}
 	b := []byte{0, 0x03, 0, byte(row.length())} // supported as the standard says
-	b = append(b, row.usage...)
+	b = append(b, row.usageData(code)...)
 	if rctd {
 		b[1] |= 0x80 // CTDP
 		b = append(b, timeouts...)
@@ -109,11 +109,11 @@ func oneOpcode(u *Unit, row *opcode, has, rctd bool) []byte {
 // allOpcodes is the all_commands parameter data (SPC-5 6.35.2).
 func allOpcodes(u *Unit, rctd bool) []byte {
 	b := make([]byte, 4)
-	add := func(row *opcode, service bool) {
+	add := func(code int, row *opcode, service bool) {
 		if !row.exists(u) {
 			return
 		}
-		d := [8]byte{0: row.usage[0], 7: byte(row.length())}
+		d := [8]byte{0: byte(code), 7: byte(row.length())}
 		if service {
 			d[3] = row.action()
 			d[5] |= 0x01 // SERVACTV
@@ -129,10 +129,10 @@ func allOpcodes(u *Unit, rctd bool) []byte {
 	for i := range opcodes {
 		row := &opcodes[i]
 		for j := range row.actions {
-			add(&row.actions[j], true)
+			add(i, &row.actions[j], true)
 		}
 		if row.run != nil {
-			add(row, false)
+			add(i, row, false)
 		}
 	}
 	binary.BigEndian.PutUint32(b, uint32(len(b)-4))

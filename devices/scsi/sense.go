@@ -57,24 +57,40 @@ type Sense struct {
 	Deferred bool
 }
 
-// additional has the name of each additional sense code (SPC-5, table F.2). Those here are of other
-// targets, whose traces are read; sense adds those of this one.
-var additional = map[[2]uint8]string{
-	{0x08, 0x00}: "communication failure",
-	{0x29, 0x00}: "power on, reset, or bus device reset occurred",
-	{0x55, 0x03}: "insufficient resources",
+// namedSense is a sense key and an additional sense code with its name (SPC-5, table F.2).
+type namedSense struct {
+	key       SenseKey
+	asc, ascq uint8
+	name      string
 }
 
-// returned is the sense data that this target returns.
-var returned []Sense
+// returned is the sense data that this target returns, as sense adds it.
+var returned = make([]namedSense, 0, 64)
 
-// sense makes sense data that this target returns, and gives its additional sense code a name. No
+// foreign is sense data of other targets, whose traces are read.
+var foreign = []namedSense{
+	{NotReady, 0x08, 0x00, "communication failure"},
+	{UnitAttention, 0x29, 0x00, "power on, reset, or bus device reset occurred"},
+	{IllegalRequest, 0x55, 0x03, "insufficient resources"},
+}
+
+// sense makes sense data that this target returns, with a name for its additional sense code. No
 // other code of this package makes any (TestSenseNames).
 func sense(key SenseKey, asc, ascq uint8, name string) Sense {
-	s := Sense{Key: key, ASC: asc, ASCQ: ascq}
-	additional[[2]uint8{asc, ascq}] = name
-	returned = append(returned, s)
-	return s
+	returned = append(returned, namedSense{key, asc, ascq, name})
+	return Sense{Key: key, ASC: asc, ASCQ: ascq}
+}
+
+// additional returns the name of an additional sense code.
+func additional(asc, ascq uint8) string {
+	for _, list := range [][]namedSense{returned, foreign} {
+		for _, n := range list {
+			if n.asc == asc && n.ascq == ascq {
+				return n.name
+			}
+		}
+	}
+	return fmt.Sprintf("additional sense %02xh/%02xh", asc, ascq)
 }
 
 // The sense data that this target returns.
@@ -124,11 +140,7 @@ var (
 
 // Error says what the sense data means: "ILLEGAL REQUEST, invalid field in CDB (byte 2, bit 7)".
 func (s Sense) Error() string {
-	what, ok := additional[[2]uint8{s.ASC, s.ASCQ}]
-	if !ok {
-		what = fmt.Sprintf("additional sense %02xh/%02xh", s.ASC, s.ASCQ)
-	}
-	text := s.Key.Name() + ", " + what
+	text := s.Key.Name() + ", " + additional(s.ASC, s.ASCQ)
 	if s.Deferred {
 		text = "deferred error: " + text
 	}
