@@ -51,7 +51,8 @@ var may = []struct{ pkg, imports string }{
 	{"plot/draw", "plot text"},
 	{"plot", ""},
 	{"cmd/gvm-plot", "plot plot/draw"},
-	{"cmd/gvm", "vmm/... devices/... kvmapi/... guestmem control plot text guest/embedded guest/bootinit"},
+	{"machine/disk", "devices/... control text"},
+	{"cmd/gvm", "machine/... vmm/... devices/... kvmapi/... guestmem control plot text guest/embedded guest/bootinit"},
 }
 
 func matches(pattern, pkg string) bool {

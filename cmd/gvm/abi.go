@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/scsi/trace"
+	"gvm/devices/virtio/vhostscsi"
 	"gvm/kvmapi"
 	"gvm/kvmapi/vhost"
 	"gvm/text"
@@ -44,7 +45,7 @@ EXAMPLES
 			ArgsUsage: "A.json B.json",
 			Action: func(c *cli.Context) error {
 				if c.Args().Len() != 2 {
-					return usageError{fmt.Errorf("want gvm abi diff A.json B.json, and got %s", count(c.Args().Len(), "file"))}
+					return usageError{fmt.Errorf("want gvm abi diff A.json B.json, and got %s", text.Count(c.Args().Len(), "file"))}
 				}
 				return abiDiff(c.App.Writer, c.Args().Get(0), c.Args().Get(1))
 			},
@@ -224,4 +225,18 @@ func abiDiff(w io.Writer, pathA, pathB string) error {
 		return endError{exitABIDiffers, fmt.Errorf("the interfaces of the two kernels differ in %d facts", differences)}
 	}
 	return nil
+}
+
+// parseABI reads --vhost-abi.
+func parseABI(s string) (vhostscsi.ABIPolicy, error) {
+	switch n, err := strconv.ParseUint(s, 10, 31); {
+	case s == "":
+		return vhostscsi.ABIPolicy{}, nil
+	case s == "any":
+		return vhostscsi.AnyABI(), nil
+	case err != nil:
+		return vhostscsi.ABIPolicy{}, fmt.Errorf("%q: want a version number or any", s)
+	default:
+		return vhostscsi.PinABI(int(n)), nil
+	}
 }

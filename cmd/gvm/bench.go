@@ -20,6 +20,8 @@ import (
 	"gvm/devices/scsi/backend"
 	"gvm/devices/virtio/ringbench"
 	"gvm/devices/virtio/vscsi"
+	"gvm/machine/disk"
+	"gvm/text"
 )
 
 func benchCommand() *cli.Command {
@@ -111,7 +113,7 @@ func parseBench(c *cli.Context) (b diskBench, err error) {
 	b.drivers = strings.Split(c.String("driver"), ",")
 	for _, d := range b.drivers {
 		if d != "interrupt" && d != "poll" {
-			return b, oneOfNames("--driver ", d, []string{"interrupt", "poll"})
+			return b, text.OneOfNames("--driver ", d, []string{"interrupt", "poll"})
 		}
 	}
 	if b.time < time.Millisecond || b.time > time.Hour {
@@ -121,9 +123,9 @@ func parseBench(c *cli.Context) (b diskBench, err error) {
 		flag string
 		max  int
 		to   *[]int
-	}{{"size", 1 << 20, &b.sizes}, {"depth", 256, &b.depths}, {"queues", maxQueues, &b.queues}} {
+	}{{"size", 1 << 20, &b.sizes}, {"depth", 256, &b.depths}, {"queues", disk.MaxQueues, &b.queues}} {
 		for _, word := range strings.Split(c.String(l.flag), ",") {
-			v, err := parseSize(word, 1)
+			v, err := text.ParseSize(word, 1)
 			if err == nil && (v < 1 || v > uint64(l.max)) {
 				err = fmt.Errorf("want 1 to %d", l.max)
 			}
@@ -167,7 +169,7 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 	defer func() { err = errors.Join(err, remove()) }()
 	file, err := backend.Open(path, backend.Options{ReadOnly: true})
 	if err != nil {
-		return diskError{err}
+		return disk.ImageError{Err: err}
 	}
 	defer func() { err = errors.Join(err, file.Close()) }()
 	if largest := slices.Max(b.sizes); file.Size() < int64(largest) {
@@ -240,7 +242,7 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 		var panels []benchPanel
 		for _, size := range b.sizes {
 			for _, queues := range b.queues {
-				p := benchPanel{title: fmt.Sprintf("read %s, %d queues", formatSize(uint64(size)), queues)}
+				p := benchPanel{title: fmt.Sprintf("read %s, %d queues", text.FormatSize(uint64(size)), queues)}
 				if queues == 1 {
 					p.title = strings.TrimSuffix(p.title, "s")
 				}
@@ -352,7 +354,7 @@ func benchTable(w io.Writer, all []sample) error {
 			i := -1
 			ratio = fmt.Sprintf("%.2f", median(func(s sample) float64 { i++; return s.IOPS / peers[i].IOPS }))
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\t%.1f\t(%.1f–%.1f)\t%.2f\t%.1f\t%.1f\t%s\t%s\t\n", k.Storage, k.Driver, formatSize(uint64(k.Size)), k.Queues, k.Depth,
+		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\t%.1f\t(%.1f–%.1f)\t%.2f\t%.1f\t%.1f\t%s\t%s\t\n", k.Storage, k.Driver, text.FormatSize(uint64(k.Size)), k.Queues, k.Depth,
 			iops[len(iops)/2], iops[0], iops[len(iops)-1], median(func(s sample) float64 { return s.CPU / 1e3 }),
 			median(func(s sample) float64 { return s.P50 / 1e3 }), median(func(s sample) float64 { return s.P99 / 1e3 }), allocs, ratio)
 	}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/guest/embedded"
+	"gvm/machine/disk"
 )
 
 // TestBenchDisk: a row for each storage at each load, figures that are there, and
@@ -261,7 +262,7 @@ func TestBenchNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	c := command(t, "bench", "disk", "--driver", "poll", "--queues", strconv.Itoa(maxQueues), "--time", "1ms", "--rounds", "1",
+	c := command(t, "bench", "disk", "--driver", "poll", "--queues", strconv.Itoa(disk.MaxQueues), "--time", "1ms", "--rounds", "1",
 		"--json", filepath.Join(dir, "x.json"), "--plot", filepath.Join(dir, "x.svg"))
 	c.Env = append(c.Env, "PATH=")
 	r := gvmRuns(t, c)

@@ -5,6 +5,7 @@ import (
 	"strconv"
 
 	"github.com/urfave/cli/v2"
+	"gvm/text"
 )
 
 // The scripts ask gvm itself for the words (--generate-bash-completion), so
@@ -40,7 +41,7 @@ func completionCommand() *cli.Command {
 		Action: func(c *cli.Context) error {
 			script, ok := completions[c.Args().First()]
 			if !ok || c.NArg() != 1 {
-				return usageError{oneOf("completion ", strconv.Quote(c.Args().First()), completions)}
+				return usageError{text.OneOf("completion ", strconv.Quote(c.Args().First()), completions)}
 			}
 			_, err := fmt.Fprint(c.App.Writer, script)
 			return err

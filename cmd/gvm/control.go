@@ -19,6 +19,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/control"
+	"gvm/machine/disk"
 	"gvm/text"
 	"gvm/vmm"
 )
@@ -28,7 +29,7 @@ type machine struct {
 	info   control.Info
 	pauser *vmm.Pauser
 	*stopper
-	*disks
+	disks *disk.Set
 }
 
 func (m *machine) Info() control.Info {
@@ -66,15 +67,15 @@ func (m *machine) pauseError(err error) error {
 	return err
 }
 
-func (m *machine) Disks() []control.Disk { return m.list() }
+func (m *machine) Disks() []control.Disk { return m.disks.List() }
 
 func (m *machine) AddDisk(ctx context.Context, a control.AddDisk) (control.Change, error) {
-	d, err := parseDisk(a.Disk)
+	d, err := disk.Parse(a.Disk)
 	if err != nil {
 		return control.Change{}, control.Errorf(http.StatusBadRequest, "%v", err)
 	}
-	for _, path := range []*string{&d.path, &d.overlay} {
-		if d.storage != inImage || *path == "" || filepath.IsAbs(*path) || path == &d.overlay && *path == overlayOn {
+	for _, path := range []*string{&d.Path, &d.Overlay} {
+		if d.Storage != disk.Image || *path == "" || filepath.IsAbs(*path) || path == &d.Overlay && *path == disk.OverlayOn {
 			continue
 		}
 		if !filepath.IsAbs(a.Dir) {
@@ -82,15 +83,15 @@ func (m *machine) AddDisk(ctx context.Context, a control.AddDisk) (control.Chang
 		}
 		*path = filepath.Join(a.Dir, *path)
 	}
-	return m.add(ctx, d)
+	return m.disks.Add(ctx, d)
 }
 
 func (m *machine) RemoveDisk(ctx context.Context, id string) (control.Change, error) {
-	return m.remove(ctx, id)
+	return m.disks.Remove(ctx, id)
 }
 
 func (m *machine) ResizeDisk(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
-	return m.resize(ctx, id, r)
+	return m.disks.Resize(ctx, id, r)
 }
 
 // claimName takes the machine's name and opens its control socket. A machine that
@@ -121,7 +122,7 @@ func (rc *runConfig) claimName() (*control.Server, error) {
 func (rc *runConfig) info() control.Info {
 	kernel := rc.kernel
 	if kernel != "" {
-		kernel = absolute(kernel)
+		kernel = disk.Absolute(kernel)
 	}
 	return control.Info{Name: rc.name, PID: os.Getpid(), GVM: version, Kernel: kernel, CPUs: rc.cpus, Memory: rc.memory.Size}
 }
@@ -238,7 +239,7 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 		if kernel == "" {
 			kernel = "(the embedded guest)"
 		}
-		tableRow(w, r.Name, r.PID, r.State, r.CPUs, formatSize(r.Memory), len(r.Disks), kernel)
+		tableRow(w, r.Name, r.PID, r.State, r.CPUs, text.FormatSize(r.Memory), len(r.Disks), kernel)
 	}
 	return w.Flush()
 }
@@ -264,12 +265,12 @@ EXAMPLES
 }
 
 // stateCommand is a command whose argument is [VM].
-func stateCommand(name, text, description string, do func(*control.Client, context.Context) error) *cli.Command {
+func stateCommand(name, usage, description string, do func(*control.Client, context.Context) error) *cli.Command {
 	return &cli.Command{
-		Name: name, Usage: text, ArgsUsage: "[VM]", Description: description,
+		Name: name, Usage: usage, ArgsUsage: "[VM]", Description: description,
 		Action: func(c *cli.Context) error {
 			if c.Args().Len() > 1 {
-				return usageError{fmt.Errorf("%s takes [VM], and got %s", name, count(c.Args().Len(), "word"))}
+				return usageError{fmt.Errorf("%s takes [VM], and got %s", name, text.Count(c.Args().Len(), "word"))}
 			}
 			client, err := theMachine(c.Args().First())
 			if err != nil {
@@ -282,14 +283,14 @@ func stateCommand(name, text, description string, do func(*control.Client, conte
 
 func diskCommand() *cli.Command {
 	// sub makes a subcommand whose arguments are [VM] and what words names.
-	sub := func(name, words, text, description string, optional int, flags []cli.Flag, do func(*cli.Context, *control.Client, []string) error) *cli.Command {
+	sub := func(name, words, usage, description string, optional int, flags []cli.Flag, do func(*cli.Context, *control.Client, []string) error) *cli.Command {
 		n := len(strings.Fields(words))
 		return &cli.Command{
-			Name: name, Usage: text, ArgsUsage: strings.TrimSpace("[VM] " + words), Description: description, Flags: flags,
+			Name: name, Usage: usage, ArgsUsage: strings.TrimSpace("[VM] " + words), Description: description, Flags: flags,
 			Action: func(c *cli.Context) error {
 				args := c.Args().Slice()
 				if len(args) < n-optional || len(args) > n+1 {
-					return usageError{fmt.Errorf("disk %s takes %s, and got %s; see gvm disk %s --help", name, strings.TrimSpace("[VM] "+words), count(len(args), "word"), name)}
+					return usageError{fmt.Errorf("disk %s takes %s, and got %s; see gvm disk %s --help", name, strings.TrimSpace("[VM] "+words), text.Count(len(args), "word"), name)}
 				}
 				vm := ""
 				if len(args) == n+1 || optional > 0 && len(args) > 1 && n > 1 && isMachine(args[0]) {
@@ -354,7 +355,7 @@ EXAMPLES
 			r := control.ResizeDisk{Shrink: c.Bool("shrink")}
 			if len(args) > 1 {
 				var err error
-				if r.Size, err = diskSize("disk "+args[0], args[1]); err != nil {
+				if r.Size, err = disk.ParseSize("disk "+args[0], args[1]); err != nil {
 					return err
 				}
 			}
@@ -393,7 +394,7 @@ func diskMissing(name, words, vm string, args []string, err error) error {
 		vm = args[0]
 	} else if _, notLUN := strconv.Atoi(args[0]); vm == "" || name != "resize" || len(args) > 1 || notLUN == nil {
 		return err
-	} else if _, notSize := parseSize(args[0], 1); notSize != nil {
+	} else if _, notSize := text.ParseSize(args[0], 1); notSize != nil {
 		return err
 	}
 	return usageError{fmt.Errorf("disk %s: %s is a machine, and DISK is missing: gvm disk %s %s %s", name, vm, name, vm, words)}
@@ -411,7 +412,7 @@ func diskID(word string) string {
 		return word
 	}
 	if _, err := os.Stat(word); err == nil || strings.Contains(word, "/") {
-		return absolute(word)
+		return disk.Absolute(word)
 	}
 	return word
 }
@@ -427,7 +428,7 @@ func told(c *cli.Context, what string, change control.Change, err error) error {
 		control.Absent: "; no driver is active in the guest",
 	}[change.Guest]
 	d := change.Disk
-	line := fmt.Sprintf("%s LUN %d, %s, serial %s, %s%s", what, d.LUN, diskImage(d), d.Serial, formatSize(uint64(d.Size)), guest)
+	line := fmt.Sprintf("%s LUN %d, %s, serial %s, %s%s", what, d.LUN, diskImage(d), d.Serial, text.FormatSize(uint64(d.Size)), guest)
 	_, err = fmt.Fprintln(c.App.Writer, text.Printable(line))
 	return err
 }
@@ -435,7 +436,7 @@ func told(c *cli.Context, what string, change control.Change, err error) error {
 // diskImage is what is behind a disk, for people.
 func diskImage(d control.Disk) string {
 	if d.Storage != "" {
-		return d.Storage + ":" + sizeWord(uint64(d.Size))
+		return d.Storage + ":" + text.SizeWord(uint64(d.Size))
 	}
 	return cmp.Or(d.Path, d.WWN, "(memory)") // memory of a machine of an older gvm
 }
@@ -463,7 +464,7 @@ func diskTable(out io.Writer, disks []control.Disk) error {
 		if d.Change != "" {
 			mode += "," + d.Change
 		}
-		tableRow(w, d.LUN, formatSize(uint64(d.Size)), d.BlockSize, d.Cache, mode, d.Backend, d.Serial, diskImage(d))
+		tableRow(w, d.LUN, text.FormatSize(uint64(d.Size)), d.BlockSize, d.Cache, mode, d.Backend, d.Serial, diskImage(d))
 	}
 	return w.Flush()
 }

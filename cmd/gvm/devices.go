@@ -1,24 +1,23 @@
 package main
 
 import (
-	"slices"
-
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
+	"gvm/machine/disk"
 )
 
 // deviceTable is every kind of virtio device that a guest gets, in the order of
 // their PCI slots. A new kind of device is a row here and a package of its own.
 var deviceTable = []struct {
 	name string
-	make func(runConfig, *disks) ([]virtio.Device, error)
+	make func(runConfig, *disk.Set) ([]virtio.Device, error)
 }{
-	{"virtio-scsi", func(c runConfig, ds *disks) ([]virtio.Device, error) {
-		if !ds.inProcess() {
+	{"virtio-scsi", func(c runConfig, ds *disk.Set) ([]virtio.Device, error) {
+		if !ds.InProcess() {
 			return nil, nil
 		}
-		cfg := vscsi.Config{Target: ds.target, Queues: c.requestQueues(), Poll: c.poll, Protection: slices.ContainsFunc(c.disks, func(d disk) bool { return d.pi })}
+		cfg := vscsi.Config{Target: ds.Target(), Queues: c.requestQueues(), Poll: c.poll, Protection: ds.Protected()}
 		if c.trace != nil {
 			cfg.Observer = c.trace.Device(0)
 		}
@@ -26,14 +25,14 @@ var deviceTable = []struct {
 		if err != nil {
 			return nil, err
 		}
-		ds.events = d
+		ds.Notify(d)
 		return []virtio.Device{d}, nil
 	}},
-	{"vhost-scsi", func(_ runConfig, ds *disks) (made []virtio.Device, _ error) {
-		for _, k := range ds.kernels {
-			made = append(made, k.device)
+	{"vhost-scsi", func(_ runConfig, ds *disk.Set) (made []virtio.Device, _ error) {
+		for _, d := range ds.KernelDevices() {
+			made = append(made, d)
 		}
 		return made, nil
 	}},
-	{"virtio-rng", func(runConfig, *disks) ([]virtio.Device, error) { return []virtio.Device{rng.New()}, nil }},
+	{"virtio-rng", func(runConfig, *disk.Set) ([]virtio.Device, error) { return []virtio.Device{rng.New()}, nil }},
 }

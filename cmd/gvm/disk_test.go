@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -12,10 +11,8 @@ import (
 	"syscall"
 	"testing"
 
-	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
-	"gvm/devices/scsi/scsitest"
 	"gvm/guest/embedded/embeddedtest"
+	"gvm/machine/disk"
 )
 
 // passes runs the embedded guest and returns its report and console.
@@ -165,98 +162,20 @@ func TestSeveralDisks(t *testing.T) {
 	}
 }
 
-// vpd80 asks a unit for its serial number.
-func vpd80(t *testing.T, ds *disks, n int) string {
-	t.Helper()
-	lun, _ := scsi.EncodeLUN(n)
-	if err := scsitest.Ready(ds.target, lun); err != nil {
-		t.Fatal(err)
-	}
-	r := scsitest.Do(ds.target, lun, []byte{0x12, 1, 0x80, 0, 68, 0}, nil, 68)
-	if r.Status != scsi.Good || len(r.Data) < 4 {
-		t.Fatalf("INQUIRY: %+v", r)
-	}
-	return string(r.Data[4 : 4+r.Data[3]])
-}
-
-func TestOpenDisks(t *testing.T) {
-	a, b := image(t, "a", 1, 1<<20), image(t, "b", 2, 1<<20)
-	ds, err := openDisks([]disk{{path: a, lun: -1, serial: "SN, 1", blockSize: 512}, {path: b, lun: 7, blockSize: 512}}, kernelOptions{}, &mishaps{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ds.close(true)
-	if s := vpd80(t, ds, 0); s != "SN, 1" {
-		t.Errorf("serial %q", s)
-	}
-	if s := vpd80(t, ds, 7); s == "" || s == vpd80(t, ds, 0) {
-		t.Errorf("serial of a disk without one: %q", s)
-	}
-}
-
 // TestQueues checks the request queues, beside which are a control and an event queue.
 func TestQueues(t *testing.T) {
-	for _, tt := range []struct{ cpus, queues, want int }{{1, 0, 1}, {4, 0, 4}, {4, 2, 2}, {70, 0, maxQueues}} {
-		made, err := deviceTable[0].make(runConfig{cpus: tt.cpus, queues: tt.queues}, &disks{target: scsi.NewTarget()})
+	for _, tt := range []struct{ cpus, queues, want int }{{1, 0, 1}, {4, 0, 4}, {4, 2, 2}, {70, 0, disk.MaxQueues}} {
+		none, err := disk.Open(nil, disk.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		made, err := deviceTable[0].make(runConfig{cpus: tt.cpus, queues: tt.queues}, none)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if got := len(made[0].QueueSizes()) - 2; got != tt.want {
 			t.Errorf("%d CPUs, --queues %d: %d request queues, want %d", tt.cpus, tt.queues, got, tt.want)
 		}
-	}
-}
-
-// TestUndo checks that what size= did is taken back only where no data can be lost.
-func TestUndo(t *testing.T) {
-	dir := t.TempDir()
-	open := func(path string) *disks {
-		ds, err := openDisks([]disk{{path: path, lun: -1, size: 2 << 20, blockSize: 512}}, kernelOptions{}, &mishaps{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return ds
-	}
-	size := func(path string) int64 {
-		fi, err := os.Stat(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			return -1
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		return fi.Size()
-	}
-	for _, tt := range []struct {
-		name    string
-		grown   bool
-		writeAt int64 // -1: nowhere
-		want    int64
-	}{
-		{"created", false, -1, -1},
-		{"created and written", false, 1<<20 + 8192, 2 << 20},
-		{"grown", true, -1, 1 << 20},
-		{"grown, old part written", true, 4096, 1 << 20},
-		{"grown, new part written", true, 1<<20 + 8192, 2 << 20},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			path := filepath.Join(dir, tt.name)
-			if tt.grown {
-				path = image(t, "disk", 1, 1<<20)
-			}
-			ds := open(path)
-			if tt.writeAt >= 0 {
-				if _, err := ds.open[0].backend.(*backend.File).WriteAt([]byte("data"), tt.writeAt); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if err := ds.close(false); err != nil {
-				t.Fatal(err)
-			}
-			if got := size(path); got != tt.want {
-				t.Errorf("size %d, want %d", got, tt.want)
-			}
-		})
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"gvm/devices/scsi/backend"
 	"gvm/guestmem"
 	"gvm/kvmapi"
+	"gvm/machine/disk"
 	"gvm/text"
 	"gvm/vmm"
 	"gvm/vmm/x86"
@@ -147,7 +148,7 @@ func doctorVhost(line func(kind, format string, args ...any)) {
 	switch {
 	case err == nil:
 		f.Close()
-		line("ok", "/dev/vhost-scsi; the kernel takes some %s for each request queue of a guest, which has one a CPU unless --queues bounds them", formatSize(queueMemory))
+		line("ok", "/dev/vhost-scsi; the kernel takes some %s for each request queue of a guest, which has one a CPU unless --queues bounds them", text.FormatSize(disk.QueueMemory))
 	case errors.Is(err, fs.ErrPermission):
 		line("note", "/dev/vhost-scsi: no permission; the kernel's SCSI target needs root")
 	default:
@@ -174,7 +175,7 @@ func doctorDisks(line func(kind, format string, args ...any)) {
 
 func doctorMemory(line func(kind, format string, args ...any)) {
 	h := thisHost()
-	line("ok", "%s of memory", formatSize(h.ram>>20<<20))
+	line("ok", "%s of memory", text.FormatSize(h.ram>>20<<20))
 	pool := h.hugepagePool(0)
 	told := map[string]bool{pool.what: true}
 	for _, kind := range []struct {

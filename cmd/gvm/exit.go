@@ -2,12 +2,10 @@ package main
 
 import (
 	"errors"
-	"io/fs"
 
 	"github.com/urfave/cli/v2"
-	"golang.org/x/sys/unix"
 
-	"gvm/devices/scsi/backend"
+	"gvm/machine/disk"
 	"gvm/vmm"
 	"gvm/vmm/boot"
 )
@@ -53,12 +51,9 @@ replay with 1 when something differs.`
 // usageError is wrong words on the command line.
 type usageError struct{ error }
 
-// configError is a value that cannot be served; diskError is one that comes
-// from the backend, whose kind says whose fault it is.
+// configError is a value that cannot be served.
 type configError struct{ error }
-type diskError struct{ error }
 
-func (e diskError) Unwrap() error   { return e.error }
 func (e configError) Unwrap() error { return e.error }
 
 // exitStatus maps an error to the status of the process: 2 where the user can
@@ -69,19 +64,11 @@ func exitStatus(err error) int {
 		config configError
 		vc     *vmm.ConfigError
 		image  *boot.ImageError
-		disk   diskError
 		words  cli.ExitCoder // help for a command that there is not
 	)
 	switch {
-	case errors.As(err, &usage), errors.As(err, &words), errors.As(err, &config), errors.As(err, &vc), errors.As(err, &image):
+	case errors.As(err, &usage), errors.As(err, &words), errors.As(err, &config), errors.As(err, &vc), errors.As(err, &image), disk.IsConfig(err):
 		return exitUsage
-	case errors.As(err, &disk):
-		for _, kind := range []error{backend.ErrLocked, backend.ErrFormat, backend.ErrSize, backend.ErrNotDisk, backend.ErrBase, backend.ErrNoLocks, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
-			unix.EROFS, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG, unix.ETXTBSY, unix.EFBIG} {
-			if errors.Is(err, kind) {
-				return exitUsage
-			}
-		}
 	}
 	return exitHost
 }

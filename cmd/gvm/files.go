@@ -11,6 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/kvmapi/nowait"
+	"gvm/machine/disk"
+	"gvm/text"
 )
 
 // openInput opens a file that a user names to be read, without waiting for what it is.
@@ -31,10 +33,10 @@ func readInput(path string, limit int64) ([]byte, error) {
 	defer f.Close()
 	b, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err != nil {
-		return nil, diskError{err}
+		return nil, disk.ImageError{Err: err}
 	}
 	if int64(len(b)) > limit {
-		return nil, configError{fmt.Errorf("%s: larger than %s", path, formatSize(uint64(limit)))}
+		return nil, configError{fmt.Errorf("%s: larger than %s", path, text.FormatSize(uint64(limit)))}
 	}
 	return b, nil
 }
@@ -87,14 +89,14 @@ func writeOutput(path string, b []byte) error {
 	}
 	if fi, err := f.Stat(); err == nil && fi.Mode().IsRegular() {
 		if err := f.Truncate(0); err != nil {
-			return diskError{errors.Join(err, f.Close())}
+			return disk.ImageError{Err: errors.Join(err, f.Close())}
 		}
 	}
 	if _, err = f.Write(b); err != nil {
-		return diskError{errors.Join(err, f.Close())}
+		return disk.ImageError{Err: errors.Join(err, f.Close())}
 	}
 	if err := f.Close(); err != nil {
-		return diskError{err}
+		return disk.ImageError{Err: err}
 	}
 	return nil
 }
@@ -104,14 +106,14 @@ func namedError(err error) error {
 	if kind := (*nowait.KindError)(nil); errors.As(err, &kind) {
 		return configError{err}
 	}
-	return diskError{err}
+	return disk.ImageError{Err: err}
 }
 
 // tempDir is os.MkdirTemp in the directory for temporary files, with the mend in its error.
 func tempDir(pattern string) (string, error) {
 	dir, err := os.MkdirTemp("", pattern)
 	if err != nil {
-		return "", diskError{fmt.Errorf("%w; set TMPDIR to a directory that exists and has room", err)}
+		return "", disk.ImageError{Err: fmt.Errorf("%w; set TMPDIR to a directory that exists and has room", err)}
 	}
 	return dir, nil
 }

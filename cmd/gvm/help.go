@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -201,16 +200,7 @@ func unknownFlag(c *cli.Command, flag string) error {
 	if near != "" {
 		near = "--" + near
 	}
-	return unknown("flag "+flag, near, strings.TrimPrefix(c.HelpName, "gvm"))
-}
-
-// unknown says that there is no such thing, what may have been meant, and which page of
-// help, such as " run", has the names.
-func unknown(thing, near, page string) error {
-	if near != "" {
-		return fmt.Errorf("unknown %s; did you mean %s? See gvm help%s", thing, near, page)
-	}
-	return fmt.Errorf("unknown %s; see gvm help%s", thing, page)
+	return text.Unknown("flag "+flag, near, strings.TrimPrefix(c.HelpName, "gvm"))
 }
 
 // unknownCommand says that the group of commands at path has no such command.
@@ -224,18 +214,7 @@ func unknownCommand(commands []*cli.Command, path []string, word string) error {
 		page = " " + strings.Join(path, " ")
 		thing += " of gvm" + page
 	}
-	return usageError{unknown(thing, text.Nearest(word, names), page)}
-}
-
-// oneOf says which of the keys of a map a value must be.
-func oneOf[V any](what, value string, values map[string]V) error {
-	return oneOfNames(what, value, slices.Sorted(maps.Keys(values)))
-}
-
-func oneOfNames(what, value string, names []string) error {
-	last := len(names) - 1
-	near := text.Suggest(strings.Trim(value, `"`), names)
-	return fmt.Errorf("%s%s: want %s or %s%s", what, value, strings.Join(names[:last], ", "), names[last], near)
+	return usageError{text.Unknown(thing, text.Nearest(word, names), page)}
 }
 
 // showHelp prints the page of a group of commands, for which there is no command of the

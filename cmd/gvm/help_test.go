@@ -9,6 +9,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/urfave/cli/v2"
+
+	"gvm/machine/disk"
 )
 
 // TestHelpWidth walks the tree of commands: every page of help has text, and fits a
@@ -73,12 +75,12 @@ func TestHelpWidth(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, row := range diskOptions {
-		if !strings.Contains(string(readme), "`"+row.key) {
-			t.Errorf("README.md lacks %s", row.key)
+	for _, row := range disk.Options() {
+		if !strings.Contains(string(readme), "`"+row.Key) {
+			t.Errorf("README.md lacks %s", row.Key)
 		}
-		if !strings.Contains(page("help", "disk"), "\n      "+row.word()) {
-			t.Errorf("gvm help disk lacks %s", row.word())
+		if !strings.Contains(page("help", "disk"), "\n      "+row.Word()) {
+			t.Errorf("gvm help disk lacks %s", row.Word())
 		}
 	}
 }
@@ -138,9 +140,9 @@ func TestSuggestions(t *testing.T) {
 		{"run --disk mem:1P", `--disk mem:1P: size "1P": want a number and K, M, G or T, such as 1024T; the largest is 4194304T`},
 		{"run --disk mem:1x", `--disk mem:1x: size "1x": want a number and K, M, G or T (./mem:1x is a file of that name)`},
 		{"run --disk null:0", "--disk null:0: size 0: want 512 bytes or more"},
-		{"run --disk null:8388608T", `size "8388608T" is too large: the largest is 4194304T`},
+		{"run --disk null:8388608T", `size "8388608T": too large: the largest is 4194304T`},
 		{"run --disk mem:4194304T --disk mem:4194304T --disk mem:4194304T --disk mem:4194304T", "the disks in memory have more than 4194304T"},
-		{"run --memory 8388608T", `--memory: size "8388608T" is too large: the largest is 4194304T`},
+		{"run --memory 8388608T", `--memory: size "8388608T": too large: the largest is 4194304T`},
 		{"run --disk a,lock=of", "did you mean off?"},
 		{"run --disk a,workers=share,backend=vhost", "did you mean shared?"},
 	} {

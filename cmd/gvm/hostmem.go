@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/guestmem"
+	"gvm/text"
 )
 
 // ownMemory is what a running gvm takes beside guest RAM, generously. Page tables come on top:
@@ -67,11 +68,11 @@ func checkMemory(c guestmem.Config, overcommit bool, h hostLimits) (note string,
 	}
 	switch {
 	case c.Size < guestmem.MinSize:
-		return "", fmt.Errorf("a guest needs %s or more", formatSize(guestmem.MinSize))
+		return "", fmt.Errorf("a guest needs %s or more", text.FormatSize(guestmem.MinSize))
 	case c.Size > guestmem.MaxSize:
-		return "", fmt.Errorf("a guest has %s at most", formatSize(guestmem.MaxSize))
+		return "", fmt.Errorf("a guest has %s at most", text.FormatSize(guestmem.MaxSize))
 	case c.Size%unit != 0:
-		return "", fmt.Errorf("want a multiple of %s", formatSize(unit))
+		return "", fmt.Errorf("want a multiple of %s", text.FormatSize(unit))
 	}
 	for _, l := range h.memoryLimits(c) {
 		switch {
@@ -101,9 +102,9 @@ func checkDiskMemory(c guestmem.Config, disks uint64, h hostLimits) (note string
 		switch {
 		case total <= l.bytes:
 		case l.firm:
-			return "", fmt.Errorf("the guest's memory and its disks in memory have %s: %s; %s", formatSize(total>>20<<20), l, l.mend)
+			return "", fmt.Errorf("the guest's memory and its disks in memory have %s: %s; %s", text.FormatSize(total>>20<<20), l, l.mend)
 		case note == "":
-			note = fmt.Sprintf("the guest's memory and its disks in memory have %s: %s: the kernel kills gvm if the guest touches more", formatSize(total>>20<<20), l)
+			note = fmt.Sprintf("the guest's memory and its disks in memory have %s: %s: the kernel kills gvm if the guest touches more", text.FormatSize(total>>20<<20), l)
 		}
 	}
 	return note, nil
@@ -135,7 +136,7 @@ func (h hostLimits) threadLimits() (all []memoryLimit) {
 }
 
 func (l memoryLimit) String() string {
-	return fmt.Sprintf("%s, which leaves a guest %s", l.what, formatSize(l.bytes>>20<<20))
+	return fmt.Sprintf("%s, which leaves a guest %s", l.what, text.FormatSize(l.bytes>>20<<20))
 }
 
 // memoryLimits returns the limits for a guest's memory of c's kind, the lowest first. Swap is not
@@ -160,26 +161,26 @@ func (h hostLimits) memoryLimits(c guestmem.Config) []memoryLimit {
 			if r.used != "" {
 				n = less(n, h.kibibytes("proc/self/status", r.used)+ownMemory)
 			}
-			add(n, true, "raise it", "%s is %s", r.name, formatSize(h.rlimit(r.resource)))
+			add(n, true, "raise it", "%s is %s", r.name, text.FormatSize(h.rlimit(r.resource)))
 		}
 	}
 	if c.Hugepages {
 		all = append(all, h.hugepagePool(c.Size))
 		for _, g := range h.cgroupLimits("hugetlb", []string{"hugetlb.2MB.limit_in_bytes"}, []string{"hugetlb.2MB.max"}) {
-			add(g.bytes, true, "raise it", "%s of cgroup %s is %s", g.file, g.group, formatSize(g.bytes))
+			add(g.bytes, true, "raise it", "%s of cgroup %s is %s", g.file, g.group, text.FormatSize(g.bytes))
 		}
 	} else {
 		if h.ram > 0 {
-			add(h.ram, false, "", "this host has %s", formatSize(h.ram>>20<<20))
+			add(h.ram, false, "", "this host has %s", text.FormatSize(h.ram>>20<<20))
 		}
 		// memory.high does not kill, but hardly lets a process go on that has nothing to give back.
 		for _, g := range h.cgroupLimits("memory", []string{"memory.limit_in_bytes", "memory.stat"}, []string{"memory.max", "memory.high"}) {
-			add(less(g.bytes, ownMemory+g.bytes/256), false, "", "%s of cgroup %s is %s", g.file, g.group, formatSize(g.bytes))
+			add(less(g.bytes, ownMemory+g.bytes/256), false, "", "%s of cgroup %s is %s", g.file, g.group, text.FormatSize(g.bytes))
 		}
 		if mode, _ := h.number("proc/sys/vm/overcommit_memory"); mode == 2 {
 			limit, used := h.kibibytes("proc/meminfo", "CommitLimit:"), h.kibibytes("proc/meminfo", "Committed_AS:")
 			add(less(limit, used+ownMemory), true, "raise vm.overcommit_ratio, or set vm.overcommit_memory=0",
-				"vm.overcommit_memory is 2, and of CommitLimit %s are left", formatSize(less(limit, used)>>20<<20))
+				"vm.overcommit_memory is 2, and of CommitLimit %s are left", text.FormatSize(less(limit, used)>>20<<20))
 		}
 	}
 	slices.SortStableFunc(all, func(a, b memoryLimit) int {

@@ -12,17 +12,18 @@ import (
 
 	"gvm/control"
 	"gvm/devices/scsi/backend"
+	"gvm/machine/disk"
 	"gvm/text"
 )
 
 func imageCommand() *cli.Command {
 	// sub makes a subcommand that takes what words names.
-	sub := func(name, words, text, description string, min, max int, flags []cli.Flag, do func(*cli.Context, []string) error) *cli.Command {
+	sub := func(name, words, usage, description string, min, max int, flags []cli.Flag, do func(*cli.Context, []string) error) *cli.Command {
 		return &cli.Command{
-			Name: name, Usage: text, ArgsUsage: words, Description: description, Flags: flags,
+			Name: name, Usage: usage, ArgsUsage: words, Description: description, Flags: flags,
 			Action: func(c *cli.Context) error {
 				if n := c.NArg(); n < min || n > max {
-					return usageError{fmt.Errorf("image %s takes %s, and got %s", name, words, count(n, "word"))}
+					return usageError{fmt.Errorf("image %s takes %s, and got %s", name, words, text.Count(n, "word"))}
 				}
 				return do(c, c.Args().Slice())
 			},
@@ -38,7 +39,7 @@ EXAMPLES
 			&cli.BoolFlag{Name: "raw", Usage: "make it raw although its name is that of another format, such as .qcow2"},
 		},
 		func(c *cli.Context, args []string) error {
-			size, err := diskSize(args[0], args[1])
+			size, err := disk.ParseSize(args[0], args[1])
 			if err != nil {
 				return err
 			}
@@ -71,13 +72,13 @@ EXAMPLES
 			&cli.StringFlag{Name: "lock", Value: "on", Usage: "`on|off`: off goes on without a lock on a file system that has none"},
 		},
 		func(c *cli.Context, args []string) error {
-			size, err := diskSize(args[0], args[1])
+			size, err := disk.ParseSize(args[0], args[1])
 			if err != nil {
 				return err
 			}
 			lock := c.String("lock")
 			if lock != "on" && lock != "off" {
-				return usageError{oneOfNames("--lock ", lock, []string{"on", "off"})}
+				return usageError{text.OneOfNames("--lock ", lock, []string{"on", "off"})}
 			}
 			f, err := backend.Open(args[0], backend.Options{NoLock: lock == "off"})
 			if _, there := os.Lstat(args[0]); errors.Is(there, fs.ErrNotExist) {
@@ -126,7 +127,7 @@ func imageError(err error) error {
 	if err == nil {
 		return nil
 	}
-	return diskError{err}
+	return disk.ImageError{Err: err}
 }
 
 func showImage(out io.Writer, i backend.Info) error {
@@ -142,9 +143,9 @@ func showImage(out io.Writer, i backend.Info) error {
 	if i.Host != "" {
 		use = i.Host
 	}
-	_, err := fmt.Fprintf(out, "path       %s\nformat     %s\nsize       %s\n", text.Printable(i.Path), i.Format, formatSize(uint64(i.Size)))
+	_, err := fmt.Fprintf(out, "path       %s\nformat     %s\nsize       %s\n", text.Printable(i.Path), i.Format, text.FormatSize(uint64(i.Size)))
 	if i.Format != "block device" && err == nil {
-		_, err = fmt.Fprintf(out, "allocated  %s\n", formatSize(uint64(i.Allocated)))
+		_, err = fmt.Fprintf(out, "allocated  %s\n", text.FormatSize(uint64(i.Allocated)))
 	}
 	if i.Base != "" && err == nil {
 		_, err = fmt.Fprintf(out, "base       %s\n", text.Printable(i.Base))

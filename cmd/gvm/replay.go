@@ -15,10 +15,10 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/devices/scsi/trace"
-	"gvm/devices/virtio"
 	"gvm/devices/virtio/replay"
 	"gvm/devices/virtio/replay/equivalence"
-	"gvm/devices/virtio/vscsi"
+	"gvm/machine/disk"
+	"gvm/text"
 )
 
 func replayCommand() *cli.Command {
@@ -66,7 +66,7 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	sidesOf := map[string][]string{"process": {"process"}, "vhost": {"vhost"}, "both": {"process", "vhost"}}
 	names, ok := sidesOf[c.String("backend")]
 	if !ok {
-		return usageError{oneOf("--backend ", c.String("backend"), sidesOf)}
+		return usageError{text.OneOf("--backend ", c.String("backend"), sidesOf)}
 	}
 	abi, err := parseABI(c.String("vhost-abi"))
 	if err != nil {
@@ -95,7 +95,7 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	for _, name := range names {
 		var undo undoList
 		defer func() { err = errors.Join(err, undo.all()) }()
-		s, err := newSide(ctx, &undo, name, header, kernelOptions{queues: 1, abi: abi, note: note})
+		s, err := newSide(ctx, &undo, name, header, disk.Config{Queues: 1, ABI: abi, Note: note})
 		if err != nil {
 			return err
 		}
@@ -217,7 +217,7 @@ func (u undoList) all() error {
 
 // newSide makes the devices and disks of a trace, served by the backend named,
 // and a driver for each. What it made is in undo, on an error too.
-func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, k kernelOptions) (replay.Side, error) {
+func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, c disk.Config) (replay.Side, error) {
 	side := replay.Side{Name: name}
 	later := func(f func() error) { *undo = append(*undo, f) }
 	dir, err := tempDir("gvm-replay-")
@@ -230,12 +230,12 @@ func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, k
 		if err != nil {
 			return side, err
 		}
-		ds, err := openDisks(list, k, &mishaps{note: k.note})
+		ds, err := disk.Open(list, c)
 		if err != nil {
 			return side, err
 		}
-		later(func() error { return ds.close(true) })
-		dev, err := ds.device()
+		later(func() error { return ds.Close(true) })
+		dev, err := ds.Device()
 		if err != nil {
 			return side, err
 		}
@@ -250,40 +250,33 @@ func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, k
 }
 
 // scratchDisks are disks like those of a device, on images of their own.
-func scratchDisks(dir string, device int, backendName string, like []trace.Disk) ([]disk, error) {
-	var list []disk
+func scratchDisks(dir string, device int, backendName string, like []trace.Disk) ([]disk.Spec, error) {
+	by := map[string]disk.Backend{"process": disk.Process, "vhost": disk.Vhost}[backendName]
+	var list []disk.Spec
 	for _, k := range like {
-		cache, known := cacheModes[cmp.Or(k.Cache, "writeback")]
+		cache, known := disk.CacheMode(cmp.Or(k.Cache, "writeback"))
 		if !known {
 			return nil, configError{fmt.Errorf("the trace has a disk with cache=%s: this gvm does not know that; use the gvm that recorded it", k.Cache)}
 		}
 		path := filepath.Join(dir, fmt.Sprintf("disk-%d-%d", device, k.LUN))
 		f, err := os.Create(path)
 		if err != nil {
-			return nil, diskError{err}
+			return nil, disk.ImageError{Err: err}
 		}
 		if err := errors.Join(f.Truncate(int64(k.Size)), f.Close()); err != nil {
-			return nil, diskError{fmt.Errorf("an image of %d bytes: %w", k.Size, err)}
+			return nil, disk.ImageError{Err: fmt.Errorf("an image of %d bytes: %w", k.Size, err)}
 		}
-		list = append(list, disk{
-			path:      path,
-			backend:   backends[backendName],
-			readOnly:  k.ReadOnly,
-			serial:    k.Serial,
-			lun:       k.LUN,
-			cache:     cache,
-			blockSize: k.BlockSize,
+		list = append(list, disk.Spec{
+			Path:      path,
+			Backend:   by,
+			ReadOnly:  k.ReadOnly,
+			Serial:    k.Serial,
+			LUN:       k.LUN,
+			Cache:     cache,
+			BlockSize: k.BlockSize,
 		})
 	}
 	return list, nil
-}
-
-// device is the one virtio device of disks that have one backend.
-func (ds *disks) device() (virtio.Device, error) {
-	if len(ds.kernels) > 0 {
-		return ds.kernels[0].device, nil
-	}
-	return vscsi.New(vscsi.Config{Target: ds.target})
 }
 
 // difference prints a request that was answered differently.

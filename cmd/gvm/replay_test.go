@@ -123,14 +123,6 @@ func TestReplay(t *testing.T) {
 	}
 }
 
-func TestLosesResets(t *testing.T) {
-	for release, want := range map[string]bool{"6.1.0-56-amd64": true, "5.10.0": true, "6.3.9": true, "6.4.0": false, "6.12.117+deb12": false, "7.0": false, "": false, "linux": false} {
-		if losesResets(release) != want {
-			t.Errorf("%q: %v", release, !want)
-		}
-	}
-}
-
 // TestKnownDifferences has differences that docs/backends.md lists, which are counted, and
 // one that it does not, which is shown and decides the exit status.
 func TestKnownDifferences(t *testing.T) {

@@ -27,6 +27,7 @@ import (
 	"gvm/devices/virtio/vhostscsi"
 	"gvm/guest/embedded"
 	"gvm/guestmem"
+	"gvm/machine/disk"
 	"gvm/text"
 	"gvm/vmm"
 	"gvm/vmm/boot"
@@ -40,7 +41,7 @@ type runConfig struct {
 	cmdline     string
 	bareCmdline bool
 	guestArgs   []string
-	disks       []disk
+	disks       []disk.Spec
 	cpus        int
 	apicIDs     []uint32 // nil: 0 to cpus-1
 	features    []x86.FeatureChange
@@ -66,7 +67,7 @@ func (rc *runConfig) requestQueues() int {
 	if rc.queues > 0 {
 		return rc.queues
 	}
-	return min(rc.cpus, maxQueues)
+	return min(rc.cpus, disk.MaxQueues)
 }
 
 // embeddedDisk is the size of the disk that the embedded guest gets when the
@@ -175,8 +176,8 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		}
 		rc.cpus = len(rc.apicIDs)
 	}
-	if given("queues") && (rc.queues < 1 || rc.queues > maxQueues) {
-		return rc, fmt.Errorf("--queues %d: want 1 to %d", rc.queues, maxQueues)
+	if given("queues") && (rc.queues < 1 || rc.queues > disk.MaxQueues) {
+		return rc, fmt.Errorf("--queues %d: want 1 to %d", rc.queues, disk.MaxQueues)
 	}
 	if rc.poll, err = parsePoll(c); err != nil {
 		return rc, err
@@ -187,7 +188,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	if given("timeout") && rc.timeout <= 0 {
 		return rc, fmt.Errorf("--timeout %s: want a positive duration, such as 90s", rc.timeout)
 	}
-	if rc.memory.Size, err = parseSize(c.String("memory"), 1<<20); err != nil {
+	if rc.memory.Size, err = text.ParseSize(c.String("memory"), 1<<20); err != nil {
 		return rc, fmt.Errorf("--memory: %w", err)
 	}
 	host := thisHost()
@@ -203,27 +204,27 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	}
 	var ok bool
 	if rc.protocol, ok = entries[c.String("entry")]; !ok {
-		return rc, oneOf("--entry ", c.String("entry"), entries)
+		return rc, text.OneOf("--entry ", c.String("entry"), entries)
 	}
 	switch v := c.String("on-reset"); v {
 	case "exit", "reboot":
 		rc.reboot = v == "reboot"
 	default:
-		return rc, oneOfNames("--on-reset ", v, []string{"exit", "reboot"})
+		return rc, text.OneOfNames("--on-reset ", v, []string{"exit", "reboot"})
 	}
 	if rc.vhostABI, err = parseABI(c.String("vhost-abi")); err != nil {
 		return rc, fmt.Errorf("--vhost-abi: %w", err)
 	}
 	inRAM := uint64(0)
 	for _, s := range c.StringSlice("disk") {
-		d, err := parseDisk(s)
+		d, err := disk.Parse(s)
 		if err != nil {
 			return rc, err
 		}
 		rc.disks = append(rc.disks, d)
-		if d.storage == inMemory {
-			if inRAM += uint64(d.size); inRAM > maxSize {
-				return rc, fmt.Errorf("--disk %s: the disks in memory have more than %s", d.path, sizeWord(maxSize))
+		if d.Storage == disk.Memory {
+			if inRAM += uint64(d.Size); inRAM > text.MaxSize {
+				return rc, fmt.Errorf("--disk %s: the disks in memory have more than %s", d.Path, text.SizeWord(text.MaxSize))
 			}
 		}
 	}
@@ -284,21 +285,16 @@ func parsePoll(c *cli.Context) (time.Duration, error) {
 	return d, nil
 }
 
-// maxQueues is the most request queues that a device has: with the control and
-// event queues, and the configuration interrupt, it keeps MSI-X vectors in
-// proportion to CPUs.
-const maxQueues = 64
-
 // kernelCmdLine is what a Linux guest with the disks is booted with.
-func (rc *runConfig) kernelCmdLine(disks []rootDisk, note func(string)) string {
+func (rc *runConfig) kernelCmdLine(findRoot func() (word, why string), note func(string)) string {
 	if rc.bareCmdline {
 		return rc.cmdline
 	}
 	words := append([]string{"console=ttyS0", "panic=-1"}, terminalSize()...)
 	if len(rc.disks) > 0 && len(rc.initrds) == 0 && !strings.Contains(" "+rc.cmdline, " root=") {
-		if root, why := rootWord(disks); root == "" {
+		if root, why := findRoot(); root == "" {
 			note(why)
-		} else if rc.disks[0].readOnly {
+		} else if rc.disks[0].ReadOnly {
 			words = append(words, "root="+root, "ro")
 		} else {
 			words = append(words, "root="+root, "rw")
@@ -383,13 +379,11 @@ func run(rc runConfig) (err error) {
 	if socket != nil {
 		defer func() { err = errors.Join(err, socket.Close()) }()
 	}
-	m := &mishaps{name: rc.name, note: notes.note, paused: note}
+	shared := disk.Config{Queues: rc.requestQueues(), QueuesChosen: rc.queues > 0, ABI: rc.vhostABI, Machine: rc.name, Note: notes.note, Paused: note}
 	if socket != nil {
-		m.hold = cfg.Pauser.Hold
-	} else if i := slices.IndexFunc(rc.disks, func(d disk) bool { return d.onError != reportErrors }); i >= 0 {
-		return configError{fmt.Errorf("--disk %s: error=: without a control socket nobody could resume the machine", rc.disks[i].name())}
+		shared.Hold = cfg.Pauser.Hold
 	}
-	ds, err := openDisks(rc.disks, kernelOptions{queues: rc.requestQueues(), chosen: rc.queues > 0, abi: rc.vhostABI, note: notes.note}, m)
+	ds, err := disk.Open(rc.disks, shared)
 	if err != nil {
 		return err
 	}
@@ -400,24 +394,24 @@ func run(rc runConfig) (err error) {
 		}
 		rc.timing.phase(name)
 	}
-	defer func() { err = errors.Join(err, ds.close(started.Load())) }()
+	defer func() { err = errors.Join(err, ds.Close(started.Load())) }()
 	if rc.kernel == "" {
 		if len(rc.disks) == 0 {
-			if err := ds.attach(disk{serial: "gvm-memory-disk"}, backend.NewMem(embeddedDisk)); err != nil {
+			if err := ds.Attach(disk.Spec{Serial: "gvm-memory-disk"}, backend.NewMem(embeddedDisk)); err != nil {
 				return err
 			}
 			rc.guestArgs = append(rc.guestArgs, "write")
 		}
 		cfg.CmdLine = strings.Join(rc.guestArgs, " ")
 	} else {
-		cfg.CmdLine = rc.kernelCmdLine(ds.given, note)
+		cfg.CmdLine = rc.kernelCmdLine(ds.Root, note)
 	}
 	if rc.traceFile != "" {
-		if rc.trace, err = createTrace(rc.traceFile, traceHeader(ds, rc.requestQueues())); err != nil {
+		if rc.trace, err = createTrace(rc.traceFile, ds.TraceHeader(version, rc.requestQueues())); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, rc.trace.Close()) }()
-		stop, err2 := ds.traceKernels(rc.trace)
+		stop, err2 := ds.TraceKernels(rc.trace)
 		if err2 != nil {
 			return err2
 		}

@@ -11,6 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/control"
+	"gvm/text"
 )
 
 // exitTerminated is the status of a run that was stopped by SIGTERM or gvm stop.
@@ -112,7 +113,7 @@ EXAMPLES
 			grace := c.Duration("grace")
 			switch {
 			case c.Args().Len() > 1:
-				return usageError{fmt.Errorf("stop takes [VM], and got %s", count(c.Args().Len(), "word"))}
+				return usageError{fmt.Errorf("stop takes [VM], and got %s", text.Count(c.Args().Len(), "word"))}
 			case grace < 0 || grace > control.MaxGrace:
 				return usageError{fmt.Errorf("--grace %s: want 0 to %s", grace, control.MaxGrace)}
 			case c.Bool("force"):

@@ -14,10 +14,9 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"gvm/devices/scsi"
-	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/scsi/trace/traceplot"
+	"gvm/machine/disk"
 	"gvm/plot"
 	"gvm/text"
 )
@@ -145,7 +144,7 @@ func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionF
 			}
 		}
 		if len(files) < least || len(files) > most {
-			return usageError{fmt.Errorf("want %s %s, and got %s", c.Command.HelpName, c.Command.ArgsUsage, count(len(files), "file"))}
+			return usageError{fmt.Errorf("want %s %s, and got %s", c.Command.HelpName, c.Command.ArgsUsage, text.Count(len(files), "file"))}
 		}
 		return do(c, files)
 	}
@@ -158,7 +157,7 @@ func traceError(path string, err error) error {
 	if bad := (*trace.FormatError)(nil); errors.As(err, &bad) {
 		return configError{err}
 	}
-	return diskError{err}
+	return disk.ImageError{Err: err}
 }
 
 // openTrace opens a trace, and returns a function that closes it.
@@ -280,7 +279,7 @@ func (l *report) printHeader(h *trace.Header) {
 	l.printf("# gvm %s on Linux %s, started %s", h.GVM, h.Kernel, h.Start.Format(time.RFC3339))
 	for _, d := range h.Devices {
 		for _, k := range d.Disks {
-			l.printf("# %s: lun %d, serial %s, %s in blocks of %d", d.Backend, k.LUN, k.Serial, formatSize(k.Size), k.BlockSize)
+			l.printf("# %s: lun %d, serial %s, %s in blocks of %d", d.Backend, k.LUN, k.Serial, text.FormatSize(k.Size), k.BlockSize)
 		}
 	}
 }
@@ -442,64 +441,6 @@ func tracePlot(c *cli.Context, files []string) error {
 	return writePlot(out, &plot.Plot{Latencies: l})
 }
 
-// traceHeader describes a run with the disks: the devices in the order of
-// deviceTable.
-func traceHeader(ds *disks, queues int) trace.Header {
-	h := trace.Header{GVM: version, Kernel: trace.HostKernel()}
-	describe := func(lun int, u *scsi.Unit) trace.Disk {
-		k := trace.Disk{LUN: lun, Serial: u.Serial(), Size: u.Blocks() * uint64(u.BlockSize()), BlockSize: u.BlockSize(), ReadOnly: u.Config().ReadOnly}
-		for name, mode := range cacheModes {
-			if mode == u.Config().Cache && mode != scsi.WriteBack {
-				k.Cache = name
-			}
-		}
-		return k
-	}
-	if ds.inProcess() {
-		d := trace.Device{Backend: "process", Queues: queues}
-		for _, lun := range ds.target.LUNs() {
-			n, _ := scsi.DecodeLUN(lun)
-			d.Disks = append(d.Disks, describe(n, ds.target.Unit(lun)))
-		}
-		h.Devices = append(h.Devices, d)
-	}
-	for _, k := range ds.kernels {
-		d := trace.Device{Backend: "vhost", Queues: queues}
-		for _, u := range k.units {
-			if same, err := scsi.NewUnit(u.UnitConfig); err == nil { // what LIO shows, as it was made from the same
-				d.Disks = append(d.Disks, describe(u.LUN, same))
-			}
-		}
-		h.Devices = append(h.Devices, d)
-	}
-	return h
-}
-
-// traceKernels has the kernel's tracepoints recorded for the disks that it
-// serves. stop ends that.
-func (ds *disks) traceKernels(f *trace.File) (stop func() error, err error) {
-	var tracers []*lio.Tracer
-	stop = func() error {
-		var errs []error
-		for _, t := range tracers {
-			errs = append(errs, t.Close())
-		}
-		return errors.Join(errs...)
-	}
-	first := 0
-	if ds.inProcess() {
-		first = 1
-	}
-	for i, k := range ds.kernels {
-		t, err := k.target.Trace(f.Device(uint8(first + i)))
-		if err != nil {
-			return nil, errors.Join(err, stop())
-		}
-		tracers = append(tracers, t)
-	}
-	return stop, nil
-}
-
 // createTrace makes the trace file of a run, before it starts.
 func createTrace(path string, h trace.Header) (*trace.File, error) {
 	f, err := trace.Create(path, h)
@@ -507,7 +448,7 @@ func createTrace(path string, h trace.Header) (*trace.File, error) {
 	case errors.Is(err, trace.ErrRefused):
 		return nil, configError{err}
 	case err != nil:
-		return nil, diskError{err}
+		return nil, disk.ImageError{Err: err}
 	}
 	return f, nil
 }

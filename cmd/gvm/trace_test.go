@@ -15,13 +15,13 @@ import (
 	"testing"
 	"time"
 
-	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
 	"gvm/devices/virtio/vscsi"
 	"gvm/guestmem"
+	"gvm/machine/disk"
 )
 
 var update = flag.Bool("update", false, "write testdata anew")
@@ -41,9 +41,12 @@ const queueSpan = 1 << 20
 // record makes the trace of what drive does.
 func record(t *testing.T, readOnly bool, drive func(*traced)) []byte {
 	t.Helper()
-	ds := &disks{target: scsi.NewTarget()}
+	ds, err := disk.Open(nil, disk.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, n := range []int{0, 300} {
-		if err := ds.attach(disk{serial: fmt.Sprintf("TRACED%d", n), lun: n, readOnly: readOnly && n == 300}, backend.NewMem(1<<20)); err != nil {
+		if err := ds.Attach(disk.Spec{Serial: fmt.Sprintf("TRACED%d", n), LUN: n, ReadOnly: readOnly && n == 300}, backend.NewMem(1<<20)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -53,14 +56,14 @@ func record(t *testing.T, readOnly bool, drive func(*traced)) []byte {
 		now += 1500*time.Nanosecond + looks*looks*looks*3*time.Nanosecond
 		return now
 	}
-	h := traceHeader(ds, 2)
+	h := ds.TraceHeader(version, 2)
 	h.GVM, h.Kernel, h.Start = "1.2.3", "6.12.0", time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
 	var file bytes.Buffer
 	w, err := trace.NewWriter(&file, h, clock)
 	if err != nil {
 		t.Fatal(err)
 	}
-	dev, err := vscsi.New(vscsi.Config{Target: ds.target, Queues: 2, Observer: w.Device(0)})
+	dev, err := vscsi.New(vscsi.Config{Target: ds.Target(), Queues: 2, Observer: w.Device(0)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -375,17 +378,20 @@ func TestTracePlot(t *testing.T) {
 
 // TestCreateTrace is about --trace of a run.
 func TestCreateTrace(t *testing.T) {
-	ds := &disks{target: scsi.NewTarget()}
-	if err := ds.attach(disk{serial: "S", lun: 4, blockSize: 4096}, backend.NewMem(1<<20)); err != nil {
+	ds, err := disk.Open(nil, disk.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ds.Attach(disk.Spec{Serial: "S", LUN: 4, BlockSize: 4096}, backend.NewMem(1<<20)); err != nil {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
 	path := filepath.Join(dir, "run.trace")
-	f, err := createTrace(path, traceHeader(ds, 3))
+	f, err := createTrace(path, ds.TraceHeader(version, 3))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := createTrace(path, traceHeader(ds, 3)); exitStatus(err) != exitUsage {
+	if _, err := createTrace(path, ds.TraceHeader(version, 3)); exitStatus(err) != exitUsage {
 		t.Errorf("a trace in use: %v", err)
 	}
 	if err := f.Close(); err != nil {
@@ -400,10 +406,10 @@ func TestCreateTrace(t *testing.T) {
 	if h := r.Header; h.GVM != version || h.Kernel == "" || time.Since(h.Start) > time.Hour || fmt.Sprint(h.Devices) != fmt.Sprint(want) {
 		t.Errorf("header %+v", h)
 	}
-	if _, err := createTrace(filepath.Join(dir, "none", "x"), traceHeader(ds, 1)); exitStatus(err) != exitUsage {
+	if _, err := createTrace(filepath.Join(dir, "none", "x"), ds.TraceHeader(version, 1)); exitStatus(err) != exitUsage {
 		t.Errorf("no directory: %v", err)
 	}
-	if _, err := createTrace("/dev/full", traceHeader(ds, 1)); exitStatus(err) != exitHost {
+	if _, err := createTrace("/dev/full", ds.TraceHeader(version, 1)); exitStatus(err) != exitHost {
 		t.Errorf("a full disk: %v", err)
 	}
 }

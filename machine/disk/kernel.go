@@ -1,15 +1,15 @@
-package main
+package disk
 
 import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 
 	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/vhostscsi"
+	"gvm/text"
 )
 
 // kernelOptions are what disks with backend=vhost or auto share.
@@ -19,12 +19,6 @@ type kernelOptions struct {
 	abi    vhostscsi.ABIPolicy
 	note   func(string)
 }
-
-// kernelError says that the kernel does not serve a disk: backend=auto then has gvm serve
-// it. It is status 3.
-type kernelError struct{ error }
-
-func (e kernelError) Unwrap() error { return e.error }
 
 // kernelTarget is a target of LIO's and the device that gives it to the guest.
 type kernelTarget struct {
@@ -42,49 +36,35 @@ func (t *kernelTarget) close() error {
 	return errors.Join(err, t.target.Close())
 }
 
-// parseABI reads --vhost-abi.
-func parseABI(s string) (vhostscsi.ABIPolicy, error) {
-	switch n, err := strconv.ParseUint(s, 10, 31); {
-	case s == "":
-		return vhostscsi.ABIPolicy{}, nil
-	case s == "any":
-		return vhostscsi.AnyABI(), nil
-	case err != nil:
-		return vhostscsi.ABIPolicy{}, fmt.Errorf("%q: want a version number or any", s)
-	default:
-		return vhostscsi.PinABI(int(n)), nil
-	}
-}
-
 // autoNote is how the line begins that says what became of backend=auto.
 const autoNote = "backend=auto: served "
 
 // choose settles backend=auto by what this host offers; auto says that it had
-// to. If the kernel turns out to refuse a disk, fallback is the list with all of
-// those disks in-process; it is nil if that would change nothing or a disk
+// to. If the kernel turns out to refuse a Spec, fallback is the list with all of
+// those disks in-process; it is nil if that would change nothing or a Spec
 // insists on the kernel.
-func (k kernelOptions) choose(list []disk) (chosen, fallback []disk, auto bool) {
-	isAuto := func(d disk) bool { return d.backend == byEither }
+func (k kernelOptions) choose(list []Spec) (chosen, fallback []Spec, auto bool) {
+	isAuto := func(d Spec) bool { return d.Backend == Auto }
 	if !slices.ContainsFunc(list, isAuto) {
 		return slices.Clone(list), nil, false
 	}
-	to := func(b backendChoice) []disk {
+	to := func(b Backend) []Spec {
 		out := slices.Clone(list)
 		for i := range out {
 			if isAuto(out[i]) {
-				out[i].backend = b
+				out[i].Backend = b
 			}
 		}
 		return out
 	}
 	if err := k.check(); err != nil {
 		k.note(fmt.Sprintf("%sin-process: %v", autoNote, err))
-		return to(byProcess), nil, false
+		return to(Process), nil, false
 	}
-	if !slices.ContainsFunc(list, func(d disk) bool { return d.backend == byKernel }) {
-		fallback = to(byProcess)
+	if !slices.ContainsFunc(list, func(d Spec) bool { return d.Backend == Vhost }) {
+		fallback = to(Process)
 	}
-	return to(byKernel), fallback, true
+	return to(Vhost), fallback, true
 }
 
 // check tells whether this host's kernel can serve disks.
@@ -102,28 +82,28 @@ type kernelUnits struct {
 	path    string // of the first disk
 }
 
-func (u *kernelUnits) add(d disk, f *backend.File) error {
-	if len(u.units) > 0 && d.workers != u.workers {
+func (u *kernelUnits) add(d Spec, f *backend.File) error {
+	if len(u.units) > 0 && d.Workers != u.workers {
 		return fmt.Errorf("workers= differs from %s's: both are on one target", u.path)
 	}
 	if len(u.units) == 0 {
-		u.workers, u.path = d.workers, d.path
+		u.workers, u.path = d.Workers, d.Path
 	}
-	u.units = append(u.units, lio.Unit{LUN: d.lun, UnitConfig: d.unit(f)})
+	u.units = append(u.units, lio.Unit{LUN: d.LUN, UnitConfig: d.unit(f)})
 	return nil
 }
 
 // provision has the kernel serve the units.
 func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 	if err := vhostscsi.Check(k.abi); err != nil {
-		return nil, kernelError{err}
+		return nil, KernelError{err}
 	}
 	t, err := lio.Provision(lio.Config{Units: u.units})
 	if err != nil {
 		if errors.Is(err, lio.ErrUnit) {
 			err = configError{fmt.Errorf("--disk %w", err)}
 		}
-		return nil, kernelError{err}
+		return nil, KernelError{err}
 	}
 	for _, n := range t.Notes() {
 		k.note(n)
@@ -145,18 +125,18 @@ func losesResets(release string) bool {
 }
 
 // lookup takes a target that exists.
-func (k kernelOptions) lookup(d disk) (*kernelTarget, error) {
+func (k kernelOptions) lookup(d Spec) (*kernelTarget, error) {
 	if err := vhostscsi.Check(k.abi); err != nil {
-		return nil, kernelError{err}
+		return nil, KernelError{err}
 	}
-	t, err := lio.Lookup("", d.wwn)
+	t, err := lio.Lookup("", d.WWN)
 	if err != nil {
-		return nil, kernelError{fmt.Errorf("--disk %w", err)}
+		return nil, KernelError{fmt.Errorf("--disk %w", err)}
 	}
-	return k.device(&kernelTarget{target: t}, d.workers)
+	return k.device(&kernelTarget{target: t}, d.Workers)
 }
 
-// device makes the device of a target. On an error the target is closed.
+// Device makes the device of a target. On an error the target is closed.
 func (k kernelOptions) device(t *kernelTarget, workers int) (_ *kernelTarget, err error) {
 	t.device, err = vhostscsi.New(vhostscsi.Config{
 		WWPN:      t.target.WWN,
@@ -167,7 +147,7 @@ func (k kernelOptions) device(t *kernelTarget, workers int) (_ *kernelTarget, er
 		Note:      k.note,
 	})
 	if err != nil {
-		return nil, kernelError{errors.Join(err, t.close())}
+		return nil, KernelError{errors.Join(err, t.close())}
 	}
 	if n := k.queueNote(); n != "" {
 		k.note(n)
@@ -175,10 +155,10 @@ func (k kernelOptions) device(t *kernelTarget, workers int) (_ *kernelTarget, er
 	return t, nil
 }
 
-// queueMemory is about what vhost-scsi allocates for a request queue of 256 entries once the guest's
+// QueueMemory is about what vhost-scsi allocates for a request queue of 256 entries once the guest's
 // driver runs: each entry has a scatterlist of 2,048 segments (vhost_scsi_setup_vq_cmds in the
 // kernel's drivers/vhost/scsi.c). It is the kernel's own memory: no control group of gvm's bounds it.
-const queueMemory = 21 << 20
+const QueueMemory = 21 << 20
 
 // queueNote tells of many request queues that the user has not asked for.
 func (k kernelOptions) queueNote() string {
@@ -186,5 +166,5 @@ func (k kernelOptions) queueNote() string {
 		return ""
 	}
 	return fmt.Sprintf("the kernel takes some %s for each of %d request queues, one a CPU: %s of its memory; --queues N bounds that",
-		formatSize(queueMemory), k.queues, formatSize(uint64(k.queues)*queueMemory))
+		text.FormatSize(QueueMemory), k.queues, text.FormatSize(uint64(k.queues)*QueueMemory))
 }

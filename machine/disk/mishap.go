@@ -1,4 +1,4 @@
-package main
+package disk
 
 import (
 	"context"
@@ -9,21 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errorPolicy is what becomes of a failure of what a disk is kept in.
-type errorPolicy int
-
-const (
-	reportErrors errorPolicy = iota // the guest gets it
-	stopOnErrors                    // the machine pauses, and the request is done again when it is resumed
-	stopWhenFull                    // so for a lack of space, the guest gets others
-)
-
-var errorPolicies = map[string]errorPolicy{"report": reportErrors, "stop": stopOnErrors, "enospc-stop": stopWhenFull}
-
 // stops tells whether the machine pauses for err.
-func (p errorPolicy) stops(err error) bool {
+func (p ErrorPolicy) stops(err error) bool {
 	full := errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
-	return p == stopOnErrors || p == stopWhenFull && full
+	return p == Stop || p == StopOnFull && full
 }
 
 // maxTold bounds the failures that are remembered, as disks may come and go.
@@ -44,21 +33,21 @@ type mishaps struct {
 
 // watch returns what the unit of d is to tell of failures, and to ask whether to do
 // again what failed, until ctx ends.
-func (m *mishaps) watch(ctx context.Context, d disk) (tell func(error), retry func(error) bool) {
-	report := func(err error) { m.report(d.name(), err) }
-	if d.onError == reportErrors || m.hold == nil {
+func (m *mishaps) watch(ctx context.Context, d Spec) (tell func(error), retry func(error) bool) {
+	report := func(err error) { m.report(d.Name(), err) }
+	if d.OnError == Report || m.hold == nil {
 		return report, nil
 	}
 	return nil, func(err error) bool {
-		if !d.onError.stops(err) {
+		if !d.OnError.stops(err) {
 			report(err)
 			return false
 		}
 		// All commands of a disk may fail at the same time: the first one is told.
-		if m.holds(d.name(), 1) == 1 {
-			m.paused(fmt.Sprintf("%s: %v; the machine is paused until: gvm resume %s", d.name(), err, m.name))
+		if m.holds(d.Name(), 1) == 1 {
+			m.paused(fmt.Sprintf("%s: %v; the machine is paused until: gvm resume %s", d.Name(), err, m.name))
 		}
-		defer m.holds(d.name(), -1)
+		defer m.holds(d.Name(), -1)
 		return m.hold(ctx)
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package disk
 
 import (
 	"context"
@@ -29,11 +29,11 @@ func (s *slow) wait() { s.begun <- struct{}{}; <-s.goOn }
 func (s *slow) Flush() error                 { s.wait(); return nil }
 func (s *slow) Resize(_ int64, _ bool) error { s.wait(); return nil }
 
-func slowDisks(t *testing.T) (*disks, *slow) {
+func slowDisks(t *testing.T) (*Set, *slow) {
 	t.Helper()
-	ds := &disks{target: scsi.NewTarget(), mishaps: &mishaps{name: "vm", note: func(string) {}}}
+	ds := &Set{target: scsi.NewTarget(), mishaps: &mishaps{name: "vm", note: func(string) {}}}
 	b := newSlow()
-	if err := ds.attach(disk{path: "slow", lun: 0, blockSize: 512, serial: "SLOW"}, b); err != nil {
+	if err := ds.Attach(Spec{Path: "slow", LUN: 0, BlockSize: 512, Serial: "SLOW"}, b); err != nil {
 		t.Fatal(err)
 	}
 	ds.events = noGuest{}
@@ -55,14 +55,14 @@ func TestChangesWaitForNothing(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		state  string
-		change func(context.Context, *disks) error
+		change func(context.Context, *Set) error
 	}{
-		{"resize", control.Resizing, func(ctx context.Context, ds *disks) error {
-			_, err := ds.resize(ctx, "0", control.ResizeDisk{Size: 1 << 20})
+		{"resize", control.Resizing, func(ctx context.Context, ds *Set) error {
+			_, err := ds.Resize(ctx, "0", control.ResizeDisk{Size: 1 << 20})
 			return err
 		}},
-		{"remove", control.Removing, func(ctx context.Context, ds *disks) error {
-			_, err := ds.remove(ctx, "SLOW")
+		{"remove", control.Removing, func(ctx context.Context, ds *Set) error {
+			_, err := ds.Remove(ctx, "SLOW")
 			return err
 		}},
 	} {
@@ -77,17 +77,17 @@ func TestChangesWaitForNothing(t *testing.T) {
 			result := make(chan error, 1)
 			go func() { result <- tt.change(ctx, ds) }()
 			<-b.begun
-			if list := ds.list(); len(list) != 1 || list[0].Change != tt.state {
+			if list := ds.List(); len(list) != 1 || list[0].Change != tt.state {
 				t.Errorf("the list: %+v", list)
 			}
-			_, err := ds.remove(t.Context(), "0")
+			_, err := ds.Remove(t.Context(), "0")
 			wantConflict(t, err, tt.state+" is under way")
-			_, err = ds.resize(t.Context(), "0", control.ResizeDisk{})
+			_, err = ds.Resize(t.Context(), "0", control.ResizeDisk{})
 			wantConflict(t, err, tt.state+" is under way")
-			if ch, err := ds.add(t.Context(), disk{path: "mem", storage: inMemory, size: 1 << 20, lun: -1, blockSize: 512}); err != nil || ch.Disk.LUN != 1 {
+			if ch, err := ds.Add(t.Context(), Spec{Path: "mem", Storage: Memory, Size: 1 << 20, LUN: -1, BlockSize: 512}); err != nil || ch.Disk.LUN != 1 {
 				t.Errorf("another disk: %+v, %v", ch, err)
 			}
-			if _, err := ds.remove(t.Context(), "1"); err != nil {
+			if _, err := ds.Remove(t.Context(), "1"); err != nil {
 				t.Errorf("another disk: %v", err)
 			}
 			cancel() // the client goes
@@ -95,13 +95,13 @@ func TestChangesWaitForNothing(t *testing.T) {
 			if err := <-result; !errors.As(err, &e) || e.Status != http.StatusGatewayTimeout {
 				t.Errorf("a client that goes: %v", err)
 			}
-			if list := ds.list(); len(list) != 1 || list[0].Change != tt.state {
+			if list := ds.List(); len(list) != 1 || list[0].Change != tt.state {
 				t.Errorf("the list after that: %+v", list)
 			}
-			if err := ds.close(true); err != nil { // would hang
+			if err := ds.Close(true); err != nil { // would hang
 				t.Error(err)
 			}
-			if _, err := ds.resize(t.Context(), "0", control.ResizeDisk{}); err != control.ErrEnded {
+			if _, err := ds.Resize(t.Context(), "0", control.ResizeDisk{}); err != control.ErrEnded {
 				t.Errorf("after the end: %v", err)
 			}
 		})
@@ -123,9 +123,9 @@ func TestResizeBehindCommand(t *testing.T) {
 		if held {
 			ds.mishaps.holds("slow", 1)
 		}
-		_, err := ds.resize(t.Context(), "0", control.ResizeDisk{Size: 1 << 20})
+		_, err := ds.Resize(t.Context(), "0", control.ResizeDisk{Size: 1 << 20})
 		wantConflict(t, err, want)
-		if list := ds.list(); len(list) != 1 || list[0].Change != "" {
+		if list := ds.List(); len(list) != 1 || list[0].Change != "" {
 			t.Errorf("the list: %+v", list)
 		}
 		close(b.goOn)
@@ -136,10 +136,10 @@ func TestResizeBehindCommand(t *testing.T) {
 			ds.mishaps.holds("slow", -1)
 		}
 		ds.bounds.commands = 0
-		if _, err := ds.resize(t.Context(), "0", control.ResizeDisk{Size: 1 << 20}); err != nil {
+		if _, err := ds.Resize(t.Context(), "0", control.ResizeDisk{Size: 1 << 20}); err != nil {
 			t.Errorf("after it: %v", err)
 		}
-		if err := ds.close(true); err != nil {
+		if err := ds.Close(true); err != nil {
 			t.Error(err)
 		}
 	}

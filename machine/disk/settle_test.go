@@ -1,4 +1,4 @@
-package main
+package disk
 
 import (
 	"bytes"
@@ -67,7 +67,7 @@ func (s *sized) Close() error {
 }
 
 // protectedDisks has one disk with protection information.
-func protectedDisks(t *testing.T, fault ...backend.Fault) (*disks, *scsitest.Recorder, *sideFile) {
+func protectedDisks(t *testing.T, fault ...backend.Fault) (*Set, *scsitest.Recorder, *sideFile) {
 	t.Helper()
 	mem := backend.NewMem(1 << 20)
 	rec := &scsitest.Recorder{Backend: backend.NewFaulty(mem, fault...)}
@@ -76,14 +76,14 @@ func protectedDisks(t *testing.T, fault ...backend.Fault) (*disks, *scsitest.Rec
 	if err != nil {
 		t.Fatal(err)
 	}
-	ds := &disks{target: scsi.NewTarget(), mishaps: &mishaps{note: func(string) {}}}
+	ds := &Set{target: scsi.NewTarget(), mishaps: &mishaps{note: func(string) {}}}
 	if err := ds.target.Attach(0, u); err != nil {
 		t.Fatal(err)
 	}
 	if err := scsitest.Ready(ds.target, 0); err != nil {
 		t.Fatal(err)
 	}
-	s := newServed(disk{}, 0, u)
+	s := newServed(Spec{}, 0, u)
 	s.gone = func() {}
 	ds.served, ds.events = []served{s}, noGuest{}
 	rec.Log()
@@ -91,7 +91,7 @@ func protectedDisks(t *testing.T, fault ...backend.Fault) (*disks, *scsitest.Rec
 }
 
 // writeBlock writes block 9 of LUN 0 as v, into the cache.
-func writeBlock(t *testing.T, ds *disks, v byte) {
+func writeBlock(t *testing.T, ds *Set, v byte) {
 	t.Helper()
 	write := []byte{0x2a, 0, 0, 0, 0, 9, 0, 0, 1, 0}
 	if a := scsitest.Do(ds.target, 0, write, bytes.Repeat([]byte{v}, 512), 0); a.Status != scsi.Good {
@@ -105,18 +105,18 @@ func TestSettle(t *testing.T) {
 	both := []string{"flush", "flush tuples"}
 	for _, tt := range []struct {
 		name string
-		do   func(ds *disks) error
+		do   func(ds *Set) error
 		want []string
 	}{
-		{"remove", func(ds *disks) error { _, err := ds.remove(context.Background(), "0"); return err }, both},
-		{"end", func(ds *disks) error { return ds.close(true) }, both},
-		{"end of a guest that never ran", func(ds *disks) error { return ds.close(false) }, nil},
-		{"grow", func(ds *disks) error {
-			_, err := ds.resize(context.Background(), "0", control.ResizeDisk{Size: 2 << 20})
+		{"remove", func(ds *Set) error { _, err := ds.Remove(context.Background(), "0"); return err }, both},
+		{"end", func(ds *Set) error { return ds.Close(true) }, both},
+		{"end of a guest that never ran", func(ds *Set) error { return ds.Close(false) }, nil},
+		{"grow", func(ds *Set) error {
+			_, err := ds.Resize(context.Background(), "0", control.ResizeDisk{Size: 2 << 20})
 			return err
 		}, []string{"flush tuples", "resize", "flush tuples"}},
-		{"shrink", func(ds *disks) error {
-			_, err := ds.resize(context.Background(), "0", control.ResizeDisk{Size: 512 << 10, Shrink: true})
+		{"shrink", func(ds *Set) error {
+			_, err := ds.Resize(context.Background(), "0", control.ResizeDisk{Size: 512 << 10, Shrink: true})
 			return err
 		}, []string{"flush tuples", "resize", "clear tuples", "flush tuples"}},
 	} {
@@ -154,7 +154,7 @@ func TestSettle(t *testing.T) {
 		t.Fatal(a)
 	}
 	rec.Log()
-	if err := ds.close(true); err != nil || len(rec.Log()) > 0 {
+	if err := ds.Close(true); err != nil || len(rec.Log()) > 0 {
 		t.Errorf("%v, and flushed once more", err)
 	}
 	// What cannot be written back is flushed all the same, with what is beside it.
@@ -163,7 +163,7 @@ func TestSettle(t *testing.T) {
 	rec.Log()
 	bad := errors.New("no pages today")
 	ds.served[0].backend().(*sized).writeBack = bad
-	err := ds.close(true)
+	err := ds.Close(true)
 	if got := rec.Log(); !errors.Is(err, bad) || !slices.Equal(got, both) {
 		t.Errorf("%v, %q after a write-back that failed", err, got)
 	}
@@ -173,13 +173,13 @@ func TestSettle(t *testing.T) {
 // host is booted again, too.
 func TestOverlayEnds(t *testing.T) {
 	dir := t.TempDir()
-	d := disk{path: filepath.Join(dir, "base"), overlay: filepath.Join(dir, "overlay"), lun: -1, blockSize: 512}
-	if err := os.WriteFile(d.path, make([]byte, 1<<20), 0o600); err != nil {
+	d := Spec{Path: filepath.Join(dir, "base"), Overlay: filepath.Join(dir, "overlay"), LUN: -1, BlockSize: 512}
+	if err := os.WriteFile(d.Path, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	open := func() *disks {
+	open := func() *Set {
 		t.Helper()
-		ds, err := openDisks([]disk{d}, kernelOptions{note: func(string) {}}, &mishaps{note: func(string) {}})
+		ds, err := openDisks([]Spec{d}, kernelOptions{note: func(string) {}}, &mishaps{note: func(string) {}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -190,16 +190,16 @@ func TestOverlayEnds(t *testing.T) {
 	}
 	ds := open()
 	writeBlock(t, ds, 0x5a)
-	if err := ds.close(true); err != nil {
+	if err := ds.Close(true); err != nil {
 		t.Fatal(err)
 	}
-	file, err := os.ReadFile(d.overlay)
+	file, err := os.ReadFile(d.Overlay)
 	if err != nil {
 		t.Fatal(err)
 	}
 	copy(file[32:68], "00000000-0000-0000-0000-000000000000") // another boot
 	binary.BigEndian.PutUint32(file[8:], crc32.ChecksumIEEE(file[16:4096]))
-	if err := os.WriteFile(d.overlay, file, 0o600); err != nil {
+	if err := os.WriteFile(d.Overlay, file, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	ds = open()
@@ -207,7 +207,7 @@ func TestOverlayEnds(t *testing.T) {
 	if a.Status != scsi.Good || !bytes.Equal(a.Data, bytes.Repeat([]byte{0x5a}, 512)) {
 		t.Errorf("%v, % x", a, a.Data[:4])
 	}
-	if err := ds.close(true); err != nil {
+	if err := ds.Close(true); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -248,7 +248,7 @@ func TestEndOfStuckDisk(t *testing.T) {
 	ds.target.Submit(&scsi.Command{CDB: []byte{0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0}, Out: [][]byte{make([]byte, 512)},
 		Done: func(scsi.Result) { close(done) }})
 	<-begun
-	if err := ds.close(true); err != nil {
+	if err := ds.Close(true); err != nil {
 		t.Error(err)
 	}
 	if log := rec.Log(); len(notes) != 1 || !strings.Contains(notes[0], "not finished a request") || slices.Contains(log, "close") {

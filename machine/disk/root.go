@@ -1,4 +1,4 @@
-package main
+package disk
 
 import (
 	"encoding/binary"
@@ -90,7 +90,7 @@ const (
 	mbrProtective = 0xee
 )
 
-// partitions reads a disk's partition table, and tells whether there is one. One that is broken
+// partitions reads a Spec's partition table, and tells whether there is one. One that is broken
 // or that gvm does not follow to its end has no partitions.
 func partitions(d rootDisk) ([]partition, bool) {
 	b := make([]byte, 512)

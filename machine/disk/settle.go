@@ -1,4 +1,4 @@
-package main
+package disk
 
 import (
 	"context"
@@ -18,7 +18,7 @@ type writeBacker interface {
 
 // end ends all work of the disks, and returns the backends of those whose storage does not let go of a
 // request before ctx ends. They are not served any more.
-func (ds *disks) end(ctx context.Context) map[any]bool {
+func (ds *Set) end(ctx context.Context) map[any]bool {
 	busy := map[any]bool{}
 	units := ds.target.End(ctx)
 	ds.mu.Lock()
@@ -30,7 +30,7 @@ func (ds *disks) end(ctx context.Context) map[any]bool {
 		}
 		s := ds.served[i]
 		ds.mishaps.note(fmt.Sprintf("%s: its storage has not finished a request; gvm ends without it, "+
-			"and what the guest did not flush may be lost", s.name()))
+			"and what the guest did not flush may be lost", s.Name()))
 		busy[s.backend()] = true
 		ds.served = slices.Delete(ds.served, i, i+1)
 	}
@@ -40,7 +40,7 @@ func (ds *disks) end(ctx context.Context) map[any]bool {
 // settle makes durable what the guest has not flushed, with all that lies beside the images: an
 // overlay's map and protection information, without which the image alone is worth less. When ctx ends it
 // gives up, tells of which disks, and leaves them to the host. The caller has called endChanges.
-func (ds *disks) settle(ctx context.Context) error {
+func (ds *Set) settle(ctx context.Context) error {
 	type result struct {
 		disk *served
 		err  error
@@ -74,12 +74,12 @@ func (ds *disks) settle(ctx context.Context) error {
 			if !errors.Is(r.err, context.DeadlineExceeded) {
 				delete(left, r.disk)
 				if r.err != nil {
-					errs = append(errs, diskError{fmt.Errorf("--disk %s: %w", r.disk.name(), r.err)})
+					errs = append(errs, ImageError{fmt.Errorf("--disk %s: %w", r.disk.Name(), r.err)})
 				}
 			}
 		case <-ctx.Done():
 			for s := range left {
-				ds.mishaps.note(fmt.Sprintf("%s: what the guest did not flush is not all on stable storage; the host goes on writing it", s.name()))
+				ds.mishaps.note(fmt.Sprintf("%s: what the guest did not flush is not all on stable storage; the host goes on writing it", s.Name()))
 			}
 			return errors.Join(errs...)
 		}

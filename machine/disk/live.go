@@ -1,4 +1,4 @@
-package main
+package disk
 
 import (
 	"cmp"
@@ -18,6 +18,7 @@ import (
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
 	"gvm/devices/virtio/vscsi"
+	"gvm/text"
 )
 
 // live is the part of disks that changes while the machine runs. Until it runs
@@ -30,8 +31,8 @@ type live struct {
 	ended   bool       // no change begins
 	closed  bool       // close has begun to close what no change uses
 	served  []served   // the units of gvm's own target
-	events  notifier   // the device of that target; nil: the guest has none
-	adding  []disk     // disks that are not units yet
+	events  Notifier   // the device of that target; nil: the guest has none
+	adding  []Spec     // disks that are not units yet
 	busy    map[*scsi.Unit]string
 	over    chan struct{}     // closed when ended is set; made by ending
 	paths   map[string]string // absolute paths of the kernel's disks
@@ -53,7 +54,7 @@ func (l *live) ending() chan struct{} {
 	return l.over
 }
 
-// change has work change a disk, with mu released, and answers for it. The caller holds mu. done
+// change has work change a Spec, with mu released, and answers for it. The caller holds mu. done
 // ends what work has begun, with mu held again.
 func (l *live) change(ctx context.Context, what string, work func(cut <-chan struct{}) (control.Change, error), done func()) (control.Change, error) {
 	type answer struct {
@@ -91,8 +92,8 @@ func (l *live) change(ctx context.Context, what string, work func(cut <-chan str
 	return control.Change{}, control.Errorf(http.StatusGatewayTimeout, "%s takes long and goes on: gvm disk list shows when it is over", what)
 }
 
-// notifier is the device that tells the guest; *vscsi.Device is one.
-type notifier interface {
+// Notifier is the device that tells the guest; *vscsi.Device is one.
+type Notifier interface {
 	Event(vscsi.EventType, scsi.LUN, vscsi.Reason) vscsi.Delivery
 }
 
@@ -103,24 +104,24 @@ type resizer interface {
 
 // served is a disk that is a unit of gvm's own target.
 type served struct {
-	disk
+	Spec
 	path string // absolute, "" for memory
 	at   scsi.LUN
 	unit *scsi.Unit
 	gone context.CancelFunc // lets go requests that wait for the machine to be resumed
 }
 
-func newServed(d disk, lun scsi.LUN, u *scsi.Unit) served {
-	s := served{disk: d, at: lun, unit: u}
-	if d.path != "" && d.storage == inImage {
-		s.path = absolute(d.path)
+func newServed(d Spec, lun scsi.LUN, u *scsi.Unit) served {
+	s := served{Spec: d, at: lun, unit: u}
+	if d.Path != "" && d.Storage == Image {
+		s.path = Absolute(d.Path)
 	}
 	return s
 }
 
-// absolute is how a path is called in both processes, the machine's and the
+// Absolute is how a path is called in both processes, the machine's and the
 // asking one: without links, as far as it leads anywhere.
-func absolute(path string) string {
+func Absolute(path string) string {
 	if real, err := filepath.EvalSymlinks(path); err == nil {
 		path = real
 	}
@@ -142,27 +143,18 @@ func (s *served) describe() control.Disk {
 	return control.Disk{
 		LUN:       s.number(),
 		Path:      s.path,
-		Storage:   storageNames[s.storage],
+		Storage:   storages.of(s.Storage),
 		Serial:    s.unit.Serial(),
 		Size:      int64(s.unit.Blocks()) * int64(s.unit.BlockSize()),
 		BlockSize: s.unit.BlockSize(),
 		ReadOnly:  s.unit.Config().ReadOnly,
-		Cache:     cacheName(s.unit.Config().Cache),
+		Cache:     CacheName(s.unit.Config().Cache),
 		Backend:   "process",
 	}
 }
 
-func cacheName(m scsi.CacheMode) string {
-	for name, mode := range cacheModes {
-		if mode == m {
-			return name
-		}
-	}
-	return ""
-}
-
-// list describes every disk: gvm's own by LUN, then those of the kernel.
-func (ds *disks) list() []control.Disk {
+// List describes every disk: gvm's own by LUN, then those of the kernel.
+func (ds *Set) List() []control.Disk {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	var list []control.Disk
@@ -172,8 +164,8 @@ func (ds *disks) list() []control.Disk {
 		list = append(list, d)
 	}
 	for _, d := range ds.adding {
-		list = append(list, control.Disk{LUN: d.lun, Path: d.path, Serial: d.serial, Size: d.size, BlockSize: d.blockSize, ReadOnly: d.readOnly,
-			Cache: cacheName(d.cache), Backend: "process", Change: control.Adding})
+		list = append(list, control.Disk{LUN: d.LUN, Path: d.Path, Serial: d.Serial, Size: d.Size, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly,
+			Cache: CacheName(d.Cache), Backend: "process", Change: control.Adding})
 	}
 	slices.SortFunc(list, func(a, b control.Disk) int { return a.LUN - b.LUN })
 	for _, k := range ds.kernels {
@@ -182,32 +174,32 @@ func (ds *disks) list() []control.Disk {
 		}
 		for _, u := range k.units {
 			list = append(list, control.Disk{LUN: u.LUN, Path: ds.paths[u.Backend.(*backend.File).Path()], WWN: k.target.WWN, Serial: u.Serial,
-				Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly, Cache: cacheName(u.Cache), Backend: "vhost"})
+				Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly, Cache: CacheName(u.Cache), Backend: "vhost"})
 		}
 	}
 	return list
 }
 
-// add opens a disk's image, gives it a LUN and tells the guest. On an error all
+// Add opens a Spec's image, gives it a LUN and tells the guest. On an error all
 // is as before.
-func (ds *disks) add(ctx context.Context, d disk) (control.Change, error) {
+func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	switch {
 	case ds.ended:
 		return control.Change{}, control.ErrEnded
-	case d.backend == byKernel:
-		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: backend=vhost disks cannot be added to a machine that runs; backend=process ones can", d.name())
+	case d.Backend == Vhost:
+		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: backend=vhost disks cannot be added to a machine that runs; backend=process ones can", d.Name())
 	case ds.events == nil:
-		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: the machine was started with backend=vhost disks only and has no device for others", d.name())
-	case d.storage == inImage && slices.ContainsFunc(ds.adding, func(a disk) bool { return a.storage == inImage && filepath.Clean(a.path) == filepath.Clean(d.path) }):
-		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s is being added already: gvm disk list shows when that is over", d.path)
+		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: the machine was started with backend=vhost disks only and has no device for others", d.Name())
+	case d.Storage == Image && slices.ContainsFunc(ds.adding, func(a Spec) bool { return a.Storage == Image && filepath.Clean(a.Path) == filepath.Clean(d.Path) }):
+		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s is being added already: gvm disk list shows when that is over", d.Path)
 	}
-	d.backend = byProcess
+	d.Backend = Process
 	all := slices.Clone(ds.adding)
 	for _, s := range ds.served {
-		s.lun = s.number()
-		all = append(all, s.disk)
+		s.LUN = s.number()
+		all = append(all, s.Spec)
 	}
 	all = append(all, d)
 	if err := assignLUNs(all); err != nil {
@@ -215,24 +207,24 @@ func (ds *disks) add(ctx context.Context, d disk) (control.Change, error) {
 	}
 	d = all[len(all)-1]
 	ds.adding = append(ds.adding, d)
-	return ds.change(ctx, "adding "+d.path, func(<-chan struct{}) (control.Change, error) { return ds.addNow(d) }, func() {
-		ds.adding = slices.DeleteFunc(ds.adding, func(a disk) bool { return a.lun == d.lun })
+	return ds.change(ctx, "adding "+d.Path, func(<-chan struct{}) (control.Change, error) { return ds.addNow(d) }, func() {
+		ds.adding = slices.DeleteFunc(ds.adding, func(a Spec) bool { return a.LUN == d.LUN })
 	})
 }
 
 // addNow is the slow part of add.
-func (ds *disks) addNow(d disk) (control.Change, error) {
-	own := &disks{target: ds.target, mishaps: ds.mishaps} // until the disk is there
+func (ds *Set) addNow(d Spec) (control.Change, error) {
+	own := &Set{target: ds.target, mishaps: ds.mishaps} // until the disk is there
 	f, err := own.openImage(d)
 	if locked := (*backend.LockedError)(nil); errors.As(err, &locked) && locked.Other != "" {
-		locked.Other = absolute(locked.Other) // the client may have another working directory
+		locked.Other = Absolute(locked.Other) // the client may have another working directory
 	}
 	if err != nil {
 		return control.Change{}, refusal(err)
 	}
-	if err := own.attach(d, f); err != nil {
+	if err := own.Attach(d, f); err != nil {
 		ds.mu.Lock()
-		err = configError{fmt.Errorf("--disk %s: %w", d.path, ds.sameSerial(err))}
+		err = configError{fmt.Errorf("--disk %s: %w", d.Path, ds.sameSerial(err))}
 		ds.mu.Unlock()
 		for _, f := range own.open {
 			err = errors.Join(err, f.close(false))
@@ -251,14 +243,14 @@ func (ds *disks) addNow(d disk) (control.Change, error) {
 }
 
 // claim finds a disk for a change that no other is under way for. The caller holds mu.
-func (ds *disks) claim(id, change string) (s served, release func(), err error) {
+func (ds *Set) claim(id, change string) (s served, release func(), err error) {
 	i, err := ds.find(id)
 	if err != nil {
 		return s, nil, err
 	}
 	s = ds.served[i]
 	if other := ds.busy[s.unit]; other != "" {
-		return s, nil, control.Errorf(http.StatusConflict, "LUN %d, %s: %s is under way: gvm disk list shows when it is over", s.number(), s.disk.path, other)
+		return s, nil, control.Errorf(http.StatusConflict, "LUN %d, %s: %s is under way: gvm disk list shows when it is over", s.number(), s.Spec.Path, other)
 	}
 	if ds.busy == nil {
 		ds.busy = map[*scsi.Unit]string{}
@@ -271,10 +263,10 @@ func (ds *disks) claim(id, change string) (s served, release func(), err error) 
 	}, nil
 }
 
-// remove tells the guest that a disk goes, and takes it away without waiting for
+// Remove tells the guest that a disk goes, and takes it away without waiting for
 // the guest: commands in flight are aborted. What the guest has written is on
 // stable storage then, as it gets to flush nothing more.
-func (ds *disks) remove(ctx context.Context, id string) (control.Change, error) {
+func (ds *Set) Remove(ctx context.Context, id string) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	s, release, err := ds.claim(id, control.Removing)
@@ -283,11 +275,11 @@ func (ds *disks) remove(ctx context.Context, id string) (control.Change, error) 
 	}
 	ch := control.Change{Disk: s.describe(), Guest: ds.tell(&s, vscsi.TransportReset, vscsi.ResetRemoved)}
 	s.gone()
-	return ds.change(ctx, "removing "+s.disk.path, func(<-chan struct{}) (control.Change, error) { return ch, ds.removeNow(s) }, release)
+	return ds.change(ctx, "removing "+s.Spec.Path, func(<-chan struct{}) (control.Change, error) { return ch, ds.removeNow(s) }, release)
 }
 
 // removeNow is the slow part of remove.
-func (ds *disks) removeNow(s served) error {
+func (ds *Set) removeNow(s served) error {
 	if err := ds.target.Detach(s.at); err != nil {
 		return err
 	}
@@ -303,9 +295,9 @@ func (ds *disks) removeNow(s served) error {
 	return errors.Join(err, f.close(true))
 }
 
-// resize gives a disk another size, or takes the one that its image has by now,
+// Resize gives a disk another size, or takes the one that its image has by now,
 // and tells the guest.
-func (ds *disks) resize(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
+func (ds *Set) Resize(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	s, release, err := ds.claim(id, control.Resizing)
@@ -315,16 +307,16 @@ func (ds *disks) resize(ctx context.Context, id string, r control.ResizeDisk) (c
 	b, ok := s.backend().(resizer)
 	if !ok {
 		release()
-		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s, keeps its size", s.number(), s.disk.path)
+		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s, keeps its size", s.number(), s.Spec.Path)
 	}
-	return ds.change(ctx, "resizing "+s.disk.path, func(over <-chan struct{}) (control.Change, error) {
+	return ds.change(ctx, "resizing "+s.Spec.Path, func(over <-chan struct{}) (control.Change, error) {
 		return ds.resizeNow(s, over, func() error { return b.Resize(r.Size, r.Shrink) })
 	}, release)
 }
 
 // resizeNow is the slow part of resize. It does not wait for commands that wait for the user.
-func (ds *disks) resizeNow(s served, over <-chan struct{}, do func() error) (control.Change, error) {
-	held := func() bool { return ds.mishaps.holds(s.disk.name(), 0) > 0 }
+func (ds *Set) resizeNow(s served, over <-chan struct{}, do func() error) (control.Change, error) {
+	held := func() bool { return ds.mishaps.holds(s.Spec.Name(), 0) > 0 }
 	cut, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(cut)
@@ -348,11 +340,11 @@ func (ds *disks) resizeNow(s served, over <-chan struct{}, do func() error) (con
 	<-cut
 	switch {
 	case errors.Is(err, scsi.ErrBusy) && held():
-		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s: a command has failed and waits: gvm resume %s first", s.number(), s.disk.path, ds.mishaps.name)
+		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s: a command has failed and waits: gvm resume %s first", s.number(), s.Spec.Path, ds.mishaps.name)
 	case errors.Is(err, scsi.ErrBusy):
-		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s: %v; try again", s.number(), s.disk.path, err)
+		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s: %v; try again", s.number(), s.Spec.Path, err)
 	case err != nil:
-		return control.Change{}, refusal(diskError{err})
+		return control.Change{}, refusal(ImageError{err})
 	}
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
@@ -367,7 +359,7 @@ func (ds *disks) resizeNow(s served, over <-chan struct{}, do func() error) (con
 
 // find returns the index of the disk with a LUN, a serial number or a path. The
 // caller holds mu.
-func (ds *disks) find(id string) (int, error) {
+func (ds *Set) find(id string) (int, error) {
 	if ds.ended {
 		return 0, control.ErrEnded
 	}
@@ -382,14 +374,14 @@ func (ds *disks) find(id string) (int, error) {
 			return i, nil
 		}
 	}
-	for prefix, kind := range storages {
-		if size, ok := strings.CutPrefix(id, prefix); ok {
-			return ds.findStorage(id, kind, size)
+	for _, kind := range storages {
+		if size, ok := strings.CutPrefix(id, kind.name+":"); ok {
+			return ds.findStorage(id, kind.value, size)
 		}
 	}
 	for _, d := range ds.adding {
-		if isLUN && d.lun == n || d.serial != "" && d.serial == id || d.path == id {
-			return 0, control.Errorf(http.StatusConflict, "LUN %d, %s, is being added: gvm disk list shows when that is over", d.lun, d.path)
+		if isLUN && d.LUN == n || d.Serial != "" && d.Serial == id || d.Path == id {
+			return 0, control.Errorf(http.StatusConflict, "LUN %d, %s, is being added: gvm disk list shows when that is over", d.LUN, d.Path)
 		}
 	}
 	for _, k := range ds.kernels {
@@ -403,11 +395,11 @@ func (ds *disks) find(id string) (int, error) {
 }
 
 // findStorage is find for a disk that has no path, such as mem:1M. The caller holds mu.
-func (ds *disks) findStorage(id string, kind storage, size string) (int, error) {
+func (ds *Set) findStorage(id string, kind Storage, size string) (int, error) {
 	found := -1
-	n, err := parseSize(size, 1)
+	n, err := text.ParseSize(size, 1)
 	for i, s := range ds.served {
-		if err != nil || s.storage != kind || s.describe().Size != int64(n) {
+		if err != nil || s.Storage != kind || s.describe().Size != int64(n) {
 			continue
 		}
 		if found >= 0 {
@@ -423,8 +415,8 @@ func (ds *disks) findStorage(id string, kind storage, size string) (int, error) 
 	return found, nil
 }
 
-// tell sends the guest an event about a disk. The caller holds mu.
-func (ds *disks) tell(s *served, t vscsi.EventType, r vscsi.Reason) control.Guest {
+// tell sends the guest an event about a Spec. The caller holds mu.
+func (ds *Set) tell(s *served, t vscsi.EventType, r vscsi.Reason) control.Guest {
 	switch ds.events.Event(t, s.at, r) {
 	case vscsi.Delivered:
 		return control.Told
@@ -437,7 +429,7 @@ func (ds *disks) tell(s *served, t vscsi.EventType, r vscsi.Reason) control.Gues
 }
 
 // taken returns what is open for a backend, which is the caller's to close. The caller holds mu.
-func (ds *disks) taken(b scsi.Backend) (f opened) {
+func (ds *Set) taken(b scsi.Backend) (f opened) {
 	if i := slices.IndexFunc(ds.open, func(i opened) bool { return any(i.backend) == any(b) }); i >= 0 {
 		f = ds.open[i]
 		ds.open = slices.Delete(ds.open, i, i+1)
@@ -447,7 +439,7 @@ func (ds *disks) taken(b scsi.Backend) (f opened) {
 
 // endChanges ends changes and waits for those under way, but not longer than ctx. It returns what is open
 // and no change uses any more; the rest closes with the process.
-func (ds *disks) endChanges(ctx context.Context) (open []opened) {
+func (ds *Set) endChanges(ctx context.Context) (open []opened) {
 	ctx, cancel := context.WithTimeout(ctx, settlePatience/3) // the rest is for the disks
 	defer cancel()
 	ds.mu.Lock()
@@ -481,7 +473,7 @@ func (ds *disks) endChanges(ctx context.Context) (open []opened) {
 // the host's failure.
 func refusal(err error) error {
 	switch {
-	case exitStatus(err) != exitUsage:
+	case !IsConfig(err):
 		return err
 	case errors.Is(err, fs.ErrNotExist):
 		return control.Errorf(http.StatusNotFound, "%v", err)

@@ -1,0 +1,51 @@
+package disk
+
+import (
+	"errors"
+	"io/fs"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/devices/scsi/backend"
+)
+
+// configError is a value that cannot be served.
+type configError struct{ error }
+
+func (e configError) Unwrap() error { return e.error }
+
+// ImageError is a failure of what a disk, or a file beside one, is kept in.
+type ImageError struct{ Err error }
+
+func (e ImageError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the failure.
+func (e ImageError) Unwrap() error { return e.Err }
+
+// KernelError says that the kernel does not serve a disk with backend=vhost.
+type KernelError struct{ Err error }
+
+func (e KernelError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the reason.
+func (e KernelError) Unwrap() error { return e.Err }
+
+// IsConfig reports whether err is about what was asked for, which the user can change, such as a
+// file that is missing or in use. Any other error is the host's failure.
+func IsConfig(err error) bool {
+	var config configError
+	var image ImageError
+	switch {
+	case errors.As(err, &config):
+		return true
+	case errors.As(err, &image):
+		for _, kind := range []error{backend.ErrLocked, backend.ErrFormat, backend.ErrSize, backend.ErrNotDisk, backend.ErrBase,
+			backend.ErrNoLocks, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
+			unix.EROFS, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG, unix.ETXTBSY, unix.EFBIG} {
+			if errors.Is(err, kind) {
+				return true
+			}
+		}
+	}
+	return false
+}

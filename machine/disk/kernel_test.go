@@ -1,0 +1,32 @@
+package disk
+
+import (
+	"strings"
+	"testing"
+)
+
+// TestQueueNote: what many request queues take of the kernel's memory is told with the option that
+// bounds it, unless the user has taken it.
+func TestQueueNote(t *testing.T) {
+	for _, tt := range []struct {
+		k    kernelOptions
+		want string
+	}{
+		{kernelOptions{queues: 1}, ""},
+		{kernelOptions{queues: 4}, ""},
+		{kernelOptions{queues: 8}, "some 21 MiB for each of 8 request queues, one a CPU: 168 MiB of its memory; --queues N bounds that"},
+		{kernelOptions{queues: 8, chosen: true}, ""},
+	} {
+		if got := tt.k.queueNote(); !strings.HasSuffix(got, tt.want) || tt.want == "" && got != "" {
+			t.Errorf("%+v: %q, want %q", tt.k, got, tt.want)
+		}
+	}
+}
+
+func TestLosesResets(t *testing.T) {
+	for release, want := range map[string]bool{"6.1.0-56-amd64": true, "5.10.0": true, "6.3.9": true, "6.4.0": false, "6.12.117+deb12": false, "7.0": false, "": false, "linux": false} {
+		if losesResets(release) != want {
+			t.Errorf("%q: %v", release, !want)
+		}
+	}
+}

@@ -1,0 +1,323 @@
+package disk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/bits"
+	"slices"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/virtio/vhostscsi"
+)
+
+// Config is what the disks of a machine share.
+type Config struct {
+	Queues       int  // request queues of a device
+	QueuesChosen bool // by the user, who knows what they cost
+	ABI          vhostscsi.ABIPolicy
+
+	Machine string                     // its name, for messages
+	Hold    func(context.Context) bool // pauses the machine, as vmm.Pauser.Hold does; nil: nothing can resume it
+	Note    func(string)               // what the user should know, and a guest can cause
+	Paused  func(string)               // why the machine is paused
+}
+
+// Set is the disks of a machine: the SCSI targets, and the images behind their units.
+type Set struct {
+	target  *scsi.Target    // gvm's own
+	kernels []*kernelTarget // those of the kernel
+	open    []opened
+	mishaps *mishaps
+	given   []rootDisk // in the order of --disk
+
+	live // what changes while the machine runs
+}
+
+// opened is what a disk of gvm's has open.
+type opened struct {
+	backend io.Closer // what the unit has; it closes all
+	tuples  io.Closer // its protection information, nil: none
+	undo    func()    // takes back what size= and overlay= did, nil: nothing
+}
+
+// Target is gvm's own SCSI target.
+func (ds *Set) Target() *scsi.Target { return ds.target }
+
+// Notify has changes of disks told to the guest by n, the device of Target.
+func (ds *Set) Notify(n Notifier) { ds.events = n }
+
+// Protected reports whether a disk of gvm's own target has protection information.
+func (ds *Set) Protected() bool {
+	return slices.ContainsFunc(ds.served, func(s served) bool { return s.PI })
+}
+
+// KernelDevices returns the devices of the disks that the kernel serves.
+func (ds *Set) KernelDevices() (devices []*vhostscsi.Device) {
+	for _, k := range ds.kernels {
+		devices = append(devices, k.device)
+	}
+	return devices
+}
+
+// Root returns what root= is for a kernel without an initrd. If no word is sure to mean the first
+// disk, it is "", and why says so.
+func (ds *Set) Root() (word, why string) { return rootWord(ds.given) }
+
+// InProcess tells whether the guest has gvm's own target: not if every disk is
+// the kernel's.
+func (ds *Set) InProcess() bool { return len(ds.kernels) == 0 || len(ds.target.LUNs()) > 0 }
+
+// Open opens, checks and locks every image, and gives each its LUN on a target: gvm's own, or one
+// that the kernel serves, as its Backend says. On an error nothing stays open or provisioned, and
+// what size= made is undone. IsConfig tells whose error it is.
+func Open(list []Spec, c Config) (*Set, error) {
+	for _, d := range list {
+		if c.Hold == nil && d.OnError != Report {
+			return nil, configError{fmt.Errorf("--disk %s: error=: without a control socket nobody could resume the machine", d.Name())}
+		}
+	}
+	return openDisks(list, kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note},
+		&mishaps{name: c.Machine, hold: c.Hold, note: c.Note, paused: c.Paused})
+}
+
+func openDisks(list []Spec, k kernelOptions, m *mishaps) (*Set, error) {
+	list, fallback, auto := k.choose(list)
+	ds, err := openAll(list, k, m)
+	var refused KernelError
+	switch {
+	case err == nil && auto:
+		k.note(autoNote + "by the kernel: vhost-scsi and LIO are there")
+	case fallback != nil && errors.As(err, &refused):
+		k.note(fmt.Sprintf("%sin-process: %v", autoNote, err))
+		return openAll(fallback, k, m)
+	}
+	return ds, err
+}
+
+// openAll is openDisks for disks of which none is backend=auto.
+func openAll(list []Spec, k kernelOptions, m *mishaps) (_ *Set, err error) {
+	ds := &Set{target: scsi.NewTarget(), mishaps: m}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, ds.Close(false))
+		}
+	}()
+	if err := assignLUNs(list); err != nil {
+		return nil, err
+	}
+	var provision kernelUnits
+	for _, d := range list {
+		if d.Path == "" {
+			t, err := k.lookup(d)
+			if err != nil {
+				return nil, err
+			}
+			ds.kernels = append(ds.kernels, t)
+			ds.given = append(ds.given, rootDisk{})
+			continue
+		}
+		f, err := ds.openImage(d)
+		if err != nil {
+			return nil, err
+		}
+		ds.given = append(ds.given, rootDisk{f, d.BlockSize})
+		if file, ok := f.(*backend.File); ok && d.Backend == Vhost {
+			if ds.paths == nil {
+				ds.paths = map[string]string{}
+			}
+			ds.paths[file.Path()] = Absolute(file.Path())
+			err = provision.add(d, file)
+		} else {
+			err = ds.Attach(d, f)
+		}
+		if err != nil {
+			return nil, configError{fmt.Errorf("--disk %s: %w", d.Path, ds.sameSerial(err))}
+		}
+	}
+	if len(provision.units) > 0 {
+		t, err := k.provision(provision)
+		if err != nil {
+			return nil, err
+		}
+		ds.kernels = append(ds.kernels, t)
+	}
+	return ds, nil
+}
+
+// assignLUNs gives those disks that name no LUN the next free one of their
+// target.
+func assignLUNs(list []Spec) error {
+	taken := map[Backend]map[int]string{Process: {}, Vhost: {}}
+	for _, d := range list {
+		if d.LUN < 0 {
+			continue
+		}
+		if other, ok := taken[d.Backend][d.LUN]; ok {
+			return configError{fmt.Errorf("--disk %s: lun=%d is %s's already", d.Path, d.LUN, other)}
+		}
+		taken[d.Backend][d.LUN] = d.Path
+	}
+	for i := range list {
+		d := &list[i]
+		for n := 0; d.LUN < 0 && d.Path != ""; n++ {
+			if _, ok := taken[d.Backend][n]; !ok {
+				d.LUN = n
+				taken[d.Backend][n] = d.Path
+			}
+		}
+	}
+	return nil
+}
+
+// openImage opens and locks a Spec's image, or makes what it has instead.
+func (ds *Set) openImage(d Spec) (scsi.Backend, error) {
+	switch d.Storage {
+	case Memory:
+		if d.Size%int64(d.BlockSize) != 0 {
+			return nil, configError{fmt.Errorf("--disk %s: not a multiple of the block size %d", d.Path, d.BlockSize)}
+		}
+		f, err := backend.OpenMemory(d.Size)
+		if err != nil {
+			return nil, err
+		}
+		ds.open = append(ds.open, opened{backend: f})
+		return f, nil
+	case Null:
+		return backend.Null(d.Size), nil
+	}
+	f, err := backend.Open(d.Path, backend.Options{
+		ReadOnly: d.ReadOnly || d.Overlay != "", Size: d.Size, BlockSize: d.BlockSize,
+		NoLock: d.NoLock, Lend: d.Backend == Vhost, Note: ds.mishaps.note,
+	})
+	if err != nil {
+		return nil, ImageError{err}
+	}
+	if d.Overlay == "" {
+		ds.open = append(ds.open, opened{backend: f, undo: f.Undo})
+		return f, nil
+	}
+	path := d.Overlay
+	if path == OverlayOn {
+		path = ""
+	}
+	o, err := backend.OpenOverlay(f, path)
+	if err != nil {
+		return nil, errors.Join(ImageError{fmt.Errorf("overlay: %w", err)}, f.Close())
+	}
+	ds.open = append(ds.open, opened{backend: o, undo: o.Undo})
+	return o, nil
+}
+
+// unit is how a target shows the disk.
+func (d *Spec) unit(b scsi.Backend) scsi.UnitConfig {
+	serial := d.Serial
+	if serial == "" && d.Storage != Image {
+		serial = fmt.Sprintf("gvm-memory-%d", max(d.LUN, 0))
+	}
+	physical := max(d.Physical/max(d.BlockSize, 1), 1)
+	return scsi.UnitConfig{Backend: b, Serial: serial, ReadOnly: d.ReadOnly, BlockSize: d.BlockSize, Cache: d.Cache,
+		PhysicalBlockExponent: bits.TrailingZeros(uint(physical)), IOPS: d.IOPS, Bandwidth: d.BPS}
+}
+
+// Attach makes the disk a unit of gvm's own target.
+func (ds *Set) Attach(d Spec, b scsi.Backend) (err error) {
+	cfg, keeper := d.unit(b), (*backend.Reservations)(nil)
+	ctx, gone := context.WithCancel(context.Background())
+	defer func() {
+		if err != nil {
+			gone()
+		}
+	}()
+	cfg.OnError, cfg.Retry = ds.mishaps.watch(ctx, d)
+	if f, ok := b.(*backend.File); ok && d.Storage == Image && !d.ReadOnly {
+		if keeper = f.Reservations(); keeper != nil {
+			cfg.Reservations = keeper
+		}
+	}
+	if d.PI {
+		if cfg.Protection, err = ds.tuples(b); err != nil {
+			return fmt.Errorf("pi=1: %w", err)
+		}
+	}
+	u, err := scsi.NewUnit(cfg)
+	if keeper != nil && errors.Is(err, scsi.ErrReservationState) {
+		return fmt.Errorf("%w (move %s away to begin without reservations)", err, keeper.Path())
+	}
+	if err != nil {
+		return err
+	}
+	lun, _ := scsi.EncodeLUN(max(d.LUN, 0))
+	if err := ds.target.Attach(lun, u); err != nil {
+		return err
+	}
+	s := newServed(d, lun, u)
+	s.gone = gone
+	ds.served = append(ds.served, s)
+	return nil
+}
+
+// sameSerial names the other disk where the error is that two have one serial number. The caller holds mu.
+func (ds *Set) sameSerial(err error) error {
+	same := (*scsi.SerialError)(nil)
+	if !errors.As(err, &same) {
+		return err
+	}
+	other := ""
+	if i := slices.IndexFunc(ds.served, func(s served) bool { return s.number() == same.Other }); i >= 0 {
+		other = ", " + ds.served[i].Spec.Name() + ","
+	}
+	return fmt.Errorf("it has the serial %q, as LUN %d%s has: give one of them another with serial=", same.Serial, same.Other, other)
+}
+
+// tuples opens the protection information of an image that is open.
+func (ds *Set) tuples(b scsi.Backend) (scsi.Protection, error) {
+	t, err := b.(*backend.File).Tuples()
+	if err != nil {
+		return nil, err
+	}
+	i := slices.IndexFunc(ds.open, func(i opened) bool { return any(i.backend) == any(b) })
+	ds.open[i].tuples = t
+	return t, nil
+}
+
+// close closes the image. For a guest that never had it, what size= and overlay= did
+// is taken back, unless there is data by now.
+func (i opened) close(had bool) error {
+	if i.undo != nil && !had {
+		i.undo()
+	}
+	if i.backend == nil {
+		return nil // it holds nothing open
+	}
+	err := i.backend.Close()
+	if i.tuples != nil {
+		err = errors.Join(err, i.tuples.Close())
+	}
+	return err
+}
+
+// Close takes down what was provisioned and releases the images; if no guest was
+// started, what size= did is undone in between. What a guest has not flushed is made durable as far as
+// settlePatience goes, the rest is in the page cache. Nothing can be changed afterwards.
+func (ds *Set) Close(started bool) error {
+	ctx, cancel := context.WithTimeout(context.Background(), settlePatience)
+	defer cancel()
+	open := ds.endChanges(ctx)
+	busy := ds.end(ctx)
+	var errs []error
+	if started {
+		errs = append(errs, ds.settle(ctx))
+	}
+	for _, k := range ds.kernels {
+		errs = append(errs, k.close())
+	}
+	for _, f := range open {
+		if !busy[f.backend] { // else it is in use, and the end of the process closes it
+			errs = append(errs, f.close(started))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,105 @@
+package disk
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/scsitest"
+)
+
+// testImage makes an image of n bytes.
+func testImage(t *testing.T, name string, n int) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, make([]byte, n), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// vpd80 asks a unit for its serial number.
+func vpd80(t *testing.T, ds *Set, n int) string {
+	t.Helper()
+	lun, _ := scsi.EncodeLUN(n)
+	if err := scsitest.Ready(ds.target, lun); err != nil {
+		t.Fatal(err)
+	}
+	r := scsitest.Do(ds.target, lun, []byte{0x12, 1, 0x80, 0, 68, 0}, nil, 68)
+	if r.Status != scsi.Good || len(r.Data) < 4 {
+		t.Fatalf("INQUIRY: %+v", r)
+	}
+	return string(r.Data[4 : 4+r.Data[3]])
+}
+
+func TestOpenDisks(t *testing.T) {
+	a, b := testImage(t, "a", 1<<20), testImage(t, "b", 1<<20)
+	ds, err := openDisks([]Spec{{Path: a, LUN: -1, Serial: "SN, 1", BlockSize: 512}, {Path: b, LUN: 7, BlockSize: 512}}, kernelOptions{}, &mishaps{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ds.Close(true)
+	if s := vpd80(t, ds, 0); s != "SN, 1" {
+		t.Errorf("serial %q", s)
+	}
+	if s := vpd80(t, ds, 7); s == "" || s == vpd80(t, ds, 0) {
+		t.Errorf("serial of a disk without one: %q", s)
+	}
+}
+
+// TestUndo checks that what size= did is taken back only where no data can be lost.
+func TestUndo(t *testing.T) {
+	dir := t.TempDir()
+	open := func(path string) *Set {
+		ds, err := openDisks([]Spec{{Path: path, LUN: -1, Size: 2 << 20, BlockSize: 512}}, kernelOptions{}, &mishaps{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ds
+	}
+	size := func(path string) int64 {
+		fi, err := os.Stat(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return -1
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fi.Size()
+	}
+	for _, tt := range []struct {
+		name    string
+		grown   bool
+		writeAt int64 // -1: nowhere
+		want    int64
+	}{
+		{"created", false, -1, -1},
+		{"created and written", false, 1<<20 + 8192, 2 << 20},
+		{"grown", true, -1, 1 << 20},
+		{"grown, old part written", true, 4096, 1 << 20},
+		{"grown, new part written", true, 1<<20 + 8192, 2 << 20},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			path := filepath.Join(dir, tt.name)
+			if tt.grown {
+				path = testImage(t, "disk", 1<<20)
+			}
+			ds := open(path)
+			if tt.writeAt >= 0 {
+				if _, err := ds.open[0].backend.(*backend.File).WriteAt([]byte("data"), tt.writeAt); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := ds.Close(false); err != nil {
+				t.Fatal(err)
+			}
+			if got := size(path); got != tt.want {
+				t.Errorf("size %d, want %d", got, tt.want)
+			}
+		})
+	}
+}

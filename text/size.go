@@ -1,0 +1,108 @@
+package text
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// MaxSize is the largest size that ParseSize takes, in bytes.
+const MaxSize = 1 << 62
+
+// ParseSize reads a size such as 512M, 1.5G or 8GiB: suffixes K, M, G and T are
+// powers of 1024. A number without a suffix counts units of unit bytes.
+func ParseSize(s string, unit uint64) (uint64, error) {
+	num := strings.TrimSuffix(strings.TrimSuffix(strings.ToUpper(s), "B"), "I")
+	scale := unit
+	if i := strings.IndexAny(num, "KMGT"); i >= 0 && i == len(num)-1 {
+		scale = 1 << (10 * (1 + strings.IndexByte("KMGT", num[i])))
+		num = num[:i]
+	} else if num != s {
+		return 0, badSize(s, num)
+	}
+	whole, err := strconv.ParseUint(num, 10, 64)
+	if err == nil {
+		if whole > MaxSize/scale {
+			return 0, tooLarge(s)
+		}
+		return whole * scale, nil
+	}
+	f, err := strconv.ParseFloat(num, 64)
+	if err != nil || !(f >= 0) || strings.ContainsAny(num, "xXeEpPnN_") {
+		return 0, badSize(s, num)
+	}
+	if f *= float64(scale); f > MaxSize {
+		return 0, tooLarge(s)
+	}
+	return uint64(f), nil
+}
+
+// SizeError is the error of ParseSize.
+type SizeError struct {
+	Word string // what was given
+	Why  string // what is wrong, or wanted
+}
+
+func (e *SizeError) Error() string { return fmt.Sprintf("size %q: %s", e.Word, e.Why) }
+
+func tooLarge(s string) error {
+	return &SizeError{s, "too large: the largest is " + SizeWord(MaxSize)}
+}
+
+// badSize says what a size is. One in petabytes is given in terabytes.
+func badSize(s, num string) error {
+	such := ""
+	if number, ok := strings.CutSuffix(num, "P"); ok {
+		if f, err := strconv.ParseFloat(number, 64); err == nil && f > 0 && f < 1<<20 {
+			such = fmt.Sprintf(", such as %gT; the largest is %s", 1024*f, SizeWord(MaxSize))
+		}
+	}
+	return &SizeError{s, "want a number and K, M, G or T" + such}
+}
+
+// Count writes a number of things.
+func Count(n int, noun string) string {
+	if n != 1 {
+		noun += "s"
+	}
+	return fmt.Sprintf("%d %s", n, noun)
+}
+
+// SizeWord writes a size as ParseSize takes it.
+func SizeWord(n uint64) string {
+	number, unit, _ := strings.Cut(FormatSize(n), " ")
+	return number + strings.TrimSuffix(strings.TrimSuffix(unit, "bytes"), "iB")
+}
+
+// FormatSize writes a size with the largest suffix that leaves it whole.
+func FormatSize(n uint64) string {
+	for i := 3; i >= 0; i-- {
+		if scale := uint64(1) << (10 * (1 + i)); n >= scale && n%scale == 0 {
+			return fmt.Sprintf("%d %ciB", n/scale, "KMGT"[i])
+		}
+	}
+	return fmt.Sprintf("%d bytes", n)
+}
+
+// Unknown is the error for a word that names nothing: what was probably meant, and which page of
+// help has the names, such as " run".
+func Unknown(thing, near, page string) error {
+	if near != "" {
+		return fmt.Errorf("unknown %s; did you mean %s? See gvm help%s", thing, near, page)
+	}
+	return fmt.Errorf("unknown %s; see gvm help%s", thing, page)
+}
+
+// OneOf is the error for a value that is no key of values; what stands before it.
+func OneOf[V any](what, value string, values map[string]V) error {
+	return OneOfNames(what, value, slices.Sorted(maps.Keys(values)))
+}
+
+// OneOfNames is the error for a value that is none of names; what stands before it.
+func OneOfNames(what, value string, names []string) error {
+	last := len(names) - 1
+	near := Suggest(strings.Trim(value, `"`), names)
+	return fmt.Errorf("%s%s: want %s or %s%s", what, value, strings.Join(names[:last], ", "), names[last], near)
+}
