@@ -194,7 +194,9 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
 		err = bodyError(err)
 	} else {
 		r.Body = io.NopCloser(bytes.NewReader(b))
+		leave := enter(r.Context())
 		value, err = s.guarded(do, r)
+		leave()
 	}
 	status := http.StatusOK
 	if err != nil {
@@ -219,7 +221,6 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
 // guarded does a request unless the machine has ended. A bug of ours becomes an
 // error: the machine goes on.
 func (s *Server) guarded(do endpoint, r *http.Request) (value any, err error) {
-	defer enter(r.Context())()
 	s.busy.RLock()
 	defer s.busy.RUnlock()
 	if s.closed {
