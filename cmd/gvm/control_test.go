@@ -71,6 +71,7 @@ func TestDiskCommands(t *testing.T) {
 		{"resume VM VM", 2, "", "resume takes [VM], and got 2 words"},
 		{"pause nobody", 2, "", "no machine of this user has the name or PID nobody; there "},
 		{"disk list VM", 0, "LUN  SIZE   BLOCK  CACHE      MODE  BACKEND  SERIAL  IMAGE\n0    1 MiB  512    writeback  rw    process  ONE     " + one + "\n", ""},
+		{"disk list VM --json", 0, "\"serial\": \"ONE\"", ""},
 		{"disk add VM one.img", 2, "", "one.img: given twice"},
 		{"disk add VM linked.img", 2, "", "linked.img: given twice: " + one},
 		{"disk add VM linked.img,lock=off", 2, "", "linked.img: given twice: " + one},

@@ -144,3 +144,31 @@ func TestResizeBehindCommand(t *testing.T) {
 		}
 	}
 }
+
+// TestResizeAtEnd ends a machine while a resize waits for a command: the resize gives up.
+func TestResizeAtEnd(t *testing.T) {
+	ds, b := slowDisks(t)
+	ds.bounds.commands = time.Hour
+	flush, resized := make(chan struct{}), make(chan error, 1)
+	go func() {
+		scsitest.Do(ds.target, 0, []byte{0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0}, nil, 0)
+		close(flush)
+	}()
+	<-b.begun
+	go func() {
+		_, err := ds.Resize(t.Context(), "0", control.ResizeDisk{Size: 1 << 20})
+		resized <- err
+	}()
+	for ds.List()[0].Change == "" {
+		time.Sleep(time.Millisecond)
+	}
+	if err := ds.Close(true); err != nil {
+		t.Error(err)
+	}
+	if err := <-resized; err != control.ErrEnded {
+		t.Errorf("the resize: %v", err)
+	}
+	ds.changes.Wait() // would hang
+	close(b.goOn)
+	<-flush
+}
