@@ -13,6 +13,8 @@ import (
 	"os"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // maxAnswer is more than any answer has.
@@ -30,6 +32,7 @@ var ErrNoAnswer = errors.New("no answer")
 
 // Client asks the machine that has a name in a Directory. It holds no resources.
 type Client struct {
+	dir  Directory
 	name string
 	http http.Client
 }
@@ -37,24 +40,59 @@ type Client struct {
 // NewClient returns a client for the machine of that name, which the first
 // request looks for.
 func NewClient(d Directory, name string) *Client {
-	return &Client{name: name, http: http.Client{
+	return &Client{dir: d, name: name, http: http.Client{
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		Transport: &http.Transport{
 			DisableKeepAlives: true,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				if err := private(d.path, os.Geteuid()); err != nil {
-					return nil, err
-				}
-				dir, err := os.Open(d.path)
-				if err != nil {
-					return nil, err
-				}
-				defer dir.Close()
-				var dialer net.Dialer
-				return dialer.DialContext(ctx, "unix", socketPath(dir, name+socketSuffix))
-			},
+			DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return d.dial(ctx, name) },
 		},
 	}}
+}
+
+// dial connects to the socket of a name.
+func (d Directory) dial(ctx context.Context, name string) (net.Conn, error) {
+	if err := private(d.path, os.Geteuid()); err != nil {
+		return nil, err
+	}
+	dir, err := os.Open(d.path)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	var dialer net.Dialer
+	return dialer.DialContext(ctx, "unix", socketPath(dir, name+socketSuffix))
+}
+
+// Process opens the process that has the machine's socket, as a descriptor that is readable when the
+// process has ended (pidfd_open(2)).
+func (c *Client) Process(ctx context.Context) (*os.File, error) {
+	conn, err := c.dir.dial(ctx, c.name)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close() // it lives until then, and its PID is its own
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd := -1
+	if e := raw.Control(func(s uintptr) {
+		if fd, err = unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PEERPIDFD); err == nil {
+			return
+		}
+		cred, e := unix.GetsockoptUcred(int(s), unix.SOL_SOCKET, unix.SO_PEERCRED) // before Linux 6.5
+		if e != nil {
+			err = e
+			return
+		}
+		fd, err = unix.PidfdOpen(int(cred.Pid), 0)
+	}); e != nil {
+		return nil, e
+	}
+	if err != nil {
+		return nil, fmt.Errorf("process of machine %s: %w", c.name, err)
+	}
+	return os.NewFile(uintptr(fd), "process of machine "+c.name), nil
 }
 
 // Info asks what the machine is.

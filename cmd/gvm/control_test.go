@@ -255,6 +255,36 @@ func TestStop(t *testing.T) {
 	}
 }
 
+// TestStopWaits: gvm stop returns when the process has ended too, which waits for what reads its output.
+func TestStopWaits(t *testing.T) {
+	t.Parallel()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	if _, err := unix.FcntlInt(w.Fd(), unix.F_SETPIPE_SZ, 4096); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Write(make([]byte, 4096)); err != nil {
+		t.Fatal(err)
+	}
+	name := fmt.Sprintf("waits-%d", os.Getpid())
+	p := startGVMAs(t, t.TempDir(), func(p *proc) { p.cmd.Stderr = w }, guestRun("--name="+name, "spin")...)
+	p.expect("spinning")
+	if r := ask(t, t.TempDir(), "stop", "--force", name); r.status != 0 {
+		t.Errorf("status %d, %q", r.status, r.errs)
+	}
+	var info unix.Siginfo // of a child that has ended and is not waited for yet
+	if err := unix.Waitid(unix.P_PID, p.cmd.Process.Pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil); err != nil || info.Signo != int32(unix.SIGCHLD) {
+		t.Errorf("the process has not ended: %+v, %v", info, err)
+	}
+	if r := p.wait(); r.status != exitTerminated {
+		t.Errorf("status %d", r.status)
+	}
+}
+
 // TestStoppedMachine: a machine whose process is stopped is named, and holds no other up. It is not
 // parallel: tests beside it would see the note about the machine.
 func TestStoppedMachine(t *testing.T) {

@@ -4,11 +4,13 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"os"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"gvm/control"
 	"gvm/text"
@@ -128,8 +130,12 @@ EXAMPLES
 	}
 }
 
-// stopMachine asks the machine to stop, and returns when it is gone.
+// stopMachine asks the machine to stop, and returns when it and its process are gone.
 func stopMachine(ctx context.Context, client *control.Client, grace time.Duration) error {
+	process, err := client.Process(ctx)
+	if err == nil {
+		defer process.Close()
+	} // else there is none to wait for: it is in another PID namespace, or the kernel older than 5.3
 	answer, err := client.Stop(ctx, control.Stop{GraceMS: grace.Milliseconds()})
 	if err != nil {
 		return refused(err)
@@ -140,18 +146,30 @@ func stopMachine(ctx context.Context, client *control.Client, grace time.Duratio
 	}
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
+	listed := true
 	for {
 		entries, err := control.DefaultDirectory().List()
 		if err != nil {
 			return fmt.Errorf("list machines: %w", err)
 		}
-		if !slices.ContainsFunc(entries, func(e control.Entry) bool { return e.Name == client.Name() }) {
+		listed = listed && slices.ContainsFunc(entries, func(e control.Entry) bool { return e.Name == client.Name() })
+		if !listed && (process == nil || processEnded(process)) {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
+			if !listed {
+				return fmt.Errorf("machine %s has ended, but not its process after %v: it may wait for what reads its output", client.Name(), wait)
+			}
 			return fmt.Errorf("machine %s has not ended after %v; kill -9 its process (gvm list)", client.Name(), wait)
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// processEnded reports whether the process of a pidfd has ended.
+func processEnded(pidfd *os.File) bool {
+	fds := []unix.PollFd{{Fd: int32(pidfd.Fd()), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return n > 0 && err == nil
 }
