@@ -429,6 +429,9 @@ func (c *corpus) others() {
 	c.in(512, cdb12(0xa3, 0x05, 0, 512))       // REPORT IDENTIFYING INFORMATION
 	c.in(512, cdb12(0xa3, 0x0f, 0, 512))       // REPORT TIMESTAMP
 	c.param(zeros(8), cdb12(0xa4, 0x0a, 0, 8)) // SET TARGET PORT GROUPS
+	c.in(0, cdb10(0x48, 0x01, 0, 0))           // SANITIZE that ends without any: OVERWRITE without a parameter list,
+	c.in(0, cdb10(0x48, 0x02, 0, 1))           // BLOCK ERASE with one,
+	c.in(0, cdb10(0x48, 0x1f, 0, 0))           // EXIT FAILURE MODE
 	for _, action := range []byte{0, 1, 3, 4} {
 		c.in(512, cdb16(0x84, action, 0, 512)) // RECEIVE COPY RESULTS
 	}

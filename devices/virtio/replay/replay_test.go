@@ -58,10 +58,19 @@ func host(t *testing.T, ctx context.Context, dev virtio.Device) *Host {
 
 func TestCorpus(t *testing.T) {
 	_, list := Corpus()
-	ops := map[byte]int{}
+	ops, names := map[byte]int{}, map[string]bool{}
 	for _, r := range list {
 		if r.Kind == trace.Command {
 			ops[r.CDB[0]]++
+			names[r.Op()] = true
+		}
+	}
+	for op := range 256 {
+		for action := range byte(32) {
+			cdb := []byte{byte(op), action}
+			if _, _, ok := scsi.CommandInfo(cdb); ok && !names[scsi.OpcodeName(cdb)] {
+				t.Errorf("%s is not in the corpus", scsi.OpcodeName(cdb))
+			}
 		}
 	}
 	if len(list) < 300 || len(ops) != 256 {
