@@ -39,14 +39,11 @@ func (r *benchRecord) write(v any) error {
 	if r == nil {
 		return nil
 	}
-	if _, ok := r.regular(); ok {
-		if err := r.f.Truncate(0); err != nil {
-			return err
-		}
+	b, err := json.MarshalIndent(v, "", " ")
+	if err != nil {
+		return err
 	}
-	e := json.NewEncoder(r.f)
-	e.SetIndent("", " ")
-	return e.Encode(v)
+	return fillOutput(r.f, r.made, append(b, '\n'))
 }
 
 // close closes the file after a benchmark that ended with err, and removes the one that a failed

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -83,20 +84,44 @@ func formerOutput(f *os.File) bool {
 
 // writeOutput makes b the contents of a file that a user names.
 func writeOutput(path string, b []byte) error {
-	f, _, err := openOutput(path)
+	f, made, err := openOutput(path)
 	if err != nil {
 		return err
 	}
-	if fi, err := f.Stat(); err == nil && fi.Mode().IsRegular() {
-		if err := f.Truncate(0); err != nil {
-			return disk.ImageError{Err: errors.Join(err, f.Close())}
+	err = fillOutput(f, made, b)
+	if e := f.Close(); e != nil && err == nil {
+		err = disk.ImageError{Err: e}
+	}
+	return err
+}
+
+// fillOutput makes b the contents of a file that openOutput has opened. Where there is no room for all of b,
+// a file that was there stays as it is, and one that was made is removed.
+func fillOutput(f *os.File, made bool, b []byte) (err error) {
+	defer func() {
+		if err != nil {
+			if made {
+				err = errors.Join(err, nowait.Remove(f, f.Name()))
+			}
+			err = disk.ImageError{Err: err}
+		}
+	}()
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	regular := fi.Mode().IsRegular()
+	if regular && len(b) > 0 {
+		err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, int64(len(b)))
+		if err != nil && !errors.Is(err, unix.EOPNOTSUPP) { // some file systems only tell by the write
+			return errors.Join(&fs.PathError{Op: "write", Path: f.Name(), Err: err}, f.Truncate(fi.Size()))
 		}
 	}
-	if _, err = f.Write(b); err != nil {
-		return disk.ImageError{Err: errors.Join(err, f.Close())}
+	if _, err := f.Write(b); err != nil {
+		return err
 	}
-	if err := f.Close(); err != nil {
-		return disk.ImageError{Err: err}
+	if regular {
+		return f.Truncate(int64(len(b)))
 	}
 	return nil
 }
