@@ -190,10 +190,10 @@ func ask[T any](ctx context.Context, c *Client, method, path string, body any) (
 		return answer, nil
 	}
 	var e struct {
-		Error string `json:"error"`
+		Error Text `json:"error"`
 	}
 	if json.Unmarshal(b, &e) != nil || e.Error == "" {
-		e.Error = resp.Status
+		e.Error = Text(resp.Status)
 	}
-	return answer, &Error{resp.StatusCode, e.Error}
+	return answer, &Error{resp.StatusCode, string(e.Error)}
 }

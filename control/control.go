@@ -17,7 +17,7 @@ type Info struct {
 	Name   string `json:"name"`
 	PID    int    `json:"pid"`
 	GVM    string `json:"gvm"`    // version
-	Kernel string `json:"kernel"` // path of the kernel, "" for the embedded guest
+	Kernel Text   `json:"kernel"` // path of the kernel, "" for the embedded guest
 	CPUs   int    `json:"cpus"`
 	Memory uint64 `json:"memory"` // bytes
 	State  State  `json:"state"`
@@ -35,10 +35,10 @@ const (
 // Disk is a logical unit that the guest has.
 type Disk struct {
 	LUN       int    `json:"lun"`
-	Path      string `json:"path,omitempty"`    // absolute; "" for memory and for targets of the kernel's
+	Path      Text   `json:"path,omitempty"`    // absolute; "" for memory and for targets of the kernel's
 	Storage   string `json:"storage,omitempty"` // of a disk without a path: mem or null
 	WWN       string `json:"wwn,omitempty"`     // of a target of the kernel's
-	Serial    string `json:"serial,omitempty"`
+	Serial    Text   `json:"serial,omitempty"`
 	Size      int64  `json:"size"` // bytes
 	BlockSize int    `json:"block_size"`
 	ReadOnly  bool   `json:"readonly"`
@@ -57,10 +57,10 @@ const (
 // AddDisk is the body of POST /v1/disks.
 type AddDisk struct {
 	// Disk is the disk as gvm run --disk takes it.
-	Disk string `json:"disk"`
+	Disk Text `json:"disk"`
 	// Dir is what a relative path in Disk starts from. Without it such a path
 	// is refused: the machine has a working directory of its own.
-	Dir string `json:"dir,omitempty"`
+	Dir Text `json:"dir,omitempty"`
 }
 
 // ResizeDisk is the body of POST /v1/disks/ID/resize.

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -60,11 +61,12 @@ func (f *fake) Disks() (list []Disk) {
 	for _, d := range f.disks {
 		list = append(list, d)
 	}
-	slices.SortFunc(list, func(a, b Disk) int { return strings.Compare(a.Path, b.Path) })
+	slices.SortFunc(list, func(a, b Disk) int { return cmp.Compare(a.Path, b.Path) })
 	return list
 }
 
 func (f *fake) AddDisk(_ context.Context, a AddDisk) (Change, error) {
+	path := string(a.Disk)
 	if f.adding != nil {
 		f.adding <- struct{}{}
 		<-f.adding
@@ -72,15 +74,15 @@ func (f *fake) AddDisk(_ context.Context, a AddDisk) (Change, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	switch {
-	case a.Disk == "bug":
+	case path == "bug":
 		panic("no such disk")
-	case a.Disk == "host":
+	case path == "host":
 		return Change{}, errors.New("no storage")
-	case f.disks[a.Disk].Path != "":
-		return Change{}, Errorf(http.StatusConflict, "%s is there", a.Disk)
+	case f.disks[path].Path != "":
+		return Change{}, Errorf(http.StatusConflict, "%s is there", path)
 	}
 	d := Disk{Path: a.Disk, LUN: len(f.disks), Serial: a.Dir, Size: 512, BlockSize: 512, Cache: "writeback", Backend: "process"}
-	f.disks[a.Disk] = d
+	f.disks[path] = d
 	return Change{d, Told}, nil
 }
 
@@ -153,12 +155,12 @@ func TestClient(t *testing.T) {
 	if list, err := c.Disks(ctx); err != nil || list == nil || len(list) > 0 {
 		t.Errorf("%+v, %v, want an empty list", list, err)
 	}
-	for _, path := range []string{"/a b/c%2F?d#e", ".", "..", "7", "ü", "<&>"} {
-		want := Disk{Path: path, Serial: "/home", Size: 512, BlockSize: 512, Cache: "writeback", Backend: "process"}
-		if ch, err := c.AddDisk(ctx, AddDisk{Disk: path, Dir: "/home"}); err != nil || ch != (Change{want, Told}) {
+	for _, path := range []string{"/a b/c%2F?d#e", ".", "..", "7", "ü", "<&>", "\xff\xe4.img"} {
+		want := Disk{Path: Text(path), Serial: "/home", Size: 512, BlockSize: 512, Cache: "writeback", Backend: "process"}
+		if ch, err := c.AddDisk(ctx, AddDisk{Disk: Text(path), Dir: "/home"}); err != nil || ch != (Change{want, Told}) {
 			t.Errorf("added %+v, %v", ch, err)
 		}
-		_, err := c.AddDisk(ctx, AddDisk{Disk: path})
+		_, err := c.AddDisk(ctx, AddDisk{Disk: Text(path)})
 		wantError(t, err, http.StatusConflict, path+" is there")
 		if list, err := c.Disks(ctx); err != nil || !reflect.DeepEqual(list, []Disk{want}) {
 			t.Errorf("%+v, %v", list, err)
@@ -293,7 +295,7 @@ func TestConcurrent(t *testing.T) {
 			for n := range 20 {
 				id := fmt.Sprint("disk", n%3)
 				var e *Error
-				if _, err := c.AddDisk(t.Context(), AddDisk{Disk: id}); err == nil {
+				if _, err := c.AddDisk(t.Context(), AddDisk{Disk: Text(id)}); err == nil {
 					counts[i][0]++
 				} else if !errors.As(err, &e) || e.Status != http.StatusConflict {
 					t.Error(err)
@@ -675,7 +677,7 @@ func TestClientOddAnswers(t *testing.T) {
 // descriptors and keep no other client out.
 func TestManyClients(t *testing.T) {
 	f := newFake()
-	f.disks["big"] = Disk{Path: strings.Repeat("x", 300<<10)} // an answer that no socket has room for
+	f.disks["big"] = Disk{Path: Text(strings.Repeat("x", 300<<10))} // an answer that no socket has room for
 	d, client := serve(t, f)
 	dir, err := os.Open(d.path)
 	if err != nil {

@@ -205,8 +205,8 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
 			status = e.Status
 		}
 		value = struct {
-			Error string `json:"error"`
-		}{err.Error()}
+			Error Text `json:"error"`
+		}{Text(err.Error())}
 	} else if value == nil {
 		w.WriteHeader(http.StatusNoContent)
 		return

@@ -70,7 +70,7 @@ func (m *machine) pauseError(err error) error {
 func (m *machine) Disks() []control.Disk { return m.disks.List() }
 
 func (m *machine) AddDisk(ctx context.Context, a control.AddDisk) (control.Change, error) {
-	d, err := disk.Parse(a.Disk)
+	d, err := disk.Parse(string(a.Disk))
 	if err != nil {
 		return control.Change{}, control.Errorf(http.StatusBadRequest, "%v", err)
 	}
@@ -78,10 +78,10 @@ func (m *machine) AddDisk(ctx context.Context, a control.AddDisk) (control.Chang
 		if d.Storage != disk.Image || *path == "" || filepath.IsAbs(*path) || path == &d.Overlay && *path == disk.OverlayOn {
 			continue
 		}
-		if !filepath.IsAbs(a.Dir) {
+		if !filepath.IsAbs(string(a.Dir)) {
 			return control.Change{}, control.Errorf(http.StatusBadRequest, "--disk %s: a relative path, and no absolute directory that it starts from", *path)
 		}
-		*path = filepath.Join(a.Dir, *path)
+		*path = filepath.Join(string(a.Dir), *path)
 	}
 	return m.disks.Add(ctx, d)
 }
@@ -124,7 +124,7 @@ func (rc *runConfig) info() control.Info {
 	if kernel != "" {
 		kernel = disk.Absolute(kernel)
 	}
-	return control.Info{Name: rc.name, PID: os.Getpid(), GVM: version, Kernel: kernel, CPUs: rc.cpus, Memory: rc.memory.Size}
+	return control.Info{Name: rc.name, PID: os.Getpid(), GVM: version, Kernel: control.Text(kernel), CPUs: rc.cpus, Memory: rc.memory.Size}
 }
 
 // theMachine returns a client for the machine that word names, by name or PID;
@@ -329,7 +329,7 @@ EXAMPLES
 			if err != nil {
 				return err
 			}
-			change, err := m.AddDisk(c.Context, control.AddDisk{Disk: args[0], Dir: dir})
+			change, err := m.AddDisk(c.Context, control.AddDisk{Disk: control.Text(args[0]), Dir: control.Text(dir)})
 			return told(c, "added", change, err)
 		})
 	remove := sub("remove", "DISK", "take a disk away from a running machine", `DISK is a LUN, a path or a serial number. The guest is told; requests that it
@@ -438,7 +438,7 @@ func diskImage(d control.Disk) string {
 	if d.Storage != "" {
 		return d.Storage + ":" + text.SizeWord(uint64(d.Size))
 	}
-	return cmp.Or(d.Path, d.WWN, "(memory)") // memory of a machine of an older gvm
+	return cmp.Or(string(d.Path), d.WWN, "(memory)") // memory of a machine of an older gvm
 }
 
 // tableRow writes a row of printable cells.

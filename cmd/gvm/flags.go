@@ -52,3 +52,22 @@ func takesNext(command *cli.Command, word string) bool {
 		return ok && d.TakesValue() && slices.Contains(f.Names(), name)
 	})
 }
+
+// words is the value of a flag that may be repeated: each as it was given, whatever bytes it has.
+// The cli package's own goes through JSON, and takes spaces away.
+type words []string
+
+// aliased is what the cli package sets the other names of a flag to. No argument has a NUL.
+const aliased = "\x00"
+
+func (w *words) Set(s string) error {
+	if s != aliased {
+		*w = append(*w, s)
+	}
+	return nil
+}
+
+func (w *words) String() string    { return "" }
+func (w *words) Serialize() string { return aliased }
+
+func wordsOf(c *cli.Context, flag string) []string { return *c.Generic(flag).(*words) }

@@ -48,7 +48,7 @@ func describeFlag(f cli.Flag) string {
 		value, after, _ := strings.Cut(rest, "`")
 		head, usage = head+" "+value, before+value+after
 	}
-	if many, ok := f.(cli.DocGenerationSliceFlag); ok && many.IsSliceFlag() {
+	if _, many := f.(*cli.GenericFlag); many { // words
 		usage += "; may be repeated"
 	}
 	if _, isBool := f.(*cli.BoolFlag); !isBool {

@@ -6,10 +6,12 @@ import (
 	"encoding/json"
 	"encoding/xml"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 	"unicode"
@@ -17,6 +19,7 @@ import (
 
 	"gvm/control"
 	"gvm/devices/scsi/trace"
+	"gvm/guest/embedded"
 	"gvm/vmm"
 )
 
@@ -187,4 +190,52 @@ func (m evilMachine) RemoveDisk(context.Context, string) (control.Change, error)
 }
 func (m evilMachine) ResizeDisk(ctx context.Context, _ string, _ control.ResizeDisk) (control.Change, error) {
 	return m.RemoveDisk(ctx, "")
+}
+
+// TestNamesOfBytes: files whose names are no UTF-8, or have spaces at their ends, are kernels, initrds and
+// disks of a run and of a running machine, and are shown escaped.
+func TestNamesOfBytes(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "d\xe4")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"one\xff", "two\xff", " three ", "over\xfe"} {
+		if err := os.WriteFile(filepath.Join(dir, name), make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "kernel\xff"), embedded.Image, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	name := fmt.Sprintf("names-%d", os.Getpid())
+	p := startGVM(t, dir, "run", "--name", name, "--kernel", "kernel\xff", "-i", "one\xff", "-i", " three ", "--cmdline", "spin",
+		"--disk", "one\xff,serial=ONE", "--disk", " three ,serial=THREE", "--disk", "over\xfe,serial=OVER,overlay=layer\xff")
+	p.expect("spinning")
+	for _, tt := range []struct{ args, want string }{
+		{"list", `/d\xe4/kernel\xff`},
+		{"list --json", `/d\udce4/kernel\udcff"`},
+		{"disk list", `ONE     PATH/d\xe4/one\xff`},
+		{"disk list", `/ three ` + "\n"},
+		{"disk list --json", `/d\udce4/one\udcff"`},
+		{"disk add VM two\xff,serial=TWO", `added LUN 3, PATH/d\xe4/two\xff, serial TWO`},
+		{"disk resize VM two\xff 2M", `resized LUN 3, PATH/d\xe4/two\xff, serial TWO, 2 MiB`},
+		{"disk remove VM two\xff", `removed LUN 3, PATH/d\xe4/two\xff`},
+		{"disk add VM none\xff", `none\xff: file does not exist`},
+		{"disk remove VM none\xff", `no disk of this machine has the LUN, serial number or path none\xff`},
+	} {
+		args := strings.Fields(strings.ReplaceAll(tt.args, "VM", name))
+		if len(args) > 1 && args[1] == "list" {
+			args = append(args, name)
+		}
+		r := ask(t, dir, args...)
+		if want := strings.ReplaceAll(tt.want, "PATH", filepath.Dir(dir)); !strings.Contains(r.out+r.errs, want) {
+			t.Errorf("%q: %q, %q; want %s", args, r.out, r.errs, want)
+		}
+		harmless(t, tt.args, r.out+r.errs)
+	}
+	p.signal(syscall.SIGTERM)
+	if r := p.wait(); r.status != exitTerminated {
+		t.Errorf("status %d, %q", r.status, r.errs)
+	}
 }

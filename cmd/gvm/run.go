@@ -100,11 +100,11 @@ EXAMPLES
 ` + guestWords(),
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"}, Usage: "bzImage or ELF vmlinux `FILE`", TakesFile: true},
-			&cli.StringSliceFlag{Name: "initrd", Aliases: []string{"i"}, Usage: "initramfs `FILE`; several are concatenated", TakesFile: true},
-			&cli.StringSliceFlag{Name: "disk", Aliases: []string{"d"}, Usage: "`PATH[,OPTION]...` of a raw image or block device; see gvm help disk"},
+			&cli.GenericFlag{Name: "initrd", Aliases: []string{"i"}, Value: new(words), Usage: "initramfs `FILE`; several are concatenated", TakesFile: true},
+			&cli.GenericFlag{Name: "disk", Aliases: []string{"d"}, Value: new(words), Usage: "`PATH[,OPTION]...` of a raw image or block device; see gvm help disk"},
 			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"}, Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, without an initrd, root= for the first disk where that is sure"},
 			&cli.BoolFlag{Name: "bare-cmdline", Usage: "give the kernel --cmdline as it is"},
-			&cli.StringSliceFlag{Name: "guest-arg", Usage: "`WORD` for the embedded guest: write lets it write to the disks of --disk"},
+			&cli.GenericFlag{Name: "guest-arg", Value: new(words), Usage: "`WORD` for the embedded guest: write lets it write to the disks of --disk"},
 			&cli.IntFlag{Name: "cpus", Aliases: []string{"c"}, Value: 1, Usage: "`N` virtual CPUs"},
 			&cli.StringFlag{Name: "apic-ids", Usage: "`LIST` of the CPUs' local APIC IDs, ascending, such as 0,2,300; default 0,1,2 and so on"},
 			&cli.StringFlag{Name: "cpu-features", Usage: "`LIST` such as -x2apic,+avx2: names of /proc/cpuinfo to hide, with what depends on them, or to demand"},
@@ -143,10 +143,10 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	}
 	rc = runConfig{
 		kernel:      c.String("kernel"),
-		initrds:     c.StringSlice("initrd"),
+		initrds:     wordsOf(c, "initrd"),
 		cmdline:     c.String("cmdline"),
 		bareCmdline: c.Bool("bare-cmdline"),
-		guestArgs:   c.StringSlice("guest-arg"),
+		guestArgs:   wordsOf(c, "guest-arg"),
 		cpus:        c.Int("cpus"),
 		timeout:     c.Duration("timeout"),
 		grace:       c.Duration("grace"),
@@ -219,7 +219,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		return rc, fmt.Errorf("--vhost-abi: %w", err)
 	}
 	inRAM := uint64(0)
-	for _, s := range c.StringSlice("disk") {
+	for _, s := range wordsOf(c, "disk") {
 		d, err := disk.Parse(s)
 		if err != nil {
 			return rc, err

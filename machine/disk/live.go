@@ -142,9 +142,9 @@ func (s *served) backend() scsi.Backend { return s.unit.Config().Backend }
 func (s *served) describe() control.Disk {
 	return control.Disk{
 		LUN:       s.number(),
-		Path:      s.path,
+		Path:      control.Text(s.path),
 		Storage:   storages.of(s.Storage),
-		Serial:    s.unit.Serial(),
+		Serial:    control.Text(s.unit.Serial()),
 		Size:      int64(s.unit.Blocks()) * int64(s.unit.BlockSize()),
 		BlockSize: s.unit.BlockSize(),
 		ReadOnly:  s.unit.Config().ReadOnly,
@@ -164,7 +164,7 @@ func (ds *Set) List() []control.Disk {
 		list = append(list, d)
 	}
 	for _, d := range ds.adding {
-		list = append(list, control.Disk{LUN: d.LUN, Path: d.Path, Serial: d.Serial, Size: d.Size, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly,
+		list = append(list, control.Disk{LUN: d.LUN, Path: control.Text(d.Path), Serial: control.Text(d.Serial), Size: d.Size, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly,
 			Cache: CacheName(d.Cache), Backend: "process", Change: control.Adding})
 	}
 	slices.SortFunc(list, func(a, b control.Disk) int { return a.LUN - b.LUN })
@@ -173,7 +173,7 @@ func (ds *Set) List() []control.Disk {
 			list = append(list, control.Disk{WWN: k.target.WWN, Backend: "vhost"})
 		}
 		for _, u := range k.units {
-			list = append(list, control.Disk{LUN: u.LUN, Path: ds.paths[u.Backend.(*backend.File).Path()], WWN: k.target.WWN, Serial: u.Serial,
+			list = append(list, control.Disk{LUN: u.LUN, Path: control.Text(ds.paths[u.Backend.(*backend.File).Path()]), WWN: k.target.WWN, Serial: control.Text(u.Serial),
 				Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly, Cache: CacheName(u.Cache), Backend: "vhost"})
 		}
 	}

@@ -1,0 +1,95 @@
+package control
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"unicode/utf8"
+)
+
+// Text is a name that another than gvm chose, such as a path. Linux takes any bytes for one, and JSON has
+// none that are not UTF-8: each of them is a surrogate from U+DC80 on there, \udc80 to \udcff, as in Python
+// (surrogateescape).
+type Text string
+
+// MarshalJSON implements json.Marshaler.
+func (t Text) MarshalJSON() ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	b.WriteByte('"')
+	for rest := string(t); rest != ""; {
+		valid := 0
+		for valid < len(rest) {
+			r, n := utf8.DecodeRuneInString(rest[valid:])
+			if r == utf8.RuneError && n == 1 {
+				break
+			}
+			valid += n
+		}
+		at := b.Len()
+		if err := e.Encode(rest[:valid]); err != nil {
+			return nil, err
+		}
+		part := bytes.Clone(b.Bytes()[at+1 : b.Len()-2]) // without the quotes and the newline
+		b.Truncate(at)
+		b.Write(part)
+		if rest = rest[valid:]; rest != "" {
+			fmt.Fprintf(&b, `\udc%02x`, rest[0])
+			rest = rest[1:]
+		}
+	}
+	b.WriteByte('"')
+	return b.Bytes(), nil
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (t *Text) UnmarshalJSON(b []byte) error {
+	var all []byte
+	plain := func(part []byte) error {
+		var s string
+		if err := json.Unmarshal(part, &s); err != nil {
+			return err
+		}
+		all = append(all, s...)
+		return nil
+	}
+	if len(b) < 2 || b[0] != '"' {
+		if err := plain(b); err != nil || string(b) == "null" {
+			return err
+		}
+	}
+	from := 1
+	for i := 1; i < len(b)-1; {
+		switch u := unit(b[i:]); {
+		case u >= 0xdc80 && u <= 0xdcff:
+			if err := plain(fmt.Appendf(nil, `"%s"`, b[from:i])); err != nil {
+				return err
+			}
+			all = append(all, byte(u))
+			i += 6
+			from = i
+		case u >= 0xd800 && u < 0xdc00 && unit(b[i+6:])>>10 == 0xdc00>>10: // a pair
+			i += 12
+		case b[i] == '\\':
+			i += 2
+		default:
+			i++
+		}
+	}
+	if err := plain(fmt.Appendf(nil, `"%s"`, b[from:len(b)-1])); err != nil {
+		return err
+	}
+	*t = Text(all)
+	return nil
+}
+
+// unit returns the UTF-16 code unit of an escape \uXXXX that b begins with, or 0.
+func unit(b []byte) uint64 {
+	if len(b) < 6 || b[0] != '\\' || b[1] != 'u' {
+		return 0
+	}
+	u, _ := strconv.ParseUint(string(b[2:6]), 16, 16) // json has checked it
+	return u
+}
