@@ -334,6 +334,14 @@ func run(rc runConfig) (err error) {
 		Note:        notes.note,
 		Stamp:       rc.timing.stamp,
 	}
+	collect := debug.SetGCPercent(startGC)
+	begun := begin() // and then all else, while KVM takes its time
+	defer func() { err = errors.Join(err, begun.Close()) }()
+	sys, sysErr := begun.System() // an error waits for those of what the user named
+	if sysErr == nil {
+		cfg.Prepared = begun.Prepare(cfg)
+		defer func() { err = errors.Join(err, cfg.Prepared.Close()) }()
+	}
 	// Signals and --timeout end the run in order from its beginning: what it opens may take its time.
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
@@ -349,14 +357,6 @@ func run(rc runConfig) (err error) {
 		if s != "" {
 			note(s)
 		}
-	}
-	collect := debug.SetGCPercent(startGC)
-	begun := begin()
-	defer func() { err = errors.Join(err, begun.Close()) }()
-	sys, sysErr := begun.System() // an error waits for those of what the user named
-	if sysErr == nil {
-		cfg.Prepared = begun.Prepare(cfg)
-		defer func() { err = errors.Join(err, cfg.Prepared.Close()) }()
 	}
 	for _, path := range rc.initrds {
 		f, err := boot.OpenFile(ctx, path)
