@@ -2,6 +2,7 @@ package linux
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -175,5 +176,42 @@ klog
 	r.want(t, map[string]string{
 		"cpus": "4", "apicids": "0 2 255 300", "sockets": "0", "ignored": "0", "disk": "reached", "serial": "reached",
 	})
+	r.kernelLog(t, 1)
+}
+
+// TestInitrdAbove4GiB: an initrd that does not fit below 4 GiB is above, and Linux finds it whole.
+// Its first entry is a directory with as many bytes as do not fit, which Linux steps over.
+func TestInitrdAbove4GiB(t *testing.T) {
+	t.Parallel()
+	g := guest{kernel: theLab(t).Cloud, script: `
+set -- $(dmesg | sed -n 's/.*RAMDISK: \[mem 0x\([0-9a-f]*\)-0x\([0-9a-f]*\)\]/\1 \2/p')
+say above $((0x$1 >= 1 << 32)) $((0x$2 - 0x$1 + 1))
+klog`}
+	archive, err := os.ReadFile(g.initramfs(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const hole = 13 << 28 // 3.25 GiB
+	var first []byte
+	// The fields of a newc header: inode, mode, links, owners, time, size, numbers, length of the name, sum.
+	for _, v := range []int{1, 0o40755, 2, 0, 0, 0, hole, 0, 0, 0, 0, len("hole\x00"), 0} {
+		first = fmt.Appendf(first, "%08x", v)
+	}
+	first = slices.Concat([]byte("070701"), first, []byte("hole\x00"))
+	first = append(first, make([]byte, -len(first)&3)...)
+	large := diskFile(t, first)
+	f, err := os.OpenFile(large, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	size := int64(len(first)) + hole + int64(len(archive))
+	if _, err := f.WriteAt(archive, size-int64(len(archive))); err != nil {
+		t.Fatal(err)
+	}
+	// The guest touches what the initrd has, and gvm's memory is the lab's.
+	r := gvm(t, "run", "--kernel", g.kernel.BZImage, "--initrd", large, "--memory", "12G", "--overcommit", "--cmdline", "quiet")
+	r.wantStatus(t, 0)
+	r.want(t, map[string]string{"above": fmt.Sprint("1 ", (size+4095)&^4095)})
 	r.kernelLog(t, 1)
 }
