@@ -10,7 +10,7 @@ UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 # Where build puts the programs.
 BIN = bin
 
-.PHONY: build run demo test lint race racelab fuzz soak conformance vhost bench guest clean
+.PHONY: build run demo test lint race racelab fuzz soak conformance vhost kernel bench guest clean
 
 build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
 	$(GO) build -tags urfave_cli_no_docs -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot
@@ -34,6 +34,8 @@ lint: ## gofmt, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt would change: $$out"; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
+	$(GO) vet -tags built ./guest-tests/linux
+	$(GO) tool staticcheck -tags built ./guest-tests/linux
 
 # Without what takes most of the time: gvm's benchmarks run as programs, and the conformance
 # suite on three more kinds of disk.
@@ -71,6 +73,10 @@ conformance: ## libiscsi's suite in Linux guests on gvm's, the kernel's and QEMU
 vhost: ## all guests' tests of what the kernel serves, on three of the lab's kernels
 	$(GO) test -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux
 	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GO) test -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux || exit 1; done
+
+kernel: ## build a small kernel of Debian's source, and run the guests' tests that need it, in the lab
+	$(GO) run ./guest-tests/cmd/lab kernel
+	$(GO) test -tags built -count=1 -timeout 30m -parallel 1 -run '^TestBuilt' -v ./guest-tests/linux
 
 bench: build ## benchmarks without a guest, of Linux in the lab, and of this host's KVM; JSON and plots in bench/
 	mkdir -p bench

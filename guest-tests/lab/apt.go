@@ -83,6 +83,11 @@ func (s *setup) hostTools() error {
 			missing = append(missing, pkg)
 		}
 	}
+	return s.install(missing)
+}
+
+// install installs packages on this machine, if it may.
+func (s *setup) install(missing []string) error {
 	if len(missing) == 0 {
 		return nil
 	}

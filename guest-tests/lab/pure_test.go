@@ -229,6 +229,14 @@ func archive(t *testing.T, name string) map[string]node {
 	}
 }
 
+func TestLostOptions(t *testing.T) {
+	made := "# CONFIG_C is not set\nCONFIG_A=y\nCONFIG_AB=y\n"
+	got := lostOptions("# a comment\nCONFIG_A=y\n\nCONFIG_B=y\nCONFIG_C=y\n", made)
+	if want := []string{"CONFIG_B=y", "CONFIG_C=y"}; !slices.Equal(got, want) {
+		t.Errorf("options lost are %q, want %q", got, want)
+	}
+}
+
 func TestInitramfs(t *testing.T) {
 	dir := t.TempDir()
 	data := filepath.Join(dir, "data")

@@ -2,6 +2,7 @@ package linux
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"testing"
@@ -126,12 +127,6 @@ parts() {
 // TestBreak: Ctrl-a b and a key on the terminal are SysRq.
 func TestBreak(t *testing.T) {
 	t.Parallel()
-	in, out, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer in.Close()
-	defer out.Close()
 	g := guest{kernel: theLab(t).Cloud, script: `
 echo 1 >/proc/sys/kernel/sysrq
 dmesg -n 7
@@ -139,12 +134,7 @@ echo ready
 read line
 say typed $line
 `}
-	// script(1) is the terminal.
-	command := []string{lab.Program("gvm")}
-	for _, a := range g.build(t) {
-		command = append(command, "'"+a+"'")
-	}
-	p := startProgram(t, "/usr/bin/script", in, cacheHome, "-qec", strings.Join(command, " "), "/dev/null")
+	p, out := startOnTerminal(t, g.build(t)...)
 	p.waitFor("ready")
 	fmt.Fprint(out, "\x01bh")
 	p.waitForText("sysrq: HELP : ")
@@ -152,4 +142,20 @@ say typed $line
 	r := p.wait()
 	r.wantStatus(t, 0)
 	r.want(t, map[string]string{"typed": "plain"})
+}
+
+// startOnTerminal starts gvm on a terminal, on which is typed what is written to the second result.
+func startOnTerminal(t *testing.T, args ...string) (*process, io.Writer) {
+	t.Helper()
+	in, out, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close(); out.Close() })
+	command := []string{lab.Program("gvm")}
+	for _, a := range args {
+		command = append(command, "'"+a+"'")
+	}
+	// script(1) is the terminal.
+	return startProgram(t, "/usr/bin/script", in, cacheHome, "-qec", strings.Join(command, " "), "/dev/null"), out
 }

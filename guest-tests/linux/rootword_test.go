@@ -9,32 +9,46 @@ import (
 	"testing"
 )
 
-// tables are a disk with an MBR and one with a GPT, each with its second partition for Linux.
-func tables() (mbr, gpt []byte) {
-	le := binary.LittleEndian
-	table := func(b []byte, i int, kind byte, first, blocks uint32) {
-		p := b[446+16*i:]
-		p[4] = kind
-		le.PutUint32(p[8:], first)
-		le.PutUint32(p[12:], blocks)
-		b[510], b[511] = 0x55, 0xaa
-	}
-	mbr, gpt = make([]byte, 8<<20), make([]byte, 8<<20)
-	le.PutUint32(mbr[440:], 0x00c0ffee)
-	table(mbr, 0, 0x82, 64, 1024)
-	table(mbr, 1, 0x83, 2048, 1024)
+// mbr is a disk of 8 MiB with a partition table in its MBR. The second partition, at rootStart, is
+// for Linux, and has as many blocks as said.
+func mbr(signature, blocks uint32) []byte {
+	b := make([]byte, 8<<20)
+	binary.LittleEndian.PutUint32(b[440:], signature)
+	mbrPartition(b, 0, 0x82, 64, 1024)
+	mbrPartition(b, 1, 0x83, rootStart, blocks)
+	return b
+}
 
-	blocks := uint64(len(gpt) / 512)
-	table(gpt, 0, 0xee, 1, uint32(blocks-1))
+// rootStart is the first block of the partition that is for Linux.
+const rootStart = 4096
+
+func mbrPartition(b []byte, i int, kind byte, first, blocks uint32) {
+	p := b[446+16*i:]
+	p[4] = kind
+	binary.LittleEndian.PutUint32(p[8:], first)
+	binary.LittleEndian.PutUint32(p[12:], blocks)
+	b[510], b[511] = 0x55, 0xaa
+}
+
+// gpt is the same with a GUID partition table. A PARTUUID has the number of the disk in the top two bits of each byte.
+func gpt(disk byte, blocks uint32) []byte {
+	gpt := make([]byte, 8<<20)
+	le := binary.LittleEndian
+	all := uint64(len(gpt) / 512)
+	mbrPartition(gpt, 0, 0xee, 1, uint32(all-1))
 	entries := make([]byte, 128*128)
 	for i, kind := range []string{"\x28\x73\x2a\xc1\x1f\xf8\xd2\x11\xba\x4b\x00\xa0\xc9\x3e\xc9\x3b", "\xe3\xbc\x68\x4f\xcd\xe8\xb1\x4d\x96\xe7\xfb\xca\xf9\x84\xb7\x09"} {
 		e := entries[128*i:]
 		copy(e, kind)
 		for j := range 16 {
-			e[16+j] = byte(16*(i+1) + j)
+			e[16+j] = byte(16*(i+1)+j) ^ disk<<6
 		}
-		le.PutUint64(e[32:], uint64(2048*(i+1)))
-		le.PutUint64(e[40:], uint64(2048*(i+1)+1023))
+		start, n := uint64(2048), uint64(1024)
+		if i == 1 {
+			start, n = rootStart, uint64(blocks)
+		}
+		le.PutUint64(e[32:], start)
+		le.PutUint64(e[40:], start+n-1)
 	}
 	header := func(at, other, table uint64) {
 		h := gpt[at*512:][:92]
@@ -42,8 +56,8 @@ func tables() (mbr, gpt []byte) {
 		le.PutUint64(h[24:], at)
 		le.PutUint64(h[32:], other)
 		le.PutUint64(h[40:], 34)
-		le.PutUint64(h[48:], blocks-34)
-		copy(h[56:], "a disk of gvm's.")
+		le.PutUint64(h[48:], all-34)
+		copy(h[56:], "a disk of gvm's"+string('0'+disk))
 		le.PutUint64(h[72:], table)
 		le.PutUint32(h[80:], 128)
 		le.PutUint32(h[84:], 128)
@@ -51,9 +65,9 @@ func tables() (mbr, gpt []byte) {
 		le.PutUint32(h[16:], crc32.ChecksumIEEE(h))
 		copy(gpt[table*512:], entries)
 	}
-	header(1, blocks-1, 2)
-	header(blocks-1, 1, blocks-33)
-	return mbr, gpt
+	header(1, all-1, 2)
+	header(all-1, 1, all-33)
+	return gpt
 }
 
 var rootOnConsole = regexp.MustCompile(`Command line: .*\broot=PARTUUID=(\S+)`)
@@ -64,8 +78,7 @@ var luns = regexp.MustCompile(`name-\d+`)
 // initrd: Linux gives the partition that is meant the same PARTUUID, whatever the disks' names.
 func TestRootWord(t *testing.T) {
 	k := kernel(t, "7.3")
-	mbr, gpt := tables()
-	for name, first := range map[string][]byte{"MBR": mbr, "GPT": gpt} {
+	for name, first := range map[string][]byte{"MBR": mbr(0x00c0ffee, 1024), "GPT": gpt(0, 1024)} {
 		disks := []string{"--disk", diskFile(t, first)}
 		for i := range 3 {
 			disks = append(disks, "--disk", fmt.Sprintf("%s,lun=%d", diskFile(t, content(fmt.Sprint(name, i), 8<<20)), []int{1, 255, 300}[i]))

@@ -2,6 +2,7 @@
 // /dev/vhost-scsi, out of software emulation.
 //
 //	go run ./guest-tests/cmd/lab setup
+//	go run ./guest-tests/cmd/lab kernel
 //	go run ./guest-tests/cmd/lab [flags] -- COMMAND [ARGUMENT]...
 //
 // The command sees this machine's files, read-only but for the directories
@@ -43,7 +44,7 @@ func run() int {
 	}
 	console := flag.String("console", "", "`file` for what L1's kernel prints")
 	flag.Usage = func() {
-		fmt.Fprintf(os.Stderr, "usage: lab setup | lab [flags] -- COMMAND [ARGUMENT]...\n")
+		fmt.Fprintf(os.Stderr, "usage: lab setup | lab kernel | lab [flags] -- COMMAND [ARGUMENT]...\n")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -58,6 +59,12 @@ func run() int {
 		return fail(err)
 	}
 	if flag.NArg() == 1 && flag.Arg(0) == "setup" {
+		return 0
+	}
+	if flag.NArg() == 1 && flag.Arg(0) == "kernel" {
+		if err := l.BuildKernel(ctx, os.Stderr); err != nil {
+			return fail(err)
+		}
 		return 0
 	}
 	if kernel != "" {

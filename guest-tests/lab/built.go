@@ -1,0 +1,169 @@
+package lab
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// builtConfig names all options of the kernel that BuildKernel makes.
+//
+//go:embed built.config
+var builtConfig string
+
+// built is the row of that kernel. Another configuration is another kernel.
+var built = stock{name: "built", packages: []string{"linux-built-" + hash(builtConfig)}}
+
+// buildTools are Debian's packages that it takes to build a kernel.
+var buildTools = []string{"bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make", "xz-utils"}
+
+// Built returns the kernel that BuildKernel has made. Its drivers are built in, and its VMLinux
+// has symbols.
+func (l *Lab) Built() (*Kernel, error) {
+	k, err := openKernel(l.Cache, built)
+	if err != nil {
+		return nil, fmt.Errorf("the lab has no built kernel; ./dev kernel builds it: %w", err)
+	}
+	return k, nil
+}
+
+// BuildKernel builds a small kernel from Debian's linux-source, with what tests need that Debian's
+// own kernels do not have: see built.config. That takes minutes, and a gigabyte meanwhile. One
+// that is there is left alone.
+func (l *Lab) BuildKernel(ctx context.Context, progress io.Writer) error {
+	unlock, err := lock(ctx, filepath.Join(l.Cache, "lock"), progress)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if _, err := l.Built(); err == nil {
+		return nil
+	}
+	s := setup{ctx: ctx, cache: l.Cache, progress: progress}
+	if err := s.build(); err != nil {
+		return fmt.Errorf("build a kernel in %s: %w", l.Cache, err)
+	}
+	return nil
+}
+
+func (s *setup) build() error {
+	dpkg, err := runCtx(s.ctx, "", "dpkg-query", "-W", "-f", "${Package} ${Status}\n")
+	if err != nil {
+		return err
+	}
+	var missing []string
+	for _, p := range buildTools {
+		if !strings.Contains("\n"+string(dpkg), "\n"+p+" install ok installed\n") {
+			missing = append(missing, p)
+		}
+	}
+	if err := s.install(missing); err != nil {
+		return err
+	}
+	tmp, err := os.MkdirTemp(s.cache, "built.tmp")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	if err := s.withLists(func() error { return s.source(tmp) }); err != nil {
+		return err
+	}
+	archive, err := one(filepath.Join(tmp, "deb/usr/src/linux-source-*.tar.xz"))
+	if err != nil {
+		return err
+	}
+	s.say("unpacking %s", filepath.Base(archive))
+	tree := filepath.Join(tmp, "tree")
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		return err
+	}
+	if _, err := runCtx(s.ctx, "", "tar", "-x", "-C", tree, "--strip-components=1", "-f", archive); err != nil {
+		return err
+	}
+	config := filepath.Join(tmp, "config")
+	if err := os.WriteFile(config, []byte(builtConfig), 0o644); err != nil {
+		return err
+	}
+	if _, err := runCtx(s.ctx, tree, "make", "KCONFIG_ALLCONFIG="+config, "allnoconfig"); err != nil {
+		return err
+	}
+	made, err := os.ReadFile(filepath.Join(tree, ".config"))
+	if err != nil {
+		return err
+	}
+	if lost := lostOptions(builtConfig, string(made)); len(lost) > 0 {
+		return fmt.Errorf("this kernel does not take %s", strings.Join(lost, ", "))
+	}
+	s.say("building the kernel")
+	if _, err := runCtx(s.ctx, tree, "make", "-j"+strconv.Itoa(runtime.NumCPU()), "bzImage", "modules.builtin"); err != nil {
+		return err
+	}
+	release, err := os.ReadFile(filepath.Join(tree, "include/config/kernel.release"))
+	if err != nil {
+		return err
+	}
+	return s.keepBuilt(tree, filepath.Join(tmp, "kernel"), strings.TrimSpace(string(release)))
+}
+
+var sourcePackage = regexp.MustCompile(`(?m)^ *Depends: (linux-source-[0-9.]+)$`)
+
+// source unpacks the package that the metapackage linux-source stands for.
+func (s *setup) source(dir string) error {
+	out, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, s.apt.options, []string{"depends", "--important", "linux-source"})...)
+	if err != nil {
+		return err
+	}
+	m := sourcePackage.FindSubmatch(out)
+	if m == nil {
+		return errors.New("apt has no linux-source")
+	}
+	s.say("fetching %s", m[1])
+	deb, err := s.download(s.apt, string(m[1]), dir)
+	if err != nil {
+		return err
+	}
+	_, err = runCtx(s.ctx, "", "dpkg-deb", "-x", deb, filepath.Join(dir, "deb"))
+	return err
+}
+
+// lostOptions returns the lines of a configuration that the one made from it has not.
+func lostOptions(want, made string) (lost []string) {
+	for line := range strings.Lines(want) {
+		if strings.HasPrefix(line, "CONFIG_") && !strings.Contains("\n"+made, "\n"+line) {
+			lost = append(lost, strings.TrimSpace(line))
+		}
+	}
+	return lost
+}
+
+// keepBuilt moves to the cache what tests take of a kernel that is built, laid out as a stock
+// kernel's packages are.
+func (s *setup) keepBuilt(tree, dir, release string) error {
+	modules := filepath.Join(dir, "lib", "modules", release)
+	err := errors.Join(os.MkdirAll(modules, 0o755), os.Mkdir(filepath.Join(dir, "boot"), 0o755))
+	for _, f := range []string{"dep", "softdep", "alias"} { // there are no modules
+		err = errors.Join(err, os.WriteFile(filepath.Join(modules, "modules."+f), nil, 0o644))
+	}
+	for to, from := range map[string]string{
+		filepath.Join(modules, "modules.builtin"):      "modules.builtin",
+		filepath.Join(dir, "vmlinux"):                  "vmlinux",
+		filepath.Join(dir, "boot", "vmlinuz-"+release): "arch/x86/boot/bzImage",
+	} {
+		err = errors.Join(err, os.Rename(filepath.Join(tree, from), to))
+	}
+	if err != nil {
+		return err
+	}
+	// The link's name tells kernels of another configuration apart, as this does.
+	final := filepath.Join(s.cache, built.link())
+	return errors.Join(os.RemoveAll(final), os.Rename(dir, final))
+}
