@@ -247,7 +247,7 @@ func TestBadInput(t *testing.T) {
 		{"cmdline without kernel", run("--cmdline", "quiet"), "--cmdline|--kernel", ""},
 		{"bare-cmdline without kernel", run("--bare-cmdline"), "--bare-cmdline|--kernel", ""},
 		{"guest-arg with kernel", run("--kernel", "guest.elf", "--guest-arg", "hang"), "--guest-arg|--cmdline", ""},
-		{"long guest-arg", run("--guest-arg", strings.Repeat("write ", 500)), "command line|3005 bytes|2047", ""},
+		{"long guest-arg", run("--guest-arg", strings.Repeat("write ", 500)), "command line|3006 bytes|2047", ""},
 		{"newline in guest-arg", run("--guest-arg", "a\nb"), `--guest-arg: unknown word "a\nb"`, ""},
 		{"unknown word for the guest", run("--guest-arg", "wriet"), `--guest-arg: unknown word "wriet"; did you mean write? See gvm help run`, ""},
 		{"unknown word of two", run("--guest-arg", "write crash=tripple"), `unknown word "crash=tripple"; did you mean crash=triple?`, ""},
