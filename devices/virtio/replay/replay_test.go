@@ -7,7 +7,6 @@ import (
 	"reflect"
 	"slices"
 	"testing"
-	"time"
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
@@ -179,15 +178,17 @@ func TestRunEnds(t *testing.T) {
 	held := make(chan *scsi.Command, 1)
 	h := host(t, ctx, fakeDevice(t, func(c *scsi.Command) { held <- c }))
 	why := errors.New("enough")
+	ended := make(chan *scsi.Command, 1)
 	go func() {
 		c := <-held
 		stop(why)
-		time.AfterFunc(10*time.Millisecond, func() { c.Done(scsi.Result{}) }) // for Close
+		ended <- c
 	}()
 	list := []trace.Record{{Kind: trace.Command, LUN: trace.UnitLUN(0), CDB: make([]byte, 6)}}
 	if _, err := Run(ctx, list, []Side{{"fake", []*Host{h}}}, nil); !errors.Is(err, why) {
 		t.Error(err)
 	}
+	(<-ended).Done(scsi.Result{}) // for Close
 }
 
 // TestRunRefuses gives requests that no side can serve.
