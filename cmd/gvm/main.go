@@ -14,6 +14,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/text"
+	"gvm/vmm"
 )
 
 // version is set by the Makefile's build for a release.
@@ -40,12 +41,16 @@ func gvm(args []string) (status int) {
 		stderr.flush(wait)
 	}()
 	if len(args) > 1 && args[1] == "run" {
-		begin()
+		begun = vmm.Begin()
 	}
 	a := app(args)
 	out := &keepError{w: a.Writer}
 	a.Writer = out
 	err := a.Run(flagsFirst(a.Commands, args))
+	if begun != nil {
+		err = errors.Join(err, begun.Close())
+		begun = nil
+	}
 	if err == nil {
 		err = out.err // pages of help come by functions without an error
 	}

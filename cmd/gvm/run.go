@@ -313,9 +313,9 @@ func (rc *runConfig) kernelCmdLine(findRoot func() (word, why string), note func
 // 4, of which the embedded guest's disk would have one run beside every start.
 const startGC = 1600
 
-// begin opens KVM and begins to make a virtual machine, which takes as long as to read the command
-// line: gvm does that beside it.
-var begin = sync.OnceValue(vmm.Begin)
+// begun is a virtual machine that KVM makes beside the reading of gvm run's command line, which takes as long.
+// The run takes it; else gvm closes it.
+var begun *vmm.Begun
 
 // run boots the guest and returns how it ended, as an error that exit makes a
 // status of. Whatever was opened is closed when it returns.
@@ -335,11 +335,15 @@ func run(rc runConfig) (err error) {
 		Stamp:       rc.timing.stamp,
 	}
 	collect := debug.SetGCPercent(startGC)
-	begun := begin() // and then all else, while KVM takes its time
-	defer func() { err = errors.Join(err, begun.Close()) }()
-	sys, sysErr := begun.System() // an error waits for those of what the user named
+	vm := begun
+	begun = nil
+	if vm == nil {
+		vm = vmm.Begin()
+	}
+	defer func() { err = errors.Join(err, vm.Close()) }()
+	sys, sysErr := vm.System() // an error waits for those of what the user named
 	if sysErr == nil {
-		cfg.Prepared = begun.Prepare(cfg)
+		cfg.Prepared = vm.Prepare(cfg) // and then all else: KVM takes its time
 		defer func() { err = errors.Join(err, cfg.Prepared.Close()) }()
 	}
 	// Signals and --timeout end the run in order from its beginning: what it opens may take its time.
