@@ -52,6 +52,7 @@ var may = []struct{ pkg, imports string }{
 	{"plot", ""},
 	{"cmd/gvm-plot", "plot plot/draw"},
 	{"machine/disk", "devices/... control text"},
+	{"machine", "machine/disk control vmm/... devices/... kvmapi guestmem guest/embedded"},
 	{"cmd/gvm", "machine/... vmm/... devices/... kvmapi/... guestmem control plot text guest/embedded guest/bootinit"},
 }
 

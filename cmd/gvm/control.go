@@ -19,23 +19,22 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/control"
+	"gvm/machine"
 	"gvm/machine/disk"
 	"gvm/text"
 	"gvm/vmm"
 )
 
-// machine is what the control socket shows of a run.
-type machine struct {
-	info   control.Info
-	pauser *vmm.Pauser
-	*stopper
-	disks *disk.Set
+// remote is what the control socket shows of a machine.
+type remote struct {
+	info control.Info
+	*machine.Machine
 }
 
-func (m *machine) Info() control.Info {
-	i := m.info
+func (r *remote) Info() control.Info {
+	i := r.info
 	i.State = control.Running
-	if m.pauser.Paused() {
+	if r.Paused() {
 		i.State = control.Paused
 	}
 	return i
@@ -46,30 +45,28 @@ const pausePatience = 10 * time.Second
 
 var errNotPausing = control.Errorf(http.StatusGatewayTimeout, "a CPU does not stop: is the output of gvm run taken?")
 
-func (m *machine) Pause(ctx context.Context) error {
+func (r *remote) Pause(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, pausePatience, errNotPausing)
 	defer cancel()
-	return m.pauseError(m.pauser.Pause(ctx))
+	return r.pauseError(r.Machine.Pause(ctx))
 }
 
-func (m *machine) Resume() error { return m.pauseError(m.pauser.Resume()) }
+func (r *remote) Resume() error { return r.pauseError(r.Machine.Resume()) }
 
 // pauseError is how the control socket says what a Pauser does.
-func (m *machine) pauseError(err error) error {
+func (r *remote) pauseError(err error) error {
 	switch {
 	case errors.Is(err, vmm.ErrPaused):
-		return control.Errorf(http.StatusConflict, "machine %s is paused already", m.info.Name)
+		return control.Errorf(http.StatusConflict, "machine %s is paused already", r.info.Name)
 	case errors.Is(err, vmm.ErrNotPaused):
-		return control.Errorf(http.StatusConflict, "machine %s is not paused", m.info.Name)
+		return control.Errorf(http.StatusConflict, "machine %s is not paused", r.info.Name)
 	case errors.Is(err, vmm.ErrNotRunning):
 		return control.Errorf(http.StatusServiceUnavailable, "%v", err)
 	}
 	return err
 }
 
-func (m *machine) Disks() []control.Disk { return m.disks.List() }
-
-func (m *machine) AddDisk(ctx context.Context, a control.AddDisk) (control.Change, error) {
+func (r *remote) AddDisk(ctx context.Context, a control.AddDisk) (control.Change, error) {
 	d, err := disk.Parse(string(a.Disk))
 	if err != nil {
 		return control.Change{}, control.Errorf(http.StatusBadRequest, "%v", err)
@@ -83,21 +80,13 @@ func (m *machine) AddDisk(ctx context.Context, a control.AddDisk) (control.Chang
 		}
 		*path = filepath.Join(string(a.Dir), *path)
 	}
-	return m.disks.Add(ctx, d)
-}
-
-func (m *machine) RemoveDisk(ctx context.Context, id string) (control.Change, error) {
-	return m.disks.Remove(ctx, id)
-}
-
-func (m *machine) ResizeDisk(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
-	return m.disks.Resize(ctx, id, r)
+	return r.Machine.AddDisk(ctx, d)
 }
 
 // claimName takes the machine's name and opens its control socket. A machine that
 // was given no name goes without a socket, with a note, where there can be none.
 func (rc *runConfig) claimName() (*control.Server, error) {
-	name := rc.name
+	name := rc.spec.Name
 	if name == "" {
 		name = "gvm-" + strconv.Itoa(os.Getpid())
 	}
@@ -105,13 +94,13 @@ func (rc *runConfig) claimName() (*control.Server, error) {
 	switch {
 	case errors.Is(err, control.ErrInUse):
 		return nil, configError{fmt.Errorf("--name %s: %w", name, err)}
-	case err != nil && rc.name != "":
+	case err != nil && rc.spec.Name != "":
 		return nil, fmt.Errorf("--name %s: %w", name, err)
 	case err != nil:
 		note(fmt.Sprintf("gvm disk and gvm list will not find this machine: %v", err))
 		return nil, nil
 	}
-	rc.name = name
+	rc.spec.Name = name
 	urgent.Lock()
 	urgent.release = s.Release
 	urgent.Unlock()
@@ -124,7 +113,7 @@ func (rc *runConfig) info() control.Info {
 	if kernel != "" {
 		kernel = disk.Absolute(kernel)
 	}
-	return control.Info{Name: rc.name, PID: os.Getpid(), GVM: version, Kernel: control.Text(kernel), CPUs: rc.cpus, Memory: rc.memory.Size}
+	return control.Info{Name: rc.spec.Name, PID: os.Getpid(), GVM: version, Kernel: control.Text(kernel), CPUs: rc.spec.CPUs, Memory: rc.spec.Memory.Size}
 }
 
 // theMachine returns a client for the machine that word names, by name or PID;

@@ -12,7 +12,6 @@ import (
 	"testing"
 
 	"gvm/guest/embedded/embeddedtest"
-	"gvm/machine/disk"
 )
 
 // passes runs the embedded guest and returns its report and console.
@@ -158,23 +157,6 @@ func TestSeveralDisks(t *testing.T) {
 		err = embeddedtest.CheckDisk(f, int64(d.size), blockSize, 0, d.lun)
 		if d.written && err != nil || !d.written && err == nil {
 			t.Errorf("disk %d: %v", i, err)
-		}
-	}
-}
-
-// TestQueues checks the request queues, beside which are a control and an event queue.
-func TestQueues(t *testing.T) {
-	for _, tt := range []struct{ cpus, queues, want int }{{1, 0, 1}, {4, 0, 4}, {4, 2, 2}, {70, 0, disk.MaxQueues}} {
-		none, err := disk.Open(nil, disk.Config{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		made, err := deviceTable[0].make(runConfig{cpus: tt.cpus, queues: tt.queues}, none)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := len(made[0].QueueSizes()) - 2; got != tt.want {
-			t.Errorf("%d CPUs, --queues %d: %d request queues, want %d", tt.cpus, tt.queues, got, tt.want)
 		}
 	}
 }

@@ -145,7 +145,7 @@ func stuck() {
 	catchSignals(ctx, stop)
 	urgent.restore = func() error { fmt.Println("restored"); return nil }
 	if term.IsTerminal(int(os.Stdin.Fd())) {
-		if _, err := openTerminal(ctx, stop); err != nil {
+		if err := newTerminal(stop).open(ctx); err != nil {
 			fmt.Println(err)
 		}
 	}

@@ -5,9 +5,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"gvm/machine/disk"
-	"gvm/vmm"
-	"gvm/vmm/boot"
+	"gvm/machine"
 )
 
 // Exit statuses: a contract with scripts. README.md and `gvm help exit-status`
@@ -62,12 +60,10 @@ func exitStatus(err error) int {
 	var (
 		usage  usageError
 		config configError
-		vc     *vmm.ConfigError
-		image  *boot.ImageError
 		words  cli.ExitCoder // help for a command that there is not
 	)
 	switch {
-	case errors.As(err, &usage), errors.As(err, &words), errors.As(err, &config), errors.As(err, &vc), errors.As(err, &image), disk.IsConfig(err):
+	case errors.As(err, &usage), errors.As(err, &words), errors.As(err, &config), machine.IsConfig(err):
 		return exitUsage
 	}
 	return exitHost

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,7 +12,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -22,11 +20,8 @@ import (
 	"golang.org/x/term"
 
 	"gvm/control"
-	"gvm/devices/scsi/backend"
-	"gvm/devices/scsi/trace"
-	"gvm/devices/virtio/vhostscsi"
 	"gvm/guest/embedded"
-	"gvm/guestmem"
+	"gvm/machine"
 	"gvm/machine/disk"
 	"gvm/text"
 	"gvm/vmm"
@@ -36,43 +31,15 @@ import (
 
 // runConfig is `gvm run`'s command line, checked as far as words go.
 type runConfig struct {
-	kernel      string // "": the embedded guest
-	initrds     []string
-	cmdline     string
-	bareCmdline bool
-	guestArgs   []string
-	disks       []disk.Spec
-	cpus        int
-	apicIDs     []uint32 // nil: 0 to cpus-1
-	features    []x86.FeatureChange
-	memory      guestmem.Config
-	memoryNote  string // what to tell of it
-	kernelNote  string // what to tell of a kernel that was found
-	mode        boot.Mode
-	protocol    boot.Protocol
-	reboot      bool
-	timeout     time.Duration
-	grace       time.Duration // that the guest has to power off when gvm is asked to end
-	queues      int
-	poll        time.Duration
-	vhostABI    vhostscsi.ABIPolicy
-	traceFile   string
-	name        string      // "": one made of the PID
-	trace       *trace.File // nil: none
-	timing      *timing     // nil: none
+	spec       machine.Spec
+	kernel     string // path; "": the embedded guest
+	initrds    []string
+	memoryNote string // what to tell of the memory
+	kernelNote string // what to tell of a kernel that was found
+	timeout    time.Duration
+	grace      time.Duration // that the guest has to power off when gvm is asked to end
+	timing     *timing       // nil: none
 }
-
-// requestQueues is how many request queues the SCSI device has.
-func (rc *runConfig) requestQueues() int {
-	if rc.queues > 0 {
-		return rc.queues
-	}
-	return min(rc.cpus, disk.MaxQueues)
-}
-
-// embeddedDisk is the size of the disk that the embedded guest gets when the
-// user names none. It is in memory, so that the guest may write to it.
-const embeddedDisk = 16 << 20
 
 var entries = map[string]boot.Protocol{"auto": 0, "pvh": boot.PVH32, "64": boot.Linux64}
 
@@ -142,18 +109,21 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		return rc, fmt.Errorf("unexpected argument %q; a kernel is named with --kernel, a disk with --disk", c.Args().First())
 	}
 	rc = runConfig{
-		kernel:      c.String("kernel"),
-		initrds:     wordsOf(c, "initrd"),
-		cmdline:     c.String("cmdline"),
-		bareCmdline: c.Bool("bare-cmdline"),
-		guestArgs:   wordsOf(c, "guest-arg"),
-		cpus:        c.Int("cpus"),
-		timeout:     c.Duration("timeout"),
-		grace:       c.Duration("grace"),
-		queues:      c.Int("queues"),
-		traceFile:   c.String("trace"),
-		name:        c.String("name"),
+		spec: machine.Spec{
+			Name:        c.String("name"),
+			CPUs:        c.Int("cpus"),
+			CmdLine:     c.String("cmdline"),
+			BareCmdLine: c.Bool("bare-cmdline"),
+			GuestArgs:   wordsOf(c, "guest-arg"),
+			Queues:      c.Int("queues"),
+			Trace:       c.String("trace"),
+		},
+		kernel:  c.String("kernel"),
+		initrds: wordsOf(c, "initrd"),
+		timeout: c.Duration("timeout"),
+		grace:   c.Duration("grace"),
 	}
+	spec := &rc.spec
 	set := c.LocalFlagNames() // c.IsSet looks at all flags each time
 	given := func(flag string) bool { return slices.Contains(set, flag) }
 	if c.Bool("timing") {
@@ -163,26 +133,26 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		return rc, errors.New("--kernel: the path is empty")
 	}
 	if given("name") {
-		if err := control.CheckName(rc.name); err != nil {
+		if err := control.CheckName(spec.Name); err != nil {
 			return rc, fmt.Errorf("--name: %w", err)
 		}
 	}
-	if rc.cpus < 1 {
-		return rc, fmt.Errorf("--cpus %d: want 1 or more", rc.cpus)
+	if spec.CPUs < 1 {
+		return rc, fmt.Errorf("--cpus %d: want 1 or more", spec.CPUs)
 	}
 	if given("apic-ids") {
-		if rc.apicIDs, err = parseAPICIDs(c.String("apic-ids")); err != nil {
+		if spec.APICIDs, err = parseAPICIDs(c.String("apic-ids")); err != nil {
 			return rc, fmt.Errorf("--apic-ids: %w", err)
 		}
-		if given("cpus") && rc.cpus != len(rc.apicIDs) {
-			return rc, fmt.Errorf("--apic-ids has %d IDs for --cpus %d: give each CPU one, or leave --cpus out", len(rc.apicIDs), rc.cpus)
+		if given("cpus") && spec.CPUs != len(spec.APICIDs) {
+			return rc, fmt.Errorf("--apic-ids has %d IDs for --cpus %d: give each CPU one, or leave --cpus out", len(spec.APICIDs), spec.CPUs)
 		}
-		rc.cpus = len(rc.apicIDs)
+		spec.CPUs = len(spec.APICIDs)
 	}
-	if given("queues") && (rc.queues < 1 || rc.queues > disk.MaxQueues) {
-		return rc, fmt.Errorf("--queues %d: want 1 to %d", rc.queues, disk.MaxQueues)
+	if given("queues") && (spec.Queues < 1 || spec.Queues > disk.MaxQueues) {
+		return rc, fmt.Errorf("--queues %d: want 1 to %d", spec.Queues, disk.MaxQueues)
 	}
-	if rc.poll, err = parsePoll(c); err != nil {
+	if spec.Poll, err = parsePoll(c); err != nil {
 		return rc, err
 	}
 	if rc.grace < 0 || rc.grace > control.MaxGrace {
@@ -191,31 +161,31 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	if given("timeout") && rc.timeout <= 0 {
 		return rc, fmt.Errorf("--timeout %s: want a positive duration, such as 90s", rc.timeout)
 	}
-	if rc.memory.Size, err = text.ParseSize(c.String("memory"), 1<<20); err != nil {
+	if spec.Memory.Size, err = text.ParseSize(c.String("memory"), 1<<20); err != nil {
 		return rc, fmt.Errorf("--memory: %w", err)
 	}
 	host := thisHost()
-	rc.memory.Hugepages, rc.memory.Shared = c.Bool("hugepages"), c.Bool("shared-memory")
-	if rc.memoryNote, err = checkMemory(rc.memory, c.Bool("overcommit"), host); err != nil {
+	spec.Memory.Hugepages, spec.Memory.Shared = c.Bool("hugepages"), c.Bool("shared-memory")
+	if rc.memoryNote, err = checkMemory(spec.Memory, c.Bool("overcommit"), host); err != nil {
 		return rc, fmt.Errorf("--memory %s: %w", c.String("memory"), err)
 	}
-	if rc.features, err = x86.ParseFeatures(c.String("cpu-features")); err != nil {
+	if spec.CPUFeatures, err = x86.ParseFeatures(c.String("cpu-features")); err != nil {
 		return rc, fmt.Errorf("--cpu-features: %w", err)
 	}
-	if rc.mode, err = boot.ParseMode(c.String("boot")); err != nil {
+	if spec.BootMode, err = boot.ParseMode(c.String("boot")); err != nil {
 		return rc, fmt.Errorf("--boot: %w", err)
 	}
 	var ok bool
-	if rc.protocol, ok = entries[c.String("entry")]; !ok {
+	if spec.Protocol, ok = entries[c.String("entry")]; !ok {
 		return rc, text.OneOf("--entry ", c.String("entry"), entries)
 	}
 	switch v := c.String("on-reset"); v {
 	case "exit", "reboot":
-		rc.reboot = v == "reboot"
+		spec.Rebooting = v == "reboot"
 	default:
 		return rc, text.OneOfNames("--on-reset ", v, []string{"exit", "reboot"})
 	}
-	if rc.vhostABI, err = parseABI(c.String("vhost-abi")); err != nil {
+	if spec.VhostABI, err = parseABI(c.String("vhost-abi")); err != nil {
 		return rc, fmt.Errorf("--vhost-abi: %w", err)
 	}
 	inRAM := uint64(0)
@@ -224,19 +194,19 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		if err != nil {
 			return rc, err
 		}
-		rc.disks = append(rc.disks, d)
+		spec.Disks = append(spec.Disks, d)
 		if d.Storage == disk.Memory {
 			if inRAM += uint64(d.Size); inRAM > text.MaxSize {
 				return rc, fmt.Errorf("--disk %s: the disks in memory have more than %s", d.Path, text.SizeWord(text.MaxSize))
 			}
 		}
 	}
-	if diskNote, err := checkDiskMemory(rc.memory, inRAM, host); err != nil {
+	if diskNote, err := checkDiskMemory(spec.Memory, inRAM, host); err != nil {
 		return rc, fmt.Errorf("--disk mem: %w", err)
 	} else if rc.memoryNote == "" {
 		rc.memoryNote = diskNote
 	}
-	if err := checkThreads(rc.cpus, rc.requestQueues(), host); err != nil {
+	if err := checkThreads(spec.CPUs, spec.RequestQueues(), host); err != nil {
 		return rc, err
 	}
 	if rc.kernel == "" {
@@ -244,13 +214,13 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 			return rc, err
 		}
 	}
-	if rc.kernel == "" && (len(rc.initrds) > 0 || given("cmdline") || rc.bareCmdline || rc.protocol == boot.Linux64) {
+	if rc.kernel == "" && (len(rc.initrds) > 0 || given("cmdline") || spec.BareCmdLine || spec.Protocol == boot.Linux64) {
 		return rc, errors.New("--initrd, --cmdline, --bare-cmdline and --entry 64 need a --kernel; the embedded guest takes --guest-arg")
 	}
-	if rc.kernel != "" && len(rc.guestArgs) > 0 {
+	if rc.kernel != "" && len(spec.GuestArgs) > 0 {
 		return rc, errors.New("--guest-arg is for the embedded guest; a kernel takes --cmdline")
 	}
-	for word := range strings.SplitSeq(strings.Join(rc.guestArgs, " "), " ") {
+	for word := range strings.SplitSeq(strings.Join(spec.GuestArgs, " "), " ") {
 		if word != "" && !embedded.Known(word) {
 			return rc, unknownWord(word)
 		}
@@ -288,71 +258,34 @@ func parsePoll(c *cli.Context) (time.Duration, error) {
 	return d, nil
 }
 
-// kernelCmdLine is what a Linux guest with the disks is booted with.
-func (rc *runConfig) kernelCmdLine(findRoot func() (word, why string), note func(string)) string {
-	if rc.bareCmdline {
-		return rc.cmdline
-	}
-	words := append([]string{"console=ttyS0", "panic=-1"}, terminalSize()...)
-	if len(rc.disks) > 0 && len(rc.initrds) == 0 && !strings.Contains(" "+rc.cmdline, " root=") {
-		if root, why := findRoot(); root == "" {
-			note(why)
-		} else if rc.disks[0].ReadOnly {
-			words = append(words, "root="+root, "ro")
-		} else {
-			words = append(words, "root="+root, "rw")
-		}
-	}
-	if rc.cmdline != "" {
-		words = append(words, rc.cmdline)
-	}
-	return strings.Join(words, " ")
-}
-
 // startGC is GOGC until a start has settled: the first garbage collection comes with 64 MiB in use and not with
 // 4, of which the embedded guest's disk would have one run beside every start.
 const startGC = 1600
 
-// begun is a virtual machine that KVM makes beside the reading of gvm run's command line, which takes as long.
-// The run takes it; else gvm closes it.
+// begun is the virtual machine of gvm run, which is begun beside the reading of the command line:
+// both take as long. run takes it; nil: it begins one.
 var begun *vmm.Begun
+
+// takeBegun returns a virtual machine, which is the caller's to close.
+func takeBegun() (b *vmm.Begun) {
+	if b, begun = begun, nil; b == nil {
+		b = vmm.Begin()
+	}
+	return b
+}
 
 // run boots the guest and returns how it ended, as an error that exit makes a
 // status of. Whatever was opened is closed when it returns.
 func run(rc runConfig) (err error) {
-	notes := &guestNotes{say: note}
-	defer notes.close()
-	cfg := vmm.Config{
-		Memory:      rc.memory,
-		CPUs:        rc.cpus,
-		APICIDs:     rc.apicIDs,
-		CPUFeatures: rc.features,
-		BootMode:    rc.mode,
-		Protocol:    rc.protocol,
-		KernelCache: boot.CacheDir(),
-		Rebooting:   rc.reboot,
-		Note:        notes.note,
-		Stamp:       rc.timing.stamp,
-	}
 	collect := debug.SetGCPercent(startGC)
-	vm := begun
-	begun = nil
-	if vm == nil {
-		vm = vmm.Begin()
-	}
-	defer func() { err = errors.Join(err, vm.Close()) }()
-	sys, sysErr := vm.System() // an error waits for those of what the user named
-	if sysErr == nil {
-		cfg.Prepared = vm.Prepare(cfg) // and then all else: KVM takes its time
-		defer func() { err = errors.Join(err, cfg.Prepared.Close()) }()
-	}
-	// Signals and --timeout end the run in order from its beginning: what it opens may take its time.
+	spec := &rc.spec
+	spec.Begin(takeBegun()) // and then all else, while KVM takes its time
+	defer func() { err = errors.Join(err, spec.Close()) }()
+	// Signals and --timeout end the run in order before it opens anything, which may take its time.
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
-	cfg.Pauser = new(vmm.Pauser)
-	end := &stopper{pauser: cfg.Pauser, stop: stop, note: note}
-	defer end.close()
-	defer catchSignals(ctx, func(cause error) { end.signal(cause, rc.grace) })()
+	end := &ending{stop: stop, grace: rc.grace}
+	defer catchSignals(ctx, end.signal)()
 	if rc.timeout > 0 {
 		timer := time.AfterFunc(rc.timeout, func() { stop(endError{exitTimeout, fmt.Errorf("--timeout %s elapsed", rc.timeout)}) })
 		defer timer.Stop()
@@ -368,16 +301,13 @@ func run(rc runConfig) (err error) {
 			return err
 		}
 		defer f.Close()
-		cfg.Initrds = append(cfg.Initrds, f)
+		spec.Initrds = append(spec.Initrds, f)
 	}
 	if rc.kernel != "" {
-		cfg.PanicText = true
-		if cfg.Kernel, err = boot.Open(ctx, rc.kernel); err != nil {
+		if spec.Kernel, err = boot.Open(ctx, rc.kernel); err != nil {
 			return err
 		}
-		defer cfg.Kernel.Close()
-	} else if cfg.Kernel, err = boot.NewImage(&boot.File{Name: "the embedded guest", ReaderAt: bytes.NewReader(embedded.Image), Size: int64(len(embedded.Image))}); err != nil {
-		return err
+		defer spec.Kernel.Close()
 	}
 	socket, err := rc.claimName()
 	if err != nil {
@@ -385,78 +315,79 @@ func run(rc runConfig) (err error) {
 	}
 	if socket != nil {
 		defer func() { err = errors.Join(err, socket.Close()) }()
+	} else if i := slices.IndexFunc(spec.Disks, func(d disk.Spec) bool { return d.OnError != disk.Report }); i >= 0 {
+		return configError{fmt.Errorf("--disk %s: error=: without a control socket nothing could resume the machine", spec.Disks[i].Name())}
 	}
-	shared := disk.Config{Queues: rc.requestQueues(), QueuesChosen: rc.queues > 0, ABI: rc.vhostABI, Machine: rc.name, Note: notes.note, Paused: note}
-	if socket != nil {
-		shared.Hold = cfg.Pauser.Hold
-	}
-	ds, err := disk.Open(rc.disks, shared)
-	if err != nil {
-		return err
-	}
-	var started atomic.Bool // the guest has run, whatever became of a reboot
-	cfg.Phase = func(name string) {
-		if name == vmm.Entered {
-			started.Store(true)
-		}
-		rc.timing.phase(name)
-	}
-	defer func() { err = errors.Join(err, ds.Close(started.Load())) }()
-	if rc.kernel == "" {
-		if len(rc.disks) == 0 {
-			if err := ds.Attach(disk.Spec{Serial: "gvm-memory-disk"}, backend.NewMem(embeddedDisk)); err != nil {
-				return err
-			}
-			rc.guestArgs = append(rc.guestArgs, "write")
-		}
-		cfg.CmdLine = strings.Join(rc.guestArgs, " ")
-	} else {
-		cfg.CmdLine = rc.kernelCmdLine(ds.Root, note)
-	}
-	if rc.traceFile != "" {
-		if rc.trace, err = createTrace(rc.traceFile, ds.TraceHeader(version, rc.requestQueues())); err != nil {
+	t := newTerminal(stop)
+	spec.Console = t
+	defer func() { err = errors.Join(err, t.close()) }()
+	spec.Note, spec.Phase, spec.Stamp, spec.Words = note, rc.timing.phase, rc.timing.stamp, terminalSize()
+	spec.KernelCache, spec.Version = boot.CacheDir(), version
+	spec.Ready = func(ending context.Context) error {
+		context.AfterFunc(ending, func() { stop(context.Cause(ending)) })
+		if err := t.open(ending); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, rc.trace.Close()) }()
-		stop, err2 := ds.TraceKernels(rc.trace)
-		if err2 != nil {
-			return err2
-		}
-		defer func() { err = errors.Join(err, stop()) }()
+		rc.timing.phase("files, disks, control socket")
+		return nil
 	}
-	for _, row := range deviceTable {
-		made, err := row.make(rc, ds)
-		if err != nil {
-			return fmt.Errorf("%s: %w", row.name, err)
-		}
-		cfg.Devices = append(cfg.Devices, made...)
-	}
-	if sysErr != nil {
-		return sysErr
-	}
-	if socket != nil {
-		socket.Serve(&machine{rc.info(), cfg.Pauser, end, ds})
-	}
-	t, err := openTerminal(ctx, stop)
+	m, err := machine.Start(ctx, *spec)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, t.close()) }()
-	cfg.Console = t
-	rc.timing.phase("files, disks, control socket")
-	defer time.AfterFunc(settled, func() {
+	end.begin(m.Stop)
+	if socket != nil {
+		socket.Serve(&remote{rc.info(), m})
+	}
+	settle := time.AfterFunc(settled, func() {
 		debug.SetGCPercent(collect)
 		if err := trim(); err != nil {
 			note(fmt.Sprintf("the memory that the start took is kept: %v", err))
 		}
-	}).Stop()
-	out, err := vmm.Run(ctx, sys, cfg)
-	if err != nil {
+	})
+	<-m.Ended()
+	settle.Stop()
+	rc.timing.phase("the guest's run")
+	err = t.close()
+	out, err2 := m.Wait()
+	if err = errors.Join(err2, err); err != nil && out.Ending == 0 {
 		return err
 	}
-	rc.timing.phase("the guest's run")
 	rc.timing.print()
-	return ended(out)
+	return errors.Join(ended(out), err)
+}
+
+// ending has signals end a run: the machine once there is one, else its start.
+type ending struct {
+	stop  func(error)
+	grace time.Duration
+
+	mu       sync.Mutex
+	machine  func(cause error, grace time.Duration) bool // its Stop; nil: there is none yet
+	signaled bool
+}
+
+// begin has signals from now on end a machine by its Stop.
+func (e *ending) begin(machine func(error, time.Duration) bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.machine = machine
+}
+
+// signal has the machine end in its grace time for the first signal, and at once for the second.
+func (e *ending) signal(cause error) {
+	e.mu.Lock()
+	machine, grace := e.machine, e.grace
+	if e.signaled {
+		grace = 0
+	}
+	e.signaled = true
+	e.mu.Unlock()
+	if machine == nil {
+		e.stop(cause)
+		return
+	}
+	machine(cause, grace)
 }
 
 // endError is a run that ended with a status of its own.

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"os"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -19,77 +18,13 @@ import (
 // exitTerminated is the status of a run that was stopped by SIGTERM or gvm stop.
 const exitTerminated = 143
 
-// stopper ends a run: by the power button and a grace time, or at once.
-type stopper struct {
-	pauser powerButton
-	stop   context.CancelCauseFunc
-	note   func(string)
-
-	mu       sync.Mutex
-	signaled bool
-	timer    *time.Timer // nil: the guest has not been asked
-	deadline time.Time   // of the timer
-}
-
-// powerButton is what a stopper needs of a *vmm.Pauser.
-type powerButton interface {
-	Paused() bool
-	PowerButton() bool // presses it, and reports whether the guest listens
-}
-
-// signal is ask for a signal, of which the second one stops the machine at once.
-func (s *stopper) signal(cause error, grace time.Duration) {
-	s.mu.Lock()
-	if s.signaled {
-		grace = 0
-	}
-	s.signaled = true
-	s.mu.Unlock()
-	s.ask(cause, grace)
-}
-
-// ask presses the power button, and stops the machine when the guest has not powered itself off
-// within grace. A guest that has been asked before keeps the shorter time. The machine is stopped at once,
-// and the answer false, without a grace time, or when the guest is paused or has no driver for the button.
-func (s *stopper) ask(cause error, grace time.Duration) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	again := s.timer != nil
-	if grace <= 0 || s.pauser.Paused() || !again && !s.pauser.PowerButton() {
-		s.stop(cause)
-		return false
-	}
-	deadline := time.Now().Add(grace)
-	switch {
-	case !again:
-		s.note(fmt.Sprintf("%v: pressed the guest's power button, which has %v to power off", cause, grace))
-	case !deadline.Before(s.deadline):
-		return true
-	default:
-		s.note(fmt.Sprintf("%v: the guest has %v left to power off", cause, grace))
-		s.timer.Stop()
-	}
-	s.deadline = deadline
-	s.timer = time.AfterFunc(grace, func() { s.stop(fmt.Errorf("%w; the guest did not power off within %v", cause, grace)) })
-	return true
-}
-
-// close ends the grace time, once the machine has ended.
-func (s *stopper) close() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.timer != nil {
-		s.timer.Stop()
-	}
-}
-
 // Stop is gvm stop.
-func (m *machine) Stop(r control.Stop) (control.Stopped, error) {
-	if r.GraceMS > 0 && m.pauser.Paused() {
+func (r *remote) Stop(s control.Stop) (control.Stopped, error) {
+	if s.GraceMS > 0 && r.Paused() {
 		return control.Stopped{}, control.Errorf(http.StatusConflict, "the machine is paused, and its guest cannot power off: gvm resume it first, or gvm stop --force")
 	}
 	cause := endError{exitTerminated, fmt.Errorf("stopped by gvm stop")}
-	return control.Stopped{Asked: m.stopper.ask(cause, time.Duration(r.GraceMS)*time.Millisecond)}, nil
+	return control.Stopped{Asked: r.Machine.Stop(cause, time.Duration(s.GraceMS)*time.Millisecond)}, nil
 }
 
 const stopPatience = 10 * time.Second // for the end of a machine that has been stopped

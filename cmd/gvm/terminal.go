@@ -56,20 +56,27 @@ const maxQueued = 1 << 20
 // output: a pipe to a program that is itself stopped must not keep gvm alive.
 const patience = 500 * time.Millisecond // less than the end of a machine has
 
-// openTerminal takes standard input and output for a run. quit is called for
+// newTerminal returns standard input and output for a run, which open takes. quit is called for
 // Ctrl-a x and for output that fails.
-func openTerminal(run context.Context, quit func(error)) (*terminal, error) {
-	t := &terminal{in: os.Stdin, out: os.Stdout, run: run, quit: quit}
+func newTerminal(quit func(error)) *terminal {
+	t := &terminal{in: os.Stdin, out: os.Stdout, quit: quit}
 	t.change = sync.NewCond(&t.mu)
-	var err error
+	return t
+}
+
+// open takes the terminal, if it is one, for a run that is to end when run is done.
+func (t *terminal) open(run context.Context) (err error) {
+	t.run = run
 	if t.wake, err = eventfd.New(); err != nil {
-		return nil, err
+		return err
 	}
 	if fd := int(t.in.Fd()); term.IsTerminal(fd) {
 		t.tty = &tty{fd: fd}
 		has, err := t.tty.look(false)
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("terminal: raw mode: %w", err), t.wake.Close())
+			err = errors.Join(fmt.Errorf("terminal: raw mode: %w", err), t.wake.Close())
+			t.wake, t.tty = nil, nil
+			return err
 		}
 		if !has {
 			note("in the background of this terminal: the guest gets no input until fg (with timeout(1): --foreground)")
@@ -77,11 +84,11 @@ func openTerminal(run context.Context, quit func(error)) (*terminal, error) {
 		urgent.Lock()
 		urgent.restore = t.tty.restore
 		urgent.Unlock()
-		t.unwatch = t.tty.watch(func(err error) { quit(fmt.Errorf("terminal: %w", err)) })
+		t.unwatch = t.tty.watch(func(err error) { t.quit(fmt.Errorf("terminal: %w", err)) })
 	}
 	t.input.Go(t.read)
 	t.input.Go(t.feed)
-	return t, nil
+	return nil
 }
 
 // Write sends the guest's output on. A reader that is gone (a closed pipe) ends
@@ -262,8 +269,11 @@ func (t *terminal) command(key byte) {
 	}
 }
 
-// close restores the terminal and ends the input goroutine.
+// close restores the terminal and ends the input goroutine, once.
 func (t *terminal) close() error {
+	if t.wake == nil {
+		return nil // not open
+	}
 	t.mu.Lock()
 	t.done = true
 	t.mu.Unlock()
@@ -274,5 +284,7 @@ func (t *terminal) close() error {
 		t.unwatch()
 		err = errors.Join(err, t.tty.restore())
 	}
-	return errors.Join(err, t.wake.Close())
+	err = errors.Join(err, t.wake.Close())
+	t.wake = nil
+	return err
 }

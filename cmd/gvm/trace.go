@@ -440,15 +440,3 @@ func tracePlot(c *cli.Context, files []string) error {
 	}
 	return writePlot(out, &plot.Plot{Latencies: l})
 }
-
-// createTrace makes the trace file of a run, before it starts.
-func createTrace(path string, h trace.Header) (*trace.File, error) {
-	f, err := trace.Create(path, h)
-	switch {
-	case errors.Is(err, trace.ErrRefused):
-		return nil, configError{err}
-	case err != nil:
-		return nil, disk.ImageError{Err: err}
-	}
-	return f, nil
-}

@@ -74,11 +74,6 @@ func (ds *Set) InProcess() bool { return len(ds.kernels) == 0 || len(ds.target.L
 // that the kernel serves, as its Backend says. On an error nothing stays open or provisioned, and
 // what size= made is undone. IsConfig tells whose error it is.
 func Open(list []Spec, c Config) (*Set, error) {
-	for _, d := range list {
-		if c.Hold == nil && d.OnError != Report {
-			return nil, configError{fmt.Errorf("--disk %s: error=: without a control socket nobody could resume the machine", d.Name())}
-		}
-	}
 	return openDisks(list, kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note},
 		&mishaps{name: c.Machine, hold: c.Hold, note: c.Note, paused: c.Paused})
 }

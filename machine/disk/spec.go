@@ -243,7 +243,7 @@ func (s *Spec) check(given map[string]*Option) error {
 		case o.goesWith&kind == 0 && kind == target:
 			return fmt.Errorf("--disk %s: %s is not for a target that exists: it takes backend=vhost and workers=N; its maker chose the rest", s.Name(), word)
 		case o.goesWith&kind == 0 && o.goesWith&memory != 0:
-			return fmt.Errorf("--disk %s: %s is for images and mem:", s.Name(), word)
+			return fmt.Errorf("--disk %s: %s is for images and mem: disks", s.Name(), word)
 		case o.goesWith&kind == 0:
 			return fmt.Errorf("--disk %s: %s is for images, not for %s", s.Name(), word, called)
 		case o.goesWith&overlaid == 0 && s.Overlay != "":

@@ -1,0 +1,372 @@
+// Package machine runs virtual machines: a kernel, or gvm's own embedded guest, with virtio-scsi
+// disks that gvm's SCSI target or the kernel's serves.
+//
+// Start makes a machine of a Spec and has it run. The machine can be paused, given disks and
+// stopped while it runs; Wait returns how its guest ended. The package prints nothing and reads
+// no flags: a Spec has functions for what the user should know and for the guest's console. Every
+// goroutine and descriptor of a machine has ended when Wait returns, but for those that wait for
+// storage which does not answer (vmm.Outcome.Left).
+//
+// An error of Start or Wait that IsConfig reports is about the Spec, any other about the host.
+package machine
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"gvm/control"
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/trace"
+	"gvm/devices/virtio/vhostscsi"
+	"gvm/guest/embedded"
+	"gvm/guestmem"
+	"gvm/kvmapi"
+	"gvm/machine/disk"
+	"gvm/vmm"
+	"gvm/vmm/boot"
+	"gvm/vmm/x86"
+)
+
+// EmbeddedDisk is the size in bytes of the disk in memory that the embedded guest has when the
+// Spec has none.
+const EmbeddedDisk = 16 << 20
+
+// Spec describes a machine. The zero value has no memory: Memory.Size is needed.
+type Spec struct {
+	Name   string // what messages call the machine
+	Memory guestmem.Config
+	CPUs   int // 0 is 1
+	// APICIDs are the CPUs' local APIC IDs, ascending; nil: 0 to CPUs-1.
+	APICIDs     []uint32
+	CPUFeatures []x86.FeatureChange
+	Rebooting   bool // a reset by the guest starts the machine again in place
+
+	// Kernel is the caller's to close, after Wait; nil: the embedded guest, whose words are
+	// GuestArgs. So are Initrds.
+	Kernel    *boot.Image
+	GuestArgs []string
+	Initrds   []*boot.File
+	// CmdLine is the kernel's. Unless BareCmdLine is set, console=ttyS0, panic=-1, Words and, where
+	// it is sure, root= for the first disk stand before it.
+	CmdLine     string
+	BareCmdLine bool
+	Words       []string
+	BootMode    boot.Mode
+	Protocol    boot.Protocol // how an ELF kernel is entered; 0: PVH where it has it
+	KernelCache string        // directory for decompressed kernels, such as boot.CacheDir(); "": none
+
+	Disks    []disk.Spec
+	Queues   int           // request queues of an SCSI device; 0: one per CPU, disk.MaxQueues at most
+	Poll     time.Duration // how long a request queue's thread looks for requests before it sleeps
+	VhostABI vhostscsi.ABIPolicy
+	Trace    string // file to record every SCSI request in; "": none
+	Version  string // of the program, for Trace
+
+	// Console is COM1; nil: no input, and output is dropped.
+	Console vmm.Console
+	// Ready is called when everything is open, before the guest runs; its error ends Start. The
+	// context is done when the machine is to end. nil: nothing is called.
+	Ready func(context.Context) error
+	Note  func(string) // what the user should know, a line each; nil drops it
+	// Phase and Stamp are as in vmm.Config.
+	Phase func(name string)
+	Stamp func(code byte)
+
+	begun    *vmm.Begun
+	prepared *vmm.Prepared
+}
+
+// Begin begins to make the virtual machine, for a caller that opens files meanwhile. It needs
+// Memory, CPUs, APICIDs and CPUFeatures, which must not change after it. The caller calls Close
+// after Wait, or instead of Start. b is KVM, already begun; it is closed with the rest.
+func (s *Spec) Begin(b *vmm.Begun) {
+	s.begun = b
+	if _, err := b.System(); err == nil {
+		s.prepared = b.Prepare(s.config())
+	}
+}
+
+// Close takes down what Begin has made.
+func (s *Spec) Close() (err error) {
+	if s.prepared != nil {
+		err = s.prepared.Close()
+	}
+	if s.begun != nil {
+		err = errors.Join(err, s.begun.Close())
+	}
+	s.begun, s.prepared = nil, nil
+	return err
+}
+
+// RequestQueues returns how many request queues an SCSI device of the machine has.
+func (s *Spec) RequestQueues() int {
+	if s.Queues > 0 {
+		return s.Queues
+	}
+	return min(max(s.CPUs, 1), disk.MaxQueues)
+}
+
+// config is the part of the machine's vmm.Config that needs no file.
+func (s *Spec) config() vmm.Config {
+	return vmm.Config{
+		Memory:      s.Memory,
+		CPUs:        s.CPUs,
+		APICIDs:     s.APICIDs,
+		CPUFeatures: s.CPUFeatures,
+		BootMode:    s.BootMode,
+		Protocol:    s.Protocol,
+		KernelCache: s.KernelCache,
+		Rebooting:   s.Rebooting,
+		Kernel:      s.Kernel,
+		Initrds:     s.Initrds,
+		PanicText:   s.Kernel != nil,
+		Console:     s.Console,
+		Stamp:       s.Stamp,
+	}
+}
+
+// Machine is a machine that runs, or has ended.
+type Machine struct {
+	name    string
+	note    func(string)
+	pauser  *vmm.Pauser
+	stopper *stopper
+	disks   *disk.Set
+	undo    []func() error // what Start has opened, to be closed in reverse
+
+	ended, done chan struct{}
+	outcome     vmm.Outcome
+	err         error
+}
+
+// Start opens what s names and runs the machine until its guest ends, ctx is done, which stops it
+// with the cause of ctx, or Stop is called. On an error nothing is left open.
+func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
+	if s.Note == nil {
+		s.Note = func(string) {}
+	}
+	m := &Machine{name: s.Name, note: s.Note, pauser: new(vmm.Pauser), ended: make(chan struct{}), done: make(chan struct{})}
+	ctx, cancel := context.WithCancelCause(ctx)
+	m.later(func() error { cancel(nil); return nil })
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.close())
+		}
+	}()
+	notes := &guestNotes{say: s.Note}
+	m.later(func() error { notes.close(); return nil })
+	m.stopper = &stopper{pauser: m.pauser, stop: cancel, note: s.Note}
+	m.later(func() error { m.stopper.close(); return nil })
+	if s.begun == nil {
+		s.Begin(vmm.Begin())
+		m.later(s.Close)
+	}
+	sys, sysErr := s.begun.System() // an error waits for those of what the user named
+	cfg := s.config()
+	cfg.Note, cfg.Pauser, cfg.Prepared = notes.note, m.pauser, s.prepared
+	if s.Kernel == nil {
+		if cfg.Kernel, err = embeddedKernel(); err != nil {
+			return nil, err
+		}
+	}
+	m.disks, err = disk.Open(s.Disks, disk.Config{
+		Queues: s.RequestQueues(), QueuesChosen: s.Queues > 0, ABI: s.VhostABI,
+		Machine: s.Name, Hold: m.pauser.Hold, Note: notes.note, Paused: s.Note,
+	})
+	if err != nil {
+		return nil, err
+	}
+	var started atomic.Bool // the guest has run, whatever became of a reboot
+	cfg.Phase = func(name string) {
+		if name == vmm.Entered {
+			started.Store(true)
+		}
+		if s.Phase != nil {
+			s.Phase(name)
+		}
+	}
+	m.later(func() error { return m.disks.Close(started.Load()) })
+	if s.Kernel == nil {
+		if len(s.Disks) == 0 {
+			if err := m.disks.Attach(disk.Spec{Serial: "gvm-memory-disk"}, backend.NewMem(EmbeddedDisk)); err != nil {
+				return nil, err
+			}
+			s.GuestArgs = append(s.GuestArgs, "write")
+		}
+		cfg.CmdLine = strings.Join(s.GuestArgs, " ")
+	} else {
+		cfg.CmdLine = s.cmdLine(m.disks.Root)
+	}
+	file, err := m.trace(&s)
+	if err != nil {
+		return nil, err
+	}
+	for _, row := range deviceTable {
+		made, err := row.make(scsiDevice{queues: s.RequestQueues(), poll: s.Poll, trace: file, disks: m.disks})
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", row.name, err)
+		}
+		cfg.Devices = append(cfg.Devices, made...)
+	}
+	if sysErr != nil {
+		return nil, sysErr
+	}
+	if s.Ready != nil {
+		if err := s.Ready(ctx); err != nil {
+			return nil, err
+		}
+	}
+	go m.run(ctx, sys, cfg)
+	return m, nil
+}
+
+func embeddedKernel() (*boot.Image, error) {
+	return boot.NewImage(&boot.File{Name: "the embedded guest", ReaderAt: bytes.NewReader(embedded.Image), Size: int64(len(embedded.Image))})
+}
+
+// trace begins to record in s.Trace.
+func (m *Machine) trace(s *Spec) (*trace.File, error) {
+	if s.Trace == "" {
+		return nil, nil
+	}
+	f, err := createTrace(s.Trace, m.disks.TraceHeader(s.Version, s.RequestQueues()))
+	if err != nil {
+		return nil, err
+	}
+	m.later(f.Close)
+	stop, err := m.disks.TraceKernels(f)
+	if err != nil {
+		return nil, err
+	}
+	m.later(stop)
+	return f, nil
+}
+
+// createTrace makes the trace file of a run, before it starts.
+func createTrace(path string, h trace.Header) (*trace.File, error) {
+	f, err := trace.Create(path, h)
+	switch {
+	case errors.Is(err, trace.ErrRefused):
+		return nil, configError{err}
+	case err != nil:
+		return nil, disk.ImageError{Err: err}
+	}
+	return f, nil
+}
+
+// cmdLine is what a Linux guest with the disks is booted with; root finds root= for the first one.
+func (s *Spec) cmdLine(root func() (word, why string)) string {
+	if s.BareCmdLine {
+		return s.CmdLine
+	}
+	words := append([]string{"console=ttyS0", "panic=-1"}, s.Words...)
+	if len(s.Disks) > 0 && len(s.Initrds) == 0 && !strings.Contains(" "+s.CmdLine, " root=") {
+		if word, why := root(); word == "" {
+			s.Note(why)
+		} else if s.Disks[0].ReadOnly {
+			words = append(words, "root="+word, "ro")
+		} else {
+			words = append(words, "root="+word, "rw")
+		}
+	}
+	if s.CmdLine != "" {
+		words = append(words, s.CmdLine)
+	}
+	return strings.Join(words, " ")
+}
+
+// run is the goroutine of the machine.
+func (m *Machine) run(ctx context.Context, sys *kvmapi.System, cfg vmm.Config) {
+	defer close(m.done)
+	m.outcome, m.err = vmm.Run(ctx, sys, cfg)
+	close(m.ended)
+	m.err = errors.Join(m.err, m.close())
+}
+
+// later has undo called at the end, before what was opened earlier is closed.
+func (m *Machine) later(undo func() error) { m.undo = append(m.undo, undo) }
+
+func (m *Machine) close() error {
+	var errs []error
+	for i := len(m.undo) - 1; i >= 0; i-- {
+		errs = append(errs, m.undo[i]())
+	}
+	return errors.Join(errs...)
+}
+
+// Ended returns a channel that is closed when the guest has ended. The machine's disks are still
+// to be made durable and closed then: Wait returns after that.
+func (m *Machine) Ended() <-chan struct{} { return m.ended }
+
+// Wait waits until the machine has ended and all of it is closed, and returns how its guest ended.
+// The outcome is valid whatever the error is, unless vmm.Run failed.
+func (m *Machine) Wait() (vmm.Outcome, error) {
+	<-m.done
+	return m.outcome, m.err
+}
+
+// Name returns the machine's name.
+func (m *Machine) Name() string { return m.name }
+
+// Paused reports whether the machine is paused.
+func (m *Machine) Paused() bool { return m.pauser.Paused() }
+
+// Pause stops the CPUs and returns when none runs, or with the cause of ctx. Errors are those of
+// vmm.Pauser.Pause.
+func (m *Machine) Pause(ctx context.Context) error { return m.pauser.Pause(ctx) }
+
+// Resume lets the CPUs go on, after Pause or a failure of a disk with error=stop.
+func (m *Machine) Resume() error { return m.pauser.Resume() }
+
+// Stop presses the guest's power button, and stops the machine with cause when the guest has not
+// powered itself off within grace. Of two calls the one that gives less time counts. The machine
+// is stopped at once, and the answer is false, without a grace time, or when the guest is paused
+// or has no driver for the button. Wait returns when the machine has ended.
+func (m *Machine) Stop(cause error, grace time.Duration) bool { return m.stopper.ask(cause, grace) }
+
+// Disks describes the machine's disks.
+func (m *Machine) Disks() []control.Disk { return m.disks.List() }
+
+// AddDisk gives the machine a disk and tells the guest. Paths are those of this process. Errors
+// are *control.Error.
+func (m *Machine) AddDisk(ctx context.Context, d disk.Spec) (control.Change, error) {
+	return m.disks.Add(ctx, d)
+}
+
+// RemoveDisk tells the guest that a disk goes, and takes it away. id is a LUN, a serial number or
+// an absolute path.
+func (m *Machine) RemoveDisk(ctx context.Context, id string) (control.Change, error) {
+	return m.disks.Remove(ctx, id)
+}
+
+// ResizeDisk gives a disk another size and tells the guest.
+func (m *Machine) ResizeDisk(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
+	return m.disks.Resize(ctx, id, r)
+}
+
+// Output returns a console without input, whose output goes to w.
+func Output(w io.Writer) vmm.Console { return output{w} }
+
+type output struct{ io.Writer }
+
+func (output) Connect(vmm.Input) {}
+
+// configError is a value that cannot be served.
+type configError struct{ error }
+
+func (e configError) Unwrap() error { return e.error }
+
+// IsConfig reports whether err is about what was asked for, which the user can change. Any other
+// error is the host's failure.
+func IsConfig(err error) bool {
+	var config configError
+	var vc *vmm.ConfigError
+	var image *boot.ImageError
+	return errors.As(err, &config) || errors.As(err, &vc) || errors.As(err, &image) || disk.IsConfig(err)
+}

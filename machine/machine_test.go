@@ -1,0 +1,72 @@
+package machine
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/trace"
+	"gvm/machine/disk"
+)
+
+// TestQueues checks the request queues, beside which are a control and an event queue.
+func TestQueues(t *testing.T) {
+	for _, tt := range []struct{ cpus, queues, want int }{{1, 0, 1}, {4, 0, 4}, {4, 2, 2}, {70, 0, disk.MaxQueues}} {
+		none, err := disk.Open(nil, disk.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		made, err := deviceTable[0].make(scsiDevice{queues: (&Spec{CPUs: tt.cpus, Queues: tt.queues}).RequestQueues(), disks: none})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := len(made[0].QueueSizes()) - 2; got != tt.want {
+			t.Errorf("%d CPUs, --queues %d: %d request queues, want %d", tt.cpus, tt.queues, got, tt.want)
+		}
+	}
+}
+
+// TestCreateTrace is about the trace of a run.
+func TestCreateTrace(t *testing.T) {
+	ds, err := disk.Open(nil, disk.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ds.Attach(disk.Spec{Serial: "S", LUN: 4, BlockSize: 4096}, backend.NewMem(1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	path := filepath.Join(dir, "run.trace")
+	f, err := createTrace(path, ds.TraceHeader("1.2.3", 3))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := createTrace(path, ds.TraceHeader("1.2.3", 3)); !IsConfig(err) {
+		t.Errorf("a trace in use: %v", err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	r, err := trace.NewReader(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []trace.Device{{Backend: "process", Queues: 3, Disks: []trace.Disk{{LUN: 4, Serial: "S", Size: 1 << 20, BlockSize: 4096}}}}
+	if h := r.Header; h.GVM != "1.2.3" || h.Kernel == "" || time.Since(h.Start) > time.Hour || fmt.Sprint(h.Devices) != fmt.Sprint(want) {
+		t.Errorf("header %+v", h)
+	}
+	if _, err := createTrace(filepath.Join(dir, "none", "x"), ds.TraceHeader("1.2.3", 1)); !IsConfig(err) {
+		t.Errorf("no directory: %v", err)
+	}
+	if _, err := createTrace("/dev/full", ds.TraceHeader("1.2.3", 1)); err == nil || IsConfig(err) {
+		t.Errorf("a full disk: %v", err)
+	}
+}
