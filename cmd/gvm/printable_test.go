@@ -103,6 +103,21 @@ func TestForeignWords(t *testing.T) {
 	run("run", "--"+evil)
 	run("trace", "show", path, "--"+evil)
 	run("help", evil)
+	// A note names the kernel of the tree that this is below.
+	for _, name := range []string{"Kbuild", "MAINTAINERS", "arch/x86/Makefile", "arch/x86/boot/bzImage"} {
+		name = filepath.Join(dir, evil+"tree", name)
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		write(name, nil)
+	}
+	c := command(t, "run")
+	c.Dir = filepath.Join(dir, evil+"tree", "arch")
+	r := gvmRuns(t, c)
+	harmless(t, "run below a tree", r.out+r.errs)
+	if !strings.HasPrefix(r.errs, "gvm: booting ") {
+		t.Errorf("no note: %q", r.errs)
+	}
 
 	drawn := readTestFile(t, svg)
 	for d := xml.NewDecoder(bytes.NewReader(drawn)); ; {
