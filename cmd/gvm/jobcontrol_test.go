@@ -18,7 +18,6 @@ const asShell = "GVM_TEST_AS_SHELL"
 
 // shell does what descriptor 3 says, a word a line, and answers each on descriptor 4.
 func shell() int {
-	signal.Ignore(syscall.SIGTTOU, syscall.SIGHUP)
 	commands, answers := bufio.NewScanner(os.NewFile(3, "commands")), os.NewFile(4, "answers")
 	_ = os.Unsetenv(asShell)
 	exe, err := os.Executable()
@@ -32,6 +31,7 @@ func shell() int {
 	if err := job.Start(); err != nil {
 		return 97
 	}
+	signal.Ignore(syscall.SIGTTOU, syscall.SIGHUP) // not before: the job would ignore them too
 	pid := job.Process.Pid
 	for commands.Scan() {
 		var err error
