@@ -212,4 +212,10 @@ func TestMemoryLimitsDoctor(t *testing.T) {
 	if r.status != exitUsage || !strings.HasPrefix(r.errs, "gvm: --memory 2000: RLIMIT_AS") {
 		t.Errorf("status %d, %q", r.status, r.errs)
 	}
+	c = command(t)
+	c.Args = []string{"sh", "-c", fmt.Sprintf(`ulimit -v %d && exec "$0" run --disk mem:4G`, 3<<20), c.Path}
+	c.Path = "/bin/sh"
+	if r := gvmRuns(t, c); r.status != exitUsage || !strings.Contains(r.errs, "the guest's memory and its disks in memory have 4608 MiB: RLIMIT_AS") {
+		t.Errorf("disks in memory: status %d, %q", r.status, r.errs)
+	}
 }
