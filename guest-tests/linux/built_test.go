@@ -132,6 +132,25 @@ func TestBuiltRoot(t *testing.T) {
 	}
 }
 
+// TestBuiltManyCPUs: a guest has dozens of CPUs, each of which runs programs.
+func TestBuiltManyCPUs(t *testing.T) {
+	const n = 48
+	data := content(t.Name(), 1<<20)
+	r := guest{kernel: builtKernel(t), cmdline: withTime, script: `
+say cpus $(nproc)
+say last $(grep '^apicid' /proc/cpuinfo | tail -n 1 | sed 's/.*: //')
+n=0
+for c in $(seq 0 ` + fmt.Sprint(n-1) + `); do
+	[ "$(taskset -c $c cut -d' ' -f39 /proc/self/stat)" = $c ] && n=$((n+1))
+done
+say ran $n
+say sum $(sum /dev/sda)
+klog`}.run(t, "--cpus", strconv.Itoa(n), "--disk", diskFile(t, data))
+	r.wantStatus(t, 0)
+	r.want(t, map[string]string{"cpus": strconv.Itoa(n), "last": strconv.Itoa(n - 1), "ran": strconv.Itoa(n), "sum": sum(data)})
+	r.kernelLog(t, 1, noNetwork)
+}
+
 // debugger speaks gdb's remote protocol on a guest's console.
 type debugger struct {
 	t    *testing.T
