@@ -160,3 +160,22 @@ func TestDetachAlone(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestLongDiscards: UNMAP and WRITE SAME reach the backend in pieces, the first of which has 64 MiB.
+func TestLongDiscards(t *testing.T) {
+	ranges := make([]byte, 24)
+	binary.BigEndian.PutUint16(ranges[2:], 16)
+	binary.BigEndian.PutUint32(ranges[16:], 1<<20) // 512 MiB
+	for name, v := range map[string]struct{ cdb, out []byte }{
+		"discard": {[]byte{0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0}, ranges},
+		"zero":    {cdb16(0x93, 0, 0, 1<<20), make([]byte, block)},
+	} {
+		rec := &scsitest.Recorder{Backend: backend.NewMem(1 << 30)}
+		target := attach(t, scsi.UnitConfig{Backend: rec})
+		expect(t, target, v.cdb, v.out, 0, "GOOD")
+		log := slices.DeleteFunc(rec.Log(), func(call string) bool { return call == "flush" })
+		if want := name + " 0+67108864"; len(log) < 2 || log[0] != want {
+			t.Errorf("%s: %q, want %q first", name, log, want)
+		}
+	}
+}
