@@ -1,8 +1,10 @@
 package disk
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 
 	"gvm/devices/scsi/backend"
@@ -24,16 +26,62 @@ type kernelOptions struct {
 type kernelTarget struct {
 	target *lio.Target
 	device *vhostscsi.Device
-	units  []lio.Unit // of gvm's making
+	parts  []io.Closer // what close closes: the device, which lets the target go, and the target
+	units  []lio.Unit  // of gvm's making
 }
 
 // close lets the target go, then takes it down if gvm made it.
 func (t *kernelTarget) close() error {
-	var err error
-	if t.device != nil {
-		err = t.device.Close()
+	var errs []error
+	for _, p := range t.parts {
+		errs = append(errs, p.Close())
 	}
-	return errors.Join(err, t.target.Close())
+	return errors.Join(errs...)
+}
+
+// endKernels begins to take down what the kernel serves, which waits for storage and for other
+// processes that change LIO. wait returns when that is done or ctx is, and adds to busy the backends
+// that the kernel still has.
+func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) error) {
+	type result struct {
+		kernel *kernelTarget
+		err    error
+	}
+	results := make(chan result, len(ds.kernels))
+	for _, k := range ds.kernels {
+		go func() { results <- result{k, k.close()} }() // ends with the process at the latest
+	}
+	return func(ctx context.Context, busy map[any]bool) error {
+		var errs []error
+		left := slices.Clone(ds.kernels)
+		for len(left) > 0 {
+			var r result
+			select {
+			case r = <-results:
+			case <-ctx.Done():
+				select {
+				case r = <-results:
+				default:
+				}
+			}
+			if r.kernel == nil {
+				break
+			}
+			errs = append(errs, r.err)
+			left = slices.DeleteFunc(left, func(k *kernelTarget) bool { return k == r.kernel })
+		}
+		for _, k := range left {
+			name, mend := k.target.WWN, ""
+			for i, u := range k.units {
+				busy[u.Backend] = true
+				if i == 0 {
+					name, mend = ds.paths[u.Backend.(*backend.File).Path()], "; gvm lio gc removes what is left"
+				}
+			}
+			ds.mishaps.note(fmt.Sprintf("%s: the kernel has not let go of it; gvm ends without that%s", name, mend))
+		}
+		return errors.Join(errs...)
+	}
 }
 
 // autoNote is how the line begins that says what became of backend=auto.
@@ -111,7 +159,7 @@ func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 	if release := trace.HostKernel(); len(u.units) > 1 && losesResets(release) {
 		k.note(fmt.Sprintf("Linux %s has a fault: a guest that resets one of several disks of the kernel's can bring this host down when gvm ends; serve one disk, or take backend=process or Linux 6.4", release))
 	}
-	return k.device(&kernelTarget{target: t, units: u.units}, u.workers)
+	return k.device(&kernelTarget{target: t, parts: []io.Closer{t}, units: u.units}, u.workers)
 }
 
 // losesResets tells whether vhost-scsi of a kernel keeps its control blocks for
@@ -133,7 +181,7 @@ func (k kernelOptions) lookup(d Spec) (*kernelTarget, error) {
 	if err != nil {
 		return nil, KernelError{fmt.Errorf("--disk %w", err)}
 	}
-	return k.device(&kernelTarget{target: t}, d.Workers)
+	return k.device(&kernelTarget{target: t, parts: []io.Closer{t}}, d.Workers)
 }
 
 // Device makes the device of a target. On an error the target is closed.
@@ -149,6 +197,7 @@ func (k kernelOptions) device(t *kernelTarget, workers int) (_ *kernelTarget, er
 	if err != nil {
 		return nil, KernelError{errors.Join(err, t.close())}
 	}
+	t.parts = slices.Insert(t.parts, 0, io.Closer(t.device))
 	if n := k.queueNote(); n != "" {
 		k.note(n)
 	}

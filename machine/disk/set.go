@@ -300,15 +300,14 @@ func (i opened) close(had bool) error {
 func (ds *Set) Close(started bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), settlePatience)
 	defer cancel()
+	kernels := ds.endKernels()
 	open := ds.endChanges(ctx)
 	busy := ds.end(ctx)
 	var errs []error
 	if started {
 		errs = append(errs, ds.settle(ctx))
 	}
-	for _, k := range ds.kernels {
-		errs = append(errs, k.close())
-	}
+	errs = append(errs, kernels(ctx, busy))
 	for _, f := range open {
 		if !busy[f.backend] { // else it is in use, and the end of the process closes it
 			errs = append(errs, f.close(started))

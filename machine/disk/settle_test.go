@@ -5,7 +5,10 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/crc32"
+	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +19,7 @@ import (
 	"gvm/control"
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/scsitest"
 	"gvm/devices/virtio/vscsi"
 )
@@ -256,4 +260,52 @@ func TestEndOfStuckDisk(t *testing.T) {
 	}
 	close(hang)
 	<-done
+}
+
+// closer is a part of a kernelTarget.
+type closer func() error
+
+func (c closer) Close() error { return c() }
+
+// TestEndOfStuckKernelTarget ends a machine whose disks the kernel does not let go of: the end does not
+// wait for it, the user is told, and their images stay open. An end in time is an end, whatever took
+// the rest of the time.
+func TestEndOfStuckKernelTarget(t *testing.T) {
+	dir := t.TempDir()
+	hang, closed := make(chan struct{}), make(chan struct{})
+	ds, _, _ := protectedDisks(t, backend.Fault{Op: backend.OpFlush, Hang: hang})
+	var notes []string
+	ds.mishaps.note = func(s string) { notes = append(notes, s) }
+	var files []*backend.File
+	ds.paths = map[string]string{}
+	add := func(end closer) {
+		path := filepath.Join(dir, fmt.Sprint(len(files)))
+		f, err := backend.Open(path, backend.Options{Size: 1 << 20, BlockSize: 512})
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, f)
+		ds.open = append(ds.open, opened{backend: f, undo: f.Undo})
+		ds.paths[path] = path
+		ds.kernels = append(ds.kernels, &kernelTarget{target: &lio.Target{WWN: "naa.5001405000000001"}, parts: []io.Closer{end},
+			units: []lio.Unit{{LUN: len(files), UnitConfig: scsi.UnitConfig{Backend: f}}}})
+	}
+	refused := errors.New("configfs is busy")
+	add(func() error { <-hang; close(closed); return nil })
+	add(func() error { return refused })
+	writeBlock(t, ds, 1) // whose flush takes all the time that there is
+	if err := ds.Close(false); !errors.Is(err, refused) {
+		t.Error(err)
+	}
+	if len(notes) != 1 || !strings.Contains(notes[0], files[0].Path()) || !strings.Contains(notes[0], "gvm lio gc") {
+		t.Errorf("notes %q", notes)
+	}
+	for i, want := range []error{nil, fs.ErrNotExist} {
+		if _, err := os.Stat(files[i].Path()); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", files[i].Path(), err, want)
+		}
+	}
+	close(hang)
+	<-closed
+	files[0].Close()
 }
