@@ -71,13 +71,13 @@ func TestHelpWidth(t *testing.T) {
 		t.Errorf("%d pages", pages)
 	}
 	// The page of the command gvm disk has the words of the flag as well.
-	readme, err := os.ReadFile("../../README.md")
+	storage, err := os.ReadFile("../../docs/storage.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, row := range disk.Options() {
-		if !strings.Contains(string(readme), "`"+row.Key) {
-			t.Errorf("README.md lacks %s", row.Key)
+		if !strings.Contains(string(storage), "`"+row.Key) {
+			t.Errorf("docs/storage.md lacks %s", row.Key)
 		}
 		if !strings.Contains(page("help", "disk"), "\n      "+row.Word()) {
 			t.Errorf("gvm help disk lacks %s", row.Word())
