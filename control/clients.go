@@ -22,9 +22,18 @@ type clients struct {
 // client is a connection.
 type client struct {
 	net.Conn
-	all       *clients
-	atMachine bool // guarded by all.mu
+	all   *clients
+	stage stage // guarded by all.mu
 }
+
+// stage is how far the request of a client has come.
+type stage int
+
+const (
+	sending stage = iota // the client has not sent all of it
+	atMachine
+	answering
+)
 
 // Accept returns the next connection. One that comes while maxClients are at the machine is closed.
 func (cs *clients) Accept() (net.Conn, error) {
@@ -38,7 +47,7 @@ func (cs *clients) Accept() (net.Conn, error) {
 		cs.open = append(cs.open, c)
 		var victim *client
 		if len(cs.open) > maxClients {
-			victim = cs.open[slices.IndexFunc(cs.open, func(c *client) bool { return !c.atMachine })]
+			victim = cs.open[slices.IndexFunc(cs.open, func(c *client) bool { return c.stage != atMachine })]
 		}
 		cs.mu.Unlock()
 		if victim != nil {
@@ -65,14 +74,19 @@ func withClient(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, clientKey{}, c)
 }
 
-// enter says that the request of ctx is at the machine, until the function that it returns is called.
-func enter(ctx context.Context) (leave func()) {
-	c := ctx.Value(clientKey{}).(*client)
-	set := func(at bool) {
-		c.all.mu.Lock()
-		c.atMachine = at
-		c.all.mu.Unlock()
+// enter says how far the client's request has come.
+func (c *client) enter(s stage) {
+	c.all.mu.Lock()
+	c.stage = s
+	c.all.mu.Unlock()
+}
+
+// closeSilent closes the connections of clients that have not sent their requests.
+func (cs *clients) closeSilent() {
+	cs.mu.Lock()
+	silent := slices.DeleteFunc(slices.Clone(cs.open), func(c *client) bool { return c.stage != sending })
+	cs.mu.Unlock()
+	for _, c := range silent {
+		c.Close()
 	}
-	set(true)
-	return func() { set(false) }
 }

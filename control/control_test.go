@@ -331,6 +331,7 @@ func TestCloseWaits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.closeTimeout = time.Hour // for a busy host
 	s.Serve(f)
 	c := NewClient(d, "vm")
 	answered := make(chan error, 1)
@@ -363,13 +364,14 @@ func TestCloseDoesNotWaitForClients(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.readTimeout, s.closeTimeout = time.Hour, time.Hour // of which nothing is used
 	s.Serve(newFake())
 	dir, err := os.Open(d.path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer dir.Close()
-	for _, text := range []string{"", "POST /v1/disks HTTP/1.1\r\nHost: gvm\r\nContent-Length: 10\r\n\r\n{"} {
+	for _, text := range []string{"", "G", "POST /v1/disks HTTP/1.1\r\nHost: gvm\r\nContent-Length: 10\r\n\r\n{"} {
 		conn, err := net.Dial("unix", socketPath(dir, "vm.sock"))
 		if err != nil {
 			t.Fatal(err)
@@ -378,6 +380,9 @@ func TestCloseDoesNotWaitForClients(t *testing.T) {
 		if _, err := io.WriteString(conn, text); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if _, err := NewClient(d, "vm").Info(t.Context()); err != nil { // the server has accepted them, too
+		t.Fatal(err)
 	}
 	if err := s.Close(); err != nil {
 		t.Error(err)

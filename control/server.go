@@ -25,8 +25,10 @@ const (
 	// answerTimeout is for a request and its answer: longer than a disk takes to
 	// open, as the answer is lost then.
 	answerTimeout = 5 * time.Minute
-	// closeTimeout is how long Close waits for answers that are on their way.
-	closeTimeout = time.Second
+	// sendTimeout is how long Close waits for requests that are on their way, and closeTimeout how long
+	// after that for their answers: a machine's end has a second, and its disks have most of that.
+	sendTimeout  = 50 * time.Millisecond
+	closeTimeout = 50 * time.Millisecond
 )
 
 // Server is the control socket of a machine.
@@ -35,7 +37,10 @@ type Server struct {
 	listener *net.UnixListener
 
 	http    *http.Server // nil before Serve
+	clients *clients
 	accepts sync.WaitGroup
+
+	readTimeout, closeTimeout time.Duration
 
 	busy   sync.RWMutex // shared by requests while they are at the machine
 	closed bool         // guarded by busy
@@ -52,7 +57,8 @@ func Claim(d Directory, name string) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
-	return &Server{release: sync.OnceValue(func() error { return d.release(name, lock) }), listener: l}, nil
+	return &Server{release: sync.OnceValue(func() error { return d.release(name, lock) }), listener: l,
+		readTimeout: readTimeout, closeTimeout: closeTimeout}, nil
 }
 
 // Serve begins to answer for m. It is called once at most, before Close.
@@ -60,15 +66,16 @@ func (s *Server) Serve(m Machine) {
 	s.http = &http.Server{
 		Handler:           s.handler(m),
 		ConnContext:       withClient,
-		ReadHeaderTimeout: readTimeout,
-		ReadTimeout:       readTimeout,
+		ReadHeaderTimeout: s.readTimeout,
+		ReadTimeout:       s.readTimeout,
 		WriteTimeout:      answerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          log.New(io.Discard, "", 0), // what a client does wrong is told to the client
 	}
 	s.http.SetKeepAlivesEnabled(false)
-	s.accepts.Go(func() { _ = s.http.Serve(&clients{UnixListener: s.listener}) })
+	s.clients = &clients{UnixListener: s.listener}
+	s.accepts.Go(func() { _ = s.http.Serve(s.clients) })
 }
 
 // Close ends the service, waits for what the machine has been asked to do, and
@@ -78,10 +85,11 @@ func (s *Server) Close() error {
 	if s.http == nil {
 		err = s.listener.Close()
 	} else {
-		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
-		defer cancel()
-		if s.http.Shutdown(ctx) != nil {
-			err = s.http.Close()
+		if s.shutdown(sendTimeout) != nil {
+			s.clients.closeSilent()
+			if s.shutdown(s.closeTimeout) != nil {
+				err = s.http.Close()
+			}
 		}
 		s.accepts.Wait()
 		s.busy.Lock()
@@ -89,6 +97,13 @@ func (s *Server) Close() error {
 		s.busy.Unlock()
 	}
 	return errors.Join(err, s.release())
+}
+
+// shutdown takes no more connections, and waits for those that are there, but not longer than limit.
+func (s *Server) shutdown(limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	return s.http.Shutdown(ctx)
 }
 
 // Release gives up the name and removes the socket, as Close does, whatever requests are under way: for a
@@ -194,9 +209,10 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
 		err = bodyError(err)
 	} else {
 		r.Body = io.NopCloser(bytes.NewReader(b))
-		leave := enter(r.Context())
+		c := r.Context().Value(clientKey{}).(*client)
+		c.enter(atMachine)
 		value, err = s.guarded(do, r)
-		leave()
+		c.enter(answering)
 	}
 	status := http.StatusOK
 	if err != nil {
