@@ -1,7 +1,6 @@
-// Package vmm builds a machine out of a kernel and devices, and runs it: guest
-// memory, the platform of a small PC with ACPI and PCI, virtual CPUs, and how
-// the run ended. It is a library: it reads no flags, prints nothing and does not
-// exit.
+// Package vmm builds a machine from a kernel and devices and runs it: guest memory, the platform of
+// a small PC with ACPI and PCI, and virtual CPUs. It is a library: it reads no flags, prints
+// nothing and does not exit.
 package vmm
 
 import (
@@ -17,16 +16,15 @@ import (
 	"gvm/vmm/x86"
 )
 
-// Config is a machine. The zero value of every field but Kernel and Memory is
-// useful.
+// Config describes a machine. The zero value of every field but Kernel and Memory is useful.
 type Config struct {
 	Memory guestmem.Config
 	CPUs   int // 0 is 1
 	// APICIDs are the CPUs' local APIC IDs, ascending, the boot CPU first; nil: 0 to CPUs-1.
 	APICIDs     []uint32
 	CPUFeatures []x86.FeatureChange
-	// Prepared is what Prepare has begun to make for this Config, for the first machine of
-	// one Run; nil: Run makes it. It stays the caller's to close, after Run.
+	// Prepared, from Prepare for this Config, is used for the first machine of one Run; nil: Run
+	// makes its own. The caller closes it, after Run.
 	Prepared *Prepared
 
 	Kernel   *boot.Image
@@ -46,39 +44,37 @@ type Config struct {
 	// Rebooting makes a reset by the guest start the machine again in place,
 	// with fresh memory, until it ends otherwise.
 	Rebooting bool
-	// Pauser pauses the machine; nil: nobody does.
+	// Pauser pauses the machine; nil: the machine is never paused.
 	Pauser *Pauser
 	// PanicText takes a Linux kernel's panic message on the console for a panic,
 	// for guests without a pvpanic driver.
 	PanicText bool
 
 	Note  func(string)    // one-line remarks for the user; nil drops them
-	Stamp func(code byte) // what the guest writes to port 0x80; nil drops it
-	// Phase is told when each phase of building the machine is over, and at last,
-	// on the thread of the first vCPU, that the guest is entered; nil: nobody is. A
-	// reboot has the same phases again.
+	Stamp func(code byte) // a guest write to port 0x80; nil drops it
+	// Phase is called at the end of each phase of building the machine, and on the first vCPU's
+	// thread just before it enters the guest; nil drops it. A reboot repeats the phases.
 	Phase func(name string)
 
-	battery *rtc.Battery // what Run keeps of the clock when the machine reboots
+	battery *rtc.Battery // the clock's state, kept by Run over a reboot
 }
 
-// Entered is the last phase: the first vCPU is about to run the guest's first
-// instruction.
+// Entered is the last phase: the first vCPU is about to run its first instruction.
 const Entered = "first instruction"
 
-// PowerCycler is a virtio.Device with state behind it that a power cycle of the
-// machine resets; PowerOn is called before each life of the machine.
+// PowerCycler is a virtio.Device with state that a power cycle of the machine resets. PowerOn is
+// called before each life of the machine.
 type PowerCycler interface{ PowerOn() }
 
 // Console is the terminal of COM1.
 type Console interface {
-	io.Writer // what the guest sends, from one goroutine
-	// Connect says where the guest's input goes from now on; nil: nowhere. A
-	// Write to the old one that waits for the guest has returned with an error.
+	io.Writer // the guest's output, from one goroutine
+	// Connect sets the destination of the guest's input; nil: none. A Write to the previous one
+	// that waits for the guest has returned with an error.
 	Connect(Input)
 }
 
-// Input is the terminal's side of COM1. Both wait until the guest takes what they send.
+// Input is the terminal's side of COM1. Both methods wait until the guest takes the input.
 type Input interface {
 	io.Writer
 	Break() error // sends a break, which Linux takes as SysRq
@@ -89,19 +85,18 @@ type nullConsole struct{}
 func (nullConsole) Write(p []byte) (int, error) { return len(p), nil }
 func (nullConsole) Connect(Input)               {}
 
-// Ending is how a run ended.
+// Ending classifies how a run ended.
 type Ending int
 
-// Endings.
 const (
 	PoweredOff   Ending = iota + 1 // the guest turned itself off (ACPI S5)
 	GuestReset                     // the guest asked for a reset, and Rebooting is false
 	GuestPanic                     // the guest's kernel panicked
 	GuestCrashed                   // triple fault, or KVM could not go on
 	Stopped                        // the context was cancelled
-	HostFailed                     // something on the host failed
-	Bug                            // gvm itself is wrong
-	Halted                         // Linux said that it halts, and every CPU did, with interrupts disabled
+	HostFailed                     // an operation on the host failed
+	Bug                            // gvm has a bug
+	Halted                         // Linux printed that it halts, and every CPU halted with interrupts disabled
 )
 
 func (e Ending) String() string {
@@ -111,24 +106,23 @@ func (e Ending) String() string {
 // Outcome is the end of a run.
 type Outcome struct {
 	Ending Ending
-	// Err says what happened; nil for PoweredOff, GuestReset and Halted. For Stopped it is the
-	// context's cause.
+	// Err is the reason; nil for PoweredOff, GuestReset and Halted. For Stopped it is the context's
+	// cause.
 	Err error
-	// Report is more than one line for GuestCrashed and Bug, and for GuestPanic after which the
-	// guest crashed: registers and instruction bytes, or a stack.
+	// Report has several lines of detail for GuestCrashed and Bug, and for GuestPanic if the guest
+	// then crashed: registers and instruction bytes, or a stack.
 	Report string
 
-	// Left says that threads of vCPUs or devices did not end in time: they wait for the host. They,
-	// guest memory and what the devices use stay as they are, for the end of the process.
+	// Left says that threads of vCPUs or devices did not end in time because they wait for the
+	// host. They keep using guest memory and the devices' resources until the process ends.
 	Left bool
 
 	tripleFault bool
 }
 
-// Run builds the machine of cfg and runs it to its end, which cancelling ctx
-// brings about. Everything that it made is gone when it returns, unless Outcome.Left. An error is
-// about what could not be built; *boot.ImageError and *ConfigError are the
-// user's, everything else the host's.
+// Run builds the machine of cfg and runs it until it ends or ctx is cancelled. It releases
+// everything it made before it returns, unless Outcome.Left is set. An error is a failure to build
+// the machine: *boot.ImageError and *ConfigError are the user's, everything else the host's.
 func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 	defer cfg.Pauser.end()
 	cfg.battery = &rtc.Battery{}
@@ -160,7 +154,7 @@ func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 	}
 }
 
-// ConfigError says what of a Config this host or gvm does not do.
+// ConfigError reports a Config that this host or gvm does not support.
 type ConfigError struct{ What string }
 
 func (e *ConfigError) Error() string { return e.What }

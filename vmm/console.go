@@ -10,25 +10,26 @@ import (
 	"time"
 )
 
-// kernelLines are what Linux prints that tells of the machine's end. The expressions match the
-// text of a printk record, without its prefix. Like all expressions here they are compiled when
-// the console has its first line: that takes as long as making a vCPU, and a start waits for nothing.
+// kernelLines match the lines that Linux prints about the machine's end. The expressions match the
+// text of a printk record without its prefix. Like all expressions here they are compiled at the
+// console's first line, because compiling takes as long as making a vCPU and would delay the start.
 var kernelLines = sync.OnceValue(func() []kernelLine {
 	return []kernelLine{
 		{regexp.MustCompile(`^Kernel panic - not syncing`), func(w *consoleWatch, text string) {
 			w.text, w.last, w.own = text, text, true
 		}},
-		// What follows a panic (kernel/panic.c; the notifier in arch/x86/kernel/setup.c), and the
-		// first line of a crash kernel.
-		{regexp.MustCompile(`^(CPU: \d+ (UID: \d+ )?PID: \d+ |Kernel Offset: |Rebooting in \d+ seconds|---\[ end Kernel panic|Linux version )`),
+		// Lines that follow a panic (kernel/panic.c; the notifier in arch/x86/kernel/setup.c), and
+		// the first line of a crash kernel.
+		{regexp.MustCompile(`^(CPU: \d+ (UID: \d+ )?PID: \d+ |Kernel Offset: |Rebooting in \d+ seconds|` +
+			`---\[ end Kernel panic|Linux version )`),
 			func(w *consoleWatch, _ string) { w.proved = w.text != "" }},
-		// From here on the kernel only waits.
+		// After these lines the kernel only waits.
 		{regexp.MustCompile(`^(Rebooting in \d+ seconds|---\[ end Kernel panic)`), func(w *consoleWatch, _ string) {
 			w.waits = w.proved
 		}},
-		// kernel_halt (kernel/reboot.c) prints this last.
+		// The last line of kernel_halt (kernel/reboot.c).
 		{regexp.MustCompile(`^(reboot: )?System halted\.?$`), func(w *consoleWatch, _ string) { w.halts = true }},
-		// A kernel that restarts in order did not panic: a program printed the text.
+		// A kernel that restarts normally did not panic: a program printed the text.
 		{regexp.MustCompile(`^((reboot: )?Restarting system|sysrq: (SysRq : )?Resetting|kexec_core: Starting new kernel)`),
 			func(w *consoleWatch, _ string) {
 				if !w.proved {
@@ -43,27 +44,29 @@ type kernelLine struct {
 	read func(w *consoleWatch, text string)
 }
 
-// A printk record has none or several of these in front of its text: a log level
-// (console_msg_format=syslog), a time stamp (printk.time), and the task or CPU that printed it
-// (CONFIG_PRINTK_CALLER). Patched kernels put other things between brackets. It begins a line,
-// or follows what a program or another record left there.
+// The prefixes of a printk record: none or several of a log level (console_msg_format=syslog), a
+// time stamp (printk.time), and the task or CPU that printed it (CONFIG_PRINTK_CALLER). Patched
+// kernels put other things between brackets. A record starts a line, or follows the output of a
+// program or another record.
 var (
-	recordAtStart = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^ *(?:<(\d{1,3})>)?(?:[ I]?\[[^][]{1,64}\])* ?`) })
-	recordInside  = sync.OnceValue(func() *regexp.Regexp {
+	recordAtStart = sync.OnceValue(func() *regexp.Regexp {
+		return regexp.MustCompile(`^ *(?:<(\d{1,3})>)?(?:[ I]?\[[^][]{1,64}\])* ?`)
+	})
+	recordInside = sync.OnceValue(func() *regexp.Regexp {
 		return regexp.MustCompile(`(?:<(\d{1,3})>|\[ *(?:\d+\.\d+|[TC]\d+)[^][]{0,48}\])(?:[ I]?\[[^][]{1,64}\])* ?`)
 	})
 	panicInside = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`Kernel panic - not syncing: .*\S`) })
 )
 
-// records calls read with each text in a line that can be a record of the kernel.
+// records calls read with each text in a line that can be a kernel record.
 func records(line []byte, read func(text string)) {
 	at := append([][]int{recordAtStart().FindSubmatchIndex(line)}, recordInside().FindAllSubmatchIndex(line, -1)...)
 	for i, m := range at {
 		if i > 0 && m[1] == at[0][1] {
-			continue // the one at the start again
+			continue // found above by recordAtStart
 		}
 		if m[2] >= 0 {
-			// The facility of what a program writes to /dev/kmsg is not 0 (the kernel).
+			// Records that programs write to /dev/kmsg have a facility other than 0 (the kernel).
 			if level, _ := strconv.Atoi(string(line[m[2]:m[3]])); level >= 8 {
 				continue
 			}
@@ -76,25 +79,25 @@ func records(line []byte, read func(text string)) {
 type consoleWatch struct {
 	out io.Writer
 	on  bool
-	// final is called, perhaps several times and with no lock held, when the kernel has said that it
-	// panicked and only waits from here on.
+	// final is called, perhaps several times and with no lock held, once the kernel has printed
+	// that it panicked and only waits.
 	final func()
-	halt  func() // likewise, when it has said that it halts
+	halt  func() // likewise, once it has printed that it halts
 
 	mu      sync.Mutex
-	writing bool      // out has not taken a write yet
-	wrote   time.Time // when it last had
+	writing bool      // a write to out has not returned
+	wrote   time.Time // when the last write to out returned
 	line    consoleLine
-	// text is a panic's message, or "". It counts if it stood where the kernel prints (own), or
-	// if a line that follows only a panic came after it (proved).
+	// text is a panic's message, or "". It counts if the kernel printed it (own), or if a line that
+	// follows only a panic came after it (proved).
 	text        string
 	own, proved bool
-	waits       bool   // final is to be called
-	halts       bool   // halt is to be called
-	last        string // the message seen last, whether it counts or not
+	waits       bool   // final must be called
+	halts       bool   // halt must be called
+	last        string // the last message seen, whether it counts or not
 }
 
-// Write passes p on, then reads the lines that it completes.
+// Write passes p on, then reads the lines that p completes.
 func (w *consoleWatch) Write(p []byte) (int, error) {
 	w.mu.Lock()
 	w.writing = true
@@ -121,7 +124,7 @@ func (w *consoleWatch) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// read reads the line and empties it. The caller has mu.
+// read parses the line and empties it. The caller holds mu.
 func (w *consoleWatch) read() {
 	line := w.line.text
 	w.line.text, w.line.inString, w.line.full = line[:0], false, false
@@ -144,12 +147,12 @@ func (w *consoleWatch) read() {
 	}
 }
 
-// panicText returns the message of the panic that the console showed, or "". Of a panic that is
-// known it need not count.
+// panicText returns the message of the panic that the console showed, or "". If the panic is known
+// from elsewhere, the message need not count.
 func (w *consoleWatch) panicText(known bool) string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.read() // a line that nothing has ended
+	w.read() // a last line without an end
 	switch {
 	case w.own, w.proved:
 		return w.text
@@ -173,7 +176,7 @@ func (w *consoleWatch) forgetPanic() {
 	w.text, w.own, w.proved = "", false, false
 }
 
-// silent returns how long the guest has printed nothing, 0 while output waits to be taken.
+// silent returns how long the guest has printed nothing, 0 while output waits to be written.
 func (w *consoleWatch) silent() time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -183,28 +186,28 @@ func (w *consoleWatch) silent() time.Duration {
 	return time.Since(w.wrote)
 }
 
-// consoleLine collects the text of a line: without line ends, other control characters, escape
-// sequences and control strings (ECMA-48). Any of the line ends CR, LF and CR LF ends it.
+// consoleLine collects the text of a line, without line ends, other control characters, escape
+// sequences and control strings (ECMA-48). CR, LF and CR LF each end a line.
 type consoleLine struct {
 	text   []byte
 	escape byte // 0: none; escapeByte; '[' in a control sequence (ECMA-48, 5.4)
-	// A control string (5.6), such as a window's title, is in the text from start on until its
-	// terminator takes it away: one that the end of the line cuts is text.
+	// A control string (5.6), such as a window's title, occupies text from start on until its
+	// terminator removes it. A string that the end of the line cuts stays as text.
 	inString bool
 	start    int
-	more     int  // bytes that the UTF-8 character has still to come
-	full     bool // the text has a panic's and takes no more than fits
+	more     int  // bytes missing from the UTF-8 character
+	full     bool // the text holds a panic's message and drops bytes beyond maxLine
 }
 
 const (
 	escapeByte = 0x1b
-	// maxLine bounds a line; a record of the kernel has 1 KiB (PRINTKRB_RECORD_MAX). Of a longer
-	// one the end is kept, where a record can begin.
+	// maxLine bounds a line; a kernel record has 1 KiB (PRINTKRB_RECORD_MAX). A longer line keeps
+	// its end, where a record can begin.
 	maxLine = 4 << 10
 	keptEnd = 256
 )
 
-// add adds a byte, and reports whether it ended the line.
+// add adds a byte and reports whether it ended the line.
 func (l *consoleLine) add(c byte) bool {
 	escape, continued := l.escape, l.more > 0 && c&0xc0 == 0x80
 	l.escape = 0
@@ -226,7 +229,7 @@ func (l *consoleLine) add(c byte) bool {
 		l.escape = escapeByte
 	case c == 0x18 || c == 0x1a: // CAN and SUB cancel a sequence
 		l.endString()
-	case c == '\a' && l.inString: // as xterm takes it
+	case c == '\a' && l.inString: // as in xterm
 		l.endString()
 	case c < ' ' && c != '\t' || c == 0x7f:
 		l.escape = escape
@@ -255,13 +258,13 @@ func (l *consoleLine) add(c byte) bool {
 	return false
 }
 
-// control does what a control function of the C1 set, ESC and c, does to the line.
+// control applies a control function of the C1 set, ESC and c, to the line.
 func (l *consoleLine) control(c byte) {
 	switch c {
 	case '[':
 		l.escape = '['
 	case 'P', 'X', ']', '^', '_': // DCS, SOS, OSC, PM, APC
-		if !l.inString { // else one in another, as tmux passes them
+		if !l.inString { // else nested, as tmux passes them on
 			l.inString, l.start = true, len(l.text)
 		}
 	case '\\': // ST
@@ -269,7 +272,7 @@ func (l *consoleLine) control(c byte) {
 	}
 }
 
-// endString takes the control string away.
+// endString removes the control string.
 func (l *consoleLine) endString() {
 	if l.inString {
 		l.text, l.inString, l.full = l.text[:min(l.start, len(l.text))], false, false

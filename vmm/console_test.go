@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// A panic's lines and those of an end in order, as Linux prints them.
+// The lines of a panic and of an orderly end, as Linux prints them.
 const (
 	panicked   = "Kernel panic - not syncing: sysrq triggered crash"
 	offset     = "[   12.345678] Kernel Offset: 0x2a000000 from 0xffffffff81000000\r\n"
@@ -15,7 +15,7 @@ const (
 	restarting = "[   13.000000] reboot: Restarting system\r\n"
 )
 
-// TestPanicText has the forms in which a console shows a panic, and what is none.
+// TestPanicText reads panics in the forms in which a console shows them, and text that is no panic.
 func TestPanicText(t *testing.T) {
 	long := strings.Repeat("a progress bar that never ends ", 1000)
 	for _, tt := range []struct {
@@ -35,7 +35,6 @@ func TestPanicText(t *testing.T) {
 		{"Android's process", "<0>[   12.345678] [1:      swapper/0:    1] " + panicked + "\r\n", panicked},
 		{"its interrupt", "[   12.345678]I[1:      swapper/0:    1] " + panicked + "\r\n", panicked},
 		{"no colon", "[    0.000000] Kernel panic - not syncing\r\n", "Kernel panic - not syncing"},
-		// Lines.
 		{"LF", "a\n" + panicked + "\n", panicked},
 		{"CR alone", "a\r" + panicked + "\rb", panicked},
 		{"LF CR", "a\n\r" + panicked + "\n\r", panicked},
@@ -45,7 +44,8 @@ func TestPanicText(t *testing.T) {
 		{"earlycon's and the console's", strings.Repeat("[    0.000000] "+panicked+"\r\n", 2), panicked},
 		// Escape sequences.
 		{"colour around", "\x1b[0;1;31m[   12.345678] " + panicked + "\x1b[0m\r\n", panicked},
-		{"colour between", "\x1b[32m[   12.345678]\x1b[0m \x1b[31mKernel panic - not syncing: sysrq\x1b[1m triggered crash\x1b[m\r\n", panicked},
+		{"colour between", "\x1b[32m[   12.345678]\x1b[0m \x1b[31mKernel panic - not syncing: sysrq\x1b[1m " +
+			"triggered crash\x1b[m\r\n", panicked},
 		{"line erased", "/ # \x1b[2K\x1b[1G" + panicked + "\r\n" + offset, panicked},
 		{"character set, keypad", "\x1b(B\x1b=" + panicked + "\r\n", panicked},
 		{"window title", "\x1b]0;root@guest: ~\a[   12.345678] " + panicked + "\r\n", panicked},
@@ -67,10 +67,11 @@ func TestPanicText(t *testing.T) {
 		{"colour, 8 bits", "\x9b0;1;31m" + panicked + "\x9bm\r\n", panicked},
 		{"colour, 8 bits in UTF-8", "\u009b31m" + panicked + "\u009bm\r\n", panicked},
 		{"8-bit controls", "\x84\x8d" + panicked + "\r\n", panicked},
-		{"what looks like 8 bits", panicked + " \u011b\u011bm\u2501\u2510\u011d\r\n", panicked + " \u011b\u011bm\u2501\u2510\u011d"},
+		{"bytes like 8-bit controls", panicked + " \u011b\u011bm\u2501\u2510\u011d\r\n",
+			panicked + " \u011b\u011bm\u2501\u2510\u011d"},
 		{"a title says it", "\x1b]2;[    1.0] Kernel panic - not syncing: no\a/ # \r\n", ""},
 		{"a sequence that the panic cuts", "\x1b[3[   12.345678] " + panicked + "\r\n" + offset, panicked},
-		// A line that something else began.
+		// A line that other output began.
 		{"prompt, time", "/ # [   12.345678] " + panicked + "\r\n", panicked},
 		{"prompt, syslog", "guest login: <0>" + panicked + "\r\n", panicked},
 		{"prompt, syslog, time", "guest login: <0>[   12.345678][   T99] " + panicked + "\r\n", panicked},
@@ -83,12 +84,14 @@ func TestPanicText(t *testing.T) {
 		{"dropped records, bare", "** 12 printk messages dropped ** " + panicked + "\r\n" + endMarker + "\r\n", panicked},
 		{"long line", long + "[   12.345678] " + panicked + "\r\n", panicked},
 		{"long line, bare", long + panicked + "\r\n" + offset, panicked},
-		{"a long message", panicked + " " + strings.Repeat("x", 1<<20) + "\r\n", panicked + " " + strings.Repeat("x", maxLine-len(panicked)-1)},
+		{"a long message", panicked + " " + strings.Repeat("x", 1<<20) + "\r\n",
+			panicked + " " + strings.Repeat("x", maxLine-len(panicked)-1)},
 		// After the panic.
-		{"the last panic", "[    1.000000] Kernel panic - not syncing: one\r\n[    2.000000] Kernel panic - not syncing: two\r\n", "Kernel panic - not syncing: two"},
+		{"the last panic", "[    1.000000] Kernel panic - not syncing: one\r\n" +
+			"[    2.000000] Kernel panic - not syncing: two\r\n", "Kernel panic - not syncing: two"},
 		{"crash kernel", panicked + "\r\n" + offset + "[    0.000000] Linux version 6.12.0\r\n" + restarting, panicked},
 		{"a quote after it", panicked + "\r\nno 'Kernel panic - not syncing: quoted' here\r\n", panicked},
-		// Not the kernel's.
+		// Text that the kernel did not print.
 		{"nothing", "hello\r\n", ""},
 		{"quoted", "grep 'Kernel panic - not syncing: ' log\r\n", ""},
 		{"typed at a prompt", "/ # echo Kernel panic - not syncing: no\r\n", ""},
@@ -97,7 +100,8 @@ func TestPanicText(t *testing.T) {
 		{"printed, then a restart in order", "Kernel panic - not syncing: no\r\n" + restarting, ""},
 		{"the same, old kernels", "Kernel panic - not syncing: no\r\nRestarting system.\r\n", ""},
 		{"printed, then sysrq b", "Kernel panic - not syncing: no\r\n[    2.000000] sysrq: Resetting\r\n", ""},
-		{"printed, then kexec", "Kernel panic - not syncing: no\r\n[    2.000000] kexec_core: Starting new kernel\r\n[    0.000000] Linux version 6.12.0\r\n", ""},
+		{"printed, then kexec", "Kernel panic - not syncing: no\r\n" +
+			"[    2.000000] kexec_core: Starting new kernel\r\n[    0.000000] Linux version 6.12.0\r\n", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for _, size := range []int{len(tt.out), 7, 1} { // of a write
@@ -121,7 +125,7 @@ func TestPanicText(t *testing.T) {
 	}
 }
 
-// TestPanicFinal: the kernel's last line after a panic, and only then, is its end.
+// TestPanicFinal: only the kernel's last line after a panic calls final.
 func TestPanicFinal(t *testing.T) {
 	for out, want := range map[string]bool{
 		panicked + "\r\n" + endMarker + "\r\n":                                        true,
@@ -138,7 +142,7 @@ func TestPanicFinal(t *testing.T) {
 		got := false
 		w := &consoleWatch{out: new(bytes.Buffer), on: true}
 		w.final = func() {
-			w.silent() // it may ask: no lock is held
+			w.silent() // final may call silent: no lock is held
 			got = true
 		}
 		fmt.Fprint(w, out)
@@ -148,7 +152,7 @@ func TestPanicFinal(t *testing.T) {
 	}
 }
 
-// FuzzConsole: what is read does not depend on how it is written, and a line stays bounded.
+// FuzzConsole: the result does not depend on the sizes of the writes, and a line stays bounded.
 func FuzzConsole(f *testing.F) {
 	f.Add([]byte("/ # \x1b[1m<0>[    1.0][T1] "+panicked+"\r\n"+endMarker+"\r\n"), uint8(3))
 	f.Add([]byte(strings.Repeat("x", maxLine)+panicked+"\x1b]0;"+restarting), uint8(1))

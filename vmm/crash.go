@@ -9,8 +9,7 @@ import (
 	"gvm/kvmapi"
 )
 
-// crash describes an exit after which the guest can not go on. It runs on the
-// vCPU's thread.
+// crash describes an exit after which the guest cannot continue. It runs on the vCPU's thread.
 func (m *machine) crash(index int, c *kvmapi.VCPU, e kvmapi.Exit) Outcome {
 	out := Outcome{
 		Ending:      GuestCrashed,
@@ -38,14 +37,15 @@ func (m *machine) crash(index int, c *kvmapi.VCPU, e kvmapi.Exit) Outcome {
 	}
 	if e.Reason == kvmapi.ExitInternalError {
 		if mips, err := Speed(m.sys); err == nil && mips < EmulatedBelow {
-			fmt.Fprintf(&b, "this host's KVM has no hardware virtualization: it emulates guest kernel code (%.1f MIPS) and lacks this instruction; run this guest on a host with VT-x or AMD-V\n", mips)
+			fmt.Fprintf(&b, "this host's KVM has no hardware virtualization: it emulates guest kernel code (%.1f MIPS) "+
+				"and lacks this instruction; run this guest on a host with VT-x or AMD-V\n", mips)
 		}
 	}
 	out.Report = b.String()
 	return out
 }
 
-// registers describes a CPU that had an exit, or says that its registers are lost.
+// registers describes a CPU at an exit, or says that its registers are lost.
 func registers(reason uint32, r kvm.Regs, s kvm.Sregs) (text string, lost bool) {
 	if reason == kvmapi.ExitShutdown && afterINIT(r, s) {
 		return lostRegisters(r), true
@@ -58,7 +58,7 @@ func registers(reason uint32, r kvm.Regs, s kvm.Sregs) (text string, lost bool) 
 			s.GDT.Base, s.GDT.Limit, s.IDT.Base, s.IDT.Limit, s.TR.Selector, s.ApicBase), false
 }
 
-// generalRegisters is every one but RIP.
+// generalRegisters formats all registers but RIP.
 func generalRegisters(r kvm.Regs) string {
 	return fmt.Sprintf("rax %016x  rbx %016x  rcx %016x  rdx %016x\n"+
 		"rsi %016x  rdi %016x  rbp %016x  rsp %016x\n"+
@@ -70,9 +70,9 @@ func generalRegisters(r kvm.Regs) string {
 		r.R12, r.R13, r.R14, r.R15)
 }
 
-// afterINIT reports whether these are the registers of a CPU after INIT, which has run no guest
-// since (AMD64 APM volume 2, 14.1.3). On AMD a shutdown leaves nothing of the guest's state, and
-// KVM's handler resets the CPU before it tells (shutdown_interception in arch/x86/kvm/svm/svm.c).
+// afterINIT reports whether the registers are those of a CPU after INIT that has run no guest code
+// since (AMD64 APM volume 2, 14.1.3). On AMD a shutdown destroys the guest's state, and KVM resets
+// the CPU before it reports the exit (shutdown_interception in arch/x86/kvm/svm/svm.c).
 func afterINIT(r kvm.Regs, s kvm.Sregs) bool {
 	return r.RIP == 0xfff0 && s.CS.Selector == 0xf000 && s.CS.Base == 0xffff_0000 && s.CR0&1 == 0 && s.EFER == 0
 }
@@ -83,7 +83,8 @@ func lostRegisters(r kvm.Regs) string {
 	kept := r
 	kept.RIP, kept.RFLAGS, kept.RDX = 0, 0, 0 // RDX is the processor's signature
 	if kept != (kvm.Regs{}) {
-		text = "the guest's general registers are all that is left: on AMD, KVM resets a CPU that had a triple fault\n" + generalRegisters(r)
+		text = "the guest's general registers are all that is left: on AMD, KVM resets a CPU that had a triple fault\n" +
+			generalRegisters(r)
 	}
 	return text
 }

@@ -9,7 +9,7 @@ import (
 	"gvm/kvmapi"
 )
 
-// TestAfterINIT has the registers that KVM gives after a triple fault.
+// TestAfterINIT uses the registers that KVM reports after a triple fault.
 func TestAfterINIT(t *testing.T) {
 	reset := kvm.Sregs{CR0: 0x6000_0010}
 	reset.CS.Selector, reset.CS.Base = 0xf000, 0xffff_0000
@@ -32,7 +32,8 @@ func TestAfterINIT(t *testing.T) {
 		{"real mode", kvm.Regs{RIP: 0x7c00}, realMode, false},
 		{"the same offset in real mode", init, realMode, false},
 	} {
-		if text, lost := registers(kvmapi.ExitShutdown, tt.regs, tt.s); lost != tt.want || strings.HasPrefix(text, "rip ") == lost {
+		if text, lost := registers(kvmapi.ExitShutdown, tt.regs, tt.s); lost != tt.want ||
+			strings.HasPrefix(text, "rip ") == lost {
 			t.Errorf("%s: lost is %v: %s", tt.name, lost, text)
 		}
 		if text, lost := registers(kvmapi.ExitInternalError, tt.regs, tt.s); lost || !strings.HasPrefix(text, "rip ") {
@@ -42,7 +43,8 @@ func TestAfterINIT(t *testing.T) {
 	if got := lostRegisters(init); strings.Contains(got, "rax") || strings.Count(got, "\n") != 1 {
 		t.Errorf("all lost: %q", got)
 	}
-	if got := lostRegisters(old); !strings.Contains(got, "rax 0000000000001234") || !strings.Contains(got, "rsp 0000000000008000") || strings.Contains(got, "rip 0") {
+	if got := lostRegisters(old); !strings.Contains(got, "rax 0000000000001234") ||
+		!strings.Contains(got, "rsp 0000000000008000") || strings.Contains(got, "rip 0") {
 		t.Errorf("general registers left: %q", got)
 	}
 }

@@ -11,19 +11,19 @@ import (
 	"gvm/kvmapi"
 )
 
-// haltState finds out whether the guest has halted for good. Its kernel's word on the console
-// starts it; the CPUs decide, as a program can print the same words. They are asked once, when the
-// console has been silent for haltSilence: nothing wakes an idle guest to find that out.
+// haltState detects a guest that has halted for good. The kernel's message on the console starts
+// the check; the CPUs decide, because a program can print the same text. They are checked once,
+// after the console has been silent for haltSilence: an idle guest is not woken for it.
 type haltState struct {
-	asked atomic.Bool // every vCPU is to say whether it has halted
+	asked atomic.Bool // every vCPU must report whether it has halted
 
 	mu    sync.Mutex
-	timer *time.Timer // nil: the kernel has not said that it halts
-	said  []bool      // by vCPU, since it was asked last
-	left  int         // vCPUs that have not said it
+	timer *time.Timer // nil: no message that the kernel halts
+	said  []bool      // by vCPU, since the last request
+	left  int         // vCPUs that have not reported
 }
 
-// haltSaid is the console's word that the guest halts.
+// haltSaid is called when the console shows that the guest halts.
 func (m *machine) haltSaid() {
 	h := &m.halt
 	h.mu.Lock()
@@ -35,7 +35,7 @@ func (m *machine) haltSaid() {
 	}
 }
 
-// askHalted asks every vCPU, unless the guest still prints.
+// askHalted asks every vCPU, unless the guest is still printing.
 func (m *machine) askHalted() {
 	h := &m.halt
 	h.mu.Lock()
@@ -52,8 +52,8 @@ func (m *machine) askHalted() {
 	m.check(m.kick())
 }
 
-// sayHalted takes a vCPU's answer, on its thread. The machine ends with the last one; one CPU that
-// runs, or waits for an interrupt, makes the rest of the answers needless.
+// sayHalted takes a vCPU's answer, on its thread. The last answer ends the machine; a CPU that
+// runs, or waits for an interrupt, cancels the check.
 func (m *machine) sayHalted(index int, c *kvmapi.VCPU) error {
 	h := &m.halt
 	h.mu.Lock()
@@ -76,7 +76,7 @@ func (m *machine) sayHalted(index int, c *kvmapi.VCPU) error {
 	return nil
 }
 
-// stopHalt ends the wait for silence, once the machine has ended.
+// stopHalt stops the timer, once the machine has ended.
 func (h *haltState) stopHalt() {
 	h.mu.Lock()
 	defer h.mu.Unlock()

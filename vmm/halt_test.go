@@ -7,10 +7,11 @@ import (
 	"time"
 )
 
-// patienceFor is how long a guest may run, for one that does not end by itself, and for others.
+// patienceFor is how long a guest may run: one that does not end by itself, and others.
 var patienceFor = map[bool]time.Duration{true: 3 * haltSilence, false: 30 * time.Second}
 
-// TestHalted: a guest that says that it halts, and has, ends the machine; a program's words do not.
+// TestHalted: a guest that prints that it halts, and has halted, ends the machine; the same text
+// from a program does not.
 func TestHalted(t *testing.T) {
 	const halted = "[    4.567890] reboot: System halted\r\n"
 	for _, tt := range []struct {
@@ -39,7 +40,7 @@ func TestHalted(t *testing.T) {
 	}
 }
 
-// TestPowerButton: the button says whether the guest listens to it.
+// TestPowerButton: PowerButton reports whether the guest listens to it.
 func TestPowerButton(t *testing.T) {
 	for name, tt := range map[string]struct {
 		script  script
@@ -55,7 +56,9 @@ func TestPowerButton(t *testing.T) {
 				t.Error("no machine runs, and its guest listens")
 			}
 			listens := false
-			tt.script.runContext(ctx, t, false, Config{Pauser: p, Stamp: func(byte) { go func() { listens = p.PowerButton(); cancel(errors.New("pressed")) }() }})
+			tt.script.runContext(ctx, t, false, Config{Pauser: p, Stamp: func(byte) {
+				go func() { listens = p.PowerButton(); cancel(errors.New("pressed")) }()
+			}})
 			if listens != tt.listens {
 				t.Errorf("the guest listens: %v, want %v", listens, tt.listens)
 			}

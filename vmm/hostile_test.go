@@ -22,14 +22,14 @@ import (
 	"gvm/guestmem"
 )
 
-// hostile is a CPU whose guest means no good. It does not run in KVM: what it does are
-// the accesses that would be exits.
+// hostile is the CPU of a malicious guest. It does not run in KVM: it makes the accesses that would
+// be exits.
 type hostile struct {
 	*machine
 	*rand.Rand
 }
 
-// Where the guests' rings are: a page for each part, in 64 KiB for each queue.
+// The addresses of the guests' rings: a page for each part, in 64 KiB for each queue.
 const (
 	ringsAt   = 1 << 20
 	ringSize  = 16
@@ -46,14 +46,14 @@ func (h *hostile) get(space interface{ Read(uint64, []byte) bool }, addr uint64,
 	return binary.LittleEndian.Uint64(b[:])
 }
 
-// write writes to memory at an address that is there.
+// write writes to memory at a valid address.
 func (h *hostile) write(addr uint64, b []byte) {
 	if err := h.mem.Write(addr, b); err != nil {
 		panic(err)
 	}
 }
 
-// config is the address of slot's configuration space, bar of the memory at its BAR i.
+// config returns the address of slot's configuration space, bar the memory address in its BAR i.
 func (h *hostile) config(slot int) uint64 { return ecamBase + uint64(slot)<<15 }
 
 func (h *hostile) bar(slot, i int) uint64 {
@@ -65,7 +65,7 @@ func (h *hostile) bar(slot, i int) uint64 {
 	return v &^ 15
 }
 
-// value is a number as guests write them: small, any, or with few bits.
+// value returns a number as guests write them: small, arbitrary, or with few bits set.
 func (h *hostile) value() uint64 {
 	switch h.IntN(3) {
 	case 0:
@@ -76,8 +76,8 @@ func (h *hostile) value() uint64 {
 	return 1 << h.UintN(64) >> h.UintN(2)
 }
 
-// start is what a driver does until DRIVER_OK (virtio 1.3, 3.1.1), with empty queues where
-// ring fills them; the offsets are those of 4.1.4.3.
+// start initializes a device up to DRIVER_OK (virtio 1.3, 3.1.1), with empty queues at the
+// addresses that ring uses. The offsets are those of 4.1.4.3.
 func (h *hostile) start(slot int) {
 	cfg := h.config(slot)
 	h.put(&h.mmio, cfg+4, 2, pci.CommandMemory|pci.CommandMaster)
@@ -85,7 +85,8 @@ func (h *hostile) start(slot int) {
 		off uint64
 		n   int
 		v   uint64
-	}{{0x14, 1, 0}, {0x14, 1, 3}, {0x08, 4, 0}, {0x0c, 4, h.Uint64N(4)<<28 | 6}, {0x08, 4, 1}, {0x0c, 4, 1}, {0x14, 1, 11}} {
+	}{{0x14, 1, 0}, {0x14, 1, 3}, {0x08, 4, 0}, {0x0c, 4, h.Uint64N(4)<<28 | 6}, {0x08, 4, 1}, {0x0c, 4, 1},
+		{0x14, 1, 11}} {
 		h.put(&h.mmio, h.bar(slot, 0)+w.off, w.n, w.v)
 	}
 	for q := range uint64(4) {
@@ -95,15 +96,16 @@ func (h *hostile) start(slot int) {
 			off uint64
 			n   int
 			v   uint64
-		}{{0x16, 2, q}, {0x18, 2, ringSize}, {0x1a, 2, q}, {0x20, 8, at}, {0x28, 8, at + 4096}, {0x30, 8, at + 8192}, {0x1c, 2, 1}} {
+		}{{0x16, 2, q}, {0x18, 2, ringSize}, {0x1a, 2, q}, {0x20, 8, at}, {0x28, 8, at + 4096}, {0x30, 8, at + 8192},
+			{0x1c, 2, 1}} {
 			h.put(&h.mmio, h.bar(slot, 0)+w.off, w.n, w.v)
 		}
 	}
 	h.put(&h.mmio, h.bar(slot, 0)+0x14, 1, 15)
 }
 
-// ring makes a chain of three descriptors available in one of the queues, and rings its
-// doorbell. Now and then a descriptor is any.
+// ring makes a chain of three descriptors available in one of the queues and rings its doorbell.
+// Sometimes a descriptor has arbitrary content.
 func (h *hostile) ring(slot int) {
 	q := h.Uint64N(4)
 	at := ringsAt + q<<16
@@ -122,11 +124,12 @@ func (h *hostile) ring(slot int) {
 	buffer := buffersAt + q<<16 + head<<10
 	h.write(buffer, request)
 	le := binary.LittleEndian
-	for i, d := range []struct{ addr, n, flags uint64 }{{buffer, 51, 1}, {buffer + 64, 108, 3}, {buffer + 4096, 512 * h.Uint64N(8), 2}} {
+	for i, d := range []struct{ addr, n, flags uint64 }{{buffer, 51, 1}, {buffer + 64, 108, 3},
+		{buffer + 4096, 512 * h.Uint64N(8), 2}} {
 		if h.IntN(40) == 0 {
 			d.addr, d.n, d.flags = h.value(), h.value(), h.Uint64N(8)
 		}
-		if q == 1 { // events: a buffer alone
+		if q == 1 { // events: only a buffer
 			d.flags = 2
 		}
 		b := le.AppendUint64(nil, d.addr)
@@ -144,13 +147,14 @@ func (h *hostile) ring(slot int) {
 	h.put(&h.mmio, h.bar(slot, 0)+0x3000+4*q, 2, q)
 }
 
-// act is one thing that the CPU does: mostly requests, for the rest stops them.
+// act does one thing: mostly it makes requests, because the rest stops them.
 func (h *hostile) act() {
 	slot, size := 1+h.IntN(2), 1<<h.IntN(4)
 	aligned := func(n uint64) uint64 { return h.Uint64N(n) &^ uint64(size-1) }
 	switch n := h.IntN(100); {
 	case n < 5:
-		port := []uint64{serial.COM1, rtc.Port, i8042.Port, acpipm.Port, pvpanic.Port, debugport.Port, pci.PortBase}[h.IntN(7)]
+		port := []uint64{serial.COM1, rtc.Port, i8042.Port, acpipm.Port, pvpanic.Port, debugport.Port,
+			pci.PortBase}[h.IntN(7)]
 		size = min(size, 4)
 		if h.IntN(2) == 0 {
 			h.get(&h.pio, port+h.Uint64N(8), size)
@@ -179,9 +183,9 @@ func (h *hostile) act() {
 	}
 }
 
-// TestHostileCPUs has CPUs do anything at the same time, to every device of a machine,
-// while the host changes disks. It is for the race detector, and against panics and
-// deadlocks; in the end the devices start anew.
+// TestHostileCPUs has several CPUs access every device of a machine at random at the same time,
+// while the host changes disks. It looks for races, panics and deadlocks; at the end the devices
+// must start anew.
 func TestHostileCPUs(t *testing.T) {
 	target := scsi.NewTarget()
 	unit := func(lun int, serial string) scsi.LUN {
@@ -227,7 +231,7 @@ func TestHostileCPUs(t *testing.T) {
 			select {
 			case <-stop:
 				return
-			case <-time.After(100 * time.Microsecond): // the CPUs want to run too
+			case <-time.After(100 * time.Microsecond): // leaves time for the CPUs
 			}
 			lun := unit(1, "B")
 			disk.Event(vscsi.TransportReset, lun, vscsi.ResetRescan)

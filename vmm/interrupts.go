@@ -10,7 +10,7 @@ import (
 	"gvm/kvmapi/eventfd"
 )
 
-// interrupts hands out GSIs for message-signalled interrupts.
+// interrupts allocates GSIs for message-signalled interrupts.
 type interrupts struct {
 	vm       *kvmapi.VM
 	extended bool // messages carry 15 bits of destination ID
@@ -20,9 +20,8 @@ type interrupts struct {
 	free []uint32
 }
 
-// vector is a pci.Vector: an eventfd that is an irqfd of its GSI while the
-// vector is unmasked. Masked, it is just an eventfd, which keeps what is
-// signalled: the pending bit.
+// vector is a pci.Vector: an eventfd that is an irqfd of its GSI while the vector is unmasked.
+// While masked, the eventfd keeps a signal as the pending bit.
 type vector struct {
 	of    *interrupts
 	gsi   uint32
@@ -68,7 +67,7 @@ func (v *vector) Unmask(m pci.Message) error {
 		return err
 	}
 	v.connected = true
-	_, err := v.event.Drain() // KVM has delivered what was pending, once
+	_, err := v.event.Drain() // KVM has delivered a pending signal once
 	return err
 }
 
@@ -93,8 +92,9 @@ func (v *vector) Close() error {
 // intxLine is a level-triggered interrupt line that the INTx# of several slots drive.
 type intxLine struct {
 	set func(level bool) // sets the level of the pin
-	// again says that raisePin may make edges of the pin's level: each slot that still asserts a line
-	// needs one of its own, since nothing looks at the level at the end of an interrupt.
+	// again says that raisePin may turn the pin's level into edges. Each slot that still asserts
+	// the line then needs an edge of its own, because nothing checks the level at the end of an
+	// interrupt.
 	again bool
 
 	mu   sync.Mutex
@@ -131,10 +131,9 @@ func (m *machine) intxLines() func(slot int) pci.Line {
 // doorbells makes guest writes to an address signal an eventfd in the kernel.
 type doorbells struct{ vm *kvmapi.VM }
 
-// at returns the doorbell at a notify address. Length 0 lets KVM skip decoding
-// the instruction where the processor can, which is faster; without it, two
-// bytes are what a virtio driver writes (virtio 1.3, 4.1.5.2), and other widths
-// reach the device's handler.
+// at returns the doorbell at a notify address. With length 0 KVM need not decode the instruction
+// where the processor supports that, which is faster. Otherwise the length is the two bytes that a
+// virtio driver writes (virtio 1.3, 4.1.5.2), and other widths reach the device's handler.
 func (d doorbells) at(addr uint64) kvmapi.Doorbell {
 	b := kvmapi.Doorbell{Addr: addr}
 	if d.vm.Check(kvmapi.CapIOEventFDAnyLen) == 0 {

@@ -9,7 +9,7 @@ import (
 func TestINTxLine(t *testing.T) {
 	for again, want := range map[bool][]bool{
 		false: {true, false, true, false},
-		true:  {true, true, true, true, true, false, true, false}, // edges: another for what stays high
+		true:  {true, true, true, true, true, false, true, false}, // edges: another one while the line stays high
 	} {
 		var levels []bool
 		l := intxLine{set: func(level bool) { levels = append(levels, level) }, again: again}

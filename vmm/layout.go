@@ -5,11 +5,11 @@ import (
 	"gvm/guestmem"
 )
 
-// The machine's physical addresses. RAM has 0 to guestmem.HoleStart, and what
-// is left from 4 GiB; everything between is devices'.
+// The machine's physical addresses. RAM occupies 0 to guestmem.HoleStart, and the rest of it starts
+// at 4 GiB; devices are in between.
 const (
-	// ACPI tables go where a kernel that is not told looks for the RSDP
-	// (ACPI 6.5, 5.2.5.1).
+	// ACPI tables lie where a kernel searches for the RSDP if it was given no address (ACPI 6.5,
+	// 5.2.5.1).
 	acpiBase = 0xe_0000
 	acpiSize = 0x2_0000
 
@@ -21,7 +21,7 @@ const (
 	ioapicBase = 0xfec0_0000
 	lapicBase  = 0xfee0_0000
 
-	// Pages that Intel's KVM wants for itself, above the local APIC.
+	// Pages that KVM needs on Intel, above the local APIC.
 	identityMapAddr = 0xfeff_c000
 	tssAddr         = 0xfeff_d000
 
@@ -31,14 +31,14 @@ const (
 	mmio64Size  = 16 << 30
 )
 
-// intxIRQs are the ISA interrupts that PCI's INTx# lines have, the slots in turn from
-// slot 1 on: those that a PC leaves to PCI. They are pins of the IOAPIC and of the PICs, so
-// that a kernel without either (noapic, pci=nomsi) has a disk.
+// intxIRQs are the ISA interrupts of PCI's INTx# lines, assigned to the slots in turn from slot 1
+// on: those that a PC leaves to PCI. They are pins of both the IOAPIC and the PICs, so that a
+// kernel with one of them unused (noapic, pci=nomsi) has a disk.
 var intxIRQs = [...]uint8{10, 11, 5}
 
-// mmio64 returns the window for 64-bit BARs: the first whole GiB past RAM.
-// physBits is the width of the guest's physical addresses; a guest whose RAM
-// leaves no room below that has no such window, and its BARs go below 4 GiB.
+// mmio64 returns the window for 64-bit BARs: the first whole GiB past RAM. physBits is the width of
+// the guest's physical addresses. If RAM leaves no room below that limit there is no window, and
+// the BARs go below 4 GiB.
 func mmio64(mem *guestmem.Memory, physBits uint) pci.Window {
 	base := max(ramEnd(mem), guestmem.HoleEnd)
 	base = (base + mmio64Align - 1) &^ (mmio64Align - 1)
@@ -54,7 +54,7 @@ func ramEnd(mem *guestmem.Memory) uint64 {
 	return rs[len(rs)-1].End()
 }
 
-// checkRAM refuses RAM that processors with physical addresses of physBits do not reach.
+// checkRAM rejects RAM beyond the physical addresses of physBits bits.
 func checkRAM(mem *guestmem.Memory, physBits uint) error {
 	if ramEnd(mem) > 1<<physBits {
 		return configErrorf("%d MiB of memory: a guest's processors here have addresses of %d bits", mem.Size()>>20, physBits)

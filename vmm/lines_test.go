@@ -17,8 +17,9 @@ import (
 	"gvm/vmm/boot"
 )
 
-// TestInterruptLines: the clock's interrupt is at pin 8 of the PICs, and that of a PCI device whose
-// driver does without MSI-X at the pin that its interrupt line register and ACPI's _PRT have.
+// TestInterruptLines: the clock's interrupt arrives at pin 8 of the PICs. The interrupt of a PCI
+// device whose driver does not use MSI-X arrives at the pin given by its interrupt line register
+// and ACPI's _PRT.
 func TestInterruptLines(t *testing.T) {
 	const slavePIC = 0xa0                                                  // reads as the interrupt request register
 	enable := script{}.out(rtc.Port, 0x0b).in(slavePIC)                    // register B
@@ -33,7 +34,8 @@ func TestInterruptLines(t *testing.T) {
 		t.Fatal(err)
 	}
 	tables, override := make([]byte, acpiSize), []byte{2, 10, 0, 10, 10, 0, 0, 0} // ACPI 6.5, 5.2.12.5
-	if err := m.mem.Read(acpiBase, tables); err != nil || !bytes.Contains(tables, []byte("_PRT")) || !bytes.Contains(tables, override) {
+	if err := m.mem.Read(acpiBase, tables); err != nil || !bytes.Contains(tables, []byte("_PRT")) ||
+		!bytes.Contains(tables, override) {
 		t.Errorf("ACPI tells nothing of pin 10: %v", err)
 	}
 	const slot, buffer = 1, 4 << 20
@@ -46,7 +48,8 @@ func TestInterruptLines(t *testing.T) {
 	h.write(ringsAt, le.AppendUint64(le.AppendUint64(nil, buffer), 2<<32|16)) // 16 bytes, for the device to write
 	h.write(ringsAt+4096+2, []byte{1, 0, 0, 0})
 	h.put(&h.mmio, h.bar(slot, 0)+0x3000, 2, 0)
-	for deadline := time.Now().Add(30 * time.Second); h.get(&h.mmio, h.config(slot)+6, 2)&8 == 0; time.Sleep(time.Millisecond) {
+	deadline := time.Now().Add(30 * time.Second)
+	for ; h.get(&h.mmio, h.config(slot)+6, 2)&8 == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the device has no interrupt")
 		}
@@ -72,7 +75,7 @@ func TestClockKept(t *testing.T) {
 		}
 	}})
 	if console[:min(2, len(console))] != "\x00Z" {
-		t.Errorf("read %q, want nothing and then what was written", console)
+		t.Errorf("read %q, want nothing and then the written text", console)
 	}
 }
 
@@ -88,7 +91,8 @@ func TestClockAlarm(t *testing.T) {
 		h.put(&h.pio, rtc.Port+1, 1, w[1])
 	}
 	const status = 1 << 10
-	for deadline := time.Now().Add(30 * time.Second); h.get(&h.pio, acpipm.Port, 2)&status == 0; time.Sleep(10 * time.Millisecond) {
+	deadline := time.Now().Add(30 * time.Second)
+	for ; h.get(&h.pio, acpipm.Port, 2)&status == 0; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Error("RTC_STS is not set")
 			break

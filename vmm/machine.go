@@ -24,9 +24,8 @@ import (
 	"gvm/vmm/x86"
 )
 
-// machine is one life of a virtual machine, from its first instruction to its
-// power-off or reset. Everything in it is made new for the next life, but for the
-// virtio devices, which are the Config's.
+// machine is one life of a virtual machine, from its first instruction to its power-off or reset.
+// The next life gets a new one; only the virtio devices, which are the Config's, stay.
 type machine struct {
 	cfg     Config
 	sys     *kvmapi.System
@@ -43,7 +42,7 @@ type machine struct {
 	virtio  []*vpci.Device
 	ids     []uint32 // local APIC IDs of cpus
 	cpus    []*kvmapi.VCPU
-	cpuid   []kvm.CPUIDEntry2 // what KVM supports
+	cpuid   []kvm.CPUIDEntry2 // supported by KVM
 	entry   boot.Entry
 
 	troubles troubles
@@ -54,8 +53,8 @@ type machine struct {
 	pm       *acpipm.PM
 }
 
-// newMachine builds a machine up to the point where its vCPUs can run. On an
-// error nothing stays behind.
+// newMachine builds a machine up to the point where its vCPUs can run. On an error it leaves
+// nothing behind.
 func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
 	m := &machine{cfg: cfg, sys: sys}
 	m.lifecycle.init()
@@ -80,7 +79,7 @@ func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
 		name string
 		do   func() error
 	}{
-		// Loading needs the memory alone, and KVM takes its time for the rest meanwhile.
+		// Loading needs only the memory; meanwhile KVM makes the rest.
 		{"ACPI tables, kernel, initrd", m.loadKernel},
 		{"virtual machine and memory", m.createVM},
 		{"platform", m.addPlatform},
@@ -95,7 +94,7 @@ func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
 	return m, nil
 }
 
-// createVM makes the virtual machine and its memory the machine's own.
+// createVM moves the virtual machine and its memory from Prepared to the machine.
 func (m *machine) createVM() error {
 	p := m.cfg.Prepared
 	<-p.done
@@ -156,8 +155,8 @@ func (m *machine) addPlatform() error {
 	return m.mmio.Add("ECAM", ecamBase, ecamSize, m.bus.ECAM())
 }
 
-// space puts BARs into the machine's memory-mapped address space. A window of
-// the bus never reaches RAM, so what the guest asks for can only overlap devices.
+// space maps BARs into the machine's memory-mapped address space. A window of the bus never reaches
+// RAM, so an address chosen by the guest can only overlap devices.
 type space struct{ bus *bus.Bus }
 
 func (s *space) Map(name string, base, size uint64, h pci.Handler) error {
@@ -170,7 +169,7 @@ func deviceName(i int, d virtio.Device) string {
 	return fmt.Sprintf("virtio device %d (type %d)", i, d.ID())
 }
 
-// addPCI puts the virtio devices on the PCI bus and gives them addresses.
+// addPCI puts the virtio devices on the PCI bus and assigns their addresses.
 func (m *machine) addPCI() error {
 	for i, d := range m.cfg.Devices {
 		if p, ok := d.(PowerCycler); ok {
@@ -195,7 +194,7 @@ func (m *machine) addPCI() error {
 	return m.bus.Assign(pci.Window{Base: mmio32Base, Size: mmio32Size}, mmio64(m.mem, physBits(m.cpuid)))
 }
 
-// loadKernel puts the ACPI tables and the kernel into memory.
+// loadKernel writes the ACPI tables and the kernel into memory.
 func (m *machine) loadKernel() error {
 	p := m.cfg.Prepared
 	<-p.mapped
@@ -238,8 +237,8 @@ func (m *machine) loadKernel() error {
 	return err
 }
 
-// createCPUs makes the vCPUs and sets the first one to the kernel's entry. The
-// others wait for the start-up IPI.
+// createCPUs makes the vCPUs and sets the first one to the kernel's entry. The others wait for the
+// start-up IPI.
 func (m *machine) createCPUs() error {
 	for i, id := range m.ids {
 		c, err := m.vm.CreateVCPU(int(id))
@@ -310,8 +309,7 @@ func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, boots, x2apic bool, entry 
 	return c.SetRegs(r)
 }
 
-// close undoes newMachine in reverse: devices first, so that nobody writes to
-// memory that is gone.
+// close undoes newMachine in reverse: devices first, so that none writes to freed memory.
 func (m *machine) close() error {
 	var errs []error
 	if m.uart != nil {
@@ -334,7 +332,7 @@ func (m *machine) close() error {
 	if m.uartIRQ != nil {
 		errs = append(errs, m.uartIRQ.Close())
 	}
-	if m.vm != nil { // else both are Prepared's
+	if m.vm != nil { // else Prepared owns both
 		errs = append(errs, m.vm.Close(), m.mem.Close())
 	}
 	return errors.Join(errs...)

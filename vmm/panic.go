@@ -10,28 +10,28 @@ import (
 	"gvm/devices/pvpanic"
 )
 
-// A guest that panicked runs on until it ends by itself: the kernel tells the pvpanic device first,
-// and then prints what panic_print= asks for. One that does not end is ended when its console has
-// been silent for panicSilence, or for haltSilence after the last line of a kernel that stays where
-// it is, and at the latest panicLimit after the panic.
+// A guest that panicked runs on until it ends by itself: the kernel signals the pvpanic device
+// first, and then prints the output of panic_print=. A guest that does not end is ended after its
+// console has been silent for panicSilence, or for haltSilence after the last line of a kernel that
+// waits for ever, and at the latest panicLimit after the panic.
 const (
 	panicSilence = 5 * time.Second
 	haltSilence  = time.Second
 	panicLimit   = time.Minute
 )
 
-// panicState is what is known of the guest's panic.
+// panicState is the known state of the guest's panic.
 type panicState struct {
 	told atomic.Bool // by pvpanic
 
 	mu      sync.Mutex
-	timer   *time.Timer   // nil: nothing waits for silence
-	silence time.Duration // how long the console has to be silent
-	began   time.Time     // the wait
+	timer   *time.Timer   // nil: no wait for silence
+	silence time.Duration // how long the console must be silent
+	began   time.Time     // start of the wait
 }
 
-// pvpanic is the guest's panic notifier. A guest that goes on to its crash kernel ends when that
-// does.
+// pvpanic handles the guest's panic notification. A guest that starts its crash kernel ends when
+// the crash kernel does.
 func (m *machine) pvpanic(e pvpanic.Event) {
 	if e&(pvpanic.Panicked|pvpanic.CrashLoaded) == 0 {
 		return
@@ -42,7 +42,7 @@ func (m *machine) pvpanic(e pvpanic.Event) {
 	}
 }
 
-// panicFinal is the console's word that the guest panicked and stays where it is.
+// panicFinal is called when the console shows that the guest panicked and waits for ever.
 func (m *machine) panicFinal() { m.awaitSilence(haltSilence) }
 
 // awaitSilence ends the machine when its console has been silent for d.
@@ -77,13 +77,13 @@ func (m *machine) checkSilence() {
 		p.timer.Reset(p.silence - silent)
 	case p.told.Load():
 		m.end(Outcome{Ending: GuestPanic, Err: fmt.Errorf("its console was still busy %v later", panicLimit)})
-	default: // a program printed the text, and prints on
+	default: // a program printed the text, and runs on
 		m.console.forgetPanic()
 		p.timer = nil
 	}
 }
 
-// stopSilence ends the wait for silence, once the machine has ended.
+// stopSilence stops the timer, once the machine has ended.
 func (p *panicState) stopSilence() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -92,11 +92,11 @@ func (p *panicState) stopSilence() {
 	}
 }
 
-// verdict makes the outcome of a machine that has been closed, whose console has shown all, what it
-// is if the guest's kernel panicked: that comes first, and its end says how the panic ended. A kernel
-// that was only seen to panic must have reset after that, for some values of reboot= by a triple
-// fault: one that powers off did not panic, and a program printed the text. A triple fault is a
-// panic's only if the kernel printed what follows one.
+// verdict turns the outcome of a closed machine whose console is complete into GuestPanic if the
+// guest's kernel panicked: the panic comes first, and the end says how it ended. If only the
+// console showed the panic, the kernel must have reset afterwards, for some values of reboot= by a
+// triple fault. If it powered off it did not panic: a program printed the text. A triple fault
+// belongs to a panic only if the kernel printed the lines that follow one.
 func (m *machine) verdict(out Outcome) Outcome {
 	told := m.panicked.told.Load()
 	text := m.console.panicText(told || out.Ending == GuestPanic)

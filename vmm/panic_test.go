@@ -15,11 +15,11 @@ import (
 	"gvm/devices/pvpanic"
 )
 
-// TestPanicVerdict: what a guest shows of a panic and how it ends make the ending, and the guest
-// says all that it has to say.
+// TestPanicVerdict: the signs of a panic and the end of the guest determine the ending, and the
+// console is complete.
 func TestPanicVerdict(t *testing.T) {
 	line := "<0>[   12.345678][    T1] " + panicked + "\r\n"
-	more := strings.Repeat("[   12.345679] what panic_print= asks for\r\n", 48)
+	more := strings.Repeat("[   12.345679] output of panic_print=\r\n", 48)
 	told := script{}.print(line).pvpanic(pvpanic.Panicked)
 	for _, tt := range []struct {
 		name        string
@@ -29,24 +29,34 @@ func TestPanicVerdict(t *testing.T) {
 		err         string
 	}{
 		{"reset", script{}.print(line).reset(), false, GuestPanic, panicked + "; the guest then reset"},
-		{"reset in the middle of the line", script{}.print("/ # <0>[ 1.2] " + panicked).reset(), false, GuestPanic, panicked + "; the guest then reset"},
-		{"a printed panic, then a triple fault", script{}.print(line), true, GuestCrashed, "vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
-		{"triple fault as a reset", script{}.print(line + offset), true, GuestPanic, panicked + "; the guest then crashed: vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
-		{"end marker", script{}.print(line + offset + endMarker + "\r\n"), false, GuestPanic, panicked + "; its console was then silent for 1s"},
+		{"reset in the middle of the line", script{}.print("/ # <0>[ 1.2] " + panicked).reset(), false, GuestPanic,
+			panicked + "; the guest then reset"},
+		{"a printed panic, then a triple fault", script{}.print(line), true, GuestCrashed,
+			"vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
+		{"triple fault as a reset", script{}.print(line + offset), true, GuestPanic,
+			panicked + "; the guest then crashed: vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
+		{"end marker", script{}.print(line + offset + endMarker + "\r\n"), false, GuestPanic,
+			panicked + "; its console was then silent for 1s"},
 		{"power-off", script{}.print(line).powerOff(), false, PoweredOff, ""},
 		{"restart in order", script{}.print(line + restarting).reset(), false, GuestReset, ""},
 		{"reset without a panic", script{}.print("hello\r\n").reset(), false, GuestReset, ""},
-		{"triple fault without a panic", script{}.print("hello\r\n"), true, GuestCrashed, "vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
+		{"triple fault without a panic", script{}.print("hello\r\n"), true, GuestCrashed,
+			"vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
 		{"a log with an end marker, power-off", script{}.print(line + endMarker + "\r\n").powerOff(), false, PoweredOff, ""},
 
 		{"pvpanic, reset", told.print(more).reset(), false, GuestPanic, panicked + "; the guest then reset"},
-		{"pvpanic, end marker", told.print(more + endMarker + "\r\n"), false, GuestPanic, panicked + "; its console was then silent for 1s"},
+		{"pvpanic, end marker", told.print(more + endMarker + "\r\n"), false, GuestPanic,
+			panicked + "; its console was then silent for 1s"},
 		{"pvpanic, silence", told.print(more), false, GuestPanic, panicked + "; its console was then silent for 5s"},
-		{"pvpanic, triple fault", told.print(more), true, GuestPanic, panicked + "; the guest then crashed: vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
+		{"pvpanic, triple fault", told.print(more), true, GuestPanic,
+			panicked + "; the guest then crashed: vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)"},
 		{"pvpanic, power-off", told.print(more).powerOff(), false, GuestPanic, panicked + "; the guest then powered off"},
-		{"pvpanic, no console", script{}.pvpanic(pvpanic.Panicked).reset(), false, GuestPanic, "the guest's kernel panicked; the guest then reset"},
-		{"crash kernel, reset", script{}.print(line).pvpanic(pvpanic.CrashLoaded).print(more + restarting).reset(), false, GuestPanic, panicked + "; the guest then reset"},
-		{"crash kernel, power-off", script{}.pvpanic(pvpanic.CrashLoaded).print(more).powerOff(), false, GuestPanic, "the guest's kernel panicked; the guest then powered off"},
+		{"pvpanic, no console", script{}.pvpanic(pvpanic.Panicked).reset(), false, GuestPanic,
+			"the guest's kernel panicked; the guest then reset"},
+		{"crash kernel, reset", script{}.print(line).pvpanic(pvpanic.CrashLoaded).print(more + restarting).reset(), false,
+			GuestPanic, panicked + "; the guest then reset"},
+		{"crash kernel, power-off", script{}.pvpanic(pvpanic.CrashLoaded).print(more).powerOff(), false, GuestPanic,
+			"the guest's kernel panicked; the guest then powered off"},
 		{"pvpanic, shutdown", script{}.pvpanic(pvpanic.Shutdown).print(more).powerOff(), false, PoweredOff, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -65,7 +75,7 @@ func TestPanicVerdict(t *testing.T) {
 	}
 }
 
-// TestPanicStopped: a run that is stopped while the guest ends its panic panicked.
+// TestPanicStopped: a run that is stopped while the guest handles its panic ends as a panic.
 func TestPanicStopped(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	s := script{}.pvpanic(pvpanic.CrashLoaded).stamp(1)
@@ -75,7 +85,7 @@ func TestPanicStopped(t *testing.T) {
 	}
 }
 
-// TestPanicSilence is the wait for a guest that panicked, on a clock that waits for nothing.
+// TestPanicSilence waits for a guest that panicked, on a fake clock.
 func TestPanicSilence(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -84,8 +94,10 @@ func TestPanicSilence(t *testing.T) {
 		after time.Duration
 	}{
 		{"silent", func(m *machine, _ *Pauser) {}, "its console was then silent for 5s", 5 * time.Second},
-		{"prints for a while", func(m *machine, _ *Pauser) { chatter(m, 10, 4*time.Second) }, "its console was then silent for 5s", 45 * time.Second},
-		{"prints for ever", func(m *machine, _ *Pauser) { chatter(m, 1000, time.Second) }, "its console was still busy 1m0s later", 64 * time.Second},
+		{"prints for a while", func(m *machine, _ *Pauser) { chatter(m, 10, 4*time.Second) },
+			"its console was then silent for 5s", 45 * time.Second},
+		{"prints for ever", func(m *machine, _ *Pauser) { chatter(m, 1000, time.Second) },
+			"its console was still busy 1m0s later", 64 * time.Second},
 		{"paused", func(m *machine, p *Pauser) {
 			p.wanted.Store(true)
 			time.Sleep(10 * time.Minute)
@@ -112,7 +124,7 @@ func TestPanicSilence(t *testing.T) {
 	}
 }
 
-// TestCrashKernelSilence: a guest that goes on to its crash kernel may be silent.
+// TestCrashKernelSilence: a guest that starts its crash kernel may be silent.
 func TestCrashKernelSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &machine{console: &consoleWatch{out: io.Discard}}
@@ -136,8 +148,8 @@ func chatter(m *machine, lines int, every time.Duration) {
 	}
 }
 
-// TestPanicOnlyPrinted: a guest that prints on after a panic's last line, without a pvpanic event,
-// runs on, and its later end is not a panic.
+// TestPanicOnlyPrinted: a guest that keeps printing after a panic's last line, without a pvpanic
+// event, runs on, and its later end is not a panic.
 func TestPanicOnlyPrinted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &machine{console: &consoleWatch{out: io.Discard, on: true}}
@@ -152,7 +164,7 @@ func TestPanicOnlyPrinted(t *testing.T) {
 	})
 }
 
-// stuckConsole takes nothing before it is told to.
+// stuckConsole blocks writes until free is closed.
 type stuckConsole struct{ free chan struct{} }
 
 func (c stuckConsole) Connect(Input) {}
@@ -168,7 +180,7 @@ func TestPanicBehindSlowConsole(t *testing.T) {
 	out, _ := s.run(t, false, Config{Console: stuckConsole{free}, Stamp: func(code byte) {
 		switch code {
 		case 1:
-			time.Sleep(10 * time.Millisecond) // "first" is on its way alone
+			time.Sleep(10 * time.Millisecond) // "first" is being written alone
 		case 2:
 			time.AfterFunc(100*time.Millisecond, func() { close(free) })
 		}

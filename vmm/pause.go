@@ -9,19 +9,18 @@ import (
 	"gvm/kvmapi"
 )
 
-// Pauser stops the vCPUs of a running machine and lets them go on, and presses its power button. The zero
+// Pauser pauses and resumes the vCPUs of a running machine, and presses its power button. The zero
 // value is for one Config. Its methods may be called from any goroutine.
 //
-// A machine that is paused stays so over a reset; it can end meanwhile, by
-// cancelling Run's context. Its devices finish what they were asked to do, unless they
-// Hold it.
+// A paused machine stays paused over a reset; cancelling Run's context ends it. Its devices finish
+// the requests they have, unless they Hold the machine.
 type Pauser struct {
-	wanted atomic.Bool // whether release is there, for vCPUs to look at
+	wanted atomic.Bool // whether release is set, for vCPUs to check
 
 	mu      sync.Mutex
-	m       *machine      // the present life, nil: the machine does not run
+	m       *machine      // the current life; nil: the machine does not run
 	release chan struct{} // closed by Resume; nil: not paused
-	stopped chan struct{} // closed when every vCPU has stopped
+	stopped chan struct{} // closed once every vCPU has stopped
 	parked  int           // vCPUs of m that have stopped for release
 	over    chan struct{} // closed when Run returns
 }
@@ -33,8 +32,8 @@ var (
 	ErrNotPaused  = errors.New("the machine is not paused")
 )
 
-// Pause returns when no vCPU is in the guest. If ctx ends first they all go on;
-// ErrNotPaused is a Resume that came first.
+// Pause returns once no vCPU is in the guest. If ctx ends first, it resumes them all. It returns
+// ErrNotPaused if Resume was called first.
 func (p *Pauser) Pause(ctx context.Context) error {
 	p.mu.Lock()
 	if p.m == nil || p.release != nil {
@@ -67,7 +66,7 @@ func (p *Pauser) Pause(ctx context.Context) error {
 	return context.Cause(ctx)
 }
 
-// want has every vCPU stop, with mu held.
+// want asks every vCPU to stop. The caller holds mu.
 func (p *Pauser) want() error {
 	p.release, p.stopped, p.parked = make(chan struct{}), make(chan struct{}), 0
 	p.wanted.Store(true)
@@ -78,11 +77,10 @@ func (p *Pauser) want() error {
 	return err
 }
 
-// Hold pauses the machine, if it is not paused yet, and returns true when it is
-// resumed. It is for what cannot go on before somebody has seen to it, such as a
-// request to a disk that has no space left, and holds that back too. It returns
-// false when ctx ends, or the life of the machine does: then, and when the machine
-// does not run, there is nothing to wait for.
+// Hold pauses the machine, if it is not paused yet, and returns true once it is resumed. It is for
+// a device that cannot continue without the user, such as a request to a disk that has no space
+// left, and blocks that request too. It returns false when ctx or the machine's life ends, and when
+// the machine does not run.
 func (p *Pauser) Hold(ctx context.Context) (resumed bool) {
 	p.mu.Lock()
 	m := p.m
@@ -115,7 +113,7 @@ func (p *Pauser) Resume() error {
 	return nil
 }
 
-// resume is Resume with mu held.
+// resume is Resume. The caller holds mu.
 func (p *Pauser) resume() {
 	p.wanted.Store(false)
 	close(p.release)
@@ -129,10 +127,10 @@ func (p *Pauser) PowerButton() bool {
 	return p.m != nil && p.m.pm.PowerButton()
 }
 
-// Paused tells whether the machine is paused, or about to be.
+// Paused reports whether the machine is paused, or about to be.
 func (p *Pauser) Paused() bool { return p.wanted.Load() }
 
-// begin is told of each life of the machine before its vCPUs run.
+// begin starts a life of the machine, before its vCPUs run.
 func (p *Pauser) begin(m *machine) {
 	if p == nil {
 		return
@@ -145,7 +143,7 @@ func (p *Pauser) begin(m *machine) {
 	p.m, p.parked = m, 0
 }
 
-// end is told that Run returns.
+// end marks the return of Run.
 func (p *Pauser) end() {
 	if p == nil {
 		return
@@ -160,8 +158,8 @@ func (p *Pauser) end() {
 	p.m, p.release, p.over = nil, nil, nil
 }
 
-// park holds a vCPU back while the machine is paused. It is called by the vCPU's
-// own thread, outside of KVM_RUN; m ends it too.
+// park blocks a vCPU while the machine is paused and not ended. The vCPU's own thread calls it,
+// outside of KVM_RUN.
 func (p *Pauser) park(m *machine, c *kvmapi.VCPU) error {
 	p.mu.Lock()
 	release := p.release
@@ -171,7 +169,7 @@ func (p *Pauser) park(m *machine, c *kvmapi.VCPU) error {
 	}
 	if p.parked++; p.parked == len(m.cpus) {
 		select {
-		case <-p.stopped: // by the life before a reset
+		case <-p.stopped: // closed in the life before a reset
 		default:
 			close(p.stopped)
 		}

@@ -12,7 +12,7 @@ import (
 	"gvm/guestmem"
 )
 
-// shownConsole tells of each write.
+// shownConsole signals each write.
 type shownConsole struct {
 	testConsole
 	wrote chan struct{}
@@ -105,8 +105,8 @@ func TestPause(t *testing.T) {
 	}
 }
 
-// TestPauseOverResets pauses a machine that resets itself all the time, in every
-// state that it is in: it goes on each time.
+// TestPauseOverResets pauses a machine that resets itself all the time, in each of its states, and
+// resumes it.
 func TestPauseOverResets(t *testing.T) {
 	p, c, stop := pausable(t, "crash=reset", 2)
 	c.waitFor("reset next")
@@ -132,8 +132,8 @@ func TestPauseOverResets(t *testing.T) {
 	}
 }
 
-// TestPauseGivenUp ends a Pause by its context, by a Resume and by the machine's
-// end, before the vCPUs have stopped: there are none yet that could.
+// TestPauseGivenUp ends a Pause by its context, by a Resume and by the machine's end, before the
+// vCPUs have stopped.
 func TestPauseGivenUp(t *testing.T) {
 	begun := func() *Pauser {
 		p := &Pauser{}
@@ -147,7 +147,10 @@ func TestPauseGivenUp(t *testing.T) {
 	if err := p.Pause(ctx); err != why || p.Paused() {
 		t.Errorf("%v, paused %v", err, p.Paused())
 	}
-	for want, do := range map[error]func(*Pauser) error{ErrNotPaused: (*Pauser).Resume, ErrNotRunning: func(p *Pauser) error { p.end(); return nil }} {
+	for want, do := range map[error]func(*Pauser) error{
+		ErrNotPaused:  (*Pauser).Resume,
+		ErrNotRunning: func(p *Pauser) error { p.end(); return nil },
+	} {
 		p := begun()
 		done := make(chan error, 1)
 		go func() { done <- p.Pause(context.Background()) }()
@@ -168,8 +171,8 @@ func TestPauseGivenUp(t *testing.T) {
 	}
 }
 
-// TestHold: what holds a machine goes on when it is resumed, however it was
-// paused, and is let go by its own end and by that of the machine's life.
+// TestHold: Hold returns when the machine is resumed, however it was paused, when its context ends,
+// and when the machine's life ends.
 func TestHold(t *testing.T) {
 	p, c, stop := pausable(t, "spin", 2)
 	c.waitFor("spinning")
@@ -215,7 +218,7 @@ func TestHold(t *testing.T) {
 	}
 }
 
-// TestPauseInput: what is typed while the guest is paused is not lost.
+// TestPauseInput: input typed while the guest is paused is not lost.
 func TestPauseInput(t *testing.T) {
 	p, c, stop := pausable(t, "echo", 1)
 	c.waitFor("ready")

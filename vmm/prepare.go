@@ -9,20 +9,20 @@ import (
 	"gvm/kvmapi"
 )
 
-// Begun is KVM with a virtual machine that has nothing, not even memory.
+// Begun is an open KVM and a virtual machine without memory or devices.
 type Begun struct {
-	opened  chan struct{} // closed when sys is there, or openErr
+	opened  chan struct{} // closed once sys or openErr is set
 	sys     *kvmapi.System
 	openErr error
 
-	done  chan struct{} // closed when vm and cpuid are there, or err
+	done  chan struct{} // closed once vm and cpuid, or err, are set
 	vm    *kvmapi.VM
-	cpuid []kvm.CPUIDEntry2 // what KVM supports
+	cpuid []kvm.CPUIDEntry2 // supported by KVM
 	err   error
 }
 
-// Begin begins to make what no Config is needed for, for a caller that has yet to find out what
-// machine it is to be. Errors come from System and from Run.
+// Begin starts the work that needs no Config, for a caller that does not know its machine yet.
+// Errors come from System and from Run.
 func Begin() *Begun { return begin(kvmapi.Open) }
 
 func begin(open func() (*kvmapi.System, error)) *Begun {
@@ -41,14 +41,14 @@ func begin(open func() (*kvmapi.System, error)) *Begun {
 	return b
 }
 
-// System returns KVM as soon as it is open. It lives until Close.
+// System returns KVM as soon as it is open. It stays open until Close.
 func (b *Begun) System() (*kvmapi.System, error) {
 	<-b.opened
 	return b.sys, b.openErr
 }
 
-// Prepare is what the function Prepare is, on the virtual machine. It is called once at most, after
-// System has returned one.
+// Prepare is like the function Prepare, with this virtual machine. It may be called once, after
+// System has succeeded.
 func (b *Begun) Prepare(cfg Config) *Prepared {
 	p := &Prepared{mapped: make(chan struct{}), done: make(chan struct{})}
 	go func() {
@@ -66,7 +66,7 @@ func (b *Begun) Prepare(cfg Config) *Prepared {
 	return p
 }
 
-// Close takes down what was begun, but for what Prepare has taken, whose own Close comes first.
+// Close releases everything that Prepare has not taken. A Prepared is closed first.
 func (b *Begun) Close() (err error) {
 	<-b.done
 	if b.vm != nil {
@@ -78,25 +78,25 @@ func (b *Begun) Close() (err error) {
 	return err
 }
 
-// Prepared is a virtual machine that has its memory and nothing else.
+// Prepared is a virtual machine with memory and KVM's own devices.
 type Prepared struct {
-	mapped chan struct{} // closed when mem and cpuid are there, or nil because of err
+	mapped chan struct{} // closed once mem and cpuid are set, or nil because of err
 	mem    *guestmem.Memory
-	cpuid  []kvm.CPUIDEntry2 // what KVM supports
+	cpuid  []kvm.CPUIDEntry2 // supported by KVM
 
-	done chan struct{} // closed when vm is there, or err
+	done chan struct{} // closed once vm, or err, is set
 	vm   *kvmapi.VM
 	err  error
 }
 
-// Prepare begins to make what the first machine of Run stands on, for a caller that has
-// something else to do meanwhile. It needs Memory, CPUs, APICIDs and CPUFeatures of cfg alone. The
+// Prepare starts making the virtual machine and memory of Run's first machine, so that the caller
+// can do other work meanwhile. It reads only Memory, CPUs, APICIDs and CPUFeatures of cfg. The
 // result is for Config.Prepared; errors come from Run.
 func Prepare(sys *kvmapi.System, cfg Config) *Prepared {
 	return begin(func() (*kvmapi.System, error) { return sys, nil }).Prepare(cfg)
 }
 
-// mapMemory makes what loading a kernel needs, if KVM has the processors.
+// mapMemory maps the memory that loading a kernel needs, if KVM supports the processors.
 func (p *Prepared) mapMemory(sys *kvmapi.System, cfg Config) (err error) {
 	if err := checkCPUs(cfg, sys.Check, p.cpuid); err != nil {
 		return err
@@ -119,14 +119,14 @@ func physBits(cpuid []kvm.CPUIDEntry2) uint {
 			return uint(e.Eax & 0xff)
 		}
 	}
-	return 36 // what a processor without that leaf has
+	return 36 // the width of a processor without that leaf
 }
 
 // fillVM gives the virtual machine its memory, and KVM's own devices.
 func (p *Prepared) fillVM(ids []uint32) (err error) {
-	// Memory comes before KVM's own devices: since Linux 6.18 (7d9a0273c459) each of those
-	// begins an SRCU grace period that is not expedited, and a memory region that is
-	// made meanwhile waits for its end, which takes a few ticks.
+	// Memory comes before KVM's own devices: since Linux 6.18 (7d9a0273c459) each of those starts
+	// an SRCU grace period that is not expedited, and adding a memory region waits for its end,
+	// which takes a few ticks.
 	for i, r := range p.mem.Regions() {
 		if err := p.vm.SetMemory(uint32(i), r.Base, r.Bytes); err != nil {
 			return err
@@ -149,13 +149,13 @@ func (p *Prepared) fillVM(ids []uint32) (err error) {
 			return err
 		}
 	}
-	if ids[0] != 0 { // KVM's own choice
+	if ids[0] != 0 { // 0 is KVM's default
 		return p.vm.SetBootCPU(ids[0])
 	}
 	return nil
 }
 
-// Close waits until the machine has been made, and takes it down unless Run has taken it.
+// Close waits until the machine has been made, and releases it unless Run has taken it.
 func (p *Prepared) Close() (err error) {
 	<-p.done
 	if p.vm != nil {

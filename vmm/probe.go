@@ -11,23 +11,22 @@ import (
 	"gvm/kvmapi"
 )
 
-// probeLoops is how often the probe's guest goes round: 2 instructions each.
+// probeLoops is the number of iterations of the probe's guest, 2 instructions each.
 const probeLoops = 10_000
 
-// EmulatedBelow is the speed, in million instructions per second, below which
-// guest kernel code is taken to be emulated. Hardware is above 500, a KVM nested in
-// a software emulator above 20; KVM's instruction emulator reaches 1 to 4.
+// EmulatedBelow is the speed, in million instructions per second, below which guest kernel code
+// counts as emulated. Hardware is above 500, a KVM nested in a software emulator above 20; KVM's
+// instruction emulator reaches 1 to 4.
 const EmulatedBelow = 10
 
-// probeRounds is how often the loop is timed; the fastest counts, as a busy
-// host makes some slow.
+// probeRounds is how often the loop is timed. The fastest round counts: a busy host slows some of
+// them.
 const probeRounds = 4
 
-// Speed runs a tiny loop in a guest of its own and returns how many million
-// instructions of guest kernel-mode code this host's KVM executes a second.
-// On a host without hardware virtualization (kvm_pvm, for one) KVM emulates such
-// code instruction by instruction, and fails at those that its emulator lacks: a
-// stock Linux kernel does not run there.
+// Speed runs a tiny loop in a guest of its own and returns how many million instructions of guest
+// kernel code KVM executes a second on this host. Without hardware virtualization (kvm_pvm, for
+// one) KVM emulates such code instruction by instruction, and fails at instructions that its
+// emulator lacks: a stock Linux kernel does not run there.
 func Speed(sys *kvmapi.System) (mips float64, err error) {
 	vm, err := sys.CreateVM()
 	if err != nil {
@@ -89,7 +88,7 @@ func Speed(sys *kvmapi.System) (mips float64, err error) {
 		case round == probeRounds:
 			return 2 * probeLoops / best.Seconds() / 1e6, nil
 		default:
-			if took := time.Since(start); round > 0 { // the first has the start of the vCPU in it
+			if took := time.Since(start); round > 0 { // the first round includes the start of the vCPU
 				best = min(best, took)
 			}
 			round, start = round+1, time.Now()
@@ -98,8 +97,8 @@ func Speed(sys *kvmapi.System) (mips float64, err error) {
 	return 0, fmt.Errorf("the probe's guest did not finish in 5 s")
 }
 
-// RunsLinux tells whether this host's KVM runs a stock Linux kernel, and why or
-// why not, in words for a log.
+// RunsLinux reports whether this host's KVM runs a stock Linux kernel, and the reason as text for a
+// log.
 func RunsLinux() (bool, string) {
 	sys, err := kvmapi.Open()
 	if err != nil {

@@ -14,20 +14,20 @@ import (
 	"gvm/vmm/bus"
 )
 
-// lifecycle is how a machine comes to its end. The first call of end decides;
-// ended is closed by it, and stop is what the vCPU threads look at.
+// lifecycle tracks the machine's end. The first call of end sets the outcome and closes ended; vCPU
+// threads check stop.
 type lifecycle struct {
 	once    sync.Once
 	outcome Outcome
 	ended   chan struct{}
 	stop    atomic.Bool
 	threads sync.WaitGroup // of the vCPUs
-	closing atomic.Value   // string: what takeDown waits for
+	closing atomic.Value   // string: the thread or device that takeDown waits for
 }
 
 func (l *lifecycle) init() { l.ended = make(chan struct{}) }
 
-// end makes o the outcome unless there is one. It does not wait.
+// end sets the outcome unless there is one. It does not wait.
 func (l *lifecycle) end(o Outcome) {
 	l.once.Do(func() {
 		l.outcome = o
@@ -43,7 +43,7 @@ func (l *lifecycle) check(err error) {
 	}
 }
 
-// reset is the guest asking for a reset.
+// reset ends the machine with a reset that the guest asked for.
 func (l *lifecycle) reset() { l.end(Outcome{Ending: GuestReset}) }
 
 // run runs every vCPU on a thread of its own until the machine ends. The threads may end later: see
@@ -53,7 +53,7 @@ func (m *machine) run(ctx context.Context) Outcome {
 	m.cfg.Pauser.begin(m)
 	for i, c := range m.cpus {
 		m.threads.Go(func() {
-			runtime.LockOSThread() // the thread ends with the goroutine: nothing of KVM's is left on it
+			runtime.LockOSThread() // the thread ends with the goroutine, and KVM's state with it
 			c.Bind()
 			defer c.Unbind()
 			m.check(m.runCPU(i, c))
@@ -69,24 +69,24 @@ func (m *machine) run(ctx context.Context) Outcome {
 	return m.outcome
 }
 
-// endPatience is how long the end of a machine waits for its threads and devices: for a request that
-// storage does not finish they could wait for ever. The end of a guest that ends by itself has longer,
-// as a busy host can keep the threads from running, and the console's reader has any time that it wants
-// (a pager), unless ctx ends meanwhile.
+// endPatience bounds the wait for threads and devices at a machine's end: a request that storage
+// does not finish would block it for ever. A guest that ends by itself gets longer, because a busy
+// host can delay the threads, and the console's reader (a pager) gets unlimited time, unless ctx
+// ends meanwhile.
 const (
 	endPatience      = 700 * time.Millisecond
 	guestEndPatience = 5 * time.Second
 )
 
-const closingConsole = "the console" // whose reader takes its time
+const closingConsole = "the console" // whose reader may take any time
 
-// takeDown waits for the vCPUs' threads and closes the machine. The wait is bounded, from now on if the
-// machine is not to start again, else from the end of ctx on. Then over is false: threads and devices go
-// on, and all that they use stays (TestStuckDevice).
+// takeDown waits for the vCPUs' threads and closes the machine. The wait is bounded: from now on if
+// the machine will not start again, else from the end of ctx on. After the bound over is false, and
+// threads, devices and the resources they use stay (TestStuckDevice).
 func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err error) {
 	done := make(chan error, 1)
 	m.closing.Store("a vCPU")
-	go func() { // ends with the process at the latest
+	go func() { // ends at the latest with the process
 		m.threads.Wait()
 		done <- m.close()
 	}()
@@ -111,7 +111,7 @@ func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err erro
 	}
 }
 
-// kick has every vCPU leave the guest and look why.
+// kick makes every vCPU leave the guest and check for a request.
 func (m *machine) kick() error {
 	var errs []error
 	for _, c := range m.cpus {
@@ -120,7 +120,7 @@ func (m *machine) kick() error {
 	return errors.Join(errs...)
 }
 
-// runCPU is a vCPU's life. The error is the host's.
+// runCPU runs a vCPU until the machine ends. An error is the host's.
 func (m *machine) runCPU(index int, c *kvmapi.VCPU) (err error) {
 	defer func() {
 		if r := recover(); r != nil {

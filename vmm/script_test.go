@@ -15,7 +15,7 @@ import (
 	"gvm/vmm/boot"
 )
 
-// script is what a scripted guest does: bytes that it writes to ports, one after the other.
+// script is the program of a scripted guest: bytes written to ports, in order.
 type script []byte
 
 func (s script) out(port uint16, values ...byte) script {
@@ -30,14 +30,14 @@ func (s script) pvpanic(e pvpanic.Event) script { return s.out(pvpanic.Port, byt
 func (s script) stamp(code byte) script         { return s.out(debugport.Port, code) }
 func (s script) reset() script                  { return s.out(acpipm.ResetPort, acpipm.ResetValue) }
 
-// idle has the CPU halt with interrupts enabled at the end of the script.
+// idle makes the CPU halt with interrupts enabled at the end of the script.
 func (s script) idle() script { return s.out(idlePort, 0) }
 
-// in prints what a byte of a port, below 0x100, reads as.
+// in prints the byte read from a port below 0x100.
 func (s script) in(port byte) script { return s.out(inPort, port) }
 
 const (
-	idlePort = 0xfff0 // no device has these
+	idlePort = 0xfff0 // ports without a device
 	inPort   = 0xfff1
 )
 
@@ -46,8 +46,7 @@ func (s script) powerOff() script {
 	return s.out(acpipm.Port+acpipm.OffControl+1, acpipm.SleepTypeS5<<2|1<<5)
 }
 
-// kernel returns an ELF file that does what the script says, and halts or raises a triple fault at
-// its end.
+// kernel returns an ELF file that runs the script, and halts or raises a triple fault at its end.
 func (s script) kernel(t *testing.T, tripleFault bool) *boot.Image {
 	t.Helper()
 	const base, header = 2 << 20, 64 + 56
@@ -104,7 +103,7 @@ func (s script) kernel(t *testing.T, tripleFault bool) *boot.Image {
 	return k
 }
 
-// printed returns what the script has written to COM1.
+// printed returns the script's output to COM1.
 func (s script) printed() string {
 	var text []byte
 	for i := 0; i < len(s); i += 3 {
@@ -118,7 +117,7 @@ func (s script) printed() string {
 // run runs the script as a guest.
 func (s script) run(t *testing.T, tripleFault bool, cfg Config) (Outcome, string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // one that misses its end
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // bounds a guest that misses its end
 	defer cancel()
 	return s.runContext(ctx, t, tripleFault, cfg)
 }

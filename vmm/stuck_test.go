@@ -17,7 +17,7 @@ import (
 	"gvm/guestmem"
 )
 
-// stuck is a device whose Reset waits, as one does for a request that storage does not finish.
+// stuck is a device whose Reset blocks, as if storage did not finish a request.
 type stuck struct {
 	virtio.Device
 	resetting chan struct{}
@@ -33,7 +33,7 @@ func (s *stuck) Reset() error {
 	return s.Device.Reset()
 }
 
-// TestStuckDevice: the end does not wait for a device for ever, and a restart does so until it is ended.
+// TestStuckDevice: the end's wait for a device is bounded; a restart waits until it is ended.
 func TestStuckDevice(t *testing.T) {
 	cause := errors.New("told to")
 	for _, again := range []bool{false, true} {
@@ -75,8 +75,8 @@ func TestStuckDevice(t *testing.T) {
 	}
 }
 
-// TestEndHasTime: a guest that ends by itself is waited for while a device takes seconds, and while its
-// console's reader does, which may be a pager.
+// TestEndHasTime: the end of a guest waits for a device that takes seconds, and for the console's
+// reader, which may be a pager.
 func TestEndHasTime(t *testing.T) {
 	t.Parallel()
 	free := make(chan struct{})
@@ -101,7 +101,8 @@ func TestEndHasTime(t *testing.T) {
 	}
 }
 
-// command is the first command of a driver, with data-out, in the first request queue of slot.
+// command makes a driver's first command, with data-out, available in the first request queue of
+// slot.
 func (h *hostile) command(slot int, cdb, data []byte) {
 	const q = 2
 	at, le := uint64(ringsAt+q<<16), binary.LittleEndian
@@ -119,8 +120,8 @@ func (h *hostile) command(slot int, cdb, data []byte) {
 	h.put(&h.mmio, h.bar(slot, 0)+0x3000+4*q, 2, q)
 }
 
-// TestEndOfLongCommands ends a machine whose driver has begun commands that take minutes: it is taken
-// down, device and all, and the target has nothing to do then.
+// TestEndOfLongCommands ends a machine whose driver has started commands that take minutes: it is
+// taken down with its devices, and the target becomes idle.
 func TestEndOfLongCommands(t *testing.T) {
 	list := []byte{31, 0, 0, 1, 0xa5} // OVERWRITE COUNT
 	same := []byte{0x93, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0}

@@ -12,8 +12,8 @@ import (
 )
 
 const (
-	// maxXAPICID is the highest ID that a local APIC in xAPIC mode has; 255 is the
-	// broadcast (Intel SDM 3, 11.6.2.1).
+	// maxXAPICID is the highest ID of a local APIC in xAPIC mode; 255 is the broadcast (Intel SDM
+	// 3, 11.6.2.1).
 	maxXAPICID = 254
 	// maxMSIID is the highest ID that a message-signalled interrupt can be sent to, by the extended
 	// destination ID (Documentation/virt/kvm/x86/cpuid.rst, KVM_FEATURE_MSI_EXT_DEST_ID).
@@ -34,13 +34,13 @@ func (c *Config) apicIDs() []uint32 {
 	return ids
 }
 
-// x2apic reports whether the machine has IDs that xAPIC mode has not. Its CPUs then start in
-// x2APIC mode, as firmware leaves such a machine: Linux ignores the MADT's x2APIC entries
-// unless its boot CPU is in that mode.
+// x2apic reports whether the machine has IDs that xAPIC mode cannot hold. Its CPUs then start in
+// x2APIC mode, as firmware leaves such a machine: Linux ignores the MADT's x2APIC entries unless
+// its boot CPU is in that mode.
 func x2apic(ids []uint32) bool { return ids[len(ids)-1] > maxXAPICID }
 
-// checkCPUs refuses CPUs that this host's KVM does not make, and those that a guest could not
-// start or interrupt.
+// checkCPUs rejects CPUs that this host's KVM cannot make, and those that a guest could not start
+// or interrupt.
 func checkCPUs(cfg Config, check func(capability int) int, supported []kvm.CPUIDEntry2) error {
 	limit := check(kvmapi.CapMaxVCPUs)
 	if cfg.APICIDs != nil && len(cfg.APICIDs) != max(cfg.CPUs, 1) {
@@ -84,9 +84,9 @@ func checkCPUs(cfg Config, check func(capability int) int, supported []kvm.CPUID
 }
 
 // pinMessage returns the message that the I/O APIC would send for a pin, by the pin's redirection
-// table entry, if it goes to an ID above 255. KVM's own I/O APIC knows 8 bits of the ID and would
-// interrupt another CPU. The entry has bits 8 to 14 of the ID in bits 49 to 55, as Linux has them
-// where messages have them.
+// table entry, if it goes to an ID above 255. KVM's own I/O APIC has 8 bits of the ID and would
+// interrupt another CPU. The entry has bits 8 to 14 of the ID in bits 49 to 55, where Linux writes
+// them.
 func pinMessage(entry uint64) (m pci.Message, ok bool) {
 	const (
 		masked      = 1 << 16
@@ -102,8 +102,8 @@ func pinMessage(entry uint64) (m pci.Message, ok bool) {
 	return pci.Message{Addr: addr, Data: uint32(entry & vectorMode)}, true
 }
 
-// raisePin raises an I/O APIC pin that leads to a CPU with an ID above 255, and tells whether
-// the pin does. Such an interrupt is edge-triggered whatever the entry says.
+// raisePin raises an I/O APIC pin that leads to a CPU with an ID above 255, and reports whether the
+// pin does. Such an interrupt is edge-triggered whatever its entry says.
 func (m *machine) raisePin(pin uint32) (bool, error) {
 	if !m.irqs.extended {
 		return false, nil
@@ -129,7 +129,7 @@ func (m *machine) setPin(pin uint32, level bool) error {
 	return m.vm.SetIRQ(pin, level)
 }
 
-// raiseUART interrupts for COM1.
+// raiseUART raises the interrupt of COM1.
 func (m *machine) raiseUART() error {
 	if done, err := m.raisePin(serial.IRQ); done || err != nil {
 		return err
@@ -138,8 +138,8 @@ func (m *machine) raiseUART() error {
 }
 
 // extendedDestination returns the address that KVM takes for a message to addr under
-// KVM_CAP_X2APIC_API: it wants bits 8 to 31 of the destination ID in the address's bits 40 to 63,
-// where the guest has bits 8 to 14 in the address's bits 5 to 11.
+// KVM_CAP_X2APIC_API: KVM expects bits 8 to 31 of the destination ID in bits 40 to 63 of the
+// address, and the guest puts bits 8 to 14 in bits 5 to 11.
 func extendedDestination(addr uint64) uint64 {
 	const ext = 0x7f << 5
 	return addr&0xffff_ffff&^ext | addr&ext<<(40-5)

@@ -25,8 +25,8 @@ import (
 
 func idsTo(n int) []uint32 { return (&Config{CPUs: n}).apicIDs() }
 
-// TestAPICIDs starts every CPU, and has messages reach a boot CPU whatever its ID is. The guest
-// leaves the mode of its local APIC as it finds it.
+// TestAPICIDs starts every CPU, and sends messages to boot CPUs with various IDs. The guest does
+// not change the mode of its local APIC.
 func TestAPICIDs(t *testing.T) {
 	sys := system(t)
 	for _, c := range []struct {
@@ -85,8 +85,8 @@ func TestAPICIDs(t *testing.T) {
 	}
 }
 
-// TestPinsReachHighIDs: COM1's interrupt goes through the I/O APIC to a boot CPU whose ID that of
-// KVM does not know.
+// TestPinsReachHighIDs: COM1's interrupt goes through the I/O APIC to a boot CPU whose ID does not
+// fit KVM's own I/O APIC.
 func TestPinsReachHighIDs(t *testing.T) {
 	sys := system(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -108,7 +108,7 @@ func TestPinsReachHighIDs(t *testing.T) {
 func TestPinMessage(t *testing.T) {
 	for _, c := range []struct {
 		entry uint64
-		want  pci.Message // zero: KVM's I/O APIC does
+		want  pci.Message // zero: KVM's I/O APIC delivers it
 	}{
 		{0x1000_0000_0000_0034, pci.Message{}},
 		{0x2c02_0000_0000_0034, pci.Message{Addr: 0xfee2_c020, Data: 0x34}},  // 300
@@ -134,7 +134,7 @@ func TestCheckCPUs(t *testing.T) {
 		cfg       Config
 		caps      map[int]int
 		supported []kvm.CPUIDEntry2
-		want      string // "": all is well
+		want      string // "": no error
 	}{
 		{Config{}, caps, all, ""},
 		{Config{CPUs: 1024}, caps, all, ""},
@@ -171,7 +171,7 @@ func TestExtendedDestination(t *testing.T) {
 		0xfeef_f00c:                 0xfeef_f00c,      // redirection hint, logical destination
 		0xfee2_c000 | 1<<5:          0x100_fee2_c000,  // 300 is 0x12c
 		0xfeef_ffe0:                 0x7f00_feef_f000, // 32767
-		0xffff_ffff_fee2_c000:       0xfee2_c000,      // KVM refuses what else is in the high half
+		0xffff_ffff_fee2_c000:       0xfee2_c000,      // KVM rejects other bits in the high half
 		0x1_0000_0000 | 0xfee0_1000: 0xfee0_1000,
 	} {
 		if got := extendedDestination(addr); got != want {

@@ -5,18 +5,18 @@ import (
 	"sync"
 )
 
-// maxTroubles bounds how many texts are told of the devices of one machine, and kept.
+// maxTroubles bounds how many texts about the devices of one machine are reported, and kept.
 const maxTroubles = 20
 
-// troubles are what devices of a machine had to say of their guest. Each text is told once, the
-// first maxTroubles of them: a guest can make any number, each of its own.
+// troubles are the errors that a machine's devices found in their guest. Each text is reported
+// once, up to maxTroubles: a guest can cause any number of different ones.
 type troubles struct {
 	mu   sync.Mutex
 	told map[string]bool
-	more uint64 // other texts, and what was said again of them
+	more uint64 // other texts, and repeated ones
 }
 
-// new notes the text of err and says whether it is to be told.
+// new records the text of err and reports whether to print it.
 func (t *troubles) new(err error) bool {
 	text := err.Error()
 	t.mu.Lock()
@@ -34,15 +34,15 @@ func (t *troubles) new(err error) bool {
 	return true
 }
 
-// deviceTrouble is what a transport tells of a device that broke. The guest
-// sees it in the device's status, and goes on.
+// deviceTrouble is a transport's report of a device that broke. The guest sees the failure in the
+// device's status, and runs on.
 func (m *machine) deviceTrouble(err error) {
 	if m.troubles.new(err) {
 		m.cfg.Note(err.Error())
 	}
 }
 
-// tellMore tells how many troubles were left out.
+// tellMore reports how many troubles were left out.
 func (m *machine) tellMore() {
 	m.troubles.mu.Lock()
 	n := m.troubles.more

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestTroubles has a guest break its rings in ever new ways: what is told and what is kept of that
-// stay small.
+// TestTroubles has a guest break its rings in ever new ways: the number of messages printed and
+// kept stays small.
 func TestTroubles(t *testing.T) {
 	var notes []string
 	m := machine{cfg: Config{Note: func(s string) { notes = append(notes, s) }}}

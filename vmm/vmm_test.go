@@ -105,13 +105,13 @@ func TestVectorKeepsAndDeliversPending(t *testing.T) {
 	}
 }
 
-// testConsole collects output and lets a test type.
+// testConsole collects output and types input for a test.
 type testConsole struct {
 	mu  sync.Mutex
 	out bytes.Buffer
 	to  chan io.Writer
 
-	greeted func() // if set, is told of the embedded guest's first line
+	greeted func() // if set, called at the embedded guest's first line
 }
 
 func (c *testConsole) Write(p []byte) (int, error) {
@@ -132,7 +132,8 @@ func (c *testConsole) Connect(w Input) {
 
 func embeddedKernel(t *testing.T) *boot.Image {
 	t.Helper()
-	k, err := boot.NewImage(&boot.File{Name: "embedded", ReaderAt: bytes.NewReader(embedded.Image), Size: int64(len(embedded.Image))})
+	k, err := boot.NewImage(&boot.File{Name: "embedded", ReaderAt: bytes.NewReader(embedded.Image),
+		Size: int64(len(embedded.Image))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -170,10 +171,12 @@ func TestEndings(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", c.words, err)
 		}
-		if out.Ending != c.want || (out.Err == nil) != (c.err == "") || out.Err != nil && !strings.Contains(out.Err.Error(), c.err) {
+		if out.Ending != c.want || (out.Err == nil) != (c.err == "") ||
+			out.Err != nil && !strings.Contains(out.Err.Error(), c.err) {
 			t.Errorf("%s: %s, %v\n%s", c.words, out.Ending, out.Err, console.out.String())
 		}
-		if c.want == GuestCrashed && !strings.Contains(out.Report, "code at rip: ") && !strings.HasPrefix(out.Report, "the guest's registers are lost: ") {
+		if c.want == GuestCrashed && !strings.Contains(out.Report, "code at rip: ") &&
+			!strings.HasPrefix(out.Report, "the guest's registers are lost: ") {
 			t.Errorf("%s: the report lacks the code:\n%s", c.words, out.Report)
 		}
 		if !strings.Contains(console.out.String(), "gvm embedded guest") {
@@ -222,7 +225,7 @@ func TestRebootInPlaceAndDescriptors(t *testing.T) {
 	}
 }
 
-// TestPrepareForNothing: what is prepared and not used is gone when it is closed.
+// TestPrepareForNothing: closing an unused Prepared releases everything.
 func TestPrepareForNothing(t *testing.T) {
 	sys := system(t)
 	for _, size := range []uint64{64 << 20, 1} { // 1 is refused

@@ -1,5 +1,5 @@
-// Package acpi makes the ACPI tables (ACPI 6.4) that describe the machine to
-// its guest, as the bytes that lie in guest memory.
+// Package acpi makes the ACPI tables (ACPI 6.4) that describe the machine to its guest, as bytes
+// for guest memory.
 package acpi
 
 import (
@@ -19,12 +19,11 @@ type Range struct{ Base, Size uint64 }
 
 func (r Range) end() uint64 { return r.Base + r.Size }
 
-// Config is the machine that the tables describe. A zero field means its
-// default, which is given with it; APICIDs and MMIO64 have none.
+// Config is the machine that the tables describe. A zero field takes the default stated with it;
+// APICIDs and MMIO64 have none.
 type Config struct {
-	// Area is the guest physical memory that the tables may take: 0xe0000,
-	// 128 KiB. That is where a guest that was told no address looks for the
-	// RSDP, and has room for some 2,000 CPUs.
+	// Area is the guest physical memory for the tables: 0xe0000, 128 KiB. A guest that was given no
+	// address searches it for the RSDP, and it has room for some 2,000 CPUs.
 	Area Range
 
 	APICIDs []uint32 // the CPUs' local APIC IDs, ascending, the boot CPU first
@@ -37,8 +36,8 @@ type Config struct {
 
 	IOAPIC uint32 // the I/O APIC's address: 0xfec00000; its ID and first GSI are 0
 	SCI    uint8  // the system control interrupt, level-triggered: GSI 9
-	// INTx are the ISA interrupts of the PCI slots' INTA#, in turn from slot 1 on,
-	// level-triggered; none: INTx# is not wired.
+	// INTx are the ISA interrupts of the PCI slots' INTA#, in turn from slot 1 on, level-triggered;
+	// none: INTx# is not wired.
 	INTx []uint8
 
 	PM        uint16 // ports of package acpipm: 0x600
@@ -108,15 +107,16 @@ func (c *Config) check() error {
 		{"COM1 ports", Range{uint64(c.COM1), serial.Size}, 1 << 16, 8},
 	} {
 		if r.r.Base > r.limit || r.r.Size > r.limit-r.r.Base || r.r.Base%r.align != 0 {
-			return fmt.Errorf("acpi: %s %#x+%#x wraps, passes %#x or is not aligned to %#x", r.name, r.r.Base, r.r.Size, r.limit, r.align)
+			return fmt.Errorf("acpi: %s %#x+%#x wraps, passes %#x or is not aligned to %#x",
+				r.name, r.r.Base, r.r.Size, r.limit, r.align)
 		}
 	}
 	return nil
 }
 
-// Build returns the tables, which go to the start of cfg.Area as they are, and
-// the address of the RSDP, which is that start. A configuration that cannot be
-// described, or an area too small for it, is an error.
+// Build returns the tables and the address of the RSDP. The caller writes the tables to the start
+// of cfg.Area, which is also the RSDP's address. It fails if the configuration cannot be described
+// or the area is too small.
 func Build(cfg Config) (tables []byte, rsdp uint64, err error) {
 	cfg.setDefaults()
 	if err := cfg.check(); err != nil {
@@ -124,7 +124,7 @@ func Build(cfg Config) (tables []byte, rsdp uint64, err error) {
 	}
 	b := make([]byte, rsdpSize)
 	place := func(t []byte) uint64 {
-		const align = 64 // the FACS asks for it
+		const align = 64 // required by the FACS
 		b = append(b, make([]byte, -len(b)&(align-1))...)
 		b = append(b, t...)
 		return cfg.Area.Base + uint64(len(b)-len(t))
@@ -138,7 +138,8 @@ func Build(cfg Config) (tables []byte, rsdp uint64, err error) {
 	})))
 	copy(b, rsdpTable(xsdt))
 	if uint64(len(b)) > cfg.Area.Size {
-		return nil, 0, fmt.Errorf("acpi: tables for %d CPUs take %d bytes, the area at %#x has %d", len(cfg.APICIDs), len(b), cfg.Area.Base, cfg.Area.Size)
+		return nil, 0, fmt.Errorf("acpi: tables for %d CPUs take %d bytes, the area at %#x has %d",
+			len(cfg.APICIDs), len(b), cfg.Area.Base, cfg.Area.Size)
 	}
 	return b, cfg.Area.Base, nil
 }
@@ -151,7 +152,7 @@ const (
 	rsdpSize   = 36
 )
 
-// table puts the header (5.2.6) before a table's body.
+// table prepends the header (5.2.6) to a table's body.
 func table(signature string, revision byte, body []byte) []byte {
 	b := append([]byte(signature), 0, 0, 0, 0, revision, 0)
 	b = append(b, oemID+oemTableID...)
@@ -164,7 +165,7 @@ func table(signature string, revision byte, body []byte) []byte {
 	return b
 }
 
-// checksum is the byte that makes b, where it is still 0, sum to 0.
+// checksum returns the byte that makes b sum to 0, where the checksum is still 0.
 func checksum(b []byte) byte {
 	var sum byte
 	for _, v := range b {
@@ -173,12 +174,12 @@ func checksum(b []byte) byte {
 	return sum
 }
 
-// marshal is the bytes of structures of fixed size, without padding.
+// marshal returns the bytes of fixed-size structures, without padding.
 func marshal(vs ...any) []byte {
 	var b bytes.Buffer
 	for _, v := range vs {
 		if err := binary.Write(&b, le, v); err != nil {
-			panic(err) // a type of this package that has no fixed size
+			panic(err) // a type of this package without a fixed size
 		}
 	}
 	return b.Bytes()
@@ -195,7 +196,7 @@ func rsdpTable(xsdt uint64) []byte {
 	return b
 }
 
-// facsTable is 5.2.10. It has no checksum.
+// facsTable is 5.2.10. The FACS has no checksum.
 func facsTable() []byte {
 	b := make([]byte, 64)
 	copy(b, "FACS")
@@ -274,7 +275,7 @@ func (c *Config) fadt(facs, dsdt uint64) []byte {
 		XPM1aCntBlk:  port(c.PM+acpipm.OffControl, 2, 2),
 		XPMTmrBlk:    port(c.PM+acpipm.OffTimer, 4, 4),
 	}
-	// Above 4 GiB only the 64-bit fields can say where; below it both do.
+	// Above 4 GiB only the 64-bit fields hold the addresses; below it both do.
 	f.XFirmwareCtrl, f.XDSDT = facs, dsdt
 	if c.Area.end() <= 1<<32 {
 		f.FirmwareCtrl, f.DSDT = uint32(facs), uint32(dsdt)

@@ -20,8 +20,8 @@ func ids(n int) []uint32 {
 	return v
 }
 
-// find walks the tables as a guest does, checking every signature, length,
-// checksum and alignment on the way, and returns them by signature.
+// find walks the tables as a guest does, checks every signature, length, checksum and alignment on
+// the way, and returns them by signature.
 func find(t *testing.T, base uint64, image []byte, rsdp uint64) map[string][]byte {
 	t.Helper()
 	at := func(addr uint64, n int) []byte {
@@ -158,10 +158,11 @@ func TestMADT(t *testing.T) {
 	}
 }
 
-// TestMADTCounts: every CPU has one entry, of the kind that its ID asks for, with the UID of its
+// TestMADTCounts: every CPU has one entry, of the type that its ID requires, with the UID of its
 // device in the DSDT.
 func TestMADTCounts(t *testing.T) {
-	for _, list := range [][]uint32{ids(2), ids(8), ids(64), ids(255), ids(256), ids(300), ids(1024), {0, 300}, {3, 254, 255, 32767}} {
+	for _, list := range [][]uint32{ids(2), ids(8), ids(64), ids(255), ids(256), ids(300), ids(1024), {0, 300},
+		{3, 254, 255, 32767}} {
 		tables := build(t, Config{APICIDs: list, MMIO64: mmio64})
 		var got []uint32
 		b := tables["APIC"][44:]
@@ -249,8 +250,7 @@ func TestPkgLength(t *testing.T) {
 	}
 }
 
-// tool runs one of the reference implementation's programs in dir and returns
-// what it prints.
+// tool runs one of the reference implementation's programs in dir and returns its output.
 func tool(t *testing.T, dir string, args ...string) string {
 	t.Helper()
 	if _, err := exec.LookPath(args[0]); err != nil {
@@ -267,8 +267,8 @@ func tool(t *testing.T, dir string, args ...string) string {
 
 var complaint = regexp.MustCompile(`(?im)^.*\b(error|warning|invalid|firmware bug|exception|AE_[A-Z_]+)\b.*$`)
 
-// complain fails the test for each line that tells of a problem. iasl's
-// summary does so too, with counts of zero.
+// complain fails the test for each line that reports a problem. iasl's summary also matches, with
+// counts of zero.
 func complain(t *testing.T, what, out string) {
 	t.Helper()
 	for _, line := range complaint.FindAllString(out, -1) {
@@ -310,8 +310,7 @@ func TestDisassemble(t *testing.T) {
 	}
 }
 
-// TestRecompile has the reference compiler judge the DSDT's source, and make
-// the same bytes of it.
+// TestRecompile has the reference compiler compile the DSDT's source, and compares the bytes.
 func TestRecompile(t *testing.T) {
 	tables := build(t, Config{APICIDs: ids(2), MMIO64: mmio64, INTx: []uint8{10, 11, 5}})
 	dir := write(t, tables)
@@ -327,13 +326,20 @@ func TestRecompile(t *testing.T) {
 		`WordBusNumber (ResourceProducer, MinFixed, MaxFixed, PosDecode, 0x0000, 0x0000, 0x00FF, 0x0000, 0x0100,`,
 		`IO (Decode16, 0x0CF8, 0x0CF8, 0x01, 0x08, )`,
 		`WordIO (ResourceProducer, MinFixed, MaxFixed, PosDecode, EntireRange, 0x0000, 0x1000, 0xFFFF, 0x0000, 0xF000,`,
-		`DWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite, 0x00000000, 0xC0000000, 0xDFFFFFFF, 0x00000000, 0x20000000,`,
-		`QWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite, 0x0000000000000000, 0x0000000240000000, 0x000000423FFFFFFF, 0x0000000000000000, 0x0000004000000000,`,
-		`Name (_PRT, Package (0x1F) { Package (0x04) { 0x0001FFFF, Zero, Zero, 0x0A }, Package (0x04) { 0x0002FFFF, Zero, Zero, 0x0B }, ` +
+		`DWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite, ` +
+			`0x00000000, 0xC0000000, 0xDFFFFFFF, 0x00000000, 0x20000000,`,
+		`QWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite, ` +
+			`0x0000000000000000, 0x0000000240000000, 0x000000423FFFFFFF, 0x0000000000000000, 0x0000004000000000,`,
+		`Name (_PRT, Package (0x1F) { Package (0x04) { 0x0001FFFF, Zero, Zero, 0x0A }, ` +
+			`Package (0x04) { 0x0002FFFF, Zero, Zero, 0x0B }, ` +
 			`Package (0x04) { 0x0003FFFF, Zero, Zero, 0x05 }, Package (0x04) { 0x0004FFFF, Zero, Zero, 0x0A },`,
-		`Name (_HID, EisaId ("PNP0C02") ) Name (_UID, Zero) Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0600, 0x0600, 0x01, 0x0C, ) Memory32Fixed (ReadWrite, 0xE0000000, 0x10000000, ) })`,
-		`Name (_HID, EisaId ("PNP0501") ) Name (_UID, One) Name (_CRS, ResourceTemplate () { IO (Decode16, 0x03F8, 0x03F8, 0x01, 0x08, ) IRQNoFlags () {4} })`,
-		`Name (_HID, EisaId ("PNP0B00") ) Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0070, 0x0070, 0x01, 0x02, ) IRQNoFlags () {8} })`,
+		`Name (_HID, EisaId ("PNP0C02") ) Name (_UID, Zero) ` +
+			`Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0600, 0x0600, 0x01, 0x0C, ) ` +
+			`Memory32Fixed (ReadWrite, 0xE0000000, 0x10000000, ) })`,
+		`Name (_HID, EisaId ("PNP0501") ) Name (_UID, One) ` +
+			`Name (_CRS, ResourceTemplate () { IO (Decode16, 0x03F8, 0x03F8, 0x01, 0x08, ) IRQNoFlags () {4} })`,
+		`Name (_HID, EisaId ("PNP0B00") ) ` +
+			`Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0070, 0x0070, 0x01, 0x02, ) IRQNoFlags () {8} })`,
 		`Name (_HID, "QEMU0001") Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0505, 0x0505, 0x01, 0x01, ) })`,
 		`Device (C001) { Name (_HID, "ACPI0007" ) Name (_UID, One) }`,
 	} {
@@ -345,26 +351,32 @@ func TestRecompile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The header differs by the compiler's ID, and so by the checksum.
+	// The header differs in the compiler's ID, and therefore in the checksum.
 	if !bytes.Equal(again[36:], tables["DSDT"][36:]) {
 		t.Errorf("recompiled DSDT differs:\n% x\n% x", again[36:], tables["DSDT"][36:])
 	}
 }
 
-// TestEvaluate has the reference interpreter load the tables and run them.
+// TestEvaluate has the reference interpreter load and run the tables.
 func TestEvaluate(t *testing.T) {
 	const uuid = "(5B 4D DB 33 F7 1F 1C 40 96 57 74 41 C0 3D D7 66)"
 	tables := build(t, Config{APICIDs: ids(300), MMIO64: mmio64})
 	dir := write(t, tables)
 	cases := []struct{ name, expr, want string }{
-		{"soft off", `\_S5`, "[Package] Contains 4 Elements: [Integer] = 0000000000000005 [Integer] = 0000000000000005 [Integer] = 0000000000000000 [Integer] = 0000000000000000"},
+		{"soft off", `\_S5`, "[Package] Contains 4 Elements: [Integer] = 0000000000000005 " +
+			"[Integer] = 0000000000000005 [Integer] = 0000000000000000 [Integer] = 0000000000000000"},
 		{"CPU by name and number", `\_SB.C12B._UID`, "[Integer] = 000000000000012B"},
-		{"_OSC query of all", `\_SB.PCI0._OSC ` + uuid + ` 1 3 (01 00 00 00 1F 00 00 00 FF 01 00 00)`, "0000: 11 00 00 00 1F 00 00 00 3C 00 00 00"},
-		{"_OSC of what is granted", `\_SB.PCI0._OSC ` + uuid + ` 1 3 (00 00 00 00 1F 00 00 00 18 00 00 00)`, "0000: 00 00 00 00 1F 00 00 00 18 00 00 00"},
-		{"_OSC of an unknown revision", `\_SB.PCI0._OSC ` + uuid + ` 2 3 (00 00 00 00 1F 00 00 00 10 00 00 00)`, "0000: 08 00 00 00 1F 00 00 00 10 00 00 00"},
-		{"_OSC of an unknown UUID", `\_SB.PCI0._OSC (00 01 02 03 04 05 06 07 08 09 0A 0B 0C 0D 0E 0F) 1 3 (00 00 00 00 1F 00 00 00 FF 01 00 00)`, "0000: 04 00 00 00 1F 00 00 00 FF 01 00 00"},
+		{"_OSC query of all", `\_SB.PCI0._OSC ` + uuid + ` 1 3 (01 00 00 00 1F 00 00 00 FF 01 00 00)`,
+			"0000: 11 00 00 00 1F 00 00 00 3C 00 00 00"},
+		{"_OSC of the granted features", `\_SB.PCI0._OSC ` + uuid + ` 1 3 (00 00 00 00 1F 00 00 00 18 00 00 00)`,
+			"0000: 00 00 00 00 1F 00 00 00 18 00 00 00"},
+		{"_OSC of an unknown revision", `\_SB.PCI0._OSC ` + uuid + ` 2 3 (00 00 00 00 1F 00 00 00 10 00 00 00)`,
+			"0000: 08 00 00 00 1F 00 00 00 10 00 00 00"},
+		{"_OSC of an unknown UUID", `\_SB.PCI0._OSC (00 01 02 03 04 05 06 07 08 09 0A 0B 0C 0D 0E 0F)` +
+			` 1 3 (00 00 00 00 1F 00 00 00 FF 01 00 00)`,
+			"0000: 04 00 00 00 1F 00 00 00 FF 01 00 00"},
 	}
-	commands := []string{`resources \_SB.PCI0`} // all in one run: it takes a second to end
+	commands := []string{`resources \_SB.PCI0`} // all in one run: ending takes a second
 	for _, c := range cases {
 		commands = append(commands, "evaluate "+c.expr)
 	}
@@ -373,7 +385,8 @@ func TestEvaluate(t *testing.T) {
 	if len(answers) != 1+len(cases) {
 		t.Fatalf("%d answers, want %d\n%s", len(answers)-1, len(cases), out)
 	}
-	for _, want := range []string{"Bus Number Range", "Address Maximum : 00FF", "Address Minimum : C0000000", "Address Maximum : 000000423FFFFFFF", "[05] EndTag Resource"} {
+	for _, want := range []string{"Bus Number Range", "Address Maximum : 00FF", "Address Minimum : C0000000",
+		"Address Maximum : 000000423FFFFFFF", "[05] EndTag Resource"} {
 		if !strings.Contains(answers[0], want) {
 			t.Errorf("_CRS of the host bridge: no %q in\n%s", want, answers[0])
 		}

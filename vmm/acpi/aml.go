@@ -5,9 +5,9 @@ import (
 	"strings"
 )
 
-// An aml is a piece of AML byte code: a term, an object, a name, a resource
-// descriptor. The functions of this file are its grammar (ACPI 6.4, 20.2) as
-// far as the DSDT needs it; each is named as in ASL.
+// An aml is a piece of AML byte code: a term, an object, a name, a resource descriptor. The
+// functions of this file implement the part of its grammar (ACPI 6.4, 20.2) that the DSDT needs;
+// each is named as in ASL.
 type aml []byte
 
 var le = binary.LittleEndian
@@ -20,8 +20,7 @@ func join(parts ...aml) aml {
 	return b
 }
 
-// pkg puts an opcode and the PkgLength (20.2.4), which counts itself, before a
-// body.
+// pkg prepends an opcode and the PkgLength (20.2.4), which counts itself, to a body.
 func pkg(op aml, body ...aml) aml {
 	b := join(body...)
 	n := len(b) + 1
@@ -98,7 +97,7 @@ func not(a aml) aml                        { return join(aml{0x92}, a) }
 func ifElse(cond, then, otherwise aml) aml { return join(when(cond, then), pkg(aml{0xa1}, otherwise)) }
 func when(cond aml, then ...aml) aml       { return pkg(aml{0xa0}, cond, join(then...)) }
 
-// method is one that runs once at a time, as one that creates names must.
+// method is a serialized method: one that creates names must not run twice at a time.
 func method(n string, args byte, body ...aml) aml {
 	const serialized = 1 << 3
 	return pkg(aml{0x14}, seg(n), aml{args | serialized}, join(body...))
@@ -112,11 +111,11 @@ var local0 = aml{0x60}
 
 func arg(i byte) aml { return aml{0x68 + i} }
 
-// resources is a Buffer of resource descriptors (6.4) and the end tag, whose
-// checksum of zero means that there is none.
+// resources is a Buffer of resource descriptors (6.4) and the end tag, with checksum zero: not
+// used.
 func resources(descs ...aml) aml { return buffer(append(join(descs...), 0x79, 0)) }
 
-// io is a fixed range of I/O ports that takes 16-bit addresses (6.4.2.5).
+// io is a fixed range of I/O ports, decoding 16-bit addresses (6.4.2.5).
 func io(base uint16, size byte) aml {
 	return append(le.AppendUint16(le.AppendUint16(aml{0x47, 1}, base), base), 1, size)
 }
@@ -136,10 +135,9 @@ const (
 	busRange    = 2
 )
 
-// window is an address space descriptor of a resource producer, of fixed
-// minimum and maximum, positively decoded (6.4.3.5). Its fields are width
-// bytes: 2, 4 or 8. Memory is writable and not prefetchable, since Linux puts a
-// BAR that is not prefetchable into no other window.
+// window is an address space descriptor of a resource producer, with fixed minimum and maximum,
+// positively decoded (6.4.3.5). Its fields are width bytes: 2, 4 or 8. Memory is writable and not
+// prefetchable: Linux puts a non-prefetchable BAR into no other window.
 func window(kind byte, width int, base, size uint64) aml {
 	tag := map[int]byte{2: 0x88, 4: 0x87, 8: 0x8a}[width]
 	specific := map[byte]byte{memoryRange: 1, ioRange: 3, busRange: 0}[kind] // _RW; _RNG EntireRange

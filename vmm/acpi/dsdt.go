@@ -7,8 +7,8 @@ import (
 	"gvm/devices/rtc"
 )
 
-// dsdt is the DSDT's byte code. Devices are children of \_SB: there is no ISA
-// bridge to put the legacy ones under.
+// dsdt is the DSDT's byte code. All devices are children of \_SB: there is no ISA bridge for the
+// legacy ones.
 func (c *Config) dsdt() aml {
 	sb := []aml{c.hostBridge(), c.motherboard(), c.com1(), rtcDevice(), c.pvpanic()}
 	for i := range c.APICIDs {
@@ -36,8 +36,7 @@ func (c *Config) hostBridge() aml {
 	if w := c.MMIO64; w.Size > 0 {
 		crs = append(crs, window(memoryRange, 8, w.Base, w.Size))
 	}
-	// _PRT (6.2.13): the device in each slot has INTA# alone, which is wired to a GSI
-	// and has no link device.
+	// _PRT (6.2.13): the device in each slot has only INTA#, wired to a GSI without a link device.
 	var prt []aml
 	for slot := 1; slot < 32 && len(c.INTx) > 0; slot++ { // none: an empty table
 		irq := c.INTx[(slot-1)%len(c.INTx)]
@@ -66,8 +65,8 @@ const (
 	oscPCIe = 1 << 4
 	oscLTR  = 1 << 5
 
-	// oscGranted is what the guest may run itself. Hot-plug is not in it: there
-	// are no slots, and granting it would shut out plugging by ACPI.
+	// oscGranted lists the features that the guest may control. Hot-plug is not among them: there
+	// are no slots, and granting it would disable hot-plug by ACPI.
 	oscGranted = oscPME | oscAER | oscPCIe | oscLTR
 )
 
@@ -90,8 +89,8 @@ func osc() aml {
 	)
 }
 
-// motherboard reserves what belongs to no other device. Linux trusts MCFG only
-// if the range is reserved here or by the firmware's memory map.
+// motherboard reserves the resources of no other device. Linux trusts MCFG only if the range is
+// reserved here or by the firmware's memory map.
 func (c *Config) motherboard() aml {
 	crs := []aml{io(c.PM, acpipm.Size)}
 	if end := c.ECAM + uint64(c.Buses)<<20; end <= 1<<32 {

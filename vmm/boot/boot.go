@@ -1,17 +1,16 @@
-// Package boot puts a kernel, its initrds and its command line into guest
-// memory and says how the first vCPU starts. It knows no KVM.
+// Package boot loads a kernel, its initrds and its command line into guest memory and returns the
+// state in which the first vCPU starts. It does not depend on KVM.
 //
-// An ELF kernel is entered directly: through its PVH note where it has one
-// (32-bit protected mode, hvm_start_info), else, or where an initrd has to be above 4 GiB, at its
-// ELF entry point by Linux's 64-bit boot protocol (long mode, zero page). Of a bzImage the
-// compressed vmlinux is taken out and decompressed on the host, and then entered in
-// the same way: the decompressor in the image would do the same work far more
-// slowly in the guest. Where that cannot be done the bzImage is entered
-// by the 64-bit boot protocol of Documentation/arch/x86/boot.rst.
+// An ELF kernel is entered directly. If it has a PVH note, it is entered by PVH (32-bit protected
+// mode, hvm_start_info), unless an initrd must lie above 4 GiB. Else it is entered at its ELF entry
+// point by Linux's 64-bit boot protocol (long mode, zero page). The compressed vmlinux of a bzImage
+// is decompressed on the host and entered in the same way: the decompressor in the image would do
+// the same work far more slowly in the guest. If the host cannot decompress it, the bzImage is
+// entered by the 64-bit boot protocol of Documentation/arch/x86/boot.rst.
 //
-// Libraries decompress: klauspost/compress gzip and zstd, pierrec/lz4 the blocks
-// of lz4, the standard library bzip2, mikelolasagasti/xz xz, and ulikunitz/xz
-// LZMA. Around them only the lz4 legacy frame is written here.
+// Libraries decompress: klauspost/compress gzip and zstd, pierrec/lz4 the blocks of lz4, the
+// standard library bzip2, mikelolasagasti/xz xz, and ulikunitz/xz LZMA. This package adds only the
+// lz4 legacy frame.
 package boot
 
 import (
@@ -22,13 +21,13 @@ import (
 	"gvm/text"
 )
 
-// Mode says what is done with a bzImage.
+// Mode selects how a bzImage is booted.
 type Mode int
 
 const (
 	Auto    Mode = iota // decompress on the host, fall back to BzImage with a note
 	ELF                 // decompress on the host, or fail; an ELF file is taken as it is
-	BzImage             // let the decompressor in the bzImage run in the guest
+	BzImage             // run the decompressor of the bzImage in the guest
 )
 
 var modeNames = [...]string{Auto: "auto", ELF: "elf", BzImage: "bzimage"}
@@ -45,7 +44,7 @@ func ParseMode(s string) (Mode, error) {
 	return 0, fmt.Errorf("boot mode %q: want auto, elf or bzimage%s", s, text.Suggest(s, modeNames[:]))
 }
 
-// Protocol is the state that a kernel expects its first CPU in.
+// Protocol is the state in which a kernel expects its first CPU.
 type Protocol int
 
 const (
@@ -67,29 +66,28 @@ func (p Protocol) String() string {
 	return "any"
 }
 
-// Config says what to load.
+// Config describes the kernel and files to load.
 type Config struct {
 	Kernel  *Image  // from Open or NewImage
 	Initrds []*File // concatenated in this order
 	CmdLine string
 	Mode    Mode
-	// Protocol forces the way into an ELF kernel. Zero takes PVH where the
-	// kernel has the note and the initrds fit below 4 GiB, else the 64-bit entry.
+	// Protocol forces the entry of an ELF kernel. Zero selects PVH if the kernel has the note and
+	// the initrds fit below 4 GiB, else the 64-bit entry.
 	Protocol Protocol
-	RSDP     uint64 // guest physical address of the ACPI RSDP, 0 when there is none
-	// E820 is the memory map that the guest is told; nil takes E820(mem). Only
-	// what it calls E820RAM is loaded into.
+	RSDP     uint64 // guest physical address of the ACPI RSDP; 0: none
+	// E820 is the guest's memory map; nil takes E820(mem). Files are loaded only into its entries
+	// of type E820RAM.
 	E820 []E820Entry
-	// Cache is a directory of decompressed kernels, as CacheDir gives; "" keeps none.
+	// Cache is a directory of decompressed kernels, as CacheDir returns; "" disables the cache.
 	Cache string
 	// Dirty says that mem may hold something other than zeros.
 	Dirty bool
-	// Note takes one-line remarks about what was done instead of what was
-	// asked for; nil drops them.
+	// Note takes one-line remarks about each fallback; nil drops them.
 	Note func(string)
 }
 
-// Entry is how the first vCPU starts.
+// Entry is the state in which the first vCPU starts.
 type Entry struct {
 	Protocol  Protocol
 	RIP       uint64
@@ -98,14 +96,14 @@ type Entry struct {
 	CR3       uint64 // Linux64: identity page tables
 	GDT       uint64 // Linux64: address of the GDT
 	GDTLimit  uint16 // Linux64
-	Payload   string // compression of the bzImage that was undone on the host, "" when none was
+	Payload   string // compression of the bzImage that the host decompressed, else ""
 }
 
-// maxELFCmdLine is COMMAND_LINE_SIZE less the NUL: an ELF kernel has no
-// header that tells its limit, and Linux cuts what is longer.
+// maxELFCmdLine is COMMAND_LINE_SIZE less the NUL: an ELF kernel has no header with its limit, and
+// Linux cuts a longer line.
 const maxELFCmdLine = 2047
 
-// loader is one Load on its way.
+// loader is the state of one Load.
 type loader struct {
 	mem  *guestmem.Memory
 	cfg  Config
@@ -113,9 +111,8 @@ type loader struct {
 	free layout
 }
 
-// Load puts the kernel, the initrds, the command line and the tables that the
-// protocol needs into mem. An *ImageError says what the user gave that cannot
-// be booted.
+// Load writes the kernel, the initrds, the command line and the protocol's tables into mem. An
+// *ImageError reports user input that cannot be booted.
 func Load(mem *guestmem.Memory, cfg Config) (Entry, error) {
 	ld := &loader{mem: mem, cfg: cfg, e820: cfg.E820}
 	if ld.e820 == nil {
@@ -130,7 +127,8 @@ func Load(mem *guestmem.Memory, cfg Config) (Entry, error) {
 	ld.free = newLayout(mem, ld.e820)
 	if cfg.Kernel.elf != nil {
 		if cfg.Mode == BzImage {
-			return Entry{}, &ImageError{cfg.Kernel.Name, "is an ELF kernel, and the boot mode bzimage takes a bzImage", "use the boot mode auto or elf"}
+			return Entry{}, &ImageError{cfg.Kernel.Name, "is an ELF kernel, and the boot mode bzimage takes a bzImage",
+				"use the boot mode auto or elf"}
 		}
 		if err := ld.placeELF(cfg.Kernel.elf); err != nil {
 			return Entry{}, err
@@ -151,7 +149,8 @@ func (ld *loader) imageError(mend, format string, args ...any) error {
 	return &ImageError{ld.cfg.Kernel.Name, fmt.Sprintf(format, args...), mend}
 }
 
-// roomMend returns what makes [start, end) free RAM: more memory, unless some of it is never RAM.
+// roomMend says how to make [start, end) free RAM: more memory, unless part of the range is never
+// RAM.
 func roomMend(start, end uint64, otherwise string) string {
 	if start >= highRAM && end <= guestmem.HoleStart || start >= guestmem.HoleEnd {
 		return "give the guest more memory"
@@ -163,7 +162,8 @@ func roomMend(start, end uint64, otherwise string) string {
 func (ld *loader) place(what string, size, align uint64) (uint64, error) {
 	addr, ok := ld.free.low(size, align, 0, 1<<32)
 	if !ok {
-		return 0, ld.imageError("give the guest more memory", "leaves no room for the %s (%d bytes) in the guest's memory", what, size)
+		return 0, ld.imageError("give the guest more memory", "leaves no room for the %s (%d bytes) in the guest's memory",
+			what, size)
 	}
 	return addr, nil
 }
@@ -171,7 +171,8 @@ func (ld *loader) place(what string, size, align uint64) (uint64, error) {
 // cmdLine writes the NUL-terminated command line and returns its address.
 func (ld *loader) cmdLine(limit uint64) (uint64, error) {
 	if n := uint64(len(ld.cfg.CmdLine)); n > limit {
-		return 0, &ImageError{"the kernel command line", fmt.Sprintf("is %d bytes long, and the kernel takes %d", n, limit), "shorten it"}
+		return 0, &ImageError{"the kernel command line", fmt.Sprintf("is %d bytes long, and the kernel takes %d", n, limit),
+			"shorten it"}
 	}
 	b := append([]byte(ld.cfg.CmdLine), 0)
 	addr, err := ld.place("command line", uint64(len(b)), 16)

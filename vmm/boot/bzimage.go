@@ -10,13 +10,13 @@ import (
 )
 
 // Offsets of setup header fields in the bzImage and in the zero page
-// (Documentation/arch/x86/boot.rst), and what bits of theirs are used.
+// (Documentation/arch/x86/boot.rst), and bits of these fields.
 const (
 	hdrStart        = 0x1f1
 	hdrSetupSects   = 0x1f1 // u8
 	hdrSysSize      = 0x1f4 // u32, in 16-byte units
 	hdrBootFlag     = 0x1fe // u16
-	hdrJump         = 0x200 // u16; its second byte tells where the header ends
+	hdrJump         = 0x200 // u16; its second byte gives the header's end
 	hdrMagic        = 0x202 // "HdrS"
 	hdrVersion      = 0x206 // u16
 	hdrTypeOfLoader = 0x210 // u8
@@ -24,7 +24,7 @@ const (
 	hdrRamdisk      = 0x218 // u32
 	hdrRamdiskSize  = 0x21c // u32
 	hdrCmdLinePtr   = 0x228 // u32
-	hdrInitrdMax    = 0x22c // u32, highest address an initrd's byte may have
+	hdrInitrdMax    = 0x22c // u32, highest address of an initrd's last byte
 	hdrAlignment    = 0x230 // u32
 	hdrRelocatable  = 0x234 // u8
 	hdrXLoadFlags   = 0x236 // u16
@@ -34,11 +34,11 @@ const (
 	hdrPrefAddress  = 0x258 // u64
 	hdrInitSize     = 0x260 // u32
 	hdrNeeded       = 0x264 // the end of the last field used
-	hdrMaxEnd       = 0x290 // where the zero page's next field is
+	hdrMaxEnd       = 0x290 // start of the zero page's next field
 
 	bootFlag      = 0xaa55
 	loadedHigh    = 1 << 0 // loadflags
-	kaslrFlag     = 1 << 1 // loadflags; the kernel's own
+	kaslrFlag     = 1 << 1 // loadflags; for the kernel's own use
 	canUseHeap    = 1 << 7 // loadflags
 	xlfKernel64   = 1 << 0 // xloadflags
 	xlfAbove4G    = 1 << 1 // xloadflags
@@ -47,8 +47,8 @@ const (
 	entry64Offset = 0x200 // of the 64-bit entry in the protected-mode code
 )
 
-// setupHeader is the start of a bzImage up to the end of its setup header, at
-// the header's own offsets.
+// setupHeader is the start of a bzImage up to the end of its setup header. Offsets into b are those
+// of the header.
 type setupHeader struct{ b []byte }
 
 func (h *setupHeader) u8(off int) uint8      { return h.b[off] }
@@ -58,7 +58,7 @@ func (h *setupHeader) u64(off int) uint64    { return binary.LittleEndian.Uint64
 func (h *setupHeader) cmdlineSize() uint32   { return h.u32(hdrCmdLineSize) }
 func (h *setupHeader) loadableAbove4G() bool { return h.u16(hdrXLoadFlags)&xlfAbove4G != 0 }
 
-// code returns where the protected-mode code is in the file.
+// code returns the place of the protected-mode code in the file.
 func (h *setupHeader) code() (off, size int64) {
 	sects := int64(h.u8(hdrSetupSects))
 	if sects == 0 {
@@ -71,8 +71,7 @@ func isBzImage(head []byte) bool {
 	return len(head) >= hdrVersion && bytes.HasPrefix(head[hdrMagic:], []byte("HdrS"))
 }
 
-// parseSetupHeader checks the header of a bzImage of size bytes that starts
-// with head.
+// parseSetupHeader checks the header of a bzImage of size bytes that starts with head.
 func parseSetupHeader(name string, head []byte, size int64) (*setupHeader, error) {
 	bad := func(mend, format string, args ...any) (*setupHeader, error) {
 		return nil, &ImageError{name, fmt.Sprintf(format, args...), mend}
@@ -85,7 +84,8 @@ func parseSetupHeader(name string, head []byte, size int64) (*setupHeader, error
 		return bad(wantWhole, "has a setup header without its boot flag")
 	}
 	if v := h.u16(hdrVersion); v < minVersion {
-		return bad(wantKernel+", Linux 3.8 or newer", "has boot protocol %d.%02d, older than the 64-bit one (2.12)", v>>8, v&0xff)
+		return bad(wantKernel+", Linux 3.8 or newer", "has boot protocol %d.%02d, older than the 64-bit one (2.12)",
+			v>>8, v&0xff)
 	}
 	if h.u16(hdrXLoadFlags)&xlfKernel64 == 0 {
 		return bad(wantKernel, "is a 32-bit kernel")
@@ -105,15 +105,15 @@ func parseSetupHeader(name string, head []byte, size int64) (*setupHeader, error
 	if n <= entry64Offset {
 		return bad(wantWhole, "has a setup header with a kernel of %d bytes", n)
 	}
-	// The last 16-byte unit need not be whole.
+	// The last 16-byte unit may be incomplete.
 	if size <= off+n-16 {
 		return bad(wantWhole, "is a truncated bzImage: it has %d bytes of %d", size, off+n)
 	}
 	return h, nil
 }
 
-// bzImage loads a bzImage: its vmlinux where the mode says so and it can be
-// had, else the image itself.
+// bzImage loads a bzImage: its vmlinux if the mode asks for it and it can be extracted, else the
+// image itself.
 func (ld *loader) bzImage() (Entry, error) {
 	im := ld.cfg.Kernel
 	if ld.cfg.Mode != BzImage {
@@ -132,7 +132,7 @@ func (ld *loader) bzImage() (Entry, error) {
 		}
 		var ie *ImageError
 		if errors.As(err, &ie) {
-			err = errors.New(ie.Name + " " + ie.What) // there is nothing to mend
+			err = errors.New(ie.Name + " " + ie.What) // without the mend: the fallback needs none
 		}
 		ld.note("%v; it decompresses itself in the guest", err)
 		ld.free.free = all
@@ -155,8 +155,8 @@ func (ld *loader) bzImage() (Entry, error) {
 	return ld.linux64(addr+entry64Offset, im.hdr)
 }
 
-// placeBzImage takes the memory that the kernel runs in while it has no memory
-// map yet: init_size bytes from where it is loaded.
+// placeBzImage takes the memory that the kernel uses before it has a memory map: init_size bytes
+// from its load address.
 func (ld *loader) placeBzImage(h *setupHeader) (uint64, error) {
 	_, n := h.code()
 	size := max(uint64(h.u32(hdrInitSize)), uint64(n))
@@ -170,5 +170,6 @@ func (ld *loader) placeBzImage(h *setupHeader) (uint64, error) {
 			return addr, nil
 		}
 	}
-	return 0, ld.imageError(roomMend(pref, pref+size, wantWhole), "needs %d MiB of RAM from %#x, and the guest has %d MiB in all", (size+1<<20-1)>>20, pref, ld.mem.Size()>>20)
+	return 0, ld.imageError(roomMend(pref, pref+size, wantWhole),
+		"needs %d MiB of RAM from %#x, and the guest has %d MiB in all", (size+1<<20-1)>>20, pref, ld.mem.Size()>>20)
 }

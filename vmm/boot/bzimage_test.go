@@ -24,8 +24,8 @@ import (
 )
 
 // bigELF is a kernel of a little over 9 MiB, more than one block of lz4 and than four chunks of
-// LZMA2, whose text is full of CALLs and JMPs as the x86 filter likes them
-// and of opcode bytes in places where it must leave them alone.
+// LZMA2. Its text is full of CALLs and JMPs for the x86 filter, and of the same opcode bytes in
+// places that the filter must leave alone.
 func bigELF() []byte {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	text := make([]byte, 9<<20)
@@ -39,7 +39,7 @@ func bigELF() []byte {
 			text[i] = byte(rnd.Uint32())
 		}
 	}
-	// What follows compresses well: the same code again without branches, and zeros.
+	// The rest compresses well: the same code again without branches, and zeros.
 	for i := 20 << 10; i < len(text); i += 4096 {
 		if i < 1<<20 {
 			copy(text[i:], text[:4096])
@@ -81,7 +81,7 @@ func makeBzImage(payload []byte, set func(h []byte)) []byte {
 	le.PutUint32(b[hdrPayloadLen:], uint32(len(payload)))
 	le.PutUint64(b[hdrPrefAddress:], 0x200000)
 	le.PutUint32(b[hdrInitSize:], 0xb00000)
-	le.PutUint32(b[0x268:], 0x11223344) // kernel_info_offset, newer than what is read here
+	le.PutUint32(b[0x268:], 0x11223344) // kernel_info_offset, newer than the fields that are read
 	if set != nil {
 		set(b)
 	}
@@ -90,7 +90,7 @@ func makeBzImage(payload []byte, set func(h []byte)) []byte {
 
 func sized(b []byte, n int) []byte { return append(b, le32(uint32(n))...) }
 
-// payloads returns the ELF file compressed in each way that Go can write.
+// payloads returns the ELF file compressed in each format that Go can write.
 func payloads(t testing.TB, image []byte) map[string][]byte {
 	var gz bytes.Buffer
 	w := gzip.NewWriter(&gz)
@@ -120,7 +120,7 @@ func payloads(t testing.TB, image []byte) map[string][]byte {
 	}
 }
 
-// allPayloads adds to payloads those in testdata.
+// allPayloads adds the payloads of testdata to payloads.
 func allPayloads(t testing.TB, image []byte) map[string][]byte {
 	all := payloads(t, image)
 	for _, name := range []string{"xz", "lzma", "bzip2"} {
@@ -159,8 +159,8 @@ func TestLoadPayload(t *testing.T) {
 	}
 }
 
-// TestDamagedPayload changes single bytes: a format with a checksum must see it, and none may
-// panic.
+// TestDamagedPayload changes single bytes: a format with a checksum must detect the change, and
+// none may panic.
 func TestDamagedPayload(t *testing.T) {
 	want := bigELF()
 	for name, payload := range allPayloads(t, want) {
@@ -174,7 +174,7 @@ func TestDamagedPayload(t *testing.T) {
 				if err != nil && !errors.As(err, &ie) {
 					t.Errorf("byte %d: %v is no ImageError", at, err)
 				}
-				// A bit may be one that decides nothing.
+				// A changed bit may have no effect.
 				if err == nil && !bytes.Equal(got, want) && name != "lz4" && name != "lzma" {
 					t.Errorf("byte %d: damage went unseen", at)
 				}
@@ -198,11 +198,13 @@ func TestFallback(t *testing.T) {
 		{"corrupt", append(bytes.Clone(good[:len(good)/2]), good[len(good)/2+1:]...), nil, "cannot be decompressed"},
 		{"larger than init_size", sized(bytes.Clone(good[:len(good)-4]), 0xb00001), nil, "decompresses to 11534337 bytes"},
 		{"larger than it says", sized(bytes.Clone(good[:len(good)-4]), 100), nil, "gzip"},
-		{"payload past the end", good, func(h []byte) { binary.LittleEndian.PutUint32(h[hdrPayloadLen:], 1<<31) }, "no payload"},
+		{"payload past the end", good, func(h []byte) { binary.LittleEndian.PutUint32(h[hdrPayloadLen:], 1<<31) },
+			"no payload"},
 		{"no payload", good, func(h []byte) { binary.LittleEndian.PutUint32(h[hdrPayloadLen:], 0) }, "no payload"},
 		{"not an ELF file", payloads(t, pattern(3, 5000))["gzip"], nil, "ELF"},
-		{"segment where no RAM is", payloads(t, makeELF(elf.ET_EXEC, 1<<40, segment{kind: elf.PT_LOAD, paddr: 0x200000, data: pattern(1, 64)},
-			segment{kind: elf.PT_LOAD, paddr: 1 << 40, data: pattern(1, 64)}))["gzip"], nil, "0x10000000000"},
+		{"segment where no RAM is", payloads(t,
+			makeELF(elf.ET_EXEC, 1<<40, segment{kind: elf.PT_LOAD, paddr: 0x200000, data: pattern(1, 64)},
+				segment{kind: elf.PT_LOAD, paddr: 1 << 40, data: pattern(1, 64)}))["gzip"], nil, "0x10000000000"},
 		{"more lz4 blocks than it says", moreLZ4, nil, "lz4"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -288,7 +290,7 @@ func TestTruncated(t *testing.T) {
 					}
 					continue
 				}
-				// The notes are the last thing in the ELF file.
+				// The notes are at the end of the ELF file.
 				if !errors.As(err, &ie) {
 					t.Fatalf("cut at %#x: %v; want an ImageError", n, err)
 				}
@@ -300,8 +302,8 @@ func TestTruncated(t *testing.T) {
 	}
 }
 
-// BenchmarkDecompress decompresses synthetic kernels, which show no format's true
-// speed, and the bzImage that GVM_TEST_KERNEL names, which does.
+// BenchmarkDecompress decompresses synthetic kernels, which do not show a format's true speed, and
+// the bzImage named by GVM_TEST_KERNEL, which does.
 func BenchmarkDecompress(b *testing.B) {
 	want := bigELF()
 	if path := os.Getenv("GVM_TEST_KERNEL"); path != "" {
@@ -345,8 +347,8 @@ func BenchmarkDecompress(b *testing.B) {
 	}
 }
 
-// TestCutPayload cuts the payloads of testdata, and puts other data behind them or in
-// place of their second half.
+// TestCutPayload truncates the payloads of testdata, and puts other data after them or in place of
+// their second half.
 func TestCutPayload(t *testing.T) {
 	dst := make([]byte, len(bigELF()))
 	for _, name := range []string{"xz", "lzma", "bzip2"} {
@@ -369,7 +371,7 @@ func TestCutPayload(t *testing.T) {
 	}
 }
 
-// TestLargeWindow has headers ask for dictionaries of 4 GiB.
+// TestLargeWindow uses headers that ask for dictionaries of 4 GiB.
 func TestLargeWindow(t *testing.T) {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
@@ -378,8 +380,8 @@ func TestLargeWindow(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The block's header is 12 bytes, of which the dictionary's size is the 7th
-	// and the last four are its CRC32.
+	// The block's header is 12 bytes: the 7th is the dictionary's size, and the last four are its
+	// CRC32.
 	h := b[12:24]
 	h[6] = 40
 	binary.LittleEndian.PutUint32(h[8:], crc32.ChecksumIEEE(h[:8]))
@@ -398,7 +400,7 @@ func TestLargeWindow(t *testing.T) {
 	}
 }
 
-// holes reads as b and then zeroes, and counts what is read.
+// holes reads as b and then as zeroes, and counts the bytes read.
 type holes struct {
 	b    []byte
 	read int64
@@ -413,7 +415,7 @@ func (h *holes) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// TestLargePayload: a payload that is larger than the largest kernel is not read.
+// TestLargePayload: a payload larger than the largest kernel is not read.
 func TestLargePayload(t *testing.T) {
 	bz := makeBzImage(payloads(t, kernelELF())["gzip"], func(h []byte) {
 		binary.LittleEndian.PutUint32(h[hdrPayloadLen:], 3<<30)
@@ -431,7 +433,7 @@ func TestLargePayload(t *testing.T) {
 	}
 }
 
-// TestInitrdSizes: sizes whose sum has more than 64 bits.
+// TestInitrdSizes uses sizes whose sum needs more than 64 bits.
 func TestInitrdSizes(t *testing.T) {
 	var list []*File
 	for range 4 {

@@ -17,22 +17,20 @@ import (
 	"gvm/kvmapi/nowait"
 )
 
-// The cache holds decompressed kernels: files named by the hash and size of the
-// payload that they came from, each the ELF file with a footer behind it. The
-// footer's checksum is what keeps a damaged file from being booted. Both are
-// XXH64: a boot waits for them, and nobody is kept out by them, as who can write
-// to the cache can boot what he likes. Nothing in the cache is worth an
-// error: what cannot be read or written is done without.
+// The cache holds decompressed kernels: files named by the hash and size of the payload, each the
+// ELF file followed by a footer. The footer's checksum detects damaged files. Both hashes are
+// XXH64, because a boot waits for them and they are no protection: a user who can write to the
+// cache can boot any kernel. No failure of the cache is an error: the kernel is then decompressed.
 const (
-	cacheLimit  = 512 << 20 // bytes of kernels that are kept, the latest used ones
+	cacheLimit  = 512 << 20 // bytes of kernels to keep, the latest used ones
 	cacheSuffix = ".vmlinux"
 	cacheTemp   = ".tmp"
 	footerSize  = 8 + 8 + 8
 	footerMagic = "gvmELF02"
 )
 
-// CacheDir returns where a user's decompressed kernels are kept,
-// $XDG_CACHE_HOME/gvm/kernels, or "" when the user has no cache directory.
+// CacheDir returns the directory of a user's decompressed kernels, $XDG_CACHE_HOME/gvm/kernels, or
+// "" if the user has no cache directory.
 func CacheDir() string {
 	dir, err := os.UserCacheDir()
 	if err != nil {
@@ -61,7 +59,7 @@ func footer(image []byte) []byte {
 	return binary.LittleEndian.AppendUint64(b, xxhash.Sum64(image))
 }
 
-// cached maps a kernel in the cache, or returns nil. It is given back with Munmap.
+// cached maps a kernel in the cache, or returns nil. The caller unmaps it with Munmap.
 func cached(path string) (image, mapping []byte) {
 	f, err := nowait.Open(path, os.O_RDONLY, 0, nowait.Regular)
 	if err != nil {
@@ -82,7 +80,7 @@ func cached(path string) (image, mapping []byte) {
 		return nil, nil
 	}
 	now := time.Now()
-	_ = os.Chtimes(path, now, now) // the latest used ones are kept
+	_ = os.Chtimes(path, now, now) // prune keeps the latest used ones
 	return image, mapping
 }
 
@@ -111,8 +109,8 @@ func store(path string, image []byte) {
 	prune(dir, cacheLimit)
 }
 
-// prune removes the kernels used longest ago until the rest take no more than
-// limit bytes, and what an interrupted store left.
+// prune removes the least recently used kernels until the rest take at most limit bytes, and the
+// leftovers of interrupted stores.
 func prune(dir string, limit int64) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -131,7 +129,7 @@ func prune(dir string, limit int64) {
 	}
 	slices.SortFunc(kernels, func(a, b fs.FileInfo) int { return b.ModTime().Compare(a.ModTime()) })
 	for i, st := range kernels {
-		// The newest stays even when it is larger than the limit.
+		// The newest stays even if it is larger than the limit.
 		if limit -= st.Size(); limit < 0 && i > 0 {
 			_ = os.Remove(filepath.Join(dir, st.Name()))
 		}

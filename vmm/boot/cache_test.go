@@ -38,7 +38,7 @@ func TestCache(t *testing.T) {
 	v := get()
 	equalBytes(t, "vmlinux", v.image, want)
 	v.free()
-	// That the cache is used shows in a kernel that only the cache has.
+	// A kernel that only the cache has proves that the cache is used.
 	other := bytes.Clone(want)
 	other[len(other)/2] ^= 0xff
 	if err := os.WriteFile(path, append(bytes.Clone(other), footer(other)...), 0o600); err != nil {
@@ -75,7 +75,7 @@ func TestCache(t *testing.T) {
 	}
 }
 
-// TestTrim: what is cached loads as the whole does, on memory that had something else.
+// TestTrim: a trimmed kernel loads like the whole one, into memory with other data.
 func TestTrim(t *testing.T) {
 	load := func(b []byte, memory byte) []byte {
 		mem := guestmem.Heap(0, 4<<20)
@@ -100,13 +100,13 @@ func TestTrim(t *testing.T) {
 	}
 	equalBytes(t, "memory", load(trimmed, 0xaa), load(whole, 0xaa))
 
-	// The headers are part of what is loaded, and have to stay as they are.
+	// The headers are loaded too and must not change.
 	mapped := bytes.Clone(whole)
 	binary.LittleEndian.PutUint64(mapped[64+8:], 0)
 	equalBytes(t, "a file with its headers in a segment", trim(bytes.Clone(mapped)), mapped)
 }
 
-// TestCacheUnwritable shows that no cache is no error.
+// TestCacheUnwritable: an unusable cache is not an error.
 func TestCacheUnwritable(t *testing.T) {
 	plain := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(plain, nil, 0o600); err != nil {

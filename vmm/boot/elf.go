@@ -9,12 +9,12 @@ import (
 	"slices"
 )
 
-// elfKernel is an ELF file whose headers have been checked against its size.
+// elfKernel is an ELF file whose headers are checked against its size.
 type elfKernel struct {
 	r     io.ReaderAt
 	loads []elf.Prog64 // PT_LOAD with a memory size, ascending by physical address
 	entry uint64       // physical address of the ELF entry point
-	pvh   uint64       // physical address of the PVH entry point, 0 when there is none
+	pvh   uint64       // physical address of the PVH entry point; 0: none
 }
 
 const (
@@ -37,7 +37,7 @@ func parseELF(name string, r io.ReaderAt, size int64) (*elfKernel, error) {
 	if n < elf.EI_NIDENT {
 		return nil, truncated
 	}
-	// e_type and e_machine are at the same place in 32-bit and 64-bit files.
+	// e_type and e_machine have the same offsets in 32-bit and 64-bit files.
 	machine := elf.Machine(binary.LittleEndian.Uint16(raw[18:]))
 	if elf.Data(raw[elf.EI_DATA]) != elf.ELFDATA2LSB {
 		return nil, &ImageError{name, "is a big-endian ELF file", wantKernel}
@@ -86,7 +86,8 @@ func parseELF(name string, r io.ReaderAt, size int64) (*elfKernel, error) {
 			program = true
 		case elf.PT_LOAD:
 			if p.Filesz > p.Memsz || p.Paddr+p.Memsz < p.Paddr {
-				return nil, &ImageError{name, fmt.Sprintf("has a bad ELF segment: %d bytes of file for [%#x, +%#x)", p.Filesz, p.Paddr, p.Memsz), wantWhole}
+				return nil, &ImageError{name, fmt.Sprintf("has a bad ELF segment: %d bytes of file for [%#x, +%#x)",
+					p.Filesz, p.Paddr, p.Memsz), wantWhole}
 			}
 			if _, ok := section(r, size, p.Off, p.Filesz); !ok {
 				return nil, truncated
@@ -120,7 +121,7 @@ func parseELF(name string, r io.ReaderAt, size int64) (*elfKernel, error) {
 	return k, nil
 }
 
-// check sees that segments do not overlap and that the entry points are in them.
+// check verifies that segments do not overlap and that the entry points are in them.
 func (k *elfKernel) check(name string, entry uint64) error {
 	if len(k.loads) == 0 {
 		return &ImageError{name, "is an ELF file with nothing to load", wantKernel}
@@ -155,12 +156,12 @@ func (k *elfKernel) check(name string, entry uint64) error {
 	return nil
 }
 
-// loaded tells whether the physical address is in the file's part of a segment.
+// loaded reports whether the physical address is in the file's part of a segment.
 func (k *elfKernel) loaded(addr uint64) bool {
 	return slices.ContainsFunc(k.loads, func(p elf.Prog64) bool { return addr >= p.Paddr && addr-p.Paddr < p.Filesz })
 }
 
-// section returns [off, off+n) of a file of size bytes, when it is all there.
+// section returns [off, off+n) of a file of size bytes, if the file has all of it.
 func section(r io.ReaderAt, size int64, off, n uint64) (io.Reader, bool) {
 	if off > uint64(size) || n > uint64(size)-off {
 		return nil, false
@@ -171,7 +172,7 @@ func section(r io.ReaderAt, size int64, off, n uint64) (io.Reader, bool) {
 // pvhNote looks for XEN_ELFNOTE_PHYS32_ENTRY in the notes of a PT_NOTE segment.
 func pvhNote(b []byte, align uint64) (uint64, bool) {
 	if align != 8 {
-		align = 4 // gABI says 8 for 64-bit files; the usage says 4 but for GNU properties
+		align = 4 // gABI says 8 for 64-bit files; in practice it is 4 except for GNU properties
 	}
 	up := func(n uint32) uint64 { return (uint64(n) + align - 1) &^ (align - 1) }
 	for len(b) >= 12 {
@@ -196,19 +197,20 @@ func pvhNote(b []byte, align uint64) (uint64, bool) {
 	return 0, false
 }
 
-// placeELF takes the memory that the kernel's segments name, and writes nothing.
+// placeELF takes the memory of the kernel's segments, and writes nothing.
 func (ld *loader) placeELF(k *elfKernel) error {
 	for _, p := range k.loads {
 		if !ld.free.take(p.Paddr, p.Memsz) {
-			return ld.imageError(roomMend(p.Paddr, p.Paddr+p.Memsz, "build it for addresses where guests have RAM, such as 1 MiB to 3 GiB"),
-				"needs memory at [%#x, %#x) for a segment, which is not all free RAM in a guest of %d MiB", p.Paddr, p.Paddr+p.Memsz, ld.mem.Size()>>20)
+			return ld.imageError(roomMend(p.Paddr, p.Paddr+p.Memsz,
+				"build it for addresses where guests have RAM, such as 1 MiB to 3 GiB"),
+				"needs memory at [%#x, %#x) for a segment, which is not all free RAM in a guest "+
+					"of %d MiB", p.Paddr, p.Paddr+p.Memsz, ld.mem.Size()>>20)
 		}
 	}
 	return nil
 }
 
-// startELF loads a kernel that placeELF found room for. h is the setup header of
-// the bzImage that it came from, or nil.
+// startELF loads a kernel placed by placeELF. h is the setup header of its bzImage, or nil.
 func (ld *loader) startELF(k *elfKernel, h *setupHeader) (Entry, error) {
 	proto := ld.cfg.Protocol
 	switch {

@@ -9,8 +9,8 @@ import (
 	"gvm/guestmem"
 )
 
-// FuzzLoad loads what may be a kernel in every mode: a kernel is loaded with all parts
-// in place and apart from each other, or there is an ImageError.
+// FuzzLoad loads arbitrary input in every mode. Either all parts of the kernel are in place and do
+// not overlap, or there is an ImageError.
 func FuzzLoad(f *testing.F) {
 	f.Add(kernelELF())
 	f.Add(kernelELF()[:300])
@@ -29,21 +29,23 @@ func FuzzLoad(f *testing.F) {
 			return
 		}
 		if im.elf != nil {
-			// What would be kept in the cache loads the same.
+			// The trimmed kernel of the cache loads the same.
 			trimmed := trim(bytes.Clone(data))
 			elf, err := parseELF("trimmed", bytes.NewReader(trimmed), int64(len(trimmed)))
-			if err != nil && !strings.Contains(err.Error(), "entry point") { // one may have been among the zeros
+			if err != nil && !strings.Contains(err.Error(), "entry point") { // the entry point may lie in trimmed zeros
 				t.Fatal(err)
 			}
 			for i := 0; err == nil && i < len(im.elf.loads); i++ {
 				whole, p := im.elf.loads[i], elf.loads[i]
-				equalBytes(t, "segment", append(bytes.Clone(trimmed[p.Off:p.Off+p.Filesz]), make([]byte, whole.Filesz-p.Filesz)...), data[whole.Off:whole.Off+whole.Filesz])
+				equalBytes(t, "segment", append(bytes.Clone(trimmed[p.Off:p.Off+p.Filesz]),
+					make([]byte, whole.Filesz-p.Filesz)...), data[whole.Off:whole.Off+whole.Filesz])
 			}
 		}
 		initrd := pattern(0x33, 5003)
 		for _, mode := range []Mode{Auto, BzImage} {
 			for _, proto := range []Protocol{0, PVH32, Linux64} {
-				e, err := Load(mem, Config{Kernel: im, Mode: mode, Protocol: proto, CmdLine: "a=b", Dirty: true, Initrds: []*File{file("initrd", initrd)}})
+				e, err := Load(mem, Config{Kernel: im, Mode: mode, Protocol: proto, CmdLine: "a=b", Dirty: true,
+					Initrds: []*File{file("initrd", initrd)}})
 				if err != nil {
 					if !errors.As(err, &ie) {
 						t.Fatalf("%v is no ImageError", err)

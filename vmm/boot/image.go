@@ -15,9 +15,8 @@ import (
 	"gvm/kvmapi/nowait"
 )
 
-// ImageError says that what the user gave cannot be booted: Name is the file
-// (or the command line), What completes a sentence that starts with it, Mend
-// says what to do.
+// ImageError reports user input that cannot be booted. Name is the file (or the command line), What
+// completes a sentence that starts with Name, and Mend says how to fix it.
 type ImageError struct{ Name, What, Mend string }
 
 func (e *ImageError) Error() string { return e.Name + " " + e.What + ": " + e.Mend }
@@ -29,14 +28,14 @@ type File struct {
 	Size int64 // bytes
 }
 
-// maxStream bounds what is read from a pipe or device given as a file.
+// maxStream bounds the data read from a pipe or device.
 const maxStream = 1 << 30
 
-// pieceSize is how much is read before a look at the context.
+// pieceSize is the size of a read between two checks of the context.
 const pieceSize = 4 << 20
 
-// OpenFile opens a kernel or initrd, which is read as long as ctx is not done. What a pipe or a block
-// device has is read at once, to its end; a pipe that no program writes is empty. Errors are *ImageError, or
+// OpenFile opens a kernel or initrd; reads fail once ctx is done. The content of a pipe or block
+// device is read at once, to its end; a pipe without a writer is empty. Errors are *ImageError, or
 // those of stopped.
 func OpenFile(ctx context.Context, path string) (*File, error) {
 	f, err := nowait.Open(path, os.O_RDONLY, 0, nowait.Regular|nowait.Pipe|nowait.BlockDevice)
@@ -69,14 +68,14 @@ func OpenFile(ctx context.Context, path string) (*File, error) {
 	return &File{path, &input{ctx, path, all}, size}, nil
 }
 
-// drain reads a file into memory that is no more than what it has, until it has more than maxStream.
+// drain reads a file into memory of just its size, until it exceeds maxStream.
 func drain(ctx context.Context, path string, f *os.File) (all *os.File, size int64, err error) {
 	fd, err := unix.MemfdCreate("gvm-input", unix.MFD_CLOEXEC)
 	if err != nil {
 		return nil, 0, fmt.Errorf("memory for %s: %w", path, err)
 	}
 	all = os.NewFile(uintptr(fd), path)
-	// Of pipes only, others have no deadline: what they have comes in pieces.
+	// Only pipes have deadlines; the others are read in pieces.
 	defer context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Now()) })()
 	for size <= maxStream {
 		n, err := io.CopyN(all, f, pieceSize)
@@ -112,7 +111,7 @@ func (in *input) ReadAt(b []byte, off int64) (n int, err error) {
 	return n, err
 }
 
-// stopped is the cause of a context that ended while a file was read.
+// stopped returns the error for a context that ended while a file was read.
 func stopped(ctx context.Context, path string) error {
 	return &stoppedError{fmt.Errorf("%w while %s was read", context.Cause(ctx), path)}
 }
@@ -150,7 +149,7 @@ func openError(path string, err error) error {
 func readFull(f *File, b []byte, off int64) error {
 	if n, err := f.ReadAt(b, off); n < len(b) {
 		if err == nil || err == io.EOF {
-			return &ImageError{f.Name, "became shorter while it was read", "give a file that nobody writes"}
+			return &ImageError{f.Name, "became shorter while it was read", "give a file that no program writes"}
 		}
 		if end := (*stoppedError)(nil); errors.As(err, &end) {
 			return err
@@ -160,15 +159,14 @@ func readFull(f *File, b []byte, off int64) error {
 	return nil
 }
 
-// Image is a kernel that has been checked as far as its headers tell.
+// Image is a kernel whose headers are checked.
 type Image struct {
 	*File
 	elf *elfKernel   // an ELF kernel, or
 	hdr *setupHeader // a bzImage
 }
 
-// Open opens a kernel, as OpenFile does, and checks its headers, before anything else is
-// started.
+// Open opens a kernel, as OpenFile does, and checks its headers.
 func Open(ctx context.Context, path string) (*Image, error) {
 	f, err := OpenFile(ctx, path)
 	if err != nil {
@@ -207,7 +205,7 @@ func NewImage(f *File) (*Image, error) {
 	return im, nil
 }
 
-// foreign says what a file is that is neither ELF nor bzImage.
+// foreign describes a file that is neither ELF nor bzImage.
 func foreign(name string, head []byte) error {
 	at := func(off int, magic string) bool {
 		return off <= len(head) && bytes.HasPrefix(head[off:], []byte(magic))
@@ -236,7 +234,8 @@ func foreign(name string, head []byte) error {
 		return &ImageError{name, "is an EFI or DOS program, not a kernel", wantKernel}
 	}
 	if c := detect(head); c != nil {
-		return &ImageError{name, "is compressed with " + c.name + " and not a kernel as it stands", "decompress it if it is a vmlinux; " + initrd}
+		return &ImageError{name, "is compressed with " + c.name + " and not a kernel as it stands",
+			"decompress it if it is a vmlinux; " + initrd}
 	}
 	return &ImageError{name, "is neither a bzImage nor an ELF file", wantKernel}
 }

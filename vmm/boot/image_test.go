@@ -60,9 +60,11 @@ func TestNotAKernel(t *testing.T) {
 		{"filesz over memsz", edit(kernelELF(), func(b []byte) { le.PutUint64(b[64+40:], 1) }), "bad ELF segment"},
 		{"paddr wraps", edit(kernelELF(), func(b []byte) { le.PutUint64(b[64+24:], ^uint64(0)-0xff) }), "bad ELF segment"},
 		{"offset wraps", edit(kernelELF(), func(b []byte) { le.PutUint64(b[64+8:], ^uint64(0)-0xff) }), "truncated ELF"},
-		{"overlap", makeELF(elf.ET_EXEC, 0x200000, load, segment{kind: elf.PT_LOAD, paddr: 0x20003f, data: []byte{1}}), "overlap at 0x20003f"},
+		{"overlap", makeELF(elf.ET_EXEC, 0x200000, load, segment{kind: elf.PT_LOAD, paddr: 0x20003f, data: []byte{1}}),
+			"overlap at 0x20003f"},
 		{"entry outside", makeELF(elf.ET_EXEC, 0x200040, load), "entry point 0x200040"},
-		{"PVH entry outside", makeELF(elf.ET_EXEC, 0x200000, load, segment{kind: elf.PT_NOTE, data: note("Xen\x00", 18, le32(0x1fffff), 4)}), "PVH entry point 0x1fffff"},
+		{"PVH entry outside", makeELF(elf.ET_EXEC, 0x200000, load,
+			segment{kind: elf.PT_NOTE, data: note("Xen\x00", 18, le32(0x1fffff), 4)}), "PVH entry point 0x1fffff"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, err := NewImage(file("some/file", c.data))
@@ -70,7 +72,8 @@ func TestNotAKernel(t *testing.T) {
 			if !errors.As(err, &ie) {
 				t.Fatalf("%v: no ImageError", err)
 			}
-			if s := err.Error(); !strings.HasPrefix(s, "some/file ") || !strings.Contains(s, c.want) || strings.Contains(s, "\n") || ie.Mend == "" {
+			if s := err.Error(); !strings.HasPrefix(s, "some/file ") || !strings.Contains(s, c.want) ||
+				strings.Contains(s, "\n") || ie.Mend == "" {
 				t.Errorf("%q, want %q in it", s, c.want)
 			}
 		})
@@ -86,13 +89,18 @@ func TestEntryPoints(t *testing.T) {
 	}{
 		{"physical entry", makeELF(elf.ET_EXEC, 0x200010, load), 0x200010, 0},
 		{"virtual entry", makeELF(elf.ET_EXEC, 0xffffffff80000020, load), 0x200020, 0},
-		{"32-bit note", makeELF(elf.ET_EXEC, 0, load, segment{kind: elf.PT_NOTE, data: note("Xen\x00", 18, le32(0x200008), 4)}), 0, 0x200008},
+		{"32-bit note", makeELF(elf.ET_EXEC, 0, load,
+			segment{kind: elf.PT_NOTE, data: note("Xen\x00", 18, le32(0x200008), 4)}), 0, 0x200008},
 		{"note of 8-byte alignment", makeELF(elf.ET_EXEC, 0x200000, load, segment{kind: elf.PT_NOTE, align: 8,
 			data: append(note("GNU\x00", 5, pattern(1, 9), 8), note("Xen\x00", 18, le64(0x20000c), 8)...)}), 0x200000, 0x20000c},
-		{"another owner's note", makeELF(elf.ET_EXEC, 0x200000, load, segment{kind: elf.PT_NOTE, data: note("Xem\x00", 18, le64(0x200004), 4)}), 0x200000, 0},
-		{"another note", makeELF(elf.ET_EXEC, 0x200000, load, segment{kind: elf.PT_NOTE, data: note("Xen\x00", 1, le64(0x200004), 4)}), 0x200000, 0},
-		{"note cut off", makeELF(elf.ET_EXEC, 0x200000, load, segment{kind: elf.PT_NOTE, data: note("Xen\x00", 18, le64(0x200004), 4)[:23]}), 0x200000, 0},
-		{"note of huge sizes", makeELF(elf.ET_EXEC, 0x200000, load, segment{kind: elf.PT_NOTE, data: bytes.Repeat([]byte{0xff}, 40)}), 0x200000, 0},
+		{"another owner's note", makeELF(elf.ET_EXEC, 0x200000, load,
+			segment{kind: elf.PT_NOTE, data: note("Xem\x00", 18, le64(0x200004), 4)}), 0x200000, 0},
+		{"another note", makeELF(elf.ET_EXEC, 0x200000, load,
+			segment{kind: elf.PT_NOTE, data: note("Xen\x00", 1, le64(0x200004), 4)}), 0x200000, 0},
+		{"note cut off", makeELF(elf.ET_EXEC, 0x200000, load,
+			segment{kind: elf.PT_NOTE, data: note("Xen\x00", 18, le64(0x200004), 4)[:23]}), 0x200000, 0},
+		{"note of huge sizes", makeELF(elf.ET_EXEC, 0x200000, load,
+			segment{kind: elf.PT_NOTE, data: bytes.Repeat([]byte{0xff}, 40)}), 0x200000, 0},
 	} {
 		im := image(t, c.image)
 		if im.elf.entry != c.entry || im.elf.pvh != c.pvh {
@@ -143,7 +151,7 @@ func TestOpen(t *testing.T) {
 	}
 }
 
-// TestInputStopped: what is read later ends with the context too, in the middle of a file.
+// TestInputStopped: later reads end with the context too, in the middle of a file.
 func TestInputStopped(t *testing.T) {
 	ctx, stop := context.WithCancelCause(context.Background())
 	path := filepath.Join(t.TempDir(), "initrd")
@@ -165,7 +173,7 @@ func TestInputStopped(t *testing.T) {
 		t.Errorf("after the end of the context: %v", err)
 	}
 	for _, open := range []func() error{
-		func() error { _, err := OpenFile(ctx, "/proc/self/maps"); return err }, // it tells no size
+		func() error { _, err := OpenFile(ctx, "/proc/self/maps"); return err }, // it reports no size
 		func() error { _, err := Open(ctx, path); return err },
 		func() error { _, err := NewImage(f); return err },
 	} {

@@ -10,18 +10,18 @@ import (
 // maxMapped is one past the highest address that pageTables maps: one page of its second level.
 const maxMapped = 512 << 30
 
-// initrdLimit says where a way into the kernel takes an initrd.
+// initrdLimit gives the addresses where an entry of the kernel takes an initrd.
 type initrdLimit struct {
-	end     uint64 // it ends at or below this
-	above4G bool   // or lies above 4 GiB
-	mend    string // besides a smaller initrd, where no memory would help
+	end     uint64 // its end is at most this
+	above4G bool   // or its start is above 4 GiB
+	mend    string // besides a smaller initrd, if more memory does not help
 }
 
 // pvhInitrd is PVH's: Linux keeps 32 bits of a module's address and size
 // (arch/x86/platform/pvh/enlighten.c).
 var pvhInitrd = initrdLimit{end: 1 << 32}
 
-// initrdSize returns how much memory the initrds take. The kernel's unpacker looks for the next
+// initrdSize returns the memory that the initrds take. The kernel's unpacker looks for the next
 // archive at a multiple of 4.
 func (ld *loader) initrdSize() (size uint64) {
 	for _, f := range ld.cfg.Initrds {
@@ -30,8 +30,8 @@ func (ld *loader) initrdSize() (size uint64) {
 	return size
 }
 
-// find returns the place of an initrd of size bytes, as high as it fits, and below 4 GiB where it
-// does.
+// find returns the place of an initrd of size bytes, as high as it fits, and below 4 GiB if
+// possible.
 func (lim initrdLimit) find(free *layout, size uint64) (uint64, bool) {
 	addr, ok := free.high(size, pageSize, 0, lim.end)
 	if !ok && lim.above4G {
@@ -40,7 +40,7 @@ func (lim initrdLimit) find(free *layout, size uint64) (uint64, bool) {
 	return addr, ok
 }
 
-// fits reports whether the initrds have a place, and takes none.
+// fits reports whether there is room for the initrds; it takes none.
 func (lim initrdLimit) fits(ld *loader) bool {
 	size := ld.initrdSize()
 	_, ok := lim.find(&layout{slices.Clone(ld.free.free)}, size)
@@ -76,7 +76,7 @@ func (ld *loader) initrd(lim initrdLimit) (addr, size uint64, err error) {
 	return addr, size, nil
 }
 
-// initrdError says why the initrds do not fit, and what makes them fit.
+// initrdError explains why the initrds do not fit, and how to make them fit.
 func (ld *loader) initrdError(lim initrdLimit, size uint64) error {
 	name := ld.cfg.Initrds[0].Name
 	if n := len(ld.cfg.Initrds); n > 1 {

@@ -15,8 +15,8 @@ const (
 	gib = 1 << 30
 )
 
-// hollow reads as what is in the buffer, but for its first and last bytes, so that a large file
-// costs no memory.
+// hollow reads as the previous content of the buffer except for its first and last bytes, so that a
+// large file costs no memory.
 type hollow struct{ size int64 }
 
 func (h hollow) ReadAt(p []byte, off int64) (int, error) {
@@ -29,7 +29,7 @@ func (h hollow) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// onlyPVH is kernelELF with an entry point that no segment has.
+// onlyPVH is kernelELF with an ELF entry point outside its segments.
 func onlyPVH() []byte {
 	notes := note("Xen\x00", 18, le64(0x200080), 4)
 	return makeELF(elf.ET_EXEC, 0x10,
@@ -37,8 +37,8 @@ func onlyPVH() []byte {
 		segment{kind: elf.PT_NOTE, data: notes, align: 4})
 }
 
-// TestLargeInitrd: an initrd that does not fit below 4 GiB has the kernel entered by the way that
-// takes it above, and where there is none, the mend is one that helps.
+// TestLargeInitrd: for an initrd that does not fit below 4 GiB the kernel is entered by the
+// protocol that takes it above. If there is none, following the error's advice helps.
 func TestLargeInitrd(t *testing.T) {
 	gz := payloads(t, kernelELF())["gzip"]
 	below4G := makeBzImage(gz, func(h []byte) { binary.LittleEndian.PutUint16(h[hdrXLoadFlags:], xlfKernel64) })
@@ -60,15 +60,19 @@ func TestLargeInitrd(t *testing.T) {
 		{"in a guest of 1 TiB", kernelELF(), 1024 * gib, 4 * gib, Config{}, Linux64, ""},
 
 		{"little memory", kernelELF(), 16 * mib, 20 * mib, Config{}, 0, "give the guest more memory or a smaller initrd"},
-		{"short of 3 GiB", kernelELF(), 2 * gib, 2*gib + 512*mib, Config{}, 0, "give the guest more memory or a smaller initrd"},
+		{"short of 3 GiB", kernelELF(), 2 * gib, 2*gib + 512*mib, Config{}, 0,
+			"give the guest more memory or a smaller initrd"},
 		{"in pieces", kernelELF(), 4*gib + 512*mib, 3*gib + 512*mib, Config{}, 0,
-			"3584 MiB in one piece, and the guest has 4608 MiB in all, kernel included: give the guest 6656 MiB of memory or a smaller initrd"},
+			"3584 MiB in one piece, and the guest has 4608 MiB in all, kernel included: give the guest 6656 MiB of " +
+				"memory or a smaller initrd"},
 		{"and 6656 MiB of memory", kernelELF(), 6656 * mib, 3*gib + 512*mib, Config{}, Linux64, ""},
 		{"PVH asked for", kernelELF(), 8 * gib, 3*gib + 512*mib, Config{Protocol: PVH32}, 0,
-			"in one piece below 4096 MiB, and the guest has 8192 MiB in all, kernel included: give a smaller initrd or use the 64-bit entry"},
+			"in one piece below 4096 MiB, and the guest has 8192 MiB in all, kernel included: give a smaller initrd or " +
+				"use the 64-bit entry"},
 		{"PVH alone", onlyPVH(), 8 * gib, 3*gib + 512*mib, Config{}, 0, "kernel included: give a smaller initrd"},
 		{"not above 4 GiB", below4G, 8 * gib, 3*gib + 512*mib, Config{}, 0,
-			"below 2048 MiB, and the guest has 8192 MiB in all, kernel included: give a smaller initrd or a kernel with CONFIG_RELOCATABLE=y"},
+			"below 2048 MiB, and the guest has 8192 MiB in all, kernel included: give a smaller initrd or a kernel " +
+				"with CONFIG_RELOCATABLE=y"},
 		{"larger than any guest", kernelELF(), 8 * gib, 1 << 50, Config{}, 0, "kernel included: give a smaller initrd"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -114,7 +118,7 @@ func TestLargeInitrd(t *testing.T) {
 	}
 }
 
-// TestKernelWithoutRoom: more memory is the mend only where it helps.
+// TestKernelWithoutRoom: the error suggests more memory only if that helps.
 func TestKernelWithoutRoom(t *testing.T) {
 	at := func(addr uint64) []byte {
 		return makeELF(elf.ET_EXEC, addr, segment{kind: elf.PT_LOAD, vaddr: addr, paddr: addr, data: pattern(1, 0x2000)})

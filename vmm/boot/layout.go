@@ -16,24 +16,23 @@ const (
 	E820ACPI     uint32 = 3
 )
 
-// maxE820 is E820_MAX_ENTRIES_ZEROPAGE. The kernel copies a PVH map into
-// the zero page's, so it is PVH's limit as well.
+// maxE820 is E820_MAX_ENTRIES_ZEROPAGE. The kernel copies a PVH map into the zero page, so the
+// limit holds for PVH too.
 const maxE820 = 128
 
 const (
-	ebda    = 0x9fc00  // what PC firmware keeps starts here
-	highRAM = 0x100000 // and ends here: VGA, option ROMs, ACPI tables
+	ebda    = 0x9fc00  // start of the area reserved by PC firmware
+	highRAM = 0x100000 // and its end: VGA, option ROMs, ACPI tables
 )
 
-// E820Entry is a row of the memory map: [Addr, Addr+Size) is of that type.
+// E820Entry is a row of the memory map: [Addr, Addr+Size) is of type Type.
 type E820Entry struct {
 	Addr, Size uint64
 	Type       uint32
 }
 
-// E820 returns the memory map of mem in ascending order: its regions as RAM,
-// but for the 0x9fc00-0x100000 area of PC firmware, and the rows of reserved,
-// which win over RAM.
+// E820 returns the memory map of mem in ascending order: its regions as RAM, except for PC
+// firmware's area 0x9fc00-0x100000, and the rows of reserved, which override RAM.
 func E820(mem *guestmem.Memory, reserved ...E820Entry) []E820Entry {
 	reserved = append([]E820Entry{{ebda, highRAM - ebda, E820Reserved}}, reserved...)
 	var ram layout
@@ -54,11 +53,11 @@ func E820(mem *guestmem.Memory, reserved ...E820Entry) []E820Entry {
 // span is [start, end) of guest physical memory.
 type span struct{ start, end uint64 }
 
-// layout is what of the guest's memory is not taken yet, ascending.
+// layout is the free part of the guest's memory, ascending.
 type layout struct{ free []span }
 
-// newLayout returns what the memory map calls RAM and mem backs, less the
-// first page: zero is "none" in every boot protocol.
+// newLayout returns the memory that is RAM in the memory map and backed by mem, without the first
+// page: zero means "none" in every boot protocol.
 func newLayout(mem *guestmem.Memory, e820 []E820Entry) layout {
 	var l layout
 	for _, r := range mem.Regions() {
@@ -82,7 +81,7 @@ func newLayout(mem *guestmem.Memory, e820 []E820Entry) layout {
 	return l
 }
 
-// remove takes [start, end) out of what is free.
+// remove removes [start, end) from the free memory.
 func (l *layout) remove(start, end uint64) {
 	if start >= end {
 		return
@@ -99,7 +98,7 @@ func (l *layout) remove(start, end uint64) {
 	l.free = out
 }
 
-// take takes [start, start+size), and tells whether all of it was free.
+// take takes [start, start+size), and reports whether all of it was free.
 func (l *layout) take(start, size uint64) bool {
 	for _, s := range l.free {
 		if start >= s.start && start < s.end && size <= s.end-start {
@@ -110,8 +109,7 @@ func (l *layout) take(start, size uint64) bool {
 	return false
 }
 
-// low takes size bytes at the lowest multiple of align, a power of two, that lie in
-// [from, to).
+// low takes size bytes in [from, to) at the lowest multiple of align, a power of two.
 func (l *layout) low(size, align, from, to uint64) (uint64, bool) {
 	for _, s := range l.free {
 		start := (max(s.start, from) + align - 1) &^ (align - 1)
@@ -123,8 +121,7 @@ func (l *layout) low(size, align, from, to uint64) (uint64, bool) {
 	return 0, false
 }
 
-// high takes size bytes at the highest multiple of align, a power of two, that lie in
-// [from, to).
+// high takes size bytes in [from, to) at the highest multiple of align, a power of two.
 func (l *layout) high(size, align, from, to uint64) (uint64, bool) {
 	for _, s := range slices.Backward(l.free) {
 		start, end := max(s.start, from), min(s.end, to)

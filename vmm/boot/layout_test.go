@@ -33,15 +33,16 @@ func TestE820(t *testing.T) {
 		t.Errorf("got %#v\nwant %#v", got, want)
 	}
 	free := newLayout(mem, got).free
-	if !slices.Equal(free, []span{{0x1000, 0x9fc00}, {0x100000, 0x2f0000}, {0x2f8000, 0x300000}, {0x100000000, 0x100100000}}) {
+	if !slices.Equal(free, []span{{0x1000, 0x9fc00}, {0x100000, 0x2f0000}, {0x2f8000, 0x300000},
+		{0x100000000, 0x100100000}}) {
 		t.Errorf("free %#v", free)
 	}
-	// A map that says more than there is, twice and in disorder.
+	// A map with more RAM than there is, twice and unsorted.
 	free = newLayout(mem, []E820Entry{{0x200000, 1 << 40, 1}, {0x100000, 0x180000, 1}, {0x110000, 0x10000, 2}}).free
 	if !slices.Equal(free, []span{{0x100000, 0x110000}, {0x120000, 0x300000}, {0x100000000, 0x100100000}}) {
 		t.Errorf("free %#v", free)
 	}
-	// And one that says less.
+	// A map with less RAM.
 	free = newLayout(mem, []E820Entry{{0x110000, 0x1000, 1}}).free
 	if !slices.Equal(free, []span{{0x110000, 0x111000}}) {
 		t.Errorf("free %#v", free)
@@ -72,7 +73,7 @@ func TestLayout(t *testing.T) {
 		}
 	}
 	if l.take(0x8fff, 2) || l.take(0xfffff, 2) || l.take(0x1050, 1) || l.take(0x100000, ^uint64(0)) {
-		t.Error("took what is not free")
+		t.Error("took memory that is not free")
 	}
 	if !l.take(0x100000, 0x1000) || l.take(0x100fff, 1) {
 		t.Error("take does not take")

@@ -13,7 +13,7 @@ const (
 	zeroPageSize  = 4096
 )
 
-// gdt is what boot.rst asks for at the 64-bit entry: __BOOT_CS (0x10), 4 GiB flat
+// gdt is the GDT that boot.rst requires at the 64-bit entry: __BOOT_CS (0x10), 4 GiB flat
 // execute/read in long mode, and __BOOT_DS (0x18), 4 GiB flat read/write.
 var gdt = [4]uint64{2: 0x00af9b000000ffff, 3: 0x00cf93000000ffff}
 
@@ -23,9 +23,8 @@ const (
 	pteHuge    = 1 << 7 // in a page directory: 2 MiB page
 )
 
-// linux64 writes what a kernel entered in long mode reads. h is the setup
-// header of the kernel's bzImage; without one the kernel takes what Linux of
-// 3.8 and later does.
+// linux64 writes the structures that a kernel entered in long mode reads. h is the setup header of
+// the kernel's bzImage; nil uses values that Linux 3.8 and later accept.
 func (ld *loader) linux64(rip uint64, h *setupHeader) (Entry, error) {
 	zp := make([]byte, zeroPageSize)
 	le := binary.LittleEndian
@@ -88,8 +87,8 @@ func (ld *loader) linux64(rip uint64, h *setupHeader) (Entry, error) {
 	return e, err
 }
 
-// pageTables maps the first 4 GiB, and what is above up to end, to itself by
-// 2 MiB pages, and returns the address of the PML4.
+// pageTables maps the first 4 GiB, and memory above them up to end, to itself by 2 MiB pages, and
+// returns the address of the PML4.
 func (ld *loader) pageTables(end uint64) (uint64, error) {
 	const gib = 1 << 30
 	dirs := max(4, (end+gib-1)/gib)

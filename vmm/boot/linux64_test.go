@@ -58,7 +58,7 @@ func TestLoadBzImage64(t *testing.T) {
 	}
 }
 
-// walk translates a virtual address by page tables of 2 MiB pages.
+// walk translates a virtual address through page tables of 2 MiB pages.
 func walk(t *testing.T, mem *guestmem.Memory, table, va uint64) (uint64, bool) {
 	for shift := 39; shift >= 30; shift -= 9 {
 		e := u64at(t, mem, table+8*(va>>shift&511))
@@ -81,13 +81,14 @@ func TestLoadELF64(t *testing.T) {
 		t.Fatalf("entry %+v", e)
 	}
 	zp := read(t, mem, e.ZeroPage, 4096)
-	if string(zp[0x202:0x208]) != "HdrS\x0c\x02" || zp[0x1fe] != 0x55 || zp[0x1ff] != 0xaa || zp[0x210] != 0xff || zp[0x211] != 1 {
+	if string(zp[0x202:0x208]) != "HdrS\x0c\x02" || zp[0x1fe] != 0x55 || zp[0x1ff] != 0xaa || zp[0x210] != 0xff ||
+		zp[0x211] != 1 {
 		t.Errorf("setup header % x", zp[0x1f1:0x230])
 	}
 }
 
-// sparse is a Memory of what a guest of some GiB has at 0, around 2 GiB, below 3
-// GiB and above 4 GiB.
+// sparse is a Memory with the memory of a guest of some GiB only at 0, around 2 GiB, below 3 GiB
+// and above 4 GiB.
 func sparse(t *testing.T) *guestmem.Memory {
 	mem, err := guestmem.Of(
 		guestmem.Region{Base: 0, Bytes: make([]byte, 4<<20)},
@@ -149,7 +150,8 @@ func TestInitrdPlace(t *testing.T) {
 }
 
 func TestCmdLine(t *testing.T) {
-	bz := makeBzImage(payloads(t, kernelELF())["gzip"], func(h []byte) { binary.LittleEndian.PutUint32(h[hdrCmdLineSize:], 300) })
+	bz := makeBzImage(payloads(t, kernelELF())["gzip"],
+		func(h []byte) { binary.LittleEndian.PutUint32(h[hdrCmdLineSize:], 300) })
 	for _, c := range []struct {
 		name    string
 		kernel  []byte

@@ -17,11 +17,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxVmlinux bounds a payload, and what it may decompress to.
+// maxVmlinux bounds a payload, and its decompressed size.
 const maxVmlinux = 1 << 30
 
-// compression is a format that kernels are compressed with. decode fills dst
-// from src, and fails when src holds more, less, or damaged data.
+// compression is a compression format of kernels. decode fills dst from src, and fails if src holds
+// more, less, or damaged data.
 type compression struct {
 	name, magic string
 	trailer     int // bytes that the kernel build appends: the size (scripts/Makefile.lib, size_append)
@@ -34,11 +34,13 @@ var compressions = []compression{
 	{"zstd", "\x28\xb5\x2f\xfd", 4, decodeZstd},
 	{"lz4", "\x02\x21\x4c\x18", 4, decodeLZ4},
 	{"bzip2", "BZh", 4, stream(func(r io.Reader) (io.Reader, error) { return bzip2.NewReader(r), nil })},
-	{"lzma", "\x5d\x00\x00", 4, stream(func(r io.Reader) (io.Reader, error) { return lzma.ReaderConfig{DictCap: maxWindow}.NewReader(r) })},
+	{"lzma", "\x5d\x00\x00", 4, stream(func(r io.Reader) (io.Reader, error) {
+		return lzma.ReaderConfig{DictCap: maxWindow}.NewReader(r)
+	})},
 	{"lzo", "\x89LZO", 4, func(dst, src []byte) error { return errors.New("gvm does not read it") }},
 }
 
-// detect returns the compression that b starts with the magic of, or nil.
+// detect returns the compression whose magic b starts with, or nil.
 func detect(b []byte) *compression {
 	for i := range compressions {
 		if bytes.HasPrefix(b, []byte(compressions[i].magic)) {
@@ -48,17 +50,17 @@ func detect(b []byte) *compression {
 	return nil
 }
 
-// vmlinux is a kernel taken out of a bzImage.
+// vmlinux is a kernel extracted from a bzImage.
 type vmlinux struct {
 	elf     *elfKernel
 	image   []byte
-	mapping []byte // what image is in
+	mapping []byte // the mapping that holds image
 	format  string
 }
 
 func (v *vmlinux) free() { _ = unix.Munmap(v.mapping) }
 
-// scratch returns n zero bytes outside the Go heap, which Munmap gives back at once.
+// scratch returns n zero bytes outside the Go heap, which Munmap frees at once.
 func scratch(n int) ([]byte, error) {
 	b, err := unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
@@ -68,8 +70,8 @@ func scratch(n int) ([]byte, error) {
 	return b, nil
 }
 
-// extract decompresses the payload of a bzImage, or takes the result from
-// the cache directory where one is given and has it.
+// extract decompresses the payload of a bzImage, or takes the result from the cache directory if
+// there is one and it has it.
 func (im *Image) extract(cache string) (*vmlinux, error) {
 	bad := func(format string, args ...any) (*vmlinux, error) {
 		return nil, &ImageError{im.Name, fmt.Sprintf(format, args...), "use the boot mode bzimage"}
@@ -110,7 +112,7 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 		if err := readFull(im.File, src, base+off); err != nil {
 			return nil, err
 		}
-		// The kernel's own decompressor needs this much, and more.
+		// The kernel's own decompressor needs at least this much.
 		out := binary.LittleEndian.Uint32(src[len(src)-4:])
 		if out == 0 || out > im.hdr.u32(hdrInitSize) || out > maxVmlinux {
 			return bad("has a payload that says it decompresses to %d bytes", out)
@@ -130,19 +132,20 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 		return nil, err
 	}
 	if !hit && path != "" {
-		whole := v.elf // it reads all of the image still
+		whole := v.elf // still reads the whole image
 		trimmed := trim(v.image)
 		k, err := parseELF(im.Name, bytes.NewReader(trimmed), int64(len(trimmed)))
-		if err == nil && k.entry == whole.entry && k.pvh == whole.pvh { // neither was among the zeros
+		if err == nil && k.entry == whole.entry && k.pvh == whole.pvh { // neither was in the trimmed part
 			store(path, trimmed)
 		}
 	}
 	return v, nil
 }
 
-// trim leaves out of an ELF file that parseELF has seen what loading it does not need: sections, and the zeros at
-// the end of segments, which in a bzImage's vmlinux are all of its .bss and .brk (more than a third of Debian's kernel). It
-// changes image, and returns the first part of it; a file whose segments have its headers in them stays as it is.
+// trim removes the parts of a parsed ELF file that loading does not need: sections, and the zeros
+// at the end of segments. In a bzImage's vmlinux these zeros are all of its .bss and .brk (more
+// than a third of Debian's kernel). trim changes image and returns its first part; it leaves a file
+// whose segments contain its headers as it is.
 func trim(image []byte) []byte {
 	le := binary.LittleEndian
 	phoff, phnum := le.Uint64(image[32:]), le.Uint16(image[56:]) // ELF-64 header: e_phoff, e_phnum
@@ -173,8 +176,8 @@ func trim(image []byte) []byte {
 	return image[:min(end, uint64(len(image)))]
 }
 
-// ExtractELF returns the decompressed vmlinux of a bzImage, or the file as it is
-// when it is an ELF kernel already. Errors are *ImageError.
+// ExtractELF returns the decompressed vmlinux of a bzImage, or the file itself if it is an ELF
+// kernel. Errors are *ImageError.
 func ExtractELF(f *File) ([]byte, error) {
 	im, err := NewImage(f)
 	if err != nil {
@@ -194,7 +197,7 @@ func ExtractELF(f *File) ([]byte, error) {
 
 var errLength = errors.New("the length is not the one that the payload's end tells")
 
-// stream makes a decode function of a decompressing reader.
+// stream makes a decode function from a decompressing reader.
 func stream(open func(io.Reader) (io.Reader, error)) func(dst, src []byte) error {
 	return func(dst, src []byte) error {
 		in := bytes.NewReader(src)
@@ -205,7 +208,7 @@ func stream(open func(io.Reader) (io.Reader, error)) func(dst, src []byte) error
 		if _, err := io.ReadFull(r, dst); err != nil {
 			return err
 		}
-		// The end of the stream is where its checksum is compared.
+		// The checksum is verified at the end of the stream.
 		var more [1]byte
 		if _, err := io.ReadFull(r, more[:]); err == nil || err == io.EOF && in.Len() > 0 {
 			return errLength
@@ -216,13 +219,14 @@ func stream(open func(io.Reader) (io.Reader, error)) func(dst, src []byte) error
 	}
 }
 
-// maxWindow is the largest window that kernels are packed with: by zstd --ultra -22, and by
-// xz in the newest kernels. lzma -9 asks for half of it. It bounds what a header
-// can make the libraries allocate.
+// maxWindow is the largest window of packed kernels: that of zstd --ultra -22, and of xz in the
+// newest kernels. lzma -9 uses half of it. It bounds the memory that a header can make the
+// libraries allocate.
 const maxWindow = 128 << 20
 
 func decodeZstd(dst, src []byte) error {
-	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecodeAllCapLimit(true))
+	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow),
+		zstd.WithDecodeAllCapLimit(true))
 	if err != nil {
 		return err
 	}
@@ -237,11 +241,11 @@ func decodeZstd(dst, src []byte) error {
 	return nil
 }
 
-// lz4Block is what every block of an lz4 legacy frame but the last decompresses to.
+// lz4Block is the decompressed size of every block of an lz4 legacy frame but the last.
 const lz4Block = 8 << 20
 
-// decodeLZ4 reads the legacy frame format: after the magic number, blocks that
-// each have their compressed size in front.
+// decodeLZ4 reads the legacy frame format: the magic number, and blocks that each start with their
+// compressed size.
 func decodeLZ4(dst, src []byte) error {
 	src = src[4:]
 	for len(dst) > 0 {

@@ -10,8 +10,8 @@ const (
 	memmapSize     = 24 // hvm_memmap_table_entry: addr, size, type, reserved
 )
 
-// pvh writes what a kernel entered by PVH reads: hvm_start_info, and behind it
-// the module list and the memory map.
+// pvh writes the structures that a kernel entered by PVH reads: hvm_start_info, followed by the
+// module list and the memory map.
 func (ld *loader) pvh(rip uint64, h *setupHeader, limit initrdLimit) (Entry, error) {
 	maxCmdLine := uint64(maxELFCmdLine)
 	if h != nil {

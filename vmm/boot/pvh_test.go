@@ -13,7 +13,8 @@ func TestLoadPVH(t *testing.T) {
 		all[i] = 0xa5
 	}
 	initrds := []*File{file("one", pattern(3, 4097)), file("two", pattern(4, 70))}
-	e, err := Load(mem, Config{Kernel: image(t, kernelELF()), Initrds: initrds, CmdLine: "console=ttyS0 x=1", RSDP: 0xe0010, Dirty: true})
+	e, err := Load(mem, Config{Kernel: image(t, kernelELF()), Initrds: initrds, CmdLine: "console=ttyS0 x=1",
+		RSDP: 0xe0010, Dirty: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,7 +30,8 @@ func TestLoadPVH(t *testing.T) {
 		name string
 		off  uint64
 		want uint32
-	}{{"magic", 0, 0x336ec578}, {"version", 4, 1}, {"flags", 8, 0}, {"nr_modules", 12, 1}, {"memmap_entries", 48, 3}, {"reserved", 52, 0}} {
+	}{{"magic", 0, 0x336ec578}, {"version", 4, 1}, {"flags", 8, 0}, {"nr_modules", 12, 1}, {"memmap_entries", 48, 3},
+		{"reserved", 52, 0}} {
 		if got := u32at(t, mem, s+f.off); got != f.want {
 			t.Errorf("%s = %#x, want %#x", f.name, got, f.want)
 		}

@@ -9,7 +9,7 @@ import (
 	"gvm/guestmem"
 )
 
-// segment is a program header of a synthetic ELF file and what it holds.
+// segment is a program header of a synthetic ELF file and its data.
 type segment struct {
 	kind                elf.ProgType
 	vaddr, paddr, memsz uint64

@@ -8,9 +8,9 @@ import (
 	"sync"
 )
 
-// Handler is a range of registers. off counts from the range's base; p is 1 to
-// 8 bytes, little-endian, and never crosses the range's end. Several vCPUs may
-// call at the same time: a handler has its own lock.
+// Handler is a range of registers. off counts from the range's base; p is 1 to 8 bytes,
+// little-endian, and never crosses the range's end. Several vCPUs may call at the same time: a
+// handler does its own locking.
 type Handler interface {
 	Read(off uint64, p []byte)
 	Write(off uint64, p []byte)
@@ -29,8 +29,8 @@ type Bus struct {
 	spans []span // ascending by base
 }
 
-// Add maps [base, base+size) to h. A range that is empty, wraps, or overlaps
-// one that is mapped already is an error that names both.
+// Add maps [base, base+size) to h. It fails for a range that is empty, wraps, or overlaps a mapped
+// one; the error names both ranges.
 func (b *Bus) Add(name string, base, size uint64, h Handler) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -39,7 +39,8 @@ func (b *Bus) Add(name string, base, size uint64, h Handler) error {
 	}
 	i := sort.Search(len(b.spans), func(i int) bool { return b.spans[i].base+(b.spans[i].size-1) >= base })
 	if i < len(b.spans) && b.spans[i].base <= base+(size-1) {
-		return fmt.Errorf("bus: %s at %#x+%#x overlaps %s at %#x+%#x", name, base, size, b.spans[i].name, b.spans[i].base, b.spans[i].size)
+		return fmt.Errorf("bus: %s at %#x+%#x overlaps %s at %#x+%#x", name, base, size, b.spans[i].name, b.spans[i].base,
+			b.spans[i].size)
 	}
 	b.spans = append(b.spans, span{})
 	copy(b.spans[i+1:], b.spans[i:])
@@ -47,7 +48,7 @@ func (b *Bus) Add(name string, base, size uint64, h Handler) error {
 	return nil
 }
 
-// Remove unmaps the range that starts at base; there being none is an error.
+// Remove unmaps the range that starts at base; it fails if there is none.
 func (b *Bus) Remove(base uint64) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -74,8 +75,8 @@ func (b *Bus) find(addr uint64, n int) (Handler, uint64) {
 	return nil, 0
 }
 
-// Read fills p from the device at addr. Where there is none it fills p with
-// ones, as a bus nobody drives reads, and returns false.
+// Read fills p from the device at addr and returns true. Without a device it fills p with ones,
+// like an undriven bus, and returns false.
 func (b *Bus) Read(addr uint64, p []byte) bool {
 	h, off := b.find(addr, len(p))
 	if h == nil {
@@ -88,8 +89,8 @@ func (b *Bus) Read(addr uint64, p []byte) bool {
 	return true
 }
 
-// Write gives p to the device at addr; where there is none it is dropped and
-// Write returns false.
+// Write gives p to the device at addr and returns true. Without a device it drops p and returns
+// false.
 func (b *Bus) Write(addr uint64, p []byte) bool {
 	h, off := b.find(addr, len(p))
 	if h == nil {

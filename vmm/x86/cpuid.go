@@ -1,5 +1,5 @@
-// Package x86 says what a gvm virtual CPU looks like to the guest: CPUID,
-// MSRs, and registers at its first instruction.
+// Package x86 defines a virtual CPU as the guest sees it: CPUID, MSRs, and registers at its first
+// instruction.
 package x86
 
 import (
@@ -17,11 +17,10 @@ const (
 	edx
 )
 
-// flagSignificantIndex is KVM_CPUID_FLAG_SIGNIFCANT_INDEX: the leaf has
-// subleaves.
+// flagSignificantIndex is KVM_CPUID_FLAG_SIGNIFCANT_INDEX: the leaf has subleaves.
 const flagSignificantIndex = 1
 
-// CPUIDConfig is what a vCPU's CPUID depends on.
+// CPUIDConfig holds the parameters of a vCPU's CPUID.
 type CPUIDConfig struct {
 	APICID uint32
 	CPUs   int // in the machine, all in one package, one thread a core
@@ -35,10 +34,9 @@ type CPUIDConfig struct {
 	Features    []FeatureChange
 }
 
-// CPUID returns a vCPU's CPUID table: what KVM supports on this host, with the
-// topology of the guest in place of the host's, and the features that the
-// user asked for. A feature that lacks another one that it needs is dropped. Demanding such
-// a feature, or one that the host lacks, is an error.
+// CPUID returns a vCPU's CPUID table: the features that KVM supports on this host, with the guest's
+// topology instead of the host's, and the user's changes of features. A feature that depends on a
+// missing one is dropped. Demanding such a feature, or one that the host lacks, is an error.
 func CPUID(supported []kvm.CPUIDEntry2, c CPUIDConfig) ([]kvm.CPUIDEntry2, error) {
 	t := slices.Clone(supported)
 	if c.X2APIC {
@@ -93,8 +91,8 @@ func (c *CPUIDConfig) idBits() uint32 {
 	return uint32(bits.Len(uint(max(c.MaxAPICID, uint32(c.CPUs-1)))))
 }
 
-// wideIDs adds what a guest needs to use APIC IDs above 254: leaf 0xb, which alone has 32 bits of
-// the ID, and the bit that lets Linux use them without interrupt remapping.
+// wideIDs adds the CPUID bits that a guest needs for APIC IDs above 254: leaf 0xb, which alone has
+// 32 bits of the ID, and the bit that lets Linux use them without interrupt remapping.
 func wideIDs(t []kvm.CPUIDEntry2) []kvm.CPUIDEntry2 {
 	if find(t, 0xb, 0) == nil {
 		t = append(t, kvm.CPUIDEntry2{Function: 0xb, Flags: flagSignificantIndex})
@@ -121,7 +119,8 @@ func extendedTopology(t []kvm.CPUIDEntry2, leaf uint32, c CPUIDConfig) []kvm.CPU
 	idBits := c.idBits()
 	return append(t,
 		kvm.CPUIDEntry2{Function: leaf, Index: 0, Flags: flagSignificantIndex, Eax: 0, Ebx: 1, Ecx: thread, Edx: c.APICID},
-		kvm.CPUIDEntry2{Function: leaf, Index: 1, Flags: flagSignificantIndex, Eax: idBits, Ebx: uint32(c.CPUs), Ecx: core | 1, Edx: c.APICID},
+		kvm.CPUIDEntry2{Function: leaf, Index: 1, Flags: flagSignificantIndex, Eax: idBits, Ebx: uint32(c.CPUs),
+			Ecx: core | 1, Edx: c.APICID},
 		kvm.CPUIDEntry2{Function: leaf, Index: 2, Flags: flagSignificantIndex, Ecx: 2, Edx: c.APICID},
 	)
 }

@@ -8,10 +8,10 @@ import (
 	"github.com/bobuhiro11/gokvm/kvm"
 )
 
-// needs names features and the one that they cannot be used without, as Linux knows them
-// (arch/x86/kernel/cpu/cpuid-deps.c) and as the instruction sets build on each other (Intel SDM 1,
-// 13.1 and 14.3; AMD APM 3, appendix D). A row comes after those that its first word is a
-// dependent of, so that one pass finds every feature to drop.
+// needs lists features and the feature that they depend on, as in Linux
+// (arch/x86/kernel/cpu/cpuid-deps.c) and in the definitions of the instruction sets (Intel SDM 1,
+// 13.1 and 14.3; AMD APM 3, appendix D). A row comes after those in which its first word is a
+// dependent, so that one pass finds every feature to drop.
 var needs = []struct{ need, dependents string }{
 	{"fpu", "fxsr"},
 	{"fxsr", "cmov mmx fxsr_opt sse xsave"},
@@ -39,13 +39,13 @@ var needs = []struct{ need, dependents string }{
 	{"lkgs", "fred"},
 }
 
-// leafNeeds has the leaves that describe one feature and nothing else.
+// leafNeeds lists the leaves that describe a single feature.
 var leafNeeds = map[uint32]string{
 	0xd: "xsave", 0x12: "sgx", 0x14: "intel_pt", 0x1d: "amx_tile", 0x1e: "amx_tile", 0x24: "avx10", 0x8000_000a: "svm",
 }
 
-// xstate has the XSAVE state components (Intel SDM 1, 13.1), with the features that use
-// each. Components 0 and 1, x87 and SSE, are always there.
+// xstate lists the XSAVE state components (Intel SDM 1, 13.1) and the features that use each.
+// Components 0 and 1, x87 and SSE, are always there.
 var xstate = map[uint32][]string{
 	2: {"avx"}, 3: {"mpx"}, 4: {"mpx"}, 5: {"avx512f"}, 6: {"avx512f"}, 7: {"avx512f"}, 9: {"pku"},
 	11: {"shstk", "ibt"}, 12: {"shstk", "ibt"}, 17: {"amx_tile"}, 18: {"amx_tile"}, 19: {"apx"},
@@ -67,8 +67,7 @@ func drop(t []kvm.CPUIDEntry2, name string) {
 	}
 }
 
-// dropOrphans drops the features that lack what they need, and returns each with the
-// feature that it lacks.
+// dropOrphans drops the features that lack a dependency, and returns each with the missing feature.
 func dropOrphans(t []kvm.CPUIDEntry2) map[string]string {
 	lacks := map[string]string{}
 	for _, n := range needs {
@@ -85,8 +84,8 @@ func dropOrphans(t []kvm.CPUIDEntry2) map[string]string {
 	return lacks
 }
 
-// Orphans returns the features that KVM offers although it does not offer another one that they
-// need, in alphabetical order, and those others. CPUID hides such features from the guest.
+// Orphans returns the features that KVM offers without one that they depend on, in alphabetical
+// order, and the missing ones. CPUID hides such features from the guest.
 func Orphans(supported []kvm.CPUIDEntry2) (dropped, missing []string) {
 	lacks := dropOrphans(slices.Clone(supported))
 	for name, need := range lacks {
@@ -100,10 +99,10 @@ func Orphans(supported []kvm.CPUIDEntry2) (dropped, missing []string) {
 	return dropped, slices.Compact(missing)
 }
 
-// applyFeatures makes the user's changes in t, drops what lacks its needs, and takes out what
-// leaves and state components say of features that are gone.
+// applyFeatures makes the user's changes in t, drops the features that lack a dependency, and
+// removes the leaves and state components of absent features.
 func applyFeatures(t, supported []kvm.CPUIDEntry2, changes []FeatureChange) ([]kvm.CPUIDEntry2, error) {
-	own := slices.Clone(t) // what gvm adds to KVM's, such as the TSC deadline timer
+	own := slices.Clone(t) // bits that gvm adds to KVM's, such as the TSC deadline timer
 	for _, f := range changes {
 		if !f.Enable {
 			drop(t, f.Name)
@@ -137,8 +136,8 @@ func applyFeatures(t, supported []kvm.CPUIDEntry2, changes []FeatureChange) ([]k
 	return trimXstate(t), nil
 }
 
-// trimXstate takes the state components of features that are gone out of leaf 0xd, and the
-// size of the XSAVE area (ECX; KVM counts EBX itself) along.
+// trimXstate removes the state components of absent features from leaf 0xd, and reduces the size of
+// the XSAVE area (ECX; KVM counts EBX itself).
 func trimXstate(t []kvm.CPUIDEntry2) []kvm.CPUIDEntry2 {
 	user, super := find(t, 0xd, 0), find(t, 0xd, 1)
 	if user == nil {

@@ -8,8 +8,8 @@ import (
 	"github.com/bobuhiro11/gokvm/kvm"
 )
 
-// offering returns a table of supported leaves with every feature that gvm has a name for but those
-// named, and with the XSAVE layout of a processor with AVX-512, protection keys and AMX.
+// offering returns a table of supported leaves with every feature that gvm names except the given
+// ones, and with the XSAVE layout of a processor with AVX-512, protection keys and AMX.
 func offering(without ...string) []kvm.CPUIDEntry2 {
 	var t []kvm.CPUIDEntry2
 	for name, f := range features() {
@@ -55,8 +55,8 @@ const needXSAVE = "xsaveopt xsavec xgetbv1 xsaves avx mpx pku apx ospke osxsave 
 	"xop fma4 avx_vnni avx_ifma avx512f avx512dq avx512bw avx512vl avx512_vbmi2 avx512_bf16 avx512_fp16 " +
 	"avx512_vp2intersect xfd shstk amx_tile amx_bf16 amx_int8 amx_fp16 sha512"
 
-// TestDependents: a feature whose dependency is missing goes with it, whether KVM lacks
-// that or the user masks it, and nothing else goes.
+// TestDependents: a feature is dropped if its dependency is missing, whether KVM lacks it or the
+// user masks it, and no other feature is.
 func TestDependents(t *testing.T) {
 	for _, c := range []struct{ root, gone, stays string }{
 		{"xsave", needXSAVE, "aes pclmulqdq sse4_2 gfni sha_ni ibt smap"},
@@ -91,7 +91,7 @@ func TestDependents(t *testing.T) {
 	}
 }
 
-// TestNeedsOrder: dropOrphans goes over needs once.
+// TestNeedsOrder: dropOrphans makes one pass over needs.
 func TestNeedsOrder(t *testing.T) {
 	for i, n := range needs {
 		for name := range strings.FieldsSeq(n.need + " " + n.dependents) {
@@ -165,7 +165,7 @@ func TestDemandWithoutNeed(t *testing.T) {
 	}
 	supported := offering("tsc_deadline_timer", "hypervisor", "kvm_msi_ext_dest_id")
 	if _, err := CPUID(supported, CPUIDConfig{CPUs: 300, TSCDeadline: true, X2APIC: true, Features: own}); err != nil {
-		t.Errorf("what gvm itself adds: %v", err)
+		t.Errorf("a bit that gvm itself adds: %v", err)
 	}
 }
 

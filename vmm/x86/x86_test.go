@@ -49,7 +49,8 @@ func TestCPUIDTopology(t *testing.T) {
 			t.Errorf("%d CPUs: the end of leaf 4 is %#x", c.cpus, find(e, 4, 4).Eax)
 		}
 		th, co := find(e, 0xb, 0), find(e, 0xb, 1)
-		if th.Eax != 0 || th.Ebx != 1 || th.Ecx != 0x100 || th.Edx != c.id || co.Eax != c.bits || co.Ebx != uint32(c.cpus) || co.Ecx != 0x201 {
+		if th.Eax != 0 || th.Ebx != 1 || th.Ecx != 0x100 || th.Edx != c.id || co.Eax != c.bits ||
+			co.Ebx != uint32(c.cpus) || co.Ecx != 0x201 {
 			t.Errorf("%d CPUs: leaf 0xb %+v %+v", c.cpus, th, co)
 		}
 		if find(e, 0x1f, 0) != nil {
@@ -80,10 +81,13 @@ func TestFeatures(t *testing.T) {
 		}
 	}
 	fs, _ := ParseFeatures("+pku")
-	if _, err := CPUID(host, CPUIDConfig{CPUs: 1, Features: fs}); err == nil || !strings.Contains(err.Error(), "does not offer") {
+	if _, err := CPUID(host, CPUIDConfig{CPUs: 1, Features: fs}); err == nil ||
+		!strings.Contains(err.Error(), "does not offer") {
 		t.Errorf("a feature that the host lacks: %v", err)
 	}
-	for name, want := range map[string]feature{"hypervisor": {1, 0, ecx, 31}, "avx512vl": {7, 0, ebx, 31}, "pks": {7, 0, ecx, 31}, "lm": {0x8000_0001, 0, edx, 29}, "kvmclock_stable": {0x4000_0001, 0, eax, 24}, "spec_ctrl_ssbd": {7, 0, edx, 31}, "ibpb": {0x8000_0008, 0, ebx, 12}, "pdpe1gb": {0x8000_0001, 0, edx, 26}} {
+	for name, want := range map[string]feature{"hypervisor": {1, 0, ecx, 31}, "avx512vl": {7, 0, ebx, 31},
+		"pks": {7, 0, ecx, 31}, "lm": {0x8000_0001, 0, edx, 29}, "kvmclock_stable": {0x4000_0001, 0, eax,
+			24}, "spec_ctrl_ssbd": {7, 0, edx, 31}, "ibpb": {0x8000_0008, 0, ebx, 12}, "pdpe1gb": {0x8000_0001, 0, edx, 26}} {
 		if features()[name] != want {
 			t.Errorf("%s is %+v, want %+v", name, features()[name], want)
 		}
@@ -92,16 +96,18 @@ func TestFeatures(t *testing.T) {
 
 func TestStartStates(t *testing.T) {
 	r, s := StartPVH32(kvm.Sregs{EFER: 0x500}, 0x100_0000, 0x7000)
-	if r.RIP != 0x100_0000 || r.RBX != 0x7000 || s.CR0 != 0x11 || s.CR4 != 0 || s.EFER != 0 || s.CS.DB != 1 || s.CS.L != 0 || s.TR.Limit != 0x67 {
+	if r.RIP != 0x100_0000 || r.RBX != 0x7000 || s.CR0 != 0x11 || s.CR4 != 0 || s.EFER != 0 || s.CS.DB != 1 ||
+		s.CS.L != 0 || s.TR.Limit != 0x67 {
 		t.Errorf("PVH: %+v %+v", r, s)
 	}
 	r, s = StartLong64(kvm.Sregs{}, 0x20_0200, 0x8000, 0x9000, 0x500, 31)
-	if r.RIP != 0x20_0200 || r.RSI != 0x8000 || s.CR3 != 0x9000 || s.EFER != 0x500 || s.CR4 != 0x20 || s.CS.L != 1 || s.CS.DB != 0 || s.CS.Selector != 0x10 || s.SS.Selector != 0x18 || s.GDT.Base != 0x500 || s.GDT.Limit != 31 {
+	if r.RIP != 0x20_0200 || r.RSI != 0x8000 || s.CR3 != 0x9000 || s.EFER != 0x500 || s.CR4 != 0x20 || s.CS.L != 1 ||
+		s.CS.DB != 0 || s.CS.Selector != 0x10 || s.SS.Selector != 0x18 || s.GDT.Base != 0x500 || s.GDT.Limit != 31 {
 		t.Errorf("64-bit: %+v %+v", r, s)
 	}
 }
 
-// TestTopology: whatever leaf a guest asks, it finds the same package with the same IDs.
+// TestTopology: a guest finds the same package and IDs in every leaf.
 func TestTopology(t *testing.T) {
 	amd := []kvm.CPUIDEntry2{
 		{Function: 0x0, Eax: 0x1f},
@@ -116,7 +122,7 @@ func TestTopology(t *testing.T) {
 	}
 	for _, c := range []struct {
 		cpus  int
-		ids   []uint32 // of some CPUs, the last one's too
+		ids   []uint32 // of some CPUs, including the last
 		shift uint32
 	}{
 		{1, []uint32{0}, 0},
@@ -141,7 +147,8 @@ func TestTopology(t *testing.T) {
 			count := uint32(c.cpus)
 			for _, leaf := range []uint32{0xb, 0x1f} {
 				thread, core := find(e, leaf, 0), find(e, leaf, 1)
-				if thread.Eax != 0 || thread.Ebx != 1 || thread.Edx != id || core.Eax != c.shift || core.Ebx != count || core.Edx != id {
+				if thread.Eax != 0 || thread.Ebx != 1 || thread.Edx != id || core.Eax != c.shift || core.Ebx != count ||
+					core.Edx != id {
 					t.Errorf("%d CPUs, ID %d: leaf %#x %+v %+v", c.cpus, id, leaf, thread, core)
 				}
 			}
