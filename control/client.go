@@ -17,28 +17,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxAnswer is more than any answer has.
+// maxAnswer bounds an answer, with room to spare.
 const maxAnswer = 32 << 20
 
-// How long a client waits: for what a machine knows, and for what it has to do, which its server
-// gives up before that.
+// How long a client waits for the machine's state, and for an operation, which the server abandons
+// before that.
 const (
 	askTimeout    = 2 * time.Second
 	changeTimeout = time.Minute
 )
 
-// ErrNoAnswer is a machine that took a request and did not answer it in time. Its process may be stopped.
+// ErrNoAnswer means that a machine took a request and did not answer it in time. Its process may be
+// stopped.
 var ErrNoAnswer = errors.New("no answer")
 
-// Client asks the machine that has a name in a Directory. It holds no resources.
+// Client sends requests to the machine with a name in a Directory. It holds no resources.
 type Client struct {
 	dir  Directory
 	name string
 	http http.Client
 }
 
-// NewClient returns a client for the machine of that name, which the first
-// request looks for.
+// NewClient returns a client for the machine of that name. The first request looks for the machine.
 func NewClient(d Directory, name string) *Client {
 	return &Client{dir: d, name: name, http: http.Client{
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -63,14 +63,14 @@ func (d Directory) dial(ctx context.Context, name string) (net.Conn, error) {
 	return dialer.DialContext(ctx, "unix", socketPath(dir, name+socketSuffix))
 }
 
-// Process opens the process that has the machine's socket, as a descriptor that is readable when the
-// process has ended (pidfd_open(2)).
+// Process opens the process that owns the machine's socket, as a descriptor that becomes readable
+// when the process ends (pidfd_open(2)).
 func (c *Client) Process(ctx context.Context) (*os.File, error) {
 	conn, err := c.dir.dial(ctx, c.name)
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close() // it lives until then, and its PID is its own
+	defer conn.Close() // until then the process lives, and its PID is its own
 	raw, err := conn.(*net.UnixConn).SyscallConn()
 	if err != nil {
 		return nil, err
@@ -95,7 +95,7 @@ func (c *Client) Process(ctx context.Context) (*os.File, error) {
 	return os.NewFile(uintptr(fd), "process of machine "+c.name), nil
 }
 
-// Info asks what the machine is.
+// Info returns the machine's description.
 func (c *Client) Info(ctx context.Context) (Info, error) {
 	return ask[Info](ctx, c, http.MethodGet, "machine", nil)
 }
@@ -106,13 +106,13 @@ func (c *Client) Pause(ctx context.Context) error {
 	return err
 }
 
-// Resume lets them go on.
+// Resume resumes the machine's CPUs.
 func (c *Client) Resume(ctx context.Context) error {
 	_, err := ask[struct{}](ctx, c, http.MethodPost, "machine/resume", nil)
 	return err
 }
 
-// Stop has the machine end, by the guest itself if it does so in time.
+// Stop ends the machine; the guest may end by itself first.
 func (c *Client) Stop(ctx context.Context, s Stop) (Stopped, error) {
 	return ask[Stopped](ctx, c, http.MethodPost, "machine/stop", s)
 }
@@ -120,7 +120,7 @@ func (c *Client) Stop(ctx context.Context, s Stop) (Stopped, error) {
 // Name returns the machine's name.
 func (c *Client) Name() string { return c.name }
 
-// Disks asks for the disks.
+// Disks returns the disks.
 func (c *Client) Disks(ctx context.Context) ([]Disk, error) {
 	return ask[[]Disk](ctx, c, http.MethodGet, "disks", nil)
 }
@@ -135,15 +135,15 @@ func (c *Client) RemoveDisk(ctx context.Context, id string) (Change, error) {
 	return ask[Change](ctx, c, http.MethodDelete, "disks/"+segment(id), nil)
 }
 
-// ResizeDisk changes a disk's size, or has the machine look at it again.
+// ResizeDisk changes a disk's size, or makes the machine read it again.
 func (c *Client) ResizeDisk(ctx context.Context, id string, r ResizeDisk) (Change, error) {
 	return ask[Change](ctx, c, http.MethodPost, "disks/"+segment(id)+"/resize", r)
 }
 
-// segment writes an ID as one segment of a path, which "." and ".." are not.
+// segment escapes an ID as one segment of a path, even "." and "..".
 func segment(id string) string { return strings.ReplaceAll(url.PathEscape(id), ".", "%2E") }
 
-// ask makes a request. The error is an *Error if the machine has refused it.
+// ask makes a request. The error is an *Error if the machine refused it.
 func ask[T any](ctx context.Context, c *Client, method, path string, body any) (answer T, err error) {
 	limit := changeTimeout
 	if method == http.MethodGet {
@@ -153,7 +153,8 @@ func ask[T any](ctx context.Context, c *Client, method, path string, body any) (
 	defer cancel()
 	defer func() {
 		if err != nil && context.Cause(ctx) == ErrNoAnswer {
-			err = fmt.Errorf("machine %s: %w within %v: its process may be stopped (kill -CONT PID), or its host overloaded", c.name, ErrNoAnswer, limit)
+			err = fmt.Errorf("machine %s: %w within %v: its process may be stopped (kill -CONT PID), or its host overloaded",
+				c.name, ErrNoAnswer, limit)
 		}
 	}()
 	var content io.Reader
@@ -171,7 +172,7 @@ func ask[T any](ctx context.Context, c *Client, method, path string, body any) (
 	resp, err := c.http.Do(r)
 	if err != nil {
 		if e := (*url.Error)(nil); errors.As(err, &e) {
-			err = e.Err // without the URL, which says nothing
+			err = e.Err // without the URL, which does not help
 		}
 		return answer, fmt.Errorf("machine %s does not answer: %w", c.name, err)
 	}
@@ -185,7 +186,7 @@ func ask[T any](ctx context.Context, c *Client, method, path string, body any) (
 		return answer, nil
 	case http.StatusOK:
 		if err := json.Unmarshal(b, &answer); err != nil {
-			return answer, fmt.Errorf("machine %s answers what this gvm does not understand: %w", c.name, err)
+			return answer, fmt.Errorf("machine %s sends an answer that this gvm does not understand: %w", c.name, err)
 		}
 		return answer, nil
 	}

@@ -10,13 +10,14 @@ import (
 // maxClients bounds the connections of a server, and so its descriptors and goroutines.
 const maxClients = 64
 
-// clients are a server's connections. One more than maxClients closes the oldest of those that are not at
-// the machine: a client that has not sent its request, or does not take its answer, keeps no other out.
+// clients are a server's connections. One more than maxClients closes the oldest that is not at the
+// machine: a client that has not sent its request, or does not read its answer, does not lock out
+// others.
 type clients struct {
 	*net.UnixListener
 
 	mu   sync.Mutex
-	open []*client // in the order in which they came
+	open []*client // in the order of arrival
 }
 
 // client is a connection.
@@ -26,7 +27,7 @@ type client struct {
 	stage stage // guarded by all.mu
 }
 
-// stage is how far the request of a client has come.
+// stage is the progress of a client's request.
 type stage int
 
 const (
@@ -35,7 +36,7 @@ const (
 	answering
 )
 
-// Accept returns the next connection. One that comes while maxClients are at the machine is closed.
+// Accept returns the next connection. It closes one that comes while maxClients are at the machine.
 func (cs *clients) Accept() (net.Conn, error) {
 	for {
 		conn, err := cs.UnixListener.Accept()
@@ -74,7 +75,7 @@ func withClient(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, clientKey{}, c)
 }
 
-// enter says how far the client's request has come.
+// enter records that the client's request has reached a stage.
 func (c *client) enter(s stage) {
 	c.all.mu.Lock()
 	c.stage = s

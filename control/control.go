@@ -1,8 +1,8 @@
-// Package control lets other processes of the same user look at a running
-// machine and change it: HTTP with JSON bodies over a unix socket of the
-// machine's own. A Server answers for a Machine; a Client asks.
+// Package control lets other processes of the same user inspect and change a running machine: HTTP
+// with JSON bodies over the machine's own unix socket. A Server answers for a Machine; a Client
+// sends requests.
 //
-// docs/control.md has the protocol.
+// docs/control.md specifies the protocol.
 package control
 
 import (
@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// Info is what a machine says of itself.
+// Info describes a machine.
 type Info struct {
 	Name   string `json:"name"`
 	PID    int    `json:"pid"`
@@ -23,31 +23,30 @@ type Info struct {
 	State  State  `json:"state"`
 }
 
-// State is what a machine does.
+// State is the state of a machine.
 type State string
 
-// States of a machine.
 const (
 	Running State = "running"
 	Paused  State = "paused"
 )
 
-// Disk is a logical unit that the guest has.
+// Disk is a logical unit of the guest.
 type Disk struct {
 	LUN       int    `json:"lun"`
-	Path      Text   `json:"path,omitempty"`    // absolute; "" for memory and for targets of the kernel's
+	Path      Text   `json:"path,omitempty"`    // absolute; "" for memory and for kernel targets
 	Storage   string `json:"storage,omitempty"` // of a disk without a path: mem or null
-	WWN       string `json:"wwn,omitempty"`     // of a target of the kernel's
+	WWN       string `json:"wwn,omitempty"`     // of a kernel target
 	Serial    Text   `json:"serial,omitempty"`
 	Size      int64  `json:"size"` // bytes
 	BlockSize int    `json:"block_size"`
 	ReadOnly  bool   `json:"readonly"`
 	Cache     string `json:"cache"`
 	Backend   string `json:"backend"`
-	Change    string `json:"change,omitempty"` // under way: Adding, Removing or Resizing
+	Change    string `json:"change,omitempty"` // in progress: Adding, Removing or Resizing
 }
 
-// Changes of a disk that are under way.
+// Changes of a disk in progress.
 const (
 	Adding   = "adding"
 	Removing = "removing"
@@ -56,35 +55,34 @@ const (
 
 // AddDisk is the body of POST /v1/disks.
 type AddDisk struct {
-	// Disk is the disk as gvm run --disk takes it.
+	// Disk is the disk in the syntax of gvm run --disk.
 	Disk Text `json:"disk"`
-	// Dir is what a relative path in Disk starts from. Without it such a path
-	// is refused: the machine has a working directory of its own.
+	// Dir is the base of a relative path in Disk. Without it such a path is refused: the machine
+	// has its own working directory.
 	Dir Text `json:"dir,omitempty"`
 }
 
 // ResizeDisk is the body of POST /v1/disks/ID/resize.
 type ResizeDisk struct {
-	Size   int64 `json:"size,omitempty"`   // in bytes; 0 takes the size that the image has by now
-	Shrink bool  `json:"shrink,omitempty"` // it may become smaller
+	Size   int64 `json:"size,omitempty"`   // in bytes; 0 takes the image's present size
+	Shrink bool  `json:"shrink,omitempty"` // the disk may become smaller
 }
 
 // Change is the answer to a change of the disks.
 type Change struct {
-	Disk  Disk  `json:"disk"`  // as it is, or was
-	Guest Guest `json:"guest"` // whether the guest knows
+	Disk  Disk  `json:"disk"`  // its state now, or before it was removed
+	Guest Guest `json:"guest"` // whether the guest was told
 }
 
-// Guest is what the guest's driver has heard of a change.
+// Guest says whether the guest's driver was told of a change.
 type Guest string
 
-// What the guest has heard.
 const (
 	Told      Guest = "told"      // the driver has the event
-	Missed    Guest = "missed"    // it had no buffer for it; the next event says that some were lost
+	Missed    Guest = "missed"    // it had no buffer for the event; the next event reports lost ones
 	Deaf      Guest = "deaf"      // it has not negotiated such events
-	Absent    Guest = "absent"    // no driver is active; one that starts looks by itself
-	Unchanged Guest = "unchanged" // there was nothing to tell
+	Absent    Guest = "absent"    // no driver is active; one that starts scans the disks
+	Unchanged Guest = "unchanged" // there was no change to report
 )
 
 // MaxGrace is the longest grace time of a Stop.
@@ -92,8 +90,8 @@ const MaxGrace = 24 * time.Hour
 
 // Stop is the body of POST /v1/machine/stop.
 type Stop struct {
-	// GraceMS is how many milliseconds the guest has to power itself off, after its power
-	// button has been pressed; 0 stops the machine at once.
+	// GraceMS is how many milliseconds the guest has to power itself off after its power button has
+	// been pressed; 0 stops the machine at once.
 	GraceMS int64 `json:"grace_ms,omitempty"`
 }
 
@@ -102,16 +100,15 @@ type Stopped struct {
 	Asked bool `json:"asked"` // the guest has its grace time; else the machine ends now
 }
 
-// Machine is what a Server needs of a machine. Its methods are called from
-// several goroutines. An error that is an *Error goes to the client with its
-// status, any other as a failure of the host. When the context ends, because the client has gone or the
-// server closes, a method returns, whatever it waits for.
+// Machine is the machine behind a Server. Its methods are called from several goroutines. An *Error
+// goes to the client with its status, any other error as a failure of the host. A method returns
+// when its context ends, because the client has gone or the server closes.
 type Machine interface {
 	Info() Info
-	// Pause stops the CPUs, and Resume lets them go on.
+	// Pause stops the CPUs, and Resume resumes them.
 	Pause(context.Context) error
 	Resume() error
-	// Stop has the machine end. It does not wait for that.
+	// Stop starts the machine's end. It does not wait for it.
 	Stop(Stop) (Stopped, error)
 	Disks() []Disk
 	AddDisk(context.Context, AddDisk) (Change, error)
@@ -120,9 +117,9 @@ type Machine interface {
 	ResizeDisk(ctx context.Context, id string, r ResizeDisk) (Change, error)
 }
 
-// Error is a request that was refused or failed.
+// Error is the error of a request that was refused or failed.
 type Error struct {
-	Status int // of HTTP
+	Status int // HTTP status
 	Text   string
 }
 
@@ -133,5 +130,5 @@ func Errorf(status int, format string, a ...any) error {
 	return &Error{status, fmt.Sprintf(format, a...)}
 }
 
-// ErrEnded refuses what comes after the end of the machine.
+// ErrEnded refuses requests after the end of the machine.
 var ErrEnded = Errorf(http.StatusServiceUnavailable, "the machine has ended")

@@ -22,12 +22,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fake is a machine whose disks are a list.
+// fake is a machine with a list of disks.
 type fake struct {
 	mu     sync.Mutex
 	disks  map[string]Disk // by path
 	state  State
-	adding chan struct{} // AddDisk sends to it and waits for what comes back; nil: it does not
+	adding chan struct{} // AddDisk sends to it and waits for a reply; nil: it does not
 }
 
 func newFake() *fake { return &fake{disks: map[string]Disk{}, state: Running} }
@@ -81,7 +81,8 @@ func (f *fake) AddDisk(_ context.Context, a AddDisk) (Change, error) {
 	case f.disks[path].Path != "":
 		return Change{}, Errorf(http.StatusConflict, "%s is there", path)
 	}
-	d := Disk{Path: a.Disk, LUN: len(f.disks), Serial: a.Dir, Size: 512, BlockSize: 512, Cache: "writeback", Backend: "process"}
+	d := Disk{Path: a.Disk, LUN: len(f.disks), Serial: a.Dir, Size: 512, BlockSize: 512, Cache: "writeback",
+		Backend: "process"}
 	f.disks[path] = d
 	return Change{d, Told}, nil
 }
@@ -117,7 +118,7 @@ func testDir(t *testing.T) Directory {
 	return In(filepath.Join(t.TempDir(), "gvm-"+strings.Repeat("x", 120)))
 }
 
-// serve has a machine answer, and checks at the end that nothing is left.
+// serve starts a server for m, and checks at the end that it leaves nothing behind.
 func serve(t *testing.T, m Machine) (Directory, *Client) {
 	t.Helper()
 	d := testDir(t)
@@ -168,7 +169,8 @@ func TestClient(t *testing.T) {
 		_, err = c.ResizeDisk(ctx, path, ResizeDisk{Size: 100})
 		wantError(t, err, http.StatusConflict, "shrinking")
 		want.Size = 100
-		if ch, err := c.ResizeDisk(ctx, path, ResizeDisk{Size: 100, Shrink: true}); err != nil || ch != (Change{want, Unchanged}) {
+		if ch, err := c.ResizeDisk(ctx, path, ResizeDisk{Size: 100, Shrink: true}); err != nil ||
+			ch != (Change{want, Unchanged}) {
 			t.Errorf("resized %+v, %v", ch, err)
 		}
 		if ch, err := c.RemoveDisk(ctx, path); err != nil || ch != (Change{want, Missed}) {
@@ -209,7 +211,7 @@ func exchange(t *testing.T, d Directory, text string) (status int, header http.H
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	go func() { _, _ = io.WriteString(conn, text) }() // the server may stop to read
+	go func() { _, _ = io.WriteString(conn, text) }() // the server may stop reading
 	raw, err := io.ReadAll(conn)
 	if err != nil && !errors.Is(err, unix.ECONNRESET) {
 		t.Fatal(err)
@@ -230,7 +232,7 @@ func exchange(t *testing.T, d Directory, text string) (status int, header http.H
 func TestBadRequests(t *testing.T) {
 	f := newFake()
 	d, _ := serve(t, f)
-	const bad = "the body is not what this request takes: "
+	const bad = "the body does not fit this request: "
 	for _, tt := range []struct {
 		method, path, body string
 		status             int
@@ -241,13 +243,17 @@ func TestBadRequests(t *testing.T) {
 		{"POST", "/v1/disks", "{", 400, bad + "unexpected EOF", ""},
 		{"POST", "/v1/disks", "disk", 400, bad + "invalid character 'd' looking for beginning of value", ""},
 		{"POST", "/v1/disks", "[]", 400, bad + "json: cannot unmarshal array into Go value of type control.AddDisk", ""},
-		{"POST", "/v1/disks", `{"disk": 1}`, 400, bad + "json: cannot unmarshal number into Go struct field AddDisk.disk of type string", ""},
+		{"POST", "/v1/disks", `{"disk": 1}`, 400,
+			bad + "json: cannot unmarshal number into Go struct field AddDisk.disk of type string", ""},
 		{"POST", "/v1/disks", `{"disk": "a", "lun": 1}`, 400, bad + `json: unknown field "lun"`, ""},
 		{"POST", "/v1/disks", `{"disk": "a"} {}`, 400, bad + "more than one JSON value", ""},
 		{"POST", "/v1/disks", `{"disk": "a"} ]`, 400, bad + "invalid character ']' looking for beginning of value", ""},
-		{"POST", "/v1/disks", `{"disk": "` + strings.Repeat("x", maxBody) + `"}`, 413, "the body has more than 65536 bytes", ""},
-		{"POST", "/v1/disks/0/resize", `{"size": 1.5}`, 400, bad + "json: cannot unmarshal number 1.5 into Go struct field ResizeDisk.size of type int64", ""},
-		{"POST", "/v1/disks/0/resize", `{"size": 99999999999999999999}`, 400, bad + "json: cannot unmarshal number 99999999999999999999 into Go struct field ResizeDisk.size of type int64", ""},
+		{"POST", "/v1/disks", `{"disk": "` + strings.Repeat("x", maxBody) + `"}`, 413,
+			"the body has more than 65536 bytes", ""},
+		{"POST", "/v1/disks/0/resize", `{"size": 1.5}`, 400,
+			bad + "json: cannot unmarshal number 1.5 into Go struct field ResizeDisk.size of type int64", ""},
+		{"POST", "/v1/disks/0/resize", `{"size": 99999999999999999999}`, 400,
+			bad + "json: cannot unmarshal number 99999999999999999999 into Go struct field ResizeDisk.size of type int64", ""},
 		{"POST", "/v1/disks/0/resize", `{}`, 404, "no disk 0", ""},
 		{"DELETE", "/v1/disks/0", `{"force": true}`, 400, bad + `json: unknown field "force"`, ""},
 		{"DELETE", "/v1/disks/0", `{}`, 404, "no disk 0", ""},
@@ -262,13 +268,15 @@ func TestBadRequests(t *testing.T) {
 		{"GET", "/v1/disks/", "", 404, "no /v1/disks/ in version 1 of the protocol", ""},
 		{"DELETE", "/v1/disks/0/resize/1", "", 404, "no /v1/disks/0/resize/1 in version 1 of the protocol", ""},
 	} {
-		status, header, body := exchange(t, d, fmt.Sprintf("%s %s HTTP/1.1\r\nHost: gvm\r\nContent-Length: %d\r\n\r\n%s", tt.method, tt.path, len(tt.body), tt.body))
+		status, header, body := exchange(t, d, fmt.Sprintf("%s %s HTTP/1.1\r\nHost: gvm\r\nContent-Length: %d\r\n\r\n%s",
+			tt.method, tt.path, len(tt.body), tt.body))
 		want := fmt.Sprintf("{\"error\":%s}\n", strconv.Quote(tt.want))
-		if status != tt.status || body != want || header.Get("Allow") != tt.allow || header.Get("Content-Type") != "application/json" {
+		if status != tt.status || body != want || header.Get("Allow") != tt.allow ||
+			header.Get("Content-Type") != "application/json" {
 			t.Errorf("%s %s %.40s: %d %v %q, want %d %q", tt.method, tt.path, tt.body, status, header, body, tt.status, want)
 		}
 	}
-	// What HTTP itself does not take has no JSON.
+	// HTTP's own errors have no JSON.
 	for text, want := range map[string]int{
 		"hello\r\n\r\n":                    400,
 		"GET /v1/machine HTTP/1.1\r\n\r\n": 400, // no host
@@ -283,8 +291,8 @@ func TestBadRequests(t *testing.T) {
 	}
 }
 
-// TestConcurrent has clients add and remove disks at the same time: each add and
-// each remove is done once.
+// TestConcurrent has clients add and remove disks at the same time: each add and each remove
+// happens once.
 func TestConcurrent(t *testing.T) {
 	f := newFake()
 	_, c := serve(t, f)
@@ -321,8 +329,7 @@ func TestConcurrent(t *testing.T) {
 	}
 }
 
-// TestCloseWaits: an answer that is on its way arrives, and requests that come
-// later are not served.
+// TestCloseWaits: an answer in progress arrives, and later requests are not served.
 func TestCloseWaits(t *testing.T) {
 	f := newFake()
 	f.adding = make(chan struct{})
@@ -357,7 +364,8 @@ func TestCloseWaits(t *testing.T) {
 	}
 }
 
-// TestCloseDoesNotWaitForClients that send nothing, or nothing more.
+// TestCloseDoesNotWaitForClients: Close does not wait for clients that send nothing, or nothing
+// more.
 func TestCloseDoesNotWaitForClients(t *testing.T) {
 	d := testDir(t)
 	s, err := Claim(d, "vm")
@@ -389,8 +397,8 @@ func TestCloseDoesNotWaitForClients(t *testing.T) {
 	}
 }
 
-// TestClaim: a name is taken by one machine; requests wait for Serve; a socket
-// that is claimed and not served goes too.
+// TestClaim: one machine takes a name; requests wait for Serve; closing removes a socket that was
+// claimed and never served.
 func TestClaim(t *testing.T) {
 	d := testDir(t)
 	s, err := Claim(d, "vm")
@@ -402,7 +410,8 @@ func TestClaim(t *testing.T) {
 			t.Errorf("%s: %v, %v", file, fi.Mode(), err)
 		}
 	}
-	if _, err := Claim(d, "vm"); !errors.Is(err, ErrInUse) || err.Error() != fmt.Sprintf("control socket: the name vm is in use by process %d", os.Getpid()) {
+	if _, err := Claim(d, "vm"); !errors.Is(err, ErrInUse) ||
+		err.Error() != fmt.Sprintf("control socket: the name vm is in use by process %d", os.Getpid()) {
 		t.Errorf("claimed twice: %v", err)
 	}
 	asked := make(chan error, 1)
@@ -432,7 +441,7 @@ func TestClaim(t *testing.T) {
 	}
 }
 
-// TestClaimOnce has many claim one name: one gets it, over and over.
+// TestClaimOnce: of many claims of one name at a time one succeeds.
 func TestClaimOnce(t *testing.T) {
 	d := testDir(t)
 	for range 20 {
@@ -461,8 +470,8 @@ func TestClaimOnce(t *testing.T) {
 	}
 }
 
-// TestComingAndGoing has machines end while others begin: the directory that
-// the last one removes is there for the next.
+// TestComingAndGoing has machines end while others begin: the last one removes the directory, and
+// the next makes it again.
 func TestComingAndGoing(t *testing.T) {
 	d := testDir(t)
 	var machines sync.WaitGroup
@@ -486,8 +495,7 @@ func TestComingAndGoing(t *testing.T) {
 	}
 }
 
-// TestDead: what a machine that was killed has left is taken over, or removed by
-// the next look.
+// TestDead: the files of a killed machine are taken over, or removed by the next List.
 func TestDead(t *testing.T) {
 	for _, how := range []string{"claim the name", "claim another", "list"} {
 		t.Run(how, func(t *testing.T) {
@@ -500,7 +508,7 @@ func TestDead(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			want := []string{"-no-name.lock", "notes.txt"} // not ours
+			want := []string{"-no-name.lock", "notes.txt"} // not the Directory's files
 			var list []Entry
 			switch name := map[string]string{"claim the name": "vm", "claim another": "other"}[how]; name {
 			case "":
@@ -539,7 +547,7 @@ func TestDead(t *testing.T) {
 	}
 }
 
-// TestDirectoryTricks: a directory that others made, or that is none, is not
+// TestDirectoryTricks: a directory that other users made, or a file that is not a directory, is not
 // used.
 func TestDirectoryTricks(t *testing.T) {
 	for name, tt := range map[string]struct {
@@ -549,8 +557,9 @@ func TestDirectoryTricks(t *testing.T) {
 		"link":     {func(path string) error { return os.Symlink(t.TempDir(), path) }, "is not a directory"},
 		"dangling": {func(path string) error { return os.Symlink("/nonexistent", path) }, "is not a directory"},
 		"file":     {func(path string) error { return os.WriteFile(path, nil, 0o600) }, "is not a directory"},
-		"open":     {func(path string) error { return errors.Join(os.Mkdir(path, 0o700), os.Chmod(path, 0o755)) }, "has mode 0755: others can get into it"},
-		"parent":   {func(path string) error { return os.Remove(filepath.Dir(path)) }, "no such file or directory"},
+		"open": {func(path string) error { return errors.Join(os.Mkdir(path, 0o700), os.Chmod(path, 0o755)) },
+			"has mode 0755: others can get into it"},
+		"parent": {func(path string) error { return os.Remove(filepath.Dir(path)) }, "no such file or directory"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := testDir(t)
@@ -576,7 +585,8 @@ func TestDirectoryTricks(t *testing.T) {
 	// A lock file that is a link is not followed.
 	d := testDir(t)
 	target := filepath.Join(t.TempDir(), "precious")
-	if err := errors.Join(os.WriteFile(target, []byte("data"), 0o600), os.Mkdir(d.path, 0o700), os.Symlink(target, filepath.Join(d.path, "vm.lock"))); err != nil {
+	if err := errors.Join(os.WriteFile(target, []byte("data"), 0o600), os.Mkdir(d.path, 0o700),
+		os.Symlink(target, filepath.Join(d.path, "vm.lock"))); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Claim(d, "vm"); !errors.Is(err, unix.ELOOP) {
@@ -613,7 +623,8 @@ func TestCheckName(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	for _, name := range []string{"", "1", "4711", ".", "..", ".a", "-a", "a/b", "a b", "ä", "a\x00", strings.Repeat("x", maxName+1)} {
+	for _, name := range []string{"", "1", "4711", ".", "..", ".a", "-a", "a/b", "a b", "ä", "a\x00",
+		strings.Repeat("x", maxName+1)} {
 		if err := CheckName(name); !errors.Is(err, ErrName) {
 			t.Errorf("%q: %v", name, err)
 		}
@@ -623,7 +634,7 @@ func TestCheckName(t *testing.T) {
 	}
 }
 
-// TestLockHeld: a process that keeps a directory's lock, as one that is stopped does, is not waited for.
+// TestLockHeld: the wait for a directory's lock is bounded, as its holder may be stopped.
 func TestLockHeld(t *testing.T) {
 	d := testDir(t)
 	dir, err := d.lock(true)
@@ -631,12 +642,13 @@ func TestLockHeld(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.unlock(dir)
-	if _, err := d.List(); err == nil || !strings.Contains(err.Error(), d.path+": another process has held its lock") { // or hangs
+	_, err = d.List() // hangs if it waits for the lock without a limit
+	if err == nil || !strings.Contains(err.Error(), d.path+": another process has held its lock") {
 		t.Errorf("list: %v", err)
 	}
 }
 
-// TestClientOddAnswers are those of something that is no machine.
+// TestClientOddAnswers has a server that is not a machine.
 func TestClientOddAnswers(t *testing.T) {
 	d := testDir(t)
 	dir, err := d.lock(true)
@@ -650,7 +662,8 @@ func TestClientOddAnswers(t *testing.T) {
 	d.unlock(dir)
 	t.Cleanup(func() { l.Close(); os.RemoveAll(d.path) })
 	for answer, want := range map[string]string{
-		"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]":                "machine vm answers what this gvm does not understand: ",
+		"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]": "machine vm sends an answer that this gvm " +
+			"does not understand: ",
 		"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n[]":                "machine vm stops in the middle of an answer: ",
 		"HTTP/1.1 418 Short\r\nContent-Length: 2\r\n\r\n[]":             "418 Short",
 		"HTTP/1.1 301 Gone\r\nLocation: /\r\nContent-Length: 0\r\n\r\n": "301 Gone",
@@ -678,11 +691,11 @@ func TestClientOddAnswers(t *testing.T) {
 	}
 }
 
-// TestManyClients: clients that send half a request, or do not take an answer, take a bounded number of
-// descriptors and keep no other client out.
+// TestManyClients: clients that send half a request, or do not read an answer, use a bounded number
+// of descriptors and do not lock out others.
 func TestManyClients(t *testing.T) {
 	f := newFake()
-	f.disks["big"] = Disk{Path: Text(strings.Repeat("x", 300<<10))} // an answer that no socket has room for
+	f.disks["big"] = Disk{Path: Text(strings.Repeat("x", 300<<10))} // an answer larger than a socket's buffer
 	d, client := serve(t, f)
 	dir, err := os.Open(d.path)
 	if err != nil {

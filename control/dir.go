@@ -16,10 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Directory is where the sockets of a user's machines are. Each machine has two
-// files there: NAME.lock, which it holds a lock on (flock(2)) and which has its
-// PID, and NAME.sock. Whoever creates, removes or judges files holds a lock on
-// the directory itself meanwhile.
+// Directory is the directory of the sockets of a user's machines. Each machine has two files there:
+// NAME.lock, which contains its PID and is locked by it (flock(2)), and NAME.sock. A process locks
+// the directory itself while it creates, removes or checks files.
 type Directory struct{ path string }
 
 // Errors of Claim and of a Client.
@@ -34,10 +33,9 @@ const (
 	maxName      = 64
 )
 
-// DefaultDirectory is gvm's in $XDG_RUNTIME_DIR, unless that is another user's,
-// as it may be under su; else in /run/user/UID if that is the user's; failing
-// both, one for the user in the directory for temporary files. It need not
-// exist.
+// DefaultDirectory is gvm's in $XDG_RUNTIME_DIR, unless that belongs to another user, as it may
+// under su; else in /run/user/UID if that belongs to the user; else one for the user in the
+// directory for temporary files. It need not exist.
 func DefaultDirectory() Directory {
 	uid := os.Geteuid()
 	if dir := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(dir) {
@@ -55,18 +53,19 @@ func DefaultDirectory() Directory {
 // In is the directory at path.
 func In(path string) Directory { return Directory{path} }
 
-// CheckName tells what is wrong with a name for a machine. A number is none: it
-// would be taken for a PID.
+// CheckName returns an error for an invalid name of a machine. A number is invalid: it would be
+// taken for a PID.
 func CheckName(name string) error {
-	if name == "" || len(name) > maxName || strings.Trim(name, "0123456789") == "" || strings.ContainsRune(".-", rune(name[0])) ||
+	if name == "" || len(name) > maxName || strings.Trim(name, "0123456789") == "" ||
+		strings.ContainsRune(".-", rune(name[0])) ||
 		strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != "" {
-		return fmt.Errorf("%q is %w: want 1 to %d letters, digits, dots, dashes and underlines that are not a number and begin with no dot or dash", name, ErrName, maxName)
+		return fmt.Errorf("%q is %w: want 1 to %d letters, digits, dots, dashes and underlines that are not a "+
+			"number and begin with no dot or dash", name, ErrName, maxName)
 	}
 	return nil
 }
 
-// private checks that path is a directory, no link to one, that nobody but the
-// user can get into.
+// private checks that path is a directory, not a link to one, that only the user can access.
 func private(path string, uid int) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {
@@ -83,8 +82,8 @@ func private(path string, uid int) error {
 	return nil
 }
 
-// lock locks the directory. It makes it if create is set; otherwise a directory
-// that is not there is fs.ErrNotExist. The file is for unlock.
+// lock locks the directory. If create is set it makes a missing directory, otherwise it returns
+// fs.ErrNotExist. The file is for unlock.
 func (d Directory) lock(create bool) (*os.File, error) {
 	for {
 		if create {
@@ -112,7 +111,8 @@ func (d Directory) lock(create bool) (*os.File, error) {
 			err = flock(f, unix.LOCK_EX|unix.LOCK_NB)
 		}
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = fmt.Errorf("%s: another process has held its lock for %v: look for a gvm that is stopped (kill -CONT it)", d.path, lockTimeout)
+			err = fmt.Errorf("%s: another process has held its lock for %v: look for a gvm that is stopped (kill -CONT it)",
+				d.path, lockTimeout)
 		}
 		if err != nil {
 			f.Close()
@@ -121,17 +121,17 @@ func (d Directory) lock(create bool) (*os.File, error) {
 		if same(f, d.path) {
 			return f, nil
 		}
-		f.Close() // it was removed before the lock was there
+		f.Close() // it was removed before flock returned
 		if !create {
 			return nil, &fs.PathError{Op: "lock", Path: d.path, Err: fs.ErrNotExist}
 		}
 	}
 }
 
-// lockTimeout is how long a directory's lock is waited for. Its holders do nothing that waits.
+// lockTimeout bounds the wait for a directory's lock. Its holders never block.
 const lockTimeout = 2 * time.Second
 
-// unlock ends what lock began, and removes a directory that is empty.
+// unlock undoes lock, and removes an empty directory.
 func (d Directory) unlock(f *os.File) {
 	_ = os.Remove(d.path)
 	f.Close()
@@ -149,7 +149,7 @@ func flock(f *os.File, how int) error {
 	}
 }
 
-// same tells whether f is what path names.
+// same reports whether path names the file f.
 func same(f *os.File, path string) bool {
 	a, err := f.Stat()
 	if err != nil {
@@ -159,8 +159,7 @@ func same(f *os.File, path string) bool {
 	return err == nil && os.SameFile(a, b)
 }
 
-// claim takes the files of a name for a machine. lock stays open as long as the
-// machine lives.
+// claim takes the files of a name for a machine. lock stays open during the machine's life.
 func (d Directory) claim(name string) (lock *os.File, l *net.UnixListener, err error) {
 	if err := CheckName(name); err != nil {
 		return nil, nil, err
@@ -214,14 +213,13 @@ func holder(f *os.File) int {
 	return pid
 }
 
-// socketPath is a name of a file in an open directory that an address has room
-// for (108 bytes, unix(7)), however long the path of the directory is.
+// socketPath returns a path of a file in an open directory that fits into a socket's address (108
+// bytes, unix(7)), even if the path of the directory is long.
 func socketPath(dir *os.File, file string) string {
 	return fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), file)
 }
 
-// listen makes a socket in the directory, which nobody but the user gets into
-// before its mode is what it should be.
+// listen makes a socket in the directory. Only the user can connect before its mode is set.
 func listen(dir *os.File, file string) (*net.UnixListener, error) {
 	addr := socketPath(dir, file)
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: addr, Net: "unix"})
@@ -235,7 +233,7 @@ func listen(dir *os.File, file string) (*net.UnixListener, error) {
 	return l, nil
 }
 
-// release gives up what claim has taken.
+// release undoes claim.
 func (d Directory) release(name string, lock *os.File) error {
 	dir, err := d.lock(false)
 	if err != nil {
@@ -259,11 +257,11 @@ func (d Directory) remove(name string) error {
 // Entry is a machine in a Directory.
 type Entry struct {
 	Name string
-	PID  int // 0 if it cannot be told
+	PID  int // 0 if unknown
 }
 
-// List returns the machines that live, in the order of their names, and removes
-// what dead ones left. A directory that is not there has none.
+// List returns the live machines, sorted by name, and removes the files of dead ones. A missing
+// directory has none.
 func (d Directory) List() ([]Entry, error) {
 	dir, err := d.lock(false)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -22,11 +22,11 @@ const (
 	maxHeader   = 16 << 10
 	readTimeout = 10 * time.Second
 	idleTimeout = 30 * time.Second
-	// answerTimeout is for a request and its answer: longer than a disk takes to
-	// open, as the answer is lost then.
+	// answerTimeout is for a request and its answer. It is longer than opening a disk takes,
+	// because the answer is lost after it.
 	answerTimeout = 5 * time.Minute
-	// sendTimeout is how long Close waits for requests that are on their way, and closeTimeout how long
-	// after that for their answers: a machine's end has a second, and its disks have most of that.
+	// sendTimeout is how long Close waits for requests in progress, and closeTimeout how long after
+	// that for their answers: a machine's end may take a second, and its disks need most of that.
 	sendTimeout  = 50 * time.Millisecond
 	closeTimeout = 50 * time.Millisecond
 )
@@ -42,13 +42,13 @@ type Server struct {
 
 	readTimeout, closeTimeout time.Duration
 
-	busy   sync.RWMutex // shared by requests while they are at the machine
+	busy   sync.RWMutex // held for reading by requests that are at the machine
 	closed bool         // guarded by busy
 }
 
-// Claim takes a name in the directory and opens its socket, where requests wait
-// for Serve. A name that a living machine has is ErrInUse; what a dead one left
-// is taken over. What other dead machines left is removed.
+// Claim takes a name in the directory and opens its socket, where requests wait for Serve. It
+// returns ErrInUse for the name of a live machine, takes over the name of a dead one, and removes
+// the files of other dead machines.
 func Claim(d Directory, name string) (*Server, error) {
 	if _, err := d.List(); err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
@@ -61,7 +61,7 @@ func Claim(d Directory, name string) (*Server, error) {
 		readTimeout: readTimeout, closeTimeout: closeTimeout}, nil
 }
 
-// Serve begins to answer for m. It is called once at most, before Close.
+// Serve starts answering for m. It may be called once, before Close.
 func (s *Server) Serve(m Machine) {
 	s.http = &http.Server{
 		Handler:           s.handler(m),
@@ -71,15 +71,14 @@ func (s *Server) Serve(m Machine) {
 		WriteTimeout:      answerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          log.New(io.Discard, "", 0), // what a client does wrong is told to the client
+		ErrorLog:          log.New(io.Discard, "", 0), // the client gets its errors itself
 	}
 	s.http.SetKeepAlivesEnabled(false)
 	s.clients = &clients{UnixListener: s.listener}
 	s.accepts.Go(func() { _ = s.http.Serve(s.clients) })
 }
 
-// Close ends the service, waits for what the machine has been asked to do, and
-// removes the socket.
+// Close ends the service, waits for requests at the machine, and removes the socket.
 func (s *Server) Close() error {
 	var err error
 	if s.http == nil {
@@ -93,27 +92,27 @@ func (s *Server) Close() error {
 		}
 		s.accepts.Wait()
 		s.busy.Lock()
-		s.closed = true // for a request that was read just before
+		s.closed = true // for a request that was just read
 		s.busy.Unlock()
 	}
 	return errors.Join(err, s.release())
 }
 
-// shutdown takes no more connections, and waits for those that are there, but not longer than limit.
+// shutdown accepts no more connections, and waits up to limit for the open ones.
 func (s *Server) shutdown(limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	return s.http.Shutdown(ctx)
 }
 
-// Release gives up the name and removes the socket, as Close does, whatever requests are under way: for a
-// process that ends at once. It may be called at any time.
+// Release gives up the name and removes the socket, as Close does, without waiting for requests: for
+// a process that ends at once. It may be called at any time.
 func (s *Server) Release() error { return s.release() }
 
-// endpoint answers a request with what becomes JSON, nil for no content.
+// endpoint answers a request with a value for JSON, nil for no content.
 type endpoint func(*http.Request) (any, error)
 
-// handler has the paths and methods of the protocol.
+// handler routes the paths and methods of the protocol.
 func (s *Server) handler(m Machine) http.Handler {
 	mux := http.NewServeMux()
 	for path, methods := range map[string]map[string]endpoint{
@@ -186,7 +185,8 @@ func (s *Server) handler(m Machine) http.Handler {
 				slices.Sort(allow)
 				w.Header().Set("Allow", strings.Join(allow, ", "))
 				do = func(*http.Request) (any, error) {
-					return nil, Errorf(http.StatusMethodNotAllowed, "%s of %s: want %s", r.Method, r.URL.Path, strings.Join(allow, " or "))
+					return nil, Errorf(http.StatusMethodNotAllowed, "%s of %s: want %s",
+						r.Method, r.URL.Path, strings.Join(allow, " or "))
 				}
 			}
 			s.serve(w, r, do)
@@ -202,7 +202,7 @@ func (s *Server) handler(m Machine) http.Handler {
 
 // serve answers one request.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
-	// All of the body, before the machine has to do with it: the client may never send it.
+	// Read the whole body before entering the machine: the client may never send it.
 	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	var value any
 	if err != nil {
@@ -231,11 +231,11 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
 	w.WriteHeader(status)
 	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
-	_ = e.Encode(value) // a client that has gone
+	_ = e.Encode(value) // fails if the client has gone
 }
 
-// guarded does a request unless the machine has ended. A bug of ours becomes an
-// error: the machine goes on.
+// guarded runs a request unless the machine has ended. A panic becomes an error: the machine
+// continues.
 func (s *Server) guarded(do endpoint, r *http.Request) (value any, err error) {
 	s.busy.RLock()
 	defer s.busy.RUnlock()
@@ -250,8 +250,8 @@ func (s *Server) guarded(do endpoint, r *http.Request) (value any, err error) {
 	return do(r)
 }
 
-// body reads a request's JSON object into v, which has every field that there
-// may be; nil is a body without any, which may be empty.
+// body reads a request's JSON object into v, which has all valid fields; nil: the body has none and
+// may be empty.
 func body(r *http.Request, v any) error {
 	empty := v == nil
 	if empty {
@@ -277,5 +277,5 @@ func bodyError(err error) error {
 	if e := (*http.MaxBytesError)(nil); errors.As(err, &e) {
 		return Errorf(http.StatusRequestEntityTooLarge, "the body has more than %d bytes", e.Limit)
 	}
-	return Errorf(http.StatusBadRequest, "the body is not what this request takes: %v", err)
+	return Errorf(http.StatusBadRequest, "the body does not fit this request: %v", err)
 }

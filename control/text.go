@@ -8,9 +8,8 @@ import (
 	"unicode/utf8"
 )
 
-// Text is a name that another than gvm chose, such as a path. Linux takes any bytes for one, and JSON has
-// none that are not UTF-8: each of them is a surrogate from U+DC80 on there, \udc80 to \udcff, as in Python
-// (surrogateescape).
+// Text is a name from outside gvm, such as a path. Linux allows any bytes in one, and JSON only
+// UTF-8: each other byte becomes a surrogate, \udc80 to \udcff, as in Python (surrogateescape).
 type Text string
 
 // MarshalJSON implements json.Marshaler.
@@ -85,7 +84,7 @@ func (t *Text) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// unit returns the UTF-16 code unit of an escape \uXXXX that b begins with, or 0.
+// unit returns the UTF-16 code unit of an escape \uXXXX at the start of b, or 0.
 func unit(b []byte) uint64 {
 	if len(b) < 6 || b[0] != '\\' || b[1] != 'u' {
 		return 0

@@ -7,7 +7,7 @@ import (
 	"unicode/utf8"
 )
 
-// TestText: any bytes come through JSON as they are, and what is UTF-8 is the string that it was.
+// TestText: any bytes survive JSON, and valid UTF-8 is encoded as itself.
 func TestText(t *testing.T) {
 	for s, want := range map[string]string{
 		"":                         `""`,
@@ -17,7 +17,7 @@ func TestText(t *testing.T) {
 		"\xe4\xb8":                 `"\udce4\udcb8"`, // the beginning of 一
 		"一\xff\"\\<\n😀":            `"一\udcff\"\\<\n😀"`,
 		`\udcff`:                   `"\\udcff"`,
-		"\xed\xb3\xbf":             `"\udced\udcb3\udcbf"`, // U+DCFF in what is no UTF-8
+		"\xed\xb3\xbf":             `"\udced\udcb3\udcbf"`, // U+DCFF, which is not valid UTF-8
 		"\ufffd":                   `"` + "\ufffd" + `"`,
 		strings.Repeat("é\xe9", 3): `"é\udce9é\udce9é\udce9"`,
 	} {
@@ -30,7 +30,8 @@ func TestText(t *testing.T) {
 			t.Errorf("%s is %q, %v; want %q", b, got, err, s)
 		}
 	}
-	for in, want := range map[string]Text{`"\ud83d\udcff"`: "\U0001f4ff", `"\uDCFF"`: "\xff", `"\ud83dx\udc7f"`: "\ufffdx\ufffd", `null`: "was", `"\u00e9"`: "é"} {
+	for in, want := range map[string]Text{`"\ud83d\udcff"`: "\U0001f4ff", `"\uDCFF"`: "\xff",
+		`"\ud83dx\udc7f"`: "\ufffdx\ufffd", `null`: "was", `"\u00e9"`: "é"} {
 		got := Text("was")
 		if err := json.Unmarshal([]byte(in), &got); err != nil || got != want {
 			t.Errorf("%s is %q, %v; want %q", in, got, err, want)
@@ -53,7 +54,7 @@ func FuzzText(f *testing.F) {
 		if err := json.Unmarshal(b, &got); err != nil || string(got) != s {
 			t.Errorf("%s is %q, %v; want %q", b, got, err, s)
 		}
-		var plain string // as a reader has it that knows nothing of this
+		var plain string // for a reader that does not know Text
 		if err := json.Unmarshal(b, &plain); err != nil || utf8.ValidString(s) && plain != s {
 			t.Errorf("%s is %q, %v; want %q", b, plain, err, s)
 		}
