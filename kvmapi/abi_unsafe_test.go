@@ -12,7 +12,7 @@ import (
 	"github.com/bobuhiro11/gokvm/kvm"
 )
 
-// golden reads testdata/abi.golden: what a C compiler says of linux/kvm.h.
+// golden reads testdata/abi.golden, a C compiler's output for linux/kvm.h.
 func golden(t *testing.T) map[string]uint64 {
 	t.Helper()
 	b, err := os.ReadFile("testdata/abi.golden")
@@ -54,50 +54,51 @@ func TestABIMatchesKernelHeaders(t *testing.T) {
 		"sizeof kvm_irq_level":               uint64(unsafe.Sizeof(irqLevel{})),
 		"sizeof kvm_irqchip":                 uint64(unsafe.Sizeof(irqchip{})),
 		"offset kvm_irqchip.chip":            uint64(unsafe.Offsetof(irqchip{}.Base)),
-		"offset kvm_ioapic_state.redirtbl":   uint64(unsafe.Offsetof(irqchip{}.RedirectionTable) - unsafe.Offsetof(irqchip{}.Base)),
-		"sizeof kvm_msi":                     uint64(unsafe.Sizeof(msi{})),
-		"offset kvm_msi.data":                uint64(unsafe.Offsetof(msi{}.Data)),
-		"sizeof kvm_irqfd":                   uint64(unsafe.Sizeof(ifd)),
-		"offset kvm_irqfd.gsi":               uint64(unsafe.Offsetof(ifd.GSI)),
-		"offset kvm_irqfd.flags":             uint64(unsafe.Offsetof(ifd.Flags)),
-		"sizeof kvm_ioeventfd":               uint64(unsafe.Sizeof(ied)),
-		"offset kvm_ioeventfd.addr":          uint64(unsafe.Offsetof(ied.Addr)),
-		"offset kvm_ioeventfd.len":           uint64(unsafe.Offsetof(ied.Len)),
-		"offset kvm_ioeventfd.fd":            uint64(unsafe.Offsetof(ied.FD)),
-		"offset kvm_ioeventfd.flags":         uint64(unsafe.Offsetof(ied.Flags)),
-		"sizeof kvm_irq_routing":             uint64(unsafe.Offsetof(rt.Entries)),
-		"sizeof kvm_irq_routing_entry":       uint64(unsafe.Sizeof(re)),
-		"offset kvm_irq_routing_entry.type":  uint64(unsafe.Offsetof(re.Type)),
-		"offset kvm_irq_routing_entry.u":     uint64(unsafe.Offsetof(re.U)),
-		"sizeof kvm_cpuid2":                  uint64(unsafe.Offsetof(cpuid2{}.Entries)),
-		"sizeof kvm_cpuid_entry2":            uint64(unsafe.Sizeof(ce)),
-		"offset kvm_cpuid_entry2.eax":        uint64(unsafe.Offsetof(ce.Eax)),
-		"sizeof kvm_regs":                    uint64(unsafe.Sizeof(re2)),
-		"offset kvm_regs.rsp":                uint64(unsafe.Offsetof(re2.RSP)),
-		"offset kvm_regs.r8":                 uint64(unsafe.Offsetof(re2.R8)),
-		"offset kvm_regs.rip":                uint64(unsafe.Offsetof(re2.RIP)),
-		"sizeof kvm_segment":                 uint64(unsafe.Sizeof(kvm.Segment{})),
-		"sizeof kvm_dtable":                  uint64(unsafe.Sizeof(kvm.Descriptor{})),
-		"sizeof kvm_sregs":                   uint64(unsafe.Sizeof(sr)),
-		"offset kvm_sregs.gdt":               uint64(unsafe.Offsetof(sr.GDT)),
-		"offset kvm_sregs.cr0":               uint64(unsafe.Offsetof(sr.CR0)),
-		"offset kvm_sregs.cr8":               uint64(unsafe.Offsetof(sr.CR8)),
-		"offset kvm_sregs.efer":              uint64(unsafe.Offsetof(sr.EFER)),
-		"offset kvm_sregs.apic_base":         uint64(unsafe.Offsetof(sr.ApicBase)),
-		"sizeof kvm_fpu":                     uint64(unsafe.Sizeof(fpu)),
-		"offset kvm_fpu.fcw":                 uint64(unsafe.Offsetof(fpu.FCW)),
-		"offset kvm_fpu.last_opcode":         uint64(unsafe.Offsetof(fpu.LastOpcode)),
-		"offset kvm_fpu.xmm":                 uint64(unsafe.Offsetof(fpu.XMM)),
-		"offset kvm_fpu.mxcsr":               uint64(unsafe.Offsetof(fpu.MXCSR)),
-		"sizeof kvm_msrs":                    uint64(unsafe.Offsetof(msrs{}.Entries)),
-		"sizeof kvm_msr_entry":               uint64(unsafe.Sizeof(msr)),
-		"offset kvm_msr_entry.data":          uint64(unsafe.Offsetof(msr.Data)),
-		"sizeof kvm_lapic_state":             uint64(unsafe.Sizeof(kvm.LAPICState{})),
-		"sizeof kvm_mp_state":                uint64(unsafe.Sizeof(kvm.MPState{})),
-		"sizeof kvm_translation":             uint64(unsafe.Sizeof(tr)),
-		"offset kvm_translation.valid":       uint64(unsafe.Offsetof(tr.Valid)),
-		"sizeof kvm_guest_debug":             uint64(unsafe.Sizeof(gd)),
-		"offset kvm_guest_debug.arch":        uint64(unsafe.Offsetof(gd.DebugReg)),
+		"offset kvm_ioapic_state.redirtbl": uint64(unsafe.Offsetof(irqchip{}.RedirectionTable) -
+			unsafe.Offsetof(irqchip{}.Base)),
+		"sizeof kvm_msi":                    uint64(unsafe.Sizeof(msi{})),
+		"offset kvm_msi.data":               uint64(unsafe.Offsetof(msi{}.Data)),
+		"sizeof kvm_irqfd":                  uint64(unsafe.Sizeof(ifd)),
+		"offset kvm_irqfd.gsi":              uint64(unsafe.Offsetof(ifd.GSI)),
+		"offset kvm_irqfd.flags":            uint64(unsafe.Offsetof(ifd.Flags)),
+		"sizeof kvm_ioeventfd":              uint64(unsafe.Sizeof(ied)),
+		"offset kvm_ioeventfd.addr":         uint64(unsafe.Offsetof(ied.Addr)),
+		"offset kvm_ioeventfd.len":          uint64(unsafe.Offsetof(ied.Len)),
+		"offset kvm_ioeventfd.fd":           uint64(unsafe.Offsetof(ied.FD)),
+		"offset kvm_ioeventfd.flags":        uint64(unsafe.Offsetof(ied.Flags)),
+		"sizeof kvm_irq_routing":            uint64(unsafe.Offsetof(rt.Entries)),
+		"sizeof kvm_irq_routing_entry":      uint64(unsafe.Sizeof(re)),
+		"offset kvm_irq_routing_entry.type": uint64(unsafe.Offsetof(re.Type)),
+		"offset kvm_irq_routing_entry.u":    uint64(unsafe.Offsetof(re.U)),
+		"sizeof kvm_cpuid2":                 uint64(unsafe.Offsetof(cpuid2{}.Entries)),
+		"sizeof kvm_cpuid_entry2":           uint64(unsafe.Sizeof(ce)),
+		"offset kvm_cpuid_entry2.eax":       uint64(unsafe.Offsetof(ce.Eax)),
+		"sizeof kvm_regs":                   uint64(unsafe.Sizeof(re2)),
+		"offset kvm_regs.rsp":               uint64(unsafe.Offsetof(re2.RSP)),
+		"offset kvm_regs.r8":                uint64(unsafe.Offsetof(re2.R8)),
+		"offset kvm_regs.rip":               uint64(unsafe.Offsetof(re2.RIP)),
+		"sizeof kvm_segment":                uint64(unsafe.Sizeof(kvm.Segment{})),
+		"sizeof kvm_dtable":                 uint64(unsafe.Sizeof(kvm.Descriptor{})),
+		"sizeof kvm_sregs":                  uint64(unsafe.Sizeof(sr)),
+		"offset kvm_sregs.gdt":              uint64(unsafe.Offsetof(sr.GDT)),
+		"offset kvm_sregs.cr0":              uint64(unsafe.Offsetof(sr.CR0)),
+		"offset kvm_sregs.cr8":              uint64(unsafe.Offsetof(sr.CR8)),
+		"offset kvm_sregs.efer":             uint64(unsafe.Offsetof(sr.EFER)),
+		"offset kvm_sregs.apic_base":        uint64(unsafe.Offsetof(sr.ApicBase)),
+		"sizeof kvm_fpu":                    uint64(unsafe.Sizeof(fpu)),
+		"offset kvm_fpu.fcw":                uint64(unsafe.Offsetof(fpu.FCW)),
+		"offset kvm_fpu.last_opcode":        uint64(unsafe.Offsetof(fpu.LastOpcode)),
+		"offset kvm_fpu.xmm":                uint64(unsafe.Offsetof(fpu.XMM)),
+		"offset kvm_fpu.mxcsr":              uint64(unsafe.Offsetof(fpu.MXCSR)),
+		"sizeof kvm_msrs":                   uint64(unsafe.Offsetof(msrs{}.Entries)),
+		"sizeof kvm_msr_entry":              uint64(unsafe.Sizeof(msr)),
+		"offset kvm_msr_entry.data":         uint64(unsafe.Offsetof(msr.Data)),
+		"sizeof kvm_lapic_state":            uint64(unsafe.Sizeof(kvm.LAPICState{})),
+		"sizeof kvm_mp_state":               uint64(unsafe.Sizeof(kvm.MPState{})),
+		"sizeof kvm_translation":            uint64(unsafe.Sizeof(tr)),
+		"offset kvm_translation.valid":      uint64(unsafe.Offsetof(tr.Valid)),
+		"sizeof kvm_guest_debug":            uint64(unsafe.Sizeof(gd)),
+		"offset kvm_guest_debug.arch":       uint64(unsafe.Offsetof(gd.DebugReg)),
 
 		"offset kvm_run.immediate_exit":                           uint64(unsafe.Offsetof(kvm.RunData{}.ImmediateExit)),
 		"offset kvm_run.exit_reason":                              uint64(unsafe.Offsetof(kvm.RunData{}.ExitReason)),
@@ -193,9 +194,8 @@ func TestABIMatchesKernelHeaders(t *testing.T) {
 	}
 }
 
-// TestGoldenIsCurrent compiles abi.c against this machine's headers. Headers
-// older than the ones the golden file was made with may lack a name; a value
-// that differs is an error.
+// TestGoldenIsCurrent compiles abi.c against this machine's headers. Headers older than those of
+// the golden file may lack a name; a value that differs is an error.
 func TestGoldenIsCurrent(t *testing.T) {
 	gcc, err := exec.LookPath("gcc")
 	if err != nil {

@@ -7,7 +7,7 @@ import (
 	"github.com/bobuhiro11/gokvm/kvm"
 )
 
-// Reasons for which Run returns (linux/kvm.h), and one of our own.
+// Reasons for which Run returns (linux/kvm.h), and one of this package.
 const (
 	ExitIO            = uint32(kvm.EXITIO)
 	ExitDebug         = uint32(kvm.EXITDEBUG)
@@ -17,7 +17,7 @@ const (
 	ExitFailEntry     = uint32(kvm.EXITFAILENTRY)
 	ExitInternalError = uint32(kvm.EXITINTERNALERROR)
 	ExitSystemEvent   = uint32(24)
-	// ExitInterrupted is KVM_RUN's EINTR: somebody called Kick, or a signal came.
+	// ExitInterrupted is KVM_RUN's EINTR: Kick was called, or another signal came.
 	ExitInterrupted = ^uint32(0)
 )
 
@@ -29,13 +29,13 @@ const (
 	InternalErrorUnexpectedExitReason = 4
 )
 
-// Exit is why the guest stopped. Which fields count depends on Reason.
+// Exit describes why the guest stopped. The valid fields depend on Reason.
 type Exit struct {
 	Reason uint32
 
-	// ExitIO and ExitMMIO. Data is inside struct kvm_run: for a read, the
-	// answer is put there. An ExitIO has Count items of Size bytes, all for the
-	// same port (REP INS and OUTS); an ExitMMIO has one of Size bytes.
+	// ExitIO and ExitMMIO. Data is inside struct kvm_run; the answer to a read is stored there. An
+	// ExitIO has Count items of Size bytes, all for the same port (REP INS and OUTS); an ExitMMIO
+	// has one of Size bytes.
 	Addr  uint64
 	Write bool
 	Size  int
@@ -100,9 +100,9 @@ func (c *VCPU) exit() Exit {
 	return e
 }
 
-// EmulationBytes returns the instruction that KVM could not emulate, where this
-// KVM reports it (KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES): Info[0]
-// has the flags, Info[1] the length and then the bytes.
+// EmulationBytes returns the instruction that KVM could not emulate, if this KVM reports it
+// (KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES): Info[0] has the flags, Info[1] the length
+// and then the bytes.
 func (e *Exit) EmulationBytes() []byte {
 	if e.Reason != ExitInternalError || e.Suberror != InternalErrorEmulation || len(e.Info) < 3 || e.Info[0]&1 == 0 {
 		return nil

@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ioctl calls request on fd with the address of arg, and returns what the
-// kernel returned. The conversion to uintptr stands in the argument list of
-// the system call, which keeps arg in place (package unsafe, rule 4).
+// ioctl calls request on fd with the address of arg, and returns the kernel's result. The
+// conversion to uintptr is in the argument list of the system call, which keeps arg in place
+// (package unsafe, rule 4).
 func ioctl[T any](fd int, name string, request uintptr, arg *T) (int, error) {
 	r, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(unsafe.Pointer(arg)))
 	if errno != 0 {
@@ -29,13 +29,13 @@ func ioctlInt(fd int, name string, request, arg uintptr) (int, error) {
 	return int(r), nil
 }
 
-// ior, iow and iowr give the request number for an argument of type T.
+// ior, iow and iowr return the request number for an argument of type T.
 func ior[T any](nr uintptr) uintptr  { return kvm.IIOR(nr, unsafe.Sizeof(*new(T))) }
 func iow[T any](nr uintptr) uintptr  { return kvm.IIOW(nr, unsafe.Sizeof(*new(T))) }
 func iowr[T any](nr uintptr) uintptr { return kvm.IIOWR(nr, unsafe.Sizeof(*new(T))) }
 
-// address returns where b starts in this process, for KVM to map. The mapping
-// is not Go heap, so it does not move.
+// address returns the address of b in this process, for KVM to map. The mapping is not Go heap, so
+// it does not move.
 func address(b []byte) uint64 { return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) }
 
 // runData views a vCPU's mmap as struct kvm_run. page comes from mmap of at

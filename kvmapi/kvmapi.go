@@ -1,14 +1,11 @@
-// Package kvmapi is /dev/kvm in Go types: System, VM and VCPU wrap the three
-// kinds of descriptor, and each method is one ioctl of the KVM API
-// (Documentation/virt/kvm/api.rst) with its name in every error. There is no
-// policy here: what a machine looks like is package vmm's.
+// Package kvmapi wraps /dev/kvm in Go types: System, VM and VCPU are the three kinds of descriptor.
+// Each method is one ioctl of the KVM API (Documentation/virt/kvm/api.rst) and names it in every
+// error. The package has no policy: package vmm defines the machine.
 //
-// Structure layouts and ioctl numbers come from github.com/bobuhiro11/gokvm/kvm
-// where they are right; the few that are missing or wrong there are in this
-// package. All are held against the kernel's own headers by a test. gokvm's
-// functions are not called: they pass the address of a Go local as an integer,
-// which the runtime may move, and retry EINTR, so that a vCPU can not be
-// stopped.
+// Structure layouts and ioctl numbers come from github.com/bobuhiro11/gokvm/kvm; this package
+// defines the few that are missing or wrong there. A test compares all of them with the kernel's
+// own headers. gokvm's functions are not called: they pass the address of a Go local as an integer,
+// although the runtime may move it, and retry EINTR, so that a vCPU cannot be stopped.
 package kvmapi
 
 import (
@@ -23,11 +20,11 @@ import (
 // Device is the path of the KVM device.
 const Device = "/dev/kvm"
 
-// APIVersion is the one version of the KVM API that there has been since
-// Linux 2.6.22; the kernel's documentation tells users to refuse any other.
+// APIVersion is the only version of the KVM API since Linux 2.6.22. The kernel's documentation
+// tells users to refuse any other.
 const APIVersion = 12
 
-// Capabilities that gokvm does not name (linux/kvm.h).
+// Capabilities that gokvm lacks (linux/kvm.h).
 const (
 	CapNRVCPUs         = int(kvm.CapNRVCPUS)
 	CapMaxVCPUs        = 66
@@ -41,13 +38,14 @@ const (
 // System is an open /dev/kvm.
 type System struct{ fd int }
 
-// Open opens /dev/kvm and checks the API version. The errors say what to do:
-// they reach the user as they are.
+// Open opens /dev/kvm and checks the API version. The errors are for the user and say how to fix
+// the problem.
 func Open() (*System, error) {
 	fd, err := unix.Open(Device, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("%s: %w; load the module (modprobe kvm-intel or kvm-amd), enable virtualization in the firmware, or pass the device into the container", Device, err)
+		return nil, fmt.Errorf("%s: %w; load the module (modprobe kvm-intel or kvm-amd), enable virtualization in "+
+			"the firmware, or pass the device into the container", Device, err)
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("%s: %w; join its group (sudo usermod -aG kvm $USER, then log in again)", Device, err)
 	case err != nil:
@@ -65,11 +63,11 @@ func Open() (*System, error) {
 	return s, nil
 }
 
-// Close closes /dev/kvm; VMs made from it live on.
+// Close closes /dev/kvm; VMs made from it stay open.
 func (s *System) Close() error { return unix.Close(s.fd) }
 
-// Check returns what KVM_CHECK_EXTENSION says of a capability: 0 for absent,
-// else 1 or the capability's own number.
+// Check returns KVM_CHECK_EXTENSION's value for a capability: 0 if absent, else 1 or a number
+// defined by the capability.
 func (s *System) Check(capability int) int {
 	return checkExtension(s.fd, capability)
 }
@@ -90,8 +88,7 @@ type cpuid2 struct {
 	Entries [MaxCPUIDEntries]kvm.CPUIDEntry2
 }
 
-// SupportedCPUID returns KVM_GET_SUPPORTED_CPUID: every leaf that this host can
-// give a guest.
+// SupportedCPUID returns KVM_GET_SUPPORTED_CPUID: every leaf that this host can give a guest.
 func (s *System) SupportedCPUID() ([]kvm.CPUIDEntry2, error) {
 	c := &cpuid2{Nent: MaxCPUIDEntries}
 	if _, err := ioctl(s.fd, "KVM_GET_SUPPORTED_CPUID", kvm.IIOWR(nrGetSupportedCPUID, 8), c); err != nil {
@@ -100,10 +97,10 @@ func (s *System) SupportedCPUID() ([]kvm.CPUIDEntry2, error) {
 	return c.Entries[:min(c.Nent, MaxCPUIDEntries)], nil
 }
 
-// CreateVM makes a virtual machine with no memory and no vCPUs.
+// CreateVM makes a virtual machine without memory and vCPUs.
 func (s *System) CreateVM() (*VM, error) {
-	// KVM answers EINTR when a signal (Go's preemption is one) arrives while it
-	// takes its locks; nothing was made, so asking again is right.
+	// KVM returns EINTR if a signal (such as Go's preemption) arrives while it takes its locks. It
+	// has made nothing then, so retrying is safe.
 	for {
 		fd, err := ioctlInt(s.fd, "KVM_CREATE_VM", kvm.IIO(nrCreateVM), 0)
 		if errors.Is(err, unix.EINTR) {

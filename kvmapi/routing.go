@@ -37,9 +37,8 @@ type routing struct {
 	Entries   [maxRoutes]RoutingEntry
 }
 
-// RouteMSI makes GSI gsi (FirstMSIGSI or above) a message-signalled interrupt:
-// raising it writes data to addr. A route stays until it is replaced. The
-// in-kernel interrupt controllers are there.
+// RouteMSI makes GSI gsi (FirstMSIGSI or above) a message-signalled interrupt: raising it writes
+// data to addr. A route stays until it is replaced. The in-kernel interrupt controllers must exist.
 func (v *VM) RouteMSI(gsi uint32, addr uint64, data uint32) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -60,22 +59,21 @@ func (v *VM) RouteMSI(gsi uint32, addr uint64, data uint32) error {
 		return nil
 	}
 	r.Entries[i], r.NR = e, max(n, i+1)
-	if err := v.setRoutes(); err != nil { // what KVM refuses is undone
+	if err := v.setRoutes(); err != nil { // undo a route that KVM refuses
 		r.Entries[i], r.NR = old, n
 		return err
 	}
 	return nil
 }
 
-// setRoutes is KVM_SET_GSI_ROUTING, which replaces the table as a whole.
+// setRoutes is KVM_SET_GSI_ROUTING, which replaces the whole table.
 func (v *VM) setRoutes() error {
 	_, err := ioctl(v.fd, "KVM_SET_GSI_ROUTING", kvm.IIOW(nrSetGSIRouting, 8), v.routes)
 	return err
 }
 
-// pinRoutes has GSIs 0 to 15 at the PICs and 0 to 23 at the IOAPIC, as
-// KVM_CREATE_IRQCHIP sets it up, but for GSI 0: the PIT is at pin 2 of the
-// IOAPIC, as the MADT's override says.
+// pinRoutes routes GSIs 0 to 15 to the PICs and 0 to 23 to the IOAPIC, as KVM_CREATE_IRQCHIP does,
+// except for GSI 0: the PIT is at pin 2 of the IOAPIC, as in the MADT's override.
 func pinRoutes() *routing {
 	r := &routing{}
 	add := func(gsi, chip, pin uint32) {

@@ -10,21 +10,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// VCPU is a virtual CPU. Run and the register methods belong to one goroutine,
-// locked to its OS thread (KVM ties a vCPU to a thread); Kick is for all
-// others.
+// VCPU is a virtual CPU. Run and the register methods belong to one goroutine, locked to its OS
+// thread (KVM ties a vCPU to a thread); Kick may be called from any.
 type VCPU struct {
 	fd   int
-	page []byte // struct kvm_run and what follows it
+	page []byte // struct kvm_run and the data that follows it
 	run  *kvm.RunData
 
-	mu  sync.Mutex // guards tid, so that no signal goes to a thread that has left
+	mu  sync.Mutex // guards tid, so that no signal goes to another thread
 	tid int
 
 	kicked atomic.Bool
 }
 
-// Close unmaps and closes the vCPU; Run has returned for the last time.
+// Close unmaps and closes the vCPU. It comes after the last Run.
 func (c *VCPU) Close() error {
 	c.run = nil
 	if err := unix.Munmap(c.page); err != nil {
@@ -96,8 +95,7 @@ type msrs struct {
 	Entries [64]MSR
 }
 
-// SetMSRs sets MSRs in order. KVM stops at the first that it refuses, which is
-// the one that the error names.
+// SetMSRs sets MSRs in order. KVM stops at the first one that it refuses; the error names it.
 func (c *VCPU) SetMSRs(list []MSR) error {
 	m := &msrs{}
 	m.N = uint32(copy(m.Entries[:], list))
@@ -133,15 +131,14 @@ func (c *VCPU) SetMPState(state uint32) error {
 	return err
 }
 
-// TSCKHz is KVM_GET_TSC_KHZ: the guest's TSC frequency, 0 where unknown.
+// TSCKHz is KVM_GET_TSC_KHZ: the guest's TSC frequency, 0 if unknown.
 func (c *VCPU) TSCKHz() (int, error) {
 	return ioctlInt(c.fd, "KVM_GET_TSC_KHZ", kvm.IIO(nrGetTSCKHz), 0)
 }
 
-// StoppedByHost tells the guest's kvmclock that the host has kept the vCPU from
-// running, so that its watchdogs do not take that for a lockup
-// (KVM_KVMCLOCK_CTRL). A guest without a kvmclock, or a KVM without the request,
-// is left alone.
+// StoppedByHost tells the guest's kvmclock that the host paused the vCPU, so that the guest's
+// watchdogs do not report a lockup (KVM_KVMCLOCK_CTRL). It does nothing if the guest has no
+// kvmclock or KVM lacks the request.
 func (c *VCPU) StoppedByHost() error {
 	_, err := ioctlInt(c.fd, "KVM_KVMCLOCK_CTRL", kvm.IIO(nrKVMClockCtrl), 0)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTTY) {
@@ -150,8 +147,8 @@ func (c *VCPU) StoppedByHost() error {
 	return err
 }
 
-// Translate returns the guest physical address behind a linear address in the
-// vCPU's current paging mode; ok is false where nothing is mapped.
+// Translate returns the guest physical address of a linear address in the vCPU's current paging
+// mode; ok is false if it is not mapped.
 func (c *VCPU) Translate(linear uint64) (gpa uint64, ok bool, err error) {
 	t := kvm.Translation{LinearAddress: linear}
 	_, err = ioctl(c.fd, "KVM_TRANSLATE", iowr[kvm.Translation](nrTranslate), &t)
@@ -178,30 +175,28 @@ func (c *VCPU) SetGuestDebug(d GuestDebug) error {
 	return err
 }
 
-// Bind says that the calling OS thread is the one that will call Run; the
-// goroutine is locked to it. Unbind undoes it before the thread may go.
+// Bind registers the calling OS thread as the one that will call Run; the goroutine is locked to
+// it. Unbind must undo it before the thread ends.
 func (c *VCPU) Bind() {
 	c.mu.Lock()
 	c.tid = unix.Gettid()
 	c.mu.Unlock()
 }
 
-// Unbind: see Bind.
+// Unbind undoes Bind.
 func (c *VCPU) Unbind() {
 	c.mu.Lock()
 	c.tid = 0
 	c.mu.Unlock()
 }
 
-// kickSignal interrupts KVM_RUN. It is the signal that the Go runtime uses for
-// preemption: it has a handler in every Go program and may come spuriously at
-// any time, so that no signal is taken from the program.
+// kickSignal interrupts KVM_RUN. It is the Go runtime's signal for preemption: every Go program
+// handles it and expects spurious ones, so no other signal is taken from the program.
 const kickSignal = unix.SIGURG
 
-// Kick makes the current or the next Run return with ExitInterrupted. It is the
-// only place that sets immediate_exit and that sends the signal: the flag alone
-// would miss a vCPU that is in the guest, the signal alone one that is about
-// to enter it.
+// Kick makes the current or the next Run return with ExitInterrupted. It is the only place that
+// sets immediate_exit and that sends the signal: the flag alone would miss a vCPU that is in the
+// guest, the signal alone one that is about to enter it.
 func (c *VCPU) Kick() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -216,9 +211,8 @@ func (c *VCPU) Kick() error {
 	return nil
 }
 
-// Run enters the guest until it exits to user space. Registers that the exit
-// asks for (the data of an IN or an MMIO read) are set in place in the Exit's
-// Data before the next Run.
+// Run enters the guest until it exits to user space. If the exit asks for registers (the data of an
+// IN or an MMIO read), set them in the Exit's Data before the next Run.
 func (c *VCPU) Run() (Exit, error) {
 	if c.kicked.Swap(false) {
 		setImmediateExit(c.page, 0)
@@ -229,7 +223,7 @@ func (c *VCPU) Run() (Exit, error) {
 		return Exit{}, err
 	}
 	if interrupted {
-		// Not only Kick: any signal to the thread ends KVM_RUN.
+		// Any signal to the thread ends KVM_RUN, not only Kick's.
 		setImmediateExit(c.page, 0)
 		c.kicked.Store(false)
 		return Exit{Reason: ExitInterrupted}, nil
@@ -237,9 +231,8 @@ func (c *VCPU) Run() (Exit, error) {
 	return c.exit(), nil
 }
 
-// Complete lets KVM finish the instruction of the last exit (an IN's register
-// write) without running the guest further: what a machine does before it
-// looks at registers or stops for good.
+// Complete lets KVM finish the instruction of the last exit (an IN's register write) without
+// running the guest further. A machine calls it before it reads registers or stops for good.
 func (c *VCPU) Complete() error {
 	setImmediateExit(c.page, 1)
 	_, err := enter(c.fd)

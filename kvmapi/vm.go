@@ -18,10 +18,10 @@ type VM struct {
 	runSize int
 
 	mu     sync.Mutex // guards routes
-	routes *routing   // what KVM has, from CreateIRQChip on
+	routes *routing   // KVM's table, from CreateIRQChip on
 }
 
-// Close drops the VM. The kernel frees it once its vCPUs are closed too.
+// Close closes the VM. The kernel frees it once its vCPUs are closed too.
 func (v *VM) Close() error { return unix.Close(v.fd) }
 
 // Check is KVM_CHECK_EXTENSION for this VM.
@@ -36,13 +36,14 @@ type enableCap struct {
 
 // EnableCap is KVM_ENABLE_CAP with one argument.
 func (v *VM) EnableCap(capability int, arg uint64) error {
-	_, err := ioctl(v.fd, fmt.Sprintf("KVM_ENABLE_CAP %d", capability), iow[enableCap](nrEnableCap), &enableCap{Cap: uint32(capability), Args: [4]uint64{arg}})
+	_, err := ioctl(v.fd, fmt.Sprintf("KVM_ENABLE_CAP %d", capability), iow[enableCap](nrEnableCap),
+		&enableCap{Cap: uint32(capability), Args: [4]uint64{arg}})
 	return err
 }
 
-// SetTSSAddr and SetIdentityMapAddr tell Intel's KVM which guest physical
-// pages it may use when a vCPU is in real mode: three for the TSS, one for the
-// page table. They must be outside RAM and below 4 GiB.
+// SetTSSAddr and SetIdentityMapAddr give KVM on Intel the guest physical pages that it uses while a
+// vCPU is in real mode: three for the TSS, one for the page table. They must be outside RAM and
+// below 4 GiB.
 func (v *VM) SetTSSAddr(gpa uint32) error {
 	_, err := ioctlInt(v.fd, "KVM_SET_TSS_ADDR", kvm.IIO(nrSetTSSAddr), uintptr(gpa))
 	return err
@@ -54,8 +55,8 @@ func (v *VM) SetIdentityMapAddr(gpa uint64) error {
 	return err
 }
 
-// SetBootCPU is KVM_SET_BOOT_CPU_ID: the vCPU whose APIC ID is id runs first, and the others wait
-// for the start-up IPI. It comes before the first vCPU.
+// SetBootCPU is KVM_SET_BOOT_CPU_ID: the vCPU with APIC ID id runs first, and the others wait for
+// the start-up IPI. It comes before the first vCPU.
 func (v *VM) SetBootCPU(id uint32) error {
 	_, err := ioctlInt(v.fd, "KVM_SET_BOOT_CPU_ID", kvm.IIO(nrSetBootCPUID), uintptr(id))
 	return err
@@ -81,8 +82,8 @@ type pitConfig struct {
 
 const pitSpeakerDummy = 1 // KVM_PIT_SPEAKER_DUMMY
 
-// CreatePIT makes the in-kernel 8254, with port 0x61 answered by the kernel,
-// which Linux reads to calibrate the TSC.
+// CreatePIT makes the in-kernel 8254. The kernel also handles port 0x61, which Linux reads to
+// calibrate the TSC.
 func (v *VM) CreatePIT() error {
 	_, err := ioctl(v.fd, "KVM_CREATE_PIT2", iow[pitConfig](nrCreatePIT2), &pitConfig{Flags: pitSpeakerDummy})
 	return err
@@ -96,7 +97,8 @@ func (v *VM) SetMemory(slot uint32, gpa uint64, ram []byte) error {
 	if len(ram) > 0 {
 		r.UserspaceAddr = address(ram)
 	}
-	_, err := ioctl(v.fd, fmt.Sprintf("KVM_SET_USER_MEMORY_REGION slot %d at %#x, %#x bytes", slot, gpa, len(ram)), iow[kvm.UserspaceMemoryRegion](nrSetUserMemoryRegion), &r)
+	_, err := ioctl(v.fd, fmt.Sprintf("KVM_SET_USER_MEMORY_REGION slot %d at %#x, %#x bytes", slot, gpa, len(ram)),
+		iow[kvm.UserspaceMemoryRegion](nrSetUserMemoryRegion), &r)
 	return err
 }
 
@@ -138,7 +140,7 @@ type msi struct {
 }
 
 // SignalMSI is KVM_SIGNAL_MSI: it sends one message-signalled interrupt. A message that no CPU
-// takes, which is -1 (EPERM) in KVM, is lost as on any machine.
+// takes (KVM returns -1, EPERM) is lost as on any machine.
 func (v *VM) SignalMSI(addr uint64, data uint32) error {
 	m := &msi{AddrLo: uint32(addr), AddrHi: uint32(addr >> 32), Data: data}
 	_, err := ioctl(v.fd, "KVM_SIGNAL_MSI", iow[msi](nrSignalMSI), m)
@@ -156,17 +158,17 @@ type irqfd struct {
 
 const irqfdDeassign = 1 // KVM_IRQFD_FLAG_DEASSIGN
 
-// AssignIRQFD makes every signal of e raise GSI gsi, as an edge. An event that
-// is pending already is delivered at once, but stays in e's counter: Drain e
-// after this returns.
+// AssignIRQFD makes every signal of e raise GSI gsi, as an edge. A pending event is delivered at
+// once, but stays in e's counter: drain e afterwards.
 func (v *VM) AssignIRQFD(e *eventfd.FD, gsi uint32) error {
 	_, err := ioctl(v.fd, fmt.Sprintf("KVM_IRQFD gsi %d", gsi), iow[irqfd](nrIRQFD), &irqfd{FD: uint32(e.Fd()), GSI: gsi})
 	return err
 }
 
-// DeassignIRQFD undoes AssignIRQFD: when it returns, later signals stay in e.
+// DeassignIRQFD undoes AssignIRQFD: after it returns, signals stay in e.
 func (v *VM) DeassignIRQFD(e *eventfd.FD, gsi uint32) error {
-	_, err := ioctl(v.fd, fmt.Sprintf("KVM_IRQFD gsi %d (deassign)", gsi), iow[irqfd](nrIRQFD), &irqfd{FD: uint32(e.Fd()), GSI: gsi, Flags: irqfdDeassign})
+	_, err := ioctl(v.fd, fmt.Sprintf("KVM_IRQFD gsi %d (deassign)", gsi), iow[irqfd](nrIRQFD),
+		&irqfd{FD: uint32(e.Fd()), GSI: gsi, Flags: irqfdDeassign})
 	return err
 }
 
@@ -186,11 +188,11 @@ const (
 	ioeventfdDeassign  = 1 << 2
 )
 
-// Doorbell says which guest write signals an eventfd.
+// Doorbell selects the guest writes that signal an eventfd.
 type Doorbell struct {
 	Addr  uint64
 	Len   uint32  // 1, 2, 4 or 8 bytes; 0 matches any length (needs CapIOEventFDAnyLen)
-	Match *uint64 // the value written must equal it; nil: any value. Not with Len 0.
+	Match *uint64 // the value written must equal it; nil: any value. Invalid with Len 0.
 	PIO   bool    // Addr is an I/O port
 }
 

@@ -154,7 +154,7 @@ func TestKickStopsASpinningGuest(t *testing.T) {
 		t.Fatalf("a kick before Run: %+v", e)
 	}
 	for range 3 {
-		var stop atomic.Bool // set before the kick, looked at after Run: as a machine does
+		var stop atomic.Bool // set before the kick, read after Run, as in a machine
 		kicked := make(chan error, 1)
 		go func() {
 			time.Sleep(20 * time.Millisecond)
@@ -209,7 +209,7 @@ func TestDoorbellAndInterrupt(t *testing.T) {
 	if !call.Pending() {
 		t.Error("a deassigned irqfd lost its event")
 	}
-	// Assigning delivers what is pending and leaves the counter as it was.
+	// Assigning delivers the pending signal and does not change the counter.
 	must(t, v.AssignIRQFD(call, FirstMSIGSI))
 	if was, err := call.Drain(); !was || err != nil {
 		t.Errorf("drain: %v, %v", was, err)
@@ -225,8 +225,8 @@ func TestDoorbellAndInterrupt(t *testing.T) {
 	}
 }
 
-// TestMessageForNobody: a guest chooses where its I/O APIC's pins lead, so a message that no CPU takes is
-// no failure.
+// TestMessageForNobody: a guest chooses the destinations of its I/O APIC's pins, so a message that
+// no CPU takes is not an error.
 func TestMessageForNobody(t *testing.T) {
 	sys, err := Open()
 	must(t, err)
@@ -284,7 +284,8 @@ func TestSingleStepAndBreakpoint(t *testing.T) {
 		}
 	}
 	// A hardware breakpoint on execution: DR7 enables DR0.
-	must(t, v.cpu.SetGuestDebug(GuestDebug{Control: GuestDebugEnable | GuestDebugUseHWBP, DebugReg: [8]uint64{0: 0x1006, 7: 0x401}}))
+	must(t, v.cpu.SetGuestDebug(GuestDebug{Control: GuestDebugEnable | GuestDebugUseHWBP,
+		DebugReg: [8]uint64{0: 0x1006, 7: 0x401}}))
 	e := v.run(t)
 	if rip, al := at(); e.Reason != ExitDebug || rip != 0x1006 || al != 3 {
 		t.Fatalf("breakpoint: %s at %#x, al %d", e.String(), rip, al)

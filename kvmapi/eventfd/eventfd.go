@@ -1,11 +1,9 @@
-// Package eventfd wraps eventfd(2), the one form in which doorbells and
-// interrupts travel between the guest, KVM, vhost and gvm's own workers: KVM
-// signals a doorbell (ioeventfd), KVM consumes an interrupt (irqfd), and vhost
-// does both without gvm taking part.
+// Package eventfd wraps eventfd(2), the only form of doorbells and interrupts between the guest,
+// KVM, vhost and gvm's own workers: KVM signals a doorbell (ioeventfd) and consumes an interrupt
+// (irqfd), and vhost does both without involving gvm.
 //
-// The descriptors are raw and blocking. A worker that owns a queue reads its
-// doorbell on a locked OS thread, which wakes sooner than a goroutine parked
-// in the runtime's poller.
+// The descriptors are raw and blocking. A worker that owns a queue reads its doorbell on a locked
+// OS thread, which wakes sooner than a goroutine parked in the runtime's poller.
 package eventfd
 
 import (
@@ -17,9 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// FD is one eventfd with a 64-bit counter. All methods may be called from
-// several goroutines; Close must come after the last use, or with Wait callers
-// woken first (Signal does that).
+// FD is one eventfd with a 64-bit counter. All methods may be called from several goroutines. Close
+// must come after the last use; wake callers of Wait first, by Signal.
 type FD struct {
 	fd    int
 	close sync.Once
@@ -36,13 +33,13 @@ func New() (*FD, error) {
 }
 
 // Fd returns the descriptor's number, for KVM_IRQFD, KVM_IOEVENTFD and
-// VHOST_SET_VRING_KICK/CALL/ERR. FD keeps owning it.
+// VHOST_SET_VRING_KICK/CALL/ERR. FD remains its owner.
 func (f *FD) Fd() int { return f.fd }
 
-// Signal adds one to the counter and so wakes one Wait, injects the interrupt
-// of an irqfd, or wakes a vhost worker.
+// Signal adds one to the counter. It wakes one Wait, injects the interrupt of an irqfd, or wakes a
+// vhost worker.
 func (f *FD) Signal() error {
-	one := [8]byte{1} // native order; gvm runs on x86-64 alone
+	one := [8]byte{1} // native order; gvm runs only on x86-64
 	for {
 		_, err := unix.Write(f.fd, one[:])
 		if err == nil {
@@ -54,8 +51,8 @@ func (f *FD) Signal() error {
 	}
 }
 
-// Wait blocks until the counter is not zero, resets it and returns what it
-// was. It is for a goroutine locked to its OS thread.
+// Wait blocks until the counter is not zero, resets it and returns its old value. It is for a
+// goroutine locked to its OS thread.
 func (f *FD) Wait() (uint64, error) {
 	var b [8]byte
 	for {
@@ -69,8 +66,8 @@ func (f *FD) Wait() (uint64, error) {
 	}
 }
 
-// Pending tells whether the counter is not zero, and leaves it alone. It is
-// what the pending bit of a masked MSI-X vector reads.
+// Pending reports whether the counter is not zero, and does not change it. The pending bit of a
+// masked MSI-X vector reads it.
 func (f *FD) Pending() bool {
 	p := []unix.PollFd{{Fd: int32(f.fd), Events: unix.POLLIN}}
 	for {
@@ -82,7 +79,7 @@ func (f *FD) Pending() bool {
 	}
 }
 
-// Drain resets the counter without blocking, and tells whether it was not zero.
+// Drain resets the counter without blocking, and reports whether it was not zero.
 func (f *FD) Drain() (bool, error) {
 	var b [8]byte
 	for {

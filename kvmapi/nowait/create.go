@@ -8,7 +8,7 @@ import (
 	"path/filepath"
 )
 
-// createError is an error with a text of its own.
+// createError is an error with its own text.
 type createError struct {
 	text string
 	err  error
@@ -17,7 +17,7 @@ type createError struct {
 func (e *createError) Error() string { return e.text }
 func (e *createError) Unwrap() error { return e.err }
 
-// Make is Open for a file that is made if it is not there, and says whether it was made.
+// Make is Open for a file that it makes if it does not exist. It reports whether it made the file.
 func Make(path string, flag int, perm fs.FileMode, want Kinds) (f *os.File, made bool, err error) {
 	f, err = Open(path, flag|os.O_CREATE|os.O_EXCL, perm, want)
 	if !errors.Is(err, fs.ErrExist) {
@@ -27,8 +27,8 @@ func Make(path string, flag int, perm fs.FileMode, want Kinds) (f *os.File, made
 	return f, false, err
 }
 
-// Remove removes the file at path, which the caller made and has open as f, unless another has its
-// name by now.
+// Remove removes the file at path, which the caller made and has open as f, unless path now names
+// another file.
 func Remove(f *os.File, path string) error {
 	mine, err := f.Stat()
 	if err != nil {
@@ -40,15 +40,15 @@ func Remove(f *os.File, path string) error {
 	return os.Remove(path)
 }
 
-// Leads tells whether path leads to the file that f has open.
+// Leads reports whether path leads to the open file f.
 func Leads(path string, f *os.File) bool {
 	a, err := os.Stat(path)
 	b, err2 := f.Stat()
 	return err == nil && err2 == nil && os.SameFile(a, b)
 }
 
-// CreateError makes of err, from an attempt to make the file at path, one that names the path, the
-// reason and the mend.
+// CreateError turns err, from an attempt to make the file at path, into an error that names the
+// path, the reason and the remedy.
 func CreateError(path string, err error) error {
 	if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
 		err = pe.Err
@@ -60,7 +60,8 @@ func CreateError(path string, err error) error {
 	_, dirErr := os.Stat(dir)
 	switch {
 	case linkErr == nil && errors.Is(fileErr, fs.ErrNotExist):
-		text = fmt.Sprintf("%s: is a symbolic link to %s, which does not exist; remove the link, or name that file", path, target)
+		text = fmt.Sprintf("%s: is a symbolic link to %s, which does not exist; remove the link, or name that file",
+			path, target)
 	case errors.Is(err, fs.ErrNotExist) && errors.Is(dirErr, fs.ErrNotExist):
 		text += fmt.Sprintf("; there is no directory %s: make it first, or name another", dir)
 	case errors.Is(err, fs.ErrExist):

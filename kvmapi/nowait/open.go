@@ -15,8 +15,8 @@ type Kinds uint8
 const (
 	Regular Kinds = 1 << iota
 	BlockDevice
-	CharDevice // a terminal among them
-	Pipe       // with a name or without
+	CharDevice // including terminals
+	Pipe       // named or not
 	Socket
 	Directory
 )
@@ -54,7 +54,7 @@ func KindOf(m fs.FileMode) Kinds {
 	return Socket
 }
 
-// KindError is a file of a type that Open was not asked for.
+// KindError reports a file of a type that Open was not asked for.
 type KindError struct {
 	Path      string
 	Is, Wants Kinds
@@ -62,11 +62,11 @@ type KindError struct {
 
 func (e *KindError) Error() string { return fmt.Sprintf("%s: is %v; want %v", e.Path, e.Is, e.Wants) }
 
-// Open is os.OpenFile for a path that a user, a client or a file chose. It opens only files
-// of the types in want, does not wait for the other end of a FIFO, a terminal's line
-// or a lease, and takes no terminal as the controlling one. The type is looked at before the open,
-// as that of a device may have effects, and again after it. A pipe stays non-blocking:
-// reads wait in the runtime's poller, where Close ends them. Another type is a *KindError.
+// Open is os.OpenFile for a path from a user, a client or a file. It opens only files of the types
+// in want, does not wait for the other end of a FIFO, a terminal's line or a lease, and takes no
+// terminal as the controlling one. It checks the type before the open, because opening a device may
+// have effects, and again after it. A pipe stays non-blocking: reads wait in the runtime's poller,
+// where Close ends them. Another type is a *KindError.
 func Open(path string, flag int, perm fs.FileMode, want Kinds) (*os.File, error) {
 	if fi, err := os.Stat(path); err == nil && KindOf(fi.Mode())&want == 0 {
 		return nil, &KindError{path, KindOf(fi.Mode()), want}

@@ -14,7 +14,7 @@ import (
 	"gvm/kvmapi/nowait"
 )
 
-// TestOpen: every type of file, asked for and not. A FIFO has no other end.
+// TestOpen opens every type of file, wanted and not. The FIFO has no other end.
 func TestOpen(t *testing.T) {
 	dir := t.TempDir()
 	at := func(name string) string { return filepath.Join(dir, name) }
@@ -26,7 +26,8 @@ func TestOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	paths := map[string]nowait.Kinds{at("file"): nowait.Regular, at("fifo"): nowait.Pipe, "/dev/null": nowait.CharDevice, dir: nowait.Directory, at("socket"): nowait.Socket}
+	paths := map[string]nowait.Kinds{at("file"): nowait.Regular, at("fifo"): nowait.Pipe, "/dev/null": nowait.CharDevice,
+		dir: nowait.Directory, at("socket"): nowait.Socket}
 	for path, is := range paths {
 		for _, want := range []nowait.Kinds{is, ^is} {
 			f, err := nowait.Open(path, os.O_RDONLY, 0, want)
@@ -53,10 +54,11 @@ func TestOpen(t *testing.T) {
 	if _, err := nowait.Open(at("fifo"), os.O_WRONLY, 0, nowait.Pipe); !errors.Is(err, unix.ENXIO) {
 		t.Errorf("a FIFO that no program reads: %v", err)
 	}
-	if got, want := (nowait.Regular | nowait.BlockDevice | nowait.Pipe).String(), "a regular file, a block device or a pipe"; got != want {
+	const want = "a regular file, a block device or a pipe"
+	if got := (nowait.Regular | nowait.BlockDevice | nowait.Pipe).String(); got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
-	// What a pipe has is read when it comes.
+	// Data in a pipe is read when it comes.
 	r, err := nowait.Open(at("fifo"), os.O_RDONLY, 0, nowait.Pipe)
 	if err != nil {
 		t.Fatal(err)

@@ -12,8 +12,8 @@ import (
 	"gvm/kvmapi/nowait"
 )
 
-// TestPreadv: buffers few and many, small and large, empty ones among them, and the end of
-// the file, of data that is in the page cache.
+// TestPreadv reads cached data into few and many buffers, small, large and empty ones, and at the
+// end of the file.
 func TestPreadv(t *testing.T) {
 	data := make([]byte, 200<<10)
 	for i := range data {
@@ -32,7 +32,8 @@ func TestPreadv(t *testing.T) {
 	if _, err := unix.Preadv2(fd, [][]byte{make([]byte, 1)}, 0, unix.RWF_NOWAIT); errors.Is(err, unix.EOPNOTSUPP) {
 		t.Skip("the file system of the temporary directory does not know RWF_NOWAIT")
 	}
-	for _, sizes := range [][]int{{1}, {4096}, {0, 512, 0, 512}, {1, 2, 3, 4, 5, 6, 7, 8}, {1, 2, 3, 4, 5, 6, 7, 8, 9}, {64 << 10}, {64 << 10, 1}, {130 << 10}} {
+	for _, sizes := range [][]int{{1}, {4096}, {0, 512, 0, 512}, {1, 2, 3, 4, 5, 6, 7, 8}, {1, 2, 3, 4, 5, 6, 7, 8, 9},
+		{64 << 10}, {64 << 10, 1}, {130 << 10}} {
 		var iov [][]byte
 		n := 0
 		for _, s := range sizes {

@@ -1,6 +1,6 @@
-// Package nowait has file operations that do not wait. Preadv does not even tell Go's
-// scheduler, which readies itself for a long absence at every other system call: a tenth of
-// what a small read of the page cache takes.
+// Package nowait has file operations that do not wait. Preadv does not notify Go's scheduler, which
+// prepares for a long absence at every other system call; that would add a tenth to the time of a
+// small read from the page cache.
 package nowait
 
 import (
@@ -9,19 +9,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What may be done without the scheduler knowing: it cannot stop the thread meanwhile.
+// Bounds of a call without the scheduler, which cannot stop the thread meanwhile.
 const (
 	maxBuffers = 8
 	maxBytes   = 64 << 10
 )
 
-// Preadv is preadv2(2) with RWF_NOWAIT: it reads at off into iov what needs no wait for
-// storage, and returns how many bytes that were. The errors are the system call's,
-// unix.EAGAIN if nothing can be read at once, and unix.EOPNOTSUPP if the file system cannot
-// tell.
+// Preadv is preadv2(2) with RWF_NOWAIT: it reads at off into iov as much as it can without waiting
+// for storage, and returns the number of bytes. The errors are the system call's: unix.EAGAIN if
+// nothing can be read at once, and unix.EOPNOTSUPP if the file system does not support it.
 func Preadv(fd int, iov [][]byte, off int64) (int, error) {
 	if off < 0 {
-		return 0, unix.EINVAL // to the kernel, -1 is where the file's position is
+		return 0, unix.EINVAL // the kernel takes -1 as the file's position
 	}
 	var v [maxBuffers]unix.Iovec
 	n, total := 0, 0
@@ -36,8 +35,9 @@ func Preadv(fd int, iov [][]byte, off int64) (int, error) {
 		v[n].SetLen(len(b))
 		n++
 	}
-	// The offset is in two halves, of which a 64-bit kernel takes the lower one whole.
-	got, _, errno := unix.RawSyscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&v)), uintptr(n), uintptr(off), 0, unix.RWF_NOWAIT)
+	// The offset has two halves; a 64-bit kernel takes all of it from the lower one.
+	got, _, errno := unix.RawSyscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&v)), uintptr(n),
+		uintptr(off), 0, unix.RWF_NOWAIT)
 	if errno != 0 {
 		return 0, errno
 	}

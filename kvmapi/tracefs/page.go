@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// Format is how an event lies in the ring buffer: its file format, read.
+// Format is the layout of an event in the ring buffer, from its file format.
 type Format struct {
 	ID     uint16
 	Name   string
@@ -16,7 +16,7 @@ type Format struct {
 
 type field struct {
 	offset, size int
-	dynamic      bool // __data_loc: offset and length of the value are there
+	dynamic      bool // __data_loc: the field has the value's offset and length
 }
 
 // parseFormat reads an event's file format.
@@ -69,7 +69,7 @@ func parseFormat(text string) (*Format, error) {
 	return f, nil
 }
 
-// Bytes returns a field of an event's data, nil if it has none of that name.
+// Bytes returns a field of an event's data, nil if there is none of that name.
 func (e Event) Bytes(name string) []byte {
 	fl, ok := e.Format.fields[name]
 	if !ok || fl.offset+fl.size > len(e.Data) {
@@ -93,13 +93,13 @@ func (e Event) Uint(name string) uint64 {
 	return binary.LittleEndian.Uint64(b[:])
 }
 
-// The ring buffer's pages (include/linux/ring_buffer.h, kernel/trace/ring_buffer.c):
-// a time stamp, how much follows, then events, each with a header of 32 bits that
-// has a type or length in five and a difference of time in 27.
+// The ring buffer's pages (include/linux/ring_buffer.h, kernel/trace/ring_buffer.c): a time stamp,
+// the length of the data, then events. Each has a header of 32 bits, with a type or length in five
+// and a time difference in 27.
 const (
 	pageHeader   = 16
-	missedEvents = 1 << 31 // in the commit field: some before this page are lost
-	missedStored = 1 << 30 // and their number is behind the data
+	missedEvents = 1 << 31 // in the commit field: events before this page are lost
+	missedStored = 1 << 30 // and their number follows the data
 	commitMask   = 1<<27 - 1
 
 	typePadding   = 29
@@ -107,8 +107,8 @@ const (
 	typeTimeStamp = 31
 )
 
-// parsePage returns the events of a page whose formats are known, with copies of
-// their data, and how many were lost before it (1 for a number not known).
+// parsePage returns the events of a page with known formats, with copies of their data, and how
+// many were lost before the page (1 for an unknown number).
 func parsePage(p []byte, formats map[uint16]*Format) (out []Event, missed uint64, err error) {
 	le := binary.LittleEndian
 	if len(p) < pageHeader {
@@ -132,7 +132,7 @@ func parsePage(p []byte, formats map[uint16]*Format) (out []Event, missed uint64
 		if len(b) >= 8 {
 			word = uint64(le.Uint32(b[4:]))
 		}
-		n, data := 8, 4 // of the whole event; where its data begins
+		n, data := 8, 4 // of the whole event; offset of its data
 		switch {
 		case kind == typePadding && delta == 0:
 			return out, missed, nil

@@ -63,7 +63,7 @@ func TestParsePage(t *testing.T) {
 	f := format(t)
 	short := append(words(6|10<<5), data(1)...)           // 24 bytes in words, 10 ns later
 	long := append(words(0|20<<5, 4+24), data(2)...)      // the length in a word of its own
-	other := append(words(1|5<<5), 0xff, 0xff, 0, 0)      // an event that nobody asked for
+	other := append(words(1|5<<5), 0xff, 0xff, 0, 0)      // an event that was not enabled
 	extend, stamp := words(30|1<<5, 2), words(31|3<<5, 9) // 2<<27+1 ns more; at 9<<27+3
 	padding, end := words(29|2<<5, 12, 0, 0), words(29, 0, 0)
 	p := page(1000, missedEvents|missedStored, short, other, extend, long, padding, stamp, short, end, long)
@@ -74,7 +74,8 @@ func TestParsePage(t *testing.T) {
 	var got [][2]uint64
 	for _, e := range events {
 		got = append(got, [2]uint64{e.Uint("lun"), e.Time})
-		if string(e.Bytes("cdb")) != "\x28\x01\x02\x03" || string(e.Bytes("initiator")) != "naa\x00" || e.Bytes("none") != nil {
+		if string(e.Bytes("cdb")) != "\x28\x01\x02\x03" || string(e.Bytes("initiator")) != "naa\x00" ||
+			e.Bytes("none") != nil {
 			t.Errorf("cdb % x, initiator %q", e.Bytes("cdb"), e.Bytes("initiator"))
 		}
 	}
@@ -90,7 +91,8 @@ func TestParsePage(t *testing.T) {
 }
 
 func TestParseFormat(t *testing.T) {
-	for _, bad := range []string{"", "name: x\n", "name: x\nID: 70000\n", "name: x\nID: 1\n\tfield:int a;\toffset:-1;\tsize:4;\n", "name: x\nID: 1\n\tfield:a;\toffset:1;\tsize:4;\n"} {
+	for _, bad := range []string{"", "name: x\n", "name: x\nID: 70000\n",
+		"name: x\nID: 1\n\tfield:int a;\toffset:-1;\tsize:4;\n", "name: x\nID: 1\n\tfield:a;\toffset:1;\tsize:4;\n"} {
 		if f, err := parseFormat(bad); err == nil {
 			t.Errorf("%q: %+v", bad, f)
 		}

@@ -1,6 +1,5 @@
-// Package tracefs reads the kernel's tracepoints (Documentation/trace/events.rst)
-// as the ring buffer has them, in binary, through a trace instance of its own.
-// What the fields of an event mean is for the caller.
+// Package tracefs reads the kernel's tracepoints (Documentation/trace/events.rst) from the ring
+// buffer, in binary, through its own trace instance. The caller interprets the fields of an event.
 package tracefs
 
 import (
@@ -16,17 +15,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DefaultRoot is where tracefs is mounted.
+// DefaultRoot is the usual mount point of tracefs.
 const DefaultRoot = "/sys/kernel/tracing"
 
-// Instance is a set of ring buffers, one for each CPU, with events of its own
-// choice. It records by CLOCK_MONOTONIC.
+// Instance is a set of ring buffers, one for each CPU, with its own enabled events. It records by
+// CLOCK_MONOTONIC.
 type Instance struct {
 	dir     string
 	formats map[uint16]*Format
 	cpus    []*cpu
 	missed  uint64
-	held    []Event // later than what Read may return yet
+	held    []Event // events too late for the last Read
 	stopped bool
 }
 
@@ -42,8 +41,8 @@ type Event struct {
 	Data   []byte
 }
 
-// Create makes an instance with buffers of that size for each CPU, which
-// records nothing yet. The error for a kernel without tracefs says what to do.
+// Create makes an instance with buffers of kib KiB for each CPU, which records nothing yet. The
+// error for a kernel without tracefs says how to get it.
 func Create(root, name string, kib int) (_ *Instance, err error) {
 	root = cmp.Or(root, DefaultRoot)
 	i := &Instance{dir: filepath.Join(root, "instances", name), formats: make(map[uint16]*Format)}
@@ -90,9 +89,8 @@ func (i *Instance) write(file, value string) error {
 	return errors.Join(err, f.Close())
 }
 
-// Enable has the event of that name, such as target/target_cmd_complete, be
-// recorded where filter holds ("": always), and returns its format. A kernel
-// without the event gives fs.ErrNotExist.
+// Enable enables the named event, such as target/target_cmd_complete, where filter holds ("":
+// always), and returns its format. If the kernel lacks the event the error is fs.ErrNotExist.
 func (i *Instance) Enable(event, filter string) (*Format, error) {
 	dir := filepath.Join("events", event)
 	text, err := os.ReadFile(filepath.Join(i.dir, dir, "format"))
@@ -112,17 +110,16 @@ func (i *Instance) Enable(event, filter string) (*Format, error) {
 	return f, i.write(filepath.Join(dir, "enable"), "1")
 }
 
-// Start has events recorded.
+// Start starts recording.
 func (i *Instance) Start() error { return i.write("tracing_on", "1") }
 
-// Stop ends that. What has been recorded is there for one more Read.
+// Stop stops recording. The recorded events stay for one more Read.
 func (i *Instance) Stop() error {
 	i.stopped = true
 	return i.write("tracing_on", "0")
 }
 
-// Read returns what has been recorded before the call, in the order of time. It
-// does not wait.
+// Read returns the events recorded before the call, in the order of time. It does not wait.
 func (i *Instance) Read() ([]Event, error) {
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
@@ -132,13 +129,14 @@ func (i *Instance) Read() ([]Event, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A CPU that was read first may have recorded more by now: what is later than
-	// the start of this call waits for the next.
+	// A CPU that was read first may have recorded more by now: events later than the start of this
+	// call are kept for the next one.
 	events = append(i.held, events...)
 	slices.SortStableFunc(events, func(a, b Event) int { return cmp.Compare(a.Time, b.Time) })
 	until := len(events)
 	if !i.stopped {
-		until, _ = slices.BinarySearchFunc(events, uint64(now.Nano()), func(e Event, t uint64) int { return cmp.Compare(e.Time, t) })
+		until, _ = slices.BinarySearchFunc(events, uint64(now.Nano()),
+			func(e Event, t uint64) int { return cmp.Compare(e.Time, t) })
 	}
 	i.held = slices.Clone(events[until:])
 	return events[:until], nil
@@ -170,7 +168,7 @@ func (i *Instance) drain() ([]Event, error) {
 	return out, nil
 }
 
-// Missed returns how many events were written over before they were read.
+// Missed returns how many events were overwritten before they were read.
 func (i *Instance) Missed() uint64 { return i.missed }
 
 // Close removes the instance.
@@ -186,7 +184,7 @@ func (i *Instance) Close() error {
 	return errors.Join(errs...)
 }
 
-// List returns the names of the instances there are; none without tracefs.
+// List returns the names of the existing instances; none without tracefs.
 func List(root string) ([]string, error) {
 	des, err := os.ReadDir(filepath.Join(cmp.Or(root, DefaultRoot), "instances"))
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
@@ -199,7 +197,7 @@ func List(root string) ([]string, error) {
 	return names, err
 }
 
-// Remove removes an instance that a process has left.
+// Remove removes an instance that a process left behind.
 func Remove(root, name string) error {
 	return unix.Rmdir(filepath.Join(cmp.Or(root, DefaultRoot), "instances", name))
 }

@@ -11,7 +11,7 @@ import (
 	"unsafe"
 )
 
-// golden reads testdata/abi.golden: what a C compiler says of linux/vhost.h.
+// golden reads testdata/abi.golden, a C compiler's output for linux/vhost.h.
 func golden(t *testing.T) map[string]uint64 {
 	t.Helper()
 	b, err := os.ReadFile("testdata/abi.golden")
@@ -136,10 +136,11 @@ func TestGoldenIsCurrent(t *testing.T) {
 	}
 }
 
-// TestOpenErrorsNameTheMend opens what is not there and what may not be opened.
+// TestOpenErrorsNameTheMend opens a missing device and an inaccessible one.
 func TestOpenErrorsNameTheMend(t *testing.T) {
 	_, err := open(filepath.Join(t.TempDir(), "none"), "vhost_scsi", "CONFIG_VHOST_SCSI")
-	if err == nil || !strings.Contains(err.Error(), "modprobe vhost_scsi") || !strings.Contains(err.Error(), "CONFIG_VHOST_SCSI") {
+	if err == nil || !strings.Contains(err.Error(), "modprobe vhost_scsi") ||
+		!strings.Contains(err.Error(), "CONFIG_VHOST_SCSI") {
 		t.Errorf("no such device: %v", err)
 	}
 	if os.Getuid() == 0 {
@@ -149,7 +150,8 @@ func TestOpenErrorsNameTheMend(t *testing.T) {
 	if err := os.WriteFile(closed, nil, 0); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := open(closed, "vhost_scsi", "CONFIG_VHOST_SCSI"); err == nil || !strings.Contains(err.Error(), "run as root") {
+	if _, err := open(closed, "vhost_scsi", "CONFIG_VHOST_SCSI"); err == nil ||
+		!strings.Contains(err.Error(), "run as root") {
 		t.Errorf("no permission: %v", err)
 	}
 }

@@ -40,8 +40,8 @@ type (
 
 const fileUnbind = -1 // VHOST_FILE_UNBIND
 
-// Request numbers (linux/vhost.h). The direction of some is not what the ioctl
-// does; the numbers are the interface all the same.
+// Request numbers (linux/vhost.h). The direction of some contradicts the ioctl, but the numbers are
+// the interface.
 var (
 	getFeatures        = ior[uint64](0x00)
 	setFeatures        = iow[uint64](0x00)
@@ -78,12 +78,12 @@ const (
 
 func request(dir, nr, size uintptr) uintptr { return dir<<30 | size<<16 | vhostVirtio<<8 | nr }
 
-// ior and iow give the request number for an argument of type T.
+// ior and iow return the request number for an argument of type T.
 func ior[T any](nr uintptr) uintptr { return request(iocRead, nr, unsafe.Sizeof(*new(T))) }
 func iow[T any](nr uintptr) uintptr { return request(iocWrite, nr, unsafe.Sizeof(*new(T))) }
 
-// ioctl does one request. The conversion to uintptr stands in the argument list
-// of the system call, which keeps arg in place (package unsafe, rule 4).
+// ioctl does one request. The conversion to uintptr is in the argument list of the system call,
+// which keeps arg in place (package unsafe, rule 4).
 func ioctl[T any](d *Device, name string, request uintptr, arg *T) error {
 	if d.Before != nil {
 		if err := d.Before(name); err != nil {
@@ -96,6 +96,6 @@ func ioctl[T any](d *Device, name string, request uintptr, arg *T) error {
 	return nil
 }
 
-// address returns where b starts in this process, for the kernel to keep; 0 for
-// nil. The memory is a mapping and no Go heap, so it does not move.
+// address returns the address of b in this process, for the kernel to keep; 0 for nil. The memory
+// is a mapping and not Go heap, so it does not move.
 func address(b []byte) uint64 { return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) }

@@ -1,7 +1,6 @@
-// Package vhost is the kernel's vhost interface (linux/vhost.h) in Go types:
-// virtqueues that the kernel serves in the place of the process that owns the
-// guest. Each method is one ioctl, with its name in every error. There is no
-// policy here: which ioctl comes when is for the device that uses it.
+// Package vhost wraps the kernel's vhost interface (linux/vhost.h) in Go types: the kernel serves
+// virtqueues in place of the process that owns the guest. Each method is one ioctl and names it in
+// every error. The package has no policy: the device decides on the order of ioctls.
 package vhost
 
 import (
@@ -20,22 +19,22 @@ const (
 	FeatureVersion1 = 1 << 32 // VIRTIO_F_VERSION_1
 )
 
-// MaxRegions is how many regions of memory a table may have: the kernel's
-// default for the parameter max_mem_regions of its module vhost.
+// MaxRegions is the maximum number of regions of a memory table: the kernel's default for the
+// parameter max_mem_regions of its module vhost.
 const MaxRegions = 64
 
 // Device is an open vhost device of any kind. Its methods may be called from
 // several goroutines.
 type Device struct {
 	fd int
-	// Before, if it is not nil, is called with the name of each ioctl before it
-	// is done, from whichever goroutine does it; an error that it returns is
-	// returned in place of the ioctl's. So every one of them can be made to fail.
+	// Before, if not nil, is called with the name of each ioctl before the ioctl, from the
+	// goroutine that does it. If it returns an error, the ioctl is not done and fails with that
+	// error, so that tests can make each of them fail.
 	Before func(ioctl string) error
 }
 
-// open opens the device at path, which module (option config of the kernel's
-// configuration) provides. The errors say what to do: they reach the user.
+// open opens the device at path, provided by module (option config of the kernel's configuration).
+// The errors are for the user and say how to fix the problem.
 func open(path, module, config string) (*Device, error) {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
@@ -49,8 +48,8 @@ func open(path, module, config string) (*Device, error) {
 	return &Device{fd: fd}, nil
 }
 
-// Close closes the device: the kernel stops serving its queues, if nothing else
-// (a child between fork and exec) holds the descriptor.
+// Close closes the device. The kernel stops serving its queues, unless another process (a child
+// between fork and exec) holds the descriptor.
 func (d *Device) Close() error { return unix.Close(d.fd) }
 
 // Features returns the feature bits that this kernel's device has.
@@ -60,14 +59,14 @@ func (d *Device) Features() (uint64, error) {
 	return v, err
 }
 
-// SetFeatures sets the feature bits that the driver accepted. A bit that
-// Features does not have is EOPNOTSUPP.
+// SetFeatures sets the feature bits that the driver accepted. A bit that Features lacks is
+// EOPNOTSUPP.
 func (d *Device) SetFeatures(v uint64) error {
 	return ioctl(d, "VHOST_SET_FEATURES", setFeatures, &v)
 }
 
-// BackendFeatures returns the bits of vhost's own protocol that the device has;
-// devices without any answer ENOTTY.
+// BackendFeatures returns the device's bits of vhost's own protocol; devices without any return
+// ENOTTY.
 func (d *Device) BackendFeatures() (uint64, error) {
 	var v uint64
 	err := ioctl(d, "VHOST_GET_BACKEND_FEATURES", getBackendFeatures, &v)
@@ -79,17 +78,16 @@ func (d *Device) SetBackendFeatures(v uint64) error {
 	return ioctl(d, "VHOST_SET_BACKEND_FEATURES", setBackendFeatures, &v)
 }
 
-// SetOwner makes this process the owner, whose memory the device reads and
-// writes, and starts a worker thread. It comes before all else but the
-// questions for features and version, once: a second time is EBUSY.
+// SetOwner makes this process the owner, whose memory the device reads and writes, and starts a
+// worker thread. It comes first, except for the queries of features and version, and once: a second
+// call is EBUSY.
 func (d *Device) SetOwner() error {
 	return undisturbed(func() error { return ioctl(d, "VHOST_SET_OWNER", setOwner, new(struct{})) })
 }
 
-// undisturbed calls f, which makes the kernel start a thread, with signals
-// blocked: since Linux 6.4 that is a clone of this process, which a signal
-// that waits makes fail, with an error (ENOMEM) that does not tell. Go sends
-// itself signals all the time.
+// undisturbed calls f, which makes the kernel start a thread, with signals blocked. Since Linux 6.4
+// the kernel clones this process for that, and a pending signal makes the clone fail with a
+// misleading error (ENOMEM). Go sends itself signals all the time.
 func undisturbed(f func() error) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -103,16 +101,15 @@ func undisturbed(f func() error) error {
 	return errors.Join(f(), unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil))
 }
 
-// Region is one run of guest memory: Bytes is at guest physical address GPA.
-// It is mapped memory, which does not move, and stays mapped until it is out of
-// the table.
+// Region is one run of guest memory: Bytes is at guest physical address GPA. It is mapped memory,
+// which does not move, and stays mapped until it is out of the table.
 type Region struct {
 	GPA   uint64
 	Bytes []byte
 }
 
-// SetMemTable says where in this process guest memory is, in place of what was
-// said before. The kernel takes no chain that points elsewhere.
+// SetMemTable replaces the table of guest memory in this process. The kernel rejects a chain that
+// points elsewhere.
 func (d *Device) SetMemTable(regions []Region) error {
 	if len(regions) > MaxRegions {
 		return fmt.Errorf("VHOST_SET_MEM_TABLE: %d regions of memory: more than %d", len(regions), MaxRegions)
@@ -124,7 +121,7 @@ func (d *Device) SetMemTable(regions []Region) error {
 	return ioctl(d, "VHOST_SET_MEM_TABLE", setMemTable, &t)
 }
 
-// vring does a request about the vring of that index.
+// vring does a request about the vring with that index.
 func vring[T any](d *Device, name string, request uintptr, index int, arg *T) error {
 	if err := ioctl(d, name, request, arg); err != nil {
 		return fmt.Errorf("%w (vring %d)", err, index)
@@ -132,53 +129,49 @@ func vring[T any](d *Device, name string, request uintptr, index int, arg *T) er
 	return nil
 }
 
-// SetVringNum sets the number of descriptors of a vring, a power of two up to
-// 32768. While a backend is set it is EBUSY; a vring that there is not is
-// ENOBUFS, here and in the methods below.
+// SetVringNum sets the number of descriptors of a vring, a power of two up to 32768. It is EBUSY
+// while a backend is set. A missing vring is ENOBUFS, here and in the methods below.
 func (d *Device) SetVringNum(index int, num uint16) error {
 	return vring(d, "VHOST_SET_VRING_NUM", setVringNum, index, &vringState{uint32(index), uint32(num)})
 }
 
-// SetVringBase sets the index in the available ring at which the device goes
-// on. While a backend is set it is EBUSY.
+// SetVringBase sets the index in the available ring at which the device continues. It is EBUSY
+// while a backend is set.
 func (d *Device) SetVringBase(index int, base uint16) error {
 	return vring(d, "VHOST_SET_VRING_BASE", setVringBase, index, &vringState{uint32(index), uint32(base)})
 }
 
-// VringBase returns the index in the available ring that the device takes next.
-// A device that is at work on the vring finishes its pass first.
+// VringBase returns the index in the available ring that the device takes next. A device that is
+// processing the vring finishes its pass first.
 func (d *Device) VringBase(index int) (uint16, error) {
 	s := vringState{Index: uint32(index)}
 	err := vring(d, "VHOST_GET_VRING_BASE", getVringBase, index, &s)
 	return uint16(s.Num), err
 }
 
-// VringAddr is where a vring's three parts are in this process, in mapped
-// memory; nil is nowhere.
+// VringAddr has the addresses of a vring's three parts in this process, in mapped memory; nil means
+// none.
 type VringAddr struct{ Desc, Driver, Device []byte }
 
-// SetVringAddr says where a vring is. The kernel keeps the addresses: the zero
-// VringAddr makes it forget them.
+// SetVringAddr sets a vring's addresses, which the kernel keeps. The zero VringAddr clears them.
 func (d *Device) SetVringAddr(index int, a VringAddr) error {
 	return vring(d, "VHOST_SET_VRING_ADDR", setVringAddr, index, &vringAddr{
 		Index: uint32(index), Desc: address(a.Desc), Used: address(a.Device), Avail: address(a.Driver),
 	})
 }
 
-// SetVringKick sets the eventfd that tells the device of new buffers; nil for
-// none. The device never takes from its counter.
+// SetVringKick sets the eventfd that notifies the device of new buffers; nil: none. The device
+// never resets its counter.
 func (d *Device) SetVringKick(index int, fd *eventfd.FD) error {
 	return vring(d, "VHOST_SET_VRING_KICK", setVringKick, index, file(index, fd))
 }
 
-// SetVringCall sets the eventfd that the device signals when it has used
-// buffers; nil for none.
+// SetVringCall sets the eventfd that the device signals when it has used buffers; nil: none.
 func (d *Device) SetVringCall(index int, fd *eventfd.FD) error {
 	return vring(d, "VHOST_SET_VRING_CALL", setVringCall, index, file(index, fd))
 }
 
-// SetVringErr sets the eventfd that the device signals when it finds something
-// wrong; nil for none.
+// SetVringErr sets the eventfd that the device signals when it finds an error; nil: none.
 func (d *Device) SetVringErr(index int, fd *eventfd.FD) error {
 	return vring(d, "VHOST_SET_VRING_ERR", setVringErr, index, file(index, fd))
 }
@@ -190,21 +183,21 @@ func file(index int, fd *eventfd.FD) *vringFile {
 	return &vringFile{uint32(index), int32(fd.Fd())}
 }
 
-// NewWorker starts one more worker thread and returns its number. Kernels
-// before Linux 6.5 answer ENOTTY, here and in the methods below.
+// NewWorker starts another worker thread and returns its number. Kernels before Linux 6.5 return
+// ENOTTY, here and in the methods below.
 func (d *Device) NewWorker() (uint32, error) {
 	var s workerState
 	err := undisturbed(func() error { return ioctl(d, "VHOST_NEW_WORKER", newWorker, &s) })
 	return s.WorkerID, err
 }
 
-// FreeWorker stops a worker that no vring is attached to, else it is EBUSY.
-// Those that are left stop when the device is closed.
+// FreeWorker stops a worker; EBUSY if a vring is attached to it. The remaining workers stop when
+// the device is closed.
 func (d *Device) FreeWorker(worker uint32) error {
 	return ioctl(d, "VHOST_FREE_WORKER", freeWorker, &workerState{worker})
 }
 
-// AttachVringWorker has a worker serve the vring from now on.
+// AttachVringWorker assigns the vring to a worker.
 func (d *Device) AttachVringWorker(index int, worker uint32) error {
 	return vring(d, "VHOST_ATTACH_VRING_WORKER", attachVringWorker, index, &vringWorker{uint32(index), worker})
 }
