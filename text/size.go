@@ -41,8 +41,8 @@ func ParseSize(s string, unit uint64) (uint64, error) {
 
 // SizeError is the error of ParseSize.
 type SizeError struct {
-	Word string // what was given
-	Why  string // what is wrong, or wanted
+	Word string // the input
+	Why  string // the mistake, or the expected form
 }
 
 func (e *SizeError) Error() string { return fmt.Sprintf("size %q: %s", e.Word, e.Why) }
@@ -51,7 +51,7 @@ func tooLarge(s string) error {
 	return &SizeError{s, "too large: the largest is " + SizeWord(MaxSize)}
 }
 
-// badSize says what a size is. One in petabytes is given in terabytes.
+// badSize explains the form of a size, and gives one in petabytes in terabytes.
 func badSize(s, num string) error {
 	such := ""
 	if number, ok := strings.CutSuffix(num, "P"); ok {
@@ -62,7 +62,7 @@ func badSize(s, num string) error {
 	return &SizeError{s, "want a number and K, M, G or T" + such}
 }
 
-// Count writes a number of things.
+// Count formats a number of things.
 func Count(n int, noun string) string {
 	if n != 1 {
 		noun += "s"
@@ -70,13 +70,13 @@ func Count(n int, noun string) string {
 	return fmt.Sprintf("%d %s", n, noun)
 }
 
-// SizeWord writes a size as ParseSize takes it.
+// SizeWord formats a size as ParseSize takes it.
 func SizeWord(n uint64) string {
 	number, unit, _ := strings.Cut(FormatSize(n), " ")
 	return number + strings.TrimSuffix(strings.TrimSuffix(unit, "bytes"), "iB")
 }
 
-// FormatSize writes a size with the largest suffix that leaves it whole.
+// FormatSize formats a size with the largest suffix that leaves it whole.
 func FormatSize(n uint64) string {
 	for i := 3; i >= 0; i-- {
 		if scale := uint64(1) << (10 * (1 + i)); n >= scale && n%scale == 0 {
@@ -86,8 +86,8 @@ func FormatSize(n uint64) string {
 	return fmt.Sprintf("%d bytes", n)
 }
 
-// Unknown is the error for a word that names nothing: what was probably meant, and which page of
-// help has the names, such as " run".
+// Unknown is the error for an unknown word. It suggests the nearest name, and names the page of
+// help with the names, such as " run".
 func Unknown(thing, near, page string) error {
 	if near != "" {
 		return fmt.Errorf("unknown %s; did you mean %s? See gvm help%s", thing, near, page)
@@ -95,12 +95,12 @@ func Unknown(thing, near, page string) error {
 	return fmt.Errorf("unknown %s; see gvm help%s", thing, page)
 }
 
-// OneOf is the error for a value that is no key of values; what stands before it.
+// OneOf returns the error for a value that is not a key of values. Its text starts with what.
 func OneOf[V any](what, value string, values map[string]V) error {
 	return OneOfNames(what, value, slices.Sorted(maps.Keys(values)))
 }
 
-// OneOfNames is the error for a value that is none of names; what stands before it.
+// OneOfNames returns the error for a value that is not among names. Its text starts with what.
 func OneOfNames(what, value string, names []string) error {
 	last := len(names) - 1
 	near := Suggest(strings.Trim(value, `"`), names)

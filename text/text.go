@@ -1,5 +1,4 @@
-// Package text prepares words that a user, a file, a guest or another process chose
-// for people to read.
+// Package text prepares text from a user, a file, a guest or another process for people to read.
 package text
 
 import (
@@ -14,9 +13,9 @@ import (
 )
 
 // Printable returns s with everything but graphic characters and spaces escaped: control
-// characters, which a terminal obeys and XML forbids, formatting characters, which
-// reorder a line, and bytes that are not UTF-8. Runes become \uXXXX (a surrogate pair
-// past U+FFFF), so that a JSON text keeps its meaning; other bytes become \xXX.
+// characters, which a terminal obeys and XML forbids, formatting characters, which reorder a line,
+// and bytes that are not UTF-8. Runes become \uXXXX (a surrogate pair past U+FFFF), so that a JSON
+// text keeps its meaning; other bytes become \xXX.
 func Printable(s string) string { return printable(s, "") }
 
 func printable(s, keep string) string {
@@ -43,12 +42,11 @@ func printable(s, keep string) string {
 	return b.String()
 }
 
-// Lines is Printable for a text whose lines and columns are its own: it keeps newlines and
-// tabs.
+// Lines is Printable for a text with its own lines and columns: it keeps newlines and tabs.
 func Lines(s string) string { return printable(s, "\n\t") }
 
-// NewWriter returns a writer of Lines to w. It is for output that has foreign words anywhere.
-// A single Write has whole characters.
+// NewWriter returns a writer of Lines to w, for output that has foreign text anywhere. A single
+// Write has whole characters.
 func NewWriter(w io.Writer) io.Writer { return writer{w} }
 
 type writer struct{ w io.Writer }
@@ -60,8 +58,8 @@ func (w writer) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Nearest returns the name that word was probably meant to be: one that it begins, or
-// that differs from it by a few letters. It returns "" if none is near.
+// Nearest returns the name that word probably stands for: one that it is a prefix of, or that
+// differs from it by a few letters. It returns "" if none is near.
 func Nearest(word string, names []string) string {
 	word = strings.ToLower(word)
 	if len(word) < 2 || len(word) > 64 {
@@ -72,7 +70,7 @@ func Nearest(word string, names []string) string {
 	for _, name := range slices.SortedFunc(slices.Values(names), byLength) {
 		d := 2 * distance(word, strings.ToLower(name))
 		if strings.HasPrefix(strings.ToLower(name), word) {
-			d = min(d-1, 3) // between one letter and two, and before another with as many to change
+			d = min(d-1, 3) // between one letter and two, and before another with as many changes
 		} else if name != "" && name[0]|0x20 != word[0] {
 			d++ // the first letter is rarely wrong
 		}
@@ -83,8 +81,8 @@ func Nearest(word string, names []string) string {
 	return best
 }
 
-// distance counts the letters to insert, delete, replace or exchange with their neighbor
-// to make b of a (optimal string alignment).
+// distance counts the letters to insert, delete, replace or exchange with their neighbor to turn a
+// into b (optimal string alignment).
 func distance(a, b string) int {
 	rows := make([][]int, len(a)+1)
 	for i := range rows {
@@ -109,7 +107,7 @@ func distance(a, b string) int {
 	return rows[len(a)][len(b)]
 }
 
-// Suggest returns "; did you mean x?", or "" where no name is near.
+// Suggest returns "; did you mean x?", or "" if no name is near.
 func Suggest(word string, names []string) string {
 	if near := Nearest(word, names); near != "" {
 		return "; did you mean " + near + "?"

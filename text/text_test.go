@@ -28,7 +28,7 @@ func TestPrintable(t *testing.T) {
 	}
 }
 
-// TestWriter has JSON that means the same after the writer, and lines that stay lines.
+// TestWriter: JSON keeps its meaning in the writer, and lines stay lines.
 func TestWriter(t *testing.T) {
 	const s = "a\u009b\u202e\U000e0041\x7f\x1b\x00"
 	in, err := json.Marshal(s)
@@ -40,7 +40,8 @@ func TestWriter(t *testing.T) {
 		t.Fatal(n, err)
 	}
 	var out string
-	if err := json.Unmarshal(b.Bytes(), &out); err != nil || out != s || strings.ContainsFunc(b.String(), unicode.IsControl) {
+	if err := json.Unmarshal(b.Bytes(), &out); err != nil || out != s ||
+		strings.ContainsFunc(b.String(), unicode.IsControl) {
 		t.Errorf("%q becomes %q: %v", in, &b, err)
 	}
 	b.Reset()
@@ -53,7 +54,8 @@ func FuzzPrintable(f *testing.F) {
 	f.Add("\x1b[31m")
 	f.Fuzz(func(t *testing.T, s string) {
 		p := Printable(s)
-		if !utf8.ValidString(p) || strings.ContainsFunc(p, func(r rune) bool { return !unicode.IsPrint(r) }) || Printable(p) != p {
+		if !utf8.ValidString(p) || strings.ContainsFunc(p, func(r rune) bool { return !unicode.IsPrint(r) }) ||
+			Printable(p) != p {
 			t.Errorf("%q becomes %q", s, p)
 		}
 	})
