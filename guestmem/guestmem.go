@@ -1,7 +1,6 @@
-// Package guestmem is the only way to guest RAM. Every access names a guest
-// physical address and a length, and is checked against the regions that the
-// guest has; what comes back is a slice of the mapping itself, so that payload
-// is never copied on the way to a backend.
+// Package guestmem gives access to guest RAM. Every access names a guest physical address and a
+// length, and is checked against the guest's regions. The result is a slice of the mapping itself,
+// so that payload is never copied on the way to a backend.
 package guestmem
 
 import (
@@ -20,22 +19,22 @@ type Region struct {
 // End returns the guest physical address one past the region.
 func (r Region) End() uint64 { return r.Base + uint64(len(r.Bytes)) }
 
-// Memory is a guest's RAM: regions in ascending order that do not overlap and
-// do not touch. It does not change after it is made, so it needs no lock.
+// Memory is a guest's RAM: regions in ascending order that neither overlap nor adjoin. It is
+// immutable and needs no lock.
 type Memory struct {
 	regions []Region
 	unmap   func() error
 }
 
-// RangeError says that [Addr, Addr+Len) is not all inside one region of RAM.
+// RangeError reports that [Addr, Addr+Len) is not inside one region of RAM.
 type RangeError struct{ Addr, Len uint64 }
 
 func (e *RangeError) Error() string {
 	return fmt.Sprintf("guest memory [%#x, +%#x) is not RAM", e.Addr, e.Len)
 }
 
-// Of makes a Memory of regions that the caller keeps alive. Tests hand it Go
-// heap, so that the race detector sees the ring protocol.
+// Of makes a Memory of regions, which the caller keeps alive. Tests use Go heap, so that the race
+// detector sees the ring protocol.
 func Of(regions ...Region) (*Memory, error) {
 	rs := append([]Region(nil), regions...)
 	sort.Slice(rs, func(i, j int) bool { return rs[i].Base < rs[j].Base })
@@ -50,18 +49,16 @@ func Of(regions ...Region) (*Memory, error) {
 	return &Memory{regions: rs}, nil
 }
 
-// Heap makes a Memory of one region of size bytes of Go heap at base, page
-// aligned, for tests.
+// Heap makes a Memory of one region of size bytes of Go heap at base, page aligned, for tests.
 func Heap(base uint64, size int) *Memory {
 	m, err := Of(Region{Base: base, Bytes: heapPages(size), FD: -1})
 	if err != nil {
-		panic(err) // a test's own arguments are wrong
+		panic(err) // a mistake of the test
 	}
 	return m
 }
 
-// Regions returns the regions in ascending order. The caller does not change
-// them.
+// Regions returns the regions in ascending order. The caller must not change them.
 func (m *Memory) Regions() []Region { return m.regions }
 
 // Size returns the bytes of RAM in all regions.
@@ -73,10 +70,9 @@ func (m *Memory) Size() uint64 {
 	return n
 }
 
-// Slice returns the n bytes of RAM at guest physical address addr. The slice
-// aliases guest memory: what the guest can change at the same time is copied
-// before it is checked. A range that is not inside one region is a
-// *RangeError; n = 0 gives an empty slice for an address in RAM.
+// Slice returns the n bytes of RAM at guest physical address addr. The slice aliases guest memory:
+// copy data before checking it, because the guest can change it at the same time. A range that is
+// not inside one region is a *RangeError; n = 0 returns an empty slice for an address in RAM.
 func (m *Memory) Slice(addr, n uint64) ([]byte, error) {
 	for i := range m.regions {
 		r := &m.regions[i]
@@ -114,7 +110,7 @@ func (m *Memory) Write(addr uint64, p []byte) error {
 	return nil
 }
 
-// Close unmaps what Map mapped. No slice may be used after it.
+// Close unmaps the memory of Map. No slice may be used after it.
 func (m *Memory) Close() error {
 	if m.unmap == nil {
 		return nil

@@ -11,7 +11,8 @@ import (
 )
 
 func TestSliceBounds(t *testing.T) {
-	m, err := Of(Region{Base: 0x1000, Bytes: make([]byte, 0x2000), FD: -1}, Region{Base: 0x10000, Bytes: make([]byte, 0x1000), FD: -1})
+	m, err := Of(Region{Base: 0x1000, Bytes: make([]byte, 0x2000), FD: -1},
+		Region{Base: 0x10000, Bytes: make([]byte, 0x1000), FD: -1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +55,8 @@ func TestSliceBounds(t *testing.T) {
 }
 
 func TestOfRefusesOverlap(t *testing.T) {
-	if _, err := Of(Region{Base: 0, Bytes: make([]byte, 0x2000)}, Region{Base: 0x1000, Bytes: make([]byte, 0x1000)}); err == nil {
+	if _, err := Of(Region{Base: 0, Bytes: make([]byte, 0x2000)},
+		Region{Base: 0x1000, Bytes: make([]byte, 0x1000)}); err == nil {
 		t.Error("overlapping regions were accepted")
 	}
 	if _, err := Of(Region{Base: 0}); err == nil {
@@ -98,8 +100,8 @@ func TestMapLeavesTheHole(t *testing.T) {
 	}
 }
 
-// TestUint16Neighbours stores to both halves of one word from two goroutines:
-// neither may undo the other's.
+// TestUint16Neighbours stores to both halves of one word from two goroutines: neither may undo the
+// other's store.
 func TestUint16Neighbours(t *testing.T) {
 	m := Heap(0, 4096)
 	b, _ := m.Slice(0, 4)
@@ -132,7 +134,7 @@ func TestMapIsLazy(t *testing.T) {
 		for _, r := range m.Regions() {
 			r.Bytes[0], r.Bytes[len(r.Bytes)/2] = 1, 1
 		}
-		// Four touches, each of which may bring a 2 MiB page.
+		// Four accesses, each of which may allocate a 2 MiB page.
 		if grew := resident(t) - before; grew > 64<<20 {
 			t.Errorf("64 GiB with four bytes touched (shared %v) took %d MiB", shared, grew>>20)
 		}

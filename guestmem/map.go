@@ -7,36 +7,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Layout of guest physical memory: RAM starts at 0 and leaves a hole below
-// 4 GiB for devices; what does not fit below the hole goes on at 4 GiB.
+// Layout of guest physical memory: RAM starts at 0 and leaves a hole below 4 GiB for devices; RAM
+// beyond the hole's start continues at 4 GiB.
 const (
 	HoleStart = 0xc000_0000   // 3 GiB
 	HoleEnd   = 0x1_0000_0000 // 4 GiB
 
-	MinSize = 16 << 20 // the least that a Linux kernel starts in
+	MinSize = 16 << 20 // the minimum for a Linux kernel
 	MaxSize = 8 << 40  // a memory slot of KVM has 1<<31 - 1 pages (KVM_MEM_MAX_NR_PAGES)
 
 	hugePage = 2 << 20
 )
 
-// Config says how Map gets memory from the host.
+// Config selects how Map allocates memory on the host.
 type Config struct {
 	Size uint64 // bytes, a multiple of 4096, MinSize to MaxSize
 	// Hugepages takes 2 MiB pages from the host's pool (vm.nr_hugepages).
 	Hugepages bool
-	// Shared backs each region by a memfd, for others to map (Region.FD).
+	// Shared backs each region by a memfd, so that others can map it (Region.FD).
 	Shared bool
 }
 
-// Map makes a guest's RAM. The host commits no page before it is touched
-// (MAP_NORESERVE), so that a large guest that uses little costs little.
+// Map makes a guest's RAM. The host commits a page when it is first touched (MAP_NORESERVE), so
+// that a large guest that uses little memory costs little.
 func Map(c Config) (*Memory, error) {
 	align := uint64(pageSize)
 	if c.Hugepages {
 		align = hugePage
 	}
 	if c.Size < MinSize || c.Size%align != 0 || c.Size > MaxSize {
-		return nil, fmt.Errorf("guest memory: %d bytes: want %d MiB to %d TiB, in multiples of %d KiB", c.Size, MinSize>>20, MaxSize>>40, align>>10)
+		return nil, fmt.Errorf("guest memory: %d bytes: want %d MiB to %d TiB, in multiples of %d KiB",
+			c.Size, MinSize>>20, MaxSize>>40, align>>10)
 	}
 	m := &Memory{}
 	var unmaps []func() error
@@ -74,7 +75,7 @@ func mapRegion(c Config, base, size uint64) (r Region, unmap func() error, err e
 	flags := unix.MAP_NORESERVE
 	var mfd int
 	if c.Hugepages {
-		// Reserved now: a page that the pool lacks later would be a SIGBUS.
+		// Reserve now: a page missing from the pool later would be a SIGBUS.
 		flags = unix.MAP_HUGETLB | 21<<unix.MAP_HUGE_SHIFT
 		mfd = unix.MFD_HUGETLB | 21<<unix.MAP_HUGE_SHIFT
 	}
@@ -103,8 +104,8 @@ func mapRegion(c Config, base, size uint64) (r Region, unmap func() error, err e
 		return r, nil, err
 	}
 	if !c.Hugepages {
-		// Fewer faults and TLB misses where transparent huge pages are set to
-		// madvise; EINVAL where the kernel has none.
+		// Fewer faults and TLB misses if transparent huge pages are set to madvise; EINVAL if the
+		// kernel has none.
 		_ = unix.Madvise(r.Bytes, unix.MADV_HUGEPAGE)
 		_ = unix.Madvise(r.Bytes, unix.MADV_DONTDUMP)
 	}

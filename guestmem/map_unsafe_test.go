@@ -6,9 +6,9 @@ import (
 	"unsafe"
 )
 
-var read byte // keeps the compiler from leaving the reads out
+var read byte // keeps the compiler from removing the reads
 
-// TestGuards reaches just outside a region, on both sides.
+// TestGuards reads just outside a region, on both sides.
 func TestGuards(t *testing.T) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	for _, shared := range []bool{false, true} {
