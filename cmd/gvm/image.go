@@ -12,6 +12,7 @@ import (
 
 	"gvm/control"
 	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/sidecar"
 	"gvm/machine/disk"
 	"gvm/text"
 )
@@ -91,7 +92,7 @@ EXAMPLES
 				return imageError(err)
 			}
 			defer f.Close()
-			return imageError(f.Resize(size, c.Bool("shrink")))
+			return imageError(f.Resize(size, c.Bool("shrink"), sidecar.Cut))
 		})
 	return &cli.Command{
 		Name:  "image",

@@ -17,6 +17,7 @@ import (
 	"gvm/control"
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/sidecar"
 	"gvm/devices/virtio/vscsi"
 	"gvm/text"
 )
@@ -99,7 +100,7 @@ type Notifier interface {
 
 // resizer is a backend whose size can change; *backend.File is one.
 type resizer interface {
-	Resize(n int64, shrink bool) error
+	Resize(n int64, shrink bool, cut func(*backend.File, int64) error) error
 }
 
 // served is a disk that is a unit of gvm's own target.
@@ -310,7 +311,7 @@ func (ds *Set) Resize(ctx context.Context, id string, r control.ResizeDisk) (con
 		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s, keeps its size", s.number(), s.Spec.Path)
 	}
 	return ds.change(ctx, "resizing "+s.Spec.Path, func(over <-chan struct{}) (control.Change, error) {
-		return ds.resizeNow(s, over, func() error { return b.Resize(r.Size, r.Shrink) })
+		return ds.resizeNow(s, over, func() error { return b.Resize(r.Size, r.Shrink, sidecar.Cut) })
 	}, release)
 }
 

@@ -26,8 +26,11 @@ func newSlow() *slow {
 
 func (s *slow) wait() { s.begun <- struct{}{}; <-s.goOn }
 
-func (s *slow) Flush() error                 { s.wait(); return nil }
-func (s *slow) Resize(_ int64, _ bool) error { s.wait(); return nil }
+func (s *slow) Flush() error { s.wait(); return nil }
+
+func (s *slow) Resize(int64, bool, func(*backend.File, int64) error) error { s.wait(); return nil }
+
+var _ resizer = (*slow)(nil)
 
 func slowDisks(t *testing.T) (*Set, *slow) {
 	t.Helper()

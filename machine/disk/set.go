@@ -10,6 +10,7 @@ import (
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/sidecar"
 	"gvm/devices/virtio/vhostscsi"
 )
 
@@ -219,7 +220,7 @@ func (d *Spec) unit(b scsi.Backend) scsi.UnitConfig {
 
 // Attach makes the disk a unit of gvm's own target.
 func (ds *Set) Attach(d Spec, b scsi.Backend) (err error) {
-	cfg, keeper := d.unit(b), (*backend.Reservations)(nil)
+	cfg, keeper := d.unit(b), (*sidecar.Reservations)(nil)
 	ctx, gone := context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
@@ -228,7 +229,7 @@ func (ds *Set) Attach(d Spec, b scsi.Backend) (err error) {
 	}()
 	cfg.OnError, cfg.Retry = ds.mishaps.watch(ctx, d)
 	if f, ok := b.(*backend.File); ok && d.Storage == Image && !d.ReadOnly {
-		if keeper = f.Reservations(); keeper != nil {
+		if keeper = sidecar.NewReservations(f); keeper != nil {
 			cfg.Reservations = keeper
 		}
 	}
@@ -269,7 +270,7 @@ func (ds *Set) sameSerial(err error) error {
 
 // tuples opens the protection information of an image that is open.
 func (ds *Set) tuples(b scsi.Backend) (scsi.Protection, error) {
-	t, err := b.(*backend.File).Tuples()
+	t, err := sidecar.OpenTuples(b.(*backend.File))
 	if err != nil {
 		return nil, err
 	}

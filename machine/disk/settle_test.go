@@ -59,7 +59,7 @@ func (s *sized) WriteBack(context.Context) error { return s.writeBack }
 
 func (s *sized) Size() int64 { return s.size }
 
-func (s *sized) Resize(n int64, _ bool) error {
+func (s *sized) Resize(n int64, _ bool, _ func(*backend.File, int64) error) error {
 	s.Note("resize")
 	s.size = n
 	return nil

@@ -428,10 +428,10 @@ func TestBlockDevice(t *testing.T) {
 				if _, err := backend.Open(dev, backend.Options{Size: mib, ReadOnly: true}); err == nil {
 					t.Error("opened a block device with another size")
 				}
-				if err := b.Resize(4*mib, false); !errors.Is(err, backend.ErrSize) || b.Size() != 2*mib {
+				if err := b.Resize(4*mib, false, nil); !errors.Is(err, backend.ErrSize) || b.Size() != 2*mib {
 					t.Errorf("a block device was given another size: %v", err)
 				}
-				if err := b.Resize(0, false); err != nil || b.Size() != 2*mib {
+				if err := b.Resize(0, false, nil); err != nil || b.Size() != 2*mib {
 					t.Errorf("size %d as it is, %v", b.Size(), err)
 				}
 				return b

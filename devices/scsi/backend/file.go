@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/internal/durable"
 	"gvm/kvmapi/nowait"
 )
 
@@ -180,7 +181,7 @@ func openLocked(path string, o Options) (_ *File, err error) {
 		b.granularity = b.discardGranularity()
 	}
 	if b.found == 0 { // it is new, or a crash came between its making and this
-		if err := durable(f, b.Identity()); err != nil {
+		if err := durable.File(f, b.Identity()); err != nil {
 			return nil, fmt.Errorf("%s: %w", path, err)
 		}
 	}
@@ -375,4 +376,26 @@ func (b *File) Identity() string {
 		return b.path
 	}
 	return path
+}
+
+// BlockSize returns the logical block size that Open was given.
+func (b *File) BlockSize() int { return int(b.blockSize) }
+
+// ReadOnly reports whether the image is only read.
+func (b *File) ReadOnly() bool { return b.readOnly }
+
+// FoundSize returns the size that the image had before Open made it larger.
+func (b *File) FoundSize() int64 { return b.found }
+
+// Beside returns the path of a file that keeps more of the disk than its bytes: that of the image,
+// with suffix. what is in the file. The path is "" for memory, which has no name, and a block device
+// has no such place, which is ErrNotDisk.
+func (b *File) Beside(suffix, what string) (string, error) {
+	switch {
+	case b.block:
+		return "", badImage(ErrNotDisk, b.path, "a block device has no place for %s beside it", what)
+	case b.unnamed:
+		return "", nil
+	}
+	return b.Identity() + suffix, nil
 }

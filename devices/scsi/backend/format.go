@@ -20,8 +20,12 @@ const (
 	decompress = "decompress it first: "
 )
 
-// traceMagic is the start of a file of package trace, which this package does not import.
-const traceMagic = "gvm-trace "
+// Beginnings of files of packages trace and sidecar, which this package does not import.
+const (
+	traceMagic        = "gvm-trace "
+	tuplesMagic       = "GVM-PI\x00\x01"
+	reservationsMagic = "GVM-PR\x00"
+)
 
 // formats are told by the start of a file. Every format of gvm's own is here, so that no command
 // takes such a file for an image.

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/internal/durable"
 	"gvm/kvmapi/nowait"
 )
 
@@ -99,7 +100,7 @@ func Create(path string, size int64, allocate bool) error {
 	if err != nil {
 		return nowait.CreateError(path, err)
 	}
-	if err := lock(int(f.Fd()), path, false, whole); errors.Is(err, ErrLocked) {
+	if err := Lock(f, path, false); err != nil {
 		return errors.Join(err, f.Close()) // the file is another's, which found it before the lock
 	}
 	if allocate {
@@ -111,7 +112,7 @@ func Create(path string, size int64, allocate bool) error {
 		err = f.Truncate(size)
 	}
 	if err == nil {
-		err = durable(f, path)
+		err = durable.File(f, path)
 	}
 	if err != nil {
 		err = errors.Join(err, nowait.Remove(f, path))

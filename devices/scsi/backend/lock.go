@@ -68,6 +68,15 @@ func lock(fd int, path string, shared bool, s span) error {
 	return nil
 }
 
+// Lock locks a file of gvm's that is no image against being taken as one, if its file system has
+// locks. It goes with the descriptor.
+func Lock(f *os.File, path string, shared bool) error {
+	if err := lock(int(f.Fd()), path, shared, whole); errors.Is(err, ErrLocked) {
+		return err
+	}
+	return nil
+}
+
 // lockHolder finds a process with a lock on a range of the file that fd has open. The
 // kernel says nothing of the owner of an open file description lock, but shows
 // the locks of each descriptor in its fdinfo (proc_pid_fdinfo(5)).

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/internal/durable"
 	"gvm/devices/scsi"
 	"gvm/kvmapi/nowait"
 )
@@ -153,7 +154,7 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	if bytes.Count(head, []byte{0}) == len(head) && o.top.isBlank() { // new, or its maker crashed
 		o.begun = true
 		if o.named && o.top.found > 0 { // else Open has done that
-			if err := durable(o.top.f, o.top.Identity()); err != nil {
+			if err := durable.File(o.top.f, o.top.Identity()); err != nil {
 				return nil, fmt.Errorf("%s: %w", path, err)
 			}
 		}

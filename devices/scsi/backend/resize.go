@@ -14,8 +14,8 @@ import (
 // shrink is set. On an error the size is as it was.
 //
 // Whoever makes an image smaller keeps commands away from it meanwhile: see
-// scsi.Unit.Resize.
-func (b *File) Resize(n int64, shrink bool) error {
+// scsi.Unit.Resize. cut, which may be nil, drops what is kept beside the image for bytes from size on.
+func (b *File) Resize(n int64, shrink bool, cut func(b *File, size int64) error) error {
 	has, err := b.currentSize()
 	if err != nil {
 		return b.wrap("resize", err)
@@ -39,9 +39,10 @@ func (b *File) Resize(n int64, shrink bool) error {
 	case b.readOnly:
 		return badImage(ErrSize, b.path, "is readonly and keeps its %d bytes", has)
 	default:
-		// First, so that no new block has an old tuple, whatever happens then.
-		if err := b.cutTuples(min(size, has)); err != nil {
-			return err
+		if cut != nil { // first, so that no new block has what was kept for an old one, whatever happens then
+			if err := cut(b, min(size, has)); err != nil {
+				return err
+			}
 		}
 		if err := b.f.Truncate(size); err != nil {
 			return err

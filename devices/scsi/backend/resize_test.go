@@ -1,14 +1,10 @@
 package backend_test
 
 import (
-	"bytes"
 	"errors"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"gvm/devices/scsi/backend"
 )
@@ -50,7 +46,7 @@ func TestResize(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			err := f.Resize(tt.n, tt.shrink)
+			err := f.Resize(tt.n, tt.shrink, nil)
 			if tt.want == 0 && (!errors.Is(err, backend.ErrSize) || !strings.Contains(err.Error(), path+": ") || !strings.Contains(err.Error(), tt.text)) {
 				t.Errorf("error %v, want ErrSize with %q", err, tt.text)
 			}
@@ -76,90 +72,15 @@ func TestResize(t *testing.T) {
 	}
 	t.Run("too large", func(t *testing.T) {
 		f := open(t, image(t, "disk.img", "", mib), backend.Options{})
-		if err := f.Resize(1<<62, false); err == nil || f.Size() != mib {
+		if err := f.Resize(1<<62, false, nil); err == nil || f.Size() != mib {
 			t.Errorf("size %d, %v", f.Size(), err)
 		}
 	})
 	t.Run("closed", func(t *testing.T) {
 		f := open(t, image(t, "disk.img", "", mib), backend.Options{})
 		f.Close()
-		if err := f.Resize(0, false); !errors.Is(err, os.ErrClosed) {
+		if err := f.Resize(0, false, nil); !errors.Is(err, os.ErrClosed) {
 			t.Errorf("%v", err)
 		}
 	})
-}
-
-// TestResizeCutsTuples makes an image smaller and larger again by a File that has nothing to do with
-// its protection information: blocks that are new have none.
-func TestResizeCutsTuples(t *testing.T) {
-	for _, blockSize := range []int{512, 4096} {
-		path := filepath.Join(t.TempDir(), "disk")
-		open := func() (*backend.File, *backend.Tuples) {
-			f, err := backend.Open(path, backend.Options{Size: mib, BlockSize: blockSize})
-			if err != nil {
-				t.Fatal(err)
-			}
-			tuples, err := f.Tuples()
-			if err != nil {
-				t.Fatal(err)
-			}
-			return f, tuples
-		}
-		f, tuples := open()
-		last := uint64(mib/blockSize - 1)
-		for _, block := range []uint64{0, last} {
-			if err := tuples.WriteTuples([]byte("12345678"), block); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := errors.Join(tuples.Close(), f.Close()); err != nil {
-			t.Fatal(err)
-		}
-		plain, err := backend.Open(path, backend.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := errors.Join(plain.Resize(mib/2, true), plain.Resize(mib, false), plain.Close()); err != nil {
-			t.Fatal(err)
-		}
-		f, tuples = open()
-		first, end := make([]byte, 8), make([]byte, 8)
-		if err := errors.Join(tuples.ReadTuples(first, 0), tuples.ReadTuples(end, last)); err != nil {
-			t.Fatal(err)
-		}
-		if string(first) != "12345678" || !bytes.Equal(end, bytes.Repeat([]byte{0xff}, 8)) {
-			t.Errorf("blocks of %d: tuples %q and % x, want the first kept and the last gone", blockSize, first, end)
-		}
-		// So it is where size= makes an image anew beside old protection information.
-		if err := errors.Join(tuples.Close(), f.Close(), os.Remove(path)); err != nil {
-			t.Fatal(err)
-		}
-		f, tuples = open()
-		if err := tuples.ReadTuples(first, 0); err != nil || !bytes.Equal(first, bytes.Repeat([]byte{0xff}, 8)) {
-			t.Errorf("%v, a new image has tuples % x", err, first)
-		}
-		if err := errors.Join(tuples.Close(), f.Close()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	// What is no protection information stays.
-	path := filepath.Join(t.TempDir(), "disk")
-	notes := bytes.Repeat([]byte("my notes"), 4096)
-	if err := errors.Join(os.WriteFile(path, make([]byte, mib), 0o600), os.WriteFile(path+".pi", notes, 0o600)); err != nil {
-		t.Fatal(err)
-	}
-	f, err := backend.Open(path, backend.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if err := f.Resize(4096, true); err != nil {
-		t.Fatal(err)
-	}
-	if got, err := os.ReadFile(path + ".pi"); err != nil || !bytes.Equal(got, notes) {
-		t.Errorf("%v, %d bytes are left of another file", err, len(got))
-	}
-	if err := errors.Join(os.Remove(path+".pi"), unix.Mkfifo(path+".pi", 0o600), f.Resize(mib, false)); err != nil {
-		t.Errorf("beside a FIFO: %v", err)
-	}
 }

@@ -360,60 +360,6 @@ func TestOverlayOnDevice(t *testing.T) {
 	noted(dev)
 }
 
-// TestSideFilesAreNotDisks: what gvm keeps beside an image is not taken as a disk, and is
-// not put in place of one.
-func TestSideFilesAreNotDisks(t *testing.T) {
-	img := image(t, "disk.img", "", mib)
-	disk := open(t, img, backend.Options{})
-	tuples, err := disk.Tuples()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tuples.Close()
-	if err := tuples.WriteTuples(make([]byte, 8), 0); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(img+".pi", 8192); err != nil {
-		t.Fatal(err)
-	}
-	refused(t, img+".pi", "given twice")
-	tuples.Close()
-	if _, err := backend.Open(img+".pi", backend.Options{}); !errors.Is(err, backend.ErrFormat) {
-		t.Errorf("IMAGE.pi as a disk: %v", err)
-	}
-
-	keeper := disk.Reservations()
-	if err := keeper.Save([]byte("GVM-PR\x00\x01" + strings.Repeat("s", 504))); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := backend.Open(img+".pr", backend.Options{}); !errors.Is(err, backend.ErrFormat) {
-		t.Errorf("IMAGE.pr as a disk: %v", err)
-	}
-	if err := keeper.Save(nil); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{img + ".pr", img + ".pr.tmp"} {
-		if err := os.WriteFile(name, []byte("data of another disk"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := keeper.Save([]byte("GVM-PR\x00\x01state")); err == nil {
-		t.Error("IMAGE.pr, which is something else, was replaced")
-	}
-	if err := keeper.Save(nil); err == nil {
-		t.Error("IMAGE.pr, which is something else, was removed")
-	}
-	if b, _ := os.ReadFile(img + ".pr"); string(b) != "data of another disk" {
-		t.Errorf("%s.pr was written over: %q", img, b)
-	}
-	if err := errors.Join(os.Remove(img+".pr"), keeper.Save([]byte("GVM-PR\x00\x01state"))); err != nil {
-		t.Fatal(err)
-	}
-	if b, _ := os.ReadFile(img + ".pr.tmp"); string(b) != "data of another disk" {
-		t.Errorf("%s.pr.tmp was written over: %q", img, b)
-	}
-}
-
 // TestOpensWithoutWaiting: no FIFO makes any open wait.
 func TestOpensWithoutWaiting(t *testing.T) {
 	dir := t.TempDir()
@@ -422,11 +368,6 @@ func TestOpensWithoutWaiting(t *testing.T) {
 		t.Fatal(err)
 	}
 	base := image(t, "base.img", "", mib)
-	for _, name := range []string{base + ".pi", base + ".pr", base + ".pr.tmp"} {
-		if err := syscall.Mkfifo(name, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
 	for what, do := range map[string]func() error{
 		"overlay": func() error {
 			f := open(t, base, backend.Options{ReadOnly: true})
@@ -437,29 +378,6 @@ func TestOpensWithoutWaiting(t *testing.T) {
 		"image":  func() error { _, err := backend.Open(fifo, backend.Options{}); return err },
 		"info":   func() error { _, err := backend.Inspect(fifo); return err },
 		"create": func() error { return backend.Create(fifo, mib, false) },
-		"IMAGE.pi": func() error {
-			f := open(t, base, backend.Options{})
-			defer f.Close()
-			_, err := f.Tuples()
-			return err
-		},
-		"IMAGE.pi, readonly": func() error {
-			f := open(t, base, backend.Options{ReadOnly: true})
-			defer f.Close()
-			_, err := f.Tuples()
-			return err
-		},
-		"IMAGE.pr": func() error {
-			f := open(t, base, backend.Options{})
-			defer f.Close()
-			_, err := f.Reservations().Load()
-			return err
-		},
-		"IMAGE.pr of a guest's": func() error {
-			f := open(t, base, backend.Options{})
-			defer f.Close()
-			return f.Reservations().Save([]byte("GVM-PR\x00\x01state"))
-		},
 	} {
 		t.Run(what, func(t *testing.T) {
 			done := make(chan error, 1)
@@ -471,10 +389,8 @@ func TestOpensWithoutWaiting(t *testing.T) {
 				}
 			case <-time.After(20 * time.Second):
 				t.Error("waits for a FIFO")
-				for _, name := range []string{fifo, base + ".pi", base + ".pr"} {
-					if f, err := os.OpenFile(name, os.O_RDWR|unix.O_NONBLOCK, 0); err == nil {
-						defer f.Close() // let it go
-					}
+				if f, err := os.OpenFile(fifo, os.O_RDWR|unix.O_NONBLOCK, 0); err == nil {
+					defer f.Close() // let it go
 				}
 			}
 		})

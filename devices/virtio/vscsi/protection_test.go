@@ -9,6 +9,7 @@ import (
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/sidecar"
 	"gvm/devices/virtio"
 )
 
@@ -20,13 +21,13 @@ func headerPI(out, in uint32, cdb ...byte) []byte {
 }
 
 // protectedUnit is a target with a unit that has protection information, which it returns.
-func protectedUnit(t *testing.T) (*scsi.Target, *backend.Tuples) {
+func protectedUnit(t *testing.T) (*scsi.Target, *sidecar.Tuples) {
 	t.Helper()
 	f, err := backend.Open(filepath.Join(t.TempDir(), "disk"), backend.Options{Size: 1 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}
-	tuples, err := f.Tuples()
+	tuples, err := sidecar.OpenTuples(f)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package backend_test
+package sidecar_test
 
 import (
 	"errors"
@@ -8,15 +8,16 @@ import (
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/sidecar"
 )
 
 func TestReservations(t *testing.T) {
-	path := image(t, "disk.img", "", mib)
+	path := image(t, "disk.img")
 	link := filepath.Join(t.TempDir(), "link")
 	if err := os.Symlink(path, link); err != nil {
 		t.Fatal(err)
 	}
-	r := open(t, link, backend.Options{}).Reservations()
+	r := sidecar.NewReservations(open(t, link, backend.Options{}))
 	if want := path + ".pr"; r.Path() != want {
 		t.Errorf("path %s, want %s", r.Path(), want)
 	}

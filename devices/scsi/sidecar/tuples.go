@@ -1,4 +1,6 @@
-package backend
+// Package sidecar keeps what a SCSI disk has besides its data in files beside its image: persistent
+// reservations in IMAGE.pr, protection information in IMAGE.pi.
+package sidecar
 
 import (
 	"bytes"
@@ -12,7 +14,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/internal/durable"
 	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
 	"gvm/kvmapi/nowait"
 )
 
@@ -40,16 +44,17 @@ type Tuples struct {
 
 var _ scsi.Protection = (*Tuples)(nil)
 
-// Tuples returns the protection information of the image: in IMAGE.pi, next to the image
+// OpenTuples returns the protection information of the image: in IMAGE.pi, next to the image
 // that symbolic links lead to, or in memory for memory. The lock on the image covers
 // it. It is an error for a block device, which has no such place, and when the
 // file is there and is of another block size.
-func (b *File) Tuples() (*Tuples, error) {
-	t := &Tuples{blockSize: int(b.blockSize), readOnly: b.readOnly}
-	switch {
-	case b.block:
-		return nil, badImage(ErrNotDisk, b.path, "a block device has no place for protection information beside it")
-	case b.unnamed:
+func OpenTuples(b *backend.File) (*Tuples, error) {
+	path, err := b.Beside(".pi", "protection information")
+	if err != nil {
+		return nil, err
+	}
+	t := &Tuples{path: path, blockSize: b.BlockSize(), readOnly: b.ReadOnly()}
+	if path == "" {
 		fd, err := unix.MemfdCreate("gvm-pi", unix.MFD_CLOEXEC)
 		if err != nil {
 			return nil, fmt.Errorf("protection information in memory: memfd_create: %w", err)
@@ -57,7 +62,6 @@ func (b *File) Tuples() (*Tuples, error) {
 		t.f = os.NewFile(uintptr(fd), "protection information")
 		return t, nil
 	}
-	t.path = b.Identity() + ".pi"
 	flags := os.O_RDWR
 	if t.readOnly {
 		flags = os.O_RDONLY
@@ -69,7 +73,7 @@ func (b *File) Tuples() (*Tuples, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = t.lock(f)
+	err = backend.Lock(f, t.path, t.readOnly)
 	blank := false
 	if err == nil {
 		blank, err = t.check(f)
@@ -82,22 +86,13 @@ func (b *File) Tuples() (*Tuples, error) {
 		err = t.begin(f)
 	}
 	if err == nil && !t.readOnly {
-		err = t.cut(f, uint64(b.found/b.blockSize))
+		err = t.cut(f, uint64(b.FoundSize()/int64(t.blockSize)))
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", t.path, err), f.Close())
 	}
 	t.f = f
 	return t, nil
-}
-
-// lock keeps the file from being taken as a disk. Against other machines the image's lock
-// is enough.
-func (t *Tuples) lock(f *os.File) error {
-	if err := lock(int(f.Fd()), t.path, t.readOnly, whole); errors.Is(err, ErrLocked) {
-		return err
-	}
-	return nil
 }
 
 func (t *Tuples) header() []byte {
@@ -139,12 +134,14 @@ func (t *Tuples) cut(f *os.File, blocks uint64) error {
 	return f.Truncate(tupleOffset(blocks))
 }
 
-// cutTuples drops from IMAGE.pi, if that is there, what is behind size bytes of the image, for good.
-func (b *File) cutTuples(size int64) error {
-	if b.block || b.unnamed {
+// Cut drops from IMAGE.pi, if that is there, what is behind size bytes of the image, for good. It is
+// for backend.File.Resize.
+func Cut(b *backend.File, size int64) error {
+	path, err := b.Beside(".pi", "protection information")
+	if err != nil || path == "" {
 		return nil
 	}
-	f, err := nowait.Open(b.Identity()+".pi", os.O_RDWR|unix.O_NOFOLLOW, 0, nowait.Regular)
+	f, err := nowait.Open(path, os.O_RDWR|unix.O_NOFOLLOW, 0, nowait.Regular)
 	kind := (*nowait.KindError)(nil)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ELOOP), errors.As(err, &kind):
@@ -179,7 +176,7 @@ func (t *Tuples) file(create bool) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := t.lock(f); err != nil { // the file is another's, which found it before the lock
+	if err := backend.Lock(f, t.path, false); err != nil { // the file is another's, which found it before the lock
 		return nil, errors.Join(err, f.Close())
 	}
 	if err := t.begin(f); err != nil {
@@ -194,7 +191,7 @@ func (t *Tuples) begin(f *os.File) error {
 	if _, err := f.WriteAt(t.header(), 0); err != nil {
 		return err
 	}
-	return durable(f, t.path)
+	return durable.File(f, t.path)
 }
 
 // tupleOffset is where a block's tuple is.

@@ -1,4 +1,4 @@
-package backend_test
+package sidecar_test
 
 import (
 	"bytes"
@@ -9,11 +9,14 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"gvm/devices/scsi/backend"
+	"gvm/devices/scsi/sidecar"
 )
 
 // tuplesOf opens an image of 1 MiB with its protection information.
-func tuplesOf(t *testing.T, path string, o backend.Options) (*backend.Tuples, error) {
+func tuplesOf(t *testing.T, path string, o backend.Options) (*sidecar.Tuples, error) {
 	t.Helper()
 	if !o.ReadOnly {
 		o.Size = 1 << 20
@@ -23,7 +26,7 @@ func tuplesOf(t *testing.T, path string, o backend.Options) (*backend.Tuples, er
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
-	return f.Tuples()
+	return sidecar.OpenTuples(f)
 }
 
 // TestTuples writes, clears and reads tuples, in a file and in memory.
@@ -38,11 +41,11 @@ func TestTuples(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer memory.Close()
-	inMemory, err := memory.Tuples()
+	inMemory, err := sidecar.OpenTuples(memory)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range []*backend.Tuples{inFile, inMemory} {
+	for _, p := range []*sidecar.Tuples{inFile, inMemory} {
 		all, want := make([]byte, 8*2048), bytes.Repeat([]byte{0xff}, 8*2048)
 		check := func(when string) {
 			t.Helper()
@@ -91,7 +94,7 @@ func TestTuplesKept(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p, err := f.Tuples()
+		p, err := sidecar.OpenTuples(f)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -114,13 +117,13 @@ func TestTuplesKept(t *testing.T) {
 // TestTuplesCut: an image that got smaller and larger again has no old tuples.
 func TestTuplesCut(t *testing.T) {
 	image := filepath.Join(t.TempDir(), "disk")
-	open := func(size int64) (*backend.File, *backend.Tuples) {
+	open := func(size int64) (*backend.File, *sidecar.Tuples) {
 		t.Helper()
 		f, err := backend.Open(image, backend.Options{Size: size})
 		if err != nil {
 			t.Fatal(err)
 		}
-		p, err := f.Tuples()
+		p, err := sidecar.OpenTuples(f)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -158,7 +161,7 @@ func TestTuplesOfCrash(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p, err := f.Tuples()
+			p, err := sidecar.OpenTuples(f)
 			if err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
@@ -207,5 +210,80 @@ func TestTuplesRefused(t *testing.T) {
 		if _, err := tuplesOf(t, path, backend.Options{}); err == nil || !strings.Contains(err.Error(), path+".pi") || !strings.Contains(err.Error(), v.want) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestResizeCutsTuples makes an image smaller and larger again by a File that has nothing to do with
+// its protection information: blocks that are new have none.
+func TestResizeCutsTuples(t *testing.T) {
+	for _, blockSize := range []int{512, 4096} {
+		path := filepath.Join(t.TempDir(), "disk")
+		open := func() (*backend.File, *sidecar.Tuples) {
+			f, err := backend.Open(path, backend.Options{Size: mib, BlockSize: blockSize})
+			if err != nil {
+				t.Fatal(err)
+			}
+			tuples, err := sidecar.OpenTuples(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return f, tuples
+		}
+		f, tuples := open()
+		last := uint64(mib/blockSize - 1)
+		for _, block := range []uint64{0, last} {
+			if err := tuples.WriteTuples([]byte("12345678"), block); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := errors.Join(tuples.Close(), f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		plain, err := backend.Open(path, backend.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(plain.Resize(mib/2, true, sidecar.Cut), plain.Resize(mib, false, sidecar.Cut), plain.Close()); err != nil {
+			t.Fatal(err)
+		}
+		f, tuples = open()
+		first, end := make([]byte, 8), make([]byte, 8)
+		if err := errors.Join(tuples.ReadTuples(first, 0), tuples.ReadTuples(end, last)); err != nil {
+			t.Fatal(err)
+		}
+		if string(first) != "12345678" || !bytes.Equal(end, bytes.Repeat([]byte{0xff}, 8)) {
+			t.Errorf("blocks of %d: tuples %q and % x, want the first kept and the last gone", blockSize, first, end)
+		}
+		// So it is where size= makes an image anew beside old protection information.
+		if err := errors.Join(tuples.Close(), f.Close(), os.Remove(path)); err != nil {
+			t.Fatal(err)
+		}
+		f, tuples = open()
+		if err := tuples.ReadTuples(first, 0); err != nil || !bytes.Equal(first, bytes.Repeat([]byte{0xff}, 8)) {
+			t.Errorf("%v, a new image has tuples % x", err, first)
+		}
+		if err := errors.Join(tuples.Close(), f.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// What is no protection information stays.
+	path := filepath.Join(t.TempDir(), "disk")
+	notes := bytes.Repeat([]byte("my notes"), 4096)
+	if err := errors.Join(os.WriteFile(path, make([]byte, mib), 0o600), os.WriteFile(path+".pi", notes, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	f, err := backend.Open(path, backend.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Resize(4096, true, sidecar.Cut); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(path + ".pi"); err != nil || !bytes.Equal(got, notes) {
+		t.Errorf("%v, %d bytes are left of another file", err, len(got))
+	}
+	if err := errors.Join(os.Remove(path+".pi"), unix.Mkfifo(path+".pi", 0o600), f.Resize(mib, false, sidecar.Cut)); err != nil {
+		t.Errorf("beside a FIFO: %v", err)
 	}
 }

@@ -1,4 +1,4 @@
-package backend
+package sidecar
 
 import (
 	"bytes"
@@ -7,11 +7,12 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/internal/durable"
 	"gvm/devices/scsi"
+	"gvm/devices/scsi/backend"
 	"gvm/kvmapi/nowait"
 )
 
@@ -26,14 +27,15 @@ const reservationsMagic = "GVM-PR\x00"
 // is something to keep.
 type Reservations struct{ path string }
 
-// Reservations returns where the image's persistent reservations are kept:
+// NewReservations returns where the image's persistent reservations are kept:
 // IMAGE.pr, next to the image that symbolic links lead to. The lock on the image
-// covers it. nil for a block device, which has no such place.
-func (b *File) Reservations() *Reservations {
-	if b.block {
+// covers it. nil for a block device and for memory, which have no such place.
+func NewReservations(b *backend.File) *Reservations {
+	path, err := b.Beside(".pr", "reservations")
+	if err != nil || path == "" {
 		return nil
 	}
-	return &Reservations{b.Identity() + ".pr"}
+	return &Reservations{path}
 }
 
 var _ scsi.ReservationKeeper = (*Reservations)(nil)
@@ -75,59 +77,7 @@ func (r *Reservations) Save(state []byte) error {
 		return fmt.Errorf("%s: %w", r.path, scsi.ErrReservationState)
 	}
 	if len(state) == 0 {
-		if err := os.Remove(r.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		return syncDir(filepath.Dir(r.path))
+		return durable.Remove(r.path)
 	}
-	tmp, err := writeSynced(r.path, state)
-	if err == nil {
-		err = os.Rename(tmp, r.path)
-	}
-	if err != nil {
-		if tmp != "" {
-			os.Remove(tmp)
-		}
-		return err
-	}
-	return syncDir(filepath.Dir(r.path))
-}
-
-// writeSynced writes a new file beside path that is on stable storage when it returns.
-func writeSynced(path string, data []byte) (name string, err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*.tmp")
-	if err != nil {
-		return "", err
-	}
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	return f.Name(), errors.Join(err, f.Close())
-}
-
-// durable makes a new file durable, with the name that it has.
-func durable(f *os.File, path string) error {
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-// syncDir makes what was made, renamed or removed in a directory durable: a variable for tests. A
-// file system that cannot (some FUSE and network ones), and a directory that only others may read,
-// are left to do that in their own time.
-var syncDir = func(path string) error {
-	d, err := os.Open(path)
-	if errors.Is(err, fs.ErrPermission) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
-		err = nil
-	}
-	return errors.Join(err, d.Close())
+	return durable.Replace(r.path, state)
 }
