@@ -30,9 +30,8 @@ func readCapacity16(tk *task) error {
 	return tk.reply(b)
 }
 
-// transfer returns the extent of a command that moves data, checked against
-// the medium and MAXIMUM TRANSFER LENGTH, and its protection field against what the
-// unit has.
+// transfer returns the extent of a command that moves data. It checks the extent against the medium
+// and MAXIMUM TRANSFER LENGTH, and the protection field against the unit's Protection.
 func (tk *task) transfer() (lba uint64, n int, err error) {
 	if p := tk.op.protect(tk.CDB); p != 0 && (tk.u.cfg.Protection == nil || int(p) >= len(protectChecks)) {
 		return 0, 0, invalidCDB(1, 7)
@@ -47,8 +46,8 @@ func (tk *task) transfer() (lba uint64, n int, err error) {
 	return lba, int(blocks), nil
 }
 
-// read is READ(6), (10), (12) and (16) (SBC-4 5.16 to 5.19). DPO is a hint
-// about a cache that is not ours.
+// read is READ(6), (10), (12) and (16) (SBC-4 5.16 to 5.19). DPO is a hint for a cache that the
+// unit does not control.
 func read(tk *task) error {
 	lba, n, err := tk.transfer()
 	if err != nil {
@@ -73,8 +72,7 @@ func read(tk *task) error {
 		return errWait
 	}
 	if tk.op.fua(tk.CDB) {
-		// The data must come from the medium: what a volatile cache holds of
-		// it is written there first (SBC-4 5.17).
+		// The data must come from the medium: cached writes go there first (SBC-4 5.17).
 		if err := tk.u.flushDirty(); err != nil {
 			return err
 		}
@@ -97,8 +95,8 @@ func read(tk *task) error {
 	return nil
 }
 
-// readIn reads n bytes, whole blocks, into data-in, and their protection information into
-// tuples unless that is nil.
+// readIn reads n bytes, whole blocks, into data-in, and their protection information into tuples
+// unless tuples is nil.
 func (tk *task) readIn(lba uint64, n int, tuples [][]byte) error {
 	iov := tk.clip(tk.In, tk.inLen, 0, n)
 	if tk.now {
@@ -153,8 +151,7 @@ func (tk *task) writeOut(lba uint64, n int, durable bool) error {
 	return err
 }
 
-// orWrite is ORWRITE(16) (SBC-4 5.14). Dispatch lets nothing else at the medium
-// meanwhile.
+// orWrite is ORWRITE(16) (SBC-4 5.14). Dispatch admits no other command to the medium meanwhile.
 func orWrite(tk *task) error {
 	if tk.op.protect(tk.CDB) != 0 {
 		return invalidCDB(1, 7) // ORPROTECT
@@ -224,11 +221,11 @@ func verify(tk *task) error {
 	}
 	var want [][]byte
 	switch check {
-	case 1: // that the medium holds the data-out
+	case 1: // the medium must hold the data-out
 		if want, err = tk.dataOut(n * size); err != nil {
 			return err
 		}
-	case 3: // that every block holds the one block of data-out
+	case 3: // every block must hold the one block of data-out
 		block, err := tk.parameters(size)
 		if err != nil {
 			return err
@@ -239,7 +236,7 @@ func verify(tk *task) error {
 		return err
 	}
 	switch {
-	case protect != 0: // that it can be read, with these checks
+	case protect != 0: // the blocks must be readable, with these checks
 		return tk.u.readChecked(tk, nil, lba, n, nil, protectChecks[protect])
 	case check == 3:
 		for i := range uint64(n) {
@@ -249,7 +246,7 @@ func verify(tk *task) error {
 		}
 		return nil
 	}
-	return tk.u.compare(tk, want, lba, n) // without data-out: that it can be read
+	return tk.u.compare(tk, want, lba, n) // without data-out: the blocks must be readable
 }
 
 // writeAndVerify is WRITE AND VERIFY(10), (12) and (16) (SBC-4 5.45): the data
@@ -273,9 +270,8 @@ func writeAndVerify(tk *task) error {
 	return tk.u.compare(tk, iov, lba, n)
 }
 
-// compare reads n blocks from lba on and compares them with want, if it is not
-// nil. A difference is MISCOMPARE DURING VERIFY OPERATION with the offset of
-// the first wrong byte as INFORMATION.
+// compare reads n blocks from lba on and compares them with want unless it is nil. A difference is
+// MISCOMPARE DURING VERIFY OPERATION with the offset of the first wrong byte as INFORMATION.
 func (u *Unit) compare(w worker, want [][]byte, lba uint64, n int) error {
 	buf := getScratch()
 	defer putScratch(buf)
@@ -304,8 +300,8 @@ func (u *Unit) compare(w worker, want [][]byte, lba uint64, n int) error {
 	return nil
 }
 
-// mismatch returns the first index where the start of a differs from b, or -1.
-// b may change meanwhile: it is looked at once.
+// mismatch returns the first index where the start of a differs from b, or -1. b may change
+// meanwhile; each byte is read once.
 func mismatch(a, b []byte) int {
 	if bytes.Equal(a[:len(b)], b) {
 		return -1
@@ -318,8 +314,8 @@ func mismatch(a, b []byte) int {
 	return 0
 }
 
-// compareAndWrite is COMPARE AND WRITE (SBC-4 5.3). Dispatch lets nothing else
-// at the medium meanwhile.
+// compareAndWrite is COMPARE AND WRITE (SBC-4 5.3). Dispatch admits no other command to the medium
+// meanwhile.
 func compareAndWrite(tk *task) error {
 	cdb, size := tk.CDB, int(tk.u.blockSize)
 	if tk.op.protect(cdb) != 0 {
@@ -350,8 +346,8 @@ func compareAndWrite(tk *task) error {
 	return nil
 }
 
-// synchronizeCache is SYNCHRONIZE CACHE(10) and (16) (SBC-4 5.32). The whole
-// cache is written, which is more than was asked.
+// synchronizeCache is SYNCHRONIZE CACHE(10) and (16) (SBC-4 5.32). It flushes the whole cache, not
+// only the blocks named.
 func synchronizeCache(tk *task) error {
 	if lba, n := tk.op.extent.of(tk.CDB); tk.u.inRange(lba, n) != nil {
 		return LBAOutOfRange
@@ -366,8 +362,8 @@ func synchronizeCache(tk *task) error {
 	return tk.u.flush()
 }
 
-// prefetch is PRE-FETCH(10) and (16) (SBC-4 5.11). It promises nothing about a
-// cache that is the host's: GOOD says that not all blocks were stored in it.
+// prefetch is PRE-FETCH(10) and (16) (SBC-4 5.11). It promises nothing about the host's cache: GOOD
+// means that not all blocks were stored in it.
 func prefetch(tk *task) error {
 	lba, n := tk.op.extent.of(tk.CDB)
 	return tk.u.inRange(lba, n)
@@ -514,8 +510,8 @@ func getLBAStatus(tk *task) error {
 	return tk.reply(b)
 }
 
-// mapped says whether lba has storage, and for how many of n blocks from lba on
-// that is so. A block with any storage is mapped.
+// mapped reports whether lba has storage, and how many of the n blocks from lba on share that
+// state. A block with any storage is mapped.
 func (u *Unit) mapped(lba, n uint64) (bool, uint64, error) {
 	m, ok := u.b.(Mapper)
 	if !ok || !u.thin() {
@@ -539,8 +535,8 @@ func (u *Unit) mapped(lba, n uint64) (bool, uint64, error) {
 	return mapped, min(max(uint64(size/u.blockSize), 1), n), nil
 }
 
-// readDefectData is READ DEFECT DATA(10) and (12) (SBC-4 5.18, 5.19): in any
-// format there is, both lists are empty.
+// readDefectData is READ DEFECT DATA(10) and (12) (SBC-4 5.18, 5.19): both lists are empty in every
+// format.
 func readDefectData(tk *task) error {
 	at, b := 2, make([]byte, 4)
 	if tk.op.length() == 12 {

@@ -16,8 +16,7 @@ const (
 	maxHeldCopies  = 16                                        // results kept for an initiator
 )
 
-// Descriptors of EXTENDED COPY (SPC-4 6.4.5, 6.4.6): the one kind of each that
-// there is here.
+// Descriptors of EXTENDED COPY (SPC-4 6.4.5, 6.4.6): one kind of each is supported.
 const (
 	copyHeaderLen = 16
 
@@ -28,17 +27,16 @@ const (
 	segmentLen          = 28
 )
 
-// copyPiece is how many bytes a Copier copies at once.
+// copyPiece is the number of bytes that a Copier copies at once.
 const copyPiece = 16 << 20
 
-// Copier is a Backend that copies from another one without the data coming
-// through this process. An error that is errors.ErrUnsupported, with nothing
-// copied, makes the unit read and write what is left.
+// Copier is a Backend that copies from another one without moving the data through this process.
+// After errors.ErrUnsupported, with nothing copied, the unit reads and writes the rest.
 type Copier interface {
 	CopyFrom(src Backend, srcOff, off, n int64) error
 }
 
-// copyResult is what became of an EXTENDED COPY, for RECEIVE COPY RESULTS.
+// copyResult is the outcome of an EXTENDED COPY, for RECEIVE COPY RESULTS.
 type copyResult struct {
 	list     byte
 	failed   bool
@@ -77,13 +75,13 @@ func extendedCopy(tk *task) error {
 			return err
 		}
 	}
-	// A list with anything wrong in it is no copy: nothing is copied then, and
-	// no result is held.
+	// A list with an error copies nothing, and no result of it is held.
 	tk.u.set.dropCopy(tk.Nexus, b[0])
 	copies := make([]segment, len(segments)/segmentLen)
 	for i := range copies {
 		at := i * segmentLen
-		if copies[i], err = parseSegment(tk.Nexus, units, segments[at:at+segmentLen], copyHeaderLen+len(cscds)+at); err != nil {
+		d, listAt := segments[at:at+segmentLen], copyHeaderLen+len(cscds)+at
+		if copies[i], err = parseSegment(tk.Nexus, units, d, listAt); err != nil {
 			return err
 		}
 	}
@@ -96,7 +94,7 @@ func extendedCopy(tk *task) error {
 		r.segments++
 		r.bytes += uint64(s.bytes)
 	}
-	// LIST ID USAGE: 00b wants the result, 10b that of a failure.
+	// LIST ID USAGE: 00b holds the result, 10b only that of a failure.
 	if usage := b[1] >> 3 & 3; usage == 0 || usage == 2 && r.failed {
 		tk.u.set.holdCopy(tk.Nexus, r)
 	}
@@ -113,7 +111,8 @@ func copyLists(b []byte) (cscds, segments []byte, err error) {
 		return nil, nil, invalidParam(1)
 	case be.Uint32(b[12:]) != 0:
 		return nil, nil, InlineDataExceeded
-	case uint64(cscdBytes)+segmentBytes > maxDescriptors || uint64(len(b)) < copyHeaderLen+uint64(cscdBytes)+segmentBytes:
+	case uint64(cscdBytes)+segmentBytes > maxDescriptors,
+		uint64(len(b)) < copyHeaderLen+uint64(cscdBytes)+segmentBytes:
 		return nil, nil, ParameterListLength
 	}
 	list := b[copyHeaderLen:]
@@ -137,9 +136,9 @@ func copyLists(b []byte) (cscds, segments []byte, err error) {
 	return cscds, segments, nil
 }
 
-// cscd returns the unit that an Identification CSCD descriptor (SPC-4 6.4.5.2)
-// names by one of the designators of its Device Identification page, nil if no
-// unit has it: that matters when a segment wants it.
+// cscd returns the unit that an Identification CSCD descriptor (SPC-4 6.4.5.2) names by one of the
+// designators of its Device Identification page. It returns nil if no unit has it: that is an error
+// only if a segment uses it.
 func (t *Target) cscd(d []byte, at int) (*Unit, error) {
 	if d[0] != cscdIdentification {
 		return nil, UnsupportedCSCD
@@ -187,7 +186,7 @@ func parseSegment(by NexusID, units []*Unit, d []byte, at int) (segment, error) 
 	return s, s.check(by)
 }
 
-// check finds out whether both units can take part in a copy for an initiator.
+// check returns an error unless both units can take part in a copy for an initiator.
 func (s segment) check(by NexusID) error {
 	for _, u := range []*Unit{s.from, s.to} {
 		if u.set.isClosed() || u.notReady() != nil {
@@ -197,14 +196,16 @@ func (s segment) check(by NexusID) error {
 	if s.from.set.refusesCopy(by, readAccess) || s.to.set.refusesCopy(by, writeAccess) {
 		return CopyThirdParty
 	}
-	if s.to.writeProtected() != nil || s.from.inRange(s.fromLBA, uint64(s.bytes/s.from.blockSize)) != nil || s.to.inRange(s.toLBA, uint64(s.bytes/s.to.blockSize)) != nil {
+	if s.to.writeProtected() != nil ||
+		s.from.inRange(s.fromLBA, uint64(s.bytes/s.from.blockSize)) != nil ||
+		s.to.inRange(s.toLBA, uint64(s.bytes/s.to.blockSize)) != nil {
 		return CopyAborted
 	}
 	return nil
 }
 
-// copySegment does one segment. It shares the medium of both units with other
-// commands, taken in one order by all who take two.
+// copySegment does one segment. It shares the medium of both units with other commands; every copy
+// locks the two in the same order.
 func (tk *task) copySegment(s segment) error {
 	both, places, begun := []*Unit{s.from, s.to}, [2]ticket{}, false
 	for i, u := range []*Unit{s.from, s.to} {
@@ -253,7 +254,9 @@ func (s segment) move(tk *task) error {
 				break
 			}
 			n := min(s.bytes-done, copyPiece)
-			err = s.to.attempt("write", toOff+done, func() error { return c.CopyFrom(s.from.b, fromOff+done, toOff+done, n) })
+			err = s.to.attempt("write", toOff+done, func() error {
+				return c.CopyFrom(s.from.b, fromOff+done, toOff+done, n)
+			})
 			if err == nil {
 				done += n
 			}
@@ -287,7 +290,7 @@ func (s segment) move(tk *task) error {
 // blockExponent is the logarithm of the block size.
 func (u *Unit) blockExponent() byte { return byte(bits.TrailingZeros64(uint64(u.blockSize))) }
 
-// dropCopy forgets the result with a list identifier, which is in use again.
+// dropCopy forgets the result with a list identifier that is reused.
 func (s *taskSet) dropCopy(id NexusID, list byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -295,7 +298,7 @@ func (s *taskSet) dropCopy(id NexusID, list byte) {
 	n.copies = slices.DeleteFunc(n.copies, func(c copyResult) bool { return c.list == list })
 }
 
-// holdCopy keeps r for the initiator, instead of the oldest if there are too many.
+// holdCopy keeps r for the initiator, and drops the oldest result if there are too many.
 func (s *taskSet) holdCopy(id NexusID, r copyResult) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -379,7 +382,7 @@ func copyParameters(tk *task) error {
 }
 
 // thirdPartyCopy is the Third-party Copy page (SPC-4 7.8.17): which commands and
-// descriptors there are, and what EXTENDED COPY is limited to.
+// descriptors supported, and the limits of EXTENDED COPY.
 func thirdPartyCopy(u *Unit) []byte {
 	var b []byte
 	be := binary.BigEndian

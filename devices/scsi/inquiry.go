@@ -52,8 +52,8 @@ func (u *Unit) deviceType() byte {
 // standardInquiry is the standard INQUIRY data of u, or of a LUN without one.
 func standardInquiry(u *Unit) []byte {
 	b := make([]byte, 96)
-	// VERSION says SPC-4: initiators that know no more refuse a larger number,
-	// and the version descriptors name the newer standards.
+	// VERSION is SPC-4: older initiators refuse a larger number, and the version descriptors name
+	// the newer standards.
 	b[2] = 0x06
 	b[3] = 0x10 | 0x02 // HISUP, response data format 2
 	b[4] = byte(len(b) - 5)
@@ -93,7 +93,7 @@ type vpdPage struct {
 	data func(*Unit) []byte // without the four bytes of header
 }
 
-// exists says whether u has the page: all have 00h, disks have the rest.
+// exists reports whether u has the page: all units have 00h, disks have the rest.
 func (v vpdPage) exists(u *Unit) bool { return v.code == 0 || !u.wellKnown }
 
 var vpdPages []vpdPage
@@ -137,7 +137,7 @@ func (u *Unit) designators() [][]byte {
 	return [][]byte{append([]byte{0x01, 0x03, 0, 8}, naa...), append([]byte{0x02, 0x01, 0, byte(len(id))}, id...)}
 }
 
-// serialFrom is the serial number of a unit that was given none.
+// serialFrom returns the default serial number for an identity.
 func serialFrom(identity string) string {
 	if identity == "" {
 		return ""

@@ -3,12 +3,12 @@ package scsi
 import "sync"
 
 // laterFlush is the flush of commands with IMMED, which have been answered and have left the task
-// set. However many there are, one flush runs, and one to come covers all that were answered
+// set. For any number of them one flush runs, and one queued flush covers all that were answered
 // meanwhile.
 type laterFlush struct {
 	mu    sync.Mutex
-	whose map[NexusID]bool // whose commands the flush to come is for
-	done  chan struct{}    // closed when there is no more to flush; nil: nothing runs
+	whose map[NexusID]bool // nexuses of the commands that the queued flush is for
+	done  chan struct{}    // closed when nothing is left to flush; nil: no flush runs
 }
 
 // flushLater begins a flush for a command of id. A failure is a deferred error of that nexus.
@@ -35,7 +35,8 @@ func (u *Unit) flushLater(id NexusID) {
 	}()
 }
 
-// next returns whose commands the next flush is for; without any it ends the work.
+// next returns the nexuses of the commands that the next flush is for; if there are none, it ends
+// the work.
 func (l *laterFlush) next() (ids map[NexusID]bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -46,7 +47,7 @@ func (l *laterFlush) next() (ids map[NexusID]bool) {
 	return ids
 }
 
-// ended returns what is closed when nothing is left to flush.
+// ended returns a channel that is closed when nothing is left to flush.
 func (l *laterFlush) ended() <-chan struct{} {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -8,23 +8,23 @@ import (
 	"time"
 )
 
-// Limit bounds how much a unit does in a second. The zero value is no limit.
+// Limit bounds the work of a unit per second. The zero value is no limit.
 type Limit struct {
 	Rate uint64 // in a second
-	// Burst is how much more may be done at once after a time without commands;
-	// 0 is what Rate gives in a tenth of a second, and one at least.
+	// Burst is the amount that may be done at once after a time without commands; 0 means a tenth
+	// of a second's worth of Rate, and at least one.
 	Burst uint64
 }
 
-// MaxRate is the largest rate and burst of a Limit: more than any storage does.
+// MaxRate is the largest rate and burst of a Limit, beyond any storage.
 const MaxRate = 1 << 40
 
-// bucket keeps a Limit by the generic cell rate algorithm: what is taken fills
-// it, and it empties at the rate.
+// bucket keeps a Limit by the generic cell rate algorithm: admitted work fills it, and it drains at
+// the rate.
 type bucket struct {
 	rate  float64       // in a nanosecond; 0: no limit
-	burst time.Duration // how long it takes to empty what a burst has filled
-	empty time.Duration // when it will be empty
+	burst time.Duration // time to drain a burst
+	empty time.Duration // time at which it is empty
 }
 
 func newBucket(l Limit) (bucket, error) {
@@ -32,7 +32,8 @@ func newBucket(l Limit) (bucket, error) {
 	case l == Limit{}:
 		return bucket{}, nil
 	case l.Rate == 0 || l.Rate > MaxRate || l.Burst > MaxRate:
-		return bucket{}, fmt.Errorf("a rate of %d with a burst of %d: want a rate from 1, and neither above %d", l.Rate, l.Burst, uint64(MaxRate))
+		return bucket{}, fmt.Errorf("a rate of %d with a burst of %d: want a rate from 1, and neither above %d",
+			l.Rate, l.Burst, uint64(MaxRate))
 	}
 	if l.Burst == 0 {
 		l.Burst = max(l.Rate/10, 1)
@@ -42,12 +43,12 @@ func newBucket(l Limit) (bucket, error) {
 	return b, nil
 }
 
-// time is how long the rate needs for n.
+// time returns the time that the rate needs for n.
 func (b *bucket) time(n uint64) time.Duration {
 	return time.Duration(min(float64(n)/b.rate, math.MaxInt64/4))
 }
 
-// due returns when n may be done if that is asked for at the time at.
+// due returns the time at which n, requested at the time at, may be done.
 func (b *bucket) due(at time.Duration, n uint64) time.Duration {
 	if b.rate == 0 {
 		return at
@@ -55,7 +56,7 @@ func (b *bucket) due(at time.Duration, n uint64) time.Duration {
 	return max(b.empty, at) + b.time(n) - b.burst
 }
 
-// fill counts n, and returns when the bucket will have drained it.
+// fill counts n, and returns the time at which the bucket has drained it.
 func (b *bucket) fill(at time.Duration, n uint64) time.Duration {
 	if b.rate != 0 {
 		b.empty = max(b.empty, at) + b.time(n)
@@ -63,34 +64,34 @@ func (b *bucket) fill(at time.Duration, n uint64) time.Duration {
 	return b.empty
 }
 
-// giveBack undoes fill, which returned until, but for what has drained by now.
+// giveBack undoes fill, which returned until, except for the part drained by now.
 func (b *bucket) giveBack(now, until time.Duration, n uint64) {
 	if b.rate != 0 && until > now {
 		b.empty -= min(until-now, b.time(n))
 	}
 }
 
-// limiter keeps a unit to its limits. Commands that have to wait are in a queue, and only the
-// first of them has a time: the buckets hold what was let through, never what still waits, so
-// that a command which is aborted leaves no debt.
+// limiter keeps a unit to its limits. Waiting commands are in a queue, and only the first of them
+// has a time: the buckets count admitted commands only, so an aborted command that waited leaves no
+// debt.
 type limiter struct {
 	start time.Time
 
 	mu              sync.Mutex
 	commands, bytes bucket
 	queue           list[ticket]
-	since           time.Duration // the first has been the first, or might have, since then
+	since           time.Duration // since then the first has been first, or could have been
 	timer           *time.Timer   // calls tick when first is due; nil: not yet needed
 }
 
-// ticket is a place under a limit. The zero value is none. limiter.mu guards it.
+// ticket is a place under a limit. The zero value is no place. limiter.mu guards it.
 type ticket struct {
 	state   ticketState
 	n       uint64        // bytes
 	arrived time.Duration // since limiter.start
-	turn    chan struct{} // closed when it is let through, nil if it was at once
+	turn    chan struct{} // closed when it is let through; nil if that was at once
 	node    node[ticket]  // in limiter.queue
-	// When the buckets will have drained it, after it was let through.
+	// Times at which the buckets have drained it, once it was let through.
 	commands, bytes time.Duration
 }
 
@@ -102,7 +103,7 @@ const (
 	letThrough
 )
 
-// newLimiter returns nil where nothing is limited.
+// newLimiter returns nil if cfg has no limits.
 func newLimiter(cfg UnitConfig) (*limiter, error) {
 	if cfg.IOPS == (Limit{}) && cfg.Bandwidth == (Limit{}) {
 		return nil, nil
@@ -114,7 +115,7 @@ func newLimiter(cfg UnitConfig) (*limiter, error) {
 	return l, errors.Join(err, err2)
 }
 
-// take makes k a place for one command of n bytes, unless it is one already, and says whether it
+// take makes k a place for one command of n bytes, unless it is one already, and reports whether it
 // is let through.
 func (l *limiter) take(k *ticket, n uint64) bool {
 	l.mu.Lock()
@@ -134,7 +135,7 @@ func (l *limiter) take(k *ticket, n uint64) bool {
 	return k.state == letThrough
 }
 
-// giveBack ends k, whose command has not begun and never will.
+// giveBack ends k; its command has not begun and never will.
 func (l *limiter) giveBack(k *ticket) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -155,7 +156,8 @@ func (l *limiter) giveBack(k *ticket) {
 	l.serve(now)
 }
 
-// serve lets through what is due, and sets the timer for what is not. The caller holds mu.
+// serve lets due tickets through, and sets the timer for the first of the others. The caller holds
+// mu.
 func (l *limiter) serve(now time.Duration) {
 	for l.queue.first != nil {
 		k := l.queue.first.of
@@ -190,8 +192,8 @@ func (l *limiter) tick() {
 }
 
 // charge counts one command that moves n bytes of the medium of u, or twice as many (countsTwice).
-// A handler calls it after all of its checks and before it uses the medium: what is refused costs
-// nothing. errWait says that it is not the command's turn; the handler then runs again.
+// A handler calls it after all of its checks and before it uses the medium, so a refused command
+// costs nothing. errWait means that it is not the command's turn; the handler then runs again.
 func (tk *task) charge(n int) error {
 	l := tk.u.limit
 	if l == nil {

@@ -2,8 +2,8 @@ package scsi
 
 import "iter"
 
-// list is a doubly linked list. Its nodes are part of what is in it, so that nothing is allocated
-// and nothing is looked for.
+// list is a doubly linked list. Its nodes are part of its elements, so that it needs no allocation
+// and no search.
 type list[T any] struct{ first, last *node[T] }
 
 type node[T any] struct {
@@ -40,7 +40,7 @@ func (l *list[T]) remove(n *node[T]) {
 	*n = node[T]{}
 }
 
-// all returns what is in the list, first to last.
+// all returns the elements, first to last.
 func (l *list[T]) all() iter.Seq[*T] {
 	return func(yield func(*T) bool) {
 		for n := l.first; n != nil && yield(n.of); n = n.next {

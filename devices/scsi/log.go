@@ -1,20 +1,20 @@
 package scsi
 
-// logPages are the pages of LOG SENSE by page code and subpage code, with their
-// parameters: lists of what there is, and Informational Exceptions (SPC-5 7.3.9).
+// logPages are the pages of LOG SENSE by page code and subpage code, with their parameters: the
+// lists of pages, and Informational Exceptions (SPC-5 7.3.9).
 var logPages = []struct {
 	code, sub byte
 	data      []byte
 }{
 	{0x00, 0x00, []byte{0x00, 0x2f}},                         // Supported Log Pages
 	{0x00, 0xff, []byte{0x00, 0x00, 0x00, 0xff, 0x2f, 0x00}}, // Supported Log Pages and Subpages
-	// No exception, and no temperature, nor one to warn of (the vendor specific byte,
-	// by custom): nothing here has any.
+	// No exception, no temperature, and no warning temperature (by custom the vendor specific
+	// byte).
 	{0x2f, 0x00, []byte{0x00, 0x00, 0x03, 0x04, 0x00, 0x00, 0xff, 0xff}},
 }
 
-// logSense is LOG SENSE (SPC-5 6.9). Nothing counts here, so that all values of
-// PAGE CONTROL mean the same.
+// logSense is LOG SENSE (SPC-5 6.9). No page has counters, so all values of PAGE CONTROL mean the
+// same.
 func logSense(tk *task) error {
 	cdb := tk.CDB
 	if cdb[1]&0x01 != 0 {

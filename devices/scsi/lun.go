@@ -33,8 +33,8 @@ func DecodeLUN(l LUN) (n int, ok bool) {
 	return 0, false
 }
 
-// canonical returns the one form that a LUN is filed under: an initiator may
-// call LUN 5 0005h or 4005h, as Linux does for virtio-scsi.
+// canonical returns the form under which a LUN is stored: an initiator may address LUN 5 as 0005h
+// or 4005h, as Linux does for virtio-scsi.
 func (l LUN) canonical() LUN {
 	if n, ok := DecodeLUN(l); ok {
 		l, _ = EncodeLUN(n)

@@ -3,8 +3,8 @@ package scsi
 import "sync"
 
 // mediumLock orders commands that use the medium: one holds it alone, or several share it. It is
-// granted in order of arrival, and unlike a sync.RWMutex a wait for it can be given up, so that a
-// command which is aborted is not held up by those before it.
+// granted in order of arrival. Unlike a sync.RWMutex, a wait for it can be given up, so that
+// earlier commands do not delay the abort of a waiting one.
 type mediumLock struct {
 	mu     sync.Mutex
 	shared int
@@ -18,14 +18,14 @@ type mediumWait struct {
 	node  node[mediumWait]
 }
 
-// try takes the lock if it is free and returns whether it was.
+// try takes the lock if it is free, and reports whether it did.
 func (l *mediumLock) try(alone bool) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.queue.first == nil && l.take(alone)
 }
 
-// take is try without a look at the queue. The caller holds mu.
+// take is try that ignores the queue. The caller holds mu.
 func (l *mediumLock) take(alone bool) bool {
 	switch {
 	case l.alone || alone && l.shared > 0:
@@ -65,7 +65,7 @@ func (l *mediumLock) lock(alone bool, cut <-chan struct{}) bool {
 	return false
 }
 
-// unlock gives back what lock or try took.
+// unlock releases the lock of lock or try.
 func (l *mediumLock) unlock(alone bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

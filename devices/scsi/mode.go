@@ -13,8 +13,8 @@ const (
 	modeSaved
 )
 
-// modePage is a mode page: its size with the two bytes of header, what it says
-// and how a new value, already checked, is taken.
+// modePage is a mode page: its size with the two bytes of header, a function that fills it in, and
+// one that stores a checked new value.
 type modePage struct {
 	code  byte
 	size  int
@@ -27,7 +27,8 @@ var modePages = []modePage{
 	{code: 0x01, size: 12, fill: func(*Unit, int, []byte) {}},      // Read-Write Error Recovery (SBC-4 6.5.8)
 	{code: 0x08, size: 20, fill: fillCaching, store: storeCaching}, // Caching (SBC-4 6.5.6)
 	{code: 0x0a, size: 12, fill: fillControl, store: storeControl}, // Control (SPC-5 7.5.10)
-	{code: 0x1c, size: 12, fill: func(_ *Unit, control int, p []byte) { // Informational Exceptions Control (SBC-4 6.5.7)
+	// Informational Exceptions Control (SBC-4 6.5.7)
+	{code: 0x1c, size: 12, fill: func(_ *Unit, control int, p []byte) {
 		if control != modeChangeable {
 			p[2] = 0x08 // DEXCPT: no failure is predicted
 		}
@@ -133,8 +134,8 @@ func (u *Unit) blockDescriptor(long bool) []byte {
 	return b
 }
 
-// modeSelect is MODE SELECT(6) and (10) (SPC-5 6.12, 6.13). The whole list is
-// checked before anything changes.
+// modeSelect is MODE SELECT(6) and (10) (SPC-5 6.12, 6.13). It checks the whole list before it
+// changes anything.
 func modeSelect(tk *task) error {
 	cdb, u := tk.CDB, tk.u
 	if cdb[1]&0x01 != 0 {
@@ -182,9 +183,8 @@ func modeSelect(tk *task) error {
 		u.set.attention(ModeParamsChanged, func(id NexusID) bool { return id != tk.Nexus })
 	}
 	if before.wce && !after.wce {
-		// From here on the initiator sends no flushes. No write runs beside
-		// this command, so that all of them are in this flush or durable by
-		// themselves.
+		// From here on the initiator sends no flushes. No write runs beside this command, so this
+		// flush covers all writes that are not durable by themselves.
 		return u.flush()
 	}
 	if !after.wce {
@@ -193,15 +193,15 @@ func modeSelect(tk *task) error {
 	return nil
 }
 
-// modeState is all that MODE SELECT can change.
+// modeState is the state that MODE SELECT can change.
 type modeState struct{ wce, dSense, swp bool }
 
 func (u *Unit) modeState() modeState {
 	return modeState{u.wce.Load(), u.dSense.Load(), u.swp.Load()}
 }
 
-// checkBlockDescriptor checks the header and the block descriptor, which may
-// only say what is so already, and returns where the pages start.
+// checkBlockDescriptor checks the header and the block descriptor, which may only repeat the
+// current values, and returns the offset of the pages.
 func (u *Unit) checkBlockDescriptor(b []byte, header int) (int, error) {
 	if len(b) < header {
 		return 0, ParameterListLength
@@ -264,7 +264,7 @@ func (u *Unit) checkPage(b []byte, at int) (*modePage, []byte, error) {
 	return nil, nil, invalidParam(at)
 }
 
-// allAre says whether every byte of p is c.
+// allAre reports whether every byte of p is c.
 func allAre(p []byte, c byte) bool {
 	for _, x := range p {
 		if x != c {

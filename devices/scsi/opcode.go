@@ -14,7 +14,7 @@ const (
 	opReportLUNs   = 0xa0
 )
 
-// Direction says which way a command moves data, as seen by the initiator.
+// Direction is the direction of a command's data, as seen by the initiator.
 type Direction uint8
 
 // Directions.
@@ -24,7 +24,7 @@ const (
 	DataOut           // initiator to target
 )
 
-// dataKind is what a command transfers.
+// dataKind is the kind of data that a command transfers.
 type dataKind uint8
 
 const (
@@ -50,7 +50,7 @@ func (d dataKind) direction() Direction {
 	return DataOut
 }
 
-// field is where a number stands in a CDB: big-endian, right-aligned in its bytes from at on.
+// field is the place of a number in a CDB: big-endian, right-aligned in its bytes from at on.
 type field struct{ at, bits uint8 }
 
 // of returns the number in cdb, 0 if there is none.
@@ -79,10 +79,10 @@ func (f field) mark(b []byte) {
 	}
 }
 
-// extent is where a CDB has the LOGICAL BLOCK ADDRESS and the number of blocks.
+// extent is the place of the LOGICAL BLOCK ADDRESS and of the number of blocks in a CDB.
 type extent struct {
 	lba, blocks field
-	zero        uint64 // what 0 blocks stand for
+	zero        uint64 // the meaning of 0 blocks
 }
 
 // of returns the address and the number of blocks in cdb.
@@ -94,7 +94,7 @@ func (e *extent) of(cdb []byte) (lba, n uint64) {
 	return lba, n
 }
 
-// Extents that several commands have.
+// Extents that several commands share.
 var (
 	extent6  = extent{lba: field{1, 21}, blocks: field{4, 8}, zero: 256} // SBC-4 5.16
 	extent10 = extent{lba: field{2, 32}, blocks: field{7, 16}}
@@ -102,7 +102,7 @@ var (
 	extent16 = extent{lba: field{2, 64}, blocks: field{10, 32}}
 )
 
-// opFlags say what a command needs before its handler may run, and what its CDB has.
+// opFlags are the conditions under which a handler may run, and properties of the CDB.
 type opFlags uint16
 
 const (
@@ -112,17 +112,18 @@ const (
 	thinOnly                                 // exists on units with provisioning management
 	ignoresAttention                         // exempt from unit attention (SAM-5 5.14)
 	onWLUN                                   // known to the REPORT LUNS well-known logical unit
-	nonBlocking                              // waits for nothing but the medium, and not for that when task.now says so
+	nonBlocking                              // waits for the medium alone; never waits if task.now is set
 	ignoresReservation                       // allowed under any reservation (see access)
 	alwaysConflicts                          // refused under any reservation of another nexus
 	conflictsWithReserve                     // refused under RESERVE of another nexus (SPC-2 5.5.1)
-	counts                                   // is a command for a limit, although it moves no blocks
+	counts                                   // a limit counts it as a command, although it moves no blocks
 	countsTwice                              // a limit counts its blocks as read and as written
-	countsSegments                           // counts what it copies by itself, at the units of its list
+	countsSegments                           // charges its segments itself, at the units of its list
 	fuaBit                                   // bit 3 of byte 1 is FUA
 )
 
-// opcode is a row of the dispatch table: all that is known of a command but what it does.
+// opcode is a row of the dispatch table: all properties of a command that its handler does not
+// implement.
 type opcode struct {
 	name string
 	// usage is usageData without the operation code and without the bits of the fields
@@ -133,13 +134,13 @@ type opcode struct {
 	data    dataKind
 	flags   opFlags
 	exempt  func(cdb []byte) bool   // reports whether this CDB ignores reservations; nil: as flags say
-	detail  func(cdb []byte) string // says what a trace shows of other fields; nil: nothing
+	detail  func(cdb []byte) string // returns other fields for a trace; nil: none
 	run     func(*task) error
 	actions []opcode // rows of the service actions, in ascending order
 }
 
-// usageData is the CDB USAGE DATA of SPC-5 6.35.3: the operation code, the service action if there is
-// one, and ones for the bits that are looked at.
+// usageData is the CDB USAGE DATA of SPC-5 6.35.3: the operation code, the service action if there
+// is one, and ones for the bits that the target evaluates.
 func (o *opcode) usageData(code byte) []byte {
 	b := append([]byte{code}, o.usage...)
 	for _, f := range []field{o.extent.lba, o.extent.blocks, o.list} {
@@ -165,9 +166,8 @@ const (
 	less16 = less10 + "\x00\x00" + zeros4
 )
 
-// opcodes is the one list of what the target can do: dispatch, limits, reservations, traces,
-// REPORT SUPPORTED OPERATION CODES and docs/commands.md read it. It is filled by init because
-// handlers read it.
+// opcodes is the one list of commands: dispatch, limits, reservations, traces, REPORT SUPPORTED
+// OPERATION CODES and docs/commands.md read it. init fills it because handlers read it.
 var opcodes [256]opcode
 
 func init() {
@@ -346,7 +346,7 @@ func (o *opcode) find(action byte) *opcode {
 	return nil
 }
 
-// exists says whether u has the command.
+// exists reports whether u has the command.
 func (o *opcode) exists(u *Unit) bool {
 	if u.wellKnown {
 		return o.flags&onWLUN != 0
@@ -417,9 +417,8 @@ func Detail(cdb []byte) string {
 	}
 }
 
-// ParameterList reports whether the data-out of a command says what the command is to do: a
-// parameter list, or the block of WRITE SAME with UNMAP (SBC-4 5.49). It is true for a command that
-// the target does not know.
+// ParameterList reports whether the data-out of a command is a parameter list, or the block of
+// WRITE SAME with UNMAP (SBC-4 5.49). It is true for a command that the target does not know.
 func ParameterList(cdb []byte) bool {
 	row, err := lookupOpcode(cdb)
 	switch {

@@ -5,16 +5,16 @@ import (
 	"time"
 )
 
-// worker is what long work is done for. The work looks between two pieces whether that has been
-// stopped, so that an abort, a reset, a detach, a resize and the end of the machine wait for one piece
-// at most (TestLongCommandsAbort).
+// worker is the owner of long work. The work checks between two pieces whether its owner has been
+// stopped, so that an abort, a reset, a detach, a resize and the end of the machine wait for at
+// most one piece (TestLongCommandsAbort).
 type worker interface{ stopped() bool }
 
-// errStopped ends work for a worker that has been stopped. It is not seen by initiators.
+// errStopped ends work of a stopped worker. Initiators do not see it.
 var errStopped = errors.New("scsi: stopped")
 
-// pieces cuts a range of blocks for operations of a backend that take no data, each of which may take
-// a moment for any length (a hole, a file of zeroes) or long (a device that writes the zeroes).
+// pieces cuts a range of blocks for operations of a backend without data. Such an operation may be
+// fast for any length (a hole, a file of zeroes) or slow (a device that writes the zeroes).
 type pieces struct {
 	size, most uint64 // blocks
 	began      time.Time
@@ -30,7 +30,7 @@ func (u *Unit) pieces() pieces {
 	return pieces{size: uint64(firstPiece / u.blockSize), most: uint64(largestPiece / u.blockSize)}
 }
 
-// next returns how many of n blocks are the next piece.
+// next returns the length of the next piece of n blocks.
 func (p *pieces) next(n uint64) uint64 {
 	if !p.began.IsZero() {
 		switch d := time.Since(p.began); {

@@ -2,12 +2,11 @@ package scsi
 
 import "encoding/binary"
 
-// testUnitReady is TEST UNIT READY (SPC-5 6.49). Dispatch has found the unit
-// ready.
+// testUnitReady is TEST UNIT READY (SPC-5 6.49). Dispatch has checked that the unit is ready.
 func testUnitReady(*task) error { return nil }
 
-// requestSense is REQUEST SENSE (SPC-5 6.39): a pending unit attention, or else
-// what the unit is waiting for.
+// requestSense is REQUEST SENSE (SPC-5 6.39): a pending unit attention, else the reason why the
+// unit is not ready.
 func requestSense(tk *task) error {
 	s := Sense{Key: NoSense}
 	if tk.u == nil {
@@ -152,8 +151,8 @@ func reportSupportedTMFs(tk *task) error {
 	return tk.reply(b)
 }
 
-// startStopUnit is START STOP UNIT (SBC-4 5.31). There is nothing to eject and
-// no power condition but active and stopped.
+// startStopUnit is START STOP UNIT (SBC-4 5.31). The unit ejects nothing and has only the power
+// conditions active and stopped.
 func startStopUnit(tk *task) error {
 	cdb, u := tk.CDB, tk.u
 	start, noFlush := cdb[4]&0x01 != 0, cdb[4]&0x04 != 0
@@ -180,14 +179,14 @@ func startStopUnit(tk *task) error {
 		return nil
 	}
 	err := u.flush()
-	if err != nil || tk.stopped() { // it failed or was aborted: the unit is as it was
+	if err != nil || tk.stopped() { // it failed or was aborted: restore the state
 		u.stopped.Store(was)
 	}
 	return err
 }
 
-// preventAllow is PREVENT ALLOW MEDIUM REMOVAL (SBC-4 5.15). The medium cannot
-// be removed, so that there is nothing to remember.
+// preventAllow is PREVENT ALLOW MEDIUM REMOVAL (SBC-4 5.15). The medium cannot be removed, so the
+// unit keeps no state for it.
 func preventAllow(tk *task) error {
 	if tk.CDB[4]&0x02 != 0 {
 		return invalidCDB(4, 1)

@@ -5,9 +5,9 @@ import (
 	"encoding/binary"
 )
 
-// TupleSize is what the protection information of a logical block has (SBC-4
-// 4.21.3): LOGICAL BLOCK GUARD, the CRC of the data, LOGICAL BLOCK APPLICATION
-// TAG and LOGICAL BLOCK REFERENCE TAG, which is the end of its address.
+// TupleSize is the size of the protection information of a logical block (SBC-4 4.21.3): LOGICAL
+// BLOCK GUARD, the CRC of the data, LOGICAL BLOCK APPLICATION TAG and LOGICAL BLOCK REFERENCE TAG,
+// the low bits of its address.
 const TupleSize = 8
 
 // Protection keeps the protection information of a unit beside its Backend.
@@ -17,13 +17,13 @@ type Protection interface {
 	// ReadTuples and WriteTuples move len(p)/TupleSize tuples from block on.
 	ReadTuples(p []byte, block uint64) error
 	WriteTuples(p []byte, block uint64) error
-	// ClearTuples makes n tuples as if never written.
+	// ClearTuples makes n tuples read as if never written.
 	ClearTuples(block, n uint64) error
-	// Flush is as a Backend's.
+	// Flush is like Backend.Flush.
 	Flush() error
 }
 
-// protectionCheck says which fields are checked.
+// protectionCheck is the set of checked fields.
 type protectionCheck uint8
 
 const (
@@ -32,16 +32,15 @@ const (
 	checkAll = checkGuard | checkReference
 )
 
-// protectChecks are the checks for each value of RDPROTECT, WRPROTECT or VRPROTECT (SBC-4 tables of 5.17,
-// 5.42 and 5.35). The application tag is nobody's here but the initiator's, and is not
-// checked (VPD 86h, APP_CHK).
+// protectChecks are the checks for each value of RDPROTECT, WRPROTECT or VRPROTECT (SBC-4 tables of
+// 5.17, 5.42 and 5.35). The application tag belongs to the initiator and is not checked (VPD 86h,
+// APP_CHK).
 var protectChecks = [...]protectionCheck{0: checkAll, 1: checkAll, 2: checkReference, 3: 0, 4: checkGuard, 5: checkAll}
 
 // escape is a tuple that is not checked.
 var escape = [TupleSize]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 
-// guardTable is of the CRC of LOGICAL BLOCK GUARD, of polynomial 8BB7h (SBC-4
-// 4.21.4).
+// guardTable is the table of the CRC of LOGICAL BLOCK GUARD, polynomial 8BB7h (SBC-4 4.21.4).
 var guardTable = func() (t [256]uint16) {
 	for i := range t {
 		c := uint16(i) << 8
@@ -99,10 +98,10 @@ func (k protectionCheck) verifyTuples(t, data []byte, lba uint64) error {
 	return nil
 }
 
-// readChecked reads n blocks from lba on, checks them, and copies them to iov and their
-// protection information to tuples, unless those are nil. What is checked is what the medium
-// holds: the initiator may write to its buffers meanwhile, or use one for several commands. It is
-// for w, or in one piece if that is nil.
+// readChecked reads n blocks from lba on, checks them, and copies them to iov and their protection
+// information to tuples, unless those are nil. It checks its own copy of the data, not the buffers:
+// the initiator may write to them meanwhile, or use one for several commands. It works for w, or in
+// one piece if w is nil.
 func (u *Unit) readChecked(w worker, iov [][]byte, lba uint64, n int, tuples [][]byte, k protectionCheck) error {
 	buf := getScratch()
 	defer putScratch(buf)
@@ -145,11 +144,12 @@ func (u *Unit) loadProtected(data, tuples []byte, lba uint64) error {
 	})
 }
 
-// writeChecked is write with protection information, which is checked, or made if
-// tuples is nil. What is checked is what is stored, whatever the initiator does to its
-// buffers meanwhile. It stops at the first block that is wrong. It is for w, or in one piece if that
-// is nil.
-func (u *Unit) writeChecked(w worker, iov [][]byte, lba uint64, tuples [][]byte, k protectionCheck, durable bool) error {
+// writeChecked is write with protection information, which it checks, or makes if tuples is nil. It
+// stores its checked copy of the data, even if the initiator changes its buffers meanwhile. It
+// stops at the first wrong block. It works for w, or in one piece if w is nil.
+func (u *Unit) writeChecked(
+	w worker, iov [][]byte, lba uint64, tuples [][]byte, k protectionCheck, durable bool,
+) error {
 	buf := getScratch()
 	defer putScratch(buf)
 	bs, total := int(u.blockSize), size(iov)
@@ -181,8 +181,8 @@ func (u *Unit) writeChecked(w worker, iov [][]byte, lba uint64, tuples [][]byte,
 	return nil
 }
 
-// storeProtected writes blocks and their tuples. When this process ends in the middle,
-// the blocks are unchecked, not wrong.
+// storeProtected writes blocks and their tuples. If this process ends in the middle, the blocks are
+// unchecked, not wrong.
 func (u *Unit) storeProtected(data, tuples []byte, lba uint64) error {
 	u.tuples.Lock()
 	defer u.tuples.Unlock()
@@ -199,7 +199,7 @@ func (u *Unit) storeProtected(data, tuples []byte, lba uint64) error {
 }
 
 // protected returns the protection information buffer of n blocks, nil if there is none to
-// transfer: the transport then makes and takes it away, as a host bus adapter does.
+// transfer: the unit then generates it and drops it, as a host bus adapter does.
 func (tk *task) protected(buffers [][]byte, n int) ([][]byte, error) {
 	if tk.op.protect(tk.CDB) == 0 || len(buffers) == 0 {
 		return nil, nil

@@ -11,18 +11,18 @@ import (
 // errReservationConflict ends a command with the status RESERVATION CONFLICT.
 var errReservationConflict = errors.New("reservation conflict")
 
-// access is what reservations of others may keep a command from (SPC-5 5.14.1,
-// SBC-4 4.17).
+// access is the kind of access of a command that a reservation of another nexus may refuse (SPC-5
+// 5.14.1, SBC-4 4.17).
 type access uint8
 
 const (
-	freeAccess  access = iota // allowed whatever is reserved
+	freeAccess  access = iota // allowed under every reservation
 	readAccess                // refused by Exclusive Access
 	writeAccess               // refused by every type
 )
 
-// access returns what the command in cdb, of which all bytes are there, is as to
-// reservations. What no flag says is refused by every type.
+// access returns the access of the command in cdb, which is complete. Without a flag, every type
+// refuses the command.
 func (o *opcode) access(cdb []byte) access {
 	switch {
 	case o.flags&ignoresReservation != 0, o.exempt != nil && o.exempt(cdb):
@@ -70,23 +70,24 @@ func (t reservationType) name() string {
 }
 
 // reservationTypes is the PERSISTENT RESERVATION TYPE MASK: a bit for each type.
-const reservationTypes = 1<<writeExclusive | 1<<exclusiveAccess | 1<<writeExclusiveRegistrantsOnly | 1<<exclusiveRegistrantsOnly |
+const reservationTypes = 1<<writeExclusive | 1<<exclusiveAccess |
+	1<<writeExclusiveRegistrantsOnly | 1<<exclusiveRegistrantsOnly |
 	1<<writeExclusiveAllRegistrants | 1<<exclusiveAllRegistrants
 
 func (t reservationType) valid() bool { return reservationTypes>>t&1 != 0 }
 
-// forRegistrants says whether every registered I_T nexus has access.
+// forRegistrants reports whether every registered I_T nexus has access.
 func (t reservationType) forRegistrants() bool { return t >= writeExclusiveRegistrantsOnly }
 
-// allRegistrants says whether every registered I_T nexus is a holder.
+// allRegistrants reports whether every registered I_T nexus is a holder.
 func (t reservationType) allRegistrants() bool { return t >= writeExclusiveAllRegistrants }
 
-// exclusive says whether the type keeps others from reading.
+// exclusive reports whether the type keeps others from reading.
 func (t reservationType) exclusive() bool {
 	return t == exclusiveAccess || t == exclusiveRegistrantsOnly || t == exclusiveAllRegistrants
 }
 
-// maxRegistrations is how many I_T nexuses can be registered with a unit.
+// maxRegistrations is the largest number of I_T nexuses registered with a unit.
 const maxRegistrations = 1024
 
 // registration is an I_T nexus with its reservation key, which is not 0.
@@ -95,12 +96,11 @@ type registration struct {
 	key   uint64
 }
 
-// persistent is the registrations and the persistent reservation of a unit
-// (SPC-5 5.14). The scope is always the logical unit. A holder is registered,
-// and without a registration there is no reservation. What registered points to
-// is never changed.
+// persistent is the registrations and the persistent reservation of a unit (SPC-5 5.14). The scope
+// is always the logical unit. A holder is registered, and without a registration there is no
+// reservation. The array of registered never changes; a change makes a new one.
 type persistent struct {
-	registered []registration  // in the order in which they were made
+	registered []registration  // in order of registration
 	kind       reservationType // of the reservation
 	holder     NexusID         // of a type other than all registrants, else 0
 	aptpl      bool            // kept over a loss of power
@@ -117,7 +117,7 @@ func (p *persistent) key(id NexusID) uint64 {
 	return 0
 }
 
-// holds says whether id is a holder of the reservation.
+// holds reports whether id is a holder of the reservation.
 func (p *persistent) holds(id NexusID) bool {
 	if p.kind.allRegistrants() {
 		return p.key(id) != 0
@@ -125,12 +125,12 @@ func (p *persistent) holds(id NexusID) bool {
 	return p.kind != 0 && p.holder == id
 }
 
-// admits says whether the reservation restricts id in nothing.
+// admits reports whether the reservation does not restrict id.
 func (p *persistent) admits(id NexusID) bool {
 	return p.holds(id) || p.kind.forRegistrants() && p.key(id) != 0
 }
 
-// powerLoss is what is left of p after one (SPC-5 5.14.5).
+// powerLoss returns the part of p that survives a loss of power (SPC-5 5.14.5).
 func (p persistent) powerLoss() persistent {
 	if !p.aptpl {
 		return persistent{}
@@ -169,7 +169,7 @@ type reserveOut struct {
 	// Of REGISTER AND MOVE.
 	to         NexusID
 	unregister bool
-	invalid    error // what is wrong with the rest of the parameter list
+	invalid    error // the error in the rest of the parameter list
 }
 
 // scope checks SCOPE and TYPE of a command that makes a reservation, and returns
@@ -184,7 +184,7 @@ func (r reserveOut) scope() (reservationType, error) {
 	return 0, invalidCDB(2, 3)
 }
 
-// reserved is what becomes of a PERSISTENT RESERVE OUT command.
+// reserved is the result of a PERSISTENT RESERVE OUT command.
 type reserved struct {
 	persistent
 	told      []notice
@@ -197,8 +197,8 @@ type notice struct {
 	sense Sense
 }
 
-// remove takes away the registrations that gone selects, and the reservation
-// with its holder. It tells those who lost one, except by.
+// remove takes away the registrations that gone selects, and the reservation with its holder. It
+// notifies each nexus that lost one, except by.
 func (o *reserved) remove(by NexusID, sense Sense, gone func(registration) bool) {
 	var left []registration
 	for _, r := range o.registered {
@@ -217,8 +217,8 @@ func (o *reserved) remove(by NexusID, sense Sense, gone func(registration) bool)
 	}
 }
 
-// released tells all who are registered, except by, that the restrictions of a
-// reservation have gone.
+// released notifies all registered nexuses, except by, that the restrictions of a reservation are
+// gone.
 func (o *reserved) released(by NexusID) {
 	for _, r := range o.registered {
 		if r.nexus != by {
@@ -227,12 +227,12 @@ func (o *reserved) released(by NexusID) {
 	}
 }
 
-// apply works out what r does to p, which stays as it is.
+// apply returns the effect of r on p, which it does not change.
 func (p persistent) apply(r reserveOut) (reserved, error) {
 	o := reserved{persistent: p}
 	own := p.key(r.nexus)
 	register := r.action == prRegister || r.action == prRegisterIgnore
-	// The key is checked whatever the rest of the command says (SPC-5 6.17.3).
+	// The key is checked before the rest of the command (SPC-5 6.17.3).
 	if r.action != prRegisterIgnore && r.key != own || !register && own == 0 {
 		return o, errReservationConflict
 	}
@@ -320,8 +320,8 @@ func (o *reserved) reserve(r reserveOut) error {
 	return nil
 }
 
-// release is RELEASE (SPC-5 5.14.11.2.2), which is no error when the reservation
-// is of another I_T nexus or there is none.
+// release is RELEASE (SPC-5 5.14.11.2.2). It is no error if another I_T nexus holds the reservation
+// or there is none.
 func (o *reserved) release(r reserveOut) error {
 	if !o.holds(r.nexus) {
 		return nil
@@ -357,7 +357,9 @@ func (o *reserved) preempt(r reserveOut) error {
 		return err
 	}
 	was := o.kind
-	o.remove(r.nexus, RegistrationsPreempted, func(g registration) bool { return g.nexus != r.nexus && (all || named(g)) })
+	o.remove(r.nexus, RegistrationsPreempted, func(g registration) bool {
+		return g.nexus != r.nexus && (all || named(g))
+	})
 	o.reserves(kind, r.nexus)
 	if kind != was {
 		o.released(r.nexus)
@@ -377,7 +379,10 @@ func registerAndMove(tk *task) error {
 	if err != nil {
 		return err
 	}
-	r := reserveOut{action: prRegisterAndMove, nexus: tk.Nexus, key: be.Uint64(b), newKey: be.Uint64(b[8:]), aptpl: b[17]&0x01 != 0, unregister: b[17]&0x02 != 0}
+	r := reserveOut{
+		action: prRegisterAndMove, nexus: tk.Nexus, key: be.Uint64(b), newKey: be.Uint64(b[8:]),
+		aptpl: b[17]&0x01 != 0, unregister: b[17]&0x02 != 0,
+	}
 	switch {
 	case int(be.Uint32(b[20:])) != n-header:
 		return ParameterListLength
@@ -407,7 +412,10 @@ func persistentReserveOut(tk *task) error {
 	if err != nil {
 		return err
 	}
-	r := reserveOut{action: tk.op.action(), scopeType: tk.CDB[2], nexus: tk.Nexus, key: be.Uint64(b), newKey: be.Uint64(b[8:])}
+	r := reserveOut{
+		action: tk.op.action(), scopeType: tk.CDB[2],
+		nexus: tk.Nexus, key: be.Uint64(b), newKey: be.Uint64(b[8:]),
+	}
 	r.aptpl = b[20]&0x01 != 0 && (r.action == prRegister || r.action == prRegisterIgnore)
 	switch {
 	case b[20]&0x08 != 0: // SPEC_I_PT
@@ -417,15 +425,14 @@ func persistentReserveOut(tk *task) error {
 	case r.aptpl && tk.u.cfg.Reservations == nil:
 		return invalidParam(20)
 	}
-	// ALL_TG_PT says nothing: there is one target port.
+	// ALL_TG_PT has no effect: there is one target port.
 	return tk.u.set.reserveOut(tk, r)
 }
 
-// reserveOut does r, which tk asks for. The new state is kept first, where it
-// survives a loss of power, and then takes effect at one point in the order of
-// all commands, with the unit attention conditions and what PREEMPT AND ABORT
-// ends. When PREEMPT AND ABORT returns, no command of an I_T nexus that it
-// preempted is under way on the unit, copies of other units' among them.
+// reserveOut does r for tk. It first saves the new state to survive a loss of power. The state then
+// takes effect at one point in the order of all commands, together with the unit attention
+// conditions and the aborts of PREEMPT AND ABORT. When PREEMPT AND ABORT returns, no command of a
+// preempted I_T nexus is under way on the unit, nor a copy by another unit's command.
 func (s *taskSet) reserveOut(tk *task, r reserveOut) error {
 	s.prOut.Lock()
 	s.mu.Lock()
@@ -434,7 +441,8 @@ func (s *taskSet) reserveOut(tk *task, r reserveOut) error {
 	o, err := now.apply(r)
 	switch {
 	case tk.state.Load() != running:
-		err = TargetFailure // aborted, perhaps by another PREEMPT AND ABORT: it must not change anything after that
+		// Aborted, perhaps by another PREEMPT AND ABORT: it must not change anything after that.
+		err = TargetFailure
 	case legacy:
 		err = errReservationConflict
 	case err == nil:
@@ -461,9 +469,9 @@ func (s *taskSet) reserveOut(tk *task, r reserveOut) error {
 			}
 		}
 	}
-	// Whoever waits below holds no lock that those it waits for want, and is not
-	// among them: they were in the set before this change, and one that was
-	// ended makes no change of its own.
+	// The wait below cannot deadlock: this command holds no lock that the awaited commands need,
+	// and is not among them. They were in the set before this change, and an aborted command makes
+	// no change of its own.
 	s.prOut.Unlock()
 	s.mu.Unlock()
 	if w != nil {
@@ -480,8 +488,8 @@ func (s *taskSet) reserveOut(tk *task, r reserveOut) error {
 	return nil
 }
 
-// keep saves what of next survives a loss of power, if that differs from what is
-// kept. The caller holds prOut.
+// keep saves the part of next that survives a loss of power, if it differs from the kept state. The
+// caller holds prOut.
 func (s *taskSet) keep(u *Unit, now, next persistent) error {
 	k := u.cfg.Reservations
 	was, will := now.kept(), next.kept()
@@ -499,8 +507,7 @@ func (s *taskSet) keep(u *Unit, now, next persistent) error {
 	return err
 }
 
-// refuses says whether what others have reserved keeps id from a. The caller
-// holds mu.
+// refuses reports whether a reservation of another nexus refuses a to id. The caller holds mu.
 func (s *taskSet) refuses(id NexusID, a access) bool {
 	if s.reserver != nil {
 		return *s.reserver != id && a != freeAccess
@@ -508,8 +515,8 @@ func (s *taskSet) refuses(id NexusID, a access) bool {
 	return s.pr.kind != 0 && a != freeAccess && !s.pr.admits(id) && (a == writeAccess || s.pr.kind.exclusive())
 }
 
-// conflicts says whether tk, a command of which all fields that every command
-// has are right, ends with RESERVATION CONFLICT. The caller holds mu.
+// conflicts reports whether tk ends with RESERVATION CONFLICT. A command with an error in the
+// fields that all commands share does not. The caller holds mu.
 func (s *taskSet) conflicts(tk *task) bool {
 	if s.reserver == nil && s.pr.kind == 0 || tk.op == nil || tk.acceptable() != nil || !tk.op.exists(tk.u) {
 		return false
@@ -528,10 +535,9 @@ func (s *taskSet) refusesCopy(id NexusID, a access) bool {
 	return s.refuses(id, a)
 }
 
-// reserveUnit is RESERVE(6), RESERVE(10), RELEASE(6) and RELEASE(10) (SPC-2 7.18
-// to 7.22), with the exceptions of compatible reservation handling (SPC-5
-// 5.14.3): they succeed, and do nothing, for those whom a persistent reservation
-// restricts in nothing.
+// reserveUnit is RESERVE(6), RESERVE(10), RELEASE(6) and RELEASE(10) (SPC-2 7.18 to 7.22), with the
+// exceptions of compatible reservation handling (SPC-5 5.14.3): they succeed, and do nothing, for a
+// nexus that a persistent reservation does not restrict.
 func reserveUnit(tk *task) error {
 	switch cdb := tk.CDB; {
 	case cdb[1]&0x10 != 0:
@@ -561,12 +567,12 @@ func reserveUnit(tk *task) error {
 	return nil
 }
 
-// dropReserver ends the reservation of RESERVE(6) or RESERVE(10) if whom selects
-// the I_T nexus that has it.
-func (s *taskSet) dropReserver(whom func(NexusID) bool) {
+// dropReserver ends the reservation of RESERVE(6) or RESERVE(10) if selected reports true for the
+// I_T nexus that has it.
+func (s *taskSet) dropReserver(selected func(NexusID) bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.reserver != nil && whom(*s.reserver) {
+	if s.reserver != nil && selected(*s.reserver) {
 		s.reserver = nil
 	}
 }
@@ -661,12 +667,12 @@ func readFullStatus(tk *task) error {
 	return tk.replyReservations(p, b)
 }
 
-// relativePort is the RELATIVE TARGET PORT IDENTIFIER of the one port there is.
+// relativePort is the RELATIVE TARGET PORT IDENTIFIER of the only port.
 const relativePort = 1
 
-// transportID is a TransportID for an I_T nexus: that of a SAS initiator port
-// (SPC-5 7.6.4.8) whose address is locally assigned (NAA 3h) and the number of
-// the nexus. virtio-scsi has no format of its own.
+// transportID is a TransportID for an I_T nexus: that of a SAS initiator port (SPC-5 7.6.4.8) with
+// a locally assigned address (NAA 3h) that is the number of the nexus. virtio-scsi has no format of
+// its own.
 func transportID(id NexusID) []byte {
 	b := make([]byte, 24)
 	b[0] = 0x06

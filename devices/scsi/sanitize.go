@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 )
 
-// States of a unit as to SANITIZE.
+// States of SANITIZE of a unit.
 const (
 	notSanitizing int32 = iota
 	sanitizing
@@ -20,7 +20,7 @@ const (
 	sanitizeExitFailure = 0x1f
 )
 
-// notReady returns the sense data that a command for the medium meets, if any.
+// notReady returns the sense data for a command that uses the medium, nil if the unit is ready.
 func (u *Unit) notReady() error {
 	switch {
 	case u.stopped.Load():
@@ -33,19 +33,20 @@ func (u *Unit) notReady() error {
 	return nil
 }
 
-// sanitizeOperation is what SANITIZE has begun. It is the unit's, not the command's: abort and reset
-// end a command that waits for it, and nothing but Detach and the end of the target ends the operation
-// itself, which has failed then (SBC-4 4.11). It goes on over a power cycle of the guest.
+// sanitizeOperation is the operation that SANITIZE begins. It belongs to the unit, not to the
+// command: abort and reset end a command that waits for it. Only Detach and the end of the target
+// end the operation itself, which then has failed (SBC-4 4.11). It goes on over a power cycle of
+// the guest.
 type sanitizeOperation struct {
 	stop atomic.Bool
-	err  error         // for who has seen done closed
+	err  error         // valid once done is closed
 	done chan struct{} // closed when the operation has ended
 }
 
 func (o *sanitizeOperation) stopped() bool { return o.stop.Load() }
 
-// stopSanitize ends the operation, if there is one, and returns what is closed when it has ended. No
-// command may begin one.
+// stopSanitize ends the operation, if there is one, and returns a channel that is closed when it
+// has ended. No command may begin one meanwhile.
 func (u *Unit) stopSanitize() <-chan struct{} {
 	op := u.sanitizing.Load()
 	if op == nil {
@@ -61,9 +62,8 @@ var closedChannel = func() chan struct{} {
 	return c
 }()
 
-// sanitize is SANITIZE (SBC-4 5.29). All of the medium that the initiator can
-// read is changed; what a host's file system or device keeps of it elsewhere is
-// not this target's.
+// sanitize is SANITIZE (SBC-4 5.29). It changes all blocks that the initiator can read. Copies that
+// the host's file system or device keeps elsewhere are out of its reach.
 func sanitize(tk *task) error {
 	u, action, n := tk.u, tk.op.action(), tk.listLength()
 	var pattern []byte
@@ -75,7 +75,7 @@ func sanitize(tk *task) error {
 		if err != nil {
 			return err
 		}
-		// The CDB is what all of these are errors of (SBC-4 5.29.2.2).
+		// All of these are errors of the CDB (SBC-4 5.29.2.2).
 		if size := int(binary.BigEndian.Uint16(b[2:])); b[0]&0x1f == 0 || size == 0 || size > n-4 {
 			return InvalidFieldInCDB
 		} else {
@@ -86,7 +86,7 @@ func sanitize(tk *task) error {
 	}
 	op, err := tk.beginSanitize(action, pattern)
 	if op == nil || tk.CDB[1]&0x80 != 0 { // IMMED
-		return err // commands to come tell of a failure
+		return err // later commands report a failure
 	}
 	u.set.interruptibly(tk, func(cut <-chan struct{}) {
 		select {
@@ -98,8 +98,9 @@ func sanitize(tk *task) error {
 	return err
 }
 
-// beginSanitize waits until no other command uses the medium and begins the operation, or ends the
-// failure of one: then it returns none. No state is set before the wait is over (TestSanitizeAborted).
+// beginSanitize waits until no other command uses the medium, then begins the operation. For EXIT
+// FAILURE MODE it returns no operation. It sets no state before the wait is over
+// (TestSanitizeAborted).
 func (tk *task) beginSanitize(action byte, pattern []byte) (*sanitizeOperation, error) {
 	u := tk.u
 	if u.sanitize.Load() == sanitizing {
@@ -141,8 +142,8 @@ func (tk *task) beginSanitize(action byte, pattern []byte) (*sanitizeOperation, 
 	return op, nil
 }
 
-// erase discards every block, or overwrites it as pattern says, whose first byte is
-// that of the parameter list and the rest what is repeated in every block.
+// erase discards every block, or overwrites it. The first byte of pattern is that of the parameter
+// list; the rest is repeated in every block.
 func (u *Unit) erase(op *sanitizeOperation, pattern []byte) error {
 	passes, block := byte(1), []byte(nil)
 	if pattern != nil {
@@ -167,8 +168,8 @@ func (u *Unit) erase(op *sanitizeOperation, pattern []byte) error {
 	return nil
 }
 
-// erasePass writes block to all blocks, or discards them if it is nil. Between two pieces the medium
-// is free, for a resize.
+// erasePass writes block to all blocks, or discards them if it is nil. Between two pieces the
+// medium is free, for a resize.
 func (u *Unit) erasePass(op *sanitizeOperation, block []byte) error {
 	piece := func(p *pieces, lba uint64) (n uint64, err error) {
 		u.medium.lock(false, nil)

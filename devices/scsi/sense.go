@@ -25,7 +25,7 @@ const (
 	Miscompare     SenseKey = 0xe
 )
 
-// keyNames are the names of sense keys, of those too that only other targets return.
+// keyNames are the names of sense keys, including those that only other targets return.
 var keyNames = [16]string{
 	NoSense: "NO SENSE", 0x1: "RECOVERED ERROR", NotReady: "NOT READY", MediumError: "MEDIUM ERROR",
 	HardwareError: "HARDWARE ERROR", IllegalRequest: "ILLEGAL REQUEST", UnitAttention: "UNIT ATTENTION",
@@ -49,11 +49,10 @@ type Sense struct {
 	// Info is the INFORMATION field, valid when InfoValid is set.
 	Info      uint64
 	InfoValid bool
-	// Specific is the SENSE KEY SPECIFIC field; its SKSV bit (80h of the first
-	// byte) says whether it is valid.
+	// Specific is the SENSE KEY SPECIFIC field; its SKSV bit (80h of the first byte) tells whether
+	// it is valid.
 	Specific [3]byte
-	// Deferred says that the error is of a command that was answered before
-	// (SPC-5 4.5.7).
+	// Deferred reports that the error belongs to a command that was answered before (SPC-5 4.5.7).
 	Deferred bool
 }
 
@@ -64,10 +63,10 @@ type namedSense struct {
 	name      string
 }
 
-// returned is the sense data that this target returns, as sense adds it.
+// returned is the sense data that this target returns; sense adds to it.
 var returned = make([]namedSense, 0, 64)
 
-// foreign is sense data of other targets, whose traces are read.
+// foreign is sense data of other targets, for reading their traces.
 var foreign = []namedSense{
 	{NotReady, 0x08, 0x00, "communication failure"},
 	{UnitAttention, 0x29, 0x00, "power on, reset, or bus device reset occurred"},
@@ -138,7 +137,7 @@ var (
 	InsufficientRegistrations = sense(IllegalRequest, 0x55, 0x04, "insufficient registration resources")
 )
 
-// Error says what the sense data means: "ILLEGAL REQUEST, invalid field in CDB (byte 2, bit 7)".
+// Error describes the sense data: "ILLEGAL REQUEST, invalid field in CDB (byte 2, bit 7)".
 func (s Sense) Error() string {
 	text := s.Key.Name() + ", " + additional(s.ASC, s.ASCQ)
 	if s.Deferred {
@@ -163,8 +162,8 @@ func (s Sense) Is(err error) bool {
 	return ok && s.Key == o.Key && s.ASC == o.ASC && s.ASCQ == o.ASCQ
 }
 
-// ofReset says whether s is a unit attention condition that tells of a reset or
-// of the loss of an I_T nexus.
+// ofReset reports whether s is the unit attention condition of a reset or of the loss of an I_T
+// nexus.
 func (s Sense) ofReset() bool { return s.Key == UnitAttention && s.ASC == 0x29 }
 
 // invalidCDB is INVALID FIELD IN CDB with a field pointer to bit (7 to 0) of
@@ -227,7 +226,7 @@ func (s Sense) encode(descriptor bool) []byte {
 	return s.Fixed()
 }
 
-// A mediumError is a failure of the backend, with what was asked of it.
+// mediumError is a failure of the backend, with the failed operation.
 type mediumError struct {
 	op  string // "read", "write", "flush", …
 	off int64
@@ -240,8 +239,8 @@ func (e *mediumError) Error() string {
 
 func (e *mediumError) Unwrap() error { return e.err }
 
-// senseOf turns any error into sense data. It is the only place that does, and
-// what it does not know is a failure too.
+// senseOf turns any error into sense data. It is the only place that does; an unknown error is a
+// failure too.
 func senseOf(err error) Sense {
 	var s Sense
 	if errors.As(err, &s) {

@@ -13,10 +13,10 @@ type Vectored interface {
 	WriteVec(iov [][]byte, off int64) (int, error)
 }
 
-// Prompt is a Backend that knows which transfers need not wait for storage, because
-// what they read is in memory, or what they write goes there. Its methods do all of
-// such a transfer as ReadVec and WriteVec do, and else return false: then it is done
-// again from its beginning by those, which also have the error.
+// Prompt is a Backend that knows which transfers need not wait for storage, because they read from
+// memory or write to it. Its methods do such a transfer completely, as ReadVec and WriteVec do, or
+// return false. The unit then repeats it from the beginning with ReadVec or WriteVec, which return
+// any error.
 type Prompt interface {
 	ReadVecNow(iov [][]byte, off int64) bool
 	WriteVecNow(iov [][]byte, off int64) bool
@@ -30,29 +30,29 @@ type Syncer interface {
 
 // Discarder is a Backend that can give back the storage of a range.
 type Discarder interface {
-	// DiscardGranularity returns the size, in bytes, of the smallest range
-	// that gives back storage, or 0 when Discard does not work after all.
+	// DiscardGranularity returns the size, in bytes, of the smallest range that gives back storage,
+	// or 0 if Discard does not work.
 	DiscardGranularity() int64
-	// Discard gives back what it can of the range. The whole range reads as
-	// zeroes afterwards.
+	// Discard gives back as much of the range as it can. The whole range reads as zeroes
+	// afterwards.
 	Discard(off, n int64) error
 }
 
 // Mapper is a Backend that knows which blocks have storage of their own.
 type Mapper interface {
-	// Mapped says whether the bytes at off have storage, and how many bytes
-	// from off on, at least one and at most n, share that.
+	// Mapped reports whether the bytes at off have storage, and how many bytes from off on, at
+	// least one and at most n, share that state.
 	Mapped(off, n int64) (mapped bool, length int64, err error)
 }
 
-// Zeroer is a Backend that writes zeroes faster than by WriteAt. An error that
-// is errors.ErrUnsupported makes the unit write them itself.
+// Zeroer is a Backend that writes zeroes faster than WriteAt. After errors.ErrUnsupported the unit
+// writes them itself.
 type Zeroer interface {
 	Zero(off, n int64) error
 }
 
-// Identified is a Backend that knows a name which stays the same as long as it
-// holds the same data, for units without a serial number.
+// Identified is a Backend with a name that stays the same as long as it holds the same data, for
+// units without a serial number.
 type Identified interface {
 	Identity() string
 }
@@ -111,13 +111,13 @@ func discardGranularity(b Backend) int64 {
 	return 0
 }
 
-// pieceSize divides the length of every buffer that may go to a Backend that is
-// not Vectored by itself: no logical block is larger.
+// pieceSize divides the length of every buffer that may go alone to a Backend that is not Vectored:
+// no logical block is larger.
 const pieceSize = 4096
 
-// each hands the buffers of iov to do one after another. When one of them ends
-// inside a logical block, all go through a buffer of our own, because offsets
-// of a Backend are multiples of the block size.
+// each hands the buffers of iov to do one after another. If one of them ends inside a logical
+// block, all go through one new buffer, because offsets of a Backend are multiples of the block
+// size.
 func each(iov [][]byte, off int64, do func([]byte, int64) (int, error), read bool) (int, error) {
 	if len(iov) > 1 {
 		for _, p := range iov {
@@ -146,8 +146,8 @@ func each(iov [][]byte, off int64, do func([]byte, int64) (int, error), read boo
 	return done, nil
 }
 
-// whole calls do once. io.ReaderAt may return io.EOF with a full buffer, which
-// is no error here, and neither kind may be short without one.
+// whole calls do once. io.ReaderAt may return io.EOF with a full buffer, which is no error here. A
+// short transfer without an error is one.
 func whole(do func([]byte, int64) (int, error), p []byte, off int64) (int, error) {
 	n, err := do(p, off)
 	switch {
@@ -159,7 +159,7 @@ func whole(do func([]byte, int64) (int, error), p []byte, off int64) (int, error
 	return n, err
 }
 
-// size returns how many bytes iov holds.
+// size returns the number of bytes of iov.
 func size(iov [][]byte) int {
 	n := 0
 	for _, p := range iov {
@@ -168,7 +168,7 @@ func size(iov [][]byte) int {
 	return n
 }
 
-// gather fills dst from iov and returns how many bytes there were.
+// gather fills dst from iov and returns the number of bytes copied.
 func gather(dst []byte, iov [][]byte) int {
 	n := 0
 	for _, p := range iov {
@@ -177,7 +177,7 @@ func gather(dst []byte, iov [][]byte) int {
 	return n
 }
 
-// scatter copies src into iov and returns how many bytes fitted.
+// scatter copies src into iov and returns the number of bytes that fitted.
 func scatter(iov [][]byte, src []byte) int {
 	n := 0
 	for _, p := range iov {

@@ -31,7 +31,8 @@ func NewTarget() *Target {
 	return t
 }
 
-// SerialError is an Attach at LUN of a unit whose serial number the unit at Other has.
+// SerialError is the error of an Attach at LUN of a unit that has the serial number of the unit at
+// Other.
 type SerialError struct {
 	LUN, Other int
 	Serial     string
@@ -48,10 +49,9 @@ func (l LUN) number() int {
 }
 
 // Attach makes u a logical unit of the target, as after a power on. Initiators that know the target
-// find the unit attention REPORTED LUNS DATA HAS CHANGED on its other units.
-// It fails when lun is taken or is not a single level LUN, and when a unit with
-// the same serial number is there already: initiators would take the two for
-// two paths to the same storage.
+// find the unit attention REPORTED LUNS DATA HAS CHANGED on its other units. Attach fails if lun is
+// taken or is not a single level LUN, and if another unit has the same serial number: initiators
+// would take the two for two paths to the same storage.
 func (t *Target) Attach(lun LUN, u *Unit) error {
 	if _, ok := DecodeLUN(lun); !ok {
 		return fmt.Errorf("scsi attach: LUN %#016x is not a single level logical unit number", uint64(lun))
@@ -75,9 +75,8 @@ func (t *Target) Attach(lun LUN, u *Unit) error {
 	return nil
 }
 
-// Detach takes the unit at lun away. Commands in flight are aborted and
-// answered before it returns, and flushes of answered commands have ended, so that the backend may
-// be closed then.
+// Detach removes the unit at lun. Before it returns, commands in flight are aborted and answered,
+// and flushes of answered commands have ended, so that the backend may be closed then.
 func (t *Target) Detach(lun LUN) error {
 	lun = lun.canonical()
 	u := t.take(lun)
@@ -112,7 +111,7 @@ func (t *Target) End(ctx context.Context) (busy []*Unit) {
 	return busy
 }
 
-// endsBy says whether done is closed before ctx ends.
+// endsBy reports whether done is closed before ctx ends.
 func endsBy(ctx context.Context, done <-chan struct{}) bool {
 	select {
 	case <-done:
@@ -140,7 +139,7 @@ func (t *Target) take(lun LUN) *Unit {
 	return u
 }
 
-// swap publishes units and tells initiators, on all of them but the new one.
+// swap publishes units and establishes LUNsChanged on all of them but the new one.
 func (t *Target) swap(units map[LUN]*Unit, added *Unit) {
 	t.units.Store(&units)
 	for _, u := range units {
@@ -170,10 +169,9 @@ func (t *Target) lookup(lun LUN) *Unit {
 	return t.Unit(lun)
 }
 
-// Submit processes c and does not wait for it: what can be done at once, because it
-// needs no storage or a Prompt one has it in memory, is done inline, and everything
-// else in a goroutine of its own. It may be called from several goroutines at the same
-// time; c belongs to the target until Done is called.
+// Submit processes c and does not wait for it. A command that needs no storage, or whose data a
+// Prompt backend has in memory, is done inline, any other in a new goroutine. Submit may be called
+// from several goroutines at the same time; c belongs to the target until Done is called.
 func (t *Target) Submit(c *Command) {
 	tk := t.tasks.Get().(*task)
 	tk.Command, tk.t = c, t
@@ -186,16 +184,15 @@ func (t *Target) Submit(c *Command) {
 		t.serve(tk)
 	case t.now(tk):
 	default:
-		tk.u.set.join(tk) // commands take their places as they come
+		tk.u.set.join(tk) // commands join in order of arrival
 		go t.serve(tk)
 	}
 }
 
-// errWait says that a command cannot go on without waiting, and has to begin again
-// where it may.
+// errWait reports that the command would block; rerun it where blocking is allowed.
 var errWait = errors.New("scsi: would wait")
 
-// now serves the command if nothing of it has to wait, and says whether it did. A command that
+// now serves the command if no part of it has to wait, and reports whether it did. A command that
 // counts under a limit takes its place there.
 func (t *Target) now(tk *task) bool {
 	able := tk.op != nil && (tk.op.flags&nonBlocking != 0 || tk.u.limit != nil && tk.op.limited())
@@ -218,10 +215,10 @@ func (t *Target) serve(tk *task) {
 	t.finish(tk, r, entered)
 }
 
-// finish answers the command and does what is left then.
+// finish answers the command and does its remaining work.
 func (t *Target) finish(tk *task, r Result, entered bool) {
 	done := tk.Done
-	tk.Command = nil // it is the caller's again, CDB and buffers too: no later use of it goes unseen
+	tk.Command = nil // the caller owns it again, CDB and buffers too: a later use of it would panic
 	done(r)
 	if tk.flushAfter && r.Status == Good {
 		tk.u.flushLater(tk.Nexus)
@@ -234,8 +231,8 @@ func (t *Target) finish(tk *task, r Result, entered bool) {
 	t.tasks.Put(tk)
 }
 
-// process runs the command and says how it ended, and whether it is in the task
-// set of a unit.
+// process runs the command. It returns the result, and whether the command is in the task set of a
+// unit.
 func (t *Target) process(tk *task) (Result, bool) {
 	u := tk.u
 	if u == nil {
@@ -256,7 +253,7 @@ func (t *Target) process(tk *task) (Result, bool) {
 	return tk.answer(err), true
 }
 
-// answer is result, or that of an abort which came before.
+// answer is result, or the result of an earlier abort.
 func (tk *task) answer(err error) Result {
 	if tk.u.limit != nil && !tk.charged {
 		tk.u.limit.giveBack(&tk.place)
@@ -268,7 +265,7 @@ func (tk *task) answer(err error) Result {
 	return r
 }
 
-// run does the command, again from its beginning when that had to wait for its place under the
+// run does the command, and repeats it from its beginning after a wait for its place under the
 // limit.
 func (tk *task) run() error {
 	for {
@@ -290,7 +287,7 @@ func (tk *task) run() error {
 func (tk *task) once() error {
 	op, u := tk.op, tk.u
 	if tk.state.Load() != running {
-		return TargetFailure // aborted while it waited: nothing is done, nothing answered
+		return TargetFailure // aborted while it waited: not done, not answered
 	}
 	if err := tk.acceptable(); err != nil {
 		return err
@@ -347,7 +344,7 @@ func (tk *task) lockMedium(u *Unit, alone bool) (ok bool) {
 // stopped implements worker: an aborted command ends between two pieces of its work.
 func (tk *task) stopped() bool { return tk.state.Load() == aborted }
 
-// acceptable checks what a CDB must have before its operation code matters.
+// acceptable checks the fields that all CDBs share.
 func (tk *task) acceptable() error {
 	if len(tk.CDB) < tk.op.length() {
 		return InvalidFieldInIU
@@ -362,8 +359,8 @@ func (tk *task) acceptable() error {
 	return nil
 }
 
-// result makes the answer of a command that ended with err. An error without
-// sense data of its own is a failure all the same.
+// result makes the answer of a command that ended with err. An error without sense data is a
+// failure too.
 func (tk *task) result(err error) Result {
 	r := Result{Status: tk.status, Overrun: tk.overrun, ProtectionIn: clampInt(tk.piDone)}
 	switch {
@@ -404,12 +401,11 @@ func (t *Target) noUnit(tk *task) Result {
 // clampInt is n as a residual.
 func clampInt(n int) uint32 { return uint32(min(n, math.MaxUint32)) }
 
-// listLength is the ALLOCATION LENGTH or PARAMETER LIST LENGTH of the CDB.
+// listLength returns the ALLOCATION LENGTH or PARAMETER LIST LENGTH of the CDB.
 func (tk *task) listLength() int { return int(tk.op.list.of(tk.CDB)) }
 
-// reply transfers data to the initiator: no more than ALLOCATION LENGTH, if the
-// CDB has one, and no more than the data-in buffer holds, which is
-// another limit (SPC-5 4.2.5.6).
+// reply transfers data to the initiator: at most ALLOCATION LENGTH, if the CDB has one, and at most
+// the size of the data-in buffer, which is another limit (SPC-5 4.2.5.6).
 func (tk *task) reply(data []byte) error {
 	if tk.op.list != (field{}) {
 		data = data[:min(len(data), tk.listLength())]
@@ -431,8 +427,7 @@ func (tk *task) parameters(n int) ([]byte, error) {
 	return b, nil
 }
 
-// dataOut returns the n bytes of data-out as they lie, or an error when the
-// initiator sent less.
+// dataOut returns the n bytes of data-out in place, or an error if the initiator sent less.
 func (tk *task) dataOut(n int) ([][]byte, error) {
 	if n > tk.outLen {
 		tk.overrun = true
@@ -464,11 +459,10 @@ const (
 	IncorrectLUN
 )
 
-// AbortTask is ABORT TASK: it ends the command of the nexus with the tag, if it
-// is in the task set. Like every function that aborts, it returns when the
-// commands it ended have been answered with a Result whose Abort is set, and
-// so have those that were ending by themselves: no Done of theirs comes later.
-// It therefore waits for I/O in flight, and must not be called from Done.
+// AbortTask is ABORT TASK: it ends the command of the nexus with the tag, if it is in the task set.
+// Like every function that aborts, it returns when all selected commands have been answered: those
+// that it ended with Abort set in the Result, and those that were ending by themselves. No Done of
+// theirs comes later. It therefore waits for I/O in flight, and must not be called from Done.
 func (t *Target) AbortTask(nexus NexusID, lun LUN, tag uint64) TaskResponse {
 	return t.abort(lun, AbortedByTask, tagged(nexus, tag))
 }
@@ -478,8 +472,8 @@ func (t *Target) AbortTaskSet(nexus NexusID, lun LUN) TaskResponse {
 	return t.abort(lun, AbortedByTask, tasksOf(nexus))
 }
 
-// ClearTaskSet is CLEAR TASK SET: it ends every command of every nexus. Other
-// initiators that lost one find COMMANDS CLEARED BY ANOTHER INITIATOR (SAM-5 5.14).
+// ClearTaskSet is CLEAR TASK SET: it ends every command of every nexus. Other initiators that lost
+// a command find COMMANDS CLEARED BY ANOTHER INITIATOR (SAM-5 5.14).
 func (t *Target) ClearTaskSet(nexus NexusID, lun LUN) TaskResponse {
 	u := t.lookup(lun)
 	if u == nil {
@@ -504,8 +498,8 @@ func (t *Target) abort(lun LUN, cause Abort, which selection) TaskResponse {
 // unit attention BUS DEVICE RESET FUNCTION OCCURRED for every nexus. It releases
 // RESERVE(6) and RESERVE(10), and leaves persistent reservations.
 //
-// A write cache that the initiator has turned off stays off: the driver that
-// did so may not look again, and would lose data it believes to be durable.
+// A write cache that the initiator has turned off stays off: its driver may not check again, and
+// would lose data that it believes to be durable.
 func (t *Target) LogicalUnitReset(lun LUN) TaskResponse {
 	u := t.lookup(lun)
 	if u == nil {
@@ -530,10 +524,9 @@ func (t *Target) NexusReset(nexus NexusID) TaskResponse {
 	return FunctionComplete
 }
 
-// PowerOn is a power cycle: every command ends, every unit is as it was
-// attached, the write cache too, and every nexus finds POWER ON OCCURRED. Of
-// reservations stays what APTPL keeps. It is for a transport whose machine was
-// reset.
+// PowerOn is a power cycle, for a transport whose machine was reset: every command ends, every unit
+// is in the state of its Attach, the write cache too, and every nexus finds POWER ON OCCURRED. Only
+// reservations with APTPL stay.
 func (t *Target) PowerOn() {
 	for _, u := range t.all() {
 		u.set.abort(AbortedByReset, allTasks)

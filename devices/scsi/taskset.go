@@ -7,9 +7,8 @@ import (
 	"sync/atomic"
 )
 
-// States of a task. The step out of running decides whether the initiator gets
-// the command's status or an abort: it is taken once, by the command or by a
-// task management function.
+// States of a task. The step out of running decides whether the initiator gets the command's status
+// or an abort. The command or a task management function takes it, once.
 const (
 	running int32 = iota
 	answering
@@ -19,7 +18,7 @@ const (
 // task is a command inside the target.
 type task struct {
 	*Command
-	// Of the command, for after Done, when it is the caller's again.
+	// Copies from the command, for use after Done, when the caller owns it again.
 	Attr  TaskAttr
 	Nexus NexusID
 	Tag   uint64
@@ -30,17 +29,17 @@ type task struct {
 	err error // of the lookup of op
 	now bool  // it must not wait
 
-	place   ticket // under the limit of u
+	place   ticket // in the limiter of u
 	charged bool   // the limit counts the command, as it has begun
 
-	status        Status // what a command without error ends with
+	status        Status // of a command that ends without error
 	inLen, outLen int    // sizes of the buffers
 	inDone        int    // bytes transferred
 	outDone       int
 	piDone        int // bytes of ProtectionIn written
 	overrun       bool
 	iov           [][]byte // reused by clip
-	flushAfter    bool     // IMMED: what was written is flushed once the command has been answered
+	flushAfter    bool     // IMMED: flush once the command has been answered
 
 	state atomic.Int32
 
@@ -57,46 +56,45 @@ type abortWait struct {
 	done chan struct{} // closed when none is left
 }
 
-// taskKey is what ABORT TASK and QUERY TASK know a task by. Initiators that break the rules have
-// several of one key.
+// taskKey identifies a task for ABORT TASK and QUERY TASK. Initiators that break the rules have
+// several tasks of one key.
 type taskKey struct {
 	nexus NexusID
 	tag   uint64
 }
 
-// taskSet holds the commands of one unit that were submitted and not yet
-// answered, in order of arrival (SAM-5 8), and what it keeps for each I_T nexus.
+// taskSet holds the commands of one unit that were submitted and not yet answered, in order of
+// arrival (SAM-5 8), and the unit's state for each I_T nexus.
 //
-// Nothing here takes longer the more tasks there are: a task that has to wait has its own
-// channel, and one that leaves looks only at those that it lets run (TestStepsPerCommand).
+// No operation takes longer with more tasks: a waiting task has its own channel, and a leaving task
+// visits only those that it lets run (TestStepsPerCommand).
 type taskSet struct {
 	mu      sync.Mutex
 	tasks   list[task]
 	ordered list[task]              // those with the attribute ORDERED
-	dormant list[task]              // those whose attribute does not let them run yet (SAM-5 8.6)
+	dormant list[task]              // those that their attribute keeps from running (SAM-5 8.6)
 	head    int                     // tasks with the attribute HEAD OF QUEUE
 	byTag   map[taskKey]*list[task] // all of tasks; nil until tagged is called, and again when there are none
 	steps   int                     // tasks looked at and woken, for tests
 	closed  bool
 	nexuses map[NexusID]*nexus
 
-	// What is reserved: a persistent reservation, or else the I_T nexus of
-	// RESERVE(6) or RESERVE(10). It changes with both prOut and mu held. A
-	// command is checked against it under mu, when its attribute lets it run:
-	// each change has either happened for it or not, and what was let in before
-	// one is not stopped by it, unless it is aborted (SPC-5 5.14.1).
+	// The reservation: a persistent one, or the I_T nexus of RESERVE(6) or RESERVE(10). It changes
+	// with both prOut and mu held. A command is checked against it under mu, when its attribute
+	// lets it run: each change is either visible to it or not, and does not stop a command admitted
+	// before, unless it is aborted (SPC-5 5.14.1).
 	pr       persistent
 	reserver *NexusID
 
-	// prOut is held from the reading of what is reserved to its change, while
-	// it is saved too. It is taken before mu.
+	// prOut is held from the reading of the reservation to its change, and while it is saved. It is
+	// taken before mu.
 	prOut  sync.Mutex
-	unsure bool // the last save failed: what is kept is not known; guarded by prOut
+	unsure bool // the last save failed: the kept state is unknown; guarded by prOut
 }
 
-// nexus is what a unit remembers of one initiator: unit attention conditions
-// not yet reported, oldest first, and results of its EXTENDED COPY commands.
-// Deferred errors are among the former: they too end the next command.
+// nexus is the state of one initiator in a unit: unit attention conditions not yet reported, oldest
+// first, and results of its EXTENDED COPY commands. Deferred errors are among the conditions: they
+// too end the next command.
 type nexus struct {
 	attention []Sense
 	copies    []copyResult
@@ -117,8 +115,8 @@ func (s *taskSet) nexus(id NexusID) *nexus {
 	return n
 }
 
-// join puts tk at the end of the set, and returns false when the unit has been
-// detached. For a task that is there already nothing changes.
+// join puts tk at the end of the set, and returns false if the unit has been detached. It does
+// nothing for a task that is in the set.
 func (s *taskSet) join(tk *task) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -146,8 +144,8 @@ func (s *taskSet) add(tk *task) bool {
 	return true
 }
 
-// blocks says whether the tasks of the set keep one that arrives from running: HEAD OF QUEUE
-// ones all but such, ORDERED ones SIMPLE, and any task ORDERED. The caller holds mu.
+// blocks reports whether the tasks of the set block an arriving one: HEAD OF QUEUE tasks block all
+// others, ORDERED tasks block SIMPLE ones, and any task blocks an ORDERED one. The caller holds mu.
 func (s *taskSet) blocks(tk *task) bool {
 	switch {
 	case tk.Attr == HeadOfQueue:
@@ -158,8 +156,8 @@ func (s *taskSet) blocks(tk *task) bool {
 	return s.head > 0 || s.ordered.first != nil
 }
 
-// release lets those dormant tasks run that nothing blocks any longer. They are looked at in
-// order of arrival: whatever blocks one blocks all that came later. The caller holds mu.
+// release lets dormant tasks run that are no longer blocked. It visits them in order of arrival: a
+// task that blocks one blocks all later ones. The caller holds mu.
 func (s *taskSet) release() {
 	for s.dormant.first != nil && s.head == 0 {
 		s.steps++
@@ -185,10 +183,10 @@ func (s *taskSet) wake(tk *task) {
 	}
 }
 
-// enter is join that returns when the attribute of tk lets it run (SAM-5 8.6). It
-// reports the oldest unit attention condition unless the command is exempt, a
-// conflict with a reservation, and false when the unit has been detached. A conflict
-// comes before every unit attention condition but that of a reset (SAM-5 5.3.3).
+// enter is join that returns when the attribute of tk lets it run (SAM-5 8.6). It returns the
+// oldest unit attention condition unless the command is exempt, or a conflict with a reservation,
+// and false if the unit has been detached. A conflict comes before every unit attention condition
+// but that of a reset (SAM-5 5.3.3).
 func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -219,19 +217,19 @@ func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
 	return err, true
 }
 
-// enterNow is enter for a task that must not wait, and has nothing to report: else it
-// returns false, with the task in the set if the unit is attached.
+// enterNow is enter for a task that must not wait. It returns false if the task would wait or has
+// something to report, with the task in the set if the unit is attached.
 func (s *taskSet) enterNow(tk *task, exempt bool) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.add(tk) || tk.inDormant.of != nil {
 		return false
 	}
-	n := s.nexus(tk.Nexus) // known from now on, whatever the command
+	n := s.nexus(tk.Nexus) // any command makes the nexus known
 	return (exempt || len(n.attention) == 0) && !s.conflicts(tk)
 }
 
-// occupy takes one of slots, and says whether it has: it gives up when tk is aborted.
+// occupy takes one of slots and reports whether it did; it gives up when tk is aborted.
 func (s *taskSet) occupy(tk *task, slots chan<- struct{}) (ok bool) {
 	select {
 	case slots <- struct{}{}:
@@ -248,8 +246,8 @@ func (s *taskSet) occupy(tk *task, slots chan<- struct{}) (ok bool) {
 	return ok
 }
 
-// interruptibly calls wait with a channel that is closed when tk is aborted, unless
-// that has happened.
+// interruptibly calls wait with a channel that is closed when tk is aborted. It does not call wait
+// if tk is aborted already.
 func (s *taskSet) interruptibly(tk *task, wait func(cut <-chan struct{})) {
 	cut := make(chan struct{})
 	s.mu.Lock()
@@ -351,9 +349,9 @@ func tasksOf(nexus NexusID) selection { return every(func(tk *task) bool { retur
 
 var allTasks = every(func(*task) bool { return true })
 
-// abort ends every selected task and returns when the last of them has been answered: what was
-// being answered already is waited for too, so that no answer comes after abort has returned. It
-// returns whose tasks it ended.
+// abort ends every selected task and returns when the last of them has been answered. It also waits
+// for selected tasks that were being answered, so that no answer comes after it returns. It returns
+// the nexuses of the tasks that it ended.
 func (s *taskSet) abort(cause Abort, which selection) map[NexusID]bool {
 	s.mu.Lock()
 	w, ended := s.end(cause, which)
@@ -362,8 +360,8 @@ func (s *taskSet) abort(cause Abort, which selection) map[NexusID]bool {
 	return ended
 }
 
-// end is the first half of abort: it ends the tasks, which are gone when done of what it returns
-// is closed. The caller holds mu.
+// end is the first half of abort: it ends the tasks, which are gone when done of the returned
+// abortWait is closed. The caller holds mu.
 func (s *taskSet) end(cause Abort, which selection) (w *abortWait, ended map[NexusID]bool) {
 	w, ended = &abortWait{done: make(chan struct{})}, map[NexusID]bool{}
 	for tk := range which(s) {
@@ -382,28 +380,28 @@ func (s *taskSet) end(cause Abort, which selection) (w *abortWait, ended map[Nex
 	return w, ended
 }
 
-// attention establishes a unit attention condition for the known initiators
-// that whom selects. One that is pending already is not repeated, and one that
-// tells of a reset replaces all others (SAM-5 5.14).
-func (s *taskSet) attention(sense Sense, whom func(NexusID) bool) {
+// attention establishes a unit attention condition for the known initiators that selected reports
+// true for. A pending condition is not repeated, and the condition of a reset replaces all others
+// (SAM-5 5.14).
+func (s *taskSet) attention(sense Sense, selected func(NexusID) bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for id, n := range s.nexuses {
-		if whom(id) {
+		if selected(id) {
 			n.add(sense)
 		}
 	}
 }
 
-// tell establishes a unit attention condition for one initiator. One that the
-// unit has not seen finds POWER ON OCCURRED. The caller holds mu.
+// tell establishes a unit attention condition for one initiator. An initiator that the unit has not
+// seen finds POWER ON OCCURRED. The caller holds mu.
 func (s *taskSet) tell(id NexusID, sense Sense) {
 	if n := s.nexuses[id]; n != nil {
 		n.add(sense)
 	}
 }
 
-// everyone is attention's choice of all initiators.
+// everyone selects all initiators for attention.
 func everyone(NexusID) bool { return true }
 
 func (n *nexus) add(sense Sense) {
@@ -433,7 +431,7 @@ func (s *taskSet) takeAttention(id NexusID) (Sense, bool) {
 	return first, true
 }
 
-// clearAttention takes a condition back from id.
+// clearAttention removes a condition of id.
 func (s *taskSet) clearAttention(id NexusID, sense Sense) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -450,7 +448,7 @@ func (s *taskSet) clearAttention(id NexusID, sense Sense) {
 	n.attention = kept
 }
 
-// has says whether a selected task is in the set and has not been answered.
+// has reports whether a selected task is in the set and has not been answered.
 func (s *taskSet) has(which selection) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -486,7 +484,7 @@ func (s *taskSet) shut() *abortWait {
 	return w
 }
 
-// isClosed says whether the unit has been detached.
+// isClosed reports whether the unit has been detached.
 func (s *taskSet) isClosed() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -9,7 +9,7 @@ import (
 	"sync/atomic"
 )
 
-// CacheMode is what a unit promises about data that it has taken.
+// CacheMode is the promise of a unit about the durability of written data.
 type CacheMode uint8
 
 const (
@@ -32,10 +32,9 @@ const (
 // the Backend's identity, are all that it needs.
 type UnitConfig struct {
 	Backend Backend
-	// Serial is the unit serial number, 1 to 64 printable ASCII characters.
-	// The NAA and T10 designators are made from it: the same serial gives the
-	// same names in every run. When it is empty, it is derived from the
-	// identity of an Identified backend.
+	// Serial is the unit serial number, 1 to 64 printable ASCII characters. The NAA and T10
+	// designators are derived from it: the same serial gives the same names in every run. If it is
+	// empty, it is derived from the identity of an Identified backend.
 	Serial   string
 	Vendor   string // T10 vendor identification, at most 8 characters; "GVM"
 	Product  string // product identification, at most 16 characters; "DISK"
@@ -43,11 +42,11 @@ type UnitConfig struct {
 	ReadOnly bool
 	// BlockSize is the logical block size in bytes, 512 (the default) or 4096.
 	BlockSize int
-	// PhysicalBlockExponent says that 2^n logical blocks make a physical one.
+	// PhysicalBlockExponent is n if 2^n logical blocks make a physical one.
 	PhysicalBlockExponent int
 	Cache                 CacheMode
-	// IOPS limits commands that use the medium, and Bandwidth the bytes that they
-	// move. A command that has to wait does not hold up its queue.
+	// IOPS limits commands that use the medium, and Bandwidth the bytes that they move. A waiting
+	// command does not delay its queue.
 	IOPS, Bandwidth Limit
 	// Reservations keeps persistent reservations over a loss of power, for
 	// initiators that ask for it (APTPL). nil: they cannot.
@@ -55,15 +54,13 @@ type UnitConfig struct {
 	// Protection makes the unit one with protection information of type 1 (SBC-4
 	// 4.21), which is checked at every read and write, and keeps it. nil: none.
 	Protection Protection
-	// OnError is told of every failure of the backend, for the host's log; the
-	// initiator sees no more than sense data. It may be called from several
-	// goroutines at the same time.
+	// OnError gets every failure of the backend, for the host's log; the initiator sees only sense
+	// data. It may be called from several goroutines at the same time.
 	OnError func(error)
-	// Retry is asked after OnError; while it returns true the unit does again what
-	// failed. It may take its time: the command waits, and with it whoever wants to
-	// abort it. A flush is not done again whatever it returns: the host's kernel
-	// forgets what it could not write back (fsync(2)), and the next flush would succeed
-	// without that data. nil: nothing is.
+	// Retry is called after OnError; while it returns true the unit repeats the failed operation.
+	// It may block: the command waits, and so does an abort of the command. A flush is never
+	// repeated: the host's kernel forgets the pages that it could not write back (fsync(2)), and
+	// the next flush would succeed without that data. nil: never repeat.
 	Retry func(error) bool
 }
 
@@ -72,7 +69,7 @@ type Unit struct {
 	cfg         UnitConfig
 	b           Backend
 	blockSize   int64
-	granularity int64 // bytes that a discard works in, 0 for a unit without
+	granularity int64 // bytes, of discards; 0 for a unit without
 	wellKnown   bool  // the REPORT LUNS well-known logical unit: no medium
 	serial      string
 	limit       *limiter // nil: none
@@ -93,8 +90,8 @@ type Unit struct {
 	// access the medium share it. It is taken after set.mu has been released, never inside.
 	medium mediumLock
 
-	// tuples keeps blocks and their protection information together: held alone
-	// where both change, and shared where both are read. It is taken after medium.
+	// tuples keeps blocks and their protection information consistent: held alone while both
+	// change, and shared while both are read. It is taken after medium.
 	tuples sync.RWMutex
 
 	// slots bounds the commands that wait for the medium at the same time, each of which
@@ -106,8 +103,8 @@ type Unit struct {
 	set taskSet
 }
 
-// maxWaiting is how many commands of a unit wait for its medium at the same time: more
-// do not make storage faster.
+// maxWaiting bounds the commands of a unit that wait for its medium at the same time: more do not
+// make storage faster.
 const maxWaiting = 64
 
 const (
@@ -119,8 +116,8 @@ const (
 	optimalTransfer = 1 << 20 // OPTIMAL TRANSFER LENGTH, bytes
 )
 
-// NewUnit returns a unit for cfg, to be attached to a Target. The backend stays
-// the caller's to close, after Detach.
+// NewUnit returns a unit for cfg, to be attached to a Target. The caller closes the backend, after
+// Detach.
 func NewUnit(cfg UnitConfig) (*Unit, error) {
 	if cfg.Backend == nil {
 		return nil, errors.New("scsi unit: no backend")
@@ -156,7 +153,8 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 			*f.value = f.def
 		}
 		if n := len(*f.value); n < f.min || n > f.max {
-			return nil, fmt.Errorf("scsi unit: %s %q: must have %d to %d characters", f.name, *f.value, max(f.min, 1), f.max)
+			return nil, fmt.Errorf("scsi unit: %s %q: must have %d to %d characters",
+				f.name, *f.value, max(f.min, 1), f.max)
 		}
 		for _, c := range []byte(*f.value) {
 			if c < 0x20 || c > 0x7e {
@@ -193,28 +191,29 @@ func (u *Unit) init() {
 func (u *Unit) capacity() (uint64, error) {
 	n := u.b.Size()
 	if n <= 0 || n%u.blockSize != 0 {
-		return 0, fmt.Errorf("scsi unit: backend of %d bytes: must be a positive multiple of the block size %d", n, u.blockSize)
+		return 0, fmt.Errorf("scsi unit: backend of %d bytes: must be a positive multiple of the block size %d",
+			n, u.blockSize)
 	}
 	return uint64(n / u.blockSize), nil
 }
 
-// defaults sets what a reset brings back, except WCE.
+// defaults restores the state after a reset, except WCE.
 func (u *Unit) defaults() {
 	u.swp.Store(false)
 	u.dSense.Store(false)
 	u.stopped.Store(false)
 }
 
-// powerOn makes the unit what it is after a power on (SAM-5 6.3.1), for initiators that
-// it has not seen.
+// powerOn puts the unit in its state after a power on (SAM-5 6.3.1), for initiators that it has not
+// seen.
 func (u *Unit) powerOn() {
 	u.defaults()
 	u.wce.Store(u.cfg.Cache != WriteThrough)
 	u.set.forget()
 }
 
-// Resized reads the size of the backend again. When it has changed, every
-// initiator finds the unit attention CAPACITY DATA HAS CHANGED.
+// Resized reads the size of the backend again. If it has changed, every initiator finds the unit
+// attention CAPACITY DATA HAS CHANGED.
 func (u *Unit) Resized() error {
 	blocks, err := u.capacity()
 	if err != nil {
@@ -232,14 +231,14 @@ func (u *Unit) Resized() error {
 	return nil
 }
 
-// Resize has change give the backend another size while no command accesses the
-// medium, and is then Resized.
+// Resize calls change, which gives the backend another size, while no command accesses the medium,
+// and then Resized.
 //
-// Before and after it the protection information is made durable, so that a crash of the host leaves
-// none for blocks that are new: they would be refused.
+// Before and after that it flushes the protection information, so that a crash of the host leaves
+// none for new blocks: reads of them would fail.
 func (u *Unit) Resize(change func() error) error { return u.ResizeUntil(nil, change) }
 
-// ErrBusy is a change of a unit whose commands did not end in time.
+// ErrBusy is the error of a resize when the commands of the unit did not end in time.
 var ErrBusy = errors.New("commands that use the medium do not end")
 
 // ResizeUntil is Resize that waits for commands only until cut is closed, and returns ErrBusy then.
@@ -273,7 +272,7 @@ func (u *Unit) resize(cut <-chan struct{}, change func() error) error {
 // Serial returns the unit serial number.
 func (u *Unit) Serial() string { return u.serial }
 
-// Config returns what the unit was made from, with its defaults filled in.
+// Config returns the configuration of the unit, with its defaults filled in.
 func (u *Unit) Config() UnitConfig { return u.cfg }
 
 // BlockSize returns the logical block size in bytes.
@@ -282,10 +281,10 @@ func (u *Unit) BlockSize() int { return int(u.blockSize) }
 // Blocks returns the capacity in logical blocks.
 func (u *Unit) Blocks() uint64 { return u.blocks.Load() }
 
-// thin says whether logical block provisioning management works (LBPME).
+// thin reports whether logical block provisioning management works (LBPME).
 func (u *Unit) thin() bool { return u.granularity > 0 }
 
-// writeProtected returns the sense data that a write meets, if any.
+// writeProtected returns the sense data for a write, nil if writes are allowed.
 func (u *Unit) writeProtected() error {
 	switch {
 	case u.cfg.ReadOnly:
@@ -306,8 +305,8 @@ func (u *Unit) inRange(lba, n uint64) error {
 	return nil
 }
 
-// try has do use the backend at off, which returns how far it came, and again
-// as long as that fails and Retry wants it.
+// try calls do, which uses the backend at off and returns its progress in bytes. It repeats do as
+// long as that fails and Retry returns true.
 func (u *Unit) try(op string, off int64, do func() (int, error)) error {
 	for {
 		n, err := do()
@@ -324,8 +323,8 @@ func (u *Unit) try(op string, off int64, do func() (int, error)) error {
 	}
 }
 
-// attempt is try for what the backend may not have: errors.ErrUnsupported is no
-// failure, and returned as it is.
+// attempt is try for an optional operation of the backend: errors.ErrUnsupported is no failure, and
+// returned unchanged.
 func (u *Unit) attempt(op string, off int64, do func() error) error {
 	unsupported := false
 	err := u.try(op, off, func() (int, error) {
@@ -350,15 +349,15 @@ func (u *Unit) read(iov [][]byte, lba uint64) error {
 	return u.try("read", off, func() (int, error) { return ReadVec(u.b, iov, off) })
 }
 
-// readNow is read of what needs no wait; false leaves it to read.
+// readNow is read that does not block; if it returns false, use read.
 func (u *Unit) readNow(iov [][]byte, lba uint64) bool {
 	return u.now != nil && u.cfg.Protection == nil && u.now.ReadVecNow(iov, int64(lba)*u.blockSize)
 }
 
-// durable says whether a write has to be on stable storage when it is answered.
+// durable reports whether a write has to be on stable storage when it is answered.
 func (u *Unit) durable(fua bool) bool { return u.cfg.Cache != Unsafe && (fua || !u.wce.Load()) }
 
-// writeNow is write of what needs no wait; false leaves it to write.
+// writeNow is write that does not block; if it returns false, use write.
 func (u *Unit) writeNow(iov [][]byte, lba uint64, fua bool) bool {
 	if u.now == nil || u.cfg.Protection != nil || u.durable(fua) || !u.now.WriteVecNow(iov, int64(lba)*u.blockSize) {
 		return false
@@ -380,7 +379,7 @@ func (u *Unit) write(iov [][]byte, lba uint64, fua bool) error {
 	}
 	err := u.store(iov, lba)
 	if err == nil && durable {
-		// In two steps, of which one can be done again.
+		// In two steps, of which the first can be repeated.
 		err = u.flush()
 	}
 	return err
@@ -397,7 +396,7 @@ func (u *Unit) store(iov [][]byte, lba uint64) error {
 	return err
 }
 
-// flush makes everything that was written before it was called durable.
+// flush makes all data written before the call durable.
 func (u *Unit) flush() error {
 	if u.cfg.Cache == Unsafe || u.cfg.ReadOnly {
 		return nil
@@ -425,7 +424,7 @@ func (u *Unit) covers(n uint64) {
 	}
 }
 
-// Sync makes all that was written durable, for a unit that is taken away: the medium, and then the
+// Sync makes all written data durable, for a unit that is removed: the medium, and then the
 // protection information, even if the medium fails. With the cache mode Unsafe it does nothing.
 func (u *Unit) Sync() error {
 	if u.cfg.Cache == Unsafe || u.cfg.ReadOnly {
@@ -442,12 +441,12 @@ func (u *Unit) Sync() error {
 	return err
 }
 
-// Dirty says whether Sync has anything to do.
+// Dirty reports whether Sync has anything to do.
 func (u *Unit) Dirty() bool {
 	return u.cfg.Cache != Unsafe && !u.cfg.ReadOnly && u.flushed.Load() != u.written.Load()
 }
 
-// flushDirty is flush, unless nothing was written since the last one.
+// flushDirty is flush if data was written since the last one.
 func (u *Unit) flushDirty() error {
 	if !u.Dirty() {
 		return nil
@@ -455,8 +454,8 @@ func (u *Unit) flushDirty() error {
 	return u.flush()
 }
 
-// settle ends a change of the medium that was no plain write (UNMAP, WRITE
-// SAME): it counts as written, and is durable when the write cache is off.
+// settle ends a change of the medium other than a plain write (UNMAP, WRITE SAME): it counts as a
+// write, and is durable if the write cache is off.
 func (u *Unit) settle() error {
 	u.written.Add(1)
 	if u.wce.Load() {
@@ -465,14 +464,14 @@ func (u *Unit) settle() error {
 	return u.flush()
 }
 
-// discard gives back what it can of the storage of n blocks from lba on, which read
-// as zeroes then.
+// discard gives back as much as it can of the storage of n blocks from lba on, which then read as
+// zeroes.
 func (u *Unit) discard(w worker, lba, n uint64) error {
 	return u.inPieces(w, lba, n, u.discardPiece)
 }
 
-// inPieces calls do for all of n blocks from lba on. Pieces end where a multiple of the first one's size
-// does, so that none cuts what the backend gives back at once.
+// inPieces calls do for all of n blocks from lba on. Pieces end at multiples of the first one's
+// size, so that none cuts a unit of storage that the backend gives back.
 func (u *Unit) inPieces(w worker, lba, n uint64, do func(lba, n uint64) error) error {
 	for p, first := u.pieces(), true; n > 0; first = false {
 		if w.stopped() {
@@ -511,8 +510,8 @@ func (u *Unit) discardPiece(lba, n uint64) error {
 	return err
 }
 
-// zero makes n blocks from lba on read as zeroes; with discard it gives their
-// storage back if it can.
+// zero makes n blocks from lba on read as zeroes; if discard is set, it gives their storage back if
+// it can.
 func (u *Unit) zero(w worker, lba, n uint64, discard bool) error {
 	err := errors.ErrUnsupported
 	if discard && u.thin() {
@@ -560,7 +559,7 @@ var scratch = sync.Pool{New: func() any { b := make([]byte, 256<<10); return &b 
 func getScratch() *[]byte  { return scratch.Get().(*[]byte) }
 func putScratch(b *[]byte) { scratch.Put(b) }
 
-// physicalExponent is LOGICAL BLOCKS PER PHYSICAL BLOCK EXPONENT.
+// physicalExponent returns LOGICAL BLOCKS PER PHYSICAL BLOCK EXPONENT.
 func (u *Unit) physicalExponent() byte { return byte(u.cfg.PhysicalBlockExponent) }
 
 // clamp32 is n, or all ones when it does not fit.
