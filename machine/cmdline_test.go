@@ -51,7 +51,7 @@ func TestRootWords(t *testing.T) {
 			}
 			spec.Disks = append(spec.Disks, d)
 		}
-		ds, err := disk.Open(spec.Disks, disk.Config{Note: func(string) {}})
+		ds, err := disk.Open(t.Context(), spec.Disks, disk.Config{Note: func(string) {}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -146,7 +146,8 @@ type Machine struct {
 }
 
 // Start opens what s names and runs the machine until its guest ends, ctx is done, which stops it
-// with the cause of ctx, or Stop is called. On an error nothing is left open.
+// with the cause of ctx, or Stop is called. On an error nothing is left open, but for storage that
+// disk.Open waited for when ctx ended.
 func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if s.Note == nil {
 		s.Note = func(string) {}
@@ -175,7 +176,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 			return nil, err
 		}
 	}
-	m.disks, err = disk.Open(s.Disks, disk.Config{
+	m.disks, err = disk.Open(ctx, s.Disks, disk.Config{
 		Queues: s.RequestQueues(), QueuesChosen: s.Queues > 0, ABI: s.VhostABI,
 		Machine: s.Name, Hold: m.pauser.Hold, Note: notes.note, Paused: s.Note,
 	})

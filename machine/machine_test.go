@@ -15,7 +15,7 @@ import (
 // TestQueues checks the request queues, beside which are a control and an event queue.
 func TestQueues(t *testing.T) {
 	for _, tt := range []struct{ cpus, queues, want int }{{1, 0, 1}, {4, 0, 4}, {4, 2, 2}, {70, 0, disk.MaxQueues}} {
-		none, err := disk.Open(nil, disk.Config{})
+		none, err := disk.Open(t.Context(), nil, disk.Config{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -31,7 +31,7 @@ func TestQueues(t *testing.T) {
 
 // TestCreateTrace is about the trace of a run.
 func TestCreateTrace(t *testing.T) {
-	ds, err := disk.Open(nil, disk.Config{})
+	ds, err := disk.Open(t.Context(), nil, disk.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}

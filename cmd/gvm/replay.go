@@ -230,7 +230,7 @@ func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, c
 		if err != nil {
 			return side, err
 		}
-		ds, err := disk.Open(list, c)
+		ds, err := disk.Open(ctx, list, c)
 		if err != nil {
 			return side, err
 		}

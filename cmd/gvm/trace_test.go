@@ -41,7 +41,7 @@ const queueSpan = 1 << 20
 // record makes the trace of what drive does.
 func record(t *testing.T, readOnly bool, drive func(*traced)) []byte {
 	t.Helper()
-	ds, err := disk.Open(nil, disk.Config{})
+	ds, err := disk.Open(t.Context(), nil, disk.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}

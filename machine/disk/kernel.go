@@ -84,6 +84,9 @@ func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) e
 	}
 }
 
+// kernelsTarget is what messages call LIO.
+const kernelsTarget = "the kernel's SCSI target"
+
 // autoNote is how the line begins that says what became of backend=auto.
 const autoNote = "backend=auto: served "
 

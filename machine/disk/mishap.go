@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,6 +26,8 @@ type mishaps struct {
 	// note tells what a guest can make happen again and again, and paused why the machine is
 	// paused, which is told whatever else was.
 	note, paused func(string)
+
+	opening atomic.Value // string: what Open waits for
 
 	mu   sync.Mutex
 	told map[string]bool // by disk and cause

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/bits"
 	"slices"
+	"time"
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/backend"
@@ -71,15 +72,46 @@ func (ds *Set) Root() (word, why string) { return rootWord(ds.given) }
 // the kernel's.
 func (ds *Set) InProcess() bool { return len(ds.kernels) == 0 || len(ds.target.LUNs()) > 0 }
 
+// openPatience is how long Open goes on when its context has ended.
+const openPatience = 500 * time.Millisecond
+
 // Open opens, checks and locks every image, and gives each its LUN on a target: gvm's own, or one
 // that the kernel serves, as its Backend says. On an error nothing stays open or provisioned, and
-// what size= made is undone. IsConfig tells whose error it is.
-func Open(list []Spec, c Config) (*Set, error) {
-	return openDisks(list, kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note},
-		&mishaps{name: c.Machine, hold: c.Hold, note: c.Note, paused: c.Paused})
+// what size= made is undone. IsConfig tells whose error it is. Storage, and other processes that change
+// the kernel's target, may take any time: a while after the end of ctx Open returns its cause, with what
+// it waited for, and takes back what it has done when that wait is over.
+func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
+	type result struct {
+		ds  *Set
+		err error
+	}
+	m := &mishaps{name: c.Machine, hold: c.Hold, note: c.Note, paused: c.Paused}
+	opened := make(chan result, 1)
+	go func() { // ends with the process at the latest
+		ds, err := openDisks(list, kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note}, m)
+		opened <- result{ds, err}
+	}()
+	select {
+	case r := <-opened:
+		return r.ds, r.err
+	case <-ctx.Done():
+	}
+	select {
+	case r := <-opened:
+		return r.ds, r.err
+	case <-time.After(openPatience):
+	}
+	go func() { // ends with the process at the latest
+		if r := <-opened; r.err == nil {
+			_ = r.ds.Close(false)
+		}
+	}()
+	what, _ := m.opening.Load().(string)
+	return nil, fmt.Errorf("%w while %s was opened", context.Cause(ctx), what)
 }
 
 func openDisks(list []Spec, k kernelOptions, m *mishaps) (*Set, error) {
+	m.opening.Store(kernelsTarget)
 	list, fallback, auto := k.choose(list)
 	ds, err := openAll(list, k, m)
 	var refused KernelError
@@ -106,6 +138,7 @@ func openAll(list []Spec, k kernelOptions, m *mishaps) (_ *Set, err error) {
 	}
 	var provision kernelUnits
 	for _, d := range list {
+		m.opening.Store(d.Name())
 		if d.Path == "" {
 			t, err := k.lookup(d)
 			if err != nil {
@@ -134,6 +167,7 @@ func openAll(list []Spec, k kernelOptions, m *mishaps) (_ *Set, err error) {
 		}
 	}
 	if len(provision.units) > 0 {
+		m.opening.Store(kernelsTarget)
 		t, err := k.provision(provision)
 		if err != nil {
 			return nil, err

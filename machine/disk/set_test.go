@@ -1,10 +1,12 @@
 package disk
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"gvm/devices/scsi"
@@ -102,4 +104,26 @@ func TestUndo(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestOpenEnds ends an Open that waits: it returns the cause of its context and what it waited for, and
+// takes back what it has done.
+func TestOpenEnds(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "image")
+	cause := errors.New("stopped by the test")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	hang, over := make(chan struct{}), make(chan struct{})
+	image := Spec{Path: path, LUN: -1, Size: 1 << 20, BlockSize: 512, Backend: Auto}
+	note := func(string) { // of what became of backend=auto
+		cancel(cause)
+		<-hang
+		close(over)
+	}
+	_, err := Open(ctx, []Spec{image}, Config{Queues: 1, Note: note})
+	if !errors.Is(err, cause) || !strings.HasSuffix(err.Error(), " was opened") {
+		t.Errorf("error %v", err)
+	}
+	close(hang)
+	<-over
 }
