@@ -1,10 +1,9 @@
-// Package pci is the guest's PCI: a host bridge, one root bus with type 0
-// functions, configuration space by ports and by ECAM, base address registers,
-// MSI-X and INTx. "PCI 3.0" below is the PCI Local Bus Specification 3.0.
+// Package pci is the guest's PCI: a host bridge, one root bus with type 0 functions, configuration
+// space by ports and by ECAM, base address registers, MSI-X and INTx. "PCI 3.0" below is the PCI
+// Local Bus Specification 3.0.
 //
-// A guest may write anything to configuration space. What it cannot do is take
-// an address that is not in the bus's windows or that something else has: such
-// a BAR decodes nothing until it is moved.
+// A guest may write anything to configuration space. If it sets a BAR to an address outside the
+// bus's windows, or to one in use, the BAR decodes nothing until it is moved.
 package pci
 
 import (
@@ -24,45 +23,42 @@ type Handler interface {
 	Write(off uint64, p []byte)
 }
 
-// Space is the machine's memory-mapped address space, where BARs appear. Map
-// fails when the range is taken. Neither waits for a Handler that runs.
+// Space is the machine's memory-mapped address space, where BARs appear. Map fails if the range is
+// in use. Neither method waits for a running Handler.
 type Space interface {
 	Map(name string, base, size uint64, h Handler) error
 	Unmap(base uint64) error
 }
 
-// Window is a range of addresses that the host bridge passes to its bus.
+// Window is a range of addresses that the host bridge forwards to its bus.
 type Window struct{ Base, Size uint64 }
 
 func (w Window) holds(base, size uint64) bool {
 	return base >= w.Base && size <= w.Size && base-w.Base <= w.Size-size
 }
 
-// Where the configuration mechanism #1 registers are (PCI 3.0, 3.2.2.3.2), for
-// Bus.Ports.
+// Ports of the registers of configuration mechanism #1 (PCI 3.0, 3.2.2.3.2), for Bus.Ports.
 const (
 	PortBase = 0xcf8
 	PortSize = 8
 )
 
-// ECAMSize is the size of Bus.ECAM for one bus: 32 devices of 8 functions of
-// 4 KiB. An ECAM that is larger answers all ones for the other buses.
+// ECAMSize is the size of Bus.ECAM for one bus: 32 devices of 8 functions of 4 KiB. In a larger
+// ECAM the other buses read as all ones.
 const ECAMSize = 1 << 20
 
 const (
 	slots        = 32
-	latchMask    = 0x80fffffc // what of CONFIG_ADDRESS is implemented
+	latchMask    = 0x80fffffc // the implemented bits of CONFIG_ADDRESS
 	latchEnable  = 1 << 31
 	resetControl = 1 // offset of port 0xcf9
 )
 
-// Bus is bus 0 with the host bridge in slot 0. All methods may be called from
-// any goroutine.
+// Bus is bus 0 with the host bridge in slot 0. All methods may be called from any goroutine.
 //
-// Locks are taken in this order: a Function's mu (one per function, held for a
-// configuration access and through its hooks), then mapping, or what a hook
-// takes. A BAR's Handler takes neither: a window in configuration space may
-// call it with the Function's mu held.
+// Lock order: a Function's mu (one per function, held for a configuration access and through its
+// hooks), then mapping, or the locks of a hook. A BAR's Handler takes neither: a window in
+// configuration space may call it with the Function's mu held.
 type Bus struct {
 	space Space
 	reset Handler
@@ -70,28 +66,28 @@ type Bus struct {
 	slot  [slots]atomic.Pointer[Function]
 	lines func(slot int) Line // nil: INTx# is not wired
 
-	mapping sync.Mutex // guards what follows and the mutable part of every region
+	mapping sync.Mutex // guards the fields below and the mutable part of every region
 	windows [2]Window  // below 4 GiB, above
 	regions []*region
 }
 
-// NewBus returns a bus that has the host bridge alone. Port 0xcf9, the reset
-// control register of PC chipsets, lies inside CONFIG_ADDRESS: byte accesses to
-// it go to reset at offset 0, or nowhere when reset is nil.
+// NewBus returns a bus with only the host bridge. Port 0xcf9, the reset control register of PC
+// chipsets, lies inside CONFIG_ADDRESS: byte accesses to it go to reset at offset 0, or nowhere if
+// reset is nil.
 func NewBus(space Space, reset Handler) *Bus {
 	b := &Bus{space: space, reset: reset}
-	// The bridge of QEMU's q35, which every guest knows and none has a driver
-	// for that touches more than its identity.
+	// The bridge of QEMU's q35: every guest knows it, and no driver accesses more than its
+	// identity.
 	bridge := NewFunction(FunctionConfig{Name: "host bridge", Vendor: 0x8086, Device: 0x29c0, Class: 0x060000})
 	bridge.attach(b, 0)
 	return b
 }
 
-// Wire says which line the INTA# of each slot drives. It comes before Add.
+// Wire assigns a line to the INTA# of each slot. It comes before Add.
 func (b *Bus) Wire(lines func(slot int) Line) { b.lines = lines }
 
-// Add puts f in the first free slot, counted from 1, and returns its number.
-// The error is that all 31 are taken, or that f is on a bus already.
+// Add puts f in the first free slot, counted from 1, and returns its number. It fails if all 31 are
+// in use, or f is on a bus already.
 func (b *Bus) Add(f *Function) (slot int, err error) {
 	b.mapping.Lock()
 	defer b.mapping.Unlock()
@@ -107,12 +103,10 @@ func (b *Bus) Add(f *Function) (slot int, err error) {
 	return 0, fmt.Errorf("pci: no free slot for %s", f.Name)
 }
 
-// Assign gives every BAR an address as firmware would: naturally aligned, at
-// least a page each, the largest first; 64-bit BARs in w64, or in w32 where w64
-// is empty or full. It also fixes the windows outside which no BAR decodes.
-// Memory decoding stays off: a driver turns it on after the guest has sized the
-// BARs, and until then no doorbell has to follow them.
-// It is for a machine that does not run yet.
+// Assign gives every BAR an address as firmware would: naturally aligned, at least a page each, the
+// largest first; 64-bit BARs in w64, or in w32 if w64 is empty or full. It also sets the windows
+// outside which no BAR decodes. Memory decoding stays off: a driver enables it after the guest has
+// sized the BARs, so that no doorbell has to follow them before. The machine must not run yet.
 func (b *Bus) Assign(w32, w64 Window) error {
 	if w32.Size > 1<<32 || w32.Base > 1<<32-w32.Size || w64.Base+w64.Size < w64.Base {
 		return fmt.Errorf("pci: bad windows %#x+%#x and %#x+%#x", w32.Base, w32.Size, w64.Base, w64.Size)
@@ -157,8 +151,8 @@ func (b *Bus) Assign(w32, w64 Window) error {
 	return nil
 }
 
-// Reset is the bus's reset line: every function is as it was after Assign. The
-// error joins what the functions' Reset hooks returned.
+// Reset is the bus's reset line: it restores every function's state after Assign. The error joins
+// those of the functions' Reset hooks.
 func (b *Bus) Reset() error {
 	var errs []error
 	for i := range b.slot {
@@ -170,9 +164,9 @@ func (b *Bus) Reset() error {
 	return errors.Join(errs...)
 }
 
-// settle lets update change what the regions want and then makes the address
-// space so. What has to leave leaves first, so that two BARs can change places;
-// a region that finds no place is tried again whenever something moves.
+// settle lets update change the wanted state of the regions and then changes the address space to
+// match. It unmaps before it maps, so that two BARs can swap places. A region without a place is
+// tried again at every change.
 func (b *Bus) settle(update func()) {
 	b.mapping.Lock()
 	defer b.mapping.Unlock()
@@ -215,8 +209,8 @@ func (b *Bus) function(id uint64) *Function {
 	return b.slot[id>>3].Load()
 }
 
-// access does one configuration access; the bytes of p that are past the end of
-// f's space, or all of them when there is no f, read as ones.
+// access does one configuration access. Bytes of p past the end of f's space, or all of them
+// without an f, read as ones.
 func access(f *Function, reg int, p []byte, write bool) {
 	n := 0
 	if f != nil {
@@ -272,7 +266,7 @@ func (c ports) Write(off uint64, p []byte) {
 		c.b.latch.Store(binary.LittleEndian.Uint32(p) & latchMask)
 	case off == resetControl && len(p) == 1 && c.b.reset != nil:
 		c.b.reset.Write(0, p)
-	case off >= 4: // what is left below is not a configuration access (PCI 3.0, 3.2.2.3.2)
+	case off >= 4: // a byte access below is not a configuration access (PCI 3.0, 3.2.2.3.2)
 		c.data(off, p, true)
 	}
 }

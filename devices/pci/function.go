@@ -26,10 +26,10 @@ const (
 	regIntLine    = 0x3c
 	regIntPin     = 0x3d
 	regFirstCap   = 0x40
-	conventional  = 0x100 // capabilities are below, extended ones above
+	conventional  = 0x100 // capabilities lie below, extended ones above
 	statusINTx    = 0x0008
 	statusCapList = 0x0010
-	statusErrors  = 0xf900 // the bits that writing 1 clears
+	statusErrors  = 0xf900 // bits cleared by writing 1
 	barWide       = 0x4
 	barPrefetch   = 0x8
 )
@@ -43,23 +43,22 @@ const (
 	commandINTxDisable = 0x0400
 )
 
-// FunctionConfig says what a function is.
+// FunctionConfig describes a function.
 type FunctionConfig struct {
 	Name                 string // for messages
 	Vendor, Device       uint16
 	SubVendor, SubDevice uint16
 	Class                uint32 // base class, subclass, interface: 0x010000 is a SCSI controller
 	Revision             byte
-	// Reset, if set, puts the device behind the function back to its start; it
-	// is called first in a function reset.
+	// Reset, if set, resets the device behind the function; a function reset calls it first.
 	Reset func() error
-	// Command, if set, is told the command register after a write changed it.
+	// Command, if set, is called with the command register after a write changed it.
 	Command func(command uint16)
 }
 
-// BAR is a memory base address register and what is behind it.
+// BAR is a memory base address register and its handler.
 type BAR struct {
-	Index    int    // 0 to 5; a 64-bit one takes the next as well
+	Index    int    // 0 to 5; a 64-bit one also takes the next
 	Size     uint64 // bytes, a power of two from 16
 	Wide     bool   // 64-bit
 	Prefetch bool   // reads have no side effects and writes may be merged
@@ -69,24 +68,24 @@ type BAR struct {
 	Mapped, Unmapped func(base uint64)
 }
 
-// region is a BAR and where it is; Bus.mapping guards all but BAR and name.
+// region is a BAR and its place; Bus.mapping guards all but BAR and name.
 type region struct {
 	BAR
 	name   string
 	on     bool   // memory decoding is enabled
-	want   uint64 // what the register says
+	want   uint64 // the address in the register
 	mapped bool
-	at     uint64 // where it is mapped
-	err    error  // why it is not
+	at     uint64 // the mapped address
+	err    error  // why it is not mapped
 }
 
 // Capability is an entry of the capability list (PCI 3.0, 6.7).
 type Capability struct {
 	ID       byte
-	Body     []byte // what follows the ID and the next pointer
+	Body     []byte // the bytes after the ID and the next pointer
 	Writable []byte // mask of the bits in Body that the guest may write; nil: none
-	// OnRead and OnWrite, if set, are called before a read and after a write of
-	// n bytes at off in body. The configuration space is locked meanwhile.
+	// OnRead and OnWrite, if set, are called before a read and after a write of n bytes at off in
+	// body. The configuration space is locked meanwhile.
 	OnRead, OnWrite func(body []byte, off, n int)
 }
 
@@ -95,8 +94,8 @@ type placed struct {
 	at int // of Body in configuration space
 }
 
-// Function is a type 0 function: single, number 0 of its device. BARs,
-// capabilities and INTx are added before it is put on a bus.
+// Function is a type 0 function: single, number 0 of its device. BARs, capabilities and INTx are
+// added before it is put on a bus.
 type Function struct {
 	FunctionConfig
 	bus  *Bus // nil until Add
@@ -105,14 +104,14 @@ type Function struct {
 	caps []placed
 	msix *MSIX
 	intx *INTx
-	next int // where the next capability goes
-	link int // the pointer to it
+	next int // offset of the next capability
+	link int // offset of the pointer to it
 
 	mu    sync.Mutex
 	conf  [ConfigSize]byte
-	start [ConfigSize]byte // conf as a reset leaves it
+	start [ConfigSize]byte // conf after a reset
 	rw    [ConfigSize]byte // bits that the guest may write
-	w1c   [ConfigSize]byte // bits that writing 1 clears
+	w1c   [ConfigSize]byte // bits cleared by writing 1
 }
 
 // NewFunction returns a function without BARs and capabilities.
@@ -131,8 +130,8 @@ func NewFunction(c FunctionConfig) *Function {
 	return f
 }
 
-// AddBAR adds a base address register. The error is a bad size, or an index
-// that does not exist or is taken.
+// AddBAR adds a base address register. It fails for a bad size, or an index that does not exist or
+// is in use.
 func (f *Function) AddBAR(b BAR) error {
 	last := b.Index
 	if b.Wide {
@@ -161,8 +160,8 @@ func (f *Function) AddBAR(b BAR) error {
 	return nil
 }
 
-// AddCapability appends c to the capability list and returns its offset. The
-// error is that the 256 bytes of conventional configuration space are full.
+// AddCapability appends c to the capability list and returns its offset. It fails if the 256 bytes
+// of conventional configuration space are full.
 func (f *Function) AddCapability(c Capability) (int, error) {
 	at := f.next
 	end := (at + 2 + len(c.Body) + 3) &^ 3
@@ -179,8 +178,8 @@ func (f *Function) AddCapability(c Capability) (int, error) {
 	return at, nil
 }
 
-// Region returns the handler and the size of BAR i, whether it is mapped or
-// not; nil where there is none.
+// Region returns the handler and the size of BAR i, whether it is mapped or not; nil if there is
+// none.
 func (f *Function) Region(i int) (Handler, uint64) {
 	for _, r := range f.bars {
 		if r.Index == i {
@@ -190,12 +189,12 @@ func (f *Function) Region(i int) (Handler, uint64) {
 	return nil, 0
 }
 
-// BARState tells where one BAR is.
+// BARState is the state of one BAR.
 type BARState struct {
 	BAR
-	Base   uint64 // what the register says
+	Base   uint64 // the address in the register
 	Mapped bool   // it decodes at Base
-	Err    error  // why it does not although the guest enabled it
+	Err    error  // why it does not decode although the guest enabled it
 }
 
 // BARs returns the state of every BAR.
@@ -225,8 +224,7 @@ func (f *Function) attach(b *Bus, slot int) {
 	b.slot[slot].Store(f)
 }
 
-// Detach takes f off its bus: its BARs leave the address space, and its slot
-// reads as empty.
+// Detach removes f from its bus: its BARs leave the address space, and its slot reads as empty.
 func (f *Function) Detach() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -246,9 +244,8 @@ func (f *Function) Detach() {
 	f.bus = nil
 }
 
-// Reset puts the function back to its state after Bus.Assign: the device first,
-// so that it writes no more to memory, then its interrupts and registers. The
-// error is the Reset hook's.
+// Reset restores the function's state after Bus.Assign: the device first, so that it stops writing
+// to memory, then its interrupts and registers. The error is the Reset hook's.
 func (f *Function) Reset() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -322,7 +319,7 @@ func (f *Function) base(r *region) uint64 {
 	return uint64(binary.LittleEndian.Uint32(f.conf[reg:])) &^ 15
 }
 
-// place tells the bus what the registers say; mu is held.
+// place gives the bus the registers' addresses; mu is held.
 func (f *Function) place() {
 	if f.bus == nil || len(f.bars) == 0 {
 		return

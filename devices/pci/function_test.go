@@ -2,8 +2,8 @@ package pci
 
 import "testing"
 
-// Nothing in gvm sets the error bits of the status register yet, so only from
-// inside can a test.
+// TestStatusIsClearedByOnes sets the error bits of the status register from inside the package:
+// nothing else in gvm sets them yet.
 func TestStatusIsClearedByOnes(t *testing.T) {
 	f := NewFunction(FunctionConfig{})
 	f.conf[regStatus], f.conf[regStatus+1] = 0x10, 0xff

@@ -2,10 +2,10 @@ package pci
 
 import "sync"
 
-// Line is an interrupt line of the machine, which several functions may drive: it is
-// high while one of them asserts its INTx# (PCI 3.0, 2.2.6).
+// Line is an interrupt line of the machine, which several functions may drive: it is high while one
+// of them asserts its INTx# (PCI 3.0, 2.2.6).
 type Line struct {
-	IRQ byte             // for the interrupt line register, as firmware tells it
+	IRQ byte             // for the interrupt line register, as set by firmware
 	Set func(level bool) // drives the line for one function; called when its level changes
 }
 
@@ -15,22 +15,20 @@ type Line struct {
 type INTx struct {
 	f *Function
 
-	mu      sync.Mutex // above the Line's alone
+	mu      sync.Mutex // only the Line's locks are taken under it
 	set     func(level bool)
 	pending bool // the device has an interrupt: Interrupt Status
 	off     bool // Interrupt Disable
 	level   bool
 }
 
-// AddINTx gives f an interrupt pin, which is wired when f is put on a bus that has
-// lines.
+// AddINTx adds an interrupt pin to f. The pin is wired when f is put on a bus with lines.
 func (f *Function) AddINTx() *INTx {
 	f.intx = &INTx{f: f, set: func(bool) {}}
 	return f.intx
 }
 
-// Set tells whether the device has an interrupt for its driver. It may be called from
-// any goroutine.
+// Set sets whether the device has an interrupt for its driver. It may be called from any goroutine.
 func (x *INTx) Set(pending bool) { x.update(func() { x.pending = pending }) }
 
 func (x *INTx) disable(off bool) { x.update(func() { x.off = off }) }

@@ -25,13 +25,11 @@ const (
 	entryMasked = 1
 )
 
-// MSIX is a function's MSI-X capability. A vector has a message and is
-// connected only while MSI-X is enabled, the function is not masked and the
-// vector is not masked; every change of that is one call of the machine's
-// Vector, because each is a system call that stops interrupt delivery of the
-// whole guest for a moment.
+// MSIX is a function's MSI-X capability. A vector is connected only while MSI-X is enabled and
+// neither the function nor the vector is masked. Each change of that is one call of the machine's
+// Vector, because each is a system call that briefly stops interrupt delivery in the whole guest.
 type MSIX struct {
-	// Changed, if set, is told after a write that may have enabled or disabled MSI-X;
+	// Changed, if set, is called after a write that may have enabled or disabled MSI-X;
 	// configuration space is locked meanwhile.
 	Changed func()
 
@@ -40,7 +38,7 @@ type MSIX struct {
 	pba     uint64 // offset of the pending bit array in the BAR
 	enabled atomic.Bool
 
-	mu     sync.Mutex // innermost: nothing is locked under it
+	mu     sync.Mutex // innermost: no lock is taken under it
 	masked bool       // the function mask
 	table  []byte
 	vec    []vector
@@ -50,14 +48,13 @@ type vector struct {
 	Vector
 	asked bool    // Unmask was called with msg since the last Mask
 	live  bool    // and succeeded
-	msg   Message // what the machine has
+	msg   Message // the machine's message
 }
 
-// AddMSIX gives f an MSI-X capability of n vectors, with table and pending bit
-// array in a 32-bit BAR of their own. report is told what the machine refused,
-// such as a message the guest made up; a guest can make it be called often, and
-// it is called with locks held: it must not call back. On an error every vector
-// that was made is closed.
+// AddMSIX adds an MSI-X capability of n vectors to f, with table and pending bit array in a 32-bit
+// BAR of their own. report is called with the machine's refusals, such as that of a message made up
+// by the guest. A guest can cause many calls, and locks are held: report must not call back. On an
+// error AddMSIX closes every vector that it made.
 func (f *Function) AddMSIX(bar, n int, vectors Vectors, report func(error)) (*MSIX, error) {
 	if n < 1 || n > MaxVectors {
 		return nil, fmt.Errorf("pci: %s: %d MSI-X vectors", f.Name, n)
@@ -98,30 +95,28 @@ func (f *Function) AddMSIX(bar, n int, vectors Vectors, report func(error)) (*MS
 // Len returns the number of vectors.
 func (m *MSIX) Len() int { return len(m.vec) }
 
-// Event returns what raises vector i when it is signalled.
+// Event returns the eventfd that raises vector i.
 func (m *MSIX) Event(i int) *eventfd.FD { return m.vec[i].Event() }
 
-// Enabled tells whether the guest enabled MSI-X. It takes no lock.
+// Enabled reports whether the guest enabled MSI-X. It takes no lock.
 func (m *MSIX) Enabled() bool { return m.enabled.Load() }
 
-// Discard forgets what is pending on vectors that are masked, as a reset of the
-// device does.
+// Discard discards pending interrupts of masked vectors, as a reset of the device does.
 func (m *MSIX) Discard() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.discard()
 }
 
-// TakePending reports whether a vector was signalled while MSI-X is disabled, and
-// forgets it. With MSI-X enabled it does nothing.
+// TakePending reports whether a vector was signalled while MSI-X is disabled, and discards the
+// signal. With MSI-X enabled it does nothing.
 func (m *MSIX) TakePending() (was bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return !m.Enabled() && m.discard()
 }
 
-// Close closes every vector. The guest must not run any more, and nobody may
-// use an Event.
+// Close closes every vector. The guest must have stopped, and no Event may be in use.
 func (m *MSIX) Close() error {
 	var errs []error
 	for _, v := range m.vec {
@@ -130,8 +125,7 @@ func (m *MSIX) Close() error {
 	return errors.Join(errs...)
 }
 
-// Read answers from the table, whose every entry reads back, and the pending
-// bit array.
+// Read reads the table, all of which reads back, and the pending bit array.
 func (m *MSIX) Read(off uint64, p []byte) {
 	clear(p)
 	m.mu.Lock()
@@ -147,17 +141,16 @@ func (m *MSIX) Read(off uint64, p []byte) {
 		if n >= uint64(len(m.vec)) {
 			break
 		}
-		// A connected vector has nothing pending; what KVM is about to
-		// consume must not show for a moment.
+		// A connected vector has no pending bit; an event that KVM is about to consume must not
+		// show as one.
 		if v := &m.vec[n]; !v.live && m.Enabled() && v.Event().Pending() {
 			p[i/8] |= 1 << (i % 8)
 		}
 	}
 }
 
-// Write changes table entries by aligned accesses of four or eight bytes; PCI
-// 3.0, 6.8.2 leaves others undefined, and they are dropped, as are writes to
-// the pending bits.
+// Write changes table entries by aligned accesses of four or eight bytes. PCI 3.0, 6.8.2 leaves
+// others undefined: they are dropped, like writes to the pending bits.
 func (m *MSIX) Write(off uint64, p []byte) {
 	if len(p)%4 != 0 || off%4 != 0 || off >= uint64(len(m.table)) {
 		return
@@ -189,7 +182,7 @@ func (m *MSIX) control(v uint16) {
 	}
 }
 
-// apply makes the machine's vector i be as the table says; mu is held.
+// apply makes the machine's vector i match the table; mu is held.
 func (m *MSIX) apply(i int) {
 	v, e := &m.vec[i], m.table[i*entrySize:][:entrySize]
 	msg := Message{binary.LittleEndian.Uint64(e), binary.LittleEndian.Uint32(e[entryData:])}
@@ -202,7 +195,7 @@ func (m *MSIX) apply(i int) {
 	}
 	if err := v.Unmask(msg); err != nil {
 		m.report(fmt.Errorf("pci: %s: MSI-X vector %d, message %#x to %#x: %w", m.name, i, msg.Data, msg.Addr, err))
-		m.mask(i) // whatever message it had is not the guest's any more
+		m.mask(i) // its old message is no longer the guest's
 		v.asked, v.msg = true, msg
 		return
 	}
@@ -219,8 +212,8 @@ func (m *MSIX) mask(i int) {
 	v.asked, v.live = false, false
 }
 
-// discard reads the events of vectors that are not connected, and tells whether
-// there was one; mu is held.
+// discard drains the events of vectors that are not connected, and reports whether there was one;
+// mu is held.
 func (m *MSIX) discard() (was bool) {
 	for i := range m.vec {
 		if v := &m.vec[i]; !v.live {
@@ -234,7 +227,7 @@ func (m *MSIX) discard() (was bool) {
 	return was
 }
 
-// clear makes the table as a reset leaves it: every vector masked.
+// clear resets the table: every vector is masked.
 func (m *MSIX) clear() {
 	clear(m.table)
 	for i := entryCtrl; i < len(m.table); i += entrySize {

@@ -28,9 +28,12 @@ type rig struct {
 
 func newMSIX(t *testing.T, n int) *rig {
 	t.Helper()
-	r := &rig{vs: &pcitest.Vectors{}, fn: pci.NewFunction(pci.FunctionConfig{Name: "dev"}), bus: pci.NewBus(&pcitest.Space{}, nil)}
+	r := &rig{vs: &pcitest.Vectors{}, fn: pci.NewFunction(pci.FunctionConfig{Name: "dev"}),
+		bus: pci.NewBus(&pcitest.Space{}, nil)}
 	var err error
-	if r.MSIX, err = r.fn.AddMSIX(2, n, r.vs.New, func(err error) { r.reports = append(r.reports, err.Error()) }); err != nil {
+	if r.MSIX, err = r.fn.AddMSIX(2, n, r.vs.New, func(err error) {
+		r.reports = append(r.reports, err.Error())
+	}); err != nil {
 		t.Fatal(err)
 	}
 	add(t, r.bus, r.fn)
@@ -55,7 +58,7 @@ func newMSIX(t *testing.T, n int) *rig {
 
 func (r *rig) control(v uint64) { r.cfg.Write(r.cap+2, 2, v) }
 
-// message writes vector i's entry as a driver does and leaves its mask alone.
+// message writes vector i's entry as a driver does and does not change its mask.
 func (r *rig) message(i int, addr, data uint64) {
 	pcitest.Store(r.MSIX, uint64(16*i), 4, addr)
 	pcitest.Store(r.MSIX, uint64(16*i+4), 4, addr>>32)
@@ -66,7 +69,7 @@ func (r *rig) mask(i int, v uint64) { pcitest.Store(r.MSIX, uint64(16*i+12), 4, 
 
 func (r *rig) pending() uint64 { return pcitest.Load(r.MSIX, 2048, 8) }
 
-// calls checks that since the last time the machine was called want times.
+// calls checks that the machine was called want times since the last check.
 func (r *rig) calls(t *testing.T, what string, want int) {
 	t.Helper()
 	if got := r.vs.Calls(); got != want {
@@ -85,7 +88,7 @@ func (r *rig) delivered(t *testing.T, what string, i int, want string) {
 	}
 }
 
-// bare is a vector for tests of the layout alone.
+// bare is a vector for tests of the layout only.
 type bare struct {
 	pci.Vector
 	ev *eventfd.FD

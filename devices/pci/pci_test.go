@@ -61,7 +61,8 @@ func both(t *testing.T, b *pci.Bus, slot int, f func(*testing.T, pcitest.Access)
 
 func TestIdentity(t *testing.T) {
 	b := pci.NewBus(&pcitest.Space{}, nil)
-	f := function(t, pci.FunctionConfig{Vendor: 0x1234, Device: 0x5678, SubVendor: 0x9abc, SubDevice: 0xdef0, Class: 0x010203, Revision: 4})
+	f := function(t, pci.FunctionConfig{Vendor: 0x1234, Device: 0x5678, SubVendor: 0x9abc, SubDevice: 0xdef0,
+		Class: 0x010203, Revision: 4})
 	if slot, err := b.Add(f); slot != 1 || err != nil {
 		t.Fatal(slot, err)
 	}
@@ -73,8 +74,10 @@ func TestIdentity(t *testing.T) {
 		want         uint64
 	}{
 		{0, 0x00, 4, 0x29c08086}, {0, 0x08, 4, 0x06000000}, {0, 0x0e, 1, 0}, {0, 0x3d, 1, 0},
-		{1, 0x00, 4, 0x56781234}, {1, 0x00, 2, 0x1234}, {1, 0x02, 2, 0x5678}, {1, 0x01, 1, 0x12}, {1, 0x03, 1, 0x56}, {1, 0x01, 2, 0x7812},
-		{1, 0x08, 4, 0x01020304}, {1, 0x0b, 1, 0x01}, {1, 0x2c, 4, 0xdef09abc}, {1, 0x34, 1, 0}, {1, 0x06, 2, 0}, {1, 0x3d, 1, 0},
+		{1, 0x00, 4, 0x56781234}, {1, 0x00, 2, 0x1234}, {1, 0x02, 2, 0x5678}, {1, 0x01, 1, 0x12}, {1, 0x03, 1, 0x56},
+		{1, 0x01, 2, 0x7812},
+		{1, 0x08, 4, 0x01020304}, {1, 0x0b, 1, 0x01}, {1, 0x2c, 4, 0xdef09abc}, {1, 0x34, 1, 0}, {1, 0x06, 2, 0},
+		{1, 0x3d, 1, 0},
 		{2, 0x00, 4, 0xffffffff}, {2, 0x0e, 1, 0xff}, {31, 0x00, 2, 0xffff},
 	} {
 		both(t, b, tt.slot, func(t *testing.T, a pcitest.Access) {
@@ -124,7 +127,9 @@ func TestConfigAddress(t *testing.T) {
 func TestCommandAndReadOnly(t *testing.T) {
 	b := pci.NewBus(&pcitest.Space{}, nil)
 	var told []uint16
-	add(t, b, function(t, pci.FunctionConfig{Vendor: 0x1111, Device: 0x2222, Command: func(c uint16) { told = append(told, c) }}))
+	add(t, b, function(t, pci.FunctionConfig{Vendor: 0x1111, Device: 0x2222, Command: func(c uint16) {
+		told = append(told, c)
+	}}))
 	a := pcitest.ECAM(b, 1)
 	a.Write(4, 2, 0xffff)
 	expect(t, "command", a.Read(4, 2), 0x546) // no I/O space, no special cycles
@@ -153,8 +158,10 @@ func TestCommandAndReadOnly(t *testing.T) {
 func TestAssign(t *testing.T) {
 	bars := func() []*pci.Function {
 		return []*pci.Function{
-			function(t, pci.FunctionConfig{Name: "a"}, pci.BAR{Index: 0, Size: 0x4000, Wide: true}, pci.BAR{Index: 2, Size: 0x1000}),
-			function(t, pci.FunctionConfig{Name: "b"}, pci.BAR{Index: 1, Size: 0x10}, pci.BAR{Index: 4, Size: 0x10_0000, Wide: true, Prefetch: true}),
+			function(t, pci.FunctionConfig{Name: "a"}, pci.BAR{Index: 0, Size: 0x4000, Wide: true},
+				pci.BAR{Index: 2, Size: 0x1000}),
+			function(t, pci.FunctionConfig{Name: "b"}, pci.BAR{Index: 1, Size: 0x10},
+				pci.BAR{Index: 4, Size: 0x10_0000, Wide: true, Prefetch: true}),
 		}
 	}
 	for _, tt := range []struct {
@@ -164,8 +171,10 @@ func TestAssign(t *testing.T) {
 	}{
 		{"both", w32, w64, []uint64{0x10_0010_0000, 0xc000_0000, 0xc000_1000, 0x10_0000_0000}},
 		{"no 64-bit window", w32, pci.Window{}, []uint64{0xc010_0000, 0xc010_4000, 0xc010_5000, 0xc000_0000}},
-		{"small 64-bit window", w32, pci.Window{Base: 1 << 32, Size: 0x4000}, []uint64{0x1_0000_0000, 0xc010_0000, 0xc010_1000, 0xc000_0000}},
-		{"unaligned", pci.Window{Base: 0xc000_0800, Size: 0x3000}, w64, []uint64{0x10_0010_0000, 0xc000_1000, 0xc000_2000, 0x10_0000_0000}},
+		{"small 64-bit window", w32, pci.Window{Base: 1 << 32, Size: 0x4000},
+			[]uint64{0x1_0000_0000, 0xc010_0000, 0xc010_1000, 0xc000_0000}},
+		{"unaligned", pci.Window{Base: 0xc000_0800, Size: 0x3000}, w64,
+			[]uint64{0x10_0010_0000, 0xc000_1000, 0xc000_2000, 0x10_0000_0000}},
 		{"full", pci.Window{Base: 0xc000_0000, Size: 0x1000}, w64, nil},
 		{"nowhere", pci.Window{}, pci.Window{}, nil},
 		{"from address 0", pci.Window{Size: 0x10_0000}, w64, nil},
@@ -202,7 +211,8 @@ func TestAssign(t *testing.T) {
 func TestSizing(t *testing.T) {
 	s := &pcitest.Space{}
 	b := pci.NewBus(s, nil)
-	add(t, b, function(t, pci.FunctionConfig{}, pci.BAR{Index: 0, Size: 0x4000, Wide: true}, pci.BAR{Index: 2, Size: 0x1000},
+	add(t, b, function(t, pci.FunctionConfig{}, pci.BAR{Index: 0, Size: 0x4000, Wide: true},
+		pci.BAR{Index: 2, Size: 0x1000},
 		pci.BAR{Index: 3, Size: 1 << 33, Wide: true, Prefetch: true}))
 	if err := b.Assign(w32, w64); err != nil {
 		t.Fatal(err)
@@ -331,9 +341,12 @@ func TestMoveBAR(t *testing.T) {
 func TestBadBARs(t *testing.T) {
 	h := make(memory, 0x1000)
 	for _, bar := range []pci.BAR{
-		{Index: -1, Size: 0x1000, Handler: h}, {Index: 6, Size: 0x1000, Handler: h}, {Index: 5, Size: 0x1000, Wide: true, Handler: h},
-		{Index: 4, Size: 8, Handler: h}, {Index: 4, Size: 0x1001, Handler: h}, {Index: 4, Size: 0, Handler: h}, {Index: 4, Size: 1 << 32, Handler: h},
-		{Index: 4, Size: 0x1000}, {Index: 2, Size: 0x1000, Handler: h}, {Index: 3, Size: 0x1000, Handler: h}, {Index: 1, Size: 0x1000, Wide: true, Handler: h},
+		{Index: -1, Size: 0x1000, Handler: h}, {Index: 6, Size: 0x1000, Handler: h},
+		{Index: 5, Size: 0x1000, Wide: true, Handler: h},
+		{Index: 4, Size: 8, Handler: h}, {Index: 4, Size: 0x1001, Handler: h}, {Index: 4, Size: 0, Handler: h},
+		{Index: 4, Size: 1 << 32, Handler: h},
+		{Index: 4, Size: 0x1000}, {Index: 2, Size: 0x1000, Handler: h}, {Index: 3, Size: 0x1000, Handler: h},
+		{Index: 1, Size: 0x1000, Wide: true, Handler: h},
 	} {
 		f := function(t, pci.FunctionConfig{}, pci.BAR{Index: 2, Size: 0x1000, Wide: true})
 		if f.AddBAR(bar) == nil {
@@ -388,7 +401,8 @@ func TestCapabilities(t *testing.T) {
 	if _, err := f.AddCapability(pci.Capability{ID: 9}); err == nil {
 		t.Error("a capability appeared on the bus")
 	}
-	if _, err := pci.NewFunction(pci.FunctionConfig{}).AddCapability(pci.Capability{Body: make([]byte, 0xbf)}); err == nil {
+	large := pci.Capability{Body: make([]byte, 0xbf)}
+	if _, err := pci.NewFunction(pci.FunctionConfig{}).AddCapability(large); err == nil {
 		t.Error("a capability reaches into extended space")
 	}
 }
@@ -396,7 +410,8 @@ func TestCapabilities(t *testing.T) {
 func TestResetJoinsErrors(t *testing.T) {
 	b := pci.NewBus(&pcitest.Space{}, nil)
 	first, second := errors.New("first"), errors.New("second")
-	add(t, b, pci.NewFunction(pci.FunctionConfig{Reset: func() error { return first }}), pci.NewFunction(pci.FunctionConfig{}),
+	add(t, b, pci.NewFunction(pci.FunctionConfig{Reset: func() error { return first }}),
+		pci.NewFunction(pci.FunctionConfig{}),
 		pci.NewFunction(pci.FunctionConfig{Reset: func() error { return second }}))
 	a := pcitest.ECAM(b, 2)
 	a.Write(4, 2, 0x406)

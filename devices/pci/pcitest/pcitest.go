@@ -1,6 +1,5 @@
-// Package pcitest is the machine and the driver side of package pci for tests:
-// an address space, MSI-X vectors that check how they are used, and accesses to
-// configuration space by both mechanisms.
+// Package pcitest provides both sides of package pci for tests: an address space, MSI-X vectors
+// that check how they are used, and accesses to configuration space by both mechanisms.
 package pcitest
 
 import (
@@ -12,15 +11,13 @@ import (
 	"gvm/kvmapi/eventfd"
 )
 
-// Access reads and writes one function's configuration space, n bytes at a
-// register.
+// Access reads and writes n bytes at a register of one function's configuration space.
 type Access struct {
 	Read  func(reg, n int) uint64
 	Write func(reg, n int, v uint64)
 }
 
-// CF8 goes through ports 0xcf8 and 0xcfc. The guest's own lock around the two
-// is not there.
+// CF8 uses ports 0xcf8 and 0xcfc, without the guest's own lock around the two.
 func CF8(b *pci.Bus, slot int) Access {
 	h := b.Ports()
 	at := func(reg int) uint64 {
@@ -33,7 +30,7 @@ func CF8(b *pci.Bus, slot int) Access {
 	}
 }
 
-// ECAM goes through the memory-mapped mechanism.
+// ECAM uses the memory-mapped mechanism.
 func ECAM(b *pci.Bus, slot int) Access {
 	h, base := b.ECAM(), uint64(slot)<<15
 	return Access{
@@ -80,7 +77,7 @@ type Space struct {
 	spans map[uint64]span
 }
 
-// Map is pci.Space's. A nil h reserves the range.
+// Map implements pci.Space. A nil h reserves the range.
 func (s *Space) Map(name string, base, size uint64, h pci.Handler) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -96,7 +93,7 @@ func (s *Space) Map(name string, base, size uint64, h pci.Handler) error {
 	return nil
 }
 
-// Unmap is pci.Space's.
+// Unmap implements pci.Space.
 func (s *Space) Unmap(base uint64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -129,7 +126,7 @@ func (s *Space) find(addr uint64, n int) (pci.Handler, uint64) {
 	return nil, 0
 }
 
-// Read reads n bytes at addr, all ones where nothing is.
+// Read reads n bytes at addr, all ones if nothing is mapped.
 func (s *Space) Read(addr uint64, n int) uint64 {
 	if h, off := s.find(addr, n); h != nil {
 		return Load(h, off, n)
@@ -147,8 +144,8 @@ func (s *Space) Write(addr uint64, n int, v uint64) {
 // Vectors makes vectors and keeps them.
 type Vectors struct {
 	All []*Vector
-	Max int // no more than these can be made; 0: no limit
-	// Refuse, if set, is what Unmask fails with.
+	Max int // limit on the vectors made; 0: none
+	// Refuse, if set, returns the error of Unmask.
 	Refuse func(pci.Message) error
 }
 
@@ -166,8 +163,7 @@ func (vs *Vectors) New() (pci.Vector, error) {
 	return v, nil
 }
 
-// Calls is how often Mask and Unmask were called on all vectors since the last
-// time.
+// Calls returns how often Mask and Unmask were called on all vectors since its last call.
 func (vs *Vectors) Calls() (n int) {
 	for _, v := range vs.All {
 		v.mu.Lock()
@@ -177,7 +173,7 @@ func (vs *Vectors) Calls() (n int) {
 	return n
 }
 
-// Vector plays an irqfd: while it is unmasked, what is signalled is delivered.
+// Vector acts as an irqfd: while it is unmasked, a signal is delivered.
 type Vector struct {
 	set    *Vectors
 	ev     *eventfd.FD
@@ -189,10 +185,10 @@ type Vector struct {
 	closed bool
 }
 
-// Event is pci.Vector's.
+// Event implements pci.Vector.
 func (v *Vector) Event() *eventfd.FD { return v.ev }
 
-// Unmask is pci.Vector's.
+// Unmask implements pci.Vector.
 func (v *Vector) Unmask(m pci.Message) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -209,7 +205,7 @@ func (v *Vector) Unmask(m pci.Message) error {
 	return nil
 }
 
-// Mask is pci.Vector's.
+// Mask implements pci.Vector.
 func (v *Vector) Mask() error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -221,7 +217,7 @@ func (v *Vector) Mask() error {
 	return nil
 }
 
-// Close is pci.Vector's.
+// Close implements pci.Vector.
 func (v *Vector) Close() error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -244,21 +240,21 @@ func (v *Vector) Take() (pci.Message, bool) {
 	return v.msg, was && err == nil
 }
 
-// Live tells whether the vector is connected.
+// Live reports whether the vector is connected.
 func (v *Vector) Live() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.live
 }
 
-// Closed tells whether Close was called.
+// Closed reports whether Close was called.
 func (v *Vector) Closed() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.closed
 }
 
-// Fault returns how the vector was used against its contract, or "".
+// Fault describes a violation of the vector's contract, or returns "".
 func (v *Vector) Fault() string {
 	v.mu.Lock()
 	defer v.mu.Unlock()
