@@ -8,8 +8,7 @@ import (
 	"time"
 )
 
-// lines records what a clock does to its outputs, under a fake clock that
-// begins at midnight, 1 January 2000.
+// lines records a clock's outputs, under a fake clock that starts at midnight, 1 January 2000.
 type lines struct {
 	*RTC
 	t *testing.T
@@ -40,7 +39,7 @@ func interrupts(t *testing.T, f func(t *testing.T, l *lines)) {
 	})
 }
 
-// pass lets time pass, and then whatever it brings.
+// pass lets time pass, and then the resulting events.
 func pass(d time.Duration) {
 	time.Sleep(d)
 	synctest.Wait()
@@ -62,7 +61,7 @@ func (l *lines) wantLine(what string, level bool, rises ...time.Duration) {
 	}
 }
 
-// wantIdle checks that no timer is set: the guest costs no wake-ups.
+// wantIdle checks that no timer is set, so that the guest causes no wake-ups.
 func (l *lines) wantIdle(what string) {
 	l.t.Helper()
 	l.mu.Lock()
@@ -123,7 +122,8 @@ func TestAlarm(t *testing.T) {
 		{"every minute", 0x22, 0x07, 0xc0, 0xc0, []time.Duration{7 * time.Second, time.Minute, time.Minute}},
 		{"every hour", 0x22, 0x00, 0x30, 0xff, []time.Duration{30 * time.Minute, time.Hour, time.Hour}},
 		{"every second of a minute", 0x22, 0xc0, 0x01, 0x00, []time.Duration{time.Minute, time.Second}},
-		{"every minute of the last hour", 0x22, 0x59, 0xc0, 0x23, []time.Duration{23*time.Hour + 59*time.Second, time.Minute}},
+		{"every minute of the last hour", 0x22, 0x59, 0xc0, 0x23,
+			[]time.Duration{23*time.Hour + 59*time.Second, time.Minute}},
 		{"midnight", 0x22, 0, 0, 0, []time.Duration{day, day}},
 		{"BCD that is none", 0x22, 0x5a, 0xc0, 0xc0, nil},
 		{"no such minute", 0x22, 0xc0, 0x60, 0xc0, nil},
@@ -158,8 +158,8 @@ func TestAlarm(t *testing.T) {
 	}
 }
 
-// TestAlarmFollowsTime: setting the time moves the alarm, and one that the change
-// steps over does not happen.
+// TestAlarmFollowsTime: setting the time moves the alarm, and an alarm that the change skips does
+// not happen.
 func TestAlarmFollowsTime(t *testing.T) {
 	interrupts(t, func(t *testing.T, l *lines) {
 		for reg, v := range map[byte]byte{1: 0x00, 3: 0x00, 5: 0x08, 0x0b: 0x22} {
@@ -182,12 +182,13 @@ func TestAlarmFollowsTime(t *testing.T) {
 	})
 }
 
-// TestAlarmHostClock: an alarm is by the host's clock, also when that is set.
+// TestAlarmHostClock: an alarm follows the host's clock, even when that is set.
 func TestAlarmHostClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var set atomic.Int64
 		var alarms atomic.Int32
-		r := New(Config{Now: func() time.Time { return time.Now().Add(time.Duration(set.Load())) }, Alarm: func() { alarms.Add(1) }})
+		r := New(Config{Now: func() time.Time { return time.Now().Add(time.Duration(set.Load())) },
+			Alarm: func() { alarms.Add(1) }})
 		defer r.Close()
 		for reg, v := range map[byte]byte{1: 0x00, 3: 0x00, 5: 0x08, 0x0b: 0x22} {
 			write(r, reg, v)
@@ -243,8 +244,8 @@ func TestPeriodic(t *testing.T) {
 	}
 }
 
-// TestPeriodicUnread: a guest that sets the highest rate and does not service the
-// interrupt costs one wake-up.
+// TestPeriodicUnread: a guest that sets the highest rate and does not service the interrupt causes
+// one wake-up.
 func TestPeriodicUnread(t *testing.T) {
 	interrupts(t, func(t *testing.T, l *lines) {
 		write(l.RTC, 0x0a, 0x23)
@@ -255,8 +256,8 @@ func TestPeriodicUnread(t *testing.T) {
 	})
 }
 
-// TestSetHalfSecond is how Linux sets the time: SET, the divider in reset, the
-// registers, SET clear, the divider released. The first update is 0.5 s later.
+// TestSetHalfSecond sets the time as Linux does: SET, the divider in reset, the registers, SET
+// clear, the divider released. The first update is 0.5 s later.
 func TestSetHalfSecond(t *testing.T) {
 	interrupts(t, func(t *testing.T, l *lines) {
 		pass(300 * time.Millisecond)
@@ -312,13 +313,13 @@ func TestFormats(t *testing.T) {
 	}
 }
 
-// TestBattery: time and memory survive a reset, interrupts and formats do not; nor
-// does a driver that was setting the time stop the clock.
+// TestBattery: time and memory survive a reset, interrupts and formats do not. A driver that was
+// setting the time does not leave the clock stopped.
 func TestBattery(t *testing.T) {
 	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	c := Config{Now: func() time.Time { return now }, Battery: &Battery{}}
 	r := New(c)
-	write(r, 0x32, 0x99) // 7,900 years are more than a Duration
+	write(r, 0x32, 0x99) // 7,900 years exceed a Duration
 	write(r, 0x04, 0x05)
 	write(r, 0x40, 0x5a)
 	write(r, 0x0b, 0xf6)
@@ -328,7 +329,7 @@ func TestBattery(t *testing.T) {
 	check(t, New(c), map[byte]byte{0x04: 0x06, 0x09: 0x26, 0x32: 0x99, 0x40: 0x5a, 0x0a: 0x26, 0x0b: 0x02, 0x0c: 0x00})
 }
 
-// TestClosed: after Close the timer tells nothing.
+// TestClosed: after Close the timer has no effect.
 func TestClosed(t *testing.T) {
 	interrupts(t, func(t *testing.T, l *lines) {
 		write(l.RTC, 0x0b, 0x12)

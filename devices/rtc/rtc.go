@@ -1,10 +1,9 @@
-// Package rtc is the MC146818 real-time clock and CMOS memory of a PC, on the
-// host's clock. Sections are those of Motorola's data sheet (ADI850).
+// Package rtc is the MC146818 real-time clock and CMOS memory of a PC, on the host's clock.
+// Sections are those of Motorola's data sheet (ADI850).
 //
-// The registers and the flags of register C are computed when the guest reads
-// them. A timer runs only for an event whose interrupt is enabled and whose flag
-// the guest has read and so cleared: a guest that uses no interrupt, or that does
-// not service one, costs the host no wake-ups.
+// The registers and the flags of register C are computed when the guest reads them. A timer runs
+// only for an event whose interrupt is enabled and whose flag the guest has cleared by reading it:
+// a guest that uses no interrupt, or does not service it, causes no wake-ups on the host.
 package rtc
 
 import (
@@ -12,15 +11,14 @@ import (
 	"time"
 )
 
-// Port is the first of the two I/O ports: the index, then the data. IRQ is the
-// ISA interrupt.
+// Port is the first of the two I/O ports: the index, then the data. IRQ is the ISA interrupt.
 const (
 	Port = 0x70
 	Size = 2
 	IRQ  = 8
 )
 
-// Registers; the century is where the FADT's CENTURY field says.
+// Registers; the FADT's CENTURY field has the century's.
 const (
 	regSeconds    = 0x00
 	regMinutes    = 0x02
@@ -50,7 +48,7 @@ const (
 	bDM  = 1 << 2 // B: binary, else BCD
 	b24  = 1 << 1 // B: 24 hours, else 12
 
-	// The flags of C are at the places of their enable bits in B.
+	// The flags of C have the bits of their enables in B.
 	cIRQ = 1 << 7
 	cPF  = 1 << 6
 	cAF  = 1 << 5
@@ -64,45 +62,45 @@ const (
 )
 
 const (
-	// uipLead is how long before an update UIP is set: a driver that reads it
-	// clear has this long for reading the time (t_BUC).
+	// uipLead is how long before an update UIP is set: a driver that reads UIP clear has this long
+	// to read the time (t_BUC).
 	uipLead = 244 * time.Microsecond
 
-	// firstUpdate is where in its second the clock starts when the divider's
-	// reset ends: the first update is half a second later.
+	// firstUpdate is the fraction of a second at which the clock starts after the divider's reset:
+	// the first update is half a second later.
 	firstUpdate = 500 * time.Millisecond
 
 	timeBase = 32768 // Hz
 
-	// minClocks bounds the timer's rate at 1,024 Hz. PF keeps the rate of register
-	// A; above the bound one interrupt stands for several periods.
+	// minClocks bounds the timer's rate at 1,024 Hz. PF keeps the rate of register A; above the
+	// bound one interrupt stands for several periods.
 	minClocks = timeBase / 1024
 
-	// maxSleep bounds the timer: an alarm is by the host's clock, which may be
-	// set, and the timer is not.
+	// maxSleep bounds the timer: an alarm follows the host's clock, which may be set; the timer
+	// does not.
 	maxSleep = time.Minute
 )
 
-// Config is what a clock is connected to; the zero value is useful.
+// Config has a clock's connections; the zero value is useful.
 type Config struct {
 	Now func() time.Time // the host's clock; nil is time.Now
 
-	// IRQ sets the level of the interrupt line, which is high from an event whose
-	// interrupt is enabled to the read of register C. Alarm is told when the alarm's
-	// flag and its interrupt's enable bit become set. Both are called with the
-	// device's lock held: they must not block or call back.
+	// IRQ sets the level of the interrupt line, which is high from an event whose interrupt is
+	// enabled to the read of register C. Alarm is called when both the alarm's flag and its enable
+	// bit become set. Both are called with the device's lock held: they must not block or call
+	// back.
 	IRQ   func(level bool)
 	Alarm func()
 
-	// Battery keeps time and memory from one machine to the next; nil is a new one.
+	// Battery keeps time and memory over a restart of the machine; nil is a new one.
 	Battery *Battery
 }
 
-// Battery is the part of a clock that outlives a reset: the time and the memory.
-// The zero value is at the host's time in UTC. One clock at a time uses it.
+// Battery is the part of a clock that survives a reset: the time and the memory. The zero value is
+// at the host's time in UTC. One clock at a time may use it.
 type Battery struct {
 	ram      [128]byte // every register; those of the time are current only while it is held
-	base, at time.Time // the guest's time was base when the host's was at
+	base, at time.Time // the guest's time was base at the host's time at
 }
 
 // RTC is the clock. Close must be called, or its timer stays.
@@ -113,14 +111,14 @@ type RTC struct {
 	*Battery
 	index  byte
 	flags  byte      // C without IRQF
-	seen   time.Time // the guest's time up to which flags are told
+	seen   time.Time // the guest's time up to which flags are set
 	active byte      // the flags that hold the line high
 	timer  *time.Timer
-	wake   time.Time // the guest's time at which the timer is due; zero: it is not set
+	wake   time.Time // the guest's time when the timer is due; zero: not set
 	closed bool
 }
 
-// New returns a clock as the RESET pin leaves it, with A and B as firmware does.
+// New returns a clock after the RESET pin, with A and B as firmware sets them.
 func New(cfg Config) *RTC {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -153,15 +151,15 @@ func (r *RTC) Close() {
 	r.disarm()
 }
 
-// host is the host's clock without its monotonic reading, so that the guest's
-// follows when the host's is set.
+// host returns the host's clock without its monotonic reading, so that the guest's clock follows
+// when the host's is set.
 func (r *RTC) host() time.Time { return r.cfg.Now().Round(0).UTC() }
 
-// time is the guest's time. While the clock is held, its fraction is the phase of
-// the divider and the rest is in the registers.
+// time returns the guest's time. While the clock is held, its fraction is the phase of the divider
+// and the rest is in the registers.
 func (r *RTC) time() time.Time { return r.base.Add(r.host().Sub(r.at)) }
 
-// running tells whether the divider runs, updating whether the time does too.
+// running reports whether the divider runs, updating whether the time does too.
 func (r *RTC) running() bool  { return r.ram[regA]&aDivider <= aRunning }
 func (r *RTC) updating() bool { return r.running() && r.ram[regB]&bSET == 0 }
 
@@ -177,8 +175,7 @@ func (r *RTC) Read(off uint64, p []byte) {
 	}
 }
 
-// Write sets the index, whose top bit is the NMI mask and no part of it, or
-// the register it names.
+// Write sets the index, without its top bit, the NMI mask, or the register that the index selects.
 func (r *RTC) Write(off uint64, p []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -192,8 +189,8 @@ func (r *RTC) Write(off uint64, p []byte) {
 	}
 }
 
-// encode and decode convert a number to and from the format that DM selects;
-// hour and fromHour do so for hours, in the format of the 24/12 bit.
+// encode and decode convert a number to and from the format selected by DM; hour and fromHour do so
+// for hours, in the format of the 24/12 bit.
 func (r *RTC) encode(v int) byte {
 	if r.ram[regB]&bDM != 0 {
 		return byte(v)
@@ -230,8 +227,7 @@ func (r *RTC) fromHour(b byte) int {
 	return h
 }
 
-// load brings the registers of the time up to date, unless the guest holds them
-// still.
+// load updates the registers of the time, unless the guest holds them.
 func (r *RTC) load() {
 	if !r.updating() {
 		return
@@ -239,7 +235,7 @@ func (r *RTC) load() {
 	t := r.seen
 	year := t.Year()
 	if year < 0 {
-		year += 10000 // a month or a day of 0 in the year 0 carries below it
+		year += 10000 // month or day 0 in year 0 carries below it
 	}
 	for reg, v := range map[byte]int{
 		regSeconds: t.Second(), regMinutes: t.Minute(),
@@ -251,9 +247,8 @@ func (r *RTC) load() {
 	r.ram[regHours] = r.hour(t.Hour())
 }
 
-// adopt makes the clock go on from the registers and a fraction of a second. A
-// field out of its range carries into the next; the day of the week follows from
-// the date.
+// adopt makes the clock continue from the registers and a fraction of a second. A field out of its
+// range carries into the next; the day of the week follows from the date.
 func (r *RTC) adopt(fraction time.Duration) {
 	f := func(reg byte) int { return r.decode(r.ram[reg]) }
 	r.at = r.host()
@@ -300,7 +295,7 @@ func (r *RTC) set(v byte) {
 	case regB:
 		was := r.ram[regB]
 		if v&bSET&^was != 0 {
-			v &^= bUIE // the rise of SET clears it
+			v &^= bUIE // a rising SET clears it
 		}
 		r.ram[regB] = v
 		if was&^v&bSET != 0 {
@@ -318,8 +313,8 @@ func (r *RTC) set(v byte) {
 	r.signal()
 }
 
-// period is the periodic interrupt's in clocks of the time base, or 0. Rates 1 and
-// 2 of this time base are those of 8 and 9 (table 5).
+// period returns the periodic interrupt's period in clocks of the time base, or 0. Rates 1 and 2 of
+// this time base are those of 8 and 9 (table 5).
 func (r *RTC) period() int64 {
 	rate := r.ram[regA] & aRate
 	switch rate {
@@ -331,13 +326,13 @@ func (r *RTC) period() int64 {
 	return 1 << (rate - 1)
 }
 
-// clocks is how many clocks of the time base lie before t.
+// clocks returns how many clocks of the time base precede t.
 func clocks(t time.Time) int64 {
 	return t.Unix()*timeBase + int64(t.Nanosecond())*timeBase/int64(time.Second)
 }
 
-// elapse sets the flags of what has happened since it was called last. When the
-// host's clock was set back nothing has.
+// elapse sets the flags of the events since its last call. After the host's clock was set back
+// there are none.
 func (r *RTC) elapse() {
 	from, t := r.seen, r.time()
 	r.seen = t
@@ -359,8 +354,8 @@ func (r *RTC) elapse() {
 	}
 }
 
-// nextAlarm returns the first second after t that the alarm bytes match, or zero
-// for bytes that no time matches.
+// nextAlarm returns the first second after t that the alarm bytes match, or zero if no time matches
+// them.
 func (r *RTC) nextAlarm(t time.Time) time.Time {
 	matches := func(reg, now byte) bool {
 		alarm := r.ram[reg+1]
@@ -381,7 +376,7 @@ func (r *RTC) nextAlarm(t time.Time) time.Time {
 	if some != [3]bool{true, true, true} {
 		return time.Time{}
 	}
-	// Each field that does not match goes to its next value, and those below it to 0.
+	// Each field that does not match advances to its next value, and those below it to 0.
 	for t = time.Unix(t.Unix()+1, 0).UTC(); ; {
 		switch h, m, s := t.Clock(); {
 		case !hours[h]:
@@ -396,8 +391,8 @@ func (r *RTC) nextAlarm(t time.Time) time.Time {
 	}
 }
 
-// signal drives the line and sets the timer by the flags and their enable bits.
-// elapse was called.
+// signal drives the line and sets the timer by the flags and their enable bits. The caller has
+// called elapse.
 func (r *RTC) signal() {
 	enabled := r.ram[regB] & cAll
 	active := r.flags & enabled
@@ -415,7 +410,7 @@ func (r *RTC) signal() {
 			next = t
 		}
 	}
-	waits := enabled &^ r.flags // a flag that is set brings nothing new
+	waits := enabled &^ r.flags // a flag that is set causes no new event
 	if p := r.period(); waits&cPF != 0 && active == 0 && p != 0 && r.running() {
 		p = max(p, minClocks)
 		at := (clocks(r.seen)/p + 1) * p
@@ -431,7 +426,7 @@ func (r *RTC) signal() {
 	r.arm(next)
 }
 
-// arm sets the timer to next, or stops it for zero.
+// arm sets the timer to next, or stops it if next is zero.
 func (r *RTC) arm(next time.Time) {
 	if next.Equal(r.wake) || r.closed {
 		return
@@ -455,7 +450,7 @@ func (r *RTC) disarm() {
 	}
 }
 
-// fire is the timer's.
+// fire is called by the timer.
 func (r *RTC) fire() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
