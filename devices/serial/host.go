@@ -7,17 +7,16 @@ import (
 )
 
 const (
-	// lineSize bounds what has left the transmitter and is not written yet.
+	// lineSize bounds the output that left the transmitter and is not written yet.
 	lineSize = 64 << 10
 
-	// gather is how long the first byte of a batch waits for others: a guest
-	// sends them one by one, and one host write each would cost more than all
-	// the rest of the device.
+	// gather is how long the first byte of a batch waits for others: a guest sends them one by one,
+	// and a host write for each would cost more than the rest of the device.
 	gather = time.Millisecond
 )
 
-// drain moves what the line has room for out of the transmitter: all of it
-// once nobody waits for room any more.
+// drain moves bytes from the transmitter to the line, as many as the line has room for, or all of
+// them after Stop.
 func (u *UART) drain() {
 	n := len(u.tx)
 	if !u.stopped {
@@ -40,8 +39,7 @@ func (u *UART) send(n int) {
 	u.txRoom.Broadcast()
 }
 
-// run writes the output. After an error it discards: a guest whose console has
-// gone away runs on.
+// run writes the output. After an error it discards output: a guest that lost its console runs on.
 func (u *UART) run() {
 	defer close(u.done)
 	u.mu.Lock()
@@ -79,8 +77,8 @@ func (u *UART) run() {
 	}
 }
 
-// Stop ends all waiting, so that vCPUs and input can be joined: a vCPU that
-// waits for room goes on, its byte kept, and input returns ErrStopped.
+// Stop ends all waiting, so that vCPUs and input can be joined: a vCPU that waits for room
+// continues, its byte kept, and input returns ErrStopped.
 func (u *UART) Stop() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -91,9 +89,8 @@ func (u *UART) Stop() {
 	u.work.Signal()
 }
 
-// Close stops the port, waits until all output is written, and returns the
-// first error of Config.Out. It waits as long as Config.Out does; output that
-// the guest sends after it is lost.
+// Close stops the port, waits until all output is written, and returns the first error of
+// Config.Out. It waits as long as Config.Out does; later output of the guest is lost.
 func (u *UART) Close() error {
 	u.Stop()
 	u.mu.Lock()
@@ -104,19 +101,17 @@ func (u *UART) Close() error {
 	return u.err
 }
 
-// Input returns the terminal's side. A Write returns when the receiver has
-// taken everything, or with ErrStopped and how much it has taken. Like a
-// terminal with hardware flow control it sends only while the guest asserts
-// RTS: what is typed before the guest's driver is ready is not lost to the
-// driver's clearing of the receiver. A driver that polls the receiver (see
-// pollsAlone) gets one character at a time without RTS.
+// Input returns the terminal's side. A Write returns when the receiver has taken everything, or
+// with ErrStopped and the number of bytes taken. Like a terminal with hardware flow control it
+// sends only while the guest asserts RTS, so that input typed before the guest's driver is ready is
+// not lost when the driver clears the receiver. A driver that polls the receiver (see pollsAlone)
+// gets one character at a time without RTS.
 func (u *UART) Input() Input { return Input{u} }
 
 // Input is the terminal's side of a UART.
 type Input struct{ u *UART }
 
-// Break sends a break, which Linux takes as SysRq on a console. It waits for
-// its turn as Write does.
+// Break sends a break, which Linux takes as SysRq on a console. It waits for its turn like Write.
 func (in Input) Break() error {
 	_, err := in.u.give([]char{{errs: lsrBI}})
 	return err
@@ -131,9 +126,9 @@ func (in Input) Write(p []byte) (int, error) {
 	return in.u.give(cs)
 }
 
-// give waits for an empty receiver, not for room for one character: each fill
-// is then a rise of the interrupt line, even for a driver that leaves its
-// interrupt handler after so many characters, and costs one wake-up.
+// give waits for an empty receiver, not for room for one character. Each fill then raises the
+// interrupt line, even for a driver that leaves its interrupt handler after a number of characters,
+// and costs one wake-up.
 func (u *UART) give(cs []char) (n int, err error) {
 	u.feed.Lock()
 	defer u.feed.Unlock()
@@ -155,8 +150,7 @@ func (u *UART) give(cs []char) (n int, err error) {
 	return n, nil
 }
 
-// room is how many characters the guest lets the terminal send to an empty
-// receiver.
+// room returns how many characters the guest lets the terminal send to an empty receiver.
 func (u *UART) room() int {
 	switch {
 	case u.mcr&mcrLoop != 0:

@@ -17,7 +17,7 @@ func pattern(n int) []byte {
 	return b
 }
 
-// gate is an output that does not take anything before it is opened.
+// gate is an output that blocks until it is opened.
 type gate struct {
 	open chan struct{}
 	bytes.Buffer
@@ -28,7 +28,7 @@ func (g *gate) Write(p []byte) (int, error) {
 	return g.Buffer.Write(p)
 }
 
-// fill sends until the transmitter has no room and returns what it has sent.
+// fill sends until the transmitter has no room and returns the bytes sent.
 func fill(u *UART) []byte {
 	bytes, n := pattern(4*lineSize), 0
 	for ; in(u, regLSR)&lsrTHRE != 0; n++ {
@@ -43,8 +43,8 @@ func in(u *UART, reg uint64) byte {
 	return b[0]
 }
 
-// TestOutputBlocked: THRE stays clear while the host takes nothing, a byte
-// written all the same waits, room raises the interrupt, nothing is lost.
+// TestOutputBlocked: THRE stays clear while the host takes no output, a byte written anyway waits,
+// room raises the interrupt, and no byte is lost.
 func TestOutputBlocked(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		out := &gate{open: make(chan struct{})}
@@ -53,7 +53,7 @@ func TestOutputBlocked(t *testing.T) {
 		u.Write(regIIR, []byte{0x01})
 		u.Write(regMCR, []byte{0x0b})
 		want := fill(u)
-		for i := range 15 { // the FIFO has more room than THRE tells
+		for i := range 15 { // the FIFO has more room than THRE shows
 			u.Write(regRBR, []byte{byte('a' + i)})
 			want = append(want, byte('a'+i))
 		}
@@ -62,7 +62,7 @@ func TestOutputBlocked(t *testing.T) {
 			t.Errorf("transmitter full: IIR %#x, %d edges", id, len(edges))
 		}
 		written := make(chan struct{})
-		go func() { // a vCPU that does not look at LSR
+		go func() { // a vCPU that does not read LSR
 			u.Write(regRBR, []byte("!"))
 			close(written)
 		}()
@@ -82,7 +82,7 @@ func TestOutputBlocked(t *testing.T) {
 	})
 }
 
-// TestStop: a vCPU and input that wait are let go, and no byte sent is lost.
+// TestStop: Stop releases a waiting vCPU and input, and no byte sent is lost.
 func TestStop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		out := &gate{open: make(chan struct{})}
@@ -99,7 +99,7 @@ func TestStop(t *testing.T) {
 				t.Errorf("input: %d, %v", n, err)
 			}
 		})
-		synctest.Wait() // both are held up
+		synctest.Wait() // both wait
 		u.Stop()
 		join.Wait()
 		if err := u.Input().Break(); !errors.Is(err, ErrStopped) {
@@ -118,7 +118,7 @@ func TestStop(t *testing.T) {
 	})
 }
 
-// TestResetKeepsOutput: what the guest has sent before it resets comes out.
+// TestResetKeepsOutput: output sent before the guest resets is written.
 func TestResetKeepsOutput(t *testing.T) {
 	out := &gate{open: make(chan struct{})}
 	u := New(Config{Out: out, Raise: func() {}})
@@ -161,7 +161,7 @@ func TestOutputError(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			u := New(Config{Out: &c.out, Raise: func() {}})
-			for range 3 * lineSize { // the guest is not held up
+			for range 3 * lineSize { // the guest does not wait
 				u.Write(regRBR, []byte{'o'})
 			}
 			if err := u.Close(); !errors.Is(err, c.want) {
@@ -174,8 +174,8 @@ func TestOutputError(t *testing.T) {
 	}
 }
 
-// TestInputWaitsForRTS: nothing is received before the guest asserts RTS, nor
-// in loopback, so that a driver's start-up loses none of it.
+// TestInputWaitsForRTS: nothing is received before the guest asserts RTS, nor in loopback, so that
+// a driver's start-up loses no input.
 func TestInputWaitsForRTS(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u := New(Config{Out: io.Discard, Raise: func() {}})
@@ -205,9 +205,9 @@ func TestInputWaitsForRTS(t *testing.T) {
 	})
 }
 
-// TestInputPolled: a driver that polls the receiver without RTS, as kgdb's does, gets
-// input one character at a time. What else a driver does with LSR takes none, so
-// that its start-up loses none, and the rest waits for the driver that sets RTS.
+// TestInputPolled: a driver that polls the receiver without RTS, like kgdb's, gets input one
+// character at a time. Other uses of LSR take none, so that a driver's start-up loses no input, and
+// the rest waits for the driver that sets RTS.
 func TestInputPolled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u := New(Config{Out: io.Discard, Raise: func() {}})
@@ -232,7 +232,7 @@ func TestInputPolled(t *testing.T) {
 				t.Errorf("%s: input came", what)
 			}
 		}
-		print := func(n int) { // as consoles do: an empty transmitter before and after each byte
+		print := func(n int) { // as consoles do: poll for an empty transmitter before and after each byte
 			for range n {
 				in(u, regIER)
 				quiet("before a byte")
@@ -250,21 +250,21 @@ func TestInputPolled(t *testing.T) {
 			t.Fatal("polled in vain")
 			return 0
 		}
-		u.Write(regMCR, []byte{0x01}) // a console's set-up asserts DTR alone
+		u.Write(regMCR, []byte{0x01}) // a console's set-up asserts only DTR
 		print(100)
 		var got []byte
 		for range 3 {
 			got = append(got, get())
 		}
-		print(1) // an answer, and polling goes on
+		print(1) // an answer, and polling continues
 		for range 2 {
 			got = append(got, get())
 		}
 		print(100)
-		u.Write(regIIR, []byte{0x07}) // a driver starts, and clears what it finds
+		u.Write(regIIR, []byte{0x07}) // a driver starts, and clears the receiver
 		quiet("start-up")
 		in(u, regRBR)
-		u.Write(regMCR, []byte{0x1b}) // loopback is a line of its own
+		u.Write(regMCR, []byte{0x1b}) // loopback disconnects the line
 		for range 3 * pollsAlone {
 			quiet("loopback")
 		}
@@ -278,8 +278,8 @@ func TestInputPolled(t *testing.T) {
 	})
 }
 
-// TestBreakPolled: a break reaches a driver that polls, with its NUL, and keeps its
-// place among the characters.
+// TestBreakPolled: a break reaches a polling driver, with its NUL, and keeps its place among the
+// characters.
 func TestBreakPolled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u := New(Config{Out: io.Discard, Raise: func() {}})
@@ -311,8 +311,8 @@ func write(u *UART, s string) error {
 	return err
 }
 
-// TestEcho has a driver that works by edges alone, and that, as Linux's does,
-// leaves its handler after so many rounds whatever has come up since, echo 1 MiB.
+// TestEcho echoes 1 MiB by a driver that uses only edges and that, like Linux's, leaves its handler
+// after a number of rounds.
 func TestEcho(t *testing.T) {
 	const total = 1 << 20
 	var out bytes.Buffer
@@ -357,7 +357,7 @@ func TestEcho(t *testing.T) {
 				}
 				queue, sent = queue[n:], sent+n
 			}
-			// A driver stops transmitting interrupts while it has nothing.
+			// A driver disables transmitter interrupts while it has nothing to send.
 			ier := byte(0x05)
 			if len(queue) > 0 {
 				ier |= 0x02
@@ -371,7 +371,7 @@ func TestEcho(t *testing.T) {
 	}
 }
 
-// BenchmarkTransmit also tells how many bytes a host write carries.
+// BenchmarkTransmit also reports the number of bytes per host write.
 func BenchmarkTransmit(b *testing.B) {
 	out := sink{n: 1 << 30}
 	u := New(Config{Out: &out, Raise: func() {}})

@@ -1,7 +1,6 @@
-// Package serial is a 16550A UART as National's PC16550D data sheet has it, on
-// a line that is infinitely fast: a byte leaves the transmitter as soon as the
-// host has room for it, and a receive time-out has passed as soon as it could
-// begin. No byte is lost in either direction because one side is slow.
+// Package serial is a 16550A UART after National's PC16550D data sheet, on an infinitely fast line:
+// a byte leaves the transmitter as soon as the host has room for it, and a receive time-out passes
+// as soon as it could begin. A slow side loses no byte in either direction.
 package serial
 
 import (
@@ -10,14 +9,14 @@ import (
 	"sync"
 )
 
-// Where COM1 is on a PC, and its ISA interrupt, which is edge-triggered.
+// COM1's place on a PC, and its ISA interrupt, which is edge-triggered.
 const (
 	COM1 = 0x3f8
 	IRQ  = 4
 	Size = 8
 )
 
-// ErrStopped is what input gets after Stop.
+// ErrStopped is the error of input after Stop.
 var ErrStopped = errors.New("serial: the port is stopped")
 
 // Registers (PC16550D table II).
@@ -77,24 +76,24 @@ const (
 	msrRI   = 1 << 6
 	msrDCD  = 1 << 7
 
-	// connected is the modem lines of a terminal that is always there.
+	// connected is the state of the modem lines with a terminal that is always there.
 	connected = msrCTS | msrDSR | msrDCD
 
 	fifoSize = 16
 
-	// pollsAlone is how many successive reads of LSR tell a driver that polls the
-	// receiver (Linux: poll_get_char for kgdb and kdb, a boot loader's getc) from one
-	// that looks for room to send, which the first read finds. Such a driver may not
-	// set RTS. It waits for one character and takes it at once, so one is sent: what
-	// it does not wait for stays with the terminal, for the driver that comes later.
+	// pollsAlone is the number of successive reads of LSR after which the driver counts as polling
+	// the receiver (Linux: poll_get_char for kgdb and kdb, a boot loader's getc). A driver that
+	// waits for room to send finds it with the first read. A polling driver may not set RTS. It
+	// waits for one character and takes it at once, so it gets one; the rest stays with the
+	// terminal, for the driver that comes later.
 	pollsAlone = 16
 )
 
 var triggers = [4]int{1, 4, 8, 14} // FCR bits 7:6
 
-// Config is what a UART is connected to.
+// Config has a UART's connections.
 type Config struct {
-	// Out gets what the guest sends, in order, from one goroutine.
+	// Out receives the guest's output, in order, from one goroutine.
 	Out io.Writer
 
 	// Raise makes one edge of the interrupt line. It is called with the
@@ -102,13 +101,13 @@ type Config struct {
 	Raise func()
 }
 
-// char is a received character with the errors that came with it.
+// char is a received character with its errors.
 type char struct{ data, errs byte }
 
 // UART is the device. Close must be called, or its goroutine stays.
 type UART struct {
 	cfg  Config
-	feed sync.Mutex // one at a time gives input; taken before mu
+	feed sync.Mutex // serializes input; taken before mu
 
 	mu       sync.Mutex
 	ier      byte
@@ -119,8 +118,8 @@ type UART struct {
 	dll, dlm byte
 	errs     byte // LSR's error bits
 	delta    byte // MSR's low half
-	thre     bool // a THRE interrupt is pending (IER aside)
-	causes   byte // what the interrupt line is high for, as IER bits
+	thre     bool // a THRE interrupt is pending, whether enabled or not
+	causes   byte // the causes of the high interrupt line, as IER bits
 	rx       []char
 	tx       []byte // the transmitter FIFO
 	polls    int    // successive reads of LSR that found both FIFOs empty
@@ -128,13 +127,13 @@ type UART struct {
 	rxEmpty sync.Cond // input waits for the receiver
 	txRoom  sync.Cond // a vCPU waits for the transmitter
 
-	out     []byte        // what has left the transmitter and is not written yet
+	out     []byte        // bytes that left the transmitter and are not written yet
 	work    sync.Cond     // run waits for out, or closing
-	stopped bool          // nobody waits any more
+	stopped bool          // Stop was called: all waiting ends
 	closing bool          // run ends when out is empty
-	closed  bool          // run has ended: output goes nowhere
-	err     error         // of Config.Out, the first
-	done    chan struct{} // closed when run has ended
+	closed  bool          // run has ended: output is dropped
+	err     error         // the first one of Config.Out
+	done    chan struct{} // closed once run has ended
 }
 
 // New returns a UART in its state after reset, its output running.
@@ -146,8 +145,8 @@ func New(cfg Config) *UART {
 	return u
 }
 
-// Reset puts the registers and FIFOs into their state after the machine's
-// reset. Output that the guest has sent is kept.
+// Reset puts the registers and FIFOs into their state after the machine's reset. Output that the
+// guest has sent is kept.
 func (u *UART) Reset() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -173,8 +172,8 @@ func (u *UART) Read(off uint64, p []byte) {
 	u.update()
 }
 
-// Write writes registers, one for each byte of p. A byte for a transmitter
-// that is full, whose LSR a driver would have looked at, waits for room or Stop.
+// Write writes registers, one for each byte of p. A byte for a full transmitter, which a driver
+// would have seen in LSR, waits for room or Stop.
 func (u *UART) Write(off uint64, p []byte) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -240,8 +239,8 @@ func (u *UART) write(reg uint64, v byte) {
 			u.dlm = v
 			return
 		}
-		// Enabling the interrupt while the register is empty makes it pending
-		// again: this is how a driver starts to send.
+		// Enabling the interrupt while the register is empty makes it pending again: drivers start
+		// sending that way.
 		if v&^u.ier&ierTHRI != 0 && len(u.tx) == 0 {
 			u.thre = true
 		}
@@ -267,12 +266,12 @@ func (u *UART) write(reg uint64, v byte) {
 	}
 }
 
-// control is a write to FCR.
+// control handles a write to FCR.
 func (u *UART) control(v byte) {
 	if (v^u.fcr)&fcrEnable != 0 {
-		v |= fcrClearRX | fcrClearTX // by changing mode
+		v |= fcrClearRX | fcrClearTX // a change of mode clears both
 	} else if v&fcrEnable == 0 {
-		return // the other bits are written only along with this one
+		return // the other bits are written only together with this one
 	}
 	if v&fcrClearRX != 0 {
 		u.rx = nil
@@ -287,7 +286,7 @@ func (u *UART) control(v byte) {
 	u.fcr = v &^ (fcrClearRX | fcrClearTX)
 }
 
-// capacity is how many characters each FIFO holds.
+// capacity returns how many characters each FIFO holds.
 func (u *UART) capacity() int {
 	if u.fcr&fcrEnable != 0 {
 		return fifoSize
@@ -295,14 +294,15 @@ func (u *UART) capacity() int {
 	return 1
 }
 
-// modem is the modem lines in MSR's high half. In loopback they are the
-// outputs: DTR is DSR, RTS is CTS, OUT1 is RI, OUT2 is DCD.
+// modem returns the modem lines in MSR's high half. In loopback they are the outputs: DTR is DSR,
+// RTS is CTS, OUT1 is RI, OUT2 is DCD.
 func (u *UART) modem() byte {
 	if u.mcr&mcrLoop == 0 {
 		return connected
 	}
 	var v byte
-	for _, w := range [...]struct{ out, in byte }{{mcrDTR, msrDSR}, {mcrRTS, msrCTS}, {mcrOUT1, msrRI}, {mcrOUT2, msrDCD}} {
+	for _, w := range [...]struct{ out, in byte }{{mcrDTR, msrDSR}, {mcrRTS, msrCTS}, {mcrOUT1, msrRI},
+		{mcrOUT2, msrDCD}} {
 		if u.mcr&w.out != 0 {
 			v |= w.in
 		}
@@ -335,7 +335,7 @@ func (u *UART) lsr() byte {
 	return v
 }
 
-// pending is every interrupt that IER lets through, as IER bits.
+// pending returns the pending interrupts that IER enables, as IER bits.
 func (u *UART) pending() byte {
 	var v byte
 	if u.errs != 0 {
@@ -353,7 +353,7 @@ func (u *UART) pending() byte {
 	return v & u.ier
 }
 
-// iir is the pending interrupt of the highest priority.
+// iir returns the pending interrupt of the highest priority.
 func (u *UART) iir() byte {
 	p := u.pending()
 	switch {
@@ -372,11 +372,10 @@ func (u *UART) iir() byte {
 	return iirNone
 }
 
-// update drives the interrupt line. The line of a UART is high while any cause
-// is pending, and an edge-triggered controller sees only its rise. An edge
-// whose interrupt was taken for an earlier cause, or that came while the input
-// was masked, must not be the last one: so there is one more whenever the set
-// of causes changes and is not empty. At worst a handler finds nothing to do.
+// update drives the interrupt line. The line of a UART is high while any cause is pending, and an
+// edge-triggered controller sees only its rise. An edge that was serviced for an earlier cause, or
+// that came while the input was masked, must not be the last one. So update makes another edge
+// whenever the set of causes changes and is not empty. At worst a handler finds no work.
 func (u *UART) update() {
 	var c byte
 	if u.mcr&(mcrOUT2|mcrLoop) == mcrOUT2 { // in loopback the OUT2 pin is inactive
@@ -388,7 +387,7 @@ func (u *UART) update() {
 	u.causes = c
 }
 
-// receive takes the character that RBR shows.
+// receive takes the character in RBR.
 func (u *UART) receive() byte {
 	if len(u.rx) == 0 {
 		return 0
@@ -404,12 +403,12 @@ func (u *UART) receive() byte {
 	return c.data
 }
 
-// accept puts a character into the receiver; a full one overruns.
+// accept puts a character into the receiver; a full receiver overruns.
 func (u *UART) accept(c char) {
 	if len(u.rx) == u.capacity() {
 		u.errs |= lsrOE
 		if u.fcr&fcrEnable != 0 {
-			return // the FIFO keeps what it has; RBR is overwritten
+			return // the FIFO keeps its content; RBR is overwritten
 		}
 		u.rx = nil
 	}
@@ -419,7 +418,7 @@ func (u *UART) accept(c char) {
 	u.rx = append(u.rx, c)
 }
 
-// transmit is a write to THR.
+// transmit handles a write to THR.
 func (u *UART) transmit(b byte) {
 	if u.mcr&mcrLoop != 0 {
 		u.accept(char{data: b})

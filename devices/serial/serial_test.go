@@ -9,7 +9,7 @@ import (
 type port struct {
 	*UART
 	t     *testing.T
-	out   *bytes.Buffer // to be looked at after Close
+	out   *bytes.Buffer // to be read after Close
 	edges int
 }
 
@@ -46,7 +46,7 @@ func (p *port) wantEdges(what string, n int) {
 	p.edges = 0
 }
 
-// typed gives input that must fit into the receiver as it is.
+// typed sends input that must fit into the receiver.
 func (p *port) typed(s string) {
 	p.t.Helper()
 	if n, err := p.Input().Write([]byte(s)); n != len(s) || err != nil {
@@ -115,8 +115,8 @@ func TestDivisorLatch(t *testing.T) {
 	}
 }
 
-// TestDetection is the steps of Linux's 8250 autoconfiguration that tell the
-// 16550A from its kin and from an empty address.
+// TestDetection follows the steps of Linux's 8250 autoconfiguration that distinguish the 16550A
+// from its kin and from an empty address.
 func TestDetection(t *testing.T) {
 	p := newPort(t)
 	p.put(regIER, 0)
@@ -237,7 +237,7 @@ func TestReceiveFallsBelowTrigger(t *testing.T) {
 func TestPriority(t *testing.T) {
 	p := newPort(t)
 	p.put(regIIR, 0x01)
-	p.put(regMCR, 0x12) // RTS in loopback: CTS, and DSR and DCD go
+	p.put(regMCR, 0x12) // RTS in loopback: CTS rises, and DSR and DCD fall
 	p.put(regRBR, 'q')
 	p.put(regLCR, 0x40) // break, received in loopback behind the q
 	p.put(regMCR, 0x0b)
@@ -320,7 +320,7 @@ func TestBreak(t *testing.T) {
 	p.want("break", regIIR, 0xc6, regLSR, 0xf1, regIIR, 0xc1, regLSR, 0x61, regRBR, 0, regLSR, 0x60)
 }
 
-// FuzzAccess: no register and no width leads out of the device.
+// FuzzAccess: no register and no width causes a panic.
 func FuzzAccess(f *testing.F) {
 	f.Add([]byte{2, 0xc1, 4, 0x1b, 0, 'x', 1, 0x0f, 3, 0x40, 2, 0x07, 4, 0x0b})
 	f.Add([]byte{4, 0x10, 0, 1, 0, 2, 2, 1, 0, 3, 0x82, 0, 0x85, 0})
