@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// Port is where the register blocks are by default. They are one range:
-// PM1a_EVT at +0 (4 bytes), PM1a_CNT at +4 (2 bytes), PM_TMR at +8 (4 bytes).
+// Port is the default place of the register blocks. They are one range: PM1a_EVT at +0 (4 bytes),
+// PM1a_CNT at +4 (2 bytes), PM_TMR at +8 (4 bytes).
 const (
 	Port       = 0x600
 	Size       = 12
@@ -24,9 +24,9 @@ const (
 // SleepTypeS5 is the SLP_TYP value of the soft-off state, for the DSDT's \_S5.
 const SleepTypeS5 = 5
 
-// ResetPort is the reset control register; writing ResetValue there resets the
-// machine. The port lies inside PCI's CONFIG_ADDRESS (0xcf8, 4 bytes), which
-// takes 32-bit accesses alone: a one-byte access at 0xcf9 belongs to this one.
+// ResetPort is the reset control register; writing ResetValue there resets the machine. The port
+// lies inside PCI's CONFIG_ADDRESS (0xcf8, 4 bytes), which takes only 32-bit accesses: a one-byte
+// access at 0xcf9 goes to this register.
 const (
 	ResetPort  = 0xcf9
 	ResetValue = rstCPU | sysRST
@@ -45,15 +45,15 @@ const (
 	slpTYP    = 10      // PM1_CNT, 3 bits
 	slpEN     = 1 << 13 // PM1_CNT, reads as zero
 
-	// TMR_EN is not among them: the timer is 32 bits wide (FADT TMR_VAL_EXT)
-	// and its carry, once in 20 minutes, raises no event.
+	// TMR_EN is not among them: the timer is 32 bits wide (FADT TMR_VAL_EXT), and its carry, once
+	// in 20 minutes, raises no event.
 	enables = gblEN | pwrbtnSTS | rtcSTS
 
 	timerHz = 3579545
 )
 
-// Config is what the registers act on. Every function is called on the thread
-// of the vCPU that wrote the register.
+// Config connects the registers to the machine. Every function is called on the thread of the vCPU
+// that wrote the register.
 type Config struct {
 	PowerOff func() // the guest entered S5
 	Reset    func() // the guest wrote the reset control register
@@ -62,12 +62,11 @@ type Config struct {
 	// level changes, with the device's lock held: it must not call back.
 	SCI func(level bool)
 
-	// Now is a clock that never goes back, for the PM timer; nil is the host's
-	// monotonic clock since New.
+	// Now is a monotonic clock for the PM timer; nil is the host's monotonic clock since New.
 	Now func() time.Duration
 }
 
-// PM is the device at Port; ResetControl gives the one at ResetPort.
+// PM is the device at Port; ResetControl returns the one at ResetPort.
 type PM struct {
 	cfg Config
 
@@ -86,9 +85,9 @@ func New(cfg Config) *PM {
 	return &PM{cfg: cfg}
 }
 
-// PowerButton presses the power button, which asks the guest to shut down. It
-// reports whether the guest listens: before its ACPI driver has enabled the
-// event nothing comes of it but the status bit.
+// PowerButton presses the power button, which asks the guest to shut down. It reports whether the
+// guest listens: until the guest's ACPI driver enables the event, the button only sets its status
+// bit.
 func (d *PM) PowerButton() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -97,8 +96,8 @@ func (d *PM) PowerButton() bool {
 	return d.enable&pwrbtnSTS != 0
 }
 
-// RTCAlarm is the alarm of the real-time clock, which wakes a guest that sleeps:
-// Linux waits in suspend-to-idle for this event and not for the clock's interrupt.
+// RTCAlarm signals the alarm of the real-time clock, which wakes a sleeping guest: in
+// suspend-to-idle Linux waits for this event and not for the clock's interrupt.
 func (d *PM) RTCAlarm() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -106,7 +105,7 @@ func (d *PM) RTCAlarm() {
 	d.update()
 }
 
-// Reset puts the registers into their state after reset. The timer runs on.
+// Reset puts the registers into their state after reset. The timer continues.
 func (d *PM) Reset() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -127,11 +126,11 @@ func (d *PM) timer() uint32 {
 	return uint32(q)
 }
 
-// Read gives the registers' bytes; gaps between blocks read as zero.
+// Read reads the registers' bytes; gaps between blocks read as zero.
 func (d *PM) Read(off uint64, p []byte) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	tmr := d.timer() // once, so that its bytes belong together
+	tmr := d.timer() // once, so that its bytes are consistent
 	regs := [Size]byte{
 		byte(d.status), byte(d.status >> 8), byte(d.enable), byte(d.enable >> 8),
 		byte(d.cntl | sciEN), byte(d.cntl >> 8), 0, 0,
@@ -143,8 +142,8 @@ func (d *PM) Read(off uint64, p []byte) {
 	}
 }
 
-// Write takes any run of the registers' bytes. Status bits are cleared by
-// writing ones; the timer is read-only.
+// Write takes any run of the registers' bytes. Writing ones clears status bits; the timer is
+// read-only.
 func (d *PM) Write(off uint64, p []byte) {
 	sleep := false
 	d.mu.Lock()
@@ -179,7 +178,7 @@ type ResetControl struct{ d *PM }
 // ResetControl returns the handler for ResetPort.
 func (d *PM) ResetControl() ResetControl { return ResetControl{d} }
 
-// Read gives the kind of reset that was chosen last.
+// Read returns the type of reset that was written last.
 func (r ResetControl) Read(_ uint64, p []byte) {
 	r.d.mu.Lock()
 	defer r.d.mu.Unlock()
@@ -189,8 +188,8 @@ func (r ResetControl) Read(_ uint64, p []byte) {
 	}
 }
 
-// Write chooses the kind of reset, all of which are one here, and resets when
-// the byte's bit 2 is set.
+// Write stores the type of reset, all of which are the same here, and resets when the byte's bit 2
+// is set.
 func (r ResetControl) Write(_ uint64, p []byte) {
 	if len(p) == 0 {
 		return

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// machine records what the registers do, in order.
+// machine records the registers' effects, in order.
 type machine struct {
 	*PM
 	now    time.Duration

@@ -1,20 +1,17 @@
-// Package i8042 is what is left of a PC's keyboard controller: the command that
-// resets the machine. There is no keyboard, and the device says so at once.
+// Package i8042 is the remainder of a PC's keyboard controller: the command that resets the
+// machine. There is no keyboard, and the device reports that at once.
 //
-// A stock kernel is quickest when no controller is promised: with the 8042 bit
-// of the FADT's IAPC_BOOT_ARCH clear and no PNP0303 device, Linux prints one
-// line and touches no port. A controller that passes its self-test but has no
-// ports costs commands and time-outs instead. A kernel told to probe all the
-// same (i8042.nopnp) drains the output buffer first, and gives up after 16
-// bytes: hence a status in which the output buffer is full for ever. An empty
-// one would have it wait half a second for each of five self-tests. The input
-// buffer is always empty, so that a kernel that resets by this port (reboot=k)
-// waits for nothing either.
+// A stock kernel boots fastest without a controller: if the 8042 bit of the FADT's IAPC_BOOT_ARCH
+// is clear and there is no PNP0303 device, Linux prints one line and touches no port. A controller
+// that passes its self-test but has no ports costs commands and time-outs. A kernel that is told to
+// probe anyway (i8042.nopnp) drains the output buffer first, and gives up after 16 bytes. So the
+// status always shows a full output buffer: with an empty one the kernel would wait half a second
+// for each of five self-tests. The input buffer is always empty, so that a kernel that resets by
+// this port (reboot=k) does not wait either.
 package i8042
 
-// Port is the I/O port of the command and status register, one byte wide. The
-// data port, 0x60, has nothing behind it: a bus that reads as ones there is
-// what this device counts on.
+// Port is the I/O port of the command and status register, one byte wide. There must be no device
+// at the data port, 0x60: the bus reads as ones there.
 const Port = 0x64
 
 const (
@@ -26,11 +23,11 @@ const (
 	lineReset = 1 << 0
 )
 
-// Handler is the register at Port. Its Write calls it, on the vCPU's thread,
-// when the guest resets the machine (command 0xfe, as a rule).
+// Handler is the register at Port. Write calls it, on the vCPU's thread, when the guest resets the
+// machine (usually by command 0xfe).
 type Handler func()
 
-// Read gives the status.
+// Read returns the status.
 func (h Handler) Read(_ uint64, p []byte) {
 	clear(p)
 	if len(p) > 0 {
@@ -38,7 +35,7 @@ func (h Handler) Read(_ uint64, p []byte) {
 	}
 }
 
-// Write takes a command; every one but the reset is ignored.
+// Write takes a command. It ignores all but the reset.
 func (h Handler) Write(_ uint64, p []byte) {
 	if len(p) > 0 && p[0]&cmdPulse == cmdPulse && p[0]&lineReset == 0 {
 		h()

@@ -27,7 +27,7 @@ func TestWrite(t *testing.T) {
 	}
 }
 
-// TestProbeEnds is what Linux's i8042_flush and kb_wait look at.
+// TestProbeEnds makes the accesses of Linux's i8042_flush and kb_wait.
 func TestProbeEnds(t *testing.T) {
 	p := []byte{0xff}
 	Handler(nil).Read(0, p)
