@@ -1,9 +1,10 @@
-// Package bootinit holds the first program of a Linux guest whose boot is measured. It writes 0x41 to port 0x80, as
-// cloud-hypervisor's guests do when user space runs, and gvm run --timing prints when that was; and Line to port 0x402, where
-// QEMU's isa-debugcon listens, and to the console. Then it waits. A kernel without CONFIG_DEVPORT leaves it the console alone.
+// Package bootinit holds the first program of a Linux guest whose boot is measured. It writes 0x41
+// to port 0x80, as cloud-hypervisor's guests do when user space runs; gvm run --timing prints the
+// time of that write. It writes Line to port 0x402, the port of QEMU's isa-debugcon, and to the
+// console. Then it waits. With a kernel without CONFIG_DEVPORT it can use only the console.
 //
-// Its source is init.S; "make -C guest/bootinit" rebuilds it with gcc and binutils, and with those of Debian 12 to the
-// same bytes, which a test compares.
+// Its source is init.S. "make -C guest/bootinit" rebuilds it with gcc and binutils; with those of
+// Debian 12 the bytes are the same, which a test compares.
 package bootinit
 
 import (
@@ -13,17 +14,19 @@ import (
 	"github.com/cavaliergopher/cpio"
 )
 
-// Line is what it says, before a newline.
+// Line is the program's output, before a newline.
 const Line = "init runs"
 
 //go:embed init
 var program []byte
 
-// Initramfs returns an initial root file system that has the program as /init: an uncompressed newc archive.
+// Initramfs returns an initial root file system that has the program as /init: an uncompressed newc
+// archive.
 func Initramfs() ([]byte, error) {
 	var b bytes.Buffer
 	w := cpio.NewWriter(&b)
-	if err := w.WriteHeader(&cpio.Header{Name: "init", Mode: cpio.TypeReg | 0o755, Links: 1, Size: int64(len(program))}); err != nil {
+	header := cpio.Header{Name: "init", Mode: cpio.TypeReg | 0o755, Links: 1, Size: int64(len(program))}
+	if err := w.WriteHeader(&header); err != nil {
 		return nil, err
 	}
 	if _, err := w.Write(program); err != nil {

@@ -1,10 +1,8 @@
-// Diskload reads or writes blocks of 4 KiB of a disk at random places, past the
-// page cache:
+// Diskload reads or writes blocks of 4 KiB of a disk at random places, past the page cache:
 //
 //	diskload -file /dev/sda -depth 32 -count 1000
 //
-// It is a static program for guests that have nothing else: what keeps depth
-// requests in flight are as many threads.
+// It is a static program for minimal guests. It keeps depth requests in flight by as many threads.
 package main
 
 import (

@@ -13,7 +13,8 @@ import (
 	"gvm/guest/embedded"
 )
 
-// TestImage: what a loader relies on. One segment of plain RAM and a PVH note whose entry lies in it.
+// TestImage checks the properties that a loader relies on: one segment of plain RAM, and a PVH note
+// whose entry lies in it.
 func TestImage(t *testing.T) {
 	if n := len(embedded.Image); n >= 64<<10 {
 		t.Errorf("the image is %d bytes, want less than 64 KiB", n)
@@ -55,14 +56,15 @@ func TestImage(t *testing.T) {
 	}
 }
 
-// TestWords: the table for users has the words that the guest knows, and no others.
+// TestWords: the table for users has exactly the words that the guest knows.
 func TestWords(t *testing.T) {
 	source, err := os.ReadFile("src/main.c")
 	if err != nil {
 		t.Fatal(err)
 	}
 	var guest, table []string
-	for _, m := range regexp.MustCompile(`(?m)^\t(?:\{ |static const char name\[\] = )"([a-z0-9=-]+)"`).FindAllStringSubmatch(string(source), -1) {
+	word := regexp.MustCompile(`(?m)^\t(?:\{ |static const char name\[\] = )"([a-z0-9=-]+)"`)
+	for _, m := range word.FindAllStringSubmatch(string(source), -1) {
 		guest = append(guest, m[1])
 	}
 	for _, w := range embedded.Words {
@@ -73,7 +75,8 @@ func TestWords(t *testing.T) {
 	if !slices.Equal(guest, table) {
 		t.Errorf("the guest knows %q, the table %q", guest, table)
 	}
-	for word, want := range map[string]bool{"write": true, "bench-ms=5": true, "bench-ms=": false, "bench-ms=0": false, "bench-ms=x": false, "Write": false, "": false} {
+	for word, want := range map[string]bool{"write": true, "bench-ms=5": true, "bench-ms=": false, "bench-ms=0": false,
+		"bench-ms=x": false, "Write": false, "": false} {
 		if embedded.Known(word) != want {
 			t.Errorf("%q: known %v", word, !want)
 		}

@@ -23,8 +23,9 @@ import (
 
 const diskSize = 16 << 20
 
-// qemu runs the image under QEMU's software emulation, with the command line words and further arguments given, and returns what
-// came out on the console. QEMU stops when the guest powers off, and (-no-reboot) when it resets.
+// qemu runs the image under QEMU's software emulation, with the command line words and further
+// arguments given, and returns the console's output. QEMU stops when the guest powers off, and
+// (-no-reboot) when it resets.
 func qemu(t *testing.T, words string, arguments ...string) string {
 	t.Helper()
 	cmd := qemuCommand(t, words, arguments...)
@@ -45,7 +46,7 @@ func qemuCommand(t *testing.T, words string, arguments ...string) *exec.Cmd {
 	if err := os.WriteFile(image, embedded.Image, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a run takes 0.2 s: this only ends one that hangs
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a run takes 0.2 s: this ends only one that hangs
 	t.Cleanup(cancel)
 	return exec.CommandContext(ctx, path, append([]string{"-accel", "tcg", "-m", "128", "-nodefaults", "-no-user-config",
 		"-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", image, "-append", words}, arguments...)...)
@@ -54,12 +55,14 @@ func qemuCommand(t *testing.T, words string, arguments ...string) *exec.Cmd {
 // controller is the virtio-scsi device that disk attaches to.
 var controller = []string{"-device", "virtio-scsi-pci,id=scsi,disable-legacy=on"}
 
-// disk returns the arguments for a disk on the controller, the drive's and the scsi-hd's options as given.
+// disk returns the arguments for a disk on the controller, with the drive's and the scsi-hd's
+// options as given.
 func disk(name, drive, device string) []string {
 	return []string{"-drive", "if=none,id=" + name + "," + drive, "-device", "scsi-hd,bus=scsi.0,drive=" + name + device}
 }
 
-// newImage makes a disk image whose every 8 bytes differ from their neighbours', and from those of an image of another seed.
+// newImage makes a disk image whose every 8 bytes differ from their neighbours', and from those of
+// an image of another seed.
 func newImage(t *testing.T, size int64, seed byte) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "disk.img")
@@ -84,7 +87,7 @@ func hash(t *testing.T, path string) [32]byte {
 	return sha256.Sum256(content)
 }
 
-// parse wants a whole report that says PASS.
+// parse requires a complete report that says PASS.
 func parse(t *testing.T, console string) embeddedtest.Report {
 	t.Helper()
 	r, err := embeddedtest.ParseReport(console)
@@ -127,7 +130,8 @@ func TestReadOnlyByDefault(t *testing.T) {
 				t.Errorf("%d of %d CPUs up, want 3 of 3", r.CPUs, r.CPUsListed)
 			}
 			if r.Interrupts == 0 || r.Indirect == 0 || r.Indirect >= r.Requests {
-				t.Errorf("%d requests, %d indirect, %d interrupts: want both kinds of request, and interrupts", r.Requests, r.Indirect, r.Interrupts)
+				t.Errorf("%d requests, %d indirect, %d interrupts: want both kinds of request, and interrupts",
+					r.Requests, r.Indirect, r.Interrupts)
 			}
 			if want := "  16 MiB, 32768 blocks of 512 bytes"; !strings.Contains(console, want) {
 				t.Errorf("no line %q in\n%s", want, console)
@@ -136,14 +140,17 @@ func TestReadOnlyByDefault(t *testing.T) {
 	}
 }
 
-// TestBench: every measurement of the benchmark, at every depth, of reads, and of writes
-// where they are allowed.
+// TestBench requires every measurement of the benchmark, at every depth, of reads, and of writes if
+// they are allowed.
 func TestBench(t *testing.T) {
 	for words, operations := range map[string]int{"bench bench-ms=2": 1, "bench write bench-ms=2": 2} {
 		image := newImage(t, diskSize, 1)
 		before := hash(t, image)
 		console := qemu(t, words, slices.Concat([]string{"-M", "q35"}, controller, disk("a", raw(image), ""))...)
-		lines := regexp.MustCompile(`(?m)^bench: (read|write) depth \d+ (poll|interrupt): [1-9]\d* requests in [1-9]\d* us; ns p50 [1-9]\d* p99 [1-9]\d* p999 [1-9]\d* max [1-9]\d*; \d+ notifications, \d+ interrupts\r$`).FindAllString(console, -1)
+		line := regexp.MustCompile(`(?m)^bench: (read|write) depth \d+ (poll|interrupt): ` +
+			`[1-9]\d* requests in [1-9]\d* us; ns p50 [1-9]\d* p99 [1-9]\d* p999 [1-9]\d* max [1-9]\d*; ` +
+			`\d+ notifications, \d+ interrupts\r$`)
+		lines := line.FindAllString(console, -1)
 		if len(lines) != operations*2*5 || !strings.Contains(console, "\nPASS") {
 			t.Errorf("%s: %d measurements:\n%s", words, len(lines), console)
 		}
@@ -153,7 +160,8 @@ func TestBench(t *testing.T) {
 	}
 }
 
-// TestWrite covers two block sizes, BARs that move, a CPU with 1 GiB pages, and the transitional device ID.
+// TestWrite covers two block sizes, BARs that move, a CPU with 1 GiB pages, and the transitional
+// device ID.
 func TestWrite(t *testing.T) {
 	high := []string{"bar 1 moved to 0xd0000000", "bar 4 moved to 0x7000000000"}
 	tests := []struct {
@@ -165,9 +173,11 @@ func TestWrite(t *testing.T) {
 	}{
 		{"plain", "write", 512, "", controller, nil},
 		{"4 KiB blocks", "write", 4096, ",physical_block_size=4096,logical_block_size=4096", controller, nil},
-		{"moved BARs", "movebars write", 512, "", controller, []string{"bar 1 moved to 0xd0000000", "bar 4 moved to 0xd0004000"}},
+		{"moved BARs", "movebars write", 512, "", controller,
+			[]string{"bar 1 moved to 0xd0000000", "bar 4 moved to 0xd0004000"}},
 		{"BARs moved high", "movebars=high write", 512, "", controller, high},
-		{"BARs moved high with 1 GiB pages", "movebars=high write", 512, "", append([]string{"-cpu", "max"}, controller...), high},
+		{"BARs moved high with 1 GiB pages", "movebars=high write", 512, "",
+			append([]string{"-cpu", "max"}, controller...), high},
 		{"transitional", "write", 512, "", []string{"-device", "virtio-scsi-pci,id=scsi,disable-legacy=off"}, nil},
 		{"neither indirect nor event index", "write", 512, "",
 			[]string{"-device", "virtio-scsi-pci,id=scsi,disable-legacy=on,indirect_desc=off,event_idx=off"}, nil},
@@ -175,7 +185,8 @@ func TestWrite(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			image := newImage(t, diskSize, 2)
-			console := qemu(t, test.words, slices.Concat([]string{"-M", "q35"}, test.arguments, disk("a", raw(image), test.device))...)
+			console := qemu(t, test.words, slices.Concat([]string{"-M", "q35"}, test.arguments,
+				disk("a", raw(image), test.device))...)
 			parse(t, console)
 			checkDisk(t, image, test.blockSize, 0)
 			var moved []string
@@ -191,14 +202,15 @@ func TestWrite(t *testing.T) {
 	}
 }
 
-// TestEachDiskByItself: three disks at LUNs of one target, each of which must get its own pattern.
+// TestEachDiskByItself uses three LUNs of one target; each must get its own pattern.
 func TestEachDiskByItself(t *testing.T) {
 	luns := []uint16{0, 3, 300}
 	arguments := slices.Concat([]string{"-M", "q35"}, controller)
 	var images []string
 	for i, lun := range luns {
 		images = append(images, newImage(t, diskSize<<i, byte(i)))
-		arguments = append(arguments, disk(fmt.Sprint("d", lun), raw(images[i]), fmt.Sprintf(",scsi-id=0,lun=%d,ver=v%d", lun, i))...)
+		arguments = append(arguments, disk(fmt.Sprint("d", lun), raw(images[i]), fmt.Sprintf(",scsi-id=0,lun=%d,ver=v%d",
+			lun, i))...)
 	}
 	r := parse(t, qemu(t, "write", arguments...))
 	for i, lun := range luns {
@@ -211,7 +223,8 @@ func TestEachDiskByItself(t *testing.T) {
 	}
 }
 
-// TestTwoControllers: the second has its disk at a target of which LUN 0 is a mere stand-in.
+// TestTwoControllers: the second controller has its disk at a target whose LUN 0 is only a
+// placeholder.
 func TestTwoControllers(t *testing.T) {
 	first, second := newImage(t, diskSize, 5), newImage(t, diskSize, 6)
 	r := parse(t, qemu(t, "", slices.Concat([]string{"-M", "q35"}, controller, disk("a", raw(first), ",ver=v1,scsi-id=3"),
@@ -225,9 +238,11 @@ func TestTwoControllers(t *testing.T) {
 func TestWriteProtectedDisk(t *testing.T) {
 	image := newImage(t, diskSize, 3)
 	before := hash(t, image)
-	console := qemu(t, "write", slices.Concat([]string{"-M", "q35"}, controller, disk("a", raw(image)+",readonly=on", ""))...)
+	console := qemu(t, "write", slices.Concat([]string{"-M", "q35"}, controller,
+		disk("a", raw(image)+",readonly=on", ""))...)
 	parse(t, console)
-	if want := "ok   a write to a write-protected disk is refused: response 0, status 0x2, sense 7/27/00"; !strings.Contains(console, want) {
+	const want = "ok   a write to a write-protected disk is refused: response 0, status 0x2, sense 7/27/00"
+	if !strings.Contains(console, want) {
 		t.Errorf("no line %q in\n%s", want, console)
 	}
 	if hash(t, image) != before {
@@ -235,11 +250,12 @@ func TestWriteProtectedDisk(t *testing.T) {
 	}
 }
 
-// TestFailureIsReported: the guest must see, and say, what goes wrong.
+// TestFailureIsReported: the guest must detect and report failures.
 func TestFailureIsReported(t *testing.T) {
 	image := newImage(t, diskSize, 4)
 	failing := "driver=raw,file.driver=blkdebug,file.image.driver=file,file.image.filename=" + image +
-		",file.inject-error.0.event=none,file.inject-error.0.iotype=read,file.inject-error.0.sector=16384,file.inject-error.0.errno=5,rerror=report"
+		",file.inject-error.0.event=none,file.inject-error.0.iotype=read" +
+		",file.inject-error.0.sector=16384,file.inject-error.0.errno=5,rerror=report"
 	tests := []struct {
 		name, words string
 		arguments   []string
@@ -266,7 +282,8 @@ func TestFailureIsReported(t *testing.T) {
 	}
 }
 
-// qemuEvents runs QEMU stopped, starts it through its QMP monitor, and returns the console and what the monitor told till the end.
+// qemuEvents starts QEMU stopped, continues it through its QMP monitor, and returns the console and
+// the monitor's output until the end.
 func qemuEvents(t *testing.T, words string, arguments ...string) (console, events string) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "qmp")
@@ -279,19 +296,21 @@ func qemuEvents(t *testing.T, words string, arguments ...string) (console, event
 		defer close(told)
 		monitor, err := listener.Accept()
 		if err != nil {
-			return // QEMU did not start, as the caller sees
+			return // QEMU did not start; the caller reports that
 		}
 		defer monitor.Close()
 		io.WriteString(monitor, `{"execute":"qmp_capabilities"}{"execute":"cont"}`)
-		b, _ := io.ReadAll(monitor) // to QEMU's end, however it closes the socket
+		b, _ := io.ReadAll(monitor) // until QEMU ends, however it closes the socket
 		told <- string(b)
 	}()
 	defer listener.Close()
-	console = qemu(t, words, append(arguments, "-S", "-chardev", "socket,id=qmp,path="+path, "-mon", "chardev=qmp,mode=control")...)
+	console = qemu(t, words, append(arguments, "-S", "-chardev", "socket,id=qmp,path="+path, "-mon",
+		"chardev=qmp,mode=control")...)
 	return console, <-told
 }
 
-// TestCrashWords: each word ends the machine in its own way, before there is a verdict. So do the two verdicts.
+// TestCrashWords: each word ends the machine in its own way, before the verdict. So do the two
+// verdicts.
 func TestCrashWords(t *testing.T) {
 	const reset, panicked, shutdown = `"reason": "guest-reset"`, `"event": "GUEST_PANICKED"`, `"reason": "guest-shutdown"`
 	tests := []struct{ words, last, event string }{
@@ -302,7 +321,7 @@ func TestCrashWords(t *testing.T) {
 		{"crash=reset-i8042", "reset by the i8042 next", reset},
 		{"crash=panic", "pvpanic event next", panicked},
 		{"nodisk", "PASS", shutdown},
-		{"", "FAIL: 1 of 3 checks failed", panicked}, // for want of a disk
+		{"", "FAIL: 1 of 3 checks failed", panicked}, // because there is no disk
 	}
 	for _, test := range tests {
 		t.Run(test.words, func(t *testing.T) {

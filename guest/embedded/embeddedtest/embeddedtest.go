@@ -1,5 +1,6 @@
-// Package embeddedtest reads what the embedded guest leaves behind: its report on the console, and the pattern on a disk it was
-// allowed to write to. It serves the tests of every machine that boots that guest.
+// Package embeddedtest reads the results of the embedded guest: its report on the console, and the
+// pattern on a disk that it was allowed to write to. It serves the tests of every machine that
+// boots that guest.
 package embeddedtest
 
 import (
@@ -30,7 +31,8 @@ var (
 	totalLine = regexp.MustCompile(`^  (\d+) requests, (\d+) of them indirect, \d+ notifications, (\d+) interrupts$`)
 )
 
-// ParseReport reads the guest's console output. A report without a verdict is an error: the guest did not get to its end.
+// ParseReport reads the guest's console output. A report without a verdict is an error: the guest
+// did not finish.
 func ParseReport(console string) (Report, error) {
 	var r Report
 	ended := false
@@ -66,7 +68,7 @@ func ParseReport(console string) (Report, error) {
 }
 
 func number(digits string) int {
-	n, _ := strconv.Atoi(digits) // the expression let digits alone through
+	n, _ := strconv.Atoi(digits) // the expression allows only digits
 	return n
 }
 
@@ -77,8 +79,8 @@ func tail(s string, n int) string {
 // A Range is a run of bytes of a disk.
 type Range struct{ Offset, Length int64 }
 
-// Written returns the parts of a disk that the guest writes to when the word "write" allows it: the first, the middle and the last
-// block, and a run of 8 KiB. Size and block size are in bytes.
+// Written returns the parts of a disk that the guest writes to if the word "write" allows it: the
+// first, the middle and the last block, and a run of 8 KiB. Size and block size are in bytes.
 func Written(size, blockSize int64) []Range {
 	const run = 8192
 	blocks := size / blockSize
@@ -89,8 +91,8 @@ func Written(size, blockSize int64) []Range {
 	return ranges
 }
 
-// Pattern returns what the guest writes to a range of the disk at a target and LUN: at byte position p the little-endian 64-bit
-// word of p, the target and the LUN.
+// Pattern returns the guest's data for a range of the disk at a target and LUN: at byte position p
+// the little-endian 64-bit word of p, the target and the LUN.
 func Pattern(target byte, lun uint16, r Range) []byte {
 	b := make([]byte, r.Length)
 	disk := uint64(target)<<16 | uint64(lun)
@@ -101,7 +103,8 @@ func Pattern(target byte, lun uint16, r Range) []byte {
 	return b
 }
 
-// CheckDisk returns an error unless the disk, of the given size and block size, holds the guest's pattern where the guest writes it.
+// CheckDisk returns an error unless the disk, of the given size and block size, holds the guest's
+// pattern in all of Written.
 func CheckDisk(disk io.ReaderAt, size, blockSize int64, target byte, lun uint16) error {
 	for _, r := range Written(size, blockSize) {
 		got := make([]byte, r.Length)
@@ -109,7 +112,8 @@ func CheckDisk(disk io.ReaderAt, size, blockSize int64, target byte, lun uint16)
 			return fmt.Errorf("read disk at %d: %w", r.Offset, err)
 		}
 		if !bytes.Equal(got, Pattern(target, lun, r)) {
-			return fmt.Errorf("disk of target %d, LUN %d does not hold the pattern at %d: begins % x", target, lun, r.Offset, got[:8])
+			return fmt.Errorf("disk of target %d, LUN %d does not hold the pattern at %d: begins % x",
+				target, lun, r.Offset, got[:8])
 		}
 	}
 	return nil

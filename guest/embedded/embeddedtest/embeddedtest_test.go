@@ -15,7 +15,8 @@ func TestParseReport(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !r.Passed || r.Checks != 1 || r.CPUs != 3 || r.CPUsListed != 4 || r.Requests != 50 || r.Indirect != 24 || r.Interrupts != 46 ||
+	if !r.Passed || r.Checks != 1 || r.CPUs != 3 || r.CPUsListed != 4 || r.Requests != 50 || r.Indirect != 24 ||
+		r.Interrupts != 46 ||
 		!slices.Equal(r.Disks, []string{"0:0:1:2 GVM DISK 1"}) || r.Failures != nil {
 		t.Errorf("parsed %+v", r)
 	}
@@ -34,10 +35,12 @@ func TestParseReport(t *testing.T) {
 }
 
 func TestPatternTellsPlaceAndDisk(t *testing.T) {
-	if got, want := Pattern(0, 0, Range{0, 8}), []byte{0x15, 0x7c, 0x4a, 0x7f, 0xb9, 0x78, 0x37, 0x9e}; !bytes.Equal(got, want) {
+	got, want := Pattern(0, 0, Range{0, 8}), []byte{0x15, 0x7c, 0x4a, 0x7f, 0xb9, 0x78, 0x37, 0x9e}
+	if !bytes.Equal(got, want) {
 		t.Errorf("first word of 0:0 is % x, want % x", got, want)
 	}
-	if got, want := Pattern(2, 1, Range{8, 8}), []byte{0x2a, 0xf8, 0x94, 0xfe, 0x72, 0xf1, 0x6e, 0x3e}; !bytes.Equal(got, want) {
+	got, want = Pattern(2, 1, Range{8, 8}), []byte{0x2a, 0xf8, 0x94, 0xfe, 0x72, 0xf1, 0x6e, 0x3e}
+	if !bytes.Equal(got, want) {
 		t.Errorf("second word of 2:1 is % x, want % x", got, want)
 	}
 }
