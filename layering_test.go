@@ -10,9 +10,8 @@ import (
 	"testing"
 )
 
-// may lists, for each package or tree ("/..."), what of this module its non-test
-// files may import; the first entry that matches a package counts. DESIGN.md
-// says why.
+// may lists, for each package or tree ("/..."), the packages of this module that its non-test files
+// may import; the first entry that matches a package counts. DESIGN.md gives the reasons.
 var may = []struct{ pkg, imports string }{
 	{"kvmapi/eventfd", ""},
 	{"kvmapi/nowait", ""},
@@ -38,7 +37,8 @@ var may = []struct{ pkg, imports string }{
 	{"devices/virtio/vpci", "devices/virtio devices/virtio/virtq devices/pci guestmem kvmapi/eventfd"},
 	{"devices/virtio/vscsi", "devices/virtio devices/virtio/virtq devices/scsi devices/scsi/trace guestmem"},
 	{"devices/virtio/replay/equivalence", "devices/virtio/replay devices/scsi devices/scsi/trace"},
-	{"devices/virtio/replay", "devices/virtio devices/virtio/virtqtest devices/scsi devices/scsi/trace kvmapi/eventfd guestmem"},
+	{"devices/virtio/replay",
+		"devices/virtio devices/virtio/virtqtest devices/scsi devices/scsi/trace kvmapi/eventfd guestmem"},
 	{"devices/virtio/ringbench", "devices/scsi/trace devices/virtio devices/virtio/virtqtest kvmapi/eventfd guestmem"},
 	{"devices/virtio/vhostscsi", "devices/virtio devices/virtio/virtq kvmapi/vhost kvmapi/eventfd guestmem"},
 	{"devices/virtio/rng", "devices/virtio devices/virtio/virtq guestmem"},
@@ -63,8 +63,8 @@ func matches(pattern, pkg string) bool {
 	return pkg == pattern || ok && (pkg == tree || strings.HasPrefix(pkg, tree+"/"))
 }
 
-// TestLayering holds every import of the module's own packages against the
-// table, and keeps unsafe in files that say so in their names.
+// TestLayering checks every import of the module's own packages against the table, and allows
+// unsafe only in files named for it.
 func TestLayering(t *testing.T) {
 	seen := map[string]bool{}
 	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
@@ -84,7 +84,8 @@ func TestLayering(t *testing.T) {
 		test := strings.HasSuffix(path, "_test.go")
 		for _, spec := range f.Imports {
 			name := strings.Trim(spec.Path.Value, `"`)
-			if name == "unsafe" && !strings.HasSuffix(strings.TrimSuffix(path, ".go"), "_unsafe") && !strings.HasSuffix(path, "_unsafe_test.go") {
+			if name == "unsafe" && !strings.HasSuffix(strings.TrimSuffix(path, ".go"), "_unsafe") &&
+				!strings.HasSuffix(path, "_unsafe_test.go") {
 				t.Errorf("%s imports unsafe; only *_unsafe.go may", path)
 			}
 			own, ok := strings.CutPrefix(name, "gvm/")

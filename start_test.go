@@ -16,16 +16,16 @@ import (
 	"time"
 )
 
-// What gvm has at most before main. Each start of a guest pays for it: see docs/performance.md.
+// Limits of gvm before main. Each start of a guest pays for it: see docs/performance.md.
 const (
-	mostBytes    = 14_000_000 // of the program
-	mostInit     = 36 << 10   // that a package allocates
-	mostAllocs   = 64         // of a package
-	mostAllInits = 144 << 10  // that all packages allocate
-	initNoise    = 2 << 10    // that a package allocates and need not be listed for
+	mostBytes    = 14_000_000 // size of the program
+	mostInit     = 36 << 10   // allocated by a package
+	mostAllocs   = 64         // allocations of a package
+	mostAllInits = 144 << 10  // allocated by all packages
+	initNoise    = 2 << 10    // allocated by a package that is not listed
 )
 
-// linked are the modules that gvm is made of.
+// linked are the modules that gvm links.
 var linked = []string{
 	"github.com/HdrHistogram/hdrhistogram-go",
 	"github.com/bobuhiro11/gokvm",
@@ -41,8 +41,8 @@ var linked = []string{
 	"golang.org/x/term",
 }
 
-// initialized are the packages, but those of the standard library, that have something to do
-// before main. Prefer sync.OnceValue, and tables that the linker fills.
+// initialized are the packages outside the standard library that do work before main. Prefer
+// sync.OnceValue, and tables that the linker fills.
 var initialized = []string{
 	"github.com/klauspost/compress/internal/snapref", // the tables of CRC-32C, 0.15 ms, with zstd
 	"github.com/mikelolasagasti/xz",                  // the tables of CRC-64
@@ -51,10 +51,10 @@ var initialized = []string{
 	"main",
 }
 
-// TestStart builds the program that users get, and holds its size and what it does before main against the lists
-// above. A time would depend on the machine, so that the times are only logged.
+// TestStart builds the program that users get, and checks its size and its work before main against
+// the lists above. Times depend on the machine, so the test only logs them.
 func TestStart(t *testing.T) {
-	// go test's cache has to know what the programs are made of: it sees which directories are read here.
+	// Reading the directories here tells go test's cache which files the programs depend on.
 	if err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.IsDir() && path != "." && (d.Name()[0] == '.' || d.Name() == "bin") {
 			return fs.SkipDir
@@ -84,7 +84,8 @@ func TestStart(t *testing.T) {
 	for _, m := range info.Deps {
 		modules = append(modules, m.Path)
 		if !slices.Contains(linked, m.Path) {
-			t.Errorf("gvm has come to link %s: what is heavy is a program of its own, as gvm-plot is; what is not, is in the list", m.Path)
+			t.Errorf("gvm links %s: move heavy code to a program of its own, such as gvm-plot, "+
+				"or add the module to linked", m.Path)
 		}
 	}
 	for _, path := range linked {
@@ -124,14 +125,16 @@ func TestStart(t *testing.T) {
 	}
 	all := 0
 	median := func(k *initTask) time.Duration { return slices.Sorted(slices.Values(k.times))[len(k.times)/2] }
-	for _, name := range slices.SortedFunc(maps.Keys(tasks), func(a, b string) int { return cmp.Compare(median(tasks[b]), median(tasks[a])) }) {
+	for _, name := range slices.SortedFunc(maps.Keys(tasks),
+		func(a, b string) int { return cmp.Compare(median(tasks[b]), median(tasks[a])) }) {
 		k := tasks[name]
 		all += k.bytes
 		if took := median(k); took >= 10*time.Microsecond {
 			t.Logf("%8s %6d bytes %4d allocations: %s", took, k.bytes, k.allocs, name)
 		}
 		if k.bytes > mostInit || k.allocs > mostAllocs {
-			t.Errorf("%s allocates %d bytes in %d pieces before main: want %d in %d at most", name, k.bytes, k.allocs, mostInit, mostAllocs)
+			t.Errorf("%s allocates %d bytes in %d pieces before main: want %d in %d at most", name, k.bytes,
+				k.allocs, mostInit, mostAllocs)
 		}
 		own := name == "main" || strings.HasPrefix(name, "gvm/") || strings.Contains(strings.Split(name, "/")[0], ".")
 		if own && k.bytes >= initNoise && !slices.Contains(initialized, name) {
@@ -148,5 +151,5 @@ func TestStart(t *testing.T) {
 	}
 }
 
-// initLine is what GODEBUG=inittrace=1 prints of a package (package runtime).
+// initLine matches the line that GODEBUG=inittrace=1 prints for a package (package runtime).
 var initLine = regexp.MustCompile(`(?m)^init (\S+) @\S+ ms, (\S+) ms clock, (\d+) bytes, (\d+) allocs$`)

@@ -11,8 +11,8 @@ import (
 	"gvm/vmm/boot"
 )
 
-// TestRootWords has what --cmdline, initrds and read-only disks make of root=, in disks that
-// were opened as for a run.
+// TestRootWords checks root= for combinations of --cmdline, initrds and read-only disks. The disks
+// are opened as for a run.
 func TestRootWords(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name string, b []byte) string {
@@ -58,7 +58,8 @@ func TestRootWords(t *testing.T) {
 		notes := 0
 		spec.Note = func(string) { notes++ }
 		got := spec.cmdLine(ds.Root)
-		if !strings.HasSuffix(got, tt.want) || strings.Count(got, "root=") != strings.Count(tt.want, "root=") || (notes > 0) != tt.noted {
+		if !strings.HasSuffix(got, tt.want) || strings.Count(got, "root=") != strings.Count(tt.want, "root=") ||
+			(notes > 0) != tt.noted {
 			t.Errorf("%s: %q with %d notes, want %q", tt.disks, got, notes, tt.want)
 		}
 		if err := ds.Close(false); err != nil {

@@ -10,7 +10,7 @@ import (
 	"gvm/machine/disk"
 )
 
-// scsiDevice is what the devices of disks are made of.
+// scsiDevice has the parameters of the devices that serve disks.
 type scsiDevice struct {
 	queues int
 	poll   time.Duration
@@ -18,8 +18,8 @@ type scsiDevice struct {
 	disks  *disk.Set
 }
 
-// deviceTable has every kind of virtio device that a guest gets, in the order of their PCI slots.
-// A new kind of device is a row here and a package of its own.
+// deviceTable has a row for every kind of virtio device that a guest gets, in the order of their
+// PCI slots. A new kind of device is a row here and a package of its own.
 var deviceTable = []struct {
 	name string
 	make func(scsiDevice) ([]virtio.Device, error)
@@ -46,7 +46,7 @@ func (s scsiDevice) inProcess() ([]virtio.Device, error) {
 	return []virtio.Device{d}, nil
 }
 
-// kernel has the devices of the kernel's targets.
+// kernel makes the devices of the kernel's targets.
 func (s scsiDevice) kernel() (made []virtio.Device, _ error) {
 	for _, d := range s.disks.KernelDevices() {
 		made = append(made, d)

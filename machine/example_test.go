@@ -36,7 +36,7 @@ func ExampleStart() {
 	// Output: powered off true
 }
 
-// A kernel, which is an ELF file here, boots with a disk that Start creates.
+// An ELF kernel boots with a disk that Start creates.
 func ExampleStart_kernel() {
 	dir, err := os.MkdirTemp("", "machine")
 	if err != nil {
@@ -76,7 +76,7 @@ func ExampleStart_kernel() {
 	// Output: powered off true
 }
 
-// A machine that runs is given a disk, and is stopped.
+// A running machine gets a disk, and is stopped.
 func ExampleMachine_AddDisk() {
 	spinning := newWatch("spinning")
 	m, err := machine.Start(context.Background(), machine.Spec{
@@ -105,7 +105,7 @@ func ExampleMachine_AddDisk() {
 	// stopped no more work <nil>
 }
 
-// watch is a writer that closes seen once what it waits for has been written.
+// watch is a writer that closes seen once a certain text has been written.
 type watch struct {
 	text string
 	seen chan struct{}

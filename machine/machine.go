@@ -1,13 +1,14 @@
 // Package machine runs virtual machines: a kernel, or gvm's own embedded guest, with virtio-scsi
 // disks that gvm's SCSI target or the kernel's serves.
 //
-// Start makes a machine of a Spec and has it run. The machine can be paused, given disks and
-// stopped while it runs; Wait returns how its guest ended. The package prints nothing and reads
-// no flags: a Spec has functions for what the user should know and for the guest's console. Every
-// goroutine and descriptor of a machine has ended when Wait returns, but for those that wait for
-// storage which does not answer (vmm.Outcome.Left).
+// Start makes a machine from a Spec and runs it. The machine can be paused, given disks and stopped
+// while it runs; Wait returns how its guest ended. The package prints nothing and reads no flags: a
+// Spec has functions for notes to the user and for the guest's console. When Wait returns, every
+// goroutine and descriptor of the machine has ended, except those that wait for storage which does
+// not answer (vmm.Outcome.Left).
 //
-// An error of Start or Wait that IsConfig reports is about the Spec, any other about the host.
+// IsConfig reports whether an error of Start or Wait is about the Spec. Any other error is about
+// the host.
 package machine
 
 import (
@@ -33,13 +34,13 @@ import (
 	"gvm/vmm/x86"
 )
 
-// EmbeddedDisk is the size in bytes of the disk in memory that the embedded guest has when the
-// Spec has none.
+// EmbeddedDisk is the size in bytes of the embedded guest's disk in memory, used if the Spec has no
+// disks.
 const EmbeddedDisk = 16 << 20
 
 // Spec describes a machine. The zero value has no memory: Memory.Size is needed.
 type Spec struct {
-	Name   string // what messages call the machine
+	Name   string // the machine's name in messages
 	Memory guestmem.Config
 	CPUs   int // 0 is 1
 	// APICIDs are the CPUs' local APIC IDs, ascending; nil: 0 to CPUs-1.
@@ -47,34 +48,34 @@ type Spec struct {
 	CPUFeatures []x86.FeatureChange
 	Rebooting   bool // a reset by the guest starts the machine again in place
 
-	// Kernel is the caller's to close, after Wait; nil: the embedded guest, whose words are
-	// GuestArgs. So are Initrds.
+	// Kernel and Initrds belong to the caller, who closes them after Wait. A nil Kernel is the
+	// embedded guest, and GuestArgs are its words.
 	Kernel    *boot.Image
 	GuestArgs []string
 	Initrds   []*boot.File
-	// CmdLine is the kernel's. Unless BareCmdLine is set, console=ttyS0, panic=-1, Words and, where
-	// it is sure, root= for the first disk stand before it.
+	// CmdLine is the kernel's. Unless BareCmdLine is set, it follows console=ttyS0, panic=-1, Words
+	// and, if the first disk can be named reliably, root= for that disk.
 	CmdLine     string
 	BareCmdLine bool
 	Words       []string
 	BootMode    boot.Mode
-	Protocol    boot.Protocol // how an ELF kernel is entered; 0: PVH where it has it
+	Protocol    boot.Protocol // entry protocol of an ELF kernel; 0: PVH if the kernel supports it
 	KernelCache string        // directory for decompressed kernels, such as boot.CacheDir(); "": none
 
 	Disks    []disk.Spec
-	Queues   int           // request queues of an SCSI device; 0: one per CPU, disk.MaxQueues at most
-	Poll     time.Duration // how long a request queue's thread looks for requests before it sleeps
+	Queues   int           // request queues of a SCSI device; 0: one per CPU, disk.MaxQueues at most
+	Poll     time.Duration // how long a request queue's thread polls before it sleeps
 	VhostABI vhostscsi.ABIPolicy
 	Trace    string // file to record every SCSI request in; "": none
-	Version  string // of the program, for Trace
+	Version  string // the program's version, for Trace
 
 	// Console is COM1; nil: no input, and output is dropped.
 	Console vmm.Console
 	// Ready is called when everything is open, before the guest runs; its error ends Start. The
-	// context is done when the machine is to end. nil: nothing is called.
+	// context is done when the machine is to end. nil: no call.
 	Ready func(context.Context) error
-	Note  func(string) // what the user should know, a line each; nil drops it
-	// Phase and Stamp are as in vmm.Config.
+	Note  func(string) // takes one line for the user; nil drops it
+	// Phase and Stamp are those of vmm.Config.
 	Phase func(name string)
 	Stamp func(code byte)
 
@@ -82,9 +83,9 @@ type Spec struct {
 	prepared *vmm.Prepared
 }
 
-// Begin begins to make the virtual machine, for a caller that opens files meanwhile. It needs
-// Memory, CPUs, APICIDs and CPUFeatures, which must not change after it. The caller calls Close
-// after Wait, or instead of Start. b is KVM, already begun; it is closed with the rest.
+// Begin begins to make the virtual machine, so that the caller can open files meanwhile. It needs
+// Memory, CPUs, APICIDs and CPUFeatures, which must not change afterwards. The caller calls Close
+// after Wait, or instead of Start. b is KVM, already begun; Close closes it too.
 func (s *Spec) Begin(b *vmm.Begun) {
 	s.begun = b
 	if _, err := b.System(); err == nil {
@@ -92,7 +93,7 @@ func (s *Spec) Begin(b *vmm.Begun) {
 	}
 }
 
-// Close takes down what Begin has made.
+// Close releases everything that Begin made.
 func (s *Spec) Close() (err error) {
 	if s.prepared != nil {
 		err = s.prepared.Close()
@@ -104,7 +105,7 @@ func (s *Spec) Close() (err error) {
 	return err
 }
 
-// RequestQueues returns how many request queues an SCSI device of the machine has.
+// RequestQueues returns the number of request queues of a SCSI device of the machine.
 func (s *Spec) RequestQueues() int {
 	if s.Queues > 0 {
 		return s.Queues
@@ -112,7 +113,7 @@ func (s *Spec) RequestQueues() int {
 	return min(max(s.CPUs, 1), disk.MaxQueues)
 }
 
-// config is the part of the machine's vmm.Config that needs no file.
+// config returns the part of the machine's vmm.Config that needs no file.
 func (s *Spec) config() vmm.Config {
 	return vmm.Config{
 		Memory:      s.Memory,
@@ -131,28 +132,29 @@ func (s *Spec) config() vmm.Config {
 	}
 }
 
-// Machine is a machine that runs, or has ended.
+// Machine is a running or ended machine.
 type Machine struct {
 	name    string
 	note    func(string)
 	pauser  *vmm.Pauser
 	stopper *stopper
 	disks   *disk.Set
-	undo    []func() error // what Start has opened, to be closed in reverse
+	undo    []func() error // closes what Start opened; run in reverse
 
 	ended, done chan struct{}
 	outcome     vmm.Outcome
 	err         error
 }
 
-// Start opens what s names and runs the machine until its guest ends, ctx is done, which stops it
-// with the cause of ctx, or Stop is called. On an error nothing is left open, but for storage that
-// disk.Open waited for when ctx ended.
+// Start opens the files that s names and runs the machine until its guest ends, ctx is done or Stop
+// is called. A done ctx stops the machine with the cause of ctx. After an error nothing is left
+// open, except storage that disk.Open waited for when ctx ended.
 func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if s.Note == nil {
 		s.Note = func(string) {}
 	}
-	m := &Machine{name: s.Name, note: s.Note, pauser: new(vmm.Pauser), ended: make(chan struct{}), done: make(chan struct{})}
+	m := &Machine{name: s.Name, note: s.Note, pauser: new(vmm.Pauser), ended: make(chan struct{}),
+		done: make(chan struct{})}
 	ctx, cancel := context.WithCancelCause(ctx)
 	m.later(func() error { cancel(nil); return nil })
 	defer func() {
@@ -168,7 +170,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 		s.Begin(vmm.Begin())
 		m.later(s.Close)
 	}
-	sys, sysErr := s.begun.System() // an error waits for those of what the user named
+	sys, sysErr := s.begun.System() // errors of the user's files come first
 	cfg := s.config()
 	cfg.Note, cfg.Pauser, cfg.Prepared = notes.note, m.pauser, s.prepared
 	if s.Kernel == nil {
@@ -183,7 +185,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if err != nil {
 		return nil, err
 	}
-	var started atomic.Bool // the guest has run, whatever became of a reboot
+	var started atomic.Bool // the guest has run, even if a reboot failed
 	cfg.Phase = func(name string) {
 		if name == vmm.Entered {
 			started.Store(true)
@@ -228,10 +230,11 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 }
 
 func embeddedKernel() (*boot.Image, error) {
-	return boot.NewImage(&boot.File{Name: "the embedded guest", ReaderAt: bytes.NewReader(embedded.Image), Size: int64(len(embedded.Image))})
+	return boot.NewImage(&boot.File{Name: "the embedded guest", ReaderAt: bytes.NewReader(embedded.Image),
+		Size: int64(len(embedded.Image))})
 }
 
-// trace begins to record in s.Trace.
+// trace starts recording to s.Trace.
 func (m *Machine) trace(s *Spec) (*trace.File, error) {
 	if s.Trace == "" {
 		return nil, nil
@@ -249,7 +252,7 @@ func (m *Machine) trace(s *Spec) (*trace.File, error) {
 	return f, nil
 }
 
-// createTrace makes the trace file of a run, before it starts.
+// createTrace creates the trace file of a run, before the run starts.
 func createTrace(path string, h trace.Header) (*trace.File, error) {
 	f, err := trace.Create(path, h)
 	switch {
@@ -261,7 +264,8 @@ func createTrace(path string, h trace.Header) (*trace.File, error) {
 	return f, nil
 }
 
-// cmdLine is what a Linux guest with the disks is booted with; root finds root= for the first one.
+// cmdLine returns the command line of a Linux guest with the disks; root finds root= for the first
+// one.
 func (s *Spec) cmdLine(root func() (word, why string)) string {
 	if s.BareCmdLine {
 		return s.CmdLine
@@ -290,7 +294,7 @@ func (m *Machine) run(ctx context.Context, sys *kvmapi.System, cfg vmm.Config) {
 	m.err = errors.Join(m.err, m.close())
 }
 
-// later has undo called at the end, before what was opened earlier is closed.
+// later registers undo to be called at the end, before earlier registrations.
 func (m *Machine) later(undo func() error) { m.undo = append(m.undo, undo) }
 
 func (m *Machine) close() error {
@@ -301,12 +305,12 @@ func (m *Machine) close() error {
 	return errors.Join(errs...)
 }
 
-// Ended returns a channel that is closed when the guest has ended. The machine's disks are still
-// to be made durable and closed then: Wait returns after that.
+// Ended returns a channel that is closed when the guest has ended. The machine then makes its disks
+// durable and closes them; Wait returns after that.
 func (m *Machine) Ended() <-chan struct{} { return m.ended }
 
-// Wait waits until the machine has ended and all of it is closed, and returns how its guest ended.
-// The outcome is valid whatever the error is, unless vmm.Run failed.
+// Wait waits until the machine has ended and is closed, and returns how its guest ended. The
+// outcome is valid even with an error, unless vmm.Run failed.
 func (m *Machine) Wait() (vmm.Outcome, error) {
 	<-m.done
 	return m.outcome, m.err
@@ -322,31 +326,31 @@ func (m *Machine) Paused() bool { return m.pauser.Paused() }
 // vmm.Pauser.Pause.
 func (m *Machine) Pause(ctx context.Context) error { return m.pauser.Pause(ctx) }
 
-// Resume lets the CPUs go on, after Pause or a failure of a disk with error=stop.
+// Resume continues the CPUs after Pause or after a failure of a disk with error=stop.
 func (m *Machine) Resume() error { return m.pauser.Resume() }
 
 // Stop presses the guest's power button, and stops the machine with cause when the guest has not
-// powered itself off within grace. Of two calls the one that gives less time counts. The machine
-// is stopped at once, and the answer is false, without a grace time, or when the guest is paused
-// or has no driver for the button. Wait returns when the machine has ended.
+// powered itself off within grace. Of two calls the one that gives less time counts. Without a
+// grace time, or when the guest is paused or has no driver for the button, Stop stops the machine
+// at once and returns false. Wait returns when the machine has ended.
 func (m *Machine) Stop(cause error, grace time.Duration) bool { return m.stopper.ask(cause, grace) }
 
 // Disks describes the machine's disks.
 func (m *Machine) Disks() []control.Disk { return m.disks.List() }
 
-// AddDisk gives the machine a disk and tells the guest. Paths are those of this process. Errors
-// are *control.Error.
+// AddDisk adds a disk to the machine and tells the guest. Paths are relative to this process.
+// Errors are *control.Error.
 func (m *Machine) AddDisk(ctx context.Context, d disk.Spec) (control.Change, error) {
 	return m.disks.Add(ctx, d)
 }
 
-// RemoveDisk tells the guest that a disk goes, and takes it away. id is a LUN, a serial number or
-// an absolute path.
+// RemoveDisk tells the guest that a disk is going, and removes the disk. id is a LUN, a serial
+// number or an absolute path.
 func (m *Machine) RemoveDisk(ctx context.Context, id string) (control.Change, error) {
 	return m.disks.Remove(ctx, id)
 }
 
-// ResizeDisk gives a disk another size and tells the guest.
+// ResizeDisk changes the size of a disk and tells the guest.
 func (m *Machine) ResizeDisk(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
 	return m.disks.Resize(ctx, id, r)
 }
@@ -358,13 +362,13 @@ type output struct{ io.Writer }
 
 func (output) Connect(vmm.Input) {}
 
-// configError is a value that cannot be served.
+// configError is an error in a value that the user gave.
 type configError struct{ error }
 
 func (e configError) Unwrap() error { return e.error }
 
-// IsConfig reports whether err is about what was asked for, which the user can change. Any other
-// error is the host's failure.
+// IsConfig reports whether err is about the Spec, which the user can change. Any other error is a
+// failure of the host.
 func IsConfig(err error) bool {
 	var config configError
 	var vc *vmm.ConfigError

@@ -12,14 +12,16 @@ import (
 	"gvm/machine/disk"
 )
 
-// TestQueues checks the request queues, beside which are a control and an event queue.
+// TestQueues checks the number of request queues. A device has a control and an event queue as
+// well.
 func TestQueues(t *testing.T) {
 	for _, tt := range []struct{ cpus, queues, want int }{{1, 0, 1}, {4, 0, 4}, {4, 2, 2}, {70, 0, disk.MaxQueues}} {
 		none, err := disk.Open(t.Context(), nil, disk.Config{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		made, err := deviceTable[0].make(scsiDevice{queues: (&Spec{CPUs: tt.cpus, Queues: tt.queues}).RequestQueues(), disks: none})
+		made, err := deviceTable[0].make(scsiDevice{queues: (&Spec{CPUs: tt.cpus, Queues: tt.queues}).RequestQueues(),
+			disks: none})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -29,7 +31,7 @@ func TestQueues(t *testing.T) {
 	}
 }
 
-// TestCreateTrace is about the trace of a run.
+// TestCreateTrace checks the header of a run's trace.
 func TestCreateTrace(t *testing.T) {
 	ds, err := disk.Open(t.Context(), nil, disk.Config{})
 	if err != nil {
@@ -59,8 +61,10 @@ func TestCreateTrace(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []trace.Device{{Backend: "process", Queues: 3, Disks: []trace.Disk{{LUN: 4, Serial: "S", Size: 1 << 20, BlockSize: 4096}}}}
-	if h := r.Header; h.GVM != "1.2.3" || h.Kernel == "" || time.Since(h.Start) > time.Hour || fmt.Sprint(h.Devices) != fmt.Sprint(want) {
+	want := []trace.Device{{Backend: "process", Queues: 3,
+		Disks: []trace.Disk{{LUN: 4, Serial: "S", Size: 1 << 20, BlockSize: 4096}}}}
+	if h := r.Header; h.GVM != "1.2.3" || h.Kernel == "" || time.Since(h.Start) > time.Hour ||
+		fmt.Sprint(h.Devices) != fmt.Sprint(want) {
 		t.Errorf("header %+v", h)
 	}
 	if _, err := createTrace(filepath.Join(dir, "none", "x"), ds.TraceHeader("1.2.3", 1)); !IsConfig(err) {

@@ -6,21 +6,21 @@ import (
 	"time"
 )
 
-// Notes that a guest can cause: so many at once, and one in so long after them.
+// A guest can cause at most this many notes at once, and then one in each interval.
 const (
 	notesAtOnce = 40
 	noteEvery   = time.Minute
 )
 
-// guestNotes passes notes on that a guest can cause, however often it does, and it may reboot to
-// begin anew: what is too much is counted and told with the next one, or at the end.
+// guestNotes limits the rate of notes that a guest can cause, also by rebooting. It counts the
+// dropped ones and reports their number with the next note, or at the end.
 type guestNotes struct {
 	say func(string)
 
 	mu     sync.Mutex
-	used   time.Duration // of the next notes, as a leaky bucket
+	used   time.Duration // by the next notes, as in a leaky bucket
 	last   time.Time
-	silent int // notes left out since the last one
+	silent int // notes dropped since the last one
 }
 
 func (g *guestNotes) note(s string) {
@@ -37,7 +37,7 @@ func (g *guestNotes) note(s string) {
 	g.say(s)
 }
 
-// more tells what was left out. The caller holds mu.
+// more reports the number of dropped notes. The caller holds mu.
 func (g *guestNotes) more() {
 	if g.silent > 0 {
 		g.say(fmt.Sprintf("and %d more notes, of which there were too many", g.silent))
@@ -45,7 +45,7 @@ func (g *guestNotes) more() {
 	}
 }
 
-// close tells what was left out at the end.
+// close reports the notes dropped at the end.
 func (g *guestNotes) close() {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// TestGuestNotes has a guest cause ever new notes: few are told, and how many were not.
+// TestGuestNotes lets a guest cause many notes: few are passed on, and the number of dropped ones
+// is reported.
 func TestGuestNotes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var said []string

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// stopper ends a run: by the power button and a grace time, or at once.
+// stopper ends a run, at once or by the power button and a grace time.
 type stopper struct {
 	pauser powerButton
 	stop   context.CancelCauseFunc
@@ -15,18 +15,18 @@ type stopper struct {
 
 	mu       sync.Mutex
 	timer    *time.Timer // nil: the guest has not been asked
-	deadline time.Time   // of the timer
+	deadline time.Time   // when timer fires
 }
 
-// powerButton is what a stopper needs of a *vmm.Pauser.
+// powerButton is the part of *vmm.Pauser that a stopper uses.
 type powerButton interface {
 	Paused() bool
-	PowerButton() bool // presses it, and reports whether the guest listens
+	PowerButton() bool // presses the button, and reports whether the guest listens
 }
 
 // ask presses the power button, and stops the machine when the guest has not powered itself off
-// within grace. A guest that has been asked before keeps the shorter time. The machine is stopped at once,
-// and the answer false, without a grace time, or when the guest is paused or has no driver for the button.
+// within grace. A second call can only shorten the time. Without a grace time, or when the guest is
+// paused or has no driver for the button, ask stops the machine at once and returns false.
 func (s *stopper) ask(cause error, grace time.Duration) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -46,11 +46,12 @@ func (s *stopper) ask(cause error, grace time.Duration) bool {
 		s.timer.Stop()
 	}
 	s.deadline = deadline
-	s.timer = time.AfterFunc(grace, func() { s.stop(fmt.Errorf("%w; the guest did not power off within %v", cause, grace)) })
+	s.timer = time.AfterFunc(grace,
+		func() { s.stop(fmt.Errorf("%w; the guest did not power off within %v", cause, grace)) })
 	return true
 }
 
-// close ends the grace time, once the machine has ended.
+// close cancels the grace time after the machine has ended.
 func (s *stopper) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -16,20 +16,23 @@ type fakeButton struct {
 func (f *fakeButton) Paused() bool      { return f.paused }
 func (f *fakeButton) PowerButton() bool { f.presses++; return true }
 
-// TestStopTwice: of two requests to stop a machine the one that gives the guest less time counts.
+// TestStopTwice: of two requests to stop a machine, the one that gives the guest less time counts.
 func TestStopTwice(t *testing.T) {
 	t.Parallel()
 	first, second := errors.New("first"), errors.New("second")
 	for _, tt := range []struct {
 		name   string
-		do     func(s *stopper) bool // whether the guest has time
+		do     func(s *stopper) bool // reports whether the guest has time
 		asked  bool
-		stops  error         // now, or nil
-		within time.Duration // that the guest has, without stops
+		stops  error         // the immediate cause, or nil
+		within time.Duration // the guest's remaining time, without stops
 	}{
-		{"longer", func(s *stopper) bool { s.ask(first, time.Hour); return s.ask(second, 2*time.Hour) }, true, nil, time.Hour},
-		{"shorter", func(s *stopper) bool { s.ask(first, 2*time.Hour); return s.ask(second, time.Hour) }, true, nil, time.Hour},
-		{"much shorter", func(s *stopper) bool { s.ask(first, time.Hour); return s.ask(second, time.Nanosecond) }, true, second, 0},
+		{"longer", func(s *stopper) bool { s.ask(first, time.Hour); return s.ask(second, 2*time.Hour) },
+			true, nil, time.Hour},
+		{"shorter", func(s *stopper) bool { s.ask(first, 2*time.Hour); return s.ask(second, time.Hour) },
+			true, nil, time.Hour},
+		{"much shorter", func(s *stopper) bool { s.ask(first, time.Hour); return s.ask(second, time.Nanosecond) },
+			true, second, 0},
 		{"force", func(s *stopper) bool { s.ask(first, time.Hour); return s.ask(second, 0) }, false, second, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

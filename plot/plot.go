@@ -1,8 +1,9 @@
 // Package plot describes plots as data. cmd/gvm makes such a description, and cmd/gvm-plot draws
-// it: what draws takes a third of a program, and time whenever that starts.
+// it. The drawing library is a third of a program in size and slows every start of a program that
+// links it, so gvm does not.
 package plot
 
-// Version is that of a description: gvm-plot draws those of its own version.
+// Version is the version of a description. gvm-plot draws only its own version.
 const Version = 1
 
 // Plot is one file. Either Latencies or Rates is set.
@@ -16,8 +17,8 @@ type Plot struct {
 // Point is a place on a plot: X and Y.
 type Point [2]float64
 
-// Latencies are those of requests: each one over the time of its run, and below that their
-// distribution. Operations have colours; sources have shapes and dashes.
+// Latencies plots requests: each one over the time of its run, and below that their distribution.
+// Operations have colours; sources have shapes and dashes.
 type Latencies struct {
 	Title      string      `json:"title"`
 	Operations []Operation `json:"operations"` // in the order of the legend
@@ -27,13 +28,13 @@ type Latencies struct {
 	High       float64     `json:"high"`       // the highest one
 }
 
-// Colours is how many Operations there can be: people tell so many colours apart.
+// Colours is the largest number of Operations: people can tell so many colours apart.
 const Colours = 8
 
 // Operation is a line of the legend.
 type Operation struct {
 	Name  string `json:"name"`
-	Count uint64 `json:"count"` // of its requests
+	Count uint64 `json:"count"` // number of requests
 }
 
 // Series are the requests of one operation in one source.

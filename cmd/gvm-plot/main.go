@@ -1,4 +1,4 @@
-// Command gvm-plot draws the plots of gvm, which starts it: it reads the description of a plot
+// Command gvm-plot draws the plots of gvm, which starts it. It reads the description of a plot
 // (package plot) as JSON from standard input and writes the file to standard output.
 package main
 

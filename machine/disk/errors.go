@@ -9,12 +9,12 @@ import (
 	"gvm/devices/scsi/backend"
 )
 
-// configError is a value that cannot be served.
+// configError is an error in a value that the user gave.
 type configError struct{ error }
 
 func (e configError) Unwrap() error { return e.error }
 
-// ImageError is a failure of what a disk, or a file beside one, is kept in.
+// ImageError is a failure of a disk's image, or of a file beside it.
 type ImageError struct{ Err error }
 
 func (e ImageError) Error() string { return e.Err.Error() }
@@ -22,7 +22,7 @@ func (e ImageError) Error() string { return e.Err.Error() }
 // Unwrap returns the failure.
 func (e ImageError) Unwrap() error { return e.Err }
 
-// KernelError says that the kernel does not serve a disk with backend=vhost.
+// KernelError reports that the kernel does not serve a disk with backend=vhost.
 type KernelError struct{ Err error }
 
 func (e KernelError) Error() string { return e.Err.Error() }
@@ -30,8 +30,8 @@ func (e KernelError) Error() string { return e.Err.Error() }
 // Unwrap returns the reason.
 func (e KernelError) Unwrap() error { return e.Err }
 
-// IsConfig reports whether err is about what was asked for, which the user can change, such as a
-// file that is missing or in use. Any other error is the host's failure.
+// IsConfig reports whether the user can correct err, as with a file that is missing or in use. Any
+// other error is a failure of the host.
 func IsConfig(err error) bool {
 	var config configError
 	var image ImageError
@@ -39,8 +39,8 @@ func IsConfig(err error) bool {
 	case errors.As(err, &config):
 		return true
 	case errors.As(err, &image):
-		for _, kind := range []error{backend.ErrLocked, backend.ErrFormat, backend.ErrSize, backend.ErrNotDisk, backend.ErrBase,
-			backend.ErrNoLocks, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
+		for _, kind := range []error{backend.ErrLocked, backend.ErrFormat, backend.ErrSize,
+			backend.ErrNotDisk, backend.ErrBase, backend.ErrNoLocks, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
 			unix.EROFS, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG, unix.ETXTBSY, unix.EFBIG} {
 			if errors.Is(err, kind) {
 				return true

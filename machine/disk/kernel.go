@@ -14,23 +14,23 @@ import (
 	"gvm/text"
 )
 
-// kernelOptions are what disks with backend=vhost or auto share.
+// kernelOptions are the options that all disks with backend=vhost or auto share.
 type kernelOptions struct {
 	queues int
-	chosen bool // queues are the user's choice
+	chosen bool // the user chose queues
 	abi    vhostscsi.ABIPolicy
 	note   func(string)
 }
 
-// kernelTarget is a target of LIO's and the device that gives it to the guest.
+// kernelTarget is a LIO target and the device that presents it to the guest.
 type kernelTarget struct {
 	target *lio.Target
 	device *vhostscsi.Device
-	parts  []io.Closer // what close closes: the device, which lets the target go, and the target
-	units  []lio.Unit  // of gvm's making
+	parts  []io.Closer // closed in order: the device, which releases the target, and the target
+	units  []lio.Unit  // made by gvm
 }
 
-// close lets the target go, then takes it down if gvm made it.
+// close releases the target, then removes it if gvm made it.
 func (t *kernelTarget) close() error {
 	var errs []error
 	for _, p := range t.parts {
@@ -39,9 +39,9 @@ func (t *kernelTarget) close() error {
 	return errors.Join(errs...)
 }
 
-// endKernels begins to take down what the kernel serves, which waits for storage and for other
-// processes that change LIO. wait returns when that is done or ctx is, and adds to busy the backends
-// that the kernel still has.
+// endKernels begins to remove the kernel's targets, which waits for storage and for other processes
+// that change LIO. wait returns when that is done or ctx is, and adds to busy the backends that the
+// kernel still has.
 func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) error) {
 	type result struct {
 		kernel *kernelTarget
@@ -84,16 +84,15 @@ func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) e
 	}
 }
 
-// kernelsTarget is what messages call LIO.
+// kernelsTarget is the name of LIO in messages.
 const kernelsTarget = "the kernel's SCSI target"
 
-// autoNote is how the line begins that says what became of backend=auto.
+// autoNote is the beginning of the note that reports how backend=auto was resolved.
 const autoNote = "backend=auto: served "
 
-// choose settles backend=auto by what this host offers; auto says that it had
-// to. If the kernel turns out to refuse a Spec, fallback is the list with all of
-// those disks in-process; it is nil if that would change nothing or a Spec
-// insists on the kernel.
+// choose resolves backend=auto for this host; auto reports whether the list had such a disk. If the
+// kernel then refuses a disk, fallback is the list with all of those disks in-process; it is nil if
+// it would equal chosen or if a disk requires the kernel.
 func (k kernelOptions) choose(list []Spec) (chosen, fallback []Spec, auto bool) {
 	isAuto := func(d Spec) bool { return d.Backend == Auto }
 	if !slices.ContainsFunc(list, isAuto) {
@@ -118,7 +117,7 @@ func (k kernelOptions) choose(list []Spec) (chosen, fallback []Spec, auto bool) 
 	return to(Vhost), fallback, true
 }
 
-// check tells whether this host's kernel can serve disks.
+// check returns an error if this host's kernel cannot serve disks.
 func (k kernelOptions) check() error {
 	if err := vhostscsi.Check(k.abi); err != nil {
 		return err
@@ -144,7 +143,7 @@ func (u *kernelUnits) add(d Spec, f *backend.File) error {
 	return nil
 }
 
-// provision has the kernel serve the units.
+// provision makes the kernel serve the units.
 func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 	if err := vhostscsi.Check(k.abi); err != nil {
 		return nil, KernelError{err}
@@ -160,13 +159,14 @@ func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 		k.note(n)
 	}
 	if release := trace.HostKernel(); len(u.units) > 1 && losesResets(release) {
-		k.note(fmt.Sprintf("Linux %s has a fault: a guest that resets one of several disks of the kernel's can bring this host down when gvm ends; serve one disk, or take backend=process or Linux 6.4", release))
+		k.note(fmt.Sprintf("Linux %s has a fault: a guest that resets one of several disks of the kernel's can bring "+
+			"this host down when gvm ends; serve one disk, or take backend=process or Linux 6.4", release))
 	}
 	return k.device(&kernelTarget{target: t, parts: []io.Closer{t}, units: u.units}, u.workers)
 }
 
-// losesResets tells whether vhost-scsi of a kernel keeps its control blocks for
-// LOGICAL UNIT RESET in a list that it gets wrong (docs/backends.md).
+// losesResets reports whether a kernel's vhost-scsi corrupts its list of control blocks for LOGICAL
+// UNIT RESET (docs/backends.md).
 func losesResets(release string) bool {
 	var major, minor int
 	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
@@ -175,7 +175,7 @@ func losesResets(release string) bool {
 	return major < 6 || major == 6 && minor < 4
 }
 
-// lookup takes a target that exists.
+// lookup opens an existing target.
 func (k kernelOptions) lookup(d Spec) (*kernelTarget, error) {
 	if err := vhostscsi.Check(k.abi); err != nil {
 		return nil, KernelError{err}
@@ -187,7 +187,7 @@ func (k kernelOptions) lookup(d Spec) (*kernelTarget, error) {
 	return k.device(&kernelTarget{target: t, parts: []io.Closer{t}}, d.Workers)
 }
 
-// Device makes the device of a target. On an error the target is closed.
+// device makes the device of a target. On an error the target is closed.
 func (k kernelOptions) device(t *kernelTarget, workers int) (_ *kernelTarget, err error) {
 	t.device, err = vhostscsi.New(vhostscsi.Config{
 		WWPN:      t.target.WWN,
@@ -207,16 +207,18 @@ func (k kernelOptions) device(t *kernelTarget, workers int) (_ *kernelTarget, er
 	return t, nil
 }
 
-// QueueMemory is about what vhost-scsi allocates for a request queue of 256 entries once the guest's
-// driver runs: each entry has a scatterlist of 2,048 segments (vhost_scsi_setup_vq_cmds in the
-// kernel's drivers/vhost/scsi.c). It is the kernel's own memory: no control group of gvm's bounds it.
+// QueueMemory is about what vhost-scsi allocates for a request queue of 256 entries once the
+// guest's driver runs: each entry has a scatterlist of 2,048 segments (vhost_scsi_setup_vq_cmds in
+// the kernel's drivers/vhost/scsi.c). It is the kernel's own memory, which no control group of
+// gvm's bounds.
 const QueueMemory = 21 << 20
 
-// queueNote tells of many request queues that the user has not asked for.
+// queueNote returns a note about many request queues that the user did not ask for.
 func (k kernelOptions) queueNote() string {
 	if k.chosen || k.queues <= 4 {
 		return ""
 	}
-	return fmt.Sprintf("the kernel takes some %s for each of %d request queues, one a CPU: %s of its memory; --queues N bounds that",
+	return fmt.Sprintf("the kernel takes some %s for each of %d request queues, one a CPU: "+
+		"%s of its memory; --queues N bounds that",
 		text.FormatSize(QueueMemory), k.queues, text.FormatSize(uint64(k.queues)*QueueMemory))
 }

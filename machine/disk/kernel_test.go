@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestQueueNote: what many request queues take of the kernel's memory is told with the option that
-// bounds it, unless the user has taken it.
+// TestQueueNote: a note gives the kernel memory of many request queues and the option that bounds
+// it, unless the user chose the number.
 func TestQueueNote(t *testing.T) {
 	for _, tt := range []struct {
 		k    kernelOptions
@@ -14,7 +14,8 @@ func TestQueueNote(t *testing.T) {
 	}{
 		{kernelOptions{queues: 1}, ""},
 		{kernelOptions{queues: 4}, ""},
-		{kernelOptions{queues: 8}, "some 21 MiB for each of 8 request queues, one a CPU: 168 MiB of its memory; --queues N bounds that"},
+		{kernelOptions{queues: 8},
+			"some 21 MiB for each of 8 request queues, one a CPU: 168 MiB of its memory; --queues N bounds that"},
 		{kernelOptions{queues: 8, chosen: true}, ""},
 	} {
 		if got := tt.k.queueNote(); !strings.HasSuffix(got, tt.want) || tt.want == "" && got != "" {
@@ -24,7 +25,8 @@ func TestQueueNote(t *testing.T) {
 }
 
 func TestLosesResets(t *testing.T) {
-	for release, want := range map[string]bool{"6.1.0-56-amd64": true, "5.10.0": true, "6.3.9": true, "6.4.0": false, "6.12.117+deb12": false, "7.0": false, "": false, "linux": false} {
+	for release, want := range map[string]bool{"6.1.0-56-amd64": true, "5.10.0": true, "6.3.9": true, "6.4.0": false,
+		"6.12.117+deb12": false, "7.0": false, "": false, "linux": false} {
 		if losesResets(release) != want {
 			t.Errorf("%q: %v", release, !want)
 		}

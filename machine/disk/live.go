@@ -22,18 +22,18 @@ import (
 	"gvm/text"
 )
 
-// live is the part of disks that changes while the machine runs. Until it runs
-// and after it has ended one goroutine has the disks for itself.
+// live is the part of a Set that changes while the machine runs. Before and after that, one
+// goroutine has the Set to itself.
 //
-// A change of a disk is slow: it waits for storage, and for commands of the guest. It runs in a
-// goroutine of its own, with no lock held, and is in busy meanwhile.
+// A change of a disk is slow: it waits for storage and for commands of the guest. It runs in a
+// goroutine of its own, holds no lock, and has an entry in busy meanwhile.
 type live struct {
-	mu      sync.Mutex // guards what follows, and disks.open; held across no wait and no I/O
-	ended   bool       // no change begins
-	closed  bool       // close has begun to close what no change uses
+	mu      sync.Mutex // guards the fields below and Set.open; never held during a wait or I/O
+	ended   bool       // no more changes may begin
+	closed  bool       // close has begun to close unused disks
 	served  []served   // the units of gvm's own target
 	events  Notifier   // the device of that target; nil: the guest has none
-	adding  []Spec     // disks that are not units yet
+	adding  []Spec     // disks that are not yet units
 	busy    map[*scsi.Unit]string
 	over    chan struct{}     // closed when ended is set; made by ending
 	paths   map[string]string // absolute paths of the kernel's disks
@@ -41,10 +41,10 @@ type live struct {
 	bounds
 }
 
-// bounds are on waits of the control socket; zero is the default.
+// bounds limit waits of the control socket; zero is the default.
 type bounds struct {
-	commands time.Duration // of a resize for commands that use the disk: 10 s
-	answer   time.Duration // of a client for a change: 30 s, and the change goes on
+	commands time.Duration // a resize waits so long for commands that use the disk: 10 s
+	answer   time.Duration // a client waits so long for a change, which then goes on: 30 s
 }
 
 // ending returns the channel that is closed when the machine ends. The caller holds mu.
@@ -55,9 +55,11 @@ func (l *live) ending() chan struct{} {
 	return l.over
 }
 
-// change has work change a Spec, with mu released, and answers for it. The caller holds mu. done
-// ends what work has begun, with mu held again.
-func (l *live) change(ctx context.Context, what string, work func(cut <-chan struct{}) (control.Change, error), done func()) (control.Change, error) {
+// change runs work, which changes a disk, with mu released, and returns its result. The caller
+// holds mu. done is called with mu held when work has ended.
+func (l *live) change(
+	ctx context.Context, what string, work func(cut <-chan struct{}) (control.Change, error), done func(),
+) (control.Change, error) {
 	type answer struct {
 		control.Change
 		error
@@ -90,10 +92,11 @@ func (l *live) change(ctx context.Context, what string, work func(cut <-chan str
 	case <-ctx.Done():
 	case <-timer.C:
 	}
-	return control.Change{}, control.Errorf(http.StatusGatewayTimeout, "%s takes long and goes on: gvm disk list shows when it is over", what)
+	return control.Change{}, control.Errorf(http.StatusGatewayTimeout,
+		"%s takes long and goes on: gvm disk list shows when it is over", what)
 }
 
-// Notifier is the device that tells the guest; *vscsi.Device is one.
+// Notifier sends events to the guest; *vscsi.Device is one.
 type Notifier interface {
 	Event(vscsi.EventType, scsi.LUN, vscsi.Reason) vscsi.Delivery
 }
@@ -109,7 +112,7 @@ type served struct {
 	path string // absolute, "" for memory
 	at   scsi.LUN
 	unit *scsi.Unit
-	gone context.CancelFunc // lets go requests that wait for the machine to be resumed
+	gone context.CancelFunc // cancels requests that wait for the machine to be resumed
 }
 
 func newServed(d Spec, lun scsi.LUN, u *scsi.Unit) served {
@@ -120,8 +123,8 @@ func newServed(d Spec, lun scsi.LUN, u *scsi.Unit) served {
 	return s
 }
 
-// Absolute is how a path is called in both processes, the machine's and the
-// asking one: without links, as far as it leads anywhere.
+// Absolute returns an absolute path that is the same in the client's process and the machine's. It
+// resolves links as far as the path exists.
 func Absolute(path string) string {
 	if real, err := filepath.EvalSymlinks(path); err == nil {
 		path = real
@@ -139,7 +142,7 @@ func (s *served) number() int {
 
 func (s *served) backend() scsi.Backend { return s.unit.Config().Backend }
 
-// describe is how the control socket shows the disk.
+// describe returns the disk as the control socket shows it.
 func (s *served) describe() control.Disk {
 	return control.Disk{
 		LUN:       s.number(),
@@ -165,7 +168,8 @@ func (ds *Set) List() []control.Disk {
 		list = append(list, d)
 	}
 	for _, d := range ds.adding {
-		list = append(list, control.Disk{LUN: d.LUN, Path: control.Text(d.Path), Serial: control.Text(d.Serial), Size: d.Size, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly,
+		list = append(list, control.Disk{LUN: d.LUN, Path: control.Text(d.Path), Serial: control.Text(d.Serial),
+			Size: d.Size, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly,
 			Cache: CacheName(d.Cache), Backend: "process", Change: control.Adding})
 	}
 	slices.SortFunc(list, func(a, b control.Disk) int { return a.LUN - b.LUN })
@@ -174,15 +178,16 @@ func (ds *Set) List() []control.Disk {
 			list = append(list, control.Disk{WWN: k.target.WWN, Backend: "vhost"})
 		}
 		for _, u := range k.units {
-			list = append(list, control.Disk{LUN: u.LUN, Path: control.Text(ds.paths[u.Backend.(*backend.File).Path()]), WWN: k.target.WWN, Serial: control.Text(u.Serial),
-				Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly, Cache: CacheName(u.Cache), Backend: "vhost"})
+			path := control.Text(ds.paths[u.Backend.(*backend.File).Path()])
+			list = append(list, control.Disk{LUN: u.LUN, Path: path, WWN: k.target.WWN, Serial: control.Text(u.Serial),
+				Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly,
+				Cache: CacheName(u.Cache), Backend: "vhost"})
 		}
 	}
 	return list
 }
 
-// Add opens a Spec's image, gives it a LUN and tells the guest. On an error all
-// is as before.
+// Add opens a disk's image, assigns a LUN and tells the guest. On an error nothing has changed.
 func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
@@ -190,11 +195,16 @@ func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 	case ds.ended:
 		return control.Change{}, control.ErrEnded
 	case d.Backend == Vhost:
-		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: backend=vhost disks cannot be added to a machine that runs; backend=process ones can", d.Name())
+		return control.Change{}, control.Errorf(http.StatusConflict,
+			"--disk %s: backend=vhost disks cannot be added to a machine that runs; backend=process ones can", d.Name())
 	case ds.events == nil:
-		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: the machine was started with backend=vhost disks only and has no device for others", d.Name())
-	case d.Storage == Image && slices.ContainsFunc(ds.adding, func(a Spec) bool { return a.Storage == Image && filepath.Clean(a.Path) == filepath.Clean(d.Path) }):
-		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s is being added already: gvm disk list shows when that is over", d.Path)
+		return control.Change{}, control.Errorf(http.StatusConflict,
+			"--disk %s: the machine was started with backend=vhost disks only and has no device for others", d.Name())
+	case d.Storage == Image && slices.ContainsFunc(ds.adding, func(a Spec) bool {
+		return a.Storage == Image && filepath.Clean(a.Path) == filepath.Clean(d.Path)
+	}):
+		return control.Change{}, control.Errorf(http.StatusConflict,
+			"--disk %s is being added already: gvm disk list shows when that is over", d.Path)
 	}
 	d.Backend = Process
 	all := slices.Clone(ds.adding)
@@ -208,14 +218,15 @@ func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 	}
 	d = all[len(all)-1]
 	ds.adding = append(ds.adding, d)
-	return ds.change(ctx, "adding "+d.Path, func(<-chan struct{}) (control.Change, error) { return ds.addNow(d) }, func() {
+	work := func(<-chan struct{}) (control.Change, error) { return ds.addNow(d) }
+	return ds.change(ctx, "adding "+d.Path, work, func() {
 		ds.adding = slices.DeleteFunc(ds.adding, func(a Spec) bool { return a.LUN == d.LUN })
 	})
 }
 
-// addNow is the slow part of add.
+// addNow is the slow part of Add.
 func (ds *Set) addNow(d Spec) (control.Change, error) {
-	own := &Set{target: ds.target, mishaps: ds.mishaps} // until the disk is there
+	own := &Set{target: ds.target, mishaps: ds.mishaps} // until the disk is added
 	f, err := own.openImage(d)
 	if locked := (*backend.LockedError)(nil); errors.As(err, &locked) && locked.Other != "" {
 		locked.Other = Absolute(locked.Other) // the client may have another working directory
@@ -235,7 +246,7 @@ func (ds *Set) addNow(d Spec) (control.Change, error) {
 	s := own.served[0]
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
-	if ds.closed { // the process ends now
+	if ds.closed { // the process is ending
 		s.gone()
 		return control.Change{}, control.ErrEnded
 	}
@@ -243,7 +254,8 @@ func (ds *Set) addNow(d Spec) (control.Change, error) {
 	return control.Change{Disk: s.describe(), Guest: ds.tell(&s, vscsi.TransportReset, vscsi.ResetRescan)}, nil
 }
 
-// claim finds a disk for a change that no other is under way for. The caller holds mu.
+// claim finds a disk and marks it busy for a change. It fails if another change of the disk is
+// under way. The caller holds mu.
 func (ds *Set) claim(id, change string) (s served, release func(), err error) {
 	i, err := ds.find(id)
 	if err != nil {
@@ -251,7 +263,8 @@ func (ds *Set) claim(id, change string) (s served, release func(), err error) {
 	}
 	s = ds.served[i]
 	if other := ds.busy[s.unit]; other != "" {
-		return s, nil, control.Errorf(http.StatusConflict, "LUN %d, %s: %s is under way: gvm disk list shows when it is over", s.number(), s.Spec.Path, other)
+		return s, nil, control.Errorf(http.StatusConflict,
+			"LUN %d, %s: %s is under way: gvm disk list shows when it is over", s.number(), s.Spec.Path, other)
 	}
 	if ds.busy == nil {
 		ds.busy = map[*scsi.Unit]string{}
@@ -264,9 +277,9 @@ func (ds *Set) claim(id, change string) (s served, release func(), err error) {
 	}, nil
 }
 
-// Remove tells the guest that a disk goes, and takes it away without waiting for
-// the guest: commands in flight are aborted. What the guest has written is on
-// stable storage then, as it gets to flush nothing more.
+// Remove tells the guest that a disk is going and removes it without waiting for the guest:
+// commands in flight are aborted. It makes the guest's writes durable, since the guest can no
+// longer flush.
 func (ds *Set) Remove(ctx context.Context, id string) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
@@ -276,10 +289,11 @@ func (ds *Set) Remove(ctx context.Context, id string) (control.Change, error) {
 	}
 	ch := control.Change{Disk: s.describe(), Guest: ds.tell(&s, vscsi.TransportReset, vscsi.ResetRemoved)}
 	s.gone()
-	return ds.change(ctx, "removing "+s.Spec.Path, func(<-chan struct{}) (control.Change, error) { return ch, ds.removeNow(s) }, release)
+	work := func(<-chan struct{}) (control.Change, error) { return ch, ds.removeNow(s) }
+	return ds.change(ctx, "removing "+s.Spec.Path, work, release)
 }
 
-// removeNow is the slow part of remove.
+// removeNow is the slow part of Remove.
 func (ds *Set) removeNow(s served) error {
 	if err := ds.target.Detach(s.at); err != nil {
 		return err
@@ -296,8 +310,7 @@ func (ds *Set) removeNow(s served) error {
 	return errors.Join(err, f.close(true))
 }
 
-// Resize gives a disk another size, or takes the one that its image has by now,
-// and tells the guest.
+// Resize changes the size of a disk, or adopts the present size of its image, and tells the guest.
 func (ds *Set) Resize(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
@@ -308,14 +321,15 @@ func (ds *Set) Resize(ctx context.Context, id string, r control.ResizeDisk) (con
 	b, ok := s.backend().(resizer)
 	if !ok {
 		release()
-		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s, keeps its size", s.number(), s.Spec.Path)
+		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s, keeps its size",
+			s.number(), s.Spec.Path)
 	}
 	return ds.change(ctx, "resizing "+s.Spec.Path, func(over <-chan struct{}) (control.Change, error) {
 		return ds.resizeNow(s, over, func() error { return b.Resize(r.Size, r.Shrink, sidecar.Cut) })
 	}, release)
 }
 
-// resizeNow is the slow part of resize. It does not wait for commands that wait for the user.
+// resizeNow is the slow part of Resize. It does not wait for commands that wait for the user.
 func (ds *Set) resizeNow(s served, over <-chan struct{}, do func() error) (control.Change, error) {
 	held := func() bool { return ds.mishaps.holds(s.Spec.Name(), 0) > 0 }
 	cut, done := make(chan struct{}), make(chan struct{})
@@ -341,9 +355,11 @@ func (ds *Set) resizeNow(s served, over <-chan struct{}, do func() error) (contr
 	<-cut
 	switch {
 	case errors.Is(err, scsi.ErrBusy) && held():
-		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s: a command has failed and waits: gvm resume %s first", s.number(), s.Spec.Path, ds.mishaps.name)
+		return control.Change{}, control.Errorf(http.StatusConflict,
+			"LUN %d, %s: a command has failed and waits: gvm resume %s first", s.number(), s.Spec.Path, ds.mishaps.name)
 	case errors.Is(err, scsi.ErrBusy):
-		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s: %v; try again", s.number(), s.Spec.Path, err)
+		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s: %v; try again",
+			s.number(), s.Spec.Path, err)
 	case err != nil:
 		return control.Change{}, refusal(ImageError{err})
 	}
@@ -351,15 +367,15 @@ func (ds *Set) resizeNow(s served, over <-chan struct{}, do func() error) (contr
 	defer ds.mu.Unlock()
 	ch := control.Change{Disk: s.describe(), Guest: control.Unchanged}
 	if s.unit.Blocks() != before {
-		// The additional sense code of CAPACITY DATA HAS CHANGED (SPC-5 4.5.2),
-		// which the unit attention has too.
-		ch.Guest = ds.tell(&s, vscsi.ParamChange, vscsi.ParamReason(scsi.CapacityChanged.ASC, scsi.CapacityChanged.ASCQ))
+		// This is the additional sense code of CAPACITY DATA HAS CHANGED (SPC-5 4.5.2), as in the
+		// unit attention.
+		ch.Guest = ds.tell(&s, vscsi.ParamChange,
+			vscsi.ParamReason(scsi.CapacityChanged.ASC, scsi.CapacityChanged.ASCQ))
 	}
 	return ch, nil
 }
 
-// find returns the index of the disk with a LUN, a serial number or a path. The
-// caller holds mu.
+// find returns the index of the disk with a LUN, a serial number or a path. The caller holds mu.
 func (ds *Set) find(id string) (int, error) {
 	if ds.ended {
 		return 0, control.ErrEnded
@@ -382,20 +398,23 @@ func (ds *Set) find(id string) (int, error) {
 	}
 	for _, d := range ds.adding {
 		if isLUN && d.LUN == n || d.Serial != "" && d.Serial == id || d.Path == id {
-			return 0, control.Errorf(http.StatusConflict, "LUN %d, %s, is being added: gvm disk list shows when that is over", d.LUN, d.Path)
+			return 0, control.Errorf(http.StatusConflict,
+				"LUN %d, %s, is being added: gvm disk list shows when that is over", d.LUN, d.Path)
 		}
 	}
 	for _, k := range ds.kernels {
 		for _, u := range k.units {
-			if isLUN && u.LUN == n || u.Serial != "" && u.Serial == id || ds.paths[u.Backend.(*backend.File).Path()] == id {
-				return 0, control.Errorf(http.StatusConflict, "disk %s has backend=vhost: it cannot be changed while the machine runs", id)
+			if isLUN && u.LUN == n || u.Serial != "" && u.Serial == id ||
+				ds.paths[u.Backend.(*backend.File).Path()] == id {
+				return 0, control.Errorf(http.StatusConflict,
+					"disk %s has backend=vhost: it cannot be changed while the machine runs", id)
 			}
 		}
 	}
 	return 0, control.Errorf(http.StatusNotFound, "no disk of this machine has the LUN, serial number or path %s", id)
 }
 
-// findStorage is find for a disk that has no path, such as mem:1M. The caller holds mu.
+// findStorage is find for a disk without a path, such as mem:1M. The caller holds mu.
 func (ds *Set) findStorage(id string, kind Storage, size string) (int, error) {
 	found := -1
 	n, err := text.ParseSize(size, 1)
@@ -405,18 +424,20 @@ func (ds *Set) findStorage(id string, kind Storage, size string) (int, error) {
 		}
 		if found >= 0 {
 			first := ds.served[found]
-			return 0, control.Errorf(http.StatusConflict, "several disks are %s: name one by its LUN or serial number, such as %d or %s",
+			return 0, control.Errorf(http.StatusConflict,
+				"several disks are %s: name one by its LUN or serial number, such as %d or %s",
 				id, first.number(), first.unit.Serial())
 		}
 		found = i
 	}
 	if found < 0 {
-		return 0, control.Errorf(http.StatusNotFound, "no disk of this machine has the LUN, serial number or path %s", id)
+		return 0, control.Errorf(http.StatusNotFound,
+			"no disk of this machine has the LUN, serial number or path %s", id)
 	}
 	return found, nil
 }
 
-// tell sends the guest an event about a Spec. The caller holds mu.
+// tell sends the guest an event about a disk. The caller holds mu.
 func (ds *Set) tell(s *served, t vscsi.EventType, r vscsi.Reason) control.Guest {
 	switch ds.events.Event(t, s.at, r) {
 	case vscsi.Delivered:
@@ -429,7 +450,8 @@ func (ds *Set) tell(s *served, t vscsi.EventType, r vscsi.Reason) control.Guest 
 	return control.Absent
 }
 
-// taken returns what is open for a backend, which is the caller's to close. The caller holds mu.
+// taken removes and returns the open files of a backend, for the caller to close. The caller holds
+// mu.
 func (ds *Set) taken(b scsi.Backend) (f opened) {
 	if i := slices.IndexFunc(ds.open, func(i opened) bool { return any(i.backend) == any(b) }); i >= 0 {
 		f = ds.open[i]
@@ -438,8 +460,8 @@ func (ds *Set) taken(b scsi.Backend) (f opened) {
 	return f
 }
 
-// endChanges ends changes and waits for those under way, but not longer than ctx. It returns what is open
-// and no change uses any more; the rest closes with the process.
+// endChanges ends changes and waits for those under way, until ctx is done. It returns the open
+// files that no change uses any more; the rest closes with the process.
 func (ds *Set) endChanges(ctx context.Context) (open []opened) {
 	ctx, cancel := context.WithTimeout(ctx, settlePatience/3) // the rest is for the disks
 	defer cancel()
@@ -462,7 +484,8 @@ func (ds *Set) endChanges(ctx context.Context) (open []opened) {
 	defer ds.mu.Unlock()
 	ds.closed = true
 	for _, f := range ds.open {
-		used := slices.ContainsFunc(ds.served, func(s served) bool { return ds.busy[s.unit] != "" && any(s.backend()) == any(f.backend) })
+		used := slices.ContainsFunc(ds.served,
+			func(s served) bool { return ds.busy[s.unit] != "" && any(s.backend()) == any(f.backend) })
 		if !used {
 			open = append(open, f)
 		}
@@ -470,8 +493,8 @@ func (ds *Set) endChanges(ctx context.Context) (open []opened) {
 	return open
 }
 
-// refusal gives an error of the user's making the status of one; any other is
-// the host's failure.
+// refusal converts an error that the user can correct to a conflict. Any other error is a failure
+// of the host.
 func refusal(err error) error {
 	switch {
 	case !IsConfig(err):

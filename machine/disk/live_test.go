@@ -14,7 +14,7 @@ import (
 	"gvm/devices/scsi/scsitest"
 )
 
-// slow is a backend whose every operation waits until go on is closed.
+// slow is a backend whose operations wait until goOn is closed.
 type slow struct {
 	*backend.Mem
 	begun, goOn chan struct{}
@@ -40,20 +40,21 @@ func slowDisks(t *testing.T) (*Set, *slow) {
 		t.Fatal(err)
 	}
 	ds.events = noGuest{}
-	scsitest.Do(ds.target, 0, make([]byte, 6), nil, 0) // the unit attention of a power on
+	scsitest.Do(ds.target, 0, make([]byte, 6), nil, 0) // clears the unit attention of power on
 	return ds, b
 }
 
 func wantConflict(t *testing.T, err error, text string) {
 	t.Helper()
 	var e *control.Error
-	if !errors.As(err, &e) || e.Status != http.StatusConflict || !strings.Contains(e.Text, text) || strings.Contains(e.Text, "\n") {
+	if !errors.As(err, &e) || e.Status != http.StatusConflict || !strings.Contains(e.Text, text) ||
+		strings.Contains(e.Text, "\n") {
 		t.Errorf("error %v, want a conflict that says %q", err, text)
 	}
 }
 
-// TestChangesWaitForNothing has storage that does not answer: the list does, other disks can be
-// changed, a second change of the disk is refused, and the machine ends.
+// TestChangesWaitForNothing has storage that does not answer. The list still answers, other disks
+// can be changed, a second change of the disk is refused, and the machine ends.
 func TestChangesWaitForNothing(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -72,7 +73,7 @@ func TestChangesWaitForNothing(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			ds, b := slowDisks(t)
 			defer close(b.goOn)
-			write := []byte{0x2a, 0, 0, 0, 0, 9, 0, 0, 1, 0} // so that there is something to flush
+			write := []byte{0x2a, 0, 0, 0, 0, 9, 0, 0, 1, 0} // gives the flush something to do
 			if a := scsitest.Do(ds.target, 0, write, make([]byte, 512), 0); a.Status != scsi.Good {
 				t.Fatal(a)
 			}
@@ -87,13 +88,14 @@ func TestChangesWaitForNothing(t *testing.T) {
 			wantConflict(t, err, tt.state+" is under way")
 			_, err = ds.Resize(t.Context(), "0", control.ResizeDisk{})
 			wantConflict(t, err, tt.state+" is under way")
-			if ch, err := ds.Add(t.Context(), Spec{Path: "mem", Storage: Memory, Size: 1 << 20, LUN: -1, BlockSize: 512}); err != nil || ch.Disk.LUN != 1 {
+			mem := Spec{Path: "mem", Storage: Memory, Size: 1 << 20, LUN: -1, BlockSize: 512}
+			if ch, err := ds.Add(t.Context(), mem); err != nil || ch.Disk.LUN != 1 {
 				t.Errorf("another disk: %+v, %v", ch, err)
 			}
 			if _, err := ds.Remove(t.Context(), "1"); err != nil {
 				t.Errorf("another disk: %v", err)
 			}
-			cancel() // the client goes
+			cancel() // the client disconnects
 			var e *control.Error
 			if err := <-result; !errors.As(err, &e) || e.Status != http.StatusGatewayTimeout {
 				t.Errorf("a client that goes: %v", err)

@@ -10,21 +10,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stops tells whether the machine pauses for err.
+// stops reports whether the machine pauses for err.
 func (p ErrorPolicy) stops(err error) bool {
 	full := errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
 	return p == Stop || p == StopOnFull && full
 }
 
-// maxTold bounds the failures that are remembered, as disks may come and go.
+// maxTold bounds the remembered failures, as disks may come and go.
 const maxTold = 1000
 
-// mishaps is what a machine does about disks that fail.
+// mishaps reports failures of disks, and pauses the machine for them.
 type mishaps struct {
-	name string                     // of the machine, for who is to resume it
-	hold func(context.Context) bool // vmm.Pauser's Hold; nil: there is nobody to resume it
-	// note tells what a guest can make happen again and again, and paused why the machine is
-	// paused, which is told whatever else was.
+	name string                     // the machine's, for a hint how to resume it
+	hold func(context.Context) bool // vmm.Pauser's Hold; nil: nothing can resume the machine
+	// note takes notes that a guest can cause again and again. paused takes the reason for a pause,
+	// and must not drop it.
 	note, paused func(string)
 
 	opening atomic.Value // string: what Open waits for
@@ -34,8 +34,8 @@ type mishaps struct {
 	held map[string]int  // by disk: failures that hold the machine
 }
 
-// watch returns what the unit of d is to tell of failures, and to ask whether to do
-// again what failed, until ctx ends.
+// watch returns two functions for the unit of d, which work until ctx ends: tell reports a failure,
+// and retry reports whether to repeat the failed request.
 func (m *mishaps) watch(ctx context.Context, d Spec) (tell func(error), retry func(error) bool) {
 	report := func(err error) { m.report(d.Name(), err) }
 	if d.OnError == Report || m.hold == nil {
@@ -46,7 +46,7 @@ func (m *mishaps) watch(ctx context.Context, d Spec) (tell func(error), retry fu
 			report(err)
 			return false
 		}
-		// All commands of a disk may fail at the same time: the first one is told.
+		// All commands of a disk may fail at the same time: only the first is reported.
 		if m.holds(d.Name(), 1) == 1 {
 			m.paused(fmt.Sprintf("%s: %v; the machine is paused until: gvm resume %s", d.Name(), err, m.name))
 		}
@@ -55,7 +55,7 @@ func (m *mishaps) watch(ctx context.Context, d Spec) (tell func(error), retry fu
 	}
 }
 
-// holds adds n to the failures of a disk that hold the machine, and returns how many they are.
+// holds adds n to the disk's count of failures that hold the machine, and returns the count.
 func (m *mishaps) holds(disk string, n int) int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -69,8 +69,8 @@ func (m *mishaps) holds(disk string, n int) int {
 	return n
 }
 
-// report says that the guest gets an error, once for each disk and cause: a guest
-// can repeat it as it likes.
+// report notes that the guest gets an error, once for each disk and cause, since a guest can repeat
+// it at will.
 func (m *mishaps) report(disk string, err error) {
 	var cause unix.Errno
 	_ = errors.As(err, &cause)

@@ -17,7 +17,8 @@ func TestMishaps(t *testing.T) {
 	var held int
 	add := func(s string) { notes = append(notes, s) }
 	m := &mishaps{name: "vm", note: add, paused: add, hold: func(context.Context) bool { held++; return held < 3 }}
-	eio, full, quota := fmt.Errorf("write at byte 0: %w", unix.EIO), fmt.Errorf("write at byte 0: %w", unix.ENOSPC), fmt.Errorf("write at byte 0: %w", unix.EDQUOT)
+	eio, full, quota := fmt.Errorf("write at byte 0: %w", unix.EIO), fmt.Errorf("write at byte 0: %w", unix.ENOSPC),
+		fmt.Errorf("write at byte 0: %w", unix.EDQUOT)
 	for _, v := range []struct {
 		policy ErrorPolicy
 		err    error
@@ -28,9 +29,11 @@ func TestMishaps(t *testing.T) {
 		{Report, eio, false, ""},
 		{Report, full, false, "report: the guest gets an error: write at byte 0: no space left on device"},
 		{StopOnFull, eio, false, "enospc-stop: the guest gets an error: write at byte 0: input/output error"},
-		{StopOnFull, full, true, "enospc-stop: write at byte 0: no space left on device; the machine is paused until: gvm resume vm"},
+		{StopOnFull, full, true,
+			"enospc-stop: write at byte 0: no space left on device; the machine is paused until: gvm resume vm"},
 		{Stop, quota, true, "stop: write at byte 0: disk quota exceeded; the machine is paused until: gvm resume vm"},
-		{Stop, io.ErrUnexpectedEOF, false, "stop: " + io.ErrUnexpectedEOF.Error() + "; the machine is paused until: gvm resume vm"},
+		{Stop, io.ErrUnexpectedEOF, false, "stop: " + io.ErrUnexpectedEOF.Error() +
+			"; the machine is paused until: gvm resume vm"},
 	} {
 		d := Spec{OnError: v.policy}
 		d.Path = errorPolicies.of(v.policy)
@@ -49,8 +52,8 @@ func TestMishaps(t *testing.T) {
 	}
 }
 
-// TestMishapsTogether has many commands of two disks fail at the same time: each disk is named
-// once, and again after the machine went on.
+// TestMishapsTogether fails many commands of two disks at the same time: each disk is named once,
+// and again after the machine was resumed.
 func TestMishapsTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var mu sync.Mutex

@@ -12,15 +12,15 @@ import (
 	"gvm/text"
 )
 
-// Option is an option of a disk: one row, which parsing, help, errors and String use. A new
-// option is a new row.
+// Option is an option of a disk: a row that parsing, help, errors and String use. A new option is a
+// new row.
 type Option struct {
 	Key     string
-	Value   string // how help shows the value; "" for an option without one
+	Value   string // the value as help shows it; "": the option has none
 	Meaning string // for help
 
 	goesWith uses
-	set      func(s *Spec, val string) error // the error says what the value must be
+	set      func(s *Spec, val string) error // the error describes a valid value
 	get      func(s *Spec) string            // the value, "" for the default
 }
 
@@ -35,7 +35,7 @@ func (o *Option) name() string {
 	return o.Key + "="
 }
 
-// uses says which disks an option goes with.
+// uses is the set of disks that an option goes with.
 type uses int
 
 const (
@@ -51,14 +51,14 @@ const (
 	anything = image | memory | null | byProcess | byVhost | overlaid
 )
 
-// MaxQueues is the most request queues that a device has: with the control and event queues, and
-// the configuration interrupt, it keeps MSI-X vectors in proportion to CPUs.
+// MaxQueues is the most request queues that a device has. With the control and event queues and the
+// configuration interrupt, it keeps MSI-X vectors in proportion to CPUs.
 const MaxQueues = 64
 
 // Options returns the options of a disk, in the order of help. The caller must not change them.
 func Options() []Option { return options() }
 
-// The table is made when it is first used: gvm starts without it.
+// The table is made on first use, so that gvm starts without it.
 var options = sync.OnceValue(func() []Option {
 	return []Option{
 		{"readonly", "", "the guest sees a write-protected disk; the image is opened read-only",
@@ -80,7 +80,8 @@ var options = sync.OnceValue(func() []Option {
 			anything, word(blockSizes, func(s *Spec) *int { return &s.BlockSize }),
 			func(s *Spec) string { return nameIf(s.BlockSize != 512, strconv.Itoa(s.BlockSize)) }},
 		{"physical_block_size", "N", "bytes in a block of the medium, as the guest is told",
-			anything &^ byVhost, setPhysical, func(s *Spec) string { return nameIf(s.Physical != 0, strconv.Itoa(s.Physical)) }},
+			anything &^ byVhost, setPhysical,
+			func(s *Spec) string { return nameIf(s.Physical != 0, strconv.Itoa(s.Physical)) }},
 		{"pi", "0|1", "1: protection information (T10-PI type 1), kept in IMAGE.pi",
 			image | memory | byProcess, word(zeroOne, func(s *Spec) *bool { return &s.PI }),
 			func(s *Spec) string { return nameIf(s.PI, "1") }},
@@ -94,7 +95,8 @@ var options = sync.OnceValue(func() []Option {
 		{"bps", "SIZE[:BURST]", "limit of bytes in a second, with a burst",
 			anything &^ byVhost, limit("10M or 10M:100M", func(s *Spec) *scsi.Limit { return &s.BPS }),
 			func(s *Spec) string { return limitWord(s.BPS) }},
-		{"overlay", "on|FILE", "the image stays as it is; what the guest writes is gone with the machine, or kept in FILE",
+		{"overlay", "on|FILE",
+			"the image stays as it is; what the guest writes is gone with the machine, or kept in FILE",
 			image | byProcess | overlaid, func(s *Spec, val string) error { s.Overlay = val; return nil },
 			func(s *Spec) string { return s.Overlay }},
 		{"lock", "on|off", "off: go on without a lock on a file system that has none",
@@ -113,7 +115,7 @@ var options = sync.OnceValue(func() []Option {
 	}
 })
 
-// nameIf returns name if is holds, else "".
+// nameIf returns name if is is true, else "".
 func nameIf(is bool, name string) string {
 	if is {
 		return name
@@ -121,7 +123,7 @@ func nameIf(is bool, name string) string {
 	return ""
 }
 
-// errWord is the error for a value that is none of those of Option.Value.
+// errWord reports a value that is not listed in Option.Value.
 var errWord = errors.New("unknown word")
 
 // word sets a field to the value of one of the words of Option.Value.

@@ -10,15 +10,15 @@ import (
 
 // rootDisk is a disk that may have the root file system of a kernel without an initrd.
 type rootDisk struct {
-	image     io.ReaderAt // nil: a target of the kernel's, which gvm does not read
+	image     io.ReaderAt // nil: a target of the kernel, which gvm does not read
 	blockSize int
 }
 
-// rootWord returns what root= is for a kernel without an initrd, which finds the root itself
-// (Linux, block/early-lookup.c): the first disk, or the one partition of it that can be meant. If
-// no word is sure to mean that, it returns "" and says why. A name such as /dev/sda is sure for a
-// disk that is alone: sd_probe runs for all disks at once, whatever their LUNs, and no parameter
-// of the kernel orders it (PROBE_PREFER_ASYNCHRONOUS). A PARTUUID is sure if no other disk has it.
+// rootWord returns root= for a kernel without an initrd, which finds the root itself (Linux,
+// block/early-lookup.c): the first disk, or its only partition that can be the root. If no word is
+// sure to name it, rootWord returns "" and the reason. A name such as /dev/sda is sure only for a
+// single disk: sd_probe runs for all disks at once, in any order of LUNs, and no kernel parameter
+// orders it (PROBE_PREFER_ASYNCHRONOUS). A PARTUUID is sure if no other disk has it.
 func rootWord(disks []rootDisk) (word, why string) {
 	none := func(format string, args ...any) (string, string) {
 		return "", "no root= is added: " + fmt.Sprintf(format, args...) + "; add root= to --cmdline, or an initrd"
@@ -54,7 +54,7 @@ func rootWord(disks []rootDisk) (word, why string) {
 		}
 		others, _ := partitions(d)
 		for _, p := range others {
-			if strings.HasPrefix(p.uuid, root[0].uuid) { // Linux compares so many characters
+			if strings.HasPrefix(p.uuid, root[0].uuid) { // Linux compares only this prefix
 				return none("another disk has a partition with the PARTUUID %s too", root[0].uuid)
 			}
 		}
@@ -64,11 +64,11 @@ func rootWord(disks []rootDisk) (word, why string) {
 
 // partition is a row of a partition table.
 type partition struct {
-	uuid string // as Linux has it for PARTUUID=
+	uuid string // in the form of PARTUUID=
 	use  partitionUse
 }
 
-// partitionUse is what the type of a partition says of its use.
+// partitionUse is the use that a partition's type declares.
 type partitionUse int
 
 const (
@@ -90,8 +90,8 @@ const (
 	mbrProtective = 0xee
 )
 
-// partitions reads a Spec's partition table, and tells whether there is one. One that is broken
-// or that gvm does not follow to its end has no partitions.
+// partitions reads a disk's partition table, and reports whether it has one. A table that is
+// broken, or that gvm does not read to its end, has no partitions.
 func partitions(d rootDisk) ([]partition, bool) {
 	b := make([]byte, 512)
 	if n, _ := d.image.ReadAt(b, 0); n < len(b) || b[510] != 0x55 || b[511] != 0xaa {
@@ -103,7 +103,7 @@ func partitions(d rootDisk) ([]partition, bool) {
 	for i := range 4 {
 		p := b[446+16*i:][:16]
 		if p[0]&0x7f != 0 {
-			return nil, false // not a boot indicator: the boot sector of a file system
+			return nil, false // not a boot indicator: a boot sector of a file system
 		}
 		if p[4] == mbrProtective {
 			return gptPartitions(d), true
@@ -122,7 +122,7 @@ func partitions(d rootDisk) ([]partition, bool) {
 		}
 	}
 	if chained {
-		return nil, true // an extended partition has any number of others
+		return nil, true // an extended partition has any number of logical ones
 	}
 	return list, found
 }
@@ -132,7 +132,8 @@ func gptPartitions(d rootDisk) []partition {
 	const headerSize, most = 92, 1 << 20
 	h := make([]byte, headerSize)
 	le := binary.LittleEndian
-	if n, _ := d.image.ReadAt(h, int64(d.blockSize)); n < len(h) || string(h[:8]) != "EFI PART" || le.Uint32(h[12:]) != headerSize {
+	if n, _ := d.image.ReadAt(h, int64(d.blockSize)); n < len(h) || string(h[:8]) != "EFI PART" ||
+		le.Uint32(h[12:]) != headerSize {
 		return nil
 	}
 	sum := le.Uint32(h[16:])

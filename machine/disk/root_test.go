@@ -65,12 +65,13 @@ func broken(b scsi.Backend, at int64) scsi.Backend {
 	return b
 }
 
-// TestRoot has root= for a kernel without an initrd: a word that means the first disk in every
-// order in which Linux may find them, or none and a note.
+// TestRoot checks root= for a kernel without an initrd: a word that names the first disk in any
+// order in which Linux may find the disks, or no word and a note.
 func TestRoot(t *testing.T) {
 	plain := func() scsi.Backend { return backend.NewMem(1 << 20) }
 	guid := func(digit string) string {
-		return "PARTUUID=" + strings.Repeat(digit, 8) + strings.Repeat("-"+strings.Repeat(digit, 4), 3) + "-" + strings.Repeat(digit, 12)
+		return "PARTUUID=" + strings.Repeat(digit, 8) + strings.Repeat("-"+strings.Repeat(digit, 4), 3) + "-" +
+			strings.Repeat(digit, 12)
 	}
 	for _, tt := range []struct {
 		name  string

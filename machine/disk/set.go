@@ -15,40 +15,40 @@ import (
 	"gvm/devices/virtio/vhostscsi"
 )
 
-// Config is what the disks of a machine share.
+// Config has the settings that the disks of a machine share.
 type Config struct {
 	Queues       int  // request queues of a device
-	QueuesChosen bool // by the user, who knows what they cost
+	QueuesChosen bool // the user chose Queues, and knows the cost
 	ABI          vhostscsi.ABIPolicy
 
 	Machine string                     // its name, for messages
 	Hold    func(context.Context) bool // pauses the machine, as vmm.Pauser.Hold does; nil: nothing can resume it
-	Note    func(string)               // what the user should know, and a guest can cause
-	Paused  func(string)               // why the machine is paused
+	Note    func(string)               // takes notes for the user that a guest can cause
+	Paused  func(string)               // takes the reason for a pause of the machine
 }
 
 // Set is the disks of a machine: the SCSI targets, and the images behind their units.
 type Set struct {
 	target  *scsi.Target    // gvm's own
-	kernels []*kernelTarget // those of the kernel
+	kernels []*kernelTarget // the kernel's
 	open    []opened
 	mishaps *mishaps
 	given   []rootDisk // in the order of --disk
 
-	live // what changes while the machine runs
+	live // the state that changes while the machine runs
 }
 
-// opened is what a disk of gvm's has open.
+// opened has the open files of a disk of gvm's.
 type opened struct {
-	backend io.Closer // what the unit has; it closes all
-	tuples  io.Closer // its protection information, nil: none
-	undo    func()    // takes back what size= and overlay= did, nil: nothing
+	backend io.Closer // the unit's backend; it closes everything
+	tuples  io.Closer // protection information; nil: none
+	undo    func()    // undoes size= and overlay=; nil: nothing to undo
 }
 
-// Target is gvm's own SCSI target.
+// Target returns gvm's own SCSI target.
 func (ds *Set) Target() *scsi.Target { return ds.target }
 
-// Notify has changes of disks told to the guest by n, the device of Target.
+// Notify makes n, the device of Target, tell the guest about changes of disks.
 func (ds *Set) Notify(n Notifier) { ds.events = n }
 
 // Protected reports whether a disk of gvm's own target has protection information.
@@ -64,22 +64,24 @@ func (ds *Set) KernelDevices() (devices []*vhostscsi.Device) {
 	return devices
 }
 
-// Root returns what root= is for a kernel without an initrd. If no word is sure to mean the first
-// disk, it is "", and why says so.
+// Root returns root= for a kernel without an initrd. If no word is sure to name the first disk,
+// word is "" and why is the reason.
 func (ds *Set) Root() (word, why string) { return rootWord(ds.given) }
 
-// InProcess tells whether the guest has gvm's own target: not if every disk is
-// the kernel's.
+// InProcess reports whether the guest has gvm's own target. It has none if every disk is the
+// kernel's.
 func (ds *Set) InProcess() bool { return len(ds.kernels) == 0 || len(ds.target.LUNs()) > 0 }
 
-// openPatience is how long Open goes on when its context has ended.
+// openPatience bounds how long Open goes on after the end of its context.
 const openPatience = 500 * time.Millisecond
 
-// Open opens, checks and locks every image, and gives each its LUN on a target: gvm's own, or one
-// that the kernel serves, as its Backend says. On an error nothing stays open or provisioned, and
-// what size= made is undone. IsConfig tells whose error it is. Storage, and other processes that change
-// the kernel's target, may take any time: a while after the end of ctx Open returns its cause, with what
-// it waited for, and takes back what it has done when that wait is over.
+// Open opens, checks and locks every image, and gives each its LUN on a target: gvm's own or the
+// kernel's, as its Backend says. On an error nothing stays open or provisioned, and the effects of
+// size= are undone. IsConfig reports whether the user can correct the error.
+//
+// Storage, and other processes that change the kernel's target, may take any time. Open returns
+// openPatience after the end of ctx, with its cause and the name of what Open waited for. When that
+// wait is over, Open undoes its work.
 func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
 	type result struct {
 		ds  *Set
@@ -88,7 +90,8 @@ func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
 	m := &mishaps{name: c.Machine, hold: c.Hold, note: c.Note, paused: c.Paused}
 	opened := make(chan result, 1)
 	go func() { // ends with the process at the latest
-		ds, err := openDisks(list, kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note}, m)
+		k := kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note}
+		ds, err := openDisks(list, k, m)
 		opened <- result{ds, err}
 	}()
 	select {
@@ -125,7 +128,7 @@ func openDisks(list []Spec, k kernelOptions, m *mishaps) (*Set, error) {
 	return ds, err
 }
 
-// openAll is openDisks for disks of which none is backend=auto.
+// openAll opens disks without backend=auto.
 func openAll(list []Spec, k kernelOptions, m *mishaps) (_ *Set, err error) {
 	ds := &Set{target: scsi.NewTarget(), mishaps: m}
 	defer func() {
@@ -177,8 +180,7 @@ func openAll(list []Spec, k kernelOptions, m *mishaps) (_ *Set, err error) {
 	return ds, nil
 }
 
-// assignLUNs gives those disks that name no LUN the next free one of their
-// target.
+// assignLUNs gives disks without a LUN the next free one of their target.
 func assignLUNs(list []Spec) error {
 	taken := map[Backend]map[int]string{Process: {}, Vhost: {}}
 	for _, d := range list {
@@ -202,7 +204,7 @@ func assignLUNs(list []Spec) error {
 	return nil
 }
 
-// openImage opens and locks a Spec's image, or makes what it has instead.
+// openImage opens and locks a disk's image, or makes its memory or null backend.
 func (ds *Set) openImage(d Spec) (scsi.Backend, error) {
 	switch d.Storage {
 	case Memory:
@@ -241,7 +243,7 @@ func (ds *Set) openImage(d Spec) (scsi.Backend, error) {
 	return o, nil
 }
 
-// unit is how a target shows the disk.
+// unit returns the target's configuration of the disk's unit.
 func (d *Spec) unit(b scsi.Backend) scsi.UnitConfig {
 	serial := d.Serial
 	if serial == "" && d.Storage != Image {
@@ -289,7 +291,8 @@ func (ds *Set) Attach(d Spec, b scsi.Backend) (err error) {
 	return nil
 }
 
-// sameSerial names the other disk where the error is that two have one serial number. The caller holds mu.
+// sameSerial adds the name of the other disk to an error about two equal serial numbers. The caller
+// holds mu.
 func (ds *Set) sameSerial(err error) error {
 	same := (*scsi.SerialError)(nil)
 	if !errors.As(err, &same) {
@@ -299,10 +302,11 @@ func (ds *Set) sameSerial(err error) error {
 	if i := slices.IndexFunc(ds.served, func(s served) bool { return s.number() == same.Other }); i >= 0 {
 		other = ", " + ds.served[i].Spec.Name() + ","
 	}
-	return fmt.Errorf("it has the serial %q, as LUN %d%s has: give one of them another with serial=", same.Serial, same.Other, other)
+	return fmt.Errorf("it has the serial %q, as LUN %d%s has: give one of them another with serial=",
+		same.Serial, same.Other, other)
 }
 
-// tuples opens the protection information of an image that is open.
+// tuples opens the protection information of an open image.
 func (ds *Set) tuples(b scsi.Backend) (scsi.Protection, error) {
 	t, err := sidecar.OpenTuples(b.(*backend.File))
 	if err != nil {
@@ -313,8 +317,8 @@ func (ds *Set) tuples(b scsi.Backend) (scsi.Protection, error) {
 	return t, nil
 }
 
-// close closes the image. For a guest that never had it, what size= and overlay= did
-// is taken back, unless there is data by now.
+// close closes the image. If no guest had it, close undoes size= and overlay= too, unless data has
+// been written.
 func (i opened) close(had bool) error {
 	if i.undo != nil && !had {
 		i.undo()
@@ -329,9 +333,9 @@ func (i opened) close(had bool) error {
 	return err
 }
 
-// Close takes down what was provisioned and releases the images; if no guest was
-// started, what size= did is undone in between. What a guest has not flushed is made durable as far as
-// settlePatience goes, the rest is in the page cache. Nothing can be changed afterwards.
+// Close removes the kernel's targets and closes the images; if no guest was started, it undoes
+// size= in between. It makes the guest's unflushed writes durable as far as settlePatience allows;
+// the rest stays in the page cache. The Set cannot be changed afterwards.
 func (ds *Set) Close(started bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), settlePatience)
 	defer cancel()
@@ -344,7 +348,7 @@ func (ds *Set) Close(started bool) error {
 	}
 	errs = append(errs, kernels(ctx, busy))
 	for _, f := range open {
-		if !busy[f.backend] { // else it is in use, and the end of the process closes it
+		if !busy[f.backend] { // a busy backend closes with the process
 			errs = append(errs, f.close(started))
 		}
 	}

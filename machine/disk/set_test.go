@@ -40,7 +40,8 @@ func vpd80(t *testing.T, ds *Set, n int) string {
 
 func TestOpenDisks(t *testing.T) {
 	a, b := testImage(t, "a", 1<<20), testImage(t, "b", 1<<20)
-	ds, err := openDisks([]Spec{{Path: a, LUN: -1, Serial: "SN, 1", BlockSize: 512}, {Path: b, LUN: 7, BlockSize: 512}}, kernelOptions{}, &mishaps{})
+	ds, err := openDisks([]Spec{{Path: a, LUN: -1, Serial: "SN, 1", BlockSize: 512},
+		{Path: b, LUN: 7, BlockSize: 512}}, kernelOptions{}, &mishaps{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +54,7 @@ func TestOpenDisks(t *testing.T) {
 	}
 }
 
-// TestUndo checks that what size= did is taken back only where no data can be lost.
+// TestUndo checks that size= is undone only where no data can be lost.
 func TestUndo(t *testing.T) {
 	dir := t.TempDir()
 	open := func(path string) *Set {

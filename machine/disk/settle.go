@@ -8,16 +8,16 @@ import (
 	"time"
 )
 
-// settlePatience is how long the end of a machine waits for what its guest has not flushed.
+// settlePatience bounds how long the end of a machine waits for unflushed writes.
 const settlePatience = 900 * time.Millisecond
 
-// writeBacker is a backend that can be made nearly durable in pieces; *backend.File is one.
+// writeBacker is a backend that can write most data back in pieces; *backend.File is one.
 type writeBacker interface {
 	WriteBack(context.Context) error
 }
 
-// end ends all work of the disks, and returns the backends of those whose storage does not let go of a
-// request before ctx ends. They are not served any more.
+// end ends all work of the disks, and returns the backends whose storage has not completed a
+// request before ctx ends. The target no longer serves them.
 func (ds *Set) end(ctx context.Context) map[any]bool {
 	busy := map[any]bool{}
 	units := ds.target.End(ctx)
@@ -37,9 +37,9 @@ func (ds *Set) end(ctx context.Context) map[any]bool {
 	return busy
 }
 
-// settle makes durable what the guest has not flushed, with all that lies beside the images: an
-// overlay's map and protection information, without which the image alone is worth less. When ctx ends it
-// gives up, tells of which disks, and leaves them to the host. The caller has called endChanges.
+// settle makes the guest's unflushed writes durable, with the files beside the images: an overlay's
+// map and protection information, without which the image alone is worth less. When ctx ends it
+// gives up, reports the disks, and leaves them to the host. The caller has called endChanges.
 func (ds *Set) settle(ctx context.Context) error {
 	type result struct {
 		disk *served
@@ -52,7 +52,7 @@ func (ds *Set) settle(ctx context.Context) error {
 			continue
 		}
 		left[s] = true
-		go func() { // it ends by itself; storage that hangs keeps the process, whatever waits for it
+		go func() { // not waited for; storage that hangs keeps the process in any case
 			var wrote error
 			if w, ok := s.backend().(writeBacker); ok {
 				if wrote = w.WriteBack(ctx); ctx.Err() != nil {
@@ -61,7 +61,7 @@ func (ds *Set) settle(ctx context.Context) error {
 				}
 			}
 			err := s.unit.Sync()
-			if !errors.Is(err, wrote) { // else it tells of that, too
+			if !errors.Is(err, wrote) { // unless Sync has reported it, too
 				err = errors.Join(wrote, err)
 			}
 			results <- result{s, err}
@@ -79,7 +79,8 @@ func (ds *Set) settle(ctx context.Context) error {
 			}
 		case <-ctx.Done():
 			for s := range left {
-				ds.mishaps.note(fmt.Sprintf("%s: what the guest did not flush is not all on stable storage; the host goes on writing it", s.Name()))
+				ds.mishaps.note(fmt.Sprintf("%s: what the guest did not flush is not all on stable storage; "+
+					"the host goes on writing it", s.Name()))
 			}
 			return errors.Join(errs...)
 		}

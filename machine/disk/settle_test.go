@@ -24,7 +24,7 @@ import (
 	"gvm/devices/virtio/vscsi"
 )
 
-// sideFile is protection information that notes what is done to it with what is done to the image.
+// sideFile is protection information that logs its operations with those of the image.
 type sideFile struct {
 	scsi.Protection
 	rec  *scsitest.Recorder
@@ -48,7 +48,7 @@ type noGuest struct{}
 
 func (noGuest) Event(vscsi.EventType, scsi.LUN, vscsi.Reason) vscsi.Delivery { return vscsi.Inactive }
 
-// sized is a backend that can change its size, and notes that.
+// sized is a backend that can change its size, and logs that.
 type sized struct {
 	*scsitest.Recorder
 	size      int64
@@ -76,7 +76,8 @@ func protectedDisks(t *testing.T, fault ...backend.Fault) (*Set, *scsitest.Recor
 	mem := backend.NewMem(1 << 20)
 	rec := &scsitest.Recorder{Backend: backend.NewFaulty(mem, fault...)}
 	side := &sideFile{rec: rec}
-	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: &sized{Recorder: rec, size: 1 << 20}, Serial: "S", Protection: side})
+	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: &sized{Recorder: rec, size: 1 << 20},
+		Serial: "S", Protection: side})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,8 +104,8 @@ func writeBlock(t *testing.T, ds *Set, v byte) {
 	}
 }
 
-// TestSettle has a disk with protection information go by every way: the image is made durable, and
-// then what is beside it, whatever becomes of the image; both failures are told.
+// TestSettle settles a disk with protection information on every path: the image becomes durable,
+// and then the file beside it, even if the image fails; both failures are reported.
 func TestSettle(t *testing.T) {
 	both := []string{"flush", "flush tuples"}
 	for _, tt := range []struct {
@@ -151,7 +152,7 @@ func TestSettle(t *testing.T) {
 			}
 		})
 	}
-	// What has been flushed is not flushed again at the end: that takes no time then.
+	// Flushed data is not flushed again at the end, which takes no time then.
 	ds, rec, _ := protectedDisks(t)
 	writeBlock(t, ds, 1)
 	if a := scsitest.Do(ds.target, 0, []byte{0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0}, nil, 0); a.Status != scsi.Good {
@@ -161,7 +162,7 @@ func TestSettle(t *testing.T) {
 	if err := ds.Close(true); err != nil || len(rec.Log()) > 0 {
 		t.Errorf("%v, and flushed once more", err)
 	}
-	// What cannot be written back is flushed all the same, with what is beside it.
+	// A failed write-back is followed by a flush all the same, with the files beside the image.
 	ds, rec, _ = protectedDisks(t)
 	writeBlock(t, ds, 1)
 	rec.Log()
@@ -173,8 +174,8 @@ func TestSettle(t *testing.T) {
 	}
 }
 
-// TestOverlayEnds ends a machine that has flushed nothing: its overlay holds what it wrote after the
-// host is booted again, too.
+// TestOverlayEnds ends a machine that has flushed nothing: its overlay keeps the guest's writes
+// across a reboot of the host.
 func TestOverlayEnds(t *testing.T) {
 	dir := t.TempDir()
 	d := Spec{Path: filepath.Join(dir, "base"), Overlay: filepath.Join(dir, "overlay"), LUN: -1, BlockSize: 512}
@@ -216,8 +217,8 @@ func TestOverlayEnds(t *testing.T) {
 	}
 }
 
-// TestSettleGivesUp ends a machine whose storage takes its time to flush: the end does not wait for
-// it, and the user is told.
+// TestSettleGivesUp ends a machine whose storage is slow to flush: the end does not wait for it,
+// and the user is told.
 func TestSettleGivesUp(t *testing.T) {
 	hang := make(chan struct{})
 	defer close(hang)
@@ -235,8 +236,8 @@ func TestSettleGivesUp(t *testing.T) {
 	}
 }
 
-// TestEndOfStuckDisk ends a machine with a request that storage does not finish: the end does not wait
-// for it, the user is told of the disk once, and its storage stays open.
+// TestEndOfStuckDisk ends a machine with a request that storage does not complete: the end does not
+// wait, one note names the disk, and its storage stays open.
 func TestEndOfStuckDisk(t *testing.T) {
 	hang, done := make(chan struct{}), make(chan struct{})
 	ds, rec, _ := protectedDisks(t, backend.Fault{Op: backend.OpWrite, Hang: hang})
@@ -255,7 +256,8 @@ func TestEndOfStuckDisk(t *testing.T) {
 	if err := ds.Close(true); err != nil {
 		t.Error(err)
 	}
-	if log := rec.Log(); len(notes) != 1 || !strings.Contains(notes[0], "not finished a request") || slices.Contains(log, "close") {
+	if log := rec.Log(); len(notes) != 1 || !strings.Contains(notes[0], "not finished a request") ||
+		slices.Contains(log, "close") {
 		t.Errorf("notes %q, %q", notes, log)
 	}
 	close(hang)
@@ -267,9 +269,9 @@ type closer func() error
 
 func (c closer) Close() error { return c() }
 
-// TestEndOfStuckKernelTarget ends a machine whose disks the kernel does not let go of: the end does not
-// wait for it, the user is told, and their images stay open. An end in time is an end, whatever took
-// the rest of the time.
+// TestEndOfStuckKernelTarget ends a machine whose disks the kernel does not release: the end does
+// not wait, the user is told, and their images stay open. A target that closes in time counts as
+// closed, even if a flush took all the time.
 func TestEndOfStuckKernelTarget(t *testing.T) {
 	dir := t.TempDir()
 	hang, closed := make(chan struct{}), make(chan struct{})
@@ -287,13 +289,13 @@ func TestEndOfStuckKernelTarget(t *testing.T) {
 		files = append(files, f)
 		ds.open = append(ds.open, opened{backend: f, undo: f.Undo})
 		ds.paths[path] = path
-		ds.kernels = append(ds.kernels, &kernelTarget{target: &lio.Target{WWN: "naa.5001405000000001"}, parts: []io.Closer{end},
-			units: []lio.Unit{{LUN: len(files), UnitConfig: scsi.UnitConfig{Backend: f}}}})
+		ds.kernels = append(ds.kernels, &kernelTarget{target: &lio.Target{WWN: "naa.5001405000000001"},
+			parts: []io.Closer{end}, units: []lio.Unit{{LUN: len(files), UnitConfig: scsi.UnitConfig{Backend: f}}}})
 	}
 	refused := errors.New("configfs is busy")
 	add(func() error { <-hang; close(closed); return nil })
 	add(func() error { return refused })
-	writeBlock(t, ds, 1) // whose flush takes all the time that there is
+	writeBlock(t, ds, 1) // its flush takes all the time
 	if err := ds.Close(false); !errors.Is(err, refused) {
 		t.Error(err)
 	}

@@ -1,4 +1,4 @@
-// Package disk gives a machine its disks: the grammar of their options, their images, locks and
+// Package disk provides a machine's disks: the grammar of their options, their images, locks and
 // logical units, on gvm's own SCSI target or one of the kernel's, and changes while the machine
 // runs.
 package disk
@@ -17,10 +17,10 @@ import (
 
 // Spec is a disk as a user describes it. Parse makes one; String is its inverse.
 type Spec struct {
-	Path      string // "" for a target of the kernel that exists; else as it was given
+	Path      string // as given; "": an existing target of the kernel
 	Storage   Storage
-	Overlay   string // "": none; OverlayOn; else the path of its file
-	WWN       string // of that target
+	Overlay   string // "": none; OverlayOn; else the overlay's path
+	WWN       string // the WWN of an existing target
 	Backend   Backend
 	Workers   int // as in vhostscsi.Config
 	ReadOnly  bool
@@ -28,7 +28,7 @@ type Spec struct {
 	Serial    string // "": derived from the path
 	LUN       int    // -1: the next free one
 	Cache     scsi.CacheMode
-	Size      int64 // in bytes; 0: as it is
+	Size      int64 // in bytes; 0: the image's size
 	BlockSize int   // logical, in bytes
 	Physical  int   // physical block size in bytes, 0: as BlockSize
 	PI        bool  // protection information
@@ -36,7 +36,7 @@ type Spec struct {
 	IOPS, BPS scsi.Limit
 }
 
-// Name is what messages call the disk.
+// Name returns the disk's name in messages.
 func (s *Spec) Name() string {
 	if s.Path == "" {
 		return "wwn=" + s.WWN
@@ -44,7 +44,7 @@ func (s *Spec) Name() string {
 	return s.Path
 }
 
-// Storage is what a disk is kept in.
+// Storage is the kind of storage that holds a disk.
 type Storage int
 
 // Kinds of storage. A Path has the prefix "mem:" or "null:" for the last two.
@@ -54,35 +54,36 @@ const (
 	Null
 )
 
-// storages are the kinds of storage that are no file. A Path has the name and a colon as prefix.
+// storages are the kinds of storage without a file. A Path has the name and a colon as prefix.
 var storages = names[Storage]{{"mem", Memory}, {"null", Null}}
 
 // OverlayOn is an overlay that ends with the machine.
 const OverlayOn = "on"
 
-// Backend is what serves a disk.
+// Backend is the implementation that serves a disk.
 type Backend int
 
 // Backends of a disk.
 const (
 	Process Backend = iota // gvm's own SCSI target
 	Vhost                  // LIO through vhost-scsi
-	Auto                   // vhost-scsi where this host can, else gvm
+	Auto                   // Vhost if this host supports it, else Process
 )
 
-// ErrorPolicy is what happens when a disk's storage fails.
+// ErrorPolicy is the reaction to a failure of a disk's storage.
 type ErrorPolicy int
 
 // Error policies.
 const (
 	Report     ErrorPolicy = iota // the guest gets the error
-	Stop                          // the machine pauses, and repeats the request after it is resumed
-	StopOnFull                    // the same for a lack of space; the guest gets other errors
+	Stop                          // the machine pauses, and repeats the request when resumed
+	StopOnFull                    // Stop for a lack of space, Report for other errors
 )
 
 // Names of the values of options that are words.
 var (
-	cacheModes    = names[scsi.CacheMode]{{"writeback", scsi.WriteBack}, {"writethrough", scsi.WriteThrough}, {"unsafe", scsi.Unsafe}}
+	cacheModes = names[scsi.CacheMode]{{"writeback", scsi.WriteBack}, {"writethrough", scsi.WriteThrough},
+		{"unsafe", scsi.Unsafe}}
 	backends      = names[Backend]{{"process", Process}, {"vhost", Vhost}, {"auto", Auto}}
 	errorPolicies = names[ErrorPolicy]{{"report", Report}, {"stop", Stop}, {"enospc-stop", StopOnFull}}
 	blockSizes    = names[int]{{"512", 512}, {"4096", 4096}}
@@ -90,7 +91,7 @@ var (
 	zeroOne       = names[bool]{{"0", false}, {"1", true}}
 )
 
-// names are values and their names: a table that the linker makes, as a map is not.
+// names pairs values with their names. The linker makes such a table; a map would be made at start.
 type names[V comparable] []struct {
 	name  string
 	value V
@@ -106,7 +107,7 @@ func (n names[V]) of(value V) string {
 	return ""
 }
 
-// value returns the value that a name has.
+// value returns the value of a name.
 func (n names[V]) value(name string) (v V, ok bool) {
 	for _, row := range n {
 		if row.name == name {
@@ -122,7 +123,7 @@ func CacheName(m scsi.CacheMode) string { return cacheModes.of(m) }
 // CacheMode returns the mode for a word of cache=.
 func CacheMode(name string) (m scsi.CacheMode, ok bool) { return cacheModes.value(name) }
 
-// splitCommas splits at commas; two in a row are one that belongs to the text.
+// splitCommas splits at commas; a doubled comma is part of the text.
 func splitCommas(s string) []string {
 	var out []string
 	word := ""
@@ -150,7 +151,7 @@ func Parse(s string) (Spec, error) {
 		return d, err
 	}
 	given := map[string]bool{}
-	changes := map[string]*Option{} // options that are not at their default, by their words
+	changes := map[string]*Option{} // options with a value other than the default, by their words
 	for n, w := range words[1:] {
 		key, val, has := strings.Cut(w, "=")
 		o := option(key)
@@ -177,7 +178,7 @@ func Parse(s string) (Spec, error) {
 	return d, d.check(changes)
 }
 
-// parsePath reads what the path stands for.
+// parsePath reads the kind of storage from the path.
 func (s *Spec) parsePath() error {
 	if name, ok := strings.CutPrefix(s.Path, "wwn="); ok {
 		if s.Path, s.WWN = "", name; name == "" {
@@ -209,8 +210,8 @@ func (s *Spec) parsePath() error {
 	return nil
 }
 
-// nearPrefix returns what a path without a prefix was probably meant to be, or "": mem:1M for
-// men:1M. A file that exists is meant.
+// nearPrefix returns the probable correction of a path with a mistyped prefix, such as mem:1M for
+// men:1M, or "". A path that exists needs none.
 func nearPrefix(path string) string {
 	i := strings.IndexAny(path, ":=")
 	if i < 0 {
@@ -241,13 +242,15 @@ func (s *Spec) check(given map[string]*Option) error {
 	for _, word := range slices.Sorted(maps.Keys(given)) {
 		switch o := given[word]; {
 		case o.goesWith&kind == 0 && kind == target:
-			return fmt.Errorf("--disk %s: %s is not for a target that exists: it takes backend=vhost and workers=N; its maker chose the rest", s.Name(), word)
+			return fmt.Errorf("--disk %s: %s is not for a target that exists: it takes backend=vhost and workers=N; "+
+				"its maker chose the rest", s.Name(), word)
 		case o.goesWith&kind == 0 && o.goesWith&memory != 0:
 			return fmt.Errorf("--disk %s: %s is for images and mem: disks", s.Name(), word)
 		case o.goesWith&kind == 0:
 			return fmt.Errorf("--disk %s: %s is for images, not for %s", s.Name(), word, called)
 		case o.goesWith&overlaid == 0 && s.Overlay != "":
-			return fmt.Errorf("--disk %s: %s does not go with overlay=, which leaves the image and its size as they are", s.Name(), word)
+			return fmt.Errorf("--disk %s: %s does not go with overlay=, "+
+				"which leaves the image and its size as they are", s.Name(), word)
 		case o.goesWith&by == 0 && by == byVhost:
 			return fmt.Errorf("--disk %s: %s is for backend=process", s.Name(), word)
 		case o.goesWith&by == 0:
@@ -259,7 +262,8 @@ func (s *Spec) check(given map[string]*Option) error {
 		return fmt.Errorf("--disk %s: a target of the kernel needs backend=vhost", s.Name())
 	case s.Storage != Image && s.Backend != Process:
 		return fmt.Errorf("--disk %s: %s is for backend=process", s.Name(), called)
-	case s.Physical != 0 && (s.Physical < s.BlockSize || s.Physical > s.BlockSize<<15 || s.Physical&(s.Physical-1) != 0):
+	case s.Physical != 0 && (s.Physical < s.BlockSize || s.Physical > s.BlockSize<<15 ||
+		s.Physical&(s.Physical-1) != 0):
 		return fmt.Errorf("--disk %s: physical_block_size=%d: want a power of 2 from %d, the block size, to %d",
 			s.Path, s.Physical, s.BlockSize, s.BlockSize<<15)
 	}
@@ -279,7 +283,7 @@ func (s *Spec) kind() (kind uses, name string) {
 	return image, "an image"
 }
 
-// String returns the disk as Parse reads it, without options that are at their default.
+// String returns the disk in the form that Parse reads, without options at their default.
 func (s Spec) String() string {
 	double := func(word string) string { return strings.ReplaceAll(word, ",", ",,") }
 	b := double(s.Name())
@@ -295,8 +299,8 @@ func (s Spec) String() string {
 	return b
 }
 
-// unknownOption says that there is no such option as the word at n. It names a path with a comma
-// if there is such a file, or if the word does not look like an option.
+// unknownOption reports that the word at n is not an option. It suggests a path with a comma if
+// such a file exists, or if the word does not look like an option.
 func unknownOption(words []string, n int, key string) error {
 	var names []string
 	for _, o := range Options() {
@@ -304,7 +308,8 @@ func unknownOption(words []string, n int, key string) error {
 	}
 	thing := fmt.Sprintf("option %q", key)
 	path := strings.Join(words[:n+1], ",")
-	if _, err := os.Stat(path); err == nil || n == 1 && strings.ContainsAny(words[n], "./ ") && !strings.Contains(words[n], "=") {
+	if _, err := os.Stat(path); err == nil || n == 1 && strings.ContainsAny(words[n], "./ ") &&
+		!strings.Contains(words[n], "=") {
 		return fmt.Errorf("--disk %s: unknown %s; a comma in a path is written twice: --disk %s",
 			words[0], thing, strings.ReplaceAll(path, ",", ",,"))
 	}

@@ -42,17 +42,21 @@ func TestParseDisk(t *testing.T) {
 		"a,size=1000":      {Path: "a", LUN: -1, BlockSize: 512, Size: 1000},
 		"a,size=1.5M":      {Path: "a", LUN: -1, BlockSize: 512, Size: 3 << 19},
 		"a,block_size=512": {Path: "a", LUN: -1, BlockSize: 512},
-		"a,lun=3,block_size=4096,cache=writethrough,size=4T,serial=s,readonly": {Path: "a", LUN: 3, BlockSize: 4096, Cache: scsi.WriteThrough, Size: 4 << 40, Serial: "s", ReadOnly: true},
-		"a,error=stop,physical_block_size=4096":                                {Path: "a", LUN: -1, BlockSize: 512, OnError: Stop, Physical: 4096},
-		"a,error=enospc-stop,iops=100,bps=1M:1G":                               {Path: "a", LUN: -1, BlockSize: 512, OnError: StopOnFull, IOPS: scsi.Limit{Rate: 100}, BPS: scsi.Limit{Rate: 1 << 20, Burst: 1 << 30}},
-		"a,pi=1":                                                               {Path: "a", LUN: -1, BlockSize: 512, PI: true},
-		"a,pi=0":                                                               {Path: "a", LUN: -1, BlockSize: 512},
-		"a,error=report,iops=1:2":                                              {Path: "a", LUN: -1, BlockSize: 512, IOPS: scsi.Limit{Rate: 1, Burst: 2}},
-		"a,backend=process":                                                    {Path: "a", LUN: -1, BlockSize: 512},
-		"a,workers=2,backend=vhost":                                            {Path: "a", LUN: -1, BlockSize: 512, Backend: Vhost, Workers: 2},
-		"a,backend=auto,workers=shared":                                        {Path: "a", LUN: -1, BlockSize: 512, Backend: Auto, Workers: vhostscsi.SharedWorker},
-		"wwn=naa.5,backend=vhost":                                              {WWN: "naa.5", LUN: -1, BlockSize: 512, Backend: Vhost},
-		"wwn=iqn.a:b,,c,workers=3,backend=vhost":                               {WWN: "iqn.a:b,c", LUN: -1, BlockSize: 512, Backend: Vhost, Workers: 3},
+		"a,lun=3,block_size=4096,cache=writethrough,size=4T,serial=s,readonly": {Path: "a", LUN: 3, BlockSize: 4096,
+			Cache: scsi.WriteThrough, Size: 4 << 40, Serial: "s", ReadOnly: true},
+		"a,error=stop,physical_block_size=4096": {Path: "a", LUN: -1, BlockSize: 512, OnError: Stop, Physical: 4096},
+		"a,error=enospc-stop,iops=100,bps=1M:1G": {Path: "a", LUN: -1, BlockSize: 512, OnError: StopOnFull,
+			IOPS: scsi.Limit{Rate: 100}, BPS: scsi.Limit{Rate: 1 << 20, Burst: 1 << 30}},
+		"a,pi=1":                    {Path: "a", LUN: -1, BlockSize: 512, PI: true},
+		"a,pi=0":                    {Path: "a", LUN: -1, BlockSize: 512},
+		"a,error=report,iops=1:2":   {Path: "a", LUN: -1, BlockSize: 512, IOPS: scsi.Limit{Rate: 1, Burst: 2}},
+		"a,backend=process":         {Path: "a", LUN: -1, BlockSize: 512},
+		"a,workers=2,backend=vhost": {Path: "a", LUN: -1, BlockSize: 512, Backend: Vhost, Workers: 2},
+		"a,backend=auto,workers=shared": {Path: "a", LUN: -1, BlockSize: 512, Backend: Auto,
+			Workers: vhostscsi.SharedWorker},
+		"wwn=naa.5,backend=vhost": {WWN: "naa.5", LUN: -1, BlockSize: 512, Backend: Vhost},
+		"wwn=iqn.a:b,,c,workers=3,backend=vhost": {WWN: "iqn.a:b,c", LUN: -1, BlockSize: 512,
+			Backend: Vhost, Workers: 3},
 	} {
 		if got, err := Parse(s); err != nil || got != want {
 			t.Errorf("Parse(%q) = %+v, %v, want %+v", s, got, err, want)
@@ -60,11 +64,14 @@ func TestParseDisk(t *testing.T) {
 	}
 }
 
-// FuzzParse writes what was read as a disk again, which must read the same.
+// FuzzParse checks that Parse reads a parsed disk's String as the same disk.
 func FuzzParse(f *testing.F) {
-	for _, s := range []string{"", "a", "a,,b,readonly", "a,serial=x,,y,lun=7", "a,cache=unsafe,size=1.5G,block_size=4096",
-		"a,size=4194304T", "a,lun=99999", "a,foo=", ",,", "a,backend=vhost,workers=4", "wwn=naa.5,backend=vhost,workers=shared",
-		"a,error=stop,iops=5:7,bps=1M,physical_block_size=4096", "a,pi=1", "mem:1M,lock=off", "null:3T,lun=2", "a,overlay=on,lock=off"} {
+	for _, s := range []string{
+		"", "a", "a,,b,readonly", "a,serial=x,,y,lun=7", "a,cache=unsafe,size=1.5G,block_size=4096",
+		"a,size=4194304T", "a,lun=99999", "a,foo=", ",,", "a,backend=vhost,workers=4",
+		"wwn=naa.5,backend=vhost,workers=shared", "a,error=stop,iops=5:7,bps=1M,physical_block_size=4096",
+		"a,pi=1", "mem:1M,lock=off", "null:3T,lun=2", "a,overlay=on,lock=off",
+	} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -72,7 +79,8 @@ func FuzzParse(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if (d.Path == "") == (d.WWN == "") || d.Workers < vhostscsi.SharedWorker || d.Workers > MaxQueues || d.LUN < -1 || d.LUN > 16383 ||
+		if (d.Path == "") == (d.WWN == "") || d.Workers < vhostscsi.SharedWorker || d.Workers > MaxQueues ||
+			d.LUN < -1 || d.LUN > 16383 ||
 			d.Size < 0 || d.BlockSize != 512 && d.BlockSize != 4096 || d.Cache > scsi.Unsafe {
 			t.Fatalf("Parse(%q) = %+v", s, d)
 		}
@@ -84,7 +92,8 @@ func FuzzParse(f *testing.F) {
 
 // TestOptions: every option has a place in the text of a disk, and goes with some disk.
 func TestOptions(t *testing.T) {
-	values := map[string]string{"S": "x", "N": "7", "SIZE": "4096", "N[:BURST]": "5:7", "SIZE[:BURST]": "4096", "on|FILE": "f"}
+	values := map[string]string{"S": "x", "N": "7", "SIZE": "4096", "N[:BURST]": "5:7",
+		"SIZE[:BURST]": "4096", "on|FILE": "f"}
 	for _, o := range Options() {
 		val := values[o.Value]
 		if strings.Contains(o.Value, "|") && val == "" {
@@ -106,13 +115,14 @@ func TestOptions(t *testing.T) {
 		if o.Value == "" || o.Value == "S" || o.Key == "overlay" {
 			continue // any value is right
 		}
-		if _, err := Parse("a" + with + "," + o.name() + "?"); err == nil || !strings.Contains(err.Error(), o.name()+"?: ") {
+		if _, err := Parse("a" + with + "," + o.name() + "?"); err == nil ||
+			!strings.Contains(err.Error(), o.name()+"?: ") {
 			t.Errorf("%s?: error %v does not name it", o.name(), err)
 		}
 	}
 }
 
-// TestGoesWith has options on disks that cannot have them.
+// TestGoesWith gives options to disks that cannot have them.
 func TestGoesWith(t *testing.T) {
 	for s, want := range map[string]string{
 		"mem:1M,size=2M":                       "size=2M is for images, not for mem:",

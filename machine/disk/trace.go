@@ -10,12 +10,13 @@ import (
 	"gvm/devices/virtio/vscsi"
 )
 
-// TraceHeader describes the disks for a trace by gvm of the version given: gvm's own device, if
+// TraceHeader describes the disks for a trace by gvm of the given version: gvm's own device, if
 // there is one, then those of the kernel.
 func (ds *Set) TraceHeader(version string, queues int) trace.Header {
 	h := trace.Header{GVM: version, Kernel: trace.HostKernel()}
 	describe := func(lun int, u *scsi.Unit) trace.Disk {
-		k := trace.Disk{LUN: lun, Serial: u.Serial(), Size: u.Blocks() * uint64(u.BlockSize()), BlockSize: u.BlockSize(), ReadOnly: u.Config().ReadOnly}
+		k := trace.Disk{LUN: lun, Serial: u.Serial(), Size: u.Blocks() * uint64(u.BlockSize()),
+			BlockSize: u.BlockSize(), ReadOnly: u.Config().ReadOnly}
 		if mode := u.Config().Cache; mode != scsi.WriteBack {
 			k.Cache = CacheName(mode)
 		}
@@ -32,7 +33,7 @@ func (ds *Set) TraceHeader(version string, queues int) trace.Header {
 	for _, k := range ds.kernels {
 		d := trace.Device{Backend: "vhost", Queues: queues}
 		for _, u := range k.units {
-			if same, err := scsi.NewUnit(u.UnitConfig); err == nil { // what LIO shows, as it was made from the same
+			if same, err := scsi.NewUnit(u.UnitConfig); err == nil { // LIO shows the same, as it was made from the same
 				d.Disks = append(d.Disks, describe(u.LUN, same))
 			}
 		}
@@ -41,8 +42,7 @@ func (ds *Set) TraceHeader(version string, queues int) trace.Header {
 	return h
 }
 
-// TraceKernels has the kernel's tracepoints recorded for the disks that it
-// serves. stop ends that.
+// TraceKernels records the kernel's tracepoints for the disks that it serves. stop ends that.
 func (ds *Set) TraceKernels(f *trace.File) (stop func() error, err error) {
 	var tracers []*lio.Tracer
 	stop = func() error {
@@ -66,7 +66,7 @@ func (ds *Set) TraceKernels(f *trace.File) (stop func() error, err error) {
 	return stop, nil
 }
 
-// Device is the one virtio device of disks that have one backend.
+// Device returns the only virtio device of disks that have one backend.
 func (ds *Set) Device() (virtio.Device, error) {
 	if len(ds.kernels) > 0 {
 		return ds.kernels[0].device, nil

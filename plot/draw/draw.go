@@ -38,13 +38,13 @@ func Write(w io.Writer, p *plot.Plot) error {
 	return err
 }
 
-// canvas is what becomes a file.
+// canvas is a page that can be written to a file.
 type canvas interface {
 	vg.CanvasSizer
 	io.WriterTo
 }
 
-// page makes a white canvas and returns also the part of it inside of a margin.
+// page makes a white canvas, and returns it and its part inside the margin.
 func page(format string, width, height vg.Length) (canvas, draw.Canvas) {
 	var c canvas
 	if format == "svg" {

@@ -27,7 +27,8 @@ var colours = [plot.Colours]color.RGBA{
 
 var shapes = []draw.GlyphDrawer{draw.CircleGlyph{}, draw.CrossGlyph{}, draw.PyramidGlyph{}, draw.RingGlyph{}}
 
-var dashes = [][]vg.Length{nil, {vg.Points(6), vg.Points(3)}, {vg.Points(2), vg.Points(2)}, {vg.Points(8), vg.Points(2), vg.Points(2), vg.Points(2)}}
+var dashes = [][]vg.Length{nil, {vg.Points(6), vg.Points(3)}, {vg.Points(2), vg.Points(2)},
+	{vg.Points(8), vg.Points(2), vg.Points(2), vg.Points(2)}}
 
 func sans(size float64) font.Font {
 	return font.Font{Typeface: "Liberation", Variant: "Sans", Size: vg.Points(size)}
@@ -104,7 +105,8 @@ func latencies(l *plot.Latencies, format string) (canvas, error) {
 	const legendWidth = 2.7 * vg.Inch
 	c, all := page(format, 11*vg.Inch, 8.5*vg.Inch)
 	column := [][]*gonum.Plot{{over}, {share}}
-	cells := gonum.Align(column, draw.Tiles{Rows: 2, Cols: 1, PadY: vg.Points(14)}, draw.Crop(all, 0, -legendWidth, 0, 0))
+	cells := gonum.Align(column, draw.Tiles{Rows: 2, Cols: 1, PadY: vg.Points(14)},
+		draw.Crop(all, 0, -legendWidth, 0, 0))
 	over.Draw(cells[0][0])
 	share.Draw(cells[1][0])
 	legend.Draw(draw.Crop(all, all.Size().X-legendWidth+vg.Points(12), 0, 0, -vg.Points(24)))
@@ -119,16 +121,17 @@ func xys(points []plot.Point) plotter.XYs {
 	return list
 }
 
-// dot and stroke are how a colour and a source look.
+// dot and stroke return the style of a colour and a source.
 func dot(c color.RGBA, source int) draw.GlyphStyle {
-	return draw.GlyphStyle{Color: color.NRGBA{c.R, c.G, c.B, 0xa0}, Radius: vg.Points(1.8), Shape: shapes[source%len(shapes)]}
+	return draw.GlyphStyle{Color: color.NRGBA{c.R, c.G, c.B, 0xa0}, Radius: vg.Points(1.8),
+		Shape: shapes[source%len(shapes)]}
 }
 
 func stroke(c color.RGBA, source int) draw.LineStyle {
 	return draw.LineStyle{Color: c, Width: vg.Points(1.4), Dashes: dashes[source%len(dashes)]}
 }
 
-// sample is what a line of the legend shows.
+// sample draws the mark of a line of the legend.
 func sample(c color.RGBA, source int) []gonum.Thumbnailer {
 	s := dot(c, source)
 	s.Radius *= 2
@@ -145,7 +148,7 @@ func shorten(s string) string {
 	return s
 }
 
-// round marks an axis at up to so many round numbers, besides the ends.
+// round marks an axis at no more than marks round numbers, besides the ends.
 type round struct{ marks int }
 
 // Ticks implements plot.Ticker.

@@ -74,10 +74,12 @@ func svg(t *testing.T, p *traceplot.Plot) (file string, words []string, dots map
 }
 
 func TestSeries(t *testing.T) {
-	_, words, dots := svg(t, sampled(20, []string{"READ(10)", "WRITE(10)", "REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS"}, []string{"process", "vhost"}))
+	operations := []string{"READ(10)", "WRITE(10)", "REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS"}
+	_, words, dots := svg(t, sampled(20, operations, []string{"process", "vhost"}))
 	all := strings.Join(words, "\n")
 	for _, want := range []string{
-		"SCSI request latency: a test", "latency", "time since the start of the run (s)", "requests that took no longer (%)",
+		"SCSI request latency: a test", "latency", "time since the start of the run (s)",
+		"requests that took no longer (%)",
 		"READ(10): 40", "WRITE(10): 40", "REPORT SUPPORTED TASK MAN…: 40", "process", "vhost", "10µs", "100",
 	} {
 		if !strings.Contains("\n"+all+"\n", "\n"+want+"\n") {
@@ -99,7 +101,8 @@ func TestManyOps(t *testing.T) {
 	_, words, dots := svg(t, p)
 	all := strings.Join(words, "\n")
 	if len(dots) != 7 || // and black, which SVG does not name
-		!strings.Contains(all, "often: 5") || !strings.Contains(all, "all others: 12") || strings.Contains(all, "\nh: 3") || strings.Contains(all, "process") {
+		!strings.Contains(all, "often: 5") || !strings.Contains(all, "all others: 12") ||
+		strings.Contains(all, "\nh: 3") || strings.Contains(all, "process") {
 		t.Errorf("%d colours; words\n%s", len(dots), all)
 	}
 }
@@ -109,7 +112,9 @@ func TestManyRequests(t *testing.T) {
 	p := sampled(250_000, []string{"READ(10)"}, []string{"process"})
 	p.Add("process", "READ(10)", 5*time.Second, 7*time.Second)
 	file, words, dots := svg(t, p)
-	if all := strings.Join(words, "\n"); len(file) > 5<<20 || dots["#0071B1"] < 2000 || !strings.Contains(all, "READ(10): 250001") || !strings.Contains(all, "\n1s") || !strings.Contains(all, "\n8\n") || strings.Contains(all, "\n12\n") {
+	if all := strings.Join(words, "\n"); len(file) > 5<<20 || dots["#0071B1"] < 2000 ||
+		!strings.Contains(all, "READ(10): 250001") || !strings.Contains(all, "\n1s") ||
+		!strings.Contains(all, "\n8\n") || strings.Contains(all, "\n12\n") {
 		t.Errorf("%d bytes, %d dots; words\n%s", len(file), dots["#0071B1"], all)
 	}
 }
@@ -127,7 +132,8 @@ func TestExtremes(t *testing.T) {
 }
 
 func TestFormats(t *testing.T) {
-	p := sampled(2000, []string{"READ(10)", "WRITE(10)", "SYNCHRONIZE CACHE(10)", "INQUIRY"}, []string{"process", "vhost"})
+	p := sampled(2000, []string{"READ(10)", "WRITE(10)", "SYNCHRONIZE CACHE(10)", "INQUIRY"},
+		[]string{"process", "vhost"})
 	var b bytes.Buffer
 	if err := write(&b, p, "png"); err != nil {
 		t.Fatal(err)
@@ -146,14 +152,15 @@ func TestFormats(t *testing.T) {
 	}
 }
 
-// TestForeignNames has names that are no XML.
+// TestForeignNames draws names that are not XML.
 func TestForeignNames(t *testing.T) {
 	const evil = "\x1b[31m\x00\x07\u009b\ufffe\xff<&\"'\n\u202e"
 	p := &traceplot.Plot{Title: evil}
 	p.Add(evil, evil, 1, 2)
 	p.Add("other", evil, 1, 2)
 	file, words, _ := svg(t, p)
-	if !utf8.ValidString(file) || strings.ContainsFunc(file, func(r rune) bool { return r != '\n' && r != '\t' && !unicode.IsPrint(r) }) {
+	if !utf8.ValidString(file) ||
+		strings.ContainsFunc(file, func(r rune) bool { return r != '\n' && r != '\t' && !unicode.IsPrint(r) }) {
 		t.Errorf("the file has %q", words)
 	}
 }

@@ -24,7 +24,7 @@ type medians struct {
 	plotter.YErrors
 }
 
-// rates draws the panels beside each other.
+// rates draws the panels side by side.
 func rates(panels []plot.Panel, format string) (canvas, error) {
 	var row []*gonum.Plot
 	high := 0.0
@@ -37,7 +37,7 @@ func rates(panels []plot.Panel, format string) (canvas, error) {
 		high = max(high, p.Y.Max)
 	}
 	for _, p := range row {
-		p.Y.Min, p.Y.Max = 0, high*1.02 // to be compared
+		p.Y.Min, p.Y.Max = 0, high*1.02 // the same for all panels
 	}
 	c, all := page(format, 11*vg.Inch, 5*vg.Inch)
 	tiles := draw.Tiles{Rows: 1, Cols: len(row), PadX: vg.Points(18)}
@@ -87,7 +87,7 @@ func panel(b *plot.Panel) (*gonum.Plot, error) {
 		ticks = append(ticks, gonum.Tick{Value: float64(d), Label: strconv.Itoa(d)})
 	}
 	p.X.Tick.Marker = ticks
-	// With room on both sides, also when there is one depth alone.
+	// Leave room on both sides, also for a single depth.
 	p.X.Min, p.X.Max = float64(depths[0])/1.2, float64(depths[len(depths)-1])*1.2
 	p.Y.Max = math.Max(p.Y.Max, 1)
 	return p, nil
