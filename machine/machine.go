@@ -22,7 +22,7 @@ import (
 	"time"
 
 	"gvm/control"
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/vhostscsi"
 	"gvm/guest/embedded"
@@ -197,7 +197,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	m.later(func() error { return m.disks.Close(started.Load()) })
 	if s.Kernel == nil {
 		if len(s.Disks) == 0 {
-			if err := m.disks.Attach(disk.Spec{Serial: "gvm-memory-disk"}, backend.NewMem(EmbeddedDisk)); err != nil {
+			if err := m.disks.Attach(disk.Spec{Serial: "gvm-memory-disk"}, block.NewMem(EmbeddedDisk)); err != nil {
 				return nil, err
 			}
 			s.GuestArgs = append(s.GuestArgs, "write")

@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 	"gvm/devices/scsi/trace"
 	"gvm/machine/disk"
 )
@@ -37,7 +37,7 @@ func TestCreateTrace(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := ds.Attach(disk.Spec{Serial: "S", LUN: 4, BlockSize: 4096}, backend.NewMem(1<<20)); err != nil {
+	if err := ds.Attach(disk.Spec{Serial: "S", LUN: 4, BlockSize: 4096}, block.NewMem(1<<20)); err != nil {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()

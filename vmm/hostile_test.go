@@ -8,13 +8,13 @@ import (
 	"time"
 
 	"gvm/devices/acpipm"
+	"gvm/devices/block"
 	"gvm/devices/debugport"
 	"gvm/devices/i8042"
 	"gvm/devices/pci"
 	"gvm/devices/pvpanic"
 	"gvm/devices/rtc"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/serial"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
@@ -189,7 +189,7 @@ func (h *hostile) act() {
 func TestHostileCPUs(t *testing.T) {
 	target := scsi.NewTarget()
 	unit := func(lun int, serial string) scsi.LUN {
-		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewVolatile(1 << 20), Serial: serial})
+		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewVolatile(1 << 20), Serial: serial})
 		if err != nil {
 			t.Error(err)
 			return 0

@@ -8,8 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
@@ -132,7 +132,7 @@ func TestEndOfLongCommands(t *testing.T) {
 	} {
 		target := scsi.NewTarget()
 		calls := make(chan struct{}, 1)
-		slow := &scsitest.Recorder{Backend: backend.Null(1 << 40), OnCall: func(string) {
+		slow := &scsitest.Recorder{Backend: block.Null(1 << 40), OnCall: func(string) {
 			select {
 			case calls <- struct{}{}:
 			default:

@@ -11,9 +11,9 @@ import (
 
 	"github.com/bobuhiro11/gokvm/kvm"
 
+	"gvm/devices/block"
 	"gvm/devices/pci"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
@@ -52,7 +52,7 @@ func TestAPICIDs(t *testing.T) {
 		}
 		console := &testConsole{}
 		target := scsi.NewTarget()
-		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewVolatile(1 << 20), Serial: "memory"})
+		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewVolatile(1 << 20), Serial: "memory"})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -16,8 +16,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/virtio/ringbench"
 	"gvm/devices/virtio/vscsi"
 	"gvm/machine/disk"
@@ -167,7 +167,7 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, remove()) }()
-	file, err := backend.Open(path, backend.Options{ReadOnly: true})
+	file, err := block.Open(path, block.Options{ReadOnly: true})
 	if err != nil {
 		return disk.ImageError{Err: err}
 	}
@@ -181,8 +181,8 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 	}
 	storages := []struct {
 		name string
-		b    scsi.Backend
-	}{{"null", backend.Null(file.Size())}, {"mem", backend.NewMem(64 << 20)}, {"file", file}}
+		b    block.Backend
+	}{{"null", block.Null(file.Size())}, {"mem", block.NewMem(64 << 20)}, {"file", file}}
 	var devices []*vscsi.Device
 	for _, s := range storages {
 		d, err := b.device(s.b)
@@ -263,7 +263,7 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 	return benchTable(w, all)
 }
 
-func (b diskBench) device(s scsi.Backend) (*vscsi.Device, error) {
+func (b diskBench) device(s block.Backend) (*vscsi.Device, error) {
 	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: s, Serial: "BENCH"})
 	if err != nil {
 		return nil, err

@@ -11,7 +11,7 @@ import (
 	"github.com/bobuhiro11/gokvm/kvm"
 	"github.com/urfave/cli/v2"
 
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 	"gvm/guestmem"
 	"gvm/kvmapi"
 	"gvm/machine/disk"
@@ -163,7 +163,7 @@ func doctorVhost(line func(kind, format string, args ...any)) {
 }
 
 func doctorDisks(line func(kind, format string, args ...any)) {
-	switch at, err := backend.ReadsAtOnce("."); {
+	switch at, err := block.ReadsAtOnce("."); {
 	case err != nil:
 		line("note", "whether images here are read at once is not known: %v", err)
 	case at:

@@ -11,7 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/control"
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 	"gvm/devices/scsi/sidecar"
 	"gvm/machine/disk"
 	"gvm/text"
@@ -44,17 +44,17 @@ EXAMPLES
 			if err != nil {
 				return err
 			}
-			if err := backend.CheckName(args[0]); err != nil && !c.Bool("raw") {
+			if err := block.CheckName(args[0]); err != nil && !c.Bool("raw") {
 				return imageError(err)
 			}
-			return imageError(backend.Create(args[0], size, c.Bool("prealloc")))
+			return imageError(block.Create(args[0], size, c.Bool("prealloc")))
 		})
 	info := sub("info", "PATH", "tell what an image is, and who uses it", `EXAMPLES
    gvm image info disk.img
    gvm image info --json disk.img | jq .allocated`, 1, 1,
 		[]cli.Flag{&cli.BoolFlag{Name: "json", Usage: "a JSON object"}},
 		func(c *cli.Context, args []string) error {
-			i, err := backend.Inspect(args[0])
+			i, err := block.Inspect(args[0])
 			if err != nil {
 				return imageError(err)
 			}
@@ -81,11 +81,11 @@ EXAMPLES
 			if lock != "on" && lock != "off" {
 				return usageError{text.OneOfNames("--lock ", lock, []string{"on", "off"})}
 			}
-			f, err := backend.Open(args[0], backend.Options{NoLock: lock == "off"})
+			f, err := block.Open(args[0], block.Options{NoLock: lock == "off"})
 			if _, there := os.Lstat(args[0]); errors.Is(there, fs.ErrNotExist) {
 				return imageError(fmt.Errorf("%s: %w; gvm image create makes an image", args[0], fs.ErrNotExist))
 			}
-			if errors.Is(err, backend.ErrLocked) {
+			if errors.Is(err, block.ErrLocked) {
 				err = fmt.Errorf("%w%s", err, ofMachine(args))
 			}
 			if err != nil {
@@ -110,7 +110,7 @@ EXAMPLES
 
 // ofMachine is the mend for an image that a machine has: words are its path and a size.
 func ofMachine(words []string) string {
-	i, err := backend.Inspect(words[0])
+	i, err := block.Inspect(words[0])
 	if err != nil {
 		return ""
 	}
@@ -131,7 +131,7 @@ func imageError(err error) error {
 	return disk.ImageError{Err: err}
 }
 
-func showImage(out io.Writer, i backend.Info) error {
+func showImage(out io.Writer, i block.Info) error {
 	use := "nobody"
 	switch {
 	case i.Writer > 0:

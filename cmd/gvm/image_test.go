@@ -9,7 +9,7 @@ import (
 	"syscall"
 	"testing"
 
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 )
 
 func TestImage(t *testing.T) {
@@ -68,7 +68,7 @@ func TestImage(t *testing.T) {
 
 	p := startGVM(t, dir, guestRun("--disk=disk.img", "--disk=full.img,overlay=full.ovl", "spin")...)
 	p.expect("spinning")
-	info := func(name string) (i backend.Info) {
+	info := func(name string) (i block.Info) {
 		t.Helper()
 		r := ask(t, dir, "image", "info", "--json", name)
 		if err := json.Unmarshal([]byte(r.out), &i); err != nil {

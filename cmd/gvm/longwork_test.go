@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 )
 
 // endBound tells an end that waits for the guest's work, which takes minutes, from a slow machine.
@@ -22,7 +22,7 @@ func TestEndOfSanitize(t *testing.T) {
 	begin := func(t *testing.T, start func(*testing.T, string, ...string) *proc, disk string, flags ...string) *proc {
 		if disk == "" {
 			disk = filepath.Join(t.TempDir(), "disk.img")
-			if err := backend.Create(disk, 3<<30, false); err != nil {
+			if err := block.Create(disk, 3<<30, false); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -11,8 +11,7 @@ import (
 	"syscall"
 	"testing"
 
-	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 )
 
 // killsEnv says how often TestKilledInJournal kills gvm for each kind of disk; `make soak` sets it.
@@ -37,7 +36,7 @@ func TestKilledInJournal(t *testing.T) {
 			t.Parallel()
 			const size = 16 << 20 // more than a guest gets to write once
 			img := filepath.Join(t.TempDir(), "disk.img")
-			if err := backend.Create(img, size, false); err != nil {
+			if err := block.Create(img, size, false); err != nil {
 				t.Fatal(err)
 			}
 			spec, overlay := img+options, ""
@@ -66,18 +65,18 @@ func TestKilledInJournal(t *testing.T) {
 
 // openKilled opens a disk that a gvm had which was killed.
 func openKilled(t *testing.T, img, overlay string) interface {
-	scsi.Backend
+	block.Backend
 	Close() error
 } {
 	t.Helper()
-	f, err := backend.Open(img, backend.Options{ReadOnly: overlay != ""})
+	f, err := block.Open(img, block.Options{ReadOnly: overlay != ""})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if overlay == "" {
 		return f
 	}
-	o, err := backend.OpenOverlay(f, overlay)
+	o, err := block.OpenOverlay(f, overlay)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
@@ -46,7 +46,7 @@ func record(t *testing.T, readOnly bool, drive func(*traced)) []byte {
 		t.Fatal(err)
 	}
 	for _, n := range []int{0, 300} {
-		if err := ds.Attach(disk.Spec{Serial: fmt.Sprintf("TRACED%d", n), LUN: n, ReadOnly: readOnly && n == 300}, backend.NewMem(1<<20)); err != nil {
+		if err := ds.Attach(disk.Spec{Serial: fmt.Sprintf("TRACED%d", n), LUN: n, ReadOnly: readOnly && n == 300}, block.NewMem(1<<20)); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 	"gvm/guest/embedded"
 )
 
@@ -140,7 +140,7 @@ func TestOverlayOfHoles(t *testing.T) {
 		t.Skip(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := backend.Create(filepath.Join(dir, "base"), 1<<60, false); err != nil {
+	if err := block.Create(filepath.Join(dir, "base"), 1<<60, false); err != nil {
 		t.Skip(err)
 	}
 	name := fmt.Sprintf("holes-%d", os.Getpid())

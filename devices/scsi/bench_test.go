@@ -3,8 +3,8 @@ package scsi_test
 import (
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 )
 
 // repeated returns a command that may be submitted again and again, and where its
@@ -34,7 +34,7 @@ var hot = []struct {
 
 // TestNoAllocation keeps the hot path free of garbage.
 func TestNoAllocation(t *testing.T) {
-	target := attach(t, scsi.UnitConfig{Backend: backend.Null(1 << 20)})
+	target := attach(t, scsi.UnitConfig{Backend: block.Null(1 << 20)})
 	for _, h := range hot {
 		c, status := repeated(h.cdb, h.out)
 		if n := testing.AllocsPerRun(100, func() { target.Submit(c) }); n >= 1 || *status != scsi.Good {
@@ -44,7 +44,7 @@ func TestNoAllocation(t *testing.T) {
 }
 
 func BenchmarkSubmit(b *testing.B) {
-	target := attach(b, scsi.UnitConfig{Backend: backend.Null(1 << 20)})
+	target := attach(b, scsi.UnitConfig{Backend: block.Null(1 << 20)})
 	for _, h := range hot {
 		b.Run(h.name, func(b *testing.B) {
 			b.ReportAllocs()

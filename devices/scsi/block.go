@@ -5,6 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"math"
+
+	"gvm/devices/block"
+	"gvm/devices/iovec"
 )
 
 // readCapacity10 is READ CAPACITY(10) (SBC-4 5.20).
@@ -88,7 +91,7 @@ func read(tk *task) error {
 		if err := tk.u.read([][]byte{block}, lba+uint64(have)/uint64(tk.u.blockSize)); err != nil {
 			return err
 		}
-		scatter(tk.clip(tk.In, tk.inLen, have, rest), block)
+		iovec.Scatter(tk.clip(tk.In, tk.inLen, have, rest), block)
 		have += rest
 	}
 	tk.inDone = have
@@ -187,7 +190,7 @@ func (u *Unit) or(w worker, iov [][]byte, lba uint64, n int, durable bool) error
 			return err
 		}
 		rest := part
-		for _, p := range clip(nil, iov, done, len(part)) {
+		for _, p := range iovec.Cut(nil, iov, done, len(part)) {
 			for i, b := range p {
 				rest[i] |= b
 			}
@@ -286,7 +289,7 @@ func (u *Unit) compare(w worker, want [][]byte, lba uint64, n int) error {
 		}
 		if want != nil {
 			at := done
-			for _, p := range clip(nil, want, done, len(part)) {
+			for _, p := range iovec.Cut(nil, want, done, len(part)) {
 				if i := mismatch(part[at-done:], p); i >= 0 {
 					s := MiscompareInVerify
 					s.Info, s.InfoValid = uint64(at+i), true
@@ -336,10 +339,10 @@ func compareAndWrite(tk *task) error {
 	if err := tk.charge(n * size); err != nil {
 		return err
 	}
-	if err := tk.u.compare(tk, clip(nil, tk.Out, 0, n*size), lba, n); err != nil {
+	if err := tk.u.compare(tk, iovec.Cut(nil, tk.Out, 0, n*size), lba, n); err != nil {
 		return err
 	}
-	if err := tk.u.write(clip(nil, tk.Out, n*size, n*size), lba, tk.op.fua(cdb)); err != nil {
+	if err := tk.u.write(iovec.Cut(nil, tk.Out, n*size, n*size), lba, tk.op.fua(cdb)); err != nil {
 		return err
 	}
 	tk.outDone = tk.outLen
@@ -513,7 +516,7 @@ func getLBAStatus(tk *task) error {
 // mapped reports whether lba has storage, and how many of the n blocks from lba on share that
 // state. A block with any storage is mapped.
 func (u *Unit) mapped(lba, n uint64) (bool, uint64, error) {
-	m, ok := u.b.(Mapper)
+	m, ok := u.b.(block.Mapper)
 	if !ok || !u.thin() {
 		return true, n, nil
 	}

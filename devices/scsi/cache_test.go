@@ -5,8 +5,8 @@ import (
 	"syscall"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
@@ -56,7 +56,7 @@ func TestCachePromise(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+			rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}
 			target := attach(t, scsi.UnitConfig{Backend: rec, Cache: tt.cache})
 			for _, s := range tt.steps {
 				done := make(chan struct{})
@@ -85,10 +85,10 @@ func TestCachePromise(t *testing.T) {
 // TestCacheWithoutSyncer has a backend without durable writes: each is a write
 // and a flush, in this order.
 func TestCacheWithoutSyncer(t *testing.T) {
-	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}
 	plain := struct {
-		scsi.Backend
-		scsi.Vectored
+		block.Backend
+		block.Vectored
 	}{rec, rec}
 	target := attach(t, scsi.UnitConfig{Backend: plain, Cache: scsi.WriteThrough})
 	expect(t, target, cdb10(0x2a, 0, 0, 1), filled(1, 1), 0, "GOOD")
@@ -100,18 +100,18 @@ func TestCacheWithoutSyncer(t *testing.T) {
 // TestFlushFailure checks that a flush that failed covers nothing: the data is
 // still dirty for the next FUA read.
 func TestFlushFailure(t *testing.T) {
-	f := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Nth: 1, Err: syscall.EIO})
+	f := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpFlush, Nth: 1, Err: syscall.EIO})
 	rec := &scsitest.Recorder{Backend: f}
 	target := attach(t, scsi.UnitConfig{Backend: rec})
 	expect(t, target, cdb10(0x2a, 0, 0, 1), filled(1, 1), 0, "GOOD")
-	expect(t, target, cdb10(0x28, 0x08, 0, 1), nil, block, "CHECK 3/0c/00")
-	expect(t, target, cdb10(0x28, 0x08, 0, 1), nil, block, "GOOD")
+	expect(t, target, cdb10(0x28, 0x08, 0, 1), nil, blockSize, "CHECK 3/0c/00")
+	expect(t, target, cdb10(0x28, 0x08, 0, 1), nil, blockSize, "GOOD")
 	if got := rec.Log(); !slices.Equal(got, []string{"write 0+512", "flush failed", "flush", "read 0+512"}) {
 		t.Errorf("calls %q", got)
 	}
 	// Where every write must be durable, a failing flush fails the write.
-	f = backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Err: syscall.EIO})
-	target = attach(t, scsi.UnitConfig{Backend: struct{ scsi.Backend }{f}, Cache: scsi.WriteThrough})
+	f = block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpFlush, Err: syscall.EIO})
+	target = attach(t, scsi.UnitConfig{Backend: struct{ block.Backend }{f}, Cache: scsi.WriteThrough})
 	expect(t, target, cdb10(0x2a, 0, 0, 1), filled(1, 1), 0, "CHECK 3/0c/00")
 	expect(t, target, cdb16(0x93, 1, 0, 1), nil, 0, "CHECK 3/0c/00")
 }
@@ -119,7 +119,7 @@ func TestFlushFailure(t *testing.T) {
 // TestFlushFailureOfModeSelect: turning the write cache off is GOOD only once what was written is
 // durable, however often the flush before has failed.
 func TestFlushFailureOfModeSelect(t *testing.T) {
-	f := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Nth: 1, Err: syscall.EIO})
+	f := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpFlush, Nth: 1, Err: syscall.EIO})
 	rec := &scsitest.Recorder{Backend: f}
 	target := attach(t, scsi.UnitConfig{Backend: rec})
 	expect(t, target, cdb10(0x2a, 0, 0, 1), filled(1, 1), 0, "GOOD")

@@ -1,7 +1,5 @@
 package scsi
 
-import "io"
-
 // LUN is the eight-byte logical unit number of SAM-5 4.7 as a big-endian
 // number: 0 for LUN 0, 0x0005000000000000 for LUN 5 in peripheral device
 // addressing, 0x4101000000000000 for LUN 257 in flat space addressing.
@@ -71,15 +69,4 @@ type Result struct {
 	// Abort reports that a task management function ended the command. The initiator gets no status
 	// then; Status is TaskAborted for transports without an answer of their own.
 	Abort Abort
-}
-
-// Backend is the storage of a logical unit. ReadAt and WriteAt follow io.ReaderAt and io.WriterAt,
-// may be called at the same time from several goroutines, and offsets and lengths are multiples of
-// the logical block size inside Size. Flush returns once all data written before the call is on
-// stable storage. A Backend may implement more: see Vectored, Discarder, Zeroer and Syncer.
-type Backend interface {
-	io.ReaderAt
-	io.WriterAt
-	Size() int64 // bytes
-	Flush() error
 }

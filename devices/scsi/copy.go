@@ -6,6 +6,8 @@ import (
 	"math/bits"
 	"slices"
 	"strings"
+
+	"gvm/devices/block"
 )
 
 // Limits of EXTENDED COPY, as RECEIVE COPY RESULTS reports them.
@@ -27,14 +29,8 @@ const (
 	segmentLen          = 28
 )
 
-// copyPiece is the number of bytes that a Copier copies at once.
+// copyPiece is the number of bytes that a block.Copier copies at once.
 const copyPiece = 16 << 20
-
-// Copier is a Backend that copies from another one without moving the data through this process.
-// After errors.ErrUnsupported, with nothing copied, the unit reads and writes the rest.
-type Copier interface {
-	CopyFrom(src Backend, srcOff, off, n int64) error
-}
 
 // copyResult is the outcome of an EXTENDED COPY, for RECEIVE COPY RESULTS.
 type copyResult struct {
@@ -246,7 +242,7 @@ func (tk *task) copySegment(s segment) error {
 func (s segment) move(tk *task) error {
 	fromOff, toOff := int64(s.fromLBA)*s.from.blockSize, int64(s.toLBA)*s.to.blockSize
 	done := int64(0)
-	if c, ok := s.to.b.(Copier); ok && s.bytes > 0 && s.from.cfg.Protection == nil && s.to.cfg.Protection == nil {
+	if c, ok := s.to.b.(block.Copier); ok && s.bytes > 0 && s.from.cfg.Protection == nil && s.to.cfg.Protection == nil {
 		var err error
 		for err == nil && done < s.bytes {
 			if tk.stopped() {

@@ -13,8 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
@@ -93,20 +93,20 @@ func receive(action, list byte) []byte {
 // TestExtendedCopy copies inside a unit and between units of different block
 // sizes and backends.
 func TestExtendedCopy(t *testing.T) {
-	file, err := backend.Open(filepath.Join(t.TempDir(), "disk"), backend.Options{Size: blocks * block})
+	file, err := block.Open(filepath.Join(t.TempDir(), "disk"), block.Options{Size: blocks * blockSize})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	other, err := backend.Open(filepath.Join(t.TempDir(), "other"), backend.Options{Size: blocks * block})
+	other, err := block.Open(filepath.Join(t.TempDir(), "other"), block.Options{Size: blocks * blockSize})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer other.Close()
-	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}
 	target := attach(t, scsi.UnitConfig{Backend: file})
 	attachMore(t, target, scsi.UnitConfig{Backend: other}, scsi.UnitConfig{Backend: rec, BlockSize: 4096, Cache: scsi.WriteThrough})
-	want := make([]byte, blocks*block)
+	want := make([]byte, blocks*blockSize)
 	copy(want, filled(3, 64))
 	if _, err := file.WriteAt(want, 0); err != nil {
 		t.Fatal(err)
@@ -125,19 +125,19 @@ func TestExtendedCopy(t *testing.T) {
 	if a.Residual != 0 {
 		t.Errorf("residual %d", a.Residual)
 	}
-	copy(want[100*block:], want[:16*block])
-	copy(want[108*block:], slices.Clone(want[100*block:116*block]))
+	copy(want[100*blockSize:], want[:16*blockSize])
+	copy(want[108*blockSize:], slices.Clone(want[100*blockSize:116*blockSize]))
 	for _, v := range []struct {
-		b      scsi.Backend
+		b      block.Backend
 		lba, n int
 		size   int
 		want   []byte
 	}{
-		{file, 0, 200, block, want},
-		{other, 1000, 64, block, want},
-		{rec.Backend, 4, 2, 4096, want[8*block:]},
+		{file, 0, 200, blockSize, want},
+		{other, 1000, 64, blockSize, want},
+		{rec.Backend, 4, 2, 4096, want[8*blockSize:]},
 		{rec.Backend, 200, 3, 4096, want},
-		{other, 0, 8, block, want[8*block:]},
+		{other, 0, 8, blockSize, want[8*blockSize:]},
 	} {
 		got := make([]byte, v.n*v.size)
 		if _, err := v.b.ReadAt(got, int64(v.lba*v.size)); err != nil || !bytes.Equal(got, v.want[:len(got)]) {
@@ -161,7 +161,7 @@ func TestExtendedCopy(t *testing.T) {
 // TestExtendedCopyRefusals has one thing wrong with each list.
 func TestExtendedCopyRefusals(t *testing.T) {
 	target := attach(t, scsi.UnitConfig{})
-	attachMore(t, target, scsi.UnitConfig{Backend: backend.NewMem(blocks * block), ReadOnly: true}, scsi.UnitConfig{Backend: backend.NewMem(blocks * block), BlockSize: 4096})
+	attachMore(t, target, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), ReadOnly: true}, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), BlockSize: 4096})
 	self, readOnly, large := cscd(t, target, 0, 0, 512), cscd(t, target, 1, 0, 512), cscd(t, target, 2, 0, 4096)
 	with := func(b []byte, at int, v ...byte) []byte {
 		b = slices.Clone(b)
@@ -225,7 +225,7 @@ func TestExtendedCopyRefusals(t *testing.T) {
 // TestExtendedCopyFailure asks what became of a copy whose second segment fails,
 // and of more copies than are kept.
 func TestExtendedCopyFailure(t *testing.T) {
-	faulty := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpRead, Off: 8 * block, Len: block, Err: syscall.EIO})
+	faulty := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpRead, Off: 8 * blockSize, Len: blockSize, Err: syscall.EIO})
 	target := attach(t, scsi.UnitConfig{Backend: faulty})
 	self := [][]byte{cscd(t, target, 0, 0, 512)}
 	segments := [][]byte{copySegment(0, 0, 0, 4, 0, 100), copySegment(0, 0, 0, 4, 8, 100)}
@@ -252,7 +252,7 @@ func TestExtendedCopyFailure(t *testing.T) {
 
 // TestORWrite sets bits, in buffers that end inside blocks.
 func TestORWrite(t *testing.T) {
-	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}
 	target := attach(t, scsi.UnitConfig{Backend: rec})
 	have, more := filled(1, 600), filled(9, 600)
 	expect(t, target, cdb16(0x8a, 0, 8, 600), have, 0, "GOOD")
@@ -270,7 +270,7 @@ func TestORWrite(t *testing.T) {
 	if log := strings.Join(rec.Log(), ", "); log != "read 4096+262144, durable 4096+262144, read 266240+45056, durable 266240+45056, read 4096+307200" {
 		t.Errorf("FUA: %s", log)
 	}
-	faulty := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpRead, Err: syscall.EIO})
+	faulty := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpRead, Err: syscall.EIO})
 	if a := expect(t, attach(t, scsi.UnitConfig{Backend: faulty}), cdb16(0x8b, 0, 0, 2), more[:1024], 0, "CHECK 3/11/00"); a.Residual != 1024 {
 		t.Errorf("residual %d", a.Residual)
 	}
@@ -282,7 +282,7 @@ func TestImmediate(t *testing.T) {
 	for name, cdb := range map[string][]byte{
 		"SYNCHRONIZE CACHE(10)": cdb10(0x35, 2, 0, 0), "SYNCHRONIZE CACHE(16)": cdb16(0x91, 2, 0, 0), "START STOP UNIT": {0x1b, 1, 0, 0, 0, 0},
 	} {
-		rec := &scsitest.Recorder{Backend: backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Nth: 2, Err: syscall.EIO})}
+		rec := &scsitest.Recorder{Backend: block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpFlush, Nth: 2, Err: syscall.EIO})}
 		target := attach(t, scsi.UnitConfig{Backend: rec})
 		for range 2 {
 			answer := make(chan scsi.Status, 1)
@@ -315,7 +315,7 @@ func TestImmediate(t *testing.T) {
 // TestDeferredSurvives: a reset does not lose the news of lost data, which REQUEST
 // SENSE tells too, in the format that it is asked for.
 func TestDeferredSurvives(t *testing.T) {
-	faulty := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Err: syscall.EIO})
+	faulty := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpFlush, Err: syscall.EIO})
 	target := attach(t, scsi.UnitConfig{Backend: faulty})
 	expect(t, target, cdb10(0x35, 2, 0, 0), nil, 0, "GOOD")
 	settle(target)
@@ -329,7 +329,7 @@ func TestDeferredSurvives(t *testing.T) {
 
 // mapped is a backend of which each 16th KiB has storage.
 type mapped struct {
-	*backend.Mem
+	*block.Mem
 	err error
 }
 
@@ -347,12 +347,12 @@ func TestGetLBAStatus(t *testing.T) {
 		b := cdb16(0x9e, 0x12, lba, alloc)
 		return b
 	}
-	full := attach(t, scsi.UnitConfig{Backend: struct{ scsi.Backend }{backend.NewMem(blocks * block)}})
+	full := attach(t, scsi.UnitConfig{Backend: struct{ block.Backend }{block.NewMem(blocks * blockSize)}})
 	a := expect(t, full, get(5, 24), nil, 24, "GOOD")
 	if got := hex.EncodeToString(a.Data); got != "00000014"+"00000000"+"0000000000000005"+"000007fb"+"00000000" {
 		t.Errorf("without provisioning: %s", got)
 	}
-	thin := attach(t, scsi.UnitConfig{Backend: mapped{Mem: backend.NewMem(blocks * block)}})
+	thin := attach(t, scsi.UnitConfig{Backend: mapped{Mem: block.NewMem(blocks * blockSize)}})
 	a = expect(t, thin, get(1, 60), nil, 64, "GOOD") // three descriptors and a half
 	if got := hex.EncodeToString(a.Data); got != "00000034"+"00000000"+"0000000000000001"+"00000001"+"00000000"+
 		"0000000000000002"+"0000001e"+"01000000"+"0000000000000020"+"00000002"+"00000000" {
@@ -363,12 +363,12 @@ func TestGetLBAStatus(t *testing.T) {
 		t.Errorf("the last block: %s", got)
 	}
 	// A block of which a part has storage is mapped.
-	large := attach(t, scsi.UnitConfig{Backend: mapped{Mem: backend.NewMem(blocks * block)}, BlockSize: 4096})
+	large := attach(t, scsi.UnitConfig{Backend: mapped{Mem: block.NewMem(blocks * blockSize)}, BlockSize: 4096})
 	a = expect(t, large, get(0, 40), nil, 64, "GOOD")
 	if got := hex.EncodeToString(a.Data); got != "00000024"+"00000000"+"0000000000000000"+"00000001"+"00000000"+"0000000000000001"+"00000003"+"01000000" {
 		t.Errorf("4096 bytes: %s", got)
 	}
-	expect(t, attach(t, scsi.UnitConfig{Backend: mapped{backend.NewMem(blocks * block), syscall.EIO}}), get(0, 24), nil, 24, "CHECK 3/11/00")
+	expect(t, attach(t, scsi.UnitConfig{Backend: mapped{block.NewMem(blocks * blockSize), syscall.EIO}}), get(0, 24), nil, 24, "CHECK 3/11/00")
 }
 
 // TestImmediateHoldsUpNothing: once SYNCHRONIZE CACHE or START STOP UNIT with IMMED has been
@@ -381,7 +381,7 @@ func TestImmediateHoldsUpNothing(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			hang, started := make(chan struct{}), make(chan struct{}, 100)
 			rec := &scsitest.Recorder{
-				Backend: backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Hang: hang}),
+				Backend: block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpFlush, Hang: hang}),
 				OnCall:  func(string) { started <- struct{}{} },
 			}
 			target := attach(t, scsi.UnitConfig{Backend: rec})

@@ -4,8 +4,8 @@
 //
 // # Parts
 //
-// A Target has logical units, each a Unit at a LUN. A Unit is a disk over a Backend, which is any
-// storage that can be read, written and flushed; package backend has files, block devices and
+// A Target has logical units, each a Unit at a LUN. A Unit is a disk over a block.Backend, which is
+// any storage that can be read, written and flushed; package block has files, block devices and
 // memory. A transport, such as virtio-scsi, makes a Command of its initiator's request, with the
 // buffers as they are, and hands it to Target.Submit:
 //
@@ -43,7 +43,7 @@
 // # Concurrency
 //
 // Submit may be called from many goroutines and does not block: it serves a command at once if it
-// can, such as a read that a Prompt backend has in memory, and else in a new goroutine. Commands
+// can, such as a read that a block.Prompt has in memory, and else in a new goroutine. Commands
 // with the attribute SIMPLE run concurrently in any order, as QUEUE ALGORITHM MODIFIER of the
 // control mode page says; ORDERED and HEAD OF QUEUE are obeyed. COMPARE AND WRITE and ORWRITE are
 // atomic against everything else. The task management functions (AbortTask and the rest) return

@@ -4,13 +4,13 @@ import (
 	"fmt"
 	"log"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 )
 
 // A target with one disk in memory, and an initiator that asks for its capacity.
 func Example() {
-	unit, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(64 << 20), Serial: "example-1"})
+	unit, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(64 << 20), Serial: "example-1"})
 	if err != nil {
 		log.Fatal(err)
 	}

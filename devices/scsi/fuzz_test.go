@@ -6,19 +6,19 @@ import (
 	"strings"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
 // guarded is memory that fails the test when it is used outside its blocks.
 type guarded struct {
-	*backend.Mem
+	*block.Mem
 	t *testing.T
 }
 
 func (g *guarded) check(n int, off int64) {
-	if off < 0 || n < 0 || off%block != 0 || n%block != 0 || off+int64(n) > g.Size() {
+	if off < 0 || n < 0 || off%blockSize != 0 || n%blockSize != 0 || off+int64(n) > g.Size() {
 		g.t.Errorf("backend used at %d for %d bytes, its size is %d", off, n, g.Size())
 	}
 }
@@ -76,7 +76,7 @@ func FuzzCDB(f *testing.F) {
 	f.Add(append(cdb16(0x89, 0, 1, 0)[:13], 1, 0, 0), filled(1, 2), uint16(0), uint16(1), uint64(0), uint8(0))
 	f.Add(cdb10(0x41, 0, 1, 3), filled(1, 1), uint16(0), uint16(1), uint64(1<<48), uint8(3))
 	f.Fuzz(func(t *testing.T, cdb, out []byte, inLen, cut uint16, lun uint64, attr uint8) {
-		g := &guarded{backend.NewMem(16 * block), t}
+		g := &guarded{block.NewMem(16 * blockSize), t}
 		target := attach(t, scsi.UnitConfig{Backend: g})
 		const fence = 0xa5
 		room := bytes.Repeat([]byte{fence}, int(inLen)+16)
@@ -104,7 +104,7 @@ func FuzzCDB(f *testing.F) {
 		default:
 			t.Errorf("status %02x", a.Status)
 		}
-		if g.Size() != 16*block {
+		if g.Size() != 16*blockSize {
 			t.Errorf("size %d", g.Size())
 		}
 	})

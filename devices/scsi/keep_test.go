@@ -7,8 +7,8 @@ import (
 	"sync"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 )
 
 // keeper is a ReservationKeeper whose Save fails while err is set.
@@ -58,8 +58,8 @@ func TestAPTPL(t *testing.T) {
 		again.in(1, 2, capabilities)
 	}
 	c = newCluster(t, cfg)
-	c.do(3, cdb10(0x2a, 0, 0, 1), make([]byte, block), 0, "CONFLICT")
-	c.do(1, cdb10(0x2a, 0, 0, 1), make([]byte, block), 0, "GOOD")
+	c.do(3, cdb10(0x2a, 0, 0, 1), make([]byte, blockSize), 0, "CONFLICT")
+	c.do(1, cdb10(0x2a, 0, 0, 1), make([]byte, blockSize), 0, "GOOD")
 
 	// A save that fails changes nothing, and is done again before the next one is
 	// skipped for having nothing to save.
@@ -98,7 +98,7 @@ func TestKeptState(t *testing.T) {
 			if len(state) == 0 {
 				continue
 			}
-			_, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(1 << 20), Serial: "S", Reservations: &keeper{state: state}})
+			_, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(1 << 20), Serial: "S", Reservations: &keeper{state: state}})
 			if !errors.Is(err, scsi.ErrReservationState) {
 				t.Errorf("%d bytes, changed at %d: %v", len(state), i, err)
 			}
@@ -128,7 +128,7 @@ func TestPreemptAndAbort(t *testing.T) {
 				case 2:
 					out(prRelease, wero, key, 0)
 				}
-				a := asNexus(c.Target, n, cdb10(0x2a, 0, uint32(n), 1), make([]byte, block), 0)
+				a := asNexus(c.Target, n, cdb10(0x2a, 0, uint32(n), 1), make([]byte, blockSize), 0)
 				if s := a.String(); s != "GOOD" && s != "STATUS 18" && s != "STATUS 40" && s[:8] != "CHECK 6/" {
 					t.Errorf("nexus %d: %s", n, s)
 				}
@@ -163,7 +163,7 @@ func FuzzReservations(f *testing.F) {
 				target.PowerOn()
 				last = 0
 			default:
-				asNexus(target, n, cdb10(0x2a, 0, 0, 1), make([]byte, block), 0)
+				asNexus(target, n, cdb10(0x2a, 0, 0, 1), make([]byte, blockSize), 0)
 			}
 			status := func(action byte) []byte {
 				for range 4 {
@@ -200,7 +200,7 @@ func FuzzReservations(f *testing.F) {
 				t.Errorf("%d holders of type %d, reservation % x", holders, typ, reservation)
 			}
 			if len(k.state) > 0 {
-				if _, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(1 << 20), Serial: "S", Reservations: k}); err != nil {
+				if _, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(1 << 20), Serial: "S", Reservations: k}); err != nil {
 					t.Error(err)
 				}
 			}

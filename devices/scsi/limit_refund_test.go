@@ -7,8 +7,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
@@ -23,8 +23,8 @@ func elapsed(target *scsi.Target, c scsi.Command) (scsitest.Answer, time.Duratio
 // that never ran cost nothing.
 func TestLimitGivesBackAborted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		target := attach(t, scsi.UnitConfig{Backend: backend.NewMem(blocks * block),
-			IOPS: scsi.Limit{Rate: 1000}, Bandwidth: scsi.Limit{Rate: 1000 * block}})
+		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
+			IOPS: scsi.Limit{Rate: 1000}, Bandwidth: scsi.Limit{Rate: 1000 * blockSize}})
 		const total, each = 30000, 256
 		var ran, ended atomic.Int32
 		for i := range total {
@@ -56,7 +56,7 @@ func TestLimitGivesBackAborted(t *testing.T) {
 // TestLimitGivesBackPlace aborts the first of those that wait: the others move up.
 func TestLimitGivesBackPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cfg := scsi.UnitConfig{Backend: backend.NewMem(blocks * block), Bandwidth: scsi.Limit{Rate: block, Burst: block}}
+		cfg := scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}
 		target := attach(t, cfg)
 		start, at := time.Now(), make([]time.Duration, 5)
 		for i, size := range []int{1, 50, 1, 1, 1} {
@@ -81,9 +81,9 @@ func TestLimitGivesBackPlace(t *testing.T) {
 // refused gives it back.
 func TestLimitGivesBackTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		target := attach(t, scsi.UnitConfig{Backend: backend.NewMem(blocks * block), IOPS: scsi.Limit{Rate: 1, Burst: 1},
-			Bandwidth: scsi.Limit{Rate: block, Burst: block}})
-		expect(t, target, cdb10(0x28, 0, 0, 1), nil, block, "GOOD")
+		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), IOPS: scsi.Limit{Rate: 1, Burst: 1},
+			Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}})
+		expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "GOOD")
 		waits := make(chan scsi.Result, 1)
 		c := reads(1, 1)[0]
 		c.Done = func(r scsi.Result) { waits <- r }
@@ -103,11 +103,11 @@ func TestLimitGivesBackTurn(t *testing.T) {
 // has that counted.
 func TestLimitGivesBackCopy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cfg := scsi.UnitConfig{Backend: backend.NewMem(blocks * block), Bandwidth: scsi.Limit{Rate: block, Burst: block}}
+		cfg := scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}
 		target := attach(t, cfg)
-		cfg.Backend = backend.NewMem(blocks * block)
+		cfg.Backend = block.NewMem(blocks * blockSize)
 		attachMore(t, target, cfg)
-		cscds := [][]byte{cscd(t, target, 0, 0, block), cscd(t, target, 1, 0, block)}
+		cscds := [][]byte{cscd(t, target, 0, 0, blockSize), cscd(t, target, 1, 0, blockSize)}
 		cdb, out := copyList(1, 0, cscds, [][]byte{copySegment(0, 0, 1, 1, 0, 0), copySegment(0, 0, 1, 50, 0, 0)})
 		done := make(chan scsi.Result, 1)
 		target.Submit(&scsi.Command{CDB: cdb, Tag: 7, Out: [][]byte{out}, Done: func(r scsi.Result) { done <- r }})
@@ -144,9 +144,9 @@ func TestLimitRefusedCostsNothing(t *testing.T) {
 	unmap := []byte{0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0}
 	beyond := make([]byte, 24)
 	beyond[1], beyond[3], beyond[8], beyond[19] = 22, 16, 0xff, 1
-	aca := in(cdb10(0x28, 0, 0, 1), block)
+	aca := in(cdb10(0x28, 0, 0, 1), blockSize)
 	aca.Attr = scsi.ACA
-	other := in(cdb10(0x28, 0, 0, 4), 4*block)
+	other := in(cdb10(0x28, 0, 0, 4), 4*blockSize)
 	other.Nexus = 9
 	reserve, stop, start := none(0x16, 0, 0, 0, 0, 0), none(0x1b, 0, 0, 0, 0, 0), none(0x1b, 0, 0, 0, 1, 0)
 	type test struct {
@@ -161,35 +161,35 @@ func TestLimitRefusedCostsNothing(t *testing.T) {
 		"VERIFY without data":          {list{verify(0x02, 8)}, "CHECK 5/0e/03", 0},
 		"VERIFY of no block":           {list{verify(0, 0)}, "GOOD", 0},
 		"VERIFY":                       {list{verify(0, 8)}, "GOOD", 1}, // it has waited itself
-		"READ of no block":             {list{in(cdb10(0x28, 0, 0, 0), 8*block)}, "GOOD", 0},
+		"READ of no block":             {list{in(cdb10(0x28, 0, 0, 0), 8*blockSize)}, "GOOD", 0},
 		"READ into nothing":            {list{none(cdb10(0x28, 0, 0, 8)...)}, "GOOD", 0},
-		"READ into a large buffer":     {list{in(cdb10(0x28, 0, 0, 1), 8*block)}, "GOOD", 1},
-		"READ out of range":            {list{in(cdb10(0x28, 0, blocks, 8), 8*block)}, "CHECK 5/21/00", 0},
-		"READ with RDPROTECT":          {list{in(cdb10(0x28, 0x20, 0, 8), 8*block)}, "CHECK 5/24/00", 0},
-		"READ with NACA":               {list{in(naca, block)}, "CHECK 5/24/00", 0},
+		"READ into a large buffer":     {list{in(cdb10(0x28, 0, 0, 1), 8*blockSize)}, "GOOD", 1},
+		"READ out of range":            {list{in(cdb10(0x28, 0, blocks, 8), 8*blockSize)}, "CHECK 5/21/00", 0},
+		"READ with RDPROTECT":          {list{in(cdb10(0x28, 0x20, 0, 8), 8*blockSize)}, "CHECK 5/24/00", 0},
+		"READ with NACA":               {list{in(naca, blockSize)}, "CHECK 5/24/00", 0},
 		"READ with the attribute ACA":  {list{aca}, "CHECK 5/0e/03", 0},
-		"WRITE with too little data":   {list{out(cdb10(0x2a, 0, 0, 8), block)}, "CHECK 5/0e/03", 0},
-		"WRITE of no block":            {list{out(cdb10(0x2a, 0, 0, 0), 8*block)}, "GOOD", 0},
-		"WRITE AND VERIFY, BYTCHK 3":   {list{out(cdb10(0x2e, 6, 0, 8), 8*block)}, "CHECK 5/24/00", 0},
-		"ORWRITE with too little data": {list{out(cdb16(0x8b, 0, 0, 8), block)}, "CHECK 5/0e/03", 0},
-		"COMPARE AND WRITE, half":      {list{out(compare, 2*block)}, "CHECK 5/0e/03", 0},
-		"WRITE SAME of no block":       {list{out(cdb10(0x41, 0, 0, 0), block)}, "CHECK 5/24/00", 0},
-		"WRITE SAME with ANCHOR":       {list{out(cdb10(0x41, 0x10, 0, 8), block)}, "CHECK 5/24/00", 0},
+		"WRITE with too little data":   {list{out(cdb10(0x2a, 0, 0, 8), blockSize)}, "CHECK 5/0e/03", 0},
+		"WRITE of no block":            {list{out(cdb10(0x2a, 0, 0, 0), 8*blockSize)}, "GOOD", 0},
+		"WRITE AND VERIFY, BYTCHK 3":   {list{out(cdb10(0x2e, 6, 0, 8), 8*blockSize)}, "CHECK 5/24/00", 0},
+		"ORWRITE with too little data": {list{out(cdb16(0x8b, 0, 0, 8), blockSize)}, "CHECK 5/0e/03", 0},
+		"COMPARE AND WRITE, half":      {list{out(compare, 2*blockSize)}, "CHECK 5/0e/03", 0},
+		"WRITE SAME of no block":       {list{out(cdb10(0x41, 0, 0, 0), blockSize)}, "CHECK 5/24/00", 0},
+		"WRITE SAME with ANCHOR":       {list{out(cdb10(0x41, 0x10, 0, 8), blockSize)}, "CHECK 5/24/00", 0},
 		"WRITE SAME without data":      {list{none(cdb10(0x41, 0, 0, 8)...)}, "CHECK 5/0e/03", 0},
 		"UNMAP out of range":           {list{{CDB: unmap, Out: [][]byte{beyond}}}, "CHECK 5/21/00", 0},
 		"UNMAP of nothing":             {list{none(0x42, 0, 0, 0, 0, 0, 0, 0, 0, 0)}, "GOOD", 0},
 		"PRE-FETCH":                    {list{none(cdb10(0x34, 0, 0, 8)...)}, "GOOD", 0},
 		"READ DEFECT DATA":             {list{in([]byte{0x37, 0, 0, 0, 0, 0, 0, 0, 4, 0}, 4)}, "GOOD", 0},
 		"SYNCHRONIZE CACHE off range":  {list{none(cdb10(0x35, 0, blocks, 8)...)}, "CHECK 5/21/00", 0},
-		"a stopped unit":               {list{stop, in(cdb10(0x28, 0, 0, 8), 8*block), start}, "GOOD", 0},
+		"a stopped unit":               {list{stop, in(cdb10(0x28, 0, 0, 8), 8*blockSize), start}, "GOOD", 0},
 		"a unit attention":             {list{other}, "CHECK 6/29/01", 0},
 		"a reservation":                {list{reserve, {CDB: testUnitReady, Nexus: 9}, other}, "STATUS 18", 0},
 		"an unknown service action":    {list{none(cdb16(0x9e, 0x1f, 0, 8)...)}, "CHECK 5/24/00", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				target := attach(t, scsi.UnitConfig{Backend: backend.NewMem(blocks * block),
-					IOPS: scsi.Limit{Rate: 1, Burst: 1}, Bandwidth: scsi.Limit{Rate: block, Burst: block}})
+				target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
+					IOPS: scsi.Limit{Rate: 1, Burst: 1}, Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}})
 				for i, c := range v.do {
 					a, d := elapsed(target, c)
 					if i == len(v.do)-1 && a.String() != v.want {

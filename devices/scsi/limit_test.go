@@ -8,15 +8,15 @@ import (
 	"testing/synctest"
 	"time"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 )
 
 // answers submits commands to LUN 0 of a unit with limits, one after another and all at once,
 // and returns when each was answered.
 func answers(t *testing.T, cfg scsi.UnitConfig, commands ...*scsi.Command) []time.Duration {
 	t.Helper()
-	cfg.Backend = backend.NewMem(blocks * block)
+	cfg.Backend = block.NewMem(blocks * blockSize)
 	target := attach(t, cfg)
 	start, at := time.Now(), make([]time.Duration, len(commands))
 	var done sync.WaitGroup
@@ -38,20 +38,20 @@ func answers(t *testing.T, cfg scsi.UnitConfig, commands ...*scsi.Command) []tim
 
 func reads(n, blocks int) (list []*scsi.Command) {
 	for range n {
-		list = append(list, &scsi.Command{CDB: cdb10(0x28, 0, 0, uint16(blocks)), In: [][]byte{make([]byte, blocks*block)}})
+		list = append(list, &scsi.Command{CDB: cdb10(0x28, 0, 0, uint16(blocks)), In: [][]byte{make([]byte, blocks*blockSize)}})
 	}
 	return list
 }
 
 func TestLimits(t *testing.T) {
 	type seconds []float64
-	same := &scsi.Command{CDB: cdb10(0x41, 0, 0, 8), Out: [][]byte{bytes.Repeat([]byte{1}, block)}}
-	discard := &scsi.Command{CDB: cdb10(0x41, 8, 0, 8), Out: [][]byte{make([]byte, block)}}
+	same := &scsi.Command{CDB: cdb10(0x41, 0, 0, 8), Out: [][]byte{bytes.Repeat([]byte{1}, blockSize)}}
+	discard := &scsi.Command{CDB: cdb10(0x41, 8, 0, 8), Out: [][]byte{make([]byte, blockSize)}}
 	verify := &scsi.Command{CDB: cdb10(0x2f, 0, 0, 8)}
 	ready := &scsi.Command{CDB: testUnitReady}
-	writeBack := &scsi.Command{CDB: cdb10(0x2e, 0, 9, 1), Out: [][]byte{make([]byte, block)}}
-	or := &scsi.Command{CDB: cdb16(0x8b, 0, 9, 1), Out: [][]byte{make([]byte, block)}}
-	compare := &scsi.Command{CDB: cdb16(0x89, 0, 9, 0), Out: [][]byte{make([]byte, 2*block)}}
+	writeBack := &scsi.Command{CDB: cdb10(0x2e, 0, 9, 1), Out: [][]byte{make([]byte, blockSize)}}
+	or := &scsi.Command{CDB: cdb16(0x8b, 0, 9, 1), Out: [][]byte{make([]byte, blockSize)}}
+	compare := &scsi.Command{CDB: cdb16(0x89, 0, 9, 0), Out: [][]byte{make([]byte, 2*blockSize)}}
 	compare.CDB[13] = 1
 	for name, v := range map[string]struct {
 		cfg      scsi.UnitConfig
@@ -61,12 +61,12 @@ func TestLimits(t *testing.T) {
 		"commands":               {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 4, Burst: 1}}, reads(5, 1), seconds{0, 0.25, 0.5, 0.75, 1}},
 		"the default burst":      {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 20}}, reads(4, 1), seconds{0, 0, 0.05, 0.1}},
 		"a burst":                {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 3}}, reads(5, 1), seconds{0, 0, 0, 1, 2}},
-		"bytes":                  {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: 4 * block, Burst: 4 * block}}, reads(4, 2), seconds{0, 0, 0.5, 1}},
-		"one larger than bursts": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: block, Burst: block}}, reads(2, 3), seconds{2, 5}},
-		"both":                   {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1}, Bandwidth: scsi.Limit{Rate: block, Burst: 2 * block}}, reads(3, 2), seconds{0, 2, 4}},
+		"bytes":                  {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: 4 * blockSize, Burst: 4 * blockSize}}, reads(4, 2), seconds{0, 0, 0.5, 1}},
+		"one larger than bursts": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}, reads(2, 3), seconds{2, 5}},
+		"both":                   {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1}, Bandwidth: scsi.Limit{Rate: blockSize, Burst: 2 * blockSize}}, reads(3, 2), seconds{0, 2, 4}},
 		"what moves no data":     {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1}}, []*scsi.Command{reads(1, 1)[0], ready, {CDB: syncCache}, ready}, seconds{0, 0, 1, 0}},
-		"what the medium moves":  {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: block, Burst: block}}, []*scsi.Command{same, discard, verify}, seconds{7, 7, 15}},
-		"what it moves twice":    {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: block, Burst: block}}, []*scsi.Command{writeBack, or, compare}, seconds{1, 3, 5}},
+		"what the medium moves":  {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}, []*scsi.Command{same, discard, verify}, seconds{7, 7, 15}},
+		"what it moves twice":    {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}, []*scsi.Command{writeBack, or, compare}, seconds{1, 3, 5}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -83,7 +83,7 @@ func TestLimits(t *testing.T) {
 
 // TestLimitShortCDB: a CDB without the field that the cost is in is refused as ever.
 func TestLimitShortCDB(t *testing.T) {
-	target := attach(t, scsi.UnitConfig{Backend: backend.NewMem(blocks * block), IOPS: scsi.Limit{Rate: 1 << 40}})
+	target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), IOPS: scsi.Limit{Rate: 1 << 40}})
 	for _, op := range []byte{0x41, 0x93, 0x2f, 0xaf, 0x8f, 0x28} {
 		expect(t, target, []byte{op, 0}, nil, 0, "CHECK 5/0e/03")
 	}
@@ -92,7 +92,7 @@ func TestLimitShortCDB(t *testing.T) {
 // TestLimitRefills: after a time without commands there is a burst again, and no more.
 func TestLimitRefills(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		target := attach(t, scsi.UnitConfig{Backend: backend.NewMem(blocks * block), IOPS: scsi.Limit{Rate: 1, Burst: 2}})
+		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), IOPS: scsi.Limit{Rate: 1, Burst: 2}})
 		for range 3 {
 			start, ends := time.Now(), make(chan time.Duration, 3)
 			for _, c := range reads(3, 1) {
@@ -112,11 +112,11 @@ func TestLimitRefills(t *testing.T) {
 // aborted, and keeps its place before an ORDERED command.
 func TestLimitHoldsUpNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		slow, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(blocks * block), Serial: "slow", IOPS: scsi.Limit{Rate: 1, Burst: 1}})
+		slow, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), Serial: "slow", IOPS: scsi.Limit{Rate: 1, Burst: 1}})
 		if err != nil {
 			t.Fatal(err)
 		}
-		target := attach(t, scsi.UnitConfig{Backend: backend.NewMem(blocks * block)})
+		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize)})
 		lun, _ := scsi.EncodeLUN(1)
 		if err := target.Attach(lun, slow); err != nil {
 			t.Fatal(err)
@@ -168,7 +168,7 @@ func TestLimitHoldsUpNobody(t *testing.T) {
 func TestLimitRefused(t *testing.T) {
 	for _, l := range []scsi.Limit{{Burst: 1}, {Rate: 1<<40 + 1}, {Rate: 1, Burst: 1<<40 + 1}} {
 		for _, cfg := range []scsi.UnitConfig{{IOPS: l}, {Bandwidth: l}} {
-			cfg.Backend, cfg.Serial = backend.NewMem(blocks*block), "s"
+			cfg.Backend, cfg.Serial = block.NewMem(blocks*blockSize), "s"
 			if _, err := scsi.NewUnit(cfg); err == nil {
 				t.Errorf("%+v is taken", l)
 			}

@@ -6,8 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 	"gvm/devices/scsi/trace"
 )
@@ -40,14 +40,14 @@ func TestNewCommand(t *testing.T) {
 		{Name: "its usage data", CDB: "a3 0c 01 c0 0000 00000100 00 00", InLen: 256, Want: "GOOD", Residual: 240,
 			Data: "00 03 000c c0 08 ffffffff ffffffff 00 00"},
 	})
-	if c, b := scsi.Counted(target.Unit(0)); c != commands+1 || b != counted+2*block {
+	if c, b := scsi.Counted(target.Unit(0)); c != commands+1 || b != counted+2*blockSize {
 		t.Errorf("limits count %d commands and %d bytes", c-commands, b-counted)
 	}
 	want := filled(1, 2)
 	for i := range want {
 		want[i] = ^want[i]
 	}
-	if a := expect(t, target, cdb10(0x28, 0, 3, 2), nil, 2*block, "GOOD"); !bytes.Equal(a.Data, want) {
+	if a := expect(t, target, cdb10(0x28, 0, 3, 2), nil, 2*blockSize, "GOOD"); !bytes.Equal(a.Data, want) {
 		t.Error("the blocks are not the complement of what was written")
 	}
 	all := expect(t, target, cdb12(0xa3, 0x0c, 0, 4096), nil, 4096, "GOOD")
@@ -64,7 +64,7 @@ func TestNewCommand(t *testing.T) {
 	if !strings.Contains(scsi.CommandTable(), line) {
 		t.Errorf("the documentation lacks %q", line)
 	}
-	readOnly := attach(t, scsi.UnitConfig{Backend: backend.NewMem(blocks * block), ReadOnly: true})
+	readOnly := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), ReadOnly: true})
 	expect(t, readOnly, cdb, filled(1, 2), 0, "CHECK 7/27/00")
 	c := newCluster(t, scsi.UnitConfig{})
 	c.keys(2)

@@ -4,8 +4,8 @@ import (
 	"fmt"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 	"gvm/devices/scsi/trace"
 )
@@ -81,7 +81,7 @@ func TestBlockCommands(t *testing.T) {
 		for i := 2; i < len(cdb)-1; i++ {
 			cdb[i] = 0xff
 		}
-		target := attach(t, scsi.UnitConfig{Backend: backend.NewMem(blocks * block)})
+		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize)})
 		if scsitest.Do(target, 0, cdb, nil, 0).String() != "CHECK 5/21/00" {
 			continue
 		}
@@ -104,7 +104,7 @@ func TestBlockCommands(t *testing.T) {
 // TestCounts holds what limits count of every command against what its row says.
 func TestCounts(t *testing.T) {
 	target := attach(t, scsi.UnitConfig{
-		Backend: backend.NewMem(blocks * block),
+		Backend: block.NewMem(blocks * blockSize),
 		IOPS:    scsi.Limit{Rate: 1, Burst: scsi.MaxRate}, Bandwidth: scsi.Limit{Rate: 1, Burst: scsi.MaxRate},
 	})
 	u := target.Unit(0)
@@ -113,7 +113,7 @@ func TestCounts(t *testing.T) {
 	for _, row := range access {
 		commands, bytes := scsi.Counted(u)
 		want, wantBytes := scsi.Counts(u, row.cdb)
-		scsitest.Do(target, 0, row.cdb, row.out, block)
+		scsitest.Do(target, 0, row.cdb, row.out, blockSize)
 		if c, b := scsi.Counted(u); c-commands != want || b-bytes != wantBytes {
 			t.Errorf("%s: %d commands and %d bytes count, want %d and %d", row.name, c-commands, b-bytes, want, wantBytes)
 		}

@@ -9,8 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
@@ -30,13 +30,13 @@ type fragmented struct{ *scsitest.Recorder }
 
 func (f fragmented) Mapped(off, _ int64) (bool, int64, error) {
 	f.OnCall("map")
-	return off/block%2 == 0, block, nil
+	return off/blockSize%2 == 0, blockSize, nil
 }
 
 // copier tells of each copy by its own means, of which it makes none.
 type copier struct{ *scsitest.Recorder }
 
-func (c copier) CopyFrom(scsi.Backend, int64, int64, int64) error {
+func (c copier) CopyFrom(block.Backend, int64, int64, int64) error {
 	c.OnCall("copy")
 	return nil
 }
@@ -52,26 +52,26 @@ func TestLongCommandsAbort(t *testing.T) {
 		binary.BigEndian.PutUint32(ranges[16+16*i:], 8)
 	}
 	unmap := []byte{0x42, 0, 0, 0, 0, 0, 0, byte(len(ranges) >> 8), byte(len(ranges) & 0xff), 0}
-	in := make([]byte, many*block)
-	ones := slices.Repeat([]byte{1}, block)
+	in := make([]byte, many*blockSize)
+	ones := slices.Repeat([]byte{1}, blockSize)
 	for _, v := range []struct {
 		name     string
 		cdb, out []byte
 		pi       *calledTuples
 	}{
 		{"VERIFY", cdb16(0x8f, 0, 0, many), nil, nil},
-		{"VERIFY of one block", cdb16(0x8f, 0x06, 0, many), make([]byte, block), nil},
+		{"VERIFY of one block", cdb16(0x8f, 0x06, 0, many), make([]byte, blockSize), nil},
 		{"WRITE SAME", cdb16(0x93, 0, 0, many), ones, nil},
-		{"ORWRITE", cdb16(0x8b, 0, 0, many), make([]byte, many*block), nil},
+		{"ORWRITE", cdb16(0x8b, 0, 0, many), make([]byte, many*blockSize), nil},
 		{"UNMAP", unmap, ranges, nil},
 		{"SANITIZE", sanitizeCDB(0x01, 5), []byte{31, 0, 0, 1, 0xa5}, nil},
 		{"GET LBA STATUS", []byte{0x9e, 0x12, 9: 0, 12: 0x10, 15: 0}, nil, nil},
 		{"EXTENDED COPY", nil, nil, nil},
 		{"EXTENDED COPY by the backend", nil, nil, nil},
 		{"READ with tuples", cdb16(0x88, 0, 0, many), nil, &calledTuples{tuples: newTuples()}},
-		{"WRITE with tuples", cdb16(0x8a, 0, 0, many), make([]byte, many*block), &calledTuples{tuples: newTuples()}},
+		{"WRITE with tuples", cdb16(0x8a, 0, 0, many), make([]byte, many*blockSize), &calledTuples{tuples: newTuples()}},
 	} {
-		rec := &scsitest.Recorder{Backend: backend.NewMem(many * block)}
+		rec := &scsitest.Recorder{Backend: block.NewMem(many * blockSize)}
 		cfg := scsi.UnitConfig{Backend: rec}
 		if v.pi != nil {
 			cfg.Protection = v.pi
@@ -85,7 +85,7 @@ func TestLongCommandsAbort(t *testing.T) {
 		target := attach(t, cfg)
 		if v.cdb == nil {
 			all := slices.Repeat([][]byte{copySegment(0, 0, 0, many-1, 0, 0)}, 64)
-			v.cdb, v.out = copyList(1, 0, [][]byte{cscd(t, target, 0, 0, block)}, all)
+			v.cdb, v.out = copyList(1, 0, [][]byte{cscd(t, target, 0, 0, blockSize)}, all)
 		}
 		var calls atomic.Int32
 		var first sync.Once
@@ -125,13 +125,13 @@ func TestLongCommandsAbort(t *testing.T) {
 // TestDetachAlone: a Detach that waits for a command keeps no other unit from coming and going.
 func TestDetachAlone(t *testing.T) {
 	begun, hang := make(chan struct{}), make(chan struct{})
-	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block), OnCall: func(string) {
+	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize), OnCall: func(string) {
 		close(begun)
 		<-hang
 	}}
 	target := attach(t, scsi.UnitConfig{Backend: rec})
 	answer, detached := make(chan scsi.Result, 1), make(chan error, 1)
-	target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, block)}, Done: func(r scsi.Result) { answer <- r }})
+	target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) { answer <- r }})
 	<-begun
 	go func() { detached <- target.Detach(0) }()
 	for target.Unit(0) != nil {
@@ -139,7 +139,7 @@ func TestDetachAlone(t *testing.T) {
 	}
 	other, _ := scsi.EncodeLUN(1)
 	changed := make(chan error, 1)
-	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(blocks * block), Serial: "OTHER"})
+	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), Serial: "OTHER"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -168,9 +168,9 @@ func TestLongDiscards(t *testing.T) {
 	binary.BigEndian.PutUint32(ranges[16:], 1<<20) // 512 MiB
 	for name, v := range map[string]struct{ cdb, out []byte }{
 		"discard": {[]byte{0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0}, ranges},
-		"zero":    {cdb16(0x93, 0, 0, 1<<20), make([]byte, block)},
+		"zero":    {cdb16(0x93, 0, 0, 1<<20), make([]byte, blockSize)},
 	} {
-		rec := &scsitest.Recorder{Backend: backend.NewMem(1 << 30)}
+		rec := &scsitest.Recorder{Backend: block.NewMem(1 << 30)}
 		target := attach(t, scsi.UnitConfig{Backend: rec})
 		expect(t, target, v.cdb, v.out, 0, "GOOD")
 		log := slices.DeleteFunc(rec.Log(), func(call string) bool { return call == "flush" })

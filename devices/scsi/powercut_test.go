@@ -6,15 +6,15 @@ import (
 	"sync"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
 // numbered is a block that says its address and how many writes there it is of.
 func numbered(lba, n uint64) []byte {
-	b := make([]byte, block)
-	for i := 0; i < block; i += 16 {
+	b := make([]byte, blockSize)
+	for i := 0; i < blockSize; i += 16 {
 		binary.BigEndian.PutUint64(b[i:], lba)
 		binary.BigEndian.PutUint64(b[i+8:], n)
 	}
@@ -67,7 +67,7 @@ func TestPowerCut(t *testing.T) {
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			for seed := range uint64(30) {
-				disk := backend.NewVolatile(64 * block)
+				disk := block.NewVolatile(64 * blockSize)
 				target := attach(t, scsi.UnitConfig{Backend: disk, Cache: v.cache})
 				if v.how&wceOff != 0 {
 					setWCE(t, target, false)
@@ -86,12 +86,12 @@ func TestPowerCut(t *testing.T) {
 				p.mu.Unlock()
 				disk.PowerCut(r)
 				all.Wait()
-				got := make([]byte, 64*block)
+				got := make([]byte, 64*blockSize)
 				if _, err := disk.Medium().ReadAt(got, 0); err != nil {
 					t.Fatal(err)
 				}
 				for lba := range uint64(64) {
-					n, whole := number(got[lba*block:(lba+1)*block], lba)
+					n, whole := number(got[lba*blockSize:(lba+1)*blockSize], lba)
 					lost := v.cache != scsi.Unsafe && n < p.durable[lba]
 					if !whole || n > p.sent[lba] || lost {
 						t.Fatalf("seed %d, block %d: write %d (whole: %v) of %d, %d was durable", seed, lba, n, whole, p.sent[lba], p.durable[lba])

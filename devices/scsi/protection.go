@@ -3,6 +3,9 @@ package scsi
 import (
 	"bytes"
 	"encoding/binary"
+
+	"gvm/devices/block"
+	"gvm/devices/iovec"
 )
 
 // TupleSize is the size of the protection information of a logical block (SBC-4 4.21.3): LOGICAL
@@ -122,10 +125,10 @@ func (u *Unit) readChecked(w worker, iov [][]byte, lba uint64, n int, tuples [][
 			return err
 		}
 		if iov != nil {
-			scatter(clip(nil, iov, done*bs, len(data)), data)
+			iovec.Scatter(iovec.Cut(nil, iov, done*bs, len(data)), data)
 		}
 		if tuples != nil {
-			scatter(clip(nil, tuples, done*TupleSize, len(pi)), pi)
+			iovec.Scatter(iovec.Cut(nil, tuples, done*TupleSize, len(pi)), pi)
 		}
 	}
 	return nil
@@ -137,7 +140,7 @@ func (u *Unit) loadProtected(data, tuples []byte, lba uint64) error {
 	defer u.tuples.RUnlock()
 	off := int64(lba) * u.blockSize
 	return u.try("read", off, func() (int, error) {
-		if n, err := ReadVec(u.b, [][]byte{data}, off); err != nil {
+		if n, err := block.ReadVec(u.b, [][]byte{data}, off); err != nil {
 			return n, err
 		}
 		return 0, u.cfg.Protection.ReadTuples(tuples, lba)
@@ -152,18 +155,18 @@ func (u *Unit) writeChecked(
 ) error {
 	buf := getScratch()
 	defer putScratch(buf)
-	bs, total := int(u.blockSize), size(iov)
+	bs, total := int(u.blockSize), iovec.Len(iov)
 	for done := 0; done < total; {
 		if w != nil && w.stopped() {
 			return errStopped
 		}
 		part := (*buf)[:min(total-done, len(*buf))]
-		gather(part, clip(nil, iov, done, len(part)))
+		iovec.Gather(part, iovec.Cut(nil, iov, done, len(part)))
 		at, t := lba+uint64(done/bs), make([]byte, len(part)/bs*TupleSize)
 		if tuples == nil {
 			makeTuples(t, part, at)
 		} else {
-			gather(t, clip(nil, tuples, done/bs*TupleSize, len(t)))
+			iovec.Gather(t, iovec.Cut(nil, tuples, done/bs*TupleSize, len(t)))
 			if err := k.verifyTuples(t, part, at); err != nil {
 				return err
 			}
@@ -191,7 +194,7 @@ func (u *Unit) storeProtected(data, tuples []byte, lba uint64) error {
 		if err := u.cfg.Protection.WriteTuples(bytes.Repeat(escape[:], len(tuples)/TupleSize), lba); err != nil {
 			return 0, err
 		}
-		if n, err := WriteVec(u.b, [][]byte{data}, off); err != nil {
+		if n, err := block.WriteVec(u.b, [][]byte{data}, off); err != nil {
 			return n, err
 		}
 		return 0, u.cfg.Protection.WriteTuples(tuples, lba)
@@ -204,7 +207,7 @@ func (tk *task) protected(buffers [][]byte, n int) ([][]byte, error) {
 	if tk.op.protect(tk.CDB) == 0 || len(buffers) == 0 {
 		return nil, nil
 	}
-	if size(buffers) < n*TupleSize {
+	if iovec.Len(buffers) < n*TupleSize {
 		tk.overrun = true
 		return nil, InvalidFieldInIU
 	}

@@ -9,8 +9,8 @@ import (
 	"sync"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
@@ -74,7 +74,7 @@ func tuple(guard uint16, app uint16, ref uint32) []byte {
 }
 
 // guarded9 is a block that begins with the check string of CRCs.
-var guarded9 = append([]byte("123456789"), make([]byte, block-9)...)
+var guarded9 = append([]byte("123456789"), make([]byte, blockSize-9)...)
 
 // guardOf is the guard of a block, by another way than the target's: a division bit by bit.
 func guardOf(p []byte) (c uint16) {
@@ -135,14 +135,14 @@ func TestProtectFields(t *testing.T) {
 	} {
 		for field, want := range v.want {
 			flags := byte(field << 5)
-			m, disk := newTuples(), backend.NewMem(blocks*block)
+			m, disk := newTuples(), block.NewMem(blocks*blockSize)
 			target := attach(t, scsi.UnitConfig{Backend: disk, Protection: m})
-			if _, err := disk.WriteAt(guarded9, lba*block); err != nil {
+			if _, err := disk.WriteAt(guarded9, lba*blockSize); err != nil {
 				t.Fatal(err)
 			}
 			m.data[lba] = [scsi.TupleSize]byte(v.tuple)
 			for _, cdb := range [][]byte{cdb10(0x28, flags, lba, 1), cdb12(0xa8, flags, lba, 1), cdb16(0x88, flags, lba, 1)} {
-				a, data, pi := protectedDo(target, cdb, nil, nil, block, scsi.TupleSize)
+				a, data, pi := protectedDo(target, cdb, nil, nil, blockSize, scsi.TupleSize)
 				key, _, _ := a.Codes()
 				if a.String() != want || key == scsi.AbortedCommand && (a.Sense[0] != 0xf0 || binary.BigEndian.Uint32(a.Sense[3:]) != lba) {
 					t.Errorf("%s, %s with RDPROTECT %d: %v % x, want %s", name, scsi.OpcodeName(cdb), field, a, a.Sense, want)
@@ -180,17 +180,17 @@ func TestProtectionBuffers(t *testing.T) {
 	target := attach(t, scsi.UnitConfig{Protection: m})
 	expect(t, target, cdb10(0x2a, 0x20, 3, 2), filled(1, 2), 0, "GOOD")
 	for i := range uint32(2) {
-		if got, want := m.data[uint64(3+i)], tuple(guardOf(filled(1, 2)[i*block:][:block]), 0, 3+i); !bytes.Equal(got[:], want) {
+		if got, want := m.data[uint64(3+i)], tuple(guardOf(filled(1, 2)[i*blockSize:][:blockSize]), 0, 3+i); !bytes.Equal(got[:], want) {
 			t.Errorf("block %d: % x, want % x", 3+i, got, want)
 		}
 	}
-	if a := expect(t, target, cdb10(0x28, 0x20, 3, 2), nil, 2*block, "GOOD"); !bytes.Equal(a.Data, filled(1, 2)) {
+	if a := expect(t, target, cdb10(0x28, 0x20, 3, 2), nil, 2*blockSize, "GOOD"); !bytes.Equal(a.Data, filled(1, 2)) {
 		t.Error("wrong data")
 	}
-	a, _, _ := protectedDo(target, cdb10(0x28, 0x20, 3, 2), nil, nil, 2*block, scsi.TupleSize)
+	a, _, _ := protectedDo(target, cdb10(0x28, 0x20, 3, 2), nil, nil, 2*blockSize, scsi.TupleSize)
 	b, _, _ := protectedDo(target, cdb10(0x2a, 0x20, 3, 2), filled(2, 2), make([]byte, scsi.TupleSize), 0, 0)
 	for _, a := range []scsitest.Answer{a, b} {
-		if a.String() != "CHECK 5/0e/03" || !a.Overrun || a.Residual != 2*block {
+		if a.String() != "CHECK 5/0e/03" || !a.Overrun || a.Residual != 2*blockSize {
 			t.Errorf("%v, overrun %v, residual %d", a, a.Overrun, a.Residual)
 		}
 	}
@@ -221,7 +221,7 @@ func TestProtectionShown(t *testing.T) {
 // were discarded there are none.
 func TestProtectionKept(t *testing.T) {
 	for _, size := range []int{512, 4096} {
-		m, disk := newTuples(), backend.NewMem(64*4096)
+		m, disk := newTuples(), block.NewMem(64*4096)
 		target := attach(t, scsi.UnitConfig{Backend: disk, Protection: m, BlockSize: size})
 		all := make([]byte, 64*4096)
 		fill := func(n int, b byte) []byte { return bytes.Repeat([]byte{b}, n*size) }
@@ -267,27 +267,27 @@ func TestProtectionKept(t *testing.T) {
 
 // TestProtectionFinds: a change of the data or of a tuple behind the target's back is an error, and no data.
 func TestProtectionFinds(t *testing.T) {
-	m, disk := newTuples(), backend.NewMem(blocks*block)
+	m, disk := newTuples(), block.NewMem(blocks*blockSize)
 	target := attach(t, scsi.UnitConfig{Backend: disk, Protection: m})
-	expect(t, target, cdb10(0x2a, 0, 0, 600), make([]byte, 600*block), 0, "GOOD")
-	if _, err := disk.WriteAt(filled(1, 1), 555*block); err != nil {
+	expect(t, target, cdb10(0x2a, 0, 0, 600), make([]byte, 600*blockSize), 0, "GOOD")
+	if _, err := disk.WriteAt(filled(1, 1), 555*blockSize); err != nil {
 		t.Fatal(err)
 	}
 	for _, cdb := range [][]byte{cdb10(0x28, 0, 550, 10), cdb10(0x28, 0x20, 0, 600), cdb10(0x2f, 0, 0, 600), {0x08, 0, 2, 43, 1, 0}} {
-		a := scsitest.Do(target, 0, cdb, nil, 600*block)
-		if a.String() != "CHECK b/10/01" || binary.BigEndian.Uint32(a.Sense[3:]) != 555 || int(a.Residual) != 600*block {
+		a := scsitest.Do(target, 0, cdb, nil, 600*blockSize)
+		if a.String() != "CHECK b/10/01" || binary.BigEndian.Uint32(a.Sense[3:]) != 555 || int(a.Residual) != 600*blockSize {
 			t.Errorf("% x: %v, sense % x, residual %d", cdb, a, a.Sense, a.Residual)
 		}
 	}
-	expect(t, target, cdb10(0x28, 0x60, 550, 10), nil, 10*block, "GOOD") // RDPROTECT 011b
+	expect(t, target, cdb10(0x28, 0x60, 550, 10), nil, 10*blockSize, "GOOD") // RDPROTECT 011b
 	expect(t, target, cdb10(0x2a, 0, 555, 1), filled(2, 1), 0, "GOOD")
-	expect(t, target, cdb10(0x28, 0, 550, 10), nil, 10*block, "GOOD")
+	expect(t, target, cdb10(0x28, 0, 550, 10), nil, 10*blockSize, "GOOD")
 }
 
 // TestProtectionSharedBuffer: a read checks what the medium holds, whatever else changes the
 // initiator's buffer before the command ends.
 func TestProtectionSharedBuffer(t *testing.T) {
-	m := &changingTuples{tuples: newTuples(), buffer: make([]byte, 4*block)}
+	m := &changingTuples{tuples: newTuples(), buffer: make([]byte, 4*blockSize)}
 	target := attach(t, scsi.UnitConfig{Protection: m})
 	expect(t, target, cdb10(0x2a, 0, 0, 4), filled(1, 4), 0, "GOOD")
 	a := scsitest.Run(target, &scsi.Command{CDB: cdb10(0x28, 0, 0, 4), In: [][]byte{m.buffer}})
@@ -315,10 +315,10 @@ func TestProtectionInterrupted(t *testing.T) {
 		expect(t, target, cdb10(0x2a, 0, 0, 4), filled(1, 4), 0, "GOOD")
 		m.fails = n
 		expect(t, target, cdb10(0x2a, 0, 1, 2), filled(9, 2), 0, "CHECK 3/0c/00")
-		a := expect(t, target, cdb10(0x28, 0, 0, 4), nil, 4*block, "GOOD")
+		a := expect(t, target, cdb10(0x28, 0, 0, 4), nil, 4*blockSize, "GOOD")
 		want := filled(1, 4)
 		if n == 2 {
-			copy(want[block:], filled(9, 2))
+			copy(want[blockSize:], filled(9, 2))
 		}
 		if !bytes.Equal(a.Data, want) {
 			t.Errorf("%d: wrong data", n)
@@ -340,7 +340,7 @@ func TestProtectionTogether(t *testing.T) {
 				var a scsitest.Answer
 				switch r.IntN(3) {
 				case 0:
-					a = scsitest.Do(target, 0, cdb10(0x28, 0, lba, uint16(n)), nil, n*block)
+					a = scsitest.Do(target, 0, cdb10(0x28, 0, lba, uint16(n)), nil, n*blockSize)
 				case 1:
 					a = scsitest.Do(target, 0, cdb10(0x2a, 0, lba, uint16(n)), filled(byte(r.Uint32()), n), 0)
 				default:
@@ -370,7 +370,7 @@ func TestProtectionFlushed(t *testing.T) {
 		t.Errorf("flushed %d times", m.flushed)
 	}
 
-	r := &resizable{backend.NewMem(8192)}
+	r := &resizable{block.NewMem(8192)}
 	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: r, Serial: "a", Protection: newTuples()})
 	if err != nil {
 		t.Fatal(err)
@@ -381,12 +381,12 @@ func TestProtectionFlushed(t *testing.T) {
 	}
 	expect(t, target, cdb10(0x2a, 0, 0, 16), filled(1, 16), 0, "GOOD")
 	for _, size := range []int64{4096, 8192} {
-		if err := u.Resize(func() error { r.Mem = backend.NewMem(size); return nil }); err != nil {
+		if err := u.Resize(func() error { r.Mem = block.NewMem(size); return nil }); err != nil {
 			t.Fatal(err)
 		}
 		expect(t, target, testUnitReady, nil, 0, "CHECK 6/2a/09")
 	}
-	expect(t, target, cdb10(0x28, 0, 8, 8), nil, 8*block, "GOOD")
+	expect(t, target, cdb10(0x28, 0, 8, 8), nil, 8*blockSize, "GOOD")
 }
 
 // TestProtectionCopied: EXTENDED COPY makes tuples for where the blocks are then.
@@ -394,9 +394,9 @@ func TestProtectionCopied(t *testing.T) {
 	m := newTuples()
 	target := attach(t, scsi.UnitConfig{Protection: m})
 	expect(t, target, cdb10(0x2a, 0, 0, 4), filled(1, 4), 0, "GOOD")
-	cdb, list := copyList(1, 0, [][]byte{cscd(t, target, 0, 0, block)}, [][]byte{copySegment(0, 0, 0, 4, 0, 100)})
+	cdb, list := copyList(1, 0, [][]byte{cscd(t, target, 0, 0, blockSize)}, [][]byte{copySegment(0, 0, 0, 4, 0, 100)})
 	expect(t, target, cdb, list, 0, "GOOD")
-	if a := expect(t, target, cdb10(0x28, 0, 100, 4), nil, 4*block, "GOOD"); !bytes.Equal(a.Data, filled(1, 4)) {
+	if a := expect(t, target, cdb10(0x28, 0, 100, 4), nil, 4*blockSize, "GOOD"); !bytes.Equal(a.Data, filled(1, 4)) {
 		t.Error("wrong data")
 	}
 	if got := fmt.Sprintf("% x", m.data[100]); got != fmt.Sprintf("% x", tuple(guardOf(filled(1, 1)), 0, 100)) {

@@ -63,7 +63,7 @@ var access = []struct {
 	{"WRITE SAME(10)", cdb10(0x41, 0, 0, 1), filled(0, 1), "CCACC C"},
 	{"WRITE SAME(16)", cdb16(0x93, 0, 0, 1), filled(0, 1), "CCACC C"},
 	{"UNMAP", cdb10(0x42, 0, 0, 24), append([]byte{1: 22, 3: 16, 19: 1}, 0, 0, 0, 0), "CCACC C"},
-	{"COMPARE AND WRITE", []byte{0x89, 13: 1, 15: 0}, make([]byte, 2*block), "CCACC C"},
+	{"COMPARE AND WRITE", []byte{0x89, 13: 1, 15: 0}, make([]byte, 2*blockSize), "CCACC C"},
 	{"ORWRITE(16)", cdb16(0x8b, 0, 0, 1), filled(0, 1), "CCACC C"},
 	{"SANITIZE, OVERWRITE", sanitizeCDB(1, 5), []byte{1, 0, 0, 1, 0}, "CCACC C"},
 	{"SANITIZE, BLOCK ERASE", sanitizeCDB(2, 0), nil, "CCACC C"},
@@ -147,22 +147,22 @@ func TestConflictOrder(t *testing.T) {
 	// So do a reset and the loss of the nexus, and nothing else (SAM-5 5.3.3).
 	cdb, out := control(0x04, 0)
 	c.do(1, cdb, out, 0, "GOOD")
-	c.do(3, read, nil, block, "CONFLICT")
+	c.do(3, read, nil, blockSize, "CONFLICT")
 	c.NexusReset(3)
-	c.do(3, read, nil, block, "CHECK 6/29/07")
-	c.do(3, read, nil, block, "CONFLICT")
+	c.do(3, read, nil, blockSize, "CHECK 6/29/07")
+	c.do(3, read, nil, blockSize, "CONFLICT")
 	cdb, out = control(0, 0)
 	c.do(1, cdb, out, 0, "GOOD")
-	c.do(3, read, nil, block, "CONFLICT")
+	c.do(3, read, nil, blockSize, "CONFLICT")
 	c.do(3, testUnitReady, nil, 0, "CHECK 6/2a/01")
 	// A unit that is stopped or write protected comes after.
 	c.do(1, []byte{0x1b, 0, 0, 0, 0, 0}, nil, 0, "GOOD")
-	c.do(1, read, nil, block, "CHECK 2/04/02")
-	c.do(3, read, nil, block, "CONFLICT")
+	c.do(1, read, nil, blockSize, "CHECK 2/04/02")
+	c.do(3, read, nil, blockSize, "CONFLICT")
 	c.do(3, testUnitReady, nil, 0, "CHECK 2/04/02")
 	c.do(1, []byte{0x1b, 0, 0, 0, 1, 0}, nil, 0, "GOOD")
 	// Nothing was transferred.
-	if a := c.do(3, read, nil, block, "CONFLICT"); a.Residual != block || len(a.Sense) != 0 || !bytes.Equal(a.Data, make([]byte, block)) {
+	if a := c.do(3, read, nil, blockSize, "CONFLICT"); a.Residual != blockSize || len(a.Sense) != 0 || !bytes.Equal(a.Data, make([]byte, blockSize)) {
 		t.Errorf("conflict with residual %d, sense % x", a.Residual, a.Sense)
 	}
 }

@@ -444,12 +444,12 @@ func TestResets(t *testing.T) {
 	c.attention("29/07", "", "")
 	c.in(3, 0, "00000002 00000010 0000000000000011 0000000000000022")
 	c.in(3, 1, "00000002 00000010 0000000000000011 00000000 00 06 0000")
-	c.do(2, cdb10(0x28, 0, 0, 1), nil, block, "GOOD")
-	c.do(3, cdb10(0x28, 0, 0, 1), nil, block, "CONFLICT")
+	c.do(2, cdb10(0x28, 0, 0, 1), nil, blockSize, "GOOD")
+	c.do(3, cdb10(0x28, 0, 0, 1), nil, blockSize, "CONFLICT")
 	c.PowerOn()
 	c.ready()
 	c.in(3, 0, "00000000 00000000")
-	c.do(3, cdb10(0x28, 0, 0, 1), nil, block, "GOOD")
+	c.do(3, cdb10(0x28, 0, 0, 1), nil, blockSize, "GOOD")
 }
 
 func TestTooManyRegistrations(t *testing.T) {
@@ -514,8 +514,8 @@ func TestRegisterAndMove(t *testing.T) {
 	move(1, moveTo(0x11, 0x33, 0, 1, 3), "GOOD")
 	c.in(1, 0, "00000003 00000018 0000000000000011 0000000000000022 0000000000000033")
 	c.in(1, 1, "00000003 00000010 0000000000000033 00000000 00 01 0000")
-	c.do(1, cdb10(0x2a, 0, 0, 1), make([]byte, block), 0, "CONFLICT")
-	c.do(3, cdb10(0x2a, 0, 0, 1), make([]byte, block), 0, "GOOD")
+	c.do(1, cdb10(0x2a, 0, 0, 1), make([]byte, blockSize), 0, "CONFLICT")
+	c.do(3, cdb10(0x2a, 0, 0, 1), make([]byte, blockSize), 0, "GOOD")
 	// To one that is, with UNREG: its key changes and the mover's goes.
 	move(3, moveTo(0x33, 0x44, 2, 1, 2), "GOOD")
 	c.in(1, 0, "00000004 00000010 0000000000000011 0000000000000044")

@@ -9,8 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
@@ -20,11 +20,11 @@ func sanitizeCDB(b1 byte, n int) []byte {
 }
 
 func TestSanitize(t *testing.T) {
-	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}
 	target := attach(t, scsi.UnitConfig{Backend: rec})
 	data := filled(1, 64)
 	medium := func() []byte {
-		p := make([]byte, blocks*block)
+		p := make([]byte, blocks*blockSize)
 		if _, err := rec.Backend.ReadAt(p, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -36,19 +36,19 @@ func TestSanitize(t *testing.T) {
 	if log := strings.Join(rec.Log(), ", "); log != "discard 0+1048576, flush" {
 		t.Errorf("BLOCK ERASE: %s", log)
 	}
-	if !bytes.Equal(medium(), make([]byte, blocks*block)) {
+	if !bytes.Equal(medium(), make([]byte, blocks*blockSize)) {
 		t.Error("BLOCK ERASE: not all zeroes")
 	}
 	list := []byte{0x83, 0, 0, 3, 0xa0, 0xb1, 0xc2} // INVERT, three times
 	expect(t, target, sanitizeCDB(0x01, len(list)), list, 0, "GOOD")
-	want := bytes.Repeat([]byte{0xa0, 0xb1, 0xc2}, 171)[:block]
+	want := bytes.Repeat([]byte{0xa0, 0xb1, 0xc2}, 171)[:blockSize]
 	if got := medium(); !bytes.Equal(got, bytes.Repeat(want, blocks)) {
 		t.Errorf("OVERWRITE: % x", got[:8])
 	}
 	list[0] = 0x82
 	expect(t, target, sanitizeCDB(0x81, len(list)), list, 0, "GOOD")
 	ready(t, target)
-	if got := medium(); got[0] != 0x5f || got[blocks*block-1] != ^want[block-1] {
+	if got := medium(); got[0] != 0x5f || got[blocks*blockSize-1] != ^want[blockSize-1] {
 		t.Errorf("OVERWRITE with IMMED, inverted: % x", got[:8])
 	}
 	for _, v := range []struct {
@@ -56,7 +56,7 @@ func TestSanitize(t *testing.T) {
 		n    int
 		list []byte
 	}{
-		{0x02, 8, make([]byte, 8)}, {0x1f, 8, make([]byte, 8)}, {0x01, 0, nil}, {0x01, 4, make([]byte, 4)}, {0x01, 4 + block + 1, make([]byte, 4+block+1)},
+		{0x02, 8, make([]byte, 8)}, {0x1f, 8, make([]byte, 8)}, {0x01, 0, nil}, {0x01, 4, make([]byte, 4)}, {0x01, 4 + blockSize + 1, make([]byte, 4+blockSize+1)},
 		{0x01, 7, []byte{0, 0, 0, 3, 1, 2, 3}}, {0x01, 7, []byte{1, 0, 0, 0, 1, 2, 3}}, {0x01, 7, []byte{1, 0, 0, 4, 1, 2, 3}}, {0x03, 0, nil}, {0x00, 0, nil},
 	} {
 		expect(t, target, sanitizeCDB(v.b1, v.n), v.list, 0, "CHECK 5/24/00")
@@ -65,12 +65,12 @@ func TestSanitize(t *testing.T) {
 	expect(t, target, []byte{0x1b, 0, 0, 0, 0, 0}, nil, 0, "GOOD")
 	expect(t, target, sanitizeCDB(0x02, 0), nil, 0, "CHECK 2/04/02")
 	expect(t, attach(t, scsi.UnitConfig{ReadOnly: true}), sanitizeCDB(0x01, 7), list, 0, "CHECK 7/27/00")
-	expect(t, attach(t, scsi.UnitConfig{Backend: struct{ scsi.Backend }{rec.Backend}}), sanitizeCDB(0x02, 0), nil, 0, "CHECK 5/20/00")
+	expect(t, attach(t, scsi.UnitConfig{Backend: struct{ block.Backend }{rec.Backend}}), sanitizeCDB(0x02, 0), nil, 0, "CHECK 5/20/00")
 }
 
 // TestSanitizeProgress asks while SANITIZE is at it.
 func TestSanitizeProgress(t *testing.T) {
-	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}
 	target := attach(t, scsi.UnitConfig{Backend: rec})
 	asked := 0
 	rec.OnCall = func(call string) {
@@ -78,7 +78,7 @@ func TestSanitizeProgress(t *testing.T) {
 			return
 		}
 		expect(t, target, testUnitReady, nil, 0, "CHECK 2/04/1b")
-		expect(t, target, cdb10(0x28, 0, 0, 1), nil, block, "CHECK 2/04/1b")
+		expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "CHECK 2/04/1b")
 		expect(t, target, []byte{0x12, 0, 0, 0, 96, 0}, nil, 96, "GOOD")
 		if a := expect(t, target, []byte{0x03, 0, 0, 0, 18, 0}, nil, 18, "GOOD"); hex.EncodeToString(a.Data) != "700002000000000a00000000041b00000000" {
 			t.Errorf("REQUEST SENSE % x", a.Data)
@@ -99,12 +99,12 @@ func TestSanitizeFailure(t *testing.T) {
 		want string
 		exit string
 	}{{0x02, "CHECK 3/31/03", "CHECK 5/24/00"}, {0x22, "CHECK 3/31/03", "GOOD"}, {0x82, "GOOD", "CHECK 5/24/00"}, {0xa2, "GOOD", "GOOD"}} {
-		faulty := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpDiscard, Nth: 1, Err: syscall.EIO})
+		faulty := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpDiscard, Nth: 1, Err: syscall.EIO})
 		target := attach(t, scsi.UnitConfig{Backend: faulty})
 		expect(t, target, sanitizeCDB(v.b1, 0), nil, 0, v.want)
 		ready(t, target)
 		expect(t, target, testUnitReady, nil, 0, "CHECK 3/31/03")
-		expect(t, target, cdb10(0x2a, 0, 0, 1), make([]byte, block), 0, "CHECK 3/31/03")
+		expect(t, target, cdb10(0x2a, 0, 0, 1), make([]byte, blockSize), 0, "CHECK 3/31/03")
 		expect(t, target, sanitizeCDB(0x1f, 0), nil, 0, v.exit)
 		expect(t, target, sanitizeCDB(0x02, 0), nil, 0, "GOOD")
 		expect(t, target, testUnitReady, nil, 0, "GOOD")
@@ -132,7 +132,7 @@ func TestSanitizeAborted(t *testing.T) {
 			"NEXUS RESET": func(target *scsi.Target) { target.NexusReset(3) },
 		} {
 			hang, reading := make(chan struct{}), make(chan struct{})
-			rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+			rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}
 			target := attach(t, scsi.UnitConfig{Backend: rec})
 			rec.OnCall = func(call string) {
 				if strings.HasPrefix(call, "read") {
@@ -142,7 +142,7 @@ func TestSanitizeAborted(t *testing.T) {
 			}
 			read, sanitize := make(chan scsi.Result, 1), make(chan scsi.Result, 1)
 			asNexus(target, 2, testUnitReady, nil, 0)
-			target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, block)}, Nexus: 2, Tag: 1,
+			target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)}, Nexus: 2, Tag: 1,
 				Done: func(r scsi.Result) { read <- r }})
 			<-reading
 			nexus := scsi.NexusID(0)
@@ -203,7 +203,7 @@ func TestSanitizeGoesOn(t *testing.T) {
 		},
 	} {
 		for _, b1 := range []byte{0x01, 0x81} {
-			target := attach(t, scsi.UnitConfig{Backend: backend.Null(1 << 40)})
+			target := attach(t, scsi.UnitConfig{Backend: block.Null(1 << 40)})
 			answer := make(chan scsi.Result, 1)
 			target.Submit(&scsi.Command{CDB: sanitizeCDB(b1, len(list)), Out: [][]byte{list}, Tag: 7,
 				Done: func(r scsi.Result) { answer <- r }})
@@ -233,7 +233,7 @@ func TestSanitizeLetsResize(t *testing.T) {
 	const size, access = 1 << 30, 256 << 10
 	var calls atomic.Int32
 	begun := make(chan struct{})
-	rec := &scsitest.Recorder{Backend: backend.Null(size), OnCall: func(string) {
+	rec := &scsitest.Recorder{Backend: block.Null(size), OnCall: func(string) {
 		if calls.Add(1) == 1 {
 			close(begun)
 		}
@@ -259,7 +259,7 @@ func TestSanitizeLetsResize(t *testing.T) {
 func TestReadBehindSanitize(t *testing.T) {
 	reading, hang, answered := make(chan struct{}), make(chan struct{}), make(chan struct{})
 	var first atomic.Bool
-	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block), OnCall: func(call string) {
+	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize), OnCall: func(call string) {
 		switch {
 		case strings.HasPrefix(call, "write"):
 			<-answered
@@ -272,9 +272,9 @@ func TestReadBehindSanitize(t *testing.T) {
 	var done [3]chan string
 	list := []byte{1, 0, 0, 1, 0xa5}
 	for i, c := range []scsi.Command{
-		{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, block)}},
+		{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)}},
 		{CDB: sanitizeCDB(0x81, len(list)), Out: [][]byte{list}},
-		{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, block)}},
+		{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)}},
 	} {
 		done[i] = make(chan string, 1)
 		go func() { done[i] <- scsitest.Run(target, &c).String() }()
@@ -300,7 +300,7 @@ func TestMemoryAfterDone(t *testing.T) {
 		{sanitizeCDB(0x81, len(list)), list}, {sanitizeCDB(0x82, 0), nil},
 		{cdb10(0x35, 0x02, 0, 0), nil}, {cdb16(0x91, 0x02, 0, 0), nil}, {[]byte{0x1b, 1, 0, 0, 0, 0}, nil},
 	} {
-		faulty := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush | backend.OpDiscard, Err: syscall.EIO})
+		faulty := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpFlush | block.OpDiscard, Err: syscall.EIO})
 		target := attach(t, scsi.UnitConfig{Backend: faulty})
 		cdb, out, done := bytes.Clone(v.cdb), bytes.Clone(v.out), make(chan struct{})
 		c := &scsi.Command{CDB: cdb, Out: [][]byte{out}}
@@ -330,7 +330,7 @@ func TestMemoryAfterDone(t *testing.T) {
 // TestStopAborted: a START STOP UNIT that is aborted while it flushes, or cannot flush, does not stop the unit.
 func TestStopAborted(t *testing.T) {
 	hang, flushing := make(chan struct{}), make(chan struct{})
-	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}
 	target := attach(t, scsi.UnitConfig{Backend: rec})
 	rec.OnCall = func(string) {
 		close(flushing)
@@ -352,7 +352,7 @@ func TestStopAborted(t *testing.T) {
 	if r := <-answer; r.Abort != scsi.NotAborted {
 		expect(t, target, testUnitReady, nil, 0, "GOOD")
 	}
-	faulty := backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpFlush, Err: syscall.EIO})
+	faulty := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpFlush, Err: syscall.EIO})
 	target = attach(t, scsi.UnitConfig{Backend: faulty})
 	expect(t, target, []byte{0x1b, 0, 0, 0, 0, 0}, nil, 0, "CHECK 3/0c/00")
 	expect(t, target, testUnitReady, nil, 0, "GOOD")

@@ -5,14 +5,14 @@ import (
 	"sync"
 	"testing"
 
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 )
 
 var errBackend = errors.New("the backend fails")
 
 // watched is storage that looks at how it is used.
 type watched struct {
-	*backend.Mem
+	*block.Mem
 	t       *testing.T
 	block   int
 	mu      sync.Mutex
@@ -100,7 +100,7 @@ func (w *watched) Zero(off, n int64) error { return w.Discard(off, n) }
 
 // resize makes the storage another.
 func (w *watched) resize(n int64) error {
-	m := backend.NewMem(n)
+	m := block.NewMem(n)
 	old := make([]byte, min(n, w.Size()))
 	_, _ = w.Mem.ReadAt(old, 0)
 	_, _ = m.WriteAt(old, 0)

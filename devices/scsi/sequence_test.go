@@ -10,8 +10,8 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
@@ -87,15 +87,15 @@ func newSequence(t *testing.T, in []byte) *sequence {
 		{Serial: "large", BlockSize: 4096, Cache: scsi.WriteThrough},
 		{Serial: "readonly", ReadOnly: true},
 	} {
-		size := max(cfg.BlockSize, block)
-		d := &watched{Mem: backend.NewMem(int64(32 * size)), t: t, block: size}
+		size := max(cfg.BlockSize, blockSize)
+		d := &watched{Mem: block.NewMem(int64(32 * size)), t: t, block: size}
 		_, _ = d.Mem.WriteAt(bytes.Repeat([]byte{byte(i) + 1}, size), 0)
 		cfg.Backend = d
 		if i == 1 {
 			cfg.Backend = struct {
-				scsi.Backend
-				scsi.Vectored
-				scsi.Syncer
+				block.Backend
+				block.Vectored
+				block.Syncer
 			}{d, d, d}
 		}
 		u, err := scsi.NewUnit(cfg)
@@ -148,7 +148,7 @@ func (u *modelUnit) tell(code string, except int) {
 // usages are the CDB USAGE DATA of all that the thin unit knows.
 var usages = sync.OnceValue(func() (list [][]byte) {
 	target := scsi.NewTarget()
-	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(4096), Serial: "s"})
+	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(4096), Serial: "s"})
 	if err == nil {
 		err = errors.Join(target.Attach(0, u), scsitest.Ready(target, 0))
 	}

@@ -6,8 +6,8 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
@@ -20,12 +20,12 @@ func TestSubmitWaitsForNothing(t *testing.T) {
 		hang := make(chan struct{})
 		var begun atomic.Int32
 		target := attach(t, scsi.UnitConfig{Backend: &scsitest.Recorder{
-			Backend: backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpRead, Hang: hang}),
+			Backend: block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpRead, Hang: hang}),
 			OnCall:  func(string) { begun.Add(1) },
 		}})
 		var good, aborted atomic.Int32
 		for tag := range uint64(most + more) {
-			target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), Tag: tag, In: [][]byte{make([]byte, block)}, Done: func(r scsi.Result) {
+			target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), Tag: tag, In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) {
 				switch {
 				case r.Abort == scsi.AbortedByTask:
 					aborted.Add(1)
@@ -57,7 +57,7 @@ func TestSubmitWaitsForNothing(t *testing.T) {
 // reluctant is storage that would wait each second time it is asked, with half of the
 // transfer done.
 type reluctant struct {
-	*backend.Mem
+	*block.Mem
 	asked, refused int
 }
 
@@ -79,7 +79,7 @@ func (r *reluctant) ReadVecNow(iov [][]byte, off int64) bool {
 
 func (r *reluctant) WriteVecNow(iov [][]byte, off int64) bool {
 	if !r.would(iov) {
-		_, _ = r.WriteAt(make([]byte, block), off)
+		_, _ = r.WriteAt(make([]byte, blockSize), off)
 		return false
 	}
 	return r.Mem.WriteVecNow(iov, off)
@@ -88,13 +88,13 @@ func (r *reluctant) WriteVecNow(iov [][]byte, off int64) bool {
 // TestPrompt holds what is done at once against what is not: the same data, and the
 // answer inside Submit or later.
 func TestPrompt(t *testing.T) {
-	b := &reluctant{Mem: backend.NewMem(blocks * block)}
+	b := &reluctant{Mem: block.NewMem(blocks * blockSize)}
 	target := attach(t, scsi.UnitConfig{Backend: b})
 	for i := range byte(8) {
-		want := bytes.Repeat([]byte{i + 1}, 4*block)
+		want := bytes.Repeat([]byte{i + 1}, 4*blockSize)
 		expect(t, target, cdb10(0x2a, 0, uint32(i)*4, 4), want, 0, "GOOD")
 		for range 2 {
-			if a := scsitest.Do(target, 0, cdb10(0x28, 0, uint32(i)*4, 4), nil, 4*block); a.Status != scsi.Good || a.Residual != 0 || !bytes.Equal(a.Data, want) {
+			if a := scsitest.Do(target, 0, cdb10(0x28, 0, uint32(i)*4, 4), nil, 4*blockSize); a.Status != scsi.Good || a.Residual != 0 || !bytes.Equal(a.Data, want) {
 				t.Errorf("round %d: %v, residual %d", i, a, a.Residual)
 			}
 		}
@@ -115,7 +115,7 @@ func TestPrompt(t *testing.T) {
 		returned.Store(true)
 		return inside, <-done
 	}
-	in, out := [][]byte{make([]byte, block)}, [][]byte{make([]byte, block)}
+	in, out := [][]byte{make([]byte, blockSize)}, [][]byte{make([]byte, blockSize)}
 	for name, c := range map[string]scsi.Command{
 		"READ(10)":        {CDB: cdb10(0x28, 0, 0, 1), In: in},
 		"WRITE(16)":       {CDB: cdb16(0x8a, 0, 0, 1), Out: out},

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"gvm/devices/iovec"
 )
 
 // Target is a SCSI target device with its logical units. Its methods may be
@@ -176,7 +178,7 @@ func (t *Target) Submit(c *Command) {
 	tk := t.tasks.Get().(*task)
 	tk.Command, tk.t = c, t
 	tk.Attr, tk.Nexus, tk.Tag = c.Attr, c.Nexus, c.Tag
-	tk.inLen, tk.outLen = size(c.In), size(c.Out)
+	tk.inLen, tk.outLen = iovec.Len(c.In), iovec.Len(c.Out)
 	tk.op, tk.err = lookupOpcode(tk.CDB)
 	tk.u = t.lookup(tk.LUN)
 	switch {
@@ -410,7 +412,7 @@ func (tk *task) reply(data []byte) error {
 	if tk.op.list != (field{}) {
 		data = data[:min(len(data), tk.listLength())]
 	}
-	tk.inDone = scatter(tk.In, data)
+	tk.inDone = iovec.Scatter(tk.In, data)
 	tk.overrun = tk.inDone < len(data)
 	return nil
 }
@@ -423,7 +425,7 @@ func (tk *task) parameters(n int) ([]byte, error) {
 		return nil, InvalidFieldInIU
 	}
 	b := make([]byte, n)
-	tk.outDone = gather(b, tk.Out)
+	tk.outDone = iovec.Gather(b, tk.Out)
 	return b, nil
 }
 
@@ -443,7 +445,7 @@ func (tk *task) clip(iov [][]byte, total, off, n int) [][]byte {
 	if off == 0 && n == total {
 		return iov
 	}
-	tk.iov = clip(tk.iov[:0], iov, off, n)
+	tk.iov = iovec.Cut(tk.iov[:0], iov, off, n)
 	return tk.iov
 }
 

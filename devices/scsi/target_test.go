@@ -8,18 +8,18 @@ import (
 	"sync"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
-const blocks, block = 2048, 512
+const blocks, blockSize = 2048, 512
 
 // attach makes a target with one unit at LUN 0, past its unit attention.
 func attach(t testing.TB, cfg scsi.UnitConfig) *scsi.Target {
 	t.Helper()
 	if cfg.Backend == nil {
-		cfg.Backend = backend.NewMem(blocks * block)
+		cfg.Backend = block.NewMem(blocks * blockSize)
 	}
 	if cfg.Serial == "" {
 		cfg.Serial = "S-0042"
@@ -86,9 +86,9 @@ func expect(t testing.TB, target *scsi.Target, cdb, out []byte, inLen int, want 
 
 // filled is n blocks, each with its own bytes.
 func filled(seed byte, n int) []byte {
-	p := make([]byte, n*block)
+	p := make([]byte, n*blockSize)
 	for i := range p {
-		p[i] = seed + byte(i/block)*3 + byte(i)
+		p[i] = seed + byte(i/blockSize)*3 + byte(i)
 	}
 	return p
 }
@@ -151,7 +151,7 @@ func TestReadWrite(t *testing.T) {
 	for i, f := range forms {
 		lba, n := uint32(100*i+1), 3+i
 		p := filled(byte(50+i), n)
-		copy(want[lba*block:], p)
+		copy(want[lba*blockSize:], p)
 		if a := expect(t, target, f.write(lba, n), p, 0, "GOOD"); a.Residual != 0 {
 			t.Errorf("write(%s): residual %d", f.name, a.Residual)
 		}
@@ -161,14 +161,14 @@ func TestReadWrite(t *testing.T) {
 			continue
 		}
 		for lba := uint32(0); lba < blocks; lba += 128 {
-			a := expect(t, target, f.read(lba, 128), nil, 128*block, "GOOD")
-			if !bytes.Equal(a.Data, want[lba*block:(lba+128)*block]) {
+			a := expect(t, target, f.read(lba, 128), nil, 128*blockSize, "GOOD")
+			if !bytes.Equal(a.Data, want[lba*blockSize:(lba+128)*blockSize]) {
 				t.Errorf("read(%s) at %d: wrong data", f.name, lba)
 			}
 		}
 	}
 	// In READ(6) and WRITE(6), 0 is 256 blocks.
-	if a := expect(t, target, six(0x08, 0, 0), nil, 256*block, "GOOD"); !bytes.Equal(a.Data, want[:256*block]) {
+	if a := expect(t, target, six(0x08, 0, 0), nil, 256*blockSize, "GOOD"); !bytes.Equal(a.Data, want[:256*blockSize]) {
 		t.Error("READ(6) of 256 blocks: wrong data")
 	}
 }
@@ -179,8 +179,8 @@ func TestBufferSizes(t *testing.T) {
 	p := filled(9, 4)
 	expect(t, target, cdb10(0x2a, 0, 0, 4), p, 0, "GOOD")
 
-	a := expect(t, target, cdb10(0x28, 0, 0, 2), nil, 4*block, "GOOD")
-	if a.Residual != 2*block || a.Overrun || !bytes.Equal(a.Data, p[:2*block]) {
+	a := expect(t, target, cdb10(0x28, 0, 0, 2), nil, 4*blockSize, "GOOD")
+	if a.Residual != 2*blockSize || a.Overrun || !bytes.Equal(a.Data, p[:2*blockSize]) {
 		t.Errorf("large buffer: residual %d, overrun %v", a.Residual, a.Overrun)
 	}
 	a = expect(t, target, cdb10(0x28, 0, 0, 4), nil, 1000, "GOOD")
@@ -188,15 +188,15 @@ func TestBufferSizes(t *testing.T) {
 		t.Errorf("small buffer: residual %d, overrun %v", a.Residual, a.Overrun)
 	}
 	a = expect(t, target, cdb10(0x2a, 0, 10, 1), p, 0, "GOOD")
-	if a.Residual != 3*block || a.Overrun {
+	if a.Residual != 3*blockSize || a.Overrun {
 		t.Errorf("too much data-out: residual %d, overrun %v", a.Residual, a.Overrun)
 	}
-	a = expect(t, target, cdb10(0x2a, 0, 20, 4), p[:3*block], 0, "CHECK 5/0e/03")
-	if a.Residual != 3*block || !a.Overrun {
+	a = expect(t, target, cdb10(0x2a, 0, 20, 4), p[:3*blockSize], 0, "CHECK 5/0e/03")
+	if a.Residual != 3*blockSize || !a.Overrun {
 		t.Errorf("too little data-out: residual %d, overrun %v", a.Residual, a.Overrun)
 	}
-	a = expect(t, target, cdb10(0x28, 0, 10, 14), nil, 14*block, "GOOD")
-	if !bytes.Equal(a.Data, append(slices.Clone(p[:block]), make([]byte, 13*block)...)) {
+	a = expect(t, target, cdb10(0x28, 0, 10, 14), nil, 14*blockSize, "GOOD")
+	if !bytes.Equal(a.Data, append(slices.Clone(p[:blockSize]), make([]byte, 13*blockSize)...)) {
 		t.Error("a write went past its blocks, or one with too little data wrote something")
 	}
 	if a := expect(t, target, []byte{0x12, 0, 0, 0, 96, 0}, nil, 5, "GOOD"); !a.Overrun {
@@ -206,9 +206,9 @@ func TestBufferSizes(t *testing.T) {
 		t.Error("INQUIRY with an allocation length of 5 bytes: overrun")
 	}
 	// The buffers scattered, in pieces that end inside blocks.
-	in := make([]byte, 4*block+100)
+	in := make([]byte, 4*blockSize+100)
 	c := &scsi.Command{CDB: cdb10(0x28, 0, 0, 4), In: [][]byte{in[:1], in[1:700], {}, in[700:]}}
-	if r := scsitest.Run(target, c); r.Status != scsi.Good || r.Residual != 100 || !bytes.Equal(in[:4*block], p) {
+	if r := scsitest.Run(target, c); r.Status != scsi.Good || r.Residual != 100 || !bytes.Equal(in[:4*blockSize], p) {
 		t.Errorf("scattered read: %v, residual %d", r, r.Residual)
 	}
 }
@@ -225,17 +225,17 @@ func (s *sparse) Flush() error { return nil }
 func (s *sparse) ReadAt(p []byte, off int64) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i := 0; i < len(p); i += block {
-		clear(p[i : i+block])
-		copy(p[i:i+block], s.m[off+int64(i)])
+	for i := 0; i < len(p); i += blockSize {
+		clear(p[i : i+blockSize])
+		copy(p[i:i+blockSize], s.m[off+int64(i)])
 	}
 	return len(p), nil
 }
 func (s *sparse) WriteAt(p []byte, off int64) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i := 0; i < len(p); i += block {
-		s.m[off+int64(i)] = slices.Clone(p[i : i+block])
+	for i := 0; i < len(p); i += blockSize {
+		s.m[off+int64(i)] = slices.Clone(p[i : i+blockSize])
 	}
 	return len(p), nil
 }
@@ -246,7 +246,7 @@ func TestLarge(t *testing.T) {
 	if a := expect(t, target, cdb10(0x25, 0, 0, 0), nil, 8, "GOOD"); !bytes.Equal(a.Data, []byte{255, 255, 255, 255, 0, 0, 2, 0}) {
 		t.Errorf("READ CAPACITY(10): % x", a.Data)
 	}
-	last := uint64(3<<40/block - 1)
+	last := uint64(3<<40/blockSize - 1)
 	if a := expect(t, target, cdb16(0x9e, 0x10, 0, 32), nil, 32, "GOOD"); binary.BigEndian.Uint64(a.Data) != last {
 		t.Errorf("READ CAPACITY(16): % x", a.Data)
 	}
@@ -254,20 +254,20 @@ func TestLarge(t *testing.T) {
 		expect(t, target, cdb16(0x8a, 0, lba, 1), filled(byte(i), 1), 0, "GOOD")
 	}
 	for i, lba := range []uint64{0, 1<<32 - 1, 1 << 32, last} {
-		if a := expect(t, target, cdb16(0x88, 0, lba, 1), nil, block, "GOOD"); !bytes.Equal(a.Data, filled(byte(i), 1)) {
+		if a := expect(t, target, cdb16(0x88, 0, lba, 1), nil, blockSize, "GOOD"); !bytes.Equal(a.Data, filled(byte(i), 1)) {
 			t.Errorf("block %#x: wrong data", lba)
 		}
 	}
-	expect(t, target, cdb16(0x88, 0, last, 2), nil, 2*block, "CHECK 5/21/00")
+	expect(t, target, cdb16(0x88, 0, last, 2), nil, 2*blockSize, "CHECK 5/21/00")
 }
 
 func TestThinAndSame(t *testing.T) {
-	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}
 	target := attach(t, scsi.UnitConfig{Backend: rec})
 	want := filled(1, blocks)
 	check := func(what string) {
 		t.Helper()
-		if a := expect(t, target, cdb10(0x28, 0, 0, blocks), nil, blocks*block, "GOOD"); !bytes.Equal(a.Data, want) {
+		if a := expect(t, target, cdb10(0x28, 0, 0, blocks), nil, blocks*blockSize, "GOOD"); !bytes.Equal(a.Data, want) {
 			t.Errorf("%s: wrong data", what)
 		}
 	}
@@ -286,7 +286,7 @@ func TestThinAndSame(t *testing.T) {
 		list = binary.BigEndian.AppendUint64(list, uint64(r[0]))
 		list = binary.BigEndian.AppendUint32(list, r[1])
 		list = append(list, 0, 0, 0, 0)
-		clear(want[r[0]*block : (r[0]+r[1])*block])
+		clear(want[r[0]*blockSize : (r[0]+r[1])*blockSize])
 	}
 	list = append(list, 0, 0, 0, 0, 0, 0, 7, 0)
 	expect(t, target, cdb10(0x42, 0, 0, 48), list, 0, "GOOD")
@@ -298,32 +298,32 @@ func TestThinAndSame(t *testing.T) {
 	expect(t, target, cdb10(0x41, 0, 300, 600), one, 0, "GOOD")
 	calls("write 153600+262144", "write 415744+45056")
 	for i := 300; i < 900; i++ {
-		copy(want[i*block:], one)
+		copy(want[i*blockSize:], one)
 	}
 	check("WRITE SAME(10)")
 	expect(t, target, cdb16(0x93, 0x08, 400, 10), one, 0, "GOOD") // UNMAP with data that is not zero
 	check("WRITE SAME(16) UNMAP of data")
 	rec.Log()
-	expect(t, target, cdb16(0x93, 0x08, 500, 10), make([]byte, block), 0, "GOOD")
+	expect(t, target, cdb16(0x93, 0x08, 500, 10), make([]byte, blockSize), 0, "GOOD")
 	expect(t, target, cdb16(0x93, 0x09, 510, 10), nil, 0, "GOOD") // NDOB
 	expect(t, target, cdb16(0x93, 0x01, 520, 10), nil, 0, "GOOD")
-	expect(t, target, cdb10(0x41, 0x00, 530, 10), make([]byte, block), 0, "GOOD")
+	expect(t, target, cdb10(0x41, 0x00, 530, 10), make([]byte, blockSize), 0, "GOOD")
 	calls("discard 256000+5120", "discard 261120+5120", "zero 266240+5120", "zero 271360+5120")
-	clear(want[500*block : 540*block])
+	clear(want[500*blockSize : 540*blockSize])
 	check("WRITE SAME of zeroes")
 }
 
 // TestThick has a backend with none of the optional interfaces.
 func TestThick(t *testing.T) {
-	target := attach(t, scsi.UnitConfig{Backend: struct{ scsi.Backend }{backend.NewMem(blocks * block)}})
+	target := attach(t, scsi.UnitConfig{Backend: struct{ block.Backend }{block.NewMem(blocks * blockSize)}})
 	scsitest.Check(t, target, 0, scsitest.Refusals)
 	expect(t, target, cdb10(0x2a, 0, 0, 4), filled(1, 4), 0, "GOOD")
 	expect(t, target, cdb10(0x42, 0, 0, 24), make([]byte, 24), 0, "CHECK 5/20/00")
-	expect(t, target, cdb16(0x93, 0x08, 0, 1), make([]byte, block), 0, "CHECK 5/24/00")
+	expect(t, target, cdb16(0x93, 0x08, 0, 1), make([]byte, blockSize), 0, "CHECK 5/24/00")
 	expect(t, target, cdb16(0x93, 0x01, 1, 2), nil, 0, "GOOD")
 	want := filled(1, 4)
-	clear(want[block : 3*block])
-	if a := expect(t, target, cdb10(0x28, 0, 0, 4), nil, 4*block, "GOOD"); !bytes.Equal(a.Data, want) {
+	clear(want[blockSize : 3*blockSize])
+	if a := expect(t, target, cdb10(0x28, 0, 0, 4), nil, 4*blockSize, "GOOD"); !bytes.Equal(a.Data, want) {
 		t.Error("WRITE SAME NDOB: wrong data")
 	}
 	if a := expect(t, target, cdb16(0x9e, 0x10, 0, 32), nil, 32, "GOOD"); a.Data[14] != 0 {
@@ -342,7 +342,7 @@ func TestVerify(t *testing.T) {
 	p := filled(7, 1024)
 	expect(t, target, cdb10(0x2a, 0, 0, 1024), p, 0, "GOOD")
 	wrong := slices.Clone(p)
-	wrong[600*block+5]++
+	wrong[600*blockSize+5]++
 	for _, v := range []struct {
 		cdb []byte
 		out []byte
@@ -356,9 +356,9 @@ func TestVerify(t *testing.T) {
 		{cdb12(0xaf, 0x02, 0, 1024), wrong, "CHECK e/1d/00"},
 		{cdb16(0x8f, 0x02, 0, 1024), wrong, "CHECK e/1d/00"},
 		{cdb10(0x2f, 0, 0, 1024), wrong, "GOOD"}, // BYTCHK 0 compares nothing
-		{cdb10(0x2f, 0x06, 3, 1), p[3*block : 4*block], "GOOD"},
-		{cdb10(0x2f, 0x06, 3, 2), p[3*block : 4*block], "CHECK e/1d/00"},
-		{cdb10(0x2f, 0x22, 0, 1), p[:block], "CHECK 5/24/00"},
+		{cdb10(0x2f, 0x06, 3, 1), p[3*blockSize : 4*blockSize], "GOOD"},
+		{cdb10(0x2f, 0x06, 3, 2), p[3*blockSize : 4*blockSize], "CHECK e/1d/00"},
+		{cdb10(0x2f, 0x22, 0, 1), p[:blockSize], "CHECK 5/24/00"},
 	} {
 		expect(t, target, v.cdb, v.out, 0, v.end)
 	}
@@ -380,7 +380,7 @@ func TestCompareAndWrite(t *testing.T) {
 	if want := []byte{0xf0, 0, 0x0e, 0, 0, 2, 0xbc}; !bytes.Equal(a.Sense[:7], want) { // VALID, INFORMATION 700
 		t.Errorf("sense % x, want % x", a.Sense[:7], want)
 	}
-	if a := expect(t, target, cdb10(0x28, 0, 5, 2), nil, 2*block, "GOOD"); !bytes.Equal(a.Data, new) {
+	if a := expect(t, target, cdb10(0x28, 0, 5, 2), nil, 2*blockSize, "GOOD"); !bytes.Equal(a.Data, new) {
 		t.Error("a miscompare changed the medium")
 	}
 }
@@ -396,11 +396,11 @@ func TestCompareAndWriteAtomic(t *testing.T) {
 			cdb := cdb16(0x89, 0, 0, 0)
 			cdb[13] = 1
 			for done := 0; done < steps; {
-				out := make([]byte, 2*block)
-				copy(out, scsitest.Do(target, 0, cdb10(0x28, 0, 0, 1), nil, block).Data)
+				out := make([]byte, 2*blockSize)
+				copy(out, scsitest.Do(target, 0, cdb10(0x28, 0, 0, 1), nil, blockSize).Data)
 				n := binary.BigEndian.Uint64(out)
-				for i := 0; i < block; i += 8 {
-					binary.BigEndian.PutUint64(out[block+i:], n+1)
+				for i := 0; i < blockSize; i += 8 {
+					binary.BigEndian.PutUint64(out[blockSize+i:], n+1)
 				}
 				switch a := scsitest.Do(target, 0, cdb, out, 0); a.String() {
 				case "GOOD":
@@ -414,8 +414,8 @@ func TestCompareAndWriteAtomic(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	a := expect(t, target, cdb10(0x28, 0, 0, 1), nil, block, "GOOD")
-	for i := 0; i < block; i += 8 {
+	a := expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "GOOD")
+	for i := 0; i < blockSize; i += 8 {
 		if n := binary.BigEndian.Uint64(a.Data[i:]); n != queues*steps {
 			t.Fatalf("counter %d at byte %d, want %d", n, i, queues*steps)
 		}
@@ -423,7 +423,7 @@ func TestCompareAndWriteAtomic(t *testing.T) {
 }
 
 func TestReadOnly(t *testing.T) {
-	rec := &scsitest.Recorder{Backend: backend.NewMem(blocks * block)}
+	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}
 	target := attach(t, scsi.UnitConfig{Backend: rec, ReadOnly: true})
 	caw := cdb16(0x89, 0, 0, 0)
 	caw[13] = 1
@@ -432,12 +432,12 @@ func TestReadOnly(t *testing.T) {
 		cdb10(0x2e, 0, 0, 1), cdb12(0xae, 0, 0, 1), cdb16(0x8e, 0, 0, 1), cdb10(0x41, 0, 0, 1), cdb16(0x93, 0, 0, 1), caw,
 		cdb16(0x8a, 0, 1<<40, 1),
 	} {
-		if a := expect(t, target, cdb, make([]byte, 2*block), 0, "CHECK 7/27/00"); a.Residual != 2*block {
+		if a := expect(t, target, cdb, make([]byte, 2*blockSize), 0, "CHECK 7/27/00"); a.Residual != 2*blockSize {
 			t.Errorf("%s: residual %d", scsi.OpcodeName(cdb), a.Residual)
 		}
 	}
 	expect(t, target, syncCache, nil, 0, "GOOD")
-	expect(t, target, cdb10(0x28, 0, 0, 1), nil, block, "GOOD")
+	expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "GOOD")
 	if got := rec.Log(); !slices.Equal(got, []string{"read 0+512"}) {
 		t.Errorf("calls %q", got)
 	}
@@ -450,7 +450,7 @@ func TestControlPage(t *testing.T) {
 	target := attach(t, scsi.UnitConfig{})
 	cdb, out := control(0, 0x08) // SWP
 	expect(t, target, cdb, out, 0, "GOOD")
-	expect(t, target, cdb10(0x2a, 0, 0, 1), make([]byte, block), 0, "CHECK 7/27/02")
+	expect(t, target, cdb10(0x2a, 0, 0, 1), make([]byte, blockSize), 0, "CHECK 7/27/02")
 	if a := expect(t, target, modeSense8, nil, 255, "GOOD"); a.Data[2] != 0x90 {
 		t.Errorf("device-specific parameter %02x with SWP", a.Data[2])
 	}
@@ -488,7 +488,7 @@ func TestWrongLUN(t *testing.T) {
 	if a := scsitest.Do(elsewhere, 0, reportLUNs, nil, 64); a.String() != "CHECK 5/25/00" || !a.NoLUN {
 		t.Errorf("REPORT LUNS of an empty target: %v", a)
 	}
-	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(4096), Serial: "x"})
+	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(4096), Serial: "x"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -499,7 +499,7 @@ func TestWrongLUN(t *testing.T) {
 	if a.NoLUN || !bytes.Equal(a.Data, []byte{0, 0, 0, 8, 0, 0, 0, 0, 0x41, 1, 0, 0, 0, 0, 0, 0}) {
 		t.Errorf("REPORT LUNS at LUN 0: %v, % x", a, a.Data)
 	}
-	if a := scsitest.Do(elsewhere, 0, cdb10(0x28, 0, 0, 1), nil, block); a.String() != "CHECK 5/25/00" || !a.NoLUN || a.Residual != block {
+	if a := scsitest.Do(elsewhere, 0, cdb10(0x28, 0, 0, 1), nil, blockSize); a.String() != "CHECK 5/25/00" || !a.NoLUN || a.Residual != blockSize {
 		t.Errorf("READ(10) at LUN 0: %v", a)
 	}
 	// The well-known logical unit, past its unit attention.
@@ -509,7 +509,7 @@ func TestWrongLUN(t *testing.T) {
 	if a := scsitest.Do(target, scsi.ReportLUNsWLUN, []byte{0x12, 0, 0, 0, 5, 0}, nil, 5); a.Data[0] != 0x1e || a.NoLUN {
 		t.Errorf("INQUIRY of the well-known unit: %v, % x", a, a.Data)
 	}
-	if a := scsitest.Do(target, scsi.ReportLUNsWLUN, cdb10(0x28, 0, 0, 1), nil, block); a.String() != "CHECK 5/20/00" {
+	if a := scsitest.Do(target, scsi.ReportLUNsWLUN, cdb10(0x28, 0, 0, 1), nil, blockSize); a.String() != "CHECK 5/20/00" {
 		t.Errorf("READ(10) of the well-known unit: %v", a)
 	}
 }
@@ -520,7 +520,7 @@ func TestManyUnits(t *testing.T) {
 	luns := []int{0, 3, 300}
 	ids := map[string]int{}
 	for i, n := range luns {
-		m := backend.NewMem(int64(i+1) * 8192)
+		m := block.NewMem(int64(i+1) * 8192)
 		if _, err := m.WriteAt(filled(byte(77*i), 1), 0); err != nil {
 			t.Fatal(err)
 		}
@@ -541,7 +541,7 @@ func TestManyUnits(t *testing.T) {
 		if err := scsitest.Ready(target, flat); err != nil {
 			t.Fatal(err)
 		}
-		if a := scsitest.Do(target, flat, cdb10(0x28, 0, 0, 1), nil, block); !bytes.Equal(a.Data, filled(byte(77*i), 1)) {
+		if a := scsitest.Do(target, flat, cdb10(0x28, 0, 0, 1), nil, blockSize); !bytes.Equal(a.Data, filled(byte(77*i), 1)) {
 			t.Errorf("LUN %d: wrong data", n)
 		}
 		if a := scsitest.Do(target, flat, cdb10(0x25, 0, 0, 0), nil, 8); binary.BigEndian.Uint32(a.Data) != uint32(16*(i+1)-1) {
@@ -552,7 +552,7 @@ func TestManyUnits(t *testing.T) {
 	if len(ids) != len(luns) {
 		t.Errorf("%d NAA designators for %d units", len(ids), len(luns))
 	}
-	same, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(4096), Serial: "disk3"})
+	same, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(4096), Serial: "disk3"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -566,12 +566,12 @@ func TestManyUnits(t *testing.T) {
 }
 
 func TestNewUnitRefuses(t *testing.T) {
-	m := backend.NewMem(8192)
+	m := block.NewMem(8192)
 	for name, cfg := range map[string]scsi.UnitConfig{
 		"no backend":      {Serial: "x"},
 		"no serial":       {Backend: m},
-		"odd size":        {Backend: backend.NewMem(1000), Serial: "x"},
-		"empty":           {Backend: backend.NewMem(0), Serial: "x"},
+		"odd size":        {Backend: block.NewMem(1000), Serial: "x"},
+		"empty":           {Backend: block.NewMem(0), Serial: "x"},
 		"block size":      {Backend: m, Serial: "x", BlockSize: 1024},
 		"serial not text": {Backend: m, Serial: "a\nb"},
 		"serial too long": {Backend: m, Serial: string(bytes.Repeat([]byte("s"), 65))},
@@ -584,7 +584,7 @@ func TestNewUnitRefuses(t *testing.T) {
 		}
 	}
 	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: struct {
-		scsi.Backend
+		block.Backend
 		identity
 	}{m, "/images/a"}})
 	if err != nil || u.Serial() != "b09bd74bbbbb592b289a" {

@@ -7,8 +7,8 @@ import (
 	"sync"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
@@ -21,7 +21,7 @@ func asNexus(target *scsi.Target, id scsi.NexusID, cdb, out []byte, inLen int) s
 }
 
 func TestUnitAttention(t *testing.T) {
-	m := backend.NewMem(blocks * block)
+	m := block.NewMem(blocks * blockSize)
 	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: m, Serial: "a"})
 	if err != nil {
 		t.Fatal(err)
@@ -35,8 +35,8 @@ func TestUnitAttention(t *testing.T) {
 	// INQUIRY and REPORT LUNS neither report nor clear it.
 	expect(t, target, inquiry, nil, 36, "GOOD")
 	expect(t, target, reportLUNs, nil, 16, "GOOD")
-	expect(t, target, cdb10(0x28, 0, 0, 1), nil, block, "CHECK 6/29/01")
-	expect(t, target, cdb10(0x28, 0, 0, 1), nil, block, "GOOD")
+	expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "CHECK 6/29/01")
+	expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "GOOD")
 	// Another initiator has its own, which REQUEST SENSE takes.
 	if a := asNexus(target, 7, requestSense, nil, 18); a.Status != scsi.Good || a.Data[2] != 6 || a.Data[12] != 0x29 || a.Data[13] != 1 {
 		t.Errorf("REQUEST SENSE of nexus 7: %v, % x", a, a.Data)
@@ -52,7 +52,7 @@ func TestUnitAttention(t *testing.T) {
 		t.Errorf("nexus 7 after MODE SELECT: %v", a)
 	}
 	// In order; a reset replaces what is pending; REPORT LUNS takes its own.
-	other, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(4096), Serial: "b"})
+	other, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(4096), Serial: "b"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,10 +89,10 @@ func TestUnitAttention(t *testing.T) {
 }
 
 // resizable is memory that grows.
-type resizable struct{ *backend.Mem }
+type resizable struct{ *block.Mem }
 
 func TestResized(t *testing.T) {
-	r := &resizable{backend.NewMem(8192)}
+	r := &resizable{block.NewMem(8192)}
 	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: r, Serial: "a"})
 	if err != nil {
 		t.Fatal(err)
@@ -104,19 +104,19 @@ func TestResized(t *testing.T) {
 	if err := scsitest.Ready(target, 0); err != nil {
 		t.Fatal(err)
 	}
-	r.Mem = backend.NewMem(16384)
-	expect(t, target, cdb10(0x28, 0, 16, 1), nil, block, "CHECK 5/21/00")
+	r.Mem = block.NewMem(16384)
+	expect(t, target, cdb10(0x28, 0, 16, 1), nil, blockSize, "CHECK 5/21/00")
 	if err := u.Resized(); err != nil {
 		t.Fatal(err)
 	}
-	expect(t, target, cdb10(0x28, 0, 16, 1), nil, block, "CHECK 6/2a/09")
-	expect(t, target, cdb10(0x28, 0, 16, 1), nil, block, "GOOD")
+	expect(t, target, cdb10(0x28, 0, 16, 1), nil, blockSize, "CHECK 6/2a/09")
+	expect(t, target, cdb10(0x28, 0, 16, 1), nil, blockSize, "GOOD")
 }
 
 // TestResize makes a unit smaller under reads of its end: none of them sees the
 // backend between its sizes.
 func TestResize(t *testing.T) {
-	r := &resizable{backend.NewMem(16384)}
+	r := &resizable{block.NewMem(16384)}
 	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: r, Serial: "a"})
 	if err != nil {
 		t.Fatal(err)
@@ -132,12 +132,12 @@ func TestResize(t *testing.T) {
 	if err := u.Resize(func() error { return failure }); err != failure || u.Blocks() != 32 {
 		t.Errorf("a change that failed: %v, %d blocks", err, u.Blocks())
 	}
-	expect(t, target, cdb10(0x28, 0, 31, 1), nil, block, "GOOD")
+	expect(t, target, cdb10(0x28, 0, 31, 1), nil, blockSize, "GOOD")
 	var readers sync.WaitGroup
 	for range 2 {
 		readers.Go(func() {
 			for {
-				switch a := scsitest.Do(target, 0, cdb10(0x28, 0, 31, 1), nil, block); a.String() {
+				switch a := scsitest.Do(target, 0, cdb10(0x28, 0, 31, 1), nil, blockSize); a.String() {
 				case "GOOD", "CHECK 6/2a/09":
 				case "CHECK 5/21/00":
 					return
@@ -148,12 +148,12 @@ func TestResize(t *testing.T) {
 			}
 		})
 	}
-	if err := u.Resize(func() error { r.Mem = backend.NewMem(8192); return nil }); err != nil || u.Blocks() != 16 {
+	if err := u.Resize(func() error { r.Mem = block.NewMem(8192); return nil }); err != nil || u.Blocks() != 16 {
 		t.Errorf("%v, %d blocks", err, u.Blocks())
 	}
 	readers.Wait()
 	// A size that the unit cannot have leaves it as it is.
-	if err := u.Resize(func() error { r.Mem = backend.NewMem(8191); return nil }); err == nil || u.Blocks() != 16 {
+	if err := u.Resize(func() error { r.Mem = block.NewMem(8191); return nil }); err == nil || u.Blocks() != 16 {
 		t.Errorf("%v, %d blocks", err, u.Blocks())
 	}
 }
@@ -163,7 +163,7 @@ func TestStopped(t *testing.T) {
 	startStop := func(b byte) []byte { return []byte{0x1b, 0, 0, 0, b, 0} }
 	expect(t, target, startStop(0), nil, 0, "GOOD")
 	expect(t, target, testUnitReady, nil, 0, "CHECK 2/04/02")
-	expect(t, target, cdb10(0x28, 0, 0, 1), nil, block, "CHECK 2/04/02")
+	expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "CHECK 2/04/02")
 	expect(t, target, modeSense8, nil, 255, "GOOD")
 	if a := expect(t, target, []byte{3, 0, 0, 0, 18, 0}, nil, 18, "GOOD"); a.Data[2] != 2 || a.Data[12] != 4 || a.Data[13] != 2 {
 		t.Errorf("REQUEST SENSE while stopped: % x", a.Data)
@@ -177,7 +177,7 @@ func stuck(t *testing.T) (target *scsi.Target, started chan struct{}, release fu
 	hang := make(chan struct{})
 	started = make(chan struct{}, 16)
 	rec := &scsitest.Recorder{
-		Backend: backend.NewFaulty(backend.NewMem(blocks*block), backend.Fault{Op: backend.OpRead, Len: block, Hang: hang}),
+		Backend: block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpRead, Len: blockSize, Hang: hang}),
 		OnCall:  func(call string) { started <- struct{}{} },
 	}
 	target = attach(t, scsi.UnitConfig{Backend: rec})
@@ -275,7 +275,7 @@ func TestAbort(t *testing.T) {
 			asNexus(target, 3, testUnitReady, nil, 0) // unit attention
 			var l journal
 			var got scsi.Result
-			go target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), Nexus: 3, Tag: 42, In: [][]byte{make([]byte, block)}, Done: func(r scsi.Result) {
+			go target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), Nexus: 3, Tag: 42, In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) {
 				got = r
 				l.add("answered")
 			}})
@@ -308,7 +308,7 @@ func TestAbort(t *testing.T) {
 			}
 			// The read may have ended before the function saw it: then it was
 			// answered normally, and before the function too.
-			if got.Abort != scsi.NotAborted && (got.Abort != f.cause || got.Status != scsi.TaskAborted || got.Residual != block) {
+			if got.Abort != scsi.NotAborted && (got.Abort != f.cause || got.Status != scsi.TaskAborted || got.Residual != blockSize) {
 				t.Errorf("result %+v", got)
 			}
 			if a := asNexus(target, 3, testUnitReady, nil, 0); got.Abort != scsi.NotAborted && a.String() != f.after {
@@ -338,7 +338,7 @@ func TestAbortWaiting(t *testing.T) {
 	submit := func(tag uint64, attr scsi.TaskAttr, cdb, out []byte) chan scsi.Result {
 		c := make(chan scsi.Result, 1)
 		wg.Go(func() {
-			target.Submit(&scsi.Command{CDB: cdb, Tag: tag, Attr: attr, Out: [][]byte{out}, In: [][]byte{make([]byte, block)}, Done: func(r scsi.Result) { c <- r }})
+			target.Submit(&scsi.Command{CDB: cdb, Tag: tag, Attr: attr, Out: [][]byte{out}, In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) { c <- r }})
 		})
 		return c
 	}
@@ -353,7 +353,7 @@ func TestAbortWaiting(t *testing.T) {
 	}
 	select {
 	case r := <-waiting:
-		if r.Abort != scsi.AbortedByTask || r.Residual != 2*block {
+		if r.Abort != scsi.AbortedByTask || r.Residual != 2*blockSize {
 			t.Errorf("aborted command: %+v", r)
 		}
 	default:
@@ -372,7 +372,7 @@ func TestAbortWaiting(t *testing.T) {
 		t.Errorf("ordered command: %+v", r)
 	}
 	wg.Wait()
-	if a := scsitest.Do(target, 0, cdb10(0x28, 0, 9, 1), nil, block); !slices.Equal(a.Data, make([]byte, block)) {
+	if a := scsitest.Do(target, 0, cdb10(0x28, 0, 9, 1), nil, blockSize); !slices.Equal(a.Data, make([]byte, blockSize)) {
 		t.Error("an aborted write that had not begun wrote something")
 	}
 }
@@ -382,7 +382,7 @@ func TestAbortWaiting(t *testing.T) {
 func TestDetach(t *testing.T) {
 	target, started, release := stuck(t)
 	done := make(chan scsi.Result, 1)
-	go target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, block)}, Done: func(r scsi.Result) { done <- r }})
+	go target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) { done <- r }})
 	<-started
 	unit := target.Unit(0)
 	go release()
@@ -441,7 +441,7 @@ func TestCompareAndWriteAlone(t *testing.T) {
 	target, started, release := stuck(t)
 	cdb := cdb16(0x89, 0, 0, 0)
 	cdb[13] = 1
-	out := append(make([]byte, block), filled(1, 1)...)
+	out := append(make([]byte, blockSize), filled(1, 1)...)
 	var wg sync.WaitGroup
 	wg.Go(func() { expect(t, target, cdb, out, 0, "GOOD") })
 	<-started
@@ -459,7 +459,7 @@ func TestCompareAndWriteAlone(t *testing.T) {
 	}
 	release()
 	wg.Wait()
-	if a := expect(t, target, cdb10(0x28, 0, 0, 1), nil, block, "GOOD"); !slices.Equal(a.Data, filled(2, 1)) {
+	if a := expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "GOOD"); !slices.Equal(a.Data, filled(2, 1)) {
 		t.Error("the later write is not what the block holds")
 	}
 }

@@ -6,13 +6,15 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"gvm/devices/block"
 )
 
 // Flushed returns what is closed when the flushes of commands with IMMED have ended.
 func (u *Unit) Flushed() <-chan struct{} { return u.later.ended() }
 
 // idle is storage that nothing is done with.
-type idle struct{ Backend }
+type idle struct{ block.Backend }
 
 func (idle) Size() int64 { return 1 << 20 }
 

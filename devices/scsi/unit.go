@@ -7,6 +7,9 @@ import (
 	"math/bits"
 	"sync"
 	"sync/atomic"
+
+	"gvm/devices/block"
+	"gvm/devices/iovec"
 )
 
 // CacheMode is the promise of a unit about the durability of written data.
@@ -31,7 +34,7 @@ const (
 // UnitConfig describes a logical unit. Backend and a serial number, its own or
 // the Backend's identity, are all that it needs.
 type UnitConfig struct {
-	Backend Backend
+	Backend block.Backend
 	// Serial is the unit serial number, 1 to 64 printable ASCII characters. The NAA and T10
 	// designators are derived from it: the same serial gives the same names in every run. If it is
 	// empty, it is derived from the identity of an Identified backend.
@@ -67,13 +70,13 @@ type UnitConfig struct {
 // Unit is a logical unit: a direct access block device (SBC-4) over a Backend.
 type Unit struct {
 	cfg         UnitConfig
-	b           Backend
+	b           block.Backend
 	blockSize   int64
 	granularity int64 // bytes, of discards; 0 for a unit without
 	wellKnown   bool  // the REPORT LUNS well-known logical unit: no medium
 	serial      string
-	limit       *limiter // nil: none
-	now         Prompt   // nil: every transfer may wait
+	limit       *limiter     // nil: none
+	now         block.Prompt // nil: every transfer may wait
 
 	blocks     atomic.Uint64                     // capacity
 	wce        atomic.Bool                       // caching mode page: WCE
@@ -134,7 +137,7 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 	if cfg.Cache > Unsafe {
 		return nil, fmt.Errorf("scsi unit: unknown cache mode %d", cfg.Cache)
 	}
-	if id, ok := cfg.Backend.(Identified); ok && cfg.Serial == "" {
+	if id, ok := cfg.Backend.(block.Identified); ok && cfg.Serial == "" {
 		cfg.Serial = serialFrom(id.Identity())
 	}
 	for _, f := range []struct {
@@ -168,13 +171,13 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 		return nil, err
 	}
 	u.blocks.Store(blocks)
-	if g := discardGranularity(u.b); g > 0 && !cfg.ReadOnly {
+	if g := block.DiscardGranularity(u.b); g > 0 && !cfg.ReadOnly {
 		u.granularity = max(g, u.blockSize)
 	}
 	if u.limit, err = newLimiter(cfg); err != nil {
 		return nil, fmt.Errorf("scsi unit: %w", err)
 	}
-	u.now, _ = cfg.Backend.(Prompt)
+	u.now, _ = cfg.Backend.(block.Prompt)
 	u.init()
 	if u.set.pr, err = loadReservations(cfg.Reservations); err != nil {
 		return nil, fmt.Errorf("scsi unit: persistent reservations: %w", err)
@@ -343,10 +346,10 @@ func (u *Unit) attempt(op string, off int64, do func() error) error {
 // read fills iov from lba on.
 func (u *Unit) read(iov [][]byte, lba uint64) error {
 	if u.cfg.Protection != nil {
-		return u.readChecked(nil, iov, lba, size(iov)/int(u.blockSize), nil, checkAll)
+		return u.readChecked(nil, iov, lba, iovec.Len(iov)/int(u.blockSize), nil, checkAll)
 	}
 	off := int64(lba) * u.blockSize
-	return u.try("read", off, func() (int, error) { return ReadVec(u.b, iov, off) })
+	return u.try("read", off, func() (int, error) { return block.ReadVec(u.b, iov, off) })
 }
 
 // readNow is read that does not block; if it returns false, use read.
@@ -375,7 +378,7 @@ func (u *Unit) write(iov [][]byte, lba uint64, fua bool) error {
 	off := int64(lba) * u.blockSize
 	durable := u.durable(fua)
 	if durable && u.cfg.Retry == nil {
-		return u.try("write", off, func() (int, error) { return WriteVecDurable(u.b, iov, off) })
+		return u.try("write", off, func() (int, error) { return block.WriteVecDurable(u.b, iov, off) })
 	}
 	err := u.store(iov, lba)
 	if err == nil && durable {
@@ -391,7 +394,7 @@ func (u *Unit) store(iov [][]byte, lba uint64) error {
 		return u.writeChecked(nil, iov, lba, nil, 0, false)
 	}
 	off := int64(lba) * u.blockSize
-	err := u.try("write", off, func() (int, error) { return WriteVec(u.b, iov, off) })
+	err := u.try("write", off, func() (int, error) { return block.WriteVec(u.b, iov, off) })
 	u.written.Add(1)
 	return err
 }
@@ -504,7 +507,7 @@ func (u *Unit) discardPiece(lba, n uint64) error {
 				return err
 			}
 		}
-		return u.b.(Discarder).Discard(off, size)
+		return u.b.(block.Discarder).Discard(off, size)
 	})
 	u.written.Add(1)
 	return err
@@ -517,7 +520,7 @@ func (u *Unit) zero(w worker, lba, n uint64, discard bool) error {
 	if discard && u.thin() {
 		err = u.discard(w, lba, n)
 	}
-	if z, ok := u.b.(Zeroer); ok && u.cfg.Protection == nil && errors.Is(err, errors.ErrUnsupported) {
+	if z, ok := u.b.(block.Zeroer); ok && u.cfg.Protection == nil && errors.Is(err, errors.ErrUnsupported) {
 		err = u.inPieces(w, lba, n, func(lba, n uint64) error {
 			off := int64(lba) * u.blockSize
 			return u.attempt("zero", off, func() error { return z.Zero(off, int64(n)*u.blockSize) })

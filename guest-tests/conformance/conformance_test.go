@@ -15,8 +15,8 @@ import (
 	"sync"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
@@ -63,14 +63,14 @@ func TestTarget(t *testing.T) {
 			"PrinReadKeys.Truncate", "ProutRegister.Simple", "ProutReserve.Simple"}},
 	} {
 		t.Run(v.list, func(t *testing.T) {
-			file, err := backend.Open(filepath.Join(t.TempDir(), "disk"), backend.Options{Size: Size})
+			file, err := block.Open(filepath.Join(t.TempDir(), "disk"), block.Options{Size: Size})
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer file.Close()
 			v.unit.Backend = file
 			if v.thick {
-				v.unit.Backend = struct{ scsi.Backend }{file}
+				v.unit.Backend = struct{ block.Backend }{file}
 			}
 			u, err := scsi.NewUnit(v.unit)
 			if err != nil {

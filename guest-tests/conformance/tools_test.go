@@ -10,8 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 )
 
 var update = flag.Bool("update", false, "write testdata/tools anew")
@@ -223,14 +223,14 @@ func TestTools(t *testing.T) {
 				{Serial: "golden-2"},
 			} {
 				// A file system's block size decides what UNMAP does; memory has one everywhere.
-				m, err := backend.OpenMemory(Size)
+				m, err := block.OpenMemory(Size)
 				if err != nil {
 					t.Fatal(err)
 				}
 				defer m.Close()
 				cfg.Backend = m
 				if i == 1 {
-					cfg.Backend = struct{ scsi.Backend }{m}
+					cfg.Backend = struct{ block.Backend }{m}
 				}
 				u, err := scsi.NewUnit(cfg)
 				if err != nil {

@@ -17,8 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/lio"
 	"gvm/guest-tests/lab"
 	"gvm/guest/bootinit"
@@ -214,7 +214,7 @@ func BenchmarkDisk(b *testing.B) {
 				"-drive", "if=none,id=d,format=raw,cache=writeback,file="+file, "-device", "scsi-hd,drive=d"), func() {}
 		}},
 		{"qemu-vhost", -1, func() (string, []string, func()) {
-			f, err := backend.Open(file, backend.Options{})
+			f, err := block.Open(file, block.Options{})
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -13,8 +13,8 @@ import (
 	"sync"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
@@ -131,7 +131,7 @@ func TestVhostPlug(t *testing.T) {
 	contents := [][]byte{content("plug 0", 1<<20), content("plug 1", 2<<20)}
 	var units []lio.Unit
 	for n, b := range contents {
-		f, err := backend.Open(diskFile(t, b), backend.Options{})
+		f, err := block.Open(diskFile(t, b), block.Options{})
 		must(t, err)
 		t.Cleanup(func() { f.Close() })
 		units = append(units, lio.Unit{LUN: n, UnitConfig: scsi.UnitConfig{Backend: f}})

@@ -6,7 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 )
 
 // configError is an error in a value that the user gave.
@@ -39,8 +39,8 @@ func IsConfig(err error) bool {
 	case errors.As(err, &config):
 		return true
 	case errors.As(err, &image):
-		for _, kind := range []error{backend.ErrLocked, backend.ErrFormat, backend.ErrSize,
-			backend.ErrNotDisk, backend.ErrBase, backend.ErrNoLocks, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
+		for _, kind := range []error{block.ErrLocked, block.ErrFormat, block.ErrSize,
+			block.ErrNotDisk, block.ErrBase, block.ErrNoLocks, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
 			unix.EROFS, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG, unix.ETXTBSY, unix.EFBIG} {
 			if errors.Is(err, kind) {
 				return true

@@ -7,7 +7,7 @@ import (
 	"io"
 	"slices"
 
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/vhostscsi"
@@ -75,7 +75,7 @@ func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) e
 			for i, u := range k.units {
 				busy[u.Backend] = true
 				if i == 0 {
-					name, mend = ds.paths[u.Backend.(*backend.File).Path()], "; gvm lio gc removes what is left"
+					name, mend = ds.paths[u.Backend.(*block.File).Path()], "; gvm lio gc removes what is left"
 				}
 			}
 			ds.mishaps.note(fmt.Sprintf("%s: the kernel has not let go of it; gvm ends without that%s", name, mend))
@@ -132,7 +132,7 @@ type kernelUnits struct {
 	path    string // of the first disk
 }
 
-func (u *kernelUnits) add(d Spec, f *backend.File) error {
+func (u *kernelUnits) add(d Spec, f *block.File) error {
 	if len(u.units) > 0 && d.Workers != u.workers {
 		return fmt.Errorf("workers= differs from %s's: both are on one target", u.path)
 	}

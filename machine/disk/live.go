@@ -15,8 +15,8 @@ import (
 	"time"
 
 	"gvm/control"
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/sidecar"
 	"gvm/devices/virtio/vscsi"
 	"gvm/text"
@@ -101,9 +101,9 @@ type Notifier interface {
 	Event(vscsi.EventType, scsi.LUN, vscsi.Reason) vscsi.Delivery
 }
 
-// resizer is a backend whose size can change; *backend.File is one.
+// resizer is a backend whose size can change; *block.File is one.
 type resizer interface {
-	Resize(n int64, shrink bool, cut func(*backend.File, int64) error) error
+	Resize(n int64, shrink bool, cut func(*block.File, int64) error) error
 }
 
 // served is a disk that is a unit of gvm's own target.
@@ -140,7 +140,7 @@ func (s *served) number() int {
 	return n
 }
 
-func (s *served) backend() scsi.Backend { return s.unit.Config().Backend }
+func (s *served) backend() block.Backend { return s.unit.Config().Backend }
 
 // describe returns the disk as the control socket shows it.
 func (s *served) describe() control.Disk {
@@ -178,7 +178,7 @@ func (ds *Set) List() []control.Disk {
 			list = append(list, control.Disk{WWN: k.target.WWN, Backend: "vhost"})
 		}
 		for _, u := range k.units {
-			path := control.Text(ds.paths[u.Backend.(*backend.File).Path()])
+			path := control.Text(ds.paths[u.Backend.(*block.File).Path()])
 			list = append(list, control.Disk{LUN: u.LUN, Path: path, WWN: k.target.WWN, Serial: control.Text(u.Serial),
 				Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly,
 				Cache: CacheName(u.Cache), Backend: "vhost"})
@@ -228,7 +228,7 @@ func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 func (ds *Set) addNow(d Spec) (control.Change, error) {
 	own := &Set{target: ds.target, mishaps: ds.mishaps} // until the disk is added
 	f, err := own.openImage(d)
-	if locked := (*backend.LockedError)(nil); errors.As(err, &locked) && locked.Other != "" {
+	if locked := (*block.LockedError)(nil); errors.As(err, &locked) && locked.Other != "" {
 		locked.Other = Absolute(locked.Other) // the client may have another working directory
 	}
 	if err != nil {
@@ -405,7 +405,7 @@ func (ds *Set) find(id string) (int, error) {
 	for _, k := range ds.kernels {
 		for _, u := range k.units {
 			if isLUN && u.LUN == n || u.Serial != "" && u.Serial == id ||
-				ds.paths[u.Backend.(*backend.File).Path()] == id {
+				ds.paths[u.Backend.(*block.File).Path()] == id {
 				return 0, control.Errorf(http.StatusConflict,
 					"disk %s has backend=vhost: it cannot be changed while the machine runs", id)
 			}
@@ -452,7 +452,7 @@ func (ds *Set) tell(s *served, t vscsi.EventType, r vscsi.Reason) control.Guest 
 
 // taken removes and returns the open files of a backend, for the caller to close. The caller holds
 // mu.
-func (ds *Set) taken(b scsi.Backend) (f opened) {
+func (ds *Set) taken(b block.Backend) (f opened) {
 	if i := slices.IndexFunc(ds.open, func(i opened) bool { return any(i.backend) == any(b) }); i >= 0 {
 		f = ds.open[i]
 		ds.open = slices.Delete(ds.open, i, i+1)
@@ -501,7 +501,7 @@ func refusal(err error) error {
 		return err
 	case errors.Is(err, fs.ErrNotExist):
 		return control.Errorf(http.StatusNotFound, "%v", err)
-	case errors.Is(err, backend.ErrLocked), errors.Is(err, backend.ErrSize):
+	case errors.Is(err, block.ErrLocked), errors.Is(err, block.ErrSize):
 		return control.Errorf(http.StatusConflict, "%v", err)
 	}
 	return control.Errorf(http.StatusBadRequest, "%v", err)

@@ -9,26 +9,26 @@ import (
 	"time"
 
 	"gvm/control"
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
 // slow is a backend whose operations wait until goOn is closed.
 type slow struct {
-	*backend.Mem
+	*block.Mem
 	begun, goOn chan struct{}
 }
 
 func newSlow() *slow {
-	return &slow{backend.NewMem(1 << 20), make(chan struct{}, 10), make(chan struct{})}
+	return &slow{block.NewMem(1 << 20), make(chan struct{}, 10), make(chan struct{})}
 }
 
 func (s *slow) wait() { s.begun <- struct{}{}; <-s.goOn }
 
 func (s *slow) Flush() error { s.wait(); return nil }
 
-func (s *slow) Resize(int64, bool, func(*backend.File, int64) error) error { s.wait(); return nil }
+func (s *slow) Resize(int64, bool, func(*block.File, int64) error) error { s.wait(); return nil }
 
 var _ resizer = (*slow)(nil)
 

@@ -6,8 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 )
 
 const (
@@ -17,8 +16,8 @@ const (
 )
 
 // mbr makes a disk with an MBR's partition table.
-func mbr(signature uint32, types ...byte) scsi.Backend {
-	m := backend.NewMem(1 << 20)
+func mbr(signature uint32, types ...byte) block.Backend {
+	m := block.NewMem(1 << 20)
 	b := make([]byte, 512)
 	binary.LittleEndian.PutUint32(b[440:], signature)
 	for i, t := range types {
@@ -35,7 +34,7 @@ func mbr(signature uint32, types ...byte) scsi.Backend {
 }
 
 // gpt makes a disk with a GUID partition table, whose partitions have the unique GUIDs 11…, 22…
-func gpt(block int, types ...string) scsi.Backend {
+func gpt(block int, types ...string) block.Backend {
 	m := mbr(0, 0xee)
 	entries := make([]byte, 128*128)
 	for i, t := range types {
@@ -60,7 +59,7 @@ func gpt(block int, types ...string) scsi.Backend {
 	return m
 }
 
-func broken(b scsi.Backend, at int64) scsi.Backend {
+func broken(b block.Backend, at int64) block.Backend {
 	_, _ = b.WriteAt([]byte{0xa5}, at)
 	return b
 }
@@ -68,7 +67,7 @@ func broken(b scsi.Backend, at int64) scsi.Backend {
 // TestRoot checks root= for a kernel without an initrd: a word that names the first disk in any
 // order in which Linux may find the disks, or no word and a note.
 func TestRoot(t *testing.T) {
-	plain := func() scsi.Backend { return backend.NewMem(1 << 20) }
+	plain := func() block.Backend { return block.NewMem(1 << 20) }
 	guid := func(digit string) string {
 		return "PARTUUID=" + strings.Repeat(digit, 8) + strings.Repeat("-"+strings.Repeat(digit, 4), 3) + "-" +
 			strings.Repeat(digit, 12)
@@ -76,29 +75,29 @@ func TestRoot(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		block int
-		disks []scsi.Backend
+		disks []block.Backend
 		want  string // "" for a note
 	}{
-		{"a file system alone", 512, []scsi.Backend{plain()}, "/dev/sda"},
-		{"a target of the kernel's alone", 512, []scsi.Backend{nil}, "/dev/sda"},
-		{"two file systems", 512, []scsi.Backend{plain(), plain()}, ""},
-		{"with a target of the kernel's", 512, []scsi.Backend{plain(), nil}, ""},
-		{"MBR", 512, []scsi.Backend{mbr(0xdeadbeef, 0x82, 0x83)}, "PARTUUID=deadbeef-02"},
-		{"MBR and others", 512, []scsi.Backend{mbr(0x0a, 0x83), plain(), mbr(0x0b, 0x83)}, "PARTUUID=0000000a-01"},
-		{"MBR and its clone", 512, []scsi.Backend{mbr(0x0a, 0x83), mbr(0x0a, 0x83)}, ""},
-		{"two partitions", 512, []scsi.Backend{mbr(0x0a, 0x83, 0x83)}, ""},
-		{"extended", 512, []scsi.Backend{mbr(0x0a, 0x83, 0x05)}, ""},
-		{"no Linux partition", 512, []scsi.Backend{mbr(0x0a, 0x0c)}, ""},
-		{"a boot sector", 512, []scsi.Backend{mbr(0x0a)}, "/dev/sda"},
-		{"no partition table", 512, []scsi.Backend{broken(mbr(0x0a, 0x83), 446)}, "/dev/sda"},
-		{"GPT, root by type", 512, []scsi.Backend{gpt(512, espGUID, linuxDataGUID, linuxRootGUID), plain()}, guid("3")},
-		{"GPT, 4096", 4096, []scsi.Backend{gpt(4096, espGUID, linuxDataGUID), plain()}, guid("2")},
-		{"GPT, two of Linux", 512, []scsi.Backend{gpt(512, linuxDataGUID, linuxDataGUID)}, ""},
-		{"GPT, two roots", 512, []scsi.Backend{gpt(512, linuxRootGUID, linuxRootGUID)}, ""},
-		{"GPT and its clone", 512, []scsi.Backend{gpt(512, linuxDataGUID), gpt(512, linuxRootGUID)}, ""},
-		{"GPT header broken", 512, []scsi.Backend{broken(gpt(512, linuxDataGUID), 512+60)}, ""},
-		{"GPT entries broken", 512, []scsi.Backend{broken(gpt(512, linuxDataGUID), 1024+56)}, ""},
-		{"GPT of another block size", 4096, []scsi.Backend{gpt(512, linuxDataGUID)}, ""},
+		{"a file system alone", 512, []block.Backend{plain()}, "/dev/sda"},
+		{"a target of the kernel's alone", 512, []block.Backend{nil}, "/dev/sda"},
+		{"two file systems", 512, []block.Backend{plain(), plain()}, ""},
+		{"with a target of the kernel's", 512, []block.Backend{plain(), nil}, ""},
+		{"MBR", 512, []block.Backend{mbr(0xdeadbeef, 0x82, 0x83)}, "PARTUUID=deadbeef-02"},
+		{"MBR and others", 512, []block.Backend{mbr(0x0a, 0x83), plain(), mbr(0x0b, 0x83)}, "PARTUUID=0000000a-01"},
+		{"MBR and its clone", 512, []block.Backend{mbr(0x0a, 0x83), mbr(0x0a, 0x83)}, ""},
+		{"two partitions", 512, []block.Backend{mbr(0x0a, 0x83, 0x83)}, ""},
+		{"extended", 512, []block.Backend{mbr(0x0a, 0x83, 0x05)}, ""},
+		{"no Linux partition", 512, []block.Backend{mbr(0x0a, 0x0c)}, ""},
+		{"a boot sector", 512, []block.Backend{mbr(0x0a)}, "/dev/sda"},
+		{"no partition table", 512, []block.Backend{broken(mbr(0x0a, 0x83), 446)}, "/dev/sda"},
+		{"GPT, root by type", 512, []block.Backend{gpt(512, espGUID, linuxDataGUID, linuxRootGUID), plain()}, guid("3")},
+		{"GPT, 4096", 4096, []block.Backend{gpt(4096, espGUID, linuxDataGUID), plain()}, guid("2")},
+		{"GPT, two of Linux", 512, []block.Backend{gpt(512, linuxDataGUID, linuxDataGUID)}, ""},
+		{"GPT, two roots", 512, []block.Backend{gpt(512, linuxRootGUID, linuxRootGUID)}, ""},
+		{"GPT and its clone", 512, []block.Backend{gpt(512, linuxDataGUID), gpt(512, linuxRootGUID)}, ""},
+		{"GPT header broken", 512, []block.Backend{broken(gpt(512, linuxDataGUID), 512+60)}, ""},
+		{"GPT entries broken", 512, []block.Backend{broken(gpt(512, linuxDataGUID), 1024+56)}, ""},
+		{"GPT of another block size", 4096, []block.Backend{gpt(512, linuxDataGUID)}, ""},
 	} {
 		var disks []rootDisk
 		for _, b := range tt.disks {
@@ -112,13 +111,13 @@ func TestRoot(t *testing.T) {
 }
 
 func FuzzPartitions(f *testing.F) {
-	for _, b := range []scsi.Backend{mbr(1, 0x83), gpt(512, linuxRootGUID)} {
+	for _, b := range []block.Backend{mbr(1, 0x83), gpt(512, linuxRootGUID)} {
 		seed := make([]byte, 20<<10)
 		_, _ = b.ReadAt(seed, 0)
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, image []byte) {
-		m := backend.NewMem(1 << 20)
+		m := block.NewMem(1 << 20)
 		_, _ = m.WriteAt(image[:min(len(image), 1<<20)], 0)
 		parts, ok := partitions(rootDisk{m, 512})
 		if len(parts) > 4096 || !ok && len(parts) > 0 {

@@ -9,8 +9,8 @@ import (
 	"slices"
 	"time"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/sidecar"
 	"gvm/devices/virtio/vhostscsi"
 )
@@ -156,7 +156,7 @@ func openAll(list []Spec, k kernelOptions, m *mishaps) (_ *Set, err error) {
 			return nil, err
 		}
 		ds.given = append(ds.given, rootDisk{f, d.BlockSize})
-		if file, ok := f.(*backend.File); ok && d.Backend == Vhost {
+		if file, ok := f.(*block.File); ok && d.Backend == Vhost {
 			if ds.paths == nil {
 				ds.paths = map[string]string{}
 			}
@@ -205,22 +205,22 @@ func assignLUNs(list []Spec) error {
 }
 
 // openImage opens and locks a disk's image, or makes its memory or null backend.
-func (ds *Set) openImage(d Spec) (scsi.Backend, error) {
+func (ds *Set) openImage(d Spec) (block.Backend, error) {
 	switch d.Storage {
 	case Memory:
 		if d.Size%int64(d.BlockSize) != 0 {
 			return nil, configError{fmt.Errorf("--disk %s: not a multiple of the block size %d", d.Path, d.BlockSize)}
 		}
-		f, err := backend.OpenMemory(d.Size)
+		f, err := block.OpenMemory(d.Size)
 		if err != nil {
 			return nil, err
 		}
 		ds.open = append(ds.open, opened{backend: f})
 		return f, nil
 	case Null:
-		return backend.Null(d.Size), nil
+		return block.Null(d.Size), nil
 	}
-	f, err := backend.Open(d.Path, backend.Options{
+	f, err := block.Open(d.Path, block.Options{
 		ReadOnly: d.ReadOnly || d.Overlay != "", Size: d.Size, BlockSize: d.BlockSize,
 		NoLock: d.NoLock, Lend: d.Backend == Vhost, Note: ds.mishaps.note,
 	})
@@ -235,7 +235,7 @@ func (ds *Set) openImage(d Spec) (scsi.Backend, error) {
 	if path == OverlayOn {
 		path = ""
 	}
-	o, err := backend.OpenOverlay(f, path)
+	o, err := block.OpenOverlay(f, path)
 	if err != nil {
 		return nil, errors.Join(ImageError{fmt.Errorf("overlay: %w", err)}, f.Close())
 	}
@@ -244,7 +244,7 @@ func (ds *Set) openImage(d Spec) (scsi.Backend, error) {
 }
 
 // unit returns the target's configuration of the disk's unit.
-func (d *Spec) unit(b scsi.Backend) scsi.UnitConfig {
+func (d *Spec) unit(b block.Backend) scsi.UnitConfig {
 	serial := d.Serial
 	if serial == "" && d.Storage != Image {
 		serial = fmt.Sprintf("gvm-memory-%d", max(d.LUN, 0))
@@ -255,7 +255,7 @@ func (d *Spec) unit(b scsi.Backend) scsi.UnitConfig {
 }
 
 // Attach makes the disk a unit of gvm's own target.
-func (ds *Set) Attach(d Spec, b scsi.Backend) (err error) {
+func (ds *Set) Attach(d Spec, b block.Backend) (err error) {
 	cfg, keeper := d.unit(b), (*sidecar.Reservations)(nil)
 	ctx, gone := context.WithCancel(context.Background())
 	defer func() {
@@ -264,7 +264,7 @@ func (ds *Set) Attach(d Spec, b scsi.Backend) (err error) {
 		}
 	}()
 	cfg.OnError, cfg.Retry = ds.mishaps.watch(ctx, d)
-	if f, ok := b.(*backend.File); ok && d.Storage == Image && !d.ReadOnly {
+	if f, ok := b.(*block.File); ok && d.Storage == Image && !d.ReadOnly {
 		if keeper = sidecar.NewReservations(f); keeper != nil {
 			cfg.Reservations = keeper
 		}
@@ -307,8 +307,8 @@ func (ds *Set) sameSerial(err error) error {
 }
 
 // tuples opens the protection information of an open image.
-func (ds *Set) tuples(b scsi.Backend) (scsi.Protection, error) {
-	t, err := sidecar.OpenTuples(b.(*backend.File))
+func (ds *Set) tuples(b block.Backend) (scsi.Protection, error) {
+	t, err := sidecar.OpenTuples(b.(*block.File))
 	if err != nil {
 		return nil, err
 	}

@@ -9,8 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 )
 
@@ -93,7 +93,7 @@ func TestUndo(t *testing.T) {
 			}
 			ds := open(path)
 			if tt.writeAt >= 0 {
-				if _, err := ds.open[0].backend.(*backend.File).WriteAt([]byte("data"), tt.writeAt); err != nil {
+				if _, err := ds.open[0].backend.(*block.File).WriteAt([]byte("data"), tt.writeAt); err != nil {
 					t.Fatal(err)
 				}
 			}

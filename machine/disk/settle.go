@@ -11,7 +11,7 @@ import (
 // settlePatience bounds how long the end of a machine waits for unflushed writes.
 const settlePatience = 900 * time.Millisecond
 
-// writeBacker is a backend that can write most data back in pieces; *backend.File is one.
+// writeBacker is a backend that can write most data back in pieces; *block.File is one.
 type writeBacker interface {
 	WriteBack(context.Context) error
 }

@@ -17,8 +17,8 @@ import (
 	"time"
 
 	"gvm/control"
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/scsitest"
 	"gvm/devices/virtio/vscsi"
@@ -59,7 +59,7 @@ func (s *sized) WriteBack(context.Context) error { return s.writeBack }
 
 func (s *sized) Size() int64 { return s.size }
 
-func (s *sized) Resize(n int64, _ bool, _ func(*backend.File, int64) error) error {
+func (s *sized) Resize(n int64, _ bool, _ func(*block.File, int64) error) error {
 	s.Note("resize")
 	s.size = n
 	return nil
@@ -71,10 +71,10 @@ func (s *sized) Close() error {
 }
 
 // protectedDisks has one disk with protection information.
-func protectedDisks(t *testing.T, fault ...backend.Fault) (*Set, *scsitest.Recorder, *sideFile) {
+func protectedDisks(t *testing.T, fault ...block.Fault) (*Set, *scsitest.Recorder, *sideFile) {
 	t.Helper()
-	mem := backend.NewMem(1 << 20)
-	rec := &scsitest.Recorder{Backend: backend.NewFaulty(mem, fault...)}
+	mem := block.NewMem(1 << 20)
+	rec := &scsitest.Recorder{Backend: block.NewFaulty(mem, fault...)}
 	side := &sideFile{rec: rec}
 	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: &sized{Recorder: rec, size: 1 << 20},
 		Serial: "S", Protection: side})
@@ -139,7 +139,7 @@ func TestSettle(t *testing.T) {
 				return
 			}
 			bad := errors.New("no tuples today")
-			ds, rec, side := protectedDisks(t, backend.Fault{Op: backend.OpFlush, Err: errors.New("no image today")})
+			ds, rec, side := protectedDisks(t, block.Fault{Op: block.OpFlush, Err: errors.New("no image today")})
 			writeBlock(t, ds, 1)
 			rec.Log()
 			side.fail = bad
@@ -222,7 +222,7 @@ func TestOverlayEnds(t *testing.T) {
 func TestSettleGivesUp(t *testing.T) {
 	hang := make(chan struct{})
 	defer close(hang)
-	ds, _, _ := protectedDisks(t, backend.Fault{Op: backend.OpFlush, Hang: hang})
+	ds, _, _ := protectedDisks(t, block.Fault{Op: block.OpFlush, Hang: hang})
 	var notes []string
 	ds.mishaps.note = func(s string) { notes = append(notes, s) }
 	writeBlock(t, ds, 1)
@@ -240,7 +240,7 @@ func TestSettleGivesUp(t *testing.T) {
 // wait, one note names the disk, and its storage stays open.
 func TestEndOfStuckDisk(t *testing.T) {
 	hang, done := make(chan struct{}), make(chan struct{})
-	ds, rec, _ := protectedDisks(t, backend.Fault{Op: backend.OpWrite, Hang: hang})
+	ds, rec, _ := protectedDisks(t, block.Fault{Op: block.OpWrite, Hang: hang})
 	ds.open = []opened{{backend: ds.served[0].backend().(*sized)}}
 	var notes []string
 	ds.mishaps.note = func(s string) { notes = append(notes, s) }
@@ -275,14 +275,14 @@ func (c closer) Close() error { return c() }
 func TestEndOfStuckKernelTarget(t *testing.T) {
 	dir := t.TempDir()
 	hang, closed := make(chan struct{}), make(chan struct{})
-	ds, _, _ := protectedDisks(t, backend.Fault{Op: backend.OpFlush, Hang: hang})
+	ds, _, _ := protectedDisks(t, block.Fault{Op: block.OpFlush, Hang: hang})
 	var notes []string
 	ds.mishaps.note = func(s string) { notes = append(notes, s) }
-	var files []*backend.File
+	var files []*block.File
 	ds.paths = map[string]string{}
 	add := func(end closer) {
 		path := filepath.Join(dir, fmt.Sprint(len(files)))
-		f, err := backend.Open(path, backend.Options{Size: 1 << 20, BlockSize: 512})
+		f, err := block.Open(path, block.Options{Size: 1 << 20, BlockSize: 512})
 		if err != nil {
 			t.Fatal(err)
 		}

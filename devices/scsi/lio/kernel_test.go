@@ -18,8 +18,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/kvmapi/vhost"
 )
 
@@ -138,8 +138,8 @@ func kernelUnits(t *testing.T) []Unit {
 	readOnly.Close()
 	units := []Unit{
 		unit(0, image(t, "a, b.img")),
-		unit(1, reopen(t, loopDevice(t, lower.Path()), backend.Options{Raw: true})),
-		unit(300, reopen(t, readOnly.Path(), backend.Options{Raw: true, ReadOnly: true})),
+		unit(1, reopen(t, loopDevice(t, lower.Path()), block.Options{Raw: true})),
+		unit(300, reopen(t, readOnly.Path(), block.Options{Raw: true, ReadOnly: true})),
 	}
 	units[2].ReadOnly = true
 	return units
@@ -172,12 +172,12 @@ func TestKernelProvision(t *testing.T) {
 		{disk(fileio, 0) + "/wwn/product_id", "DISK"},
 		{disk(fileio, 0) + "/wwn/revision", "1"},
 		{disk(fileio, 0) + "/wwn/vpd_unit_serial", "T10 VPD Unit Serial Number: disk-1"},
-		{disk(fileio, 0) + "/udev_path", units[0].Backend.(*backend.File).Path()},
+		{disk(fileio, 0) + "/udev_path", units[0].Backend.(*block.File).Path()},
 		{disk(iblock, 1) + "/attrib/block_size", "512"},
 		{disk(iblock, 1) + "/attrib/emulate_tpws", "1"},
 		{disk(iblock, 300) + "/enable", "1"},
 		{disk(iblock, 300) + "/attrib/emulate_tpu", "0"},
-		{disk(iblock, 300) + "/udev_path", units[2].Backend.(*backend.File).Path()},
+		{disk(iblock, 300) + "/udev_path", units[2].Backend.(*block.File).Path()},
 		{"vhost/" + tg.WWN + "/tpgt_0/nexus", tg.owner.initiator()},
 	} {
 		if got, err := tg.h.read(c.path); got != c.want || err != nil {
@@ -191,7 +191,7 @@ func TestKernelProvision(t *testing.T) {
 	me := &Owner{PID: os.Getpid(), Alive: true}
 	for _, want := range []Object{
 		{Kind: KindTarget, Name: "vhost/" + tg.WWN, Owner: me, LUNs: []LUN{{0, 0, disk(fileio, 0)}, {0, 1, disk(iblock, 1)}, {0, 300, disk(iblock, 300)}}},
-		{Kind: KindDisk, Name: disk(iblock, 300), Owner: me, Image: units[2].Backend.(*backend.File).Path()},
+		{Kind: KindDisk, Name: disk(iblock, 300), Owner: me, Image: units[2].Backend.(*block.File).Path()},
 	} {
 		found := false
 		for _, o := range objects {
@@ -311,9 +311,9 @@ func child() {
 			os.Exit(1)
 		}
 	}
-	var images []scsi.Backend
+	var images []block.Backend
 	for i := range 3 {
-		b, err := backend.Open(filepath.Join(dir, fmt.Sprint(i)), backend.Options{Size: 1 << 20})
+		b, err := block.Open(filepath.Join(dir, fmt.Sprint(i)), block.Options{Size: 1 << 20})
 		die(err)
 		images = append(images, b)
 	}
@@ -546,7 +546,7 @@ func TestKernelBusy(t *testing.T) {
 		t.Fatal(err)
 	}
 	theirs := kernelTree(t)
-	expect := func(b *backend.File, words string) {
+	expect := func(b *block.File, words string) {
 		t.Helper()
 		_, err := Provision(Config{Units: []Unit{unit(0, b)}})
 		if !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), words) || strings.Contains(err.Error(), "\n") {
@@ -562,7 +562,7 @@ func TestKernelBusy(t *testing.T) {
 
 	a.Close()
 	dev := loopDevice(t, a.Path())
-	b := reopen(t, dev, backend.Options{Raw: true})
+	b := reopen(t, dev, block.Options{Raw: true})
 	claim, err := os.OpenFile(dev, os.O_RDONLY|unix.O_EXCL, 0) // as a mount would
 	if err != nil {
 		t.Fatal(err)
@@ -570,7 +570,7 @@ func TestKernelBusy(t *testing.T) {
 	expect(b, "lsblk")
 	claim.Close()
 
-	tg, err := Provision(Config{Units: []Unit{unit(0, reopen(t, filepath.Join(t.TempDir(), "x"), backend.Options{Size: 1 << 20}))}})
+	tg, err := Provision(Config{Units: []Unit{unit(0, reopen(t, filepath.Join(t.TempDir(), "x"), block.Options{Size: 1 << 20}))}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,8 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 )
 
 // process is what a fake host says of a process.
@@ -37,19 +37,19 @@ func fakeHost(f *fake, running ...process) *host {
 }
 
 // image opens a new image with data of its own.
-func image(t *testing.T, name string) *backend.File {
+func image(t *testing.T, name string) *block.File {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), name)
 	if err := os.WriteFile(path, bytes.Repeat([]byte(name[:1]), 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return reopen(t, path, backend.Options{Raw: true})
+	return reopen(t, path, block.Options{Raw: true})
 }
 
-func reopen(t *testing.T, path string, o backend.Options) *backend.File {
+func reopen(t *testing.T, path string, o block.Options) *block.File {
 	t.Helper()
 	o.Lend = true
-	b, err := backend.Open(path, o)
+	b, err := block.Open(path, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,7 +57,7 @@ func reopen(t *testing.T, path string, o backend.Options) *backend.File {
 	return b
 }
 
-func unit(lun int, b scsi.Backend) Unit {
+func unit(lun int, b block.Backend) Unit {
 	return Unit{LUN: lun, UnitConfig: scsi.UnitConfig{Backend: b}}
 }
 
@@ -134,7 +134,7 @@ func TestProvisionAndClose(t *testing.T) {
 		{disk(1) + "/attrib/optimal_sectors", "256"},
 		{disk(1) + "/wwn/vpd_unit_serial", "disk-1"},
 		{disk(1) + "/wwn/company_id", "0xfec507"},
-		{disk(1) + "/udev_path", units[1].Backend.(*backend.File).Path()},
+		{disk(1) + "/udev_path", units[1].Backend.(*block.File).Path()},
 	} {
 		if got, err := f.read(c.path); got != c.want {
 			t.Errorf("%s is %q, %v; want %q", c.path, got, err, c.want)
@@ -502,7 +502,7 @@ func TestUnsuitable(t *testing.T) {
 		u    []Unit
 		kind error
 	}{
-		{"memory", []Unit{unit(0, backend.NewMem(1<<20))}, ErrUnit},
+		{"memory", []Unit{unit(0, block.NewMem(1<<20))}, ErrUnit},
 		{"LUN", []Unit{unit(16384, a)}, ErrUnit},
 		{"LUN twice", []Unit{unit(1, a), unit(1, image(t, "b.img"))}, ErrUnit},
 		{"image twice", []Unit{unit(1, a), unit(2, a)}, ErrBusy},

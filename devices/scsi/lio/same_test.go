@@ -14,8 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 )
 
 // ask returns what package scsi's own unit answers to INQUIRY.
@@ -172,7 +172,7 @@ func TestKernelSameDisk(t *testing.T) {
 	protected := image(t, "p.img") // a writable block device, served read-only
 	protected.Close()
 	dev := loopDevice(t, protected.Path())
-	units = append(units, unit(9, reopen(t, dev, backend.Options{Raw: true, ReadOnly: true})))
+	units = append(units, unit(9, reopen(t, dev, block.Options{Raw: true, ReadOnly: true})))
 	units[3].ReadOnly = true
 	tg, err := Provision(Config{Units: units})
 	if err != nil {
@@ -219,12 +219,12 @@ func TestKernelSameDisk(t *testing.T) {
 			t.Errorf("LUN %d: cache is %s, want %s", u.LUN, b, cache)
 		}
 		node := "/dev/" + filepath.Base(dirs[u.LUN])
-		block := bytes.Repeat([]byte{0xa5}, same.BlockSize())
-		status, sense := write10(t, node, block)
+		data := bytes.Repeat([]byte{0xa5}, same.BlockSize())
+		status, sense := write10(t, node, data)
 		if status == 2 && sense[2]&0xf == 6 { // UNIT ATTENTION: the LUNs have changed
-			status, sense = write10(t, node, block)
+			status, sense = write10(t, node, data)
 		}
-		written := first(t, u.Backend.(*backend.File).Path()) == 0xa5
+		written := first(t, u.Backend.(*block.File).Path()) == 0xa5
 		// The loop device's refusal is LOGICAL UNIT COMMUNICATION FAILURE to LIO.
 		if u.ReadOnly && (written || status != 2 || sense[2]&0xf != 2) || !u.ReadOnly && (!written || status != 0) {
 			t.Errorf("LUN %d: WRITE(10) has status %d, sense % x; written: %v", u.LUN, status, sense, written)

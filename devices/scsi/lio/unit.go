@@ -13,15 +13,15 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 )
 
 // Unit is a disk of a Target.
 type Unit struct {
 	LUN int
 	// UnitConfig describes the disk as for scsi.NewUnit. Its Backend must be a
-	// *backend.File: an image that the caller has open, with backend.Options.Lend, and so
+	// *block.File: an image that the caller has open, with block.Options.Lend, and so
 	// locked, until Target.Close or Remove has returned. OnError is never called: the kernel
 	// reports failures in its own log.
 	scsi.UnitConfig
@@ -30,7 +30,7 @@ type Unit struct {
 // plan is a Unit, checked, with all that it takes to make it.
 type plan struct {
 	Unit
-	image     *backend.File
+	image     *block.File
 	path      string // absolute, without symbolic links
 	stat      fs.FileInfo
 	device    bool // a block device
@@ -46,7 +46,7 @@ func unsuitable(path, format string, a ...any) error {
 
 // newPlan checks a Unit and works out its backstore. It changes nothing.
 func newPlan(u Unit) (*plan, error) {
-	image, ok := u.Backend.(*backend.File)
+	image, ok := u.Backend.(*block.File)
 	if !ok {
 		return nil, fail(ErrUnit, nil, "LUN %d: LIO serves files and block devices only", u.LUN)
 	}

@@ -7,7 +7,7 @@ import (
 	"sync"
 	"testing"
 
-	"gvm/devices/scsi"
+	"gvm/devices/block"
 )
 
 // pattern is n bytes that differ for every seed and every 512-byte block.
@@ -29,12 +29,12 @@ func pieces(p []byte, sizes ...int) [][]byte {
 	return append(iov, p)
 }
 
-// TestBackend checks that what open returns keeps the contract of scsi.Backend
+// TestBackend checks that what open returns keeps the contract of block.Backend
 // and of the optional interfaces it has. Every call of open must return fresh
 // storage of at least 1 MiB that reads as zeroes; open arranges for its clean-up.
-func TestBackend(t *testing.T, open func() scsi.Backend) {
+func TestBackend(t *testing.T, open func() block.Backend) {
 	const size = 1 << 20
-	read := func(t *testing.T, b scsi.Backend, off int64, n int) []byte {
+	read := func(t *testing.T, b block.Backend, off int64, n int) []byte {
 		t.Helper()
 		p := bytes.Repeat([]byte{0xee}, n)
 		if k, err := b.ReadAt(p, off); err != nil || k != n {
@@ -42,7 +42,7 @@ func TestBackend(t *testing.T, open func() scsi.Backend) {
 		}
 		return p
 	}
-	write := func(t *testing.T, b scsi.Backend, off int64, p []byte) {
+	write := func(t *testing.T, b block.Backend, off int64, p []byte) {
 		t.Helper()
 		if k, err := b.WriteAt(p, off); err != nil || k != len(p) {
 			t.Fatalf("WriteAt(%d bytes, %d) = %d, %v", len(p), off, k, err)
@@ -92,7 +92,7 @@ func TestBackend(t *testing.T, open func() scsi.Backend) {
 
 	t.Run("Prompt", func(t *testing.T) {
 		b := open()
-		now, ok := b.(scsi.Prompt)
+		now, ok := b.(block.Prompt)
 		if !ok {
 			return
 		}
@@ -130,12 +130,12 @@ func TestBackend(t *testing.T, open func() scsi.Backend) {
 		b := open()
 		p := pattern(4, 96<<10)
 		iov := pieces(p, 512, 1, 4095, 0, 30000)
-		if n, err := scsi.WriteVec(b, iov, 4096); err != nil || n != len(p) {
+		if n, err := block.WriteVec(b, iov, 4096); err != nil || n != len(p) {
 			t.Fatalf("WriteVec = %d, %v", n, err)
 		}
 		same(t, "WriteVec", read(t, b, 4096, len(p)), p)
 		got := make([]byte, len(p))
-		if n, err := scsi.ReadVec(b, pieces(got, 17, 50000, 0, 495), 4096); err != nil || n != len(p) {
+		if n, err := block.ReadVec(b, pieces(got, 17, 50000, 0, 495), 4096); err != nil || n != len(p) {
 			t.Fatalf("ReadVec = %d, %v", n, err)
 		}
 		same(t, "ReadVec", got, p)
@@ -146,7 +146,7 @@ func TestBackend(t *testing.T, open func() scsi.Backend) {
 		for i := range many {
 			many[i] = q[512*i : 512*(i+1)]
 		}
-		if n, err := scsi.WriteVecDurable(b, many, 0); err != nil || n != len(q) {
+		if n, err := block.WriteVecDurable(b, many, 0); err != nil || n != len(q) {
 			t.Fatalf("WriteVecDurable of %d buffers = %d, %v", len(many), n, err)
 		}
 		same(t, "1500 buffers", read(t, b, 0, len(q)), q)
@@ -154,7 +154,7 @@ func TestBackend(t *testing.T, open func() scsi.Backend) {
 
 	t.Run("Discard", func(t *testing.T) {
 		b := open()
-		d, ok := b.(scsi.Discarder)
+		d, ok := b.(block.Discarder)
 		if !ok || d.DiscardGranularity() == 0 {
 			t.Log("the backend has no discard")
 			return
@@ -164,7 +164,7 @@ func TestBackend(t *testing.T, open func() scsi.Backend) {
 
 	t.Run("Zero", func(t *testing.T) {
 		b := open()
-		z, ok := b.(scsi.Zeroer)
+		z, ok := b.(block.Zeroer)
 		if !ok {
 			t.Log("the backend has no zeroing")
 			return
@@ -212,7 +212,7 @@ func TestBackend(t *testing.T, open func() scsi.Backend) {
 
 // checkClear checks that clearRange makes exactly its range read as zeroes, on
 // aligned and on odd borders.
-func checkClear(t *testing.T, b scsi.Backend, clearRange func(off, n int64) error) {
+func checkClear(t *testing.T, b block.Backend, clearRange func(off, n int64) error) {
 	t.Helper()
 	for _, r := range []struct{ off, n int }{{64 << 10, 128 << 10}, {512, 1024}, {300 << 10, 4096 + 512}} {
 		p := pattern(6, 512<<10)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"sync"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
 )
 
@@ -96,7 +97,7 @@ func Ready(t *scsi.Target, lun scsi.LUN) error {
 // Recorder is a Backend that writes down every call that changes or reads the
 // wrapped one, in the order in which they return.
 type Recorder struct {
-	scsi.Backend
+	block.Backend
 	// OnCall, if set, is told of every call as it starts.
 	OnCall func(call string)
 
@@ -135,7 +136,7 @@ func (r *Recorder) call(name string, f func() error) error {
 	return err
 }
 
-func (r *Recorder) move(name string, iov [][]byte, off int64, do func(scsi.Backend, [][]byte, int64) (int, error)) (n int, err error) {
+func (r *Recorder) move(name string, iov [][]byte, off int64, do func(block.Backend, [][]byte, int64) (int, error)) (n int, err error) {
 	total := 0
 	for _, p := range iov {
 		total += len(p)
@@ -147,19 +148,19 @@ func (r *Recorder) move(name string, iov [][]byte, off int64, do func(scsi.Backe
 	return n, err
 }
 
-// ReadVec implements scsi.Vectored.
+// ReadVec implements block.Vectored.
 func (r *Recorder) ReadVec(iov [][]byte, off int64) (int, error) {
-	return r.move("read", iov, off, scsi.ReadVec)
+	return r.move("read", iov, off, block.ReadVec)
 }
 
-// WriteVec implements scsi.Vectored.
+// WriteVec implements block.Vectored.
 func (r *Recorder) WriteVec(iov [][]byte, off int64) (int, error) {
-	return r.move("write", iov, off, scsi.WriteVec)
+	return r.move("write", iov, off, block.WriteVec)
 }
 
-// WriteVecDurable implements scsi.Syncer.
+// WriteVecDurable implements block.Syncer.
 func (r *Recorder) WriteVecDurable(iov [][]byte, off int64) (int, error) {
-	return r.move("durable", iov, off, scsi.WriteVecDurable)
+	return r.move("durable", iov, off, block.WriteVecDurable)
 }
 
 // Flush flushes the wrapped backend.
@@ -167,26 +168,26 @@ func (r *Recorder) Flush() error { return r.call("flush", r.Backend.Flush) }
 
 // DiscardGranularity returns that of the wrapped backend.
 func (r *Recorder) DiscardGranularity() int64 {
-	if d, ok := r.Backend.(scsi.Discarder); ok {
+	if d, ok := r.Backend.(block.Discarder); ok {
 		return d.DiscardGranularity()
 	}
 	return 0
 }
 
-// Discard implements scsi.Discarder.
+// Discard implements block.Discarder.
 func (r *Recorder) Discard(off, n int64) error {
 	return r.call(fmt.Sprintf("discard %d+%d", off, n), func() error {
-		if d, ok := r.Backend.(scsi.Discarder); ok {
+		if d, ok := r.Backend.(block.Discarder); ok {
 			return d.Discard(off, n)
 		}
 		return errors.ErrUnsupported
 	})
 }
 
-// Zero implements scsi.Zeroer.
+// Zero implements block.Zeroer.
 func (r *Recorder) Zero(off, n int64) error {
 	return r.call(fmt.Sprintf("zero %d+%d", off, n), func() error {
-		if z, ok := r.Backend.(scsi.Zeroer); ok {
+		if z, ok := r.Backend.(block.Zeroer); ok {
 			return z.Zero(off, n)
 		}
 		return errors.ErrUnsupported

@@ -10,9 +10,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/block"
 	"gvm/devices/internal/durable"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/kvmapi/nowait"
 )
 
@@ -30,7 +30,7 @@ type Reservations struct{ path string }
 // NewReservations returns where the image's persistent reservations are kept:
 // IMAGE.pr, next to the image that symbolic links lead to. The lock on the image
 // covers it. nil for a block device and for memory, which have no such place.
-func NewReservations(b *backend.File) *Reservations {
+func NewReservations(b *block.File) *Reservations {
 	path, err := b.Beside(".pr", "reservations")
 	if err != nil || path == "" {
 		return nil

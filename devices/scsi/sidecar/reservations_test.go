@@ -6,8 +6,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/sidecar"
 )
 
@@ -17,7 +17,7 @@ func TestReservations(t *testing.T) {
 	if err := os.Symlink(path, link); err != nil {
 		t.Fatal(err)
 	}
-	r := sidecar.NewReservations(open(t, link, backend.Options{}))
+	r := sidecar.NewReservations(open(t, link, block.Options{}))
 	if want := path + ".pr"; r.Path() != want {
 		t.Errorf("path %s, want %s", r.Path(), want)
 	}

@@ -10,17 +10,17 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/block"
 	"gvm/devices/internal/durable/durabletest"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/sidecar"
 )
 
 const mib = 1 << 20
 
 // open opens path and closes it at the end of the test.
-func open(t *testing.T, path string, o backend.Options) *backend.File {
+func open(t *testing.T, path string, o block.Options) *block.File {
 	t.Helper()
-	f, err := backend.Open(path, o)
+	f, err := block.Open(path, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,7 +42,7 @@ func image(t *testing.T, name string) string {
 // not put in place of one.
 func TestSideFilesAreNotDisks(t *testing.T) {
 	img := image(t, "disk.img")
-	disk := open(t, img, backend.Options{})
+	disk := open(t, img, block.Options{})
 	tuples, err := sidecar.OpenTuples(disk)
 	if err != nil {
 		t.Fatal(err)
@@ -54,11 +54,11 @@ func TestSideFilesAreNotDisks(t *testing.T) {
 	if err := os.Truncate(img+".pi", 8192); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := backend.Open(img+".pi", backend.Options{}); !errors.Is(err, backend.ErrLocked) || !strings.Contains(err.Error(), "given twice") {
+	if _, err := block.Open(img+".pi", block.Options{}); !errors.Is(err, block.ErrLocked) || !strings.Contains(err.Error(), "given twice") {
 		t.Errorf("IMAGE.pi, in use, as a disk: %v", err)
 	}
 	tuples.Close()
-	if _, err := backend.Open(img+".pi", backend.Options{}); !errors.Is(err, backend.ErrFormat) {
+	if _, err := block.Open(img+".pi", block.Options{}); !errors.Is(err, block.ErrFormat) {
 		t.Errorf("IMAGE.pi as a disk: %v", err)
 	}
 
@@ -66,7 +66,7 @@ func TestSideFilesAreNotDisks(t *testing.T) {
 	if err := keeper.Save([]byte("GVM-PR\x00\x01" + strings.Repeat("s", 504))); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := backend.Open(img+".pr", backend.Options{}); !errors.Is(err, backend.ErrFormat) {
+	if _, err := block.Open(img+".pr", block.Options{}); !errors.Is(err, block.ErrFormat) {
 		t.Errorf("IMAGE.pr as a disk: %v", err)
 	}
 	if err := keeper.Save(nil); err != nil {
@@ -104,25 +104,25 @@ func TestOpensWithoutWaiting(t *testing.T) {
 	}
 	for what, do := range map[string]func() error{
 		"IMAGE.pi": func() error {
-			f := open(t, base, backend.Options{})
+			f := open(t, base, block.Options{})
 			defer f.Close()
 			_, err := sidecar.OpenTuples(f)
 			return err
 		},
 		"IMAGE.pi, readonly": func() error {
-			f := open(t, base, backend.Options{ReadOnly: true})
+			f := open(t, base, block.Options{ReadOnly: true})
 			defer f.Close()
 			_, err := sidecar.OpenTuples(f)
 			return err
 		},
 		"IMAGE.pr": func() error {
-			f := open(t, base, backend.Options{})
+			f := open(t, base, block.Options{})
 			defer f.Close()
 			_, err := sidecar.NewReservations(f).Load()
 			return err
 		},
 		"IMAGE.pr of a guest's": func() error {
-			f := open(t, base, backend.Options{})
+			f := open(t, base, block.Options{})
 			defer f.Close()
 			return sidecar.NewReservations(f).Save([]byte("GVM-PR\x00\x01state"))
 		},
@@ -151,7 +151,7 @@ func TestOpensWithoutWaiting(t *testing.T) {
 // after that, and by then the file is whole.
 func TestNamesAreDurable(t *testing.T) {
 	img := image(t, "disk.img")
-	disk := open(t, img, backend.Options{})
+	disk := open(t, img, block.Options{})
 	for _, step := range []struct {
 		name string
 		size int64 // -1: it is gone

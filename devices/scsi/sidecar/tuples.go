@@ -14,9 +14,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/block"
 	"gvm/devices/internal/durable"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/kvmapi/nowait"
 )
 
@@ -48,7 +48,7 @@ var _ scsi.Protection = (*Tuples)(nil)
 // that symbolic links lead to, or in memory for memory. The lock on the image covers
 // it. It is an error for a block device, which has no such place, and when the
 // file is there and is of another block size.
-func OpenTuples(b *backend.File) (*Tuples, error) {
+func OpenTuples(b *block.File) (*Tuples, error) {
 	path, err := b.Beside(".pi", "protection information")
 	if err != nil {
 		return nil, err
@@ -73,7 +73,7 @@ func OpenTuples(b *backend.File) (*Tuples, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = backend.Lock(f, t.path, t.readOnly)
+	err = block.Lock(f, t.path, t.readOnly)
 	blank := false
 	if err == nil {
 		blank, err = t.check(f)
@@ -135,8 +135,8 @@ func (t *Tuples) cut(f *os.File, blocks uint64) error {
 }
 
 // Cut drops from IMAGE.pi, if that is there, what is behind size bytes of the image, for good. It is
-// for backend.File.Resize.
-func Cut(b *backend.File, size int64) error {
+// for block.File.Resize.
+func Cut(b *block.File, size int64) error {
 	path, err := b.Beside(".pi", "protection information")
 	if err != nil || path == "" {
 		return nil
@@ -176,7 +176,7 @@ func (t *Tuples) file(create bool) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := backend.Lock(f, t.path, false); err != nil { // the file is another's, which found it before the lock
+	if err := block.Lock(f, t.path, false); err != nil { // the file is another's, which found it before the lock
 		return nil, errors.Join(err, f.Close())
 	}
 	if err := t.begin(f); err != nil {

@@ -11,17 +11,17 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"gvm/devices/scsi/backend"
+	"gvm/devices/block"
 	"gvm/devices/scsi/sidecar"
 )
 
 // tuplesOf opens an image of 1 MiB with its protection information.
-func tuplesOf(t *testing.T, path string, o backend.Options) (*sidecar.Tuples, error) {
+func tuplesOf(t *testing.T, path string, o block.Options) (*sidecar.Tuples, error) {
 	t.Helper()
 	if !o.ReadOnly {
 		o.Size = 1 << 20
 	}
-	f, err := backend.Open(path, o)
+	f, err := block.Open(path, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -32,11 +32,11 @@ func tuplesOf(t *testing.T, path string, o backend.Options) (*sidecar.Tuples, er
 // TestTuples writes, clears and reads tuples, in a file and in memory.
 func TestTuples(t *testing.T) {
 	image := filepath.Join(t.TempDir(), "disk")
-	inFile, err := tuplesOf(t, image, backend.Options{})
+	inFile, err := tuplesOf(t, image, block.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	memory, err := backend.OpenMemory(1 << 20)
+	memory, err := block.OpenMemory(1 << 20)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,8 +89,8 @@ func TestTuples(t *testing.T) {
 // TestTuplesKept: the next run has them, also when it only reads.
 func TestTuplesKept(t *testing.T) {
 	image := filepath.Join(t.TempDir(), "disk")
-	for _, o := range []backend.Options{{}, {ReadOnly: true}} {
-		f, err := backend.Open(image, backend.Options{Size: 1 << 20, ReadOnly: o.ReadOnly})
+	for _, o := range []block.Options{{}, {ReadOnly: true}} {
+		f, err := block.Open(image, block.Options{Size: 1 << 20, ReadOnly: o.ReadOnly})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -117,9 +117,9 @@ func TestTuplesKept(t *testing.T) {
 // TestTuplesCut: an image that got smaller and larger again has no old tuples.
 func TestTuplesCut(t *testing.T) {
 	image := filepath.Join(t.TempDir(), "disk")
-	open := func(size int64) (*backend.File, *sidecar.Tuples) {
+	open := func(size int64) (*block.File, *sidecar.Tuples) {
 		t.Helper()
-		f, err := backend.Open(image, backend.Options{Size: size})
+		f, err := block.Open(image, block.Options{Size: size})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -152,12 +152,12 @@ func TestTuplesCut(t *testing.T) {
 func TestTuplesOfCrash(t *testing.T) {
 	for name, left := range map[string][]byte{"empty": nil, "zeroes": make([]byte, 12)} {
 		path := filepath.Join(t.TempDir(), name)
-		if err := errors.Join(backend.Create(path, 1<<20, false), os.WriteFile(path+".pi", left, 0o600)); err != nil {
+		if err := errors.Join(block.Create(path, 1<<20, false), os.WriteFile(path+".pi", left, 0o600)); err != nil {
 			t.Fatal(err)
 		}
 		got, want := make([]byte, 8), bytes.Repeat([]byte{0xff}, 8)
 		for _, readOnly := range []bool{true, false, false, true} {
-			f, err := backend.Open(path, backend.Options{ReadOnly: readOnly})
+			f, err := block.Open(path, block.Options{ReadOnly: readOnly})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -183,7 +183,7 @@ func TestTuplesOfCrash(t *testing.T) {
 func TestTuplesRefused(t *testing.T) {
 	dir := t.TempDir()
 	good := filepath.Join(dir, "good")
-	p, err := tuplesOf(t, good, backend.Options{BlockSize: 4096})
+	p, err := tuplesOf(t, good, block.Options{BlockSize: 4096})
 	if err == nil {
 		err = errors.Join(p.WriteTuples(make([]byte, 8), 0), p.Close())
 	}
@@ -207,7 +207,7 @@ func TestTuplesRefused(t *testing.T) {
 		if err := v.make(path + ".pi"); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := tuplesOf(t, path, backend.Options{}); err == nil || !strings.Contains(err.Error(), path+".pi") || !strings.Contains(err.Error(), v.want) {
+		if _, err := tuplesOf(t, path, block.Options{}); err == nil || !strings.Contains(err.Error(), path+".pi") || !strings.Contains(err.Error(), v.want) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -218,8 +218,8 @@ func TestTuplesRefused(t *testing.T) {
 func TestResizeCutsTuples(t *testing.T) {
 	for _, blockSize := range []int{512, 4096} {
 		path := filepath.Join(t.TempDir(), "disk")
-		open := func() (*backend.File, *sidecar.Tuples) {
-			f, err := backend.Open(path, backend.Options{Size: mib, BlockSize: blockSize})
+		open := func() (*block.File, *sidecar.Tuples) {
+			f, err := block.Open(path, block.Options{Size: mib, BlockSize: blockSize})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -239,7 +239,7 @@ func TestResizeCutsTuples(t *testing.T) {
 		if err := errors.Join(tuples.Close(), f.Close()); err != nil {
 			t.Fatal(err)
 		}
-		plain, err := backend.Open(path, backend.Options{})
+		plain, err := block.Open(path, block.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -272,7 +272,7 @@ func TestResizeCutsTuples(t *testing.T) {
 	if err := errors.Join(os.WriteFile(path, make([]byte, mib), 0o600), os.WriteFile(path+".pi", notes, 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	f, err := backend.Open(path, backend.Options{})
+	f, err := block.Open(path, block.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,8 +8,8 @@ import (
 	"slices"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/vscsi"
@@ -20,7 +20,7 @@ func process(t *testing.T, ctx context.Context, w *trace.Writer) Side {
 	t.Helper()
 	s := Side{Name: "process"}
 	for i, d := range corpusDisks {
-		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(min(int64(d.Size), 64<<20)), Serial: d.Serial, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly})
+		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(min(int64(d.Size), 64<<20)), Serial: d.Serial, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -5,15 +5,15 @@ import (
 	"testing"
 	"time"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/virtio/vscsi"
 )
 
 // counted is a backend that counts the bytes it moves, and fails behind the first good
 // bytes.
 type counted struct {
-	*backend.Mem
+	*block.Mem
 	read, written, good int64
 }
 
@@ -45,7 +45,7 @@ func (c *counted) WriteVecNow(iov [][]byte, off int64) bool {
 	return err == nil
 }
 
-func device(t *testing.T, b scsi.Backend, queues int) *vscsi.Device {
+func device(t *testing.T, b block.Backend, queues int) *vscsi.Device {
 	t.Helper()
 	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: b, Serial: "BENCH"})
 	if err != nil {
@@ -66,7 +66,7 @@ func device(t *testing.T, b scsi.Backend, queues int) *vscsi.Device {
 func TestRun(t *testing.T) {
 	const size = 1 << 20
 	for _, write := range []bool{false, true} {
-		b := &counted{Mem: backend.NewMem(size), good: size}
+		b := &counted{Mem: block.NewMem(size), good: size}
 		dev := device(t, b, 1)
 		for _, depth := range []int{1, 3, 256} {
 			b.read, b.written = 0, 0
@@ -97,7 +97,7 @@ func TestRun(t *testing.T) {
 }
 
 func TestQueues(t *testing.T) {
-	dev := device(t, backend.Null(1<<20), 3)
+	dev := device(t, block.Null(1<<20), 3)
 	r, err := Run(dev, Load{Queues: 3, Depth: 4, Size: 4096, BlockSize: 512, Blocks: 8, Time: time.Millisecond})
 	if err != nil || r.Requests < 12 {
 		t.Errorf("%d requests, %v", r.Requests, err)
@@ -105,7 +105,7 @@ func TestQueues(t *testing.T) {
 }
 
 func TestMistakes(t *testing.T) {
-	b := &counted{Mem: backend.NewMem(1 << 20), good: 512 << 10}
+	b := &counted{Mem: block.NewMem(1 << 20), good: 512 << 10}
 	dev := device(t, b, 2)
 	good := Load{Queues: 1, Depth: 1, Size: 4096, BlockSize: 512, Blocks: 2048, Time: time.Millisecond}
 	for _, tt := range []struct {

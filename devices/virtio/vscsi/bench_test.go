@@ -4,8 +4,8 @@ import (
 	"fmt"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
@@ -52,7 +52,7 @@ var raceDetector bool
 // nullTargets are one that answers at once, and the real one on storage that
 // does nothing.
 func nullTargets(t testing.TB) map[string]Target {
-	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.Null(1 << 30), Serial: "NULL"})
+	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.Null(1 << 30), Serial: "NULL"})
 	if err != nil {
 		t.Fatal(err)
 	}

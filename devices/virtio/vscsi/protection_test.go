@@ -7,8 +7,8 @@ import (
 	"slices"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/sidecar"
 	"gvm/devices/virtio"
 )
@@ -23,7 +23,7 @@ func headerPI(out, in uint32, cdb ...byte) []byte {
 // protectedUnit is a target with a unit that has protection information, which it returns.
 func protectedUnit(t *testing.T) (*scsi.Target, *sidecar.Tuples) {
 	t.Helper()
-	f, err := backend.Open(filepath.Join(t.TempDir(), "disk"), backend.Options{Size: 1 << 20})
+	f, err := block.Open(filepath.Join(t.TempDir(), "disk"), block.Options{Size: 1 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}

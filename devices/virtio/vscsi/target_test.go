@@ -7,8 +7,8 @@ import (
 	"sync"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/scsi/scsitest"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
@@ -19,7 +19,7 @@ func newTarget(t testing.TB, luns ...int) *scsi.Target {
 	t.Helper()
 	target := scsi.NewTarget()
 	for _, n := range luns {
-		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(1 << 20), Serial: fmt.Sprintf("UNIT%d", n)})
+		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(1 << 20), Serial: fmt.Sprintf("UNIT%d", n)})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -5,8 +5,8 @@ import (
 	"encoding/binary"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
-	"gvm/devices/scsi/backend"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
 )
@@ -15,7 +15,7 @@ import (
 // (virtio 1.3, 2.7.8.2), and all of the data that the residual says was moved.
 func TestUsedLength(t *testing.T) {
 	target, _ := protectedUnit(t)
-	plain, err := scsi.NewUnit(scsi.UnitConfig{Backend: backend.NewMem(1 << 20), Serial: "P"})
+	plain, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(1 << 20), Serial: "P"})
 	if err != nil {
 		t.Fatal(err)
 	}

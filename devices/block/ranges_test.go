@@ -1,0 +1,181 @@
+package block_test
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/devices/block"
+)
+
+// holdEnv has a process of the test binary open the image that it names, for reading if that begins
+// with "read ", and hold it until its standard input ends.
+const holdEnv = "GVM_TEST_HOLD"
+
+func TestMain(m *testing.M) {
+	if path := os.Getenv(holdEnv); path != "" {
+		path, readOnly := strings.CutPrefix(path, "read ")
+		f, err := block.Open(path, block.Options{ReadOnly: readOnly, NoLock: true})
+		if err != nil {
+			os.Stdout.WriteString(err.Error() + "\n")
+			os.Exit(1)
+		}
+		os.Stdout.WriteString("open\n")
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		f.Close()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// otherHas has another process open what names an image as holdEnv does, until close is called. It
+// returns the PID.
+func otherHas(t *testing.T, what string) (pid int, close func()) {
+	t.Helper()
+	c := exec.CommandContext(t.Context(), "/proc/self/exe")
+	c.Env = append(os.Environ(), holdEnv+"="+what)
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	close = func() {
+		in.Close()
+		_ = c.Wait()
+	}
+	if line != "open\n" {
+		close()
+		t.Fatalf("another process: %s: %q, %v", what, line, err)
+	}
+	return c.Process.Pid, close
+}
+
+// TestRanges: what one gvm has, by whatever name, another does not write, and what it writes no
+// other has; parts of a file or disk that do not overlap are different storage.
+func TestRanges(t *testing.T) {
+	needs(t, "losetup", "addpart")
+	img := image(t, "disk.img", "", 32*mib)
+	one := loop(t, img, "--sizelimit", "1M")
+	two := loop(t, img, "--offset", "1M", "--sizelimit", "1M")
+	file := image(t, "other.img", "", 32*mib)
+	disk := loop(t, file, "--partscan")
+	p1, p2 := partition(t, disk, 1, 2048, 2048), partition(t, disk, 2, 4096, 2048)
+	node := func(of string) string {
+		path := filepath.Join(t.TempDir(), "node")
+		mknod(t, of, path)
+		return path
+	}
+	again, diskAgain := node(p1), node(disk)
+	type pair struct {
+		has, wants string
+		conflict   bool
+	}
+	try := func(pairs ...pair) {
+		t.Helper()
+		for _, v := range pairs {
+			pid, end := otherHas(t, v.has)
+			path, readOnly := strings.CutPrefix(v.wants, "read ")
+			o := block.Options{ReadOnly: readOnly, NoLock: true} // which is no override
+			f, err := block.Open(path, o)
+			if err == nil {
+				f.Close()
+			}
+			who := fmt.Sprintf("in use by process %d (", pid)
+			if (err != nil) != v.conflict || v.conflict && !strings.Contains(err.Error(), who) {
+				t.Errorf("one has %s, another wants %s: %v; want a conflict: %t", v.has, v.wants, err, v.conflict)
+			}
+			end()
+			if f, err = block.Open(path, o); err != nil {
+				t.Errorf("%s, when no other has it: %v", v.wants, err)
+				continue
+			}
+			f.Close()
+		}
+	}
+	try([]pair{
+		{"read " + img, one, true}, // the base of an overlay
+		{"read " + img, two, true},
+		{one, "read " + img, true},
+		{two, "read " + img, true},
+		{"read " + img, "read " + one, false},
+		{"read " + one, two, false},
+		{two, "read " + one, false},
+		{one, two, false},
+		{"read " + one, "read " + one, false},
+		{"read " + file, p1, true},
+		{p2, "read " + file, true},
+		{p1, p2, false},
+		{"read " + p1, p2, false},
+		{"read " + disk, p1, true},
+		{p2, "read " + disk, true},
+		{"read " + p1, disk, true},
+		{disk, "read " + p2, true},
+		{"read " + p1, again, true},
+		{again, "read " + p1, true},
+		{"read " + disk, diskAgain, true},
+		{diskAgain, "read " + disk, true},
+		{"read " + diskAgain, p2, true},
+	}...)
+	// In one process likewise.
+	base := open(t, file, block.Options{ReadOnly: true})
+	refused(t, p1, "given twice")
+	base.Close()
+	a := open(t, p1, block.Options{})
+	open(t, p2, block.Options{}).Close()
+	_, err := block.Open(file, block.Options{ReadOnly: true})
+	if err == nil || !strings.Contains(err.Error(), "given twice: "+p1) {
+		t.Errorf("the file below a partition that is written: %v", err)
+	}
+	a.Close()
+	// Without a file below, as of a disk, there are the nodes.
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	for i, of := range []string{p1, p2} {
+		mknod(t, of, disk+"p"+strconv.Itoa(i+1))
+	}
+	try([]pair{
+		{"read " + disk, p1, true},
+		{p2, "read " + disk, true},
+		{p1, p2, false},
+		{"read " + p1, p2, false},
+		{"read " + p1, disk, true},
+		{disk, "read " + p2, true},
+		{"read " + p1, again, true},
+		{again, "read " + p1, true},
+		{"read " + disk, diskAgain, true},
+		{diskAgain, "read " + p1, true},
+		{"read " + diskAgain, again, true},
+	}...)
+}
+
+// mknod makes another node of a device, until the test ends, unless there is one.
+func mknod(t *testing.T, of, path string) {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(of, &st); err != nil {
+		t.Fatal(err)
+	}
+	switch err := unix.Mknod(path, unix.S_IFBLK|0o600, int(st.Rdev)); err {
+	case nil:
+		t.Cleanup(func() { os.Remove(path) })
+	case unix.EEXIST: // the kernel's
+	default:
+		t.Fatal(err)
+	}
+}
