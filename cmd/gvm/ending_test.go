@@ -202,6 +202,7 @@ func TestSecondSignal(t *testing.T) {
 		p.expect("ready")
 		p.signal(syscall.SIGTERM)
 		p.expect("ending")
+		time.Sleep(2 * sameRequest)
 		p.signal(second)
 		if r := p.wait(); r.status != 128+int(second) || !strings.Contains(r.out, "restored") || !strings.Contains(r.errs, "stopped at once by "+unix.SignalName(second)) {
 			t.Errorf("%+v", r)
@@ -214,6 +215,29 @@ func TestSecondSignal(t *testing.T) {
 	p.typeIn("\x01x")
 	if r := p.wait(); r.status != exitQuit || !strings.Contains(r.out, "stopped at once by Ctrl-a x") {
 		t.Errorf("%+v", r)
+	}
+}
+
+// TestSameRequest: a signal that comes twice, as timeout(1) sends it, asks for one end, which is no end at once.
+func TestSameRequest(t *testing.T) {
+	var r request
+	now := time.Now()
+	for i, tt := range []struct {
+		signal os.Signal
+		after  time.Duration
+		want   bool
+	}{
+		{syscall.SIGTERM, 0, false},
+		{syscall.SIGTERM, time.Millisecond, true},
+		{syscall.SIGTERM, sameRequest - 2*time.Millisecond, true},
+		{syscall.SIGTERM, time.Millisecond, false},
+		{syscall.SIGINT, time.Millisecond, false},
+		{syscall.SIGTERM, time.Millisecond, false},
+	} {
+		now = now.Add(tt.after)
+		if got := r.repeated(tt.signal, now); got != tt.want {
+			t.Errorf("signal %d: %v", i, got)
+		}
 	}
 }
 

@@ -440,7 +440,11 @@ func catchSignals(ctx context.Context, stop func(error)) func() {
 	signal.Ignore(syscall.SIGTTOU, syscall.SIGTTIN)
 	ignoreRealTime()
 	go func() {
+		var last request
 		for s := range ch {
+			if last.repeated(s, time.Now()) {
+				continue
+			}
 			status, name := 128+int(s.(syscall.Signal)), unix.SignalName(s.(syscall.Signal))
 			switch {
 			case slices.Contains(fatalSignals, s):
@@ -458,6 +462,25 @@ func catchSignals(ctx context.Context, stop func(error)) func() {
 		signal.Stop(ch)
 		close(ch)
 	}
+}
+
+// sameRequest is within what time a signal that comes again is the same request: timeout(1) sends its signal
+// to its child, and then to its process group, which the child is in.
+const sameRequest = 200 * time.Millisecond
+
+// request is a signal, and when it came.
+type request struct {
+	signal os.Signal
+	at     time.Time
+}
+
+// repeated tells whether a signal that comes now is r once more. If it is not, it is r from now on.
+func (r *request) repeated(s os.Signal, now time.Time) bool {
+	if s == r.signal && now.Sub(r.at) < sameRequest {
+		return true
+	}
+	*r = request{s, now}
+	return false
 }
 
 // stacks returns the stacks of all goroutines.
