@@ -22,7 +22,7 @@ import (
 	"gvm/text"
 )
 
-// exitABIDiffers is `gvm abi diff`'s status for kernels that differ.
+// exitABIDiffers is the exit status of `gvm abi diff` for kernels that differ.
 const exitABIDiffers = 1
 
 func abiCommand() *cli.Command {
@@ -45,7 +45,8 @@ EXAMPLES
 			ArgsUsage: "A.json B.json",
 			Action: func(c *cli.Context) error {
 				if c.Args().Len() != 2 {
-					return usageError{fmt.Errorf("want gvm abi diff A.json B.json, and got %s", text.Count(c.Args().Len(), "file"))}
+					return usageError{fmt.Errorf("want gvm abi diff A.json B.json, and got %s",
+						text.Count(c.Args().Len(), "file"))}
 				}
 				return abiDiff(c.App.Writer, c.Args().Get(0), c.Args().Get(1))
 			},
@@ -65,8 +66,8 @@ EXAMPLES
 	}
 }
 
-// facts are what a kernel says: names to numbers, texts, switches or more facts.
-// A diff compares them by name, so that it needs to know none.
+// facts describe a kernel: names with numbers, texts, switches or more facts. A diff compares them
+// by name, so it needs to know none of them.
 type facts = map[string]any
 
 func abiFacts() facts {
@@ -86,8 +87,8 @@ func kvmFacts() facts {
 	return facts{"api_version": kvmapi.APIVersion, "capabilities": caps}
 }
 
-// maxQueuesParameter is how many request queues the kernel gives a vhost-scsi
-// device. Kernels before Linux 6.0 have no such parameter.
+// maxQueuesParameter holds the number of request queues that the kernel gives a vhost-scsi device.
+// Kernels before Linux 6.0 do not have the parameter.
 const maxQueuesParameter = "/sys/module/vhost_scsi/parameters/max_io_vqs"
 
 func vhostFacts() facts {
@@ -100,7 +101,7 @@ func vhostFacts() facts {
 	put := func(name string, value any, err error) {
 		switch {
 		case errors.Is(err, unix.ENOTTY):
-			value = "none" // this kernel knows no such question
+			value = "none" // this kernel does not have the ioctl
 		case err != nil:
 			value = err.Error()
 		}
@@ -129,7 +130,8 @@ var (
 	featureNames = map[int]string{
 		0: "VIRTIO_SCSI_F_INOUT", 1: "VIRTIO_SCSI_F_HOTPLUG", 2: "VIRTIO_SCSI_F_CHANGE", 3: "VIRTIO_SCSI_F_T10_PI",
 		24: "VIRTIO_F_NOTIFY_ON_EMPTY", 26: "VHOST_F_LOG_ALL", 27: "VIRTIO_F_ANY_LAYOUT",
-		28: "VIRTIO_F_INDIRECT_DESC", 29: "VIRTIO_F_EVENT_IDX", 32: "VIRTIO_F_VERSION_1", 33: "VIRTIO_F_ACCESS_PLATFORM",
+		28: "VIRTIO_F_INDIRECT_DESC", 29: "VIRTIO_F_EVENT_IDX", 32: "VIRTIO_F_VERSION_1",
+		33: "VIRTIO_F_ACCESS_PLATFORM",
 	}
 	backendFeatureNames = map[int]string{1: "VHOST_BACKEND_F_IOTLB_MSG_V2", 2: "VHOST_BACKEND_F_IOTLB_BATCH"}
 )
@@ -149,7 +151,7 @@ func bitNames(v uint64, names map[int]string) facts {
 	return out
 }
 
-// flatten makes one level of facts: "kvm.capabilities.KVM_CAP_IRQCHIP" to "1".
+// flatten flattens nested facts to one level, such as "kvm.capabilities.KVM_CAP_IRQCHIP" to "1".
 func flatten(prefix string, f facts, into map[string]string) {
 	for name, v := range f {
 		name = text.Printable(prefix + name)
@@ -174,7 +176,7 @@ func abiTable(w io.Writer, f facts) error {
 	return t.Flush()
 }
 
-// readFacts reads what gvm abi --json wrote.
+// readFacts reads the output of gvm abi --json.
 func readFacts(path string) (map[string]string, error) {
 	b, err := readInput(path, 16<<20)
 	if err != nil {
@@ -217,7 +219,7 @@ func abiDiff(w io.Writer, pathA, pathB string) error {
 		if err != nil {
 			return err
 		}
-		if name != "gvm" && name != "kernel" { // they say which two are compared
+		if name != "gvm" && name != "kernel" { // the values are the names of the compared kernels
 			differences++
 		}
 	}
@@ -227,7 +229,7 @@ func abiDiff(w io.Writer, pathA, pathB string) error {
 	return nil
 }
 
-// parseABI reads --vhost-abi.
+// parseABI parses the value of --vhost-abi.
 func parseABI(s string) (vhostscsi.ABIPolicy, error) {
 	switch n, err := strconv.ParseUint(s, 10, 31); {
 	case s == "":

@@ -53,7 +53,8 @@ EXAMPLES
 			&cli.StringFlag{Name: "size", Value: "4K,128K", Usage: "`LIST` of request sizes"},
 			&cli.StringFlag{Name: "depth", Value: "1,8,32,128", Usage: "`LIST` of requests in flight in each queue"},
 			&cli.StringFlag{Name: "queues", Value: "1,2", Usage: "`LIST` of numbers of queues"},
-			&cli.StringFlag{Name: "driver", Value: "interrupt,poll", Usage: "`LIST` of how the driver learns of answers"},
+			&cli.StringFlag{Name: "driver", Value: "interrupt,poll",
+				Usage: "`LIST` of how the driver learns of answers"},
 			pollFlag(),
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 			plotFlag(),
@@ -68,14 +69,15 @@ EXAMPLES
 	}
 }
 
-// benchAction runs what parse makes of the command line of a benchmark, which has --rounds,
-// until it ends or a signal comes.
+// benchAction parses the command line of a benchmark, which has --rounds, and runs the benchmark
+// until it ends or a signal arrives.
 func benchAction[B interface {
 	run(context.Context, io.Writer) error
 }](parse func(*cli.Context) (B, error)) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		if c.Args().Present() {
-			return usageError{fmt.Errorf("unexpected argument %q; see gvm help bench %s", c.Args().First(), c.Command.Name)}
+			return usageError{fmt.Errorf("unexpected argument %q; see gvm help bench %s",
+				c.Args().First(), c.Command.Name)}
 		}
 		if n := c.Int("rounds"); n < 1 {
 			return usageError{fmt.Errorf("--rounds %d: want 1 or more", n)}
@@ -91,7 +93,7 @@ func benchAction[B interface {
 	}
 }
 
-// diskBench is `gvm bench disk`'s command line.
+// diskBench is the command line of `gvm bench disk`.
 type diskBench struct {
 	disk                  string
 	time                  time.Duration
@@ -103,7 +105,8 @@ type diskBench struct {
 }
 
 func parseBench(c *cli.Context) (b diskBench, err error) {
-	b = diskBench{disk: c.String("disk"), time: c.Duration("time"), rounds: c.Int("rounds"), json: c.String("json"), plot: c.String("plot")}
+	b = diskBench{disk: c.String("disk"), time: c.Duration("time"), rounds: c.Int("rounds"),
+		json: c.String("json"), plot: c.String("plot")}
 	if b.poll, err = parsePoll(c); err != nil {
 		return b, err
 	}
@@ -143,17 +146,17 @@ func parseBench(c *cli.Context) (b diskBench, err error) {
 
 // sample is one measurement, as in the JSON file.
 type sample struct {
-	Storage string  `json:"storage"`          // null, mem, file; io_uring and pread are fio's
+	Storage string  `json:"storage"`          // null, mem or file; io_uring and pread are fio's
 	Driver  string  `json:"driver,omitempty"` // interrupt or poll; fio has none
 	Size    int     `json:"size"`
 	Depth   int     `json:"depth"`
 	Queues  int     `json:"queues"`
 	Round   int     `json:"round"`
 	IOPS    float64 `json:"iops"`
-	CPU     float64 `json:"cpu_ns"` // for each request
+	CPU     float64 `json:"cpu_ns"` // per request
 	P50     float64 `json:"p50_ns"`
 	P99     float64 `json:"p99_ns"`
-	Allocs  float64 `json:"allocs"` // for each request
+	Allocs  float64 `json:"allocs"` // per request
 }
 
 func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
@@ -221,7 +224,7 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 					}
 					for _, engine := range []string{"io_uring", "pread"} {
 						if fio == "" || engine == "pread" && depth != b.depths[0] {
-							continue // pread knows no depth
+							continue // pread has no depth
 						}
 						if err := b.fio(ctx, fio, engine, path, &at); err != nil {
 							return err
@@ -233,7 +236,8 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 		}
 	}
 	if len(all) == 0 {
-		return configError{fmt.Errorf("nothing to measure: a driver that polls takes two CPUs for each queue, and this host has %d", runtime.NumCPU())}
+		return configError{fmt.Errorf("nothing to measure: a driver that polls takes two CPUs for each queue, "+
+			"and this host has %d", runtime.NumCPU())}
 	}
 	if err := record.write(all); err != nil {
 		return err
@@ -251,7 +255,7 @@ func (b diskBench) run(ctx context.Context, w io.Writer) (err error) {
 						p.add(strings.TrimSpace(s.Storage+" "+s.Driver), s.Depth, s.IOPS/1e3)
 					}
 				}
-				if len(p.curves) > 0 { // else the driver would have to poll on too few CPUs
+				if len(p.curves) > 0 { // empty if the driver would have to poll on too few CPUs
 					panels = append(panels, p)
 				}
 			}
@@ -275,15 +279,16 @@ func (b diskBench) device(s block.Backend) (*vscsi.Device, error) {
 	return vscsi.New(vscsi.Config{Target: target, Queues: slices.Max(b.queues), Poll: b.poll})
 }
 
-// fio measures what s says by fio.
+// fio measures s with fio.
 func (b diskBench) fio(ctx context.Context, program, engine, path string, s *sample) error {
 	depth, name := s.Depth, "io_uring"
 	if engine == "pread" {
 		depth, name = 1, "psync"
 	}
-	c := exec.CommandContext(ctx, program, "--name=bench", "--filename="+strings.ReplaceAll(path, ":", `\:`), "--readonly", "--rw=randread",
-		"--ioengine="+name, "--bs="+strconv.Itoa(s.Size), "--iodepth="+strconv.Itoa(depth), "--numjobs="+strconv.Itoa(s.Queues),
-		"--thread", "--group_reporting", "--norandommap", "--invalidate=0", "--time_based", fmt.Sprintf("--runtime=%dms", b.time.Milliseconds()),
+	c := exec.CommandContext(ctx, program, "--name=bench", "--filename="+strings.ReplaceAll(path, ":", `\:`),
+		"--readonly", "--rw=randread", "--ioengine="+name, "--bs="+strconv.Itoa(s.Size),
+		"--iodepth="+strconv.Itoa(depth), "--numjobs="+strconv.Itoa(s.Queues), "--thread", "--group_reporting",
+		"--norandommap", "--invalidate=0", "--time_based", fmt.Sprintf("--runtime=%dms", b.time.Milliseconds()),
 		"--output-format=json")
 	out, err := c.Output()
 	if ctx.Err() != nil {
@@ -354,9 +359,11 @@ func benchTable(w io.Writer, all []sample) error {
 			i := -1
 			ratio = fmt.Sprintf("%.2f", median(func(s sample) float64 { i++; return s.IOPS / peers[i].IOPS }))
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\t%.1f\t(%.1f–%.1f)\t%.2f\t%.1f\t%.1f\t%s\t%s\t\n", k.Storage, k.Driver, text.FormatSize(uint64(k.Size)), k.Queues, k.Depth,
+		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\t%.1f\t(%.1f–%.1f)\t%.2f\t%.1f\t%.1f\t%s\t%s\t\n",
+			k.Storage, k.Driver, text.FormatSize(uint64(k.Size)), k.Queues, k.Depth,
 			iops[len(iops)/2], iops[0], iops[len(iops)-1], median(func(s sample) float64 { return s.CPU / 1e3 }),
-			median(func(s sample) float64 { return s.P50 / 1e3 }), median(func(s sample) float64 { return s.P99 / 1e3 }), allocs, ratio)
+			median(func(s sample) float64 { return s.P50 / 1e3 }),
+			median(func(s sample) float64 { return s.P99 / 1e3 }), allocs, ratio)
 	}
 	return t.Flush()
 }

@@ -63,14 +63,15 @@ EXAMPLES
 			&cli.StringFlag{Name: "until", Value: bootinit.Line, Usage: "`TEXT` that ends a boot"},
 			&cli.DurationFlag{Name: "timeout", Value: 2 * time.Minute, Usage: "give up on a boot after `DURATION`"},
 			&cli.IntFlag{Name: "rounds", Value: 10, Usage: "measure everything `N` times, in turns"},
-			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64", Usage: "`PROGRAM` to compare with", TakesFile: true},
+			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64",
+				Usage: "`PROGRAM` to compare with", TakesFile: true},
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 		},
 		Action: benchAction(parseBootBench),
 	}
 }
 
-// bootBench is `gvm bench boot`'s command line.
+// bootBench is the command line of `gvm bench boot`.
 type bootBench struct {
 	kernel, initrd, cmdline, until string
 	timeout                        time.Duration
@@ -162,7 +163,8 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 		}
 	}
 	boot := func(name string, args []string, files ...*os.File) (m *waiting, cpu time.Duration, err error) {
-		ctx, stop := context.WithTimeoutCause(ctx, b.timeout, fmt.Errorf("%s: no line with %q within %s", name, b.until, b.timeout))
+		ctx, stop := context.WithTimeoutCause(ctx, b.timeout,
+			fmt.Errorf("%s: no line with %q within %s", name, b.until, b.timeout))
 		defer stop()
 		if m, err = startWaiting(ctx, args, b.until, files...); err != nil {
 			return nil, 0, err
@@ -170,7 +172,7 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 		cpu, err = cpuOf(m.c.Process.Pid)
 		return m, cpu, errors.Join(err, m.stop())
 	}
-	if b.kernel != "" { // its first boot would take in decompressing it
+	if b.kernel != "" { // its first boot would include decompression
 		if _, _, err := boot("gvm", run); err != nil {
 			return err
 		}
@@ -224,16 +226,18 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 			of = strconv.FormatFloat(median(ratio), 'f', 2, 64)
 		}
 		m := median(until)
-		fmt.Fprintf(t, "%s\t%s\t%s\t%.1f\t%.1f\t(%.1f–%.1f)\t%.1f\t%s\t\n", v.name, known(median(instruction)), known(median(kernel)), median(first), m, until[0], until[len(until)-1], median(cpu), of)
+		fmt.Fprintf(t, "%s\t%s\t%s\t%.1f\t%.1f\t(%.1f–%.1f)\t%.1f\t%s\t\n",
+			v.name, known(median(instruction)), known(median(kernel)), median(first), m, until[0], until[len(until)-1], median(cpu), of)
 	}
 	return t.Flush()
 }
 
-// firstInstruction is gvm run --timing's line of it.
+// firstInstruction matches the line of gvm run --timing for the first instruction.
 var firstInstruction = pattern(`timing +\S+ +(\S+)  first instruction\n`)
 
-// firmware has QEMU boot with more arguments, and debug as descriptor 3, that give its firmware a debug port; and returns when
-// that had its first word there and when it was done, in ms. Of a firmware that says nothing both are 0.
+// firmware calls boot with QEMU arguments for a firmware debug port, which writes to debug, QEMU's
+// descriptor 3. It returns the times of the firmware's first output and of the end of its work, in
+// ms. Both are 0 if the firmware prints nothing.
 func firmware(boot func(args []string, debug *os.File) error) (begun, done float64, err error) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -258,13 +262,14 @@ func firmware(boot func(args []string, debug *os.File) error) (begun, done float
 			}
 		}
 	}()
-	err = boot([]string{"-chardev", "file,id=debug,path=/proc/self/fd/3", "-device", "isa-debugcon,iobase=0x402,chardev=debug"}, w)
+	err = boot([]string{"-chardev", "file,id=debug,path=/proc/self/fd/3",
+		"-device", "isa-debugcon,iobase=0x402,chardev=debug"}, w)
 	w.Close()
 	<-read
 	return begun, done, err
 }
 
-// known formats a figure, or a dash for none.
+// known formats a figure, or a dash for 0.
 func known(v float64) string {
 	if v == 0 {
 		return "–"
@@ -278,14 +283,17 @@ func median(v []float64) float64 {
 	return v[len(v)/2]
 }
 
-// noQEMU says that there is nothing to compare with.
+// noQEMU notes that no QEMU is installed to compare with.
 func noQEMU(program string) {
 	note(program + " is not installed (Debian: apt install qemu-system-x86): nothing to compare with")
 }
 
-// inTurns measures each VMM once in every round. One that fails in the first round is left
-// out of what it returns, and said to be, but for the first VMM, which is gvm.
-func inTurns(ctx context.Context, rounds int, vmms []contender, measure func(round int, v contender) error) ([]contender, error) {
+// inTurns measures each VMM once in every round. It drops a VMM that fails in the first round, with
+// a note, and returns the others. Any other failure is an error, as is one of the first VMM, which
+// is gvm.
+func inTurns(
+	ctx context.Context, rounds int, vmms []contender, measure func(round int, v contender) error,
+) ([]contender, error) {
 	for round := range rounds {
 		for i := 0; i < len(vmms); {
 			err := measure(round, vmms[i])

@@ -9,11 +9,11 @@ import (
 	"gvm/kvmapi/nowait"
 )
 
-// benchRecord is the JSON file of a benchmark. What is in the file stays there until there
-// is something to put in its place. A nil one takes everything and keeps nothing.
+// benchRecord is the JSON file of a benchmark. Its contents stay until write replaces them. A nil
+// *benchRecord ignores all calls.
 type benchRecord struct {
 	f    *os.File
-	made bool // the file was not there
+	made bool // openBenchRecord created the file
 }
 
 func openBenchRecord(path string) (*benchRecord, error) {
@@ -46,8 +46,8 @@ func (r *benchRecord) write(v any) error {
 	return fillOutput(r.f, r.made, append(b, '\n'))
 }
 
-// close closes the file after a benchmark that ended with err, and removes the one that a failed
-// benchmark made and has written nothing to.
+// close closes the file after a benchmark that ended with err. It removes a file that the benchmark
+// created if the benchmark failed before it wrote to the file.
 func (r *benchRecord) close(err error) error {
 	if r == nil {
 		return err
@@ -58,11 +58,10 @@ func (r *benchRecord) close(err error) error {
 	return errors.Join(err, r.f.Close())
 }
 
-// benchImage is the size of the image that is made for want of --disk.
+// benchImage is the size of the image that a benchmark without --disk makes.
 const benchImage = 256 << 20
 
-// benchFile returns the image to measure: path, or else one that it makes, which remove
-// takes away.
+// benchFile returns the image to measure: path, or a new image that remove removes.
 func benchFile(path string) (_ string, remove func() error, err error) {
 	if path != "" {
 		return path, func() error { return nil }, nil
@@ -79,7 +78,7 @@ func benchFile(path string) (_ string, remove func() error, err error) {
 	return path, remove, nil
 }
 
-// fillImage makes an image without holes, of data that is not all the same.
+// fillImage makes an image without holes, with data that varies.
 func fillImage(path string, size int) error {
 	f, err := os.Create(path)
 	if err != nil {
@@ -95,5 +94,5 @@ func fillImage(path string, size int) error {
 			return err
 		}
 	}
-	return f.Sync() // write-back would be measured with the rest
+	return f.Sync() // otherwise the benchmark would measure write-back too
 }

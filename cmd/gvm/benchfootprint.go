@@ -48,14 +48,15 @@ EXAMPLES
 			&cli.IntFlag{Name: "guests", Value: 100, Usage: "`N` guests that wait at the same time, 0 for none"},
 			&cli.DurationFlag{Name: "time", Value: 10 * time.Second, Usage: "watch them for `DURATION`"},
 			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure one machine of each kind `N` times, in turns"},
-			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64", Usage: "`PROGRAM` to compare with", TakesFile: true},
+			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64",
+				Usage: "`PROGRAM` to compare with", TakesFile: true},
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 		},
 		Action: benchAction(parseFootprint),
 	}
 }
 
-// footprintBench is `gvm bench footprint`'s command line.
+// footprintBench is the command line of `gvm bench footprint`.
 type footprintBench struct {
 	guests, rounds int
 	time           time.Duration
@@ -63,7 +64,8 @@ type footprintBench struct {
 }
 
 func parseFootprint(c *cli.Context) (b footprintBench, err error) {
-	b = footprintBench{guests: c.Int("guests"), rounds: c.Int("rounds"), time: c.Duration("time"), qemu: c.String("qemu"), json: c.String("json")}
+	b = footprintBench{guests: c.Int("guests"), rounds: c.Int("rounds"), time: c.Duration("time"),
+		qemu: c.String("qemu"), json: c.String("json")}
 	switch {
 	case b.guests < 0 || b.guests > 10000:
 		return b, fmt.Errorf("--guests %d: want 0 to 10000", b.guests)
@@ -78,14 +80,14 @@ type footprint struct {
 	VMM     string  `json:"vmm"`
 	Round   int     `json:"round"`
 	Ready   float64 `json:"ready_ms"` // since exec
-	CPU     float64 `json:"cpu_ms"`   // until then
-	RSS     float64 `json:"rss_mib"`  // beside the guest's RAM
+	CPU     float64 `json:"cpu_ms"`   // until ready
+	RSS     float64 `json:"rss_mib"`  // without the guest's RAM
 	PSS     float64 `json:"pss_mib"`
 	Threads int     `json:"threads"`
 	Program float64 `json:"program_mib"`
 }
 
-// idle is many machines that wait, as in the JSON file.
+// idle describes many waiting machines, as in the JSON file.
 type idle struct {
 	Guests  int     `json:"guests"`
 	Seconds float64 `json:"seconds"`
@@ -94,7 +96,7 @@ type idle struct {
 
 const (
 	footprintRAM = 512 << 20
-	footprintSet = 2 * time.Second // after which a machine is measured: longer than gvm takes to settle
+	footprintSet = 2 * time.Second // wait before measuring a machine: longer than gvm takes to settle
 )
 
 func (b footprintBench) run(ctx context.Context, w io.Writer) (err error) {
@@ -155,14 +157,14 @@ type waiting struct {
 	c            *exec.Cmd
 	stdin        io.Closer
 	errs         bytes.Buffer
-	first, ready time.Duration // since exec: the first line on the console, and that which has the text
+	first, ready time.Duration // since exec: the first line on the console, and the line with the text
 }
 
-// startWaiting starts a machine and returns once a line on its console has the text. It has the files from
-// descriptor 3 on.
+// startWaiting starts a machine and returns once a line on its console has the text. The machine
+// inherits files from descriptor 3 on.
 func startWaiting(ctx context.Context, args []string, text string, files ...*os.File) (_ *waiting, err error) {
 	m := &waiting{c: exec.CommandContext(ctx, args[0], args[1:]...)}
-	m.c.Cancel = func() error { return m.c.Process.Signal(syscall.SIGTERM) } // it cleans up
+	m.c.Cancel = func() error { return m.c.Process.Signal(syscall.SIGTERM) } // lets the program clean up
 	m.c.WaitDelay = 10 * time.Second
 	m.c.Stderr = &m.errs
 	m.c.ExtraFiles = files
@@ -186,7 +188,7 @@ func startWaiting(ctx context.Context, args []string, text string, files ...*os.
 			m.first = m.ready
 		}
 		if strings.Contains(line, text) {
-			go io.Copy(io.Discard, lines) // until it ends; nobody reads the rest
+			go io.Copy(io.Discard, lines) // drains the rest of the output until it ends
 			return m, nil
 		}
 	}
@@ -197,7 +199,7 @@ func startWaiting(ctx context.Context, args []string, text string, files ...*os.
 	return nil, err
 }
 
-// stop ends it. That it was told to is no error.
+// stop ends the machine. Its death by stop's signal is not an error.
 func (m *waiting) stop() error {
 	err := m.c.Process.Signal(syscall.SIGTERM)
 	_ = m.stdin.Close()
@@ -245,8 +247,7 @@ func measureFootprint(ctx context.Context, v contender) (f footprint, err error)
 	return f, nil
 }
 
-// besideRAM adds up smaps (proc_pid_smaps(5)) but for the mappings that are as large as
-// the guest's RAM, in bytes.
+// besideRAM sums smaps (proc_pid_smaps(5)) in bytes, without mappings as large as the guest's RAM.
 func besideRAM(smaps []byte) (rss, pss int64) {
 	counts := false
 	for line := range strings.Lines(string(smaps)) {
@@ -274,7 +275,7 @@ func besideRAM(smaps []byte) (rss, pss int64) {
 	return rss, pss
 }
 
-// cpuOf is the CPU time that the threads of a process have used which it has now.
+// cpuOf sums the CPU time of a process's present threads.
 func cpuOf(pid int) (sum time.Duration, err error) {
 	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
 	if err != nil {
@@ -301,7 +302,7 @@ func cpuOf(pid int) (sum time.Duration, err error) {
 	return sum, nil
 }
 
-// idle has many machines wait at the same time.
+// idle measures many machines that wait at the same time.
 func (b footprintBench) idle(ctx context.Context, gvm string) (_ *idle, err error) {
 	var all []*waiting
 	defer func() {
@@ -310,7 +311,8 @@ func (b footprintBench) idle(ctx context.Context, gvm string) (_ *idle, err erro
 		}
 	}()
 	for range b.guests {
-		m, err := startWaiting(ctx, []string{gvm, "run", "--memory", "64M", "--disk", "mem:16M", "--guest-arg", "echo"}, "ready")
+		m, err := startWaiting(ctx, []string{gvm, "run", "--memory", "64M", "--disk", "mem:16M",
+			"--guest-arg", "echo"}, "ready")
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
@@ -353,7 +355,8 @@ func (b footprintBench) idle(ctx context.Context, gvm string) (_ *idle, err erro
 	if err != nil {
 		return nil, err
 	}
-	return &idle{Guests: b.guests, Seconds: took.Seconds(), CPU: 100 * (after - before).Seconds() / took.Seconds() / float64(runtime.NumCPU())}, nil
+	return &idle{Guests: b.guests, Seconds: took.Seconds(),
+		CPU: 100 * (after - before).Seconds() / took.Seconds() / float64(runtime.NumCPU())}, nil
 }
 
 func footprintTable(w io.Writer, vmms []contender, all []footprint, many *idle) error {
@@ -372,9 +375,12 @@ func footprintTable(w io.Writer, vmms []contender, all []footprint, many *idle) 
 		}
 		median := func(f func(footprint) float64) float64 { return median(pick(f)) }
 		ready := pick(func(f footprint) float64 { return f.Ready })
-		fmt.Fprintf(t, "%s\t%.1f\t(%.1f–%.1f)\t%.1f\t%.1f\t%.1f\t%.0f\t%.1f\t\n", v.name, ready[len(ready)/2], ready[0], ready[len(ready)-1],
-			median(func(f footprint) float64 { return f.CPU }), median(func(f footprint) float64 { return f.RSS }), median(func(f footprint) float64 { return f.PSS }),
-			median(func(f footprint) float64 { return float64(f.Threads) }), median(func(f footprint) float64 { return f.Program }))
+		fmt.Fprintf(t, "%s\t%.1f\t(%.1f–%.1f)\t%.1f\t%.1f\t%.1f\t%.0f\t%.1f\t\n",
+			v.name, ready[len(ready)/2], ready[0], ready[len(ready)-1],
+			median(func(f footprint) float64 { return f.CPU }), median(func(f footprint) float64 { return f.RSS }),
+			median(func(f footprint) float64 { return f.PSS }),
+			median(func(f footprint) float64 { return float64(f.Threads) }),
+			median(func(f footprint) float64 { return f.Program }))
 	}
 	if err := t.Flush(); err != nil || many == nil {
 		return err

@@ -48,11 +48,14 @@ EXAMPLES
    gvm bench guest --disk /dev/nvme0n1 --rounds 11 --json guest.json
    gvm bench guest --write         writes too, to an image under $TMPDIR`,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "disk", Usage: "raw image or block device as `PATH`, which is only read; default: an image under $TMPDIR, in the page cache", TakesFile: true},
+			&cli.StringFlag{Name: "disk",
+				Usage: "raw image or block device as `PATH`, which is only read; default: an image under $TMPDIR, " +
+					"in the page cache", TakesFile: true},
 			&cli.BoolFlag{Name: "write", Usage: "measure writes too, without --disk"},
 			&cli.DurationFlag{Name: "time", Value: 300 * time.Millisecond, Usage: "`DURATION` of each measurement"},
 			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure everything `N` times, in turns"},
-			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64", Usage: "`PROGRAM` to compare with", TakesFile: true},
+			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64",
+				Usage: "`PROGRAM` to compare with", TakesFile: true},
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 			plotFlag(),
 			pollFlag(),
@@ -61,7 +64,7 @@ EXAMPLES
 	}
 }
 
-// guestBench is `gvm bench guest`'s command line.
+// guestBench is the command line of `gvm bench guest`.
 type guestBench struct {
 	disk, qemu, json, plot string
 	write                  bool
@@ -70,7 +73,8 @@ type guestBench struct {
 }
 
 func parseGuestBench(c *cli.Context) (b guestBench, err error) {
-	b = guestBench{disk: c.String("disk"), qemu: c.String("qemu"), json: c.String("json"), plot: c.String("plot"), write: c.Bool("write"), time: c.Duration("time"), rounds: c.Int("rounds")}
+	b = guestBench{disk: c.String("disk"), qemu: c.String("qemu"), json: c.String("json"), plot: c.String("plot"),
+		write: c.Bool("write"), time: c.Duration("time"), rounds: c.Int("rounds")}
 	switch {
 	case b.time < time.Millisecond || b.time > time.Minute:
 		return b, fmt.Errorf("--time %s: want 1ms to 1m", b.time)
@@ -83,15 +87,15 @@ func parseGuestBench(c *cli.Context) (b guestBench, err error) {
 	return b, checkPlot(b.plot)
 }
 
-// contender is a VMM to measure: what it is called, its program and arguments.
+// contender is a VMM to measure: its name, its program and arguments.
 type contender struct {
 	name string
 	args []string
 }
 
-// guestSample is one measurement of the guest's, as in the JSON file.
+// guestSample is one of the guest's measurements, as in the JSON file.
 type guestSample struct {
-	VMM           string  `json:"vmm"`       // gvm, or qemu with how it does I/O
+	VMM           string  `json:"vmm"`       // gvm, or qemu with its I/O mode
 	Operation     string  `json:"operation"` // read or write
 	Depth         int     `json:"depth"`
 	Driver        string  `json:"driver"` // poll or interrupt
@@ -105,19 +109,21 @@ type guestSample struct {
 	Interrupts    int     `json:"interrupts"`
 }
 
-var guestLine = pattern(`(?m)^bench: (read|write) depth (\d+) (poll|interrupt): (\d+) requests in (\d+) us; ns p50 (\d+) p99 (\d+) p999 (\d+) max (\d+); (\d+) notifications, (\d+) interrupts\r?$`)
+var guestLine = pattern(`(?m)^bench: (read|write) depth (\d+) (poll|interrupt): (\d+) requests in (\d+) us; ` +
+	`ns p50 (\d+) p99 (\d+) p999 (\d+) max (\d+); (\d+) notifications, (\d+) interrupts\r?$`)
 
-// guestSamples reads a guest's console, whose report must be whole.
+// guestSamples parses a guest's console, which must contain the whole report.
 func guestSamples(vmm string, round int, console []byte) (all []guestSample, err error) {
 	if !regexp.MustCompile(`(?m)^PASS\r?$`).Match(console) {
 		lines := strings.Split(strings.TrimSpace(string(console)), "\n")
-		return nil, fmt.Errorf("bench: the guest of %s did not end well: %s", vmm, strings.TrimSpace(lines[len(lines)-1]))
+		return nil, fmt.Errorf("bench: the guest of %s did not end well: %s", vmm,
+			strings.TrimSpace(lines[len(lines)-1]))
 	}
 	for _, m := range guestLine().FindAllSubmatch(console, -1) {
 		n := func(i int) float64 { v, _ := strconv.ParseFloat(string(m[i]), 64); return v }
 		all = append(all, guestSample{
-			VMM: vmm, Round: round, Operation: string(m[1]), Depth: int(n(2)), Driver: string(m[3]), IOPS: n(4) / n(5) * 1e6,
-			P50: n(6), P99: n(7), P999: n(8), Max: n(9), Notifications: int(n(10)), Interrupts: int(n(11)),
+			VMM: vmm, Round: round, Operation: string(m[1]), Depth: int(n(2)), Driver: string(m[3]),
+			IOPS: n(4) / n(5) * 1e6, P50: n(6), P99: n(7), P999: n(8), Max: n(9), Notifications: int(n(10)), Interrupts: int(n(11)),
 		})
 	}
 	if len(all) == 0 {
@@ -164,7 +170,8 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 	} else {
 		for _, cache := range []string{"writeback", "none"} {
 			for _, aio := range []string{"io_uring", "threads"} {
-				vmms = append(vmms, contender{"qemu " + aio + " " + cache, qemuArgs(qemu, kernel.Name(), path, strings.Join(words, " "), aio, cache, b.write)})
+				vmms = append(vmms, contender{"qemu " + aio + " " + cache,
+					qemuArgs(qemu, kernel.Name(), path, strings.Join(words, " "), aio, cache, b.write)})
 			}
 		}
 	}
@@ -202,11 +209,11 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 	return guestTable(w, all)
 }
 
-// console runs a machine and returns what came out on its console. The error is what the
-// program said, with its exit status.
+// console runs a machine and returns its console output. The error has the first line of the
+// program's standard error and its exit status.
 func console(ctx context.Context, args []string) ([]byte, error) {
 	c := exec.CommandContext(ctx, args[0], args[1:]...)
-	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) } // it cleans up
+	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) } // lets the program clean up
 	c.WaitDelay = 10 * time.Second
 	var errs bytes.Buffer
 	c.Stderr = &errs
@@ -219,7 +226,8 @@ func console(ctx context.Context, args []string) ([]byte, error) {
 
 var timingPrint = pattern(`(?m)^gvm: timing .*\n`)
 
-// said is how a program ended: by the first line of what it said (--timing's are none), with its exit status.
+// said adds the first line of text, a program's error output without --timing lines, to err, with
+// the exit status.
 func said(err error, text string) error {
 	var exit *exec.ExitError
 	text, _, _ = strings.Cut(strings.TrimSpace(timingPrint().ReplaceAllString(text, "")), "\n")
@@ -232,27 +240,31 @@ func said(err error, text string) error {
 	return err
 }
 
-// qemuArgs is a machine of QEMU's with the same guest and disk, as fast as QEMU knows.
+// qemuArgs returns the command line of a QEMU machine with the same guest and disk, in QEMU's
+// fastest configuration.
 func qemuArgs(qemu, kernel, path, words, aio, cache string, write bool) []string {
 	escape := func(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 	onOff := map[bool]string{false: "off", true: "on"}
 	if abs, err := filepath.Abs(path); err == nil {
-		path = abs // a colon would be a protocol's
+		path = abs // QEMU takes text before a colon for a protocol
 	}
-	file := fmt.Sprintf("driver=file,filename=%s,node-name=f,read-only=%s,aio=%s,cache.direct=%s", escape(path), onOff[!write], aio, onOff[cache == "none"])
+	file := fmt.Sprintf("driver=file,filename=%s,node-name=f,read-only=%s,aio=%s,cache.direct=%s",
+		escape(path), onOff[!write], aio, onOff[cache == "none"])
 	if fi, err := os.Stat(path); err == nil && fi.Mode()&os.ModeDevice != 0 {
 		file = strings.Replace(file, "driver=file", "driver=host_device", 1)
 	}
 	return append(qemuMachine(qemu, "q35"), "-kernel", kernel, "-append", words,
 		"-object", "iothread,id=t", "-device", "virtio-scsi-pci,id=scsi,disable-legacy=on,iothread=t",
-		"-blockdev", file, "-blockdev", "driver=raw,file=f,node-name=d,read-only="+onOff[!write], "-device", "scsi-hd,bus=scsi.0,drive=d")
+		"-blockdev", file, "-blockdev", "driver=raw,file=f,node-name=d,read-only="+onOff[!write],
+		"-device", "scsi-hd,bus=scsi.0,drive=d")
 }
 
-// qemuMachine is a machine of QEMU's with as little in it as gvm's.
+// qemuMachine returns the command line of a QEMU machine with as few devices as gvm's.
 func qemuMachine(qemu, machine string) []string {
-	// The host's CPU, without a feature whose MSR not every KVM lets be set.
+	// Use the host's CPU without arch-capabilities, whose MSR not every KVM allows to set.
 	return []string{
-		qemu, "-M", machine, "-accel", "kvm", "-cpu", "max,-arch-capabilities", "-m", "512", "-nodefaults", "-no-user-config",
+		qemu, "-M", machine, "-accel", "kvm", "-cpu", "max,-arch-capabilities", "-m", "512",
+		"-nodefaults", "-no-user-config",
 		"-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot",
 	}
 }
@@ -263,7 +275,7 @@ func guestTable(w io.Writer, all []guestSample) error {
 		operation, driver string
 		depth             int
 	}
-	at := map[key]map[string][]guestSample{} // by VMM, a sample for each round
+	at := map[key]map[string][]guestSample{} // by VMM, one sample per round
 	var order []key
 	var vmms []string
 	for _, s := range all {
@@ -286,7 +298,8 @@ func guestTable(w io.Writer, all []guestSample) error {
 				iops, p50, p99 = append(iops, s.IOPS/1e3), append(p50, s.P50/1e3), append(p99, s.P99/1e3)
 				best, quickest := 0.0, 0.0
 				for _, o := range all {
-					if o.VMM == "gvm" || o.Round != s.Round || o.Operation != s.Operation || o.Driver != s.Driver || o.Depth != s.Depth {
+					if o.VMM == "gvm" || o.Round != s.Round || o.Operation != s.Operation ||
+						o.Driver != s.Driver || o.Depth != s.Depth {
 						continue
 					}
 					if best = max(best, o.IOPS); quickest == 0 || o.P50 < quickest {
@@ -300,7 +313,8 @@ func guestTable(w io.Writer, all []guestSample) error {
 				ratios = fmt.Sprintf("%.2f\t%.2f\t", median(more), median(less))
 			}
 			m := median(iops)
-			fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%.1f\t(%.1f–%.1f)\t%.1f\t%.1f\t%s\n", k.operation, k.driver, k.depth, vmm, m, iops[0], iops[len(iops)-1], median(p50), median(p99), ratios)
+			fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%.1f\t(%.1f–%.1f)\t%.1f\t%.1f\t%s\n", k.operation, k.driver, k.depth, vmm,
+				m, iops[0], iops[len(iops)-1], median(p50), median(p99), ratios)
 		}
 	}
 	return t.Flush()

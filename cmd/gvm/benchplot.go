@@ -12,8 +12,7 @@ import (
 	"gvm/plot"
 )
 
-// benchPanel is one of the plots beside each other: requests per second over the
-// number of them in flight.
+// benchPanel is one of several plots side by side: requests per second over requests in flight.
 type benchPanel struct {
 	title  string
 	curves []benchCurve // in the order of the legend, the same in all panels
@@ -21,10 +20,10 @@ type benchPanel struct {
 
 type benchCurve struct {
 	name   string
-	points map[int][]float64 // the rounds' thousands of requests per second, by depth
+	points map[int][]float64 // thousands of requests per second of each round, by depth
 }
 
-// add adds a measurement to the panel's curve of that name.
+// add adds a measurement to the panel's curve with that name.
 func (p *benchPanel) add(name string, depth int, kIOPS float64) {
 	i := slices.IndexFunc(p.curves, func(c benchCurve) bool { return c.name == name })
 	if i < 0 {
@@ -34,12 +33,14 @@ func (p *benchPanel) add(name string, depth int, kIOPS float64) {
 	p.curves[i].points[depth] = append(p.curves[i].points[depth], kIOPS)
 }
 
-// plotFlag is --plot of the benchmarks over depths.
+// plotFlag returns --plot of the benchmarks over depths.
 func plotFlag() cli.Flag {
-	return &cli.StringFlag{Name: "plot", Usage: "draw the medians, with the lowest and highest, to `FILE`, whose name ends with .svg or .png", TakesFile: true}
+	return &cli.StringFlag{Name: "plot",
+		Usage:     "draw the medians, with the lowest and highest, to `FILE`, whose name ends with .svg or .png",
+		TakesFile: true}
 }
 
-// checkPlot tells what is wrong with --plot before anything is measured.
+// checkPlot checks --plot before anything is measured.
 func checkPlot(path string) error {
 	if path == "" {
 		return nil
@@ -56,21 +57,22 @@ func checkPlot(path string) error {
 	return nil
 }
 
-// panel describes the panel, with the median of the rounds.
+// panel describes the panel, with the medians of the rounds.
 func (p *benchPanel) panel() plot.Panel {
 	d := plot.Panel{Title: p.title}
 	for _, c := range p.curves {
 		curve := plot.Curve{Name: c.name}
 		for _, depth := range slices.Sorted(maps.Keys(c.points)) {
 			v := slices.Sorted(slices.Values(c.points[depth]))
-			curve.Rates = append(curve.Rates, plot.Rate{Depth: depth, Median: v[len(v)/2], Low: v[0], High: v[len(v)-1]})
+			curve.Rates = append(curve.Rates, plot.Rate{Depth: depth, Median: v[len(v)/2],
+				Low: v[0], High: v[len(v)-1]})
 		}
 		d.Curves = append(d.Curves, curve)
 	}
 	return d
 }
 
-// writeBenchPlot draws the panels into the file at path, whose name tells the format.
+// writeBenchPlot draws the panels into the file at path, whose extension selects the format.
 func writeBenchPlot(path string, panels []benchPanel) error {
 	var p plot.Plot
 	for i := range panels {

@@ -8,8 +8,8 @@ import (
 	"gvm/text"
 )
 
-// The scripts ask gvm itself for the words (--generate-bash-completion), so
-// that they never fall behind.
+// The scripts ask gvm itself for the words (--generate-bash-completion), so that they are never out
+// of date.
 var completions = map[string]string{
 	"bash": `_gvm() {
   local cur=${COMP_WORDS[COMP_CWORD]} words
@@ -28,7 +28,8 @@ _gvm() {
 compdef _gvm gvm
 `,
 	"fish": `complete -c gvm -f -n '__fish_use_subcommand' -a '(gvm --generate-bash-completion)'
-complete -c gvm -F -n 'not __fish_use_subcommand' -a '(set -l t (commandline -opc); $t (commandline -ct) --generate-bash-completion)'
+complete -c gvm -F -n 'not __fish_use_subcommand' \
+  -a '(set -l t (commandline -opc); $t (commandline -ct) --generate-bash-completion)'
 `,
 }
 

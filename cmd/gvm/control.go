@@ -25,7 +25,7 @@ import (
 	"gvm/vmm"
 )
 
-// remote is what the control socket shows of a machine.
+// remote serves a machine on the control socket.
 type remote struct {
 	info control.Info
 	*machine.Machine
@@ -40,7 +40,8 @@ func (r *remote) Info() control.Info {
 	return i
 }
 
-// pausePatience bounds the wait for CPUs: one may be at a console whose reader has stopped.
+// pausePatience bounds the wait for CPUs. A CPU may be blocked on console output that no program
+// reads.
 const pausePatience = 10 * time.Second
 
 var errNotPausing = control.Errorf(http.StatusGatewayTimeout, "a CPU does not stop: is the output of gvm run taken?")
@@ -53,7 +54,7 @@ func (r *remote) Pause(ctx context.Context) error {
 
 func (r *remote) Resume() error { return r.pauseError(r.Machine.Resume()) }
 
-// pauseError is how the control socket says what a Pauser does.
+// pauseError converts a Pauser's error for the control socket.
 func (r *remote) pauseError(err error) error {
 	switch {
 	case errors.Is(err, vmm.ErrPaused):
@@ -72,19 +73,21 @@ func (r *remote) AddDisk(ctx context.Context, a control.AddDisk) (control.Change
 		return control.Change{}, control.Errorf(http.StatusBadRequest, "%v", err)
 	}
 	for _, path := range []*string{&d.Path, &d.Overlay} {
-		if d.Storage != disk.Image || *path == "" || filepath.IsAbs(*path) || path == &d.Overlay && *path == disk.OverlayOn {
+		if d.Storage != disk.Image || *path == "" || filepath.IsAbs(*path) ||
+			path == &d.Overlay && *path == disk.OverlayOn {
 			continue
 		}
 		if !filepath.IsAbs(string(a.Dir)) {
-			return control.Change{}, control.Errorf(http.StatusBadRequest, "--disk %s: a relative path, and no absolute directory that it starts from", *path)
+			return control.Change{}, control.Errorf(http.StatusBadRequest,
+				"--disk %s: a relative path, and no absolute directory that it starts from", *path)
 		}
 		*path = filepath.Join(string(a.Dir), *path)
 	}
 	return r.Machine.AddDisk(ctx, d)
 }
 
-// claimName takes the machine's name and opens its control socket. A machine that
-// was given no name goes without a socket, with a note, where there can be none.
+// claimName claims the machine's name and opens its control socket. If no socket can be opened, a
+// machine with a chosen name fails, and any other runs without a socket, with a note.
 func (rc *runConfig) claimName() (*control.Server, error) {
 	name := rc.spec.Name
 	if name == "" {
@@ -107,24 +110,25 @@ func (rc *runConfig) claimName() (*control.Server, error) {
 	return s, nil
 }
 
-// info is what the machine says of itself.
+// info returns the machine's description of itself.
 func (rc *runConfig) info() control.Info {
 	kernel := rc.kernel
 	if kernel != "" {
 		kernel = disk.Absolute(kernel)
 	}
-	return control.Info{Name: rc.spec.Name, PID: os.Getpid(), GVM: version, Kernel: control.Text(kernel), CPUs: rc.spec.CPUs, Memory: rc.spec.Memory.Size}
+	return control.Info{Name: rc.spec.Name, PID: os.Getpid(), GVM: version, Kernel: control.Text(kernel),
+		CPUs: rc.spec.CPUs, Memory: rc.spec.Memory.Size}
 }
 
-// theMachine returns a client for the machine that word names, by name or PID;
-// with an empty word for the only one that runs.
+// theMachine returns a client for the machine with the given name or PID. An empty word means the
+// only running machine.
 func theMachine(word string) (*control.Client, error) {
 	dir := control.DefaultDirectory()
 	entries, err := dir.List()
 	if err != nil {
 		return nil, fmt.Errorf("list machines: %w", err)
 	}
-	// One that does not answer a question is not asked to do anything.
+	// Ask the machine a question first, so that no command goes to one that does not answer.
 	client := func(e control.Entry) (*control.Client, error) {
 		c := control.NewClient(dir, e.Name)
 		if _, err := c.Info(context.Background()); errors.Is(err, control.ErrNoAnswer) {
@@ -148,11 +152,12 @@ func theMachine(word string) (*control.Client, error) {
 	case word == "":
 		return nil, usageError{fmt.Errorf("several machines run: name one of %s", strings.Join(names, ", "))}
 	}
-	return nil, usageError{fmt.Errorf("no machine of this user has the name or PID %s; there %s %s%s", word, map[bool]string{true: "is", false: "are"}[len(names) == 1], strings.Join(names, ", "), text.Suggest(word, names))}
+	return nil, usageError{fmt.Errorf("no machine of this user has the name or PID %s; there %s %s%s", word,
+		map[bool]string{true: "is", false: "are"}[len(names) == 1], strings.Join(names, ", "),
+		text.Suggest(word, names))}
 }
 
-// refused gives what a machine refuses to a user the status that it would have had
-// on the command line of gvm run.
+// refused gives a machine's refusal the exit status that gvm run would have for the same error.
 func refused(err error) error {
 	var e *control.Error
 	if errors.As(err, &e) && e.Status < http.StatusInternalServerError {
@@ -180,8 +185,8 @@ EXAMPLES
 	}
 }
 
-// listMachines asks every machine what it is. One that ends meanwhile, or does not
-// answer, is a note.
+// listMachines lists every machine. A machine that ends meanwhile, or does not answer, gives a
+// note.
 func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error {
 	dir := control.DefaultDirectory()
 	entries, err := dir.List()
@@ -194,7 +199,7 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 	}
 	answers, errs := make([]row, len(entries)), make([]error, len(entries))
 	var asked sync.WaitGroup
-	for i, e := range entries { // at once: one that does not answer holds no other up
+	for i, e := range entries { // in parallel: a machine that does not answer delays no other
 		asked.Go(func() {
 			c := control.NewClient(dir, e.Name)
 			if answers[i].Info, errs[i] = c.Info(ctx); errs[i] == nil {
@@ -234,7 +239,8 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 }
 
 func pauseCommand() *cli.Command {
-	return stateCommand("pause", "stop the CPUs of a running machine", `The CPUs stop until gvm resume; the machine can be ended meanwhile, and its
+	return stateCommand("pause", "stop the CPUs of a running machine",
+		`The CPUs stop until gvm resume; the machine can be ended meanwhile, and its
 disks can be changed. Requests that the guest has made of its disks are
 finished, and --timeout of gvm run goes on.
 
@@ -244,7 +250,8 @@ EXAMPLES
 }
 
 func resumeCommand() *cli.Command {
-	return stateCommand("resume", "let a machine that was paused go on", `A machine pauses by gvm pause, or by itself when a disk with error=stop or
+	return stateCommand("resume", "let a machine that was paused go on",
+		`A machine pauses by gvm pause, or by itself when a disk with error=stop or
 error=enospc-stop fails: it says so, and once it is resumed it does the
 failed request again.
 
@@ -253,7 +260,7 @@ EXAMPLES
    gvm resume build`, (*control.Client).Resume)
 }
 
-// stateCommand is a command whose argument is [VM].
+// stateCommand returns a command whose argument is [VM].
 func stateCommand(name, usage, description string, do func(*control.Client, context.Context) error) *cli.Command {
 	return &cli.Command{
 		Name: name, Usage: usage, ArgsUsage: "[VM]", Description: description,
@@ -271,15 +278,20 @@ func stateCommand(name, usage, description string, do func(*control.Client, cont
 }
 
 func diskCommand() *cli.Command {
-	// sub makes a subcommand whose arguments are [VM] and what words names.
-	sub := func(name, words, usage, description string, optional int, flags []cli.Flag, do func(*cli.Context, *control.Client, []string) error) *cli.Command {
+	// sub makes a subcommand whose arguments are [VM] and words.
+	sub := func(
+		name, words, usage, description string, optional int, flags []cli.Flag,
+		do func(*cli.Context, *control.Client, []string) error,
+	) *cli.Command {
 		n := len(strings.Fields(words))
 		return &cli.Command{
-			Name: name, Usage: usage, ArgsUsage: strings.TrimSpace("[VM] " + words), Description: description, Flags: flags,
+			Name: name, Usage: usage, ArgsUsage: strings.TrimSpace("[VM] " + words),
+			Description: description, Flags: flags,
 			Action: func(c *cli.Context) error {
 				args := c.Args().Slice()
 				if len(args) < n-optional || len(args) > n+1 {
-					return usageError{fmt.Errorf("disk %s takes %s, and got %s; see gvm disk %s --help", name, strings.TrimSpace("[VM] "+words), text.Count(len(args), "word"), name)}
+					return usageError{fmt.Errorf("disk %s takes %s, and got %s; see gvm disk %s --help", name,
+						strings.TrimSpace("[VM] "+words), text.Count(len(args), "word"), name)}
 				}
 				vm := ""
 				if len(args) == n+1 || optional > 0 && len(args) > 1 && n > 1 && isMachine(args[0]) {
@@ -306,7 +318,8 @@ func diskCommand() *cli.Command {
 			}
 			return diskTable(c.App.Writer, disks)
 		})
-	add := sub("add", "DISK", "give a running machine a disk", `DISK is what gvm run --disk takes (gvm help disk), with backend=process.
+	add := sub("add", "DISK", "give a running machine a disk",
+		`DISK is what gvm run --disk takes (gvm help disk), with backend=process.
 Without lun= the disk gets the lowest LUN that is free. The guest sees it
 come without a rescan.
 
@@ -321,7 +334,8 @@ EXAMPLES
 			change, err := m.AddDisk(c.Context, control.AddDisk{Disk: control.Text(args[0]), Dir: control.Text(dir)})
 			return told(c, "added", change, err)
 		})
-	remove := sub("remove", "DISK", "take a disk away from a running machine", `DISK is a LUN, a path or a serial number. The guest is told; requests that it
+	remove := sub("remove", "DISK", "take a disk away from a running machine",
+		`DISK is a LUN, a path or a serial number. The guest is told; requests that it
 has under way are aborted, and what it has not written yet it cannot write
 any more: unmount the disk there first.
 
@@ -332,14 +346,17 @@ EXAMPLES
 			change, err := m.RemoveDisk(c.Context, diskID(args[0]))
 			return told(c, "removed", change, err)
 		})
-	resize := sub("resize", "DISK [SIZE]", "change the size of a disk of a running machine", `DISK is a LUN, a path or a serial number. With SIZE the image gets that size;
+	resize := sub("resize", "DISK [SIZE]", "change the size of a disk of a running machine",
+		`DISK is a LUN, a path or a serial number. With SIZE the image gets that size;
 without it the machine looks how large the image or the block device is by
 now. The guest sees the new size without a rescan.
 
 EXAMPLES
    gvm disk resize data.img 20G
    gvm disk resize build 0 20G
-   gvm disk resize /dev/vg/data      after lvextend`, 1, []cli.Flag{&cli.BoolFlag{Name: "shrink", Usage: "the disk may become smaller: what lies behind its new end is lost"}},
+   gvm disk resize /dev/vg/data      after lvextend`, 1,
+		[]cli.Flag{&cli.BoolFlag{Name: "shrink",
+			Usage: "the disk may become smaller: what lies behind its new end is lost"}},
 		func(c *cli.Context, m *control.Client, args []string) error {
 			r := control.ResizeDisk{Shrink: c.Bool("shrink")}
 			if len(args) > 1 {
@@ -371,12 +388,13 @@ EXAMPLES
 	}
 }
 
-// diskMissing says that DISK is missing, where that is why a subcommand of gvm disk failed: its
-// arguments end with a machine, or a machine and a size.
+// diskMissing returns an error that DISK is missing, if that is the cause of err: the arguments of
+// a subcommand of gvm disk end with a machine, or with a machine and a size.
 func diskMissing(name, words, vm string, args []string, err error) error {
 	var refused *control.Error
 	var several usageError
-	if err == nil || len(args) == 0 || !(errors.As(err, &refused) && refused.Status == http.StatusNotFound || refused == nil && errors.As(err, &several)) {
+	if err == nil || len(args) == 0 || !(errors.As(err, &refused) && refused.Status == http.StatusNotFound ||
+		refused == nil && errors.As(err, &several)) {
 		return err
 	}
 	if vm == "" && isMachine(args[0]) {
@@ -386,16 +404,19 @@ func diskMissing(name, words, vm string, args []string, err error) error {
 	} else if _, notSize := text.ParseSize(args[0], 1); notSize != nil {
 		return err
 	}
-	return usageError{fmt.Errorf("disk %s: %s is a machine, and DISK is missing: gvm disk %s %s %s", name, vm, name, vm, words)}
+	return usageError{fmt.Errorf("disk %s: %s is a machine, and DISK is missing: gvm disk %s %s %s",
+		name, vm, name, vm, words)}
 }
 
-// isMachine tells whether a machine has the name or PID.
+// isMachine reports whether a machine has the name or PID.
 func isMachine(word string) bool {
 	entries, err := control.DefaultDirectory().List()
-	return err == nil && slices.ContainsFunc(entries, func(e control.Entry) bool { return word == e.Name || word == strconv.Itoa(e.PID) })
+	return err == nil && slices.ContainsFunc(entries, func(e control.Entry) bool {
+		return word == e.Name || word == strconv.Itoa(e.PID)
+	})
 }
 
-// diskID is a disk's word as a machine takes it: with a path made absolute.
+// diskID converts the user's word for a disk to one for the machine: a path becomes absolute.
 func diskID(word string) string {
 	if _, err := strconv.Atoi(word); err == nil {
 		return word
@@ -406,7 +427,7 @@ func diskID(word string) string {
 	return word
 }
 
-// told prints what became of a change.
+// told prints the result of a change.
 func told(c *cli.Context, what string, change control.Change, err error) error {
 	if err != nil {
 		return err
@@ -417,17 +438,18 @@ func told(c *cli.Context, what string, change control.Change, err error) error {
 		control.Absent: "; no driver is active in the guest",
 	}[change.Guest]
 	d := change.Disk
-	line := fmt.Sprintf("%s LUN %d, %s, serial %s, %s%s", what, d.LUN, diskImage(d), d.Serial, text.FormatSize(uint64(d.Size)), guest)
+	line := fmt.Sprintf("%s LUN %d, %s, serial %s, %s%s", what, d.LUN, diskImage(d), d.Serial,
+		text.FormatSize(uint64(d.Size)), guest)
 	_, err = fmt.Fprintln(c.App.Writer, text.Printable(line))
 	return err
 }
 
-// diskImage is what is behind a disk, for people.
+// diskImage returns the name of a disk's storage for the user.
 func diskImage(d control.Disk) string {
 	if d.Storage != "" {
 		return d.Storage + ":" + text.SizeWord(uint64(d.Size))
 	}
-	return cmp.Or(string(d.Path), d.WWN, "(memory)") // memory of a machine of an older gvm
+	return cmp.Or(string(d.Path), d.WWN, "(memory)") // an older gvm sends no path for memory
 }
 
 // tableRow writes a row of printable cells.
@@ -453,7 +475,8 @@ func diskTable(out io.Writer, disks []control.Disk) error {
 		if d.Change != "" {
 			mode += "," + d.Change
 		}
-		tableRow(w, d.LUN, text.FormatSize(uint64(d.Size)), d.BlockSize, d.Cache, mode, d.Backend, d.Serial, diskImage(d))
+		tableRow(w, d.LUN, text.FormatSize(uint64(d.Size)), d.BlockSize, d.Cache, mode,
+			d.Backend, d.Serial, diskImage(d))
 	}
 	return w.Flush()
 }

@@ -9,7 +9,7 @@ import (
 	"gvm/text"
 )
 
-// diskGrammar is the part of `gvm help disk` about --disk.
+// diskGrammar returns the part of `gvm help disk` about --disk.
 func diskGrammar() string {
 	var b strings.Builder
 	b.WriteString(`THE VALUE OF --disk
@@ -27,7 +27,7 @@ OPTIONS OF A DISK`)
 	return b.String()
 }
 
-// guestWords is the part of `gvm help run` about --guest-arg.
+// guestWords returns the part of `gvm help run` about --guest-arg.
 func guestWords() string {
 	var b strings.Builder
 	b.WriteString("WORDS OF --guest-arg")
@@ -44,7 +44,7 @@ func guestWord(w embedded.Word) string {
 	return w.Name
 }
 
-// unknownWord says that the embedded guest does not know a word.
+// unknownWord returns an error for a word that the embedded guest does not know.
 func unknownWord(word string) error {
 	var names []string
 	for _, w := range embedded.Words {

@@ -20,14 +20,14 @@ import (
 	"gvm/vmm/x86"
 )
 
-// capability is one of KVM's, and what is lost without it.
+// capability is a KVM capability, and the loss without it.
 type capability struct {
 	name string
 	cap  int
 	lost string
 }
 
-// neededCaps is what gvm cannot run without.
+// neededCaps are required to run gvm.
 var neededCaps = []capability{
 	{"KVM_CAP_IRQCHIP", int(kvm.CapIRQChip), ""},
 	{"KVM_CAP_USER_MEMORY", int(kvm.CapUserMemory), ""},
@@ -45,7 +45,7 @@ var countCaps = []capability{
 	{"KVM_CAP_MAX_VCPUS", kvmapi.CapMaxVCPUs, ""},
 }
 
-// usefulCaps is what gvm uses where it is there.
+// usefulCaps are used if present.
 var usefulCaps = []capability{
 	{"KVM_CAP_TSC_DEADLINE_TIMER", kvmapi.CapTSCDeadline, "guests use the slower APIC timer"},
 	{"KVM_CAP_IOEVENTFD_ANY_LENGTH", kvmapi.CapIOEventFDAnyLen, "doorbells take a slower path"},
@@ -70,7 +70,7 @@ not work), with what to do. The exit status is 0 without a FAIL, else 3.`,
 	}
 }
 
-// doctor writes the report and tells whether gvm run will work.
+// doctor writes the report and reports whether gvm run will work.
 func doctor(w io.Writer) bool {
 	good := true
 	line := func(kind, format string, args ...any) {
@@ -113,19 +113,21 @@ func doctorKVM(line func(kind, format string, args ...any)) {
 	case err != nil:
 		line("FAIL", "a tiny guest does not run: %v", err)
 	case mips < vmm.EmulatedBelow:
-		line("note", "guest kernel code is emulated (%.1f MIPS%s): the embedded guest runs, a Linux kernel does not; for that use a host with VT-x or AMD-V, or go test's lab", mips, modules())
+		line("note", "guest kernel code is emulated (%.1f MIPS%s): the embedded guest runs, a Linux kernel does not; "+
+			"for that use a host with VT-x or AMD-V, or go test's lab", mips, modules())
 	default:
 		line("ok", "guest code runs on the processor (%.0f MIPS in a tiny loop%s)", mips, modules())
 	}
 }
 
-// orphans tells which CPU features guests do not see because KVM lacks others.
+// orphans describes CPU features hidden from guests because KVM lacks others.
 func orphans(dropped, missing []string) string {
-	return fmt.Sprintf("this host's KVM offers %s without %s: guests do not see them; where this host is a virtual machine, correct its processor",
+	return fmt.Sprintf("this host's KVM offers %s without %s: guests do not see them; "+
+		"where this host is a virtual machine, correct its processor",
 		strings.Join(dropped, ", "), strings.Join(missing, ", "))
 }
 
-// modules names the KVM modules that are loaded.
+// modules returns the names of the loaded KVM modules.
 func modules() string {
 	dirs, err := os.ReadDir("/sys/module")
 	if err != nil {
@@ -148,17 +150,20 @@ func doctorVhost(line func(kind, format string, args ...any)) {
 	switch {
 	case err == nil:
 		f.Close()
-		line("ok", "/dev/vhost-scsi; the kernel takes some %s for each request queue of a guest, which has one a CPU unless --queues bounds them", text.FormatSize(disk.QueueMemory))
+		line("ok", "/dev/vhost-scsi; the kernel takes some %s for each request queue of a guest, "+
+			"which has one a CPU unless --queues bounds them", text.FormatSize(disk.QueueMemory))
 	case errors.Is(err, fs.ErrPermission):
 		line("note", "/dev/vhost-scsi: no permission; the kernel's SCSI target needs root")
 	default:
-		line("note", "/dev/vhost-scsi is not there: modprobe vhost_scsi (CONFIG_VHOST_SCSI); disks are served in-process without it")
+		line("note", "/dev/vhost-scsi is not there: modprobe vhost_scsi (CONFIG_VHOST_SCSI); "+
+			"disks are served in-process without it")
 	}
 	switch _, err := os.Stat("/sys/kernel/config/target"); {
 	case err == nil:
 		line("ok", "LIO, the kernel's SCSI target, in /sys/kernel/config/target")
 	default:
-		line("note", "LIO is not there: mount -t configfs configfs /sys/kernel/config; modprobe target_core_mod (CONFIG_TARGET_CORE)")
+		line("note", "LIO is not there: mount -t configfs configfs /sys/kernel/config; "+
+			"modprobe target_core_mod (CONFIG_TARGET_CORE)")
 	}
 }
 
@@ -169,7 +174,8 @@ func doctorDisks(line func(kind, format string, args ...any)) {
 	case at:
 		line("ok", "images in this directory: what the page cache has is read at once")
 	default:
-		line("note", "images in this directory: its file system does not tell which reads wait (RWF_NOWAIT), so all go over a thread of their own, which is slower; ext4, XFS and btrfs do")
+		line("note", "images in this directory: its file system has no RWF_NOWAIT, so that reads use helper threads, "+
+			"which is slower; ext4, XFS and btrfs have it")
 	}
 }
 
@@ -195,7 +201,8 @@ func doctorMemory(line func(kind, format string, args ...any)) {
 	}
 	for _, l := range h.threadLimits() {
 		if l.bytes < 512 {
-			line("note", "%s leaves %d threads: a guest has one for each CPU and request queue, and gvm some %d more", l.what, l.bytes, ownThreads())
+			line("note", "%s leaves %d threads: a guest has one for each CPU and request queue, and gvm some %d more",
+				l.what, l.bytes, ownThreads())
 		}
 	}
 	switch _, err := os.Stat("/sys/kernel/mm/hugepages/hugepages-2048kB"); {

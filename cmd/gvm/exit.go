@@ -49,18 +49,18 @@ replay with 1 when something differs.`
 // usageError is wrong words on the command line.
 type usageError struct{ error }
 
-// configError is a value that cannot be served.
+// configError is an error in a value that the user gave.
 type configError struct{ error }
 
 func (e configError) Unwrap() error { return e.error }
 
-// exitStatus maps an error to the status of the process: 2 where the user can
-// mend what was given, 3 where the host failed.
+// exitStatus maps an error to the exit status of the process: 2 if the user can correct the input,
+// 3 if the host failed.
 func exitStatus(err error) int {
 	var (
 		usage  usageError
 		config configError
-		words  cli.ExitCoder // help for a command that there is not
+		words  cli.ExitCoder // help for an unknown command
 	)
 	switch {
 	case errors.As(err, &usage), errors.As(err, &words), errors.As(err, &config), machine.IsConfig(err):

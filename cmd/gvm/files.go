@@ -16,7 +16,7 @@ import (
 	"gvm/text"
 )
 
-// openInput opens a file that a user names to be read, without waiting for what it is.
+// openInput opens a user's file for reading. It does not wait for the writer of a FIFO.
 func openInput(path string) (*os.File, error) {
 	f, err := nowait.Open(path, os.O_RDONLY, 0, nowait.Regular|nowait.Pipe)
 	if err != nil {
@@ -25,7 +25,7 @@ func openInput(path string) (*os.File, error) {
 	return f, nil
 }
 
-// readInput reads a file that a user names, of limit bytes at most.
+// readInput reads a user's file of at most limit bytes.
 func readInput(path string, limit int64) ([]byte, error) {
 	f, err := openInput(path)
 	if err != nil {
@@ -42,8 +42,8 @@ func readInput(path string, limit int64) ([]byte, error) {
 	return b, nil
 }
 
-// openOutput opens or makes a file that a user names to be written, and leaves what it has in it. A
-// file that is locked, as disks and traces are, is refused. made says that it was not there.
+// openOutput opens or creates a user's file for writing, and keeps its contents. It refuses a
+// locked file, such as a disk or a trace in use. made reports whether it created the file.
 func openOutput(path string) (f *os.File, made bool, err error) {
 	f, made, err = nowait.Make(path, os.O_WRONLY, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
 	if errors.Is(err, unix.ENXIO) {
@@ -63,14 +63,15 @@ func openOutput(path string) (f *os.File, made bool, err error) {
 		}
 		if fi.Size() > 0 && !formerOutput(f) {
 			f.Close()
-			return nil, false, configError{fmt.Errorf("%s: has something that gvm did not write; name another file, or remove it first", path)}
+			return nil, false, configError{fmt.Errorf(
+				"%s: has something that gvm did not write; name another file, or remove it first", path)}
 		}
 	}
 	return f, made, nil
 }
 
-// formerOutput reports whether a file begins as JSON, an SVG or a PNG does: one that begins otherwise
-// may be a disk image, and is not overwritten.
+// formerOutput reports whether a file begins like JSON, an SVG or a PNG. Any other file may be a
+// disk image, and is not overwritten.
 func formerOutput(f *os.File) bool {
 	r, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
 	if err != nil {
@@ -79,10 +80,11 @@ func formerOutput(f *os.File) bool {
 	defer r.Close()
 	head := make([]byte, 8)
 	n, _ := io.ReadFull(r, head)
-	return slices.ContainsFunc([]string{"[", "{", "<?xml", "<svg", "\x89PNG"}, func(s string) bool { return strings.HasPrefix(string(head[:n]), s) })
+	return slices.ContainsFunc([]string{"[", "{", "<?xml", "<svg", "\x89PNG"},
+		func(s string) bool { return strings.HasPrefix(string(head[:n]), s) })
 }
 
-// writeOutput makes b the contents of a file that a user names.
+// writeOutput makes b the contents of a user's file.
 func writeOutput(path string, b []byte) error {
 	f, made, err := openOutput(path)
 	if err != nil {
@@ -95,8 +97,8 @@ func writeOutput(path string, b []byte) error {
 	return err
 }
 
-// fillOutput makes b the contents of a file that openOutput has opened. Where there is no room for all of b,
-// a file that was there stays as it is, and one that was made is removed.
+// fillOutput makes b the contents of a file from openOutput. If there is no room for all of b, an
+// existing file stays as it is, and a new one is removed.
 func fillOutput(f *os.File, made bool, b []byte) (err error) {
 	defer func() {
 		if err != nil {
@@ -113,7 +115,7 @@ func fillOutput(f *os.File, made bool, b []byte) (err error) {
 	regular := fi.Mode().IsRegular()
 	if regular && len(b) > 0 {
 		err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, int64(len(b)))
-		if err != nil && !errors.Is(err, unix.EOPNOTSUPP) { // some file systems only tell by the write
+		if err != nil && !errors.Is(err, unix.EOPNOTSUPP) { // some file systems report a lack of space only on write
 			return errors.Join(&fs.PathError{Op: "write", Path: f.Name(), Err: err}, f.Truncate(fi.Size()))
 		}
 	}
@@ -126,7 +128,7 @@ func fillOutput(f *os.File, made bool, b []byte) (err error) {
 	return nil
 }
 
-// namedError is what is wrong with a file that a user names.
+// namedError classifies an error of opening a user's file.
 func namedError(err error) error {
 	if kind := (*nowait.KindError)(nil); errors.As(err, &kind) {
 		return configError{err}
@@ -134,7 +136,8 @@ func namedError(err error) error {
 	return disk.ImageError{Err: err}
 }
 
-// tempDir is os.MkdirTemp in the directory for temporary files, with the mend in its error.
+// tempDir is os.MkdirTemp in the directory for temporary files. Its error says how to choose
+// another directory.
 func tempDir(pattern string) (string, error) {
 	dir, err := os.MkdirTemp("", pattern)
 	if err != nil {

@@ -8,7 +8,7 @@ import (
 )
 
 // flagsFirst moves a command's flags in front of its arguments: package flag stops at the first
-// argument, and people write flags behind it as well. Words behind "--" stay where they are.
+// argument, but users write flags behind it as well. Words behind "--" stay in place.
 func flagsFirst(commands []*cli.Command, args []string) []string {
 	if len(args) == 0 || args[len(args)-1] == "--generate-bash-completion" {
 		return args
@@ -53,11 +53,11 @@ func takesNext(command *cli.Command, word string) bool {
 	})
 }
 
-// words is the value of a flag that may be repeated: each as it was given, whatever bytes it has.
-// The cli package's own goes through JSON, and takes spaces away.
+// words is the value of a flag that may be repeated, with any bytes. The cli package's own type
+// goes through JSON, and trims spaces.
 type words []string
 
-// aliased is what the cli package sets the other names of a flag to. No argument has a NUL.
+// The cli package sets the other names of a flag to aliased. No argument has a NUL.
 const aliased = "\x00"
 
 func (w *words) Set(s string) error {

@@ -14,7 +14,7 @@ import (
 	"gvm/text"
 )
 
-// Pages of help are as wide as the narrowest terminal that is common.
+// Help pages fit the narrowest common terminal.
 const (
 	helpWidth = 80
 	helpFlags = 24 // columns of a flag's name
@@ -31,8 +31,8 @@ func init() {
 	}
 }
 
-// describeFlag is a flag's entry in a page of help: its names, and beside or below them
-// its usage, in which the name of its value is in backquotes.
+// describeFlag returns a flag's entry in a help page: its names, and beside or below them its
+// usage, with the name of its value in backquotes.
 func describeFlag(f cli.Flag) string {
 	doc, ok := f.(cli.DocGenerationFlag)
 	if !ok {
@@ -56,12 +56,12 @@ func describeFlag(f cli.Flag) string {
 			usage += " (default: " + s + ")"
 		}
 	}
-	// The template has it begin in column 3, and other lines in column 6.
+	// The template puts the first line in column 3, and other lines in column 6.
 	return column(head, helpFlags, usage, helpWidth-6, -3)
 }
 
-// wrap is the templates' function for a text that begins in column offset: as the
-// cli package's, but lines that are too long keep their indentation.
+// wrap is the templates' function for a text that begins in column offset. Unlike the cli
+// package's, it keeps the indentation of lines that it breaks.
 func wrap(words string, offset int) string {
 	var lines []string
 	for line := range strings.SplitSeq(words, "\n") {
@@ -75,8 +75,8 @@ func wrap(words string, offset int) string {
 	return strings.Join(lines, "\n"+strings.Repeat(" ", offset))
 }
 
-// column puts words into lines of width columns behind a head of n columns, or below it
-// where it is longer. Every line but the first is indented by indent columns more.
+// column puts words into lines of width columns behind a head of n columns, or below a longer head.
+// Every line but the first is indented by indent columns more.
 func column(head string, n int, words string, width, indent int) string {
 	var b strings.Builder
 	b.WriteString(head)
@@ -107,8 +107,8 @@ func column(head string, n int, words string, width, indent int) string {
 	return b.String()
 }
 
-// complete gives commands the answers to words that they do not know, and groups of
-// commands a page of help.
+// complete adds error messages for unknown words to commands, and a help page to groups of
+// commands.
 func complete(commands []*cli.Command) {
 	for _, c := range commands {
 		c.OnUsageError = flagError
@@ -128,19 +128,20 @@ var (
 	noValue    = pattern(`^flag needs an argument: -([a-z0-9-]+)$`)
 )
 
-// pattern compiles a regular expression when it is used, and not whenever gvm starts.
+// pattern compiles a regular expression on first use, not at every start of gvm.
 func pattern(s string) func() *regexp.Regexp {
 	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(s) })
 }
 
-// flagError answers an error of the flag package.
+// flagError rewrites an error of the flag package.
 func flagError(c *cli.Context, err error, _ bool) error {
 	page := strings.TrimPrefix(c.Command.HelpName, "gvm")
 	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: "); ok {
 		return usageError{unknownFlag(c.Command, name)}
 	}
 	if m := noValue().FindStringSubmatch(err.Error()); m != nil {
-		return usageError{fmt.Errorf("%s: want a value%s; see gvm help%s", dashed(m[1]), valueName(c.Command, m[1]), page)}
+		return usageError{fmt.Errorf("%s: want a value%s; see gvm help%s", dashed(m[1]),
+			valueName(c.Command, m[1]), page)}
 	}
 	if m := wrongValue().FindStringSubmatch(err.Error()); m != nil {
 		return usageError{fmt.Errorf("%s %s: %s; see gvm help%s", dashed(m[2]), m[1], wanted(c.Command, m[2]), page)}
@@ -148,10 +149,10 @@ func flagError(c *cli.Context, err error, _ bool) error {
 	return usageError{fmt.Errorf("%w; see gvm help%s", err, page)}
 }
 
-// dashed is a flag's name as it is typed.
+// dashed returns a flag's name with its dashes.
 func dashed(name string) string { return strings.Repeat("-", min(len(name), 2)) + name }
 
-// flagOf returns the flag of a name, or nil.
+// flagOf returns the flag with a name, or nil.
 func flagOf(c *cli.Command, name string) cli.Flag {
 	for _, f := range c.Flags {
 		if slices.Contains(f.Names(), name) {
@@ -161,7 +162,7 @@ func flagOf(c *cli.Command, name string) cli.Flag {
 	return nil
 }
 
-// valueName is ", FILE" for a flag whose usage calls its value FILE.
+// valueName returns ", FILE" for a flag whose usage calls its value FILE.
 func valueName(c *cli.Command, flag string) string {
 	if doc, ok := flagOf(c, flag).(cli.DocGenerationFlag); ok {
 		if parts := strings.Split(doc.GetUsage(), "`"); len(parts) == 3 {
@@ -248,7 +249,8 @@ func helpPage(c *cli.Context, path []string) error {
 func helpCommand() *cli.Command {
 	return &cli.Command{
 		Name: "help", Aliases: []string{"h"}, Usage: "show the help of a command", ArgsUsage: "[COMMAND [SUBCOMMAND]]",
-		Description: "gvm help disk has the options of --disk as well, gvm help exit-status what the\nexit status says.",
-		Action:      func(c *cli.Context) error { return helpPage(c, c.Args().Slice()) },
+		Description: "gvm help disk has the options of --disk as well, " +
+			"gvm help exit-status what the\nexit status says.",
+		Action: func(c *cli.Context) error { return helpPage(c, c.Args().Slice()) },
 	}
 }

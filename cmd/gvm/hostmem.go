@@ -16,28 +16,27 @@ import (
 	"gvm/text"
 )
 
-// ownMemory is what a running gvm takes beside guest RAM, generously. Page tables come on top:
-// ownMemory plus a 256th.
+// ownMemory is a generous estimate of gvm's own memory beside guest RAM. Page tables add a 256th.
 const ownMemory = 16 << 20
 
-// memoryLimit is what one of the host's limits leaves to a guest. gvm doctor tells them and
-// gvm run keeps them, both from memoryLimits.
+// memoryLimit is the memory that one of the host's limits leaves for a guest. gvm doctor prints the
+// limits and gvm run enforces them; both get them from memoryLimits.
 type memoryLimit struct {
 	bytes uint64 // or threads
-	what  string // that sets it
+	what  string // names the setting and its value
 	mend  string // besides less memory
-	// firm: memory over it is refused at once. Else the kernel kills gvm when the guest has
-	// touched too much, which --overcommit allows.
+	// firm: the host refuses memory over the limit at once. Otherwise the kernel kills gvm when the
+	// guest has touched too much, which --overcommit allows.
 	firm bool
 }
 
-// hostLimits reads the limits of the host below root, which is "/" but for tests.
+// hostLimits reads the limits of the host below root, which is "/" except in tests.
 type hostLimits struct {
 	root   string
 	ram    uint64
-	rlimit func(resource int) uint64 // math.MaxUint64 where there is none
-	own    map[string]string         // the files of /proc/self that have been read
-	buffer []byte                    // for files: most fit
+	rlimit func(resource int) uint64 // math.MaxUint64: unlimited
+	own    map[string]string         // cached files of /proc/self
+	buffer []byte                    // for reading files, most of which fit
 }
 
 func thisHost() hostLimits {
@@ -50,7 +49,7 @@ func thisHost() hostLimits {
 	}, map[string]string{}, make([]byte, 0, 4<<10)}
 }
 
-// hostMemory returns the host's RAM in bytes, 0 where it cannot be told.
+// hostMemory returns the host's RAM in bytes, or 0 if it is unknown.
 func hostMemory() uint64 {
 	var si syscall.Sysinfo_t
 	if err := syscall.Sysinfo(&si); err != nil {
@@ -59,8 +58,8 @@ func hostMemory() uint64 {
 	return uint64(si.Totalram) * uint64(si.Unit)
 }
 
-// checkMemory refuses memory that a guest cannot have. With overcommit it returns what to tell of
-// limits that the guest may not touch as much as.
+// checkMemory refuses more memory than the host can give a guest. With overcommit it returns a note
+// about limits on the memory that the guest may touch.
 func checkMemory(c guestmem.Config, overcommit bool, h hostLimits) (note string, err error) {
 	unit := uint64(4 << 10)
 	if c.Hugepages {
@@ -88,8 +87,9 @@ func checkMemory(c guestmem.Config, overcommit bool, h hostLimits) (note string,
 	return note, nil
 }
 
-// checkDiskMemory does the same for disks in memory (mem:) beside the guest's, as they are written. A
-// disk may well be larger than what is ever written to it, so it is only told of.
+// checkDiskMemory does the same for the guest's memory and its disks in memory (mem:), which take
+// memory as they are written. A disk may stay partly unwritten, so that a limit that is not firm
+// only gives a note.
 func checkDiskMemory(c guestmem.Config, disks uint64, h hostLimits) (note string, err error) {
 	if disks == 0 {
 		return "", nil
@@ -102,25 +102,28 @@ func checkDiskMemory(c guestmem.Config, disks uint64, h hostLimits) (note string
 		switch {
 		case total <= l.bytes:
 		case l.firm:
-			return "", fmt.Errorf("the guest's memory and its disks in memory have %s: %s; %s", text.FormatSize(total>>20<<20), l, l.mend)
+			return "", fmt.Errorf("the guest's memory and its disks in memory have %s: %s; %s",
+				text.FormatSize(total>>20<<20), l, l.mend)
 		case note == "":
-			note = fmt.Sprintf("the guest's memory and its disks in memory have %s: %s: the kernel kills gvm if the guest touches more", text.FormatSize(total>>20<<20), l)
+			note = fmt.Sprintf("the guest's memory and its disks in memory have %s: %s: "+
+				"the kernel kills gvm if the guest touches more", text.FormatSize(total>>20<<20), l)
 		}
 	}
 	return note, nil
 }
 
-// ownThreads returns how many threads gvm has beside those of CPUs and request queues: the Go
+// ownThreads returns the number of gvm's threads besides those of CPUs and request queues: the Go
 // runtime's, and some that wait for storage.
 func ownThreads() int { return 8 + runtime.GOMAXPROCS(0) }
 
-// checkThreads refuses CPUs and queues for which the host makes no threads: the Go runtime does not
-// survive that.
+// checkThreads refuses more CPUs and queues than the host has threads for. The Go runtime crashes
+// if it cannot create a thread.
 func checkThreads(cpus, queues int, h hostLimits) error {
 	need := uint64(cpus + queues + ownThreads())
 	for _, l := range h.threadLimits() {
 		if need > l.bytes {
-			return fmt.Errorf("%d CPUs and %d request queues take some %d threads: %s leaves %d; raise it, or give fewer", cpus, queues, need, l.what, l.bytes)
+			return fmt.Errorf("%d CPUs and %d request queues take some %d threads: %s leaves %d; raise it, "+
+				"or give fewer", cpus, queues, need, l.what, l.bytes)
 		}
 	}
 	return nil
@@ -130,7 +133,8 @@ func checkThreads(cpus, queues int, h hostLimits) error {
 func (h hostLimits) threadLimits() (all []memoryLimit) {
 	for _, g := range h.cgroupLimits("pids", []string{"pids.max"}, []string{"pids.max"}) {
 		used, _ := h.number(filepath.Join(g.dir, "pids.current"))
-		all = append(all, memoryLimit{bytes: less(g.bytes, used), what: fmt.Sprintf("pids.max of cgroup %s, which is %d,", g.group, g.bytes)})
+		all = append(all, memoryLimit{bytes: less(g.bytes, used),
+			what: fmt.Sprintf("pids.max of cgroup %s, which is %d,", g.group, g.bytes)})
 	}
 	return all
 }
@@ -140,13 +144,13 @@ func (l memoryLimit) String() string {
 }
 
 // memoryLimits returns the limits for a guest's memory of c's kind, the lowest first. Swap is not
-// counted: a guest in swap is of no use.
+// counted: a guest in swap is too slow to use.
 func (h hostLimits) memoryLimits(c guestmem.Config) []memoryLimit {
 	var all []memoryLimit
 	add := func(bytes uint64, firm bool, mend, format string, args ...any) {
 		all = append(all, memoryLimit{bytes, fmt.Sprintf(format, args...), mend, firm})
 	}
-	// The process's own limits: see setrlimit(2).
+	// The process's own limits are those of setrlimit(2).
 	for _, r := range []struct {
 		resource int
 		name     string
@@ -166,16 +170,19 @@ func (h hostLimits) memoryLimits(c guestmem.Config) []memoryLimit {
 	}
 	if c.Hugepages {
 		all = append(all, h.hugepagePool(c.Size))
-		for _, g := range h.cgroupLimits("hugetlb", []string{"hugetlb.2MB.limit_in_bytes"}, []string{"hugetlb.2MB.max"}) {
+		for _, g := range h.cgroupLimits("hugetlb", []string{"hugetlb.2MB.limit_in_bytes"},
+			[]string{"hugetlb.2MB.max"}) {
 			add(g.bytes, true, "raise it", "%s of cgroup %s is %s", g.file, g.group, text.FormatSize(g.bytes))
 		}
 	} else {
 		if h.ram > 0 {
 			add(h.ram, false, "", "this host has %s", text.FormatSize(h.ram>>20<<20))
 		}
-		// memory.high does not kill, but hardly lets a process go on that has nothing to give back.
-		for _, g := range h.cgroupLimits("memory", []string{"memory.limit_in_bytes", "memory.stat"}, []string{"memory.max", "memory.high"}) {
-			add(less(g.bytes, ownMemory+g.bytes/256), false, "", "%s of cgroup %s is %s", g.file, g.group, text.FormatSize(g.bytes))
+		// memory.high does not kill a process, but nearly stops one that has no memory to release.
+		for _, g := range h.cgroupLimits("memory", []string{"memory.limit_in_bytes", "memory.stat"},
+			[]string{"memory.max", "memory.high"}) {
+			add(less(g.bytes, ownMemory+g.bytes/256), false, "", "%s of cgroup %s is %s", g.file, g.group,
+				text.FormatSize(g.bytes))
 		}
 		if mode, _ := h.number("proc/sys/vm/overcommit_memory"); mode == 2 {
 			limit, used := h.kibibytes("proc/meminfo", "CommitLimit:"), h.kibibytes("proc/meminfo", "Committed_AS:")
@@ -195,7 +202,8 @@ func (h hostLimits) memoryLimits(c guestmem.Config) []memoryLimit {
 	return all
 }
 
-// hugepagePool is the limit that the host's pool of 2 MiB pages sets, with the mend for a size.
+// hugepagePool returns the limit of the host's pool of 2 MiB pages, and how to enlarge the pool for
+// a size.
 func (h hostLimits) hugepagePool(size uint64) memoryLimit {
 	const page = 2 << 20
 	n := func(name string) uint64 {
@@ -211,7 +219,7 @@ func (h hostLimits) hugepagePool(size uint64) memoryLimit {
 	}
 }
 
-// less is a-b, 0 where b is more.
+// less returns a-b, or 0 if b is larger.
 func less(a, b uint64) uint64 { return a - min(a, b) }
 
 // cgroupLimit is a limit of one control group.
@@ -220,9 +228,9 @@ type cgroupLimit struct {
 	file, group, dir string
 }
 
-// cgroupLimits reads the files of this process's control groups for a controller, and of all groups
-// above them that can be seen: the limits of all of them hold. Both versions may be mounted, each
-// with other controllers (cgroups(7)), and have other files.
+// cgroupLimits reads the limits of a controller for this process's control group and all visible
+// groups above it, since all of them apply. Both versions may be mounted, with different
+// controllers (cgroups(7)) and different files.
 func (h hostLimits) cgroupLimits(controller string, v1, v2 []string) (all []cgroupLimit) {
 	paths := make(map[string]string) // by file system type
 	for line := range strings.Lines(h.text("proc/self/cgroup")) {
@@ -249,7 +257,7 @@ func (h hostLimits) cgroupLimits(controller string, v1, v2 []string) (all []cgro
 		if fs[0] == "cgroup2" {
 			files = v2
 		}
-		// The mount has the tree from a group on, such as a container's own.
+		// The mount's root may be a group below the top, such as a container's own.
 		mounted := strings.TrimSuffix(f[3], "/")
 		rel, below := strings.CutPrefix(filepath.Clean(path), mounted)
 		if !below || rel != "" && rel[0] != '/' {
@@ -259,7 +267,7 @@ func (h hostLimits) cgroupLimits(controller string, v1, v2 []string) (all []cgro
 		for group := filepath.Clean("/" + rel); ; group = filepath.Dir(group) {
 			for _, file := range files {
 				if file == "memory.stat" && group != filepath.Clean("/"+rel) {
-					continue // it tells of those above too
+					continue // it covers the groups above, too
 				}
 				dir := filepath.Join(mountPoint, group)
 				if n, ok := h.limit(filepath.Join(dir, file)); ok {
@@ -272,15 +280,16 @@ func (h hostLimits) cgroupLimits(controller string, v1, v2 []string) (all []cgro
 		}
 	}
 	return slices.DeleteFunc(slices.Clone(all), func(g cgroupLimit) bool {
-		return g.file == "memory.stat" && slices.ContainsFunc(all, func(o cgroupLimit) bool { return o.file != g.file && o.bytes <= g.bytes })
+		return g.file == "memory.stat" &&
+			slices.ContainsFunc(all, func(o cgroupLimit) bool { return o.file != g.file && o.bytes <= g.bytes })
 	})
 }
 
-// unescapeMount undoes what /proc/self/mountinfo does to spaces (proc_pid_mountinfo(5)).
+// unescapeMount decodes the escapes of /proc/self/mountinfo (proc_pid_mountinfo(5)).
 var unescapeMount = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
 
-// limit reads a control group's limit; of memory.stat the least limit of all groups above, seen or
-// not. Version 1 has a huge number for none.
+// limit reads a control group's limit. In memory.stat this is the least limit of the group and all
+// above, visible or not. Version 1 writes a huge number for no limit.
 func (h hostLimits) limit(name string) (uint64, bool) {
 	if filepath.Base(name) != "memory.stat" {
 		n, ok := h.number(name)
@@ -291,8 +300,8 @@ func (h hostLimits) limit(name string) (uint64, bool) {
 	return n, err == nil && n < 1<<60
 }
 
-// text returns what a file has, "" if that cannot be read. Package os would have the poller look at
-// each of these files, which takes longer than to read it.
+// text returns the contents of a file, or "" if it cannot be read. Package os would register each
+// of these files with the poller, which takes longer than reading it.
 func (h hostLimits) text(name string) string {
 	if text, ok := h.own[name]; ok {
 		return text
@@ -328,14 +337,14 @@ func (h hostLimits) number(name string) (uint64, bool) {
 	return n, err == nil
 }
 
-// kibibytes returns a line's number in bytes; 0 where it is missing.
+// kibibytes returns the number of a line in bytes, or 0 if the line is missing.
 func (h hostLimits) kibibytes(name, line string) uint64 {
 	s, _ := fieldOf(h.text(name), line)
 	n, _ := strconv.ParseUint(s, 10, 64)
 	return n << 10
 }
 
-// fieldOf returns the second word of the line that begins with the first.
+// fieldOf returns the second word of the line whose first word is first.
 func fieldOf(text, first string) (string, bool) {
 	for line := range strings.Lines(text) {
 		if f := strings.Fields(line); len(f) > 1 && f[0] == first {

@@ -18,8 +18,11 @@ import (
 )
 
 func imageCommand() *cli.Command {
-	// sub makes a subcommand that takes what words names.
-	sub := func(name, words, usage, description string, min, max int, flags []cli.Flag, do func(*cli.Context, []string) error) *cli.Command {
+	// sub makes a subcommand with the arguments words.
+	sub := func(
+		name, words, usage, description string, min, max int, flags []cli.Flag,
+		do func(*cli.Context, []string) error,
+	) *cli.Command {
 		return &cli.Command{
 			Name: name, Usage: usage, ArgsUsage: words, Description: description, Flags: flags,
 			Action: func(c *cli.Context) error {
@@ -37,7 +40,8 @@ EXAMPLES
    gvm image create --prealloc disk.img 20G`, 2, 2,
 		[]cli.Flag{
 			&cli.BoolFlag{Name: "prealloc", Usage: "take all of its room from the file system at once"},
-			&cli.BoolFlag{Name: "raw", Usage: "make it raw although its name is that of another format, such as .qcow2"},
+			&cli.BoolFlag{Name: "raw",
+				Usage: "make it raw although its name is that of another format, such as .qcow2"},
 		},
 		func(c *cli.Context, args []string) error {
 			size, err := disk.ParseSize(args[0], args[1])
@@ -63,14 +67,16 @@ EXAMPLES
 			}
 			return showImage(c.App.Writer, i)
 		})
-	resize := sub("resize", "PATH SIZE", "change the size of a raw image that no machine has", `gvm disk resize changes that of a machine that runs.
+	resize := sub("resize", "PATH SIZE", "change the size of a raw image that no machine has",
+		`gvm disk resize changes that of a machine that runs.
 
 EXAMPLES
    gvm image resize disk.img 40G
    gvm image resize --shrink disk.img 10G    what lies behind is lost`, 2, 2,
 		[]cli.Flag{
 			&cli.BoolFlag{Name: "shrink", Usage: "the image may become smaller: what lies behind its new end is lost"},
-			&cli.StringFlag{Name: "lock", Value: "on", Usage: "`on|off`: off goes on without a lock on a file system that has none"},
+			&cli.StringFlag{Name: "lock", Value: "on",
+				Usage: "`on|off`: off goes on without a lock on a file system that has none"},
 		},
 		func(c *cli.Context, args []string) error {
 			size, err := disk.ParseSize(args[0], args[1])
@@ -108,7 +114,8 @@ EXAMPLES
 	}
 }
 
-// ofMachine is the mend for an image that a machine has: words are its path and a size.
+// ofMachine returns a hint how to resize an image that a machine uses: words are its path and a
+// size.
 func ofMachine(words []string) string {
 	i, err := block.Inspect(words[0])
 	if err != nil {
@@ -123,7 +130,7 @@ func ofMachine(words []string) string {
 	return ""
 }
 
-// imageError gives an error of the backend's its exit status.
+// imageError gives an error of the backend its exit status.
 func imageError(err error) error {
 	if err == nil {
 		return nil
@@ -144,7 +151,8 @@ func showImage(out io.Writer, i block.Info) error {
 	if i.Host != "" {
 		use = i.Host
 	}
-	_, err := fmt.Fprintf(out, "path       %s\nformat     %s\nsize       %s\n", text.Printable(i.Path), i.Format, text.FormatSize(uint64(i.Size)))
+	_, err := fmt.Fprintf(out, "path       %s\nformat     %s\nsize       %s\n", text.Printable(i.Path), i.Format,
+		text.FormatSize(uint64(i.Size)))
 	if i.Format != "block device" && err == nil {
 		_, err = fmt.Fprintf(out, "allocated  %s\n", text.FormatSize(uint64(i.Allocated)))
 	}

@@ -14,33 +14,33 @@ import (
 	"golang.org/x/term"
 )
 
-// tty is a terminal that is raw while gvm is in its foreground process group. From the
-// background gvm neither sets nor reads it: SIGTTOU and SIGTTIN would stop gvm, and the
-// settings are another job's.
+// tty is a terminal that is raw while gvm is in its foreground process group. From the background
+// gvm neither sets nor reads it: SIGTTOU and SIGTTIN would stop gvm, and the settings belong to
+// another job.
 type tty struct {
 	fd int
 
 	mu     sync.Mutex
 	before *term.State  // the settings to restore
-	raw    unix.Termios // those that gvm made
+	raw    unix.Termios // gvm's own settings
 	held   bool         // gvm made the terminal raw
 	closed bool
 }
 
-// jobPoll is how often gvm looks whether its process group has the terminal: a shell may
-// give and take it without a signal.
+// jobPoll is how often gvm checks whether its process group has the terminal. A shell may give and
+// take the terminal without a signal.
 const jobPoll = 200 * time.Millisecond
 
-// foreground reports whether gvm may use the terminal. One that does not control gvm has no
-// job control (ENOTTY), and one that hung up tells so when it is read (EIO).
+// foreground reports whether gvm may use the terminal. A terminal that is not gvm's controlling one
+// has no job control (ENOTTY). One that hung up fails on the next read (EIO).
 func (t *tty) foreground() bool {
 	group, err := unix.IoctlGetInt(t.fd, unix.TIOCGPGRP)
 	return err != nil || group == unix.Getpgrp()
 }
 
-// look takes the terminal if gvm is in the foreground, and gives it back if gvm no longer is.
-// again is for a process that was stopped: a shell has set the terminal since. It reports
-// whether the terminal may be read.
+// look takes the terminal if gvm is in the foreground, and gives it back if gvm no longer is. again
+// is true after the process was stopped, when a shell has set the terminal. look reports whether
+// the terminal may be read.
 func (t *tty) look(again bool) (bool, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -70,8 +70,8 @@ func (t *tty) look(again bool) (bool, error) {
 	return true, err
 }
 
-// giveBack restores the settings from before. In the background it does so only as long as
-// they are gvm's own: otherwise the job in the foreground has set the terminal. The caller has mu.
+// giveBack restores the former settings. In the background it does so only while the settings are
+// gvm's own: otherwise the foreground job has set the terminal. The caller holds mu.
 func (t *tty) giveBack() error {
 	if !t.held {
 		return nil
@@ -96,8 +96,8 @@ func (t *tty) restore() error {
 	return nil
 }
 
-// watch follows job control until the function that it returns is called: the terminal is given
-// back before SIGTSTP stops gvm, and taken again when gvm goes on in the foreground.
+// watch follows job control until stop is called. It gives the terminal back before SIGTSTP stops
+// gvm, and takes it again when gvm continues in the foreground.
 func (t *tty) watch(fail func(error)) (stop func()) {
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, unix.SIGCONT)
@@ -139,8 +139,8 @@ func (t *tty) watch(fail func(error)) (stop func()) {
 	}
 }
 
-// suspend stops the process as SIGTSTP does without a handler, which Go cannot take off again.
-// A process group that is orphaned is not stopped, as nothing would continue it (POSIX 2.4.3).
+// suspend stops the process like SIGTSTP without a handler, since Go cannot remove its handler. It
+// does not stop an orphaned process group, which nothing would continue (POSIX 2.4.3).
 func suspend() error {
 	if orphaned(os.Getppid()) {
 		return nil
@@ -150,8 +150,8 @@ func suspend() error {
 	return unix.Tgkill(unix.Getpid(), unix.Gettid(), unix.SIGSTOP)
 }
 
-// orphaned reports whether the process group has no parent in its session that is outside of the
-// group, from parent upwards.
+// orphaned reports whether the process group is orphaned: its nearest ancestor outside the group,
+// from parent upwards, is not in its session.
 func orphaned(parent int) bool {
 	for parent > 1 {
 		session, err := unix.Getsid(parent)
@@ -166,7 +166,7 @@ func orphaned(parent int) bool {
 		if err != nil {
 			return true
 		}
-		after := string(stat[bytes.LastIndexByte(stat, ')')+1:]) // the name (proc_pid_stat(5))
+		after := string(stat[bytes.LastIndexByte(stat, ')')+1:]) // skips the name (proc_pid_stat(5))
 		if _, err := fmt.Sscanf(after, " %c %d", new(rune), &parent); err != nil {
 			return true
 		}

@@ -65,7 +65,7 @@ EXAMPLES
 	}
 }
 
-// lioList writes what is in the target at root, "" being the kernel's.
+// lioList lists the objects of the target at root; "" is the kernel's.
 func lioList(out, notes io.Writer, root string, asJSON bool) error {
 	objects, err := lio.List(root)
 	if err := absent(notes, err); err != nil {
@@ -109,7 +109,7 @@ func lioOwner(o *lio.Owner) string {
 	return fmt.Sprintf("gvm %d (dead)", o.PID)
 }
 
-// lioGC removes what dead gvms left in the target at root, and says what.
+// lioGC removes the objects of dead gvms from the target at root, and lists them.
 func lioGC(out, notes io.Writer, root string) error {
 	removed, err := lio.Collect(root)
 	for _, name := range removed {
@@ -118,8 +118,7 @@ func lioGC(out, notes io.Writer, root string) error {
 	return absent(notes, err)
 }
 
-// absent turns the errors of a host without LIO into a note: nothing can be left
-// there.
+// absent turns the errors of a host without LIO into a note, since nothing can be left there.
 func absent(notes io.Writer, err error) error {
 	if errors.Is(err, lio.ErrNoConfigfs) || errors.Is(err, lio.ErrNoCore) {
 		fmt.Fprintln(notes, "note:", text.Printable(err.Error()))

@@ -35,7 +35,7 @@ func gvm(args []string) (status int) {
 	}()
 	defer func() {
 		wait := patience
-		if status < exitTimeout { // the end was not asked for: a pager has its time
+		if status < exitTimeout { // no end was requested: a pager may take its time
 			wait = -1
 		}
 		stderr.flush(wait)
@@ -52,7 +52,7 @@ func gvm(args []string) (status int) {
 		begun = nil
 	}
 	if err == nil {
-		err = out.err // pages of help come by functions without an error
+		err = out.err // functions that print help return no error
 	}
 	if err == nil {
 		return 0
@@ -65,8 +65,8 @@ func gvm(args []string) (status int) {
 	return exitStatus(err)
 }
 
-// printer is the way to the terminal of everything but the guest's console: other words than
-// gvm's own are anywhere in it.
+// printer returns a writer to the terminal for everything but the guest's console. It escapes text
+// from other sources, which may be anywhere in the output.
 func printer(w io.Writer) io.Writer { return text.NewWriter(w) }
 
 // keepError keeps the first error of a writer.
@@ -83,8 +83,8 @@ func (k *keepError) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// errorText is an error as it is printed. It has lines of its own if it is several errors or has a
-// report of the guest's end; in others a name could only feign one.
+// errorText formats an error for printing. It keeps the lines of joined errors and of a report
+// about the guest's end; in other errors a line break can only come from a name, and is escaped.
 func errorText(err error) string {
 	s := strings.TrimSpace(err.Error())
 	var end endError
@@ -94,7 +94,7 @@ func errorText(err error) string {
 	return text.Printable(s)
 }
 
-// several tells whether errors.Join made an error of more than one.
+// several reports whether errors.Join combined more than one error into err.
 func several(err error) bool {
 	switch e := err.(type) {
 	case interface{ Unwrap() []error }:
@@ -106,19 +106,20 @@ func several(err error) bool {
 	return false
 }
 
-// commands are gvm's, in the order of its page of help. The last one, help, looks at all others.
+// commands are in the order of gvm's help page. The last one, help, uses all others.
 var commands = []struct {
 	name string
 	make func() *cli.Command
 }{
-	{"run", runCommand}, {"list", listCommand}, {"disk", diskCommand}, {"pause", pauseCommand}, {"resume", resumeCommand},
-	{"stop", stopCommand}, {"image", imageCommand}, {"doctor", doctorCommand}, {"bench", benchCommand}, {"trace", traceCommand},
-	{"replay", replayCommand}, {"lio", lioCommand}, {"abi", abiCommand}, {"completion", completionCommand},
+	{"run", runCommand}, {"list", listCommand}, {"disk", diskCommand}, {"pause", pauseCommand},
+	{"resume", resumeCommand}, {"stop", stopCommand}, {"image", imageCommand}, {"doctor", doctorCommand},
+	{"bench", benchCommand}, {"trace", traceCommand}, {"replay", replayCommand}, {"lio", lioCommand},
+	{"abi", abiCommand}, {"completion", completionCommand},
 	{"exit-status", exitStatusCommand}, {"help", helpCommand},
 }
 
-// app makes the command line for the words of one. When the first is a command, that is the only one: to make
-// all takes a part of the time in which a guest starts.
+// app makes the command line for args. If the first word is a command, app makes only that one:
+// making all would take a noticeable part of a guest's start.
 func app(args []string) *cli.App {
 	a := &cli.App{
 		Name:    "gvm",
@@ -130,7 +131,7 @@ argument it boots a small guest of its own and so shows that all works.`,
 		EnableBashCompletion:      true,
 		DisableSliceFlagSeparator: true,
 		Flags:                     []cli.Flag{cli.HelpFlag},
-		HideHelpCommand:           true, // helpCommand is there
+		HideHelpCommand:           true, // helpCommand replaces it
 		OnUsageError:              flagError,
 		ExitErrHandler:            func(*cli.Context, error) {},
 		Action: func(c *cli.Context) error {
@@ -153,7 +154,7 @@ argument it boots a small guest of its own and so shows that all works.`,
 	return a
 }
 
-// exitStatusCommand is there for its help: `gvm help exit-status`.
+// exitStatusCommand exists for its help page: `gvm help exit-status`.
 func exitStatusCommand() *cli.Command {
 	return &cli.Command{
 		Name:               "exit-status",

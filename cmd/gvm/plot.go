@@ -14,7 +14,7 @@ import (
 	"gvm/plot"
 )
 
-// plotFormat is the format that a file's name ends with.
+// plotFormat returns the format of a file name's extension.
 func plotFormat(path string) (string, error) {
 	format := strings.TrimPrefix(strings.ToLower(filepath.Ext(path)), ".")
 	if format != "svg" && format != "png" {
@@ -23,8 +23,8 @@ func plotFormat(path string) (string, error) {
 	return format, nil
 }
 
-// plotter returns a command that draws plots: gvm-plot, beside gvm or in $PATH. What `go run` and a
-// plain `go build` make knows its source, and has go run that of gvm-plot.
+// plotter returns a command that draws plots: gvm-plot, beside gvm or in $PATH. A gvm built by `go
+// run` or a plain `go build` knows its source path, and uses go run with that of gvm-plot.
 func plotter() (*exec.Cmd, error) {
 	const name = "gvm-plot"
 	beside := name
@@ -36,17 +36,18 @@ func plotter() (*exec.Cmd, error) {
 			return exec.Command(path), nil
 		}
 	}
-	if _, file, _, ok := runtime.Caller(0); ok && filepath.IsAbs(file) { // not with -trimpath
+	if _, file, _, ok := runtime.Caller(0); ok && filepath.IsAbs(file) { // not after a build with -trimpath
 		c := exec.Command("go", "run", ".")
 		c.Dir = filepath.Join(filepath.Dir(filepath.Dir(file)), name)
 		if _, err := os.Stat(c.Dir); err == nil && c.Err == nil {
 			return c, nil
 		}
 	}
-	return nil, configError{fmt.Errorf("the program that draws plots is missing: put gvm-plot, which make build makes beside gvm, at %s or into $PATH", beside)}
+	return nil, configError{fmt.Errorf("the program that draws plots is missing: put gvm-plot, "+
+		"which make build makes beside gvm, at %s or into $PATH", beside)}
 }
 
-// writePlot draws p into the file at path, whose name tells the format.
+// writePlot draws p into the file at path, whose extension selects the format.
 func writePlot(path string, p *plot.Plot) error {
 	format, err := plotFormat(path)
 	if err != nil {

@@ -51,15 +51,19 @@ EXAMPLES
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "backend", Usage: "`process|vhost|both`", Value: "process"},
 			&cli.BoolFlag{Name: "corpus", Usage: "replay the requests that gvm brings along, in place of a FILE's"},
-			&cli.BoolFlag{Name: "all", Usage: fmt.Sprintf("show every difference, known ones too, and not the first %d alone", shownDifferences)},
-			&cli.BoolFlag{Name: "json", Usage: "one JSON object for each difference, known or not, on a line of its own"},
-			&cli.StringFlag{Name: "vhost-abi", Usage: "as of gvm run: accept version `N|any` of the kernel's vhost-scsi interface"},
+			&cli.BoolFlag{Name: "all",
+				Usage: fmt.Sprintf("show every difference, known ones too, and not the first %d alone",
+					shownDifferences)},
+			&cli.BoolFlag{Name: "json",
+				Usage: "one JSON object for each difference, known or not, on a line of its own"},
+			&cli.StringFlag{Name: "vhost-abi",
+				Usage: "as of gvm run: accept version `N|any` of the kernel's vhost-scsi interface"},
 		},
 		Action: onFiles(0, 1, replayTrace),
 	}
 }
 
-// shownDifferences is how many are printed unless all are asked for.
+// shownDifferences bounds the differences printed by default.
 const shownDifferences = 20
 
 func replayTrace(c *cli.Context, files []string) (err error) {
@@ -87,7 +91,7 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 			return err
 		}
 	}
-	// From here on there is something to take down: signals end the run in order.
+	// The run now makes things to undo, so that signals end it in order.
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
 	defer catchSignals(ctx, stop)()
@@ -119,13 +123,13 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	return shown.verdict(sum)
 }
 
-// differences shows those requests that were answered differently and not as docs/backends.md
-// lists, and counts the others.
+// differences prints requests whose answers differ in a way that docs/backends.md does not list,
+// and counts the listed ones.
 type differences struct {
 	*report
 	names       []string // of the sides
 	all, asJSON bool
-	known       *equivalence.List // nil: the answers are compared with the trace
+	known       *equivalence.List // nil: compare the answers with the trace
 
 	unlisted, shown int
 }
@@ -159,7 +163,8 @@ func (s *differences) summary(sum replay.Summary) {
 	if known := sum.Different - s.unlisted; s.known == nil {
 		s.printf("%d requests, %d answered differently", sum.Requests, sum.Different)
 	} else {
-		s.printf("%d requests, %d answered differently as docs/backends.md lists, %d otherwise", sum.Requests, known, s.unlisted)
+		s.printf("%d requests, %d answered differently as docs/backends.md lists, %d otherwise",
+			sum.Requests, known, s.unlisted)
 		for _, row := range slices.Sorted(maps.Keys(s.known.Used)) {
 			if n := s.known.Used[row]; n > 0 {
 				s.printf("%7d %s", n, row)
@@ -198,13 +203,14 @@ func loadTrace(c *cli.Context, path string) (trace.Header, []trace.Record, error
 	noteCut(c, path, r)
 	for i, d := range r.Header.Devices {
 		if len(d.Disks) == 0 {
-			return trace.Header{}, nil, configError{fmt.Errorf("%s: device %d has no disks that gvm knows: a run with wwn=… cannot be replayed", path, i)}
+			return trace.Header{}, nil, configError{fmt.Errorf(
+				"%s: device %d has no disks that gvm knows: a run with wwn=… cannot be replayed", path, i)}
 		}
 	}
 	return r.Header, records, nil
 }
 
-// undoList is what there is to take down, the last first.
+// undoList has functions that undo steps, called in reverse order.
 type undoList []func() error
 
 func (u undoList) all() error {
@@ -215,8 +221,8 @@ func (u undoList) all() error {
 	return errors.Join(errs...)
 }
 
-// newSide makes the devices and disks of a trace, served by the backend named,
-// and a driver for each. What it made is in undo, on an error too.
+// newSide makes the devices and disks of a trace, served by the named backend, and a driver for
+// each. It appends to undo, also on an error.
 func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, c disk.Config) (replay.Side, error) {
 	side := replay.Side{Name: name}
 	later := func(f func() error) { *undo = append(*undo, f) }
@@ -249,14 +255,15 @@ func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, c
 	return side, nil
 }
 
-// scratchDisks are disks like those of a device, on images of their own.
+// scratchDisks returns disks like those of a device, on new images.
 func scratchDisks(dir string, device int, backendName string, like []trace.Disk) ([]disk.Spec, error) {
 	by := map[string]disk.Backend{"process": disk.Process, "vhost": disk.Vhost}[backendName]
 	var list []disk.Spec
 	for _, k := range like {
 		cache, known := disk.CacheMode(cmp.Or(k.Cache, "writeback"))
 		if !known {
-			return nil, configError{fmt.Errorf("the trace has a disk with cache=%s: this gvm does not know that; use the gvm that recorded it", k.Cache)}
+			return nil, configError{fmt.Errorf("the trace has a disk with cache=%s: this gvm does not know that; "+
+				"use the gvm that recorded it", k.Cache)}
 		}
 		path := filepath.Join(dir, fmt.Sprintf("disk-%d-%d", device, k.LUN))
 		f, err := os.Create(path)
@@ -279,13 +286,14 @@ func scratchDisks(dir string, device int, backendName string, like []trace.Disk)
 	return list, nil
 }
 
-// difference prints a request that was answered differently.
+// difference prints a request whose answers differ.
 func (l *report) difference(names []string, d *replay.Difference) {
 	r := d.Record
 	if len(names) == 1 {
 		names = []string{"trace", names[0]}
 	}
-	l.printf("request %d at %.6f s, lun %s: %s %s: %s", d.Number, r.Time.Seconds(), r.Unit(), r.Op(), r.Detail(), strings.Join(d.What, ", "))
+	l.printf("request %d at %.6f s, lun %s: %s %s: %s", d.Number, r.Time.Seconds(), r.Unit(), r.Op(), r.Detail(),
+		strings.Join(d.What, ", "))
 	l.printf("  cdb % x", r.CDB)
 	for i, a := range []*replay.Answer{&d.A, &d.B} {
 		l.printf("  %-8s %s", names[i], a.Text(r))
@@ -299,8 +307,8 @@ func (l *report) difference(names []string, d *replay.Difference) {
 	}
 }
 
-// differenceJSON has the rows of docs/backends.md that are about a difference, and what none
-// explains.
+// differenceJSON prints a difference with the rows of docs/backends.md that explain parts of it,
+// and the parts that no row explains.
 func (l *report) differenceJSON(names []string, d *replay.Difference, rows, left []string) error {
 	type answer struct {
 		From     string `json:"from"`

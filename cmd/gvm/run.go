@@ -29,15 +29,15 @@ import (
 	"gvm/vmm/x86"
 )
 
-// runConfig is `gvm run`'s command line, checked as far as words go.
+// runConfig is the parsed command line of `gvm run`.
 type runConfig struct {
 	spec       machine.Spec
 	kernel     string // path; "": the embedded guest
 	initrds    []string
-	memoryNote string // what to tell of the memory
-	kernelNote string // what to tell of a kernel that was found
+	memoryNote string // a note about the memory
+	kernelNote string // a note about a kernel found in a tree
 	timeout    time.Duration
-	grace      time.Duration // that the guest has to power off when gvm is asked to end
+	grace      time.Duration // the guest's time to power off when gvm is asked to end
 	timing     *timing       // nil: none
 }
 
@@ -66,33 +66,56 @@ EXAMPLES
 
 ` + guestWords(),
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"}, Usage: "bzImage or ELF vmlinux `FILE`", TakesFile: true},
-			&cli.GenericFlag{Name: "initrd", Aliases: []string{"i"}, Value: new(words), Usage: "initramfs `FILE`; several are concatenated", TakesFile: true},
-			&cli.GenericFlag{Name: "disk", Aliases: []string{"d"}, Value: new(words), Usage: "`PATH[,OPTION]...` of a raw image or block device; see gvm help disk"},
-			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"}, Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, without an initrd, root= for the first disk where that is sure"},
+			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"},
+				Usage: "bzImage or ELF vmlinux `FILE`", TakesFile: true},
+			&cli.GenericFlag{Name: "initrd", Aliases: []string{"i"}, Value: new(words),
+				Usage: "initramfs `FILE`; several are concatenated", TakesFile: true},
+			&cli.GenericFlag{Name: "disk", Aliases: []string{"d"}, Value: new(words),
+				Usage: "`PATH[,OPTION]...` of a raw image or block device; see gvm help disk"},
+			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"},
+				Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, without an initrd, " +
+					"root= for the first disk where that is sure"},
 			&cli.BoolFlag{Name: "bare-cmdline", Usage: "give the kernel --cmdline as it is"},
-			&cli.GenericFlag{Name: "guest-arg", Value: new(words), Usage: "`WORD` for the embedded guest: write lets it write to the disks of --disk"},
+			&cli.GenericFlag{Name: "guest-arg", Value: new(words),
+				Usage: "`WORD` for the embedded guest: write lets it write to the disks of --disk"},
 			&cli.IntFlag{Name: "cpus", Aliases: []string{"c"}, Value: 1, Usage: "`N` virtual CPUs"},
-			&cli.StringFlag{Name: "apic-ids", Usage: "`LIST` of the CPUs' local APIC IDs, ascending, such as 0,2,300; default 0,1,2 and so on"},
-			&cli.StringFlag{Name: "cpu-features", Usage: "`LIST` such as -x2apic,+avx2: names of /proc/cpuinfo to hide, with what depends on them, or to demand"},
-			&cli.StringFlag{Name: "memory", Aliases: []string{"m"}, Value: "512M", Usage: "`SIZE` of guest RAM, in MiB without a suffix; pages are taken as the guest touches them"},
-			&cli.BoolFlag{Name: "overcommit", Usage: "let --memory be more than this host or a cgroup has, for a guest that touches less"},
+			&cli.StringFlag{Name: "apic-ids",
+				Usage: "`LIST` of the CPUs' local APIC IDs, ascending, such as 0,2,300; default 0,1,2 and so on"},
+			&cli.StringFlag{Name: "cpu-features",
+				Usage: "`LIST` such as -x2apic,+avx2: names of /proc/cpuinfo to hide, " +
+					"with what depends on them, or to demand"},
+			&cli.StringFlag{Name: "memory", Aliases: []string{"m"}, Value: "512M",
+				Usage: "`SIZE` of guest RAM, in MiB without a suffix; pages are taken as the guest touches them"},
+			&cli.BoolFlag{Name: "overcommit",
+				Usage: "let --memory be more than this host or a cgroup has, for a guest that touches less"},
 			&cli.BoolFlag{Name: "hugepages", Usage: "guest RAM from the host's pool of 2 MiB pages"},
 			&cli.BoolFlag{Name: "shared-memory", Usage: "guest RAM in a memfd"},
-			&cli.StringFlag{Name: "boot", Value: "auto", Usage: "`MODE` for a bzImage: auto decompresses it on the host if it can, elf does or fails, bzimage lets the guest do it: slower, and with KASLR, which the others lack"},
-			&cli.StringFlag{Name: "entry", Value: "auto", Usage: "enter an ELF kernel by `WAY` pvh or 64 (the 64-bit boot protocol); auto is pvh where the kernel has it and the initrds fit below 4 GiB"},
-			&cli.StringFlag{Name: "on-reset", Value: "exit", Usage: "when the guest asks for a reset: `ACTION` exit (status 6) or reboot"},
+			&cli.StringFlag{Name: "boot", Value: "auto",
+				Usage: "`MODE` for a bzImage: auto decompresses it on the host if it can, elf does or fails, " +
+					"bzimage lets the guest do it: slower, and with KASLR, which the others lack"},
+			&cli.StringFlag{Name: "entry", Value: "auto",
+				Usage: "enter an ELF kernel by `WAY` pvh or 64 (the 64-bit boot protocol); " +
+					"auto is pvh where the kernel has it and the initrds fit below 4 GiB"},
+			&cli.StringFlag{Name: "on-reset", Value: "exit",
+				Usage: "when the guest asks for a reset: `ACTION` exit (status 6) or reboot"},
 			&cli.DurationFlag{Name: "timeout", Usage: "stop the guest after `DURATION`, such as 90s, with status 124"},
-			&cli.DurationFlag{Name: "grace", Usage: "at SIGINT, SIGTERM and SIGHUP press the guest's power button, and stop it `DURATION` later; a second signal stops it at once (default: stop it at once)"},
+			&cli.DurationFlag{Name: "grace",
+				Usage: "at SIGINT, SIGTERM and SIGHUP press the guest's power button, and stop it `DURATION` later; " +
+					"a second signal stops it at once (default: stop it at once)"},
 			&cli.StringFlag{Name: "name", Usage: "`NAME` of the machine for gvm list and gvm disk (default: gvm-PID)"},
-			&cli.StringFlag{Name: "trace", Usage: "record every SCSI request in `FILE`, for gvm trace", TakesFile: true},
-			&cli.BoolFlag{Name: "timing", Usage: "print at the end what took how long, with what the guest wrote to port 0x80"},
-			&cli.StringFlag{Name: "vhost-abi", Usage: "accept version `N|any` of the kernel's vhost-scsi interface, whatever gvm is written for"},
-			&cli.IntFlag{Name: "queues", Usage: "`N` virtio-scsi request queues (default: one per CPU); with backend=vhost each takes some 21 MiB of the kernel's memory"},
+			&cli.StringFlag{Name: "trace", Usage: "record every SCSI request in `FILE`, for gvm trace",
+				TakesFile: true},
+			&cli.BoolFlag{Name: "timing",
+				Usage: "print at the end what took how long, with what the guest wrote to port 0x80"},
+			&cli.StringFlag{Name: "vhost-abi",
+				Usage: "accept version `N|any` of the kernel's vhost-scsi interface, whatever gvm is written for"},
+			&cli.IntFlag{Name: "queues",
+				Usage: "`N` virtio-scsi request queues (default: one per CPU); " +
+					"with backend=vhost each takes some 21 MiB of the kernel's memory"},
 			pollFlag(),
 		},
-		// The library looks for each flag that may have an action among all of them, which takes a fifth
-		// of a millisecond; none has one, and values are read from the parsed command line.
+		// The library searches all flags for each flag with an action, which takes 0.2 ms. No flag
+		// has one, and values are read from the parsed command line.
 		Before: func(c *cli.Context) error { c.Command.Flags = nil; return nil },
 		Action: func(c *cli.Context) error {
 			rc, err := parseRun(c)
@@ -106,7 +129,8 @@ EXAMPLES
 
 func parseRun(c *cli.Context) (rc runConfig, err error) {
 	if c.Args().Present() {
-		return rc, fmt.Errorf("unexpected argument %q; a kernel is named with --kernel, a disk with --disk", c.Args().First())
+		return rc, fmt.Errorf("unexpected argument %q; a kernel is named with --kernel, a disk with --disk",
+			c.Args().First())
 	}
 	rc = runConfig{
 		spec: machine.Spec{
@@ -124,7 +148,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		grace:   c.Duration("grace"),
 	}
 	spec := &rc.spec
-	set := c.LocalFlagNames() // c.IsSet looks at all flags each time
+	set := c.LocalFlagNames() // c.IsSet searches all flags at each call
 	given := func(flag string) bool { return slices.Contains(set, flag) }
 	if c.Bool("timing") {
 		rc.timing = newTiming()
@@ -145,7 +169,8 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 			return rc, fmt.Errorf("--apic-ids: %w", err)
 		}
 		if given("cpus") && spec.CPUs != len(spec.APICIDs) {
-			return rc, fmt.Errorf("--apic-ids has %d IDs for --cpus %d: give each CPU one, or leave --cpus out", len(spec.APICIDs), spec.CPUs)
+			return rc, fmt.Errorf("--apic-ids has %d IDs for --cpus %d: give each CPU one, or leave --cpus out",
+				len(spec.APICIDs), spec.CPUs)
 		}
 		spec.CPUs = len(spec.APICIDs)
 	}
@@ -197,7 +222,8 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		spec.Disks = append(spec.Disks, d)
 		if d.Storage == disk.Memory {
 			if inRAM += uint64(d.Size); inRAM > text.MaxSize {
-				return rc, fmt.Errorf("--disk %s: the disks in memory have more than %s", d.Path, text.SizeWord(text.MaxSize))
+				return rc, fmt.Errorf("--disk %s: the disks in memory have more than %s", d.Path,
+					text.SizeWord(text.MaxSize))
 			}
 		}
 	}
@@ -214,8 +240,10 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 			return rc, err
 		}
 	}
-	if rc.kernel == "" && (len(rc.initrds) > 0 || given("cmdline") || spec.BareCmdLine || spec.Protocol == boot.Linux64) {
-		return rc, errors.New("--initrd, --cmdline, --bare-cmdline and --entry 64 need a --kernel; the embedded guest takes --guest-arg")
+	if rc.kernel == "" && (len(rc.initrds) > 0 || given("cmdline") || spec.BareCmdLine ||
+		spec.Protocol == boot.Linux64) {
+		return rc, errors.New("--initrd, --cmdline, --bare-cmdline and --entry 64 need a --kernel; " +
+			"the embedded guest takes --guest-arg")
 	}
 	if rc.kernel != "" && len(spec.GuestArgs) > 0 {
 		return rc, errors.New("--guest-arg is for the embedded guest; a kernel takes --cmdline")
@@ -243,11 +271,13 @@ func parseAPICIDs(list string) (ids []uint32, err error) {
 	return ids, nil
 }
 
-// pollFlag is --poll of the commands that have request queues. At its default a host
-// whose wake-ups are slow gives a third more, and a core is kept from sleeping only while
-// requests come 15,000 times a second: see docs/performance.md.
+// pollFlag returns --poll of the commands that have request queues. The default gives a third more
+// requests on a host with slow wake-ups. It keeps a core awake only while requests come at 15,000 a
+// second: see docs/performance.md.
 func pollFlag() cli.Flag {
-	return &cli.DurationFlag{Name: "poll", Value: 64 * time.Microsecond, Usage: "before it sleeps, a request queue's thread looks for more requests for `TIME` at most, while they come that fast; 0 is never"}
+	return &cli.DurationFlag{Name: "poll", Value: 64 * time.Microsecond,
+		Usage: "before it sleeps, a request queue's thread looks for more requests for `TIME` at most, " +
+			"while they come that fast; 0 is never"}
 }
 
 func parsePoll(c *cli.Context) (time.Duration, error) {
@@ -258,15 +288,15 @@ func parsePoll(c *cli.Context) (time.Duration, error) {
 	return d, nil
 }
 
-// startGC is GOGC until a start has settled: the first garbage collection comes with 64 MiB in use and not with
-// 4, of which the embedded guest's disk would have one run beside every start.
+// startGC is GOGC until the start has settled: the first garbage collection comes with 64 MiB in
+// use rather than 4 MiB, which the embedded guest's disk would exceed at every start.
 const startGC = 1600
 
-// begun is the virtual machine of gvm run, which is begun beside the reading of the command line:
-// both take as long. run takes it; nil: it begins one.
+// begun is the virtual machine of gvm run, which begins while the command line is parsed, as both
+// take about the same time. takeBegun takes it, or begins another if it is nil.
 var begun *vmm.Begun
 
-// takeBegun returns a virtual machine, which is the caller's to close.
+// takeBegun returns a virtual machine, for the caller to close.
 func takeBegun() (b *vmm.Begun) {
 	if b, begun = begun, nil; b == nil {
 		b = vmm.Begin()
@@ -274,20 +304,22 @@ func takeBegun() (b *vmm.Begun) {
 	return b
 }
 
-// run boots the guest and returns how it ended, as an error that exit makes a
-// status of. Whatever was opened is closed when it returns.
+// run boots the guest and returns the end as an error, which gvm maps to an exit status. All open
+// files are closed when run returns.
 func run(rc runConfig) (err error) {
 	collect := debug.SetGCPercent(startGC)
 	spec := &rc.spec
-	spec.Begin(takeBegun()) // and then all else, while KVM takes its time
+	spec.Begin(takeBegun()) // first, so that KVM works during the rest of the start
 	defer func() { err = errors.Join(err, spec.Close()) }()
-	// Signals and --timeout end the run in order before it opens anything, which may take its time.
+	// Signals and --timeout must end the run in order even while it opens files, which may take
+	// long.
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
 	end := &ending{stop: stop, grace: rc.grace}
 	defer catchSignals(ctx, end.signal)()
 	if rc.timeout > 0 {
-		timer := time.AfterFunc(rc.timeout, func() { stop(endError{exitTimeout, fmt.Errorf("--timeout %s elapsed", rc.timeout)}) })
+		timer := time.AfterFunc(rc.timeout,
+			func() { stop(endError{exitTimeout, fmt.Errorf("--timeout %s elapsed", rc.timeout)}) })
 		defer timer.Stop()
 	}
 	for _, s := range []string{rc.kernelNote, rc.memoryNote} {
@@ -316,7 +348,8 @@ func run(rc runConfig) (err error) {
 	if socket != nil {
 		defer func() { err = errors.Join(err, socket.Close()) }()
 	} else if i := slices.IndexFunc(spec.Disks, func(d disk.Spec) bool { return d.OnError != disk.Report }); i >= 0 {
-		return configError{fmt.Errorf("--disk %s: error=: without a control socket nothing could resume the machine", spec.Disks[i].Name())}
+		return configError{fmt.Errorf("--disk %s: error=: without a control socket nothing could resume the machine",
+			spec.Disks[i].Name())}
 	}
 	t := newTerminal(stop)
 	spec.Console = t
@@ -357,24 +390,24 @@ func run(rc runConfig) (err error) {
 	return errors.Join(ended(out), err)
 }
 
-// ending has signals end a run: the machine once there is one, else its start.
+// ending lets signals end a run: the machine once there is one, else its start.
 type ending struct {
 	stop  func(error)
 	grace time.Duration
 
 	mu       sync.Mutex
-	machine  func(cause error, grace time.Duration) bool // its Stop; nil: there is none yet
+	machine  func(cause error, grace time.Duration) bool // the machine's Stop; nil: not started
 	signaled bool
 }
 
-// begin has signals from now on end a machine by its Stop.
+// begin makes later signals end a machine by its Stop.
 func (e *ending) begin(machine func(error, time.Duration) bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.machine = machine
 }
 
-// signal has the machine end in its grace time for the first signal, and at once for the second.
+// signal ends the machine within its grace time on the first signal, and at once on the second.
 func (e *ending) signal(cause error) {
 	e.mu.Lock()
 	machine, grace := e.machine, e.grace
@@ -390,7 +423,7 @@ func (e *ending) signal(cause error) {
 	machine(cause, grace)
 }
 
-// endError is a run that ended with a status of its own.
+// endError is the end of a run with an exit status of its own.
 type endError struct {
 	status int
 	error
@@ -398,7 +431,7 @@ type endError struct {
 
 func (e endError) Unwrap() error { return e.error }
 
-// ended makes an error of an outcome; nil is the guest's power-off.
+// ended converts an outcome to an error; nil if the guest powered off.
 func ended(out vmm.Outcome) error {
 	switch out.Ending {
 	case vmm.PoweredOff, vmm.Halted:
@@ -412,7 +445,8 @@ func ended(out vmm.Outcome) error {
 		}
 		return endError{exitPanic, err}
 	case vmm.GuestCrashed:
-		return endError{exitCrash, fmt.Errorf("the guest crashed: %w\n%s", out.Err, strings.TrimRight(out.Report, "\n"))}
+		return endError{exitCrash, fmt.Errorf("the guest crashed: %w\n%s", out.Err,
+			strings.TrimRight(out.Report, "\n"))}
 	case vmm.Bug:
 		return endError{exitBug, fmt.Errorf("a bug in gvm, please report it: %w\n%s", out.Err, out.Report)}
 	case vmm.Stopped:
@@ -424,19 +458,20 @@ func ended(out vmm.Outcome) error {
 	return out.Err
 }
 
-// fatalSignals are those of which the Go runtime dumps the goroutines and exits, with the terminal as it
-// is. Faults of the process itself do not come through a channel, and stay the runtime's.
+// On fatalSignals the Go runtime dumps the goroutines and exits, without restoring the terminal.
+// Faults of the process itself do not arrive on a channel, and stay with the runtime.
 var fatalSignals = []os.Signal{syscall.SIGQUIT, syscall.SIGILL, syscall.SIGTRAP, syscall.SIGABRT, syscall.SIGBUS,
 	syscall.SIGFPE, syscall.SIGSEGV, syscall.SIGSTKFLT, syscall.SIGSYS}
 
-// catchSignals makes the signals that ask a process to end stop the run in good
-// order, and at once if it ends already. Fatal ones end it at once with a dump of the goroutines; others
-// do nothing, as the runtime has it. The function that it returns undoes it.
+// catchSignals handles signals. Those that ask a process to end stop the run in order, or at once
+// if the run is already ending. Fatal ones dump the goroutines and end the run at once. Others do
+// nothing, as in the runtime. The returned function undoes this.
 func catchSignals(ctx context.Context, stop func(error)) func() {
 	ch := make(chan os.Signal, 2)
 	signal.Notify(ch, append([]os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP}, fatalSignals...)...)
-	signal.Ignore(syscall.SIGPIPE) // a closed output is a write error
-	// In the background of a terminal gvm writes to it, reads from it fail, and neither stops gvm.
+	signal.Ignore(syscall.SIGPIPE) // a closed output gives a write error
+	// In the background of a terminal gvm can write to it, reads from it fail, and neither stops
+	// gvm.
 	signal.Ignore(syscall.SIGTTOU, syscall.SIGTTIN)
 	ignoreRealTime()
 	go func() {
@@ -493,32 +528,33 @@ func stacks() []byte {
 	}
 }
 
-// urgent has what an end at once still does.
+// urgent has the steps that even an immediate end performs.
 var urgent struct {
 	sync.Mutex
-	restore func() error // the terminal
-	release func() error // the name and its socket
+	restore func() error // restores the terminal
+	release func() error // releases the name and its socket
 }
 
-// endNow ends the process while its end in order waits: gvm lio gc removes the objects of the kernel that
-// are left.
+// endNow ends the process without waiting for its end in order. gvm lio gc removes kernel objects
+// that are left.
 func endNow(status int, why string) {
 	exitNow(status, patience, func() { stderr.say(fmt.Sprintf("gvm: %s, before the end in order was over\n", why)) })
 }
 
-// dumpPatience is how long the reader of a dump has.
+// dumpPatience bounds the wait for the reader of a dump.
 const dumpPatience = 10 * time.Second
 
-// exitNow ends the process with what urgent has and what say says, or without it after a while.
+// exitNow performs the steps of urgent and say and ends the process, or gives up on them after
+// patience.
 func exitNow(status int, patience time.Duration, say func()) {
-	go func() { // restoring may wait too
-		urgent.Lock() // for good
+	go func() { // restoring may block, too
+		urgent.Lock() // never released
 		if urgent.restore != nil {
 			_ = urgent.restore()
 		}
 		say()
 		if urgent.release != nil {
-			_ = urgent.release() // else the next gvm removes them
+			_ = urgent.release() // on failure the next gvm removes them
 		}
 		stderr.flush(-1)
 		os.Exit(status)
@@ -527,7 +563,7 @@ func exitNow(status int, patience time.Duration, say func()) {
 	os.Exit(status)
 }
 
-// note tells the user one line on standard error, whose terminal may be raw.
+// note prints one line to standard error, which may be a raw terminal.
 func note(s string) {
 	end := "\n"
 	if term.IsTerminal(int(os.Stderr.Fd())) {

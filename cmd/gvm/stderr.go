@@ -13,8 +13,8 @@ import (
 type errorOutput struct {
 	mu      sync.Mutex
 	queue   []string
-	dropped int           // of the queue, which is full
-	idle    chan struct{} // closed when all has been written; nil: it has
+	dropped int           // since the queue was full
+	idle    chan struct{} // closed when the queue is written; nil: it is empty
 }
 
 // maxErrorQueue bounds the notes that wait for a reader.
@@ -22,7 +22,7 @@ const maxErrorQueue = 256
 
 var stderr errorOutput
 
-// say writes text soon, after what came before it.
+// say queues text to be written, in order.
 func (e *errorOutput) say(text string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -58,7 +58,7 @@ func (e *errorOutput) write() {
 	}
 }
 
-// flush returns when all has been written, or after patience if that is not negative.
+// flush returns when the queue is written, or after patience if that is not negative.
 func (e *errorOutput) flush(patience time.Duration) {
 	e.mu.Lock()
 	idle := e.idle

@@ -15,19 +15,20 @@ import (
 	"gvm/text"
 )
 
-// exitTerminated is the status of a run that was stopped by SIGTERM or gvm stop.
+// exitTerminated is the exit status of a run that was stopped by SIGTERM or gvm stop.
 const exitTerminated = 143
 
-// Stop is gvm stop.
+// Stop implements gvm stop.
 func (r *remote) Stop(s control.Stop) (control.Stopped, error) {
 	if s.GraceMS > 0 && r.Paused() {
-		return control.Stopped{}, control.Errorf(http.StatusConflict, "the machine is paused, and its guest cannot power off: gvm resume it first, or gvm stop --force")
+		return control.Stopped{}, control.Errorf(http.StatusConflict,
+			"the machine is paused, and its guest cannot power off: gvm resume it first, or gvm stop --force")
 	}
 	cause := endError{exitTerminated, fmt.Errorf("stopped by gvm stop")}
 	return control.Stopped{Asked: r.Machine.Stop(cause, time.Duration(s.GraceMS)*time.Millisecond)}, nil
 }
 
-const stopPatience = 10 * time.Second // for the end of a machine that has been stopped
+const stopPatience = 10 * time.Second // bounds the wait for a stopped machine to end
 
 func stopCommand() *cli.Command {
 	return &cli.Command{
@@ -43,7 +44,8 @@ EXAMPLES
    gvm stop build --grace 1m
    gvm stop --force build         stop it at once`,
 		Flags: []cli.Flag{
-			&cli.DurationFlag{Name: "grace", Value: 10 * time.Second, Usage: "`DURATION` that the guest has to power off"},
+			&cli.DurationFlag{Name: "grace", Value: 10 * time.Second,
+				Usage: "`DURATION` that the guest has to power off"},
 			&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "stop the machine without asking the guest"},
 		},
 		Action: func(c *cli.Context) error {
@@ -70,7 +72,7 @@ func stopMachine(ctx context.Context, client *control.Client, grace time.Duratio
 	process, err := client.Process(ctx)
 	if err == nil {
 		defer process.Close()
-	} // else there is none to wait for: it is in another PID namespace, or the kernel older than 5.3
+	} // else its process cannot be waited for: other PID namespace, or kernel before 5.3
 	answer, err := client.Stop(ctx, control.Stop{GraceMS: grace.Milliseconds()})
 	if err != nil {
 		return refused(err)
@@ -94,7 +96,8 @@ func stopMachine(ctx context.Context, client *control.Client, grace time.Duratio
 		select {
 		case <-ctx.Done():
 			if !listed {
-				return fmt.Errorf("machine %s has ended, but not its process after %v: it may wait for what reads its output", client.Name(), wait)
+				return fmt.Errorf("machine %s has ended, but not its process after %v: "+
+					"it may wait for a reader of its output", client.Name(), wait)
 			}
 			return fmt.Errorf("machine %s has not ended after %v; kill -9 its process (gvm list)", client.Name(), wait)
 		case <-time.After(20 * time.Millisecond):

@@ -16,7 +16,7 @@ import (
 	"gvm/vmm"
 )
 
-// errQuit is Ctrl-a x.
+// errQuit is the end by Ctrl-a x.
 var errQuit = errors.New("stopped by Ctrl-a x")
 
 const escape = 0x01 // Ctrl-a
@@ -27,36 +27,36 @@ const escapeHelp = "\r\n" +
 	"Ctrl-a h  this help\r\n" +
 	"Ctrl-a Ctrl-a  send Ctrl-a\r\n"
 
-// terminal is gvm's own standard input and output as the guest's serial
-// console. A terminal is raw while gvm is in its foreground; bytes pass as they are.
+// terminal connects gvm's standard input and output to the guest's serial console. A terminal is
+// raw while gvm is in its foreground; bytes pass unchanged.
 type terminal struct {
 	in    *os.File
 	out   *os.File
-	tty   *tty // nil where in is not a terminal
+	tty   *tty // nil if in is not a terminal
 	run   context.Context
 	quit  func(error)
 	wake  *eventfd.FD // ends the input goroutine
 	input sync.WaitGroup
 
-	unwatch func() // ends the watch of job control, where there is a tty
+	unwatch func() // stops watching job control; set if there is a tty
 
 	mu     sync.Mutex
-	to     vmm.Input // the guest's input; nil: nowhere
-	queue  [][]byte  // what was typed and is not the guest's yet; nil stands for a break
-	queued int       // bytes of it, a break as one
+	to     vmm.Input // the guest's input; nil: none
+	queue  [][]byte  // input that the guest has not taken yet; nil is a break
+	queued int       // bytes in queue; a break counts as one
 	change *sync.Cond
 	done   bool
 }
 
-// maxQueued bounds the input that waits for the guest. A pipe waits then; a
-// terminal's is dropped, since Ctrl-a has to be seen whatever the guest does.
+// maxQueued bounds the input that waits for the guest. A pipe then blocks its writer; input of a
+// terminal is dropped, since Ctrl-a must work even if the guest takes no input.
 const maxQueued = 1 << 20
 
-// patience is how long a run that was stopped waits for somebody to take the
-// output: a pipe to a program that is itself stopped must not keep gvm alive.
+// patience bounds how long a stopped run waits for a reader of its output: a pipe to a program that
+// is itself stopped must not keep gvm alive.
 const patience = 500 * time.Millisecond // less than the end of a machine has
 
-// newTerminal returns standard input and output for a run, which open takes. quit is called for
+// newTerminal returns standard input and output for a run, for open to take. It calls quit for
 // Ctrl-a x and for output that fails.
 func newTerminal(quit func(error)) *terminal {
 	t := &terminal{in: os.Stdin, out: os.Stdout, quit: quit}
@@ -64,7 +64,7 @@ func newTerminal(quit func(error)) *terminal {
 	return t
 }
 
-// open takes the terminal, if it is one, for a run that is to end when run is done.
+// open makes the terminal raw, if it is one, until run is done.
 func (t *terminal) open(run context.Context) (err error) {
 	t.run = run
 	if t.wake, err = eventfd.New(); err != nil {
@@ -91,8 +91,8 @@ func (t *terminal) open(run context.Context) (err error) {
 	return nil
 }
 
-// Write sends the guest's output on. A reader that is gone (a closed pipe) ends
-// the run: the guest would write to nowhere for ever.
+// Write writes the guest's output. A closed pipe ends the run, as the guest would write to nowhere
+// for ever.
 func (t *terminal) Write(p []byte) (n int, err error) {
 	p = bytes.Clone(p) // the write may outlive the call
 	written := make(chan struct{})
@@ -117,8 +117,8 @@ func (t *terminal) Write(p []byte) (n int, err error) {
 	return wn, werr
 }
 
-// gone ends the run for a console that failed; for a terminal that hung up, as
-// the signal does that comes with it.
+// gone ends the run after an error of the console. A terminal that hung up ends it like SIGHUP,
+// which comes with it.
 func (t *terminal) gone(what string, err error) {
 	if t.tty != nil && errors.Is(err, unix.EIO) {
 		err = endError{exitHangup, err}
@@ -126,7 +126,7 @@ func (t *terminal) gone(what string, err error) {
 	t.quit(fmt.Errorf("console %s: %w", what, err))
 }
 
-// Connect says where input goes.
+// Connect sets the guest's input.
 func (t *terminal) Connect(w vmm.Input) {
 	t.mu.Lock()
 	t.to = w
@@ -148,8 +148,7 @@ func (t *terminal) put(p []byte) {
 	}
 }
 
-// feed gives the queue to the guest; while the machine reboots it waits for the
-// next one.
+// feed passes the queue to the guest. During a reboot the queue waits for the next machine.
 func (t *terminal) feed() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -184,14 +183,14 @@ func give(to vmm.Input, p []byte) (int, error) {
 	return 0, to.Break()
 }
 
-// read passes input on until it ends or close wakes it. Ctrl-a is taken out on
-// a terminal only: what comes through a pipe is data.
+// read passes input on until it ends or close wakes it. Ctrl-a is a command only on a terminal; in
+// a pipe it is data.
 func (t *terminal) read() {
 	fds := []unix.PollFd{{Fd: int32(t.in.Fd()), Events: unix.POLLIN}, {Fd: int32(t.wake.Fd()), Events: unix.POLLIN}}
 	buf := make([]byte, 4096)
 	escaped := false
 	for {
-		// The input of a terminal in whose background gvm is belongs to another job.
+		// While gvm is in the background of a terminal, its input belongs to another job.
 		timeout := -1
 		if fds[0].Fd = int32(t.in.Fd()); t.tty != nil {
 			timeout = int(jobPoll.Milliseconds())
@@ -219,13 +218,13 @@ func (t *terminal) read() {
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 			continue
 		case t.tty == nil && (err != nil || n == 0):
-			return // the end of the input is not the end of the guest
+			return // the guest runs on after the end of its input
 		case errors.Is(err, unix.EIO) && !t.tty.foreground(): // SIGTTIN is ignored
 			continue
 		case err != nil:
 			t.gone("input", err)
 			return
-		case n == 0: // what a terminal that hung up reads as
+		case n == 0: // a terminal that hung up reads as empty
 			t.gone("input", unix.EIO)
 			return
 		}
@@ -252,7 +251,7 @@ func (t *terminal) read() {
 	}
 }
 
-// command is the key after Ctrl-a. One that means nothing is answered by the keys that do.
+// command runs the command of the key after Ctrl-a. An unknown key lists the commands.
 func (t *terminal) command(key byte) {
 	switch key {
 	case 'x', 'X':
@@ -264,7 +263,7 @@ func (t *terminal) command(key byte) {
 		t.put(nil)
 	case escape:
 		t.put([]byte{escape})
-	default: // h among them
+	default: // h and unknown keys
 		_, _ = t.Write([]byte(escapeHelp))
 	}
 }

@@ -9,17 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// timing notes when each phase of a run was over, for --timing. A nil one notes
-// nothing. Its methods may be called from any goroutine.
+// timing records when each phase of a run ended, for --timing. A nil *timing records nothing. Its
+// methods may be called from any goroutine.
 type timing struct {
-	start time.Time // exec, as far as it can be told
+	start time.Time // exec, as precisely as known
 
 	mu     sync.Mutex
 	marks  []mark
-	stamps [256]bool // codes that have a mark
+	stamps [256]bool // codes already marked
 }
 
-// maxMarks bounds them for guests that reboot again and again.
+// maxMarks bounds the marks of guests that reboot again and again.
 const maxMarks = 1000
 
 type mark struct {
@@ -27,12 +27,12 @@ type mark struct {
 	at   time.Duration // since start
 }
 
-// processStart is when the process was started.
+// processStart is the start time of the process.
 var processStart time.Time
 
-// startOfProcess takes the process to be as old as the CPU time that it has used. At
-// the beginning of main it has waited for nothing but the pages of its own program, and the
-// kernel's own word, /proc/self/stat, has clock ticks of 10 ms.
+// startOfProcess derives the start time from the CPU time that the process has used. At the
+// beginning of main it has waited only for the pages of its own program. The start time in
+// /proc/self/stat has clock ticks of 10 ms, which is too coarse.
 func startOfProcess() time.Time {
 	now := time.Now()
 	var used unix.Timespec
@@ -48,7 +48,7 @@ func newTiming() *timing {
 	return t
 }
 
-// phase notes that name is over.
+// phase records that the phase name has ended.
 func (t *timing) phase(name string) {
 	if t == nil {
 		return
@@ -58,8 +58,8 @@ func (t *timing) phase(name string) {
 	t.add(name)
 }
 
-// stamp notes the first time that the guest wrote code to port 0x80: a guest can
-// do so any number of times.
+// stamp records the guest's first write of code to port 0x80. A guest can write any number of
+// times.
 func (t *timing) stamp(code byte) {
 	if t == nil {
 		return
@@ -79,7 +79,7 @@ func (t *timing) add(name string) {
 	}
 }
 
-// print tells the user all marks, in milliseconds: what each took, and when it was over.
+// print prints all marks: the duration and the end of each phase, in milliseconds.
 func (t *timing) print() {
 	if t == nil {
 		return

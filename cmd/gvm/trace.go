@@ -21,7 +21,7 @@ import (
 	"gvm/text"
 )
 
-// exitDiffers is `gvm trace diff`'s status for traces that differ.
+// exitDiffers is the exit status of `gvm trace diff` for traces that differ.
 const exitDiffers = 1
 
 func traceCommand() *cli.Command {
@@ -48,10 +48,15 @@ EXAMPLES
    gvm trace show run.trace --errors
    gvm trace show run.trace --min-latency 10ms --json | jq .cdb`,
 				Flags: []cli.Flag{
-					&cli.IntFlag{Name: "lun", Usage: "only requests to logical unit `N`", Value: -1, DefaultText: "all"},
-					&cli.StringFlag{Name: "op", Usage: "only the operation `NAME|CODE`: a name or the beginning of one, or a number such as 0x2a"},
-					&cli.BoolFlag{Name: "errors", Usage: "only requests that did not end well; unit attentions are among them"},
-					&cli.DurationFlag{Name: "min-latency", Usage: "only requests that took `DURATION` or longer, such as 500us"},
+					&cli.IntFlag{Name: "lun", Usage: "only requests to logical unit `N`",
+						Value: -1, DefaultText: "all"},
+					&cli.StringFlag{Name: "op",
+						Usage: "only the operation `NAME|CODE`: a name or the beginning of one, " +
+							"or a number such as 0x2a"},
+					&cli.BoolFlag{Name: "errors",
+						Usage: "only requests that did not end well; unit attentions are among them"},
+					&cli.DurationFlag{Name: "min-latency",
+						Usage: "only requests that took `DURATION` or longer, such as 500us"},
 					&cli.BoolFlag{Name: "json", Usage: "write JSON, one object on a line for each request"},
 				},
 				Action: onFiles(1, 1, traceShow),
@@ -96,15 +101,16 @@ shapes.
 EXAMPLES
    gvm trace plot run.trace -o latency.svg
    gvm trace plot process.trace vhost.trace -o compare.png`,
-				Flags:  []cli.Flag{&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "`FILE` to write, whose name ends with .svg or .png", TakesFile: true}},
+				Flags: []cli.Flag{&cli.StringFlag{Name: "output", Aliases: []string{"o"},
+					Usage: "`FILE` to write, whose name ends with .svg or .png", TakesFile: true}},
 				Action: onFiles(1, 64, tracePlot),
 			},
 		},
 	}
 }
 
-// onFiles makes an action of one on least to most files. Flags may come after
-// files too, where the cli package does not look for them.
+// onFiles returns an action on least to most files. Flags may follow the files, where the cli
+// package does not look for them.
 func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		topic := strings.TrimPrefix(c.Command.HelpName, "gvm ")
@@ -134,24 +140,27 @@ func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionF
 			case len(rest) > 0:
 				value, rest = rest[0], rest[1:]
 			default:
-				return usageError{fmt.Errorf("%s: want a value%s; see gvm help %s", word, valueName(c.Command, flag), topic)}
+				return usageError{fmt.Errorf("%s: want a value%s; see gvm help %s", word,
+					valueName(c.Command, flag), topic)}
 			}
 			if err := c.Set(flag, value); err != nil {
-				return usageError{fmt.Errorf("%s %q: %s; see gvm help %s", dashed(flag), value, wanted(c.Command, flag), topic)}
+				return usageError{fmt.Errorf("%s %q: %s; see gvm help %s", dashed(flag), value,
+					wanted(c.Command, flag), topic)}
 			}
 			if flag == "help" {
 				return helpPage(c, strings.Fields(topic))
 			}
 		}
 		if len(files) < least || len(files) > most {
-			return usageError{fmt.Errorf("want %s %s, and got %s", c.Command.HelpName, c.Command.ArgsUsage, text.Count(len(files), "file"))}
+			return usageError{fmt.Errorf("want %s %s, and got %s", c.Command.HelpName, c.Command.ArgsUsage,
+				text.Count(len(files), "file"))}
 		}
 		return do(c, files)
 	}
 }
 
-// traceError makes an error of what is wrong with a trace file: what the user
-// can mend, or the host's failure to read it.
+// traceError classifies an error of a trace file: one that the user can correct, or the host's
+// failure to read the file.
 func traceError(path string, err error) error {
 	err = fmt.Errorf("%s: %w", path, err)
 	if bad := (*trace.FormatError)(nil); errors.As(err, &bad) {
@@ -174,8 +183,9 @@ func openTrace(path string) (*trace.Reader, func(), error) {
 	return r, func() { f.Close() }, nil
 }
 
-// eachRecord calls do for every record of a trace, and tells of a cut one.
-func eachRecord(c *cli.Context, path string, header func(*trace.Header), do func(*trace.Header, *trace.Record) error) error {
+// eachRecord calls do for every record of a trace, and notes a truncated one.
+func eachRecord(c *cli.Context, path string, header func(*trace.Header),
+	do func(*trace.Header, *trace.Record) error) error {
 	r, done, err := openTrace(path)
 	if err != nil {
 		return err
@@ -200,17 +210,20 @@ func eachRecord(c *cli.Context, path string, header func(*trace.Header), do func
 
 func noteCut(c *cli.Context, path string, r *trace.Reader) {
 	if n := r.Cut(); n > 0 {
-		fmt.Fprintf(c.App.ErrWriter, "gvm: %s ends inside a record, of which %d bytes are left out: its gvm was killed, ran out of disk space or runs still\n", text.Printable(path), n)
+		fmt.Fprintf(c.App.ErrWriter, "gvm: %s ends inside a record, of which %d bytes are left out: "+
+			"its gvm was killed, ran out of disk space or runs still\n", text.Printable(path), n)
 	}
 }
 
-// opFilter returns a test for the value of --op.
+// opFilter returns a filter for the value of --op.
 func opFilter(s string) (func(*trace.Record) bool, error) {
 	if s == "" {
 		return func(*trace.Record) bool { return true }, nil
 	}
 	if code, err := strconv.ParseUint(s, 0, 8); err == nil {
-		return func(r *trace.Record) bool { return r.Kind == trace.Command && len(r.CDB) > 0 && r.CDB[0] == byte(code) }, nil
+		return func(r *trace.Record) bool {
+			return r.Kind == trace.Command && len(r.CDB) > 0 && r.CDB[0] == byte(code)
+		}, nil
 	}
 	if s[0] >= '0' && s[0] <= '9' {
 		return nil, fmt.Errorf("--op %s: want a name or an operation code from 0 to 0xff", s)
@@ -230,13 +243,16 @@ func traceShow(c *cli.Context, files []string) error {
 	w := &report{w: c.App.Writer}
 	header := func(h *trace.Header) {
 		w.printHeader(h)
-		w.printf("%14s %2s %-5s %-24s %-20s %10s %9s  %s", "TIME (s)", "Q", "LUN", "OPERATION", "BLOCKS OR DETAIL", "DATA", "LATENCY", "OUTCOME")
+		w.printf("%14s %2s %-5s %-24s %-20s %10s %9s  %s", "TIME (s)", "Q", "LUN", "OPERATION", "BLOCKS OR DETAIL",
+			"DATA", "LATENCY", "OUTCOME")
 	}
 	if c.Bool("json") {
 		header = func(*trace.Header) {}
 	}
 	err = eachRecord(c, files[0], header, func(_ *trace.Header, r *trace.Record) error {
-		if n, ok := r.UnitNumber(); lun >= 0 && (!ok || n != lun) || c.Bool("errors") && !r.Failed() || r.Latency < c.Duration("min-latency") || !op(r) {
+		if n, ok := r.UnitNumber(); lun >= 0 && (!ok || n != lun) ||
+			c.Bool("errors") && !r.Failed() ||
+			r.Latency < c.Duration("min-latency") || !op(r) {
 			return nil
 		}
 		if c.Bool("json") {
@@ -279,7 +295,8 @@ func (l *report) printHeader(h *trace.Header) {
 	l.printf("# gvm %s on Linux %s, started %s", h.GVM, h.Kernel, h.Start.Format(time.RFC3339))
 	for _, d := range h.Devices {
 		for _, k := range d.Disks {
-			l.printf("# %s: lun %d, serial %s, %s in blocks of %d", d.Backend, k.LUN, k.Serial, text.FormatSize(k.Size), k.BlockSize)
+			l.printf("# %s: lun %d, serial %s, %s in blocks of %d", d.Backend, k.LUN, k.Serial,
+				text.FormatSize(k.Size), k.BlockSize)
 		}
 	}
 }
@@ -298,10 +315,11 @@ func (l *report) printRecord(mark string, r *trace.Record) {
 	if r.Kind == trace.Command || r.Kind == trace.TaskManagement {
 		latency = short(r.Latency)
 	}
-	l.printf("%s%14.6f %2s %-5s %-24s %-20s %10s %9s  %s", mark, r.Time.Seconds(), queue, r.Unit(), r.Op(), r.Detail(), strings.TrimSpace(data), latency, r.Outcome())
+	l.printf("%s%14.6f %2s %-5s %-24s %-20s %10s %9s  %s", mark, r.Time.Seconds(), queue, r.Unit(), r.Op(), r.Detail(),
+		strings.TrimSpace(data), latency, r.Outcome())
 }
 
-// short writes a duration with three digits: 12.3µs.
+// short formats a duration with three digits: 12.3µs.
 func short(d time.Duration) string {
 	for unit := time.Duration(1); ; unit *= 10 {
 		if r := d.Round(unit); r < 1000*unit {
@@ -310,8 +328,8 @@ func short(d time.Duration) string {
 	}
 }
 
-// sources names what requests are counted by: backends, and files if there are
-// several, by their base names if these differ.
+// sources returns a function that names a request's source: its backend, and its file if there are
+// several. Files go by their base names if these differ.
 func sources(files []string) func(string, *trace.Header, *trace.Record) string {
 	if len(files) == 1 {
 		return func(_ string, h *trace.Header, r *trace.Record) string { return h.Backend(r) }
@@ -383,7 +401,8 @@ func diffJSON(w io.Writer, files []string, d *trace.Diff) error {
 		Changed  []change        `json:"changed"`
 		OnlyA    []*trace.Record `json:"only_a"`
 		OnlyB    []*trace.Record `json:"only_b"`
-	}{files[0], files[1], d.Same(), d.Requests, d.Moved, d.LostA, d.LostB, []change{}, append([]*trace.Record{}, d.OnlyA...), append([]*trace.Record{}, d.OnlyB...)}
+	}{files[0], files[1], d.Same(), d.Requests, d.Moved, d.LostA, d.LostB, []change{},
+		append([]*trace.Record{}, d.OnlyA...), append([]*trace.Record{}, d.OnlyB...)}
 	for _, x := range d.Changed {
 		v.Changed = append(v.Changed, change{x.What, x.A, x.B})
 	}
@@ -399,12 +418,14 @@ func diffText(out io.Writer, d *trace.Diff) error {
 		w.printRecord("+", r)
 	}
 	for _, x := range d.Changed {
-		w.printf("~%14.6f %2s %-5s %-24s %-20s %s", x.A.Time.Seconds(), "", x.A.Unit(), x.A.Op(), x.A.Detail(), strings.Join(x.What, ", "))
+		w.printf("~%14.6f %2s %-5s %-24s %-20s %s", x.A.Time.Seconds(), "", x.A.Unit(), x.A.Op(), x.A.Detail(),
+			strings.Join(x.What, ", "))
 		a, b := x.Outcomes()
 		w.printf("    a: %s", a)
 		w.printf("    b: %s", b)
 	}
-	w.printf("%d requests in both (%d in another order), %d answered differently; %d only in a, %d only in b", d.Requests, d.Moved, len(d.Changed), len(d.OnlyA), len(d.OnlyB))
+	w.printf("%d requests in both (%d in another order), %d answered differently; %d only in a, %d only in b",
+		d.Requests, d.Moved, len(d.Changed), len(d.OnlyA), len(d.OnlyB))
 	for i, n := range []uint64{d.LostA, d.LostB} {
 		if n > 0 {
 			w.printf("%d requests of %c could not be recorded", n, 'a'+i)
@@ -423,7 +444,8 @@ func tracePlot(c *cli.Context, files []string) error {
 	for _, path := range files {
 		if err := eachRecord(c, path, func(h *trace.Header) {
 			if len(files) == 1 {
-				p.Title = fmt.Sprintf("SCSI request latency: %s (gvm %s on Linux %s)", filepath.Base(path), h.GVM, h.Kernel)
+				p.Title = fmt.Sprintf("SCSI request latency: %s (gvm %s on Linux %s)",
+					filepath.Base(path), h.GVM, h.Kernel)
 			}
 		}, func(h *trace.Header, r *trace.Record) error {
 			if r.Kind == trace.Command || r.Kind == trace.TaskManagement {

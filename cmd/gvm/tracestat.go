@@ -109,13 +109,14 @@ func statTable(w io.Writer, s *trace.Stats) error {
 		text += fmt.Sprintf("; %d more could not be recorded", s.Lost)
 	}
 	if len(rows) > 0 {
-		text += fmt.Sprintf("\nlatencies: each place is a doubling, from %s on; its height is the share of the operation's requests", short(1<<first))
+		text += fmt.Sprintf("\nlatencies: each place is a doubling, from %s on; "+
+			"its height is the share of the operation's requests", short(1<<first))
 	}
 	_, err := fmt.Fprintln(w, text)
 	return err
 }
 
-// about writes a number of bytes with three digits.
+// about formats a number of bytes with three digits.
 func about(n uint64) string {
 	v, unit := float64(n), ""
 	for _, u := range []string{"K", "M", "G", "T", "P"} {
@@ -130,7 +131,7 @@ func about(n uint64) string {
 	return fmt.Sprintf("%.3g%s", v, unit)
 }
 
-// bars draws counts[first] to counts[last], the greatest as the highest.
+// bars draws counts[first] to counts[last] as bars, scaled to the largest.
 func bars(counts [64]uint64, first, last int) string {
 	var most uint64
 	for _, n := range counts {

@@ -9,14 +9,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// settled is how long after the machine was asked for what its start needed is taken
-// to be needed no longer.
+// settled is the time after which the start of a machine counts as over.
 const settled = time.Second
 
-// trim takes the pages of the program that the start has brought in, some 10 MiB,
-// out of this process: those that a running machine needs come back from the page
-// cache, a few at a time. It does nothing under a debugger, whose breakpoints are
-// changes to such pages.
+// trim releases the program's pages that the start has read, some 10 MiB. Pages that a running
+// machine needs come back from the page cache, a few at a time. Under a debugger trim does nothing,
+// since breakpoints are changes to such pages.
 func trim() error {
 	status, err := os.ReadFile("/proc/self/status")
 	if err != nil {
@@ -39,8 +37,7 @@ func trim() error {
 
 type addressRange struct{ from, to uintptr }
 
-// programMaps returns where the program's file is mapped and cannot be written to
-// (proc_pid_maps(5)).
+// programMaps returns the read-only mappings of the program's file (proc_pid_maps(5)).
 func programMaps() ([]addressRange, error) {
 	exe, err := os.Readlink("/proc/self/exe")
 	if err != nil {
@@ -55,7 +52,8 @@ func programMaps() ([]addressRange, error) {
 		line = strings.TrimSuffix(line, "\n")
 		var r addressRange
 		var perm string
-		if _, err := fmt.Sscanf(line, "%x-%x %s", &r.from, &r.to, &perm); err == nil && len(perm) == 4 && perm[1] == '-' && strings.HasSuffix(line, " "+exe) {
+		if _, err := fmt.Sscanf(line, "%x-%x %s", &r.from, &r.to, &perm); err == nil && len(perm) == 4 &&
+			perm[1] == '-' && strings.HasSuffix(line, " "+exe) {
 			found = append(found, r)
 		}
 	}
