@@ -10,8 +10,8 @@ import (
 	"gvm/devices/scsi/scsitest"
 )
 
-// TestCachePromise proves by the log of calls what has reached the backend when
-// a command is answered. A line "-" marks each answer.
+// TestCachePromise proves by the log of calls which data has reached the backend when a command is
+// answered. A line "-" marks each answer.
 func TestCachePromise(t *testing.T) {
 	p := filled(1, 8)
 	write := func(lba uint32) []byte { return cdb10(0x2a, 0, lba, 8) }
@@ -37,10 +37,12 @@ func TestCachePromise(t *testing.T) {
 			[]string{"write 0+4096", "-", "durable 4096+4096", "-"}},
 		{"writeback, FUA read of dirty data", scsi.WriteBack,
 			[]step{{readFUA, nil}, {write(0), p}, {readFUA, nil}, {readFUA, nil}, {read, nil}},
-			[]string{"read 0+4096", "-", "write 0+4096", "-", "flush", "read 0+4096", "-", "read 0+4096", "-", "read 0+4096", "-"}},
+			[]string{"read 0+4096", "-", "write 0+4096", "-", "flush", "read 0+4096", "-", "read 0+4096", "-",
+				"read 0+4096", "-"}},
 		{"writeback, WCE off and on", scsi.WriteBack,
 			[]step{{write(0), p}, {wceOff, off}, {write(8), p}, {wsNDOB, nil}, {wceOn, on}, {write(16), p}},
-			[]string{"write 0+4096", "-", "flush", "-", "durable 4096+4096", "-", "zero 0+4096", "flush", "-", "-", "write 8192+4096", "-"}},
+			[]string{"write 0+4096", "-", "flush", "-", "durable 4096+4096", "-", "zero 0+4096", "flush", "-", "-",
+				"write 8192+4096", "-"}},
 		{"writeback, WRITE AND VERIFY", scsi.WriteBack,
 			[]step{{writeVerify, p}},
 			[]string{"durable 0+4096", "read 0+4096", "-"}},
@@ -52,7 +54,8 @@ func TestCachePromise(t *testing.T) {
 			[]string{"durable 0+4096", "-", "zero 0+4096", "flush", "-", "flush", "-"}},
 		{"unsafe", scsi.Unsafe,
 			[]step{{write(0), p}, {writeFUA(8), p}, {syncCache, nil}, {readFUA, nil}, {wceOff, off}, {write(16), p}},
-			[]string{"write 0+4096", "-", "write 4096+4096", "-", "-", "read 0+4096", "-", "-", "write 8192+4096", "-"}},
+			[]string{"write 0+4096", "-", "write 4096+4096", "-", "-", "read 0+4096", "-", "-",
+				"write 8192+4096", "-"}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -116,7 +119,7 @@ func TestFlushFailure(t *testing.T) {
 	expect(t, target, cdb16(0x93, 1, 0, 1), nil, 0, "CHECK 3/0c/00")
 }
 
-// TestFlushFailureOfModeSelect: turning the write cache off is GOOD only once what was written is
+// TestFlushFailureOfModeSelect: turning the write cache off is GOOD only once the written data is
 // durable, however often the flush before has failed.
 func TestFlushFailureOfModeSelect(t *testing.T) {
 	f := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpFlush, Nth: 1, Err: syscall.EIO})
@@ -133,7 +136,7 @@ func TestFlushFailureOfModeSelect(t *testing.T) {
 	}
 }
 
-// TestWCE checks what the caching page says and that what MODE SELECT set holds.
+// TestWCE checks the caching page, and that a change by MODE SELECT holds.
 func TestWCE(t *testing.T) {
 	wce := func(target *scsi.Target, control byte) byte {
 		return expect(t, target, []byte{0x1a, 0x08, control<<6 | 0x08, 0, 255, 0}, nil, 255, "GOOD").Data[6]

@@ -105,7 +105,8 @@ func TestExtendedCopy(t *testing.T) {
 	defer other.Close()
 	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}
 	target := attach(t, scsi.UnitConfig{Backend: file})
-	attachMore(t, target, scsi.UnitConfig{Backend: other}, scsi.UnitConfig{Backend: rec, BlockSize: 4096, Cache: scsi.WriteThrough})
+	attachMore(t, target, scsi.UnitConfig{Backend: other},
+		scsi.UnitConfig{Backend: rec, BlockSize: 4096, Cache: scsi.WriteThrough})
 	want := make([]byte, blocks*blockSize)
 	copy(want, filled(3, 64))
 	if _, err := file.WriteAt(want, 0); err != nil {
@@ -161,7 +162,8 @@ func TestExtendedCopy(t *testing.T) {
 // TestExtendedCopyRefusals has one thing wrong with each list.
 func TestExtendedCopyRefusals(t *testing.T) {
 	target := attach(t, scsi.UnitConfig{})
-	attachMore(t, target, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), ReadOnly: true}, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), BlockSize: 4096})
+	attachMore(t, target, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), ReadOnly: true},
+		scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), BlockSize: 4096})
 	self, readOnly, large := cscd(t, target, 0, 0, 512), cscd(t, target, 1, 0, 512), cscd(t, target, 2, 0, 4096)
 	with := func(b []byte, at int, v ...byte) []byte {
 		b = slices.Clone(b)
@@ -178,7 +180,8 @@ func TestExtendedCopyRefusals(t *testing.T) {
 		want     string
 	}{
 		{"the same twice", [2]byte{1, 0}, some(2, self), [][]byte{copySegment(0, 0, 1, 8, 0, 100)}, "GOOD"},
-		{"the T10 designator is longer than the field", [2]byte{1, 0}, [][]byte{with(self, 7, 30)}, some(1, seg), "CHECK 5/26/00"},
+		{"the T10 designator is longer than the field", [2]byte{1, 0}, [][]byte{with(self, 7, 30)}, some(1, seg),
+			"CHECK 5/26/00"},
 		{"no segments", [2]byte{1, 0}, some(1, self), nil, "GOOD"},
 		{"list identifier that is not wanted", [2]byte{1, 0x18}, some(1, self), some(1, seg), "CHECK 5/26/00"},
 		{"no list identifier", [2]byte{0, 0x18}, some(1, self), some(1, seg), "GOOD"},
@@ -194,16 +197,23 @@ func TestExtendedCopyRefusals(t *testing.T) {
 		{"a port's designator", [2]byte{1, 0}, some(1, with(self, 5, 0x13)), some(1, seg), "CHECK 5/26/00"},
 		{"another block length", [2]byte{1, 0}, some(1, with(self, 30, 0x10, 0)), some(1, seg), "CHECK 5/26/00"},
 		{"kind of segment", [2]byte{1, 0}, some(1, self), some(1, with(seg, 0, 0x03)), "CHECK 5/26/09"},
-		{"kind of the second segment", [2]byte{1, 0}, some(1, self), [][]byte{seg, with(seg, 0, 0x0a)}, "CHECK 5/26/09"},
+		{"kind of the second segment", [2]byte{1, 0}, some(1, self), [][]byte{seg, with(seg, 0, 0x0a)},
+			"CHECK 5/26/09"},
 		{"length of a segment", [2]byte{1, 0}, some(1, self), some(1, with(seg, 3, 20)), "CHECK 5/26/00"},
-		{"source that is not listed", [2]byte{1, 0}, some(1, self), some(1, copySegment(0, 1, 0, 8, 0, 100)), "CHECK a/0d/02"},
-		{"destination that is not listed", [2]byte{1, 0}, some(1, self), some(1, copySegment(0, 0, 0xffff, 8, 0, 100)), "CHECK a/0d/02"},
+		{"source that is not listed", [2]byte{1, 0}, some(1, self), some(1, copySegment(0, 1, 0, 8, 0, 100)),
+			"CHECK a/0d/02"},
+		{"destination that is not listed", [2]byte{1, 0}, some(1, self), some(1, copySegment(0, 0, 0xffff, 8, 0, 100)),
+			"CHECK a/0d/02"},
 		{"unit that is not there", [2]byte{1, 0}, some(1, with(self, 15, 0x77)), some(1, seg), "CHECK a/0d/02"},
-		{"read-only destination", [2]byte{1, 0}, [][]byte{self, readOnly}, some(1, copySegment(0, 0, 1, 8, 0, 100)), "CHECK a/00/00"},
+		{"read-only destination", [2]byte{1, 0}, [][]byte{self, readOnly}, some(1, copySegment(0, 0, 1, 8, 0, 100)),
+			"CHECK a/00/00"},
 		{"read-only source", [2]byte{1, 0}, [][]byte{self, readOnly}, some(1, copySegment(0, 1, 0, 8, 0, 100)), "GOOD"},
-		{"part of a block", [2]byte{1, 0}, [][]byte{self, large}, some(1, copySegment(0, 0, 1, 12, 0, 100)), "CHECK a/26/0a"},
-		{"past the end of the source", [2]byte{1, 0}, some(1, self), some(1, copySegment(0, 0, 0, 8, blocks-7, 100)), "CHECK a/00/00"},
-		{"past the end of the destination", [2]byte{1, 0}, some(1, self), some(1, copySegment(0, 0, 0, 8, 0, 1<<63)), "CHECK a/00/00"},
+		{"part of a block", [2]byte{1, 0}, [][]byte{self, large}, some(1, copySegment(0, 0, 1, 12, 0, 100)),
+			"CHECK a/26/0a"},
+		{"past the end of the source", [2]byte{1, 0}, some(1, self), some(1, copySegment(0, 0, 0, 8, blocks-7, 100)),
+			"CHECK a/00/00"},
+		{"past the end of the destination", [2]byte{1, 0}, some(1, self), some(1, copySegment(0, 0, 0, 8, 0, 1<<63)),
+			"CHECK a/00/00"},
 	} {
 		cdb, out := copyList(v.header[0], v.header[1], v.cscds, v.segments)
 		a := scsitest.Do(target, 0, cdb, out, 0)
@@ -222,21 +232,23 @@ func TestExtendedCopyRefusals(t *testing.T) {
 	expect(t, target, cdb, out, 0, "CHECK 5/1a/00")
 }
 
-// TestExtendedCopyFailure asks what became of a copy whose second segment fails,
-// and of more copies than are kept.
+// TestExtendedCopyFailure asks for the result of a copy whose second segment fails, and of more
+// copies than are kept.
 func TestExtendedCopyFailure(t *testing.T) {
-	faulty := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpRead, Off: 8 * blockSize, Len: blockSize, Err: syscall.EIO})
+	faulty := block.NewFaulty(block.NewMem(blocks*blockSize),
+		block.Fault{Op: block.OpRead, Off: 8 * blockSize, Len: blockSize, Err: syscall.EIO})
 	target := attach(t, scsi.UnitConfig{Backend: faulty})
 	self := [][]byte{cscd(t, target, 0, 0, 512)}
 	segments := [][]byte{copySegment(0, 0, 0, 4, 0, 100), copySegment(0, 0, 0, 4, 8, 100)}
-	cdb, out := copyList(9, 0x10, self, segments) // kept, although nobody asked for that
+	cdb, out := copyList(9, 0x10, self, segments) // kept, although no one asked for that
 	expect(t, target, cdb, out, 0, "CHECK a/00/00")
 	a := expect(t, target, receive(0, 9), nil, 64, "GOOD")
 	if got := hex.EncodeToString(a.Data); got != "00000008"+"02"+"0001"+"00"+"00000800" {
 		t.Errorf("copy status %s", got)
 	}
 	a = expect(t, target, receive(4, 9), nil, 128, "GOOD")
-	if got := hex.EncodeToString(a.Data); got != "0000004a"+strings.Repeat("00", 52)+"02000012"+"70000a000000000a"+strings.Repeat("00", 10) {
+	if got := hex.EncodeToString(a.Data); got !=
+		"0000004a"+strings.Repeat("00", 52)+"02000012"+"70000a000000000a"+strings.Repeat("00", 10) {
 		t.Errorf("failure details %s", got)
 	}
 	for list := byte(10); list < 26; list++ {
@@ -267,11 +279,13 @@ func TestORWrite(t *testing.T) {
 	if a := expect(t, target, cdb16(0x88, 0, 8, 600), nil, len(have), "GOOD"); !bytes.Equal(a.Data, have) {
 		t.Error("not the bits of both")
 	}
-	if log := strings.Join(rec.Log(), ", "); log != "read 4096+262144, durable 4096+262144, read 266240+45056, durable 266240+45056, read 4096+307200" {
+	if log := strings.Join(rec.Log(), ", "); log !=
+		"read 4096+262144, durable 4096+262144, read 266240+45056, durable 266240+45056, read 4096+307200" {
 		t.Errorf("FUA: %s", log)
 	}
 	faulty := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpRead, Err: syscall.EIO})
-	if a := expect(t, attach(t, scsi.UnitConfig{Backend: faulty}), cdb16(0x8b, 0, 0, 2), more[:1024], 0, "CHECK 3/11/00"); a.Residual != 1024 {
+	if a := expect(t, attach(t, scsi.UnitConfig{Backend: faulty}), cdb16(0x8b, 0, 0, 2), more[:1024], 0,
+		"CHECK 3/11/00"); a.Residual != 1024 {
 		t.Errorf("residual %d", a.Residual)
 	}
 }
@@ -280,9 +294,11 @@ func TestORWrite(t *testing.T) {
 // flush, whose failure ends the next command as a deferred error.
 func TestImmediate(t *testing.T) {
 	for name, cdb := range map[string][]byte{
-		"SYNCHRONIZE CACHE(10)": cdb10(0x35, 2, 0, 0), "SYNCHRONIZE CACHE(16)": cdb16(0x91, 2, 0, 0), "START STOP UNIT": {0x1b, 1, 0, 0, 0, 0},
+		"SYNCHRONIZE CACHE(10)": cdb10(0x35, 2, 0, 0), "SYNCHRONIZE CACHE(16)": cdb16(0x91, 2, 0, 0),
+		"START STOP UNIT": {0x1b, 1, 0, 0, 0, 0},
 	} {
-		rec := &scsitest.Recorder{Backend: block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpFlush, Nth: 2, Err: syscall.EIO})}
+		rec := &scsitest.Recorder{Backend: block.NewFaulty(block.NewMem(blocks*blockSize),
+			block.Fault{Op: block.OpFlush, Nth: 2, Err: syscall.EIO})}
 		target := attach(t, scsi.UnitConfig{Backend: rec})
 		for range 2 {
 			answer := make(chan scsi.Status, 1)
@@ -365,10 +381,12 @@ func TestGetLBAStatus(t *testing.T) {
 	// A block of which a part has storage is mapped.
 	large := attach(t, scsi.UnitConfig{Backend: mapped{Mem: block.NewMem(blocks * blockSize)}, BlockSize: 4096})
 	a = expect(t, large, get(0, 40), nil, 64, "GOOD")
-	if got := hex.EncodeToString(a.Data); got != "00000024"+"00000000"+"0000000000000000"+"00000001"+"00000000"+"0000000000000001"+"00000003"+"01000000" {
+	if got := hex.EncodeToString(a.Data); got !=
+		"00000024"+"00000000"+"0000000000000000"+"00000001"+"00000000"+"0000000000000001"+"00000003"+"01000000" {
 		t.Errorf("4096 bytes: %s", got)
 	}
-	expect(t, attach(t, scsi.UnitConfig{Backend: mapped{block.NewMem(blocks * blockSize), syscall.EIO}}), get(0, 24), nil, 24, "CHECK 3/11/00")
+	expect(t, attach(t, scsi.UnitConfig{Backend: mapped{block.NewMem(blocks * blockSize), syscall.EIO}}), get(0, 24),
+		nil, 24, "CHECK 3/11/00")
 }
 
 // TestImmediateHoldsUpNothing: once SYNCHRONIZE CACHE or START STOP UNIT with IMMED has been
@@ -376,7 +394,8 @@ func TestGetLBAStatus(t *testing.T) {
 // them keep one flush that runs and one to come.
 func TestImmediateHoldsUpNothing(t *testing.T) {
 	for name, cdb := range map[string][]byte{
-		"SYNCHRONIZE CACHE(10)": cdb10(0x35, 2, 0, 0), "SYNCHRONIZE CACHE(16)": cdb16(0x91, 2, 0, 0), "START STOP UNIT": {0x1b, 1, 0, 0, 0, 0},
+		"SYNCHRONIZE CACHE(10)": cdb10(0x35, 2, 0, 0), "SYNCHRONIZE CACHE(16)": cdb16(0x91, 2, 0, 0),
+		"START STOP UNIT": {0x1b, 1, 0, 0, 0, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			hang, started := make(chan struct{}), make(chan struct{}, 100)
@@ -389,7 +408,8 @@ func TestImmediateHoldsUpNothing(t *testing.T) {
 			t.Cleanup(release)
 			for tag := range uint64(50) {
 				answered := make(chan scsi.Status, 1)
-				target.Submit(&scsi.Command{CDB: cdb, Tag: tag, Attr: scsi.HeadOfQueue, Done: func(r scsi.Result) { answered <- r.Status }})
+				target.Submit(&scsi.Command{CDB: cdb, Tag: tag, Attr: scsi.HeadOfQueue,
+					Done: func(r scsi.Result) { answered <- r.Status }})
 				if status := <-answered; status != scsi.Good {
 					t.Fatalf("status %02x", status)
 				}

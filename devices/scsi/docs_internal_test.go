@@ -46,7 +46,8 @@ func CommandTable() string {
 		case o.flags&countsSegments != 0:
 			counted = "segments"
 		}
-		conflicts := map[access]string{freeAccess: "", readAccess: "EA", writeAccess: "all"}[o.access(o.usageData(byte(code)))]
+		conflicts := map[access]string{freeAccess: "", readAccess: "EA",
+			writeAccess: "all"}[o.access(o.usageData(byte(code)))]
 		switch {
 		case o.exempt != nil:
 			conflicts += " but some"

@@ -12,7 +12,7 @@ import (
 	"gvm/devices/scsi/scsitest"
 )
 
-// TestErrors checks what becomes of failures of the backend.
+// TestErrors checks the sense data of failures of the backend.
 func TestErrors(t *testing.T) {
 	for _, v := range []struct {
 		op   block.Op
@@ -59,11 +59,13 @@ func TestDiscardUnsupported(t *testing.T) {
 		{cdb16(0x93, 9, 0, 1), nil},
 	} {
 		var reported []error
-		f := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpDiscard | block.OpZero, Err: errors.ErrUnsupported})
+		f := block.NewFaulty(block.NewMem(blocks*blockSize),
+			block.Fault{Op: block.OpDiscard | block.OpZero, Err: errors.ErrUnsupported})
 		target := attach(t, scsi.UnitConfig{Backend: f, OnError: func(err error) { reported = append(reported, err) }})
 		expect(t, target, cdb10(0x2a, 0, 0, 2), filled(1, 2), 0, "GOOD")
 		expect(t, target, v.cdb, v.out, 0, "GOOD")
-		if a := expect(t, target, cdb10(0x28, 0, 0, 2), nil, 2*blockSize, "GOOD"); !bytes.Equal(a.Data[:blockSize], make([]byte, blockSize)) || !bytes.Equal(a.Data[blockSize:], filled(1, 2)[blockSize:]) {
+		if a := expect(t, target, cdb10(0x28, 0, 0, 2), nil, 2*blockSize, "GOOD"); !bytes.Equal(a.Data[:blockSize],
+			make([]byte, blockSize)) || !bytes.Equal(a.Data[blockSize:], filled(1, 2)[blockSize:]) {
 			t.Errorf("%s: wrong data", scsi.OpcodeName(v.cdb))
 		}
 		if len(reported) > 0 {
@@ -72,7 +74,7 @@ func TestDiscardUnsupported(t *testing.T) {
 	}
 }
 
-// TestRetry: what failed is done again for as long as Retry wants it, other than a flush.
+// TestRetry: a failed operation is repeated as long as Retry returns true, except a flush.
 func TestRetry(t *testing.T) {
 	unmap := []byte{0, 22, 0, 16, 23: 0, 19: 1}
 	for _, v := range []struct {
@@ -100,17 +102,19 @@ func TestRetry(t *testing.T) {
 		for n, want := range map[int]string{1: v.once, 3: v.want} {
 			var reported, asked int
 			f := block.NewFaulty(block.NewMem(blocks*blockSize), faults[:n]...)
-			target := attach(t, scsi.UnitConfig{Backend: f, OnError: func(error) { reported++ }, Retry: func(err error) bool {
-				asked++
-				return errors.Is(err, syscall.ENOSPC) && asked < 3
-			}})
+			target := attach(t, scsi.UnitConfig{Backend: f, OnError: func(error) { reported++ },
+				Retry: func(err error) bool {
+					asked++
+					return errors.Is(err, syscall.ENOSPC) && asked < 3
+				}})
 			expect(t, target, v.cdb, v.out, v.in, want)
 			wantReported, wantAsked := n, n
 			if v.op == block.OpFlush {
 				wantReported, wantAsked = 1, 1
 			}
 			if reported != wantReported || asked != wantAsked {
-				t.Errorf("%s, %d failures: reported %d times, asked %d times", scsi.OpcodeName(v.cdb), n, reported, asked)
+				t.Errorf("%s, %d failures: reported %d times, asked %d times",
+					scsi.OpcodeName(v.cdb), n, reported, asked)
 			}
 		}
 	}
@@ -118,7 +122,8 @@ func TestRetry(t *testing.T) {
 
 // TestScatteredRandom compares random reads and writes with a copy in memory.
 func TestScatteredRandom(t *testing.T) {
-	for _, b := range []block.Backend{block.NewMem(blocks * blockSize), struct{ block.Backend }{block.NewMem(blocks * blockSize)}} {
+	for _, b := range []block.Backend{block.NewMem(blocks * blockSize),
+		struct{ block.Backend }{block.NewMem(blocks * blockSize)}} {
 		target := attach(t, scsi.UnitConfig{Backend: b, Cache: scsi.WriteThrough})
 		want := make([]byte, blocks*blockSize)
 		r := rand.New(rand.NewPCG(1, 2))
@@ -139,8 +144,10 @@ func TestScatteredRandom(t *testing.T) {
 				copy(want[lba*blockSize:], p)
 				c = &scsi.Command{CDB: cdb16(0x8a, 0, uint64(lba), uint32(n)), Out: iov}
 			}
-			if a := scsitest.Run(target, c); a.Status != scsi.Good || a.Residual != 0 || !bytes.Equal(p, want[lba*blockSize:(lba+n)*blockSize]) {
-				t.Fatalf("%s of %d blocks at %d in %d pieces: %v, residual %d, or wrong data", scsi.OpcodeName(c.CDB), n, lba, len(iov), a, a.Residual)
+			if a := scsitest.Run(target, c); a.Status != scsi.Good || a.Residual != 0 ||
+				!bytes.Equal(p, want[lba*blockSize:(lba+n)*blockSize]) {
+				t.Fatalf("%s of %d blocks at %d in %d pieces: %v, residual %d, or wrong data",
+					scsi.OpcodeName(c.CDB), n, lba, len(iov), a, a.Residual)
 			}
 		}
 	}

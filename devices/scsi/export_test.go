@@ -22,7 +22,7 @@ func UsageData() (list [][]byte) {
 	return list
 }
 
-// Counts returns what the row of the command in cdb says that limits count of it.
+// Counts returns the amounts that limits count for the command in cdb, by its row.
 func Counts(u *Unit, cdb []byte) (commands, bytes int) {
 	o, err := lookupOpcode(cdb)
 	if err != nil || !o.limited() {
@@ -38,9 +38,10 @@ func Counts(u *Unit, cdb []byte) (commands, bytes int) {
 	return 1, bytes
 }
 
-// Counted returns what the limits of u, each with the rate 1, have counted, but for a constant.
+// Counted returns the counts of the limits of u, each with the rate 1, up to a constant.
 func Counted(u *Unit) (commands, bytes int) {
 	u.limit.mu.Lock()
 	defer u.limit.mu.Unlock()
-	return int(u.limit.commands.empty.Round(time.Second).Seconds()), int(u.limit.bytes.empty.Round(time.Second).Seconds())
+	return int(u.limit.commands.empty.Round(time.Second).Seconds()),
+		int(u.limit.bytes.empty.Round(time.Second).Seconds())
 }

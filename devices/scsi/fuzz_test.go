@@ -83,7 +83,8 @@ func FuzzCDB(f *testing.F) {
 		in := room[:inLen:inLen]
 		sent := bytes.Clone(out)
 		i, o := min(int(cut), len(in)), min(int(cut), len(out))
-		c := &scsi.Command{LUN: scsi.LUN(lun), CDB: cdb, Attr: scsi.TaskAttr(attr), In: [][]byte{in[:i], in[i:]}, Out: [][]byte{out[:o], out[o:]}}
+		c := &scsi.Command{LUN: scsi.LUN(lun), CDB: cdb, Attr: scsi.TaskAttr(attr), In: [][]byte{in[:i], in[i:]},
+			Out: [][]byte{out[:o], out[o:]}}
 		a := scsitest.Run(target, c)
 		if a.Residual > uint32(len(in)+len(out)) {
 			t.Errorf("residual %d of %d bytes", a.Residual, len(in)+len(out))

@@ -82,7 +82,7 @@ func TestAPTPL(t *testing.T) {
 	c.in(1, 0, "00000000 00000000")
 }
 
-// TestKeptState: what is kept is taken as it is or not at all.
+// TestKeptState: a kept state is restored unchanged or refused.
 func TestKeptState(t *testing.T) {
 	k := &keeper{}
 	c := newCluster(t, scsi.UnitConfig{Reservations: k})
@@ -98,7 +98,8 @@ func TestKeptState(t *testing.T) {
 			if len(state) == 0 {
 				continue
 			}
-			_, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(1 << 20), Serial: "S", Reservations: &keeper{state: state}})
+			_, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(1 << 20), Serial: "S",
+				Reservations: &keeper{state: state}})
 			if !errors.Is(err, scsi.ErrReservationState) {
 				t.Errorf("%d bytes, changed at %d: %v", len(state), i, err)
 			}
@@ -106,8 +107,8 @@ func TestKeptState(t *testing.T) {
 	}
 }
 
-// TestPreemptAndAbort: what a preempted nexus has under way is over when it returns,
-// while others write, preempt and register.
+// TestPreemptAndAbort: commands of a preempted nexus are over when it returns, while others write,
+// preempt and register.
 func TestPreemptAndAbort(t *testing.T) {
 	c := newCluster(t, scsi.UnitConfig{})
 	var all sync.WaitGroup
@@ -138,7 +139,7 @@ func TestPreemptAndAbort(t *testing.T) {
 	all.Wait()
 }
 
-// FuzzReservations has three initiators do what the bytes say, and checks what is always so.
+// FuzzReservations has three initiators follow the bytes, and checks invariants.
 func FuzzReservations(f *testing.F) {
 	f.Add([]byte{0x00, 0x11, 0x41, 0x05, 0x42, 0x22, 0x84, 0x13})
 	f.Add([]byte{0x00, 0x01, 0x40, 0x02, 0x01, 0x17, 0x44, 0x08, 0xc1, 0x55})
@@ -167,7 +168,8 @@ func FuzzReservations(f *testing.F) {
 			}
 			status := func(action byte) []byte {
 				for range 4 {
-					if a := asNexus(target, 3, []byte{0x5e, action, 0, 0, 0, 0, 0, 16, 0, 0}, nil, 4096); a.Status == scsi.Good {
+					cdb := []byte{0x5e, action, 0, 0, 0, 0, 0, 16, 0, 0}
+					if a := asNexus(target, 3, cdb, nil, 4096); a.Status == scsi.Good {
 						return a.Data[:4096-int(a.Residual)]
 					} else if a.Status == scsi.ReservationConflict { // of RESERVE(6)
 						return nil
@@ -196,11 +198,13 @@ func FuzzReservations(f *testing.F) {
 				}
 			}
 			reserved := len(reservation) > 8
-			if reserved != (holders > 0) || reserved && reservation[8+13] != typ || holders > 1 && typ != wear && typ != eaar {
+			if reserved != (holders > 0) || reserved && reservation[8+13] != typ ||
+				holders > 1 && typ != wear && typ != eaar {
 				t.Errorf("%d holders of type %d, reservation % x", holders, typ, reservation)
 			}
 			if len(k.state) > 0 {
-				if _, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(1 << 20), Serial: "S", Reservations: k}); err != nil {
+				if _, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(1 << 20), Serial: "S",
+					Reservations: k}); err != nil {
 					t.Error(err)
 				}
 			}

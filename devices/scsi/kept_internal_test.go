@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestKeptIsBounded does what makes a unit keep something, ever new: what it keeps stays small.
+// TestKeptIsBounded sends ever new requests that make a unit keep state: the state stays small.
 func TestKeptIsBounded(t *testing.T) {
 	const times = 20000
 	target, u := idleTarget(t)
@@ -18,8 +18,9 @@ func TestKeptIsBounded(t *testing.T) {
 	for i := range times {
 		s.holdCopy(0, copyResult{list: byte(i), bytes: uint64(i)})
 		s.dropCopy(0, byte(i+128))
-		// What a failure is, and where, is not in a deferred error.
-		deferred := senseOf(&mediumError{[]string{"flush", "write", "read"}[i%3], int64(i), fmt.Errorf("failure %d", i)})
+		// A deferred error holds neither the cause of a failure nor its place.
+		deferred := senseOf(&mediumError{[]string{"flush", "write", "read"}[i%3], int64(i),
+			fmt.Errorf("failure %d", i)})
 		deferred.Deferred = true
 		s.attention(deferred, everyone)
 		s.attention([]Sense{CapacityChanged, ModeParamsChanged, CommandsCleared, LUNsChanged}[i%4], everyone)
@@ -31,7 +32,8 @@ func TestKeptIsBounded(t *testing.T) {
 	}
 	n := s.nexuses[0]
 	if len(s.nexuses) != 1 || len(n.copies) > maxHeldCopies || len(n.attention) > 16 || len(s.byTag) > 0 {
-		t.Errorf("%d nexuses, %d results of copies, %d conditions, %d tags", len(s.nexuses), len(n.copies), len(n.attention), len(s.byTag))
+		t.Errorf("%d nexuses, %d results of copies, %d conditions, %d tags",
+			len(s.nexuses), len(n.copies), len(n.attention), len(s.byTag))
 	}
 	var p persistent
 	for i := range NexusID(3 * maxRegistrations) {

@@ -56,7 +56,8 @@ func TestLimitGivesBackAborted(t *testing.T) {
 // TestLimitGivesBackPlace aborts the first of those that wait: the others move up.
 func TestLimitGivesBackPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cfg := scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}
+		cfg := scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
+			Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}
 		target := attach(t, cfg)
 		start, at := time.Now(), make([]time.Duration, 5)
 		for i, size := range []int{1, 50, 1, 1, 1} {
@@ -69,7 +70,7 @@ func TestLimitGivesBackPlace(t *testing.T) {
 		target.AbortTask(0, 0, 1)
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		// No burst comes of what the aborted one has waited.
+		// The wait of the aborted command gives no burst.
 		const s = time.Second
 		if want := []time.Duration{0, 10 * s, 10 * s, 11 * s, 12 * s}; !slices.Equal(at, want) {
 			t.Errorf("answered after %v, want %v", at, want)
@@ -77,11 +78,12 @@ func TestLimitGivesBackPlace(t *testing.T) {
 	})
 }
 
-// TestLimitGivesBackTurn stops the unit under a command that waits: what has its turn then and is
-// refused gives it back.
+// TestLimitGivesBackTurn stops the unit under a command that waits: a command that has its turn
+// then and is refused gives it back.
 func TestLimitGivesBackTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), IOPS: scsi.Limit{Rate: 1, Burst: 1},
+		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
+			IOPS:      scsi.Limit{Rate: 1, Burst: 1},
 			Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}})
 		expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "GOOD")
 		waits := make(chan scsi.Result, 1)
@@ -103,7 +105,8 @@ func TestLimitGivesBackTurn(t *testing.T) {
 // has that counted.
 func TestLimitGivesBackCopy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cfg := scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}
+		cfg := scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
+			Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}
 		target := attach(t, cfg)
 		cfg.Backend = block.NewMem(blocks * blockSize)
 		attachMore(t, target, cfg)
@@ -118,8 +121,10 @@ func TestLimitGivesBackCopy(t *testing.T) {
 		for lun := range 2 {
 			c := reads(1, 1)[0]
 			c.LUN, _ = scsi.EncodeLUN(lun)
-			if a, d := elapsed(target, *c); a.Status != scsi.Good || lun == 0 && d != time.Second || lun == 1 && d != 0 {
-				t.Errorf("LUN %d: %v after %v", lun, a, d) // both were used by the first segment, one second ago for LUN 1
+			if a, d := elapsed(target, *c); a.Status != scsi.Good || lun == 0 && d != time.Second ||
+				lun == 1 && d != 0 {
+				// both were used by the first segment, one second ago for LUN 1
+				t.Errorf("LUN %d: %v after %v", lun, a, d)
 			}
 		}
 	})
@@ -199,7 +204,8 @@ func TestLimitRefusedCostsNothing(t *testing.T) {
 						t.Errorf("answered after %v", d)
 					}
 				}
-				if a, d := elapsed(target, *reads(1, 1)[0]); a.String() != "GOOD" || d != time.Duration(v.wait)*time.Second {
+				if a, d := elapsed(target, *reads(1, 1)[0]); a.String() != "GOOD" ||
+					d != time.Duration(v.wait)*time.Second {
 					t.Errorf("the read after it: %v after %v, want %ds", a, d, v.wait)
 				}
 			})

@@ -38,7 +38,8 @@ func answers(t *testing.T, cfg scsi.UnitConfig, commands ...*scsi.Command) []tim
 
 func reads(n, blocks int) (list []*scsi.Command) {
 	for range n {
-		list = append(list, &scsi.Command{CDB: cdb10(0x28, 0, 0, uint16(blocks)), In: [][]byte{make([]byte, blocks*blockSize)}})
+		list = append(list, &scsi.Command{CDB: cdb10(0x28, 0, 0, uint16(blocks)),
+			In: [][]byte{make([]byte, blocks*blockSize)}})
 	}
 	return list
 }
@@ -58,15 +59,23 @@ func TestLimits(t *testing.T) {
 		commands []*scsi.Command
 		want     seconds
 	}{
-		"commands":               {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 4, Burst: 1}}, reads(5, 1), seconds{0, 0.25, 0.5, 0.75, 1}},
-		"the default burst":      {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 20}}, reads(4, 1), seconds{0, 0, 0.05, 0.1}},
-		"a burst":                {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 3}}, reads(5, 1), seconds{0, 0, 0, 1, 2}},
-		"bytes":                  {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: 4 * blockSize, Burst: 4 * blockSize}}, reads(4, 2), seconds{0, 0, 0.5, 1}},
-		"one larger than bursts": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}, reads(2, 3), seconds{2, 5}},
-		"both":                   {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1}, Bandwidth: scsi.Limit{Rate: blockSize, Burst: 2 * blockSize}}, reads(3, 2), seconds{0, 2, 4}},
-		"what moves no data":     {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1}}, []*scsi.Command{reads(1, 1)[0], ready, {CDB: syncCache}, ready}, seconds{0, 0, 1, 0}},
-		"what the medium moves":  {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}, []*scsi.Command{same, discard, verify}, seconds{7, 7, 15}},
-		"what it moves twice":    {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}, []*scsi.Command{writeBack, or, compare}, seconds{1, 3, 5}},
+		"commands": {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 4, Burst: 1}}, reads(5, 1),
+			seconds{0, 0.25, 0.5, 0.75, 1}},
+		"the default burst": {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 20}}, reads(4, 1), seconds{0, 0, 0.05, 0.1}},
+		"a burst": {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 3}}, reads(5, 1),
+			seconds{0, 0, 0, 1, 2}},
+		"bytes": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: 4 * blockSize, Burst: 4 * blockSize}},
+			reads(4, 2), seconds{0, 0, 0.5, 1}},
+		"one larger than bursts": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}},
+			reads(2, 3), seconds{2, 5}},
+		"both": {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1},
+			Bandwidth: scsi.Limit{Rate: blockSize, Burst: 2 * blockSize}}, reads(3, 2), seconds{0, 2, 4}},
+		"what moves no data": {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1}},
+			[]*scsi.Command{reads(1, 1)[0], ready, {CDB: syncCache}, ready}, seconds{0, 0, 1, 0}},
+		"what the medium moves": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}},
+			[]*scsi.Command{same, discard, verify}, seconds{7, 7, 15}},
+		"what it moves twice": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}},
+			[]*scsi.Command{writeBack, or, compare}, seconds{1, 3, 5}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -92,7 +101,8 @@ func TestLimitShortCDB(t *testing.T) {
 // TestLimitRefills: after a time without commands there is a burst again, and no more.
 func TestLimitRefills(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), IOPS: scsi.Limit{Rate: 1, Burst: 2}})
+		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
+			IOPS: scsi.Limit{Rate: 1, Burst: 2}})
 		for range 3 {
 			start, ends := time.Now(), make(chan time.Duration, 3)
 			for _, c := range reads(3, 1) {
@@ -108,11 +118,12 @@ func TestLimitRefills(t *testing.T) {
 	})
 }
 
-// TestLimitHoldsUpNobody: what waits for its limit neither holds up its caller nor other units, can be
-// aborted, and keeps its place before an ORDERED command.
-func TestLimitHoldsUpNobody(t *testing.T) {
+// TestLimitDelaysNoOther: a command that waits for its limit delays neither its caller nor other
+// units, can be aborted, and keeps its place before an ORDERED command.
+func TestLimitDelaysNoOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		slow, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), Serial: "slow", IOPS: scsi.Limit{Rate: 1, Burst: 1}})
+		slow, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), Serial: "slow",
+			IOPS: scsi.Limit{Rate: 1, Burst: 1}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -158,7 +169,8 @@ func TestLimitHoldsUpNobody(t *testing.T) {
 		if err := target.Detach(lun); err != nil {
 			t.Fatal(err)
 		}
-		want := []string{"first after 0s", "other unit after 0s", "third aborted after 0s", "second after 1s", "ordered after 2s", "again after 1m0s", "detached aborted after 1m0s"}
+		want := []string{"first after 0s", "other unit after 0s", "third aborted after 0s", "second after 1s",
+			"ordered after 2s", "again after 1m0s", "detached aborted after 1m0s"}
 		if !slices.Equal(log, want) {
 			t.Errorf("%q\nwant %q", log, want)
 		}

@@ -2,8 +2,8 @@ package scsi
 
 import "testing"
 
-// AddCommand adds WRITE INVERTED(12), a vendor specific command, until the test ends: the row and the
-// function here are all that a command takes.
+// AddCommand adds WRITE INVERTED(12), a vendor specific command, until the test ends: the row and
+// the function here are all that a command takes.
 func AddCommand(t testing.TB) {
 	t.Cleanup(func() { opcodes[0xc0] = opcode{} })
 	opcodes[0xc0] = opcode{name: "WRITE INVERTED(12)", usage: "\x08" + rest12, extent: extent12, data: blocksOut,

@@ -32,9 +32,12 @@ func TestNewCommand(t *testing.T) {
 	commands, counted := scsi.Counted(target.Unit(0))
 	scsitest.Check(t, target, 0, []scsitest.Vector{
 		{Name: "two blocks", CDB: "c0 08 00000003 00000002 00 00", Out: hex.EncodeToString(filled(1, 2)), Want: "GOOD"},
-		{Name: "across the end", CDB: "c0 00 000007ff 00000002 00 00", OutLen: 1024, Want: "CHECK 5/21/00", Residual: 1024},
-		{Name: "too little data", CDB: "c0 00 00000003 00000002 00 00", OutLen: 512, Want: "CHECK 5/0e/03", Residual: 512},
-		{Name: "too many blocks", CDB: "c0 00 00000000 00010001 00 00", OutLen: 512, Want: "CHECK 5/21/00", Residual: 512},
+		{Name: "across the end", CDB: "c0 00 000007ff 00000002 00 00", OutLen: 1024, Want: "CHECK 5/21/00",
+			Residual: 1024},
+		{Name: "too little data", CDB: "c0 00 00000003 00000002 00 00", OutLen: 512,
+			Want: "CHECK 5/0e/03", Residual: 512},
+		{Name: "too many blocks", CDB: "c0 00 00000000 00010001 00 00", OutLen: 512,
+			Want: "CHECK 5/21/00", Residual: 512},
 		{Name: "a short CDB", CDB: "c0 00 00000003", OutLen: 512, Want: "CHECK 5/0e/03", Residual: 512},
 		{Name: "NACA", CDB: "c0 00 00000003 00000002 00 04", OutLen: 512, Want: "CHECK 5/24/00", Residual: 512},
 		{Name: "its usage data", CDB: "a3 0c 01 c0 0000 00000100 00 00", InLen: 256, Want: "GOOD", Residual: 240,

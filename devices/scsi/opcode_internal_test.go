@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestRows holds each row against itself: what its parts say of one another.
+// TestRows checks that the parts of each row agree.
 func TestRows(t *testing.T) {
 	for i := range opcodes {
 		for _, o := range append(opcodes[i].actions, opcodes[i]) {

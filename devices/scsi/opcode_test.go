@@ -25,7 +25,8 @@ func TestExtent(t *testing.T) {
 		{[]byte{0x8a, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0, 0}, 0x0102030405060708, 0x090a0b0c, true,
 			"72623859790382856+151653132"},
 		{[]byte{0x8b, 8, 0, 0, 0, 0, 0, 0, 7, 8, 0, 0, 11, 12, 0, 0}, 0x0708, 0x0b0c, true, "1800+2828 FUA"},
-		{[]byte{0x89, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0, 0}, 0x0102030405060708, 12, true, "72623859790382856+12"},
+		{[]byte{0x89, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0, 0}, 0x0102030405060708, 12, true,
+			"72623859790382856+12"},
 		{[]byte{0x28, 0, 1, 2, 3, 4}, 0, 0, false, ""},
 		{[]byte{0x12, 0, 1, 2, 3, 4}, 0, 0, false, ""},
 		{[]byte{0x9e, 0x12, 15: 0}, 0, 0, false, ""},
@@ -101,7 +102,7 @@ func TestBlockCommands(t *testing.T) {
 	}
 }
 
-// TestCounts holds what limits count of every command against what its row says.
+// TestCounts compares the amounts that limits count for every command with its row.
 func TestCounts(t *testing.T) {
 	target := attach(t, scsi.UnitConfig{
 		Backend: block.NewMem(blocks * blockSize),
@@ -115,7 +116,8 @@ func TestCounts(t *testing.T) {
 		want, wantBytes := scsi.Counts(u, row.cdb)
 		scsitest.Do(target, 0, row.cdb, row.out, blockSize)
 		if c, b := scsi.Counted(u); c-commands != want || b-bytes != wantBytes {
-			t.Errorf("%s: %d commands and %d bytes count, want %d and %d", row.name, c-commands, b-bytes, want, wantBytes)
+			t.Errorf("%s: %d commands and %d bytes count, want %d and %d",
+				row.name, c-commands, b-bytes, want, wantBytes)
 		}
 	}
 }

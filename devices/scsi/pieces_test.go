@@ -14,7 +14,7 @@ import (
 	"gvm/devices/scsi/scsitest"
 )
 
-// calledTuples tells of reads.
+// calledTuples reports reads.
 type calledTuples struct {
 	*tuples
 	onRead func(string)
@@ -25,7 +25,7 @@ func (c *calledTuples) ReadTuples(p []byte, block uint64) error {
 	return c.tuples.ReadTuples(p, block)
 }
 
-// fragmented tells of each look at its map, in which every other block is a hole.
+// fragmented reports each read of its map, in which every other block is a hole.
 type fragmented struct{ *scsitest.Recorder }
 
 func (f fragmented) Mapped(off, _ int64) (bool, int64, error) {
@@ -33,7 +33,7 @@ func (f fragmented) Mapped(off, _ int64) (bool, int64, error) {
 	return off/blockSize%2 == 0, blockSize, nil
 }
 
-// copier tells of each copy by its own means, of which it makes none.
+// copier reports each call of CopyFrom, and copies nothing.
 type copier struct{ *scsitest.Recorder }
 
 func (c copier) CopyFrom(block.Backend, int64, int64, int64) error {
@@ -41,8 +41,8 @@ func (c copier) CopyFrom(block.Backend, int64, int64, int64) error {
 	return nil
 }
 
-// TestLongCommandsAbort aborts each long command in the middle of its first access to the backend, and
-// counts those that come after: the rest of the work is left.
+// TestLongCommandsAbort aborts each long command in the middle of its first access to the backend,
+// and counts those that come after: the rest of the work is left.
 func TestLongCommandsAbort(t *testing.T) {
 	const many = 1 << 16 // blocks
 	ranges := make([]byte, 8+256*16)
@@ -69,7 +69,8 @@ func TestLongCommandsAbort(t *testing.T) {
 		{"EXTENDED COPY", nil, nil, nil},
 		{"EXTENDED COPY by the backend", nil, nil, nil},
 		{"READ with tuples", cdb16(0x88, 0, 0, many), nil, &calledTuples{tuples: newTuples()}},
-		{"WRITE with tuples", cdb16(0x8a, 0, 0, many), make([]byte, many*blockSize), &calledTuples{tuples: newTuples()}},
+		{"WRITE with tuples", cdb16(0x8a, 0, 0, many), make([]byte, many*blockSize),
+			&calledTuples{tuples: newTuples()}},
 	} {
 		rec := &scsitest.Recorder{Backend: block.NewMem(many * blockSize)}
 		cfg := scsi.UnitConfig{Backend: rec}
@@ -102,11 +103,12 @@ func TestLongCommandsAbort(t *testing.T) {
 			v.pi.onRead = rec.OnCall
 		}
 		answer := make(chan scsi.Result, 1)
-		target.Submit(&scsi.Command{CDB: v.cdb, Out: [][]byte{v.out}, In: [][]byte{in}, Tag: 7, Done: func(r scsi.Result) { answer <- r }})
+		target.Submit(&scsi.Command{CDB: v.cdb, Out: [][]byte{v.out}, In: [][]byte{in}, Tag: 7,
+			Done: func(r scsi.Result) { answer <- r }})
 		<-begun
 		close(aborting)
 		if v.name == "SANITIZE" {
-			// What was begun goes on: Detach is what ends it.
+			// The operation goes on: only Detach ends it.
 			if err := target.Detach(0); err != nil {
 				t.Error(err)
 			}
@@ -131,7 +133,8 @@ func TestDetachAlone(t *testing.T) {
 	}}
 	target := attach(t, scsi.UnitConfig{Backend: rec})
 	answer, detached := make(chan scsi.Result, 1), make(chan error, 1)
-	target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) { answer <- r }})
+	target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)},
+		Done: func(r scsi.Result) { answer <- r }})
 	<-begun
 	go func() { detached <- target.Detach(0) }()
 	for target.Unit(0) != nil {
@@ -161,7 +164,8 @@ func TestDetachAlone(t *testing.T) {
 	}
 }
 
-// TestLongDiscards: UNMAP and WRITE SAME reach the backend in pieces, the first of which has 64 MiB.
+// TestLongDiscards: UNMAP and WRITE SAME reach the backend in pieces, the first of which has 64
+// MiB.
 func TestLongDiscards(t *testing.T) {
 	ranges := make([]byte, 24)
 	binary.BigEndian.PutUint16(ranges[2:], 16)

@@ -11,7 +11,7 @@ import (
 	"gvm/devices/scsi/scsitest"
 )
 
-// numbered is a block that says its address and how many writes there it is of.
+// numbered is a block that holds its address and the number of the write to it.
 func numbered(lba, n uint64) []byte {
 	b := make([]byte, blockSize)
 	for i := 0; i < blockSize; i += 16 {
@@ -39,8 +39,8 @@ func allZero(b []byte) bool {
 	return true
 }
 
-// promise is what initiators know of their blocks. The newest write of a block is
-// written before it is sent.
+// promise is the initiators' knowledge of their blocks. The newest write of a block is written
+// before it is sent.
 type promise struct {
 	mu                   sync.Mutex
 	more                 sync.Cond // there are more writes
@@ -48,9 +48,9 @@ type promise struct {
 	sent, acked, durable [64]uint64
 }
 
-// TestPowerCut: after a power cut that leaves of the cache what it likes, every block
-// that was promised to be durable is there or overwritten by a later one, and none
-// is torn, with several initiators that write, flush and discard at once.
+// TestPowerCut: after a power cut that keeps any part of the cache, every block that was promised
+// to be durable is there or overwritten by a later one, and none is torn, with several initiators
+// that write, flush and discard at once.
 func TestPowerCut(t *testing.T) {
 	const fua, flushes, wceOff = 1, 2, 4
 	for _, v := range []struct {
@@ -94,7 +94,8 @@ func TestPowerCut(t *testing.T) {
 					n, whole := number(got[lba*blockSize:(lba+1)*blockSize], lba)
 					lost := v.cache != scsi.Unsafe && n < p.durable[lba]
 					if !whole || n > p.sent[lba] || lost {
-						t.Fatalf("seed %d, block %d: write %d (whole: %v) of %d, %d was durable", seed, lba, n, whole, p.sent[lba], p.durable[lba])
+						t.Fatalf("seed %d, block %d: write %d (whole: %v) of %d, %d was durable",
+							seed, lba, n, whole, p.sent[lba], p.durable[lba])
 					}
 				}
 			}

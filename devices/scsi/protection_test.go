@@ -120,7 +120,8 @@ func protectedDo(target *scsi.Target, cdb, out, piOut []byte, in, piIn int) (scs
 	return scsitest.Run(target, c), data, pi
 }
 
-// TestProtectFields has every value of RDPROTECT, WRPROTECT and VRPROTECT meet tuples that are right or wrong in a field.
+// TestProtectFields has every value of RDPROTECT, WRPROTECT and VRPROTECT meet tuples that are
+// right or wrong in a field.
 func TestProtectFields(t *testing.T) {
 	good := guardOf(guarded9)
 	const lba = 9
@@ -128,10 +129,14 @@ func TestProtectFields(t *testing.T) {
 		tuple []byte
 		want  [8]string // by the value of the field
 	}{
-		"right":           {tuple(good, 0x1234, lba), [8]string{"GOOD", "GOOD", "GOOD", "GOOD", "GOOD", "GOOD", "CHECK 5/24/00", "CHECK 5/24/00"}},
-		"wrong guard":     {tuple(good^1, 0x1234, lba), [8]string{"CHECK b/10/01", "CHECK b/10/01", "GOOD", "GOOD", "CHECK b/10/01", "CHECK b/10/01", "CHECK 5/24/00", "CHECK 5/24/00"}},
-		"wrong reference": {tuple(good, 0x1234, lba+1), [8]string{"CHECK b/10/03", "CHECK b/10/03", "CHECK b/10/03", "GOOD", "GOOD", "CHECK b/10/03", "CHECK 5/24/00", "CHECK 5/24/00"}},
-		"escape":          {tuple(good^1, 0xffff, lba+1), [8]string{"GOOD", "GOOD", "GOOD", "GOOD", "GOOD", "GOOD", "CHECK 5/24/00", "CHECK 5/24/00"}},
+		"right": {tuple(good, 0x1234, lba),
+			[8]string{"GOOD", "GOOD", "GOOD", "GOOD", "GOOD", "GOOD", "CHECK 5/24/00", "CHECK 5/24/00"}},
+		"wrong guard": {tuple(good^1, 0x1234, lba), [8]string{"CHECK b/10/01", "CHECK b/10/01", "GOOD", "GOOD",
+			"CHECK b/10/01", "CHECK b/10/01", "CHECK 5/24/00", "CHECK 5/24/00"}},
+		"wrong reference": {tuple(good, 0x1234, lba+1), [8]string{"CHECK b/10/03", "CHECK b/10/03", "CHECK b/10/03",
+			"GOOD", "GOOD", "CHECK b/10/03", "CHECK 5/24/00", "CHECK 5/24/00"}},
+		"escape": {tuple(good^1, 0xffff, lba+1),
+			[8]string{"GOOD", "GOOD", "GOOD", "GOOD", "GOOD", "GOOD", "CHECK 5/24/00", "CHECK 5/24/00"}},
 	} {
 		for field, want := range v.want {
 			flags := byte(field << 5)
@@ -141,24 +146,29 @@ func TestProtectFields(t *testing.T) {
 				t.Fatal(err)
 			}
 			m.data[lba] = [scsi.TupleSize]byte(v.tuple)
-			for _, cdb := range [][]byte{cdb10(0x28, flags, lba, 1), cdb12(0xa8, flags, lba, 1), cdb16(0x88, flags, lba, 1)} {
+			for _, cdb := range [][]byte{cdb10(0x28, flags, lba, 1), cdb12(0xa8, flags, lba, 1),
+				cdb16(0x88, flags, lba, 1)} {
 				a, data, pi := protectedDo(target, cdb, nil, nil, blockSize, scsi.TupleSize)
 				key, _, _ := a.Codes()
-				if a.String() != want || key == scsi.AbortedCommand && (a.Sense[0] != 0xf0 || binary.BigEndian.Uint32(a.Sense[3:]) != lba) {
-					t.Errorf("%s, %s with RDPROTECT %d: %v % x, want %s", name, scsi.OpcodeName(cdb), field, a, a.Sense, want)
+				if a.String() != want ||
+					key == scsi.AbortedCommand && (a.Sense[0] != 0xf0 || binary.BigEndian.Uint32(a.Sense[3:]) != lba) {
+					t.Errorf("%s, %s with RDPROTECT %d: %v % x, want %s",
+						name, scsi.OpcodeName(cdb), field, a, a.Sense, want)
 				}
-				if want == "GOOD" && (!bytes.Equal(data, guarded9) || field > 0 && !bytes.Equal(pi, v.tuple) || field == 0 && !bytes.Equal(pi, make([]byte, scsi.TupleSize))) {
+				if want == "GOOD" && (!bytes.Equal(data, guarded9) || field > 0 && !bytes.Equal(pi, v.tuple) ||
+					field == 0 && !bytes.Equal(pi, make([]byte, scsi.TupleSize))) {
 					t.Errorf("%s, RDPROTECT %d: wrong data, or protection information % x", name, field, pi)
 				}
 			}
 			if a := scsitest.Do(target, 0, cdb10(0x2f, flags, lba, 1), nil, 0); a.String() != want {
 				t.Errorf("%s, VRPROTECT %d: %v, want %s", name, field, a, want)
 			}
-			// A field of 0 has the target make the tuple, whatever the initiator sends.
+			// With a field of 0 the target makes the tuple, also if the initiator sends one.
 			if field == 0 {
 				want = "GOOD"
 			}
-			for _, cdb := range [][]byte{cdb10(0x2a, flags, lba, 1), cdb12(0xaa, flags, lba, 1), cdb16(0x8a, flags, lba, 1), cdb10(0x2a, flags|8, lba, 1)} {
+			for _, cdb := range [][]byte{cdb10(0x2a, flags, lba, 1), cdb12(0xaa, flags, lba, 1),
+				cdb16(0x8a, flags, lba, 1), cdb10(0x2a, flags|8, lba, 1)} {
 				m.data[lba] = unchecked
 				a, _, _ := protectedDo(target, cdb, guarded9, v.tuple, 0, 0)
 				got, stored := m.data[lba], v.tuple
@@ -166,21 +176,23 @@ func TestProtectFields(t *testing.T) {
 					stored = tuple(good, 0, lba)
 				}
 				if a.String() != want || (want == "GOOD") != bytes.Equal(got[:], stored) {
-					t.Errorf("%s, %s with WRPROTECT %d: %v, want %s; stored % x", name, scsi.OpcodeName(cdb), field, a, want, got)
+					t.Errorf("%s, %s with WRPROTECT %d: %v, want %s; stored % x",
+						name, scsi.OpcodeName(cdb), field, a, want, got)
 				}
 			}
 		}
 	}
 }
 
-// TestProtectionBuffers: without a buffer the unit does what a host bus adapter would, and one
-// that is too small is an error.
+// TestProtectionBuffers: without a buffer the unit acts as a host bus adapter, and one that is too
+// small is an error.
 func TestProtectionBuffers(t *testing.T) {
 	m := newTuples()
 	target := attach(t, scsi.UnitConfig{Protection: m})
 	expect(t, target, cdb10(0x2a, 0x20, 3, 2), filled(1, 2), 0, "GOOD")
 	for i := range uint32(2) {
-		if got, want := m.data[uint64(3+i)], tuple(guardOf(filled(1, 2)[i*blockSize:][:blockSize]), 0, 3+i); !bytes.Equal(got[:], want) {
+		if got, want := m.data[uint64(3+i)],
+			tuple(guardOf(filled(1, 2)[i*blockSize:][:blockSize]), 0, 3+i); !bytes.Equal(got[:], want) {
 			t.Errorf("block %d: % x, want % x", 3+i, got, want)
 		}
 	}
@@ -194,7 +206,8 @@ func TestProtectionBuffers(t *testing.T) {
 			t.Errorf("%v, overrun %v, residual %d", a, a.Overrun, a.Residual)
 		}
 	}
-	for _, cdb := range [][]byte{cdb16(0x8b, 0x20, 0, 1), cdb10(0x41, 0x20, 0, 1), cdb16(0x93, 0x20, 0, 1), cdb10(0x2f, 0x22, 0, 1), cdb16(0x89, 0x20, 0, 0)} {
+	for _, cdb := range [][]byte{cdb16(0x8b, 0x20, 0, 1), cdb10(0x41, 0x20, 0, 1), cdb16(0x93, 0x20, 0, 1),
+		cdb10(0x2f, 0x22, 0, 1), cdb16(0x89, 0x20, 0, 0)} {
 		expect(t, target, cdb, filled(0, 1), 0, "CHECK 5/24/00")
 	}
 }
@@ -208,7 +221,8 @@ func TestProtectionShown(t *testing.T) {
 		}
 		got := [3]byte{
 			expect(t, target, []byte{0x12, 0, 0, 0, 96, 0}, nil, 96, "GOOD").Data[5] & 0x01,
-			expect(t, target, append([]byte{0x9e, 0x10}, append(make([]byte, 11), 32, 0, 0)...), nil, 32, "GOOD").Data[12],
+			expect(t, target, append([]byte{0x9e, 0x10}, append(make([]byte, 11), 32, 0, 0)...), nil, 32,
+				"GOOD").Data[12],
 			expect(t, target, []byte{0x12, 1, 0x86, 0, 64, 0}, nil, 64, "GOOD").Data[4],
 		}
 		if got != want {
@@ -217,8 +231,8 @@ func TestProtectionShown(t *testing.T) {
 	}
 }
 
-// TestProtectionKept: after every command that changes blocks their tuples are right, and of those that
-// were discarded there are none.
+// TestProtectionKept: after every command that changes blocks their tuples are right, and of those
+// that were discarded there are none.
 func TestProtectionKept(t *testing.T) {
 	for _, size := range []int{512, 4096} {
 		m, disk := newTuples(), block.NewMem(64*4096)
@@ -265,7 +279,8 @@ func TestProtectionKept(t *testing.T) {
 	}
 }
 
-// TestProtectionFinds: a change of the data or of a tuple behind the target's back is an error, and no data.
+// TestProtectionFinds: a change of the data or of a tuple behind the target's back is an error, and
+// no data.
 func TestProtectionFinds(t *testing.T) {
 	m, disk := newTuples(), block.NewMem(blocks*blockSize)
 	target := attach(t, scsi.UnitConfig{Backend: disk, Protection: m})
@@ -273,9 +288,11 @@ func TestProtectionFinds(t *testing.T) {
 	if _, err := disk.WriteAt(filled(1, 1), 555*blockSize); err != nil {
 		t.Fatal(err)
 	}
-	for _, cdb := range [][]byte{cdb10(0x28, 0, 550, 10), cdb10(0x28, 0x20, 0, 600), cdb10(0x2f, 0, 0, 600), {0x08, 0, 2, 43, 1, 0}} {
+	for _, cdb := range [][]byte{cdb10(0x28, 0, 550, 10), cdb10(0x28, 0x20, 0, 600), cdb10(0x2f, 0, 0, 600),
+		{0x08, 0, 2, 43, 1, 0}} {
 		a := scsitest.Do(target, 0, cdb, nil, 600*blockSize)
-		if a.String() != "CHECK b/10/01" || binary.BigEndian.Uint32(a.Sense[3:]) != 555 || int(a.Residual) != 600*blockSize {
+		if a.String() != "CHECK b/10/01" || binary.BigEndian.Uint32(a.Sense[3:]) != 555 ||
+			int(a.Residual) != 600*blockSize {
 			t.Errorf("% x: %v, sense % x, residual %d", cdb, a, a.Sense, a.Residual)
 		}
 	}
@@ -284,7 +301,7 @@ func TestProtectionFinds(t *testing.T) {
 	expect(t, target, cdb10(0x28, 0, 550, 10), nil, 10*blockSize, "GOOD")
 }
 
-// TestProtectionSharedBuffer: a read checks what the medium holds, whatever else changes the
+// TestProtectionSharedBuffer: a read checks the medium's data, even if something else changes the
 // initiator's buffer before the command ends.
 func TestProtectionSharedBuffer(t *testing.T) {
 	m := &changingTuples{tuples: newTuples(), buffer: make([]byte, 4*blockSize)}
@@ -307,7 +324,8 @@ func (m *changingTuples) ReadTuples(p []byte, block uint64) error {
 	return m.tuples.ReadTuples(p, block)
 }
 
-// TestProtectionInterrupted: a write that ends in the middle leaves its blocks unchecked, not unreadable.
+// TestProtectionInterrupted: a write that ends in the middle leaves its blocks unchecked, not
+// unreadable.
 func TestProtectionInterrupted(t *testing.T) {
 	for n := 1; n <= 2; n++ {
 		m := newTuples()
@@ -326,8 +344,8 @@ func TestProtectionInterrupted(t *testing.T) {
 	}
 }
 
-// TestProtectionTogether has initiators write and read the same blocks at the same time: none finds one's data with the
-// tuple of another.
+// TestProtectionTogether has initiators write and read the same blocks at the same time: none finds
+// one's data with the tuple of another.
 func TestProtectionTogether(t *testing.T) {
 	m := newTuples()
 	target := attach(t, scsi.UnitConfig{Protection: m})
@@ -355,8 +373,8 @@ func TestProtectionTogether(t *testing.T) {
 	all.Wait()
 }
 
-// TestProtectionFlushed: both are durable when a flush is answered, and a unit that gets smaller and grows has
-// no old tuples.
+// TestProtectionFlushed: both are durable when a flush is answered, and a unit that gets smaller
+// and grows has no old tuples.
 func TestProtectionFlushed(t *testing.T) {
 	m := newTuples()
 	target := attach(t, scsi.UnitConfig{Protection: m})

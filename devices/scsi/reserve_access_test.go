@@ -126,14 +126,15 @@ func TestAccess(t *testing.T) {
 		for action := range 32 {
 			cdb := []byte{byte(op), byte(action)}
 			name := scsi.OpcodeName(cdb)
-			if _, _, ok := scsi.CommandInfo(cdb); ok && !known[name] && !strings.Contains(name, "RESERVE") && !strings.HasPrefix(name, "RELEASE") {
+			if _, _, ok := scsi.CommandInfo(cdb); ok && !known[name] && !strings.Contains(name, "RESERVE") &&
+				!strings.HasPrefix(name, "RELEASE") {
 				t.Errorf("%s is not in the table", name)
 			}
 		}
 	}
 }
 
-// TestConflictOrder has what else could end a command that conflicts.
+// TestConflictOrder has the other reasons that could end a conflicting command.
 func TestConflictOrder(t *testing.T) {
 	c := newCluster(t, scsi.UnitConfig{})
 	c.keys(1)
@@ -162,7 +163,8 @@ func TestConflictOrder(t *testing.T) {
 	c.do(3, testUnitReady, nil, 0, "CHECK 2/04/02")
 	c.do(1, []byte{0x1b, 0, 0, 0, 1, 0}, nil, 0, "GOOD")
 	// Nothing was transferred.
-	if a := c.do(3, read, nil, blockSize, "CONFLICT"); a.Residual != blockSize || len(a.Sense) != 0 || !bytes.Equal(a.Data, make([]byte, blockSize)) {
+	if a := c.do(3, read, nil, blockSize, "CONFLICT"); a.Residual != blockSize || len(a.Sense) != 0 ||
+		!bytes.Equal(a.Data, make([]byte, blockSize)) {
 		t.Errorf("conflict with residual %d, sense % x", a.Residual, a.Sense)
 	}
 }

@@ -129,7 +129,7 @@ func TestReserveOutRefusals(t *testing.T) {
 	c := newCluster(t, scsi.UnitConfig{})
 	c.keys(2)
 	const key = 0x11
-	// What needs a registration or the right key, whatever else is wrong.
+	// These need a registration or the right key, before any other check.
 	for _, action := range []byte{prReserve, prRelease, prClear, prPreempt, prAbort} {
 		c.out(3, action, we, 0, key, "CONFLICT")
 		c.out(3, action, we, key, key, "CONFLICT")
@@ -154,21 +154,24 @@ func TestReserveOutRefusals(t *testing.T) {
 	at(c.do(2, cdb(prPreempt, 0, 24), parameters(0x22, key, 0), 0, "CHECK 5/24/00"), 0xcb, 0, 2)
 	at(c.do(2, cdb(prPreempt, 0x20|ea, 24), parameters(0x22, key, 0), 0, "CHECK 5/24/00"), 0xcf, 0, 2)
 	at(c.do(2, cdb(prPreempt, ea, 24), parameters(0x22, 0, 0), 0, "CHECK 5/26/00"), 0x80, 0, 8)
-	c.out(2, prPreempt, ea, 0x22, 0x33, "CONFLICT") // nobody has the key
+	c.out(2, prPreempt, ea, 0x22, 0x33, "CONFLICT") // no nexus has the key
 	// The parameter list.
 	c.do(1, cdb(prRegister, 0, 0), nil, 0, "CHECK 5/1a/00")
 	c.do(1, cdb(prRegister, 0, 23), parameters(key, 1, 0), 0, "CHECK 5/1a/00")
 	c.do(1, cdb(prRegister, 0, 28), append(parameters(key, 1, 0), 0, 0, 0, 0), 0, "CHECK 5/1a/00")
 	c.do(1, cdb(prRegister, 0, 24), parameters(key, 1, 0)[:23], 0, "CHECK 5/0e/03")
 	c.do(1, []byte{0x5f, prRegister, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0}, parameters(key, 1, 0), 0, "CHECK 5/1a/00")
-	at(c.do(1, cdb(prRegister, 0, 24), parameters(key, 1, 0x08), 0, "CHECK 5/26/00"), 0x80, 0, 20)                     // SPEC_I_PT
-	at(c.do(1, cdb(prRegister, 0, 28), append(parameters(key, 1, 0x08), 0, 0, 0, 0), 0, "CHECK 5/26/00"), 0x80, 0, 20) // with TransportIDs
-	at(c.do(1, cdb(prRegister, 0, 24), parameters(key, 1, 0x01), 0, "CHECK 5/26/00"), 0x80, 0, 20)                     // APTPL
-	at(c.do(1, cdb(prIgnore, 0, 24), parameters(key, 1, 0x01), 0, "CHECK 5/26/00"), 0x80, 0, 20)                       // likewise
-	at(c.do(1, cdb(8, 0, 24), parameters(key, 1, 0), 0, "CHECK 5/24/00"), 0xcc, 0, 1)                                  // REPLACE LOST RESERVATION
-	at(c.do(1, []byte{0x5e, 4, 0, 0, 0, 0, 0, 1, 0, 0}, nil, 256, "CHECK 5/24/00"), 0xcc, 0, 1)                        // of PERSISTENT RESERVE IN
-	c.do(1, cdb(prReserve, we, 24), parameters(key, 0, 0x01), 0, "GOOD")                                               // APTPL is for registrations
-	c.do(1, cdb(prRegister, 0, 24), parameters(key, key, 0x04), 0, "GOOD")                                             // ALL_TG_PT
+	at(c.do(1, cdb(prRegister, 0, 24), parameters(key, 1, 0x08), 0, "CHECK 5/26/00"), 0x80, 0, 20) // SPEC_I_PT
+	// with TransportIDs
+	at(c.do(1, cdb(prRegister, 0, 28), append(parameters(key, 1, 0x08), 0, 0, 0, 0), 0, "CHECK 5/26/00"), 0x80, 0, 20)
+	at(c.do(1, cdb(prRegister, 0, 24), parameters(key, 1, 0x01), 0, "CHECK 5/26/00"), 0x80, 0, 20) // APTPL
+	at(c.do(1, cdb(prIgnore, 0, 24), parameters(key, 1, 0x01), 0, "CHECK 5/26/00"), 0x80, 0, 20)   // likewise
+	// REPLACE LOST RESERVATION
+	at(c.do(1, cdb(8, 0, 24), parameters(key, 1, 0), 0, "CHECK 5/24/00"), 0xcc, 0, 1)
+	// of PERSISTENT RESERVE IN
+	at(c.do(1, []byte{0x5e, 4, 0, 0, 0, 0, 0, 1, 0, 0}, nil, 256, "CHECK 5/24/00"), 0xcc, 0, 1)
+	c.do(1, cdb(prReserve, we, 24), parameters(key, 0, 0x01), 0, "GOOD")   // APTPL is for registrations
+	c.do(1, cdb(prRegister, 0, 24), parameters(key, key, 0x04), 0, "GOOD") // ALL_TG_PT
 	c.in(1, 0, "00000003 00000010 0000000000000011 0000000000000022")
 	c.in(1, 1, "00000003 00000010 0000000000000011 00000000 00 01 0000")
 }
@@ -184,19 +187,23 @@ func TestReadReservation(t *testing.T) {
 		id1 = "0001 00000018 06 000000 3000000000000001" + "000000000000000000000000"
 		id2 = "0001 00000018 06 000000 3000000000000002" + "000000000000000000000000"
 	)
-	c.in(3, 3, "00000002 00000060"+"0000000000000011 00000000 00 00 00000000"+id1+"0000000000000022 00000000 00 00 00000000"+id2)
+	c.in(3, 3, "00000002 00000060"+"0000000000000011 00000000 00 00 00000000"+
+		id1+"0000000000000022 00000000 00 00 00000000"+id2)
 	c.out(2, prReserve, earo, 0x22, 0, "GOOD")
 	c.in(3, 1, "00000002 00000010 0000000000000022 00000000 00 06 0000")
-	c.in(3, 3, "00000002 00000060"+"0000000000000011 00000000 00 00 00000000"+id1+"0000000000000022 00000000 01 06 00000000"+id2)
+	c.in(3, 3, "00000002 00000060"+"0000000000000011 00000000 00 00 00000000"+
+		id1+"0000000000000022 00000000 01 06 00000000"+id2)
 	c.out(2, prRegister, 0, 0x22, 0x2222222222222222, "GOOD") // the holder keeps it
 	c.in(3, 1, "00000003 00000010 2222222222222222 00000000 00 06 0000")
 	c.out(2, prRelease, earo, 0x2222222222222222, 0, "GOOD")
 	c.attention("2a/04", "", "")
 	c.out(1, prReserve, wear, 0x11, 0, "GOOD")
 	c.in(3, 1, "00000003 00000010 0000000000000000 00000000 00 07 0000")
-	c.in(3, 3, "00000003 00000060"+"0000000000000011 00000000 01 07 00000000"+id1+"2222222222222222 00000000 01 07 00000000"+id2)
-	// ALLOCATION LENGTH cuts off the data, and not what it says of its length.
-	if a := c.do(3, []byte{0x5e, 0, 0, 0, 0, 0, 0, 0, 12, 0}, nil, 256, "GOOD"); a.Residual != 244 || !bytes.Equal(a.Data[:13], []byte{0, 0, 0, 3, 0, 0, 0, 16, 0, 0, 0, 0, 0}) {
+	c.in(3, 3, "00000003 00000060"+"0000000000000011 00000000 01 07 00000000"+
+		id1+"2222222222222222 00000000 01 07 00000000"+id2)
+	// ALLOCATION LENGTH cuts the data, not its ADDITIONAL LENGTH.
+	if a := c.do(3, []byte{0x5e, 0, 0, 0, 0, 0, 0, 0, 12, 0}, nil, 256, "GOOD"); a.Residual != 244 ||
+		!bytes.Equal(a.Data[:13], []byte{0, 0, 0, 3, 0, 0, 0, 16, 0, 0, 0, 0, 0}) {
 		t.Errorf("READ KEYS of 12 bytes: residual %d, % x", a.Residual, a.Data[:13])
 	}
 }
@@ -211,8 +218,8 @@ func TestReserveRelease(t *testing.T) {
 		c.out(1, prReserve, typ, 0x11, 0, "GOOD") // again
 		other := map[byte]byte{we: ea, ea: we, wero: earo, earo: wero, wear: eaar, eaar: wear}[typ]
 		c.out(1, prReserve, other, 0x11, 0, "CONFLICT")
-		// Another one may reserve only what it holds already, and releases nothing
-		// that it does not hold.
+		// Another nexus may reserve only what it holds already, and releases nothing that it does
+		// not hold.
 		if all {
 			c.out(2, prReserve, typ, 0x22, 0, "GOOD")
 			c.out(2, prRelease, other, 0x22, 0, "CHECK 5/26/04")
@@ -264,7 +271,7 @@ func TestUnregister(t *testing.T) {
 		}
 		c.do(3, cdb10(0x2a, 0, 0, 1), filled(0, 1), 0, "GOOD")
 	}
-	// One who is registered and no holder takes nothing along.
+	// A registered nexus that is no holder takes nothing along.
 	c := newCluster(t, scsi.UnitConfig{})
 	c.keys(2)
 	c.out(1, prReserve, wero, 0x11, 0, "GOOD")
@@ -294,28 +301,41 @@ func TestPreempt(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		name        string
-		typ         byte   // reserved by nexus 1, 0: nobody
+		typ         byte   // reserved by nexus 1, 0: not reserved
 		by          byte   // nexus that preempts
-		key         uint64 // whom
+		key         uint64 // of the nexus to preempt
 		with        byte   // SCOPE and TYPE
 		want        string
 		keys        string // left
 		reservation string
 		attention   [3]string
 	}{
-		{"no reservation", 0, 2, 0x11, 0xff, "GOOD", "00000010 0000000000000022 0000000000000033", none, [3]string{"2a/05", "", ""}},
-		{"no reservation, own key", 0, 2, 0x22, 0xff, "GOOD", "00000010 0000000000000011 0000000000000033", none, [3]string{}},
-		{"no holder", we, 2, 0x33, 0xff, "GOOD", "00000010 0000000000000011 0000000000000022", held(0x11, we), [3]string{"", "", "2a/05"}},
-		{"own key, no holder", we, 2, 0x22, 0xff, "GOOD", "00000010 0000000000000011 0000000000000033", held(0x11, we), [3]string{}},
-		{"holder, same type", we, 2, 0x11, we, "GOOD", "00000010 0000000000000022 0000000000000033", held(0x22, we), [3]string{"2a/05", "", ""}},
-		{"holder, other type", we, 2, 0x11, earo, "GOOD", "00000010 0000000000000022 0000000000000033", held(0x22, earo), [3]string{"2a/05", "", "2a/04"}},
-		{"holder, to all registrants", earo, 2, 0x11, eaar, "GOOD", "00000010 0000000000000022 0000000000000033", held(0, eaar), [3]string{"2a/05", "", "2a/04"}},
-		{"itself, same type", we, 1, 0x11, we, "GOOD", "00000018 0000000000000011 0000000000000022 0000000000000033", held(0x11, we), [3]string{}},
-		{"itself, other type", we, 1, 0x11, ea, "GOOD", "00000018 0000000000000011 0000000000000022 0000000000000033", held(0x11, ea), [3]string{"", "2a/04", "2a/04"}},
-		{"all registrants", wear, 2, 0, wear, "GOOD", "00000008 0000000000000022", held(0, wear), [3]string{"2a/05", "", "2a/05"}},
-		{"all registrants, to one", wear, 2, 0, we, "GOOD", "00000008 0000000000000022", held(0x22, we), [3]string{"2a/05", "", "2a/05"}},
-		{"one of all registrants", wear, 2, 0x11, we, "GOOD", "00000010 0000000000000022 0000000000000033", held(0, wear), [3]string{"2a/05", "", ""}},
-		{"itself of all registrants", wear, 2, 0x22, we, "GOOD", "00000010 0000000000000011 0000000000000033", held(0, wear), [3]string{}},
+		{"no reservation", 0, 2, 0x11, 0xff, "GOOD", "00000010 0000000000000022 0000000000000033", none,
+			[3]string{"2a/05", "", ""}},
+		{"no reservation, own key", 0, 2, 0x22, 0xff, "GOOD", "00000010 0000000000000011 0000000000000033",
+			none, [3]string{}},
+		{"no holder", we, 2, 0x33, 0xff, "GOOD", "00000010 0000000000000011 0000000000000022", held(0x11, we),
+			[3]string{"", "", "2a/05"}},
+		{"own key, no holder", we, 2, 0x22, 0xff, "GOOD", "00000010 0000000000000011 0000000000000033",
+			held(0x11, we), [3]string{}},
+		{"holder, same type", we, 2, 0x11, we, "GOOD", "00000010 0000000000000022 0000000000000033", held(0x22, we),
+			[3]string{"2a/05", "", ""}},
+		{"holder, other type", we, 2, 0x11, earo, "GOOD", "00000010 0000000000000022 0000000000000033",
+			held(0x22, earo), [3]string{"2a/05", "", "2a/04"}},
+		{"holder, to all registrants", earo, 2, 0x11, eaar, "GOOD", "00000010 0000000000000022 0000000000000033",
+			held(0, eaar), [3]string{"2a/05", "", "2a/04"}},
+		{"itself, same type", we, 1, 0x11, we, "GOOD", "00000018 0000000000000011 0000000000000022 0000000000000033",
+			held(0x11, we), [3]string{}},
+		{"itself, other type", we, 1, 0x11, ea, "GOOD", "00000018 0000000000000011 0000000000000022 0000000000000033",
+			held(0x11, ea), [3]string{"", "2a/04", "2a/04"}},
+		{"all registrants", wear, 2, 0, wear, "GOOD", "00000008 0000000000000022", held(0, wear),
+			[3]string{"2a/05", "", "2a/05"}},
+		{"all registrants, to one", wear, 2, 0, we, "GOOD", "00000008 0000000000000022", held(0x22, we),
+			[3]string{"2a/05", "", "2a/05"}},
+		{"one of all registrants", wear, 2, 0x11, we, "GOOD", "00000010 0000000000000022 0000000000000033",
+			held(0, wear), [3]string{"2a/05", "", ""}},
+		{"itself of all registrants", wear, 2, 0x22, we, "GOOD", "00000010 0000000000000011 0000000000000033",
+			held(0, wear), [3]string{}},
 		{"nobody of all registrants", wear, 2, 0x44, we, "CONFLICT", "", held(0, wear), [3]string{}},
 		{"nobody", we, 2, 0x44, we, "CONFLICT", "", held(0x11, we), [3]string{}},
 		{"zero", we, 2, 0, we, "CHECK 5/26/00", "", held(0x11, we), [3]string{}},
@@ -374,7 +394,7 @@ func TestReserveUnit(t *testing.T) {
 		c.do(2, reserve[i], nil, 0, "CONFLICT")
 		c.do(2, write, filled(0, 1), 0, "CONFLICT")
 		c.do(1, write, filled(0, 1), 0, "GOOD")
-		c.do(2, release[i], nil, 0, "GOOD") // of what is not its own
+		c.do(2, release[i], nil, 0, "GOOD") // of a reservation that is not its own
 		c.do(2, write, filled(0, 1), 0, "CONFLICT")
 		// All persistent reservation commands conflict, the holder's too.
 		for n := scsi.NexusID(1); n <= 2; n++ {
@@ -389,8 +409,8 @@ func TestReserveUnit(t *testing.T) {
 	for _, cdb := range [][]byte{{0x16, 0x10, 5: 0}, {0x17, 0x01, 5: 0}, {0x56, 0x10, 9: 0}, {0x57, 0x01, 9: 0}} {
 		c.do(1, cdb, nil, 0, "CHECK 5/24/00")
 	}
-	// With registrations they conflict, but for those whom the persistent
-	// reservation restricts in nothing (SPC-5 5.14.3).
+	// With registrations they conflict, except for those that the persistent reservation restricts
+	// in nothing (SPC-5 5.14.3).
 	for _, typ := range []byte{0, we, earo, wear} {
 		c := newCluster(t, scsi.UnitConfig{})
 		c.keys(2)
@@ -433,7 +453,7 @@ func TestReserveUnit(t *testing.T) {
 	}
 }
 
-// TestResets has what keeps a persistent reservation: all but a loss of power.
+// TestResets: all resets but a loss of power keep a persistent reservation.
 func TestResets(t *testing.T) {
 	c := newCluster(t, scsi.UnitConfig{})
 	c.keys(2)
@@ -475,7 +495,8 @@ func moveTo(key, newKey uint64, flags byte, port uint16, to scsi.NexusID) []byte
 	return append(be.AppendUint64(b, 3<<60|uint64(to)), make([]byte, 12)...)
 }
 
-// TestRegisterAndMove hands a reservation to an I_T nexus that need not have registered (SPC-5 5.14.8).
+// TestRegisterAndMove hands a reservation to an I_T nexus that need not have registered (SPC-5
+// 5.14.8).
 func TestRegisterAndMove(t *testing.T) {
 	c := newCluster(t, scsi.UnitConfig{})
 	move := func(n scsi.NexusID, list []byte, want string) scsitest.Answer {
@@ -491,15 +512,17 @@ func TestRegisterAndMove(t *testing.T) {
 		want  string
 		at    byte
 	}{
-		{3, moveTo(0, 0x33, 0, 1, 3), "CONFLICT", 0},                                                                     // not registered
-		{1, moveTo(0x12, 0x33, 0, 1, 3), "CONFLICT", 0},                                                                  // another key
-		{2, moveTo(0x22, 0x33, 0, 1, 3), "CONFLICT", 0},                                                                  // not the holder
-		{2, moveTo(0x22, 0, 0, 9, 2), "CONFLICT", 0},                                                                     // whatever else is wrong
-		{1, moveTo(0x11, 0, 0, 9, 3), "CHECK 5/26/00", 8},                                                                // no key
-		{1, moveTo(0x11, 0x33, 1, 1, 3), "CHECK 5/26/00", 17},                                                            // APTPL
-		{1, moveTo(0x11, 0x33, 0, 2, 3), "CHECK 5/26/00", 18},                                                            // another target port
-		{1, moveTo(0x11, 0x33, 0, 1, 1), "CHECK 5/26/00", 24},                                                            // itself
-		{1, append(moveTo(0x11, 0x33, 0, 1, 3)[:24:24], append([]byte{5}, make([]byte, 23)...)...), "CHECK 5/26/00", 24}, // a TransportID of iSCSI
+		{3, moveTo(0, 0x33, 0, 1, 3), "CONFLICT", 0},          // not registered
+		{1, moveTo(0x12, 0x33, 0, 1, 3), "CONFLICT", 0},       // another key
+		{2, moveTo(0x22, 0x33, 0, 1, 3), "CONFLICT", 0},       // not the holder
+		{2, moveTo(0x22, 0, 0, 9, 2), "CONFLICT", 0},          // before any other check
+		{1, moveTo(0x11, 0, 0, 9, 3), "CHECK 5/26/00", 8},     // no key
+		{1, moveTo(0x11, 0x33, 1, 1, 3), "CHECK 5/26/00", 17}, // APTPL
+		{1, moveTo(0x11, 0x33, 0, 2, 3), "CHECK 5/26/00", 18}, // another target port
+		{1, moveTo(0x11, 0x33, 0, 1, 1), "CHECK 5/26/00", 24}, // itself
+		// a TransportID of iSCSI
+		{1, append(moveTo(0x11, 0x33, 0, 1, 3)[:24:24], append([]byte{5}, make([]byte, 23)...)...),
+			"CHECK 5/26/00", 24},
 		{1, moveTo(0x11, 0x33, 0, 1, 3)[:40], "CHECK 5/1a/00", 0},
 		{1, moveTo(0x11, 0x33, 0, 1, 3)[:20], "CHECK 5/1a/00", 0},
 		{1, make([]byte, 512), "CHECK 5/1a/00", 0},

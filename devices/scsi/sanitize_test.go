@@ -56,8 +56,10 @@ func TestSanitize(t *testing.T) {
 		n    int
 		list []byte
 	}{
-		{0x02, 8, make([]byte, 8)}, {0x1f, 8, make([]byte, 8)}, {0x01, 0, nil}, {0x01, 4, make([]byte, 4)}, {0x01, 4 + blockSize + 1, make([]byte, 4+blockSize+1)},
-		{0x01, 7, []byte{0, 0, 0, 3, 1, 2, 3}}, {0x01, 7, []byte{1, 0, 0, 0, 1, 2, 3}}, {0x01, 7, []byte{1, 0, 0, 4, 1, 2, 3}}, {0x03, 0, nil}, {0x00, 0, nil},
+		{0x02, 8, make([]byte, 8)}, {0x1f, 8, make([]byte, 8)}, {0x01, 0, nil}, {0x01, 4, make([]byte, 4)},
+		{0x01, 4 + blockSize + 1, make([]byte, 4+blockSize+1)},
+		{0x01, 7, []byte{0, 0, 0, 3, 1, 2, 3}}, {0x01, 7, []byte{1, 0, 0, 0, 1, 2, 3}},
+		{0x01, 7, []byte{1, 0, 0, 4, 1, 2, 3}}, {0x03, 0, nil}, {0x00, 0, nil},
 	} {
 		expect(t, target, sanitizeCDB(v.b1, v.n), v.list, 0, "CHECK 5/24/00")
 	}
@@ -65,7 +67,8 @@ func TestSanitize(t *testing.T) {
 	expect(t, target, []byte{0x1b, 0, 0, 0, 0, 0}, nil, 0, "GOOD")
 	expect(t, target, sanitizeCDB(0x02, 0), nil, 0, "CHECK 2/04/02")
 	expect(t, attach(t, scsi.UnitConfig{ReadOnly: true}), sanitizeCDB(0x01, 7), list, 0, "CHECK 7/27/00")
-	expect(t, attach(t, scsi.UnitConfig{Backend: struct{ block.Backend }{rec.Backend}}), sanitizeCDB(0x02, 0), nil, 0, "CHECK 5/20/00")
+	expect(t, attach(t, scsi.UnitConfig{Backend: struct{ block.Backend }{rec.Backend}}), sanitizeCDB(0x02, 0), nil, 0,
+		"CHECK 5/20/00")
 }
 
 // TestSanitizeProgress asks while SANITIZE is at it.
@@ -80,7 +83,8 @@ func TestSanitizeProgress(t *testing.T) {
 		expect(t, target, testUnitReady, nil, 0, "CHECK 2/04/1b")
 		expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "CHECK 2/04/1b")
 		expect(t, target, []byte{0x12, 0, 0, 0, 96, 0}, nil, 96, "GOOD")
-		if a := expect(t, target, []byte{0x03, 0, 0, 0, 18, 0}, nil, 18, "GOOD"); hex.EncodeToString(a.Data) != "700002000000000a00000000041b00000000" {
+		if a := expect(t, target, []byte{0x03, 0, 0, 0, 18, 0}, nil, 18, "GOOD"); hex.EncodeToString(a.Data) !=
+			"700002000000000a00000000041b00000000" {
 			t.Errorf("REQUEST SENSE % x", a.Data)
 		}
 	}
@@ -98,8 +102,10 @@ func TestSanitizeFailure(t *testing.T) {
 		b1   byte // AUSE, IMMED
 		want string
 		exit string
-	}{{0x02, "CHECK 3/31/03", "CHECK 5/24/00"}, {0x22, "CHECK 3/31/03", "GOOD"}, {0x82, "GOOD", "CHECK 5/24/00"}, {0xa2, "GOOD", "GOOD"}} {
-		faulty := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpDiscard, Nth: 1, Err: syscall.EIO})
+	}{{0x02, "CHECK 3/31/03", "CHECK 5/24/00"}, {0x22, "CHECK 3/31/03", "GOOD"}, {0x82, "GOOD", "CHECK 5/24/00"},
+		{0xa2, "GOOD", "GOOD"}} {
+		faulty := block.NewFaulty(block.NewMem(blocks*blockSize),
+			block.Fault{Op: block.OpDiscard, Nth: 1, Err: syscall.EIO})
 		target := attach(t, scsi.UnitConfig{Backend: faulty})
 		expect(t, target, sanitizeCDB(v.b1, 0), nil, 0, v.want)
 		ready(t, target)
@@ -123,8 +129,8 @@ func ready(t *testing.T, target *scsi.Target) {
 	t.Fatal("SANITIZE is in progress for ever")
 }
 
-// TestSanitizeAborted: a SANITIZE that waits for the medium and is aborted leaves no state, with IMMED and
-// without, and whatever aborts it does not wait for the command that has the medium.
+// TestSanitizeAborted: a SANITIZE that waits for the medium and is aborted leaves no state, with
+// IMMED and without, and an abort of it does not wait for the command that has the medium.
 func TestSanitizeAborted(t *testing.T) {
 	for _, b1 := range []byte{0x02, 0x82, 0xa2} {
 		for name, abort := range map[string]func(*scsi.Target){
@@ -142,7 +148,8 @@ func TestSanitizeAborted(t *testing.T) {
 			}
 			read, sanitize := make(chan scsi.Result, 1), make(chan scsi.Result, 1)
 			asNexus(target, 2, testUnitReady, nil, 0)
-			target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)}, Nexus: 2, Tag: 1,
+			target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)},
+				Nexus: 2, Tag: 1,
 				Done: func(r scsi.Result) { read <- r }})
 			<-reading
 			nexus := scsi.NexusID(0)
@@ -178,8 +185,8 @@ func TestSanitizeAborted(t *testing.T) {
 	}
 }
 
-// TestSanitizeGoesOn: what was begun goes on over abort, reset and power on, none of which waits for it,
-// and is a failure once the unit was detached meanwhile.
+// TestSanitizeGoesOn: an operation goes on over abort, reset and power on, none of which waits for
+// it, and is a failure once the unit was detached meanwhile.
 func TestSanitizeGoesOn(t *testing.T) {
 	list := []byte{31, 0, 0, 1, 0xa5}
 	for name, end := range map[string]func(*scsi.Target){
@@ -254,8 +261,8 @@ func TestSanitizeLetsResize(t *testing.T) {
 	}
 }
 
-// TestReadBehindSanitize: a READ that waits for the medium behind a SANITIZE finds the operation when it
-// gets the medium.
+// TestReadBehindSanitize: a READ that waits for the medium behind a SANITIZE finds the operation
+// when it gets the medium.
 func TestReadBehindSanitize(t *testing.T) {
 	reading, hang, answered := make(chan struct{}), make(chan struct{}), make(chan struct{})
 	var first atomic.Bool
@@ -292,15 +299,16 @@ func TestReadBehindSanitize(t *testing.T) {
 	close(answered)
 }
 
-// TestMemoryAfterDone scribbles over the CDB and the buffers of each command upon its answer, which are
-// the initiator's again, for the commands that go on after it.
+// TestMemoryAfterDone scribbles over the CDB and the buffers of each command upon its answer, which
+// are the initiator's again, for the commands that go on after it.
 func TestMemoryAfterDone(t *testing.T) {
 	list := []byte{0x81, 0, 0, 2, 0xa0, 0xb1}
 	for _, v := range []struct{ cdb, out []byte }{
 		{sanitizeCDB(0x81, len(list)), list}, {sanitizeCDB(0x82, 0), nil},
 		{cdb10(0x35, 0x02, 0, 0), nil}, {cdb16(0x91, 0x02, 0, 0), nil}, {[]byte{0x1b, 1, 0, 0, 0, 0}, nil},
 	} {
-		faulty := block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpFlush | block.OpDiscard, Err: syscall.EIO})
+		faulty := block.NewFaulty(block.NewMem(blocks*blockSize),
+			block.Fault{Op: block.OpFlush | block.OpDiscard, Err: syscall.EIO})
 		target := attach(t, scsi.UnitConfig{Backend: faulty})
 		cdb, out, done := bytes.Clone(v.cdb), bytes.Clone(v.out), make(chan struct{})
 		c := &scsi.Command{CDB: cdb, Out: [][]byte{out}}
@@ -327,7 +335,8 @@ func TestMemoryAfterDone(t *testing.T) {
 	}
 }
 
-// TestStopAborted: a START STOP UNIT that is aborted while it flushes, or cannot flush, does not stop the unit.
+// TestStopAborted: a START STOP UNIT that is aborted while it flushes, or cannot flush, does not
+// stop the unit.
 func TestStopAborted(t *testing.T) {
 	hang, flushing := make(chan struct{}), make(chan struct{})
 	rec := &scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}

@@ -22,7 +22,8 @@ func (s *sequence) check(u *modelUnit, nexus int, cdb, out, in []byte, a scsites
 		if len(a.Sense) < 8 || key == 0 {
 			t.Errorf("%s: CHECK CONDITION with sense % x", name, a.Sense)
 		}
-		if (key == scsi.MediumError || key == scsi.HardwareError || key == scsi.AbortedCommand) && !u.disk.failing && !u.sanitized && cdb[0] != 0x83 {
+		if (key == scsi.MediumError || key == scsi.HardwareError || key == scsi.AbortedCommand) && !u.disk.failing &&
+			!u.sanitized && cdb[0] != 0x83 {
 			t.Errorf("%s: %v with a sound backend", name, a)
 		}
 	default:
@@ -44,14 +45,16 @@ func (s *sequence) check(u *modelUnit, nexus int, cdb, out, in []byte, a scsites
 		}
 		return
 	}
-	s.attention(u, nexus, cdb, in, a, string([]byte{"0123456789abcdef"[asc>>4], "0123456789abcdef"[asc&15], "0123456789abcdef"[ascq>>4], "0123456789abcdef"[ascq&15]}))
+	s.attention(u, nexus, cdb, in, a, string([]byte{"0123456789abcdef"[asc>>4], "0123456789abcdef"[asc&15],
+		"0123456789abcdef"[ascq>>4], "0123456789abcdef"[ascq&15]}))
 	protected := u.cfg.ReadOnly || u.swp
 	medium := !bytes.Contains([]byte{0x48, 0x83}, cdb[:1]) // these work on a unit that is stopped
-	if u.disk.changes != changes && (a.Status == scsi.ReservationConflict || key == scsi.UnitAttention || key == scsi.IllegalRequest || protected || u.stopped && medium) {
+	if u.disk.changes != changes && (a.Status == scsi.ReservationConflict || key == scsi.UnitAttention ||
+		key == scsi.IllegalRequest || protected || u.stopped && medium) {
 		t.Errorf("%s % x: the medium is written to: %v, protected %v, stopped %v", name, cdb, a, protected, u.stopped)
 	}
 	if a.Status == scsi.Good || key == scsi.MediumError && bytes.Contains([]byte{0x15, 0x55}, cdb[:1]) {
-		s.predict(u, nexus, cdb, out, in, a) // MODE SELECT holds although what was written could not be flushed
+		s.predict(u, nexus, cdb, out, in, a) // MODE SELECT takes effect although the flush failed
 	}
 	if u.disk.failing || cdb[0] == 0x83 {
 		for _, u := range s.units { // any part may have been done
@@ -65,7 +68,8 @@ func (s *sequence) check(u *modelUnit, nexus int, cdb, out, in []byte, a scsites
 		t.Errorf("%s: %v, and the medium has changed", name, a)
 	}
 	u.doubt = u.doubt || u.disk.failing
-	flushes := (cdb[0] == 0x35 || cdb[0] == 0x91) && (cdb[1]&0x02 == 0 || !u.disk.failing) // IMMED: a failure is told later
+	// IMMED: a failure is told later
+	flushes := (cdb[0] == 0x35 || cdb[0] == 0x91) && (cdb[1]&0x02 == 0 || !u.disk.failing)
 	if a.Status == scsi.Good && u.disk.dirty && (flushes || !u.wce && !u.doubt) {
 		t.Errorf("%s is answered before what was written is durable", name)
 	}
@@ -83,7 +87,8 @@ func (s *sequence) attention(u *modelUnit, nexus int, cdb, in []byte, a scsitest
 		switch moved := len(in) - int(a.Residual); {
 		case len(n.queue) > 0 && moved < 14:
 			n.unknown = true
-		case len(n.queue) > 0 && in[0]&0x7e == 0x70 && in[2] == 6 && in[12] != 0x2a || len(n.queue) > 0 && in[0]&0x7e == 0x72 && in[1] == 6 && in[2] != 0x2a:
+		case len(n.queue) > 0 && in[0]&0x7e == 0x70 && in[2] == 6 && in[12] != 0x2a ||
+			len(n.queue) > 0 && in[0]&0x7e == 0x72 && in[1] == 6 && in[2] != 0x2a:
 			n.queue = n.queue[1:]
 		default:
 			n.unknown = true
@@ -140,7 +145,7 @@ func extent(cdb []byte) (lba, n int) {
 	return int(be.Uint64(cdb[2:])), int(be.Uint32(cdb[10:]))
 }
 
-// predict works out what a command that ended GOOD has done, and checks what it returned.
+// predict applies a command that ended GOOD to the model, and checks its data.
 func (s *sequence) predict(u *modelUnit, nexus int, cdb, out, in []byte, a scsitest.Answer) {
 	be, size := binary.BigEndian, u.disk.block
 	lba, n := extent(cdb)

@@ -15,8 +15,8 @@ import (
 	"gvm/devices/scsi/scsitest"
 )
 
-// A sequence is a test that its input steers: commands, task management functions and events of
-// the host at three units and three initiators, against a model of what must come of them.
+// A sequence is a test that its input steers: commands, task management functions and events of the
+// host at three units and three initiators, against a model.
 type sequence struct {
 	t      *testing.T
 	in     []byte
@@ -25,7 +25,7 @@ type sequence struct {
 	held   []*heldCommand
 }
 
-// modelUnit is a unit, its storage, and what both have to be.
+// modelUnit is a unit, its storage, and the expected state of both.
 type modelUnit struct {
 	lun        scsi.LUN
 	cfg        scsi.UnitConfig
@@ -119,7 +119,7 @@ func (s *sequence) attach(u *modelUnit) {
 	s.lunsChanged(u)
 }
 
-// powerOn is what a power on makes of a unit.
+// powerOn applies a power on to the model of a unit.
 func (u *modelUnit) powerOn() {
 	u.stopped, u.swp, u.dSense, u.wce = false, false, false, u.cfg.Cache == scsi.WriteBack
 	for i := range u.attentions {
@@ -127,7 +127,7 @@ func (u *modelUnit) powerOn() {
 	}
 }
 
-// lunsChanged tells those who know the units beside u.
+// lunsChanged notifies the initiators that know the units beside u.
 func (s *sequence) lunsChanged(u *modelUnit) {
 	for _, other := range s.units {
 		if other != nil && other != u && other.attached {
@@ -262,14 +262,16 @@ func (s *sequence) command() {
 	if where&0xc0 == 0xc0 {
 		attr = scsi.TaskAttr(s.next() % 3)
 	}
-	if !u.attached || attr != scsi.Simple || !bytes.Contains([]byte{0x28, 0x88, 0x00, 0x12, 0xa0, 0x03, 0x5e}, cdb[:1]) {
-		s.release() // reads are held, and nothing waits for what is held
+	if !u.attached || attr != scsi.Simple ||
+		!bytes.Contains([]byte{0x28, 0x88, 0x00, 0x12, 0xa0, 0x03, 0x5e}, cdb[:1]) {
+		s.release() // reads are held, and nothing waits for held commands
 	}
 	before, changes := bytes.Clone(u.content), u.disk.changes
 	sent := bytes.Clone(out)
 	var a scsitest.Answer
 	h := &heldCommand{u: u, tag: uint64(s.next()), nexus: scsi.NexusID(nexus)}
-	c := &scsi.Command{LUN: u.lun, CDB: cdb, Nexus: h.nexus, Attr: attr, Tag: h.tag, Out: [][]byte{out}, In: [][]byte{in}}
+	c := &scsi.Command{LUN: u.lun, CDB: cdb, Nexus: h.nexus, Attr: attr, Tag: h.tag, Out: [][]byte{out},
+		In: [][]byte{in}}
 	c.Done = func(r scsi.Result) {
 		if h.done {
 			s.t.Error("Done called twice")
@@ -294,7 +296,7 @@ func (s *sequence) command() {
 	s.check(u, nexus, cdb, out, in, a, before, changes)
 }
 
-// release lets what is held go on, and waits for it.
+// release lets held commands go on, and waits for them.
 func (s *sequence) release() {
 	for _, u := range s.units {
 		if u.disk.gate != nil {
@@ -311,11 +313,13 @@ func (s *sequence) release() {
 	s.held = nil
 }
 
-// manage does a task management function, and lets what is held go on: it waits for that.
+// manage does a task management function, and releases held commands: the function waits for them.
 func (s *sequence) manage() {
 	what := s.next()
 	u, nexus, tag := s.units[int(what)%3], scsi.NexusID(what>>2%3), uint64(s.next())
-	hit := slices.ContainsFunc(s.held, func(h *heldCommand) bool { return h.u == u && h.nexus == nexus && h.tag == tag })
+	hit := slices.ContainsFunc(s.held, func(h *heldCommand) bool {
+		return h.u == u && h.nexus == nexus && h.tag == tag
+	})
 	if got := s.target.QueryTask(nexus, u.lun, tag); u.attached && (got == scsi.FunctionSucceeded) != hit {
 		s.t.Errorf("QUERY TASK: %v, and the task is there: %v", got, hit)
 	}

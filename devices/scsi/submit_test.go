@@ -25,14 +25,15 @@ func TestSubmitWaitsForNothing(t *testing.T) {
 		}})
 		var good, aborted atomic.Int32
 		for tag := range uint64(most + more) {
-			target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), Tag: tag, In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) {
-				switch {
-				case r.Abort == scsi.AbortedByTask:
-					aborted.Add(1)
-				case r.Status == scsi.Good:
-					good.Add(1)
-				}
-			}})
+			target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), Tag: tag, In: [][]byte{make([]byte, blockSize)},
+				Done: func(r scsi.Result) {
+					switch {
+					case r.Abort == scsi.AbortedByTask:
+						aborted.Add(1)
+					case r.Status == scsi.Good:
+						good.Add(1)
+					}
+				}})
 			synctest.Wait()
 		}
 		if n := begun.Load(); n != most {
@@ -85,8 +86,8 @@ func (r *reluctant) WriteVecNow(iov [][]byte, off int64) bool {
 	return r.Mem.WriteVecNow(iov, off)
 }
 
-// TestPrompt holds what is done at once against what is not: the same data, and the
-// answer inside Submit or later.
+// TestPrompt compares commands done at once with others: the same data, and the answer inside
+// Submit or later.
 func TestPrompt(t *testing.T) {
 	b := &reluctant{Mem: block.NewMem(blocks * blockSize)}
 	target := attach(t, scsi.UnitConfig{Backend: b})
@@ -94,7 +95,8 @@ func TestPrompt(t *testing.T) {
 		want := bytes.Repeat([]byte{i + 1}, 4*blockSize)
 		expect(t, target, cdb10(0x2a, 0, uint32(i)*4, 4), want, 0, "GOOD")
 		for range 2 {
-			if a := scsitest.Do(target, 0, cdb10(0x28, 0, uint32(i)*4, 4), nil, 4*blockSize); a.Status != scsi.Good || a.Residual != 0 || !bytes.Equal(a.Data, want) {
+			if a := scsitest.Do(target, 0, cdb10(0x28, 0, uint32(i)*4, 4), nil, 4*blockSize); a.Status != scsi.Good ||
+				a.Residual != 0 || !bytes.Equal(a.Data, want) {
 				t.Errorf("round %d: %v, residual %d", i, a, a.Residual)
 			}
 		}

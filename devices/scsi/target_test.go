@@ -42,7 +42,8 @@ func attach(t testing.TB, cfg scsi.UnitConfig) *scsi.Target {
 // flushes of those with IMMED. INQUIRY reports nothing that is pending.
 func settle(target *scsi.Target) {
 	done := make(chan struct{})
-	target.Submit(&scsi.Command{CDB: []byte{0x12, 0, 0, 0, 0, 0}, Attr: scsi.Ordered, Done: func(scsi.Result) { close(done) }})
+	target.Submit(&scsi.Command{CDB: []byte{0x12, 0, 0, 0, 0, 0}, Attr: scsi.Ordered,
+		Done: func(scsi.Result) { close(done) }})
 	<-done
 	<-target.Unit(0).Flushed()
 }
@@ -139,10 +140,14 @@ func TestReadWrite(t *testing.T) {
 		read, write func(lba uint32, n int) []byte
 	}
 	forms := []form{
-		{"6", func(l uint32, n int) []byte { return six(0x08, l, n) }, func(l uint32, n int) []byte { return six(0x0a, l, n) }},
-		{"10", func(l uint32, n int) []byte { return cdb10(0x28, 0x10, l, uint16(n)) }, func(l uint32, n int) []byte { return cdb10(0x2a, 0x10, l, uint16(n)) }},
-		{"12", func(l uint32, n int) []byte { return cdb12(0xa8, 0x08, l, uint32(n)) }, func(l uint32, n int) []byte { return cdb12(0xaa, 0x08, l, uint32(n)) }},
-		{"16", func(l uint32, n int) []byte { return cdb16(0x88, 0x18, uint64(l), uint32(n)) }, func(l uint32, n int) []byte { return cdb16(0x8a, 0x18, uint64(l), uint32(n)) }},
+		{"6", func(l uint32, n int) []byte { return six(0x08, l, n) },
+			func(l uint32, n int) []byte { return six(0x0a, l, n) }},
+		{"10", func(l uint32, n int) []byte { return cdb10(0x28, 0x10, l, uint16(n)) },
+			func(l uint32, n int) []byte { return cdb10(0x2a, 0x10, l, uint16(n)) }},
+		{"12", func(l uint32, n int) []byte { return cdb12(0xa8, 0x08, l, uint32(n)) },
+			func(l uint32, n int) []byte { return cdb12(0xaa, 0x08, l, uint32(n)) }},
+		{"16", func(l uint32, n int) []byte { return cdb16(0x88, 0x18, uint64(l), uint32(n)) },
+			func(l uint32, n int) []byte { return cdb16(0x8a, 0x18, uint64(l), uint32(n)) }},
 		{"verify10", nil, func(l uint32, n int) []byte { return cdb10(0x2e, 0x02, l, uint16(n)) }},
 		{"verify12", nil, func(l uint32, n int) []byte { return cdb12(0xae, 0x02, l, uint32(n)) }},
 		{"verify16", nil, func(l uint32, n int) []byte { return cdb16(0x8e, 0x00, uint64(l), uint32(n)) }},
@@ -243,7 +248,8 @@ func (s *sparse) WriteAt(p []byte, off int64) (int, error) {
 // TestLarge has a disk of 3 TiB, whose last block 32 bits cannot address.
 func TestLarge(t *testing.T) {
 	target := attach(t, scsi.UnitConfig{Backend: &sparse{size: 3 << 40, m: map[int64][]byte{}}})
-	if a := expect(t, target, cdb10(0x25, 0, 0, 0), nil, 8, "GOOD"); !bytes.Equal(a.Data, []byte{255, 255, 255, 255, 0, 0, 2, 0}) {
+	if a := expect(t, target, cdb10(0x25, 0, 0, 0), nil, 8, "GOOD"); !bytes.Equal(a.Data,
+		[]byte{255, 255, 255, 255, 0, 0, 2, 0}) {
 		t.Errorf("READ CAPACITY(10): % x", a.Data)
 	}
 	last := uint64(3<<40/blockSize - 1)
@@ -254,7 +260,8 @@ func TestLarge(t *testing.T) {
 		expect(t, target, cdb16(0x8a, 0, lba, 1), filled(byte(i), 1), 0, "GOOD")
 	}
 	for i, lba := range []uint64{0, 1<<32 - 1, 1 << 32, last} {
-		if a := expect(t, target, cdb16(0x88, 0, lba, 1), nil, blockSize, "GOOD"); !bytes.Equal(a.Data, filled(byte(i), 1)) {
+		if a := expect(t, target, cdb16(0x88, 0, lba, 1), nil, blockSize, "GOOD"); !bytes.Equal(a.Data,
+			filled(byte(i), 1)) {
 			t.Errorf("block %#x: wrong data", lba)
 		}
 	}
@@ -267,7 +274,8 @@ func TestThinAndSame(t *testing.T) {
 	want := filled(1, blocks)
 	check := func(what string) {
 		t.Helper()
-		if a := expect(t, target, cdb10(0x28, 0, 0, blocks), nil, blocks*blockSize, "GOOD"); !bytes.Equal(a.Data, want) {
+		if a := expect(t, target, cdb10(0x28, 0, 0, blocks), nil, blocks*blockSize,
+			"GOOD"); !bytes.Equal(a.Data, want) {
 			t.Errorf("%s: wrong data", what)
 		}
 	}
@@ -329,10 +337,12 @@ func TestThick(t *testing.T) {
 	if a := expect(t, target, cdb16(0x9e, 0x10, 0, 32), nil, 32, "GOOD"); a.Data[14] != 0 {
 		t.Errorf("LBPME of a thick unit: %02x", a.Data[14])
 	}
-	if a := expect(t, target, []byte{0x12, 1, 0xb2, 0, 255, 0}, nil, 255, "GOOD"); !bytes.Equal(a.Data, []byte{0, 0xb2, 0, 4, 0, 0, 0, 0}) {
+	if a := expect(t, target, []byte{0x12, 1, 0xb2, 0, 255, 0}, nil, 255, "GOOD"); !bytes.Equal(a.Data,
+		[]byte{0, 0xb2, 0, 4, 0, 0, 0, 0}) {
 		t.Errorf("VPD B2 of a thick unit: % x", a.Data)
 	}
-	if a := expect(t, target, cdb12(0xa3, 0x0c, 0x01420000, 16), nil, 16, "GOOD"); !bytes.Equal(a.Data, []byte{0, 1, 0, 0}) {
+	if a := expect(t, target, cdb12(0xa3, 0x0c, 0x01420000, 16), nil, 16, "GOOD"); !bytes.Equal(a.Data,
+		[]byte{0, 1, 0, 0}) {
 		t.Errorf("REPORT SUPPORTED OPERATION CODES of UNMAP: % x", a.Data)
 	}
 }
@@ -429,7 +439,8 @@ func TestReadOnly(t *testing.T) {
 	caw[13] = 1
 	for _, cdb := range [][]byte{
 		{0x0a, 0, 0, 0, 1, 0}, cdb10(0x2a, 0, 0, 1), cdb12(0xaa, 0, 0, 1), cdb16(0x8a, 0, 0, 1),
-		cdb10(0x2e, 0, 0, 1), cdb12(0xae, 0, 0, 1), cdb16(0x8e, 0, 0, 1), cdb10(0x41, 0, 0, 1), cdb16(0x93, 0, 0, 1), caw,
+		cdb10(0x2e, 0, 0, 1), cdb12(0xae, 0, 0, 1), cdb16(0x8e, 0, 0, 1), cdb10(0x41, 0, 0, 1),
+		cdb16(0x93, 0, 0, 1), caw,
 		cdb16(0x8a, 0, 1<<40, 1),
 	} {
 		if a := expect(t, target, cdb, make([]byte, 2*blockSize), 0, "CHECK 7/27/00"); a.Residual != 2*blockSize {
@@ -478,7 +489,8 @@ func TestWrongLUN(t *testing.T) {
 		if a := scsitest.Do(target, lun, testUnitReady, nil, 0); a.String() != "CHECK 5/25/00" || !a.NoLUN {
 			t.Errorf("TEST UNIT READY of LUN %#x: %v, %v", uint64(lun), a, a.NoLUN)
 		}
-		if a := scsitest.Do(target, lun, []byte{3, 0, 0, 0, 18, 0}, nil, 18); a.Status != scsi.Good || !a.NoLUN || a.Data[2] != 5 || a.Data[12] != 0x25 {
+		if a := scsitest.Do(target, lun, []byte{3, 0, 0, 0, 18, 0}, nil, 18); a.Status != scsi.Good || !a.NoLUN ||
+			a.Data[2] != 5 || a.Data[12] != 0x25 {
 			t.Errorf("REQUEST SENSE of LUN %#x: %v, % x", uint64(lun), a, a.Data)
 		}
 	}
@@ -499,17 +511,20 @@ func TestWrongLUN(t *testing.T) {
 	if a.NoLUN || !bytes.Equal(a.Data, []byte{0, 0, 0, 8, 0, 0, 0, 0, 0x41, 1, 0, 0, 0, 0, 0, 0}) {
 		t.Errorf("REPORT LUNS at LUN 0: %v, % x", a, a.Data)
 	}
-	if a := scsitest.Do(elsewhere, 0, cdb10(0x28, 0, 0, 1), nil, blockSize); a.String() != "CHECK 5/25/00" || !a.NoLUN || a.Residual != blockSize {
+	if a := scsitest.Do(elsewhere, 0, cdb10(0x28, 0, 0, 1), nil, blockSize); a.String() != "CHECK 5/25/00" ||
+		!a.NoLUN || a.Residual != blockSize {
 		t.Errorf("READ(10) at LUN 0: %v", a)
 	}
 	// The well-known logical unit, past its unit attention.
 	if err := scsitest.Ready(target, scsi.ReportLUNsWLUN); err != nil {
 		t.Fatal(err)
 	}
-	if a := scsitest.Do(target, scsi.ReportLUNsWLUN, []byte{0x12, 0, 0, 0, 5, 0}, nil, 5); a.Data[0] != 0x1e || a.NoLUN {
+	if a := scsitest.Do(target, scsi.ReportLUNsWLUN, []byte{0x12, 0, 0, 0, 5, 0}, nil, 5); a.Data[0] != 0x1e ||
+		a.NoLUN {
 		t.Errorf("INQUIRY of the well-known unit: %v, % x", a, a.Data)
 	}
-	if a := scsitest.Do(target, scsi.ReportLUNsWLUN, cdb10(0x28, 0, 0, 1), nil, blockSize); a.String() != "CHECK 5/20/00" {
+	if a := scsitest.Do(target, scsi.ReportLUNsWLUN, cdb10(0x28, 0, 0, 1), nil, blockSize); a.String() !=
+		"CHECK 5/20/00" {
 		t.Errorf("READ(10) of the well-known unit: %v", a)
 	}
 }
@@ -541,10 +556,12 @@ func TestManyUnits(t *testing.T) {
 		if err := scsitest.Ready(target, flat); err != nil {
 			t.Fatal(err)
 		}
-		if a := scsitest.Do(target, flat, cdb10(0x28, 0, 0, 1), nil, blockSize); !bytes.Equal(a.Data, filled(byte(77*i), 1)) {
+		if a := scsitest.Do(target, flat, cdb10(0x28, 0, 0, 1), nil, blockSize); !bytes.Equal(a.Data,
+			filled(byte(77*i), 1)) {
 			t.Errorf("LUN %d: wrong data", n)
 		}
-		if a := scsitest.Do(target, flat, cdb10(0x25, 0, 0, 0), nil, 8); binary.BigEndian.Uint32(a.Data) != uint32(16*(i+1)-1) {
+		if a := scsitest.Do(target, flat, cdb10(0x25, 0, 0, 0), nil, 8); binary.BigEndian.Uint32(a.Data) !=
+			uint32(16*(i+1)-1) {
 			t.Errorf("LUN %d: capacity % x", n, a.Data)
 		}
 		ids[string(scsitest.Do(target, flat, []byte{0x12, 1, 0x83, 0, 255, 0}, nil, 255).Data[8:16])]++

@@ -38,20 +38,21 @@ func TestUnitAttention(t *testing.T) {
 	expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "CHECK 6/29/01")
 	expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "GOOD")
 	// Another initiator has its own, which REQUEST SENSE takes.
-	if a := asNexus(target, 7, requestSense, nil, 18); a.Status != scsi.Good || a.Data[2] != 6 || a.Data[12] != 0x29 || a.Data[13] != 1 {
+	if a := asNexus(target, 7, requestSense, nil, 18); a.Status != scsi.Good || a.Data[2] != 6 || a.Data[12] != 0x29 ||
+		a.Data[13] != 1 {
 		t.Errorf("REQUEST SENSE of nexus 7: %v, % x", a, a.Data)
 	}
 	if a := asNexus(target, 7, testUnitReady, nil, 0); a.String() != "GOOD" {
 		t.Errorf("after REQUEST SENSE: %v", a)
 	}
-	// MODE SELECT tells the others only.
+	// MODE SELECT notifies the other nexuses only.
 	cdb, out := control(0x04, 0)
 	expect(t, target, cdb, out, 0, "GOOD")
 	expect(t, target, testUnitReady, nil, 0, "GOOD")
 	if a := asNexus(target, 7, testUnitReady, nil, 0); a.String() != "CHECK 6/2a/01" {
 		t.Errorf("nexus 7 after MODE SELECT: %v", a)
 	}
-	// In order; a reset replaces what is pending; REPORT LUNS takes its own.
+	// In order; a reset replaces pending conditions; REPORT LUNS clears its own.
 	other, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(4096), Serial: "b"})
 	if err != nil {
 		t.Fatal(err)
@@ -165,7 +166,8 @@ func TestStopped(t *testing.T) {
 	expect(t, target, testUnitReady, nil, 0, "CHECK 2/04/02")
 	expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "CHECK 2/04/02")
 	expect(t, target, modeSense8, nil, 255, "GOOD")
-	if a := expect(t, target, []byte{3, 0, 0, 0, 18, 0}, nil, 18, "GOOD"); a.Data[2] != 2 || a.Data[12] != 4 || a.Data[13] != 2 {
+	if a := expect(t, target, []byte{3, 0, 0, 0, 18, 0}, nil, 18, "GOOD"); a.Data[2] != 2 || a.Data[12] != 4 ||
+		a.Data[13] != 2 {
 		t.Errorf("REQUEST SENSE while stopped: % x", a.Data)
 	}
 	expect(t, target, startStop(1), nil, 0, "GOOD")
@@ -177,8 +179,9 @@ func stuck(t *testing.T) (target *scsi.Target, started chan struct{}, release fu
 	hang := make(chan struct{})
 	started = make(chan struct{}, 16)
 	rec := &scsitest.Recorder{
-		Backend: block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpRead, Len: blockSize, Hang: hang}),
-		OnCall:  func(call string) { started <- struct{}{} },
+		Backend: block.NewFaulty(block.NewMem(blocks*blockSize),
+			block.Fault{Op: block.OpRead, Len: blockSize, Hang: hang}),
+		OnCall: func(call string) { started <- struct{}{} },
 	}
 	target = attach(t, scsi.UnitConfig{Backend: rec})
 	var once sync.Once
@@ -210,7 +213,8 @@ func TestAnsweredIsNotCleared(t *testing.T) {
 		{"PREEMPT AND ABORT", func(c *cluster) {
 			cdb := []byte{0x5f, prAbort, wear, 0, 0, 0, 0, 0, 24, 0}
 			done := make(chan scsi.Result, 1)
-			c.Submit(&scsi.Command{CDB: cdb, Nexus: 1, Attr: scsi.HeadOfQueue, Out: [][]byte{parameters(0x11, 0, 0)}, Done: func(r scsi.Result) { done <- r }})
+			c.Submit(&scsi.Command{CDB: cdb, Nexus: 1, Attr: scsi.HeadOfQueue, Out: [][]byte{parameters(0x11, 0, 0)},
+				Done: func(r scsi.Result) { done <- r }})
 			if r := <-done; r.Status != scsi.Good {
 				c.t.Errorf("%+v", r)
 			}
@@ -254,31 +258,36 @@ func TestAnsweredIsNotCleared(t *testing.T) {
 	}
 }
 
-// TestAbort aborts a read that hangs in the backend, by every function that
-// aborts: the function returns after the command has been answered, and the
-// answer says that it was aborted.
+// TestAbort aborts a read that hangs in the backend, by every function that aborts: the function
+// returns after the command has been answered, and the answer reports that it was aborted.
 func TestAbort(t *testing.T) {
 	for _, f := range []struct {
 		name  string
 		do    func(*scsi.Target) scsi.TaskResponse
 		cause scsi.Abort
-		after string // what the next command of the nexus finds
+		after string // sense data of the next command of the nexus
 	}{
-		{"ABORT TASK", func(t *scsi.Target) scsi.TaskResponse { return t.AbortTask(3, 0, 42) }, scsi.AbortedByTask, "GOOD"},
-		{"ABORT TASK SET", func(t *scsi.Target) scsi.TaskResponse { return t.AbortTaskSet(3, 0) }, scsi.AbortedByTask, "GOOD"},
-		{"CLEAR TASK SET", func(t *scsi.Target) scsi.TaskResponse { return t.ClearTaskSet(0, 0) }, scsi.AbortedByTask, "CHECK 6/2f/00"},
-		{"LOGICAL UNIT RESET", func(t *scsi.Target) scsi.TaskResponse { return t.LogicalUnitReset(0) }, scsi.AbortedByReset, "CHECK 6/29/03"},
-		{"I_T NEXUS RESET", func(t *scsi.Target) scsi.TaskResponse { return t.NexusReset(3) }, scsi.AbortedByReset, "CHECK 6/29/07"},
+		{"ABORT TASK", func(t *scsi.Target) scsi.TaskResponse { return t.AbortTask(3, 0, 42) },
+			scsi.AbortedByTask, "GOOD"},
+		{"ABORT TASK SET", func(t *scsi.Target) scsi.TaskResponse { return t.AbortTaskSet(3, 0) },
+			scsi.AbortedByTask, "GOOD"},
+		{"CLEAR TASK SET", func(t *scsi.Target) scsi.TaskResponse { return t.ClearTaskSet(0, 0) }, scsi.AbortedByTask,
+			"CHECK 6/2f/00"},
+		{"LOGICAL UNIT RESET", func(t *scsi.Target) scsi.TaskResponse { return t.LogicalUnitReset(0) },
+			scsi.AbortedByReset, "CHECK 6/29/03"},
+		{"I_T NEXUS RESET", func(t *scsi.Target) scsi.TaskResponse { return t.NexusReset(3) }, scsi.AbortedByReset,
+			"CHECK 6/29/07"},
 	} {
 		t.Run(f.name, func(t *testing.T) {
 			target, started, release := stuck(t)
 			asNexus(target, 3, testUnitReady, nil, 0) // unit attention
 			var l journal
 			var got scsi.Result
-			go target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), Nexus: 3, Tag: 42, In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) {
-				got = r
-				l.add("answered")
-			}})
+			go target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), Nexus: 3, Tag: 42,
+				In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) {
+					got = r
+					l.add("answered")
+				}})
 			<-started
 			if r := target.QueryTask(3, 0, 42); r != scsi.FunctionSucceeded {
 				t.Errorf("QUERY TASK: %v", r)
@@ -308,7 +317,8 @@ func TestAbort(t *testing.T) {
 			}
 			// The read may have ended before the function saw it: then it was
 			// answered normally, and before the function too.
-			if got.Abort != scsi.NotAborted && (got.Abort != f.cause || got.Status != scsi.TaskAborted || got.Residual != blockSize) {
+			if got.Abort != scsi.NotAborted &&
+				(got.Abort != f.cause || got.Status != scsi.TaskAborted || got.Residual != blockSize) {
 				t.Errorf("result %+v", got)
 			}
 			if a := asNexus(target, 3, testUnitReady, nil, 0); got.Abort != scsi.NotAborted && a.String() != f.after {
@@ -321,7 +331,8 @@ func TestAbort(t *testing.T) {
 	}
 	target := attach(t, scsi.UnitConfig{})
 	for _, r := range []scsi.TaskResponse{
-		target.AbortTask(0, 9<<48, 1), target.AbortTaskSet(0, 9<<48), target.ClearTaskSet(0, 9<<48), target.LogicalUnitReset(9 << 48),
+		target.AbortTask(0, 9<<48, 1), target.AbortTaskSet(0, 9<<48), target.ClearTaskSet(0, 9<<48),
+		target.LogicalUnitReset(9 << 48),
 		target.QueryTask(0, 9<<48, 1), target.QueryTaskSet(0, 9<<48),
 	} {
 		if r != scsi.IncorrectLUN {
@@ -338,7 +349,8 @@ func TestAbortWaiting(t *testing.T) {
 	submit := func(tag uint64, attr scsi.TaskAttr, cdb, out []byte) chan scsi.Result {
 		c := make(chan scsi.Result, 1)
 		wg.Go(func() {
-			target.Submit(&scsi.Command{CDB: cdb, Tag: tag, Attr: attr, Out: [][]byte{out}, In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) { c <- r }})
+			target.Submit(&scsi.Command{CDB: cdb, Tag: tag, Attr: attr, Out: [][]byte{out},
+				In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) { c <- r }})
 		})
 		return c
 	}
@@ -372,7 +384,8 @@ func TestAbortWaiting(t *testing.T) {
 		t.Errorf("ordered command: %+v", r)
 	}
 	wg.Wait()
-	if a := scsitest.Do(target, 0, cdb10(0x28, 0, 9, 1), nil, blockSize); !slices.Equal(a.Data, make([]byte, blockSize)) {
+	if a := scsitest.Do(target, 0, cdb10(0x28, 0, 9, 1), nil, blockSize); !slices.Equal(a.Data,
+		make([]byte, blockSize)) {
 		t.Error("an aborted write that had not begun wrote something")
 	}
 }
@@ -382,7 +395,8 @@ func TestAbortWaiting(t *testing.T) {
 func TestDetach(t *testing.T) {
 	target, started, release := stuck(t)
 	done := make(chan scsi.Result, 1)
-	go target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)}, Done: func(r scsi.Result) { done <- r }})
+	go target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)},
+		Done: func(r scsi.Result) { done <- r }})
 	<-started
 	unit := target.Unit(0)
 	go release()
@@ -420,7 +434,8 @@ func TestConcurrent(t *testing.T) {
 				if i%3 == 0 {
 					cdb, out = syncCache, nil
 				}
-				c := &scsi.Command{CDB: cdb, Tag: uint64(i), Nexus: scsi.NexusID(q), Attr: scsi.TaskAttr(i % 7 % 3), Out: [][]byte{out}}
+				c := &scsi.Command{CDB: cdb, Tag: uint64(i), Nexus: scsi.NexusID(q), Attr: scsi.TaskAttr(i % 7 % 3),
+					Out: [][]byte{out}}
 				a := scsitest.Run(target, c)
 				key, _, _ := a.Codes()
 				if a.Status != scsi.Good && a.Abort == scsi.NotAborted && key != scsi.UnitAttention {

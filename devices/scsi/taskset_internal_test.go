@@ -10,7 +10,7 @@ import (
 	"gvm/devices/block"
 )
 
-// Flushed returns what is closed when the flushes of commands with IMMED have ended.
+// Flushed returns a channel that is closed when the flushes of commands with IMMED have ended.
 func (u *Unit) Flushed() <-chan struct{} { return u.later.ended() }
 
 // idle is storage that nothing is done with.
@@ -32,9 +32,9 @@ func idleTarget(t *testing.T) (*Target, *Unit) {
 	return target, u
 }
 
-// TestStepsPerCommand holds up n commands behind one whose answer is being taken, and counts what
-// the task set does for them afterwards: tasks looked at and woken. It is a few for each command,
-// however many there are.
+// TestStepsPerCommand holds up n commands behind one whose answer is being taken, and counts the
+// steps that the task set does for them afterwards: tasks looked at and woken. It is a few for each
+// command, however many there are.
 func TestStepsPerCommand(t *testing.T) {
 	const most = 8
 	mixed := func(i int) TaskAttr { return []TaskAttr{Simple, Ordered, Simple, Simple}[i%4] }
@@ -85,7 +85,8 @@ func TestStepsPerCommand(t *testing.T) {
 				if name == "all with one tag" {
 					tag = 0
 				}
-				target.Submit(&Command{CDB: make([]byte, 6), Attr: v.attr(i), Tag: tag, Done: func(Result) { done.Done() }})
+				target.Submit(&Command{CDB: make([]byte, 6), Attr: v.attr(i), Tag: tag,
+					Done: func(Result) { done.Done() }})
 			}
 			for range 100 { // for goroutines to begin to wait: the count is the same if they do not
 				time.Sleep(100 * time.Microsecond)

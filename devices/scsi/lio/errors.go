@@ -10,9 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Kinds of failure, for errors.Is. Each error is one line that names the object
-// and says what can be done about it. ErrUnit is what the caller asked for; the
-// others are about the host.
+// Kinds of failure, for errors.Is. Each error is one line that names the object and the mend.
+// ErrUnit is about the caller's request; the others are about the host.
 var (
 	ErrNoConfigfs  = errors.New("configfs is not mounted")
 	ErrNoCore      = errors.New("target_core_mod is not there")
@@ -23,7 +22,7 @@ var (
 	ErrNoTarget    = errors.New("no such target")    // Lookup
 	ErrNoNexus     = errors.New("no nexus")          // Lookup
 	ErrNoLUN       = errors.New("no LUN")            // Lookup, Remove
-	ErrUnit        = errors.New("unsuitable option") // LIO cannot do what a Unit says
+	ErrUnit        = errors.New("unsuitable option") // LIO cannot serve such a Unit
 )
 
 // failure is one line for the user that is also a kind, and perhaps a system
@@ -58,8 +57,8 @@ func bare(err error) error {
 
 const needsRoot = "the kernel's SCSI target needs root: run gvm as root, or use backend=process"
 
-// explain makes err of an operation on the object at path a line with the mend,
-// if it is one of those that say something about the host.
+// explain makes err of an operation on the object at path a line with the mend, if err is about the
+// host.
 func explain(err error, path string) error {
 	switch {
 	case err == nil:
@@ -72,7 +71,7 @@ func explain(err error, path string) error {
 	return fmt.Errorf("%s: %w", path, bare(err))
 }
 
-// noRoot says why the target directory cannot be listed.
+// noRoot explains why the target directory cannot be listed.
 func noRoot(root string, err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return explain(err, root)
@@ -84,7 +83,8 @@ func noRoot(root string, err error) error {
 		return fail(ErrNoCore, nil, "%s is not there: modprobe target_core_mod (CONFIG_TARGET_CORE)", root)
 	}
 	if _, err := os.Stat(mount); err != nil {
-		return fail(ErrNoConfigfs, nil, "%s is not there: modprobe configfs (CONFIG_CONFIGFS_FS); mount -t configfs configfs %[1]s", mount)
+		return fail(ErrNoConfigfs, nil,
+			"%s is not there: modprobe configfs (CONFIG_CONFIGFS_FS); mount -t configfs configfs %[1]s", mount)
 	}
 	return fail(ErrNoConfigfs, nil, "configfs is not mounted: mount -t configfs configfs %s", mount)
 }
@@ -112,11 +112,11 @@ func noFabric(err error) error {
 	if errors.Is(err, fs.ErrPermission) {
 		return explain(err, fabric)
 	}
-	return fail(ErrNoFabric, unlessInvalid(err), "no vhost in the kernel's SCSI target: modprobe vhost_scsi (CONFIG_VHOST_SCSI)")
+	return fail(ErrNoFabric, unlessInvalid(err),
+		"no vhost in the kernel's SCSI target: modprobe vhost_scsi (CONFIG_VHOST_SCSI)")
 }
 
-// unlessInvalid drops EINVAL, which is how configfs says that no module is there
-// for a name.
+// unlessInvalid drops EINVAL, which configfs returns if a name has no module.
 func unlessInvalid(err error) error {
 	if errors.Is(err, unix.EINVAL) {
 		return nil

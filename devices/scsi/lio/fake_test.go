@@ -14,10 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fake is configfs with the kernel's SCSI target as far as this package uses it:
-// directories that come with files and groups, that cannot be removed while they
-// have children of ours or are linked to, and files whose stores check. What it
-// answers was seen on Linux 6.1 and 6.12.
+// fake is configfs with the kernel's SCSI target as far as this package uses it: directories that
+// come with files and groups, that cannot be removed while they have children of ours or are linked
+// to, and files whose stores check. Its answers are those of Linux 6.1 and 6.12.
 type fake struct {
 	t     *testing.T
 	nodes map[string]*node // by path, without the root
@@ -41,7 +40,7 @@ func newFake(t *testing.T) *fake {
 	return f
 }
 
-// add makes what the kernel makes: a file with text, or a directory.
+// add makes an entry of the kernel's: a file with text, or a directory.
 func (f *fake) add(p, text string) {
 	for d := path.Dir(p); d != "."; d = path.Dir(d) {
 		if f.nodes[d] == nil {
@@ -81,9 +80,12 @@ func (f *fake) mkdir(p string) error {
 	case match("core/fileio_*"), match("core/iblock_*"):
 		files["hba_info"] = "HBA Index: 1"
 	case match("core/*/*"):
-		for _, name := range []string{"control", "enable", "info", "udev_path", "attrib/block_size", "attrib/is_nonrot", "attrib/emulate_pr", "attrib/emulate_3pc",
-			"attrib/emulate_write_cache", "attrib/optimal_sectors", "attrib/max_write_same_len", "attrib/max_unmap_lba_count", "attrib/max_unmap_block_desc_count", "attrib/unmap_granularity",
-			"attrib/emulate_tpu", "attrib/emulate_tpws", "attrib/unmap_zeroes_data", "alua/default_tg_pt_gp/alua_access_type",
+		for _, name := range []string{"control", "enable", "info", "udev_path", "attrib/block_size", "attrib/is_nonrot",
+			"attrib/emulate_pr", "attrib/emulate_3pc",
+			"attrib/emulate_write_cache", "attrib/optimal_sectors", "attrib/max_write_same_len",
+			"attrib/max_unmap_lba_count", "attrib/max_unmap_block_desc_count", "attrib/unmap_granularity",
+			"attrib/emulate_tpu", "attrib/emulate_tpws", "attrib/unmap_zeroes_data",
+			"alua/default_tg_pt_gp/alua_access_type",
 			"wwn/vendor_id", "wwn/product_id", "wwn/revision", "wwn/company_id", "wwn/vpd_unit_serial"} {
 			files[name] = "0"
 		}

@@ -23,8 +23,8 @@ import (
 	"gvm/kvmapi/vhost"
 )
 
-// kernelTree is all of the real target: every path, what is in files that can be
-// read, and where links lead.
+// kernelTree returns all of the real target: every path, the contents of readable files, and the
+// targets of links.
 func kernelTree(t *testing.T) string {
 	t.Helper()
 	var b strings.Builder
@@ -50,7 +50,7 @@ func kernelTree(t *testing.T) string {
 	return b.String()
 }
 
-// unchanged fails the test if the target is not what it was.
+// unchanged fails the test if the target has changed.
 func unchanged(t *testing.T, before, when string) {
 	t.Helper()
 	after := kernelTree(t)
@@ -190,7 +190,8 @@ func TestKernelProvision(t *testing.T) {
 	}
 	me := &Owner{PID: os.Getpid(), Alive: true}
 	for _, want := range []Object{
-		{Kind: KindTarget, Name: "vhost/" + tg.WWN, Owner: me, LUNs: []LUN{{0, 0, disk(fileio, 0)}, {0, 1, disk(iblock, 1)}, {0, 300, disk(iblock, 300)}}},
+		{Kind: KindTarget, Name: "vhost/" + tg.WWN, Owner: me,
+			LUNs: []LUN{{0, 0, disk(fileio, 0)}, {0, 1, disk(iblock, 1)}, {0, 300, disk(iblock, 300)}}},
 		{Kind: KindDisk, Name: disk(iblock, 300), Owner: me, Image: units[2].Backend.(*block.File).Path()},
 	} {
 		found := false
@@ -362,8 +363,8 @@ func kill(t *testing.T, cmd *exec.Cmd, out io.Reader) {
 	}
 }
 
-// TestKernelTogether has two processes work on targets of theirs while this one
-// collects what a third has left.
+// TestKernelTogether has two processes work on targets of theirs while this one collects the
+// objects of a third.
 func TestKernelTogether(t *testing.T) {
 	before := kernelTree(t)
 	a, outA := startChild(t)
@@ -376,7 +377,8 @@ func TestKernelTogether(t *testing.T) {
 			t.Error(err)
 		}
 		for _, name := range removed {
-			if strings.Contains(name, fmt.Sprintf("gvm-%d-", a.Process.Pid)) || strings.Contains(name, fmt.Sprintf("gvm-%d-", b.Process.Pid)) {
+			if strings.Contains(name, fmt.Sprintf("gvm-%d-", a.Process.Pid)) ||
+				strings.Contains(name, fmt.Sprintf("gvm-%d-", b.Process.Pid)) {
 				t.Errorf("%s of a living process is gone", name)
 			}
 		}
@@ -417,8 +419,8 @@ func TestKernelKill(t *testing.T) {
 	}
 }
 
-// TestKernelNextRun has Provision remove what a dead gvm left, and Collect leave
-// the new one.
+// TestKernelNextRun has Provision remove the objects of a dead gvm, and Collect leave those of the
+// new one.
 func TestKernelNextRun(t *testing.T) {
 	before := kernelTree(t)
 	h := newHost("")
@@ -542,7 +544,8 @@ func TestKernelBusy(t *testing.T) {
 	k := kernel(DefaultRoot)
 	a := image(t, "a.img")
 	if err := errors.Join(k.mkdir("core/fileio_5"), k.mkdir("core/fileio_5/x"),
-		k.write("core/fileio_5/x/control", "fd_dev_name="+a.Path()+",fd_dev_size=1048576"), k.write("core/fileio_5/x/enable", "1")); err != nil {
+		k.write("core/fileio_5/x/control", "fd_dev_name="+a.Path()+",fd_dev_size=1048576"),
+		k.write("core/fileio_5/x/enable", "1")); err != nil {
 		t.Fatal(err)
 	}
 	theirs := kernelTree(t)
@@ -570,7 +573,8 @@ func TestKernelBusy(t *testing.T) {
 	expect(b, "lsblk")
 	claim.Close()
 
-	tg, err := Provision(Config{Units: []Unit{unit(0, reopen(t, filepath.Join(t.TempDir(), "x"), block.Options{Size: 1 << 20}))}})
+	tg, err := Provision(Config{Units: []Unit{unit(0,
+		reopen(t, filepath.Join(t.TempDir(), "x"), block.Options{Size: 1 << 20}))}})
 	if err != nil {
 		t.Fatal(err)
 	}

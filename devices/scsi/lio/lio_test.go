@@ -16,7 +16,7 @@ import (
 	"gvm/devices/scsi"
 )
 
-// process is what a fake host says of a process.
+// process is a process of a fake host.
 type process struct {
 	pid   int
 	start uint64
@@ -81,7 +81,7 @@ func TestNoCompanyID(t *testing.T) {
 	}
 }
 
-// foreign makes objects of somebody else, which nothing may touch.
+// foreign makes objects of another tool, which gvm must not touch.
 func foreign(t *testing.T, h *host) {
 	t.Helper()
 	for _, err := range []error{
@@ -141,7 +141,8 @@ func TestProvisionAndClose(t *testing.T) {
 		}
 	}
 	for lun, want := range map[int]bool{0: true, 1: false} {
-		if got, _ := f.read(disk(lun) + "/control"); strings.HasSuffix(got, ",fd_dev_size=1048576,fd_buffered_io=1") != want {
+		if got, _ := f.read(disk(lun) + "/control"); want !=
+			strings.HasSuffix(got, ",fd_dev_size=1048576,fd_buffered_io=1") {
 			t.Errorf("control of LUN %d is %q", lun, got)
 		}
 	}
@@ -197,9 +198,9 @@ func TestEveryFailure(t *testing.T) {
 	}
 }
 
-// TestEveryCrash has the process die before each change in turn, of a whole life:
-// Collect of another one leaves what was there before. A process with the same
-// id and another start time does not save what was left; a living one does.
+// TestEveryCrash has the process die before each change in turn, of a whole life: Collect of
+// another process leaves the objects that were there before. A process with the same id and another
+// start time does not keep the dead one's objects; a living one does.
 func TestEveryCrash(t *testing.T) {
 	units := threeUnits(t)
 	more := unit(7, image(t, "e.img"))
@@ -230,10 +231,12 @@ func TestEveryCrash(t *testing.T) {
 			want string
 		}{
 			{"by a living one", fakeHost(f), left},
-			{"after its id was used again", &host{configfs: f, running: func(pid int) (uint64, bool) { return 4712, true }}, before},
+			{"after its id was used again",
+				&host{configfs: f, running: func(pid int) (uint64, bool) { return 4712, true }}, before},
 		} {
 			if removed, err := c.h.collect(); err != nil || f.snapshot() != c.want {
-				t.Fatalf("collected %s, dead before change %d: removed %v, %v; left:\n%s", c.what, n, removed, err, f.snapshot())
+				t.Fatalf("collected %s, dead before change %d: removed %v, %v; left:\n%s",
+					c.what, n, removed, err, f.snapshot())
 			}
 		}
 	}
@@ -242,8 +245,8 @@ func TestEveryCrash(t *testing.T) {
 	}
 }
 
-// TestLockMeansAlive has an owner whose process id means nothing here, as in
-// another container: the lock on its adapter tells.
+// TestLockMeansAlive has an owner whose process id means nothing here, as in another container: the
+// lock on its adapter decides.
 func TestLockMeansAlive(t *testing.T) {
 	f := newFake(t)
 	h := fakeHost(f)
@@ -400,7 +403,8 @@ func TestLookup(t *testing.T) {
 	expect := func(kind error, words string) {
 		t.Helper()
 		before := f.snapshot()
-		if _, err := h.lookup(wwn); !errors.Is(err, kind) || !strings.Contains(err.Error(), words) || strings.Contains(err.Error(), "\n") {
+		if _, err := h.lookup(wwn); !errors.Is(err, kind) || !strings.Contains(err.Error(), words) ||
+			strings.Contains(err.Error(), "\n") {
 			t.Errorf("lookup: %v, want %v and %q", err, kind, words)
 		}
 		if f.snapshot() != before {
@@ -486,7 +490,8 @@ func TestParseAdapter(t *testing.T) {
 	}{
 		{"fileio_10001234000000567803", true},
 		{"fileio_0", false}, {"iblock_4194304", false}, {"alua", false}, {"rd_mcp_10001234000000567803", false},
-		{"fileio_20001234000000567803", false}, {"fileio_1000123400000056780x", false}, {"fileio_100012340000005678031", false}, {"fileio_1+001234000000567803", false},
+		{"fileio_20001234000000567803", false}, {"fileio_1000123400000056780x", false},
+		{"fileio_100012340000005678031", false}, {"fileio_1+001234000000567803", false},
 	} {
 		o, made, ok := parseAdapter(c.name)
 		if ok != c.ok || ok && (o != owner{1234, 5678, 1} || !made) {
@@ -568,7 +573,8 @@ func TestReplaced(t *testing.T) {
 	u := unit(0, a)
 	u.ReadOnly = true
 	f := newFake(t)
-	if _, err := fakeHost(f).provision([]Unit{u}); !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), "was replaced") || f.ops > 0 {
+	if _, err := fakeHost(f).provision([]Unit{u}); !errors.Is(err, ErrBusy) ||
+		!strings.Contains(err.Error(), "was replaced") || f.ops > 0 {
 		t.Errorf("%d changes, %v", f.ops, err)
 	}
 }

@@ -6,7 +6,7 @@ import (
 	"path/filepath"
 )
 
-// Kind says what an Object is.
+// Kind is the kind of an Object.
 type Kind string
 
 // Kinds of objects.

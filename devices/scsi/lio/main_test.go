@@ -41,9 +41,10 @@ type once struct {
 
 func (o *once) Run() int { o.done = true; return o.M.Run() }
 
-// canProvision says whether this machine has what the tests of the kernel need.
+// canProvision reports whether this machine has the features that the tests of the kernel need.
 func canProvision() (bool, string) {
-	for _, p := range []string{filepath.Join(DefaultRoot, core), "/sys/module/vhost_scsi", "/sys/module/tcm_loop", "/dev/loop-control"} {
+	for _, p := range []string{filepath.Join(DefaultRoot, core), "/sys/module/vhost_scsi", "/sys/module/tcm_loop",
+		"/dev/loop-control"} {
 		if err := unix.Access(p, unix.R_OK); err != nil {
 			return false, fmt.Sprintf("%s: %v", p, err)
 		}

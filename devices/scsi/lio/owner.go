@@ -26,11 +26,10 @@ const (
 	maxSeq       = 49
 )
 
-// adapter is the name of the owner's adapter directory for a backstore. The
-// kernel wants PLUGIN_NUMBER, with a number below 2^64, and keeps 32 bits of it
-// for messages only. The 20 digits are 1PPPPPPPSSSSSSSSSSQQ: process id, start
-// time, and twice seq, plus 1 if the vhost directory was not there before gvm:
-// then the last gvm removes it.
+// adapter returns the name of the owner's adapter directory for a backstore. The kernel wants
+// PLUGIN_NUMBER, with a number below 2^64, of which it uses 32 bits, in messages only. The 20
+// digits are 1PPPPPPPSSSSSSSSSSQQ: process id, start time, and twice seq, plus 1 if the vhost
+// directory was not there before gvm: then the last gvm removes it.
 func (o owner) adapter(plugin string, madeFabric bool) string {
 	q := 2 * o.seq
 	if madeFabric {
@@ -69,7 +68,7 @@ func (o owner) naa(role string) string {
 	return "naa.5001405" + hex.EncodeToString(sum[:])[:9]
 }
 
-// self is the owner that this process is.
+// self returns the owner of this process.
 func (h *host) self() (owner, error) {
 	pid := os.Getpid()
 	start, ok := h.running(pid)
@@ -96,7 +95,7 @@ func startTime(pid int) (start uint64, ok bool) {
 	return start % startModulus, err == nil
 }
 
-// alive says whether an owner is.
+// alive reports whether an owner is alive.
 func (h *host) alive(o owner, adapters []string) (bool, error) {
 	if start, ok := h.running(o.pid); ok && start == o.start {
 		return true, nil

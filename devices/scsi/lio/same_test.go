@@ -18,7 +18,7 @@ import (
 	"gvm/devices/scsi"
 )
 
-// ask returns what package scsi's own unit answers to INQUIRY.
+// ask returns the answer of package scsi's unit to INQUIRY.
 func ask(t *testing.T, u *scsi.Unit, cdb ...byte) []byte {
 	t.Helper()
 	target := scsi.NewTarget()
@@ -70,7 +70,8 @@ func shown(t *testing.T, tg *Target) map[int]string {
 		do(k.symlink(tg.disks[n], lun+"/x"))
 		undo(k.unlink, lun+"/x")
 		for deadline := time.Now().Add(10 * time.Second); out[n] == ""; time.Sleep(10 * time.Millisecond) {
-			found, _ := filepath.Glob(fmt.Sprintf("/sys/bus/scsi/devices/*:0:1:%d/block/sd*/device/scsi_disk/*/cache_type", n))
+			found, _ := filepath.Glob(fmt.Sprintf(
+				"/sys/bus/scsi/devices/*:0:1:%d/block/sd*/device/scsi_disk/*/cache_type", n))
 			if len(found) == 1 {
 				out[n] = strings.Split(found[0], "/device/scsi_disk")[0]
 			}
@@ -95,16 +96,16 @@ func naa6(serial string) []byte {
 	return b
 }
 
-// differs makes of what package scsi says what LIO says: each way in which the
-// two differ is named here.
+// differs turns an answer of package scsi into that of LIO: it names each difference of the two.
 func differs(page string, b []byte, u Unit, serial string) []byte {
 	put := binary.BigEndian
 	device := u.LUN != 0 // block devices: of the test's own, and under readonly
 	switch page {
 	case "inquiry":
-		b[3] &^= 0x10                                                              // HISUP
-		b[5] = 0x80                                                                // SCCS, and not 3PC
-		b[6] |= 0x10                                                               // MULTIP: this test uses a second port
+		b[3] &^= 0x10 // HISUP
+		b[5] = 0x80   // SCCS, and not 3PC
+		// MULTIP: this test uses a second port
+		b[6] |= 0x10
 		copy(b[58:], []byte{0x00, 0xa0, 0x0c, 0x60, 0x04, 0x60, 0x04, 0xc0, 0, 0}) // SAM-5, SAS-3, SPC-4, SBC-3
 	case "vpd_pg80":
 		b[3]++ // LIO counts the NUL
@@ -140,8 +141,7 @@ func differs(page string, b []byte, u Unit, serial string) []byte {
 	return b
 }
 
-// first returns the first byte of a file or of what is on a block device, past
-// the device's page cache.
+// first returns the first byte of a file or block device, past the device's page cache.
 func first(t *testing.T, path string) byte {
 	t.Helper()
 	flags := os.O_RDONLY
@@ -164,8 +164,8 @@ func first(t *testing.T, path string) byte {
 	return page[0]
 }
 
-// TestKernelSameDisk holds what LIO says of a disk against what package scsi
-// says of the same unit, and tries to write to it whatever it says.
+// TestKernelSameDisk compares LIO's answers for a disk with those of package scsi for the same
+// unit, and tries to write to it in any case.
 func TestKernelSameDisk(t *testing.T) {
 	units := kernelUnits(t)
 	units[0].Serial, units[0].BlockSize = "disk-1", 4096
@@ -192,8 +192,10 @@ func TestKernelSameDisk(t *testing.T) {
 			}
 			return b
 		}
-		for name, page := range map[string]byte{"inquiry": 0, "vpd_pg80": 0x80, "vpd_pg83": 0x83, "vpd_pgb0": 0xb0, "vpd_pgb1": 0xb1, "vpd_pgb2": 0xb2} {
-			got, want := file("device/"+name), differs(name, ask(t, same, 0x12, byte(min(page, 1)), page, 0, 255, 0), u, same.Serial())
+		for name, page := range map[string]byte{"inquiry": 0, "vpd_pg80": 0x80, "vpd_pg83": 0x83, "vpd_pgb0": 0xb0,
+			"vpd_pgb1": 0xb1, "vpd_pgb2": 0xb2} {
+			got, want := file("device/"+name),
+				differs(name, ask(t, same, 0x12, byte(min(page, 1)), page, 0, 255, 0), u, same.Serial())
 			if name == "vpd_pg83" {
 				got = got[:len(want)]
 				copy(got[2:4], want[2:4])
@@ -207,7 +209,8 @@ func TestKernelSameDisk(t *testing.T) {
 			cache = "write through" // a read-only loop device has no cache
 		}
 		for name, want := range map[string]string{
-			"ro": strconv.Itoa(btoi(u.ReadOnly)), "size": size, "queue/logical_block_size": strconv.Itoa(same.BlockSize()), "queue/rotational": "0",
+			"ro": strconv.Itoa(btoi(u.ReadOnly)), "size": size,
+			"queue/logical_block_size": strconv.Itoa(same.BlockSize()), "queue/rotational": "0",
 		} {
 			if got := strings.TrimSpace(string(file(name))); got != want {
 				t.Errorf("LUN %d: %s is %s, want %s", u.LUN, name, got, want)

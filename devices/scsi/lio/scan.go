@@ -20,7 +20,7 @@ const (
 	core   = "core"  // that of backstores
 )
 
-// adapters returns the names in core, and of those that are gvm's the owners.
+// adapters returns the names in core, and the owners of gvm's.
 func (h *host) adapters() (all []string, owners map[owner][]string, err error) {
 	all, err = h.dirs(core)
 	owners = make(map[owner][]string)
@@ -62,9 +62,8 @@ func (h *host) numbers(path, prefix string) ([]int, error) {
 	return out, err
 }
 
-// image is the path that a backstore stands on, as far as it says: gvm and
-// other tools write udev_path, the kernel's own description has what it opened,
-// which for gvm's is the path of a descriptor.
+// image returns the path below a backstore, if known: gvm and other tools write udev_path. The
+// kernel's own description has the path that it opened, which for gvm's is that of a descriptor.
 func (h *host) image(disk string) string {
 	if p, err := h.read(disk + "/udev_path"); err == nil && p != "" {
 		return p
@@ -82,8 +81,7 @@ func (h *host) image(disk string) string {
 	return ""
 }
 
-// served returns a disk that LIO has on the image of p, if any, unless both only
-// read it.
+// served returns a disk of LIO on the image of p, if any, unless both only read it.
 func (h *host) served(p *plan, adapters []string) (disk string, err error) {
 	for _, a := range adapters {
 		names, err := h.dirs(core + "/" + a)
@@ -105,7 +103,7 @@ func (h *host) served(p *plan, adapters []string) (disk string, err error) {
 	return "", nil
 }
 
-// sameImage says whether two paths lead to the same file or the same device.
+// sameImage reports whether two paths lead to the same file or the same device.
 func sameImage(a, b fs.FileInfo) bool {
 	sa, sb := a.Sys().(*syscall.Stat_t), b.Sys().(*syscall.Stat_t)
 	if sa.Mode&unix.S_IFMT == unix.S_IFBLK && sb.Mode&unix.S_IFMT == unix.S_IFBLK {
@@ -114,7 +112,7 @@ func sameImage(a, b fs.FileInfo) bool {
 	return os.SameFile(a, b)
 }
 
-// removeLUN takes a LUN away, whoever linked a disk to it.
+// removeLUN removes a LUN, under any name of the link to its disk.
 func (h *host) removeLUN(tpg string, n int) error {
 	dir := lunDir(tpg, n)
 	names, _, err := h.links(dir)
@@ -130,10 +128,10 @@ func (h *host) removeLUN(tpg string, n int) error {
 	return h.remove(h.rmdir, dir)
 }
 
-// tearDown removes what an owner has, in the order that the kernel demands. It
-// goes on where something cannot be removed, with what does not hang on that. It
-// returns what is gone. What is not there is no error, so it serves for a whole
-// Target, for a part of one, and again after a failure.
+// tearDown removes the objects of an owner, in the order that the kernel demands. If an object
+// cannot be removed, it goes on with those that do not depend on it. It returns the removed
+// objects. A missing object is no error, so it serves for a whole Target, for a part of one, and
+// again after a failure.
 func (h *host) tearDown(o owner) (removed []string, err error) {
 	_, owners, err := h.adapters()
 	if err != nil {
@@ -218,7 +216,7 @@ func (h *host) removeFabric(mine []string) error {
 	return h.remove(h.rmdir, fabric)
 }
 
-// collect removes what dead owners have.
+// collect removes the objects of dead owners.
 func (h *host) collect() (removed []string, err error) {
 	_, owners, err := h.adapters()
 	if err != nil {
@@ -241,10 +239,9 @@ func compareOwners(a, b owner) int {
 	return strings.Compare(a.adapter("", false), b.adapter("", false))
 }
 
-// Collect removes what gvm processes that are dead have left, and nothing else.
-// It returns the names of what is gone, below root ("" is DefaultRoot), and of
-// trace instances. On an
-// error the rest has been removed all the same.
+// Collect removes the objects of dead gvm processes, and nothing else. It returns the names of the
+// removed objects, below root ("" is DefaultRoot), and of trace instances. On an error it has
+// removed the rest all the same.
 func Collect(root string) (removed []string, err error) {
 	h := newHost(root)
 	unlock, err := h.change()
@@ -257,9 +254,9 @@ func Collect(root string) (removed []string, err error) {
 	return append(removed, traces...), errors.Join(err, err2)
 }
 
-// Check says whether Provision can work: whether configfs, the target and
-// vhost-scsi are there and may be changed. Which backstore it takes depends on
-// the image, and is not looked at: the kernel loads those on demand.
+// Check returns an error if Provision cannot work: configfs, the target and vhost-scsi must exist
+// and be writable. It does not check the backstore, which depends on the image: the kernel loads
+// those on demand.
 func Check(root string) error { return newHost(root).check() }
 
 func (h *host) check() error {

@@ -24,8 +24,7 @@ type sgIOHdr struct {
 	duration, info          uint32
 }
 
-// write10 sends WRITE(10) of one block to LBA 0, past the kernel's own idea of
-// what is read only (SG_IO).
+// write10 sends WRITE(10) of one block to LBA 0, past the kernel's own read-only check (SG_IO).
 func write10(t *testing.T, dev string, block []byte) (status uint8, sense []byte) {
 	t.Helper()
 	f, err := os.OpenFile(dev, os.O_RDONLY, 0)

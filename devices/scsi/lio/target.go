@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Config is what Provision makes.
+// Config describes the target that Provision makes.
 type Config struct {
 	// Root is the directory of the kernel's SCSI target; "" is DefaultRoot.
 	Root string
@@ -42,14 +42,13 @@ type Target struct {
 	disks      map[int]string // LUN to backstore, in core
 }
 
-// tag of the one portal group that a Target has: the guest sees its disks on SCSI
-// target 0, as with package scsi.
+// tag of the only portal group of a Target: the guest sees its disks on SCSI target 0, as with
+// package scsi.
 const tag = 0
 
-// Provision has LIO serve the units. It removes first what dead gvms have left.
-// On an error everything that it made is gone again, or the error says what is
-// not. The target is there when it returns; a process that dies without Close
-// leaves it for Collect.
+// Provision has LIO serve the units. It first removes the objects of dead gvms. On an error it
+// removes everything that it made, or the error names the rest. The target exists when it returns;
+// a process that dies without Close leaves it for Collect.
 func Provision(c Config) (*Target, error) { return newHost(c.Root).provision(c.Units) }
 
 func (h *host) provision(units []Unit) (_ *Target, err error) {
@@ -162,8 +161,7 @@ func (t *Target) makeTPG() error {
 	return nil
 }
 
-// add makes a disk and gives it its LUN. On an error what it made is there for
-// the caller to remove.
+// add makes a disk and gives it its LUN. On an error the caller removes the objects that it made.
 func (t *Target) add(p *plan) error {
 	all, _, err := t.h.adapters()
 	if err != nil {
@@ -194,8 +192,7 @@ func (t *Target) add(p *plan) error {
 	return nil
 }
 
-// Add plugs in one more disk; the guest is told if it has taken
-// VIRTIO_SCSI_F_HOTPLUG.
+// Add plugs in one more disk; the guest gets an event if it has negotiated VIRTIO_SCSI_F_HOTPLUG.
 func (t *Target) Add(u Unit) error {
 	p, err := newPlan(u)
 	if err != nil {
@@ -217,8 +214,8 @@ func (t *Target) Add(u Unit) error {
 	return nil
 }
 
-// Remove unplugs a disk; the guest is told as with Add. Commands under way are
-// finished first.
+// Remove unplugs a disk; the guest gets an event as with Add. Commands under way are finished
+// first.
 func (t *Target) Remove(lun int) error {
 	unlock, err := t.begin()
 	if err != nil {
@@ -264,10 +261,9 @@ func (t *Target) begin() (end func(), err error) {
 	return func() { unlock(); t.mu.Unlock() }, nil
 }
 
-// Close takes down what Provision made; one that Lookup found stays as it is.
-// The descriptor of /dev/vhost-scsi that has the endpoint must be closed, or the
-// endpoint cleared. On an error what is left is named, and Close may be called
-// again.
+// Close removes a target that Provision made, and leaves one that Lookup found. The descriptor of
+// /dev/vhost-scsi that has the endpoint must be closed, or the endpoint cleared. An error names the
+// remaining objects, and Close may be called again.
 func (t *Target) Close() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -297,17 +293,16 @@ func (t *Target) unlock() {
 	clear(t.locks)
 }
 
-// Notes says what LIO does in another way than package scsi because of a unit's
-// options, and what modules the kernel has loaded: one line each.
+// Notes returns a line for each difference from package scsi that a unit's options cause, and for
+// each module that the kernel has loaded.
 func (t *Target) Notes() []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return slices.Clone(t.notes)
 }
 
-// Lookup finds a target that exists, for a user who made it with another tool. It
-// has to have a nexus and a LUN with a disk, and no process may have its
-// endpoint. Close leaves it as it is.
+// Lookup finds an existing target that another tool made. It has to have a nexus and a LUN with a
+// disk, and no process may have its endpoint. Close leaves it unchanged.
 func Lookup(root, wwn string) (*Target, error) { return newHost(root).lookup(wwn) }
 
 func (h *host) lookup(wwn string) (_ *Target, err error) {
@@ -357,8 +352,8 @@ func (h *host) lookup(wwn string) (_ *Target, err error) {
 			err = fail(ErrNoLUN, nil, "%s: no LUN with a disk: ln -s BACKSTORE %s/%s/lun/lun_0/", wwn, h.root, tpg)
 			continue
 		}
-		// A group that a process has as endpoint is busy before it is anything
-		// else, and one with a LUN is not empty: this removes nothing.
+		// A group that is the endpoint of a process fails with EBUSY first, and one with a LUN is
+		// not empty: this removes nothing.
 		if errors.Is(h.rmdir(tpg), unix.EBUSY) {
 			return nil, fail(ErrBusy, nil, "%s: another process serves a guest with it", wwn)
 		}

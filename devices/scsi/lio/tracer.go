@@ -14,7 +14,7 @@ import (
 	"gvm/kvmapi/tracefs"
 )
 
-// Observer is told of every request that LIO has answered.
+// Observer gets every request that LIO has answered.
 type Observer interface {
 	// Now returns the time since an origin of the observer's.
 	Now() time.Duration
@@ -32,10 +32,9 @@ const (
 	tracePeriod = 50 * time.Millisecond // how often it is read
 )
 
-// Tracer makes records of what LIO's tracepoints tell of a target. They know
-// neither queue, tag nor virtio response; a task management function has none.
-// A command and its answer are brought together by LUN and CDB, in the order of
-// their time.
+// Tracer makes records from LIO's tracepoints for a target. They have neither queue, tag nor virtio
+// response; a task management function has no tracepoint. Tracer pairs commands with answers by LUN
+// and CDB, in the order of their time.
 type Tracer struct {
 	in     *tracefs.Instance
 	to     Observer
@@ -46,19 +45,19 @@ type Tracer struct {
 
 	complete *tracefs.Format
 	open     map[string][]tracefs.Event // commands under way
-	opened   int                        // how many
+	opened   int                        // their number
 	lost     uint64
 }
 
-// maxOpen bounds the commands under way. LIO tells nothing of one that is aborted, and a guest can
-// abort any number.
+// maxOpen bounds the commands under way. LIO reports no aborted command, and a guest can abort any
+// number.
 const maxOpen = 1 << 16
 
 // traceName is the name of the owner's trace instance.
 func (o owner) traceName() string { return fmt.Sprintf("gvm-%d-%d-%d", o.pid, o.start, o.seq) }
 
-// Trace begins to tell o of the requests to the target. It removes first what
-// dead gvms have left in tracefs.
+// Trace begins to report the requests to the target to o. It first removes the trace instances of
+// dead gvms.
 func (t *Target) Trace(o Observer) (_ *Tracer, err error) {
 	self := t.owner
 	if !t.own {
@@ -74,7 +73,8 @@ func (t *Target) Trace(o Observer) (_ *Tracer, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("trace of a disk that the kernel serves: %w", err)
 	}
-	tr := &Tracer{in: in, to: o, stop: make(chan struct{}), done: make(chan struct{}), open: make(map[string][]tracefs.Event)}
+	tr := &Tracer{in: in, to: o, stop: make(chan struct{}), done: make(chan struct{}),
+		open: make(map[string][]tracefs.Event)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("trace of a disk that the kernel serves: %w", err), in.Close())
@@ -110,7 +110,8 @@ func (t *Target) traceFilter() (string, error) {
 	}
 	var terms []string
 	for _, tag := range tags {
-		if name, err := t.h.read(tpgDir(t.WWN, tag) + "/nexus"); err == nil && name != "" && !strings.Contains(name, `"`) {
+		if name, err := t.h.read(tpgDir(t.WWN, tag) + "/nexus"); err == nil && name != "" &&
+			!strings.Contains(name, `"`) {
 			terms = append(terms, fmt.Sprintf("initiator == %q", name))
 		}
 	}
@@ -165,7 +166,7 @@ func (t *Tracer) read() {
 	}
 }
 
-// forget tells that n records are missing. The answer of any command under way may be among them,
+// forget reports that n records are missing. The answer of any command under way may be among them,
 // and the next one with the same CDB must not get its time.
 func (t *Tracer) forget(n uint64) {
 	t.to.Observe(&trace.Record{Kind: trace.Lost, Time: t.to.Now(), Count: n})
@@ -220,8 +221,7 @@ func (t *Tracer) record(start, end tracefs.Event) trace.Record {
 	if r.Status != scsi.CheckCondition {
 		r.Sense = nil
 	}
-	// What was offered, and what LIO made of it: it cuts the length to what the
-	// command moves.
+	// The offered length, and LIO's: it cuts the length to the data of the command.
 	offered, moved := uint32(start.Uint("data_length")), uint32(end.Uint("data_length"))
 	if _, dir, _ := scsi.CommandInfo(r.CDB); dir == scsi.DataOut {
 		r.Out = offered

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DefaultRoot is where the kernel has its SCSI target.
+// DefaultRoot is the directory of the kernel's SCSI target.
 const DefaultRoot = "/sys/kernel/config/target"
 
 // entry is a name in a directory.
@@ -22,8 +22,7 @@ type entry struct {
 	link bool
 }
 
-// configfs is what the package does to the target's directory. Paths are below
-// the root.
+// configfs is the set of operations on the target's directory. Paths are below the root.
 type configfs interface {
 	mkdir(path string) error
 	rmdir(path string) error
@@ -33,12 +32,12 @@ type configfs interface {
 	read(path string) (string, error)
 	readlink(path string) (string, error) // below the root
 	list(path string) ([]entry, error)    // by name
-	// lock takes an exclusive lock on a directory; unix.EWOULDBLOCK says that
-	// another open of it has one.
+	// lock takes an exclusive lock on a directory; unix.EWOULDBLOCK means that another open of it
+	// has one.
 	lock(path string) (io.Closer, error)
 }
 
-// kernel is the real one, with its root.
+// kernel is the real configfs, with its root.
 type kernel string
 
 func (k kernel) at(path string) string     { return filepath.Join(string(k), path) }
@@ -98,13 +97,12 @@ func (k kernel) lock(path string) (io.Closer, error) {
 	return f, nil
 }
 
-// host is the target's directory together with what tells living processes
-// from dead ones.
+// host is the target's directory, with a function that tells living processes from dead ones.
 type host struct {
 	configfs
 	root     string
 	running  func(pid int) (start uint64, ok bool)
-	patience time.Duration // for what is busy because its process is just ending
+	patience time.Duration // for objects that are busy because their process is just ending
 }
 
 func newHost(root string) *host {
@@ -114,7 +112,7 @@ func newHost(root string) *host {
 	return &host{configfs: kernel(root), root: root, running: startTime, patience: 3 * time.Second}
 }
 
-// change takes the lock that whoever changes objects holds.
+// change takes the lock for changes of objects.
 func (h *host) change() (unlock func(), err error) {
 	for deadline := time.Now().Add(5 * h.patience); ; time.Sleep(10 * time.Millisecond) {
 		l, err := h.lock("")
@@ -158,7 +156,7 @@ func (h *host) dirs(path string) ([]string, error) {
 	return names, err
 }
 
-// links returns the symbolic links in path, and what they lead to.
+// links returns the symbolic links in path, and their targets.
 func (h *host) links(path string) (names, targets []string, err error) {
 	es, err := h.list(path)
 	for _, e := range es {

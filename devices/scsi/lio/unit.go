@@ -27,7 +27,7 @@ type Unit struct {
 	scsi.UnitConfig
 }
 
-// plan is a Unit, checked, with all that it takes to make it.
+// plan is a checked Unit with the parameters of its backstore.
 type plan struct {
 	Unit
 	image     *block.File
@@ -89,19 +89,21 @@ func newPlan(u Unit) (*plan, error) {
 	return p, nil
 }
 
-// checkDevice holds the options against what iblock does with a block device:
-// it takes over the write cache of the device, and its block size at least.
+// checkDevice checks the options against iblock, which takes over the write cache of the block
+// device, and at least its block size.
 func (p *plan) checkDevice() error {
 	cache := p.queue("write_cache")
 	switch {
 	case p.ReadOnly:
 	case p.Cache == scsi.WriteThrough && cache == "write back":
-		return unsuitable(p.path, "cache=writethrough: this block device has a write cache, which LIO shows the guest: use cache=writeback or backend=process")
+		return unsuitable(p.path, "cache=writethrough: this block device has a write cache, "+
+			"which LIO shows the guest: use cache=writeback or backend=process")
 	case p.Cache != scsi.WriteThrough && cache == "write through":
 		p.notes = append(p.notes, p.path+": this block device has no write cache, so the guest sees none")
 	}
 	if n, err := strconv.Atoi(p.queue("logical_block_size")); err == nil && n > p.blockSize {
-		return unsuitable(p.path, "block_size=%d: this block device has blocks of %d: use block_size=%[2]d", p.blockSize, n)
+		return unsuitable(p.path, "block_size=%d: this block device has blocks of %d: use block_size=%[2]d",
+			p.blockSize, n)
 	}
 	return nil
 }
@@ -119,22 +121,22 @@ func (p *plan) queue(name string) string {
 	return ""
 }
 
-// companyID is the IEEE company id in the NAA designator of a disk (VPD page
-// 83h): LIO makes the rest of it of the hexadecimal digits in the serial number,
-// which may be few and the same for several disks. So the id is a hash of the
-// serial number, with the bit set that marks a locally administered one.
+// companyID is the IEEE company id in the NAA designator of a disk (VPD page 83h): LIO makes the
+// rest of it from the hexadecimal digits in the serial number, which may be few and the same for
+// several disks. So the id is a hash of the serial number, with the bit set that marks a locally
+// administered one.
 func companyID(serial string) uint32 {
 	sum := sha256.Sum256([]byte(serial))
 	return 0x020000 | uint32(sum[0])&^3<<16 | uint32(sum[1])<<8 | uint32(sum[2])
 }
 
-// attribute is a file of a disk and what to write to it.
+// attribute is a file of a disk and its new contents.
 type attribute struct{ name, value string }
 
-// attributes returns what makes the disk the one that package scsi would show,
-// in the order in which the kernel takes it; all of it after enable. Before, the
-// kernel overwrites block_size with the backstore's own, and emulate_tpu makes
-// Linux 6.1 fall over a file that it has not opened yet.
+// attributes returns the attributes that make the disk look like that of package scsi, in the order
+// that the kernel accepts, all to be written after enable. Before that, the kernel overwrites
+// block_size with the backstore's own, and emulate_tpu makes Linux 6.1 crash on a file that it has
+// not opened yet.
 func (p *plan) attributes() []attribute {
 	onOff := map[bool]string{false: "0", true: "1"}
 	number := func(n int64) string { return strconv.FormatInt(n, 10) }
@@ -188,15 +190,13 @@ func (p *plan) attributes() []attribute {
 		attribute{"attrib/unmap_zeroes_data", "1"})
 }
 
-// makeDisk makes the backstore of a plan at dir, which is the caller's to remove
-// on an error too.
+// makeDisk makes the backstore of a plan at dir, which the caller removes, on an error too.
 func (h *host) makeDisk(dir string, p *plan) error {
 	if err := h.mkdir(dir); err != nil {
 		return explain(err, filepath.Join(h.root, dir))
 	}
-	// The kernel opens the image by the path of a descriptor of ours: its own
-	// syntax knows no commas in paths, and no long ones. O_PATH, because all that
-	// it is for is the name.
+	// The kernel opens the image by the path of our descriptor: its own syntax has neither commas
+	// in paths nor long paths. O_PATH, because only the name is used.
 	f, err := os.OpenFile(p.path, unix.O_PATH, 0)
 	if err != nil {
 		return err
@@ -227,9 +227,11 @@ func (h *host) makeDisk(dir string, p *plan) error {
 		switch {
 		case err == nil:
 		case a.name == "wwn/company_id" && errors.Is(err, fs.ErrNotExist):
-			return fail(ErrNoBackstore, nil, "%s: the kernel's SCSI target is older than Linux 5.11; use backend=process", p.path)
+			return fail(ErrNoBackstore, nil,
+				"%s: the kernel's SCSI target is older than Linux 5.11; use backend=process", p.path)
 		case a.name == "enable" && errors.Is(err, unix.EBUSY):
-			return fail(ErrBusy, nil, "%s: in use: mounted, or claimed by a device or another target; see lsblk and gvm lio list", p.path)
+			return fail(ErrBusy, nil,
+				"%s: in use: mounted, or claimed by a device or another target; see lsblk and gvm lio list", p.path)
 		case a.name == "enable":
 			return fmt.Errorf("%s: the kernel's SCSI target cannot open it: %w", p.path, bare(err))
 		default:
@@ -246,15 +248,15 @@ func btoi(b bool) int {
 	return 0
 }
 
-// readOnlyLoop puts a read-only loop device on an image, for iblock. fileio opens
-// for writing, always. iblock with readonly=1 tells the guest that writes are not
-// allowed, but does not stop a guest that writes all the same: on Linux 6.1 and
-// 6.12 its data is on the block device afterwards. A loop device refuses. It goes
-// when its last user has closed it.
+// readOnlyLoop puts a read-only loop device on an image, for iblock. fileio opens for writing,
+// always. iblock with readonly=1 reports write protection to the guest, but does not refuse writes:
+// on Linux 6.1 and 6.12 their data reaches the block device. A loop device refuses them. It is
+// removed when its last user has closed it.
 func readOnlyLoop(image *os.File, p *plan) (*os.File, error) {
 	ctl, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 	if err != nil {
-		return nil, fail(ErrNoBackstore, err, "%s: readonly with backend=vhost needs a loop device: modprobe loop (CONFIG_BLK_DEV_LOOP)", p.path)
+		return nil, fail(ErrNoBackstore, err,
+			"%s: readonly with backend=vhost needs a loop device: modprobe loop (CONFIG_BLK_DEV_LOOP)", p.path)
 	}
 	defer ctl.Close()
 	file, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", image.Fd()))
@@ -278,7 +280,7 @@ func readOnlyLoop(image *os.File, p *plan) (*os.File, error) {
 			return dev, nil
 		}
 		dev.Close()
-		if !errors.Is(err, unix.EBUSY) { // somebody else took the free one
+		if !errors.Is(err, unix.EBUSY) { // another process took the free one
 			return nil, fmt.Errorf("%s: loop device: LOOP_CONFIGURE: %w", p.path, err)
 		}
 	}

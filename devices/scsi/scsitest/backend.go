@@ -97,7 +97,7 @@ func TestBackend(t *testing.T, open func() block.Backend) {
 			return
 		}
 		end := b.Size()
-		// What it says it has done it has done, and what it refuses others can do.
+		// A transfer that it reports done is done, and a refused one works by the other methods.
 		p := pattern(4, 96<<10)
 		iov := pieces(p, 512, 1, 4095, 0, 30000)
 		if !now.WriteVecNow(iov, 4096) {

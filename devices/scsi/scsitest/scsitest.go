@@ -1,7 +1,6 @@
-// Package scsitest tests SCSI targets and the storage below them: an initiator
-// in one call (Do), CDB vectors with their expected answers (Vectors), an
-// acceptance suite for backends (TestBackend) and a backend that writes down
-// what is asked of it (Recorder).
+// Package scsitest tests SCSI targets and the storage below them: an initiator in one call (Do),
+// CDB vectors with their expected answers (Vectors), an acceptance suite for backends (TestBackend)
+// and a backend that records its calls (Recorder).
 package scsitest
 
 import (
@@ -13,7 +12,7 @@ import (
 	"gvm/devices/scsi"
 )
 
-// Answer is what an initiator sees of a command.
+// Answer is the result of a command as its initiator sees it.
 type Answer struct {
 	scsi.Result
 	Data []byte // the part of the data-in buffer that was transferred
@@ -112,9 +111,8 @@ func (r *Recorder) Note(format string, a ...any) {
 	r.log = append(r.log, fmt.Sprintf(format, a...))
 }
 
-// Log returns the lines since the last Log: "read OFF+LEN", "write OFF+LEN",
-// "durable OFF+LEN", "discard OFF+LEN", "zero OFF+LEN", "flush", and what Note
-// added.
+// Log returns the lines since the last Log: "read OFF+LEN", "write OFF+LEN", "durable OFF+LEN",
+// "discard OFF+LEN", "zero OFF+LEN", "flush", and the entries of Note.
 func (r *Recorder) Log() []string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -136,7 +134,8 @@ func (r *Recorder) call(name string, f func() error) error {
 	return err
 }
 
-func (r *Recorder) move(name string, iov [][]byte, off int64, do func(block.Backend, [][]byte, int64) (int, error)) (n int, err error) {
+func (r *Recorder) move(name string, iov [][]byte, off int64,
+	do func(block.Backend, [][]byte, int64) (int, error)) (n int, err error) {
 	total := 0
 	for _, p := range iov {
 		total += len(p)

@@ -8,8 +8,8 @@ import (
 	"gvm/devices/scsi"
 )
 
-// Op returns the name of what was asked: of the command, as the standards print
-// it, or of the task management function.
+// Op returns the name of the request: of the command, as the standards print it, or of the task
+// management function.
 func (r *Record) Op() string {
 	switch r.Kind {
 	case Command:
@@ -36,16 +36,20 @@ func name(names []string, n int, unknown string) string {
 
 // Names by code: virtio 1.3, 5.6.6.2 and 5.6.6.1; SAM-5 5.3.1.
 var (
-	functions = []string{"ABORT TASK", "ABORT TASK SET", "CLEAR ACA", "CLEAR TASK SET", "I_T NEXUS RESET", "LOGICAL UNIT RESET", "QUERY TASK", "QUERY TASK SET"}
-	responses = []string{"OK", "OVERRUN", "ABORTED", "BAD TARGET", "RESET", "BUSY", "TRANSPORT FAILURE", "TARGET FAILURE", "NEXUS FAILURE", "FAILURE",
+	functions = []string{"ABORT TASK", "ABORT TASK SET", "CLEAR ACA", "CLEAR TASK SET", "I_T NEXUS RESET",
+		"LOGICAL UNIT RESET", "QUERY TASK", "QUERY TASK SET"}
+	responses = []string{"OK", "OVERRUN", "ABORTED", "BAD TARGET", "RESET", "BUSY", "TRANSPORT FAILURE",
+		"TARGET FAILURE", "NEXUS FAILURE", "FAILURE",
 		"FUNCTION SUCCEEDED", "FUNCTION REJECTED", "INCORRECT LUN"}
 	statuses = map[scsi.Status]string{
-		scsi.Good: "GOOD", scsi.CheckCondition: "CHECK CONDITION", scsi.ConditionMet: "CONDITION MET", scsi.Busy: "BUSY",
-		scsi.ReservationConflict: "RESERVATION CONFLICT", scsi.TaskSetFull: "TASK SET FULL", scsi.ACAActive: "ACA ACTIVE", scsi.TaskAborted: "TASK ABORTED",
+		scsi.Good: "GOOD", scsi.CheckCondition: "CHECK CONDITION", scsi.ConditionMet: "CONDITION MET",
+		scsi.Busy:                "BUSY",
+		scsi.ReservationConflict: "RESERVATION CONFLICT", scsi.TaskSetFull: "TASK SET FULL",
+		scsi.ACAActive: "ACA ACTIVE", scsi.TaskAborted: "TASK ABORTED",
 	}
 )
 
-// Response codes that say that all is well.
+// Response codes of success.
 const (
 	responseOK        = 0
 	functionSucceeded = 10
@@ -88,8 +92,7 @@ func ParseSense(b []byte) (s scsi.Sense, ok bool) {
 	return s, false
 }
 
-// senseText says what sense data means: "ILLEGAL REQUEST, invalid field in CDB
-// (byte 2, bit 7)".
+// senseText describes sense data: "ILLEGAL REQUEST, invalid field in CDB (byte 2, bit 7)".
 func senseText(b []byte) string {
 	s, ok := ParseSense(b)
 	if !ok {
@@ -98,8 +101,8 @@ func senseText(b []byte) string {
 	return s.Error()
 }
 
-// Failed tells whether the request ended other than well. A unit attention is a
-// failure in this sense, which initiators do not mind.
+// Failed reports whether the request failed. A unit attention counts as a failure here, although
+// initiators expect it.
 func (r *Record) Failed() bool {
 	switch r.Kind {
 	case Command:
@@ -110,7 +113,7 @@ func (r *Record) Failed() bool {
 	return r.Kind == Lost
 }
 
-// Outcome says in words how the request ended.
+// Outcome describes the result of the request.
 func (r *Record) Outcome() string {
 	switch r.Kind {
 	case TaskManagement:
@@ -139,8 +142,8 @@ func (r *Record) Outcome() string {
 	return strings.Join(words, ": ")
 }
 
-// Unit names what the request is for: the number of a LUN of target 0, "wlun"
-// for the REPORT LUNS well-known logical unit, "none" for what is no address.
+// Unit names the logical unit of the request: the number of a LUN of target 0, "wlun" for the
+// REPORT LUNS well-known logical unit, "none" for an invalid address.
 func (r *Record) Unit() string {
 	if n, ok := r.UnitNumber(); ok {
 		return fmt.Sprint(n)
@@ -166,12 +169,11 @@ func (r *Record) UnitNumber() (int, bool) {
 	return scsi.DecodeLUN(scsi.LUN(binary.BigEndian.Uint64(b[:]) << 16))
 }
 
-// UnitLUN returns the lun field of a request for logical unit n of target 0, as
-// Linux writes it, for what knows no more than the number.
+// UnitLUN returns the lun field of a request for logical unit n of target 0, as Linux writes it.
 func UnitLUN(n int) [8]byte { return [8]byte{1, 0, 0x40 | byte(n>>8), byte(n)} }
 
-// Detail says what else of the request matters: blocks, pages, what a task
-// management function is about.
+// Detail returns the other fields of the request: blocks, pages, the tag of a task management
+// function.
 func (r *Record) Detail() string {
 	if r.Kind == TaskManagement {
 		switch {

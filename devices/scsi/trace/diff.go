@@ -8,30 +8,29 @@ import (
 	"slices"
 )
 
-// Change is a request that two traces have, with an answer that differs.
+// Change is a request of both traces with different answers.
 type Change struct {
 	A, B *Record
 	What []string // "status", "sense", "residual", "response", "length"
 }
 
-// Diff is what Compare finds.
+// Diff is the result of Compare.
 type Diff struct {
 	Requests     int // pairs that were compared
-	Moved        int // those of them that the traces have in another order
+	Moved        int // those of them that are in another order
 	Changed      []Change
 	OnlyA, OnlyB []*Record
-	LostA, LostB uint64 // records that the traces themselves lack
+	LostA, LostB uint64 // records that are missing in the traces
 }
 
-// Same tells whether no difference was found. An order of its own is none:
-// requests that are in flight together have none.
+// Same reports whether there is no difference. A different order is none: requests that are in
+// flight together have no order.
 func (d *Diff) Same() bool { return len(d.Changed)+len(d.OnlyA)+len(d.OnlyB) == 0 }
 
-// Compare compares what an initiator asked and got in two traces. Requests of
-// each logical unit are aligned in the order they were made in, those with the
-// same CDB being the same request; what then is left over on both sides is
-// compared too, as requests in another order. Times, tags and queues may
-// differ, and so may what one of the backends does not know.
+// Compare compares the requests and answers of two traces. It aligns the requests of each logical
+// unit in their order; requests with the same CDB are the same request. It then compares those left
+// over on both sides, as requests in another order. Times, tags and queues may differ, and so may
+// fields that one of the backends does not know.
 func Compare(a, b *Reader) (*Diff, error) {
 	d := &Diff{}
 	sides := [2]map[string][]*Record{}
@@ -100,7 +99,7 @@ func load(t *Reader) (map[string][]*Record, uint64, error) {
 	return units, lost, nil
 }
 
-// key is what makes two requests the same one.
+// key returns the identity of a request: requests with equal keys are the same.
 func (r *Record) key() string { return fmt.Sprintf("%d %d %s", r.Kind, r.Function, trim(r.CDB)) }
 
 // unit compares the requests of one unit.
@@ -121,7 +120,7 @@ func (d *Diff) unit(a, b []*Record) {
 	pairs := align(ka, kb)
 	i := 0
 	var restA []int
-	waiting := map[int][]int{} // of b, by key, what align left over
+	waiting := map[int][]int{} // of b, by key, those that align left over
 	j := 0
 	for _, p := range append(pairs, [2]int{len(a), len(b)}) {
 		for ; i < p[0]; i++ {
@@ -175,23 +174,22 @@ func (d *Diff) pair(a, b *Record) {
 	}
 }
 
-// Outcomes says in words how the request ended in A and in B, so that the two
-// texts differ.
+// Outcomes describes the results of the request in A and in B, so that the two texts differ.
 func (c *Change) Outcomes() (a, b string) {
 	a, b = c.A.Outcome(), c.B.Outcome()
 	if slices.Contains(c.What, "length") {
 		a += fmt.Sprintf(" (out %d, in %d)", c.A.Out, c.A.In)
 		b += fmt.Sprintf(" (out %d, in %d)", c.B.Out, c.B.In)
 	}
-	if a == b { // sense data that means the same
+	if a == b { // sense data with the same meaning
 		a += fmt.Sprintf(" [% x]", c.A.Sense)
 		b += fmt.Sprintf(" [% x]", c.B.Sense)
 	}
 	return a, b
 }
 
-// maxEdits is how many differences align looks ahead for before it settles for
-// what it has: its time and memory grow with their square.
+// maxEdits bounds the differences that align searches ahead before it takes a partial result: its
+// time and memory grow with their square.
 const maxEdits = 1000
 
 // align returns the pairs of positions of a longest common subsequence of a and
@@ -210,8 +208,7 @@ func align(a, b []int) [][2]int {
 	return pairs
 }
 
-// alignPart aligns a prefix of each, and returns how long these are. It takes
-// something of one of them at least.
+// alignPart aligns a prefix of each, and returns their lengths, at least one of which is not 0.
 func alignPart(a, b []int) (pairs [][2]int, x, y int) {
 	const mid = maxEdits + 1
 	reach := make([]int, 2*mid+1) // by diagonal x-y, the furthest x
@@ -228,7 +225,7 @@ func alignPart(a, b []int) (pairs [][2]int, x, y int) {
 				x, y = x+1, y+1
 			}
 			reach[mid+k] = x
-			// Of equals the one near the middle: it leaves none of the two behind.
+			// Of equals take the one near the middle: it leaves neither of the two behind.
 			if x <= len(a) && y <= len(b) && (x+y > far || x+y == far && k*k < bestK*bestK) {
 				far = x + y
 				best, bestEdits, bestK = far, edits, k
@@ -254,9 +251,9 @@ func alignPart(a, b []int) (pairs [][2]int, x, y int) {
 	return pairs, x, y
 }
 
-// from returns where the furthest path with one more edit starts on diagonal k,
-// and down whether it comes from the diagonal above. reach holds what edits-1
-// edits reach, for the diagonals -edits to edits.
+// from returns the start of the furthest path with one more edit on diagonal k, and whether it
+// comes down from the diagonal above. reach holds the furthest positions after edits-1 edits, for
+// the diagonals -edits to edits.
 func from(reach []int, edits, k int) int {
 	switch {
 	case edits == 0:

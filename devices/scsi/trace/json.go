@@ -8,10 +8,11 @@ import (
 	"gvm/devices/scsi"
 )
 
-var kindNames = map[Kind]string{Command: "command", TaskManagement: "tmf", Reset: "reset", PowerOn: "power on", Lost: "lost"}
+var kindNames = map[Kind]string{Command: "command", TaskManagement: "tmf", Reset: "reset",
+	PowerOn: "power on", Lost: "lost"}
 
-// MarshalJSON writes the record with its names and decoded fields beside the
-// bytes. What the backend does not know is left out.
+// MarshalJSON writes the record with its names and decoded fields beside the bytes. Fields that the
+// backend does not know are left out.
 func (r *Record) MarshalJSON() ([]byte, error) {
 	v := struct {
 		Time     int64   `json:"time_ns"`
@@ -39,7 +40,8 @@ func (r *Record) MarshalJSON() ([]byte, error) {
 		Outcome  string  `json:"outcome,omitempty"`
 		Count    uint64  `json:"count,omitempty"`
 	}{
-		Time: int64(r.Time), Kind: kindNames[r.Kind], Device: r.Device, Op: r.Op(), Failed: r.Failed(), Outcome: r.Outcome(), Count: r.Count,
+		Time: int64(r.Time), Kind: kindNames[r.Kind], Device: r.Device, Op: r.Op(), Failed: r.Failed(),
+		Outcome: r.Outcome(), Count: r.Count,
 	}
 	if r.Missing&NoQueue == 0 {
 		v.Queue = &r.Queue
@@ -62,7 +64,8 @@ func (r *Record) MarshalJSON() ([]byte, error) {
 		v.Function = &r.Function
 	case Command:
 		v.Attr, v.Status = (*uint8)(&r.Attr), (*uint8)(&r.Status)
-		v.CDB, v.Sense, v.Payload = hex.EncodeToString(r.CDB), hex.EncodeToString(r.Sense), hex.EncodeToString(r.Payload)
+		v.CDB, v.Sense, v.Payload = hex.EncodeToString(r.CDB), hex.EncodeToString(r.Sense),
+			hex.EncodeToString(r.Payload)
 		v.Out, v.In = &r.Out, &r.In
 		if lba, n, ok := scsi.Extent(r.CDB); ok {
 			v.LBA, v.Blocks = &lba, &n

@@ -16,8 +16,8 @@ const (
 	maxDiskSize = 1<<63 - 1 // bytes, of a file
 )
 
-// FormatError says that a file is not a trace, is one that this gvm cannot
-// read, or is damaged.
+// FormatError is the error of a file that is not a trace, that this gvm cannot read, or that is
+// damaged.
 type FormatError struct {
 	Offset int64 // where in the file
 	What   string
@@ -60,7 +60,9 @@ func NewReader(r io.Reader) (*Reader, error) {
 		return nil, &FormatError{What: fmt.Sprintf("%.20q is not a version of the trace format", word)}
 	}
 	if version != Version {
-		return nil, &FormatError{What: fmt.Sprintf("version %d of the trace format, and this gvm reads version %d; use the gvm that wrote it", version, Version)}
+		return nil, &FormatError{What: fmt.Sprintf(
+			"version %d of the trace format, and this gvm reads version %d; use the gvm that wrote it",
+			version, Version)}
 	}
 	at := t.at
 	b, err := t.line()
@@ -71,7 +73,8 @@ func NewReader(r io.Reader) (*Reader, error) {
 		return nil, &FormatError{Offset: at, What: fmt.Sprintf("the header: %v", err)}
 	}
 	if n := len(t.Header.Devices); n > maxDevices {
-		return nil, &FormatError{Offset: at, What: fmt.Sprintf("the header: %d devices, and a machine has %d at most", n, maxDevices)}
+		return nil, &FormatError{Offset: at,
+			What: fmt.Sprintf("the header: %d devices, and a machine has %d at most", n, maxDevices)}
 	}
 	for _, d := range t.Header.Devices {
 		for _, k := range d.Disks {
@@ -103,9 +106,9 @@ func (t *Reader) line() ([]byte, error) {
 	}
 }
 
-// Next reads the next record into r. At the end of the file, and at a last
-// record that is not whole, which Cut tells, it returns io.EOF. Any other error
-// is a *FormatError, unless the underlying reader failed.
+// Next reads the next record into r. At the end of the file, and at a last record that is not whole
+// (see Cut), it returns io.EOF. Any other error is a *FormatError, unless the underlying reader
+// failed.
 func (t *Reader) Next(r *Record) error {
 	for {
 		f, err := t.record()
@@ -143,7 +146,7 @@ func (t *Reader) record() ([]byte, error) {
 	return t.buf, nil
 }
 
-// end makes io.EOF of an end of the file after some bytes of a record.
+// end turns the end of the file inside a record into io.EOF.
 func (t *Reader) end(err error, some int) error {
 	if err != io.EOF && !errors.Is(err, io.ErrUnexpectedEOF) {
 		return fmt.Errorf("trace: %w", err)
@@ -152,7 +155,7 @@ func (t *Reader) end(err error, some int) error {
 	return io.EOF
 }
 
-// Cut returns, once Next has returned io.EOF, how many bytes of a record that
-// is not whole the file ends with: it is the trace of a gvm that was killed or
-// whose disk was full, or that runs still.
+// Cut returns, once Next has returned io.EOF, the number of bytes of an incomplete record at the
+// end of the file. Such a trace is of a gvm that was killed, had no room on its disk, or is still
+// running.
 func (t *Reader) Cut() int { return t.cut }

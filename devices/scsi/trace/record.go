@@ -1,6 +1,6 @@
-// Package trace records what an initiator asked of SCSI targets and what it
-// got, one record for each request, in one format for every backend. It writes
-// and reads trace files, and counts and compares what they hold.
+// Package trace records the requests of an initiator to SCSI targets and their answers, one record
+// for each request, in one format for every backend. It writes and reads trace files, and counts
+// and compares their records.
 //
 // docs/trace.md has the layout of a file.
 package trace
@@ -15,7 +15,7 @@ import (
 	"gvm/devices/scsi"
 )
 
-// Kind says what a record is about.
+// Kind is the kind of a record.
 type Kind uint8
 
 // Kinds of records. A reader skips those that it does not know.
@@ -27,8 +27,8 @@ const (
 	Lost                           // Count records are missing here: the file's disk was too slow
 )
 
-// Missing says which fields of a record the backend does not know; the kernel's
-// tracepoints have less to tell than gvm's own ring.
+// Missing is the set of fields of a record that the backend does not know: the kernel's tracepoints
+// have fewer than gvm's own ring.
 type Missing uint8
 
 // Fields that may be missing.
@@ -53,8 +53,8 @@ type Record struct {
 	Tag      uint64        // the initiator's number for the request
 	Attr     scsi.TaskAttr // as the initiator wrote it
 	Function uint32        // of TaskManagement: the subtype (virtio 1.3, 5.6.6.2)
-	// CDB has lost zeros at its end, but not inside the length that its
-	// operation code has by SPC-5 4.2.5.1.
+	// CDB lacks zeros at its end, but not inside the length that SPC-5 4.2.5.1 gives its operation
+	// code.
 	CDB      []byte
 	Out, In  uint32 // bytes of data-out and data-in that the initiator offered
 	Response uint8  // virtio 1.3, 5.6.6.1 and 5.6.6.2
@@ -67,10 +67,10 @@ type Record struct {
 }
 
 const (
-	// MaxRecord is the most bytes that a record may have.
+	// MaxRecord is the largest size of a record in bytes.
 	MaxRecord = 4 << 20
 
-	fixedLen    = 64 // what comes before CDB, sense data and payload
+	fixedLen    = 64 // bytes before CDB, sense data and payload
 	lostLen     = fixedLen
 	crcFrom     = 8
 	flagPayload = 1 << 0
@@ -79,13 +79,13 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// trim returns cdb without zeros at its end that say nothing. A CDB comes in a
-// field of cdb_size bytes, most of which it does not use.
+// trim returns cdb without unused zeros at its end. A CDB comes in a field of cdb_size bytes, most
+// of which it does not use.
 func trim(cdb []byte) []byte {
 	if len(cdb) == 0 {
 		return cdb
 	}
-	short := 6 // group 0, and what has no CDB of a fixed length
+	short := 6 // group 0, and groups without a fixed length
 	switch cdb[0] >> 5 {
 	case 1, 2:
 		short = 10
@@ -104,7 +104,7 @@ func trim(cdb []byte) []byte {
 	return cdb[:n]
 }
 
-// size returns how many bytes append adds at most.
+// size returns the largest number of bytes that append adds.
 func (r *Record) size() int { return fixedLen + len(r.CDB) + len(r.Sense) + len(r.Payload) }
 
 // append adds the record, as it is in a file, to b. CDB and Sense have no more
@@ -146,8 +146,8 @@ func (r *Record) append(b []byte) []byte {
 	return b
 }
 
-// parse fills r in from f, a whole record whose length field has been checked.
-// What it returns says what is wrong with f, "" for nothing.
+// parse fills r in from f, a whole record whose length field has been checked. It returns the fault
+// of f, "" for none.
 func (r *Record) parse(f []byte) string {
 	le := binary.LittleEndian
 	if sum := crc32.Checksum(f[crcFrom:], castagnoli); sum != le.Uint32(f[4:]) {

@@ -11,7 +11,7 @@ import (
 // Latency is a distribution of latencies, exact to a tenth of a percent.
 type Latency struct{ h *hdrhistogram.Histogram }
 
-// maxLatency is the longest that is told from a longer one.
+// maxLatency is the longest latency that is distinguished from longer ones.
 const maxLatency = time.Hour
 
 // Add counts d.
@@ -22,7 +22,7 @@ func (l *Latency) Add(d time.Duration) {
 	_ = l.h.RecordValue(int64(min(max(d, 0), maxLatency))) // fails for none of these
 }
 
-// Merge adds what o counted.
+// Merge adds the counts of o.
 func (l *Latency) Merge(o *Latency) {
 	if l.h == nil {
 		l.h = hdrhistogram.New(1, int64(maxLatency), 3)
@@ -32,8 +32,8 @@ func (l *Latency) Merge(o *Latency) {
 	}
 }
 
-// Quantile returns the latency that the part q, from 0 to 1, of all does not
-// exceed: 0 is the least, 1 the greatest.
+// Quantile returns the latency that a fraction q, from 0 to 1, of all does not exceed: 0 is the
+// least, 1 the greatest.
 func (l *Latency) Quantile(q float64) time.Duration {
 	switch {
 	case l.h == nil:
@@ -63,7 +63,7 @@ func (l *Latency) Buckets() []Bucket {
 	return out
 }
 
-// Row is what Stats counts for one operation in one source.
+// Row is the counts of Stats for one operation in one source.
 type Row struct {
 	Source, Op string
 	Count      uint64
@@ -78,7 +78,7 @@ type Stats struct {
 	rows                   map[[2]string]*Row
 }
 
-// Add counts r. The source, a backend or a file, keeps apart what is compared.
+// Add counts r for source, a backend or a file.
 func (s *Stats) Add(source string, r *Record) {
 	switch r.Kind {
 	case Command, TaskManagement:
@@ -111,8 +111,7 @@ func (s *Stats) Add(source string, r *Record) {
 	row.Latency.Add(r.Latency)
 }
 
-// Rows returns what was counted, the most frequent operation first and its
-// sources together.
+// Rows returns the counts, the most frequent operation first and its sources together.
 func (s *Stats) Rows() []*Row {
 	var rows []*Row
 	counts := map[string]uint64{}

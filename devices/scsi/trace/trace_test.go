@@ -25,7 +25,8 @@ var start = time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
 
 var header = Header{
 	GVM: "1.2.3", Kernel: "6.12.0", Start: start,
-	Devices: []Device{{Backend: "process", Queues: 2, Disks: []Disk{{LUN: 5, Serial: "S5", Size: 1 << 20, BlockSize: 512}}}, {Backend: "vhost"}},
+	Devices: []Device{{Backend: "process", Queues: 2,
+		Disks: []Disk{{LUN: 5, Serial: "S5", Size: 1 << 20, BlockSize: 512}}}, {Backend: "vhost"}},
 }
 
 func cdb(n int, first ...byte) []byte { return append(first, make([]byte, n-len(first))...) }
@@ -34,11 +35,15 @@ func cdb(n int, first ...byte) []byte { return append(first, make([]byte, n-len(
 func some() []Record {
 	return []Record{
 		{
-			Kind: Command, Missing: NoQueue, Device: 1, Queue: 0x0203, Time: 0x0405060708090a0b, Latency: 0x0c0d0e0f, LUN: [8]byte{1, 0, 0x40, 5, 6, 7, 8, 9},
-			Tag: 0xf1f2f3f4f5f6f7f8, Attr: scsi.HeadOfQueue, CDB: []byte{0x28, 1, 2, 3, 4, 5, 6, 7, 8, 9}, Out: 0x11121314, In: 0x21222324,
-			Response: 9, Status: scsi.CheckCondition, Residual: 0x31323334, Sense: []byte{0x70, 0, 5}, Payload: []byte("data-out"),
+			Kind: Command, Missing: NoQueue, Device: 1, Queue: 0x0203, Time: 0x0405060708090a0b, Latency: 0x0c0d0e0f,
+			LUN: [8]byte{1, 0, 0x40, 5, 6, 7, 8, 9},
+			Tag: 0xf1f2f3f4f5f6f7f8, Attr: scsi.HeadOfQueue, CDB: []byte{0x28, 1, 2, 3, 4, 5, 6, 7, 8, 9},
+			Out: 0x11121314, In: 0x21222324,
+			Response: 9, Status: scsi.CheckCondition, Residual: 0x31323334, Sense: []byte{0x70, 0, 5},
+			Payload: []byte("data-out"),
 		},
-		{Kind: TaskManagement, Missing: NoResidual, Time: 1, LUN: [8]byte{1, 0, 0x41, 0x2c}, Tag: 77, Function: 0x80000005, Response: 12, CDB: []byte{}, Sense: []byte{}},
+		{Kind: TaskManagement, Missing: NoResidual, Time: 1, LUN: [8]byte{1, 0, 0x41, 0x2c}, Tag: 77,
+			Function: 0x80000005, Response: 12, CDB: []byte{}, Sense: []byte{}},
 		{Kind: Reset, Missing: NoQueue, Time: 2, CDB: []byte{}, Sense: []byte{}},
 		{Kind: PowerOn, Missing: NoQueue, Time: 3, CDB: []byte{}, Sense: []byte{}},
 		{Kind: Lost, Time: 4, Count: 99, CDB: []byte{}, Sense: []byte{}},
@@ -62,7 +67,7 @@ func write(t testing.TB, records ...Record) []byte {
 	return b.Bytes()
 }
 
-// read returns the records, copied, and what Next returned at last.
+// read returns the records, copied, and the last error of Next.
 func read(b []byte) (list []Record, cut int, err error) {
 	t, err := NewReader(bytes.NewReader(b))
 	if err != nil {
@@ -109,13 +114,14 @@ func TestLayout(t *testing.T) {
 	}
 }
 
-// TestTrim keeps what a CDB says and drops the rest of its field.
+// TestTrim keeps the CDB and drops the rest of its field.
 func TestTrim(t *testing.T) {
 	for _, tt := range []struct {
 		cdb  []byte
 		want int
 	}{
-		{cdb(32), 6}, {cdb(32, 0x28), 10}, {cdb(32, 0x5a), 10}, {cdb(32, 0x88), 16}, {cdb(32, 0xa0), 12}, {cdb(32, 0xc1), 6}, {cdb(32, 0x7f), 6},
+		{cdb(32), 6}, {cdb(32, 0x28), 10}, {cdb(32, 0x5a), 10}, {cdb(32, 0x88), 16}, {cdb(32, 0xa0), 12},
+		{cdb(32, 0xc1), 6}, {cdb(32, 0x7f), 6},
 		{append(cdb(31, 0x12), 1), 32}, {append(cdb(12, 0x12), 1), 13}, {cdb(6, 0x28), 6}, {nil, 0},
 	} {
 		if got := trim(tt.cdb); len(got) != tt.want || !bytes.HasPrefix(tt.cdb, got) {
@@ -124,8 +130,7 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// TestCut cuts a trace at every byte: what is whole can be read, and the rest
-// is told.
+// TestCut cuts a trace at every byte: whole records can be read, and Cut reports the rest.
 func TestCut(t *testing.T) {
 	all := some()[:3]
 	b := write(t, all...)
@@ -176,17 +181,26 @@ func TestDamage(t *testing.T) {
 		{"a disk", make([]byte, 512), "not a trace of gvm"},
 		{"one line", []byte("hello\n"), "not a trace of gvm"},
 		{"no version", []byte("gvm-trace x\n{}\n"), `"x" is not a version of the trace format`},
-		{"newer", []byte("gvm-trace 2\nx"), "version 2 of the trace format, and this gvm reads version 1; use the gvm that wrote it"},
-		{"bad header", []byte("gvm-trace 1\nx\n"), "damaged at byte 12: the header: invalid character 'x' looking for beginning of value"},
-		{"long header", append([]byte("gvm-trace 1\n"), make([]byte, 2<<20)...), "damaged at byte 1310732: the header has no end"},
-		{"a flipped bit", append(one[:at:at], append(bytes.Clone(one[at:at+40]), append([]byte{one[at+40] ^ 4}, one[at+41:]...)...)...),
+		{"newer", []byte("gvm-trace 2\nx"),
+			"version 2 of the trace format, and this gvm reads version 1; use the gvm that wrote it"},
+		{"bad header", []byte("gvm-trace 1\nx\n"),
+			"damaged at byte 12: the header: invalid character 'x' looking for beginning of value"},
+		{"long header", append([]byte("gvm-trace 1\n"), make([]byte, 2<<20)...),
+			"damaged at byte 1310732: the header has no end"},
+		{"a flipped bit", append(one[:at:at],
+			append(bytes.Clone(one[at:at+40]), append([]byte{one[at+40] ^ 4}, one[at+41:]...)...)...),
 			fmt.Sprintf("damaged at byte %d: a record's checksum is", at)},
-		{"zeros", append(bytes.Clone(one), make([]byte, 100)...), fmt.Sprintf("damaged at byte %d: a record of 0 bytes; they have 64 to 4194304", len(one))},
-		{"a huge record", append(bytes.Clone(one), 0xff, 0xff, 0xff, 0xff), fmt.Sprintf("damaged at byte %d: a record of 4294967295 bytes; they have 64 to 4194304", len(one))},
+		{"zeros", append(bytes.Clone(one), make([]byte, 100)...),
+			fmt.Sprintf("damaged at byte %d: a record of 0 bytes; they have 64 to 4194304", len(one))},
+		{"a huge record", append(bytes.Clone(one), 0xff, 0xff, 0xff, 0xff),
+			fmt.Sprintf("damaged at byte %d: a record of 4294967295 bytes; they have 64 to 4194304", len(one))},
 		{"time", poke(19, 0x80), fmt.Sprintf("damaged at byte %d: a record's time is out of range", at)},
-		{"latency", poke(12, bytes.Repeat([]byte{0x7f}, 16)...), fmt.Sprintf("damaged at byte %d: a record's time is out of range", at)},
-		{"CDB past the end", poke(60, 1), fmt.Sprintf("damaged at byte %d: a record of 64 bytes says that it holds more", at)},
-		{"sense past the end", poke(62, 1), fmt.Sprintf("damaged at byte %d: a record of 64 bytes says that it holds more", at)},
+		{"latency", poke(12, bytes.Repeat([]byte{0x7f}, 16)...),
+			fmt.Sprintf("damaged at byte %d: a record's time is out of range", at)},
+		{"CDB past the end", poke(60, 1),
+			fmt.Sprintf("damaged at byte %d: a record of 64 bytes says that it holds more", at)},
+		{"sense past the end", poke(62, 1),
+			fmt.Sprintf("damaged at byte %d: a record of 64 bytes says that it holds more", at)},
 	} {
 		_, _, err := read(tt.b)
 		var bad *FormatError
@@ -239,8 +253,8 @@ func (g *gate) Write(p []byte) (int, error) {
 	return g.Buffer.Write(p)
 }
 
-// TestLost has a file that is too slow: Observe returns all the same, what does
-// not fit is counted, and the trace says where it is missing.
+// TestLost has a file that is too slow: Observe returns all the same, counts the records that do
+// not fit, and the trace marks their place.
 func TestLost(t *testing.T) {
 	g := &gate{}
 	w, err := NewWriter(g, header, nil)
@@ -272,7 +286,8 @@ func TestLost(t *testing.T) {
 		t.Fatalf("%d bytes cut, %v", cut, err)
 	}
 	last := list[len(list)-1]
-	if kept := list[1+flushAt/70 : len(list)-1]; last.Kind != Lost || len(kept)+int(last.Count) != n || last.Count < 1000 {
+	if kept := list[1+flushAt/70 : len(list)-1]; last.Kind != Lost || len(kept)+int(last.Count) != n ||
+		last.Count < 1000 {
 		t.Errorf("%d of %d kept, then %+v", len(kept), n, last)
 	}
 }
@@ -288,7 +303,7 @@ func TestWriteError(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.err = full
-	for range 3 * MaxRecord / 64 { // more than fits: nobody waits for the file
+	for range 3 * MaxRecord / 64 { // more than fits: Observe does not wait for the file
 		w.Observe(&Record{Kind: Command})
 	}
 	if err := w.Close(); !errors.Is(err, full) {
@@ -329,7 +344,7 @@ func TestCreatedAtOnce(t *testing.T) {
 	}
 }
 
-// TestCreate is about what stands in a trace's place.
+// TestCreate has other files at the path of a trace.
 func TestCreate(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "t")
@@ -338,7 +353,8 @@ func TestCreate(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Create(path, header); !errors.Is(err, ErrRefused) || err.Error() != "trace "+path+": another gvm writes to it, or has it as a disk; name another file" {
+		if _, err := Create(path, header); !errors.Is(err, ErrRefused) ||
+			err.Error() != "trace "+path+": another gvm writes to it, or has it as a disk; name another file" {
 			t.Errorf("while it is written: %v", err)
 		}
 		f.Device(1).Observe(&Record{Kind: Command, CDB: cdb(6)})
@@ -358,7 +374,9 @@ func TestCreate(t *testing.T) {
 		if err := os.WriteFile(disk, []byte(content), 0o666); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Create(disk, header); !errors.Is(err, ErrRefused) || err.Error() != "trace "+disk+": it holds something else than a trace and was left alone; name another file" {
+		if _, err := Create(disk, header); !errors.Is(err, ErrRefused) ||
+			err.Error() != "trace "+disk+
+				": it holds something else than a trace and was left alone; name another file" {
 			t.Errorf("a disk: %v", err)
 		}
 		if b, _ := os.ReadFile(disk); string(b) != content {
@@ -408,8 +426,7 @@ func TestObserveAllocatesNothing(t *testing.T) {
 	}
 }
 
-// BenchmarkObserve is what tracing adds to a request: two looks at the clock and
-// a record.
+// BenchmarkObserve measures the cost of tracing for a request: two reads of the clock and a record.
 func BenchmarkObserve(b *testing.B) {
 	f, err := Create(filepath.Join(b.TempDir(), "t"), header)
 	if err != nil {
@@ -434,8 +451,7 @@ func FuzzReader(f *testing.F) {
 	f.Add([]byte("gvm-trace 1\n{\"devices\":[{\"disks\":[]}]}\n\x40\x00\x00\x00"))
 	f.Add(append(bytes.Clone(b), bytes.Repeat([]byte{0xff}, 80)...))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		// Most of what a fuzzer makes has a bad checksum: each record is tried
-		// with a right one too.
+		// Most fuzz inputs have a bad checksum: each record is tried with a right one too.
 		for _, sum := range []bool{false, true} {
 			if sum {
 				b = bytes.Clone(b)

@@ -21,7 +21,7 @@ const Version = 1
 
 const magic = "gvm-trace "
 
-// Header says what run a trace is of.
+// Header describes the run of a trace.
 type Header struct {
 	GVM     string    `json:"gvm"`    // gvm's version
 	Kernel  string    `json:"kernel"` // the host kernel's release
@@ -36,14 +36,14 @@ type Device struct {
 	Disks   []Disk `json:"disks"`
 }
 
-// Disk is a logical unit when the run began.
+// Disk is a logical unit at the start of the run.
 type Disk struct {
 	LUN       int    `json:"lun"`
 	Serial    string `json:"serial"`
 	Size      uint64 `json:"size"`       // bytes
 	BlockSize int    `json:"block_size"` // bytes
 	ReadOnly  bool   `json:"read_only,omitempty"`
-	Cache     string `json:"cache,omitempty"` // as --disk has it; "" is writeback
+	Cache     string `json:"cache,omitempty"` // value of cache= of --disk; "" is writeback
 }
 
 // HostKernel returns the release of the kernel that this process runs on.
@@ -60,9 +60,9 @@ const (
 	flushAfter = time.Second // and how long fewer may wait
 )
 
-// Writer writes a trace. Its methods may be called from any goroutine. Observe
-// never waits for the file: a goroutine of the writer's writes what has come
-// together, and when that cannot keep up, records are dropped and counted.
+// Writer writes a trace. Its methods may be called from any goroutine. Observe never waits for the
+// file: a goroutine of the Writer writes the collected records, and if it cannot keep up, records
+// are dropped and counted.
 type Writer struct {
 	now  func() time.Duration
 	file io.Writer
@@ -70,7 +70,7 @@ type Writer struct {
 	done chan struct{}
 
 	mu      sync.Mutex
-	buf     []byte // what has not been written; it never grows beyond its capacity
+	buf     []byte // records not yet written; it never grows beyond its capacity
 	lost    uint64 // records that are missing behind buf
 	allLost uint64
 	woken   bool // wake has been sent for buf
@@ -78,9 +78,8 @@ type Writer struct {
 	err     error // of the file; nothing is recorded after it
 }
 
-// NewWriter writes the header and returns a Writer on w. Header.Start is the
-// moment of the call unless it is set; now tells the time since then, nil for
-// the system's monotonic clock.
+// NewWriter writes the header and returns a Writer on w. Header.Start is the moment of the call
+// unless it is set; now returns the time since then; nil is the system's monotonic clock.
 func NewWriter(w io.Writer, h Header, now func() time.Duration) (*Writer, error) {
 	start := time.Now()
 	if h.Start.IsZero() {
@@ -96,12 +95,13 @@ func NewWriter(w io.Writer, h Header, now func() time.Duration) (*Writer, error)
 	if _, err := fmt.Fprintf(w, "%s%d\n%s\n", magic, Version, b); err != nil {
 		return nil, fmt.Errorf("header: %w", err)
 	}
-	t := &Writer{now: now, file: w, wake: make(chan struct{}, 1), done: make(chan struct{}), buf: make([]byte, 0, MaxRecord)}
+	t := &Writer{now: now, file: w, wake: make(chan struct{}, 1), done: make(chan struct{}),
+		buf: make([]byte, 0, MaxRecord)}
 	go t.run()
 	return t, nil
 }
 
-// Observe records r, of which nothing is kept.
+// Observe records r and keeps nothing of it.
 func (t *Writer) Observe(r *Record) {
 	t.mu.Lock()
 	if t.err == nil && !t.closed {
@@ -121,7 +121,7 @@ func (t *Writer) Observe(r *Record) {
 	t.mu.Unlock()
 }
 
-// run writes what Observe collects.
+// run writes the records that Observe collects.
 func (t *Writer) run() {
 	defer close(t.done)
 	tick := time.NewTicker(flushAfter)
@@ -136,8 +136,8 @@ func (t *Writer) run() {
 	}
 }
 
-// flush writes the records, with empty in their place meanwhile, and returns
-// the buffer that they were in, empty.
+// flush writes the records, and puts empty in place of their buffer meanwhile. It returns their
+// buffer, emptied.
 func (t *Writer) flush(empty []byte) []byte {
 	t.mu.Lock()
 	if t.lost > 0 {
@@ -158,9 +158,8 @@ func (t *Writer) flush(empty []byte) []byte {
 	return full[:0]
 }
 
-// Close writes what is left. The error, which is there for the first failure of
-// the file and for records that were dropped, says that the trace is not
-// complete; what has been written of it can be read.
+// Close writes the remaining records. The error reports the first failure of the file, or dropped
+// records: the trace is then incomplete, but can be read.
 func (t *Writer) Close() error {
 	t.mu.Lock()
 	was := t.closed
@@ -180,7 +179,7 @@ func (t *Writer) Close() error {
 	return nil
 }
 
-// File is a Writer on a file of its own.
+// File is a Writer with its own file.
 type File struct {
 	*Writer
 	f *os.File
@@ -189,7 +188,7 @@ type File struct {
 // ErrRefused is Create's error for a path that is not for a trace.
 var ErrRefused = errors.New("name another file")
 
-// Device returns what records the requests of Header.Devices[i].
+// Device returns the Observer of the requests of Header.Devices[i].
 func (t *Writer) Device(i uint8) *Observer { return &Observer{t, i} }
 
 // Observer records the requests of one device.
@@ -210,19 +209,19 @@ func (o *Observer) Observe(r *Record) {
 // setLock is a variable for tests.
 var setLock = unix.FcntlFlock
 
-// Create makes the file at path, in place of a trace that is there already, and
-// of nothing else: a mistyped path must not cost a disk image. Two gvm may not
-// write to the same file.
+// Create makes the file at path. It overwrites an existing trace and nothing else: a mistyped path
+// must not cost a disk image. Two gvms cannot write to the same file.
 func Create(path string, h Header) (_ *File, err error) {
 	flags := os.O_RDWR
 	if there, err := os.Stat(path); err == nil && nowait.KindOf(there.Mode()) == nowait.Pipe {
-		flags = os.O_WRONLY // fails without a reader, and writes fail when that has gone
+		flags = os.O_WRONLY // fails without a reader; writes fail once the reader has gone
 	}
 	f, made, err := nowait.Make(path, flags, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
 	kind := (*nowait.KindError)(nil)
 	switch {
 	case errors.Is(err, unix.ENXIO):
-		return nil, fmt.Errorf("trace %s: it is a pipe that no program reads; start that first, or %w", path, ErrRefused)
+		return nil, fmt.Errorf("trace %s: it is a pipe that no program reads; start that first, or %w",
+			path, ErrRefused)
 	case errors.As(err, &kind):
 		return nil, fmt.Errorf("trace %s: it is %v; %w", path, kind.Is, ErrRefused)
 	case err != nil:
@@ -246,8 +245,8 @@ func Create(path string, h Header) (_ *File, err error) {
 		if _, err := f.ReadAt(b[:], 0); fi.Size() > 0 && (err != nil || string(b[:]) != magic) {
 			return nil, fmt.Errorf("it holds something else than a trace and was left alone; %w", ErrRefused)
 		}
-		// The kind of lock that disks have: the file of one is no trace's. A file system without
-		// locks keeps its traces all the same.
+		// The same kind of lock as disks have, so that no disk's file becomes a trace. A file
+		// system without locks may still hold traces.
 		l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
 		if err := setLock(f.Fd(), unix.F_OFD_SETLK, &l); err == unix.EAGAIN || err == unix.EACCES {
 			made = false // the other may have it from now on
@@ -257,7 +256,7 @@ func Create(path string, h Header) (_ *File, err error) {
 			return nil, err
 		}
 	}
-	_ = f.SetWriteDeadline(time.Now().Add(endsWithin)) // of what is no regular file
+	_ = f.SetWriteDeadline(time.Now().Add(endsWithin)) // of a file that is not regular
 	w, err := NewWriter(f, h, nil)
 	if err != nil {
 		return nil, err
@@ -266,10 +265,10 @@ func Create(path string, h Header) (_ *File, err error) {
 	return &File{w, f}, nil
 }
 
-// endsWithin is how long the end of a run waits for the program that reads its trace.
+// endsWithin bounds the wait at the end of a run for the program that reads its trace.
 const endsWithin = time.Second
 
-// Close is the Writer's, and closes the file.
+// Close closes the Writer and the file.
 func (f *File) Close() error {
 	_ = f.f.SetWriteDeadline(time.Now().Add(endsWithin))
 	err := errors.Join(f.Writer.Close(), f.f.Close())
@@ -279,5 +278,5 @@ func (f *File) Close() error {
 	return nil
 }
 
-// IsTrace tells whether b, the start of a file, begins as a trace does.
+// IsTrace reports whether b, the start of a file, begins like a trace.
 func IsTrace(b []byte) bool { return bytes.HasPrefix(b, []byte(magic)) }

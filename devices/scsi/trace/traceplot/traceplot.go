@@ -25,26 +25,24 @@ type Plot struct {
 
 type name struct{ op, source string }
 
-// series is what has a line in the legend.
+// series is a line of the legend with its dots.
 type series struct {
 	name
 	count   uint64
 	latency trace.Latency
-	cells   map[cell]bool // where there is a dot
+	cells   map[cell]bool // cells with a dot
 }
 
-// cell is a place on the scatter plot: however many requests fall into one, one
-// dot shows them.
+// cell is a place on the scatter plot: one dot shows all requests in it.
 type cell struct{ at, latency int64 }
 
 const (
-	maxCells       = 200_000 // that are kept; they become wider when there are more
+	maxCells       = 200_000 // cells kept; with more they become wider
 	cellsPerDecade = 100     // of latency
 	firstShift     = 10      // cells of a microsecond
 
-	// When there are more dots than maxDots, those that would cover each other
-	// on the plot are one: they are in the same one of columns, and in rows of
-	// a fiftieth of a decade.
+	// With more dots than maxDots, those that would cover each other on the plot are drawn as one:
+	// they share a column and a row of a fiftieth of a decade.
 	maxDots = 8000
 	columns = 300
 	rowSpan = cellsPerDecade / 50
@@ -53,7 +51,7 @@ const (
 	otherOps = "all others"
 )
 
-// Add adds a request that began at a time since the start of its run.
+// Add adds a request that began at the given time after the start of its run.
 func (p *Plot) Add(source, op string, at, latency time.Duration) {
 	if p.series == nil {
 		p.series, p.shift = map[name]*series{}, firstShift
@@ -89,8 +87,8 @@ func (p *Plot) widen() {
 	}
 }
 
-// drawn are the series as they are drawn: with the less frequent operations as
-// one, the most frequent first.
+// drawn returns the series to draw: the most frequent first, and the less frequent operations as
+// one.
 func (p *Plot) drawn() (list []*series, ops, sources []string) {
 	counts := map[string]uint64{}
 	for n, s := range p.series {
@@ -134,8 +132,8 @@ func (s *series) merge(o *series) {
 	}
 }
 
-// span is how many cells make a column of the plot, and how many a row: 1 when
-// all dots can be drawn.
+// span returns the number of cells of a column of the plot, and of a row: 1 if all dots can be
+// drawn.
 func (p *Plot) span() (column, row int64) {
 	if p.cells <= maxDots {
 		return 1, 1
@@ -149,9 +147,9 @@ func (p *Plot) span() (column, row int64) {
 	return 1 + (last-first)/columns, rowSpan
 }
 
-// points are the dots of the series, in seconds and nanoseconds.
+// points returns the dots of the series, in seconds and nanoseconds.
 func (s *series) points(shift uint, column, row int64) []plot.Point {
-	coarse := map[cell]cell{} // one of those in it, so that no dot is where no request was
+	coarse := map[cell]cell{} // one of its cells, so that every dot is at a request
 	for c := range s.cells {
 		at := cell{c.at / column, c.latency / row}
 		if o, ok := coarse[at]; !ok || c.latency > o.latency || c.latency == o.latency && c.at < o.at {
@@ -169,8 +167,8 @@ func (s *series) points(shift uint, column, row int64) []plot.Point {
 	return xys
 }
 
-// shares are the steps of the distribution: which percentage of the requests
-// took no longer than a latency.
+// shares returns the steps of the distribution: the percentage of requests that took no longer than
+// a latency.
 func (s *series) shares() []plot.Point {
 	xys := []plot.Point{{float64(max(s.latency.Quantile(0), 1)), 0}}
 	var sum uint64
@@ -181,7 +179,7 @@ func (s *series) shares() []plot.Point {
 	return xys
 }
 
-// ErrEmpty says that there is no request to draw.
+// ErrEmpty reports that there is no request to draw.
 var ErrEmpty = errors.New("no request to plot")
 
 // Latencies describes the plot.
