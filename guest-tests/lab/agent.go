@@ -18,14 +18,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// job is what the agent is told: the file /lab.json in L1's initramfs.
+// job is the agent's instructions: the file /lab.json in L1's initramfs.
 type job struct {
 	Args    []string
 	Env     []string
 	Dir     string
 	Modules []module // of L1, in the order of their dependencies
 	Mounts  []share
-	Visible []string // host paths under /tmp to show although a tmpfs covers them
+	Visible []string // host paths under /tmp that stay visible below the tmpfs
 	Stdin   bool
 	TTY     bool
 	Merge   bool // stdout and stderr are one stream
@@ -38,19 +38,18 @@ type job struct {
 type share struct{ Tag, Path string }
 
 const (
-	agentEnv   = "gvm_lab" // the kernel hands unknown key=value parameters to init
+	agentEnv   = "gvm_lab" // the kernel passes unknown key=value parameters to init
 	enterName  = "gvm-lab-enter"
 	portName   = "gvm.lab"
-	hostRoot   = "/h"    // where the agent mounts the host's root
+	hostRoot   = "/h"    // mount point of the host's root
 	hostTmp    = "/htmp" // the host's /tmp, before a tmpfs covers it
 	beatPeriod = 2 * time.Second
 )
 
-// The program that starts a lab is also the lab's init: its own executable goes
-// into L1's initramfs, so host side and agent are always the same build, and
-// nothing has to be compiled or found. This hook tells the two apart. It can
-// only fire in L1: as process 1 with the parameter on the kernel command line,
-// or as process 1's child under a name of our own.
+// The program that starts a lab is also the lab's init: its own executable goes into L1's
+// initramfs, so that host side and agent are always the same build, and nothing has to be compiled
+// or found. This hook runs the agent only in L1: as process 1 with the parameter on the kernel
+// command line, or as process 1's child under a special name.
 func init() {
 	switch {
 	case os.Getpid() == 1 && os.Getenv(agentEnv) == "1":
@@ -65,14 +64,14 @@ func agentMain() {
 	a := new(agent)
 	if err := a.run(); err != nil {
 		if a.port == nil {
-			// All that is left is the console, and an end that the host sees.
+			// Only the console is left, and an end that the host detects.
 			fmt.Fprintln(os.Stderr, "lab agent:", err)
 			unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
 		}
 		a.out.send(frameFail, []byte(err.Error()))
 	}
-	// The host ends QEMU as soon as it has the last frame. Process 1 must not
-	// return before that: the kernel would panic.
+	// The host ends QEMU as soon as it has the last frame. Process 1 must not return before: the
+	// kernel would panic.
 	select {}
 }
 
@@ -101,8 +100,8 @@ func (a *agent) run() error {
 			return err
 		}
 	}
-	// SYSLOG_ACTION_CONSOLE_LEVEL 1: LIO logs every rejected CDB, and each line
-	// on an emulated UART costs milliseconds.
+	// SYSLOG_ACTION_CONSOLE_LEVEL 1: LIO logs every rejected CDB, and each line on an emulated UART
+	// takes milliseconds.
 	if _, err := unix.Klogctl(unix.SYSLOG_ACTION_CONSOLE_LEVEL, make([]byte, 1)); err != nil {
 		return fmt.Errorf("console log level: %w", err)
 	}
@@ -113,9 +112,9 @@ func (a *agent) run() error {
 	if err := json.Unmarshal(text, &a.job); err != nil {
 		return fmt.Errorf("/lab.json: %w", err)
 	}
-	// LIO takes /etc/target for its database if that is there when
-	// target_core_mod loads, and without pr PERSISTENT RESERVE OUT fails. Kernel
-	// threads see the initramfs as their root, whatever root commands have.
+	// LIO uses /etc/target for its database if it exists when target_core_mod loads, and without pr
+	// PERSISTENT RESERVE OUT fails. Kernel threads see the initramfs as their root, whichever root
+	// commands have.
 	for _, d := range []string{"/etc/target/pr", "/etc/target/alua"} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return err
@@ -176,7 +175,7 @@ func (a *agent) mounts() error {
 	ms := []mountPoint{
 		{"configfs", "/sys/kernel/config", "configfs", 0, ""},
 		{"tracefs", "/sys/kernel/tracing", "tracefs", 0, ""},
-		// cache=loose: the host's root does not change under a short run.
+		// cache=loose: the host's root does not change during a short run.
 		{"root", hostRoot, "9p", unix.MS_RDONLY | unix.MS_NOATIME, p9 + ",cache=loose"},
 		{h("/tmp"), hostTmp, "", unix.MS_BIND, ""},
 		{"tmpfs", h("/tmp"), "tmpfs", 0, "size=80%,mode=1777"},
@@ -217,7 +216,7 @@ func (a *agent) mounts() error {
 		}
 	}
 	for _, m := range a.job.Mounts {
-		// cache=mmap: writes go to the host at once; mmap of files still works.
+		// cache=mmap: writes go to the host at once, and mmap of files works.
 		if err := (mountPoint{m.Tag, h(m.Path), "9p", 0, p9 + ",cache=mmap"}).mount(); err != nil {
 			return err
 		}
@@ -240,10 +239,9 @@ func loadModules(mods []module) error {
 	return nil
 }
 
-// onlineCPUs starts the processors that the kernel's command line held back. A
-// module's code is patched as it loads, kvm's most of all, and each patch
-// interrupts all processors: alone, one loads the modules in a third of the
-// time, and boots faster too.
+// onlineCPUs starts the processors that the kernel's command line held back. Loading a module
+// patches code, most of all in kvm's, and each patch interrupts all processors: a single processor
+// loads the modules in a third of the time, and boots faster too.
 func onlineCPUs() error {
 	cpus, err := filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*/online")
 	if err != nil {
@@ -257,21 +255,21 @@ func onlineCPUs() error {
 	return nil
 }
 
-// hugePages has L1 give programs that ask for it (MADV_HUGEPAGE) huge pages, when they
-// first touch the memory and a huge page is free, and never later: a guest leaves for its
-// hypervisor once for 2 MiB and not once for 4 KiB, and boots in two thirds of the time.
+// hugePages makes L1 give huge pages to programs that ask for them (MADV_HUGEPAGE), when they first
+// touch the memory and a huge page is free, and never later. A guest then exits to its hypervisor
+// once for 2 MiB instead of 4 KiB, and boots in two thirds of the time.
 //
-// Tests do without. While the kernel moves pages of L2's, to put a huge one together, L2 can
-// read its own page tables as empty, and dies of a triple fault; L1 crashes of it too. Of guests
-// with a busy console three in ten did with khugepaged at work, and none without huge pages;
-// with them as they are here, one of some fifty guests hung.
+// While the kernel moves pages of L2 to form a huge page, L2 can read its own page tables as empty,
+// and dies of a triple fault; L1 crashes of it too. Of guests with a busy console three in ten did
+// with khugepaged at work, and none without huge pages; with huge pages as set up here, one of some
+// fifty guests hung. Command.Fast turns them on.
 func hugePages() error {
 	const dir = "/sys/kernel/mm/transparent_hugepage/"
 	for _, s := range []struct{ file, value string }{
 		{"khugepaged/scan_sleep_millisecs", "4294967295"}, // seven weeks
 		{"khugepaged/alloc_sleep_millisecs", "4294967295"},
 		{"khugepaged/defrag", "0"},
-		{"defrag", "never"}, // no compaction for one
+		{"defrag", "never"}, // never compact memory for a huge page
 		{"enabled", "madvise"},
 	} {
 		if err := os.WriteFile(dir+s.file, []byte(s.value), 0); err != nil {
@@ -281,9 +279,8 @@ func hugePages() error {
 	return os.WriteFile("/proc/sys/vm/compaction_proactiveness", []byte("0"), 0)
 }
 
-// openPort opens the virtio-serial port to the host. Its device node appears
-// when the host's side of the port protocol has run, a moment after the driver
-// is loaded.
+// openPort opens the virtio-serial port to the host. Its device node appears after the host's side
+// of the port protocol has run, a moment after the driver is loaded.
 func openPort() (*os.File, error) {
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		names, _ := filepath.Glob("/sys/class/virtio-ports/*/name")
@@ -333,9 +330,9 @@ func (a *agent) command() error {
 		Sys: &syscall.SysProcAttr{
 			Setsid:  true,
 			Setctty: a.job.TTY,
-			// A mount namespace of its own lets the command have the host's root as
-			// its root without a chroot, in which user namespaces are refused, while
-			// kernel threads go on seeing the initramfs.
+			// With its own mount namespace the command has the host's root as its root without a
+			// chroot, which would forbid user namespaces, while kernel threads still see the
+			// initramfs.
 			Cloneflags: unix.CLONE_NEWNS,
 		},
 	})
@@ -346,7 +343,7 @@ func (a *agent) command() error {
 		f.Close()
 	}
 	status := reap(p.Pid)
-	// A child left behind may hold the output open: do not wait for it long.
+	// A surviving child may hold the output open: bound the wait for it.
 	drained := make(chan struct{})
 	go func() { pumps.Wait(); close(drained) }()
 	select {
@@ -365,8 +362,8 @@ func (a *agent) command() error {
 	return a.out.send(frameExit, []byte{byte(code)})
 }
 
-// syncDir writes out a file system: QEMU is about to be killed. Not all of them,
-// which could wait for a disk that a test has broken.
+// syncDir writes out one file system, because QEMU is about to be killed. Writing out all of them
+// could wait for a disk that a test has broken.
 func syncDir(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
@@ -379,8 +376,8 @@ func syncDir(dir string) error {
 	return nil
 }
 
-// reap waits for pid, and collects every orphan that process 1 inherits
-// meanwhile, so that no zombie looks like a process left running.
+// reap waits for pid, and collects every orphan that process 1 inherits meanwhile, so that no
+// zombie looks like a running process.
 func reap(pid int) unix.WaitStatus {
 	for {
 		var st unix.WaitStatus
@@ -391,7 +388,7 @@ func reap(pid int) unix.WaitStatus {
 	}
 }
 
-// stdio makes the command's three files, and starts what moves their data.
+// stdio makes the command's three files, and starts the goroutines that move their data.
 func (a *agent) stdio() (files []*os.File, pumps *sync.WaitGroup, err error) {
 	pumps = new(sync.WaitGroup)
 	pump := func(kind byte, r *os.File) {
@@ -475,8 +472,8 @@ func setSize(f *os.File, rows, cols uint16) error {
 	return nil
 }
 
-// receive serves the host's frames. The host sends one frameStdin at a time, so
-// a command that does not read its input holds up input alone.
+// receive handles the host's frames. The host sends one frameStdin at a time, so a command that
+// does not read its input blocks only input.
 func (a *agent) receive() {
 	in := make(chan []byte, 1)
 	go func() {
@@ -508,14 +505,14 @@ func (a *agent) receive() {
 	}
 }
 
-// enter makes the host's root this process's root, and becomes the command. It
-// runs in the new mount namespace. It returns only an error.
+// enter makes the host's root this process's root, and executes the command in the new mount
+// namespace. It returns only an error.
 func enter(args []string) error {
 	dir, args := args[0], args[1:]
 	if err := os.Chdir(hostRoot); err != nil {
 		return err
 	}
-	// As switch_root does: the first root file system cannot be pivoted away.
+	// As in switch_root: pivot_root cannot move the first root file system.
 	if err := unix.Mount(".", "/", "", unix.MS_MOVE, ""); err != nil {
 		return fmt.Errorf("lab: move the root: %w", err)
 	}

@@ -45,8 +45,7 @@ func lastLine(b []byte) string {
 	return string(lines[len(lines)-1])
 }
 
-// hostTool finds a program of this machine, also where a user's PATH does not
-// lead.
+// hostTool finds a program of this machine, even outside the user's PATH.
 func hostTool(name string) (string, error) {
 	if p, err := exec.LookPath(name); err == nil {
 		return p, nil
@@ -70,7 +69,7 @@ var hostPackages = map[string]string{
 	"depmod":  "kmod",
 }
 
-// hostTools installs what is missing of hostPackages, where it may.
+// hostTools installs the missing hostPackages, if it may.
 func (s *setup) hostTools() error {
 	for _, p := range []string{"apt-get", "apt-cache", "dpkg-deb"} {
 		if _, err := hostTool(p); err != nil {
@@ -114,12 +113,11 @@ func (s *setup) install(missing []string) error {
 	return nil
 }
 
-// A client runs apt with the system's package lists, or with lists of its own
-// in the cache when those lack something: that takes no privileges, and changes
-// nothing outside the cache.
+// A client runs apt with the system's package lists, or, if those lack a package, with its own
+// lists in the cache: that takes no privileges, and changes nothing outside the cache.
 type client struct{ options []string }
 
-// aptDirs are the options that have apt keep its lists and archives in dir.
+// aptDirs returns the options that make apt keep its lists and archives in dir.
 func aptDirs(dir string) []string {
 	return []string{
 		"-o", "Dir::State::lists=" + filepath.Join(dir, "lists"),
@@ -150,8 +148,8 @@ func (s *setup) ownLists() error {
 	return err
 }
 
-// withLists calls f, and once more with fresh package lists if it fails: the
-// system may have none, or some that name packages which are gone.
+// withLists calls f, and once more with fresh package lists if it fails: the system may have no
+// lists, or obsolete ones.
 func (s *setup) withLists(f func() error) error {
 	err := f()
 	if err == nil || s.ctx.Err() != nil || len(s.apt.options) > 0 {
@@ -163,11 +161,12 @@ func (s *setup) withLists(f func() error) error {
 	return f()
 }
 
-// resolve returns the package of the kernel itself that a name such as
-// linux-image-amd64 stands for: what the metapackage depends on, or else the
-// newest package whose version begins the way the name does.
+// resolve returns the package of the kernel itself for a name such as linux-image-amd64: the
+// package that the metapackage depends on, or else the newest package whose version begins like the
+// name.
 func (s *setup) resolve(apt client, name string) (string, error) {
-	out, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, apt.options, []string{"depends", "--important", name})...)
+	out, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, apt.options,
+		[]string{"depends", "--important", name})...)
 	if err == nil {
 		if p := imageDependency(string(out)); p != "" {
 			return p, nil
@@ -186,7 +185,7 @@ func (s *setup) resolve(apt client, name string) (string, error) {
 
 var dependency = regexp.MustCompile(`(?m)^ *\|?(?:Pre)?Depends: (linux-image-[0-9]\S*)$`)
 
-// imageDependency finds the kernel in what apt-cache depends prints.
+// imageDependency finds the kernel in the output of apt-cache depends.
 func imageDependency(out string) string {
 	if m := dependency.FindStringSubmatch(out); m != nil {
 		return m[1]
@@ -196,8 +195,8 @@ func imageDependency(out string) string {
 
 var imageName = regexp.MustCompile(`^linux-image-([0-9]+(?:\.[0-9]+)*)(?:-([0-9]+))?(?:\+[a-z0-9.]+)?-amd64$`)
 
-// newest picks the signed kernel for PCs with the highest version of the
-// packages whose names begin with prefix and a dot.
+// newest returns the signed kernel for PCs with the highest version among the packages whose names
+// begin with prefix and a dot.
 func newest(prefix string, names []string) string {
 	version := func(name string) []int {
 		m := imageName.FindStringSubmatch(name)
@@ -225,10 +224,11 @@ func newest(prefix string, names []string) string {
 
 var part = regexp.MustCompile(`(?m)^ *Depends: (linux-(?:base|binary|modules)-[0-9]\S*)$`)
 
-// parts returns the packages that an image's files are in besides its own: since Linux 7.0,
-// Debian has the kernel, its modules and its configuration in a package each.
+// parts returns the other packages with files of an image: since Linux 7.0, Debian has the kernel,
+// its modules and its configuration in separate packages.
 func (s *setup) parts(apt client, image string) (names []string, err error) {
-	out, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, apt.options, []string{"depends", "--important", image})...)
+	out, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, apt.options,
+		[]string{"depends", "--important", image})...)
 	if err != nil {
 		return nil, err
 	}
@@ -240,7 +240,8 @@ func (s *setup) parts(apt client, image string) (names []string, err error) {
 
 // download fetches the .deb of a package into dir and returns its path.
 func (s *setup) download(apt client, pkg, dir string) (string, error) {
-	if _, err := runCtx(s.ctx, dir, slices.Concat([]string{"apt-get"}, apt.options, []string{"-q", "download", pkg})...); err != nil {
+	download := slices.Concat([]string{"apt-get"}, apt.options, []string{"-q", "download", pkg})
+	if _, err := runCtx(s.ctx, dir, download...); err != nil {
 		return "", err
 	}
 	return one(filepath.Join(dir, pkg+"_*.deb"))

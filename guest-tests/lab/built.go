@@ -23,11 +23,11 @@ var builtConfig string
 // built is the row of that kernel. Another configuration is another kernel.
 var built = stock{name: "built", packages: []string{"linux-built-" + hash(builtConfig)}}
 
-// buildTools are Debian's packages that it takes to build a kernel.
+// buildTools are Debian's packages for building a kernel.
 var buildTools = []string{"bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make", "xz-utils"}
 
-// Built returns the kernel that BuildKernel has made. Its drivers are built in, and its VMLinux
-// has symbols.
+// Built returns the kernel made by BuildKernel. Its drivers are built in, and its VMLinux has
+// symbols.
 func (l *Lab) Built() (*Kernel, error) {
 	k, err := openKernel(l.Cache, built)
 	if err != nil {
@@ -36,9 +36,9 @@ func (l *Lab) Built() (*Kernel, error) {
 	return k, nil
 }
 
-// BuildKernel builds a small kernel from Debian's linux-source, with what tests need that Debian's
-// own kernels do not have: see built.config. That takes minutes, and a gigabyte meanwhile. One
-// that is there is left alone.
+// BuildKernel builds a small kernel from Debian's linux-source, with features for tests that
+// Debian's own kernels lack: see built.config. It takes minutes, and a gigabyte meanwhile. It does
+// nothing if the kernel exists.
 func (l *Lab) BuildKernel(ctx context.Context, progress io.Writer) error {
 	unlock, err := lock(ctx, filepath.Join(l.Cache, "lock"), progress)
 	if err != nil {
@@ -104,7 +104,8 @@ func (s *setup) build() error {
 		return fmt.Errorf("this kernel does not take %s", strings.Join(lost, ", "))
 	}
 	s.say("building the kernel")
-	if _, err := runCtx(s.ctx, tree, "make", "-j"+strconv.Itoa(runtime.NumCPU()), "bzImage", "modules.builtin"); err != nil {
+	jobs := "-j" + strconv.Itoa(runtime.NumCPU())
+	if _, err := runCtx(s.ctx, tree, "make", jobs, "bzImage", "modules.builtin"); err != nil {
 		return err
 	}
 	release, err := os.ReadFile(filepath.Join(tree, "include/config/kernel.release"))
@@ -116,9 +117,10 @@ func (s *setup) build() error {
 
 var sourcePackage = regexp.MustCompile(`(?m)^ *Depends: (linux-source-[0-9.]+)$`)
 
-// source unpacks the package that the metapackage linux-source stands for.
+// source unpacks the package behind the metapackage linux-source.
 func (s *setup) source(dir string) error {
-	out, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, s.apt.options, []string{"depends", "--important", "linux-source"})...)
+	out, err := runCtx(s.ctx, "", slices.Concat([]string{"apt-cache"}, s.apt.options,
+		[]string{"depends", "--important", "linux-source"})...)
 	if err != nil {
 		return err
 	}
@@ -135,7 +137,7 @@ func (s *setup) source(dir string) error {
 	return err
 }
 
-// lostOptions returns the lines of a configuration that the one made from it has not.
+// lostOptions returns the lines of a configuration that are missing from the one made from it.
 func lostOptions(want, made string) (lost []string) {
 	for line := range strings.Lines(want) {
 		if strings.HasPrefix(line, "CONFIG_") && !strings.Contains("\n"+made, "\n"+line) {
@@ -145,8 +147,8 @@ func lostOptions(want, made string) (lost []string) {
 	return lost
 }
 
-// keepBuilt moves to the cache what tests take of a kernel that is built, laid out as a stock
-// kernel's packages are.
+// keepBuilt moves the parts of a built kernel that tests use to the cache, laid out like a stock
+// kernel's packages.
 func (s *setup) keepBuilt(tree, dir, release string) error {
 	modules := filepath.Join(dir, "lib", "modules", release)
 	err := errors.Join(os.MkdirAll(modules, 0o755), os.Mkdir(filepath.Join(dir, "boot"), 0o755))
@@ -163,7 +165,7 @@ func (s *setup) keepBuilt(tree, dir, release string) error {
 	if err != nil {
 		return err
 	}
-	// The link's name tells kernels of another configuration apart, as this does.
+	// The link's name, and so this one, identifies the configuration.
 	final := filepath.Join(s.cache, built.link())
 	return errors.Join(os.RemoveAll(final), os.Rename(dir, final))
 }

@@ -19,25 +19,23 @@ import (
 // Initramfs describes a small initial root file system for a Linux guest:
 // busybox, kernel modules, programs of this machine, and a script.
 type Initramfs struct {
-	// Kernel gives the modules. It may be nil if Modules is empty.
+	// Kernel provides the modules. It may be nil if Modules is empty.
 	Kernel *Kernel
-	// Modules are names of modules to load before Init runs, in this order,
-	// each after those it depends on. A name that is built into Kernel is
-	// skipped.
+	// Modules are names of modules to load before Init runs, in this order, each after those it
+	// depends on. A name that is built into Kernel is skipped.
 	Modules []string
-	// Binaries are paths of programs to put in /bin, with the shared libraries
-	// they need. Init must call one by its path, /bin/NAME, if busybox knows the
-	// name too: its shell prefers itself.
+	// Binaries are paths of programs to put in /bin, with the shared libraries they need. Init must
+	// call one by its path, /bin/NAME, if busybox knows the name too: its shell prefers its own.
 	Binaries []string
-	// Files maps paths in the guest to files on this machine. Their permission
-	// bits are kept. A file overrides what is there otherwise: /init too.
+	// Files maps paths in the guest to files on this machine. Their permission bits are kept. A
+	// file overrides any other of that path, even /init.
 	Files map[string]string
 	// Init is a busybox shell script. When it starts, /proc, /sys and /dev
 	// (devtmpfs) are mounted and the modules are loaded. If it returns, the
 	// guest powers off.
 	Init string
-	// Root is where Binaries' libraries are looked for; "" is this machine's
-	// root. Paths in Binaries do not start from it.
+	// Root is the root for looking up Binaries' libraries; "" is this machine's root. Paths in
+	// Binaries do not start from it.
 	Root string
 }
 
@@ -55,8 +53,7 @@ const initEpilogue = `
 poweroff -f
 `
 
-// Build writes the initramfs to the file named, as an uncompressed newc
-// archive.
+// Build writes the initramfs to the named file, as an uncompressed newc archive.
 func (i Initramfs) Build(name string) error {
 	t := make(tree)
 	if err := i.fill(t); err != nil {
@@ -99,7 +96,7 @@ func (i Initramfs) fill(t tree) error {
 	return nil
 }
 
-// tree is what goes into an archive, by path without a leading slash.
+// tree is the content of an archive, by path without a leading slash.
 type tree map[string]node
 
 type node struct {
@@ -109,7 +106,7 @@ type node struct {
 
 func clean(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
 
-// dir adds a directory and those above it.
+// dir adds a directory and its parents.
 func (t tree) dir(name string) {
 	for name = clean(name); name != "." && name != ""; name = path.Dir(name) {
 		if _, ok := t[name]; !ok {
@@ -143,14 +140,14 @@ func (t tree) copyFile(name, host string) error {
 	return nil
 }
 
-// writeTo writes the archive. Its length is a multiple of four, as the kernel
-// wants it of one that another archive follows.
+// writeTo writes the archive. Its length is a multiple of four, as the kernel requires if another
+// archive follows.
 func (t tree) writeTo(w io.Writer) error {
 	names := make([]string, 0, len(t))
 	for n := range t {
 		names = append(names, n)
 	}
-	sort.Strings(names) // a directory before what is in it
+	sort.Strings(names) // a directory before its entries
 	var size int64
 	count := writerFunc(func(p []byte) (int, error) {
 		size += int64(len(p))
@@ -174,8 +171,8 @@ func (t tree) writeTo(w io.Writer) error {
 	return err
 }
 
-// writeFile writes the archive under another name and renames it, so that a
-// file of the name given is always whole.
+// writeFile writes the archive under another name and renames it, so that a file of the given name
+// is always complete.
 func (t tree) writeFile(name string) error {
 	f, err := os.CreateTemp(filepath.Dir(name), filepath.Base(name)+".*")
 	if err != nil {
@@ -219,7 +216,7 @@ func (t tree) busybox() error {
 			t.link("bin/"+a, "busybox")
 		}
 	}
-	t.link("sbin", "bin") // the kernel asks for /sbin/modprobe, mount for /sbin/mount.x
+	t.link("sbin", "bin") // the kernel calls /sbin/modprobe, mount /sbin/mount.x
 	return nil
 }
 
@@ -240,12 +237,13 @@ func (t tree) program(root, name string) error {
 	return nil
 }
 
-// libDirs are where Debian's dynamic linker looks; all libraries go to the
-// first of them in an initramfs.
-var libDirs = []string{"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib", "/usr/lib", "/lib64", "/usr/lib64", "/usr/local/lib"}
+// libDirs are the directories of Debian's dynamic linker. In an initramfs all libraries go to the
+// first of them.
+var libDirs = []string{"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib", "/usr/lib", "/lib64",
+	"/usr/lib64", "/usr/local/lib"}
 
-// libraries returns the shared libraries and the dynamic linker that a program
-// needs, directly or not: paths in an initramfs to paths here.
+// libraries returns the shared libraries and the dynamic linker that a program needs, directly or
+// not: paths in an initramfs to paths here.
 func libraries(root, name string) (map[string]string, error) {
 	libs := make(map[string]string)
 	var visit func(name string, dirs []string) error

@@ -7,9 +7,9 @@ import (
 	"strings"
 )
 
-// stock is a row for each kernel that the lab keeps.
+// stock is a row of the table of the lab's kernels.
 type stock struct {
-	name string // Lab.Kernel, the lab command's flag and GVM_TEST_L1 name it so
+	name string // for Lab.Kernel, the lab command's flag and GVM_TEST_L1
 	// packages are tried in order: a metapackage, or the beginning of a package's name.
 	packages []string
 	suites   []string // releases of Debian that have it; nil is the system's own
@@ -20,15 +20,15 @@ var stocks = []stock{
 	{"cloud", []string{"linux-image-cloud-amd64"}, nil},
 	{"5.10", []string{"linux-image-5.10-amd64"}, []string{"bullseye"}},
 	{"6.12", []string{"linux-image-6.12-amd64"}, nil},
-	// Backports move on: any newer 7.x is the next best.
+	// Backports change: any newer 7.x is the next best.
 	{"7.3", []string{"linux-image-7.3-amd64", "linux-image-7-amd64"}, []string{"trixie-backports"}},
 }
 
 // link is the name of the link in the cache to the kernel's directory.
 func (s stock) link() string { return s.packages[0] }
 
-// Versions are the names of kernels that Lab.Kernel takes besides debian and cloud, which
-// are those of the system's release.
+// Versions returns the names of kernels that Lab.Kernel takes besides debian and cloud, which are
+// those of the system's release.
 func Versions() (names []string) {
 	for _, s := range stocks {
 		if s.name[0] >= '0' && s.name[0] <= '9' {
@@ -38,7 +38,7 @@ func Versions() (names []string) {
 	return names
 }
 
-// Kernel returns the kernel of a name: debian, cloud, or one of Versions.
+// Kernel returns the kernel with a name: debian, cloud, or one of Versions.
 func (l *Lab) Kernel(name string) (*Kernel, error) {
 	for i, s := range stocks {
 		if s.name == name {
@@ -91,8 +91,7 @@ func (s *setup) kernel(k stock) error {
 	return s.link(k.link(), filepath.Base(dir))
 }
 
-// fetch downloads the packages of the first kernel of names that there is: the image's own
-// comes first.
+// fetch downloads the packages of the first available kernel of names: the image's own comes first.
 func (s *setup) fetch(apt client, names []string, dir string) (debs []string, err error) {
 	var image string
 	for _, name := range names {
@@ -118,8 +117,8 @@ func (s *setup) fetch(apt client, names []string, dir string) (debs []string, er
 	return debs, nil
 }
 
-// finishKernel adds what the packages do not have: the ELF kernel, and the module
-// dependencies, which their installation would have made.
+// finishKernel adds the files that the packages lack: the ELF kernel, and the module dependencies,
+// which an installation would have made.
 func (s *setup) finishKernel(root string) error {
 	bz, release, err := image(root)
 	if err != nil {
@@ -129,7 +128,7 @@ func (s *setup) finishKernel(root string) error {
 		return err
 	}
 	if _, err := os.Stat(filepath.Join(root, "usr", "lib", "modules", release)); err == nil {
-		// depmod looks under /lib/modules: a merged /usr has lib as a link.
+		// depmod searches /lib/modules: a merged /usr has lib as a link.
 		if err := os.Symlink("usr/lib", filepath.Join(root, "lib")); err != nil && !os.IsExist(err) {
 			return err
 		}
@@ -145,8 +144,8 @@ func (s *setup) finishKernel(root string) error {
 	return err
 }
 
-// image finds the bzImage of a kernel that is unpacked below root, and its release: in
-// /boot, or since Linux 7.0 of Debian beside the modules.
+// image finds the bzImage of a kernel unpacked below root, and its release: in /boot, or, since
+// Debian's Linux 7.0, beside the modules.
 func image(root string) (bz, release string, err error) {
 	if bz, err = one(filepath.Join(root, "boot", "vmlinuz-*")); err == nil {
 		return bz, strings.TrimPrefix(filepath.Base(bz), "vmlinuz-"), nil

@@ -13,13 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Lab is what Setup prepares: stock kernels, and all that it takes to boot L1.
-// It holds no resources; any number of Runs may go on at a time.
+// Lab is the result of Setup: stock kernels, and everything needed to boot L1. It holds no
+// resources; any number of Runs may be active at a time.
 type Lab struct {
 	// Cache is the directory that holds everything below.
 	Cache string
-	// Debian is the kernel of linux-image-amd64, and Cloud that of
-	// linux-image-cloud-amd64. Kernel has others.
+	// Debian is the kernel of linux-image-amd64, and Cloud that of linux-image-cloud-amd64. Kernel
+	// returns others.
 	Debian, Cloud *Kernel
 	// Tree is a small Debian system as a directory: for its programs and
 	// libraries, with Tree as Initramfs.Root. RootImage is the same as an ext4
@@ -33,15 +33,15 @@ type Lab struct {
 
 // Kernel is one stock Debian kernel.
 type Kernel struct {
-	Package string // the name it was asked for by, such as linux-image-amd64
-	Release string // what uname -r says in it
+	Package string // the requested name, such as linux-image-amd64
+	Release string // the output of uname -r in it
 	BZImage string // path of the compressed image
-	VMLinux string // path of the ELF file taken out of BZImage
-	Modules string // path of its modules: the directory that has modules.dep
+	VMLinux string // path of the ELF file from BZImage
+	Modules string // path of its modules: the directory of modules.dep
 }
 
-// CacheEnv names the environment variable that says where the lab keeps its
-// files, instead of gvm-lab in the user's cache directory.
+// CacheEnv names the environment variable for the directory of the lab's files, instead of gvm-lab
+// in the user's cache directory.
 const CacheEnv = "GVM_LAB_CACHE"
 
 // InLabEnv is set to 1 for commands that run in a lab.
@@ -58,11 +58,10 @@ func cacheDir() (string, error) {
 	return filepath.Join(d, "gvm-lab"), nil
 }
 
-// Setup prepares the lab, or finds it prepared; it writes a line to progress
-// for each step that takes time. Everything is fetched with Debian's own
-// clients into the cache directory, one finished piece at a time: a killed
-// Setup goes on where it was, and two at once wait for each other. In a lab it
-// only finds what the host has prepared.
+// Setup prepares the lab, or finds it prepared. It writes a line to progress for each step that
+// takes time. It fetches everything with Debian's own clients into the cache directory, one
+// finished piece at a time: after being killed it continues where it was, and two at once wait for
+// each other. In a lab it only finds the files that the host has prepared.
 func Setup(ctx context.Context, progress io.Writer) (*Lab, error) {
 	cache, err := cacheDir()
 	if err != nil {
@@ -86,7 +85,7 @@ func Setup(ctx context.Context, progress io.Writer) (*Lab, error) {
 	return open(cache)
 }
 
-// lock takes an exclusive lock that ends with this process at the latest.
+// lock takes an exclusive lock that ends at the latest with this process.
 func lock(ctx context.Context, name string, progress io.Writer) (unlock func(), err error) {
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
@@ -111,8 +110,8 @@ func lock(ctx context.Context, name string, progress io.Writer) (unlock func(), 
 	return func() { f.Close() }, nil
 }
 
-// open finds a lab that has been prepared. The cache has a directory for each package
-// version, and a link for each kernel. A link is made last, when its target is whole.
+// open finds a prepared lab. The cache has a directory for each package version, and a link for
+// each kernel. A link is made last, when its target is complete.
 func open(cache string) (*Lab, error) {
 	var ks []*Kernel
 	for _, s := range stocks {
@@ -148,9 +147,10 @@ func one(pattern string) (string, error) {
 	return m[0], nil
 }
 
-// l1Modules are what every L1 loads: the way to its host first, then what gvm
-// needs of a kernel, and what tests put behind the kernel's SCSI target.
-var l1Modules = []string{"virtio_pci", "virtio_console", "9pnet_virtio", "9p", "kvm_amd", "vhost_scsi", "target_core_file", "target_core_iblock", "loop"}
+// l1Modules are loaded by every L1: first those for the connection to its host, then those for gvm,
+// and those for tests of the kernel's SCSI target.
+var l1Modules = []string{"virtio_pci", "virtio_console", "9pnet_virtio", "9p", "kvm_amd", "vhost_scsi",
+	"target_core_file", "target_core_iblock", "loop"}
 
 // hash shortens a description to a part of a file name.
 func hash(s string) string {
@@ -158,5 +158,5 @@ func hash(s string) string {
 	return hex.EncodeToString(h[:6])
 }
 
-// inL1 is where a module's file is in L1's initramfs.
+// inL1 returns the path of a module's file in L1's initramfs.
 func inL1(m module) string { return "/modules/" + m.Name + ".ko" }

@@ -78,7 +78,7 @@ func TestRunShell(t *testing.T) {
 	noChildren(t)
 }
 
-// One MiB of random data goes into the lab and comes back, each byte as it was.
+// TestRunBytes sends one MiB of random data into the lab and back.
 func TestRunBytes(t *testing.T) {
 	l := setUp(t)
 	data := make([]byte, 1<<20)
@@ -98,7 +98,8 @@ func TestRunBytes(t *testing.T) {
 	}
 }
 
-// The kernels offer what gvm needs, and KVM works from this very test binary.
+// TestRunKVM: the kernels provide the devices that gvm needs, and KVM works from this very test
+// binary.
 func TestRunKVM(t *testing.T) {
 	l := setUp(t)
 	exe, err := os.Executable()
@@ -127,9 +128,8 @@ func TestRunKVM(t *testing.T) {
 	}
 }
 
-// A guest of the lab's KVM boots the initramfs of Initramfs, and goes on to the
-// root image: what guest tests build on, shown with a hypervisor that is known
-// to work.
+// TestGuest boots the initramfs of Initramfs on the lab's KVM with a hypervisor that is known to
+// work, and continues to the root image: the basis of guest tests.
 func TestGuest(t *testing.T) {
 	if os.Getenv(InLabEnv) != "1" {
 		l := setUp(t)
@@ -165,11 +165,13 @@ func TestGuest(t *testing.T) {
 		t.Fatal(err)
 	}
 	built := time.Now()
-	if err := l.CopyRootImage(t.Context(), disk, "uname -r; cat /etc/debian_version; echo done > /mark; mount | grep ' / '"); err != nil {
+	const script = "uname -r; cat /etc/debian_version; echo done > /mark; mount | grep ' / '"
+	if err := l.CopyRootImage(t.Context(), disk, script); err != nil {
 		t.Fatal(err)
 	}
 	copied := time.Now()
-	cmd := exec.CommandContext(t.Context(), qemu, "-accel", "kvm", "-cpu", "host", "-m", "512", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot",
+	cmd := exec.CommandContext(t.Context(), qemu, "-accel", "kvm", "-cpu", "host", "-m", "512", "-nodefaults",
+		"-display", "none", "-serial", "stdio", "-no-reboot",
 		"-device", "virtio-scsi-pci", "-drive", "if=none,id=d,format=raw,file="+disk, "-device", "scsi-hd,drive=d",
 		"-kernel", k.VMLinux, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1 root=/dev/sda")
 	out, err := cmd.CombinedOutput()
@@ -178,7 +180,8 @@ func TestGuest(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	for _, s := range []string{"initramfs is up\r\n", "Using EXT2FS Library", k.Release + "\r\n", "/dev/sda on / type ext4 (rw"} {
+	for _, s := range []string{"initramfs is up\r\n", "Using EXT2FS Library", k.Release + "\r\n",
+		"/dev/sda on / type ext4 (rw"} {
 		if !bytes.Contains(out, []byte(s)) {
 			t.Errorf("no %q in the guest's output", s)
 		}
@@ -192,7 +195,7 @@ func TestGuest(t *testing.T) {
 	}
 }
 
-// TestProbe is what other tests run in the lab; PROBE_FAIL makes it fail.
+// TestProbe is run in the lab by other tests; PROBE_FAIL makes it fail.
 func TestProbe(t *testing.T) {
 	if os.Getenv(InLabEnv) != "1" {
 		t.Skip("not in a lab")
@@ -207,7 +210,7 @@ func TestProbe(t *testing.T) {
 	defer kvm.Close()
 	const createVM, createVCPU = 0xae01, 0xae41
 	var vm int
-	for err = unix.EINTR; err == unix.EINTR; { // a signal of Go's own may come
+	for err = unix.EINTR; err == unix.EINTR; { // Go's own signals interrupt it
 		vm, err = unix.IoctlRetInt(int(kvm.Fd()), createVM)
 	}
 	if err != nil {
@@ -238,7 +241,8 @@ func TestProbe(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if root, err := os.ReadFile("/sys/kernel/config/target/dbroot"); err != nil || strings.TrimSpace(string(root)) != "/etc/target" {
+	if root, err := os.ReadFile("/sys/kernel/config/target/dbroot"); err != nil ||
+		strings.TrimSpace(string(root)) != "/etc/target" {
 		t.Errorf("LIO's database is in %q, %v", root, err)
 	}
 	if m := os.Getenv("PROBE_MODULE"); m != "" {
@@ -250,7 +254,7 @@ func TestProbe(t *testing.T) {
 		t.Errorf("a user namespace is refused: %v", err)
 	}
 	if os.Getenv(testMainEnv) == "1" {
-		// Status 2: it runs, and has been given no command.
+		// Status 2: it runs, and was given no command.
 		var exit *exec.ExitError
 		if err := exec.Command(Program("lab")).Run(); !errors.As(err, &exit) || exit.ExitCode() != 2 {
 			t.Errorf("the program that Main built: %v", err)
@@ -265,8 +269,8 @@ func TestProbe(t *testing.T) {
 	}
 }
 
-// Main runs the binary it is in, hands on flags, status and output, and lets
-// the profile be written.
+// TestMainInLab: Main runs the binary it is in, passes on flags, status and output, and lets it
+// write the profile.
 func TestMainInLab(t *testing.T) {
 	setUp(t)
 	for _, tt := range []struct {
@@ -309,7 +313,7 @@ type runner func() int
 
 func (r runner) Run() int { return r() }
 
-// onText calls f once, when s has come by.
+// onText calls f once, when s has been written.
 type onText struct {
 	s    string
 	f    func()
@@ -348,8 +352,8 @@ func TestRunTimeout(t *testing.T) {
 	noChildren(t)
 }
 
-// A panic with panic=0 halts L1 with no more sign of life: a wedge, tried twice.
-// What the command wrote has a second to get out before.
+// TestRunWedged: a panic with panic=0 halts L1 without a sign of life, which is a wedge, tried
+// twice. The command's earlier output has a second to get out.
 func TestRunWedged(t *testing.T) {
 	l := setUp(t)
 	var out, log, console bytes.Buffer
@@ -393,11 +397,11 @@ func TestRunNoProgram(t *testing.T) {
 	}
 }
 
-// A killed process takes its QEMU with it.
+// TestRunKilled: a killed process takes its QEMU with it.
 func TestRunKilled(t *testing.T) {
 	setUp(t)
 	cmd := exec.Command("/proc/self/exe", "-test.run=^TestProbe$")
-	cmd.Env = append(os.Environ(), testMainEnv+"=1", "TMPDIR="+t.TempDir()) // what Main builds is left there
+	cmd.Env = append(os.Environ(), testMainEnv+"=1", "TMPDIR="+t.TempDir()) // Main's builds stay there
 	errs, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -450,7 +454,7 @@ func noChildren(t *testing.T) {
 	}
 }
 
-// alive reports whether a process is there and no zombie.
+// alive reports whether a process exists and is not a zombie.
 func alive(pid int) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {

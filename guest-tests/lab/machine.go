@@ -28,18 +28,18 @@ type machine struct {
 	port    net.Conn // the other end of L1's virtio-serial port
 	monitor net.Conn // QEMU's human monitor
 	console tail
-	exited  chan struct{} // closed when QEMU is gone and its output read
+	exited  chan struct{} // closed when QEMU has ended and its output is read
 }
 
-// processor is QEMU's "max", an AMD processor with SVM, nested paging and vGIF, without
-// XSAVE and the features that depend on it. QEMU does not intercept XSETBV in SVM: L1's
-// KVM would not learn which XCR0 its guest sets, and would enter the guest with another
-// one. A processor that had AVX and no XSAVE would be one that does not exist: Linux
-// enables AVX code by the AVX bit alone, and dies of #UD in it.
+// processor is QEMU's "max", an AMD processor with SVM, nested paging and vGIF, without XSAVE and
+// the features that depend on it. QEMU does not intercept XSETBV in SVM: L1's KVM would not learn
+// which XCR0 its guest sets, and would enter the guest with another one. A processor with AVX and
+// without XSAVE does not exist: Linux enables AVX code by the AVX bit alone, and would die of #UD
+// in it.
 const processor = "max,-xsave,-xsaveerptr,-avx,-avx2,-fma,-f16c,-vaes,-vpclmulqdq,-pku,-mpx"
 
-// qemuArgs is QEMU's command line; port, monitor and initrd are its descriptors
-// of those names.
+// qemuArgs returns QEMU's command line; port, monitor and initrd are its descriptors of those
+// names.
 func qemuArgs(c *Command, j *job, port, monitor, initrd int) []string {
 	memory, cpus := c.Memory, c.CPUs
 	if memory == 0 {
@@ -50,8 +50,8 @@ func qemuArgs(c *Command, j *job, port, monitor, initrd int) []string {
 	}
 	cpu := processor
 	if c.Fast {
-		// Without ERMS and FSRM kernels copy and clear memory by plain moves, which
-		// are translated: REP MOVSB, fast in hardware, takes three to four times as long here.
+		// Without ERMS and FSRM kernels copy and clear memory by plain moves, which are translated:
+		// REP MOVSB, fast in hardware, takes three to four times as long here.
 		cpu += ",-erms,-fsrm"
 	}
 	args := []string{
@@ -71,9 +71,10 @@ func qemuArgs(c *Command, j *job, port, monitor, initrd int) []string {
 	}
 	return append(args,
 		"-kernel", c.Kernel.VMLinux, "-initrd", fmt.Sprintf("/proc/self/fd/%d", initrd),
-		// One processor until the modules are in: see onlineCPUs. No transparent
-		// huge pages, or not as the kernel gives them by itself: see hugePages.
-		"-append", "console=ttyS0 maxcpus=1 transparent_hugepage=never panic=-1 quiet mitigations=off tsc=reliable no_timer_check nokaslr cryptomgr.notests "+
+		// One processor until the modules are loaded: see onlineCPUs. No transparent huge pages, or
+		// not with the kernel's defaults: see hugePages.
+		"-append", "console=ttyS0 maxcpus=1 transparent_hugepage=never panic=-1 quiet mitigations=off tsc=reliable "+
+			"no_timer_check nokaslr cryptomgr.notests "+
 			"random.trust_cpu=on apparmor=0 audit=0 rcupdate.rcu_expedited=1 "+agentEnv+"=1")
 }
 
@@ -91,12 +92,11 @@ func startMachine(qemu string, c *Command, j *job, initrd *os.File) (*machine, e
 		}
 		defer theirs[i].Close()
 	}
-	const first = 3 // what ExtraFiles begins with
+	const first = 3 // number of the first of ExtraFiles
 	m.cmd = exec.Command(qemu, qemuArgs(c, j, first, first+1, first+2)...)
 	m.cmd.ExtraFiles = []*os.File{theirs[0], theirs[1], initrd}
 	m.cmd.Stdout, m.cmd.Stderr = &m.console, &m.console
-	// QEMU dies with this process however it ends, and takes no signal from the
-	// terminal.
+	// QEMU dies with this process in any case, and takes no signal from the terminal.
 	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	m.cmd.WaitDelay = 5 * time.Second
 	started := make(chan error)
@@ -126,15 +126,15 @@ func (m *machine) closeConns() {
 	}
 }
 
-// stop ends QEMU, and returns when it is gone.
+// stop ends QEMU, and returns once it has ended.
 func (m *machine) stop() {
 	m.cmd.Process.Kill()
 	<-m.exited
 	m.closeConns()
 }
 
-// serve passes data between the command and its caller until the command, the
-// context or the lab ends.
+// serve passes data between the command and its caller until the command, the context or the lab
+// ends.
 func (m *machine) serve(ctx context.Context, c *Command) (exit int, err error) {
 	start := time.Now()
 	stop := context.AfterFunc(ctx, func() { m.port.Close() })
@@ -150,8 +150,8 @@ func (m *machine) serve(ctx context.Context, c *Command) (exit int, err error) {
 	r := bufio.NewReaderSize(m.port, maxPayload)
 	buf := make([]byte, maxPayload)
 	for {
-		// The clock runs only here, while there is nothing to read: a caller who
-		// is slow to take output does not make the lab look dead.
+		// The clock runs only here, while there is nothing to read: a caller that is slow to take
+		// output does not make the lab look dead.
 		m.port.SetReadDeadline(time.Now().Add(limit))
 		kind, p, err := readFrame(r, buf)
 		switch {
@@ -161,7 +161,7 @@ func (m *machine) serve(ctx context.Context, c *Command) (exit int, err error) {
 			m.postMortem(c)
 			return 0, fmt.Errorf("%w: no sign of life from L1 for %v", ErrWedged, limit)
 		case err != nil:
-			// What QEMU or the kernel said of it is on its way to the console.
+			// QEMU's or the kernel's message about it is on its way to the console.
 			select {
 			case <-m.exited:
 			case <-time.After(5 * time.Second):
@@ -206,9 +206,8 @@ func write(w io.Writer, p []byte) error {
 	return err
 }
 
-// feed sends the command's input, a piece at a time: the next when the agent has
-// handed on the last. It ends with the input or, after the run, with the read
-// that is under way.
+// feed sends the command's input, a piece at a time: the next one when the agent has passed on the
+// last. It ends with the input or, after the run, with the current read.
 func feed(out *frameWriter, in io.Reader, taken, over chan struct{}) {
 	buf := make([]byte, maxPayload/2)
 	for {
@@ -230,7 +229,7 @@ func feed(out *frameWriter, in io.Reader, taken, over chan struct{}) {
 	}
 }
 
-// postMortem asks QEMU what the processors of a wedged L1 were at.
+// postMortem asks QEMU for the state of a wedged L1's processors.
 func (m *machine) postMortem(c *Command) {
 	if c.Console == nil {
 		return
@@ -242,7 +241,7 @@ func (m *machine) postMortem(c *Command) {
 	said, _ := io.ReadAll(m.monitor) // ends with the deadline
 	m.console.mu.Lock()
 	defer m.console.mu.Unlock()
-	fmt.Fprintf(c.Console, "\nlab: wedged; what QEMU says of the processors:\n%s", said)
+	fmt.Fprintf(c.Console, "\nlab: wedged; QEMU's report on the processors:\n%s", said)
 }
 
 // terminal returns the command's input if it is a terminal to pass on.
@@ -253,8 +252,8 @@ func terminal(c *Command) *os.File {
 	return nil
 }
 
-// rawTerminal puts the input's terminal, if it is one, into raw mode, and tells
-// the agent its size.
+// rawTerminal puts the input's terminal, if there is one, into raw mode, and tells the agent its
+// size.
 func rawTerminal(c *Command, j *job) (restore func(), err error) {
 	f := terminal(c)
 	if f == nil {
@@ -284,12 +283,13 @@ func followSize(out *frameWriter, f *os.File, over chan struct{}) {
 		case <-changed:
 		}
 		if cols, rows, err := term.GetSize(int(f.Fd())); err == nil {
-			out.send(frameSize, binary.LittleEndian.AppendUint16(binary.LittleEndian.AppendUint16(nil, uint16(rows)), uint16(cols)))
+			out.send(frameSize, binary.LittleEndian.AppendUint16(binary.LittleEndian.AppendUint16(nil, uint16(rows)),
+				uint16(cols)))
 		}
 	}
 }
 
-// socketPair returns two connected ends: one to use, one to hand to QEMU.
+// socketPair returns two connected ends: one to use, one for QEMU.
 func socketPair() (net.Conn, *os.File, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -313,7 +313,7 @@ func memfile(name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// tail passes on all that is written to it, and keeps the end.
+// tail passes on everything written to it, and keeps the end.
 type tail struct {
 	mu   sync.Mutex
 	also io.Writer
@@ -337,7 +337,7 @@ func (t *tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// String returns the end, with the console's line ends made plain.
+// String returns the end, with the console's line ends as \n.
 func (t *tail) String() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -19,48 +19,47 @@ import (
 
 // Options says how Main runs a package's tests.
 type Options struct {
-	// Direct decides whether this machine can run the tests itself, and says
-	// why or why not. It is not asked in a lab. Nil means never.
+	// Direct reports whether this machine can run the tests itself, and the reason. It is not
+	// called in a lab. Nil means never.
 	Direct func() (direct bool, why string)
-	// Kernel names L1's kernel, as Lab.Kernel has them. The default is in the
-	// environment, as KernelEnv, or else debian.
+	// Kernel names L1's kernel, as in Lab.Kernel. The default is that of the environment,
+	// KernelEnv, or else debian.
 	Kernel string
 	// Modules, Memory and CPUs are as in Command.
 	Modules      []string
 	Memory, CPUs int
-	// Build are Go packages of main programs that the tests run, such as
-	// ./cmd/gvm's import path. They are built on this machine, static; Program
-	// says where they are.
+	// Build are Go packages of main programs that the tests run, such as ./cmd/gvm's import path.
+	// They are built on this machine, static; Program returns their paths.
 	Build []string
-	// Lost matches what a failed test prints of a guest that the emulated processor
-	// has lost: see Main. Nil is never.
+	// Lost matches the output of a failed test whose guest was lost by the emulated processor: see
+	// Main. Nil means never.
 	Lost *regexp.Regexp
-	// Writable and Visible are as in Command. The directories of profiles that
-	// the go command asks for are writable anyway.
+	// Writable and Visible are as in Command. The directories of profiles that the go command asks
+	// for are always writable.
 	Writable, Visible []string
 }
 
-// attempts is in how many labs Main tries to get a package's tests to their end.
+// attempts is the number of labs in which Main tries to run a package's tests.
 const attempts = 3
 
-// exitInfrastructure is Main's status when the tests could not be run at all.
-// The testing package ends with 0, 1 or 2.
+// exitInfrastructure is Main's status if the tests could not be run at all. The testing package
+// ends with 0, 1 or 2.
 const exitInfrastructure = 3
 
-// programsEnv says where Options.Build has been built.
+// programsEnv names the directory of the programs of Options.Build.
 const programsEnv = "GVM_LAB_PROGRAMS"
 
-// KernelEnv names the environment variable that has tests run with another kernel of L1.
+// KernelEnv names the environment variable that selects another kernel of L1 for tests.
 const KernelEnv = "GVM_TEST_L1"
 
-// fastEnv, set to 0, has tests run without Command.Fast.
+// fastEnv, set to 0, runs tests without Command.Fast.
 const fastEnv = "GVM_LAB_FAST"
 
 // Program returns the path of a program of Options.Build, by its last name.
 func Program(name string) string { return filepath.Join(os.Getenv(programsEnv), name) }
 
-// build makes the programs in a directory of their own. They are static by CGO_ENABLED=0,
-// or as the environment has it: the race detector wants 1.
+// build makes the programs in a directory of their own. They are static by CGO_ENABLED=0, or as set
+// in the environment: the race detector needs 1.
 func build(packages []string) (dir string, err error) {
 	if dir, err = os.MkdirTemp("", "lab-programs"); err != nil {
 		return "", err
@@ -74,16 +73,14 @@ func build(packages []string) (dir string, err error) {
 	return dir, os.Setenv(programsEnv, dir)
 }
 
-// Main is the body of a TestMain: os.Exit(lab.Main(m, lab.Options{…})). It runs
-// the tests here where that can be, and otherwise runs this same test binary,
-// with the same flags and in the same directory, in a lab; it returns the exit
-// status either way. One line says which and why.
+// Main is the body of a TestMain: os.Exit(lab.Main(m, lab.Options{…})). It runs the tests here if
+// possible. Otherwise it runs this same test binary, with the same flags and in the same directory,
+// in a lab. It returns the exit status, and one line reports the choice and its reason.
 //
-// The lab's processor is software, and loses a guest now and then (of those with a
-// busy console one in ten ends in a triple fault, of QEMU's own guests some too).
-// When tests failed and Options.Lost matches what was printed, those that failed
-// run again, in a new lab, and the log says so: what they say then is their
-// result, or after one more loss, what they say the third time.
+// The lab's processor is software, and loses a guest now and then (of those with a busy console one
+// in ten ends in a triple fault, including QEMU's own guests). If tests failed and Options.Lost
+// matches their output, the failed ones run again, in a new lab, and the log says so. The result of
+// the second run counts, or after one more loss, that of the third.
 func Main(m interface{ Run() int }, o Options) int {
 	a := parseTestArgs(os.Args[1:])
 	if os.Getenv(InLabEnv) == "1" || a.list {
@@ -112,8 +109,8 @@ func Main(m interface{ Run() int }, o Options) int {
 	start := time.Now()
 	out := new(transcript)
 	code, err := mainInLab(ctx, a, o, start, out)
-	// A lab that crashed or wedged says nothing of the tests: they run again
-	// from the first, in a new one, and the log says so.
+	// A lab that crashed or wedged does not judge the tests: all of them run again in a new one,
+	// and the log says so.
 	for try := 1; try < attempts && (errors.Is(err, ErrCrashed) || errors.Is(err, ErrWedged)); try++ {
 		fmt.Fprintf(os.Stderr, "%v\nlab: the tests start again in a new lab\n", err)
 		out = new(transcript)
@@ -136,7 +133,7 @@ func Main(m interface{ Run() int }, o Options) int {
 	return code
 }
 
-// transcript keeps what tests print on its way.
+// transcript passes on the tests' output and keeps it.
 type transcript struct {
 	to io.Writer
 	b  []byte
@@ -192,7 +189,7 @@ func mainInLab(ctx context.Context, a testArgs, o Options, start time.Time, out 
 	}
 	args := a.args
 	if a.timeout > 0 {
-		// The tests' own limit has to come first: it says which test hangs.
+		// The tests' own limit must come first: it names the test that hangs.
 		left := max(a.timeout-time.Since(start)-bootTime, time.Second)
 		args = append(slices.Clone(args), "-test.timeout="+left.String())
 		c.Timeout = left + 2*bootTime
@@ -211,7 +208,7 @@ func moduleRoot(dir string) string {
 	return dir
 }
 
-// bootTime is what Main sets aside of a test's time for L1's start and end.
+// bootTime is the part of a test's time that Main reserves for L1's start and end.
 const bootTime = 15 * time.Second
 
 func same(a, b *os.File) bool {
@@ -220,10 +217,10 @@ func same(a, b *os.File) bool {
 	return errA == nil && errB == nil && os.SameFile(sa, sb)
 }
 
-// testArgs is a test binary's command line, taken apart.
+// testArgs is a parsed command line of a test binary.
 type testArgs struct {
 	args      []string          // flags for the binary in the lab, without a timeout
-	rest      []string          // what follows the flags
+	rest      []string          // the arguments after the flags
 	values    map[string]string // of the flags in args that name files
 	timeout   time.Duration
 	list      bool // tests are to be listed, not run
@@ -231,16 +228,16 @@ type testArgs struct {
 	outputDir string
 }
 
-// fileFlags are those flags of package testing that name a file to write, and
-// dirFlags a directory.
+// fileFlags are the flags of package testing that name a file to write, and dirFlags those that
+// name a directory.
 var (
 	fileFlags = []string{"blockprofile", "coverprofile", "cpuprofile", "memprofile", "mutexprofile", "trace"}
 	dirFlags  = []string{"gocoverdir", "fuzzcachedir", "outputdir"}
 )
 
-// parseTestArgs reads a test binary's arguments. testlogfile is dropped: the go
-// command caches a result by the files that it lists, and the lab's kernels,
-// which a result hangs on as well, would not be among them.
+// parseTestArgs reads a test binary's arguments. It drops testlogfile: the go command caches a
+// result by the files listed there, and the lab's kernels, which also determine the result, would
+// not be among them.
 func parseTestArgs(args []string) testArgs {
 	a := testArgs{values: make(map[string]string)}
 	for i := 0; i < len(args); i++ {
@@ -280,13 +277,13 @@ func parseTestArgs(args []string) testArgs {
 	return a
 }
 
-// takesValue tells flags of package testing that must have a value from those
-// that are switches.
+// takesValue reports whether a flag of package testing must have a value, unlike a switch.
 func takesValue(name string) bool {
-	return !slices.Contains([]string{"v", "short", "failfast", "fullpath", "benchmem", "paniconexit0", "fuzzworker", "artifacts"}, name)
+	return !slices.Contains([]string{"v", "short", "failfast", "fullpath", "benchmem", "paniconexit0", "fuzzworker",
+		"artifacts"}, name)
 }
 
-// writable returns the directories that the tests' own flags make them write to.
+// writable returns the directories that the tests write to because of their own flags.
 func (a testArgs) writable(cwd string) []string {
 	abs := func(dir, p string) string {
 		if filepath.IsAbs(p) {
@@ -311,8 +308,7 @@ func (a testArgs) writable(cwd string) []string {
 	return slices.Compact(dirs)
 }
 
-// Log is where a test that calls Run or Setup sends their lines: testing.TB's
-// Log method as a writer.
+// Log returns testing.TB's Log method as a writer, for tests that call Run or Setup.
 func Log(t interface{ Logf(string, ...any) }) io.Writer {
 	return writerFunc(func(p []byte) (int, error) {
 		t.Logf("%s", strings.TrimRight(string(p), "\n"))
@@ -320,8 +316,7 @@ func Log(t interface{ Logf(string, ...any) }) io.Writer {
 	})
 }
 
-// KVM is an Options.Direct for tests that need a /dev/kvm, whether it has
-// hardware behind it or not.
+// KVM is an Options.Direct for tests that need a /dev/kvm, with or without hardware virtualization.
 func KVM() (bool, string) {
 	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if err != nil {

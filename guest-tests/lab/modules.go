@@ -22,8 +22,7 @@ type module struct {
 	Deps []string // names of all modules it needs, nearest first
 }
 
-// moduleName turns a module's path or either spelling of its name into the
-// spelling that the kernel uses.
+// moduleName turns a module's path or either spelling of its name into the kernel's spelling.
 func moduleName(path string) string {
 	name, _, _ := strings.Cut(filepath.Base(path), ".ko")
 	return strings.ReplaceAll(name, "-", "_")
@@ -49,11 +48,10 @@ func parseDep(r io.Reader) (map[string]module, error) {
 	return mods, sc.Err()
 }
 
-// addSoft adds to modules what they ask for in words, to have it loaded before
-// them: ext4 so needs some crc32c, of which the generic one works on any
-// processor. Lines of modules.softdep are "softdep NAME pre: A B post: C"; what
-// is asked for may be an alias. What no module provides is left out, as
-// modprobe does.
+// addSoft adds soft dependencies to modules, which must be loaded before them: ext4, for example,
+// needs some crc32c, of which the generic one works on any processor. Lines of modules.softdep are
+// "softdep NAME pre: A B post: C"; A and B may be aliases. Names that no module provides are
+// dropped, as in modprobe.
 func addSoft(mods map[string]module, softdep, alias io.Reader) error {
 	provides := make(map[string]string)
 	sc := bufio.NewScanner(alias)
@@ -99,8 +97,8 @@ func addSoft(mods map[string]module, softdep, alias io.Reader) error {
 	return sc.Err()
 }
 
-// order returns the modules named and all they depend on, each once, and none
-// before a module that it depends on.
+// order returns the named modules and all their dependencies, each once, and each after its
+// dependencies.
 func order(mods map[string]module, names []string) ([]module, error) {
 	var out []module
 	state := make(map[string]int) // 1: being visited, 2: in out
@@ -133,9 +131,8 @@ func order(mods map[string]module, names []string) ([]module, error) {
 	return out, nil
 }
 
-// modules returns the named modules of the kernel and those they depend on, in
-// the order in which to load them. A name that is built into the kernel is left
-// out: kernels differ in what they have as a module.
+// modules returns the named modules of the kernel and their dependencies, in the order in which to
+// load them. Names built into the kernel are dropped: kernels differ in their sets of modules.
 func (k *Kernel) modules(names []string) ([]module, error) {
 	text := make(map[string]string)
 	for _, n := range []string{"dep", "softdep", "alias", "builtin"} {
@@ -169,9 +166,9 @@ func (k *Kernel) modules(names []string) ([]module, error) {
 	return out, nil
 }
 
-// readModule returns a module's plain ELF file, without what makes loading it
-// slow under emulation: its signature (the kernel would check it) and the name
-// of its BTF section (the kernel would parse it).
+// readModule returns a module's plain ELF file, without the parts that make loading it slow under
+// emulation: its signature (the kernel would check it) and the name of its BTF section (the kernel
+// would parse it).
 func readModule(path string) ([]byte, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -186,8 +183,8 @@ func readModule(path string) ([]byte, error) {
 	return bytes.ReplaceAll(dropSignature(b), []byte("\x00.BTF\x00"), []byte("\x00.btf\x00")), nil
 }
 
-// dropSignature cuts off what scripts/sign-file.c of the kernel appends: the
-// signature, a struct module_signature, and a magic string.
+// dropSignature removes the trailer of the kernel's scripts/sign-file.c: the signature, a struct
+// module_signature, and a magic string.
 func dropSignature(b []byte) []byte {
 	const magic = "~Module signature appended~\n"
 	const structLen = 12 // the last four bytes are the signature's length, big endian
@@ -202,8 +199,8 @@ func dropSignature(b []byte) []byte {
 	return body[:uint64(len(body))-n]
 }
 
-// decompress undoes what Debian's kernel packages use for modules; data of no
-// known format is returned as it is.
+// decompress reverses the compression of Debian's kernel modules; it returns data of no known
+// format unchanged.
 func decompress(b []byte) ([]byte, error) {
 	var r io.Reader
 	var err error

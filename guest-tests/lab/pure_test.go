@@ -71,7 +71,8 @@ softdep ext4 pre: crypto-crc32c nothing post: late
 softdep gone pre: late
 softdep jbd2 pre: late
 `
-	const alias = "alias crypto-crc32c crc32c_intel\nalias crypto-crc32c crc32c_generic\nalias crypto-crc32c crc32c_other\nalias pci:v* late\n"
+	const alias = "alias crypto-crc32c crc32c_intel\nalias crypto-crc32c crc32c_generic\n" +
+		"alias crypto-crc32c crc32c_other\nalias pci:v* late\n"
 	mods, err := parseDep(strings.NewReader(dep))
 	if err != nil {
 		t.Fatal(err)
@@ -127,7 +128,8 @@ func TestImageDependency(t *testing.T) {
 func TestTranscript(t *testing.T) {
 	var to bytes.Buffer
 	out := &transcript{to: &to}
-	const text = "=== RUN   TestA\n--- FAIL: TestA (0.1s)\n    --- FAIL: TestA/x (0.1s)\n--- PASS: TestB (0.2s)\n--- FAIL: TestC (3s)\nFAIL\n"
+	const text = "=== RUN   TestA\n--- FAIL: TestA (0.1s)\n    --- FAIL: TestA/x (0.1s)\n--- PASS: TestB (0.2s)\n" +
+		"--- FAIL: TestC (3s)\nFAIL\n"
 	for _, part := range []string{text[:20], text[20:]} {
 		io.WriteString(out, part)
 	}
@@ -271,7 +273,8 @@ func TestInitramfs(t *testing.T) {
 			t.Errorf("%s is %v %q, want %v %q", name, got[name].mode, got[name].data, want.mode, want.data)
 		}
 	}
-	for _, name := range []string{"bin/busybox", "bin/mke2fs", "lib64/ld-linux-x86-64.so.2", "lib/x86_64-linux-gnu/libc.so.6", "lib/x86_64-linux-gnu/libext2fs.so.2"} {
+	for _, name := range []string{"bin/busybox", "bin/mke2fs", "lib64/ld-linux-x86-64.so.2",
+		"lib/x86_64-linux-gnu/libc.so.6", "lib/x86_64-linux-gnu/libext2fs.so.2"} {
 		if !bytes.HasPrefix(got[name].data, []byte("\x7fELF")) {
 			t.Errorf("%s is not an ELF file", name)
 		}
@@ -341,20 +344,23 @@ func TestJob(t *testing.T) {
 		t.Errorf("visible %v, want %v", j.Visible, want)
 	}
 	slices.Sort(j.Env)
-	if want := []string{"A=b", "GVM_IN_LAB=1", "GVM_LAB_CACHE=/tmp/cache/gvm-lab", "TMPDIR=/tmp"}; !reflect.DeepEqual(j.Env, want) {
-		t.Errorf("environment %q, want %q", j.Env, want)
+	env := []string{"A=b", "GVM_IN_LAB=1", "GVM_LAB_CACHE=/tmp/cache/gvm-lab", "TMPDIR=/tmp"}
+	if !reflect.DeepEqual(j.Env, env) {
+		t.Errorf("environment %q, want %q", j.Env, env)
 	}
 	if j.Dir != inner {
 		t.Errorf("directory %s, want %s", j.Dir, inner)
 	}
-	if want := []module{{"base", "kernel/base.ko", nil}, {"top_one", "kernel/top-one.ko", []string{"base"}}}; !reflect.DeepEqual(j.Modules, want) {
-		t.Errorf("modules %v, want %v", j.Modules, want)
+	modules := []module{{"base", "kernel/base.ko", nil}, {"top_one", "kernel/top-one.ko", []string{"base"}}}
+	if !reflect.DeepEqual(j.Modules, modules) {
+		t.Errorf("modules %v, want %v", j.Modules, modules)
 	}
 	args := strings.Join(qemuArgs(&Command{Kernel: k}, j, 3, 4, 5), " ")
 	if want := "local,id=w0,path=" + outer + "/in,,ner,security_model=none"; !strings.Contains(args, want) {
 		t.Errorf("no %q in %s", want, args)
 	}
-	for _, c := range []Command{{}, {Args: []string{"x"}, Writable: []string{"/nonexistent"}}, {Args: []string{"x"}, Writable: []string{"/etc/passwd"}}} {
+	for _, c := range []Command{{}, {Args: []string{"x"}, Writable: []string{"/nonexistent"}},
+		{Args: []string{"x"}, Writable: []string{"/etc/passwd"}}} {
 		c.Kernel = k
 		if _, err := l.job(&c); err == nil {
 			t.Errorf("%v is accepted", c)
@@ -365,7 +371,8 @@ func TestJob(t *testing.T) {
 func TestParseTestArgs(t *testing.T) {
 	a := parseTestArgs([]string{
 		"-test.testlogfile=/tmp/log", "-test.paniconexit0", "-test.timeout=2m0s", "-test.v=test2json", "-test.run", "^TestX$",
-		"-test.coverprofile=cover.out", "-test.outputdir", "out", "-test.gocoverdir=/tmp/cov", "-test.cpuprofile=/prof/cpu", "-own", "-test.short=true", "--", "x", "-y",
+		"-test.coverprofile=cover.out", "-test.outputdir", "out", "-test.gocoverdir=/tmp/cov", "-test.cpuprofile=/prof/cpu",
+		"-own", "-test.short=true", "--", "x", "-y",
 	})
 	wantArgs := []string{"-test.paniconexit0", "-test.v=test2json", "-test.run=^TestX$", "-test.coverprofile=cover.out",
 		"-test.outputdir=out", "-test.gocoverdir=/tmp/cov", "-test.cpuprofile=/prof/cpu", "-own", "-test.short=true"}
@@ -419,7 +426,7 @@ func TestTail(t *testing.T) {
 	}
 }
 
-// A second setup waits for the first, and gives up with its context.
+// TestLock: a second setup waits for the first, and gives up with its context.
 func TestLock(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "lock")
 	unlock, err := lock(t.Context(), name, io.Discard)

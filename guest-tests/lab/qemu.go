@@ -11,17 +11,16 @@ import (
 	"strings"
 )
 
-// qemuMajor and qemuMinor are the oldest QEMU that the lab is content with.
-// Before, a processor that leaves its guest changed its set of pending interrupts
-// without a lock, and lost one that came at the same moment: L1 slept for ever,
-// or a guest of it did. That happened every few minutes, and to a guest with a
-// busy console on an L1 of one processor each time.
+// qemuMajor and qemuMinor are the oldest version of QEMU for the lab. In older ones a processor
+// that exits its guest changes its set of pending interrupts without a lock, and loses one that
+// comes at the same moment: L1 sleeps for ever, or a guest of it does. That happened every few
+// minutes, and always to a guest with a busy console on an L1 of one processor.
 const qemuMajor, qemuMinor = 10, 2
 
 const qemuName = "qemu-system-x86_64"
 
-// qemuSuites are the releases of Debian that have such a QEMU, and what it needs,
-// for a system whose own is older.
+// qemuSuites are the releases of Debian that have such a QEMU and its dependencies, for a system
+// whose own is older.
 var qemuSuites = []string{"trixie", "trixie-backports"}
 
 // qemuWrapper runs a QEMU that is unpacked with all of its libraries.
@@ -31,12 +30,11 @@ exec "$root/usr/lib64/ld-linux-x86-64.so.2" --library-path "$root/usr/lib/x86_64
 	"$root/usr/bin/` + qemuName + `" -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" "$@"
 `
 
-// qemuPath is where a lab's QEMU is: in the cache, or by way of a link there in
-// the system.
+// qemuPath returns the path of a lab's QEMU: in the cache, or through a link there to the system's.
 func qemuPath(cache string) string { return filepath.Join(cache, "qemu", "bin", qemuName) }
 
-// qemu makes the link to a QEMU: the system's, if it is new enough, else one
-// that is unpacked into the cache.
+// qemu makes the link to a QEMU: the system's, if it is new enough, else one unpacked into the
+// cache.
 func (s *setup) qemu() error {
 	system, err := hostTool(qemuName)
 	if err != nil {
@@ -57,7 +55,8 @@ func (s *setup) qemu() error {
 		if s.ctx.Err() != nil {
 			return err
 		}
-		s.say("QEMU %d.%d can wedge the lab, and no newer one is to be had: %v; to try again, remove %s", has[0], has[1], err, filepath.Join(s.cache, "qemu"))
+		s.say("QEMU %d.%d can wedge the lab, and no newer one is to be had: %v; to try again, remove %s",
+			has[0], has[1], err, filepath.Join(s.cache, "qemu"))
 	}
 	return s.link("qemu", filepath.Dir(filepath.Dir(system)))
 }
@@ -69,7 +68,7 @@ func newEnough(v [2]int) error {
 	return nil
 }
 
-// link makes a link in the cache, in place of one that is there.
+// link makes a link in the cache, and replaces an existing one.
 func (s *setup) link(name, target string) error {
 	link := filepath.Join(s.cache, name)
 	if err := os.Remove(link); err != nil && !os.IsNotExist(err) {
@@ -98,8 +97,8 @@ func (s *setup) qemuVersion(path string) (v [2]int, err error) {
 	return v, nil
 }
 
-// newerQEMU unpacks the QEMU of qemuSuites and all it needs into the cache, and
-// returns the directory's name there.
+// newerQEMU unpacks the QEMU of qemuSuites and its dependencies into the cache, and returns the
+// directory's name there.
 func (s *setup) newerQEMU() (string, error) {
 	tmp, err := os.MkdirTemp(s.cache, "qemu.tmp")
 	if err != nil {
@@ -127,7 +126,8 @@ func (s *setup) newerQEMU() (string, error) {
 		}
 	}
 	program := filepath.Join(root, "bin", qemuName)
-	if err := errors.Join(os.MkdirAll(filepath.Dir(program), 0o755), os.WriteFile(program, []byte(qemuWrapper), 0o755)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Dir(program), 0o755),
+		os.WriteFile(program, []byte(qemuWrapper), 0o755)); err != nil {
 		return "", err
 	}
 	has, err := s.qemuVersion(program)
@@ -157,7 +157,8 @@ func (s *setup) suites(dir string, releases []string) ([]string, error) {
 	if m == nil {
 		return nil, errors.New("/etc/os-release names no release of Debian")
 	}
-	out, err := runCtx(s.ctx, "", "apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Component: main", "Release: "+string(m[1]))
+	out, err := runCtx(s.ctx, "", "apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages",
+		"Component: main", "Release: "+string(m[1]))
 	if err != nil {
 		return nil, err
 	}

@@ -13,13 +13,14 @@ import (
 	"strings"
 )
 
-// rootPackages are what the small Debian system has, besides what they need.
-var rootPackages = []string{"base-files", "base-passwd", "bash", "dash", "coreutils", "debianutils", "grep", "sed", "procps",
+// rootPackages are the packages of the small Debian system, without their dependencies.
+var rootPackages = []string{"base-files", "base-passwd", "bash", "dash", "coreutils", "debianutils", "grep",
+	"sed", "procps",
 	"util-linux", "mount", "e2fsprogs", "kexec-tools", "sg3-utils", "libiscsi-bin"}
 
-// rootTrim is left out of it: documents, and perl, which only packages' own
-// scripts use.
-var rootTrim = []string{"usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/lintian", "usr/share/perl",
+// rootTrim is left out of it: documents, and perl, which only the packages' own scripts use.
+var rootTrim = []string{"usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/lintian",
+	"usr/share/perl",
 	"usr/share/perl5", "usr/share/zoneinfo", "usr/lib/x86_64-linux-gnu/gconv", "usr/lib/x86_64-linux-gnu/perl",
 	"usr/lib/x86_64-linux-gnu/perl-base", "usr/share/usrmerge", "usr/share/i18n", "usr/lib/udev/hwdb.d"}
 
@@ -41,8 +42,8 @@ mount -o remount,ro / 2>/dev/null
 busybox poweroff -f
 `
 
-// SwitchRoot is an Initramfs.Init that continues in the file system that root=
-// on the kernel's command line names, writable unless ro is there too.
+// SwitchRoot is an Initramfs.Init that continues in the file system named by root= on the kernel's
+// command line, writable unless it has ro.
 const SwitchRoot = `
 mode=rw
 for word in $(cat /proc/cmdline); do
@@ -59,8 +60,8 @@ umount /sys /proc
 exec switch_root /mnt /sbin/init
 `
 
-// rootVersion is part of the cache's name for the tree and the image: what is
-// above makes them, and a change there needs another name.
+// rootVersion is part of the cache's name for the tree and the image. It depends on the definitions
+// above, which determine them.
 func rootVersion() string {
 	return hash(fmt.Sprint(rootPackages, rootTrim, rootInit))
 }
@@ -115,8 +116,8 @@ func (s *setup) root() error {
 	return os.Rename(tmp, dir)
 }
 
-// closure downloads packages and all they need, as apt would install them on an
-// empty system, and returns the .deb files. They are in a directory apt of tmp.
+// closure downloads packages and their dependencies, as apt would install them on an empty system,
+// and returns the .deb files. They are in a directory apt of tmp.
 func (s *setup) closure(tmp string, options []string, packages ...string) ([]string, error) {
 	apt := filepath.Join(tmp, "apt")
 	if err := os.MkdirAll(filepath.Join(apt, "archives", "partial"), 0o755); err != nil {
@@ -126,7 +127,8 @@ func (s *setup) closure(tmp string, options []string, packages ...string) ([]str
 		return nil, err
 	}
 	args := slices.Concat([]string{"apt-get"}, options, []string{
-		"-o", "Dir::State::status=" + filepath.Join(apt, "status"), "-o", "Dir::Cache=" + apt, "-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=",
+		"-o", "Dir::State::status=" + filepath.Join(apt, "status"), "-o", "Dir::Cache=" + apt, "-o", "Debug::NoLocking=1",
+		"-o", "APT::Sandbox::User=",
 		"-q", "-y", "--download-only", "--no-install-recommends", "install"}, packages)
 	if _, err := runCtx(s.ctx, "", args...); err != nil {
 		return nil, err
@@ -136,7 +138,8 @@ func (s *setup) closure(tmp string, options []string, packages ...string) ([]str
 
 // unpackInto unpacks a package over a tree whose /bin and the like are links.
 func (s *setup) unpackInto(deb, tree string) error {
-	_, err := runCtx(s.ctx, "", "sh", "-c", `dpkg-deb --fsys-tarfile "$1" | tar -x -p --keep-directory-symlink --no-same-owner -C "$2"`, "sh", deb, tree)
+	_, err := runCtx(s.ctx, "", "sh", "-c",
+		`dpkg-deb --fsys-tarfile "$1" | tar -x -p --keep-directory-symlink --no-same-owner -C "$2"`, "sh", deb, tree)
 	if err != nil {
 		return fmt.Errorf("unpack %s: %w", filepath.Base(deb), err)
 	}
@@ -162,7 +165,7 @@ func finishRoot(tree string) error {
 	if err != nil {
 		return err
 	}
-	// dash's link to it comes from its installation, which did not happen.
+	// dash's installation would make its link, but it did not run.
 	if err := os.Symlink("dash", filepath.Join(tree, "usr/bin/sh")); err != nil && !os.IsExist(err) {
 		return err
 	}
@@ -199,9 +202,9 @@ func (s *setup) image(tree, name string) error {
 	return err
 }
 
-// CopyRootImage makes a copy of RootImage to write to, whose /init.sh is the
-// given shell script: it runs once the guest is up, and the guest powers off
-// when it returns. An empty script leaves a shell on the console.
+// CopyRootImage makes a writable copy of RootImage whose /init.sh is the given shell script. It
+// runs once the guest is up, and the guest powers off when it returns. An empty script leaves a
+// shell on the console.
 func (l *Lab) CopyRootImage(ctx context.Context, name, script string) error {
 	if err := copySparse(name, l.RootImage); err != nil {
 		return fmt.Errorf("copy the root image: %w", err)
@@ -227,7 +230,7 @@ func (l *Lab) CopyRootImage(ctx context.Context, name, script string) error {
 	if _, err := runCtx(ctx, "", debugfs, "-w", "-R", "write "+f.Name()+" init.sh", name); err != nil {
 		return err
 	}
-	// debugfs ends with 0 whatever happened.
+	// debugfs exits with 0 even on errors.
 	out, err := runCtx(ctx, "", debugfs, "-R", "cat init.sh", name)
 	if err == nil && string(out) != script {
 		err = fmt.Errorf("%s: debugfs did not write /init.sh", name)
@@ -235,7 +238,7 @@ func (l *Lab) CopyRootImage(ctx context.Context, name, script string) error {
 	return err
 }
 
-// copySparse copies a file, leaving holes where it has only zeros.
+// copySparse copies a file, and leaves holes for runs of zeros.
 func copySparse(to, from string) (err error) {
 	in, err := os.Open(from)
 	if err != nil {

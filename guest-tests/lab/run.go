@@ -13,80 +13,74 @@ import (
 	"time"
 )
 
-// Command is a program to run in L1. Every path means the same there as here:
-// L1's root is this machine's root, read-only. Only /tmp, /run, /dev, /proc and
-// /sys are L1's own.
+// Command is a program to run in L1. Every path means the same there as here: L1's root is this
+// machine's root, read-only. Only /tmp, /run, /dev, /proc and /sys are L1's own.
 type Command struct {
 	// Args is the program, found by PATH in Env, and its arguments.
 	Args []string
-	// Env is the whole environment. If nil, it is a small one: PATH, HOME=/tmp,
-	// LC_ALL=C, TERM. GVM_IN_LAB=1, GVM_LAB_CACHE and TMPDIR=/tmp are set in
-	// either case.
+	// Env is the whole environment. If nil, it is a small one: PATH, HOME=/tmp, LC_ALL=C, TERM.
+	// GVM_IN_LAB=1, GVM_LAB_CACHE and TMPDIR=/tmp are set in either case.
 	Env []string
 	// Dir is the working directory. The default is Writable[0], or else /tmp.
 	Dir string
 	// Writable are directories of this machine that the command may write to.
 	Writable []string
-	// Visible are paths under /tmp that the command may read. Args[0], Dir and
-	// the lab's cache are visible anyway.
+	// Visible are paths under /tmp that the command may read. Args[0], Dir and the lab's cache are
+	// always visible.
 	Visible []string
 
-	// Kernel that L1 runs; the default is Lab.Debian. Each of Lab.Kernel works but cloud, which has no 9p.
+	// Kernel is L1's kernel; the default is Lab.Debian. Each of Lab.Kernel works except cloud,
+	// which lacks 9p.
 	Kernel *Kernel
 	// Modules of Kernel that L1 loads besides its usual ones.
 	Modules []string
 	Memory  int // of L1, in MiB; the default is 4096
 	CPUs    int // the default is 2
-	// Fast has L1 give out transparent huge pages, as most machines do, and copy memory
-	// in a way that is quick to emulate: guests boot in half the time.
+	// Fast makes L1 use transparent huge pages, as most machines do, and copy memory in a way that
+	// is fast to emulate: guests boot in half the time.
 	Fast bool
 
-	// Stdin is the command's input; nil is /dev/null. Run may take more from it
-	// than the command does, and may leave a Read under way when it returns. A
-	// command with input is not tried again when its lab wedges.
+	// Stdin is the command's input; nil is /dev/null. Run may read more from it than the command
+	// does, and may leave a Read in progress when it returns. A command with input is not tried
+	// again if its lab wedges.
 	Stdin io.Reader
-	// Stdout and Stderr receive the command's output as it comes. If they are
-	// the same, the command has one pipe for both, so that order is kept.
+	// Stdout and Stderr receive the command's output as it comes. If they are the same, the command
+	// has one pipe for both, which keeps the order.
 	Stdout, Stderr io.Writer
-	// TTY gives the command a terminal of its own, whose output goes to Stdout.
-	// If Stdin is a terminal, it is in raw mode meanwhile, and its size passed
-	// on.
+	// TTY gives the command a terminal, whose output goes to Stdout. If Stdin is a terminal, it is
+	// in raw mode meanwhile, and its size is passed on.
 	TTY bool
 
-	// Timeout is for the whole run, start of L1 included; 0 is none.
+	// Timeout bounds the whole run, including the start of L1; 0 is none.
 	Timeout time.Duration
-	// Silence is how long the lab may give no sign of life before it is taken
-	// for wedged; the default is 40 s. It does not limit the command's silence.
+	// Silence is the time without a sign of life after which the lab counts as wedged; the default
+	// is 40 s. It does not limit the command's silence.
 	Silence time.Duration
-	// Console receives what L1's kernel prints. Log receives the lab's own
-	// lines, and the end of the console when a run fails; the default is
-	// os.Stderr.
+	// Console receives the output of L1's kernel. Log receives the lab's own lines, and the end of
+	// the console if a run fails; the default is os.Stderr.
 	Console, Log io.Writer
 }
 
 var (
-	// ErrWedged says that L1 gave no sign of life for Command.Silence. It says
-	// nothing about the command.
+	// ErrWedged means that L1 gave no sign of life for Command.Silence. It says nothing about the
+	// command.
 	ErrWedged = errors.New("lab wedged")
-	// ErrCrashed says that L1 came to an end before the command did: its kernel
-	// panicked, or QEMU failed.
+	// ErrCrashed means that L1 ended before the command: its kernel panicked, or QEMU failed.
 	ErrCrashed = errors.New("lab crashed")
 )
 
-// bootSilence is the limit until the agent's first sign of life: then the
-// kernel boots, and nothing beats.
+// bootSilence is the limit until the agent's first sign of life: before it the kernel boots.
 const bootSilence = 2 * time.Minute
 
-// Run starts an L1, runs the command in it, and returns its exit status, which
-// is 128+n for a command that signal n killed. An error means that there is no
-// status: ErrWedged, ErrCrashed, the context's end, or a set-up that cannot
-// work. A wedged lab is started once more, and Log says so; what the command
-// wrote before is not taken back. No process or file of Run's is left when it
-// returns.
+// Run starts an L1, runs the command in it, and returns its exit status, which is 128+n for a
+// command killed by signal n. An error means that there is no status: ErrWedged, ErrCrashed, the
+// context's end, or an invalid set-up. A wedged lab is started once more, and Log says so; the
+// command's earlier output stays. Run leaves no process or file behind.
 func (l *Lab) Run(ctx context.Context, c Command) (exit int, err error) {
 	if c.Timeout > 0 {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, c.Timeout, fmt.Errorf("timeout of %v: %w", c.Timeout, context.DeadlineExceeded))
+		ctx, cancel = context.WithTimeoutCause(ctx, c.Timeout, fmt.Errorf("timeout of %v: %w",
+			c.Timeout, context.DeadlineExceeded))
 		defer cancel()
 	}
 	if c.Log == nil {
@@ -133,7 +127,7 @@ func (l *Lab) try(ctx context.Context, c Command) (int, error) {
 	return exit, err
 }
 
-// job works out what to tell the agent.
+// job makes the agent's instructions.
 func (l *Lab) job(c *Command) (*job, error) {
 	if len(c.Args) == 0 {
 		return nil, errors.New("no command")
@@ -148,10 +142,11 @@ func (l *Lab) job(c *Command) (*job, error) {
 		Huge:  c.Fast,
 	}
 	if j.Env == nil {
-		j.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/tmp", "LC_ALL=C", "TERM=" + os.Getenv("TERM")}
+		j.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/tmp", "LC_ALL=C",
+			"TERM=" + os.Getenv("TERM")}
 	}
 	for key, value := range map[string]string{InLabEnv: "1", CacheEnv: l.Cache, "TMPDIR": "/tmp"} {
-		// A second definition would not count.
+		// A second definition would be ignored.
 		j.Env = slices.DeleteFunc(slices.Clone(j.Env), func(s string) bool { return strings.HasPrefix(s, key+"=") })
 		j.Env = append(j.Env, key+"="+value)
 	}
@@ -185,12 +180,13 @@ func (l *Lab) job(c *Command) (*job, error) {
 		if p, err = filepath.Abs(p); err != nil {
 			return nil, err
 		}
-		if p != "/tmp" && within(p, "/tmp") && !slices.ContainsFunc(j.Mounts, func(s share) bool { return within(p, s.Path) }) {
+		if p != "/tmp" && within(p, "/tmp") &&
+			!slices.ContainsFunc(j.Mounts, func(s share) bool { return within(p, s.Path) }) {
 			j.Visible = append(j.Visible, p)
 		}
 	}
 	slices.Sort(j.Visible)
-	// What is inside a visible directory is visible with it.
+	// Paths inside a visible directory are visible with it.
 	j.Visible = slices.CompactFunc(j.Visible, func(a, b string) bool { return within(a, b) || within(b, a) })
 	if j.Modules, err = c.Kernel.modules(slices.Concat(l1Modules, c.Modules)); err != nil {
 		return nil, err
@@ -204,8 +200,8 @@ func within(p, dir string) bool {
 	return err == nil && filepath.IsLocal(rel)
 }
 
-// initrd returns L1's initramfs as a file without a name: an archive of modules
-// from the cache, and one with the agent and its job.
+// initrd returns L1's initramfs as an unnamed file: an archive of modules from the cache, and one
+// with the agent and its job.
 func (l *Lab) initrd(c *Command, j *job) (*os.File, error) {
 	t := make(tree)
 	text, err := json.Marshal(j)
@@ -217,7 +213,7 @@ func (l *Lab) initrd(c *Command, j *job) (*os.File, error) {
 	if err := t.copyFile("init", self); err != nil {
 		return nil, err
 	}
-	libs, err := libraries("", self) // there are some if the race detector is in
+	libs, err := libraries("", self) // the race detector needs some
 	if err != nil {
 		return nil, err
 	}
@@ -245,8 +241,8 @@ func (l *Lab) initrd(c *Command, j *job) (*os.File, error) {
 	return f, nil
 }
 
-// moduleArchive opens the archive of these modules in the cache; if there is
-// none, it makes it. The name follows from what is in it.
+// moduleArchive opens the archive of these modules in the cache, and makes it if it is missing. The
+// name depends on the content.
 func (l *Lab) moduleArchive(k *Kernel, mods []module) (*os.File, error) {
 	name := filepath.Join(l.Cache, fmt.Sprintf("l1-%s-%s.cpio", k.Release, hash(fmt.Sprint(k.VMLinux, mods))))
 	if f, err := os.Open(name); err == nil {

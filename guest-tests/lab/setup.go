@@ -23,7 +23,7 @@ func (s *setup) say(format string, args ...any) {
 
 func (s *setup) all() error {
 	start := time.Now()
-	// What a killed setup left unfinished.
+	// Leftovers of a killed setup.
 	stale, err := filepath.Glob(filepath.Join(s.cache, "*.tmp*"))
 	if err != nil {
 		return err

@@ -8,9 +8,8 @@ import (
 	"gvm/vmm/boot"
 )
 
-// unpackKernel writes the ELF kernel inside a bzImage to the file elf. Booting
-// it in place of the bzImage halves the start of L1, which would else unpack
-// itself under emulation.
+// unpackKernel writes the ELF kernel inside a bzImage to the file elf. Booting it instead of the
+// bzImage halves the start of L1, which would otherwise unpack itself under emulation.
 func unpackKernel(bzImage, elf string) error {
 	f, err := boot.OpenFile(context.Background(), bzImage)
 	if err != nil {

@@ -7,17 +7,16 @@ import (
 	"sync"
 )
 
-// The host and the agent in L1 talk over one virtio-serial port, in frames: one
-// byte of type, four of length (little endian), then the payload. One port for
-// all keeps output, heartbeat and exit status in order, and apart from whatever
-// the kernel prints on its console.
+// The host and the agent in L1 exchange frames over one virtio-serial port: one byte of type, four
+// of length (little endian), then the payload. A single port keeps output, heartbeat and exit
+// status in order, and apart from the kernel's output on its console.
 const (
 	frameHello  byte = iota + 1 // agent: L1 user space is up, the command starts now
 	frameBeat                   // agent: still alive; sent every beatPeriod
 	frameStdout                 // agent: bytes the command wrote
 	frameStderr                 // agent
 	frameExit                   // agent: the command's exit status, one byte; the last frame
-	frameFail                   // agent: the command could not be started, and why; the last frame
+	frameFail                   // agent: the command could not be started, and the reason; the last frame
 	frameTaken                  // agent: the last frameStdin reached the command, send the next
 	frameStdin                  // host: bytes for the command; empty means end of file
 	frameSize                   // host: terminal size, rows and columns, two bytes each
