@@ -214,6 +214,6 @@ func TestGoldenIsCurrent(t *testing.T) {
 		t.Fatal(err)
 	}
 	if string(out) != string(want) {
-		t.Errorf("testdata/abi.golden is not what testdata/abi.c prints here; the difference:\n%s", out)
+		t.Errorf("testdata/abi.golden differs from the output of testdata/abi.c; the difference:\n%s", out)
 	}
 }

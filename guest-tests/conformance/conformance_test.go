@@ -21,9 +21,13 @@ import (
 )
 
 func TestParse(t *testing.T) {
-	v := Parse("    [SKIPPED] of none\nSuite: Read6\n  Test: Simple ...    Test READ6\n    [OK] READ6\n  Test: BeyondEol ...\n    [FAILED] READ6 command\n    [FAILED] again\n" +
-		"    1. test.c:7  - CU_FAIL\n  Test: Probe ...\n    [FAILED] as it should\n  Test: Rmb ...    [SKIPPED] not removable\n    [SKIPPED] twice\nSuite:\n    [SKIPPED] of another run\nSuite: Write6\n  Test: Simple ...\n    1. test.c:20  - CU_FAIL\n")
-	want := Verdicts{"Read6.Simple": "PASS", "Read6.BeyondEol": "FAIL READ6 command", "Read6.Probe": "PASS", "Read6.Rmb": "SKIP not removable", "Write6.Simple": "FAIL 1. test.c:20  - CU_FAIL"}
+	v := Parse("    [SKIPPED] of none\nSuite: Read6\n  Test: Simple ...    Test READ6\n    [OK] READ6\n" +
+		"  Test: BeyondEol ...\n    [FAILED] READ6 command\n    [FAILED] again\n" +
+		"    1. test.c:7  - CU_FAIL\n  Test: Probe ...\n    [FAILED] as it should\n" +
+		"  Test: Rmb ...    [SKIPPED] not removable\n    [SKIPPED] twice\nSuite:\n    [SKIPPED] of another run\n" +
+		"Suite: Write6\n  Test: Simple ...\n    1. test.c:20  - CU_FAIL\n")
+	want := Verdicts{"Read6.Simple": "PASS", "Read6.BeyondEol": "FAIL READ6 command", "Read6.Probe": "PASS",
+		"Read6.Rmb": "SKIP not removable", "Write6.Simple": "FAIL 1. test.c:20  - CU_FAIL"}
 	if len(v) != len(want) {
 		t.Errorf("%d verdicts: %v", len(v), v)
 	}
@@ -40,7 +44,7 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// TestTarget: the in-process target fails no test, and passes all that it passed before.
+// TestTarget: the in-process target fails no test, and passes all tests that it passed before.
 func TestTarget(t *testing.T) {
 	suite, err := exec.LookPath("iscsi-test-cu")
 	if err != nil {
@@ -48,19 +52,20 @@ func TestTarget(t *testing.T) {
 	}
 	environment := preload(t)
 	for _, v := range []struct {
-		list    string // of what passes, in testdata
+		list    string // of passed tests, in testdata
 		unit    scsi.UnitConfig
 		thick   bool
 		destroy bool
-		fails   []string // through no fault of the target's
+		fails   []string // not caused by the target
 	}{
 		{"512", scsi.UnitConfig{}, false, true, nil},
 		{"4096", scsi.UnitConfig{BlockSize: 4096}, false, true, nil},
 		{"thick", scsi.UnitConfig{Cache: scsi.WriteThrough, Serial: "thick"}, true, true, nil},
-		// The first three write although the suite was told not to, and the others
-		// expect to have registered when it did not let them.
-		{"readonly", scsi.UnitConfig{ReadOnly: true}, false, false, []string{"WriteVerify10.Dpo", "WriteVerify12.Dpo", "WriteVerify16.Dpo",
-			"PrinReadKeys.Truncate", "ProutRegister.Simple", "ProutReserve.Simple"}},
+		// The first three write although the suite was told not to. The others expect a
+		// registration that the suite did not let them make.
+		{"readonly", scsi.UnitConfig{ReadOnly: true}, false, false,
+			[]string{"WriteVerify10.Dpo", "WriteVerify12.Dpo", "WriteVerify16.Dpo",
+				"PrinReadKeys.Truncate", "ProutRegister.Simple", "ProutReserve.Simple"}},
 	} {
 		t.Run(v.list, func(t *testing.T) {
 			file, err := block.Open(filepath.Join(t.TempDir(), "disk"), block.Options{Size: Size})
@@ -121,8 +126,8 @@ func TestTarget(t *testing.T) {
 	}
 }
 
-// serve has units answer at sockets what testdata/sgio.c sends there, as the LUNs of one target. Every
-// connection is the same initiator's, as every open of /dev/sg0 is.
+// serve serves units as the LUNs of one target at the sockets that testdata/sgio.c connects to. All
+// connections belong to one initiator, like all opens of /dev/sg0.
 func serve(t *testing.T, units ...*scsi.Unit) string {
 	target := scsi.NewTarget()
 	socket := filepath.Join(t.TempDir(), "socket")
@@ -150,7 +155,7 @@ func serve(t *testing.T, units ...*scsi.Unit) string {
 			for {
 				c, err := l.Accept()
 				if err != nil {
-					return // closed
+					return // the listener is closed
 				}
 				served.Go(func() {
 					defer c.Close()
@@ -167,7 +172,7 @@ func serve(t *testing.T, units ...*scsi.Unit) string {
 	return socket
 }
 
-// resets are the task management functions for what SG_SCSI_RESET (scsi/sg.h) can ask for.
+// resets are the task management functions for the requests of SG_SCSI_RESET (scsi/sg.h).
 var resets = map[uint32]func(*scsi.Target, scsi.LUN) scsi.TaskResponse{
 	1: (*scsi.Target).LogicalUnitReset,                                               // device
 	4: func(t *scsi.Target, _ scsi.LUN) scsi.TaskResponse { return t.NexusReset(0) }, // target
@@ -196,7 +201,7 @@ func answer(c net.Conn, target *scsi.Target, lun scsi.LUN) error {
 		_, err := c.Write(head[:])
 		return err
 	}
-	cmd := &scsi.Command{LUN: lun, CDB: append(cdb, make([]byte, 32-min(32, len(cdb)))...)} // as virtio-scsi pads it
+	cmd := &scsi.Command{LUN: lun, CDB: append(cdb, make([]byte, 32-min(32, len(cdb)))...)} // padded as by virtio-scsi
 	if len(out) > 0 {
 		cmd.Out = [][]byte{out}
 	}
@@ -211,11 +216,12 @@ func answer(c net.Conn, target *scsi.Target, lun scsi.LUN) error {
 	return err
 }
 
-// preload compiles testdata/sgio.c and returns the environment for a program that is to have it, with
+// preload compiles testdata/sgio.c and returns the environment for a program that uses it, with
 // devices at a socket.
 func preload(t *testing.T) func(socket string) []string {
 	shim := filepath.Join(t.TempDir(), "sgio.so")
-	if out, err := exec.Command("gcc", "-Wall", "-shared", "-fPIC", "-o", shim, "testdata/sgio.c").CombinedOutput(); err != nil {
+	gcc := exec.Command("gcc", "-Wall", "-shared", "-fPIC", "-o", shim, "testdata/sgio.c")
+	if out, err := gcc.CombinedOutput(); err != nil {
 		t.Fatalf("gcc: %v\n%s", err, out)
 	}
 	return func(socket string) []string { return append(os.Environ(), "LD_PRELOAD="+shim, "SGIO_SOCKET="+socket) }

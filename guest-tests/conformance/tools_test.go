@@ -16,10 +16,11 @@ import (
 
 var update = flag.Bool("update", false, "write testdata/tools anew")
 
-// tools are what sg3_utils' programs are asked of disks /dev/sg0, thin and write-back, and /dev/sg1, of
-// 4096-byte blocks and write-through, and /dev/sg2, in one file of testdata/tools each. The lines of one are a sequence on new disks.
-// A line that is to end with another exit status than 0 begins with it: sg3_utils has 5 for ILLEGAL REQUEST,
-// 22 for LBA OUT OF RANGE, 2 for NOT READY, 6 for UNIT ATTENTION, 14 for MISCOMPARE and 24 for RESERVATION CONFLICT.
+// tools are the command lines of sg3_utils, for disks /dev/sg0, thin and write-back, /dev/sg1, with
+// 4096-byte blocks and write-through, and /dev/sg2. Each row has a file in testdata/tools, and its
+// lines run in sequence on new disks. A line with another exit status than 0 begins with it:
+// sg3_utils uses 5 for ILLEGAL REQUEST, 22 for LBA OUT OF RANGE, 2 for NOT READY, 6 for UNIT
+// ATTENTION, 14 for MISCOMPARE and 24 for RESERVATION CONFLICT.
 var tools = map[string]string{
 	"inq": `
 sg_inq /dev/sg0
@@ -129,7 +130,8 @@ sg_persist --in --read-full-status /dev/sg0
 5 sg_persist --out --register --param-sark=1 --param-aptpl /dev/sg1
 sg_persist --out --register --param-sark=0xabc /dev/sg0
 sg_persist --out --reserve --param-rk=0xabc --prout-type=5 /dev/sg0
-sg_persist --out --register-move --param-rk=0xabc --param-sark=0x123 --relative-target-port=1 --transport-id=sas,3000000000000005 /dev/sg0
+sg_persist --out --register-move --param-rk=0xabc --param-sark=0x123 ` +
+		`--relative-target-port=1 --transport-id=sas,3000000000000005 /dev/sg0
 sg_persist --in --read-full-status /dev/sg0`,
 	"luns": `
 sg_luns /dev/sg0
@@ -201,7 +203,8 @@ sg_dd if=/dev/sg0 of=/dev/sg0 seek=16 bs=512 count=16 oflag=fua
 sg_raw --request=64 /dev/sg0 12 01 80 00 40 00`,
 }
 
-// TestTools compares what sg3_utils' programs print of the in-process target with testdata/tools.
+// TestTools compares the output of sg3_utils' programs for the in-process target with
+// testdata/tools.
 func TestTools(t *testing.T) {
 	if _, err := exec.LookPath("sg_inq"); err != nil {
 		t.Skip("needs sg_inq, of Debian's sg3-utils")
@@ -209,7 +212,8 @@ func TestTools(t *testing.T) {
 	environment := preload(t)
 	dir := t.TempDir()
 	pattern := bytes.Repeat([]byte("0123456789abcdef"), 32)
-	for name, b := range map[string][]byte{"IN0": pattern, "ZERO": make([]byte, 8192), "ZEROIN0": append(make([]byte, 512), pattern...)} {
+	for name, b := range map[string][]byte{"IN0": pattern, "ZERO": make([]byte, 8192),
+		"ZEROIN0": append(make([]byte, 512), pattern...)} {
 		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -222,7 +226,8 @@ func TestTools(t *testing.T) {
 				{Serial: "golden-1", BlockSize: 4096, Cache: scsi.WriteThrough},
 				{Serial: "golden-2"},
 			} {
-				// A file system's block size decides what UNMAP does; memory has one everywhere.
+				// The effect of UNMAP depends on a file system's block size; memory's is the same
+				// everywhere.
 				m, err := block.OpenMemory(Size)
 				if err != nil {
 					t.Fatal(err)

@@ -1,6 +1,6 @@
-// Package conformance reads what iscsi-test-cu, libiscsi's suite of SCSI tests, says
-// of a disk. Its test runs the suite at the in-process target without a machine in
-// between; `make conformance` has Linux guests run it (package linux).
+// Package conformance reads the output of iscsi-test-cu, libiscsi's suite of SCSI tests. Its test
+// runs the suite at the in-process target without a machine in between; `make conformance` runs it
+// in Linux guests (package linux).
 package conformance
 
 import (
@@ -32,23 +32,23 @@ func (v Verdicts) With(outcome string) []string {
 	return slices.DeleteFunc(names, func(name string) bool { return !strings.HasPrefix(v[name], outcome) })
 }
 
-// Size is that of a disk for the suite, in bytes. It has less than 65536 blocks: with more,
-// that many move in one command, which Linux takes from /dev/sg0 only if memory
-// happens to be in large pieces.
+// Size is the size of a disk for the suite, in bytes. The disk has less than 65536 blocks: with
+// more, one command moves that many, which Linux takes from /dev/sg0 only if memory happens to be
+// in large pieces.
 const Size = 24 << 20
 
-// Flags of iscsi-test-cu have it say all that Parse needs: without -V some tests keep to
-// themselves that they were skipped. DestroyFlag lets it destroy data, and
-// SanitizeFlag do SANITIZE.
+// Flags make iscsi-test-cu print all that Parse needs: without -V some tests do not report that
+// they were skipped. DestroyFlag allows it to destroy data, and SanitizeFlag to SANITIZE.
 const (
 	Flags        = "-v -V"
 	DestroyFlag  = "-d"
 	SanitizeFlag = "-S"
 )
 
-// Sanitize are the tests of SANITIZE that can be run: with SanitizeFlag, another one
-// crashes the suite, so that each is a run of its own.
-var Sanitize = []string{"SCSI.Sanitize.BlockErase", "SCSI.Sanitize.ExitFailureMode", "SCSI.Sanitize.InvalidServiceAction", "SCSI.Sanitize.Overwrite"}
+// Sanitize are the tests of SANITIZE that work. Another one crashes the suite under SanitizeFlag,
+// so each of these is a separate run.
+var Sanitize = []string{"SCSI.Sanitize.BlockErase", "SCSI.Sanitize.ExitFailureMode",
+	"SCSI.Sanitize.InvalidServiceAction", "SCSI.Sanitize.Overwrite"}
 
 // Lines is a regular expression, for grep -E too, of the lines that Parse needs.
 const Lines = `^Suite:|^ *Test:|SKIPPED|FAILED|^ *[0-9]+\. [^ ]*\.c:`
@@ -56,13 +56,13 @@ const Lines = `^Suite:|^ *Test:|SKIPPED|FAILED|^ *[0-9]+\. [^ ]*\.c:`
 var (
 	suiteLine = regexp.MustCompile(`^Suite: (\S+)`)
 	testLine  = regexp.MustCompile(`^\s*Test: (\S+) \.\.\.(.*)`)
-	// A failed assertion makes a test fail; a line [FAILED] may be what a test found
-	// out, and is the reason if it failed.
+	// A failed assertion makes a test fail. A line [FAILED] may be an expected result; it is the
+	// reason if the test failed.
 	assertLine = regexp.MustCompile(`^\s*\d+\. \S+\.c:\d+ `)
 )
 
-// Parse reads the output of iscsi-test-cu, or of several runs of it with a line
-// "Suite:" before each. Of a test that ran twice the later verdict counts.
+// Parse reads the output of iscsi-test-cu, or of several runs of it with a line "Suite:" before
+// each. The later verdict of a test counts.
 func Parse(output string) Verdicts {
 	v := Verdicts{}
 	suite, test, why := "", "", ""

@@ -1,4 +1,4 @@
-// Package imagetest proves that the programs committed for guests are what their sources build.
+// Package imagetest proves that the committed guest programs are built from their sources.
 package imagetest
 
 import (
@@ -10,14 +10,14 @@ import (
 	"testing"
 )
 
-// The tools that made them. Others may well translate the same sources to other bytes.
+// The tools that made the programs. Others may translate the same sources to other bytes.
 const (
 	compiler = "gcc (Debian 12.2.0-14+deb12u1) 12.2.0"
 	linker   = "GNU ld (GNU Binutils for Debian) 2.40"
 )
 
-// BuiltFromSource has make build the file named from a copy of the current directory, and fails the test unless it is image. It
-// skips the test where the tools are others than those of Debian 12.
+// BuiltFromSource makes the named file from a copy of the current directory, and fails the test
+// unless the result is image. It skips the test if the tools are not those of Debian 12.
 func BuiltFromSource(t *testing.T, name string, image []byte) {
 	t.Helper()
 	for _, tool := range []struct{ name, want, pkg string }{
@@ -46,6 +46,6 @@ func BuiltFromSource(t *testing.T, name string, image []byte) {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(rebuilt, image) {
-		t.Errorf("%s (%d bytes) is not what its source builds (%d bytes): run make here", name, len(image), len(rebuilt))
+		t.Errorf("%s (%d bytes) differs from the build of its source (%d bytes): run make here", name, len(image), len(rebuilt))
 	}
 }

@@ -1,7 +1,6 @@
-// Demo boots a stock Debian kernel with gvm, gives it an empty disk, and puts a
-// file system on it: on this host's KVM where that runs Linux, else inside the
-// test lab. On a terminal it ends in a shell of the guest; otherwise it prints a
-// report.
+// Demo boots a stock Debian kernel with gvm, gives it an empty disk, and puts a file system on it.
+// It uses this host's KVM if that runs Linux, else the test lab. On a terminal it ends in a shell
+// of the guest; otherwise it prints a report.
 package main
 
 import (
@@ -67,7 +66,8 @@ func demo() (status int, err error) {
 	if tty {
 		mode = "mode=shell"
 	}
-	args := []string{gvm, "run", "--kernel", l.Cloud.BZImage, "--initrd", initrd, "--disk", filepath.Join(dir, "disk.img") + ",size=256M", "--cmdline", "quiet " + mode}
+	args := []string{gvm, "run", "--kernel", l.Cloud.BZImage, "--initrd", initrd, "--disk",
+		filepath.Join(dir, "disk.img") + ",size=256M", "--cmdline", "quiet " + mode}
 	direct, why := vmm.RunsLinux()
 	if direct {
 		fmt.Fprintf(os.Stderr, "demo: on this host: %s\n", why)

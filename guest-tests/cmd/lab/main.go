@@ -1,12 +1,12 @@
-// Lab runs a command in the test lab: a machine with a real /dev/kvm and
-// /dev/vhost-scsi, out of software emulation.
+// Lab runs a command in the test lab: a machine with a real /dev/kvm and /dev/vhost-scsi, made by
+// software emulation.
 //
 //	go run ./guest-tests/cmd/lab setup
 //	go run ./guest-tests/cmd/lab kernel
 //	go run ./guest-tests/cmd/lab [flags] -- COMMAND [ARGUMENT]...
 //
-// The command sees this machine's files, read-only but for the directories
-// given with -w, and its exit status is the lab's. 3 says that the lab failed.
+// The command sees this machine's files, read-only except for the directories given with -w. Its
+// exit status becomes the lab's; 3 means that the lab failed.
 package main
 
 import (
@@ -42,7 +42,7 @@ func run() int {
 	for _, v := range lab.Versions() {
 		flag.BoolFunc(v, "run L1 on the "+v+" kernel", func(string) error { kernel = v; return nil })
 	}
-	console := flag.String("console", "", "`file` for what L1's kernel prints")
+	console := flag.String("console", "", "`file` for the output of L1's kernel")
 	flag.Usage = func() {
 		fmt.Fprintf(os.Stderr, "usage: lab setup | lab kernel | lab [flags] -- COMMAND [ARGUMENT]...\n")
 		flag.PrintDefaults()
