@@ -48,7 +48,7 @@ type Spec struct {
 	CPUFeatures []x86.FeatureChange
 	Rebooting   bool // a reset by the guest starts the machine again in place
 
-	// Kernel and Initrds belong to the caller, who closes them after Wait. A nil Kernel is the
+	// Kernel and Initrds belong to the caller, which closes them after Wait. A nil Kernel is the
 	// embedded guest, and GuestArgs are its words.
 	Kernel    *boot.Image
 	GuestArgs []string

@@ -24,7 +24,8 @@ func TestABIDiff(t *testing.T) {
 		"vhost_scsi": {"abi_version": 1, "features": {"VIRTIO_F_VERSION_1": true, "bit 41": true}}}`)
 	var out bytes.Buffer
 	err := abiDiff(&out, old, newer)
-	const want = "~ kernel: 6.1 -> 6.12\n~ kvm.capabilities.A: 1 -> 2\n+ vhost_scsi.features.bit 41: yes\n- vhost_scsi.workers: none\n"
+	const want = "~ kernel: 6.1 -> 6.12\n~ kvm.capabilities.A: 1 -> 2\n" +
+		"+ vhost_scsi.features.bit 41: yes\n- vhost_scsi.workers: none\n"
 	if out.String() != want || err == nil || err.(endError).status != exitABIDiffers {
 		t.Errorf("%v\n%s\nwant\n%s", err, out.String(), want)
 	}
@@ -33,13 +34,14 @@ func TestABIDiff(t *testing.T) {
 		t.Errorf("a file and itself: %v\n%s", err, out.String())
 	}
 	for _, bad := range []string{filepath.Join(dir, "none"), file("text", "kernel"), file("other", `{"a": 1}`)} {
-		if err := abiDiff(&out, old, bad); exitStatus(err) != exitUsage || !strings.Contains(err.Error(), filepath.Base(bad)) {
+		if err := abiDiff(&out, old, bad); exitStatus(err) != exitUsage ||
+			!strings.Contains(err.Error(), filepath.Base(bad)) {
 			t.Errorf("%s: %v", bad, err)
 		}
 	}
 }
 
-// TestABI checks that what gvm says is what the diff reads, whatever this host has.
+// TestABI checks that the diff can read the facts of any host.
 func TestABI(t *testing.T) {
 	r := gvmRuns(t, command(t, "abi", "--json"))
 	var f struct {

@@ -20,8 +20,8 @@ import (
 	"gvm/guest/embedded"
 )
 
-// bzImage is the smallest file that passes for a bzImage of a 64-bit kernel
-// (Documentation/arch/x86/boot.rst); set changes its header.
+// bzImage makes a minimal bzImage of a 64-bit kernel (Documentation/arch/x86/boot.rst); set changes
+// its header.
 func bzImage(set func(b []byte)) []byte {
 	b := make([]byte, 1024+4096)
 	le := binary.LittleEndian
@@ -45,7 +45,7 @@ func bzImage(set func(b []byte)) []byte {
 	return b
 }
 
-// badFiles makes the files that TestBadInput names, in a directory.
+// badFiles makes a directory with the files that TestBadInput names.
 func badFiles(t *testing.T) string {
 	dir := t.TempDir()
 	guest := func(set func(b []byte)) []byte {
@@ -124,7 +124,7 @@ func badFiles(t *testing.T) string {
 	return dir
 }
 
-// contents is every file under dir, with what tells a change.
+// contents lists every file under dir, with enough detail to notice a change.
 func contents(t *testing.T, dir string) string {
 	var b strings.Builder
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -152,8 +152,8 @@ func contents(t *testing.T, dir string) string {
 	return b.String()
 }
 
-// TestBadInput gives gvm what it cannot take: each is one line on standard error that
-// names what is wrong, an exit status, and no change to any file.
+// TestBadInput gives gvm bad input. Each case gives one line on standard error that names the
+// fault, an exit status, and no change to any file.
 func TestBadInput(t *testing.T) {
 	dir := badFiles(t)
 	holder := startGVM(t, dir, "run", "--guest-arg", "spin", "--disk", "locked")
@@ -186,12 +186,14 @@ func TestBadInput(t *testing.T) {
 		{"bench of odd sizes", []string{"bench", "disk", "--size", "4K,700"}, "--size 700|4096", ""},
 		{"bench too deep", []string{"bench", "disk", "--depth", "1,257"}, "--depth 257|1 to 256", ""},
 		{"bench without a queue", []string{"bench", "disk", "--queues", ","}, "--queues|number", ""},
-		{"bench of an unknown driver", []string{"bench", "disk", "--driver", "poll,hope"}, "--driver hope|interrupt or poll", ""},
+		{"bench of an unknown driver", []string{"bench", "disk", "--driver", "poll,hope"},
+			"--driver hope|interrupt or poll", ""},
 		{"bench that polls too long", []string{"bench", "disk", "--poll", "1s"}, "--poll 1s|10ms", ""},
 		{"guest bench with an argument", []string{"bench", "guest", "x"}, `unexpected argument "x"`, ""},
 		{"guest bench without rounds", []string{"bench", "guest", "--rounds", "0"}, "--rounds 0|1 or more", ""},
 		{"guest bench in no time", []string{"bench", "guest", "--time", "1us"}, "--time 1µs|1ms to 1m", ""},
-		{"guest bench over a user's disk", []string{"bench", "guest", "--disk", "page", "--write"}, "--write|--disk", ""},
+		{"guest bench over a user's disk", []string{"bench", "guest", "--disk", "page", "--write"},
+			"--write|--disk", ""},
 		{"footprint of too many", []string{"bench", "footprint", "--guests", "10001"}, "--guests 10001|0 to 10000", ""},
 		{"footprint in no time", []string{"bench", "footprint", "--time", "1ms"}, "--time 1ms|10ms to 1h", ""},
 		{"footprint of nothing", []string{"bench", "footprint", "--rounds", "0"}, "--rounds 0|1 or more", ""},
@@ -201,10 +203,13 @@ func TestBadInput(t *testing.T) {
 		{"boot bench until nothing", []string{"bench", "boot", "--kernel", "k", "--until", ""}, "--until|empty", ""},
 		{"boot bench in no time", []string{"bench", "boot", "--timeout", "0s"}, "--timeout 0s|90s", ""},
 		{"boot bench without a kernel", []string{"bench", "boot", "--initrd", "page"}, "--initrd|--kernel", ""},
-		{"boot bench until when", []string{"bench", "boot", "--kernel", "k", "--initrd", "page"}, "--initrd|--until", ""},
-		{"boot bench of no kernel", []string{"bench", "boot", "--kernel", "missing", "--initrd", "page", "--until", "x"}, "missing does not exist", ""},
+		{"boot bench until when", []string{"bench", "boot", "--kernel", "k", "--initrd", "page"},
+			"--initrd|--until", ""},
+		{"boot bench of no kernel", []string{"bench", "boot", "--kernel", "missing", "--initrd", "page",
+			"--until", "x"}, "missing does not exist", ""},
 		{"bench of no file", []string{"bench", "disk", "--disk", "missing.img"}, "missing.img", ""},
-		{"bench of a small disk", []string{"bench", "disk", "--disk", "page", "--size", "8K"}, "page|4096 bytes|request of 8192", ""},
+		{"bench of a small disk", []string{"bench", "disk", "--disk", "page", "--size", "8K"},
+			"page|4096 bytes|request of 8192", ""},
 		{"bench into a directory", []string{"bench", "disk", "--json", "dir"}, "dir", ""},
 		{"completion of nothing", []string{"completion"}, "want bash, fish or zsh", ""},
 		{"completion of an unknown shell", []string{"completion", "tcsh"}, `"tcsh"|want bash, fish or zsh`, ""},
@@ -249,8 +254,10 @@ func TestBadInput(t *testing.T) {
 		{"guest-arg with kernel", run("--kernel", "guest.elf", "--guest-arg", "hang"), "--guest-arg|--cmdline", ""},
 		{"long guest-arg", run("--guest-arg", strings.Repeat("write ", 500)), "command line|3006 bytes|2047", ""},
 		{"newline in guest-arg", run("--guest-arg", "a\nb"), `--guest-arg: unknown word "a\nb"`, ""},
-		{"unknown word for the guest", run("--guest-arg", "wriet"), `--guest-arg: unknown word "wriet"; did you mean write? See gvm help run`, ""},
-		{"unknown word of two", run("--guest-arg", "write crash=tripple"), `unknown word "crash=tripple"; did you mean crash=triple?`, ""},
+		{"unknown word for the guest", run("--guest-arg", "wriet"),
+			`--guest-arg: unknown word "wriet"; did you mean write? See gvm help run`, ""},
+		{"unknown word of two", run("--guest-arg", "write crash=tripple"),
+			`unknown word "crash=tripple"; did you mean crash=triple?`, ""},
 		{"number for the guest", run("--guest-arg", "bench-ms=0"), `unknown word "bench-ms=0"`, ""},
 		{"bzimage mode for the embedded guest", run("--boot", "bzimage"), "embedded guest|ELF", ""},
 
@@ -278,14 +285,17 @@ func TestBadInput(t *testing.T) {
 		{"32-bit bzImage", run("--kernel", "i386.bz"), "i386.bz|32-bit", ""},
 		{"bzImage without payload in mode elf", run("--kernel", "bz", "--boot", "elf"), "bz has no payload", ""},
 		{"PVH entry of a bzImage", run("--kernel", "bz", "--boot", "bzimage", "--entry", "pvh"), "bz|PVH", ""},
-		{"long cmdline for a bzImage", run("--kernel", "bz", "--boot", "bzimage", "--cmdline", long), "command line|2047", ""},
+		{"long cmdline for a bzImage", run("--kernel", "bz", "--boot", "bzimage", "--cmdline", long),
+			"command line|2047", ""},
 		{"long cmdline for an ELF kernel", run("--kernel", "guest.elf", "--cmdline", long), "command line|2047", ""},
 		{"newline in cmdline", run("--kernel", "guest.elf", "--cmdline", "a\nb"), "command line|newline", ""},
 		{"kernel tree without kernel", run(), "kernel tree|bzImage|--kernel", "tree"},
 		{"initrd missing", run("--kernel", "guest.elf", "--initrd", "none"), "none does not exist", ""},
 		{"initrd is a directory", run("--kernel", "guest.elf", "--initrd", "dir"), "dir is a directory", ""},
-		{"second initrd of no bytes", run("--kernel", "guest.elf", "--initrd", "initrd", "--initrd", "empty"), "empty is empty", ""},
-		{"initrd larger than memory", run("--kernel", "guest.elf", "--memory", "16M", "--initrd", "huge"), "huge does not fit as initrd", ""},
+		{"second initrd of no bytes", run("--kernel", "guest.elf", "--initrd", "initrd",
+			"--initrd", "empty"), "empty is empty", ""},
+		{"initrd larger than memory", run("--kernel", "guest.elf", "--memory", "16M", "--initrd", "huge"),
+			"huge does not fit as initrd", ""},
 
 		{"empty disk", run("--disk", ""), `--disk ""|no path`, ""},
 		{"disk of options", run("--disk", ",readonly"), "--disk|no path", ""},
@@ -295,8 +305,10 @@ func TestBadInput(t *testing.T) {
 		{"disk is a FIFO", run("--disk", "fifo"), "fifo|is a pipe", ""},
 		{"disk is a character device", run("--disk", "/dev/null"), "/dev/null|is a character device", ""},
 		{"kernel is a FIFO", run("--kernel", "fifo"), "fifo is a pipe that no program writes", ""},
-		{"initrd is a FIFO", run("--kernel", "guest.elf", "--initrd", "fifo"), "fifo is a pipe that no program writes", ""},
-		{"initrd without an end", run("--kernel", "guest.elf", "--initrd", "/dev/zero"), "/dev/zero is a character device", ""},
+		{"initrd is a FIFO", run("--kernel", "guest.elf", "--initrd", "fifo"),
+			"fifo is a pipe that no program writes", ""},
+		{"initrd without an end", run("--kernel", "guest.elf", "--initrd", "/dev/zero"),
+			"/dev/zero is a character device", ""},
 		{"overlay is a FIFO", run("--disk", "disk,overlay=fifo"), "fifo|is a pipe", ""},
 		{"overlay is a directory", run("--disk", "disk,overlay=dir"), "dir|is a directory", ""},
 		{"trace of a FIFO", []string{"trace", "show", "fifo"}, "fifo|not a trace", ""},
@@ -310,24 +322,32 @@ func TestBadInput(t *testing.T) {
 		{"FIFO as image", []string{"image", "resize", "fifo", "1M"}, "fifo|is a pipe", ""},
 		{"image in place of a FIFO", []string{"image", "create", "fifo", "1M"}, "fifo|exists", ""},
 		{"trace in place of a disk", run("--trace", "locked"), "locked|holds something else", ""},
-		{"trace in place of a disk's overlay", run("--disk", "disk,overlay=on", "--trace", "disk"), "disk|holds something else", ""},
-		{"overlay twice", run("--disk", "disk,overlay=new.ovl", "--disk", "disk2,overlay=new.ovl"), "new.ovl|given twice", ""},
-		{"overlay that is a new disk", run("--disk", "new6,size=1M", "--disk", "disk,overlay=new6"), "new6|not an overlay", ""},
+		{"trace in place of a disk's overlay", run("--disk", "disk,overlay=on", "--trace", "disk"),
+			"disk|holds something else", ""},
+		{"overlay twice", run("--disk", "disk,overlay=new.ovl", "--disk", "disk2,overlay=new.ovl"),
+			"new.ovl|given twice", ""},
+		{"overlay that is a new disk", run("--disk", "new6,size=1M", "--disk", "disk,overlay=new6"),
+			"new6|not an overlay", ""},
 		{"new disk that is an overlay", run("--disk", "disk,overlay=new7", "--disk", "new7"), "new7|given twice", ""},
 		{"new overlay, then a missing disk", run("--disk", "disk,overlay=new8", "--disk", "none"), "none", ""},
 		{"overlay that is its image", run("--disk", "disk,overlay=disk"), "disk|not an overlay", ""},
 		{"disk under a file", run("--disk", "text/x"), "text/x|not a directory", ""},
 		{"disk in a loop", run("--disk", "loop"), "loop|symbolic links", ""},
-		{"disk behind a dangling link", run("--disk", "dangling,size=1M"), "dangling: is a symbolic link to nowhere, which does not exist", ""},
-		{"disk behind a dangling link, no size", run("--disk", "dangling"), "dangling: is a symbolic link to nowhere", ""},
-		{"overlay in a missing directory", run("--disk", "disk,overlay=none/new"), "none/new|there is no directory none", ""},
+		{"disk behind a dangling link", run("--disk", "dangling,size=1M"),
+			"dangling: is a symbolic link to nowhere, which does not exist", ""},
+		{"disk behind a dangling link, no size", run("--disk", "dangling"),
+			"dangling: is a symbolic link to nowhere", ""},
+		{"overlay in a missing directory", run("--disk", "disk,overlay=none/new"),
+			"none/new|there is no directory none", ""},
 		{"trace in a missing directory", run("--trace", "none/new"), "none/new|there is no directory none", ""},
 		{"trace to a FIFO that no program reads", run("--trace", "fifo"), "fifo|no program reads", ""},
 		{"resize of a missing image", []string{"image", "resize", "none", "1M"}, "none|gvm image create", ""},
-		{"image in place of a file", []string{"image", "create", "disk", "1M"}, "disk: file exists; name another file", ""},
+		{"image in place of a file", []string{"image", "create", "disk", "1M"},
+			"disk: file exists; name another file", ""},
 		{"disk name too long", run("--disk", long+",size=1M"), "name too long", ""},
 		{"disk in a missing directory", run("--disk", "none/new,size=1M"), "none/new|no such file", ""},
-		{"disk is a running program", run("--disk", strings.ReplaceAll(self(t), ",", ",,")), filepath.Base(self(t)), ""},
+		{"disk is a running program", run("--disk", strings.ReplaceAll(self(t), ",", ",,")),
+			filepath.Base(self(t)), ""},
 		{"disk of no bytes", run("--disk", "empty"), "empty|is empty", ""},
 		{"disk of odd size", run("--disk", "odd"), "odd|1000 bytes|512", ""},
 		{"disk of odd size for 4096", run("--disk", "odd4096,block_size=4096"), "odd4096|4608 bytes|4096", ""},
@@ -338,12 +358,17 @@ func TestBadInput(t *testing.T) {
 		{"disk of another gvm", run("--disk", "locked"), "locked|in use by process " + pid, ""},
 		{"readonly disk of another gvm", run("--disk", "locked,readonly"), "locked|in use by process " + pid, ""},
 		{"same disk twice", run("--disk", "twice", "--disk", "./twice"), "twice|given twice", ""},
-		{"same disk twice, readonly once", run("--disk", "twice2,readonly", "--disk", "twice2"), "twice2|given twice", ""},
+		{"same disk twice, readonly once", run("--disk", "twice2,readonly", "--disk", "twice2"),
+			"twice2|given twice", ""},
 		{"same disk by a hard link", run("--disk", "twice", "--disk", "hardlink"), "hardlink: given twice: twice", ""},
-		{"same disk by a hard link, without locks", run("--disk", "twice,lock=off", "--disk", "hardlink,lock=off"), "hardlink: given twice: twice", ""},
-		{"same disk, the first without a lock", run("--disk", "twice,lock=off", "--disk", "hardlink"), "hardlink: given twice: twice", ""},
-		{"same disk, the second without a lock", run("--disk", "hardlink,readonly", "--disk", "twice,lock=off"), "twice: given twice: hardlink", ""},
-		{"overlay twice, without locks", run("--disk", "disk,overlay=new9,lock=off", "--disk", "disk2,overlay=new9,lock=off"), "new9|given twice", ""},
+		{"same disk by a hard link, without locks", run("--disk", "twice,lock=off", "--disk", "hardlink,lock=off"),
+			"hardlink: given twice: twice", ""},
+		{"same disk, the first without a lock", run("--disk", "twice,lock=off", "--disk", "hardlink"),
+			"hardlink: given twice: twice", ""},
+		{"same disk, the second without a lock", run("--disk", "hardlink,readonly", "--disk", "twice,lock=off"),
+			"twice: given twice: hardlink", ""},
+		{"overlay twice, without locks", run("--disk", "disk,overlay=new9,lock=off",
+			"--disk", "disk2,overlay=new9,lock=off"), "new9|given twice", ""},
 		{"trace as disk", run("--disk", "whole.tr"), "whole.tr: trace of gvm's|gvm trace show whole.tr", ""},
 		{"trace as a larger disk", run("--disk", "whole.tr,size=2M"), "whole.tr: trace of gvm's", ""},
 		{"cut trace as a larger disk", run("--disk", "cut.tr,size=1M"), "cut.tr: trace of gvm's", ""},
@@ -360,13 +385,17 @@ func TestBadInput(t *testing.T) {
 		{"workers", run("--disk", "disk,backend=vhost,workers=none"), "disk|workers=none|shared", ""},
 		{"target without a name", run("--disk", "wwn="), "wwn=|gvm lio list", ""},
 		{"target without vhost", run("--disk", "wwn=naa.1"), "wwn=naa.1|backend=vhost", ""},
-		{"target with an option of a disk", run("--disk", "wwn=naa.1,backend=vhost,readonly"), "wwn=naa.1|readonly|its maker chose the rest", ""},
+		{"target with an option of a disk", run("--disk", "wwn=naa.1,backend=vhost,readonly"),
+			"wwn=naa.1|readonly|its maker chose the rest", ""},
 		{"vhost ABI", run("--vhost-abi", "one"), "--vhost-abi|one|any", ""},
-		{"vhost, LUN twice", run("--disk", "disk,backend=vhost,lun=1", "--disk", "disk2,backend=vhost,lun=1"), "disk2|lun=1|disk", ""},
+		{"vhost, LUN twice", run("--disk", "disk,backend=vhost,lun=1", "--disk", "disk2,backend=vhost,lun=1"),
+			"disk2|lun=1|disk", ""},
 		{"block_size", run("--disk", "disk,block_size=1024"), "disk|block_size=1024|4096", ""},
 		{"physical_block_size", run("--disk", "disk,physical_block_size=big"), "disk|physical_block_size=big", ""},
-		{"physical blocks that are too small", run("--disk", "disk,block_size=4096,physical_block_size=512"), "disk|physical_block_size=512|4096", ""},
-		{"physical blocks of odd size", run("--disk", "disk,physical_block_size=1536"), "disk|physical_block_size=1536|power of 2", ""},
+		{"physical blocks that are too small", run("--disk", "disk,block_size=4096,physical_block_size=512"),
+			"disk|physical_block_size=512|4096", ""},
+		{"physical blocks of odd size", run("--disk", "disk,physical_block_size=1536"),
+			"disk|physical_block_size=1536|power of 2", ""},
 		{"pi", run("--disk", "disk,pi=yes"), "disk|pi=yes|0 or 1", ""},
 		{"pi by vhost", run("--disk", "disk,pi=1,backend=vhost"), "disk|pi=1|backend=process", ""},
 		{"pi of an overlay", run("--disk", "disk,pi=1,overlay=on"), "disk|pi=1|overlay=", ""},
@@ -390,7 +419,8 @@ func TestBadInput(t *testing.T) {
 		{"empty serial", run("--disk", "disk,serial="), `disk|"serial="`, ""},
 		{"memory disk without a size", run("--disk", "mem:"), "mem:|such as mem:1G|./mem:", ""},
 		{"null disk of letters", run("--disk", "null:big"), "null:big|such as null:1G", ""},
-		{"memory disk of odd blocks", run("--disk", "mem:1M,block_size=4096", "--disk", "mem:512,block_size=4096"), "mem:512|4096", ""},
+		{"memory disk of odd blocks", run("--disk", "mem:1M,block_size=4096", "--disk", "mem:512,block_size=4096"),
+			"mem:512|4096", ""},
 		{"readonly memory disk", run("--disk", "mem:1M,readonly"), "mem:1M|is for images", ""},
 		{"memory disk by vhost", run("--disk", "mem:1M,backend=vhost"), "mem:1M|backend=process", ""},
 		{"lock", run("--disk", "disk,lock=maybe"), "disk|lock=maybe|on or off", ""},
@@ -404,20 +434,25 @@ func TestBadInput(t *testing.T) {
 		{"disk option without value", run("--disk", "disk,lun"), `disk|"lun"`, ""},
 		{"readonly with value", run("--disk", "disk,readonly=yes"), `disk|"readonly=yes"`, ""},
 		{"comma at the end", run("--disk", "disk,"), `disk|""`, ""},
-		{"one serial for two disks", run("--disk", "serial,serial=S", "--disk", "serial2,serial=S,lun=3"), `serial2|serial "S"|LUN 0, serial,|serial=`, ""},
-		{"comma in a path, written once", run("--disk", "comma,file"), `unknown option "file"; a comma in a path is written twice: --disk comma,,file`, ""},
+		{"one serial for two disks", run("--disk", "serial,serial=S", "--disk", "serial2,serial=S,lun=3"),
+			`serial2|serial "S"|LUN 0, serial,|serial=`, ""},
+		{"comma in a path, written once", run("--disk", "comma,file"),
+			`unknown option "file"; a comma in a path is written twice: --disk comma,,file`, ""},
 		{"comma in a path and an option", run("--disk", "comma,file,lun=1"), "--disk comma,,file", ""},
 		{"word that is no option", run("--disk", "disk,b.img"), "--disk disk,,b.img", ""},
 		{"option given twice", run("--disk", "disk,lun=1,lun=2"), "disk|lun= is given twice", ""},
-		{"option without a value given twice", run("--disk", "disk,readonly,readonly"), "disk|readonly is given twice", ""},
-		{"option of a target given twice", run("--disk", "wwn=naa.1,backend=vhost,workers=1,workers=2"), "naa.1|workers= is given twice", ""},
+		{"option without a value given twice", run("--disk", "disk,readonly,readonly"),
+			"disk|readonly is given twice", ""},
+		{"option of a target given twice", run("--disk", "wwn=naa.1,backend=vhost,workers=1,workers=2"),
+			"naa.1|workers= is given twice", ""},
 		{"comma in a path", run("--disk", "comma,,file"), "comma,file|1 bytes|512", ""},
 
-		// A disk that size= made or grew is as before when something else is wrong.
+		// A disk that size= made or grew is restored after another error.
 		{"new disk, bad serial", run("--disk", "new,size=1M,serial=ä"), "new|serial", ""},
 		{"new disk, then a missing one", run("--disk", "new2,size=1M", "--disk", "none"), "none", ""},
 		{"new disk, many CPUs", run("--disk", "new3,size=1M", "--cpus", "100000"), "100000 CPUs", ""},
-		{"new disk, long guest-arg", run("--disk", "new4,size=1M", "--guest-arg", strings.Repeat("write ", 500)), "command line", ""},
+		{"new disk, long guest-arg", run("--disk", "new4,size=1M", "--guest-arg", strings.Repeat("write ", 500)),
+			"command line", ""},
 		{"grown disk, many CPUs", run("--disk", "grow,size=2M", "--cpus", "100000"), "100000 CPUs", ""},
 		{"new disk given twice", run("--disk", "new5,size=1M", "--disk", "new5"), "new5|given twice", ""},
 	}
@@ -448,7 +483,7 @@ func TestBadInput(t *testing.T) {
 	}
 }
 
-// TestFileSystemLimit asks for a disk that the file system has no numbers for.
+// TestFileSystemLimit asks for a disk larger than the file system can store.
 func TestFileSystemLimit(t *testing.T) {
 	c := command(t, "run", "--disk", "new,size=4194304T")
 	probe := filepath.Join(c.Dir, "probe")
@@ -464,7 +499,7 @@ func TestFileSystemLimit(t *testing.T) {
 	}
 }
 
-// TestHugepages asks for more huge pages than there are.
+// TestHugepages asks for more huge pages than the host has.
 func TestHugepages(t *testing.T) {
 	free := 0
 	if b, err := os.ReadFile("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages"); err == nil {
@@ -476,8 +511,8 @@ func TestHugepages(t *testing.T) {
 	wantBad(t, r, "--memory|the host's pool has|sysctl vm.nr_hugepages=")
 }
 
-// TestOvercommit gives a guest more memory than the host has, which a kernel that is told
-// not to (vm.overcommit_memory=2) refuses.
+// TestOvercommit gives a guest more memory than the host has, which the kernel refuses with
+// vm.overcommit_memory=2.
 func TestOvercommit(t *testing.T) {
 	mode, err := os.ReadFile("/proc/sys/vm/overcommit_memory")
 	if err != nil {
@@ -493,8 +528,7 @@ func TestOvercommit(t *testing.T) {
 	}
 }
 
-// wantBad checks the end of a gvm that was given something bad: status 2, and
-// one line with every part of want.
+// wantBad checks the end of a gvm with bad input: status 2, and one line with every part of want.
 func wantBad(t *testing.T, r result, want string) {
 	t.Helper()
 	if r.status != exitUsage {
@@ -503,7 +537,8 @@ func wantBad(t *testing.T, r result, want string) {
 	if r.out != "" {
 		t.Errorf("standard output %q", r.out)
 	}
-	if !strings.HasPrefix(r.errs, "gvm: ") || strings.Index(r.errs, "\n") != len(r.errs)-1 || strings.Contains(r.errs, "%!") {
+	if !strings.HasPrefix(r.errs, "gvm: ") || strings.Index(r.errs, "\n") != len(r.errs)-1 ||
+		strings.Contains(r.errs, "%!") {
 		t.Errorf("want one line that begins with gvm, not %q", r.errs)
 	}
 	for part := range strings.SplitSeq(want, "|") {
@@ -513,8 +548,8 @@ func wantBad(t *testing.T, r result, want string) {
 	}
 }
 
-// TestUnreadable gives gvm files that it may not read; root too is bound by
-// permissions without the capabilities to pass over them (capabilities(7)).
+// TestUnreadable gives gvm files that it may not read. Permissions apply to root too without the
+// capabilities to override them (capabilities(7)).
 func TestUnreadable(t *testing.T) {
 	dir := badFiles(t)
 	for _, args := range [][]string{{"--kernel", "secret"}, {"--disk", "secret"}, {"--disk", "secret,readonly"}} {
@@ -525,14 +560,15 @@ func TestUnreadable(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c.Args = append([]string{"setpriv", "--inh-caps=-all", "--bounding-set=-dac_override,-dac_read_search", "--", c.Path}, c.Args[1:]...)
+			c.Args = append([]string{"setpriv", "--inh-caps=-all", "--bounding-set=-dac_override,-dac_read_search",
+				"--", c.Path}, c.Args[1:]...)
 			c.Path = setpriv
 		}
 		wantBad(t, gvmRuns(t, c), "secret|permi")
 	}
 }
 
-// TestReadOnlyFileSystem gives gvm disks that cannot be written to.
+// TestReadOnlyFileSystem gives gvm disks on a read-only file system.
 func TestReadOnlyFileSystem(t *testing.T) {
 	img := image(t, "disk", 1, 1<<20)
 	inReadOnly := func(disk string) result {

@@ -21,11 +21,12 @@ import (
 	"gvm/machine/disk"
 )
 
-// TestBenchDisk: a row for each storage at each load, figures that are there, and
-// nothing left behind.
+// TestBenchDisk checks for a row of plausible figures for each storage at each load, and that no
+// files are left.
 func TestBenchDisk(t *testing.T) {
 	record, svg := filepath.Join(t.TempDir(), "disk.json"), filepath.Join(t.TempDir(), "disk.svg")
-	r := gvmRuns(t, command(t, "bench", "disk", "--time", "20ms", "--rounds", "2", "--size", "4K", "--depth", "1,16", "--queues", "1,2", "--json", record, "--plot", svg))
+	r := gvmRuns(t, command(t, "bench", "disk", "--time", "20ms", "--rounds", "2", "--size", "4K", "--depth", "1,16",
+		"--queues", "1,2", "--json", record, "--plot", svg))
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -41,7 +42,8 @@ func TestBenchDisk(t *testing.T) {
 		}
 	}
 	for name, want := range rows {
-		row := regexp.MustCompile(`(?m)^ *` + strings.Join(strings.Fields(name), " +") + ` +4 KiB +[12] +(1|16) +\d+\.\d +\(\d+\.\d–\d+\.\d\) +\d+\.\d\d `)
+		row := regexp.MustCompile(`(?m)^ *` + strings.Join(strings.Fields(name), " +") +
+			` +4 KiB +[12] +(1|16) +\d+\.\d +\(\d+\.\d–\d+\.\d\) +\d+\.\d\d `)
 		if n := len(row.FindAllString(r.out, -1)); n != want {
 			t.Errorf("%d rows of %s, want %d", n, name, want)
 		}
@@ -57,14 +59,17 @@ func TestBenchDisk(t *testing.T) {
 	if err := json.Unmarshal(text, &all); err != nil {
 		t.Fatal(err)
 	}
-	if drawn, err := os.ReadFile(svg); err != nil || !strings.Contains(string(drawn), "<svg") || !strings.Contains(string(drawn), ">read 4 KiB, 2 queues<") || !strings.Contains(string(drawn), ">file interrupt<") {
+	if drawn, err := os.ReadFile(svg); err != nil || !strings.Contains(string(drawn), "<svg") ||
+		!strings.Contains(string(drawn), ">read 4 KiB, 2 queues<") ||
+		!strings.Contains(string(drawn), ">file interrupt<") {
 		t.Errorf("plot: %v, %.300s", err, drawn)
 	}
 	count := map[string]int{}
 	for _, s := range all {
 		count[strings.TrimSpace(s.Storage+" "+s.Driver)]++
-		fio := s.Driver == "" // in 20 ms it may see no CPU time
-		if s.IOPS <= 0 || s.CPU < 0 || s.CPU == 0 && !fio || s.P50 <= 0 || s.P99 < s.P50 || s.Queues < 1 || s.Queues > 2 || s.Size != 4096 {
+		fio := s.Driver == "" // in 20 ms it may measure no CPU time
+		if s.IOPS <= 0 || s.CPU < 0 || s.CPU == 0 && !fio || s.P50 <= 0 || s.P99 < s.P50 || s.Queues < 1 ||
+			s.Queues > 2 || s.Size != 4096 {
 			t.Errorf("%+v", s)
 		}
 	}
@@ -75,11 +80,12 @@ func TestBenchDisk(t *testing.T) {
 	}
 }
 
-// TestBenchGuest: every load, under gvm and under each QEMU that runs here, and nothing
-// left behind.
+// TestBenchGuest runs every load under gvm and under each QEMU that runs here, and checks that no
+// files are left.
 func TestBenchGuest(t *testing.T) {
 	record, plot := filepath.Join(t.TempDir(), "guest.json"), filepath.Join(t.TempDir(), "guest.png")
-	r := gvmRuns(t, command(t, "bench", "guest", "--time", "5ms", "--rounds", "1", "--write", "--json", record, "--plot", plot))
+	r := gvmRuns(t, command(t, "bench", "guest", "--time", "5ms", "--rounds", "1", "--write", "--json",
+		record, "--plot", plot))
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -102,7 +108,8 @@ func TestBenchGuest(t *testing.T) {
 		if s.IOPS <= 0 || s.P50 <= 0 || s.P99 < s.P50 || s.P999 < s.P99 || s.Notifications == 0 {
 			t.Errorf("%+v", s)
 		}
-		row := regexp.MustCompile(`(?m)^ *` + s.Operation + ` +` + s.Driver + ` +` + strconv.Itoa(s.Depth) + ` +` + s.VMM + ` +\d+\.\d +\(\d+\.\d–\d+\.\d\) +\d+\.\d +\d+\.\d `)
+		row := regexp.MustCompile(`(?m)^ *` + s.Operation + ` +` + s.Driver + ` +` + strconv.Itoa(s.Depth) + ` +` +
+			s.VMM + ` +\d+\.\d +\(\d+\.\d–\d+\.\d\) +\d+\.\d +\d+\.\d `)
 		if n := len(row.FindAllString(r.out, -1)); n != 1 {
 			t.Errorf("%d rows of %+v", n, s)
 		}
@@ -123,8 +130,8 @@ func TestBenchGuest(t *testing.T) {
 	}
 }
 
-// TestBenchBoot: a row for gvm and for each QEMU that boots the embedded guest here; a
-// kernel that never says what is waited for ends in time, with nothing left.
+// TestBenchBoot checks for a row for gvm and for each QEMU that boots the embedded guest here. A
+// kernel that never prints the awaited line ends in time, with no files left.
 func TestBenchBoot(t *testing.T) {
 	dir := t.TempDir()
 	record := filepath.Join(dir, "boot.json")
@@ -148,11 +155,12 @@ func TestBenchBoot(t *testing.T) {
 		if !stamps || s.First <= 0 || s.Until < s.First || s.CPU <= 0 || s.Instruction == 0 && s.VMM != "qemu microvm" {
 			t.Errorf("%+v", s)
 		}
-		if !regexp.MustCompile(`(?m)^ *` + s.VMM + `( +\d+\.\d| +–){2}( +\d+\.\d){2} +\(\d+\.\d–\d+\.\d\) +\d+\.\d( +\d+\.\d\d)? *$`).MatchString(r.out) {
+		if !regexp.MustCompile(`(?m)^ *` + s.VMM +
+			`( +\d+\.\d| +–){2}( +\d+\.\d){2} +\(\d+\.\d–\d+\.\d\) +\d+\.\d( +\d+\.\d\d)? *$`).MatchString(r.out) {
 			t.Errorf("no row of %s: %s", s.VMM, r.out)
 		}
 	}
-	guest := filepath.Join(dir, "guest.elf") // which has no use for its initrd
+	guest := filepath.Join(dir, "guest.elf") // it does not use its initrd
 	if err := os.WriteFile(guest, embedded.Image, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -163,7 +171,9 @@ func TestBenchBoot(t *testing.T) {
 		{[]string{"--cmdline", "spin", "--timeout", "1s"}, `no line with "never" within 1s`},
 		{[]string{"--cmdline", "crash=reset"}, "asked for a reset"},
 	} {
-		r := gvmRuns(t, command(t, append([]string{"bench", "boot", "--kernel", guest, "--until", "never", "--json", record + "2"}, c.args...)...))
+		r := gvmRuns(t,
+			command(t, append([]string{"bench", "boot", "--kernel", guest, "--until", "never", "--json", record + "2"},
+				c.args...)...))
 		if made, _ := filepath.Glob(record + "2"); r.status == 0 || !strings.Contains(r.errs, c.want) || len(made) > 0 {
 			t.Errorf("%v: status %d, %q; left %v", c.args, r.status, r.errs, made)
 		}
@@ -173,11 +183,12 @@ func TestBenchBoot(t *testing.T) {
 	}
 }
 
-// TestBenchFootprint: figures for one machine of each VMM that runs here, and for some that
-// wait, of which nothing is left behind.
+// TestBenchFootprint checks the figures of one machine of each VMM that runs here, and of several
+// waiting ones, and that no files are left.
 func TestBenchFootprint(t *testing.T) {
 	record := filepath.Join(t.TempDir(), "footprint.json")
-	r := gvmRuns(t, command(t, "bench", "footprint", "--guests", "3", "--time", "50ms", "--rounds", "1", "--json", record))
+	r := gvmRuns(t, command(t, "bench", "footprint", "--guests", "3", "--time", "50ms",
+		"--rounds", "1", "--json", record))
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -203,7 +214,8 @@ func TestBenchFootprint(t *testing.T) {
 			t.Errorf("no row of %s: %s", f.VMM, r.out)
 		}
 	}
-	if v.Idle == nil || v.Idle.Guests != 3 || v.Idle.CPU < 0 || v.Idle.CPU > 100 || !strings.Contains(r.out, "3 waiting guests use ") {
+	if v.Idle == nil || v.Idle.Guests != 3 || v.Idle.CPU < 0 || v.Idle.CPU > 100 ||
+		!strings.Contains(r.out, "3 waiting guests use ") {
 		t.Errorf("%+v: %s", v.Idle, r.out)
 	}
 	if left, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(left) > 0 {
@@ -211,7 +223,7 @@ func TestBenchFootprint(t *testing.T) {
 	}
 }
 
-// TestBesideRAM leaves out what is as large as the guest's RAM, and nothing else.
+// TestBesideRAM checks that besideRAM leaves out only mappings as large as the guest's RAM.
 func TestBesideRAM(t *testing.T) {
 	smaps := `00400000-00500000 r-xp 00000000 fe:00 42                 /usr/bin/gvm
 Size:               1024 kB
@@ -230,16 +242,19 @@ VmFlags: rd wr mr mw me ac sd
 	}
 }
 
-// TestGuestSamples: a report that is not whole, or of nothing, is an error.
+// TestGuestSamples: an incomplete or empty report is an error.
 func TestGuestSamples(t *testing.T) {
-	line := "bench: read depth 4 poll: 2000 requests in 1000000 us; ns p50 10 p99 20 p999 30 max 40; 5 notifications, 6 interrupts\r\n"
+	line := "bench: read depth 4 poll: 2000 requests in 1000000 us; ns p50 10 p99 20 p999 30 max 40; " +
+		"5 notifications, 6 interrupts\r\n"
 	all, err := guestSamples("gvm", 3, []byte("hello\r\n"+line+"PASS\r\n"))
-	want := guestSample{VMM: "gvm", Operation: "read", Depth: 4, Driver: "poll", Round: 3, IOPS: 2000, P50: 10, P99: 20, P999: 30, Max: 40, Notifications: 5, Interrupts: 6}
+	want := guestSample{VMM: "gvm", Operation: "read", Depth: 4, Driver: "poll", Round: 3, IOPS: 2000, P50: 10,
+		P99: 20, P999: 30, Max: 40, Notifications: 5, Interrupts: 6}
 	if err != nil || len(all) != 1 || all[0] != want {
 		t.Errorf("%+v, %v", all, err)
 	}
 	for console, want := range map[string]string{
-		"": "did not end well", line: "did not end well", line + "FAIL: the disk does not answer\r\n": "the disk does not answer", "PASS\r\n": "measured nothing",
+		"": "did not end well", line: "did not end well",
+		line + "FAIL: the disk does not answer\r\n": "the disk does not answer", "PASS\r\n": "measured nothing",
 	} {
 		if all, err := guestSamples("qemu", 0, []byte(console)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, %v", console, all, err)
@@ -247,8 +262,8 @@ func TestGuestSamples(t *testing.T) {
 	}
 }
 
-// TestBenchNothing: without fio, a driver that would have to poll on too few CPUs leaves
-// nothing to measure, and nothing to draw.
+// TestBenchNothing runs without fio, with a driver that would have to poll on too few CPUs: there
+// is nothing to measure or draw.
 func TestBenchNothing(t *testing.T) {
 	// gvm inherits the one CPU of this thread, which ends with the test's goroutine.
 	runtime.LockOSThread()
@@ -263,16 +278,18 @@ func TestBenchNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	c := command(t, "bench", "disk", "--driver", "poll", "--queues", strconv.Itoa(disk.MaxQueues), "--time", "1ms", "--rounds", "1",
+	c := command(t, "bench", "disk", "--driver", "poll", "--queues", strconv.Itoa(disk.MaxQueues),
+		"--time", "1ms", "--rounds", "1",
 		"--json", filepath.Join(dir, "x.json"), "--plot", filepath.Join(dir, "x.svg"))
-	c.Env = append(c.Env, "PATH="+filepath.Dir(lab.Program("gvm-plot"))) // and no fio
+	c.Env = append(c.Env, "PATH="+filepath.Dir(lab.Program("gvm-plot"))) // without fio
 	r := gvmRuns(t, c)
-	if made, _ := filepath.Glob(filepath.Join(dir, "*")); r.status != 2 || !strings.Contains(r.errs, "nothing to measure") || len(made) > 0 {
+	if made, _ := filepath.Glob(filepath.Join(dir, "*")); r.status != 2 ||
+		!strings.Contains(r.errs, "nothing to measure") || len(made) > 0 {
 		t.Errorf("status %d, %q; made %v", r.status, r.errs, made)
 	}
 }
 
-// TestBenchRecord: a run that fails leaves an earlier record as it is, and none of its own.
+// TestBenchRecord: a failed run leaves an earlier record unchanged, and no new one.
 func TestBenchRecord(t *testing.T) {
 	dir := t.TempDir()
 	old := filepath.Join(dir, "old.json")
@@ -293,7 +310,7 @@ func TestBenchRecord(t *testing.T) {
 	}
 }
 
-// TestBenchStopped: a signal ends it, and its image is gone.
+// TestBenchStopped: a signal ends the benchmark, which removes its image.
 func TestBenchStopped(t *testing.T) {
 	for _, what := range []string{"disk", "guest", "footprint"} {
 		p := startGVM(t, "", "bench", what, "--time", "20ms", "--rounds", "100000")

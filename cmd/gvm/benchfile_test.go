@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// TestFailedBenchRecord: a benchmark that fails removes the file that it made, and no other.
+// TestFailedBenchRecord: a failed benchmark removes only a file that it made.
 func TestFailedBenchRecord(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "out.json")
 	failed := errors.New("failed")

@@ -18,7 +18,7 @@ import (
 	"gvm/control"
 )
 
-// ask runs a command about machines, in the directory dir.
+// ask runs a gvm command about machines, in the directory dir.
 func ask(t *testing.T, dir string, args ...string) result {
 	t.Helper()
 	c := command(t, args...)
@@ -26,10 +26,10 @@ func ask(t *testing.T, dir string, args ...string) result {
 	return gvmRuns(t, c)
 }
 
-// others is what gvm list says of machines of other tests that end meanwhile.
+// others matches notes of gvm list about machines of other tests that end meanwhile.
 var others = regexp.MustCompile(`(?m)^note: machine gvm-[0-9]+ .*\n`)
 
-// TestDiskCommands has a guest that does nothing meanwhile.
+// TestDiskCommands runs gvm disk on a machine with an idle guest.
 func TestDiskCommands(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -70,7 +70,9 @@ func TestDiskCommands(t *testing.T) {
 		{"stop --grace=-1s VM", 2, "", "--grace -1s: want 0 to 24h"},
 		{"resume VM VM", 2, "", "resume takes [VM], and got 2 words"},
 		{"pause nobody", 2, "", "no machine of this user has the name or PID nobody; there "},
-		{"disk list VM", 0, "LUN  SIZE   BLOCK  CACHE      MODE  BACKEND  SERIAL  IMAGE\n0    1 MiB  512    writeback  rw    process  ONE     " + one + "\n", ""},
+		{"disk list VM", 0,
+			"LUN  SIZE   BLOCK  CACHE      MODE  BACKEND  SERIAL  IMAGE\n" +
+				"0    1 MiB  512    writeback  rw    process  ONE     " + one + "\n", ""},
 		{"disk list VM --json", 0, "\"serial\": \"ONE\"", ""},
 		{"disk add VM one.img", 2, "", "one.img: given twice"},
 		{"disk add VM linked.img", 2, "", "linked.img: given twice: " + one},
@@ -84,10 +86,12 @@ func TestDiskCommands(t *testing.T) {
 		{"disk resize VM 2M", 2, "", "VM is a machine, and DISK is missing"},
 		{"disk resize VM 0 2M 3M", 2, "", "disk resize takes [VM] DISK [SIZE], and got 4 words"},
 		{"disk add VM two.img,lun=0", 2, "", "lun=0 is"},
-		{"disk add VM two.img,serial=ONE", 2, "", "it has the serial \"ONE\", as LUN 0, one.img, has: give one of them another with serial="},
+		{"disk add VM two.img,serial=ONE", 2, "",
+			"it has the serial \"ONE\", as LUN 0, one.img, has: give one of them another with serial="},
 		{"disk add VM two.img,color=red", 2, "", `unknown option "color"`},
 		{"disk add VM two.img,backend=vhost", 2, "", "backend=vhost disks cannot be added"},
-		{"disk add VM new.img,size=2M,serial=ONE", 2, "", "it has the serial \"ONE\", as LUN 0, one.img, has: give one of them another with serial="},
+		{"disk add VM new.img,size=2M,serial=ONE", 2, "",
+			"it has the serial \"ONE\", as LUN 0, one.img, has: give one of them another with serial="},
 		{"disk add VM two.img,serial=TWO,cache=writethrough", 0, "added LUN 1, " + two + ", serial TWO, 1 MiB", ""},
 		{"disk add VM two.img", 2, "", "two.img: given twice"},
 		{"disk list " + pid, 0, "1    1 MiB  512    writethrough  rw    process  TWO     " + two + "\n", ""},
@@ -109,7 +113,8 @@ func TestDiskCommands(t *testing.T) {
 		{"disk remove VM mem:2048K", 0, "removed LUN 1, mem:2M", ""},
 		{"disk add VM null:1M", 0, "added LUN 1, null:1M", ""},
 		{"disk add VM null:1M", 0, "added LUN 2, null:1M", ""},
-		{"disk remove VM null:1M", 2, "", "several disks are null:1M: name one by its LUN or serial number, such as 1 or gvm-memory-1"},
+		{"disk remove VM null:1M", 2, "",
+			"several disks are null:1M: name one by its LUN or serial number, such as 1 or gvm-memory-1"},
 		{"disk remove VM gvm-memory-1", 0, "removed LUN 1, null:1M", ""},
 		{"disk remove VM null:1M", 0, "removed LUN 2, null:1M", ""},
 		{"disk add VM two.img,lun=9", 0, "added LUN 9", ""},
@@ -127,8 +132,10 @@ func TestDiskCommands(t *testing.T) {
 		v.errs = strings.ReplaceAll(strings.ReplaceAll(v.errs, "[VM]", "[vm]"), "VM", name)
 		v.errs = strings.ReplaceAll(v.errs, "[vm]", "[VM]")
 		r.errs = others.ReplaceAllString(r.errs, "")
-		if r.status != v.status || !strings.Contains(r.out, out) || !strings.Contains(r.errs, v.errs) || strings.Count(r.errs, "\n") > min(v.status, 1) {
-			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, r.status, r.out, r.errs, v.status, out, v.errs)
+		if r.status != v.status || !strings.Contains(r.out, out) || !strings.Contains(r.errs, v.errs) ||
+			strings.Count(r.errs, "\n") > min(v.status, 1) {
+			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, r.status, r.out,
+				r.errs, v.status, out, v.errs)
 		}
 	}
 	if _, err := os.Stat(filepath.Join(dir, "new.img")); !os.IsNotExist(err) {
@@ -145,13 +152,14 @@ func TestDiskCommands(t *testing.T) {
 	found := false
 	for _, row := range rows {
 		if row.Name == name {
-			found = fmt.Sprint(row.PID) == pid && row.CPUs == 1 && row.Memory == 512<<20 && len(row.Disks) == 1 && row.Disks[0].Serial == "ONE"
+			found = fmt.Sprint(row.PID) == pid && row.CPUs == 1 && row.Memory == 512<<20 && len(row.Disks) == 1 &&
+				row.Disks[0].Serial == "ONE"
 		}
 	}
 	if !found {
 		t.Errorf("gvm list --json: %s", r.out)
 	}
-	if r := ask(t, dir, "run", "--disk=two.img", "--guest-arg=write"); r.status != 0 { // the lock is free again
+	if r := ask(t, dir, "run", "--disk=two.img", "--guest-arg=write"); r.status != 0 { // the lock is released
 		t.Errorf("status %d: %s", r.status, r.errs)
 	}
 	p.signal(syscall.SIGKILL)
@@ -165,8 +173,8 @@ func TestDiskCommands(t *testing.T) {
 	}
 }
 
-// TestSocketPlaces: a machine runs where there can be no control socket, unless it was
-// given a name, and leaves no file where there can be.
+// TestSocketPlaces: a machine without a given name runs even where there can be no control socket,
+// and one with a socket leaves no file.
 func TestSocketPlaces(t *testing.T) {
 	t.Parallel()
 	for _, v := range []struct {
@@ -189,7 +197,8 @@ func TestSocketPlaces(t *testing.T) {
 			c := command(t, append(guestRun(), v.args...)...)
 			c.Env = append(c.Env, "XDG_RUNTIME_DIR="+dir)
 			r := gvmRuns(t, c)
-			if r.status != v.status || !strings.Contains(r.errs, v.errs) || v.errs == "" && r.errs != "" || strings.Count(r.errs, "\n") > 1 {
+			if r.status != v.status || !strings.Contains(r.errs, v.errs) || v.errs == "" && r.errs != "" ||
+				strings.Count(r.errs, "\n") > 1 {
 				t.Errorf("status %d: %q, want %d with %q", r.status, r.errs, v.status, v.errs)
 			}
 			if left, err := os.ReadDir(filepath.Join(dir, "gvm")); len(left) > 0 {
@@ -199,7 +208,7 @@ func TestSocketPlaces(t *testing.T) {
 	}
 }
 
-// TestNothingToPrint: an empty list is told, and output that fails is the host's failure.
+// TestNothingToPrint: an empty list gives a message, and failing output is a failure of the host.
 func TestNothingToPrint(t *testing.T) {
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	if err != nil {
@@ -233,20 +242,24 @@ func TestNothingToPrint(t *testing.T) {
 			c.Stdout = full
 		}
 		_ = c.Run()
-		if status := c.ProcessState.ExitCode(); status != v.status || out.String() != v.out || !strings.HasSuffix(errs.String(), v.errs) || strings.Count(errs.String(), "\n") > 1 {
-			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, status, &out, &errs, v.status, v.out, v.errs)
+		if status := c.ProcessState.ExitCode(); status != v.status || out.String() != v.out ||
+			!strings.HasSuffix(errs.String(), v.errs) || strings.Count(errs.String(), "\n") > 1 {
+			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, status, &out, &errs,
+				v.status, v.out, v.errs)
 		}
 	}
 }
 
-// TestStop: gvm stop ends a guest that does not listen to the power button, or that it is not to ask.
+// TestStop: gvm stop ends a guest that does not listen to the power button, or that gvm stop does
+// not ask.
 func TestStop(t *testing.T) {
 	t.Parallel()
 	for _, args := range [][]string{{"stop"}, {"stop", "--force"}, {"stop", "--grace=0s"}} {
 		name := fmt.Sprintf("stop-%d-%d", os.Getpid(), len(args[len(args)-1]))
 		p := startGVM(t, t.TempDir(), guestRun("--name="+name, "spin")...)
 		p.expect("spinning")
-		if r := ask(t, t.TempDir(), append(args, name)...); r.status != 0 || r.out+others.ReplaceAllString(r.errs, "") != "" {
+		if r := ask(t, t.TempDir(), append(args, name)...); r.status != 0 ||
+			r.out+others.ReplaceAllString(r.errs, "") != "" {
 			t.Errorf("%v: status %d, %q, %q", args, r.status, r.out, r.errs)
 		}
 		if r := p.wait(); r.status != exitTerminated || !strings.Contains(r.errs, "stopped by gvm stop") {
@@ -255,7 +268,8 @@ func TestStop(t *testing.T) {
 	}
 }
 
-// TestStopWaits: gvm stop returns when the process has ended too, which waits for what reads its output.
+// TestStopWaits: gvm stop returns after the end of the process, which waits for the reader of its
+// output.
 func TestStopWaits(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
@@ -276,8 +290,9 @@ func TestStopWaits(t *testing.T) {
 	if r := ask(t, t.TempDir(), "stop", "--force", name); r.status != 0 {
 		t.Errorf("status %d, %q", r.status, r.errs)
 	}
-	var info unix.Siginfo // of a child that has ended and is not waited for yet
-	if err := unix.Waitid(unix.P_PID, p.cmd.Process.Pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil); err != nil || info.Signo != int32(unix.SIGCHLD) {
+	var info unix.Siginfo // reports a child that has ended and is not yet waited for
+	if err := unix.Waitid(unix.P_PID, p.cmd.Process.Pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT,
+		nil); err != nil || info.Signo != int32(unix.SIGCHLD) {
 		t.Errorf("the process has not ended: %+v, %v", info, err)
 	}
 	if r := p.wait(); r.status != exitTerminated {
@@ -285,21 +300,23 @@ func TestStopWaits(t *testing.T) {
 	}
 }
 
-// TestStoppedMachine: a machine whose process is stopped is named, and holds no other up. It is not
-// parallel: tests beside it would see the note about the machine.
+// TestStoppedMachine: the list names a machine whose process is stopped, and does not wait for it.
+// It is not parallel: tests beside it would see the note about the machine.
 func TestStoppedMachine(t *testing.T) {
 	name := fmt.Sprintf("asleep-%d", os.Getpid())
 	p := startGVM(t, t.TempDir(), guestRun("--name="+name, "spin")...)
 	p.expect("spinning")
 	p.signal(syscall.SIGSTOP)
 	pid := fmt.Sprintf("(process %d)", p.cmd.Process.Pid)
-	for _, args := range [][]string{{"list"}, {"disk", "list", name}, {"pause", name}, {"stop", name}, {"disk", "remove", name, "0"}} {
+	for _, args := range [][]string{{"list"}, {"disk", "list", name}, {"pause", name}, {"stop", name},
+		{"disk", "remove", name, "0"}} {
 		status := 3
 		if args[0] == "list" {
 			status = 0
 		}
 		r := ask(t, t.TempDir(), args...)
-		if r.status != status || !strings.Contains(r.errs, "machine "+name+": no answer within") || !strings.Contains(r.errs, pid) {
+		if r.status != status || !strings.Contains(r.errs, "machine "+name+": no answer within") ||
+			!strings.Contains(r.errs, pid) {
 			t.Errorf("%v: status %d, %q", args, r.status, r.errs)
 		}
 	}
@@ -312,7 +329,7 @@ func TestStoppedMachine(t *testing.T) {
 	}
 }
 
-// patient is a machine that does not answer before another is asked as well.
+// patient is a machine that answers only once another machine has been asked.
 type patient struct {
 	evilMachine
 	name string
@@ -325,7 +342,7 @@ func (p patient) Info() control.Info {
 	return control.Info{Name: p.name}
 }
 
-// TestListAsksAtOnce: no machine waits for the answer of another.
+// TestListAsksAtOnce: the list asks all machines in parallel.
 func TestListAsksAtOnce(t *testing.T) {
 	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
 	var all sync.WaitGroup
@@ -340,7 +357,8 @@ func TestListAsksAtOnce(t *testing.T) {
 		s.Serve(patient{name: name, all: &all})
 	}
 	var out, notes bytes.Buffer
-	if err := listMachines(t.Context(), &out, &notes, false); err != nil || notes.Len() > 0 || strings.Count(out.String(), "\n") != 3 {
+	if err := listMachines(t.Context(), &out, &notes, false); err != nil || notes.Len() > 0 ||
+		strings.Count(out.String(), "\n") != 3 {
 		t.Errorf("%v\n%s%s", err, &out, &notes)
 	}
 }

@@ -37,14 +37,16 @@ func TestDiskNotWritten(t *testing.T) {
 			}
 			args := []string{"run", "--disk", img + option}
 			if option == ",readonly" {
-				args = append(args, "--guest-arg", "write") // as far as it may
+				args = append(args, "--guest-arg", "write") // where the disk allows it
 			}
 			_, out := passes(t, args...)
 			if got, err := os.ReadFile(img); err != nil || !bytes.Equal(got, want) {
 				t.Errorf("the image changed, %v", err)
 			}
-			line := map[string]string{"": "writable, write cache on", ",readonly": "write-protected", ",cache=writethrough": "writable, write cache off",
-				",cache=unsafe": "writable, write cache on", ",block_size=4096": "256 blocks of 4096 bytes"}[option]
+			line := map[string]string{"": "writable, write cache on", ",readonly": "write-protected",
+				",cache=writethrough": "writable, write cache off",
+				",cache=unsafe":       "writable, write cache on",
+				",block_size=4096":    "256 blocks of 4096 bytes"}[option]
 			if !strings.Contains(out, line) {
 				t.Errorf("%s\nlacks %q", out, line)
 			}
@@ -62,7 +64,7 @@ func TestDiskWritten(t *testing.T) {
 		{",cache=unsafe,serial=A1", 1 << 20, 512},
 		{",block_size=4096", 1 << 20, 4096},
 		{",size=3M", 3 << 20, 512},
-		{",lun=0,size=3T", 3 << 40, 512}, // past what 32-bit LBAs reach
+		{",lun=0,size=3T", 3 << 40, 512}, // past the reach of 32-bit LBAs
 	} {
 		t.Run(strings.ReplaceAll(tt.options, ",", " "), func(t *testing.T) {
 			t.Parallel()
@@ -80,10 +82,11 @@ func TestDiskWritten(t *testing.T) {
 			if err := embeddedtest.CheckDisk(f, tt.size, tt.blockSize, 0, 0); err != nil {
 				t.Error(err)
 			}
-			if fi, err := f.Stat(); err != nil || fi.Size() != tt.size || fi.Sys().(*syscall.Stat_t).Blocks > 8<<20/512 {
+			if fi, err := f.Stat(); err != nil || fi.Size() != tt.size ||
+				fi.Sys().(*syscall.Stat_t).Blocks > 8<<20/512 {
 				t.Errorf("the image has %d bytes, %+v, %v", fi.Size(), fi.Sys(), err)
 			}
-			// Beside what the guest wrote all is as it was.
+			// Everything but the guest's writes is unchanged.
 			for _, r := range embeddedtest.Written(tt.size, tt.blockSize) {
 				if r.Offset < int64(len(original)) {
 					copy(original[r.Offset:], embeddedtest.Pattern(0, 0, r))
@@ -161,8 +164,8 @@ func TestSeveralDisks(t *testing.T) {
 	}
 }
 
-// TestOverlay: a guest writes to an overlay, and the image stays as it is. Two guests
-// share it, and each finds in its overlay what it has written.
+// TestOverlay: a guest writes to an overlay, and the image stays unchanged. Two guests share the
+// image, and each finds its writes in its own overlay.
 func TestOverlay(t *testing.T) {
 	t.Parallel()
 	golden := image(t, "golden", 9, 1<<20)
@@ -191,14 +194,14 @@ func TestOverlay(t *testing.T) {
 	wantBad(t, gvmRuns(t, command(t, "run", "--disk", golden+",overlay="+file)), "another size")
 }
 
-// TestMemoryDisks: disks that are no images work as disks.
+// TestMemoryDisks: disks without an image work as disks.
 func TestMemoryDisks(t *testing.T) {
 	t.Parallel()
 	passes(t, guestRun("--disk=mem:2M", "--disk=mem:16M,block_size=4096", "write")...)
 	passes(t, guestRun("--disk=null:3T")...)
 }
 
-// TestFullFileSystem: what gvm makes where there is no room is one line that names it, and leaves no
+// TestFullFileSystem: a file for which there is no room gives one line that names it, and leaves no
 // empty file.
 func TestFullFileSystem(t *testing.T) {
 	full := t.TempDir()
@@ -216,7 +219,8 @@ func TestFullFileSystem(t *testing.T) {
 	}{
 		{"--trace " + full + "/tr", "", "trace " + full + "/tr: ", 1},
 		{"--disk " + img + ",overlay=" + full + "/ovl", "", full + "/ovl: no space left", 1},
-		{"--disk " + img + ",overlay=on", full, "temporary file in " + full + ": no space left on device; set TMPDIR", 2},
+		{"--disk " + img + ",overlay=on", full, "temporary file in " + full + ": " +
+			"no space left on device; set TMPDIR", 2},
 		{"--disk " + img + ",overlay=on", full + "/none", "temporary file in " + full + "/none: no such file", 2},
 	} {
 		c := command(t, append([]string{"run"}, strings.Fields(tt.args)...)...)

@@ -35,7 +35,7 @@ func guestRun(words ...string) []string {
 	return args
 }
 
-// endings are the ways for a guest to end by itself or by --timeout.
+// endings are the ways a guest can end by itself or by --timeout.
 var endings = []struct {
 	name   string
 	args   []string
@@ -46,19 +46,24 @@ var endings = []struct {
 	{"power-off", guestRun(), 0, "\nPASS\n", `^$`},
 	{"two CPUs", guestRun("--cpus=2"), 0, "cpus: 2 of 2 up", `^$`},
 	{"triple fault", guestRun("crash=triple"), exitCrash, "triple fault next\n",
-		`^gvm: the guest crashed: vCPU 0: [^\n]+\n(the guest's registers are lost: [^\n]+\n|rip [0-9a-f]{16} [^\n]*\nrax (?s:.*)\ncr0 (?s:.*)\ncode at rip: ([0-9a-f]{2} ){15}[0-9a-f]{2}\n)$`},
+		`^gvm: the guest crashed: vCPU 0: [^\n]+\n(the guest's registers are lost: [^\n]+\n|` +
+			`rip [0-9a-f]{16} [^\n]*\nrax (?s:.*)\ncr0 (?s:.*)\ncode at rip: ([0-9a-f]{2} ){15}[0-9a-f]{2}\n)$`},
 	{"panic", guestRun("crash=panic"), exitPanic, "pvpanic event next\n", `^gvm: guest panic: [^\n]+\n$`},
 	{"reset", guestRun("crash=reset"), exitReset, "reset next\n", `^gvm: the guest asked for a reset[^\n]*\n$`},
-	{"reset by ACPI", guestRun("crash=reset-acpi"), exitReset, "reset by ACPI next\n", `^gvm: the guest asked for a reset[^\n]*\n$`},
-	{"reset by port 0xcf9", guestRun("crash=reset-cf9"), exitReset, "reset by port 0xcf9 next\n", `^gvm: the guest asked for a reset[^\n]*\n$`},
-	{"reset by the i8042", guestRun("crash=reset-i8042"), exitReset, "reset by the i8042 next\n", `^gvm: the guest asked for a reset[^\n]*\n$`},
+	{"reset by ACPI", guestRun("crash=reset-acpi"), exitReset, "reset by ACPI next\n",
+		`^gvm: the guest asked for a reset[^\n]*\n$`},
+	{"reset by port 0xcf9", guestRun("crash=reset-cf9"), exitReset, "reset by port 0xcf9 next\n",
+		`^gvm: the guest asked for a reset[^\n]*\n$`},
+	{"reset by the i8042", guestRun("crash=reset-i8042"), exitReset, "reset by the i8042 next\n",
+		`^gvm: the guest asked for a reset[^\n]*\n$`},
 	{"timeout, spinning", guestRun("--timeout=300ms", "spin"), exitTimeout, "", `^gvm: --timeout 300ms elapsed\n$`},
 	{"timeout, halted", guestRun("--timeout=300ms", "hang"), exitTimeout, "", `^gvm: --timeout 300ms elapsed\n$`},
-	{"timeout, rebooting", guestRun("--timeout=1s", "--on-reset=reboot", "crash=reset"), exitTimeout, "", `^gvm: --timeout 1s elapsed\n$`},
+	{"timeout, rebooting", guestRun("--timeout=1s", "--on-reset=reboot", "crash=reset"), exitTimeout, "",
+		`^gvm: --timeout 1s elapsed\n$`},
 	{"timeout at once", guestRun("--timeout=1ns"), exitTimeout, "", `^gvm: --timeout 1ns elapsed\n$`},
 }
 
-// TestEndings is the contract of the exit status, on pipes and on a terminal.
+// TestEndings checks the exit statuses, on pipes and on a terminal.
 func TestEndings(t *testing.T) {
 	for _, tt := range endings {
 		check := func(t *testing.T, r result, onTerminal bool) {
@@ -84,7 +89,7 @@ func TestEndings(t *testing.T) {
 	}
 }
 
-// TestReport checks that gvm without words passes the guest's own checks.
+// TestReport checks that the embedded guest passes its checks in a gvm without arguments.
 func TestReport(t *testing.T) {
 	t.Parallel()
 	r := gvmRuns(t, command(t, "run"))
@@ -127,7 +132,7 @@ func TestSignals(t *testing.T) {
 	}
 }
 
-// asStuck makes a gvm of the tests one whose end in order never comes.
+// asStuck makes a gvm of the tests one whose end in order never finishes.
 const asStuck = "GVM_TEST_AS_STUCK"
 
 func stuck() {
@@ -145,16 +150,17 @@ func stuck() {
 	time.Sleep(time.Hour)
 }
 
-// TestEverySignal sends a gvm on a terminal every signal that can be caught: it goes on or ends, with the
-// terminal restored and its name given up. The fatal ones have it dump its goroutines.
+// TestEverySignal sends every signal that can be caught to a gvm on a terminal: it continues, or
+// ends with the terminal restored and its name released. Fatal signals dump its goroutines.
 func TestEverySignal(t *testing.T) {
 	t.Parallel()
-	ends := map[syscall.Signal]int{syscall.SIGHUP: exitHangup, syscall.SIGINT: exitQuit, syscall.SIGTERM: exitTerminated}
+	ends := map[syscall.Signal]int{syscall.SIGHUP: exitHangup, syscall.SIGINT: exitQuit,
+		syscall.SIGTERM: exitTerminated}
 	for _, s := range fatalSignals {
 		ends[s.(syscall.Signal)] = 128 + int(s.(syscall.Signal))
 	}
 	for s := syscall.Signal(1); s <= 64; s++ {
-		if s == syscall.SIGKILL || s == syscall.SIGSTOP || s > 34 && s < 64 { // of real-time signals two are enough
+		if s == syscall.SIGKILL || s == syscall.SIGSTOP || s > 34 && s < 64 { // two real-time signals are enough
 			continue
 		}
 		t.Run(s.String(), func(t *testing.T) {
@@ -174,7 +180,9 @@ func TestEverySignal(t *testing.T) {
 			if r.status != status {
 				t.Errorf("status %d, want %d: %q", r.status, status, r.out)
 			}
-			if slices.Contains(fatalSignals, os.Signal(s)) && !(strings.Contains(r.out, fmt.Sprintf("%s: %s\r\n", unix.SignalName(s), s)) && strings.Contains(r.out, "\ngoroutine 1 [")) {
+			if slices.Contains(fatalSignals, os.Signal(s)) &&
+				!(strings.Contains(r.out, fmt.Sprintf("%s: %s\r\n", unix.SignalName(s), s)) &&
+					strings.Contains(r.out, "\ngoroutine 1 [")) {
 				t.Errorf("no dump: %q", r.out)
 			}
 			for _, suffix := range []string{".sock", ".lock"} {
@@ -186,7 +194,7 @@ func TestEverySignal(t *testing.T) {
 	}
 }
 
-// TestSecondSignal ends at once what is ending.
+// TestSecondSignal: a second signal ends a gvm at once that is already ending.
 func TestSecondSignal(t *testing.T) {
 	t.Parallel()
 	for _, second := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP} {
@@ -204,7 +212,8 @@ func TestSecondSignal(t *testing.T) {
 		p.expect("ending")
 		time.Sleep(2 * sameRequest)
 		p.signal(second)
-		if r := p.wait(); r.status != 128+int(second) || !strings.Contains(r.out, "restored") || !strings.Contains(r.errs, "stopped at once by "+unix.SignalName(second)) {
+		if r := p.wait(); r.status != 128+int(second) || !strings.Contains(r.out, "restored") ||
+			!strings.Contains(r.errs, "stopped at once by "+unix.SignalName(second)) {
 			t.Errorf("%+v", r)
 		}
 	}
@@ -218,7 +227,8 @@ func TestSecondSignal(t *testing.T) {
 	}
 }
 
-// TestSameRequest: a signal that comes twice, as timeout(1) sends it, asks for one end, which is no end at once.
+// TestSameRequest: timeout(1) sends a signal twice, which counts as one request and does not end
+// gvm at once.
 func TestSameRequest(t *testing.T) {
 	var r request
 	now := time.Now()
@@ -252,7 +262,7 @@ func TestReboot(t *testing.T) {
 	}
 }
 
-// TestOutput gives gvm outputs that take nothing.
+// TestOutput gives gvm outputs that accept nothing.
 func TestOutput(t *testing.T) {
 	shell := func(t *testing.T, script string) result {
 		c := command(t)
@@ -273,7 +283,8 @@ func TestOutput(t *testing.T) {
 		{"all closed", `exec "$0" run <&- >&- 2>&-`, 0, `^$`},
 		{"input is a directory", `exec "$0" run </`, 0, `^$`},
 		{"disk full", `exec "$0" run >/dev/full`, exitHost, `^gvm: console output: [^\n]*no space left on device\n$`},
-		{"doctor, disk full", `exec "$0" completion bash >/dev/full`, exitHost, `^gvm: [^\n]*no space left on device\n$`},
+		{"doctor, disk full", `exec "$0" completion bash >/dev/full`, exitHost,
+			`^gvm: [^\n]*no space left on device\n$`},
 		{"head", `"$0" run | head -n 1`, 0, `^(gvm: console output: [^\n]*broken pipe\n)?$`},
 		{"errors to a full disk", `exec "$0" run --nosuch 2>/dev/full`, exitUsage, `^$`},
 	} {
@@ -299,11 +310,12 @@ func TestOutput(t *testing.T) {
 		in.Close()
 		c := command(t, "run")
 		c.Stdout = out
-		if r := gvmRuns(t, c); r.status != exitHost || !regexp.MustCompile(`^gvm: console output: .*broken pipe\n$`).MatchString(r.errs) {
+		if r := gvmRuns(t, c); r.status != exitHost ||
+			!regexp.MustCompile(`^gvm: console output: .*broken pipe\n$`).MatchString(r.errs) {
 			t.Errorf("status %d: %q", r.status, r.errs)
 		}
 	})
-	// Nobody reads: the guest's output waits, but an end does not.
+	// Without a reader the guest's output waits, but an end does not.
 	for _, how := range []string{"timeout", "signal"} {
 		t.Run("reader stopped "+how, func(t *testing.T) {
 			t.Parallel()
@@ -327,7 +339,7 @@ func TestOutput(t *testing.T) {
 				t.Fatal(err)
 			}
 			if how == "signal" {
-				// It can be told to stop once it takes input.
+				// Once the guest takes input, it can be told to stop.
 				if _, err := w.Write([]byte("x")); err != nil {
 					t.Fatal(err)
 				}
@@ -348,8 +360,8 @@ func TestOutput(t *testing.T) {
 	}
 }
 
-// TestErrorsNotRead: standard error that nobody reads holds up neither the run, with a note, nor an end that was
-// asked for.
+// TestErrorsNotRead: standard error without a reader delays neither the run, with a note, nor a
+// requested end.
 func TestErrorsNotRead(t *testing.T) {
 	t.Parallel()
 	for _, signals := range [][]syscall.Signal{{syscall.SIGTERM}, {syscall.SIGTERM, syscall.SIGINT}} {
@@ -366,7 +378,7 @@ func TestErrorsNotRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		full, dir := image(t, "disk", 2, 1<<20), t.TempDir()
-		if err := unix.Mkdir(filepath.Join(dir, "gvm"), 0o755); err != nil { // of which gvm has a note
+		if err := unix.Mkdir(filepath.Join(dir, "gvm"), 0o755); err != nil { // causes a note by gvm
 			t.Fatal(err)
 		}
 		p := startGVMAs(t, "", func(p *proc) {
@@ -383,7 +395,7 @@ func TestErrorsNotRead(t *testing.T) {
 	}
 }
 
-// TestKilled checks what SIGKILL leaves: no lock.
+// TestKilled checks that SIGKILL leaves no lock.
 func TestKilled(t *testing.T) {
 	t.Parallel()
 	img := image(t, "disk", 3, 1<<20)
@@ -398,12 +410,13 @@ func TestKilled(t *testing.T) {
 	}
 }
 
-// TestNothingLeft runs gvm inside this process, over and over: descriptors, goroutines
-// and memory are as before.
+// TestNothingLeft runs gvm repeatedly inside this process and checks that descriptors, goroutines
+// and memory return to their former level.
 func TestNothingLeft(t *testing.T) {
 	img := image(t, "disk", 4, 1<<20)
 	fresh := filepath.Join(t.TempDir(), "fresh")
-	for name, dir := range map[string]string{"TMPDIR": noTemp, "XDG_CACHE_HOME": noTemp, "XDG_RUNTIME_DIR": runtimeDir} {
+	for name, dir := range map[string]string{"TMPDIR": noTemp, "XDG_CACHE_HOME": noTemp,
+		"XDG_RUNTIME_DIR": runtimeDir} {
 		t.Setenv(name, dir)
 	}
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
@@ -412,7 +425,9 @@ func TestNothingLeft(t *testing.T) {
 	}
 	defer null.Close()
 	quietly := func(args []string) int {
-		defer func(in, out, errs *os.File) { os.Stdin, os.Stdout, os.Stderr = in, out, errs }(os.Stdin, os.Stdout, os.Stderr)
+		defer func(in, out, errs *os.File) {
+			os.Stdin, os.Stdout, os.Stderr = in, out, errs
+		}(os.Stdin, os.Stdout, os.Stderr)
 		os.Stdin, os.Stdout, os.Stderr = null, null, null
 		return gvm(append([]string{"gvm"}, args...))
 	}
@@ -433,7 +448,8 @@ func TestNothingLeft(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return state{count("/proc/self/fd"), runtime.NumGoroutine(), bytes.Count(maps, []byte("kvm")) + bytes.Count(maps, []byte("memfd")), count("/dev/shm")}
+		return state{count("/proc/self/fd"), runtime.NumGoroutine(),
+			bytes.Count(maps, []byte("kvm")) + bytes.Count(maps, []byte("memfd")), count("/dev/shm")}
 	}
 	disk := "--disk=" + img
 	tests := map[string]struct {
@@ -451,7 +467,7 @@ func TestNothingLeft(t *testing.T) {
 		"bad feature":     {guestRun(disk, "--cpu-features=+vmx,+svm,+ia64"), exitUsage},
 		"lacking feature": {guestRun(disk, "--cpu-features=-avx,+avx2"), exitUsage},
 	}
-	quietly(guestRun(disk)) // starts what the runtime keeps
+	quietly(guestRun(disk)) // starts the runtime's own goroutines
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			before := look()
@@ -460,11 +476,11 @@ func TestNothingLeft(t *testing.T) {
 			}
 			left := func() bool {
 				after := look()
-				after.goroutines = max(after.goroutines, before.goroutines) // fewer is no fault
+				after.goroutines = max(after.goroutines, before.goroutines) // fewer is fine
 				return after != before
 			}
 			for deadline := time.Now().Add(tooLong); left() && time.Now().Before(deadline); {
-				time.Sleep(time.Millisecond) // a goroutine that was told to end may not have yet
+				time.Sleep(time.Millisecond) // a goroutine that was told to end may still run
 			}
 			if left() {
 				t.Errorf("%+v became %+v", before, look())

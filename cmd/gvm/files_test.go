@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestOpenOutput: a file that gvm did not write is not overwritten.
+// TestOpenOutput: gvm does not overwrite a file that it did not write.
 func TestOpenOutput(t *testing.T) {
 	for text, ok := range map[string]bool{
 		"": true, "[1]": true, "{}": true, "<?xml version": true, "<svg>": true, "\x89PNG\r\n\x1a\n": true,
@@ -33,8 +33,8 @@ func TestOpenOutput(t *testing.T) {
 	}
 }
 
-// TestOutputOnFullFileSystem: an output for which there is no room leaves the file that was there as it is,
-// also through a link, and none that was not.
+// TestOutputOnFullFileSystem: an output for which there is no room leaves an existing file
+// unchanged, also through a link, and creates no new one.
 func TestOutputOnFullFileSystem(t *testing.T) {
 	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {

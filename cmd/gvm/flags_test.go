@@ -27,7 +27,8 @@ func TestFlagsFirst(t *testing.T) {
 		"disk list b --generate-bash-completion": "disk list b --generate-bash-completion",
 	} {
 		words := append([]string{"gvm"}, strings.Fields(args)...)
-		if got := flagsFirst(app(nil).Commands, words); !slices.Equal(got, append([]string{"gvm"}, strings.Fields(want)...)) {
+		if got := flagsFirst(app(nil).Commands, words); !slices.Equal(got,
+			append([]string{"gvm"}, strings.Fields(want)...)) {
 			t.Errorf("%s: %q, want %s", args, got, want)
 		}
 	}

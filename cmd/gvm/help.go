@@ -172,7 +172,7 @@ func valueName(c *cli.Command, flag string) string {
 	return ""
 }
 
-// wanted says what the value of a flag is, for one that the flag package cannot read.
+// wanted describes a valid value of a flag, after one that the flag package cannot read.
 func wanted(c *cli.Command, flag string) string {
 	switch f := flagOf(c, flag).(type) {
 	case *cli.DurationFlag:
@@ -187,7 +187,7 @@ func wanted(c *cli.Command, flag string) string {
 	return "want a number"
 }
 
-// unknownFlag says that a command has no such flag.
+// unknownFlag returns an error for a flag that a command does not have.
 func unknownFlag(c *cli.Command, flag string) error {
 	var names []string
 	for _, f := range c.Flags {
@@ -204,7 +204,7 @@ func unknownFlag(c *cli.Command, flag string) error {
 	return text.Unknown("flag "+flag, near, strings.TrimPrefix(c.HelpName, "gvm"))
 }
 
-// unknownCommand says that the group of commands at path has no such command.
+// unknownCommand returns an error for a command that the group at path does not have.
 func unknownCommand(commands []*cli.Command, path []string, word string) error {
 	var names []string
 	for _, c := range commands {
@@ -218,8 +218,8 @@ func unknownCommand(commands []*cli.Command, path []string, word string) error {
 	return usageError{text.Unknown(thing, text.Nearest(word, names), page)}
 }
 
-// showHelp prints the page of a group of commands, for which there is no command of the
-// name given.
+// showHelp is the action of a group of commands: it prints the group's page, or an error for an
+// unknown command.
 func showHelp(c *cli.Context) error {
 	path := strings.Fields(c.Command.HelpName)[1:]
 	words := c.Args().Slice()
@@ -245,7 +245,7 @@ func helpPage(c *cli.Context, path []string) error {
 	return c.App.Run(append(append([]string{"gvm"}, path...), "--help"))
 }
 
-// helpCommand is `gvm help`, whose words are those of any command.
+// helpCommand makes `gvm help`, whose arguments are the words of any command.
 func helpCommand() *cli.Command {
 	return &cli.Command{
 		Name: "help", Aliases: []string{"h"}, Usage: "show the help of a command", ArgsUsage: "[COMMAND [SUBCOMMAND]]",

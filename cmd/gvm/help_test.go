@@ -52,7 +52,8 @@ func TestHelpWidth(t *testing.T) {
 			if flag := page(append(path, "--help")...); flag != help {
 				t.Errorf("gvm %s --help differs from its page:\n%s\n%s", strings.Join(path, " "), flag, help)
 			}
-			if !strings.Contains(help, "EXIT") && c.CustomHelpTemplate == "" && !strings.Contains(help, "gvm "+strings.Join(path, " ")) {
+			if !strings.Contains(help, "EXIT") && c.CustomHelpTemplate == "" &&
+				!strings.Contains(help, "gvm "+strings.Join(path, " ")) {
 				t.Errorf("the page of %q is another's:\n%s", path, help)
 			}
 			walk(path, c.Subcommands)
@@ -62,15 +63,16 @@ func TestHelpWidth(t *testing.T) {
 	page("help")
 	page("--help")
 	walk(nil, app(nil).Commands)
-	for i, c := range commands { // one alone is the same command
-		if one := app([]string{"gvm", c.name}).Commands; one[0].Name != c.name && c.name != "help" || app(nil).Commands[i].Name != c.name {
+	for i, c := range commands { // a single command is the same command
+		if one := app([]string{"gvm", c.name}).Commands; one[0].Name != c.name && c.name != "help" ||
+			app(nil).Commands[i].Name != c.name {
 			t.Errorf("%s makes %s", c.name, one[0].Name)
 		}
 	}
 	if pages < 25 {
 		t.Errorf("%d pages", pages)
 	}
-	// The page of the command gvm disk has the words of the flag as well.
+	// docs/storage.md and the page of gvm disk have every option, too.
 	storage, err := os.ReadFile("../../docs/storage.md")
 	if err != nil {
 		t.Fatal(err)
@@ -85,8 +87,7 @@ func TestHelpWidth(t *testing.T) {
 	}
 }
 
-// TestSuggestions has the nearest name for a word that is unknown, and none for a
-// word that is near to nothing.
+// TestSuggestions: an unknown word gets the nearest name as suggestion, if one is near.
 func TestSuggestions(t *testing.T) {
 	for _, tt := range []struct{ args, want string }{
 		{"run --memroy 1G", "unknown flag --memroy; did you mean --memory? See gvm help run"},
@@ -137,11 +138,14 @@ func TestSuggestions(t *testing.T) {
 		{"run --disk nul:1M", "did you mean null:1M? ./nul:1M is a file of that name"},
 		{"run --disk NULL:1M", "did you mean null:1M?"},
 		{"run --disk mem=1M", "did you mean mem:1M?"},
-		{"run --disk mem:1P", `--disk mem:1P: size "1P": want a number and K, M, G or T, such as 1024T; the largest is 4194304T`},
-		{"run --disk mem:1x", `--disk mem:1x: size "1x": want a number and K, M, G or T (./mem:1x is a file of that name)`},
+		{"run --disk mem:1P",
+			`--disk mem:1P: size "1P": want a number and K, M, G or T, such as 1024T; the largest is 4194304T`},
+		{"run --disk mem:1x",
+			`--disk mem:1x: size "1x": want a number and K, M, G or T (./mem:1x is a file of that name)`},
 		{"run --disk null:0", "--disk null:0: size 0: want 512 bytes or more"},
 		{"run --disk null:8388608T", `size "8388608T": too large: the largest is 4194304T`},
-		{"run --disk mem:4194304T --disk mem:4194304T --disk mem:4194304T --disk mem:4194304T", "the disks in memory have more than 4194304T"},
+		{"run --disk mem:4194304T --disk mem:4194304T --disk mem:4194304T --disk mem:4194304T",
+			"the disks in memory have more than 4194304T"},
 		{"run --memory 8388608T", `--memory: size "8388608T": too large: the largest is 4194304T`},
 		{"run --disk a,lock=of", "did you mean off?"},
 		{"run --disk a,workers=share,backend=vhost", "did you mean shared?"},
@@ -151,15 +155,16 @@ func TestSuggestions(t *testing.T) {
 			a := app(nil)
 			a.Writer, a.ErrWriter = &b, &b
 			err := a.Run(append([]string{"gvm"}, strings.Fields(tt.args)...))
-			if err == nil || !strings.Contains(err.Error(), tt.want) || len(err.Error()) > 200 || exitStatus(err) != exitUsage {
+			if err == nil || !strings.Contains(err.Error(), tt.want) || len(err.Error()) > 200 ||
+				exitStatus(err) != exitUsage {
 				t.Errorf("%v\nlacks %q, or is long", err, tt.want)
 			}
 		})
 	}
 }
 
-// TestSurplusArguments walks the tree of commands: none takes more words than its page of help names, or
-// one that it does not know.
+// TestSurplusArguments walks the tree of commands: none takes more words than its help page names,
+// or an unknown word.
 func TestSurplusArguments(t *testing.T) {
 	refused := func(words ...string) {
 		t.Helper()
@@ -167,7 +172,8 @@ func TestSurplusArguments(t *testing.T) {
 		a := app(nil)
 		a.Writer, a.ErrWriter = &b, &b
 		err := a.Run(flagsFirst(a.Commands, append([]string{"gvm"}, words...)))
-		if exitStatus(err) != exitUsage || b.Len() > 0 || strings.Contains(err.Error(), "no machine of this user runs") {
+		if exitStatus(err) != exitUsage || b.Len() > 0 ||
+			strings.Contains(err.Error(), "no machine of this user runs") {
 			t.Errorf("gvm %s: %v, output %.200q", strings.Join(words, " "), err, &b)
 		}
 	}

@@ -13,8 +13,8 @@ import (
 	"gvm/guestmem"
 )
 
-// fakeHost has the files of a host with 8 GiB; a name that ends with / is a directory without a
-// limit of interest.
+// fakeHost makes the files of a host with 8 GiB. A name that ends with / is a directory without a
+// relevant limit.
 func fakeHost(t *testing.T, rlimits map[int]uint64, files map[string]string) hostLimits {
 	t.Helper()
 	root := t.TempDir()
@@ -36,24 +36,25 @@ func fakeHost(t *testing.T, rlimits map[int]uint64, files map[string]string) hos
 }
 
 const (
-	mountV2     = "31 23 0:28 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
-	mountV1     = "31 23 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n32 23 0:29 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+	mountV2 = "31 23 0:28 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
+	mountV1 = "31 23 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n" +
+		"32 23 0:29 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
 	mountTLB    = "33 23 0:30 / /sys/fs/cgroup/hugetlb rw - cgroup cgroup rw,hugetlb\n"
 	noLimitV1   = "9223372036854771712"
 	hugepageDir = "sys/kernel/mm/hugepages/hugepages-2048kB/"
 )
 
-// TestCheckMemory has every limit of a host, alone.
+// TestCheckMemory checks every limit of a host separately.
 func TestCheckMemory(t *testing.T) {
 	huge := guestmem.Config{Size: 2 << 30, Hugepages: true}
 	shared := guestmem.Config{Size: 2 << 30, Shared: true}
 	for _, tt := range []struct {
 		name    string
-		config  guestmem.Config // of 2 GiB, if it is zero
+		config  guestmem.Config // zero: 2 GiB
 		rlimits map[int]uint64
 		files   map[string]string
-		want    string // parts of the error; "" is none
-		over    string // with --overcommit: "" is a note with the same parts, else parts of the error
+		want    string // parts of the error; "": none
+		over    string // with --overcommit: parts of the error; "": a note with the parts of want
 	}{
 		{name: "no limit"},
 		{name: "host", config: guestmem.Config{Size: 9 << 30}, want: "this host has 8 GiB|--overcommit"},
@@ -63,7 +64,8 @@ func TestCheckMemory(t *testing.T) {
 		}, want: "memory.max of cgroup /a/b is 128 MiB, which leaves a guest 111 MiB|--overcommit"},
 		{name: "version 2, a group above", files: map[string]string{
 			"proc/self/cgroup": "0::/a/b/c", "proc/self/mountinfo": mountV2,
-			"sys/fs/cgroup/a/b/c/memory.max": "max", "sys/fs/cgroup/a/b/memory.max": "1073741824", "sys/fs/cgroup/a/memory.max": "134217728",
+			"sys/fs/cgroup/a/b/c/memory.max": "max", "sys/fs/cgroup/a/b/memory.max": "1073741824",
+			"sys/fs/cgroup/a/memory.max": "134217728",
 		}, want: "memory.max of cgroup /a is 128 MiB"},
 		{name: "version 2, high", files: map[string]string{
 			"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
@@ -76,7 +78,8 @@ func TestCheckMemory(t *testing.T) {
 			"proc/self/cgroup": "0::/../other", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/memory.max": "134217728",
 		}, want: "memory.max of cgroup / is 128 MiB"},
 		{name: "version 2, a mount of a part", files: map[string]string{
-			"proc/self/cgroup": "0::/docker/x/y", "proc/self/mountinfo": "31 23 0:28 /docker/x /mnt/my\\040groups rw - cgroup2 cgroup2 rw",
+			"proc/self/cgroup":           "0::/docker/x/y",
+			"proc/self/mountinfo":        "31 23 0:28 /docker/x /mnt/my\\040groups rw - cgroup2 cgroup2 rw",
 			"mnt/my groups/y/memory.max": "134217728",
 		}, want: "memory.max of cgroup /y is 128 MiB"},
 		{name: "version 2, enough", files: map[string]string{
@@ -87,40 +90,55 @@ func TestCheckMemory(t *testing.T) {
 		}, want: "memory.max of cgroup /a is 2 GiB"},
 		{name: "version 1", files: map[string]string{
 			"proc/self/cgroup": "5:cpu:/\n4:memory:/a/b\n0::/", "proc/self/mountinfo": mountV1,
-			"sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "134217728", "sys/fs/cgroup/memory/memory.limit_in_bytes": noLimitV1,
+			"sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "134217728",
+			"sys/fs/cgroup/memory/memory.limit_in_bytes":     noLimitV1,
 		}, want: "memory.limit_in_bytes of cgroup /a/b is 128 MiB"},
 		{name: "version 1, a group above", files: map[string]string{
 			"proc/self/cgroup": "4:cpu,memory:/a/b", "proc/self/mountinfo": mountV1,
-			"sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": noLimitV1, "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "134217728",
+			"sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": noLimitV1,
+			"sys/fs/cgroup/memory/a/memory.limit_in_bytes":   "134217728",
 		}, want: "memory.limit_in_bytes of cgroup /a is 128 MiB"},
 		{name: "version 1, a group above that is not seen", files: map[string]string{
-			"proc/self/cgroup": "4:memory:/docker/x", "proc/self/mountinfo": "32 23 0:29 /docker/x /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory",
-			"sys/fs/cgroup/memory/memory.limit_in_bytes": noLimitV1, "sys/fs/cgroup/memory/memory.stat": "cache 1\nhierarchical_memory_limit 134217728",
+			"proc/self/cgroup": "4:memory:/docker/x",
+			"proc/self/mountinfo": "32 23 0:29 /docker/x /sys/fs/cgroup/memory ro - " +
+				"cgroup cgroup rw,memory",
+			"sys/fs/cgroup/memory/memory.limit_in_bytes": noLimitV1,
+			"sys/fs/cgroup/memory/memory.stat":           "cache 1\nhierarchical_memory_limit 134217728",
 		}, want: "memory.stat of cgroup / is 128 MiB"},
 		{name: "both versions", files: map[string]string{
-			"proc/self/cgroup": "4:cpu:/x\n0::/a", "proc/self/mountinfo": mountV1 + "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw",
+			"proc/self/cgroup": "4:cpu:/x\n0::/a", "proc/self/mountinfo": mountV1 +
+				"41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw",
 			"sys/fs/cgroup/unified/a/memory.max": "134217728", "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "1",
 		}, want: "memory.max of cgroup /a is 128 MiB"},
 		{name: "broken files", files: map[string]string{
-			"proc/self/cgroup": "0::\n::\nx", "proc/self/mountinfo": "1 2\n\n - cgroup2\n" + mountV2, "sys/fs/cgroup/memory.max": "-1",
+			"proc/self/cgroup": "0::\n::\nx", "proc/self/mountinfo": "1 2\n\n - cgroup2\n" + mountV2,
+			"sys/fs/cgroup/memory.max": "-1",
 		}},
-		{name: "address space", rlimits: map[int]uint64{unix.RLIMIT_AS: 2 << 30}, files: map[string]string{"proc/self/status": "VmSize:\t 1048576 kB"},
-			want: "RLIMIT_AS (ulimit -v) is 2 GiB, which leaves a guest 1008 MiB", over: "RLIMIT_AS"},
-		{name: "data", rlimits: map[int]uint64{unix.RLIMIT_DATA: 1 << 30}, want: "RLIMIT_DATA (ulimit -d) is 1 GiB", over: "RLIMIT_DATA"},
+		{name: "address space", rlimits: map[int]uint64{unix.RLIMIT_AS: 2 << 30},
+			files: map[string]string{"proc/self/status": "VmSize:\t 1048576 kB"},
+			want:  "RLIMIT_AS (ulimit -v) is 2 GiB, which leaves a guest 1008 MiB", over: "RLIMIT_AS"},
+		{name: "data", rlimits: map[int]uint64{unix.RLIMIT_DATA: 1 << 30},
+			want: "RLIMIT_DATA (ulimit -d) is 1 GiB", over: "RLIMIT_DATA"},
 		{name: "data, shared memory", config: shared, rlimits: map[int]uint64{unix.RLIMIT_DATA: 1 << 30}},
 		{name: "file size", rlimits: map[int]uint64{unix.RLIMIT_FSIZE: 1 << 30}},
-		{name: "file size, shared memory", config: shared, rlimits: map[int]uint64{unix.RLIMIT_FSIZE: 1 << 30}, want: "RLIMIT_FSIZE (ulimit -f) is 1 GiB", over: "RLIMIT_FSIZE"},
+		{name: "file size, shared memory", config: shared, rlimits: map[int]uint64{unix.RLIMIT_FSIZE: 1 << 30},
+			want: "RLIMIT_FSIZE (ulimit -f) is 1 GiB", over: "RLIMIT_FSIZE"},
 		{name: "no overcommit", files: map[string]string{
-			"proc/sys/vm/overcommit_memory": "2", "proc/meminfo": "MemTotal: 8388608 kB\nCommitLimit: 3145728 kB\nCommitted_AS: 2097152 kB",
-		}, want: "vm.overcommit_memory is 2, and of CommitLimit 1 GiB are left, which leaves a guest 1008 MiB|vm.overcommit_ratio", over: "vm.overcommit_memory"},
+			"proc/sys/vm/overcommit_memory": "2",
+			"proc/meminfo":                  "MemTotal: 8388608 kB\nCommitLimit: 3145728 kB\nCommitted_AS: 2097152 kB",
+		}, want: "vm.overcommit_memory is 2, and of CommitLimit 1 GiB are left, " +
+			"which leaves a guest 1008 MiB|vm.overcommit_ratio", over: "vm.overcommit_memory"},
 		{name: "hugepages", config: huge, files: map[string]string{
-			hugepageDir + "free_hugepages": "600", hugepageDir + "resv_hugepages": "100", hugepageDir + "nr_overcommit_hugepages": "10",
+			hugepageDir + "free_hugepages": "600", hugepageDir + "resv_hugepages": "100",
+			hugepageDir + "nr_overcommit_hugepages": "10",
 		}, want: "the host's pool has 510 free 2 MiB pages|sysctl vm.nr_hugepages=1024", over: "vm.nr_hugepages=1024"},
 		{name: "enough hugepages, in a small cgroup", config: huge, files: map[string]string{
-			hugepageDir + "free_hugepages": "1024", "proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/a/memory.max": "134217728",
+			hugepageDir + "free_hugepages": "1024", "proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
+			"sys/fs/cgroup/a/memory.max": "134217728",
 		}},
 		{name: "hugetlb, version 2", config: huge, files: map[string]string{
-			hugepageDir + "free_hugepages": "1024", "proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/a/hugetlb.2MB.max": "134217728",
+			hugepageDir + "free_hugepages": "1024", "proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
+			"sys/fs/cgroup/a/hugetlb.2MB.max": "134217728",
 		}, want: "hugetlb.2MB.max of cgroup /a is 128 MiB", over: "hugetlb.2MB.max"},
 		{name: "hugetlb, version 1", config: huge, files: map[string]string{
 			hugepageDir + "free_hugepages": "1024", "proc/self/cgroup": "9:hugetlb:/a", "proc/self/mountinfo": mountTLB,
@@ -159,10 +177,11 @@ func TestCheckMemory(t *testing.T) {
 	}
 }
 
-// TestCheckDiskMemory: disks in memory count, with the guest's.
+// TestCheckDiskMemory: disks in memory count together with the guest's memory.
 func TestCheckDiskMemory(t *testing.T) {
 	guest := guestmem.Config{Size: 512 << 20}
-	group := map[string]string{"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/a/memory.max": "1073741824"}
+	group := map[string]string{"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
+		"sys/fs/cgroup/a/memory.max": "1073741824"}
 	for _, tt := range []struct {
 		name       string
 		config     guestmem.Config
@@ -172,35 +191,41 @@ func TestCheckDiskMemory(t *testing.T) {
 	}{
 		{"none", guest, 0, nil, "", ""},
 		{"fits", guest, 256 << 20, nil, "", ""},
-		{"too much", guest, 600 << 20, nil, "have 1112 MiB: memory.max of cgroup /a is 1 GiB, which leaves a guest 1004 MiB: the kernel kills gvm", ""},
+		{"too much", guest, 600 << 20, nil,
+			"have 1112 MiB: memory.max of cgroup /a is 1 GiB, which leaves a guest 1004 MiB: the kernel kills gvm", ""},
 		{"the guest's is in the pool", guestmem.Config{Size: 512 << 20, Hugepages: true}, 600 << 20, nil, "", ""},
-		{"address space", guest, 600 << 20, map[int]uint64{unix.RLIMIT_AS: 1 << 30}, "", "RLIMIT_AS (ulimit -v) is 1 GiB, which leaves a guest 1008 MiB; raise it"},
+		{"address space", guest, 600 << 20, map[int]uint64{unix.RLIMIT_AS: 1 << 30}, "",
+			"RLIMIT_AS (ulimit -v) is 1 GiB, which leaves a guest 1008 MiB; raise it"},
 	} {
 		note, err := checkDiskMemory(tt.config, tt.disks, fakeHost(t, tt.rlimits, group))
-		if !strings.Contains(note, tt.note) || tt.note == "" && note != "" || (err != nil) != (tt.errs != "") || err != nil && !strings.Contains(err.Error(), tt.errs) {
+		if !strings.Contains(note, tt.note) || tt.note == "" && note != "" || (err != nil) != (tt.errs != "") ||
+			err != nil && !strings.Contains(err.Error(), tt.errs) {
 			t.Errorf("%s: %q, %v", tt.name, note, err)
 		}
 	}
 }
 
-// TestCheckThreads: a control group of processes is too small for the CPUs.
+// TestCheckThreads checks the CPUs against a control group that allows too few processes.
 func TestCheckThreads(t *testing.T) {
 	h := fakeHost(t, nil, map[string]string{
-		"proc/self/cgroup": "8:pids:/x/y", "proc/self/mountinfo": "34 23 0:30 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids",
-		"sys/fs/cgroup/pids/x/y/pids.max": "max", "sys/fs/cgroup/pids/x/pids.max": "100", "sys/fs/cgroup/pids/x/pids.current": "60",
+		"proc/self/cgroup":                "8:pids:/x/y",
+		"proc/self/mountinfo":             "34 23 0:30 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids",
+		"sys/fs/cgroup/pids/x/y/pids.max": "max", "sys/fs/cgroup/pids/x/pids.max": "100",
+		"sys/fs/cgroup/pids/x/pids.current": "60",
 	})
 	fits := 40 - ownThreads()
 	if err := checkThreads(fits, 0, h); err != nil {
 		t.Error(err)
 	}
-	want := fmt.Sprintf("%d CPUs and 1 request queues take some 41 threads: pids.max of cgroup /x, which is 100, leaves 40; raise it, or give fewer", fits)
+	want := fmt.Sprintf("%d CPUs and 1 request queues take some 41 threads: pids.max of cgroup /x, which is 100, "+
+		"leaves 40; raise it, or give fewer", fits)
 	if err := checkThreads(fits, 1, h); err == nil || err.Error() != want {
 		t.Errorf("%v, want %s", err, want)
 	}
 }
 
-// TestMemoryLimitsDoctor: doctor tells what the check refuses. The process's own limit of its address
-// space is one that a test can have.
+// TestMemoryLimitsDoctor: doctor reports the limits that the check enforces. The test can set the
+// process's own limit of its address space.
 func TestMemoryLimitsDoctor(t *testing.T) {
 	c := command(t)
 	c.Args = []string{"sh", "-c", fmt.Sprintf(`ulimit -v %d && "$0" doctor; "$0" run --memory 2000`, 3<<20), c.Path}
@@ -215,7 +240,8 @@ func TestMemoryLimitsDoctor(t *testing.T) {
 	c = command(t)
 	c.Args = []string{"sh", "-c", fmt.Sprintf(`ulimit -v %d && exec "$0" run --disk mem:4G`, 3<<20), c.Path}
 	c.Path = "/bin/sh"
-	if r := gvmRuns(t, c); r.status != exitUsage || !strings.Contains(r.errs, "the guest's memory and its disks in memory have 4608 MiB: RLIMIT_AS") {
+	if r := gvmRuns(t, c); r.status != exitUsage ||
+		!strings.Contains(r.errs, "the guest's memory and its disks in memory have 4608 MiB: RLIMIT_AS") {
 		t.Errorf("disks in memory: status %d, %q", r.status, r.errs)
 	}
 }

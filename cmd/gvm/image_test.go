@@ -36,16 +36,22 @@ func TestImage(t *testing.T) {
 		{"image create big.img much", 2, "", "big.img: size \"much\""},
 		{"image create big.img 1.5P", 2, "", "big.img: size \"1.5P\": want a number and K, M, G or T, such as 1536T"},
 		{"image resize big.img", 2, "", "image resize takes PATH SIZE, and got 1 word\n"},
-		{"image create b.qcow2 1M", 2, "", "b.qcow2: is the name of a qcow2 image, and gvm makes raw ones: name it b.img, or make it with gvm image create --raw"},
+		{"image create b.qcow2 1M", 2, "",
+			"b.qcow2: is the name of a qcow2 image, and gvm makes raw ones: name it b.img, " +
+				"or make it with gvm image create --raw"},
 		{"image create B.VHDX 1M", 2, "", "B.VHDX: is the name of a VHDX image"},
 		{"image create disk.img.gz 1M", 2, "", "disk.img.gz: is the name of a gzip file"},
 		{"run --disk c.vmdk,size=1M", 2, "", "c.vmdk: is the name of a VMDK image"},
 		{"run --disk disk.img,overlay=c.qcow2", 2, "", "c.qcow2: is the name of a qcow2 image"},
 		{"image create --raw raw.vdi 1M", 0, "", ""},
-		{"image info raw.vdi", 0, "path       " + at("raw.vdi") + "\nformat     raw\nsize       1 MiB\nallocated  0 bytes\nin use by  nobody\n", ""},
-		{"image info disk.img", 0, "path       " + at("disk.img") + "\nformat     raw\nsize       4 MiB\nallocated  0 bytes\nin use by  nobody\n", ""},
-		{"image info full.img", 0, "path       " + at("full.img") + "\nformat     raw\nsize       1 MiB\nallocated  1 MiB\nin use by  nobody\n", ""},
-		{"image info disk.qcow2", 0, "path       " + at("disk.qcow2") + "\nformat     qcow2 image\nsize       1 KiB\nallocated  4 KiB\nin use by  nobody\n", ""},
+		{"image info raw.vdi", 0, "path       " + at("raw.vdi") +
+			"\nformat     raw\nsize       1 MiB\nallocated  0 bytes\nin use by  nobody\n", ""},
+		{"image info disk.img", 0, "path       " + at("disk.img") +
+			"\nformat     raw\nsize       4 MiB\nallocated  0 bytes\nin use by  nobody\n", ""},
+		{"image info full.img", 0, "path       " + at("full.img") +
+			"\nformat     raw\nsize       1 MiB\nallocated  1 MiB\nin use by  nobody\n", ""},
+		{"image info disk.qcow2", 0, "path       " + at("disk.qcow2") +
+			"\nformat     qcow2 image\nsize       1 KiB\nallocated  4 KiB\nin use by  nobody\n", ""},
 		{"image info none.img", 2, "", "none.img: "},
 		{"image info .", 2, "", "is a directory"},
 		{"image info", 2, "", "image info takes PATH, and got 0 words"},
@@ -57,8 +63,10 @@ func TestImage(t *testing.T) {
 		{"image convert", 2, "", `unknown command "convert" of gvm image`},
 	} {
 		r := ask(t, dir, strings.Fields(v.args)...)
-		if r.status != v.status || r.out != v.out || !strings.Contains(r.errs, v.errs) || strings.Count(r.errs, "\n") > min(v.status, 1) {
-			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, r.status, r.out, r.errs, v.status, v.out, v.errs)
+		if r.status != v.status || r.out != v.out || !strings.Contains(r.errs, v.errs) ||
+			strings.Count(r.errs, "\n") > min(v.status, 1) {
+			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, r.status, r.out, r.errs,
+				v.status, v.out, v.errs)
 		}
 	}
 	list, err := os.ReadDir(dir)
@@ -87,10 +95,12 @@ func TestImage(t *testing.T) {
 		t.Errorf("%+v", i)
 	}
 	r := ask(t, dir, "image", "info", "full.ovl")
-	if want := fmt.Sprintf("base       %s\nin use by  process %d, for writing\n", at("full.img"), pid); !strings.Contains(r.out, want) {
+	if want := fmt.Sprintf("base       %s\nin use by  process %d, for writing\n", at("full.img"),
+		pid); !strings.Contains(r.out, want) {
 		t.Errorf("%s lacks %s", r.out, want)
 	}
-	wantBad(t, ask(t, dir, "image", "resize", "disk.img", "8M"), fmt.Sprintf("disk.img: in use by process %d|gvm disk resize gvm-%d disk.img 8M", pid, pid))
+	wantBad(t, ask(t, dir, "image", "resize", "disk.img", "8M"),
+		fmt.Sprintf("disk.img: in use by process %d|gvm disk resize gvm-%d disk.img 8M", pid, pid))
 	p.signal(syscall.SIGTERM)
 	p.wait()
 	wantBad(t, ask(t, dir, "run", "--disk=full.ovl"), "full.ovl: overlay of gvm's; |overlay=")

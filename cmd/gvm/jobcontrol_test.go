@@ -13,10 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// asShell makes a gvm of the tests a shell with job control that has gvm as its only job.
+// asShell makes a gvm of the tests a shell with job control whose only job is gvm.
 const asShell = "GVM_TEST_AS_SHELL"
 
-// shell does what descriptor 3 says, a word a line, and answers each on descriptor 4.
+// shell executes commands from descriptor 3, a word a line, and answers each on descriptor 4.
 func shell() int {
 	commands, answers := bufio.NewScanner(os.NewFile(3, "commands")), os.NewFile(4, "answers")
 	_ = os.Unsetenv(asShell)
@@ -31,12 +31,12 @@ func shell() int {
 	if err := job.Start(); err != nil {
 		return 97
 	}
-	signal.Ignore(syscall.SIGTTOU, syscall.SIGHUP) // not before: the job would ignore them too
+	signal.Ignore(syscall.SIGTTOU, syscall.SIGHUP) // only now, as the job would inherit this
 	pid := job.Process.Pid
 	for commands.Scan() {
 		var err error
 		switch commands.Text() {
-		case "give": // the terminal, without a word to the job
+		case "give": // gives the job the terminal, without a signal
 			err = unix.IoctlSetPointerInt(0, unix.TIOCSPGRP, pid)
 		case "take":
 			err = unix.IoctlSetPointerInt(0, unix.TIOCSPGRP, unix.Getpgrp())
@@ -48,13 +48,13 @@ func shell() int {
 			err = syscall.Kill(-pid, syscall.SIGSTOP)
 		case "TERM":
 			err = syscall.Kill(-pid, syscall.SIGTERM)
-		case "stopped": // wait for it
+		case "stopped": // waits for it
 			var ws syscall.WaitStatus
 			if _, err = syscall.Wait4(pid, &ws, syscall.WUNTRACED, nil); err == nil && !ws.Stopped() {
 				err = fmt.Errorf("not stopped: %#x", ws)
 			}
 		case "wait":
-			_ = job.Wait() // its status is what is asked for
+			_ = job.Wait() // the caller checks the exit status
 			fmt.Fprintln(answers, job.ProcessState.ExitCode())
 			return 0
 		}
@@ -95,7 +95,7 @@ func startJob(t *testing.T, lflag uint32, args ...string) *jobs {
 	return j
 }
 
-// do has the shell do each of words.
+// do makes the shell execute words.
 func (j *jobs) do(words ...string) {
 	j.t.Helper()
 	for _, w := range words {
@@ -125,7 +125,7 @@ func (j *jobs) end(status int) {
 	}
 }
 
-// settle waits until the terminal is as wanted.
+// settle waits until done returns true for the terminal's settings.
 func (j *jobs) settle(what string, done func(unix.Termios) bool) {
 	j.t.Helper()
 	j.proc.eventually(what, func() bool { return done(j.termios()) })
@@ -140,14 +140,14 @@ func TestJobControl(t *testing.T) {
 		return func(s unix.Termios) bool { return s == j.settings }
 	}
 	for name, lflag := range map[string]uint32{"background": 0, "background, tostop": unix.TOSTOP} {
-		t.Run(name, func(t *testing.T) { // timeout(1) in a script
+		t.Run(name, func(t *testing.T) { // as timeout(1) in a script
 			t.Parallel()
 			j := startJob(t, lflag, guestRun("echo")...)
 			j.expect(note, "ready")
 			j.typeIn("shell\n")
 			j.do("TERM")
 			j.end(143)
-			if strings.Count(j.text(), "shell") != 1 { // the terminal's own echo
+			if strings.Count(j.text(), "shell") != 1 { // echoed by the terminal
 				t.Error("gvm read another job's input")
 			}
 		})
@@ -191,7 +191,7 @@ func TestJobControl(t *testing.T) {
 		j.typeIn("\x01x")
 		j.end(exitQuit)
 	})
-	t.Run("SIGSTOP", func(t *testing.T) { // which leaves the terminal raw: shells set it then
+	t.Run("SIGSTOP", func(t *testing.T) { // leaves the terminal raw: shells then set it
 		t.Parallel()
 		j := startJob(t, 0, guestRun("echo")...)
 		j.expect("ready")
@@ -217,9 +217,9 @@ func TestJobControl(t *testing.T) {
 		j.setTermios(s)
 		j.settings = j.termios()
 		j.do("continue", "TERM")
-		j.end(143) // compares
+		j.end(143) // compares the settings
 	})
-	t.Run("orphaned", func(t *testing.T) { // nothing could continue it
+	t.Run("orphaned", func(t *testing.T) { // nothing could continue the group
 		t.Parallel()
 		p := startOnTerminal(t, guestRun("echo")...)
 		p.expect("ready")

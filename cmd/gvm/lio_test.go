@@ -11,8 +11,8 @@ import (
 	"gvm/devices/scsi/lio"
 )
 
-// lioTree is a directory that looks like the kernel's target with a disk of
-// another tool, one of a dead gvm, and a target that has both.
+// lioTree makes a directory like the kernel's target with a disk of another tool, one of a dead
+// gvm, and a target that has both.
 func lioTree(t *testing.T) string {
 	t.Helper()
 	root := filepath.Join(t.TempDir(), "target")
@@ -60,7 +60,8 @@ func TestLioList(t *testing.T) {
 		t.Fatal(err)
 	}
 	var objects []lio.Object
-	if err := json.Unmarshal(out.Bytes(), &objects); err != nil || len(objects) != 3 || objects[2].Owner.PID != 9999999 || objects[2].Owner.Alive {
+	if err := json.Unmarshal(out.Bytes(), &objects); err != nil || len(objects) != 3 ||
+		objects[2].Owner.PID != 9999999 || objects[2].Owner.Alive {
 		t.Errorf("%v: %s", err, out.String())
 	}
 }
@@ -76,8 +77,7 @@ func TestLioAbsent(t *testing.T) {
 	}
 }
 
-// TestLioGCFails: plain directories refuse what configfs does, so that what is
-// left is an error of the host.
+// TestLioGCFails: plain directories refuse operations of configfs, which is an error of the host.
 func TestLioGCFails(t *testing.T) {
 	var out, notes bytes.Buffer
 	err := lioGC(&out, &notes, lioTree(t))

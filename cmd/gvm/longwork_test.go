@@ -12,13 +12,15 @@ import (
 	"gvm/devices/block"
 )
 
-// endBound tells an end that waits for the guest's work, which takes minutes, from a slow machine.
+// endBound distinguishes an end on a slow machine from one that waits for the guest's work, which
+// takes minutes.
 const endBound = 20 * time.Second
 
-// TestEndOfSanitize ends machines, and changes their disk, while their guest has it overwritten 31 times
-// with one SANITIZE command: neither waits for that.
+// TestEndOfSanitize ends machines and changes their disk during a SANITIZE command with 31
+// overwrites: neither waits for the command.
 func TestEndOfSanitize(t *testing.T) {
-	// begin starts a machine and returns when its disk is being overwritten; "" is a file of 3 GiB.
+	// begin starts a machine and returns when the guest is overwriting the disk; "" is a file of 3
+	// GiB.
 	begin := func(t *testing.T, start func(*testing.T, string, ...string) *proc, disk string, flags ...string) *proc {
 		if disk == "" {
 			disk = filepath.Join(t.TempDir(), "disk.img")

@@ -19,19 +19,19 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// The tests start this test binary as gvm: asGVM makes it one. With
-// readOnlyEnv it makes that directory read-only for itself first.
+// With asGVM the test binary is gvm. With readOnlyEnv it first makes that directory read-only for
+// itself.
 const (
 	asGVM       = "GVM_TEST_AS_GVM"
 	readOnlyEnv = "GVM_TEST_READ_ONLY"
 )
 
-// tooLong is when a test gives up on something that should have happened: long
-// enough for the lab on a busy machine.
+// tooLong is the time after which a test gives up waiting: long enough for the lab on a busy
+// machine.
 const tooLong = 2 * time.Minute
 
-// noTemp is an empty directory that every gvm has for its temporary files;
-// runtimeDir has the control sockets of those that run.
+// noTemp is an empty directory for the temporary files of every gvm; runtimeDir has the control
+// sockets.
 var noTemp, runtimeDir string
 
 func TestMain(m *testing.M) {
@@ -68,8 +68,9 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(runtimeDir)
-	// Two guests at a time on an L1 of two processors are what wedges the lab.
-	return lab.Main(withPlotter{m}, lab.Options{Build: []string{"gvm/cmd/gvm-plot"}, Visible: []string{noTemp, runtimeDir}, Direct: lab.KVM, CPUs: 1})
+	// One CPU: two guests at a time on an L1 with two processors can make the lab hang.
+	return lab.Main(withPlotter{m}, lab.Options{Build: []string{"gvm/cmd/gvm-plot"},
+		Visible: []string{noTemp, runtimeDir}, Direct: lab.KVM, CPUs: 1})
 }
 
 // withPlotter runs the tests with gvm-plot in $PATH.
@@ -83,7 +84,7 @@ func (m withPlotter) Run() int {
 	return m.M.Run()
 }
 
-// makeReadOnly works in a mount namespace of the process's own.
+// makeReadOnly makes dir read-only in a mount namespace of the process.
 func makeReadOnly(dir string) error {
 	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
 		return err
@@ -91,11 +92,10 @@ func makeReadOnly(dir string) error {
 	if err := unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
 		return err
 	}
-	return os.Chdir(dir) // into the mount, from what it covers
+	return os.Chdir(dir) // enters the mount from the directory below it
 }
 
-// command is gvm with args, in a process group, directory and environment of
-// its own.
+// command returns gvm with args, in a process group, directory and environment of its own.
 func command(t testing.TB, args ...string) *exec.Cmd {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), tooLong)
@@ -117,7 +117,7 @@ func self(t testing.TB) string {
 	return path
 }
 
-// environment has a place for what the coverage instrumentation writes.
+// environment includes a directory for the output of coverage instrumentation.
 func environment() []string {
 	env := append(os.Environ(), asGVM+"=1", "TMPDIR="+noTemp, "XDG_CACHE_HOME="+noTemp, "XDG_RUNTIME_DIR="+runtimeDir)
 	if testing.CoverMode() != "" {
@@ -130,7 +130,7 @@ func environment() []string {
 	return env
 }
 
-// result is a gvm that ended.
+// result is the result of a gvm that ended.
 type result struct {
 	status    int // 128+n after signal n killed it
 	out, errs string
@@ -154,7 +154,7 @@ func gvmRuns(t testing.TB, c *exec.Cmd) result {
 	return r
 }
 
-// wait waits for a command that was started.
+// wait waits for a started command.
 func wait(t testing.TB, c *exec.Cmd) result {
 	t.Helper()
 	start := time.Now()
@@ -179,8 +179,8 @@ func wait(t testing.TB, c *exec.Cmd) result {
 	return result{status: ws.ExitStatus()}
 }
 
-// image makes a file of n bytes that differ from block to block and from those
-// of an image with another seed.
+// image makes a file of n bytes, in which all blocks differ, also from those of an image with
+// another seed.
 func image(t testing.TB, name string, seed byte, n int) string {
 	t.Helper()
 	b := make([]byte, n)

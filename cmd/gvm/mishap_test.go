@@ -15,9 +15,9 @@ import (
 	"gvm/control"
 )
 
-// TestErrorStop lets a disk's file system run full under a guest: the machine pauses. With more room
-// the write is done again and the guest notices nothing; without the disk it gets an error; and a machine
-// that is ended meanwhile ends.
+// TestErrorStop fills a disk's file system under a guest, which pauses the machine. With more room
+// the write is repeated and the guest notices nothing; if the disk is removed the guest gets an
+// error; and a machine can be ended meanwhile.
 func TestErrorStop(t *testing.T) {
 	t.Parallel()
 	small := t.TempDir()
@@ -79,8 +79,10 @@ func TestErrorStop(t *testing.T) {
 			}
 			v.mend(t, p, c, name)
 			r := p.wait()
-			if v.out != "" && r.status != v.status || v.status == 143 && r.status != 143 || !strings.Contains(r.out, v.out) ||
-				!strings.Contains(r.errs, image+": write at byte ") || !strings.Contains(r.errs, "the machine is paused until: gvm resume "+name) {
+			if v.out != "" && r.status != v.status || v.status == 143 && r.status != 143 ||
+				!strings.Contains(r.out, v.out) ||
+				!strings.Contains(r.errs, image+": write at byte ") ||
+				!strings.Contains(r.errs, "the machine is paused until: gvm resume "+name) {
 				t.Errorf("%+v", r)
 			}
 			if v.out == "" && strings.Contains(r.out, "PASS") {

@@ -9,10 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// noLocksEnv has a gvm of a test run where no file can be locked by its open file description.
+// noLocksEnv makes a gvm of a test fail to lock any open file description.
 const noLocksEnv = "GVM_TEST_NO_LOCKS"
 
-// takeLocksAway has every fcntl of this process for such locks fail with ENOLCK (seccomp(2)).
+// takeLocksAway makes every fcntl of this process for such locks fail with ENOLCK (seccomp(2)).
 func takeLocksAway() {
 	const number, second = 0, 16 + 8 // of struct seccomp_data: nr, the low half of args[1]
 	filter := []unix.SockFilter{
@@ -31,7 +31,8 @@ func takeLocksAway() {
 		os.Exit(99)
 	}
 	// unsafe: the kernel reads the program here.
-	if _, _, err := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&prog))); err != 0 {
+	if _, _, err := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC,
+		uintptr(unsafe.Pointer(&prog))); err != 0 {
 		fmt.Println("seccomp:", err)
 		os.Exit(99)
 	}

@@ -37,19 +37,20 @@ func TestPlotter(t *testing.T) {
 	}
 }
 
-// TestPlotterMissing measures nothing when no plot can be drawn of it.
+// TestPlotterMissing: gvm measures nothing if it cannot draw the plot.
 func TestPlotterMissing(t *testing.T) {
 	c := command(t, "bench", "disk", "--plot", "x.svg", "--json", "x.json")
 	c.Env = append(c.Env, "PATH="+t.TempDir())
 	r := gvmRuns(t, c)
-	want := "gvm: --plot: the program that draws plots is missing: put gvm-plot, which make build makes beside gvm, at " +
+	want := "gvm: --plot: the program that draws plots is missing: put gvm-plot, " +
+		"which make build makes beside gvm, at " +
 		filepath.Join(filepath.Dir(self(t)), "gvm-plot") + " or into $PATH\n"
 	if _, err := os.Stat(filepath.Join(c.Dir, "x.json")); r.errs != want || r.status == 0 || err == nil {
 		t.Errorf("status %d, %v: %s", r.status, err, r.errs)
 	}
 }
 
-// TestPlotterFails has what gvm-plot says, and leaves no file.
+// TestPlotterFails: gvm passes on the error of gvm-plot, and leaves no file.
 func TestPlotterFails(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "x.svg")
 	err := writePlot(path, &plot.Plot{})

@@ -23,11 +23,11 @@ import (
 	"gvm/vmm"
 )
 
-// evil is what no terminal, SVG or line of text should get from a name: escape sequences in
-// 7 and 8 bits, a bell, a new line, a cell of a table, an order of writing and no UTF-8.
+// evil has bytes that must not reach a terminal, an SVG or a line of text: escape sequences in 7
+// and 8 bits, a bell, a new line, a tab, a change of the writing direction and invalid UTF-8.
 const evil = "a\x1b]0;x\x07\u009b31m\nb\tc\x7f\u202e\ufffe\xff<&"
 
-// harmless fails the test if words have more than lines of printable text.
+// harmless fails the test if words are more than lines of printable text.
 func harmless(t *testing.T, what, words string) {
 	t.Helper()
 	if words == "" {
@@ -37,14 +37,15 @@ func harmless(t *testing.T, what, words string) {
 		t.Errorf("%s: not UTF-8: %q", what, words)
 	}
 	for line := range strings.Lines(words) {
-		if strings.ContainsFunc(strings.TrimSuffix(line, "\n"), func(r rune) bool { return r != '\t' && !unicode.IsPrint(r) }) || strings.HasPrefix(line, "b") {
+		if strings.ContainsFunc(strings.TrimSuffix(line, "\n"),
+			func(r rune) bool { return r != '\t' && !unicode.IsPrint(r) }) || strings.HasPrefix(line, "b") {
 			t.Errorf("%s: %q", what, line)
 		}
 	}
 }
 
-// TestForeignWords has words that a file, a path, another machine or the kernel's target
-// chose in the output of every command that shows such words.
+// TestForeignWords: every command that shows words from a file, a path, another machine or the
+// kernel's target escapes them.
 func TestForeignWords(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, evil)
@@ -54,7 +55,8 @@ func TestForeignWords(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	header := trace.Header{GVM: evil, Kernel: evil, Start: time.Now(), Devices: []trace.Device{{Backend: evil, Disks: []trace.Disk{{Serial: evil, BlockSize: 512}}}}}
+	header := trace.Header{GVM: evil, Kernel: evil, Start: time.Now(),
+		Devices: []trace.Device{{Backend: evil, Disks: []trace.Disk{{Serial: evil, BlockSize: 512}}}}}
 	var b bytes.Buffer
 	w, err := trace.NewWriter(&b, header, func() time.Duration { return time.Millisecond })
 	if err != nil {
@@ -103,7 +105,7 @@ func TestForeignWords(t *testing.T) {
 	run("run", "--"+evil)
 	run("trace", "show", path, "--"+evil)
 	run("help", evil)
-	// A note names the kernel of the tree that this is below.
+	// The note names the kernel tree that contains this directory.
 	for _, name := range []string{"Kbuild", "MAINTAINERS", "arch/x86/Makefile", "arch/x86/boot/bzImage"} {
 		name = filepath.Join(dir, evil+"tree", name)
 		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
@@ -140,7 +142,7 @@ func readTestFile(t *testing.T, path string) []byte {
 	return b
 }
 
-// TestForeignAnswers has what other machines and configfs say, in tables.
+// TestForeignAnswers: tables escape the answers of other machines and of configfs.
 func TestForeignAnswers(t *testing.T) {
 	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
 	s, err := control.Claim(control.DefaultDirectory(), "evil")
@@ -178,7 +180,8 @@ func TestForeignAnswers(t *testing.T) {
 		t.Fatal(err)
 	}
 	harmless(t, "lio list", out.String())
-	crash := ended(vmm.Outcome{Ending: vmm.GuestCrashed, Err: errors.New(evil), Report: "RIP 0\n" + strings.ReplaceAll(evil, "\n", "")})
+	crash := ended(vmm.Outcome{Ending: vmm.GuestCrashed, Err: errors.New(evil), Report: "RIP 0\n" +
+		strings.ReplaceAll(evil, "\n", "")})
 	if s := errorText(crash); !strings.Contains(s, "\nRIP 0\n") {
 		t.Errorf("the report has lost its lines: %q", s)
 	} else {
@@ -207,8 +210,8 @@ func (m evilMachine) ResizeDisk(ctx context.Context, _ string, _ control.ResizeD
 	return m.RemoveDisk(ctx, "")
 }
 
-// TestNamesOfBytes: files whose names are no UTF-8, or have spaces at their ends, are kernels, initrds and
-// disks of a run and of a running machine, and are shown escaped.
+// TestNamesOfBytes: files whose names are not UTF-8, or have spaces at their ends, work as kernels,
+// initrds and disks, also of a running machine, and messages escape the names.
 func TestNamesOfBytes(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "d\xe4")
@@ -224,8 +227,9 @@ func TestNamesOfBytes(t *testing.T) {
 		t.Fatal(err)
 	}
 	name := fmt.Sprintf("names-%d", os.Getpid())
-	p := startGVM(t, dir, "run", "--name", name, "--kernel", "kernel\xff", "-i", "one\xff", "-i", " three ", "--cmdline", "spin",
-		"--disk", "one\xff,serial=ONE", "--disk", " three ,serial=THREE", "--disk", "over\xfe,serial=OVER,overlay=layer\xff")
+	p := startGVM(t, dir, "run", "--name", name, "--kernel", "kernel\xff", "-i", "one\xff", "-i", " three ",
+		"--cmdline", "spin", "--disk", "one\xff,serial=ONE", "--disk", " three ,serial=THREE",
+		"--disk", "over\xfe,serial=OVER,overlay=layer\xff")
 	p.expect("spinning")
 	for _, tt := range []struct{ args, want string }{
 		{"list", `/d\xe4/kernel\xff`},

@@ -16,20 +16,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// proc is a gvm that runs, on pipes or on a terminal.
+// proc is a running gvm, on pipes or on a terminal.
 type proc struct {
 	t        *testing.T
 	cmd      *exec.Cmd
-	master   *os.File // of its terminal, nil without one
+	master   *os.File // of the terminal; nil: pipes
 	slave    *os.File
 	input    io.WriteCloser
-	settings unix.Termios // of its terminal before the start
+	settings unix.Termios // of the terminal, before the start
 
 	mu    sync.Mutex
 	more  *sync.Cond
 	out   []byte
 	errs  bytes.Buffer
-	ended bool // nothing more comes
+	ended bool // the output has ended
 	late  bool
 	eof   chan struct{}
 }
@@ -40,7 +40,7 @@ func startGVM(t *testing.T, dir string, args ...string) *proc {
 	return startGVMAs(t, dir, func(*proc) {}, args...)
 }
 
-// startGVMAs is startGVM after change has changed how.
+// startGVMAs is startGVM, but calls change before the start.
 func startGVMAs(t *testing.T, dir string, change func(*proc), args ...string) *proc {
 	t.Helper()
 	p := newProc(t, args)
@@ -61,20 +61,19 @@ func startGVMAs(t *testing.T, dir string, change func(*proc), args ...string) *p
 	return p
 }
 
-// startOnTerminal starts gvm on a terminal of its own, of which it is the
-// session leader.
+// startOnTerminal starts gvm as the session leader of a new terminal.
 func startOnTerminal(t *testing.T, args ...string) *proc {
 	t.Helper()
 	return startOnTerminalAs(t, func(*proc) {}, args...)
 }
 
-// startOnTerminalAs is startOnTerminal after change has changed how.
+// startOnTerminalAs is startOnTerminal, but calls change before the start.
 func startOnTerminalAs(t *testing.T, change func(*proc), args ...string) *proc {
 	t.Helper()
 	p := newProc(t, args)
 	p.master, p.slave = openPTY(t)
 	p.settings = p.termios()
-	p.settings.Cc[unix.VERASE], p.settings.Cc[unix.VMIN] = 'E', 7 // as nothing would set it by itself
+	p.settings.Cc[unix.VERASE], p.settings.Cc[unix.VMIN] = 'E', 7 // unusual settings, which nothing else would set
 	p.settings.Iflag |= unix.IUTF8 | unix.IXANY
 	p.setTermios(p.settings)
 	p.settings = p.termios()
@@ -192,7 +191,7 @@ func (p *proc) signal(s syscall.Signal) {
 	}
 }
 
-// wait waits for the end. On a terminal, out is what it showed.
+// wait waits for the end. On a terminal, out is the terminal's output.
 func (p *proc) wait() result {
 	p.t.Helper()
 	r := wait(p.t, p.cmd)
@@ -200,7 +199,7 @@ func (p *proc) wait() result {
 		p.t.Errorf("terminal settings changed from %+v to %+v", p.settings, p.termios())
 	}
 	if p.slave != nil {
-		p.slave.Close() // the last one: the master reads to the end
+		p.slave.Close() // the last one: now the master reads to the end
 	}
 	<-p.eof
 	r.out, r.errs = string(p.out), p.errs.String()
@@ -231,7 +230,7 @@ func openPTY(t *testing.T) (master, slave *os.File) {
 	return master, slave
 }
 
-// termios returns how the terminal is set.
+// termios returns the terminal's settings.
 func (p *proc) termios() unix.Termios {
 	p.t.Helper()
 	conn, err := p.slave.SyscallConn()
@@ -252,10 +251,11 @@ func (p *proc) setTermios(s unix.Termios) {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	if e := conn.Control(func(fd uintptr) { err = unix.IoctlSetTermios(int(fd), unix.TCSETS, &s) }); e != nil || err != nil {
+	if e := conn.Control(func(fd uintptr) { err = unix.IoctlSetTermios(int(fd), unix.TCSETS, &s) }); e != nil ||
+		err != nil {
 		p.t.Fatal(e, err)
 	}
 }
 
-// lines is terminal or serial output with the line ends of a file.
+// lines converts terminal or serial output to the line ends of a file.
 func lines(s string) string { return strings.ReplaceAll(s, "\r\n", "\n") }

@@ -15,17 +15,18 @@ import (
 	"gvm/devices/virtio/vhostscsi"
 )
 
-// TestReplay replays a trace of gvm's own target at it: the answers are the same,
-// but for one that the trace is made to have otherwise.
+// TestReplay replays a trace of gvm's own target at gvm's target: all answers match but one that
+// was changed in the trace.
 func TestReplay(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir())
 	unit := trace.UnitLUN(0)
 	whole := record(t, false, func(g *traced) {
-		g.do(0, unit, make([]byte, 6), nil, 0) // the unit attention of power on
+		g.do(0, unit, make([]byte, 6), nil, 0) // clears the unit attention of power on
 		g.do(0, unit, rw(0x2a, 8, 2), make([]byte, 1024), 0)
 		g.do(1, unit, rw(0x28, 8, 2), nil, 1024)
 		g.do(1, trace.UnitLUN(9), make([]byte, 6), nil, 0)
-		g.do(0, unit, []byte{0x15, 0x10, 0, 0, 24, 0}, append(append(make([]byte, 4), 0x08, 18), make([]byte, 18)...), 0)
+		g.do(0, unit, []byte{0x15, 0x10, 0, 0, 24, 0}, append(append(make([]byte, 4), 0x08, 18), make([]byte, 18)...),
+			0)
 		g.manage(5, unit, 0)
 	})
 	dir := t.TempDir()
@@ -70,7 +71,8 @@ func TestReplay(t *testing.T) {
 	out, status, text = gvmTrace("replay", "--backend", "process", changed)
 	want := `request 2 at `
 	if status != 1 || text != "1 of 6 answers differ" || !strings.HasPrefix(out, want) ||
-		!strings.Contains(out, "READ(10) 8+2: status, residual\n  cdb 28 00 00 00 00 08 00 00 02 00\n  trace    BUSY: residual 512\n  process  GOOD\n6 requests, 1 answered differently\n") {
+		!strings.Contains(out, "READ(10) 8+2: status, residual\n  cdb 28 00 00 00 00 08 00 00 02 00\n"+
+			"  trace    BUSY: residual 512\n  process  GOOD\n6 requests, 1 answered differently\n") {
 		t.Errorf("status %d, %s\n%s", status, text, out)
 	}
 	out, status, _ = gvmTrace("replay", changed, "--json")
@@ -79,22 +81,25 @@ func TestReplay(t *testing.T) {
 		Request struct{ Op string }
 		A, B    struct{ From, Outcome string }
 	}
-	if err := json.Unmarshal([]byte(out), &d); err != nil || status != 1 || d.Request.Op != "READ(10)" || d.A.From != "trace" || d.B.Outcome != "GOOD" || len(d.What) != 2 {
+	if err := json.Unmarshal([]byte(out), &d); err != nil || status != 1 || d.Request.Op != "READ(10)" ||
+		d.A.From != "trace" || d.B.Outcome != "GOOD" || len(d.What) != 2 {
 		t.Errorf("status %d, %v, %+v in\n%s", status, err, d, out)
 	}
 	if left, err := os.ReadDir(os.Getenv("TMPDIR")); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
 
-	// A host whose kernel serves no disks, or does not to this user: a line, and
-	// nothing left behind.
+	// A host whose kernel serves no disks, or not for this user, gives one line and leaves nothing
+	// behind.
 	if vhostscsi.Check(vhostscsi.ABIPolicy{}) != nil {
-		if _, status, text = gvmTrace("replay", "--backend", "both", same); status != 3 || !strings.Contains(text, "vhost-scsi") || strings.Contains(text, "\n") {
+		if _, status, text = gvmTrace("replay", "--backend", "both", same); status != 3 ||
+			!strings.Contains(text, "vhost-scsi") || strings.Contains(text, "\n") {
 			t.Errorf("status %d, %s", status, text)
 		}
 	}
 	strange := r.Header
-	strange.Devices = []trace.Device{{Backend: "process", Disks: []trace.Disk{{Serial: "S", Size: 1 << 20, BlockSize: 512, Cache: "frob"}}}}
+	strange.Devices = []trace.Device{{Backend: "process",
+		Disks: []trace.Disk{{Serial: "S", Size: 1 << 20, BlockSize: 512, Cache: "frob"}}}}
 	other.Reset()
 	if w, err = trace.NewWriter(&other, strange, nil); err != nil {
 		t.Fatal(err)
@@ -102,7 +107,8 @@ func TestReplay(t *testing.T) {
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, status, text = gvmTrace("replay", write("strange.trace", []byte(other.String()))); status != 2 || !strings.Contains(text, "cache=frob") {
+	if _, status, text = gvmTrace("replay", write("strange.trace", []byte(other.String()))); status != 2 ||
+		!strings.Contains(text, "cache=frob") {
 		t.Errorf("status %d, %s", status, text)
 	}
 	if left, err := os.ReadDir(os.Getenv("TMPDIR")); err != nil || len(left) > 0 {
@@ -118,16 +124,19 @@ func TestReplay(t *testing.T) {
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, status, text = gvmTrace("replay", write("none.trace", []byte(other.String()))); status != 2 || !strings.Contains(text, "a run with wwn=… cannot be replayed") {
+	if _, status, text = gvmTrace("replay", write("none.trace", []byte(other.String()))); status != 2 ||
+		!strings.Contains(text, "a run with wwn=… cannot be replayed") {
 		t.Errorf("status %d, %s", status, text)
 	}
 }
 
-// TestKnownDifferences has differences that docs/backends.md lists, which are counted, and
-// one that it does not, which is shown and decides the exit status.
+// TestKnownDifferences counts differences that docs/backends.md lists. One that it does not list is
+// shown and decides the exit status.
 func TestKnownDifferences(t *testing.T) {
-	inquiry := &trace.Record{Kind: trace.Command, LUN: trace.UnitLUN(0), CDB: []byte("\x12\x00\x00\x00\x24\x00"), In: 36}
-	listed := &replay.Difference{Number: 7, Record: inquiry, What: []string{"data"}, Data: []int{3}, A: replay.Answer{Data: make([]byte, 36)}, B: replay.Answer{Data: []byte{3: 2, 35: 0}}}
+	inquiry := &trace.Record{Kind: trace.Command, LUN: trace.UnitLUN(0),
+		CDB: []byte("\x12\x00\x00\x00\x24\x00"), In: 36}
+	listed := &replay.Difference{Number: 7, Record: inquiry, What: []string{"data"}, Data: []int{3},
+		A: replay.Answer{Data: make([]byte, 36)}, B: replay.Answer{Data: []byte{3: 2, 35: 0}}}
 	other := *listed
 	other.Data = []int{8}
 	for _, tt := range []struct {
@@ -137,13 +146,18 @@ func TestKnownDifferences(t *testing.T) {
 		want, lacks string
 		err         string
 	}{
-		{"listed alone", false, []*replay.Difference{listed, listed}, "9 requests, 2 answered differently as docs/backends.md lists, 0 otherwise\n      2 inquiry\n", "INQUIRY", ""},
-		{"another", false, []*replay.Difference{listed, &other}, "INQUIRY", "known", "1 of 9 answers differ in a way that docs/backends.md does not list"},
+		{"listed alone", false, []*replay.Difference{listed, listed},
+			"9 requests, 2 answered differently as docs/backends.md lists, 0 otherwise\n      2 inquiry\n", "INQUIRY",
+			""},
+		{"another", false, []*replay.Difference{listed, &other}, "INQUIRY", "known",
+			"1 of 9 answers differ in a way that docs/backends.md does not list"},
 		{"all", true, []*replay.Difference{listed}, "  known    inquiry\n", "", ""},
-		{"many others", false, slices.Repeat([]*replay.Difference{&other}, shownDifferences+3), "… and 3 more; --all shows them", "", "23 of 9"},
+		{"many others", false, slices.Repeat([]*replay.Difference{&other}, shownDifferences+3),
+			"… and 3 more; --all shows them", "", "23 of 9"},
 	} {
 		var b strings.Builder
-		s := differences{report: &report{w: &b}, names: []string{"process", "vhost"}, all: tt.all, known: equivalence.NewList(trace.Header{}, false)}
+		s := differences{report: &report{w: &b}, names: []string{"process", "vhost"}, all: tt.all,
+			known: equivalence.NewList(trace.Header{}, false)}
 		for _, d := range tt.ds {
 			if err := s.add(d); err != nil {
 				t.Fatal(err)

@@ -499,17 +499,17 @@ func catchSignals(ctx context.Context, stop func(error)) func() {
 	}
 }
 
-// sameRequest is within what time a signal that comes again is the same request: timeout(1) sends its signal
-// to its child, and then to its process group, which the child is in.
+// sameRequest is the time within which a repeated signal is the same request: timeout(1) sends its
+// signal to its child, and then to the process group that contains the child.
 const sameRequest = 200 * time.Millisecond
 
-// request is a signal, and when it came.
+// request is a signal and its time.
 type request struct {
 	signal os.Signal
 	at     time.Time
 }
 
-// repeated tells whether a signal that comes now is r once more. If it is not, it is r from now on.
+// repeated reports whether a signal at the time now repeats r. Any other signal becomes r.
 func (r *request) repeated(s os.Signal, now time.Time) bool {
 	if s == r.signal && now.Sub(r.at) < sameRequest {
 		return true

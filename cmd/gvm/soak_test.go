@@ -14,13 +14,14 @@ import (
 	"gvm/devices/block"
 )
 
-// killsEnv says how often TestKilledInJournal kills gvm for each kind of disk; `make soak` sets it.
+// killsEnv is the number of kills in TestKilledInJournal for each kind of disk; `make soak` sets
+// it.
 const killsEnv = "GVM_TEST_KILLS"
 
-// TestKilledInJournal kills gvm while its guest writes numbered blocks, and finds every
-// block of which the guest was told that it is written, flushed or not, in every cache
-// mode: only the host's kernel may still lose it. None is torn. What one guest has left
-// the next one goes on with.
+// TestKilledInJournal kills gvm while its guest writes numbered blocks. It then finds every block
+// whose write was reported to the guest, flushed or not, in every cache mode, since only a failure
+// of the host could lose it. No block is torn. Each guest continues with the disk of the one
+// before.
 func TestKilledInJournal(t *testing.T) {
 	kills := 2
 	if s := os.Getenv(killsEnv); s != "" {
@@ -30,11 +31,12 @@ func TestKilledInJournal(t *testing.T) {
 		}
 	}
 	for name, options := range map[string]string{
-		"writeback": "", "writethrough": ",cache=writethrough", "unsafe": ",cache=unsafe", "blocks of 4096": ",block_size=4096", "overlay": ",overlay=",
+		"writeback": "", "writethrough": ",cache=writethrough", "unsafe": ",cache=unsafe",
+		"blocks of 4096": ",block_size=4096", "overlay": ",overlay=",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			const size = 16 << 20 // more than a guest gets to write once
+			const size = 16 << 20 // more than a guest writes before it is killed
 			img := filepath.Join(t.TempDir(), "disk.img")
 			if err := block.Create(img, size, false); err != nil {
 				t.Fatal(err)
@@ -63,7 +65,7 @@ func TestKilledInJournal(t *testing.T) {
 	}
 }
 
-// openKilled opens a disk that a gvm had which was killed.
+// openKilled opens a disk of a killed gvm.
 func openKilled(t *testing.T, img, overlay string) interface {
 	block.Backend
 	Close() error
@@ -83,17 +85,18 @@ func openKilled(t *testing.T, img, overlay string) interface {
 	return o
 }
 
-// checkJournal holds a disk, which was old before, against what the guest said of its
-// writes of 4 KiB: each is there, or one that came later.
+// checkJournal checks a disk, which held old before, against the guest's reports of its writes of 4
+// KiB: each block has the reported write, or a later one.
 func checkJournal(t *testing.T, console string, old, now []byte) {
 	t.Helper()
 	const write = 4096
 	slots := uint64(len(now) / write)
-	wrote := make([]uint64, slots) // by slot, 0 for none
+	wrote := make([]uint64, slots) // by slot; 0: none
 	last := uint64(0)
 	for line := range strings.Lines(lines(console)) {
 		var n uint64
-		if got, err := fmt.Sscanf(line, "wrote %d\n", &n); err == nil && got == 1 && line == fmt.Sprintf("wrote %d\n", n) {
+		if got, err := fmt.Sscanf(line, "wrote %d\n", &n); err == nil && got == 1 &&
+			line == fmt.Sprintf("wrote %d\n", n) {
 			wrote[n%slots], last = n, n
 		}
 	}
@@ -109,10 +112,11 @@ func checkJournal(t *testing.T, console string, old, now []byte) {
 				t.Fatalf("the block at %#x is torn: writes %d and %d", at, n, binary.LittleEndian.Uint64(b[i:]))
 			}
 		}
-		// The end of what the guest said may be cut off, so that one more was written.
+		// The guest's last report may be cut off, so that one more write is on the disk.
 		fresh := n > 0 && n%slots == slot && n >= wrote[slot] && n <= last+2
 		if !fresh && (wrote[slot] > 0 || string(b) != string(old[at:at+512])) {
-			t.Fatalf("the block at %#x has write %d, and %d was written; the last that the guest told of was %d", at, n, wrote[slot], last)
+			t.Fatalf("the block at %#x has write %d, and %d was written; the last that the guest told of was %d",
+				at, n, wrote[slot], last)
 		}
 	}
 }

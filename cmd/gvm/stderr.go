@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// errorOutput writes to standard error. No caller waits for its reader: a pipe that no program reads
-// would otherwise hold up the guest's disks, the control socket and the end of the run.
+// errorOutput writes to standard error. No caller waits for its reader: a pipe that no program
+// reads would otherwise hold up the guest's disks, the control socket and the end of the run.
 type errorOutput struct {
 	mu      sync.Mutex
 	queue   []string

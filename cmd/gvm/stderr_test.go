@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestErrorOutput: what is said waits for no reader, keeps its order, and is bounded.
+// TestErrorOutput: say waits for no reader, keeps the order, and has a bounded queue.
 func TestErrorOutput(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// TestSignalGrace: a signal ends a start at once, and a machine in its grace time; the second one
-// gives a machine no time.
+// TestSignalGrace: a signal ends a start at once, and a machine in its grace time; a second signal
+// ends the machine at once.
 func TestSignalGrace(t *testing.T) {
 	ctx, stop := context.WithCancelCause(context.Background())
 	first, second := errors.New("first"), errors.New("second")

@@ -11,8 +11,8 @@ import (
 	"gvm/devices/serial"
 )
 
-// TestTerminal talks to a guest on a terminal. wait checks each time that the
-// terminal's settings are as before.
+// TestTerminal talks to a guest on a terminal. wait checks each time that the terminal's settings
+// are restored.
 func TestTerminal(t *testing.T) {
 	const raw = unix.ICANON | unix.ECHO | unix.ISIG | unix.IEXTEN
 	for _, tt := range []struct {
@@ -27,7 +27,7 @@ func TestTerminal(t *testing.T) {
 			if s := p.termios(); s.Lflag&raw != 0 || s.Oflag&unix.OPOST != 0 || s.Iflag&(unix.ICRNL|unix.IXON) != 0 {
 				p.t.Errorf("not raw: %+v", s)
 			}
-			p.typeIn("\x03\x04\x1a\x13\x1c\r\x7fq") // what a terminal that is not raw acts on
+			p.typeIn("\x03\x04\x1a\x13\x1c\r\x7fq") // special characters of a terminal that is not raw
 			p.expect("ready\r\n\x03\x04\x1a\x13\x1c\r\x7fq\r\n")
 		}, 0, "PASS\r\n"},
 		{"every byte", "echo", "ready", func(p *proc) {
@@ -41,13 +41,15 @@ func TestTerminal(t *testing.T) {
 			p.expect("ready\r\n" + string(all))
 			p.typeIn("q")
 		}, 0, "PASS\r\n"},
-		{"early input", "echo", "", func(p *proc) { p.typeIn("early"); p.expect("ready\r\nearly"); p.typeIn("q") }, 0, "PASS\r\n"},
+		{"early input", "echo", "", func(p *proc) { p.typeIn("early"); p.expect("ready\r\nearly"); p.typeIn("q") }, 0,
+			"PASS\r\n"},
 		{"help", "echo", "ready", func(p *proc) {
 			p.typeIn("a\x01hb")
 			p.expect("Ctrl-a x", "Ctrl-a Ctrl-a", "ab")
 			p.typeIn("q")
 		}, 0, "PASS\r\n"},
-		{"literal Ctrl-a", "echo", "ready", func(p *proc) { p.typeIn("<\x01\x01>"); p.expect("<\x01>"); p.typeIn("q") }, 0, "PASS\r\n"},
+		{"literal Ctrl-a", "echo", "ready",
+			func(p *proc) { p.typeIn("<\x01\x01>"); p.expect("<\x01>"); p.typeIn("q") }, 0, "PASS\r\n"},
 		{"Ctrl-a and another key", "echo", "ready", func(p *proc) {
 			p.typeIn("<\x01z>")
 			p.expect("Ctrl-a h  this help", "Ctrl-a Ctrl-a", "<>")
@@ -56,14 +58,16 @@ func TestTerminal(t *testing.T) {
 		{"Ctrl-a alone", "echo", "ready", func(p *proc) {
 			p.typeIn("<\x01")
 			p.expect("<")
-			p.typeIn("\x01>q") // the pair came apart
+			p.typeIn("\x01>q") // Ctrl-a and its key arrive separately
 			p.expect("<\x01>")
 		}, 0, "PASS\r\n"},
-		{"break", "echo", "ready", func(p *proc) { p.typeIn("<\x01b>"); p.expect("<\x00>"); p.typeIn("q") }, 0, "PASS\r\n"},
+		{"break", "echo", "ready", func(p *proc) { p.typeIn("<\x01b>"); p.expect("<\x00>"); p.typeIn("q") }, 0,
+			"PASS\r\n"},
 		{"quit", "echo", "ready", func(p *proc) { p.typeIn("\x01x") }, exitQuit, "\r\ngvm: stopped by Ctrl-a x\r\n"},
 		{"quit at once", "spin", "", func(p *proc) { p.typeIn("\x01x") }, exitQuit, "gvm: stopped by Ctrl-a x\r\n"},
-		{"quit, guest spins", "spin", "spinning", func(p *proc) { p.typeIn("\x01X") }, exitQuit, "gvm: stopped by Ctrl-a x\r\n"},
-		// The guest takes none of this: what is typed after it must be seen all the same.
+		{"quit, guest spins", "spin", "spinning", func(p *proc) { p.typeIn("\x01X") }, exitQuit,
+			"gvm: stopped by Ctrl-a x\r\n"},
+		// The guest takes none of this input; gvm must still see the keys typed after it.
 		{"quit, guest takes no input", "hang", "hanging", func(p *proc) {
 			for range 3 {
 				p.typeIn(strings.Repeat("z", 1000))
@@ -101,7 +105,7 @@ func TestTerminal(t *testing.T) {
 	}
 }
 
-// TestHangUp takes the terminal away.
+// TestHangUp hangs up the terminal.
 func TestHangUp(t *testing.T) {
 	t.Parallel()
 	p := startOnTerminal(t, guestRun("spin")...)
@@ -114,14 +118,13 @@ func TestHangUp(t *testing.T) {
 	}
 }
 
-// TestPipe gives a guest input that is no terminal's: it is data to the last byte,
-// and its end ends nothing.
+// TestPipe gives a guest input from a pipe: every byte is data, and its end does not end the guest.
 func TestPipe(t *testing.T) {
 	t.Parallel()
 	p := startGVM(t, "", guestRun("echo")...)
 	p.typeIn("\x01x\x01\x01")
 	p.expect("ready", "\x01x\x01\x01")
-	for i := range 40 { // the guest has room for 256 bytes that it has not sent back
+	for i := range 40 { // the guest buffers 256 bytes that it has not sent back
 		p.typeIn(strings.Repeat("long ", 50))
 		p.expectCount("long ", 50*(i+1))
 	}
@@ -139,7 +142,7 @@ func TestPipe(t *testing.T) {
 	}
 }
 
-// guestInput is the input of a machine, which takes nothing if it has no channel.
+// guestInput is the input of a machine. A nil channel takes nothing.
 type guestInput chan string
 
 func (g guestInput) Write(p []byte) (int, error) {
@@ -155,8 +158,8 @@ func (g guestInput) Break() error {
 	return err
 }
 
-// TestBreakQueue: a break that a machine did not take is the next one's, and breaks are bounded as characters
-// are.
+// TestBreakQueue: a break that one machine did not take goes to the next one, and breaks are
+// bounded as characters are.
 func TestBreakQueue(t *testing.T) {
 	term := &terminal{tty: &tty{}}
 	term.change = sync.NewCond(&term.mu)

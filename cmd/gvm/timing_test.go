@@ -13,7 +13,7 @@ import (
 
 var timingLine = regexp.MustCompile(`(?m)^gvm: timing +(\d+\.\d{3}) +(\d+\.\d{3})  (.*)$`)
 
-// TestTiming: every phase is there, in order, and the parts are the whole.
+// TestTiming: every phase is printed, in order, and the parts add up to the whole.
 func TestTiming(t *testing.T) {
 	began := time.Now()
 	r := gvmRuns(t, command(t, "run", "--timing"))

@@ -26,9 +26,9 @@ import (
 
 var update = flag.Bool("update", false, "write testdata anew")
 
-// traced is a virtio-scsi device with disks at LUN 0 and 300 and two request
-// queues, a driver on each queue, and a trace by a clock of its own: each look at
-// it is later than the one before by a different time.
+// traced is a virtio-scsi device with disks at LUN 0 and 300, two request queues with a driver
+// each, and a trace. Each reading of the trace's clock is later than the one before by a different
+// time.
 type traced struct {
 	t      *testing.T
 	dev    *vscsi.Device
@@ -38,7 +38,7 @@ type traced struct {
 
 const queueSpan = 1 << 20
 
-// record makes the trace of what drive does.
+// record returns the trace of the requests of drive.
 func record(t *testing.T, readOnly bool, drive func(*traced)) []byte {
 	t.Helper()
 	ds, err := disk.Open(t.Context(), nil, disk.Config{})
@@ -46,7 +46,8 @@ func record(t *testing.T, readOnly bool, drive func(*traced)) []byte {
 		t.Fatal(err)
 	}
 	for _, n := range []int{0, 300} {
-		if err := ds.Attach(disk.Spec{Serial: fmt.Sprintf("TRACED%d", n), LUN: n, ReadOnly: readOnly && n == 300}, block.NewMem(1<<20)); err != nil {
+		if err := ds.Attach(disk.Spec{Serial: fmt.Sprintf("TRACED%d", n), LUN: n, ReadOnly: readOnly && n == 300},
+			block.NewMem(1<<20)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -93,13 +94,14 @@ func record(t *testing.T, readOnly bool, drive func(*traced)) []byte {
 	return file.Bytes()
 }
 
-// send puts out and room for in bytes in a queue and waits for the answer.
+// send sends out and room for in bytes on a queue and waits for the answer.
 func (g *traced) send(queue int, out []byte, in int) []byte {
 	g.t.Helper()
 	d := g.queues[queue]
 	to, from := d.Alloc(len(out)), d.Alloc(in)
 	copy(d.Bytes(to, len(out)), out)
-	if _, ok := d.Add(virtqtest.Seg{Addr: to, Len: uint32(len(out))}, virtqtest.Seg{Addr: from, Len: uint32(in), Write: true}); !ok {
+	if _, ok := d.Add(virtqtest.Seg{Addr: to, Len: uint32(len(out))},
+		virtqtest.Seg{Addr: from, Len: uint32(in), Write: true}); !ok {
 		g.t.Fatal("no room in the queue")
 	}
 	if _, err := d.Publish(); err != nil {
@@ -135,7 +137,7 @@ func rw(op byte, lba uint32, blocks byte) []byte {
 	return b
 }
 
-// session is what a driver might do, with a bad one among it.
+// session sends typical requests of a driver, with some bad ones.
 func session(g *traced) {
 	first, second := trace.UnitLUN(0), trace.UnitLUN(300)
 	for _, lun := range [][8]byte{first, second} {
@@ -148,11 +150,11 @@ func session(g *traced) {
 	g.do(1, [8]byte{0xc1, 1}, []byte{0xa0, 9: 16, 11: 0}, nil, 16)         // the well-known LUN
 	g.do(1, first, []byte{0x9e, 0x10, 13: 32, 15: 0}, nil, 32)             // READ CAPACITY(16)
 	g.do(0, first, rw(0x2a, 8, 2), bytes.Repeat([]byte("one "), 256), 0)   // write
-	g.do(1, second, rw(0x2a, 16, 1), bytes.Repeat([]byte("two "), 128), 0) // to the other, which may be read-only
+	g.do(1, second, rw(0x2a, 16, 1), bytes.Repeat([]byte("two "), 128), 0) // to the other disk, which may be read-only
 	g.do(0, first, []byte{0x88, 8, 13: 2, 15: 0}, nil, 1024)               // READ(16) with FUA
-	g.do(0, first, rw(0x28, 4000, 1), nil, 4096)                           // too large a buffer, out of range
-	g.do(0, first, rw(0x28, 8, 8), nil, 512)                               // too small a buffer
-	g.do(0, first, []byte{0x12, 2, 0, 0, 36, 0}, nil, 36)                  // a bad bit
+	g.do(0, first, rw(0x28, 4000, 1), nil, 4096)                           // buffer too large, out of range
+	g.do(0, first, rw(0x28, 8, 8), nil, 512)                               // buffer too small
+	g.do(0, first, []byte{0x12, 2, 0, 0, 36, 0}, nil, 36)                  // invalid field
 	g.do(0, first, []byte{0xc5, 1, 2, 3, 4, 5, 6, 7}, nil, 0)              // no such command
 	g.do(1, second, rw(0x35, 0, 0), nil, 0)                                // flush
 	g.manage(0, first, 0x1234)
@@ -166,8 +168,7 @@ func traces(t *testing.T) (a, b string) {
 	a, b = "testdata/a.trace", "testdata/b.trace"
 	files := map[string][]byte{
 		a: record(t, false, session),
-		// LUN 300 cannot be written to, something more is asked, and something
-		// else comes earlier.
+		// LUN 300 is read-only, b has an additional request, and another request comes earlier.
 		b: record(t, true, func(g *traced) {
 			g.do(1, [8]byte{1, 7}, make([]byte, 6), nil, 0)
 			session(g)
@@ -197,7 +198,7 @@ func gvmTrace(args ...string) (out string, status int, errText string) {
 	return out, status, errText
 }
 
-// gvmTraceNotes is gvmTrace with what is said on standard error beside the error.
+// gvmTraceNotes is gvmTrace, and also returns the rest of standard error.
 func gvmTraceNotes(args ...string) (out string, status int, errText, notes string) {
 	var b, e bytes.Buffer
 	app := app(nil)
@@ -217,7 +218,7 @@ func gvmTraceNotes(args ...string) (out string, status int, errText, notes strin
 	return b.String(), exitStatus(err), err.Error(), e.String()
 }
 
-// TestTraceGolden compares what the commands say of two traces with files.
+// TestTraceGolden compares the output of the commands for two traces with files.
 func TestTraceGolden(t *testing.T) {
 	a, b := traces(t)
 	for _, tt := range []struct {
@@ -283,7 +284,8 @@ func TestTraceMistakes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	none, disk, empty := filepath.Join(dir, "none"), file("disk", make([]byte, 4096)), file("empty", bytes.Join(bytes.SplitAfterN(whole, []byte("\n"), 3)[:2], nil))
+	none, disk, empty := filepath.Join(dir, "none"), file("disk", make([]byte, 4096)),
+		file("empty", bytes.Join(bytes.SplitAfterN(whole, []byte("\n"), 3)[:2], nil))
 	bad := bytes.Clone(whole)
 	bad[len(bad)-10] ^= 1
 	damaged := file("damaged", bad)
@@ -319,7 +321,8 @@ func TestTraceMistakes(t *testing.T) {
 		{"replay " + damaged, damaged + ": damaged at byte"},
 		{"plot " + a + " -o x.pdf", "-o \"x.pdf\": want a file name that ends with .svg or .png"},
 		{"plot " + empty + " -o " + dir + "/x.svg", empty + ": no request to plot"},
-		{"plot " + a + " -o " + none + "/x.svg", none + "/x.svg: no such file or directory; there is no directory " + none + ": make it first"},
+		{"plot " + a + " -o " + none + "/x.svg", none + "/x.svg: no such file or directory; there is no directory " +
+			none + ": make it first"},
 	} {
 		const want = 2
 		_, status, got := gvmTrace(strings.Fields(tt.args)...)
@@ -329,7 +332,7 @@ func TestTraceMistakes(t *testing.T) {
 	}
 }
 
-// TestTraceCut reads what a killed gvm left.
+// TestTraceCut reads the trace of a killed gvm.
 func TestTraceCut(t *testing.T) {
 	a, _ := traces(t)
 	b, err := os.ReadFile(a)
@@ -342,7 +345,8 @@ func TestTraceCut(t *testing.T) {
 	}
 	all, _, _ := gvmTrace("show", a)
 	out, status, errText, notes := gvmTraceNotes("show", cut)
-	if want := "gvm: " + cut + " ends inside a record, of which 54 bytes are left out: its gvm was killed, ran out of disk space or runs still\n"; notes != want {
+	if want := "gvm: " + cut + " ends inside a record, of which 54 bytes are left out: its gvm was killed, " +
+		"ran out of disk space or runs still\n"; notes != want {
 		t.Errorf("it notes %q, want %q", notes, want)
 	}
 	lines := strings.SplitAfter(all, "\n")
@@ -357,7 +361,8 @@ func TestTracePlot(t *testing.T) {
 	for _, tt := range []struct {
 		files, want []string
 	}{
-		{[]string{a}, []string{"SCSI request latency: a.trace (gvm 1.2.3 on Linux 6.12.0)", "INQUIRY: 5", "TEST UNIT READY: 5"}},
+		{[]string{a}, []string{"SCSI request latency: a.trace (gvm 1.2.3 on Linux 6.12.0)",
+			"INQUIRY: 5", "TEST UNIT READY: 5"}},
 		{[]string{a, b}, []string{"INQUIRY: 10", "TEST UNIT READY: 11", "a.trace (process)", "b.trace (process)"}},
 	} {
 		out := filepath.Join(dir, "out.svg")

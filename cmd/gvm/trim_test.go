@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestTrim: fewer pages of the program are in this process afterwards, it still runs,
-// and nothing writable was touched.
+// TestTrim: after trim fewer of the program's pages are in this process, it still runs, and no
+// writable page has changed.
 func TestTrim(t *testing.T) {
 	before := programRSS(t)
 	if err := trim(); err != nil {
@@ -23,7 +23,8 @@ func TestTrim(t *testing.T) {
 	}
 	smaps := readSmaps(t)
 	for _, m := range maps {
-		if head := fmt.Sprintf("%08x-%08x r--p", m.from, m.to); !strings.Contains(smaps, head) && !strings.Contains(smaps, strings.Replace(head, "r--p", "r-xp", 1)) {
+		if head := fmt.Sprintf("%08x-%08x r--p", m.from, m.to); !strings.Contains(smaps, head) &&
+			!strings.Contains(smaps, strings.Replace(head, "r--p", "r-xp", 1)) {
 			t.Errorf("%s is not a read-only mapping", head)
 		}
 	}
@@ -38,7 +39,7 @@ func readSmaps(t *testing.T) string {
 	return string(text)
 }
 
-// programRSS is how much of the program's file is resident in read-only mappings, in KiB.
+// programRSS returns the resident size of read-only mappings of the program's file, in KiB.
 func programRSS(t *testing.T) (kib int) {
 	t.Helper()
 	exe, err := os.Readlink("/proc/self/exe")
@@ -49,7 +50,7 @@ func programRSS(t *testing.T) (kib int) {
 	for line := range strings.Lines(readSmaps(t)) {
 		var n int
 		switch fields := strings.Fields(line); {
-		case !strings.HasSuffix(fields[0], ":"): // the head of a mapping
+		case !strings.HasSuffix(fields[0], ":"): // the first line of a mapping
 			counts = fields[1][1] == '-' && fields[len(fields)-1] == exe
 		case counts:
 			if _, err := fmt.Sscanf(line, "Rss: %d kB", &n); err == nil {

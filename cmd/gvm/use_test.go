@@ -16,8 +16,8 @@ import (
 	"gvm/guest/embedded"
 )
 
-// TestDiskInUseByHost: a guest does not write what the host has mounted, and the file system
-// is whole afterwards.
+// TestDiskInUseByHost: a guest does not write to a disk that the host has mounted, and the file
+// system stays intact.
 func TestDiskInUseByHost(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root, for loop devices")
@@ -46,7 +46,8 @@ func TestDiskInUseByHost(t *testing.T) {
 		t.Errorf("image info: %d %s%s", r.status, r.out, r.errs)
 	}
 	r := ask(t, dir, "run", "--disk", dev+",readonly")
-	if r.status != 0 || !strings.Contains(r.errs, "may change while the guest reads it") || !strings.Contains(r.out, "\nPASS\r\n") {
+	if r.status != 0 || !strings.Contains(r.errs, "may change while the guest reads it") ||
+		!strings.Contains(r.out, "\nPASS\r\n") {
 		t.Errorf("readonly: status %d: %s%s", r.status, r.out, r.errs)
 	}
 
@@ -72,8 +73,8 @@ func TestDiskInUseByHost(t *testing.T) {
 	}
 }
 
-// TestFIFOOnRunningMachine: a FIFO that is added as a disk's overlay holds up neither
-// the next request nor the end.
+// TestFIFOOnRunningMachine: adding a disk with a FIFO as its overlay delays neither the next
+// request nor the end.
 func TestFIFOOnRunningMachine(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "disk"), make([]byte, 1<<20), 0o600); err != nil {
@@ -96,7 +97,7 @@ func TestFIFOOnRunningMachine(t *testing.T) {
 	}
 }
 
-// TestNoLocks takes the locks of files away, as some network file systems have none.
+// TestNoLocks runs gvm without file locks, as on some network file systems.
 func TestNoLocks(t *testing.T) {
 	gvm := func(args ...string) result {
 		c := command(t, args...)
@@ -115,7 +116,8 @@ func TestNoLocks(t *testing.T) {
 			t.Errorf("%s: status %d: %s", args, r.status, r.errs)
 		}
 	}
-	if r := run("--disk", "disk,overlay=disk.ovl"); r.status != exitUsage || !strings.Contains(r.errs, "disk.ovl: the file system has no locks (no") {
+	if r := run("--disk", "disk,overlay=disk.ovl"); r.status != exitUsage ||
+		!strings.Contains(r.errs, "disk.ovl: the file system has no locks (no") {
 		t.Errorf("overlay: status %d: %s%s", r.status, r.out, r.errs)
 	}
 	for disk, note := range map[string]string{
@@ -126,16 +128,17 @@ func TestNoLocks(t *testing.T) {
 		"disk,overlay=disk.ovl,lock=off": "",
 	} {
 		r := run("--disk", disk)
-		if r.status != 0 || !strings.Contains(r.out, "\nPASS\r\n") || !strings.Contains(r.errs, note) || note == "" && r.errs != "" {
+		if r.status != 0 || !strings.Contains(r.out, "\nPASS\r\n") || !strings.Contains(r.errs, note) ||
+			note == "" && r.errs != "" {
 			t.Errorf("%s: status %d: %s%s", disk, r.status, r.out, r.errs)
 		}
 	}
 }
 
-// TestOverlayOfHoles: an overlay over an image of 1 EiB takes what is written of memory,
-// at the start and on a machine that runs.
+// TestOverlayOfHoles: an overlay over an image of 1 EiB takes only memory for written data, at the
+// start and on a running machine.
 func TestOverlayOfHoles(t *testing.T) {
-	dir, err := os.MkdirTemp("/dev/shm", "gvm-test-") // tmpfs has files of that size
+	dir, err := os.MkdirTemp("/dev/shm", "gvm-test-") // tmpfs allows files of that size
 	if err != nil {
 		t.Skip(err)
 	}
@@ -163,8 +166,8 @@ func TestOverlayOfHoles(t *testing.T) {
 	}
 }
 
-// TestInputEnds: a kernel or initrd that comes by a pipe which has no end, or nothing at all, outlasts
-// neither --timeout nor a signal.
+// TestInputEnds: --timeout and signals end a gvm that reads a kernel or initrd from a pipe without
+// an end or without data.
 func TestInputEnds(t *testing.T) {
 	t.Parallel()
 	for _, args := range []string{"--kernel fifo", "--kernel kernel --initrd fifo"} {
@@ -176,7 +179,8 @@ func TestInputEnds(t *testing.T) {
 				}
 				dir := t.TempDir()
 				fifo := filepath.Join(dir, "fifo")
-				if err := errors.Join(syscall.Mkfifo(fifo, 0o600), os.WriteFile(filepath.Join(dir, "kernel"), embedded.Image, 0o600)); err != nil {
+				if err := errors.Join(syscall.Mkfifo(fifo, 0o600),
+					os.WriteFile(filepath.Join(dir, "kernel"), embedded.Image, 0o600)); err != nil {
 					t.Fatal(err)
 				}
 				f, err := os.OpenFile(fifo, os.O_RDWR, 0)
@@ -187,7 +191,7 @@ func TestInputEnds(t *testing.T) {
 				go func() { // ends when f is closed
 					for n := 0; ; n++ {
 						if n == 20 {
-							taken <- nil // more than a pipe holds: gvm reads
+							taken <- nil // more than a pipe holds, so gvm has read
 						}
 						if _, err := f.Write(make([]byte, 64<<10)); err != nil || n == 20 && !endless {
 							return

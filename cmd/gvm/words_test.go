@@ -24,7 +24,8 @@ func TestHelp(t *testing.T) {
 		{[]string{"--help"}, "boot Linux guests|doctor"},
 		{[]string{"--version"}, "gvm version " + version},
 		{[]string{"-v"}, "gvm version " + version},
-		{[]string{"help", "run"}, "EXAMPLES|--kernel|--disk|gvm help disk|--timeout|--on-reset|--cpu-features|--queues"},
+		{[]string{"help", "run"},
+			"EXAMPLES|--kernel|--disk|gvm help disk|--timeout|--on-reset|--cpu-features|--queues"},
 		{[]string{"run", "--help"}, "EXAMPLES|--kernel"},
 		{[]string{"help", "pause"}, "gvm pause build"},
 		{[]string{"help", "resume"}, "error=enospc-stop|gvm resume build"},
@@ -50,7 +51,7 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-// TestExitStatusHelp holds the table against the constants.
+// TestExitStatusHelp checks the table against the constants.
 func TestExitStatusHelp(t *testing.T) {
 	file, err := parser.ParseFile(token.NewFileSet(), "exit.go", nil, 0)
 	if err != nil {
@@ -134,7 +135,8 @@ func TestCompletion(t *testing.T) {
 		want  []string
 	}{
 		{[]string{"gvm", "ru"}, []string{"run"}},
-		{[]string{"gvm", ""}, []string{"abi", "bench", "completion", "disk", "doctor", "exit-status", "h", "help", "image", "lio", "list", "pause", "replay", "resume", "run", "stop", "trace"}},
+		{[]string{"gvm", ""}, []string{"abi", "bench", "completion", "disk", "doctor", "exit-status", "h", "help",
+			"image", "lio", "list", "pause", "replay", "resume", "run", "stop", "trace"}},
 		{[]string{"gvm", "run", "--ker"}, []string{"--kernel"}},
 		{[]string{"gvm", "run", "--cpus", "2", "--mem"}, []string{"--memory"}},
 		{[]string{"gvm", "run", "--cpu"}, []string{"--cpu-features", "--cpus"}},
@@ -143,7 +145,9 @@ func TestCompletion(t *testing.T) {
 	} {
 		t.Run(strings.Join(tt.words, " "), func(t *testing.T) {
 			t.Parallel()
-			c := exec.Command(bash, "-c", `source <(gvm completion bash); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _gvm; printf '%s\n' "${COMPREPLY[@]}"`, "bash")
+			c := exec.Command(bash, "-c",
+				`source <(gvm completion bash); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); `+
+					`_gvm; printf '%s\n' "${COMPREPLY[@]}"`, "bash")
 			c.Args = append(c.Args, tt.words...)
 			c.Dir = dir
 			c.Env = append(environment(), "PATH="+bin+":"+os.Getenv("PATH"))

@@ -107,8 +107,8 @@ func TestUndo(t *testing.T) {
 	}
 }
 
-// TestOpenEnds ends an Open that waits: it returns the cause of its context and what it waited for, and
-// takes back what it has done.
+// TestOpenEnds ends an Open that waits: its error has the cause of its context and the name of the
+// image that it waited for, and its work is undone.
 func TestOpenEnds(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "image")
 	cause := errors.New("stopped by the test")
@@ -116,7 +116,7 @@ func TestOpenEnds(t *testing.T) {
 	defer cancel(nil)
 	hang, over := make(chan struct{}), make(chan struct{})
 	image := Spec{Path: path, LUN: -1, Size: 1 << 20, BlockSize: 512, Backend: Auto}
-	note := func(string) { // of what became of backend=auto
+	note := func(string) { // called when backend=auto is resolved
 		cancel(cause)
 		<-hang
 		close(over)
