@@ -343,7 +343,7 @@ func TestDeferredSurvives(t *testing.T) {
 	expect(t, target, testUnitReady, nil, 0, "CHECK 6/29/03")
 }
 
-// mapped is a backend of which each 16th KiB has storage.
+// mapped is a backend in which each 16th KiB has storage.
 type mapped struct {
 	*block.Mem
 	err error
@@ -378,7 +378,7 @@ func TestGetLBAStatus(t *testing.T) {
 	if got := hex.EncodeToString(a.Data); got != "00000014"+"00000000"+"00000000000007ff"+"00000001"+"01000000" {
 		t.Errorf("the last block: %s", got)
 	}
-	// A block of which a part has storage is mapped.
+	// A block is mapped if a part of it has storage.
 	large := attach(t, scsi.UnitConfig{Backend: mapped{Mem: block.NewMem(blocks * blockSize)}, BlockSize: 4096})
 	a = expect(t, large, get(0, 40), nil, 64, "GOOD")
 	if got := hex.EncodeToString(a.Data); got !=

@@ -23,7 +23,7 @@ func requestSense(tk *task) error {
 func reportLUNs(tk *task) error {
 	var luns []LUN
 	switch tk.CDB[2] {
-	case 0x00, 0x11: // 11h leaves out subsidiary units, of which there are none
+	case 0x00, 0x11: // 11h leaves out subsidiary units; there are none
 		luns = tk.t.LUNs()
 	case 0x01:
 		luns = []LUN{ReportLUNsWLUN}
@@ -144,7 +144,7 @@ func reportSupportedTMFs(tk *task) error {
 	// ABORT TASK, ABORT TASK SET, CLEAR TASK SET, LOGICAL UNIT RESET, QUERY
 	// TASK; QUERY TASK SET, I_T NEXUS RESET.
 	b := []byte{0x80 | 0x40 | 0x10 | 0x08 | 0x04, 0x02 | 0x01, 0, 0}
-	if tk.CDB[2]&0x80 != 0 { // REPD: with the timeouts, of which none are known
+	if tk.CDB[2]&0x80 != 0 { // REPD: with the timeouts, all unknown
 		b[3] = 0x0c
 		b = append(b, make([]byte, 12)...)
 	}

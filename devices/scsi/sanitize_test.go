@@ -95,8 +95,8 @@ func TestSanitizeProgress(t *testing.T) {
 	expect(t, target, testUnitReady, nil, 0, "GOOD")
 }
 
-// TestSanitizeFailure: a unit of which SANITIZE has failed has no medium until one
-// succeeds, or EXIT FAILURE MODE is allowed.
+// TestSanitizeFailure: a unit whose SANITIZE has failed has no medium until one succeeds, or EXIT
+// FAILURE MODE is allowed.
 func TestSanitizeFailure(t *testing.T) {
 	for _, v := range []struct {
 		b1   byte // AUSE, IMMED

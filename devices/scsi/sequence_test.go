@@ -145,7 +145,7 @@ func (u *modelUnit) tell(code string, except int) {
 	}
 }
 
-// usages are the CDB USAGE DATA of all that the thin unit knows.
+// usages are the CDB USAGE DATA of all commands of the thin unit.
 var usages = sync.OnceValue(func() (list [][]byte) {
 	target := scsi.NewTarget()
 	u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(4096), Serial: "s"})

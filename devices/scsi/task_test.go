@@ -153,7 +153,7 @@ func TestResize(t *testing.T) {
 		t.Errorf("%v, %d blocks", err, u.Blocks())
 	}
 	readers.Wait()
-	// A size that the unit cannot have leaves it as it is.
+	// A size that the unit cannot have changes nothing.
 	if err := u.Resize(func() error { r.Mem = block.NewMem(8191); return nil }); err == nil || u.Blocks() != 16 {
 		t.Errorf("%v, %d blocks", err, u.Blocks())
 	}

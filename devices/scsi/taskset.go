@@ -263,7 +263,7 @@ func (s *taskSet) interruptibly(tk *task, wait func(cut <-chan struct{})) {
 	s.mu.Unlock()
 }
 
-// abortCause returns what ended tk, whose state is aborted.
+// abortCause returns the kind of function that aborted tk.
 func (s *taskSet) abortCause(tk *task) Abort {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -314,7 +314,7 @@ func (s *taskSet) index(tk *task) {
 // A selection is some of the tasks of a set, in order of arrival. The caller of one holds mu.
 type selection func(*taskSet) iter.Seq[*task]
 
-// tagged selects the tasks of a nexus with a tag, of which there should be one.
+// tagged selects the tasks of a nexus with a tag; there should be one.
 func tagged(nexus NexusID, tag uint64) selection {
 	return func(s *taskSet) iter.Seq[*task] {
 		if s.byTag == nil {

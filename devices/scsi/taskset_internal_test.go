@@ -107,7 +107,7 @@ func TestStepsPerCommand(t *testing.T) {
 }
 
 // TestDormant has tasks of all attributes come and go at random, and holds which of them may run
-// against SAM-5 8.6 as it is written: a dormant one may run from when nothing blocks it.
+// against the text of SAM-5 8.6: a dormant task may run once nothing blocks it.
 func TestDormant(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 5))
 	var s taskSet

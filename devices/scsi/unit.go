@@ -31,8 +31,8 @@ const (
 	Unsafe
 )
 
-// UnitConfig describes a logical unit. Backend and a serial number, its own or
-// the Backend's identity, are all that it needs.
+// UnitConfig describes a logical unit. It needs only Backend and a serial number, its own or the
+// Backend's identity.
 type UnitConfig struct {
 	Backend block.Backend
 	// Serial is the unit serial number, 1 to 64 printable ASCII characters. The NAA and T10

@@ -83,8 +83,8 @@ func shown(t *testing.T, tg *Target) map[int]string {
 	return out
 }
 
-// naa6 is the designator that LIO makes of a company id and a serial number:
-// NAA 6h, the id, and up to 25 of the serial number's hexadecimal digits.
+// naa6 returns the designator that LIO derives from a company id and a serial number: NAA 6h, the
+// id, and up to 25 of the serial number's hexadecimal digits.
 func naa6(serial string) []byte {
 	digits := fmt.Sprintf("6%06x", companyID(serial))
 	for _, c := range strings.ToLower(serial) {
@@ -110,7 +110,7 @@ func differs(page string, b []byte, u Unit, serial string) []byte {
 	case "vpd_pg80":
 		b[3]++ // LIO counts the NUL
 		b = append(b, 0)
-	case "vpd_pg83": // up to the designators of ports, which package scsi has none of
+	case "vpd_pg83": // up to the designators of ports, which package scsi lacks
 		b = append([]byte{0x00, 0x83, 0, 0, 0x01, 0x03, 0, 16}, naa6(serial)...)
 		t10 := fmt.Sprintf("%-8s%s:%s\x00", "GVM", "DISK", serial)
 		b = append(append(b, 0x02, 0x01, 0, byte(len(t10))), t10...)

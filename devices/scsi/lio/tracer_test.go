@@ -8,7 +8,7 @@ import (
 	"gvm/kvmapi/tracefs"
 )
 
-// counter counts the records that it is told, and those that are said to be lost.
+// counter counts records and lost records.
 type counter struct{ records, lost uint64 }
 
 func (*counter) Now() time.Duration { return 0 }

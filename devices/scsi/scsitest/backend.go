@@ -29,9 +29,9 @@ func pieces(p []byte, sizes ...int) [][]byte {
 	return append(iov, p)
 }
 
-// TestBackend checks that what open returns keeps the contract of block.Backend
-// and of the optional interfaces it has. Every call of open must return fresh
-// storage of at least 1 MiB that reads as zeroes; open arranges for its clean-up.
+// TestBackend checks that the backend of open keeps the contract of block.Backend and of the
+// optional interfaces it has. Every call of open must return fresh storage of at least 1 MiB that
+// reads as zeroes; open arranges for its clean-up.
 func TestBackend(t *testing.T, open func() block.Backend) {
 	const size = 1 << 20
 	read := func(t *testing.T, b block.Backend, off int64, n int) []byte {

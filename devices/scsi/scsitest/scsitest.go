@@ -93,11 +93,11 @@ func Ready(t *scsi.Target, lun scsi.LUN) error {
 	return fmt.Errorf("TEST UNIT READY: unit attention for ever")
 }
 
-// Recorder is a Backend that writes down every call that changes or reads the
-// wrapped one, in the order in which they return.
+// Recorder is a Backend that records every call that changes or reads the wrapped one, in the order
+// in which they return.
 type Recorder struct {
 	block.Backend
-	// OnCall, if set, is told of every call as it starts.
+	// OnCall, if set, is called at the start of every call.
 	OnCall func(call string)
 
 	mu  sync.Mutex

@@ -107,8 +107,7 @@ func trim(cdb []byte) []byte {
 // size returns the largest number of bytes that append adds.
 func (r *Record) size() int { return fixedLen + len(r.CDB) + len(r.Sense) + len(r.Payload) }
 
-// append adds the record, as it is in a file, to b. CDB and Sense have no more
-// than 65535 and 255 bytes.
+// append adds the encoded record to b. CDB and Sense have no more than 65535 and 255 bytes.
 func (r *Record) append(b []byte) []byte {
 	cdb := trim(r.CDB)
 	start := len(b)
