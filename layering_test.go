@@ -34,6 +34,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/pci/...", "devices/pci kvmapi/eventfd"},
 	{"devices/virtio/virtq", "guestmem"},
 	{"devices/virtio/virtqtest", "devices/virtio devices/virtio/virtq guestmem kvmapi/eventfd"},
+	{"devices/virtio/virtiotest", "devices/virtio devices/virtio/virtqtest guestmem"},
 	{"devices/virtio/vpci", "devices/virtio devices/virtio/virtq devices/pci guestmem kvmapi/eventfd"},
 	{"devices/virtio/vscsi", "devices/virtio devices/virtio/virtq devices/scsi devices/scsi/trace guestmem"},
 	{"devices/virtio/replay/equivalence", "devices/virtio/replay devices/scsi devices/scsi/trace"},

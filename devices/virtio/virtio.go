@@ -32,6 +32,13 @@ const (
 
 // Device is all that a device author writes. The transport calls every method
 // from one goroutine at a time.
+//
+// A device is reset, active or stopped. Activate starts it. Stop ends that with
+// everything in flight finished, and an Activate with the bases that Stop returned
+// continues: the driver does not notice, no chain is lost and none is served twice.
+// Meanwhile the device keeps what the driver set and what it still has to be told;
+// a device that has such state says so at its Stop. Reset, which may follow at any
+// time, forgets all of it.
 type Device interface {
 	ID() ID
 	// Features returns the device-type bits and the ring bits that the device
@@ -41,12 +48,17 @@ type Device interface {
 	QueueSizes() []uint16
 	// Config returns a snapshot of device-specific configuration space.
 	Config() []byte
-	// Activate starts serving the queues; it is DRIVER_OK. An error, like a
-	// call of a.Broken later, sets DEVICE_NEEDS_RESET.
+	// Activate starts serving the queues, each at its Base: after a reset at
+	// DRIVER_OK, or when a stopped device continues. An error, like a call of
+	// a.Broken later, sets DEVICE_NEEDS_RESET.
 	Activate(a Activation) error
-	// Reset stops every worker, waits until each has stopped and forgets the
-	// queues. The device can be activated again afterwards. Reset of a device
-	// that is not active does nothing.
+	// Stop takes no more chains, finishes those that it took and returns the
+	// Base of each queue to continue at; none if the device is not active. It
+	// waits as long as storage takes. The device does not use what Activate got
+	// until it is activated again. After an error it can only be reset.
+	Stop() (bases []uint16, err error)
+	// Reset stops the device too, but aborts what is in flight where it can, and
+	// forgets the driver. Reset of a device that is reset does nothing.
 	Reset() error
 }
 
@@ -74,6 +86,7 @@ type Activation struct {
 // doorbell to wait on and the interrupt to raise.
 type Queue struct {
 	virtq.Layout
+	Base uint16      // index of the first available entry to take: 0, or what Stop returned
 	Kick *eventfd.FD // signalled when the driver notifies
 	Call *eventfd.FD // signal it to interrupt the driver
 }

@@ -12,21 +12,20 @@ import (
 	"gvm/kvmapi/eventfd"
 )
 
-// Handler serves one chain: it calls w.Complete for it, before it returns or
-// later from any goroutine. One that may wait, or takes long, calls w.Interrupt before. An error
-// says that the driver broke a rule of the device; the chain is then dropped and the
-// queue serves no more.
+// Handler serves one chain: it calls w.Complete for it, before it returns or later from any
+// goroutine. A handler that may wait, or takes long, calls w.Interrupt first. An error says that the
+// driver broke a rule of the device; the chain is then dropped and the queue serves no more.
 type Handler func(w *Worker, c *virtq.Chain) error
 
-// maxOwed is how long the driver waits for an interrupt that it asked for, while the
-// worker has more chains to hand out, besides what the handler takes for one of them: interrupts are the dearest part of a
-// small request, and a driver that is woken for each finds one request each time.
+// maxOwed bounds how long a requested interrupt is coalesced while chains remain, besides the
+// handler's time for one chain. Interrupts are the most expensive part of a small request, and a
+// driver that is interrupted for each finds one request each time.
 const maxOwed = 5 * time.Microsecond
 
 // Worker serves one queue on an OS thread of its own: it waits for the
 // doorbell, hands each chain to the handler and interrupts the driver when a
 // completed one asks for it. When the driver breaks a rule it reports that
-// once and stops serving until the device is reset.
+// once and serves no more.
 type Worker struct {
 	kick, call *eventfd.FD
 	handle     Handler
@@ -48,15 +47,12 @@ type barrier struct {
 	done chan struct{}
 }
 
-// StartWorker starts a worker on a.Queues[i], which the driver has set up.
-// Before it sleeps it looks for more chains, for poll at most and only while that pays.
-// The error is a *virtq.GuestError: the rings are not where they may be.
-func StartWorker(a Activation, i int, poll time.Duration, handle Handler) (*Worker, error) {
-	q, err := virtq.New(a.Mem, a.Queues[i].Layout, a.Features)
+func newWorker(a Activation, i int, poll time.Duration, handle Handler) (*Worker, error) {
+	q, err := virtq.New(a.Mem, a.Queues[i].Layout, a.Features, a.Queues[i].Base)
 	if err != nil {
 		return nil, fmt.Errorf("queue %d: %w", i, err)
 	}
-	w := &Worker{
+	return &Worker{
 		kick:   a.Queues[i].Kick,
 		call:   a.Queues[i].Call,
 		handle: handle,
@@ -64,17 +60,15 @@ func StartWorker(a Activation, i int, poll time.Duration, handle Handler) (*Work
 		done:   make(chan struct{}),
 		poll:   newSpin(poll),
 		q:      q,
-	}
-	go w.run()
-	return w, nil
+	}, nil
 }
 
 func (w *Worker) run() {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	defer close(w.done)
-	// The driver may have filled the queue before DRIVER_OK, so the first
-	// look comes before the first wait.
+	// The driver may have filled the queue before the worker started, so the
+	// first look comes before the first wait.
 	for {
 		if err := w.drain(); err != nil {
 			w.broken(err)
@@ -179,9 +173,9 @@ func (w *Worker) Interrupt() {
 	}
 }
 
-// passBarriers releases who waits for chains that the handler has been given by now. When
-// the queue is empty that is everybody: a driver that takes its index back leaves a position
-// that is never reached. The caller holds mu.
+// passBarriers ends each Barrier whose chains the handler has been given by now, and all of them
+// when the queue is empty: a driver that takes its index back leaves a position that is never
+// reached. The caller holds mu.
 func (w *Worker) passBarriers(empty bool) {
 	for i := 0; i < len(w.barriers); {
 		if b := w.barriers[i]; empty || int16(w.q.Position()-b.at) >= 0 {
@@ -214,8 +208,9 @@ func (w *Worker) Complete(c *virtq.Chain, written uint32) {
 	w.inFlight.Done()
 }
 
-// Drop takes back a chain that a handler kept, without telling the driver. It
-// is for a device that is being reset, between Halt and Wait.
+// Drop gives back a chain that a handler kept, unused. It is for the function that Workers.Stop
+// calls: when a device is reset for any chain, and when it stops for the chains of a queue that were
+// taken last, which are then taken again.
 func (w *Worker) Drop(c *virtq.Chain) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -246,9 +241,9 @@ func (w *Worker) Barrier() error {
 	return nil
 }
 
-// Halt tells the worker to hand out no more chains, wakes it and waits until
-// its thread has stopped. Chains may still be in flight: see Wait.
-func (w *Worker) Halt() error {
+// halt tells the worker to take no more chains, wakes it and waits until its thread has stopped.
+// Chains may still be in flight.
+func (w *Worker) halt() error {
 	w.stopping.Store(true)
 	if err := w.kick.Signal(); err != nil {
 		return err // without the signal the thread may never look
@@ -257,15 +252,11 @@ func (w *Worker) Halt() error {
 	return nil
 }
 
-// Wait waits, after Halt, until every chain that was handed out has been
-// completed or dropped.
-func (w *Worker) Wait() { w.inFlight.Wait() }
-
-// Stop is Halt and Wait.
-func (w *Worker) Stop() error {
-	if err := w.Halt(); err != nil {
-		return err
-	}
-	w.Wait()
-	return nil
+// wait waits, after halt, until every chain that was taken has been completed or dropped, and returns
+// the base.
+func (w *Worker) wait() uint16 {
+	w.inFlight.Wait()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.q.Base()
 }

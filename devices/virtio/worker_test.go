@@ -47,18 +47,21 @@ func newRig(t testing.TB, size uint16, features uint64) *rig {
 
 func (r *rig) start(t testing.TB, h virtio.Handler) *virtio.Worker {
 	t.Helper()
-	w, err := virtio.StartWorker(r.a, 0, r.poll, h)
+	var ws virtio.Workers
+	if err := ws.Start(r.a, func(int) (virtio.Handler, time.Duration) { return h, r.poll }); err != nil {
+		t.Fatal(err)
+	}
+	return ws[0]
+}
+
+// stop returns the base.
+func stop(t testing.TB, w *virtio.Worker) uint16 {
+	t.Helper()
+	bases, err := (&virtio.Workers{w}).Stop(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return w
-}
-
-func stop(t testing.TB, w *virtio.Worker) {
-	t.Helper()
-	if err := w.Stop(); err != nil {
-		t.Fatal(err)
-	}
+	return bases[0]
 }
 
 // echo answers a chain with the complement of what it holds.
@@ -348,12 +351,16 @@ func TestHandlerErrorBreaks(t *testing.T) {
 	}
 }
 
-func TestStartWorkerChecksLayout(t *testing.T) {
+// TestStartChecksLayout: no worker starts, not even on a queue that is right.
+func TestStartChecksLayout(t *testing.T) {
 	r := newRig(t, 4, 0)
-	r.a.Queues[0].Desc++
+	r.a.Queues = append(r.a.Queues, r.a.Queues[0])
+	r.a.Queues[1].Desc++
+	var ws virtio.Workers
 	var g *virtq.GuestError
-	if _, err := virtio.StartWorker(r.a, 0, 0, echo); !errors.As(err, &g) {
-		t.Fatalf("error %v", err)
+	err := ws.Start(r.a, func(int) (virtio.Handler, time.Duration) { return echo, 0 })
+	if !errors.As(err, &g) || len(ws) > 0 {
+		t.Fatalf("error %v, %d workers", err, len(ws))
 	}
 }
 
@@ -377,23 +384,24 @@ func TestStopWaits(t *testing.T) {
 	for range 3 {
 		<-taken
 	}
-	if err := w.Halt(); err != nil {
-		t.Fatal(err)
-	}
-	r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8, Write: true})
-	if _, err := r.Publish(); err != nil {
-		t.Fatal(err)
-	}
 	var completed atomic.Bool
-	go func() {
-		w.Complete(kept[1], 1)
-		w.Drop(kept[0])
-		completed.Store(true)
-		w.Complete(kept[2], 2)
-	}()
-	w.Wait()
-	if !completed.Load() {
-		t.Fatal("Wait returned with chains in flight")
+	bases, err := (&virtio.Workers{w}).Stop(func() {
+		r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8, Write: true})
+		if _, err := r.Publish(); err != nil {
+			t.Error(err)
+		}
+		go func() {
+			w.Complete(kept[1], 1)
+			w.Drop(kept[2])
+			completed.Store(true)
+			w.Complete(kept[0], 2)
+		}()
+	})
+	if err != nil || !completed.Load() {
+		t.Fatalf("Stop returned with chains in flight: %v", err)
+	}
+	if bases[0] != 2 {
+		t.Fatalf("base %d with two of four chains used", bases[0])
 	}
 	for i, want := range []uint32{1, 2} {
 		if _, written, ok := r.Used(); !ok || written != want {
@@ -401,18 +409,18 @@ func TestStopWaits(t *testing.T) {
 		}
 	}
 	if _, _, ok := r.Used(); ok || len(kept) != 3 {
-		t.Fatalf("a chain was taken after Halt: %d", len(kept))
+		t.Fatalf("a chain was taken when no more were to be: %d", len(kept))
 	}
 }
 
-// TestHaltTakesNoMore: the worker stops between two chains.
-func TestHaltTakesNoMore(t *testing.T) {
+// TestStopTakesNoMore: the worker stops between two chains.
+func TestStopTakesNoMore(t *testing.T) {
 	r := newRig(t, 8, 0)
 	entered, quiet := make(chan struct{}, 2), make(chan struct{})
 	w := r.start(t, func(w *virtio.Worker, c *virtq.Chain) error {
 		entered <- struct{}{}
 		<-quiet
-		for !r.Kick.Pending() { // until Halt wakes the worker
+		for !r.Kick.Pending() { // until Stop wakes the worker
 		}
 		return echo(w, c)
 	})
@@ -427,9 +435,11 @@ func TestHaltTakesNoMore(t *testing.T) {
 		t.Fatal(err)
 	}
 	close(quiet)
-	stop(t, w)
+	if base := stop(t, w); base != 1 {
+		t.Errorf("base %d after one chain", base)
+	}
 	if len(entered) != 0 {
-		t.Fatal("a chain was taken after Halt")
+		t.Fatal("a chain was taken after Stop")
 	}
 }
 

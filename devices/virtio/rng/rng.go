@@ -4,6 +4,7 @@ package rng
 
 import (
 	"crypto/rand"
+	"time"
 
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtq"
@@ -18,7 +19,7 @@ const queueSize = 64
 
 // Device is an entropy device.
 type Device struct {
-	worker *virtio.Worker // nil when not active
+	workers virtio.Workers
 }
 
 // New returns an entropy device.
@@ -38,21 +39,15 @@ func (*Device) Config() []byte { return nil }
 
 // Activate implements virtio.Device.
 func (d *Device) Activate(a virtio.Activation) error {
-	if a.Queues[0].Size == 0 {
-		return nil
-	}
-	var err error
-	d.worker, err = virtio.StartWorker(a, 0, 0, fill)
-	return err
+	return d.workers.Start(a, func(int) (virtio.Handler, time.Duration) { return fill, 0 })
 }
+
+// Stop implements virtio.Device. The device keeps nothing.
+func (d *Device) Stop() ([]uint16, error) { return d.workers.Stop(nil) }
 
 // Reset implements virtio.Device.
 func (d *Device) Reset() error {
-	if d.worker == nil {
-		return nil
-	}
-	err := d.worker.Stop()
-	d.worker = nil
+	_, err := d.Stop()
 	return err
 }
 

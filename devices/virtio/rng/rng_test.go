@@ -3,10 +3,12 @@ package rng_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"testing"
 
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
+	"gvm/devices/virtio/virtiotest"
 	"gvm/devices/virtio/virtq"
 	"gvm/devices/virtio/virtqtest"
 	"gvm/guestmem"
@@ -99,5 +101,38 @@ func TestUnusedQueue(t *testing.T) {
 	}
 	if err := dev.Reset(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// fill is a buffer of the driver.
+type fill struct {
+	d    *virtqtest.Driver
+	addr uint64
+}
+
+func (f fill) Next() []virtqtest.Seg {
+	clear(f.d.Bytes(f.addr, 32))
+	return []virtqtest.Seg{{Addr: f.addr, Len: 24, Write: true}}
+}
+
+func (f fill) Check(written uint32) error {
+	b, zero := f.d.Bytes(f.addr, 32), make([]byte, 24)
+	if written != 24 || bytes.Equal(b[:24], zero) || !bytes.Equal(b[24:], zero[:8]) {
+		return fmt.Errorf("%d bytes: % x", written, b)
+	}
+	return nil
+}
+
+func TestStopAndContinue(t *testing.T) {
+	for features, rounds := range map[uint64]int{0: 100, virtio.FeatureEventIdx: 1000} {
+		virtiotest.StopAndContinue(t, rng.New(), guestmem.Heap(0, virtiotest.QueueSpan), virtiotest.Load{
+			Rounds: rounds, Features: features,
+			Slots: func(_ int, d *virtqtest.Driver) (slots []virtiotest.Slot) {
+				for range 40 {
+					slots = append(slots, fill{d, d.Alloc(32)})
+				}
+				return slots
+			},
+		})
 	}
 }

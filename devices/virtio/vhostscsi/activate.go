@@ -37,10 +37,13 @@ func (d *Device) activate(a virtio.Activation) error {
 	if err := d.dev.SetFeatures(a.Features & d.kernel); err != nil {
 		return err
 	}
-	// What an earlier driver missed is no news for this one.
-	if err := d.dev.SetEventsMissed(false); err != nil {
+	// What an earlier driver missed is no news for this one. One that continues
+	// may have missed what changed while the device was stopped.
+	missed := d.stopped && a.Features&vhost.FeatureSCSIHotplug != 0
+	if err := d.dev.SetEventsMissed(missed); err != nil {
 		return err
 	}
+	d.stopped = false
 	var err error
 	if d.watch, err = newWatcher(d.dev, a); err != nil {
 		return err
@@ -79,7 +82,7 @@ func (d *Device) setVring(i int, a virtio.Activation) error {
 	if err := d.dev.SetVringNum(i, q.Size); err != nil {
 		return err
 	}
-	if err := d.dev.SetVringBase(i, 0); err != nil {
+	if err := d.dev.SetVringBase(i, q.Base); err != nil {
 		return err
 	}
 	if err := d.dev.SetVringAddr(i, addr); err != nil {
@@ -97,7 +100,7 @@ func (d *Device) setVring(i int, a virtio.Activation) error {
 // resolve finds a queue's parts in guest RAM; the device side's own New says
 // whether they may be there.
 func resolve(mem *guestmem.Memory, l virtq.Layout, features uint64) (a vhost.VringAddr, err error) {
-	if _, err := virtq.New(mem, l, features); err != nil {
+	if _, err := virtq.New(mem, l, features, 0); err != nil {
 		return a, err
 	}
 	n := uint64(l.Size)
@@ -112,33 +115,25 @@ func resolve(mem *guestmem.Memory, l virtq.Layout, features uint64) (a vhost.Vri
 	return a, nil
 }
 
-// Reset implements virtio.Device: the kernel lets the target go, once it has
-// answered what it had taken, and forgets the queues.
-//
-// The kernel's half stays open, for its owner, workers and permission to use it
-// are got once, before the guest runs; a monitor that gave up its privileges
-// could not open it again. So everything that Activate set has to be undone:
-// above all the addresses, for the kernel writes to the used ring of each vring
-// that has one when it gets an endpoint, and the next driver may use fewer
-// queues and the memory for something else. Should the kernel refuse any of it,
-// closing does the same, and the next Activate opens anew.
+// Stop implements virtio.Device: the kernel lets the target go, once it has
+// answered what it had taken, and forgets the queues. Without the target it hears
+// of no change to a logical unit, so a driver with VIRTIO_SCSI_F_HOTPLUG is told,
+// when it continues, that events were missed. The device keeps nothing else.
+func (d *Device) Stop() ([]uint16, error) {
+	bases, undone, err := d.stop()
+	if err := errors.Join(undone, err); err != nil {
+		return nil, fmt.Errorf("vhost-scsi: %w", err)
+	}
+	d.stopped = d.stopped || bases != nil
+	return bases, nil
+}
+
+// Reset implements virtio.Device. What is in flight finishes, as at Stop.
 func (d *Device) Reset() error {
-	var err error
-	if d.watch != nil {
-		if err = d.watch.halt(); err != nil {
-			return fmt.Errorf("vhost-scsi: stop watching for errors: %w", err)
-		}
-	}
-	if d.dev != nil && d.watch != nil {
-		if undo := d.detach(); undo != nil {
-			d.cfg.Note(fmt.Sprintf("vhost-scsi: closed, to be opened again, because it did not stop: %v", undo))
-			err = d.dev.Close()
-			d.dev = nil
-		}
-	}
-	if d.watch != nil {
-		err = errors.Join(err, d.watch.close())
-		d.watch = nil
+	d.stopped = false
+	_, undone, err := d.stop()
+	if undone != nil {
+		d.cfg.Note(fmt.Sprintf("vhost-scsi: closed, to be opened again, because it did not stop: %v", undone))
 	}
 	if err != nil {
 		return fmt.Errorf("vhost-scsi: %w", err)
@@ -146,53 +141,86 @@ func (d *Device) Reset() error {
 	return nil
 }
 
-// detach undoes Activate.
-func (d *Device) detach() error {
+// stop undoes Activate and returns the base of each queue that was served.
+//
+// The kernel's half stays open, for its owner, workers and permission to use it
+// are got once, before the guest runs; a monitor that gave up its privileges
+// could not open it again. So everything that Activate set has to be undone:
+// above all the addresses, for the kernel writes to the used ring of each vring
+// that has one when it gets an endpoint, and the next driver may use fewer
+// queues and the memory for something else. Should the kernel refuse any of it,
+// which undone says, closing does the same, and the next Activate opens anew.
+func (d *Device) stop() (bases []uint16, undone, err error) {
+	if d.watch == nil {
+		return nil, nil, nil
+	}
+	if err := d.watch.halt(); err != nil {
+		return nil, nil, fmt.Errorf("stop watching for errors: %w", err)
+	}
+	if bases, undone = d.detach(); undone != nil {
+		err = d.dev.Close()
+		d.dev = nil
+	}
+	err = errors.Join(err, d.watch.close())
+	d.watch = nil
+	return bases, undone, err
+}
+
+func (d *Device) detach() (bases []uint16, err error) {
+	// VHOST_SCSI_CLEAR_ENDPOINT takes the portal groups away before it stops the
+	// queues: a request of between is answered with BAD_TARGET. Without memory the
+	// kernel takes none; those that it has taken know their addresses.
+	if err := d.dev.SetMemTable(nil); err != nil {
+		return nil, err
+	}
 	if err := d.dev.ClearEndpoint(d.endpoint); err != nil {
-		return err
+		return nil, err
 	}
 	if d.watch.started {
-		if err := d.account(); err != nil {
-			return err
+		if bases, err = d.account(); err != nil {
+			return nil, err
 		}
 	}
 	for i := range firstRequestQueue + d.cfg.Queues {
 		if err := d.dev.SetVringKick(i, nil); err != nil {
-			return err
+			return nil, err
 		}
 		if err := d.dev.SetVringCall(i, nil); err != nil {
-			return err
+			return nil, err
 		}
 		if err := d.dev.SetVringErr(i, nil); err != nil {
-			return err
+			return nil, err
 		}
 		if err := d.dev.SetVringAddr(i, vhost.VringAddr{}); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return d.dev.SetMemTable(nil)
+	return bases, nil
 }
 
 // account asks the kernel, which has let the target go, how far it came in each
-// vring. It has answered then what it took, but for what it dropped as no request;
+// vring. By then it has answered what it took, except what it dropped as no request;
 // more than that would be a fault of its own, so the first such time is told.
-func (d *Device) account() error {
+func (d *Device) account() ([]uint16, error) {
+	bases := make([]uint16, len(d.watch.a.Queues))
 	for i, q := range d.watch.a.Queues {
 		if q.Size == 0 {
 			continue
 		}
 		base, err := d.dev.VringBase(i)
 		if err != nil {
-			return err
+			return nil, err
 		}
+		bases[i] = base
 		used, err := d.watch.a.Mem.Slice(q.Device, 4)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if n := base - guestmem.LoadUint16(used[2:]); n != 0 && !d.told {
 			d.told = true
-			d.cfg.Note(fmt.Sprintf("vhost-scsi: queue %d: the kernel stopped with %d of the guest's requests taken and not answered", i, n))
+			d.cfg.Note(fmt.Sprintf(
+				"vhost-scsi: queue %d: the kernel stopped with %d of the guest's requests taken and not answered", i, n))
 		}
 	}
-	return nil
+	return bases, nil
 }

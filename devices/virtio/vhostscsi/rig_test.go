@@ -31,6 +31,7 @@ type rig struct {
 	t      testing.TB
 	d      *vhostscsi.Device
 	mem    *guestmem.Memory
+	a      virtio.Activation         // the last one
 	queues []*virtqtest.Driver       // those that are used
 	early  func(d *virtqtest.Driver) // what the driver does with a request queue before DRIVER_OK
 
@@ -70,7 +71,7 @@ func newMemory(t testing.TB) *guestmem.Memory {
 func (r *rig) start(used int) error {
 	r.t.Helper()
 	features := r.d.Features() | version1
-	a := virtio.Activation{Mem: r.mem, Features: features, Broken: func(err error) {
+	r.a = virtio.Activation{Mem: r.mem, Features: features, Broken: func(err error) {
 		r.mu.Lock()
 		r.broken = append(r.broken, err)
 		r.mu.Unlock()
@@ -80,20 +81,28 @@ func (r *rig) start(used int) error {
 	for i, size := range r.d.QueueSizes() {
 		if i >= used {
 			kick, call := newEvent(r.t), newEvent(r.t)
-			a.Queues = append(a.Queues, virtio.Queue{Kick: kick, Call: call})
+			r.a.Queues = append(r.a.Queues, virtio.Queue{Kick: kick, Call: call})
 			continue
 		}
 		q, err := virtqtest.New(r.mem, uint64(1+i)*ringStep, size, features)
 		if err != nil {
 			r.t.Fatal(err)
 		}
-		a.Queues = append(a.Queues, virtio.Queue{Layout: q.Layout, Kick: q.Kick, Call: q.Call})
+		r.a.Queues = append(r.a.Queues, virtio.Queue{Layout: q.Layout, Kick: q.Kick, Call: q.Call})
 		r.queues = append(r.queues, q)
 		if i >= requestQueue && r.early != nil {
 			r.early(q)
 		}
 	}
-	return r.d.Activate(a)
+	return r.d.Activate(r.a)
+}
+
+// resume has the device continue where it stopped.
+func (r *rig) resume(bases []uint16) error {
+	for i := range bases {
+		r.a.Queues[i].Base = bases[i]
+	}
+	return r.d.Activate(r.a)
 }
 
 func (r *rig) mustStart() {

@@ -93,6 +93,7 @@ type Device struct {
 	dev      *vhost.SCSI // nil after the kernel's half had to be closed
 	kernel   uint64      // feature bits that the kernel has
 	watch    *watcher    // while active
+	stopped  bool        // by Stop, for the driver to continue
 	told     bool        // account has
 }
 

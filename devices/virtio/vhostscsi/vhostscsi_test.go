@@ -337,6 +337,24 @@ func TestEvents(t *testing.T) {
 	r.mustStart()
 	d = r.queues[eventQueue]
 	want("01000000 01000005 00000000 02000000")
+
+	// What changes while the device is stopped counts as missed.
+	addr := d.Alloc(16)
+	r.add(d, virtqtest.Seg{Addr: addr, Len: 16, Write: true})
+	bases, err := r.d.Stop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tg.plug(group, 5, store)
+	if err := r.resume(bases); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := d.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if got := hexWords(d.Bytes(addr, 16)); got != "00000080 00000000 00000000 00000000" {
+		t.Errorf("after a stop: event %s", got)
+	}
 }
 
 // TestWorkers gives each request queue a thread, where the kernel can.
@@ -404,10 +422,22 @@ func TestEveryIoctlFails(t *testing.T) {
 			life := func(d *vhostscsi.Device) {
 				r := &rig{t: t, d: d, mem: mem}
 				before := len(failed)
-				if err := r.start(3); err == nil {
+				failsWith := func(what string, err error) {
+					if before == len(failed) || !errors.Is(err, fault) || !strings.Contains(err.Error(), failed[before]) {
+						t.Errorf("%q fail: %s: %v", failed, what, err)
+					}
+				}
+				if err := r.start(3); err != nil {
+					failsWith("Activate", err)
+				} else {
 					r.ready(requestQueue, 0, 0)
-				} else if before == len(failed) || !errors.Is(err, fault) || !strings.Contains(err.Error(), failed[before]) {
-					t.Errorf("%q fail: Activate: %v", failed, err)
+					if bases, err := d.Stop(); err != nil {
+						failsWith("Stop", err)
+					} else if err := r.resume(bases); err != nil {
+						failsWith("Activate of a stopped device", err)
+					} else {
+						r.ready(requestQueue, 0, 0)
+					}
 				}
 				if err := d.Reset(); err != nil {
 					t.Errorf("%q fail: Reset: %v", failed, err)

@@ -34,7 +34,7 @@ func FuzzQueue(f *testing.F) {
 		if sizeBits >= 0xf0 { // rarely: rings at any place
 			l.Desc, l.Driver, l.Device = uint64(featureBits)<<12, uint64(sizeBits)<<8, base+uint64(featureBits)
 		}
-		q, err := virtq.New(mem, l, features)
+		q, err := virtq.New(mem, l, features, 0)
 		if err != nil {
 			return
 		}

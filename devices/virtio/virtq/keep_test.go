@@ -18,7 +18,7 @@ func TestQueueKeepsLittle(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	q, err := virtq.New(d.Mem, d.Layout, virtq.FeatureIndirectDesc)
+	q, err := virtq.New(d.Mem, d.Layout, virtq.FeatureIndirectDesc, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

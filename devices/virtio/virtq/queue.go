@@ -70,10 +70,10 @@ const (
 	keepLarge = 16
 )
 
-// New checks where the driver put a queue and returns its device side with
-// both indices at zero, as after a reset. features are the bits the driver
-// accepted. The error is a *GuestError.
-func New(mem *guestmem.Memory, l Layout, features uint64) (*Queue, error) {
+// New checks where the driver put a queue and returns its device side. features
+// are the bits the driver accepted. The queue continues at base, an earlier
+// Queue's Base; after a reset that is 0. The error is a *GuestError.
+func New(mem *guestmem.Memory, l Layout, features uint64, base uint16) (*Queue, error) {
 	if l.Size == 0 || l.Size > maxSize || l.Size&(l.Size-1) != 0 {
 		return nil, &GuestError{"virtio 1.3, 2.7", fmt.Sprintf("queue size %d", l.Size)}
 	}
@@ -83,6 +83,8 @@ func New(mem *guestmem.Memory, l Layout, features uint64) (*Queue, error) {
 		size:     l.Size,
 		indirect: features&FeatureIndirectDesc != 0,
 		eventIdx: features&FeatureEventIdx != 0,
+
+		availIdx: base, nextAvail: base, usedIdx: base, published: base,
 	}
 	for _, part := range []struct {
 		name        string
@@ -95,7 +97,8 @@ func New(mem *guestmem.Memory, l Layout, features uint64) (*Queue, error) {
 		{"used ring", l.Device, 4, ringOff + 8*n + 2, &q.used},
 	} {
 		if part.addr%part.align != 0 {
-			return nil, &GuestError{"virtio 1.3, 2.7.1", fmt.Sprintf("%s at %#x is not aligned to %d", part.name, part.addr, part.align)}
+			what := fmt.Sprintf("%s at %#x is not aligned to %d", part.name, part.addr, part.align)
+			return nil, &GuestError{"virtio 1.3, 2.7.1", what}
 		}
 		b, err := mem.Slice(part.addr, uint64(part.len))
 		if err != nil {
@@ -251,8 +254,9 @@ func (q *Queue) Add(c *Chain, written uint32) {
 	q.Drop(c)
 }
 
-// Drop gives a chain back without telling the driver, for a device that is
-// being reset: the driver's buffers are its own again then.
+// Drop gives a chain back unused: before a reset any chain, whose buffers are
+// the driver's again then, and before the queue stops the chains that were taken
+// last, which Base leaves available.
 func (q *Queue) Drop(c *Chain) {
 	c.live = false
 	q.inFlight--
@@ -323,3 +327,7 @@ func (q *Queue) Available() uint16 { return guestmem.LoadUint16(q.avail[idxOff:]
 
 // Position: see Available.
 func (q *Queue) Position() uint16 { return q.nextAvail }
+
+// Base returns the index of the next available entry to take by a Queue that
+// continues here. Every chain has been given back, so the used index is the same.
+func (q *Queue) Base() uint16 { return q.usedIdx }

@@ -26,7 +26,7 @@ func newPair(t testing.TB, size uint16, features uint64) (*virtqtest.Driver, *vi
 		t.Fatal(err)
 	}
 	t.Cleanup(d.Close)
-	q, err := virtq.New(d.Mem, d.Layout, features)
+	q, err := virtq.New(d.Mem, d.Layout, features, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +84,7 @@ func TestNewChecksLayout(t *testing.T) {
 		{"used past RAM", virtq.Layout{Size: 8, Desc: base, Driver: base + 0x1000, Device: end - 68}, "virtio 1.3, 2.7"},
 		{"address wraps", virtq.Layout{Size: 8, Desc: 1<<64 - 16, Driver: base + 0x1000, Device: base + 0x2000}, "virtio 1.3, 2.7"},
 	} {
-		_, err := virtq.New(mem, tt.l, both)
+		_, err := virtq.New(mem, tt.l, both, 0)
 		var g *virtq.GuestError
 		switch {
 		case tt.rule == "" && err != nil:
@@ -225,7 +225,7 @@ func TestRules(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer d.Close()
-			q, err := virtq.New(mem, d.Layout, tt.features)
+			q, err := virtq.New(mem, d.Layout, tt.features, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -245,7 +245,7 @@ func TestRules(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer d.Close()
-			if q, err = virtq.New(mem, d.Layout, tt.features); err != nil {
+			if q, err = virtq.New(mem, d.Layout, tt.features, 0); err != nil {
 				t.Fatal(err)
 			}
 			d.Add(out(buf, 3))
@@ -313,7 +313,7 @@ func TestTooManyBytes(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer d.Close()
-		q, err := virtq.New(mem, d.Layout, 0)
+		q, err := virtq.New(mem, d.Layout, 0, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -624,5 +624,54 @@ func BenchmarkRing(b *testing.B) {
 	b.ReportAllocs()
 	for i := 0; i < b.N; i += 8 {
 		r.run()
+	}
+}
+
+// TestBase stops a queue at every point of a lap of its indices and continues: each chain is taken
+// once, in order, also one that was dropped unused, with an interrupt if the driver asks for it.
+func TestBase(t *testing.T) {
+	for _, features := range []uint64{0, virtq.FeatureEventIdx} {
+		d, q := newPair(t, 8, features)
+		buf := d.Alloc(16)
+		take := func(n int) *virtq.Chain {
+			t.Helper()
+			c := mustNext(t, q)
+			if c.In.Len() != n {
+				t.Fatalf("a chain of %d bytes, not %d", c.In.Len(), n)
+			}
+			return c
+		}
+		for i := range uint16(35000) {
+			d.Add(in(buf, 1))
+			d.Add(in(buf, 2))
+			mustPublish(t, d)
+			d.EnableCalls()
+			if !q.Push(take(1), 0) {
+				t.Fatalf("round %d: no interrupt", i)
+			}
+			q.Drop(take(2))
+			base := q.Base()
+			if base != 2*i+1 {
+				t.Fatalf("round %d: base %d", i, base)
+			}
+			var err error
+			if q, err = virtq.New(d.Mem, d.Layout, features, base); err != nil {
+				t.Fatal(err)
+			}
+			d.Used()
+			wanted := i%2 == 0
+			if d.DisableCalls(); wanted {
+				d.EnableCalls()
+			}
+			if signal := q.Push(take(2), 0); signal != wanted {
+				t.Fatalf("round %d: a queue that continued interrupts: %v, the driver wants it: %v", i, signal, wanted)
+			}
+			if _, ok, err := q.Next(); ok || err != nil {
+				t.Fatalf("round %d: a third chain: %v, %v", i, ok, err)
+			}
+			if _, _, ok := d.Used(); !ok {
+				t.Fatalf("round %d: the second chain is not used", i)
+			}
+		}
 	}
 }

@@ -73,6 +73,11 @@ func (d *device) Activate(a virtio.Activation) error {
 	return nil
 }
 
+func (d *device) Stop() ([]uint16, error) {
+	d.t.Error("the transport stops a device instead of resetting it")
+	return nil, nil
+}
+
 func (d *device) Reset() error {
 	defer d.enter()()
 	d.active = nil

@@ -43,7 +43,7 @@ const (
 	Delivered Delivery = iota // the driver has it
 	Missed                    // for want of a buffer: the next event says that some were lost
 	Unwanted                  // the driver has not negotiated the feature
-	Inactive                  // no driver is active; one that starts looks by itself
+	Inactive                  // the device has no driver; one that starts looks by itself
 )
 
 // Event tells the driver about a logical unit, if the driver negotiated the
@@ -53,11 +53,11 @@ func (d *Device) Event(t EventType, lun scsi.LUN, reason Reason) Delivery {
 	return d.events.send(t, lun, reason)
 }
 
-// events is the event queue: buffers that wait for something to report. Lock
-// order: mu is taken before the worker's own lock.
+// events is the event queue: buffers that wait for something to report. They are used in the order
+// in which they were taken. Lock order: mu is taken before the worker's own lock.
 type events struct {
 	mu       sync.Mutex
-	active   bool
+	driven   bool
 	features uint64 // that the driver accepted
 	buffers  []buffer
 	missed   bool
@@ -71,17 +71,25 @@ type buffer struct {
 func (e *events) start(features uint64) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.active, e.features, e.missed = true, features, false
+	e.driven, e.features = true, features
 }
 
-// stop forgets the buffers, after the worker was halted.
+// stop drops the buffers, which are taken again if the device continues.
 func (e *events) stop() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, b := range e.buffers {
 		b.w.Drop(b.c)
 	}
-	e.active, e.buffers = false, nil
+	e.buffers = nil
+}
+
+// reset is stop that forgets the driver.
+func (e *events) reset() {
+	e.stop()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.driven, e.missed = false, false
 }
 
 // add serves the event queue: it keeps the buffer, or reports at once what
@@ -110,7 +118,7 @@ func (e *events) send(t EventType, lun scsi.LUN, reason Reason) Delivery {
 		wanted = e.features&featureHotplug != 0
 	}
 	switch {
-	case !e.active:
+	case !e.driven:
 		return Inactive
 	case !wanted:
 		return Unwanted

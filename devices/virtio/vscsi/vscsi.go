@@ -93,8 +93,9 @@ type Config struct {
 type Device struct {
 	cfg                Config
 	senseSize, cdbSize atomic.Uint32
-	protection         bool             // while active: VIRTIO_SCSI_F_T10_PI is negotiated
-	workers            []*virtio.Worker // while active; nil for a queue the driver left alone
+	driven             bool // from Activate to Reset
+	protection         bool // VIRTIO_SCSI_F_T10_PI is negotiated
+	workers            virtio.Workers
 	events             events
 }
 
@@ -183,32 +184,25 @@ func (d *Device) WriteConfig(off uint32, p []byte) {
 
 // Activate implements virtio.Device.
 func (d *Device) Activate(a virtio.Activation) error {
-	d.workers = make([]*virtio.Worker, len(a.Queues))
-	d.protection = a.Features&featureProtection != 0
+	d.driven, d.protection = true, a.Features&featureProtection != 0
 	d.events.start(a.Features)
-	// The control queue comes last: task management looks at the others.
-	for i := len(a.Queues) - 1; i >= 0; i-- {
-		if a.Queues[i].Size == 0 {
-			continue
-		}
-		var handle virtio.Handler
-		var poll time.Duration
-		switch i {
-		case controlQueue:
-			handle = d.control
-		case eventQueue:
-			handle = d.events.add
-		default:
-			poll = d.cfg.Poll
-			handle = func(w *virtio.Worker, c *virtq.Chain) error { return d.request(uint16(i-requestQueue), w, c) }
-		}
-		w, err := virtio.StartWorker(a, i, poll, handle)
-		if err != nil {
-			return errors.Join(fmt.Errorf("virtio-scsi: %w", err), d.Reset())
-		}
-		d.workers[i] = w
+	if err := d.workers.Start(a, d.serve); err != nil {
+		d.events.reset()
+		return fmt.Errorf("virtio-scsi: %w", err)
 	}
 	return nil
+}
+
+// serve returns how queue i is served.
+func (d *Device) serve(i int) (virtio.Handler, time.Duration) {
+	switch i {
+	case controlQueue:
+		return d.control, 0
+	case eventQueue:
+		return d.events.add, 0
+	}
+	q := uint16(i - requestQueue)
+	return func(w *virtio.Worker, c *virtq.Chain) error { return d.request(q, w, c) }, d.cfg.Poll
 }
 
 // PowerOn is a power cycle of the machine, which the target sees: the guest
@@ -225,32 +219,36 @@ func (d *Device) observe(kind trace.Kind) {
 	}
 }
 
+// Stop implements virtio.Device. The device keeps sense_size, cdb_size and whether the driver is to be
+// told of lost events: one that comes meanwhile counts as lost, for its buffer is the driver's. To the
+// target the I_T nexus stays.
+func (d *Device) Stop() ([]uint16, error) { return d.stop(d.events.stop) }
+
 // Reset implements virtio.Device: no more requests are taken, those in flight
 // are aborted or finish, and sense_size and cdb_size are the defaults again.
 // To the target it is the loss of the I_T nexus.
 func (d *Device) Reset() error {
 	d.defaults()
-	if d.workers == nil {
+	if !d.driven {
 		return nil
 	}
-	for i, w := range d.workers {
-		if w == nil {
-			continue
-		}
-		if err := w.Halt(); err != nil {
-			return fmt.Errorf("virtio-scsi: stop queue %d: %w", i, err)
-		}
+	if _, err := d.stop(func() {
+		d.events.reset()
+		d.cfg.Target.NexusReset(d.cfg.Nexus)
+	}); err != nil {
+		return err
 	}
-	d.events.stop()
-	d.cfg.Target.NexusReset(d.cfg.Nexus)
-	for _, w := range d.workers {
-		if w != nil {
-			w.Wait()
-		}
-	}
-	d.workers = nil
+	d.driven = false
 	d.observe(trace.Reset)
 	return nil
+}
+
+func (d *Device) stop(halted func()) ([]uint16, error) {
+	bases, err := d.workers.Stop(halted)
+	if err != nil {
+		return nil, fmt.Errorf("virtio-scsi: %w", err)
+	}
+	return bases, nil
 }
 
 // address returns the LUN that the eight bytes name (5.6.6.1), and false when

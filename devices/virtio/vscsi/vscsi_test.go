@@ -76,6 +76,7 @@ type rig struct {
 	dev    *Device
 	mem    *guestmem.Memory
 	q      []*virtqtest.Driver
+	a      virtio.Activation
 	broken chan error
 }
 
@@ -107,16 +108,16 @@ func (r *rig) activate(features uint64) {
 	}
 	r.q = nil
 	r.broken = make(chan error, 4)
-	a := virtio.Activation{Mem: r.mem, Features: features, Broken: func(err error) { r.broken <- err }}
+	r.a = virtio.Activation{Mem: r.mem, Features: features, Broken: func(err error) { r.broken <- err }}
 	for i, size := range r.dev.QueueSizes() {
 		d, err := virtqtest.New(r.mem, uint64(i)*queueSpan, size, features)
 		if err != nil {
 			r.t.Fatal(err)
 		}
 		r.q = append(r.q, d)
-		a.Queues = append(a.Queues, virtio.Queue{Layout: d.Layout, Kick: d.Kick, Call: d.Call})
+		r.a.Queues = append(r.a.Queues, virtio.Queue{Layout: d.Layout, Kick: d.Kick, Call: d.Call})
 	}
-	if err := r.dev.Activate(a); err != nil {
+	if err := r.dev.Activate(r.a); err != nil {
 		r.t.Fatal(err)
 	}
 }

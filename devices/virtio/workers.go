@@ -1,0 +1,62 @@
+package virtio
+
+import (
+	"fmt"
+	"time"
+)
+
+// Workers are the workers of a device's queues, by queue; nil for a queue that the driver left
+// alone. There are none while the device is not active.
+type Workers []*Worker
+
+// Start starts a worker on every queue that the driver set up, at its Base. serve returns the queue's
+// handler, and for how long at most the worker polls for more chains before it sleeps, which it does
+// only while that pays. Queue 0 starts last: the handler of a control queue finds the workers of the
+// others. After an error none has started; it is a *virtq.GuestError: rings are not where they may be.
+func (ws *Workers) Start(a Activation, serve func(queue int) (Handler, time.Duration)) error {
+	started := make(Workers, len(a.Queues))
+	for i, q := range a.Queues {
+		if q.Size == 0 {
+			continue
+		}
+		handle, poll := serve(i)
+		w, err := newWorker(a, i, poll, handle)
+		if err != nil {
+			return err
+		}
+		started[i] = w
+	}
+	*ws = started
+	for i := len(started) - 1; i >= 0; i-- {
+		if w := started[i]; w != nil {
+			go w.run()
+		}
+	}
+	return nil
+}
+
+// Stop stops every worker and returns the Base of each queue, 0 for one that has no worker. When no
+// more chains are taken it calls halted, unless that is nil, which drops the chains that the device
+// keeps and may abort what is in flight. Then Stop waits until the last chain has been given back.
+// After an error, which is the host's, some workers may still run.
+func (ws *Workers) Stop(halted func()) (bases []uint16, err error) {
+	for i, w := range *ws {
+		if w == nil {
+			continue
+		}
+		if err := w.halt(); err != nil {
+			return nil, fmt.Errorf("stop queue %d: %w", i, err)
+		}
+	}
+	if halted != nil {
+		halted()
+	}
+	bases = make([]uint16, len(*ws))
+	for i, w := range *ws {
+		if w != nil {
+			bases[i] = w.wait()
+		}
+	}
+	*ws = nil
+	return bases, nil
+}
