@@ -9,7 +9,7 @@ import (
 )
 
 // The scripts ask gvm itself for the words (--generate-bash-completion), so that they are never out
-// of date.
+// of date. zsh sources its script, or loads it from a directory of $fpath as the body of _gvm.
 var completions = map[string]string{
 	"bash": `_gvm() {
   local cur=${COMP_WORDS[COMP_CWORD]} words
@@ -26,6 +26,7 @@ _gvm() {
   _describe gvm words_ || _files
 }
 compdef _gvm gvm
+[[ $funcstack[1] != _gvm ]] || _gvm
 `,
 	"fish": `complete -c gvm -f -n '__fish_use_subcommand' -a '(gvm --generate-bash-completion)'
 complete -c gvm -F -n 'not __fish_use_subcommand' \

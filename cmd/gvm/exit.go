@@ -24,24 +24,27 @@ const (
 
 const exitStatusHelp = `gvm run ends with one of these, and nothing else:
 
-     0  the guest powered itself off, or its Linux kernel halted (halt -f)
-     2  usage or configuration: a bad flag or value; a named file that is
-        missing, unreadable, not a kernel, not a disk, or in use by another gvm,
-        another process or the host
-     3  host failure: /dev/kvm, memory, descriptors, disk access, terminal; for
-        a disk with backend=vhost all that keeps the kernel from serving it
-     4  the guest crashed: triple fault, or KVM could not go on; registers and
-        instruction bytes are on standard error
-     5  the guest's kernel panicked (told by pvpanic, or seen on the console);
-        the message says how the guest ended after that
-     6  the guest asked for a reset (--on-reset=reboot starts it again instead)
-    70  a bug in gvm; the report is on standard error
-   124  --timeout elapsed
-   130  stopped by Ctrl-a x, or by an interrupt (SIGINT)
+   0         the guest powered itself off, or its Linux kernel halted (halt -f)
+   2         usage or configuration: a bad flag or value; a named file that is
+             missing, unreadable, not a kernel, not a disk, or in use by another
+             gvm, another process or the host
+   3         host failure: /dev/kvm, memory, descriptors, disk access, terminal;
+             for a disk with backend=vhost all that keeps the kernel from
+             serving it
+   4         the guest crashed: triple fault, or KVM could not go on; registers
+             and instruction bytes are on standard error
+   5         the guest's kernel panicked (told by pvpanic, or seen on the
+             console); the message says how the guest ended after that
+   6         the guest asked for a reset (--on-reset=reboot starts it again
+             instead)
+   70        a bug in gvm; the report is on standard error
+   124       --timeout elapsed
+   130       stopped by Ctrl-a x, or by an interrupt (SIGINT)
    129, 143  stopped by SIGHUP, or by SIGTERM or gvm stop; a terminal that goes
-        away is a SIGHUP
-   131  SIGQUIT, with a dump of gvm's goroutines on standard error; 132 to 159
-        likewise, 128 and the number of another such signal (SIGABRT and so on)
+             away is a SIGHUP
+   131       SIGQUIT, with a dump of gvm's goroutines on standard error; 132 to
+             159 likewise, 128 and the number of another such signal (SIGABRT
+             and so on)
 
 Other commands end with 0, 2 or 3 in the same sense, and gvm trace diff and gvm
 replay with 1 when something differs.`

@@ -31,22 +31,29 @@ func init() {
 	}
 }
 
-// describeFlag returns a flag's entry in a help page: its names, and beside or below them its
-// usage, with the name of its value in backquotes.
+// describeFlag returns a flag's entry in a help page: its names, and beside or below them its usage.
 func describeFlag(f cli.Flag) string {
+	names, value, usage := flagWords(f)
+	head := strings.TrimSpace(strings.Join(names, ", ") + " " + value)
+	// The template puts the first line in column 3, and other lines in column 6.
+	return column(head, helpFlags, usage, helpWidth-6, -3)
+}
+
+// flagWords returns the names of a flag with their dashes, the name of its value, which its usage has
+// in backquotes, and the usage with the default.
+func flagWords(f cli.Flag) (names []string, value, usage string) {
 	doc, ok := f.(cli.DocGenerationFlag)
 	if !ok {
-		return ""
+		return nil, "", ""
 	}
-	var names []string
 	for _, n := range f.Names() {
-		names = append(names, strings.Repeat("-", min(len(n), 2))+n)
+		names = append(names, dashed(n))
 	}
-	usage := doc.GetUsage()
-	head := strings.Join(names, ", ")
+	usage = doc.GetUsage()
 	if before, rest, ok := strings.Cut(usage, "`"); ok {
-		value, after, _ := strings.Cut(rest, "`")
-		head, usage = head+" "+value, before+value+after
+		var after string
+		value, after, _ = strings.Cut(rest, "`")
+		usage = before + value + after
 	}
 	if _, many := f.(*cli.GenericFlag); many { // words
 		usage += "; may be repeated"
@@ -56,8 +63,7 @@ func describeFlag(f cli.Flag) string {
 			usage += " (default: " + s + ")"
 		}
 	}
-	// The template puts the first line in column 3, and other lines in column 6.
-	return column(head, helpFlags, usage, helpWidth-6, -3)
+	return names, value, usage
 }
 
 // wrap is the templates' function for a text that begins in column offset. Unlike the cli
@@ -250,7 +256,7 @@ func helpCommand() *cli.Command {
 	return &cli.Command{
 		Name: "help", Aliases: []string{"h"}, Usage: "show the help of a command", ArgsUsage: "[COMMAND [SUBCOMMAND]]",
 		Description: "gvm help disk has the options of --disk as well, " +
-			"gvm help exit-status what the\nexit status says.",
+			"gvm help exit-status what\nthe exit status says.",
 		Action: func(c *cli.Context) error { return helpPage(c, c.Args().Slice()) },
 	}
 }

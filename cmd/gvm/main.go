@@ -20,8 +20,11 @@ import (
 // version is set by the Makefile's build for a release.
 var version = "0.1.0-dev"
 
+// program is what main runs: gvm, or in a build with the tag man the writer of its man pages.
+var program = gvm
+
 func main() {
-	os.Exit(gvm(os.Args))
+	os.Exit(program(os.Args))
 }
 
 // gvm runs the command line and returns the exit status.

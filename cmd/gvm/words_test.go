@@ -58,7 +58,7 @@ func TestExitStatusHelp(t *testing.T) {
 		t.Fatal(err)
 	}
 	rows := map[string]bool{}
-	for _, m := range regexp.MustCompile(`(?m)^ {1,5}(\d+)(?:, (\d+))?  \S`).FindAllStringSubmatch(exitStatusHelp, -1) {
+	for _, m := range regexp.MustCompile(`(?m)^   (\d+)(?:, (\d+))?  +\S`).FindAllStringSubmatch(exitStatusHelp, -1) {
 		rows[m[1]], rows[m[2]] = true, true
 	}
 	found := 0
