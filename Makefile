@@ -10,10 +10,20 @@ UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 # Where build puts the programs.
 BIN = bin
 
+# The version of a release; without it gvm has that of cmd/gvm/main.go.
+VERSION =
+LDFLAGS = -s -w$(if $(VERSION), -X main.version=$(VERSION))
+
+# Where install puts what it makes: gvm is $(DESTDIR)$(PREFIX)/bin/gvm.
+PREFIX = /usr/local
+DESTDIR =
+ZSHDIR = share/zsh/site-functions
+
 .PHONY: build run demo test lint race racelab fuzz soak conformance vhost kernel bench guest clean
+.PHONY: man stage install uninstall deb
 
 build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
-	$(GO) build -tags urfave_cli_no_docs -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot
+	$(GO) build -tags urfave_cli_no_docs -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot
 
 run: ## boot the embedded guest
 	$(GO) run ./cmd/gvm run
@@ -36,6 +46,8 @@ lint: ## gofmt, go vet, staticcheck
 	$(GO) tool staticcheck ./...
 	$(GO) vet -tags built ./guest-tests/linux
 	$(GO) tool staticcheck -tags built ./guest-tests/linux
+	$(GO) vet -tags man ./cmd/gvm
+	$(GO) tool staticcheck -tags man ./cmd/gvm
 
 # Without what takes most of the time: gvm's benchmarks run as programs, and the conformance
 # suite on three more kinds of disk.
@@ -90,6 +102,57 @@ bench: build ## benchmarks without a guest, of Linux in the lab, and of this hos
 guest: ## rebuild the embedded guest's image, and the init of measured boots
 	$(MAKE) -C guest/embedded
 	$(MAKE) -C guest/bootinit
+
+# The date in what is installed is the commit's: a commit, built by one version of Go, makes one package.
+man stage deb: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || stat -c %Y CHANGELOG.md)
+
+man: ## man pages, in bin/man
+	rm -rf $(BIN)/man
+	mkdir -p $(BIN)/man
+	$(GO) run -tags man,urfave_cli_no_docs -ldflags '$(LDFLAGS)' ./cmd/gvm $(BIN)/man
+
+# The files of install, as they are below PREFIX.
+STAGE = $(BIN)/stage
+stage: build man
+	rm -rf $(STAGE)
+	install -D -m 755 -t $(STAGE)/bin $(BIN)/gvm $(BIN)/gvm-plot
+	install -D -m 644 -t $(STAGE)/share/man/man1 $(BIN)/man/*.1
+	gzip -9n $(STAGE)/share/man/man1/*.1
+	install -d $(STAGE)/share/bash-completion/completions $(STAGE)/$(ZSHDIR) $(STAGE)/share/fish/vendor_completions.d
+	$(BIN)/gvm completion bash >$(STAGE)/share/bash-completion/completions/gvm
+	$(BIN)/gvm completion zsh >$(STAGE)/$(ZSHDIR)/_gvm
+	$(BIN)/gvm completion fish >$(STAGE)/share/fish/vendor_completions.d/gvm.fish
+	install -d $(STAGE)/share/doc/gvm
+	GO='$(GO)' packaging/copyright.sh >$(STAGE)/share/doc/gvm/copyright
+	gzip -9nc CHANGELOG.md >$(STAGE)/share/doc/gvm/CHANGELOG.md.gz
+	chmod -R u=rwX,go=rX $(STAGE)
+
+# A user builds, and sudo copies where the user may not write.
+SUDO = $(shell d='$(DESTDIR)$(PREFIX)'; while [ ! -e "$$d" ]; do d=$$(dirname "$$d"); done; [ -w "$$d" ] || echo sudo)
+EACH_FILE = sudo='$(SUDO)'; find $(STAGE) -type f -printf '%P\n' | while read -r f
+
+install: stage ## install gvm, man pages and completion: PREFIX=/usr/local, DESTDIR=
+	@$(EACH_FILE); do $$sudo install -D -m $$(stat -c %a $(STAGE)/$$f) $(STAGE)/$$f '$(DESTDIR)$(PREFIX)'/$$f || exit; done
+
+uninstall: stage ## remove what install of the same tree has installed
+	@$(EACH_FILE); do $$sudo rm -f '$(DESTDIR)$(PREFIX)'/$$f || exit; done
+	@d='$(DESTDIR)$(PREFIX)/share/doc/gvm'; [ ! -d "$$d" ] || $(SUDO) rmdir --ignore-fail-on-non-empty "$$d"
+
+# dpkg-deb, and not a tool such as nfpm: every Debian system has it, and the package is what install
+# installs, with a dozen lines beside it.
+MAINTAINER ?= $(shell git log -1 --format='%an <%ae>')
+DEBFLAGS = -Zxz
+deb: ZSHDIR = share/zsh/vendor-completions
+deb: stage ## a Debian package, bin/gvm_VERSION_amd64.deb
+	rm -rf $(BIN)/deb $(BIN)/gvm_*.deb
+	install -d $(BIN)/deb/DEBIAN
+	cp -R $(STAGE) $(BIN)/deb/usr
+	cd $(BIN)/deb && find usr -type f | LC_ALL=C sort | xargs md5sum >DEBIAN/md5sums
+	version=$$($(BIN)/gvm --version | sed 's/.* //; s/-/~/') && \
+	size=$$(find $(BIN)/deb/usr -type f -printf '%s\n' | awk '{ n += int(($$1 + 1023) / 1024) } END { print n }') && \
+	sed "s|@VERSION@|$$version|; s|@SIZE@|$$size|; s|@MAINTAINER@|$(MAINTAINER)|" packaging/control >$(BIN)/deb/DEBIAN/control && \
+	chmod -R u=rwX,go=rX $(BIN)/deb && \
+	dpkg-deb --root-owner-group $(DEBFLAGS) --build $(BIN)/deb $(BIN)/gvm_$${version}_amd64.deb
 
 clean:
 	rm -rf bin bench

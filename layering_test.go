@@ -49,6 +49,7 @@ var may = []struct{ pkg, imports string }{
 	{"guest/bootinit", ""},
 	{"guest/diskload", ""},
 	{"guest-tests/...", "guest-tests/... guest/... vmm vmm/boot"},
+	{"packaging", ""},
 	{"control", ""},
 	{"text", ""},
 	{"plot/draw", "plot text"},

@@ -1,0 +1,285 @@
+// Package packaging_test builds gvm's Debian package and looks at what it installs.
+package packaging_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"gvm/machine/disk"
+)
+
+// output runs a program at the top of the repository.
+func output(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	c := exec.Command(name, args...)
+	c.Dir = ".."
+	var errs bytes.Buffer
+	c.Stderr = &errs
+	out, err := c.Output()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s%s", strings.Join(c.Args, " "), err, out, &errs)
+	}
+	return string(out)
+}
+
+// files returns the modes of the files below a directory.
+func files(t *testing.T, dir string) map[string]fs.FileMode {
+	t.Helper()
+	modes := map[string]fs.FileMode{}
+	if err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		fi, err := d.Info()
+		if err != nil {
+			return err
+		}
+		name, err := filepath.Rel(dir, path)
+		modes[name] = fi.Mode()
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return modes
+}
+
+// manPage returns the source of an installed man page.
+func manPage(t *testing.T, prefix, name string) string {
+	t.Helper()
+	f, err := os.Open(filepath.Join(prefix, "share/man/man1", name+".1.gz"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	r, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(page)
+}
+
+// names returns the names of commands in a page of help.
+func names(help string) (all []string) {
+	_, list, _ := strings.Cut(help, "\nCOMMANDS:\n")
+	list, _, _ = strings.Cut(list, "\n\n")
+	for _, m := range regexp.MustCompile(`(?m)^   ([a-z-]+)`).FindAllStringSubmatch(list, -1) {
+		all = append(all, m[1])
+	}
+	return all
+}
+
+// sources calls source for each Go file of the module but tests. It reads the directories, so that
+// go test's cache depends on them.
+func sources(t *testing.T, source func(path string)) {
+	t.Helper()
+	if err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && path != ".." && (d.Name()[0] == '.' || d.Name() == "bin"):
+			return fs.SkipDir
+		case strings.HasSuffix(path, ".go") && !strings.HasSuffix(path, "_test.go"):
+			source(path)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestPackage builds the Debian package twice, which gives the same bytes, and unpacks it: gvm runs,
+// each command and each option of a disk is in a man page, and shells load the completion. Then
+// install, with a PREFIX and a DESTDIR, copies the same files, and uninstall removes no others.
+func TestPackage(t *testing.T) {
+	environment := map[string]bool{}
+	sources(t, func(path string) {
+		if strings.HasPrefix(path, "../guest-tests/") || path == "../cmd/gvm/man.go" {
+			return
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile(`os\.(?:Getenv|LookupEnv)\("([A-Z_]+)"\)`).FindAllSubmatch(text, -1) {
+			environment[string(m[1])] = true
+		}
+	})
+
+	work := t.TempDir()
+	var packages []string
+	for _, bin := range []string{filepath.Join(work, "one"), filepath.Join(work, "two")} {
+		output(t, "make", "deb", "BIN="+bin, "DEBFLAGS=-Znone") // xz would take most of the time
+		found, err := filepath.Glob(filepath.Join(bin, "gvm_*_amd64.deb"))
+		if err != nil || len(found) != 1 {
+			t.Fatalf("packages %q: %v", found, err)
+		}
+		packages = append(packages, found[0])
+	}
+	one, err := os.ReadFile(packages[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if two, err := os.ReadFile(packages[1]); err != nil || !bytes.Equal(one, two) {
+		t.Errorf("the second package differs from the first: %v", err)
+	}
+
+	root := filepath.Join(work, "root")
+	output(t, "dpkg-deb", "--extract", packages[0], root)
+	usr := filepath.Join(root, "usr")
+	gvm := filepath.Join(usr, "bin/gvm")
+	version := strings.TrimSpace(strings.TrimPrefix(output(t, gvm, "--version"), "gvm version"))
+	field := func(name string) string {
+		return strings.TrimSpace(output(t, "dpkg-deb", "--field", packages[0], name))
+	}
+	if field := field("Version"); version == "" || field != strings.Replace(version, "-", "~", 1) {
+		t.Errorf("the package has version %q, gvm %q", field, version)
+	}
+	if field := field("Depends"); field != "" {
+		t.Errorf("static programs depend on %q", field)
+	}
+	for name, mode := range files(t, usr) {
+		want := fs.FileMode(0o644)
+		if filepath.Dir(name) == "bin" {
+			want = 0o755
+		}
+		if mode != want {
+			t.Errorf("%s has mode %v, want %v", name, mode, want)
+		}
+	}
+
+	t.Run("man", func(t *testing.T) {
+		top := manPage(t, usr, "gvm")
+		commands := names(output(t, gvm, "help"))
+		for _, name := range commands {
+			page := manPage(t, usr, "gvm-"+name)
+			if !strings.Contains(top, strings.ReplaceAll("gvm-"+name, "-", `\-`)+`\fR(1)`) {
+				t.Errorf("gvm(1) does not name gvm-%s(1)", name)
+			}
+			help := output(t, gvm, "help", name)
+			pages := []string{help}
+			for _, sub := range names(help) {
+				if !strings.Contains(page, `.SS "\fBgvm `+name+" "+sub+`\fR`) {
+					t.Errorf("gvm-%s(1) lacks %s", name, sub)
+				}
+				pages = append(pages, output(t, gvm, "help", name, sub))
+			}
+			flags := regexp.MustCompile(`(?m)^   --([a-z-]+)`)
+			for _, m := range flags.FindAllStringSubmatch(strings.Join(pages, ""), -1) {
+				flag := "\n" + `\fB\-\-` + strings.ReplaceAll(m[1], "-", `\-`) + `\fR`
+				if m[1] != "help" && !strings.Contains(page, flag) {
+					t.Errorf("gvm-%s(1) lacks --%s", name, m[1])
+				}
+			}
+		}
+		if len(commands) < 15 {
+			t.Errorf("gvm help has the commands %q", commands)
+		}
+		manPage(t, usr, "gvm-plot")
+		options := manPage(t, usr, "gvm-disk")
+		for _, o := range disk.Options() {
+			if !strings.Contains(options, "\n"+`\fB`+strings.ReplaceAll(o.Word(), "-", `\-`)+`\fR`+"\n") {
+				t.Errorf("gvm-disk(1) lacks %s", o.Word())
+			}
+		}
+		for name := range environment {
+			if !strings.Contains(top, "\n"+`\fB`+name+`\fR`+"\n") {
+				t.Errorf("gvm(1) lacks the environment variable %s", name)
+			}
+		}
+		if len(environment) < 2 {
+			t.Errorf("the sources read the environment variables %q", slices.Sorted(maps.Keys(environment)))
+		}
+	})
+
+	t.Run("lint", func(t *testing.T) {
+		mandoc, err := exec.LookPath("mandoc")
+		if err != nil {
+			t.Skipf("the man pages are not checked: %v", err)
+		}
+		pages, err := filepath.Glob(filepath.Join(work, "one/man/*.1"))
+		if err != nil || len(pages) == 0 {
+			t.Fatalf("man pages %q: %v", pages, err)
+		}
+		output(t, mandoc, append([]string{"-T", "lint", "-W", "style"}, pages...)...)
+	})
+
+	// Each shell loads the file by its place and name, and completes "gvm ru".
+	for _, tt := range []struct{ shell, script string }{
+		{"bash", `source "$1/share/bash-completion/completions/gvm"
+			COMP_WORDS=(gvm ru) COMP_CWORD=1; _gvm; echo "${COMPREPLY[@]}"`},
+		{"zsh", `fpath=("$1/share/zsh/vendor-completions"); autoload -Uz _gvm
+			compdef() { }; _describe() { print -l ${(P)2} }
+			words=(gvm ru) CURRENT=2; _gvm`},
+		{"fish", `set -p fish_complete_path $argv[1]/share/fish/vendor_completions.d; complete -C "gvm ru"`},
+	} {
+		t.Run(tt.shell, func(t *testing.T) {
+			shell, err := exec.LookPath(tt.shell)
+			if err != nil {
+				t.Skipf("its completion is not tried: %v", err)
+			}
+			args := []string{"-c", tt.script, "shell", usr}
+			if tt.shell == "fish" {
+				args = []string{"-c", tt.script, usr}
+			}
+			c := exec.Command(shell, args...)
+			c.Env = append(os.Environ(), "PATH="+filepath.Dir(gvm)+":"+os.Getenv("PATH"), "HOME="+t.TempDir())
+			out, err := c.CombinedOutput()
+			if err != nil || !slices.Contains(strings.Fields(string(out)), "run") {
+				t.Errorf("%v: completes %q", err, out)
+			}
+		})
+	}
+
+	t.Run("install", func(t *testing.T) {
+		dest := filepath.Join(work, "dest")
+		prefix := filepath.Join(dest, "opt/gvm")
+		top, err := filepath.Abs("..")
+		if err != nil {
+			t.Fatal(err)
+		}
+		relative, err := filepath.Rel(top, dest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		words := []string{"BIN=" + filepath.Join(work, "one"), "PREFIX=/opt/gvm", "DESTDIR=" + relative}
+		foreign := filepath.Join(prefix, "share/man/man1/gvm-foreign.1.gz")
+		if err := os.MkdirAll(filepath.Dir(foreign), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(foreign, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		output(t, "make", append([]string{"install"}, words...)...)
+		want := map[string]fs.FileMode{"share/man/man1/gvm-foreign.1.gz": 0o644}
+		for name, mode := range files(t, usr) {
+			want[strings.Replace(name, "vendor-completions", "site-functions", 1)] = mode
+		}
+		if got := files(t, prefix); !maps.Equal(got, want) {
+			t.Errorf("installed are %v\nwant %v", got, want)
+		}
+		if got := output(t, filepath.Join(prefix, "bin/gvm"), "--version"); !strings.Contains(got, version) {
+			t.Errorf("gvm --version: %q", got)
+		}
+		output(t, "make", append([]string{"uninstall"}, words...)...)
+		if got := files(t, dest); len(got) != 1 {
+			t.Errorf("left are %v", slices.Sorted(maps.Keys(got)))
+		}
+		if _, err := os.Stat(filepath.Join(prefix, "share/doc/gvm")); !os.IsNotExist(err) {
+			t.Errorf("the directory of the documents is left: %v", err)
+		}
+	})
+}
