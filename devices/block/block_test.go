@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/block"
-	"gvm/devices/scsi/scsitest"
+	"gvm/devices/block/blocktest"
 )
 
 const mib = 1 << 20
@@ -52,16 +52,16 @@ func TestBackends(t *testing.T) {
 		return open(t, filepath.Join(t.TempDir(), "disk.img"), o)
 	}
 	t.Run("File", func(t *testing.T) {
-		scsitest.TestBackend(t, func() block.Backend { return file(t, block.Options{}) })
+		blocktest.TestBackend(t, func() block.Backend { return file(t, block.Options{}) })
 	})
 	t.Run("Direct", func(t *testing.T) {
-		scsitest.TestBackend(t, func() block.Backend { return file(t, block.Options{Direct: true}) })
+		blocktest.TestBackend(t, func() block.Backend { return file(t, block.Options{Direct: true}) })
 	})
 	t.Run("Mem", func(t *testing.T) {
-		scsitest.TestBackend(t, func() block.Backend { return block.NewMem(2 * mib) })
+		blocktest.TestBackend(t, func() block.Backend { return block.NewMem(2 * mib) })
 	})
 	t.Run("Memory", func(t *testing.T) {
-		scsitest.TestBackend(t, func() block.Backend {
+		blocktest.TestBackend(t, func() block.Backend {
 			f, err := block.OpenMemory(2 * mib)
 			if err != nil {
 				t.Fatal(err)
@@ -71,14 +71,14 @@ func TestBackends(t *testing.T) {
 		})
 	})
 	t.Run("Volatile", func(t *testing.T) {
-		scsitest.TestBackend(t, func() block.Backend { return block.NewVolatile(2 * mib) })
+		blocktest.TestBackend(t, func() block.Backend { return block.NewVolatile(2 * mib) })
 	})
 	t.Run("Faulty", func(t *testing.T) {
-		scsitest.TestBackend(t, func() block.Backend { return block.NewFaulty(block.NewMem(2 * mib)) })
+		blocktest.TestBackend(t, func() block.Backend { return block.NewFaulty(block.NewMem(2 * mib)) })
 	})
 	t.Run("plain", func(t *testing.T) {
 		// A backend with nothing but the four methods.
-		scsitest.TestBackend(t, func() block.Backend { return struct{ block.Backend }{block.NewMem(2 * mib)} })
+		blocktest.TestBackend(t, func() block.Backend { return struct{ block.Backend }{block.NewMem(2 * mib)} })
 	})
 }
 
@@ -404,7 +404,7 @@ func TestBlockDevice(t *testing.T) {
 	for _, direct := range []bool{false, true} {
 		name := map[bool]string{false: "buffered", true: "direct"}[direct]
 		t.Run(name, func(t *testing.T) {
-			scsitest.TestBackend(t, func() block.Backend {
+			blocktest.TestBackend(t, func() block.Backend {
 				control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 				if err != nil {
 					t.Skipf("no loop device can be set up here: %v", err)

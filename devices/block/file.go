@@ -364,7 +364,7 @@ func (b *File) Stat() (fs.FileInfo, error) { return b.f.Stat() }
 // Size returns the size of the image in bytes.
 func (b *File) Size() int64 { return b.size.Load() }
 
-// Identity names the image by its absolute path, so that a unit without a
+// Identity names the image by its absolute path, so that a disk without a
 // serial number has the same one in every run.
 func (b *File) Identity() string {
 	path, err := filepath.EvalSymlinks(b.path)

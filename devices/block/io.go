@@ -15,7 +15,7 @@ import (
 const iovMax = 1024
 
 // maxBytes is the most that one system call moves: MAX_RW_COUNT of Linux is
-// 2 GiB less a page. Anything a unit asks for is smaller.
+// 2 GiB less a page. A request of a disk is smaller.
 const maxBytes = 1 << 30
 
 // transfer is one of preadv and pwritev, with its flags: the seam for another

@@ -364,7 +364,7 @@ func (o *Overlay) check(off, n int64) error {
 // Size returns the size of the base.
 func (o *Overlay) Size() int64 { return o.size }
 
-// Identity is that of the file with a name, so that a unit keeps its serial number
+// Identity is that of the file with a name, so that a disk keeps its serial number
 // from run to run.
 func (o *Overlay) Identity() string {
 	if o.named {

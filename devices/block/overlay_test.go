@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/block"
-	"gvm/devices/scsi/scsitest"
+	"gvm/devices/block/blocktest"
 )
 
 const cluster = 64 << 10
@@ -66,7 +66,7 @@ func wantData(t *testing.T, what string, b block.Backend, want []byte) {
 func TestOverlay(t *testing.T) {
 	for _, path := range []string{"", "overlay"} {
 		t.Run("suite "+path, func(t *testing.T) {
-			scsitest.TestBackend(t, func() block.Backend {
+			blocktest.TestBackend(t, func() block.Backend {
 				at := path
 				if at != "" {
 					at = filepath.Join(t.TempDir(), path)

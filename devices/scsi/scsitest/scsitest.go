@@ -1,6 +1,5 @@
-// Package scsitest tests SCSI targets and the storage below them: an initiator in one call (Do),
-// CDB vectors with their expected answers (Vectors), an acceptance suite for backends (TestBackend)
-// and a backend that records its calls (Recorder).
+// Package scsitest tests SCSI targets: it has an initiator in one call (Do), CDB vectors with their
+// expected answers (Vectors) and a backend that records the operations on it (Recorder).
 package scsitest
 
 import (

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"io"
 
+	"gvm/devices/iovec"
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
@@ -55,7 +56,7 @@ func (d *Device) control(w *virtio.Worker, c *virtq.Chain) error {
 			resp[4] = sBadTarget
 		}
 	}
-	scatter(c.In.Take(in), resp)
+	iovec.Scatter(c.In.Take(in), resp)
 	w.Complete(c, uint32(in))
 	return nil
 }

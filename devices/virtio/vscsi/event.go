@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"sync"
 
+	"gvm/devices/iovec"
 	"gvm/devices/scsi"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtq"
@@ -148,7 +149,7 @@ func (e *events) write(t EventType, lun scsi.LUN, reason Reason) bool {
 		binary.BigEndian.PutUint64(ev[4:], 0x01<<56|uint64(lun)>>16)
 	}
 	binary.LittleEndian.PutUint32(ev[12:], uint32(reason))
-	scatter(b.c.In.Take(eventLen), ev[:])
+	iovec.Scatter(b.c.In.Take(eventLen), ev[:])
 	b.w.Complete(b.c, eventLen)
 	return true
 }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"slices"
 
+	"gvm/devices/iovec"
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
@@ -164,7 +165,7 @@ func (r *request) answer(code byte, res scsi.Result) {
 	binary.LittleEndian.PutUint16(resp[8:], 0) // status_qualifier
 	resp[10] = byte(res.Status)
 	resp[11] = code
-	scatter(r.to, resp)
+	iovec.Scatter(r.to, resp)
 
 	written := r.toLen
 	if len(r.cmd.In) > 0 {

@@ -266,10 +266,3 @@ func address(lun []byte) (scsi.LUN, bool) {
 func guestErr(rule, format string, args ...any) error {
 	return &virtq.GuestError{Rule: "virtio 1.3, " + rule, What: fmt.Sprintf(format, args...)}
 }
-
-// scatter copies src to the front of dst, which is at least as long.
-func scatter(dst [][]byte, src []byte) {
-	for _, b := range dst {
-		src = src[copy(b, src):]
-	}
-}

@@ -1,4 +1,5 @@
-package scsitest
+// Package blocktest has an acceptance suite for the storage of disks.
+package blocktest
 
 import (
 	"bytes"
