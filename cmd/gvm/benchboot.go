@@ -227,7 +227,8 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 		}
 		m := median(until)
 		fmt.Fprintf(t, "%s\t%s\t%s\t%.1f\t%.1f\t(%.1f–%.1f)\t%.1f\t%s\t\n",
-			v.name, known(median(instruction)), known(median(kernel)), median(first), m, until[0], until[len(until)-1], median(cpu), of)
+			v.name, known(median(instruction)), known(median(kernel)), median(first),
+			m, until[0], until[len(until)-1], median(cpu), of)
 	}
 	return t.Flush()
 }

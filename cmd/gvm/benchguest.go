@@ -123,7 +123,8 @@ func guestSamples(vmm string, round int, console []byte) (all []guestSample, err
 		n := func(i int) float64 { v, _ := strconv.ParseFloat(string(m[i]), 64); return v }
 		all = append(all, guestSample{
 			VMM: vmm, Round: round, Operation: string(m[1]), Depth: int(n(2)), Driver: string(m[3]),
-			IOPS: n(4) / n(5) * 1e6, P50: n(6), P99: n(7), P999: n(8), Max: n(9), Notifications: int(n(10)), Interrupts: int(n(11)),
+			IOPS: n(4) / n(5) * 1e6, P50: n(6), P99: n(7), P999: n(8), Max: n(9),
+			Notifications: int(n(10)), Interrupts: int(n(11)),
 		})
 	}
 	if len(all) == 0 {

@@ -79,9 +79,9 @@ const openPatience = 500 * time.Millisecond
 // kernel's, as its Backend says. On an error nothing stays open or provisioned, and the effects of
 // size= are undone. IsConfig reports whether the user can correct the error.
 //
-// Storage, and other processes that change the kernel's target, may take any time. Open returns
-// openPatience after the end of ctx, with its cause and the name of what Open waited for. When that
-// wait is over, Open undoes its work.
+// Storage, and other processes that change the kernel's target, may block Open. Open returns
+// openPatience after the end of ctx at the latest. Its error then has the cause of ctx and the name
+// of the image or target that it waited for, and its work is undone once that wait is over.
 func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
 	type result struct {
 		ds  *Set

@@ -30,7 +30,7 @@ func (ds *Set) end(ctx context.Context) map[any]bool {
 		}
 		s := ds.served[i]
 		ds.mishaps.note(fmt.Sprintf("%s: its storage has not finished a request; gvm ends without it, "+
-			"and what the guest did not flush may be lost", s.Name()))
+			"and writes that the guest did not flush may be lost", s.Name()))
 		busy[s.backend()] = true
 		ds.served = slices.Delete(ds.served, i, i+1)
 	}
@@ -79,8 +79,8 @@ func (ds *Set) settle(ctx context.Context) error {
 			}
 		case <-ctx.Done():
 			for s := range left {
-				ds.mishaps.note(fmt.Sprintf("%s: what the guest did not flush is not all on stable storage; "+
-					"the host goes on writing it", s.Name()))
+				ds.mishaps.note(fmt.Sprintf("%s: some writes that the guest did not flush "+
+					"are not on stable storage yet; the host continues to write them", s.Name()))
 			}
 			return errors.Join(errs...)
 		}
