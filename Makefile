@@ -2,6 +2,9 @@
 GO ?= go
 export CGO_ENABLED = 0
 
+# go test, and then a line for each of the tests that took longest.
+GOTEST = $(GO) run ./guest-tests/cmd/gotest
+
 # The packages whose tests start the lab, which wants the machine for itself; and
 # the others. Two guests at a time are what loses guests in the lab: -parallel 1.
 LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostscsi
@@ -19,7 +22,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test lint race racelab fuzz soak conformance vhost kernel bench guest clean
+.PHONY: build run demo test test-all lint race racelab fuzz soak conformance vhost kernel bench guest clean
 .PHONY: man stage install uninstall deb
 
 build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
@@ -33,12 +36,20 @@ demo: ## boot a stock Debian kernel to a shell, here or in the lab
 
 # What the kernel's vhost-scsi serves is tested on three kernels; on the second and third in a
 # short form, of what differs between them. `make vhost` has all of it.
-test: ## every test; those that need a real KVM run in the lab where there is none
-	$(GO) test -timeout 10m $(UNIT)
-	$(GO) test -timeout 40m -p 1 -parallel 1 $(LAB)
-	GVM_TEST_L1=6.12 $(GO) test -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Trace)' ./guest-tests/linux
-	GVM_TEST_L1=7.3 $(GO) test -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Equivalence|Filesystems|Plug)' ./guest-tests/linux
-	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GO) test -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
+test: ## the tests of every day; those that need a real KVM run in the lab where there is none
+	$(GOTEST) -timeout 10m $(UNIT)
+	$(GOTEST) -timeout 40m -p 1 -parallel 1 $(LAB)
+	GVM_TEST_L1=6.12 $(GOTEST) -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Trace)' ./guest-tests/linux
+	GVM_TEST_L1=7.3 $(GOTEST) -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Equivalence|Filesystems|Plug)' ./guest-tests/linux
+	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
+
+# All words that test something. One that fails does not keep the others from running.
+ALL ?= test lint race kernel vhost conformance soak fuzz racelab
+test-all: ## test, and then all the rest; what took longest comes at the end
+	@times=$$(mktemp) || exit 1; export GVM_TEST_TIMES=$$times; failed=; \
+	for word in $(ALL); do echo "test-all: $$word"; $(MAKE) $$word || failed="$$failed $$word"; done; \
+	echo "test-all: what took longest:"; sort -rn $$times | head -n 30; rm $$times; \
+	test -z "$$failed" || { echo "test-all: failed:$$failed" >&2; exit 1; }
 
 lint: ## gofmt, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt would change: $$out"; exit 1; }
@@ -52,7 +63,7 @@ lint: ## gofmt, go vet, staticcheck
 # Without what takes most of the time: gvm's benchmarks run as programs, and the conformance
 # suite on three more kinds of disk.
 race: ## the unit tests under the race detector
-	CGO_ENABLED=1 $(GO) test -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^TestTarget$$/^(4096|thick|readonly)$$' $(UNIT)
+	CGO_ENABLED=1 $(GOTEST) -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^TestTarget$$/^(4096|thick|readonly)$$' $(UNIT)
 
 # gvm itself has the detector there as well, and ends when it finds something. Static, for
 # guests, which get diskload, have no C library; xz without, which would decompress a kernel
@@ -63,7 +74,7 @@ RUN ?= .
 racelab: export GORACE = halt_on_error=1
 racelab: export GOFLAGS = -race "-ldflags=-linkmode=external -extldflags=-static" -gcflags=github.com/mikelolasagasti/xz=-race=false
 racelab: ## what runs in the lab under the race detector, gvm and all
-	CGO_ENABLED=1 $(GO) test -timeout 60m -p 1 -parallel 1 -run '$(RUN)' $(RACELAB)
+	CGO_ENABLED=1 $(GOTEST) -timeout 60m -p 1 -parallel 1 -run '$(RUN)' $(RACELAB)
 
 # A count and not a time: with a time, go test can fail at its end with "context deadline
 # exceeded" and no finding (go.dev/issue/75804).
@@ -83,8 +94,8 @@ conformance: ## libiscsi's suite in Linux guests on gvm's, the kernel's and QEMU
 	$(GO) test -run '^$$' -bench BenchmarkConformance -benchtime 1x -timeout 60m -v ./guest-tests/linux
 
 vhost: ## all guests' tests of what the kernel serves, on three of the lab's kernels
-	$(GO) test -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux
-	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GO) test -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux || exit 1; done
+	$(GOTEST) -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux
+	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux || exit 1; done
 
 kernel: ## build a small kernel of Debian's source, and run the guests' tests that need it, in the lab
 	$(GO) run ./guest-tests/cmd/lab kernel

@@ -144,7 +144,8 @@ func (t *transcript) Write(p []byte) (int, error) {
 	return t.to.Write(p)
 }
 
-var failLine = regexp.MustCompile(`(?m)^--- FAIL: (\w+) `)
+// failLine is a test that failed, also in the form that go test -json reads.
+var failLine = regexp.MustCompile(`(?m)^\x16?--- FAIL: (\w+) `)
 
 // failed returns the names of the tests that failed, without subtests.
 func (t *transcript) failed() (names []string) {

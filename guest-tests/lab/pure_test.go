@@ -129,7 +129,7 @@ func TestTranscript(t *testing.T) {
 	var to bytes.Buffer
 	out := &transcript{to: &to}
 	const text = "=== RUN   TestA\n--- FAIL: TestA (0.1s)\n    --- FAIL: TestA/x (0.1s)\n--- PASS: TestB (0.2s)\n" +
-		"--- FAIL: TestC (3s)\nFAIL\n"
+		"\x16--- FAIL: TestC (3s)\nFAIL\n"
 	for _, part := range []string{text[:20], text[20:]} {
 		io.WriteString(out, part)
 	}

@@ -1,0 +1,166 @@
+// Gotest runs go test with its arguments, and then prints a line for each of the tests that took
+// longest.
+//
+//	go run ./guest-tests/cmd/gotest [ARGUMENT]...
+//
+// What it prints before is what go test prints of packages: all output of those that fail, and with
+// -v that of all. If GVM_TEST_TIMES is set, it names a file that gets the lines as well.
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+)
+
+// timesEnv names the file that gets the lines of several runs.
+const timesEnv = "GVM_TEST_TIMES"
+
+// A run says at most longest tests, and none that took less than short seconds.
+const longest, short = 5, 5
+
+func main() { os.Exit(run(os.Args[1:])) }
+
+func run(args []string) int {
+	cmd := exec.Command("go", append([]string{"test", "-json"}, args...)...)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	times, err := report(os.Stdout, out, slices.Contains(args, "-v"))
+	err = errors.Join(err, cmd.Wait(), times.print(os.Stdout, os.Getenv(timesEnv)))
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	if err != nil {
+		return 1
+	}
+	return 0
+}
+
+// event is a line of go test -json: see go doc test2json.
+type event struct {
+	Action, Package, Test, Output string
+	Elapsed                       float64
+}
+
+type testTime struct {
+	seconds float64
+	name    string
+}
+
+type testTimes []testTime
+
+// report reads events, and writes what a reader of go test expects.
+func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, err error) {
+	kept := map[string]map[string][]string{} // lines of tests that have not passed, by package and test
+	lines := bufio.NewReader(events)
+	for {
+		line, readErr := lines.ReadBytes('\n')
+		if readErr != nil {
+			if !errors.Is(readErr, io.EOF) {
+				err = errors.Join(err, readErr)
+			}
+			return times, err
+		}
+		var e event
+		if json.Unmarshal(line, &e) != nil {
+			_, writeErr := w.Write(line) // not an event, such as what the go command itself says
+			err = errors.Join(err, writeErr)
+			continue
+		}
+		text := ""
+		tests := kept[e.Package]
+		if tests == nil {
+			tests = map[string][]string{}
+			kept[e.Package] = tests
+		}
+		top, _, sub := strings.Cut(e.Test, "/")
+		switch e.Action {
+		case "build-output":
+			text = e.Output
+		case "output":
+			if verbose || e.Test == "" && isSummary(e.Output) {
+				text = e.Output
+			} else if !strings.HasPrefix(e.Output, "=== ") {
+				tests[top] = append(tests[top], e.Output)
+			}
+			if e.Test == "" && strings.HasPrefix(e.Output, "FAIL\t") && !verbose {
+				text = failed(tests) + text
+			}
+		case "pass", "skip", "fail":
+			if e.Test != "" && !sub {
+				times = append(times, testTime{e.Elapsed, e.Package + " " + e.Test})
+			}
+			if e.Action != "fail" && !sub {
+				delete(tests, e.Test)
+			}
+		}
+		_, writeErr := io.WriteString(w, text)
+		err = errors.Join(err, writeErr)
+	}
+}
+
+// isSummary tells whether a line is the one that go test prints of a package.
+func isSummary(line string) bool {
+	return strings.HasPrefix(line, "ok  \t") || strings.HasPrefix(line, "FAIL\t") || strings.HasPrefix(line, "?   \t")
+}
+
+// failed returns what is kept of a package: what it printed itself comes first.
+func failed(tests map[string][]string) string {
+	var b strings.Builder
+	names := make([]string, 0, len(tests))
+	for name := range tests {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		for _, line := range tests[name] {
+			b.WriteString(line)
+		}
+		delete(tests, name)
+	}
+	return b.String()
+}
+
+// print writes the longest of the times to w, and all that are not short to the end of file, if it
+// is named.
+func (t testTimes) print(w io.Writer, file string) error {
+	slices.SortStableFunc(t, func(a, b testTime) int {
+		switch {
+		case a.seconds > b.seconds:
+			return -1
+		case a.seconds < b.seconds:
+			return 1
+		}
+		return 0
+	})
+	var lines []string
+	for _, test := range t {
+		if test.seconds >= short {
+			lines = append(lines, fmt.Sprintf("%8.1f s  %s\n", test.seconds, test.name))
+		}
+	}
+	_, err := io.WriteString(w, strings.Join(lines[:min(len(lines), longest)], ""))
+	if err != nil || file == "" {
+		return err
+	}
+	f, err := os.OpenFile(file, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.WriteString(f, strings.Join(lines, ""))
+	return errors.Join(err, f.Close())
+}

@@ -1,0 +1,63 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+const events = `{"Action":"start","Package":"a"}
+{"Action":"output","Package":"a","Test":"TestQuick","Output":"=== RUN   TestQuick\n"}
+{"Action":"output","Package":"a","Test":"TestQuick","Output":"noise\n"}
+{"Action":"pass","Package":"a","Test":"TestQuick","Elapsed":0.5}
+{"Action":"output","Package":"a","Test":"TestBad","Output":"=== RUN   TestBad\n"}
+{"Action":"output","Package":"a","Test":"TestBad/sub","Output":"    bad_test.go:1: wrong\n"}
+{"Action":"fail","Package":"a","Test":"TestBad/sub","Elapsed":7}
+{"Action":"output","Package":"a","Test":"TestBad","Output":"--- FAIL: TestBad (7.00s)\n"}
+{"Action":"fail","Package":"a","Test":"TestBad","Elapsed":7}
+{"Action":"output","Package":"a","Output":"FAIL\n"}
+{"Action":"output","Package":"a","Output":"FAIL\ta\t7.5s\n"}
+{"Action":"fail","Package":"a","Elapsed":7.5}
+{"Action":"output","Package":"b","Output":"lab: L1 is up\n"}
+{"Action":"output","Package":"b","Test":"TestSlow","Output":"noise\n"}
+{"Action":"pass","Package":"b","Test":"TestSlow","Elapsed":61.25}
+{"Action":"output","Package":"b","Output":"PASS\n"}
+{"Action":"output","Package":"b","Output":"ok  \tb\t61.3s\n"}
+{"Action":"pass","Package":"b","Elapsed":61.3}
+not an event
+`
+
+func TestReport(t *testing.T) {
+	var out strings.Builder
+	times, err := report(&out, strings.NewReader(events), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "FAIL\n    bad_test.go:1: wrong\n--- FAIL: TestBad (7.00s)\nFAIL\ta\t7.5s\nok  \tb\t61.3s\nnot an event\n"
+	if out.String() != want {
+		t.Errorf("prints %q, want %q", out.String(), want)
+	}
+	out.Reset()
+	file := filepath.Join(t.TempDir(), "times")
+	if err := times.print(&out, file); err != nil {
+		t.Fatal(err)
+	}
+	want = "    61.2 s  b TestSlow\n     7.0 s  a TestBad\n"
+	if out.String() != want {
+		t.Errorf("the longest are %q, want %q", out.String(), want)
+	}
+	if b, err := os.ReadFile(file); err != nil || string(b) != want {
+		t.Errorf("the file has %q, %v, want %q", b, err, want)
+	}
+}
+
+func TestReportVerbose(t *testing.T) {
+	var out strings.Builder
+	if _, err := report(&out, strings.NewReader(events), true); err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(out.String(), "noise\n"); n != 2 {
+		t.Errorf("noise is printed %d times, want 2", n)
+	}
+}
