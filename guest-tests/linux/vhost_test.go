@@ -202,7 +202,7 @@ func TestVhostEndings(t *testing.T) {
 		{"SIGHUP", []string{"--guest-arg", "echo"}, syscall.SIGHUP, 129, "SIGHUP"},
 		{"no such image", []string{"--disk", "/none,backend=vhost"}, 0, 2, "/none"},
 		{"too many CPUs", []string{"--cpus", "100000"}, 0, 2, "CPUs"},
-		{"too many queues", []string{"--disk", "wwn=naa.5001405ffffffff0,backend=vhost"}, 0, 3, "no target naa.5001405ffffffff0"},
+		{"no such target", []string{"--disk", "wwn=naa.5001405ffffffff0,backend=vhost"}, 0, 3, "gvm: --disk naa.5001405ffffffff0: no such target"},
 		{"a trace that cannot be", []string{"--trace", "/none/trace"}, 0, 2, "trace"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -316,7 +316,7 @@ func (h *host) lookup(wwn string) (_ *Target, err error) {
 		return nil, noRoot(h.root, err)
 	}
 	if !slices.Contains(wwns, wwn) {
-		return nil, fail(ErrNoTarget, nil, "no target %s under %s/vhost: see gvm lio list", wwn, h.root)
+		return nil, fail(ErrNoTarget, nil, "%s: no such target under %s/vhost: see gvm lio list", wwn, h.root)
 	}
 	_, owners, err := h.adapters()
 	if err != nil {
