@@ -1,7 +1,8 @@
-// Package block has what any disk device needs: storage as a Backend with optional abilities, which are
-// raw files and block devices (File), memory (OpenMemory, and Mem without a file), nothing (Null), what
-// was written over a base that stays as it is (Overlay), a wrapper that fails on purpose (Faulty), and a
-// disk whose cache a power cut loses (Volatile). It knows no command set.
+// Package block is the storage of disks, whatever command set they have. A Backend can be read,
+// written and flushed, and may have more abilities, such as Vectored and Discarder. The package has
+// raw files and block devices (File), memory (OpenMemory, and Mem without a file), nothing (Null),
+// data written over a base that stays as it is (Overlay), a wrapper that fails on purpose (Faulty),
+// and a disk that loses its cache at a power cut (Volatile).
 package block
 
 import (
