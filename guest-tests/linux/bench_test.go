@@ -24,25 +24,27 @@ import (
 	"gvm/guest/bootinit"
 )
 
-// benchCmdline keeps a kernel from work that is nobody's business in a test guest.
+// benchCmdline keeps a kernel from work that a test guest does not need.
 const benchCmdline = "quiet mitigations=off cryptomgr.notests"
 
-// qemuArgs are arguments of a QEMU that is as near to gvm run as it gets, but for
-// disks.
+// qemuArgs returns arguments that make QEMU as similar to gvm run as possible, without disks.
 func qemuArgs(machine, kernel, initrd string) []string {
-	return []string{"-accel", "kvm", "-cpu", "host", "-machine", machine, "-m", "512", "-nodefaults", "-no-user-config", "-display", "none",
-		"-serial", "stdio", "-no-reboot", "-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 panic=-1 " + benchCmdline,
+	return []string{"-accel", "kvm", "-cpu", "host", "-machine", machine, "-m", "512", "-nodefaults", "-no-user-config",
+		"-display", "none",
+		"-serial", "stdio", "-no-reboot", "-kernel", kernel, "-initrd", initrd, "-append",
+		"console=ttyS0 panic=-1 " + benchCmdline,
 		"-device", "virtio-rng-pci"}
 }
 
-// cleanMemory has the kernel clear the memory that it is going to give to the next guest. An
-// emulated processor (the lab's) is slow to store to memory that still has code of an earlier
-// guest on it, which it has translated; this is so of no other.
+// cleanMemory makes the kernel clear the memory that the next guest will get. An emulated processor
+// (the lab's) is slow to store to memory with translated code of an earlier guest; no other
+// processor is.
 func cleanMemory(b *testing.B) {
 	if os.Getenv(lab.InLabEnv) != "1" {
 		return
 	}
-	memory, err := unix.Mmap(-1, 0, 1<<30, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	memory, err := unix.Mmap(-1, 0, 1<<30, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
 	if err == nil {
 		err = unix.Munmap(memory)
 	}
@@ -51,7 +53,7 @@ func cleanMemory(b *testing.B) {
 	}
 }
 
-// figure is what a benchmark measured in one way, once in each of its iterations.
+// figure is a benchmark's measurements of one way, one for each iteration.
 type figure struct {
 	What   string    `json:"what"` // and its unit
 	Way    string    `json:"way"`
@@ -60,7 +62,7 @@ type figure struct {
 	Ratios []float64 `json:"ratios,omitempty"` // of the values to the peer's
 }
 
-// of makes f's ratios to what peer measured in the same iterations.
+// of computes f's ratios to peer's values in the same iterations.
 func (f *figure) of(peer figure) {
 	f.Peer = peer.Way
 	for i, v := range f.Values {
@@ -68,8 +70,8 @@ func (f *figure) of(peer figure) {
 	}
 }
 
-// report prints figures as a table of medians, with the lowest and the highest, and writes
-// them to name.json where go test's -outputdir says.
+// report prints figures as a table of medians, with the lowest and the highest, and writes them to
+// name.json in go test's -outputdir.
 func report(b *testing.B, name string, figures []figure) {
 	b.Helper()
 	spread := func(v []float64, format string) string {
@@ -100,9 +102,9 @@ func report(b *testing.B, name string, figures []figure) {
 	}
 }
 
-// BenchmarkBoot measures from the start of a VMM to the first word of init (bootinit's), with
-// Debian's xz-compressed bzImage or the vmlinux in it, and benchCmdline. Each iteration boots
-// once in every way, one after the other, as a lab's speed changes over time.
+// BenchmarkBoot measures from the start of a VMM to the first output of init (bootinit's), with
+// Debian's xz-compressed bzImage or the vmlinux in it, and benchCmdline. Each iteration boots once
+// in every way, one after the other, because a lab's speed changes over time.
 func BenchmarkBoot(b *testing.B) {
 	l := theLab(b)
 	initramfs, err := bootinit.Initramfs()
@@ -126,7 +128,7 @@ func BenchmarkBoot(b *testing.B) {
 	ways := []struct {
 		name    string
 		program string
-		cold    bool // no kernel is in the cache
+		cold    bool // the cache has no kernel
 		args    []string
 		peer    string
 	}{
@@ -152,7 +154,7 @@ func BenchmarkBoot(b *testing.B) {
 		p.wait()
 		return d
 	}
-	boot(0) // files come into the page cache, the kernel into gvm's
+	boot(0) // fills the page cache with files, and gvm's cache with the kernel
 	figures := make([]figure, len(ways))
 	for i, w := range ways {
 		figures[i].What, figures[i].Way = "until init runs, s", w.name
@@ -172,9 +174,9 @@ func BenchmarkBoot(b *testing.B) {
 	report(b, "linux-boot", figures)
 }
 
-// BenchmarkDisk has fio, in a Linux guest, read and write blocks of 4 KiB at random places of
-// the same file, served by gvm's target and the kernel's, in gvm and in
-// QEMU. Each iteration boots a guest of each, one after the other.
+// BenchmarkDisk has fio, in a Linux guest, read and write blocks of 4 KiB at random places of the
+// same file, served by gvm's target and the kernel's, in gvm and in QEMU. Each iteration boots a
+// guest of each, one after the other.
 func BenchmarkDisk(b *testing.B) {
 	l := theLab(b)
 	qemu, err := exec.LookPath("qemu-system-x86_64")
@@ -187,11 +189,13 @@ func BenchmarkDisk(b *testing.B) {
 	fields := map[string]string{"read": "$8, $40", "write": "$49, $81"}
 	for _, load := range loads {
 		rw, depth, _ := strings.Cut(load, "-")
-		script += fmt.Sprintf(`say %s $(fio --name=x --filename=/dev/sda --direct=1 --ioengine=libaio --rw=rand%s --bs=4k --iodepth=%s \
-	--time_based --runtime=5 --norandommap --disable_slat=1 --disable_clat=1 --eta=never --output-format=terse --terse-version=3 2>&1 | awk -F';' '$1 == 3 && $5 == 0 { print %s }')
+		script += fmt.Sprintf(`say %s $(fio --name=x --filename=/dev/sda --direct=1 --ioengine=libaio --rw=rand%s --bs=4k \
+	--iodepth=%s --time_based --runtime=5 --norandommap --disable_slat=1 --disable_clat=1 --eta=never \
+	--output-format=terse --terse-version=3 2>&1 | awk -F';' '$1 == 3 && $5 == 0 { print %s }')
 `, load, rw, depth, fields[rw])
 	}
-	args := guest{kernel: l.Debian, hostPrograms: []string{hostProgram(b, "fio", "fio")}, script: script, cmdline: benchCmdline}.build(b)
+	args := guest{kernel: l.Debian, hostPrograms: []string{hostProgram(b, "fio", "fio")}, script: script,
+		cmdline: benchCmdline}.build(b)
 	initrd := args[4]
 	file := filepath.Join(b.TempDir(), "disk")
 	if err := os.WriteFile(file, content("disk", 64<<20), 0o600); err != nil {
@@ -204,13 +208,14 @@ func BenchmarkDisk(b *testing.B) {
 	}
 	ways := []struct {
 		name string
-		peer int // what it is compared with
+		peer int // the row to compare with
 		make func() (program string, args []string, done func())
 	}{
 		{"gvm", 2, gvmWith("process")},
 		{"gvm-vhost", 3, gvmWith("vhost")},
 		{"qemu", -1, func() (string, []string, func()) {
-			return qemu, append(qemuArgs("q35", l.Debian.BZImage, initrd), "-object", "iothread,id=t", "-device", "virtio-scsi-pci,iothread=t",
+			return qemu, append(qemuArgs("q35", l.Debian.BZImage, initrd), "-object", "iothread,id=t", "-device",
+				"virtio-scsi-pci,iothread=t",
 				"-drive", "if=none,id=d,format=raw,cache=writeback,file="+file, "-device", "scsi-hd,drive=d"), func() {}
 		}},
 		{"qemu-vhost", -1, func() (string, []string, func()) {
@@ -222,11 +227,12 @@ func BenchmarkDisk(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			return qemu, append(qemuArgs("q35", l.Debian.BZImage, initrd), "-device", "vhost-scsi-pci,wwpn="+target.WWN), func() {
-				if err := errors.Join(target.Close(), f.Close()); err != nil {
-					b.Error(err)
+			return qemu, append(qemuArgs("q35", l.Debian.BZImage, initrd), "-device",
+					"vhost-scsi-pci,wwpn="+target.WWN), func() {
+					if err := errors.Join(target.Close(), f.Close()); err != nil {
+						b.Error(err)
+					}
 				}
-			}
 		}},
 	}
 	iops, latency := make([]figure, len(loads)*len(ways)), make([]figure, len(loads)*len(ways))
@@ -245,7 +251,8 @@ func BenchmarkDisk(b *testing.B) {
 				}
 				k := j*len(ways) + i
 				iops[k].What, iops[k].Way, iops[k].Values = load+", IOPS", w.name, append(iops[k].Values, n)
-				latency[k].What, latency[k].Way, latency[k].Values = load+", mean latency, µs", w.name, append(latency[k].Values, us)
+				latency[k].What, latency[k].Way, latency[k].Values = load+
+					", mean latency, µs", w.name, append(latency[k].Values, us)
 			}
 		}
 	}

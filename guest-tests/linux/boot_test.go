@@ -25,11 +25,11 @@ echo 3 >/proc/sys/vm/drop_caches
 say written $(dd if=/dev/sda iflag=direct bs=4k skip=512 count=42 2>/dev/null | head -c 168894 | sum)
 `
 
-// lowRAM is what a guest's memory map lacks of its RAM: the area of ROMs and
-// tables that ends at 1 MiB, and the last KiB below 640 KiB.
+// lowRAM is the part of a guest's RAM that its memory map lacks: the area of ROMs and tables that
+// ends at 1 MiB, and the last KiB below 640 KiB.
 const lowRAM = 1<<20 - 639<<10
 
-// TestBoot boots every kernel in every way, and has each read and write a disk.
+// TestBoot boots every kernel in every way, and each reads and writes a disk.
 func TestBoot(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -78,8 +78,7 @@ klog`
 	}
 }
 
-// TestSMP looks at what a guest with four CPUs and memory above 4 GiB is made
-// of.
+// TestSMP checks the hardware of a guest with four CPUs and memory above 4 GiB.
 func TestSMP(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -124,8 +123,9 @@ klog
 		"cpus": "4", "ram": strconv.Itoa(6<<30 - lowRAM),
 		"sockets": "0", "core-ids": "0 1 2 3", "cores": "4", "siblings": "4", "apicids": "0 1 2 3", "threads": "0 1 2 3",
 		"flag-x2apic": "yes", "flag-tsc_deadline_timer": "yes", "flag-hypervisor": "yes",
-		"clocksource": "kvm-clock", "timers": "lapic-deadline lapic-deadline lapic-deadline lapic-deadline", "x2apic": "in use",
-		"rng": "virtio_rng.0", "random": "16",
+		"clocksource": "kvm-clock", "timers": "lapic-deadline lapic-deadline lapic-deadline lapic-deadline",
+		"x2apic": "in use",
+		"rng":    "virtio_rng.0", "random": "16",
 		"above": "1", "copied": sum(data),
 		"irq-virtio0-request": "PCI-MSI",
 	})
@@ -136,20 +136,21 @@ klog
 	wantFile(t, disk, 0, data)
 }
 
-// TestManyCPUs boots with more CPUs than any machine here has. It is not parallel, so that it
-// comes first: after some fifty other guests it has hung in the lab, which takes three minutes.
+// TestManyCPUs boots with more CPUs than any machine here has. It is not parallel, so that it runs
+// first: after some fifty other guests it has hung in the lab, which takes three minutes.
 func TestManyCPUs(t *testing.T) {
 	l := theLab(t)
 	r := again(t, func(r result) bool { return r.status == 0 }, func() result {
-		return guest{kernel: l.Cloud, script: verifiedIO + "klog"}.run(t, "--disk", diskFile(t, content(t.Name(), 8<<20)), "--cpus", "8")
+		return guest{kernel: l.Cloud, script: verifiedIO + "klog"}.run(t, "--disk", diskFile(t, content(t.Name(), 8<<20)),
+			"--cpus", "8")
 	})
 	r.wantStatus(t, 0)
 	r.want(t, map[string]string{"cpus": "8", "whole": sum(content(t.Name(), 8<<20)), "written": sum(numbers(1, 30000))})
 	r.kernelLog(t, 1)
 }
 
-// TestHighAPICIDs: Linux takes CPUs whose APIC IDs have gaps and pass 254, and interrupts reach
-// them, those of a disk's queues as messages and that of the serial port through the I/O APIC.
+// TestHighAPICIDs: Linux uses CPUs whose APIC IDs have gaps and exceed 254. Interrupts reach them:
+// those of a disk's queues as messages, and that of the serial port through the I/O APIC.
 func TestHighAPICIDs(t *testing.T) {
 	t.Parallel()
 	r := guest{kernel: theLab(t).Cloud, script: `
@@ -179,8 +180,8 @@ klog
 	r.kernelLog(t, 1)
 }
 
-// TestInitrdAbove4GiB: an initrd that does not fit below 4 GiB is above, and Linux finds it whole.
-// Its first entry is a directory with as many bytes as do not fit, which Linux steps over.
+// TestInitrdAbove4GiB: an initrd that does not fit below 4 GiB lies above, and Linux finds it
+// intact. Its first entry is a directory of the size that does not fit, which Linux skips.
 func TestInitrdAbove4GiB(t *testing.T) {
 	t.Parallel()
 	g := guest{kernel: theLab(t).Cloud, script: `
@@ -193,7 +194,8 @@ klog`}
 	}
 	const hole = 13 << 28 // 3.25 GiB
 	var first []byte
-	// The fields of a newc header: inode, mode, links, owners, time, size, numbers, length of the name, sum.
+	// The fields of a newc header: inode, mode, links, owners, time, size, numbers, length of the
+	// name, sum.
 	for _, v := range []int{1, 0o40755, 2, 0, 0, 0, hole, 0, 0, 0, 0, len("hole\x00"), 0} {
 		first = fmt.Appendf(first, "%08x", v)
 	}
@@ -209,8 +211,9 @@ klog`}
 	if _, err := f.WriteAt(archive, size-int64(len(archive))); err != nil {
 		t.Fatal(err)
 	}
-	// The guest touches what the initrd has, and gvm's memory is the lab's.
-	r := gvm(t, "run", "--kernel", g.kernel.BZImage, "--initrd", large, "--memory", "12G", "--overcommit", "--cmdline", "quiet")
+	// The guest touches only the initrd's data, and gvm's memory is the lab's.
+	r := gvm(t, "run", "--kernel", g.kernel.BZImage, "--initrd", large, "--memory", "12G", "--overcommit",
+		"--cmdline", "quiet")
 	r.wantStatus(t, 0)
 	r.want(t, map[string]string{"above": fmt.Sprint("1 ", (size+4095)&^4095)})
 	r.kernelLog(t, 1)

@@ -20,7 +20,7 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// builtKernel is the kernel that ./dev kernel has built.
+// builtKernel returns the kernel built by ./dev kernel.
 func builtKernel(t *testing.T) *lab.Kernel {
 	t.Helper()
 	k, err := theLab(t).Built()
@@ -30,14 +30,14 @@ func builtKernel(t *testing.T) *lab.Kernel {
 	return k
 }
 
-// noNetwork is what a kernel without a network warns of.
+// noNetwork is a warning of a kernel without a network.
 const noNetwork = "ACPI: Failed to create genetlink family for ACPI event$"
 
-// withTime has the built kernel's log look like that of others.
+// withTime gives the built kernel's log the format of the others.
 const withTime = "printk.time=1"
 
-// rootInit is /sbin/init of a root file system with busybox: it says which file system it is
-// and what root= was, and writes to it.
+// rootInit is /sbin/init of a root file system with busybox: it prints the file system's name and
+// the value of root=, and writes to it.
 const rootInit = `#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -50,7 +50,7 @@ klog
 poweroff -f
 `
 
-// rootPartition is an ext4 file system of 4 MiB whose root says a name.
+// rootPartition returns an ext4 file system of 4 MiB that prints a name as the root.
 func rootPartition(t *testing.T, name string) []byte {
 	t.Helper()
 	busybox := hostProgram(t, "busybox", "busybox-static")
@@ -66,7 +66,8 @@ func rootPartition(t *testing.T, name string) []byte {
 	}
 	must(t, os.WriteFile(filepath.Join(tree, "sbin/init"), []byte(rootInit), 0o755))
 	must(t, os.WriteFile(filepath.Join(tree, "name"), []byte(name), 0o644))
-	if out, err := exec.Command("/usr/sbin/mke2fs", "-q", "-t", "ext4", "-d", tree, image, "4M").CombinedOutput(); err != nil {
+	mke2fs := exec.Command("/usr/sbin/mke2fs", "-q", "-t", "ext4", "-d", tree, image, "4M")
+	if out, err := mke2fs.CombinedOutput(); err != nil {
 		t.Fatalf("mke2fs: %v\n%s", err, out)
 	}
 	b, err = os.ReadFile(image)
@@ -74,8 +75,8 @@ func rootPartition(t *testing.T, name string) []byte {
 	return b
 }
 
-// TestBuiltRoot: a kernel without an initrd mounts the partition that root= names, gvm's or the
-// user's, with other disks that have roots too.
+// TestBuiltRoot: a kernel without an initrd mounts the partition of root=, gvm's or the user's,
+// although other disks have roots too.
 func TestBuiltRoot(t *testing.T) {
 	k := builtKernel(t)
 	const blocks = 4 << 20 / 512
@@ -89,7 +90,8 @@ func TestBuiltRoot(t *testing.T) {
 		copy(disks[name][rootStart*512:], rootPartition(t, name))
 		g := disks[name][2*512+128+16:] // of the second entry
 		le := binary.LittleEndian
-		uuids = append(uuids, fmt.Sprintf("PARTUUID=%08x-%04x-%04x-%x-%x", le.Uint32(g), le.Uint16(g[4:]), le.Uint16(g[6:]), g[8:10], g[10:16]))
+		uuids = append(uuids, fmt.Sprintf("PARTUUID=%08x-%04x-%04x-%x-%x", le.Uint32(g), le.Uint16(g[4:]), le.Uint16(g[6:]),
+			g[8:10], g[10:16]))
 	}
 	for _, c := range []struct {
 		name, cmdline string
@@ -99,9 +101,11 @@ func TestBuiltRoot(t *testing.T) {
 		{"gvm's word for a GPT", "", []string{"gpt0", "gpt1", "mbr", "gpt2"}, "gpt0", uuids[0]},
 		{"gvm's word for an MBR", "", []string{"mbr", "gpt1", "gpt0", "gpt2"}, "mbr", "PARTUUID=00c0ffee-02"},
 		{"gvm's word for a disk alone", "", []string{"whole"}, "whole", "/dev/sda"},
-		{"gvm's word for the kernel's disk", "", []string{"gpt1,backend=vhost", "gpt2", "gpt0,backend=vhost", "mbr"}, "gpt1", uuids[1]},
+		{"gvm's word for the kernel's disk", "", []string{"gpt1,backend=vhost", "gpt2", "gpt0,backend=vhost", "mbr"},
+			"gpt1", uuids[1]},
 		{"the user's word", "root=" + uuids[2], []string{"gpt0", "gpt1", "gpt2", "mbr"}, "gpt2", uuids[2]},
-		{"the user's word for an MBR", "root=PARTUUID=00c0ffee-02", []string{"gpt0", "gpt1", "gpt2", "mbr"}, "mbr", "PARTUUID=00c0ffee-02"},
+		{"the user's word for an MBR", "root=PARTUUID=00c0ffee-02", []string{"gpt0", "gpt1", "gpt2", "mbr"}, "mbr",
+			"PARTUUID=00c0ffee-02"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			args := []string{"run", "--kernel", k.BZImage, "--cmdline", "quiet " + withTime + " " + c.cmdline}
@@ -125,14 +129,14 @@ func TestBuiltRoot(t *testing.T) {
 				}
 				fsck(t, file)
 				if got := debugfs(t, file, "cat /written"); sum(got) != sum(numbers(1, 5000)) {
-					t.Errorf("/written in the image is %d bytes, not what the guest wrote", len(got))
+					t.Errorf("/written in the image has %d bytes that differ from the guest's", len(got))
 				}
 			}
 		})
 	}
 }
 
-// TestBuiltManyCPUs: a guest has dozens of CPUs, each of which runs programs.
+// TestBuiltManyCPUs: a guest has dozens of CPUs, and each runs programs.
 func TestBuiltManyCPUs(t *testing.T) {
 	const n = 48
 	data := content(t.Name(), 1<<20)
@@ -147,7 +151,9 @@ say ran $n
 say sum $(sum /dev/sda)
 klog`}.run(t, "--cpus", strconv.Itoa(n), "--disk", diskFile(t, data))
 	r.wantStatus(t, 0)
-	r.want(t, map[string]string{"cpus": strconv.Itoa(n), "last": strconv.Itoa(n - 1), "ran": strconv.Itoa(n), "sum": sum(data)})
+	r.want(t, map[string]string{
+		"cpus": strconv.Itoa(n), "last": strconv.Itoa(n - 1), "ran": strconv.Itoa(n), "sum": sum(data),
+	})
 	r.kernelLog(t, 1, noNetwork)
 }
 
@@ -191,7 +197,8 @@ func (d *debugger) receive() string {
 			return data
 		}
 		if d.p.ended {
-			d.t.Fatalf("gvm ended and the debugger waits; console:\n%s\nstandard error:\n%s", d.p.console.String(), d.p.errs.String())
+			d.t.Fatalf("gvm ended and the debugger waits; console:\n%s\nstandard error:\n%s",
+				d.p.console.String(), d.p.errs.String())
 		}
 		d.p.changed.Wait()
 	}
@@ -203,7 +210,7 @@ func (d *debugger) ask(command string) string {
 	return d.receive()
 }
 
-// ok sends a command that has no other answer.
+// ok sends a command whose only answer is OK.
 func (d *debugger) ok(command string) {
 	d.t.Helper()
 	if got := d.ask(command); got != "OK" {
@@ -211,7 +218,7 @@ func (d *debugger) ok(command string) {
 	}
 }
 
-// stopped fails the test unless the guest says that it has stopped with SIGTRAP.
+// stopped fails the test unless the guest reports a stop with SIGTRAP.
 func (d *debugger) stopped(answer string) {
 	d.t.Helper()
 	if !strings.HasPrefix(answer, "T05") && !strings.HasPrefix(answer, "S05") {
@@ -219,7 +226,7 @@ func (d *debugger) stopped(answer string) {
 	}
 }
 
-// rip is the register's value, which is after 16 others.
+// rip returns the register's value, which follows 16 others.
 func (d *debugger) rip() uint64 {
 	d.t.Helper()
 	b, err := hex.DecodeString(d.ask("g"))
@@ -241,10 +248,10 @@ func (d *debugger) memory(at uint64, n int) []byte {
 	return b
 }
 
-// over takes the breakpoint away at which the guest is, and steps over two instructions.
+// over removes the breakpoint at which the guest stands, and steps over two instructions.
 func (d *debugger) over(at uint64) {
 	d.t.Helper()
-	if rip := d.rip(); rip != at+1 { // behind INT3
+	if rip := d.rip(); rip != at+1 { // after INT3
 		d.t.Fatalf("RIP is %#x at a breakpoint at %#x", rip, at)
 	}
 	d.ok(fmt.Sprintf("z0,%x,1", at))
@@ -294,10 +301,11 @@ klog`}
 	if rip := d.rip(); rip < address["_stext"] || rip >= address["_end"] {
 		t.Errorf("RIP is %#x, which is not in the kernel", rip)
 	}
-	if got, want := string(d.memory(address["linux_banner"], 30)), "Linux version "+k.Release; !strings.HasPrefix(got, want) {
+	got, want := string(d.memory(address["linux_banner"], 30)), "Linux version "+k.Release
+	if !strings.HasPrefix(got, want) {
 		t.Errorf("linux_banner is %q, want %q", got, want)
 	}
-	// The kernel's panic= is -1 by its command line; another value is written, read and taken back.
+	// The command line sets panic= to -1; another value is written, read and restored.
 	timeout := address["panic_timeout"]
 	if got := int32(binary.LittleEndian.Uint32(d.memory(timeout, 4))); got != -1 {
 		t.Errorf("panic_timeout is %d, want -1", got)
@@ -308,7 +316,7 @@ klog`}
 	}
 	d.ok(fmt.Sprintf("M%x,4:ffffffff", timeout))
 
-	// Before the kernel write-protects itself: a breakpoint of now is not removed later.
+	// Before the kernel write-protects itself: a breakpoint set now cannot be removed later.
 	d.ok(fmt.Sprintf("Z0,%x,1", address["wait_for_initramfs"]))
 	d.stopped(d.ask("c"))
 	d.over(address["wait_for_initramfs"])
@@ -317,7 +325,7 @@ klog`}
 	fmt.Fprint(out, "one\r")
 	p.waitForText("= typed one\n")
 
-	// The debugger has it again by a break, and lets it go for good.
+	// A break returns control to the debugger, which then lets the guest go for good.
 	fmt.Fprint(out, "\x01bg")
 	d.stopped(d.receive())
 	if got, want := string(d.memory(address["linux_banner"], 13)), "Linux version"; got != want {

@@ -13,17 +13,21 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// conformanceSuites are all that the program has.
+// conformanceSuites are all suites of the program.
 var conformanceSuites = strings.Fields(`
-	SCSI.CompareAndWrite SCSI.ExtendedCopy SCSI.GetLBAStatus SCSI.Inquiry SCSI.Mandatory SCSI.ModeSense6 SCSI.NoMedia SCSI.Prefetch10 SCSI.Prefetch16
-	SCSI.PreventAllow SCSI.ReadCapacity10 SCSI.ReadCapacity16 SCSI.ReadDefectData10 SCSI.ReadDefectData12 SCSI.ReadOnly SCSI.ReceiveCopyResults
-	SCSI.ReportSupportedOpcodes SCSI.Sanitize SCSI.StartStopUnit SCSI.TestUnitReady SCSI.MultipathIO iSCSI
-	SCSI.PrinReadKeys SCSI.PrinServiceactionRange SCSI.PrinReportCapabilities SCSI.ProutRegister SCSI.ProutReserve SCSI.ProutClear SCSI.ProutPreempt
-	SCSI.Reserve6 SCSI.OrWrite SCSI.Read6 SCSI.Read10 SCSI.Read12 SCSI.Read16 SCSI.Unmap SCSI.Verify10 SCSI.Verify12 SCSI.Verify16
-	SCSI.Write10 SCSI.Write12 SCSI.Write16 SCSI.WriteAtomic16 SCSI.WriteSame10 SCSI.WriteSame16 SCSI.WriteVerify10 SCSI.WriteVerify12 SCSI.WriteVerify16`)
+	SCSI.CompareAndWrite SCSI.ExtendedCopy SCSI.GetLBAStatus SCSI.Inquiry SCSI.Mandatory SCSI.ModeSense6
+	SCSI.NoMedia SCSI.Prefetch10 SCSI.Prefetch16 SCSI.PreventAllow SCSI.ReadCapacity10
+	SCSI.ReadCapacity16 SCSI.ReadDefectData10 SCSI.ReadDefectData12 SCSI.ReadOnly
+	SCSI.ReceiveCopyResults SCSI.ReportSupportedOpcodes SCSI.Sanitize SCSI.StartStopUnit
+	SCSI.TestUnitReady SCSI.MultipathIO iSCSI SCSI.PrinReadKeys SCSI.PrinServiceactionRange
+	SCSI.PrinReportCapabilities SCSI.ProutRegister SCSI.ProutReserve SCSI.ProutClear SCSI.ProutPreempt
+	SCSI.Reserve6 SCSI.OrWrite SCSI.Read6 SCSI.Read10 SCSI.Read12 SCSI.Read16 SCSI.Unmap SCSI.Verify10
+	SCSI.Verify12 SCSI.Verify16 SCSI.Write10 SCSI.Write12 SCSI.Write16 SCSI.WriteAtomic16
+	SCSI.WriteSame10 SCSI.WriteSame16 SCSI.WriteVerify10 SCSI.WriteVerify12 SCSI.WriteVerify16`)
 
-// verdicts has guests run the suites on /dev/sg0, and returns what they say of its disk. The lab
-// seldom keeps a guest that is as busy as these for long: another does those that one has not finished.
+// verdicts runs the suites on /dev/sg0 in guests, and returns the verdicts on its disk. The lab
+// seldom keeps a guest that is as busy as these for long: another guest runs the suites that one
+// did not finish.
 func verdicts(t testing.TB, destroy bool, run func(guest) result) conformance.Verdicts {
 	t.Helper()
 	flags, left := conformance.Flags, conformanceSuites
@@ -36,7 +40,8 @@ func verdicts(t testing.TB, destroy bool, run func(guest) result) conformance.Ve
 		part := left[:min(len(left), 16)]
 		g := guest{kernel: theLab(t).Debian, modules: []string{"sg"}, programs: []string{"usr/bin/iscsi-test-cu"}, script: `
 wait_for /dev/sg0
-echo 131072 >/sys/module/sg/parameters/scatter_elem_sz # 8 MiB in one command have more pieces than a disk takes otherwise
+# Larger elements: else 8 MiB in one command have more pieces than a disk takes.
+echo 131072 >/sys/module/sg/parameters/scatter_elem_sz
 for suite in ` + strings.Join(part, " ") + `; do
 	sanitize=
 	case $suite in *.Sanitize.*) sanitize=` + conformance.SanitizeFlag + ` ;; esac
@@ -77,9 +82,9 @@ say done
 	return all
 }
 
-// BenchmarkConformance counts the tests of the suite that each target passes, skips and fails: gvm's own
-// with three kinds of disk, the kernel's through gvm, and QEMU's. A read-only
-// disk gets only those that destroy nothing.
+// BenchmarkConformance counts the tests of the suite that each target passes, skips and fails:
+// gvm's own with three kinds of disk, the kernel's through gvm, and QEMU's. A read-only disk gets
+// only the tests that destroy nothing.
 func BenchmarkConformance(b *testing.B) {
 	l := theLab(b)
 	qemu, err := exec.LookPath("qemu-system-x86_64")
@@ -100,8 +105,10 @@ func BenchmarkConformance(b *testing.B) {
 		{"gvm", true, gvmDisk("")},
 		{"gvm-vhost", true, gvmDisk(",backend=vhost")},
 		{"qemu", true, func(b *testing.B, g guest, file string) result {
-			return startProgram(b, qemu, nil, cacheHome, append(qemuArgs("q35", l.Debian.BZImage, g.initramfs(b)), "-device", "virtio-scsi-pci",
-				"-drive", "if=none,id=d,format=raw,cache=writeback,discard=unmap,file="+file, "-device", "scsi-hd,drive=d")...).end()
+			return startProgram(b, qemu, nil, cacheHome, append(qemuArgs("q35", l.Debian.BZImage, g.initramfs(b)), "-device",
+				"virtio-scsi-pci",
+				"-drive", "if=none,id=d,format=raw,cache=writeback,discard=unmap,file="+
+					file, "-device", "scsi-hd,drive=d")...).end()
 		}},
 		{"gvm-4096", true, gvmDisk(",block_size=4096")},
 		{"gvm-readonly", false, gvmDisk(",readonly")},
@@ -110,7 +117,9 @@ func BenchmarkConformance(b *testing.B) {
 	for _, w := range ways {
 		b.Run(w.name, func(b *testing.B) {
 			for b.Loop() {
-				v := verdicts(b, w.destroy, func(g guest) result { return w.run(b, g, diskFile(b, make([]byte, conformance.Size))) })
+				v := verdicts(b, w.destroy, func(g guest) result {
+					return w.run(b, g, diskFile(b, make([]byte, conformance.Size)))
+				})
 				for _, name := range slices.Concat(v.With("FAIL"), v.With("SKIP")) {
 					b.Logf("%s: %s", name, v[name])
 				}

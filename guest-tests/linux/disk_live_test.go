@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// TestDiskPlug: disks that gvm disk adds, resizes and removes come, grow and go in the
-// guest without a rescan, while it reads from another one.
+// TestDiskPlug: the guest sees gvm disk add, resize and remove disks without a rescan, while it
+// reads from another one.
 func TestDiskPlug(t *testing.T) {
 	l := theLab(t)
 	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())

@@ -12,7 +12,7 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// TestDisks: three disks that differ in all that a guest can see.
+// TestDisks uses three disks that differ in everything that a guest can see.
 func TestDisks(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -29,7 +29,8 @@ for d in /sys/block/sd*; do
 	say $lun-serial $(tail -c +5 $s/vpd_pg80)
 	say $lun-name $(cat $s/vendor) $(cat $s/model)
 	say $lun-wwid $(cat $s/wwid)
-	printf 'written to lun %5d' $lun | dd of=$dev bs=4k seek=1 conv=sync,fsync,notrunc 2>/dev/null && say $lun-write done || say $lun-write failed
+	printf 'written to lun %5d' $lun | dd of=$dev bs=4k seek=1 conv=sync,fsync,notrunc 2>/dev/null &&
+		say $lun-write done || say $lun-write failed
 	if [ $lun = 3 ]; then
 		# The kernel has refused; now let the disk do it.
 		blockdev --setrw $dev
@@ -61,7 +62,7 @@ klog
 		r.fatalf(t, "the disks have only %d names between them", len(wwids))
 	}
 	r.kernelLog(t, 1,
-		// What the forced write ends in.
+		// The errors of the forced write.
 		`\] (sd 0:0:0:3|critical \w+ error, dev sdb|Buffer I/O error on dev sdb)`)
 	written := func(lun string) []byte {
 		b := make([]byte, 4096)
@@ -75,8 +76,8 @@ klog
 	wantFile(t, files[2], 0, third)
 }
 
-// TestFilesystemOverReboot: what a guest has written to a file system is there
-// after it has reset the machine, for itself and for this side.
+// TestFilesystemOverReboot: data written to a file system survives a reset of the machine, for the
+// guest and in the image.
 func TestFilesystemOverReboot(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -142,7 +143,8 @@ klog
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := guest{kernel: kernel(t, "6.12"), modules: []string{"ext4"}, script: lab.SwitchRoot, cmdline: "root=/dev/sda"}.run(t, "--disk", disk)
+	r := guest{kernel: kernel(t, "6.12"), modules: []string{"ext4"}, script: lab.SwitchRoot,
+		cmdline: "root=/dev/sda"}.run(t, "--disk", disk)
 	r.wantStatus(t, 0)
 	r.want(t, map[string]string{
 		"root":    "/dev/sda / ext4",
@@ -153,7 +155,7 @@ klog
 	r.kernelLog(t, 1)
 	fsck(t, disk)
 	if got, want := debugfs(t, disk, "cat /root/numbers"), numbers(1, 50000); sum(got) != sum(want) {
-		t.Errorf("/root/numbers in the image is %d bytes, not what the guest wrote", len(got))
+		t.Errorf("/root/numbers in the image has %d bytes that differ from the guest's", len(got))
 	}
 }
 
@@ -173,22 +175,22 @@ func debugfs(t *testing.T, disk, request string) []byte {
 	return out
 }
 
-// TestReinitialisation: the device goes through the hands of a driver that
-// leaves and comes back, of a PCI rescan, of error recovery while requests are
-// under way, and of another kernel.
+// TestReinitialisation: the device survives a driver that leaves and comes back, a PCI rescan,
+// error recovery with requests in flight, and another kernel.
 func TestReinitialisation(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
 	data := content(t.Name(), 8<<20)
 	disk := diskFile(t, data)
-	// part N writes numbers from N*10000 to the disk's Nth MiB, and reads them
-	// back and the rest of the disk's first MiB too.
+	// part N writes numbers from N*10000 to the disk's Nth MiB, and reads back that and the rest of
+	// the disk's first MiB.
 	const part = `
 part() {
 	seq $(($1*10000)) $(($1*10000+9999)) >/tmp/numbers
 	dd if=/tmp/numbers of=/dev/sda bs=1M seek=$1 conv=fsync,notrunc 2>/dev/null || say part-$1 write failed
 	echo 3 >/proc/sys/vm/drop_caches
-	say part-$1 $(dd if=/dev/sda bs=1M skip=$1 count=1 iflag=direct 2>/dev/null | head -c $(wc -c </tmp/numbers) | sum) $(dd if=/dev/sda bs=1M count=1 2>/dev/null | sum)
+	say part-$1 $(dd if=/dev/sda bs=1M skip=$1 count=1 iflag=direct 2>/dev/null | head -c $(wc -c </tmp/numbers) | sum) \
+		$(dd if=/dev/sda bs=1M count=1 2>/dev/null | sum)
 }
 `
 	second := guest{kernel: l.Cloud, script: part + `
@@ -249,8 +251,8 @@ say kexec cannot start
 	wantFile(t, disk, 0, data)
 }
 
-// TestKilled: of what a guest was told is on its disk, nothing was only in
-// gvm's memory; and the image is free for the next gvm at once, but not before.
+// TestKilled: the disk has all writes that the guest was told of. The image is free for the next
+// gvm at once, but not before.
 func TestKilled(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -259,7 +261,9 @@ func TestKilled(t *testing.T) {
 n=0
 while [ $n -lt 64 ]; do
 	n=$((n+1))
-	seq $((n*1000)) $((n*1000+999)) | dd of=/dev/sda oflag=direct conv=sync,fsync,notrunc bs=8k count=1 iflag=fullblock seek=$n 2>/dev/null || say write failed
+	seq $((n*1000)) $((n*1000+999)) |
+		dd of=/dev/sda oflag=direct conv=sync,fsync,notrunc bs=8k count=1 iflag=fullblock seek=$n 2>/dev/null ||
+		say write failed
 	echo written $n
 	[ $n = 40 ] && sleep 600
 done

@@ -13,7 +13,7 @@ import (
 	"gvm/guest/bootinit"
 )
 
-// TestEndings: how a guest ends is gvm's exit status.
+// TestEndings: gvm's exit status tells how the guest ended.
 func TestEndings(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -22,26 +22,34 @@ func TestEndings(t *testing.T) {
 		guest  guest
 		status int
 		stderr string
-		bare   string // a whole command line
+		bare   string // the whole command line
 	}{
-		{"panic told on the console", guest{script: "echo c >/proc/sysrq-trigger"}, 5, "guest panic: Kernel panic - not syncing: sysrq triggered crash", ""},
-		{"panic told by pvpanic", guest{modules: []string{"pvpanic_mmio"}, script: "echo c >/proc/sysrq-trigger"}, 5, "guest panic: ", "quiet"},
-		{"panic with log levels and callers", guest{cmdline: "console_msg_format=syslog printk.time=1", script: "echo -n 'on this line: '; echo c >/proc/sysrq-trigger"},
+		{"panic told on the console", guest{script: "echo c >/proc/sysrq-trigger"}, 5,
+			"guest panic: Kernel panic - not syncing: sysrq triggered crash", ""},
+		{"panic told by pvpanic", guest{modules: []string{"pvpanic_mmio"}, script: "echo c >/proc/sysrq-trigger"}, 5,
+			"guest panic: ", "quiet"},
+		{"panic with log levels and callers", guest{cmdline: "console_msg_format=syslog printk.time=1",
+			script: "echo -n 'on this line: '; echo c >/proc/sysrq-trigger"},
 			5, "guest panic: Kernel panic - not syncing: sysrq triggered crash; the guest then reset", ""},
-		{"panic of a kernel that stays", guest{cmdline: "console_msg_format=syslog panic=0", script: "echo c >/proc/sysrq-trigger"},
+		{"panic of a kernel that stays", guest{cmdline: "console_msg_format=syslog panic=0",
+			script: "echo c >/proc/sysrq-trigger"},
 			5, "guest panic: Kernel panic - not syncing: sysrq triggered crash; its console was then silent for 1s", ""},
-		{"text of a panic", guest{script: "echo 'Kernel panic - not syncing: no'; reboot -f"}, 6, "the guest asked for a reset", ""},
-		{"init exits", guest{script: "exit 3"}, 5, "guest panic: Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300", ""},
+		{"text of a panic", guest{script: "echo 'Kernel panic - not syncing: no'; reboot -f"}, 6,
+			"the guest asked for a reset", ""},
+		{"init exits", guest{script: "exit 3"}, 5,
+			"guest panic: Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300", ""},
 		{"halt", guest{script: "halt -f"}, 0, "", ""},
 		{"halt of two CPUs", guest{script: "halt -f", cmdline: "console_msg_format=syslog"}, 0, "", ""},
-		{"text of a halt", guest{script: "echo 'reboot: System halted'; sleep 3; reboot -f"}, 6, "the guest asked for a reset", ""},
+		{"text of a halt", guest{script: "echo 'reboot: System halted'; sleep 3; reboot -f"}, 6,
+			"the guest asked for a reset", ""},
 		{"reboot", guest{script: "reboot -f"}, 6, "the guest asked for a reset", ""},
 		{"reboot by triple fault", guest{script: "reboot -f", cmdline: "reboot=t"}, 4, "triple fault", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			c.guest.kernel = l.Cloud
-			args := append(c.guest.build(t), "--cpus", fmt.Sprint(1+strings.Count(c.name, "two CPUs")), "--disk", diskFile(t, content(t.Name(), 1<<20)))
+			args := append(c.guest.build(t), "--cpus", fmt.Sprint(1+strings.Count(c.name, "two CPUs")), "--disk",
+				diskFile(t, content(t.Name(), 1<<20)))
 			if c.bare != "" {
 				args = append(args, "--bare-cmdline", "--cmdline", c.bare)
 			}
@@ -54,8 +62,8 @@ func TestEndings(t *testing.T) {
 	}
 }
 
-// TestPowerButton: gvm stop, and SIGTERM with --grace, press the power button, and a guest that
-// listens to it ends by itself; one that does not is stopped.
+// TestPowerButton: gvm stop, and SIGTERM with --grace, press the power button. A guest that listens
+// to it ends by itself; one that does not is stopped.
 func TestPowerButton(t *testing.T) {
 	t.Parallel()
 	g := guest{kernel: theLab(t).Debian, modules: []string{"button", "evdev"}, script: `
@@ -79,12 +87,15 @@ sleep 1000
 	p.wait().wantStatus(t, 143)
 }
 
-// TestPanicPrint: a kernel whose pvpanic driver tells of the panic says all that panic_print= asks for.
+// TestPanicPrint: a kernel whose pvpanic driver reports the panic prints everything that
+// panic_print= asks for.
 func TestPanicPrint(t *testing.T) {
 	t.Parallel()
-	r := guest{kernel: theLab(t).Cloud, modules: []string{"pvpanic_mmio"}, cmdline: "panic_print=0x2", script: "echo c >/proc/sysrq-trigger"}.run(t)
+	r := guest{kernel: theLab(t).Cloud, modules: []string{"pvpanic_mmio"}, cmdline: "panic_print=0x2",
+		script: "echo c >/proc/sysrq-trigger"}.run(t)
 	r.wantStatus(t, 5)
-	if want := "guest panic: Kernel panic - not syncing: sysrq triggered crash; the guest then reset\n"; !strings.Contains(r.stderr, want) {
+	const want = "guest panic: Kernel panic - not syncing: sysrq triggered crash; the guest then reset\n"
+	if !strings.Contains(r.stderr, want) {
 		r.fatalf(t, "standard error lacks %q", want)
 	}
 	_, more, _ := strings.Cut(r.console, "Kernel panic - not syncing")
@@ -95,8 +106,8 @@ func TestPanicPrint(t *testing.T) {
 	}
 }
 
-// TestCrashKernel: the crash kernel of a guest that panicked runs to its own end, and the panic is
-// what the run ends with.
+// TestCrashKernel: the crash kernel of a guest that panicked runs to its own end, and the run ends
+// as a panic.
 func TestCrashKernel(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -105,7 +116,8 @@ func TestCrashKernel(t *testing.T) {
 		modules            []string
 		stderr             string
 	}{
-		{"told by pvpanic", "crash_kexec_post_notifiers", "poweroff -f", []string{"pvpanic_mmio"}, "sysrq triggered crash; the guest then powered off\n"},
+		{"told by pvpanic", "crash_kexec_post_notifiers", "poweroff -f", []string{"pvpanic_mmio"},
+			"sysrq triggered crash; the guest then powered off\n"},
 		{"seen on the console", "", "reboot -f", nil, "sysrq triggered crash; the guest then reset\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -116,7 +128,8 @@ func TestCrashKernel(t *testing.T) {
 				programs: []string{"usr/sbin/kexec"},
 				files:    map[string]string{"kernel": l.Cloud.BZImage, "second": second.initramfs(t)},
 				cmdline:  "crashkernel=192M " + c.cmdline,
-				script: `kexec -p /kernel --initrd=/second --command-line="console=ttyS0 panic=-1 quiet nr_cpus=1" || say kexec cannot load
+				script: `kexec -p /kernel --initrd=/second --command-line="console=ttyS0 panic=-1 quiet nr_cpus=1" ||
+	say kexec cannot load
 echo c >/proc/sysrq-trigger`,
 			}.run(t)
 			r.wantStatus(t, 5)
@@ -127,7 +140,7 @@ echo c >/proc/sysrq-trigger`,
 	}
 }
 
-// TestMemoryCgroup: more memory than a memory cgroup has, nested, is refused.
+// TestMemoryCgroup: a guest with more memory than a nested memory cgroup allows is refused.
 func TestMemoryCgroup(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()
@@ -151,15 +164,17 @@ func TestMemoryCgroup(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r := startProgram(t, "/bin/sh", nil, cacheHome, "-c", `echo $$ >"$1"/cgroup.procs && exec "$0" run --memory 2G`, lab.Program("gvm"), inner).wait()
+	r := startProgram(t, "/bin/sh", nil, cacheHome, "-c", `echo $$ >"$1"/cgroup.procs && exec "$0" run --memory 2G`,
+		lab.Program("gvm"), inner).wait()
 	r.wantStatus(t, 2)
-	if want := "memory.max of cgroup /gvm-test-outer is 128 MiB, which leaves a guest 111 MiB; --overcommit allows more"; !strings.Contains(r.stderr, want) {
+	const want = "memory.max of cgroup /gvm-test-outer is 128 MiB, which leaves a guest 111 MiB; --overcommit allows more"
+	if !strings.Contains(r.stderr, want) {
 		r.fatalf(t, "standard error lacks %q", want)
 	}
 }
 
-// TestBootInit: the init of measured boots says when it runs, on the console and by port 0x80; gvm bench boot has it for a
-// kernel without an initrd.
+// TestBootInit: the init of measured boots reports that it runs, on the console and by port 0x80;
+// gvm bench boot uses it for a kernel without an initrd.
 func TestBootInit(t *testing.T) {
 	t.Parallel()
 	kernel := theLab(t).Debian.VMLinux // the cloud kernel has no CONFIG_DEVPORT
@@ -180,7 +195,7 @@ func TestBootInit(t *testing.T) {
 	}
 }
 
-// TestEmbeddedEndings: the same of the embedded guest.
+// TestEmbeddedEndings does the same for the embedded guest.
 func TestEmbeddedEndings(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -191,7 +206,8 @@ func TestEmbeddedEndings(t *testing.T) {
 	}{
 		{"power off", []string{"--cpus", "8"}, 0, ""},
 		// The lab's processor is AMD's.
-		{"triple fault", []string{"--guest-arg", "crash=triple"}, 4, "triple fault)\nthe guest's registers are lost: on AMD, KVM resets a CPU that had a triple fault\n"},
+		{"triple fault", []string{"--guest-arg", "crash=triple"}, 4,
+			"triple fault)\nthe guest's registers are lost: on AMD, KVM resets a CPU that had a triple fault\n"},
 		{"panic", []string{"--guest-arg", "crash=panic"}, 5, "guest panic"},
 		{"reset", []string{"--guest-arg", "crash=reset"}, 6, "reset"},
 		{"timeout of a halted guest", []string{"--guest-arg", "hang", "--timeout", "2s"}, 124, "--timeout 2s elapsed"},
@@ -209,7 +225,7 @@ func TestEmbeddedEndings(t *testing.T) {
 	}
 }
 
-// TestSignals: a signal ends a Linux guest, and gvm in good order.
+// TestSignals: a signal ends a Linux guest and gvm, which cleans up.
 func TestSignals(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -226,16 +242,17 @@ func TestSignals(t *testing.T) {
 	}
 }
 
-// TestConsole: a pipe is as good as a terminal for a guest's shell, and no byte
-// of its console is lost in either direction. It has the terminal's size from the command line, where
-// gvm puts it on a terminal.
+// TestConsole: a guest's shell works with a pipe as with a terminal, and no byte of its console is
+// lost in either direction. It gets the terminal's size from the command line, where gvm puts it if
+// it runs on a terminal.
 func TestConsole(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
 	input := "echo $((6*7))\nstty -echo\necho size $LINES $COLUMNS\n" +
 		strings.Repeat("count=$((count+1)) # a line that is longer than the FIFO of a 16550\n", 40) +
 		"echo counted $count\necho begin; seq 1 13000 | tr '\\n' ' '; echo; echo end\npoweroff -f\n"
-	r := start(t, strings.NewReader(input), guest{kernel: l.Cloud, script: "sh", cmdline: "LINES=50 COLUMNS=132"}.build(t)...).wait()
+	r := start(t, strings.NewReader(input),
+		guest{kernel: l.Cloud, script: "sh", cmdline: "LINES=50 COLUMNS=132"}.build(t)...).wait()
 	r.wantStatus(t, 0)
 	for _, line := range []string{"\n42\n", "size 50 132\n", "counted 40\n"} {
 		if !strings.Contains(r.console, line) {

@@ -18,7 +18,7 @@ import (
 // guest is a Linux guest whose init is a script.
 type guest struct {
 	kernel  *lab.Kernel
-	image   string   // the file that is booted; "" is the kernel's bzImage
+	image   string   // the file to boot; "" is the kernel's bzImage
 	modules []string // besides diskModules
 	// programs are paths in lab.Tree, files as in lab.Initramfs.
 	programs []string
@@ -26,34 +26,41 @@ type guest struct {
 	hostPrograms []string
 	files        map[string]string
 	script       string // preceded by prologue; the guest powers off at its end
-	cmdline      string // besides what gvm and quiet add
+	cmdline      string // in addition to gvm's own and quiet
 }
 
-// diskModules are what stock kernels need for a disk of gvm's.
+// diskModules are the modules that stock kernels need for gvm's disks.
 var diskModules = []string{"virtio_pci", "virtio_scsi", "sd_mod"}
 
-// prologue is shell functions for scripts.
+// prologue has shell functions for scripts.
 //
 //	say NAME VALUE   tells the test something
 //	sum [FILE]       prints the SHA-256 of a file or its input
-//	klog             shows what the kernel has logged as a warning or worse
-//	wait_for FILE    waits for a file to appear, and a disk to open (its node is there a little earlier)
+//	klog             shows the kernel's log from warnings on
+//	wait_for FILE    waits for a file, and for a disk to open (its node appears a little earlier)
 const prologue = `
 say() { echo "= $*"; }
 sum() { sha256sum "$@" | cut -c1-64; }
 klog() { echo '--- kernel log'; dmesg -r | grep '^<[0-4]>'; echo '--- end of kernel log'; }
-wait_for() { n=0; until [ -e "$1" ] && { [ ! -b "$1" ] || true <"$1"; } 2>/dev/null; do sleep 0.1; n=$((n+1)); [ $n -lt 300 ] || { say missing "$1"; return 1; }; done; }
+wait_for() {
+	n=0
+	until [ -e "$1" ] && { [ ! -b "$1" ] || true <"$1"; } 2>/dev/null; do
+		sleep 0.1
+		n=$((n+1))
+		[ $n -lt 300 ] || { say missing "$1"; return 1; }
+	done
+}
 `
 
-// build makes the guest's initramfs, and returns the arguments of gvm run for
-// it.
+// build makes the guest's initramfs, and returns the arguments of gvm run for it.
 func (g guest) build(t testing.TB) []string {
 	t.Helper()
 	image := g.image
 	if image == "" {
 		image = g.kernel.BZImage
 	}
-	return []string{"run", "--kernel", image, "--initrd", g.initramfs(t), "--cmdline", strings.TrimSpace("quiet " + g.cmdline)}
+	return []string{"run", "--kernel", image, "--initrd", g.initramfs(t), "--cmdline",
+		strings.TrimSpace("quiet " + g.cmdline)}
 }
 
 func (g guest) initramfs(t testing.TB) string {
@@ -84,8 +91,8 @@ func (g guest) run(t testing.TB, args ...string) result {
 	return gvm(t, append(g.build(t), args...)...)
 }
 
-// kernelLog fails the test unless the guest's kernels have shown n logs, and
-// they have no line that matches neither allowed nor one of more.
+// kernelLog fails the test unless the guest's kernels have shown n logs, and each of their lines
+// matches allowed or one of more.
 func (r result) kernelLog(t testing.TB, n int, more ...string) {
 	t.Helper()
 	logs := kernelLogs.FindAllStringSubmatch(r.console, -1)
@@ -102,8 +109,9 @@ func (r result) kernelLog(t testing.TB, n int, more ...string) {
 			line = strings.TrimSpace(line)
 			start := strings.Contains(line, "------------[ cut here ]------------")
 			end := strings.Contains(line, "---[ end trace ")
-			// Of a trace the line that begins WARNING or BUG says what it is.
-			if !(start || end || trace && !cause.MatchString(line)) && !slices.ContainsFunc(ok, func(r *regexp.Regexp) bool { return r.MatchString(line) }) {
+			// The line of a trace that begins WARNING or BUG names its cause.
+			if !(start || end || trace && !cause.MatchString(line)) &&
+				!slices.ContainsFunc(ok, func(r *regexp.Regexp) bool { return r.MatchString(line) }) {
 				t.Errorf("the kernel logged: %s", line)
 			}
 			trace = (trace || start) && !end
@@ -118,12 +126,12 @@ var (
 	kernelLogs = regexp.MustCompile(`(?s)--- kernel log\n(.*?)--- end of kernel log\n`)
 	cause      = regexp.MustCompile(`\] (WARNING|BUG): `)
 
-	// allowed are lines of warning level that any machine here gives cause for.
+	// allowed matches lines of warning level that any machine here may cause.
 	allowed = []*regexp.Regexp{
-		// A disk's first command ends with the unit attention of power on (SAM-5
-		// 5.14.1), and the kernel says so.
+		// A disk's first command ends with the unit attention of power on (SAM-5 5.14.1), and the
+		// kernel logs it.
 		regexp.MustCompile(`\] sd \S+ Power-on or device reset occurred$`),
-		// A vCPU that did not run for a while, on a host with too much to do.
+		// A vCPU that did not run for a while, on a busy host.
 		regexp.MustCompile(`\] clocksource: Long readout interval, skipping watchdog check`),
 		regexp.MustCompile(`\] hrtimer: interrupt took \d+ ns$`),
 		// 6.12 on AMD processors, where firmware describes no frequency scaling.
@@ -171,12 +179,13 @@ func wantFile(t testing.TB, name string, offset int64, want []byte) {
 	}
 	for i := range got {
 		if got[i] != want[i] {
-			t.Fatalf("%s differs at %d: %q, want %q", filepath.Base(name), offset+int64(i), got[i:min(i+32, len(got))], want[i:min(i+32, len(want))])
+			t.Fatalf("%s differs at %d: %q, want %q", filepath.Base(name), offset+int64(i), got[i:min(i+32, len(got))],
+				want[i:min(i+32, len(want))])
 		}
 	}
 }
 
-// numbers is what seq prints.
+// numbers returns the output of seq.
 func numbers(from, to int) []byte {
 	var b []byte
 	for i := from; i <= to; i++ {

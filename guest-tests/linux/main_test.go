@@ -1,6 +1,6 @@
-// Package linux tests gvm with stock Linux kernels: directly where this host's
-// KVM runs them, inside the lab elsewhere. GVM_TEST_L1=6.12 has the lab run on
-// Debian's 6.12 kernel; lab.Versions has the others.
+// Package linux tests gvm with stock Linux kernels: directly if this host's KVM runs them, else
+// inside the lab. GVM_TEST_L1=6.12 makes the lab run on Debian's 6.12 kernel; lab.Versions lists
+// the others.
 package linux
 
 import (
@@ -16,15 +16,13 @@ import (
 	"gvm/vmm"
 )
 
-// cacheHome is XDG_CACHE_HOME of every gvm, so that one that boots a kernel
-// finds what another has decompressed.
+// cacheHome is XDG_CACHE_HOME of every gvm, so that they share decompressed kernels.
 var cacheHome string
 
-// lost is what a test prints whose guest the lab has lost, through no fault of gvm's.
+// lost matches the output of a test whose guest was lost by the lab, not by gvm.
 var lost = regexp.MustCompile(`KVM_EXIT_SHUTDOWN|SIGQUIT: quit|BUG: soft lockup`)
 
-// again runs a guest, and in the lab up to three times more if it is lost before
-// it is done.
+// again runs a guest, and in the lab up to three times more if it is lost before it is done.
 func again(t testing.TB, done func(result) bool, run func() result) (r result) {
 	t.Helper()
 	for tries := range 4 {
@@ -46,7 +44,7 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(cacheHome)
-	// The control sockets of every gvm are here: those of one that is killed stay.
+	// The directory of every gvm's control socket: sockets of killed ones stay.
 	run := filepath.Join(cacheHome, "run")
 	if err := errors.Join(os.Mkdir(run, 0o700), os.Setenv("XDG_RUNTIME_DIR", run)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -55,14 +53,14 @@ func testMain(m *testing.M) int {
 	options := lab.Options{
 		Direct:  direct,
 		Build:   []string{"gvm/cmd/gvm", "gvm/guest/diskload"},
-		Memory:  10 << 10, // a guest has 6 GiB
+		Memory:  10 << 10, // for a guest of 6 GiB
 		Modules: []string{"nbd", "dm-mod"},
 		Lost:    lost,
 	}
 	return lab.Main(m, options)
 }
 
-// direct wants a KVM that runs Linux and a vhost-scsi of this machine; the lab has both.
+// direct requires a KVM that runs Linux and a vhost-scsi on this machine; the lab has both.
 func direct() (bool, string) {
 	ok, why := vmm.RunsLinux()
 	if !ok {
@@ -86,7 +84,7 @@ func kernel(t testing.TB, name string) *lab.Kernel {
 	return k
 }
 
-// theLab returns what the lab has prepared: kernels and images.
+// theLab returns the prepared lab: kernels and images.
 func theLab(t testing.TB) *lab.Lab {
 	t.Helper()
 	l, err := lab.Setup(t.Context(), lab.Log(t))

@@ -10,8 +10,8 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// TestRTC reads and sets the clock, waits for its interrupts and sleeps until its alarm. The
-// time is kept when the machine reboots.
+// TestRTC reads and sets the clock, waits for its interrupts and sleeps until its alarm. A reboot
+// keeps the time.
 func TestRTC(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -39,12 +39,12 @@ reboot -f
 	r.kernelLog(t, 2)
 }
 
-// TestINTx: kernels without MSI have their disks, on both backends, by the IOAPIC and by
-// the PICs alone. Devices that share a line work at the same time: a disk of each backend,
-// two of the kernel's, and one of the kernel's and the entropy device.
+// TestINTx: kernels without MSI have their disks, on both backends, by the IOAPIC and by only the
+// PICs. Devices that share a line work at the same time: a disk of each backend, two of the
+// kernel's, and one of the kernel's and the entropy device.
 func TestINTx(t *testing.T) {
 	l := theLab(t)
-	const byHand = "by hand" // a target of its own, which has a slot of its own
+	const byHand = "by hand" // a separate target, which has its own slot
 	const script = `
 say lines $(awk '/virtio/ {$1 = $2 = ""; print}' /proc/interrupts)
 part() { # DISK: reads it all, writes a part and reads that back, past the page cache
@@ -88,7 +88,8 @@ parts() {
 				files = append(files, diskFile(t, contents[i]))
 				args = append(args, "--disk", files[i]+options)
 			}
-			r := guest{kernel: l.Cloud, modules: []string{"virtio_rng"}, cmdline: c.cmdline, script: script + "parts; klog"}.run(t, args...)
+			r := guest{kernel: l.Cloud, modules: []string{"virtio_rng"}, cmdline: c.cmdline,
+				script: script + "parts; klog"}.run(t, args...)
 			r.wantStatus(t, 0)
 			// Disks may get their names in any order.
 			sums := map[string]int{}
@@ -105,8 +106,9 @@ parts() {
 			}
 			r.want(t, want)
 			r.kernelLog(t, 1, lunsChanged,
-				// What noapic and acpi=noirq give cause for.
-				`\] ACPI: (setting ELCR to|MPS support code is not built-in)`, `\] smpboot: weird, boot CPU`, `\] PMU not available`)
+				// Lines caused by noapic and acpi=noirq.
+				`\] ACPI: (setting ELCR to|MPS support code is not built-in)`, `\] smpboot: weird, boot CPU`,
+				`\] PMU not available`)
 		})
 	}
 	t.Run("plug", func(t *testing.T) {
@@ -144,7 +146,7 @@ say typed $line
 	r.want(t, map[string]string{"typed": "plain"})
 }
 
-// startOnTerminal starts gvm on a terminal, on which is typed what is written to the second result.
+// startOnTerminal starts gvm on a terminal. Writes to the second result are typed on it.
 func startOnTerminal(t *testing.T, args ...string) (*process, io.Writer) {
 	t.Helper()
 	in, out, err := os.Pipe()

@@ -17,11 +17,11 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// patience is how long a run of gvm may take before it is killed and the test
-// fails. No guest here needs a third of it.
+// patience is how long a run of gvm may take before it is killed and the test fails. No guest here
+// needs a third of it.
 const patience = 3 * time.Minute
 
-// process is a running gvm, or what it is compared with.
+// process is a running gvm, or a program that it is compared with.
 type process struct {
 	t    testing.TB
 	cmd  *exec.Cmd
@@ -30,8 +30,8 @@ type process struct {
 	stop context.CancelFunc
 	errs bytes.Buffer
 
-	done chan struct{} // closed when err is there
-	err  error         // cmd.Wait's
+	done chan struct{} // closed once err is set
+	err  error         // of cmd.Wait
 
 	mu      sync.Mutex
 	changed sync.Cond
@@ -46,7 +46,7 @@ type result struct {
 	late            bool // it was killed
 }
 
-// start starts gvm. stdin nil is an input that has ended.
+// start starts gvm. A nil stdin is an input at its end.
 func start(t testing.TB, stdin io.Reader, args ...string) *process {
 	t.Helper()
 	return startProgram(t, lab.Program("gvm"), stdin, cacheHome, args...)
@@ -60,9 +60,9 @@ func startProgram(t testing.TB, program string, stdin io.Reader, cache string, a
 	p.cmd = exec.CommandContext(ctx, program, args...)
 	p.cmd.Env = append(os.Environ(), "XDG_CACHE_HOME="+cache, "TMPDIR="+p.temp)
 	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = stdin, p, &p.errs
-	// One that is late says where its goroutines are, on standard error.
+	// A late gvm prints its goroutines on standard error.
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGQUIT) }
-	p.cmd.WaitDelay = 3 * time.Second // an input that does not end does not hold Wait up
+	p.cmd.WaitDelay = 3 * time.Second // Wait does not wait for an input that does not end
 	// A process that gvm left behind would be in its group.
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := p.cmd.Start(); err != nil {
@@ -77,7 +77,7 @@ func startProgram(t testing.TB, program string, stdin io.Reader, cache string, a
 		p.mu.Unlock()
 		p.changed.Broadcast()
 	}()
-	// After a test that failed in the middle, gvm ends in good order.
+	// If a test failed halfway, end gvm normally.
 	t.Cleanup(func() {
 		_ = p.cmd.Process.Signal(syscall.SIGTERM)
 		<-p.done
@@ -105,7 +105,8 @@ func (p *process) waitForText(text string) {
 	defer p.mu.Unlock()
 	for !strings.Contains("\n"+p.console.String(), text) {
 		if p.ended {
-			p.t.Fatalf("gvm ended with no %q on the console:\n%s\nstandard error:\n%s", text, p.console.String(), p.errs.String())
+			p.t.Fatalf("gvm ended with no %q on the console:\n%s\nstandard error:\n%s",
+				text, p.console.String(), p.errs.String())
 		}
 		p.changed.Wait()
 	}
@@ -118,8 +119,8 @@ func (p *process) signal(s syscall.Signal) {
 	}
 }
 
-// wait returns how gvm ended. It fails the test if gvm did not end of itself,
-// or left a process or a temporary file behind.
+// wait returns how gvm ended. It fails the test if gvm did not end by itself, or left a process or
+// a temporary file behind.
 func (p *process) wait() result {
 	p.t.Helper()
 	r := p.end()
@@ -129,7 +130,7 @@ func (p *process) wait() result {
 	return r
 }
 
-// end is wait for one that may have been killed for being late.
+// end is like wait, but allows a process that was killed for being late.
 func (p *process) end() (r result) {
 	p.t.Helper()
 	<-p.done
@@ -160,7 +161,7 @@ func gvm(t testing.TB, args ...string) result {
 	return start(t, nil, args...).wait()
 }
 
-// fatalf fails the test and shows what gvm printed.
+// fatalf fails the test and shows gvm's output.
 func (r result) fatalf(t testing.TB, format string, args ...any) {
 	t.Helper()
 	t.Errorf(format, args...)
@@ -175,8 +176,8 @@ func (r result) wantStatus(t testing.TB, status int) {
 	}
 }
 
-// want fails the test unless the guest said all of these, name by name, with
-// `say NAME VALUE`, and nothing different under the same name later.
+// want fails the test unless the guest said all of these, name by name, with `say NAME VALUE`, and
+// later said nothing different under the same name.
 func (r result) want(t testing.TB, said map[string]string) {
 	t.Helper()
 	for name, want := range said {
@@ -185,13 +186,13 @@ func (r result) want(t testing.TB, said map[string]string) {
 		}
 	}
 	if t.Failed() {
-		r.fatalf(t, "the guest did not say what it should")
+		r.fatalf(t, "the guest did not say the expected values")
 	}
 }
 
 var saidLine = regexp.MustCompile(`(?m)^= (\S+) ?(.*)$`)
 
-// said returns what the guest said last under a name.
+// said returns the guest's last value for a name.
 func (r result) said(t testing.TB, name string) string {
 	t.Helper()
 	value, ok := "", false

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// mbr is a disk of 8 MiB with a partition table in its MBR. The second partition, at rootStart, is
-// for Linux, and has as many blocks as said.
+// mbr returns a disk of 8 MiB with a partition table in its MBR. The second partition, at
+// rootStart, is for Linux, and has the given number of blocks.
 func mbr(signature, blocks uint32) []byte {
 	b := make([]byte, 8<<20)
 	binary.LittleEndian.PutUint32(b[440:], signature)
@@ -19,7 +19,7 @@ func mbr(signature, blocks uint32) []byte {
 	return b
 }
 
-// rootStart is the first block of the partition that is for Linux.
+// rootStart is the first block of the Linux partition.
 const rootStart = 4096
 
 func mbrPartition(b []byte, i int, kind byte, first, blocks uint32) {
@@ -30,14 +30,16 @@ func mbrPartition(b []byte, i int, kind byte, first, blocks uint32) {
 	b[510], b[511] = 0x55, 0xaa
 }
 
-// gpt is the same with a GUID partition table. A PARTUUID has the number of the disk in the top two bits of each byte.
+// gpt returns the same with a GUID partition table. A PARTUUID has the number of the disk in the
+// top two bits of each byte.
 func gpt(disk byte, blocks uint32) []byte {
 	gpt := make([]byte, 8<<20)
 	le := binary.LittleEndian
 	all := uint64(len(gpt) / 512)
 	mbrPartition(gpt, 0, 0xee, 1, uint32(all-1))
 	entries := make([]byte, 128*128)
-	for i, kind := range []string{"\x28\x73\x2a\xc1\x1f\xf8\xd2\x11\xba\x4b\x00\xa0\xc9\x3e\xc9\x3b", "\xe3\xbc\x68\x4f\xcd\xe8\xb1\x4d\x96\xe7\xfb\xca\xf9\x84\xb7\x09"} {
+	for i, kind := range []string{"\x28\x73\x2a\xc1\x1f\xf8\xd2\x11\xba\x4b\x00\xa0\xc9\x3e\xc9\x3b",
+		"\xe3\xbc\x68\x4f\xcd\xe8\xb1\x4d\x96\xe7\xfb\xca\xf9\x84\xb7\x09"} {
 		e := entries[128*i:]
 		copy(e, kind)
 		for j := range 16 {
@@ -74,14 +76,15 @@ var rootOnConsole = regexp.MustCompile(`Command line: .*\broot=PARTUUID=(\S+)`)
 
 var luns = regexp.MustCompile(`name-\d+`)
 
-// TestRootWord has the root= that gvm adds for the first of four disks and a kernel without an
-// initrd: Linux gives the partition that is meant the same PARTUUID, whatever the disks' names.
+// TestRootWord tests the root= that gvm adds for the first of four disks and a kernel without an
+// initrd: Linux computes the same PARTUUID for that partition, whatever the disks' names.
 func TestRootWord(t *testing.T) {
 	k := kernel(t, "7.3")
 	for name, first := range map[string][]byte{"MBR": mbr(0x00c0ffee, 1024), "GPT": gpt(0, 1024)} {
 		disks := []string{"--disk", diskFile(t, first)}
 		for i := range 3 {
-			disks = append(disks, "--disk", fmt.Sprintf("%s,lun=%d", diskFile(t, content(fmt.Sprint(name, i), 8<<20)), []int{1, 255, 300}[i]))
+			disks = append(disks, "--disk", fmt.Sprintf("%s,lun=%d", diskFile(t, content(fmt.Sprint(name, i), 8<<20)),
+				[]int{1, 255, 300}[i]))
 		}
 		r := gvm(t, append([]string{"run", "--kernel", k.BZImage, "--memory", "512M"}, disks...)...)
 		r.wantStatus(t, 5) // VFS: Unable to mount root fs: the kernel's disk driver is a module

@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// hostProgram is the path of a program of this machine.
+// hostProgram returns the path of a program of this machine.
 func hostProgram(t testing.TB, name, pkg string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -57,15 +57,16 @@ klog
 	r.kernelLog(t, 1)
 }
 
-// TestProtection: a disk with protection information is one in a Linux guest, from its block layer to the image's file,
-// and what changes there meanwhile is an error.
+// TestProtection: a Linux guest uses a disk's protection information, from its block layer to the
+// image's file, and data changed in between is an error.
 func TestProtection(t *testing.T) {
 	t.Parallel()
 	l, file := theLab(t), diskFile(t, make([]byte, 4<<20))
 	first := guest{kernel: l.Debian, script: `
 wait_for /dev/sda
 say format $(cat /sys/block/sda/integrity/format)
-say device $(cat /sys/block/sda/integrity/device_is_integrity_capable) $(cat /sys/class/scsi_host/host0/prot_capabilities)
+say device $(cat /sys/block/sda/integrity/device_is_integrity_capable) \
+	$(cat /sys/class/scsi_host/host0/prot_capabilities)
 dd if=/dev/urandom of=/tmp/data bs=64k count=32 2>/dev/null
 dd if=/tmp/data of=/dev/sda bs=64k seek=16 oflag=direct 2>/dev/null || say not written
 dd if=/tmp/data of=/dev/sda bs=64k conv=fsync 2>/dev/null || say not written
@@ -80,7 +81,7 @@ klog
 	first.want(t, map[string]string{"format": "T10-DIF-TYPE1-CRC", "device": "1 119", "compared": ""})
 	first.kernelLog(t, 1)
 	if strings.Contains(first.console, "= not") || strings.Contains(first.console, "= another") {
-		first.fatalf(t, "the data is not what was written")
+		first.fatalf(t, "the data differs from the data written")
 	}
 	if fi, err := os.Stat(file + ".pi"); err != nil || fi.Size() < 8<<10 {
 		t.Fatalf("the protection information: %v, %v", fi, err)
@@ -103,8 +104,8 @@ dmesg | grep -q 'protection error\|guard' && say log protection
 	second.want(t, map[string]string{"before": "read", "changed": "refused", "log": "protection"})
 }
 
-// TestDeviceMapper: a device that is part of one of device mapper's is not written by a guest; the
-// mapped one is, and then the host does not take it.
+// TestDeviceMapper: a guest cannot write a device that is part of a device mapper's. It can write
+// the mapped one, and then the host cannot use it.
 func TestDeviceMapper(t *testing.T) {
 	t.Setenv("DM_DISABLE_UDEV", "1")
 	dmsetup, file := hostProgram(t, "dmsetup", "dmsetup"), diskFile(t, content("mapped", 1<<20))
@@ -120,17 +121,17 @@ func TestDeviceMapper(t *testing.T) {
 	t.Cleanup(func() { dm("remove", name) })
 	r := gvm(t, "run", "--disk", dev)
 	if r.wantStatus(t, 2); !strings.Contains(r.stderr, dev+" is part of /dev/mapper/"+name+"; dmsetup remove") {
-		r.fatalf(t, "standard error does not say what has the device")
+		r.fatalf(t, "standard error does not name the user of the device")
 	}
 	r = gvm(t, "run", "--disk", file)
 	if r.wantStatus(t, 2); !strings.Contains(r.stderr, "loop device "+dev+" is on it") {
-		r.fatalf(t, "standard error does not say what has the image")
+		r.fatalf(t, "standard error does not name the user of the image")
 	}
 	gvm(t, "run", "--disk", "/dev/mapper/"+name, "--guest-arg", "write").wantStatus(t, 0)
 }
 
-// TestNBD is the example of docs/storage.md: a block device of the kernel's NBD client is a guest's disk, and
-// what the guest writes is at the server.
+// TestNBD runs the example of docs/storage.md: a block device of the kernel's NBD client is a
+// guest's disk, and the server has the guest's writes.
 func TestNBD(t *testing.T) {
 	t.Parallel()
 	if _, err := os.Stat("/dev/nbd0"); err != nil {

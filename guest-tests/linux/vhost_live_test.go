@@ -40,7 +40,7 @@ for life in 1 2; do
 done
 `
 
-// plug has the second disk of a running guest come and go as its script says.
+// plug adds and removes the second disk of a running guest as its script expects.
 func plug(waitFor func(string), add, remove func()) {
 	waitFor("ready")
 	for n := 1; n <= 2; n++ {
@@ -51,9 +51,10 @@ func plug(waitFor func(string), add, remove func()) {
 	}
 }
 
-// plugged is what the guest says of it.
+// plugged returns the guest's output for it.
 func plugged(first, second []byte) map[string]string {
-	return map[string]string{"added-1": sum(second), "removed-1": sum(first), "added-2": sum(second), "removed-2": sum(first)}
+	return map[string]string{"added-1": sum(second), "removed-1": sum(first), "added-2": sum(second),
+		"removed-2": sum(first)}
 }
 
 func must(t *testing.T, err error) {
@@ -63,15 +64,15 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// handMade is a target of the kernel's that was made in configfs, as targetcli does.
+// handMade is a target of the kernel's made in configfs, as by targetcli.
 type handMade struct {
 	wwn   string
 	files []string // of the LUNs 0, 1 and so on
-	// plugIn adds a LUN to the target, unplug removes it. The first is there.
+	// plugIn adds a LUN to the target, unplug removes it. The target has the first one.
 	plugIn, unplug func(lun int)
 }
 
-// makeByHand makes target number n with a file for each of contents. It is gone after the test.
+// makeByHand makes target number n with a file for each of contents. The test's end removes it.
 func makeByHand(t *testing.T, n int, contents ...[]byte) (m handMade) {
 	t.Helper()
 	m.wwn = fmt.Sprintf("naa.5001405bbbbbbb%d1", n)
@@ -111,21 +112,22 @@ func makeByHand(t *testing.T, n int, contents ...[]byte) (m handMade) {
 	return m
 }
 
-// TestVhostPlugByHand: LUNs that somebody adds to a target in configfs, and
-// removes from it, as targetcli does, come and go in the guest.
+// TestVhostPlugByHand: LUNs that are added to a target in configfs and removed from it, as by
+// targetcli, come and go in the guest.
 func TestVhostPlugByHand(t *testing.T) {
 	lioUnchanged(t)
 	contents := [][]byte{content("by hand 0", 1<<20), content("by hand 1", 2<<20)}
 	m := makeByHand(t, 0, contents...)
-	p := start(t, nil, append(guest{kernel: theLab(t).Cloud, script: plugging}.build(t), "--disk", "wwn="+m.wwn+",backend=vhost")...)
+	p := start(t, nil, append(guest{kernel: theLab(t).Cloud, script: plugging}.build(t), "--disk",
+		"wwn="+m.wwn+",backend=vhost")...)
 	plug(p.waitFor, func() { m.plugIn(1) }, func() { m.unplug(1) })
 	r := p.wait()
 	r.wantStatus(t, 0)
 	r.want(t, plugged(contents[0], contents[1]))
 }
 
-// TestVhostPlug: disks that gvm adds to its target and removes from it come and
-// go in the guest. The machine runs in the test, as no command does this yet.
+// TestVhostPlug: disks that gvm adds to its target and removes from it come and go in the guest.
+// The machine runs in the test, because no command does this yet.
 func TestVhostPlug(t *testing.T) {
 	lioUnchanged(t)
 	contents := [][]byte{content("plug 0", 1<<20), content("plug 1", 2<<20)}
@@ -163,7 +165,8 @@ func TestVhostPlug(t *testing.T) {
 	running.Go(func() {
 		var out vmm.Outcome
 		out, ended = vmm.Run(ctx, sys, vmm.Config{
-			Memory: guestmem.Config{Size: 512 << 20}, Kernel: kernel, Initrds: []*boot.File{initrd}, CmdLine: "console=ttyS0 panic=-1 quiet",
+			Memory: guestmem.Config{Size: 512 << 20}, Kernel: kernel, Initrds: []*boot.File{initrd},
+			CmdLine: "console=ttyS0 panic=-1 quiet",
 			Devices: []virtio.Device{dev}, Console: c,
 		})
 		if ended == nil && out.Ending != vmm.PoweredOff {
@@ -179,7 +182,7 @@ func TestVhostPlug(t *testing.T) {
 	result{console: c.text()}.want(t, plugged(contents[0], contents[1]))
 }
 
-// console is looked at while it is written to.
+// console may be read while it is written to.
 type console struct {
 	mu      sync.Mutex
 	buf     bytes.Buffer
@@ -216,7 +219,7 @@ func (c *console) waitFor(ctx context.Context, t *testing.T, line string) {
 	}
 }
 
-// effort is what the threads of a process that are no vCPU's have done.
+// effort is the work of a process's threads other than vCPUs.
 type effort struct {
 	switches int // context switches
 	ticks    int // of CPU time
@@ -226,9 +229,9 @@ func (e effort) since(before effort) effort {
 	return effort{e.switches - before.switches, e.ticks - before.ticks}
 }
 
-// effortOf adds up what is in /proc (proc(5)). A vCPU's thread is one that has
-// spent time in a guest. The kernel's workers, which since Linux 6.4 look like
-// threads of their device's owner, are none of gvm's.
+// effortOf adds up the values in /proc (proc(5)). A thread that has spent time in a guest is a
+// vCPU's. The kernel's workers, which since Linux 6.4 look like threads of their device's owner, do
+// not count.
 func effortOf(t *testing.T, pid int) (e effort) {
 	t.Helper()
 	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
@@ -247,14 +250,14 @@ func effortOf(t *testing.T, pid int) (e effort) {
 		if strings.Contains(name, "(vhost-") {
 			continue
 		}
-		field := func(n int) int { // as proc(5) counts them, from 1
+		field := func(n int) int { // numbered as in proc(5), from 1
 			v, err := strconv.Atoi(strings.Fields(rest)[n-3])
 			must(t, err)
 			return v
 		}
 		utime, stime, guestTime := field(14), field(15), field(43)
 		if guestTime > 0 {
-			vcpus++ // what it spends outside of the guest cannot be told: utime is scaled, and the guest's time is not
+			vcpus++ // its time outside of the guest is unknown: utime is scaled, and the guest's time is not
 			continue
 		}
 		e.ticks += utime + stime
@@ -272,15 +275,15 @@ func effortOf(t *testing.T, pid int) (e effort) {
 	return e
 }
 
-// TestVhostIdle: while a guest keeps a disk of the kernel's busy, gvm's own threads
-// sleep. That this would be seen shows
-// in the same with gvm's own target.
+// TestVhostIdle: while a guest keeps a disk of the kernel's busy, gvm's own threads sleep. The same
+// with gvm's own target proves that the test would see their work.
 func TestVhostIdle(t *testing.T) {
 	lioUnchanged(t)
 	l := theLab(t)
 	var process effort
 	for _, b := range []string{"process", "vhost"} {
-		p := start(t, nil, append(guest{kernel: l.Debian, files: map[string]string{"bin/diskload": lab.Program("diskload")}, script: `
+		files := map[string]string{"bin/diskload": lab.Program("diskload")}
+		p := start(t, nil, append(guest{kernel: l.Debian, files: files, script: `
 wait_for /dev/sda
 diskload -file /dev/sda -depth 8 -count 100 # what is done but once
 echo begin
@@ -295,22 +298,25 @@ set -- $(cat /sys/block/sda/stat); say requests $(($1+$5))
 		r := p.wait()
 		r.wantStatus(t, 0)
 		requests, _ := strconv.Atoi(r.said(t, "requests"))
-		t.Logf("backend=%s: %d requests, %d context switches, %d ticks of CPU time of gvm's own", b, requests, did.switches, did.ticks)
+		t.Logf("backend=%s: %d requests, %d context switches, %d ticks of CPU time of gvm's own",
+			b, requests, did.switches, did.ticks)
 		switch {
 		case requests < 4000:
 			r.fatalf(t, "the guest made %d requests", requests)
 		case b == "process":
 			if process = did; did.switches < requests/2 {
-				t.Errorf("the threads of gvm's target switched %d times for %d requests: the test sees too little", did.switches, requests)
+				t.Errorf("the threads of gvm's target switched %d times for %d requests: the test sees too little",
+					did.switches, requests)
 			}
 		case did.switches > requests/20 || did.ticks*4 > process.ticks: // the Go runtime's own threads wake now and then
-			t.Errorf("gvm was not idle: %d context switches and %d ticks of CPU time for %d requests, %d ticks with its own target", did.switches, did.ticks, requests, process.ticks)
+			t.Errorf("gvm was not idle: %d context switches and %d ticks of CPU time for %d requests, %d ticks with "+
+				"its own target", did.switches, did.ticks, requests, process.ticks)
 		}
 	}
 }
 
-// TestVhostABI: gvm abi tells of this kernel what is known of it, and its diff
-// finds what another has and it lacks.
+// TestVhostABI: gvm abi reports the known facts of this kernel, and its diff finds features that
+// another kernel has and this one lacks.
 func TestVhostABI(t *testing.T) {
 	r := gvm(t, "abi", "--json")
 	r.wantStatus(t, 0)
@@ -329,10 +335,12 @@ func TestVhostABI(t *testing.T) {
 	}
 	must(t, json.Unmarshal([]byte(r.console), &f))
 	v := f.Vhost
-	if f.Kernel != trace.HostKernel() || f.KVM.APIVersion != 12 || f.KVM.Capabilities["KVM_CAP_IRQFD"] != 1 || v.ABIVersion != 1 || v.MaxIOVQs != 128 {
+	if f.Kernel != trace.HostKernel() || f.KVM.APIVersion != 12 || f.KVM.Capabilities["KVM_CAP_IRQFD"] != 1 ||
+		v.ABIVersion != 1 || v.MaxIOVQs != 128 {
 		r.fatalf(t, "these are not the facts: %+v", f)
 	}
-	for _, name := range []string{"VIRTIO_SCSI_F_HOTPLUG", "VIRTIO_F_INDIRECT_DESC", "VIRTIO_F_EVENT_IDX", "VIRTIO_F_VERSION_1"} {
+	for _, name := range []string{"VIRTIO_SCSI_F_HOTPLUG", "VIRTIO_F_INDIRECT_DESC", "VIRTIO_F_EVENT_IDX",
+		"VIRTIO_F_VERSION_1"} {
 		if !v.Features[name] {
 			t.Errorf("no %s in %v", name, v.Features)
 		}
@@ -348,7 +356,8 @@ func TestVhostABI(t *testing.T) {
 	if r := gvm(t, "abi", "diff", this, this); r.status != 0 || r.console != "" {
 		r.fatalf(t, "this kernel differs from itself")
 	}
-	if r := gvm(t, "abi", "diff", this, other); r.status != 1 || r.console != "~ vhost_scsi.workers: "+workers+" -> one\n" {
+	if r := gvm(t, "abi", "diff", this, other); r.status != 1 || r.console != "~ vhost_scsi.workers: "+workers+
+		" -> one\n" {
 		r.fatalf(t, "the difference is not the one that was made")
 	}
 }

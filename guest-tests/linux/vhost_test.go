@@ -32,8 +32,8 @@ func loopDevice(t *testing.T, file string) string {
 	return dev
 }
 
-// lioState is everything that is in LIO's part of configfs, and what its links
-// lead to. Values are left out: they are of objects, and objects are listed.
+// lioState lists everything in LIO's part of configfs, and the targets of its links. Values are
+// left out: they are of objects, and objects are listed.
 func lioState(t *testing.T) string {
 	t.Helper()
 	var b strings.Builder
@@ -54,7 +54,7 @@ func lioState(t *testing.T) string {
 	return b.String()
 }
 
-// lioUnchanged fails the test if it ends with anything else in LIO than now.
+// lioUnchanged fails the test if LIO's state at its end differs from that now.
 func lioUnchanged(t *testing.T) {
 	t.Helper()
 	before := lioState(t)
@@ -65,9 +65,8 @@ func lioUnchanged(t *testing.T) {
 	})
 }
 
-// TestVhostFilesystems: file systems on a file and on a block device, which the
-// kernel serves by its two kinds of backstore, with one queue to four, and guests of each
-// kernel.
+// TestVhostFilesystems: file systems on a file and on a block device, which the kernel serves by
+// its two kinds of backstore, with one queue to four, and guests of each kernel.
 func TestVhostFilesystems(t *testing.T) {
 	l := theLab(t)
 	for queues, kernel := range map[int]*lab.Kernel{1: l.Cloud, 2: kernel(t, "5.10"), 3: kernel(t, "7.3"), 4: l.Cloud} {
@@ -112,18 +111,19 @@ klog
 	}
 }
 
-// lunsChanged: LIO tells an initiator that was there first of every further LUN
-// (REPORTED LUNS DATA HAS CHANGED).
+// lunsChanged: LIO reports every further LUN to an initiator that was there before (REPORTED LUNS
+// DATA HAS CHANGED).
 const lunsChanged = `LUN assignments on this target have changed`
 
-// TestVhostLives: a guest of three lives with three disks that the kernel serves.
-// In each, driver and device part and come together again; the last one ends in
-// another kernel. Every disk stays itself.
+// TestVhostLives: a guest of three lives with three disks that the kernel serves. In each, the
+// driver leaves the device and comes back; the last one ends in another kernel. No disk takes
+// another's place.
 func TestVhostLives(t *testing.T) {
 	lioUnchanged(t)
 	l := theLab(t)
 	const lives = 3
-	contents := map[int][]byte{0: content("vhost 0", 4<<20), 1: content("vhost 1", 4<<20), 300: content("vhost 300", 4<<20)}
+	contents := map[int][]byte{0: content("vhost 0", 4<<20), 1: content("vhost 1", 4<<20),
+		300: content("vhost 300", 4<<20)}
 	copy(contents[1], "1 ") // the number of the life
 	files := map[int]string{}
 	for lun, b := range contents {
@@ -174,7 +174,8 @@ say kexec cannot start
 			want[fmt.Sprint("readonly-", life)] = "1"
 			want[fmt.Sprint("serial-", life)] = "unit-1"
 		}
-		want[fmt.Sprint("life-", life)] = strings.Join([]string{sum(contents[0]), sum(contents[1][512:]), sum(contents[300])}, " ")
+		want[fmt.Sprint("life-", life)] = strings.Join([]string{sum(contents[0]), sum(contents[1][512:]),
+			sum(contents[300])}, " ")
 	}
 	r.want(t, want)
 	r.kernelLog(t, lives+1, lunsChanged, `\] Spurious LAPIC timer interrupt on cpu \d+$`)
@@ -183,12 +184,12 @@ say kexec cannot start
 	wantFile(t, files[300], 0, contents[300])
 }
 
-// TestVhostEndings: after whatever end of gvm, LIO holds what it held before.
+// TestVhostEndings: after any end of gvm, LIO is in its earlier state.
 func TestVhostEndings(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		args   []string
-		signal syscall.Signal // sent once the guest is there
+		signal syscall.Signal // sent once the guest runs
 		status int
 		stderr string
 	}{
@@ -202,7 +203,8 @@ func TestVhostEndings(t *testing.T) {
 		{"SIGHUP", []string{"--guest-arg", "echo"}, syscall.SIGHUP, 129, "SIGHUP"},
 		{"no such image", []string{"--disk", "/none,backend=vhost"}, 0, 2, "/none"},
 		{"too many CPUs", []string{"--cpus", "100000"}, 0, 2, "CPUs"},
-		{"no such target", []string{"--disk", "wwn=naa.5001405ffffffff0,backend=vhost"}, 0, 3, "gvm: --disk naa.5001405ffffffff0: no such target"},
+		{"no such target", []string{"--disk", "wwn=naa.5001405ffffffff0,backend=vhost"}, 0, 3,
+			"gvm: --disk naa.5001405ffffffff0: no such target"},
 		{"a trace that cannot be", []string{"--trace", "/none/trace"}, 0, 2, "trace"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -224,12 +226,13 @@ func TestVhostEndings(t *testing.T) {
 	killed := func(t *testing.T) string {
 		lioUnchanged(t)
 		disk := diskFile(t, content(t.Name(), 1<<20))
-		p := start(t, nil, "run", "--guest-arg", "echo", "--disk", disk+",backend=vhost", "--trace", filepath.Join(t.TempDir(), "trace"))
+		p := start(t, nil, "run", "--guest-arg", "echo", "--disk", disk+",backend=vhost", "--trace",
+			filepath.Join(t.TempDir(), "trace"))
 		p.waitFor("ready")
 		p.signal(syscall.SIGKILL)
 		p.wait().wantStatus(t, -1)
 		if list := gvm(t, "lio", "list"); !strings.Contains(list.console, fmt.Sprintf("gvm %d (dead)", p.cmd.Process.Pid)) {
-			list.fatalf(t, "the list does not show what the dead gvm left")
+			list.fatalf(t, "the list does not show the targets of the dead gvm")
 		}
 		return disk
 	}
@@ -243,8 +246,8 @@ func TestVhostEndings(t *testing.T) {
 	})
 }
 
-// TestVhostTold: what keeps the kernel from serving a disk is one line with the
-// mend, status 3, and comes before the guest.
+// TestVhostTold: if the kernel cannot serve a disk, gvm prints one line with the remedy and ends
+// with status 3, before the guest starts.
 func TestVhostTold(t *testing.T) {
 	lioUnchanged(t)
 	disk, other := diskFile(t, content("told", 1<<20)), diskFile(t, content("other", 1<<20))
@@ -265,13 +268,19 @@ func TestVhostTold(t *testing.T) {
 		args         []string
 		status       int
 	}{
-		{"image in use by a gvm", fmt.Sprintf("in use by process %d", p.cmd.Process.Pid), []string{"--disk", disk + ",backend=vhost"}, 2},
-		{"block device in use", fmt.Sprintf("in use by process %d", os.Getpid()), []string{"--disk", claimed + ",backend=vhost"}, 2},
+		{"image in use by a gvm", fmt.Sprintf("in use by process %d", p.cmd.Process.Pid),
+			[]string{"--disk", disk + ",backend=vhost"}, 2},
+		{"block device in use", fmt.Sprintf("in use by process %d", os.Getpid()),
+			[]string{"--disk", claimed + ",backend=vhost"}, 2},
 		{"image behind a loop device", "losetup --detach " + loop, []string{"--disk", behind + ",backend=vhost"}, 2},
-		{"target in use", fmt.Sprintf("belongs to gvm %d", p.cmd.Process.Pid), []string{"--disk", "wwn=" + wwn + ",backend=vhost"}, 3},
-		{"a newer interface is pinned", "this kernel speaks version 1 of its interface, and version 2 is asked for", []string{"--disk", other + ",backend=vhost", "--vhost-abi", "2"}, 3},
-		{"workers where the kernel has none, or fewer queues", "", []string{"--disk", other + ",backend=vhost,workers=1"}, -1},
-		{"options that LIO cannot serve", "LIO drops spaces at either end", []string{"--disk", other + ",backend=vhost,serial= x"}, 2},
+		{"target in use", fmt.Sprintf("belongs to gvm %d", p.cmd.Process.Pid),
+			[]string{"--disk", "wwn=" + wwn + ",backend=vhost"}, 3},
+		{"a newer interface is pinned", "this kernel speaks version 1 of its interface, and version 2 is asked for",
+			[]string{"--disk", other + ",backend=vhost", "--vhost-abi", "2"}, 3},
+		{"workers where the kernel has none, or fewer queues", "",
+			[]string{"--disk", other + ",backend=vhost,workers=1"}, -1},
+		{"options that LIO cannot serve", "LIO drops spaces at either end",
+			[]string{"--disk", other + ",backend=vhost,serial= x"}, 2},
 	} {
 		r := gvm(t, append([]string{"run"}, c.args...)...)
 		if c.status >= 0 {
@@ -281,9 +290,10 @@ func TestVhostTold(t *testing.T) {
 			r.fatalf(t, "%s: standard error is not one line with %q", c.name, c.stderr)
 		}
 	}
-	// What cannot be served by the kernel is served in-process, and said to be.
+	// A disk that the kernel cannot serve is served in-process, with a note.
 	r := gvm(t, "run", "--disk", other+",backend=auto,serial= x")
-	if r.wantStatus(t, 0); !strings.Contains(r.stderr, "backend=auto: served in-process: --disk "+other) || strings.Count(r.stderr, "\n") != 1 {
+	if r.wantStatus(t, 0); !strings.Contains(r.stderr, "backend=auto: served in-process: --disk "+other) ||
+		strings.Count(r.stderr, "\n") != 1 {
 		r.fatalf(t, "standard error does not say why the disk is served in-process")
 	}
 	r = gvm(t, "run", "--disk", other+",backend=auto")
@@ -294,8 +304,8 @@ func TestVhostTold(t *testing.T) {
 	p.wait()
 }
 
-// TestVhostTrace: what a guest asks of a disk and gets is recorded in the same
-// form whoever serves it.
+// TestVhostTrace: a guest's requests to a disk and their results are recorded in the same form by
+// both backends.
 func TestVhostTrace(t *testing.T) {
 	lioUnchanged(t)
 	l := theLab(t)
@@ -311,7 +321,8 @@ dd if=/dev/sda of=/dev/null iflag=direct bs=4k count=32 2>/dev/null
 		r.want(t, map[string]string{"read": sum(numbers(1, 30000))})
 		show := gvm(t, "trace", "show", filepath.Join(dir, b))
 		show.wantStatus(t, 0)
-		for _, want := range []string{"serial TRACED, 8 MiB in blocks of 512", "WRITE(10) ", "READ(10) ", "SYNCHRONIZE CACHE(10)", "INQUIRY"} {
+		for _, want := range []string{"serial TRACED, 8 MiB in blocks of 512", "WRITE(10) ", "READ(10) ",
+			"SYNCHRONIZE CACHE(10)", "INQUIRY"} {
 			if !strings.Contains(show.console, want) {
 				show.fatalf(t, "the trace of backend %s lacks %q", b, want)
 			}
@@ -324,12 +335,12 @@ dd if=/dev/sda of=/dev/null iflag=direct bs=4k count=32 2>/dev/null
 	if diff.status != 0 && diff.status != 1 {
 		diff.fatalf(t, "the traces cannot be compared")
 	}
-	t.Logf("what the backends do differently:\n%s", diff.console)
+	t.Logf("the backends' differences:\n%s", diff.console)
 	noTraces(t)
 }
 
-// TestVhostEquivalence replays the corpus at both backends: each difference is on
-// the list, and each row of the list is used.
+// TestVhostEquivalence replays the corpus at both backends: each difference is on the list, and
+// each row of the list is used.
 func TestVhostEquivalence(t *testing.T) {
 	lioUnchanged(t)
 	used := replayBoth(t, "--corpus")
@@ -344,8 +355,8 @@ func TestVhostEquivalence(t *testing.T) {
 	}
 }
 
-// TestVhostTools has a Linux guest's tools and disk driver ask each backend, and
-// replays what they asked at both.
+// TestVhostTools has a Linux guest's tools and disk driver send commands to each backend, and
+// replays them at both.
 func TestVhostTools(t *testing.T) {
 	lioUnchanged(t)
 	l := theLab(t)
@@ -365,11 +376,14 @@ d=/dev/sda; p=/bin/sg_
 	${p}inq $d; ${p}inq -e -p 0x83 $d; ${p}inq -A $d
 	for page in 0 0x80 0x83 0x86 0xb0 0xb1 0xb2 0xb3 0xb6 0x89; do ${p}vpd -p $page $d; done
 	${p}readcap $d; ${p}readcap -l $d; ${p}luns $d; ${p}luns -s 1 $d; ${p}luns -s 2 $d; ${p}turs -n 3 $d
-	${p}requests $d; ${p}requests -d $d; ${p}modes -a $d; ${p}modes -6 -a $d; ${p}modes -c 1 -p 8 $d; ${p}modes -p 0x3f,0xff $d
+	${p}requests $d; ${p}requests -d $d; ${p}modes -a $d; ${p}modes -6 -a $d
+	${p}modes -c 1 -p 8 $d; ${p}modes -p 0x3f,0xff $d
 	${p}opcodes $d; ${p}opcodes -o 0x28 $d; ${p}opcodes -t $d; ${p}logs -a $d; ${p}persist -k $d; ${p}persist -c $d
 	${p}sync $d; ${p}sync --16 $d; ${p}verify -l 0 -c 8 $d; ${p}verify -l 0 -c 8 --16 $d
-	${p}write_same -l 8 -n 8 --xferlen=512 $d; ${p}write_same -U -l 16 -n 8 --xferlen=512 $d; ${p}write_same -S -l 8 -n 8 --xferlen=512 $d
-	${p}unmap --force -l 16 -n 8 $d; ${p}get_lba_status -l 0 $d; ${p}start 1 $d; ${p}start --immed 1 $d; ${p}prevent --allow $d
+	${p}write_same -l 8 -n 8 --xferlen=512 $d; ${p}write_same -U -l 16 -n 8 --xferlen=512 $d
+	${p}write_same -S -l 8 -n 8 --xferlen=512 $d
+	${p}unmap --force -l 16 -n 8 $d; ${p}get_lba_status -l 0 $d; ${p}start 1 $d
+	${p}start --immed 1 $d; ${p}prevent --allow $d
 	${p}dd if=$d of=/dev/null bs=512 count=64 blk_sgio=1; ${p}dd if=/dev/zero of=$d bs=512 count=64 seek=64 blk_sgio=1
 	${p}raw -r 64 $d 12 01 83 00 40 00; ${p}raw -r 512 $d 5e 00 00 00 00 00 00 02 00 00; ${p}raw $d c0 00 00 00 00 00
 	${p}senddiag -t $d; ${p}sat_identify $d; ${p}rtpg $d; ${p}wr_mode -p 8 -c 8,12,4 $d; ${p}reset -d $d
@@ -385,7 +399,7 @@ say lines $(wc -l </tmp/out)
 }
 
 // replayBoth replays requests at both backends, fails the test for each difference that
-// docs/backends.md does not list, and returns how often each row of it was of use.
+// docs/backends.md does not list, and returns how often each of its rows was used.
 func replayBoth(t *testing.T, what string) map[string]int {
 	t.Helper()
 	r := gvm(t, "replay", "--backend", "both", "--json", what)
