@@ -95,12 +95,12 @@ func Unknown(thing, near, page string) error {
 	return fmt.Errorf("unknown %s; see gvm help%s", thing, page)
 }
 
-// OneOf returns the error for a value that is not a key of values. Its text starts with what.
+// OneOf returns the error, prefixed with what, for a value that is not a key of values.
 func OneOf[V any](what, value string, values map[string]V) error {
 	return OneOfNames(what, value, slices.Sorted(maps.Keys(values)))
 }
 
-// OneOfNames returns the error for a value that is not among names. Its text starts with what.
+// OneOfNames is OneOf for a list of names.
 func OneOfNames(what, value string, names []string) error {
 	last := len(names) - 1
 	near := Suggest(strings.Trim(value, `"`), names)
