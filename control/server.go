@@ -105,8 +105,8 @@ func (s *Server) shutdown(limit time.Duration) error {
 	return s.http.Shutdown(ctx)
 }
 
-// Release gives up the name and removes the socket, as Close does, without waiting for requests: for
-// a process that ends at once. It may be called at any time.
+// Release gives up the name and removes the socket, as Close does, without waiting for requests:
+// for a process that ends at once. It may be called at any time.
 func (s *Server) Release() error { return s.release() }
 
 // endpoint answers a request with a value for JSON, nil for no content.
