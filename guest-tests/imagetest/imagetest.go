@@ -46,6 +46,7 @@ func BuiltFromSource(t *testing.T, name string, image []byte) {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(rebuilt, image) {
-		t.Errorf("%s (%d bytes) differs from the build of its source (%d bytes): run make here", name, len(image), len(rebuilt))
+		t.Errorf("%s (%d bytes) differs from the build of its source (%d bytes): run make here",
+			name, len(image), len(rebuilt))
 	}
 }

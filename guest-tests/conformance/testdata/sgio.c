@@ -1,15 +1,15 @@
 /*
- * Preloaded into a program, this makes /dev/sg0 a connection to the socket that
- * SGIO_SOCKET names, /dev/sg1 one to that with 1 at the end of its name, and so
- * on; and SG_IO on them a message each way:
+ * Preloaded into a program, this makes /dev/sg0 a connection to the socket named
+ * by SGIO_SOCKET, /dev/sg1 one to the socket of that name with 1 appended, and so
+ * on. SG_IO on them is a message each way:
  *
  *	to the socket:   4 numbers of 32 bits, the lengths of the CDB, of data-out
  *	                 and of data-in, and 0; the CDB; the data-out
  *	from the socket: status, length of sense data, residual, and 0; the sense
  *	                 data; all of the data-in buffer
  *
- * SG_SCSI_RESET is a message without CDB and data, whose last number is what is
- * to be reset.
+ * SG_SCSI_RESET is a message without CDB and data, whose last number selects the
+ * reset.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -88,7 +88,7 @@ OPEN(open)
 OPEN(open64)
 OPEN(__open64_2) /* open64, with _FORTIFY_SOURCE */
 
-/* /dev/sgN is a character device of its own. */
+/* /dev/sgN is a character device. */
 #define STAT(name, type) \
 int name(const char *path, struct type *st) \
 { \
