@@ -45,7 +45,7 @@ type Config struct {
 	// SharedWorker: the one thread that every device has serves all.
 	Workers int
 	ABI     ABIPolicy
-	// Note is told, in a line, what the user should know and is no error.
+	// Note gets a line that the user should know, and that is no error.
 	Note func(string)
 	// Before is vhost.Device's: it can make any ioctl fail.
 	Before func(ioctl string) error
@@ -77,11 +77,14 @@ func (p ABIPolicy) check(v int) (note string, err error) {
 	case !p.any && v != want && p.pinned:
 		return "", fmt.Errorf("this kernel speaks version %d of its interface, and version %d is asked for", v, want)
 	case !p.any && v > want:
-		return "", fmt.Errorf("this kernel speaks version %d of its interface, gvm knows %d: take a newer gvm, or accept the version", v, want)
+		return "", fmt.Errorf("this kernel speaks version %d of its interface, gvm knows %d: "+
+			"take a newer gvm, or accept the version", v, want)
 	case !p.any && v < want:
-		return "", fmt.Errorf("this kernel speaks version %d of its interface, gvm needs %d: boot a newer kernel, or accept the version", v, want)
+		return "", fmt.Errorf("this kernel speaks version %d of its interface, gvm needs %d: "+
+			"boot a newer kernel, or accept the version", v, want)
 	case v != vhost.SCSIABIVersion:
-		return fmt.Sprintf("vhost-scsi: this kernel speaks version %d of its interface, gvm is written for %d, and was told to go on", v, vhost.SCSIABIVersion), nil
+		return fmt.Sprintf("vhost-scsi: this kernel speaks version %d of its interface, gvm is written for %d, "+
+			"and was told to go on", v, vhost.SCSIABIVersion), nil
 	}
 	return "", nil
 }
@@ -94,15 +97,14 @@ type Device struct {
 	kernel   uint64      // feature bits that the kernel has
 	watch    *watcher    // while active
 	stopped  bool        // by Stop, for the driver to continue
-	told     bool        // account has
+	told     bool        // account has called cfg.Note
 }
 
-// New opens the kernel's device and finds out all that can go wrong before a
-// guest runs: that the module is there and may be used, its interface's version
-// and features, how many queues it has, whether it has workers, and that
-// the target can be had: it is taken, without a queue, and let go again.
-// What remains is another user who takes the target in between, and memory for
-// the kernel's pools of commands; both are Activate's errors.
+// New opens the kernel's device and checks, before a guest runs, all that can go
+// wrong: access to the module, the version and features of its interface, the
+// number of queues, workers, and the target, which New takes without a queue and
+// releases. Two errors remain for Activate: another process takes the target in
+// between, or there is no memory for the kernel's pools of commands.
 func New(cfg Config) (*Device, error) {
 	if cfg.Queues == 0 {
 		cfg.Queues = 1
@@ -124,13 +126,14 @@ func New(cfg Config) (*Device, error) {
 	return d, nil
 }
 
-// isWWPN tells whether the kernel takes s for a directory in target/vhost, less some
-// characters that no such name has.
+// isWWPN reports whether the kernel takes s as the name of a directory in target/vhost. It
+// refuses some characters that the kernel takes and no such name has.
 func isWWPN(s string) bool {
 	kind, rest, _ := strings.Cut(s, ".")
-	return (kind == "naa" || kind == "fc" || kind == "iqn") && rest != "" && !strings.ContainsFunc(rest, func(r rune) bool {
+	foreign := func(r rune) bool {
 		return (r < '0' || r > '9') && (r < 'A' || r > 'Z') && (r < 'a' || r > 'z') && !strings.ContainsRune(".:_-", r)
-	})
+	}
+	return (kind == "naa" || kind == "fc" || kind == "iqn") && rest != "" && !strings.ContainsFunc(rest, foreign)
 }
 
 func (c *Config) check() error {
@@ -206,7 +209,8 @@ func (d *Device) prepare(dev *vhost.SCSI) error {
 	}
 	switch _, err := dev.VringBase(firstRequestQueue + d.cfg.Queues - 1); {
 	case errors.Is(err, unix.ENOBUFS):
-		return fmt.Errorf("%d request queues: more than this kernel serves; ask for fewer, or write the number to /sys/module/vhost_scsi/parameters/max_io_vqs", d.cfg.Queues)
+		return fmt.Errorf("%d request queues: more than this kernel serves; "+
+			"ask for fewer, or write the number to /sys/module/vhost_scsi/parameters/max_io_vqs", d.cfg.Queues)
 	case err != nil:
 		return err
 	}
@@ -240,7 +244,8 @@ func (d *Device) startWorkers(dev *vhost.SCSI) error {
 			if d.cfg.Workers == 0 {
 				return nil
 			}
-			return fmt.Errorf("%w: this kernel has one worker for all queues; boot Linux 6.5 or newer, or ask for no number", err)
+			return fmt.Errorf("%w: this kernel has one worker for all queues; "+
+				"boot Linux 6.5 or newer, or ask for no number", err)
 		}
 		if err != nil {
 			return err
@@ -275,7 +280,8 @@ func (d *Device) explain(err error) error {
 	why := "another process uses it"
 	switch _, e := os.Stat(dir); {
 	case e != nil:
-		why = fmt.Sprintf("there is no %s; make the target, and mount configfs if %s is empty", dir, filepath.Dir(filepath.Dir(targets)))
+		why = fmt.Sprintf("there is no %s; make the target, and mount configfs if %s is empty",
+			dir, filepath.Dir(filepath.Dir(targets)))
 	case len(groups) == 0:
 		why = fmt.Sprintf("it has no portal group; mkdir %s/tpgt_1", dir)
 	case !nexus:

@@ -14,11 +14,10 @@ import (
 )
 
 // watcher waits for errors of the vrings (VHOST_SET_VRING_ERR). The kernel
-// reports there what it does not like, and that is two things: a ring or chain
-// that breaks the rules, at which it stays for ever; and a request that
-// it answers (BAD_TARGET for a CDB that is too long, say) or drops, and goes on.
-// Any user of the guest with a SCSI generic device can cause the latter, so it
-// must not break the device. See look for how they are told apart.
+// reports two kinds: a ring or chain that breaks the rules, which stops the
+// queue; and a request that it answers (BAD_TARGET for a CDB that is too long,
+// say) or drops, and continues. Any user of the guest with a SCSI generic device
+// can cause the second, so it must not break the device. look tells them apart.
 type watcher struct {
 	dev     *vhost.SCSI
 	a       virtio.Activation
@@ -109,12 +108,11 @@ func (w *watcher) run() {
 	}
 }
 
-// look finds out what an error of queue i means. If the kernel has taken all
-// that is available, it was a request that it has dealt with. Otherwise the
-// kernel may stand before a chain that it cannot take, or just not be done. So
-// it is asked to look again, by the doorbell: an error of after that
-// with the kernel at the same place is one of the first kind, for one of the
-// second comes with a chain that was taken.
+// look finds the kind of an error of queue i. If the kernel has taken all that
+// is available, it was a request, which is done. Otherwise the kernel may have
+// stopped at a chain that it cannot take, or not be finished. So the doorbell
+// makes it look again: if an error follows and the kernel is at the same index,
+// the error is of the first kind, for the second comes with a chain that was taken.
 func (w *watcher) look(i int) error {
 	base, err := w.dev.VringBase(i)
 	if err != nil {
@@ -126,7 +124,8 @@ func (w *watcher) look(i int) error {
 	}
 	more := guestmem.LoadUint16(avail[2:]) != base
 	if s := w.suspect[i]; s.more && more && s.base == base {
-		return &virtq.GuestError{Rule: "virtio 1.3, 2.7", What: fmt.Sprintf("the kernel cannot take entry %d of the available ring", base)}
+		what := fmt.Sprintf("the kernel cannot take entry %d of the available ring", base)
+		return &virtq.GuestError{Rule: "virtio 1.3, 2.7", What: what}
 	}
 	w.suspect[i] = suspect{more, base}
 	// In this order: the error that may follow the doorbell must be kept.

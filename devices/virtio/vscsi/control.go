@@ -44,7 +44,8 @@ func (d *Device) control(w *virtio.Worker, c *virtq.Chain) error {
 		return guestErr("5.6.6.2", "control request of type %d", typ)
 	}
 	if n < out || c.In.Len() < in {
-		return guestErr("5.6.6.2", "control request of type %d with %d device-readable and %d device-writable bytes", typ, n, c.In.Len())
+		return guestErr("5.6.6.2", "control request of type %d with %d device-readable and %d device-writable bytes",
+			typ, n, c.In.Len())
 	}
 	var resp []byte
 	if typ == tTMF {
@@ -61,23 +62,26 @@ func (d *Device) control(w *virtio.Worker, c *virtq.Chain) error {
 	return nil
 }
 
-// observed is manage, told to the observer.
+// observed calls manage and tells the observer.
 func (d *Device) observed(function uint32, lun []byte, id uint64) byte {
 	o := d.cfg.Observer
 	if o == nil {
 		return d.manage(function, lun, id)
 	}
-	r := trace.Record{Kind: trace.TaskManagement, Missing: trace.NoQueue | trace.NoResidual, Time: o.Now(), LUN: [8]byte(lun), Tag: id, Function: function}
+	r := trace.Record{
+		Kind: trace.TaskManagement, Missing: trace.NoQueue | trace.NoResidual,
+		Time: o.Now(), LUN: [8]byte(lun), Tag: id, Function: function,
+	}
 	r.Response = d.manage(function, lun, id)
 	r.Latency = o.Now() - r.Time
 	o.Observe(&r)
 	return r.Response
 }
 
-// manage does a task management function and returns its response. What the
-// function concerns may still be waiting in a request queue, where the driver
-// put it before: it is handed to the target first. Otherwise it could run
-// after the driver was told that it is gone.
+// manage does a task management function and returns its response. The task that
+// the function concerns may still be in a request queue, where the driver put it
+// before; so it is handed to the target first. Otherwise it could run after the
+// driver was told that it is gone.
 func (d *Device) manage(function uint32, lunBytes []byte, id uint64) byte {
 	lun, ok := address(lunBytes)
 	if !ok {

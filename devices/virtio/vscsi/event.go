@@ -36,7 +36,7 @@ const (
 // qualifier that the unit attention condition has too.
 func ParamReason(asc, ascq byte) Reason { return Reason(asc) | Reason(ascq)<<8 }
 
-// Delivery is what became of an event.
+// Delivery is the outcome of an event.
 type Delivery int
 
 // Deliveries.
@@ -93,8 +93,8 @@ func (e *events) reset() {
 	e.driven, e.missed = false, false
 }
 
-// add serves the event queue: it keeps the buffer, or reports at once what
-// was missed for want of one.
+// add serves the event queue: it keeps the buffer, or reports with it at once
+// that events were lost for want of one.
 func (e *events) add(w *virtio.Worker, c *virtq.Chain) error {
 	if n := c.In.Len(); n < eventLen {
 		return guestErr("5.6.6.3.1", "event buffer of %d bytes", n)
@@ -129,8 +129,8 @@ func (e *events) send(t EventType, lun scsi.LUN, reason Reason) Delivery {
 	return Delivered
 }
 
-// write fills one buffer, or notes that there was none, which is false. The
-// caller holds mu.
+// write fills one buffer. It returns false and remembers the loss if there is
+// none. The caller holds mu.
 func (e *events) write(t EventType, lun scsi.LUN, reason Reason) bool {
 	if len(e.buffers) == 0 {
 		e.missed = true

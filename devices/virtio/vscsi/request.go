@@ -30,8 +30,8 @@ const maxPayload = 64 << 10
 // maxProtection bounds what fillProtection writes: the tuples of the largest transfer.
 const maxProtection = 65536 * scsi.TupleSize
 
-// promptRead is how many bytes the driver may have to wait for, in a read of what is in
-// memory, with the interrupt for what was completed before: some microseconds.
+// promptRead bounds the read of cached data, in bytes, that may delay the interrupt for
+// requests completed before: some microseconds.
 const promptRead = 64 << 10
 
 // Response codes (5.6.6.1, 5.6.6.2).
@@ -94,7 +94,8 @@ func (d *Device) request(q uint16, w *virtio.Worker, c *virtq.Chain) error {
 	if d.protection {
 		out, in := binary.LittleEndian.Uint32(hdr[piOff:]), binary.LittleEndian.Uint32(hdr[piOff+4:])
 		if uint64(out) > uint64(c.Out.Len()) || uint64(in) > uint64(c.In.Len()) {
-			return guestErr("5.6.6.1", "request with %d and %d bytes of protection information in buffers of %d and %d", out, in, c.Out.Len(), c.In.Len())
+			return guestErr("5.6.6.1", "request with %d and %d bytes of protection information in buffers of %d and %d",
+				out, in, c.Out.Len(), c.In.Len())
 		}
 		r.cmd.ProtectionOut, r.cmd.ProtectionIn = c.Out.Take(int(out)), c.In.Take(int(in))
 		r.piIn = int(in)
@@ -145,8 +146,8 @@ func (r *request) done(res scsi.Result) {
 	case res.Overrun:
 		code = sOverrun
 	case res.Abort == scsi.NotAborted:
-		// A LUN without a unit too: the status and sense data of that are
-		// what initiators look for when they scan.
+		// Also for a LUN without a unit: initiators that scan look for its
+		// status and sense data.
 		code = sOK
 	}
 	r.answer(code, res)
@@ -200,7 +201,7 @@ func (r *request) fillProtection(done int) bool {
 	return true
 }
 
-// begin notes what was asked.
+// begin records the request.
 func (r *request) begin(q uint16, hdr []byte, outLen, inLen int) {
 	r.rec = trace.Record{
 		Kind:  trace.Command,
@@ -215,7 +216,7 @@ func (r *request) begin(q uint16, hdr []byte, outLen, inLen int) {
 	}
 }
 
-// end notes what came of it.
+// end records the answer, and hands the record to the observer.
 func (r *request) end(code byte, res *scsi.Result) {
 	r.rec.Latency = r.observer.Now() - r.rec.Time
 	r.rec.Response, r.rec.Status, r.rec.Residual = code, res.Status, res.Residual

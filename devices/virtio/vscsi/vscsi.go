@@ -74,13 +74,13 @@ const (
 	maxQueues       = 1024
 )
 
-// Config says what New makes.
+// Config is the configuration of a device.
 type Config struct {
 	Target   Target
 	Queues   int          // request queues; 0 is 1
 	RingSize uint16       // entries in each request queue, a power of two from 4 to 1024; 0 is 256
-	Nexus    scsi.NexusID // what the target knows the guest by
-	Observer Observer     // nil: nobody
+	Nexus    scsi.NexusID // the guest's, at the target
+	Observer Observer     // may be nil
 	// Poll is how long the thread of a request queue looks for the next request before it
 	// sleeps, at most, while requests come that fast; 0 is not at all.
 	Poll time.Duration
@@ -99,7 +99,7 @@ type Device struct {
 	events             events
 }
 
-// New returns a device, or what is wrong with cfg.
+// New returns a device. The error says what is wrong with cfg.
 func New(cfg Config) (*Device, error) {
 	if cfg.Queues == 0 {
 		cfg.Queues = 1
