@@ -120,7 +120,18 @@ func resolve(mem *guestmem.Memory, l virtq.Layout, features uint64) (a vhost.Vri
 // of no change to a logical unit, so a driver with VIRTIO_SCSI_F_HOTPLUG is told,
 // when it continues, that events were missed. The device keeps nothing else.
 func (d *Device) Stop() ([]uint16, error) {
+	var queues []virtio.Queue
+	if d.watch != nil {
+		queues = d.watch.a.Queues
+	}
 	bases, undone, err := d.stop()
+	// The kernel interrupts for the last requests after it has counted them
+	// as answered, when it may have lost the eventfd already. One more is harmless.
+	for _, q := range queues {
+		if q.Size != 0 {
+			err = errors.Join(err, q.Call.Signal())
+		}
+	}
 	if err := errors.Join(undone, err); err != nil {
 		return nil, fmt.Errorf("vhost-scsi: %w", err)
 	}
