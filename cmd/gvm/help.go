@@ -31,7 +31,8 @@ func init() {
 	}
 }
 
-// describeFlag returns a flag's entry in a help page: its names, and beside or below them its usage.
+// describeFlag returns the entry of a flag in a help page: its names, with its usage beside them or
+// below.
 func describeFlag(f cli.Flag) string {
 	names, value, usage := flagWords(f)
 	head := strings.TrimSpace(strings.Join(names, ", ") + " " + value)
@@ -39,8 +40,8 @@ func describeFlag(f cli.Flag) string {
 	return column(head, helpFlags, usage, helpWidth-6, -3)
 }
 
-// flagWords returns the names of a flag with their dashes, the name of its value, which its usage has
-// in backquotes, and the usage with the default.
+// flagWords returns the names of a flag with their dashes, the name of its value, which its usage
+// has in backquotes, and the usage with the default.
 func flagWords(f cli.Flag) (names []string, value, usage string) {
 	doc, ok := f.(cli.DocGenerationFlag)
 	if !ok {
