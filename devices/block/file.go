@@ -40,6 +40,9 @@ type Options struct {
 	// minds those of others, where that has them. A loop device on a file that it cannot find is
 	// taken.
 	NoLock bool
+	// Cut, which may be nil, is called before the image grows to Size: what lies beside it and is about
+	// bytes behind size is of an earlier image.
+	Cut func(b *File, size int64) error
 	// Lend leaves a block device unclaimed, because the kernel's SCSI target claims it. That
 	// it can be claimed is checked.
 	Lend bool
@@ -299,6 +302,11 @@ func (b *File) fit(o Options) error {
 	default:
 		if size == 0 {
 			if err := CheckName(b.path); err != nil {
+				return err
+			}
+		}
+		if o.Cut != nil {
+			if err := o.Cut(b, size); err != nil {
 				return err
 			}
 		}

@@ -222,7 +222,7 @@ func (ds *Set) openImage(d Spec) (block.Backend, error) {
 	}
 	f, err := block.Open(d.Path, block.Options{
 		ReadOnly: d.ReadOnly || d.Overlay != "", Size: d.Size, BlockSize: d.BlockSize,
-		NoLock: d.NoLock, Lend: d.Backend == Vhost, Note: ds.mishaps.note,
+		NoLock: d.NoLock, Lend: d.Backend == Vhost, Note: ds.mishaps.note, Cut: sidecar.Cut,
 	})
 	if err != nil {
 		return nil, ImageError{err}

@@ -287,3 +287,41 @@ func TestResizeCutsTuples(t *testing.T) {
 		t.Errorf("beside a FIFO: %v", err)
 	}
 }
+
+// TestGrowthCutsTuples: an image that another program made smaller, and that grows again by an Open
+// without protection information, has none for its new blocks.
+func TestGrowthCutsTuples(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	open := func(o block.Options, use func(*sidecar.Tuples) error) {
+		t.Helper()
+		f, err := block.Open(path, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if use != nil {
+			tuples, err := sidecar.OpenTuples(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = errors.Join(use(tuples), tuples.Close())
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	old := bytes.Repeat([]byte{7}, 8*2048)
+	open(block.Options{Size: 1 << 20}, func(p *sidecar.Tuples) error { return p.WriteTuples(old, 0) })
+	if err := os.Truncate(path, 512<<10); err != nil {
+		t.Fatal(err)
+	}
+	open(block.Options{Size: 1 << 20, Cut: sidecar.Cut}, nil)
+	got, want := make([]byte, 8*2048), bytes.Clone(old)
+	copy(want[8*1024:], bytes.Repeat([]byte{0xff}, 8*1024))
+	open(block.Options{}, func(p *sidecar.Tuples) error { return p.ReadTuples(got, 0) })
+	if !bytes.Equal(got, want) {
+		t.Error("new blocks have old tuples")
+	}
+}
