@@ -22,7 +22,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-all lint race racelab fuzz soak conformance vhost kernel bench guest clean
+.PHONY: build run demo test test-all lint race racelab fuzz soak conformance vhost kernel distribution bench guest clean
 .PHONY: man stage install uninstall deb
 
 build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
@@ -44,7 +44,7 @@ test: ## the tests of every day; those that need a real KVM run in the lab where
 	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
 
 # All words that test something. One that fails does not keep the others from running.
-ALL ?= test lint race kernel vhost conformance soak fuzz racelab
+ALL ?= test lint race distribution kernel vhost conformance soak fuzz racelab
 test-all: ## test, and then all the rest; what took longest comes at the end
 	@times=$$(mktemp) || exit 1; export GVM_TEST_TIMES=$$times; failed=; \
 	for word in $(ALL); do echo "test-all: $$word"; $(MAKE) $$word || failed="$$failed $$word"; done; \
@@ -100,6 +100,10 @@ vhost: ## all guests' tests of what the kernel serves, on three of the lab's ker
 kernel: ## build a small kernel of Debian's source, and run the guests' tests that need it, in the lab
 	$(GO) run ./guest-tests/cmd/lab kernel
 	$(GO) test -tags built -count=1 -timeout 30m -parallel 1 -run '^TestBuilt' -v ./guest-tests/linux
+
+distribution: ## make a small Debian system, and boot it to its login and down again, in the lab
+	$(GO) run ./guest-tests/cmd/lab distribution
+	$(GOTEST) -tags built -count=1 -timeout 40m -parallel 1 -run '^TestDistribution$$' ./guest-tests/linux
 
 bench: build ## benchmarks without a guest, of Linux in the lab, and of this host's KVM; JSON and plots in bench/
 	mkdir -p bench

@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
+	"time"
 )
 
 // run runs a program of this machine in dir, and returns its standard output.
@@ -24,6 +26,8 @@ func runCtx(ctx context.Context, dir string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 10 * time.Second
 	out, err := cmd.Output()
 	if err == nil {
 		return out, nil
@@ -80,6 +84,21 @@ func (s *setup) hostTools() error {
 	for tool, pkg := range hostPackages {
 		if _, err := hostTool(tool); err != nil {
 			missing = append(missing, pkg)
+		}
+	}
+	return s.install(missing)
+}
+
+// need installs those of the packages that this machine lacks, if it may.
+func (s *setup) need(packages []string) error {
+	dpkg, err := runCtx(s.ctx, "", "dpkg-query", "-W", "-f", "${Package} ${Status}\n")
+	if err != nil {
+		return err
+	}
+	var missing []string
+	for _, p := range packages {
+		if !strings.Contains("\n"+string(dpkg), "\n"+p+" install ok installed\n") {
+			missing = append(missing, p)
 		}
 	}
 	return s.install(missing)

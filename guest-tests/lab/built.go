@@ -56,17 +56,7 @@ func (l *Lab) BuildKernel(ctx context.Context, progress io.Writer) error {
 }
 
 func (s *setup) build() error {
-	dpkg, err := runCtx(s.ctx, "", "dpkg-query", "-W", "-f", "${Package} ${Status}\n")
-	if err != nil {
-		return err
-	}
-	var missing []string
-	for _, p := range buildTools {
-		if !strings.Contains("\n"+string(dpkg), "\n"+p+" install ok installed\n") {
-			missing = append(missing, p)
-		}
-	}
-	if err := s.install(missing); err != nil {
+	if err := s.need(buildTools); err != nil {
 		return err
 	}
 	tmp, err := os.MkdirTemp(s.cache, "built.tmp")

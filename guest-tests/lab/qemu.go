@@ -146,25 +146,35 @@ func (s *setup) newerQEMU() (string, error) {
 
 var codename = regexp.MustCompile(`(?m)^VERSION_CODENAME="?([a-z]+)"?$`)
 
-// suites fetches the package lists of releases of Debian into dir, from the mirror that
-// this machine uses, and returns apt's options for them.
-func (s *setup) suites(dir string, releases []string) ([]string, error) {
+// release returns the name of this machine's release of Debian, and the mirror that it uses.
+func (s *setup) release() (name, mirror string, err error) {
 	release, err := os.ReadFile("/etc/os-release")
 	if err != nil {
-		return nil, err
+		return "", "", err
 	}
 	m := codename.FindSubmatch(release)
 	if m == nil {
-		return nil, errors.New("/etc/os-release names no release of Debian")
+		return "", "", errors.New("/etc/os-release names no release of Debian")
 	}
+	name = string(m[1])
 	out, err := runCtx(s.ctx, "", "apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages",
-		"Component: main", "Release: "+string(m[1]))
+		"Component: main", "Release: "+name)
+	if err != nil {
+		return "", "", err
+	}
+	mirror, _, _ = strings.Cut(string(out), "\n")
+	if mirror == "" {
+		return "", "", fmt.Errorf("apt has no source for %s", name)
+	}
+	return name, mirror, nil
+}
+
+// suites fetches the package lists of releases of Debian into dir, from the mirror that
+// this machine uses, and returns apt's options for them.
+func (s *setup) suites(dir string, releases []string) ([]string, error) {
+	_, mirror, err := s.release()
 	if err != nil {
 		return nil, err
-	}
-	mirror, _, _ := strings.Cut(string(out), "\n")
-	if mirror == "" {
-		return nil, fmt.Errorf("apt has no source for %s", m[1])
 	}
 	if err := makeAptDirs(dir); err != nil {
 		return nil, err

@@ -18,8 +18,8 @@ import (
 )
 
 // patience is how long a run of gvm may take before it is killed and the test fails. No guest here
-// needs a third of it.
-const patience = 3 * time.Minute
+// needs half of it.
+const patience = 5 * time.Minute
 
 // process is a running gvm, or a program that it is compared with.
 type process struct {

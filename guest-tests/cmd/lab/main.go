@@ -3,6 +3,7 @@
 //
 //	go run ./guest-tests/cmd/lab setup
 //	go run ./guest-tests/cmd/lab kernel
+//	go run ./guest-tests/cmd/lab distribution
 //	go run ./guest-tests/cmd/lab [flags] -- COMMAND [ARGUMENT]...
 //
 // The command sees this machine's files, read-only except for the directories given with -w. Its
@@ -44,7 +45,7 @@ func run() int {
 	}
 	console := flag.String("console", "", "`file` for the output of L1's kernel")
 	flag.Usage = func() {
-		fmt.Fprintf(os.Stderr, "usage: lab setup | lab kernel | lab [flags] -- COMMAND [ARGUMENT]...\n")
+		fmt.Fprintf(os.Stderr, "usage: lab setup | lab kernel | lab distribution | lab [flags] -- COMMAND [ARGUMENT]...\n")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -63,6 +64,12 @@ func run() int {
 	}
 	if flag.NArg() == 1 && flag.Arg(0) == "kernel" {
 		if err := l.BuildKernel(ctx, os.Stderr); err != nil {
+			return fail(err)
+		}
+		return 0
+	}
+	if flag.NArg() == 1 && flag.Arg(0) == "distribution" {
+		if err := l.MakeDistribution(ctx, os.Stderr); err != nil {
 			return fail(err)
 		}
 		return 0
