@@ -4,10 +4,12 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 // may lists, for each package or tree ("/..."), the packages of this module that its non-test files
@@ -110,5 +112,29 @@ func TestLayering(t *testing.T) {
 		if row.imports != "" && !seen[row.pkg] {
 			t.Errorf("the row of %s matches no import", row.pkg)
 		}
+	}
+}
+
+// TestLines checks that every line of Go ends by column 120. A tab counts as one column.
+func TestLines(t *testing.T) {
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, ".go") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		n := 0
+		for line := range strings.Lines(string(text)) {
+			n++
+			if width := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); width > 120 {
+				t.Errorf("%s:%d has %d columns; break it by column 120", path, n, width)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }

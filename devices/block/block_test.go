@@ -130,24 +130,30 @@ func TestOpenRefuses(t *testing.T) {
 		text string // part of the message
 	}{
 		{"missing", filepath.Join(dir, "none"), block.Options{}, fs.ErrNotExist, "give a size to create it"},
-		{"missing, readonly", filepath.Join(dir, "none"), block.Options{ReadOnly: true, Size: mib}, fs.ErrNotExist, "no such file"},
+		{"missing, readonly", filepath.Join(dir, "none"), block.Options{ReadOnly: true, Size: mib}, fs.ErrNotExist,
+			"no such file"},
 		{"directory", dir, block.Options{}, block.ErrNotDisk, "is a directory"},
 		{"fifo", fifo, block.Options{}, block.ErrNotDisk, "is a pipe"},
 		{"character device", "/dev/null", block.Options{}, block.ErrNotDisk, "is a character device"},
 		{"empty", image(t, "e", "", 0), block.Options{}, block.ErrSize, "is empty"},
 		{"odd size", image(t, "o", "", mib+1), block.Options{}, block.ErrSize, "truncate -s 1049088"},
 		{"odd for 4096", image(t, "o4", "", mib+512), block.Options{BlockSize: 4096}, block.ErrSize, "block size 4096"},
-		{"odd size asked", filepath.Join(dir, "none"), block.Options{Size: 1000}, block.ErrSize, "size 1000 is not a multiple"},
+		{"odd size asked", filepath.Join(dir, "none"), block.Options{Size: 1000}, block.ErrSize,
+			"size 1000 is not a multiple"},
 		{"larger than asked", image(t, "l", "", 2*mib), block.Options{Size: mib}, block.ErrSize, "never made smaller"},
-		{"smaller, readonly", image(t, "s", "", mib), block.Options{Size: 2 * mib, ReadOnly: true}, block.ErrSize, "cannot grow readonly"},
+		{"smaller, readonly", image(t, "s", "", mib), block.Options{Size: 2 * mib, ReadOnly: true}, block.ErrSize,
+			"cannot grow readonly"},
 		{"qcow2", image(t, "disk.qcow2", "QFI\xfb\x00\x00\x00\x03", mib), block.Options{}, block.ErrFormat,
 			"disk.qcow2: qcow2 image; gvm takes raw images: qemu-img convert -O raw "},
 		{"vmdk", image(t, "d", "KDMV", mib), block.Options{}, block.ErrFormat, "VMDK image"},
 		{"vmdk descriptor", image(t, "d", "# Disk DescriptorFile\n", 512), block.Options{}, block.ErrFormat, "VMDK image"},
-		{"fixed vhd", image(t, "d", strings.Repeat("\x00", mib-512)+"conectix", mib), block.Options{}, block.ErrFormat, "VHD image"},
+		{"fixed vhd", image(t, "d", strings.Repeat("\x00", mib-512)+"conectix", mib), block.Options{}, block.ErrFormat,
+			"VHD image"},
 		{"android sparse", image(t, "d", "\x3a\xff\x26\xed", mib), block.Options{}, block.ErrFormat, "simg2img"},
-		{"new by another format's name", filepath.Join(dir, "new.QCow2"), block.Options{Size: mib}, block.ErrFormat, "new.QCow2: is the name of a qcow2 image"},
-		{"empty, by another format's name", image(t, "e.vdi", "", 0), block.Options{Size: mib}, block.ErrFormat, "e.vdi: is the name of a VDI image"},
+		{"new by another format's name", filepath.Join(dir, "new.QCow2"), block.Options{Size: mib}, block.ErrFormat,
+			"new.QCow2: is the name of a qcow2 image"},
+		{"empty, by another format's name", image(t, "e.vdi", "", 0), block.Options{Size: mib}, block.ErrFormat,
+			"e.vdi: is the name of a VDI image"},
 		{"vhdx", image(t, "d", "vhdxfile", mib), block.Options{}, block.ErrFormat, "VHDX image"},
 		{"vdi", image(t, "d", vdi, mib), block.Options{ReadOnly: true}, block.ErrFormat, "VDI image"},
 		{"qcow2 to grow", image(t, "grow", "QFI\xfb", mib), block.Options{Size: 2 * mib}, block.ErrFormat, "qcow2 image"},
@@ -170,7 +176,8 @@ func TestOpenRefuses(t *testing.T) {
 			if !errors.Is(err, tt.kind) || !strings.Contains(err.Error(), tt.text) {
 				t.Errorf("error %q, want %v with %q", err, tt.kind, tt.text)
 			}
-			if !strings.HasPrefix(err.Error(), tt.path+": ") || strings.Contains(err.Error(), "\n") || strings.Contains(err.Error(), "%!") {
+			if !strings.HasPrefix(err.Error(), tt.path+": ") || strings.Contains(err.Error(), "\n") ||
+				strings.Contains(err.Error(), "%!") {
 				t.Errorf("error %q: want one line that starts with the path", err)
 			}
 		})
@@ -202,7 +209,8 @@ func TestLock(t *testing.T) {
 	if _, err = ro(); !errors.Is(err, block.ErrLocked) {
 		t.Errorf("reader beside a writer: %v", err)
 	}
-	if _, err = block.Open(path, block.Options{Size: 2 * mib}); !errors.Is(err, block.ErrLocked) || !strings.Contains(err.Error(), "given twice") {
+	if _, err = block.Open(path, block.Options{Size: 2 * mib}); !errors.Is(err, block.ErrLocked) ||
+		!strings.Contains(err.Error(), "given twice") {
 		t.Errorf("two writers: %v", err)
 	}
 	if fi, err := os.Stat(path); err != nil || fi.Size() != mib {

@@ -22,7 +22,8 @@ func (b *File) CopyFrom(src Backend, srcOff, off, n int64) error {
 		return errors.ErrUnsupported
 	}
 	if srcOff < 0 || off < 0 || n < 0 || srcOff > s.Size()-n || off > b.Size()-n {
-		return fmt.Errorf("copy_file_range %s: %d bytes from %d to %d: past an end, at %d and %d", b.path, n, srcOff, off, s.Size(), b.Size())
+		return fmt.Errorf("copy_file_range %s: %d bytes from %d to %d: past an end, at %d and %d",
+			b.path, n, srcOff, off, s.Size(), b.Size())
 	}
 	for n > 0 {
 		moved, err := unix.CopyFileRange(s.fd, &srcOff, b.fd, &off, int(min(n, maxBytes)), 0)

@@ -107,7 +107,8 @@ func Open(path string, o Options) (_ *File, err error) {
 		o.BlockSize = 512
 	}
 	if o.Size < 0 || o.Size%int64(o.BlockSize) != 0 {
-		return nil, badImage(ErrSize, path, "size %d is not a multiple of the block size %d; %d is", o.Size, o.BlockSize, roundUp(o.Size, int64(o.BlockSize)))
+		return nil, badImage(ErrSize, path, "size %d is not a multiple of the block size %d; %d is",
+			o.Size, o.BlockSize, roundUp(o.Size, int64(o.BlockSize)))
 	}
 	for tries := 0; ; tries++ {
 		b, err := openLocked(path, o)
@@ -328,7 +329,8 @@ func (b *File) checkSize(size int64) error {
 		return badImage(ErrSize, b.path, "is empty (give a size to make it a disk)")
 	}
 	if rest := size % b.blockSize; rest != 0 {
-		return badImage(ErrSize, b.path, "has %d bytes, not a multiple of the block size %d (truncate -s %d makes it one)", size, b.blockSize, size-rest+b.blockSize)
+		return badImage(ErrSize, b.path, "has %d bytes, not a multiple of the block size %d (truncate -s %d makes it one)",
+			size, b.blockSize, size-rest+b.blockSize)
 	}
 	return nil
 }
@@ -344,7 +346,8 @@ func (b *File) checkDirect(blockSize int) error {
 		need = n & 0x7fffffff // the kernel stores an int, of 32 bits
 	} else {
 		var st unix.Statx_t
-		if err := unix.Statx(b.fd, "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st); err == nil && st.Mask&unix.STATX_DIOALIGN != 0 {
+		if err := unix.Statx(b.fd, "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st); err == nil &&
+			st.Mask&unix.STATX_DIOALIGN != 0 {
 			need = int(st.Dio_offset_align)
 		}
 	}

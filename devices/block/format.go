@@ -77,7 +77,8 @@ func CheckName(path string) error {
 		return nil
 	}
 	return badImage(ErrFormat, path,
-		"is the name of a %s, and gvm makes raw ones: name it %s.img, or make it with gvm image create --raw", name, strings.TrimSuffix(strings.TrimSuffix(filepath.Base(path), suffix), ".img"))
+		"is the name of a %s, and gvm makes raw ones: name it %s.img, or make it with gvm image create --raw",
+		name, strings.TrimSuffix(strings.TrimSuffix(filepath.Base(path), suffix), ".img"))
 }
 
 // checkFormat refuses an image that starts or ends as a container format does: its

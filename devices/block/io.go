@@ -218,7 +218,8 @@ const bounceSize = 1 << 20
 // bounce moves iov from byte done on through a page-aligned buffer, for
 // O_DIRECT.
 func (b *File) bounce(do transfer, iov [][]byte, done, total int, off int64, read bool) (int, error) {
-	buf, err := unix.Mmap(-1, 0, min(bounceSize, (total-done+4095)&^4095), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	buf, err := unix.Mmap(-1, 0, min(bounceSize, (total-done+4095)&^4095), unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANON)
 	if err != nil {
 		return 0, err
 	}

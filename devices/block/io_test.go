@@ -62,7 +62,8 @@ func TestMove(t *testing.T) {
 			t.Errorf("fussy %v: wrong data written", fussy)
 		}
 		got := make([]byte, len(want))
-		if n, err := b.move("preadv", d.do(true), [][]byte{got[:3000], got[3000:]}, 8192, true); n != len(want) || err != nil {
+		if n, err := b.move("preadv", d.do(true), [][]byte{got[:3000], got[3000:]}, 8192, true); n != len(want) ||
+			err != nil {
 			t.Errorf("read = %d, %v", n, err)
 		}
 		if !bytes.Equal(got, want) {
@@ -86,8 +87,10 @@ func TestMoveErrors(t *testing.T) {
 		read bool
 		end  error
 		want error
-	}{{true, nil, io.ErrUnexpectedEOF}, {false, nil, io.ErrShortWrite}, {true, unix.EIO, unix.EIO}, {false, unix.ENOSPC, unix.ENOSPC}, {true, unix.EINVAL, unix.EINVAL}} {
-		if n, err := b.move("op", stop(2, v.end), [][]byte{make([]byte, 4096)}, 0, v.read); n != 1024 || !errors.Is(err, v.want) {
+	}{{true, nil, io.ErrUnexpectedEOF}, {false, nil, io.ErrShortWrite}, {true, unix.EIO, unix.EIO},
+		{false, unix.ENOSPC, unix.ENOSPC}, {true, unix.EINVAL, unix.EINVAL}} {
+		if n, err := b.move("op", stop(2, v.end), [][]byte{make([]byte, 4096)}, 0, v.read); n != 1024 ||
+			!errors.Is(err, v.want) {
 			t.Errorf("%+v: %d, %v", v, n, err)
 		}
 	}

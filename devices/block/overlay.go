@@ -166,7 +166,8 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	}
 	unsure := base.block && have.BaseTime == 0
 	if have.Size != want.Size || have.BaseTime != want.BaseTime && !unsure {
-		return nil, badImage(ErrBase, path, "was made on %s as it was then, of %d bytes; %s has changed since, or is another: remove the overlay to begin anew", have.Base, have.Size, base.path)
+		return nil, badImage(ErrBase, path, "was made on %s as it was then, of %d bytes; %s has changed since, or is "+
+			"another: remove the overlay to begin anew", have.Base, have.Size, base.path)
 	}
 	if unsure && base.note != nil {
 		base.note(fmt.Sprintf("%s: was made on %s, and Linux does not tell whether %s has changed since: if it has,"+
@@ -212,7 +213,8 @@ func openTop(path string, n int64, noLock bool) (*File, error) {
 		if string(head) != overlayMagic {
 			return nil, badImage(ErrFormat, path, "exists, and is not an overlay of gvm's: name another file")
 		}
-		return nil, badImage(ErrBase, path, "belongs to a base of another size, or was cut short: give that base, or remove the overlay to begin anew")
+		return nil, badImage(ErrBase, path,
+			"belongs to a base of another size, or was cut short: give that base, or remove the overlay to begin anew")
 	}
 	return Open(path, Options{Size: n, Raw: true, NoLock: noLock})
 }

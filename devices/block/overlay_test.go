@@ -259,7 +259,8 @@ func TestOverlayRefuses(t *testing.T) {
 		text string
 	}{
 		{"a disk", make([]byte, mib), block.ErrFormat, "not an overlay of gvm's"},
-		{"of that size, blank at first", append(make([]byte, len(good)-1), 1), block.ErrFormat, "not an overlay of gvm's: name another file"},
+		{"of that size, blank at first", append(make([]byte, len(good)-1), 1), block.ErrFormat,
+			"not an overlay of gvm's: name another file"},
 		{"of that size, zeroes", make([]byte, len(good)), block.ErrFormat, "not an overlay of gvm's: name another file"},
 		{"of that size", append([]byte("QFI"), good[3:]...), block.ErrFormat, "not an overlay of gvm's"},
 		{"cut short", good[:len(good)-4096], block.ErrBase, "another size"},

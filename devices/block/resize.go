@@ -25,14 +25,16 @@ func (b *File) Resize(n int64, shrink bool, cut func(b *File, size int64) error)
 		size = has
 	}
 	if n < 0 || n%b.blockSize != 0 {
-		return badImage(ErrSize, b.path, "size %d is not a multiple of the block size %d; %d is", n, b.blockSize, roundUp(n, b.blockSize))
+		return badImage(ErrSize, b.path, "size %d is not a multiple of the block size %d; %d is",
+			n, b.blockSize, roundUp(n, b.blockSize))
 	}
 	if err := b.checkSize(size); err != nil {
 		return err
 	}
 	switch most := max(b.Size(), has); {
 	case size < most && !shrink:
-		return badImage(ErrSize, b.path, "has %d bytes, and would have %d: what lies behind them would be lost, as --shrink allows", most, size)
+		return badImage(ErrSize, b.path,
+			"has %d bytes, and would have %d: what lies behind them would be lost, as --shrink allows", most, size)
 	case size == has:
 	case b.block:
 		return badImage(ErrSize, b.path, "is a block device of %d bytes, size says %d", has, size)

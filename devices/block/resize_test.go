@@ -23,18 +23,21 @@ func TestResize(t *testing.T) {
 		{"grow", 0, 2 * mib, false, block.Options{}, 2 * mib, 2 * mib, ""},
 		{"same", 0, mib, false, block.Options{}, mib, mib, ""},
 		{"same, readonly", 0, mib, false, block.Options{ReadOnly: true}, mib, mib, ""},
-		{"shrink", 0, mib / 2, false, block.Options{}, 0, mib, "has 1048576 bytes, and would have 524288: what lies behind them would be lost, as --shrink allows"},
+		{"shrink", 0, mib / 2, false, block.Options{}, 0, mib,
+			"has 1048576 bytes, and would have 524288: what lies behind them would be lost, as --shrink allows"},
 		{"shrink, meant", 0, mib / 2, true, block.Options{}, mib / 2, mib / 2, ""},
 		{"as it is", 0, 0, false, block.Options{}, mib, mib, ""},
 		{"as it is, grown", 3 * mib, 0, false, block.Options{}, 3 * mib, 3 * mib, ""},
 		{"as it is, grown, readonly", 3 * mib, 0, false, block.Options{ReadOnly: true}, 3 * mib, 3 * mib, ""},
 		{"as it is, cut", 4096, 0, false, block.Options{}, 0, 4096, "would be lost"},
 		{"as it is, cut, meant", 4096, 0, true, block.Options{}, 4096, 4096, ""},
-		{"grown, then less", 3 * mib, 2 * mib, false, block.Options{}, 0, 3 * mib, "has 3145728 bytes, and would have 2097152"},
+		{"grown, then less", 3 * mib, 2 * mib, false, block.Options{}, 0, 3 * mib,
+			"has 3145728 bytes, and would have 2097152"},
 		{"emptied", -1, 0, true, block.Options{}, 0, 0, "is empty"},
 		{"odd", 0, mib + 1, false, block.Options{}, 0, mib, "size 1048577 is not a multiple of the block size 512"},
 		{"odd by 4096", 0, mib + 512, false, block.Options{BlockSize: 4096}, 0, mib, "not a multiple of the block size 4096"},
-		{"odd outside", mib + 512, 0, false, block.Options{BlockSize: 4096}, 0, mib + 512, "has 1049088 bytes, not a multiple of the block size 4096"},
+		{"odd outside", mib + 512, 0, false, block.Options{BlockSize: 4096}, 0, mib + 512,
+			"has 1049088 bytes, not a multiple of the block size 4096"},
 		{"negative", 0, -512, true, block.Options{}, 0, mib, "size -512"},
 		{"readonly", 0, 2 * mib, false, block.Options{ReadOnly: true}, 0, mib, "is readonly and keeps its 1048576 bytes"},
 	} {
@@ -47,7 +50,8 @@ func TestResize(t *testing.T) {
 				}
 			}
 			err := f.Resize(tt.n, tt.shrink, nil)
-			if tt.want == 0 && (!errors.Is(err, block.ErrSize) || !strings.Contains(err.Error(), path+": ") || !strings.Contains(err.Error(), tt.text)) {
+			if tt.want == 0 && (!errors.Is(err, block.ErrSize) || !strings.Contains(err.Error(), path+": ") ||
+				!strings.Contains(err.Error(), tt.text)) {
 				t.Errorf("error %v, want ErrSize with %q", err, tt.text)
 			}
 			want := tt.want

@@ -62,7 +62,8 @@ func TestLockErrors(t *testing.T) {
 	} {
 		setLock = func(uintptr, int, *unix.Flock_t) error { return errno }
 		_, err := Open(img, Options{})
-		if !errors.Is(err, errno) && !none || errors.Is(err, ErrNoLocks) != none || none && !strings.Contains(err.Error(), "lock=off") {
+		if !errors.Is(err, errno) && !none || errors.Is(err, ErrNoLocks) != none ||
+			none && !strings.Contains(err.Error(), "lock=off") {
 			t.Errorf("%v: %v", errno, err)
 		}
 		var notes []string

@@ -267,7 +267,8 @@ func TestInUseByHost(t *testing.T) {
 		needs(t, "dmsetup")
 		dev := loop(t, image(t, "disk.img", "", mib))
 		name := "gvm-test-" + filepath.Base(dev)
-		if out, err := exec.Command("dmsetup", "create", name, "--table", "0 2048 linear "+dev+" 0").CombinedOutput(); err != nil {
+		table := "0 2048 linear " + dev + " 0"
+		if out, err := exec.Command("dmsetup", "create", name, "--table", table).CombinedOutput(); err != nil {
 			t.Skipf("no device mapper here: %s", out)
 		}
 		t.Cleanup(func() { run(t, "dmsetup", "remove", name) })
@@ -318,7 +319,8 @@ func TestOverlayOnDevice(t *testing.T) {
 	}
 	noted := func(base string) {
 		t.Helper()
-		if notes, err := begin(base); err != nil || !strings.Contains(notes, file+": ") || !strings.Contains(notes, base+" has changed since") {
+		if notes, err := begin(base); err != nil || !strings.Contains(notes, file+": ") ||
+			!strings.Contains(notes, base+" has changed since") {
 			t.Errorf("%s: %v, notes %q", base, err, notes)
 		}
 	}
@@ -332,7 +334,8 @@ func TestOverlayOnDevice(t *testing.T) {
 		if err := errors.Join(w.Flush(), w.Close()); err != nil {
 			t.Fatal(err)
 		}
-		if notes, err := begin(base); !errors.Is(err, block.ErrBase) || !strings.Contains(err.Error(), base+" has changed since") {
+		if notes, err := begin(base); !errors.Is(err, block.ErrBase) ||
+			!strings.Contains(err.Error(), base+" has changed since") {
 			t.Errorf("%s, changed: %v, notes %q", base, err, notes)
 		}
 		if err := os.Remove(file); err != nil {

@@ -18,7 +18,8 @@ func TestIovec(t *testing.T) {
 			t.Errorf("Gather of %d bytes: %q, want %q", size, p[:n], want)
 		}
 	}
-	for src, want := range map[string]string{"": "abcdefg", "123": "123defg", "1234567": "1234567", "123456789": "1234567"} {
+	for src, want := range map[string]string{"": "abcdefg", "123": "123defg",
+		"1234567": "1234567", "123456789": "1234567"} {
 		to := pieces()
 		if n := iovec.Scatter(to, []byte(src)); n != min(len(src), 7) || string(bytes.Join(to, nil)) != want {
 			t.Errorf("Scatter of %q: %d bytes, %q, want %q", src, n, to, want)

@@ -150,7 +150,8 @@ func TestNoLostWakeUp(t *testing.T) {
 						if features&virtio.FeatureIndirectDesc != 0 {
 							direct = rnd.Intn(3)
 						}
-						head, ok := r.AddIndirect(direct, virtqtest.Seg{Addr: addr[i], Len: 8}, virtqtest.Seg{Addr: addr[i] + 16, Len: 8, Write: true})
+						head, ok := r.AddIndirect(direct, virtqtest.Seg{Addr: addr[i], Len: 8},
+							virtqtest.Seg{Addr: addr[i] + 16, Len: 8, Write: true})
 						if !ok {
 							t.Fatal("no room")
 						}

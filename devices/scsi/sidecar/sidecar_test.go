@@ -54,7 +54,8 @@ func TestSideFilesAreNotDisks(t *testing.T) {
 	if err := os.Truncate(img+".pi", 8192); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := block.Open(img+".pi", block.Options{}); !errors.Is(err, block.ErrLocked) || !strings.Contains(err.Error(), "given twice") {
+	if _, err := block.Open(img+".pi", block.Options{}); !errors.Is(err, block.ErrLocked) ||
+		!strings.Contains(err.Error(), "given twice") {
 		t.Errorf("IMAGE.pi, in use, as a disk: %v", err)
 	}
 	tuples.Close()

@@ -248,7 +248,8 @@ func (t *Tuples) ClearTuples(block, n uint64) error {
 	if fi.Size() <= tupleOffset(block+n) {
 		return t.cut(f, block)
 	}
-	err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, tupleOffset(block), int64(n)*scsi.TupleSize)
+	err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, tupleOffset(block),
+		int64(n)*scsi.TupleSize)
 	if !errors.Is(err, errors.ErrUnsupported) {
 		return err
 	}

@@ -130,7 +130,8 @@ func TestTuplesCut(t *testing.T) {
 		return f, p
 	}
 	f, p := open(1 << 20)
-	if err := errors.Join(p.WriteTuples(bytes.Repeat([]byte{7}, 8*2048), 0), p.Close(), f.Close(), os.Truncate(image, 512<<10)); err != nil {
+	if err := errors.Join(p.WriteTuples(bytes.Repeat([]byte{7}, 8*2048), 0), p.Close(), f.Close(),
+		os.Truncate(image, 512<<10)); err != nil {
 		t.Fatal(err)
 	}
 	f, p = open(512 << 10)
@@ -139,7 +140,8 @@ func TestTuplesCut(t *testing.T) {
 	}
 	f, p = open(1 << 20)
 	got := make([]byte, 8*2048)
-	if err := p.ReadTuples(got, 0); err != nil || !bytes.Equal(got[:8*1024], bytes.Repeat([]byte{7}, 8*1024)) || !bytes.Equal(got[8*1024:], bytes.Repeat([]byte{0xff}, 8*1024)) {
+	if err := p.ReadTuples(got, 0); err != nil || !bytes.Equal(got[:8*1024], bytes.Repeat([]byte{7}, 8*1024)) ||
+		!bytes.Equal(got[8*1024:], bytes.Repeat([]byte{0xff}, 8*1024)) {
 		t.Errorf("%v, or wrong tuples", err)
 	}
 	if err := errors.Join(p.Close(), f.Close()); err != nil {
@@ -198,16 +200,19 @@ func TestTuplesRefused(t *testing.T) {
 		make func(path string) error
 		want string
 	}{
-		"other block size": {func(path string) error { return os.WriteFile(path, of4096, 0o600) }, "for blocks of 4096 bytes"},
-		"other file":       {func(path string) error { return os.WriteFile(path, []byte("notes"), 0o600) }, "not the protection information"},
-		"directory":        {func(path string) error { return os.Mkdir(path, 0o700) }, "directory"},
-		"link":             {func(path string) error { return os.Symlink(good, path) }, "symbolic links"},
+		"other block size": {func(path string) error { return os.WriteFile(path, of4096, 0o600) },
+			"for blocks of 4096 bytes"},
+		"other file": {func(path string) error { return os.WriteFile(path, []byte("notes"), 0o600) },
+			"not the protection information"},
+		"directory": {func(path string) error { return os.Mkdir(path, 0o700) }, "directory"},
+		"link":      {func(path string) error { return os.Symlink(good, path) }, "symbolic links"},
 	} {
 		path := filepath.Join(dir, name)
 		if err := v.make(path + ".pi"); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := tuplesOf(t, path, block.Options{}); err == nil || !strings.Contains(err.Error(), path+".pi") || !strings.Contains(err.Error(), v.want) {
+		if _, err := tuplesOf(t, path, block.Options{}); err == nil || !strings.Contains(err.Error(), path+".pi") ||
+			!strings.Contains(err.Error(), v.want) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -243,7 +248,8 @@ func TestResizeCutsTuples(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := errors.Join(plain.Resize(mib/2, true, sidecar.Cut), plain.Resize(mib, false, sidecar.Cut), plain.Close()); err != nil {
+		if err := errors.Join(plain.Resize(mib/2, true, sidecar.Cut), plain.Resize(mib, false, sidecar.Cut),
+			plain.Close()); err != nil {
 			t.Fatal(err)
 		}
 		f, tuples = open()
@@ -269,7 +275,8 @@ func TestResizeCutsTuples(t *testing.T) {
 	// What is no protection information stays.
 	path := filepath.Join(t.TempDir(), "disk")
 	notes := bytes.Repeat([]byte("my notes"), 4096)
-	if err := errors.Join(os.WriteFile(path, make([]byte, mib), 0o600), os.WriteFile(path+".pi", notes, 0o600)); err != nil {
+	if err := errors.Join(os.WriteFile(path, make([]byte, mib), 0o600),
+		os.WriteFile(path+".pi", notes, 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	f, err := block.Open(path, block.Options{})
@@ -283,7 +290,8 @@ func TestResizeCutsTuples(t *testing.T) {
 	if got, err := os.ReadFile(path + ".pi"); err != nil || !bytes.Equal(got, notes) {
 		t.Errorf("%v, %d bytes are left of another file", err, len(got))
 	}
-	if err := errors.Join(os.Remove(path+".pi"), unix.Mkfifo(path+".pi", 0o600), f.Resize(mib, false, sidecar.Cut)); err != nil {
+	if err := errors.Join(os.Remove(path+".pi"), unix.Mkfifo(path+".pi", 0o600),
+		f.Resize(mib, false, sidecar.Cut)); err != nil {
 		t.Errorf("beside a FIFO: %v", err)
 	}
 }

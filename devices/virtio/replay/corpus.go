@@ -84,7 +84,8 @@ func (c *corpus) out(n int, cdb []byte) {
 
 // param is a command whose data-out is a parameter list.
 func (c *corpus) param(list string, cdb []byte) {
-	c.add(trace.Record{Kind: trace.Command, LUN: trace.UnitLUN(0), Attr: c.attr, CDB: cdb, Out: uint32(len(list)), Payload: []byte(list)})
+	c.add(trace.Record{Kind: trace.Command, LUN: trace.UnitLUN(0), Attr: c.attr, CDB: cdb, Out: uint32(len(list)),
+		Payload: []byte(list)})
 }
 
 var be = binary.BigEndian
@@ -183,7 +184,8 @@ func (c *corpus) blocks() {
 	for _, at := range []struct {
 		lba uint64
 		n   int
-	}{{0, 1}, {0, 8}, {7, 3}, {last - 7, 8}, {last, 1}, {last, 2}, {last + 1, 1}, {1<<32 - 1, 1}, {1 << 40, 1}, {1<<64 - 1, 2}, {0, 0}, {last, 0}, {last + 1, 0}} {
+	}{{0, 1}, {0, 8}, {7, 3}, {last - 7, 8}, {last, 1}, {last, 2}, {last + 1, 1}, {1<<32 - 1, 1}, {1 << 40, 1},
+		{1<<64 - 1, 2}, {0, 0}, {last, 0}, {last + 1, 0}} {
 		size := at.n * bs
 		c.filled(cdb16(0x8b, 0, at.lba, at.n), 0, at.n) // ORWRITE that sets no bit
 		if at.lba < 1<<32 {
@@ -496,7 +498,8 @@ func (c *corpus) transport() {
 		c.out(512, cdb10(0x2a, 0, 0, 1))
 	}
 	c.attr = scsi.Simple
-	both := trace.Record{Kind: trace.Command, LUN: trace.UnitLUN(0), CDB: cdb10(0x28, 0, 0, 1), In: 512, Out: 512, Payload: make([]byte, 512)}
+	both := trace.Record{Kind: trace.Command, LUN: trace.UnitLUN(0), CDB: cdb10(0x28, 0, 0, 1), In: 512, Out: 512,
+		Payload: make([]byte, 512)}
 	c.add(both)
 	for function := range uint32(9) {
 		for _, lun := range []int{0, 9} {

@@ -134,7 +134,8 @@ func (s *Side) send(r *trace.Record, out []byte) (Answer, error) {
 	case int(r.Device) >= len(s.Hosts):
 		return Answer{}, fmt.Errorf("there is no device %d in the trace's header", r.Device)
 	case r.Out > MaxData || r.In > MaxData:
-		return Answer{}, fmt.Errorf("%d bytes of data-out and %d of data-in: a request has up to %d here", r.Out, r.In, MaxData)
+		return Answer{}, fmt.Errorf("%d bytes of data-out and %d of data-in: a request has up to %d here",
+			r.Out, r.In, MaxData)
 	case r.Kind == trace.TaskManagement:
 		return s.Hosts[r.Device].Manage(r)
 	}

@@ -20,7 +20,8 @@ func process(t *testing.T, ctx context.Context, w *trace.Writer) Side {
 	t.Helper()
 	s := Side{Name: "process"}
 	for i, d := range corpusDisks {
-		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(min(int64(d.Size), 64<<20)), Serial: d.Serial, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly})
+		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(min(int64(d.Size), 64<<20)), Serial: d.Serial,
+			BlockSize: d.BlockSize, ReadOnly: d.ReadOnly})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -159,11 +160,13 @@ func TestRunDifferent(t *testing.T) {
 	} {
 		list := []trace.Record{{Kind: trace.Command, LUN: lun, CDB: tt.cdb, In: tt.in}}
 		var got *Difference
-		sum, err := Run(t.Context(), list, []Side{fake(tt.a, tt.data[0]), fake(tt.b, tt.data[1])}, func(d *Difference) error { got = d; return nil })
+		sum, err := Run(t.Context(), list, []Side{fake(tt.a, tt.data[0]), fake(tt.b, tt.data[1])},
+			func(d *Difference) error { got = d; return nil })
 		if err != nil || sum.Requests != 1 || sum.Different != min(len(tt.want), 1) {
 			t.Fatalf("%q: %+v, %v", tt.want, sum, err)
 		}
-		if got != nil && (!slices.Equal(got.What, tt.want) || got.A.Text(got.Record) == got.B.Text(got.Record) && tt.want[0] != "data") {
+		if got != nil && (!slices.Equal(got.What, tt.want) ||
+			got.A.Text(got.Record) == got.B.Text(got.Record) && tt.want[0] != "data") {
 			t.Errorf("%q: %+v", tt.want, got)
 		}
 		if tt.data[0] != 0 && !slices.Equal(got.Data, []int{0, 35}) {
@@ -195,7 +198,8 @@ func TestRunEnds(t *testing.T) {
 func TestRunRefuses(t *testing.T) {
 	ctx := t.Context()
 	side := process(t, ctx, nil)
-	unmap := trace.Record{Kind: trace.Command, LUN: trace.UnitLUN(0), CDB: []byte{0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0}, Out: 24}
+	unmap := trace.Record{Kind: trace.Command, LUN: trace.UnitLUN(0), CDB: []byte{0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0},
+		Out: 24}
 	sum, err := Run(ctx, []trace.Record{unmap, {Kind: trace.Lost, Count: 3}}, []Side{side}, nil)
 	if err != nil || sum != (Summary{Skipped: 1, Lost: 3}) {
 		t.Errorf("%+v, %v", sum, err)

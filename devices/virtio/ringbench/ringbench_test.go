@@ -70,7 +70,8 @@ func TestRun(t *testing.T) {
 		dev := device(t, b, 1)
 		for _, depth := range []int{1, 3, 256} {
 			b.read, b.written = 0, 0
-			l := Load{Queues: 1, Depth: depth, Size: 8 << 10, Write: write, BlockSize: 512, Blocks: size / 512, Time: 20 * time.Millisecond}
+			l := Load{Queues: 1, Depth: depth, Size: 8 << 10, Write: write, BlockSize: 512, Blocks: size / 512,
+				Time: 20 * time.Millisecond}
 			r, err := Run(dev, l)
 			if err != nil {
 				t.Fatal(err)
@@ -87,9 +88,11 @@ func TestRun(t *testing.T) {
 				told += b.Count
 			}
 			if r.Elapsed < l.Time || r.CPU <= 0 || told != r.Requests {
-				t.Errorf("write %v, depth %d: %v elapsed, %v CPU, %d latencies of %d", write, depth, r.Elapsed, r.CPU, told, r.Requests)
+				t.Errorf("write %v, depth %d: %v elapsed, %v CPU, %d latencies of %d",
+					write, depth, r.Elapsed, r.CPU, told, r.Requests)
 			}
-			if a, b, c := r.Latency.Quantile(0), r.Latency.Quantile(0.5), r.Latency.Quantile(1); a <= 0 || a > b || b > c || c > 2*r.Elapsed {
+			a, b, c := r.Latency.Quantile(0), r.Latency.Quantile(0.5), r.Latency.Quantile(1)
+			if a <= 0 || a > b || b > c || c > 2*r.Elapsed {
 				t.Errorf("write %v, depth %d: latencies %v, %v, %v of %v", write, depth, a, b, c, r.Elapsed)
 			}
 		}

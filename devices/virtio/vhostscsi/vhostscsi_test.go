@@ -54,7 +54,8 @@ func TestDisks(t *testing.T) {
 				t.Errorf("tpgt_%d lun %d: READ(10) past the end: %v", tag, lun, a)
 			}
 		}
-		if a := r.request(requestQueue, tag, 7, make([]byte, 6), nil, 0); a.String() != "response 0 status 0x2 sense 5/25/00" {
+		a := r.request(requestQueue, tag, 7, make([]byte, 6), nil, 0)
+		if a.String() != "response 0 status 0x2 sense 5/25/00" {
 			t.Errorf("no such LUN: %v", a)
 		}
 		if a := r.request(requestQueue, tag^2, 0, make([]byte, 6), nil, 0); a.String() != "response 3 status 0x0" {
@@ -130,21 +131,25 @@ func TestAgain(t *testing.T) {
 }
 
 func TestNewSaysWhatIsWrong(t *testing.T) {
-	if _, err := vhostscsi.New(vhostscsi.Config{WWPN: wwn}); err == nil || !strings.Contains(err.Error(), "there is no /sys/kernel/config/target/vhost/"+wwn) {
+	if _, err := vhostscsi.New(vhostscsi.Config{WWPN: wwn}); err == nil ||
+		!strings.Contains(err.Error(), "there is no /sys/kernel/config/target/vhost/"+wwn) {
 		t.Errorf("no such target: %v", err)
 	}
 	tg := newTarget(t, wwn)
-	if _, err := vhostscsi.New(vhostscsi.Config{WWPN: wwn}); err == nil || !strings.Contains(err.Error(), "it has no portal group; mkdir ") {
+	if _, err := vhostscsi.New(vhostscsi.Config{WWPN: wwn}); err == nil ||
+		!strings.Contains(err.Error(), "it has no portal group; mkdir ") {
 		t.Errorf("no portal group: %v", err)
 	}
 	tg.group(1, false)
-	if _, err := vhostscsi.New(vhostscsi.Config{WWPN: wwn}); err == nil || !strings.Contains(err.Error(), "it has no nexus; write ") {
+	if _, err := vhostscsi.New(vhostscsi.Config{WWPN: wwn}); err == nil ||
+		!strings.Contains(err.Error(), "it has no nexus; write ") {
 		t.Errorf("no nexus: %v", err)
 	}
 	tg.group(2, true)
 	r := newRig(t, vhostscsi.Config{WWPN: wwn})
 	r.mustStart()
-	if _, err := vhostscsi.New(vhostscsi.Config{WWPN: wwn}); err == nil || !strings.Contains(err.Error(), "another process uses it") {
+	if _, err := vhostscsi.New(vhostscsi.Config{WWPN: wwn}); err == nil ||
+		!strings.Contains(err.Error(), "another process uses it") {
 		t.Errorf("in use: %v", err)
 	}
 	r.mustReset()
@@ -247,7 +252,8 @@ func TestErrors(t *testing.T) {
 		}
 		<-r.broke
 		r.mustReset()
-		if len(r.broken) != 1 || !strings.Contains(r.broken[0].Error(), "the kernel cannot take entry 0 of the available ring") {
+		if len(r.broken) != 1 ||
+			!strings.Contains(r.broken[0].Error(), "the kernel cannot take entry 0 of the available ring") {
 			t.Errorf("%s: %v", c.name, r.broken)
 		}
 		r.broken = nil
@@ -277,7 +283,8 @@ func TestUnanswered(t *testing.T) {
 		r.ready(requestQueue, 0, 0)
 		r.mustReset()
 	}
-	if len(notes) != 1 || !strings.Contains(notes[0], "queue 2: the kernel stopped with 1 of the guest's requests taken and not answered") {
+	if len(notes) != 1 ||
+		!strings.Contains(notes[0], "queue 2: the kernel stopped with 1 of the guest's requests taken and not answered") {
 		t.Errorf("%q", notes)
 	}
 }

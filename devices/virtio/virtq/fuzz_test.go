@@ -58,7 +58,8 @@ func FuzzQueue(f *testing.F) {
 			n := uint32(b[1])
 			switch b[0] % 8 {
 			case 0, 1, 2, 3: // a good chain
-				segs := []virtqtest.Seg{out(buf, n), {Addr: buf + uint64(b[2]), Len: uint32(b[3]), Write: b[4]&1 != 0}, in(buf, uint32(b[5]))}
+				segs := []virtqtest.Seg{out(buf, n), {Addr: buf + uint64(b[2]), Len: uint32(b[3]), Write: b[4]&1 != 0},
+					in(buf, uint32(b[5]))}
 				if features&virtq.FeatureIndirectDesc != 0 && b[0]&8 != 0 {
 					if d.Free() > 3 && int(size) > 3 {
 						d.AddIndirect(int(b[6]%4), segs...)

@@ -74,15 +74,22 @@ func TestNewChecksLayout(t *testing.T) {
 		{"largest", virtq.Layout{Size: 32768, Desc: base, Driver: base + 0x80000, Device: base + 0xa0000}, ""},
 		{"size 0", virtq.Layout{Size: 0, Desc: base, Driver: base + 0x1000, Device: base + 0x2000}, "virtio 1.3, 2.7"},
 		{"size 6", virtq.Layout{Size: 6, Desc: base, Driver: base + 0x1000, Device: base + 0x2000}, "virtio 1.3, 2.7"},
-		{"size 65535", virtq.Layout{Size: 65535, Desc: base, Driver: base + 0x1000, Device: base + 0x2000}, "virtio 1.3, 2.7"},
-		{"desc unaligned", virtq.Layout{Size: 8, Desc: base + 8, Driver: base + 0x1000, Device: base + 0x2000}, "virtio 1.3, 2.7.1"},
-		{"avail unaligned", virtq.Layout{Size: 8, Desc: base, Driver: base + 0x1001, Device: base + 0x2000}, "virtio 1.3, 2.7.1"},
-		{"used unaligned", virtq.Layout{Size: 8, Desc: base, Driver: base + 0x1000, Device: base + 0x2002}, "virtio 1.3, 2.7.1"},
-		{"desc below RAM", virtq.Layout{Size: 8, Desc: base - 16, Driver: base + 0x1000, Device: base + 0x2000}, "virtio 1.3, 2.7"},
-		{"desc past RAM", virtq.Layout{Size: 8, Desc: end - 112, Driver: base + 0x1000, Device: base + 0x2000}, "virtio 1.3, 2.7"},
+		{"size 65535", virtq.Layout{Size: 65535, Desc: base, Driver: base + 0x1000, Device: base + 0x2000},
+			"virtio 1.3, 2.7"},
+		{"desc unaligned", virtq.Layout{Size: 8, Desc: base + 8, Driver: base + 0x1000, Device: base + 0x2000},
+			"virtio 1.3, 2.7.1"},
+		{"avail unaligned", virtq.Layout{Size: 8, Desc: base, Driver: base + 0x1001, Device: base + 0x2000},
+			"virtio 1.3, 2.7.1"},
+		{"used unaligned", virtq.Layout{Size: 8, Desc: base, Driver: base + 0x1000, Device: base + 0x2002},
+			"virtio 1.3, 2.7.1"},
+		{"desc below RAM", virtq.Layout{Size: 8, Desc: base - 16, Driver: base + 0x1000, Device: base + 0x2000},
+			"virtio 1.3, 2.7"},
+		{"desc past RAM", virtq.Layout{Size: 8, Desc: end - 112, Driver: base + 0x1000, Device: base + 0x2000},
+			"virtio 1.3, 2.7"},
 		{"avail past RAM", virtq.Layout{Size: 8, Desc: base, Driver: end - 20, Device: base + 0x2000}, "virtio 1.3, 2.7"},
 		{"used past RAM", virtq.Layout{Size: 8, Desc: base, Driver: base + 0x1000, Device: end - 68}, "virtio 1.3, 2.7"},
-		{"address wraps", virtq.Layout{Size: 8, Desc: 1<<64 - 16, Driver: base + 0x1000, Device: base + 0x2000}, "virtio 1.3, 2.7"},
+		{"address wraps", virtq.Layout{Size: 8, Desc: 1<<64 - 16, Driver: base + 0x1000, Device: base + 0x2000},
+			"virtio 1.3, 2.7"},
 	} {
 		_, err := virtq.New(mem, tt.l, both, 0)
 		var g *virtq.GuestError
@@ -121,7 +128,8 @@ func TestRules(t *testing.T) {
 	}{
 		{"idx jumps by size+1", both, func(d *virtqtest.Driver) { d.SetAvailIdx(size + 1) }, "virtio 1.3, 2.7.6.1"},
 		{"idx goes back", both, func(d *virtqtest.Driver) { d.SetAvailIdx(0xffff) }, "virtio 1.3, 2.7.6.1"},
-		{"head past the table", both, func(d *virtqtest.Driver) { d.SetAvail(0, size); d.SetAvailIdx(1) }, "virtio 1.3, 2.7.5"},
+		{"head past the table", both, func(d *virtqtest.Driver) { d.SetAvail(0, size); d.SetAvailIdx(1) },
+			"virtio 1.3, 2.7.5"},
 		{"head 65535", both, func(d *virtqtest.Driver) { d.SetAvail(0, 0xffff); d.SetAvailIdx(1) }, "virtio 1.3, 2.7.5"},
 		{"next past the table", both, func(d *virtqtest.Driver) {
 			d.SetDesc(0, desc(buf, 16, N, size))
@@ -589,7 +597,8 @@ type roundTrip struct {
 
 func newRoundTrip(d *virtqtest.Driver, q *virtq.Queue) *roundTrip {
 	a := d.Alloc(1 << 16)
-	return &roundTrip{d: d, q: q, segs: []virtqtest.Seg{out(a, 51), out(a+100, 512), in(a+1000, 108), in(a+4096, 4096), in(a+16384, 4096)}}
+	return &roundTrip{d: d, q: q, segs: []virtqtest.Seg{out(a, 51), out(a+100, 512), in(a+1000, 108), in(a+4096, 4096),
+		in(a+16384, 4096)}}
 }
 
 func (r *roundTrip) run() {

@@ -60,7 +60,8 @@ func (d *device) Activate(a virtio.Activation) error {
 	if d.startErr != nil {
 		return d.startErr
 	}
-	if a.Features&virtio.FeatureVersion1 == 0 || a.Features&^(d.features|virtio.FeatureVersion1) != 0 || len(a.Queues) != len(d.sizes) {
+	if a.Features&virtio.FeatureVersion1 == 0 || a.Features&^(d.features|virtio.FeatureVersion1) != 0 ||
+		len(a.Queues) != len(d.sizes) {
 		d.t.Errorf("bad activation %+v", a)
 	}
 	for i, q := range a.Queues {
@@ -175,7 +176,8 @@ func rigWith(t testing.TB, dev *device, d virtio.Device, lines func(slot int) pc
 	r.bus = pci.NewBus(&r.space, nil)
 	r.bus.Wire(lines)
 	var err error
-	r.v, err = vpci.New(vpci.Config{Name: "dev", Device: d, Mem: r.mem, Vectors: r.vs.New, Doorbells: &r.bells, Log: r.log})
+	r.v, err = vpci.New(vpci.Config{Name: "dev", Device: d, Mem: r.mem, Vectors: r.vs.New, Doorbells: &r.bells,
+		Log: r.log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -417,7 +419,8 @@ func TestDriver(t *testing.T) {
 				}
 				equal(t, "features", a.Features, virtio.FeatureEventIdx|virtio.FeatureVersion1)
 				for i, want := range []virtq.Layout{{Size: 64, Desc: 0x1000, Driver: 0x2000, Device: 0x3000}, {},
-					{Size: 128, Desc: 0x5_0000_1000, Driver: 0x6_0000_2002, Device: 0x7_0000_3004}, {Size: 256, Desc: 0xa000, Driver: 0xb000, Device: 0xc000}} {
+					{Size: 128, Desc: 0x5_0000_1000, Driver: 0x6_0000_2002, Device: 0x7_0000_3004},
+					{Size: 256, Desc: 0xa000, Driver: 0xb000, Device: 0xc000}} {
 					equal(t, fmt.Sprintf("queue %d", i), a.Queues[i].Layout, want)
 				}
 				for i, vec := range map[int]int{0: 1, 2: 2, 3: 2} {

@@ -167,7 +167,8 @@ func start() (b []byte) {
 	for _, o := range [][]byte{
 		op(opConfigWrite, 1, 4, 6), op(opConfigWrite, 1, 0x42, 0x8000),
 		op(opTable, 3, 0, 0xfee0_0000), op(opTable, 3, 8, 0x41), op(opTable, 3, 16, 0xfee0_1000), op(opTable, 3, 24, 0x42),
-		op(opStore, 0, deviceStatus, 0), op(opStore, 2, driverFeatureSelect, 1), op(opStore, 2, driverFeature, 1), op(opStore, 0, deviceStatus, 11),
+		op(opStore, 0, deviceStatus, 0), op(opStore, 2, driverFeatureSelect, 1), op(opStore, 2, driverFeature, 1),
+		op(opStore, 0, deviceStatus, 11),
 		op(opStore, 1, configVector, 0), op(opStore, 1, queueVector, 1), op(opStore, 1, queueSize, 32),
 		op(opStore, 3, queueDesc, 0x1000), op(opStore, 3, queueDriver, 0x2000), op(opStore, 3, queueDevice, 0x3000),
 		op(opStore, 1, queueEnable, 1), op(opStore, 0, deviceStatus, 15),
@@ -186,12 +187,18 @@ func FuzzConfig(f *testing.F) {
 		f.Add(b)
 	}
 	seed(op(opGuestStore, 1, 0x3000, 0), op(opSignal, 0, 0, 0), op(opBroken, 0, 0, 0), op(opStore, 0, deviceStatus, 0))
-	seed(op(opTable, 2, 28, 1), op(opSignal, 0, 0, 0), op(opTableRead, 3, 0x800, 0), op(opTable, 2, 28, 0), op(opTable, 2, 16, 0x1000))
-	seed(op(opConfigWrite, 2, 0x10, 0xffffffff), op(opConfigWrite, 2, 0x14, 0xffffffff), op(opConfigWrite, 6, 0x10, taken), op(opConfigWrite, 2, 0x14, 0))
-	seed(op(opConfigWrite, 2, 0x10, 0xc000_0000), op(opConfigWrite, 2, 0x14, 0), op(opConfigWrite, 2, 0x18, 0xc100_0000), op(opConfigWrite, 1, 4, 0))
-	seed(op(opConfigWrite, 1, 4, 2), op(opConfigWrite, 1, 4, 6), op(opReset, 0, 0, 0), op(opChanged, 0, 0, 0), op(opBroken, 0, 0, 0))
-	seed(op(opConfigWrite, 0, 0x94, 0), op(opConfigWrite, 2, 0x98, deviceStatus), op(opConfigWrite, 2, 0x9c, 1), op(opConfigWrite, 0, 0xa0, 0))
-	seed(op(opConfigWrite, 7, 0x98, 0x4_0000_2004), op(opConfigRead, 6, 0xa0, 0), op(opConfigRead, 7, 0xff, 0), op(opLoad, 3, 0x1000, 0))
+	seed(op(opTable, 2, 28, 1), op(opSignal, 0, 0, 0), op(opTableRead, 3, 0x800, 0), op(opTable, 2, 28, 0),
+		op(opTable, 2, 16, 0x1000))
+	seed(op(opConfigWrite, 2, 0x10, 0xffffffff), op(opConfigWrite, 2, 0x14, 0xffffffff),
+		op(opConfigWrite, 6, 0x10, taken), op(opConfigWrite, 2, 0x14, 0))
+	seed(op(opConfigWrite, 2, 0x10, 0xc000_0000), op(opConfigWrite, 2, 0x14, 0), op(opConfigWrite, 2, 0x18, 0xc100_0000),
+		op(opConfigWrite, 1, 4, 0))
+	seed(op(opConfigWrite, 1, 4, 2), op(opConfigWrite, 1, 4, 6), op(opReset, 0, 0, 0), op(opChanged, 0, 0, 0),
+		op(opBroken, 0, 0, 0))
+	seed(op(opConfigWrite, 0, 0x94, 0), op(opConfigWrite, 2, 0x98, deviceStatus), op(opConfigWrite, 2, 0x9c, 1),
+		op(opConfigWrite, 0, 0xa0, 0))
+	seed(op(opConfigWrite, 7, 0x98, 0x4_0000_2004), op(opConfigRead, 6, 0xa0, 0), op(opConfigRead, 7, 0xff, 0),
+		op(opLoad, 3, 0x1000, 0))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r := hostileRig(t)
 		for ; len(b) >= opSize; b = b[opSize:] {

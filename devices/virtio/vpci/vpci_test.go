@@ -137,7 +137,8 @@ func TestQueueRegisters(t *testing.T) {
 		d.set(queueVector, 2, 1)
 		equal(t, "select", d.get(queueSelect, 2), sel)
 		equal(t, "vector", d.get(queueVector, 2), 0xffff)
-		equal(t, "the rest", d.get(queueSize, 2)|d.get(queueEnable, 2)|d.get(queueNotifyOff, 2)|d.get(queueDesc, 8)|d.get(queueDriver, 8)|d.get(queueDevice, 8), 0)
+		equal(t, "the rest", d.get(queueSize, 2)|d.get(queueEnable, 2)|d.get(queueNotifyOff, 2)|
+			d.get(queueDesc, 8)|d.get(queueDriver, 8)|d.get(queueDevice, 8), 0)
 	}
 	d.set(queueSelect, 2, 2)
 	type at struct {
@@ -183,7 +184,8 @@ func TestQueueRegisters(t *testing.T) {
 		{at{64, 4}, 1, at{64, 4}, 0}, // behind the structure
 	} {
 		d.set(tt.write.off, tt.write.n, tt.v)
-		equal(t, fmt.Sprintf("%d bytes at %d after %#x to %v", tt.read.n, tt.read.off, tt.v, tt.write), d.get(tt.read.off, tt.read.n), tt.want)
+		equal(t, fmt.Sprintf("%d bytes at %d after %#x to %v", tt.read.n, tt.read.off, tt.v, tt.write),
+			d.get(tt.read.off, tt.read.n), tt.want)
 	}
 	fixed := func(what string, vector uint64) {
 		t.Helper()
@@ -338,7 +340,8 @@ func TestDeviceConfig(t *testing.T) {
 			off  uint64
 			n    int
 			want uint64
-		}{{0, 1, 0x11}, {1, 2, 0x1312}, {4, 4, 0x18171615}, {0, 8, 0x18171615_14131211}, {8, 8, 0x1c1b1a19}, {11, 4, 0x1c}, {12, 4, 0}, {0xff8, 8, 0}} {
+		}{{0, 1, 0x11}, {1, 2, 0x1312}, {4, 4, 0x18171615}, {0, 8, 0x18171615_14131211},
+			{8, 8, 0x1c1b1a19}, {11, 4, 0x1c}, {12, 4, 0}, {0xff8, 8, 0}} {
 			equal(t, fmt.Sprintf("%d bytes at %d", tt.n, tt.off), d.load(d.device+tt.off, tt.n), tt.want)
 		}
 		gen := d.get(configGeneration, 1)
@@ -567,7 +570,8 @@ func TestNewErrors(t *testing.T) {
 	}{
 		{"no queue", &device{}, 0, "vpci: d: 0 queues, 0 bytes of configuration"},
 		{"too many queues", &device{sizes: make([]uint16, 2048)}, 0, "vpci: d: 2048 queues, 0 bytes of configuration"},
-		{"too much configuration", &device{sizes: []uint16{8}, config: make([]byte, 4097)}, 0, "vpci: d: 1 queues, 4097 bytes of configuration"},
+		{"too much configuration", &device{sizes: []uint16{8}, config: make([]byte, 4097)}, 0,
+			"vpci: d: 1 queues, 4097 bytes of configuration"},
 		{"bad size", &device{sizes: []uint16{8, 12}}, 0, "vpci: d: queue 1 has a bad size 12"},
 		{"no size", &device{sizes: []uint16{0}}, 0, "vpci: d: queue 0 has a bad size 0"},
 		{"too few vectors", &device{sizes: []uint16{8, 8}}, 2, "vpci: d: pci: d: vector 2: only 2 vectors"},
@@ -580,7 +584,8 @@ func TestNewErrors(t *testing.T) {
 		}
 	}
 	dev := &device{t: t, sizes: slices.Repeat([]uint16{1 << 15}, 200)}
-	d, err := vpci.New(vpci.Config{Name: "d", Device: dev, Mem: guestmem.Heap(0, 4096), Vectors: (&pcitest.Vectors{}).New, Doorbells: &bells{}})
+	d, err := vpci.New(vpci.Config{Name: "d", Device: dev, Mem: guestmem.Heap(0, 4096), Vectors: (&pcitest.Vectors{}).New,
+		Doorbells: &bells{}})
 	if err != nil {
 		t.Fatal(err)
 	}

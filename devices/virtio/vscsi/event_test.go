@@ -30,7 +30,8 @@ func TestEvents(t *testing.T) {
 		{"rescan", TransportReset, 5 << 48, ResetRescan, []byte{1, 0, 0, 0, 1, 0, 0, 5, 0, 0, 0, 0, 1, 0, 0, 0}},
 		{"removed", TransportReset, lun300, ResetRemoved, []byte{1, 0, 0, 0, 1, 0, 0x41, 0x2c, 0, 0, 0, 0, 2, 0, 0, 0}},
 		{"hard reset", TransportReset, 1 << 48, ResetHard, []byte{1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0}},
-		{"capacity", ParamChange, 2 << 48, ParamReason(0x2a, 0x09), []byte{3, 0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 0, 0x2a, 0x09, 0, 0}},
+		{"capacity", ParamChange, 2 << 48, ParamReason(0x2a, 0x09),
+			[]byte{3, 0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 0, 0x2a, 0x09, 0, 0}},
 	} {
 		r := newRig(t, Config{Target: &fake{submit: good}}, allEvents)
 		segs := r.send(1, nil, nil, 20, []int{3, 9})
@@ -52,7 +53,8 @@ func TestEventsMissed(t *testing.T) {
 		}
 	}
 	// The next buffer comes back at once: some event was lost.
-	if got := r.roundTrip(1, nil, nil, 16, nil); !bytes.Equal(got, []byte{0, 0, 0, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}) {
+	missed := []byte{0, 0, 0, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+	if got := r.roundTrip(1, nil, nil, 16, nil); !bytes.Equal(got, missed) {
 		t.Fatalf("% x", got)
 	}
 	segs := r.send(1, nil, nil, 16, nil)

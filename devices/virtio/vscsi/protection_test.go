@@ -57,7 +57,8 @@ func TestProtection(t *testing.T) {
 	do := func(h, out []byte, in int) (code, status byte, sense, rest []byte, resid uint32) {
 		t.Helper()
 		cuts := func(n int, at ...int) []int { return slices.DeleteFunc(at, func(i int) bool { return i > n }) }
-		resp := r.roundTrip(2, append(h, out...), cuts(59+len(out), 19, 30, 59, 62, 77), 108+in, cuts(108+in, 12, 108, 111, 130))
+		resp := r.roundTrip(2, append(h, out...), cuts(59+len(out), 19, 30, 59, 62, 77), 108+in,
+			cuts(108+in, 12, 108, 111, 130))
 		n := binary.LittleEndian.Uint32(resp)
 		return resp[11], resp[10], resp[12 : 12+n], resp[108:], binary.LittleEndian.Uint32(resp[4:])
 	}
@@ -68,22 +69,26 @@ func TestProtection(t *testing.T) {
 	write[1], read[1] = 0x20, 0x20
 
 	// The guard of zeroes is 0: that of the first tuple is wrong.
-	if code, status, sense, _, resid := do(headerPI(16, 0, write...), append(pi, data...), 0); code != 0 || status != 2 || sense[2] != 0xb || sense[12] != 0x10 || sense[13] != 1 || resid != 1024 {
+	if code, status, sense, _, resid := do(headerPI(16, 0, write...), append(pi, data...), 0); code != 0 || status != 2 ||
+		sense[2] != 0xb || sense[12] != 0x10 || sense[13] != 1 || resid != 1024 {
 		t.Errorf("a wrong guard: %d, %d, % x, residual %d", code, status, sense, resid)
 	}
 	pi[0], pi[1] = 0, 0
-	if code, status, sense, _, resid := do(headerPI(16, 0, write...), append(pi, data...), 0); code != 0 || status != 0 || resid != 0 {
+	if code, status, sense, _, resid := do(headerPI(16, 0, write...), append(pi, data...), 0); code != 0 || status != 0 ||
+		resid != 0 {
 		t.Errorf("write: %d, %d, % x, residual %d", code, status, sense, resid)
 	}
 	stored := make([]byte, 16)
 	if err := tuples.ReadTuples(stored, 7); err != nil || !bytes.Equal(stored, pi) {
 		t.Errorf("stored % x, %v", stored, err)
 	}
-	if code, status, sense, got, resid := do(headerPI(0, 16, read...), nil, 16+1024); code != 0 || status != 0 || resid != 0 || !bytes.Equal(got, append(pi, data...)) {
+	if code, status, sense, got, resid := do(headerPI(0, 16, read...), nil, 16+1024); code != 0 || status != 0 ||
+		resid != 0 || !bytes.Equal(got, append(pi, data...)) {
 		t.Errorf("read: %d, %d, % x, residual %d, %d bytes", code, status, sense, resid, len(got))
 	}
 	// A driver may leave it to the device.
-	if code, status, _, got, resid := do(headerPI(0, 0, read...), nil, 1024); code != 0 || status != 0 || resid != 0 || !bytes.Equal(got, data) {
+	if code, status, _, got, resid := do(headerPI(0, 0, read...), nil, 1024); code != 0 || status != 0 || resid != 0 ||
+		!bytes.Equal(got, data) {
 		t.Errorf("read without: %d, %d, residual %d", code, status, resid)
 	}
 	// What does not fit its buffer is the command's to refuse; what does not fit the request is no request.

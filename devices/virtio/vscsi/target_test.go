@@ -57,25 +57,30 @@ func TestRealTarget(t *testing.T) {
 			t.Fatalf("LUN %d: first command: status %d, sense % x", lun, status, sense)
 		}
 		block := bytes.Repeat([]byte{byte(lun), 0xb1}, 512)
-		if code, status, sense, _, resid := do(linuxLUN(lun), rw10(0x2a, 7, 2), block, 0); code != 0 || status != 0 || resid != 0 {
+		if code, status, sense, _, resid := do(linuxLUN(lun), rw10(0x2a, 7, 2), block, 0); code != 0 || status != 0 ||
+			resid != 0 {
 			t.Fatalf("LUN %d: write: %d, %d, % x, residual %d", lun, code, status, sense, resid)
 		}
 	}
 	for _, lun := range []int{0, 2, 300} {
 		want := append(make([]byte, 512), bytes.Repeat([]byte{byte(lun), 0xb1}, 512)...)
-		if code, status, _, data, resid := do(linuxLUN(lun), rw10(0x28, 6, 3), nil, 1536); code != 0 || status != 0 || resid != 0 || !bytes.Equal(data, want) {
+		if code, status, _, data, resid := do(linuxLUN(lun), rw10(0x28, 6, 3), nil, 1536); code != 0 || status != 0 ||
+			resid != 0 || !bytes.Equal(data, want) {
 			t.Errorf("LUN %d: read: %d, %d, residual %d, right data: %v", lun, code, status, resid, bytes.Equal(data, want))
 		}
 	}
 	// The scan of a LUN without a unit: qualifier 011b, no unit type.
-	if code, status, _, data, resid := do(linuxLUN(1), inquiry(36), nil, 36); code != 0 || status != 0 || len(data) != 36 || data[0] != 0x7f || resid != 0 {
+	if code, status, _, data, resid := do(linuxLUN(1), inquiry(36), nil, 36); code != 0 || status != 0 ||
+		len(data) != 36 || data[0] != 0x7f || resid != 0 {
 		t.Errorf("INQUIRY of no unit: %d, %d, % x", code, status, data)
 	}
-	if code, status, sense, _, _ := do(linuxLUN(1), tur, nil, 0); code != 0 || status != 2 || sense[2] != 5 || sense[12] != 0x25 {
+	if code, status, sense, _, _ := do(linuxLUN(1), tur, nil, 0); code != 0 || status != 2 || sense[2] != 5 ||
+		sense[12] != 0x25 {
 		t.Errorf("TEST UNIT READY of no unit: %d, %d, % x", code, status, sense)
 	}
 	// A short answer leaves a residual, and its length is exact.
-	if _, _, _, data, resid := do(linuxLUN(0), inquiry(255), nil, 255); len(data)+int(resid) != 255 || len(data) < 36 || len(data) != 5+int(data[4]) {
+	if _, _, _, data, resid := do(linuxLUN(0), inquiry(255), nil, 255); len(data)+int(resid) != 255 || len(data) < 36 ||
+		len(data) != 5+int(data[4]) {
 		t.Errorf("INQUIRY of 255: %d bytes and residual %d", len(data), resid)
 	}
 	// More to transfer than the buffer holds.
@@ -98,7 +103,8 @@ func TestRealTarget(t *testing.T) {
 	if resp := r.roundTrip(0, tmf(5, linuxLUN(1), 0), nil, 1, nil); resp[0] != 12 {
 		t.Errorf("LOGICAL UNIT RESET of no unit: %d", resp[0])
 	}
-	if _, status, sense, _, _ := do(linuxLUN(2), tur, nil, 0); status != 2 || sense[2] != 6 || sense[12] != 0x29 || sense[13] != 3 {
+	if _, status, sense, _, _ := do(linuxLUN(2), tur, nil, 0); status != 2 || sense[2] != 6 || sense[12] != 0x29 ||
+		sense[13] != 3 {
 		t.Errorf("after the reset: status %d, sense % x", status, sense)
 	}
 	if _, status, _, _, _ := do(linuxLUN(0), tur, nil, 0); status != 0 {

@@ -294,7 +294,8 @@ func TestCommand(t *testing.T) {
 	if got.LUN != 0x4005000000000000 || got.Tag != 0x1122334455667788 || got.Attr != scsi.HeadOfQueue || got.Nexus != 7 {
 		t.Errorf("command %+v", got)
 	}
-	if want := append([]byte{0x28, 1, 2, 3, 4, 5, 6, 7, 8, 9}, make([]byte, 22)...); !bytes.Equal(got.CDB, want) || len(out) != 0 {
+	if want := append([]byte{0x28, 1, 2, 3, 4, 5, 6, 7, 8, 9}, make([]byte, 22)...); !bytes.Equal(got.CDB, want) ||
+		len(out) != 0 {
 		t.Errorf("CDB % x, data-out % x", got.CDB, out)
 	}
 	want := make([]byte, 112)
@@ -447,7 +448,8 @@ func TestSenseAndCDBSize(t *testing.T) {
 		c.Done(scsi.Result{Status: scsi.CheckCondition, Sense: []byte{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}})
 	}}
 	r := newRig(t, Config{Target: f}, 0)
-	for _, tt := range []struct{ sense, cdb, senseLen int }{{96, 32, 10}, {8, 16, 8}, {0, 6, 0}, {252, 260, 10}, {10, 12, 10}} {
+	for _, tt := range []struct{ sense, cdb, senseLen int }{{96, 32, 10}, {8, 16, 8}, {0, 6, 0}, {252, 260, 10},
+		{10, 12, 10}} {
 		r.dev.WriteConfig(20, []byte{byte(tt.sense), 0, 0, 0, byte(tt.cdb), byte(tt.cdb >> 8), 0, 0})
 		hdr := append(header(lun5, 1, 0)[:19], bytes.Repeat([]byte{0xcd}, tt.cdb)...)
 		resp := r.roundTrip(2, hdr, nil, 12+tt.sense+2, nil)
@@ -457,7 +459,8 @@ func TestSenseAndCDBSize(t *testing.T) {
 		if len(resp) != 12+tt.sense+2 || int(resp[0]) != tt.senseLen || string(resp[12+tt.sense:]) != "in" {
 			t.Fatalf("%+v: response % x", tt, resp)
 		}
-		if sense := resp[12 : 12+tt.senseLen]; tt.senseLen > 0 && (sense[0] != 1 || int(sense[tt.senseLen-1]) != tt.senseLen) {
+		if sense := resp[12 : 12+tt.senseLen]; tt.senseLen > 0 &&
+			(sense[0] != 1 || int(sense[tt.senseLen-1]) != tt.senseLen) {
 			t.Errorf("%+v: sense % x", tt, sense)
 		}
 	}

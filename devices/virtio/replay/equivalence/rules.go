@@ -99,40 +99,59 @@ var rules = []rule{
 	// Of failures in general.
 	{"residual-of-failures", []string{"residual"}, func(r *request) bool { return failed(&r.A) && failed(&r.B) }, ""},
 	{"sense-details", []string{"sense"}, func(r *request) bool { return r.a != "" && r.a == r.b }, ""},
-	{"unit-attention", nil, func(r *request) bool { return strings.HasPrefix(r.a, "6/29/") }, "6/29/01>good 6/29/01>5/25/00 6/29/07>good"},
+	{"unit-attention", nil, func(r *request) bool {
+		return strings.HasPrefix(r.a, "6/29/")
+	}, "6/29/01>good 6/29/01>5/25/00 6/29/07>good"},
 
 	// Of the transport.
 	{"target-and-lun", nil, func(r *request) bool {
 		return r.Record.LUN != [8]byte{1, 0, 0x40} && r.Record.LUN != [8]byte{1}
-	}, "5/20/00>5/25/00 5/20/00>R3:good 5/24/00>5/25/00 5/24/00>good 5/25/00>good R12:good>R11:good R3:good>good good>5/25/00 good>R11:good good>R3:good good>good R3:good>R3:good"},
-	{"task-management", []string{"response"}, func(r *request) bool { return r.Record.Kind == trace.TaskManagement }, "good>R11:good good>R10:good R12:good>R11:good R3:good>good"},
+	}, "5/20/00>5/25/00 5/20/00>R3:good 5/24/00>5/25/00 5/24/00>good 5/25/00>good R12:good>R11:good R3:good>good " +
+		"good>5/25/00 good>R11:good good>R3:good good>good R3:good>R3:good"},
+	{"task-management", []string{"response"}, func(r *request) bool {
+		return r.Record.Kind == trace.TaskManagement
+	}, "good>R11:good good>R10:good R12:good>R11:good R3:good>good"},
 	{"both-ways", nil, func(r *request) bool { return r.Record.In > 0 && r.Record.Out > 0 }, "R9:good>good"},
-	{"overrun", nil, func(r *request) bool { return r.A.Response == overrun && r.B.Response == 0 }, "R1:5/0e/03>5/0e/03 R1:5/0e/03>5/24/00 R1:5/0e/03>good R1:good>2/08/00 R1:good>5/24/00 R1:good>good"},
+	{"overrun", nil, func(r *request) bool {
+		return r.A.Response == overrun && r.B.Response == 0
+	}, "R1:5/0e/03>5/0e/03 R1:5/0e/03>5/24/00 R1:5/0e/03>good R1:good>2/08/00 R1:good>5/24/00 R1:good>good"},
 	{"underrun", nil, func(r *request) bool {
 		return !failed(&r.A) && r.A.Residual > 0 && (r.b == invalidIU || r.b == communication)
 	}, ""},
-	{"task-attribute-aca", []string{"sense"}, func(r *request) bool { return r.Record.Attr == scsi.ACA && r.a == invalidIU && r.b == invalidField }, ""},
+	{"task-attribute-aca", []string{"sense"}, func(r *request) bool {
+		return r.Record.Attr == scsi.ACA && r.a == invalidIU && r.b == invalidField
+	}, ""},
 	{"residual-without-data", []string{"residual"}, func(r *request) bool {
 		return r.op("SYNCHRONIZE CACHE", "VERIFY") && r.A.Residual == 0 && !failed(&r.A) && !failed(&r.B)
 	}, ""},
 
 	// Of commands that one target lacks.
 	{"opcodes-of-gvm", nil, func(r *request) bool {
-		return r.b == invalidOpcode && r.op("PRE-FETCH", "PREVENT ALLOW MEDIUM REMOVAL", "VERIFY(12)", "WRITE AND VERIFY(12)", "ORWRITE", "LOG SENSE", "READ DEFECT DATA") || r.b == invalidOpcode && r.cdb[0] == 0x48
+		return r.b == invalidOpcode && (r.cdb[0] == 0x48 || r.op("PRE-FETCH", "PREVENT ALLOW MEDIUM REMOVAL",
+			"VERIFY(12)", "WRITE AND VERIFY(12)", "ORWRITE", "LOG SENSE", "READ DEFECT DATA"))
 	}, "good>5/20/00 5/21/00>5/20/00 5/24/00>5/20/00 7/27/00>5/20/00 e/1d/00>5/20/00"},
 	{"opcodes-of-the-kernel", nil, func(r *request) bool {
 		return r.a == invalidOpcode && slices.Contains([]byte{0x01, 0x0b, 0x2b, 0x7f}, r.cdb[0])
 	}, "5/20/00>good 5/20/00>5/24/00"},
-	{"third-party-copy", nil, func(r *request) bool { return r.cdb[0] == 0x83 || r.cdb[0] == 0x84 }, "good>5/20/00 5/24/00>5/20/00 5/1a/00>5/20/00 good>5/24/00 good>good"},
-	{"reservations", nil, func(r *request) bool { return (r.cdb[0] == 0x5e || r.cdb[0] == 0x5f) && r.bytes(2, 3) }, "good>good good>5/24/00 5/24/00>status18 status18>good"},
+	{"third-party-copy", nil, func(r *request) bool {
+		return r.cdb[0] == 0x83 || r.cdb[0] == 0x84
+	}, "good>5/20/00 5/24/00>5/20/00 5/1a/00>5/20/00 good>5/24/00 good>good"},
+	{"reservations", nil, func(r *request) bool {
+		return (r.cdb[0] == 0x5e || r.cdb[0] == 0x5f) && r.bytes(2, 3)
+	}, "good>good good>5/24/00 5/24/00>status18 status18>good"},
 	{"get-lba-status", nil, func(r *request) bool { return r.op("GET LBA STATUS") }, "good>5/24/00 good>5/20/00"},
 	{"service-actions", nil, func(r *request) bool {
-		return r.a == invalidField && (r.cdb[0] == 0xa3 && r.cdb[1] != 0x0c && r.cdb[1] != 0x0d || r.cdb[0] == 0x9e && r.b == invalidOpcode)
+		return r.a == invalidField && (r.cdb[0] == 0xa3 && r.cdb[1] != 0x0c && r.cdb[1] != 0x0d ||
+			r.cdb[0] == 0x9e && r.b == invalidOpcode)
 	}, "5/24/00>5/20/00 5/24/00>good"},
-	{"report-supported", nil, func(r *request) bool { return r.cdb[0] == 0xa3 && (r.cdb[1]&0x1f == 0x0c || r.cdb[1]&0x1f == 0x0d) }, "5/24/00>5/20/00 5/24/00>good good>5/20/00 good>good"},
+	{"report-supported", nil, func(r *request) bool {
+		return r.cdb[0] == 0xa3 && (r.cdb[1]&0x1f == 0x0c || r.cdb[1]&0x1f == 0x0d)
+	}, "5/24/00>5/20/00 5/24/00>good good>5/20/00 good>good"},
 
 	// Of the unit's state.
-	{"read-only", nil, func(r *request) bool { return r.readOnly && r.a == writeProtected }, "7/27/00>2/08/00 7/27/00>5/0e/03 7/27/00>5/21/00 7/27/00>5/24/00 7/27/00>e/1d/00 7/27/00>good"},
+	{"read-only", nil, func(r *request) bool {
+		return r.readOnly && r.a == writeProtected
+	}, "7/27/00>2/08/00 7/27/00>5/0e/03 7/27/00>5/21/00 7/27/00>5/24/00 7/27/00>e/1d/00 7/27/00>good"},
 	{"start-stop", nil, func(r *request) bool {
 		return r.a == notReady && !failed(&r.B) || r.op("START STOP UNIT") && !failed(&r.A) && r.b == invalidField
 	}, ""},
@@ -157,20 +176,30 @@ var rules = []rule{
 	{"vpd-b2", nil, func(r *request) bool { return r.vpd(0xb2) && r.bytes(6, 6) }, ""},
 	{"vpd-b3", nil, func(r *request) bool { return r.vpd(0xb3) && r.a == invalidField }, ""},
 	{"request-sense", nil, func(r *request) bool { return r.op("REQUEST SENSE") }, "good>good good>2/08/00 good>5/24/00"},
-	{"read-capacity", nil, func(r *request) bool { return r.op("READ CAPACITY(10)") && r.cdb[5] == 1 && r.b == invalidField }, ""},
+	{"read-capacity", nil, func(r *request) bool {
+		return r.op("READ CAPACITY(10)") && r.cdb[5] == 1 && r.b == invalidField
+	}, ""},
 	{"report-luns", nil, func(r *request) bool { return r.op("REPORT LUNS") && r.cdb[2] != 0 }, "good>good 5/24/00>good"},
 	{"mode-sense", []string{"data"}, func(r *request) bool { return r.op("MODE SENSE") && r.modeBytes() }, ""},
-	{"mode-saved", nil, func(r *request) bool { return r.op("MODE SENSE") && r.cdb[2]>>6 == 3 && r.a == savingImpossible }, ""},
+	{"mode-saved", nil, func(r *request) bool {
+		return r.op("MODE SENSE") && r.cdb[2]>>6 == 3 && r.a == savingImpossible
+	}, ""},
 	{"mode-subpages", nil, func(r *request) bool { return r.op("MODE SENSE") && r.cdb[3] != 0 }, "good>5/24/00"},
-	{"mode-select", nil, func(r *request) bool { return r.op("MODE SELECT") }, "5/1a/00>5/26/00 5/24/00>5/26/00 5/26/00>5/1a/00 5/26/00>5/24/00 good>5/1a/00 good>5/24/00 good>5/26/00"},
+	{"mode-select", nil, func(r *request) bool {
+		return r.op("MODE SELECT")
+	}, "5/1a/00>5/26/00 5/24/00>5/26/00 5/26/00>5/1a/00 5/26/00>5/24/00 good>5/1a/00 good>5/24/00 good>5/26/00"},
 
 	// Of what commands do.
 	{"verify", nil, func(r *request) bool { return r.op("VERIFY") && r.cdb[1]&6 != 0 }, "5/24/00>good e/1d/00>good"},
 	{"compare-and-write", nil, func(r *request) bool {
 		return r.op("COMPARE AND WRITE") && (r.cdb[13] != 1 || r.cdb[1]&0xe0 != 0 || r.b == invalidField)
 	}, "5/21/00>5/24/00 5/24/00>good good>5/24/00"},
-	{"write-same-unmap", []string{"data"}, func(r *request) bool { return r.op("READ") && r.corpus && r.lba == 1024 && r.Record.Device == 0 }, ""},
-	{"write-same", nil, func(r *request) bool { return r.op("WRITE SAME") }, "5/0e/03>5/24/00 5/0e/03>good 5/21/00>5/24/00 5/24/00>5/20/00 good>5/24/00"},
+	{"write-same-unmap", []string{"data"}, func(r *request) bool {
+		return r.op("READ") && r.corpus && r.lba == 1024 && r.Record.Device == 0
+	}, ""},
+	{"write-same", nil, func(r *request) bool {
+		return r.op("WRITE SAME")
+	}, "5/0e/03>5/24/00 5/0e/03>good 5/21/00>5/24/00 5/24/00>5/20/00 good>5/24/00"},
 }
 
 func (r *request) vpd(page byte) bool { return r.op("INQUIRY") && r.cdb[1] == 1 && r.cdb[2] == page }
@@ -251,14 +280,17 @@ const consequence = "blocks-after-a-refusal"
 // Explain returns the rows that are about a difference, and what of it no row explains: it is
 // known if there is none. Differences come in the order of their requests.
 func (l *List) Explain(d *replay.Difference) (rows, left []string) {
-	r := &request{Difference: d, name: d.Record.Op(), a: code(&d.A), b: code(&d.B), readOnly: l.readOnly(d.Record), corpus: l.corpus}
+	r := &request{Difference: d, name: d.Record.Op(), a: code(&d.A), b: code(&d.B), readOnly: l.readOnly(d.Record),
+		corpus: l.corpus}
 	r.cdb = append(slices.Clone(d.Record.CDB), make([]byte, 16)...)
 	if d.Record.Kind == trace.Command {
 		r.lba, r.blocks, _ = scsi.Extent(d.Record.CDB)
 	}
 	left = slices.Clone(d.What)
 	use := func(id string, fields []string) {
-		rest := slices.DeleteFunc(slices.Clone(left), func(f string) bool { return fields == nil || slices.Contains(fields, f) })
+		rest := slices.DeleteFunc(slices.Clone(left), func(f string) bool {
+			return fields == nil || slices.Contains(fields, f)
+		})
 		if len(rest) < len(left) {
 			l.Used[id]++
 			rows, left = append(rows, id), rest
@@ -266,14 +298,17 @@ func (l *List) Explain(d *replay.Difference) (rows, left []string) {
 	}
 	device := d.Record.Device
 	blocks := [2]uint64{r.lba, r.lba + max(r.blocks, 1)}
-	if r.op("READ") && slices.ContainsFunc(l.written[device], func(w [2]uint64) bool { return w[0] < blocks[1] && blocks[0] < w[1] }) {
+	if r.op("READ") && slices.ContainsFunc(l.written[device], func(w [2]uint64) bool {
+		return w[0] < blocks[1] && blocks[0] < w[1]
+	}) {
 		use(consequence, []string{"data"})
 	}
 	if r.op("WRITE SAME") && failed(&d.A) != failed(&d.B) {
 		l.written[device] = append(l.written[device], blocks)
 	}
 	for _, rule := range rules {
-		if len(left) > 0 && rule.match(r) && (rule.answers == "" || slices.Contains(strings.Fields(rule.answers), answers(d))) {
+		if len(left) > 0 && rule.match(r) &&
+			(rule.answers == "" || slices.Contains(strings.Fields(rule.answers), answers(d))) {
 			use(rule.id, rule.fields)
 		}
 	}
@@ -283,9 +318,10 @@ func (l *List) Explain(d *replay.Difference) (rows, left []string) {
 // readOnly tells whether the disk that a request is for is read-only.
 func (l *List) readOnly(r *trace.Record) bool {
 	n, ok := r.UnitNumber()
-	return ok && int(r.Device) < len(l.header.Devices) && slices.ContainsFunc(l.header.Devices[r.Device].Disks, func(d trace.Disk) bool {
-		return d.LUN == n && d.ReadOnly
-	})
+	return ok && int(r.Device) < len(l.header.Devices) &&
+		slices.ContainsFunc(l.header.Devices[r.Device].Disks, func(d trace.Disk) bool {
+			return d.LUN == n && d.ReadOnly
+		})
 }
 
 // Rows returns the names of the rows of docs/backends.md's tables, which begin

@@ -29,7 +29,8 @@ func TestRows(t *testing.T) {
 }
 
 func difference(cdb string, what []string, sense byte, response uint8) *replay.Difference {
-	b := replay.Answer{Response: response, Status: scsi.CheckCondition, Sense: []byte{0x70, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, sense, 0, 0, 0}}
+	b := replay.Answer{Response: response, Status: scsi.CheckCondition,
+		Sense: []byte{0x70, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, sense, 0, 0, 0}}
 	r := &trace.Record{Kind: trace.Command, LUN: trace.UnitLUN(0), CDB: []byte(cdb)}
 	return &replay.Difference{Record: r, What: what, B: b}
 }
