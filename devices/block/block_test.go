@@ -466,3 +466,28 @@ func BenchmarkFile(b *testing.B) {
 		})
 	}
 }
+
+// TestNoFileInDev: a mistyped device makes no file, which would be in the host's memory.
+func TestNoFileInDev(t *testing.T) {
+	path := "/dev/gvm-no-such-device"
+	_, err := block.Open(path, block.Options{Size: 1 << 20})
+	if !errors.Is(err, block.ErrNotDisk) || !strings.Contains(err.Error(), "no such device") {
+		t.Errorf("with a size: %v", err)
+	}
+	_, err = block.Open(path, block.Options{})
+	if !errors.Is(err, fs.ErrNotExist) || strings.Contains(err.Error(), "give a size") {
+		t.Errorf("without a size: %v", err)
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it is there: %v", err)
+		_ = os.Remove(path)
+	}
+	shared := fmt.Sprintf("/dev/shm/gvm-test-%d", os.Getpid())
+	f, err := block.Open(shared, block.Options{Size: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Close(), os.Remove(shared)); err != nil {
+		t.Error(err)
+	}
+}

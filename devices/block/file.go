@@ -219,7 +219,7 @@ func openFile(path string, o Options) (f *os.File, made bool, err error) {
 		made = true
 	case errors.Is(err, fs.ErrNotExist) && isLink(path):
 		return nil, false, nowait.CreateError(path, err)
-	case errors.Is(err, fs.ErrNotExist) && !o.ReadOnly:
+	case errors.Is(err, fs.ErrNotExist) && !o.ReadOnly && !isDeviceName(path):
 		return nil, false, fmt.Errorf("%s: %w (give a size to create it)", path, fs.ErrNotExist)
 	case err != nil:
 	case !o.ReadOnly && nowait.KindOf(fi.Mode()) == nowait.BlockDevice:

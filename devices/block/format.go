@@ -68,9 +68,12 @@ var suffixes = map[string]string{
 	".zip": "zip archive", ".7z": "7z archive",
 }
 
-// CheckName refuses to make an image by a name that says another format: other programs
-// would believe the name, and who gave it expects that format.
+// CheckName refuses to make an image by a name that says another format, which other programs would
+// believe, or that is a device's.
 func CheckName(path string) error {
+	if isDeviceName(path) {
+		return badImage(ErrNotDisk, path, "there is no such device, and gvm makes no file in /dev")
+	}
 	suffix := filepath.Ext(path)
 	name, ok := suffixes[strings.ToLower(suffix)]
 	if !ok {
@@ -79,6 +82,13 @@ func CheckName(path string) error {
 	return badImage(ErrFormat, path,
 		"is the name of a %s, and gvm makes raw ones: name it %s.img, or make it with gvm image create --raw",
 		name, strings.TrimSuffix(strings.TrimSuffix(filepath.Base(path), suffix), ".img"))
+}
+
+// isDeviceName reports whether path is in /dev, where files are in the host's memory. In /dev/shm
+// they are meant to be.
+func isDeviceName(path string) bool {
+	abs, err := filepath.Abs(path)
+	return err == nil && strings.HasPrefix(abs, "/dev/") && !strings.HasPrefix(abs, "/dev/shm/")
 }
 
 // checkFormat refuses an image that starts or ends as a container format does: its
