@@ -17,6 +17,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -135,7 +137,6 @@ func (s *Spec) config() vmm.Config {
 // Machine is a running or ended machine.
 type Machine struct {
 	name    string
-	note    func(string)
 	pauser  *vmm.Pauser
 	stopper *stopper
 	disks   *disk.Set
@@ -153,8 +154,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if s.Note == nil {
 		s.Note = func(string) {}
 	}
-	m := &Machine{name: s.Name, note: s.Note, pauser: new(vmm.Pauser), ended: make(chan struct{}),
-		done: make(chan struct{})}
+	m := &Machine{name: s.Name, pauser: new(vmm.Pauser), ended: make(chan struct{}), done: make(chan struct{})}
 	ctx, cancel := context.WithCancelCause(ctx)
 	m.later(func() error { cancel(nil); return nil })
 	defer func() {
@@ -200,7 +200,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 			if err := m.disks.Attach(disk.Spec{Serial: "gvm-memory-disk"}, block.NewMem(EmbeddedDisk)); err != nil {
 				return nil, err
 			}
-			s.GuestArgs = append(s.GuestArgs, "write")
+			s.GuestArgs = append(slices.Clip(s.GuestArgs), "write") // the caller keeps its slice
 		}
 		cfg.CmdLine = strings.Join(s.GuestArgs, " ")
 	} else {
@@ -289,9 +289,20 @@ func (s *Spec) cmdLine(root func() (word, why string)) string {
 // run is the goroutine of the machine.
 func (m *Machine) run(ctx context.Context, sys *kvmapi.System, cfg vmm.Config) {
 	defer close(m.done)
-	m.outcome, m.err = vmm.Run(ctx, sys, cfg)
+	m.outcome, m.err = guarded(func() (vmm.Outcome, error) { return vmm.Run(ctx, sys, cfg) })
 	close(m.ended)
 	m.err = errors.Join(m.err, m.close())
+}
+
+// guarded makes a panic of run, a bug of this program, an outcome: a recover of the caller of Start
+// does not reach the machine's goroutine.
+func guarded(run func() (vmm.Outcome, error)) (out vmm.Outcome, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			out = vmm.Outcome{Ending: vmm.Bug, Err: fmt.Errorf("panic: %v", p), Report: string(debug.Stack())}
+		}
+	}()
+	return run()
 }
 
 // later registers undo to be called at the end, before earlier registrations.

@@ -4,12 +4,15 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"gvm/devices/block"
 	"gvm/devices/scsi/trace"
+	"gvm/guestmem"
 	"gvm/machine/disk"
+	"gvm/vmm"
 )
 
 // TestQueues checks the number of request queues. A device has a control and an event queue as
@@ -72,5 +75,20 @@ func TestCreateTrace(t *testing.T) {
 	}
 	if _, err := createTrace("/dev/full", ds.TraceHeader("1.2.3", 1)); err == nil || IsConfig(err) {
 		t.Errorf("a full disk: %v", err)
+	}
+}
+
+// TestPanic: a panic in the machine's goroutine is an outcome of Wait, and all is closed.
+func TestPanic(t *testing.T) {
+	m, err := Start(t.Context(), Spec{
+		Memory: guestmem.Config{Size: 64 << 20},
+		Phase:  func(name string) { panic("at " + name) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := m.Wait()
+	if err != nil || out.Ending != vmm.Bug || !strings.HasPrefix(out.Err.Error(), "panic: at ") || out.Report == "" {
+		t.Errorf("%+v, %v", out, err)
 	}
 }
