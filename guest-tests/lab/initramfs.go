@@ -39,7 +39,17 @@ type Initramfs struct {
 	Root string
 }
 
-const initPrologue = `#!/bin/sh
+// DrainedEnds has shell functions that wait until the console has sent all output before busybox
+// ends the guest. Without them the kernel's last message lands amid a line, since printk does not
+// queue behind the terminal's buffer, and the end loses the rest. stty waits for the output when it
+// sets something (tcsetattr with TCSADRAIN).
+const DrainedEnds = `
+drain() { stty opost </dev/console 2>/dev/null; }
+poweroff() { drain; busybox poweroff "$@"; }
+reboot() { drain; busybox reboot "$@"; }
+`
+
+const initPrologue = `#!/bin/sh` + DrainedEnds + `
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev

@@ -41,7 +41,7 @@ const withTime = "printk.time=1"
 const rootInit = `#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
-` + prologue + `
+` + lab.DrainedEnds + prologue + `
 say root $(cat /name)
 say word $(sed 's/.* root=//; s/ .*//' /proc/cmdline)
 say disks $(ls -d /sys/block/sd* | wc -l)
@@ -61,7 +61,7 @@ func rootPartition(t *testing.T, name string) []byte {
 	b, err := os.ReadFile(busybox)
 	must(t, err)
 	must(t, os.WriteFile(filepath.Join(tree, "bin/busybox"), b, 0o755))
-	for _, applet := range strings.Fields("sh cat dmesg grep ls mount poweroff sed seq wc") {
+	for _, applet := range strings.Fields("sh cat dmesg grep ls mount sed seq stty wc") {
 		must(t, os.Symlink("busybox", filepath.Join(tree, "bin", applet)))
 	}
 	must(t, os.WriteFile(filepath.Join(tree, "sbin/init"), []byte(rootInit), 0o755))

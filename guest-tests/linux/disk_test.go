@@ -235,6 +235,7 @@ wait
 part 5
 klog
 kexec -l /kernel --initrd=/second --command-line="console=ttyS0 panic=-1 quiet second" || say kexec cannot load
+drain
 kexec -e
 say kexec cannot start
 `}.run(t, "--disk", disk, "--cpus", "2")

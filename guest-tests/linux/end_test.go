@@ -242,6 +242,15 @@ func TestSignals(t *testing.T) {
 	}
 }
 
+// TestPowerOffDrains: the output of a script that ends is whole.
+func TestPowerOffDrains(t *testing.T) {
+	r := guest{kernel: kernel(t, "7.3"), script: "numbers=$(seq -s ' ' 1 1000)\necho $numbers end"}.run(t, "--cpus", "3")
+	r.wantStatus(t, 0)
+	if want := strings.ReplaceAll(string(numbers(1, 1000)), "\n", " ") + "end\n"; !strings.Contains(r.console, want) {
+		r.fatalf(t, "the console lacks %q", want)
+	}
+}
+
 // TestConsole: a guest's shell works with a pipe as with a terminal, and no byte of its console is
 // lost in either direction. It gets the terminal's size from the command line, where gvm puts it if
 // it runs on a terminal.
@@ -250,7 +259,7 @@ func TestConsole(t *testing.T) {
 	l := theLab(t)
 	input := "echo $((6*7))\nstty -echo\necho size $LINES $COLUMNS\n" +
 		strings.Repeat("count=$((count+1)) # a line that is longer than the FIFO of a 16550\n", 40) +
-		"echo counted $count\necho begin; seq 1 13000 | tr '\\n' ' '; echo; echo end\npoweroff -f\n"
+		"echo counted $count\necho begin; seq 1 13000 | tr '\\n' ' '; echo; echo end\nstty opost # drains\npoweroff -f\n"
 	r := start(t, strings.NewReader(input),
 		guest{kernel: l.Cloud, script: "sh", cmdline: "LINES=50 COLUMNS=132"}.build(t)...).wait()
 	r.wantStatus(t, 0)

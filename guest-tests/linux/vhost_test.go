@@ -159,6 +159,7 @@ echo -n $((life+1)) | dd of=$(disk 1) conv=fsync,notrunc 2>/dev/null
 klog
 [ $life = 3 ] || reboot -f
 kexec -l /kernel --initrd=/second --command-line="console=ttyS0 panic=-1 quiet" || say kexec cannot load
+drain
 kexec -e
 say kexec cannot start
 `}.run(t, "--cpus", "2", "--on-reset", "reboot",
