@@ -1,13 +1,13 @@
 package vmm
 
 import (
-	"bytes"
 	"io"
 	"regexp"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"gvm/verdict/klog"
 )
 
 // kernelLines match the lines that Linux prints about the machine's end. The expressions match the
@@ -44,37 +44,6 @@ type kernelLine struct {
 	read func(w *consoleWatch, text string)
 }
 
-// The prefixes of a printk record: none or several of a log level (console_msg_format=syslog), a
-// time stamp (printk.time), and the task or CPU that printed it (CONFIG_PRINTK_CALLER). Patched
-// kernels put other things between brackets. A record starts a line, or follows the output of a
-// program or another record.
-var (
-	recordAtStart = sync.OnceValue(func() *regexp.Regexp {
-		return regexp.MustCompile(`^ *(?:<(\d{1,3})>)?(?:[ I]?\[[^][]{1,64}\])* ?`)
-	})
-	recordInside = sync.OnceValue(func() *regexp.Regexp {
-		return regexp.MustCompile(`(?:<(\d{1,3})>|\[ *(?:\d+\.\d+|[TC]\d+)[^][]{0,48}\])(?:[ I]?\[[^][]{1,64}\])* ?`)
-	})
-	panicInside = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`Kernel panic - not syncing: .*\S`) })
-)
-
-// records calls read with each text in a line that can be a kernel record.
-func records(line []byte, read func(text string)) {
-	at := append([][]int{recordAtStart().FindSubmatchIndex(line)}, recordInside().FindAllSubmatchIndex(line, -1)...)
-	for i, m := range at {
-		if i > 0 && m[1] == at[0][1] {
-			continue // found above by recordAtStart
-		}
-		if m[2] >= 0 {
-			// Records that programs write to /dev/kmsg have a facility other than 0 (the kernel).
-			if level, _ := strconv.Atoi(string(line[m[2]:m[3]])); level >= 8 {
-				continue
-			}
-		}
-		read(strings.TrimSpace(string(line[m[1]:])))
-	}
-}
-
 // consoleWatch passes console output on and reads the kernel's lines in it.
 type consoleWatch struct {
 	out io.Writer
@@ -87,7 +56,7 @@ type consoleWatch struct {
 	mu      sync.Mutex
 	writing bool      // a write to out has not returned
 	wrote   time.Time // when the last write to out returned
-	line    consoleLine
+	line    klog.Line
 	// text is a panic's message, or "". It counts if the kernel printed it (own), or if a line that
 	// follows only a panic came after it (proved).
 	text        string
@@ -107,7 +76,7 @@ func (w *consoleWatch) Write(p []byte) (int, error) {
 	w.writing, w.wrote = false, time.Now()
 	if w.on {
 		for _, c := range p {
-			if w.line.add(c) {
+			if w.line.Add(c) {
 				w.read()
 			}
 		}
@@ -126,13 +95,16 @@ func (w *consoleWatch) Write(p []byte) (int, error) {
 
 // read parses the line and empties it. The caller holds mu.
 func (w *consoleWatch) read() {
-	line := w.line.text
-	w.line.text, w.line.inString, w.line.full = line[:0], false, false
+	line := w.line.Take()
 	if len(line) == 0 {
 		return
 	}
 	known := false
-	records(line, func(text string) {
+	klog.Records(line, func(r klog.Record) {
+		if r.FromUser() {
+			return
+		}
+		text := strings.TrimSpace(r.Text)
 		for _, k := range kernelLines() {
 			if k.text.MatchString(text) {
 				known = true
@@ -141,7 +113,7 @@ func (w *consoleWatch) read() {
 		}
 	})
 	if !known && !w.own && !w.proved {
-		if text := panicInside().Find(line); text != nil {
+		if text := klog.PanicMessage().Find(line); text != nil {
 			w.text, w.last = string(text), string(text)
 		}
 	}
@@ -184,97 +156,4 @@ func (w *consoleWatch) silent() time.Duration {
 		return 0
 	}
 	return time.Since(w.wrote)
-}
-
-// consoleLine collects the text of a line, without line ends, other control characters, escape
-// sequences and control strings (ECMA-48). CR, LF and CR LF each end a line.
-type consoleLine struct {
-	text   []byte
-	escape byte // 0: none; escapeByte; '[' in a control sequence (ECMA-48, 5.4)
-	// A control string (5.6), such as a window's title, occupies text from start on until its
-	// terminator removes it. A string that the end of the line cuts stays as text.
-	inString bool
-	start    int
-	more     int  // bytes missing from the UTF-8 character
-	full     bool // the text holds a panic's message and drops bytes beyond maxLine
-}
-
-const (
-	escapeByte = 0x1b
-	// maxLine bounds a line; a kernel record has 1 KiB (PRINTKRB_RECORD_MAX). A longer line keeps
-	// its end, where a record can begin.
-	maxLine = 4 << 10
-	keptEnd = 256
-)
-
-// add adds a byte and reports whether it ended the line.
-func (l *consoleLine) add(c byte) bool {
-	escape, continued := l.escape, l.more > 0 && c&0xc0 == 0x80
-	l.escape = 0
-	if l.more--; !continued {
-		l.more = 0
-		switch {
-		case c >= 0xf0:
-			l.more = 3
-		case c >= 0xe0:
-			l.more = 2
-		case c >= 0xc2:
-			l.more = 1
-		}
-	}
-	switch {
-	case c == '\r' || c == '\n':
-		return true
-	case c == escapeByte:
-		l.escape = escapeByte
-	case c == 0x18 || c == 0x1a: // CAN and SUB cancel a sequence
-		l.endString()
-	case c == '\a' && l.inString: // as in xterm
-		l.endString()
-	case c < ' ' && c != '\t' || c == 0x7f:
-		l.escape = escape
-	case c&^0x1f == 0x80 && !continued: // an 8-bit control is ESC and a 7-bit one (5.3)
-		l.control(c - 0x40)
-	case c&^0x1f == 0x80 && bytes.HasSuffix(l.text, []byte{0xc2}): // the same in UTF-8
-		l.text = l.text[:len(l.text)-1]
-		l.control(c - 0x40)
-	case escape == escapeByte && c >= '@' && c <= '_':
-		l.control(c)
-	case escape == escapeByte && c <= '/', escape == '[' && c <= '?':
-		l.escape = escape // an intermediate byte, or a parameter
-	case escape != 0: // the final byte
-	case len(l.text) < maxLine:
-		l.text = append(l.text, c)
-	case !l.full:
-		from := maxLine - keptEnd
-		if m := panicInside().FindIndex(l.text); m != nil {
-			from, l.full = max(m[0]-keptEnd, 0), true
-		}
-		l.start = max(l.start-from, 0)
-		if l.text = append(l.text[:0], l.text[from:]...); from > 0 {
-			l.text = append(l.text, c)
-		}
-	}
-	return false
-}
-
-// control applies a control function of the C1 set, ESC and c, to the line.
-func (l *consoleLine) control(c byte) {
-	switch c {
-	case '[':
-		l.escape = '['
-	case 'P', 'X', ']', '^', '_': // DCS, SOS, OSC, PM, APC
-		if !l.inString { // else nested, as tmux passes them on
-			l.inString, l.start = true, len(l.text)
-		}
-	case '\\': // ST
-		l.endString()
-	}
-}
-
-// endString removes the control string.
-func (l *consoleLine) endString() {
-	if l.inString {
-		l.text, l.inString, l.full = l.text[:min(l.start, len(l.text))], false, false
-	}
 }
