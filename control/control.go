@@ -44,6 +44,10 @@ type Disk struct {
 	Cache     string `json:"cache"`
 	Backend   string `json:"backend"`
 	Change    string `json:"change,omitempty"` // in progress: Adding, Removing or Resizing
+
+	// Options has the options of --disk that are not at their defaults, as they were given. An option
+	// without a value has its name as value.
+	Options map[string]Text `json:"options,omitempty"`
 }
 
 // Changes of a disk in progress.

@@ -82,7 +82,7 @@ func (f *fake) AddDisk(_ context.Context, a AddDisk) (Change, error) {
 		return Change{}, Errorf(http.StatusConflict, "%s is there", path)
 	}
 	d := Disk{Path: a.Disk, LUN: len(f.disks), Serial: a.Dir, Size: 512, BlockSize: 512, Cache: "writeback",
-		Backend: "process"}
+		Backend: "process", Options: map[string]Text{"serial": a.Disk}}
 	f.disks[path] = d
 	return Change{d, Told}, nil
 }
@@ -157,8 +157,10 @@ func TestClient(t *testing.T) {
 		t.Errorf("%+v, %v, want an empty list", list, err)
 	}
 	for _, path := range []string{"/a b/c%2F?d#e", ".", "..", "7", "ü", "<&>", "\xff\xe4.img"} {
-		want := Disk{Path: Text(path), Serial: "/home", Size: 512, BlockSize: 512, Cache: "writeback", Backend: "process"}
-		if ch, err := c.AddDisk(ctx, AddDisk{Disk: Text(path), Dir: "/home"}); err != nil || ch != (Change{want, Told}) {
+		want := Disk{Path: Text(path), Serial: "/home", Size: 512, BlockSize: 512, Cache: "writeback",
+			Backend: "process", Options: map[string]Text{"serial": Text(path)}}
+		if ch, err := c.AddDisk(ctx, AddDisk{Disk: Text(path), Dir: "/home"}); err != nil ||
+			!reflect.DeepEqual(ch, Change{want, Told}) {
 			t.Errorf("added %+v, %v", ch, err)
 		}
 		_, err := c.AddDisk(ctx, AddDisk{Disk: Text(path)})
@@ -170,10 +172,11 @@ func TestClient(t *testing.T) {
 		wantError(t, err, http.StatusConflict, "shrinking")
 		want.Size = 100
 		if ch, err := c.ResizeDisk(ctx, path, ResizeDisk{Size: 100, Shrink: true}); err != nil ||
-			ch != (Change{want, Unchanged}) {
+			!reflect.DeepEqual(ch, Change{want, Unchanged}) {
 			t.Errorf("resized %+v, %v", ch, err)
 		}
-		if ch, err := c.RemoveDisk(ctx, path); err != nil || ch != (Change{want, Missed}) {
+		if ch, err := c.RemoveDisk(ctx, path); err != nil ||
+			!reflect.DeepEqual(ch, Change{want, Missed}) {
 			t.Errorf("removed %+v, %v", ch, err)
 		}
 		_, err = c.RemoveDisk(ctx, path)

@@ -153,7 +153,7 @@ func TestDiskCommands(t *testing.T) {
 	for _, row := range rows {
 		if row.Name == name {
 			found = fmt.Sprint(row.PID) == pid && row.CPUs == 1 && row.Memory == 512<<20 && len(row.Disks) == 1 &&
-				row.Disks[0].Serial == "ONE"
+				row.Disks[0].Serial == "ONE" && row.Disks[0].Options["serial"] == "ONE"
 		}
 	}
 	if !found {

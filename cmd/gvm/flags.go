@@ -10,7 +10,7 @@ import (
 // flagsFirst moves a command's flags in front of its arguments: package flag stops at the first
 // argument, but users write flags behind it as well. Words behind "--" stay in place.
 func flagsFirst(commands []*cli.Command, args []string) []string {
-	if len(args) == 0 || args[len(args)-1] == "--generate-bash-completion" {
+	if len(args) == 0 || args[len(args)-1] == completionFlag {
 		return args
 	}
 	at, command := 1, (*cli.Command)(nil)

@@ -49,7 +49,10 @@ func gvm(args []string) (status int) {
 	a := app(args)
 	out := &keepError{w: a.Writer}
 	a.Writer = out
-	err := a.Run(flagsFirst(a.Commands, args))
+	var err error
+	if !completeDisk(out, args) {
+		err = a.Run(flagsFirst(a.Commands, args))
+	}
 	if begun != nil {
 		err = errors.Join(err, begun.Close())
 		begun = nil

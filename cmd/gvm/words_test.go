@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"gvm/machine/disk"
 )
 
 func TestHelp(t *testing.T) {
@@ -98,6 +100,40 @@ func TestDoctor(t *testing.T) {
 	}
 }
 
+// TestCompletionOfDisks has the shells complete each option of a disk.
+func TestCompletionOfDisks(t *testing.T) {
+	bin := t.TempDir()
+	if err := os.Symlink(self(t), filepath.Join(bin, "gvm")); err != nil {
+		t.Fatal(err)
+	}
+	for shell, script := range map[string]string{
+		"bash": `source <(gvm completion bash); COMP_WORDS=(gvm run --disk "$1"); COMP_CWORD=3; _gvm
+			printf '%s\n' "${COMPREPLY[@]}"`,
+		"zsh": `compdef() { }; compadd() { shift 3; print -l -- $@ }
+			source <(gvm completion zsh); words=(gvm run --disk "$1") CURRENT=4; _gvm`,
+		"fish": `gvm completion fish | source; complete -C "gvm run --disk $argv[2]"`,
+	} {
+		t.Run(shell, func(t *testing.T) {
+			path, err := exec.LookPath(shell)
+			if err != nil {
+				t.Skipf("its completion is not tried: %v", err)
+			}
+			for _, o := range disk.Options() {
+				word, value, _ := strings.Cut(o.Word(), "=")
+				if value != "" {
+					word += "="
+				}
+				c := exec.Command(path, "-c", script, shell, "img,"+word[:2])
+				c.Env = append(environment(), "PATH="+bin+":"+os.Getenv("PATH"), "HOME="+bin)
+				out, err := c.CombinedOutput()
+				if err != nil || !slices.Contains(strings.Split(string(out), "\n"), "img,"+word) {
+					t.Errorf("img,%s: %v, %q lacks %s", word[:2], err, out, word)
+				}
+			}
+		})
+	}
+}
+
 func TestCompletion(t *testing.T) {
 	bin := t.TempDir()
 	if err := os.Symlink(self(t), filepath.Join(bin, "gvm")); err != nil {
@@ -142,6 +178,13 @@ func TestCompletion(t *testing.T) {
 		{[]string{"gvm", "run", "--cpu"}, []string{"--cpu-features", "--cpus"}},
 		{[]string{"gvm", "run", "--kernel", "bz"}, []string{"bzImage"}},
 		{[]string{"gvm", "run", "--disk", "di"}, []string{"disk.img"}},
+		{[]string{"gvm", "run", "--disk", "disk.img,loc"}, []string{"disk.img,lock="}},
+		{[]string{"gvm", "run", "-d", "disk.img,cache", "="}, []string{"unsafe", "writeback", "writethrough"}},
+		{[]string{"gvm", "run", "--disk", "=", "disk.img,cache", "=", "write"}, []string{"writeback", "writethrough"}},
+		{[]string{"gvm", "run", "--disk", "mem", ":", "1M,p"}, []string{"1M,physical_block_size=", "1M,pi="}},
+		{[]string{"gvm", "run", "--disk", "disk.img,overlay", "=", "bz"}, []string{"bzImage"}},
+		{[]string{"gvm", "disk", "add", "build", "disk.img,rea"}, []string{"disk.img,readonly"}},
+		{[]string{"gvm", "run", "--cpu-features", "x,rea"}, []string{""}},
 	} {
 		t.Run(strings.Join(tt.words, " "), func(t *testing.T) {
 			t.Parallel()
@@ -152,7 +195,7 @@ func TestCompletion(t *testing.T) {
 			c.Dir = dir
 			c.Env = append(environment(), "PATH="+bin+":"+os.Getenv("PATH"))
 			out, err := c.CombinedOutput()
-			got := strings.Fields(string(out))
+			got := strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
 			slices.Sort(got)
 			if err != nil || !reflect.DeepEqual(got, tt.want) {
 				t.Errorf("%q, %v, want %q", got, err, tt.want)

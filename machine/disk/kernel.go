@@ -27,7 +27,8 @@ type kernelTarget struct {
 	target *lio.Target
 	device *vhostscsi.Device
 	parts  []io.Closer // closed in order: the device, which releases the target, and the target
-	units  []lio.Unit  // made by gvm
+	specs  []Spec
+	units  []lio.Unit // made by gvm, one for each of specs
 }
 
 // close releases the target, then removes it if gvm made it.
@@ -127,18 +128,15 @@ func (k kernelOptions) check() error {
 
 // kernelUnits are the disks that become one target of the kernel's.
 type kernelUnits struct {
-	units   []lio.Unit
-	workers int
-	path    string // of the first disk
+	specs []Spec
+	units []lio.Unit
 }
 
 func (u *kernelUnits) add(d Spec, f *block.File) error {
-	if len(u.units) > 0 && d.Workers != u.workers {
-		return fmt.Errorf("workers= differs from %s's: both are on one target", u.path)
+	if len(u.specs) > 0 && d.Workers != u.specs[0].Workers {
+		return fmt.Errorf("workers= differs from %s's: both are on one target", u.specs[0].Path)
 	}
-	if len(u.units) == 0 {
-		u.workers, u.path = d.Workers, d.Path
-	}
+	u.specs = append(u.specs, d)
 	u.units = append(u.units, lio.Unit{LUN: d.LUN, UnitConfig: d.unit(f)})
 	return nil
 }
@@ -162,7 +160,7 @@ func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 		k.note(fmt.Sprintf("Linux %s has a fault: a guest that resets one of several disks of the kernel's can bring "+
 			"this host down when gvm ends; serve one disk, or take backend=process or Linux 6.4", release))
 	}
-	return k.device(&kernelTarget{target: t, parts: []io.Closer{t}, units: u.units}, u.workers)
+	return k.device(&kernelTarget{target: t, parts: []io.Closer{t}, specs: u.specs, units: u.units})
 }
 
 // losesResets reports whether a kernel's vhost-scsi corrupts its list of control blocks for LOGICAL
@@ -184,16 +182,16 @@ func (k kernelOptions) lookup(d Spec) (*kernelTarget, error) {
 	if err != nil {
 		return nil, KernelError{fmt.Errorf("--disk %w", err)}
 	}
-	return k.device(&kernelTarget{target: t, parts: []io.Closer{t}}, d.Workers)
+	return k.device(&kernelTarget{target: t, parts: []io.Closer{t}, specs: []Spec{d}})
 }
 
 // device makes the device of a target. On an error the target is closed.
-func (k kernelOptions) device(t *kernelTarget, workers int) (_ *kernelTarget, err error) {
+func (k kernelOptions) device(t *kernelTarget) (_ *kernelTarget, err error) {
 	t.device, err = vhostscsi.New(vhostscsi.Config{
 		WWPN:      t.target.WWN,
 		MaxTarget: uint8(t.target.TPGT),
 		Queues:    k.queues,
-		Workers:   min(workers, k.queues),
+		Workers:   min(t.specs[0].Workers, k.queues),
 		ABI:       k.abi,
 		Note:      k.note,
 	})

@@ -154,6 +154,7 @@ func (s *served) describe() control.Disk {
 		ReadOnly:  s.unit.Config().ReadOnly,
 		Cache:     CacheName(s.unit.Config().Cache),
 		Backend:   "process",
+		Options:   s.Spec.options(),
 	}
 }
 
@@ -170,18 +171,18 @@ func (ds *Set) List() []control.Disk {
 	for _, d := range ds.adding {
 		list = append(list, control.Disk{LUN: d.LUN, Path: control.Text(d.Path), Serial: control.Text(d.Serial),
 			Size: d.Size, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly,
-			Cache: CacheName(d.Cache), Backend: "process", Change: control.Adding})
+			Cache: CacheName(d.Cache), Backend: "process", Options: d.options(), Change: control.Adding})
 	}
 	slices.SortFunc(list, func(a, b control.Disk) int { return a.LUN - b.LUN })
 	for _, k := range ds.kernels {
 		if len(k.units) == 0 {
-			list = append(list, control.Disk{WWN: k.target.WWN, Backend: "vhost"})
+			list = append(list, control.Disk{WWN: k.target.WWN, Backend: "vhost", Options: k.specs[0].options()})
 		}
-		for _, u := range k.units {
+		for i, u := range k.units {
 			path := control.Text(ds.paths[u.Backend.(*block.File).Path()])
 			list = append(list, control.Disk{LUN: u.LUN, Path: path, WWN: k.target.WWN, Serial: control.Text(u.Serial),
 				Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly,
-				Cache: CacheName(u.Cache), Backend: "vhost"})
+				Cache: CacheName(u.Cache), Backend: "vhost", Options: k.specs[i].options()})
 		}
 	}
 	return list

@@ -12,8 +12,8 @@ import (
 	"gvm/text"
 )
 
-// Option is an option of a disk: a row that parsing, help, errors and String use. A new option is a
-// new row.
+// Option is an option of a disk: a row that parsing, help, errors, String, completion, the control socket
+// and the table of docs/storage.md use. A new option is a new row.
 type Option struct {
 	Key     string
 	Value   string // the value as help shows it; "": the option has none
@@ -111,7 +111,7 @@ var options = sync.OnceValue(func() []Option {
 			anything | target, word(backends, func(s *Spec) *Backend { return &s.Backend }),
 			func(s *Spec) string { return nameIf(s.Backend != Process, backends.of(s.Backend)) }},
 		{"workers", "N|shared", "kernel threads for the request queues of backend=vhost",
-			image | memory | null | target | byVhost, setWorkers, workersWord},
+			image | target | byVhost, setWorkers, workersWord},
 	}
 })
 

@@ -6,7 +6,6 @@ package disk
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -145,37 +144,47 @@ func splitCommas(s string) []string {
 // Parse reads a disk's path and options, as `gvm help disk` describes them. An error names the
 // disk and what to change.
 func Parse(s string) (Spec, error) {
-	words := splitCommas(s)
-	d := Spec{Path: words[0], LUN: -1, BlockSize: 512}
-	if err := d.parsePath(); err != nil {
+	d, options, err := parse(splitCommas(s))
+	if err != nil {
 		return d, err
 	}
-	given := map[string]bool{}
-	changes := map[string]*Option{} // options with a value other than the default, by their words
+	return d, d.check(options)
+}
+
+// given is an option as it is given to a disk.
+type given struct {
+	*Option
+	word      string
+	isDefault bool // it is at its default
+}
+
+// parse reads the words of a disk. It does not check whether they go with each other.
+func parse(words []string) (d Spec, options []given, err error) {
+	d = Spec{Path: words[0], LUN: -1, BlockSize: 512}
+	if err := d.parsePath(); err != nil {
+		return d, nil, err
+	}
 	for n, w := range words[1:] {
 		key, val, has := strings.Cut(w, "=")
 		o := option(key)
 		if o == nil {
-			return d, unknownOption(words, n+1, key)
+			return d, nil, unknownOption(words, n+1, key)
 		}
 		if has == (o.Value == "") || has && val == "" {
-			return d, fmt.Errorf("--disk %s: %q: want %s; see gvm help disk", d.Name(), w, o.Word())
+			return d, nil, fmt.Errorf("--disk %s: %q: want %s; see gvm help disk", d.Name(), w, o.Word())
 		}
-		if given[key] {
-			return d, fmt.Errorf("--disk %s: %s is given twice", d.Name(), o.name())
+		if slices.ContainsFunc(options, func(g given) bool { return g.Key == key }) {
+			return d, nil, fmt.Errorf("--disk %s: %s is given twice", d.Name(), o.name())
 		}
-		given[key] = true
 		before := d
 		if err := o.set(&d, val); errors.Is(err, errWord) {
-			return d, text.OneOfNames("--disk "+d.Name()+": "+o.name(), val, strings.Split(o.Value, "|"))
+			return d, nil, text.OneOfNames("--disk "+d.Name()+": "+o.name(), val, strings.Split(o.Value, "|"))
 		} else if err != nil {
-			return d, fmt.Errorf("--disk %s: %s%s: %w", d.Name(), o.name(), val, err)
+			return d, nil, fmt.Errorf("--disk %s: %s%s: %w", d.Name(), o.name(), val, err)
 		}
-		if d != before {
-			changes[w] = o
-		}
+		options = append(options, given{o, w, d == before})
 	}
-	return d, d.check(changes)
+	return d, options, nil
 }
 
 // parsePath reads the kind of storage from the path.
@@ -233,14 +242,15 @@ func nearPrefix(path string) string {
 }
 
 // check refuses options that do not go with the disk or with each other.
-func (s *Spec) check(given map[string]*Option) error {
+func (s *Spec) check(options []given) error {
 	kind, called := s.kind()
 	by := byVhost
 	if s.Backend == Process {
 		by = byProcess
 	}
-	for _, word := range slices.Sorted(maps.Keys(given)) {
-		switch o := given[word]; {
+	for _, o := range options {
+		switch word := o.word; {
+		case o.isDefault:
 		case o.goesWith&kind == 0 && kind == target:
 			return fmt.Errorf("--disk %s: %s is not for a target that exists: it takes backend=vhost and workers=N; "+
 				"its maker chose the rest", s.Name(), word)

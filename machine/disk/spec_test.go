@@ -1,10 +1,17 @@
 package disk
 
 import (
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
 	"reflect"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
+	"gvm/control"
 	"gvm/devices/scsi"
 	"gvm/devices/virtio/vhostscsi"
 )
@@ -75,6 +82,12 @@ func FuzzParse(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
+		for _, c := range Complete(s) {
+			if _, err := Parse(c); !strings.HasPrefix(c, s) || err != nil && !strings.HasSuffix(c, "=") &&
+				!strings.Contains(err.Error(), "backend=vhost") {
+				t.Fatalf("Complete(%q) has %q: %v", s, c, err)
+			}
+		}
 		d, err := Parse(s)
 		if err != nil {
 			return
@@ -119,6 +132,134 @@ func TestOptions(t *testing.T) {
 			!strings.Contains(err.Error(), o.name()+"?: ") {
 			t.Errorf("%s?: error %v does not name it", o.name(), err)
 		}
+	}
+}
+
+// TestComplete has the options that go with a disk, and their words.
+func TestComplete(t *testing.T) {
+	for s, want := range map[string]string{
+		"":                             "",
+		"a":                            "",
+		"a,,l":                         "",
+		"a,l":                          "a,lun= a,lock=",
+		"a,,b,ca":                      "a,,b,cache=",
+		"a,cache=":                     "a,cache=writeback a,cache=writethrough a,cache=unsafe",
+		"a,cache=w":                    "a,cache=writeback a,cache=writethrough",
+		"a,rea":                        "a,readonly",
+		"a,readonly,rea":               "",
+		"a,serial=":                    "",
+		"a,xyz=1,ca":                   "",
+		"a,size=0,ca":                  "",
+		"a,o":                          "a,overlay=",
+		"a,overlay=":                   "a,overlay=on",
+		"a,size=1M,o":                  "",
+		"a,overlay=f,size":             "",
+		"a,b":                          "a,block_size= a,bps= a,backend=",
+		"a,iops=5,backend=":            "a,iops=5,backend=process",
+		"a,backend=vhost,b":            "a,backend=vhost,block_size=",
+		"a,backend=process,w":          "",
+		"a,w":                          "a,workers=",
+		"a,workers=":                   "a,workers=shared",
+		"mem:1M,p":                     "mem:1M,physical_block_size= mem:1M,pi=",
+		"null:1M,p":                    "null:1M,physical_block_size=",
+		"mem:1M,backend=":              "mem:1M,backend=process",
+		"null:1M,pi=":                  "",
+		"wwn=naa.5,":                   "wwn=naa.5,backend= wwn=naa.5,workers=",
+		"wwn=naa.5,backend=":           "wwn=naa.5,backend=vhost",
+		"wwn=naa.5,backend=vhost,work": "wwn=naa.5,backend=vhost,workers=",
+	} {
+		if got := strings.Join(Complete(s), " "); got != want {
+			t.Errorf("Complete(%q) = %q, want %q", s, got, want)
+		}
+	}
+}
+
+// TestNewOption adds an option by its row alone.
+func TestNewOption(t *testing.T) {
+	rows := options
+	t.Cleanup(func() { options = rows })
+	options = func() []Option {
+		return append(slices.Clone(rows()), Option{"shade", "light|dark", "how bright it is", image | byProcess,
+			func(s *Spec, val string) error { s.Serial = val; return nil },
+			func(s *Spec) string { return s.Serial }})
+	}
+	d, err := Parse("a,shade=dark")
+	if err != nil || !strings.HasSuffix(d.String(), ",shade=dark") {
+		t.Errorf("%q, %v", d.String(), err)
+	}
+	for s, want := range map[string]string{
+		"a,shad=dark":               "did you mean shade?",
+		"a,shade":                   "want shade=light|dark",
+		"a,shade=dark,shade=dark":   "shade= is given twice",
+		"mem:1M,shade=dark":         "shade=dark is for images, not for mem:",
+		"a,shade=dark,overlay=on":   "shade=dark does not go with overlay=",
+		"a,backend=vhost,shade=dim": "shade=dim is for backend=process",
+	} {
+		if _, err := Parse(s); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("Parse(%q): %v, want %q", s, err, want)
+		}
+	}
+	for s, want := range map[string]string{"a,sh": "a,shade=", "a,shade=d": "a,shade=dark", "mem:1M,sh": ""} {
+		if got := strings.Join(Complete(s), " "); got != want {
+			t.Errorf("Complete(%q) = %q, want %q", s, got, want)
+		}
+	}
+	all, err := json.Marshal(control.Disk{Options: d.options()})
+	if err != nil || !strings.Contains(string(all), `"shade":"dark"`) {
+		t.Errorf("%s, %v", all, err)
+	}
+	const row = "| `shade=light\\|dark` | how bright it is | images | `overlay=`, `backend=vhost` |\n"
+	if !strings.HasSuffix(optionTable(), row) {
+		t.Errorf("the last row of\n%s is not\n%s", optionTable(), row)
+	}
+}
+
+var update = flag.Bool("update", false, "write the table of docs/storage.md anew")
+
+// optionTable returns the table of docs/storage.md: a line for each option.
+func optionTable() string {
+	b := "| option | meaning | for | not with |\n|---|---|---|---|\n"
+	list := func(o Option, is bool, names ...named) string {
+		var words []string
+		for _, n := range names {
+			if (o.goesWith&n.uses != 0) == is {
+				words = append(words, n.name)
+			}
+		}
+		return strings.Join(words, ", ")
+	}
+	for _, o := range Options() {
+		b += fmt.Sprintf("| `%s` | %s | %s | %s |\n", strings.ReplaceAll(o.Word(), "|", `\|`), o.Meaning,
+			list(o, true, named{image, "images"}, named{memory, "`mem:`"}, named{null, "`null:`"}, named{target, "`wwn=`"}),
+			list(o, false, named{overlaid, "`overlay=`"}, named{byProcess, "`backend=process`"},
+				named{byVhost, "`backend=vhost`"}))
+	}
+	return b
+}
+
+type named struct {
+	uses
+	name string
+}
+
+// TestDocs holds the table of docs/storage.md against the rows. -update writes it.
+func TestDocs(t *testing.T) {
+	const path = "../../docs/storage.md"
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	was := regexp.MustCompile(`(?m)^\| option \|.*\n(\|.*\n)*`).FindString(string(text))
+	switch table := optionTable(); {
+	case was == "":
+		t.Fatalf("%s has no table of options", path)
+	case was == table:
+	case *update:
+		if err := os.WriteFile(path, []byte(strings.Replace(string(text), was, table, 1)), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	default:
+		t.Errorf("%s differs from the rows: go test -run TestDocs ./machine/disk -update", path)
 	}
 }
 
