@@ -47,6 +47,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/virtio/ringbench", "devices/scsi/trace devices/virtio devices/virtio/virtqtest kvmapi/eventfd guestmem"},
 	{"devices/virtio/vhostscsi", "devices/virtio devices/virtio/virtq kvmapi/vhost kvmapi/eventfd guestmem"},
 	{"devices/virtio/rng", "devices/virtio devices/virtio/virtq guestmem"},
+	{"devices/virtio/example", "devices/virtio devices/virtio/virtq"},
 	{"devices/virtio", "devices/virtio/virtq guestmem kvmapi/eventfd"},
 	{"devices/...", ""},
 	{"guest/embedded/...", ""},

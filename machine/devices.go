@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"fmt"
 	"time"
 
 	"gvm/devices/scsi/trace"
@@ -18,15 +19,39 @@ type scsiDevice struct {
 	disks  *disk.Set
 }
 
-// deviceTable has a row for every kind of virtio device that a guest gets, in the order of their
-// PCI slots. A new kind of device is a row here and a package of its own.
-var deviceTable = []struct {
-	name string
+// deviceKind is a kind of virtio device.
+type deviceKind struct {
+	name string    // for messages
+	id   virtio.ID // the PCI device ID is 0x1040 more (virtio 1.3, 4.1.2.1)
+	// make makes the machine's devices of this kind, perhaps none. What else a device can do, such as
+	// virtio.ConfigWriter and vmm.PowerCycler, is found by its methods.
 	make func(scsiDevice) ([]virtio.Device, error)
-}{
-	{"virtio-scsi", scsiDevice.inProcess},
-	{"vhost-scsi", scsiDevice.kernel},
-	{"virtio-rng", func(scsiDevice) ([]virtio.Device, error) { return []virtio.Device{rng.New()}, nil }},
+}
+
+// deviceTable has a row for every kind of virtio device that a guest gets, in the order of their
+// PCI slots. A new kind of device is a row here and a package of its own: package example below
+// devices/virtio is one, and TestNewDevice has its row.
+var deviceTable = []deviceKind{
+	{"virtio-scsi", virtio.IDSCSI, scsiDevice.inProcess},
+	{"vhost-scsi", virtio.IDSCSI, scsiDevice.kernel},
+	{"virtio-rng", virtio.IDRNG, func(scsiDevice) ([]virtio.Device, error) { return []virtio.Device{rng.New()}, nil }},
+}
+
+// makeDevices makes the devices of every row.
+func makeDevices(s scsiDevice) (devices []virtio.Device, _ error) {
+	for _, row := range deviceTable {
+		made, err := row.make(s)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", row.name, err)
+		}
+		for _, d := range made {
+			if d.ID() != row.id {
+				return nil, fmt.Errorf("%s: its row has device ID %d, the device has %d", row.name, row.id, d.ID())
+			}
+		}
+		devices = append(devices, made...)
+	}
+	return devices, nil
 }
 
 // inProcess makes the device of gvm's own target.

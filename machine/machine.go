@@ -210,12 +210,9 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, row := range deviceTable {
-		made, err := row.make(scsiDevice{queues: s.RequestQueues(), poll: s.Poll, trace: file, disks: m.disks})
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", row.name, err)
-		}
-		cfg.Devices = append(cfg.Devices, made...)
+	cfg.Devices, err = makeDevices(scsiDevice{queues: s.RequestQueues(), poll: s.Poll, trace: file, disks: m.disks})
+	if err != nil {
+		return nil, err
 	}
 	if sysErr != nil {
 		return nil, sysErr
