@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 
 	"gvm/guest/embedded"
 	"gvm/guestmem"
@@ -78,16 +77,16 @@ func ExampleStart_kernel() {
 
 // A running machine gets a disk, and is stopped.
 func ExampleMachine_AddDisk() {
-	spinning := newWatch("spinning")
+	screen := newScreen() // a console
 	m, err := machine.Start(context.Background(), machine.Spec{
 		Memory:    guestmem.Config{Size: 512 << 20},
 		GuestArgs: []string{"spin"},
-		Console:   machine.Output(spinning),
+		Console:   screen,
 	})
 	if err != nil {
 		log.Fatal(err)
 	}
-	<-spinning.seen
+	screen.shows("spinning", 1)
 	scratch, err := disk.Parse("mem:64M,serial=SCRATCH")
 	if err != nil {
 		log.Fatal(err)
@@ -103,26 +102,4 @@ func ExampleMachine_AddDisk() {
 	// Output:
 	// added LUN 1 SCRATCH
 	// stopped no more work <nil>
-}
-
-// watch is a writer that closes seen once a certain text has been written.
-type watch struct {
-	text string
-	seen chan struct{}
-
-	mu  sync.Mutex
-	got strings.Builder
-}
-
-func newWatch(text string) *watch { return &watch{text: text, seen: make(chan struct{})} }
-
-func (w *watch) Write(p []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	before := strings.Contains(w.got.String(), w.text)
-	w.got.Write(p)
-	if !before && strings.Contains(w.got.String(), w.text) {
-		close(w.seen)
-	}
-	return len(p), nil
 }

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,12 +20,26 @@ import (
 	"gvm/machine/disk"
 )
 
-// TestBenchDisk checks for a row of plausible figures for each storage at each load, and that no
-// files are left.
+// benchRuns runs gvm bench with a directory of its own for temporary files, so that other tests can
+// run beside it, and checks that no files are left.
+func benchRuns(t *testing.T, args ...string) result {
+	t.Helper()
+	dir := t.TempDir()
+	c := command(t, append([]string{"bench"}, args...)...)
+	c.Env = append(c.Env, "TMPDIR="+dir)
+	r := gvmRuns(t, c)
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+	return r
+}
+
+// TestBenchDisk checks for a row of plausible figures for each storage at each load.
 func TestBenchDisk(t *testing.T) {
+	t.Parallel()
 	record, svg := filepath.Join(t.TempDir(), "disk.json"), filepath.Join(t.TempDir(), "disk.svg")
-	r := gvmRuns(t, command(t, "bench", "disk", "--time", "20ms", "--rounds", "2", "--size", "4K", "--depth", "1,16",
-		"--queues", "1,2", "--json", record, "--plot", svg))
+	r := benchRuns(t, "disk", "--time", "20ms", "--rounds", "2", "--size", "4K", "--depth", "1,16",
+		"--queues", "1,2", "--json", record, "--plot", svg)
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -80,12 +93,11 @@ func TestBenchDisk(t *testing.T) {
 	}
 }
 
-// TestBenchGuest runs every load under gvm and under each QEMU that runs here, and checks that no
-// files are left.
+// TestBenchGuest runs every load under gvm and under each QEMU that runs here.
 func TestBenchGuest(t *testing.T) {
+	t.Parallel()
 	record, plot := filepath.Join(t.TempDir(), "guest.json"), filepath.Join(t.TempDir(), "guest.png")
-	r := gvmRuns(t, command(t, "bench", "guest", "--time", "5ms", "--rounds", "1", "--write", "--json",
-		record, "--plot", plot))
+	r := benchRuns(t, "guest", "--time", "5ms", "--rounds", "1", "--write", "--json", record, "--plot", plot)
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -125,17 +137,15 @@ func TestBenchGuest(t *testing.T) {
 	if t.Failed() {
 		t.Log(r.out)
 	}
-	if left, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(left) > 0 {
-		t.Errorf("left behind: %v", left)
-	}
 }
 
 // TestBenchBoot checks for a row for gvm and for each QEMU that boots the embedded guest here. A
-// kernel that never prints the awaited line ends in time, with no files left.
+// kernel that never prints the awaited line ends in time.
 func TestBenchBoot(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	record := filepath.Join(dir, "boot.json")
-	r := gvmRuns(t, command(t, "bench", "boot", "--rounds", "1", "--json", record))
+	r := benchRuns(t, "boot", "--rounds", "1", "--json", record)
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -171,24 +181,20 @@ func TestBenchBoot(t *testing.T) {
 		{[]string{"--cmdline", "spin", "--timeout", "1s"}, `no line with "never" within 1s`},
 		{[]string{"--cmdline", "crash=reset"}, "asked for a reset"},
 	} {
-		r := gvmRuns(t,
-			command(t, append([]string{"bench", "boot", "--kernel", guest, "--until", "never", "--json", record + "2"},
-				c.args...)...))
+		r := benchRuns(t, append([]string{"boot", "--kernel", guest, "--until", "never", "--json", record + "2"},
+			c.args...)...)
 		if made, _ := filepath.Glob(record + "2"); r.status == 0 || !strings.Contains(r.errs, c.want) || len(made) > 0 {
 			t.Errorf("%v: status %d, %q; left %v", c.args, r.status, r.errs, made)
 		}
 	}
-	if left, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(left) > 0 {
-		t.Errorf("left behind: %v", left)
-	}
 }
 
 // TestBenchFootprint checks the figures of one machine of each VMM that runs here, and of several
-// waiting ones, and that no files are left.
+// waiting ones.
 func TestBenchFootprint(t *testing.T) {
+	t.Parallel()
 	record := filepath.Join(t.TempDir(), "footprint.json")
-	r := gvmRuns(t, command(t, "bench", "footprint", "--guests", "3", "--time", "50ms",
-		"--rounds", "1", "--json", record))
+	r := benchRuns(t, "footprint", "--guests", "3", "--time", "50ms", "--rounds", "1", "--json", record)
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -217,9 +223,6 @@ func TestBenchFootprint(t *testing.T) {
 	if v.Idle == nil || v.Idle.Guests != 3 || v.Idle.CPU < 0 || v.Idle.CPU > 100 ||
 		!strings.Contains(r.out, "3 waiting guests use ") {
 		t.Errorf("%+v: %s", v.Idle, r.out)
-	}
-	if left, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(left) > 0 {
-		t.Errorf("left behind: %v", left)
 	}
 }
 
@@ -312,20 +315,21 @@ func TestBenchRecord(t *testing.T) {
 
 // TestBenchStopped: a signal ends the benchmark, which removes its image.
 func TestBenchStopped(t *testing.T) {
+	t.Parallel()
 	for _, what := range []string{"disk", "guest", "footprint"} {
-		p := startGVM(t, "", "bench", what, "--time", "20ms", "--rounds", "100000")
-		for {
-			if made, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(made) > 0 {
-				break
-			}
-			time.Sleep(time.Millisecond)
-		}
+		dir := t.TempDir()
+		p := startGVMAs(t, "", func(p *proc) { p.cmd.Env = append(p.cmd.Env, "TMPDIR="+dir) },
+			"bench", what, "--time", "20ms", "--rounds", "100000")
+		p.eventually("made an image", func() bool {
+			made, _ := filepath.Glob(filepath.Join(dir, "gvm-bench-*"))
+			return len(made) > 0
+		})
 		p.signal(syscall.SIGTERM)
 		if r := p.wait(); r.status != 143 || !strings.Contains(r.errs, "SIGTERM") {
 			t.Errorf("%s: status %d: %s", what, r.status, r.errs)
 		}
-		if left, _ := filepath.Glob(filepath.Join(noTemp, "gvm-bench-*")); len(left) > 0 {
-			t.Errorf("%s: left behind: %v", what, left)
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+			t.Errorf("%s: left behind: %v, %v", what, left, err)
 		}
 	}
 }

@@ -308,13 +308,17 @@ func TestStoppedMachine(t *testing.T) {
 	p.expect("spinning")
 	p.signal(syscall.SIGSTOP)
 	pid := fmt.Sprintf("(process %d)", p.cmd.Process.Pid)
+	var all []*proc // at the same time, as each waits
 	for _, args := range [][]string{{"list"}, {"disk", "list", name}, {"pause", name}, {"stop", name},
 		{"disk", "remove", name, "0"}} {
-		status := 3
+		all = append(all, startGVM(t, "", args...))
+	}
+	for _, asks := range all {
+		args, status := asks.cmd.Args[1:], 3
 		if args[0] == "list" {
 			status = 0
 		}
-		r := ask(t, t.TempDir(), args...)
+		r := asks.wait()
 		if r.status != status || !strings.Contains(r.errs, "machine "+name+": no answer within") ||
 			!strings.Contains(r.errs, pid) {
 			t.Errorf("%v: status %d, %q", args, r.status, r.errs)

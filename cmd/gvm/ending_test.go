@@ -251,17 +251,6 @@ func TestSameRequest(t *testing.T) {
 	}
 }
 
-func TestReboot(t *testing.T) {
-	t.Parallel()
-	img := image(t, "disk", 5, 1<<20)
-	p := startGVM(t, "", guestRun("--on-reset=reboot", "--disk="+img, "crash=reset")...)
-	p.expectCount("reset next", 3)
-	p.signal(syscall.SIGTERM)
-	if r := p.wait(); r.status != 143 {
-		t.Errorf("status %d: %s", r.status, r.errs)
-	}
-}
-
 // TestOutput gives gvm outputs that accept nothing.
 func TestOutput(t *testing.T) {
 	shell := func(t *testing.T, script string) result {
@@ -411,7 +400,7 @@ func TestKilled(t *testing.T) {
 }
 
 // TestNothingLeft runs gvm repeatedly inside this process and checks that descriptors, goroutines
-// and memory return to their former level.
+// and memory return to their former level. The test of package machine has every kind of end.
 func TestNothingLeft(t *testing.T) {
 	img := image(t, "disk", 4, 1<<20)
 	fresh := filepath.Join(t.TempDir(), "fresh")
@@ -457,11 +446,7 @@ func TestNothingLeft(t *testing.T) {
 		status int
 	}{
 		"power-off":       {guestRun(disk, "--cpus=2"), 0},
-		"shared memory":   {guestRun("--shared-memory"), 0},
-		"triple fault":    {guestRun(disk, "crash=triple"), exitCrash},
-		"panic":           {guestRun(disk, "crash=panic"), exitPanic},
 		"reset":           {guestRun(disk, "crash=reset"), exitReset},
-		"reboots":         {guestRun(disk, "--on-reset=reboot", "--timeout=1s", "crash=reset"), exitTimeout},
 		"many CPUs":       {guestRun(disk, "--cpus=100000", "--disk="+fresh+",size=1M"), exitUsage},
 		"bad disk":        {guestRun(disk, "--disk=/none"), exitUsage},
 		"bad feature":     {guestRun(disk, "--cpu-features=+vmx,+svm,+ia64"), exitUsage},

@@ -79,3 +79,45 @@ func TestOutputOnFullFileSystem(t *testing.T) {
 		t.Errorf("a shorter output: %q, %v", b, err)
 	}
 }
+
+// TestFullFileSystem: a file for which there is no room gives one line that names it, and leaves no
+// empty file.
+func TestFullFileSystem(t *testing.T) {
+	full := t.TempDir()
+	if err := unix.Mount("tmpfs", full, "tmpfs", 0, "size=64k"); err != nil {
+		t.Skipf("mounting a tmpfs: %v", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(full, 0) })
+	if err := os.WriteFile(filepath.Join(full, "fill"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("filling: %v", err)
+	}
+	img := image(t, "disk", 3, 1<<20)
+	for _, tt := range []struct {
+		args, tmp, want string
+		lines           int
+	}{
+		{"--trace " + full + "/tr", "", "trace " + full + "/tr: ", 1},
+		{"--disk " + img + ",overlay=" + full + "/ovl", "", full + "/ovl: no space left", 1},
+		{"--disk " + img + ",overlay=on", full, "temporary file in " + full + ": " +
+			"no space left on device; set TMPDIR", 2},
+		{"--disk " + img + ",overlay=on", full + "/none", "temporary file in " + full + "/none: no such file", 2},
+	} {
+		c := command(t, append([]string{"run"}, strings.Fields(tt.args)...)...)
+		if tt.tmp != "" {
+			c.Env = append(c.Environ(), "TMPDIR="+tt.tmp)
+		}
+		r := gvmRuns(t, c)
+		if r.status == 0 || !strings.Contains(r.errs, tt.want) || strings.Count(r.errs, "\n") > tt.lines ||
+			strings.Contains(r.errs, "invalid argument") {
+			t.Errorf("%s: status %d, %q; want %q", tt.args, r.status, r.errs, tt.want)
+		}
+	}
+	c := command(t, "bench", "disk")
+	c.Env = append(c.Environ(), "TMPDIR="+full+"/none")
+	if r := gvmRuns(t, c); r.status != 2 || !strings.Contains(r.errs, "set TMPDIR to") {
+		t.Errorf("bench disk: %+v", r)
+	}
+	if list, err := os.ReadDir(full); err != nil || len(list) != 1 {
+		t.Errorf("left behind: %v, %v", list, err)
+	}
+}

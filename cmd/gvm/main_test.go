@@ -95,7 +95,9 @@ func makeReadOnly(dir string) error {
 	return os.Chdir(dir) // enters the mount from the directory below it
 }
 
-// command returns gvm with args, in a process group, directory and environment of its own.
+// command returns gvm with args, in a process group, directory and environment of its own. It is
+// for tests of the command line: words, messages, exit statuses, signals, terminals, a process that
+// is killed. The tests of package machine run machines in their own process, which takes less time.
 func command(t testing.TB, args ...string) *exec.Cmd {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), tooLong)

@@ -12,7 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"gvm/devices/block"
 	"gvm/guest/embedded"
 )
 
@@ -73,30 +72,6 @@ func TestDiskInUseByHost(t *testing.T) {
 	}
 }
 
-// TestFIFOOnRunningMachine: adding a disk with a FIFO as its overlay delays neither the next
-// request nor the end.
-func TestFIFOOnRunningMachine(t *testing.T) {
-	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "disk"), make([]byte, 1<<20), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Mkfifo(filepath.Join(dir, "fifo"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	name := fmt.Sprintf("fifo-%d", os.Getpid())
-	p := startGVM(t, dir, guestRun("--name="+name, "spin")...)
-	p.expect("spinning")
-	wantBad(t, ask(t, dir, "disk", "add", name, "disk,overlay=fifo"), "fifo|is a pipe")
-	wantBad(t, ask(t, dir, "disk", "add", name, "fifo"), "fifo|is a pipe")
-	if r := ask(t, dir, "disk", "list", name); r.status != 0 {
-		t.Errorf("list: %d %s", r.status, r.errs)
-	}
-	p.signal(syscall.SIGTERM)
-	if r := p.wait(); r.status != 143 {
-		t.Errorf("status %d: %s", r.status, r.errs)
-	}
-}
-
 // TestNoLocks runs gvm without file locks, as on some network file systems.
 func TestNoLocks(t *testing.T) {
 	gvm := func(args ...string) result {
@@ -132,37 +107,6 @@ func TestNoLocks(t *testing.T) {
 			note == "" && r.errs != "" {
 			t.Errorf("%s: status %d: %s%s", disk, r.status, r.out, r.errs)
 		}
-	}
-}
-
-// TestOverlayOfHoles: an overlay over an image of 1 EiB takes only memory for written data, at the
-// start and on a running machine.
-func TestOverlayOfHoles(t *testing.T) {
-	dir, err := os.MkdirTemp("/dev/shm", "gvm-test-") // tmpfs allows files of that size
-	if err != nil {
-		t.Skip(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := block.Create(filepath.Join(dir, "base"), 1<<60, false); err != nil {
-		t.Skip(err)
-	}
-	name := fmt.Sprintf("holes-%d", os.Getpid())
-	c := command(t, guestRun("--name="+name, "--disk=base,overlay=one", "write")...)
-	c.Dir = dir
-	if r := gvmRuns(t, c); r.status != 0 || !strings.Contains(r.out, "\nPASS\r\n") {
-		t.Errorf("status %d: %s%s", r.status, r.out, r.errs)
-	}
-	p := startGVM(t, dir, guestRun("--name="+name, "spin")...)
-	p.expect("spinning")
-	if r := ask(t, dir, "disk", "add", name, "base,overlay=two"); r.status != 0 {
-		t.Errorf("disk add: %d %s", r.status, r.errs)
-	}
-	if r := ask(t, dir, "disk", "list", name); !strings.Contains(r.out, "1048576 TiB") {
-		t.Errorf("disk list: %d %s%s", r.status, r.out, r.errs)
-	}
-	p.signal(syscall.SIGTERM)
-	if r := p.wait(); r.status != 143 {
-		t.Errorf("status %d: %s", r.status, r.errs)
 	}
 }
 
