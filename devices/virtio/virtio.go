@@ -9,6 +9,8 @@
 package virtio
 
 import (
+	"context"
+
 	"gvm/devices/virtio/virtq"
 	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
@@ -38,7 +40,8 @@ const (
 // continues: the driver does not notice, no chain is lost and none is served twice.
 // Meanwhile the device keeps what the driver set and what it still has to be told;
 // a device that has such state says so at its Stop. Reset, which may follow at any
-// time, forgets all of it.
+// time, forgets all of it. A pause of the machine and a cleared Bus Master Enable
+// stop devices.
 type Device interface {
 	ID() ID
 	// Features returns the device-type bits and the ring bits that the device
@@ -53,10 +56,13 @@ type Device interface {
 	// a.Broken later, sets DEVICE_NEEDS_RESET.
 	Activate(a Activation) error
 	// Stop takes no more chains, finishes those that it took and returns the
-	// Base of each queue to continue at; none if the device is not active. It
-	// waits as long as storage takes. The device does not use what Activate got
-	// until it is activated again. After an error it can only be reset.
-	Stop() (bases []uint16, err error)
+	// Base of each queue to continue at; none if the device is not active. The
+	// device does not use what Activate got until it is activated again. If ctx
+	// ends before all is finished, Stop returns the cause of ctx, and the device
+	// is active as before; where it cannot give up, as in a call of the kernel, it
+	// waits as long as storage takes. After any other error the device can only
+	// be reset.
+	Stop(ctx context.Context) (bases []uint16, err error)
 	// Reset stops the device too, but aborts what is in flight where it can, and
 	// forgets the driver. Reset of a device that is reset does nothing.
 	Reset() error

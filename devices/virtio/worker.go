@@ -1,6 +1,7 @@
 package virtio
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"runtime"
@@ -31,12 +32,14 @@ type Worker struct {
 	handle     Handler
 	broken     func(error)
 	stopping   atomic.Bool
-	done       chan struct{}  // closed when the thread has stopped
-	inFlight   sync.WaitGroup // chains that the handler has and has not completed
+	inFlight   atomic.Int64  // chains that the handler has and has not completed
+	landed     chan struct{} // wakes wait, which looks at inFlight again
 	poll       spin
 
 	mu       sync.Mutex // guards what follows; the handler runs without it
 	q        *virtq.Queue
+	done     chan struct{} // closed when the thread has stopped
+	stopped  bool          // the thread has stopped because it was told to
 	barriers []barrier
 	serving  bool // the thread is in drain, and interrupts for what is completed meanwhile
 	owed     bool // the driver has asked for an interrupt, and not got it yet
@@ -57,6 +60,7 @@ func newWorker(a Activation, i int, poll time.Duration, handle Handler) (*Worker
 		call:   a.Queues[i].Call,
 		handle: handle,
 		broken: func(err error) { a.Broken(fmt.Errorf("queue %d: %w", i, err)) },
+		landed: make(chan struct{}, 1),
 		done:   make(chan struct{}),
 		poll:   newSpin(poll),
 		q:      q,
@@ -66,24 +70,42 @@ func newWorker(a Activation, i int, poll time.Duration, handle Handler) (*Worker
 func (w *Worker) run() {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	defer close(w.done)
+	err := w.serve()
+	if err != nil {
+		w.broken(err)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.stopped = err == nil; w.stopped && !w.stopping.Load() {
+		w.restart() // it was told to go on after all
+		return
+	}
+	close(w.done)
+}
+
+// serve returns when the worker is to stop.
+func (w *Worker) serve() error {
 	// The driver may have filled the queue before the worker started, so the
 	// first look comes before the first wait.
 	for {
 		if err := w.drain(); err != nil {
-			w.broken(err)
-			return
+			return err
 		}
 		if w.stopping.Load() {
-			return
+			return nil
 		}
 		start := time.Now()
 		if _, err := w.kick.Wait(); err != nil {
-			w.broken(err)
-			return
+			return err
 		}
 		w.poll.waited(time.Since(start))
 	}
+}
+
+// restart starts the thread again. The caller holds mu.
+func (w *Worker) restart() {
+	w.stopped = false
+	go w.run()
 }
 
 // drain hands out chains until none is left and the driver has been asked to
@@ -204,8 +226,19 @@ func (w *Worker) Complete(c *virtq.Chain, written uint32) {
 			w.broken(err)
 		}
 	}
-	// Last: once the count is zero, Wait's caller may close the eventfds.
-	w.inFlight.Done()
+	// Last: once the count is zero, the caller of wait may close the eventfds.
+	w.land()
+}
+
+// land counts one chain in flight less.
+func (w *Worker) land() {
+	if w.inFlight.Add(-1) > 0 || !w.stopping.Load() {
+		return
+	}
+	select {
+	case w.landed <- struct{}{}:
+	default:
+	}
 }
 
 // Drop gives back a chain that a handler kept, unused. It is for the function that Workers.Stop
@@ -219,7 +252,7 @@ func (w *Worker) Drop(c *virtq.Chain) {
 
 func (w *Worker) drop(c *virtq.Chain) {
 	w.q.Drop(c)
-	w.inFlight.Done()
+	w.land()
 }
 
 // Barrier returns once the handler has been given every chain that was
@@ -230,33 +263,54 @@ func (w *Worker) Barrier() error {
 	w.mu.Lock()
 	b.at = w.q.Available()
 	w.barriers = append(w.barriers, b)
+	done := w.done
 	w.mu.Unlock()
 	if err := w.kick.Signal(); err != nil {
 		return err
 	}
 	select {
 	case <-b.done:
-	case <-w.done:
+	case <-done:
 	}
 	return nil
 }
 
-// halt tells the worker to take no more chains, wakes it and waits until its thread has stopped.
-// Chains may still be in flight.
-func (w *Worker) halt() error {
+// halt tells the worker to take no more chains, wakes it and waits until its thread has stopped or
+// ctx ends. Chains may still be in flight.
+func (w *Worker) halt(ctx context.Context) error {
 	w.stopping.Store(true)
 	if err := w.kick.Signal(); err != nil {
 		return err // without the signal the thread may never look
 	}
-	<-w.done
-	return nil
+	select {
+	case <-w.done:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
-// wait waits, after halt, until every chain that was taken has been completed or dropped, and returns
-// the base.
-func (w *Worker) wait() uint16 {
-	w.inFlight.Wait()
+// wait waits, after halt, until every chain that was taken has been completed or dropped, or ctx ends,
+// and returns the base.
+func (w *Worker) wait(ctx context.Context) (uint16, error) {
+	for w.inFlight.Load() > 0 {
+		select {
+		case <-w.landed:
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		}
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.q.Base()
+	return w.q.Base(), nil
+}
+
+// resume undoes halt. Chains that were dropped meanwhile are taken again.
+func (w *Worker) resume() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.stopping.Store(false); w.stopped {
+		w.done = make(chan struct{})
+		w.restart()
+	}
 }

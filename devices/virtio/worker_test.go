@@ -1,6 +1,7 @@
 package virtio_test
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"math/rand"
@@ -57,7 +58,7 @@ func (r *rig) start(t testing.TB, h virtio.Handler) *virtio.Worker {
 // stop returns the base.
 func stop(t testing.TB, w *virtio.Worker) uint16 {
 	t.Helper()
-	bases, err := (&virtio.Workers{w}).Stop(nil)
+	bases, err := (&virtio.Workers{w}).Stop(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -386,7 +387,7 @@ func TestStopWaits(t *testing.T) {
 		<-taken
 	}
 	var completed atomic.Bool
-	bases, err := (&virtio.Workers{w}).Stop(func() {
+	bases, err := (&virtio.Workers{w}).Stop(t.Context(), func() {
 		r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8, Write: true})
 		if _, err := r.Publish(); err != nil {
 			t.Error(err)
@@ -411,6 +412,61 @@ func TestStopWaits(t *testing.T) {
 	}
 	if _, _, ok := r.Used(); ok || len(kept) != 3 {
 		t.Fatalf("a chain was taken when no more were to be: %d", len(kept))
+	}
+}
+
+// TestStopGivenUp: a Stop whose context ends, while a handler does not return or a chain is in flight,
+// leaves the worker as it was. It takes the chains that were dropped again.
+func TestStopGivenUp(t *testing.T) {
+	why := errors.New("enough")
+	for _, returns := range []bool{false, true} {
+		r := newRig(t, 8, 0)
+		taken, release := make(chan *virtq.Chain, 8), make(chan struct{})
+		w := r.start(t, func(w *virtio.Worker, c *virtq.Chain) error {
+			taken <- c
+			if !returns {
+				<-release
+			}
+			return nil
+		})
+		send := func(n uint32) {
+			r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: n, Write: true})
+			if _, err := r.Publish(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		send(1)
+		send(2)
+		held := <-taken
+		ctx, cancel := context.WithCancelCause(t.Context())
+		if returns {
+			dropped := <-taken
+			_, err := (&virtio.Workers{w}).Stop(ctx, func() {
+				w.Drop(dropped)
+				cancel(why)
+			})
+			if !errors.Is(err, why) {
+				t.Fatalf("stopped with a chain in flight: %v", err)
+			}
+		} else {
+			cancel(why)
+			if _, err := (&virtio.Workers{w}).Stop(ctx, nil); !errors.Is(err, why) {
+				t.Fatalf("stopped in a handler: %v", err)
+			}
+			close(release)
+		}
+		again := <-taken
+		send(3)
+		last := <-taken
+		if held.In.Len() != 1 || again.In.Len() != 2 || last.In.Len() != 3 {
+			t.Fatalf("chains of %d, %d and %d bytes", held.In.Len(), again.In.Len(), last.In.Len())
+		}
+		for _, c := range []*virtq.Chain{last, held, again} {
+			w.Complete(c, 0)
+		}
+		if base := stop(t, w); base != 3 || len(taken) != 0 {
+			t.Errorf("base %d, and %d more chains", base, len(taken))
+		}
 	}
 }
 

@@ -1,7 +1,9 @@
 package virtio
 
 import (
+	"context"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -38,13 +40,23 @@ func (ws *Workers) Start(a Activation, serve func(queue int) (Handler, time.Dura
 // Stop stops every worker and returns the Base of each queue, 0 for one that has no worker. When no
 // more chains are taken it calls halted, unless that is nil, which drops the chains that the device
 // keeps and may abort what is in flight. Then Stop waits until the last chain has been given back.
-// After an error, which is the host's, some workers may still run.
-func (ws *Workers) Stop(halted func()) (bases []uint16, err error) {
+// If ctx ends first, the workers serve as before, and the error is the cause of ctx. Any other error is
+// the host's, and some workers may still run.
+func (ws *Workers) Stop(ctx context.Context, halted func()) (bases []uint16, err error) {
+	defer func() {
+		if err != nil && ctx.Err() != nil {
+			for _, w := range slices.Backward(*ws) { // as Start does
+				if w != nil {
+					w.resume()
+				}
+			}
+		}
+	}()
 	for i, w := range *ws {
 		if w == nil {
 			continue
 		}
-		if err := w.halt(); err != nil {
+		if err := w.halt(ctx); err != nil {
 			return nil, fmt.Errorf("stop queue %d: %w", i, err)
 		}
 	}
@@ -53,8 +65,11 @@ func (ws *Workers) Stop(halted func()) (bases []uint16, err error) {
 	}
 	bases = make([]uint16, len(*ws))
 	for i, w := range *ws {
-		if w != nil {
-			bases[i] = w.wait()
+		if w == nil {
+			continue
+		}
+		if bases[i], err = w.wait(ctx); err != nil {
+			return nil, fmt.Errorf("stop queue %d: %w", i, err)
 		}
 	}
 	*ws = nil

@@ -3,6 +3,7 @@
 package example
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -39,11 +40,11 @@ func (d *Device) Activate(a virtio.Activation) error {
 }
 
 // Stop implements virtio.Device.
-func (d *Device) Stop() ([]uint16, error) { return d.workers.Stop(nil) }
+func (d *Device) Stop(ctx context.Context) ([]uint16, error) { return d.workers.Stop(ctx, nil) }
 
 // Reset implements virtio.Device. No request takes long enough to abort it.
 func (d *Device) Reset() error {
-	_, err := d.Stop()
+	_, err := d.Stop(context.Background())
 	return err
 }
 

@@ -3,6 +3,7 @@
 package rng
 
 import (
+	"context"
 	"crypto/rand"
 	"time"
 
@@ -43,11 +44,11 @@ func (d *Device) Activate(a virtio.Activation) error {
 }
 
 // Stop implements virtio.Device. The device keeps nothing.
-func (d *Device) Stop() ([]uint16, error) { return d.workers.Stop(nil) }
+func (d *Device) Stop(ctx context.Context) ([]uint16, error) { return d.workers.Stop(ctx, nil) }
 
 // Reset implements virtio.Device.
 func (d *Device) Reset() error {
-	_, err := d.Stop()
+	_, err := d.Stop(context.Background())
 	return err
 }
 

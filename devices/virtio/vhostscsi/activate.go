@@ -1,6 +1,7 @@
 package vhostscsi
 
 import (
+	"context"
 	"errors"
 	"fmt"
 
@@ -118,8 +119,9 @@ func resolve(mem *guestmem.Memory, l virtq.Layout, features uint64) (a vhost.Vri
 // Stop implements virtio.Device: the kernel lets the target go, once it has
 // answered what it had taken, and forgets the queues. Without the target it hears
 // of no change to a logical unit, so a driver with VIRTIO_SCSI_F_HOTPLUG is told,
-// when it continues, that events were missed. The device keeps nothing else.
-func (d *Device) Stop() ([]uint16, error) {
+// when it continues, that events were missed. The device keeps nothing else. The kernel
+// cannot be told to give up, so the wait does not end with ctx.
+func (d *Device) Stop(context.Context) ([]uint16, error) {
 	var queues []virtio.Queue
 	if d.watch != nil {
 		queues = d.watch.a.Queues

@@ -348,7 +348,7 @@ func TestEvents(t *testing.T) {
 	// What changes while the device is stopped counts as missed.
 	addr := d.Alloc(16)
 	r.add(d, virtqtest.Seg{Addr: addr, Len: 16, Write: true})
-	bases, err := r.d.Stop()
+	bases, err := r.d.Stop(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -438,7 +438,7 @@ func TestEveryIoctlFails(t *testing.T) {
 					failsWith("Activate", err)
 				} else {
 					r.ready(requestQueue, 0, 0)
-					if bases, err := d.Stop(); err != nil {
+					if bases, err := d.Stop(t.Context()); err != nil {
 						failsWith("Stop", err)
 					} else if err := r.resume(bases); err != nil {
 						failsWith("Activate of a stopped device", err)

@@ -3,6 +3,8 @@
 package virtiotest
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"sync"
@@ -67,7 +69,8 @@ func StopAndContinue(t *testing.T, dev virtio.Device, mem *guestmem.Memory, l Lo
 	}
 	random := rand.New(rand.NewPCG(1, 2))
 	for round := range l.Rounds {
-		if err := s.round(dev, &a, l, random.Uint64N(64)); err != nil {
+		patience := time.Duration(random.Int64N(int64(100 * time.Microsecond)))
+		if err := s.round(dev, &a, l, random.Uint64N(64), patience); err != nil {
 			t.Errorf("round %d: %v", round, err)
 			s.breaks(err)
 			break
@@ -83,12 +86,13 @@ func StopAndContinue(t *testing.T, dev virtio.Device, mem *guestmem.Memory, l Lo
 	if err := dev.Reset(); err != nil {
 		t.Error(err)
 	}
-	t.Logf("%d requests", s.answers.Load())
+	t.Logf("%d requests, %d stops given up", s.answers.Load(), s.givenUp)
 }
 
 // stopper is one StopAndContinue.
 type stopper struct {
 	queues  []*virtqtest.Driver
+	givenUp int
 	answers atomic.Uint64
 	ending  atomic.Bool
 
@@ -107,8 +111,13 @@ func (s *stopper) breaks(err error) {
 	})
 }
 
-// round lets the device answer some requests, stops it and has it continue.
-func (s *stopper) round(dev virtio.Device, a *virtio.Activation, l Load, answers uint64) error {
+var errGivenUp = errors.New("given up")
+
+// round lets the device answer some requests, stops it and has it continue. The first attempt to stop it
+// is given up after patience.
+func (s *stopper) round(
+	dev virtio.Device, a *virtio.Activation, l Load, answers uint64, patience time.Duration,
+) error {
 	for until := s.answers.Load() + answers; s.answers.Load() < until; {
 		select {
 		case <-s.broken:
@@ -120,7 +129,14 @@ func (s *stopper) round(dev virtio.Device, a *virtio.Activation, l Load, answers
 	if l.Round != nil {
 		l.Round(s.queues, false)
 	}
-	bases, err := dev.Stop()
+	// A Stop that is given up, at any point of its work, leaves the device active.
+	ctx, giveUp := context.WithCancelCause(context.Background())
+	defer time.AfterFunc(patience, func() { giveUp(errGivenUp) }).Stop()
+	bases, err := dev.Stop(ctx)
+	if giveUp(nil); errors.Is(err, errGivenUp) {
+		s.givenUp++
+		bases, err = dev.Stop(context.Background())
+	}
 	if err != nil {
 		return err
 	}

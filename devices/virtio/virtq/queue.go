@@ -251,13 +251,19 @@ func (q *Queue) Add(c *Chain, written uint32) {
 	binary.LittleEndian.PutUint32(e, uint32(c.head))
 	binary.LittleEndian.PutUint32(e[4:], uint32(min(uint64(written), c.writable)))
 	q.usedIdx++
-	q.Drop(c)
+	q.recycle(c)
 }
 
 // Drop gives a chain back unused: before a reset any chain, whose buffers are
 // the driver's again then, and before the queue stops the chains that were taken
-// last, which Base leaves available.
+// last, which stay available.
 func (q *Queue) Drop(c *Chain) {
+	q.recycle(c)
+	q.nextAvail--
+	q.availIdx = q.nextAvail // Next reads it again
+}
+
+func (q *Queue) recycle(c *Chain) {
 	c.live = false
 	q.inFlight--
 	if c.large() {

@@ -659,6 +659,7 @@ func TestBase(t *testing.T) {
 				t.Fatalf("round %d: no interrupt", i)
 			}
 			q.Drop(take(2))
+			q.Drop(take(2)) // it is still available to this queue
 			base := q.Base()
 			if base != 2*i+1 {
 				t.Fatalf("round %d: base %d", i, base)

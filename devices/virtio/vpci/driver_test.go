@@ -1,6 +1,7 @@
 package vpci_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -74,7 +75,7 @@ func (d *device) Activate(a virtio.Activation) error {
 	return nil
 }
 
-func (d *device) Stop() ([]uint16, error) {
+func (d *device) Stop(context.Context) ([]uint16, error) {
 	d.t.Error("the transport stops a device instead of resetting it")
 	return nil, nil
 }

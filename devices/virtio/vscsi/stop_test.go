@@ -162,11 +162,11 @@ func TestStopKeeps(t *testing.T) {
 	r.dev.WriteConfig(senseSizeOff, []byte{18})
 	buffer := r.send(1, nil, nil, 16, nil)
 	r.settle()
-	bases, err := r.dev.Stop()
+	bases, err := r.dev.Stop(t.Context())
 	if err != nil || !slices.Equal(bases, []uint16{0, 0, 0}) {
 		t.Fatalf("bases %v of a device that kept an event buffer: %v", bases, err)
 	}
-	if again, err := r.dev.Stop(); err != nil || len(again) != 0 {
+	if again, err := r.dev.Stop(t.Context()); err != nil || len(again) != 0 {
 		t.Errorf("stopped again: %v, %v", again, err)
 	}
 	if got := r.dev.Event(TransportReset, 1<<48, ResetRescan); got != Missed {
@@ -185,7 +185,7 @@ func TestStopKeeps(t *testing.T) {
 		t.Errorf("a stop is more than a stop to the target: %q", calls)
 	}
 
-	if _, err := r.dev.Stop(); err != nil {
+	if _, err := r.dev.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.dev.Reset(); err != nil {

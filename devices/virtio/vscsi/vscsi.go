@@ -4,6 +4,7 @@
 package vscsi
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -222,7 +223,7 @@ func (d *Device) observe(kind trace.Kind) {
 // Stop implements virtio.Device. The device keeps sense_size, cdb_size and whether the driver is to be
 // told of lost events: one that comes meanwhile counts as lost, for its buffer is the driver's. To the
 // target the I_T nexus stays.
-func (d *Device) Stop() ([]uint16, error) { return d.stop(d.events.stop) }
+func (d *Device) Stop(ctx context.Context) ([]uint16, error) { return d.stop(ctx, d.events.stop) }
 
 // Reset implements virtio.Device: no more requests are taken, those in flight
 // are aborted or finish, and sense_size and cdb_size are the defaults again.
@@ -232,7 +233,7 @@ func (d *Device) Reset() error {
 	if !d.driven {
 		return nil
 	}
-	if _, err := d.stop(func() {
+	if _, err := d.stop(context.Background(), func() {
 		d.events.reset()
 		d.cfg.Target.NexusReset(d.cfg.Nexus)
 	}); err != nil {
@@ -243,8 +244,8 @@ func (d *Device) Reset() error {
 	return nil
 }
 
-func (d *Device) stop(halted func()) ([]uint16, error) {
-	bases, err := d.workers.Stop(halted)
+func (d *Device) stop(ctx context.Context, halted func()) ([]uint16, error) {
+	bases, err := d.workers.Stop(ctx, halted)
 	if err != nil {
 		return nil, fmt.Errorf("virtio-scsi: %w", err)
 	}
