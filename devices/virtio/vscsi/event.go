@@ -61,7 +61,16 @@ type events struct {
 	driven   bool
 	features uint64 // that the driver accepted
 	buffers  []buffer
+	dropped  int     // buffers of the driver that were dropped at a stop and are not taken again yet
+	waiting  []event // for those buffers
 	missed   bool
+}
+
+// event is what an event says.
+type event struct {
+	EventType
+	scsi.LUN
+	Reason
 }
 
 type buffer struct {
@@ -75,13 +84,14 @@ func (e *events) start(features uint64) {
 	e.driven, e.features = true, features
 }
 
-// stop drops the buffers, which are taken again if the device continues.
+// stop drops the buffers, which are taken again if the device continues: events wait for that.
 func (e *events) stop() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, b := range e.buffers {
 		b.w.Drop(b.c)
 	}
+	e.dropped += len(e.buffers)
 	e.buffers = nil
 }
 
@@ -90,20 +100,24 @@ func (e *events) reset() {
 	e.stop()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.driven, e.missed = false, false
+	e.driven, e.missed, e.dropped, e.waiting = false, false, 0, nil
 }
 
-// add serves the event queue: it keeps the buffer, or reports with it at once
-// that events were lost for want of one.
+// add serves the event queue: it keeps the buffer, or reports with it at once an event
+// that waits, or that events were lost for want of a buffer.
 func (e *events) add(w *virtio.Worker, c *virtq.Chain) error {
 	if n := c.In.Len(); n < eventLen {
 		return guestErr("5.6.6.3.1", "event buffer of %d bytes", n)
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.buffers = append(e.buffers, buffer{w, c})
-	if e.missed {
-		e.write(noEvent, 0, 0)
+	e.buffers, e.dropped = append(e.buffers, buffer{w, c}), max(e.dropped-1, 0)
+	switch {
+	case len(e.waiting) > 0:
+		e.write(e.waiting[0])
+		e.waiting = e.waiting[1:]
+	case e.missed:
+		e.write(event{})
 	}
 	return nil
 }
@@ -123,7 +137,9 @@ func (e *events) send(t EventType, lun scsi.LUN, reason Reason) Delivery {
 		return Inactive
 	case !wanted:
 		return Unwanted
-	case !e.write(t, lun, reason):
+	case len(e.buffers) == 0 && len(e.waiting) < e.dropped:
+		e.waiting = append(e.waiting, event{t, lun, reason})
+	case !e.write(event{t, lun, reason}):
 		return Missed
 	}
 	return Delivered
@@ -131,25 +147,26 @@ func (e *events) send(t EventType, lun scsi.LUN, reason Reason) Delivery {
 
 // write fills one buffer. It returns false and remembers the loss if there is
 // none. The caller holds mu.
-func (e *events) write(t EventType, lun scsi.LUN, reason Reason) bool {
+func (e *events) write(ev event) bool {
 	if len(e.buffers) == 0 {
 		e.missed = true
 		return false
 	}
 	b := e.buffers[0]
 	e.buffers = append(e.buffers[:0], e.buffers[1:]...)
-	var ev [eventLen]byte
+	var out [eventLen]byte
+	t := ev.EventType
 	if e.missed {
 		t |= eventsMissed
 		e.missed = false
 	}
-	binary.LittleEndian.PutUint32(ev[:], uint32(t))
-	if t&^eventsMissed != noEvent {
+	binary.LittleEndian.PutUint32(out[:], uint32(t))
+	if ev.EventType != noEvent {
 		// The same form of the LUN that REPORT LUNS has, on target 0.
-		binary.BigEndian.PutUint64(ev[4:], 0x01<<56|uint64(lun)>>16)
+		binary.BigEndian.PutUint64(out[4:], 0x01<<56|uint64(ev.LUN)>>16)
 	}
-	binary.LittleEndian.PutUint32(ev[12:], uint32(reason))
-	iovec.Scatter(b.c.In.Take(eventLen), ev[:])
+	binary.LittleEndian.PutUint32(out[12:], uint32(ev.Reason))
+	iovec.Scatter(b.c.In.Take(eventLen), out[:])
 	b.w.Complete(b.c, eventLen)
 	return true
 }

@@ -59,7 +59,7 @@ type eventDriver struct {
 func (e *eventDriver) round(queues []*virtqtest.Driver, stopped bool) {
 	d := queues[eventQueue]
 	if e.addr == nil {
-		e.addr, e.spare = map[uint16]uint64{}, []uint64{d.Alloc(eventLen), d.Alloc(eventLen), d.Alloc(eventLen)}
+		e.addr, e.spare = map[uint16]uint64{}, []uint64{d.Alloc(eventLen)}
 	}
 	for head, _, ok := d.Used(); ok; head, _, ok = d.Used() {
 		typ := binary.LittleEndian.Uint32(d.Bytes(e.addr[head], eventLen))
@@ -75,8 +75,9 @@ func (e *eventDriver) round(queues []*virtqtest.Driver, stopped bool) {
 		}
 		e.spare = append(e.spare, e.addr[head])
 	}
-	if stopped && e.heard != e.delivered {
-		e.t.Fatalf("the driver has heard of %d events, the device has delivered %d", e.heard, e.delivered)
+	if waiting := len(e.dev.events.waiting); stopped && e.heard+waiting != e.delivered {
+		e.t.Fatalf("the driver has heard of %d events, %d wait for the device to continue, the device has delivered %d",
+			e.heard, waiting, e.delivered)
 	}
 	for len(e.spare) > 0 && !stopped {
 		addr := e.spare[0]
@@ -90,9 +91,6 @@ func (e *eventDriver) round(queues []*virtqtest.Driver, stopped bool) {
 	switch e.dev.Event(ParamChange, 0, ParamReason(0x2a, 0x09)) {
 	case Delivered:
 		e.delivered++
-		if stopped {
-			e.t.Error("an event is delivered while the device is stopped")
-		}
 	case Missed:
 		e.missed = true
 	default:
@@ -169,13 +167,16 @@ func TestStopKeeps(t *testing.T) {
 	if again, err := r.dev.Stop(t.Context()); err != nil || len(again) != 0 {
 		t.Errorf("stopped again: %v, %v", again, err)
 	}
-	if got := r.dev.Event(TransportReset, 1<<48, ResetRescan); got != Missed {
-		t.Errorf("an event while the device is stopped: delivery %d", got)
+	// The driver's buffer waits for the first event.
+	for _, want := range []Delivery{Delivered, Missed} {
+		if got := r.dev.Event(TransportReset, 1<<48, ResetRescan); got != want {
+			t.Errorf("an event while the device is stopped: delivery %d, not %d", got, want)
+		}
 	}
 	if err := r.dev.Activate(r.a); err != nil { // all bases are 0
 		t.Fatal(err)
 	}
-	if got := r.result(1, buffer); len(got) != 16 || !bytes.Equal(got[:4], []byte{0, 0, 0, 0x80}) {
+	if got := r.result(1, buffer); len(got) != 16 || !bytes.Equal(got[:4], []byte{1, 0, 0, 0x80}) {
 		t.Errorf("event % x", got)
 	}
 	if size := r.dev.Config()[senseSizeOff]; size != 18 {
