@@ -55,6 +55,8 @@ var may = []struct{ pkg, imports string }{
 	{"guest/diskload", ""},
 	{"guest-tests/...", "guest-tests/... guest/... vmm vmm/boot"},
 	{"verdict/klog", ""},
+	{"verdict/ktap", "verdict/klog"},
+	{"verdict", "verdict/klog verdict/ktap"},
 	{"packaging", ""},
 	{"control", ""},
 	{"text", ""},

@@ -1,0 +1,176 @@
+package verdict
+
+import (
+	"bytes"
+	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+const console = `[    1.000000] KTAP version 1
+[    1.000001] 1..2
+[    1.000002]     KTAP version 1
+[    1.000003]     # Subtest: list
+[    1.000004]     1..3
+[    1.000005]     ok 1 add
+[    1.000006]     # del: EXPECTATION FAILED at lib/list-test.c:30
+[    1.000007]     not ok 2 del
+[    1.000008]     ok 3 swap # SKIP not now
+[    1.000009] not ok 1 list
+[    1.000010] ------------[ cut here ]------------
+[    1.000011] WARNING: CPU: 0 PID: 1 at lib/a.c:1 a+0x1/0x2
+[    1.000012] ---[ end trace 0000000000000000 ]---
+[    1.000013] BUG: sleeping function called from invalid context at lib/b.c:7
+[    1.000014] CPU: 0 UID: 0 PID: 1 Comm: swapper/0
+[    3.000000] BUG: sleeping function called from invalid context at lib/b.c:7
+[    5.000000]     # Subtest: sort
+[    5.000000]     1..1
+`
+
+func read(out string, p Policy) *Results {
+	r := NewReader(p, nil)
+	io.WriteString(r, out)
+	return r.Close()
+}
+
+func TestResults(t *testing.T) {
+	r := read(console, Policy{Fail: true})
+	if got := fmt.Sprint(r.Status, r.Counts, len(r.Reports), r.Failing); got != "crash{1 1 1 1 2} 2 2" {
+		t.Errorf("results: %s", got)
+	}
+	if first := r.First(); first == nil || first.Kind != "bug" || first.Count != 2 {
+		t.Errorf("the first report is %+v", first)
+	}
+}
+
+// TestPolicy: which reports fail a run.
+func TestPolicy(t *testing.T) {
+	bug := read(console, Policy{Fail: true}).First().Fingerprint
+	for _, tt := range []struct {
+		name  string
+		p     Policy
+		allow string
+		want  int
+	}{
+		{"ignore", Policy{}, "", 0},
+		{"fail", Policy{Fail: true}, "", 2},
+		{"strict", Policy{Fail: true, Strict: true}, "", 3},
+		{"a title", Policy{Fail: true, Strict: true}, "# known\n\n ^WARNING: .* at lib/c\\.c: \n", 3},
+		{"a title that matches", Policy{Fail: true, Strict: true}, "^WARNING: .* at lib/a\\.c:\n", 2},
+		{"a fingerprint", Policy{Fail: true}, bug + "\n", 0},
+	} {
+		var err error
+		if tt.p.Allow, err = ReadAllow(strings.NewReader(tt.allow)); err != nil {
+			t.Fatal(err)
+		}
+		if r := read(console, tt.p); r.Failing != tt.want || (r.First() != nil) != (tt.want > 0) {
+			t.Errorf("%s: %d reports fail, want %d", tt.name, r.Failing, tt.want)
+		}
+	}
+	if _, err := ReadAllow(strings.NewReader("ok\n(\n")); err == nil || !strings.HasPrefix(err.Error(), "line 2: ") {
+		t.Errorf("a wrong expression: %v", err)
+	}
+}
+
+const wantJUnit = `<?xml version="1.0" encoding="UTF-8"?>
+<testsuites tests="6" failures="2" errors="2" skipped="1">
+ <testsuite name="list" tests="3" failures="1" errors="0" skipped="1">
+  <testcase classname="list" name="add"></testcase>
+  <testcase classname="list" name="del">
+   <failure message="">    # del: EXPECTATION FAILED at lib/list-test.c:30</failure>
+  </testcase>
+  <testcase classname="list" name="swap">
+   <skipped message="not now"></skipped>
+  </testcase>
+ </testsuite>
+ <testsuite name="sort" tests="1" failures="0" errors="1" skipped="0">
+  <testcase classname="sort" name="test 1 of 1">
+   <error message="no result">LOG</error>
+  </testcase>
+ </testsuite>
+ <testsuite name="kernel" tests="1" failures="1" errors="0" skipped="0">
+  <testcase classname="kernel" name="bug FINGERPRINT">
+   <failure message="BUG: sleeping function called from invalid context at lib/b.c:7">` +
+	`BUG: sleeping function called from invalid context at lib/b.c:7&#xA;CPU: 0 UID: 0 PID: 1 Comm: swapper/0</failure>
+  </testcase>
+ </testsuite>
+ <testsuite name="gvm" tests="1" failures="0" errors="1" skipped="0">
+  <testcase classname="gvm" name="guest">
+   <error message="exit status 124">--timeout 1s elapsed</error>
+  </testcase>
+ </testsuite>
+</testsuites>
+`
+
+func TestJUnit(t *testing.T) {
+	r := read(console, Policy{Fail: true})
+	r.Exit, r.End = 124, "--timeout 1s elapsed"
+	var out bytes.Buffer
+	if err := r.JUnit(&out); err != nil {
+		t.Fatal(err)
+	}
+	var log []string
+	for line := range strings.Lines(console[strings.Index(console, "[    1.000010]"):strings.Index(console, "[    5.0")]) {
+		log = append(log, strings.TrimSpace(line[15:]))
+	}
+	replace := strings.NewReplacer("FINGERPRINT", r.First().Fingerprint, "LOG", strings.Join(log, "&#xA;"))
+	if want := replace.Replace(wantJUnit); out.String() != want {
+		t.Errorf("got\n%s\nwant\n%s", out.String(), want)
+	}
+}
+
+// TestJUnitOwn: a suite that failed although its tests did not is a test case of its own.
+func TestJUnitOwn(t *testing.T) {
+	var out bytes.Buffer
+	read("KTAP version 1\n1..1\n  # Subtest: s\n  1..1\n  ok 1 a\nnot ok 1 s\n", Policy{}).JUnit(&out)
+	const want = `<testsuites tests="2" failures="1" errors="0" skipped="0">`
+	if !strings.Contains(out.String(), want) || !strings.Contains(out.String(), `classname="tests" name="s"`) {
+		t.Errorf("want %s in\n%s", want, out.String())
+	}
+}
+
+func TestJSON(t *testing.T) {
+	r := read(console, Policy{Fail: true})
+	var out bytes.Buffer
+	if err := r.JSON(&out); err != nil {
+		t.Fatal(err)
+	}
+	var again Results
+	if err := json.Unmarshal(out.Bytes(), &again); err != nil || !reflect.DeepEqual(*r, again) {
+		t.Errorf("%v: %s", err, out.String())
+	}
+	out.Reset()
+	read("", Policy{}).JSON(&out)
+	if !strings.Contains(out.String(), `"tests": []`) || !strings.Contains(out.String(), `"reports": []`) {
+		t.Errorf("empty results: %s", out.String())
+	}
+}
+
+// FuzzFiles: whatever the guest prints, the files are well-formed.
+func FuzzFiles(f *testing.F) {
+	f.Add(console)
+	f.Add("KTAP version 1\n1..1\nnot ok 1 <&\"']]>\xff\xef\xbf\xbe\x01 # \xed\xa0\x80\n\x9b31mBUG: \xf0\x90\n")
+	f.Fuzz(func(t *testing.T, out string) {
+		r := read(out, Policy{Fail: true, Strict: true})
+		var file bytes.Buffer
+		if err := r.JUnit(&file); err != nil {
+			t.Fatal(err)
+		}
+		for d := xml.NewDecoder(&file); ; {
+			if _, err := d.Token(); errors.Is(err, io.EOF) {
+				break
+			} else if err != nil {
+				t.Fatalf("JUnit: %v", err)
+			}
+		}
+		file.Reset()
+		if err := r.JSON(&file); err != nil || !json.Valid(file.Bytes()) {
+			t.Fatalf("JSON: %v", err)
+		}
+	})
+}
