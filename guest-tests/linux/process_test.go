@@ -17,9 +17,9 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// patience is how long a run of gvm may take before it is killed and the test fails. No guest here
-// needs half of it.
-const patience = 5 * time.Minute
+// patience is how long a run of gvm may take before it is killed and the test fails. A guest that the
+// lab loses in a hang costs it, and its test runs again in a new lab.
+const patience = 150 * time.Second
 
 // process is a running gvm, or a program that it is compared with.
 type process struct {

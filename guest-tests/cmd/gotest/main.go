@@ -4,7 +4,8 @@
 //	go run ./guest-tests/cmd/gotest [ARGUMENT]...
 //
 // What it prints before is what go test prints of packages: all output of those that fail, and with
-// -v that of all. If GVM_TEST_TIMES is set, it names a file that gets the lines as well.
+// -v that of all. Besides, it prints the lab's own lines, which tell of lost guests. If
+// GVM_TEST_TIMES is set, it names a file that gets the lines as well.
 package main
 
 import (
@@ -92,7 +93,7 @@ func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, err e
 		case "build-output":
 			text = e.Output
 		case "output":
-			if verbose || e.Test == "" && isSummary(e.Output) {
+			if verbose || e.Test == "" && isSummary(e.Output) || strings.HasPrefix(e.Output, "lab: ") {
 				text = e.Output
 			} else if !strings.HasPrefix(e.Output, "=== ") {
 				tests[top] = append(tests[top], e.Output)

@@ -34,7 +34,8 @@ func TestReport(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := "FAIL\n    bad_test.go:1: wrong\n--- FAIL: TestBad (7.00s)\nFAIL\ta\t7.5s\nok  \tb\t61.3s\nnot an event\n"
+	want := "FAIL\n    bad_test.go:1: wrong\n--- FAIL: TestBad (7.00s)\n" +
+		"FAIL\ta\t7.5s\nlab: L1 is up\nok  \tb\t61.3s\nnot an event\n"
 	if out.String() != want {
 		t.Errorf("prints %q, want %q", out.String(), want)
 	}
