@@ -3,13 +3,16 @@ package virtio
 import (
 	"runtime"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
 	minSpin = 4 * time.Microsecond // a look begins with it
 	minRest = 16                   // sleeps between two trials
 	maxRest = 1024
-	// A look that was away from its core for so long was not alone on it.
+	// A look that was away from its core for so long, and gave it up to another thread, was not alone
+	// on it. An interrupt, or a host that runs another virtual machine there, takes as long.
 	preempted = 20 * time.Microsecond
 	// aloneAgain is for how many sleeps there is no look after that.
 	aloneAgain = 64
@@ -25,20 +28,37 @@ const (
 // that fails. A look that shares its core with another thread is worse than a sleep: the
 // other thread may be the CPU of the guest that the event has to come from.
 type spin struct {
-	max   time.Duration // 0: never
-	now   time.Duration // of the next look
-	rest  int           // sleeps until a trial
-	next  int           // rest after a trial that fails
-	crowd int           // sleeps until the core is looked at as free again
-	clock func() time.Time
+	max   time.Duration        // 0: never
+	now   time.Duration        // of the next look
+	rest  int                  // sleeps until a trial
+	next  int                  // rest after a trial that fails
+	crowd int                  // sleeps until the core is looked at as free again
+	clock func() time.Duration // since some time before
+	// switches counts how often the thread had to give up its core.
+	switches func() int64
+	switched int64 // at the last look
 }
+
+// started is for spin.clock: time.Since reads the monotonic clock alone, in half the time of time.Now.
+var started = time.Now()
 
 // newSpin looks for max at most, and never on one CPU: the other side could not run.
 func newSpin(max time.Duration) spin {
 	if runtime.NumCPU() == 1 {
 		max = 0
 	}
-	return spin{max: max, rest: minRest, next: minRest, clock: time.Now}
+	return spin{max: max, rest: minRest, next: minRest,
+		clock:    func() time.Duration { return time.Since(started) },
+		switches: involuntarySwitches}
+}
+
+// involuntarySwitches returns ru_nivcsw of the calling thread (getrusage(2)).
+func involuntarySwitches() int64 {
+	var u unix.Rusage
+	if unix.Getrusage(unix.RUSAGE_THREAD, &u) != nil {
+		return 0
+	}
+	return u.Nivcsw
 }
 
 // until calls event until it says true, but no longer than pays, and says whether it did.
@@ -47,15 +67,17 @@ func (s *spin) until(event func() bool) bool {
 		return false
 	}
 	start := s.clock()
-	for last := start; last.Sub(start) < s.now; {
+	for last := start; last-start < s.now; {
 		if event() {
 			s.next = minRest
 			return true
 		}
 		now := s.clock()
-		if now.Sub(last) > preempted {
-			s.now, s.crowd = 0, aloneAgain
-			return false
+		if now-last > preempted {
+			if n := s.switches(); n != s.switched {
+				s.now, s.crowd, s.switched = 0, aloneAgain, n
+				return false
+			}
 		}
 		last = now
 	}

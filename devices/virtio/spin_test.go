@@ -7,10 +7,12 @@ import (
 
 func us(n int) time.Duration { return time.Duration(n) * time.Microsecond }
 
-// testSpin is a spin whose clock advances by step at each reading.
+// testSpin is a spin whose clock advances by step at each reading, and whose thread keeps its core.
 func testSpin(max, step time.Duration) *spin {
-	var now time.Time
-	return &spin{max: max, rest: minRest, next: minRest, clock: func() time.Time { now = now.Add(step); return now }}
+	var now time.Duration
+	return &spin{max: max, rest: minRest, next: minRest,
+		clock:    func() time.Duration { now += step; return now },
+		switches: func() int64 { return 0 }}
 }
 
 func never() bool { return false }
@@ -75,13 +77,20 @@ func TestSpinTrial(t *testing.T) {
 	}
 }
 
-// TestSpinCrowded: a look that is kept from its core ends, and there is none for a while.
+// TestSpinCrowded: a look that gave its core to another thread ends, and there is none for a while.
+// One that an interrupt or the host kept from its core goes on.
 func TestSpinCrowded(t *testing.T) {
-	s := testSpin(us(1000), 2*preempted)
+	s := testSpin(25*2*preempted, 2*preempted)
 	s.now = s.max
 	calls := 0
-	if s.until(func() bool { calls++; return false }) || calls != 1 {
-		t.Errorf("%d looks, want one", calls)
+	if s.until(func() bool { calls++; return false }) || calls != 25 || s.now != s.max {
+		t.Errorf("%d looks at a core of its own, and %v from then on", calls, s.now)
+	}
+	given := int64(0)
+	s.switches = func() int64 { return given }
+	calls = 0
+	if s.until(func() bool { calls++; given = int64(calls / 3); return false }) || calls != 3 {
+		t.Errorf("%d looks, want 3", calls)
 	}
 	for i := range aloneAgain {
 		if s.waited(us(1)); s.now != 0 {
