@@ -1,8 +1,10 @@
 package gvm_test
 
 import (
+	"go/ast"
 	"go/parser"
 	"go/token"
+	"go/types"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -59,6 +61,7 @@ var may = []struct{ pkg, imports string }{
 	{"verdict", "verdict/klog verdict/ktap"},
 	{"packaging", ""},
 	{"control", ""},
+	{"panics", ""},
 	{"text", ""},
 	{"plot/draw", "plot text"},
 	{"plot", ""},
@@ -99,7 +102,7 @@ func TestLayering(t *testing.T) {
 				t.Errorf("%s imports unsafe; only *_unsafe.go may", path)
 			}
 			own, ok := strings.CutPrefix(name, "gvm/")
-			if !ok || test {
+			if !ok || test || own == "panics" { // all may use it
 				continue
 			}
 			seen[may[i].pkg] = true
@@ -117,6 +120,83 @@ func TestLayering(t *testing.T) {
 			t.Errorf("the row of %s matches no import", row.pkg)
 		}
 	}
+}
+
+// TestGoroutines checks that every goroutine of gvm is started through package panics, so that its
+// panic ends the machine, and does not leave the terminal raw, and that no function unlocks a mutex
+// whose Unlock it has deferred. Programs in guests and of tests end as Go ends them.
+func TestGoroutines(t *testing.T) {
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && slices.Contains([]string{"guest", "guest-tests", "panics"}, path) {
+			return fs.SkipDir
+		}
+		if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		set := token.NewFileSet()
+		f, err := parser.ParseFile(set, path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.GoStmt:
+				t.Errorf("%s: start the goroutine with panics.Go", set.Position(n.Pos()))
+			case *ast.FuncDecl:
+				if n.Body != nil {
+					unlocks(t, set, n.Body)
+				}
+			case *ast.FuncLit:
+				unlocks(t, set, n.Body)
+			case *ast.CallExpr:
+				of, ok := n.Fun.(*ast.SelectorExpr)
+				if !ok || of.Sel.Name != "AfterFunc" && of.Sel.Name != "Go" || isPanics(of, "Go") {
+					break
+				}
+				if f, ok := n.Args[len(n.Args)-1].(*ast.CallExpr); !ok || !isPanics(f.Fun, "Func") {
+					t.Errorf("%s: give %s a panics.Func", set.Position(n.Pos()), of.Sel.Name)
+				}
+			}
+			return true
+		})
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// unlocks checks a function that defers Unlock: a mutex is unlocked for a while by panics.Unlocked.
+func unlocks(t *testing.T, set *token.FileSet, body *ast.BlockStmt) {
+	deferred := map[string]bool{}
+	for _, s := range body.List {
+		if s, ok := s.(*ast.DeferStmt); ok {
+			if of, ok := s.Call.Fun.(*ast.SelectorExpr); ok && of.Sel.Name == "Unlock" {
+				deferred[types.ExprString(of.X)] = true
+			}
+		}
+		ast.Inspect(s, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.FuncLit, *ast.DeferStmt:
+				return false
+			case *ast.CallExpr:
+				if of, ok := n.Fun.(*ast.SelectorExpr); ok && of.Sel.Name == "Unlock" && deferred[types.ExprString(of.X)] {
+					t.Errorf("%s: the Unlock is deferred already: use panics.Unlocked", set.Position(n.Pos()))
+				}
+			}
+			return true
+		})
+	}
+}
+
+// isPanics reports whether e is the function of package panics.
+func isPanics(e ast.Expr, function string) bool {
+	of, ok := e.(*ast.SelectorExpr)
+	if !ok || of.Sel.Name != function {
+		return false
+	}
+	pkg, ok := of.X.(*ast.Ident)
+	return ok && pkg.Name == "panics"
 }
 
 // TestLines checks that every line of Go ends by column 120. A tab counts as one column.

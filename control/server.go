@@ -14,6 +14,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"gvm/panics"
 )
 
 // Limits of a server.
@@ -75,7 +77,7 @@ func (s *Server) Serve(m Machine) {
 	}
 	s.http.SetKeepAlivesEnabled(false)
 	s.clients = &clients{UnixListener: s.listener}
-	s.accepts.Go(func() { _ = s.http.Serve(s.clients) })
+	s.accepts.Go(panics.Func(func() { _ = s.http.Serve(s.clients) }))
 }
 
 // Close ends the service, waits for requests at the machine, and removes the socket.

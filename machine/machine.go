@@ -5,7 +5,8 @@
 // while it runs; Wait returns how its guest ended. The package prints nothing and reads no flags: a
 // Spec has functions for notes to the user and for the guest's console. When Wait returns, every
 // goroutine and descriptor of the machine has ended, except those that wait for storage which does
-// not answer (vmm.Outcome.Left).
+// not answer (vmm.Outcome.Left). A panic of any goroutine that gvm started ends every machine of the
+// program with the outcome vmm.Bug.
 //
 // IsConfig reports whether an error of Start or Wait is about the Spec. Any other error is about
 // the host.
@@ -15,9 +16,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -31,6 +30,7 @@ import (
 	"gvm/guestmem"
 	"gvm/kvmapi"
 	"gvm/machine/disk"
+	"gvm/panics"
 	"gvm/vmm"
 	"gvm/vmm/boot"
 	"gvm/vmm/x86"
@@ -145,6 +145,8 @@ type Machine struct {
 	ended, done chan struct{}
 	outcome     vmm.Outcome
 	err         error
+	panicked    atomic.Pointer[panics.Panic] // the first panic of a goroutine of this program
+	unhandle    func()                       // ends the setting of panicked
 }
 
 // Start opens the files that s names and runs the machine until its guest ends, ctx is done or Stop
@@ -157,9 +159,14 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	m := &Machine{name: s.Name, pauser: new(vmm.Pauser), ended: make(chan struct{}), done: make(chan struct{})}
 	ctx, cancel := context.WithCancelCause(ctx)
 	m.later(func() error { cancel(nil); return nil })
+	m.unhandle = panics.Handle(func(p *panics.Panic) {
+		m.panicked.CompareAndSwap(nil, p)
+		cancel(p)
+	})
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.close())
+			m.unhandle()
 		}
 	}()
 	notes := &guestNotes{say: s.Note}
@@ -222,7 +229,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 			return nil, err
 		}
 	}
-	go m.run(ctx, sys, cfg)
+	panics.Go(func() { m.run(ctx, sys, cfg) })
 	return m, nil
 }
 
@@ -286,20 +293,16 @@ func (s *Spec) cmdLine(root func() (word, why string)) string {
 // run is the goroutine of the machine.
 func (m *Machine) run(ctx context.Context, sys *kvmapi.System, cfg vmm.Config) {
 	defer close(m.done)
-	m.outcome, m.err = guarded(func() (vmm.Outcome, error) { return vmm.Run(ctx, sys, cfg) })
+	defer m.unhandle()
+	panics.Func(func() { m.outcome, m.err = vmm.Run(ctx, sys, cfg) })()
+	if p := m.panicked.Load(); p != nil && errors.Is(m.err, p) { // the cause of ctx
+		m.err = nil
+	}
 	close(m.ended)
-	m.err = errors.Join(m.err, m.close())
-}
-
-// guarded makes a panic of run, a bug of this program, an outcome: a recover of the caller of Start
-// does not reach the machine's goroutine.
-func guarded(run func() (vmm.Outcome, error)) (out vmm.Outcome, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			out = vmm.Outcome{Ending: vmm.Bug, Err: fmt.Errorf("panic: %v", p), Report: string(debug.Stack())}
-		}
-	}()
-	return run()
+	panics.Func(func() { m.err = errors.Join(m.err, m.close()) })()
+	if p := m.panicked.Load(); p != nil {
+		m.outcome = vmm.Outcome{Ending: vmm.Bug, Err: p, Report: p.Stack, Left: m.outcome.Left}
+	}
 }
 
 // later registers undo to be called at the end, before earlier registrations.

@@ -10,7 +10,6 @@ import (
 
 	"gvm/devices/block"
 	"gvm/devices/scsi/trace"
-	"gvm/guestmem"
 	"gvm/machine/disk"
 	"gvm/vmm"
 )
@@ -78,17 +77,28 @@ func TestCreateTrace(t *testing.T) {
 	}
 }
 
-// TestPanic: a panic in the machine's goroutine is an outcome of Wait, and all is closed.
+// TestPanic: a panic in a goroutine of the machine is an outcome of Wait, and all is closed.
 func TestPanic(t *testing.T) {
-	m, err := Start(t.Context(), Spec{
-		Memory: guestmem.Config{Size: 64 << 20},
-		Phase:  func(name string) { panic("at " + name) },
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := m.Wait()
-	if err != nil || out.Ending != vmm.Bug || !strings.HasPrefix(out.Err.Error(), "panic: at ") || out.Report == "" {
-		t.Errorf("%+v, %v", out, err)
+	for name, s := range map[string]Spec{
+		"the machine":     {Phase: func(string) { panic("broken") }},
+		"the serial port": {Console: Output(broken{})},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s.Memory.Size = 64 << 20
+			m, err := Start(t.Context(), s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out, err := m.Wait()
+			if err != nil || out.Ending != vmm.Bug || out.Err.Error() != "panic: broken" ||
+				!strings.Contains(out.Report, "machine_test.go") {
+				t.Errorf("%+v, %v", out, err)
+			}
+		})
 	}
 }
+
+// broken panics when the guest writes to it.
+type broken struct{}
+
+func (broken) Write([]byte) (int, error) { panic("broken") }

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"sync"
 	"time"
+
+	"gvm/panics"
 )
 
 // stopper ends a run, at once or by the power button and a grace time.
@@ -46,8 +48,8 @@ func (s *stopper) ask(cause error, grace time.Duration) bool {
 		s.timer.Stop()
 	}
 	s.deadline = deadline
-	s.timer = time.AfterFunc(grace,
-		func() { s.stop(fmt.Errorf("%w; the guest did not power off within %v", cause, grace)) })
+	s.timer = time.AfterFunc(grace, panics.Func(
+		func() { s.stop(fmt.Errorf("%w; the guest did not power off within %v", cause, grace)) }))
 	return true
 }
 

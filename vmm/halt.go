@@ -9,6 +9,7 @@ import (
 	"github.com/bobuhiro11/gokvm/kvm"
 
 	"gvm/kvmapi"
+	"gvm/panics"
 )
 
 // haltState detects a guest that has halted for good. The kernel's message on the console starts
@@ -29,7 +30,7 @@ func (m *machine) haltSaid() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.timer == nil {
-		h.timer = time.AfterFunc(haltSilence, m.askHalted)
+		h.timer = time.AfterFunc(haltSilence, panics.Func(m.askHalted))
 	} else {
 		h.timer.Reset(haltSilence)
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"gvm/devices/pvpanic"
+	"gvm/panics"
 )
 
 // A guest that panicked runs on until it ends by itself: the kernel signals the pvpanic device
@@ -54,7 +55,7 @@ func (m *machine) awaitSilence(d time.Duration) {
 	case m.stop.Load():
 	case p.timer == nil:
 		p.silence, p.began = d, time.Now()
-		p.timer = time.AfterFunc(d, m.checkSilence)
+		p.timer = time.AfterFunc(d, panics.Func(m.checkSilence))
 	case d < p.silence:
 		p.silence = d
 		p.timer.Reset(d)

@@ -7,6 +7,7 @@ import (
 
 	"gvm/guestmem"
 	"gvm/kvmapi"
+	"gvm/panics"
 )
 
 // Begun is an open KVM and a virtual machine without memory or devices.
@@ -27,7 +28,7 @@ func Begin() *Begun { return begin(kvmapi.Open) }
 
 func begin(open func() (*kvmapi.System, error)) *Begun {
 	b := &Begun{opened: make(chan struct{}), done: make(chan struct{})}
-	go func() {
+	panics.Go(func() {
 		defer close(b.done)
 		b.sys, b.openErr = open()
 		close(b.opened)
@@ -37,7 +38,7 @@ func begin(open func() (*kvmapi.System, error)) *Begun {
 		if b.cpuid, b.err = b.sys.SupportedCPUID(); b.err == nil {
 			b.vm, b.err = b.sys.CreateVM()
 		}
-	}()
+	})
 	return b
 }
 
@@ -51,7 +52,7 @@ func (b *Begun) System() (*kvmapi.System, error) {
 // System has succeeded.
 func (b *Begun) Prepare(cfg Config) *Prepared {
 	p := &Prepared{mapped: make(chan struct{}), done: make(chan struct{})}
-	go func() {
+	panics.Go(func() {
 		defer close(p.done)
 		<-b.done
 		p.vm, b.vm, p.cpuid, p.err = b.vm, nil, b.cpuid, b.err
@@ -62,7 +63,7 @@ func (b *Begun) Prepare(cfg Config) *Prepared {
 		if p.err == nil {
 			p.err = p.fillVM(cfg.apicIDs())
 		}
-	}()
+	})
 	return p
 }
 

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/kvmapi"
+	"gvm/panics"
 )
 
 // probeLoops is the number of iterations of the probe's guest, 2 instructions each.
@@ -75,7 +76,7 @@ func Speed(sys *kvmapi.System) (mips float64, err error) {
 	defer cpu.Unbind()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	defer context.AfterFunc(ctx, func() { _ = cpu.Kick() })()
+	defer context.AfterFunc(ctx, panics.Func(func() { _ = cpu.Kick() }))()
 	best := time.Duration(1<<63 - 1)
 	for round, start := 0, time.Now(); ctx.Err() == nil; {
 		e, err := cpu.Run()

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"gvm/kvmapi"
+	"gvm/panics"
 	"gvm/vmm/bus"
 )
 
@@ -49,15 +50,15 @@ func (l *lifecycle) reset() { l.end(Outcome{Ending: GuestReset}) }
 // run runs every vCPU on a thread of its own until the machine ends. The threads may end later: see
 // takeDown.
 func (m *machine) run(ctx context.Context) Outcome {
-	defer context.AfterFunc(ctx, func() { m.end(Outcome{Ending: Stopped, Err: context.Cause(ctx)}) })()
+	defer context.AfterFunc(ctx, panics.Func(func() { m.end(Outcome{Ending: Stopped, Err: context.Cause(ctx)}) }))()
 	m.cfg.Pauser.begin(m)
 	for i, c := range m.cpus {
-		m.threads.Go(func() {
+		m.threads.Go(panics.Func(func() {
 			runtime.LockOSThread() // the thread ends with the goroutine, and KVM's state with it
 			c.Bind()
 			defer c.Unbind()
 			m.check(m.runCPU(i, c))
-		})
+		}))
 	}
 	<-m.ended
 	m.panicked.stopSilence()
@@ -86,10 +87,10 @@ const closingConsole = "the console" // whose reader may take any time
 func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err error) {
 	done := make(chan error, 1)
 	m.closing.Store("a vCPU")
-	go func() { // ends at the latest with the process
+	panics.Go(func() { // ends at the latest with the process
 		m.threads.Wait()
 		done <- m.close()
-	}()
+	})
 	for late := time.After(guestEndPatience); late != nil; {
 		select {
 		case err := <-done:

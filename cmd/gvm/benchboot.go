@@ -19,6 +19,7 @@ import (
 
 	"gvm/guest/bootinit"
 	"gvm/guest/embedded"
+	"gvm/panics"
 )
 
 func benchBootCommand() *cli.Command {
@@ -246,7 +247,7 @@ func firmware(boot func(args []string, debug *os.File) error) (begun, done float
 	}
 	defer r.Close()
 	start, read := time.Now(), make(chan struct{})
-	go func() {
+	panics.Go(func() {
 		defer close(read)
 		for lines := bufio.NewReader(r); ; {
 			_, _ = lines.Peek(1)
@@ -262,7 +263,7 @@ func firmware(boot func(args []string, debug *os.File) error) (begun, done float
 				return
 			}
 		}
-	}()
+	})
 	err = boot([]string{"-chardev", "file,id=debug,path=/proc/self/fd/3",
 		"-device", "isa-debugcon,iobase=0x402,chardev=debug"}, w)
 	w.Close()

@@ -21,6 +21,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/guest/embedded"
+	"gvm/panics"
 )
 
 func benchFootprintCommand() *cli.Command {
@@ -188,7 +189,7 @@ func startWaiting(ctx context.Context, args []string, text string, files ...*os.
 			m.first = m.ready
 		}
 		if strings.Contains(line, text) {
-			go io.Copy(io.Discard, lines) // drains the rest of the output until it ends
+			panics.Go(func() { io.Copy(io.Discard, lines) }) // drains the rest of the output until it ends
 			return m, nil
 		}
 	}

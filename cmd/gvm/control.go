@@ -21,6 +21,7 @@ import (
 	"gvm/control"
 	"gvm/machine"
 	"gvm/machine/disk"
+	"gvm/panics"
 	"gvm/text"
 	"gvm/vmm"
 )
@@ -200,12 +201,12 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 	answers, errs := make([]row, len(entries)), make([]error, len(entries))
 	var asked sync.WaitGroup
 	for i, e := range entries { // in parallel: a machine that does not answer delays no other
-		asked.Go(func() {
+		asked.Go(panics.Func(func() {
 			c := control.NewClient(dir, e.Name)
 			if answers[i].Info, errs[i] = c.Info(ctx); errs[i] == nil {
 				answers[i].Disks, errs[i] = c.Disks(ctx)
 			}
-		})
+		}))
 	}
 	asked.Wait()
 	rows := []row{}

@@ -12,6 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
+
+	"gvm/panics"
 )
 
 // tty is a terminal that is raw while gvm is in its foreground process group. From the background
@@ -106,7 +108,7 @@ func (t *tty) watch(fail func(error)) (stop func()) {
 	}
 	over := make(chan struct{})
 	var watcher sync.WaitGroup
-	watcher.Go(func() {
+	watcher.Go(panics.Func(func() {
 		tick := time.NewTicker(jobPoll)
 		defer tick.Stop()
 		for {
@@ -131,7 +133,7 @@ func (t *tty) watch(fail func(error)) (stop func()) {
 				return
 			}
 		}
-	})
+	}))
 	return func() {
 		close(over)
 		watcher.Wait()

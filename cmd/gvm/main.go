@@ -10,9 +10,12 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync/atomic"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/panics"
 	"gvm/text"
 	"gvm/vmm"
 )
@@ -33,6 +36,18 @@ func gvm(args []string) (status int) {
 	defer func() {
 		if r := recover(); r != nil {
 			fmt.Fprintf(printer(os.Stderr), "gvm: a bug in gvm, please report it: %v\n%s", r, debug.Stack())
+			status = exitBug
+		}
+	}()
+	var panicked atomic.Pointer[panics.Panic]
+	defer panics.Handle(func(p *panics.Panic) {
+		if panicked.CompareAndSwap(nil, p) {
+			time.AfterFunc(panicPatience, panics.Func(func() { exitNow(exitBug, patience, func() { reportPanic(p) }) }))
+		}
+	})()
+	defer func() {
+		if p := panicked.Load(); p != nil && status != exitBug {
+			reportPanic(p)
 			status = exitBug
 		}
 	}()
@@ -69,6 +84,14 @@ func gvm(args []string) (status int) {
 		return end.status
 	}
 	return exitStatus(err)
+}
+
+// panicPatience bounds the end in order after the panic of a goroutine, which may have left a lock
+// locked.
+const panicPatience = 3 * time.Second
+
+func reportPanic(p *panics.Panic) {
+	stderr.say(text.Lines(fmt.Sprintf("gvm: a bug in gvm, please report it: %v\n%s", p, p.Stack)))
 }
 
 // printer returns a writer to the terminal for everything but the guest's console. It escapes text

@@ -48,6 +48,9 @@ func TestMain(m *testing.M) {
 		if os.Getenv(asStuck) != "" {
 			stuck()
 		}
+		if lock := os.Getenv(panicsEnv); lock != "" {
+			panicAtSignal(lock == "locked")
+		}
 		if os.Getenv(asShell) != "" {
 			os.Exit(shell())
 		}

@@ -23,6 +23,7 @@ import (
 	"gvm/guest/embedded"
 	"gvm/machine"
 	"gvm/machine/disk"
+	"gvm/panics"
 	"gvm/text"
 	"gvm/vmm"
 	"gvm/vmm/boot"
@@ -318,8 +319,8 @@ func run(rc runConfig) (err error) {
 	end := &ending{stop: stop, grace: rc.grace}
 	defer catchSignals(ctx, end.signal)()
 	if rc.timeout > 0 {
-		timer := time.AfterFunc(rc.timeout,
-			func() { stop(endError{exitTimeout, fmt.Errorf("--timeout %s elapsed", rc.timeout)}) })
+		timer := time.AfterFunc(rc.timeout, panics.Func(
+			func() { stop(endError{exitTimeout, fmt.Errorf("--timeout %s elapsed", rc.timeout)}) }))
 		defer timer.Stop()
 	}
 	for _, s := range []string{rc.kernelNote, rc.memoryNote} {
@@ -357,7 +358,7 @@ func run(rc runConfig) (err error) {
 	spec.Note, spec.Phase, spec.Stamp, spec.Words = note, rc.timing.phase, rc.timing.stamp, terminalSize()
 	spec.KernelCache, spec.Version = boot.CacheDir(), version
 	spec.Ready = func(ending context.Context) error {
-		context.AfterFunc(ending, func() { stop(context.Cause(ending)) })
+		context.AfterFunc(ending, panics.Func(func() { stop(context.Cause(ending)) }))
 		if err := t.open(ending); err != nil {
 			return err
 		}
@@ -372,12 +373,12 @@ func run(rc runConfig) (err error) {
 	if socket != nil {
 		socket.Serve(&remote{rc.info(), m})
 	}
-	settle := time.AfterFunc(settled, func() {
+	settle := time.AfterFunc(settled, panics.Func(func() {
 		debug.SetGCPercent(collect)
 		if err := trim(); err != nil {
 			note(fmt.Sprintf("the memory that the start took is kept: %v", err))
 		}
-	})
+	}))
 	<-m.Ended()
 	settle.Stop()
 	rc.timing.phase("the guest's run")
@@ -474,7 +475,7 @@ func catchSignals(ctx context.Context, stop func(error)) func() {
 	// gvm.
 	signal.Ignore(syscall.SIGTTOU, syscall.SIGTTIN)
 	ignoreRealTime()
-	go func() {
+	panics.Go(func() {
 		var last request
 		for s := range ch {
 			if last.repeated(s, time.Now()) {
@@ -492,7 +493,7 @@ func catchSignals(ctx context.Context, stop func(error)) func() {
 			}
 			stop(endError{status, fmt.Errorf("stopped by %s", name)})
 		}
-	}()
+	})
 	return func() {
 		signal.Stop(ch)
 		close(ch)
@@ -547,7 +548,7 @@ const dumpPatience = 10 * time.Second
 // exitNow performs the steps of urgent and say and ends the process, or gives up on them after
 // patience.
 func exitNow(status int, patience time.Duration, say func()) {
-	go func() { // restoring may block, too
+	panics.Go(func() { // restoring may block, too
 		urgent.Lock() // never released
 		if urgent.restore != nil {
 			_ = urgent.restore()
@@ -558,7 +559,7 @@ func exitNow(status int, patience time.Duration, say func()) {
 		}
 		stderr.flush(-1)
 		os.Exit(status)
-	}()
+	})
 	time.Sleep(patience)
 	os.Exit(status)
 }

@@ -6,6 +6,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"gvm/panics"
 )
 
 // errorOutput writes to standard error. No caller waits for its reader: a pipe that no program
@@ -33,7 +35,7 @@ func (e *errorOutput) say(text string) {
 	e.queue = append(e.queue, text)
 	if e.idle == nil {
 		e.idle = make(chan struct{})
-		go e.write() // ends when the queue is empty, or with the process
+		panics.Go(e.write) // ends when the queue is empty, or with the process
 	}
 }
 

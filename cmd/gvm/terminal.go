@@ -13,6 +13,7 @@ import (
 	"golang.org/x/term"
 
 	"gvm/kvmapi/eventfd"
+	"gvm/panics"
 	"gvm/vmm"
 )
 
@@ -86,8 +87,8 @@ func (t *terminal) open(run context.Context) (err error) {
 		urgent.Unlock()
 		t.unwatch = t.tty.watch(func(err error) { t.quit(fmt.Errorf("terminal: %w", err)) })
 	}
-	t.input.Go(t.read)
-	t.input.Go(t.feed)
+	t.input.Go(panics.Func(t.read))
+	t.input.Go(panics.Func(t.feed))
 	return nil
 }
 
@@ -98,10 +99,10 @@ func (t *terminal) Write(p []byte) (n int, err error) {
 	written := make(chan struct{})
 	var wn int
 	var werr error
-	go func() {
+	panics.Go(func() {
 		defer close(written)
 		wn, werr = t.out.Write(p)
-	}()
+	})
 	select {
 	case <-written:
 	case <-t.run.Done():
@@ -160,9 +161,9 @@ func (t *terminal) feed() {
 			return
 		}
 		to, p := t.to, t.queue[0]
-		t.mu.Unlock()
-		n, err := give(to, p)
-		t.mu.Lock()
+		var n int
+		var err error
+		panics.Unlocked(&t.mu, func() { n, err = give(to, p) })
 		if t.queued -= n; err == nil {
 			t.queued -= max(1, len(p)) - len(p)
 			t.queue = t.queue[1:]

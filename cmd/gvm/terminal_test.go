@@ -1,6 +1,8 @@
 package main
 
 import (
+	"os"
+	"os/signal"
 	"strings"
 	"sync"
 	"syscall"
@@ -9,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/serial"
+	"gvm/panics"
 )
 
 // TestTerminal talks to a guest on a terminal. wait checks each time that the terminal's settings
@@ -99,6 +102,41 @@ func TestTerminal(t *testing.T) {
 				want = 0
 			}
 			if r := startOnTerminal(t, args...).wait(); r.status != want {
+				t.Errorf("status %d: %q", r.status, r.out)
+			}
+		})
+	}
+}
+
+// panicsEnv makes a gvm of the tests panic at SIGUSR1; "locked": with a lock that the end in order
+// needs.
+const panicsEnv = "GVM_TEST_PANICS"
+
+func panicAtSignal(locked bool) {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGUSR1)
+	panics.Go(func() {
+		<-c
+		if locked {
+			stderr.mu.Lock()
+		}
+		panic("broken")
+	})
+}
+
+// TestPanic: after a panic of any goroutine gvm ends with status 70, and the terminal is restored,
+// which wait checks.
+func TestPanic(t *testing.T) {
+	for _, lock := range []string{"free", "locked"} {
+		t.Run(lock, func(t *testing.T) {
+			t.Parallel()
+			p := startOnTerminalAs(t, func(p *proc) { p.cmd.Env = append(p.cmd.Env, panicsEnv+"="+lock) },
+				guestRun("spin")...)
+			p.expect("spinning")
+			p.signal(syscall.SIGUSR1)
+			r := p.wait()
+			if r.status != exitBug || lock == "free" && (!strings.Contains(r.out, "panicAtSignal") ||
+				strings.Count(r.out, "a bug in gvm, please report it: panic: broken") != 1) {
 				t.Errorf("status %d: %q", r.status, r.out)
 			}
 		})

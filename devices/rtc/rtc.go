@@ -9,6 +9,8 @@ package rtc
 import (
 	"sync"
 	"time"
+
+	"gvm/panics"
 )
 
 // Port is the first of the two I/O ports: the index, then the data. IRQ is the ISA interrupt.
@@ -438,7 +440,7 @@ func (r *RTC) arm(next time.Time) {
 	r.wake = next
 	d := min(next.Sub(r.seen), maxSleep)
 	if r.timer == nil {
-		r.timer = time.AfterFunc(d, r.fire)
+		r.timer = time.AfterFunc(d, panics.Func(r.fire))
 	} else {
 		r.timer.Reset(d)
 	}

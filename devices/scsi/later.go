@@ -1,6 +1,10 @@
 package scsi
 
-import "sync"
+import (
+	"sync"
+
+	"gvm/panics"
+)
 
 // laterFlush is the flush of commands with IMMED, which have been answered and have left the task
 // set. For any number of them one flush runs, and one queued flush covers all that were answered
@@ -24,7 +28,7 @@ func (u *Unit) flushLater(id NexusID) {
 		return
 	}
 	l.done = make(chan struct{})
-	go func() { // Detach and Target.End wait for it
+	panics.Go(func() { // Detach and Target.End wait for it
 		for ids := u.later.next(); ids != nil; ids = u.later.next() {
 			if err := u.flush(); err != nil {
 				sense := senseOf(err)
@@ -32,7 +36,7 @@ func (u *Unit) flushLater(id NexusID) {
 				u.set.attention(sense, func(id NexusID) bool { return ids[id] })
 			}
 		}
-	}()
+	})
 }
 
 // next returns the nexuses of the commands that the next flush is for; if there are none, it ends

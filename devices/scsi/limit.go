@@ -6,6 +6,8 @@ import (
 	"math"
 	"sync"
 	"time"
+
+	"gvm/panics"
 )
 
 // Limit bounds the work of a unit per second. The zero value is no limit.
@@ -165,7 +167,7 @@ func (l *limiter) serve(now time.Duration) {
 		due := max(l.commands.due(at, 1), l.bytes.due(at, k.n))
 		if due > now {
 			if l.timer == nil {
-				l.timer = time.AfterFunc(due-now, l.tick)
+				l.timer = time.AfterFunc(due-now, panics.Func(l.tick))
 			} else {
 				l.timer.Reset(due - now)
 			}

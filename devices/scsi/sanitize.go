@@ -3,6 +3,8 @@ package scsi
 import (
 	"encoding/binary"
 	"sync/atomic"
+
+	"gvm/panics"
 )
 
 // States of SANITIZE of a unit.
@@ -130,7 +132,7 @@ func (tk *task) beginSanitize(action byte, pattern []byte) (*sanitizeOperation, 
 	}
 	u.sanitize.Store(sanitizing)
 	u.sanitizing.Store(op)
-	go func() { // Detach and Target.End stop it
+	panics.Go(func() { // Detach and Target.End stop it
 		defer close(op.done)
 		ended := notSanitizing
 		if err := u.erase(op, pattern); err != nil {
@@ -138,7 +140,7 @@ func (tk *task) beginSanitize(action byte, pattern []byte) (*sanitizeOperation, 
 		}
 		u.sanitize.Store(ended)
 		u.sanitizing.CompareAndSwap(op, nil) // unless another has begun
-	}()
+	})
 	return op, nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 
 	"gvm/devices/iovec"
+	"gvm/panics"
 )
 
 // Target is a SCSI target device with its logical units. Its methods may be
@@ -187,7 +188,7 @@ func (t *Target) Submit(c *Command) {
 	case t.now(tk):
 	default:
 		tk.u.set.join(tk) // commands join in order of arrival
-		go t.serve(tk)
+		panics.Go(func() { t.serve(tk) })
 	}
 }
 

@@ -5,6 +5,8 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"gvm/panics"
 )
 
 // States of a task. The step out of running decides whether the initiator gets the command's status
@@ -196,9 +198,7 @@ func (s *taskSet) enter(tk *task, exempt bool) (err error, ok bool) {
 	if tk.inDormant.of != nil && tk.state.Load() == running {
 		wake := make(chan struct{})
 		tk.wake = wake
-		s.mu.Unlock()
-		<-wake
-		s.mu.Lock()
+		panics.Unlocked(&s.mu, func() { <-wake })
 	}
 	n := s.nexus(tk.Nexus)
 	if tk.state.Load() != running {

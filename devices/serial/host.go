@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"io"
 	"time"
+
+	"gvm/panics"
 )
 
 const (
@@ -54,9 +56,7 @@ func (u *UART) run() {
 			return
 		}
 		if !u.stopped {
-			u.mu.Unlock()
-			time.Sleep(gather)
-			u.mu.Lock()
+			panics.Unlocked(&u.mu, func() { time.Sleep(gather) })
 		}
 		batch := u.out
 		u.out, spare = spare[:0], batch
@@ -65,12 +65,12 @@ func (u *UART) run() {
 		if u.err != nil {
 			continue
 		}
-		u.mu.Unlock()
-		n, err := u.cfg.Out.Write(batch)
+		var n int
+		var err error
+		panics.Unlocked(&u.mu, func() { n, err = u.cfg.Out.Write(batch) })
 		if err == nil && n < len(batch) {
 			err = io.ErrShortWrite
 		}
-		u.mu.Lock()
 		if err != nil {
 			u.err = fmt.Errorf("serial: write output: %w", err)
 		}

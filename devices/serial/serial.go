@@ -7,6 +7,8 @@ import (
 	"errors"
 	"io"
 	"sync"
+
+	"gvm/panics"
 )
 
 // COM1's place on a PC, and its ISA interrupt, which is edge-triggered.
@@ -141,7 +143,7 @@ func New(cfg Config) *UART {
 	u := &UART{cfg: cfg, done: make(chan struct{})}
 	u.rxEmpty.L, u.txRoom.L, u.work.L = &u.mu, &u.mu, &u.mu
 	u.reset()
-	go u.run()
+	panics.Go(u.run)
 	return u
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"gvm/devices/virtio/virtq"
 	"gvm/kvmapi/eventfd"
+	"gvm/panics"
 )
 
 // Handler serves one chain: it calls w.Complete for it, before it returns or later from any
@@ -70,17 +71,21 @@ func newWorker(a Activation, i int, poll time.Duration, handle Handler) (*Worker
 func (w *Worker) run() {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	err := w.serve()
-	if err != nil {
+	stopped := false // it broke, or a handler panicked
+	defer func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.stopped = stopped; stopped && !w.stopping.Load() {
+			w.restart() // it was told to go on after all
+			return
+		}
+		close(w.done)
+	}()
+	if err := w.serve(); err != nil {
 		w.broken(err)
+	} else {
+		stopped = true
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.stopped = err == nil; w.stopped && !w.stopping.Load() {
-		w.restart() // it was told to go on after all
-		return
-	}
-	close(w.done)
 }
 
 // serve returns when the worker is to stop.
@@ -105,7 +110,7 @@ func (w *Worker) serve() error {
 // restart starts the thread again. The caller holds mu.
 func (w *Worker) restart() {
 	w.stopped = false
-	go w.run()
+	panics.Go(w.run)
 }
 
 // drain hands out chains until none is left and the driver has been asked to
@@ -140,9 +145,7 @@ func (w *Worker) drain() (err error) {
 			continue
 		}
 		w.inFlight.Add(1)
-		w.mu.Unlock()
-		err = w.handle(w, c)
-		w.mu.Lock()
+		panics.Unlocked(&w.mu, func() { err = w.handle(w, c) })
 		if err != nil {
 			w.drop(c)
 			return err
@@ -165,12 +168,12 @@ func (w *Worker) drain() (err error) {
 
 // look polls the queue for as long as that pays, and says whether the driver has
 // made a chain available. The caller holds mu, which is free meanwhile.
-func (w *Worker) look() bool {
+func (w *Worker) look() (found bool) {
 	position := w.q.Position()
 	w.serving = false
-	w.mu.Unlock()
-	found := w.poll.until(func() bool { return w.q.Available() != position || w.stopping.Load() })
-	w.mu.Lock()
+	panics.Unlocked(&w.mu, func() {
+		found = w.poll.until(func() bool { return w.q.Available() != position || w.stopping.Load() })
+	})
 	w.serving = true
 	return found
 }

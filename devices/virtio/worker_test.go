@@ -16,6 +16,7 @@ import (
 	"gvm/devices/virtio/virtq"
 	"gvm/devices/virtio/virtqtest"
 	"gvm/guestmem"
+	"gvm/panics"
 )
 
 const base = 0x10000
@@ -351,6 +352,26 @@ func TestHandlerErrorBreaks(t *testing.T) {
 	if _, _, ok := r.Used(); ok {
 		t.Fatal("the refused chain was used")
 	}
+}
+
+// TestHandlerPanic checks that a panic in a handler reaches the program, which can then stop the
+// worker.
+func TestHandlerPanic(t *testing.T) {
+	panicked := make(chan *panics.Panic, 1)
+	defer panics.Handle(func(p *panics.Panic) { panicked <- p })()
+	r := newRig(t, 4, 0)
+	w := r.start(t, func(w *virtio.Worker, c *virtq.Chain) error {
+		w.Complete(c, 0)
+		panic("broken")
+	})
+	r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8})
+	if _, err := r.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	if p := <-panicked; p.Value != "broken" {
+		t.Errorf("%v\n%s", p, p.Stack)
+	}
+	stop(t, w)
 }
 
 // TestStartChecksLayout: no worker starts, not even on a queue that is right.

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"gvm/panics"
 )
 
 // Workers are the workers of a device's queues, by queue; nil for a queue that the driver left
@@ -31,7 +33,7 @@ func (ws *Workers) Start(a Activation, serve func(queue int) (Handler, time.Dura
 	*ws = started
 	for i := len(started) - 1; i >= 0; i-- {
 		if w := started[i]; w != nil {
-			go w.run()
+			panics.Go(w.run)
 		}
 	}
 	return nil

@@ -11,6 +11,7 @@ import (
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/vhostscsi"
+	"gvm/panics"
 	"gvm/text"
 )
 
@@ -50,7 +51,7 @@ func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) e
 	}
 	results := make(chan result, len(ds.kernels))
 	for _, k := range ds.kernels {
-		go func() { results <- result{k, k.close()} }() // ends with the process at the latest
+		panics.Go(func() { results <- result{k, k.close()} }) // ends with the process at the latest
 	}
 	return func(ctx context.Context, busy map[any]bool) error {
 		var errs []error

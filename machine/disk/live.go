@@ -19,6 +19,7 @@ import (
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/sidecar"
 	"gvm/devices/virtio/vscsi"
+	"gvm/panics"
 	"gvm/text"
 )
 
@@ -66,7 +67,7 @@ func (l *live) change(
 	}
 	answers, over := make(chan answer, 1), l.ending()
 	l.changes.Add(1)
-	go func() {
+	panics.Go(func() {
 		defer l.changes.Done()
 		var a answer
 		defer func() {
@@ -79,7 +80,7 @@ func (l *live) change(
 			answers <- a
 		}()
 		a.Change, a.error = work(over)
-	}()
+	})
 	l.mu.Unlock()
 	defer l.mu.Lock()
 	timer := time.NewTimer(cmp.Or(l.bounds.answer, 30*time.Second))
@@ -334,7 +335,7 @@ func (ds *Set) Resize(ctx context.Context, id string, r control.ResizeDisk) (con
 func (ds *Set) resizeNow(s served, over <-chan struct{}, do func() error) (control.Change, error) {
 	held := func() bool { return ds.mishaps.holds(s.Spec.Name(), 0) > 0 }
 	cut, done := make(chan struct{}), make(chan struct{})
-	go func() {
+	panics.Go(func() {
 		defer close(cut)
 		late := time.NewTimer(cmp.Or(ds.bounds.commands, 10*time.Second))
 		defer late.Stop()
@@ -349,7 +350,7 @@ func (ds *Set) resizeNow(s served, over <-chan struct{}, do func() error) (contr
 			case <-time.After(50 * time.Millisecond):
 			}
 		}
-	}()
+	})
 	before := s.unit.Blocks()
 	err := s.unit.ResizeUntil(cut, do)
 	close(done)
@@ -473,10 +474,10 @@ func (ds *Set) endChanges(ctx context.Context) (open []opened) {
 	}
 	ds.mu.Unlock()
 	changed := make(chan struct{})
-	go func() {
+	panics.Go(func() {
 		ds.changes.Wait()
 		close(changed)
-	}()
+	})
 	select {
 	case <-changed:
 	case <-ctx.Done():

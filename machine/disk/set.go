@@ -13,6 +13,7 @@ import (
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/sidecar"
 	"gvm/devices/virtio/vhostscsi"
+	"gvm/panics"
 )
 
 // Config has the settings that the disks of a machine share.
@@ -89,11 +90,11 @@ func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
 	}
 	m := &mishaps{name: c.Machine, hold: c.Hold, note: c.Note, paused: c.Paused}
 	opened := make(chan result, 1)
-	go func() { // ends with the process at the latest
+	panics.Go(func() { // ends with the process at the latest
 		k := kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note}
 		ds, err := openDisks(list, k, m)
 		opened <- result{ds, err}
-	}()
+	})
 	select {
 	case r := <-opened:
 		return r.ds, r.err
@@ -104,11 +105,11 @@ func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
 		return r.ds, r.err
 	case <-time.After(openPatience):
 	}
-	go func() { // ends with the process at the latest
+	panics.Go(func() { // ends with the process at the latest
 		if r := <-opened; r.err == nil {
 			_ = r.ds.Close(false)
 		}
-	}()
+	})
 	what, _ := m.opening.Load().(string)
 	return nil, fmt.Errorf("%w while %s was opened", context.Cause(ctx), what)
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"gvm/panics"
 )
 
 // settlePatience bounds how long the end of a machine waits for unflushed writes.
@@ -52,7 +54,7 @@ func (ds *Set) settle(ctx context.Context) error {
 			continue
 		}
 		left[s] = true
-		go func() { // not waited for; storage that hangs keeps the process in any case
+		panics.Go(func() { // not waited for; storage that hangs keeps the process in any case
 			var wrote error
 			if w, ok := s.backend().(writeBacker); ok {
 				if wrote = w.WriteBack(ctx); ctx.Err() != nil {
@@ -65,7 +67,7 @@ func (ds *Set) settle(ctx context.Context) error {
 				err = errors.Join(wrote, err)
 			}
 			results <- result{s, err}
-		}()
+		})
 	}
 	var errs []error
 	for len(left) > 0 {

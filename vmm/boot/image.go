@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/kvmapi/nowait"
+	"gvm/panics"
 )
 
 // ImageError reports user input that cannot be booted. Name is the file (or the command line), What
@@ -76,7 +77,7 @@ func drain(ctx context.Context, path string, f *os.File) (all *os.File, size int
 	}
 	all = os.NewFile(uintptr(fd), path)
 	// Only pipes have deadlines; the others are read in pieces.
-	defer context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Now()) })()
+	defer context.AfterFunc(ctx, panics.Func(func() { _ = f.SetReadDeadline(time.Now()) }))()
 	for size <= maxStream {
 		n, err := io.CopyN(all, f, pieceSize)
 		size += n

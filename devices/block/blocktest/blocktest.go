@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"gvm/devices/block"
+	"gvm/panics"
 )
 
 // pattern is n bytes that differ for every seed and every 512-byte block.
@@ -182,7 +183,7 @@ func TestBackend(t *testing.T, open func() block.Backend) {
 		var wg sync.WaitGroup
 		errs := make(chan error, 16)
 		for i := range 16 {
-			wg.Go(func() {
+			wg.Go(panics.Func(func() {
 				off, got := int64(i)*(32<<10), make([]byte, 32<<10)
 				for round := range 8 {
 					p := pattern(byte(16*i+round), len(got))
@@ -201,7 +202,7 @@ func TestBackend(t *testing.T, open func() block.Backend) {
 						return
 					}
 				}
-			})
+			}))
 		}
 		wg.Wait()
 		close(errs)

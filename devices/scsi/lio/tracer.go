@@ -12,6 +12,7 @@ import (
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/trace"
 	"gvm/kvmapi/tracefs"
+	"gvm/panics"
 )
 
 // Observer gets every request that LIO has answered.
@@ -98,7 +99,7 @@ func (t *Target) Trace(o Observer) (_ *Tracer, err error) {
 	if err := in.Start(); err != nil {
 		return nil, err
 	}
-	go tr.run()
+	panics.Go(tr.run)
 	return tr, nil
 }
 

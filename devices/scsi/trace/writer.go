@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/kvmapi/nowait"
+	"gvm/panics"
 )
 
 // Version is the version of the format that this package writes and reads. It
@@ -97,7 +98,7 @@ func NewWriter(w io.Writer, h Header, now func() time.Duration) (*Writer, error)
 	}
 	t := &Writer{now: now, file: w, wake: make(chan struct{}, 1), done: make(chan struct{}),
 		buf: make([]byte, 0, MaxRecord)}
-	go t.run()
+	panics.Go(t.run)
 	return t, nil
 }
 

@@ -18,6 +18,7 @@ import (
 	"gvm/devices/virtio/virtqtest"
 	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
+	"gvm/panics"
 )
 
 const (
@@ -207,7 +208,7 @@ func (h *Host) Manage(r *trace.Record) (Answer, error) {
 
 // roundTrip has the device serve one chain.
 func (h *Host) roundTrip(q *queue, segs []virtqtest.Seg) error {
-	defer context.AfterFunc(h.ctx, h.wake)()
+	defer context.AfterFunc(h.ctx, panics.Func(h.wake))()
 	if _, ok := q.Add(segs...); !ok {
 		return errors.New("no room in the ring") // one request at a time always has
 	}

@@ -21,6 +21,7 @@ import (
 	"gvm/devices/virtio/virtqtest"
 	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
+	"gvm/panics"
 )
 
 const (
@@ -148,11 +149,11 @@ func (d *drive) run() (res Result, err error) {
 	var threads sync.WaitGroup
 	errs := make([]error, len(d.queues))
 	for i, q := range d.queues {
-		threads.Go(func() {
+		threads.Go(panics.Func(func() {
 			runtime.LockOSThread()
 			defer runtime.UnlockOSThread()
 			errs[i] = d.drive(q, start)
-		})
+		}))
 	}
 	threads.Wait()
 	res.Elapsed, res.CPU = time.Since(start), processCPU()-cpu

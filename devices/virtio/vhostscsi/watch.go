@@ -11,6 +11,7 @@ import (
 	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
 	"gvm/kvmapi/vhost"
+	"gvm/panics"
 )
 
 // watcher waits for errors of the vrings (VHOST_SET_VRING_ERR). The kernel
@@ -54,7 +55,7 @@ func newWatcher(dev *vhost.SCSI, a virtio.Activation) (w *watcher, err error) {
 
 func (w *watcher) start() {
 	w.started = true
-	w.running.Go(w.run)
+	w.running.Go(panics.Func(w.run))
 }
 
 // halt stops the watcher, started or not, and waits for it.

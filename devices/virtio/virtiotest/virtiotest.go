@@ -15,6 +15,7 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
 	"gvm/guestmem"
+	"gvm/panics"
 )
 
 // QueueSpan is the guest memory that StopAndContinue needs for each queue, from address 0.
@@ -64,7 +65,7 @@ func StopAndContinue(t *testing.T, dev virtio.Device, mem *guestmem.Memory, l Lo
 	var drivers sync.WaitGroup
 	for i, d := range s.queues {
 		if slots := l.Slots(i, d); len(slots) > 0 {
-			drivers.Go(func() { errs[i] = s.drive(d, slots) })
+			drivers.Go(panics.Func(func() { errs[i] = s.drive(d, slots) }))
 		}
 	}
 	random := rand.New(rand.NewPCG(1, 2))
@@ -131,7 +132,7 @@ func (s *stopper) round(
 	}
 	// A Stop that is given up, at any point of its work, leaves the device active.
 	ctx, giveUp := context.WithCancelCause(context.Background())
-	defer time.AfterFunc(patience, func() { giveUp(errGivenUp) }).Stop()
+	defer time.AfterFunc(patience, panics.Func(func() { giveUp(errGivenUp) })).Stop()
 	bases, err := dev.Stop(ctx)
 	if giveUp(nil); errors.Is(err, errGivenUp) {
 		s.givenUp++

@@ -10,6 +10,7 @@ import (
 
 	"gvm/devices/pci"
 	"gvm/kvmapi/eventfd"
+	"gvm/panics"
 )
 
 // ISR status (virtio 1.3, 4.1.4.5).
@@ -121,7 +122,7 @@ func (x *intx) watch() {
 			return
 		}
 		x.started, x.done = true, make(chan struct{})
-		go x.run()
+		panics.Go(x.run)
 	}
 	x.signal()
 }
