@@ -105,14 +105,18 @@ distribution: ## make a small Debian system, and boot it to its login and down a
 	$(GO) run ./guest-tests/cmd/lab distribution
 	$(GOTEST) -tags built -count=1 -timeout 40m -parallel 1 -run '^TestDistribution$$' ./guest-tests/linux
 
+# The system's QEMU and the lab's, which the benchmarks of Linux fetch before.
+LAB_CACHE = $(or $(GVM_LAB_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gvm-lab)
+QEMUS = --qemu qemu-system-x86_64 --qemu $(LAB_CACHE)/qemu/bin/qemu-system-x86_64
+
 bench: build ## benchmarks without a guest, of Linux in the lab, and of this host's KVM; JSON and plots in bench/
 	mkdir -p bench
 	bin/gvm bench disk --json bench/disk.json --plot bench/disk.svg
 	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
 	$(GO) test -run '^$$' -bench 'Boot|Disk' -benchtime 3x -timeout 60m -v -outputdir bench ./guest-tests/linux
-	bin/gvm bench guest --json bench/guest.json --plot bench/guest.svg
-	bin/gvm bench boot --json bench/boot.json
-	bin/gvm bench footprint --json bench/footprint.json
+	bin/gvm bench guest $(QEMUS) --json bench/guest.json --plot bench/guest.svg
+	bin/gvm bench boot $(QEMUS) --json bench/boot.json
+	bin/gvm bench footprint $(QEMUS) --json bench/footprint.json
 
 guest: ## rebuild the embedded guest's image, and the init of measured boots
 	$(MAKE) -C guest/embedded

@@ -37,6 +37,7 @@ Beside them, in the same round, fio reads the same file by io_uring, which is
 about what the host can do, and by pread with one request in flight; without
 fio those rows are missing. The driver sleeps until an interrupt, or polls,
 where there are two CPUs for each queue: one for it, and one for the device.
+QEMU's device cannot run without a guest: gvm bench guest compares with it.
 
 All figures are medians of the rounds, with the lowest and the highest in
 brackets. CPU is that of the whole process, the driver's part included. The

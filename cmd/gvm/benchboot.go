@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -28,8 +27,8 @@ func benchBootCommand() *cli.Command {
 		Usage:     "measure how long a boot takes, beside QEMU",
 		ArgsUsage: " ",
 		Description: `A kernel boots until a line on its console has the text of --until: under
-gvm, and in turns under QEMU's microvm, pc and q35 if QEMU is installed and
-they boot it here. Without --kernel it is the embedded guest, until it waits
+gvm, and in turns under microvm, pc and q35 of each QEMU of --qemu, if they
+boot it here. Without --kernel it is the embedded guest, until it waits
 for input. Without --initrd a kernel gets one whose init says "init runs" and
 waits. The guest has one CPU and no disk.
 
@@ -64,8 +63,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "until", Value: bootinit.Line, Usage: "`TEXT` that ends a boot"},
 			&cli.DurationFlag{Name: "timeout", Value: 2 * time.Minute, Usage: "give up on a boot after `DURATION`"},
 			&cli.IntFlag{Name: "rounds", Value: 10, Usage: "measure everything `N` times, in turns"},
-			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64",
-				Usage: "`PROGRAM` to compare with", TakesFile: true},
+			qemuFlag(),
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 		},
 		Action: benchAction(parseBootBench),
@@ -77,13 +75,14 @@ type bootBench struct {
 	kernel, initrd, cmdline, until string
 	timeout                        time.Duration
 	rounds                         int
-	qemu, json                     string
+	qemu                           []string
+	json                           string
 }
 
 func parseBootBench(c *cli.Context) (b bootBench, err error) {
 	b = bootBench{
 		kernel: c.String("kernel"), initrd: c.String("initrd"), cmdline: c.String("cmdline"), until: c.String("until"),
-		timeout: c.Duration("timeout"), rounds: c.Int("rounds"), qemu: c.String("qemu"), json: c.String("json"),
+		timeout: c.Duration("timeout"), rounds: c.Int("rounds"), qemu: wordsOf(c, "qemu"), json: c.String("json"),
 	}
 	switch {
 	case b.timeout <= 0:
@@ -119,7 +118,7 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = record.close(err) }()
-	gvm, err := os.Executable()
+	gvm, err := os.Executable() // not package machine: a user's boot begins with exec
 	if err != nil {
 		return err
 	}
@@ -152,15 +151,13 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 		run = append(run, "--kernel", kernel, "--cmdline", b.cmdline, "--initrd", initrd)
 	}
 	vmms := []contender{{"gvm", run}}
-	if qemu, err := exec.LookPath(b.qemu); err != nil {
-		noQEMU(b.qemu)
-	} else {
+	for _, q := range qemus(ctx, b.qemu) {
 		for _, machine := range []string{"microvm", "pc", "q35"} {
-			args := append(qemuMachine(qemu, machine), "-kernel", kernel, "-append", line)
+			args := append(q.machine(machine), "-kernel", kernel, "-append", line)
 			if initrd != "" {
 				args = append(args, "-initrd", initrd)
 			}
-			vmms = append(vmms, contender{"qemu " + machine, args})
+			vmms = append(vmms, contender{q.name + " " + machine, args})
 		}
 	}
 	boot := func(name string, args []string, files ...*os.File) (m *waiting, cpu time.Duration, err error) {
@@ -224,7 +221,7 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 		}
 		of := ""
 		if v.name != "gvm" {
-			of = strconv.FormatFloat(median(ratio), 'f', 2, 64)
+			of = strconv.FormatFloat(median(ratio), 'f', 3, 64)
 		}
 		m := median(until)
 		fmt.Fprintf(t, "%s\t%s\t%s\t%.1f\t%.1f\t(%.1f–%.1f)\t%.1f\t%s\t\n",
@@ -277,40 +274,4 @@ func known(v float64) string {
 		return "–"
 	}
 	return strconv.FormatFloat(v, 'f', 1, 64)
-}
-
-// median sorts v, which is not empty, and returns its middle.
-func median(v []float64) float64 {
-	slices.Sort(v)
-	return v[len(v)/2]
-}
-
-// noQEMU notes that no QEMU is installed to compare with.
-func noQEMU(program string) {
-	note(program + " is not installed (Debian: apt install qemu-system-x86): nothing to compare with")
-}
-
-// inTurns measures each VMM once in every round. It drops a VMM that fails in the first round, with
-// a note, and returns the others. Any other failure is an error, as is one of the first VMM, which
-// is gvm.
-func inTurns(
-	ctx context.Context, rounds int, vmms []contender, measure func(round int, v contender) error,
-) ([]contender, error) {
-	for round := range rounds {
-		for i := 0; i < len(vmms); {
-			err := measure(round, vmms[i])
-			switch {
-			case ctx.Err() != nil:
-				return nil, context.Cause(ctx)
-			case err != nil && i > 0 && round == 0:
-				note(fmt.Sprintf("%s does not run here and is left out: %v", vmms[i].name, err))
-				vmms = slices.Delete(vmms, i, i+1)
-			case err != nil:
-				return nil, err
-			default:
-				i++
-			}
-		}
-	}
-	return vmms, nil
 }

@@ -30,14 +30,17 @@ func benchFootprintCommand() *cli.Command {
 		Usage:     "measure what a machine takes of the host, beside QEMU's",
 		ArgsUsage: " ",
 		Description: `The embedded guest boots and waits for input that does not come, with 512 MiB
-of RAM and one disk: under gvm, and in turns under QEMU's q35 if that is
-installed. Some seconds later:
+of RAM and one disk: under gvm, and in turns under q35 of each QEMU of
+--qemu. Some seconds later:
 
    ready     from exec to the guest's first word after its checks
    CPU       that all threads have used until then
    RSS, PSS  resident memory without the guest's RAM, and without what others
              share
    threads, and the program's size
+
+The last three columns are gvm's time, CPU and PSS, each divided by that
+VMM's in the same round.
 
 Then --guests machines of gvm's wait at the same time, and the last line says
 which part of this host's CPUs they use in all.
@@ -49,8 +52,7 @@ EXAMPLES
 			&cli.IntFlag{Name: "guests", Value: 100, Usage: "`N` guests that wait at the same time, 0 for none"},
 			&cli.DurationFlag{Name: "time", Value: 10 * time.Second, Usage: "watch them for `DURATION`"},
 			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure one machine of each kind `N` times, in turns"},
-			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64",
-				Usage: "`PROGRAM` to compare with", TakesFile: true},
+			qemuFlag(),
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 		},
 		Action: benchAction(parseFootprint),
@@ -61,12 +63,13 @@ EXAMPLES
 type footprintBench struct {
 	guests, rounds int
 	time           time.Duration
-	qemu, json     string
+	qemu           []string
+	json           string
 }
 
 func parseFootprint(c *cli.Context) (b footprintBench, err error) {
 	b = footprintBench{guests: c.Int("guests"), rounds: c.Int("rounds"), time: c.Duration("time"),
-		qemu: c.String("qemu"), json: c.String("json")}
+		qemu: wordsOf(c, "qemu"), json: c.String("json")}
 	switch {
 	case b.guests < 0 || b.guests > 10000:
 		return b, fmt.Errorf("--guests %d: want 0 to 10000", b.guests)
@@ -115,15 +118,13 @@ func (b footprintBench) run(ctx context.Context, w io.Writer) (err error) {
 	if err := errors.Join(os.WriteFile(kernel, embedded.Image, 0o600), fillImage(disk, 16<<20)); err != nil {
 		return err
 	}
-	gvm, err := os.Executable()
+	gvm, err := os.Executable() // not package machine: a process is what is measured
 	if err != nil {
 		return err
 	}
 	vmms := []contender{{"gvm", []string{gvm, "run", "--guest-arg", "echo", "--disk", disk}}}
-	if qemu, err := exec.LookPath(b.qemu); err != nil {
-		noQEMU(b.qemu)
-	} else {
-		vmms = append(vmms, contender{"qemu", qemuArgs(qemu, kernel, disk, "echo", "io_uring", "writeback", false)})
+	for _, q := range qemus(ctx, b.qemu) {
+		vmms = append(vmms, contender{q.name, q.withDisk(kernel, disk, "echo", "io_uring", "writeback", false)})
 	}
 	var all []footprint
 	vmms, err = inTurns(ctx, b.rounds, vmms, func(round int, v contender) error {
@@ -240,13 +241,27 @@ func measureFootprint(ctx context.Context, v contender) (f footprint, err error)
 	}
 	rss, pss := besideRAM(smaps)
 	f.RSS, f.PSS = float64(rss)/(1<<20), float64(pss)/(1<<20)
-	program, err := os.Stat(v.args[0])
-	if err != nil {
-		return f, err
-	}
-	f.Program = float64(program.Size()) / (1 << 20)
-	return f, nil
+	size, err := programSize(smaps)
+	f.Program = float64(size) / (1 << 20)
+	return f, err
 }
+
+// programSize returns the size in bytes of the largest file of a process's code. The file that exec
+// got may be a script or the dynamic linker.
+func programSize(smaps []byte) (size int64, err error) {
+	for line := range strings.Lines(string(smaps)) {
+		if m := mappedCode().FindStringSubmatch(line); m != nil {
+			fi, err := os.Stat(m[1])
+			if err != nil {
+				return 0, err
+			}
+			size = max(size, fi.Size())
+		}
+	}
+	return size, nil
+}
+
+var mappedCode = pattern(`^[0-9a-f]+-[0-9a-f]+ ..x. \S+ \S+ \d+ +(/.*)\n`)
 
 // besideRAM sums smaps (proc_pid_smaps(5)) in bytes, without mappings as large as the guest's RAM.
 func besideRAM(smaps []byte) (rss, pss int64) {
@@ -362,7 +377,8 @@ func (b footprintBench) idle(ctx context.Context, gvm string) (_ *idle, err erro
 
 func footprintTable(w io.Writer, vmms []contender, all []footprint, many *idle) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(t, "VMM\tready, ms\t\tCPU, ms\tRSS, MiB\tPSS, MiB\tthreads\tprogram, MiB\t")
+	fmt.Fprintln(t, "VMM\tready, ms\t\tCPU, ms\tRSS, MiB\tPSS, MiB\tthreads\tprogram, MiB\t"+
+		"gvm's time of it\tCPU\tPSS\t")
 	for _, v := range vmms {
 		pick := func(f func(footprint) float64) []float64 {
 			var list []float64
@@ -375,13 +391,24 @@ func footprintTable(w io.Writer, vmms []contender, all []footprint, many *idle) 
 			return list
 		}
 		median := func(f func(footprint) float64) float64 { return median(pick(f)) }
+		of := "\t\t\t"
+		if v.name != "gvm" {
+			ratio := func(f func(footprint) float64) float64 {
+				return median(func(s footprint) float64 {
+					i := slices.IndexFunc(all, func(o footprint) bool { return o.VMM == "gvm" && o.Round == s.Round })
+					return f(all[i]) / f(s)
+				})
+			}
+			of = fmt.Sprintf("%.3f\t%.3f\t%.3f\t", ratio(func(f footprint) float64 { return f.Ready }),
+				ratio(func(f footprint) float64 { return f.CPU }), ratio(func(f footprint) float64 { return f.PSS }))
+		}
 		ready := pick(func(f footprint) float64 { return f.Ready })
-		fmt.Fprintf(t, "%s\t%.1f\t(%.1f–%.1f)\t%.1f\t%.1f\t%.1f\t%.0f\t%.1f\t\n",
+		fmt.Fprintf(t, "%s\t%.1f\t(%.1f–%.1f)\t%.1f\t%.1f\t%.1f\t%.0f\t%.1f\t%s\n",
 			v.name, ready[len(ready)/2], ready[0], ready[len(ready)-1],
 			median(func(f footprint) float64 { return f.CPU }), median(func(f footprint) float64 { return f.RSS }),
 			median(func(f footprint) float64 { return f.PSS }),
 			median(func(f footprint) float64 { return float64(f.Threads) }),
-			median(func(f footprint) float64 { return f.Program }))
+			median(func(f footprint) float64 { return f.Program }), of)
 	}
 	if err := t.Flush(); err != nil || many == nil {
 		return err

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -20,6 +19,9 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/guest/embedded"
+	"gvm/guestmem"
+	"gvm/machine"
+	"gvm/machine/disk"
 )
 
 func benchGuestCommand() *cli.Command {
@@ -29,10 +31,10 @@ func benchGuestCommand() *cli.Command {
 		ArgsUsage: " ",
 		Description: `The embedded guest reads 4 KiB at random places of a disk, with a fixed
 number of requests in flight, and learns of completed ones by polling or by
-interrupt. The same image does the same work under QEMU, if that is
-installed: on the same KVM, with an iothread, with io_uring and with threads,
-and with the host's page cache (writeback) and past it (none). They take
-turns, in every round.
+interrupt. The same image does the same work under each QEMU of --qemu: on
+the same KVM, with an iothread (from QEMU 10 on by iothread-vq-mapping), with
+io_uring and with threads, and with the host's page cache (writeback) and
+past it (none). They take turns, in every round.
 
 Where this host's KVM emulates kernel mode, because there is no hardware
 virtualization, the guest runs in user mode, at the processor's speed. Its
@@ -40,12 +42,13 @@ interrupts are emulated all the same.
 
 All figures are medians of the rounds, with the lowest and the highest in
 brackets; latencies are the guest's own, by its TSC. The last two columns are
-gvm's requests per second and median latency, each divided by the best one of
-QEMU in the same round.
+gvm's requests per second and median latency, each divided by that VMM's in
+the same round; in gvm's own row by the best one of all others.
 
 EXAMPLES
    gvm bench guest
    gvm bench guest --disk /dev/nvme0n1 --rounds 11 --json guest.json
+   gvm bench guest --qemu qemu-system-x86_64 --qemu /opt/qemu/bin/qemu
    gvm bench guest --write         writes too, to an image under $TMPDIR`,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "disk",
@@ -54,8 +57,7 @@ EXAMPLES
 			&cli.BoolFlag{Name: "write", Usage: "measure writes too, without --disk"},
 			&cli.DurationFlag{Name: "time", Value: 300 * time.Millisecond, Usage: "`DURATION` of each measurement"},
 			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure everything `N` times, in turns"},
-			&cli.StringFlag{Name: "qemu", Value: "qemu-system-x86_64",
-				Usage: "`PROGRAM` to compare with", TakesFile: true},
+			qemuFlag(),
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 			plotFlag(),
 			pollFlag(),
@@ -66,14 +68,15 @@ EXAMPLES
 
 // guestBench is the command line of `gvm bench guest`.
 type guestBench struct {
-	disk, qemu, json, plot string
-	write                  bool
-	time, poll             time.Duration
-	rounds                 int
+	disk, json, plot string
+	qemu             []string
+	write            bool
+	time, poll       time.Duration
+	rounds           int
 }
 
 func parseGuestBench(c *cli.Context) (b guestBench, err error) {
-	b = guestBench{disk: c.String("disk"), qemu: c.String("qemu"), json: c.String("json"), plot: c.String("plot"),
+	b = guestBench{disk: c.String("disk"), qemu: wordsOf(c, "qemu"), json: c.String("json"), plot: c.String("plot"),
 		write: c.Bool("write"), time: c.Duration("time"), rounds: c.Int("rounds")}
 	switch {
 	case b.time < time.Millisecond || b.time > time.Minute:
@@ -85,12 +88,6 @@ func parseGuestBench(c *cli.Context) (b guestBench, err error) {
 		return b, err
 	}
 	return b, checkPlot(b.plot)
-}
-
-// contender is a VMM to measure: its name, its program and arguments.
-type contender struct {
-	name string
-	args []string
 }
 
 // guestSample is one of the guest's measurements, as in the JSON file.
@@ -152,33 +149,27 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 	if _, err := kernel.Write(embedded.Image); err != nil {
 		return err
 	}
-	gvm, err := os.Executable()
-	if err != nil {
-		return err
-	}
 	words := []string{"bench", fmt.Sprintf("bench-ms=%d", b.time.Milliseconds())}
-	mode := ",readonly"
 	if b.write {
-		words, mode = append(words, "write"), ""
+		words = append(words, "write")
 	}
-	run := []string{gvm, "run", "--disk", strings.ReplaceAll(path, ",", ",,") + mode, "--poll", b.poll.String()}
-	for _, word := range words {
-		run = append(run, "--guest-arg", word)
-	}
-	vmms := []contender{{"gvm", run}}
-	if qemu, err := exec.LookPath(b.qemu); err != nil {
-		noQEMU(b.qemu)
-	} else {
+	vmms := []contender{{"gvm", nil}}
+	for _, q := range qemus(ctx, b.qemu) {
 		for _, cache := range []string{"writeback", "none"} {
 			for _, aio := range []string{"io_uring", "threads"} {
-				vmms = append(vmms, contender{"qemu " + aio + " " + cache,
-					qemuArgs(qemu, kernel.Name(), path, strings.Join(words, " "), aio, cache, b.write)})
+				vmms = append(vmms, contender{q.name + " " + aio + " " + cache,
+					q.withDisk(kernel.Name(), path, strings.Join(words, " "), aio, cache, b.write)})
 			}
 		}
 	}
 	var all []guestSample
 	_, err = inTurns(ctx, b.rounds, vmms, func(round int, v contender) error {
-		console, err := console(ctx, v.args)
+		var console []byte
+		if v.args == nil {
+			console, err = b.machine(ctx, path, words)
+		} else {
+			console, err = consoleOf(ctx, v.args)
+		}
 		if err != nil {
 			return err
 		}
@@ -210,9 +201,36 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 	return guestTable(w, all)
 }
 
-// console runs a machine and returns its console output. The error has the first line of the
-// program's standard error and its exit status.
-func console(ctx context.Context, args []string) ([]byte, error) {
+// machine runs the guest with the disk in this process and returns its console output.
+func (b guestBench) machine(ctx context.Context, path string, words []string) ([]byte, error) {
+	option := ""
+	if !b.write {
+		option = ",readonly"
+	}
+	d, err := disk.Parse(strings.ReplaceAll(path, ",", ",,") + option)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	var console bytes.Buffer
+	m, err := machine.Start(ctx, machine.Spec{
+		Name:      "bench",
+		Memory:    guestmem.Config{Size: 512 << 20},
+		GuestArgs: words,
+		Disks:     []disk.Spec{d},
+		Poll:      b.poll,
+		Console:   machine.Output(&console),
+		Note:      note,
+	})
+	if err != nil {
+		return nil, err
+	}
+	out, err := m.Wait()
+	return console.Bytes(), errors.Join(ended(out), err)
+}
+
+// consoleOf runs a program that is a machine and returns its console output. The error has the
+// first line of the program's standard error and its exit status.
+func consoleOf(ctx context.Context, args []string) ([]byte, error) {
 	c := exec.CommandContext(ctx, args[0], args[1:]...)
 	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) } // lets the program clean up
 	c.WaitDelay = 10 * time.Second
@@ -225,98 +243,72 @@ func console(ctx context.Context, args []string) ([]byte, error) {
 	return out, nil
 }
 
-var timingPrint = pattern(`(?m)^gvm: timing .*\n`)
-
-// said adds the first line of text, a program's error output without --timing lines, to err, with
-// the exit status.
-func said(err error, text string) error {
-	var exit *exec.ExitError
-	text, _, _ = strings.Cut(strings.TrimSpace(timingPrint().ReplaceAllString(text, "")), "\n")
-	switch {
-	case errors.As(err, &exit) && text != "":
-		return endError{exit.ExitCode(), errors.New(strings.TrimPrefix(text, "gvm: "))}
-	case err == nil:
-		return errors.New("the machine ended before its guest was ready")
-	}
-	return err
-}
-
-// qemuArgs returns the command line of a QEMU machine with the same guest and disk, in QEMU's
-// fastest configuration.
-func qemuArgs(qemu, kernel, path, words, aio, cache string, write bool) []string {
-	escape := func(s string) string { return strings.ReplaceAll(s, ",", ",,") }
-	onOff := map[bool]string{false: "off", true: "on"}
-	if abs, err := filepath.Abs(path); err == nil {
-		path = abs // QEMU takes text before a colon for a protocol
-	}
-	file := fmt.Sprintf("driver=file,filename=%s,node-name=f,read-only=%s,aio=%s,cache.direct=%s",
-		escape(path), onOff[!write], aio, onOff[cache == "none"])
-	if fi, err := os.Stat(path); err == nil && fi.Mode()&os.ModeDevice != 0 {
-		file = strings.Replace(file, "driver=file", "driver=host_device", 1)
-	}
-	return append(qemuMachine(qemu, "q35"), "-kernel", kernel, "-append", words,
-		"-object", "iothread,id=t", "-device", "virtio-scsi-pci,id=scsi,disable-legacy=on,iothread=t",
-		"-blockdev", file, "-blockdev", "driver=raw,file=f,node-name=d,read-only="+onOff[!write],
-		"-device", "scsi-hd,bus=scsi.0,drive=d")
-}
-
-// qemuMachine returns the command line of a QEMU machine with as few devices as gvm's.
-func qemuMachine(qemu, machine string) []string {
-	// Use the host's CPU without arch-capabilities, whose MSR not every KVM allows to set.
-	return []string{
-		qemu, "-M", machine, "-accel", "kvm", "-cpu", "max,-arch-capabilities", "-m", "512",
-		"-nodefaults", "-no-user-config",
-		"-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot",
-	}
-}
-
 // guestTable prints the medians of the rounds.
 func guestTable(w io.Writer, all []guestSample) error {
-	type key struct {
+	type load struct {
 		operation, driver string
 		depth             int
 	}
-	at := map[key]map[string][]guestSample{} // by VMM, one sample per round
-	var order []key
+	type turn struct {
+		load
+		round int
+	}
+	type row struct {
+		load
+		vmm string
+	}
+	turns, rows := map[turn][]guestSample{}, map[row][]guestSample{}
+	var loads []load
 	var vmms []string
 	for _, s := range all {
-		k := key{s.Operation, s.Driver, s.Depth}
-		if at[k] == nil {
-			at[k] = map[string][]guestSample{}
-			order = append(order, k)
+		l := load{s.Operation, s.Driver, s.Depth}
+		t, r := turn{l, s.Round}, row{l, s.VMM}
+		turns[t], rows[r] = append(turns[t], s), append(rows[r], s)
+		if !slices.Contains(loads, l) {
+			loads = append(loads, l)
 		}
-		at[k][s.VMM] = append(at[k][s.VMM], s)
 		if !slices.Contains(vmms, s.VMM) {
 			vmms = append(vmms, s.VMM)
 		}
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(t, "operation\tdriver\tdepth\tVMM\tkIOPS\t\tp50, µs\tp99, µs\tIOPS of best\tp50 of best\t")
-	for _, k := range order {
+	fmt.Fprintln(t, "operation\tdriver\tdepth\tVMM\tkIOPS\t\tp50, µs\tp99, µs\tgvm's IOPS of it\tgvm's p50 of it\t")
+	for _, l := range loads {
 		for _, vmm := range vmms {
 			var iops, p50, p99, more, less []float64
-			for _, s := range at[k][vmm] {
+			for _, s := range rows[row{l, vmm}] {
 				iops, p50, p99 = append(iops, s.IOPS/1e3), append(p50, s.P50/1e3), append(p99, s.P99/1e3)
-				best, quickest := 0.0, 0.0
-				for _, o := range all {
-					if o.VMM == "gvm" || o.Round != s.Round || o.Operation != s.Operation ||
-						o.Driver != s.Driver || o.Depth != s.Depth {
-						continue
-					}
-					if best = max(best, o.IOPS); quickest == 0 || o.P50 < quickest {
-						quickest = o.P50
-					}
-				}
-				more, less = append(more, s.IOPS/best), append(less, s.P50/quickest)
+				gvm, peer := ratioOf(turns[turn{l, s.Round}], vmm)
+				more, less = append(more, gvm.IOPS/peer.IOPS), append(less, gvm.P50/peer.P50)
 			}
 			ratios := "\t\t"
-			if vmm == "gvm" && len(vmms) > 1 {
+			if len(vmms) > 1 {
 				ratios = fmt.Sprintf("%.2f\t%.2f\t", median(more), median(less))
 			}
 			m := median(iops)
-			fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%.1f\t(%.1f–%.1f)\t%.1f\t%.1f\t%s\n", k.operation, k.driver, k.depth, vmm,
+			fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%.1f\t(%.1f–%.1f)\t%.1f\t%.1f\t%s\n", l.operation, l.driver, l.depth, vmm,
 				m, iops[0], iops[len(iops)-1], median(p50), median(p99), ratios)
 		}
 	}
 	return t.Flush()
+}
+
+// ratioOf returns gvm's sample of a turn, and the one to divide it by in the row of vmm: its own,
+// or in gvm's row the best figures of all others.
+func ratioOf(turn []guestSample, vmm string) (gvm, peer guestSample) {
+	for _, s := range turn {
+		switch {
+		case s.VMM == "gvm":
+			gvm = s
+		case vmm == "gvm":
+			peer.IOPS = max(peer.IOPS, s.IOPS)
+			if peer.P50 == 0 || s.P50 < peer.P50 {
+				peer.P50 = s.P50
+			}
+		}
+		if s.VMM == vmm && vmm != "gvm" {
+			peer = s
+		}
+	}
+	return gvm, peer
 }

@@ -26,9 +26,9 @@ const (
 	readOnlyEnv = "GVM_TEST_READ_ONLY"
 )
 
-// tooLong is the time after which a test gives up waiting: long enough for the lab on a busy
-// machine.
-const tooLong = 2 * time.Minute
+// tooLong is the time after which a test gives up waiting: long enough for the lab, and for QEMU's
+// firmware where KVM emulates it, on a busy machine.
+const tooLong = 4 * time.Minute
 
 // noTemp is an empty directory for the temporary files of every gvm; runtimeDir has the control
 // sockets.
