@@ -68,7 +68,8 @@ var may = []struct{ pkg, imports string }{
 	{"cmd/gvm-plot", "plot plot/draw"},
 	{"machine/disk", "devices/... control text"},
 	{"machine", "machine/disk control vmm/... devices/... kvmapi guestmem guest/embedded"},
-	{"cmd/gvm", "machine/... vmm/... devices/... kvmapi/... guestmem control plot text guest/embedded guest/bootinit"},
+	{"cmd/gvm", "machine/... vmm/... devices/... kvmapi/... guestmem control plot text guest/embedded guest/bootinit " +
+		"verdict/..."},
 }
 
 func matches(pattern, pkg string) bool {

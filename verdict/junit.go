@@ -50,7 +50,13 @@ func (r *Results) JUnit(w io.Writer) error {
 	kernel := &junitSuite{Name: "kernel"}
 	for _, report := range r.Reports {
 		if report.Fails {
-			kernel.add(string(report.Kind)+" "+report.Fingerprint, ktap.Fail, report.Title, report.Text)
+			log := report.Text
+			for _, f := range report.Frames {
+				if f.Source != "" {
+					log = append(log, fmt.Sprintf("%s+%#x %s", f.Symbol, f.Offset, f.Source))
+				}
+			}
+			kernel.add(string(report.Kind)+" "+report.Fingerprint, ktap.Fail, report.Title, log)
 		}
 	}
 	j.add(kernel)

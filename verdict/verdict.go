@@ -14,7 +14,8 @@ import (
 	"gvm/verdict/ktap"
 )
 
-// Policy says which of the kernel's reports fail a run.
+// Policy says which of the kernel's reports fail a run. A panic is none of them: it is an end of the
+// guest, which is known more surely than from the console alone.
 type Policy struct {
 	Fail   bool // all but WARN
 	Strict bool // WARN too
@@ -98,7 +99,7 @@ func (r *Reader) report(k klog.Report) {
 }
 
 func (p *Policy) fails(k klog.Report) bool {
-	return (p.Strict || p.Fail && k.Kind != klog.Warn) && !p.Allow.matches(k)
+	return k.Kind != klog.Panic && (p.Strict || p.Fail && k.Kind != klog.Warn) && !p.Allow.matches(k)
 }
 
 // Close reads a last line without an end and returns the results.

@@ -2,14 +2,20 @@ package verdict
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
+	"time"
+
+	"gvm/verdict/klog"
 )
 
 const console = `[    1.000000] KTAP version 1
@@ -71,6 +77,9 @@ func TestPolicy(t *testing.T) {
 		if r := read(console, tt.p); r.Failing != tt.want || (r.First() != nil) != (tt.want > 0) {
 			t.Errorf("%s: %d reports fail, want %d", tt.name, r.Failing, tt.want)
 		}
+	}
+	if r := read("Kernel panic - not syncing: no\n", Policy{Fail: true, Strict: true}); r.Failing != 0 {
+		t.Error("a panic fails by the policy")
 	}
 	if _, err := ReadAllow(strings.NewReader("ok\n(\n")); err == nil || !strings.HasPrefix(err.Error(), "line 2: ") {
 		t.Errorf("a wrong expression: %v", err)
@@ -148,6 +157,42 @@ func TestJSON(t *testing.T) {
 	read("", Policy{}).JSON(&out)
 	if !strings.Contains(out.String(), `"tests": []`) || !strings.Contains(out.String(), `"reports": []`) {
 		t.Errorf("empty results: %s", out.String())
+	}
+}
+
+// TestDecode decodes frames with a script that prints as the kernel's does, and ones that fail.
+func TestDecode(t *testing.T) {
+	script := filepath.Join(t.TempDir(), "decode_stacktrace.sh")
+	for _, tt := range []struct{ script, want string }{
+		{`while read -r line; do case $line in
+			*x]) echo "f (drivers/a.c:12) x" ;;
+			g.cold*) echo "g (lib/b.c:3 (discriminator 4) lib/c.h:5) " ;;
+			*) echo "$line " ;;
+			esac; done`, "f=drivers/a.c:12 g.cold=lib/b.c:3 (discriminator 4) lib/c.h:5 h= "},
+		{"echo one", "1 lines of output for 3 frames"},
+		{"exit 1", "exit status 1"},
+		{"sleep 1000", "signal: killed"},
+	} {
+		if err := os.WriteFile(script, []byte("#!/bin/sh\n"+tt.script+"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		if strings.HasPrefix(tt.script, "sleep") {
+			ctx, cancel = context.WithTimeout(t.Context(), time.Millisecond)
+		}
+		frames := []klog.Frame{{Symbol: "f", Offset: 1, Size: 2, Module: "x"}, {Symbol: "g.cold"}, {Symbol: "h"}}
+		got := ""
+		if err := Decode(ctx, script, "vmlinux", ".", frames); err != nil {
+			got = err.Error()
+		} else {
+			for _, f := range frames {
+				got += f.Symbol + "=" + f.Source + " "
+			}
+		}
+		cancel()
+		if !strings.HasSuffix(got, tt.want) && !strings.Contains(got, context.DeadlineExceeded.Error()) {
+			t.Errorf("%s: %s, want %s", tt.script, got, tt.want)
+		}
 	}
 }
 

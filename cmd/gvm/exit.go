@@ -11,11 +11,13 @@ import (
 // Exit statuses: a contract with scripts. README.md and `gvm help exit-status`
 // have the same table.
 const (
+	exitTests   = 1
 	exitUsage   = 2
 	exitHost    = 3
 	exitCrash   = 4
 	exitPanic   = 5
 	exitReset   = 6
+	exitFault   = 7
 	exitBug     = 70
 	exitTimeout = 124
 	exitHangup  = 129
@@ -25,6 +27,8 @@ const (
 const exitStatusHelp = `gvm run ends with one of these, and nothing else:
 
    0         the guest powered itself off, or its Linux kernel halted (halt -f)
+   1         with --junit or --results: a test failed or crashed, or the console
+             showed no results
    2         usage or configuration: a bad flag or value; a named file that is
              missing, unreadable, not a kernel, not a disk, or in use by another
              gvm, another process or the host
@@ -37,6 +41,8 @@ const exitStatusHelp = `gvm run ends with one of these, and nothing else:
              console); the message says how the guest ended after that
    6         the guest asked for a reset (--on-reset=reboot starts it again
              instead)
+   7         with --oops=fail or --strict: the guest ended well, but its kernel
+             reported a fault (oops, BUG, KASAN, lockdep, a stall and so on)
    70        a bug in gvm; the report is on standard error
    124       --timeout elapsed
    130       stopped by Ctrl-a x, or by an interrupt (SIGINT)
@@ -57,15 +63,20 @@ type configError struct{ error }
 
 func (e configError) Unwrap() error { return e.error }
 
-// exitStatus maps an error to the exit status of the process: 2 if the user can correct the input,
-// 3 if the host failed.
+// exitStatus maps an error to the exit status of the process: that of an end, 2 if the user can
+// correct the input, 3 if the host failed.
 func exitStatus(err error) int {
 	var (
+		end    endError
 		usage  usageError
 		config configError
 		words  cli.ExitCoder // help for an unknown command
 	)
 	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &end):
+		return end.status
 	case errors.As(err, &usage), errors.As(err, &words), errors.As(err, &config), machine.IsConfig(err):
 		return exitUsage
 	}

@@ -79,10 +79,6 @@ func gvm(args []string) (status int) {
 		return 0
 	}
 	stderr.say("gvm: " + errorText(err) + "\n")
-	var end endError
-	if errors.As(err, &end) {
-		return end.status
-	}
 	return exitStatus(err)
 }
 
@@ -117,7 +113,8 @@ func (k *keepError) Write(p []byte) (int, error) {
 func errorText(err error) string {
 	s := strings.TrimSpace(err.Error())
 	var end endError
-	if several(err) || errors.As(err, &end) && slices.Contains([]int{exitCrash, exitPanic, exitBug}, end.status) {
+	reports := []int{exitCrash, exitPanic, exitFault, exitBug}
+	if several(err) || errors.As(err, &end) && slices.Contains(reports, end.status) {
 		return text.Lines(s)
 	}
 	return text.Printable(s)

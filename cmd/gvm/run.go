@@ -40,6 +40,7 @@ type runConfig struct {
 	timeout    time.Duration
 	grace      time.Duration // the guest's time to power off when gvm is asked to end
 	timing     *timing       // nil: none
+	watch      *watch        // nil: none
 }
 
 var entries = map[string]boot.Protocol{"auto": 0, "pvh": boot.PVH32, "64": boot.Linux64}
@@ -66,7 +67,7 @@ EXAMPLES
    gvm help exit-status                             what the exit status says
 
 ` + guestWords(),
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"},
 				Usage: "bzImage or ELF vmlinux `FILE`", TakesFile: true},
 			&cli.GenericFlag{Name: "initrd", Aliases: []string{"i"}, Value: new(words),
@@ -114,7 +115,7 @@ EXAMPLES
 				Usage: "`N` virtio-scsi request queues (default: one per CPU); " +
 					"with backend=vhost each takes some 21 MiB of the kernel's memory"},
 			pollFlag(),
-		},
+		}, verdictFlags()...),
 		// The library searches all flags for each flag with an action, which takes 0.2 ms. No flag
 		// has one, and values are read from the parsed command line.
 		Before: func(c *cli.Context) error { c.Command.Flags = nil; return nil },
@@ -123,7 +124,11 @@ EXAMPLES
 			if err != nil {
 				return usageError{err}
 			}
-			return run(rc)
+			if err := rc.watch.open(); err != nil {
+				return err
+			}
+			_, err = rc.watch.finish(run(rc))
+			return err
 		},
 	}
 }
@@ -249,6 +254,12 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	if rc.kernel != "" && len(spec.GuestArgs) > 0 {
 		return rc, errors.New("--guest-arg is for the embedded guest; a kernel takes --cmdline")
 	}
+	if rc.watch, err = parseWatch(c, nil); err != nil {
+		return rc, err
+	}
+	if rc.watch != nil {
+		rc.watch.kernel = rc.kernel
+	}
 	for word := range strings.SplitSeq(strings.Join(spec.GuestArgs, " "), " ") {
 		if word != "" && !embedded.Known(word) {
 			return rc, unknownWord(word)
@@ -353,7 +364,7 @@ func run(rc runConfig) (err error) {
 			spec.Disks[i].Name())}
 	}
 	t := newTerminal(stop)
-	spec.Console = t
+	spec.Console = rc.watch.console(t)
 	defer func() { err = errors.Join(err, t.close()) }()
 	spec.Note, spec.Phase, spec.Stamp, spec.Words = note, rc.timing.phase, rc.timing.stamp, terminalSize()
 	spec.KernelCache, spec.Version = boot.CacheDir(), version

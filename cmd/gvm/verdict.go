@@ -1,0 +1,249 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"gvm/kvmapi/nowait"
+	"gvm/text"
+	"gvm/verdict"
+	"gvm/verdict/ktap"
+	"gvm/vmm"
+)
+
+// verdictFlags are the flags for what a console shows.
+func verdictFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "oops", Value: "ignore",
+			Usage: "when the guest's kernel reports a fault other than WARN, `ACTION` fail (status 7) or ignore"},
+		&cli.BoolFlag{Name: "strict", Usage: "--oops=fail, and WARN is a fault too"},
+		&cli.StringFlag{Name: "allow", TakesFile: true,
+			Usage: "`FILE` of faults that --oops=fail and --strict ignore: " +
+				"a fingerprint or a regular expression of the title a line"},
+		&cli.StringFlag{Name: "junit", TakesFile: true,
+			Usage: "write the results of the guest's tests (KTAP, TAP, LAVA) as JUnit into `FILE`; status 1 if one failed"},
+		&cli.StringFlag{Name: "results", TakesFile: true,
+			Usage: "the same as JSON, with the exit status and the kernel's reports, into `FILE`"},
+	}
+}
+
+// watch reads the console of a run for a verdict. A nil watch does nothing.
+type watch struct {
+	reader  *verdict.Reader
+	tests   bool   // the tests' results count
+	kernel  string // path, to decode call traces
+	outputs []*resultFile
+}
+
+// resultFile is a file for the results.
+type resultFile struct {
+	flag, path string
+	write      func(*verdict.Results, io.Writer) error
+	file       *os.File
+	made       bool
+}
+
+// parseWatch reads verdictFlags; nil if none is given.
+func parseWatch(c *cli.Context, ended func(t *ktap.Test, depth int)) (*watch, error) {
+	p := verdict.Policy{Strict: c.Bool("strict")}
+	switch v := c.String("oops"); v {
+	case "fail", "ignore":
+		p.Fail = v == "fail" || p.Strict
+	default:
+		return nil, text.OneOfNames("--oops ", v, []string{"fail", "ignore"})
+	}
+	if path := c.String("allow"); path != "" {
+		if !p.Fail {
+			return nil, errors.New("--allow needs --oops=fail or --strict")
+		}
+		b, err := readInput(path, 1<<20)
+		if err != nil {
+			return nil, fmt.Errorf("--allow: %w", err)
+		}
+		if p.Allow, err = verdict.ReadAllow(bytes.NewReader(b)); err != nil {
+			return nil, fmt.Errorf("--allow %s: %w", path, err)
+		}
+	}
+	w := &watch{}
+	for _, o := range []*resultFile{
+		{flag: "--junit", path: c.String("junit"), write: (*verdict.Results).JUnit},
+		{flag: "--results", path: c.String("results"), write: (*verdict.Results).JSON},
+	} {
+		if o.path != "" {
+			w.outputs = append(w.outputs, o)
+		}
+	}
+	if w.tests = len(w.outputs) > 0; !w.tests && !p.Fail {
+		return nil, nil
+	}
+	w.reader = verdict.NewReader(p, ended)
+	return w, nil
+}
+
+// open opens the files for the results and empties them: results of an earlier run must not be
+// taken for those of a run that dies.
+func (w *watch) open() (err error) {
+	if w == nil {
+		return nil
+	}
+	for _, o := range w.outputs {
+		if o.file, o.made, err = openOutput(o.path); err == nil {
+			err = fillOutput(o.file, o.made, nil)
+		}
+		if err != nil {
+			err = fmt.Errorf("%s: %w", o.flag, err)
+			break
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	for _, o := range w.outputs {
+		if o.made && o.file != nil {
+			err = errors.Join(err, nowait.Remove(o.file, o.path))
+		}
+	}
+	return errors.Join(err, w.close())
+}
+
+func (w *watch) close() (err error) {
+	for _, o := range w.outputs {
+		if o.file != nil {
+			err = errors.Join(err, o.file.Close())
+		}
+	}
+	return err
+}
+
+// console returns a console whose output w reads too.
+func (w *watch) console(to vmm.Console) vmm.Console {
+	if w == nil {
+		return to
+	}
+	return watched{to, w.reader}
+}
+
+type watched struct {
+	vmm.Console
+	reader *verdict.Reader
+}
+
+func (c watched) Write(p []byte) (int, error) {
+	_, _ = c.reader.Write(p)
+	return c.Console.Write(p)
+}
+
+// finish takes the error of a run, writes the results, and returns the error with the verdict: the
+// guest's end comes first, then the kernel's reports, then the tests.
+func (w *watch) finish(err error) (*verdict.Results, error) {
+	if w == nil {
+		return nil, err
+	}
+	r := w.reader.Close()
+	if exitStatus(err) < exitTimeout { // else the end was asked for, and is not to wait
+		w.decode(r)
+	}
+	switch first := r.First(); {
+	case err == nil && first != nil:
+		err = endError{exitFault, fmt.Errorf("the guest's kernel reported %s", faultText(r, first))}
+	case first != nil:
+		note(fmt.Sprintf("the guest's kernel reported %s: %s", first.Kind, first.Title))
+	case err != nil || !w.tests:
+	case r.Status == ktap.Fail || r.Status == ktap.Crash:
+		err = endError{exitTests, fmt.Errorf("tests failed: %s", countsText(r.Counts))}
+	case r.Status == ktap.None:
+		err = endError{exitTests, errors.New("no results of tests on the console (KTAP, TAP 13 or 14, LAVA)")}
+	}
+	if r.Exit = exitStatus(err); err != nil {
+		r.End = errorText(err)
+	}
+	for _, o := range w.outputs {
+		var b bytes.Buffer
+		werr := o.write(r, &b)
+		if werr == nil {
+			werr = fillOutput(o.file, false, b.Bytes())
+		}
+		if werr != nil {
+			err = errors.Join(err, fmt.Errorf("%s: %w", o.flag, werr))
+		}
+	}
+	return r, errors.Join(err, w.close())
+}
+
+// faultText describes the first report that fails the run, and its call trace.
+func faultText(r *verdict.Results, first *verdict.Report) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s: %s (fingerprint %s)", first.Kind, first.Title, first.Fingerprint)
+	if r.Failing > 1 {
+		fmt.Fprintf(&b, ", and %d more", r.Failing-1)
+	}
+	for _, f := range first.Frames {
+		if f.Sure {
+			fmt.Fprintf(&b, "\n  %s+%#x", f.Symbol, f.Offset)
+			if f.Source != "" {
+				fmt.Fprintf(&b, " %s", f.Source)
+			}
+		}
+	}
+	return b.String()
+}
+
+func countsText(c ktap.Counts) string {
+	return fmt.Sprintf("%d passed, %d failed, %d crashed, %d skipped", c.Passed, c.Failed, c.Crashed, c.Skipped)
+}
+
+// Bounds of decoding call traces: nm reads all of vmlinux for every function.
+const (
+	decodeTime    = 20 * time.Second
+	decodeReports = 3
+	decodeFrames  = 16
+)
+
+// decode finds the source lines of call traces, if the kernel lies in the tree where it was built.
+func (w *watch) decode(r *verdict.Results) {
+	tree, script := decodeScript(w.kernel)
+	if script == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), decodeTime)
+	defer cancel()
+	for i := range min(len(r.Reports), decodeReports) {
+		frames := r.Reports[i].Frames
+		frames = frames[:min(len(frames), decodeFrames)]
+		if len(frames) == 0 {
+			continue
+		}
+		if err := verdict.Decode(ctx, script, filepath.Join(tree, "vmlinux"), tree, frames); err != nil {
+			note(fmt.Sprintf("the call trace is not decoded: %v", err))
+			return
+		}
+	}
+}
+
+// decodeScript returns the build directory of a kernel and decode_stacktrace.sh of its source tree,
+// or "".
+func decodeScript(kernel string) (tree, script string) {
+	for _, image := range kernelImages {
+		abs, err := filepath.Abs(kernel)
+		tree, ok := strings.CutSuffix(abs, "/"+image)
+		if _, vmlinux := os.Stat(filepath.Join(tree, "vmlinux")); err != nil || !ok || vmlinux != nil {
+			continue
+		}
+		for _, source := range []string{tree, filepath.Join(tree, "source")} {
+			script := filepath.Join(source, "scripts/decode_stacktrace.sh")
+			if _, err := os.Stat(script); err == nil {
+				return tree, script
+			}
+		}
+	}
+	return "", ""
+}
