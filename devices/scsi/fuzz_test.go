@@ -70,6 +70,9 @@ func FuzzCDB(f *testing.F) {
 			f.Add(cdb, out, uint16(v.InLen), uint16(7), uint64(0), uint8(0))
 		}
 	}
+	for _, p := range scsi.Probes(blockSize, 15) {
+		f.Add(p.CDB, make([]byte, p.Out), uint16(p.In), uint16(7), uint64(0), uint8(0))
+	}
 	f.Add(cdb10(0x2a, 0x08, 1, 2), filled(1, 2), uint16(0), uint16(300), uint64(0), uint8(1))
 	f.Add(cdb16(0x88, 0x08, 15, 1), []byte{}, uint16(600), uint16(300), uint64(0), uint8(2))
 	f.Add(cdb10(0x2f, 0x02, 1, 1), filled(1, 1), uint16(0), uint16(1), uint64(0), uint8(0))
@@ -101,6 +104,10 @@ func FuzzCDB(f *testing.F) {
 		case scsi.CheckCondition:
 			if key != scsi.IllegalRequest && key != scsi.Miscompare && key != scsi.UnitAttention {
 				t.Errorf("sense key %x with a sound backend: % x", key, a.Sense)
+			}
+		case scsi.ReservationConflict:
+			if cdb[0] != 0x5f { // PERSISTENT RESERVE OUT needs a registration
+				t.Error("a reservation conflict without a reservation")
 			}
 		default:
 			t.Errorf("status %02x", a.Status)

@@ -3,6 +3,7 @@ package scsi_test
 import (
 	"bytes"
 	"encoding/hex"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -66,6 +67,28 @@ func TestNewCommand(t *testing.T) {
 	line := "| c0 | WRITE INVERTED(12) | 12 | 2-5 | 6-9 |  | blocks out | blocks | all |  |\n"
 	if !strings.Contains(scsi.CommandTable(), line) {
 		t.Errorf("the documentation lacks %q", line)
+	}
+	probes := map[string]bool{}
+	for _, p := range scsi.Probes(blockSize, blocks-1) {
+		if p.CDB[0] == 0xc0 {
+			probes[fmt.Sprintf("%x %d %d %v", p.CDB, p.In, p.Out, p.Writes)] = true
+		}
+	}
+	for _, want := range []string{
+		"c00000000000000000010000 0 512 true", // the first block
+		"c00000000007000000030000 0 1536 true",
+		"c000000007f8000000080000 0 4096 true", // the last ones
+		"c000000007ff000000020000 0 1024 true", // past them
+		"c00000000800000000010000 0 512 true",
+		"c000ffffffff000000010000 0 512 true",
+		"c00000000800000000000000 0 0 true",
+		"c00000000010000000010000 0 0 true", // buffers that do not fit
+		"c00000000010000000010000 0 256 true",
+		"c00000000010000000010000 0 2048 true",
+	} {
+		if !probes[want] {
+			t.Errorf("no probe is %s", want)
+		}
 	}
 	readOnly := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), ReadOnly: true})
 	expect(t, readOnly, cdb, filled(1, 2), 0, "CHECK 7/27/00")

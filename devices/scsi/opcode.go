@@ -71,6 +71,18 @@ func (f field) of(cdb []byte) uint64 {
 	return 0
 }
 
+// put writes the number into cdb, where it has zeroes. It reports whether the field has room.
+func (f field) put(cdb []byte, n uint64) bool {
+	if f.bits < 64 && n>>f.bits != 0 {
+		return false
+	}
+	for i := int(f.at) + (int(f.bits)+7)/8 - 1; n > 0; i-- {
+		cdb[i] |= byte(n)
+		n >>= 8
+	}
+	return true
+}
+
 // mark sets the bits of the field in b.
 func (f field) mark(b []byte) {
 	last := int(f.at) + (int(f.bits)+7)/8 - 1

@@ -2,6 +2,7 @@ package scsi_test
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 
 	"gvm/devices/block"
@@ -119,5 +120,30 @@ func TestCounts(t *testing.T) {
 			t.Errorf("%s: %d commands and %d bytes count, want %d and %d",
 				row.name, c-commands, b-bytes, want, wantBytes)
 		}
+	}
+}
+
+// TestProbes: each command has probes, with a CDB of its length, and a buffer for the data that it
+// transfers.
+func TestProbes(t *testing.T) {
+	probes, data := map[string]int{}, map[string]bool{}
+	for _, p := range scsi.Probes(blockSize, blocks-1) {
+		name := scsi.OpcodeName(p.CDB)
+		probes[name]++
+		length, dir, ok := scsi.CommandInfo(p.CDB)
+		if ok && (len(p.CDB) != length || p.In > 0 && dir != scsi.DataIn || p.Out > 0 && dir != scsi.DataOut) {
+			t.Errorf("%s: % x, %d bytes in, %d bytes out", name, p.CDB, p.In, p.Out)
+		}
+		data[name] = data[name] || p.In+p.Out > 0
+	}
+	for _, usage := range scsi.UsageData() {
+		name := scsi.OpcodeName(usage)
+		if _, dir, _ := scsi.CommandInfo(usage); probes[name] == 0 ||
+			!data[name] && dir != scsi.NoData && name != "READ CAPACITY(10)" && !strings.HasPrefix(name, "VERIFY(") {
+			t.Errorf("%s: %d probes, data %v", name, probes[name], data[name])
+		}
+	}
+	if probes["READ(16)"] != 16 || probes["MAINTENANCE IN, service action 00h"] != 1 || probes["UNMAP"] != 11 {
+		t.Errorf("%v", probes)
 	}
 }

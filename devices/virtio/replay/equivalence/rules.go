@@ -114,7 +114,8 @@ var rules = []rule{
 	{"both-ways", nil, func(r *request) bool { return r.Record.In > 0 && r.Record.Out > 0 }, "R9:good>good"},
 	{"overrun", nil, func(r *request) bool {
 		return r.A.Response == overrun && r.B.Response == 0
-	}, "R1:5/0e/03>5/0e/03 R1:5/0e/03>5/24/00 R1:5/0e/03>good R1:good>2/08/00 R1:good>5/24/00 R1:good>good"},
+	}, "R1:5/0e/03>2/08/00 R1:5/0e/03>5/0e/03 R1:5/0e/03>5/1a/00 R1:5/0e/03>5/20/00 R1:5/0e/03>5/24/00 R1:5/0e/03>good " +
+		"R1:good>2/08/00 R1:good>5/20/00 R1:good>5/24/00 R1:good>good R1:good>status28"},
 	{"underrun", nil, func(r *request) bool {
 		return !failed(&r.A) && r.A.Residual > 0 && (r.b == invalidIU || r.b == communication)
 	}, ""},
@@ -135,11 +136,13 @@ var rules = []rule{
 	}, "5/20/00>good 5/20/00>5/24/00"},
 	{"third-party-copy", nil, func(r *request) bool {
 		return r.cdb[0] == 0x83 || r.cdb[0] == 0x84
-	}, "good>5/20/00 5/24/00>5/20/00 5/1a/00>5/20/00 good>5/24/00 good>good"},
+	}, "good>5/20/00 5/24/00>5/20/00 5/1a/00>5/20/00 7/27/00>5/20/00 good>5/24/00 good>good good>status28"},
 	{"reservations", nil, func(r *request) bool {
-		return (r.cdb[0] == 0x5e || r.cdb[0] == 0x5f) && r.bytes(2, 3)
-	}, "good>good good>5/24/00 5/24/00>status18 status18>good"},
-	{"get-lba-status", nil, func(r *request) bool { return r.op("GET LBA STATUS") }, "good>5/24/00 good>5/20/00"},
+		return (r.cdb[0] == 0x5e || r.cdb[0] == 0x5f) && (failed(&r.B) || r.bytes(2, 3))
+	}, "good>good good>5/1a/00 good>5/24/00 5/1a/00>2/08/00 5/24/00>5/1a/00 5/24/00>status18 status18>2/08/00 " +
+		"status18>5/1a/00 status18>5/24/00 status18>good"},
+	{"get-lba-status", nil, func(r *request) bool { return r.op("GET LBA STATUS") },
+		"good>5/24/00 good>5/20/00 5/21/00>5/24/00 5/21/00>5/20/00"},
 	{"service-actions", nil, func(r *request) bool {
 		return r.a == invalidField && (r.cdb[0] == 0xa3 && r.cdb[1] != 0x0c && r.cdb[1] != 0x0d ||
 			r.cdb[0] == 0x9e && r.b == invalidOpcode)
@@ -187,13 +190,14 @@ var rules = []rule{
 	{"mode-subpages", nil, func(r *request) bool { return r.op("MODE SENSE") && r.cdb[3] != 0 }, "good>5/24/00"},
 	{"mode-select", nil, func(r *request) bool {
 		return r.op("MODE SELECT")
-	}, "5/1a/00>5/26/00 5/24/00>5/26/00 5/26/00>5/1a/00 5/26/00>5/24/00 good>5/1a/00 good>5/24/00 good>5/26/00"},
+	}, "5/1a/00>5/26/00 5/24/00>5/1a/00 5/24/00>5/26/00 5/24/00>good " +
+		"5/26/00>5/1a/00 5/26/00>5/24/00 good>5/1a/00 good>5/24/00 good>5/26/00"},
 
 	// Of what commands do.
 	{"verify", nil, func(r *request) bool { return r.op("VERIFY") && r.cdb[1]&6 != 0 }, "5/24/00>good e/1d/00>good"},
 	{"compare-and-write", nil, func(r *request) bool {
 		return r.op("COMPARE AND WRITE") && (r.cdb[13] != 1 || r.cdb[1]&0xe0 != 0 || r.b == invalidField)
-	}, "5/21/00>5/24/00 5/24/00>good good>5/24/00"},
+	}, "5/21/00>5/24/00 5/24/00>good good>5/24/00 e/1d/00>5/24/00"},
 	{"write-same-unmap", []string{"data"}, func(r *request) bool {
 		return r.op("READ") && r.corpus && r.lba == 1024 && r.Record.Device == 0
 	}, ""},
