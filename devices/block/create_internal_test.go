@@ -34,7 +34,7 @@ func TestCreatedAtOnce(t *testing.T) {
 		if other, err = os.OpenFile(path, os.O_RDWR, 0); err != nil {
 			t.Fatal(err)
 		}
-		if err := lock(int(other.Fd()), path, false, whole); err != nil {
+		if err := lock(int(other.Fd()), path, writing, whole); err != nil {
 			t.Fatal(err)
 		}
 	})

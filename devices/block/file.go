@@ -145,7 +145,7 @@ func openLocked(path string, o Options) (_ *File, err error) {
 		return nil, err
 	}
 	b.block = fi.Mode()&fs.ModeDevice != 0
-	if err := b.use(thingOf(fi), path, o.ReadOnly, whole); err != nil {
+	if err := b.use(thingOf(fi), path, accessOf(o.ReadOnly), whole); err != nil {
 		return nil, err
 	}
 	if err := b.lock(o); err != nil {

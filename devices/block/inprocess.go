@@ -11,7 +11,7 @@ import (
 type use struct {
 	of     thing
 	path   string // of the File
-	shared bool
+	access access
 	span   span
 }
 
@@ -20,17 +20,17 @@ var uses struct {
 	list []*use
 }
 
-// use registers that b has a range of t, which path leads to, until Close. Unless both only read, a
-// second use is a *LockedError.
-func (b *File) use(t thing, path string, shared bool, s span) error {
+// use registers that b has a range of t, which path leads to, until Close. A second
+// use that the first excludes is a *LockedError.
+func (b *File) use(t thing, path string, a access, s span) error {
 	uses.Lock()
 	defer uses.Unlock()
 	for _, u := range uses.list {
-		if u.of == t && !(u.shared && shared) && u.span.meets(s) && !slices.Contains(b.uses, u) {
+		if u.of == t && u.access.excludes(a) && u.span.meets(s) && !slices.Contains(b.uses, u) {
 			return &LockedError{Path: path, PID: os.Getpid(), Other: u.path}
 		}
 	}
-	u := &use{t, b.path, shared, s}
+	u := &use{t, b.path, a, s}
 	uses.list, b.uses = append(uses.list, u), append(b.uses, u)
 	return nil
 }

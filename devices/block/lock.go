@@ -48,16 +48,32 @@ var noLocks = []error{unix.ENOLCK, unix.EOPNOTSUPP, unix.ENOSYS, unix.EINVAL}
 // setLock sets or asks for a lock: a variable, so that tests can take it away.
 var setLock = unix.FcntlFlock
 
-// lock puts an open file description lock on a range of a file: shared to read, exclusive to write.
-// It goes with the descriptor, and cannot outlive the process.
-func lock(fd int, path string, shared bool, s span) error {
-	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: s.from, Len: s.length()}
+// lock puts open file description locks on a range of a file, exclusive to write it, else shared,
+// and on the mark of the access. They go with the descriptor, and cannot outlive the process.
+func lock(fd int, path string, a access, s span) error {
+	if err := lockRange(fd, path, unix.F_OFD_SETLK, a.shared(), s); err != nil {
+		return err
+	}
+	own, other, ok := a.marks()
+	if !ok {
+		return nil
+	}
+	if err := lockRange(fd, path, unix.F_OFD_SETLK, true, own); err != nil {
+		return err
+	}
+	return lockRange(fd, path, unix.F_OFD_GETLK, false, other)
+}
+
+// lockRange locks a range of a file, or only asks whether it could (F_OFD_GETLK).
+func lockRange(fd int, path string, command int, shared bool, s span) error {
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: s.from, Len: s.to - s.from}
 	if shared {
 		l.Type = unix.F_RDLCK
 	}
-	err := setLock(uintptr(fd), unix.F_OFD_SETLK, &l)
+	err := setLock(uintptr(fd), command, &l)
 	switch {
-	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EACCES):
+	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EACCES),
+		err == nil && command == unix.F_OFD_GETLK && l.Type != unix.F_UNLCK:
 		return &LockedError{Path: path, PID: lockHolder(fd, shared, s)}
 	case slices.ContainsFunc(noLocks, func(e error) bool { return errors.Is(err, e) }):
 		return badImage(ErrNoLocks, path, "the file system has no locks (%v), so nothing would keep another machine"+
@@ -71,7 +87,7 @@ func lock(fd int, path string, shared bool, s span) error {
 // Lock locks a file of gvm's that is no image against being taken as one, if its file system has
 // locks. It goes with the descriptor.
 func Lock(f *os.File, path string, shared bool) error {
-	if err := lock(int(f.Fd()), path, shared, whole); errors.Is(err, ErrLocked) {
+	if err := lock(int(f.Fd()), path, accessOf(shared), whole); errors.Is(err, ErrLocked) {
 		return err
 	}
 	return nil
@@ -140,7 +156,7 @@ func command(pid int) string {
 // lock locks the image. Where there are no locks, one that is only read goes on without, as does
 // any with NoLock.
 func (b *File) lock(o Options) error {
-	err := lock(b.fd, b.path, o.ReadOnly, whole)
+	err := lock(b.fd, b.path, accessOf(o.ReadOnly), whole)
 	if errors.Is(err, ErrNoLocks) && (o.ReadOnly || o.NoLock) {
 		if o.Note != nil && !o.NoLock {
 			o.Note(b.path + ": the file system has no locks:" +

@@ -2,6 +2,7 @@ package block_test
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -20,8 +21,14 @@ import (
 // with "read ", and hold it until its standard input ends.
 const holdEnv = "GVM_TEST_HOLD"
 
+// sysfsEnv names its directory in place of /sys.
+const sysfsEnv = "GVM_TEST_SYSFS"
+
 func TestMain(m *testing.M) {
 	if path := os.Getenv(holdEnv); path != "" {
+		if dir := os.Getenv(sysfsEnv); dir != "" {
+			block.SetSysfs(dir)
+		}
 		path, readOnly := strings.CutPrefix(path, "read ")
 		f, err := block.Open(path, block.Options{ReadOnly: readOnly, NoLock: true})
 		if err != nil {
@@ -65,6 +72,35 @@ func otherHas(t *testing.T, what string) (pid int, close func()) {
 	return c.Process.Pid, close
 }
 
+// pair is a use of storage by one process, and another's, and whether they exclude each other.
+type pair struct {
+	has, wants string
+	conflict   bool
+}
+
+func tryPairs(t *testing.T, pairs ...pair) {
+	t.Helper()
+	for _, v := range pairs {
+		pid, end := otherHas(t, v.has)
+		path, readOnly := strings.CutPrefix(v.wants, "read ")
+		o := block.Options{ReadOnly: readOnly, NoLock: true} // which is no override
+		f, err := block.Open(path, o)
+		if err == nil {
+			f.Close()
+		}
+		who := fmt.Sprintf("in use by process %d (", pid)
+		if (err != nil) != v.conflict || v.conflict && !strings.Contains(err.Error(), who) {
+			t.Errorf("one has %s, another wants %s: %v; want a conflict: %t", v.has, v.wants, err, v.conflict)
+		}
+		end()
+		if f, err = block.Open(path, o); err != nil {
+			t.Errorf("%s, when no other has it: %v", v.wants, err)
+			continue
+		}
+		f.Close()
+	}
+}
+
 // TestRanges: what one gvm has, by whatever name, another does not write, and what it writes no
 // other has; parts of a file or disk that do not overlap are different storage.
 func TestRanges(t *testing.T) {
@@ -81,33 +117,7 @@ func TestRanges(t *testing.T) {
 		return path
 	}
 	again, diskAgain := node(p1), node(disk)
-	type pair struct {
-		has, wants string
-		conflict   bool
-	}
-	try := func(pairs ...pair) {
-		t.Helper()
-		for _, v := range pairs {
-			pid, end := otherHas(t, v.has)
-			path, readOnly := strings.CutPrefix(v.wants, "read ")
-			o := block.Options{ReadOnly: readOnly, NoLock: true} // which is no override
-			f, err := block.Open(path, o)
-			if err == nil {
-				f.Close()
-			}
-			who := fmt.Sprintf("in use by process %d (", pid)
-			if (err != nil) != v.conflict || v.conflict && !strings.Contains(err.Error(), who) {
-				t.Errorf("one has %s, another wants %s: %v; want a conflict: %t", v.has, v.wants, err, v.conflict)
-			}
-			end()
-			if f, err = block.Open(path, o); err != nil {
-				t.Errorf("%s, when no other has it: %v", v.wants, err)
-				continue
-			}
-			f.Close()
-		}
-	}
-	try([]pair{
+	tryPairs(t, []pair{
 		{"read " + img, one, true}, // the base of an overlay
 		{"read " + img, two, true},
 		{one, "read " + img, true},
@@ -149,7 +159,7 @@ func TestRanges(t *testing.T) {
 	for i, of := range []string{p1, p2} {
 		mknod(t, of, disk+"p"+strconv.Itoa(i+1))
 	}
-	try([]pair{
+	tryPairs(t, []pair{
 		{"read " + disk, p1, true},
 		{p2, "read " + disk, true},
 		{p1, p2, false},
@@ -177,5 +187,117 @@ func mknod(t *testing.T, of, path string) {
 	case unix.EEXIST: // the kernel's
 	default:
 		t.Fatal(err)
+	}
+}
+
+// TestParts: of a device of device mapper or md, gvm does not know which parts of the devices below
+// it has. Two such devices on one are different storage. One that is written excludes every disk
+// that has a part of the device or file below, and one that is read those that write it.
+func TestParts(t *testing.T) {
+	needs(t, "losetup", "addpart")
+	img := image(t, "disk.img", "", 32*mib)
+	disk := loop(t, img, "--partscan")
+	part := partition(t, disk, 1, 2048, 2048)
+	one, two := loop(t, image(t, "one", "", mib)), loop(t, image(t, "two", "", mib))
+	raid := loop(t, image(t, "raid", "", mib))
+	dir := fakeSysfs(t, map[string][]string{one: {disk}, two: {disk}, raid: {one}})
+	defer block.SetSysfs(dir)()
+	t.Setenv(sysfsEnv, dir)
+	tryPairs(t, []pair{
+		{one, two, false},
+		{"read " + one, two, false},
+		{two, "read " + one, false},
+		{"read " + img, one, true}, // the base of an overlay
+		{one, "read " + img, true},
+		{"read " + img, raid, true},
+		{raid, "read " + img, true},
+		{"read " + disk, one, true},
+		{raid, "read " + disk, true},
+		{"read " + part, one, true},
+		{one, "read " + part, true},
+		{part, one, true},
+		{one, part, true},
+		{part, "read " + one, true},
+		{"read " + one, part, true},
+		{"read " + one, "read " + img, false},
+		{"read " + part, "read " + one, false},
+	}...)
+	// In one process likewise.
+	base := open(t, img, block.Options{ReadOnly: true})
+	refused(t, one, img+": given twice")
+	base.Close()
+	w := open(t, one, block.Options{})
+	open(t, two, block.Options{}).Close()
+	if _, err := block.Open(img, block.Options{ReadOnly: true}); err == nil ||
+		!strings.Contains(err.Error(), "given twice: "+one) {
+		t.Errorf("the file below a device that is written: %v", err)
+	}
+	w.Close()
+}
+
+// fakeSysfs returns a directory like /sys in which loop devices are devices of device mapper or md
+// on others.
+func fakeSysfs(t *testing.T, slaves map[string][]string) string {
+	t.Helper()
+	dir := t.TempDir()
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	check(errors.Join(os.MkdirAll(dir+"/dev/block", 0o700), os.Mkdir(dir+"/block", 0o700)))
+	for _, in := range []string{"/dev/block/", "/block/"} {
+		entries, err := os.ReadDir("/sys" + in)
+		check(err)
+		for _, e := range entries {
+			name, err := filepath.EvalSymlinks("/sys" + in + e.Name())
+			check(err)
+			if _, ok := slaves["/dev/"+filepath.Base(name)]; ok {
+				name = dir + "/" + filepath.Base(name)
+			}
+			check(os.Symlink(name, dir+in+e.Name()))
+		}
+	}
+	for dev, below := range slaves {
+		own := dir + "/" + filepath.Base(dev)
+		check(os.MkdirAll(own+"/slaves", 0o700))
+		number, err := os.ReadFile("/sys/block/" + filepath.Base(dev) + "/dev")
+		check(errors.Join(err, os.WriteFile(own+"/dev", number, 0o600)))
+		for _, lower := range below {
+			check(os.Symlink(dir+"/block/"+filepath.Base(lower), own+"/slaves/"+filepath.Base(lower)))
+		}
+	}
+	return dir
+}
+
+// TestHolders: a device that device mapper or md has is named with its user, and how to end that.
+func TestHolders(t *testing.T) {
+	needs(t, "losetup")
+	for _, tt := range []struct{ holder, file, text, want string }{
+		{"dm-0", "dm/name", "vg-data\n",
+			"/dev/mapper/vg-data; dmsetup remove (or vgchange -an, cryptsetup close) that first"},
+		{"md127", "md/level", "raid1\n", "/dev/md127; mdadm --stop that first"},
+	} {
+		lower := loop(t, image(t, "lower", "", mib))
+		dir := fakeSysfs(t, map[string][]string{lower: {}})
+		holder := filepath.Join(dir, filepath.Base(lower), "holders", tt.holder, tt.file)
+		err := errors.Join(os.MkdirAll(filepath.Dir(holder), 0o700), os.WriteFile(holder, []byte(tt.text), 0o600))
+		if err != nil {
+			t.Fatal(err)
+		}
+		undo := block.SetSysfs(dir)
+		want := lower + ": may change while the guest reads it: " + lower + " is part of " + tt.want
+		if note := reads(t, lower); note != want {
+			t.Errorf("noted %q, want %q", note, want)
+		}
+		// The kernel has it with O_EXCL.
+		f, err := os.OpenFile(lower, os.O_RDONLY|unix.O_EXCL, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		refused(t, lower, lower+" is part of "+tt.want)
+		f.Close()
+		undo()
 	}
 }

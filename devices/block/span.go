@@ -8,16 +8,71 @@ import (
 // span is a range of the bytes of a file or device.
 type span struct{ from, to int64 }
 
-// whole has every byte that there is, or will be.
-var whole = span{0, math.MaxInt64}
+// whole has every byte that there is, or will be. No storage has the last two of a lock's range.
+var whole = span{0, math.MaxInt64 - 2}
+
+// The marks tell apart shared locks: each of two uses that exclude each other locks its own mark
+// shared, and then asks for the other's.
+var (
+	markRead  = span{math.MaxInt64 - 2, math.MaxInt64 - 1} // of reading
+	markParts = span{math.MaxInt64 - 1, math.MaxInt64}     // of writingParts
+)
+
+// access is the use of a range of storage.
+type access int
+
+const (
+	reading access = iota
+	writing
+	readingParts // reads parts of the range, it is not known which
+	writingParts // writes parts of the range, it is not known which
+)
+
+// accessOf is that of a disk to all of its own storage.
+func accessOf(readOnly bool) access {
+	if readOnly {
+		return reading
+	}
+	return writing
+}
+
+// parts is the access to what is below a device whose ranges there are not known.
+func (a access) parts() access {
+	switch a {
+	case reading:
+		return readingParts
+	case writing:
+		return writingParts
+	}
+	return a
+}
+
+// shared tells whether the lock of the range is shared.
+func (a access) shared() bool { return a != writing }
+
+// marks returns the mark of a, and the one that excludes it; false if a has none.
+func (a access) marks() (own, other span, ok bool) {
+	switch a {
+	case reading:
+		return markRead, markParts, true
+	case writingParts:
+		return markParts, markRead, true
+	}
+	return span{}, span{}, false
+}
+
+// excludes tells whether no two uses may have a range in common as a and o.
+func (a access) excludes(o access) bool {
+	return !a.shared() || !o.shared() || min(a, o) == reading && max(a, o) == writingParts
+}
 
 // part returns where s, a range of something that begins at byte off of a file or device and has n
 // bytes there, all to the end if n is 0, is in that.
 func (s span) part(off, n uint64) span {
-	shift := func(at int64) int64 { return int64(min(off+uint64(at), math.MaxInt64)) }
+	shift := func(at int64) int64 { return int64(min(off+uint64(at), uint64(whole.to))) }
 	all := whole.to
 	if n > 0 {
-		all = int64(min(off+n, math.MaxInt64))
+		all = int64(min(off+n, uint64(whole.to)))
 	}
 	return span{shift(s.from), min(shift(s.to), all)}
 }
@@ -25,17 +80,9 @@ func (s span) part(off, n uint64) span {
 // meets tells whether the two have bytes in common.
 func (s span) meets(o span) bool { return max(s.from, o.from) < min(s.to, o.to) }
 
-// length is that of a lock: 0 to the end, however far that is.
-func (s span) length() int64 {
-	if s.to == whole.to {
-		return 0
-	}
-	return s.to - s.from
-}
-
 // spanOfLock returns what the last words of a line of fdinfo say, "0 EOF" or "4096 8191".
 func spanOfLock(from, last string) span {
-	s := whole
+	s := span{0, math.MaxInt64}
 	_, _ = fmt.Sscan(from, &s.from)
 	if _, err := fmt.Sscan(last, &s.to); err == nil {
 		s.to++

@@ -44,14 +44,14 @@ func (b *File) claim(o Options) error {
 	}
 	// Locks are of nodes: this is the one that all have.
 	if name := devName(st.Rdev); !nowait.Leads(name, b.f) {
-		if err := b.lockBelow(name, thing{rdev: st.Rdev}, whole, o.ReadOnly, 0); err != nil {
+		if err := b.lockBelow(name, thing{rdev: st.Rdev}, whole, accessOf(o.ReadOnly), 0); err != nil {
 			return fmt.Errorf("%s: is %w", b.path, err)
 		}
 	}
-	if err := b.lockPartitions(st.Rdev, whole, o.ReadOnly); err != nil {
+	if err := b.lockPartitions(st.Rdev, whole, accessOf(o.ReadOnly)); err != nil {
 		return err
 	}
-	return b.claimBelow(st.Rdev, whole, o.ReadOnly, o, 0)
+	return b.claimBelow(st.Rdev, whole, accessOf(o.ReadOnly), o, 0)
 }
 
 // usedBy returns what has the image that no lock and no claim of it shows, and what to do
@@ -80,12 +80,12 @@ func (b *File) usedBy(st *unix.Stat_t, o Options) string {
 // lockPartitions locks those partitions of a disk that have a part of s. Their disk is locked by no
 // partition: to lock a range of it for writing it has to be open for writing, and when that ends
 // udev has the kernel read the partition table anew, which takes all partitions away for a moment.
-func (b *File) lockPartitions(disk uint64, s span, shared bool) error {
+func (b *File) lockPartitions(disk uint64, s span, a access) error {
 	files, _ := filepath.Glob(sysDir(disk) + "/*/partition")
 	for _, file := range files {
 		dir := filepath.Dir(file)
 		if rdev, ok := readDev(dir + "/dev"); ok && partSpan(dir, whole).meets(s) {
-			if err := b.lockBelow("/dev/"+filepath.Base(dir), thing{rdev: rdev}, whole, shared, 0); err != nil {
+			if err := b.lockBelow("/dev/"+filepath.Base(dir), thing{rdev: rdev}, whole, a, 0); err != nil {
 				return fmt.Errorf("%s: has the partition %w", b.path, err)
 			}
 		}
@@ -96,21 +96,30 @@ func (b *File) lockPartitions(disk uint64, s span, shared bool) error {
 // claimBelow locks what a block device stands on: of the file or device below a loop device, or
 // below the one that a partition is of, the range that s, of the device, is there. A loop device
 // that is written claims the device below it. Which ranges a device of device mapper or md has is
-// not known: what is below those is locked shared, whole.
-func (b *File) claimBelow(rdev uint64, s span, shared bool, o Options, depth int) error {
+// not known: two such devices on one may be used at the same time, but not one that is written and a
+// disk that has a known range.
+func (b *File) claimBelow(rdev uint64, s span, a access, o Options, depth int) error {
 	dir := sysDir(rdev)
 	if depth > 16 || s.from >= s.to { // deeper than the kernel goes, or nothing
 		return nil
 	}
 	if disk, ok := diskOf(dir); ok {
-		return b.claimBelow(disk, partSpan(dir, s), shared, o, depth+1)
+		return b.claimBelow(disk, partSpan(dir, s), a, o, depth+1)
 	}
 	below, _ := filepath.Glob(dir + "/slaves/*/dev")
 	for _, file := range below {
-		if lower, ok := readDev(file); ok {
-			if err := b.claimBelow(lower, whole, true, o, depth+1); err != nil {
-				return err
-			}
+		lower, ok := readDev(file)
+		if !ok {
+			continue
+		}
+		if err := b.lockBelow(devName(lower), thing{rdev: lower}, whole, a.parts(), 0); err != nil {
+			return fmt.Errorf("%s: has a part of %w", b.path, err)
+		}
+		if err := b.lockPartitions(lower, whole, a.parts()); err != nil {
+			return err
+		}
+		if err := b.claimBelow(lower, whole, a.parts(), o, depth+1); err != nil {
+			return err
 		}
 	}
 	path, err := os.ReadFile(dir + "/loop/backing_file")
@@ -136,7 +145,7 @@ func (b *File) claimBelow(rdev uint64, s span, shared bool, o Options, depth int
 		claim = unix.O_EXCL
 	}
 	s = loopSpan(dir, s)
-	if err := b.lockBelow(name, t, s, shared, claim); err != nil {
+	if err := b.lockBelow(name, t, s, a, claim); err != nil {
 		return fmt.Errorf("%s: is a loop device on %w", b.path, err)
 	}
 	if by := t.loops(filepath.Base(realPath(dir)), s, o.ReadOnly); by != "" && !o.ReadOnly {
@@ -145,26 +154,26 @@ func (b *File) claimBelow(rdev uint64, s span, shared bool, o Options, depth int
 	if t.rdev == 0 {
 		return nil
 	}
-	if err := b.lockPartitions(t.rdev, s, shared); err != nil {
+	if err := b.lockPartitions(t.rdev, s, a); err != nil {
 		return err
 	}
-	return b.claimBelow(t.rdev, s, shared, o, depth+1)
+	return b.claimBelow(t.rdev, s, a, o, depth+1)
 }
 
 // lockBelow locks a range of t, which name leads to, and claims it with O_EXCL as claim. What the
 // user may only read is locked shared, which keeps out those that write all of it; what the user
 // may not open is left, as the user may have the device above alone.
-func (b *File) lockBelow(name string, t thing, s span, shared bool, claim int) error {
-	if err := b.use(t, name, shared, s); err != nil {
+func (b *File) lockBelow(name string, t thing, s span, a access, claim int) error {
+	if err := b.use(t, name, a, s); err != nil {
 		return err
 	}
 	flags := os.O_RDWR | unix.O_NONBLOCK | claim
-	if shared {
+	if a.shared() {
 		flags = os.O_RDONLY | unix.O_NONBLOCK | claim
 	}
 	lower, err := os.OpenFile(name, flags, 0)
-	if err != nil && !shared && !(claim != 0 && errors.Is(err, unix.EBUSY)) {
-		shared = true
+	if err != nil && !a.shared() && !(claim != 0 && errors.Is(err, unix.EBUSY)) {
+		a = reading
 		lower, err = os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|claim, 0)
 	}
 	switch {
@@ -177,7 +186,7 @@ func (b *File) lockBelow(name string, t thing, s span, shared bool, claim int) e
 	if fi, err := lower.Stat(); err != nil || thingOf(fi) != t {
 		return nil // the name leads elsewhere
 	}
-	if err := lock(int(lower.Fd()), name, shared, s); errors.Is(err, ErrLocked) {
+	if err := lock(int(lower.Fd()), name, a, s); errors.Is(err, ErrLocked) {
 		return err
 	}
 	return nil
@@ -233,7 +242,7 @@ func (t thing) behind(loop string) bool {
 			return t.rdev != 0 && i.Rdevice == t.rdev || t.rdev == 0 && i.Device == t.dev && i.Inode == t.ino
 		}
 	}
-	path, err := os.ReadFile("/sys/block/" + loop + "/loop/backing_file")
+	path, err := os.ReadFile(sysfs + "/block/" + loop + "/loop/backing_file")
 	return err == nil && t.is(strings.TrimSuffix(string(path), "\n"))
 }
 
@@ -253,7 +262,7 @@ func (t thing) loops(but string, s span, reader bool) string {
 // loop is loops at this moment; going says that the device has no user that is known, and
 // goes with its last one.
 func (t thing) loop(but string, s span, reader bool) (by string, going bool) {
-	files, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	files, _ := filepath.Glob(sysfs + "/block/loop*/loop/backing_file")
 	for _, file := range files {
 		dir := filepath.Dir(filepath.Dir(file))
 		name := filepath.Base(dir)
@@ -435,8 +444,11 @@ func diskOf(dir string) (disk uint64, ok bool) {
 	return readDev(realPath(dir) + "/../dev")
 }
 
+// sysfs is a variable for tests.
+var sysfs = "/sys"
+
 func sysDir(rdev uint64) string {
-	return fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(rdev), unix.Minor(rdev))
+	return fmt.Sprintf("%s/dev/block/%d:%d", sysfs, unix.Major(rdev), unix.Minor(rdev))
 }
 
 // devName is the name that the kernel gives a block device.

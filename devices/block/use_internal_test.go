@@ -95,11 +95,11 @@ func TestLockErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer other.Close()
-	if err := lock(int(other.Fd()), img, true, whole); !errors.Is(err, ErrLocked) {
+	if err := lock(int(other.Fd()), img, reading, whole); !errors.Is(err, ErrLocked) {
 		t.Errorf("lock=off where locks work: the image can be locked: %v", err)
 	}
 	f.Close()
-	if err := lock(int(other.Fd()), img, true, whole); err != nil {
+	if err := lock(int(other.Fd()), img, reading, whole); err != nil {
 		t.Fatal(err)
 	}
 	if f, err := Open(img, Options{NoLock: true}); !errors.Is(err, ErrLocked) {
