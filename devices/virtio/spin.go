@@ -14,7 +14,9 @@ const (
 	// A look that was away from its core for so long, and gave it up to another thread, was not alone
 	// on it. An interrupt, or a host that runs another virtual machine there, takes as long.
 	preempted = 20 * time.Microsecond
-	// aloneAgain is for how many sleeps there is no look after that.
+	// crowded such looks in succession end the looks for aloneAgain sleeps. One may be due to the other
+	// side's thread, which the scheduler moves to an idle core when it wakes next.
+	crowded    = 3
 	aloneAgain = 64
 )
 
@@ -34,9 +36,10 @@ type spin struct {
 	next  int                  // rest after a trial that fails
 	crowd int                  // sleeps until the core is looked at as free again
 	clock func() time.Duration // since some time before
-	// switches counts how often the thread had to give up its core.
+	// switches counts how often the thread had to give up its core, and switched is the last count.
 	switches func() int64
-	switched int64 // at the last look
+	switched int64
+	strikes  int // looks that gave up their core since one found an event
 }
 
 // started is for spin.clock: time.Since reads the monotonic clock alone, in half the time of time.Now.
@@ -69,13 +72,16 @@ func (s *spin) until(event func() bool) bool {
 	start := s.clock()
 	for last := start; last-start < s.now; {
 		if event() {
-			s.next = minRest
+			s.next, s.strikes = minRest, 0
 			return true
 		}
 		now := s.clock()
 		if now-last > preempted {
 			if n := s.switches(); n != s.switched {
-				s.now, s.crowd, s.switched = 0, aloneAgain, n
+				s.switched = n
+				if s.strikes++; s.strikes == crowded {
+					s.now, s.crowd, s.strikes = 0, aloneAgain, 0
+				}
 				return false
 			}
 		}

@@ -77,8 +77,8 @@ func TestSpinTrial(t *testing.T) {
 	}
 }
 
-// TestSpinCrowded: a look that gave its core to another thread ends, and there is none for a while.
-// One that an interrupt or the host kept from its core goes on.
+// TestSpinCrowded: when looks gave their core to another thread several times in succession, there is
+// none for a while. One that an interrupt or the host kept from its core goes on.
 func TestSpinCrowded(t *testing.T) {
 	s := testSpin(25*2*preempted, 2*preempted)
 	s.now = s.max
@@ -88,9 +88,17 @@ func TestSpinCrowded(t *testing.T) {
 	}
 	given := int64(0)
 	s.switches = func() int64 { return given }
-	calls = 0
-	if s.until(func() bool { calls++; given = int64(calls / 3); return false }) || calls != 3 {
-		t.Errorf("%d looks, want 3", calls)
+	for _, found := range []int{2, 1, crowded} { // an event after so many looks that gave the core away
+		for i := range found {
+			calls = 0
+			if s.until(func() bool { calls++; given++; return false }) || calls != 1 {
+				t.Errorf("%d looks, want one", calls)
+			}
+			if crowd := i == crowded-1; (s.now == 0) != crowd {
+				t.Errorf("it looks for %v after %d looks that gave the core away", s.now, i+1)
+			}
+		}
+		s.until(func() bool { return true })
 	}
 	for i := range aloneAgain {
 		if s.waited(us(1)); s.now != 0 {
