@@ -245,14 +245,14 @@ func (ds *Set) openImage(d Spec) (block.Backend, error) {
 }
 
 // unit returns the target's configuration of the disk's unit.
-func (d *Spec) unit(b block.Backend) scsi.UnitConfig {
-	serial := d.Serial
-	if serial == "" && d.Storage != Image {
-		serial = fmt.Sprintf("gvm-memory-%d", max(d.LUN, 0))
+func (s *Spec) unit(b block.Backend) scsi.UnitConfig {
+	serial := s.Serial
+	if serial == "" && s.Storage != Image {
+		serial = fmt.Sprintf("gvm-memory-%d", max(s.LUN, 0))
 	}
-	physical := max(d.Physical/max(d.BlockSize, 1), 1)
-	return scsi.UnitConfig{Backend: b, Serial: serial, ReadOnly: d.ReadOnly, BlockSize: d.BlockSize, Cache: d.Cache,
-		PhysicalBlockExponent: bits.TrailingZeros(uint(physical)), IOPS: d.IOPS, Bandwidth: d.BPS}
+	physical := max(s.Physical/max(s.BlockSize, 1), 1)
+	return scsi.UnitConfig{Backend: b, Serial: serial, ReadOnly: s.ReadOnly, BlockSize: s.BlockSize, Cache: s.Cache,
+		PhysicalBlockExponent: bits.TrailingZeros(uint(physical)), IOPS: s.IOPS, Bandwidth: s.BPS}
 }
 
 // Attach makes the disk a unit of gvm's own target.

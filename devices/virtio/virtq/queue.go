@@ -326,12 +326,11 @@ func (q *Queue) EnableKicks() (more bool) {
 	return q.Available() != q.nextAvail
 }
 
-// Available returns the driver's available idx as it is now, and Position the
-// one that Next has reached: both count chains since the queue was set up,
-// modulo 65536.
+// Available returns the driver's available idx as it is now. It counts chains since the queue was
+// set up, modulo 65536.
 func (q *Queue) Available() uint16 { return guestmem.LoadUint16(q.avail[idxOff:]) }
 
-// Position: see Available.
+// Position returns the available idx that Next has reached, which counts as Available does.
 func (q *Queue) Position() uint16 { return q.nextAvail }
 
 // Base returns the index of the next available entry to take by a Queue that
