@@ -274,7 +274,8 @@ func (d *Device) activate() {
 	case !d.master:
 		err = errors.New("bus mastering is off")
 	default:
-		act := virtio.Activation{
+		a.state = stopped
+		a.Activation = virtio.Activation{
 			Mem: d.cfg.Mem, Features: d.accepted, Queues: make([]virtio.Queue, len(d.queues)),
 			Broken:        func(err error) { d.broken(a, err) },
 			ConfigChanged: func() { d.changed(a) },
@@ -288,13 +289,12 @@ func (d *Device) activate() {
 			if q.enabled {
 				v.Layout = virtq.Layout{Size: q.size, Desc: q.desc, Driver: q.driver, Device: q.used}
 			}
-			act.Queues[i] = v
+			a.Queues[i] = v
 		}
-		err = d.cfg.Device.Activate(act)
+		d.proceed(a)
+		return
 	}
-	if err != nil {
-		d.broken(a, fmt.Errorf("activate: %w", err))
-	}
+	d.broken(a, fmt.Errorf("activate: %w", err))
 }
 
 // broken sets DEVICE_NEEDS_RESET and tells the driver, once per activation.

@@ -28,8 +28,10 @@ type device struct {
 
 	alone  sync.Mutex // held by every method
 	config []byte
-	active *virtio.Activation // nil unless activated and not reset
+	active *virtio.Activation // nil unless activated and neither stopped nor reset
 	starts int
+	bases  []uint16                          // what Stop returns
+	stops  func(context.Context) error       // what Stop waits for; nil: nothing
 	last   atomic.Pointer[virtio.Activation] // for goroutines that do not hold it
 
 	startErr, stopErr error
@@ -56,7 +58,7 @@ func (d *device) Activate(a virtio.Activation) error {
 	defer d.enter()()
 	d.starts++
 	if d.active != nil {
-		d.t.Error("activated twice without a reset")
+		d.t.Error("activated twice without a stop")
 	}
 	if d.startErr != nil {
 		return d.startErr
@@ -75,9 +77,18 @@ func (d *device) Activate(a virtio.Activation) error {
 	return nil
 }
 
-func (d *device) Stop(context.Context) ([]uint16, error) {
-	d.t.Error("the transport stops a device instead of resetting it")
-	return nil, nil
+func (d *device) Stop(ctx context.Context) ([]uint16, error) {
+	defer d.enter()()
+	if d.active == nil {
+		d.t.Error("stopped without being active")
+	}
+	if d.stops != nil {
+		if err := d.stops(ctx); err != nil {
+			return nil, err
+		}
+	}
+	d.active = nil
+	return d.bases, nil
 }
 
 func (d *device) Reset() error {

@@ -5,10 +5,12 @@
 package vpci
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/bits"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -55,7 +57,7 @@ type Doorbells interface {
 	RemoveDoorbell(addr uint64, fd *eventfd.FD) error
 }
 
-// Config is what New needs; all but Log is required.
+// Config is what New needs; all but Log and Context is required.
 type Config struct {
 	Name      string // for messages
 	Device    virtio.Device
@@ -66,6 +68,9 @@ type Config struct {
 	// fault, what the machine refused. A guest can cause any number of calls.
 	// It comes from any goroutine, with locks held: it does not call back.
 	Log func(error)
+	// Context ends when the guest need not be waited for any more: a CPU that clears Bus Master Enable
+	// waits for the device until then. nil does not end.
+	Context context.Context
 }
 
 // queue is a virtqueue. What is not setup never changes: a doorbell that causes
@@ -88,7 +93,19 @@ type setup struct {
 type activation struct {
 	broken  atomic.Bool
 	vectors bool // some queue has an MSI-X vector
+
+	// Device.mu guards these.
+	state             activationState
+	virtio.Activation // with the bases to continue at, if the device is stopped
 }
+
+type activationState int
+
+const (
+	failed activationState = iota // the device is reset
+	active
+	stopped
+)
 
 // Device is a virtio device on PCI.
 //
@@ -108,6 +125,7 @@ type Device struct {
 	cfgVector atomic.Uint32
 	gen       atomic.Uint32 // config_generation, the low 8 bits
 	act       atomic.Pointer[activation]
+	paused    atomic.Bool
 
 	mu             sync.Mutex
 	status         byte // without DEVICE_NEEDS_RESET, which is act's
@@ -126,6 +144,9 @@ type Device struct {
 func New(c Config) (*Device, error) {
 	if c.Log == nil {
 		c.Log = func(error) {}
+	}
+	if c.Context == nil {
+		c.Context = context.Background()
 	}
 	d := &Device{cfg: c, seen: c.Device.Config()}
 	d.cfgLen = len(d.seen)
@@ -302,16 +323,103 @@ func (d *Device) disconnect(base uint64) {
 }
 
 // command follows the bus master bit. Without it a function must not touch
-// memory (PCI 3.0, 6.2.2), and Linux clears it before kexec for exactly that:
-// a device that is active stops, and its driver has to reset it. It lowers its line:
-// the next kernel may enable a device that shares it first.
+// memory (PCI 3.0, 6.2.2): the device stops, and continues when the bit is set.
+//
+// Linux clears the bit before kexec, and the next kernel sets it before it resets the
+// device, whose rings are not there any more. But to find the sizes of the BARs it turned
+// memory decoding off before, which a driver that only clears the bit for a while has
+// no reason to do. So then the device does not continue, and its driver has to reset it.
+// It lowers its line: the next kernel may enable a device that shares it first.
 func (d *Device) command(command uint16) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.master = command&pci.CommandMaster != 0
-	if a := d.act.Load(); a != nil && !d.master {
-		d.stuck = d.cfg.Device.Reset()
-		d.broken(a, errors.Join(errors.New("bus mastering was turned off"), d.stuck))
-		d.intx.reset()
+	a := d.act.Load()
+	if a == nil {
+		return
 	}
+	if !d.master {
+		if err := d.stop(d.cfg.Context, a); err != nil { // the machine ends
+			d.fail(a, fmt.Errorf("bus mastering was turned off: %w", err))
+		}
+		if command&pci.CommandMemory == 0 && a.state == stopped {
+			d.fail(a, errors.New("bus mastering and memory decoding were turned off"))
+		}
+	}
+	d.proceed(a)
+}
+
+// stop stops the device if it is active. If it does not, because ctx ends first, stop returns the cause of
+// ctx. A device that cannot stop fails. The caller holds mu.
+func (d *Device) stop(ctx context.Context, a *activation) error {
+	if a.state != active {
+		return nil
+	}
+	bases, err := d.cfg.Device.Stop(ctx)
+	switch {
+	case err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx)):
+		return err
+	case err != nil:
+		d.fail(a, fmt.Errorf("stop: %w", err))
+		return nil
+	}
+	a.state = stopped
+	for i, base := range bases {
+		a.Queues[i].Base = base
+	}
+	return nil
+}
+
+// proceed has a stopped device continue if nothing keeps it from that. The caller holds mu.
+func (d *Device) proceed(a *activation) {
+	if a.state != stopped || !d.master || d.paused.Load() {
+		return
+	}
+	a.state = active
+	act := a.Activation
+	act.Queues = slices.Clone(a.Queues) // the device keeps them
+	if err := d.cfg.Device.Activate(act); err != nil {
+		a.state = failed
+		d.broken(a, fmt.Errorf("activate: %w", err))
+	}
+}
+
+// fail resets the device, and tells the driver to do that too. The caller holds mu.
+func (d *Device) fail(a *activation, err error) {
+	d.stuck = d.cfg.Device.Reset()
+	a.state = failed
+	d.broken(a, errors.Join(err, d.stuck))
+	d.intx.reset()
+}
+
+// Pause stops the device, if a driver uses it, until Resume. It does not wait: done gets nil when
+// everything in flight is finished, or the cause of ctx, with the device as it was, if ctx ended first. A
+// device that cannot give up (see virtio.Device's Stop) does not answer before its storage does.
+func (d *Device) Pause(ctx context.Context) (done <-chan error) {
+	d.paused.Store(true)
+	return d.later(func(a *activation) error { return d.stop(ctx, a) })
+}
+
+// Resume has the device continue after Pause, also one that has not stopped yet. It does not wait: done
+// gets nil then.
+func (d *Device) Resume() (done <-chan error) {
+	d.paused.Store(false)
+	return d.later(func(*activation) error { return nil })
+}
+
+// later runs do, if there is an activation, and then has the device continue if it may, in a goroutine: mu
+// may be held as long as storage takes.
+func (d *Device) later(do func(*activation) error) <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		var err error
+		if a := d.act.Load(); a != nil {
+			err = do(a)
+			d.proceed(a)
+		}
+		done <- err
+	}()
+	return done
 }
