@@ -333,11 +333,11 @@ func (m *Machine) Name() string { return m.name }
 // Paused reports whether the machine is paused.
 func (m *Machine) Paused() bool { return m.pauser.Paused() }
 
-// Pause stops the CPUs and returns when none runs, or with the cause of ctx. Errors are those of
-// vmm.Pauser.Pause.
+// Pause stops the CPUs and the devices, and returns when all that they have begun is finished. If ctx
+// ends first, the machine runs on. Errors are those of vmm.Pauser.Pause.
 func (m *Machine) Pause(ctx context.Context) error { return m.pauser.Pause(ctx) }
 
-// Resume continues the CPUs after Pause or after a failure of a disk with error=stop.
+// Resume continues the machine after Pause or after a failure of a disk with error=stop.
 func (m *Machine) Resume() error { return m.pauser.Resume() }
 
 // Stop presses the guest's power button, and stops the machine with cause when the guest has not

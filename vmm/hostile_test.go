@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"context"
 	"encoding/binary"
 	"math/rand/v2"
 	"sync"
@@ -169,8 +170,8 @@ func (h *hostile) act() {
 		h.get(&h.mmio, h.bar(slot, 0)+aligned(0x3020), size)
 	case n < 22:
 		h.put(&h.mmio, h.bar(slot, 0)+aligned(0x40), size, h.value())
-	case n < 23: // INTx and MSI-X, whose capability is the first
-		h.put(&h.mmio, h.config(slot)+4, 2, pci.CommandMemory|pci.CommandMaster|h.Uint64N(2)<<10)
+	case n < 23: // bus mastering, INTx and MSI-X, whose capability is the first
+		h.put(&h.mmio, h.config(slot)+4, 2, pci.CommandMemory|h.Uint64N(2)<<2|h.Uint64N(2)<<10)
 		h.put(&h.mmio, h.config(slot)+0x42, 2, h.Uint64N(4)<<14)
 	case n < 24:
 		h.get(&h.mmio, h.bar(slot, 0)+0x1000, 1)
@@ -184,7 +185,7 @@ func (h *hostile) act() {
 }
 
 // TestHostileCPUs has several CPUs access every device of a machine at random at the same time,
-// while the host changes disks. It looks for races, panics and deadlocks; at the end the devices
+// while the host changes disks and pauses devices. It looks for races, panics and deadlocks; at the end the devices
 // must start anew.
 func TestHostileCPUs(t *testing.T) {
 	target := scsi.NewTarget()
@@ -237,6 +238,15 @@ func TestHostileCPUs(t *testing.T) {
 			disk.Event(vscsi.TransportReset, lun, vscsi.ResetRescan)
 			if err := target.Detach(lun); err != nil {
 				t.Error(err)
+			}
+			for _, v := range m.virtio {
+				ctx, cancel := context.WithTimeout(t.Context(), 50*time.Microsecond)
+				v.Pause(ctx)
+				if paused := v.Pause(ctx); rand.IntN(2) == 0 {
+					<-paused
+				}
+				v.Resume()
+				cancel()
 			}
 		}
 	})

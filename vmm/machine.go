@@ -182,6 +182,7 @@ func (m *machine) addPCI() error {
 			Vectors:   m.irqs.vector,
 			Doorbells: doorbells{m.vm},
 			Log:       m.deviceTrouble,
+			Context:   m.life,
 		})
 		if err != nil {
 			return err

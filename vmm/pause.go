@@ -3,6 +3,7 @@ package vmm
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 
@@ -12,8 +13,9 @@ import (
 // Pauser pauses and resumes the vCPUs of a running machine, and presses its power button. The zero
 // value is for one Config. Its methods may be called from any goroutine.
 //
-// A paused machine stays paused over a reset; cancelling Run's context ends it. Its devices finish
-// the requests they have, unless they Hold the machine.
+// A paused machine stays paused over a reset; cancelling Run's context ends it. In a Pause its devices
+// are stopped, with everything in flight finished, and continue after it. A request that Holds the
+// machine keeps its device from that, and continues after the resume.
 type Pauser struct {
 	wanted atomic.Bool // whether release is set, for vCPUs to check
 
@@ -22,6 +24,8 @@ type Pauser struct {
 	release chan struct{} // closed by Resume; nil: not paused
 	stopped chan struct{} // closed once every vCPU has stopped
 	parked  int           // vCPUs of m that have stopped for release
+	holds   int           // calls of Hold that wait for release
+	giveUp  func(error)   // ends a Pause that waits for devices; nil: none does
 	over    chan struct{} // closed when Run returns
 }
 
@@ -30,10 +34,24 @@ var (
 	ErrNotRunning = errors.New("the machine does not run")
 	ErrPaused     = errors.New("the machine is paused")
 	ErrNotPaused  = errors.New("the machine is not paused")
+	errHeld       = errors.New("a request holds the machine")
 )
 
-// Pause returns once no vCPU is in the guest. If ctx ends first, it resumes them all. It returns
-// ErrNotPaused if Resume was called first.
+// BusyError is the error of a Pause whose context ended while a device waited for its storage.
+type BusyError struct {
+	Device string
+	Err    error // the cause of the context
+}
+
+func (e *BusyError) Error() string {
+	return fmt.Sprintf("%s does not finish the guest's requests: %v", e.Device, e.Err)
+}
+
+func (e *BusyError) Unwrap() error { return e.Err }
+
+// Pause returns once no vCPU is in the guest, and no device has anything in flight but requests that
+// Hold the machine. If ctx ends first, it resumes the machine. It returns ErrNotPaused if Resume was
+// called first.
 func (p *Pauser) Pause(ctx context.Context) error {
 	p.mu.Lock()
 	if p.m == nil || p.release != nil {
@@ -51,24 +69,69 @@ func (p *Pauser) Pause(ctx context.Context) error {
 	}
 	select {
 	case <-stopped:
-		return nil
+		err = p.stopDevices(ctx, release)
 	case <-over:
 		return ErrNotRunning
 	case <-release:
 		return ErrNotPaused
 	case <-ctx.Done():
+		err = context.Cause(ctx)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.release == release {
+	p.giveUp = nil
+	switch {
+	case p.m == nil:
+		return ErrNotRunning
+	case p.release != release:
+		return ErrNotPaused
+	case err != nil:
 		p.resume()
 	}
-	return context.Cause(ctx)
+	return err
+}
+
+// stopDevices stops the devices for the Pause that made release. A request that holds the machine may be
+// in flight after it.
+func (p *Pauser) stopDevices(ctx context.Context, release chan struct{}) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	p.mu.Lock()
+	m := p.m
+	if m == nil || p.release != release || p.holds > 0 {
+		p.mu.Unlock()
+		return nil
+	}
+	p.giveUp = cancel
+	var stops []<-chan error
+	for _, v := range m.virtio {
+		stops = append(stops, v.Pause(ctx))
+	}
+	p.mu.Unlock()
+	defer context.AfterFunc(m.life, func() { cancel(ErrNotRunning) })()
+	for i, stopped := range stops {
+		select {
+		case err := <-stopped:
+			if err == nil {
+				continue
+			}
+		case <-ctx.Done():
+		}
+		switch cause := context.Cause(ctx); cause {
+		case errHeld:
+			return nil
+		case ErrNotPaused, ErrNotRunning:
+			return cause
+		default:
+			return &BusyError{deviceName(i, m.cfg.Devices[i]), cause}
+		}
+	}
+	return nil
 }
 
 // want asks every vCPU to stop. The caller holds mu.
 func (p *Pauser) want() error {
-	p.release, p.stopped, p.parked = make(chan struct{}), make(chan struct{}), 0
+	p.release, p.stopped, p.parked, p.holds = make(chan struct{}), make(chan struct{}), 0, 0
 	p.wanted.Store(true)
 	err := p.m.kick()
 	if err != nil {
@@ -89,7 +152,17 @@ func (p *Pauser) Hold(ctx context.Context) (resumed bool) {
 		return false
 	}
 	release := p.release
+	if p.holds++; p.giveUp != nil {
+		p.giveUp(errHeld)
+	}
 	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.release == release {
+			p.holds--
+		}
+	}()
 	select {
 	case <-release:
 		return true
@@ -99,7 +172,7 @@ func (p *Pauser) Hold(ctx context.Context) (resumed bool) {
 	return false
 }
 
-// Resume lets the vCPUs go on.
+// Resume lets the devices and the vCPUs go on.
 func (p *Pauser) Resume() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -118,6 +191,12 @@ func (p *Pauser) resume() {
 	p.wanted.Store(false)
 	close(p.release)
 	p.release = nil
+	if p.giveUp != nil {
+		p.giveUp(ErrNotPaused)
+	}
+	for _, v := range p.m.virtio {
+		v.Resume()
+	}
 }
 
 // PowerButton presses the machine's power button, and reports whether the guest listens.

@@ -21,12 +21,17 @@ type lifecycle struct {
 	once    sync.Once
 	outcome Outcome
 	ended   chan struct{}
+	life    context.Context // done when ended is closed
+	endLife context.CancelFunc
 	stop    atomic.Bool
 	threads sync.WaitGroup // of the vCPUs
 	closing atomic.Value   // string: the thread or device that takeDown waits for
 }
 
-func (l *lifecycle) init() { l.ended = make(chan struct{}) }
+func (l *lifecycle) init() {
+	l.ended = make(chan struct{})
+	l.life, l.endLife = context.WithCancel(context.Background())
+}
 
 // end sets the outcome unless there is one. It does not wait.
 func (l *lifecycle) end(o Outcome) {
@@ -34,6 +39,7 @@ func (l *lifecycle) end(o Outcome) {
 		l.outcome = o
 		l.stop.Store(true)
 		close(l.ended)
+		l.endLife()
 	})
 }
 

@@ -30,6 +30,7 @@ import (
 type remote struct {
 	info control.Info
 	*machine.Machine
+	pausePatience time.Duration
 }
 
 func (r *remote) Info() control.Info {
@@ -41,14 +42,14 @@ func (r *remote) Info() control.Info {
 	return i
 }
 
-// pausePatience bounds the wait for CPUs. A CPU may be blocked on console output that no program
-// reads.
+// pausePatience bounds the wait of a pause for CPUs and devices. A CPU may be blocked on console output
+// that no program reads, a device by storage that does not answer.
 const pausePatience = 10 * time.Second
 
 var errNotPausing = control.Errorf(http.StatusGatewayTimeout, "a CPU does not stop: is the output of gvm run taken?")
 
 func (r *remote) Pause(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, pausePatience, errNotPausing)
+	ctx, cancel := context.WithTimeoutCause(ctx, r.pausePatience, errNotPausing)
 	defer cancel()
 	return r.pauseError(r.Machine.Pause(ctx))
 }
@@ -57,7 +58,12 @@ func (r *remote) Resume() error { return r.pauseError(r.Machine.Resume()) }
 
 // pauseError converts a Pauser's error for the control socket.
 func (r *remote) pauseError(err error) error {
+	var busy *vmm.BusyError
 	switch {
+	case errors.As(err, &busy) && errors.Is(err, errNotPausing):
+		return control.Errorf(http.StatusGatewayTimeout,
+			"%s does not finish the guest's requests: does its storage answer, and are iops= and bps= not too low?",
+			busy.Device)
 	case errors.Is(err, vmm.ErrPaused):
 		return control.Errorf(http.StatusConflict, "machine %s is paused already", r.info.Name)
 	case errors.Is(err, vmm.ErrNotPaused):
@@ -240,10 +246,11 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 }
 
 func pauseCommand() *cli.Command {
-	return stateCommand("pause", "stop the CPUs of a running machine",
-		`The CPUs stop until gvm resume; the machine can be ended meanwhile, and its
-disks can be changed. Requests that the guest has made of its disks are
-finished, and --timeout of gvm run goes on.
+	return stateCommand("pause", "stop the CPUs and devices of a running machine",
+		`The CPUs and devices stop until gvm resume; the machine can be ended
+meanwhile, and its disks can be changed. Requests that a disk has begun are
+finished first; if that takes more than 10 s, gvm pause fails and the machine
+runs on. --timeout of gvm run goes on.
 
 EXAMPLES
    gvm pause          if one machine runs

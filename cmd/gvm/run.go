@@ -382,7 +382,7 @@ func run(rc runConfig) (err error) {
 	}
 	end.begin(m.Stop)
 	if socket != nil {
-		socket.Serve(&remote{rc.info(), m})
+		socket.Serve(&remote{rc.info(), m, pausePatience})
 	}
 	settle := time.AfterFunc(settled, panics.Func(func() {
 		debug.SetGCPercent(collect)
