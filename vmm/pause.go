@@ -110,12 +110,17 @@ func (p *Pauser) stopDevices(ctx context.Context, release chan struct{}) error {
 	p.mu.Unlock()
 	defer context.AfterFunc(m.life, func() { cancel(ErrNotRunning) })()
 	for i, stopped := range stops {
+		err := context.Canceled
 		select {
-		case err := <-stopped:
-			if err == nil {
-				continue
-			}
+		case err = <-stopped:
 		case <-ctx.Done():
+			select { // both may be ready
+			case err = <-stopped:
+			default:
+			}
+		}
+		if err == nil {
+			continue
 		}
 		switch cause := context.Cause(ctx); cause {
 		case errHeld:

@@ -80,7 +80,7 @@ func writing(t *testing.T, p *Pauser, retry func(error) bool) (*watched, *hooked
 	go func() {
 		out, err := Run(ctx, sys, Config{
 			Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t), CmdLine: "write journal",
-			Devices: []virtio.Device{rng.New(), dev}, Console: c, Pauser: p,
+			Devices: []virtio.Device{dev, rng.New()}, Console: c, Pauser: p,
 		})
 		if err != nil {
 			t.Error(err)
@@ -228,7 +228,7 @@ func TestPauseBusy(t *testing.T) {
 			t.Errorf("%s: %v", tt.name, err)
 		}
 		var busy *BusyError
-		if is := errors.As(err, &busy); is != (tt.want == why) || is && busy.Device != "virtio device 1 (type 8)" {
+		if is := errors.As(err, &busy); is != (tt.want == why) || is && busy.Device != "virtio device 0 (type 8)" {
 			t.Errorf("%s: %v", tt.name, err)
 		}
 		close(free)
