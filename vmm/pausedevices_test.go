@@ -81,6 +81,11 @@ func writing(t *testing.T, p *Pauser, retry func(error) bool) (*watched, *hooked
 		out, err := Run(ctx, sys, Config{
 			Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t), CmdLine: "write journal",
 			Devices: []virtio.Device{dev, rng.New()}, Console: c, Pauser: p,
+			Note: func(s string) {
+				if t.Log(s); strings.HasPrefix(s, "virtio device") { // a busy host may delay a vCPU
+					t.Error("the machine's end waits for a device")
+				}
+			},
 		})
 		if err != nil {
 			t.Error(err)
@@ -132,7 +137,7 @@ func TestPauseDevices(t *testing.T) {
 		}
 	}
 	c.progress()
-	if out := stop(); out.Ending != Stopped || out.Left {
+	if out := stop(); out.Ending != Stopped {
 		t.Errorf("%+v", out)
 	}
 }
@@ -176,7 +181,7 @@ func TestPauseHeld(t *testing.T) {
 		}
 		c.progress()
 	}
-	if out := stop(); out.Ending != Stopped || out.Left {
+	if out := stop(); out.Ending != Stopped {
 		t.Errorf("%+v", out)
 	}
 }
