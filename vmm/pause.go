@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 
 	"gvm/kvmapi"
+	"gvm/panics"
 )
 
 // Pauser pauses and resumes the vCPUs of a running machine, and presses its power button. The zero
@@ -108,7 +109,7 @@ func (p *Pauser) stopDevices(ctx context.Context, release chan struct{}) error {
 		stops = append(stops, v.Pause(ctx))
 	}
 	p.mu.Unlock()
-	defer context.AfterFunc(m.life, func() { cancel(ErrNotRunning) })()
+	defer context.AfterFunc(m.life, panics.Func(func() { cancel(ErrNotRunning) }))()
 	for i, stopped := range stops {
 		err := context.Canceled
 		select {

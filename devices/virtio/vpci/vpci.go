@@ -18,6 +18,7 @@ import (
 	"gvm/devices/virtio"
 	"gvm/guestmem"
 	"gvm/kvmapi/eventfd"
+	"gvm/panics"
 )
 
 // PCI identity (virtio 1.3, 4.1.2) and capabilities (4.1.4).
@@ -411,7 +412,7 @@ func (d *Device) Resume() (done <-chan error) {
 // may be held as long as storage takes.
 func (d *Device) later(do func(*activation) error) <-chan error {
 	done := make(chan error, 1)
-	go func() {
+	panics.Go(func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		var err error
@@ -420,6 +421,6 @@ func (d *Device) later(do func(*activation) error) <-chan error {
 			d.proceed(a)
 		}
 		done <- err
-	}()
+	})
 	return done
 }
