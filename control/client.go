@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/text"
 )
 
 // maxAnswer bounds an answer, with room to spare.
@@ -191,10 +193,10 @@ func ask[T any](ctx context.Context, c *Client, method, path string, body any) (
 		return answer, nil
 	}
 	var e struct {
-		Error Text `json:"error"`
+		Error text.Name `json:"error"`
 	}
 	if json.Unmarshal(b, &e) != nil || e.Error == "" {
-		e.Error = Text(resp.Status)
+		e.Error = text.Name(resp.Status)
 	}
 	return answer, &Error{resp.StatusCode, string(e.Error)}
 }

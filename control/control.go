@@ -10,17 +10,19 @@ import (
 	"fmt"
 	"net/http"
 	"time"
+
+	"gvm/text"
 )
 
 // Info describes a machine.
 type Info struct {
-	Name   string `json:"name"`
-	PID    int    `json:"pid"`
-	GVM    string `json:"gvm"`    // version
-	Kernel Text   `json:"kernel"` // path of the kernel, "" for the embedded guest
-	CPUs   int    `json:"cpus"`
-	Memory uint64 `json:"memory"` // bytes
-	State  State  `json:"state"`
+	Name   string    `json:"name"`
+	PID    int       `json:"pid"`
+	GVM    string    `json:"gvm"`    // version
+	Kernel text.Name `json:"kernel"` // path of the kernel, "" for the embedded guest
+	CPUs   int       `json:"cpus"`
+	Memory uint64    `json:"memory"` // bytes
+	State  State     `json:"state"`
 }
 
 // State is the state of a machine.
@@ -33,21 +35,21 @@ const (
 
 // Disk is a logical unit of the guest.
 type Disk struct {
-	LUN       int    `json:"lun"`
-	Path      Text   `json:"path,omitempty"`    // absolute; "" for memory and for kernel targets
-	Storage   string `json:"storage,omitempty"` // of a disk without a path: mem or null
-	WWN       string `json:"wwn,omitempty"`     // of a kernel target
-	Serial    Text   `json:"serial,omitempty"`
-	Size      int64  `json:"size"` // bytes
-	BlockSize int    `json:"block_size"`
-	ReadOnly  bool   `json:"readonly"`
-	Cache     string `json:"cache"`
-	Backend   string `json:"backend"`
-	Change    string `json:"change,omitempty"` // in progress: Adding, Removing or Resizing
+	LUN       int       `json:"lun"`
+	Path      text.Name `json:"path,omitempty"`    // absolute; "" for memory and for kernel targets
+	Storage   string    `json:"storage,omitempty"` // of a disk without a path: mem or null
+	WWN       string    `json:"wwn,omitempty"`     // of a kernel target
+	Serial    text.Name `json:"serial,omitempty"`
+	Size      int64     `json:"size"` // bytes
+	BlockSize int       `json:"block_size"`
+	ReadOnly  bool      `json:"readonly"`
+	Cache     string    `json:"cache"`
+	Backend   string    `json:"backend"`
+	Change    string    `json:"change,omitempty"` // in progress: Adding, Removing or Resizing
 
 	// Options has the options of --disk that are not at their defaults, as they were given. An option
 	// without a value has its name as value.
-	Options map[string]Text `json:"options,omitempty"`
+	Options map[string]text.Name `json:"options,omitempty"`
 }
 
 // Changes of a disk in progress.
@@ -60,10 +62,10 @@ const (
 // AddDisk is the body of POST /v1/disks.
 type AddDisk struct {
 	// Disk is the disk in the syntax of gvm run --disk.
-	Disk Text `json:"disk"`
+	Disk text.Name `json:"disk"`
 	// Dir is the base of a relative path in Disk. Without it such a path is refused: the machine
 	// has its own working directory.
-	Dir Text `json:"dir,omitempty"`
+	Dir text.Name `json:"dir,omitempty"`
 }
 
 // ResizeDisk is the body of POST /v1/disks/ID/resize.

@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/text"
 )
 
 // fake is a machine with a list of disks.
@@ -82,7 +84,7 @@ func (f *fake) AddDisk(_ context.Context, a AddDisk) (Change, error) {
 		return Change{}, Errorf(http.StatusConflict, "%s is there", path)
 	}
 	d := Disk{Path: a.Disk, LUN: len(f.disks), Serial: a.Dir, Size: 512, BlockSize: 512, Cache: "writeback",
-		Backend: "process", Options: map[string]Text{"serial": a.Disk}}
+		Backend: "process", Options: map[string]text.Name{"serial": a.Disk}}
 	f.disks[path] = d
 	return Change{d, Told}, nil
 }
@@ -157,13 +159,13 @@ func TestClient(t *testing.T) {
 		t.Errorf("%+v, %v, want an empty list", list, err)
 	}
 	for _, path := range []string{"/a b/c%2F?d#e", ".", "..", "7", "ü", "<&>", "\xff\xe4.img"} {
-		want := Disk{Path: Text(path), Serial: "/home", Size: 512, BlockSize: 512, Cache: "writeback",
-			Backend: "process", Options: map[string]Text{"serial": Text(path)}}
-		if ch, err := c.AddDisk(ctx, AddDisk{Disk: Text(path), Dir: "/home"}); err != nil ||
+		want := Disk{Path: text.Name(path), Serial: "/home", Size: 512, BlockSize: 512, Cache: "writeback",
+			Backend: "process", Options: map[string]text.Name{"serial": text.Name(path)}}
+		if ch, err := c.AddDisk(ctx, AddDisk{Disk: text.Name(path), Dir: "/home"}); err != nil ||
 			!reflect.DeepEqual(ch, Change{want, Told}) {
 			t.Errorf("added %+v, %v", ch, err)
 		}
-		_, err := c.AddDisk(ctx, AddDisk{Disk: Text(path)})
+		_, err := c.AddDisk(ctx, AddDisk{Disk: text.Name(path)})
 		wantError(t, err, http.StatusConflict, path+" is there")
 		if list, err := c.Disks(ctx); err != nil || !reflect.DeepEqual(list, []Disk{want}) {
 			t.Errorf("%+v, %v", list, err)
@@ -306,7 +308,7 @@ func TestConcurrent(t *testing.T) {
 			for n := range 20 {
 				id := fmt.Sprint("disk", n%3)
 				var e *Error
-				if _, err := c.AddDisk(t.Context(), AddDisk{Disk: Text(id)}); err == nil {
+				if _, err := c.AddDisk(t.Context(), AddDisk{Disk: text.Name(id)}); err == nil {
 					counts[i][0]++
 				} else if !errors.As(err, &e) || e.Status != http.StatusConflict {
 					t.Error(err)
@@ -698,7 +700,7 @@ func TestClientOddAnswers(t *testing.T) {
 // of descriptors and do not lock out others.
 func TestManyClients(t *testing.T) {
 	f := newFake()
-	f.disks["big"] = Disk{Path: Text(strings.Repeat("x", 300<<10))} // an answer larger than a socket's buffer
+	f.disks["big"] = Disk{Path: text.Name(strings.Repeat("x", 300<<10))} // an answer larger than a socket's buffer
 	d, client := serve(t, f)
 	dir, err := os.Open(d.path)
 	if err != nil {

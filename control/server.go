@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"gvm/panics"
+	"gvm/text"
 )
 
 // Limits of a server.
@@ -223,8 +224,8 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
 			status = e.Status
 		}
 		value = struct {
-			Error Text `json:"error"`
-		}{Text(err.Error())}
+			Error text.Name `json:"error"`
+		}{text.Name(err.Error())}
 	} else if value == nil {
 		w.WriteHeader(http.StatusNoContent)
 		return

@@ -57,9 +57,7 @@ EXAMPLES
 			}
 			facts := abiFacts()
 			if c.Bool("json") {
-				e := json.NewEncoder(c.App.Writer)
-				e.SetIndent("", "  ")
-				return e.Encode(facts)
+				return writeJSON(c.App.Writer, facts)
 			}
 			return abiTable(c.App.Writer, facts)
 		},

@@ -123,7 +123,7 @@ func (rc *runConfig) info() control.Info {
 	if kernel != "" {
 		kernel = disk.Absolute(kernel)
 	}
-	return control.Info{Name: rc.spec.Name, PID: os.Getpid(), GVM: version, Kernel: control.Text(kernel),
+	return control.Info{Name: rc.spec.Name, PID: os.Getpid(), GVM: version, Kernel: text.Name(kernel),
 		CPUs: rc.spec.CPUs, Memory: rc.spec.Memory.Size}
 }
 
@@ -339,7 +339,7 @@ EXAMPLES
 			if err != nil {
 				return err
 			}
-			change, err := m.AddDisk(c.Context, control.AddDisk{Disk: control.Text(args[0]), Dir: control.Text(dir)})
+			change, err := m.AddDisk(c.Context, control.AddDisk{Disk: text.Name(args[0]), Dir: text.Name(dir)})
 			return told(c, "added", change, err)
 		})
 	remove := sub("remove", "DISK", "take a disk away from a running machine",

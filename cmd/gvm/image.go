@@ -149,15 +149,15 @@ func showImage(out io.Writer, i block.Info) error {
 		use = "for reading"
 	}
 	if i.Host != "" {
-		use = i.Host
+		use = string(i.Host)
 	}
-	_, err := fmt.Fprintf(out, "path       %s\nformat     %s\nsize       %s\n", text.Printable(i.Path), i.Format,
+	_, err := fmt.Fprintf(out, "path       %s\nformat     %s\nsize       %s\n", text.Printable(string(i.Path)), i.Format,
 		text.FormatSize(uint64(i.Size)))
 	if i.Format != "block device" && err == nil {
 		_, err = fmt.Fprintf(out, "allocated  %s\n", text.FormatSize(uint64(i.Allocated)))
 	}
 	if i.Base != "" && err == nil {
-		_, err = fmt.Fprintf(out, "base       %s\n", text.Printable(i.Base))
+		_, err = fmt.Fprintf(out, "base       %s\n", text.Printable(string(i.Base)))
 	}
 	if err == nil {
 		_, err = fmt.Fprintf(out, "in use by  %s\n", use)

@@ -91,7 +91,8 @@ func TestImage(t *testing.T) {
 	if i := info("full.img"); i.Writer != 0 || !i.Readers {
 		t.Errorf("%+v", i)
 	}
-	if i := info("full.ovl"); i.Writer != pid || i.Format != "overlay" || i.Base != at("full.img") || i.Size != 1<<20 {
+	if i := info("full.ovl"); i.Writer != pid || i.Format != "overlay" || string(i.Base) != at("full.img") ||
+		i.Size != 1<<20 {
 		t.Errorf("%+v", i)
 	}
 	r := ask(t, dir, "image", "info", "full.ovl")

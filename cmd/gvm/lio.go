@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -75,9 +74,7 @@ func lioList(out, notes io.Writer, root string, asJSON bool) error {
 		if objects == nil {
 			objects = []lio.Object{}
 		}
-		e := json.NewEncoder(out)
-		e.SetIndent("", "  ")
-		return e.Encode(objects)
+		return writeJSON(out, objects)
 	}
 	if len(objects) == 0 {
 		return nil
@@ -85,11 +82,11 @@ func lioList(out, notes io.Writer, root string, asJSON bool) error {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "KIND\tOWNER\tNAME\tWHAT")
 	for _, o := range objects {
-		what := o.Image
+		what := string(o.Image)
 		if o.Kind == lio.KindTarget {
 			var luns []string
 			for _, l := range o.LUNs {
-				disk := l.Disk[strings.LastIndexByte(l.Disk, '/')+1:]
+				disk := l.Disk[strings.LastIndexByte(string(l.Disk), '/')+1:]
 				luns = append(luns, fmt.Sprintf("tpgt %d LUN %d %s", l.TPGT, l.LUN, disk))
 			}
 			what = strings.Join(luns, ", ")

@@ -23,7 +23,7 @@ func lioTree(t *testing.T) string {
 			t.Fatal(err)
 		}
 	}
-	for name, text := range map[string]string{theirs: "/srv/theirs.img\n", dead: "/srv/left.img\n"} {
+	for name, text := range map[string]string{theirs: "/srv/their\xe4.img\n", dead: "/srv/left.img\n"} {
 		if err := os.WriteFile(filepath.Join(root, name, "udev_path"), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -45,7 +45,7 @@ func TestLioList(t *testing.T) {
 	want := []string{
 		"KIND OWNER NAME WHAT",
 		"target other vhost/naa.5001405a1b2c3d4e tpgt 1 LUN 0 disk0, tpgt 1 LUN 3 gvm-9999999-1-0-lun3",
-		"disk other core/fileio_0/disk0 /srv/theirs.img",
+		`disk other core/fileio_0/disk0 /srv/their\xe4.img`,
 		"disk gvm 9999999 (dead) core/fileio_19999999000000000100/gvm-9999999-1-0-lun3 /srv/left.img",
 	}
 	var got []string
@@ -61,7 +61,7 @@ func TestLioList(t *testing.T) {
 	}
 	var objects []lio.Object
 	if err := json.Unmarshal(out.Bytes(), &objects); err != nil || len(objects) != 3 ||
-		objects[2].Owner.PID != 9999999 || objects[2].Owner.Alive {
+		objects[1].Image != "/srv/their\xe4.img" || objects[2].Owner.PID != 9999999 || objects[2].Owner.Alive {
 		t.Errorf("%v: %s", err, out.String())
 	}
 }

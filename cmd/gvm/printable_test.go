@@ -229,7 +229,7 @@ func TestNamesOfBytes(t *testing.T) {
 	name := fmt.Sprintf("names-%d", os.Getpid())
 	p := startGVM(t, dir, "run", "--name", name, "--kernel", "kernel\xff", "-i", "one\xff", "-i", " three ",
 		"--cmdline", "spin", "--disk", "one\xff,serial=ONE", "--disk", " three ,serial=THREE",
-		"--disk", "over\xfe,serial=OVER,overlay=layer\xff")
+		"--disk", "over\xfe,serial=OVER,overlay=layer\xff", "--trace", "trace\xff")
 	p.expect("spinning")
 	for _, tt := range []struct{ args, want string }{
 		{"list", `/d\xe4/kernel\xff`},
@@ -237,6 +237,8 @@ func TestNamesOfBytes(t *testing.T) {
 		{"disk list", `ONE     PATH/d\xe4/one\xff`},
 		{"disk list", `/ three ` + "\n"},
 		{"disk list --json", `/d\udce4/one\udcff"`},
+		{"image info --json one\xff", `/d\udce4/one\udcff"`},
+		{"image info --json layer\xff", `/d\udce4/over\udcfe"`},
 		{"disk add VM two\xff,serial=TWO", `added LUN 3, PATH/d\xe4/two\xff, serial TWO`},
 		{"disk resize VM two\xff 2M", `resized LUN 3, PATH/d\xe4/two\xff, serial TWO, 2 MiB`},
 		{"disk remove VM two\xff", `removed LUN 3, PATH/d\xe4/two\xff`},
@@ -256,5 +258,9 @@ func TestNamesOfBytes(t *testing.T) {
 	p.signal(syscall.SIGTERM)
 	if r := p.wait(); r.status != exitTerminated {
 		t.Errorf("status %d, %q", r.status, r.errs)
+	}
+	if r := ask(t, dir, "trace", "diff", "--json", "trace\xff", "trace\xff"); r.status != 0 ||
+		!strings.Contains(r.out, `"a": "trace\udcff"`) {
+		t.Errorf("%+v", r)
 	}
 }

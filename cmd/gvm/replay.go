@@ -277,7 +277,7 @@ func scratchDisks(dir string, device int, backendName string, like []trace.Disk)
 			Path:      path,
 			Backend:   by,
 			ReadOnly:  k.ReadOnly,
-			Serial:    k.Serial,
+			Serial:    string(k.Serial),
 			LUN:       k.LUN,
 			Cache:     cache,
 			BlockSize: k.BlockSize,

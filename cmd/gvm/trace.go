@@ -391,8 +391,8 @@ func diffJSON(w io.Writer, files []string, d *trace.Diff) error {
 		B    *trace.Record `json:"b"`
 	}
 	v := struct {
-		A        string          `json:"a"`
-		B        string          `json:"b"`
+		A        text.Name       `json:"a"`
+		B        text.Name       `json:"b"`
 		Same     bool            `json:"same"`
 		Requests int             `json:"requests"`
 		Moved    int             `json:"in_another_order"`
@@ -401,7 +401,7 @@ func diffJSON(w io.Writer, files []string, d *trace.Diff) error {
 		Changed  []change        `json:"changed"`
 		OnlyA    []*trace.Record `json:"only_a"`
 		OnlyB    []*trace.Record `json:"only_b"`
-	}{files[0], files[1], d.Same(), d.Requests, d.Moved, d.LostA, d.LostB, []change{},
+	}{text.Name(files[0]), text.Name(files[1]), d.Same(), d.Requests, d.Moved, d.LostA, d.LostB, []change{},
 		append([]*trace.Record{}, d.OnlyA...), append([]*trace.Record{}, d.OnlyB...)}
 	for _, x := range d.Changed {
 		v.Changed = append(v.Changed, change{x.What, x.A, x.B})

@@ -12,20 +12,21 @@ import (
 
 	"gvm/devices/internal/durable"
 	"gvm/kvmapi/nowait"
+	"gvm/text"
 )
 
 // Info is what there is to know of an image without taking it.
 type Info struct {
-	Path   string `json:"path"`
-	Format string `json:"format"` // "raw", "block device", "overlay", or a name such as "qcow2 image"
-	Size   int64  `json:"size"`   // bytes; of an overlay, those of its base
+	Path   text.Name `json:"path"`
+	Format string    `json:"format"` // "raw", "block device", "overlay", or a name such as "qcow2 image"
+	Size   int64     `json:"size"`   // bytes; of an overlay, those of its base
 	// Allocated is how many bytes of the file system the image takes, 0 for a block
 	// device.
-	Allocated int64  `json:"allocated"`
-	Base      string `json:"base,omitempty"`   // of an overlay: the path of its base when it was made
-	Writer    int    `json:"writer,omitempty"` // PID of the process that has it for writing, -1 if it is not found
-	Readers   bool   `json:"readers"`          // it is in use for reading
-	Host      string `json:"host,omitempty"`   // what the host has it for, such as a mount
+	Allocated int64     `json:"allocated"`
+	Base      text.Name `json:"base,omitempty"`   // of an overlay: the path of its base when it was made
+	Writer    int       `json:"writer,omitempty"` // PID of the process that has it for writing, -1 if it is not found
+	Readers   bool      `json:"readers"`          // it is in use for reading
+	Host      text.Name `json:"host,omitempty"`   // what the host has it for, such as a mount
 }
 
 // Inspect looks at an image, which may be in use.
@@ -40,7 +41,7 @@ func Inspect(path string) (i Info, err error) {
 	if err != nil {
 		return i, err
 	}
-	i = Info{Path: b.Identity(), Format: "raw"}
+	i = Info{Path: text.Name(b.Identity()), Format: "raw"}
 	if i.Size, err = b.currentSize(); err != nil {
 		return i, err
 	}
@@ -63,7 +64,7 @@ func Inspect(path string) (i Info, err error) {
 		if err != nil {
 			return i, badImage(ErrFormat, path, "%v", err)
 		}
-		i.Format, i.Size, i.Base = "overlay", have.Size, have.Base
+		i.Format, i.Size, i.Base = "overlay", have.Size, text.Name(have.Base)
 	case known:
 		i.Format = name.name
 	}
@@ -74,7 +75,7 @@ func Inspect(path string) (i Info, err error) {
 	if b.block = i.Format == "block device"; !b.block {
 		i.Allocated = st.Blocks * 512
 	}
-	i.Host = b.usedBy(&st, Options{ReadOnly: true})
+	i.Host = text.Name(b.usedBy(&st, Options{ReadOnly: true}))
 	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
 	if err := setLock(uintptr(b.fd), unix.F_OFD_GETLK, &l); err != nil {
 		l.Type = unix.F_UNLCK // a file system without locks

@@ -4,7 +4,7 @@ import (
 	"slices"
 	"strings"
 
-	"gvm/control"
+	"gvm/text"
 )
 
 // words returns the values of an option that are words, as opposed to those that help describes by
@@ -74,11 +74,11 @@ func (s Spec) takes(options []given, more given) bool {
 }
 
 // options returns the options that are not at their defaults, as the control socket shows them.
-func (s *Spec) options() map[string]control.Text {
-	values := map[string]control.Text{}
+func (s *Spec) options() map[string]text.Name {
+	values := map[string]text.Name{}
 	for _, o := range Options() {
 		if val := o.get(s); val != "" {
-			values[o.Key] = control.Text(val)
+			values[o.Key] = text.Name(val)
 		}
 	}
 	return values

@@ -147,9 +147,9 @@ func (s *served) backend() block.Backend { return s.unit.Config().Backend }
 func (s *served) describe() control.Disk {
 	return control.Disk{
 		LUN:       s.number(),
-		Path:      control.Text(s.path),
+		Path:      text.Name(s.path),
 		Storage:   storages.of(s.Storage),
-		Serial:    control.Text(s.unit.Serial()),
+		Serial:    text.Name(s.unit.Serial()),
 		Size:      int64(s.unit.Blocks()) * int64(s.unit.BlockSize()),
 		BlockSize: s.unit.BlockSize(),
 		ReadOnly:  s.unit.Config().ReadOnly,
@@ -170,7 +170,7 @@ func (ds *Set) List() []control.Disk {
 		list = append(list, d)
 	}
 	for _, d := range ds.adding {
-		list = append(list, control.Disk{LUN: d.LUN, Path: control.Text(d.Path), Serial: control.Text(d.Serial),
+		list = append(list, control.Disk{LUN: d.LUN, Path: text.Name(d.Path), Serial: text.Name(d.Serial),
 			Size: d.Size, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly,
 			Cache: CacheName(d.Cache), Backend: "process", Options: d.options(), Change: control.Adding})
 	}
@@ -180,8 +180,8 @@ func (ds *Set) List() []control.Disk {
 			list = append(list, control.Disk{WWN: k.target.WWN, Backend: "vhost", Options: k.specs[0].options()})
 		}
 		for i, u := range k.units {
-			path := control.Text(ds.paths[u.Backend.(*block.File).Path()])
-			list = append(list, control.Disk{LUN: u.LUN, Path: path, WWN: k.target.WWN, Serial: control.Text(u.Serial),
+			path := text.Name(ds.paths[u.Backend.(*block.File).Path()])
+			list = append(list, control.Disk{LUN: u.LUN, Path: path, WWN: k.target.WWN, Serial: text.Name(u.Serial),
 				Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly,
 				Cache: CacheName(u.Cache), Backend: "vhost", Options: k.specs[i].options()})
 		}

@@ -8,6 +8,7 @@ import (
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/vscsi"
+	"gvm/text"
 )
 
 // TraceHeader describes the disks for a trace by gvm of the given version: gvm's own device, if
@@ -15,7 +16,7 @@ import (
 func (ds *Set) TraceHeader(version string, queues int) trace.Header {
 	h := trace.Header{GVM: version, Kernel: trace.HostKernel()}
 	describe := func(lun int, u *scsi.Unit) trace.Disk {
-		k := trace.Disk{LUN: lun, Serial: u.Serial(), Size: u.Blocks() * uint64(u.BlockSize()),
+		k := trace.Disk{LUN: lun, Serial: text.Name(u.Serial()), Size: u.Blocks() * uint64(u.BlockSize()),
 			BlockSize: u.BlockSize(), ReadOnly: u.Config().ReadOnly}
 		if mode := u.Config().Cache; mode != scsi.WriteBack {
 			k.Cache = CacheName(mode)

@@ -21,6 +21,7 @@ import (
 	"gvm/devices/block"
 	"gvm/devices/scsi"
 	"gvm/kvmapi/vhost"
+	"gvm/text"
 )
 
 // kernelTree returns all of the real target: every path, the contents of readable files, and the
@@ -190,9 +191,11 @@ func TestKernelProvision(t *testing.T) {
 	}
 	me := &Owner{PID: os.Getpid(), Alive: true}
 	for _, want := range []Object{
-		{Kind: KindTarget, Name: "vhost/" + tg.WWN, Owner: me,
-			LUNs: []LUN{{0, 0, disk(fileio, 0)}, {0, 1, disk(iblock, 1)}, {0, 300, disk(iblock, 300)}}},
-		{Kind: KindDisk, Name: disk(iblock, 300), Owner: me, Image: units[2].Backend.(*block.File).Path()},
+		{Kind: KindTarget, Name: text.Name("vhost/" + tg.WWN), Owner: me,
+			LUNs: []LUN{{0, 0, text.Name(disk(fileio, 0))}, {0, 1, text.Name(disk(iblock, 1))},
+				{0, 300, text.Name(disk(iblock, 300))}}},
+		{Kind: KindDisk, Name: text.Name(disk(iblock, 300)), Owner: me,
+			Image: text.Name(units[2].Backend.(*block.File).Path())},
 	} {
 		found := false
 		for _, o := range objects {

@@ -14,6 +14,7 @@ import (
 
 	"gvm/devices/block"
 	"gvm/devices/scsi"
+	"gvm/text"
 )
 
 // process is a process of a fake host.
@@ -469,9 +470,10 @@ func TestList(t *testing.T) {
 	name := "core/" + tg.owner.adapter(fileio, true)
 	disk := name + "/" + tg.owner.disk(3)
 	want := []Object{
-		{Kind: KindTarget, Name: "vhost/" + tg.WWN, Owner: me, LUNs: []LUN{{TPGT: 0, LUN: 3, Disk: disk}}},
+		{Kind: KindTarget, Name: text.Name("vhost/" + tg.WWN), Owner: me,
+			LUNs: []LUN{{TPGT: 0, LUN: 3, Disk: text.Name(disk)}}},
 		{Kind: KindDisk, Name: "core/fileio_0/disk0", Image: "X"},
-		{Kind: KindDisk, Name: disk, Owner: me, Image: a.Path()},
+		{Kind: KindDisk, Name: text.Name(disk), Owner: me, Image: text.Name(a.Path())},
 		{Kind: KindAdapter, Name: "core/iblock_10000077000000000600", Owner: &Owner{PID: 77}},
 	}
 	if !reflect.DeepEqual(got, want) {

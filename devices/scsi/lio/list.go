@@ -4,6 +4,8 @@ import (
 	"errors"
 	"io/fs"
 	"path/filepath"
+
+	"gvm/text"
 )
 
 // Kind is the kind of an Object.
@@ -18,11 +20,11 @@ const (
 
 // Object is one thing in the kernel's SCSI target.
 type Object struct {
-	Kind  Kind   `json:"kind"`
-	Name  string `json:"name"`            // below the root
-	Owner *Owner `json:"owner,omitempty"` // nil: not gvm's
-	Image string `json:"image,omitempty"` // of a disk: its file or block device
-	LUNs  []LUN  `json:"luns,omitempty"`  // of a target
+	Kind  Kind      `json:"kind"`
+	Name  text.Name `json:"name"`            // below the root
+	Owner *Owner    `json:"owner,omitempty"` // nil: not gvm's
+	Image text.Name `json:"image,omitempty"` // of a disk: its file or block device
+	LUNs  []LUN     `json:"luns,omitempty"`  // of a target
 }
 
 // Owner is the gvm process that made an object.
@@ -33,9 +35,9 @@ type Owner struct {
 
 // LUN is a logical unit of a target.
 type LUN struct {
-	TPGT int    `json:"tpgt"`
-	LUN  int    `json:"lun"`
-	Disk string `json:"disk"` // the name of the disk's Object, "" without one
+	TPGT int       `json:"tpgt"`
+	LUN  int       `json:"lun"`
+	Disk text.Name `json:"disk"` // the name of the disk's Object, "" without one
 }
 
 // List returns the targets of vhost-scsi, all backstores, and gvm's adapters
@@ -72,7 +74,7 @@ func (h *host) objects() ([]Object, error) {
 		return nil, err
 	}
 	for _, w := range wwns {
-		o := Object{Kind: KindTarget, Name: fabric + "/" + w, Owner: byWWN[w]}
+		o := Object{Kind: KindTarget, Name: text.Name(fabric + "/" + w), Owner: byWWN[w]}
 		if o.LUNs, err = h.lunsOf(w); err != nil {
 			return nil, err
 		}
@@ -88,10 +90,11 @@ func (h *host) objects() ([]Object, error) {
 		}
 		for _, d := range disks {
 			name := core + "/" + a + "/" + d
-			out = append(out, Object{Kind: KindDisk, Name: name, Owner: byAdapter[a], Image: h.image(name)})
+			out = append(out, Object{Kind: KindDisk, Name: text.Name(name), Owner: byAdapter[a],
+				Image: text.Name(h.image(name))})
 		}
 		if len(disks) == 0 && byAdapter[a] != nil {
-			out = append(out, Object{Kind: KindAdapter, Name: core + "/" + a, Owner: byAdapter[a]})
+			out = append(out, Object{Kind: KindAdapter, Name: text.Name(core + "/" + a), Owner: byAdapter[a]})
 		}
 	}
 	return out, nil
@@ -116,7 +119,7 @@ func (h *host) lunsOf(wwn string) ([]LUN, error) {
 				return nil, err
 			}
 			if len(to) > 0 {
-				l.Disk = filepath.Clean(to[0])
+				l.Disk = text.Name(filepath.Clean(to[0]))
 			}
 			out = append(out, l)
 		}

@@ -14,6 +14,7 @@ import (
 
 	"gvm/kvmapi/nowait"
 	"gvm/panics"
+	"gvm/text"
 )
 
 // Version is the version of the format that this package writes and reads. It
@@ -39,12 +40,12 @@ type Device struct {
 
 // Disk is a logical unit at the start of the run.
 type Disk struct {
-	LUN       int    `json:"lun"`
-	Serial    string `json:"serial"`
-	Size      uint64 `json:"size"`       // bytes
-	BlockSize int    `json:"block_size"` // bytes
-	ReadOnly  bool   `json:"read_only,omitempty"`
-	Cache     string `json:"cache,omitempty"` // value of cache= of --disk; "" is writeback
+	LUN       int       `json:"lun"`
+	Serial    text.Name `json:"serial"`
+	Size      uint64    `json:"size"`       // bytes
+	BlockSize int       `json:"block_size"` // bytes
+	ReadOnly  bool      `json:"read_only,omitempty"`
+	Cache     string    `json:"cache,omitempty"` // value of cache= of --disk; "" is writeback
 }
 
 // HostKernel returns the release of the kernel that this process runs on.

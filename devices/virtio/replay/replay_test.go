@@ -20,7 +20,7 @@ func process(t *testing.T, ctx context.Context, w *trace.Writer) Side {
 	t.Helper()
 	s := Side{Name: "process"}
 	for i, d := range corpusDisks {
-		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(min(int64(d.Size), 64<<20)), Serial: d.Serial,
+		u, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(min(int64(d.Size), 64<<20)), Serial: string(d.Serial),
 			BlockSize: d.BlockSize, ReadOnly: d.ReadOnly})
 		if err != nil {
 			t.Fatal(err)

@@ -1,4 +1,4 @@
-package control
+package text
 
 import (
 	"encoding/json"
@@ -7,8 +7,8 @@ import (
 	"unicode/utf8"
 )
 
-// TestText: any bytes survive JSON, and valid UTF-8 is encoded as itself.
-func TestText(t *testing.T) {
+// TestName: any bytes survive JSON, and valid UTF-8 is encoded as itself.
+func TestName(t *testing.T) {
 	for s, want := range map[string]string{
 		"":                         `""`,
 		"disk.img":                 `"disk.img"`,
@@ -21,40 +21,40 @@ func TestText(t *testing.T) {
 		"\ufffd":                   `"` + "\ufffd" + `"`,
 		strings.Repeat("é\xe9", 3): `"é\udce9é\udce9é\udce9"`,
 	} {
-		b, err := Text(s).MarshalJSON()
+		b, err := Name(s).MarshalJSON()
 		if err != nil || string(b) != want {
 			t.Errorf("%q is %s, %v; want %s", s, b, err, want)
 		}
-		var got Text
+		var got Name
 		if err := json.Unmarshal(b, &got); err != nil || string(got) != s {
 			t.Errorf("%s is %q, %v; want %q", b, got, err, s)
 		}
 	}
-	for in, want := range map[string]Text{`"\ud83d\udcff"`: "\U0001f4ff", `"\uDCFF"`: "\xff",
+	for in, want := range map[string]Name{`"\ud83d\udcff"`: "\U0001f4ff", `"\uDCFF"`: "\xff",
 		`"\ud83dx\udc7f"`: "\ufffdx\ufffd", `null`: "was", `"\u00e9"`: "é"} {
-		got := Text("was")
+		got := Name("was")
 		if err := json.Unmarshal([]byte(in), &got); err != nil || got != want {
 			t.Errorf("%s is %q, %v; want %q", in, got, err, want)
 		}
 	}
-	var got Text
+	var got Name
 	if err := json.Unmarshal([]byte("7"), &got); err == nil {
 		t.Errorf("7 is %q", got)
 	}
 }
 
-func FuzzText(f *testing.F) {
+func FuzzName(f *testing.F) {
 	f.Add("a\xff😀\\udcff")
 	f.Fuzz(func(t *testing.T, s string) {
-		b, err := json.Marshal(Text(s))
+		b, err := json.Marshal(Name(s))
 		if err != nil || !json.Valid(b) || !utf8.Valid(b) {
 			t.Fatalf("%q is %s, %v", s, b, err)
 		}
-		var got Text
+		var got Name
 		if err := json.Unmarshal(b, &got); err != nil || string(got) != s {
 			t.Errorf("%s is %q, %v; want %q", b, got, err, s)
 		}
-		var plain string // for a reader that does not know Text
+		var plain string // for a reader that does not know Name
 		if err := json.Unmarshal(b, &plain); err != nil || utf8.ValidString(s) && plain != s {
 			t.Errorf("%s is %q, %v; want %q", b, plain, err, s)
 		}

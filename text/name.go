@@ -1,4 +1,4 @@
-package control
+package text
 
 import (
 	"bytes"
@@ -8,24 +8,24 @@ import (
 	"unicode/utf8"
 )
 
-// Text is a name from outside gvm, such as a path. Linux allows any bytes in one, and JSON only
+// Name is a name from outside gvm, such as a path. Linux allows any bytes in one, and JSON only
 // UTF-8: each other byte becomes a surrogate, \udc80 to \udcff, as in Python (surrogateescape).
-type Text string
+type Name string
 
 // MarshalJSON implements json.Marshaler.
-func (t Text) MarshalJSON() ([]byte, error) {
+func (n Name) MarshalJSON() ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
 	e.SetEscapeHTML(false)
 	b.WriteByte('"')
-	for rest := string(t); rest != ""; {
+	for rest := string(n); rest != ""; {
 		valid := 0
 		for valid < len(rest) {
-			r, n := utf8.DecodeRuneInString(rest[valid:])
-			if r == utf8.RuneError && n == 1 {
+			r, size := utf8.DecodeRuneInString(rest[valid:])
+			if r == utf8.RuneError && size == 1 {
 				break
 			}
-			valid += n
+			valid += size
 		}
 		at := b.Len()
 		if err := e.Encode(rest[:valid]); err != nil {
@@ -44,7 +44,7 @@ func (t Text) MarshalJSON() ([]byte, error) {
 }
 
 // UnmarshalJSON implements json.Unmarshaler.
-func (t *Text) UnmarshalJSON(b []byte) error {
+func (n *Name) UnmarshalJSON(b []byte) error {
 	var all []byte
 	plain := func(part []byte) error {
 		var s string
@@ -80,7 +80,7 @@ func (t *Text) UnmarshalJSON(b []byte) error {
 	if err := plain(fmt.Appendf(nil, `"%s"`, b[from:len(b)-1])); err != nil {
 		return err
 	}
-	*t = Text(all)
+	*n = Name(all)
 	return nil
 }
 
