@@ -24,11 +24,11 @@ const (
 	exitQuit    = 130
 )
 
-const exitStatusHelp = `gvm run ends with one of these, and nothing else:
+const exitStatusHelp = `gvm run and gvm kunit end with one of these, and nothing else:
 
    0         the guest powered itself off, or its Linux kernel halted (halt -f)
-   1         with --junit or --results: a test failed or crashed, or the console
-             showed no results
+   1         gvm kunit, and gvm run with --junit or --results: a test failed or
+             crashed, or the console showed no results
    2         usage or configuration: a bad flag or value; a named file that is
              missing, unreadable, not a kernel, not a disk, or in use by another
              gvm, another process or the host

@@ -137,7 +137,7 @@ var commands = []struct {
 	name string
 	make func() *cli.Command
 }{
-	{"run", runCommand}, {"list", listCommand}, {"disk", diskCommand}, {"pause", pauseCommand},
+	{"run", runCommand}, {"kunit", kunitCommand}, {"list", listCommand}, {"disk", diskCommand}, {"pause", pauseCommand},
 	{"resume", resumeCommand}, {"stop", stopCommand}, {"image", imageCommand}, {"doctor", doctorCommand},
 	{"bench", benchCommand}, {"trace", traceCommand}, {"replay", replayCommand}, {"lio", lioCommand},
 	{"abi", abiCommand}, {"completion", completionCommand},

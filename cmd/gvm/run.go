@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"runtime"
@@ -41,6 +42,7 @@ type runConfig struct {
 	grace      time.Duration // the guest's time to power off when gvm is asked to end
 	timing     *timing       // nil: none
 	watch      *watch        // nil: none
+	hidden     bool          // only watch gets the console
 }
 
 var entries = map[string]boot.Protocol{"auto": 0, "pvh": boot.PVH32, "64": boot.Linux64}
@@ -364,14 +366,18 @@ func run(rc runConfig) (err error) {
 			spec.Disks[i].Name())}
 	}
 	t := newTerminal(stop)
-	spec.Console = rc.watch.console(t)
+	if spec.Console = rc.watch.console(t); rc.hidden {
+		spec.Console = rc.watch.console(machine.Output(io.Discard))
+	}
 	defer func() { err = errors.Join(err, t.close()) }()
 	spec.Note, spec.Phase, spec.Stamp, spec.Words = note, rc.timing.phase, rc.timing.stamp, terminalSize()
 	spec.KernelCache, spec.Version = boot.CacheDir(), version
 	spec.Ready = func(ending context.Context) error {
 		context.AfterFunc(ending, panics.Func(func() { stop(context.Cause(ending)) }))
-		if err := t.open(ending); err != nil {
-			return err
+		if !rc.hidden {
+			if err := t.open(ending); err != nil {
+				return err
+			}
 		}
 		rc.timing.phase("files, disks, control socket")
 		return nil

@@ -78,7 +78,7 @@ func (t *Test) Counts() (c Counts) {
 		c.Errors += n.Errors
 	}
 	c.Errors += len(t.Errors)
-	if t.Own(c) {
+	if t.own(c) {
 		switch t.Status {
 		case Pass:
 			c.Passed++
@@ -93,8 +93,10 @@ func (t *Test) Counts() (c Counts) {
 	return c
 }
 
-// Own reports whether t counts itself beside its tests, whose counts are of.
-func (t *Test) Own(of Counts) bool {
+// Own reports whether t counts itself: it is a test, or a suite as Counts says.
+func (t *Test) Own() bool { return t.own((&Test{Status: None, Tests: t.Tests}).Counts()) }
+
+func (t *Test) own(of Counts) bool {
 	bad := t.Status == Fail || t.Status == Crash
 	return of.Total() == 0 || bad && of.Failed+of.Crashed == 0
 }
