@@ -80,12 +80,22 @@ func (t *Target) Attach(lun LUN, u *Unit) error {
 
 // Detach removes the unit at lun. Before it returns, commands in flight are aborted and answered,
 // and flushes of answered commands have ended, so that the backend may be closed then.
-func (t *Target) Detach(lun LUN) error {
+func (t *Target) Detach(lun LUN) error { return t.detach(lun, func(*Unit) {}) }
+
+// Remove is Detach that lets commands in flight finish until ctx ends, and aborts only the others. Those
+// that come meanwhile find no unit.
+func (t *Target) Remove(ctx context.Context, lun LUN) error {
+	return t.detach(lun, func(u *Unit) { endsBy(ctx, u.set.drain()) })
+}
+
+// detach is Detach that calls settle between the removal and the abort.
+func (t *Target) detach(lun LUN, settle func(*Unit)) error {
 	lun = lun.canonical()
 	u := t.take(lun)
 	if u == nil {
 		return fmt.Errorf("scsi detach: no unit at LUN %d", lun.number())
 	}
+	settle(u)
 	u.set.close() // without t.mu: commands may end late, and other units come and go meanwhile
 	<-u.stopSanitize()
 	<-u.later.ended()

@@ -1,11 +1,13 @@
 package scsi_test
 
 import (
+	"context"
 	"errors"
 	"runtime"
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"gvm/devices/block"
 	"gvm/devices/scsi"
@@ -387,6 +389,51 @@ func TestAbortWaiting(t *testing.T) {
 	if a := scsitest.Do(target, 0, cdb10(0x28, 0, 9, 1), nil, blockSize); !slices.Equal(a.Data,
 		make([]byte, blockSize)) {
 		t.Error("an aborted write that had not begun wrote something")
+	}
+}
+
+// TestRemove takes a unit away under a command, which finishes unless the context ends first. The unit is
+// gone for other commands meanwhile.
+func TestRemove(t *testing.T) {
+	for _, patient := range []bool{true, false} {
+		target, started, release := stuck(t)
+		done := make(chan scsi.Result, 1)
+		go target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)},
+			Done: func(r scsi.Result) { done <- r }})
+		<-started
+		ctx, cancel := context.WithCancel(t.Context())
+		removed := make(chan error, 1)
+		go func() { removed <- target.Remove(ctx, 0) }()
+		for target.Unit(0) != nil {
+			runtime.Gosched()
+		}
+		if a := scsitest.Do(target, 0, testUnitReady, nil, 0); a.String() != "CHECK 5/25/00" || !a.NoLUN {
+			t.Errorf("another command: %v", a)
+		}
+		if len(removed)+len(done) > 0 {
+			t.Error("Remove does not wait for the command")
+		}
+		if !patient {
+			cancel()
+			select {
+			case <-removed:
+				t.Error("Remove does not wait for the aborted command")
+			case <-time.After(time.Millisecond):
+			}
+		}
+		release()
+		if err := <-removed; err != nil {
+			t.Error(err)
+		}
+		select {
+		case r := <-done:
+			if aborted := r.Abort == scsi.AbortedByReset; aborted == patient || patient && r.Status != scsi.Good {
+				t.Errorf("patient %v: %+v", patient, r)
+			}
+		default:
+			t.Error("Remove returned before the command was answered")
+		}
+		cancel()
 	}
 }
 

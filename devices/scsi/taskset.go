@@ -52,7 +52,7 @@ type task struct {
 	wake                               chan struct{} // closed to end a wait; nil: it does not wait
 }
 
-// abortWait is a task management function that waits for the tasks it aborted.
+// abortWait is a task management function that waits for the tasks it aborted, or the removal of the unit.
 type abortWait struct {
 	left int           // tasks; guarded by set.mu
 	done chan struct{} // closed when none is left
@@ -371,13 +371,34 @@ func (s *taskSet) end(cause Abort, which selection) (w *abortWait, ended map[Nex
 			ended[tk.Nexus] = true
 			s.wake(tk)
 		}
-		w.left++
-		tk.waiters = append(tk.waiters, w)
+		w.add(tk)
 	}
 	if w.left == 0 {
 		close(w.done)
 	}
 	return w, ended
+}
+
+// add makes w wait for tk too. The caller holds set.mu.
+func (w *abortWait) add(tk *task) {
+	w.left++
+	tk.waiters = append(tk.waiters, w)
+}
+
+// drain lets no more tasks in, until open. The channel is closed when those in the set have ended by
+// themselves.
+func (s *taskSet) drain() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	w := &abortWait{done: make(chan struct{})}
+	for tk := range s.tasks.all() {
+		w.add(tk)
+	}
+	if w.left == 0 {
+		close(w.done)
+	}
+	return w.done
 }
 
 // attention establishes a unit attention condition for the known initiators that selected reports

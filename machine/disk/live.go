@@ -44,7 +44,7 @@ type live struct {
 
 // bounds limit waits of the control socket; zero is the default.
 type bounds struct {
-	commands time.Duration // a resize waits so long for commands that use the disk: 10 s
+	commands time.Duration // a resize or removal waits so long for commands that use the disk: 10 s
 	answer   time.Duration // a client waits so long for a change, which then goes on: 30 s
 }
 
@@ -279,9 +279,9 @@ func (ds *Set) claim(id, change string) (s served, release func(), err error) {
 	}, nil
 }
 
-// Remove tells the guest that a disk is going and removes it without waiting for the guest:
-// commands in flight are aborted. It makes the guest's writes durable, since the guest can no
-// longer flush.
+// Remove tells the guest that a disk is going and removes it without waiting for the guest. Commands in
+// flight are finished; those that take longer than bounds.commands are aborted. It makes the guest's
+// writes durable, since the guest can no longer flush.
 func (ds *Set) Remove(ctx context.Context, id string) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
@@ -291,16 +291,26 @@ func (ds *Set) Remove(ctx context.Context, id string) (control.Change, error) {
 	}
 	ch := control.Change{Disk: s.describe(), Guest: ds.tell(&s, vscsi.TransportReset, vscsi.ResetRemoved)}
 	s.gone()
-	work := func(<-chan struct{}) (control.Change, error) { return ch, ds.removeNow(s) }
+	work := func(over <-chan struct{}) (control.Change, error) { return ch, ds.removeNow(s, over) }
 	return ds.change(ctx, "removing "+s.Spec.Path, work, release)
 }
 
 // removeNow is the slow part of Remove.
-func (ds *Set) removeNow(s served) error {
-	if err := ds.target.Detach(s.at); err != nil {
+func (ds *Set) removeNow(s served, over <-chan struct{}) error {
+	ctx, cancel := context.WithTimeout(context.Background(), cmp.Or(ds.bounds.commands, 10*time.Second))
+	defer cancel()
+	panics.Go(func() {
+		select {
+		case <-over:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	err := ds.target.Remove(ctx, s.at)
+	if err != nil {
 		return err
 	}
-	err := s.unit.Sync()
+	err = s.unit.Sync()
 	ds.mu.Lock()
 	if ds.closed {
 		ds.mu.Unlock()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -108,6 +109,64 @@ func TestChangesWaitForNothing(t *testing.T) {
 			}
 			if _, err := ds.Resize(t.Context(), "0", control.ResizeDisk{}); err != control.ErrEnded {
 				t.Errorf("after the end: %v", err)
+			}
+		})
+	}
+}
+
+// TestRemoveBehindCommand removes a disk while a command of the guest uses it and another waits for that
+// one. Both finish, unless that takes too long or the machine ends.
+func TestRemoveBehindCommand(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		bound time.Duration
+		ends  bool
+		abort scsi.Abort
+	}{
+		{"finished", time.Hour, false, scsi.NotAborted},
+		{"too long", time.Millisecond, false, scsi.AbortedByReset},
+		{"end", time.Hour, true, scsi.AbortedByReset},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ds, b := slowDisks(t)
+			ds.bounds.commands = tt.bound
+			first, second := make(chan scsi.Result, 1), make(chan scsi.Result, 1)
+			ds.target.Submit(&scsi.Command{CDB: []byte{0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0},
+				Done: func(r scsi.Result) { first <- r }})
+			<-b.begun
+			ds.target.Submit(&scsi.Command{CDB: make([]byte, 6), Attr: scsi.Ordered,
+				Done: func(r scsi.Result) { second <- r }})
+			removed, ended := make(chan error, 1), make(chan error, 1)
+			go func() {
+				_, err := ds.Remove(t.Context(), "0")
+				removed <- err
+			}()
+			for ds.target.Unit(0) != nil {
+				runtime.Gosched()
+			}
+			if tt.ends {
+				go func() { ended <- ds.Close(true) }()
+				if err := <-removed; err != control.ErrEnded {
+					t.Error(err)
+				}
+			}
+			if tt.abort == scsi.NotAborted {
+				close(b.goOn)
+			}
+			if r := <-second; r.Abort != tt.abort {
+				t.Errorf("the second command: %+v", r)
+			}
+			if tt.abort != scsi.NotAborted {
+				close(b.goOn)
+			}
+			if r := <-first; r.Abort != tt.abort {
+				t.Errorf("the first command: %+v", r)
+			}
+			if tt.ends {
+				removed = ended
+			}
+			if err := <-removed; err != nil {
+				t.Error(err)
 			}
 		})
 	}

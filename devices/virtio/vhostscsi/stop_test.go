@@ -11,11 +11,16 @@ import (
 
 // TestStopAndContinue stops the device under load.
 func TestStopAndContinue(t *testing.T) {
-	const queues, slots, rounds = 2, 5, 100
-	for name, features := range map[string]uint64{
-		"flags": version1, "event_idx": version1 | virtio.FeatureEventIdx | virtio.FeatureIndirectDesc,
+	const queues, slots = 2, 5
+	for _, tt := range []struct {
+		name     string
+		rounds   int
+		features uint64
+	}{
+		{"flags", 100, version1},
+		{"event_idx", 1000, version1 | virtio.FeatureEventIdx | virtio.FeatureIndirectDesc},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(tt.name, func(t *testing.T) {
 			tg := newTarget(t, wwn)
 			tg.lun(tg.group(0, true), 0, make([]byte, 512*virtiotest.DiskBlocks(queues*slots)))
 			notes := []string{}
@@ -27,7 +32,7 @@ func TestStopAndContinue(t *testing.T) {
 			}
 			defer dev.Close()
 			virtiotest.StopAndContinue(t, dev, newMemory(t), virtiotest.Load{
-				Rounds: rounds, Features: features,
+				Rounds: tt.rounds, Features: tt.features,
 				Slots: func(queue int, d *virtqtest.Driver) (list []virtiotest.Slot) {
 					switch queue {
 					case controlQueue:
