@@ -404,7 +404,7 @@ func TestKilled(t *testing.T) {
 func TestNothingLeft(t *testing.T) {
 	img := image(t, "disk", 4, 1<<20)
 	fresh := filepath.Join(t.TempDir(), "fresh")
-	for name, dir := range map[string]string{"TMPDIR": noTemp, "XDG_CACHE_HOME": noTemp,
+	for name, dir := range map[string]string{"TMPDIR": t.TempDir(), "XDG_CACHE_HOME": t.TempDir(),
 		"XDG_RUNTIME_DIR": runtimeDir} {
 		t.Setenv(name, dir)
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -30,9 +31,8 @@ const (
 // firmware where KVM emulates it, on a busy machine.
 const tooLong = 4 * time.Minute
 
-// noTemp is an empty directory for the temporary files of every gvm; runtimeDir has the control
-// sockets.
-var noTemp, runtimeDir string
+// runtimeDir has the control sockets.
+var runtimeDir string
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asGVM) != "" {
@@ -61,11 +61,6 @@ func TestMain(m *testing.M) {
 
 func testMain(m *testing.M) int {
 	var err error
-	if noTemp, err = os.MkdirTemp("", "gvm-test"); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer os.RemoveAll(noTemp)
 	if runtimeDir, err = os.MkdirTemp("", "gvm-run"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -73,7 +68,7 @@ func testMain(m *testing.M) int {
 	defer os.RemoveAll(runtimeDir)
 	// One CPU: two guests at a time on an L1 with two processors can make the lab hang.
 	return lab.Main(withPlotter{m}, lab.Options{Build: []string{"gvm/cmd/gvm-plot"},
-		Visible: []string{noTemp, runtimeDir}, Direct: lab.KVM, CPUs: 1})
+		Visible: []string{runtimeDir}, Direct: lab.KVM, CPUs: 1})
 }
 
 // withPlotter runs the tests with gvm-plot in $PATH.
@@ -108,7 +103,7 @@ func command(t testing.TB, args ...string) *exec.Cmd {
 	c := exec.CommandContext(ctx, self(t), args...)
 	c.Args[0] = "gvm"
 	c.Dir = t.TempDir()
-	c.Env = environment()
+	c.Env = environment(t.TempDir())
 	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	return c
 }
@@ -122,9 +117,15 @@ func self(t testing.TB) string {
 	return path
 }
 
-// environment includes a directory for the output of coverage instrumentation.
-func environment() []string {
-	env := append(os.Environ(), asGVM+"=1", "TMPDIR="+noTemp, "XDG_CACHE_HOME="+noTemp, "XDG_RUNTIME_DIR="+runtimeDir)
+// tempEnv names the directory of environment.
+const tempEnv = "GVM_TEST_TEMP"
+
+// environment is a gvm's, whose temporary files and cache are in temp: of each gvm alone, so that no
+// gvm that was killed fails another's test. It includes a directory for the output of coverage
+// instrumentation.
+func environment(temp string) []string {
+	env := append(os.Environ(), asGVM+"=1", tempEnv+"="+temp, "TMPDIR="+temp, "XDG_CACHE_HOME="+temp,
+		"XDG_RUNTIME_DIR="+runtimeDir)
 	if testing.CoverMode() != "" {
 		dir := os.DevNull
 		if f := flag.Lookup("test.gocoverdir"); f != nil && f.Value.String() != "" {
@@ -174,7 +175,8 @@ func wait(t testing.TB, c *exec.Cmd) result {
 	if err := syscall.Kill(-c.Process.Pid, 0); !errors.Is(err, syscall.ESRCH) {
 		t.Errorf("a process of gvm's group is left: %v", err)
 	}
-	if left, err := os.ReadDir(noTemp); err != nil || len(left) > 0 {
+	i := slices.IndexFunc(c.Env, func(word string) bool { return strings.HasPrefix(word, tempEnv+"=") })
+	if left, err := os.ReadDir(c.Env[i][len(tempEnv)+1:]); err != nil || len(left) > 0 {
 		t.Errorf("left in TMPDIR or the cache directory: %v, %v", left, err)
 	}
 	ws := c.ProcessState.Sys().(syscall.WaitStatus)

@@ -124,7 +124,7 @@ func TestCompletionOfDisks(t *testing.T) {
 					word += "="
 				}
 				c := exec.Command(path, "-c", script, shell, "img,"+word[:2])
-				c.Env = append(environment(), "PATH="+bin+":"+os.Getenv("PATH"), "HOME="+bin)
+				c.Env = append(environment(t.TempDir()), "PATH="+bin+":"+os.Getenv("PATH"), "HOME="+bin)
 				out, err := c.CombinedOutput()
 				if err != nil || !slices.Contains(strings.Split(string(out), "\n"), "img,"+word) {
 					t.Errorf("img,%s: %v, %q lacks %s", word[:2], err, out, word)
@@ -193,7 +193,7 @@ func TestCompletion(t *testing.T) {
 					`_gvm; printf '%s\n' "${COMPREPLY[@]}"`, "bash")
 			c.Args = append(c.Args, tt.words...)
 			c.Dir = dir
-			c.Env = append(environment(), "PATH="+bin+":"+os.Getenv("PATH"))
+			c.Env = append(environment(t.TempDir()), "PATH="+bin+":"+os.Getenv("PATH"))
 			out, err := c.CombinedOutput()
 			got := strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
 			slices.Sort(got)
