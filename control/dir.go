@@ -59,7 +59,7 @@ func CheckName(name string) error {
 	if name == "" || len(name) > maxName || strings.Trim(name, "0123456789") == "" ||
 		strings.ContainsRune(".-", rune(name[0])) ||
 		strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != "" {
-		return fmt.Errorf("%q is %w: want 1 to %d letters, digits, dots, dashes and underlines that are not a "+
+		return fmt.Errorf("%q is %w: want 1 to %d letters, digits, dots, dashes and underscores that are not a "+
 			"number and begin with no dot or dash", name, ErrName, maxName)
 	}
 	return nil

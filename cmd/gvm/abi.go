@@ -29,9 +29,9 @@ func abiCommand() *cli.Command {
 	jsonFlag := &cli.BoolFlag{Name: "json", Usage: "write JSON, for gvm abi diff and other programs"}
 	return &cli.Command{
 		Name:  "abi",
-		Usage: "what this kernel's KVM and vhost-scsi say of themselves",
+		Usage: "show the versions and features of this kernel's KVM and vhost-scsi",
 		Description: `Asks the kernel for the versions, features and capabilities of the interfaces
-that gvm uses. What is missing on this host is shown as an error; the exit
+that gvm uses. Interfaces that this host lacks are shown as errors; the exit
 status is 0 all the same. gvm abi diff ends with 1 if the two differ.
 
 EXAMPLES
@@ -41,7 +41,7 @@ EXAMPLES
 		Flags: []cli.Flag{jsonFlag},
 		Subcommands: []*cli.Command{{
 			Name:      "diff",
-			Usage:     "tell what changed between two kernels",
+			Usage:     "show the changes between two kernels",
 			ArgsUsage: "A.json B.json",
 			Action: func(c *cli.Context) error {
 				if c.Args().Len() != 2 {
@@ -182,7 +182,7 @@ func readFacts(path string) (map[string]string, error) {
 	}
 	var f facts
 	if err := json.Unmarshal(b, &f); err != nil || f["kernel"] == nil {
-		return nil, configError{fmt.Errorf("%s: not what gvm abi --json writes", path)}
+		return nil, configError{fmt.Errorf("%s: not the output of gvm abi --json", path)}
 	}
 	flat := map[string]string{}
 	flatten("", f, flat)

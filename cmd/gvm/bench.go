@@ -34,10 +34,11 @@ func benchCommand() *cli.Command {
 and its storage: nothing (null), memory (mem), and an image under $TMPDIR
 that is in the page cache (file), or the image of --disk, which is only read.
 Beside them, in the same round, fio reads the same file by io_uring, which is
-about what the host can do, and by pread with one request in flight; without
-fio those rows are missing. The driver sleeps until an interrupt, or polls,
-where there are two CPUs for each queue: one for it, and one for the device.
-QEMU's device cannot run without a guest: gvm bench guest compares with it.
+about the most that the host can do, and by pread with one request in flight;
+without fio those rows are missing. The driver sleeps until an interrupt, or
+polls, where there are two CPUs for each queue: one for it, and one for the
+device. QEMU's device cannot run without a guest: gvm bench guest compares
+with it.
 
 All figures are medians of the rounds, with the lowest and the highest in
 brackets. CPU is that of the whole process, the driver's part included. The
@@ -65,7 +66,7 @@ EXAMPLES
 	return &cli.Command{
 		Name:        "bench",
 		Usage:       "measure this host",
-		Description: "gvm help bench disk, and so on, says what is measured.",
+		Description: "gvm help bench disk, and so on, describes each measurement.",
 		Subcommands: append([]*cli.Command{disk}, others...),
 	}
 }

@@ -41,7 +41,7 @@ waits. The guest has one CPU and no disk.
    CPU          that all threads have used until then
 
 gvm takes its first instruction's time itself (gvm run --timing, which also
-tells what the time before it goes to). The firmware's is taken at its debug
+tells where the time before it goes). The firmware's is taken at its debug
 port (0x402), in a boot of its own, as its words take it time; that of
 microvm says nothing there.
 

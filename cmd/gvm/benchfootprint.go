@@ -27,7 +27,7 @@ import (
 func benchFootprintCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "footprint",
-		Usage:     "measure what a machine takes of the host, beside QEMU's",
+		Usage:     "measure a machine's use of the host, beside QEMU's",
 		ArgsUsage: " ",
 		Description: `The embedded guest boots and waits for input that does not come, with 512 MiB
 of RAM and one disk: under gvm, and in turns under q35 of each QEMU of
@@ -35,8 +35,8 @@ of RAM and one disk: under gvm, and in turns under q35 of each QEMU of
 
    ready     from exec to the guest's first word after its checks
    CPU       that all threads have used until then
-   RSS, PSS  resident memory without the guest's RAM, and without what others
-             share
+   RSS, PSS  resident memory without the guest's RAM, and without the part
+             that others share
    threads, and the program's size
 
 The last three columns are gvm's time, CPU and PSS, each divided by that

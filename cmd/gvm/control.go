@@ -327,7 +327,7 @@ func diskCommand() *cli.Command {
 			return diskTable(c.App.Writer, disks)
 		})
 	add := sub("add", "DISK", "give a running machine a disk",
-		`DISK is what gvm run --disk takes (gvm help disk), with backend=process.
+		`DISK is a value of gvm run --disk (gvm help disk), with backend=process.
 Without lun= the disk gets the lowest LUN that is free. The guest sees it
 come without a rescan.
 
@@ -344,8 +344,8 @@ EXAMPLES
 		})
 	remove := sub("remove", "DISK", "take a disk away from a running machine",
 		`DISK is a LUN, a path or a serial number. The guest is told; requests that it
-has under way are aborted, and what it has not written yet it cannot write
-any more: unmount the disk there first.
+has under way are aborted, and data that it has not written yet is lost:
+unmount the disk there first.
 
 EXAMPLES
    gvm disk remove 1
@@ -364,7 +364,7 @@ EXAMPLES
    gvm disk resize build 0 20G
    gvm disk resize /dev/vg/data      after lvextend`, 1,
 		[]cli.Flag{&cli.BoolFlag{Name: "shrink",
-			Usage: "the disk may become smaller: what lies behind its new end is lost"}},
+			Usage: "the disk may become smaller: the data behind its new end is lost"}},
 		func(c *cli.Context, m *control.Client, args []string) error {
 			r := control.ResizeDisk{Shrink: c.Bool("shrink")}
 			if len(args) > 1 {

@@ -96,7 +96,7 @@ func TestDiskCommands(t *testing.T) {
 		{"disk add VM two.img", 2, "", "two.img: given twice"},
 		{"disk list " + pid, 0, "1    1 MiB  512    writethrough  rw    process  TWO     " + two + "\n", ""},
 		{"disk resize VM TWO 3M", 0, "resized LUN 1, " + two + ", serial TWO, 3 MiB", ""},
-		{"disk resize VM 1 2M", 2, "", "what lies behind them would be lost, as --shrink allows"},
+		{"disk resize VM 1 2M", 2, "", "the data behind them would be lost, which --shrink allows"},
 		{"disk resize --shrink VM two.img 2M", 0, "resized LUN 1, " + two + ", serial TWO, 2 MiB", ""},
 		{"disk resize VM 1 1000", 2, "", "size 1000 is not a multiple of the block size 512; 1024 is"},
 		{"disk resize VM 1 much", 2, "", "disk 1: size \"much\""},

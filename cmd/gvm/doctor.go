@@ -55,9 +55,9 @@ var usefulCaps = []capability{
 func doctorCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "doctor",
-		Usage: "tell what this host offers to guests, and what to do about what is missing",
+		Usage: "show the features that this host offers to guests, and how to add missing ones",
 		Description: `Each line is ok, note (something optional is missing) or FAIL (gvm run will
-not work), with what to do. The exit status is 0 without a FAIL, else 3.`,
+not work), with a remedy. The exit status is 0 without a FAIL, else 3.`,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usageError{fmt.Errorf("doctor takes no argument, and got %q", c.Args().First())}
@@ -172,7 +172,7 @@ func doctorDisks(line func(kind, format string, args ...any)) {
 	case err != nil:
 		line("note", "whether images here are read at once is not known: %v", err)
 	case at:
-		line("ok", "images in this directory: what the page cache has is read at once")
+		line("ok", "images in this directory: data in the page cache is read at once")
 	default:
 		line("note", "images in this directory: its file system has no RWF_NOWAIT, so that reads use helper threads, "+
 			"which is slower; ext4, XFS and btrfs have it")

@@ -257,7 +257,7 @@ func helpCommand() *cli.Command {
 	return &cli.Command{
 		Name: "help", Aliases: []string{"h"}, Usage: "show the help of a command", ArgsUsage: "[COMMAND [SUBCOMMAND]]",
 		Description: "gvm help disk has the options of --disk as well, " +
-			"gvm help exit-status what\nthe exit status says.",
+			"gvm help exit-status\nthe exit statuses.",
 		Action: func(c *cli.Context) error { return helpPage(c, c.Args().Slice()) },
 	}
 }

@@ -53,7 +53,7 @@ EXAMPLES
 			}
 			return imageError(block.Create(args[0], size, c.Bool("prealloc")))
 		})
-	info := sub("info", "PATH", "tell what an image is, and who uses it", `EXAMPLES
+	info := sub("info", "PATH", "show an image's format, size and users", `EXAMPLES
    gvm image info disk.img
    gvm image info --json disk.img | jq .allocated`, 1, 1,
 		[]cli.Flag{&cli.BoolFlag{Name: "json", Usage: "a JSON object"}},
@@ -72,9 +72,9 @@ EXAMPLES
 
 EXAMPLES
    gvm image resize disk.img 40G
-   gvm image resize --shrink disk.img 10G    what lies behind is lost`, 2, 2,
+   gvm image resize --shrink disk.img 10G    the data behind is lost`, 2, 2,
 		[]cli.Flag{
-			&cli.BoolFlag{Name: "shrink", Usage: "the image may become smaller: what lies behind its new end is lost"},
+			&cli.BoolFlag{Name: "shrink", Usage: "the image may become smaller: the data behind its new end is lost"},
 			&cli.StringFlag{Name: "lock", Value: "on",
 				Usage: "`on|off`: off goes on without a lock on a file system that has none"},
 		},

@@ -56,7 +56,7 @@ func TestImage(t *testing.T) {
 		{"image info .", 2, "", "is a directory"},
 		{"image info", 2, "", "image info takes PATH, and got 0 words"},
 		{"image resize disk.img 8M", 0, "", ""},
-		{"image resize disk.img 2M", 2, "", "what lies behind them would be lost, as --shrink allows"},
+		{"image resize disk.img 2M", 2, "", "the data behind them would be lost, which --shrink allows"},
 		{"image resize --shrink disk.img 2M", 0, "", ""},
 		{"image resize disk.qcow2 8M", 2, "", "qcow2 image; gvm takes raw images"},
 		{"image resize disk.img 1000", 2, "", "not a multiple"},

@@ -20,7 +20,7 @@ var kernelImages = []string{"arch/x86/boot/bzImage", "vmlinux"}
 func treeKernel(dir string) (kernel, note string, err error) {
 	dir, err = filepath.Abs(dir)
 	if err != nil {
-		return "", "", fmt.Errorf("looking for a kernel tree: %w", err)
+		return "", "", fmt.Errorf("look for a kernel tree: %w", err)
 	}
 	for top := dir; ; top = filepath.Dir(top) {
 		source := isSourceTree(top)

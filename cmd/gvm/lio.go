@@ -17,8 +17,9 @@ func lioCommand() *cli.Command {
 	list := &cli.Command{
 		Name:  "list",
 		Usage: "show vhost-scsi targets and the disks behind them, and whose they are",
-		Description: `Everything in LIO that vhost-scsi can serve is shown, also what other tools
-made. A gvm that is dead has left its objects: gvm lio gc removes them.
+		Description: `Everything in LIO that vhost-scsi can serve is shown, also the objects of
+other tools. Objects of a gvm that is dead are left over: gvm lio gc removes
+them.
 
 EXAMPLES
    gvm lio list
@@ -33,7 +34,7 @@ EXAMPLES
 	}
 	gc := &cli.Command{
 		Name:  "gc",
-		Usage: "remove what dead gvms left in LIO, and nothing else",
+		Usage: "remove the objects that dead gvms left in LIO, and no others",
 		Description: `A gvm that is killed cannot take down the target that its guest had. The next
 gvm run with backend=vhost does it, or this command. Objects of living gvms
 and of other tools stay. Each object that is gone is printed.
@@ -59,7 +60,7 @@ error.
 
 EXAMPLES
    gvm lio list       # targets, disks, and their owners; --json for scripts
-   sudo gvm lio gc    # remove what a killed gvm has left`,
+   sudo gvm lio gc    # remove the objects of a killed gvm`,
 		Subcommands: []*cli.Command{list, gc},
 	}
 }

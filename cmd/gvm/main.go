@@ -184,7 +184,7 @@ argument it boots a small guest of its own and so shows that all works.`,
 func exitStatusCommand() *cli.Command {
 	return &cli.Command{
 		Name:               "exit-status",
-		Usage:              "what gvm's exit status says",
+		Usage:              "list gvm's exit statuses",
 		Description:        exitStatusHelp,
 		CustomHelpTemplate: "{{.Description}}\n",
 		Action: func(c *cli.Context) error {

@@ -35,14 +35,14 @@ gone at the end. A command that writes blocks writes made-up ones.
 With --backend=process or vhost the answers are compared with those in the
 trace: status, sense data, residual and response, as far as the trace has
 them. With --backend=both they are compared with each other, and so is the
-data read, byte by byte: what docs/backends.md lists is counted, by its rows,
-and only other differences are shown. --corpus replays requests that gvm
+data read, byte by byte: differences that docs/backends.md lists are counted,
+by its rows, and only others are shown. --corpus replays requests that gvm
 brings along, good and bad ones of every operation code that one of the
 backends has.
 
 The exit status is 0 when no answer differs, or as docs/backends.md lists,
-and 1 when one does otherwise. --backend=vhost and both need what
-backend=vhost of gvm run needs.
+and 1 when one does otherwise. --backend=vhost and both have the needs of
+backend=vhost of gvm run.
 
 EXAMPLES
    gvm replay run.trace

@@ -66,7 +66,7 @@ EXAMPLES
    gvm run --disk a.img,serial=one --disk b.img,readonly,lun=4
    gvm run --disk a.img,backend=vhost               served by the kernel
    gvm run --cpus 4 --memory 2G --cmdline "ro quiet" --timeout 60s
-   gvm help exit-status                             what the exit status says
+   gvm help exit-status                             the exit statuses
 
 ` + guestWords(),
 		Flags: append([]cli.Flag{
@@ -87,7 +87,7 @@ EXAMPLES
 				Usage: "`LIST` of the CPUs' local APIC IDs, ascending, such as 0,2,300; default 0,1,2 and so on"},
 			&cli.StringFlag{Name: "cpu-features",
 				Usage: "`LIST` such as -x2apic,+avx2: names of /proc/cpuinfo to hide, " +
-					"with what depends on them, or to demand"},
+					"with those that depend on them, or to demand"},
 			&cli.StringFlag{Name: "memory", Aliases: []string{"m"}, Value: "512M",
 				Usage: "`SIZE` of guest RAM, in MiB without a suffix; pages are taken as the guest touches them"},
 			&cli.BoolFlag{Name: "overcommit",
@@ -110,9 +110,9 @@ EXAMPLES
 			&cli.StringFlag{Name: "trace", Usage: "record every SCSI request in `FILE`, for gvm trace",
 				TakesFile: true},
 			&cli.BoolFlag{Name: "timing",
-				Usage: "print at the end what took how long, with what the guest wrote to port 0x80"},
+				Usage: "print at the end how long each phase took, with the guest's writes to port 0x80"},
 			&cli.StringFlag{Name: "vhost-abi",
-				Usage: "accept version `N|any` of the kernel's vhost-scsi interface, whatever gvm is written for"},
+				Usage: "accept version `N|any` of the kernel's vhost-scsi interface, although gvm is written for another"},
 			&cli.IntFlag{Name: "queues",
 				Usage: "`N` virtio-scsi request queues (default: one per CPU); " +
 					"with backend=vhost each takes some 21 MiB of the kernel's memory"},
@@ -556,7 +556,7 @@ var urgent struct {
 // endNow ends the process without waiting for its end in order. gvm lio gc removes kernel objects
 // that are left.
 func endNow(status int, why string) {
-	exitNow(status, patience, func() { stderr.say(fmt.Sprintf("gvm: %s, before the end in order was over\n", why)) })
+	exitNow(status, patience, func() { stderr.say(fmt.Sprintf("gvm: %s, before the orderly end was over\n", why)) })
 }
 
 // dumpPatience bounds the wait for the reader of a dump.

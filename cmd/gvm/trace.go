@@ -40,7 +40,7 @@ its latency, for disks of either backend. These commands read such files.`,
 are bits of the CDB. For a command without blocks that is the page, the tag
 of the task that a task management function is about, or the bytes of an
 unknown CDB. Q is the request queue. In LUN, wlun is the REPORT LUNS
-well-known logical unit, and none what is no address of the target.
+well-known logical unit, and none is no address of the target.
 
 EXAMPLES
    gvm trace show run.trace
@@ -75,7 +75,7 @@ EXAMPLES
 			},
 			{
 				Name:      "diff",
-				Usage:     "tell what two guests asked and got differently",
+				Usage:     "show where two guests' requests or answers differ",
 				ArgsUsage: "A B",
 				Description: `The requests of each logical unit are aligned in the order in which they were
 made. Told are requests of one trace only (- and +), and those whose

@@ -34,7 +34,7 @@ func (b *File) Resize(n int64, shrink bool, cut func(b *File, size int64) error)
 	switch most := max(b.Size(), has); {
 	case size < most && !shrink:
 		return badImage(ErrSize, b.path,
-			"has %d bytes, and would have %d: what lies behind them would be lost, as --shrink allows", most, size)
+			"has %d bytes, and would have %d: the data behind them would be lost, which --shrink allows", most, size)
 	case size == has:
 	case b.block:
 		return badImage(ErrSize, b.path, "is a block device of %d bytes, size says %d", has, size)

@@ -24,7 +24,7 @@ func TestResize(t *testing.T) {
 		{"same", 0, mib, false, block.Options{}, mib, mib, ""},
 		{"same, readonly", 0, mib, false, block.Options{ReadOnly: true}, mib, mib, ""},
 		{"shrink", 0, mib / 2, false, block.Options{}, 0, mib,
-			"has 1048576 bytes, and would have 524288: what lies behind them would be lost, as --shrink allows"},
+			"has 1048576 bytes, and would have 524288: the data behind them would be lost, which --shrink allows"},
 		{"shrink, meant", 0, mib / 2, true, block.Options{}, mib / 2, mib / 2, ""},
 		{"as it is", 0, 0, false, block.Options{}, mib, mib, ""},
 		{"as it is, grown", 3 * mib, 0, false, block.Options{}, 3 * mib, 3 * mib, ""},

@@ -137,8 +137,8 @@ func (b *File) claimBelow(rdev uint64, s span, a access, o Options, depth int) e
 		if o.ReadOnly || o.NoLock {
 			return nil
 		}
-		return &LockedError{Path: b.path, By: "a loop device on a file that has no longer the name " + name +
-			": gvm cannot tell what else writes it; take readonly, or lock=off to insist"}
+		return &LockedError{Path: b.path, By: "a loop device on a file that no longer has the name " + name +
+			": gvm cannot tell which others write it; take readonly, or lock=off to insist"}
 	}
 	claim := 0
 	if t.rdev != 0 && !o.ReadOnly {

@@ -181,7 +181,7 @@ func TestInUseByHost(t *testing.T) {
 			t.Fatal(err)
 		}
 		refused(t, link, dev)
-		refused(t, dev, "no longer the name", "lock=off")
+		refused(t, dev, "no longer has the name", "lock=off")
 		reads(t, dev)
 		open(t, dev, block.Options{NoLock: true}).Close()
 		detach(t, dev)

@@ -77,7 +77,7 @@ func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) e
 			for i, u := range k.units {
 				busy[u.Backend] = true
 				if i == 0 {
-					name, mend = ds.paths[u.Backend.(*block.File).Path()], "; gvm lio gc removes what is left"
+					name, mend = ds.paths[u.Backend.(*block.File).Path()], "; gvm lio gc removes the rest"
 				}
 			}
 			ds.mishaps.note(fmt.Sprintf("%s: the kernel has not let go of it; gvm ends without that%s", name, mend))

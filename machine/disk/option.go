@@ -96,7 +96,7 @@ var options = sync.OnceValue(func() []Option {
 			anything &^ byVhost, limit("10M or 10M:100M", func(s *Spec) *scsi.Limit { return &s.BPS }),
 			func(s *Spec) string { return limitWord(s.BPS) }},
 		{"overlay", "on|FILE",
-			"the image stays as it is; what the guest writes is gone with the machine, or kept in FILE",
+			"the image stays as it is; the guest's writes are gone with the machine, or kept in FILE",
 			image | byProcess | overlaid, func(s *Spec, val string) error { s.Overlay = val; return nil },
 			func(s *Spec) string { return s.Overlay }},
 		{"lock", "on|off", "off: go on without a lock on a file system that has none",

@@ -62,7 +62,7 @@ func (h *host) provision(units []Unit) (_ *Target, err error) {
 	}
 	defer unlock()
 	if _, err := h.collect(); err != nil {
-		t.notes = append(t.notes, fmt.Sprintf("what a dead gvm left cannot be removed: %v", err))
+		t.notes = append(t.notes, fmt.Sprintf("the objects of a dead gvm cannot be removed: %v", err))
 	}
 	all, owners, err := h.adapters()
 	if err != nil {

@@ -376,7 +376,7 @@ func TestCreate(t *testing.T) {
 		}
 		if _, err := Create(disk, header); !errors.Is(err, ErrRefused) ||
 			err.Error() != "trace "+disk+
-				": it holds something else than a trace and was left alone; name another file" {
+				": it holds something other than a trace and was left alone; name another file" {
 			t.Errorf("a disk: %v", err)
 		}
 		if b, _ := os.ReadFile(disk); string(b) != content {

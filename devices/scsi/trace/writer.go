@@ -245,7 +245,7 @@ func Create(path string, h Header) (_ *File, err error) {
 	if fi.Mode().IsRegular() {
 		var b [len(magic)]byte
 		if _, err := f.ReadAt(b[:], 0); fi.Size() > 0 && (err != nil || string(b[:]) != magic) {
-			return nil, fmt.Errorf("it holds something else than a trace and was left alone; %w", ErrRefused)
+			return nil, fmt.Errorf("it holds something other than a trace and was left alone; %w", ErrRefused)
 		}
 		// The same kind of lock as disks have, so that no disk's file becomes a trace. A file
 		// system without locks may still hold traces.
