@@ -55,7 +55,7 @@ var may = []struct{ pkg, imports string }{
 	{"guest/embedded/...", ""},
 	{"guest/bootinit", ""},
 	{"guest/diskload", ""},
-	{"guest-tests/...", "guest-tests/... guest/... vmm vmm/boot"},
+	{"guest-tests/...", "guest-tests/... guest/... guestmem machine machine/disk vmm vmm/boot"},
 	{"verdict/klog", ""},
 	{"verdict/ktap", "verdict/klog"},
 	{"verdict", "verdict/klog verdict/ktap"},

@@ -1,6 +1,6 @@
-// Demo boots a stock Debian kernel with gvm, gives it an empty disk, and puts a file system on it.
-// It uses this host's KVM if that runs Linux, else the test lab. On a terminal it ends in a shell
-// of the guest; otherwise it prints a report.
+// Demo boots a stock Debian kernel by package machine, gives it an empty disk, and puts a file
+// system on it. It uses this host's KVM if that runs Linux, else the test lab. On a terminal it ends
+// in a shell of the guest; otherwise it prints a report.
 package main
 
 import (
@@ -9,22 +9,39 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"golang.org/x/term"
 
 	"gvm/guest-tests/lab"
+	"gvm/guestmem"
+	"gvm/machine"
+	"gvm/machine/disk"
 	"gvm/vmm"
+	"gvm/vmm/boot"
 )
 
 //go:embed init.sh
 var initScript string
 
+// inLab is the first argument of the demo that runs in the lab. The kernel and the directory with
+// the initrd follow.
+const inLab = "machine"
+
 func main() {
-	status, err := demo()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	tty := term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd()))
+	var status int
+	var err error
+	if len(os.Args) == 4 && os.Args[1] == inLab {
+		err = run(ctx, os.Args[2], os.Args[3], tty)
+	} else {
+		status, err = demo(ctx, tty)
+	}
+	stop()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "demo: %v\n", err)
 		status = 3
@@ -32,9 +49,7 @@ func main() {
 	os.Exit(status)
 }
 
-func demo() (status int, err error) {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	defer stop()
+func demo(ctx context.Context, tty bool) (status int, err error) {
 	l, err := lab.Setup(ctx, os.Stderr)
 	if err != nil {
 		return 0, err
@@ -44,45 +59,78 @@ func demo() (status int, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	gvm := filepath.Join(dir, "gvm")
-	build := exec.CommandContext(ctx, "go", "build", "-o", gvm, "gvm/cmd/gvm")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return 0, fmt.Errorf("go build: %w\n%s", err, out)
-	}
-	tty := term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd()))
-	initrd := filepath.Join(dir, "initrd")
 	err = lab.Initramfs{
 		Kernel:   l.Cloud,
 		Modules:  []string{"virtio_pci", "virtio_scsi", "sd_mod", "ext4"},
 		Binaries: []string{filepath.Join(l.Tree, "sbin/mke2fs")},
 		Root:     l.Tree,
 		Init:     initScript,
-	}.Build(initrd)
+	}.Build(filepath.Join(dir, "initrd"))
 	if err != nil {
 		return 0, err
 	}
-	mode := "mode=report"
-	if tty {
-		mode = "mode=shell"
-	}
-	args := []string{gvm, "run", "--kernel", l.Cloud.BZImage, "--initrd", initrd, "--disk",
-		filepath.Join(dir, "disk.img") + ",size=256M", "--cmdline", "quiet " + mode}
 	direct, why := vmm.RunsLinux()
 	if direct {
 		fmt.Fprintf(os.Stderr, "demo: on this host: %s\n", why)
-		c := exec.CommandContext(ctx, args[0], args[1:]...)
-		c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
-		var exit *exec.ExitError
-		if err := c.Run(); err != nil && !errors.As(err, &exit) {
-			return 0, err
-		}
-		return c.ProcessState.ExitCode(), nil
+		return 0, run(ctx, l.Cloud.BZImage, dir, tty)
 	}
 	fmt.Fprintf(os.Stderr, "demo: in the lab: %s\n", why)
-	c := lab.Command{Args: args, Dir: dir, Writable: []string{dir}, Stdout: os.Stdout, Stderr: os.Stderr, TTY: tty}
+	self, err := os.Executable()
+	if err != nil {
+		return 0, err
+	}
+	c := lab.Command{Args: []string{self, inLab, l.Cloud.BZImage, dir}, Dir: dir, Writable: []string{dir},
+		Stdout: os.Stdout, Stderr: os.Stderr, TTY: tty}
 	if tty {
 		c.Stdin = os.Stdin
 	}
 	return l.Run(ctx, c)
+}
+
+// run boots the kernel with the initrd of dir and a new disk there. A guest that does not power
+// itself off is an error.
+func run(ctx context.Context, kernel, dir string, tty bool) (err error) {
+	k, err := boot.Open(ctx, kernel)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, k.Close()) }()
+	initrd, err := boot.OpenFile(ctx, filepath.Join(dir, "initrd"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, initrd.Close()) }()
+	root, err := disk.Parse(strings.ReplaceAll(filepath.Join(dir, "disk.img"), ",", ",,") + ",size=256M")
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	spec := machine.Spec{
+		Name:    "demo",
+		Memory:  guestmem.Config{Size: 512 << 20},
+		Kernel:  k,
+		Initrds: []*boot.File{initrd},
+		CmdLine: "quiet mode=report",
+		Disks:   []disk.Spec{root},
+		Console: machine.Output(os.Stdout),
+		Note:    func(s string) { fmt.Fprintf(os.Stderr, "demo: %s\n", s) },
+	}
+	if tty {
+		t, e := openTerminal(stop)
+		if e != nil {
+			return e
+		}
+		defer func() { err = errors.Join(err, t.close()) }()
+		spec.CmdLine, spec.Console = "quiet mode=shell", t
+	}
+	m, err := machine.Start(ctx, spec)
+	if err != nil {
+		return err
+	}
+	out, err := m.Wait()
+	if out.Ending != vmm.PoweredOff && err == nil {
+		err = errors.Join(fmt.Errorf("the guest has not powered itself off: %v", out.Ending), out.Err)
+	}
+	return err
 }
