@@ -153,9 +153,33 @@ func TestQEMUVersion(t *testing.T) {
 		if err := os.WriteFile(path, []byte("#!/bin/sh\necho '"+tt.says+"'\n"), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		got, err := (&setup{ctx: t.Context()}).qemuVersion(path)
+		got, err := qemuVersion(t.Context(), path)
 		if err != nil || got != tt.want || (newEnough(got) == nil) != tt.good {
 			t.Errorf("%q: %v, %v, new enough: %v", tt.says, got, err, newEnough(got))
+		}
+	}
+}
+
+// TestQEMUs: the QEMU that runs L1 is another to compare with only if its version is.
+func TestQEMUs(t *testing.T) {
+	program := func(dir, version string) string {
+		path := filepath.Join(dir, qemuName)
+		text := "#!/bin/sh\necho QEMU emulator version " + version + "\n"
+		if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	dir := t.TempDir()
+	t.Setenv("PATH", dir)
+	system := QEMU{program(dir, "7.2.22"), 7, 2}
+	for version, want := range map[string][]QEMU{"7.2.1": {system}, "11.1.3": {system, {"", 11, 1}}} {
+		l := &Lab{qemu: program(t.TempDir(), version)}
+		if len(want) > 1 {
+			want[1].Path = l.qemu
+		}
+		if got, err := l.QEMUs(t.Context()); err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: %v, %v, want %v", version, got, err, want)
 		}
 	}
 }

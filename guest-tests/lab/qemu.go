@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -43,7 +44,7 @@ func (s *setup) qemu() error {
 	if system, err = filepath.EvalSymlinks(system); err != nil {
 		return err
 	}
-	has, err := s.qemuVersion(system)
+	has, err := qemuVersion(s.ctx, system)
 	if err != nil {
 		return err
 	}
@@ -80,8 +81,8 @@ func (s *setup) link(name, target string) error {
 var versionLine = regexp.MustCompile(`QEMU emulator version (\d+)\.(\d+)`)
 
 // qemuVersion returns the version of a QEMU, major and minor.
-func (s *setup) qemuVersion(path string) (v [2]int, err error) {
-	out, err := runCtx(s.ctx, "", path, "--version")
+func qemuVersion(ctx context.Context, path string) (v [2]int, err error) {
+	out, err := runCtx(ctx, "", path, "--version")
 	if err != nil {
 		return v, err
 	}
@@ -95,6 +96,30 @@ func (s *setup) qemuVersion(path string) (v [2]int, err error) {
 		}
 	}
 	return v, nil
+}
+
+// QEMU is a program to compare with.
+type QEMU struct {
+	Path         string
+	Major, Minor int // of its version
+}
+
+// QEMUs returns this machine's QEMU and, if that is of another version, the one that runs L1.
+func (l *Lab) QEMUs(ctx context.Context) (all []QEMU, err error) {
+	system, err := hostTool(qemuName)
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range []string{system, l.qemu} {
+		v, err := qemuVersion(ctx, path)
+		if err != nil {
+			return nil, err
+		}
+		if len(all) == 0 || v != [2]int{all[0].Major, all[0].Minor} {
+			all = append(all, QEMU{path, v[0], v[1]})
+		}
+	}
+	return all, nil
 }
 
 // newerQEMU unpacks the QEMU of qemuSuites and its dependencies into the cache, and returns the
@@ -130,7 +155,7 @@ func (s *setup) newerQEMU() (string, error) {
 		os.WriteFile(program, []byte(qemuWrapper), 0o755)); err != nil {
 		return "", err
 	}
-	has, err := s.qemuVersion(program)
+	has, err := qemuVersion(s.ctx, program)
 	if err == nil {
 		err = newEnough(has)
 	}

@@ -6,7 +6,6 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -34,6 +33,37 @@ func qemuArgs(machine, kernel, initrd string) []string {
 		"-serial", "stdio", "-no-reboot", "-kernel", kernel, "-initrd", initrd, "-append",
 		"console=ttyS0 panic=-1 " + benchCmdline,
 		"-device", "virtio-rng-pci"}
+}
+
+// qemu is a QEMU to compare with, by the name of its rows.
+type qemu struct {
+	name string
+	lab.QEMU
+}
+
+// qemus returns the system's QEMU and the lab's.
+func qemus(b *testing.B, l *lab.Lab) (all []qemu) {
+	found, err := l.QEMUs(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, q := range found {
+		all = append(all, qemu{fmt.Sprintf("qemu-%d.%d", q.Major, q.Minor), q})
+	}
+	return all
+}
+
+// disk returns arguments for a virtio-scsi disk with an iothread: from QEMU 10 on by io_uring and
+// iothread-vq-mapping.
+func (q qemu) disk(file string) []string {
+	drive := "if=none,id=d,format=raw,cache=writeback,file=" + file
+	args := []string{"-object", "iothread,id=t"}
+	if q.Major < 10 {
+		return append(args, "-drive", drive, "-device", "virtio-scsi-pci,iothread=t", "-device", "scsi-hd,drive=d")
+	}
+	return append(args, "-drive", drive+",aio=io_uring",
+		"-device", `{"driver":"virtio-scsi-pci","id":"s","iothread-vq-mapping":[{"iothread":"t"}]}`,
+		"-device", `{"driver":"scsi-hd","bus":"s.0","drive":"d"}`)
 }
 
 // cleanMemory makes the kernel clear the memory that the next guest will get. An emulated processor
@@ -116,29 +146,29 @@ func BenchmarkBoot(b *testing.B) {
 		b.Fatal(err)
 	}
 	args := []string{"run", "--kernel", l.Debian.BZImage, "--initrd", initrd, "--cmdline", benchCmdline}
-	qemu, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		b.Fatal(err)
-	}
-	kvm := func(machine, kernel string) []string {
-		return append(qemuArgs(machine, kernel, initrd), "-device", "virtio-scsi-pci")
-	}
 	vmlinux := slices.Clone(args)
 	vmlinux[2] = l.Debian.VMLinux
-	ways := []struct {
+	type way struct {
 		name    string
 		program string
 		cold    bool // the cache has no kernel
 		args    []string
 		peer    string
-	}{
+	}
+	ways := []way{
 		{"gvm-warm", lab.Program("gvm"), false, args, ""},
 		{"gvm-cold", lab.Program("gvm"), true, args, "gvm-warm"},
 		{"gvm-bzimage", lab.Program("gvm"), false, append(args[:len(args):len(args)], "--boot", "bzimage"), "gvm-warm"},
 		{"gvm-vmlinux", lab.Program("gvm"), false, vmlinux, "gvm-warm"},
-		{"qemu-q35", qemu, false, kvm("q35", l.Debian.BZImage), "gvm-warm"},
-		{"qemu-pc", qemu, false, kvm("pc", l.Debian.BZImage), "gvm-warm"},
-		{"qemu-pc-vmlinux", qemu, false, kvm("pc", l.Debian.VMLinux), "gvm-vmlinux"},
+	}
+	for _, q := range qemus(b, l) {
+		add := func(name, machine, kernel, peer string) {
+			ways = append(ways, way{q.name + name, q.Path, false,
+				append(qemuArgs(machine, kernel, initrd), "-device", "virtio-scsi-pci"), peer})
+		}
+		add("-q35", "q35", l.Debian.BZImage, "gvm-warm")
+		add("-pc", "pc", l.Debian.BZImage, "gvm-warm")
+		add("-pc-vmlinux", "pc", l.Debian.VMLinux, "gvm-vmlinux")
 	}
 	boot := func(i int) float64 {
 		w, cache := ways[i], cacheHome
@@ -175,14 +205,10 @@ func BenchmarkBoot(b *testing.B) {
 }
 
 // BenchmarkDisk has fio, in a Linux guest, read and write blocks of 4 KiB at random places of the
-// same file, served by gvm's target and the kernel's, in gvm and in QEMU. Each iteration boots a
-// guest of each, one after the other.
+// same file, served by gvm's target and the kernel's, in gvm and in each QEMU. Each iteration boots
+// a guest of each, one after the other. A ratio is QEMU's figure divided by that of gvm.
 func BenchmarkDisk(b *testing.B) {
 	l := theLab(b)
-	qemu, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		b.Fatal(err)
-	}
 	loads := []string{"read-1", "read-32", "write-1", "write-32"}
 	script := "wait_for /dev/sda\n"
 	// Fields of fio's terse output, version 3: IOPS and the mean latency in µs.
@@ -206,19 +232,17 @@ func BenchmarkDisk(b *testing.B) {
 			return lab.Program("gvm"), append(args[:len(args):len(args)], "--disk", file+",backend="+backend), func() {}
 		}
 	}
-	ways := []struct {
+	type way struct {
 		name string
-		peer int // the row to compare with
+		peer int // the row to compare with, or -1
 		make func() (program string, args []string, done func())
-	}{
-		{"gvm", 2, gvmWith("process")},
-		{"gvm-vhost", 3, gvmWith("vhost")},
-		{"qemu", -1, func() (string, []string, func()) {
-			return qemu, append(qemuArgs("q35", l.Debian.BZImage, initrd), "-object", "iothread,id=t", "-device",
-				"virtio-scsi-pci,iothread=t",
-				"-drive", "if=none,id=d,format=raw,cache=writeback,file="+file, "-device", "scsi-hd,drive=d"), func() {}
-		}},
-		{"qemu-vhost", -1, func() (string, []string, func()) {
+	}
+	ways := []way{{"gvm", -1, gvmWith("process")}, {"gvm-vhost", -1, gvmWith("vhost")}}
+	for _, q := range qemus(b, l) {
+		machine := qemuArgs("q35", l.Debian.BZImage, initrd)
+		ways = append(ways, way{q.name, 0, func() (string, []string, func()) {
+			return q.Path, append(machine[:len(machine):len(machine)], q.disk(file)...), func() {}
+		}}, way{q.name + "-vhost", 1, func() (string, []string, func()) {
 			f, err := block.Open(file, block.Options{})
 			if err != nil {
 				b.Fatal(err)
@@ -227,13 +251,13 @@ func BenchmarkDisk(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			return qemu, append(qemuArgs("q35", l.Debian.BZImage, initrd), "-device",
+			return q.Path, append(machine[:len(machine):len(machine)], "-device",
 					"vhost-scsi-pci,wwpn="+target.WWN), func() {
 					if err := errors.Join(target.Close(), f.Close()); err != nil {
 						b.Error(err)
 					}
 				}
-		}},
+		}})
 	}
 	iops, latency := make([]figure, len(loads)*len(ways)), make([]figure, len(loads)*len(ways))
 	for b.Loop() {
