@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -88,15 +89,17 @@ type figure struct {
 	What   string    `json:"what"` // and its unit
 	Way    string    `json:"way"`
 	Values []float64 `json:"values"`
-	Peer   string    `json:"peer,omitempty"`   // another way
-	Ratios []float64 `json:"ratios,omitempty"` // of the values to the peer's
+	// Ratios are those of the values to another way's, by that way.
+	Ratios map[string][]float64 `json:"ratios,omitempty"`
 }
 
 // of computes f's ratios to peer's values in the same iterations.
 func (f *figure) of(peer figure) {
-	f.Peer = peer.Way
+	if f.Ratios == nil {
+		f.Ratios = map[string][]float64{}
+	}
 	for i, v := range f.Values {
-		f.Ratios = append(f.Ratios, v/peer.Values[i])
+		f.Ratios[peer.Way] = append(f.Ratios[peer.Way], v/peer.Values[i])
 	}
 }
 
@@ -111,11 +114,11 @@ func report(b *testing.B, name string, figures []figure) {
 	var out strings.Builder
 	t := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
 	for _, f := range figures {
-		ratio := ""
-		if f.Peer != "" {
-			ratio = spread(f.Ratios, "%.2f") + " of " + f.Peer
+		var ratios []string
+		for _, peer := range slices.Sorted(maps.Keys(f.Ratios)) {
+			ratios = append(ratios, spread(f.Ratios[peer], "%.2f")+" of "+peer)
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", f.What, f.Way, spread(f.Values, "%.4g"), ratio)
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", f.What, f.Way, spread(f.Values, "%.4g"), strings.Join(ratios, ", "))
 	}
 	t.Flush()
 	b.Logf("medians of %d (lowest–highest):\n%s", len(figures[0].Values), out.String())
@@ -206,7 +209,7 @@ func BenchmarkBoot(b *testing.B) {
 
 // BenchmarkDisk has fio, in a Linux guest, read and write blocks of 4 KiB at random places of the
 // same file, served by gvm's target and the kernel's, in gvm and in each QEMU. Each iteration boots
-// a guest of each, one after the other. A ratio is QEMU's figure divided by that of gvm.
+// a guest of each, one after the other.
 func BenchmarkDisk(b *testing.B) {
 	l := theLab(b)
 	loads := []string{"read-1", "read-32", "write-1", "write-32"}
@@ -234,7 +237,7 @@ func BenchmarkDisk(b *testing.B) {
 	}
 	type way struct {
 		name string
-		peer int // the row to compare with, or -1
+		gvm  int // the row of gvm to compare with this one, or -1
 		make func() (program string, args []string, done func())
 	}
 	ways := []way{{"gvm", -1, gvmWith("process")}, {"gvm-vhost", -1, gvmWith("vhost")}}
@@ -281,10 +284,10 @@ func BenchmarkDisk(b *testing.B) {
 		}
 	}
 	for k := range iops {
-		if peer := ways[k%len(ways)].peer; peer >= 0 {
-			peer += k - k%len(ways)
-			iops[k].of(iops[peer])
-			latency[k].of(latency[peer])
+		if gvm := ways[k%len(ways)].gvm; gvm >= 0 {
+			gvm += k - k%len(ways)
+			iops[gvm].of(iops[k])
+			latency[gvm].of(latency[k])
 		}
 	}
 	report(b, "linux-disk", append(iops, latency...))

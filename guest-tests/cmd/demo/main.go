@@ -123,6 +123,7 @@ func run(ctx context.Context, kernel, dir string, tty bool) (err error) {
 		}
 		defer func() { err = errors.Join(err, t.close()) }()
 		spec.CmdLine, spec.Console = "quiet mode=shell", t
+		spec.Note = func(s string) { fmt.Fprintf(os.Stderr, "\r\ndemo: %s\r\n", s) }
 	}
 	m, err := machine.Start(ctx, spec)
 	if err != nil {
