@@ -119,9 +119,9 @@ func (rc *runConfig) claimName() (*control.Server, error) {
 
 // info returns the machine's description of itself.
 func (rc *runConfig) info() control.Info {
-	kernel := rc.kernel
-	if kernel != "" {
-		kernel = disk.Absolute(kernel)
+	kernel := ""
+	if rc.spec.Kernel != nil {
+		kernel = disk.Absolute(rc.spec.Kernel.Name)
 	}
 	return control.Info{Name: rc.spec.Name, PID: os.Getpid(), GVM: version, Kernel: text.Name(kernel),
 		CPUs: rc.spec.CPUs, Memory: rc.spec.Memory.Size}

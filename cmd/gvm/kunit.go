@@ -4,13 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/guest/kernel"
 	"gvm/machine"
 	"gvm/text"
 	"gvm/verdict"
@@ -115,30 +114,20 @@ func parseKunit(c *cli.Context) (rc runConfig, err error) {
 		rc.watch = &watch{reader: verdict.NewReader(verdict.Policy{}, ended)}
 	}
 	if err == nil {
-		rc.watch.tests, rc.watch.kernel = true, rc.kernel
+		rc.watch.tests = true
 	}
 	return rc, err
 }
 
-// findKernel finds the kernel in a tree: that of --kernel, or the current directory.
+// findKernel finds the kernel of the current directory's tree, unless --kernel names one.
 func (rc *runConfig) findKernel() (err error) {
-	dir := "."
 	if rc.kernel != "" {
-		if fi, err := os.Stat(rc.kernel); err != nil || !fi.IsDir() {
-			return nil // the errors of a file are boot.Open's
-		}
-		dir = rc.kernel
+		return nil
 	}
-	if rc.kernel, rc.kernelNote, err = treeKernel(dir); err != nil {
-		return err
+	if rc.kernel, rc.kernelNote, err = kernel.InTree("."); err == nil && rc.kernel == "" {
+		err = errors.New("the current directory is no kernel tree; name a kernel or its tree with --kernel")
 	}
-	if rc.kernel == "" {
-		return fmt.Errorf("%s is no kernel tree; name a kernel or its tree with --kernel", dir)
-	}
-	if !filepath.IsAbs(rc.kernel) {
-		rc.kernel = filepath.Join(dir, rc.kernel)
-	}
-	return nil
+	return err
 }
 
 // printProgress prints a suite that ended, or a test that did not pass. It does not wait for the

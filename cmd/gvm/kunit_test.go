@@ -81,7 +81,7 @@ func TestKunitWords(t *testing.T) {
 		{"a b", exitUsage, `unexpected argument "b"; one GLOB selects the tests`},
 		{"--timeout 0s", exitUsage, "--timeout 0s: want a positive duration"},
 		{"-k none", exitUsage, "none does not exist"},
-		{"-k .", exitUsage, ". is no kernel tree"},
+		{"-k .", exitUsage, ". is a directory without a kernel"},
 		{"-k tree", exitUsage, "is a kernel tree without arch/x86/boot/bzImage or vmlinux"},
 		{"-k kernel --results r.json", exitPanic, "no test ran; a kernel for gvm kunit has CONFIG_KUNIT=y"},
 		{"-k tree list*", exitPanic, "no test ran; a kernel for gvm kunit has CONFIG_KUNIT=y"},

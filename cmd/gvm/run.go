@@ -22,6 +22,7 @@ import (
 
 	"gvm/control"
 	"gvm/guest/embedded"
+	"gvm/guest/kernel"
 	"gvm/machine"
 	"gvm/machine/disk"
 	"gvm/panics"
@@ -34,7 +35,7 @@ import (
 // runConfig is the parsed command line of `gvm run`.
 type runConfig struct {
 	spec       machine.Spec
-	kernel     string // path; "": the embedded guest
+	kernel     string // as kernel.Finder takes it; "": the embedded guest
 	initrds    []string
 	memoryNote string // a note about the memory
 	kernelNote string // a note about a kernel found in a tree
@@ -63,6 +64,7 @@ EXAMPLES
    gvm run                                          the embedded guest
    gvm run --kernel bzImage --initrd initramfs.img
    gvm run --kernel bzImage --disk debian.img       root= is added
+   gvm run --kernel 6.1.0-13-amd64 --initrd /boot/initrd.img-6.1.0-13-amd64
    gvm run --disk a.img,serial=one --disk b.img,readonly,lun=4
    gvm run --disk a.img,backend=vhost               served by the kernel
    gvm run --cpus 4 --memory 2G --cmdline "ro quiet" --timeout 60s
@@ -71,7 +73,8 @@ EXAMPLES
 ` + guestWords(),
 		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"},
-				Usage: "bzImage or ELF vmlinux `FILE`", TakesFile: true},
+				Usage: "boot `KERNEL`: a bzImage or vmlinux, a kernel tree or its O= directory, a .deb or RPM package, " +
+					"the release of an installed kernel, or host, the one that runs here", TakesFile: true},
 			&cli.GenericFlag{Name: "initrd", Aliases: []string{"i"}, Value: new(words),
 				Usage: "initramfs `FILE`; several are concatenated", TakesFile: true},
 			&cli.GenericFlag{Name: "disk", Aliases: []string{"d"}, Value: new(words),
@@ -244,8 +247,8 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		return rc, err
 	}
 	if rc.kernel == "" {
-		if rc.kernel, rc.kernelNote, err = treeKernel("."); err != nil {
-			return rc, err
+		if rc.kernel, rc.kernelNote, err = kernel.InTree("."); err != nil {
+			return rc, fmt.Errorf("%w with --kernel", err)
 		}
 	}
 	if rc.kernel == "" && (len(rc.initrds) > 0 || given("cmdline") || spec.BareCmdLine ||
@@ -258,9 +261,6 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	}
 	if rc.watch, err = parseWatch(c, nil); err != nil {
 		return rc, err
-	}
-	if rc.watch != nil {
-		rc.watch.kernel = rc.kernel
 	}
 	for word := range strings.SplitSeq(strings.Join(spec.GuestArgs, " "), " ") {
 		if word != "" && !embedded.Known(word) {
@@ -350,10 +350,15 @@ func run(rc runConfig) (err error) {
 		spec.Initrds = append(spec.Initrds, f)
 	}
 	if rc.kernel != "" {
-		if spec.Kernel, err = boot.Open(ctx, rc.kernel); err != nil {
+		k, err := kernel.Finder{}.Find(ctx, rc.kernel)
+		if err != nil {
 			return err
 		}
-		defer spec.Kernel.Close()
+		defer k.Close()
+		spec.Kernel = k.Image
+		if rc.watch != nil {
+			rc.watch.kernel = k.Image.Name
+		}
 	}
 	socket, err := rc.claimName()
 	if err != nil {

@@ -288,3 +288,21 @@ func (t *terminal) close() error {
 	t.wake = nil
 	return err
 }
+
+// terminalSize returns kernel words with the size of the terminal, since a serial line cannot carry
+// it; none if standard input and output are not a terminal. Linux puts unknown words into the
+// environment of init, where shells and curses look if the line has no size. systemd (254 and
+// newer) sets the line's size by its own words.
+func terminalSize() []string {
+	if !term.IsTerminal(int(os.Stdin.Fd())) {
+		return nil
+	}
+	columns, rows, err := term.GetSize(int(os.Stdout.Fd()))
+	if err != nil || columns <= 0 || rows <= 0 {
+		return nil
+	}
+	return []string{
+		fmt.Sprintf("LINES=%d", rows), fmt.Sprintf("COLUMNS=%d", columns),
+		fmt.Sprintf("systemd.tty.rows.ttyS0=%d", rows), fmt.Sprintf("systemd.tty.columns.ttyS0=%d", columns),
+	}
+}

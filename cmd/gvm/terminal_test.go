@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -11,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/serial"
+	"gvm/guest/embedded"
 	"gvm/panics"
 )
 
@@ -230,4 +232,45 @@ func TestBreakQueue(t *testing.T) {
 	term.mu.Unlock()
 	term.change.Broadcast()
 	feed.Wait()
+}
+
+// TestTerminalSize: the kernel's command line has the size of a terminal.
+func TestTerminalSize(t *testing.T) {
+	t.Parallel()
+	kernel := filepath.Join(t.TempDir(), "kernel")
+	if err := os.WriteFile(kernel, embedded.Image, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name       string
+		rows, cols uint16
+		args       []string
+		want       string
+	}{
+		{"size", 50, 132, nil,
+			`"console=ttyS0 panic=-1 LINES=50 COLUMNS=132 ` +
+				`systemd.tty.rows.ttyS0=50 systemd.tty.columns.ttyS0=132 crash=reset"`},
+		{"the terminal has none", 0, 0, nil, `"console=ttyS0 panic=-1 crash=reset"`},
+		{"bare", 50, 132, []string{"--bare-cmdline"}, `"crash=reset"`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			p := newProc(t, append([]string{"run", "--kernel", kernel, "--cmdline", "crash=reset"}, tt.args...))
+			p.master, p.slave = openPTY(t)
+			if err := unix.IoctlSetWinsize(int(p.slave.Fd()), unix.TIOCSWINSZ,
+				&unix.Winsize{Row: tt.rows, Col: tt.cols}); err != nil {
+				t.Fatal(err)
+			}
+			p.settings = p.termios()
+			p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = p.slave, p.slave, p.slave
+			p.start(p.master)
+			if r := p.wait(); r.status != exitReset || !strings.Contains(r.out, "command line: "+tt.want) {
+				t.Errorf("status %d, %q, want %q", r.status, r.out, tt.want)
+			}
+		})
+	}
+	r := gvmRuns(t, command(t, "run", "--kernel", kernel, "--cmdline", "crash=reset"))
+	if !strings.Contains(r.out, `command line: "console=ttyS0 panic=-1 crash=reset"`) {
+		t.Errorf("not on a terminal: status %d, %q", r.status, r.out)
+	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/guest/kernel"
 	"gvm/kvmapi/nowait"
 	"gvm/text"
 	"gvm/verdict"
@@ -231,9 +232,9 @@ func (w *watch) decode(r *verdict.Results) {
 
 // decodeScript returns the build directory of a kernel and decode_stacktrace.sh of its source tree,
 // or "".
-func decodeScript(kernel string) (tree, script string) {
-	for _, image := range kernelImages {
-		abs, err := filepath.Abs(kernel)
+func decodeScript(path string) (tree, script string) {
+	for _, image := range kernel.BuiltImages {
+		abs, err := filepath.Abs(path)
 		tree, ok := strings.CutSuffix(abs, "/"+image)
 		if _, vmlinux := os.Stat(filepath.Join(tree, "vmlinux")); err != nil || !ok || vmlinux != nil {
 			continue

@@ -19,6 +19,7 @@ const (
 	hdrJump         = 0x200 // u16; its second byte gives the header's end
 	hdrMagic        = 0x202 // "HdrS"
 	hdrVersion      = 0x206 // u16
+	hdrKernelVer    = 0x20e // u16, from 0x200 in the file
 	hdrTypeOfLoader = 0x210 // u8
 	hdrLoadFlags    = 0x211 // u8
 	hdrRamdisk      = 0x218 // u32
@@ -110,6 +111,26 @@ func parseSetupHeader(name string, head []byte, size int64) (*setupHeader, error
 		return bad(wantWhole, "is a truncated bzImage: it has %d bytes of %d", size, off+n)
 	}
 	return h, nil
+}
+
+// Release returns the release of a bzImage, as uname -r shows it in the guest (boot.rst,
+// "kernel_version"), or "" for an ELF kernel and a bzImage without one.
+func (im *Image) Release() string {
+	if im.hdr == nil || im.hdr.u16(hdrKernelVer) == 0 {
+		return ""
+	}
+	at, _ := im.hdr.code()
+	from := 0x200 + int64(im.hdr.u16(hdrKernelVer))
+	if from >= at { // the string is in the setup code
+		return ""
+	}
+	b := make([]byte, min(256, at-from))
+	if readFull(im.File, b, from) != nil {
+		return ""
+	}
+	b, _, _ = bytes.Cut(b, []byte{0})
+	release, _, _ := bytes.Cut(b, []byte(" "))
+	return string(release)
 }
 
 // bzImage loads a bzImage: its vmlinux if the mode asks for it and it can be extracted, else the

@@ -358,14 +358,14 @@ func TestCutPayload(t *testing.T) {
 		}
 		c := detect(b)
 		for _, n := range []int{6, 13, 16, 17, 18, 30, 36, len(b) / 2, len(b) - 30, len(b) - 1} {
-			if err := c.decode(dst, b[:n:n]); err == nil {
+			if err := c.decompress(dst, b[:n:n]); err == nil {
 				t.Errorf("%s cut at %d of %d went unseen", name, n, len(b))
 			}
-			if err := c.decode(dst, append(b[:n:n], "\x00YZ"...)); err == nil && n <= len(b)/2 {
+			if err := c.decompress(dst, append(b[:n:n], "\x00YZ"...)); err == nil && n <= len(b)/2 {
 				t.Errorf("%s with other data from %d of %d went unseen", name, n, len(b))
 			}
 		}
-		if err := c.decode(dst, append(b[:len(b):len(b)], 0)); err == nil {
+		if err := c.decompress(dst, append(b[:len(b):len(b)], 0)); err == nil {
 			t.Errorf("%s: took data behind the end", name)
 		}
 	}
@@ -385,14 +385,14 @@ func TestLargeWindow(t *testing.T) {
 	h := b[12:24]
 	h[6] = 40
 	binary.LittleEndian.PutUint32(h[8:], crc32.ChecksumIEEE(h[:8]))
-	if err := detect(b).decode(dst, b); !errors.Is(err, xz.ErrMemlimit) {
+	if err := detect(b).decompress(dst, b); !errors.Is(err, xz.ErrMemlimit) {
 		t.Errorf("xz: a dictionary of 4 GiB: %v", err)
 	}
 	if b, err = os.ReadFile(filepath.Join("testdata", "vmlinux.lzma")); err != nil {
 		t.Fatal(err)
 	}
 	copy(b[1:], "\x00\x00\xff\xff")
-	if err := detect(b).decode(dst, b); err == nil {
+	if err := detect(b).decompress(dst, b); err == nil {
 		t.Error("lzma: took a dictionary of 4 GiB")
 	}
 	if runtime.ReadMemStats(&after); after.TotalAlloc-before.TotalAlloc > maxWindow {

@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"bufio"
 	"bytes"
 	"compress/bzip2"
 	"compress/gzip"
@@ -20,24 +21,27 @@ import (
 // maxVmlinux bounds a payload, and its decompressed size.
 const maxVmlinux = 1 << 30
 
-// compression is a compression format of kernels. decode fills dst from src, and fails if src holds
-// more, less, or damaged data.
+// compression is a compression format of kernels.
 type compression struct {
 	name, magic string
 	trailer     int // bytes that the kernel build appends: the size (scripts/Makefile.lib, size_append)
-	decode      func(dst, src []byte) error
+	// open decompresses a stream. nil: gvm reads no streams of this format.
+	open func(io.Reader) (io.Reader, error)
+	// decode fills dst from src, and fails if src holds more, less, or damaged data. nil: it reads what
+	// open returns.
+	decode func(dst, src []byte) error
 }
 
 var compressions = []compression{
-	{"gzip", "\x1f\x8b", 0, stream(func(r io.Reader) (io.Reader, error) { return gzip.NewReader(r) })},
-	{"xz", "\xfd7zXZ\x00", 4, stream(func(r io.Reader) (io.Reader, error) { return xz.NewReader(r, maxWindow) })},
-	{"zstd", "\x28\xb5\x2f\xfd", 4, decodeZstd},
-	{"lz4", "\x02\x21\x4c\x18", 4, decodeLZ4},
-	{"bzip2", "BZh", 4, stream(func(r io.Reader) (io.Reader, error) { return bzip2.NewReader(r), nil })},
-	{"lzma", "\x5d\x00\x00", 4, stream(func(r io.Reader) (io.Reader, error) {
+	{"gzip", "\x1f\x8b", 0, func(r io.Reader) (io.Reader, error) { return gzip.NewReader(r) }, nil},
+	{"xz", "\xfd7zXZ\x00", 4, func(r io.Reader) (io.Reader, error) { return xz.NewReader(r, maxWindow) }, nil},
+	{"zstd", "\x28\xb5\x2f\xfd", 4, openZstd, decodeZstd},
+	{"lz4", "\x02\x21\x4c\x18", 4, nil, decodeLZ4},
+	{"bzip2", "BZh", 4, func(r io.Reader) (io.Reader, error) { return bzip2.NewReader(r), nil }, nil},
+	{"lzma", "\x5d\x00\x00", 4, func(r io.Reader) (io.Reader, error) {
 		return lzma.ReaderConfig{DictCap: maxWindow}.NewReader(r)
-	})},
-	{"lzo", "\x89LZO", 4, func(dst, src []byte) error { return errors.New("gvm does not read it") }},
+	}, nil},
+	{"lzo", "\x89LZO", 4, nil, func(dst, src []byte) error { return errors.New("gvm does not read it") }},
 }
 
 // detect returns the compression whose magic b starts with, or nil.
@@ -121,7 +125,7 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 			return nil, err
 		}
 		v.mapping = v.image
-		if err := c.decode(v.image, src[:len(src)-c.trailer]); err != nil {
+		if err := c.decompress(v.image, src[:len(src)-c.trailer]); err != nil {
 			v.free()
 			return bad("has a payload that cannot be decompressed (%s: %v)", c.name, err)
 		}
@@ -195,34 +199,94 @@ func ExtractELF(f *File) ([]byte, error) {
 	return bytes.Clone(v.image), nil
 }
 
-var errLength = errors.New("the length is not the one that the payload's end tells")
-
-// stream makes a decode function from a decompressing reader.
-func stream(open func(io.Reader) (io.Reader, error)) func(dst, src []byte) error {
-	return func(dst, src []byte) error {
-		in := bytes.NewReader(src)
-		r, err := open(in)
+// Segments calls look with the content of each of the kernel's segments, as far as the file has it,
+// until look returns false. It decompresses a bzImage, or takes it from the cache directory if there
+// is one and it has it.
+func (im *Image) Segments(cache string, look func([]byte) bool) error {
+	k := im.elf
+	if k == nil {
+		v, err := im.extract(cache)
 		if err != nil {
 			return err
 		}
-		if _, err := io.ReadFull(r, dst); err != nil {
-			return err
-		}
-		// The checksum is verified at the end of the stream.
-		var more [1]byte
-		if _, err := io.ReadFull(r, more[:]); err == nil || err == io.EOF && in.Len() > 0 {
-			return errLength
-		} else if err != io.EOF {
-			return err
-		}
-		return nil
+		defer v.free()
+		k = v.elf
 	}
+	for _, p := range k.loads {
+		if p.Filesz > maxVmlinux {
+			return &ImageError{im.Name, fmt.Sprintf("has a segment of %d MiB, and gvm reads %d MiB at most", p.Filesz>>20,
+				maxVmlinux>>20), wantWhole}
+		}
+		b := make([]byte, p.Filesz)
+		if err := readFull(&File{im.Name, k.r, int64(p.Off + p.Filesz)}, b, int64(p.Off)); err != nil {
+			return err
+		}
+		if !look(b) {
+			break
+		}
+	}
+	return nil
+}
+
+var errLength = errors.New("the length is not the one that the payload's end tells")
+
+// decompress fills dst from src, and fails if src holds more, less, or damaged data.
+func (c *compression) decompress(dst, src []byte) error {
+	if c.decode != nil {
+		return c.decode(dst, src)
+	}
+	in := bytes.NewReader(src)
+	r, err := c.open(in)
+	if err != nil {
+		return err
+	}
+	if _, err := io.ReadFull(r, dst); err != nil {
+		return err
+	}
+	// The checksum is verified at the end of the stream.
+	var more [1]byte
+	if _, err := io.ReadFull(r, more[:]); err == nil || err == io.EOF && in.Len() > 0 {
+		return errLength
+	} else if err != io.EOF {
+		return err
+	}
+	return nil
+}
+
+// Decompress returns a reader of the data that r has in one of the kernel's formats but lz4 and
+// lzo, or r's own data if they begin like none. Close frees memory, and leaves r open.
+func Decompress(r io.Reader) (io.ReadCloser, error) {
+	in := bufio.NewReaderSize(r, 64<<10)
+	magic, err := in.Peek(6)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	c := detect(magic)
+	if c == nil {
+		return io.NopCloser(in), nil
+	}
+	if c.open == nil {
+		return nil, fmt.Errorf("the data are compressed with %s, which gvm does not read here", c.name)
+	}
+	out, err := c.open(in)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", c.name, err)
+	}
+	if d, ok := out.(*zstd.Decoder); ok {
+		return d.IOReadCloser(), nil
+	}
+	return io.NopCloser(out), nil
 }
 
 // maxWindow is the largest window of packed kernels: that of zstd --ultra -22, and of xz in the
 // newest kernels. lzma -9 uses half of it. It bounds the memory that a header can make the
 // libraries allocate.
 const maxWindow = 128 << 20
+
+// openZstd returns a *zstd.Decoder. With one thread it starts no goroutine.
+func openZstd(r io.Reader) (io.Reader, error) {
+	return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
+}
 
 func decodeZstd(dst, src []byte) error {
 	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow),

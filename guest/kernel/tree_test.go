@@ -1,4 +1,4 @@
-package main
+package kernel
 
 import (
 	"os"
@@ -7,8 +7,6 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
-
-	"gvm/guest/embedded"
 )
 
 // tree makes files with the given texts in a new directory. A text that begins with -> makes a
@@ -34,8 +32,8 @@ func tree(t *testing.T, files map[string]string) string {
 	return dir
 }
 
-// TestTreeKernel looks for kernels in the directories of Linux builds, and in similar ones.
-func TestTreeKernel(t *testing.T) {
+// TestInTree looks for kernels in the directories of Linux builds, and in similar ones.
+func TestInTree(t *testing.T) {
 	const (
 		config = "#\n# Automatically generated file; DO NOT EDIT.\n# Linux/x86 6.12.0 Kernel Configuration\n#\n" +
 			"CONFIG_CC_VERSION_TEXT=\"gcc\"\n"
@@ -93,12 +91,11 @@ func TestTreeKernel(t *testing.T) {
 			root := tree(t, tt.files)
 			t.Setenv("KBUILD_OUTPUT", tt.env)
 			dir := filepath.Join(root, tt.dir)
-			got, note, err := treeKernel(dir)
+			got, note, err := InTree(dir)
 			switch {
 			case tt.want == missing:
 				if err == nil ||
-					!strings.Contains(err.Error(), "is a kernel tree without arch/x86/boot/bzImage or vmlinux") ||
-					!strings.Contains(err.Error(), "--kernel") {
+					!strings.Contains(err.Error(), "is a kernel tree without arch/x86/boot/bzImage or vmlinux") {
 					t.Errorf("%q, %v", got, err)
 				}
 			case err != nil:
@@ -111,7 +108,7 @@ func TestTreeKernel(t *testing.T) {
 	}
 }
 
-// TestTreeOfPipes: treeKernel does not wait for a pipe in place of a file of a kernel tree.
+// TestTreeOfPipes: InTree does not wait for a pipe in place of a file of a kernel tree.
 func TestTreeOfPipes(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{"Makefile", ".config"} {
@@ -119,48 +116,7 @@ func TestTreeOfPipes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if kernel, _, err := treeKernel(dir); kernel != "" || err != nil { // would hang
+	if kernel, _, err := InTree(dir); kernel != "" || err != nil { // would hang
 		t.Errorf("%q, %v", kernel, err)
-	}
-}
-
-// TestTerminalSize: the kernel's command line has the size of a terminal.
-func TestTerminalSize(t *testing.T) {
-	t.Parallel()
-	kernel := filepath.Join(t.TempDir(), "kernel")
-	if err := os.WriteFile(kernel, embedded.Image, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	for _, tt := range []struct {
-		name       string
-		rows, cols uint16
-		args       []string
-		want       string
-	}{
-		{"size", 50, 132, nil,
-			`"console=ttyS0 panic=-1 LINES=50 COLUMNS=132 ` +
-				`systemd.tty.rows.ttyS0=50 systemd.tty.columns.ttyS0=132 crash=reset"`},
-		{"the terminal has none", 0, 0, nil, `"console=ttyS0 panic=-1 crash=reset"`},
-		{"bare", 50, 132, []string{"--bare-cmdline"}, `"crash=reset"`},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			p := newProc(t, append([]string{"run", "--kernel", kernel, "--cmdline", "crash=reset"}, tt.args...))
-			p.master, p.slave = openPTY(t)
-			if err := unix.IoctlSetWinsize(int(p.slave.Fd()), unix.TIOCSWINSZ,
-				&unix.Winsize{Row: tt.rows, Col: tt.cols}); err != nil {
-				t.Fatal(err)
-			}
-			p.settings = p.termios()
-			p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = p.slave, p.slave, p.slave
-			p.start(p.master)
-			if r := p.wait(); r.status != exitReset || !strings.Contains(r.out, "command line: "+tt.want) {
-				t.Errorf("status %d, %q, want %q", r.status, r.out, tt.want)
-			}
-		})
-	}
-	r := gvmRuns(t, command(t, "run", "--kernel", kernel, "--cmdline", "crash=reset"))
-	if !strings.Contains(r.out, `command line: "console=ttyS0 panic=-1 crash=reset"`) {
-		t.Errorf("not on a terminal: status %d, %q", r.status, r.out)
 	}
 }

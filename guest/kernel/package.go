@@ -1,0 +1,248 @@
+package kernel
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"strconv"
+	"strings"
+
+	"github.com/cavaliergopher/cpio"
+
+	"gvm/vmm/boot"
+)
+
+// Bounds of what a package makes gvm read and keep. Nothing else of it is kept.
+const (
+	maxImage    = 256 << 20
+	maxUnpacked = 8 << 30 // with debug information a kernel's package has some 5 GiB
+	maxHeader   = 64 << 20
+)
+
+const debMagic = "!<arch>\n" // ar(5)
+
+// packages are the formats of packages.
+var packages = []struct {
+	magic   string
+	entries func(ctx context.Context, file *boot.File) (entries, error)
+}{
+	{debMagic, debEntries},
+	{"\xed\xab\xee\xdb", rpmEntries},
+}
+
+// entries are the files of an archive, in its order. next returns io.EOF behind the last one. The
+// reader is that of the file, and nil for anything but a regular file.
+type entries struct {
+	next  func() (name string, r io.Reader, err error)
+	close func() error
+}
+
+// unpack reads the kernel in a package, up to the last file that is needed.
+func unpack(
+	ctx context.Context, file *boot.File, open func(context.Context, *boot.File) (entries, error),
+) (*Kernel, error) {
+	damaged := func(err error) error {
+		if ctx.Err() != nil {
+			return fmt.Errorf("%w while %s was read", context.Cause(ctx), file.Name)
+		}
+		return &boot.ImageError{Name: file.Name, What: fmt.Sprintf("is a package that cannot be read (%v)", err),
+			Mend: "download it again"}
+	}
+	in, err := open(ctx, file)
+	if err != nil {
+		return nil, damaged(err)
+	}
+	defer in.close()
+	k := &Kernel{}
+	image, config, modules := "", "", ""
+	for k.Image == nil || config == "" || modules == "" {
+		name, r, err := in.next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return nil, damaged(err)
+		}
+		kind, version := member(name)
+		switch {
+		case version == "" || r == nil:
+		case kind == "vmlinuz" && k.Image == nil:
+			b, err := readAll(r, maxImage)
+			if err != nil {
+				return nil, damaged(fmt.Errorf("%s: %w", name, err))
+			}
+			image = version
+			if k.Image, err = boot.NewImage(&boot.File{Name: file.Name + " (" + name + ")", ReaderAt: bytes.NewReader(b),
+				Size: int64(len(b))}); err != nil {
+				return nil, err
+			}
+		case kind == "config" && config == "":
+			b, err := readAll(r, maxConfig)
+			if err != nil {
+				return nil, damaged(fmt.Errorf("%s: %w", name, err))
+			}
+			config, k.Config = version, newConfig(b, file.Name+" ("+name+")")
+		case kind == "modules" && modules == "":
+			modules = version
+		}
+	}
+	if k.Image == nil {
+		return nil, &boot.ImageError{Name: file.Name, What: "is a package without a kernel (boot/vmlinuz-RELEASE or " +
+			"lib/modules/RELEASE/vmlinuz)", Mend: "give the one with the kernel's image, such as linux-image-RELEASE"}
+	}
+	if k.Release = release(k.Image.Release()); k.Release == "" {
+		k.Release = image
+	}
+	if config != image {
+		k.Config = Config{}
+	}
+	if modules == image {
+		k.Modules = Modules{file.Name, Packed}
+	}
+	return k, nil
+}
+
+// member tells which part of a kernel a file of a package is, and its release; "" for no part.
+func member(name string) (kind, version string) {
+	name = strings.TrimPrefix(path.Clean("/"+name), "/")
+	if rest, ok := strings.CutPrefix(name, "boot/"); ok {
+		for _, kind := range []string{"vmlinuz", "config"} {
+			if version, ok := strings.CutPrefix(rest, kind+"-"); ok {
+				return kind, release(version)
+			}
+		}
+		return "", ""
+	}
+	rest, ok := strings.CutPrefix(strings.TrimPrefix(name, "usr/"), libModules[0]+"/")
+	if !ok {
+		return "", ""
+	}
+	version, file, ok := strings.Cut(rest, "/")
+	switch {
+	case !ok:
+		return "", ""
+	case file == "vmlinuz", file == "config":
+		return file, release(version)
+	case strings.HasPrefix(file, "kernel/"):
+		return "modules", release(version)
+	}
+	return "", ""
+}
+
+// readAll reads at most limit bytes, and takes memory only for what is there.
+func readAll(r io.Reader, limit int64) ([]byte, error) {
+	b, err := io.ReadAll(io.LimitReader(r, limit+1))
+	if err == nil && int64(len(b)) > limit {
+		err = fmt.Errorf("larger than %d MiB", limit>>20)
+	}
+	return b, err
+}
+
+// unpacked is decompressed data, which may be much more than the compressed: reads end with a
+// context and at maxUnpacked.
+type unpacked struct {
+	ctx context.Context
+	io.ReadCloser
+	left int64
+}
+
+func (u *unpacked) Read(b []byte) (int, error) {
+	if u.ctx.Err() != nil {
+		return 0, context.Cause(u.ctx)
+	}
+	if u.left <= 0 {
+		return 0, fmt.Errorf("its content is larger than %d GiB", maxUnpacked>>30)
+	}
+	n, err := u.ReadCloser.Read(b[:min(len(b), 1<<20)])
+	u.left -= int64(n)
+	return n, err
+}
+
+func decompress(ctx context.Context, r io.Reader) (*unpacked, error) {
+	d, err := boot.Decompress(r)
+	if err != nil {
+		return nil, err
+	}
+	return &unpacked{ctx, d, maxUnpacked}, nil
+}
+
+// debEntries opens the data of a Debian package (deb(5)): an ar archive with a compressed tar
+// archive, data.tar.*.
+func debEntries(ctx context.Context, file *boot.File) (entries, error) {
+	const header = 60
+	var h [header]byte
+	for off := int64(len(debMagic)); ; {
+		if _, err := file.ReadAt(h[:], off); err != nil {
+			return entries{}, errors.New("it is no Debian package, or truncated: it has no data.tar")
+		}
+		size, err := strconv.ParseInt(strings.TrimRight(string(h[48:58]), " "), 10, 64)
+		if err != nil || size < 0 || string(h[58:]) != "`\n" {
+			return entries{}, fmt.Errorf("it has a damaged ar header at %d", off)
+		}
+		if off += header; strings.HasPrefix(string(h[:]), "data.tar") {
+			data, err := decompress(ctx, io.NewSectionReader(file, off, size))
+			if err != nil {
+				return entries{}, err
+			}
+			return tarEntries(data), nil
+		}
+		off += size + size&1
+	}
+}
+
+func tarEntries(data io.ReadCloser) entries {
+	archive := tar.NewReader(data)
+	return entries{func() (string, io.Reader, error) {
+		h, err := archive.Next()
+		if err != nil {
+			return "", nil, err
+		}
+		if h.Typeflag != tar.TypeReg {
+			return h.Name, nil, nil
+		}
+		return h.Name, archive, nil
+	}, data.Close}
+}
+
+// rpmEntries opens the payload of an RPM package (format version 3 and 4): a lead, two headers, and
+// a compressed cpio archive.
+func rpmEntries(ctx context.Context, file *boot.File) (entries, error) {
+	off := int64(96) // the lead
+	for i := range 2 {
+		var h [16]byte
+		if _, err := file.ReadAt(h[:], off); err != nil || string(h[:4]) != "\x8e\xad\xe8\x01" {
+			return entries{}, fmt.Errorf("it has no RPM header at %d", off)
+		}
+		entries, size := int64(binary.BigEndian.Uint32(h[8:])), int64(binary.BigEndian.Uint32(h[12:]))
+		off += 16 + 16*entries + size
+		if i == 0 { // the signature is padded to a multiple of 8
+			off = (off + 7) &^ 7
+		}
+	}
+	if off > min(file.Size, maxHeader) {
+		return entries{}, errors.New("its RPM headers are damaged")
+	}
+	data, err := decompress(ctx, io.NewSectionReader(file, off, file.Size-off))
+	if err != nil {
+		return entries{}, err
+	}
+	archive := cpio.NewReader(data)
+	return entries{func() (string, io.Reader, error) {
+		h, err := archive.Next()
+		if err != nil {
+			return "", nil, err
+		}
+		if h.Size < 0 { // the library would panic
+			return "", nil, fmt.Errorf("%q has size %d", h.Name, h.Size)
+		}
+		if h.Mode&cpio.ModeType != cpio.TypeReg {
+			return h.Name, nil, nil
+		}
+		return h.Name, archive, nil
+	}, data.Close}, nil
+}
