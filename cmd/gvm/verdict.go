@@ -212,7 +212,7 @@ const (
 // decode finds the source lines of call traces, if the kernel lies in the tree where it was built.
 func (w *watch) decode(r *verdict.Results) {
 	tree, script := decodeScript(w.kernel)
-	if script == "" {
+	if script == "" || r.Failing == 0 && len(w.outputs) == 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), decodeTime)

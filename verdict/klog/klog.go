@@ -103,7 +103,8 @@ type Report struct {
 
 // Bounds of a report.
 const (
-	maxText   = 200
+	maxText   = 200      // lines
+	maxBytes  = 32 << 10 // of these lines
 	maxFrames = 64
 	// quiet is the time in seconds between two records that ends a report without an end marker.
 	quiet = 1.0
@@ -126,6 +127,7 @@ type report struct {
 	Report
 	caller string
 	last   float64 // time stamp of the last line
+	bytes  int     // of Text
 	rip    []Frame // 0 or 1
 	traces int     // headings of call traces
 	closed bool    // frames are complete
@@ -215,7 +217,7 @@ func (r *Reader) record(rec Record) {
 		return
 	}
 	o.add(text)
-	if endMark().MatchString(bare) || len(o.Text) == maxText {
+	if endMark().MatchString(bare) || len(o.Text) == maxText || o.bytes > maxBytes {
 		r.finish()
 	}
 }
@@ -249,6 +251,7 @@ func seconds(stamp string) float64 {
 // add adds a line to the report.
 func (o *report) add(text string) {
 	o.Text = append(o.Text, text)
+	o.bytes += len(text)
 	if m := cpuWord().FindStringSubmatch(text); m != nil && o.CPU == "" {
 		o.CPU = m[1]
 	}

@@ -334,6 +334,10 @@ func TestBounds(t *testing.T) {
 	if len(got) != 1 || len(got[0].Text) != maxText || len(got[0].Frames) != maxFrames {
 		t.Fatalf("%d reports; %d lines, %d frames", len(got), len(got[0].Text), len(got[0].Frames))
 	}
+	got = reports("BUG: long lines\n"+strings.Repeat(strings.Repeat("x", MaxLine-1)+"\n", 100), 1<<20)
+	if n := len(strings.Join(got[0].Text, "")); len(got) != 1 || n > maxBytes+MaxLine {
+		t.Fatalf("%d reports, %d bytes of text", len(got), n)
+	}
 }
 
 // FuzzReader: the reports do not depend on the sizes of the writes, and stay bounded.
