@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -176,5 +178,51 @@ func TestDeviceTable(t *testing.T) {
 	want := fmt.Sprintf("console: its row has device ID 3, the device has %d", example.ID)
 	if _, err := Start(t.Context(), Spec{Memory: guestmem.Config{Size: 64 << 20}}); err == nil || err.Error() != want {
 		t.Errorf("%v, want %s", err, want)
+	}
+}
+
+// brokenDevice is a device that has something to say of each life of its guest.
+type brokenDevice struct {
+	example.Device
+	activated func()
+}
+
+func (d *brokenDevice) Activate(a virtio.Activation) error {
+	a.Broken(errors.New("trouble"))
+	d.activated()
+	return nil
+}
+
+// TestNotesOfMachine: the notes that a guest causes are limited over all its restarts.
+func TestNotesOfMachine(t *testing.T) {
+	rows := deviceTable
+	defer func() { deviceTable = rows }()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	lives := 0 // each has one note
+	d := &brokenDevice{activated: func() {
+		if lives++; lives == notesAtOnce+5 {
+			cancel()
+		}
+	}}
+	deviceTable = append(rows[:len(rows):len(rows)], deviceKind{"example", example.ID,
+		func(scsiDevice) ([]virtio.Device, error) { return []virtio.Device{d}, nil }})
+
+	guest := driver(3, "")
+	end := slices.Index(guest, step{opStore8, 0xd000_0014, 15}) // DRIVER_OK
+	guest = append(guest[:end+1], step{opOut8, acpipm.ResetPort, acpipm.ResetValue})
+	var notes []string
+	m, err := Start(ctx, Spec{
+		Memory: guestmem.Config{Size: 64 << 20}, BareCmdLine: true, Rebooting: true, Kernel: guest.kernel(t),
+		Note: func(s string) { notes = append(notes, s) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := m.Wait(); err != nil || out.Ending != vmm.Stopped || lives != notesAtOnce+5 {
+		t.Errorf("%s, %v, %v after %d lives", out.Ending, out.Err, err, lives)
+	}
+	if n := len(notes); n != notesAtOnce+1 || notes[n-1] != "and 5 more notes, of which there were too many" {
+		t.Errorf("%d notes, want %d: %q", n, notesAtOnce+1, notes)
 	}
 }
