@@ -39,7 +39,7 @@ type hostLimits struct {
 	buffer []byte                    // for reading files, most of which fit
 }
 
-func thisHost() hostLimits {
+var thisHost = func() hostLimits {
 	return hostLimits{"/", hostMemory(), func(resource int) uint64 {
 		var r unix.Rlimit
 		if err := unix.Getrlimit(resource, &r); err != nil {

@@ -224,6 +224,33 @@ func TestCheckThreads(t *testing.T) {
 	}
 }
 
+// TestRunAsksLimits: gvm run asks each limit of the host before it starts a guest.
+func TestRunAsksLimits(t *testing.T) {
+	was := thisHost
+	defer func() { thisHost = was }()
+	v2 := func(file, limit string) map[string]string {
+		return map[string]string{"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
+			"sys/fs/cgroup/a/" + file: limit}
+	}
+	for _, tt := range []struct {
+		files map[string]string
+		args  string
+		want  string
+	}{
+		{v2("pids.max", "60"), "--cpus 80", "pids.max of cgroup /a, which is 60, leaves 60; raise it, or give fewer"},
+		{v2("pids.max", "60"), "--queues 60", "pids.max of cgroup /a, which is 60, leaves 60; raise it, or give fewer"},
+		{v2("memory.max", "134217728"), "--memory 512M", "--memory 512M: memory.max of cgroup /a is 128 MiB"},
+	} {
+		host := fakeHost(t, nil, tt.files)
+		thisHost = func() hostLimits { return host }
+		args := append([]string{"gvm", "run", "--timeout", "1ns"}, strings.Fields(tt.args)...)
+		err := app(args).Run(args)
+		if err == nil || !strings.Contains(err.Error(), tt.want) || exitStatus(err) != exitUsage {
+			t.Errorf("gvm run %s: %v, want %s", tt.args, err, tt.want)
+		}
+	}
+}
+
 // TestMemoryLimitsDoctor: doctor reports the limits that the check enforces. The test can set the
 // process's own limit of its address space.
 func TestMemoryLimitsDoctor(t *testing.T) {
