@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 
 	"github.com/urfave/cli/v2"
 
@@ -11,17 +12,18 @@ import (
 // Exit statuses: a contract with scripts. README.md and `gvm help exit-status`
 // have the same table.
 const (
-	exitTests   = 1
-	exitUsage   = 2
-	exitHost    = 3
-	exitCrash   = 4
-	exitPanic   = 5
-	exitReset   = 6
-	exitFault   = 7
-	exitBug     = 70
-	exitTimeout = 124
-	exitHangup  = 129
-	exitQuit    = 130
+	exitTests      = 1
+	exitUsage      = 2
+	exitHost       = 3
+	exitCrash      = 4
+	exitPanic      = 5
+	exitReset      = 6
+	exitFault      = 7
+	exitBug        = 70
+	exitTimeout    = 124
+	exitHangup     = 129
+	exitQuit       = 130
+	exitTerminated = 143 // SIGTERM or gvm stop
 )
 
 const exitStatusHelp = `gvm run and gvm kunit end with one of these, and nothing else:
@@ -81,4 +83,21 @@ func exitStatus(err error) int {
 		return exitUsage
 	}
 	return exitHost
+}
+
+// exitStatusCommand exists for its help page: `gvm help exit-status`.
+func exitStatusCommand() *cli.Command {
+	return &cli.Command{
+		Name:               "exit-status",
+		Usage:              "list gvm's exit statuses",
+		Description:        exitStatusHelp,
+		CustomHelpTemplate: "{{.Description}}\n",
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usageError{fmt.Errorf("exit-status takes no argument, and got %q", c.Args().First())}
+			}
+			_, err := fmt.Fprintln(c.App.Writer, exitStatusHelp)
+			return err
+		},
+	}
 }

@@ -179,20 +179,3 @@ argument it boots a small guest of its own and so shows that all works.`,
 	complete(a.Commands)
 	return a
 }
-
-// exitStatusCommand exists for its help page: `gvm help exit-status`.
-func exitStatusCommand() *cli.Command {
-	return &cli.Command{
-		Name:               "exit-status",
-		Usage:              "list gvm's exit statuses",
-		Description:        exitStatusHelp,
-		CustomHelpTemplate: "{{.Description}}\n",
-		Action: func(c *cli.Context) error {
-			if c.Args().Present() {
-				return usageError{fmt.Errorf("exit-status takes no argument, and got %q", c.Args().First())}
-			}
-			_, err := fmt.Fprintln(c.App.Writer, exitStatusHelp)
-			return err
-		},
-	}
-}

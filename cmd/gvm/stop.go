@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"os"
 	"slices"
 	"time"
@@ -14,19 +13,6 @@ import (
 	"gvm/control"
 	"gvm/text"
 )
-
-// exitTerminated is the exit status of a run that was stopped by SIGTERM or gvm stop.
-const exitTerminated = 143
-
-// Stop implements gvm stop.
-func (r *remote) Stop(s control.Stop) (control.Stopped, error) {
-	if s.GraceMS > 0 && r.Paused() {
-		return control.Stopped{}, control.Errorf(http.StatusConflict,
-			"the machine is paused, and its guest cannot power off: gvm resume it first, or gvm stop --force")
-	}
-	cause := endError{exitTerminated, fmt.Errorf("stopped by gvm stop")}
-	return control.Stopped{Asked: r.Machine.Stop(cause, time.Duration(s.GraceMS)*time.Millisecond)}, nil
-}
 
 const stopPatience = 10 * time.Second // bounds the wait for a stopped machine to end
 
