@@ -54,6 +54,32 @@ func TestResults(t *testing.T) {
 	}
 }
 
+// TestKernelLog reads the console of a Linux 6.12 that ran KUnit's own tests and those of lists in
+// QEMU, where one fails and one causes an oops on purpose. The counts are also those of kunit.py.
+func TestKernelLog(t *testing.T) {
+	log, err := os.ReadFile("testdata/kunit-6.12.log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := read(string(log), Policy{Fail: true, Strict: true})
+	if got := fmt.Sprint(r.Status, r.Counts, r.Errors, len(r.Tests)); got != "fail{133 1 0 5 0} [] 17" {
+		t.Errorf("results: %s", got)
+	}
+	if len(r.Reports) != 1 || r.Reports[0].Title != "BUG: kernel NULL pointer dereference, address: 0000000000000000" {
+		t.Fatalf("reports: %+v", r.Reports)
+	}
+	var frames []string
+	for _, f := range r.Reports[0].Frames {
+		if f.Sure {
+			frames = append(frames, f.Symbol)
+		}
+	}
+	const want = "kunit_test_null_dereference kunit_generic_run_threadfn_adapter kthread ret_from_fork ret_from_fork_asm"
+	if got := strings.Join(frames, " "); got != want || len(r.Reports[0].Text) != 29 {
+		t.Errorf("frames %s of %d lines", got, len(r.Reports[0].Text))
+	}
+}
+
 // TestPolicy: which reports fail a run.
 func TestPolicy(t *testing.T) {
 	bug := read(console, Policy{Fail: true}).First().Fingerprint
