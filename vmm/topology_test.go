@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"gvm/devices/block"
 	"gvm/devices/pci"
 	"gvm/devices/scsi"
+	"gvm/devices/serial"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
@@ -103,6 +105,61 @@ func TestPinsReachHighIDs(t *testing.T) {
 	if text := console.out.String(); err != nil || out.Ending != PoweredOff || !strings.Contains(text, "abcq") {
 		t.Errorf("%s, %v, %v\n%s", out.Ending, out.Err, err, text)
 	}
+}
+
+// TestSetPinReachesHighIDs: so do the pins that devices set, as the clock, ACPI and INTx do. The guest
+// has routed COM1's pin to its only CPU.
+func TestSetPinReachesHighIDs(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	m, err := newMachine(system(t), Config{
+		Memory:  guestmem.Config{Size: 64 << 20},
+		APICIDs: []uint32{300},
+		Kernel:  embeddedKernel(t),
+		CmdLine: "nodisk echo",
+		Console: &readyConsole{ready: cancel},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.run(ctx)
+	m.threads.Wait()
+	entry, err := m.vm.IOAPICEntry(serial.IRQ)
+	if err != nil {
+		t.Fatal(err)
+	}
+	vector := byte(entry)
+	requested := func() bool { // the IRR of the CPU's local APIC
+		l, err := m.cpus[0].LAPIC()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l.Regs[0x200+16*int(vector/32)+int(vector%32/8)]>>(vector%8)&1 == 1
+	}
+	was := requested()
+	if err := m.setPin(serial.IRQ, true); err != nil {
+		t.Error(err)
+	}
+	if was || !requested() {
+		t.Errorf("vector %#x is requested: %t, and %t after the pin was raised", vector, was, requested())
+	}
+	if err := m.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// readyConsole calls ready when the embedded guest is ready for input.
+type readyConsole struct {
+	testConsole
+	ready func()
+}
+
+func (c *readyConsole) Write(p []byte) (int, error) {
+	n, err := c.testConsole.Write(p)
+	if bytes.Contains(c.out.Bytes(), []byte("ready")) {
+		c.ready()
+	}
+	return n, err
 }
 
 func TestPinMessage(t *testing.T) {
