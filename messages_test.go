@@ -173,6 +173,7 @@ func literal(e ast.Expr, seen map[ast.Node]bool) string {
 var (
 	dialect = regexp.MustCompile(`(?i)\b(nobody|somebody|whoever|whatever|who|whom|what)\b`)
 	capital = regexp.MustCompile(`^\p{Lu}\p{Ll}`)
+	wants   = regexp.MustCompile(`: (must (be|have)|expected|should be|not from) `)
 	names   = regexp.MustCompile(`^(Linux|Ctrl)\b`)
 )
 
@@ -191,6 +192,8 @@ func fault(m message) string {
 		return "it has several lines"
 	case strings.Contains(text, "  "):
 		return "it has two spaces in a row"
+	case wants.MatchString(text):
+		return "say it with want, as others do"
 	case strings.Contains(text, "failed to"), strings.Contains(text, "unable to"):
 		return "say what was being done, without failed to"
 	}

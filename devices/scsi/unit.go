@@ -129,10 +129,10 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 		cfg.BlockSize = 512
 	}
 	if cfg.BlockSize != 512 && cfg.BlockSize != 4096 {
-		return nil, fmt.Errorf("scsi unit: block size %d: must be 512 or 4096", cfg.BlockSize)
+		return nil, fmt.Errorf("scsi unit: block size %d: want 512 or 4096", cfg.BlockSize)
 	}
 	if e := cfg.PhysicalBlockExponent; e < 0 || e > 15 {
-		return nil, fmt.Errorf("scsi unit: physical block exponent %d: must be 0 to 15", e)
+		return nil, fmt.Errorf("scsi unit: physical block exponent %d: want 0 to 15", e)
 	}
 	if cfg.Cache > Unsafe {
 		return nil, fmt.Errorf("scsi unit: unknown cache mode %d", cfg.Cache)
@@ -156,7 +156,7 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 			*f.value = f.def
 		}
 		if n := len(*f.value); n < f.min || n > f.max {
-			return nil, fmt.Errorf("scsi unit: %s %q: must have %d to %d characters",
+			return nil, fmt.Errorf("scsi unit: %s %q: want %d to %d characters",
 				f.name, *f.value, max(f.min, 1), f.max)
 		}
 		for _, c := range []byte(*f.value) {
@@ -194,7 +194,7 @@ func (u *Unit) init() {
 func (u *Unit) capacity() (uint64, error) {
 	n := u.b.Size()
 	if n <= 0 || n%u.blockSize != 0 {
-		return 0, fmt.Errorf("scsi unit: backend of %d bytes: must be a positive multiple of the block size %d",
+		return 0, fmt.Errorf("scsi unit: backend of %d bytes: want a positive multiple of the block size %d",
 			n, u.blockSize)
 	}
 	return uint64(n / u.blockSize), nil

@@ -111,11 +111,14 @@ func TestUndo(t *testing.T) {
 // image that it waited for, and its work is undone.
 func TestOpenEnds(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil { // Open goes on past the end of the test
+		t.Fatal(err)
+	}
 	cause := errors.New("stopped by the test")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	defer cancel(nil)
 	hang, over := make(chan struct{}), make(chan struct{})
-	image := Spec{Path: path, LUN: -1, Size: 1 << 20, BlockSize: 512, Backend: Auto}
+	image := Spec{Path: path, LUN: -1, BlockSize: 512, Backend: Auto}
 	note := func(string) { // called when backend=auto is resolved
 		cancel(cause)
 		<-hang

@@ -82,7 +82,7 @@ func (c *Config) check() error {
 		}
 	}
 	if c.Buses < 1 || c.Buses > 256 {
-		return fmt.Errorf("acpi: %d PCI buses, not 1 to 256", c.Buses)
+		return fmt.Errorf("acpi: %d PCI buses: want 1 to 256", c.Buses)
 	}
 	if c.SCI > 15 || c.COM1IRQ > 15 {
 		return fmt.Errorf("acpi: SCI %d or COM1 interrupt %d is no ISA interrupt", c.SCI, c.COM1IRQ)

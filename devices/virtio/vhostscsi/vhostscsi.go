@@ -141,11 +141,11 @@ func (c *Config) check() error {
 	case !isWWPN(c.WWPN) || len(c.WWPN) > vhost.MaxWWPN:
 		return fmt.Errorf("target name %q: not of the form naa.5001405a1b2c3d4e (or fc.…, iqn.…)", c.WWPN)
 	case c.Queues < 0 || c.Queues > maxQueues:
-		return fmt.Errorf("%d request queues: not from 1 to %d", c.Queues, maxQueues)
+		return fmt.Errorf("%d request queues: want 1 to %d", c.Queues, maxQueues)
 	case c.RingSize < 4 || c.RingSize > maxRingSize || c.RingSize&(c.RingSize-1) != 0:
-		return fmt.Errorf("ring size %d: not a power of two from 4 to %d", c.RingSize, maxRingSize)
+		return fmt.Errorf("ring size %d: want a power of two from 4 to %d", c.RingSize, maxRingSize)
 	case c.Workers < SharedWorker || c.Workers > c.Queues:
-		return fmt.Errorf("%d workers: not from 1 to one for each of %d request queues", c.Workers, c.Queues)
+		return fmt.Errorf("%d workers: want 1 to one for each of %d request queues", c.Workers, c.Queues)
 	}
 	return nil
 }

@@ -112,9 +112,9 @@ func New(cfg Config) (*Device, error) {
 	case cfg.Target == nil:
 		return nil, errors.New("virtio-scsi: no target")
 	case cfg.Queues < 0 || cfg.Queues > maxQueues:
-		return nil, fmt.Errorf("virtio-scsi: %d request queues: not from 1 to %d", cfg.Queues, maxQueues)
+		return nil, fmt.Errorf("virtio-scsi: %d request queues: want 1 to %d", cfg.Queues, maxQueues)
 	case cfg.RingSize < 4 || cfg.RingSize > maxRingSize || cfg.RingSize&(cfg.RingSize-1) != 0:
-		return nil, fmt.Errorf("virtio-scsi: ring size %d: not a power of two from 4 to %d", cfg.RingSize, maxRingSize)
+		return nil, fmt.Errorf("virtio-scsi: ring size %d: want a power of two from 4 to %d", cfg.RingSize, maxRingSize)
 	}
 	d := &Device{cfg: cfg}
 	d.defaults()
