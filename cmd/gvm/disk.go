@@ -78,8 +78,8 @@ EXAMPLES
 		})
 	remove := sub("remove", "DISK", "take a disk away from a running machine",
 		`DISK is a LUN, a path or a serial number. The guest is told; requests that it
-has under way are aborted, and data that it has not written yet is lost:
-unmount the disk there first.
+has under way are finished, unless that takes more than 10 s, and data that
+it has not written yet is lost: unmount the disk there first.
 
 EXAMPLES
    gvm disk remove 1

@@ -33,6 +33,8 @@ const (
 	opSignal
 	opReset
 	opGuestStore
+	opPause
+	opResume
 	ops
 )
 
@@ -78,6 +80,10 @@ func (r *rig) do(b []byte) {
 		if err := r.bus.Reset(); err != nil {
 			r.t.Error(err)
 		}
+	case opPause:
+		<-r.v.Pause(r.t.Context())
+	case opResume:
+		<-r.v.Resume()
 	case opGuestStore:
 		r.store(cfg.Read(0x10, 4)&^15|cfg.Read(0x14, 4)<<32+inside, n, v)
 	}
@@ -126,8 +132,8 @@ func (r *rig) check() {
 	switch status := pcitest.Load(regs, deviceStatus, 1); {
 	case status&0x30 != 0, status&4 != 0 && status&8 == 0, status&64 != 0 && status&4 == 0:
 		r.t.Errorf("status %#x", status)
-	case r.dev.active != nil && status&4 == 0:
-		r.t.Errorf("active with status %#x", status)
+	case r.dev.active != nil && (status&4 == 0 || cfg.Read(4, 2)&pci.CommandMaster == 0):
+		r.t.Errorf("active with status %#x, command %#x", status, cfg.Read(4, 2))
 	}
 	for i, max := range r.dev.sizes {
 		pcitest.Store(regs, queueSelect, 2, uint64(i))
@@ -195,6 +201,8 @@ func FuzzConfig(f *testing.F) {
 		op(opConfigWrite, 1, 4, 0))
 	seed(op(opConfigWrite, 1, 4, 2), op(opConfigWrite, 1, 4, 6), op(opReset, 0, 0, 0), op(opChanged, 0, 0, 0),
 		op(opBroken, 0, 0, 0))
+	seed(op(opPause, 0, 0, 0), op(opConfigWrite, 1, 4, 2), op(opResume, 0, 0, 0), op(opConfigWrite, 1, 4, 6),
+		op(opConfigWrite, 1, 4, 2), op(opConfigWrite, 1, 4, 0), op(opConfigWrite, 1, 4, 6), op(opPause, 0, 0, 0))
 	seed(op(opConfigWrite, 0, 0x94, 0), op(opConfigWrite, 2, 0x98, deviceStatus), op(opConfigWrite, 2, 0x9c, 1),
 		op(opConfigWrite, 0, 0xa0, 0))
 	seed(op(opConfigWrite, 7, 0x98, 0x4_0000_2004), op(opConfigRead, 6, 0xa0, 0), op(opConfigRead, 7, 0xff, 0),
@@ -254,6 +262,7 @@ func TestConcurrent(t *testing.T) {
 	vcpus.Wait()
 	close(stop)
 	worker.Wait()
+	<-r.v.Resume()
 	r.check()
 	if err := r.bus.Reset(); err != nil {
 		t.Fatal(err)
