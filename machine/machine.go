@@ -28,6 +28,7 @@ import (
 	"gvm/devices/virtio/vhostscsi"
 	"gvm/guest/embedded"
 	"gvm/guestmem"
+	"gvm/inspect"
 	"gvm/kvmapi"
 	"gvm/machine/disk"
 	"gvm/panics"
@@ -136,11 +137,12 @@ func (s *Spec) config() vmm.Config {
 
 // Machine is a running or ended machine.
 type Machine struct {
-	name    string
-	pauser  *vmm.Pauser
-	stopper *stopper
-	disks   *disk.Set
-	undo    []func() error // closes what Start opened; run in reverse
+	name      string
+	pauser    *vmm.Pauser
+	inspector *vmm.Inspector
+	stopper   *stopper
+	disks     *disk.Set
+	undo      []func() error // closes what Start opened; run in reverse
 
 	ended, done chan struct{}
 	outcome     vmm.Outcome
@@ -156,7 +158,8 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if s.Note == nil {
 		s.Note = func(string) {}
 	}
-	m := &Machine{name: s.Name, pauser: new(vmm.Pauser), ended: make(chan struct{}), done: make(chan struct{})}
+	m := &Machine{name: s.Name, pauser: new(vmm.Pauser), inspector: new(vmm.Inspector),
+		ended: make(chan struct{}), done: make(chan struct{})}
 	ctx, cancel := context.WithCancelCause(ctx)
 	m.later(func() error { cancel(nil); return nil })
 	m.unhandle = panics.Handle(func(p *panics.Panic) {
@@ -179,7 +182,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	}
 	sys, sysErr := s.begun.System() // errors of the user's files come first
 	cfg := s.config()
-	cfg.Note, cfg.Pauser, cfg.Prepared = notes.note, m.pauser, s.prepared
+	cfg.Note, cfg.Pauser, cfg.Inspector, cfg.Prepared = notes.note, m.pauser, m.inspector, s.prepared
 	if s.Kernel == nil {
 		if cfg.Kernel, err = embeddedKernel(); err != nil {
 			return nil, err
@@ -192,6 +195,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if err != nil {
 		return nil, err
 	}
+	cfg.Inspect = m.disks.Inspect
 	var started atomic.Bool // the guest has run, even if a reboot failed
 	cfg.Phase = func(name string) {
 		if name == vmm.Entered {
@@ -364,6 +368,26 @@ func (m *Machine) RemoveDisk(ctx context.Context, id string) (control.Change, er
 // ResizeDisk changes the size of a disk and tells the guest.
 func (m *Machine) ResizeDisk(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
 	return m.disks.Resize(ctx, id, r)
+}
+
+// Inspect returns the machine's state at a path, such as disk/0 or vcpu/1/rip: a group of nodes or
+// one value. The path "" is all of it:
+//
+//	paused
+//	memory/N         guest RAM
+//	vcpu/N           registers, N counts from 0
+//	pci/00:SS.0      a function: config, intx, msix, and for a virtio device virtio/queue/N
+//	com1, rtc, acpi_pm
+//	disk/N           the disk of LUN N that this program serves: counters, task/N (the commands
+//	                 that are not answered, the oldest first) and last/N (the newest first)
+//	lio/WWN/N        a disk that the kernel serves
+//
+// Inspect takes half a second at most. A part that cannot be read meanwhile, because a device is
+// stopping or a CPU waits for a device, is inspect.Busy. The error is an *inspect.PathError, or
+// vmm.ErrNotRunning before the guest's first instruction, after its last, and between them during a
+// reset.
+func (m *Machine) Inspect(ctx context.Context, path string) (inspect.Node, error) {
+	return m.inspector.Read(ctx, path)
 }
 
 // Output returns a console without input, whose output goes to w.

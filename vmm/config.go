@@ -11,6 +11,7 @@ import (
 	"gvm/devices/rtc"
 	"gvm/devices/virtio"
 	"gvm/guestmem"
+	"gvm/inspect"
 	"gvm/kvmapi"
 	"gvm/vmm/boot"
 	"gvm/vmm/x86"
@@ -46,6 +47,10 @@ type Config struct {
 	Rebooting bool
 	// Pauser pauses the machine; nil: the machine is never paused.
 	Pauser *Pauser
+	// Inspector reads the machine's state; nil: only the report of a crash does.
+	Inspector *Inspector
+	// Inspect returns what the state has besides the machine of this package; nil: nothing.
+	Inspect func() []inspect.Node
 	// PanicText takes a Linux kernel's panic message on the console for a panic,
 	// for guests without a pvpanic driver.
 	PanicText bool

@@ -185,8 +185,8 @@ func (h *hostile) act() {
 }
 
 // TestHostileCPUs has several CPUs access every device of a machine at random at the same time,
-// while the host changes disks and pauses devices. It looks for races, panics and deadlocks; at the end the devices
-// must start anew.
+// while the host changes disks, pauses devices and reads the machine's state. It looks for races, panics
+// and deadlocks; at the end the devices must start anew.
 func TestHostileCPUs(t *testing.T) {
 	target := scsi.NewTarget()
 	unit := func(lun int, serial string) scsi.LUN {
@@ -247,6 +247,25 @@ func TestHostileCPUs(t *testing.T) {
 				}
 				v.Resume()
 				cancel()
+			}
+		}
+	})
+	host.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(100 * time.Microsecond):
+			}
+			for _, part := range []string{"pci", "com1", "rtc", "acpi_pm"} {
+				if _, err := m.state().Read(t.Context(), part); err != nil {
+					t.Error(err)
+				}
+			}
+			for _, lun := range target.LUNs() {
+				if u := target.Unit(lun); u != nil {
+					u.Inspect()
+				}
 			}
 		}
 	})

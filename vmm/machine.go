@@ -42,8 +42,10 @@ type machine struct {
 	virtio  []*vpci.Device
 	ids     []uint32 // local APIC IDs of cpus
 	cpus    []*kvmapi.VCPU
-	cpuid   []kvm.CPUIDEntry2 // supported by KVM
-	entry   boot.Entry
+	// questions are for the threads of cpus: each takes them where it is not in the guest.
+	questions []chan question
+	cpuid     []kvm.CPUIDEntry2 // supported by KVM
+	entry     boot.Entry
 
 	troubles troubles
 
@@ -246,7 +248,7 @@ func (m *machine) createCPUs() error {
 		if err != nil {
 			return err
 		}
-		m.cpus = append(m.cpus, c)
+		m.cpus, m.questions = append(m.cpus, c), append(m.questions, make(chan question))
 		cpuid, err := x86.CPUID(m.cpuid, x86.CPUIDConfig{
 			APICID:      id,
 			MaxAPICID:   m.ids[len(m.ids)-1],

@@ -245,7 +245,7 @@ func (p *Pauser) end() {
 
 // park blocks a vCPU while the machine is paused and not ended. The vCPU's own thread calls it,
 // outside of KVM_RUN.
-func (p *Pauser) park(m *machine, c *kvmapi.VCPU) error {
+func (p *Pauser) park(m *machine, index int, c *kvmapi.VCPU) error {
 	p.mu.Lock()
 	release := p.release
 	if release == nil {
@@ -260,10 +260,14 @@ func (p *Pauser) park(m *machine, c *kvmapi.VCPU) error {
 		}
 	}
 	p.mu.Unlock()
-	select {
-	case <-m.ended:
-		return nil
-	case <-release:
+	for {
+		select {
+		case <-m.ended:
+			return nil
+		case <-release:
+			return c.StoppedByHost()
+		case q := <-m.questions[index]:
+			q()
+		}
 	}
-	return c.StoppedByHost()
 }

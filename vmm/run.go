@@ -58,6 +58,7 @@ func (l *lifecycle) reset() { l.end(Outcome{Ending: GuestReset}) }
 func (m *machine) run(ctx context.Context) Outcome {
 	defer context.AfterFunc(ctx, panics.Func(func() { m.end(Outcome{Ending: Stopped, Err: context.Cause(ctx)}) }))()
 	m.cfg.Pauser.begin(m)
+	m.cfg.Inspector.set(m)
 	for i, c := range m.cpus {
 		m.threads.Go(panics.Func(func() {
 			runtime.LockOSThread() // the thread ends with the goroutine, and KVM's state with it
@@ -67,6 +68,7 @@ func (m *machine) run(ctx context.Context) Outcome {
 		}))
 	}
 	<-m.ended
+	m.cfg.Inspector.set(nil)
 	m.panicked.stopSilence()
 	m.halt.stopHalt()
 	m.uart.Stop()
@@ -139,7 +141,7 @@ func (m *machine) runCPU(index int, c *kvmapi.VCPU) (err error) {
 	}
 	for !m.stop.Load() {
 		if p := m.cfg.Pauser; p != nil && p.wanted.Load() {
-			if err := p.park(m, c); err != nil {
+			if err := p.park(m, index, c); err != nil {
 				return fmt.Errorf("vCPU %d: %w", index, err)
 			}
 			continue
@@ -161,6 +163,7 @@ func (m *machine) runCPU(index int, c *kvmapi.VCPU) (err error) {
 		case kvmapi.ExitMMIO:
 			access(&m.mmio, &e, e.Data)
 		case kvmapi.ExitInterrupted:
+			m.answer(index)
 		default:
 			m.end(m.crash(index, c, e))
 		}

@@ -179,6 +179,9 @@ func TestEndings(t *testing.T) {
 			!strings.HasPrefix(out.Report, "the guest's registers are lost: ") {
 			t.Errorf("%s: the report lacks the code:\n%s", c.words, out.Report)
 		}
+		if c.want == GuestCrashed && !strings.Contains(out.Report, "pci/00:01.0/virtio: device_type 4, ") {
+			t.Errorf("%s: the report lacks the device:\n%s", c.words, out.Report)
+		}
 		if !strings.Contains(console.out.String(), "gvm embedded guest") {
 			t.Errorf("%s: the console has %q", c.words, console.out.String())
 		}

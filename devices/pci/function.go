@@ -6,6 +6,8 @@ import (
 	"math/bits"
 	"slices"
 	"sync"
+
+	"gvm/inspect"
 )
 
 // ConfigSize is the size of a function's configuration space in bytes.
@@ -54,6 +56,8 @@ type FunctionConfig struct {
 	Reset func() error
 	// Command, if set, is called with the command register after a write changed it.
 	Command func(command uint16)
+	// Inspect, if set, returns the state of the device behind the function. It comes without locks.
+	Inspect func() inspect.Node
 }
 
 // BAR is a memory base address register and its handler.

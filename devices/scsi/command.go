@@ -1,5 +1,7 @@
 package scsi
 
+import "time"
+
 // LUN is the eight-byte logical unit number of SAM-5 4.7 as a big-endian
 // number: 0 for LUN 0, 0x0005000000000000 for LUN 5 in peripheral device
 // addressing, 0x4101000000000000 for LUN 257 in flat space addressing.
@@ -34,7 +36,9 @@ type Command struct {
 	// between the blocks. If a command asks for it and has no such buffer, the unit acts as a host
 	// bus adapter: it generates the information, or checks and drops it.
 	ProtectionOut, ProtectionIn [][]byte
-	Done                        func(Result)
+	// Taken is when the transport took the command from its initiator, by inspect.Clock; 0: unknown.
+	Taken time.Duration
+	Done  func(Result)
 }
 
 // NexusID is the transport's number for an I_T nexus (SAM-5 4.8).

@@ -36,6 +36,9 @@ func DecodeLUN(l LUN) (n int, ok bool) {
 // canonical returns the form under which a LUN is stored: an initiator may address LUN 5 as 0005h
 // or 4005h, as Linux does for virtio-scsi.
 func (l LUN) canonical() LUN {
+	if l&^(0xff<<48) == 0 { // as nearly all are
+		return l
+	}
 	if n, ok := DecodeLUN(l); ok {
 		l, _ = EncodeLUN(n)
 	}

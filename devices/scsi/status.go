@@ -14,3 +14,17 @@ const (
 	ACAActive           Status = 0x30
 	TaskAborted         Status = 0x40
 )
+
+var statusNames = [...]string{
+	Good: "GOOD", CheckCondition: "CHECK CONDITION", ConditionMet: "CONDITION MET", Busy: "BUSY",
+	ReservationConflict: "RESERVATION CONFLICT", TaskSetFull: "TASK SET FULL", ACAActive: "ACA ACTIVE",
+	TaskAborted: "TASK ABORTED",
+}
+
+// Name returns the name of the status as the standards print it, "" if they have none.
+func (s Status) Name() string {
+	if int(s) < len(statusNames) {
+		return statusNames[s]
+	}
+	return ""
+}

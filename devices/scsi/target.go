@@ -237,7 +237,7 @@ func (t *Target) finish(tk *task, r Result, entered bool) {
 		tk.u.flushLater(tk.Nexus)
 	}
 	if entered {
-		tk.u.set.leave(tk)
+		tk.u.set.leave(tk, r.Status)
 	}
 	clear(tk.iov)
 	*tk = task{iov: tk.iov[:0]}
@@ -381,7 +381,9 @@ func (tk *task) result(err error) Result {
 		r.Status = ReservationConflict
 	case err != nil:
 		r.Status = CheckCondition
-		r.Sense = senseOf(err).encode(tk.u != nil && tk.u.dSense.Load())
+		s := senseOf(err)
+		tk.sense = senseCode{s.Key, s.ASC, s.ASCQ}
+		r.Sense = s.encode(tk.u != nil && tk.u.dSense.Load())
 	}
 	r.Residual = clampInt(tk.inLen - tk.inDone + tk.outLen - tk.outDone)
 	return r

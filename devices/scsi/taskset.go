@@ -24,6 +24,7 @@ type task struct {
 	Attr  TaskAttr
 	Nexus NexusID
 	Tag   uint64
+	request
 
 	t   *Target
 	u   *Unit
@@ -34,9 +35,10 @@ type task struct {
 	place   ticket // in the limiter of u
 	charged bool   // the limit counts the command, as it has begun
 
-	status        Status // of a command that ends without error
-	inLen, outLen int    // sizes of the buffers
-	inDone        int    // bytes transferred
+	status        Status    // of a command that ends without error
+	sense         senseCode // of CHECK CONDITION
+	inLen, outLen int       // sizes of the buffers
+	inDone        int       // bytes transferred
 	outDone       int
 	piDone        int // bytes of ProtectionIn written
 	overrun       bool
@@ -47,6 +49,7 @@ type task struct {
 
 	// Guarded by set.mu.
 	inSet, inOrdered, inDormant, inTag node[task] // in tasks, ordered, dormant and byTag of the set
+	number                             uint64     // among the commands that came
 	cause                              Abort
 	waiters                            []*abortWait
 	wake                               chan struct{} // closed to end a wait; nil: it does not wait
@@ -80,6 +83,7 @@ type taskSet struct {
 	steps   int                     // tasks looked at and woken, for tests
 	closed  bool
 	nexuses map[NexusID]*nexus
+	known   *nexus // the one of nexuses that the last command came through; nil: none
 
 	// The reservation: a persistent one, or the I_T nexus of RESERVE(6) or RESERVE(10). It changes
 	// with both prOut and mu held. A command is checked against it under mu, when its attribute
@@ -92,12 +96,15 @@ type taskSet struct {
 	// taken before mu.
 	prOut  sync.Mutex
 	unsure bool // the last save failed: the kept state is unknown; guarded by prOut
+
+	account
 }
 
 // nexus is the state of one initiator in a unit: unit attention conditions not yet reported, oldest
 // first, and results of its EXTENDED COPY commands. Deferred errors are among the conditions: they
 // too end the next command.
 type nexus struct {
+	id        NexusID
 	attention []Sense
 	copies    []copyResult
 }
@@ -109,11 +116,15 @@ func (s *taskSet) init() {
 // nexus returns the state for id. An initiator that the unit has not seen finds
 // POWER ON OCCURRED. The caller holds mu.
 func (s *taskSet) nexus(id NexusID) *nexus {
+	if s.known != nil && s.known.id == id { // sooner than the map tells
+		return s.known
+	}
 	n := s.nexuses[id]
 	if n == nil {
-		n = &nexus{attention: []Sense{PowerOnOccurred}}
+		n = &nexus{id: id, attention: []Sense{PowerOnOccurred}}
 		s.nexuses[id] = n
 	}
+	s.known = n
 	return n
 }
 
@@ -122,6 +133,7 @@ func (s *taskSet) nexus(id NexusID) *nexus {
 func (s *taskSet) join(tk *task) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	tk.of(tk.Command)
 	return s.add(tk)
 }
 
@@ -134,6 +146,7 @@ func (s *taskSet) add(tk *task) bool {
 		s.dormant.push(&tk.inDormant, tk)
 	}
 	s.tasks.push(&tk.inSet, tk)
+	s.arrived(tk)
 	switch tk.Attr {
 	case Ordered:
 		s.ordered.push(&tk.inOrdered, tk)
@@ -271,9 +284,9 @@ func (s *taskSet) abortCause(tk *task) Abort {
 }
 
 // leave takes tk out of the set, after Done has returned.
-func (s *taskSet) leave(tk *task) {
+func (s *taskSet) leave(tk *task, status Status) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.answered(tk, status)
 	s.tasks.remove(&tk.inSet)
 	s.ordered.remove(&tk.inOrdered)
 	s.dormant.remove(&tk.inDormant)
@@ -297,6 +310,7 @@ func (s *taskSet) leave(tk *task) {
 		}
 	}
 	s.release()
+	s.mu.Unlock() // sooner than by defer
 }
 
 // index puts tk in byTag. The caller holds mu.
@@ -490,6 +504,7 @@ func (s *taskSet) forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	clear(s.nexuses)
+	s.known = nil
 	s.pr, s.reserver = s.pr.powerLoss(), nil
 }
 

@@ -127,12 +127,12 @@ func TestDormant(t *testing.T) {
 	}
 	for range 20000 {
 		if len(tasks) < 1+r.IntN(40) {
-			tk := &task{Attr: attrs[r.IntN(len(attrs))], Tag: uint64(r.IntN(8))}
+			tk := &task{Command: &Command{}, Attr: attrs[r.IntN(len(attrs))], Tag: uint64(r.IntN(8))}
 			tasks = append(tasks, tk)
 			s.join(tk)
 		} else {
 			i := r.IntN(len(tasks)) // one that runs, or is aborted
-			s.leave(tasks[i])
+			s.leave(tasks[i], Good)
 			delete(runs, tasks[i])
 			tasks = slices.Delete(tasks, i, i+1)
 		}

@@ -313,18 +313,24 @@ func (u *UART) modem() byte {
 }
 
 func (u *UART) lsr() byte {
-	v := u.errs
+	v := u.lineStatus()
 	u.errs = 0
+	if v == lsrTHRE|lsrTEMT {
+		if u.polls = min(u.polls+1, pollsAlone); u.polls == pollsAlone {
+			u.rxEmpty.Broadcast()
+		}
+	}
+	return v
+}
+
+// lineStatus returns LSR. A read of it clears errs.
+func (u *UART) lineStatus() byte {
+	v := u.errs
 	if len(u.rx) > 0 {
 		v |= lsrDR
 	}
 	if len(u.tx) == 0 {
 		v |= lsrTHRE | lsrTEMT
-	}
-	if v == lsrTHRE|lsrTEMT {
-		if u.polls = min(u.polls+1, pollsAlone); u.polls == pollsAlone {
-			u.rxEmpty.Broadcast()
-		}
 	}
 	if u.fcr&fcrEnable != 0 {
 		for i, c := range u.rx {

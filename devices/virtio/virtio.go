@@ -13,6 +13,7 @@ import (
 
 	"gvm/devices/virtio/virtq"
 	"gvm/guestmem"
+	"gvm/inspect"
 	"gvm/kvmapi/eventfd"
 )
 
@@ -73,6 +74,14 @@ type Device interface {
 type ConfigWriter interface {
 	// WriteConfig stores p at offset off; the range is inside Config().
 	WriteConfig(off uint32, p []byte)
+}
+
+// Inspector is a Device that shows its state. The transport calls Inspect as it calls the other
+// methods.
+type Inspector interface {
+	// Inspect returns the device's state, and by queue how far the device is in the queue: nil for
+	// those that it does not serve. It does not wait for storage or the driver.
+	Inspect() (device []inspect.Node, queues [][]inspect.Node)
 }
 
 // Activation is what a device gets at DRIVER_OK.

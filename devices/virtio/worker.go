@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"gvm/devices/virtio/virtq"
+	"gvm/inspect"
 	"gvm/kvmapi/eventfd"
 	"gvm/panics"
 )
@@ -24,6 +25,10 @@ type Handler func(w *Worker, c *virtq.Chain) error
 // driver that is interrupted for each finds one request each time.
 const maxOwed = 5 * time.Microsecond
 
+// clockEvery is the number of chains after which the thread reads the clock again if it has not slept:
+// a reading takes a good part of the time of a small request.
+const clockEvery = 64
+
 // Worker serves one queue on an OS thread of its own: it waits for the
 // doorbell, hands each chain to the handler and interrupts the driver when a
 // completed one asks for it. When the driver breaks a rule it reports that
@@ -36,6 +41,8 @@ type Worker struct {
 	inFlight   atomic.Int64  // chains that the handler has and has not completed
 	landed     chan struct{} // wakes wait, which looks at inFlight again
 	poll       spin
+	clock      time.Duration // inspect.Clock as the thread last read it
+	chains     uint          // that the thread has handed out
 
 	mu       sync.Mutex // guards what follows; the handler runs without it
 	q        *virtq.Queue
@@ -99,11 +106,12 @@ func (w *Worker) serve() error {
 		if w.stopping.Load() {
 			return nil
 		}
-		start := time.Now()
+		start := inspect.Clock()
 		if _, err := w.kick.Wait(); err != nil {
 			return err
 		}
-		w.poll.waited(time.Since(start))
+		w.clock = inspect.Clock()
+		w.poll.waited(w.clock - start)
 	}
 }
 
@@ -145,6 +153,10 @@ func (w *Worker) drain() (err error) {
 			continue
 		}
 		w.inFlight.Add(1)
+		if w.chains%clockEvery == 0 {
+			w.clock = inspect.Clock()
+		}
+		w.chains++
 		panics.Unlocked(&w.mu, func() { err = w.handle(w, c) })
 		if err != nil {
 			w.drop(c)
@@ -197,6 +209,10 @@ func (w *Worker) Interrupt() {
 		w.broken(err)
 	}
 }
+
+// Clock returns about when the worker took the chain that the handler has, by inspect.Clock. A
+// handler calls it before it returns.
+func (w *Worker) Clock() time.Duration { return w.clock }
 
 // passBarriers ends each Barrier whose chains the handler has been given by now, and all of them
 // when the queue is empty: a driver that takes its index back leaves a position that is never

@@ -179,12 +179,18 @@ func (ds *Set) List() []control.Disk {
 		if len(k.units) == 0 {
 			list = append(list, control.Disk{WWN: k.target.WWN, Backend: "vhost", Options: k.specs[0].options()})
 		}
-		for i, u := range k.units {
-			path := text.Name(ds.paths[u.Backend.(*block.File).Path()])
-			list = append(list, control.Disk{LUN: u.LUN, Path: path, WWN: k.target.WWN, Serial: text.Name(u.Serial),
-				Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly,
-				Cache: CacheName(u.Cache), Backend: "vhost", Options: k.specs[i].options()})
-		}
+		list = append(list, ds.listKernel(k)...)
+	}
+	return list
+}
+
+// listKernel describes the disks that gvm made in a target of the kernel's. The caller holds mu.
+func (ds *Set) listKernel(k *kernelTarget) (list []control.Disk) {
+	for i, u := range k.units {
+		path := text.Name(ds.paths[u.Backend.(*block.File).Path()])
+		list = append(list, control.Disk{LUN: u.LUN, Path: path, WWN: k.target.WWN, Serial: text.Name(u.Serial),
+			Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly,
+			Cache: CacheName(u.Cache), Backend: "vhost", Options: k.specs[i].options()})
 	}
 	return list
 }

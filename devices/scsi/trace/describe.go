@@ -34,19 +34,13 @@ func name(names []string, n int, unknown string) string {
 	return fmt.Sprintf(unknown, n)
 }
 
-// Names by code: virtio 1.3, 5.6.6.2 and 5.6.6.1; SAM-5 5.3.1.
+// Names by code: virtio 1.3, 5.6.6.2 and 5.6.6.1.
 var (
 	functions = []string{"ABORT TASK", "ABORT TASK SET", "CLEAR ACA", "CLEAR TASK SET", "I_T NEXUS RESET",
 		"LOGICAL UNIT RESET", "QUERY TASK", "QUERY TASK SET"}
 	responses = []string{"OK", "OVERRUN", "ABORTED", "BAD TARGET", "RESET", "BUSY", "TRANSPORT FAILURE",
 		"TARGET FAILURE", "NEXUS FAILURE", "FAILURE",
 		"FUNCTION SUCCEEDED", "FUNCTION REJECTED", "INCORRECT LUN"}
-	statuses = map[scsi.Status]string{
-		scsi.Good: "GOOD", scsi.CheckCondition: "CHECK CONDITION", scsi.ConditionMet: "CONDITION MET",
-		scsi.Busy:                "BUSY",
-		scsi.ReservationConflict: "RESERVATION CONFLICT", scsi.TaskSetFull: "TASK SET FULL",
-		scsi.ACAActive: "ACA ACTIVE", scsi.TaskAborted: "TASK ABORTED",
-	}
 )
 
 // Response codes of success.
@@ -128,7 +122,7 @@ func (r *Record) Outcome() string {
 	if r.Response != responseOK {
 		words = append(words, name(responses, int(r.Response), "response %d"))
 	}
-	if status, ok := statuses[r.Status]; !ok {
+	if status := r.Status.Name(); status == "" {
 		words = append(words, fmt.Sprintf("status %02xh", uint8(r.Status)))
 	} else if r.Status != scsi.Good || len(words) == 0 {
 		words = append(words, status)

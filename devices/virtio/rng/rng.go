@@ -9,6 +9,7 @@ import (
 
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtq"
+	"gvm/inspect"
 )
 
 // maxFill bounds what one request takes, so that a guest cannot keep the
@@ -51,6 +52,9 @@ func (d *Device) Reset() error {
 	_, err := d.Stop(context.Background())
 	return err
 }
+
+// Inspect implements virtio.Inspector.
+func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) { return nil, d.workers.Inspect() }
 
 func fill(w *virtio.Worker, c *virtq.Chain) error {
 	if c.Out.Len() > 0 {

@@ -302,6 +302,7 @@ func (d *Device) broken(a *activation, err error) {
 	if d.act.Load() != a || !a.broken.CompareAndSwap(false, true) {
 		return
 	}
+	a.reason.Store(&err)
 	d.cfg.Log(fmt.Errorf("vpci: %s: %w", d.cfg.Name, err))
 	d.interrupt(a)
 }

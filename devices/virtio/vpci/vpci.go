@@ -93,7 +93,8 @@ type setup struct {
 // reports late is dropped.
 type activation struct {
 	broken  atomic.Bool
-	vectors bool // some queue has an MSI-X vector
+	reason  atomic.Pointer[error] // of broken
+	vectors bool                  // some queue has an MSI-X vector
 
 	// Device.mu guards these.
 	state             activationState
@@ -159,6 +160,7 @@ func New(c Config) (*Device, error) {
 	d.fn = pci.NewFunction(pci.FunctionConfig{
 		Name: c.Name, Vendor: vendorID, Device: id, SubVendor: vendorID, SubDevice: id,
 		Class: class(c.Device.ID()), Revision: revision, Reset: d.reset, Command: d.command,
+		Inspect: d.inspect,
 	})
 	if err := d.open(sizes); err != nil {
 		return nil, errors.Join(fmt.Errorf("vpci: %s: %w", c.Name, err), d.release())

@@ -123,6 +123,7 @@ func (d *Device) request(q uint16, w *virtio.Worker, c *virtq.Chain) error {
 	r.cmd.Attr = attr
 	r.cmd.Tag = binary.LittleEndian.Uint64(hdr[idOff:])
 	r.cmd.Nexus = d.cfg.Nexus
+	r.cmd.Taken = w.Clock()
 	r.cmd.Out = c.Out.Take(outLen)
 	r.cmd.In = c.In.Take(inLen)
 	if r.observer != nil && outLen > 0 && outLen <= maxPayload && scsi.ParameterList(r.cmd.CDB) {

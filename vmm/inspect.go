@@ -1,0 +1,214 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/bobuhiro11/gokvm/kvm"
+
+	"gvm/inspect"
+	"gvm/kvmapi"
+	"gvm/panics"
+)
+
+// inspectTime bounds one reading of a machine's state: what takes longer is busy.
+const inspectTime = 500 * time.Millisecond
+
+// Inspector reads the state of a running machine. The zero value is for one Config. Its method may
+// be called from any goroutine.
+type Inspector struct {
+	mu sync.RWMutex // held for reading while the state is read, which the end of a life cuts short
+	m  *machine     // the current life; nil: the machine does not run
+}
+
+// Read returns the part of the machine's state at a path: see inspect.Node.Read. It takes half a
+// second at most, and less if ctx or the machine's life ends. The error is ErrNotRunning or an
+// *inspect.PathError.
+func (i *Inspector) Read(ctx context.Context, path string) (inspect.Node, error) {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	m := i.m
+	if m == nil {
+		return inspect.Node{}, ErrNotRunning
+	}
+	ctx, cancel := context.WithTimeout(ctx, inspectTime)
+	defer cancel()
+	panics.Go(func() {
+		select {
+		case <-m.ended:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	return m.state().Read(ctx, path)
+}
+
+// set sets the machine to read; nil when a life is over, before anything of it goes.
+func (i *Inspector) set(m *machine) {
+	if i == nil {
+		return
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.m = m
+}
+
+// state returns the tree of the machine's state, which is read later.
+func (m *machine) state() inspect.Node {
+	root := inspect.Group("", inspect.Bool("paused", m.cfg.Pauser != nil && m.cfg.Pauser.Paused()),
+		m.inspectMemory(), m.inspectCPUs(), m.bus.Inspect(), m.uart.Inspect("com1"), m.rtc.Inspect("rtc"),
+		m.pm.Inspect("acpi_pm"))
+	if m.cfg.Inspect != nil {
+		root.Nodes = append(root.Nodes, m.cfg.Inspect()...)
+	}
+	return root
+}
+
+func (m *machine) inspectMemory() inspect.Node {
+	memory := inspect.Group("memory")
+	for i, r := range m.mem.Regions() {
+		memory.Nodes = append(memory.Nodes, inspect.Group(fmt.Sprint(i),
+			inspect.Bits("base", r.Base), inspect.Int("size", len(r.Bytes))))
+	}
+	return memory
+}
+
+// question is work for a vCPU's thread.
+type question func()
+
+// askPatience bounds the wait for a vCPU: one that is in the guest stops within microseconds, and
+// one that waits in a device does not.
+const askPatience = 50 * time.Millisecond
+
+// ask has the thread of vCPU i do f outside of the guest, and reports whether it did. Before the end
+// of f it does not return.
+func (m *machine) ask(ctx context.Context, i int, f func()) bool {
+	done := make(chan struct{})
+	late := time.After(askPatience)
+	for {
+		// The thread may have returned from the guest before it can be asked: kick it again.
+		if m.cpus[i].Kick() != nil {
+			return false
+		}
+		select {
+		case m.questions[i] <- func() { defer close(done); f() }:
+			<-done
+			return true
+		case <-time.After(time.Millisecond):
+		case <-late:
+			return false
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// answer does what was asked of vCPU i, on its thread.
+func (m *machine) answer(i int) {
+	select {
+	case q := <-m.questions[i]:
+		q()
+	default:
+	}
+}
+
+// mpStates are the names of the KVM_MP_STATE_ values that an x86 vCPU has.
+var mpStates = [...]string{kvm.MPStateRunnable: "runnable", kvm.MPStateUninitialized: "uninitialized",
+	kvm.MPStateInitReceived: "init_received", kvm.MPStateHalted: "halted", kvm.MPStateSipiReceived: "sipi_received"}
+
+func (m *machine) inspectCPUs() inspect.Node {
+	cpus := inspect.Group("vcpu")
+	for i, c := range m.cpus {
+		read := func(ctx context.Context) (nodes []inspect.Node, ok bool) {
+			ok = m.ask(ctx, i, func() { nodes = inspectCPU(c, m.ids[i]) })
+			return nodes, ok
+		}
+		cpus.Nodes = append(cpus.Nodes, inspect.Lazy(fmt.Sprint(i), read))
+	}
+	return cpus
+}
+
+// inspectCPU returns the registers of a vCPU, on its thread.
+func inspectCPU(c *kvmapi.VCPU, id uint32) []inspect.Node {
+	state, err := c.MPState()
+	r, err2 := c.Regs()
+	s, err3 := c.Sregs()
+	if err := errors.Join(err, err2, err3); err != nil {
+		return []inspect.Node{inspect.Text("error", err.Error())}
+	}
+	bits := inspect.Bits[uint64]
+	return []inspect.Node{
+		inspect.Int("apic_id", id), inspect.Text("mp_state", mpStates[min(int(state), len(mpStates)-1)]),
+		bits("rip", r.RIP), bits("rflags", r.RFLAGS),
+		bits("rax", r.RAX), bits("rbx", r.RBX), bits("rcx", r.RCX), bits("rdx", r.RDX),
+		bits("rsi", r.RSI), bits("rdi", r.RDI), bits("rbp", r.RBP), bits("rsp", r.RSP),
+		bits("r8", r.R8), bits("r9", r.R9), bits("r10", r.R10), bits("r11", r.R11),
+		bits("r12", r.R12), bits("r13", r.R13), bits("r14", r.R14), bits("r15", r.R15),
+		bits("cr0", s.CR0), bits("cr2", s.CR2), bits("cr3", s.CR3), bits("cr4", s.CR4), bits("cr8", s.CR8),
+		bits("efer", s.EFER), bits("apic_base", s.ApicBase),
+		inspect.Int("cpl", s.SS.DPL),
+		bits("cs", uint64(s.CS.Selector)), bits("cs_base", s.CS.Base),
+		bits("fs_base", s.FS.Base), bits("gs_base", s.GS.Base),
+		bits("gdt_base", s.GDT.Base), bits("idt_base", s.IDT.Base), bits("tr", uint64(s.TR.Selector)),
+	}
+}
+
+// busyDevices returns lines about the devices for the report of a crash: the status of each, and the
+// queues and disks that have work. It runs on a vCPU's thread, and asks no vCPU.
+func (m *machine) busyDevices() string {
+	ctx, cancel := context.WithTimeout(context.Background(), inspectTime)
+	defer cancel()
+	var b strings.Builder
+	for _, group := range m.state().Nodes {
+		if group.Name != "pci" && group.Name != "disk" {
+			continue
+		}
+		group, _ = inspect.Group("", group).Read(ctx, group.Name)
+		for _, d := range group.Nodes {
+			report(&b, group.Name+"/"+d.Name, d)
+		}
+	}
+	return b.String()
+}
+
+// report adds lines about a device or a disk.
+func report(b *strings.Builder, path string, d inspect.Node) {
+	line := func(path string, n inspect.Node, names ...string) {
+		var words []string
+		for _, c := range n.Nodes {
+			if slices.Contains(names, c.Name) {
+				words = append(words, fmt.Sprintf("%s %v", c.Name, c.Value))
+			}
+		}
+		fmt.Fprintf(b, "%s: %s\n", path, strings.Join(words, ", "))
+	}
+	for path, v := range d.Values(path) {
+		if v == inspect.Busy {
+			fmt.Fprintf(b, "%s: busy\n", path)
+		}
+	}
+	for _, part := range d.Nodes {
+		switch at := path + "/" + part.Name; {
+		case part.Name == "virtio" && part.Value == nil:
+			line(at, part, "device_type", "device_status", "error")
+			for i := 0; ; i++ {
+				q, err := part.Read(context.Background(), fmt.Sprintf("queue/%d", i))
+				if err != nil {
+					break
+				}
+				if n, ok := q.Get("in_flight").(int); ok && n > 0 || q.Get("avail_idx") != q.Get("used_idx") {
+					line(fmt.Sprintf("%s/queue/%d", at, i), q, "avail_idx", "used_idx", "last_avail_idx", "in_flight")
+				}
+			}
+		case part.Name == "task":
+			for _, task := range part.Nodes {
+				line(at+"/"+task.Name, task, "command", "lba", "blocks", "age", "tag")
+			}
+		}
+	}
+}
