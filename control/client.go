@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/inspect"
 	"gvm/text"
 )
 
@@ -140,6 +141,18 @@ func (c *Client) RemoveDisk(ctx context.Context, id string) (Change, error) {
 // ResizeDisk changes a disk's size, or makes the machine read it again.
 func (c *Client) ResizeDisk(ctx context.Context, id string, r ResizeDisk) (Change, error) {
 	return ask[Change](ctx, c, http.MethodPost, "disks/"+segment(id)+"/resize", r)
+}
+
+// Inspect returns the machine's state at a path, "" for all. Values are strings, json.Numbers and
+// bools.
+func (c *Client) Inspect(ctx context.Context, path string) (inspect.Node, error) {
+	var names []string
+	for name := range strings.SplitSeq(path, "/") {
+		if name != "" {
+			names = append(names, segment(name))
+		}
+	}
+	return ask[inspect.Node](ctx, c, http.MethodGet, "inspect/"+strings.Join(names, "/"), nil)
 }
 
 // segment escapes an ID as one segment of a path, even "." and "..".

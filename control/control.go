@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"time"
 
+	"gvm/inspect"
 	"gvm/text"
 )
 
@@ -121,6 +122,9 @@ type Machine interface {
 	// RemoveDisk and ResizeDisk take a LUN, a serial number or an absolute path.
 	RemoveDisk(ctx context.Context, id string) (Change, error)
 	ResizeDisk(ctx context.Context, id string, r ResizeDisk) (Change, error)
+	// Inspect returns the machine's state at a path, "" for all. An unknown path is an
+	// *inspect.PathError.
+	Inspect(ctx context.Context, path string) (inspect.Node, error)
 }
 
 // Error is the error of a request that was refused or failed.

@@ -3,6 +3,7 @@ package control
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,6 +22,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/inspect"
 	"gvm/text"
 )
 
@@ -115,6 +117,18 @@ func (f *fake) ResizeDisk(_ context.Context, id string, r ResizeDisk) (Change, e
 	return Change{d, Unchanged}, nil
 }
 
+func (f *fake) Inspect(ctx context.Context, path string) (inspect.Node, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	disks := inspect.Group("disk")
+	for _, d := range f.disks {
+		disks.Nodes = append(disks.Nodes, inspect.Group(strconv.Itoa(d.LUN), inspect.Text("path", string(d.Path)),
+			inspect.Bits("tag", uint64(1)<<63), inspect.Int("size", d.Size)))
+	}
+	return inspect.Group("", disks, inspect.Group("..", inspect.Bool("up", true)),
+		inspect.Node{Name: "rtc", Value: inspect.Busy}).Read(ctx, path)
+}
+
 // testDir is a directory whose path is longer than a socket's address.
 func testDir(t *testing.T) Directory {
 	return In(filepath.Join(t.TempDir(), "gvm-"+strings.Repeat("x", 120)))
@@ -200,6 +214,41 @@ func TestClient(t *testing.T) {
 			t.Error(err)
 		}
 		wantError(t, c.Resume(ctx), http.StatusConflict, "the machine is running")
+	}
+}
+
+// TestInspect: a tree keeps its paths, values and order on its way to a client.
+func TestInspect(t *testing.T) {
+	f := newFake()
+	f.disks["a"] = Disk{Path: "/\xff\n", LUN: 3, Size: 1 << 40}
+	_, c := serve(t, f)
+	const disk = `{"path":"/\udcff\n","tag":"0x8000000000000000","size":1099511627776}`
+	for _, tt := range []struct{ path, want string }{
+		{"", `{"disk":{"3":` + disk + `},"..":{"up":true},"rtc":"busy"}`},
+		{"/disk/3/", disk},
+		{"disk/3/path", `"/\udcff\n"`},
+		{"../up", "true"},
+		{"rtc/time", `"busy"`},
+	} {
+		n, err := c.Inspect(t.Context(), tt.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, err := json.Marshal(n); err != nil || string(b) != tt.want {
+			t.Errorf("%s: %s, %v", tt.path, b, err)
+		}
+	}
+	if n, err := c.Inspect(t.Context(), "disk/3"); err != nil || n.Get("path") != "/\xff\n" ||
+		n.Get("size") != json.Number("1099511627776") {
+		t.Errorf("%+v, %v", n, err)
+	}
+	for path, want := range map[string]string{
+		"disk/1":      `no "1" in disk, which has 3`,
+		"dsk":         `no "dsk" in the machine; did you mean disk?`,
+		"disk/a%2Fb?": `no "a%2Fb?" in disk, which has 3`,
+	} {
+		_, err := c.Inspect(t.Context(), path)
+		wantError(t, err, http.StatusNotFound, want)
 	}
 }
 

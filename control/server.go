@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"gvm/inspect"
 	"gvm/panics"
 	"gvm/text"
 )
@@ -175,6 +176,15 @@ func (s *Server) handler(m Machine) http.Handler {
 					return nil, err
 				}
 				return m.ResizeDisk(r.Context(), r.PathValue("id"), c)
+			},
+		},
+		"/v1/inspect/{path...}": {
+			http.MethodGet: func(r *http.Request) (any, error) {
+				n, err := m.Inspect(r.Context(), r.PathValue("path"))
+				if e := (*inspect.PathError)(nil); errors.As(err, &e) {
+					err = Errorf(http.StatusNotFound, "%v", err)
+				}
+				return n, err
 			},
 		},
 	} {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"gvm/control"
+	"gvm/inspect"
 	"gvm/machine"
 	"gvm/machine/disk"
 	"gvm/text"
@@ -59,7 +60,13 @@ func (r *remote) Stop(s control.Stop) (control.Stopped, error) {
 	return control.Stopped{Asked: r.Machine.Stop(cause, time.Duration(s.GraceMS)*time.Millisecond)}, nil
 }
 
-// pauseError converts a Pauser's error for the control socket.
+// Inspect implements gvm inspect.
+func (r *remote) Inspect(ctx context.Context, path string) (inspect.Node, error) {
+	n, err := r.Machine.Inspect(ctx, path)
+	return n, r.pauseError(err)
+}
+
+// pauseError converts an error of a Pauser or an Inspector for the control socket.
 func (r *remote) pauseError(err error) error {
 	var busy *vmm.BusyError
 	switch {

@@ -137,10 +137,10 @@ var commands = []struct {
 	name string
 	make func() *cli.Command
 }{
-	{"run", runCommand}, {"kunit", kunitCommand}, {"list", listCommand}, {"disk", diskCommand}, {"pause", pauseCommand},
-	{"resume", resumeCommand}, {"stop", stopCommand}, {"image", imageCommand}, {"doctor", doctorCommand},
-	{"bench", benchCommand}, {"trace", traceCommand}, {"replay", replayCommand}, {"lio", lioCommand},
-	{"abi", abiCommand}, {"completion", completionCommand},
+	{"run", runCommand}, {"kunit", kunitCommand}, {"list", listCommand}, {"disk", diskCommand},
+	{"inspect", inspectCommand}, {"pause", pauseCommand}, {"resume", resumeCommand}, {"stop", stopCommand},
+	{"image", imageCommand}, {"doctor", doctorCommand}, {"bench", benchCommand}, {"trace", traceCommand},
+	{"replay", replayCommand}, {"lio", lioCommand}, {"abi", abiCommand}, {"completion", completionCommand},
 	{"exit-status", exitStatusCommand}, {"help", helpCommand},
 }
 

@@ -20,6 +20,7 @@ import (
 	"gvm/control"
 	"gvm/devices/scsi/trace"
 	"gvm/guest/embedded"
+	"gvm/inspect"
 	"gvm/vmm"
 )
 
@@ -151,7 +152,8 @@ func TestForeignAnswers(t *testing.T) {
 	}
 	defer s.Close()
 	s.Serve(evilMachine{})
-	for _, args := range []string{"list", "list --json", "disk list", "disk list --json", "disk remove 1", "pause"} {
+	for _, args := range []string{"list", "list --json", "disk list", "disk list --json", "disk remove 1", "pause",
+		"inspect", "inspect --json"} {
 		var out, notes bytes.Buffer
 		a := app(nil)
 		a.Writer, a.ErrWriter = printer(&out), printer(&notes)
@@ -199,6 +201,9 @@ func (evilMachine) Info() control.Info {
 }
 func (evilMachine) Disks() []control.Disk {
 	return []control.Disk{{Path: evil, Serial: evil, Backend: evil, Cache: evil, WWN: evil, BlockSize: 512}}
+}
+func (evilMachine) Inspect(context.Context, string) (inspect.Node, error) {
+	return inspect.Group("", inspect.Group(evil, inspect.Text(evil, evil))), nil
 }
 func (m evilMachine) AddDisk(ctx context.Context, _ control.AddDisk) (control.Change, error) {
 	return m.RemoveDisk(ctx, "")
