@@ -21,26 +21,12 @@ import (
 	"gvm/machine/disk"
 )
 
-// benchRuns runs gvm bench with a directory of its own for temporary files, so that other tests can
-// run beside it, and checks that no files are left.
-func benchRuns(t *testing.T, args ...string) result {
-	t.Helper()
-	dir := t.TempDir()
-	c := command(t, append([]string{"bench"}, args...)...)
-	c.Env = append(c.Env, "TMPDIR="+dir)
-	r := gvmRuns(t, c)
-	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
-		t.Errorf("left behind: %v, %v", left, err)
-	}
-	return r
-}
-
 // TestBenchDisk checks for a row of plausible figures for each storage at each load.
 func TestBenchDisk(t *testing.T) {
 	t.Parallel()
 	record, svg := filepath.Join(t.TempDir(), "disk.json"), filepath.Join(t.TempDir(), "disk.svg")
-	r := benchRuns(t, "disk", "--time", "20ms", "--rounds", "2", "--size", "4K", "--depth", "1,16",
-		"--queues", "1,2", "--json", record, "--plot", svg)
+	r := gvmRuns(t, command(t, "bench", "disk", "--time", "20ms", "--rounds", "2", "--size", "4K", "--depth", "1,16",
+		"--queues", "1,2", "--json", record, "--plot", svg))
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -98,7 +84,8 @@ func TestBenchDisk(t *testing.T) {
 func TestBenchGuest(t *testing.T) {
 	t.Parallel()
 	record, plot := filepath.Join(t.TempDir(), "guest.json"), filepath.Join(t.TempDir(), "guest.png")
-	r := benchRuns(t, "guest", "--time", "5ms", "--rounds", "1", "--write", "--json", record, "--plot", plot)
+	r := gvmRuns(t, command(t, "bench", "guest", "--time", "5ms", "--rounds", "1", "--write", "--json",
+		record, "--plot", plot))
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -146,7 +133,7 @@ func TestBenchBoot(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	record := filepath.Join(dir, "boot.json")
-	r := benchRuns(t, "boot", "--rounds", "1", "--json", record)
+	r := gvmRuns(t, command(t, "bench", "boot", "--rounds", "1", "--json", record))
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
@@ -183,8 +170,8 @@ func TestBenchBoot(t *testing.T) {
 		{[]string{"--cmdline", "spin", "--timeout", "1s"}, `no line with "never" within 1s`},
 		{[]string{"--cmdline", "crash=reset"}, "asked for a reset"},
 	} {
-		r := benchRuns(t, append([]string{"boot", "--kernel", guest, "--until", "never", "--json", record + "2"},
-			c.args...)...)
+		args := []string{"bench", "boot", "--kernel", guest, "--until", "never", "--json", record + "2"}
+		r := gvmRuns(t, command(t, append(args, c.args...)...))
 		if made, _ := filepath.Glob(record + "2"); r.status == 0 || !strings.Contains(r.errs, c.want) || len(made) > 0 {
 			t.Errorf("%v: status %d, %q; left %v", c.args, r.status, r.errs, made)
 		}
@@ -196,7 +183,7 @@ func TestBenchBoot(t *testing.T) {
 func TestBenchFootprint(t *testing.T) {
 	t.Parallel()
 	record := filepath.Join(t.TempDir(), "footprint.json")
-	r := benchRuns(t, "footprint", "--guests", "3", "--time", "50ms", "--rounds", "1", "--json", record)
+	r := gvmRuns(t, command(t, "bench", "footprint", "--guests", "3", "--time", "50ms", "--rounds", "1", "--json", record))
 	if r.status != 0 {
 		t.Fatalf("status %d: %s", r.status, r.errs)
 	}
