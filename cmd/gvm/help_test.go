@@ -91,7 +91,7 @@ func TestSuggestions(t *testing.T) {
 		{"run --cpus 99999999999999999999", `--cpus "99999999999999999999": want a number; see`},
 		{"run --timeout 5", `--timeout "5": want a duration such as 90s; see gvm help run`},
 		{"run --poll x", `--poll "x": want a duration such as 64µs; see gvm help run`},
-		{"run --kernel", "--kernel: want a value, FILE; see gvm help run"},
+		{"run --kernel", "--kernel: want a value, KERNEL; see gvm help run"},
 		{"run --hugepages=x", `--hugepages "x": want true or false; see gvm help run`},
 		{"stop --grace 5", `--grace "5": want a duration such as 10s; see gvm help stop`},
 		{"trace show x --lun y", `--lun "y": want a number`},
