@@ -139,7 +139,8 @@ var commands = []struct {
 }{
 	{"run", runCommand}, {"kunit", kunitCommand}, {"list", listCommand}, {"disk", diskCommand},
 	{"inspect", inspectCommand}, {"pause", pauseCommand}, {"resume", resumeCommand}, {"stop", stopCommand},
-	{"image", imageCommand}, {"doctor", doctorCommand}, {"bench", benchCommand}, {"trace", traceCommand},
+	{"image", imageCommand}, {"kernel", kernelCommand}, {"doctor", doctorCommand},
+	{"bench", benchCommand}, {"trace", traceCommand},
 	{"replay", replayCommand}, {"lio", lioCommand}, {"abi", abiCommand}, {"completion", completionCommand},
 	{"exit-status", exitStatusCommand}, {"help", helpCommand},
 }

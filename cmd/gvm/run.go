@@ -356,6 +356,9 @@ func run(rc runConfig) (err error) {
 		}
 		defer k.Close()
 		spec.Kernel = k.Image
+		if lacks := rc.lacks(k); lacks != "" {
+			note(lacks)
+		}
 		if rc.watch != nil {
 			rc.watch.kernel = k.Image.Name
 		}
