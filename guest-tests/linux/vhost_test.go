@@ -301,6 +301,17 @@ func TestVhostTold(t *testing.T) {
 	if r.wantStatus(t, 0); r.stderr != "gvm: backend=auto: served by the kernel: vhost-scsi and LIO are there\n" {
 		r.fatalf(t, "backend=auto does not take the kernel")
 	}
+	// The kernel's memory for many request queues is told, unless the user chose their number.
+	for queues, want := range map[string]string{
+		"": "gvm: the kernel takes some 21 MiB for each of 5 request queues, one a CPU: 105 MiB of its memory; " +
+			"--queues N bounds that\n",
+		"--queues=5": "",
+	} {
+		r := gvm(t, append([]string{"run", "--cpus=5", "--disk", other + ",backend=vhost"}, strings.Fields(queues)...)...)
+		if r.wantStatus(t, 0); r.stderr != want {
+			r.fatalf(t, "%q: standard error is not %q", queues, want)
+		}
+	}
 	p.signal(syscall.SIGTERM)
 	p.wait()
 }
