@@ -14,10 +14,10 @@ import (
 	"gvm/devices/virtio/virtq"
 )
 
-const (
-	ID     virtio.ID = 63   // which virtio 1.3, 5 does not assign
-	MaxLen           = 4096 // bytes of a request at most: the field max_len of the configuration space
-)
+// ID is one that virtio 1.3, 5 does not assign.
+const ID virtio.ID = 63
+
+const MaxLen = 4096 // bytes of a request at most: the field max_len of the configuration space
 
 // Device reverses bytes.
 type Device struct{ workers virtio.Workers }
