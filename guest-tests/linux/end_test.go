@@ -62,6 +62,39 @@ func TestEndings(t *testing.T) {
 	}
 }
 
+// TestVerdict: a fault that the kernel reports and the results of tests make the exit status. A
+// record of a program counts as the kernel's where the console does not tell them apart.
+func TestVerdict(t *testing.T) {
+	t.Parallel()
+	l := theLab(t)
+	const fault = "echo '<3>BUG: made up' >/dev/kmsg; poweroff -f"
+	for _, c := range []struct {
+		name, cmdline, script, flags string
+		status                       int
+		stderr                       string
+	}{
+		{"a fault", "", fault, "--oops=fail", 7, "the guest's kernel reported bug: BUG: made up (fingerprint "},
+		{"a fault that does not count", "", fault, "--oops=ignore", 0, ""},
+		{"a program's record", "console_msg_format=syslog", fault, "--oops=fail", 0, ""},
+		{"a fault before a panic", "", "echo '<3>BUG: made up' >/dev/kmsg; exit 3", "--oops=fail", 5,
+			"the guest's kernel reported bug: BUG: made up\n"},
+		{"no fault", "", "poweroff -f", "--strict", 0, ""},
+		{"tests", "", "echo 'TAP version 13'; echo '1..2'; echo 'ok 1 a'; echo 'not ok 2 b'; poweroff -f",
+			"--junit=/dev/null", 1, "tests failed: 1 passed, 1 failed, 0 crashed, 0 skipped"},
+		{"a test that crashed", "", "echo '<3>KTAP version 1' >/dev/kmsg; echo '<3>1..1' >/dev/kmsg; poweroff -f",
+			"--junit=/dev/null", 1, "tests failed: 0 passed, 0 failed, 1 crashed, 0 skipped"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			r := guest{kernel: l.Cloud, cmdline: c.cmdline, script: c.script}.run(t, c.flags)
+			r.wantStatus(t, c.status)
+			if !strings.Contains(r.stderr, c.stderr) {
+				r.fatalf(t, "standard error lacks %q", c.stderr)
+			}
+		})
+	}
+}
+
 // TestPowerButton: gvm stop, and SIGTERM with --grace, press the power button. A guest that listens
 // to it ends by itself; one that does not is stopped.
 func TestPowerButton(t *testing.T) {
