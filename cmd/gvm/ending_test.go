@@ -47,7 +47,8 @@ var endings = []struct {
 	{"two CPUs", guestRun("--cpus=2"), 0, "cpus: 2 of 2 up", `^$`},
 	{"triple fault", guestRun("crash=triple"), exitCrash, "triple fault next\n",
 		`^gvm: the guest crashed: vCPU 0: [^\n]+\n(the guest's registers are lost: [^\n]+\n|` +
-			`rip [0-9a-f]{16} [^\n]*\nrax (?s:.*)\ncr0 (?s:.*)\ncode at rip: ([0-9a-f]{2} ){15}[0-9a-f]{2}\n)$`},
+			`rip [0-9a-f]{16} [^\n]*\nrax (?s:.*)\ncr0 (?s:.*)\ncode at rip: ([0-9a-f]{2} ){15}[0-9a-f]{2}\n)` +
+			`(pci/00:[0-9a-f]{2}.0/virtio: [^\n]+\n)+$`},
 	{"panic", guestRun("crash=panic"), exitPanic, "pvpanic event next\n", `^gvm: guest panic: [^\n]+\n$`},
 	{"reset", guestRun("crash=reset"), exitReset, "reset next\n", `^gvm: the guest asked for a reset[^\n]*\n$`},
 	{"reset by ACPI", guestRun("crash=reset-acpi"), exitReset, "reset by ACPI next\n",

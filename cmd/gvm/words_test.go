@@ -106,28 +106,33 @@ func TestCompletionOfDisks(t *testing.T) {
 	if err := os.Symlink(self(t), filepath.Join(bin, "gvm")); err != nil {
 		t.Fatal(err)
 	}
+	var asked, want []string
+	for _, o := range disk.Options() {
+		word, value, _ := strings.Cut(o.Word(), "=")
+		if value != "" {
+			word += "="
+		}
+		asked, want = append(asked, "img,"+word[:2]), append(want, "img,"+word)
+	}
 	for shell, script := range map[string]string{
-		"bash": `source <(gvm completion bash); COMP_WORDS=(gvm run --disk "$1"); COMP_CWORD=3; _gvm
-			printf '%s\n' "${COMPREPLY[@]}"`,
-		"zsh": `compdef() { }; compadd() { shift 3; print -l -- $@ }
-			source <(gvm completion zsh); words=(gvm run --disk "$1") CURRENT=4; _gvm`,
-		"fish": `gvm completion fish | source; complete -C "gvm run --disk $argv[2]"`,
+		"bash": `source <(gvm completion bash)
+			for w; do COMP_WORDS=(gvm run --disk "$w"); COMP_CWORD=3; _gvm; printf '%s\n' "${COMPREPLY[@]}"; done`,
+		"zsh": `compdef() { }; compadd() { shift 3; print -l -- $@ }; source <(gvm completion zsh)
+			for w; do words=(gvm run --disk "$w") CURRENT=4; _gvm; done`,
+		"fish": `gvm completion fish | source; for w in $argv[2..]; complete -C "gvm run --disk $w"; end`,
 	} {
 		t.Run(shell, func(t *testing.T) {
 			path, err := exec.LookPath(shell)
 			if err != nil {
 				t.Skipf("its completion is not tried: %v", err)
 			}
-			for _, o := range disk.Options() {
-				word, value, _ := strings.Cut(o.Word(), "=")
-				if value != "" {
-					word += "="
-				}
-				c := exec.Command(path, "-c", script, shell, "img,"+word[:2])
-				c.Env = append(environment(t.TempDir()), "PATH="+bin+":"+os.Getenv("PATH"), "HOME="+bin)
-				out, err := c.CombinedOutput()
-				if err != nil || !slices.Contains(strings.Split(string(out), "\n"), "img,"+word) {
-					t.Errorf("img,%s: %v, %q lacks %s", word[:2], err, out, word)
+			c := exec.Command(path, append([]string{"-c", script, shell}, asked...)...)
+			c.Env = append(environment(t.TempDir()), "PATH="+bin+":"+os.Getenv("PATH"), "HOME="+bin)
+			out, err := c.CombinedOutput()
+			lines := strings.Split(string(out), "\n")
+			for i, word := range want {
+				if err != nil || !slices.Contains(lines, word) {
+					t.Errorf("%s: %v, %q lacks %s", asked[i], err, out, word)
 				}
 			}
 		})
