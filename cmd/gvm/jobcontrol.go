@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"golang.org/x/term"
 
 	"gvm/panics"
 )
@@ -23,9 +22,10 @@ type tty struct {
 	fd int
 
 	mu     sync.Mutex
-	before *term.State  // the settings to restore
+	before unix.Termios // the settings to restore
 	raw    unix.Termios // gvm's own settings
 	held   bool         // gvm made the terminal raw
+	taken  bool         // it did so before, and before and raw are set
 	closed bool
 }
 
@@ -58,18 +58,22 @@ func (t *tty) look(again bool) (bool, error) {
 	if err != nil {
 		return true, err
 	}
-	before, err := term.MakeRaw(t.fd)
-	if err != nil {
-		return true, err
+	// The settings are not read back: the process may stop here, and another job set the terminal.
+	if !t.taken || *now != t.raw {
+		t.before = *now
 	}
-	if t.before == nil || *now != t.raw {
-		t.before = before
-	}
-	raw, err := unix.IoctlGetTermios(t.fd, unix.TCGETS)
-	if err == nil {
-		t.raw, t.held = *raw, true
-	}
-	return true, err
+	t.raw, t.held, t.taken = rawSettings(*now), true, true
+	return true, unix.IoctlSetTermios(t.fd, unix.TCSETS, &t.raw)
+}
+
+// rawSettings returns the settings of term.MakeRaw, which are those of cfmakeraw (termios(3)).
+func rawSettings(s unix.Termios) unix.Termios {
+	s.Iflag &^= unix.IGNBRK | unix.BRKINT | unix.PARMRK | unix.ISTRIP | unix.INLCR | unix.IGNCR | unix.ICRNL | unix.IXON
+	s.Oflag &^= unix.OPOST
+	s.Lflag &^= unix.ECHO | unix.ECHONL | unix.ICANON | unix.ISIG | unix.IEXTEN
+	s.Cflag = s.Cflag&^(unix.CSIZE|unix.PARENB) | unix.CS8
+	s.Cc[unix.VMIN], s.Cc[unix.VTIME] = 1, 0
+	return s
 }
 
 // giveBack restores the former settings. In the background it does so only while the settings are
@@ -84,7 +88,7 @@ func (t *tty) giveBack() error {
 			return nil
 		}
 	}
-	return term.Restore(t.fd, t.before)
+	return unix.IoctlSetTermios(t.fd, unix.TCSETS, &t.before)
 }
 
 // restore gives the terminal back for good. It may be called at any time, from any goroutine.

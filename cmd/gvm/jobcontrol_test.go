@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/term"
 )
 
 // asShell makes a gvm of the tests a shell with job control whose only job is gvm.
@@ -132,6 +133,23 @@ func (j *jobs) settle(what string, done func(unix.Termios) bool) {
 }
 
 func isRaw(s unix.Termios) bool { return s.Lflag&(unix.ICANON|unix.ECHO) == 0 }
+
+// TestRawSettings: gvm knows the settings of a raw terminal without reading them. A process that was
+// stopped meanwhile would read those of another job.
+func TestRawSettings(t *testing.T) {
+	_, slave := openPTY(t)
+	fd := int(slave.Fd())
+	before, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := term.MakeRaw(fd); err != nil {
+		t.Fatal(err)
+	}
+	if raw, err := unix.IoctlGetTermios(fd, unix.TCGETS); err != nil || *raw != rawSettings(*before) {
+		t.Errorf("%+v, %v, want %+v", raw, err, rawSettings(*before))
+	}
+}
 
 // TestJobControl moves gvm between the foreground and the background of its terminal.
 func TestJobControl(t *testing.T) {
