@@ -159,9 +159,9 @@ func FuzzConsole(f *testing.F) {
 	f.Add([]byte("/ # \x1b[1m<0>[    1.0][T1] "+panicked+"\r\n"+endMarker+"\r\n"), uint8(3))
 	f.Add([]byte(strings.Repeat("x", klog.MaxLine)+panicked+"\x1b]0;"+restarting), uint8(1))
 	f.Fuzz(func(t *testing.T, out []byte, size uint8) {
-		read := func(size int) (text string, finals int) {
+		read := func(size int) (text string, final bool) { // final may be called for each write
 			var passed bytes.Buffer
-			w := &consoleWatch{out: &passed, on: true, final: func() { finals++ }}
+			w := &consoleWatch{out: &passed, on: true, final: func() { final = true }}
 			for rest := out; len(rest) > 0; {
 				n := min(size, len(rest))
 				fmt.Fprintf(w, "%s", rest[:n])
@@ -170,11 +170,11 @@ func FuzzConsole(f *testing.F) {
 			if !bytes.Equal(passed.Bytes(), out) {
 				t.Fatal("not all was passed on")
 			}
-			return w.panicText(false), finals
+			return w.panicText(false), final
 		}
-		text, finals := read(len(out) + 1)
-		if again, n := read(int(size) + 1); again != text || n != finals {
-			t.Errorf("%q and %d ends, at %d bytes a write %q and %d", text, finals, int(size)+1, again, n)
+		text, final := read(len(out) + 1)
+		if again, f := read(int(size) + 1); again != text || f != final {
+			t.Errorf("%q, final %v, at %d bytes a write %q, %v", text, final, int(size)+1, again, f)
 		}
 		if len(text) > klog.MaxLine || strings.ContainsAny(text, "\x1b\n\r\x00") {
 			t.Errorf("the text is %q", text)
