@@ -413,8 +413,10 @@ func TestImmediateHoldsUpNothing(t *testing.T) {
 				if status := <-answered; status != scsi.Good {
 					t.Fatalf("status %02x", status)
 				}
+				if tag == 0 {
+					<-started // so that this flush is not for the others
+				}
 			}
-			<-started
 			done := make(chan struct{})
 			go func() {
 				defer close(done)
