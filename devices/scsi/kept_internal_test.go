@@ -2,6 +2,7 @@ package scsi
 
 import (
 	"fmt"
+	"runtime"
 	"testing"
 )
 
@@ -30,11 +31,18 @@ func TestKeptIsBounded(t *testing.T) {
 			do(uint64(i), make([]byte, 6))
 		}
 	}
+	s.mu.Lock()
+	for s.tasks.first != nil { // a task leaves after Done
+		s.mu.Unlock()
+		runtime.Gosched()
+		s.mu.Lock()
+	}
 	n := s.nexuses[0]
 	if len(s.nexuses) != 1 || len(n.copies) > maxHeldCopies || len(n.attention) > 16 || len(s.byTag) > 0 {
 		t.Errorf("%d nexuses, %d results of copies, %d conditions, %d tags",
 			len(s.nexuses), len(n.copies), len(n.attention), len(s.byTag))
 	}
+	s.mu.Unlock()
 	var p persistent
 	for i := range NexusID(3 * maxRegistrations) {
 		if o, err := p.apply(reserveOut{action: prRegisterIgnore, nexus: i, newKey: uint64(i) + 1}); err == nil {
