@@ -10,6 +10,10 @@ GOTEST = $(GO) run ./guest-tests/cmd/gotest
 LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostscsi
 UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 
+# Parts of libraries that the program leaves out: the command line library's documents, whose
+# Markdown parser takes time at each start, and HTTP/2, which a control socket does not speak.
+TAGS = urfave_cli_no_docs,nethttpomithttp2
+
 # Where build puts the programs.
 BIN = bin
 
@@ -26,7 +30,7 @@ ZSHDIR = share/zsh/site-functions
 .PHONY: man stage install uninstall deb
 
 build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
-	$(GO) build -tags urfave_cli_no_docs -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot
+	$(GO) build -tags $(TAGS) -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot
 
 run: ## boot the embedded guest
 	$(GO) run ./cmd/gvm run
@@ -128,7 +132,7 @@ man stage deb: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/de
 man: ## man pages, in bin/man
 	rm -rf $(BIN)/man
 	mkdir -p $(BIN)/man
-	$(GO) run -tags man,urfave_cli_no_docs -ldflags '$(LDFLAGS)' ./cmd/gvm $(BIN)/man
+	$(GO) run -tags man,$(TAGS) -ldflags '$(LDFLAGS)' ./cmd/gvm $(BIN)/man
 
 # The files of install, as they are below PREFIX.
 STAGE = $(BIN)/stage
