@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"regexp"
 	"strings"
+	"syscall"
 	"time"
 
 	"gvm/verdict/klog"
@@ -26,7 +27,10 @@ func Decode(ctx context.Context, script, vmlinux, tree string, frames []klog.Fra
 	}
 	cmd := exec.CommandContext(ctx, script, vmlinux, "auto", tree)
 	cmd.Stdin = strings.NewReader(in.String())
-	cmd.WaitDelay = 100 * time.Millisecond // for the programs that the script started
+	// The script's programs, such as addr2line, read large files for seconds: they end with the script.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = 100 * time.Millisecond // for a program that left the group
 	out, err := cmd.Output()
 	if err != nil {
 		return fmt.Errorf("%s: %w", script, err)

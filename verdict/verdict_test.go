@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -219,6 +220,34 @@ func TestDecode(t *testing.T) {
 		if !strings.HasSuffix(got, tt.want) && !strings.Contains(got, context.DeadlineExceeded.Error()) {
 			t.Errorf("%s: %s, want %s", tt.script, got, tt.want)
 		}
+	}
+}
+
+// TestDecodeEnds ends a decoding: the programs that the script started end too.
+func TestDecodeEnds(t *testing.T) {
+	script, fifo := filepath.Join(t.TempDir(), "decode_stacktrace.sh"), filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// Its end is read when both programs are gone.
+	text := "#!/bin/sh\n(exec sleep 1000 >" + fifo + ") & exec sleep 1000 >" + fifo + "\n"
+	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	result := make(chan error)
+	go func() { result <- Decode(ctx, script, "vmlinux", ".", []klog.Frame{{Symbol: "f"}}) }()
+	f, err := os.Open(fifo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	cancel()
+	if err := <-result; err == nil {
+		t.Error("no error")
+	}
+	if n, err := f.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		t.Errorf("read of the FIFO: %d, %v, want its end", n, err)
 	}
 }
 
