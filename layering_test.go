@@ -55,6 +55,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/...", "inspect"},
 	{"guest/embedded/...", ""},
 	{"guest/kernel", "vmm/boot kvmapi/nowait text"},
+	{"guest/agent/wire", "text"},
 	{"guest/bootinit", ""},
 	{"guest/diskload", ""},
 	{"guest-tests/...", "guest-tests/... guest/... guestmem machine machine/disk vmm vmm/boot"},

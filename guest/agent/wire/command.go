@@ -1,0 +1,62 @@
+package wire
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+
+	"gvm/text"
+)
+
+// CommandFile is the path of the command file in the guest's initramfs.
+const CommandFile = "/gvm/command.json"
+
+// maxCommand bounds the size of a command file. Linux bounds arguments and environment by 6 MiB, and
+// a byte takes up to 6 in JSON.
+const maxCommand = 64 << 20
+
+// Command is the command file: a command, and how to run it. Names may hold any bytes.
+type Command struct {
+	Args []text.Name `json:"args"`          // the first is a path, or a name to find in PATH of Env
+	Env  []text.Name `json:"env,omitempty"` // NAME=value
+	Dir  text.Name   `json:"dir,omitempty"` // working directory; empty: /
+
+	UID     uint32   `json:"uid"`
+	GID     uint32   `json:"gid"`
+	Groups  []uint32 `json:"groups,omitempty"`
+	Rlimits []Rlimit `json:"rlimits,omitempty"`
+
+	Terminal *Terminal   `json:"terminal,omitempty"` // nil: stdin, stdout and stderr are pipes
+	Modules  []text.Name `json:"modules,omitempty"`  // paths of uncompressed modules, in the order to load
+	Hostname string      `json:"hostname,omitempty"`
+}
+
+// Rlimit is a resource limit of setrlimit(2); math.MaxUint64 is RLIM_INFINITY.
+type Rlimit struct {
+	Resource int    `json:"resource"`
+	Soft     uint64 `json:"soft"`
+	Hard     uint64 `json:"hard"`
+}
+
+// Terminal is the first size of the command's terminal.
+type Terminal struct {
+	Rows    uint16 `json:"rows"`
+	Columns uint16 `json:"columns"`
+}
+
+// Encode returns the contents of the command file.
+func (c *Command) Encode() ([]byte, error) { return json.Marshal(c) }
+
+// ReadCommand reads a command file.
+func ReadCommand(r io.Reader) (*Command, error) {
+	d := json.NewDecoder(io.LimitReader(r, maxCommand))
+	d.DisallowUnknownFields()
+	c := &Command{}
+	if err := d.Decode(c); err != nil {
+		return nil, fmt.Errorf("read the command file: %w", err)
+	}
+	if len(c.Args) == 0 {
+		return nil, fmt.Errorf("read the command file: it has no command")
+	}
+	return c, nil
+}
