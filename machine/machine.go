@@ -25,6 +25,7 @@ import (
 	"gvm/control"
 	"gvm/devices/block"
 	"gvm/devices/scsi/trace"
+	"gvm/devices/statusport"
 	"gvm/devices/virtio/vhostscsi"
 	"gvm/guest/embedded"
 	"gvm/guestmem"
@@ -74,6 +75,12 @@ type Spec struct {
 
 	// Console is COM1; nil: no input, and output is dropped.
 	Console vmm.Console
+	// COM2 is a second serial port, which exists only if it is set: the guest's output goes to its
+	// Write, and its Read's bytes to the guest. It is closed when the machine has ended, which ends
+	// a Read and a Write.
+	COM2 io.ReadWriteCloser
+	// Status is that of vmm.Config.
+	Status func(statusport.Report)
 	// Ready is called when everything is open, before the guest runs; its error ends Start. The
 	// context is done when the machine is to end. nil: no call.
 	Ready func(context.Context) error
@@ -131,6 +138,7 @@ func (s *Spec) config() vmm.Config {
 		Initrds:     s.Initrds,
 		PanicText:   s.Kernel != nil,
 		Console:     s.Console,
+		Status:      s.Status,
 		Stamp:       s.Stamp,
 	}
 }
@@ -182,6 +190,11 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	}
 	sys, sysErr := s.begun.System() // errors of the user's files come first
 	cfg := s.config()
+	if s.COM2 != nil {
+		port := newStreamPort(s.COM2)
+		cfg.COM2 = port
+		m.later(port.close)
+	}
 	cfg.Note, cfg.Pauser, cfg.Inspector, cfg.Prepared = notes.note, m.pauser, m.inspector, s.prepared
 	if s.Kernel == nil {
 		if cfg.Kernel, err = embeddedKernel(); err != nil {
@@ -377,7 +390,7 @@ func (m *Machine) ResizeDisk(ctx context.Context, id string, r control.ResizeDis
 //	memory/N         guest RAM
 //	vcpu/N           registers, N counts from 0
 //	pci/00:SS.0      a function: config, intx, msix, and for a virtio device virtio/queue/N
-//	com1, rtc, acpi_pm
+//	com1, com2, rtc, acpi_pm
 //	disk/N           the disk of LUN N that this program serves: counters, task/N (the commands
 //	                 that are not answered, the oldest first) and last/N (the newest first)
 //	lio/WWN/N        a disk that the kernel serves

@@ -9,6 +9,7 @@ import (
 	"io"
 
 	"gvm/devices/rtc"
+	"gvm/devices/statusport"
 	"gvm/devices/virtio"
 	"gvm/guestmem"
 	"gvm/inspect"
@@ -42,6 +43,10 @@ type Config struct {
 	Devices []virtio.Device
 
 	Console Console // COM1; nil has no input and drops output
+	COM2    Console // nil: there is no second UART
+	// Status takes the reports of a program in the guest at the port of package statusport, on the
+	// vCPU's thread; nil: there is no such port.
+	Status func(statusport.Report)
 	// Rebooting makes a reset by the guest start the machine again in place,
 	// with fresh memory, until it ends otherwise.
 	Rebooting bool
@@ -71,7 +76,7 @@ const Entered = "first instruction"
 // called before each life of the machine.
 type PowerCycler interface{ PowerOn() }
 
-// Console is the terminal of COM1.
+// Console is the terminal of a serial port.
 type Console interface {
 	io.Writer // the guest's output, from one goroutine
 	// Connect sets the destination of the guest's input; nil: none. A Write to the previous one
@@ -79,7 +84,7 @@ type Console interface {
 	Connect(Input)
 }
 
-// Input is the terminal's side of COM1. Both methods wait until the guest takes the input.
+// Input is the terminal's side of a serial port. Both methods wait until the guest takes the input.
 type Input interface {
 	io.Writer
 	Break() error // sends a break, which Linux takes as SysRq

@@ -17,6 +17,7 @@ import (
 	"gvm/devices/rtc"
 	"gvm/devices/scsi"
 	"gvm/devices/serial"
+	"gvm/devices/statusport"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
@@ -155,7 +156,7 @@ func (h *hostile) act() {
 	switch n := h.IntN(100); {
 	case n < 5:
 		port := []uint64{serial.COM1, rtc.Port, i8042.Port, acpipm.Port, pvpanic.Port, debugport.Port,
-			pci.PortBase}[h.IntN(7)]
+			pci.PortBase, serial.COM2, statusport.Port}[h.IntN(9)]
 		size = min(size, 4)
 		if h.IntN(2) == 0 {
 			h.get(&h.pio, port+h.Uint64N(8), size)

@@ -61,8 +61,11 @@ func (i *Inspector) set(m *machine) {
 // state returns the tree of the machine's state, which is read later.
 func (m *machine) state() inspect.Node {
 	root := inspect.Group("", inspect.Bool("paused", m.cfg.Pauser != nil && m.cfg.Pauser.Paused()),
-		m.inspectMemory(), m.inspectCPUs(), m.bus.Inspect(), m.uart.Inspect("com1"), m.rtc.Inspect("rtc"),
-		m.pm.Inspect("acpi_pm"))
+		m.inspectMemory(), m.inspectCPUs(), m.bus.Inspect())
+	for _, p := range m.coms {
+		root.Nodes = append(root.Nodes, p.uart.Inspect(strings.ToLower(p.name)))
+	}
+	root.Nodes = append(root.Nodes, m.rtc.Inspect("rtc"), m.pm.Inspect("acpi_pm"))
 	if m.cfg.Inspect != nil {
 		root.Nodes = append(root.Nodes, m.cfg.Inspect()...)
 	}

@@ -3,6 +3,7 @@ package vmm
 import (
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/bobuhiro11/gokvm/kvm"
 
@@ -13,6 +14,7 @@ import (
 	"gvm/devices/pvpanic"
 	"gvm/devices/rtc"
 	"gvm/devices/serial"
+	"gvm/devices/statusport"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/vpci"
 	"gvm/guestmem"
@@ -33,8 +35,7 @@ type machine struct {
 	mem     *guestmem.Memory
 	pio     bus.Bus
 	mmio    bus.Bus
-	uart    *serial.UART
-	uartIRQ *eventfd.FD
+	coms    []*comPort
 	rtc     *rtc.RTC
 	console *consoleWatch
 	irqs    interrupts
@@ -110,16 +111,20 @@ func (m *machine) createVM() error {
 
 // addPlatform puts the devices of a PC at their ports.
 func (m *machine) addPlatform() error {
-	var err error
-	if m.uartIRQ, err = eventfd.New(); err != nil {
-		return err
-	}
-	if err := m.vm.AssignIRQFD(m.uartIRQ, serial.IRQ); err != nil {
-		return err
-	}
 	m.console = &consoleWatch{out: m.cfg.Console, on: m.cfg.PanicText, final: m.panicFinal, halt: m.haltSaid}
-	m.uart = serial.New(serial.Config{Out: m.console, Raise: func() { m.check(m.raiseUART()) }})
-	m.cfg.Console.Connect(m.uart.Input())
+	if err := m.addCOM("COM1", serial.COM1, serial.COM1IRQ, m.cfg.Console, m.console); err != nil {
+		return err
+	}
+	if c := m.cfg.COM2; c != nil {
+		if err := m.addCOM("COM2", serial.COM2, serial.COM2IRQ, c, c); err != nil {
+			return err
+		}
+	}
+	if s := m.cfg.Status; s != nil {
+		if err := m.pio.Add("status port", statusport.Port, statusport.Size, statusport.New(s)); err != nil {
+			return err
+		}
+	}
 
 	m.pm = acpipm.New(acpipm.Config{
 		PowerOff: func() { m.end(Outcome{Ending: PoweredOff}) },
@@ -142,7 +147,6 @@ func (m *machine) addPlatform() error {
 		base, size uint64
 		bus.Handler
 	}{
-		{"COM1", serial.COM1, serial.Size, m.uart},
 		{"RTC", rtc.Port, rtc.Size, m.rtc},
 		{"i8042", i8042.Port, 1, i8042.Handler(m.reset)},
 		{"ACPI PM", acpipm.Port, acpipm.Size, m.pm},
@@ -155,6 +159,31 @@ func (m *machine) addPlatform() error {
 		}
 	}
 	return m.mmio.Add("ECAM", ecamBase, ecamSize, m.bus.ECAM())
+}
+
+// comPort is a serial port.
+type comPort struct {
+	name    string
+	pin     uint32
+	irq     *eventfd.FD
+	uart    *serial.UART
+	console Console
+}
+
+// addCOM adds a serial port, whose output goes to out.
+func (m *machine) addCOM(name string, base uint64, pin uint32, c Console, out io.Writer) error {
+	irq, err := eventfd.New()
+	if err != nil {
+		return err
+	}
+	p := &comPort{name: name, pin: pin, irq: irq, console: c}
+	p.uart = serial.New(serial.Config{Out: out, Raise: func() { m.check(m.raise(p)) }})
+	m.coms = append(m.coms, p)
+	if err := m.vm.AssignIRQFD(irq, pin); err != nil {
+		return err
+	}
+	c.Connect(p.uart.Input())
+	return m.pio.Add(name, base, serial.Size, p.uart)
 }
 
 // space maps BARs into the machine's memory-mapped address space. A window of the bus never reaches
@@ -219,6 +248,7 @@ func (m *machine) loadKernel() error {
 		IOAPIC:  ioapicBase,
 		SCI:     sciGSI,
 		INTx:    intxIRQs[:],
+		COM2:    m.cfg.COM2 != nil,
 	})
 	if err != nil {
 		return fmt.Errorf("ACPI tables: %w", err)
@@ -315,10 +345,12 @@ func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, boots, x2apic bool, entry 
 // close undoes newMachine in reverse: devices first, so that none writes to freed memory.
 func (m *machine) close() error {
 	var errs []error
-	if m.uart != nil {
-		m.closing.Store(closingConsole)
-		m.cfg.Console.Connect(nil)
-		errs = append(errs, m.uart.Close())
+	for _, p := range m.coms {
+		if m.closing.Store(p.name); p.console == m.cfg.Console {
+			m.closing.Store(closingConsole)
+		}
+		p.console.Connect(nil)
+		errs = append(errs, p.uart.Close())
 	}
 	if m.rtc != nil {
 		m.rtc.Close()
@@ -332,8 +364,8 @@ func (m *machine) close() error {
 	for _, c := range m.cpus {
 		errs = append(errs, c.Close())
 	}
-	if m.uartIRQ != nil {
-		errs = append(errs, m.uartIRQ.Close())
+	for _, p := range m.coms {
+		errs = append(errs, p.irq.Close())
 	}
 	if m.vm != nil { // else Prepared owns both
 		errs = append(errs, m.vm.Close(), m.mem.Close())

@@ -225,7 +225,7 @@ func TestPauseInput(t *testing.T) {
 	if err := p.Pause(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := p.m.uart.Input().Write([]byte("hello")); err != nil {
+	if _, err := p.m.coms[0].uart.Input().Write([]byte("hello")); err != nil {
 		t.Fatal(err)
 	}
 	if err := p.Resume(); err != nil {

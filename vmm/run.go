@@ -71,7 +71,9 @@ func (m *machine) run(ctx context.Context) Outcome {
 	m.cfg.Inspector.set(nil)
 	m.panicked.stopSilence()
 	m.halt.stopHalt()
-	m.uart.Stop()
+	for _, p := range m.coms {
+		p.uart.Stop()
+	}
 	if err := m.kick(); err != nil {
 		m.outcome.Err = errors.Join(m.outcome.Err, err)
 	}

@@ -6,7 +6,6 @@ import (
 	"github.com/bobuhiro11/gokvm/kvm"
 
 	"gvm/devices/pci"
-	"gvm/devices/serial"
 	"gvm/kvmapi"
 	"gvm/vmm/x86"
 )
@@ -129,12 +128,12 @@ func (m *machine) setPin(pin uint32, level bool) error {
 	return m.vm.SetIRQ(pin, level)
 }
 
-// raiseUART raises the interrupt of COM1.
-func (m *machine) raiseUART() error {
-	if done, err := m.raisePin(serial.IRQ); done || err != nil {
+// raise raises the interrupt of a UART.
+func (m *machine) raise(p *comPort) error {
+	if done, err := m.raisePin(p.pin); done || err != nil {
 		return err
 	}
-	return m.uartIRQ.Signal()
+	return p.irq.Signal()
 }
 
 // extendedDestination returns the address that KVM takes for a message to addr under

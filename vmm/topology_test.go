@@ -124,7 +124,7 @@ func TestSetPinReachesHighIDs(t *testing.T) {
 	}
 	m.run(ctx)
 	m.threads.Wait()
-	entry, err := m.vm.IOAPICEntry(serial.IRQ)
+	entry, err := m.vm.IOAPICEntry(serial.COM1IRQ)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +137,7 @@ func TestSetPinReachesHighIDs(t *testing.T) {
 		return l.Regs[0x200+16*int(vector/32)+int(vector%32/8)]>>(vector%8)&1 == 1
 	}
 	was := requested()
-	if err := m.setPin(serial.IRQ, true); err != nil {
+	if err := m.setPin(serial.COM1IRQ, true); err != nil {
 		t.Error(err)
 	}
 	if was || !requested() {

@@ -11,11 +11,13 @@ import (
 	"gvm/panics"
 )
 
-// COM1's place on a PC, and its ISA interrupt, which is edge-triggered.
+// The places of the two UARTs of a PC, and their ISA interrupts, which are edge-triggered.
 const (
-	COM1 = 0x3f8
-	IRQ  = 4
-	Size = 8
+	COM1    = 0x3f8
+	COM1IRQ = 4
+	COM2    = 0x2f8
+	COM2IRQ = 3
+	Size    = 8
 )
 
 // ErrStopped is the error of input after Stop.

@@ -44,6 +44,7 @@ type Config struct {
 	ResetPort uint16 // 0xcf9
 	COM1      uint16 // 0x3f8
 	COM1IRQ   uint8  // 4
+	COM2      bool   // there is a second UART, at port 0x2f8 with interrupt 3
 	PVPanic   uint16 // 0x505
 }
 
@@ -65,7 +66,7 @@ func (c *Config) setDefaults() {
 	def(&c.PM, acpipm.Port)
 	def(&c.ResetPort, acpipm.ResetPort)
 	def(&c.COM1, serial.COM1)
-	def(&c.COM1IRQ, serial.IRQ)
+	def(&c.COM1IRQ, serial.COM1IRQ)
 	def(&c.PVPanic, pvpanic.Port)
 }
 
@@ -88,7 +89,7 @@ func (c *Config) check() error {
 		return fmt.Errorf("acpi: SCI %d or COM1 interrupt %d is no ISA interrupt", c.SCI, c.COM1IRQ)
 	}
 	for _, irq := range c.INTx {
-		if irq > 15 || irq == 0 || irq == c.SCI || irq == c.COM1IRQ {
+		if irq > 15 || irq == 0 || irq == c.SCI || irq == c.COM1IRQ || c.COM2 && irq == serial.COM2IRQ {
 			return fmt.Errorf("acpi: PCI cannot have interrupt %d", irq)
 		}
 	}

@@ -217,6 +217,7 @@ func TestErrors(t *testing.T) {
 		{"-1 buses", Config{APICIDs: ids(1), Buses: -1}, "-1 PCI buses"},
 		{"SCI past the ISA interrupts", Config{APICIDs: ids(1), SCI: 16}, "SCI 16"},
 		{"PCI has COM1's interrupt", Config{APICIDs: ids(1), INTx: []uint8{10, 4}}, "PCI cannot have interrupt 4"},
+		{"PCI has COM2's interrupt", Config{APICIDs: ids(1), COM2: true, INTx: []uint8{3}}, "PCI cannot have interrupt 3"},
 		{"PCI past the ISA interrupts", Config{APICIDs: ids(1), INTx: []uint8{16}}, "PCI cannot have interrupt 16"},
 		{"area too small", Config{APICIDs: ids(1024), Area: Range{0xe0000, 0x4000}}, "tables for 1024 CPUs take"},
 		{"area not aligned", Config{APICIDs: ids(1), Area: Range{0xe0010, 0x10000}}, "table area"},
@@ -293,6 +294,7 @@ func write(t *testing.T, tables map[string][]byte) string {
 func TestDisassemble(t *testing.T) {
 	for _, cfg := range []Config{
 		{APICIDs: ids(2), MMIO64: mmio64, INTx: []uint8{10, 11, 5}},
+		{APICIDs: ids(1), COM2: true},
 		{APICIDs: ids(300), ECAM: 0x1_8000_0000, Area: Range{0x3ffc0000, 0x40000}},
 	} {
 		t.Run(fmt.Sprint(len(cfg.APICIDs), " CPUs"), func(t *testing.T) {
@@ -312,7 +314,7 @@ func TestDisassemble(t *testing.T) {
 
 // TestRecompile has the reference compiler compile the DSDT's source, and compares the bytes.
 func TestRecompile(t *testing.T) {
-	tables := build(t, Config{APICIDs: ids(2), MMIO64: mmio64, INTx: []uint8{10, 11, 5}})
+	tables := build(t, Config{APICIDs: ids(2), MMIO64: mmio64, INTx: []uint8{10, 11, 5}, COM2: true})
 	dir := write(t, tables)
 	tool(t, dir, "iasl", "-d", "DSDT.aml")
 	complain(t, "DSDT.dsl", tool(t, dir, "iasl", "-p", "again", "DSDT.dsl"))
@@ -338,6 +340,8 @@ func TestRecompile(t *testing.T) {
 			`Memory32Fixed (ReadWrite, 0xE0000000, 0x10000000, ) })`,
 		`Name (_HID, EisaId ("PNP0501") ) Name (_UID, One) ` +
 			`Name (_CRS, ResourceTemplate () { IO (Decode16, 0x03F8, 0x03F8, 0x01, 0x08, ) IRQNoFlags () {4} })`,
+		`Name (_HID, EisaId ("PNP0501") ) Name (_UID, 0x02) ` +
+			`Name (_CRS, ResourceTemplate () { IO (Decode16, 0x02F8, 0x02F8, 0x01, 0x08, ) IRQNoFlags () {3} })`,
 		`Name (_HID, EisaId ("PNP0B00") ) ` +
 			`Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0070, 0x0070, 0x01, 0x02, ) IRQNoFlags () {8} })`,
 		`Name (_HID, "QEMU0001") Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0505, 0x0505, 0x01, 0x01, ) })`,

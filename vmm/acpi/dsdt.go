@@ -5,12 +5,16 @@ import (
 
 	"gvm/devices/acpipm"
 	"gvm/devices/rtc"
+	"gvm/devices/serial"
 )
 
 // dsdt is the DSDT's byte code. All devices are children of \_SB: there is no ISA bridge for the
 // legacy ones.
 func (c *Config) dsdt() aml {
-	sb := []aml{c.hostBridge(), c.motherboard(), c.com1(), rtcDevice(), c.pvpanic()}
+	sb := []aml{c.hostBridge(), c.motherboard(), uart(1, c.COM1, c.COM1IRQ), rtcDevice(), c.pvpanic()}
+	if c.COM2 {
+		sb = append(sb, uart(2, serial.COM2, serial.COM2IRQ))
+	}
 	for i := range c.APICIDs {
 		sb = append(sb, device(fmt.Sprintf("C%03X", i), name("_HID", str("ACPI0007")), name("_UID", integer(uint64(i)))))
 	}
@@ -105,11 +109,12 @@ func (c *Config) motherboard() aml {
 	)
 }
 
-func (c *Config) com1() aml {
-	return device("COM1",
+// uart is COM1 or COM2.
+func uart(n int, port uint16, irq uint8) aml {
+	return device(fmt.Sprintf("COM%d", n),
 		name("_HID", eisaID("PNP0501")),
-		name("_UID", integer(1)),
-		name("_CRS", resources(io(c.COM1, 8), irqNoFlags(c.COM1IRQ))),
+		name("_UID", integer(uint64(n))),
+		name("_CRS", resources(io(port, serial.Size), irqNoFlags(irq))),
 	)
 }
 

@@ -1,0 +1,72 @@
+// Package statusport is a device of two I/O ports by which a program in the guest says that it
+// lives and how its work ended. It needs no driver: Linux writes ports by /dev/port. It is the last
+// way for an agent whose kernel has neither vsock, nor a virtio console, nor a second UART.
+//
+// The program writes a value to the first port and then a kind to the second one, which makes a
+// report of the two. One write of both bytes at offset Port of /dev/port does that (drivers/char/mem.c,
+// write_port).
+package statusport
+
+import "sync"
+
+// The ports. Reads return the bytes of Magic, by which a program finds the device.
+const (
+	Port  = 0x508
+	Size  = 2
+	Magic = "gv"
+)
+
+// Kind is the kind of a report.
+type Kind byte
+
+// The kinds. Others are reported too, for the caller to refuse.
+const (
+	Alive    Kind = 1 // the program runs; the value is the version of its protocol
+	Exited   Kind = 2 // the work ended with the exit status of the value
+	Signaled Kind = 3 // the work was killed by the signal of the value
+	Failed   Kind = 4 // the work did not start: the value is its errno
+)
+
+// Report is one report of the guest.
+type Report struct {
+	Kind  Kind
+	Value byte
+}
+
+// Device is the register of the value, and of the kind.
+type Device struct {
+	report func(Report)
+
+	mu    sync.Mutex
+	value byte
+}
+
+// New returns a device that calls report, on the vCPU's thread.
+func New(report func(Report)) *Device { return &Device{report: report} }
+
+// Read returns Magic.
+func (d *Device) Read(off uint64, p []byte) {
+	for i := range p {
+		p[i] = 0xff
+		if n := off + uint64(i); n < Size {
+			p[i] = Magic[n]
+		}
+	}
+}
+
+// Write sets the value, or makes a report of it.
+func (d *Device) Write(off uint64, p []byte) {
+	for i, b := range p {
+		switch off + uint64(i) {
+		case 0:
+			d.mu.Lock()
+			d.value = b
+			d.mu.Unlock()
+		case 1:
+			d.mu.Lock()
+			v := d.value
+			d.mu.Unlock()
+			d.report(Report{Kind(b), v})
+		}
+	}
+}
