@@ -8,8 +8,15 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
+	"gvm/devices/virtio/vsock"
 	"gvm/machine/disk"
 )
+
+// deviceConfig has the parameters of the devices.
+type deviceConfig struct {
+	scsiDevice
+	vsock *vsock.Device // nil: none
+}
 
 // scsiDevice has the parameters of the devices that serve disks.
 type scsiDevice struct {
@@ -25,22 +32,28 @@ type deviceKind struct {
 	id   virtio.ID // the PCI device ID is 0x1040 more (virtio 1.3, 4.1.2.1)
 	// make makes the machine's devices of this kind, perhaps none. What else a device can do, such as
 	// virtio.ConfigWriter and vmm.PowerCycler, is found by its methods.
-	make func(scsiDevice) ([]virtio.Device, error)
+	make func(deviceConfig) ([]virtio.Device, error)
 }
 
 // deviceTable has a row for every kind of virtio device that a guest gets, in the order of their
 // PCI slots. A new kind of device is a row here and a package of its own: package example below
 // devices/virtio is one, and TestNewDevice has its row.
 var deviceTable = []deviceKind{
-	{"virtio-scsi", virtio.IDSCSI, scsiDevice.inProcess},
-	{"vhost-scsi", virtio.IDSCSI, scsiDevice.kernel},
-	{"virtio-rng", virtio.IDRNG, func(scsiDevice) ([]virtio.Device, error) { return []virtio.Device{rng.New()}, nil }},
+	{"virtio-scsi", virtio.IDSCSI, deviceConfig.inProcess},
+	{"vhost-scsi", virtio.IDSCSI, deviceConfig.kernel},
+	{"virtio-rng", virtio.IDRNG, func(deviceConfig) ([]virtio.Device, error) { return []virtio.Device{rng.New()}, nil }},
+	{"virtio-vsock", virtio.IDVsock, func(c deviceConfig) ([]virtio.Device, error) {
+		if c.vsock == nil {
+			return nil, nil
+		}
+		return []virtio.Device{c.vsock}, nil
+	}},
 }
 
 // makeDevices makes the devices of every row.
-func makeDevices(s scsiDevice) (devices []virtio.Device, _ error) {
+func makeDevices(c deviceConfig) (devices []virtio.Device, _ error) {
 	for _, row := range deviceTable {
-		made, err := row.make(s)
+		made, err := row.make(c)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", row.name, err)
 		}

@@ -16,6 +16,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -27,6 +28,7 @@ import (
 	"gvm/devices/scsi/trace"
 	"gvm/devices/statusport"
 	"gvm/devices/virtio/vhostscsi"
+	"gvm/devices/virtio/vsock"
 	"gvm/guest/embedded"
 	"gvm/guestmem"
 	"gvm/inspect"
@@ -72,6 +74,8 @@ type Spec struct {
 	VhostABI vhostscsi.ABIPolicy
 	Trace    string // file to record every SCSI request in; "": none
 	Version  string // the program's version, for Trace
+
+	Vsock *vsock.Config // nil: the guest has no socket device
 
 	// Console is COM1; nil: no input, and output is dropped.
 	Console vmm.Console
@@ -150,6 +154,7 @@ type Machine struct {
 	inspector *vmm.Inspector
 	stopper   *stopper
 	disks     *disk.Set
+	vsock     *vsock.Device  // nil: none
 	undo      []func() error // closes what Start opened; run in reverse
 
 	ended, done chan struct{}
@@ -234,7 +239,15 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if err != nil {
 		return nil, err
 	}
-	cfg.Devices, err = makeDevices(scsiDevice{queues: s.RequestQueues(), poll: s.Poll, trace: file, disks: m.disks})
+	if s.Vsock != nil {
+		if m.vsock, err = vsock.New(*s.Vsock); err != nil {
+			return nil, configError{err}
+		}
+	}
+	cfg.Devices, err = makeDevices(deviceConfig{
+		scsiDevice: scsiDevice{queues: s.RequestQueues(), poll: s.Poll, trace: file, disks: m.disks},
+		vsock:      m.vsock,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -381,6 +394,17 @@ func (m *Machine) RemoveDisk(ctx context.Context, id string) (control.Change, er
 // ResizeDisk changes the size of a disk and tells the guest.
 func (m *Machine) ResizeDisk(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
 	return m.disks.Resize(ctx, id, r)
+}
+
+// DialVsock connects to a port of the guest's vsock. It waits for the answer of the guest's driver until
+// ctx ends. The error is syscall.ECONNREFUSED if nothing listens there, and vsock.ErrNoDriver if the
+// guest has no driver yet or any more, or the machine has no socket device. The connection ends with the
+// machine.
+func (m *Machine) DialVsock(ctx context.Context, port uint32) (*vsock.Conn, error) {
+	if m.vsock == nil {
+		return nil, fmt.Errorf("dial vsock port %d: %w: the machine has no socket device", port, vsock.ErrNoDriver)
+	}
+	return m.vsock.Dial(ctx, port)
 }
 
 // Inspect returns the machine's state at a path, such as disk/0 or vcpu/1/rip: a group of nodes or

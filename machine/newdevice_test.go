@@ -151,7 +151,7 @@ func TestNewDevice(t *testing.T) {
 	rows := deviceTable
 	defer func() { deviceTable = rows }()
 	deviceTable = append(rows[:len(rows):len(rows)], deviceKind{"example", example.ID,
-		func(scsiDevice) ([]virtio.Device, error) { return []virtio.Device{&example.Device{}}, nil }})
+		func(deviceConfig) ([]virtio.Device, error) { return []virtio.Device{&example.Device{}}, nil }})
 
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // bounds a guest that waits for the device
 	defer cancel()
@@ -174,7 +174,7 @@ func TestDeviceTable(t *testing.T) {
 	rows := deviceTable
 	defer func() { deviceTable = rows }()
 	deviceTable = append(rows[:len(rows):len(rows)], deviceKind{"console", 3,
-		func(scsiDevice) ([]virtio.Device, error) { return []virtio.Device{&example.Device{}}, nil }})
+		func(deviceConfig) ([]virtio.Device, error) { return []virtio.Device{&example.Device{}}, nil }})
 	want := fmt.Sprintf("console: its row has device ID 3, the device has %d", example.ID)
 	if _, err := Start(t.Context(), Spec{Memory: guestmem.Config{Size: 64 << 20}}); err == nil || err.Error() != want {
 		t.Errorf("%v, want %s", err, want)
@@ -206,7 +206,7 @@ func TestNotesOfMachine(t *testing.T) {
 		}
 	}}
 	deviceTable = append(rows[:len(rows):len(rows)], deviceKind{"example", example.ID,
-		func(scsiDevice) ([]virtio.Device, error) { return []virtio.Device{d}, nil }})
+		func(deviceConfig) ([]virtio.Device, error) { return []virtio.Device{d}, nil }})
 
 	guest := driver(3, "")
 	end := slices.Index(guest, step{opStore8, 0xd000_0014, 15}) // DRIVER_OK
