@@ -199,8 +199,9 @@ func doctorMemory(line func(kind, format string, args ...any)) {
 			}
 		}
 	}
-	for _, l := range h.threadLimits() {
-		if l.bytes < 512 {
+	const many = 512
+	for _, l := range h.threadLimits(many) {
+		if l.bytes < many {
 			line("note", "%s leaves %d threads: a guest has one for each CPU and request queue, and gvm some %d more",
 				l.what, l.bytes, ownThreads())
 		}

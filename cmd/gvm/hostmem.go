@@ -120,7 +120,7 @@ func ownThreads() int { return 8 + runtime.GOMAXPROCS(0) }
 // if it cannot create a thread.
 func checkThreads(cpus, queues int, h hostLimits) error {
 	need := uint64(cpus + queues + ownThreads())
-	for _, l := range h.threadLimits() {
+	for _, l := range h.threadLimits(need) {
 		if need > l.bytes {
 			return fmt.Errorf("%d CPUs and %d request queues take some %d threads: %s leaves %d; raise it, "+
 				"or give fewer", cpus, queues, need, l.what, l.bytes)
@@ -129,14 +129,66 @@ func checkThreads(cpus, queues int, h hostLimits) error {
 	return nil
 }
 
-// threadLimits returns the limits for this process's threads.
-func (h hostLimits) threadLimits() (all []memoryLimit) {
+// threadLimits returns the limits for this process's threads. One that leaves need or more may leave
+// more than it says.
+func (h hostLimits) threadLimits(need uint64) (all []memoryLimit) {
 	for _, g := range h.cgroupLimits("pids", []string{"pids.max"}, []string{"pids.max"}) {
 		used, _ := h.number(filepath.Join(g.dir, "pids.current"))
 		all = append(all, memoryLimit{bytes: less(g.bytes, used),
 			what: fmt.Sprintf("pids.max of cgroup %s, which is %d,", g.group, g.bytes)})
 	}
+	total := h.allThreads()
+	for _, name := range []string{"threads-max", "pid_max"} {
+		if n, ok := h.number("proc/sys/kernel/" + name); ok {
+			all = append(all, memoryLimit{bytes: less(n, total),
+				what: fmt.Sprintf("kernel.%s, which is %d,", name, n)})
+		}
+	}
+	if n := h.rlimit(unix.RLIMIT_NPROC); n < math.MaxInt64 && !h.anyThreads() {
+		left := less(n, total)
+		if left < need { // counting the user's takes longer
+			left = less(n, h.userThreads())
+		}
+		all = append(all, memoryLimit{bytes: left,
+			what: fmt.Sprintf("RLIMIT_NPROC (ulimit -u), which is %d,", n)})
+	}
 	return all
+}
+
+// anyThreads reports whether RLIMIT_NPROC does not apply: to root and with two capabilities, all of
+// the initial user namespace (copy_process in the kernel's kernel/fork.c).
+func (h hostLimits) anyThreads() bool {
+	status := h.text("proc/self/status")
+	uid, _ := fieldOf(status, "Uid:")
+	word, _ := fieldOf(status, "CapEff:")
+	capabilities, _ := strconv.ParseUint(word, 16, 64)
+	return strings.Join(strings.Fields(h.text("proc/self/uid_map")), " ") == "0 0 4294967295" &&
+		(uid == "0" || capabilities&(1<<unix.CAP_SYS_RESOURCE|1<<unix.CAP_SYS_ADMIN) != 0)
+}
+
+// allThreads returns the number of the host's threads (proc_loadavg(5)).
+func (h hostLimits) allThreads() uint64 {
+	if f := strings.Fields(h.text("proc/loadavg")); len(f) > 3 {
+		_, all, _ := strings.Cut(f[3], "/")
+		n, _ := strconv.ParseUint(all, 10, 64)
+		return n
+	}
+	return 0
+}
+
+// userThreads returns the number of threads in processes with this process's real user ID.
+func (h hostLimits) userThreads() (n uint64) {
+	own, _ := fieldOf(h.text("proc/self/status"), "Uid:")
+	processes, _ := filepath.Glob(filepath.Join(h.root, "proc/[0-9]*"))
+	for _, p := range processes {
+		status := h.text(filepath.Join("proc", filepath.Base(p), "status"))
+		if uid, _ := fieldOf(status, "Uid:"); uid == own {
+			word, _ := fieldOf(status, "Threads:")
+			threads, _ := strconv.ParseUint(word, 10, 64)
+			n += threads
+		}
+	}
+	return n
 }
 
 func (l memoryLimit) String() string {

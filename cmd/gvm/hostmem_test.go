@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -205,22 +206,97 @@ func TestCheckDiskMemory(t *testing.T) {
 	}
 }
 
-// TestCheckThreads checks the CPUs against a control group that allows too few processes.
+// TestCheckThreads checks every limit of a host for threads separately, at the last number that it
+// allows: 40.
 func TestCheckThreads(t *testing.T) {
-	h := fakeHost(t, nil, map[string]string{
+	group := map[string]string{
 		"proc/self/cgroup":                "8:pids:/x/y",
 		"proc/self/mountinfo":             "34 23 0:30 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids",
 		"sys/fs/cgroup/pids/x/y/pids.max": "max", "sys/fs/cgroup/pids/x/pids.max": "100",
 		"sys/fs/cgroup/pids/x/pids.current": "60",
-	})
-	fits := 40 - ownThreads()
-	if err := checkThreads(fits, 0, h); err != nil {
-		t.Error(err)
 	}
-	want := fmt.Sprintf("%d CPUs and 1 request queues take some 41 threads: pids.max of cgroup /x, which is 100, "+
-		"leaves 40; raise it, or give fewer", fits)
-	if err := checkThreads(fits, 1, h); err == nil || err.Error() != want {
-		t.Errorf("%v, want %s", err, want)
+	loaded := func(threads int) string { return fmt.Sprintf("0.00 0.01 0.05 2/%d 4711", threads) }
+	// The user 1000 has 30 threads on a host with 5000, which other users have.
+	user := func(status, namespace string) map[string]string {
+		return map[string]string{
+			"proc/self/status": status, "proc/self/uid_map": namespace, "proc/loadavg": loaded(5000),
+			"proc/1/status":   "Name:\tinit\nUid:\t0\t0\t0\t0\nThreads:\t4000",
+			"proc/70/status":  "Name:\tsudo\nUid:\t1000\t0\t0\t0\nThreads:\t10",
+			"proc/71/status":  "Name:\tsh\nUid:\t1000\t1000\t1000\t1000\nThreads:\t20",
+			"proc/72/status":  "Name:\tsu\nUid:\t2000\t1000\t1000\t1000\nThreads:\t300",
+			"proc/bus/status": "Uid:\t1000\t1000\t1000\t1000\nThreads:\t500",
+		}
+	}
+	const (
+		plain   = "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000"
+		root    = "Uid:\t0\t0\t0\t0\nCapEff:\t0000000000000000"
+		setuid  = "Uid:\t1000\t0\t0\t0\nCapEff:\t0000000000000001"
+		admin   = "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000200000"
+		limits  = "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000001000000"
+		initial = "         0          0 4294967295"
+		own     = "         0       1000          1"
+	)
+	nproc := map[int]uint64{unix.RLIMIT_NPROC: 70}
+	const ulimit = "RLIMIT_NPROC (ulimit -u), which is 70,"
+	for _, tt := range []struct {
+		name    string
+		rlimits map[int]uint64
+		files   map[string]string
+		want    string // the limit; "": none
+	}{
+		{name: "no limit"},
+		{name: "control group", files: group, want: "pids.max of cgroup /x, which is 100,"},
+		{name: "user", rlimits: nproc, files: user(plain, initial), want: ulimit},
+		{name: "user, unlimited", files: user(plain, initial)},
+		{name: "setuid program", rlimits: nproc, files: user(setuid, initial), want: ulimit},
+		{name: "root", rlimits: nproc, files: user(root, initial)},
+		{name: "CAP_SYS_ADMIN", rlimits: nproc, files: user(admin, initial)},
+		{name: "CAP_SYS_RESOURCE", rlimits: nproc, files: user(limits, initial)},
+		{name: "capabilities in a user namespace", rlimits: nproc, files: user(admin, own), want: ulimit},
+		{name: "no /proc", rlimits: map[int]uint64{unix.RLIMIT_NPROC: 40}, want: "RLIMIT_NPROC (ulimit -u), which is 40,"},
+		{name: "all threads", files: map[string]string{"proc/sys/kernel/threads-max": "540", "proc/loadavg": loaded(500)},
+			want: "kernel.threads-max, which is 540,"},
+		{name: "all IDs", files: map[string]string{"proc/sys/kernel/pid_max": "540", "proc/loadavg": loaded(500)},
+			want: "kernel.pid_max, which is 540,"},
+	} {
+		h := fakeHost(t, tt.rlimits, tt.files)
+		fits := 40 - ownThreads()
+		if err := checkThreads(fits, 0, h); err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		want := fmt.Sprintf("%d CPUs and 1 request queues take some 41 threads: %s leaves 40; raise it, or give fewer",
+			fits, tt.want)
+		switch err := checkThreads(fits, 1, h); {
+		case tt.want == "" && err != nil:
+			t.Errorf("%s: %v", tt.name, err)
+		case tt.want != "" && (err == nil || err.Error() != want):
+			t.Errorf("%s: %v, want %s", tt.name, err, want)
+		}
+	}
+	// root of a user namespace that has its own ID is the user outside of it.
+	files := user(root, own)
+	if err := checkThreads(100, 0, fakeHost(t, nproc, files)); err == nil || !strings.Contains(err.Error(), ulimit) {
+		t.Errorf("root of a user namespace: %v, want %s", err, ulimit)
+	}
+}
+
+// TestUserThreads: a user whose limit leaves too few threads gets a line rather than a crash of the
+// Go runtime.
+func TestUserThreads(t *testing.T) {
+	const nobody = 65534
+	c := command(t)
+	c.Args = []string{"sh", "-c", `ulimit -p 60 2>/dev/null || ulimit -u 60; exec "$0" run --cpus 80`, c.Path}
+	c.Path = "/bin/sh"
+	if os.Getuid() == 0 {
+		c.Dir = "/" // the test's files are root's
+		c.SysProcAttr.Credential = &syscall.Credential{Uid: nobody}
+		c.SysProcAttr.AmbientCaps = []uintptr{unix.CAP_DAC_OVERRIDE}
+	}
+	r := gvmRuns(t, c)
+	if r.status != exitUsage || strings.Count(r.errs, "\n") != 1 ||
+		!strings.HasPrefix(r.errs, "gvm: 80 CPUs and 64 request queues take some ") ||
+		!strings.Contains(r.errs, " threads: RLIMIT_NPROC (ulimit -u), which is 60, leaves ") {
+		t.Errorf("status %d, %q", r.status, r.errs)
 	}
 }
 
