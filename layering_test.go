@@ -72,6 +72,7 @@ var may = []struct{ pkg, imports string }{
 	{"cmd/gvm-plot", "plot plot/draw"},
 	{"machine/disk", "devices/... control inspect text"},
 	{"machine", "machine/disk control vmm/... devices/... kvmapi guestmem guest/embedded inspect"},
+	{"testrun", "devices/statusport devices/virtio/vsock guest/agent/wire inspect machine text verdict verdict/klog vmm"},
 	{"cmd/gvm",
 		"machine/... vmm/... devices/... kvmapi/... guestmem control inspect plot text guest/embedded guest/bootinit " +
 			"guest/kernel verdict/..."},

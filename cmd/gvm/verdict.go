@@ -21,20 +21,27 @@ import (
 	"gvm/vmm"
 )
 
-// verdictFlags are the flags for what a console shows.
-func verdictFlags() []cli.Flag {
+// policyFlags are the flags for faults that the guest's kernel reports: by default action is done.
+func policyFlags(action string, status int) []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "oops", Value: "ignore",
-			Usage: "when the guest's kernel reports a fault other than WARN, `ACTION` fail (status 7) or ignore"},
+		&cli.StringFlag{Name: "oops", Value: action,
+			Usage: fmt.Sprintf("when the guest's kernel reports a fault other than WARN, `ACTION` fail (status %d) or ignore",
+				status)},
 		&cli.BoolFlag{Name: "strict", Usage: "--oops=fail, and WARN is a fault too"},
 		&cli.StringFlag{Name: "allow", TakesFile: true,
 			Usage: "`FILE` of faults that --oops=fail and --strict ignore: " +
 				"a fingerprint or a regular expression of the title a line"},
+	}
+}
+
+// verdictFlags are the flags for what a console shows.
+func verdictFlags() []cli.Flag {
+	return append(policyFlags("ignore", exitFault),
 		&cli.StringFlag{Name: "junit", TakesFile: true,
 			Usage: "write the results of the guest's tests (KTAP, TAP, LAVA) as JUnit into `FILE`; status 1 if one failed"},
 		&cli.StringFlag{Name: "results", TakesFile: true,
 			Usage: "the same as JSON, with the exit status and the kernel's reports, into `FILE`"},
-	}
+	)
 }
 
 // watch reads the console of a run for a verdict. A nil watch does nothing.
@@ -53,26 +60,35 @@ type resultFile struct {
 	made       bool
 }
 
-// parseWatch reads verdictFlags; nil if none is given.
-func parseWatch(c *cli.Context, ended func(t *ktap.Test, depth int)) (*watch, error) {
-	p := verdict.Policy{Strict: c.Bool("strict")}
+// parsePolicy reads policyFlags.
+func parsePolicy(c *cli.Context) (p verdict.Policy, err error) {
+	p.Strict = c.Bool("strict")
 	switch v := c.String("oops"); v {
 	case "fail", "ignore":
 		p.Fail = v == "fail" || p.Strict
 	default:
-		return nil, text.OneOfNames("--oops ", v, []string{"fail", "ignore"})
+		return p, text.OneOfNames("--oops ", v, []string{"fail", "ignore"})
 	}
 	if path := c.String("allow"); path != "" {
 		if !p.Fail {
-			return nil, errors.New("--allow needs --oops=fail or --strict")
+			return p, errors.New("--allow needs --oops=fail or --strict")
 		}
 		b, err := readInput(path, 1<<20)
 		if err != nil {
-			return nil, fmt.Errorf("--allow: %w", err)
+			return p, fmt.Errorf("--allow: %w", err)
 		}
 		if p.Allow, err = verdict.ReadAllow(bytes.NewReader(b)); err != nil {
-			return nil, fmt.Errorf("--allow %s: %w", path, err)
+			return p, fmt.Errorf("--allow %s: %w", path, err)
 		}
+	}
+	return p, nil
+}
+
+// parseWatch reads verdictFlags; nil if none is given.
+func parseWatch(c *cli.Context, ended func(t *ktap.Test, depth int)) (*watch, error) {
+	p, err := parsePolicy(c)
+	if err != nil {
+		return nil, err
 	}
 	w := &watch{}
 	for _, o := range []*resultFile{

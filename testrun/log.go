@@ -1,0 +1,74 @@
+package testrun
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"sync"
+
+	"gvm/verdict"
+	"gvm/vmm"
+)
+
+// maxTail bounds the end of the kernel's log that a Result has.
+const maxTail = 16 << 10
+
+// kernelLog is the console of the machine.
+type kernelLog struct {
+	to    io.Writer
+	touch func()
+
+	mu     sync.Mutex
+	reader *verdict.Reader
+	tail   []byte
+	err    error // of to
+	cpus   []string
+}
+
+func newKernelLog(to io.Writer, p verdict.Policy, touch func()) *kernelLog {
+	return &kernelLog{to: to, touch: touch, reader: verdict.NewReader(p, nil)}
+}
+
+// Connect takes no input: the console is for the kernel's log.
+func (*kernelLog) Connect(vmm.Input) {}
+
+// Write keeps the log. A file that cannot take it does not stop the guest.
+func (l *kernelLog) Write(p []byte) (int, error) {
+	l.touch()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, _ = l.reader.Write(p)
+	l.tail = append(l.tail, p...)
+	if n := len(l.tail) - maxTail; n > maxTail {
+		l.tail = append(l.tail[:0], l.tail[n:]...)
+	}
+	if l.to != nil && l.err == nil {
+		_, l.err = l.to.Write(p)
+	}
+	return len(p), nil
+}
+
+// keepCPUs keeps the state of the CPUs for the Result.
+func (l *kernelLog) keepCPUs(cpus []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.cpus = cpus
+}
+
+// readCPUs describes where each CPU is.
+func readCPUs(ctx context.Context, m guest) (lines []string) {
+	n, err := m.Inspect(ctx, "vcpu")
+	if err != nil {
+		return []string{fmt.Sprintf("the CPUs cannot be read: %v", err)}
+	}
+	for _, cpu := range n.Nodes {
+		line := "CPU " + cpu.Name
+		for _, name := range []string{"mp_state", "rip", "rflags", "rsp", "cr3"} {
+			if v := cpu.Get(name); v != nil {
+				line += fmt.Sprintf(" %s %v", name, v)
+			}
+		}
+		lines = append(lines, line)
+	}
+	return lines
+}

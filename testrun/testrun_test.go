@@ -1,0 +1,318 @@
+package testrun
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+	"time"
+
+	"gvm/devices/statusport"
+	"gvm/guest/agent/wire"
+	"gvm/inspect"
+	"gvm/machine"
+	"gvm/verdict"
+	"gvm/vmm"
+)
+
+const build = "this build"
+
+// fakeGuest is a machine whose guest is a function of the test.
+type fakeGuest struct {
+	spec  machine.Spec
+	ctx   context.Context
+	ended chan struct{}
+	known chan struct{} // closed once the run knows its agent
+	out   vmm.Outcome
+}
+
+func (g *fakeGuest) Ended() <-chan struct{}     { return g.ended }
+func (g *fakeGuest) Wait() (vmm.Outcome, error) { <-g.ended; return g.out, nil }
+func (g *fakeGuest) Paused() bool               { return false }
+func (g *fakeGuest) Inspect(context.Context, string) (inspect.Node, error) {
+	return inspect.Group("vcpu", inspect.Group("0", inspect.Text("mp_state", "halted"))), nil
+}
+
+// print prints a line on the console.
+func (g *fakeGuest) print(line string) { _, _ = io.WriteString(g.spec.Console, line+"\r\n") }
+
+// agent is the agent's end on COM2.
+func (g *fakeGuest) agent(t *testing.T, cfg wire.AgentConfig) *wire.Agent {
+	cfg.Hello = wire.Hello{Build: build, Rung: "com2"}
+	a, err := wire.Dial(g.spec.COM2, cfg)
+	if err != nil {
+		t.Error(err)
+	}
+	<-g.known
+	return a
+}
+
+// run runs a guest and returns the verdict. A guest that returns 0 runs until it is stopped.
+func run(t *testing.T, cfg Config, live func(*fakeGuest) vmm.Outcome, during ...func(*Run)) *Result {
+	t.Helper()
+	cfg.Build = build
+	known, chosen := make(chan struct{}), cfg.Chosen
+	cfg.Chosen = func(r Rung) {
+		close(known)
+		if chosen != nil {
+			chosen(r)
+		}
+	}
+	if cfg.Stdout == nil {
+		cfg.Stdout, cfg.Stderr = io.Discard, io.Discard
+	}
+	r, err := begin(t.Context(), cfg, func(ctx context.Context, s machine.Spec) (guest, error) {
+		g := &fakeGuest{spec: s, ctx: ctx, ended: make(chan struct{}), known: known}
+		s.Phase(vmm.Entered)
+		go func() {
+			defer close(g.ended)
+			over := make(chan vmm.Outcome, 1)
+			go func() {
+				if out := live(g); out.Ending != 0 {
+					over <- out
+				}
+			}()
+			select {
+			case g.out = <-over:
+			case <-ctx.Done():
+				g.out = vmm.Outcome{Ending: vmm.Stopped, Err: context.Cause(ctx)}
+			}
+			if s.COM2 != nil {
+				s.COM2.Close()
+			}
+		}()
+		return g, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range during {
+		f(r)
+	}
+	return r.Wait()
+}
+
+var off = vmm.Outcome{Ending: vmm.PoweredOff}
+
+// TestStreams: the command's streams pass every byte, apart from each other, and its status is the
+// run's.
+func TestStreams(t *testing.T) {
+	in := bytes.Repeat([]byte("\x00\xff\r\n\x11\x13"), 200_000)
+	var out, errs bytes.Buffer
+	cfg := Config{Stdin: bytes.NewReader(in), Stdout: &out, Stderr: &errs, Policy: verdict.Policy{Fail: true}}
+	var chosen Rung
+	cfg.Chosen = func(r Rung) { chosen = r }
+	res := run(t, cfg, func(g *fakeGuest) vmm.Outcome {
+		g.print("[    0.000000] Linux version 6.1.0")
+		a := g.agent(t, wire.AgentConfig{})
+		if err := a.Started(77); err != nil {
+			t.Error(err)
+		}
+		if _, err := io.Copy(a.Stdout, a.Stdin); err != nil {
+			t.Error(err)
+		}
+		_, _ = a.Stderr.Write([]byte("to standard error"))
+		a.Stdout.Close()
+		a.Stderr.Close()
+		if err := a.Exit(wire.Exit{Status: 7}, time.Minute); err != nil {
+			t.Error(err)
+		}
+		return off
+	})
+	if res.Kind != Exited || res.Status != 7 || res.Text != "" || res.Rung != "com2" || chosen != COM2 {
+		t.Errorf("%+v, rung %v", res, chosen)
+	}
+	if !bytes.Equal(out.Bytes(), in) || errs.String() != "to standard error" {
+		t.Errorf("%d bytes of %d came back; standard error %q", out.Len(), len(in), errs.String())
+	}
+	x := res.Times
+	if x.Entered == 0 || x.Hello < x.Entered || x.Started < x.Hello || x.Exit < x.Started || x.Ended < x.Exit {
+		t.Errorf("times %+v", x)
+	}
+	if len(res.Log) != 1 || res.Log[0] != "[    0.000000] Linux version 6.1.0" {
+		t.Errorf("log %q", res.Log)
+	}
+}
+
+const oops = "[    1.000000] BUG: kernel NULL pointer dereference, address: 0000000000000010\r\n" +
+	"[    1.000001] ---[ end trace 0000000000000000 ]---"
+
+// TestVerdicts: every end has its kind and status, and none without the command's own is a success.
+func TestVerdicts(t *testing.T) {
+	exits := func(e wire.Exit, console ...string) func(*fakeGuest) vmm.Outcome {
+		return func(g *fakeGuest) vmm.Outcome {
+			a := g.agent(t, wire.AgentConfig{})
+			for _, line := range console {
+				g.print(line)
+			}
+			_ = a.Exit(e, time.Minute)
+			return off
+		}
+	}
+	hello := func(out vmm.Outcome) func(*fakeGuest) vmm.Outcome {
+		return func(g *fakeGuest) vmm.Outcome {
+			g.agent(t, wire.AgentConfig{})
+			return out
+		}
+	}
+	silent := func(out vmm.Outcome) func(*fakeGuest) vmm.Outcome {
+		return func(*fakeGuest) vmm.Outcome { return out }
+	}
+	reports := func(all ...statusport.Report) func(*fakeGuest) vmm.Outcome {
+		return func(g *fakeGuest) vmm.Outcome {
+			for _, r := range all {
+				g.spec.Status(r)
+			}
+			return off
+		}
+	}
+	panicked := func(text string) vmm.Outcome { return vmm.Outcome{Ending: vmm.GuestPanic, Err: errors.New(text)} }
+	fail := Config{Policy: verdict.Policy{Fail: true}}
+	for _, c := range []struct {
+		name   string
+		cfg    Config
+		guest  func(*fakeGuest) vmm.Outcome
+		kind   Kind
+		status int
+		bisect int
+		text   string
+	}{
+		{"success", fail, exits(wire.Exit{}), Exited, 0, 0, ""},
+		{"a status", fail, exits(wire.Exit{Status: 200}), Exited, 200, 1, ""},
+		{"skip", fail, exits(wire.Exit{Status: 125}), Exited, 125, 125, ""},
+		{"a signal", fail, exits(wire.Exit{Signal: 9}), Signaled, 137, 1, "the command was ended by SIGKILL"},
+		{"missing", fail, exits(wire.Exit{Status: 127, Err: "no such file"}), NotStarted, 127, 125, "make: no such file"},
+		{"the agent fails", fail, exits(wire.Exit{Status: 125, Err: "no pipe"}), NotTested, 125, 125, "no pipe"},
+		{"an oops", fail, exits(wire.Exit{}, oops), Fault, 120, 120, "the guest's kernel reported oops: BUG: kernel NULL"},
+		{"an oops that does not count", Config{}, exits(wire.Exit{}, oops), Exited, 0, 0, ""},
+		{"a panic", fail, hello(panicked("Kernel panic - not syncing: x")), Panic, 120, 120, "guest panic: Kernel panic"},
+		{"a panic of init", fail, hello(panicked("Kernel panic - not syncing: Attempted to kill init!")), Panic, 120, 120,
+			"guest panic: "},
+		{"a panic at boot", fail, silent(panicked("Kernel panic - not syncing: x")), Panic, 120, 120,
+			"guest panic before the agent said hello: "},
+		{"no init", fail, silent(panicked("Kernel panic - not syncing: No working init found")), NotTested, 125, 125,
+			"the kernel does not run the initramfs: "},
+		{"a triple fault", fail, hello(vmm.Outcome{Ending: vmm.GuestCrashed, Err: errors.New("triple fault")}), Crash,
+			121, 121, "the guest crashed: triple fault"},
+		{"power-off by the command", fail, hello(off), Ended, 121, 121, "the guest powered off before the command ended"},
+		{"no hello", fail, silent(off), NotTested, 125, 125, "the guest powered off before the agent said hello"},
+		{"the host fails", fail, hello(vmm.Outcome{Ending: vmm.HostFailed, Err: errors.New("KVM_RUN")}), NotTested, 125, 125,
+			"KVM_RUN"},
+		{"timeout", Config{Timeout: time.Millisecond}, hello(vmm.Outcome{}), Timeout, 124, 124, "the timeout of 1ms elapsed"},
+		{"hang at boot", Config{Hang: 100 * time.Millisecond}, silent(vmm.Outcome{}), Hang, 122, 122,
+			"the guest hangs: no progress for 100ms before the agent said hello"},
+		{"the status port", Config{Rungs: []Rung{Status}}, reports(statusport.Report{Kind: statusport.Alive, Value: 1},
+			statusport.Report{Kind: statusport.Exited, Value: 3}), Exited, 3, 3, ""},
+		{"a signal by the status port", fail, reports(statusport.Report{Kind: statusport.Alive, Value: 1},
+			statusport.Report{Kind: statusport.Signaled, Value: 11}), Signaled, 139, 1, "the command was ended by SIGSEGV"},
+		{"a missing file by the status port", fail, reports(statusport.Report{Kind: statusport.Alive, Value: 1},
+			statusport.Report{Kind: statusport.Failed, Value: 2}), NotStarted, 127, 125, "make: no such file or directory"},
+		{"a hello by the status port", fail, reports(statusport.Report{Kind: statusport.Alive, Value: 1}), Ended, 121, 121,
+			"the guest powered off before the command ended"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.cfg.Command = "make"
+			res := run(t, c.cfg, c.guest)
+			if res.Kind != c.kind || res.Status != c.status || !strings.HasPrefix(res.Text, c.text) ||
+				(c.text == "") != (res.Text == "") {
+				t.Errorf("%s %d %q, want %s %d %q", res.Kind, res.Status, res.Text, c.kind, c.status, c.text)
+			}
+			if res.Bisect(); res.Status != c.bisect {
+				t.Errorf("--bisect: %d, want %d", res.Status, c.bisect)
+			}
+		})
+	}
+}
+
+// TestHang: a command that is silent is no hang while the agent is alive; CPUs are described when
+// nothing moves any more.
+func TestHang(t *testing.T) {
+	res := run(t, Config{Hang: 3 * wire.AlivePeriod}, func(g *fakeGuest) vmm.Outcome {
+		a := g.agent(t, wire.AgentConfig{})
+		time.Sleep(5 * wire.AlivePeriod)
+		_ = a.Exit(wire.Exit{}, time.Minute)
+		return off
+	})
+	if res.Kind != Exited {
+		t.Errorf("an idle command: %+v", res)
+	}
+	res = run(t, Config{Hang: 100 * time.Millisecond}, func(g *fakeGuest) vmm.Outcome { return vmm.Outcome{} })
+	if res.Kind != Hang || len(res.Detail) != 1 || res.Detail[0] != "CPU 0 mp_state halted" || res.Times.Hang == 0 {
+		t.Errorf("a hang: %+v", res)
+	}
+}
+
+// TestSignal: signals and sizes from before the hello arrive too, and a stop ends the run with its
+// cause.
+func TestSignal(t *testing.T) {
+	stopped := errors.New("the test stops it")
+	signals, sizes := make(chan int, 4), make(chan uint16, 4)
+	ready := make(chan struct{})
+	early := make(chan struct{})
+	res := run(t, Config{}, func(g *fakeGuest) vmm.Outcome {
+		<-early
+		g.agent(t, wire.AgentConfig{
+			Signal:  func(n int) { signals <- n },
+			Winsize: func(rows, columns uint16) { sizes <- rows },
+		})
+		close(ready)
+		return vmm.Outcome{}
+	}, func(r *Run) {
+		if r.Signal(2) {
+			t.Error("a signal was sent before the hello")
+		}
+		r.Winsize(24, 80)
+		close(early)
+		<-ready
+		if n := <-signals; n != 2 {
+			t.Errorf("signal %d", n)
+		}
+		if rows := <-sizes; rows != 24 {
+			t.Errorf("%d rows", rows)
+		}
+		if !r.Signal(15) || <-signals != 15 {
+			t.Error("signal 15 did not arrive")
+		}
+		r.Stop(stopped)
+	})
+	if res.Kind != Stopped || !errors.Is(res.Cause, stopped) {
+		t.Errorf("%+v", res)
+	}
+}
+
+// TestVersion: an agent of another build is not taken.
+func TestVersion(t *testing.T) {
+	res := run(t, Config{}, func(g *fakeGuest) vmm.Outcome {
+		if _, err := wire.Dial(g.spec.COM2, wire.AgentConfig{Hello: wire.Hello{Build: "another"}}); err == nil {
+			t.Error("the host took it")
+		}
+		return off
+	})
+	if res.Kind != NotTested || !strings.Contains(res.Text, "of different builds") {
+		t.Errorf("%+v", res)
+	}
+}
+
+// TestOutput: a command whose reader has gone gets a closed pipe; one whose output cannot be written
+// is not tested.
+func TestOutput(t *testing.T) {
+	guest := func(g *fakeGuest) vmm.Outcome {
+		a := g.agent(t, wire.AgentConfig{})
+		for range 100 {
+			if _, err := a.Stdout.Write(make([]byte, 32<<10)); err != nil {
+				_ = a.Exit(wire.Exit{Signal: 13}, time.Minute)
+				return off
+			}
+		}
+		t.Error("the writes did not fail")
+		return off
+	}
+	r, w := io.Pipe()
+	r.CloseWithError(errors.New("no space left on device"))
+	res := run(t, Config{Stdout: w, Stderr: io.Discard}, guest)
+	if res.Kind != NotTested || !strings.Contains(res.Text, "write the command's output: no space left") {
+		t.Errorf("%+v", res)
+	}
+}
