@@ -68,10 +68,22 @@ func (e *KindError) Error() string { return fmt.Sprintf("%s: is %v; want %v", e.
 // have effects, and again after it. A pipe stays non-blocking: reads wait in the runtime's poller,
 // where Close ends them. Another type is a *KindError.
 func Open(path string, flag int, perm fs.FileMode, want Kinds) (*os.File, error) {
-	if fi, err := os.Stat(path); err == nil && KindOf(fi.Mode())&want == 0 {
+	return open(os.Stat, os.OpenFile, path, flag, perm, want)
+}
+
+// OpenIn is Open for reading, for a path below root, which it does not leave.
+func OpenIn(root *os.Root, path string, want Kinds) (*os.File, error) {
+	return open(root.Stat, root.OpenFile, path, os.O_RDONLY, 0, want)
+}
+
+func open(
+	stat func(string) (fs.FileInfo, error), openFile func(string, int, fs.FileMode) (*os.File, error),
+	path string, flag int, perm fs.FileMode, want Kinds,
+) (*os.File, error) {
+	if fi, err := stat(path); err == nil && KindOf(fi.Mode())&want == 0 {
 		return nil, &KindError{path, KindOf(fi.Mode()), want}
 	}
-	f, err := os.OpenFile(path, flag|unix.O_NONBLOCK|unix.O_NOCTTY, perm)
+	f, err := openFile(path, flag|unix.O_NONBLOCK|unix.O_NOCTTY, perm)
 	if err != nil {
 		return nil, err
 	}

@@ -48,6 +48,21 @@ func TestOpen(t *testing.T) {
 			}
 		}
 	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	if err := os.Symlink("../"+filepath.Base(dir)+"/file", at("out")); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]bool{"file": true, "fifo": false, "out": false, "../x": false} {
+		f, err := nowait.OpenIn(root, name, nowait.Regular)
+		if (err == nil) != want {
+			t.Errorf("%s in a root: %v", name, err)
+		}
+		f.Close()
+	}
 	if _, err := nowait.Open(at("none"), os.O_RDONLY, 0, nowait.Regular); !errors.Is(err, fs.ErrNotExist) {
 		t.Error(err)
 	}

@@ -125,7 +125,7 @@ func (im *Image) Release() string {
 		return ""
 	}
 	b := make([]byte, min(256, at-from))
-	if readFull(im.File, b, from) != nil {
+	if im.File.ReadFull(b, from) != nil {
 		return ""
 	}
 	b, _, _ = bytes.Cut(b, []byte{0})
@@ -170,7 +170,7 @@ func (ld *loader) bzImage() (Entry, error) {
 	if err != nil {
 		return Entry{}, err
 	}
-	if err := readFull(im.File, b, off); err != nil {
+	if err := im.File.ReadFull(b, off); err != nil {
 		return Entry{}, err
 	}
 	return ld.linux64(addr+entry64Offset, im.hdr)

@@ -45,7 +45,7 @@ func cachePath(dir string, payload *File) (string, error) {
 	buf := make([]byte, 256<<10)
 	for off := int64(0); off < payload.Size; off += int64(len(buf)) {
 		buf = buf[:min(int64(len(buf)), payload.Size-off)]
-		if err := readFull(payload, buf, off); err != nil {
+		if err := payload.ReadFull(buf, off); err != nil {
 			return "", err
 		}
 		_, _ = h.Write(buf)

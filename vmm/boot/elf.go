@@ -228,7 +228,7 @@ func (ld *loader) startELF(k *elfKernel, h *setupHeader) (Entry, error) {
 		if err != nil {
 			return Entry{}, err
 		}
-		if err := readFull(&File{ld.cfg.Kernel.Name, k.r, int64(p.Off + p.Filesz)}, b[:p.Filesz], int64(p.Off)); err != nil {
+		if err := (&File{ld.cfg.Kernel.Name, k.r, int64(p.Off + p.Filesz)}).ReadFull(b[:p.Filesz], int64(p.Off)); err != nil {
 			return Entry{}, err
 		}
 		if ld.cfg.Dirty {

@@ -146,13 +146,14 @@ func openError(path string, err error) error {
 	return &ImageError{path, fmt.Sprintf("cannot be read (%v)", err), "check the path"}
 }
 
-// readFull fills b from off.
-func readFull(f *File, b []byte, off int64) error {
+// ReadFull fills b from off. Errors are *ImageError, or those of stopped.
+func (f *File) ReadFull(b []byte, off int64) error {
 	if n, err := f.ReadAt(b, off); n < len(b) {
 		if err == nil || err == io.EOF {
 			return &ImageError{f.Name, "became shorter while it was read", "give a file that no program writes"}
 		}
-		if end := (*stoppedError)(nil); errors.As(err, &end) {
+		end, part := (*stoppedError)(nil), (*ImageError)(nil) // part: a file that f is made of
+		if errors.As(err, &end) || errors.As(err, &part) {
 			return err
 		}
 		return openError(f.Name, err)
@@ -184,7 +185,7 @@ func Open(ctx context.Context, path string) (*Image, error) {
 // NewImage checks a kernel's headers. Errors are *ImageError. The Image keeps f.
 func NewImage(f *File) (*Image, error) {
 	head := make([]byte, min(f.Size, 4096))
-	if err := readFull(f, head, 0); err != nil {
+	if err := f.ReadFull(head, 0); err != nil {
 		return nil, err
 	}
 	im := &Image{File: f}

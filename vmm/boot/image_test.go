@@ -163,12 +163,12 @@ func TestInputStopped(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if err := readFull(f, make([]byte, f.Size), 0); err != nil {
+	if err := f.ReadFull(make([]byte, f.Size), 0); err != nil {
 		t.Fatal(err)
 	}
 	cause := errors.New("stopped")
 	stop(cause)
-	err = readFull(f, make([]byte, f.Size), 0)
+	err = f.ReadFull(make([]byte, f.Size), 0)
 	if image := (*ImageError)(nil); !errors.Is(err, cause) || errors.As(err, &image) {
 		t.Errorf("after the end of the context: %v", err)
 	}

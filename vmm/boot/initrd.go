@@ -68,7 +68,7 @@ func (ld *loader) initrd(lim initrdLimit) (addr, size uint64, err error) {
 		if err != nil {
 			return 0, 0, err
 		}
-		if err := readFull(f, b, 0); err != nil {
+		if err := f.ReadFull(b, 0); err != nil {
 			return 0, 0, err
 		}
 		at += uint64(len(b))

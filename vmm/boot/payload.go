@@ -90,7 +90,7 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 		return bad("has a payload of %d MiB, and gvm decompresses %d MiB at most", size>>20, maxVmlinux>>20)
 	}
 	magic := make([]byte, 6)
-	if err := readFull(im.File, magic, base+off); err != nil {
+	if err := im.File.ReadFull(magic, base+off); err != nil {
 		return nil, err
 	}
 	c := detect(magic)
@@ -113,7 +113,7 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 			return nil, err
 		}
 		defer unix.Munmap(src)
-		if err := readFull(im.File, src, base+off); err != nil {
+		if err := im.File.ReadFull(src, base+off); err != nil {
 			return nil, err
 		}
 		// The kernel's own decompressor needs at least this much.
@@ -189,7 +189,7 @@ func ExtractELF(f *File) ([]byte, error) {
 	}
 	if im.elf != nil {
 		b := make([]byte, f.Size)
-		return b, readFull(f, b, 0)
+		return b, f.ReadFull(b, 0)
 	}
 	v, err := im.extract("")
 	if err != nil {
@@ -218,7 +218,7 @@ func (im *Image) Segments(cache string, look func([]byte) bool) error {
 				maxVmlinux>>20), wantWhole}
 		}
 		b := make([]byte, p.Filesz)
-		if err := readFull(&File{im.Name, k.r, int64(p.Off + p.Filesz)}, b, int64(p.Off)); err != nil {
+		if err := (&File{im.Name, k.r, int64(p.Off + p.Filesz)}).ReadFull(b, int64(p.Off)); err != nil {
 			return err
 		}
 		if !look(b) {
