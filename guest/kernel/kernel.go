@@ -7,7 +7,6 @@
 package kernel
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -36,6 +35,8 @@ type Kernel struct {
 type Modules struct {
 	Path string // "": unknown, or none
 	Kind ModulesKind
+
+	version string // of the directory below lib/modules in a package
 }
 
 // ModulesKind is a form in which modules lie in Modules.Path.
@@ -104,18 +105,16 @@ func (f Finder) Find(ctx context.Context, name string) (*Kernel, error) {
 
 // open makes a Kernel of an open file, which the Kernel keeps.
 func (f Finder) open(ctx context.Context, path string, file *boot.File) (*Kernel, error) {
-	head := make([]byte, min(file.Size, int64(len(debMagic))))
-	if _, err := file.ReadAt(head, 0); err != nil {
+	open, err := packageOf(file)
+	if err != nil {
 		return nil, err
 	}
-	for _, p := range packages {
-		if bytes.HasPrefix(head, []byte(p.magic)) {
-			k, err := unpack(ctx, file, p.entries)
-			if err == nil {
-				err = file.Close()
-			}
-			return k, err
+	if open != nil {
+		k, err := unpack(ctx, file, open)
+		if err == nil {
+			err = file.Close()
 		}
+		return k, err
 	}
 	im, err := boot.NewImage(file)
 	if err != nil {
@@ -139,7 +138,7 @@ func (k *Kernel) beside(path string) {
 			k.Release = s
 		}
 		if isFile(filepath.Join(tree, "modules.order")) {
-			k.Modules = Modules{filepath.Clean(tree), Built}
+			k.Modules = Modules{Path: filepath.Clean(tree), Kind: Built}
 		}
 		return
 	}
@@ -150,7 +149,7 @@ func (k *Kernel) beside(path string) {
 		}
 		k.Config = readConfig(filepath.Join(dir, "config"))
 		if isDir(filepath.Join(dir, "kernel")) {
-			k.Modules = Modules{filepath.Clean(dir), Installed}
+			k.Modules = Modules{Path: filepath.Clean(dir), Kind: Installed}
 		}
 		return
 	}
@@ -167,7 +166,7 @@ func (k *Kernel) beside(path string) {
 			continue
 		}
 		if k.Modules.Path == "" {
-			k.Modules = Modules{modules, Installed}
+			k.Modules = Modules{Path: modules, Kind: Installed}
 		}
 		if k.Config.Text == nil {
 			k.Config = readConfig(filepath.Join(modules, "config"))

@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -281,6 +282,57 @@ func TestFind(t *testing.T) {
 				t.Errorf("the image has %q, %v", segment, err)
 			}
 		})
+	}
+}
+
+// TestPacked reads the files of a package's modules, as far as they are asked for.
+func TestPacked(t *testing.T) {
+	files := []in{{"./boot/vmlinuz-1.2", string(makeELF([]byte("a")))}, {"./lib/modules/1.2/kernel/a.ko", "A"},
+		{"./usr/lib/modules/1.3/kernel/b.ko", "B"}, {"./usr/lib/modules/1.2/updates/../c.ko", "C"},
+		{"lib/modules/1.2", "D"}, {"lib/modules/1.2/modules.builtin", "E"}}
+	path := filepath.Join(t.TempDir(), "package")
+	for _, b := range [][]byte{deb(t, ".xz", xzip, files...), rpm(t, zstandard, files...)} {
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		k, err := Finder{}.Find(t.Context(), path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.Close()
+		failure := errors.New("failed")
+		for _, tt := range []struct {
+			stop      string
+			with, err error
+			want      string
+		}{
+			{"", nil, nil, "kernel/a.ko=A c.ko=C modules.builtin=E"},
+			{"c.ko", io.EOF, nil, "kernel/a.ko=A c.ko=C"},
+			{"kernel/a.ko", failure, failure, "kernel/a.ko=A"},
+		} {
+			var got []string
+			err := k.Modules.Packed(t.Context(), func(name string, r io.Reader) error {
+				b, err := io.ReadAll(r)
+				if got = append(got, name+"="+string(b)); name == tt.stop {
+					err = tt.with
+				}
+				return err
+			})
+			if s := strings.Join(got, " "); err != tt.err || s != tt.want {
+				t.Errorf("%s, %v, want %s, %v", s, err, tt.want, tt.err)
+			}
+		}
+		if err := os.WriteFile(path, b[:len(b)-60], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err = k.Modules.Packed(t.Context(), func(_ string, r io.Reader) error {
+			_, err := io.ReadAll(r)
+			return err
+		})
+		var ie *boot.ImageError
+		if !errors.As(err, &ie) {
+			t.Errorf("a cut package: %v", err)
+		}
 	}
 }
 

@@ -12,12 +12,13 @@ type Option struct {
 	Symbol   string // without CONFIG_
 	Required bool   // the feature does not work without it; else it is recommended
 	Why      string
+	Module   string // its module, if it can be one
 	needs    string // options that it depends on, for Fragment
 	before   string // the option in kernels that do not have Symbol yet
 }
 
 // Features are the features that options belong to, in the order of the table.
-var Features = []string{"boot", "console", "disk", "cpus", "power", "kvm", "entropy", "check"}
+var Features = []string{"boot", "console", "disk", "cpus", "power", "kvm", "entropy", "test", "check"}
 
 // Options is the table of options.
 var Options = []Option{
@@ -29,25 +30,36 @@ var Options = []Option{
 	{Feature: "boot", Symbol: "PROC_FS", Why: "/proc"},
 	{Feature: "boot", Symbol: "SYSFS", Why: "/sys"},
 	{Feature: "boot", Symbol: "TMPFS", Why: "/run and /tmp", needs: "SHMEM"},
-	{Feature: "boot", Symbol: "RTC_DRV_CMOS", Why: "the time of day", needs: "RTC_CLASS"},
+	{Feature: "boot", Symbol: "RTC_DRV_CMOS", Module: "rtc_cmos", Why: "the time of day", needs: "RTC_CLASS"},
 	{Feature: "console", Symbol: "TTY", Required: true, Why: "terminals"},
 	{Feature: "console", Symbol: "PRINTK", Required: true, Why: "the kernel's messages"},
 	{Feature: "console", Symbol: "SERIAL_8250", Required: true, Why: "the serial port"},
 	{Feature: "console", Symbol: "SERIAL_8250_CONSOLE", Required: true, Why: "console=ttyS0"},
 	{Feature: "disk", Symbol: "PCI", Required: true, Why: "the bus of virtio devices"},
 	{Feature: "disk", Symbol: "PCI_MSI", Why: "an interrupt for each queue"},
-	{Feature: "disk", Symbol: "VIRTIO_PCI", Required: true, Why: "virtio devices", needs: "VIRTIO_MENU"},
-	{Feature: "disk", Symbol: "SCSI", Required: true, Why: "SCSI commands", needs: "BLOCK"},
-	{Feature: "disk", Symbol: "SCSI_VIRTIO", Required: true, Why: "the disks' adapter", needs: "SCSI_LOWLEVEL"},
-	{Feature: "disk", Symbol: "BLK_DEV_SD", Required: true, Why: "/dev/sda"},
+	{Feature: "disk", Symbol: "VIRTIO_PCI", Module: "virtio_pci", Required: true, Why: "virtio devices",
+		needs: "VIRTIO_MENU"},
+	{Feature: "disk", Symbol: "SCSI", Module: "scsi_mod", Required: true, Why: "SCSI commands", needs: "BLOCK"},
+	{Feature: "disk", Symbol: "SCSI_VIRTIO", Module: "virtio_scsi", Required: true, Why: "the disks' adapter",
+		needs: "SCSI_LOWLEVEL"},
+	{Feature: "disk", Symbol: "BLK_DEV_SD", Module: "sd_mod", Required: true, Why: "/dev/sda"},
 	{Feature: "disk", Symbol: "BLK_DEV_INTEGRITY", Why: "--disk PATH,pi=1"},
 	{Feature: "cpus", Symbol: "SMP", Why: "--cpus"},
 	{Feature: "cpus", Symbol: "X86_X2APIC", Why: "more than 255 CPUs"},
-	{Feature: "power", Symbol: "ACPI_BUTTON", Why: "gvm stop and --grace", needs: "INPUT"},
-	{Feature: "power", Symbol: "PVPANIC_MMIO", Why: "tells gvm of a panic at once", needs: "PVPANIC", before: "PVPANIC"},
+	{Feature: "power", Symbol: "ACPI_BUTTON", Module: "button", Why: "gvm stop and --grace", needs: "INPUT"},
+	{Feature: "power", Symbol: "PVPANIC_MMIO", Module: "pvpanic_mmio", Why: "tells gvm of a panic at once",
+		needs: "PVPANIC", before: "PVPANIC"},
 	{Feature: "kvm", Symbol: "KVM_GUEST", Why: "KVM's clock and cheap interrupts", needs: "HYPERVISOR_GUEST PARAVIRT"},
 	{Feature: "kvm", Symbol: "PVH", Why: "--entry pvh"},
-	{Feature: "entropy", Symbol: "HW_RANDOM_VIRTIO", Why: "random numbers of the host", needs: "HW_RANDOM"},
+	{Feature: "entropy", Symbol: "HW_RANDOM_VIRTIO", Module: "virtio_rng", Why: "random numbers of the host",
+		needs: "HW_RANDOM"},
+	{Feature: "test", Symbol: "VSOCKETS", Module: "vsock", Why: "streams between guest and host", needs: "NET"},
+	{Feature: "test", Symbol: "VIRTIO_VSOCKETS", Module: "vmw_vsock_virtio_transport", Why: "the best way to the host",
+		needs: "VIRTIO_MENU"},
+	{Feature: "test", Symbol: "VIRTIO_CONSOLE", Module: "virtio_console", Why: "the next best", needs: "VIRTIO_MENU"},
+	{Feature: "test", Symbol: "FUSE_FS", Module: "fuse", Why: "file systems of the host"},
+	{Feature: "test", Symbol: "VIRTIO_FS", Module: "virtiofs", Why: "the host's directories", needs: "VIRTIO_MENU"},
+	{Feature: "test", Symbol: "OVERLAY_FS", Module: "overlay", Why: "a root directory to write to, above the host's"},
 	{Feature: "check", Symbol: "IKCONFIG", Why: "the image tells its own configuration"},
 }
 

@@ -26,13 +26,30 @@ const (
 
 const debMagic = "!<arch>\n" // ar(5)
 
+// opener opens the archive in a package.
+type opener func(ctx context.Context, file *boot.File) (entries, error)
+
 // packages are the formats of packages.
 var packages = []struct {
 	magic   string
-	entries func(ctx context.Context, file *boot.File) (entries, error)
+	entries opener
 }{
 	{debMagic, debEntries},
 	{"\xed\xab\xee\xdb", rpmEntries},
+}
+
+// packageOf returns the opener of a package's format, or nil if file is no package.
+func packageOf(file *boot.File) (opener, error) {
+	head := make([]byte, min(file.Size, int64(len(debMagic))))
+	if _, err := file.ReadAt(head, 0); err != nil {
+		return nil, err
+	}
+	for _, p := range packages {
+		if bytes.HasPrefix(head, []byte(p.magic)) {
+			return p.entries, nil
+		}
+	}
+	return nil, nil
 }
 
 // entries are the files of an archive, in its order. next returns io.EOF behind the last one. The
@@ -43,16 +60,8 @@ type entries struct {
 }
 
 // unpack reads the kernel in a package, up to the last file that is needed.
-func unpack(
-	ctx context.Context, file *boot.File, open func(context.Context, *boot.File) (entries, error),
-) (*Kernel, error) {
-	damaged := func(err error) error {
-		if ctx.Err() != nil {
-			return fmt.Errorf("%w while %s was read", context.Cause(ctx), file.Name)
-		}
-		return &boot.ImageError{Name: file.Name, What: fmt.Sprintf("is a package that cannot be read (%v)", err),
-			Mend: "download it again"}
-	}
+func unpack(ctx context.Context, file *boot.File, open opener) (*Kernel, error) {
+	damaged := func(err error) error { return damaged(ctx, file.Name, err) }
 	in, err := open(ctx, file)
 	if err != nil {
 		return nil, damaged(err)
@@ -102,9 +111,84 @@ func unpack(
 		k.Config = Config{}
 	}
 	if modules == image {
-		k.Modules = Modules{file.Name, Packed}
+		k.Modules = Modules{Path: file.Name, Kind: Packed, version: modules}
 	}
 	return k, nil
+}
+
+// damaged reports a failed read of a package.
+func damaged(ctx context.Context, name string, err error) error {
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w while %s was read", context.Cause(ctx), name)
+	}
+	return &boot.ImageError{Name: name, What: fmt.Sprintf("is a package that cannot be read (%v)", err),
+		Mend: "download it again"}
+}
+
+// Packed calls f with each regular file of the package that is in the directory of the modules, by
+// its path there, until f returns an error, which Packed returns if it is not io.EOF. Errors of the
+// package are *boot.ImageError, or the cause of ctx.
+func (m Modules) Packed(ctx context.Context, f func(name string, r io.Reader) error) error {
+	file, err := boot.OpenFile(ctx, m.Path)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	open, err := packageOf(file)
+	if err == nil && open == nil {
+		err = errors.New("it is no package any more")
+	}
+	if err != nil {
+		return damaged(ctx, m.Path, err)
+	}
+	in, err := open(ctx, file)
+	if err != nil {
+		return damaged(ctx, m.Path, err)
+	}
+	defer in.close()
+	for {
+		name, r, err := in.next()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return damaged(ctx, m.Path, err)
+		}
+		if rest, ok := below(name); ok && r != nil {
+			version, inside, ok := strings.Cut(rest, "/")
+			if !ok || version != m.version {
+				continue
+			}
+			broken := &readError{Reader: r}
+			if err := f(inside, broken); err == io.EOF && broken.err == nil {
+				return nil
+			} else if broken.err != nil {
+				return damaged(ctx, m.Path, fmt.Errorf("%s: %w", name, broken.err))
+			} else if err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// readError keeps the error of a reader.
+type readError struct {
+	io.Reader
+	err error
+}
+
+func (r *readError) Read(b []byte) (int, error) {
+	n, err := r.Reader.Read(b)
+	if err != nil && err != io.EOF {
+		r.err = err
+	}
+	return n, err
+}
+
+// below returns the path of a package's file below lib/modules.
+func below(name string) (string, bool) {
+	name = strings.TrimPrefix(path.Clean("/"+name), "/")
+	return strings.CutPrefix(strings.TrimPrefix(name, "usr/"), libModules[0]+"/")
 }
 
 // member tells which part of a kernel a file of a package is, and its release; "" for no part.
@@ -118,10 +202,7 @@ func member(name string) (kind, version string) {
 		}
 		return "", ""
 	}
-	rest, ok := strings.CutPrefix(strings.TrimPrefix(name, "usr/"), libModules[0]+"/")
-	if !ok {
-		return "", ""
-	}
+	rest, _ := below(name)
 	version, file, ok := strings.Cut(rest, "/")
 	switch {
 	case !ok:
