@@ -57,6 +57,7 @@ var may = []struct{ pkg, imports string }{
 	{"guest/embedded/...", ""},
 	{"guest/kernel", "vmm/boot kvmapi/nowait text"},
 	{"guest/agent/wire", "text"},
+	{"guest/initramfs", "guest/kernel vmm/boot kvmapi/nowait text"},
 	{"guest/bootinit", ""},
 	{"guest/diskload", ""},
 	{"guest-tests/...", "guest-tests/... guest/... guestmem machine machine/disk vmm vmm/boot"},
