@@ -6,6 +6,8 @@
 //	defer b.Close()
 //	err := b.HostFile(ctx, "/init", "/proc/self/exe")
 //	…
+//	files, err := initramfs.Host{}.Closure(ctx, "/usr/bin/git") // with its libraries
+//	b.Add(files...)
 //	b.File("/etc/hostname", 0o644, []byte("guest\n"))
 //	mods, err := initramfs.Modules(ctx, k, "virtio_pci", "virtio_scsi", "sd_mod", "ext4")
 //	paths := b.AddModules(mods) // load them in this order
