@@ -150,6 +150,11 @@ func TestABIMatchesKernelHeaders(t *testing.T) {
 		"value KVM_SET_MP_STATE":           uint64(iow[kvm.MPState](nrSetMPState)),
 		"value KVM_SET_GUEST_DEBUG":        uint64(iow[GuestDebug](nrSetGuestDebug)),
 		"value KVM_GET_TSC_KHZ":            uint64(kvm.IIO(nrGetTSCKHz)),
+		"value KVM_GET_STATS_FD":           uint64(kvm.IIO(nrGetStatsFD)),
+		"sizeof kvm_stats_header":          uint64(unsafe.Sizeof(statHeader{})),
+		"sizeof kvm_stats_desc":            uint64(unsafe.Sizeof(statDescriptor{})),
+		"offset kvm_stats_desc.size":       uint64(unsafe.Offsetof(statDescriptor{}.Size)),
+		"offset kvm_stats_desc.offset":     uint64(unsafe.Offsetof(statDescriptor{}.Offset)),
 		"value KVM_KVMCLOCK_CTRL":          uint64(kvm.IIO(nrKVMClockCtrl)),
 		"value KVM_ENABLE_CAP":             uint64(iow[enableCap](nrEnableCap)),
 

@@ -75,6 +75,7 @@ func (c *VCPU) exit() Exit {
 	e := Exit{Reason: c.run.ExitReason}
 	switch e.Reason {
 	case ExitIO:
+		c.exits.IO++
 		e.Write = p[ioDirection] == kvm.EXITIOOUT
 		e.Size = int(p[ioSize])
 		e.Addr = uint64(le.Uint16(p[ioPort:]))
@@ -82,6 +83,7 @@ func (c *VCPU) exit() Exit {
 		off := le.Uint64(p[ioDataOffset:])
 		e.Data = p[off : off+uint64(e.Size*e.Count)]
 	case ExitMMIO:
+		c.exits.MMIO++
 		e.Addr = le.Uint64(p[mmioAddr:])
 		e.Write = p[mmioIsWrite] != 0
 		e.Size = int(min(le.Uint32(p[mmioLen:]), 8))

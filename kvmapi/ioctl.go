@@ -37,4 +37,5 @@ const (
 	nrEnableCap           = 0xa3
 	nrSignalMSI           = 0xa5
 	nrKVMClockCtrl        = 0xad
+	nrGetStatsFD          = 0xce
 )

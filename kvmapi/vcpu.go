@@ -21,6 +21,7 @@ type VCPU struct {
 	tid int
 
 	kicked atomic.Bool
+	exits  Exits
 }
 
 // Close unmaps and closes the vCPU. It comes after the last Run.
@@ -216,6 +217,7 @@ func (c *VCPU) Kick() error {
 func (c *VCPU) Run() (Exit, error) {
 	if c.kicked.Swap(false) {
 		setImmediateExit(c.page, 0)
+		c.exits.Interrupted++
 		return Exit{Reason: ExitInterrupted}, nil
 	}
 	interrupted, err := enter(c.fd)
@@ -226,6 +228,7 @@ func (c *VCPU) Run() (Exit, error) {
 		// Any signal to the thread ends KVM_RUN, not only Kick's.
 		setImmediateExit(c.page, 0)
 		c.kicked.Store(false)
+		c.exits.Interrupted++
 		return Exit{Reason: ExitInterrupted}, nil
 	}
 	return c.exit(), nil

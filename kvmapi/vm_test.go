@@ -2,8 +2,11 @@ package kvmapi
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"runtime"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -71,6 +74,68 @@ func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestExits counts the exits of a guest: those that Run returned, and KVM's own.
+func TestExits(t *testing.T) {
+	v := newTestVM(t, []byte{
+		0xe6, 0x42, // out 0x42, al
+		0xe4, 0x42, // in al, 0x42
+		0xb8, 0x00, 0xf0, // mov ax, 0xf000
+		0x8e, 0xd8, // mov ds, ax
+		0xa2, 0x08, 0x00, // mov [8], al     (0xf0008: no RAM)
+		0xf4, // hlt
+	}, false)
+	must(t, v.cpu.Kick())
+	if e, err := v.cpu.Run(); err != nil || e.Reason != ExitInterrupted {
+		t.Fatalf("%+v, %v", e, err)
+	}
+	for v.run(t).Reason != ExitHLT {
+	}
+	if e := v.cpu.Exits(); e.IO != 2 || e.MMIO != 1 || e.Interrupted == 0 {
+		t.Errorf("%+v", e)
+	}
+	stats, err := v.cpu.Stats()
+	must(t, err)
+	if stats == nil {
+		t.Skip("this KVM has no KVM_CAP_BINARY_STATS_FD (Linux 5.14)")
+	}
+	have := map[string]uint64{}
+	for _, s := range stats {
+		have[s.Name] = s.Value
+	}
+	// A KVM that emulates counts only some of the exits.
+	if have["exits"] == 0 || have["mmio_exits"] == 0 {
+		t.Errorf("%+v", stats)
+	}
+}
+
+// TestParseStats: statistics of several values are left out, and a file that ends early is an error.
+func TestParseStats(t *testing.T) {
+	le := binary.LittleEndian
+	b := make([]byte, 0, 128)
+	for _, v := range []uint32{0, 8, 2, 24, 24, 72} { // flags, name_size, num_desc, and offsets
+		b = le.AppendUint32(b, v)
+	}
+	desc := func(name string, size uint16, offset uint32) {
+		b = le.AppendUint16(le.AppendUint32(b, 0), 0)
+		b = le.AppendUint32(le.AppendUint32(le.AppendUint16(b, size), offset), 0)
+		b = append(b, (name + strings.Repeat("\x00", 8))[:8]...)
+	}
+	desc("hist", 2, 0)
+	desc("exits", 1, 16)
+	for _, v := range []uint64{7, 8, 9} {
+		b = le.AppendUint64(b, v)
+	}
+	got, err := parseStats(b)
+	if err != nil || !slices.Equal(got, []Stat{{"exits", 9}}) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for n := range b {
+		if got, err := parseStats(b[:n]); err == nil {
+			t.Errorf("%d bytes of %d: %+v", n, len(b), got)
+		}
 	}
 }
 

@@ -331,7 +331,7 @@ func (m *Machine) run(ctx context.Context, sys *kvmapi.System, cfg vmm.Config) {
 	close(m.ended)
 	panics.Func(func() { m.err = errors.Join(m.err, m.close()) })()
 	if p := m.panicked.Load(); p != nil {
-		m.outcome = vmm.Outcome{Ending: vmm.Bug, Err: p, Report: p.Stack, Left: m.outcome.Left}
+		m.outcome = vmm.Outcome{Ending: vmm.Bug, Err: p, Report: p.Stack + m.outcome.Report, Left: m.outcome.Left}
 	}
 }
 

@@ -77,13 +77,18 @@ func TestCreateTrace(t *testing.T) {
 	}
 }
 
-// TestPanic: a panic in a goroutine of the machine is an outcome of Wait, and all is closed.
+// TestPanic: a panic in a goroutine of the machine is an outcome of Wait, with the state of a machine
+// that ran, and all is closed.
 func TestPanic(t *testing.T) {
-	for name, s := range map[string]Spec{
-		"the machine":     {Phase: func(string) { panic("broken") }},
-		"the serial port": {Console: Output(broken{})},
+	for name, tt := range map[string]struct {
+		Spec
+		state string
+	}{
+		"the machine":     {Spec{Phase: func(string) { panic("broken") }}, ""},
+		"the serial port": {Spec{Console: Output(broken{}), GuestArgs: []string{"hang"}}, "\npci/00:01.0/virtio: "},
 	} {
 		t.Run(name, func(t *testing.T) {
+			s := tt.Spec
 			s.Memory.Size = 64 << 20
 			m, err := Start(t.Context(), s)
 			if err != nil {
@@ -91,7 +96,7 @@ func TestPanic(t *testing.T) {
 			}
 			out, err := m.Wait()
 			if err != nil || out.Ending != vmm.Bug || out.Err.Error() != "panic: broken" ||
-				!strings.Contains(out.Report, "machine_test.go") {
+				!strings.Contains(out.Report, "machine_test.go") || !strings.Contains(out.Report, tt.state) {
 				t.Errorf("%+v, %v", out, err)
 			}
 		})

@@ -219,8 +219,10 @@ func (r *Run) decide(out vmm.Outcome, err error) *Result {
 		res.Detail = append(res.Detail, lines(out.Report)...)
 	case out.Ending == vmm.Stopped && errors.Is(out.Err, errTimeout):
 		set(Timeout, "the timeout of %s elapsed%s", r.cfg.Timeout, silent)
+		res.Detail = append(res.Detail, lines(out.Report)...)
 	case out.Ending == vmm.Stopped && errors.Is(out.Err, errHang):
 		set(Hang, "the guest hangs: no progress for %s%s", r.cfg.Hang, silent)
+		res.Detail = append(res.Detail, lines(out.Report)...)
 	case out.Ending == vmm.Stopped && errors.Is(out.Err, errAgent):
 		untested(r.agentErr)
 	case out.Ending == vmm.Stopped && !errors.Is(out.Err, errOver):

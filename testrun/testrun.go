@@ -11,6 +11,7 @@ package testrun
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"sync"
 	"sync/atomic"
@@ -49,10 +50,11 @@ type Config struct {
 	Say    func(line string) // a line of the agent for the user; nil: none
 }
 
-// Causes of the end of a run, besides those of the caller's context.
+// Causes of the end of a run, besides those of the caller's context. With DeadlineExceeded the
+// outcome's report has the state of the machine.
 var (
-	errTimeout = errors.New("the timeout elapsed")
-	errHang    = errors.New("no progress")
+	errTimeout = fmt.Errorf("the timeout elapsed: %w", context.DeadlineExceeded)
+	errHang    = fmt.Errorf("no progress: %w", context.DeadlineExceeded)
 	errAgent   = errors.New("the connection to the agent is lost")
 	errOver    = errors.New("the guest did not power off after the command's end")
 )

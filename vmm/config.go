@@ -120,7 +120,8 @@ type Outcome struct {
 	// cause.
 	Err error
 	// Report has several lines of detail for GuestCrashed and Bug, and for GuestPanic if the guest
-	// then crashed: registers and instruction bytes, or a stack.
+	// then crashed: registers and instruction bytes, or a stack; and the state of the devices. For
+	// Stopped it has the state of CPUs and devices if Err is context.DeadlineExceeded.
 	Report string
 
 	// Left says that threads of vCPUs or devices did not end in time because they wait for the

@@ -25,7 +25,7 @@ func (m *machine) crash(index int, c *kvmapi.VCPU, e kvmapi.Exit) Outcome {
 	}
 	text, lost := registers(e.Reason, r, s)
 	if b.WriteString(text); lost {
-		b.WriteString(m.busyDevices())
+		b.WriteString(m.vcpuReport(index, c))
 		out.Report = b.String()
 		return out
 	}
@@ -42,7 +42,7 @@ func (m *machine) crash(index int, c *kvmapi.VCPU, e kvmapi.Exit) Outcome {
 				"and lacks this instruction; run this guest on a host with VT-x or AMD-V\n", mips)
 		}
 	}
-	b.WriteString(m.busyDevices())
+	b.WriteString(m.vcpuReport(index, c))
 	out.Report = b.String()
 	return out
 }

@@ -158,38 +158,129 @@ func inspectCPU(c *kvmapi.VCPU, id uint32) []inspect.Node {
 		bits("cs", uint64(s.CS.Selector)), bits("cs_base", s.CS.Base),
 		bits("fs_base", s.FS.Base), bits("gs_base", s.GS.Base),
 		bits("gdt_base", s.GDT.Base), bits("idt_base", s.IDT.Base), bits("tr", uint64(s.TR.Selector)),
+		inspectExits(c), inspectStats(c),
 	}
 }
 
-// busyDevices returns lines about the devices for the report of a crash: the status of each, and the
-// queues and disks that have work. It runs on a vCPU's thread, and asks no vCPU.
-func (m *machine) busyDevices() string {
-	ctx, cancel := context.WithTimeout(context.Background(), inspectTime)
+// inspectExits returns the counts of the exits that a vCPU's thread took.
+func inspectExits(c *kvmapi.VCPU) inspect.Node {
+	e := c.Exits()
+	return inspect.Group("exit", inspect.Int("io", e.IO), inspect.Int("mmio", e.MMIO),
+		inspect.Int("interrupted", e.Interrupted))
+}
+
+// inspectStats returns KVM's statistics of a vCPU, on its thread.
+func inspectStats(c *kvmapi.VCPU) inspect.Node {
+	stats, err := c.Stats()
+	kvm := inspect.Group("kvm")
+	for _, s := range stats {
+		kvm.Nodes = append(kvm.Nodes, inspect.Int(s.Name, s.Value))
+	}
+	if err != nil {
+		kvm.Nodes = []inspect.Node{inspect.Text("error", err.Error())}
+	}
+	return kvm
+}
+
+// Bounds of a report.
+const (
+	reportTime  = 200 * time.Millisecond // a timeout's or a bug's report delays the end by that at most
+	reportCPUs  = 16
+	reportLines = 100
+)
+
+// stateReport describes the machine at an end that its guest did not choose. It runs on no vCPU's
+// thread.
+func (m *machine) stateReport() string {
+	ctx, cancel := context.WithTimeout(m.life, reportTime)
 	defer cancel()
 	var b strings.Builder
+	cpus := m.inspectCPUs().Nodes
+	for _, cpu := range cpus[:min(len(cpus), reportCPUs)] {
+		cpu, _ = cpu.Read(ctx, "")
+		reportCPU(&b, cpu)
+	}
+	if n := len(cpus) - reportCPUs; n > 0 {
+		fmt.Fprintf(&b, "%d more vCPUs\n", n)
+	}
+	m.reportDevices(ctx, &b)
+	return b.String()
+}
+
+// vcpuReport describes what a vCPU did before an end that it caused, and the devices. It runs on the
+// vCPU's thread, and asks no other.
+func (m *machine) vcpuReport(index int, c *kvmapi.VCPU) string {
+	ctx, cancel := context.WithTimeout(context.Background(), reportTime)
+	defer cancel()
+	var b strings.Builder
+	reportCPU(&b, inspect.Group(fmt.Sprint(index), inspectExits(c), inspectStats(c)))
+	m.reportDevices(ctx, &b)
+	return b.String()
+}
+
+// reportLine adds a line with the values of n that keep selects, if there are any.
+func reportLine(b *strings.Builder, path string, n inspect.Node, keep func(inspect.Node) bool) {
+	var words []string
+	for _, c := range n.Nodes {
+		if c.Value != nil && keep(c) {
+			words = append(words, fmt.Sprintf("%s %v", c.Name, c.Value))
+		}
+	}
+	if len(words) > 0 {
+		fmt.Fprintf(b, "%s: %s\n", path, strings.Join(words, ", "))
+	}
+}
+
+// named selects values by name.
+func named(names ...string) func(inspect.Node) bool {
+	return func(n inspect.Node) bool { return slices.Contains(names, n.Name) }
+}
+
+// reportCPU adds lines about a vCPU: where it is, and its exits.
+func reportCPU(b *strings.Builder, cpu inspect.Node) {
+	path := "vcpu/" + cpu.Name
+	if cpu.Value == inspect.Busy {
+		fmt.Fprintf(b, "%s: busy\n", path)
+	}
+	reportLine(b, path, cpu, named("mp_state", "rip", "rflags", "cpl", "error"))
+	for _, part := range cpu.Nodes {
+		switch part.Name {
+		case "exit":
+			reportLine(b, path+"/exit", part, func(inspect.Node) bool { return true })
+		case "kvm":
+			reportLine(b, path+"/kvm", part, func(n inspect.Node) bool {
+				return strings.HasSuffix(n.Name, "exits") && n.Value != uint64(0) || n.Name == "error"
+			})
+		}
+	}
+}
+
+// reportDevices adds lines about the devices: the status of each, and the queues and disks that have
+// work.
+func (m *machine) reportDevices(ctx context.Context, b *strings.Builder) {
+	var lines strings.Builder
 	for _, group := range m.state().Nodes {
 		if group.Name != "pci" && group.Name != "disk" {
 			continue
 		}
 		group, _ = inspect.Group("", group).Read(ctx, group.Name)
 		for _, d := range group.Nodes {
-			report(&b, group.Name+"/"+d.Name, d)
+			reportDevice(&lines, group.Name+"/"+d.Name, d)
 		}
 	}
-	return b.String()
+	n := 0
+	for line := range strings.Lines(lines.String()) {
+		if n++; n <= reportLines {
+			b.WriteString(line)
+		}
+	}
+	if n > reportLines {
+		fmt.Fprintf(b, "%d more lines about devices\n", n-reportLines)
+	}
 }
 
-// report adds lines about a device or a disk.
-func report(b *strings.Builder, path string, d inspect.Node) {
-	line := func(path string, n inspect.Node, names ...string) {
-		var words []string
-		for _, c := range n.Nodes {
-			if slices.Contains(names, c.Name) {
-				words = append(words, fmt.Sprintf("%s %v", c.Name, c.Value))
-			}
-		}
-		fmt.Fprintf(b, "%s: %s\n", path, strings.Join(words, ", "))
-	}
+// reportDevice adds lines about a device or a disk.
+func reportDevice(b *strings.Builder, path string, d inspect.Node) {
 	for path, v := range d.Values(path) {
 		if v == inspect.Busy {
 			fmt.Fprintf(b, "%s: busy\n", path)
@@ -198,19 +289,20 @@ func report(b *strings.Builder, path string, d inspect.Node) {
 	for _, part := range d.Nodes {
 		switch at := path + "/" + part.Name; {
 		case part.Name == "virtio" && part.Value == nil:
-			line(at, part, "device_type", "device_status", "error")
+			reportLine(b, at, part, named("device_type", "device_status", "error"))
 			for i := 0; ; i++ {
 				q, err := part.Read(context.Background(), fmt.Sprintf("queue/%d", i))
 				if err != nil {
 					break
 				}
 				if n, ok := q.Get("in_flight").(int); ok && n > 0 || q.Get("avail_idx") != q.Get("used_idx") {
-					line(fmt.Sprintf("%s/queue/%d", at, i), q, "avail_idx", "used_idx", "last_avail_idx", "in_flight")
+					reportLine(b, fmt.Sprintf("%s/queue/%d", at, i), q,
+						named("avail_idx", "used_idx", "last_avail_idx", "in_flight"))
 				}
 			}
 		case part.Name == "task":
 			for _, task := range part.Nodes {
-				line(at+"/"+task.Name, task, "command", "lba", "blocks", "age", "tag")
+				reportLine(b, at+"/"+task.Name, task, named("command", "lba", "blocks", "age", "tag"))
 			}
 		}
 	}

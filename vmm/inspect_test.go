@@ -3,7 +3,9 @@ package vmm
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -15,6 +17,7 @@ import (
 	"gvm/devices/virtio/vscsi"
 	"gvm/guestmem"
 	"gvm/inspect"
+	"gvm/panics"
 )
 
 // TestInspectCPUs reads the registers of CPUs that run, wait for their start and are paused.
@@ -65,6 +68,14 @@ func TestInspectCPUs(t *testing.T) {
 		if rip, ok := n.Get("vcpu/0/rip").(inspect.Hex); !ok || rip == 0 {
 			t.Errorf("vcpu/0/rip is %v", n.Get("vcpu/0/rip"))
 		}
+	}
+	n, err := i.Read(t.Context(), "vcpu")
+	if io, ok := n.Get("0/exit/io").(uint64); err != nil || !ok || io == 0 || n.Get("1/exit/io") != uint64(0) ||
+		n.Get("0/exit/interrupted") == uint64(0) {
+		t.Errorf("exits: %v, %v", n, err)
+	}
+	if n.Get("0/kvm/exits") == uint64(0) { // nil: KVM has no statistics
+		t.Errorf("exits that KVM counted: %v", n)
 	}
 	if n, err := i.Read(t.Context(), "vcpu/0/cr3"); err != nil || n.Name != "cr3" || n.Value == nil {
 		t.Errorf("%+v, %v", n, err)
@@ -118,9 +129,9 @@ func TestInspectStuckDevice(t *testing.T) {
 			t.Errorf("%s is %v", path, v)
 		}
 	}
-	if report := m.busyDevices(); report != "pci/00:01.0/virtio: busy\n"+
+	if report := m.stateReport(); report != "vcpu/0: busy\npci/00:01.0/virtio: busy\n"+
 		"pci/00:02.0/virtio: device_type 4, device_status 0x0\n" {
-		t.Errorf("the report of a crash has %q", report)
+		t.Errorf("the report has %q", report)
 	}
 	close(s.until)
 	<-wrote
@@ -182,7 +193,7 @@ func TestInspectRequest(t *testing.T) {
 			t.Errorf("%s is %v (%[2]T), want %v (%[3]T)", path, got, want)
 		}
 	}
-	report := m.busyDevices()
+	report := m.stateReport()
 	for _, want := range []string{
 		"pci/00:02.0/virtio: device_type 8, device_status 0xf\n",
 		queue[:len(queue)-1] + ": avail_idx 1, used_idx 0, last_avail_idx 1, in_flight 1\n",
@@ -201,5 +212,75 @@ func TestInspectRequest(t *testing.T) {
 	}
 	if err := m.close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestReportEnds: a run that ends by its deadline or by a bug of gvm has the state in its report, and
+// one that was asked to end has none.
+func TestReportEnds(t *testing.T) {
+	for _, tt := range []struct {
+		cause error
+		want  string // the lines, the numbers as N
+	}{
+		{context.Canceled, ""},
+		{context.DeadlineExceeded, report("runnable")},
+		{fmt.Errorf("asked: %w", &panics.Panic{Value: "test"}), report("runnable")},
+	} {
+		c := &shownConsole{wrote: make(chan struct{}, 1)}
+		ctx, cancel := context.WithCancelCause(t.Context())
+		go func() {
+			c.waitFor("spinning")
+			cancel(tt.cause)
+		}()
+		out, err := Run(ctx, system(t), Config{
+			Memory: guestmem.Config{Size: 64 << 20}, CPUs: 2, Kernel: embeddedKernel(t), CmdLine: "spin",
+			Devices: []virtio.Device{rng.New()}, Console: c,
+		})
+		if err != nil || out.Ending != Stopped || out.Err != tt.cause {
+			t.Fatalf("%+v, %v", out, err)
+		}
+		got := regexp.MustCompile(`(0x)?[0-9a-f]*[0-9][0-9a-f]*(,|\n)`).ReplaceAllString(out.Report, "N$2")
+		got = regexp.MustCompile(`(?m)^vcpu/./kvm: .*\n`).ReplaceAllString(got, "") // as the host's KVM counts
+		if got != tt.want {
+			t.Errorf("%v: %q, want %q", tt.cause, got, tt.want)
+		}
+	}
+}
+
+func report(state string) string {
+	return "vcpu/0: mp_state " + state + ", rip N, rflags N, cpl N\nvcpu/0/exit: io N, mmio N, interrupted N\n" +
+		"vcpu/1: mp_state uninitialized, rip N, rflags N, cpl N\nvcpu/1/exit: io N, mmio N, interrupted N\n" +
+		"pci/00:01.0/virtio: device_type N, device_status N\n"
+}
+
+// TestReportBounds: a report has a bounded number of lines, and says how many more there are.
+func TestReportBounds(t *testing.T) {
+	var disks []inspect.Node
+	for i := range 3 * reportLines {
+		disks = append(disks, inspect.Group(fmt.Sprint(i), inspect.Group("task",
+			inspect.Group("0", inspect.Text("command", "WRITE(10)")))))
+	}
+	m, err := newMachine(system(t), Config{
+		Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t), CPUs: reportCPUs + 3,
+		Inspect: func() []inspect.Node { return []inspect.Node{inspect.Group("disk", disks...)} },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	report := m.stateReport()
+	if n := strings.Count(report, "\n"); n != reportCPUs+1+reportLines+1 ||
+		!strings.Contains(report, "\n3 more vCPUs\n") ||
+		!strings.HasSuffix(report, fmt.Sprintf("\n%d more lines about devices\n", 2*reportLines)) {
+		t.Errorf("%d lines: %q", n, report)
+	}
+	if err := m.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestReportAfterBug: a state that a bug left unreadable does not hide the bug.
+func TestReportAfterBug(t *testing.T) {
+	if got := afterBug(func() string { panic("second") }); got != "no state of the machine: second\n" {
+		t.Errorf("%q", got)
 	}
 }

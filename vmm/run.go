@@ -56,7 +56,15 @@ func (l *lifecycle) reset() { l.end(Outcome{Ending: GuestReset}) }
 // run runs every vCPU on a thread of its own until the machine ends. The threads may end later: see
 // takeDown.
 func (m *machine) run(ctx context.Context) Outcome {
-	defer context.AfterFunc(ctx, panics.Func(func() { m.end(Outcome{Ending: Stopped, Err: context.Cause(ctx)}) }))()
+	stopped := make(chan struct{})
+	defer func(cancel func() bool) {
+		if !cancel() {
+			<-stopped // it may read the state
+		}
+	}(context.AfterFunc(ctx, panics.Func(func() {
+		defer close(stopped)
+		m.end(m.stopOutcome(context.Cause(ctx)))
+	})))
 	m.cfg.Pauser.begin(m)
 	m.cfg.Inspector.set(m)
 	for i, c := range m.cpus {
@@ -78,6 +86,26 @@ func (m *machine) run(ctx context.Context) Outcome {
 		m.outcome.Err = errors.Join(m.outcome.Err, err)
 	}
 	return m.outcome
+}
+
+// stopOutcome is the end for a cause of Run's context. If the time was over or gvm has a bug, its
+// report has the state of the machine.
+func (m *machine) stopOutcome(cause error) Outcome {
+	out := Outcome{Ending: Stopped, Err: cause}
+	if errors.Is(cause, context.DeadlineExceeded) || errors.As(cause, new(*panics.Panic)) {
+		out.Report = afterBug(m.stateReport)
+	}
+	return out
+}
+
+// afterBug returns a report of the state, which a bug may have left unreadable.
+func afterBug(report func() string) (text string) {
+	defer func() {
+		if r := recover(); r != nil {
+			text = fmt.Sprintf("no state of the machine: %v\n", r)
+		}
+	}()
+	return report()
 }
 
 // endPatience bounds the wait for threads and devices at a machine's end: a request that storage
@@ -135,7 +163,9 @@ func (m *machine) kick() error {
 func (m *machine) runCPU(index int, c *kvmapi.VCPU) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
-			m.end(Outcome{Ending: Bug, Err: fmt.Errorf("vCPU %d: %v", index, r), Report: string(debug.Stack())})
+			stack := string(debug.Stack())
+			m.end(Outcome{Ending: Bug, Err: fmt.Errorf("vCPU %d: %v", index, r),
+				Report: stack + afterBug(func() string { return m.vcpuReport(index, c) })})
 		}
 	}()
 	if index == 0 {

@@ -35,6 +35,9 @@ func guestRun(words ...string) []string {
 	return args
 }
 
+// stateLines are the lines about a machine of one CPU in a report.
+const stateLines = `((vcpu/0: [^\n]+\n)?(vcpu/0/(exit|kvm): [^\n]+\n)*(pci/00:[0-9a-f]{2}.0/virtio: [^\n]+\n)+)`
+
 // endings are the ways a guest can end by itself or by --timeout.
 var endings = []struct {
 	name   string
@@ -48,7 +51,7 @@ var endings = []struct {
 	{"triple fault", guestRun("crash=triple"), exitCrash, "triple fault next\n",
 		`^gvm: the guest crashed: vCPU 0: [^\n]+\n(the guest's registers are lost: [^\n]+\n|` +
 			`rip [0-9a-f]{16} [^\n]*\nrax (?s:.*)\ncr0 (?s:.*)\ncode at rip: ([0-9a-f]{2} ){15}[0-9a-f]{2}\n)` +
-			`(pci/00:[0-9a-f]{2}.0/virtio: [^\n]+\n)+$`},
+			stateLines + `$`},
 	{"panic", guestRun("crash=panic"), exitPanic, "pvpanic event next\n", `^gvm: guest panic: [^\n]+\n$`},
 	{"reset", guestRun("crash=reset"), exitReset, "reset next\n", `^gvm: the guest asked for a reset[^\n]*\n$`},
 	{"reset by ACPI", guestRun("crash=reset-acpi"), exitReset, "reset by ACPI next\n",
@@ -57,11 +60,13 @@ var endings = []struct {
 		`^gvm: the guest asked for a reset[^\n]*\n$`},
 	{"reset by the i8042", guestRun("crash=reset-i8042"), exitReset, "reset by the i8042 next\n",
 		`^gvm: the guest asked for a reset[^\n]*\n$`},
-	{"timeout, spinning", guestRun("--timeout=300ms", "spin"), exitTimeout, "", `^gvm: --timeout 300ms elapsed\n$`},
-	{"timeout, halted", guestRun("--timeout=300ms", "hang"), exitTimeout, "", `^gvm: --timeout 300ms elapsed\n$`},
+	{"timeout, spinning", guestRun("--timeout=300ms", "spin"), exitTimeout, "",
+		`^gvm: --timeout 300ms elapsed\n` + stateLines + `$`},
+	{"timeout, halted", guestRun("--timeout=300ms", "hang"), exitTimeout, "",
+		`^gvm: --timeout 300ms elapsed\n` + stateLines + `$`},
 	{"timeout, rebooting", guestRun("--timeout=1s", "--on-reset=reboot", "crash=reset"), exitTimeout, "",
-		`^gvm: --timeout 1s elapsed\n$`},
-	{"timeout at once", guestRun("--timeout=1ns"), exitTimeout, "", `^gvm: --timeout 1ns elapsed\n$`},
+		`^gvm: --timeout 1s elapsed\n` + stateLines + `?$`},
+	{"timeout at once", guestRun("--timeout=1ns"), exitTimeout, "", `^gvm: --timeout 1ns elapsed\n` + stateLines + `?$`},
 }
 
 // TestEndings checks the exit statuses, on pipes and on a terminal.

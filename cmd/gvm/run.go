@@ -333,7 +333,7 @@ func run(rc runConfig) (err error) {
 	defer catchSignals(ctx, end.signal)()
 	if rc.timeout > 0 {
 		timer := time.AfterFunc(rc.timeout, panics.Func(
-			func() { stop(endError{exitTimeout, fmt.Errorf("--timeout %s elapsed", rc.timeout)}) }))
+			func() { stop(endError{exitTimeout, timeoutError(rc.timeout)}) }))
 		defer timer.Stop()
 	}
 	for _, s := range []string{rc.kernelNote, rc.memoryNote} {
@@ -479,10 +479,19 @@ func ended(out vmm.Outcome) error {
 		if errors.Is(out.Err, errQuit) {
 			return endError{exitQuit, out.Err}
 		}
-		return out.Err
+		if errors.Is(out.Err, context.DeadlineExceeded) && out.Report != "" {
+			return errors.Join(out.Err, errors.New(out.Report)) // whose lines are kept
+		}
 	}
 	return out.Err
 }
+
+// timeoutError is the end of --timeout.
+type timeoutError time.Duration
+
+func (e timeoutError) Error() string { return fmt.Sprintf("--timeout %s elapsed", time.Duration(e)) }
+
+func (timeoutError) Is(target error) bool { return target == context.DeadlineExceeded }
 
 // On fatalSignals the Go runtime dumps the goroutines and exits, without restoring the terminal.
 // Faults of the process itself do not arrive on a channel, and stay with the runtime.

@@ -58,6 +58,10 @@ int main(void)
 	OFF(kvm_msr_entry, data);
 	SIZE(kvm_lapic_state);
 	SIZE(kvm_mp_state);
+	SIZE(kvm_stats_header);
+	SIZE(kvm_stats_desc);
+	OFF(kvm_stats_desc, size);
+	OFF(kvm_stats_desc, offset);
 	SIZE(kvm_translation);
 	OFF(kvm_translation, valid);
 	SIZE(kvm_guest_debug);
@@ -112,6 +116,7 @@ int main(void)
 	NR(KVM_SET_GUEST_DEBUG);
 	NR(KVM_GET_TSC_KHZ);
 	NR(KVM_KVMCLOCK_CTRL);
+	NR(KVM_GET_STATS_FD);
 	NR(KVM_ENABLE_CAP);
 	NR(KVM_CAP_MAX_VCPUS);
 	NR(KVM_CAP_MAX_VCPU_ID);
