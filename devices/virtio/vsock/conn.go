@@ -262,7 +262,7 @@ func (c *Conn) receive(h *header, data *virtq.Buffer) {
 	ok := c.credit(h)
 	switch h.op {
 	case opResponse:
-		ok = ok && !c.established && n == 0
+		ok = ok && !c.established && c.owed&(1<<opRequest) == 0 && n == 0
 		c.established = true
 		c.writable.Broadcast()
 	case opRW:
