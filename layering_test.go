@@ -60,6 +60,7 @@ var may = []struct{ pkg, imports string }{
 	{"guest/initramfs", "guest/kernel vmm/boot kvmapi/nowait text"},
 	{"guest/bootinit", ""},
 	{"guest/diskload", ""},
+	{"guest/vsockecho", ""},
 	{"guest-tests/...", "guest-tests/... guest/... guestmem machine machine/disk vmm vmm/boot"},
 	{"verdict/klog", ""},
 	{"verdict/ktap", "verdict/klog"},

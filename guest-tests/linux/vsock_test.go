@@ -1,0 +1,172 @@
+package linux
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"gvm/devices/virtio/vsock"
+	"gvm/guest-tests/lab"
+	"gvm/guestmem"
+	"gvm/machine"
+	"gvm/vmm"
+	"gvm/vmm/boot"
+)
+
+// vsockEcho is what TestVsock does with a running guest/vsockecho.
+type vsockEcho struct {
+	*testing.T
+	m        *machine.Machine
+	accepted chan *vsock.Conn
+}
+
+// TestVsock moves data over vsock between a guest's program, which sends all of it back, and this one.
+func TestVsock(t *testing.T) {
+	for _, name := range []string{"cloud", "5.10", "7.3"} {
+		t.Run(name, func(t *testing.T) {
+			const streams = 20
+			e := vsockEcho{T: t, accepted: make(chan *vsock.Conn, streams)}
+			g := guest{
+				kernel:  kernel(t, name),
+				modules: []string{"vmw_vsock_virtio_transport"},
+				files:   map[string]string{"bin/vsockecho": lab.Program("vsockecho")},
+				script:  fmt.Sprintf("vsockecho -connect %d && say echoed\nklog", streams),
+			}
+			var console bytes.Buffer
+			e.boot(g, &console)
+			e.all(streams)
+			out, err := e.m.Wait()
+			r := result{console: strings.ReplaceAll(console.String(), "\r", "")}
+			if err != nil || out.Ending != vmm.PoweredOff || !strings.Contains(r.console, "= echoed\n") {
+				r.fatalf(t, "%v, %v, %v", out.Ending, out.Err, err)
+			}
+			r.kernelLog(t, 1)
+		})
+	}
+}
+
+func (e *vsockEcho) boot(g guest, console *bytes.Buffer) {
+	k, err := boot.Open(e.Context(), g.kernel.BZImage)
+	if err != nil {
+		e.Fatal(err)
+	}
+	e.Cleanup(func() { k.Close() })
+	initrd, err := boot.OpenFile(e.Context(), g.initramfs(e))
+	if err != nil {
+		e.Fatal(err)
+	}
+	e.Cleanup(func() { initrd.Close() })
+	ctx, cancel := context.WithCancel(context.Background())
+	e.m, err = machine.Start(ctx, machine.Spec{
+		Memory: guestmem.Config{Size: 256 << 20}, CPUs: 2, Kernel: k, Initrds: []*boot.File{initrd}, CmdLine: "quiet",
+		KernelCache: cacheHome + "/gvm/kernels", Console: machine.Output(console),
+		Vsock: &vsock.Config{CID: 77, Accept: func(port uint32, c *vsock.Conn) bool {
+			if port == 2000 {
+				e.accepted <- c
+			}
+			return port == 2000
+		}},
+	})
+	if err != nil {
+		e.Fatal(err)
+	}
+	e.Cleanup(func() {
+		cancel()
+		if out, err := e.m.Wait(); e.Failed() {
+			e.Logf("%v, %v, %v, console:\n%s", out.Ending, out.Err, err, console)
+		}
+	})
+}
+
+// accept waits for a connection of the guest.
+func (e *vsockEcho) accept() *vsock.Conn {
+	select {
+	case c := <-e.accepted:
+		return c
+	case <-e.m.Ended():
+		e.Fatal("the guest ended")
+		return nil
+	}
+}
+
+func (e *vsockEcho) dial(port uint32) *vsock.Conn {
+	c, err := e.m.DialVsock(e.Context(), port)
+	if err != nil {
+		e.Fatal(err)
+	}
+	return c
+}
+
+// all does everything, with so many connections of the guest.
+func (e *vsockEcho) all(streams int) {
+	first := e.accept() // so the guest listens
+	if _, err := e.m.DialVsock(e.Context(), 4000); !errors.Is(err, syscall.ECONNREFUSED) {
+		e.Error(err)
+	}
+	e.exchange(first, 8<<20, e.whenFull)
+	var sides sync.WaitGroup
+	for range streams - 1 {
+		for _, c := range []*vsock.Conn{e.accept(), e.dial(3000)} {
+			sides.Go(func() { e.exchange(c, 300_000, func() {}) })
+		}
+	}
+	if err := errors.Join(e.m.Pause(e.Context()), e.m.Resume()); err != nil {
+		e.Error(err)
+	}
+	sides.Wait()
+	idle := e.dial(3000)
+	e.dial(3001) // the guest ends
+	if n, err := idle.Read(make([]byte, 1)); err != io.EOF && err != syscall.ECONNRESET {
+		e.Errorf("after the end of the guest's program: %d, %v", n, err)
+	}
+}
+
+// exchange sends bytes and expects to get them back, and the end of each side after them. It reads
+// after ready.
+func (e *vsockEcho) exchange(c *vsock.Conn, n int, ready func()) {
+	out := content(fmt.Sprintf("%p", c), n)
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		if _, err := c.Write(out); err != nil {
+			e.Error(err)
+		}
+		if err := c.CloseWrite(); err != nil {
+			e.Error(err)
+		}
+	})
+	ready()
+	in, err := io.ReadAll(c)
+	writer.Wait()
+	if err != nil || !bytes.Equal(in, out) {
+		e.Errorf("%d of %d bytes came back, or others: %v", len(in), n, err)
+	}
+	if err := c.Close(); err != nil {
+		e.Error(err)
+	}
+}
+
+// whenFull waits until a guest that sends back all that it gets, to a program that does not read, has
+// filled the buffers of both sides. A Write waits then.
+func (e *vsockEcho) whenFull() {
+	for full := false; !full; time.Sleep(10 * time.Millisecond) {
+		n, err := e.m.Inspect(e.Context(), "")
+		if err != nil {
+			e.Fatal(err)
+		}
+		values := map[string]string{}
+		for path, v := range n.Values("") {
+			values[path] = fmt.Sprint(v)
+		}
+		for path, left := range values {
+			of, ok := strings.CutSuffix(path, "/to_write")
+			full = full || ok && left != "0" && values[of+"/buffered"] == values[of+"/buf_alloc"]
+		}
+	}
+}
