@@ -18,6 +18,11 @@ const (
 	// side's thread, which the scheduler moves to an idle core when it wakes next.
 	crowded    = 3
 	aloneAgain = 64
+	// The core is that of the guest's CPU if the process had one involuntary switch for every
+	// sleepsBeside of the last aloneAgain sleeps. Sleeps of more than beside in all tell nothing:
+	// meanwhile other threads have had as many.
+	sleepsBeside = 2
+	beside       = aloneAgain * time.Millisecond
 )
 
 // spin decides how long to look for the next event before sleeping until it comes.
@@ -28,7 +33,9 @@ const (
 // What the sleep itself costs can keep events further apart than max, which would be
 // closer without it. So a look of max is tried now and then, more rarely the more often
 // that fails. A look that shares its core with another thread is worse than a sleep: the
-// other thread may be the CPU of the guest that the event has to come from.
+// other thread may be the CPU of the guest that the event has to come from. When all cores are busy
+// the scheduler wakes this thread on that CPU's core, and the look ends before that CPU runs again.
+// It shows by that CPU's involuntary switches, one for each sleep of this thread.
 type spin struct {
 	max   time.Duration        // 0: never
 	now   time.Duration        // of the next look
@@ -40,6 +47,12 @@ type spin struct {
 	switches func() int64
 	switched int64
 	strikes  int // looks that gave up their core since one found an event
+	// all counts the same for all threads of the process, and allBefore is the count before the last
+	// sleeps, which took slept.
+	all       func() int64
+	allBefore int64
+	sleeps    int
+	slept     time.Duration
 }
 
 // started is for spin.clock: time.Since reads the monotonic clock alone, in half the time of time.Now.
@@ -52,13 +65,14 @@ func newSpin(max time.Duration) spin {
 	}
 	return spin{max: max, rest: minRest, next: minRest,
 		clock:    func() time.Duration { return time.Since(started) },
-		switches: involuntarySwitches}
+		switches: func() int64 { return involuntarySwitches(unix.RUSAGE_THREAD) },
+		all:      func() int64 { return involuntarySwitches(unix.RUSAGE_SELF) }}
 }
 
-// involuntarySwitches returns ru_nivcsw of the calling thread (getrusage(2)).
-func involuntarySwitches() int64 {
+// involuntarySwitches returns ru_nivcsw of the thread or of the process (getrusage(2)).
+func involuntarySwitches(of int) int64 {
 	var u unix.Rusage
-	if unix.Getrusage(unix.RUSAGE_THREAD, &u) != nil {
+	if unix.Getrusage(of, &u) != nil {
 		return 0
 	}
 	return u.Nivcsw
@@ -92,9 +106,14 @@ func (s *spin) until(event func() bool) bool {
 
 // waited is told how long the event took after a sleep began.
 func (s *spin) waited(d time.Duration) {
+	if s.max == 0 {
+		return
+	}
 	s.rest--
+	if s.slept += d; s.shared() {
+		s.crowd = aloneAgain
+	}
 	switch {
-	case s.max == 0:
 	case s.crowd > 0:
 		s.now = 0
 		s.crowd--
@@ -105,4 +124,15 @@ func (s *spin) waited(d time.Duration) {
 	default:
 		s.now = 0
 	}
+}
+
+// shared says, once in aloneAgain sleeps, whether they ended on the core of the guest's CPU.
+func (s *spin) shared() (yes bool) {
+	if s.sleeps++; s.sleeps < aloneAgain {
+		return false
+	}
+	n := s.all()
+	yes = n-s.allBefore >= aloneAgain/sleepsBeside && s.slept <= beside
+	s.allBefore, s.sleeps, s.slept = n, 0, 0
+	return yes
 }

@@ -12,7 +12,8 @@ func testSpin(max, step time.Duration) *spin {
 	var now time.Duration
 	return &spin{max: max, rest: minRest, next: minRest,
 		clock:    func() time.Duration { now += step; return now },
-		switches: func() int64 { return 0 }}
+		switches: func() int64 { return 0 },
+		all:      func() int64 { return 0 }}
 }
 
 func never() bool { return false }
@@ -107,5 +108,44 @@ func TestSpinCrowded(t *testing.T) {
 	}
 	if s.waited(us(1)); s.now != minSpin {
 		t.Errorf("it looks for %v when it may again, want %v", s.now, minSpin)
+	}
+}
+
+// TestSpinShared: while the sleeps end on the core of the guest's CPU, which then gives it up, there
+// is no look. Switches that are fewer, or that come in longer sleeps, end no looks.
+func TestSpinShared(t *testing.T) {
+	for _, test := range []struct {
+		name             string
+		switches, waited int // in each aloneAgain sleeps, and the µs of one
+		looks            bool
+	}{
+		{"alone", 0, 10, true},
+		{"noise", aloneAgain/sleepsBeside - 1, 10, true},
+		{"shared", aloneAgain / sleepsBeside, 10, false},
+		{"shared, with delays", aloneAgain, 1000, false},
+		{"a guest that rests", 10 * aloneAgain, 1001, true},
+	} {
+		s := testSpin(us(2000), us(1))
+		given := int64(1000) // before the thread began
+		s.all = func() int64 { given += int64(test.switches); return given }
+		s.allBefore = given
+		for range aloneAgain {
+			s.waited(us(test.waited))
+		}
+		looks := false
+		for range 3 * aloneAgain {
+			looks = looks || s.now > 0
+			s.waited(us(test.waited))
+		}
+		if looks != test.looks {
+			t.Errorf("%s: it looks: %v, want %v", test.name, looks, test.looks)
+		}
+		test.switches = 0
+		for range aloneAgain + minRest {
+			s.waited(us(test.waited))
+		}
+		if s.waited(us(1)); s.now == 0 {
+			t.Errorf("%s: it does not look when no thread gives up its core any more", test.name)
+		}
 	}
 }
