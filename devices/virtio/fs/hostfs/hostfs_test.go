@@ -1,0 +1,206 @@
+package hostfs
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestReadOnly sends every request that changes something.
+func TestReadOnly(t *testing.T) {
+	o := newOutside(t, t.TempDir())
+	c := open(t, Config{Dir: o.tree, ReadOnly: true, Valid: time.Hour})
+	for opcode, row := range ops {
+		if !row.changes {
+			continue
+		}
+		if _, err := c.do(uint32(opcode), 1, make([]byte, row.args), "a", "b"); err != unix.EROFS {
+			t.Errorf("opcode %d: %v", opcode, err)
+		}
+	}
+	file := c.walk("file")
+	for _, flags := range []uint32{unix.O_WRONLY, unix.O_RDWR, unix.O_TRUNC} {
+		if _, err := c.do(opOpen, file, put32(nil, flags, 0)); err != unix.EROFS {
+			t.Errorf("open with flags %#x: %v", flags, err)
+		}
+	}
+	b := c.ok(opOpen, file, make([]byte, 8))
+	if flags := order.Uint32(b[8:]); flags != keepCache {
+		t.Errorf("open flags %#x", flags)
+	}
+	if b := c.ok(opRead, file, put64(put32(put64(nil, entry(b), 3), 100, 0), 0, 0)); string(b) != "the tree" {
+		t.Errorf("read %q", b)
+	}
+	// That there is no file is remembered too.
+	if b := c.ok(opLookup, 1, nil, "none"); entry(b) != 0 || order.Uint64(b[16:]) != 3600 {
+		t.Errorf("% x", b)
+	}
+}
+
+// TestIdentity replaces a file on the host by another, which may get the number of its inode.
+func TestIdentity(t *testing.T) {
+	for _, files := range []int{0, 3} {
+		dir := t.TempDir()
+		c := open(t, Config{Dir: dir, Files: files})
+		path := filepath.Join(dir, "file")
+		read := func(node uint64) string {
+			h := c.openFile(opOpen, node, 0)
+			defer c.ok(opRelease, node, put64(nil, h, 0, 0))
+			return string(c.ok(opRead, node, put64(put32(put64(nil, h, 0), 100, 0), 0, 0)))
+		}
+		ids := map[uint64]bool{}
+		for i := range 20 {
+			text := fmt.Sprint("version ", i)
+			if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			id := c.walk("file")
+			if got := read(id); got != text || ids[id] {
+				t.Fatalf("with %d files, node %d: %q, want %q", files, id, got, text)
+			}
+			ids[id] = true
+			if c.walk("file") != id {
+				t.Fatal("another node for the same file")
+			}
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+			for j := range 3 {
+				c.ok(opMkdir, 1, make([]byte, 8), fmt.Sprint("d", i, j))
+			}
+		}
+	}
+}
+
+// TestFewFiles walks a tree that has more files than there are descriptors, and works with what was
+// closed: by its new name after a rename, after its removal, and while a program of the client has
+// it open.
+func TestFewFiles(t *testing.T) {
+	dir := t.TempDir()
+	c := open(t, Config{Dir: dir, Files: 12})
+	parent := uint64(1)
+	var ids []uint64
+	for i := range 30 {
+		parent = entry(c.ok(opMkdir, parent, put32(nil, 0o755, 0), "d"))
+		ids = append(ids, parent, entry(c.ok(opMknod, parent, put32(nil, unix.S_IFREG|0o644, 0, 0, 0), fmt.Sprint(i))))
+	}
+	for range 2 {
+		for _, id := range ids {
+			c.ok(opGetattr, id, make([]byte, 16))
+		}
+	}
+	if n := c.fs.Counts().Files; n > 12 {
+		t.Errorf("%d descriptors", n)
+	}
+	// d/d/1 becomes moved, and d is renamed.
+	c.ok(opRename, ids[2], put64(nil, 1), "1", "moved")
+	c.ok(opRename, 1, put64(nil, 1), "d", "e")
+	removed := entry(c.ok(opMknod, 1, put32(nil, unix.S_IFREG|0o644, 0, 0, 0), "removed"))
+	c.ok(opUnlink, 1, nil, "removed")
+	for _, id := range ids {
+		c.ok(opGetattr, id, make([]byte, 16))
+	}
+	if b := c.ok(opGetattr, removed, make([]byte, 16)); order.Uint32(b[16+64:]) != 0 {
+		t.Errorf("the removed file has links: % x", b)
+	}
+	// When all are in use, there are no more.
+	var err error
+	for i := 0; err == nil && i < 20; i++ {
+		_, err = c.do(opOpendir, 1, make([]byte, 8))
+	}
+	if err != unix.ENFILE {
+		t.Errorf("with too many open files: %v", err)
+	}
+}
+
+// TestReaddir lists a directory with little room, from every offset.
+func TestReaddir(t *testing.T) {
+	dir := t.TempDir()
+	for i := range 300 {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%0*d", i%200+3, i)), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := open(t, Config{Dir: dir})
+	for _, opcode := range []uint32{opReaddir, opReaddirplus} {
+		h := c.openFile(opOpendir, 1, 0)
+		names := map[string]bool{}
+		for offset := uint64(0); ; {
+			b := c.ok(opcode, 1, put64(put32(put64(nil, h, offset), 512, 0), 0, 0))
+			if len(b) == 0 {
+				break
+			}
+			for len(b) > 0 {
+				if opcode == opReaddirplus {
+					node, name := entry(b), b[entryOutLen+direntLen]
+					if node != 0 != (name != '.') {
+						t.Fatalf("node %d of %q", node, name)
+					}
+					b = b[entryOutLen:]
+				}
+				n := int(order.Uint32(b[16:]))
+				name := string(b[direntLen : direntLen+n])
+				if names[name] {
+					t.Fatalf("%q twice", name)
+				}
+				names[name] = true
+				offset = order.Uint64(b[8:])
+				b = b[(direntLen+n+7)&^7:]
+			}
+		}
+		if len(names) != 302 {
+			t.Errorf("opcode %d: %d names", opcode, len(names))
+		}
+		if _, err := c.do(opcode, 1, put64(put32(put64(nil, h, 0), 16, 0), 0, 0)); err != unix.EINVAL {
+			t.Errorf("with no room for one: %v", err)
+		}
+	}
+}
+
+// TestMessages sends what is no message, and what is too long.
+func TestMessages(t *testing.T) {
+	c := open(t, Config{Dir: t.TempDir()})
+	out := make([]byte, 100)
+	if n, err := c.fs.Serve([][]byte{make([]byte, 39)}, [][]byte{out}); n != 0 || err == nil {
+		t.Errorf("a short header: %d, %v", n, err)
+	}
+	getattr := [][]byte{c.message(opGetattr, 1, make([]byte, 16))}
+	if n, err := c.fs.Serve(getattr, [][]byte{out[:15]}); n != 0 || err == nil {
+		t.Errorf("no room for a header: %d, %v", n, err)
+	}
+	n, err := c.fs.Serve(getattr, [][]byte{out})
+	if n != outHeaderLen || err != nil || -int32(order.Uint32(out[4:])) != int32(unix.EIO) {
+		t.Errorf("no room for an answer: %d, %v, % x", n, err, out[:16])
+	}
+	for _, tt := range []struct {
+		opcode uint32
+		args   []byte
+		want   error
+	}{
+		{opGetattr, make([]byte, 15), unix.EINVAL},
+		{opLookup, []byte("no end"), unix.EINVAL},
+		{opLookup, append(bytes.Repeat([]byte("a"), 256), 0), unix.ENAMETOOLONG},
+		{opSetxattr, make([]byte, 200<<10), unix.E2BIG},
+		{0, nil, unix.ENOSYS},
+		{4096, nil, unix.ENOSYS}, // CUSE_INIT
+		{^uint32(0), nil, unix.ENOSYS},
+		{36, make([]byte, 8), unix.ENOSYS}, // INTERRUPT: the client sends no more
+		{opInit, put32(nil, 7, 22, 0, 0), unix.EPROTO},
+	} {
+		if _, err := c.do(tt.opcode, 1, tt.args); err != tt.want {
+			t.Errorf("opcode %d with %d bytes: %v, want %v", tt.opcode, len(tt.args), err, tt.want)
+		}
+	}
+	b := c.ok(opInit, 1, put32(nil, 7, 50, 1<<20, ^uint32(0)))
+	if len(b) != initOutLen || order.Uint32(b[4:]) != protocolMinor || order.Uint32(b[12:])&(1<<16|1<<30) != 0 {
+		t.Errorf("init: % x", b)
+	}
+	if b := c.ok(opInit, 1, put32(nil, 8, 0, 0, 0)); order.Uint32(b) != 7 {
+		t.Errorf("init of version 8: % x", b)
+	}
+}
