@@ -15,6 +15,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/guest/agent"
 	"gvm/panics"
 	"gvm/text"
 	"gvm/vmm"
@@ -27,6 +28,7 @@ var version = "0.1.0-dev"
 var program = gvm
 
 func main() {
+	agent.Main(os.Args) // gvm is the first program of its test guests too
 	os.Exit(program(os.Args))
 }
 

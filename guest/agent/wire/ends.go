@@ -11,7 +11,7 @@ import (
 
 // Exit is the end of a command: one of a status, a signal and a failed start.
 type Exit struct {
-	Status int    // 0 to 255; after a failed start 127 if the file is missing, else 126
+	Status int    // 0 to 255; after a failed start 127: no file, 126: no program, 125: else
 	Signal int    // that ended the command, or 0
 	Err    string // reason of a failed start
 }

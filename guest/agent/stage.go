@@ -1,0 +1,132 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/guest/agent/wire"
+	"gvm/text"
+)
+
+// stageName is the name of the process that becomes the command. Limits, user and directory have to
+// be set in the process itself: with them the agent could no longer do its own work.
+const stageName = "gvm-agent-command"
+
+// Descriptors of the stage, which its exec closes.
+const (
+	stageIn  = 3 // the command, in JSON
+	stageOut = 4 // an Exit in JSON, if the command cannot be started
+)
+
+const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// stage becomes the command, or reports the reason why it cannot.
+func stage() int {
+	if unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC) != nil { // before Linux 5.11
+		unix.CloseOnExec(stageIn)
+		unix.CloseOnExec(stageOut)
+	}
+	cmd, err := wire.ReadCommand(os.NewFile(stageIn, "command"))
+	e := wire.Exit{Status: exitNoTest}
+	if err == nil {
+		e.Status, err = become(cmd)
+	}
+	e.Err = err.Error()
+	json.NewEncoder(os.NewFile(stageOut, "exit")).Encode(e)
+	return e.Status
+}
+
+// become executes cmd in this process. It returns only a failure and its exit status.
+func become(cmd *wire.Command) (int, error) {
+	for _, r := range cmd.Rlimits {
+		if err := syscall.Setrlimit(r.Resource, &syscall.Rlimit{Cur: r.Soft, Max: r.Hard}); err != nil {
+			return exitNoTest, fmt.Errorf("set resource limit %d to %d and %d: %w", r.Resource, r.Soft, r.Hard, err)
+		}
+	}
+	groups := make([]int, len(cmd.Groups))
+	for i, g := range cmd.Groups {
+		groups[i] = int(g)
+	}
+	// A kernel without CONFIG_MULTIUSER has only user 0, and not these calls.
+	if err := syscall.Setgroups(groups); err != nil && (err != unix.ENOSYS || len(groups) > 0) {
+		return exitNoTest, fmt.Errorf("set the groups %v: %w", groups, err)
+	}
+	if err := syscall.Setgid(int(cmd.GID)); err != nil && (err != unix.ENOSYS || cmd.GID != 0) {
+		return exitNoTest, fmt.Errorf("set the group %d: %w", cmd.GID, err)
+	}
+	if err := syscall.Setuid(int(cmd.UID)); err != nil && (err != unix.ENOSYS || cmd.UID != 0) {
+		return exitNoTest, fmt.Errorf("set the user %d: %w", cmd.UID, err)
+	}
+	dir := string(cmd.Dir)
+	if dir == "" {
+		dir = "/"
+	}
+	if err := os.Chdir(dir); err != nil {
+		return exitNoTest, err
+	}
+	name := string(cmd.Args[0])
+	reason, status := error(unix.ENOENT), 127
+	if !strings.Contains(name, "/") {
+		reason = errors.New("there is no such command in PATH")
+	}
+	for _, file := range candidates(name, cmd.Env) {
+		switch err := syscall.Exec(file, strs(cmd.Args), strs(cmd.Env)); err {
+		case unix.ENOENT, unix.ENOTDIR:
+			if _, err := os.Stat(file); err == nil {
+				return 127, fmt.Errorf("run %s: its interpreter, or the loader of its libraries, is not in the guest", file)
+			}
+		case unix.EACCES: // another directory may have one
+			reason, status = err, 126
+		default:
+			return 126, fmt.Errorf("run %s: %w", file, err)
+		}
+	}
+	return status, fmt.Errorf("run %s: %w", name, reason)
+}
+
+// candidates returns the paths to try for a command, as execvp(3) does.
+func candidates(name string, env []text.Name) []string {
+	if strings.Contains(name, "/") || name == "" {
+		return []string{name}
+	}
+	dirs := defaultPath
+	for _, v := range env {
+		if value, ok := strings.CutPrefix(string(v), "PATH="); ok {
+			dirs = value
+			break
+		}
+	}
+	var all []string
+	for dir := range strings.SplitSeq(dirs, ":") {
+		if dir != "" {
+			dir += "/"
+		}
+		all = append(all, dir+name)
+	}
+	return all
+}
+
+func strs(names []text.Name) []string {
+	s := make([]string, len(names))
+	for i, n := range names {
+		s[i] = string(n)
+	}
+	return s
+}
+
+// readExit reads the report of a stage. Without one the command runs.
+func readExit(r io.Reader) (failed *wire.Exit) {
+	var e wire.Exit
+	if json.NewDecoder(io.LimitReader(r, 1<<20)).Decode(&e) != nil {
+		return nil
+	}
+	return &e
+}
