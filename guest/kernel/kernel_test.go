@@ -349,8 +349,8 @@ func TestFindStops(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	_, err = unpack(ctx, file, func(ctx context.Context, file *boot.File) (entries, error) {
-		e, err := debEntries(ctx, file)
+	_, err = unpack(ctx, file, func(ctx context.Context, file *boot.File, whole bool) (entries, error) {
+		e, err := debEntries(ctx, file, whole)
 		cancel(cause)
 		return e, err
 	})

@@ -26,8 +26,8 @@ const (
 
 const debMagic = "!<arch>\n" // ar(5)
 
-// opener opens the archive in a package.
-type opener func(ctx context.Context, file *boot.File) (entries, error)
+// opener opens the archive in a package. If whole is set, it is read to its end.
+type opener func(ctx context.Context, file *boot.File, whole bool) (entries, error)
 
 // packages are the formats of packages.
 var packages = []struct {
@@ -62,7 +62,7 @@ type entries struct {
 // unpack reads the kernel in a package, up to the last file that is needed.
 func unpack(ctx context.Context, file *boot.File, open opener) (*Kernel, error) {
 	damaged := func(err error) error { return damaged(ctx, file.Name, err) }
-	in, err := open(ctx, file)
+	in, err := open(ctx, file, false)
 	if err != nil {
 		return nil, damaged(err)
 	}
@@ -141,7 +141,7 @@ func (m Modules) Packed(ctx context.Context, f func(name string, r io.Reader) er
 	if err != nil {
 		return damaged(ctx, m.Path, err)
 	}
-	in, err := open(ctx, file)
+	in, err := open(ctx, file, true)
 	if err != nil {
 		return damaged(ctx, m.Path, err)
 	}
@@ -244,7 +244,12 @@ func (u *unpacked) Read(b []byte) (int, error) {
 	return n, err
 }
 
-func decompress(ctx context.Context, r io.Reader) (*unpacked, error) {
+// decompress returns the decompressed data of a part of a file. If they are wanted whole, several
+// threads decompress them if they can be.
+func decompress(ctx context.Context, r *io.SectionReader, whole bool) (*unpacked, error) {
+	if blocks, header := xzBlocks(r, r.Size()); whole && blocks != nil {
+		return &unpacked{ctx, newParallel(ctx, r, blocks, header), maxUnpacked}, nil
+	}
 	d, err := boot.Decompress(r)
 	if err != nil {
 		return nil, err
@@ -254,7 +259,7 @@ func decompress(ctx context.Context, r io.Reader) (*unpacked, error) {
 
 // debEntries opens the data of a Debian package (deb(5)): an ar archive with a compressed tar
 // archive, data.tar.*.
-func debEntries(ctx context.Context, file *boot.File) (entries, error) {
+func debEntries(ctx context.Context, file *boot.File, whole bool) (entries, error) {
 	const header = 60
 	var h [header]byte
 	for off := int64(len(debMagic)); ; {
@@ -266,7 +271,7 @@ func debEntries(ctx context.Context, file *boot.File) (entries, error) {
 			return entries{}, fmt.Errorf("it has a damaged ar header at %d", off)
 		}
 		if off += header; strings.HasPrefix(string(h[:]), "data.tar") {
-			data, err := decompress(ctx, io.NewSectionReader(file, off, size))
+			data, err := decompress(ctx, io.NewSectionReader(file, off, size), whole)
 			if err != nil {
 				return entries{}, err
 			}
@@ -292,7 +297,7 @@ func tarEntries(data io.ReadCloser) entries {
 
 // rpmEntries opens the payload of an RPM package (format version 3 and 4): a lead, two headers, and
 // a compressed cpio archive.
-func rpmEntries(ctx context.Context, file *boot.File) (entries, error) {
+func rpmEntries(ctx context.Context, file *boot.File, whole bool) (entries, error) {
 	off := int64(96) // the lead
 	for i := range 2 {
 		var h [16]byte
@@ -308,7 +313,7 @@ func rpmEntries(ctx context.Context, file *boot.File) (entries, error) {
 	if off > min(file.Size, maxHeader) {
 		return entries{}, errors.New("its RPM headers are damaged")
 	}
-	data, err := decompress(ctx, io.NewSectionReader(file, off, file.Size-off))
+	data, err := decompress(ctx, io.NewSectionReader(file, off, file.Size-off), whole)
 	if err != nil {
 		return entries{}, err
 	}
