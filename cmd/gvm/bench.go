@@ -35,6 +35,7 @@ func benchAction[B interface {
 		if err != nil {
 			return usageError{err}
 		}
+		addProcs()
 		ctx, stop := context.WithCancelCause(context.Background())
 		defer stop(nil)
 		defer catchSignals(ctx, stop)()

@@ -114,7 +114,7 @@ func checkDiskMemory(c guestmem.Config, disks uint64, h hostLimits) (note string
 
 // ownThreads returns the number of gvm's threads besides those of CPUs and request queues: the Go
 // runtime's, and some that wait for storage.
-func ownThreads() int { return 8 + runtime.GOMAXPROCS(0) }
+func ownThreads() int { return 8 + runtime.GOMAXPROCS(0) + spareProcs }
 
 // checkThreads refuses more CPUs and queues than the host has threads for. The Go runtime crashes
 // if it cannot create a thread.

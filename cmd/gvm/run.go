@@ -394,6 +394,7 @@ func run(rc runConfig) (err error) {
 	if err != nil {
 		return err
 	}
+	addProcs() // not before: it stops the process for some 20 µs
 	end.begin(m.Stop)
 	if socket != nil {
 		socket.Serve(&remote{rc.info(), m, pausePatience})
