@@ -78,8 +78,8 @@ var may = []struct{ pkg, imports string }{
 	{"machine", "machine/disk control vmm/... devices/... kvmapi guestmem guest/embedded inspect"},
 	{"testrun", "devices/statusport devices/virtio/vsock guest/agent/wire inspect machine text verdict verdict/klog vmm"},
 	{"cmd/gvm",
-		"machine/... vmm/... devices/... kvmapi/... guestmem control inspect plot text guest/agent guest/embedded " +
-			"guest/bootinit guest/kernel verdict/..."},
+		"machine/... vmm/... devices/... kvmapi/... guestmem control inspect plot text guest/embedded guest/bootinit " +
+			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun verdict/..."},
 }
 
 func matches(pattern, pkg string) bool {

@@ -125,10 +125,14 @@ func Untested(err error) *Result {
 		Reports: []verdict.Report{}}
 }
 
-// Missing is the result of a command that the host does not have.
-func Missing(command string) *Result {
+// NoCommand is the result of a command that the host does not have, or may not run.
+func NoCommand(name string, err unix.Errno) *Result {
 	r := &Result{Format: Format, Reports: []verdict.Report{}}
-	r.command(wire.Exit{Status: exitMissing, Err: "no such file or directory"}, command)
+	e := wire.Exit{Status: exitNotStarted, Err: err.Error()}
+	if err == unix.ENOENT {
+		e.Status = exitMissing
+	}
+	r.command(e, name)
 	return r
 }
 

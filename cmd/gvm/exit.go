@@ -54,6 +54,7 @@ const exitStatusHelp = `gvm run and gvm kunit end with one of these, and nothing
              159 likewise, 128 and the number of another such signal (SIGABRT
              and so on)
 
+gvm test ends as its command does, or with 120 to 125: see gvm help test.
 Other commands end with 0, 2 or 3 in the same sense, gvm trace diff and gvm
 replay with 1 when something differs, and gvm kernel check with 1 when a
 required option is missing.`

@@ -118,7 +118,9 @@ func column(head string, n int, words string, width, indent int) string {
 // commands.
 func complete(commands []*cli.Command) {
 	for _, c := range commands {
-		c.OnUsageError = flagError
+		if c.OnUsageError == nil {
+			c.OnUsageError = flagError
+		}
 		if len(c.Subcommands) > 0 {
 			c.HideHelpCommand = true
 			complete(c.Subcommands)

@@ -60,7 +60,7 @@ func gvm(args []string) (status int) {
 		}
 		stderr.flush(wait)
 	}()
-	if len(args) > 1 && args[1] == "run" {
+	if len(args) > 1 && (args[1] == "run" || args[1] == "test") {
 		begun = vmm.Begin()
 	}
 	a := app(args)
@@ -80,7 +80,9 @@ func gvm(args []string) (status int) {
 	if err == nil {
 		return 0
 	}
-	stderr.say("gvm: " + errorText(err) + "\n")
+	if s := errorText(err); s != "" { // a command of gvm test says its own reason
+		stderr.say("gvm: " + s + "\n")
+	}
 	return exitStatus(err)
 }
 
@@ -139,7 +141,7 @@ var commands = []struct {
 	name string
 	make func() *cli.Command
 }{
-	{"run", runCommand}, {"kunit", kunitCommand}, {"list", listCommand}, {"disk", diskCommand},
+	{"run", runCommand}, {"test", testCommand}, {"kunit", kunitCommand}, {"list", listCommand}, {"disk", diskCommand},
 	{"inspect", inspectCommand}, {"pause", pauseCommand}, {"resume", resumeCommand}, {"stop", stopCommand},
 	{"image", imageCommand}, {"kernel", kernelCommand}, {"doctor", doctorCommand},
 	{"bench", benchCommand}, {"trace", traceCommand},

@@ -35,7 +35,8 @@ type process struct {
 
 	mu      sync.Mutex
 	changed sync.Cond
-	console bytes.Buffer
+	console bytes.Buffer // without carriage returns
+	raw     bytes.Buffer
 	ended   bool
 }
 
@@ -89,6 +90,7 @@ func startProgram(t testing.TB, program string, stdin io.Reader, cache string, a
 // Write takes console output.
 func (p *process) Write(b []byte) (int, error) {
 	p.mu.Lock()
+	p.raw.Write(b)
 	p.console.Write(bytes.ReplaceAll(b, []byte("\r"), nil))
 	p.mu.Unlock()
 	p.changed.Broadcast()

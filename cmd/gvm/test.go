@@ -1,0 +1,812 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/signal"
+	"os/user"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"gvm/guest/agent/wire"
+	"gvm/guest/initramfs"
+	"gvm/guest/kernel"
+	"gvm/kvmapi/eventfd"
+	"gvm/machine"
+	"gvm/machine/disk"
+	"gvm/panics"
+	"gvm/testrun"
+	"gvm/text"
+	"gvm/verdict"
+	"gvm/vmm/boot"
+)
+
+// exitUntested is the status of gvm test for a run that could not test. Every fault of the host and
+// of the command line has it, as git bisect run takes others for the verdict of a commit.
+const exitUntested = 125
+
+func testCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "test",
+		Usage:     "run a command in a guest with a kernel to test",
+		ArgsUsage: "[-- COMMAND [ARG]...]",
+		Description: `Boots a kernel and runs COMMAND in it, with the standard input, output and
+error of gvm. COMMAND is a program of this host; it and its libraries are the
+guest's files, with those of --file. Without COMMAND it is a shell, on a
+terminal a job-controlled one. The kernel's log goes into --klog, and its end
+to standard error after a fault. See docs/test.md.
+
+EXAMPLES
+   gvm test -- uname -r            the kernel of this tree, else the host's
+   gvm test -k linux -- ./prog a   that of another tree or O= directory
+   gvm test -k 6.1.0-13-amd64 --file /usr/bin/stress -- sh -c 'stress -t 5'
+   go test -exec 'gvm test -k bzImage --' ./...
+   git bisect run sh -c 'make bzImage || exit 125; gvm test --bisect -- ./t'
+   gvm test -k bzImage             a shell
+
+The exit status is that of COMMAND, 128 and the number of a signal that ended
+it, 127 if it is missing and 126 if it is no program; else:
+   120  the guest's kernel panicked or reported a fault, such as an oops
+   121  the guest crashed (triple fault), or ended before COMMAND did
+   122  the guest hangs: see --hang
+   124  --timeout elapsed
+   125  nothing was tested: a bad flag, no KVM, a missing or broken kernel
+A signal to gvm goes to COMMAND too. A second after it, or at the second one,
+the machine ends: 128 and its number.`,
+		Flags: append([]cli.Flag{
+			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"}, TakesFile: true,
+				Usage: "boot `KERNEL`: a bzImage or vmlinux, a kernel tree or its O= directory, a .deb or RPM package, " +
+					"the release of an installed kernel, or host, the one that runs here"},
+			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"}, Usage: "more words of the kernel command `LINE`"},
+			&cli.IntFlag{Name: "cpus", Aliases: []string{"c"}, Value: 1, Usage: "`N` virtual CPUs"},
+			&cli.StringFlag{Name: "memory", Aliases: []string{"m"}, Value: "1G",
+				Usage: "`SIZE` of guest RAM, in MiB without a suffix"},
+			&cli.GenericFlag{Name: "disk", Aliases: []string{"d"}, Value: new(words),
+				Usage: "`PATH[,OPTION]...` of a raw image or block device; see gvm help disk"},
+			&cli.GenericFlag{Name: "file", Aliases: []string{"f"}, Value: new(words), TakesFile: true,
+				Usage: "give the guest `PATH` of this host too: a file, a program with its libraries, or a directory"},
+			&cli.GenericFlag{Name: "env", Aliases: []string{"e"}, Value: new(words),
+				Usage: "`NAME[=VALUE]` for the command's environment, which has TERM, LANG, LC_* and TZ of this one"},
+			&cli.StringFlag{Name: "cwd", Usage: "the command's `DIRECTORY` (default: that of gvm, empty in the guest)"},
+			&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Value: "root",
+				Usage: "run the command as `NAME|UID[:GID]` of this host"},
+			&cli.BoolFlag{Name: "tty", Aliases: []string{"t"}, Usage: "give the command a terminal, which this one must be"},
+			&cli.StringFlag{Name: "klog", TakesFile: true, Usage: "write the kernel's log into `FILE`"},
+			&cli.DurationFlag{Name: "timeout", Usage: "stop the guest after `DURATION`, with status 124"},
+			&cli.DurationFlag{Name: "hang", Value: time.Minute,
+				Usage: "stop a guest that makes no progress for `DURATION`, with status 122; 0 is never"},
+			&cli.BoolFlag{Name: "bisect", Usage: "make statuses of 128 and more 1, and 126 and 127 125, for git bisect run"},
+			&cli.StringFlag{Name: "verdict", TakesFile: true, Usage: "write the verdict as JSON into `FILE`"},
+			&cli.StringFlag{Name: "rung", Value: "auto",
+				Usage: "reach the guest's agent by `NAME` vsock, com2 or status alone; auto is the best that the kernel has"},
+			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "tell of each step on standard error"},
+			&cli.BoolFlag{Name: "timing", Usage: "print at the end how long each phase took"},
+		}, policyFlags("fail", exitGuestFault)...),
+		OnUsageError: func(c *cli.Context, err error, sub bool) error {
+			return endError{exitUntested, flagError(c, err, sub)}
+		},
+		Action: func(c *cli.Context) error {
+			t, err := parseTest(c)
+			if err != nil {
+				return endError{exitUntested, err}
+			}
+			return t.test()
+		},
+	}
+}
+
+// exitGuestFault is the status of gvm test for a panic or a fault of the guest's kernel.
+const exitGuestFault = 120
+
+// testConfig is the parsed command line of gvm test.
+type testConfig struct {
+	runConfig
+	args    []string // the command; nil: a shell
+	files   []string // --file
+	env     []string // --env
+	cwd     string
+	uid     uint32
+	gid     uint32
+	groups  []uint32
+	tty     bool
+	klog    string
+	hang    time.Duration
+	bisect  bool
+	verdict string
+	rungs   []testrun.Rung // nil: all
+	verbose bool
+	policy  verdict.Policy
+}
+
+func parseTest(c *cli.Context) (t *testConfig, err error) {
+	t = &testConfig{
+		runConfig: runConfig{
+			spec:    machine.Spec{CPUs: c.Int("cpus"), CmdLine: c.String("cmdline")},
+			kernel:  c.String("kernel"),
+			timeout: c.Duration("timeout"),
+		},
+		args:    c.Args().Slice(),
+		files:   wordsOf(c, "file"),
+		env:     wordsOf(c, "env"),
+		cwd:     c.String("cwd"),
+		tty:     c.Bool("tty"),
+		klog:    c.String("klog"),
+		hang:    c.Duration("hang"),
+		bisect:  c.Bool("bisect"),
+		verdict: c.String("verdict"),
+		verbose: c.Bool("verbose"),
+	}
+	given := func(flag string) bool { return slices.Contains(c.LocalFlagNames(), flag) }
+	spec := &t.spec
+	if c.Bool("timing") {
+		t.timing = newTiming()
+	}
+	if given("kernel") && t.kernel == "" {
+		return nil, errors.New("--kernel: the path is empty")
+	}
+	if spec.CPUs < 1 {
+		return nil, fmt.Errorf("--cpus %d: want 1 or more", spec.CPUs)
+	}
+	if given("timeout") && t.timeout <= 0 {
+		return nil, fmt.Errorf("--timeout %s: want a positive duration, such as 90s", t.timeout)
+	}
+	if t.hang != 0 && t.hang < leastHang {
+		return nil, fmt.Errorf("--hang %s: want %s or more, as the agent gives a sign of life each second, or 0", t.hang,
+			leastHang)
+	}
+	if spec.Memory.Size, err = text.ParseSize(c.String("memory"), 1<<20); err != nil {
+		return nil, fmt.Errorf("--memory: %w", err)
+	}
+	host := thisHost()
+	if t.memoryNote, err = checkMemory(spec.Memory, true, host); err != nil {
+		return nil, fmt.Errorf("--memory %s: %w", c.String("memory"), err)
+	}
+	for _, s := range wordsOf(c, "disk") {
+		d, err := disk.Parse(s)
+		if err != nil {
+			return nil, err
+		}
+		spec.Disks = append(spec.Disks, d)
+	}
+	if err := checkThreads(spec.CPUs, spec.RequestQueues(), host); err != nil {
+		return nil, err
+	}
+	for _, e := range t.env {
+		if name, _, _ := strings.Cut(e, "="); name == "" {
+			return nil, fmt.Errorf("--env %q: want NAME or NAME=VALUE", e)
+		}
+	}
+	if t.cwd == "" {
+		if t.cwd, err = os.Getwd(); err != nil {
+			t.cwd = "/"
+		}
+	} else if !filepath.IsAbs(t.cwd) {
+		return nil, fmt.Errorf("--cwd %s: want an absolute path, of a directory in the guest", t.cwd)
+	}
+	if err := t.parseUser(c.String("user")); err != nil {
+		return nil, fmt.Errorf("--user %s: %w", c.String("user"), err)
+	}
+	if s := c.String("rung"); s != "auto" {
+		for _, r := range testrun.Rungs {
+			if r.String() == s {
+				t.rungs = []testrun.Rung{r}
+			}
+		}
+		if t.rungs == nil {
+			names := []string{"auto"}
+			for _, r := range testrun.Rungs {
+				names = append(names, r.String())
+			}
+			return nil, text.OneOfNames("--rung ", s, names)
+		}
+	}
+	terminals := term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd()))
+	if t.tty && !terminals {
+		return nil, errors.New("--tty: standard input and output are no terminal")
+	}
+	t.tty = t.tty || len(t.args) == 0 && terminals
+	t.policy, err = parsePolicy(c)
+	return t, err
+}
+
+// leastHang is the least --hang: some signs of life of the agent.
+const leastHang = 3 * wire.AlivePeriod
+
+// parseUser reads --user.
+func (t *testConfig) parseUser(s string) error {
+	name, group, hasGroup := strings.Cut(s, ":")
+	id := func(s string) (uint32, error) {
+		n, err := strconv.ParseUint(s, 10, 32)
+		if err != nil {
+			return 0, fmt.Errorf("%q: want a number", s)
+		}
+		return uint32(n), nil
+	}
+	u, err := user.Lookup(name)
+	if err != nil {
+		if t.uid, err = id(name); err != nil {
+			return errors.New("is no user of this host; give one, or numbers UID[:GID]")
+		}
+		t.gid = t.uid
+	} else {
+		groups, err := u.GroupIds()
+		if err != nil {
+			return err
+		}
+		for _, s := range groups {
+			g, err := id(s)
+			if err != nil {
+				return err
+			}
+			t.groups = append(t.groups, g)
+		}
+		if t.uid, err = id(u.Uid); err != nil {
+			return err
+		}
+		if t.gid, err = id(u.Gid); err != nil {
+			return err
+		}
+	}
+	if hasGroup {
+		t.groups = nil
+		t.gid, err = id(group)
+		return err
+	}
+	return nil
+}
+
+// say tells of a step with --verbose.
+func (t *testConfig) say(format string, args ...any) {
+	if t.verbose {
+		note(fmt.Sprintf(format, args...))
+	}
+}
+
+// test runs the test, prints the reason of its verdict, and writes the verdict file.
+func (t *testConfig) test() error {
+	var file *os.File
+	var made bool
+	if t.verdict != "" { // a verdict of an earlier run must not be taken for one of a run that dies
+		var err error
+		if file, made, err = openOutput(t.verdict); err == nil {
+			err = fillOutput(file, made, nil)
+		}
+		if err != nil {
+			return endError{exitUntested, fmt.Errorf("--verdict: %w", err)}
+		}
+		defer file.Close()
+	}
+	res := t.run()
+	if t.bisect {
+		res.Bisect()
+	}
+	if file != nil {
+		var b bytes.Buffer
+		err := res.JSON(&b)
+		if err == nil {
+			err = fillOutput(file, false, b.Bytes())
+		}
+		if err != nil {
+			return endError{exitUntested, fmt.Errorf("--verdict: %w", err)}
+		}
+	}
+	t.show(res)
+	t.timing.print()
+	if res.Status == 0 {
+		return nil
+	}
+	return endError{res.Status, errors.New(res.Text)}
+}
+
+// shownLog is the number of lines of the kernel's log on standard error after a fault.
+const shownLog = 40
+
+// show prints what helps to understand a verdict, before its reason.
+func (t *testConfig) show(res *testrun.Result) {
+	print := func(heading string, lines []string) {
+		if len(lines) == 0 {
+			return
+		}
+		s := heading + "\n"
+		for _, line := range lines {
+			s += "  " + text.Printable(line) + "\n"
+		}
+		stderr.say(s)
+	}
+	switch res.Kind {
+	case testrun.Fault:
+		for _, r := range res.Reports {
+			if r.Fails {
+				print(fmt.Sprintf("gvm: the kernel's report (fingerprint %s):", r.Fingerprint), r.Text)
+			}
+		}
+	case testrun.Panic, testrun.Crash, testrun.Ended, testrun.Hang, testrun.Timeout, testrun.NotTested:
+		print("gvm: the end of the kernel's log:", res.Log[max(0, len(res.Log)-shownLog):])
+		print("gvm: the machine:", res.Detail)
+		print("gvm: the kernel's configuration:", res.Missing)
+	}
+}
+
+// run runs the test to its verdict.
+func (t *testConfig) run() *testrun.Result {
+	collect := debug.SetGCPercent(startGC)
+	defer debug.SetGCPercent(collect)
+	spec := &t.spec
+	spec.Begin(takeBegun()) // first, so that KVM works during the rest of the start
+	res := t.runIn(spec)
+	if err := spec.Close(); err != nil && res.Kind == testrun.Exited && res.Status == 0 {
+		return testrun.Untested(err)
+	}
+	return res
+}
+
+func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	signals := &testSignals{stop: stop}
+	defer catchSignals(ctx, signals.take)()
+	if t.memoryNote != "" {
+		note(t.memoryNote)
+	}
+	k, err := t.findTestKernel(ctx)
+	if err != nil {
+		return testrun.Untested(err)
+	}
+	defer k.Close()
+	spec.Kernel = k.Image
+	t.say("the kernel is %s, release %s", k.Image.Name, cmp.Or(k.Release, "unknown"))
+	missing := t.missing(k.Config)
+	for _, s := range missing {
+		note(s)
+	}
+	cmd, res := t.command()
+	if res != nil {
+		return res
+	}
+	initrd, err := t.initramfs(ctx, k, cmd)
+	if err != nil {
+		return testrun.Untested(err)
+	}
+	defer initrd.Close()
+	spec.Initrds = []*boot.File{initrd}
+	spec.Words = []string{"printk.time=1"}
+	spec.Note, spec.Phase, spec.Stamp = note, t.timing.phase, t.timing.stamp
+	spec.KernelCache, spec.Version = boot.CacheDir(), version
+	build, err := wire.BuildID(ownProgram)
+	if err != nil {
+		return testrun.Untested(err)
+	}
+	cfg := testrun.Config{
+		Spec: *spec, Build: build, Rungs: t.rungs, Command: string(cmd.Args[0]),
+		Policy: t.policy, Timeout: t.timeout, Hang: t.hang,
+		Say: func(line string) { note("the agent: " + line) },
+	}
+	if !t.verbose {
+		cfg.Say = nil
+	}
+	cfg.Chosen = func(r testrun.Rung) {
+		switch {
+		case r == testrun.Status:
+			note("the kernel has no way for the command's streams (vsock, a second serial port): " +
+				"only its exit status will be known")
+		default:
+			t.say("the agent said hello by %s", r)
+		}
+	}
+	if t.klog != "" {
+		f, made, err := openOutput(t.klog)
+		if err == nil {
+			err = fillOutput(f, made, nil)
+		}
+		if err != nil {
+			return testrun.Untested(fmt.Errorf("--klog: %w", err))
+		}
+		defer f.Close()
+		cfg.Log = f
+	}
+	closeStreams, err := t.streams(ctx, stop, &cfg)
+	if err != nil {
+		return testrun.Untested(err)
+	}
+	defer closeStreams()
+	run, err := testrun.Start(ctx, cfg)
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			return t.stopped(&testrun.Result{Kind: testrun.Stopped, Cause: cause, Text: cause.Error()})
+		}
+		return testrun.Untested(err)
+	}
+	signals.begin(run)
+	if t.tty {
+		defer followSize(run)()
+	}
+	res = t.stopped(run.Wait())
+	res.Kernel, res.Release = k.Image.Name, k.Release
+	if res.Missing = missing; res.Rung == "" && k.Config.Text == nil { // no early file had it
+		if c, err := k.Embedded(boot.CacheDir()); err == nil {
+			res.Missing = t.missing(c)
+		}
+	}
+	return res
+}
+
+// stopped sets the status of a run that a signal, Ctrl-a x or a failed terminal stopped.
+func (t *testConfig) stopped(res *testrun.Result) *testrun.Result {
+	var end endError
+	switch {
+	case res.Kind != testrun.Stopped:
+	case errors.As(res.Cause, &end):
+		res.Status = end.status
+	case errors.Is(res.Cause, errQuit):
+		res.Status = exitQuit
+	default:
+		return testrun.Untested(res.Cause)
+	}
+	return res
+}
+
+// findTestKernel finds the kernel of the current directory's tree, unless --kernel names one, or
+// else the one that runs on this host.
+func (t *testConfig) findTestKernel(ctx context.Context) (*kernel.Kernel, error) {
+	if t.kernel == "" {
+		image, found, err := kernel.InTree(".")
+		if err != nil {
+			return nil, fmt.Errorf("%w with --kernel", err)
+		}
+		if t.kernel = cmp.Or(image, kernel.Host); found != "" {
+			note(found)
+		}
+	}
+	return kernel.Finder{}.Find(ctx, t.kernel)
+}
+
+// missing describes the options that a configuration lacks for the test.
+func (t *testConfig) missing(c kernel.Config) []string {
+	features := []string{"boot", "console", "test"}
+	if len(t.spec.Disks) > 0 {
+		features = append(features, "disk")
+	}
+	var lacks []string
+	if s := c.Missing(features, false); s != "" {
+		lacks = append(lacks, s)
+	}
+	if c.Text != nil && c.Value("BLK_DEV_INITRD") != "y" {
+		lacks = append(lacks, "lacks CONFIG_BLK_DEV_INITRD (the agent's initramfs)")
+	}
+	for i, s := range lacks {
+		lacks[i] = fmt.Sprintf("the kernel %s; by %s; see gvm help kernel", s, c.From)
+	}
+	return lacks
+}
+
+// passedEnv are the variables of gvm's environment that the command gets; a name that ends with * is
+// a prefix.
+var passedEnv = []string{"TERM", "COLORTERM", "LANG", "LANGUAGE", "LC_*", "TZ", "LD_LIBRARY_PATH"}
+
+// environment returns the command's environment.
+func (t *testConfig) environment(home, name string) (env []string) {
+	set := func(s string) {
+		name, _, _ := strings.Cut(s, "=")
+		env = slices.DeleteFunc(env, func(e string) bool { return strings.HasPrefix(e, name+"=") })
+		env = append(env, s)
+	}
+	set("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	set("HOME=" + home)
+	set("USER=" + name)
+	set("LOGNAME=" + name)
+	set("SHELL=/bin/sh")
+	for _, e := range os.Environ() {
+		name, _, _ := strings.Cut(e, "=")
+		if slices.ContainsFunc(passedEnv, func(p string) bool {
+			prefix, ok := strings.CutSuffix(p, "*")
+			return name == p || ok && strings.HasPrefix(name, prefix)
+		}) {
+			set(e)
+		}
+	}
+	for _, e := range t.env {
+		if strings.Contains(e, "=") {
+			set(e)
+		} else if v, ok := os.LookupEnv(e); ok {
+			set(e + "=" + v)
+		}
+	}
+	return env
+}
+
+// command returns the command file, or the result of a command that this host does not have.
+func (t *testConfig) command() (*wire.Command, *testrun.Result) {
+	args := t.args
+	if len(args) == 0 {
+		args = []string{"sh"}
+		if path, err := exec.LookPath("busybox"); err == nil { // with programs besides the shell's own
+			args = []string{path, "sh"}
+		}
+	}
+	path, err := exec.LookPath(args[0])
+	if err == nil || errors.Is(err, exec.ErrDot) {
+		path, err = filepath.Abs(path)
+	}
+	switch {
+	case errors.Is(err, os.ErrPermission):
+		return nil, testrun.NoCommand(args[0], unix.EACCES)
+	case err != nil:
+		return nil, testrun.NoCommand(args[0], unix.ENOENT)
+	}
+	home, name := "/", "user"
+	if t.uid == 0 {
+		home, name = "/root", "root"
+	}
+	cmd := &wire.Command{Dir: text.Name(t.cwd), UID: t.uid, GID: t.gid, Groups: t.groups, Hostname: "gvm"}
+	cmd.Args = []text.Name{text.Name(path)}
+	for _, a := range args[1:] {
+		cmd.Args = append(cmd.Args, text.Name(a))
+	}
+	for _, e := range t.environment(home, name) {
+		cmd.Env = append(cmd.Env, text.Name(e))
+	}
+	if t.tty {
+		cmd.Terminal = &wire.Terminal{Rows: 24, Columns: 80}
+		if columns, rows, err := term.GetSize(int(os.Stdout.Fd())); err == nil {
+			cmd.Terminal = &wire.Terminal{Rows: uint16(rows), Columns: uint16(columns)}
+		}
+	}
+	return cmd, nil
+}
+
+// ownProgram is gvm itself, which is the agent too.
+const ownProgram = "/proc/self/exe"
+
+// initramfs makes the guest's files: the agent, the command and the files of --file.
+func (t *testConfig) initramfs(ctx context.Context, k *kernel.Kernel, cmd *wire.Command) (_ *boot.File, err error) {
+	b := initramfs.New()
+	defer b.Close()
+	for _, dir := range []string{"/dev", "/proc", "/sys", "/run", "/root", "/etc"} {
+		b.Dir(dir, 0o755)
+	}
+	b.Dir("/tmp", 0o777|os.ModeSticky)
+	b.Dir(t.cwd, 0o755)
+	if err := b.HostFile(ctx, "/init", ownProgram); err != nil {
+		return nil, err
+	}
+	for _, path := range append([]string{string(cmd.Args[0])}, t.files...) {
+		if err := t.addFile(ctx, b, path); err != nil {
+			return nil, err
+		}
+	}
+	if cmd.Modules, err = t.addModules(ctx, b, k); err != nil {
+		return nil, err
+	}
+	file, err := cmd.Encode()
+	if err != nil {
+		return nil, err
+	}
+	b.File(wire.CommandFile, 0o644, file)
+	return b.Image()
+}
+
+// Modules for the way to the agent and to tell of a panic, which a guest can do without, and for
+// disks.
+var (
+	helpfulModules = []string{"virtio_pci", "vmw_vsock_virtio_transport", "pvpanic_mmio"}
+	diskModules    = []string{"virtio_pci", "virtio_scsi", "sd_mod"}
+)
+
+// addModules gives the guest the modules that it needs and the kernel does not have built in, and
+// returns their names in the order to load.
+func (t *testConfig) addModules(ctx context.Context, b *initramfs.Builder, k *kernel.Kernel) ([]text.Name, error) {
+	wanted := helpfulModules
+	if len(t.spec.Disks) > 0 {
+		wanted = append(slices.Clone(diskModules), wanted...)
+	}
+	modules, err := initramfs.Modules(ctx, k, wanted...)
+	if missing := (*initramfs.MissingError)(nil); errors.As(err, &missing) {
+		t.say("%v", err)
+		if i := slices.IndexFunc(missing.Modules, func(m initramfs.Missing) bool {
+			return len(t.spec.Disks) > 0 && slices.Contains(diskModules, m.Name)
+		}); i >= 0 {
+			return nil, err
+		}
+	} else if err != nil {
+		return nil, err
+	}
+	var names []text.Name
+	for _, name := range b.AddModules(modules) {
+		names = append(names, text.Name(name))
+	}
+	return names, nil
+}
+
+// addFile gives the guest a file of the host at its own path: a program with its libraries, or a
+// directory with all that is in it.
+func (t *testConfig) addFile(ctx context.Context, b *initramfs.Builder, path string) error {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return err
+	}
+	st, err := os.Stat(path)
+	switch {
+	case err == nil && st.IsDir():
+		return addDirectory(ctx, b, path)
+	case err == nil && st.Mode().IsRegular() && st.Mode()&0o111 != 0:
+		host := initramfs.Host{Path: os.Getenv("PATH"), LibraryPath: os.Getenv("LD_LIBRARY_PATH")}
+		entries, err := host.Closure(ctx, path)
+		b.Add(entries...)
+		return err
+	}
+	return b.HostFile(ctx, path, path)
+}
+
+// addDirectory gives the guest a directory with all directories, regular files and symbolic links in
+// it.
+func addDirectory(ctx context.Context, b *initramfs.Builder, dir string) error {
+	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+		case ctx.Err() != nil:
+			err = context.Cause(ctx)
+		case d.IsDir():
+			b.Dir(path, 0o755)
+		case d.Type() == fs.ModeSymlink:
+			var target string
+			if target, err = os.Readlink(path); err == nil {
+				b.Symlink(path, target)
+			}
+		case d.Type().IsRegular():
+			err = b.HostFile(ctx, path, path)
+		}
+		return err
+	})
+}
+
+// streams connects the command's streams: those of gvm, or its terminal. The returned function
+// restores the terminal.
+func (t *testConfig) streams(ctx context.Context, stop func(error), cfg *testrun.Config) (func(), error) {
+	if !t.tty {
+		wake, err := eventfd.New()
+		if err != nil {
+			return nil, err
+		}
+		in := &input{file: os.Stdin, wake: wake}
+		cfg.Stdin, cfg.Stdout, cfg.Stderr = in, os.Stdout, os.Stderr
+		return in.close, nil
+	}
+	terminal := newTerminal(stop)
+	r, w := io.Pipe()
+	cfg.Stdin, cfg.Stdout, cfg.Stderr = r, terminal, terminal
+	cfg.Spec.Ready = func(ending context.Context) error {
+		if err := terminal.open(ending); err != nil {
+			return err
+		}
+		terminal.Connect(keyboard{w})
+		return nil
+	}
+	return func() {
+		_ = r.Close()
+		if err := terminal.close(); err != nil {
+			note(err.Error())
+		}
+	}, nil
+}
+
+// keyboard is the command's terminal as the destination of keys.
+type keyboard struct{ io.Writer }
+
+// Break does nothing: the command's terminal is no serial line.
+func (keyboard) Break() error { return nil }
+
+// input is gvm's standard input, whose Read ends with the run.
+type input struct {
+	file *os.File
+	mu   sync.Mutex // held while Read uses wake
+	wake *eventfd.FD
+	once sync.Once
+}
+
+// Read reads input. A terminal that another job has reads as ended.
+func (in *input) Read(p []byte) (int, error) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	for in.wake != nil {
+		fds := []unix.PollFd{{Fd: int32(in.file.Fd()), Events: unix.POLLIN},
+			{Fd: int32(in.wake.Fd()), Events: unix.POLLIN}}
+		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
+			return 0, err
+		}
+		if fds[1].Revents != 0 {
+			break
+		}
+		if fds[0].Revents == 0 {
+			continue
+		}
+		n, err := unix.Read(int(in.file.Fd()), p)
+		switch {
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+			continue
+		case err != nil:
+			return 0, err
+		case n == 0:
+			return 0, io.EOF
+		}
+		return n, nil
+	}
+	return 0, os.ErrClosed
+}
+
+// close ends a Read.
+func (in *input) close() {
+	in.once.Do(func() {
+		_ = in.wake.Signal() // of an eventfd that is open
+		in.mu.Lock()
+		defer in.mu.Unlock()
+		_ = in.wake.Close()
+		in.wake = nil
+	})
+}
+
+// signalPatience is how long a command may take to end by a signal that gvm passes on.
+const signalPatience = 800 * time.Millisecond
+
+// testSignals passes signals on to the command, and ends the machine.
+type testSignals struct {
+	stop func(error)
+
+	mu   sync.Mutex
+	run  *testrun.Run // nil: not begun
+	past bool         // a signal came
+}
+
+func (s *testSignals) begin(run *testrun.Run) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.run = run
+}
+
+// take passes the first signal on, if the agent is there, and ends the machine at the second.
+func (s *testSignals) take(cause error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var end endError
+	first := !s.past
+	if s.past = true; first && s.run != nil && errors.As(cause, &end) && s.run.Signal(end.status-128) {
+		time.AfterFunc(signalPatience, panics.Func(func() { s.stop(cause) }))
+		return
+	}
+	s.stop(cause)
+}
+
+// followSize gives the command's terminal each new size of this one, until the returned function is
+// called.
+func followSize(run *testrun.Run) (stop func()) {
+	changed := make(chan os.Signal, 1)
+	signal.Notify(changed, unix.SIGWINCH)
+	var watcher sync.WaitGroup
+	watcher.Go(panics.Func(func() {
+		for range changed {
+			if columns, rows, err := term.GetSize(int(os.Stdout.Fd())); err == nil {
+				run.Winsize(uint16(rows), uint16(columns))
+			}
+		}
+	}))
+	return func() {
+		signal.Stop(changed)
+		close(changed)
+		watcher.Wait()
+	}
+}

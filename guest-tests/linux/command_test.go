@@ -1,0 +1,183 @@
+package linux
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"gvm/guest-tests/lab"
+)
+
+// tested is a gvm test that has ended.
+type tested struct {
+	status int
+	stdout []byte
+	stderr string
+}
+
+// testOn runs gvm test on a kernel. A nil stdin is an input at its end.
+func testOn(t testing.TB, k *lab.Kernel, stdin io.Reader, args ...string) tested {
+	t.Helper()
+	return startTest(t, k, stdin, args...).waitTest()
+}
+
+func startTest(t testing.TB, k *lab.Kernel, stdin io.Reader, args ...string) *process {
+	t.Helper()
+	return start(t, stdin, append([]string{"test", "-k", k.BZImage}, args...)...)
+}
+
+// waitTest returns how a gvm test ended.
+func (p *process) waitTest() tested {
+	p.t.Helper()
+	r := p.wait()
+	return tested{r.status, p.raw.Bytes(), r.stderr}
+}
+
+// want fails the test unless gvm test ended with the status and printed stdout alone.
+func (r tested) want(t testing.TB, status int, stdout string, stderr ...string) {
+	t.Helper()
+	ok := r.status == status && string(r.stdout) == stdout
+	for _, s := range stderr {
+		ok = ok && strings.Contains(r.stderr, s)
+	}
+	if !ok {
+		t.Fatalf("exit status %d, want %d; %d bytes of output %.200q, want %.200q; standard error, want %q:\n%s",
+			r.status, status, len(r.stdout), r.stdout, stdout, stderr, r.stderr)
+	}
+}
+
+// busybox returns the path of this machine's busybox, which is static.
+func busybox(t testing.TB) string {
+	t.Helper()
+	path, err := exec.LookPath("busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// TestCommand: gvm test prints what the command prints and nothing else, and ends as it does.
+func TestCommand(t *testing.T) {
+	l, bb := theLab(t), busybox(t)
+	for _, name := range []string{"cloud", "6.12"} {
+		k := kernel(t, name)
+		t.Run(name, func(t *testing.T) {
+			r := testOn(t, k, nil, "-v", "--", bb, "uname", "-r")
+			r.want(t, 0, k.Release+"\n", "the agent said hello by ")
+		})
+	}
+	t.Run("status", func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "verdict.json")
+		testOn(t, l.Cloud, nil, "--verdict", file, "--", bb, "sh", "-c", "exit 7").want(t, 7, "")
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var v map[string]any
+		if err := json.Unmarshal(b, &v); err != nil || v["kind"] != "exited" || v["status"] != 7.0 ||
+			v["release"] != l.Cloud.Release {
+			t.Errorf("%v\n%s", err, b)
+		}
+	})
+	t.Run("signal", func(t *testing.T) {
+		testOn(t, l.Cloud, nil, "--", bb, "sh", "-c", "kill -9 $$").want(t, 137, "",
+			"gvm: the command was ended by SIGKILL\n")
+	})
+	t.Run("missing", func(t *testing.T) {
+		testOn(t, l.Cloud, nil, "--", "/no/such/program").want(t, 127, "", "/no/such/program: no such file")
+	})
+}
+
+// rungs are the ways to the agent that carry streams.
+var rungs = []string{"vsock", "com2"}
+
+// TestRungs: each way to the agent carries every byte in both directions, keeps standard error apart
+// and shows the end of the input. One boot tells all of it.
+func TestRungs(t *testing.T) {
+	k, bb := theLab(t).Cloud, busybox(t)
+	for _, rung := range rungs {
+		t.Run(rung, func(t *testing.T) {
+			n := 64 << 20
+			if rung == "com2" { // an exit of the CPU for each byte
+				n = 64 << 10
+			}
+			in := content(t.Name(), n)
+			var out bytes.Buffer
+			fmt.Fprintf(&out, "%s", in)
+			fmt.Fprintf(&out, "%d\n%s\n0\nab c\n", n, t.TempDir())
+			r := testOn(t, k, bytes.NewReader(in), "--rung", rung, "--cwd", t.TempDir(), "--env", "A=ab c", "-v", "--",
+				bb, "sh", "-c", `tee /tmp/in; wc -c </tmp/in; pwd; id -u; echo "$A"; echo "to stderr" >&2; exit 3`)
+			r.want(t, 3, out.String(), "the agent said hello by "+rung+"\n", "\nto stderr\n")
+		})
+	}
+	t.Run("status", func(t *testing.T) {
+		testOn(t, k, nil, "--rung", "status", "--", bb, "sh", "-c", "exit 9").want(t, 9, "",
+			"only its exit status will be known")
+	})
+}
+
+// TestFaults: a fault of the guest's kernel is no end of the command.
+func TestFaults(t *testing.T) {
+	k, bb := theLab(t).Cloud, busybox(t)
+	for _, c := range []struct {
+		name, script string
+		args         []string
+		status       int
+		stderr       string
+	}{
+		{"panic", "echo c >/proc/sysrq-trigger", nil, 120,
+			"gvm: guest panic: Kernel panic - not syncing: sysrq triggered crash"},
+		{"a fault that it outlives", "echo '<3>BUG: made up' >/dev/kmsg; exit 4", []string{"-a", "printk.time=0"}, 120,
+			"gvm: the guest's kernel reported bug: BUG: made up (fingerprint "},
+		{"a fault that does not count", "echo '<3>BUG: made up' >/dev/kmsg; exit 4",
+			[]string{"-a", "printk.time=0", "--oops=ignore"}, 4, ""},
+		{"power-off", "poweroff -f; sleep 100", nil, 121, "gvm: the guest powered off before the command ended"},
+		// The only CPU stays in the kernel: nothing else runs.
+		{"hang", "echo -1 >/proc/sys/kernel/sched_rt_runtime_us; chrt -f 99 sh -c 'while :; do :; done'",
+			[]string{"--hang", "10s"}, 122,
+			"gvm: the guest hangs: no progress for 10s"},
+		{"timeout", "sleep 1000", []string{"--timeout", "30s"}, 124, "gvm: the timeout of 30s elapsed"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			testOn(t, k, nil, append(c.args, "--", bb, "sh", "-c", c.script)...).want(t, c.status, "", c.stderr)
+		})
+	}
+}
+
+// TestUntested: a run that cannot test has status 125.
+func TestUntested(t *testing.T) {
+	bb := busybox(t)
+	broken := filepath.Join(t.TempDir(), "bzImage")
+	if err := os.WriteFile(broken, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"-k", broken}, {"-k", "/no/kernel"}, {"--no-such-flag"}, {"--hang", "1ms"}} {
+		r := gvm(t, append(append([]string{"test"}, args...), "--", bb, "true")...)
+		r.wantStatus(t, 125)
+		if strings.Count(r.stderr, "\n") != 1 {
+			t.Errorf("%v: standard error %q, want one line", args, r.stderr)
+		}
+	}
+}
+
+// TestTestSignals: a signal reaches the command, which may end by it in its own way; a command that
+// ignores it is ended.
+func TestTestSignals(t *testing.T) {
+	k, bb := theLab(t).Cloud, busybox(t)
+	for _, c := range []struct {
+		trap   string
+		status int
+	}{{"trap 'exit 9' INT", 9}, {"trap '' INT", 130}} {
+		p := startTest(t, k, nil, "--", bb, "sh", "-c", c.trap+"; echo ready; while :; do sleep 0.1; done")
+		p.waitFor("ready")
+		p.signal(syscall.SIGINT)
+		p.waitTest().want(t, c.status, "ready\n")
+	}
+}
