@@ -59,6 +59,7 @@ var may = []struct{ pkg, imports string }{
 	{"guest/kernel", "vmm/boot kvmapi/nowait text"},
 	{"guest/agent/wire", "text"},
 	{"guest/agent", "guest/agent/wire devices/statusport text"},
+	{"guest/initramfs/initramfstest", ""},
 	{"guest/initramfs", "guest/kernel vmm/boot kvmapi/nowait text"},
 	{"guest/bootinit", ""},
 	{"guest/diskload", ""},

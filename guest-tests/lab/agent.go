@@ -23,7 +23,6 @@ type job struct {
 	Args    []string
 	Env     []string
 	Dir     string
-	Modules []module // of L1, in the order of their dependencies
 	Mounts  []share
 	Visible []string // host paths under /tmp that stay visible below the tmpfs
 	Stdin   bool
@@ -120,7 +119,7 @@ func (a *agent) run() error {
 			return err
 		}
 	}
-	if err := loadModules(a.job.Modules); err != nil {
+	if err := loadModules(); err != nil {
 		return err
 	}
 	if a.job.Huge {
@@ -224,17 +223,21 @@ func (a *agent) mounts() error {
 	return nil
 }
 
-// loadModules inserts modules in the order given.
-func loadModules(mods []module) error {
-	for _, m := range mods {
-		b, err := os.ReadFile(inL1(m))
+// loadModules inserts the modules of the initramfs.
+func loadModules() error {
+	paths, err := filepath.Glob("/modules/*.ko") // sorted
+	if err != nil {
+		return err
+	}
+	for _, path := range paths {
+		b, err := os.ReadFile(path)
 		if err != nil {
 			return err
 		}
 		if err := unix.InitModule(b, ""); err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("load module %s: %w", m.Name, err)
+			return fmt.Errorf("load module %s: %w", path, err)
 		}
-		os.Remove(inL1(m))
+		os.Remove(path)
 	}
 	return nil
 }

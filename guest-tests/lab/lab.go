@@ -157,6 +157,3 @@ func hash(s string) string {
 	h := sha256.Sum256([]byte(s))
 	return hex.EncodeToString(h[:6])
 }
-
-// inL1 returns the path of a module's file in L1's initramfs.
-func inL1(m module) string { return "/modules/" + m.Name + ".ko" }

@@ -326,3 +326,7 @@ func KVM() (bool, string) {
 	f.Close()
 	return true, "/dev/kvm is there"
 }
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }

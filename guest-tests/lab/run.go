@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"gvm/guest/initramfs"
 )
 
 // Command is a program to run in L1. Every path means the same there as here: L1's root is this
@@ -107,7 +109,7 @@ func (l *Lab) try(ctx context.Context, c Command) (int, error) {
 		return 0, fmt.Errorf("lab: %w", err)
 	}
 	defer restore()
-	initrd, err := l.initrd(&c, j)
+	initrd, err := l.initrd(ctx, &c, j)
 	if err != nil {
 		return 0, fmt.Errorf("lab: pack the initramfs: %w", err)
 	}
@@ -188,9 +190,6 @@ func (l *Lab) job(c *Command) (*job, error) {
 	slices.Sort(j.Visible)
 	// Paths inside a visible directory are visible with it.
 	j.Visible = slices.CompactFunc(j.Visible, func(a, b string) bool { return within(a, b) || within(b, a) })
-	if j.Modules, err = c.Kernel.modules(slices.Concat(l1Modules, c.Modules)); err != nil {
-		return nil, err
-	}
 	return j, nil
 }
 
@@ -202,27 +201,22 @@ func within(p, dir string) bool {
 
 // initrd returns L1's initramfs as an unnamed file: an archive of modules from the cache, and one
 // with the agent and its job.
-func (l *Lab) initrd(c *Command, j *job) (*os.File, error) {
-	t := make(tree)
+func (l *Lab) initrd(ctx context.Context, c *Command, j *job) (*os.File, error) {
 	text, err := json.Marshal(j)
 	if err != nil {
 		return nil, err
 	}
-	t.file("lab.json", 0o644, text)
-	const self = "/proc/self/exe"
-	if err := t.copyFile("init", self); err != nil {
-		return nil, err
-	}
-	libs, err := libraries("", self) // the race detector needs some
+	b := initramfs.New()
+	defer b.Close()
+	b.File("lab.json", 0o644, text)
+	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	for guest, host := range libs {
-		if err := t.copyFile(guest, host); err != nil {
-			return nil, err
-		}
+	if err := program(ctx, b, "/", self, "/init"); err != nil { // the race detector needs libraries
+		return nil, err
 	}
-	mods, err := l.moduleArchive(c.Kernel, j.Modules)
+	mods, err := l.moduleArchive(ctx, c.Kernel, slices.Concat(l1Modules, c.Modules))
 	if err != nil {
 		return nil, err
 	}
@@ -232,7 +226,7 @@ func (l *Lab) initrd(c *Command, j *job) (*os.File, error) {
 		return nil, err
 	}
 	if _, err = io.Copy(f, mods); err == nil {
-		err = t.writeTo(f)
+		err = copyImage(f, b)
 	}
 	if err != nil {
 		f.Close()
@@ -241,22 +235,17 @@ func (l *Lab) initrd(c *Command, j *job) (*os.File, error) {
 	return f, nil
 }
 
-// moduleArchive opens the archive of these modules in the cache, and makes it if it is missing. The
-// name depends on the content.
-func (l *Lab) moduleArchive(k *Kernel, mods []module) (*os.File, error) {
-	name := filepath.Join(l.Cache, fmt.Sprintf("l1-%s-%s.cpio", k.Release, hash(fmt.Sprint(k.VMLinux, mods))))
+// moduleArchive opens the archive of these modules in the cache, and makes it if it is missing.
+func (l *Lab) moduleArchive(ctx context.Context, k *Kernel, names []string) (*os.File, error) {
+	name := filepath.Join(l.Cache, fmt.Sprintf("l1-%s-%s.cpio", k.Release, hash(fmt.Sprint(k.VMLinux, names))))
 	if f, err := os.Open(name); err == nil {
 		return f, nil
 	}
-	t := make(tree)
-	for _, m := range mods {
-		b, err := readModule(filepath.Join(k.Modules, m.Path))
-		if err != nil {
-			return nil, err
-		}
-		t.file(inL1(m), 0o644, b)
+	b := initramfs.New()
+	if err := k.modules(ctx, b, names); err != nil {
+		return nil, err
 	}
-	if err := t.writeFile(name); err != nil {
+	if err := writeImage(b, name); err != nil {
 		return nil, err
 	}
 	return os.Open(name)
