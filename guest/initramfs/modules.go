@@ -71,37 +71,62 @@ func (e *MissingError) Error() string {
 // the error is a *MissingError, and the others are returned with it. Modules of soft dependencies
 // are returned if there are any. Other errors are *boot.ImageError, or the cause of ctx.
 //
-// A package is read to its end, which takes seconds for a large one.
+// A package is read to its end, which takes seconds for a large one, unless k.Cache has its modules.
 func Modules(ctx context.Context, k *kernel.Kernel, names ...string) ([]Module, error) {
-	t, err := openTree(ctx, k, names)
+	path, err := cachePath(ctx, k, names)
 	if err != nil {
 		return nil, err
 	}
+	var modules []Module
+	var missing []string
+	cached := false
+	if path != "" {
+		modules, missing, cached = load(boot.Cached(path))
+	}
+	if !cached {
+		if modules, missing, err = readModules(ctx, k, names); err != nil {
+			return nil, err
+		}
+		if path != "" {
+			store(path, modules, missing)
+		}
+	}
+	lacks := &MissingError{Kernel: k}
+	for _, name := range missing {
+		if option, value := optionOf(k.Config, name); value != "y" {
+			lacks.Modules = append(lacks.Modules, Missing{name, option, value})
+		}
+	}
+	if lacks.Modules != nil {
+		return modules, lacks
+	}
+	return modules, nil
+}
+
+// readModules reads modules. Names of missing are neither modules nor in modules.builtin.
+func readModules(ctx context.Context, k *kernel.Kernel, names []string) (_ []Module, missing []string, err error) {
+	t, err := openTree(ctx, k, names)
+	if err != nil {
+		return nil, nil, err
+	}
 	defer t.close()
 	r := &resolver{tree: t, state: map[string]int{}}
-	missing := &MissingError{Kernel: k}
 	for _, name := range names {
 		found, err := t.find(spelling(name), true)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if found == nil && !t.builtIn(spelling(name)) {
-			option, value := optionOf(k.Config, name)
-			if value != "y" {
-				missing.Modules = append(missing.Modules, Missing{name, option, value})
-			}
+			missing = append(missing, name)
 		}
 		for _, name := range found {
 			if err := r.load(name, nil); err != nil {
-				return nil, err
+				return nil, nil, err
 			}
 		}
 	}
 	modules, err := t.read(r.order)
-	if err == nil && missing.Modules != nil {
-		err = missing
-	}
-	return modules, err
+	return modules, missing, err
 }
 
 // optionOf returns the option that makes a module, and its value; "" if unknown.

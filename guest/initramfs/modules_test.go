@@ -15,31 +15,16 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cespare/xxhash/v2"
 	"github.com/ulikunitz/xz"
 	"golang.org/x/sys/unix"
 
+	"gvm/guest/initramfs/initramfstest"
 	"gvm/guest/kernel"
 	"gvm/vmm/boot"
 )
 
-// makeModule returns an ELF file with the words as its section .modinfo, and a signature behind it.
-func makeModule(words ...string) string {
-	info := []byte(strings.Join(words, "\x00") + "\x00")
-	names := []byte("\x00.modinfo\x00.shstrtab\x00")
-	h := elf.Header64{Type: uint16(elf.ET_REL), Machine: uint16(elf.EM_X86_64), Version: 1, Ehsize: 64, Shentsize: 64,
-		Shnum: 3, Shstrndx: 2, Shoff: uint64(64 + len(info) + len(names))}
-	copy(h.Ident[:], "\x7fELF\x02\x01\x01")
-	var b bytes.Buffer
-	for _, v := range []any{h, info, names, elf.Section64{},
-		elf.Section64{Name: 1, Type: uint32(elf.SHT_PROGBITS), Off: 64, Size: uint64(len(info))},
-		elf.Section64{Name: 10, Type: uint32(elf.SHT_STRTAB), Off: uint64(64 + len(info)), Size: uint64(len(names))},
-		[]byte("~Module signature appended~\n")} {
-		if err := binary.Write(&b, binary.LittleEndian, v); err != nil {
-			panic(err)
-		}
-	}
-	return b.String()
-}
+func makeModule(words ...string) string { return string(initramfstest.Module(words...)) }
 
 func gzipped(s string) string {
 	var out bytes.Buffer
@@ -268,6 +253,61 @@ func TestMissing(t *testing.T) {
 	}
 }
 
+// TestCache takes the modules of a package out of the cache: even if the package can no longer be
+// read, but not if it, or the list of names, is another one.
+func TestCache(t *testing.T) {
+	k := kernels(t)["packed"]
+	k.Cache = t.TempDir()
+	k.Config.Text = []byte("\nCONFIG_TTY_CORE=y\n# CONFIG_FUSE_FS is not set\n")
+	read := func(names ...string) string {
+		mods, err := Modules(t.Context(), k, names...)
+		var s []string
+		for _, m := range mods {
+			s = append(s, fmt.Sprintf("%s %s %x", m.Name, m.Path, xxhash.Sum64(m.Data)))
+		}
+		return fmt.Sprint(s, err)
+	}
+	files := func() int { return len(must(os.ReadDir(k.Cache))) }
+	first := read("virtio-pci", "tty_core", "fuse", "ext4")
+	if !strings.Contains(first, "CONFIG_FUSE_FS=n") || !strings.Contains(first, "virtio_pci kernel/") || files() != 1 {
+		t.Fatalf("%s, %d files", first, files())
+	}
+	path := filepath.Join(k.Cache, must(os.ReadDir(k.Cache))[0].Name())
+	data := must(os.ReadFile(path))
+	mods, missing, ok := load(boot.Cached(path))
+	if !ok || len(missing) != 1 {
+		t.Fatalf("%v, %v, %v", mods, missing, ok)
+	}
+	mods[0].Data[7] ^= 1 // a mark of the cache
+	store(path, mods, missing)
+	second := read("virtio-pci", "tty_core", "fuse", "ext4")
+	if second == first || len(second) != len(first) {
+		t.Errorf("%s, and then %s", first, second)
+	}
+	if err := os.WriteFile(path, data[:len(data)-1], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := read("virtio-pci", "tty_core", "fuse", "ext4"); got != first {
+		t.Errorf("with a damaged cache %s, want %s", got, first)
+	}
+	if got := read("virtio-pci"); strings.Contains(got, "ext4") || files() != 2 {
+		t.Errorf("%s, %d files", got, files())
+	}
+	if err := os.WriteFile(k.Modules.Path, append(must(os.ReadFile(k.Modules.Path)), "\n"...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := read("virtio-pci"); strings.Contains(got, "ext4") || files() != 3 {
+		t.Errorf("with another package %s, %d files", got, files())
+	}
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
 // TestHostileTree: nothing outside of a tree is read, and nothing in it holds gvm up.
 func TestHostileTree(t *testing.T) {
 	dir := t.TempDir()
@@ -333,6 +373,19 @@ func FuzzListed(f *testing.F) {
 		for _, path := range listed(text) {
 			if !filepath.IsLocal(path) || strings.Contains(moduleName(path), "/") {
 				t.Errorf("%q", path)
+			}
+		}
+	})
+}
+
+// FuzzLoad reads arbitrary files of the cache.
+func FuzzLoad(f *testing.F) {
+	f.Add([]byte(`{"Modules":[{"Name":"a","Path":"b","Size":3}],"Missing":["c"]}` + "\nabc"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		modules, _, ok := load(b)
+		for _, m := range modules {
+			if ok && len(m.Data) > len(b) {
+				t.Errorf("%+v", m)
 			}
 		}
 	})

@@ -29,6 +29,7 @@ type Kernel struct {
 	Release string // as uname -r shows it in the guest; "": unknown
 	Modules Modules
 	Config  Config // from a file or a package; Embedded reads that of the image
+	Cache   string // of the Finder
 }
 
 // Modules tells where the modules of a kernel are.
@@ -63,6 +64,7 @@ const Host = "host"
 type Finder struct {
 	Root    string // where boot, lib and proc are; "" is /
 	Running string // the release of the kernel that runs; "" asks the kernel
+	Cache   string // a directory for data out of packages, as boot.CacheDir returns; "": none
 }
 
 // Find finds the kernel that a user calls name, which is one of:
@@ -97,6 +99,7 @@ func (f Finder) Find(ctx context.Context, name string) (*Kernel, error) {
 		file.Close()
 		return nil, err
 	}
+	k.Cache = f.Cache
 	if running && k.Config.Text == nil {
 		k.Config = readConfig(filepath.Join(f.root(), "proc/config.gz"))
 	}

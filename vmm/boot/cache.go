@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/binary"
 	"fmt"
@@ -17,16 +18,18 @@ import (
 	"gvm/kvmapi/nowait"
 )
 
-// The cache holds decompressed kernels: files named by the hash and size of the payload, each the
-// ELF file followed by a footer. The footer's checksum detects damaged files. Both hashes are
+// The cache holds decompressed kernels, and modules from packages: files named by the hash and size
+// of their source, each followed by a footer. The footer's checksum detects damaged files. Both hashes are
 // XXH64, because a boot waits for them and they are no protection: a user who can write to the
 // cache can boot any kernel. No failure of the cache is an error: the kernel is then decompressed.
 const (
 	cacheLimit  = 512 << 20 // bytes of kernels to keep, the latest used ones
 	cacheSuffix = ".vmlinux"
-	cacheTemp   = ".tmp"
-	footerSize  = 8 + 8 + 8
-	footerMagic = "gvmELF02"
+	// ModulesSuffix ends the names of files that package initramfs keeps in the cache.
+	ModulesSuffix = ".modules"
+	cacheTemp     = ".tmp"
+	footerSize    = 8 + 8 + 8
+	footerMagic   = "gvmELF02"
 )
 
 // CacheDir returns the directory of a user's decompressed kernels, $XDG_CACHE_HOME/gvm/kernels, or
@@ -39,18 +42,19 @@ func CacheDir() string {
 	return filepath.Join(dir, "gvm", "kernels")
 }
 
-// cachePath returns the file for a payload's kernel.
-func cachePath(dir string, payload *File) (string, error) {
+// CachePath returns the path in the cache directory of a file that is made from another. Its name
+// ends in suffix.
+func CachePath(dir string, from *File, suffix string) (string, error) {
 	h := xxhash.New()
 	buf := make([]byte, 256<<10)
-	for off := int64(0); off < payload.Size; off += int64(len(buf)) {
-		buf = buf[:min(int64(len(buf)), payload.Size-off)]
-		if err := payload.ReadFull(buf, off); err != nil {
+	for off := int64(0); off < from.Size; off += int64(len(buf)) {
+		buf = buf[:min(int64(len(buf)), from.Size-off)]
+		if err := from.ReadFull(buf, off); err != nil {
 			return "", err
 		}
 		_, _ = h.Write(buf)
 	}
-	return filepath.Join(dir, fmt.Sprintf("%016x-%x%s", h.Sum64(), payload.Size, cacheSuffix)), nil
+	return filepath.Join(dir, fmt.Sprintf("%016x-%x%s", h.Sum64(), from.Size, suffix)), nil
 }
 
 // footer is the end of a cache file: magic, size of the ELF file, XXH64 of it.
@@ -84,8 +88,18 @@ func cached(path string) (image, mapping []byte) {
 	return image, mapping
 }
 
-// store puts a kernel into the cache, whole or not at all.
-func store(path string, image []byte) {
+// Cached returns the contents of a file that Store put into the cache, or nil.
+func Cached(path string) []byte {
+	data, mapping := cached(path)
+	if data == nil {
+		return nil
+	}
+	defer unix.Munmap(mapping)
+	return bytes.Clone(data)
+}
+
+// Store puts a file into the cache, whole or not at all.
+func Store(path string, image []byte) {
 	dir := filepath.Dir(path)
 	if os.MkdirAll(dir, 0o700) != nil {
 		return
@@ -121,7 +135,7 @@ func prune(dir string, limit int64) {
 		st, err := e.Info()
 		switch {
 		case err != nil:
-		case strings.HasSuffix(e.Name(), cacheSuffix):
+		case strings.HasSuffix(e.Name(), cacheSuffix), strings.HasSuffix(e.Name(), ModulesSuffix):
 			kernels = append(kernels, st)
 		case strings.HasSuffix(e.Name(), cacheTemp) && time.Since(st.ModTime()) > time.Hour:
 			_ = os.Remove(filepath.Join(dir, e.Name()))

@@ -125,7 +125,7 @@ func TestPrune(t *testing.T) {
 	dir := t.TempDir()
 	now := time.Now()
 	for name, age := range map[string]time.Duration{
-		"a.vmlinux": 3 * time.Hour, "b.vmlinux": time.Hour, "c.vmlinux": 2 * time.Hour,
+		"a.vmlinux": 3 * time.Hour, "b.vmlinux": time.Hour, "c.modules": 2 * time.Hour,
 		"old.tmp": 2 * time.Hour, "new.tmp": time.Minute, "other": 9 * time.Hour,
 	} {
 		path := filepath.Join(dir, name)
@@ -144,7 +144,7 @@ func TestPrune(t *testing.T) {
 		return s
 	}
 	prune(dir, 200)
-	if got := left(); got != "b.vmlinux c.vmlinux new.tmp other " {
+	if got := left(); got != "b.vmlinux c.modules new.tmp other " {
 		t.Errorf("left %s", got)
 	}
 	prune(dir, 50)

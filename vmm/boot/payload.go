@@ -101,7 +101,8 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 	path := ""
 	if cache != "" {
 		var err error
-		if path, err = cachePath(cache, &File{im.Name, io.NewSectionReader(im.File, base+off, size), size}); err != nil {
+		payload := &File{im.Name, io.NewSectionReader(im.File, base+off, size), size}
+		if path, err = CachePath(cache, payload, cacheSuffix); err != nil {
 			return nil, err
 		}
 		v.image, v.mapping = cached(path)
@@ -140,7 +141,7 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 		trimmed := trim(v.image)
 		k, err := parseELF(im.Name, bytes.NewReader(trimmed), int64(len(trimmed)))
 		if err == nil && k.entry == whole.entry && k.pvh == whole.pvh { // neither was in the trimmed part
-			store(path, trimmed)
+			Store(path, trimmed)
 		}
 	}
 	return v, nil
