@@ -43,6 +43,7 @@ type Worker struct {
 	poll       spin
 	clock      time.Duration // inspect.Clock as the thread last read it
 	chains     uint          // that the thread has handed out
+	turn       turn
 
 	mu       sync.Mutex // guards what follows; the handler runs without it
 	q        *virtq.Queue
@@ -71,6 +72,7 @@ func newWorker(a Activation, i int, poll time.Duration, handle Handler) (*Worker
 		landed: make(chan struct{}, 1),
 		done:   make(chan struct{}),
 		poll:   newSpin(poll),
+		turn:   turn{yield: reschedule},
 		q:      q,
 	}, nil
 }
@@ -107,6 +109,7 @@ func (w *Worker) serve() error {
 			return nil
 		}
 		start := inspect.Clock()
+		w.turn.at(start)
 		if _, err := w.kick.Wait(); err != nil {
 			return err
 		}
