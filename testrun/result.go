@@ -113,6 +113,11 @@ type CommandEnd struct {
 
 // JSON writes the verdict file.
 func (r *Result) JSON(w io.Writer) error {
+	for _, list := range []*[]string{&r.Missing, &r.Log, &r.Detail} {
+		if *list == nil {
+			*list = []string{} // not null
+		}
+	}
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false)

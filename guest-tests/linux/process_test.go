@@ -167,7 +167,9 @@ func gvm(t testing.TB, args ...string) result {
 func (r result) fatalf(t testing.TB, format string, args ...any) {
 	t.Helper()
 	t.Errorf(format, args...)
-	t.Fatalf("exit status %d\nconsole:\n%s\nstandard error:\n%s", r.status, r.console, r.stderr)
+	const most = 64 << 10 // of a console
+	t.Fatalf("exit status %d\nconsole:\n%s\nstandard error:\n%s", r.status, r.console[max(0, len(r.console)-most):],
+		r.stderr)
 }
 
 // wantStatus fails the test unless gvm ended with status.

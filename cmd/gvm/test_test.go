@@ -1,0 +1,168 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"gvm/guest/embedded"
+)
+
+// testKernel makes a kernel that never runs an agent: the embedded guest.
+func testKernel(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "kernel")
+	if err := os.WriteFile(path, embedded.Image, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// TestTestEnds: each end of a guest without an agent has its status, its verdict and its text, and
+// none is a success. Nothing of it is on standard output.
+func TestTestEnds(t *testing.T) {
+	t.Parallel()
+	kernel := testKernel(t)
+	for _, tt := range []struct {
+		words, flags string
+		status       int
+		kind         string
+		errs         string
+	}{
+		{"", "--disk=mem:1M", 125, "not-tested", "gvm: the guest powered off before the agent said hello\n"},
+		{"crash=reset", "", 125, "not-tested", "gvm: the guest reset before the agent said hello\n"},
+		{"crash=panic", "", 120, "panic", "gvm: guest panic before the agent said hello: "},
+		{"crash=triple", "", 121, "crash", "gvm: the guest crashed before the agent said hello: "},
+		{"spin", "--hang=3s", 122, "hang", "gvm: the guest hangs: no progress for 3s before the agent said hello\n"},
+		{"spin", "--timeout=1s", 124, "timeout", "gvm: the timeout of 1s elapsed before the agent said hello\n"},
+	} {
+		t.Run(tt.words+tt.flags, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			log, verdict := filepath.Join(dir, "log"), filepath.Join(dir, "verdict")
+			c := command(t, append(append([]string{"test", "-k", kernel, "-a", tt.words, "--klog", log, "--verdict", verdict},
+				strings.Fields(tt.flags)...), "--", "sh")...)
+			r := gvmRuns(t, c)
+			if r.status != tt.status || r.out != "" || !strings.Contains(r.errs, tt.errs) ||
+				!strings.Contains(r.errs, "gvm: the end of the kernel's log:\n") {
+				t.Errorf("status %d, want %d; output %q, standard error, want %q:\n%s", r.status, tt.status, r.out, tt.errs, r.errs)
+			}
+			if b, err := os.ReadFile(log); err != nil || !strings.Contains(string(b), "gvm embedded guest") {
+				t.Errorf("the kernel's log is %q, %v", b, err)
+			}
+			b, err := os.ReadFile(verdict)
+			var v struct {
+				Format, Kind, Kernel string
+				Status               int
+				Log, Detail          []string
+			}
+			if err == nil {
+				err = json.Unmarshal(b, &v)
+			}
+			if err != nil || v.Format != "gvm-test-1" || v.Kind != tt.kind || v.Status != tt.status || v.Kernel != kernel ||
+				len(v.Log) == 0 {
+				t.Errorf("the verdict is %s, %v", b, err)
+			}
+			if tt.kind == "hang" && !slices.ContainsFunc(v.Detail, func(s string) bool {
+				return strings.HasPrefix(s, "CPU 0 mp_state runnable rip 0x")
+			}) {
+				t.Errorf("the hang has no CPU: %q", v.Detail)
+			}
+		})
+	}
+}
+
+// TestTestWords: wrong words and missing files are one line and status 125, and a command that is
+// missing or no program has the shell's status.
+func TestTestWords(t *testing.T) {
+	t.Parallel()
+	kernel := testKernel(t)
+	for _, tt := range []struct {
+		args   string
+		status int
+		errs   string
+	}{
+		{"--no-such", 125, "unknown flag --no-such"},
+		{"--cpus x", 125, `--cpus "x": want a number`},
+		{"--cpus 0", 125, "--cpus 0: want 1 or more"},
+		{"--hang 2s", 125, "--hang 2s: want 3s or more"},
+		{"--timeout 0s", 125, "--timeout 0s: want a positive duration"},
+		{"--rung x", 125, "--rung x: want auto, vsock, com2 or status"},
+		{"--user no-such-user", 125, "--user no-such-user: is no user of this host"},
+		{"--cwd here", 125, "--cwd here: want an absolute path"},
+		{"--env =x", 125, `--env "=x": want NAME or NAME=VALUE`},
+		{"--allow x --oops ignore", 125, "--allow needs --oops=fail or --strict"},
+		{"--tty", 125, "--tty: standard input and output are no terminal"},
+		{"-k none", 125, "none does not exist"},
+		{"-k {} --file none -- sh", 125, "none does not exist"},
+		{"-k {} --klog / -- sh", 125, "--klog: /: is a directory"},
+		{"-k {} -- no-such-program", 127, "no-such-program: no such file or directory"},
+		{"-k {} --bisect -- no-such-program", 125, "no-such-program: no such file or directory"},
+		{"-k {} -- {}", 126, "kernel: permission denied"},
+	} {
+		r := gvmRuns(t, command(t, append([]string{"test"}, strings.Fields(strings.ReplaceAll(tt.args, "{}", kernel))...)...))
+		if r.status != tt.status || !strings.Contains(r.errs, tt.errs) || r.out != "" || strings.Count(r.errs, "\n") != 1 {
+			t.Errorf("%s: status %d, want %d; %q, want %q", tt.args, r.status, tt.status, r.errs+r.out, tt.errs)
+		}
+	}
+}
+
+// TestTestStop: a signal before the agent's hello ends the machine at once.
+func TestTestStop(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	log, verdict := filepath.Join(dir, "log"), filepath.Join(dir, "verdict")
+	if err := syscall.Mkfifo(log, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := command(t, "test", "-k", testKernel(t), "-a", "spin", "--klog", log, "--verdict", verdict, "--", "sh")
+	opened := make(chan *os.File)
+	go func() {
+		f, err := os.OpenFile(log, os.O_RDWR, 0)
+		if err != nil {
+			t.Error(err)
+		}
+		opened <- f
+	}()
+	f := <-opened
+	defer f.Close()
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Read(make([]byte, 1)); err != nil { // the guest runs
+		t.Fatal(err)
+	}
+	if err := c.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if r := wait(t, c); r.status != 143 {
+		t.Errorf("status %d", r.status)
+	}
+	if b, err := os.ReadFile(verdict); err != nil || !strings.Contains(string(b), `"kind": "stopped"`) {
+		t.Errorf("the verdict is %s, %v", b, err)
+	}
+}
+
+// TestEnvironment: the command gets a subset of gvm's environment, and what --env adds.
+func TestEnvironment(t *testing.T) {
+	t.Setenv("LC_NUMERIC", "de_DE")
+	t.Setenv("GVM_SECRET", "x")
+	t.Setenv("WANTED", "a b")
+	tc := testConfig{env: []string{"WANTED", "PATH=/p", "UNSET_HERE", "EMPTY="}}
+	env := tc.environment("/root", "root")
+	for _, want := range []string{"LC_NUMERIC=de_DE", "WANTED=a b", "PATH=/p", "EMPTY=", "HOME=/root", "USER=root"} {
+		if !slices.Contains(env, want) {
+			t.Errorf("no %s in %q", want, env)
+		}
+	}
+	for _, e := range env {
+		if name, _, _ := strings.Cut(e, "="); name == "GVM_SECRET" || name == "UNSET_HERE" ||
+			e == "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" {
+			t.Errorf("%s is passed", e)
+		}
+	}
+}
