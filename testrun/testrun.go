@@ -304,15 +304,20 @@ func (r *Run) takeStatus(s statusport.Report) {
 	exit := wire.Exit{Status: int(s.Value)}
 	switch s.Kind {
 	case statusport.Alive:
-		r.hello(Status, nil)
+		r.hello(Status, nil) // at the first one
 		return
 	case statusport.Exited:
 	case statusport.Signaled:
 		exit = wire.Exit{Signal: int(s.Value)}
 	case statusport.Failed:
-		exit.Status = exitNotStarted
-		if exit.Err = unix.Errno(s.Value).Error(); s.Value == byte(unix.ENOENT) {
+		exit.Err = unix.Errno(s.Value).Error()
+		switch unix.Errno(s.Value) {
+		case unix.ENOENT:
 			exit.Status = exitMissing
+		case unix.EACCES:
+			exit.Status = exitNotStarted
+		default:
+			exit.Status = exitNotTested
 		}
 	default:
 		return

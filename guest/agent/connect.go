@@ -127,10 +127,18 @@ func statusEnd() end {
 		e.log(fmt.Sprintf("no status port: it reads %x, %v", magic, err))
 		return e
 	}
+	var mu sync.Mutex // the device takes a report in two writes
 	report := func(kind statusport.Kind, value int) {
+		mu.Lock()
+		defer mu.Unlock()
 		port.WriteAt([]byte{byte(value), byte(kind)}, statusport.Port)
 	}
-	report(statusport.Alive, wire.Version)
+	panics.Go(func() { // ends with the machine
+		for {
+			report(statusport.Alive, wire.Version)
+			time.Sleep(wire.AlivePeriod)
+		}
+	})
 	e.exit = func(x wire.Exit) {
 		switch {
 		case x.Err != "" && x.Status == 127:
