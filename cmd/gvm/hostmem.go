@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"path/filepath"
@@ -144,7 +145,7 @@ func (h hostLimits) threadLimits(need uint64) (all []memoryLimit) {
 				what: fmt.Sprintf("kernel.%s, which is %d,", name, n)})
 		}
 	}
-	if n := h.rlimit(unix.RLIMIT_NPROC); n < math.MaxInt64 && !h.anyThreads() {
+	if n := h.rlimit(unix.RLIMIT_NPROC); !h.anyThreads() {
 		left := less(n, total)
 		if left < need { // counting the user's takes longer
 			left = less(n, h.userThreads())
@@ -242,15 +243,7 @@ func (h hostLimits) memoryLimits(c guestmem.Config) []memoryLimit {
 				"vm.overcommit_memory is 2, and of CommitLimit %s are left", text.FormatSize(less(limit, used)>>20<<20))
 		}
 	}
-	slices.SortStableFunc(all, func(a, b memoryLimit) int {
-		switch {
-		case a.bytes < b.bytes:
-			return -1
-		case a.bytes > b.bytes:
-			return 1
-		}
-		return 0
-	})
+	slices.SortStableFunc(all, func(a, b memoryLimit) int { return cmp.Compare(a.bytes, b.bytes) })
 	return all
 }
 
@@ -266,7 +259,7 @@ func (h hostLimits) hugepagePool(size uint64) memoryLimit {
 	return memoryLimit{
 		bytes: free * page,
 		what:  fmt.Sprintf("the host's pool has %d free 2 MiB pages", free),
-		mend:  fmt.Sprintf("add pages: sysctl vm.nr_hugepages=%d", (size+page-1)/page),
+		mend:  fmt.Sprintf("add pages: sysctl vm.nr_hugepages=%d", size/page),
 		firm:  true,
 	}
 }
@@ -289,7 +282,7 @@ func (h hostLimits) cgroupLimits(controller string, v1, v2 []string) (all []cgro
 		f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
 		switch {
 		case len(f) != 3:
-		case f[0] == "0" && f[1] == "":
+		case f[0] == "0": // version 2
 			paths["cgroup2"] = f[2]
 		case slices.Contains(strings.Split(f[1], ","), controller):
 			paths["cgroup"] = f[2]
@@ -311,7 +304,7 @@ func (h hostLimits) cgroupLimits(controller string, v1, v2 []string) (all []cgro
 		}
 		// The mount's root may be a group below the top, such as a container's own.
 		mounted := strings.TrimSuffix(f[3], "/")
-		rel, below := strings.CutPrefix(filepath.Clean(path), mounted)
+		rel, below := strings.CutPrefix(path, mounted)
 		if !below || rel != "" && rel[0] != '/' {
 			rel = ""
 		}

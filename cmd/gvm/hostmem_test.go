@@ -58,7 +58,25 @@ func TestCheckMemory(t *testing.T) {
 		over    string // with --overcommit: parts of the error; "": a note with the parts of want
 	}{
 		{name: "no limit"},
+		{name: "too little", config: guestmem.Config{Size: 16<<20 - 4<<10}, want: "a guest needs 16 MiB or more",
+			over: "16 MiB or more"},
+		{name: "least", config: guestmem.Config{Size: 16 << 20}},
+		{name: "too much", config: guestmem.Config{Size: 8<<40 + 4<<10}, want: "a guest has 8 TiB at most",
+			over: "8 TiB at most"},
+		{name: "part of a page", config: guestmem.Config{Size: 2<<30 + 1}, want: "want a multiple of 4 KiB",
+			over: "a multiple of 4 KiB"},
+		{name: "part of a hugepage", config: guestmem.Config{Size: 2<<30 + 4<<10, Hugepages: true},
+			want: "want a multiple of 2 MiB", over: "a multiple of 2 MiB"},
+		{name: "all of the host", config: guestmem.Config{Size: 8 << 30}},
 		{name: "host", config: guestmem.Config{Size: 9 << 30}, want: "this host has 8 GiB|--overcommit"},
+		{name: "the lowest of several", rlimits: map[int]uint64{unix.RLIMIT_AS: 1 << 30}, files: map[string]string{
+			"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
+			"sys/fs/cgroup/a/memory.max": "268435456", "sys/fs/cgroup/a/memory.high": "134217728",
+		}, want: "memory.high of cgroup /a is 128 MiB|--overcommit", over: "RLIMIT_AS"},
+		{name: "the lowest of several that are not firm", files: map[string]string{
+			"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
+			"sys/fs/cgroup/a/memory.max": "268435456", "sys/fs/cgroup/a/memory.high": "134217728",
+		}, want: "memory.high of cgroup /a is 128 MiB|overcommit"},
 		{name: "version 2", files: map[string]string{
 			"proc/self/cgroup": "0::/a/b", "proc/self/mountinfo": mountV2,
 			"sys/fs/cgroup/a/b/memory.max": "134217728",
@@ -89,8 +107,17 @@ func TestCheckMemory(t *testing.T) {
 		{name: "version 2, exactly as much", files: map[string]string{
 			"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2, "sys/fs/cgroup/a/memory.max": "2147483648",
 		}, want: "memory.max of cgroup /a is 2 GiB"},
+		{name: "version 2, a mount of a group with a similar name", files: map[string]string{
+			"proc/self/cgroup": "0::/docker/xy", "mnt/memory.max": "134217728", "mnt/y/memory.max": "67108864",
+			"proc/self/mountinfo": "31 23 0:28 /docker/x /mnt rw - cgroup2 cgroup2 rw",
+		}, want: "memory.max of cgroup / is 128 MiB"},
+		{name: "version 2, a name with a tab and a backslash", files: map[string]string{
+			"proc/self/cgroup": "0::/", "mnt/\t\\\n/memory.max": "134217728",
+			"proc/self/mountinfo": "31 23 0:28 / /mnt/\\011\\134\\012 rw - cgroup2 cgroup2 rw",
+		}, want: "memory.max of cgroup / is 128 MiB"},
 		{name: "version 1", files: map[string]string{
 			"proc/self/cgroup": "5:cpu:/\n4:memory:/a/b\n0::/", "proc/self/mountinfo": mountV1,
+			"sys/fs/cgroup/cpu/a/b/memory.limit_in_bytes":    "4096", // of another controller
 			"sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "134217728",
 			"sys/fs/cgroup/memory/memory.limit_in_bytes":     noLimitV1,
 		}, want: "memory.limit_in_bytes of cgroup /a/b is 128 MiB"},
@@ -103,7 +130,7 @@ func TestCheckMemory(t *testing.T) {
 			"proc/self/cgroup": "4:memory:/docker/x",
 			"proc/self/mountinfo": "32 23 0:29 /docker/x /sys/fs/cgroup/memory ro - " +
 				"cgroup cgroup rw,memory",
-			"sys/fs/cgroup/memory/memory.limit_in_bytes": noLimitV1,
+			"sys/fs/cgroup/memory/memory.limit_in_bytes": "1073741824",
 			"sys/fs/cgroup/memory/memory.stat":           "cache 1\nhierarchical_memory_limit 134217728",
 		}, want: "memory.stat of cgroup / is 128 MiB"},
 		{name: "both versions", files: map[string]string{
@@ -112,18 +139,26 @@ func TestCheckMemory(t *testing.T) {
 			"sys/fs/cgroup/unified/a/memory.max": "134217728", "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "1",
 		}, want: "memory.max of cgroup /a is 128 MiB"},
 		{name: "broken files", files: map[string]string{
-			"proc/self/cgroup": "0::\n::\nx", "proc/self/mountinfo": "1 2\n\n - cgroup2\n" + mountV2,
+			"proc/self/cgroup": "0::\n::\nx", "proc/self/mountinfo": "1 2\n\n - cgroup2\n - cgroup2 a b\n1 2 3 / /x - cgroup\n" + mountV2,
 			"sys/fs/cgroup/memory.max": "-1",
 		}},
 		{name: "address space", rlimits: map[int]uint64{unix.RLIMIT_AS: 2 << 30},
 			files: map[string]string{"proc/self/status": "VmSize:\t 1048576 kB"},
 			want:  "RLIMIT_AS (ulimit -v) is 2 GiB, which leaves a guest 1008 MiB", over: "RLIMIT_AS"},
 		{name: "data", rlimits: map[int]uint64{unix.RLIMIT_DATA: 1 << 30},
-			want: "RLIMIT_DATA (ulimit -d) is 1 GiB", over: "RLIMIT_DATA"},
+			files: map[string]string{"proc/self/status": "VmSize:\t 1048576 kB\nVmData:\t 524288 kB"},
+			want:  "RLIMIT_DATA (ulimit -d) is 1 GiB, which leaves a guest 496 MiB", over: "RLIMIT_DATA"},
 		{name: "data, shared memory", config: shared, rlimits: map[int]uint64{unix.RLIMIT_DATA: 1 << 30}},
 		{name: "file size", rlimits: map[int]uint64{unix.RLIMIT_FSIZE: 1 << 30}},
 		{name: "file size, shared memory", config: shared, rlimits: map[int]uint64{unix.RLIMIT_FSIZE: 1 << 30},
 			want: "RLIMIT_FSIZE (ulimit -f) is 1 GiB", over: "RLIMIT_FSIZE"},
+		{name: "file size, a byte too few", config: shared, rlimits: map[int]uint64{unix.RLIMIT_FSIZE: 2<<30 - 1},
+			want: "RLIMIT_FSIZE (ulimit -f) is ", over: "RLIMIT_FSIZE"},
+		{name: "file size, enough", config: shared, rlimits: map[int]uint64{unix.RLIMIT_FSIZE: 2 << 30}},
+		{name: "overcommit", files: map[string]string{
+			"proc/sys/vm/overcommit_memory": "1",
+			"proc/meminfo":                  "CommitLimit: 3145728 kB\nCommitted_AS: 2097152 kB",
+		}},
 		{name: "no overcommit", files: map[string]string{
 			"proc/sys/vm/overcommit_memory": "2",
 			"proc/meminfo":                  "MemTotal: 8388608 kB\nCommitLimit: 3145728 kB\nCommitted_AS: 2097152 kB",
@@ -131,7 +166,7 @@ func TestCheckMemory(t *testing.T) {
 			"which leaves a guest 1008 MiB|vm.overcommit_ratio", over: "vm.overcommit_memory"},
 		{name: "hugepages", config: huge, files: map[string]string{
 			hugepageDir + "free_hugepages": "600", hugepageDir + "resv_hugepages": "100",
-			hugepageDir + "nr_overcommit_hugepages": "10",
+			hugepageDir + "nr_overcommit_hugepages": "30", hugepageDir + "surplus_hugepages": "20",
 		}, want: "the host's pool has 510 free 2 MiB pages|sysctl vm.nr_hugepages=1024", over: "vm.nr_hugepages=1024"},
 		{name: "enough hugepages, in a small cgroup", config: huge, files: map[string]string{
 			hugepageDir + "free_hugepages": "1024", "proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
@@ -178,11 +213,46 @@ func TestCheckMemory(t *testing.T) {
 	}
 }
 
+// TestUnknownMemory: a host that does not tell its memory bounds no guest's.
+func TestUnknownMemory(t *testing.T) {
+	h := fakeHost(t, nil, nil)
+	h.ram = 0
+	if note, err := checkMemory(guestmem.Config{Size: 2 << 30}, false, h); note != "" || err != nil {
+		t.Errorf("%q, %v", note, err)
+	}
+	if want := thisHost().kibibytes("proc/meminfo", "MemTotal:"); hostMemory() != want {
+		t.Errorf("this host has %d bytes, want %d", hostMemory(), want)
+	}
+}
+
+// TestCgroupLimits: no limit is no limit, and memory.stat counts if it is below all others.
+func TestCgroupLimits(t *testing.T) {
+	const stat = "cache 1\nhierarchical_memory_limit "
+	for _, tt := range []struct{ limit, stat, want string }{
+		{"4096", stat + "4096", "memory.limit_in_bytes"},
+		{"4096", stat + "8192", "memory.limit_in_bytes"},
+		{"8192", stat + "4096", "memory.limit_in_bytes memory.stat"},
+		{noLimitV1, stat + noLimitV1, ""},
+		{noLimitV1, stat + "x", ""},
+		{noLimitV1, stat + "4096", "memory.stat"},
+	} {
+		h := fakeHost(t, nil, map[string]string{"proc/self/cgroup": "4:memory:/a", "proc/self/mountinfo": mountV1,
+			"sys/fs/cgroup/memory/a/memory.limit_in_bytes": tt.limit, "sys/fs/cgroup/memory/a/memory.stat": tt.stat})
+		var got []string
+		for _, l := range h.cgroupLimits("memory", []string{"memory.limit_in_bytes", "memory.stat"}, nil) {
+			got = append(got, l.file)
+		}
+		if strings.Join(got, " ") != tt.want {
+			t.Errorf("%+v: %q", tt, got)
+		}
+	}
+}
+
 // TestCheckDiskMemory: disks in memory count together with the guest's memory.
 func TestCheckDiskMemory(t *testing.T) {
 	guest := guestmem.Config{Size: 512 << 20}
 	group := map[string]string{"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
-		"sys/fs/cgroup/a/memory.max": "1073741824"}
+		"sys/fs/cgroup/a/memory.max": "1073741824", "sys/fs/cgroup/a/memory.high": "1101004800"}
 	for _, tt := range []struct {
 		name       string
 		config     guestmem.Config
@@ -191,7 +261,7 @@ func TestCheckDiskMemory(t *testing.T) {
 		note, errs string
 	}{
 		{"none", guest, 0, nil, "", ""},
-		{"fits", guest, 256 << 20, nil, "", ""},
+		{"fits", guest, (1004 - 512) << 20, nil, "", ""},
 		{"too much", guest, 600 << 20, nil,
 			"have 1112 MiB: memory.max of cgroup /a is 1 GiB, which leaves a guest 1004 MiB: the kernel kills gvm", ""},
 		{"the guest's is in the pool", guestmem.Config{Size: 512 << 20, Hugepages: true}, 600 << 20, nil, "", ""},
@@ -253,6 +323,9 @@ func TestCheckThreads(t *testing.T) {
 		{name: "CAP_SYS_ADMIN", rlimits: nproc, files: user(admin, initial)},
 		{name: "CAP_SYS_RESOURCE", rlimits: nproc, files: user(limits, initial)},
 		{name: "capabilities in a user namespace", rlimits: nproc, files: user(admin, own), want: ulimit},
+		{name: "user, and all threads fit", rlimits: map[int]uint64{unix.RLIMIT_NPROC: 6000}, files: map[string]string{
+			"proc/self/status": plain, "proc/self/uid_map": initial, "proc/loadavg": loaded(5000),
+			"proc/1/status": plain + "\nThreads:\t7000"}},
 		{name: "no /proc", rlimits: map[int]uint64{unix.RLIMIT_NPROC: 40}, want: "RLIMIT_NPROC (ulimit -u), which is 40,"},
 		{name: "all threads", files: map[string]string{"proc/sys/kernel/threads-max": "540", "proc/loadavg": loaded(500)},
 			want: "kernel.threads-max, which is 540,"},
