@@ -139,7 +139,8 @@ func TestCheckMemory(t *testing.T) {
 			"sys/fs/cgroup/unified/a/memory.max": "134217728", "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "1",
 		}, want: "memory.max of cgroup /a is 128 MiB"},
 		{name: "broken files", files: map[string]string{
-			"proc/self/cgroup": "0::\n::\nx", "proc/self/mountinfo": "1 2\n\n - cgroup2\n - cgroup2 a b\n1 2 3 / /x - cgroup\n" + mountV2,
+			"proc/self/cgroup":         "0::\n::\nx",
+			"proc/self/mountinfo":      "1 2\n\n - cgroup2\n - cgroup2 a b\n1 2 3 / /x - cgroup\n" + mountV2,
 			"sys/fs/cgroup/memory.max": "-1",
 		}},
 		{name: "address space", rlimits: map[int]uint64{unix.RLIMIT_AS: 2 << 30},

@@ -203,17 +203,17 @@ func (s segment) check(by NexusID) error {
 // copySegment does one segment. It shares the medium of both units with other commands; every copy
 // locks the two in the same order.
 func (tk *task) copySegment(s segment) error {
-	both, places, begun := []*Unit{s.from, s.to}, [2]ticket{}, false
+	both, places, begun := []*Unit{s.from, s.to}, [2]block.Place{}, false
 	for i, u := range []*Unit{s.from, s.to} {
 		if u.limit == nil || s.bytes == 0 {
 			continue
 		}
 		defer func() {
 			if !begun {
-				u.limit.giveBack(&places[i])
+				u.limit.GiveBack(&places[i])
 			}
 		}()
-		for !u.limit.take(&places[i], uint64(s.bytes)) {
+		for !u.limit.Take(&places[i], uint64(s.bytes)) {
 			if tk.await(&places[i]); tk.state.Load() != running {
 				return TargetFailure // aborted
 			}

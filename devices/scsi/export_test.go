@@ -40,8 +40,6 @@ func Counts(u *Unit, cdb []byte) (commands, bytes int) {
 
 // Counted returns the counts of the limits of u, each with the rate 1, up to a constant.
 func Counted(u *Unit) (commands, bytes int) {
-	u.limit.mu.Lock()
-	defer u.limit.mu.Unlock()
-	return int(u.limit.commands.empty.Round(time.Second).Seconds()),
-		int(u.limit.bytes.empty.Round(time.Second).Seconds())
+	requests, counted := u.limit.Drained()
+	return int(requests.Round(time.Second).Seconds()), int(counted.Round(time.Second).Seconds())
 }

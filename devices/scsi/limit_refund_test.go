@@ -24,7 +24,7 @@ func elapsed(target *scsi.Target, c scsi.Command) (scsitest.Answer, time.Duratio
 func TestLimitGivesBackAborted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
-			IOPS: scsi.Limit{Rate: 1000}, Bandwidth: scsi.Limit{Rate: 1000 * blockSize}})
+			IOPS: block.Limit{Rate: 1000}, Bandwidth: block.Limit{Rate: 1000 * blockSize}})
 		const total, each = 30000, 256
 		var ran, ended atomic.Int32
 		for i := range total {
@@ -57,7 +57,7 @@ func TestLimitGivesBackAborted(t *testing.T) {
 func TestLimitGivesBackPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
-			Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}
+			Bandwidth: block.Limit{Rate: blockSize, Burst: blockSize}}
 		target := attach(t, cfg)
 		start, at := time.Now(), make([]time.Duration, 5)
 		for i, size := range []int{1, 50, 1, 1, 1} {
@@ -83,8 +83,8 @@ func TestLimitGivesBackPlace(t *testing.T) {
 func TestLimitGivesBackTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
-			IOPS:      scsi.Limit{Rate: 1, Burst: 1},
-			Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}})
+			IOPS:      block.Limit{Rate: 1, Burst: 1},
+			Bandwidth: block.Limit{Rate: blockSize, Burst: blockSize}})
 		expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "GOOD")
 		waits := make(chan scsi.Result, 1)
 		c := reads(1, 1)[0]
@@ -106,7 +106,7 @@ func TestLimitGivesBackTurn(t *testing.T) {
 func TestLimitGivesBackCopy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
-			Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}}
+			Bandwidth: block.Limit{Rate: blockSize, Burst: blockSize}}
 		target := attach(t, cfg)
 		cfg.Backend = block.NewMem(blocks * blockSize)
 		attachMore(t, target, cfg)
@@ -194,7 +194,7 @@ func TestLimitRefusedCostsNothing(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
-					IOPS: scsi.Limit{Rate: 1, Burst: 1}, Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}})
+					IOPS: block.Limit{Rate: 1, Burst: 1}, Bandwidth: block.Limit{Rate: blockSize, Burst: blockSize}})
 				for i, c := range v.do {
 					a, d := elapsed(target, c)
 					if i == len(v.do)-1 && a.String() != v.want {

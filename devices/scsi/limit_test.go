@@ -59,22 +59,13 @@ func TestLimits(t *testing.T) {
 		commands []*scsi.Command
 		want     seconds
 	}{
-		"commands": {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 4, Burst: 1}}, reads(5, 1),
-			seconds{0, 0.25, 0.5, 0.75, 1}},
-		"the default burst": {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 20}}, reads(4, 1), seconds{0, 0, 0.05, 0.1}},
-		"a burst": {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 3}}, reads(5, 1),
-			seconds{0, 0, 0, 1, 2}},
-		"bytes": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: 4 * blockSize, Burst: 4 * blockSize}},
-			reads(4, 2), seconds{0, 0, 0.5, 1}},
-		"one larger than bursts": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}},
-			reads(2, 3), seconds{2, 5}},
-		"both": {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1},
-			Bandwidth: scsi.Limit{Rate: blockSize, Burst: 2 * blockSize}}, reads(3, 2), seconds{0, 2, 4}},
-		"what moves no data": {scsi.UnitConfig{IOPS: scsi.Limit{Rate: 1, Burst: 1}},
+		"both": {scsi.UnitConfig{IOPS: block.Limit{Rate: 1, Burst: 1},
+			Bandwidth: block.Limit{Rate: blockSize, Burst: 2 * blockSize}}, reads(3, 2), seconds{0, 2, 4}},
+		"what moves no data": {scsi.UnitConfig{IOPS: block.Limit{Rate: 1, Burst: 1}},
 			[]*scsi.Command{reads(1, 1)[0], ready, {CDB: syncCache}, ready}, seconds{0, 0, 1, 0}},
-		"what the medium moves": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}},
+		"what the medium moves": {scsi.UnitConfig{Bandwidth: block.Limit{Rate: blockSize, Burst: blockSize}},
 			[]*scsi.Command{same, discard, verify}, seconds{7, 7, 15}},
-		"what it moves twice": {scsi.UnitConfig{Bandwidth: scsi.Limit{Rate: blockSize, Burst: blockSize}},
+		"what it moves twice": {scsi.UnitConfig{Bandwidth: block.Limit{Rate: blockSize, Burst: blockSize}},
 			[]*scsi.Command{writeBack, or, compare}, seconds{1, 3, 5}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -92,30 +83,10 @@ func TestLimits(t *testing.T) {
 
 // TestLimitShortCDB: a CDB without the field that the cost is in is refused as ever.
 func TestLimitShortCDB(t *testing.T) {
-	target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), IOPS: scsi.Limit{Rate: 1 << 40}})
+	target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), IOPS: block.Limit{Rate: 1 << 40}})
 	for _, op := range []byte{0x41, 0x93, 0x2f, 0xaf, 0x8f, 0x28} {
 		expect(t, target, []byte{op, 0}, nil, 0, "CHECK 5/0e/03")
 	}
-}
-
-// TestLimitRefills: after a time without commands there is a burst again, and no more.
-func TestLimitRefills(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		target := attach(t, scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize),
-			IOPS: scsi.Limit{Rate: 1, Burst: 2}})
-		for range 3 {
-			start, ends := time.Now(), make(chan time.Duration, 3)
-			for _, c := range reads(3, 1) {
-				c.Done = func(scsi.Result) { ends <- time.Since(start).Round(time.Millisecond) }
-				target.Submit(c)
-			}
-			got := []time.Duration{<-ends, <-ends, <-ends}
-			if !slices.Equal(got, []time.Duration{0, 0, time.Second}) {
-				t.Errorf("answered after %v", got)
-			}
-			time.Sleep(time.Minute)
-		}
-	})
 }
 
 // TestLimitDelaysNoOther: a command that waits for its limit delays neither its caller nor other
@@ -123,7 +94,7 @@ func TestLimitRefills(t *testing.T) {
 func TestLimitDelaysNoOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		slow, err := scsi.NewUnit(scsi.UnitConfig{Backend: block.NewMem(blocks * blockSize), Serial: "slow",
-			IOPS: scsi.Limit{Rate: 1, Burst: 1}})
+			IOPS: block.Limit{Rate: 1, Burst: 1}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -178,12 +149,10 @@ func TestLimitDelaysNoOther(t *testing.T) {
 }
 
 func TestLimitRefused(t *testing.T) {
-	for _, l := range []scsi.Limit{{Burst: 1}, {Rate: 1<<40 + 1}, {Rate: 1, Burst: 1<<40 + 1}} {
-		for _, cfg := range []scsi.UnitConfig{{IOPS: l}, {Bandwidth: l}} {
-			cfg.Backend, cfg.Serial = block.NewMem(blocks*blockSize), "s"
-			if _, err := scsi.NewUnit(cfg); err == nil {
-				t.Errorf("%+v is taken", l)
-			}
+	for _, cfg := range []scsi.UnitConfig{{IOPS: block.Limit{Burst: 1}}, {Bandwidth: block.Limit{Burst: 1}}} {
+		cfg.Backend, cfg.Serial = block.NewMem(blocks*blockSize), "s"
+		if _, err := scsi.NewUnit(cfg); err == nil {
+			t.Errorf("%+v is taken", cfg)
 		}
 	}
 }

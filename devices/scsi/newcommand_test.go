@@ -18,7 +18,7 @@ import (
 func TestNewCommand(t *testing.T) {
 	cdb := cdb12(0xc0, 0x08, 3, 2)
 	r := trace.Record{Kind: trace.Command, CDB: cdb}
-	limit := scsi.Limit{Rate: 1, Burst: scsi.MaxRate}
+	limit := block.Limit{Rate: 1, Burst: block.MaxRate}
 	target := attach(t, scsi.UnitConfig{IOPS: limit, Bandwidth: limit})
 	expect(t, target, cdb, filled(1, 2), 0, "CHECK 5/20/00")
 	expect(t, target, cdb10(0x2a, 0, 0, 1), filled(0, 1), 0, "GOOD") // the limits' time begins

@@ -107,7 +107,7 @@ func TestBlockCommands(t *testing.T) {
 func TestCounts(t *testing.T) {
 	target := attach(t, scsi.UnitConfig{
 		Backend: block.NewMem(blocks * blockSize),
-		IOPS:    scsi.Limit{Rate: 1, Burst: scsi.MaxRate}, Bandwidth: scsi.Limit{Rate: 1, Burst: scsi.MaxRate},
+		IOPS:    block.Limit{Rate: 1, Burst: block.MaxRate}, Bandwidth: block.Limit{Rate: 1, Burst: block.MaxRate},
 	})
 	u := target.Unit(0)
 	write := []byte{0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0}

@@ -269,7 +269,7 @@ func (t *Target) process(tk *task) (Result, bool) {
 // answer is result, or the result of an earlier abort.
 func (tk *task) answer(err error) Result {
 	if tk.u.limit != nil && !tk.charged {
-		tk.u.limit.giveBack(&tk.place)
+		tk.u.limit.GiveBack(&tk.place)
 	}
 	r := tk.result(err)
 	if !tk.state.CompareAndSwap(running, answering) {
@@ -282,7 +282,7 @@ func (tk *task) answer(err error) Result {
 // limit.
 func (tk *task) run() error {
 	for {
-		if tk.place.turn != nil {
+		if tk.place.Turn() != nil {
 			tk.await(&tk.place)
 		}
 		err := tk.once()

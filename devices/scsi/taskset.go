@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"gvm/devices/block"
 	"gvm/panics"
 )
 
@@ -32,8 +33,8 @@ type task struct {
 	err error // of the lookup of op
 	now bool  // it must not wait
 
-	place   ticket // in the limiter of u
-	charged bool   // the limit counts the command, as it has begun
+	place   block.Place // in the limiter of u
+	charged bool        // the limit counts the command, as it has begun
 
 	status        Status    // of a command that ends without error
 	sense         senseCode // of CHECK CONDITION

@@ -50,7 +50,7 @@ type UnitConfig struct {
 	Cache                 CacheMode
 	// IOPS limits commands that use the medium, and Bandwidth the bytes that they move. A waiting
 	// command does not delay its queue.
-	IOPS, Bandwidth Limit
+	IOPS, Bandwidth block.Limit
 	// Reservations keeps persistent reservations over a loss of power, for
 	// initiators that ask for it (APTPL). nil: they cannot.
 	Reservations ReservationKeeper
@@ -75,8 +75,8 @@ type Unit struct {
 	granularity int64 // bytes, of discards; 0 for a unit without
 	wellKnown   bool  // the REPORT LUNS well-known logical unit: no medium
 	serial      string
-	limit       *limiter     // nil: none
-	now         block.Prompt // nil: every transfer may wait
+	limit       *block.Limiter // nil: none
+	now         block.Prompt   // nil: every transfer may wait
 
 	blocks     atomic.Uint64                     // capacity
 	wce        atomic.Bool                       // caching mode page: WCE
@@ -174,7 +174,7 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 	if g := block.DiscardGranularity(u.b); g > 0 && !cfg.ReadOnly {
 		u.granularity = max(g, u.blockSize)
 	}
-	if u.limit, err = newLimiter(cfg); err != nil {
+	if u.limit, err = block.NewLimiter(cfg.IOPS, cfg.Bandwidth); err != nil {
 		return nil, fmt.Errorf("scsi unit: %w", err)
 	}
 	u.now, _ = cfg.Backend.(block.Prompt)

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
 	"gvm/devices/virtio/vhostscsi"
 	"gvm/text"
@@ -90,10 +91,10 @@ var options = sync.OnceValue(func() []Option {
 			anything &^ byVhost, word(errorPolicies, func(s *Spec) *ErrorPolicy { return &s.OnError }),
 			func(s *Spec) string { return nameIf(s.OnError != Report, errorPolicies.of(s.OnError)) }},
 		{"iops", "N[:BURST]", "limit of requests in a second, with a burst",
-			anything &^ byVhost, limit("1000 or 1000:5000", func(s *Spec) *scsi.Limit { return &s.IOPS }),
+			anything &^ byVhost, limit("1000 or 1000:5000", func(s *Spec) *block.Limit { return &s.IOPS }),
 			func(s *Spec) string { return limitWord(s.IOPS) }},
 		{"bps", "SIZE[:BURST]", "limit of bytes in a second, with a burst",
-			anything &^ byVhost, limit("10M or 10M:100M", func(s *Spec) *scsi.Limit { return &s.BPS }),
+			anything &^ byVhost, limit("10M or 10M:100M", func(s *Spec) *block.Limit { return &s.BPS }),
 			func(s *Spec) string { return limitWord(s.BPS) }},
 		{"overlay", "on|FILE",
 			"the image stays as it is; the guest's writes are gone with the machine, or kept in FILE",
@@ -168,7 +169,7 @@ func setPhysical(s *Spec, val string) (err error) {
 }
 
 // limit sets a field to RATE or RATE:BURST; such has examples.
-func limit(such string, field func(*Spec) *scsi.Limit) func(*Spec, string) error {
+func limit(such string, field func(*Spec) *block.Limit) func(*Spec, string) error {
 	return func(s *Spec, val string) (err error) {
 		if *field(s), err = parseLimit(val); err != nil {
 			return fmt.Errorf("%w, such as %s", err, such)
@@ -177,7 +178,7 @@ func limit(such string, field func(*Spec) *scsi.Limit) func(*Spec, string) error
 	}
 }
 
-func limitWord(l scsi.Limit) string {
+func limitWord(l block.Limit) string {
 	switch {
 	case l.Rate == 0:
 		return ""
@@ -210,12 +211,12 @@ func workersWord(s *Spec) string {
 }
 
 // parseLimit reads RATE or RATE:BURST.
-func parseLimit(s string) (l scsi.Limit, err error) {
+func parseLimit(s string) (l block.Limit, err error) {
 	rate, burst, has := strings.Cut(s, ":")
 	if l.Rate, err = text.ParseSize(rate, 1); err == nil && has {
 		l.Burst, err = text.ParseSize(burst, 1)
 	}
-	if err != nil || l.Rate == 0 || has && l.Burst == 0 || max(l.Rate, l.Burst) > scsi.MaxRate {
+	if err != nil || l.Rate == 0 || has && l.Burst == 0 || max(l.Rate, l.Burst) > block.MaxRate {
 		err = errors.New("want RATE or RATE:BURST per second, each from 1 to 1T")
 	}
 	return l, err

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	"gvm/devices/block"
 	"gvm/devices/scsi"
 	"gvm/text"
 )
@@ -32,7 +33,7 @@ type Spec struct {
 	Physical  int   // physical block size in bytes, 0: as BlockSize
 	PI        bool  // protection information
 	OnError   ErrorPolicy
-	IOPS, BPS scsi.Limit
+	IOPS, BPS block.Limit
 }
 
 // Name returns the disk's name in messages.

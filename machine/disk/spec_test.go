@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"gvm/control"
+	"gvm/devices/block"
 	"gvm/devices/scsi"
 	"gvm/devices/virtio/vhostscsi"
 )
@@ -53,10 +54,10 @@ func TestParseDisk(t *testing.T) {
 			Cache: scsi.WriteThrough, Size: 4 << 40, Serial: "s", ReadOnly: true},
 		"a,error=stop,physical_block_size=4096": {Path: "a", LUN: -1, BlockSize: 512, OnError: Stop, Physical: 4096},
 		"a,error=enospc-stop,iops=100,bps=1M:1G": {Path: "a", LUN: -1, BlockSize: 512, OnError: StopOnFull,
-			IOPS: scsi.Limit{Rate: 100}, BPS: scsi.Limit{Rate: 1 << 20, Burst: 1 << 30}},
+			IOPS: block.Limit{Rate: 100}, BPS: block.Limit{Rate: 1 << 20, Burst: 1 << 30}},
 		"a,pi=1":                    {Path: "a", LUN: -1, BlockSize: 512, PI: true},
 		"a,pi=0":                    {Path: "a", LUN: -1, BlockSize: 512},
-		"a,error=report,iops=1:2":   {Path: "a", LUN: -1, BlockSize: 512, IOPS: scsi.Limit{Rate: 1, Burst: 2}},
+		"a,error=report,iops=1:2":   {Path: "a", LUN: -1, BlockSize: 512, IOPS: block.Limit{Rate: 1, Burst: 2}},
 		"a,backend=process":         {Path: "a", LUN: -1, BlockSize: 512},
 		"a,workers=2,backend=vhost": {Path: "a", LUN: -1, BlockSize: 512, Backend: Vhost, Workers: 2},
 		"a,backend=auto,workers=shared": {Path: "a", LUN: -1, BlockSize: 512, Backend: Auto,
