@@ -473,7 +473,7 @@ func (t *testConfig) findTestKernel(ctx context.Context) (*kernel.Kernel, error)
 			note(found)
 		}
 	}
-	return kernel.Finder{}.Find(ctx, t.kernel)
+	return kernel.Finder{Cache: boot.CacheDir()}.Find(ctx, t.kernel)
 }
 
 // missing describes the options that a configuration lacks for the test.
