@@ -233,14 +233,14 @@ func (f Finder) installed(name, version string) (string, error) {
 	}
 	if strings.Contains(name, "/") {
 		mend := "check the path"
-		if near := text.Nearest(filepath.Base(name), names(filepath.Dir(name))); near != "" {
+		if near := text.Nearest(filepath.Base(name), names(filepath.Dir(name), maxHints)); near != "" {
 			mend += "; did you mean " + filepath.Join(filepath.Dir(name), near) + "?"
 		}
 		return "", &boot.ImageError{Name: name, What: "does not exist", Mend: mend}
 	}
 	releases := f.releases()
 	mend := "check the name"
-	if near := text.Nearest(name, append(names("."), releases...)); near != "" {
+	if near := text.Nearest(name, append(names(".", maxHints), releases...)); near != "" {
 		mend += "; did you mean " + near + "?"
 	} else if len(releases) > 0 {
 		mend += "; installed: " + strings.Join(releases[:min(len(releases), 5)], ", ")
@@ -265,14 +265,17 @@ func (f Finder) releases() (all []string) {
 	return slices.Compact(all)
 }
 
-// names returns the names in a directory, at most 1000.
-func names(dir string) []string {
+// maxHints bounds the names of which an error suggests one.
+const maxHints = 1000
+
+// names returns the names in a directory, at most limit.
+func names(dir string, limit int) []string {
 	d, err := nowait.Open(dir, os.O_RDONLY, 0, nowait.Directory)
 	if err != nil {
 		return nil
 	}
 	defer d.Close()
-	all, _ := d.Readdirnames(1000) // what could be read is enough for a hint
+	all, _ := d.Readdirnames(limit) // what could be read is enough for a hint
 	return all
 }
 

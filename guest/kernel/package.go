@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -59,61 +61,105 @@ type entries struct {
 	close func() error
 }
 
-// unpack reads the kernel in a package, up to the last file that is needed.
+// unpack reads the kernel in a package, up to the last file that is needed. Configuration and
+// modules may be in another package beside it.
 func unpack(ctx context.Context, file *boot.File, open opener) (*Kernel, error) {
-	damaged := func(err error) error { return damaged(ctx, file.Name, err) }
-	in, err := open(ctx, file, false)
-	if err != nil {
-		return nil, damaged(err)
-	}
-	defer in.close()
 	k := &Kernel{}
-	image, config, modules := "", "", ""
-	for k.Image == nil || config == "" || modules == "" {
-		name, r, err := in.next()
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return nil, damaged(err)
-		}
-		kind, version := member(name)
-		switch {
-		case version == "" || r == nil:
-		case kind == "vmlinuz" && k.Image == nil:
-			b, err := readAll(r, maxImage)
-			if err != nil {
-				return nil, damaged(fmt.Errorf("%s: %w", name, err))
-			}
-			image = version
-			if k.Image, err = boot.NewImage(&boot.File{Name: file.Name + " (" + name + ")", ReaderAt: bytes.NewReader(b),
-				Size: int64(len(b))}); err != nil {
-				return nil, err
-			}
-		case kind == "config" && config == "":
-			b, err := readAll(r, maxConfig)
-			if err != nil {
-				return nil, damaged(fmt.Errorf("%s: %w", name, err))
-			}
-			config, k.Config = version, newConfig(b, file.Name+" ("+name+")")
-		case kind == "modules" && modules == "":
-			modules = version
-		}
+	version, err := k.scan(ctx, file, open)
+	if err != nil {
+		return nil, err
 	}
 	if k.Image == nil {
 		return nil, &boot.ImageError{Name: file.Name, What: "is a package without a kernel (boot/vmlinuz-RELEASE or " +
 			"lib/modules/RELEASE/vmlinuz)", Mend: "give the one with the kernel's image, such as linux-image-RELEASE"}
 	}
 	if k.Release = release(k.Image.Release()); k.Release == "" {
-		k.Release = image
+		k.Release = version
 	}
-	if config != image {
+	if k.Modules.Path == "" {
+		k.scanBeside(ctx, file.Name, version)
+	}
+	return k, context.Cause(ctx)
+}
+
+// scan reads the kernel in a package, its configuration and the place of its modules. If k has an
+// image already, k.Modules.version is its version, and scan ends at the modules.
+func (k *Kernel) scan(ctx context.Context, file *boot.File, open opener) (version string, err error) {
+	damaged := func(err error) error { return damaged(ctx, file.Name, err) }
+	in, err := open(ctx, file, false)
+	if err != nil {
+		return "", damaged(err)
+	}
+	defer in.close()
+	image, config, modules := k.Modules.version, "", ""
+	beside := image != ""
+	for k.Image == nil || config == "" && !beside || modules == "" {
+		name, r, err := in.next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return "", damaged(err)
+		}
+		kind, version := member(name)
+		switch {
+		case version == "" || r == nil || beside && version != image:
+		case kind == "vmlinuz" && k.Image == nil:
+			b, err := readAll(r, maxImage)
+			if err != nil {
+				return "", damaged(fmt.Errorf("%s: %w", name, err))
+			}
+			image = version
+			if k.Image, err = boot.NewImage(&boot.File{Name: file.Name + " (" + name + ")", ReaderAt: bytes.NewReader(b),
+				Size: int64(len(b))}); err != nil {
+				return "", err
+			}
+		case kind == "config" && k.Config.Text == nil:
+			b, err := readAll(r, maxConfig)
+			if err != nil {
+				return "", damaged(fmt.Errorf("%s: %w", name, err))
+			}
+			config, k.Config = version, newConfig(b, file.Name+" ("+name+")")
+		case kind == "modules" && modules == "":
+			modules = version
+		}
+	}
+	if config != "" && config != image {
 		k.Config = Config{}
 	}
 	if modules == image {
-		k.Modules = Modules{Path: file.Name, Kind: Packed, version: modules}
+		k.Modules = Modules{Path: file.Name, Kind: Packed, version: image}
 	}
-	return k, nil
+	return image, nil
+}
+
+// modulePackages begin the names of packages with the modules of a release: of Debian since Linux 7
+// and Ubuntu, and of Fedora.
+var modulePackages = []struct{ prefix, suffix string }{{"linux-modules-", "_"}, {"kernel-modules-core-", ".rpm"}}
+
+// scanBeside finds the modules in another package, in the directory of the kernel's. It is no matter
+// for an error if there is none.
+func (k *Kernel) scanBeside(ctx context.Context, path, version string) {
+	dir := filepath.Dir(path)
+	for _, name := range names(dir, 1<<17) {
+		if !slices.ContainsFunc(modulePackages, func(p struct{ prefix, suffix string }) bool {
+			return strings.HasPrefix(name, p.prefix+version+p.suffix)
+		}) || !isFile(filepath.Join(dir, name)) {
+			continue
+		}
+		file, err := boot.OpenFile(ctx, filepath.Join(dir, name))
+		if err != nil {
+			continue
+		}
+		found := &Kernel{Image: k.Image, Config: k.Config, Modules: Modules{version: version}}
+		if open, err := packageOf(file); err == nil && open != nil {
+			_, err := found.scan(ctx, file, open)
+			if err == nil && found.Modules.Path != "" {
+				k.Config, k.Modules = found.Config, found.Modules
+			}
+		}
+		file.Close()
+	}
 }
 
 // damaged reports a failed read of a package.
