@@ -11,12 +11,13 @@ const (
 	minSpin = 4 * time.Microsecond // a look begins with it
 	minRest = 16                   // sleeps between two trials
 	maxRest = 1024
-	// A look that was away from its core for so long, and gave it up to another thread, was not alone
-	// on it. An interrupt, or a host that runs another virtual machine there, takes as long.
-	preempted = 20 * time.Microsecond
-	// crowded such looks in succession end the looks for aloneAgain sleeps. One may be due to the other
-	// side's thread, which the scheduler moves to an idle core when it wakes next.
-	crowded    = 3
+	// A look that was away from its core for more than slice, and gave it up to another thread, waited
+	// for that one's time slice. A host that runs another virtual machine there takes as long.
+	slice = 500 * time.Microsecond
+	// There is no look for crowdRest sleeps after two such waits, if they took a quarter of the time
+	// and events did not come within max on average all the same.
+	crowdRest = 1024
+	// After aloneAgain sleeps on the core of the guest's CPU there are none for as many.
 	aloneAgain = 64
 	// The core is that of the guest's CPU if the process had one involuntary switch for every
 	// sleepsBeside of the last aloneAgain sleeps. Sleeps of more than beside in all tell nothing:
@@ -46,7 +47,8 @@ type spin struct {
 	// switches counts how often the thread had to give up its core, and switched is the last count.
 	switches func() int64
 	switched int64
-	strikes  int // looks that gave up their core since one found an event
+	found    int           // events since the last wait for another thread's slice
+	regained time.Duration // when that wait ended
 	// all counts the same for all threads of the process, and allBefore is the count before the last
 	// sleeps, which took slept.
 	all       func() int64
@@ -86,22 +88,28 @@ func (s *spin) until(event func() bool) bool {
 	start := s.clock()
 	for last := start; last-start < s.now; {
 		if event() {
-			s.next, s.strikes = minRest, 0
+			s.next = minRest
+			s.found++
 			return true
 		}
 		now := s.clock()
-		if now-last > preempted {
+		if now-last > slice {
 			if n := s.switches(); n != s.switched {
 				s.switched = n
-				if s.strikes++; s.strikes == crowded {
-					s.now, s.crowd, s.strikes = 0, aloneAgain, 0
-				}
-				return false
+				s.lost(now, now-last)
 			}
 		}
 		last = now
 	}
 	return false
+}
+
+// lost is told that a look has waited for its core until now.
+func (s *spin) lost(now, waited time.Duration) {
+	d, soon := now-s.regained, s.max*time.Duration(s.found)
+	if s.regained, s.found = now, 0; d < 4*waited && d > soon {
+		s.now, s.crowd = 0, crowdRest
+	}
 }
 
 // waited is told how long the event took after a sleep began.
@@ -111,7 +119,7 @@ func (s *spin) waited(d time.Duration) {
 	}
 	s.rest--
 	if s.slept += d; s.shared() {
-		s.crowd = aloneAgain
+		s.crowd = max(s.crowd, aloneAgain)
 	}
 	switch {
 	case s.crowd > 0:

@@ -78,36 +78,53 @@ func TestSpinTrial(t *testing.T) {
 	}
 }
 
-// TestSpinCrowded: when looks gave their core to another thread several times in succession, there is
-// none for a while. One that an interrupt or the host kept from its core goes on.
-func TestSpinCrowded(t *testing.T) {
-	s := testSpin(25*2*preempted, 2*preempted)
-	s.now = s.max
-	calls := 0
-	if s.until(func() bool { calls++; return false }) || calls != 25 || s.now != s.max {
-		t.Errorf("%d looks at a core of its own, and %v from then on", calls, s.now)
-	}
-	given := int64(0)
-	s.switches = func() int64 { return given }
-	for _, found := range []int{2, 1, crowded} { // an event after so many looks that gave the core away
-		for i := range found {
-			calls = 0
-			if s.until(func() bool { calls++; given++; return false }) || calls != 1 {
-				t.Errorf("%d looks, want one", calls)
-			}
-			if crowd := i == crowded-1; (s.now == 0) != crowd {
-				t.Errorf("it looks for %v after %d looks that gave the core away", s.now, i+1)
+// TestSpinLost: after two waits for another thread's slices, which took a quarter of the time, there
+// is no look for a while, unless many events came meanwhile. An interrupt, and a host that keeps the
+// core from the thread, end no looks.
+func TestSpinLost(t *testing.T) {
+	const turn = 4 * time.Millisecond // of each of two threads that share a core
+	for _, test := range []struct {
+		name     string
+		away, on time.Duration // from the core, and on it before that
+		given    int64         // times that another thread took the core
+		events   int           // in that time
+		rests    bool
+	}{
+		{"interrupt", slice, slice, 1, 0, false},
+		{"host", turn, turn, 0, 0, false},
+		{"busy thread", turn, turn, 1, 0, true},
+		{"busy thread, slow guest", turn, turn, 1, int(2*turn/us(50)) - 1, true},
+		{"busy thread, fast guest", turn, turn, 1, int(2 * turn / us(50)), false},
+		{"rare", turn, 3 * turn, 1, 0, false},
+	} {
+		now, given := time.Hour, int64(0)
+		s := testSpin(us(50), 0)
+		s.clock = func() time.Duration { return now }
+		s.switches = func() int64 { return given }
+		look := func() bool {
+			given += test.given
+			now += test.away
+			return false
+		}
+		s.now = s.max
+		if s.until(look); s.now == 0 {
+			t.Errorf("%s: one wait in an hour ends the looks", test.name)
+		}
+		for range test.events {
+			s.until(func() bool { return true })
+		}
+		now += test.on
+		if s.until(look); (s.now == 0) != test.rests {
+			t.Errorf("%s: it looks for %v then", test.name, s.now)
+		}
+		for i := 0; test.rests && i < crowdRest; i++ {
+			if s.waited(us(1)); s.now != 0 {
+				t.Fatalf("%s: it looks after %d sleeps", test.name, i+1)
 			}
 		}
-		s.until(func() bool { return true })
-	}
-	for i := range aloneAgain {
-		if s.waited(us(1)); s.now != 0 {
-			t.Fatalf("it looks after %d sleeps", i+1)
+		if s.waited(0); s.now == 0 {
+			t.Errorf("%s: it does not look when it may again", test.name)
 		}
-	}
-	if s.waited(us(1)); s.now != minSpin {
-		t.Errorf("it looks for %v when it may again, want %v", s.now, minSpin)
 	}
 }
 
@@ -147,5 +164,18 @@ func TestSpinShared(t *testing.T) {
 		if s.waited(us(1)); s.now == 0 {
 			t.Errorf("%s: it does not look when no thread gives up its core any more", test.name)
 		}
+	}
+}
+
+// TestSpinLostAndShared: sleeps on the core of the guest's CPU do not shorten a longer rest.
+func TestSpinLostAndShared(t *testing.T) {
+	s := testSpin(us(50), us(1))
+	s.crowd = crowdRest
+	s.all = func() int64 { return aloneAgain }
+	for range aloneAgain {
+		s.waited(us(10))
+	}
+	if want := crowdRest - aloneAgain; s.crowd != want {
+		t.Errorf("%d sleeps left without a look, want %d", s.crowd, want)
 	}
 }
