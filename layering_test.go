@@ -50,6 +50,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/virtio/ringbench", "devices/scsi/trace devices/virtio devices/virtio/virtqtest kvmapi/eventfd guestmem"},
 	{"devices/virtio/vhostscsi", "devices/virtio devices/virtio/virtq kvmapi/vhost kvmapi/eventfd guestmem inspect"},
 	{"devices/virtio/rng", "devices/virtio devices/virtio/virtq guestmem inspect"},
+	{"devices/virtio/console", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio/vsock", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio/fs/hostfs", "devices/iovec"},
 	{"devices/virtio/example", "devices/virtio devices/virtio/virtq inspect"},
@@ -77,7 +78,9 @@ var may = []struct{ pkg, imports string }{
 	{"cmd/gvm-plot", "plot plot/draw"},
 	{"machine/disk", "devices/... control inspect text"},
 	{"machine", "machine/disk control vmm/... devices/... kvmapi guestmem guest/embedded inspect"},
-	{"testrun", "devices/statusport devices/virtio/vsock guest/agent/wire inspect machine text verdict verdict/klog vmm"},
+	{"testrun",
+		"devices/statusport devices/virtio/console devices/virtio/vsock guest/agent/wire inspect machine text " +
+			"verdict verdict/klog vmm"},
 	{"cmd/gvm",
 		"machine/... vmm/... devices/... kvmapi/... guestmem control inspect plot text guest/embedded guest/bootinit " +
 			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun verdict/..."},

@@ -6,6 +6,7 @@ import (
 
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
+	"gvm/devices/virtio/console"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
 	"gvm/devices/virtio/vsock"
@@ -15,7 +16,8 @@ import (
 // deviceConfig has the parameters of the devices.
 type deviceConfig struct {
 	scsiDevice
-	vsock *vsock.Device // nil: none
+	vsock   *vsock.Device   // nil: none
+	console *console.Device // nil: none
 }
 
 // scsiDevice has the parameters of the devices that serve disks.
@@ -47,6 +49,12 @@ var deviceTable = []deviceKind{
 			return nil, nil
 		}
 		return []virtio.Device{c.vsock}, nil
+	}},
+	{"virtio-console", virtio.IDConsole, func(c deviceConfig) ([]virtio.Device, error) {
+		if c.console == nil {
+			return nil, nil
+		}
+		return []virtio.Device{c.console}, nil
 	}},
 }
 

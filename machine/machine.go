@@ -27,6 +27,7 @@ import (
 	"gvm/devices/block"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/statusport"
+	"gvm/devices/virtio/console"
 	"gvm/devices/virtio/vhostscsi"
 	"gvm/devices/virtio/vsock"
 	"gvm/guest/embedded"
@@ -76,6 +77,9 @@ type Spec struct {
 	Version  string // the program's version, for Trace
 
 	Vsock *vsock.Config // nil: the guest has no socket device
+	// Ports are streams that the guest finds by their names, as ports of a virtio console. They are
+	// closed when the machine has ended.
+	Ports []console.Port
 
 	// Console is COM1; nil: no input, and output is dropped.
 	Console vmm.Console
@@ -244,9 +248,17 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 			return nil, configError{err}
 		}
 	}
+	var ports *console.Device
+	if len(s.Ports) > 0 {
+		if ports, err = console.New(s.Ports); err != nil {
+			return nil, configError{err}
+		}
+		m.later(ports.Close)
+	}
 	cfg.Devices, err = makeDevices(deviceConfig{
 		scsiDevice: scsiDevice{queues: s.RequestQueues(), poll: s.Poll, trace: file, disks: m.disks},
 		vsock:      m.vsock,
+		console:    ports,
 	})
 	if err != nil {
 		return nil, err

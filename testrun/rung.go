@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/virtio/console"
 	"gvm/devices/virtio/vsock"
 	"gvm/guest/agent/wire"
 	"gvm/machine"
@@ -18,15 +19,16 @@ type Rung int
 
 // The rungs, the best first.
 const (
-	Vsock  Rung = iota + 1 // virtio-vsock, port wire.VsockPort of the host
-	COM2                   // the second serial port
-	Status                 // the port of package statusport: the end of the command alone
+	Vsock   Rung = iota + 1 // virtio-vsock, port wire.VsockPort of the host
+	Console                 // the port wire.PortName of a virtio console
+	COM2                    // the second serial port
+	Status                  // the port of package statusport: the end of the command alone
 )
 
 // Rungs are all of them, the best first.
-var Rungs = []Rung{Vsock, COM2, Status}
+var Rungs = []Rung{Vsock, Console, COM2, Status}
 
-var rungNames = map[Rung]string{Vsock: "vsock", COM2: "com2", Status: "status"}
+var rungNames = map[Rung]string{Vsock: "vsock", Console: "console", COM2: "com2", Status: "status"}
 
 // String returns the rung's name in flags and verdicts.
 func (r Rung) String() string { return rungNames[r] }
@@ -50,6 +52,10 @@ func (r *Run) listen(spec *machine.Spec) (all []*listener) {
 		switch rung {
 		case Vsock:
 			spec.Vsock = &vsock.Config{Accept: r.accept}
+		case Console:
+			near, far := net.Pipe()
+			spec.Ports = append(spec.Ports, console.Port{Name: wire.PortName, Stream: far})
+			all = append(all, &listener{rung, near})
 		case COM2:
 			near, far := net.Pipe()
 			spec.COM2 = far

@@ -94,7 +94,7 @@ the machine ends: 128 and its number.`,
 			&cli.BoolFlag{Name: "bisect", Usage: "make statuses of 128 and more 1, and 126 and 127 125, for git bisect run"},
 			&cli.StringFlag{Name: "verdict", TakesFile: true, Usage: "write the verdict as JSON into `FILE`"},
 			&cli.StringFlag{Name: "rung", Value: "auto",
-				Usage: "reach the guest's agent by `NAME` vsock, com2 or status alone; auto is the best that the kernel has"},
+				Usage: "reach the guest's agent by `NAME` vsock, console, com2 or status alone; auto is the best of the kernel's"},
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "tell of each step on standard error"},
 			&cli.BoolFlag{Name: "timing", Usage: "print at the end how long each phase took"},
 		}, policyFlags("fail", exitGuestFault)...),
@@ -605,7 +605,7 @@ func (t *testConfig) initramfs(ctx context.Context, k *kernel.Kernel, cmd *wire.
 // a panic.
 var (
 	diskModules    = []string{"virtio_pci", "virtio_scsi", "sd_mod"}
-	helpfulModules = []string{"vmw_vsock_virtio_transport", "pvpanic_mmio"}
+	helpfulModules = []string{"vmw_vsock_virtio_transport", "virtio_console", "pvpanic_mmio"}
 )
 
 // addModules gives the guest the modules that it needs and the kernel does not have built in, and

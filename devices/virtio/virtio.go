@@ -22,9 +22,10 @@ type ID uint16
 
 // Device IDs that gvm has devices for.
 const (
-	IDRNG   ID = 4
-	IDSCSI  ID = 8
-	IDVsock ID = 19
+	IDConsole ID = 3
+	IDRNG     ID = 4
+	IDSCSI    ID = 8
+	IDVsock   ID = 19
 )
 
 // Feature bits of the ring and the transport (virtio 1.3, 6).
