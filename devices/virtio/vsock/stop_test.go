@@ -174,6 +174,32 @@ func TestEventWaits(t *testing.T) {
 	}
 }
 
+// TestLastWords: what a guest has sent before its end arrives.
+func TestLastWords(t *testing.T) {
+	r := newRig(t, 8)
+	c := r.connect(1, 1024, 100)
+	d := r.q[txQueue]
+	for i := range byte(100) {
+		at := d.Alloc(headerLen + 1)
+		h := header{srcCID: guestCID, dstCID: hostCID, srcPort: 1, dstPort: 1024, kind: typeStream, op: opRW, len: 1}
+		h.encode((*[headerLen]byte)(d.Bytes(at, headerLen)))
+		d.Bytes(at+headerLen, 1)[0] = i
+		d.Add(virtqtest.Seg{Addr: at, Len: headerLen + 1})
+	}
+	if _, err := d.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.dev.Reset(); err != nil {
+		t.Fatal(err)
+	}
+	var in counting
+	got := make([]byte, 200)
+	n, err := io.ReadFull(c, got)
+	if !errors.Is(err, syscall.ECONNRESET) || n != 100 || in.check(got[:n]) != nil {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+}
+
 // stop stops the device; activate continues.
 func (r *rig) stop() {
 	r.t.Helper()

@@ -160,8 +160,14 @@ func (d *Device) Activate(a virtio.Activation) error {
 // Stop implements virtio.Device. Connections and packets that wait for a buffer stay.
 func (d *Device) Stop(ctx context.Context) ([]uint16, error) { return d.stop(ctx, d.dropBuffers) }
 
-// Reset implements virtio.Device. It ends every connection.
+// Reset implements virtio.Device. It ends every connection. Packets that the driver has made available
+// are handled first: they may be the last words of a guest that has powered off.
 func (d *Device) Reset() error {
+	if len(d.workers) > txQueue && d.workers[txQueue] != nil {
+		if err := d.workers[txQueue].Barrier(); err != nil {
+			return fmt.Errorf("virtio-vsock: %w", err)
+		}
+	}
 	_, err := d.stop(context.Background(), func() {
 		d.dropBuffers()
 		d.forget()
