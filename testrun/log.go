@@ -19,6 +19,7 @@ type kernelLog struct {
 	touch func()
 
 	mu     sync.Mutex
+	input  vmm.Input // nil: no machine runs
 	reader *verdict.Reader
 	tail   []byte
 	err    error // of to
@@ -29,8 +30,31 @@ func newKernelLog(to io.Writer, p verdict.Policy, touch func()) *kernelLog {
 	return &kernelLog{to: to, touch: touch, reader: verdict.NewReader(p, nil)}
 }
 
-// Connect takes no input: the console is for the kernel's log.
-func (*kernelLog) Connect(vmm.Input) {}
+// Connect takes the way to the kernel's SysRq.
+func (l *kernelLog) Connect(in vmm.Input) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.input = in
+}
+
+// sysRq presses keys of SysRq on the console (Documentation/admin-guide/sysrq.rst). It waits until the
+// kernel has taken them, or the machine ends.
+func (l *kernelLog) sysRq(keys string) {
+	l.mu.Lock()
+	in := l.input
+	l.mu.Unlock()
+	if in == nil {
+		return
+	}
+	for i := range keys {
+		if err := in.Break(); err != nil {
+			return
+		}
+		if _, err := in.Write([]byte{keys[i]}); err != nil {
+			return
+		}
+	}
+}
 
 // Write keeps the log. A file that cannot take it does not stop the guest.
 func (l *kernelLog) Write(p []byte) (int, error) {

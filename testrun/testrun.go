@@ -253,15 +253,22 @@ func (r *Run) watch(ctx context.Context) {
 // hangTicks is the number of looks at the progress in the time of a hang.
 const hangTicks = 20
 
-// hung ends a run without progress. It reads where the CPUs are first.
+// hung ends a run without progress. It reads where the CPUs are first, and has a kernel that still
+// takes interrupts print the call traces of its CPUs and of blocked tasks.
 func (r *Run) hung(ctx context.Context) {
-	cpus := readCPUs(ctx, r.machine)
-	r.mu.Lock()
-	r.times.Hang = Millis(time.Since(r.start))
-	r.mu.Unlock()
-	r.log.keepCPUs(cpus)
-	r.stop(errHang)
+	r.mark(&r.times.Hang)
+	r.log.keepCPUs(readCPUs(ctx, r.machine))
+	panics.Go(func() { r.log.sysRq("lw") }) // ends with the machine
+	select {
+	case <-ctx.Done():
+	case <-r.machine.Ended():
+	case <-time.After(hungPatience):
+		r.stop(errHang)
+	}
 }
+
+// hungPatience is the time in which a guest that hangs may print the call traces.
+const hungPatience = time.Second
 
 // finish waits for the end of the machine and decides the verdict.
 func (r *Run) finish(user context.Context, listeners []*listener) {

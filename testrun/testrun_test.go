@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"strings"
 	"testing"
@@ -226,6 +227,22 @@ func TestVerdicts(t *testing.T) {
 	}
 }
 
+// keyboard is the input of a kernel that prints the SysRq that it gets.
+type keyboard struct {
+	console io.Writer
+	broken  bool // the last input was a break
+}
+
+func (k *keyboard) Break() error { k.broken = true; return nil }
+
+func (k *keyboard) Write(p []byte) (int, error) {
+	if k.broken {
+		fmt.Fprintf(k.console, "sysrq %s\r\n", p)
+	}
+	k.broken = false
+	return len(p), nil
+}
+
 // TestHang: a command that is silent is no hang while the agent is alive; CPUs are described when
 // nothing moves any more.
 func TestHang(t *testing.T) {
@@ -238,7 +255,15 @@ func TestHang(t *testing.T) {
 	if res.Kind != Exited {
 		t.Errorf("an idle command: %+v", res)
 	}
-	res = run(t, Config{Hang: 100 * time.Millisecond}, func(g *fakeGuest) vmm.Outcome { return vmm.Outcome{} })
+	var keys keyboard
+	res = run(t, Config{Hang: 100 * time.Millisecond}, func(g *fakeGuest) vmm.Outcome {
+		keys.console = g.spec.Console
+		g.spec.Console.Connect(&keys)
+		return vmm.Outcome{}
+	})
+	if log := strings.Join(res.Log, ","); log != "sysrq l,sysrq w" {
+		t.Errorf("the log is %q", log)
+	}
 	if res.Kind != Hang || len(res.Detail) != 1 || res.Detail[0] != "CPU 0 mp_state halted" || res.Times.Hang == 0 {
 		t.Errorf("a hang: %+v", res)
 	}

@@ -385,7 +385,7 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	}
 	defer initrd.Close()
 	spec.Initrds = []*boot.File{initrd}
-	spec.Words = []string{"printk.time=1"}
+	spec.Words = []string{"printk.time=1", "sysrq_always_enabled"}
 	spec.Note, spec.Phase, spec.Stamp = note, t.timing.phase, t.timing.stamp
 	spec.KernelCache, spec.Version = boot.CacheDir(), version
 	build, err := wire.BuildID(ownProgram)
@@ -438,7 +438,8 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	}
 	res = t.stopped(run.Wait())
 	res.Kernel, res.Release = k.Image.Name, k.Release
-	if res.Missing = missing; res.Rung == "" && k.Config.Text == nil { // no early file had it
+	res.Missing = missing
+	if res.Rung == "" && res.Kind != testrun.Stopped && k.Config.Text == nil { // no file had it
 		if c, err := k.Embedded(boot.CacheDir()); err == nil {
 			res.Missing = t.missing(c)
 		}
@@ -563,7 +564,7 @@ func (t *testConfig) command() (*wire.Command, *testrun.Result) {
 	}
 	if t.tty {
 		cmd.Terminal = &wire.Terminal{Rows: 24, Columns: 80}
-		if columns, rows, err := term.GetSize(int(os.Stdout.Fd())); err == nil {
+		if columns, rows, err := term.GetSize(int(os.Stdout.Fd())); err == nil && columns > 0 && rows > 0 {
 			cmd.Terminal = &wire.Terminal{Rows: uint16(rows), Columns: uint16(columns)}
 		}
 	}

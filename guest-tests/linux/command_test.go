@@ -107,15 +107,15 @@ func TestRungs(t *testing.T) {
 			n := 64 << 20
 			switch {
 			case rung == "com2": // an exit of the CPU for each byte
-				n = 64 << 10
+				n = 16 << 10
 			case os.Getenv(lab.InLabEnv) == "1": // 300 KB/s
 				n = 4 << 20
 			}
-			in := content(t.Name(), n)
+			in, dir := content(t.Name(), n), t.TempDir()
 			var out bytes.Buffer
 			fmt.Fprintf(&out, "%s", in)
-			fmt.Fprintf(&out, "%d\n%s\n0\nab c\n", n, t.TempDir())
-			r := testOn(t, k, bytes.NewReader(in), "--rung", rung, "--cwd", t.TempDir(), "--env", "A=ab c", "-v", "--",
+			fmt.Fprintf(&out, "%d\n%s\n0\nab c\n", n, dir)
+			r := testOn(t, k, bytes.NewReader(in), "--rung", rung, "--cwd", dir, "--env", "A=ab c", "-v", "--",
 				bb, "sh", "-c", `tee /tmp/in; wc -c </tmp/in; pwd; id -u; echo "$A"; echo "to stderr" >&2; exit 3`)
 			r.want(t, 3, out.String(), "the agent said hello by "+rung+"\n", "\nto stderr\n")
 		})
@@ -183,4 +183,18 @@ func TestTestSignals(t *testing.T) {
 		p.signal(syscall.SIGINT)
 		p.waitTest().want(t, c.status, "ready\n")
 	}
+}
+
+// TestShell: without a command gvm test is a shell on a terminal of the guest, with job control.
+func TestShell(t *testing.T) {
+	p, keys := startOnTerminal(t, "test", "-k", theLab(t).Cloud.BZImage)
+	p.waitForText("# ")
+	fmt.Fprint(keys, "tty; stty size; echo $((6*7))\r")
+	p.waitForText("\n/dev/pts/0\n24 80\n42\n")
+	fmt.Fprint(keys, "sleep 1000\r")
+	p.waitForText("sleep 1000\n")
+	fmt.Fprint(keys, "\x03echo after $?\r")
+	p.waitForText("\nafter 130\n")
+	fmt.Fprint(keys, "exit 5\r")
+	p.wait().wantStatus(t, 5)
 }
