@@ -16,7 +16,7 @@ const (
 	slice = 500 * time.Microsecond
 	// There is no look for crowdRest sleeps after two such waits, if they took a quarter of the time
 	// and events did not come within max on average all the same.
-	crowdRest = 1024
+	crowdRest = 8192
 	// After aloneAgain sleeps on the core of the guest's CPU there are none for as many.
 	aloneAgain = 64
 	// The core is that of the guest's CPU if the process had one involuntary switch for every
