@@ -53,6 +53,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/virtio/console", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio/vsock", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio/fs/hostfs", "devices/iovec"},
+	{"devices/virtio/fs", "devices/virtio devices/virtio/virtq devices/virtio/fs/hostfs inspect"},
 	{"devices/virtio/example", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio", "devices/virtio/virtq guestmem inspect kvmapi/eventfd"},
 	{"devices/...", "inspect"},
@@ -77,7 +78,7 @@ var may = []struct{ pkg, imports string }{
 	{"plot", ""},
 	{"cmd/gvm-plot", "plot plot/draw"},
 	{"machine/disk", "devices/... control inspect text"},
-	{"machine", "machine/disk control vmm/... devices/... kvmapi guestmem guest/embedded inspect"},
+	{"machine", "machine/disk control vmm/... devices/... kvmapi guestmem guest/embedded inspect text"},
 	{"testrun",
 		"devices/statusport devices/virtio/console devices/virtio/vsock guest/agent/wire inspect machine text " +
 			"verdict verdict/klog vmm"},

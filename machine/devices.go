@@ -18,6 +18,7 @@ type deviceConfig struct {
 	scsiDevice
 	vsock   *vsock.Device   // nil: none
 	console *console.Device // nil: none
+	shares  []virtio.Device
 }
 
 // scsiDevice has the parameters of the devices that serve disks.
@@ -56,6 +57,7 @@ var deviceTable = []deviceKind{
 		}
 		return []virtio.Device{c.console}, nil
 	}},
+	{"virtio-fs", virtio.IDFS, func(c deviceConfig) ([]virtio.Device, error) { return c.shares, nil }},
 }
 
 // makeDevices makes the devices of every row.

@@ -27,7 +27,10 @@ import (
 	"gvm/devices/block"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/statusport"
+	"gvm/devices/virtio"
 	"gvm/devices/virtio/console"
+	"gvm/devices/virtio/fs"
+	"gvm/devices/virtio/fs/hostfs"
 	"gvm/devices/virtio/vhostscsi"
 	"gvm/devices/virtio/vsock"
 	"gvm/guest/embedded"
@@ -36,6 +39,7 @@ import (
 	"gvm/kvmapi"
 	"gvm/machine/disk"
 	"gvm/panics"
+	"gvm/text"
 	"gvm/vmm"
 	"gvm/vmm/boot"
 	"gvm/vmm/x86"
@@ -80,6 +84,8 @@ type Spec struct {
 	// Ports are streams that the guest finds by their names, as ports of a virtio console. They are
 	// closed when the machine has ended.
 	Ports []console.Port
+	// Shares are directories of the host, a file system device each. Start sets their Files.
+	Shares []fs.Share
 
 	// Console is COM1; nil: no input, and output is dropped.
 	Console vmm.Console
@@ -255,10 +261,15 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 		}
 		m.later(ports.Close)
 	}
+	shares, err := m.openShares(ctx, s.Shares)
+	if err != nil {
+		return nil, err
+	}
 	cfg.Devices, err = makeDevices(deviceConfig{
 		scsiDevice: scsiDevice{queues: s.RequestQueues(), poll: s.Poll, trace: file, disks: m.disks},
 		vsock:      m.vsock,
 		console:    ports,
+		shares:     shares,
 	})
 	if err != nil {
 		return nil, err
@@ -273,6 +284,57 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	}
 	panics.Go(func() { m.run(ctx, sys, cfg) })
 	return m, nil
+}
+
+// openShares opens the shared directories, which divide the descriptors that they may have.
+func (m *Machine) openShares(ctx context.Context, shares []fs.Share) (devices []virtio.Device, _ error) {
+	tags := map[string]bool{}
+	for _, s := range shares {
+		if tags[s.Tag] {
+			return nil, configError{fmt.Errorf("two shares have the tag %s; give each its own", text.Printable(s.Tag))}
+		}
+		tags[s.Tag] = true
+		files, err := hostfs.DefaultFiles()
+		if err != nil {
+			return nil, err
+		}
+		s.Files = files / len(shares)
+		d, err := openShare(ctx, s)
+		if err != nil {
+			return nil, err
+		}
+		m.later(func() error { d.Close(); return nil })
+		devices = append(devices, d)
+	}
+	return devices, nil
+}
+
+// openShare opens a share. If ctx ends first, a file system of the host that does not answer is left.
+func openShare(ctx context.Context, s fs.Share) (*fs.Device, error) {
+	type opened struct {
+		d   *fs.Device
+		err error
+	}
+	done := make(chan opened)
+	panics.Go(func() {
+		d, err := fs.New(s)
+		select {
+		case done <- opened{d, err}:
+		case <-ctx.Done():
+			if err == nil {
+				d.Close()
+			}
+		}
+	})
+	select {
+	case o := <-done:
+		if o.err != nil {
+			return nil, configError{o.err}
+		}
+		return o.d, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 func embeddedKernel() (*boot.Image, error) {

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/term"
 
 	"gvm/control"
+	"gvm/devices/virtio/fs"
 	"gvm/guest/embedded"
 	"gvm/guest/kernel"
 	"gvm/machine"
@@ -67,6 +68,7 @@ EXAMPLES
    gvm run --kernel 6.1.0-13-amd64 --initrd /boot/initrd.img-6.1.0-13-amd64
    gvm run --disk a.img,serial=one --disk b.img,readonly,lun=4
    gvm run --disk a.img,backend=vhost               served by the kernel
+   gvm run -k bzImage --disk debian.img --share src=. --share ref=/usr,ro
    gvm run --cpus 4 --memory 2G --cmdline "ro quiet" --timeout 60s
    gvm help exit-status                             the exit statuses
 
@@ -79,6 +81,9 @@ EXAMPLES
 				Usage: "initramfs `FILE`; several are concatenated", TakesFile: true},
 			&cli.GenericFlag{Name: "disk", Aliases: []string{"d"}, Value: new(words),
 				Usage: "`PATH[,OPTION]...` of a raw image or block device; see gvm help disk"},
+			&cli.GenericFlag{Name: "share", Value: new(words),
+				Usage: "`TAG=DIR[,ro]`: a directory of this host that the guest mounts, read-only with ro: " +
+					"mount -t virtiofs TAG /mnt"},
 			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"},
 				Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, without an initrd, " +
 					"root= for the first disk where that is sure"},
@@ -243,6 +248,13 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	} else if rc.memoryNote == "" {
 		rc.memoryNote = diskNote
 	}
+	for _, s := range wordsOf(c, "share") {
+		share, err := parseShare(s)
+		if err != nil {
+			return rc, fmt.Errorf("--share %s: %w", s, err)
+		}
+		spec.Shares = append(spec.Shares, share)
+	}
 	if err := checkThreads(spec.CPUs, spec.RequestQueues(), host); err != nil {
 		return rc, err
 	}
@@ -251,9 +263,9 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 			return rc, fmt.Errorf("%w with --kernel", err)
 		}
 	}
-	if rc.kernel == "" && (len(rc.initrds) > 0 || given("cmdline") || spec.BareCmdLine ||
+	if rc.kernel == "" && (len(rc.initrds) > 0 || len(spec.Shares) > 0 || given("cmdline") || spec.BareCmdLine ||
 		spec.Protocol == boot.Linux64) {
-		return rc, errors.New("--initrd, --cmdline, --bare-cmdline and --entry 64 need a --kernel; " +
+		return rc, errors.New("--initrd, --share, --cmdline, --bare-cmdline and --entry 64 need a --kernel; " +
 			"the embedded guest takes --guest-arg")
 	}
 	if rc.kernel != "" && len(spec.GuestArgs) > 0 {
@@ -268,6 +280,16 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		}
 	}
 	return rc, nil
+}
+
+// parseShare reads TAG=DIR[,ro].
+func parseShare(s string) (share fs.Share, err error) {
+	var ok bool
+	if share.Tag, share.Dir, ok = strings.Cut(s, "="); !ok || share.Dir == "" {
+		return share, errors.New("want TAG=DIR, or TAG=DIR,ro")
+	}
+	share.Dir, share.ReadOnly = strings.CutSuffix(share.Dir, ",ro")
+	return share, fs.CheckTag(share.Tag)
 }
 
 // parseAPICIDs reads a list such as "0,2,300".

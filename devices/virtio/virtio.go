@@ -26,6 +26,7 @@ const (
 	IDRNG     ID = 4
 	IDSCSI    ID = 8
 	IDVsock   ID = 19
+	IDFS      ID = 26
 )
 
 // Feature bits of the ring and the transport (virtio 1.3, 6).

@@ -52,7 +52,7 @@ func testMain(m *testing.M) int {
 	}
 	options := lab.Options{
 		Direct:  direct,
-		Build:   []string{"gvm/cmd/gvm", "gvm/guest/diskload", "gvm/guest/vsockecho"},
+		Build:   []string{"gvm/cmd/gvm", "gvm/guest/diskload", "gvm/guest/vsockecho", "gvm/guest-tests/cmd/posixtest"},
 		Memory:  10 << 10, // for a guest of 6 GiB
 		Modules: []string{"nbd", "dm-mod"},
 		Lost:    lost,

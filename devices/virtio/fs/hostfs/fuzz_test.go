@@ -82,12 +82,9 @@ func FuzzServe(f *testing.F) {
 				values = append(values, entry(b[entryOutLen:]))
 			}
 		}
-		fs.Reset()
-		if c := fs.Counts(); c.Files != 0 || c.Inodes != 1 {
-			t.Errorf("after a reset: %+v", c)
-		}
-		if err := fs.Close(); err != nil {
-			t.Error(err)
+		fs.Close()
+		if c := fs.Counts(); c.Files != 0 {
+			t.Errorf("after Close: %+v", c)
 		}
 		if after := o.state(t); after != before {
 			t.Errorf("before:\n%s\nafter:\n%s", before, after)

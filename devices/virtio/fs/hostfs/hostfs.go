@@ -42,7 +42,6 @@ type FS struct {
 	cfg   Config
 	valid time.Duration
 	root  *inode
-	sync  int  // descriptor of the root, for syncfs
 	owner bool // this process may give files away
 
 	mu      sync.Mutex // guards what follows, and the counts of inodes and handles
@@ -56,14 +55,22 @@ type FS struct {
 	calls   uint64            // requests served
 }
 
+// DefaultFiles returns half of RLIMIT_NOFILE.
+func DefaultFiles() (int, error) {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 0, fmt.Errorf("read the limit of open files: %w", err)
+	}
+	return int(min(limit.Cur, 1<<31) / 2), nil
+}
+
 // Open opens the tree at cfg.Dir.
 func Open(cfg Config) (*FS, error) {
 	if cfg.Files == 0 {
-		var limit unix.Rlimit
-		if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-			return nil, fmt.Errorf("read the limit of open files: %w", err)
+		var err error
+		if cfg.Files, err = DefaultFiles(); err != nil {
+			return nil, err
 		}
-		cfg.Files = int(min(limit.Cur, 1<<31) / 2)
 	}
 	if cfg.Valid == 0 {
 		cfg.Valid = time.Second
@@ -72,28 +79,31 @@ func Open(cfg Config) (*FS, error) {
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: cfg.Dir, Err: err}
 	}
-	dir, err := unix.Open(procPath(fd), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	st, err := stat(fd)
+	if err == nil && kernelInterface(fd) {
+		err = errors.New("it shows the state of the kernel, and is not shared")
+	}
+	if err == nil {
+		err = unix.Access(procPath(fd), unix.R_OK|unix.X_OK)
+	}
 	if err != nil {
 		unix.Close(fd)
 		return nil, &os.PathError{Op: "open", Path: cfg.Dir, Err: err}
 	}
-	st, err := stat(fd)
-	if err == nil && kernelInterface(fd) {
-		err = errors.New("an interface of the kernel, which is not shared")
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", cfg.Dir, err), unix.Close(fd), unix.Close(dir))
-	}
-	fs := &FS{cfg: cfg, valid: cfg.Valid, sync: dir, owner: os.Geteuid() == 0, devices: map[uint64]uint64{},
-		root: &inode{id: 1, fd: fd, key: keyOf(&st), kind: uint32(st.Mode) & unix.S_IFMT}}
+	fs := &FS{cfg: cfg, valid: cfg.Valid, owner: os.Geteuid() == 0, devices: map[uint64]uint64{}, files: 1,
+		root: &inode{id: 1, fd: fd, key: keyOf(&st), kind: uint32(st.Mode) & unix.S_IFMT, lookups: 1}}
 	fs.forgetAll()
 	return fs, nil
 }
 
-// Close closes the tree. No request is being served.
-func (fs *FS) Close() error {
+// Close closes the tree. Requests that are still being served, by a host that does not answer, keep
+// what they use.
+func (fs *FS) Close() {
 	fs.Reset()
-	return errors.Join(unix.Close(fs.root.fd), unix.Close(fs.sync))
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	fs.root.lookups = 0
+	fs.free(fs.root)
 }
 
 // Reset forgets the client: its inodes and open files.
@@ -107,6 +117,7 @@ func (fs *FS) Reset() {
 	for _, n := range fs.nodes {
 		n.lookups, n.kids, n.parent = 0, 0, nil
 	}
+	fs.root.lookups = 1
 	for _, n := range fs.nodes {
 		fs.free(n)
 	}
@@ -289,7 +300,7 @@ var ops = [...]op{
 	opRename2:       {args: 16, changes: true, run: (*FS).rename},
 	opLseek:         {args: 24, run: (*FS).lseek},
 	opCopyFileRange: {args: 56, changes: true, run: (*FS).copyFileRange},
-	opSyncfs:        {args: 8, anyNode: true, run: (*FS).syncfs},
+	opSyncfs:        {args: 8, run: (*FS).syncfs},
 	opTmpfile:       {args: 16, changes: true, run: (*FS).tmpfile},
 }
 
@@ -325,4 +336,17 @@ func (fs *FS) destroy(*request) error {
 	return nil
 }
 
-func (fs *FS) syncfs(*request) error { return unix.Syncfs(fs.sync) }
+func (fs *FS) syncfs(r *request) error {
+	if err := r.node.shown(unix.S_IFDIR); err != nil {
+		return err
+	}
+	if err := fs.reserve(); err != nil {
+		return err
+	}
+	fd, err := unix.Open(procPath(r.node.fd), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	defer func() { fs.unreserve(fd) }()
+	if err != nil {
+		return err
+	}
+	return unix.Syncfs(fd)
+}

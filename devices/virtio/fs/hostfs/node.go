@@ -180,7 +180,7 @@ func (fs *FS) done(n *inode) {
 
 // free closes an inode that nothing has, and then perhaps its parent. The caller holds mu.
 func (fs *FS) free(n *inode) {
-	for n != nil && n != fs.root && n.uses == 0 && n.lookups == 0 && n.kids == 0 {
+	for n != nil && n.uses == 0 && n.lookups == 0 && n.kids == 0 {
 		if fs.nodes[n.id] == n {
 			delete(fs.nodes, n.id)
 		}
@@ -342,7 +342,7 @@ func (fs *FS) batchForget(r *request) error {
 func (fs *FS) forgetOne(id, lookups uint64) {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
-	if n := fs.nodes[id]; n != nil {
+	if n := fs.nodes[id]; n != nil && n != fs.root {
 		n.lookups -= min(lookups, n.lookups)
 		fs.free(n)
 	}

@@ -1,0 +1,173 @@
+package linux
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+
+	"gvm/devices/virtio/fs"
+	"gvm/guest-tests/lab"
+	"gvm/guestmem"
+	"gvm/machine"
+	"gvm/vmm"
+	"gvm/vmm/boot"
+)
+
+// watcher is the console of a guest. It calls when for each line of a script's say, with the words.
+type watcher struct {
+	mu   sync.Mutex
+	all  bytes.Buffer
+	line []byte
+	when func(words string)
+}
+
+func (w *watcher) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.all.Write(p)
+	for _, c := range p {
+		if c != '\n' {
+			w.line = append(w.line, c)
+			continue
+		}
+		if words, ok := strings.CutPrefix(strings.TrimSpace(string(w.line)), "= "); ok {
+			w.when(words)
+		}
+		w.line = w.line[:0]
+	}
+	return len(p), nil
+}
+
+// TestShare mounts a writable and a read-only directory of the host: the test suite of go-fuse, git in
+// a tree of 2,000 files, edits on the host, a program that runs from it, and a pause meanwhile.
+func TestShare(t *testing.T) {
+	for _, name := range []string{"cloud", "5.10", "7.3"} {
+		t.Run(name, func(t *testing.T) { testShare(t, name) })
+	}
+}
+
+func testShare(t *testing.T, name string) {
+	host, ref := t.TempDir(), t.TempDir()
+	write := func(path, text string) {
+		t.Helper()
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o755)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 2000 {
+		write(filepath.Join(host, "tree", fmt.Sprint(i%40), fmt.Sprint(i)), fmt.Sprint("file ", i))
+	}
+	if err := os.Mkdir(filepath.Join(host, "posix"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	git := func(args ...string) {
+		t.Helper()
+		c := exec.Command("git", append([]string{"-c", "user.name=a", "-c", "user.email=a@b"}, args...)...)
+		c.Dir = filepath.Join(host, "tree")
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	git("init", "-q")
+	git("add", ".")
+	git("commit", "-q", "-m", "all")
+	write(filepath.Join(host, "edited"), "old")
+	write(filepath.Join(ref, "program"), "#!/bin/sh\necho = runs\n")
+	write(filepath.Join(ref, "data"), string(content("share", 5<<20)))
+	g := guest{
+		kernel:       kernel(t, name),
+		modules:      []string{"virtiofs"},
+		files:        map[string]string{"bin/posixtest": lab.Program("posixtest")},
+		hostPrograms: []string{"/usr/bin/git"},
+		script: `
+export HOME=/ GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0='*'
+mkdir -p /rw /ro /tmp
+mount -t virtiofs rw /rw && mount -t virtiofs ro /ro && say mounted
+cd /rw/tree
+say status "$(git status --porcelain | wc -l)"
+cd /
+echo guest >/rw/made && say edit
+until [ "$(cat /rw/edited)" = new ]; do sleep 0.1; done
+say edited
+cd /rw/tree
+until [ "$(git status --porcelain)" = " M 7/7" ]; do sleep 0.1; done
+say "modified"
+cd /
+/ro/program
+say sum "$(sum /ro/data)"
+touch /ro/data 2>/dev/null || say refused
+umount /ro && mount -t virtiofs ro /ro && say sum "$(sum /ro/data)"
+DIR=/rw/posix posixtest && say posix ok
+umount /ro; umount /rw && say unmounted
+klog
+`,
+	}
+	k, err := boot.Open(t.Context(), g.kernel.BZImage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	initrd, err := boot.OpenFile(t.Context(), g.initramfs(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer initrd.Close()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var m *machine.Machine
+	started := make(chan struct{})
+	console := &watcher{when: func(words string) {
+		<-started
+		switch words {
+		case "edit":
+			// A new file takes the place of the old one, as editors do it.
+			write(filepath.Join(host, "next"), "new")
+			if err := os.Rename(filepath.Join(host, "next"), filepath.Join(host, "edited")); err != nil {
+				t.Error(err)
+			}
+			write(filepath.Join(host, "tree", "7", "7"), "another text")
+		case "modified":
+			go func() {
+				if err := errors.Join(m.Pause(ctx), m.Resume()); err != nil {
+					t.Error(err)
+				}
+			}()
+		}
+	}}
+	m, err = machine.Start(ctx, machine.Spec{
+		Memory: guestmem.Config{Size: 512 << 20}, CPUs: 2, Kernel: k, Initrds: []*boot.File{initrd}, CmdLine: "quiet",
+		KernelCache: cacheHome + "/gvm/kernels", Console: machine.Output(console),
+		Shares: []fs.Share{{Tag: "rw", Dir: host}, {Tag: "ro", Dir: ref, ReadOnly: true}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	close(started)
+	out, err := m.Wait()
+	r := result{console: strings.ReplaceAll(console.all.String(), "\r", "")}
+	if err != nil || out.Ending != vmm.PoweredOff {
+		r.fatalf(t, "%v, %v, %v", out.Ending, out.Err, err)
+	}
+	data := "sum " + sum(content("share", 5<<20))
+	for _, want := range []string{"mounted", "status 0", "edited", "modified", "runs", data, "refused",
+		data + "\n(.*\n)*= posix ok", "unmounted"} {
+		if ok, _ := regexp.MatchString("(?m)^= "+want+"$", r.console); !ok {
+			t.Errorf("no %q on the console", want)
+		}
+	}
+	if text, err := os.ReadFile(filepath.Join(host, "made")); string(text) != "guest\n" {
+		t.Errorf("the guest's file: %q, %v", text, err)
+	}
+	if t.Failed() {
+		r.fatalf(t, "see above")
+	}
+	r.kernelLog(t, 1)
+}
