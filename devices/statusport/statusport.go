@@ -1,10 +1,10 @@
 // Package statusport is a device of two I/O ports by which a program in the guest says that it
-// lives and how its work ended. It needs no driver: Linux writes ports by /dev/port. It is the last
-// way for an agent whose kernel has neither vsock, nor a virtio console, nor a second UART.
+// lives and how its work ended. It needs no driver: Linux lets a program use ports by ioperm(2) or
+// /dev/port. It is the last way for an agent whose kernel has neither vsock, nor a virtio console,
+// nor a second UART.
 //
 // The program writes a value to the first port and then a kind to the second one, which makes a
-// report of the two. One write of both bytes at offset Port of /dev/port does that (drivers/char/mem.c,
-// write_port).
+// report of the two.
 package statusport
 
 import "sync"

@@ -111,27 +111,16 @@ func dial(rw io.ReadWriteCloser, cfg wire.AgentConfig) (*wire.Agent, error) {
 	}
 }
 
-// statusEnd reports by the status port. The kernel needs only CONFIG_DEVPORT for it.
+// statusEnd reports by the status port.
 func statusEnd() end {
 	e := end{
 		log:  func(line string) { fmt.Fprintln(os.Stderr, "gvm-agent:", line) },
 		exit: func(wire.Exit) {},
 	}
-	port, err := os.OpenFile("/dev/port", os.O_RDWR, 0)
+	report, err := openStatusPort()
 	if err != nil {
-		e.log(fmt.Sprintf("no status port (CONFIG_DEVPORT): %v", err))
+		e.log(fmt.Sprintf("no status port: %v", err))
 		return e
-	}
-	magic := make([]byte, statusport.Size)
-	if _, err := port.ReadAt(magic, statusport.Port); err != nil || string(magic) != statusport.Magic {
-		e.log(fmt.Sprintf("no status port: it reads %x, %v", magic, err))
-		return e
-	}
-	var mu sync.Mutex // the device takes a report in two writes
-	report := func(kind statusport.Kind, value int) {
-		mu.Lock()
-		defer mu.Unlock()
-		port.WriteAt([]byte{byte(value), byte(kind)}, statusport.Port)
 	}
 	panics.Go(func() { // ends with the machine
 		for {
@@ -142,15 +131,15 @@ func statusEnd() end {
 	e.exit = func(x wire.Exit) {
 		switch {
 		case x.Err != "" && x.Status == 127:
-			report(statusport.Failed, int(unix.ENOENT))
+			report(statusport.Failed, byte(unix.ENOENT))
 		case x.Err != "" && x.Status == 126:
-			report(statusport.Failed, int(unix.EACCES))
+			report(statusport.Failed, byte(unix.EACCES))
 		case x.Err != "":
-			report(statusport.Failed, int(unix.EIO))
+			report(statusport.Failed, byte(unix.EIO))
 		case x.Signal != 0:
-			report(statusport.Signaled, x.Signal)
+			report(statusport.Signaled, byte(x.Signal))
 		default:
-			report(statusport.Exited, x.Status)
+			report(statusport.Exited, byte(x.Status))
 		}
 		if x.Err != "" {
 			e.log(x.Err)
