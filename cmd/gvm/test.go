@@ -403,7 +403,7 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	cfg.Chosen = func(r testrun.Rung) {
 		switch {
 		case r == testrun.Status:
-			note("the kernel has no way for the command's streams (vsock, a second serial port): " +
+			note("the kernel has no way for the command's streams (vsock, virtio console, second serial port): " +
 				"only its exit status will be known")
 		default:
 			t.say("the agent said hello by %s", r)
@@ -717,9 +717,8 @@ func (keyboard) Break() error { return nil }
 // input is gvm's standard input, whose Read ends with the run.
 type input struct {
 	file *os.File
-	mu   sync.Mutex // held while Read uses wake
-	wake *eventfd.FD
-	once sync.Once
+	mu   sync.Mutex  // held while Read uses wake
+	wake *eventfd.FD // nil: closed
 }
 
 // Read reads input. A terminal that another job has reads as ended.
@@ -752,15 +751,15 @@ func (in *input) Read(p []byte) (int, error) {
 	return 0, os.ErrClosed
 }
 
-// close ends a Read.
+// close ends a Read. It does not wait for one whose input another process took first, and which waits
+// for more until the end of this process.
 func (in *input) close() {
-	in.once.Do(func() {
-		_ = in.wake.Signal() // of an eventfd that is open
-		in.mu.Lock()
-		defer in.mu.Unlock()
+	_ = in.wake.Signal() // of an eventfd that is open
+	if in.mu.TryLock() {
 		_ = in.wake.Close()
 		in.wake = nil
-	})
+		in.mu.Unlock()
+	}
 }
 
 // signalPatience is how long a command may take to end by a signal that gvm passes on.
