@@ -27,6 +27,14 @@ type vsockEcho struct {
 	accepted chan *vsock.Conn
 }
 
+// rebindVsock takes the device from its driver, and gives it back.
+const rebindVsock = `
+cd /sys/bus/virtio/drivers/vmw_vsock_virtio_transport
+device=$(echo virtio*)
+echo $device >unbind && echo $device >bind && say rebound
+cd /
+`
+
 // TestVsock moves data over vsock between a guest's program, which sends all of it back, and this one.
 func TestVsock(t *testing.T) {
 	for _, name := range []string{"cloud", "5.10", "7.3"} {
@@ -37,14 +45,14 @@ func TestVsock(t *testing.T) {
 				kernel:  kernel(t, name),
 				modules: []string{"vmw_vsock_virtio_transport"},
 				files:   map[string]string{"bin/vsockecho": lab.Program("vsockecho")},
-				script:  fmt.Sprintf("vsockecho -connect %d && say echoed\nklog", streams),
+				script:  fmt.Sprintf(rebindVsock+"vsockecho -connect %d && say echoed\nklog", streams),
 			}
 			var console bytes.Buffer
 			e.boot(g, &console)
 			e.all(streams)
 			out, err := e.m.Wait()
 			r := result{console: strings.ReplaceAll(console.String(), "\r", "")}
-			if err != nil || out.Ending != vmm.PoweredOff || !strings.Contains(r.console, "= echoed\n") {
+			if err != nil || out.Ending != vmm.PoweredOff || !strings.Contains(r.console, "= rebound\n= echoed\n") {
 				r.fatalf(t, "%v, %v, %v", out.Ending, out.Err, err)
 			}
 			r.kernelLog(t, 1)

@@ -285,6 +285,7 @@ func FuzzPackets(f *testing.F) {
 	for _, s := range []string{
 		request + buffer + data + read + write + buffer + update + stop + buffer + buffer + update,
 		request + write + buffer + buffer + buffer + close + reset,
+		request + data + close + buffer + buffer + data,
 		dial + buffer + answer + write + buffer + "\x0a\xff\x00\x00\x00\x00\x00\x00",
 		request + data + data + data + data + "\x80\x00\x05\xff\xff\x00\x00\x00" + data +
 			"\x00\x00\x04\x00\x00\x03\x00\x00" + read,

@@ -403,6 +403,14 @@ func TestTransportReset(t *testing.T) {
 	wait()
 	c.Close()
 	r.empty()
+	// A driver that starts later has nothing to reset.
+	if err := r.dev.Reset(); err != nil {
+		t.Fatal(err)
+	}
+	r.dev.TransportReset()
+	if r.dev.resetDue {
+		t.Error("a reset is due to no driver")
+	}
 }
 
 // TestBounds: a guest cannot have the device keep more than its bounds.
