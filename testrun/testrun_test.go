@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
@@ -100,7 +101,8 @@ var off = vmm.Outcome{Ending: vmm.PoweredOff}
 // TestStreams: the command's streams pass every byte, apart from each other, and its status is the
 // run's.
 func TestStreams(t *testing.T) {
-	in := bytes.Repeat([]byte("\x00\xff\r\n\x11\x13"), 200_000)
+	in := make([]byte, 64<<20)
+	rand.NewChaCha8([32]byte{}).Read(in)
 	var out, errs bytes.Buffer
 	cfg := Config{Stdin: bytes.NewReader(in), Stdout: &out, Stderr: &errs, Policy: verdict.Policy{Fail: true}}
 	var chosen Rung
