@@ -18,11 +18,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/guest/agent/wire"
+	"gvm/panics"
 	"gvm/text"
 )
 
-// testInit is the name of the test program as the first one of a guest.
-const testInit = "gvm-agent-test-init"
+// testInit is the name of the test program as the first one of a guest. It panics instead of running
+// testPanic.
+const (
+	testInit  = "gvm-agent-test-init"
+	testPanic = "gvm-agent-test-panic"
+)
 
 func TestMain(m *testing.M) {
 	Main(os.Args)
@@ -50,6 +55,14 @@ func initMain(command string) error {
 		return err
 	}
 	g.wire = w
+	if cmd.Args[0] == testPanic {
+		panics.Handle(func(p *panics.Panic) {
+			g.panicked(p)
+			os.Exit(0)
+		})
+		panics.Go(func() { panic("broken") })
+		select {}
+	}
 	e := g.streamEnd()
 	e.exit(g.job.run(cmd, e.streams))
 	return nil
@@ -60,6 +73,7 @@ type command struct {
 	*wire.Host
 	started chan int
 	ended   chan error // of the agent
+	console strings.Builder
 }
 
 func run(t *testing.T, cmd wire.Command) *command {
@@ -93,7 +107,11 @@ func run(t *testing.T, cmd wire.Command) *command {
 	c := exec.CommandContext(ctx, exe, file)
 	c.Args[0] = testInit
 	c.ExtraFiles = []*os.File{theirs}
-	c.Stderr = os.Stderr
+	r := &command{started: make(chan int, 1), ended: make(chan error, 1)}
+	c.Stderr = io.MultiWriter(os.Stderr, &r.console)
+	if cmd.Args[0] == testPanic {
+		c.Stderr = &r.console
+	}
 	c.Env = []string{"ENVIRONMENT=of the agent"}
 	if os.Getuid() == 0 {
 		c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID,
@@ -103,7 +121,6 @@ func run(t *testing.T, cmd wire.Command) *command {
 		t.Fatal(err)
 	}
 	theirs.Close()
-	r := &command{started: make(chan int, 1), ended: make(chan error, 1)}
 	go func() { r.ended <- c.Wait() }()
 	t.Cleanup(func() { cancel(); <-r.ended })
 	r.Host, err = wire.Accept(conn, wire.HostConfig{Started: func(pid int) { r.started <- pid }})
@@ -305,6 +322,19 @@ func TestLostHost(t *testing.T) {
 	c.Close()
 	err := <-c.ended
 	c.ended <- err
+}
+
+// TestPanic: a bug of the agent is an error for the host, and the goroutine is on the console.
+func TestPanic(t *testing.T) {
+	c := run(t, wire.Command{Args: []text.Name{testPanic}})
+	_, _, exit := c.end(t)
+	if exit != (wire.Exit{Status: exitNoTest, Err: "a bug in gvm's agent: panic: broken"}) {
+		t.Errorf("%+v", exit)
+	}
+	if out := c.console.String(); !strings.Contains(out, "please report it: broken") ||
+		!strings.Contains(out, "agent_test.go") {
+		t.Errorf("the console has %q", out)
+	}
 }
 
 // expect reads output up to a text.

@@ -138,6 +138,18 @@ func (c *conn) streamFrame(f frame) error {
 	return nil
 }
 
+// endInputs ends all streams from the other end.
+func (c *conn) endInputs() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, r := range c.in {
+		if r != nil {
+			r.eof = true
+		}
+	}
+	c.cond.Broadcast()
+}
+
 func (c *conn) write(typ frameType, stream int, payload ...byte) error {
 	c.writeMu.Lock()
 	defer c.writeMu.Unlock()

@@ -45,5 +45,6 @@
 //	started  agent  the process ID of the command, 4 bytes
 //	alive    agent  none; sent every AlivePeriod
 //	log      agent  a line for the user
-//	exit     agent  kind, 1 byte: 0 exited, 1 signaled, 2 not started; status or signal, 1 byte; text
+//	exit     agent  kind, 1 byte: 0 exited, 1 signaled, 2 not started; status or signal, 1 byte; text.
+//	                It ends stdout and stderr.
 package wire

@@ -113,6 +113,7 @@ func (h *Host) frame(f frame) error {
 		h.exit, err = parseExit(f.payload)
 		if err == nil {
 			close(h.exited)
+			h.c.endInputs() // an agent that fails does not close them
 		}
 		return err
 	}
