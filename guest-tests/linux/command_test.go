@@ -66,10 +66,10 @@ func busybox(t testing.TB) string {
 // TestCommand: gvm test prints what the command prints and nothing else, and ends as it does.
 func TestCommand(t *testing.T) {
 	l, bb := theLab(t), busybox(t)
-	for _, name := range []string{"cloud", "6.12"} {
+	for name, uname := range map[string][]string{"cloud": {bb, "uname", "-r"}, "6.12": {"/usr/bin/uname", "-r"}} {
 		k := kernel(t, name)
 		t.Run(name, func(t *testing.T) {
-			r := testOn(t, k, nil, "-v", "--", bb, "uname", "-r")
+			r := testOn(t, k, nil, append([]string{"-v", "--"}, uname...)...)
 			r.want(t, 0, k.Release+"\n", "the agent said hello by ")
 		})
 	}
