@@ -531,6 +531,23 @@ func (t *testConfig) environment(home, name string) (env []string) {
 	return env
 }
 
+// passedLimits are the resource limits of gvm that the command gets. Go changes the one on open files,
+// and others are shared by all processes of a user.
+var passedLimits = []int{unix.RLIMIT_AS, unix.RLIMIT_CORE, unix.RLIMIT_CPU, unix.RLIMIT_DATA, unix.RLIMIT_FSIZE,
+	unix.RLIMIT_STACK}
+
+// limits returns the command's resource limits.
+func limits() (all []wire.Rlimit, _ error) {
+	for _, resource := range passedLimits {
+		var l unix.Rlimit
+		if err := unix.Getrlimit(resource, &l); err != nil {
+			return nil, fmt.Errorf("read resource limit %d: %w", resource, err)
+		}
+		all = append(all, wire.Rlimit{Resource: resource, Soft: l.Cur, Hard: l.Max})
+	}
+	return all, nil
+}
+
 // command returns the command file, or the result of a command that this host does not have.
 func (t *testConfig) command() (*wire.Command, *testrun.Result) {
 	args := t.args
@@ -555,6 +572,9 @@ func (t *testConfig) command() (*wire.Command, *testrun.Result) {
 		home, name = "/root", "root"
 	}
 	cmd := &wire.Command{Dir: text.Name(t.cwd), UID: t.uid, GID: t.gid, Groups: t.groups, Hostname: "gvm"}
+	if cmd.Rlimits, err = limits(); err != nil {
+		return nil, testrun.Untested(err)
+	}
 	cmd.Args = []text.Name{text.Name(path)}
 	for _, a := range args[1:] {
 		cmd.Args = append(cmd.Args, text.Name(a))

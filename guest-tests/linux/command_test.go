@@ -98,6 +98,16 @@ func TestCommand(t *testing.T) {
 // rungs are the ways to the agent that carry streams.
 var rungs = []string{"vsock", "com2"}
 
+// limit returns the output of ulimit -c here.
+func limit(t *testing.T) string {
+	t.Helper()
+	out, err := exec.Command("sh", "-c", "ulimit -c").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
+}
+
 // TestRungs: each way to the agent carries every byte in both directions, keeps standard error apart
 // and shows the end of the input. One boot tells all of it.
 func TestRungs(t *testing.T) {
@@ -115,8 +125,9 @@ func TestRungs(t *testing.T) {
 			var out bytes.Buffer
 			fmt.Fprintf(&out, "%s", in)
 			fmt.Fprintf(&out, "%d\n%s\n0\nab c\n", n, dir)
+			out.WriteString(limit(t))
 			r := testOn(t, k, bytes.NewReader(in), "--rung", rung, "--cwd", dir, "--env", "A=ab c", "-v", "--",
-				bb, "sh", "-c", `tee /tmp/in; wc -c </tmp/in; pwd; id -u; echo "$A"; echo "to stderr" >&2; exit 3`)
+				bb, "sh", "-c", `tee /tmp/in; wc -c </tmp/in; pwd; id -u; echo "$A"; ulimit -c; echo "to stderr" >&2; exit 3`)
 			r.want(t, 3, out.String(), "the agent said hello by "+rung+"\n", "\nto stderr\n")
 		})
 	}
