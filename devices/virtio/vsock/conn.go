@@ -13,11 +13,10 @@ import (
 // maxPeerAlloc bounds the guest's buf_alloc, so that the order of two counters is known.
 const maxPeerAlloc = 1 << 30
 
-// Conn is a connection with the guest: a stream of bytes in each direction. The guest's bytes are kept
-// until Read takes them, and a guest whose bytes are not taken has to wait; so does Write for the
-// guest. Its methods may be called from any goroutine. A Conn that is not needed any more must be
-// closed. When the guest, its kernel or the machine ends, or the guest resets the connection,
-// methods return syscall.ECONNRESET.
+// Conn is a connection with the guest: a stream of bytes in each direction. A guest that sends faster
+// than Read takes has to wait, and Write waits for a guest that does not take. Methods may be called
+// from any goroutine. When the guest resets the connection, the guest's kernel restarts or the machine
+// ends, they return syscall.ECONNRESET. The program closes every Conn, also after an error.
 type Conn struct {
 	d *Device
 	key
@@ -57,7 +56,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 		case c.in.n > 0 || len(p) == 0:
 			n := c.in.take(p)
 			c.fwdCnt += uint32(n)
-			// A guest that waits for space has not been told of much more than it has.
+			// So a guest that waits for space is told of half the buffer at least.
 			if c.fwdCnt-c.toldFwd >= c.bufAlloc/2 {
 				c.owe(opCreditUpdate)
 				c.d.pump()
@@ -80,11 +79,14 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 	for c.writing {
 		c.writable.Wait()
 	}
+	if err := c.writeErr(); err != nil {
+		return 0, err
+	}
 	c.writing, c.out = true, p
 	c.offer()
 	c.d.pump()
-	for {
-		if err = c.writeErr(); err != nil || len(c.out) == 0 {
+	for len(c.out) > 0 {
+		if err = c.writeErr(); err != nil {
 			break
 		}
 		c.writable.Wait()
@@ -156,7 +158,7 @@ func (c *Conn) wake() {
 	c.writable.Broadcast()
 }
 
-// release gives the connection's place free.
+// release frees the connection's place.
 func (c *Conn) release() {
 	c.d.held--
 	c.d.promised -= int(c.bufAlloc)
@@ -202,7 +204,7 @@ func (c *Conn) offer() {
 
 // peerFree returns how many bytes the guest has space for.
 func (c *Conn) peerFree() int {
-	// Not negative but if the guest has taken space back.
+	// The guest may have made its buffer smaller than what is in it.
 	return max(int(c.peerAlloc)-int(c.txCnt-c.peerFwd), 0)
 }
 
@@ -245,14 +247,15 @@ func (c *Conn) sent(op int, data []byte) *header {
 	return h
 }
 
-// credit takes the credit that a packet tells. It is false if the guest has counted bytes that were
-// not sent.
+// credit takes the guest's credit from a packet. It returns false if the guest has counted bytes that
+// were not sent.
 func (c *Conn) credit(h *header) bool {
 	if h.fwdCnt-c.peerFwd <= c.txCnt-c.peerFwd {
 		c.peerFwd, c.peerAlloc = h.fwdCnt, min(h.bufAlloc, maxPeerAlloc)
 		return true
 	}
-	// CPUs of the guest that send at the same time may overtake each other: an older count.
+	// Packets that CPUs of the guest send at the same time may overtake each other: this is an older
+	// count.
 	return int32(h.fwdCnt-c.peerFwd) < 0
 }
 

@@ -2,13 +2,13 @@
 // the guest to the host are given to Config.Accept, and Device.Dial connects to the guest. There are
 // no seqpacket sockets.
 //
-// The device has no goroutines but the workers of its queues. A packet of the guest is handled by
-// the worker of the tx queue. A packet to the guest is put into a buffer of the rx queue by the
-// goroutine that has something to send or the worker that got the buffer. So a Write ends when its
-// last byte is in the guest's memory, and nothing on its way there is kept.
+// The device has no goroutines but the workers of its queues. The worker of the tx queue handles the
+// guest's packets. A packet to the guest is put into a buffer of the rx queue by the goroutine that
+// has something to send, or by the worker that got the buffer. So a Write ends when its last byte is
+// in the guest's memory, and the device keeps nothing of it.
 //
-// A guest can make the device keep so much and no more: maxConns connections with
-// what buf_alloc promises each of them, and maxRSTs replies.
+// A guest can make the device keep maxConns connections, with the bytes that their buf_alloc
+// promises, and maxRSTs replies.
 package vsock
 
 import (
@@ -297,12 +297,12 @@ func (d *Device) send(h *header, data []byte) {
 	to.w.Complete(to.c, uint32(headerLen+len(data)))
 }
 
-// reject replies to a packet with VIRTIO_VSOCK_OP_RST. Without a buffer for it the reply waits, but
-// only some do: the guest of so many should take some of them first. To serve the tx queue no further
-// until then (5.10.6.1) might wait for a driver that waits likewise. The caller holds mu.
+// reject replies to a packet with VIRTIO_VSOCK_OP_RST. Without a buffer the reply waits, and one too
+// many is dropped. The device could stop serving the tx queue instead (5.10.6.1), but a driver may do
+// the same with the rx queue, and both would wait for ever. The caller holds mu.
 func (d *Device) reject(h *header) {
 	if h.op == opRST {
-		return // and never a reply to the reply
+		return // which has no reply
 	}
 	d.reset(rst{key{h.srcPort, h.dstPort}, h.dstCID, h.kind})
 }
@@ -393,8 +393,8 @@ func (d *Device) accept(h *header) {
 // connect returns a new connection, or nil if there are too many. The caller holds mu.
 func (d *Device) connect(k key) *Conn {
 	if d.held >= maxConns {
-		// Rather end one that is as good as ended: the program has closed it, and its guest has not
-		// answered.
+		// A connection that the program has closed, but the guest has not, is the one to lose: its
+		// guest has had time to answer (5.10.6.5).
 		for _, c := range d.conns {
 			if c.closed {
 				c.abort(nil)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -337,6 +338,32 @@ func TestWriteWaits(t *testing.T) {
 		t.Error(err, len(got))
 	}
 	r.quiet()
+}
+
+// TestWrittenAtTheEnd: a Write whose last byte the guest has got does not fail because of what the guest
+// does then.
+func TestWrittenAtTheEnd(t *testing.T) {
+	r := newRig(t, 8)
+	c := r.connect(1, 1024, 0)
+	done := make(chan error)
+	go func() {
+		_, err := c.Write([]byte("bye"))
+		done <- err
+	}()
+	for waits := false; !waits; runtime.Gosched() {
+		r.dev.mu.Lock()
+		if waits = c.writing; waits { // it learns of both packets at once
+			c.receive(&header{op: opCreditUpdate, bufAlloc: 3}, nil)
+			c.receive(&header{op: opShutdown, flags: shutBoth, bufAlloc: 3}, nil)
+		}
+		r.dev.mu.Unlock()
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Write([]byte("x")); err != syscall.EPIPE {
+		t.Error(err)
+	}
 }
 
 // TestReadTells: the guest is told of space when it may need it, and when it asks.
