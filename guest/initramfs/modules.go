@@ -112,11 +112,14 @@ func readModules(ctx context.Context, k *kernel.Kernel, names []string) (_ []Mod
 	defer t.close()
 	r := &resolver{tree: t, state: map[string]int{}}
 	for _, name := range names {
-		found, err := t.find(spelling(name), true)
-		if err != nil {
-			return nil, nil, err
+		found, builtIn := []string(nil), false
+		for now := spelling(name); now != "" && found == nil && !builtIn; now = kernel.ModuleBefore(now) {
+			if found, err = t.find(now, true); err != nil {
+				return nil, nil, err
+			}
+			builtIn = t.builtIn(now)
 		}
-		if found == nil && !t.builtIn(spelling(name)) {
+		if found == nil && !builtIn {
 			missing = append(missing, name)
 		}
 		for _, name := range found {

@@ -71,7 +71,8 @@ var modules = map[string]string{
 	"kernel/drivers/scsi/virtio_scsi.ko":     makeModule("alias=virtio:d00000008v*", "depends=virtio"),
 	"kernel/big.ko": makeModule("depends=", "x="+strings.Repeat("x", 1<<19)) +
 		strings.Repeat("\x00", 2<<20),
-	"kernel/needsbig.ko": makeModule("depends=big"),
+	"kernel/drivers/misc/pvpanic.ko": makeModule("depends="), // before Linux 5.13
+	"kernel/needsbig.ko":             makeModule("depends=big"),
 }
 
 const builtin = "kernel/net/unix/unix.ko\nkernel/drivers/tty/tty-core.ko\n"
@@ -190,6 +191,7 @@ func TestModules(t *testing.T) {
 			{"pci:v00001AF4d00001048sv00001AF4sd00001100bc01sc00i00", "virtio virtio_ring virtio_pci"},
 			{"of:NsocT(null)Cx,y-z", "of"},
 			{"crypto-crc32c", "crc32c_generic crc32c_intel"},
+			{"pvpanic-mmio", "pvpanic"},
 			{"needsbuiltin", "needsbuiltin"},
 			{"needsbig", "big needsbig"},
 			{"softloop1", "softloop1"},

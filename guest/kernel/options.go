@@ -82,6 +82,16 @@ func (c Config) Has(o Option) string {
 	return v
 }
 
+// ModuleBefore returns the name that a module of Options had in older kernels, or "".
+func ModuleBefore(module string) string {
+	for _, o := range Options {
+		if o.Module == module {
+			return strings.ToLower(o.before)
+		}
+	}
+	return ""
+}
+
 // Fragment returns options as a fragment for scripts/kconfig/merge_config.sh, all built in.
 func Fragment(options []Option) string {
 	var b strings.Builder
