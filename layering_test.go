@@ -63,7 +63,7 @@ var may = []struct{ pkg, imports string }{
 	{"guest/agent", "guest/agent/wire devices/statusport text"},
 	{"guest/initramfs/initramfstest", ""},
 	{"guest/initramfs", "guest/kernel vmm/boot kvmapi/nowait text"},
-	{"guest/bootinit", ""},
+	{"guest/bootinit", "guest/initramfs"},
 	{"guest/diskload", ""},
 	{"guest/vsockecho", ""},
 	{"guest-tests/...", "guest-tests/... guest/... guestmem machine machine/disk vmm vmm/boot"},

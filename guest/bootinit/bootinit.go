@@ -8,10 +8,9 @@
 package bootinit
 
 import (
-	"bytes"
 	_ "embed"
 
-	"github.com/cavaliergopher/cpio"
+	"gvm/guest/initramfs"
 )
 
 // Line is the program's output, before a newline.
@@ -23,17 +22,12 @@ var program []byte
 // Initramfs returns an initial root file system that has the program as /init: an uncompressed newc
 // archive.
 func Initramfs() ([]byte, error) {
-	var b bytes.Buffer
-	w := cpio.NewWriter(&b)
-	header := cpio.Header{Name: "init", Mode: cpio.TypeReg | 0o755, Links: 1, Size: int64(len(program))}
-	if err := w.WriteHeader(&header); err != nil {
+	b := initramfs.New()
+	b.File("init", 0o755, program)
+	image, err := b.Image()
+	if err != nil {
 		return nil, err
 	}
-	if _, err := w.Write(program); err != nil {
-		return nil, err
-	}
-	if err := w.Close(); err != nil {
-		return nil, err
-	}
-	return b.Bytes(), nil
+	archive := make([]byte, image.Size)
+	return archive, image.ReadFull(archive, 0)
 }
