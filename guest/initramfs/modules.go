@@ -177,7 +177,7 @@ func (r *resolver) load(name string, by []string) error {
 		return r.fault(r.paths[name], fmt.Errorf("it depends on itself: %s", strings.Join(append(by[at:], name), ", ")),
 			"build the modules again")
 	}
-	if _, ok := r.paths[name]; !ok {
+	if !r.there(name) {
 		if r.builtIn(name) {
 			return nil
 		}
@@ -241,7 +241,7 @@ func (r *resolver) loadable(name string) (bool, error) {
 			continue
 		}
 		seen[at] = true
-		if _, ok := r.paths[at]; !ok {
+		if !r.there(at) {
 			if r.builtIn(at) {
 				continue
 			}

@@ -316,9 +316,10 @@ func TestHostileTree(t *testing.T) {
 	secret := filepath.Join(dir, "secret.ko")
 	tree := filepath.Join(dir, "tree")
 	for name, text := range map[string]string{
-		"modules.dep": "../secret.ko:\n" + secret + ":\nlink.ko:\nfifo.ko:\ngone.ko:\ninside.ko:\nzip.ko.gz: x\n" +
+		"modules.dep": "../secret.ko:\n" + secret + ":\nlink.ko:\nfifo.ko:\ngone.ko:\nb.ko:\ninside.ko:\nzip.ko.gz: x\n" +
 			"/etc/passwd:\n\n:\nx\n",
-		"a.ko": makeModule("depends="), "../secret.ko": makeModule("depends="), "zip.ko.gz": "\x1f\x8b\x08",
+		"a.ko": makeModule("depends=", "softdep=pre: gone"), "b.ko": makeModule("depends=gone"),
+		"../secret.ko": makeModule("depends="), "zip.ko.gz": "\x1f\x8b\x08",
 	} {
 		write(t, filepath.Join(tree, name), text)
 	}
@@ -329,7 +330,7 @@ func TestHostileTree(t *testing.T) {
 	}
 	k := fakeKernel(tree, kernel.Installed)
 	for name, want := range map[string]string{"secret": "neither built in", "link": "escapes", "fifo": "it is a pipe",
-		"gone": "no such file", "zip": "EOF", "inside": ""} {
+		"gone": "neither built in", "b": "depends on gone", "zip": "EOF", "inside": ""} {
 		mods, err := Modules(t.Context(), k, name)
 		if want == "" && (err != nil || len(mods) != 1) ||
 			want != "" && (err == nil || !strings.Contains(err.Error(), want)) {

@@ -265,10 +265,23 @@ func (t *tree) read(names []string) (modules []Module, err error) {
 
 func (t *tree) builtIn(name string) bool { return t.builtin[name] }
 
+// there reports whether there is a module. A list may have modules that were not built.
+func (t *tree) there(name string) bool {
+	file, ok := t.paths[name]
+	if !ok || t.root == nil {
+		return ok
+	}
+	f, err := t.open(file)
+	if err == nil {
+		f.Close()
+	}
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
 // find returns the modules with a name or an alias. If several have an alias and all is false, it
 // returns one, preferably the one that works on any CPU.
 func (t *tree) find(name string, all bool) ([]string, error) {
-	if _, ok := t.paths[name]; ok {
+	if t.there(name) {
 		return []string{name}, nil
 	}
 	if t.builtIn(name) {
@@ -283,7 +296,7 @@ func (t *tree) find(name string, all bool) ([]string, error) {
 	for pattern, names := range t.aliases {
 		if ok, _ := path.Match(pattern, name); ok {
 			for _, name := range names {
-				if _, ok := t.paths[name]; ok {
+				if t.there(name) {
 					found = append(found, name)
 				}
 			}
