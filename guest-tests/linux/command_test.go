@@ -3,6 +3,7 @@ package linux
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -93,6 +94,25 @@ func TestCommand(t *testing.T) {
 	t.Run("missing", func(t *testing.T) {
 		testOn(t, l.Cloud, nil, "--", "/no/such/program").want(t, 127, "", "/no/such/program: no such file")
 	})
+}
+
+// TestModules: a test's guest loads the modules of its disks, and a script has its interpreter with
+// the libraries of it, with every kernel.
+func TestModules(t *testing.T) {
+	dir := t.TempDir()
+	script, image := filepath.Join(dir, "script"), filepath.Join(dir, "disk")
+	text := "#!/usr/bin/env bash\nread -r _ _ release _ </proc/version; echo \"$release $1\"\n" +
+		"until [[ -b /dev/sda ]]; do :; done\n"
+	if err := errors.Join(os.WriteFile(script, []byte(text), 0o700),
+		os.WriteFile(image, make([]byte, 1<<20), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range append([]string{"debian", "cloud"}, lab.Versions()...) {
+		k := kernel(t, name)
+		t.Run(name, func(t *testing.T) {
+			testOn(t, k, nil, "--disk", image, "--timeout", "60s", "--", script, "a  b").want(t, 0, k.Release+" a  b\n")
+		})
+	}
 }
 
 // rungs are the ways to the agent that carry streams.
