@@ -229,7 +229,7 @@ func TestAttributes(t *testing.T) {
 		t.Skip("root sets users and limits")
 	}
 	cmd := sh("id -u; id -g; id -G; ulimit -Sn; ulimit -Hn; ulimit -c; ulimit -v; pwd; " +
-		"ps -o sid= -p $$ | tr -d ' '; echo $$")
+		"ps -o sid= -p $$ | tr -d ' '; echo $$; echo again > /dev/stderr; grep SigBlk: /proc/self/status >&2")
 	cmd.UID, cmd.GID, cmd.Groups, cmd.Dir = 12345, 2345, []uint32{5, 6}, "/usr"
 	cmd.Rlimits = []wire.Rlimit{{Resource: unix.RLIMIT_NOFILE, Soft: 20, Hard: 1000},
 		{Resource: unix.RLIMIT_CORE, Soft: 512, Hard: 512}, {Resource: unix.RLIMIT_AS, Soft: 64 << 20, Hard: 64 << 20}}
@@ -239,7 +239,8 @@ func TestAttributes(t *testing.T) {
 		t.Errorf("%q: want the command to lead a session", lines)
 	}
 	want := "12345 2345 2345 5 6 20 1000 1 65536 /usr"
-	if got := strings.Join(lines[:min(10, len(lines))], " "); got != want || exit != (wire.Exit{}) {
+	if got := strings.Join(lines[:min(10, len(lines))], " "); got != want || exit != (wire.Exit{}) ||
+		stderr != "again\nSigBlk:\t0000000000000000\n" {
 		t.Errorf("%q, %q, %+v; want %q", got, stderr, exit, want)
 	}
 }

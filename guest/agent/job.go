@@ -215,6 +215,7 @@ func (j *job) open(cmd *wire.Command, s streams) (*files, error) {
 		if i == 0 {
 			mine, theirs = p[1], p[0]
 		}
+		unix.Fchown(theirs, int(cmd.UID), int(cmd.GID)) // so that the user can open /dev/stderr
 		unix.SetNonblock(mine, true)
 		own[i] = os.NewFile(uintptr(mine), name)
 		f.child, f.owned = append(f.child, theirs), append(f.owned, theirs)
