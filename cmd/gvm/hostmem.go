@@ -1,12 +1,12 @@
 package main
 
 import (
-	"cmp"
 	"fmt"
 	"math"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"syscall"
@@ -243,7 +243,7 @@ func (h hostLimits) memoryLimits(c guestmem.Config) []memoryLimit {
 				"vm.overcommit_memory is 2, and of CommitLimit %s are left", text.FormatSize(less(limit, used)>>20<<20))
 		}
 	}
-	slices.SortStableFunc(all, func(a, b memoryLimit) int { return cmp.Compare(a.bytes, b.bytes) })
+	sort.SliceStable(all, func(i, j int) bool { return all[i].bytes < all[j].bytes })
 	return all
 }
 

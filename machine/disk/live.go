@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -174,7 +175,7 @@ func (ds *Set) List() []control.Disk {
 			Size: d.Size, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly,
 			Cache: CacheName(d.Cache), Backend: "process", Options: d.options(), Change: control.Adding})
 	}
-	slices.SortFunc(list, func(a, b control.Disk) int { return a.LUN - b.LUN })
+	sort.SliceStable(list, func(i, j int) bool { return list[i].LUN < list[j].LUN })
 	for _, k := range ds.kernels {
 		if len(k.units) == 0 {
 			list = append(list, control.Disk{WWN: k.target.WWN, Backend: "vhost", Options: k.specs[0].options()})

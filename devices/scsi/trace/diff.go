@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"sort"
 )
 
 // Change is a request of both traces with different answers.
@@ -54,7 +55,7 @@ func Compare(a, b *Reader) (*Diff, error) {
 		d.unit(sides[0][unit], sides[1][unit])
 	}
 	byTime := func(x, y *Record) int { return cmp.Compare(x.Time, y.Time) }
-	slices.SortStableFunc(d.Changed, func(x, y Change) int { return byTime(x.A, y.A) })
+	sort.SliceStable(d.Changed, func(i, j int) bool { return byTime(d.Changed[i].A, d.Changed[j].A) < 0 })
 	slices.SortStableFunc(d.OnlyA, byTime)
 	slices.SortStableFunc(d.OnlyB, byTime)
 	return d, nil
