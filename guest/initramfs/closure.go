@@ -35,7 +35,8 @@ const DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bi
 // Libraries are found as by ld.so(8) of glibc or by that of musl: DT_RPATH, LD_LIBRARY_PATH,
 // DT_RUNPATH, /etc/ld.so.cache, and the default directories. Not found are the libraries that a
 // program opens by dlopen(3), except those that glibc itself opens, and any other file that it
-// reads: the modules of Python, the data of a database, the programs that a script runs.
+// reads: the modules of Python, the data of a database, the programs that a script runs. A file that
+// is no program for x86 and no script is returned alone: the guest's kernel tells whether it runs.
 //
 // Errors are *boot.ImageError, or the cause of ctx. One names all libraries that are missing. The
 // entries' files are open, and belong to the caller or to the Builder that they are added to.
@@ -158,11 +159,8 @@ func (c *closure) program(name string, depth int) error {
 	if err != nil {
 		return err
 	}
-	bad := func(what string) error {
-		return &boot.ImageError{Name: c.host(name), What: what, Mend: "give a program or a script"}
-	}
 	if content == nil {
-		return bad("is empty")
+		return nil
 	}
 	head := make([]byte, min(content.Size, 256)) // BINPRM_BUF_SIZE
 	if err := content.ReadFull(head, 0); err != nil {
@@ -171,11 +169,8 @@ func (c *closure) program(name string, depth int) error {
 	if line, ok := bytes.CutPrefix(head, []byte("#!")); ok {
 		line, _, _ = bytes.Cut(line, []byte("\n"))
 		words := strings.Fields(string(line))
-		switch {
-		case len(words) == 0:
-			return bad("is a script without an interpreter behind #!")
-		case depth == maxScripts:
-			return bad("is a script that too many scripts interpret")
+		if len(words) == 0 || depth == maxScripts {
+			return nil
 		}
 		if err := c.program(words[0], depth+1); err != nil {
 			return err
@@ -190,17 +185,14 @@ func (c *closure) program(name string, depth int) error {
 		}
 		return nil
 	}
-	if !bytes.HasPrefix(head, []byte("\x7fELF")) {
-		return bad("is neither an ELF file nor a script with #!")
+	o := readObject(content)
+	if c.ctx.Err() != nil {
+		return fmt.Errorf("%w while %s was read", context.Cause(c.ctx), c.host(name))
 	}
-	o, err := readObject(content)
-	if err != nil {
-		return bad(fmt.Sprintf("cannot be run (%v)", err))
+	if o == nil || o.interpreter == "" { // no program, or a static one
+		return nil
 	}
 	o.name, o.origin = real, path.Dir(real)
-	if o.interpreter == "" {
-		return nil // it is static
-	}
 	if _, _, err := c.add(o.interpreter); err != nil {
 		return err
 	}

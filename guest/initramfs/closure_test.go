@@ -195,13 +195,13 @@ func TestClosure(t *testing.T) {
 		{"/usr/bin/lacks", "", "!%/usr/bin/lacks needs libraries that are not found: libx.so (of /usr/bin/lacks), " +
 			"/opt/liby.so (of /usr/bin/lacks), libz.so (of /lib/liblacks.so): install them"},
 		{"/usr/bin/py2", "", "!py2 is a script for none, which is not in PATH"},
-		{"/usr/bin/deep", "", "!deep is a script that too many scripts interpret"},
-		{"/usr/bin/empty", "", "!empty is empty"},
-		{"/usr/bin/text", "", "!text is neither an ELF file nor a script"},
-		{"/usr/bin/nothing", "", "!without an interpreter"},
-		{"/usr/bin/arm", "", "!it is for EM_AARCH64, and guests are x86-64"},
-		{"/usr/bin/object", "", "!neither a program nor a shared library"},
-		{"/usr/bin/cut", "", "!no valid ELF file"},
+		{"/usr/bin/deep", "", "/usr /usr/bin /usr/bin/deep /bin>usr/bin"},
+		{"/usr/bin/empty", "", "/usr /usr/bin /usr/bin/empty"},
+		{"/usr/bin/text", "", "/usr /usr/bin /usr/bin/text"},
+		{"/usr/bin/nothing", "", "/usr /usr/bin /usr/bin/nothing"},
+		{"/usr/bin/arm", "", "/usr /usr/bin /usr/bin/arm"},
+		{"/usr/bin/object", "", "/usr /usr/bin /usr/bin/object"},
+		{"/usr/bin/cut", "", "/usr /usr/bin /usr/bin/cut"},
 		{"/usr/bin/nold", "", "!/lib64/none.so does not exist"},
 		{"/usr/bin/none", "", "!none does not exist"},
 		{"/usr/bin", "", "!is a directory"},
@@ -255,7 +255,7 @@ func FuzzObject(f *testing.F) {
 	f.Add([]byte(spec("interp=/lib/ld.so needed=a needed=b runpath=$ORIGIN:/x rpath=y").build()), "a")
 	f.Add([]byte(makeCache("a+", "/x", "a", "/y")), "a")
 	f.Fuzz(func(t *testing.T, data []byte, name string) {
-		if o, err := readObject(bytes.NewReader(data)); err == nil && len(o.interpreter) > maxName {
+		if o := readObject(bytes.NewReader(data)); o != nil && len(o.interpreter) > maxName {
 			t.Errorf("%d bytes", len(o.interpreter))
 		}
 		for _, file := range inCache(data, name) {

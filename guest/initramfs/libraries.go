@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"debug/elf"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -32,21 +31,16 @@ type object struct {
 // maxTable bounds the sections that tell of libraries; the largest known have a few MiB.
 const maxTable = 64 << 20
 
-// readObject reads the ELF headers of a program or library.
-func readObject(r io.ReaderAt) (*object, error) {
+// readObject reads the ELF headers of a program or library for x86; nil if r is none.
+func readObject(r io.ReaderAt) *object {
 	f, err := elf.NewFile(r)
-	if err != nil {
-		return nil, errors.New("it is no valid ELF file")
-	}
-	if f.Machine != elf.EM_X86_64 && f.Machine != elf.EM_386 {
-		return nil, fmt.Errorf("it is for %v, and guests are x86-64", f.Machine)
-	}
-	if f.Type != elf.ET_EXEC && f.Type != elf.ET_DYN {
-		return nil, errors.New("it is neither a program nor a shared library")
+	if err != nil || f.Machine != elf.EM_X86_64 && f.Machine != elf.EM_386 ||
+		f.Type != elf.ET_EXEC && f.Type != elf.ET_DYN {
+		return nil
 	}
 	for _, s := range f.Sections {
 		if (s.Type == elf.SHT_DYNAMIC || s.Type == elf.SHT_STRTAB) && max(s.Size, s.FileSize) > maxTable {
-			return nil, fmt.Errorf("its section %s has %d MiB", s.Name, s.Size>>20)
+			return nil
 		}
 	}
 	o := &object{class: f.Class, machine: f.Machine}
@@ -54,7 +48,7 @@ func readObject(r io.ReaderAt) (*object, error) {
 		if p.Type == elf.PT_INTERP && p.Filesz <= maxName {
 			b, err := io.ReadAll(p.Open())
 			if err != nil {
-				return nil, errors.New("its interpreter cannot be read")
+				return nil
 			}
 			o.interpreter = string(bytes.TrimRight(b, "\x00"))
 		}
@@ -63,14 +57,14 @@ func readObject(r io.ReaderAt) (*object, error) {
 	for tag, list := range lists {
 		all, err := f.DynString(tag)
 		if err != nil {
-			return nil, errors.New("its dynamic section cannot be read")
+			return nil
 		}
 		if tag != elf.DT_NEEDED && len(all) > 0 {
 			all = strings.Split(all[0], ":")
 		}
 		*list = all
 	}
-	return o, nil
+	return o
 }
 
 // libraries adds the libraries of a program: breadth first, as ld.so does, each name once.
@@ -124,9 +118,9 @@ func (c *closure) library(name string, by *object, musl bool) (*object, error) {
 		if err != nil {
 			continue
 		}
-		lib, err := readObject(f)
+		lib := readObject(f)
 		f.Close()
-		if err != nil || lib.class != by.class || lib.machine != by.machine {
+		if lib == nil || lib.class != by.class || lib.machine != by.machine {
 			continue // ld.so skips it too
 		}
 		if _, _, err := c.add(file); err != nil {
