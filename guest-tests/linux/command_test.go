@@ -116,7 +116,7 @@ func TestModules(t *testing.T) {
 }
 
 // rungs are the ways to the agent that carry streams.
-var rungs = []string{"vsock", "com2"}
+var rungs = []string{"vsock", "console", "com2"}
 
 // limit returns the output of ulimit -c here.
 func limit(t *testing.T) string {
