@@ -359,6 +359,14 @@ func (t *testConfig) run() *testrun.Result {
 func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
+	untested := func(err error) *testrun.Result {
+		res := testrun.Untested(err)
+		if cause := context.Cause(ctx); cause != nil { // a signal ended the start
+			res.Kind, res.Cause, res.Text = testrun.Stopped, cause, cause.Error()
+			return t.stopped(res)
+		}
+		return res
+	}
 	signals := &testSignals{stop: stop}
 	defer catchSignals(ctx, signals.take)()
 	if t.memoryNote != "" {
@@ -366,7 +374,7 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	}
 	k, err := t.findTestKernel(ctx)
 	if err != nil {
-		return testrun.Untested(err)
+		return untested(err)
 	}
 	defer k.Close()
 	spec.Kernel = k.Image
@@ -381,7 +389,7 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	}
 	initrd, err := t.initramfs(ctx, k, cmd)
 	if err != nil {
-		return testrun.Untested(err)
+		return untested(err)
 	}
 	defer initrd.Close()
 	spec.Initrds = []*boot.File{initrd}
@@ -390,7 +398,7 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	spec.KernelCache, spec.Version = boot.CacheDir(), version
 	build, err := wire.BuildID(ownProgram)
 	if err != nil {
-		return testrun.Untested(err)
+		return untested(err)
 	}
 	cfg := testrun.Config{
 		Spec: *spec, Build: build, Rungs: t.rungs, Command: string(cmd.Args[0]),
@@ -415,22 +423,19 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 			err = fillOutput(f, made, nil)
 		}
 		if err != nil {
-			return testrun.Untested(fmt.Errorf("--klog: %w", err))
+			return untested(fmt.Errorf("--klog: %w", err))
 		}
 		defer f.Close()
 		cfg.Log = f
 	}
 	closeStreams, err := t.streams(ctx, stop, &cfg)
 	if err != nil {
-		return testrun.Untested(err)
+		return untested(err)
 	}
 	defer closeStreams()
 	run, err := testrun.Start(ctx, cfg)
 	if err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			return t.stopped(&testrun.Result{Kind: testrun.Stopped, Cause: cause, Text: cause.Error()})
-		}
-		return testrun.Untested(err)
+		return untested(err)
 	}
 	signals.begin(run)
 	if t.tty {

@@ -147,6 +147,34 @@ func TestTestStop(t *testing.T) {
 	}
 }
 
+// TestTestStopEarly: so does one before the guest, while gvm reads the kernel.
+func TestTestStopEarly(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	kernel, verdict := filepath.Join(dir, "kernel"), filepath.Join(dir, "verdict")
+	if err := syscall.Mkfifo(kernel, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := command(t, "test", "-k", kernel, "--verdict", verdict, "--", "sh")
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(kernel, os.O_WRONLY, 0) // returns when gvm reads it
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := c.Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	if r := wait(t, c); r.status != 130 {
+		t.Errorf("status %d", r.status)
+	}
+	if b, err := os.ReadFile(verdict); err != nil || !strings.Contains(string(b), `"kind": "stopped"`) {
+		t.Errorf("the verdict is %s, %v", b, err)
+	}
+}
+
 // TestEnvironment: the command gets a subset of gvm's environment, and what --env adds.
 func TestEnvironment(t *testing.T) {
 	t.Setenv("LC_NUMERIC", "de_DE")
