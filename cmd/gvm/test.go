@@ -642,7 +642,11 @@ func (t *testConfig) addModules(ctx context.Context, b *initramfs.Builder, k *ke
 	if len(t.spec.Disks) > 0 {
 		wanted = diskModules
 	}
+	slow := time.AfterFunc(time.Second, panics.Func(func() {
+		note("reading the modules of " + k.Modules.Path + ", which takes a while the first time")
+	}))
 	modules, err := initramfs.Modules(ctx, k, slices.Concat(wanted, helpfulModules)...)
+	slow.Stop()
 	if missing := (*initramfs.MissingError)(nil); errors.As(err, &missing) {
 		t.say("%v", err)
 		known := k.Modules.Path != "" || k.Config.Text != nil
