@@ -20,6 +20,9 @@ import (
 // that left the command's process group is not waited for.
 const lateOutput = time.Second
 
+// eofPeriod is the time between two characters that end a terminal's input.
+const eofPeriod = time.Second
+
 // streams are the host's ends of a command's streams. Without a host that listens, all are nil, and
 // the output goes to the console.
 type streams struct {
@@ -231,8 +234,12 @@ func (f *files) feed(stdin io.ReadCloser) {
 	case err != nil:
 		stdin.Close() // the command has closed it, or has ended
 	case f.terminal:
-		f.input.Write([]byte{endOfFile(f.input)})
-		return
+		// A shell that begins to edit lines drops the character that came before, and each reader
+		// wants one: it is sent until the terminal is closed.
+		for err == nil {
+			_, err = f.input.Write([]byte{endOfFile(f.input)})
+			time.Sleep(eofPeriod)
+		}
 	}
 	if !f.terminal {
 		f.input.Close()
