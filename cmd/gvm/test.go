@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"gvm/control"
 	"gvm/guest/agent/wire"
 	"gvm/guest/initramfs"
 	"gvm/guest/kernel"
@@ -67,8 +68,8 @@ it, 127 if it is missing and 126 if it is no program; else:
    122  the guest hangs: see --hang
    124  --timeout elapsed
    125  nothing was tested: a bad flag, no KVM, a missing or broken kernel
-A signal to gvm goes to COMMAND too. A second after it, or at the second one,
-the machine ends: 128 and its number.`,
+A signal to gvm goes to COMMAND. At a second one, or after --grace, the guest
+is stopped: 128 and the number of the signal.`,
 		Flags: append([]cli.Flag{
 			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"}, TakesFile: true,
 				Usage: "boot `KERNEL`: a bzImage or vmlinux, a kernel tree or its O= directory, a .deb or RPM package, " +
@@ -89,6 +90,8 @@ the machine ends: 128 and its number.`,
 			&cli.BoolFlag{Name: "tty", Aliases: []string{"t"}, Usage: "give the command a terminal, which this one must be"},
 			&cli.StringFlag{Name: "klog", TakesFile: true, Usage: "write the kernel's log into `FILE`"},
 			&cli.DurationFlag{Name: "timeout", Usage: "stop the guest after `DURATION`, with status 124"},
+			&cli.DurationFlag{Name: "grace", Value: 800 * time.Millisecond,
+				Usage: "at SIGINT, SIGTERM and SIGHUP stop the guest `DURATION` after the command got the signal"},
 			&cli.DurationFlag{Name: "hang", Value: time.Minute,
 				Usage: "stop a guest that makes no progress for `DURATION`, with status 122; 0 is never"},
 			&cli.BoolFlag{Name: "bisect", Usage: "make statuses of 128 and more 1, and 126 and 127 125, for git bisect run"},
@@ -140,6 +143,7 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 			spec:    machine.Spec{CPUs: c.Int("cpus"), CmdLine: c.String("cmdline")},
 			kernel:  c.String("kernel"),
 			timeout: c.Duration("timeout"),
+			grace:   c.Duration("grace"),
 		},
 		args:    c.Args().Slice(),
 		files:   wordsOf(c, "file"),
@@ -165,6 +169,9 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 	}
 	if given("timeout") && t.timeout <= 0 {
 		return nil, fmt.Errorf("--timeout %s: want a positive duration, such as 90s", t.timeout)
+	}
+	if t.grace < 0 || t.grace > control.MaxGrace {
+		return nil, fmt.Errorf("--grace %s: want 0 to %s", t.grace, control.MaxGrace)
 	}
 	if t.hang != 0 && t.hang < leastHang {
 		return nil, fmt.Errorf("--hang %s: want %s or more, as the agent gives a sign of life each second, or 0", t.hang,
@@ -367,7 +374,7 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 		}
 		return res
 	}
-	signals := &testSignals{stop: stop}
+	signals := &testSignals{stop: stop, grace: t.grace}
 	defer catchSignals(ctx, signals.take)()
 	if t.memoryNote != "" {
 		note(t.memoryNote)
@@ -791,12 +798,10 @@ func (in *input) close() {
 	}
 }
 
-// signalPatience is how long a command may take to end by a signal that gvm passes on.
-const signalPatience = 800 * time.Millisecond
-
 // testSignals passes signals on to the command, and ends the machine.
 type testSignals struct {
-	stop func(error)
+	stop  func(error)
+	grace time.Duration // for the command to end by the signal
 
 	mu   sync.Mutex
 	run  *testrun.Run // nil: not begun
@@ -816,7 +821,7 @@ func (s *testSignals) take(cause error) {
 	var end endError
 	first := !s.past
 	if s.past = true; first && s.run != nil && errors.As(cause, &end) && s.run.Signal(end.status-128) {
-		time.AfterFunc(signalPatience, panics.Func(func() { s.stop(cause) }))
+		time.AfterFunc(s.grace, panics.Func(func() { s.stop(cause) }))
 		return
 	}
 	s.stop(cause)

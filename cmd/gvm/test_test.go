@@ -91,6 +91,7 @@ func TestTestWords(t *testing.T) {
 		{"--cpus 0", 125, "--cpus 0: want 1 or more"},
 		{"--hang 2s", 125, "--hang 2s: want 3s or more"},
 		{"--timeout 0s", 125, "--timeout 0s: want a positive duration"},
+		{"--grace -1s", 125, "--grace -1s: want 0 to "},
 		{"--rung x", 125, "--rung x: want auto, vsock, console, com2 or status"},
 		{"--user no-such-user", 125, "--user no-such-user: is no user of this host"},
 		{"--cwd here", 125, "--cwd here: want an absolute path"},

@@ -206,10 +206,11 @@ func TestUntested(t *testing.T) {
 func TestTestSignals(t *testing.T) {
 	k, bb := theLab(t).Cloud, busybox(t)
 	for _, c := range []struct {
-		trap   string
-		status int
-	}{{"trap 'exit 9' INT", 9}, {"trap '' INT", 130}} {
-		p := startTest(t, k, nil, "--", bb, "sh", "-c", c.trap+"; echo ready; while :; do sleep 0.1; done")
+		trap, grace string
+		status      int
+	}{{"trap 'exit 9' INT", "1m", 9}, {"trap '' INT", "800ms", 130}} {
+		p := startTest(t, k, nil, "--grace", c.grace, "--", bb, "sh", "-c",
+			c.trap+"; echo ready; while :; do sleep 0.1; done")
 		p.waitFor("ready")
 		p.signal(syscall.SIGINT)
 		p.waitTest().want(t, c.status, "ready\n")
