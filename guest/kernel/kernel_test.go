@@ -387,6 +387,11 @@ func TestFindPipe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	hold, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // keeps what is written before Find opens it
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hold.Close()
 	done := make(chan error, 1)
 	go func() {
 		_, err := w.Write(makeBzImage(makeELF([]byte("a")), "6.0"))
