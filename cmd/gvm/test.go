@@ -7,7 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
+	iofs "io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -25,6 +25,7 @@ import (
 	"golang.org/x/term"
 
 	"gvm/control"
+	"gvm/devices/virtio/fs"
 	"gvm/guest/agent/wire"
 	"gvm/guest/initramfs"
 	"gvm/guest/kernel"
@@ -59,6 +60,7 @@ EXAMPLES
    gvm test -k 6.1.0-13-amd64 --file /usr/bin/stress -- sh -c 'stress -t 5'
    go test -exec 'gvm test -k bzImage --' ./...
    git bisect run sh -c 'make bzImage || exit 125; gvm test --bisect -- ./t'
+   gvm test -k bzImage --root / --rw . -- make check
    gvm test -k bzImage             a shell
 
 The exit status is that of COMMAND, 128 and the number of a signal that ended
@@ -82,6 +84,12 @@ is stopped: 128 and the number of the signal.`,
 				Usage: "`PATH[,OPTION]...` of a raw image or block device; see gvm help disk"},
 			&cli.GenericFlag{Name: "file", Aliases: []string{"f"}, Value: new(words), TakesFile: true,
 				Usage: "give the guest `PATH` of this host too: a file, a program with its libraries, or a directory"},
+			&cli.StringFlag{Name: "root", TakesFile: true,
+				Usage: "make `DIR` of this host, such as /, the guest's root: the guest changes it in its memory alone"},
+			&cli.GenericFlag{Name: "rw", Value: new(words), TakesFile: true,
+				Usage: "share `DIR` of this host at its path, so that the guest changes it"},
+			&cli.GenericFlag{Name: "ro", Value: new(words), TakesFile: true,
+				Usage: "share `DIR` of this host at its path, read-only"},
 			&cli.GenericFlag{Name: "env", Aliases: []string{"e"}, Value: new(words),
 				Usage: "`NAME[=VALUE]` for the command's environment, which has TERM, LANG, LC_* and TZ of this one"},
 			&cli.StringFlag{Name: "cwd", Usage: "the command's `DIRECTORY` (default: that of gvm, empty in the guest)"},
@@ -122,6 +130,8 @@ type testConfig struct {
 	runConfig
 	args    []string // the command; nil: a shell
 	files   []string // --file
+	root    string   // --root; "": the initramfs
+	mounts  []wire.Mount
 	env     []string // --env
 	cwd     string
 	uid     uint32
@@ -206,6 +216,12 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 	} else if !filepath.IsAbs(t.cwd) {
 		return nil, fmt.Errorf("--cwd %s: want an absolute path, of a directory in the guest", t.cwd)
 	}
+	if err := t.parseShares(c.String("root"), wordsOf(c, "rw"), wordsOf(c, "ro")); err != nil {
+		return nil, err
+	}
+	if t.root != "" && t.root != "/" && !given("cwd") {
+		t.cwd = "/"
+	}
 	if err := t.parseUser(c.String("user")); err != nil {
 		return nil, fmt.Errorf("--user %s: %w", c.String("user"), err)
 	}
@@ -234,6 +250,43 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 
 // leastHang is the least --hang: some signs of life of the agent.
 const leastHang = 3 * wire.AlivePeriod
+
+// parseShares reads --root, --rw and --ro.
+func (t *testConfig) parseShares(root string, rw, ro []string) error {
+	add := func(flag, dir string, share fs.Share, m wire.Mount) error {
+		path, err := filepath.Abs(dir)
+		if st, err2 := os.Stat(path); err == nil && (err2 != nil || !st.IsDir()) {
+			err = cmp.Or(err2, error(unix.ENOTDIR))
+		}
+		if err != nil {
+			return fmt.Errorf("--%s %s: %w", flag, dir, err)
+		}
+		share.Dir, share.Tag = path, fmt.Sprint("gvm", len(t.mounts))
+		m.Tag, m.Dir, m.ReadOnly = share.Tag, text.Name(path), share.ReadOnly
+		t.spec.Shares, t.mounts = append(t.spec.Shares, share), append(t.mounts, m)
+		return nil
+	}
+	if root != "" {
+		if len(t.files) > 0 {
+			return errors.New("--file is for a guest without --root, which has all files of DIR")
+		}
+		if err := add("root", root, fs.Share{ReadOnly: true, Valid: time.Hour}, wire.Mount{Root: true}); err != nil {
+			return err
+		}
+		t.root = string(t.mounts[0].Dir)
+	}
+	for _, dir := range rw {
+		if err := add("rw", dir, fs.Share{}, wire.Mount{}); err != nil {
+			return err
+		}
+	}
+	for _, dir := range ro {
+		if err := add("ro", dir, fs.Share{ReadOnly: true}, wire.Mount{}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // parseUser reads --user.
 func (t *testConfig) parseUser(s string) error {
@@ -565,13 +618,16 @@ func (t *testConfig) command() (*wire.Command, *testrun.Result) {
 	args := t.args
 	if len(args) == 0 {
 		args = []string{"sh"}
-		if path, err := exec.LookPath("busybox"); err == nil { // with programs besides the shell's own
+		if path, err := exec.LookPath("busybox"); err == nil && t.root == "" { // with programs besides the shell's own
 			args = []string{path, "sh"}
 		}
 	}
-	path, err := exec.LookPath(args[0])
-	if err == nil || errors.Is(err, exec.ErrDot) {
-		path, err = filepath.Abs(path)
+	path, err := args[0], error(nil)
+	if t.root == "" || t.root == "/" { // in another root the agent finds it
+		path, err = exec.LookPath(path)
+		if err == nil || errors.Is(err, exec.ErrDot) {
+			path, err = filepath.Abs(path)
+		}
 	}
 	switch {
 	case errors.Is(err, os.ErrPermission):
@@ -583,7 +639,8 @@ func (t *testConfig) command() (*wire.Command, *testrun.Result) {
 	if t.uid == 0 {
 		home, name = "/root", "root"
 	}
-	cmd := &wire.Command{Dir: text.Name(t.cwd), UID: t.uid, GID: t.gid, Groups: t.groups, Hostname: "gvm"}
+	cmd := &wire.Command{Dir: text.Name(t.cwd), UID: t.uid, GID: t.gid, Groups: t.groups, Hostname: "gvm",
+		Mounts: t.mounts}
 	if cmd.Rlimits, err = limits(); err != nil {
 		return nil, testrun.Untested(err)
 	}
@@ -618,7 +675,11 @@ func (t *testConfig) initramfs(ctx context.Context, k *kernel.Kernel, cmd *wire.
 	if err := b.HostFile(ctx, "/init", ownProgram); err != nil {
 		return nil, err
 	}
-	for _, path := range append([]string{string(cmd.Args[0])}, t.files...) {
+	files := t.files
+	if t.root == "" {
+		files = append([]string{string(cmd.Args[0])}, files...)
+	}
+	for _, path := range files {
 		if err := t.addFile(ctx, b, path); err != nil {
 			return nil, err
 		}
@@ -634,8 +695,8 @@ func (t *testConfig) initramfs(ctx context.Context, k *kernel.Kernel, cmd *wire.
 	return b.Image()
 }
 
-// Modules for disks, and others that a guest can do without: for the way to the agent, and to tell of
-// a panic.
+// Modules for disks, the first of which all devices need, and others that a guest can do without: for
+// the way to the agent, and to tell of a panic.
 var (
 	diskModules    = []string{"virtio_pci", "virtio_scsi", "sd_mod"}
 	helpfulModules = []string{"vmw_vsock_virtio_transport", "virtio_console", "pvpanic_mmio"}
@@ -645,20 +706,26 @@ var (
 // returns their names in the order to load. A kernel of which neither modules nor configuration are
 // known may have all built in.
 func (t *testConfig) addModules(ctx context.Context, b *initramfs.Builder, k *kernel.Kernel) ([]text.Name, error) {
-	wanted := diskModules[:1]
+	var needed []string
 	if len(t.spec.Disks) > 0 {
-		wanted = diskModules
+		needed = append(needed, diskModules...)
+	}
+	if len(t.mounts) > 0 {
+		needed = append(needed, "virtiofs")
+	}
+	if t.root != "" {
+		needed = append(needed, "overlay")
 	}
 	slow := time.AfterFunc(time.Second, panics.Func(func() {
 		note("reading the modules of " + k.Modules.Path + ", which takes a while the first time")
 	}))
-	modules, err := initramfs.Modules(ctx, k, slices.Concat(wanted, helpfulModules)...)
+	modules, err := initramfs.Modules(ctx, k, slices.Concat(diskModules[:1], needed, helpfulModules)...)
 	slow.Stop()
 	if missing := (*initramfs.MissingError)(nil); errors.As(err, &missing) {
 		t.say("%v", err)
 		known := k.Modules.Path != "" || k.Config.Text != nil
-		if known && len(t.spec.Disks) > 0 && slices.ContainsFunc(missing.Modules, func(m initramfs.Missing) bool {
-			return slices.Contains(diskModules, m.Name)
+		if known && slices.ContainsFunc(missing.Modules, func(m initramfs.Missing) bool {
+			return slices.Contains(needed, m.Name)
 		}) {
 			return nil, err
 		}
@@ -695,14 +762,14 @@ func (t *testConfig) addFile(ctx context.Context, b *initramfs.Builder, path str
 // addDirectory gives the guest a directory with all directories, regular files and symbolic links in
 // it.
 func addDirectory(ctx context.Context, b *initramfs.Builder, dir string) error {
-	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+	return filepath.WalkDir(dir, func(path string, d iofs.DirEntry, err error) error {
 		switch {
 		case err != nil:
 		case ctx.Err() != nil:
 			err = context.Cause(ctx)
 		case d.IsDir():
 			b.Dir(path, 0o755)
-		case d.Type() == fs.ModeSymlink:
+		case d.Type() == iofs.ModeSymlink:
 			var target string
 			if target, err = os.Readlink(path); err == nil {
 				b.Symlink(path, target)

@@ -195,3 +195,20 @@ func TestEnvironment(t *testing.T) {
 		}
 	}
 }
+
+// TestTestShares: mistakes in --root, --rw and --ro end gvm test before the machine.
+func TestTestShares(t *testing.T) {
+	t.Parallel()
+	for want, args := range map[string][]string{
+		"gvm: --root none: stat ":           {"--root", "none"},
+		"gvm: --rw /etc/passwd: not a dir":  {"--root", "/", "--rw", "/etc/passwd"},
+		"gvm: --ro none: stat ":             {"--ro", "none"},
+		"gvm: --file is for a guest withou": {"--root", "/", "--file", "/etc/passwd"},
+		"gvm: share gvm0: open /proc: it s": {"--rw", "/proc"},
+	} {
+		c := command(t, slices.Concat([]string{"test", "-k", testKernel(t)}, args, []string{"--", "sh"})...)
+		if r := gvmRuns(t, c); r.status != 125 || r.out != "" || !strings.HasPrefix(r.errs, want) {
+			t.Errorf("%v: status %d, output %q, standard error %q, want %q", args, r.status, r.out, r.errs, want)
+		}
+	}
+}

@@ -217,6 +217,62 @@ func TestTestSignals(t *testing.T) {
 	}
 }
 
+// TestRoots: the host's root directory, another one, and directories beside them. Only --rw changes
+// the host's.
+func TestRoots(t *testing.T) {
+	l := theLab(t)
+	for _, name := range []string{"cloud", "6.12"} {
+		t.Run(name, func(t *testing.T) { testRoot(t, kernel(t, name)) })
+	}
+	t.Run("another root", func(t *testing.T) {
+		const file = "/etc/debian_version"
+		testOn(t, l.Cloud, nil, "--root", l.Tree, "--", "cat", file).want(t, 0, tree(t, l, file))
+	})
+	t.Run("without a root", func(t *testing.T) {
+		dir := t.TempDir()
+		testOn(t, l.Cloud, nil, "--rw", dir, "--", busybox(t), "touch", dir+"/made").want(t, 0, "")
+		if _, err := os.Stat(dir + "/made"); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func testRoot(t *testing.T, k *lab.Kernel) {
+	rw, ro := t.TempDir(), t.TempDir()
+	if err := os.WriteFile(filepath.Join(ro, "file"), []byte("of the host\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	script := `set -e
+cat "$2/file"
+touch "$2/no" 2>/dev/null && echo "changed --ro"
+echo guest >"$1/made"
+echo guest >/etc/gvm-made
+rm /etc/passwd
+ls -l /etc/gvm-made /etc/passwd 2>/dev/null | wc -l
+stat -f -c %T / /tmp
+pwd
+git --version >/dev/null`
+	testOn(t, k, nil, "--root", "/", "--rw", rw, "--ro", ro, "--cwd", rw, "--", "sh", "-c", script, "sh", rw,
+		ro).want(t, 0, "of the host\n1\noverlayfs\ntmpfs\n"+rw+"\n")
+	if b, err := os.ReadFile(filepath.Join(rw, "made")); string(b) != "guest\n" {
+		t.Errorf("the guest's file: %q, %v", b, err)
+	}
+	for path, want := range map[string]bool{"/etc/gvm-made": false, "/etc/passwd": true, filepath.Join(ro, "no"): false} {
+		if _, err := os.Stat(path); (err == nil) != want {
+			t.Errorf("%s on the host: %v", path, err)
+		}
+	}
+}
+
+func tree(t *testing.T, l *lab.Lab, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(l.Tree, path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
 // TestShell: without a command gvm test is a shell on a terminal of the guest, with job control.
 func TestShell(t *testing.T) {
 	p, keys := startOnTerminal(t, "test", "-k", theLab(t).Cloud.BZImage)

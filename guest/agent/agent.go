@@ -54,6 +54,7 @@ func boot() {
 	cmd, err := readCommand(wire.CommandFile)
 	if err == nil {
 		g.prepare(cmd)
+		err = mountShares(cmd.Mounts)
 	}
 	end := g.connect()
 	for _, line := range g.lines {

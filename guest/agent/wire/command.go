@@ -28,7 +28,16 @@ type Command struct {
 
 	Terminal *Terminal   `json:"terminal,omitempty"` // nil: stdin, stdout and stderr are pipes
 	Modules  []text.Name `json:"modules,omitempty"`  // paths of uncompressed modules, in the order to load
+	Mounts   []Mount     `json:"mounts,omitempty"`   // after the modules, in this order
 	Hostname string      `json:"hostname,omitempty"`
+}
+
+// Mount is a directory of the host that a virtio-fs device gives the guest.
+type Mount struct {
+	Tag      string    `json:"tag"`
+	Dir      text.Name `json:"dir"` // in the guest
+	ReadOnly bool      `json:"read_only,omitempty"`
+	Root     bool      `json:"root,omitempty"` // the guest's root is an overlay in memory above it
 }
 
 // Rlimit is a resource limit of setrlimit(2); math.MaxUint64 is RLIM_INFINITY.
