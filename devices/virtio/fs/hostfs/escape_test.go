@@ -21,11 +21,12 @@ func TestEscapes(t *testing.T) {
 		return
 	}
 	t.Run("ordinary user", func(t *testing.T) {
-		c := exec.Command("/proc/self/exe", "-test.run=^TestEscapes$/^this_user$")
+		c := exec.Command("/proc/self/exe", "-test.v", "-test.run=^TestEscapes$/^this_user$")
 		c.Dir = "/"
 		c.Env = append(os.Environ(), again+"=1", "TMPDIR=/tmp")
 		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-		if out, err := c.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("PASS")) {
+		out, err := c.CombinedOutput()
+		if err != nil || !bytes.Contains(out, []byte("PASS: TestEscapes/this_user/guessed_handle")) {
 			t.Errorf("%v\n%s", err, out)
 		}
 	})
