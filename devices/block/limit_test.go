@@ -158,3 +158,61 @@ func BenchmarkLimiter(b *testing.B) {
 		}
 	}
 }
+
+// TestLimiterGivesBackPart: of two admitted requests of 4 bytes, a second of the rate each, the first is
+// given back after a time: what has not drained of it is left for a third one of 7 bytes, and no more.
+func TestLimiterGivesBackPart(t *testing.T) {
+	for at, want := range map[time.Duration]time.Duration{ // the third is admitted at
+		0:               time.Second,
+		2 * time.Second: 3 * time.Second,
+		5 * time.Second: 5 * time.Second,
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			l, _ := block.NewLimiter(block.Limit{}, block.Limit{Rate: 1, Burst: 10})
+			start := time.Now()
+			var places [3]block.Place
+			if !l.Take(&places[0], 4) || !l.Take(&places[1], 4) {
+				t.Fatal("a burst is not admitted")
+			}
+			time.Sleep(at)
+			l.GiveBack(&places[0])
+			l.GiveBack(&places[0]) // has no effect
+			if !l.Take(&places[2], 7) {
+				<-places[2].Turn()
+			}
+			if got := time.Since(start).Round(time.Millisecond); got != want {
+				t.Errorf("given back at %v: the third is admitted at %v, want %v", at, got, want)
+			}
+		})
+	}
+}
+
+// TestLimiterAfterRest: a time without requests counts for a burst and no more, also for a request
+// larger than that.
+func TestLimiterAfterRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, _ := block.NewLimiter(block.Limit{}, block.Limit{Rate: 1, Burst: 1})
+		time.Sleep(10 * time.Second)
+		start := time.Now()
+		var p block.Place
+		if l.Take(&p, 3) {
+			t.Fatal("it does not wait")
+		}
+		<-p.Turn()
+		if got := time.Since(start).Round(time.Millisecond); got != 2*time.Second {
+			t.Errorf("admitted after %v", got)
+		}
+	})
+}
+
+// TestLimiterGivesBackRequest: a request that is given back leaves room for another.
+func TestLimiterGivesBackRequest(t *testing.T) {
+	l, _ := block.NewLimiter(block.Limit{Rate: 1, Burst: 1}, block.Limit{})
+	for range 3 {
+		var p block.Place
+		if !l.Take(&p, 1) {
+			t.Error("it waits")
+		}
+		l.GiveBack(&p)
+	}
+}
