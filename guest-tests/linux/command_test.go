@@ -173,9 +173,9 @@ func TestFaults(t *testing.T) {
 		{"a fault that does not count", "echo '<3>BUG: made up' >/dev/kmsg; exit 4",
 			[]string{"-a", "printk.time=0", "--oops=ignore"}, 4, ""},
 		{"power-off", "poweroff -f; sleep 100", nil, 121, "gvm: the guest powered off before the command ended"},
-		// The only CPU stays in the kernel: nothing else runs.
-		{"hang", "echo -1 >/proc/sys/kernel/sched_rt_runtime_us; chrt -f 99 sh -c 'while :; do :; done'",
-			[]string{"--hang", "10s"}, 122,
+		// A real-time program has the only CPU, and nothing else runs.
+		{"hang", "echo -1 >/proc/sys/kernel/sched_rt_runtime_us; exec /usr/bin/chrt -f 99 " + bb +
+			" sh -c 'while :; do :; done'", []string{"--hang", "10s", "--file", "/usr/bin/chrt"}, 122,
 			"gvm: the guest hangs: no progress for 10s"},
 		{"timeout", "sleep 1000", []string{"--timeout", "30s"}, 124, "gvm: the timeout of 30s elapsed"},
 	} {
