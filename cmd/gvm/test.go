@@ -225,6 +225,9 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 	if err := t.parseUser(c.String("user")); err != nil {
 		return nil, fmt.Errorf("--user %s: %w", c.String("user"), err)
 	}
+	for i := range spec.Shares {
+		spec.Shares[i].Root = t.uid == 0
+	}
 	if s := c.String("rung"); s != "auto" {
 		for _, r := range testrun.Rungs {
 			if r.String() == s {

@@ -27,6 +27,7 @@ type Share struct {
 	Tag      string
 	Dir      string
 	ReadOnly bool
+	Root     bool          // hostfs.Config.Root
 	Valid    time.Duration // hostfs.Config.Valid
 	Files    int           // hostfs.Config.Files
 }
@@ -53,7 +54,8 @@ func New(s Share) (*Device, error) {
 	if err := CheckTag(s.Tag); err != nil {
 		return nil, err
 	}
-	tree, err := hostfs.Open(hostfs.Config{Dir: s.Dir, ReadOnly: s.ReadOnly, Valid: s.Valid, Files: s.Files})
+	tree, err := hostfs.Open(hostfs.Config{Dir: s.Dir, ReadOnly: s.ReadOnly, Root: s.Root, Valid: s.Valid,
+		Files: s.Files})
 	if err != nil {
 		return nil, fmt.Errorf("share %s: %w", s.Tag, err)
 	}

@@ -28,10 +28,10 @@ func (fs *FS) setattr(r *request) error {
 	if set&(setUID|setGID) != 0 {
 		uid, gid := -1, -1
 		if set&setUID != 0 {
-			uid = int(r.u32(76))
+			uid = toHost(r.u32(76), fs.uid)
 		}
 		if set&setGID != 0 {
-			gid = int(r.u32(80))
+			gid = toHost(r.u32(80), fs.gid)
 		}
 		if err := unix.Fchownat(n.fd, "", uid, gid, unix.AT_EMPTY_PATH); err != nil {
 			return err

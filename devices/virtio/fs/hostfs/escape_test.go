@@ -137,6 +137,7 @@ func testEscapes(t *testing.T) {
 	}
 	t.Run("directories that become links", testSwap)
 	t.Run("bits of programs", testRights)
+	t.Run("owners", testOwners)
 }
 
 func entry(b []byte) uint64 { return order.Uint64(b) }
@@ -226,6 +227,45 @@ func testRights(t *testing.T) {
 	h := c.openFile(opOpen, program, unix.O_WRONLY)
 	c.ok(opWrite, program, put64(put32(put64(nil, h, 0), 1, writeKill), 0, 0), "")
 	mode("program", 0o755)
+}
+
+// testOwners checks that an ordinary user's files are shown as root's if that is wanted, and that a
+// file of root's guest belongs to the guest's user.
+func testOwners(t *testing.T) {
+	dir := t.TempDir()
+	c := open(t, Config{Dir: dir, Root: true})
+	file := entry(c.ok(opMknod, 1, put32(nil, unix.S_IFREG|0o644, 0, 0, 0), "file"))
+	chown := func(uid, gid uint32) error {
+		args := append(put32(nil, setUID|setGID), make([]byte, 84)...)
+		order.PutUint32(args[76:], uid)
+		order.PutUint32(args[80:], gid)
+		_, err := c.do(opSetattr, file, args)
+		return err
+	}
+	owners := func() [2]uint32 {
+		b := c.ok(opGetattr, file, make([]byte, 16))
+		return [2]uint32{order.Uint32(b[16+68:]), order.Uint32(b[16+72:])}
+	}
+	var want error = unix.EPERM
+	if os.Getuid() == 0 {
+		want = nil
+	}
+	if got := owners(); got != [2]uint32{0, 0} {
+		t.Errorf("a new file belongs to %d", got)
+	}
+	if err := chown(0, 0); err != nil {
+		t.Errorf("to root: %v", err)
+	}
+	if err := chown(1234, 4321); err != want {
+		t.Errorf("to another user: %v, want %v", err, want)
+	}
+	if got := owners(); want == nil && got != [2]uint32{1234, 4321} {
+		t.Errorf("then it belongs to %d", got)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(dir, "file"), &st); err != nil || want != nil && st.Uid != uint32(os.Getuid()) {
+		t.Errorf("user %d, %v", st.Uid, err)
+	}
 }
 
 // TestKernelInterfaces checks that no file of proc or sysfs can be opened.

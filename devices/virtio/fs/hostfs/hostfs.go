@@ -29,6 +29,9 @@ import (
 type Config struct {
 	Dir      string // the root of the tree
 	ReadOnly bool   // every request that changes something fails with EROFS
+	// Root shows the files of an ordinary user who runs this program as root's, to a guest in which
+	// root works for that user. It changes nothing for a program that root runs.
+	Root bool
 	// Valid is for how long the client may use names and attributes before it asks again; 0 is a
 	// second. If it is more than a minute, the client keeps data from one open to the next too.
 	Valid time.Duration
@@ -43,6 +46,8 @@ type FS struct {
 	valid time.Duration
 	root  *inode
 	owner bool // this process may give files away
+
+	uid, gid uint32 // that the client has as 0, if Config.Root holds; else 0
 
 	mu      sync.Mutex // guards what follows, and the counts of inodes and handles
 	nodes   map[uint64]*inode
@@ -92,6 +97,9 @@ func Open(cfg Config) (*FS, error) {
 	}
 	fs := &FS{cfg: cfg, valid: cfg.Valid, owner: os.Geteuid() == 0, devices: map[uint64]uint64{}, files: 1,
 		root: &inode{id: 1, fd: fd, key: keyOf(&st), kind: uint32(st.Mode) & unix.S_IFMT, lookups: 1}}
+	if cfg.Root && !fs.owner {
+		fs.uid, fs.gid = uint32(os.Geteuid()), uint32(os.Getegid())
+	}
 	fs.forgetAll()
 	return fs, nil
 }

@@ -67,8 +67,24 @@ func (fs *FS) putAttr(b []byte, st *unix.Statx_t) []byte {
 	}
 	b = put64(b, ino, st.Size, st.Blocks,
 		uint64(st.Atime.Sec), uint64(st.Mtime.Sec), uint64(st.Ctime.Sec))
-	return put32(b, st.Atime.Nsec, st.Mtime.Nsec, st.Ctime.Nsec, uint32(st.Mode), st.Nlink, st.Uid, st.Gid,
+	return put32(b, st.Atime.Nsec, st.Mtime.Nsec, st.Ctime.Nsec, uint32(st.Mode), st.Nlink,
+		toClient(st.Uid, fs.uid), toClient(st.Gid, fs.gid),
 		uint32(unix.Mkdev(st.Rdev_major, st.Rdev_minor)), st.Blksize, 0)
+}
+
+// toClient and toHost translate an owner, of which own is the one that the client has as 0.
+func toClient(id, own uint32) uint32 {
+	if id == own {
+		return 0
+	}
+	return id
+}
+
+func toHost(id, own uint32) int {
+	if id == 0 {
+		return int(own)
+	}
+	return int(id)
 }
 
 // number returns an inode number for the client, to which all is one file system: programs take a
