@@ -97,7 +97,7 @@ func TestDiskCommands(t *testing.T) {
 		{"disk add VM two.img,serial=ONE", 2, "",
 			"it has the serial \"ONE\", as LUN 0, one.img, has: give one of them another with serial="},
 		{"disk add VM two.img,color=red", 2, "", `unknown option "color"`},
-		{"disk add VM two.img,backend=vhost", 2, "", "backend=vhost disks cannot be added"},
+		{"disk add VM two.img,backend=vhost", 2, "", "the machine was started without backend=vhost disks"},
 		{"disk add VM new.img,size=2M,serial=ONE", 2, "",
 			"it has the serial \"ONE\", as LUN 0, one.img, has: give one of them another with serial="},
 		{"disk add VM two.img,serial=TWO,cache=writethrough", 0, "added LUN 1, " + two + ", serial TWO, 1 MiB", ""},

@@ -1,29 +1,18 @@
 package linux
 
 import (
-	"bytes"
-	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 
 	"gvm/devices/block"
-	"gvm/devices/scsi"
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
-	"gvm/devices/virtio"
-	"gvm/devices/virtio/vhostscsi"
 	"gvm/guest-tests/lab"
-	"gvm/guestmem"
-	"gvm/kvmapi"
-	"gvm/vmm"
-	"gvm/vmm/boot"
 )
 
 // plugging is the script of a guest whose second disk comes and goes, twice.
@@ -126,97 +115,32 @@ func TestVhostPlugByHand(t *testing.T) {
 	r.want(t, plugged(contents[0], contents[1]))
 }
 
-// TestVhostPlug: disks that gvm adds to its target and removes from it come and go in the guest.
-// The machine runs in the test, because no command does this yet.
+// TestVhostPlug: disks that gvm disk adds to the kernel's target and removes from it come and go in
+// the guest, and gvm has let go of the image then.
 func TestVhostPlug(t *testing.T) {
 	lioUnchanged(t)
-	contents := [][]byte{content("plug 0", 1<<20), content("plug 1", 2<<20)}
-	var units []lio.Unit
-	for n, b := range contents {
-		f, err := block.Open(diskFile(t, b), block.Options{})
+	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
+	first, second := content("plug 0", 1<<20), content("plug 1", 2<<20)
+	stays, comes := diskFile(t, first), diskFile(t, second)
+	p := start(t, nil, append(guest{kernel: theLab(t).Cloud, script: plugging}.build(t),
+		"--name=plug", "--disk", stays+",backend=vhost")...)
+	disk := func(want string, args ...string) {
+		t.Helper()
+		r := gvm(t, append([]string{"disk"}, args...)...)
+		r.wantStatus(t, 0)
+		if !strings.HasPrefix(r.console, want+" LUN 1, "+comes) || strings.Contains(r.console, ";") { // the guest is told
+			t.Errorf("gvm disk %q: %q", args, r.console)
+		}
+	}
+	plug(p.waitFor, func() { disk("added", "add", comes+",backend=vhost") }, func() {
+		disk("removed", "remove", "plug", comes)
+		f, err := block.Open(comes, block.Options{})
 		must(t, err)
-		t.Cleanup(func() { f.Close() })
-		units = append(units, lio.Unit{LUN: n, UnitConfig: scsi.UnitConfig{Backend: f}})
-	}
-	target, err := lio.Provision(lio.Config{Units: units[:1]})
-	must(t, err)
-	t.Cleanup(func() {
-		if err := target.Close(); err != nil {
-			t.Error(err)
-		}
+		must(t, f.Close())
 	})
-	dev, err := vhostscsi.New(vhostscsi.Config{WWPN: target.WWN})
-	must(t, err)
-	t.Cleanup(func() { dev.Close() })
-	g := guest{kernel: theLab(t).Cloud, script: plugging}
-	kernel, err := boot.Open(context.Background(), g.kernel.BZImage)
-	must(t, err)
-	t.Cleanup(func() { kernel.Close() })
-	initrd, err := boot.OpenFile(context.Background(), g.initramfs(t))
-	must(t, err)
-	t.Cleanup(func() { initrd.Close() })
-	sys, err := kvmapi.Open()
-	must(t, err)
-	t.Cleanup(func() { sys.Close() })
-	ctx, stop := context.WithTimeoutCause(t.Context(), patience, errors.New("the guest is late"))
-	c := &console{changed: make(chan struct{}, 1)}
-	var ended error
-	var running sync.WaitGroup
-	running.Go(func() {
-		var out vmm.Outcome
-		out, ended = vmm.Run(ctx, sys, vmm.Config{
-			Memory: guestmem.Config{Size: 512 << 20}, Kernel: kernel, Initrds: []*boot.File{initrd},
-			CmdLine: "console=ttyS0 panic=-1 quiet",
-			Devices: []virtio.Device{dev}, Console: c,
-		})
-		if ended == nil && out.Ending != vmm.PoweredOff {
-			ended = fmt.Errorf("the guest %v: %w", out.Ending, out.Err)
-		}
-		stop()
-	})
-	t.Cleanup(func() { stop(); running.Wait() })
-	plug(func(line string) { t.Helper(); c.waitFor(ctx, t, line) },
-		func() { must(t, target.Add(units[1])) }, func() { must(t, target.Remove(1)) })
-	running.Wait()
-	must(t, ended)
-	result{console: c.text()}.want(t, plugged(contents[0], contents[1]))
-}
-
-// console may be read while it is written to.
-type console struct {
-	mu      sync.Mutex
-	buf     bytes.Buffer
-	changed chan struct{}
-}
-
-func (*console) Connect(vmm.Input) {}
-
-func (c *console) Write(p []byte) (int, error) {
-	c.mu.Lock()
-	c.buf.Write(bytes.ReplaceAll(p, []byte("\r"), nil))
-	c.mu.Unlock()
-	select {
-	case c.changed <- struct{}{}:
-	default:
-	}
-	return len(p), nil
-}
-
-func (c *console) text() string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.buf.String()
-}
-
-func (c *console) waitFor(ctx context.Context, t *testing.T, line string) {
-	t.Helper()
-	for !strings.Contains("\n"+c.text(), "\n"+line+"\n") {
-		select {
-		case <-c.changed:
-		case <-ctx.Done():
-			t.Fatalf("no line %q on the console: %v\n%s", line, context.Cause(ctx), c.text())
-		}
-	}
+	r := p.wait()
+	r.wantStatus(t, 0)
+	r.want(t, plugged(first, second))
 }
 
 // effort is the work of a process's threads other than vCPUs.

@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"slices"
+	"strconv"
 
+	"gvm/control"
 	"gvm/devices/block"
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
@@ -26,6 +29,8 @@ type kernelOptions struct {
 // kernelTarget is a LIO target and the device that presents it to the guest.
 type kernelTarget struct {
 	target *lio.Target
+	plug   func(lio.Unit) error // target.Add; nil: the target is not gvm's
+	unplug func(lun int) error  // target.Remove
 	device *vhostscsi.Device
 	parts  []io.Closer // closed in order: the device, which releases the target, and the target
 	specs  []Spec
@@ -85,6 +90,98 @@ func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) e
 		return errors.Join(errs...)
 	}
 }
+
+// findKernels returns the target with the disk of gvm's that the kernel serves and that has a LUN, a
+// serial number or a path, and the disk's index; nil: there is none. The caller holds mu.
+func (ds *Set) findKernels(id string) (k *kernelTarget, i int) {
+	n, err := strconv.Atoi(id)
+	for _, k := range ds.kernels {
+		for _, match := range []func(lio.Unit) bool{
+			func(u lio.Unit) bool { return err == nil && u.LUN == n },
+			func(u lio.Unit) bool { return u.Serial != "" && u.Serial == id },
+			func(u lio.Unit) bool { return ds.paths[u.Backend.(*block.File).Path()] == id },
+		} {
+			if i := slices.IndexFunc(k.units, match); i >= 0 {
+				return k, i
+			}
+		}
+	}
+	return nil, -1
+}
+
+// ownKernels returns the kernel's target that gvm made; nil: there is none. It does not change while
+// the machine runs.
+func (ds *Set) ownKernels() *kernelTarget {
+	if i := slices.IndexFunc(ds.kernels, func(k *kernelTarget) bool { return k.plug != nil }); i >= 0 {
+		return ds.kernels[i]
+	}
+	return nil
+}
+
+// addKernels is the slow part of Add for a disk that the kernel serves.
+func (ds *Set) addKernels(d Spec) (_ control.Change, err error) {
+	own := &Set{mishaps: ds.mishaps} // until the disk is added
+	defer func() {
+		for _, f := range own.open {
+			err = errors.Join(err, f.close(false))
+		}
+	}()
+	f, err := own.openAdded(d)
+	if err != nil {
+		return control.Change{}, err
+	}
+	file := f.(*block.File) // Add has checked that
+	k, u := ds.ownKernels(), lio.Unit{LUN: d.LUN, UnitConfig: d.unit(file)}
+	guest := hearing[k.device.Hearing()] // the kernel tells the guest
+	if err := k.plug(u); err != nil {
+		if errors.Is(err, lio.ErrUnit) || errors.Is(err, lio.ErrBusy) {
+			err = control.Errorf(http.StatusConflict, "--disk %v", err)
+		}
+		return control.Change{}, err
+	}
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	if ds.closed { // the process is ending
+		return control.Change{}, control.ErrEnded
+	}
+	ds.paths[file.Path()] = Absolute(file.Path())
+	k.specs, k.units = append(k.specs, d), append(k.units, u)
+	ds.open, own.open = append(ds.open, own.open...), nil
+	list := ds.listKernel(k)
+	return control.Change{Disk: list[len(list)-1], Guest: guest}, nil
+}
+
+// removeKernels is Remove for a disk that the kernel serves. The caller holds mu.
+func (ds *Set) removeKernels(ctx context.Context, k *kernelTarget, i int) (control.Change, error) {
+	d := ds.listKernel(k)[i]
+	b, name := k.units[i].Backend.(*block.File), "removing "+string(d.Path)
+	release, err := ds.mark(b, d.LUN, string(d.Path), control.Removing)
+	if err != nil {
+		return control.Change{}, err
+	}
+	return ds.change(ctx, name, func(<-chan struct{}) (control.Change, error) {
+		// The kernel tells the guest, and finishes its commands however long they take.
+		ch := control.Change{Disk: d, Guest: hearing[k.device.Hearing()]}
+		if err := k.unplug(d.LUN); err != nil {
+			return ch, err
+		}
+		err := b.Flush() // the guest's writes are in the page cache
+		ds.mu.Lock()
+		if ds.closed {
+			ds.mu.Unlock()
+			return ch, control.ErrEnded
+		}
+		i := slices.IndexFunc(k.units, func(u lio.Unit) bool { return u.LUN == d.LUN })
+		k.units, k.specs = slices.Delete(k.units, i, i+1), slices.Delete(k.specs, i, i+1)
+		f := ds.taken(b)
+		ds.mu.Unlock()
+		return ch, errors.Join(err, f.close(true))
+	}, release)
+}
+
+// hearing says whether the guest's driver is told of a change by the kernel.
+var hearing = map[vhostscsi.Hearing]control.Guest{vhostscsi.NoDriver: control.Absent,
+	vhostscsi.Deaf: control.Deaf, vhostscsi.Paused: control.Missed, vhostscsi.Hears: control.Told}
 
 // kernelsTarget is the name of LIO in messages.
 const kernelsTarget = "the kernel's SCSI target"
@@ -161,7 +258,16 @@ func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 		k.note(fmt.Sprintf("Linux %s has a fault: a guest that resets one of several disks of the kernel's can bring "+
 			"this host down when gvm ends; serve one disk, or take backend=process or Linux 6.4", release))
 	}
-	return k.device(&kernelTarget{target: t, parts: []io.Closer{t}, specs: u.specs, units: u.units})
+	plug := func(u lio.Unit) error {
+		told := len(t.Notes())
+		err := t.Add(u)
+		for _, n := range t.Notes()[told:] {
+			k.note(n)
+		}
+		return err
+	}
+	return k.device(&kernelTarget{target: t, plug: plug, unplug: t.Remove, parts: []io.Closer{t},
+		specs: u.specs, units: u.units})
 }
 
 // losesResets reports whether a kernel's vhost-scsi corrupts its list of control blocks for LOGICAL

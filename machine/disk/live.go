@@ -30,13 +30,13 @@ import (
 // A change of a disk is slow: it waits for storage and for commands of the guest. It runs in a
 // goroutine of its own, holds no lock, and has an entry in busy meanwhile.
 type live struct {
-	mu      sync.Mutex // guards the fields below and Set.open; never held during a wait or I/O
-	ended   bool       // no more changes may begin
-	closed  bool       // close has begun to close unused disks
-	served  []served   // the units of gvm's own target
-	events  Notifier   // the device of that target; nil: the guest has none
-	adding  []Spec     // disks that are not yet units
-	busy    map[*scsi.Unit]string
+	mu      sync.Mutex        // guards the fields below and Set.open; never held during a wait or I/O
+	ended   bool              // no more changes may begin
+	closed  bool              // close has begun to close unused disks
+	served  []served          // the units of gvm's own target
+	events  Notifier          // the device of that target; nil: the guest has none
+	adding  []Spec            // disks that are not yet units
+	busy    map[any]string    // by unit, or by the backend of a disk that the kernel serves
 	over    chan struct{}     // closed when ended is set; made by ending
 	paths   map[string]string // absolute paths of the kernel's disks
 	changes sync.WaitGroup
@@ -173,11 +173,11 @@ func (ds *Set) List() []control.Disk {
 	for _, d := range ds.adding {
 		list = append(list, control.Disk{LUN: d.LUN, Path: text.Name(d.Path), Serial: text.Name(d.Serial),
 			Size: d.Size, BlockSize: d.BlockSize, ReadOnly: d.ReadOnly,
-			Cache: CacheName(d.Cache), Backend: "process", Options: d.options(), Change: control.Adding})
+			Cache: CacheName(d.Cache), Backend: backends.of(d.Backend), Options: d.options(), Change: control.Adding})
 	}
 	sort.SliceStable(list, func(i, j int) bool { return list[i].LUN < list[j].LUN })
 	for _, k := range ds.kernels {
-		if len(k.units) == 0 {
+		if len(k.units) == 0 && len(k.specs) > 0 { // not gvm's
 			list = append(list, control.Disk{WWN: k.target.WWN, Backend: "vhost", Options: k.specs[0].options()})
 		}
 		list = append(list, ds.listKernel(k)...)
@@ -191,7 +191,7 @@ func (ds *Set) listKernel(k *kernelTarget) (list []control.Disk) {
 		path := text.Name(ds.paths[u.Backend.(*block.File).Path()])
 		list = append(list, control.Disk{LUN: u.LUN, Path: path, WWN: k.target.WWN, Serial: text.Name(u.Serial),
 			Size: u.Backend.Size(), BlockSize: u.BlockSize, ReadOnly: u.ReadOnly,
-			Cache: CacheName(u.Cache), Backend: "vhost", Options: k.specs[i].options()})
+			Cache: CacheName(u.Cache), Backend: "vhost", Options: k.specs[i].options(), Change: ds.busy[u.Backend]})
 	}
 	return list
 }
@@ -203,10 +203,16 @@ func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 	switch {
 	case ds.ended:
 		return control.Change{}, control.ErrEnded
-	case d.Backend == Vhost:
+	case d.Backend == Vhost && ds.ownKernels() == nil:
 		return control.Change{}, control.Errorf(http.StatusConflict,
-			"--disk %s: backend=vhost disks cannot be added to a machine that runs; backend=process ones can", d.Name())
-	case ds.events == nil:
+			"--disk %s: the machine was started without backend=vhost disks and has no device for them", d.Name())
+	case d.Backend == Vhost && (d.Storage != Image || d.Path == ""):
+		return control.Change{}, control.Errorf(http.StatusConflict,
+			"--disk %s: only images can be added with backend=vhost to a machine that runs", d.Name())
+	case d.Backend == Vhost && d.Workers != 0:
+		return control.Change{}, control.Errorf(http.StatusConflict,
+			"--disk %s: workers= is for the disks that the machine starts with", d.Name())
+	case d.Backend != Vhost && ds.events == nil:
 		return control.Change{}, control.Errorf(http.StatusConflict,
 			"--disk %s: the machine was started with backend=vhost disks only and has no device for others", d.Name())
 	case d.Storage == Image && slices.ContainsFunc(ds.adding, func(a Spec) bool {
@@ -215,11 +221,16 @@ func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 		return control.Change{}, control.Errorf(http.StatusConflict,
 			"--disk %s is being added already: gvm disk list shows when that is over", d.Path)
 	}
-	d.Backend = Process
+	k, add := ds.ownKernels(), ds.addKernels
 	all := slices.Clone(ds.adding)
-	for _, s := range ds.served {
-		s.LUN = s.number()
-		all = append(all, s.Spec)
+	if d.Backend == Vhost {
+		all = append(all, k.specs...)
+	} else {
+		d.Backend, add = Process, ds.addNow
+		for _, s := range ds.served {
+			s.LUN = s.number()
+			all = append(all, s.Spec)
+		}
 	}
 	all = append(all, d)
 	if err := assignLUNs(all); err != nil {
@@ -227,21 +238,18 @@ func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 	}
 	d = all[len(all)-1]
 	ds.adding = append(ds.adding, d)
-	work := func(<-chan struct{}) (control.Change, error) { return ds.addNow(d) }
+	work := func(<-chan struct{}) (control.Change, error) { return add(d) }
 	return ds.change(ctx, "adding "+d.Path, work, func() {
-		ds.adding = slices.DeleteFunc(ds.adding, func(a Spec) bool { return a.LUN == d.LUN })
+		ds.adding = slices.DeleteFunc(ds.adding, func(a Spec) bool { return a.LUN == d.LUN && a.Backend == d.Backend })
 	})
 }
 
 // addNow is the slow part of Add.
 func (ds *Set) addNow(d Spec) (control.Change, error) {
 	own := &Set{target: ds.target, mishaps: ds.mishaps} // until the disk is added
-	f, err := own.openImage(d)
-	if locked := (*block.LockedError)(nil); errors.As(err, &locked) && locked.Other != "" {
-		locked.Other = Absolute(locked.Other) // the client may have another working directory
-	}
+	f, err := own.openAdded(d)
 	if err != nil {
-		return control.Change{}, refusal(err)
+		return control.Change{}, err
 	}
 	if err := own.Attach(d, f); err != nil {
 		ds.mu.Lock()
@@ -263,6 +271,18 @@ func (ds *Set) addNow(d Spec) (control.Change, error) {
 	return control.Change{Disk: s.describe(), Guest: ds.tell(&s, vscsi.TransportReset, vscsi.ResetRescan)}, nil
 }
 
+// openAdded is openImage for a disk that a client adds.
+func (ds *Set) openAdded(d Spec) (block.Backend, error) {
+	f, err := ds.openImage(d)
+	if locked := (*block.LockedError)(nil); errors.As(err, &locked) && locked.Other != "" {
+		locked.Other = Absolute(locked.Other) // the client may have another working directory
+	}
+	if err != nil {
+		return nil, refusal(err)
+	}
+	return f, nil
+}
+
 // claim finds a disk and marks it busy for a change. It fails if another change of the disk is
 // under way. The caller holds mu.
 func (ds *Set) claim(id, change string) (s served, release func(), err error) {
@@ -271,27 +291,41 @@ func (ds *Set) claim(id, change string) (s served, release func(), err error) {
 		return s, nil, err
 	}
 	s = ds.served[i]
-	if other := ds.busy[s.unit]; other != "" {
-		return s, nil, control.Errorf(http.StatusConflict,
-			"LUN %d, %s: %s is under way: gvm disk list shows when it is over", s.number(), s.Spec.Path, other)
+	release, err = ds.mark(s.unit, s.number(), s.Spec.Path, change)
+	return s, release, err
+}
+
+// mark is claim for a disk that has been found, by its key in busy.
+func (ds *Set) mark(key any, lun int, path, change string) (release func(), err error) {
+	if other := ds.busy[key]; other != "" {
+		return nil, control.Errorf(http.StatusConflict,
+			"LUN %d, %s: %s is under way: gvm disk list shows when it is over", lun, path, other)
 	}
 	if ds.busy == nil {
-		ds.busy = map[*scsi.Unit]string{}
+		ds.busy = map[any]string{}
 	}
-	ds.busy[s.unit] = change
-	return s, func() {
+	ds.busy[key] = change
+	return func() {
 		if !ds.closed {
-			delete(ds.busy, s.unit)
+			delete(ds.busy, key)
 		}
 	}, nil
 }
 
 // Remove tells the guest that a disk is going and removes it without waiting for the guest. Commands in
-// flight are finished; those that take longer than bounds.commands are aborted. It makes the guest's
-// writes durable, since the guest can no longer flush.
+// flight are finished; those that take longer than bounds.commands are aborted, unless the kernel serves
+// the disk. It makes the guest's writes durable, since the guest can no longer flush.
 func (ds *Set) Remove(ctx context.Context, id string) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
+	switch k, i := ds.findKernels(id); {
+	case ds.ended || k == nil:
+	case ds.index(id) < 0:
+		return ds.removeKernels(ctx, k, i)
+	default:
+		return control.Change{}, control.Errorf(http.StatusConflict,
+			"gvm serves one disk that is %s, and the kernel another: name it by its path or serial number", id)
+	}
 	s, release, err := ds.claim(id, control.Removing)
 	if err != nil {
 		return control.Change{}, err
@@ -399,17 +433,11 @@ func (ds *Set) find(id string) (int, error) {
 	if ds.ended {
 		return 0, control.ErrEnded
 	}
+	if i := ds.index(id); i >= 0 {
+		return i, nil
+	}
 	n, err := strconv.Atoi(id)
 	isLUN := err == nil
-	for _, match := range []func(served) bool{
-		func(s served) bool { return isLUN && s.number() == n },
-		func(s served) bool { return s.unit.Serial() == id },
-		func(s served) bool { return s.path != "" && s.path == id },
-	} {
-		if i := slices.IndexFunc(ds.served, match); i >= 0 {
-			return i, nil
-		}
-	}
 	for _, kind := range storages {
 		if size, ok := strings.CutPrefix(id, kind.name+":"); ok {
 			return ds.findStorage(id, kind.value, size)
@@ -421,16 +449,27 @@ func (ds *Set) find(id string) (int, error) {
 				"LUN %d, %s, is being added: gvm disk list shows when that is over", d.LUN, d.Path)
 		}
 	}
-	for _, k := range ds.kernels {
-		for _, u := range k.units {
-			if isLUN && u.LUN == n || u.Serial != "" && u.Serial == id ||
-				ds.paths[u.Backend.(*block.File).Path()] == id {
-				return 0, control.Errorf(http.StatusConflict,
-					"disk %s has backend=vhost: it cannot be changed while the machine runs", id)
-			}
-		}
+	if k, _ := ds.findKernels(id); k != nil {
+		return 0, control.Errorf(http.StatusConflict,
+			"disk %s has backend=vhost: it keeps its size while the machine runs", id)
 	}
 	return 0, control.Errorf(http.StatusNotFound, "no disk of this machine has the LUN, serial number or path %s", id)
+}
+
+// index returns the index of the disk of gvm's own target with a LUN, a serial number or a path, or
+// -1. The caller holds mu.
+func (ds *Set) index(id string) int {
+	n, err := strconv.Atoi(id)
+	for _, match := range []func(served) bool{
+		func(s served) bool { return err == nil && s.number() == n },
+		func(s served) bool { return s.unit.Serial() == id },
+		func(s served) bool { return s.path != "" && s.path == id },
+	} {
+		if i := slices.IndexFunc(ds.served, match); i >= 0 {
+			return i
+		}
+	}
+	return -1
 }
 
 // findStorage is find for a disk without a path, such as mem:1M. The caller holds mu.
@@ -503,7 +542,7 @@ func (ds *Set) endChanges(ctx context.Context) (open []opened) {
 	defer ds.mu.Unlock()
 	ds.closed = true
 	for _, f := range ds.open {
-		used := slices.ContainsFunc(ds.served,
+		used := ds.busy[f.backend] != "" || slices.ContainsFunc(ds.served,
 			func(s served) bool { return ds.busy[s.unit] != "" && any(s.backend()) == any(f.backend) })
 		if !used {
 			open = append(open, f)

@@ -236,3 +236,26 @@ func TestResizeAtEnd(t *testing.T) {
 	close(b.goOn)
 	<-flush
 }
+
+// TestBusyDisk: a change of a disk is of no other one, not even of one with an equal backend.
+func TestBusyDisk(t *testing.T) {
+	ds, _ := slowDisks(t)
+	for lun := 1; lun <= 2; lun++ {
+		d := Spec{Path: "null", Storage: Null, LUN: lun, Size: 1 << 20, BlockSize: 512}
+		if err := ds.Attach(d, block.Null(d.Size)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ds.mu.Lock()
+	_, release, err := ds.claim("1", control.Removing)
+	ds.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if list := ds.List(); list[1].Change != control.Removing || list[2].Change != "" {
+		t.Errorf("%+v", list)
+	}
+	ds.mu.Lock()
+	release()
+	ds.mu.Unlock()
+}

@@ -60,6 +60,7 @@ func (d *Device) activate(a virtio.Activation) error {
 	if err := d.dev.SetEndpoint(d.endpoint); err != nil {
 		return d.explain(err)
 	}
+	d.hear(a.Features, Hears)
 	d.watch.start()
 	// The kernel looks at a queue when its doorbell rings, and one that rang
 	// before the endpoint was there is forgotten.
@@ -72,6 +73,14 @@ func (d *Device) activate(a virtio.Activation) error {
 		}
 	}
 	return nil
+}
+
+// hear sets Hearing for a driver with these features.
+func (d *Device) hear(features uint64, h Hearing) {
+	if features&vhost.FeatureSCSIHotplug == 0 {
+		h = Deaf
+	}
+	d.hearing.Store(int32(h))
 }
 
 func (d *Device) setVring(i int, a virtio.Activation) error {
@@ -123,8 +132,9 @@ func resolve(mem *guestmem.Memory, l virtq.Layout, features uint64) (a vhost.Vri
 // cannot be told to give up, so the wait does not end with ctx.
 func (d *Device) Stop(context.Context) ([]uint16, error) {
 	var queues []virtio.Queue
+	var features uint64
 	if d.watch != nil {
-		queues = d.watch.a.Queues
+		queues, features = d.watch.a.Queues, d.watch.a.Features
 	}
 	bases, undone, err := d.stop()
 	// The kernel interrupts for the last requests after it has counted them
@@ -137,13 +147,17 @@ func (d *Device) Stop(context.Context) ([]uint16, error) {
 	if err := errors.Join(undone, err); err != nil {
 		return nil, fmt.Errorf("vhost-scsi: %w", err)
 	}
-	d.stopped = d.stopped || bases != nil
+	if bases != nil {
+		d.stopped = true
+		d.hear(features, Paused)
+	}
 	return bases, nil
 }
 
 // Reset implements virtio.Device. What is in flight finishes, as at Stop.
 func (d *Device) Reset() error {
 	d.stopped = false
+	d.hearing.Store(int32(NoDriver))
 	_, undone, err := d.stop()
 	if undone != nil {
 		d.cfg.Note(fmt.Sprintf("vhost-scsi: closed, to be opened again, because it did not stop: %v", undone))

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 	"gvm/devices/virtio"
@@ -97,8 +98,23 @@ type Device struct {
 	kernel   uint64      // feature bits that the kernel has
 	watch    *watcher    // while active
 	stopped  bool        // by Stop, for the driver to continue
-	told     bool        // account has called cfg.Note
+	hearing  atomic.Int32
+	told     bool // account has called cfg.Note
 }
+
+// Hearing says whether the guest's driver hears from the kernel of logical units that come and go.
+type Hearing int32
+
+// Values of Hearing.
+const (
+	NoDriver Hearing = iota
+	Deaf             // the driver has not negotiated VIRTIO_SCSI_F_HOTPLUG
+	Paused           // the device is stopped; when it continues the driver hears that it missed something
+	Hears
+)
+
+// Hearing returns that of the present driver. It may be called from any goroutine.
+func (d *Device) Hearing() Hearing { return Hearing(d.hearing.Load()) }
 
 // New opens the kernel's device and checks, before a guest runs, all that can go
 // wrong: access to the module, the version and features of its interface, the
