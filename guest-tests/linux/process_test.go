@@ -114,6 +114,13 @@ func (p *process) waitForText(text string) {
 	}
 }
 
+// printed tells whether a line is on the console, or gvm has ended.
+func (p *process) printed(line string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.ended || strings.Contains("\n"+p.console.String(), "\n"+line+"\n")
+}
+
 func (p *process) signal(s syscall.Signal) {
 	p.t.Helper()
 	if err := p.cmd.Process.Signal(s); err != nil {
