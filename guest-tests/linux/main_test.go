@@ -54,7 +54,7 @@ func testMain(m *testing.M) int {
 		Direct:  direct,
 		Build:   []string{"gvm/cmd/gvm", "gvm/guest/diskload", "gvm/guest/vsockecho", "gvm/guest-tests/cmd/posixtest"},
 		Memory:  10 << 10, // for a guest of 6 GiB
-		Modules: []string{"nbd", "dm-mod"},
+		Modules: []string{"nbd", "dm-mod", "raid0"},
 		Lost:    lost,
 	}
 	return lab.Main(m, options)

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -104,30 +105,107 @@ dmesg | grep -q 'protection error\|guard' && say log protection
 	second.want(t, map[string]string{"before": "read", "changed": "refused", "log": "protection"})
 }
 
-// TestDeviceMapper: a guest cannot write a device that is part of a device mapper's. It can write
-// the mapped one, and then the host cannot use it.
-func TestDeviceMapper(t *testing.T) {
-	t.Setenv("DM_DISABLE_UDEV", "1")
-	dmsetup, file := hostProgram(t, "dmsetup", "dmsetup"), diskFile(t, content("mapped", 1<<20))
-	dev := loopDevice(t, file)
-	name := "gvm-" + filepath.Base(dev)
-	dm := func(args ...string) {
-		t.Helper()
-		if out, err := exec.Command(dmsetup, args...).CombinedOutput(); err != nil {
-			t.Fatalf("dmsetup %v: %v\n%s", args, err, out)
+// mapped makes block devices on one, which the test's end removes. They are the devices, and with each goes
+// the mend that gvm names.
+var mapped = map[string]func(t *testing.T, dev string) (devices []string, mend string){
+	"device mapper": func(t *testing.T, dev string) ([]string, string) {
+		t.Setenv("DM_DISABLE_UDEV", "1")
+		dmsetup := hostProgram(t, "dmsetup", "dmsetup")
+		dm := func(args ...string) {
+			t.Helper()
+			if out, err := exec.Command(dmsetup, args...).CombinedOutput(); err != nil {
+				t.Errorf("dmsetup %v: %v\n%s", args, err, out)
+			}
 		}
+		var devices []string
+		for n := range 2 { // the halves of a MiB
+			name := fmt.Sprintf("gvm-%s-%d", filepath.Base(dev), n)
+			dm("create", name, "--table", fmt.Sprintf("0 1024 linear %s %d", dev, n*1024))
+			t.Cleanup(func() { dm("remove", name) })
+			devices = append(devices, "/dev/mapper/"+name)
+		}
+		return devices, "dmsetup remove"
+	},
+	"md": func(t *testing.T, dev string) ([]string, string) {
+		name := "md_" + filepath.Base(dev)
+		write := func(file, text string) {
+			t.Helper()
+			must(t, os.WriteFile(file, []byte(text), 0))
+		}
+		write("/sys/module/md_mod/parameters/new_array", name)
+		md, number := "/sys/block/"+name+"/md/", "/sys/block/"+filepath.Base(dev)+"/dev"
+		t.Cleanup(func() { write(md+"array_state", "clear") })
+		rdev, err := os.ReadFile(number)
+		must(t, err)
+		write(md+"metadata_version", "none")
+		write(md+"level", "raid0")
+		write(md+"chunk_size", "65536")
+		write(md+"raid_disks", "1")
+		write(md+"new_dev", string(rdev))
+		member := md + "dev-" + filepath.Base(dev) + "/"
+		write(member+"size", "1024")
+		write(member+"slot", "0")
+		write(md+"array_state", "active")
+		return []string{"/dev/" + name}, "mdadm --stop"
+	},
+}
+
+// TestMapped: a guest cannot write a device that is part of one of device mapper or md. It can write the
+// mapped one, and then neither host nor guest can use it, nor a guest the device or file below; another
+// device on the same one it can. Readers may share all of them, and keep out those that write.
+func TestMapped(t *testing.T) {
+	for kind, stack := range mapped {
+		t.Run(kind, func(t *testing.T) {
+			file := diskFile(t, content("mapped", 1<<20))
+			dev := loopDevice(t, file)
+			devices, mend := stack(t, dev)
+			top := devices[0]
+			refused := func(disk, why string) {
+				t.Helper()
+				r := gvm(t, "run", "--disk", disk)
+				if r.wantStatus(t, 2); !strings.Contains(r.stderr, why) {
+					r.fatalf(t, "standard error lacks %q", why)
+				}
+			}
+			taken := func(disk string) { t.Helper(); gvm(t, "run", "--disk", disk).wantStatus(t, 0) }
+			// meanwhile has a guest use a disk, and gives its process's number to f.
+			meanwhile := func(disk string, f func(by string)) {
+				t.Helper()
+				p := start(t, nil, "run", "--guest-arg", "echo", "--disk", disk)
+				p.waitFor("ready")
+				f(fmt.Sprintf("in use by process %d", p.cmd.Process.Pid))
+				p.signal(syscall.SIGTERM)
+				p.wait().wantStatus(t, 143)
+			}
+			refused(dev, fmt.Sprintf("%s is part of %s; %s", dev, top, mend))
+			refused(file, "loop device "+dev+" is on it")
+			meanwhile(top, func(by string) {
+				for _, disk := range []string{top, top + ",readonly", dev + ",readonly", file + ",readonly"} {
+					refused(disk, by)
+				}
+				for _, disk := range devices[1:] {
+					taken(disk)
+				}
+				if f, err := os.OpenFile(top, os.O_RDWR|syscall.O_EXCL, 0); err == nil { // as a mount does
+					f.Close()
+					t.Errorf("the host can use %s beside a guest", top)
+				}
+			})
+			meanwhile(top+",readonly", func(by string) {
+				refused(top, by)
+				for _, disk := range []string{top, dev, file} {
+					taken(disk + ",readonly")
+				}
+			})
+			for _, below := range []string{dev, file} {
+				meanwhile(below+",readonly", func(by string) {
+					refused(top, by)
+					taken(top + ",readonly")
+				})
+			}
+			gvm(t, "run", "--disk", top, "--guest-arg", "write").wantStatus(t, 0)
+		})
 	}
-	dm("create", name, "--table", "0 2048 linear "+dev+" 0")
-	t.Cleanup(func() { dm("remove", name) })
-	r := gvm(t, "run", "--disk", dev)
-	if r.wantStatus(t, 2); !strings.Contains(r.stderr, dev+" is part of /dev/mapper/"+name+"; dmsetup remove") {
-		r.fatalf(t, "standard error does not name the user of the device")
-	}
-	r = gvm(t, "run", "--disk", file)
-	if r.wantStatus(t, 2); !strings.Contains(r.stderr, "loop device "+dev+" is on it") {
-		r.fatalf(t, "standard error does not name the user of the image")
-	}
-	gvm(t, "run", "--disk", "/dev/mapper/"+name, "--guest-arg", "write").wantStatus(t, 0)
 }
 
 // TestNBD runs the example of docs/storage.md: a block device of the kernel's NBD client is a
