@@ -157,6 +157,30 @@ klog`}.run(t, "--cpus", strconv.Itoa(n), "--disk", diskFile(t, data))
 	r.kernelLog(t, 1, noNetwork)
 }
 
+// TestBuiltX2APIC: Linux finds 260 CPUs in the MADT, of which those with an APIC ID above 254 have entries
+// of their own kind. It brings up the first two and then the last, which runs programs and gets the
+// interrupts of a disk's queue.
+func TestBuiltX2APIC(t *testing.T) {
+	data := content(t.Name(), 1<<20)
+	r := guest{kernel: builtKernel(t), cmdline: withTime + " maxcpus=2", script: `
+say present $(cat /sys/devices/system/cpu/present) $(cat /sys/devices/system/cpu/online)
+wait_for /dev/sda
+echo 1 >/sys/devices/system/cpu/cpu259/online
+say online $(cat /sys/devices/system/cpu/online)
+say last $(grep '^apicid' /proc/cpuinfo | tail -n 1 | sed 's/.*: //')
+say ran $(taskset -c 259 cut -d' ' -f39 /proc/self/stat)
+interrupts() { awk '/virtio.*-request/ { n += $4 } END { print n+0 }' /proc/interrupts; } # of the third CPU
+before=$(interrupts)
+say sum $(taskset -c 259 dd if=/dev/sda bs=64k iflag=direct 2>/dev/null | sum)
+say interrupts $(($(interrupts)-before >= 16))
+klog`}.run(t, "--cpus=260", "--queues=4", "--memory=1G", "--disk", diskFile(t, data))
+	r.wantStatus(t, 0)
+	r.want(t, map[string]string{
+		"present": "0-259 0-1", "online": "0-1,259", "last": "259", "ran": "259", "sum": sum(data), "interrupts": "1",
+	})
+	r.kernelLog(t, 1, noNetwork)
+}
+
 // debugger speaks gdb's remote protocol on a guest's console.
 type debugger struct {
 	t    *testing.T
