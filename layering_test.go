@@ -80,7 +80,7 @@ var may = []struct{ pkg, imports string }{
 	{"machine/disk", "devices/... control inspect text"},
 	{"machine", "machine/disk control vmm/... devices/... kvmapi guestmem guest/embedded inspect text"},
 	{"testrun",
-		"devices/statusport devices/virtio/console devices/virtio/vsock guest/agent/wire inspect machine text " +
+		"devices/statusport devices/virtio/console devices/virtio/vsock guest/agent/wire machine text " +
 			"verdict verdict/klog vmm"},
 	{"cmd/gvm",
 		"machine/... vmm/... devices/... kvmapi/... guestmem control inspect plot text guest/embedded guest/bootinit " +

@@ -1,8 +1,6 @@
 package testrun
 
 import (
-	"context"
-	"fmt"
 	"io"
 	"sync"
 
@@ -23,7 +21,6 @@ type kernelLog struct {
 	reader *verdict.Reader
 	tail   []byte
 	err    error // of to
-	cpus   []string
 }
 
 func newKernelLog(to io.Writer, p verdict.Policy, touch func()) *kernelLog {
@@ -70,29 +67,4 @@ func (l *kernelLog) Write(p []byte) (int, error) {
 		_, l.err = l.to.Write(p)
 	}
 	return len(p), nil
-}
-
-// keepCPUs keeps the state of the CPUs for the Result.
-func (l *kernelLog) keepCPUs(cpus []string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.cpus = cpus
-}
-
-// readCPUs describes where each CPU is.
-func readCPUs(ctx context.Context, m guest) (lines []string) {
-	n, err := m.Inspect(ctx, "vcpu")
-	if err != nil {
-		return []string{fmt.Sprintf("the CPUs cannot be read: %v", err)}
-	}
-	for _, cpu := range n.Nodes {
-		line := "CPU " + cpu.Name
-		for _, name := range []string{"mp_state", "rip", "rflags", "rsp", "cr3"} {
-			if v := cpu.Get(name); v != nil {
-				line += fmt.Sprintf(" %s %v", name, v)
-			}
-		}
-		lines = append(lines, line)
-	}
-	return lines
 }

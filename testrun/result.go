@@ -185,7 +185,7 @@ func (r *Run) decide(out vmm.Outcome, err error) *Result {
 	r.log.mu.Lock()
 	reports := r.log.reader.Close()
 	res := &Result{Format: Format, Reports: reports.Reports, Failing: reports.Failing, Dropped: reports.Dropped,
-		Log: tailLines(r.log.tail), Detail: r.log.cpus}
+		Log: tailLines(r.log.tail)}
 	logErr := r.log.err
 	r.log.mu.Unlock()
 	r.mu.Lock()

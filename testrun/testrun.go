@@ -21,7 +21,6 @@ import (
 
 	"gvm/devices/statusport"
 	"gvm/guest/agent/wire"
-	"gvm/inspect"
 	"gvm/machine"
 	"gvm/panics"
 	"gvm/verdict"
@@ -100,7 +99,6 @@ type guest interface {
 	Ended() <-chan struct{}
 	Wait() (vmm.Outcome, error)
 	Paused() bool
-	Inspect(ctx context.Context, path string) (inspect.Node, error)
 }
 
 // Start starts the machine. When ctx is done, its cause ends the run. After an error nothing is left
@@ -253,11 +251,10 @@ func (r *Run) watch(ctx context.Context) {
 // hangTicks is the number of looks at the progress in the time of a hang.
 const hangTicks = 20
 
-// hung ends a run without progress. It reads where the CPUs are first, and has a kernel that still
-// takes interrupts print the call traces of its CPUs and of blocked tasks.
+// hung ends a run without progress. It first has a kernel that still takes interrupts print the call
+// traces of its CPUs and of blocked tasks.
 func (r *Run) hung(ctx context.Context) {
 	r.mark(&r.times.Hang)
-	r.log.keepCPUs(readCPUs(ctx, r.machine))
 	panics.Go(func() { r.log.sysRq("lw") }) // ends with the machine
 	select {
 	case <-ctx.Done():

@@ -13,7 +13,6 @@ import (
 
 	"gvm/devices/statusport"
 	"gvm/guest/agent/wire"
-	"gvm/inspect"
 	"gvm/machine"
 	"gvm/verdict"
 	"gvm/vmm"
@@ -33,9 +32,6 @@ type fakeGuest struct {
 func (g *fakeGuest) Ended() <-chan struct{}     { return g.ended }
 func (g *fakeGuest) Wait() (vmm.Outcome, error) { <-g.ended; return g.out, nil }
 func (g *fakeGuest) Paused() bool               { return false }
-func (g *fakeGuest) Inspect(context.Context, string) (inspect.Node, error) {
-	return inspect.Group("vcpu", inspect.Group("0", inspect.Text("mp_state", "halted"))), nil
-}
 
 // print prints a line on the console.
 func (g *fakeGuest) print(line string) { _, _ = io.WriteString(g.spec.Console, line+"\r\n") }
@@ -79,7 +75,7 @@ func run(t *testing.T, cfg Config, live func(*fakeGuest) vmm.Outcome, during ...
 			select {
 			case g.out = <-over:
 			case <-ctx.Done():
-				g.out = vmm.Outcome{Ending: vmm.Stopped, Err: context.Cause(ctx)}
+				g.out = vmm.Outcome{Ending: vmm.Stopped, Err: context.Cause(ctx), Report: "vcpu/0: halted"}
 			}
 			if s.COM2 != nil {
 				s.COM2.Close()
@@ -266,7 +262,7 @@ func TestHang(t *testing.T) {
 	if log := strings.Join(res.Log, ","); log != "sysrq l,sysrq w" {
 		t.Errorf("the log is %q", log)
 	}
-	if res.Kind != Hang || len(res.Detail) != 1 || res.Detail[0] != "CPU 0 mp_state halted" || res.Times.Hang == 0 {
+	if res.Kind != Hang || len(res.Detail) != 1 || res.Detail[0] != "vcpu/0: halted" || res.Times.Hang == 0 {
 		t.Errorf("a hang: %+v", res)
 	}
 }

@@ -68,7 +68,7 @@ func TestTestEnds(t *testing.T) {
 				t.Errorf("the verdict is %s, %v", b, err)
 			}
 			if tt.kind == "hang" && !slices.ContainsFunc(v.Detail, func(s string) bool {
-				return strings.HasPrefix(s, "CPU 0 mp_state runnable rip 0x")
+				return strings.HasPrefix(s, "vcpu/0: mp_state runnable, rip 0x")
 			}) {
 				t.Errorf("the hang has no CPU: %q", v.Detail)
 			}

@@ -20,7 +20,7 @@ import (
 var cacheHome string
 
 // lost matches the output of a test whose guest was lost by the lab, not by gvm.
-var lost = regexp.MustCompile(`KVM_EXIT_SHUTDOWN|SIGQUIT: quit|BUG: soft lockup`)
+var lost = regexp.MustCompile(`KVM_EXIT_SHUTDOWN|SIGQUIT: quit|BUG: soft lockup|no progress for 1m0s before the agent`)
 
 // again runs a guest, and in the lab up to three times more if it is lost before it is done.
 func again(t testing.TB, done func(result) bool, run func() result) (r result) {
