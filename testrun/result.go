@@ -81,7 +81,7 @@ type Result struct {
 	Status int    `json:"status"` // for the caller to exit with
 	Text   string `json:"text"`   // the reason in a line; "" for a command that exited
 
-	// Command is the end of the command, whatever the kind is; nil: it is not known.
+	// Command is the end of the command, for each kind; nil: it is not known.
 	Command *CommandEnd `json:"command"`
 	Rung    string      `json:"rung"` // by which the agent said hello; "": it did not
 

@@ -357,13 +357,13 @@ func TestCheckThreads(t *testing.T) {
 // TestUserThreads: a user whose limit leaves too few threads gets a line rather than a crash of the
 // Go runtime.
 func TestUserThreads(t *testing.T) {
-	const nobody = 65534
+	const otherUser = 65534
 	c := command(t)
 	c.Args = []string{"sh", "-c", `ulimit -p 60 2>/dev/null || ulimit -u 60; exec "$0" run --cpus 80`, c.Path}
 	c.Path = "/bin/sh"
 	if os.Getuid() == 0 {
 		c.Dir = "/" // the test's files are root's
-		c.SysProcAttr.Credential = &syscall.Credential{Uid: nobody}
+		c.SysProcAttr.Credential = &syscall.Credential{Uid: otherUser}
 		c.SysProcAttr.AmbientCaps = []uintptr{unix.CAP_DAC_OVERRIDE}
 	}
 	r := gvmRuns(t, c)

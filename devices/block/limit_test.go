@@ -159,8 +159,9 @@ func BenchmarkLimiter(b *testing.B) {
 	}
 }
 
-// TestLimiterGivesBackPart: of two admitted requests of 4 bytes, a second of the rate each, the first is
-// given back after a time: what has not drained of it is left for a third one of 7 bytes, and no more.
+// TestLimiterGivesBackPart: of two admitted requests of 4 bytes, a second of the rate each, the
+// first is given back after a time: the part that has not drained is left for a third one of 7
+// bytes, and no more.
 func TestLimiterGivesBackPart(t *testing.T) {
 	for at, want := range map[time.Duration]time.Duration{ // the third is admitted at
 		0:               time.Second,

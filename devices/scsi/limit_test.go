@@ -63,9 +63,9 @@ func TestLimits(t *testing.T) {
 			Bandwidth: block.Limit{Rate: blockSize, Burst: 2 * blockSize}}, reads(3, 2), seconds{0, 2, 4}},
 		"what moves no data": {scsi.UnitConfig{IOPS: block.Limit{Rate: 1, Burst: 1}},
 			[]*scsi.Command{reads(1, 1)[0], ready, {CDB: syncCache}, ready}, seconds{0, 0, 1, 0}},
-		"what the medium moves": {scsi.UnitConfig{Bandwidth: block.Limit{Rate: blockSize, Burst: blockSize}},
+		"moved bytes": {scsi.UnitConfig{Bandwidth: block.Limit{Rate: blockSize, Burst: blockSize}},
 			[]*scsi.Command{same, discard, verify}, seconds{7, 7, 15}},
-		"what it moves twice": {scsi.UnitConfig{Bandwidth: block.Limit{Rate: blockSize, Burst: blockSize}},
+		"bytes moved twice": {scsi.UnitConfig{Bandwidth: block.Limit{Rate: blockSize, Burst: blockSize}},
 			[]*scsi.Command{writeBack, or, compare}, seconds{1, 3, 5}},
 	} {
 		t.Run(name, func(t *testing.T) {

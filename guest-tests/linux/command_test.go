@@ -64,7 +64,7 @@ func busybox(t testing.TB) string {
 	return path
 }
 
-// TestCommand: gvm test prints what the command prints and nothing else, and ends as it does.
+// TestCommand: gvm test prints the command's output and nothing else, and ends as it does.
 func TestCommand(t *testing.T) {
 	l, bb := theLab(t), busybox(t)
 	for name, uname := range map[string][]string{"cloud": {bb, "uname", "-r"}, "6.12": {"/usr/bin/uname", "-r"}} {

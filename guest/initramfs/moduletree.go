@@ -171,7 +171,7 @@ func cause(err error) error {
 	return err
 }
 
-// readAll reads at most limit bytes, and takes memory only for what is there.
+// readAll reads at most limit bytes, and takes memory only for bytes that are there.
 func readAll(r io.Reader, limit int64) ([]byte, error) {
 	b, err := io.ReadAll(io.LimitReader(r, limit+1))
 	if err == nil && int64(len(b)) > limit {

@@ -387,7 +387,7 @@ func TestFindPipe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	hold, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // keeps what is written before Find opens it
+	hold, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // keeps bytes written before Find opens it
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -72,7 +72,7 @@ type buffer struct {
 	c *virtq.Chain
 }
 
-// New returns a device. The error says what is wrong with the ports.
+// New returns a device. The error names the port and its fault.
 func New(ports []Port) (*Device, error) {
 	if len(ports) == 0 || len(ports) > MaxPorts {
 		return nil, fmt.Errorf("virtio-console: %d ports: want 1 to %d", len(ports), MaxPorts)
@@ -143,8 +143,8 @@ func (d *Device) Activate(a virtio.Activation) error {
 	return nil
 }
 
-// Stop implements virtio.Device. What the driver has opened stays open, and what a stream has for
-// the guest waits.
+// Stop implements virtio.Device. Ports that the driver opened stay open, and bytes that a stream
+// has for the guest wait.
 func (d *Device) Stop(ctx context.Context) ([]uint16, error) { return d.stop(ctx, d.dropBuffers) }
 
 // Reset implements virtio.Device.

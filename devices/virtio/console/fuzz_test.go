@@ -56,7 +56,6 @@ func FuzzDriver(f *testing.F) {
 // step does one step. Data that the driver sends is what its port's stream wants next.
 func (r *rig) step(op []byte, at []uint64, out *[2]counting) {
 	queue := int(op[1]) % len(r.q)
-	d := r.q[queue]
 	port := (int(op[1]) / 2) % 2
 	switch op[0] % 7 {
 	case 0:
@@ -70,7 +69,7 @@ func (r *rig) step(op []byte, at []uint64, out *[2]counting) {
 	case 2:
 		queue = []int{1, 5}[port]
 		n := 1 + int(op[2])*int(op[3])%(64<<10-1)
-		d = r.q[queue]
+		d := r.q[queue]
 		if d.Free() == 0 {
 			break
 		}

@@ -100,7 +100,7 @@ type Device struct {
 	events             events
 }
 
-// New returns a device. The error says what is wrong with cfg.
+// New returns a device. The error names the field and its fault.
 func New(cfg Config) (*Device, error) {
 	if cfg.Queues == 0 {
 		cfg.Queues = 1

@@ -14,7 +14,7 @@ func BenchmarkStream(b *testing.B) {
 	const size = 1 << 20
 	for _, bench := range []struct {
 		name    string
-		program func(io.ReadWriter) // and what the guest does meanwhile
+		program func(io.ReadWriter) // and the guest's part meanwhile
 		vsock   func(*benchGuest)
 		pair    func(io.ReadWriter)
 	}{

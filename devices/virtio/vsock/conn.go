@@ -38,14 +38,14 @@ type Conn struct {
 	shut      uint32 // flags of the VIRTIO_VSOCK_OP_SHUTDOWN to send or sent
 	peerShut  uint32 // flags of those that came
 	writing   bool   // a Write is at work
-	out       []byte // what is left of it
+	out       []byte // the rest of it
 	txCnt     uint32 // bytes that the guest has been sent
 	peerAlloc uint32 // the guest's buf_alloc
 	peerFwd   uint32 // the guest's fwd_cnt
 }
 
-// Read reads what the guest has sent; io.EOF follows the last byte of a guest that sends no more. It
-// waits if nothing is there.
+// Read reads bytes that the guest has sent; io.EOF follows the last byte of a guest that sends no
+// more. It waits if nothing is there.
 func (c *Conn) Read(p []byte) (int, error) {
 	c.d.mu.Lock()
 	defer c.d.mu.Unlock()
@@ -204,7 +204,7 @@ func (c *Conn) offer() {
 
 // peerFree returns how many bytes the guest has space for.
 func (c *Conn) peerFree() int {
-	// The guest may have made its buffer smaller than what is in it.
+	// The guest may have made its buffer smaller than its contents.
 	return max(int(c.peerAlloc)-int(c.txCnt-c.peerFwd), 0)
 }
 

@@ -201,7 +201,7 @@ func (f *fuzzer) write(u *user, n int) {
 	}
 }
 
-// read has u read what is there.
+// read has u read all that is there.
 func (f *fuzzer) read(u *user, n int) {
 	f.dev.mu.Lock()
 	there := u.Conn.in.n
@@ -219,7 +219,7 @@ func (f *fuzzer) read(u *user, n int) {
 	}
 }
 
-// check checks what came, and what the device keeps.
+// check checks the bytes that came, and the device's memory.
 func (f *fuzzer) check() {
 	if err := f.dev.workers[rxQueue].Barrier(); err != nil {
 		f.t.Fatal(err)
@@ -265,7 +265,7 @@ func (f *fuzzer) check() {
 }
 
 // FuzzPackets has a guest that does anything, and a program that uses its connections. Bytes come in
-// their order and once, the guest's credit is never exceeded, what the device keeps is bounded, and
+// their order and once, the guest's credit is never exceeded, the device's memory is bounded, and
 // nothing is left at the end.
 func FuzzPackets(f *testing.F) {
 	const (

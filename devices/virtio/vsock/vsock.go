@@ -117,7 +117,7 @@ type Device struct {
 	counters
 }
 
-// New returns a device. The error says what is wrong with cfg.
+// New returns a device. The error names the field and its fault.
 func New(cfg Config) (*Device, error) {
 	if cfg.CID == 0 {
 		cfg.CID = defaultCID

@@ -85,7 +85,7 @@ func (r *rig) empty() {
 	}
 }
 
-// TestGuestCloses: a guest that closes gets its RST at once; what it sent can still be read.
+// TestGuestCloses: a guest that closes gets its RST at once; its bytes can still be read.
 func TestGuestCloses(t *testing.T) {
 	r := newRig(t, 8)
 	c := r.connect(5000, 1024, 1<<16)
@@ -324,7 +324,7 @@ func TestWriteWaits(t *testing.T) {
 	r.quiet()
 	credit(100, 5000)
 	next(100)
-	credit(0, 50_000) // an older count, and what was true with it
+	credit(0, 50_000) // an older count, and the state of that time
 	credit(200, 4900) // the guest takes space back
 	r.quiet()
 	credit(200, 100)
@@ -340,8 +340,8 @@ func TestWriteWaits(t *testing.T) {
 	r.quiet()
 }
 
-// TestWrittenAtTheEnd: a Write whose last byte the guest has got does not fail because of what the guest
-// does then.
+// TestWrittenAtTheEnd: a Write whose last byte the guest has got does not fail because of anything
+// the guest does then.
 func TestWrittenAtTheEnd(t *testing.T) {
 	r := newRig(t, 8)
 	c := r.connect(1, 1024, 0)

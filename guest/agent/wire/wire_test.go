@@ -270,7 +270,7 @@ func TestBuildID(t *testing.T) {
 	}
 }
 
-// TestCommand: a command arrives as it was, whatever bytes its names have.
+// TestCommand: a command arrives unchanged, with any bytes in its names.
 func TestCommand(t *testing.T) {
 	want := &Command{
 		Args: []text.Name{"/bin/\xff", "", "a b\n\x00"}, Env: []text.Name{"A=\xfe"}, Dir: "/tmp/\xe4",

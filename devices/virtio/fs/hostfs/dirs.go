@@ -103,7 +103,7 @@ func (fs *FS) putDirent(r *request, e dirent, plus bool, room int) bool {
 	end := len(r.reply) + size
 	ino := fs.number(r.node.key.dev, e.ino)
 	if r.node == fs.root && dots {
-		ino = fs.root.key.ino // what is above the tree is not shown
+		ino = fs.root.key.ino // directories above the tree are not shown
 	}
 	if plus {
 		entry := make([]byte, entryOutLen) // of no inode: the client looks it up

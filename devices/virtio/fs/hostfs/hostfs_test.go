@@ -162,7 +162,7 @@ func TestReaddir(t *testing.T) {
 	}
 }
 
-// TestMessages sends what is no message, and what is too long.
+// TestMessages sends malformed messages, and ones that are too long.
 func TestMessages(t *testing.T) {
 	c := open(t, Config{Dir: t.TempDir()})
 	out := make([]byte, 100)

@@ -39,8 +39,6 @@ const (
 
 // Bits of requests and answers.
 const (
-	getattrFH = 1 << 0 // FUSE_GETATTR_FH
-
 	setMode     = 1 << 0  // FATTR_MODE
 	setUID      = 1 << 1  // FATTR_UID
 	setGID      = 1 << 2  // FATTR_GID
