@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -33,7 +34,7 @@ func TestReboot(t *testing.T) {
 
 // endBound distinguishes an end on a slow machine from one that waits for the guest's work, which
 // takes minutes.
-const endBound = 20 * time.Second
+const endBound = time.Minute
 
 // TestEndOfSanitize ends machines and changes their disk during a SANITIZE command with 31
 // overwrites: neither waits for the command.
@@ -70,7 +71,9 @@ func TestEndOfSanitize(t *testing.T) {
 				g.expect("sanitizing", 1)
 				since := time.Now()
 				end(t, g)
-				if out := g.wait(); !errors.Is(out.Err, errStopped) || g.said() != "" {
+				// A slow disk may not have taken all writes when the machine ends.
+				if out := g.wait(); !errors.Is(out.Err, errStopped) || g.said() != "" &&
+					!strings.HasSuffix(g.said(), "the host continues to write them\n") {
 					t.Errorf("%+v; %s", out, g.said())
 				}
 				if took := time.Since(since); took > endBound {
