@@ -82,9 +82,10 @@ var may = []struct{ pkg, imports string }{
 	{"testrun",
 		"devices/statusport devices/virtio/console devices/virtio/vsock guest/agent/wire machine text " +
 			"verdict verdict/klog vmm"},
+	{"testrun/matrix", "testrun text verdict verdict/ktap"},
 	{"cmd/gvm",
 		"machine/... vmm/... devices/... kvmapi/... guestmem control inspect plot text guest/embedded guest/bootinit " +
-			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun verdict/..."},
+			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun testrun/matrix verdict/..."},
 }
 
 func matches(pattern, pkg string) bool {

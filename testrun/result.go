@@ -37,20 +37,22 @@ const (
 	NotTested  Kind = "not-tested"  // the host, the kernel's image or its configuration
 )
 
-// Statuses of kinds that are not the command's own.
+// ExitNotTested is the status of a run that could not test.
+const ExitNotTested = 125
+
+// Statuses of other kinds that are not the command's own.
 const (
 	exitFault      = 120
 	exitCrash      = 121
 	exitHang       = 122
 	exitTimeout    = 124
-	exitNotTested  = 125
 	exitNotStarted = 126
 	exitMissing    = 127
 	exitSignal     = 128 // and the signal's number
 )
 
 var kindStatus = map[Kind]int{Panic: exitFault, Fault: exitFault, Crash: exitCrash, Ended: exitCrash,
-	Hang: exitHang, Timeout: exitTimeout, NotTested: exitNotTested}
+	Hang: exitHang, Timeout: exitTimeout, NotTested: ExitNotTested}
 
 // Format is the form of a Result in JSON.
 const Format = "gvm-test-1"
@@ -126,7 +128,7 @@ func (r *Result) JSON(w io.Writer) error {
 
 // Untested is the result of a run that did not begin.
 func Untested(err error) *Result {
-	return &Result{Format: Format, Kind: NotTested, Status: exitNotTested, Text: err.Error(), Err: err,
+	return &Result{Format: Format, Kind: NotTested, Status: ExitNotTested, Text: err.Error(), Err: err,
 		Reports: []verdict.Report{}}
 }
 
@@ -147,7 +149,7 @@ func NoCommand(name string, err unix.Errno) *Result {
 func (r *Result) Bisect() {
 	switch {
 	case r.Kind == NotStarted:
-		r.Status = exitNotTested
+		r.Status = ExitNotTested
 	case r.Kind != Stopped && r.Status >= exitSignal:
 		r.Status = 1
 	}
@@ -205,7 +207,7 @@ func (r *Run) decide(out vmm.Outcome, err error) *Result {
 	}
 	if r.exit != nil {
 		res.command(*r.exit, r.cfg.Command)
-		if r.exit.Err != "" && r.exit.Status == exitNotTested { // the agent could not try
+		if r.exit.Err != "" && r.exit.Status == ExitNotTested { // the agent could not try
 			untested(errors.New(r.exit.Err))
 			res.Command = nil
 		}

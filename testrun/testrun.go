@@ -321,7 +321,7 @@ func (r *Run) takeStatus(s statusport.Report) {
 		case unix.EACCES:
 			exit.Status = exitNotStarted
 		default:
-			exit.Status = exitNotTested
+			exit.Status = ExitNotTested
 		}
 	default:
 		return
