@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -126,6 +127,63 @@ func fillOutput(f *os.File, made bool, b []byte) (err error) {
 		return f.Truncate(int64(len(b)))
 	}
 	return nil
+}
+
+// outputFile is a user's file for results, or none if its path is empty.
+type outputFile struct {
+	flag, path string
+	file       *os.File
+	made       bool
+}
+
+// openOutputs opens files and empties them: results of an earlier run must not be taken for those of
+// a run that dies. After an error no new file is left.
+func openOutputs(files ...*outputFile) error {
+	for i, o := range files {
+		if err := o.open(); err != nil {
+			err = fmt.Errorf("%s: %w", o.flag, err)
+			for _, o := range files[:i+1] {
+				if o.made && o.file != nil {
+					err = errors.Join(err, nowait.Remove(o.file, o.path))
+				}
+				err = errors.Join(err, o.close())
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+func (o *outputFile) open() (err error) {
+	if o.path != "" {
+		if o.file, o.made, err = openOutput(o.path); err == nil {
+			err = fillOutput(o.file, o.made, nil)
+		}
+	}
+	return err
+}
+
+// fill makes the output of write the contents of the file.
+func (o *outputFile) fill(write func(io.Writer) error) error {
+	if o.file == nil {
+		return nil
+	}
+	var b bytes.Buffer
+	err := write(&b)
+	if err == nil {
+		err = fillOutput(o.file, false, b.Bytes())
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", o.flag, err)
+	}
+	return nil
+}
+
+func (o *outputFile) close() error {
+	if o.file == nil {
+		return nil
+	}
+	return o.file.Close()
 }
 
 // namedError classifies an error of opening a user's file.

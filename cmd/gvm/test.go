@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -33,7 +32,7 @@ import (
 
 // exitUntested is the status of gvm test for a run that could not test. Every fault of the host and
 // of the command line has it, as git bisect run takes others for the verdict of a commit.
-const exitUntested = 125
+const exitUntested = testrun.ExitNotTested
 
 func testCommand() *cli.Command {
 	return &cli.Command{
@@ -46,6 +45,12 @@ guest's files, with those of --file. Without COMMAND it is a shell, on a
 terminal a job-controlled one. The kernel's log goes into --klog, and its end
 to standard error after a fault. See docs/test.md.
 
+Several kernels or numbers of CPUs, and each of --backend, --repeat, --jobs,
+--retry, --output, --junit and --results, make a matrix: COMMAND runs in a
+machine for each combination, without an input. Standard output has a table
+of the verdicts; the end of a failed command's output goes to standard error,
+and all output into --output.
+
 EXAMPLES
    gvm test -- uname -r            the kernel of this tree, else the host's
    gvm test -k linux -- ./prog a   that of another tree or O= directory
@@ -53,6 +58,7 @@ EXAMPLES
    go test -exec 'gvm test -k bzImage --' ./...
    git bisect run sh -c 'make bzImage || exit 125; gvm test --bisect -- ./t'
    gvm test -k bzImage --root / --rw . -- make check
+   gvm test -k bzImage --repeat 100 --cpus 1,4 --junit j.xml -- ./flaky
    gvm test -k bzImage             a shell
 
 The exit status is that of COMMAND, 128 and the number of a signal that ended
@@ -63,13 +69,16 @@ it, 127 if it is missing and 126 if it is no program; else:
    124  --timeout elapsed
    125  nothing was tested: a bad flag, no KVM, a missing or broken kernel
 A signal to gvm goes to COMMAND. At a second one, or after --grace, the guest
-is stopped: 128 and the number of the signal.`,
+is stopped: 128 and the number of the signal. A matrix stops at once. It ends
+with 0 if every machine's test passed, else with the gravest status: that of
+a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 		Flags: append([]cli.Flag{
-			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"}, TakesFile: true,
-				Usage: "boot `KERNEL`: a bzImage or vmlinux, a kernel tree or its O= directory, a .deb or RPM package, " +
-					"the release of an installed kernel, or host, the one that runs here"},
+			&cli.GenericFlag{Name: "kernel", Aliases: []string{"k"}, Value: new(words), TakesFile: true,
+				Usage: "boot `KERNEL`, or each of several: a bzImage or vmlinux, a kernel tree or its O= directory, " +
+					"a .deb or RPM package, the release of an installed kernel, or host, the one that runs here"},
 			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"}, Usage: "more words of the kernel command `LINE`"},
-			&cli.IntFlag{Name: "cpus", Aliases: []string{"c"}, Value: 1, Usage: "`N` virtual CPUs"},
+			&cli.StringFlag{Name: "cpus", Aliases: []string{"c"}, Value: "1",
+				Usage: "`N[,N]...` virtual CPUs: each number in a machine of its own"},
 			&cli.StringFlag{Name: "memory", Aliases: []string{"m"}, Value: "1G",
 				Usage: "`SIZE` of guest RAM, in MiB without a suffix"},
 			&cli.GenericFlag{Name: "disk", Aliases: []string{"d"}, Value: new(words),
@@ -100,7 +109,7 @@ is stopped: 128 and the number of the signal.`,
 				Usage: "reach the guest's agent by `NAME` vsock, console, com2 or status alone; auto is the best of the kernel's"},
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "tell of each step on standard error"},
 			&cli.BoolFlag{Name: "timing", Usage: "print at the end how long each phase took"},
-		}, policyFlags("fail", exitGuestFault)...),
+		}, slices.Concat(matrixFlags(), policyFlags("fail", exitGuestFault))...),
 		OnUsageError: func(c *cli.Context, err error, sub bool) error {
 			return endError{exitUntested, flagError(c, err, sub)}
 		},
@@ -108,6 +117,9 @@ is stopped: 128 and the number of the signal.`,
 			t, err := parseTest(c)
 			if err != nil {
 				return endError{exitUntested, err}
+			}
+			if t.matrix != nil {
+				return t.testMatrix(c.App.Writer)
 			}
 			return t.test()
 		},
@@ -137,13 +149,24 @@ type testConfig struct {
 	rungs   []testrun.Rung // nil: all
 	verbose bool
 	policy  verdict.Policy
+	note    func(string)
+
+	matrix *matrixConfig // nil: one machine with the streams of gvm
+	output *cellOutput   // of a cell; nil: the streams of gvm
 }
 
 func parseTest(c *cli.Context) (t *testConfig, err error) {
+	kernels := wordsOf(c, "kernel")
+	if slices.Contains(kernels, "") {
+		return nil, errors.New("--kernel: the path is empty")
+	}
+	cpus, err := parseCPUs(c.String("cpus"))
+	if err != nil {
+		return nil, err
+	}
 	t = &testConfig{
 		runConfig: runConfig{
-			spec:    machine.Spec{CPUs: c.Int("cpus"), CmdLine: c.String("cmdline")},
-			kernel:  c.String("kernel"),
+			spec:    machine.Spec{CPUs: slices.Max(cpus), CmdLine: c.String("cmdline")},
 			timeout: c.Duration("timeout"),
 			grace:   c.Duration("grace"),
 		},
@@ -157,17 +180,15 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		bisect:  c.Bool("bisect"),
 		verdict: c.String("verdict"),
 		verbose: c.Bool("verbose"),
+		note:    note,
+	}
+	if len(kernels) > 0 {
+		t.kernel = kernels[0]
 	}
 	given := func(flag string) bool { return slices.Contains(c.LocalFlagNames(), flag) }
 	spec := &t.spec
 	if c.Bool("timing") {
 		t.timing = newTiming()
-	}
-	if given("kernel") && t.kernel == "" {
-		return nil, errors.New("--kernel: the path is empty")
-	}
-	if spec.CPUs < 1 {
-		return nil, fmt.Errorf("--cpus %d: want 1 or more", spec.CPUs)
 	}
 	if given("timeout") && t.timeout <= 0 {
 		return nil, fmt.Errorf("--timeout %s: want a positive duration, such as 90s", t.timeout)
@@ -239,7 +260,10 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		return nil, errors.New("--tty: standard input and output are no terminal")
 	}
 	t.tty = t.tty || len(t.args) == 0 && terminals
-	t.policy, err = parsePolicy(c)
+	if t.policy, err = parsePolicy(c); err != nil {
+		return nil, err
+	}
+	t.matrix, err = t.parseMatrix(c, kernels, cpus)
 	return t, err
 }
 
@@ -329,39 +353,27 @@ func (t *testConfig) parseUser(s string) error {
 // say tells of a step with --verbose.
 func (t *testConfig) say(format string, args ...any) {
 	if t.verbose {
-		note(fmt.Sprintf(format, args...))
+		t.note(fmt.Sprintf(format, args...))
 	}
 }
 
 // test runs the test, prints the reason of its verdict, and writes the verdict file.
 func (t *testConfig) test() error {
-	var file *os.File
-	var made bool
-	if t.verdict != "" { // a verdict of an earlier run must not be taken for one of a run that dies
-		var err error
-		if file, made, err = openOutput(t.verdict); err == nil {
-			err = fillOutput(file, made, nil)
-		}
-		if err != nil {
-			return endError{exitUntested, fmt.Errorf("--verdict: %w", err)}
-		}
-		defer file.Close()
+	file := outputFile{flag: "--verdict", path: t.verdict}
+	if err := openOutputs(&file); err != nil {
+		return endError{exitUntested, err}
 	}
+	defer file.close()
 	res := t.run()
 	if t.bisect {
 		res.Bisect()
 	}
-	if file != nil {
-		var b bytes.Buffer
-		err := res.JSON(&b)
-		if err == nil {
-			err = fillOutput(file, false, b.Bytes())
-		}
-		if err != nil {
-			return endError{exitUntested, fmt.Errorf("--verdict: %w", err)}
-		}
+	if err := file.fill(res.JSON); err != nil {
+		return endError{exitUntested, err}
 	}
-	t.show(res)
+	if s := explain("gvm: ", res); s != "" {
+		stderr.say(s)
+	}
 	t.timing.print()
 	if res.Status == 0 {
 		return nil
@@ -372,48 +384,64 @@ func (t *testConfig) test() error {
 // shownLog is the number of lines of the kernel's log on standard error after a fault.
 const shownLog = 40
 
-// show prints what helps to understand a verdict, before its reason.
-func (t *testConfig) show(res *testrun.Result) {
-	print := func(heading string, lines []string) {
-		if len(lines) == 0 {
-			return
-		}
-		s := heading + "\n"
-		for _, line := range lines {
-			s += "  " + text.Printable(line) + "\n"
-		}
-		stderr.say(s)
-	}
+// explain returns text that helps to understand a verdict, for before its reason. Its headings begin
+// with prefix.
+func explain(prefix string, res *testrun.Result) string {
 	switch res.Kind {
 	case testrun.Fault:
+		s := ""
 		for _, r := range res.Reports {
 			if r.Fails {
-				print(fmt.Sprintf("gvm: the kernel's report (fingerprint %s):", r.Fingerprint), r.Text)
+				s += section(prefix, fmt.Sprintf("the kernel's report (fingerprint %s):", r.Fingerprint), r.Text)
 			}
 		}
+		return s
 	case testrun.Panic, testrun.Crash, testrun.Ended, testrun.Hang, testrun.Timeout, testrun.NotTested:
-		print("gvm: the end of the kernel's log:", res.Log[max(0, len(res.Log)-shownLog):])
-		print("gvm: the machine:", res.Detail)
-		print("gvm: the kernel's configuration:", res.Missing)
+		return section(prefix, "the end of the kernel's log:", res.Log[max(0, len(res.Log)-shownLog):]) +
+			section(prefix, "the machine:", res.Detail) +
+			section(prefix, "the kernel's configuration:", res.Missing)
 	}
+	return ""
+}
+
+// section returns lines below a heading, or "" if there are none.
+func section(prefix, heading string, lines []string) string {
+	if len(lines) == 0 {
+		return ""
+	}
+	s := prefix + heading + "\n"
+	for _, line := range lines {
+		s += "  " + text.Printable(line) + "\n"
+	}
+	return s
 }
 
 // run runs the test to its verdict.
 func (t *testConfig) run() *testrun.Result {
 	collect := debug.SetGCPercent(startGC)
 	defer debug.SetGCPercent(collect)
-	spec := &t.spec
-	spec.Begin(takeBegun()) // first, so that KVM works during the rest of the start
-	res := t.runIn(spec)
-	if err := spec.Close(); err != nil && res.Kind == testrun.Exited && res.Status == 0 {
+	t.spec.Begin(takeBegun()) // first, so that KVM works during the rest of the start
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	signals := &testSignals{stop: stop, grace: t.grace}
+	defer catchSignals(ctx, signals.take)()
+	if t.memoryNote != "" {
+		t.note(t.memoryNote)
+	}
+	return t.runMachine(ctx, stop, signals.begin)
+}
+
+// runMachine runs the test in a machine that Begin has begun, and closes it. begun takes the run.
+func (t *testConfig) runMachine(ctx context.Context, stop func(error), begun func(*testrun.Run)) *testrun.Result {
+	res := t.runIn(ctx, stop, begun)
+	if err := t.spec.Close(); err != nil && res.Kind == testrun.Exited && res.Status == 0 {
 		return testrun.Untested(err)
 	}
 	return res
 }
 
-func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
-	ctx, stop := context.WithCancelCause(context.Background())
-	defer stop(nil)
+func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*testrun.Run)) *testrun.Result {
+	spec := &t.spec
 	untested := func(err error) *testrun.Result {
 		res := testrun.Untested(err)
 		if cause := context.Cause(ctx); cause != nil { // a signal ended the start
@@ -421,11 +449,6 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 			return t.stopped(res)
 		}
 		return res
-	}
-	signals := &testSignals{stop: stop, grace: t.grace}
-	defer catchSignals(ctx, signals.take)()
-	if t.memoryNote != "" {
-		note(t.memoryNote)
 	}
 	k, err := t.findTestKernel(ctx)
 	if err != nil {
@@ -436,7 +459,7 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	t.say("the kernel is %s, release %s", k.Image.Name, cmp.Or(k.Release, "unknown"))
 	missing := t.missing(k.Config)
 	for _, s := range missing {
-		note(s)
+		t.note(s)
 	}
 	cmd, res := t.command()
 	if res != nil {
@@ -449,7 +472,7 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	defer initrd.Close()
 	spec.Initrds = []*boot.File{initrd}
 	spec.Words = []string{"printk.time=1", "sysrq_always_enabled"}
-	spec.Note, spec.Phase, spec.Stamp = note, t.timing.phase, t.timing.stamp
+	spec.Note, spec.Phase, spec.Stamp = t.note, t.timing.phase, t.timing.stamp
 	spec.KernelCache, spec.Version = boot.CacheDir(), version
 	build, err := wire.BuildID(ownProgram)
 	if err != nil {
@@ -458,7 +481,7 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	cfg := testrun.Config{
 		Spec: *spec, Build: build, Rungs: t.rungs, Command: string(cmd.Args[0]),
 		Policy: t.policy, Timeout: t.timeout, Hang: t.hang,
-		Say: func(line string) { note("the agent: " + line) },
+		Say: func(line string) { t.note("the agent: " + line) },
 	}
 	if !t.verbose {
 		cfg.Say = nil
@@ -466,7 +489,7 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	cfg.Chosen = func(r testrun.Rung) {
 		switch {
 		case r == testrun.Status:
-			note("the kernel has no way for the command's streams (vsock, virtio console, second serial port): " +
+			t.note("the kernel has no way for the command's streams (vsock, virtio console, second serial port): " +
 				"only its exit status will be known")
 		default:
 			t.say("the agent said hello by %s", r)
@@ -492,7 +515,7 @@ func (t *testConfig) runIn(spec *machine.Spec) *testrun.Result {
 	if err != nil {
 		return untested(err)
 	}
-	signals.begin(run)
+	begun(run)
 	if t.tty {
 		defer followSize(run)()
 	}
@@ -525,16 +548,25 @@ func (t *testConfig) stopped(res *testrun.Result) *testrun.Result {
 // findTestKernel finds the kernel of the current directory's tree, unless --kernel names one, or
 // else the one that runs on this host.
 func (t *testConfig) findTestKernel(ctx context.Context) (*kernel.Kernel, error) {
-	if t.kernel == "" {
-		image, found, err := kernel.InTree(".")
-		if err != nil {
-			return nil, fmt.Errorf("%w with --kernel", err)
-		}
-		if t.kernel = cmp.Or(image, kernel.Host); found != "" {
-			note(found)
-		}
+	if err := t.chooseKernel(); err != nil {
+		return nil, err
 	}
 	return kernel.Finder{Cache: boot.CacheDir()}.Find(ctx, t.kernel)
+}
+
+// chooseKernel names the kernel, if --kernel does not.
+func (t *testConfig) chooseKernel() error {
+	if t.kernel != "" {
+		return nil
+	}
+	image, found, err := kernel.InTree(".")
+	if err != nil {
+		return fmt.Errorf("%w with --kernel", err)
+	}
+	if t.kernel = cmp.Or(image, kernel.Host); found != "" {
+		t.note(found)
+	}
+	return nil
 }
 
 // missing describes the options that a configuration lacks for the test.

@@ -180,7 +180,7 @@ func (t *testConfig) addModules(ctx context.Context, b *initramfs.Builder, k *ke
 		needed = append(needed, "overlay")
 	}
 	slow := time.AfterFunc(time.Second, panics.Func(func() {
-		note("reading the modules of " + k.Modules.Path + ", which takes a while the first time")
+		t.note("reading the modules of " + k.Modules.Path + ", which takes a while the first time")
 	}))
 	modules, err := initramfs.Modules(ctx, k, slices.Concat(diskModules[:1], needed, helpfulModules)...)
 	slow.Stop()

@@ -17,9 +17,12 @@ import (
 	"gvm/testrun"
 )
 
-// streams connects the command's streams: those of gvm, or its terminal. The returned function
-// restores the terminal.
+// streams connects the command's streams: those of gvm, its terminal, or the output of a cell. The
+// returned function restores the terminal, or closes files.
 func (t *testConfig) streams(ctx context.Context, stop func(error), cfg *testrun.Config) (func(), error) {
+	if t.output != nil {
+		return t.output.connect(cfg)
+	}
 	if !t.tty {
 		wake, err := eventfd.New()
 		if err != nil {

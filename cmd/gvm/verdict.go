@@ -14,7 +14,6 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/guest/kernel"
-	"gvm/kvmapi/nowait"
 	"gvm/text"
 	"gvm/verdict"
 	"gvm/verdict/ktap"
@@ -54,10 +53,8 @@ type watch struct {
 
 // resultFile is a file for the results.
 type resultFile struct {
-	flag, path string
-	write      func(*verdict.Results, io.Writer) error
-	file       *os.File
-	made       bool
+	outputFile
+	write func(*verdict.Results, io.Writer) error
 }
 
 // parsePolicy reads policyFlags.
@@ -92,8 +89,8 @@ func parseWatch(c *cli.Context, ended func(t *ktap.Test, depth int)) (*watch, er
 	}
 	w := &watch{}
 	for _, o := range []*resultFile{
-		{flag: "--junit", path: c.String("junit"), write: (*verdict.Results).JUnit},
-		{flag: "--results", path: c.String("results"), write: (*verdict.Results).JSON},
+		{outputFile{flag: "--junit", path: c.String("junit")}, (*verdict.Results).JUnit},
+		{outputFile{flag: "--results", path: c.String("results")}, (*verdict.Results).JSON},
 	} {
 		if o.path != "" {
 			w.outputs = append(w.outputs, o)
@@ -106,37 +103,21 @@ func parseWatch(c *cli.Context, ended func(t *ktap.Test, depth int)) (*watch, er
 	return w, nil
 }
 
-// open opens the files for the results and empties them: results of an earlier run must not be
-// taken for those of a run that dies.
-func (w *watch) open() (err error) {
+// open opens the files for the results.
+func (w *watch) open() error {
 	if w == nil {
 		return nil
 	}
+	var files []*outputFile
 	for _, o := range w.outputs {
-		if o.file, o.made, err = openOutput(o.path); err == nil {
-			err = fillOutput(o.file, o.made, nil)
-		}
-		if err != nil {
-			err = fmt.Errorf("%s: %w", o.flag, err)
-			break
-		}
+		files = append(files, &o.outputFile)
 	}
-	if err == nil {
-		return nil
-	}
-	for _, o := range w.outputs {
-		if o.made && o.file != nil {
-			err = errors.Join(err, nowait.Remove(o.file, o.path))
-		}
-	}
-	return errors.Join(err, w.close())
+	return openOutputs(files...)
 }
 
 func (w *watch) close() (err error) {
 	for _, o := range w.outputs {
-		if o.file != nil {
-			err = errors.Join(err, o.file.Close())
-		}
+		err = errors.Join(err, o.close())
 	}
 	return err
 }
@@ -184,13 +165,8 @@ func (w *watch) finish(err error) (*verdict.Results, error) {
 		r.End = errorText(err)
 	}
 	for _, o := range w.outputs {
-		var b bytes.Buffer
-		werr := o.write(r, &b)
-		if werr == nil {
-			werr = fillOutput(o.file, false, b.Bytes())
-		}
-		if werr != nil {
-			err = errors.Join(err, fmt.Errorf("%s: %w", o.flag, werr))
+		if werr := o.fill(func(to io.Writer) error { return o.write(r, to) }); werr != nil {
+			err = errors.Join(err, werr)
 		}
 	}
 	return r, errors.Join(err, w.close())
