@@ -13,6 +13,7 @@
 package hostfs
 
 import (
+	"container/list"
 	"errors"
 	"fmt"
 	"os"
@@ -56,8 +57,10 @@ type FS struct {
 	next    uint64            // the last ID of a node or handle; IDs are not used again
 	devices map[uint64]uint64 // the number of each file system of the host but the root's
 	files   int               // descriptors
-	clock   uint64            // uses of inodes
+	idle    list.List         // inodes that may be closed, the last used at the end
 	calls   uint64            // requests served
+
+	shutting []int // descriptors that unlock closes
 }
 
 // DefaultFiles returns half of RLIMIT_NOFILE.
@@ -109,7 +112,7 @@ func Open(cfg Config) (*FS, error) {
 func (fs *FS) Close() {
 	fs.Reset()
 	fs.mu.Lock()
-	defer fs.mu.Unlock()
+	defer fs.unlock()
 	fs.root.lookups = 0
 	fs.free(fs.root)
 }
@@ -117,16 +120,21 @@ func (fs *FS) Close() {
 // Reset forgets the client: its inodes and open files.
 func (fs *FS) Reset() {
 	fs.mu.Lock()
-	defer fs.mu.Unlock()
+	defer fs.unlock()
 	for _, h := range fs.handles {
 		h.open = false
 		fs.freeHandle(h)
 	}
 	for _, n := range fs.nodes {
-		n.lookups, n.kids, n.parent = 0, 0, nil
+		n.lookups = 0
 	}
 	fs.root.lookups = 1
 	for _, n := range fs.nodes {
+		if dir := n.parent; dir != nil { // perhaps of a request from before another reset
+			n.parent = nil
+			dir.kids--
+			fs.free(dir)
+		}
 		fs.free(n)
 	}
 	fs.forgetAll()

@@ -118,6 +118,27 @@ func TestFewFiles(t *testing.T) {
 	}
 }
 
+// TestResetWhileServing: a request from before a reset keeps no descriptor after the next one.
+func TestResetWhileServing(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "a", "b"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	c := open(t, Config{Dir: dir}) // whose end checks the descriptors
+	a, err := c.fs.use(c.walk("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.ok(opDestroy, 1, nil)
+	b, _, err := c.fs.child(a, "b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.fs.know(b)
+	c.fs.done(b)
+	c.fs.done(a)
+}
+
 // TestReaddir lists a directory with little room, from every offset.
 func TestReaddir(t *testing.T) {
 	dir := t.TempDir()

@@ -1,8 +1,7 @@
 package hostfs
 
 import (
-	"cmp"
-	"slices"
+	"container/list"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -39,11 +38,11 @@ type inode struct {
 	fd      int    // O_PATH; -1 while it is closed because of Config.Files
 	parent  *inode // where it was found last, to open it again; nil for the root
 	name    string
-	kids    int    // inodes whose parent it is
-	unnamed bool   // the client has removed that name: it could not be opened again
-	lookups uint64 // references of the client
-	uses    int    // requests that are being served, and open files
-	used    uint64 // FS.clock of the last use
+	kids    int           // inodes whose parent it is
+	unnamed bool          // the client has removed that name: it could not be opened again
+	lookups uint64        // references of the client
+	uses    int           // requests that are being served, and open files
+	idle    *list.Element // in FS.idle
 }
 
 // handle is an open file. fd, node and dir do not change.
@@ -114,8 +113,16 @@ func (fs *FS) use(id uint64) (*inode, error) {
 
 // take counts a use. The caller holds mu.
 func (fs *FS) take(n *inode) {
-	fs.clock++
-	n.uses, n.used = n.uses+1, fs.clock
+	n.uses++
+	fs.busy(n)
+}
+
+// busy takes an inode off the list of those that may be closed. The caller holds mu.
+func (fs *FS) busy(n *inode) {
+	if n.idle != nil {
+		fs.idle.Remove(n.idle)
+		n.idle = nil
+	}
 }
 
 // reopen opens an inode that was closed, and that the caller uses. It is ESTALE if another file has
@@ -146,7 +153,7 @@ func (fs *FS) reopen(n *inode, depth int) error {
 		return unix.ESTALE
 	}
 	fs.mu.Lock()
-	defer fs.mu.Unlock()
+	defer fs.unlock()
 	if n.fd >= 0 { // another request was faster
 		fs.shut(fd)
 	} else {
@@ -173,12 +180,13 @@ func (fs *FS) openPath(dir *inode, name string) (int, unix.Statx_t, error) {
 
 func (fs *FS) done(n *inode) {
 	fs.mu.Lock()
-	defer fs.mu.Unlock()
+	defer fs.unlock()
 	n.uses--
 	fs.free(n)
 }
 
-// free closes an inode that nothing has, and then perhaps its parent. The caller holds mu.
+// free closes an inode that nothing has, and then perhaps its parent. One that only the client has
+// may be closed from now on. The caller holds mu.
 func (fs *FS) free(n *inode) {
 	for n != nil && n.uses == 0 && n.lookups == 0 && n.kids == 0 {
 		if fs.nodes[n.id] == n {
@@ -187,6 +195,7 @@ func (fs *FS) free(n *inode) {
 		if fs.byKey[n.key] == n {
 			delete(fs.byKey, n.key)
 		}
+		fs.busy(n)
 		fs.shut(n.fd)
 		parent := n.parent
 		n.fd, n.parent = -1, nil
@@ -194,6 +203,9 @@ func (fs *FS) free(n *inode) {
 			parent.kids--
 		}
 		n = parent
+	}
+	if n != nil && n != fs.root && n.uses == 0 && n.fd >= 0 && !n.unnamed && n.idle == nil {
+		n.idle = fs.idle.PushBack(n)
 	}
 }
 
@@ -210,37 +222,50 @@ func (fs *FS) found(n, dir *inode, name string) {
 	n.parent, n.name, n.unnamed = dir, name, false
 }
 
-// reserve counts a descriptor before it is opened. If there are too many, it closes inodes that have
-// not been used for long.
+// reserve counts a descriptor before it is opened. If there are too many, it closes the inode that
+// has not been used for the longest time, whose count the new one has then.
 func (fs *FS) reserve() error {
 	fs.mu.Lock()
-	defer fs.mu.Unlock()
-	if fs.files >= fs.cfg.Files {
-		var idle []*inode
-		for _, n := range fs.nodes {
-			if n != fs.root && n.fd >= 0 && n.uses == 0 && !n.unnamed {
-				idle = append(idle, n)
-			}
-		}
-		slices.SortFunc(idle, func(a, b *inode) int { return cmp.Compare(a.used, b.used) })
-		for _, n := range idle[:(len(idle)+3)/4] {
-			fs.shut(n.fd)
-			n.fd = -1
-		}
+	if fs.files < fs.cfg.Files {
+		fs.files++
+		fs.mu.Unlock()
+		return nil
 	}
-	if fs.files >= fs.cfg.Files {
+	first := fs.idle.Front()
+	if first == nil {
+		fs.mu.Unlock()
 		return unix.ENFILE
 	}
-	fs.files++
+	n := first.Value.(*inode)
+	fs.busy(n)
+	fd := n.fd
+	n.fd = -1
+	fs.mu.Unlock()
+	unix.Close(fd)
 	return nil
 }
 
-// shut closes a descriptor that was counted, if there is one. The caller holds mu.
+// shut has unlock close a descriptor that was counted, if there is one. The caller holds mu.
 func (fs *FS) shut(fd int) {
 	if fd >= 0 {
-		unix.Close(fd)
-		fs.files--
+		fs.shutting = append(fs.shutting, fd)
 	}
+}
+
+// unlock releases mu, and then closes: the host may take its time for that.
+func (fs *FS) unlock() {
+	fds := fs.shutting
+	fs.shutting = nil
+	fs.mu.Unlock()
+	if fds == nil {
+		return
+	}
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	fs.files -= len(fds)
 }
 
 // unreserve undoes reserve, and closes the descriptor unless it is negative.
@@ -270,7 +295,7 @@ func (fs *FS) child(dir *inode, name string) (*inode, unix.Statx_t, error) {
 	n, err := fs.adopt(dir, fd, &st)
 	if err == nil {
 		fs.mu.Lock()
-		defer fs.mu.Unlock()
+		defer fs.unlock()
 		fs.found(n, dir, name)
 	}
 	return n, st, err
@@ -282,7 +307,7 @@ func (fs *FS) adopt(dir *inode, fd int, st *unix.Statx_t) (*inode, error) {
 	n := &inode{fd: fd, key: keyOf(st), kind: uint32(st.Mode) & unix.S_IFMT}
 	n.hidden = n.key.dev != dir.key.dev && kernelInterface(fd)
 	fs.mu.Lock()
-	defer fs.mu.Unlock()
+	defer fs.unlock()
 	if has := fs.byKey[n.key]; has != nil && has.kind == n.kind {
 		if has.fd < 0 {
 			has.fd = fd
@@ -341,7 +366,7 @@ func (fs *FS) batchForget(r *request) error {
 
 func (fs *FS) forgetOne(id, lookups uint64) {
 	fs.mu.Lock()
-	defer fs.mu.Unlock()
+	defer fs.unlock()
 	if n := fs.nodes[id]; n != nil && n != fs.root {
 		n.lookups -= min(lookups, n.lookups)
 		fs.free(n)
@@ -372,7 +397,7 @@ func (fs *FS) useHandle(id uint64, n *inode) (*handle, error) {
 
 func (fs *FS) doneHandle(h *handle) {
 	fs.mu.Lock()
-	defer fs.mu.Unlock()
+	defer fs.unlock()
 	h.uses--
 	fs.freeHandle(h)
 }
@@ -389,7 +414,7 @@ func (fs *FS) freeHandle(h *handle) {
 
 func (fs *FS) release(r *request) error {
 	fs.mu.Lock()
-	defer fs.mu.Unlock()
+	defer fs.unlock()
 	h := fs.handles[r.u64(0)]
 	if h == nil {
 		return unix.EBADF
