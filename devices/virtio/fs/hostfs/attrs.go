@@ -84,30 +84,30 @@ func (fs *FS) truncate(r *request, set uint32) error {
 			return err
 		}
 		defer fs.doneHandle(h)
-		if err := unix.Ftruncate(h.fd, size); err != nil {
+		if err := fs.dropRights(r.node); err != nil {
 			return err
 		}
-		return fs.dropRights(r.node, set&setKill != 0)
+		return unix.Ftruncate(h.fd, size)
 	}
 	if err := fs.reserve(); err != nil {
 		return err
 	}
-	fd, err := openFile(r.node, unix.O_WRONLY)
+	fd, err := fs.openFile(r.node, unix.O_WRONLY)
 	defer func() { fs.unreserve(fd) }()
 	if err != nil {
 		return err
 	}
-	if err := unix.Ftruncate(fd, size); err != nil {
+	if err := fs.dropRights(r.node); err != nil {
 		return err
 	}
-	return fs.dropRights(r.node, set&setKill != 0)
+	return unix.Ftruncate(fd, size)
 }
 
-// dropRights removes the set-user-ID and set-group-ID bits and the capabilities of a file that was
-// changed, if the client asks for it (FUSE_HANDLE_KILLPRIV_V2). The host's kernel does that itself
+// dropRights removes the set-user-ID and set-group-ID bits of a file that is about to be changed: the
+// client's new contents would have them. The host's kernel removes capabilities, and the bits too
 // unless this process may keep them.
-func (fs *FS) dropRights(n *inode, asked bool) error {
-	if !asked || !fs.owner {
+func (fs *FS) dropRights(n *inode) error {
+	if !fs.owner {
 		return nil
 	}
 	st, err := stat(n.fd)
@@ -115,12 +115,7 @@ func (fs *FS) dropRights(n *inode, asked bool) error {
 		return err
 	}
 	if mode := uint32(st.Mode); safe(mode) != mode&0o7777 {
-		if err := unix.Fchmodat(unix.AT_FDCWD, procPath(n.fd), safe(mode), 0); err != nil {
-			return err
-		}
-	}
-	if err := unix.Removexattr(procPath(n.fd), fileCapability); err != unix.ENODATA && err != unix.EOPNOTSUPP {
-		return err
+		return unix.Fchmodat(unix.AT_FDCWD, procPath(n.fd), safe(mode), 0)
 	}
 	return nil
 }

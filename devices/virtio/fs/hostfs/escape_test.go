@@ -2,6 +2,7 @@ package hostfs
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -215,18 +216,46 @@ func testRights(t *testing.T) {
 	mode("node", 0o777)
 	c.ok(opMkdir, 1, put32(nil, 0o2777, 0), "dir")
 	mode("dir", 0o2777)
-	// A program of the host loses the bits when it is written to.
+	// A program of the host loses them, and its capabilities, when it is changed, whatever the client
+	// asks for.
 	path := filepath.Join(dir, "program")
-	if err := os.WriteFile(path, []byte("text"), 0o755); err != nil {
-		t.Fatal(err)
+	capability := put32(nil, 0x02000001, 1<<21, 0, 0, 0) // VFS_CAP_REVISION_2, CAP_SYS_ADMIN
+	truncate := func(set uint32, h uint64) []byte {
+		return append(put64(put32(nil, set, 0), h, 4), make([]byte, 64)...)
 	}
-	if err := unix.Chmod(path, 0o6755); err != nil {
-		t.Fatal(err)
+	for what, change := range map[string]func(program, h uint64){
+		"write":                    func(program, h uint64) { c.ok(opWrite, program, put64(put32(put64(nil, h, 0), 1, 0), 0, 0), "") },
+		"truncate":                 func(program, _ uint64) { c.ok(opSetattr, program, truncate(setSize, 0)) },
+		"truncate of an open file": func(program, h uint64) { c.ok(opSetattr, program, truncate(setSize|setFH, h)) },
+		"open with O_TRUNC": func(program, _ uint64) {
+			c.ok(opRelease, program, put64(nil, c.openFile(opOpen, program, unix.O_RDWR|unix.O_TRUNC), 0, 0))
+		},
+		"create over it": func(uint64, uint64) {
+			c.ok(opCreate, 1, put32(nil, unix.O_RDWR|unix.O_TRUNC, 0o644, 0, 0), "program")
+		},
+		"fallocate": func(program, h uint64) {
+			c.ok(opFallocate, program, put32(put64(nil, h, 0, 4096), 0, 0))
+		},
+		"copy": func(program, h uint64) { c.ok(opCopyFileRange, program, put64(nil, h, 0, program, h, 100, 1, 0)) },
+	} {
+		if err := errors.Join(os.WriteFile(path, []byte("text"), 0o755), unix.Chmod(path, 0o6755)); err != nil {
+			t.Fatal(err)
+		}
+		if os.Getuid() == 0 {
+			if err := unix.Setxattr(path, fileCapability, capability, 0); err != nil && err != unix.EOPNOTSUPP {
+				t.Fatal(err)
+			}
+		}
+		program := c.walk("program")
+		h := c.openFile(opOpen, program, unix.O_RDWR)
+		t.Log(what)
+		change(program, h)
+		mode("program", 0o755)
+		if n, err := unix.Getxattr(path, fileCapability, nil); err == nil {
+			t.Errorf("%d bytes of capabilities are left", n)
+		}
+		c.ok(opRelease, program, put64(nil, h, 0, 0))
 	}
-	program := c.walk("program")
-	h := c.openFile(opOpen, program, unix.O_WRONLY)
-	c.ok(opWrite, program, put64(put32(put64(nil, h, 0), 1, writeKill), 0, 0), "")
-	mode("program", 0o755)
 }
 
 // testOwners checks that an ordinary user's files are shown as root's if that is wanted, and that a

@@ -14,9 +14,14 @@ const passed = unix.O_ACCMODE | unix.O_APPEND | unix.O_TRUNC | unix.O_SYNC | uni
 
 // openFile opens a regular file. Its type is checked, and cannot change below a descriptor. The
 // open does not wait for a lease to be given back.
-func openFile(n *inode, flags int) (int, error) {
+func (fs *FS) openFile(n *inode, flags int) (int, error) {
 	if err := n.shown(unix.S_IFREG); err != nil {
 		return -1, err
+	}
+	if flags&unix.O_TRUNC != 0 {
+		if err := fs.dropRights(n); err != nil {
+			return -1, err
+		}
 	}
 	return unix.Open(procPath(n.fd), flags&passed|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 }
@@ -30,10 +35,7 @@ func (fs *FS) open(r *request) error {
 	if err := fs.reserve(); err != nil {
 		return err
 	}
-	fd, err := openFile(r.node, flags)
-	if err == nil {
-		err = fs.dropRights(r.node, flags&unix.O_TRUNC != 0 && r.u32(4)&openKill != 0)
-	}
+	fd, err := fs.openFile(r.node, flags)
 	if err != nil {
 		fs.unreserve(fd)
 		return err
@@ -77,7 +79,7 @@ func (fs *FS) create(r *request) error {
 		n, st, err = fs.child(r.node, name)
 	}
 	if err == nil && !made {
-		fd, err = openFile(n, flags)
+		fd, err = fs.openFile(n, flags)
 	}
 	if err != nil {
 		fs.unreserve(fd)
@@ -179,12 +181,15 @@ func (fs *FS) write(r *request) error {
 	if int64(r.u64(8)) < 0 || int64(iovec.Len(r.data)) < int64(r.u32(16)) {
 		return unix.EINVAL
 	}
+	if err := fs.dropRights(r.node); err != nil {
+		return err
+	}
 	n, err := again(func() (int, error) { return unix.Pwritev(h.fd, clip(r.data, r.u32(16)), int64(r.u64(8))) })
 	if err != nil {
 		return err
 	}
 	r.reply = put32(r.reply, uint32(n), 0)
-	return fs.dropRights(r.node, r.u32(20)&writeKill != 0)
+	return nil
 }
 
 // again calls f until no signal interrupts it.
@@ -228,6 +233,9 @@ func (fs *FS) fallocate(r *request) error {
 		return err
 	}
 	defer fs.doneHandle(h)
+	if err := fs.dropRights(r.node); err != nil {
+		return err
+	}
 	_, err = again(func() (int, error) {
 		return 0, unix.Fallocate(h.fd, r.u32(24), int64(r.u64(8)), int64(r.u64(16)))
 	})
@@ -272,6 +280,9 @@ func (fs *FS) copyFileRange(r *request) error {
 		return err
 	}
 	defer fs.doneHandle(to)
+	if err := fs.dropRights(n); err != nil {
+		return err
+	}
 	in, out := int64(r.u64(8)), int64(r.u64(32))
 	count, err := again(func() (int, error) {
 		return unix.CopyFileRange(from.fd, &in, to.fd, &out, int(min(r.u64(40), maxCopy)), 0)
@@ -280,5 +291,5 @@ func (fs *FS) copyFileRange(r *request) error {
 		return err
 	}
 	r.reply = put32(r.reply, uint32(count), 0)
-	return fs.dropRights(n, true)
+	return nil
 }

@@ -39,19 +39,15 @@ const (
 
 // Bits of requests and answers.
 const (
-	setMode     = 1 << 0  // FATTR_MODE
-	setUID      = 1 << 1  // FATTR_UID
-	setGID      = 1 << 2  // FATTR_GID
-	setSize     = 1 << 3  // FATTR_SIZE
-	setAtime    = 1 << 4  // FATTR_ATIME
-	setMtime    = 1 << 5  // FATTR_MTIME
-	setFH       = 1 << 6  // FATTR_FH
-	setAtimeNow = 1 << 7  // FATTR_ATIME_NOW
-	setMtimeNow = 1 << 8  // FATTR_MTIME_NOW
-	setKill     = 1 << 11 // FATTR_KILL_SUIDGID
-
-	openKill  = 1 << 0 // FUSE_OPEN_KILL_SUIDGID
-	writeKill = 1 << 2 // FUSE_WRITE_KILL_SUIDGID
+	setMode     = 1 << 0 // FATTR_MODE
+	setUID      = 1 << 1 // FATTR_UID
+	setGID      = 1 << 2 // FATTR_GID
+	setSize     = 1 << 3 // FATTR_SIZE
+	setAtime    = 1 << 4 // FATTR_ATIME
+	setMtime    = 1 << 5 // FATTR_MTIME
+	setFH       = 1 << 6 // FATTR_FH
+	setAtimeNow = 1 << 7 // FATTR_ATIME_NOW
+	setMtimeNow = 1 << 8 // FATTR_MTIME_NOW
 
 	keepCache = 1 << 1 // FOPEN_KEEP_CACHE
 	cacheDir  = 1 << 3 // FOPEN_CACHE_DIR
