@@ -53,6 +53,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/virtio/console", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio/vsock", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio/fs/hostfs", "devices/iovec"},
+	{"devices/virtio/fs/hostfs/hostfstest", ""},
 	{"devices/virtio/fs", "devices/virtio devices/virtio/virtq devices/virtio/fs/hostfs inspect"},
 	{"devices/virtio/example", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio", "devices/virtio/virtq guestmem inspect kvmapi/eventfd"},

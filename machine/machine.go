@@ -20,6 +20,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -288,6 +289,15 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 
 // openShares opens the shared directories, which divide the descriptors that they may have.
 func (m *Machine) openShares(ctx context.Context, shares []fs.Share) (devices []virtio.Device, _ error) {
+	var opened []*fs.Device
+	m.later(func() error {
+		var closes sync.WaitGroup // at once, as each may wait for the host
+		for _, d := range opened {
+			closes.Go(panics.Func(d.Close))
+		}
+		closes.Wait()
+		return nil
+	})
 	tags := map[string]bool{}
 	for _, s := range shares {
 		if tags[s.Tag] {
@@ -303,8 +313,7 @@ func (m *Machine) openShares(ctx context.Context, shares []fs.Share) (devices []
 		if err != nil {
 			return nil, err
 		}
-		m.later(func() error { d.Close(); return nil })
-		devices = append(devices, d)
+		opened, devices = append(opened, d), append(devices, d)
 	}
 	return devices, nil
 }

@@ -62,9 +62,22 @@ func New(s Share) (*Device, error) {
 	return &Device{share: s, tree: tree, slots: make(chan struct{}, maxRequests)}, nil
 }
 
-// Close closes the tree. The device is not used afterwards; requests that the host does not answer
-// may be left.
-func (d *Device) Close() { d.tree.Close() }
+// closePatience bounds the wait of Close for the host, which flushes files that the guest has open.
+const closePatience = 100 * time.Millisecond
+
+// Close closes the tree. The device is not used afterwards. Requests that the host does not answer,
+// and files that it does not close, may be left.
+func (d *Device) Close() {
+	done := make(chan struct{})
+	panics.Go(func() {
+		defer close(done)
+		d.tree.Close()
+	})
+	select {
+	case <-done:
+	case <-time.After(closePatience):
+	}
+}
 
 // ID implements virtio.Device.
 func (*Device) ID() virtio.ID { return virtio.IDFS }

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/virtio"
+	"gvm/devices/virtio/fs/hostfs/hostfstest"
 	"gvm/devices/virtio/virtiotest"
 	"gvm/devices/virtio/virtq"
 	"gvm/devices/virtio/virtqtest"
@@ -217,6 +218,31 @@ func TestHungHost(t *testing.T) {
 		t.Errorf("serving %v", node[4])
 	}
 	unix.Close(dev) // the host gives up too
+}
+
+// TestHungClose: a file that the host does not close keeps neither Close nor the end of a machine.
+func TestHungClose(t *testing.T) {
+	d := newDevice(t)
+	asked := make(chan struct{}, 1)
+	hostfstest.Mount(t, filepath.Join(d.share.Dir, "hung"), func(opcode uint32) unix.Errno {
+		if opcode != hostfstest.Flush {
+			return 0
+		}
+		asked <- struct{}{}
+		return hostfstest.Hang
+	})
+	out := make([]byte, 256)
+	node := uint64(1)
+	open := message(14, 3, strings.Repeat("\x00", 8))
+	for _, m := range [][]byte{message(1, 1, "hung\x00"), message(1, 2, "file\x00"), open} {
+		binary.LittleEndian.PutUint64(m[16:], node)
+		if _, err := d.tree.Serve([][]byte{m}, [][]byte{out}); err != nil || out[4] != 0 {
+			t.Fatalf("%v, % x", err, out[:16])
+		}
+		node = binary.LittleEndian.Uint64(out[16:])
+	}
+	d.Close()
+	<-asked
 }
 
 func TestConfig(t *testing.T) {

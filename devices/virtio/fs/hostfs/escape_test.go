@@ -223,8 +223,10 @@ func testRights(t *testing.T) {
 	truncate := func(set uint32, h uint64) []byte {
 		return append(put64(put32(nil, set, 0), h, 4), make([]byte, 64)...)
 	}
-	for what, change := range map[string]func(program, h uint64){
-		"write":                    func(program, h uint64) { c.ok(opWrite, program, put64(put32(put64(nil, h, 0), 1, 0), 0, 0), "") },
+	for name, change := range map[string]func(program, h uint64){
+		"write": func(program, h uint64) {
+			c.ok(opWrite, program, put64(put32(put64(nil, h, 0), 1, 0), 0, 0), "")
+		},
 		"truncate":                 func(program, _ uint64) { c.ok(opSetattr, program, truncate(setSize, 0)) },
 		"truncate of an open file": func(program, h uint64) { c.ok(opSetattr, program, truncate(setSize|setFH, h)) },
 		"open with O_TRUNC": func(program, _ uint64) {
@@ -248,7 +250,7 @@ func testRights(t *testing.T) {
 		}
 		program := c.walk("program")
 		h := c.openFile(opOpen, program, unix.O_RDWR)
-		t.Log(what)
+		t.Log(name)
 		change(program, h)
 		mode("program", 0o755)
 		if n, err := unix.Getxattr(path, fileCapability, nil); err == nil {

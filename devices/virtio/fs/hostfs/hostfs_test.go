@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/devices/virtio/fs/hostfs/hostfstest"
 )
 
 // TestReadOnly sends every request that changes something.
@@ -115,6 +117,36 @@ func TestFewFiles(t *testing.T) {
 	}
 	if err != unix.ENFILE {
 		t.Errorf("with too many open files: %v", err)
+	}
+}
+
+// TestHungClose: the close of a file, for which the host does not answer, keeps back that request alone.
+func TestHungClose(t *testing.T) {
+	dir := t.TempDir()
+	asked := make(chan struct{}, 10)
+	end := hostfstest.Mount(t, filepath.Join(dir, "hung"), func(opcode uint32) unix.Errno {
+		if opcode == opFlush {
+			asked <- struct{}{}
+			return hostfstest.Hang
+		}
+		return 0
+	})
+	c := open(t, Config{Dir: dir})
+	node := c.walk("hung/file")
+	h := c.openFile(opOpen, node, 0)
+	message, done := c.message(opRelease, node, put64(nil, h, 0, 0)), make(chan error)
+	go func() {
+		_, err := c.fs.Serve([][]byte{message}, [][]byte{make([]byte, 100)})
+		done <- err
+	}()
+	<-asked
+	c.ok(opMkdir, 1, put32(nil, 0o755, 0), "beside")
+	if n := c.fs.Counts().Handles; n != 0 {
+		t.Errorf("%d open files", n)
+	}
+	end()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }
 
