@@ -33,7 +33,7 @@ const maxTable = 64 << 20
 
 // readObject reads the ELF headers of a program or library for x86; nil if r is none.
 func readObject(r io.ReaderAt) *object {
-	f, err := elf.NewFile(r)
+	f, err := openELF(r)
 	if err != nil || f.Machine != elf.EM_X86_64 && f.Machine != elf.EM_386 ||
 		f.Type != elf.ET_EXEC && f.Type != elf.ET_DYN {
 		return nil

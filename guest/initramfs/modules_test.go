@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"compress/zlib"
 	"context"
 	"debug/elf"
 	"encoding/binary"
@@ -365,6 +366,44 @@ func TestManyModules(t *testing.T) {
 	_, err := Modules(t.Context(), fakeKernel(dir, kernel.Installed), "m0")
 	if err == nil || !strings.Contains(err.Error(), "more than 1000): name fewer modules") {
 		t.Error(err)
+	}
+}
+
+// TestLargeModules bounds the memory for the modules that a name leads to, in every form.
+func TestLargeModules(t *testing.T) {
+	defer func(n int) { maxKept = n }(maxKept)
+	maxKept = 2 << 20
+	for form, k := range kernels(t) {
+		if _, err := Modules(t.Context(), k, "ext4"); err != nil {
+			t.Errorf("%s: %v", form, err)
+		}
+		for _, name := range []string{"big", "needsbig"} {
+			_, err := Modules(t.Context(), k, name)
+			if err == nil || !strings.Contains(err.Error(), "have more than 2 MiB): name fewer modules") {
+				t.Errorf("%s, %s: %v", form, name, err)
+			}
+		}
+	}
+}
+
+// TestCompressedNames: a table of section names that would be decompressed to any size is not.
+func TestCompressedNames(t *testing.T) {
+	names := append([]byte("\x00.modinfo\x00.shstrtab\x00"), make([]byte, 1<<20)...)
+	var zip bytes.Buffer
+	if err := binary.Write(&zip, binary.LittleEndian, elf.Chdr64{Type: uint32(elf.COMPRESS_ZLIB),
+		Size: uint64(len(names)), Addralign: 1}); err != nil {
+		t.Fatal(err)
+	}
+	z := zlib.NewWriter(&zip)
+	_, _ = z.Write(names) // a Buffer takes all
+	_ = z.Close()
+	b := []byte(makeModule("depends="))
+	section := b[binary.LittleEndian.Uint64(b[40:])+2*64:] // the last one
+	binary.LittleEndian.PutUint64(section[8:], uint64(elf.SHF_COMPRESSED))
+	binary.LittleEndian.PutUint64(section[24:], uint64(len(b)))
+	binary.LittleEndian.PutUint64(section[32:], uint64(zip.Len()))
+	if _, err := readInfo(bytes.NewReader(append(b, zip.Bytes()...))); err == nil {
+		t.Error("it is decompressed")
 	}
 }
 

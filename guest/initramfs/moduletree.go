@@ -27,6 +27,9 @@ const (
 	maxPaths  = 1 << 17 // modules of a kernel
 )
 
+// maxKept bounds the memory for the modules that a list of names leads to; tests change it.
+var maxKept = 1 << 30
+
 // tree is the modules of a kernel.
 type tree struct {
 	ctx      context.Context
@@ -36,6 +39,7 @@ type tree struct {
 	aliases  map[string][]string // patterns to names; nil: not read yet
 	infos    map[string]moduleInfo
 	contents map[string][]byte // of modules, perhaps compressed
+	kept     int               // bytes of modules that are needed
 	root     *os.Root          // nil: a package
 	built    bool              // a build directory
 	again    func(want map[string]bool) error
@@ -258,9 +262,23 @@ func (t *tree) read(names []string) (modules []Module, err error) {
 		if err != nil {
 			return nil, err
 		}
+		if file := t.paths[name]; t.root != nil || uncompressed(file) != file { // else it was counted
+			if err := t.keep(file, len(b)); err != nil {
+				return nil, err
+			}
+		}
 		modules = append(modules, Module{name, t.paths[name], b})
 	}
 	return modules, nil
+}
+
+// keep counts memory for a module that is needed.
+func (t *tree) keep(file string, n int) error {
+	if t.kept += n; t.kept > maxKept {
+		return t.fault(file, fmt.Errorf("it and the modules needed with it have more than %d MiB", maxKept>>20),
+			"name fewer modules, or strip their debug information")
+	}
+	return nil
 }
 
 func (t *tree) builtIn(name string) bool { return t.builtin[name] }
@@ -387,8 +405,12 @@ func (t *tree) unpack(m kernel.Modules, names []string) error {
 			return nil
 		}
 		buf.Reset()
-		if n, err := buf.ReadFrom(io.LimitReader(r, maxModule+1)); err != nil || n > maxModule {
-			return t.fault(file, cmp.Or(err, errLarge), mendPackage)
+		limit := int64(maxModule)
+		if !isModule {
+			limit = maxList
+		}
+		if n, err := buf.ReadFrom(io.LimitReader(r, limit+1)); err != nil || n > limit {
+			return t.fault(file, cmp.Or(err, fmt.Errorf("it is larger than %d MiB", limit>>20)), mendPackage)
 		}
 		if !isModule {
 			t.addBuiltIn(buf.Bytes())
@@ -412,6 +434,9 @@ func (t *tree) unpack(m kernel.Modules, names []string) error {
 			}
 		}
 		if n := buf.Len(); want[name] {
+			if err := t.keep(file, n); err != nil {
+				return err
+			}
 			t.contents[name] = bytes.Clone(buf.Bytes())
 		} else if n <= maxSpare && spares+n <= maxSpares {
 			spares += n
@@ -423,8 +448,6 @@ func (t *tree) unpack(m kernel.Modules, names []string) error {
 
 const mendPackage = "download the package again"
 
-var errLarge = fmt.Errorf("it is larger than %d MiB", maxModule>>20)
-
 // reread reads some modules of a package.
 func (t *tree) reread(m kernel.Modules, want map[string]bool) error {
 	left := len(want)
@@ -435,6 +458,9 @@ func (t *tree) reread(m kernel.Modules, want map[string]bool) error {
 		}
 		if t.contents[name], err = readAll(r, maxModule); err != nil {
 			return t.fault(file, err, mendPackage)
+		}
+		if err := t.keep(file, len(t.contents[name])); err != nil {
+			return err
 		}
 		if left--; left == 0 {
 			return io.EOF
