@@ -168,7 +168,7 @@ func (fs *FS) read(r *request) error {
 	if int64(iovec.Len(r.out)) < int64(min(r.u32(16), maxData)) {
 		return unix.EINVAL
 	}
-	r.direct, err = again(func() (int, error) { return unix.Preadv(h.fd, clip(r.out, r.u32(16)), int64(r.u64(8))) })
+	r.direct, err = unix.Preadv(h.fd, clip(r.out, r.u32(16)), int64(r.u64(8)))
 	return err
 }
 
@@ -184,21 +184,12 @@ func (fs *FS) write(r *request) error {
 	if err := fs.dropRights(r.node); err != nil {
 		return err
 	}
-	n, err := again(func() (int, error) { return unix.Pwritev(h.fd, clip(r.data, r.u32(16)), int64(r.u64(8))) })
+	n, err := unix.Pwritev(h.fd, clip(r.data, r.u32(16)), int64(r.u64(8)))
 	if err != nil {
 		return err
 	}
 	r.reply = put32(r.reply, uint32(n), 0)
 	return nil
-}
-
-// again calls f until no signal interrupts it.
-func again(f func() (int, error)) (int, error) {
-	for {
-		if n, err := f(); err != unix.EINTR {
-			return max(n, 0), err
-		}
-	}
 }
 
 // flush is the close of a descriptor: errors of writes that the host has put off show here.
@@ -236,10 +227,7 @@ func (fs *FS) fallocate(r *request) error {
 	if err := fs.dropRights(r.node); err != nil {
 		return err
 	}
-	_, err = again(func() (int, error) {
-		return 0, unix.Fallocate(h.fd, r.u32(24), int64(r.u64(8)), int64(r.u64(16)))
-	})
-	return err
+	return unix.Fallocate(h.fd, r.u32(24), int64(r.u64(8)), int64(r.u64(16)))
 }
 
 // lseek serves the searches for holes and data; the client knows the rest.
@@ -284,9 +272,7 @@ func (fs *FS) copyFileRange(r *request) error {
 		return err
 	}
 	in, out := int64(r.u64(8)), int64(r.u64(32))
-	count, err := again(func() (int, error) {
-		return unix.CopyFileRange(from.fd, &in, to.fd, &out, int(min(r.u64(40), maxCopy)), 0)
-	})
+	count, err := unix.CopyFileRange(from.fd, &in, to.fd, &out, int(min(r.u64(40), maxCopy)), 0)
 	if err != nil {
 		return err
 	}

@@ -267,7 +267,25 @@ func (fs *FS) run(row op, r *request) error {
 	fs.mu.Lock()
 	fs.calls++
 	fs.mu.Unlock()
-	return row.run(fs, r)
+	return uninterrupted(func() error {
+		try := *r
+		err := row.run(fs, &try)
+		if err != unix.EINTR {
+			*r = try
+		}
+		return err
+	})
+}
+
+// uninterrupted calls f again while a signal interrupts it, which is this process's and not the
+// client's. f has done nothing then.
+func uninterrupted(f func() error) (err error) {
+	for range 100 {
+		if err = f(); err != unix.EINTR {
+			break
+		}
+	}
+	return err
 }
 
 // op is a kind of request.

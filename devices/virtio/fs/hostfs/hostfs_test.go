@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -147,6 +148,22 @@ func TestHungClose(t *testing.T) {
 	end()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestInterrupted: a signal of this process that interrupts the host is not the client's matter.
+func TestInterrupted(t *testing.T) {
+	dir := t.TempDir()
+	var interrupted atomic.Bool
+	hostfstest.Mount(t, filepath.Join(dir, "slow"), func(opcode uint32) unix.Errno {
+		if opcode == hostfstest.Lookup && interrupted.CompareAndSwap(false, true) {
+			return unix.EINTR
+		}
+		return 0
+	})
+	c := open(t, Config{Dir: dir})
+	if c.walk("slow/file"); !interrupted.Load() {
+		t.Error("nothing was interrupted")
 	}
 }
 

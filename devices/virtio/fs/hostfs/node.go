@@ -58,8 +58,10 @@ type handle struct {
 func procPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 
 func stat(fd int) (st unix.Statx_t, err error) {
-	err = unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT,
-		unix.STATX_BASIC_STATS|unix.STATX_BTIME|unix.STATX_MNT_ID, &st)
+	err = uninterrupted(func() error {
+		return unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT,
+			unix.STATX_BASIC_STATS|unix.STATX_BTIME|unix.STATX_MNT_ID, &st)
+	})
 	return st, err
 }
 
@@ -167,7 +169,11 @@ func (fs *FS) openPath(dir *inode, name string) (int, unix.Statx_t, error) {
 	if err := fs.reserve(); err != nil {
 		return -1, unix.Statx_t{}, err
 	}
-	fd, err := unix.Openat(dir.fd, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	fd := -1
+	err := uninterrupted(func() (err error) {
+		fd, err = unix.Openat(dir.fd, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		return err
+	})
 	var st unix.Statx_t
 	if err == nil {
 		st, err = stat(fd)
