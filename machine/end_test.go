@@ -3,10 +3,10 @@ package machine_test
 import (
 	"bytes"
 	"errors"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"testing"
 	"time"
 
@@ -32,12 +32,10 @@ func TestReboot(t *testing.T) {
 	}
 }
 
-// endBound distinguishes an end on a slow machine from one that waits for the guest's work, which
-// takes minutes.
-const endBound = time.Minute
-
-// TestEndOfSanitize ends machines and changes their disk during a SANITIZE command with 31
-// overwrites: neither waits for the command.
+// TestEndOfSanitize ends machines and changes their disk during a SANITIZE command, of days on the
+// disk without storage: neither waits for the command. An end that does is left with a note, and a
+// removal that does is not over when the test gives up. The file is not flushed, since an end tells
+// of a flush that takes long.
 func TestEndOfSanitize(t *testing.T) {
 	stop := func(t *testing.T, g *guest) { g.Stop(errStopped, 0) }
 	for _, kind := range []string{"null", "file"} {
@@ -45,14 +43,23 @@ func TestEndOfSanitize(t *testing.T) {
 			"stop":   stop,
 			"cancel": func(_ *testing.T, g *guest) { g.stop(errStopped) },
 			"remove": func(t *testing.T, g *guest) {
-				if _, err := g.RemoveDisk(t.Context(), "0"); err != nil {
+				_, err := g.RemoveDisk(t.Context(), "0")
+				var late *control.Error
+				if err != nil && !(errors.As(err, &late) && late.Status == http.StatusGatewayTimeout) {
 					t.Error(err)
+				}
+				for len(g.Disks()) > 0 { // the host is busy
+					select {
+					case <-g.Ended():
+						t.Fatalf("the disk is not removed: %+v", g.wait())
+					case <-time.After(time.Millisecond):
+					}
 				}
 				stop(t, g)
 			},
 			"resize": func(t *testing.T, g *guest) {
 				if kind == "file" { // the other keeps its size
-					if _, err := g.ResizeDisk(t.Context(), "0", control.ResizeDisk{Size: 4 << 30}); err != nil {
+					if _, err := g.ResizeDisk(t.Context(), "0", control.ResizeDisk{Size: 512 << 20}); err != nil {
 						t.Error(err)
 					}
 				}
@@ -60,24 +67,19 @@ func TestEndOfSanitize(t *testing.T) {
 			},
 		} {
 			t.Run(kind+" "+name, func(t *testing.T) {
-				disk := "null:16T"
+				disk := "null:1048576T"
 				if kind == "file" {
 					disk = filepath.Join(t.TempDir(), "disk.img")
-					if err := block.Create(disk, 3<<30, false); err != nil {
+					if err := block.Create(disk, 256<<20, false); err != nil {
 						t.Fatal(err)
 					}
+					disk += ",cache=unsafe"
 				}
 				g := launch(t, "sanitize", disk)
 				g.expect("sanitizing", 1)
-				since := time.Now()
 				end(t, g)
-				// A slow disk may not have taken all writes when the machine ends.
-				if out := g.wait(); !errors.Is(out.Err, errStopped) || g.said() != "" &&
-					!strings.HasSuffix(g.said(), "the host continues to write them\n") {
+				if out := g.wait(); !errors.Is(out.Err, errStopped) || g.said() != "" {
 					t.Errorf("%+v; %s", out, g.said())
-				}
-				if took := time.Since(since); took > endBound {
-					t.Errorf("the end took %v", took)
 				}
 			})
 		}
