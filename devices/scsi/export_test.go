@@ -43,3 +43,28 @@ func Counted(u *Unit) (commands, bytes int) {
 	requests, counted := u.limit.Drained()
 	return int(requests.Round(time.Second).Seconds()), int(counted.Round(time.Second).Seconds())
 }
+
+// MediumWaits returns how many commands and changes wait for the medium of u.
+func MediumWaits(u *Unit) (n int) {
+	u.medium.mu.Lock()
+	defer u.medium.mu.Unlock()
+	for range u.medium.queue.all() {
+		n++
+	}
+	return n
+}
+
+// Aborting reports whether u ends its sanitize operation or, if it has none, a command.
+func Aborting(u *Unit) bool {
+	if op := u.sanitizing.Load(); op != nil {
+		return op.stopped()
+	}
+	u.set.mu.Lock()
+	defer u.set.mu.Unlock()
+	for tk := range u.set.tasks.all() {
+		if tk.state.Load() == aborted {
+			return true
+		}
+	}
+	return false
+}

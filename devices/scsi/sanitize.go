@@ -173,26 +173,31 @@ func (u *Unit) erase(op *sanitizeOperation, pattern []byte) error {
 // erasePass writes block to all blocks, or discards them if it is nil. Between two pieces the
 // medium is free, for a resize.
 func (u *Unit) erasePass(op *sanitizeOperation, block []byte) error {
-	piece := func(p *pieces, lba uint64) (n uint64, err error) {
+	p := u.pieces()
+	piece := func(lba uint64) (n uint64, err error) {
 		u.medium.lock(false, nil)
 		defer u.medium.unlock(false)
-		if n = p.next(u.Blocks() - min(lba, u.Blocks())); n == 0 {
+		rest := u.Blocks() - min(lba, u.Blocks())
+		if block != nil {
+			n = min(rest, uint64(overwritePiece/u.blockSize))
+			return n, u.fill(op, lba, n, block)
+		}
+		if n = p.next(rest); n == 0 {
 			return 0, nil
 		}
-		if block == nil {
-			return n, u.zero(op, lba, n, true)
-		}
-		return n, u.repeat(op, lba, n, block)
+		return n, u.zero(op, lba, n, true)
 	}
-	p := u.pieces()
 	for lba := uint64(0); ; {
 		if op.stopped() {
 			return errStopped
 		}
-		n, err := piece(&p, lba)
+		n, err := piece(lba)
 		if n == 0 || err != nil {
 			return err
 		}
 		lba += n
 	}
 }
+
+// overwritePiece is the size in bytes of a piece with data, which slow storage writes in a second.
+const overwritePiece = 1 << 20

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -159,7 +160,7 @@ func TestSanitizeAborted(t *testing.T) {
 			}
 			target.Submit(&scsi.Command{CDB: sanitizeCDB(b1, 0), Nexus: nexus, Tag: 7,
 				Done: func(r scsi.Result) { sanitize <- r }})
-			time.Sleep(20 * time.Millisecond) // it waits by now, on most machines
+			waitsForMedium(target.Unit(0), 1)
 			ended := make(chan struct{})
 			go func() {
 				abort(target)
@@ -167,7 +168,7 @@ func TestSanitizeAborted(t *testing.T) {
 			}()
 			select {
 			case <-ended:
-			case <-time.After(10 * time.Second):
+			case <-time.After(time.Minute):
 				t.Errorf("%s waits for the READ", name)
 			}
 			close(hang)
@@ -210,7 +211,7 @@ func TestSanitizeGoesOn(t *testing.T) {
 		},
 	} {
 		for _, b1 := range []byte{0x01, 0x81} {
-			target := attach(t, scsi.UnitConfig{Backend: block.Null(1 << 40)})
+			target := attach(t, scsi.UnitConfig{Backend: block.Null(1 << 60)})
 			answer := make(chan scsi.Result, 1)
 			target.Submit(&scsi.Command{CDB: sanitizeCDB(b1, len(list)), Out: [][]byte{list}, Tag: 7,
 				Done: func(r scsi.Result) { answer <- r }})
@@ -237,27 +238,43 @@ func TestSanitizeGoesOn(t *testing.T) {
 
 // TestSanitizeLetsResize: a resize waits for a piece of the operation, not for a pass of it.
 func TestSanitizeLetsResize(t *testing.T) {
-	const size, access = 1 << 30, 256 << 10
 	var calls atomic.Int32
-	begun := make(chan struct{})
-	rec := &scsitest.Recorder{Backend: block.Null(size), OnCall: func(string) {
-		if calls.Add(1) == 1 {
+	var first sync.Once
+	begun, asked := make(chan struct{}), make(chan struct{})
+	rec := &scsitest.Recorder{Backend: block.Null(1 << 30), OnCall: func(string) {
+		calls.Add(1)
+		first.Do(func() {
 			close(begun)
-		}
-		time.Sleep(time.Millisecond) // else a pass may be over before the resize asks
+			<-asked
+		})
 	}}
 	target := attach(t, scsi.UnitConfig{Backend: rec})
 	list := []byte{1, 0, 0, 1, 0xa5}
 	expect(t, target, sanitizeCDB(0x81, len(list)), list, 0, "GOOD")
 	<-begun
-	if err := target.Unit(0).Resize(func() error { return nil }); err != nil {
+	u, resized := target.Unit(0), make(chan error, 1)
+	go func() {
+		resized <- u.Resize(func() error {
+			if n := calls.Load(); n > 4 {
+				t.Errorf("the resize waited for %d writes", n)
+			}
+			return nil
+		})
+	}()
+	waitsForMedium(u, 1)
+	close(asked)
+	if err := <-resized; err != nil {
 		t.Error(err)
-	}
-	if n := calls.Load(); n > size/access/2 {
-		t.Errorf("the resize waited for %d of %d writes", n, size/access)
 	}
 	if err := target.Detach(0); err != nil {
 		t.Error(err)
+	}
+}
+
+// waitsForMedium returns when n commands or changes wait for the medium of u.
+func waitsForMedium(u *scsi.Unit, n int) {
+	for scsi.MediumWaits(u) < n {
+		time.Sleep(time.Millisecond)
 	}
 }
 
@@ -288,7 +305,7 @@ func TestReadBehindSanitize(t *testing.T) {
 		if i == 0 {
 			<-reading
 		}
-		time.Sleep(20 * time.Millisecond) // it waits by now, on most machines
+		waitsForMedium(target.Unit(0), i)
 	}
 	close(hang)
 	for i, want := range []string{"GOOD", "GOOD", "CHECK 2/04/1b"} {
@@ -355,7 +372,9 @@ func TestStopAborted(t *testing.T) {
 		target.AbortTask(0, 0, 7)
 		close(aborted)
 	}()
-	time.Sleep(20 * time.Millisecond) // it waits by now, on most machines
+	for !scsi.Aborting(target.Unit(0)) {
+		time.Sleep(time.Millisecond)
+	}
 	close(hang)
 	<-aborted
 	if r := <-answer; r.Abort != scsi.NotAborted {

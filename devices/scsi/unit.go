@@ -537,6 +537,14 @@ func (u *Unit) zero(w worker, lba, n uint64, discard bool) error {
 
 // repeat writes block to each of n blocks from lba on.
 func (u *Unit) repeat(w worker, lba, n uint64, block []byte) error {
+	if err := u.fill(w, lba, n, block); err != nil {
+		return err
+	}
+	return u.settle()
+}
+
+// fill is repeat without the end of the change.
+func (u *Unit) fill(w worker, lba, n uint64, block []byte) error {
 	buf := getScratch()
 	defer putScratch(buf)
 	for i := 0; i < len(*buf); i += len(block) {
@@ -552,7 +560,7 @@ func (u *Unit) repeat(w worker, lba, n uint64, block []byte) error {
 		}
 		lba, n = lba+k, n-k
 	}
-	return u.settle()
+	return nil
 }
 
 // scratch buffers are for data that passes through the target: comparisons and
