@@ -213,7 +213,7 @@ func TestKernelProvision(t *testing.T) {
 	}
 	unchanged(t, before, "after Close")
 	// The loop device of the read-only disk goes when the kernel gets to it.
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		loops, _ := exec.Command("losetup", "--list", "--noheadings").Output()
 		if strings.Count(string(loops), "\n") == 1 {
 			break

@@ -69,7 +69,7 @@ func shown(t *testing.T, tg *Target) map[int]string {
 		undo(k.rmdir, lun)
 		do(k.symlink(tg.disks[n], lun+"/x"))
 		undo(k.unlink, lun+"/x")
-		for deadline := time.Now().Add(10 * time.Second); out[n] == ""; time.Sleep(10 * time.Millisecond) {
+		for deadline := time.Now().Add(time.Minute); out[n] == ""; time.Sleep(10 * time.Millisecond) {
 			found, _ := filepath.Glob(fmt.Sprintf(
 				"/sys/bus/scsi/devices/*:0:1:%d/block/sd*/device/scsi_disk/*/cache_type", n))
 			if len(found) == 1 {
