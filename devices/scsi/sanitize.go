@@ -1,8 +1,8 @@
 package scsi
 
 import (
+	"context"
 	"encoding/binary"
-	"sync/atomic"
 
 	"gvm/panics"
 )
@@ -40,12 +40,13 @@ func (u *Unit) notReady() error {
 // end the operation itself, which then has failed (SBC-4 4.11). It goes on over a power cycle of
 // the guest.
 type sanitizeOperation struct {
-	stop atomic.Bool
+	life context.Context // done when the operation is stopped
+	stop context.CancelFunc
 	err  error         // valid once done is closed
 	done chan struct{} // closed when the operation has ended
 }
 
-func (o *sanitizeOperation) stopped() bool { return o.stop.Load() }
+func (o *sanitizeOperation) stopped() bool { return o.life.Err() != nil }
 
 // stopSanitize ends the operation, if there is one, and returns a channel that is closed when it
 // has ended. No command may begin one meanwhile.
@@ -54,7 +55,7 @@ func (u *Unit) stopSanitize() <-chan struct{} {
 	if op == nil {
 		return closedChannel
 	}
-	op.stop.Store(true)
+	op.stop()
 	return op.done
 }
 
@@ -127,6 +128,7 @@ func (tk *task) beginSanitize(action byte, pattern []byte) (*sanitizeOperation, 
 		return nil, nil
 	}
 	op, failed := &sanitizeOperation{done: make(chan struct{})}, sanitizeFailed
+	op.life, op.stop = context.WithCancel(context.Background())
 	if tk.CDB[1]&0x20 != 0 { // AUSE
 		failed = sanitizeFailedAUSE
 	}
@@ -134,6 +136,7 @@ func (tk *task) beginSanitize(action byte, pattern []byte) (*sanitizeOperation, 
 	u.sanitizing.Store(op)
 	panics.Go(func() { // Detach and Target.End stop it
 		defer close(op.done)
+		defer op.stop()
 		ended := notSanitizing
 		if err := u.erase(op, pattern); err != nil {
 			ended, op.err = failed, SanitizeFailed
@@ -142,6 +145,12 @@ func (tk *task) beginSanitize(action byte, pattern []byte) (*sanitizeOperation, 
 		u.sanitizing.CompareAndSwap(op, nil) // unless another has begun
 	})
 	return op, nil
+}
+
+// writeBacker is a backend that can write most data back in pieces, before a flush that cannot be
+// stopped; *block.File is one.
+type writeBacker interface {
+	WriteBack(context.Context) error
 }
 
 // erase discards every block, or overwrites it. The first byte of pattern is that of the parameter
@@ -157,6 +166,12 @@ func (u *Unit) erase(op *sanitizeOperation, pattern []byte) error {
 	for range passes {
 		if err := u.erasePass(op, block); err != nil {
 			return err
+		}
+		if w, ok := u.b.(writeBacker); ok && u.Dirty() {
+			_ = w.WriteBack(op.life) // the flush returns an error of the storage again
+			if op.stopped() {
+				return errStopped
+			}
 		}
 		if err := u.flush(); err != nil {
 			return err

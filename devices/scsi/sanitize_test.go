@@ -2,6 +2,7 @@ package scsi_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
 	"strings"
 	"sync"
@@ -268,6 +269,49 @@ func TestSanitizeLetsResize(t *testing.T) {
 	}
 	if err := target.Detach(0); err != nil {
 		t.Error(err)
+	}
+}
+
+// writeBack is a backend whose WriteBack goes on until it is stopped.
+type writeBack struct {
+	*scsitest.Recorder
+	begun chan struct{}
+}
+
+func (w writeBack) WriteBack(ctx context.Context) error {
+	close(w.begun)
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// TestSanitizeWriteBack ends an operation that makes its data durable: it is stopped, and does not
+// begin to flush.
+func TestSanitizeWriteBack(t *testing.T) {
+	for name, end := range map[string]func(*scsi.Target){
+		"Detach": func(target *scsi.Target) {
+			if err := target.Detach(0); err != nil {
+				t.Error(err)
+			}
+		},
+		"End": func(target *scsi.Target) {
+			if busy := target.End(t.Context()); busy != nil {
+				t.Errorf("busy: %v", busy)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := writeBack{&scsitest.Recorder{Backend: block.NewMem(blocks * blockSize)}, make(chan struct{})}
+			b.OnCall = func(call string) {
+				if call == "flush" {
+					t.Error("a flush")
+				}
+			}
+			target := attach(t, scsi.UnitConfig{Backend: b})
+			list := []byte{31, 0, 0, 1, 0xa5}
+			expect(t, target, sanitizeCDB(0x81, len(list)), list, 0, "GOOD")
+			<-b.begun
+			end(target)
+		})
 	}
 }
 
