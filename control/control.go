@@ -38,7 +38,7 @@ const (
 type Disk struct {
 	LUN       int       `json:"lun"`
 	Path      text.Name `json:"path,omitempty"`    // absolute; "" for memory and for kernel targets
-	Storage   string    `json:"storage,omitempty"` // of a disk without a path: mem or null
+	Storage   string    `json:"storage,omitempty"` // of a disk without a path: mem, null or temp
 	WWN       string    `json:"wwn,omitempty"`     // of a kernel target
 	Serial    text.Name `json:"serial,omitempty"`
 	Size      int64     `json:"size"` // bytes

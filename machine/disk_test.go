@@ -202,7 +202,7 @@ func TestOverlayOfHoles(t *testing.T) {
 // TestMemoryDisks: disks without an image work as disks.
 func TestMemoryDisks(t *testing.T) {
 	t.Parallel()
-	passes(t, "write", "mem:2M", "mem:16M,block_size=4096")
+	passes(t, "write", "mem:2M", "mem:16M,block_size=4096", "temp:2M")
 	passes(t, "", "null:3T")
 }
 

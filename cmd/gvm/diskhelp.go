@@ -16,6 +16,7 @@ func diskGrammar() string {
    PATH[,OPTION]...         a raw image or block device; a comma that belongs
                             to PATH is written twice
    mem:SIZE[,OPTION]...     a disk in memory
+   temp:SIZE[,OPTION]...    a disk in a file in $TMPDIR that has no name
    null:SIZE[,OPTION]...    a disk that keeps nothing
    wwn=NAME,backend=vhost[,workers=N|shared]
                             a target of the kernel that another tool made

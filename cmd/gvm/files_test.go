@@ -100,6 +100,7 @@ func TestFullFileSystem(t *testing.T) {
 		{"--disk " + img + ",overlay=" + full + "/ovl", "", full + "/ovl: no space left", 1},
 		{"--disk " + img + ",overlay=on", full, "temporary file in " + full + ": " +
 			"no space left on device; set TMPDIR", 2},
+		{"--disk temp:1M", full + "/none", "temp:1M: temporary file in " + full + "/none: no such file", 2},
 		{"--disk " + img + ",overlay=on", full + "/none", "temporary file in " + full + "/none: no such file", 2},
 	} {
 		c := command(t, append([]string{"run"}, strings.Fields(tt.args)...)...)

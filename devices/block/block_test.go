@@ -70,6 +70,21 @@ func TestBackends(t *testing.T) {
 			return f
 		})
 	})
+	t.Run("Temporary", func(t *testing.T) {
+		dir := t.TempDir()
+		t.Setenv("TMPDIR", dir)
+		blocktest.TestBackend(t, func() block.Backend {
+			f, err := block.OpenTemporary(2 * mib)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { f.Close() })
+			if files, err := os.ReadDir(dir); len(files) > 0 || err != nil {
+				t.Errorf("%v, %v: want no file with a name", files, err)
+			}
+			return f
+		})
+	})
 	t.Run("Volatile", func(t *testing.T) {
 		blocktest.TestBackend(t, func() block.Backend { return block.NewVolatile(2 * mib) })
 	})

@@ -129,6 +129,10 @@ func OpenMemory(size int64) (*File, error) {
 	return unnamed(f, size), nil
 }
 
+// OpenTemporary is OpenMemory with storage in the directory for temporary files ($TMPDIR) instead of
+// memory.
+func OpenTemporary(size int64) (*File, error) { return openTemporary("temporary disk", size) }
+
 // unnamed returns a File for a file without a name.
 func unnamed(f *os.File, size int64) *File {
 	b := &File{f: f, fd: int(f.Fd()), path: f.Name(), blockSize: 512, unnamed: true}

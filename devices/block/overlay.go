@@ -180,6 +180,21 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	return o, o.begin(want, same)
 }
 
+// openTemporary returns a sparse file of n bytes without a name in the directory for temporary files:
+// it is gone with this process, however that ends. The name is for messages.
+func openTemporary(name string, n int64) (*File, error) {
+	fd, err := unix.Open(os.TempDir(), unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, tempError(err)
+	}
+	f := os.NewFile(uintptr(fd), filepath.Join(os.TempDir(), name))
+	if err := f.Truncate(n); err != nil {
+		f.Close()
+		return nil, tempError(err)
+	}
+	return unnamed(f, n), nil
+}
+
 // tempError names the directory for temporary files, which a user may not think of.
 func tempError(err error) error {
 	if errno := unix.Errno(0); errors.As(err, &errno) {
@@ -191,16 +206,7 @@ func tempError(err error) error {
 // openTop opens the file of an overlay with n bytes.
 func openTop(path string, n int64, noLock bool) (*File, error) {
 	if path == "" {
-		fd, err := unix.Open(os.TempDir(), unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
-		if err != nil {
-			return nil, tempError(err)
-		}
-		f := os.NewFile(uintptr(fd), filepath.Join(os.TempDir(), "overlay"))
-		if err := f.Truncate(n); err != nil {
-			f.Close()
-			return nil, tempError(err)
-		}
-		return unnamed(f, n), nil
+		return openTemporary("overlay", n)
 	}
 	if fi, err := os.Stat(path); err == nil && fi.Size() != n && fi.Size() != 0 {
 		f, _, err := openFile(path, Options{ReadOnly: true})

@@ -41,7 +41,7 @@ type uses int
 
 const (
 	image  uses = 1 << iota
-	memory      // mem:
+	memory      // mem: and temp:
 	null        // null:
 	target      // wwn=
 

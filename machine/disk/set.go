@@ -208,13 +208,17 @@ func assignLUNs(list []Spec) error {
 // openImage opens and locks a disk's image, or makes its memory or null backend.
 func (ds *Set) openImage(d Spec) (block.Backend, error) {
 	switch d.Storage {
-	case Memory:
+	case Memory, Temporary:
 		if d.Size%int64(d.BlockSize) != 0 {
 			return nil, configError{fmt.Errorf("--disk %s: not a multiple of the block size %d", d.Path, d.BlockSize)}
 		}
-		f, err := block.OpenMemory(d.Size)
+		open := block.OpenMemory
+		if d.Storage == Temporary {
+			open = block.OpenTemporary
+		}
+		f, err := open(d.Size)
 		if err != nil {
-			return nil, err
+			return nil, ImageError{fmt.Errorf("%s: %w", d.Path, err)}
 		}
 		ds.open = append(ds.open, opened{backend: f})
 		return f, nil

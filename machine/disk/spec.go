@@ -47,15 +47,16 @@ func (s *Spec) Name() string {
 // Storage is the kind of storage that holds a disk.
 type Storage int
 
-// Kinds of storage. A Path has the prefix "mem:" or "null:" for the last two.
+// Kinds of storage. A Path has the prefix "mem:", "null:" or "temp:" for those but the first.
 const (
 	Image Storage = iota
 	Memory
 	Null
+	Temporary // a file that is gone with the machine
 )
 
 // storages are the kinds of storage without a file. A Path has the name and a colon as prefix.
-var storages = names[Storage]{{"mem", Memory}, {"null", Null}}
+var storages = names[Storage]{{"mem", Memory}, {"null", Null}, {"temp", Temporary}}
 
 // OverlayOn is an overlay that ends with the machine.
 const OverlayOn = "on"
@@ -227,11 +228,11 @@ func nearPrefix(path string) string {
 	if i < 0 {
 		return ""
 	}
-	near, rest := text.Nearest(path[:i], []string{"mem", "null", "wwn"}), path[i+1:]
+	near, rest := text.Nearest(path[:i], []string{"mem", "null", "temp", "wwn"}), path[i+1:]
 	switch _, err := text.ParseSize(rest, 1); {
 	case near == "wwn" && strings.HasPrefix(rest, "naa."):
 		near += "="
-	case (near == "mem" || near == "null") && err == nil:
+	case near != "wwn" && near != "" && err == nil:
 		near += ":"
 	default:
 		return ""
@@ -256,7 +257,7 @@ func (s *Spec) check(options []given) error {
 			return fmt.Errorf("--disk %s: %s is not for a target that exists: it takes backend=vhost and workers=N; "+
 				"its maker chose the rest", s.Name(), word)
 		case o.goesWith&kind == 0 && o.goesWith&memory != 0:
-			return fmt.Errorf("--disk %s: %s is for images and mem: disks", s.Name(), word)
+			return fmt.Errorf("--disk %s: %s is for images, mem: and temp:", s.Name(), word)
 		case o.goesWith&kind == 0:
 			return fmt.Errorf("--disk %s: %s is for images, not for %s", s.Name(), word, called)
 		case o.goesWith&overlaid == 0 && s.Overlay != "":
@@ -288,6 +289,8 @@ func (s *Spec) kind() (kind uses, name string) {
 		return target, "wwn="
 	case s.Storage == Memory:
 		return memory, "mem:"
+	case s.Storage == Temporary:
+		return memory, "temp:"
 	case s.Storage == Null:
 		return null, "null:"
 	}

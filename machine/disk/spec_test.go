@@ -78,7 +78,7 @@ func FuzzParse(f *testing.F) {
 		"", "a", "a,,b,readonly", "a,serial=x,,y,lun=7", "a,cache=unsafe,size=1.5G,block_size=4096",
 		"a,size=4194304T", "a,lun=99999", "a,foo=", ",,", "a,backend=vhost,workers=4",
 		"wwn=naa.5,backend=vhost,workers=shared", "a,error=stop,iops=5:7,bps=1M,physical_block_size=4096",
-		"a,pi=1", "mem:1M,lock=off", "null:3T,lun=2", "a,overlay=on,lock=off",
+		"a,pi=1", "mem:1M,lock=off", "null:3T,lun=2", "a,overlay=on,lock=off", "temp:1G,serial=x",
 	} {
 		f.Add(s)
 	}
@@ -231,7 +231,8 @@ func optionTable() string {
 	}
 	for _, o := range Options() {
 		b += fmt.Sprintf("| `%s` | %s | %s | %s |\n", strings.ReplaceAll(o.Word(), "|", `\|`), o.Meaning,
-			list(o, true, named{image, "images"}, named{memory, "`mem:`"}, named{null, "`null:`"}, named{target, "`wwn=`"}),
+			list(o, true, named{image, "images"}, named{memory, "`mem:`, `temp:`"}, named{null, "`null:`"},
+				named{target, "`wwn=`"}),
 			list(o, false, named{overlaid, "`overlay=`"}, named{byProcess, "`backend=process`"},
 				named{byVhost, "`backend=vhost`"}))
 	}
@@ -269,7 +270,7 @@ func TestGoesWith(t *testing.T) {
 	for s, want := range map[string]string{
 		"mem:1M,size=2M":                       "size=2M is for images, not for mem:",
 		"null:1M,readonly":                     "readonly is for images, not for null:",
-		"null:1M,pi=1":                         "pi=1 is for images and mem:",
+		"null:1M,pi=1":                         "pi=1 is for images, mem: and temp:",
 		"mem:1M,overlay=on":                    "overlay=on is for images, not for mem:",
 		"a,overlay=on,readonly":                "readonly does not go with overlay=",
 		"a,size=1M,overlay=f":                  "size=1M does not go with overlay=",
@@ -277,6 +278,7 @@ func TestGoesWith(t *testing.T) {
 		"a,overlay=on,backend=vhost":           "overlay=on is for backend=process",
 		"a,iops=5,backend=auto":                "iops=5 is for backend=process",
 		"a,workers=2":                          "workers=2 is for backend=vhost",
+		"temp:1M,overlay=on":                   "overlay=on is for images, not for temp:",
 		"mem:1M,backend=vhost":                 "mem: is for backend=process",
 		"wwn=naa.5":                            "needs backend=vhost",
 		"wwn=naa.5,backend=vhost,cache=unsafe": "cache=unsafe is not for a target that exists",
@@ -285,7 +287,8 @@ func TestGoesWith(t *testing.T) {
 			t.Errorf("%s: %v, want %q", s, err, want)
 		}
 	}
-	for _, s := range []string{"mem:1M,pi=0", "a,backend=vhost,error=report", "a,overlay=on,lock=on", "mem:1M,pi=1"} {
+	for _, s := range []string{"mem:1M,pi=0", "a,backend=vhost,error=report", "a,overlay=on,lock=on", "mem:1M,pi=1",
+		"temp:1M,pi=1"} {
 		if _, err := Parse(s); err != nil {
 			t.Error(err)
 		}
