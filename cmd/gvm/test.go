@@ -59,6 +59,7 @@ EXAMPLES
    git bisect run sh -c 'make bzImage || exit 125; gvm test --bisect -- ./t'
    gvm test -k bzImage --root / --rw . -- make check
    gvm test -k bzImage --repeat 100 --cpus 1,4 --junit j.xml -- ./flaky
+   gvm test --scratch 5x5G --root / --rw . -- ./check -g quick
    gvm test -k bzImage             a shell
 
 The exit status is that of COMMAND, 128 and the number of a signal that ended
@@ -83,6 +84,10 @@ a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 				Usage: "`SIZE` of guest RAM, in MiB without a suffix"},
 			&cli.GenericFlag{Name: "disk", Aliases: []string{"d"}, Value: new(words),
 				Usage: "`PATH[,OPTION]...` of a raw image or block device; see gvm help disk"},
+			&cli.StringFlag{Name: "scratch",
+				Usage: "give the guest `[Nx]SIZE`, N empty disks, named in the command's environment: TEST_DEV and so on"},
+			&cli.GenericFlag{Name: "module", Value: new(words),
+				Usage: "load `NAME`, a module of the kernel or an alias of one, before the command, with those it depends on"},
 			&cli.GenericFlag{Name: "file", Aliases: []string{"f"}, Value: new(words), TakesFile: true,
 				Usage: "give the guest `PATH` of this host too: a file, a program with its libraries, or a directory"},
 			&cli.StringFlag{Name: "root", TakesFile: true,
@@ -132,9 +137,11 @@ const exitGuestFault = 120
 // testConfig is the parsed command line of gvm test.
 type testConfig struct {
 	runConfig
-	args    []string // the command; nil: a shell
-	files   []string // --file
-	root    string   // --root; "": the initramfs
+	args    []string    // the command; nil: a shell
+	files   []string    // --file
+	modules []string    // --module
+	scratch []disk.Spec // --scratch
+	root    string      // --root; "": the initramfs
 	mounts  []wire.Mount
 	env     []string // --env
 	cwd     string
@@ -172,6 +179,7 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		},
 		args:    c.Args().Slice(),
 		files:   wordsOf(c, "file"),
+		modules: wordsOf(c, "module"),
 		env:     wordsOf(c, "env"),
 		cwd:     c.String("cwd"),
 		tty:     c.Bool("tty"),
@@ -214,8 +222,17 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		}
 		spec.Disks = append(spec.Disks, d)
 	}
+	if given("scratch") {
+		if err := t.parseScratch(c.String("scratch")); err != nil {
+			return nil, err
+		}
+		spec.Disks = append(spec.Disks, t.scratch...)
+	}
 	if err := checkThreads(spec.CPUs, spec.RequestQueues(), host); err != nil {
 		return nil, err
+	}
+	if slices.Contains(t.modules, "") {
+		return nil, errors.New("--module: the name is empty")
 	}
 	for _, e := range t.env {
 		if name, _, _ := strings.Cut(e, "="); name == "" {
@@ -269,6 +286,39 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 
 // leastHang is the least --hang: some signs of life of the agent.
 const leastHang = 3 * wire.AlivePeriod
+
+// maxScratch is the largest number of disks of --scratch.
+const maxScratch = 64
+
+// parseScratch reads --scratch.
+func (t *testConfig) parseScratch(s string) error {
+	n, size := 1, s
+	if count, each, ok := strings.Cut(s, "x"); ok {
+		var err error
+		if n, err = strconv.Atoi(count); err != nil || n < 1 || n > maxScratch {
+			return fmt.Errorf("--scratch %s: want 1 to %d disks, such as 5x5G", s, maxScratch)
+		}
+		size = each
+	}
+	switch bytes, err := disk.ParseSize("--scratch "+s, size); {
+	case err != nil:
+		return err
+	case bytes%scratchUnit != 0:
+		return fmt.Errorf("--scratch %s: want a multiple of %s", s, text.FormatSize(scratchUnit))
+	}
+	for i := range n {
+		// The files end with the machine, so a flush has nothing to keep.
+		d, err := disk.Parse(fmt.Sprintf("temp:%s,cache=unsafe,serial=gvm-scratch-%d", size, i+1))
+		if err != nil {
+			return err
+		}
+		t.scratch = append(t.scratch, d)
+	}
+	return nil
+}
+
+// scratchUnit is the unit of the size of a disk of --scratch: the largest logical block.
+const scratchUnit = 4096
 
 // parseShares reads --root, --rw and --ro.
 func (t *testConfig) parseShares(root string, rw, ro []string) error {

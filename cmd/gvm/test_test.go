@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -34,6 +35,7 @@ func TestTestEnds(t *testing.T) {
 		errs         string
 	}{
 		{"", "--disk=mem:1M", 125, "not-tested", "gvm: the guest powered off before the agent said hello\n"},
+		{"", "--scratch=2x5G", 125, "not-tested", "gvm: the guest powered off before the agent said hello\n"},
 		{"crash=reset", "", 125, "not-tested", "gvm: the guest reset before the agent said hello\n"},
 		{"crash=panic", "", 120, "panic", "gvm: guest panic before the agent said hello: "},
 		{"crash=triple", "", 121, "crash", "gvm: the guest crashed before the agent said hello: "},
@@ -97,6 +99,14 @@ func TestTestWords(t *testing.T) {
 		{"--cwd here", 125, "--cwd here: want an absolute path"},
 		{"--env =x", 125, `--env "=x": want NAME or NAME=VALUE`},
 		{"--allow x --oops ignore", 125, "--allow needs --oops=fail or --strict"},
+		{"--scratch 0x1G", 125, "--scratch 0x1G: want 1 to 64 disks, such as 5x5G"},
+		{"--scratch 65x1G", 125, "--scratch 65x1G: want 1 to 64 disks"},
+		{"--scratch x1G", 125, "--scratch x1G: want 1 to 64 disks"},
+		{"--scratch 5x", 125, `--scratch 5x: size "": want a number and K, M, G or T`},
+		{"--scratch 1G,lun=3", 125, `--scratch 1G,lun=3: size "1G,lun=3": want a number`},
+		{"--scratch 2x0", 125, "--scratch 2x0: size 0: want 512 bytes or more"},
+		{"--scratch 1000", 125, "--scratch 1000: want a multiple of 4 KiB"},
+		{"--module= --", 125, "--module: the name is empty"},
 		{"--tty", 125, "--tty: standard input and output are no terminal"},
 		{"-k none", 125, "none does not exist"},
 		{"-k {} --file none -- sh", 125, "none does not exist"},
@@ -192,6 +202,31 @@ func TestEnvironment(t *testing.T) {
 		if name, _, _ := strings.Cut(e, "="); name == "GVM_SECRET" || name == "UNSET_HERE" ||
 			e == "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" {
 			t.Errorf("%s is passed", e)
+		}
+	}
+}
+
+// TestScratchVariables: each number of disks gives variables that xfstests takes.
+func TestScratchVariables(t *testing.T) {
+	for n, want := range map[int]string{
+		0: "",
+		1: "TEST_DEVS=1 TEST_DEV=1",
+		2: "TEST_DEVS=1,2 TEST_DEV=1 SCRATCH_DEV=2",
+		3: "TEST_DEVS=1,2,3 TEST_DEV=1 LOGWRITES_DEV=3 SCRATCH_DEV=2",
+		5: "TEST_DEVS=1,2,3,4,5 TEST_DEV=1 LOGWRITES_DEV=5 SCRATCH_DEV_POOL=2,3,4",
+	} {
+		var tc testConfig
+		if n > 0 {
+			if err := tc.parseScratch(fmt.Sprintf("%dx1M", n)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var got []string
+		for _, v := range scratchVariables(tc.scratch) {
+			got = append(got, v.Name+"="+strings.ReplaceAll(strings.Join(v.Serials, ","), "gvm-scratch-", ""))
+		}
+		if s := strings.Join(got, " "); s != want || len(tc.scratch) != n {
+			t.Errorf("%d disks: %s, want %s", len(tc.scratch), s, want)
 		}
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"gvm/guest/agent/wire"
 	"gvm/guest/initramfs"
 	"gvm/guest/kernel"
+	"gvm/machine/disk"
 	"gvm/panics"
 	"gvm/testrun"
 	"gvm/text"
@@ -114,6 +115,7 @@ func (t *testConfig) command() (*wire.Command, *testrun.Result) {
 	for _, e := range t.environment(home, name) {
 		cmd.Env = append(cmd.Env, text.Name(e))
 	}
+	cmd.Disks = scratchVariables(t.scratch)
 	if t.tty {
 		cmd.Terminal = &wire.Terminal{Rows: 24, Columns: 80}
 		if columns, rows, err := term.GetSize(int(os.Stdout.Fd())); err == nil && columns > 0 && rows > 0 {
@@ -121,6 +123,32 @@ func (t *testConfig) command() (*wire.Command, *testrun.Result) {
 		}
 	}
 	return cmd, nil
+}
+
+// scratchVariables returns the variables by which blktests (TEST_DEVS) and xfstests find their disks.
+// xfstests takes SCRATCH_DEV or SCRATCH_DEV_POOL, not both.
+func scratchVariables(disks []disk.Spec) []wire.DiskVariable {
+	if len(disks) == 0 {
+		return nil
+	}
+	var serials []string
+	for _, d := range disks {
+		serials = append(serials, d.Serial)
+	}
+	all := []wire.DiskVariable{{Name: "TEST_DEVS", Serials: serials}, {Name: "TEST_DEV", Serials: serials[:1]}}
+	rest := serials[1:]
+	if last := len(rest) - 1; last > 0 {
+		all = append(all, wire.DiskVariable{Name: "LOGWRITES_DEV", Serials: rest[last:]})
+		rest = rest[:last]
+	}
+	switch len(rest) {
+	case 0:
+	case 1:
+		all = append(all, wire.DiskVariable{Name: "SCRATCH_DEV", Serials: rest})
+	default:
+		all = append(all, wire.DiskVariable{Name: "SCRATCH_DEV_POOL", Serials: rest})
+	}
+	return all
 }
 
 // ownProgram is gvm itself, which is the agent too.
@@ -169,7 +197,7 @@ var (
 // returns their names in the order to load. A kernel of which neither modules nor configuration are
 // known may have all built in.
 func (t *testConfig) addModules(ctx context.Context, b *initramfs.Builder, k *kernel.Kernel) ([]text.Name, error) {
-	var needed []string
+	needed := slices.Clone(t.modules)
 	if len(t.spec.Disks) > 0 {
 		needed = append(needed, diskModules...)
 	}

@@ -261,6 +261,7 @@ func (t *testConfig) attempt(ctx context.Context, c matrix.Cell, n int, p *progr
 	if cell.spec.Disks, err = t.matrix.parseDisks(c.Backend); err != nil {
 		res = testrun.Untested(err)
 	} else {
+		cell.spec.Disks = append(cell.spec.Disks, t.scratch...)
 		cell.spec.Begin(vmm.Begin())
 		res = cell.runMachine(ctx, nil, func(*testrun.Run) {})
 	}

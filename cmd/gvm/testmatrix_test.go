@@ -70,6 +70,22 @@ func TestMatrix(t *testing.T) {
 	}
 }
 
+// TestMatrixScratch: each machine has the disks of --scratch, its own.
+func TestMatrixScratch(t *testing.T) {
+	t.Parallel()
+	c := command(t, "test", "-k", testKernel(t), "--repeat", "2", "-j", "2", "--scratch", "3x16M", "--output", "out",
+		"--", "sh")
+	if r := gvmRuns(t, c); r.status != 125 {
+		t.Errorf("status %d: %s", r.status, r.errs)
+	}
+	for _, run := range []string{"1", "2"} {
+		log := string(readTestFile(t, filepath.Join(c.Dir, "out", "kernel-run"+run+".klog")))
+		if n := strings.Count(log, "disk 0:0:0:"); n != 3 {
+			t.Errorf("%d disks:\n%s", n, log)
+		}
+	}
+}
+
 // exitKernel makes a kernel whose command ends at once with a status, by the agent's status port: an ELF
 // file with a PVH note.
 func exitKernel(t *testing.T, status byte) string {

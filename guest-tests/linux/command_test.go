@@ -115,6 +115,31 @@ func TestModules(t *testing.T) {
 	}
 }
 
+// TestScratch: the command has the names of the disks of --scratch, whichever of them the kernel finds
+// first, and the modules of --module.
+func TestScratch(t *testing.T) {
+	const script = `serials() {
+	for d; do
+		s=/sys/block/${d#/dev/}
+		echo $(tail -c +5 $s/device/vpd_pg80) $(cat $s/size)
+	done
+}
+serials $TEST_DEV
+serials $SCRATCH_DEV_POOL
+serials $LOGWRITES_DEV
+serials $TEST_DEVS | wc -l
+echo data >$TEST_DEV
+head -c 5 $TEST_DEV
+echo ${SCRATCH_DEV-unset}
+grep -c '^dm_mod ' /proc/modules`
+	var want strings.Builder
+	for i := range 5 {
+		fmt.Fprintf(&want, "gvm-scratch-%d %d\n", i+1, 5<<30>>9)
+	}
+	testOn(t, kernel(t, "6.12"), nil, "--scratch", "5x5G", "--module", "dm-mod", "--", busybox(t), "sh", "-c", script).
+		want(t, 0, want.String()+"5\ndata\nunset\n1\n")
+}
+
 // rungs are the ways to the agent that carry streams.
 var rungs = []string{"vsock", "console", "com2"}
 

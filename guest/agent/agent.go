@@ -60,6 +60,9 @@ func boot() {
 	for _, line := range g.lines {
 		end.log(line)
 	}
+	if err == nil { // the host sees signs of life meanwhile
+		err = theDisks.environment(cmd)
+	}
 	if err != nil {
 		end.exit(wire.Exit{Status: exitNoTest, Err: err.Error()})
 		return

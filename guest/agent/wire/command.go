@@ -30,6 +30,15 @@ type Command struct {
 	Modules  []text.Name `json:"modules,omitempty"`  // paths of uncompressed modules, in the order to load
 	Mounts   []Mount     `json:"mounts,omitempty"`   // after the modules, in this order
 	Hostname string      `json:"hostname,omitempty"`
+
+	Disks []DiskVariable `json:"disks,omitempty"` // set before the command starts, unless Env has them
+}
+
+// DiskVariable is a variable of the command's environment that names disks: their device nodes,
+// separated by spaces.
+type DiskVariable struct {
+	Name    string   `json:"name"`
+	Serials []string `json:"serials"` // unit serial numbers
 }
 
 // Mount is a directory of the host that a virtio-fs device gives the guest.
