@@ -122,10 +122,12 @@ func statusEnd() end {
 		e.log(fmt.Sprintf("no status port: %v", err))
 		return e
 	}
+	alive := func() { report(statusport.Alive, wire.Version) }
+	alive() // before any end
+
 	panics.Go(func() { // ends with the machine
-		for {
-			report(statusport.Alive, wire.Version)
-			time.Sleep(wire.AlivePeriod)
+		for range time.Tick(wire.AlivePeriod) {
+			alive()
 		}
 	})
 	e.exit = func(x wire.Exit) {

@@ -16,6 +16,9 @@ type Exit struct {
 	Err    string // reason of a failed start
 }
 
+// MaxSignal is the largest number of a signal: _NSIG of Linux.
+const MaxSignal = 64
+
 const (
 	exited = iota
 	signaled
@@ -36,9 +39,9 @@ func parseExit(p []byte) (Exit, error) {
 	switch {
 	case len(p) == 2 && p[0] == exited:
 		return Exit{Status: int(p[1])}, nil
-	case len(p) == 2 && p[0] == signaled && p[1] != 0:
+	case len(p) == 2 && p[0] == signaled && p[1] > 0 && p[1] <= MaxSignal:
 		return Exit{Signal: int(p[1])}, nil
-	case len(p) > 2 && p[0] == notStarted && p[1] != 0:
+	case len(p) > 2 && p[0] == notStarted && p[1] >= 125 && p[1] <= 127:
 		return Exit{Status: int(p[1]), Err: string(p[2:])}, nil
 	}
 	return Exit{}, fmt.Errorf("the exit frame % x is wrong", p[:min(len(p), 16)])
