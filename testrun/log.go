@@ -4,6 +4,7 @@ import (
 	"io"
 	"sync"
 
+	"gvm/panics"
 	"gvm/verdict"
 	"gvm/vmm"
 )
@@ -16,11 +17,12 @@ type kernelLog struct {
 	to    io.Writer
 	touch func()
 
-	mu     sync.Mutex
-	input  vmm.Input // nil: no machine runs
-	reader *verdict.Reader
-	tail   []byte
-	err    error // of to
+	mu      sync.Mutex
+	input   vmm.Input // nil: no machine runs
+	reader  *verdict.Reader
+	tail    []byte
+	writing bool  // a write to to has not returned
+	err     error // of to
 }
 
 func newKernelLog(to io.Writer, p verdict.Policy, touch func()) *kernelLog {
@@ -64,7 +66,17 @@ func (l *kernelLog) Write(p []byte) (int, error) {
 		l.tail = append(l.tail[:0], l.tail[n:]...)
 	}
 	if l.to != nil && l.err == nil {
-		_, l.err = l.to.Write(p)
+		l.writing = true
+		var err error
+		panics.Unlocked(&l.mu, func() { _, err = l.to.Write(p) }) // a pipe's reader may take any time
+		l.writing, l.err = false, err
 	}
 	return len(p), nil
+}
+
+// isWriting reports whether a write of the log waits for its reader.
+func (l *kernelLog) isWriting() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.writing
 }

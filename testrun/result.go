@@ -52,7 +52,7 @@ const (
 )
 
 var kindStatus = map[Kind]int{Panic: exitFault, Fault: exitFault, Crash: exitCrash, Ended: exitCrash,
-	Hang: exitHang, Timeout: exitTimeout, NotTested: ExitNotTested}
+	Hang: exitHang, Timeout: exitTimeout, NotTested: ExitNotTested, Stopped: ExitNotTested}
 
 // Format is the form of a Result in JSON.
 const Format = "gvm-test-1"
@@ -80,7 +80,7 @@ type Times struct {
 type Result struct {
 	Format string `json:"format"`
 	Kind   Kind   `json:"kind"`
-	Status int    `json:"status"` // for the caller to exit with
+	Status int    `json:"status"` // for the caller to exit with; of Stopped the caller knows a better one
 	Text   string `json:"text"`   // the reason in a line; "" for a command that exited
 
 	// Command is the end of the command, for each kind; nil: it is not known.
@@ -105,9 +105,9 @@ type Result struct {
 	Cause error `json:"-"`
 }
 
-// CommandEnd is the end of a command: one of its fields is set, or the status is 0.
+// CommandEnd is the end of a command: a status, a signal, or the error of a failed start.
 type CommandEnd struct {
-	Status     int    `json:"status"`
+	Status     *int   `json:"status,omitempty"` // nil: it did not exit
 	Signal     int    `json:"signal,omitempty"`
 	SignalName string `json:"signal_name,omitempty"`
 	Error      string `json:"error,omitempty"` // it did not start
@@ -144,11 +144,11 @@ func NoCommand(name string, err unix.Errno) *Result {
 }
 
 // Bisect makes the status one that git bisect run takes for its meaning: a command that a signal
-// ended, or whose own status is 128 or more, is bad; a missing command cannot be tested. A run that
-// was stopped keeps its status, which ends the bisection.
+// ended, or whose own status is 128 or more, is bad; a missing command cannot be tested, nor one that
+// a shell of the guest misses. A run that was stopped keeps its status, which ends the bisection.
 func (r *Result) Bisect() {
 	switch {
-	case r.Kind == NotStarted:
+	case r.Status == exitMissing, r.Status == exitNotStarted:
 		r.Status = ExitNotTested
 	case r.Kind != Stopped && r.Status >= exitSignal:
 		r.Status = 1
@@ -158,7 +158,7 @@ func (r *Result) Bisect() {
 // command sets the verdict to the end of the command.
 func (r *Result) command(e wire.Exit, name string) {
 	r.Kind, r.Status = Exited, e.Status
-	r.Command = &CommandEnd{Status: e.Status, Signal: e.Signal, Error: e.Err}
+	r.Command = &CommandEnd{Signal: e.Signal, Error: e.Err}
 	switch {
 	case e.Err != "":
 		r.Kind, r.Text = NotStarted, fmt.Sprintf("%s: %s", name, e.Err)
@@ -166,6 +166,8 @@ func (r *Result) command(e wire.Exit, name string) {
 		r.Command.SignalName = signalName(e.Signal)
 		r.Kind, r.Status = Signaled, exitSignal+e.Signal
 		r.Text = fmt.Sprintf("the command was ended by %s", r.Command.SignalName)
+	default:
+		r.Command.Status = &e.Status
 	}
 }
 
@@ -182,13 +184,17 @@ var bootFaults = sync.OnceValue(func() *regexp.Regexp {
 		`Attempted to kill init|No init found`)
 })
 
-// decide makes the verdict of a machine that has ended.
-func (r *Run) decide(out vmm.Outcome, err error) *Result {
+// decide makes the verdict of a machine that has ended. cut is the reason for which output of the
+// command or the kernel's log is lost, or nil.
+func (r *Run) decide(out vmm.Outcome, err, cut error) *Result {
 	r.log.mu.Lock()
 	reports := r.log.reader.Close()
 	res := &Result{Format: Format, Reports: reports.Reports, Failing: reports.Failing, Dropped: reports.Dropped,
 		Log: tailLines(r.log.tail)}
 	logErr := r.log.err
+	if r.log.writing {
+		logErr = errors.New("its reader takes no more")
+	}
 	r.log.mu.Unlock()
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -216,8 +222,19 @@ func (r *Run) decide(out vmm.Outcome, err error) *Result {
 	if !hello {
 		silent = " before the agent said hello"
 	}
+	fault := func(f *verdict.Report) {
+		set(Fault, "the guest's kernel reported %s: %s (fingerprint %s)", f.Kind, f.Title, f.Fingerprint)
+	}
+	// A guest that cannot test may do so for a fault of its kernel.
+	unable := func(err error) {
+		if f := res.First(); f != nil {
+			fault(f)
+		} else {
+			untested(err)
+		}
+	}
 	switch {
-	case out.Ending == vmm.GuestPanic && !hello && bootFaults().MatchString(out.Err.Error()):
+	case out.Ending == vmm.GuestPanic && !hello && res.First() == nil && bootFaults().MatchString(out.Err.Error()):
 		untested(fmt.Errorf("the kernel does not run the initramfs: %w", out.Err))
 	case out.Ending == vmm.GuestPanic:
 		set(Panic, "guest panic%s: %v", silent, out.Err)
@@ -235,29 +252,40 @@ func (r *Run) decide(out vmm.Outcome, err error) *Result {
 		set(Hang, "the guest hangs: no progress for %s%s", r.cfg.Hang, silent)
 		res.Detail = append(res.Detail, lines(out.Report)...)
 	case out.Ending == vmm.Stopped && errors.Is(out.Err, errAgent):
-		untested(r.agentErr)
+		unable(r.agentErr)
 	case out.Ending == vmm.Stopped && !errors.Is(out.Err, errOver):
 		set(Stopped, "%v", out.Err)
 		res.Cause = out.Err
 	case out.Ending == 0 || out.Ending == vmm.HostFailed:
 		untested(errors.Join(out.Err, err))
 	case r.exit == nil && r.agentErr != nil && !hello:
-		untested(r.agentErr)
+		unable(r.agentErr)
 	case r.exit == nil && !hello:
-		untested(fmt.Errorf("the guest %s%s", out.Ending, silent))
+		unable(fmt.Errorf("the guest %s%s", out.Ending, silent))
 	case r.exit == nil:
 		set(Ended, "the guest %s before the command ended", out.Ending)
 	case res.First() != nil:
-		f := res.First()
-		set(Fault, "the guest's kernel reported %s: %s (fingerprint %s)", f.Kind, f.Title, f.Fingerprint)
+		fault(res.First())
 	}
 	if res.Kind == NotTested || res.Kind == Stopped {
 		return res
 	}
+	var lost error
 	if r.exit != nil && r.outErr != nil {
-		untested(fmt.Errorf("write the command's output: %w", r.outErr))
+		lost = fmt.Errorf("write the command's output: %w", r.outErr)
 	} else if logErr != nil {
-		untested(fmt.Errorf("write the kernel's log: %w", logErr))
+		lost = fmt.Errorf("write the kernel's log: %w", logErr)
+	}
+	switch ended := res.Kind == Exited || res.Kind == Signaled || res.Kind == NotStarted; {
+	case ended && errors.Is(cut, errTimeout):
+		set(Timeout, "the timeout of %s elapsed before all output was read", r.cfg.Timeout)
+	case ended && cut != nil:
+		set(Stopped, "%v", cut)
+		res.Cause = cut
+	case ended && lost != nil:
+		untested(lost)
+	case lost != nil:
+		res.Text = fmt.Sprintf("%s; %v", res.Text, lost)
 	}
 	return res
 }

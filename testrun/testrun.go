@@ -71,7 +71,8 @@ type Run struct {
 	began   chan struct{} // closed once machine is set
 	conns   atomic.Int32  // of vsock
 	log     *kernelLog
-	stop    context.CancelCauseFunc
+	stop    context.CancelCauseFunc // for the caller and the timeout: the output is not waited for either
+	end     context.CancelCauseFunc // of the machine alone
 	start   time.Time
 	exited  chan struct{} // closed once exit is set
 	done    chan struct{} // closed once result is set
@@ -114,9 +115,10 @@ func Start(ctx context.Context, cfg Config) (*Run, error) {
 }
 
 func begin(user context.Context, cfg Config, start func(context.Context, machine.Spec) (guest, error)) (*Run, error) {
-	ctx, stop := context.WithCancelCause(user)
-	r := &Run{cfg: cfg, stop: stop, start: time.Now(), began: make(chan struct{}), exited: make(chan struct{}),
-		done: make(chan struct{})}
+	over, stop := context.WithCancelCause(user)
+	ctx, end := context.WithCancelCause(over)
+	r := &Run{cfg: cfg, stop: stop, end: end, start: time.Now(), began: make(chan struct{}),
+		exited: make(chan struct{}), done: make(chan struct{})}
 	r.log = newKernelLog(cfg.Log, cfg.Policy, r.touch)
 	if r.phase = cfg.Spec.Phase; r.phase == nil {
 		r.phase = func(string) {}
@@ -146,7 +148,10 @@ func begin(user context.Context, cfg Config, start func(context.Context, machine
 	panics.Go(func() { r.watch(ctx) })
 	panics.Go(func() {
 		defer close(r.done)
-		r.finish(user, listeners)
+		if cfg.Timeout > 0 {
+			defer time.AfterFunc(cfg.Timeout, panics.Func(func() { stop(errTimeout) })).Stop()
+		}
+		r.finish(over, listeners)
 	})
 	return r, nil
 }
@@ -205,15 +210,9 @@ func (r *Run) Winsize(rows, columns uint16) {
 // Stop ends the run at once.
 func (r *Run) Stop(cause error) { r.stop(cause) }
 
-// watch ends the run at the timeout, or when it makes no progress. It counts ticks and not time, so
-// that a gvm that was stopped itself sees no hang.
+// watch ends a machine that makes no progress, or does not power off. It counts ticks and not time,
+// so that a gvm that was stopped itself sees no hang.
 func (r *Run) watch(ctx context.Context) {
-	var late <-chan time.Time
-	if r.cfg.Timeout > 0 {
-		t := time.NewTimer(r.cfg.Timeout)
-		defer t.Stop()
-		late = t.C
-	}
 	var tick <-chan time.Time
 	if r.cfg.Hang > 0 {
 		t := time.NewTicker(max(r.cfg.Hang/hangTicks, time.Millisecond))
@@ -228,12 +227,9 @@ func (r *Run) watch(ctx context.Context) {
 			return
 		case <-ctx.Done():
 			return
-		case <-late:
-			r.stop(errTimeout)
-			return
 		case <-exited:
 			exited, tick = nil, nil
-			t := time.AfterFunc(powerOffPatience, panics.Func(func() { r.stop(errOver) }))
+			t := time.AfterFunc(powerOffPatience, panics.Func(func() { r.end(errOver) }))
 			defer t.Stop()
 		case <-tick:
 			if now := r.progress.Load(); now != seen || r.machine.Paused() {
@@ -260,15 +256,16 @@ func (r *Run) hung(ctx context.Context) {
 	case <-ctx.Done():
 	case <-r.machine.Ended():
 	case <-time.After(hungPatience):
-		r.stop(errHang)
+		r.end(errHang)
 	}
 }
 
 // hungPatience is the time in which a guest that hangs may print the call traces.
 const hungPatience = time.Second
 
-// finish waits for the end of the machine and decides the verdict.
-func (r *Run) finish(user context.Context, listeners []*listener) {
+// finish waits for the end of the machine and of the output, and decides the verdict. over ends with
+// the caller's patience for both.
+func (r *Run) finish(over context.Context, listeners []*listener) {
 	<-r.machine.Ended()
 	r.mark(&r.times.Ended)
 	out, err := r.machine.Wait()
@@ -278,18 +275,20 @@ func (r *Run) finish(user context.Context, listeners []*listener) {
 	r.sessions.Wait()
 	drained := make(chan struct{})
 	panics.Go(func() { r.copies.Wait(); close(drained) })
-	stopped := user.Done()
+	stopped := over.Done()
 	if out.Ending == vmm.Stopped && !errors.Is(out.Err, errOver) {
 		now := make(chan struct{})
 		close(now)
 		stopped = now
 	}
+	var cut error // why output is lost
 	select {
 	case <-drained:
 	case <-stopped:
 		select {
 		case <-drained:
 		case <-time.After(drainPatience):
+			cut = context.Cause(over)
 		}
 	}
 	r.mu.Lock()
@@ -298,22 +297,33 @@ func (r *Run) finish(user context.Context, listeners []*listener) {
 	if h != nil {
 		_ = h.Close()
 	}
+	if cut == nil && r.log.isWriting() {
+		cut = context.Cause(over)
+	}
 	r.stop(nil)
-	r.result = r.decide(out, err)
+	r.result = r.decide(out, err, cut)
 }
 
-// takeStatus takes a report from the status port.
+// takeStatus takes a report from the status port. Where the agent has a better way, or has not said
+// that it lives, another program or the kernel wrote to the port.
 func (r *Run) takeStatus(s statusport.Report) {
+	r.mu.Lock()
+	rung := r.rung
+	r.mu.Unlock()
+	if rung == 0 && s == (statusport.Report{Kind: statusport.Alive, Value: wire.Version}) {
+		r.hello(Status, nil)
+		return
+	}
+	if rung != Status {
+		return
+	}
 	r.touch()
 	exit := wire.Exit{Status: int(s.Value)}
-	switch s.Kind {
-	case statusport.Alive:
-		r.hello(Status, nil) // at the first one
-		return
-	case statusport.Exited:
-	case statusport.Signaled:
+	switch {
+	case s.Kind == statusport.Exited:
+	case s.Kind == statusport.Signaled && s.Value > 0 && s.Value <= wire.MaxSignal:
 		exit = wire.Exit{Signal: int(s.Value)}
-	case statusport.Failed:
+	case s.Kind == statusport.Failed:
 		exit.Err = unix.Errno(s.Value).Error()
 		switch unix.Errno(s.Value) {
 		case unix.ENOENT:
@@ -377,7 +387,7 @@ func (r *Run) lost(err error) {
 	select {
 	case <-r.machine.Ended():
 	case <-time.After(lostPatience):
-		r.stop(errAgent)
+		r.end(errAgent)
 	}
 }
 

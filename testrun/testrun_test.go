@@ -167,6 +167,12 @@ func TestVerdicts(t *testing.T) {
 			return off
 		}
 	}
+	after := func(line string, out vmm.Outcome) func(*fakeGuest) vmm.Outcome {
+		return func(g *fakeGuest) vmm.Outcome {
+			g.print(line)
+			return out
+		}
+	}
 	panicked := func(text string) vmm.Outcome { return vmm.Outcome{Ending: vmm.GuestPanic, Err: errors.New(text)} }
 	fail := Config{Policy: verdict.Policy{Fail: true}}
 	for _, c := range []struct {
@@ -181,6 +187,8 @@ func TestVerdicts(t *testing.T) {
 		{"success", fail, exits(wire.Exit{}), Exited, 0, 0, ""},
 		{"a status", fail, exits(wire.Exit{Status: 200}), Exited, 200, 1, ""},
 		{"skip", fail, exits(wire.Exit{Status: 125}), Exited, 125, 125, ""},
+		{"its own 120", fail, exits(wire.Exit{Status: 120}), Exited, 120, 120, ""},
+		{"a shell that misses it", fail, exits(wire.Exit{Status: 127}), Exited, 127, 125, ""},
 		{"a signal", fail, exits(wire.Exit{Signal: 9}), Signaled, 137, 1, "the command was ended by SIGKILL"},
 		{"missing", fail, exits(wire.Exit{Status: 127, Err: "no such file"}), NotStarted, 127, 125, "make: no such file"},
 		{"the agent fails", fail, exits(wire.Exit{Status: 125, Err: "no pipe"}), NotTested, 125, 125, "no pipe"},
@@ -193,13 +201,17 @@ func TestVerdicts(t *testing.T) {
 			"guest panic before the agent said hello: "},
 		{"no init", fail, silent(panicked("Kernel panic - not syncing: No working init found")), NotTested, 125, 125,
 			"the kernel does not run the initramfs: "},
+		{"a panic of init by an oops", fail, after(oops, panicked("Kernel panic - not syncing: Attempted to kill init!")),
+			Panic, 120, 120, "guest panic before the agent said hello: "},
+		{"a reset by an oops", fail, after(oops, vmm.Outcome{Ending: vmm.GuestReset}), Fault, 120, 120,
+			"the guest's kernel reported oops: "},
 		{"a triple fault", fail, hello(vmm.Outcome{Ending: vmm.GuestCrashed, Err: errors.New("triple fault")}), Crash,
 			121, 121, "the guest crashed: triple fault"},
 		{"power-off by the command", fail, hello(off), Ended, 121, 121, "the guest powered off before the command ended"},
 		{"no hello", fail, silent(off), NotTested, 125, 125, "the guest powered off before the agent said hello"},
 		{"the host fails", fail, hello(vmm.Outcome{Ending: vmm.HostFailed, Err: errors.New("KVM_RUN")}), NotTested, 125, 125,
 			"KVM_RUN"},
-		{"timeout", Config{Timeout: time.Millisecond}, hello(vmm.Outcome{}), Timeout, 124, 124, "the timeout of 1ms elapsed"},
+		{"timeout", Config{Timeout: time.Millisecond}, silent(vmm.Outcome{}), Timeout, 124, 124, "the timeout of 1ms elapsed"},
 		{"hang at boot", Config{Hang: 100 * time.Millisecond}, silent(vmm.Outcome{}), Hang, 122, 122,
 			"the guest hangs: no progress for 100ms before the agent said hello"},
 		{"the status port", Config{Rungs: []Rung{Status}}, reports(statusport.Report{Kind: statusport.Alive, Value: 1},
@@ -210,6 +222,21 @@ func TestVerdicts(t *testing.T) {
 			statusport.Report{Kind: statusport.Failed, Value: 2}), NotStarted, 127, 125, "make: no such file or directory"},
 		{"a hello by the status port", fail, reports(statusport.Report{Kind: statusport.Alive, Value: 1}), Ended, 121, 121,
 			"the guest powered off before the command ended"},
+		{"an end by the status port without a hello", fail, reports(statusport.Report{Kind: statusport.Exited}),
+			NotTested, 125, 125, "the guest powered off before the agent said hello"},
+		{"a hello of another version", fail, reports(statusport.Report{Kind: statusport.Alive, Value: 9},
+			statusport.Report{Kind: statusport.Exited}), NotTested, 125, 125,
+			"the guest powered off before the agent said hello"},
+		{"signal 0 by the status port", fail, reports(statusport.Report{Kind: statusport.Alive, Value: 1},
+			statusport.Report{Kind: statusport.Signaled}), Ended, 121, 121, "the guest powered off before the command ended"},
+		{"signal 128 by the status port", fail, reports(statusport.Report{Kind: statusport.Alive, Value: 1},
+			statusport.Report{Kind: statusport.Signaled, Value: 128}), Ended, 121, 121,
+			"the guest powered off before the command ended"},
+		{"the status port beside the agent", fail, func(g *fakeGuest) vmm.Outcome {
+			g.agent(t, wire.AgentConfig{})
+			g.spec.Status(statusport.Report{Kind: statusport.Exited})
+			return off
+		}, Ended, 121, 121, "the guest powered off before the command ended"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.cfg.Command = "make"
@@ -337,5 +364,76 @@ func TestOutput(t *testing.T) {
 	res := run(t, Config{Stdout: w, Stderr: io.Discard}, guest)
 	if res.Kind != NotTested || !strings.Contains(res.Text, "write the command's output: no space left") {
 		t.Errorf("%+v", res)
+	}
+}
+
+// stuck is a writer whose reader takes nothing until the test ends.
+type stuck struct {
+	writes chan struct{} // a Write waits
+	done   <-chan struct{}
+}
+
+func (s stuck) Write(p []byte) (int, error) {
+	s.writes <- struct{}{}
+	<-s.done
+	return len(p), nil
+}
+
+// TestStuckOutput: a status of a command is no success while its output is not taken, and neither the
+// timeout nor the caller's stop waits for the reader.
+func TestStuckOutput(t *testing.T) {
+	stopped := errors.New("the test stops it")
+	for _, c := range []struct {
+		cfg    Config
+		stop   func(*Run)
+		kind   Kind
+		status int
+		text   string
+	}{
+		{Config{}, func(r *Run) { <-r.machine.Ended(); r.Stop(stopped) }, Stopped, 125, "the test stops it"},
+		{Config{Timeout: time.Second}, func(*Run) {}, Timeout, 124, "the timeout of 1s elapsed"},
+	} {
+		c.cfg.Stdout, c.cfg.Stderr = stuck{make(chan struct{}, 9), t.Context().Done()}, io.Discard
+		res := run(t, c.cfg, func(g *fakeGuest) vmm.Outcome {
+			a := g.agent(t, wire.AgentConfig{})
+			_, _ = a.Stdout.Write([]byte("output"))
+			_ = a.Exit(wire.Exit{}, time.Minute)
+			return off
+		}, c.stop)
+		if res.Kind != c.kind || res.Status != c.status || !strings.HasPrefix(res.Text, c.text) {
+			t.Errorf("%s %d %q", res.Kind, res.Status, res.Text)
+		}
+		if res.Command == nil || res.Command.Status == nil || *res.Command.Status != 0 {
+			t.Errorf("the command's end: %+v", res.Command)
+		}
+	}
+}
+
+// TestStuckLog: a reader of the kernel's log that takes no more holds up no verdict, and the loss is
+// told.
+func TestStuckLog(t *testing.T) {
+	for _, c := range []struct {
+		exit   bool
+		kind   Kind
+		status int
+		text   string
+	}{
+		{true, NotTested, 125, "write the kernel's log: its reader takes no more"},
+		{false, Panic, 120, "guest panic: x; write the kernel's log: its reader takes no more"},
+	} {
+		log := stuck{make(chan struct{}, 9), t.Context().Done()}
+		res := run(t, Config{Log: log}, func(g *fakeGuest) vmm.Outcome {
+			a := g.agent(t, wire.AgentConfig{})
+			go g.print("a line")
+			<-log.writes
+			if c.exit {
+				_ = a.Exit(wire.Exit{}, time.Minute)
+				return off
+			}
+			return vmm.Outcome{Ending: vmm.GuestPanic, Err: errors.New("x")}
+		})
+		if res.Kind != c.kind || res.Status != c.status || res.Text != c.text {
+			t.Errorf("%s %d %q", res.Kind, res.Status, res.Text)
+		}
 	}
 }
