@@ -35,29 +35,26 @@ func main() {
 // gvm runs the command line and returns the exit status.
 func gvm(args []string) (status int) {
 	processStart = startOfProcess()
+	bug := exitBug
 	if len(args) > 1 && args[1] == "test" { // whose other statuses are verdicts
-		defer func() {
-			if status == exitBug {
-				status = exitUntested
-			}
-		}()
+		bug = exitUntested
 	}
 	defer func() {
 		if r := recover(); r != nil {
 			fmt.Fprintf(printer(os.Stderr), "gvm: a bug in gvm, please report it: %v\n%s", r, debug.Stack())
-			status = exitBug
+			status = bug
 		}
 	}()
 	var panicked atomic.Pointer[panics.Panic]
 	defer panics.Handle(func(p *panics.Panic) {
 		if panicked.CompareAndSwap(nil, p) {
-			time.AfterFunc(panicPatience, panics.Func(func() { exitNow(exitBug, patience, func() { reportPanic(p) }) }))
+			time.AfterFunc(panicPatience, panics.Func(func() { exitNow(bug, patience, func() { reportPanic(p) }) }))
 		}
 	})()
 	defer func() {
-		if p := panicked.Load(); p != nil && status != exitBug {
+		if p := panicked.Load(); p != nil && (bug == exitUntested || status != exitBug) { // else the end told of it
 			reportPanic(p)
-			status = exitBug
+			status = bug
 		}
 	}()
 	defer func() {

@@ -1,14 +1,19 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/urfave/cli/v2"
 
 	"gvm/guest/embedded"
 )
@@ -122,31 +127,37 @@ func TestTestWords(t *testing.T) {
 	}
 }
 
-// TestTestStop: a signal before the agent's hello ends the machine at once.
-func TestTestStop(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	log, verdict := filepath.Join(dir, "log"), filepath.Join(dir, "verdict")
+// spinningTest returns a gvm test whose guest runs until it is stopped, and a function that waits for
+// the guest. The kernel's log is a FIFO.
+func spinningTest(t *testing.T, args ...string) (c *exec.Cmd, wait func()) {
+	t.Helper()
+	log := filepath.Join(t.TempDir(), "log")
 	if err := syscall.Mkfifo(log, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	c := command(t, "test", "-k", testKernel(t), "-a", "spin", "--klog", log, "--verdict", verdict, "--", "sh")
-	opened := make(chan *os.File)
-	go func() {
-		f, err := os.OpenFile(log, os.O_RDWR, 0)
-		if err != nil {
-			t.Error(err)
+	f, err := os.OpenFile(log, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	args = append([]string{"test", "-k", testKernel(t), "-a", "spin", "--klog", log}, args...)
+	return command(t, append(args, "--", "sh")...), func() {
+		t.Helper()
+		if _, err := f.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
 		}
-		opened <- f
-	}()
-	f := <-opened
-	defer f.Close()
+	}
+}
+
+// TestTestStop: a signal before the agent's hello ends the machine at once.
+func TestTestStop(t *testing.T) {
+	t.Parallel()
+	verdict := filepath.Join(t.TempDir(), "verdict")
+	c, running := spinningTest(t, "--verdict", verdict)
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Read(make([]byte, 1)); err != nil { // the guest runs
-		t.Fatal(err)
-	}
+	running()
 	if err := c.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -155,6 +166,51 @@ func TestTestStop(t *testing.T) {
 	}
 	if b, err := os.ReadFile(verdict); err != nil || !strings.Contains(string(b), `"kind": "stopped"`) {
 		t.Errorf("the verdict is %s, %v", b, err)
+	}
+}
+
+// TestTestPanic: a bug of gvm, also one after which it cannot end in order, is no verdict.
+func TestTestPanic(t *testing.T) {
+	for _, lock := range []string{"free", "locked"} {
+		t.Run(lock, func(t *testing.T) {
+			t.Parallel()
+			c, running := spinningTest(t)
+			c.Env = append(c.Env, panicsEnv+"="+lock)
+			var errs bytes.Buffer
+			c.Stderr = &errs
+			if err := c.Start(); err != nil {
+				t.Fatal(err)
+			}
+			running()
+			if err := c.Process.Signal(syscall.SIGUSR1); err != nil {
+				t.Fatal(err)
+			}
+			if r := wait(t, c); r.status != 125 || lock == "free" &&
+				strings.Count(errs.String(), "a bug in gvm, please report it: panic: broken") != 1 {
+				t.Errorf("status %d: %s", r.status, &errs)
+			}
+		})
+	}
+}
+
+// TestTestStatus: gvm ends with each status of a command, which may be that of a bug of gvm run.
+func TestTestStatus(t *testing.T) {
+	all := commands
+	t.Cleanup(func() { commands = all })
+	commands = slices.Clone(commands)
+	i := slices.IndexFunc(commands, func(c struct {
+		name string
+		make func() *cli.Command
+	}) bool {
+		return c.name == "test"
+	})
+	for _, status := range []int{0, 1, exitCrash, exitFault, exitBug, exitUntested, 255} {
+		commands[i].make = func() *cli.Command {
+			return &cli.Command{Name: "test", Action: func(*cli.Context) error { return endError{status, errors.New("")} }}
+		}
+		if got := gvm([]string{"gvm", "test"}); got != status {
+			t.Errorf("status %d, want %d", got, status)
+		}
 	}
 }
 

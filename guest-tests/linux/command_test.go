@@ -76,13 +76,13 @@ func TestCommand(t *testing.T) {
 	}
 	t.Run("status", func(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "verdict.json")
-		testOn(t, l.Cloud, nil, "--verdict", file, "--", bb, "sh", "-c", "exit 7").want(t, 7, "")
+		testOn(t, l.Cloud, nil, "--verdict", file, "--", bb, "sh", "-c", "exit 70").want(t, 70, "")
 		b, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
 		}
 		var v map[string]any
-		if err := json.Unmarshal(b, &v); err != nil || v["kind"] != "exited" || v["status"] != 7.0 ||
+		if err := json.Unmarshal(b, &v); err != nil || v["kind"] != "exited" || v["status"] != 70.0 ||
 			v["release"] != l.Cloud.Release {
 			t.Errorf("%v\n%s", err, b)
 		}
