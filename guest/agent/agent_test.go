@@ -297,6 +297,70 @@ func TestSlowHost(t *testing.T) {
 	}
 }
 
+// refill is a host that has taken output when the pipe is full again.
+type refill struct {
+	pipe  int
+	bytes int
+}
+
+func (r *refill) Write(p []byte) (int, error) {
+	r.bytes += len(p)
+	b := make([]byte, 4096)
+	for err := error(nil); err == nil; {
+		_, err = unix.Write(r.pipe, b)
+	}
+	return len(p), nil
+}
+
+func (*refill) Close() error { return nil }
+
+// TestEndlessOrphan: a program that the command leaves behind, and that never stops to write, does not
+// hold up the end.
+func TestEndlessOrphan(t *testing.T) {
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(p[1])
+	host := &refill{pipe: p[1]}
+	host.Write(nil)
+	from := os.NewFile(uintptr(p[0]), "stdout")
+	from.SetReadDeadline(time.Now())
+	output{from, host}.copy()
+	if host.bytes != 64<<10 {
+		t.Errorf("%d bytes of the %d that were there", host.bytes, 64<<10)
+	}
+}
+
+// TestSmallLimit: limits below the size of the agent hold for the command alone.
+func TestSmallLimit(t *testing.T) {
+	cmd := sh("echo $#; ulimit -v")
+	for range 18 {
+		cmd.Args = append(cmd.Args, text.Name(strings.Repeat("x", 100_000)))
+	}
+	cmd.Rlimits = []wire.Rlimit{{Resource: unix.RLIMIT_AS, Soft: 64 << 20, Hard: 64 << 20},
+		{Resource: unix.RLIMIT_DATA, Soft: 32 << 20, Hard: 32 << 20}}
+	if out, errs, exit := run(t, cmd).end(t); out != "17\n65536\n" || exit != (wire.Exit{}) {
+		t.Errorf("%q, %.300q, %+v", out, errs, exit)
+	}
+}
+
+// TestStageReport: a stage that dies is no command that ends.
+func TestStageReport(t *testing.T) {
+	for report, want := range map[string]wire.Exit{
+		"":                                     {Status: 125, Err: "the agent's process ended before it became the command"},
+		"\n\n":                                 {},
+		"\n\n{\"Status\":127,\"Err\":\"x\"}\n": {Status: 127, Err: "x"},
+		"{\"Status\":125,\"Err\":\"y\"}\n":     {Status: 125, Err: "y"},
+		"\n{\"Sta":                             {Status: 125, Err: "the agent's process ended before it became the command"},
+	} {
+		got := readExit(strings.NewReader(report))
+		if (got == nil) != (want == wire.Exit{}) || got != nil && *got != want {
+			t.Errorf("%q: %+v, want %+v", report, got, want)
+		}
+	}
+}
+
 // TestSignal: a signal reaches all of the command's group, even if it comes before the start.
 func TestSignal(t *testing.T) {
 	c := run(t, sh("trap 'echo caught; exit 4' INT; echo ready; while :; do sleep 0.05; done"))

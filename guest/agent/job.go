@@ -252,25 +252,38 @@ type output struct {
 	to   io.WriteCloser
 }
 
-// copy copies to the host until the stream ends, or its deadline is over and it is empty.
+// copy copies to the host until the stream ends, or its deadline is over and all that it held then
+// has been copied.
 func (o output) copy() {
 	defer o.to.Close()
 	defer o.from.Close()
 	buf := make([]byte, wire.MaxPayload)
-	late := false
+	late, left := false, 0
 	for {
 		n, err := o.read(buf, late)
 		if _, err := o.to.Write(buf[:n]); err != nil {
 			return // the closed pipe ends the command, if it writes on
 		}
+		left -= n
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded) && !late:
-			late = true
+			late, left = true, capacity(o.from)
 			o.from.SetReadDeadline(time.Time{})
 		case err != nil: // io.EOF, or EIO of a terminal that has been closed
 			return
+		case late && left <= 0: // what is left an orphan has written since
+			return
 		}
 	}
+}
+
+// capacity returns the most bytes that a pipe or a terminal can hold.
+func capacity(file *os.File) (n int) {
+	err := control(file, func(fd int) { n, _ = unix.FcntlInt(uintptr(fd), unix.F_GETPIPE_SZ, 0) })
+	if err != nil || n <= 0 {
+		return 128 << 10 // a terminal has 64 KiB (drivers/tty/tty_buffer.c) and its reader's 4 KiB
+	}
+	return n
 }
 
 // read reads what there is. It waits for it unless late.

@@ -1,12 +1,15 @@
 package agent
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math"
 	"os"
+	"runtime"
+	"runtime/debug"
 	"strings"
 	"syscall"
 
@@ -26,6 +29,10 @@ const (
 	stageOut = 4 // an Exit in JSON, if the command cannot be started
 )
 
+// stageReady precedes each attempt to execute the command: a space of JSON. A stage that dies before
+// it was not the command.
+const stageReady = "\n"
+
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 // stage becomes the command, or reports the reason why it cannot.
@@ -44,8 +51,18 @@ func stage() int {
 	return e.Status
 }
 
+// reserveMemory takes memory for all that follows from the kernel: the command's limits on it hold for
+// Go's larger process as well, which ends where it gets no more.
+func reserveMemory() {
+	debug.SetGCPercent(-1)
+	b := make([]byte, 16<<20) // for arguments and environment, which Linux bounds by 6 MiB
+	runtime.KeepAlive(b)
+	runtime.GC()
+}
+
 // become executes cmd in this process. It returns only a failure and its exit status.
 func become(cmd *wire.Command) (int, error) {
+	reserveMemory()
 	for _, r := range cmd.Rlimits {
 		if err := syscall.Setrlimit(r.Resource, &syscall.Rlimit{Cur: r.Soft, Max: r.Hard}); err != nil {
 			return exitNoTest, fmt.Errorf("set resource limit %d to %d and %d: %w", r.Resource, r.Soft, r.Hard, err)
@@ -78,6 +95,7 @@ func become(cmd *wire.Command) (int, error) {
 		reason = errors.New("there is no such command in PATH")
 	}
 	for _, file := range candidates(name, cmd.Env) {
+		unix.Write(stageOut, []byte(stageReady))
 		switch err := syscall.Exec(file, strs(cmd.Args), strs(cmd.Env)); err {
 		case unix.ENOENT, unix.ENOTDIR:
 			if _, err := os.Stat(file); err == nil {
@@ -122,11 +140,16 @@ func strs(names []text.Name) []string {
 	return s
 }
 
-// readExit reads the report of a stage. Without one the command runs.
+// readExit reads the report of a stage. Without one the command runs, if the stage was ready for it.
 func readExit(r io.Reader) (failed *wire.Exit) {
-	var e wire.Exit
-	if json.NewDecoder(io.LimitReader(r, 1<<20)).Decode(&e) != nil {
+	b, _ := io.ReadAll(io.LimitReader(r, 1<<20))
+	report := bytes.TrimSpace(b)
+	if len(b) > 0 && len(report) == 0 {
 		return nil
+	}
+	e := wire.Exit{}
+	if json.Unmarshal(report, &e) != nil || e.Err == "" {
+		return &wire.Exit{Status: exitNoTest, Err: "the agent's process ended before it became the command"}
 	}
 	return &e
 }
