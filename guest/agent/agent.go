@@ -119,6 +119,8 @@ func (g *guest) prepare(cmd *wire.Command) {
 			g.logf("set the host name: %v", err)
 		}
 	}
+	// The initramfs has the directory, but not a file system that is mounted over it, such as /dev/shm.
+	os.MkdirAll(string(cmd.Dir), 0o755)
 	loopbackUp() // a kernel without a network has none
 	for _, m := range cmd.Modules {
 		if err := loadModule(string(m)); err != nil {

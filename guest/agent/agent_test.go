@@ -345,6 +345,15 @@ func TestSmallLimit(t *testing.T) {
 	}
 }
 
+// TestDirectory: the agent makes the command's directory.
+func TestDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "a/b")
+	(&guest{}).prepare(&wire.Command{Dir: text.Name(dir)})
+	if st, err := os.Stat(dir); err != nil || !st.IsDir() {
+		t.Error(err)
+	}
+}
+
 // TestStageReport: a stage that dies is no command that ends.
 func TestStageReport(t *testing.T) {
 	for report, want := range map[string]wire.Exit{
