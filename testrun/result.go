@@ -136,7 +136,7 @@ func Untested(err error) *Result {
 func NoCommand(name string, err unix.Errno) *Result {
 	r := &Result{Format: Format, Reports: []verdict.Report{}}
 	e := wire.Exit{Status: exitNotStarted, Err: err.Error()}
-	if err == unix.ENOENT {
+	if err == unix.ENOENT || err == unix.ENOTDIR {
 		e.Status = exitMissing
 	}
 	r.command(e, name)

@@ -46,6 +46,17 @@ func readInput(path string, limit int64) ([]byte, error) {
 // openOutput opens or creates a user's file for writing, and keeps its contents. It refuses a
 // locked file, such as a disk or a trace in use. made reports whether it created the file.
 func openOutput(path string) (f *os.File, made bool, err error) {
+	return openFormer(path, formerOutput)
+}
+
+// openLog is openOutput for a text that the guest prints, so that the file of an earlier run may be any
+// text.
+func openLog(path string) (f *os.File, made bool, err error) {
+	return openFormer(path, func(head []byte) bool { return !bytes.Contains(head, []byte{0}) })
+}
+
+// openFormer opens an output. former reports whether a file with such a head may be overwritten.
+func openFormer(path string, former func(head []byte) bool) (f *os.File, made bool, err error) {
 	f, made, err = nowait.Make(path, os.O_WRONLY, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
 	if errors.Is(err, unix.ENXIO) {
 		return nil, false, configError{fmt.Errorf("%s: is a pipe that no program reads; start that first", path)}
@@ -62,7 +73,7 @@ func openOutput(path string) (f *os.File, made bool, err error) {
 			f.Close()
 			return nil, false, configError{fmt.Errorf("%s: in use by another gvm; name another file", path)}
 		}
-		if fi.Size() > 0 && !formerOutput(f) {
+		if fi.Size() > 0 && !former(headOf(f)) {
 			f.Close()
 			return nil, false, configError{fmt.Errorf(
 				"%s: has something that gvm did not write; name another file, or remove it first", path)}
@@ -71,18 +82,23 @@ func openOutput(path string) (f *os.File, made bool, err error) {
 	return f, made, nil
 }
 
-// formerOutput reports whether a file begins like JSON, an SVG or a PNG. Any other file may be a
-// disk image, and is not overwritten.
-func formerOutput(f *os.File) bool {
+// headOf returns the first bytes of a file that is open for writing; a NUL if they cannot be read.
+func headOf(f *os.File) []byte {
 	r, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
 	if err != nil {
-		return false
+		return []byte{0}
 	}
 	defer r.Close()
-	head := make([]byte, 8)
+	head := make([]byte, 4096)
 	n, _ := io.ReadFull(r, head)
+	return head[:n]
+}
+
+// formerOutput reports whether a file begins like JSON, an SVG or a PNG. Any other file may be a
+// disk image, and is not overwritten.
+func formerOutput(head []byte) bool {
 	return slices.ContainsFunc([]string{"[", "{", "<?xml", "<svg", "\x89PNG"},
-		func(s string) bool { return strings.HasPrefix(string(head[:n]), s) })
+		func(s string) bool { return strings.HasPrefix(string(head), s) })
 }
 
 // writeOutput makes b the contents of a user's file.

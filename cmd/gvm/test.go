@@ -198,6 +198,16 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 	if c.Bool("timing") {
 		t.timing = newTiming()
 	}
+	for _, flag := range []string{"root", "cwd", "klog", "verdict", "allow"} {
+		if given(flag) && c.String(flag) == "" {
+			return nil, fmt.Errorf("--%s: the path is empty", flag)
+		}
+	}
+	for _, flag := range []string{"file", "module", "rw", "ro"} { // where an empty one may be the current directory
+		if slices.Contains(wordsOf(c, flag), "") {
+			return nil, fmt.Errorf("--%s: the path is empty", flag)
+		}
+	}
 	if given("timeout") && t.timeout <= 0 {
 		return nil, fmt.Errorf("--timeout %s: want a positive duration, such as 90s", t.timeout)
 	}
@@ -418,13 +428,17 @@ func (t *testConfig) test() error {
 	if t.bisect {
 		res.Bisect()
 	}
-	if err := file.fill(res.JSON); err != nil {
-		return endError{exitUntested, err}
-	}
+	err := file.fill(res.JSON)
 	if s := explain("gvm: ", res); s != "" {
 		stderr.say(s)
 	}
 	t.timing.print()
+	if err != nil {
+		if res.Text != "" {
+			note(res.Text)
+		}
+		return endError{exitUntested, err}
+	}
 	if res.Status == 0 {
 		return nil
 	}
@@ -546,7 +560,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 		}
 	}
 	if t.klog != "" {
-		f, made, err := openOutput(t.klog)
+		f, made, err := openLog(t.klog)
 		if err == nil {
 			err = fillOutput(f, made, nil)
 		}

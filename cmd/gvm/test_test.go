@@ -16,6 +16,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/guest/embedded"
+	"gvm/guest/initramfs"
 )
 
 // testKernel makes a kernel that never runs an agent: the embedded guest.
@@ -119,11 +120,42 @@ func TestTestWords(t *testing.T) {
 		{"-k {} -- no-such-program", 127, "no-such-program: no such file or directory"},
 		{"-k {} --bisect -- no-such-program", 125, "no-such-program: no such file or directory"},
 		{"-k {} -- {}", 126, "kernel: permission denied"},
+		{"-k {} -- /etc", 126, "/etc: is a directory"},
+		{"-k {} -- /etc/passwd/x", 127, "/etc/passwd/x: not a directory"},
+		{"-k {} --rw= -- sh", 125, "--rw: the path is empty"},
+		{"-k {} --file= -- sh", 125, "--file: the path is empty"},
+		{"-k {} --root= -- sh", 125, "--root: the path is empty"},
+		{"-k {} --verdict= -- sh", 125, "--verdict: the path is empty"},
 	} {
 		r := gvmRuns(t, command(t, append([]string{"test"}, strings.Fields(strings.ReplaceAll(tt.args, "{}", kernel))...)...))
 		if r.status != tt.status || !strings.Contains(r.errs, tt.errs) || r.out != "" || strings.Count(r.errs, "\n") != 1 {
 			t.Errorf("%s: status %d, want %d; %q, want %q", tt.args, r.status, tt.status, r.errs+r.out, tt.errs)
 		}
+	}
+}
+
+// TestFileLink: --file with a symbolic link to a directory gives the guest what is in it.
+func TestFileLink(t *testing.T) {
+	dir := t.TempDir()
+	link := filepath.Join(dir, "link")
+	if err := errors.Join(os.Mkdir(filepath.Join(dir, "to"), 0o755),
+		os.WriteFile(filepath.Join(dir, "to/file"), []byte("its content"), 0o644), os.Symlink("to", link)); err != nil {
+		t.Fatal(err)
+	}
+	b := initramfs.New()
+	defer b.Close()
+	if err := (&testConfig{}).addFile(t.Context(), b, link); err != nil {
+		t.Fatal(err)
+	}
+	image, err := b.Image()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer image.Close()
+	all := make([]byte, image.Size)
+	if err := image.ReadFull(all, 0); err != nil || !strings.Contains(string(all), link[1:]+"/file\x00") ||
+		!strings.Contains(string(all), "its content") {
+		t.Errorf("%q, %v", all, err)
 	}
 }
 
@@ -166,6 +198,33 @@ func TestTestStop(t *testing.T) {
 	}
 	if b, err := os.ReadFile(verdict); err != nil || !strings.Contains(string(b), `"kind": "stopped"`) {
 		t.Errorf("the verdict is %s, %v", b, err)
+	}
+}
+
+// TestTestLostVerdict: a verdict that cannot be written is an error, and what it says is told.
+func TestTestLostVerdict(t *testing.T) {
+	t.Parallel()
+	verdict := filepath.Join(t.TempDir(), "verdict")
+	if err := syscall.Mkfifo(verdict, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(verdict, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, running := spinningTest(t, "--verdict", verdict)
+	var errs bytes.Buffer
+	c.Stderr = &errs
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	running()
+	f.Close()
+	if err := c.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if r := wait(t, c); r.status != 125 || !strings.Contains(errs.String(), "gvm: stopped by SIGTERM\ngvm: --verdict: write ") {
+		t.Errorf("status %d, standard error:\n%s", r.status, &errs)
 	}
 }
 

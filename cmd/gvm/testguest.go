@@ -93,11 +93,13 @@ func (t *testConfig) command() (*wire.Command, *testrun.Result) {
 			path, err = filepath.Abs(path)
 		}
 	}
-	switch {
-	case errors.Is(err, os.ErrPermission):
-		return nil, testrun.NoCommand(args[0], unix.EACCES)
-	case err != nil:
-		return nil, testrun.NoCommand(args[0], unix.ENOENT)
+	if err != nil {
+		errno := unix.ENOENT // also of a name that PATH does not have
+		if errors.Is(err, os.ErrPermission) {
+			errno = unix.EACCES
+		}
+		errors.As(err, &errno)
+		return nil, testrun.NoCommand(args[0], errno)
 	}
 	home, name := "/", "user"
 	if t.uid == 0 {
@@ -253,7 +255,8 @@ func (t *testConfig) addFile(ctx context.Context, b *initramfs.Builder, path str
 // addDirectory gives the guest a directory with all directories, regular files and symbolic links in
 // it.
 func addDirectory(ctx context.Context, b *initramfs.Builder, dir string) error {
-	return filepath.WalkDir(dir, func(path string, d iofs.DirEntry, err error) error {
+	// The slash leads to the directory that a symbolic link names.
+	return filepath.WalkDir(dir+"/", func(path string, d iofs.DirEntry, err error) error {
 		switch {
 		case err != nil:
 		case ctx.Err() != nil:
