@@ -92,7 +92,13 @@ func (r *Reader) report(k klog.Report) {
 	}
 	if len(r.results.Reports) == maxReports {
 		r.results.Dropped++
-		return
+		if !report.Fails || r.results.First() != nil {
+			return
+		}
+		// One report that fails the run is there, whatever came before it.
+		last := r.results.Reports[maxReports-1]
+		delete(r.at, last.Fingerprint)
+		r.results.Reports = r.results.Reports[:maxReports-1]
 	}
 	r.at[k.Fingerprint] = len(r.results.Reports)
 	r.results.Reports = append(r.results.Reports, report)

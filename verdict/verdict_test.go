@@ -55,6 +55,25 @@ func TestResults(t *testing.T) {
 	}
 }
 
+// TestManyReports: a report that fails the run is kept after any number of others.
+func TestManyReports(t *testing.T) {
+	var log strings.Builder
+	warn := func(name string) {
+		fmt.Fprintf(&log, "------------[ cut here ]------------\nWARNING: CPU: 0 PID: 1 at lib/%s.c:1 %[1]s+0x1/0x2\n"+
+			"---[ end trace 0000000000000000 ]---\n", name)
+	}
+	for i := range maxReports + 6 {
+		warn(strings.Repeat("x", i+1))
+	}
+	log.WriteString("BUG: one\nBUG: two\n")
+	warn("z")
+	r := read(log.String(), Policy{Fail: true})
+	if first := r.First(); first == nil || first.Title != "BUG: one" || len(r.Reports) != maxReports ||
+		r.Failing != 2 || r.Dropped != 9 {
+		t.Errorf("the first is %+v of %d reports, %d fail, %d are dropped", first, len(r.Reports), r.Failing, r.Dropped)
+	}
+}
+
 // TestKernelLog reads the console of a Linux 6.12 that ran KUnit's own tests and those of lists in
 // QEMU, where one fails and one causes an oops on purpose. The counts are also those of kunit.py.
 func TestKernelLog(t *testing.T) {
