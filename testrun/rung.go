@@ -89,7 +89,11 @@ func (r *Run) serve(l *listener) {
 		Log:     r.cfg.Say,
 	})
 	if err != nil {
-		if errors.As(err, new(*wire.VersionError)) {
+		switch {
+		case !errors.As(err, new(*wire.VersionError)):
+		case r.chosen() != 0: // another program of the guest
+			l.close()
+		default:
 			r.lost(err)
 		}
 		return

@@ -307,9 +307,7 @@ func (r *Run) finish(over context.Context, listeners []*listener) {
 // takeStatus takes a report from the status port. Where the agent has a better way, or has not said
 // that it lives, another program or the kernel wrote to the port.
 func (r *Run) takeStatus(s statusport.Report) {
-	r.mu.Lock()
-	rung := r.rung
-	r.mu.Unlock()
+	rung := r.chosen()
 	if rung == 0 && s == (statusport.Report{Kind: statusport.Alive, Value: wire.Version}) {
 		r.hello(Status, nil)
 		return
@@ -337,6 +335,13 @@ func (r *Run) takeStatus(s statusport.Report) {
 		return
 	}
 	r.ended(exit)
+}
+
+// chosen returns the rung by which the agent said hello, or 0.
+func (r *Run) chosen() Rung {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.rung
 }
 
 // hello takes the agent that says hello first, and reports whether it is this one.

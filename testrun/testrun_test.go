@@ -201,7 +201,8 @@ func TestVerdicts(t *testing.T) {
 			"guest panic before the agent said hello: "},
 		{"no init", fail, silent(panicked("Kernel panic - not syncing: No working init found")), NotTested, 125, 125,
 			"the kernel does not run the initramfs: "},
-		{"a panic of init by an oops", fail, after(oops, panicked("Kernel panic - not syncing: Attempted to kill init!")),
+		{"a panic of init by an oops", fail,
+			after(oops, panicked("Kernel panic - not syncing: Attempted to kill init!")),
 			Panic, 120, 120, "guest panic before the agent said hello: "},
 		{"a reset by an oops", fail, after(oops, vmm.Outcome{Ending: vmm.GuestReset}), Fault, 120, 120,
 			"the guest's kernel reported oops: "},
@@ -211,7 +212,8 @@ func TestVerdicts(t *testing.T) {
 		{"no hello", fail, silent(off), NotTested, 125, 125, "the guest powered off before the agent said hello"},
 		{"the host fails", fail, hello(vmm.Outcome{Ending: vmm.HostFailed, Err: errors.New("KVM_RUN")}), NotTested, 125, 125,
 			"KVM_RUN"},
-		{"timeout", Config{Timeout: time.Millisecond}, silent(vmm.Outcome{}), Timeout, 124, 124, "the timeout of 1ms elapsed"},
+		{"timeout", Config{Timeout: time.Millisecond}, silent(vmm.Outcome{}), Timeout, 124, 124,
+			"the timeout of 1ms elapsed"},
 		{"hang at boot", Config{Hang: 100 * time.Millisecond}, silent(vmm.Outcome{}), Hang, 122, 122,
 			"the guest hangs: no progress for 100ms before the agent said hello"},
 		{"the status port", Config{Rungs: []Rung{Status}}, reports(statusport.Report{Kind: statusport.Alive, Value: 1},
@@ -228,7 +230,8 @@ func TestVerdicts(t *testing.T) {
 			statusport.Report{Kind: statusport.Exited}), NotTested, 125, 125,
 			"the guest powered off before the agent said hello"},
 		{"signal 0 by the status port", fail, reports(statusport.Report{Kind: statusport.Alive, Value: 1},
-			statusport.Report{Kind: statusport.Signaled}), Ended, 121, 121, "the guest powered off before the command ended"},
+			statusport.Report{Kind: statusport.Signaled}), Ended, 121, 121,
+			"the guest powered off before the command ended"},
 		{"signal 128 by the status port", fail, reports(statusport.Report{Kind: statusport.Alive, Value: 1},
 			statusport.Report{Kind: statusport.Signaled, Value: 128}), Ended, 121, 121,
 			"the guest powered off before the command ended"},
@@ -341,6 +344,22 @@ func TestVersion(t *testing.T) {
 		return off
 	})
 	if res.Kind != NotTested || !strings.Contains(res.Text, "of different builds") {
+		t.Errorf("%+v", res)
+	}
+}
+
+// TestSecondHello: a program of the guest that says a wrong hello does not end the agent's run.
+func TestSecondHello(t *testing.T) {
+	res := run(t, Config{}, func(g *fakeGuest) vmm.Outcome {
+		a := g.agent(t, wire.AgentConfig{})
+		if _, err := wire.Dial(g.spec.Ports[0].Stream, wire.AgentConfig{Hello: wire.Hello{Build: "another"}}); err == nil {
+			t.Error("the host took it")
+		}
+		time.Sleep(lostPatience + time.Second)
+		_ = a.Exit(wire.Exit{Status: 3}, time.Minute)
+		return off
+	})
+	if res.Kind != Exited || res.Status != 3 {
 		t.Errorf("%+v", res)
 	}
 }

@@ -35,7 +35,9 @@ func TestOpenOutput(t *testing.T) {
 
 // TestOpenLog: a log of an earlier run is overwritten, and nothing that may be an image.
 func TestOpenLog(t *testing.T) {
-	for text, ok := range map[string]bool{"": true, "Linux version 6.1\r\n": true, "[    0.0] x": true, "QFI\xfb\x00": false} {
+	for text, ok := range map[string]bool{
+		"": true, "Linux version 6.1\r\n": true, "[    0.0] x": true, "QFI\xfb\x00": false,
+	} {
 		path := filepath.Join(t.TempDir(), "log")
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)

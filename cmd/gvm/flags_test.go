@@ -24,6 +24,7 @@ func TestFlagsFirst(t *testing.T) {
 		"disk eject --json":                      "disk eject --json",
 		"nonsense --json x":                      "nonsense --json x",
 		"run bzImage -m 1G --disk a --disk b":    "run -m 1G --disk a --disk b bzImage",
+		"test -k k ls -v -t /":                   "test -k k ls -v -t /",
 		"disk list b --generate-bash-completion": "disk list b --generate-bash-completion",
 	} {
 		words := append([]string{"gvm"}, strings.Fields(args)...)

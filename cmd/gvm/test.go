@@ -203,7 +203,7 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 			return nil, fmt.Errorf("--%s: the path is empty", flag)
 		}
 	}
-	for _, flag := range []string{"file", "module", "rw", "ro"} { // where an empty one may be the current directory
+	for _, flag := range []string{"file", "rw", "ro"} { // where an empty one would be the current directory
 		if slices.Contains(wordsOf(c, flag), "") {
 			return nil, fmt.Errorf("--%s: the path is empty", flag)
 		}

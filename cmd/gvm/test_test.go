@@ -223,7 +223,8 @@ func TestTestLostVerdict(t *testing.T) {
 	if err := c.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	if r := wait(t, c); r.status != 125 || !strings.Contains(errs.String(), "gvm: stopped by SIGTERM\ngvm: --verdict: write ") {
+	const want = "gvm: stopped by SIGTERM\ngvm: --verdict: write "
+	if r := wait(t, c); r.status != 125 || !strings.Contains(errs.String(), want) {
 		t.Errorf("status %d, standard error:\n%s", r.status, &errs)
 	}
 }
