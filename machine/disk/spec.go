@@ -257,7 +257,7 @@ func (s *Spec) check(options []given) error {
 			return fmt.Errorf("--disk %s: %s is not for a target that exists: it takes backend=vhost and workers=N; "+
 				"its maker chose the rest", s.Name(), word)
 		case o.goesWith&kind == 0 && o.goesWith&memory != 0:
-			return fmt.Errorf("--disk %s: %s is for images, mem: and temp:", s.Name(), word)
+			return fmt.Errorf("--disk %s: %s is for images and disks of mem: or temp: alone", s.Name(), word)
 		case o.goesWith&kind == 0:
 			return fmt.Errorf("--disk %s: %s is for images, not for %s", s.Name(), word, called)
 		case o.goesWith&overlaid == 0 && s.Overlay != "":

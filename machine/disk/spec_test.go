@@ -270,7 +270,7 @@ func TestGoesWith(t *testing.T) {
 	for s, want := range map[string]string{
 		"mem:1M,size=2M":                       "size=2M is for images, not for mem:",
 		"null:1M,readonly":                     "readonly is for images, not for null:",
-		"null:1M,pi=1":                         "pi=1 is for images, mem: and temp:",
+		"null:1M,pi=1":                         "pi=1 is for images and disks of mem: or temp: alone",
 		"mem:1M,overlay=on":                    "overlay=on is for images, not for mem:",
 		"a,overlay=on,readonly":                "readonly does not go with overlay=",
 		"a,size=1M,overlay=f":                  "size=1M does not go with overlay=",
