@@ -332,8 +332,14 @@ func TestEndlessOrphan(t *testing.T) {
 	}
 }
 
+// raceDetector is set in a build with the race detector, which takes memory by itself at any time.
+var raceDetector bool
+
 // TestSmallLimit: limits below the size of the agent hold for the command alone.
 func TestSmallLimit(t *testing.T) {
+	if raceDetector {
+		t.Skip("the race detector ends without memory")
+	}
 	cmd := sh("echo $#; ulimit -v")
 	for range 18 {
 		cmd.Args = append(cmd.Args, text.Name(strings.Repeat("x", 100_000)))
