@@ -41,7 +41,7 @@ func gvm(args []string) (status int) {
 	}
 	defer func() {
 		if r := recover(); r != nil {
-			fmt.Fprintf(printer(os.Stderr), "gvm: a bug in gvm, please report it: %v\n%s", r, debug.Stack())
+			fmt.Fprintf(printer(os.Stderr), "gvm: "+bugReport+"%v\n%s", r, debug.Stack())
 			status = bug
 		}
 	}()
@@ -52,17 +52,20 @@ func gvm(args []string) (status int) {
 		}
 	})()
 	defer func() {
-		if p := panicked.Load(); p != nil && (bug == exitUntested || status != exitBug) { // else the end told of it
-			reportPanic(p)
-			status = bug
-		}
-	}()
-	defer func() {
 		wait := patience
 		if status < exitTimeout { // no end was requested: a pager may take its time
 			wait = -1
 		}
 		stderr.flush(wait)
+	}()
+	told := false // of the panic, by the end in order
+	defer func() {
+		if p := panicked.Load(); p != nil {
+			status = bug
+			if !told {
+				reportPanic(p)
+			}
+		}
 	}()
 	if len(args) > 1 && (args[1] == "run" || args[1] == "test") {
 		begun = vmm.Begin()
@@ -85,6 +88,7 @@ func gvm(args []string) (status int) {
 		return 0
 	}
 	if s := errorText(err); s != "" { // a command of gvm test says its own reason
+		told = strings.HasPrefix(s, bugReport)
 		stderr.say("gvm: " + s + "\n")
 	}
 	return exitStatus(err)
@@ -94,8 +98,11 @@ func gvm(args []string) (status int) {
 // locked.
 const panicPatience = 3 * time.Second
 
+// bugReport begins the message about a bug of gvm.
+const bugReport = "a bug in gvm, please report it: "
+
 func reportPanic(p *panics.Panic) {
-	stderr.say(text.Lines(fmt.Sprintf("gvm: a bug in gvm, please report it: %v\n%s", p, p.Stack)))
+	stderr.say(text.Lines(fmt.Sprintf("gvm: "+bugReport+"%v\n%s", p, p.Stack)))
 }
 
 // printer returns a writer to the terminal for everything but the guest's console. It escapes text
