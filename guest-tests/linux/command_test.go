@@ -304,8 +304,8 @@ func TestShell(t *testing.T) {
 	p.waitForText("# ")
 	fmt.Fprint(keys, "tty; stty size; echo $((6*7))\r")
 	p.waitForText("\n/dev/pts/0\n24 80\n42\n")
-	fmt.Fprint(keys, "sleep 1000\r")
-	p.waitForText("sleep 1000\n")
+	fmt.Fprint(keys, "sh -c 'echo in front; exec sleep 1000'\r") // a key before that would be the shell's
+	p.waitForText("\nin front\n")
 	fmt.Fprint(keys, "\x03echo after $?\r")
 	p.waitForText("\nafter 130\n")
 	fmt.Fprint(keys, "exit 5\r")
