@@ -11,11 +11,21 @@ import (
 	"gvm/inspect"
 )
 
+// idle returns the state of a unit without tasks: a task leaves, and its answer counts, after Done.
+func idle(u *scsi.Unit) inspect.Node {
+	for {
+		if state := inspect.Group("", u.Inspect()...); state.Get("tasks") == 0 {
+			return state
+		}
+		runtime.Gosched()
+	}
+}
+
 // TestInspect: a unit counts its commands, and shows the last ones.
 func TestInspect(t *testing.T) {
 	target := attach(t, scsi.UnitConfig{Backend: block.NewMem(1 << 20)})
 	u := target.Unit(0)
-	before := inspect.Group("", u.Inspect()...)
+	before := idle(u)
 	count := func(name string) uint64 { n, _ := before.Get(name).(uint64); return n }
 	for range 10 {
 		scsitest.Do(target, 0, cdb16(0x88, 0, 8, 4), nil, 4*512)
@@ -24,9 +34,9 @@ func TestInspect(t *testing.T) {
 	scsitest.Run(target, &scsi.Command{CDB: cdb10(0x2a, 0, 7, 1), Out: [][]byte{make([]byte, 512)}, Taken: taken})
 	scsitest.Do(target, 0, cdb10(0x28, 0, 1<<20, 1), nil, 512)
 	scsitest.Do(target, 0, []byte{0x9e, 0x1f, 15: 0}, nil, 0)
-	n := inspect.Group("", u.Inspect()...)
+	n := idle(u)
 	for path, want := range map[string]any{
-		"commands": count("commands") + 13, "check_conditions": count("check_conditions") + 2, "tasks": 0,
+		"commands": count("commands") + 13, "check_conditions": count("check_conditions") + 2,
 		"data_out_bytes": uint64(512),
 		"last/0/command": "SERVICE ACTION IN(16), service action 1fh", "last/0/lba": nil, "last/0/age": nil,
 		"last/1/command": "READ(10)", "last/1/lba": uint64(1 << 20), "last/1/status": "CHECK CONDITION",
@@ -83,11 +93,7 @@ func TestInspectBusy(t *testing.T) {
 	}
 	close(stop)
 	reads.Wait()
-	for state = inspect.Group("", u.Inspect()...); state.Get("tasks") != 0; { // a task leaves after Done
-		runtime.Gosched()
-		state = inspect.Group("", u.Inspect()...)
-	}
-	if got := state.Get("last/7/status"); got != "GOOD" {
+	if got := idle(u).Get("last/7/status"); got != "GOOD" {
 		t.Errorf("status %v", got)
 	}
 }
