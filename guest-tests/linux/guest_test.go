@@ -1,8 +1,10 @@
 package linux
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -13,6 +15,8 @@ import (
 	"testing"
 
 	"gvm/guest-tests/lab"
+	"gvm/machine"
+	"gvm/vmm/boot"
 )
 
 // guest is a Linux guest whose init is a script.
@@ -90,6 +94,32 @@ func (g guest) run(t testing.TB, args ...string) result {
 	t.Helper()
 	return gvm(t, append(g.build(t), args...)...)
 }
+
+// launch starts the guest with 2 CPUs in a machine of this process. The machine stops at the end of
+// the test, or if it has not ended by itself within patience.
+func (g guest) launch(t testing.TB, s machine.Spec) *machine.Machine {
+	t.Helper()
+	k, err := boot.Open(t.Context(), g.kernel.BZImage)
+	must(t, err)
+	t.Cleanup(func() { k.Close() })
+	initrd, err := boot.OpenFile(t.Context(), g.initramfs(t))
+	must(t, err)
+	t.Cleanup(func() { initrd.Close() })
+	ctx, cancel := context.WithTimeoutCause(context.Background(), patience, errLate)
+	s.CPUs, s.Kernel, s.Initrds, s.CmdLine, s.KernelCache = 2, k, []*boot.File{initrd}, "quiet", cacheHome+"/gvm/kernels"
+	m, err := machine.Start(ctx, s)
+	if err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cancel()
+		<-m.Ended()
+	})
+	return m
+}
+
+var errLate = fmt.Errorf("the machine did not end within %v", patience)
 
 // kernelLog fails the test unless the guest's kernels have shown n logs, and each of their lines
 // matches allowed or one of more.

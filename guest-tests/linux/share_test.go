@@ -2,7 +2,6 @@ package linux
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -18,7 +17,6 @@ import (
 	"gvm/guestmem"
 	"gvm/machine"
 	"gvm/vmm"
-	"gvm/vmm/boot"
 )
 
 // watcher is the console of a guest. It calls when for each line of a script's say, with the words.
@@ -58,9 +56,7 @@ func testShare(t *testing.T, name string) {
 	host, ref := t.TempDir(), t.TempDir()
 	write := func(path, text string) {
 		t.Helper()
-		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o755)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o755)))
 	}
 	for i := range 2000 {
 		write(filepath.Join(host, "tree", fmt.Sprint(i%40), fmt.Sprint(i)), fmt.Sprint("file ", i))
@@ -110,18 +106,6 @@ umount /ro; umount /rw && say unmounted
 klog
 `,
 	}
-	k, err := boot.Open(t.Context(), g.kernel.BZImage)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer k.Close()
-	initrd, err := boot.OpenFile(t.Context(), g.initramfs(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer initrd.Close()
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
 	var m *machine.Machine
 	started := make(chan struct{})
 	console := &watcher{when: func(words string) {
@@ -136,20 +120,16 @@ klog
 			write(filepath.Join(host, "tree", "7", "7"), "another text")
 		case "modified":
 			go func() {
-				if err := errors.Join(m.Pause(ctx), m.Resume()); err != nil {
+				if err := errors.Join(m.Pause(t.Context()), m.Resume()); err != nil {
 					t.Error(err)
 				}
 			}()
 		}
 	}}
-	m, err = machine.Start(ctx, machine.Spec{
-		Memory: guestmem.Config{Size: 512 << 20}, CPUs: 2, Kernel: k, Initrds: []*boot.File{initrd}, CmdLine: "quiet",
-		KernelCache: cacheHome + "/gvm/kernels", Console: machine.Output(console),
+	m = g.launch(t, machine.Spec{
+		Memory: guestmem.Config{Size: 512 << 20}, Console: machine.Output(console),
 		Shares: []fs.Share{{Tag: "rw", Dir: host}, {Tag: "ro", Dir: ref, ReadOnly: true}},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	close(started)
 	out, err := m.Wait()
 	r := result{console: strings.ReplaceAll(console.all.String(), "\r", "")}

@@ -2,7 +2,6 @@ package linux
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -17,7 +16,6 @@ import (
 	"gvm/guestmem"
 	"gvm/machine"
 	"gvm/vmm"
-	"gvm/vmm/boot"
 )
 
 // vsockEcho is what TestVsock does with a running guest/vsockecho.
@@ -61,20 +59,8 @@ func TestVsock(t *testing.T) {
 }
 
 func (e *vsockEcho) boot(g guest, console *bytes.Buffer) {
-	k, err := boot.Open(e.Context(), g.kernel.BZImage)
-	if err != nil {
-		e.Fatal(err)
-	}
-	e.Cleanup(func() { k.Close() })
-	initrd, err := boot.OpenFile(e.Context(), g.initramfs(e))
-	if err != nil {
-		e.Fatal(err)
-	}
-	e.Cleanup(func() { initrd.Close() })
-	ctx, cancel := context.WithCancel(context.Background())
-	e.m, err = machine.Start(ctx, machine.Spec{
-		Memory: guestmem.Config{Size: 256 << 20}, CPUs: 2, Kernel: k, Initrds: []*boot.File{initrd}, CmdLine: "quiet",
-		KernelCache: cacheHome + "/gvm/kernels", Console: machine.Output(console),
+	e.m = g.launch(e, machine.Spec{
+		Memory: guestmem.Config{Size: 256 << 20}, Console: machine.Output(console),
 		Vsock: &vsock.Config{CID: 77, Accept: func(port uint32, c *vsock.Conn) bool {
 			if port == 2000 {
 				e.accepted <- c
@@ -82,12 +68,10 @@ func (e *vsockEcho) boot(g guest, console *bytes.Buffer) {
 			return port == 2000
 		}},
 	})
-	if err != nil {
-		e.Fatal(err)
-	}
 	e.Cleanup(func() {
-		cancel()
-		if out, err := e.m.Wait(); e.Failed() {
+		if e.Failed() {
+			e.m.Stop(errors.New("the test failed"), 0)
+			out, err := e.m.Wait()
 			e.Logf("%v, %v, %v, console:\n%s", out.Ending, out.Err, err, console)
 		}
 	})
