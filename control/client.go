@@ -120,6 +120,12 @@ func (c *Client) Stop(ctx context.Context, s Stop) (Stopped, error) {
 	return ask[Stopped](ctx, c, http.MethodPost, "machine/stop", s)
 }
 
+// Reset starts the guest again.
+func (c *Client) Reset(ctx context.Context) error {
+	_, err := ask[struct{}](ctx, c, http.MethodPost, "machine/reset", nil)
+	return err
+}
+
 // Name returns the machine's name.
 func (c *Client) Name() string { return c.name }
 

@@ -117,6 +117,8 @@ type Machine interface {
 	Resume() error
 	// Stop starts the machine's end. It does not wait for it.
 	Stop(Stop) (Stopped, error)
+	// Reset starts the guest again. It does not wait for that.
+	Reset() error
 	Disks() []Disk
 	AddDisk(context.Context, AddDisk) (Change, error)
 	// RemoveDisk and ResizeDisk take a LUN, a serial number or an absolute path.

@@ -59,6 +59,8 @@ func (f *fake) Stop(s Stop) (Stopped, error) {
 	return Stopped{Asked: s.GraceMS > 0}, f.set(Running, "stopped")
 }
 
+func (f *fake) Reset() error { return f.set(Running, Running) }
+
 func (f *fake) Disks() (list []Disk) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -283,6 +285,24 @@ func exchange(t *testing.T, d Directory, text string) (status int, header http.H
 	return status, header, body
 }
 
+// wantListed: the row of a request has the status of its error.
+func wantListed(t *testing.T, method, path string, status int) {
+	t.Helper()
+	mux, rows := http.NewServeMux(), map[string]route{}
+	for _, row := range routes(newFake()) {
+		mux.HandleFunc(row.method+" "+row.path, http.NotFound)
+		rows[row.method+" "+row.path] = row
+	}
+	r, err := http.NewRequest(method, path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, pattern := mux.Handler(r); pattern != "" && !slices.Contains(slices.Concat(anyRequest, rows[pattern].refuses),
+		status) {
+		t.Errorf("%s answers %d, which its row does not have", pattern, status)
+	}
+}
+
 func TestBadRequests(t *testing.T) {
 	f := newFake()
 	d, _ := serve(t, f)
@@ -324,6 +344,9 @@ func TestBadRequests(t *testing.T) {
 	} {
 		status, header, body := exchange(t, d, fmt.Sprintf("%s %s HTTP/1.1\r\nHost: gvm\r\nContent-Length: %d\r\n\r\n%s",
 			tt.method, tt.path, len(tt.body), tt.body))
+		if status != http.StatusMethodNotAllowed {
+			wantListed(t, tt.method, tt.path, status)
+		}
 		want := fmt.Sprintf("{\"error\":%s}\n", strconv.Quote(tt.want))
 		if status != tt.status || body != want || header.Get("Allow") != tt.allow ||
 			header.Get("Content-Type") != "application/json" {

@@ -10,12 +10,10 @@ import (
 	"log"
 	"net"
 	"net/http"
-	"slices"
 	"strings"
 	"sync"
 	"time"
 
-	"gvm/inspect"
 	"gvm/panics"
 	"gvm/text"
 )
@@ -119,95 +117,30 @@ type endpoint func(*http.Request) (any, error)
 // handler routes the paths and methods of the protocol.
 func (s *Server) handler(m Machine) http.Handler {
 	mux := http.NewServeMux()
-	for path, methods := range map[string]map[string]endpoint{
-		"/v1/machine": {
-			http.MethodGet: func(*http.Request) (any, error) { return m.Info(), nil },
-		},
-		"/v1/machine/pause": {
-			http.MethodPost: func(r *http.Request) (any, error) {
-				if err := body(r, nil); err != nil {
-					return nil, err
-				}
-				return nil, m.Pause(r.Context())
-			},
-		},
-		"/v1/machine/resume": {
-			http.MethodPost: func(r *http.Request) (any, error) {
-				if err := body(r, nil); err != nil {
-					return nil, err
-				}
-				return nil, m.Resume()
-			},
-		},
-		"/v1/machine/stop": {
-			http.MethodPost: func(r *http.Request) (any, error) {
-				var c Stop
-				if err := body(r, &c); err != nil {
-					return nil, err
-				}
-				if c.GraceMS < 0 || c.GraceMS > MaxGrace.Milliseconds() {
-					return nil, Errorf(http.StatusBadRequest, "grace_ms %d: want 0 to %d", c.GraceMS, MaxGrace.Milliseconds())
-				}
-				return m.Stop(c)
-			},
-		},
-		"/v1/disks": {
-			http.MethodGet: func(*http.Request) (any, error) { return append([]Disk{}, m.Disks()...), nil },
-			http.MethodPost: func(r *http.Request) (any, error) {
-				var a AddDisk
-				if err := body(r, &a); err != nil {
-					return nil, err
-				}
-				return m.AddDisk(r.Context(), a)
-			},
-		},
-		"/v1/disks/{id}": {
-			http.MethodDelete: func(r *http.Request) (any, error) {
-				if err := body(r, nil); err != nil {
-					return nil, err
-				}
-				return m.RemoveDisk(r.Context(), r.PathValue("id"))
-			},
-		},
-		"/v1/disks/{id}/resize": {
-			http.MethodPost: func(r *http.Request) (any, error) {
-				var c ResizeDisk
-				if err := body(r, &c); err != nil {
-					return nil, err
-				}
-				return m.ResizeDisk(r.Context(), r.PathValue("id"), c)
-			},
-		},
-		"/v1/inspect/{path...}": {
-			http.MethodGet: func(r *http.Request) (any, error) {
-				n, err := m.Inspect(r.Context(), r.PathValue("path"))
-				if e := (*inspect.PathError)(nil); errors.As(err, &e) {
-					err = Errorf(http.StatusNotFound, "%v", err)
-				}
-				return n, err
-			},
-		},
-	} {
+	paths := map[string][]route{}
+	for _, r := range routes(m) {
+		paths[r.path] = append(paths[r.path], r)
+	}
+	for path, rows := range paths {
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
-			do, ok := methods[r.Method]
-			if !ok {
-				var allow []string
-				for method := range methods {
-					allow = append(allow, method)
+			var allow []string
+			for _, row := range rows {
+				if row.method == r.Method {
+					s.serve(w, r, row.do)
+					return
 				}
-				slices.Sort(allow)
-				w.Header().Set("Allow", strings.Join(allow, ", "))
-				do = func(*http.Request) (any, error) {
-					return nil, Errorf(http.StatusMethodNotAllowed, "%s of %s: want %s",
-						r.Method, r.URL.Path, strings.Join(allow, " or "))
-				}
+				allow = append(allow, row.method)
 			}
-			s.serve(w, r, do)
+			w.Header().Set("Allow", strings.Join(allow, ", "))
+			s.serve(w, r, func(*http.Request) (any, error) {
+				return nil, Errorf(http.StatusMethodNotAllowed, "%s of %s: want %s",
+					r.Method, r.URL.Path, strings.Join(allow, " or "))
+			})
 		})
 	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		s.serve(w, r, func(*http.Request) (any, error) {
-			return nil, Errorf(http.StatusNotFound, "no %s in version 1 of the protocol", r.URL.Path)
+			return nil, Errorf(http.StatusNotFound, "no %s in version %d of the protocol", r.URL.Path, Version)
 		})
 	})
 	return mux

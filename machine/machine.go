@@ -459,6 +459,10 @@ func (m *Machine) Resume() error { return m.pauser.Resume() }
 // at once and returns false. Wait returns when the machine has ended.
 func (m *Machine) Stop(cause error, grace time.Duration) bool { return m.stopper.ask(cause, grace) }
 
+// Reset starts the guest again in place, as a reset button does: also with Rebooting unset, or after a
+// panic. It does not wait for that. The error is vmm.ErrNotRunning between two lives of the guest.
+func (m *Machine) Reset() error { return m.pauser.Reset() }
+
 // Disks describes the machine's disks.
 func (m *Machine) Disks() []control.Disk { return m.disks.List() }
 

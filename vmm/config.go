@@ -129,6 +129,7 @@ type Outcome struct {
 	Left bool
 
 	tripleFault bool
+	restart     bool // GuestReset by Pauser.Reset, after which the machine starts again
 }
 
 // Run builds the machine of cfg and runs it until it ends or ctx is cancelled. It releases
@@ -144,7 +145,7 @@ func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 		}
 		cfg.Prepared = nil // a reboot makes its own
 		out := m.run(ctx)
-		again := out.Ending == GuestReset && cfg.Rebooting
+		again := out.restart || out.Ending == GuestReset && cfg.Rebooting
 		over, err := m.takeDown(ctx, again)
 		if err != nil && out.Err == nil {
 			out = Outcome{Ending: HostFailed, Err: err}
@@ -152,11 +153,13 @@ func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 		if !over && again {
 			out = Outcome{Ending: Stopped, Err: context.Cause(ctx)}
 		}
-		out = m.verdict(out)
+		if !out.restart {
+			out = m.verdict(out)
+		}
 		if out.Left = !over; out.Left {
 			return out, nil
 		}
-		if out.Ending != GuestReset || !cfg.Rebooting {
+		if out.Ending != GuestReset || !again {
 			return out, nil
 		}
 		if ctx.Err() != nil {

@@ -212,6 +212,17 @@ func (p *Pauser) PowerButton() bool {
 	return p.m != nil && p.m.pm.PowerButton()
 }
 
+// Reset resets the machine, as its reset button does. The machine then starts again in place, whatever
+// Config.Rebooting says of a reset by the guest. It returns ErrNotRunning between two lives too.
+func (p *Pauser) Reset() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.m == nil || !p.m.end(Outcome{Ending: GuestReset, restart: true}) {
+		return ErrNotRunning
+	}
+	return nil
+}
+
 // Paused reports whether the machine is paused, or about to be.
 func (p *Pauser) Paused() bool { return p.wanted.Load() }
 

@@ -38,15 +38,19 @@ func (c *shownConsole) waitFor(text string) {
 
 // pausable runs the embedded guest until the test stops it.
 func pausable(t *testing.T, words string, cpus int) (p *Pauser, c *shownConsole, stop func() Outcome) {
+	return pausableBy(t, words, cpus, true)
+}
+
+func pausableBy(t *testing.T, words string, cpus int, rebooting bool) (*Pauser, *shownConsole, func() Outcome) {
 	t.Helper()
-	p, c = &Pauser{}, &shownConsole{wrote: make(chan struct{}, 1)}
+	p, c := &Pauser{}, &shownConsole{wrote: make(chan struct{}, 1)}
 	sys := system(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan Outcome, 1)
 	go func() {
 		out, err := Run(ctx, sys, Config{
 			Memory: guestmem.Config{Size: 64 << 20}, CPUs: cpus, Kernel: embeddedKernel(t), CmdLine: words,
-			Devices: []virtio.Device{rng.New()}, Console: c, Rebooting: true, Pauser: p,
+			Devices: []virtio.Device{rng.New()}, Console: c, Rebooting: rebooting, Pauser: p,
 		})
 		if err != nil {
 			t.Error(err)
@@ -129,6 +133,42 @@ func TestPauseOverResets(t *testing.T) {
 	}
 	if out := stop(); out.Ending != Stopped {
 		t.Errorf("%s, %v", out.Ending, out.Err)
+	}
+}
+
+// TestReset: the host resets a machine whose own reset would end it, also while it is paused and after
+// its guest panicked.
+func TestReset(t *testing.T) {
+	lives := func(c *shownConsole, n int, text string) {
+		for has := 0; has < n; {
+			<-c.wrote
+			c.mu.Lock()
+			has = strings.Count(c.out.String(), text)
+			c.mu.Unlock()
+		}
+	}
+	for words, text := range map[string]string{"spin": "spinning", "crash=panic": "event next"} {
+		p, c, stop := pausableBy(t, words, 2, false)
+		lives(c, 1, text)
+		if err := p.Reset(); err != nil {
+			t.Fatalf("%s: %v", words, err)
+		}
+		lives(c, 2, text)
+		if err := p.Pause(t.Context()); err != nil {
+			t.Fatalf("%s: %v", words, err)
+		}
+		if err := p.Reset(); err != nil || !p.Paused() {
+			t.Fatalf("%s: paused: %v", words, err)
+		}
+		for p.Resume() == ErrNotRunning {
+		}
+		lives(c, 3, text)
+		if out := stop(); out.Ending != Stopped && out.Ending != GuestPanic {
+			t.Errorf("%s: %s, %v", words, out.Ending, out.Err)
+		}
+		if err := p.Reset(); err != ErrNotRunning {
+			t.Errorf("%s: after the end: %v", words, err)
+		}
 	}
 }
 

@@ -33,14 +33,15 @@ func (l *lifecycle) init() {
 	l.life, l.endLife = context.WithCancel(context.Background())
 }
 
-// end sets the outcome unless there is one. It does not wait.
-func (l *lifecycle) end(o Outcome) {
+// end sets the outcome unless there is one, and reports whether it did. It does not wait.
+func (l *lifecycle) end(o Outcome) (set bool) {
 	l.once.Do(func() {
-		l.outcome = o
+		l.outcome, set = o, true
 		l.stop.Store(true)
 		close(l.ended)
 		l.endLife()
 	})
+	return set
 }
 
 // check ends the machine for an error of the host that no caller can handle.

@@ -60,6 +60,9 @@ func (r *remote) Stop(s control.Stop) (control.Stopped, error) {
 	return control.Stopped{Asked: r.Machine.Stop(cause, time.Duration(s.GraceMS)*time.Millisecond)}, nil
 }
 
+// Reset implements gvm reset.
+func (r *remote) Reset() error { return r.pauseError(r.Machine.Reset()) }
+
 // Inspect implements gvm inspect.
 func (r *remote) Inspect(ctx context.Context, path string) (inspect.Node, error) {
 	n, err := r.Machine.Inspect(ctx, path)

@@ -16,8 +16,9 @@ import (
 
 func listCommand() *cli.Command {
 	return &cli.Command{
-		Name:  "list",
-		Usage: "show the machines that run",
+		Name:    "list",
+		Aliases: []string{"ps"},
+		Usage:   "show the machines that run",
 		Description: `Machines of this user, by the names that gvm run --name gave them.
 
 EXAMPLES

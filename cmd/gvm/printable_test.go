@@ -196,6 +196,7 @@ type evilMachine struct{}
 func (evilMachine) Stop(control.Stop) (control.Stopped, error) { return control.Stopped{}, nil }
 func (evilMachine) Pause(context.Context) error                { return errors.New(evil) }
 func (evilMachine) Resume() error                              { return errors.New(evil) }
+func (evilMachine) Reset() error                               { return nil }
 func (evilMachine) Info() control.Info {
 	return control.Info{Name: evil, GVM: evil, Kernel: evil, State: evil}
 }
