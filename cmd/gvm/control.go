@@ -103,6 +103,11 @@ func (r *remote) AddDisk(ctx context.Context, a control.AddDisk) (control.Change
 		}
 		*path = filepath.Join(string(a.Dir), *path)
 	}
+	if d.Waits() {
+		if _, err := boundWaits("a disk takes", 0, 1, []*disk.Spec{&d}, nil, thisHost()); err != nil {
+			return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: %v", d.Name(), err)
+		}
+	}
 	return r.Machine.AddDisk(ctx, d)
 }
 

@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/devices/block"
+	"gvm/devices/scsi"
 	"gvm/guestmem"
 	"gvm/kvmapi"
 	"gvm/machine/disk"
@@ -202,8 +203,8 @@ func doctorMemory(line func(kind, format string, args ...any)) {
 	const many = 512
 	for _, l := range h.threadLimits(many) {
 		if l.bytes < many {
-			line("note", "%s leaves %d threads: a guest has one for each CPU and request queue, and gvm some %d more",
-				l.what, l.bytes, ownThreads())
+			line("note", "%s leaves %d threads: a guest has one for each CPU and request queue, a disk up to %d, and gvm some "+
+				"%d more", l.what, l.bytes, scsi.MaxWaiting, ownThreads())
 		}
 	}
 	switch _, err := os.Stat("/sys/kernel/mm/hugepages/hugepages-2048kB"); {

@@ -13,7 +13,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/scsi"
+	"gvm/devices/virtio/fs"
 	"gvm/guestmem"
+	"gvm/machine"
+	"gvm/machine/disk"
 	"gvm/text"
 )
 
@@ -113,21 +117,59 @@ func checkDiskMemory(c guestmem.Config, disks uint64, h hostLimits) (note string
 	return note, nil
 }
 
-// ownThreads returns the number of gvm's threads besides those of CPUs and request queues: the Go
-// runtime's, and some that wait for storage.
+// ownThreads returns the number of gvm's threads besides those of CPUs and request queues, and
+// besides those that wait for storage: mostly the Go runtime's.
 func ownThreads() int { return 8 + runtime.GOMAXPROCS(0) + spareProcs }
 
-// checkThreads refuses more CPUs and queues than the host has threads for. The Go runtime crashes
-// if it cannot create a thread.
-func checkThreads(cpus, queues int, h hostLimits) error {
-	need := uint64(cpus + queues + ownThreads())
-	for _, l := range h.threadLimits(need) {
-		if need > l.bytes {
-			return fmt.Errorf("%d CPUs and %d request queues take some %d threads: %s leaves %d; raise it, "+
-				"or give fewer", cpus, queues, need, l.what, l.bytes)
+// Threads of a disk or share. It has them only while storage is slow, so a host that lacks them
+// gets fewer requests at a time.
+const (
+	leastWaits   = 4 // requests that wait: one that waits for a lock of another must not be alone
+	besidesWaits = 3 // a disk's flush of answered commands, SANITIZE, and saved reservations
+)
+
+// checkThreads refuses more CPUs, queues, disks and shares than the host has threads for, in a number
+// of machines. The Go runtime crashes if it cannot create a thread. Where disks and shares cannot
+// have all threads that slow storage could keep, it bounds their requests, and returns a note.
+func checkThreads(spec *machine.Spec, machines int, h hostLimits) (note string, err error) {
+	cpus, queues := machines*spec.CPUs, machines*spec.RequestQueues()
+	what := fmt.Sprintf("%d CPUs and %d request queues take", cpus, queues)
+	var disks []*disk.Spec
+	for i := range spec.Disks {
+		if d := &spec.Disks[i]; d.Waits() {
+			disks = append(disks, d)
 		}
 	}
-	return nil
+	if stores := machines * (len(disks) + len(spec.Shares)); stores > 0 {
+		what = fmt.Sprintf("%d CPUs, %d request queues, and %d disks and shares take", cpus, queues, stores)
+	}
+	return boundWaits(what, cpus+queues+ownThreads(), machines, disks, spec.Shares, h)
+}
+
+// boundWaits is checkThreads for base threads besides those of disks and shares.
+func boundWaits(what string, base, machines int, disks []*disk.Spec, shares []fs.Share, h hostLimits) (string, error) {
+	stores := machines * (len(disks) + len(shares))
+	need := uint64(base + stores*(leastWaits+besidesWaits))
+	all := uint64(base + machines*(len(disks)*(scsi.MaxWaiting+besidesWaits)+len(shares)*(fs.MaxRequests+besidesWaits)))
+	note, least := "", all
+	for _, l := range h.threadLimits(all) {
+		switch {
+		case need > l.bytes:
+			return "", fmt.Errorf("%s some %d threads: %s leaves %d; raise it, or give fewer", what, need, l.what, l.bytes)
+		case l.bytes < least:
+			least = l.bytes
+			each := (int(least)-base)/stores - besidesWaits
+			for _, d := range disks {
+				d.Waiting = min(each, scsi.MaxWaiting)
+			}
+			for i := range shares {
+				shares[i].Requests = min(each, fs.MaxRequests)
+			}
+			note = fmt.Sprintf("%s leaves %d threads: a disk or share waits for slow storage with %d at a time; "+
+				"raise it for up to %d", l.what, l.bytes, each, scsi.MaxWaiting)
+		}
+	}
+	return note, nil
 }
 
 // threadLimits returns the limits for this process's threads. One that leaves need or more may leave

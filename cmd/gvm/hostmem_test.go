@@ -5,13 +5,18 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"gvm/control"
+	"gvm/devices/virtio/fs"
 	"gvm/guestmem"
+	"gvm/machine"
+	"gvm/machine/disk"
 )
 
 // fakeHost makes the files of a host with 8 GiB. A name that ends with / is a directory without a
@@ -335,12 +340,12 @@ func TestCheckThreads(t *testing.T) {
 	} {
 		h := fakeHost(t, tt.rlimits, tt.files)
 		fits := 40 - ownThreads()
-		if err := checkThreads(fits, 0, h); err != nil {
-			t.Errorf("%s: %v", tt.name, err)
+		if note, err := checkThreads(&machine.Spec{CPUs: fits - 1, Queues: 1}, 1, h); err != nil || note != "" {
+			t.Errorf("%s: %s, %v", tt.name, note, err)
 		}
 		want := fmt.Sprintf("%d CPUs and 1 request queues take some 41 threads: %s leaves 40; raise it, or give fewer",
 			fits, tt.want)
-		switch err := checkThreads(fits, 1, h); {
+		switch _, err := checkThreads(&machine.Spec{CPUs: fits, Queues: 1}, 1, h); {
 		case tt.want == "" && err != nil:
 			t.Errorf("%s: %v", tt.name, err)
 		case tt.want != "" && (err == nil || err.Error() != want):
@@ -349,8 +354,80 @@ func TestCheckThreads(t *testing.T) {
 	}
 	// root of a user namespace that has its own ID is the user outside of it.
 	files := user(root, own)
-	if err := checkThreads(100, 0, fakeHost(t, nproc, files)); err == nil || !strings.Contains(err.Error(), ulimit) {
+	h := fakeHost(t, nproc, files)
+	if _, err := checkThreads(&machine.Spec{CPUs: 100}, 1, h); err == nil || !strings.Contains(err.Error(), ulimit) {
 		t.Errorf("root of a user namespace: %v, want %s", err, ulimit)
+	}
+}
+
+// TestCheckThreadsOfStorage: disks and shares get as many threads for slow storage as the host has
+// for them. A machine is refused only without the least.
+func TestCheckThreadsOfStorage(t *testing.T) {
+	own := 2 + ownThreads() // a CPU and a queue
+	group := func(left int) hostLimits {
+		return fakeHost(t, nil, map[string]string{"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
+			"sys/fs/cgroup/a/pids.max": strconv.Itoa(left)})
+	}
+	for _, tt := range []struct {
+		name            string
+		left            int // threads, besides own
+		disks           []string
+		shares, jobs    int
+		waits, requests int // of a disk and of a share; 0: as many as they take
+		want            string
+	}{
+		{"a disk", 67, []string{"a.img"}, 0, 1, 0, 0, ""},
+		{"a disk with less", 66, []string{"a.img"}, 0, 1, 63, 0, "a disk or share waits for slow storage with 63 at a time"},
+		{"a disk with the least", 7, []string{"a.img"}, 0, 1, 4, 0, "with 4 at a time; raise it for up to 64"},
+		{"too few for a disk", 6, []string{"a.img"}, 0, 1, 0, 0,
+			fmt.Sprintf("1 CPUs, 1 request queues, and 1 disks and shares take some %d threads: pids.max of "+
+				"cgroup /a, which is %d, leaves %d; raise it, or give fewer", own+7, own+6, own+6)},
+		{"a share", 35, nil, 1, 1, 0, 0, ""},
+		{"a share with less", 34, nil, 1, 1, 0, 31, "with 31 at a time"},
+		{"too few for a share", 6, nil, 1, 1, 0, 0, "1 disks and shares take"},
+		{"each its part", 3 * 53, []string{"a.img", "temp:1M"}, 1, 1, 50, 32, "with 50 at a time"},
+		{"the last one's part", 3*53 - 1, []string{"a.img", "temp:1M"}, 1, 1, 49, 32, "with 49 at a time"},
+		{"machines", 2 + 4*9, []string{"a.img"}, 1, 2, 6, 6, "with 6 at a time"},
+		{"disks that never wait", 0, []string{"mem:1M", "null:1M", "a.img,backend=vhost"}, 0, 1, 0, 0, ""},
+	} {
+		spec := &machine.Spec{CPUs: 1, Shares: make([]fs.Share, tt.shares)}
+		for _, s := range tt.disks {
+			d, err := disk.Parse(s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			spec.Disks = append(spec.Disks, d)
+		}
+		note, err := checkThreads(spec, tt.jobs, group(own+tt.left))
+		said := note + fmt.Sprint(err)
+		if !strings.Contains(said, tt.want) || tt.want == "" && said != "<nil>" {
+			t.Errorf("%s: %q, %v, want %q", tt.name, note, err, tt.want)
+		}
+		for _, d := range spec.Disks {
+			if d.Waiting != tt.waits {
+				t.Errorf("%s: the disk %s waits with %d, want %d", tt.name, d.Path, d.Waiting, tt.waits)
+			}
+		}
+		for _, s := range spec.Shares {
+			if s.Requests != tt.requests {
+				t.Errorf("%s: a share serves %d, want %d", tt.name, s.Requests, tt.requests)
+			}
+		}
+	}
+}
+
+// TestAddDiskAsksLimits: a disk that is added to a running machine needs threads as well.
+func TestAddDiskAsksLimits(t *testing.T) {
+	was := thisHost
+	defer func() { thisHost = was }()
+	host := fakeHost(t, nil, map[string]string{"proc/self/cgroup": "0::/a", "proc/self/mountinfo": mountV2,
+		"sys/fs/cgroup/a/pids.max": "60", "sys/fs/cgroup/a/pids.current": "54"})
+	thisHost = func() hostLimits { return host }
+	_, err := (&remote{}).AddDisk(t.Context(), control.AddDisk{Disk: "/a.img"})
+	const want = "--disk /a.img: a disk takes some 7 threads: pids.max of cgroup /a, which is 60, leaves 6; raise it, " +
+		"or give fewer"
+	if err == nil || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
 	}
 }
 
@@ -389,6 +466,8 @@ func TestRunAsksLimits(t *testing.T) {
 	}{
 		{v2("pids.max", "60"), "--cpus 80", "pids.max of cgroup /a, which is 60, leaves 60; raise it, or give fewer"},
 		{v2("pids.max", "60"), "--queues 60", "pids.max of cgroup /a, which is 60, leaves 60; raise it, or give fewer"},
+		{v2("pids.max", "60"), "--disk temp:1M --disk temp:1M --disk temp:1M --disk temp:1M --disk temp:1M --disk temp:1M " +
+			"--disk temp:1M", "1 CPUs, 1 request queues, and 7 disks and shares take some "},
 		{v2("memory.max", "134217728"), "--memory 512M", "--memory 512M: memory.max of cgroup /a is 128 MiB"},
 	} {
 		host := fakeHost(t, nil, tt.files)

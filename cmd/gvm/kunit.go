@@ -99,7 +99,7 @@ func parseKunit(c *cli.Context) (rc runConfig, err error) {
 	if rc.memoryNote, err = checkMemory(spec.Memory, true, host); err != nil {
 		return rc, fmt.Errorf("--memory %s: %w", c.String("memory"), err)
 	}
-	if err := checkThreads(spec.CPUs, spec.RequestQueues(), host); err != nil {
+	if rc.threadNote, err = checkThreads(spec, 1, host); err != nil {
 		return rc, err
 	}
 	if err := rc.findKernel(); err != nil {

@@ -39,6 +39,7 @@ type runConfig struct {
 	kernel     string // as kernel.Finder takes it; "": the embedded guest
 	initrds    []string
 	memoryNote string // a note about the memory
+	threadNote string // a note about the threads
 	kernelNote string // a note about a kernel found in a tree
 	timeout    time.Duration
 	grace      time.Duration // the guest's time to power off when gvm is asked to end
@@ -255,7 +256,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		}
 		spec.Shares = append(spec.Shares, share)
 	}
-	if err := checkThreads(spec.CPUs, spec.RequestQueues(), host); err != nil {
+	if rc.threadNote, err = checkThreads(spec, 1, host); err != nil {
 		return rc, err
 	}
 	if rc.kernel == "" {
@@ -358,7 +359,7 @@ func run(rc runConfig) (err error) {
 			func() { stop(endError{exitTimeout, timeoutError(rc.timeout)}) }))
 		defer timer.Stop()
 	}
-	for _, s := range []string{rc.kernelNote, rc.memoryNote} {
+	for _, s := range []string{rc.kernelNote, rc.memoryNote, rc.threadNote} {
 		if s != "" {
 			note(s)
 		}

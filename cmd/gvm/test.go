@@ -238,9 +238,6 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		}
 		spec.Disks = append(spec.Disks, t.scratch...)
 	}
-	if err := checkThreads(spec.CPUs, spec.RequestQueues(), host); err != nil {
-		return nil, err
-	}
 	if slices.Contains(t.modules, "") {
 		return nil, errors.New("--module: the name is empty")
 	}
@@ -257,6 +254,9 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		return nil, fmt.Errorf("--cwd %s: want an absolute path, of a directory in the guest", t.cwd)
 	}
 	if err := t.parseShares(c.String("root"), wordsOf(c, "rw"), wordsOf(c, "ro")); err != nil {
+		return nil, err
+	}
+	if t.threadNote, err = checkThreads(spec, 1, host); err != nil {
 		return nil, err
 	}
 	if t.root != "" && t.root != "/" && !given("cwd") {
@@ -489,10 +489,17 @@ func (t *testConfig) run() *testrun.Result {
 	defer stop(nil)
 	signals := &testSignals{stop: stop, grace: t.grace}
 	defer catchSignals(ctx, signals.take)()
-	if t.memoryNote != "" {
-		t.note(t.memoryNote)
-	}
+	t.hostNotes(t.note)
 	return t.runMachine(ctx, stop, signals.begin)
+}
+
+// hostNotes prints the notes about the host's limits.
+func (t *testConfig) hostNotes(note func(string)) {
+	for _, s := range []string{t.memoryNote, t.threadNote} {
+		if s != "" {
+			note(s)
+		}
+	}
 }
 
 // runMachine runs the test in a machine that Begin has begun, and closes it. begun takes the run.

@@ -162,7 +162,9 @@ func (m *matrixConfig) setJobs(t *testConfig) error {
 		m.jobs = min(runtime.NumCPU()/t.spec.CPUs, int(free/t.spec.Memory.Size))
 	}
 	m.jobs = min(max(1, m.jobs), matrix.MaxCells)
-	return checkThreads(m.jobs*t.spec.CPUs, m.jobs*t.spec.RequestQueues(), h)
+	var err error
+	t.threadNote, err = checkThreads(&t.spec, m.jobs, h)
+	return err
 }
 
 // testMatrix runs the matrix and prints its table.
@@ -179,9 +181,7 @@ func (t *testConfig) testMatrix(w io.Writer) error {
 	if err != nil {
 		return fail(err)
 	}
-	if t.memoryNote != "" {
-		note(t.memoryNote)
-	}
+	t.hostNotes(note)
 	made, err := m.makeDir()
 	if err != nil {
 		return fail(err)
@@ -262,6 +262,9 @@ func (t *testConfig) attempt(ctx context.Context, c matrix.Cell, n int, p *progr
 		res = testrun.Untested(err)
 	} else {
 		cell.spec.Disks = append(cell.spec.Disks, t.scratch...)
+		for i := range cell.spec.Disks {
+			cell.spec.Disks[i].Waiting = t.spec.Disks[i].Waiting
+		}
 		cell.spec.Begin(vmm.Begin())
 		res = cell.runMachine(ctx, nil, func(*testrun.Run) {})
 	}

@@ -15,16 +15,22 @@ import (
 // for it: Submit returns, commands that need no storage are answered meanwhile, and
 // those that have not begun can be aborted.
 func TestSubmitWaitsForNothing(t *testing.T) {
+	for waiting, most := range map[int]int{0: scsi.MaxWaiting, 2: 2} {
+		submitToHanging(t, waiting, uint64(most))
+	}
+}
+
+func submitToHanging(t *testing.T, waiting int, most uint64) {
 	synctest.Test(t, func(t *testing.T) {
-		const most, more = 64, 6
+		const more = 6
 		hang := make(chan struct{})
 		var begun atomic.Int32
 		target := attach(t, scsi.UnitConfig{Backend: &scsitest.Recorder{
 			Backend: block.NewFaulty(block.NewMem(blocks*blockSize), block.Fault{Op: block.OpRead, Hang: hang}),
 			OnCall:  func(string) { begun.Add(1) },
-		}})
+		}, Waiting: waiting})
 		var good, aborted atomic.Int32
-		for tag := range uint64(most + more) {
+		for tag := range most + more {
 			target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), Tag: tag, In: [][]byte{make([]byte, blockSize)},
 				Done: func(r scsi.Result) {
 					switch {
@@ -36,7 +42,7 @@ func TestSubmitWaitsForNothing(t *testing.T) {
 				}})
 			synctest.Wait()
 		}
-		if n := begun.Load(); n != most {
+		if n := uint64(begun.Load()); n != most {
 			t.Errorf("%d commands wait for the storage, want %d", n, most)
 		}
 		answered := false
@@ -49,7 +55,7 @@ func TestSubmitWaitsForNothing(t *testing.T) {
 		}
 		close(hang)
 		synctest.Wait()
-		if good.Load() != most+more-1 || begun.Load() != most+more-1 {
+		if n := int32(most + more - 1); good.Load() != n || begun.Load() != n {
 			t.Errorf("%d commands used the storage, %d ended well", begun.Load(), good.Load())
 		}
 	})

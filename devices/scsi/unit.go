@@ -1,6 +1,7 @@
 package scsi
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -51,6 +52,9 @@ type UnitConfig struct {
 	// IOPS limits commands that use the medium, and Bandwidth the bytes that they move. A waiting
 	// command does not delay its queue.
 	IOPS, Bandwidth block.Limit
+	// Waiting bounds the commands that wait for the medium at the same time, each of which may keep a
+	// thread; 0: MaxWaiting. More wait for them, without a thread.
+	Waiting int
 	// Reservations keeps persistent reservations over a loss of power, for
 	// initiators that ask for it (APTPL). nil: they cannot.
 	Reservations ReservationKeeper
@@ -106,9 +110,9 @@ type Unit struct {
 	set taskSet
 }
 
-// maxWaiting bounds the commands of a unit that wait for its medium at the same time: more do not
+// MaxWaiting bounds the commands of a unit that wait for its medium at the same time: more do not
 // make storage faster.
-const maxWaiting = 64
+const MaxWaiting = 64
 
 const (
 	maxTransfer     = 65536   // MAXIMUM TRANSFER LENGTH, blocks
@@ -133,6 +137,9 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 	}
 	if e := cfg.PhysicalBlockExponent; e < 0 || e > 15 {
 		return nil, fmt.Errorf("scsi unit: physical block exponent %d: want 0 to 15", e)
+	}
+	if cfg.Waiting < 0 || cfg.Waiting > MaxWaiting {
+		return nil, fmt.Errorf("scsi unit: %d commands that wait: want 0 to %d", cfg.Waiting, MaxWaiting)
 	}
 	if cfg.Cache > Unsafe {
 		return nil, fmt.Errorf("scsi unit: unknown cache mode %d", cfg.Cache)
@@ -186,7 +193,7 @@ func NewUnit(cfg UnitConfig) (*Unit, error) {
 }
 
 func (u *Unit) init() {
-	u.slots = make(chan struct{}, maxWaiting)
+	u.slots = make(chan struct{}, cmp.Or(u.cfg.Waiting, MaxWaiting))
 	u.set.init()
 }
 

@@ -256,7 +256,8 @@ func (s *Spec) unit(b block.Backend) scsi.UnitConfig {
 	}
 	physical := max(s.Physical/max(s.BlockSize, 1), 1)
 	return scsi.UnitConfig{Backend: b, Serial: serial, ReadOnly: s.ReadOnly, BlockSize: s.BlockSize, Cache: s.Cache,
-		PhysicalBlockExponent: bits.TrailingZeros(uint(physical)), IOPS: s.IOPS, Bandwidth: s.BPS}
+		PhysicalBlockExponent: bits.TrailingZeros(uint(physical)), IOPS: s.IOPS, Bandwidth: s.BPS,
+		Waiting: s.Waiting}
 }
 
 // Attach makes the disk a unit of gvm's own target.

@@ -34,6 +34,7 @@ type Spec struct {
 	PI        bool  // protection information
 	OnError   ErrorPolicy
 	IOPS, BPS block.Limit
+	Waiting   int // scsi.UnitConfig.Waiting, which is no option of the user's
 }
 
 // Name returns the disk's name in messages.
@@ -42,6 +43,11 @@ func (s *Spec) Name() string {
 		return "wwn=" + s.WWN
 	}
 	return s.Path
+}
+
+// Waits reports whether commands wait for the host's storage in threads of this process.
+func (s *Spec) Waits() bool {
+	return s.Backend != Vhost && (s.Storage == Image || s.Storage == Temporary)
 }
 
 // Storage is the kind of storage that holds a disk.

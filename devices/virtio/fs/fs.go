@@ -3,6 +3,7 @@
 package fs
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -18,8 +19,9 @@ import (
 const (
 	maxTag    = 36 // bytes of struct virtio_fs_config's tag (5.11.4)
 	queueSize = 256
-	// maxRequests bounds the requests that the host serves at a time. More wait in the queue.
-	maxRequests = 32
+	// MaxRequests bounds the requests of a share that the host serves at a time, each of which may
+	// keep a thread. More wait in the queue.
+	MaxRequests = 32
 )
 
 // Share is a directory of the host with the name by which the guest mounts it.
@@ -30,6 +32,7 @@ type Share struct {
 	Root     bool          // hostfs.Config.Root
 	Valid    time.Duration // hostfs.Config.Valid
 	Files    int           // hostfs.Config.Files
+	Requests int           // bounds the requests that the host serves at a time; 0: MaxRequests
 }
 
 // CheckTag checks a tag.
@@ -59,7 +62,7 @@ func New(s Share) (*Device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("share %s: %w", s.Tag, err)
 	}
-	return &Device{share: s, tree: tree, slots: make(chan struct{}, maxRequests)}, nil
+	return &Device{share: s, tree: tree, slots: make(chan struct{}, cmp.Or(s.Requests, MaxRequests))}, nil
 }
 
 // closePatience bounds the wait of Close for the host, which flushes files that the guest has open.

@@ -85,7 +85,7 @@ func TestStopAndContinue(t *testing.T) {
 		virtiotest.StopAndContinue(t, d, guestmem.Heap(0, 2*virtiotest.QueueSpan), virtiotest.Load{
 			Rounds: rounds, Features: features,
 			Slots: func(queue int, d *virtqtest.Driver) (slots []virtiotest.Slot) {
-				for range 2 * maxRequests * (queue + 1) / 2 {
+				for range 2 * MaxRequests * (queue + 1) / 2 {
 					slots = append(slots, &lookup{d: d, addr: d.Alloc(256), forget: queue == 0})
 				}
 				return slots
