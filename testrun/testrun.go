@@ -30,8 +30,8 @@ import (
 // Config describes a run.
 type Config struct {
 	// Spec is the machine, with its kernel and the agent's initramfs. Start sets Console, Status and
-	// the devices of the rungs, and calls Phase at the agent's hello and at the command's start and
-	// end too.
+	// the devices of the rungs, and calls Phase at the agent's hello, at the command's start and end
+	// and at the guest's end too.
 	Spec  machine.Spec
 	Build string // of the agent: see wire.BuildID
 	Rungs []Rung // ways to the agent; nil: all
@@ -268,6 +268,7 @@ const hungPatience = time.Second
 func (r *Run) finish(over context.Context, listeners []*listener) {
 	<-r.machine.Ended()
 	r.mark(&r.times.Ended)
+	r.phase("the guest's end")
 	out, err := r.machine.Wait()
 	for _, l := range listeners {
 		l.close()

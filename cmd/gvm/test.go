@@ -582,6 +582,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 		return untested(err)
 	}
 	defer closeStreams()
+	t.timing.phase("kernel, command, agent")
 	run, err := testrun.Start(ctx, cfg)
 	if err != nil {
 		return untested(err)
