@@ -22,6 +22,7 @@ var may = []struct{ pkg, imports string }{
 	{"kvmapi/tracefs", ""},
 	{"kvmapi/...", "kvmapi/eventfd"},
 	{"guestmem", ""},
+	{"gdbstub", ""},
 	{"inspect", "text"},
 	{"vmm/bus", ""},
 	{"vmm/acpi", "devices/acpipm devices/pvpanic devices/rtc devices/serial"},
