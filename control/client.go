@@ -166,6 +166,12 @@ func segment(id string) string { return strings.ReplaceAll(url.PathEscape(id), "
 
 // ask makes a request. The error is an *Error if the machine refused it.
 func ask[T any](ctx context.Context, c *Client, method, path string, body any) (answer T, err error) {
+	err = c.ask(ctx, method, path, body, &answer)
+	return answer, err
+}
+
+// ask is the function ask, once for all types of answers.
+func (c *Client) ask(ctx context.Context, method, path string, body, answer any) (err error) {
 	limit := changeTimeout
 	if method == http.MethodGet {
 		limit = askTimeout
@@ -182,34 +188,34 @@ func ask[T any](ctx context.Context, c *Client, method, path string, body any) (
 	if body != nil {
 		b, err := json.Marshal(body)
 		if err != nil {
-			return answer, err
+			return err
 		}
 		content = bytes.NewReader(b)
 	}
 	r, err := http.NewRequestWithContext(ctx, method, "http://gvm/v1/"+path, content)
 	if err != nil {
-		return answer, err
+		return err
 	}
 	resp, err := c.http.Do(r)
 	if err != nil {
 		if e := (*url.Error)(nil); errors.As(err, &e) {
 			err = e.Err // without the URL, which does not help
 		}
-		return answer, fmt.Errorf("machine %s does not answer: %w", c.name, err)
+		return fmt.Errorf("machine %s does not answer: %w", c.name, err)
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
-		return answer, fmt.Errorf("machine %s stops in the middle of an answer: %w", c.name, err)
+		return fmt.Errorf("machine %s stops in the middle of an answer: %w", c.name, err)
 	}
 	switch resp.StatusCode {
 	case http.StatusNoContent:
-		return answer, nil
+		return nil
 	case http.StatusOK:
-		if err := json.Unmarshal(b, &answer); err != nil {
-			return answer, fmt.Errorf("machine %s sends an answer that this gvm does not understand: %w", c.name, err)
+		if err := json.Unmarshal(b, answer); err != nil {
+			return fmt.Errorf("machine %s sends an answer that this gvm does not understand: %w", c.name, err)
 		}
-		return answer, nil
+		return nil
 	}
 	var e struct {
 		Error text.Name `json:"error"`
@@ -217,5 +223,5 @@ func ask[T any](ctx context.Context, c *Client, method, path string, body any) (
 	if json.Unmarshal(b, &e) != nil || e.Error == "" {
 		e.Error = text.Name(resp.Status)
 	}
-	return answer, &Error{resp.StatusCode, string(e.Error)}
+	return &Error{resp.StatusCode, string(e.Error)}
 }
