@@ -51,6 +51,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/virtio/ringbench", "devices/scsi/trace devices/virtio devices/virtio/virtqtest kvmapi/eventfd guestmem"},
 	{"devices/virtio/vhostscsi", "devices/virtio devices/virtio/virtq kvmapi/vhost kvmapi/eventfd guestmem inspect"},
 	{"devices/virtio/rng", "devices/virtio devices/virtio/virtq guestmem inspect"},
+	{"devices/virtio/balloon", "devices/virtio devices/virtio/virtq guestmem inspect"},
 	{"devices/virtio/console", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio/vsock", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio/fs/hostfs", "devices/iovec"},

@@ -149,6 +149,16 @@ func (c *Client) ResizeDisk(ctx context.Context, id string, r ResizeDisk) (Chang
 	return ask[Change](ctx, c, http.MethodPost, "disks/"+segment(id)+"/resize", r)
 }
 
+// Balloon returns the state of the balloon.
+func (c *Client) Balloon(ctx context.Context) (Balloon, error) {
+	return ask[Balloon](ctx, c, http.MethodGet, "balloon", nil)
+}
+
+// ResizeBalloon asks the guest for a balloon of another size.
+func (c *Client) ResizeBalloon(ctx context.Context, r ResizeBalloon) (Balloon, error) {
+	return ask[Balloon](ctx, c, http.MethodPost, "balloon", r)
+}
+
 // Inspect returns the machine's state at a path, "" for all. Values are strings, json.Numbers and
 // bools.
 func (c *Client) Inspect(ctx context.Context, path string) (inspect.Node, error) {

@@ -107,6 +107,20 @@ type Stopped struct {
 	Asked bool `json:"asked"` // the guest has its grace time; else the machine ends now
 }
 
+// ResizeBalloon is the body of POST /v1/balloon.
+type ResizeBalloon struct {
+	Size uint64 `json:"size"` // bytes
+}
+
+// Balloon is the guest's balloon: memory that it has given back to the host.
+type Balloon struct {
+	Size   uint64 `json:"size"`   // bytes that were asked for
+	Actual uint64 `json:"actual"` // bytes that the guest has in it
+	// Stats are the guest's statistics, by the names of virtio 1.3, 5.5.6.4.
+	Stats inspect.Node `json:"stats"`
+	Guest Guest        `json:"guest"` // Told, or Absent: no driver is active
+}
+
 // Machine is the machine behind a Server. Its methods are called from several goroutines. An *Error
 // goes to the client with its status, any other error as a failure of the host. A method returns
 // when its context ends, because the client has gone or the server closes.
@@ -124,6 +138,9 @@ type Machine interface {
 	// RemoveDisk and ResizeDisk take a LUN, a serial number or an absolute path.
 	RemoveDisk(ctx context.Context, id string) (Change, error)
 	ResizeDisk(ctx context.Context, id string, r ResizeDisk) (Change, error)
+	// Balloon describes the balloon, and ResizeBalloon asks the guest for another size.
+	Balloon(context.Context) (Balloon, error)
+	ResizeBalloon(ResizeBalloon) (Balloon, error)
 	// Inspect returns the machine's state at a path, "" for all. An unknown path is an
 	// *inspect.PathError.
 	Inspect(ctx context.Context, path string) (inspect.Node, error)

@@ -28,10 +28,11 @@ import (
 
 // fake is a machine with a list of disks.
 type fake struct {
-	mu     sync.Mutex
-	disks  map[string]Disk // by path
-	state  State
-	adding chan struct{} // AddDisk sends to it and waits for a reply; nil: it does not
+	mu      sync.Mutex
+	disks   map[string]Disk // by path
+	state   State
+	balloon uint64
+	adding  chan struct{} // AddDisk sends to it and waits for a reply; nil: it does not
 }
 
 func newFake() *fake { return &fake{disks: map[string]Disk{}, state: Running} }
@@ -60,6 +61,23 @@ func (f *fake) Stop(s Stop) (Stopped, error) {
 }
 
 func (f *fake) Reset() error { return f.set(Running, Running) }
+
+func (f *fake) Balloon(context.Context) (Balloon, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return Balloon{Size: f.balloon, Actual: 4096,
+		Stats: inspect.Group("stats", inspect.Int("memfree", uint64(1<<63))), Guest: Told}, nil
+}
+
+func (f *fake) ResizeBalloon(r ResizeBalloon) (Balloon, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if r.Size > 1<<30 {
+		return Balloon{}, Errorf(http.StatusBadRequest, "too much")
+	}
+	f.balloon = r.Size
+	return Balloon{Size: f.balloon, Guest: Absent}, nil
+}
 
 func (f *fake) Disks() (list []Disk) {
 	f.mu.Lock()
@@ -331,6 +349,9 @@ func TestBadRequests(t *testing.T) {
 		{"POST", "/v1/disks/0/resize", `{}`, 404, "no disk 0", ""},
 		{"DELETE", "/v1/disks/0", `{"force": true}`, 400, bad + `json: unknown field "force"`, ""},
 		{"DELETE", "/v1/disks/0", `{}`, 404, "no disk 0", ""},
+		{"POST", "/v1/balloon", `{"size": -1}`, 400,
+			bad + "json: cannot unmarshal number -1 into Go struct field ResizeBalloon.size of type uint64", ""},
+		{"POST", "/v1/balloon", `{"size": 2000000000}`, 400, "too much", ""},
 		{"POST", "/v1/machine/pause", `{"why": 1}`, 400, bad + `json: unknown field "why"`, ""},
 		{"POST", "/v1/machine/resume", `1`, 400, bad + "json: cannot unmarshal number into Go value of type struct {}", ""},
 		{"PUT", "/v1/machine", "", 405, "PUT of /v1/machine: want GET", "GET"},

@@ -58,6 +58,10 @@ func routes(m Machine) []route {
 			with(func(r *http.Request, c ResizeDisk) (any, error) {
 				return m.ResizeDisk(r.Context(), r.PathValue("id"), c)
 			})},
+		{"GET", "/v1/balloon", "describes the balloon, with fresh statistics of the guest", nil, Balloon{}, []int{missing},
+			func(r *http.Request) (any, error) { return m.Balloon(r.Context()) }},
+		{"POST", "/v1/balloon", "asks the guest for a balloon of another size", ResizeBalloon{}, Balloon{}, []int{missing},
+			with(func(_ *http.Request, b ResizeBalloon) (any, error) { return m.ResizeBalloon(b) })},
 		{"GET", "/v1/inspect/{path...}", "shows the machine's state at a path, everything without one", nil, inspect.Node{},
 			[]int{missing}, func(r *http.Request) (any, error) {
 				n, err := m.Inspect(r.Context(), r.PathValue("path"))

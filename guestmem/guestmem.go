@@ -6,6 +6,8 @@ package guestmem
 import (
 	"fmt"
 	"sort"
+
+	"golang.org/x/sys/unix"
 )
 
 // Region is one run of guest RAM.
@@ -24,6 +26,7 @@ func (r Region) End() uint64 { return r.Base + uint64(len(r.Bytes)) }
 type Memory struct {
 	regions []Region
 	unmap   func() error
+	advice  int // how Discard gives pages back (madvise(2)); 0: it cannot
 }
 
 // RangeError reports that [Addr, Addr+Len) is not inside one region of RAM.
@@ -107,6 +110,20 @@ func (m *Memory) Write(addr uint64, p []byte) error {
 		return err
 	}
 	copy(b, p)
+	return nil
+}
+
+// Discard gives the whole pages of b, which is a slice of this memory, back to the host. They read as
+// zeros until they are written again, for every process that has them mapped. Pages of Of and of the
+// host's pool of huge pages stay as they are. It fails on memory that is locked.
+func (m *Memory) Discard(b []byte) error {
+	b = wholePages(b)
+	if m.advice == 0 || len(b) == 0 {
+		return nil
+	}
+	if err := unix.Madvise(b, m.advice); err != nil {
+		return fmt.Errorf("give %d KiB of guest memory back: %w", len(b)>>10, err)
+	}
 	return nil
 }
 

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestSliceBounds(t *testing.T) {
@@ -120,6 +122,50 @@ func TestUint16Neighbours(t *testing.T) {
 	wg.Wait()
 	if b[0] != 0xcf || b[1] != 0x07 || b[2] != 0xcf || b[3] != 0x07 {
 		t.Errorf("bytes are % x", b)
+	}
+}
+
+// TestDiscard: only whole pages inside the slice go, and reading them does not bring them back.
+func TestDiscard(t *testing.T) {
+	for _, shared := range []bool{false, true} {
+		m, err := Map(Config{Size: MinSize, Shared: shared})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := m.Regions()[0].Bytes
+		for i := range b {
+			b[i] = 1
+		}
+		before := resident(t)
+		for _, r := range [][2]int{{0, 0}, {5, 5}, {5, 4096}, {4095, 4097}, {1, 8191}, {4 << 20, 12 << 20},
+			{13<<20 - 1, 13<<20 + 4097}, {MinSize - 4096, MinSize}} {
+			if err := m.Discard(b[r[0]:r[1]]); err != nil {
+				t.Errorf("shared %v: %v", shared, err)
+			}
+		}
+		if gone := before - resident(t); gone < 7<<20 {
+			t.Errorf("shared %v: %d KiB went", shared, gone>>10)
+		}
+		for i, v := range b {
+			gone := i >= 4<<20 && i < 12<<20 || i >= 13<<20 && i < 13<<20+4096 || i >= MinSize-4096
+			if (v == 0) != gone {
+				t.Fatalf("shared %v: byte %#x is %d", shared, i, v)
+			}
+		}
+		if err := unix.Mlock(b[:4096]); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Discard(b[:4096]); !errors.Is(err, unix.EINVAL) || b[0] != 1 {
+			t.Errorf("shared %v: locked memory: %v, %d", shared, err, b[0])
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	m := Heap(0, 8192)
+	m.Regions()[0].Bytes[0] = 1
+	if err := m.Discard(m.Regions()[0].Bytes); err != nil || m.Regions()[0].Bytes[0] != 1 {
+		t.Errorf("memory of a test: %v", err)
 	}
 }
 

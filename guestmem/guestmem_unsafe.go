@@ -15,6 +15,20 @@ func heapPages(n int) []byte {
 	return b[off : off+n : off+n]
 }
 
+// wholePages returns the part of b that starts and ends on page boundaries of this process. Regions
+// are page aligned here and in the guest, so that these are pages of the guest.
+func wholePages(b []byte) []byte {
+	if len(b) == 0 {
+		return nil
+	}
+	addr := uintptr(unsafe.Pointer(&b[0])) // only its place in a page is used
+	start, end := int(-addr&(pageSize-1)), len(b)-int((addr+uintptr(len(b)))&(pageSize-1))
+	if start >= end {
+		return nil
+	}
+	return b[start:end]
+}
+
 // word returns the aligned 32-bit word that holds the 16-bit little-endian value at b[0], and the
 // shift of the value in it. The slice must come from Memory (whose regions are page aligned and a
 // multiple of 4 bytes) and b[0] must be 2-byte aligned, so that the word is inside the region.

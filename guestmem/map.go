@@ -40,6 +40,13 @@ func Map(c Config) (*Memory, error) {
 			c.Size, MinSize>>20, MaxSize>>40, align>>10)
 	}
 	m := &Memory{}
+	switch {
+	case c.Hugepages: // one that the pool gives to another meanwhile would be a SIGBUS
+	case c.Shared:
+		m.advice = unix.MADV_REMOVE // punches a hole in the memfd, for all that map it
+	default:
+		m.advice = unix.MADV_DONTNEED
+	}
 	var unmaps []func() error
 	m.unmap = func() error {
 		var errs []error

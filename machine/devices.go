@@ -6,6 +6,7 @@ import (
 
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio"
+	"gvm/devices/virtio/balloon"
 	"gvm/devices/virtio/console"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
@@ -18,6 +19,7 @@ type deviceConfig struct {
 	scsiDevice
 	vsock   *vsock.Device   // nil: none
 	console *console.Device // nil: none
+	balloon *balloon.Device // nil: none
 	shares  []virtio.Device
 }
 
@@ -56,6 +58,12 @@ var deviceTable = []deviceKind{
 			return nil, nil
 		}
 		return []virtio.Device{c.console}, nil
+	}},
+	{"virtio-balloon", virtio.IDBalloon, func(c deviceConfig) ([]virtio.Device, error) {
+		if c.balloon == nil {
+			return nil, nil
+		}
+		return []virtio.Device{c.balloon}, nil
 	}},
 	{"virtio-fs", virtio.IDFS, func(c deviceConfig) ([]virtio.Device, error) { return c.shares, nil }},
 }

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -29,6 +30,7 @@ import (
 	"gvm/devices/scsi/trace"
 	"gvm/devices/statusport"
 	"gvm/devices/virtio"
+	"gvm/devices/virtio/balloon"
 	"gvm/devices/virtio/console"
 	"gvm/devices/virtio/fs"
 	"gvm/devices/virtio/fs/hostfs"
@@ -85,6 +87,9 @@ type Spec struct {
 	// Ports are streams that the guest finds by their names, as ports of a virtio console. They are
 	// closed when the machine has ended.
 	Ports []console.Port
+	// Balloon gives the guest a balloon device: the guest reports its free memory, which then is the
+	// host's again, and ResizeBalloon takes more.
+	Balloon bool
 	// Shares are directories of the host, a file system device each. Start sets their Files.
 	Shares []fs.Share
 
@@ -161,12 +166,14 @@ func (s *Spec) config() vmm.Config {
 // Machine is a running or ended machine.
 type Machine struct {
 	name      string
+	memory    uint64 // bytes
 	pauser    *vmm.Pauser
 	inspector *vmm.Inspector
 	stopper   *stopper
 	disks     *disk.Set
-	vsock     *vsock.Device  // nil: none
-	undo      []func() error // closes what Start opened; run in reverse
+	vsock     *vsock.Device   // nil: none
+	balloon   *balloon.Device // nil: none
+	undo      []func() error  // closes what Start opened; run in reverse
 
 	ended, done chan struct{}
 	outcome     vmm.Outcome
@@ -182,7 +189,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if s.Note == nil {
 		s.Note = func(string) {}
 	}
-	m := &Machine{name: s.Name, pauser: new(vmm.Pauser), inspector: new(vmm.Inspector),
+	m := &Machine{name: s.Name, memory: s.Memory.Size, pauser: new(vmm.Pauser), inspector: new(vmm.Inspector),
 		ended: make(chan struct{}), done: make(chan struct{})}
 	ctx, cancel := context.WithCancelCause(ctx)
 	m.later(func() error { cancel(nil); return nil })
@@ -262,6 +269,12 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 		}
 		m.later(ports.Close)
 	}
+	if s.Balloon {
+		if s.Memory.Hugepages {
+			return nil, configError{errors.New("a balloon and huge pages: the host takes back no page of its pool")}
+		}
+		m.balloon = balloon.New()
+	}
 	shares, err := m.openShares(ctx, s.Shares)
 	if err != nil {
 		return nil, err
@@ -270,6 +283,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 		scsiDevice: scsiDevice{queues: s.RequestQueues(), poll: s.Poll, trace: file, disks: m.disks},
 		vsock:      m.vsock,
 		console:    ports,
+		balloon:    m.balloon,
 		shares:     shares,
 	})
 	if err != nil {
@@ -481,6 +495,42 @@ func (m *Machine) RemoveDisk(ctx context.Context, id string) (control.Change, er
 // ResizeDisk changes the size of a disk and tells the guest.
 func (m *Machine) ResizeDisk(ctx context.Context, id string, r control.ResizeDisk) (control.Change, error) {
 	return m.disks.Resize(ctx, id, r)
+}
+
+// statsPatience bounds the wait for the guest's statistics.
+const statsPatience = 500 * time.Millisecond
+
+// Balloon describes the balloon. It asks the guest for statistics, and waits for them for half a second.
+// The error is a *control.Error: there is no balloon.
+func (m *Machine) Balloon(ctx context.Context) (control.Balloon, error) {
+	if m.balloon == nil {
+		return control.Balloon{}, errNoBalloon
+	}
+	ctx, cancel := context.WithTimeout(ctx, statsPatience)
+	defer cancel()
+	s := m.balloon.State(ctx)
+	b := control.Balloon{Size: s.Size, Actual: s.Actual, Stats: inspect.Group("stats", s.Stats...), Guest: control.Absent}
+	if s.Driven {
+		b.Guest = control.Told
+	}
+	return b, nil
+}
+
+var errNoBalloon = control.Errorf(http.StatusNotFound, "the machine has no balloon: start it with gvm run --balloon")
+
+// ResizeBalloon asks the guest for a balloon of another size. Errors are *control.Error.
+func (m *Machine) ResizeBalloon(r control.ResizeBalloon) (control.Balloon, error) {
+	if m.balloon == nil {
+		return control.Balloon{}, errNoBalloon
+	}
+	if r.Size > m.memory {
+		return control.Balloon{}, control.Errorf(http.StatusBadRequest, "a balloon of %s: the machine has %s of memory",
+			text.FormatSize(r.Size), text.FormatSize(m.memory))
+	}
+	m.balloon.Resize(r.Size)
+	over, cancel := context.WithCancel(context.Background())
+	cancel() // without new statistics
+	return m.Balloon(over)
 }
 
 // DialVsock connects to a port of the guest's vsock. It waits for the answer of the guest's driver until

@@ -19,6 +19,7 @@ import (
 	"gvm/devices/serial"
 	"gvm/devices/statusport"
 	"gvm/devices/virtio"
+	"gvm/devices/virtio/balloon"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
 	"gvm/guestmem"
@@ -151,7 +152,7 @@ func (h *hostile) ring(slot int) {
 
 // act does one thing: mostly it makes requests, because the rest stops them.
 func (h *hostile) act() {
-	slot, size := 1+h.IntN(2), 1<<h.IntN(4)
+	slot, size := 1+h.IntN(len(h.virtio)), 1<<h.IntN(4)
 	aligned := func(n uint64) uint64 { return h.Uint64N(n) &^ uint64(size-1) }
 	switch n := h.IntN(100); {
 	case n < 5:
@@ -164,7 +165,7 @@ func (h *hostile) act() {
 			h.put(&h.pio, port+h.Uint64N(8), size, h.value())
 		}
 	case n < 10:
-		h.get(&h.mmio, h.config(h.IntN(4))+h.Uint64N(256), size)
+		h.get(&h.mmio, h.config(h.IntN(2+len(h.virtio)))+h.Uint64N(256), size)
 	case n < 12:
 		h.put(&h.mmio, h.config(slot)+h.Uint64N(256), size, h.value())
 	case n < 20:
@@ -207,11 +208,12 @@ func TestHostileCPUs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	pages := balloon.New()
 	sys := system(t)
 	before := openFDs(t)
 	m, err := newMachine(sys, Config{
 		Memory: guestmem.Config{Size: 64 << 20}, CPUs: 2, Kernel: embeddedKernel(t),
-		Devices: []virtio.Device{rng.New(), disk},
+		Devices: []virtio.Device{rng.New(), disk, pages},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -236,6 +238,10 @@ func TestHostileCPUs(t *testing.T) {
 			case <-time.After(100 * time.Microsecond): // leaves time for the CPUs
 			}
 			lun := unit(1, "B")
+			pages.Resize(rand.Uint64N(64 << 20))
+			over, cancel := context.WithCancel(t.Context())
+			cancel()
+			pages.State(over)
 			disk.Event(vscsi.TransportReset, lun, vscsi.ResetRescan)
 			if err := target.Detach(lun); err != nil {
 				t.Error(err)
@@ -280,7 +286,7 @@ func TestHostileCPUs(t *testing.T) {
 		t.Error(err)
 	}
 	h := &hostile{m, rand.New(rand.NewPCG(seed, 3))}
-	for slot := 1; slot <= 2; slot++ {
+	for slot := 1; slot <= len(m.virtio); slot++ {
 		if h.start(slot); h.get(&m.mmio, h.bar(slot, 0)+0x14, 1) != 15 {
 			t.Errorf("slot %d has status %#x after all that", slot, h.get(&m.mmio, h.bar(slot, 0)+0x14, 1))
 		}

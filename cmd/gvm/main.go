@@ -153,7 +153,8 @@ var commands = []struct {
 	make func() *cli.Command
 }{
 	{"run", runCommand}, {"test", testCommand}, {"kunit", kunitCommand}, {"list", listCommand}, {"disk", diskCommand},
-	{"inspect", inspectCommand}, {"pause", pauseCommand}, {"resume", resumeCommand}, {"reset", resetCommand},
+	{"balloon", balloonCommand}, {"inspect", inspectCommand}, {"pause", pauseCommand}, {"resume", resumeCommand},
+	{"reset", resetCommand},
 	{"stop", stopCommand}, {"image", imageCommand}, {"kernel", kernelCommand}, {"doctor", doctorCommand},
 	{"bench", benchCommand}, {"trace", traceCommand},
 	{"replay", replayCommand}, {"lio", lioCommand}, {"abi", abiCommand}, {"completion", completionCommand},

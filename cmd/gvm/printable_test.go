@@ -153,7 +153,7 @@ func TestForeignAnswers(t *testing.T) {
 	defer s.Close()
 	s.Serve(evilMachine{})
 	for _, args := range []string{"list", "list --json", "disk list", "disk list --json", "disk remove 1", "pause",
-		"inspect", "inspect --json"} {
+		"inspect", "inspect --json", "balloon", "balloon --json", "balloon evil 1"} {
 		var out, notes bytes.Buffer
 		a := app(nil)
 		a.Writer, a.ErrWriter = printer(&out), printer(&notes)
@@ -197,6 +197,12 @@ func (evilMachine) Stop(control.Stop) (control.Stopped, error) { return control.
 func (evilMachine) Pause(context.Context) error                { return errors.New(evil) }
 func (evilMachine) Resume() error                              { return errors.New(evil) }
 func (evilMachine) Reset() error                               { return nil }
+func (evilMachine) Balloon(context.Context) (control.Balloon, error) {
+	return control.Balloon{Stats: inspect.Group("", inspect.Text(evil, evil))}, nil
+}
+func (evilMachine) ResizeBalloon(control.ResizeBalloon) (control.Balloon, error) {
+	return control.Balloon{Guest: evil}, nil
+}
 func (evilMachine) Info() control.Info {
 	return control.Info{Name: evil, GVM: evil, Kernel: evil, State: evil}
 }

@@ -102,6 +102,8 @@ EXAMPLES
 			&cli.BoolFlag{Name: "overcommit",
 				Usage: "let --memory be more than this host or a cgroup has, for a guest that touches less"},
 			&cli.BoolFlag{Name: "hugepages", Usage: "guest RAM from the host's pool of 2 MiB pages"},
+			&cli.BoolFlag{Name: "balloon",
+				Usage: "give the guest a balloon: memory that it frees is the host's again, and gvm balloon takes more"},
 			&cli.BoolFlag{Name: "shared-memory", Usage: "guest RAM in a memfd"},
 			&cli.StringFlag{Name: "boot", Value: "auto",
 				Usage: "`MODE` for a bzImage: auto decompresses it on the host if it can, elf does or fails, " +
@@ -208,6 +210,9 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	}
 	host := thisHost()
 	spec.Memory.Hugepages, spec.Memory.Shared = c.Bool("hugepages"), c.Bool("shared-memory")
+	if spec.Balloon = c.Bool("balloon"); spec.Balloon && spec.Memory.Hugepages {
+		return rc, errors.New("--balloon and --hugepages: the host takes back no page of its pool; leave one of them out")
+	}
 	if rc.memoryNote, err = checkMemory(spec.Memory, c.Bool("overcommit"), host); err != nil {
 		return rc, fmt.Errorf("--memory %s: %w", c.String("memory"), err)
 	}

@@ -176,7 +176,7 @@ func TestCompletion(t *testing.T) {
 		want  []string
 	}{
 		{[]string{"gvm", "ru"}, []string{"run"}},
-		{[]string{"gvm", ""}, []string{"abi", "bench", "completion", "disk", "doctor", "exit-status", "h", "help",
+		{[]string{"gvm", ""}, []string{"abi", "balloon", "bench", "completion", "disk", "doctor", "exit-status", "h", "help",
 			"image", "inspect", "kernel", "kunit", "lio", "list", "pause", "ps",
 			"replay", "reset", "resume", "run", "stop", "test", "trace"}},
 		{[]string{"gvm", "run", "--ker"}, []string{"--kernel"}},

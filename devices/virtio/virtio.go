@@ -24,6 +24,7 @@ type ID uint16
 const (
 	IDConsole ID = 3
 	IDRNG     ID = 4
+	IDBalloon ID = 5
 	IDSCSI    ID = 8
 	IDVsock   ID = 19
 	IDFS      ID = 26
