@@ -17,11 +17,11 @@
 package initramfs
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -196,10 +196,9 @@ func (b *Builder) nodes() ([]Entry, error) {
 		}
 	}
 	all := make([]Entry, 0, len(nodes))
-	for _, n := range nodes {
-		all = append(all, n)
+	for _, name := range slices.Sorted(maps.Keys(nodes)) {
+		all = append(all, nodes[name])
 	}
-	slices.SortFunc(all, func(a, b Entry) int { return cmp.Compare(a.Name, b.Name) })
 	return all, nil
 }
 

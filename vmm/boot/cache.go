@@ -8,7 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
+	"sort"
 	"strings"
 	"time"
 
@@ -141,7 +141,7 @@ func prune(dir string, limit int64) {
 			_ = os.Remove(filepath.Join(dir, e.Name()))
 		}
 	}
-	slices.SortFunc(kernels, func(a, b fs.FileInfo) int { return b.ModTime().Compare(a.ModTime()) })
+	sort.SliceStable(kernels, func(i, j int) bool { return kernels[i].ModTime().After(kernels[j].ModTime()) })
 	for i, st := range kernels {
 		// The newest stays even if it is larger than the limit.
 		if limit -= st.Size(); limit < 0 && i > 0 {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"sort"
 )
 
 // elfKernel is an ELF file whose headers are checked against its size.
@@ -126,12 +127,7 @@ func (k *elfKernel) check(name string, entry uint64) error {
 	if len(k.loads) == 0 {
 		return &ImageError{name, "is an ELF file with nothing to load", wantKernel}
 	}
-	slices.SortFunc(k.loads, func(a, b elf.Prog64) int {
-		if a.Paddr < b.Paddr {
-			return -1
-		}
-		return 1
-	})
+	sort.SliceStable(k.loads, func(i, j int) bool { return k.loads[i].Paddr < k.loads[j].Paddr })
 	for i, p := range k.loads[1:] {
 		if q := k.loads[i]; q.Paddr+q.Memsz > p.Paddr {
 			return &ImageError{name, fmt.Sprintf("has ELF segments that overlap at %#x", p.Paddr), wantWhole}

@@ -1,8 +1,8 @@
 package boot
 
 import (
-	"cmp"
 	"slices"
+	"sort"
 
 	"gvm/guestmem"
 )
@@ -46,7 +46,7 @@ func E820(mem *guestmem.Memory, reserved ...E820Entry) []E820Entry {
 	for _, s := range ram.free {
 		out = append(out, E820Entry{s.start, s.end - s.start, E820RAM})
 	}
-	slices.SortFunc(out, func(a, b E820Entry) int { return cmp.Compare(a.Addr, b.Addr) })
+	sort.SliceStable(out, func(i, j int) bool { return out[i].Addr < out[j].Addr })
 	return out
 }
 
@@ -66,7 +66,7 @@ func newLayout(mem *guestmem.Memory, e820 []E820Entry) layout {
 	var at uint64
 	ram := slices.Clone(e820)
 	ram = slices.DeleteFunc(ram, func(e E820Entry) bool { return e.Type != E820RAM })
-	slices.SortFunc(ram, func(a, b E820Entry) int { return cmp.Compare(a.Addr, b.Addr) })
+	sort.SliceStable(ram, func(i, j int) bool { return ram[i].Addr < ram[j].Addr })
 	for _, e := range ram {
 		l.remove(at, e.Addr)
 		at = max(at, e.Addr+e.Size)

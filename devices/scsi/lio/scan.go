@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"syscall"
@@ -223,7 +224,9 @@ func (h *host) collect() (removed []string, err error) {
 		return nil, noRoot(h.root, err)
 	}
 	var errs []error
-	for _, o := range slices.SortedFunc(maps.Keys(owners), compareOwners) {
+	list := slices.Collect(maps.Keys(owners))
+	sort.SliceStable(list, func(i, j int) bool { return list[i].adapter("", false) < list[j].adapter("", false) })
+	for _, o := range list {
 		alive, err := h.alive(o, owners[o])
 		if alive || err != nil {
 			errs = append(errs, err)
@@ -233,10 +236,6 @@ func (h *host) collect() (removed []string, err error) {
 		removed, errs = append(removed, gone...), append(errs, err)
 	}
 	return removed, errors.Join(errs...)
-}
-
-func compareOwners(a, b owner) int {
-	return strings.Compare(a.adapter("", false), b.adapter("", false))
 }
 
 // Collect removes the objects of dead gvm processes, and nothing else. It returns the names of the

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sort"
 
 	"gvm/inspect"
 )
@@ -13,8 +14,10 @@ import (
 func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 	d.mu.Lock() // never held for long
 	defer d.mu.Unlock()
-	keys := slices.SortedFunc(maps.Keys(d.conns), func(a, b key) int {
-		return cmp.Or(cmp.Compare(a.hostPort, b.hostPort), cmp.Compare(a.guestPort, b.guestPort))
+	keys := slices.Collect(maps.Keys(d.conns))
+	sort.SliceStable(keys, func(i, j int) bool {
+		a, b := keys[i], keys[j]
+		return cmp.Or(cmp.Compare(a.hostPort, b.hostPort), cmp.Compare(a.guestPort, b.guestPort)) < 0
 	})
 	var conns []inspect.Node
 	for _, k := range keys {
