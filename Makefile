@@ -42,6 +42,7 @@ demo: ## boot a stock Debian kernel to a shell, here or in the lab
 # short form, of what differs between them. `make vhost` has all of it.
 test: ## the tests of every day; those that need a real KVM run in the lab where there is none
 	$(GOTEST) -timeout 10m $(UNIT)
+	cd guest-tests/kubernetes && $(GO) test ./manifest
 	$(GOTEST) -timeout 40m -p 1 -parallel 1 $(LAB)
 	GVM_TEST_L1=6.12 $(GOTEST) -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Trace)' ./guest-tests/linux
 	GVM_TEST_L1=7.3 $(GOTEST) -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Equivalence|Filesystems|Plug)' ./guest-tests/linux

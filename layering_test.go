@@ -86,9 +86,11 @@ var may = []struct{ pkg, imports string }{
 		"devices/statusport devices/virtio/console devices/virtio/vsock guest/agent/wire machine text " +
 			"verdict verdict/klog vmm"},
 	{"testrun/matrix", "testrun text verdict verdict/ktap"},
+	{"testrun/kubernetes", "testrun testrun/matrix text"},
 	{"cmd/gvm",
 		"machine/... vmm/... devices/... kvmapi/... guestmem control inspect plot text guest/embedded guest/bootinit " +
-			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun testrun/matrix verdict/..."},
+			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun testrun/matrix testrun/kubernetes " +
+			"verdict/..."},
 }
 
 func matches(pattern, pkg string) bool {

@@ -46,10 +46,11 @@ terminal a job-controlled one. The kernel's log goes into --klog, and its end
 to standard error after a fault. See docs/test.md.
 
 Several kernels or numbers of CPUs, and each of --backend, --repeat, --jobs,
---retry, --output, --junit and --results, make a matrix: COMMAND runs in a
-machine for each combination, without an input. Standard output has a table
-of the verdicts; the end of a failed command's output goes to standard error,
-and all output into --output.
+--retry, --output, --junit, --results and --cell, make a matrix: COMMAND runs
+in a machine for each combination, without an input. Standard output has a
+table of the verdicts; the end of a failed command's output goes to standard
+error, and all output into --output. With --emit the machines are pods of
+Kubernetes: see docs/ci.md.
 
 EXAMPLES
    gvm test -- uname -r            the kernel of this tree, else the host's
@@ -119,7 +120,15 @@ a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 			return endError{exitUntested, flagError(c, err, sub)}
 		},
 		Action: func(c *cli.Context) error {
+			if c.IsSet("collect") {
+				return collectPods(c)
+			}
 			t, err := parseTest(c)
+			if err == nil && c.IsSet("emit") {
+				if err = t.emit(c); err == nil {
+					return nil
+				}
+			}
 			if err != nil {
 				return endError{exitUntested, err}
 			}
@@ -222,6 +231,9 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		return nil, fmt.Errorf("--memory: %w", err)
 	}
 	host := thisHost()
+	if given("emit") {
+		host = anyHost()
+	}
 	if t.memoryNote, err = checkMemory(spec.Memory, true, host); err != nil {
 		return nil, fmt.Errorf("--memory %s: %w", c.String("memory"), err)
 	}

@@ -18,6 +18,7 @@ import (
 
 	"gvm/machine/disk"
 	"gvm/testrun"
+	"gvm/testrun/kubernetes"
 	"gvm/testrun/matrix"
 	"gvm/text"
 	"gvm/vmm"
@@ -25,7 +26,7 @@ import (
 
 // matrixFlags are the flags of gvm test that make a matrix, besides several kernels or numbers of CPUs.
 func matrixFlags() []cli.Flag {
-	return []cli.Flag{
+	return append(kubernetesFlags(),
 		&cli.StringFlag{Name: "backend", Usage: "serve each --disk by `BACKEND[,BACKEND]...` process, vhost or auto, " +
 			"each in a machine of its own"},
 		&cli.IntFlag{Name: "repeat", Usage: "run each machine's test `N` times"},
@@ -37,7 +38,7 @@ func matrixFlags() []cli.Flag {
 			Usage: "keep all output, logs and verdicts in the new or empty `DIR`"},
 		&cli.StringFlag{Name: "junit", TakesFile: true, Usage: "write all verdicts as JUnit into `FILE`"},
 		&cli.StringFlag{Name: "results", TakesFile: true, Usage: "write all verdicts as JSON into `FILE`"},
-	}
+	)
 }
 
 // matrixConfig describes the matrix of gvm test.
@@ -47,6 +48,8 @@ type matrixConfig struct {
 	jobs, retry    int
 	dir            string // --output
 	junit, results outputFile
+	cell           int // --cell; -1: all
+	message        outputFile
 }
 
 // parseCPUs reads --cpus.
@@ -84,6 +87,11 @@ func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int) (
 		dir:     c.String("output"),
 		junit:   outputFile{flag: "--junit", path: c.String("junit")},
 		results: outputFile{flag: "--results", path: c.String("results")},
+		cell:    -1,
+		message: outputFile{flag: "--message", path: c.String("message")},
+	}
+	if given("cell") {
+		m.cell = c.Int("cell")
 	}
 	if given("repeat") {
 		m.axes.Rounds = c.Int("repeat")
@@ -93,6 +101,10 @@ func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int) (
 		return nil, fmt.Errorf("--repeat %d: want 1 or more", m.axes.Rounds)
 	case given("jobs") && m.jobs < 1:
 		return nil, fmt.Errorf("--jobs %d: want 1 or more", m.jobs)
+	case given("cell") && m.cell < 0:
+		return nil, fmt.Errorf("--cell %d: want 0 or more", m.cell)
+	case given("message") && !given("cell"):
+		return nil, errors.New("--message has the verdict of one cell: choose it with --cell")
 	case m.retry < 0:
 		return nil, fmt.Errorf("--retry %d: want 0 or more", m.retry)
 	case len(t.args) == 0:
@@ -114,6 +126,14 @@ func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int) (
 		}
 		m.axes.Backends = strings.Split(c.String("backend"), ",")
 	}
+	if given("emit") {
+		for _, flag := range []string{"cell", "message", "output", "junit", "results"} {
+			if given(flag) {
+				return nil, fmt.Errorf("--emit runs nothing: give --%s where a cell runs, or --junit and --results with --collect",
+					flag)
+			}
+		}
+	}
 	for i, b := range m.axes.Backends {
 		if slices.Contains(m.axes.Backends[:i], b) {
 			return nil, fmt.Errorf("--backend %s: has %s twice", c.String("backend"), b)
@@ -121,6 +141,9 @@ func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int) (
 		if _, err := m.parseDisks(b); err != nil {
 			return nil, err
 		}
+	}
+	if given("emit") { // each pod runs one machine
+		return m, nil
 	}
 	return m, m.setJobs(t)
 }
@@ -178,15 +201,21 @@ func (t *testConfig) testMatrix(w io.Writer) error {
 		m.axes.Kernels = []string{t.kernel}
 	}
 	cells, err := m.axes.Cells()
+	if err == nil && m.cell >= len(cells) {
+		err = fmt.Errorf("--cell %d: the matrix has %s, from 0", m.cell, text.Count(len(cells), "cell"))
+	}
 	if err != nil {
 		return fail(err)
+	}
+	if m.cell >= 0 {
+		cells = cells[m.cell : m.cell+1]
 	}
 	t.hostNotes(note)
 	made, err := m.makeDir()
 	if err != nil {
 		return fail(err)
 	}
-	if err := openOutputs(&m.junit, &m.results); err != nil {
+	if err := openOutputs(&m.junit, &m.results, &m.message); err != nil {
 		if made {
 			err = errors.Join(err, os.Remove(m.dir))
 		}
@@ -194,6 +223,7 @@ func (t *testConfig) testMatrix(w io.Writer) error {
 	}
 	defer m.junit.close()
 	defer m.results.close()
+	defer m.message.close()
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
 	defer catchSignals(ctx, stop)()
@@ -205,22 +235,32 @@ func (t *testConfig) testMatrix(w io.Writer) error {
 		},
 	})
 	p.close()
-	status := matrix.Status(all)
-	err = fmt.Errorf("not all cells passed: %s", matrix.Count(all))
-	if end := (endError{}); errors.As(context.Cause(ctx), &end) {
-		status, err = end.status, end
+	end := endError{status: matrix.Status(all)}
+	errors.As(context.Cause(ctx), &end)
+	if m.message.path != "" {
+		end.status = podStatus(&all[0], end.status)
 	}
+	return m.report(w, all, end)
+}
+
+// report writes the files and the table of all cells. It returns end, or without an error in it that
+// of cells that did not pass.
+func (m *matrixConfig) report(w io.Writer, all []matrix.Done, end endError) error {
 	if err := errors.Join(
 		m.junit.fill(func(w io.Writer) error { return matrix.JUnit(w, all) }),
-		m.results.fill(func(w io.Writer) error { return matrix.JSON(w, all, status) }),
+		m.results.fill(func(w io.Writer) error { return matrix.JSON(w, all, end.status) }),
+		m.message.fill(func(w io.Writer) error { return kubernetes.Message(w, all[0]) }),
 		matrix.Table(w, all), // last, as its reader may be slow
 	); err != nil {
-		return fail(err)
+		return endError{exitUntested, err}
 	}
-	if status == 0 {
+	if end.status == 0 {
 		return nil
 	}
-	return endError{status, err}
+	if end.error == nil {
+		end.error = fmt.Errorf("not all cells passed: %s", matrix.Count(all))
+	}
+	return end
 }
 
 // makeDir makes the directory of --output, and reports whether it did. Files of an earlier run must

@@ -7,6 +7,7 @@ package matrix
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"regexp"
@@ -22,10 +23,10 @@ import (
 
 // Axes are the dimensions of a matrix. Each has a value at least.
 type Axes struct {
-	Kernels  []string
-	CPUs     []int
-	Backends []string // of the disks; "": each disk's own
-	Rounds   int
+	Kernels  []string `json:"kernels"`
+	CPUs     []int    `json:"cpus"`
+	Backends []string `json:"backends"` // of the disks; "": each disk's own
+	Rounds   int      `json:"rounds"`
 }
 
 // Cell is a test in one machine.
@@ -43,6 +44,9 @@ const MaxCells = 10000
 // Cells returns the cells. Their names have the kernel, and each axis that has several values.
 func (a Axes) Cells() ([]Cell, error) {
 	perRound := len(a.Kernels) * len(a.CPUs) * len(a.Backends)
+	if perRound == 0 || a.Rounds < 1 {
+		return nil, errors.New("no cells: want a value or more of each axis")
+	}
 	if perRound > MaxCells || a.Rounds > MaxCells/perRound {
 		return nil, fmt.Errorf("%d rounds of %d cells: want %d cells at most", a.Rounds, perRound, MaxCells)
 	}
@@ -99,8 +103,8 @@ func kernelLabels(kernels []string) []string {
 
 // Attempt is a run of a cell in one machine.
 type Attempt struct {
-	Result *testrun.Result
-	Output []string // the end of the command's output, of an attempt that did not pass
+	Result *testrun.Result `json:"verdict"`
+	Output []string        `json:"output,omitempty"` // the end of the command's output, of an attempt that did not pass
 }
 
 // Passed reports whether the command ended with status 0.
@@ -109,8 +113,8 @@ func (a Attempt) Passed() bool { return a.Result.Kind == testrun.Exited && a.Res
 // Done is a cell that has ended, or was not run.
 type Done struct {
 	Cell
-	Attempts []Attempt // the last one counts; none: the cell was not run
-	Took     time.Duration
+	Attempts []Attempt     `json:"attempts"` // the last one counts; none: the cell was not run
+	Took     time.Duration `json:"took_ns"`
 }
 
 // Result returns the cell's verdict, or nil if it was not run.
