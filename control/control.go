@@ -105,6 +105,8 @@ type Stop struct {
 // Stopped is the answer to a Stop.
 type Stopped struct {
 	Asked bool `json:"asked"` // the guest has its grace time; else the machine ends now
+	// Outlived says that the machine's process runs on after it, with other machines.
+	Outlived bool `json:"outlived,omitempty"`
 }
 
 // ResizeBalloon is the body of POST /v1/balloon.

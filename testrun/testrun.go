@@ -68,8 +68,9 @@ const drainPatience = 500 * time.Millisecond
 type Run struct {
 	cfg     Config
 	machine guest
-	began   chan struct{} // closed once machine is set
-	conns   atomic.Int32  // of vsock
+	whole   *machine.Machine // machine; nil in tests
+	began   chan struct{}    // closed once machine is set
+	conns   atomic.Int32     // of vsock
 	log     *kernelLog
 	stop    context.CancelCauseFunc // for the caller and the timeout: the output is not waited for either
 	end     context.CancelCauseFunc // of the machine alone
@@ -86,10 +87,12 @@ type Run struct {
 	rung     Rung
 	rows     uint16 // of the command's terminal
 	columns  uint16
-	signals  []int      // for the command, before the hello
-	exit     *wire.Exit // nil: the command has not ended
-	agentErr error      // of the connection
-	outErr   error      // of Stdout and Stderr
+	signals  []int       // for the command, before the hello
+	killer   *time.Timer // ends the run after Terminate; nil: not called
+	deadline time.Time   // when killer fires
+	exit     *wire.Exit  // nil: the command has not ended
+	agentErr error       // of the connection
+	outErr   error       // of Stdout and Stderr
 	times    Times
 	copies   sync.WaitGroup // of the command's output
 	sessions sync.WaitGroup // of the listeners
@@ -105,14 +108,21 @@ type guest interface {
 // Start starts the machine. When ctx is done, its cause ends the run. After an error nothing is left
 // open; errors are those of machine.Start.
 func Start(ctx context.Context, cfg Config) (*Run, error) {
-	return begin(ctx, cfg, func(ctx context.Context, s machine.Spec) (guest, error) {
-		m, err := machine.Start(ctx, s)
-		if err != nil {
+	var m *machine.Machine
+	r, err := begin(ctx, cfg, func(ctx context.Context, s machine.Spec) (_ guest, err error) {
+		if m, err = machine.Start(ctx, s); err != nil {
 			return nil, err // not a guest that is a nil *Machine
 		}
 		return m, nil
 	})
+	if err == nil {
+		r.whole = m
+	}
+	return r, err
 }
+
+// Machine returns the machine of the run.
+func (r *Run) Machine() *machine.Machine { return r.whole }
 
 func begin(user context.Context, cfg Config, start func(context.Context, machine.Spec) (guest, error)) (*Run, error) {
 	over, stop := context.WithCancelCause(user)
@@ -207,6 +217,28 @@ func (r *Run) Winsize(rows, columns uint16) {
 	}
 }
 
+// Terminate sends a signal to the command's process group, and ends the run with cause if it has not
+// ended within grace. Of two calls the one that gives less time counts. Without a grace time, or before
+// the agent's hello, Terminate ends the run at once and returns false.
+func (r *Run) Terminate(number int, cause error, grace time.Duration) bool {
+	if grace <= 0 || !r.Signal(number) {
+		r.stop(cause)
+		return false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	deadline := time.Now().Add(grace)
+	if r.killer != nil {
+		if !deadline.Before(r.deadline) {
+			return true
+		}
+		r.killer.Stop()
+	}
+	r.deadline = deadline
+	r.killer = time.AfterFunc(grace, panics.Func(func() { r.stop(cause) }))
+	return true
+}
+
 // Stop ends the run at once.
 func (r *Run) Stop(cause error) { r.stop(cause) }
 
@@ -294,6 +326,9 @@ func (r *Run) finish(over context.Context, listeners []*listener) {
 	}
 	r.mu.Lock()
 	h := r.host
+	if r.killer != nil {
+		r.killer.Stop()
+	}
 	r.mu.Unlock()
 	if h != nil {
 		_ = h.Close()

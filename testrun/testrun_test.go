@@ -335,6 +335,37 @@ func TestSignal(t *testing.T) {
 	}
 }
 
+// TestTerminate: the command gets the signal, and the shortest of two grace times ends the run; without an
+// agent or a grace time it ends at once.
+func TestTerminate(t *testing.T) {
+	cause := errors.New("the test stops it")
+	for name, calls := range map[string][]time.Duration{
+		"before the hello": {time.Hour}, "no grace": {0}, "shorter": {time.Hour, time.Millisecond},
+	} {
+		signals, ready := make(chan int, 4), make(chan struct{})
+		res := run(t, Config{}, func(g *fakeGuest) vmm.Outcome {
+			if name != "before the hello" {
+				g.agent(t, wire.AgentConfig{Signal: func(n int) { signals <- n }})
+			}
+			close(ready)
+			return vmm.Outcome{}
+		}, func(r *Run) {
+			<-ready
+			for _, grace := range calls {
+				if asked := r.Terminate(15, cause, grace); asked != (name == "shorter") {
+					t.Errorf("%s: asked %v", name, asked)
+				}
+				if grace == time.Hour && name == "shorter" && <-signals != 15 {
+					t.Error("another signal")
+				}
+			}
+		})
+		if res.Kind != Stopped || !errors.Is(res.Cause, cause) {
+			t.Errorf("%s: %+v", name, res)
+		}
+	}
+}
+
 // TestVersion: an agent of another build is not taken.
 func TestVersion(t *testing.T) {
 	res := run(t, Config{}, func(g *fakeGuest) vmm.Outcome {

@@ -8,14 +8,18 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"gvm/control"
 	"gvm/inspect"
 	"gvm/machine"
 	"gvm/machine/disk"
+	"gvm/testrun"
 	"gvm/text"
 	"gvm/vmm"
 )
@@ -52,13 +56,23 @@ func (r *remote) Resume() error { return r.pauseError(r.Machine.Resume()) }
 
 // Stop implements gvm stop.
 func (r *remote) Stop(s control.Stop) (control.Stopped, error) {
+	if err := r.canStop(s); err != nil {
+		return control.Stopped{}, err
+	}
+	return control.Stopped{Asked: r.Machine.Stop(errStopped, time.Duration(s.GraceMS)*time.Millisecond)}, nil
+}
+
+// canStop refuses to give a paused guest time.
+func (r *remote) canStop(s control.Stop) error {
 	if s.GraceMS > 0 && r.Paused() {
-		return control.Stopped{}, control.Errorf(http.StatusConflict,
+		return control.Errorf(http.StatusConflict,
 			"the machine is paused, and its guest cannot power off: gvm resume it first, or gvm stop --force")
 	}
-	cause := endError{exitTerminated, fmt.Errorf("stopped by gvm stop")}
-	return control.Stopped{Asked: r.Machine.Stop(cause, time.Duration(s.GraceMS)*time.Millisecond)}, nil
+	return nil
 }
+
+// errStopped is the end by gvm stop.
+var errStopped = endError{exitTerminated, errors.New("stopped by gvm stop")}
 
 // Reset implements gvm reset.
 func (r *remote) Reset() error { return r.pauseError(r.Machine.Reset()) }
@@ -111,12 +125,34 @@ func (r *remote) AddDisk(ctx context.Context, a control.AddDisk) (control.Change
 	return r.Machine.AddDisk(ctx, d)
 }
 
-// claimName claims the machine's name and opens its control socket. If no socket can be opened, a
-// machine with a chosen name fails, and any other runs without a socket, with a note.
-func (rc *runConfig) claimName() (*control.Server, error) {
+// testRemote serves a machine of gvm test.
+type testRemote struct {
+	remote
+	run    *testrun.Run
+	matrix bool
+}
+
+// Stop sends SIGTERM to the guest's command, whose end is that of the machine.
+func (r *testRemote) Stop(s control.Stop) (control.Stopped, error) {
+	if err := r.canStop(s); err != nil {
+		return control.Stopped{}, err
+	}
+	asked := r.run.Terminate(int(unix.SIGTERM), errStopped, time.Duration(s.GraceMS)*time.Millisecond)
+	return control.Stopped{Asked: asked, Outlived: r.matrix}, nil
+}
+
+// Reset refuses: a test has one life of its guest.
+func (r *testRemote) Reset() error {
+	return control.Errorf(http.StatusConflict,
+		"machine %s runs a test, which a reset would lose: gvm stop it", r.info.Name)
+}
+
+// claimName claims the machine's name and opens its control socket, for closeSocket. If no socket can
+// be opened, a machine with a chosen name fails, and any other runs without a socket, with a note.
+func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 	name := rc.spec.Name
 	if name == "" {
-		name = "gvm-" + strconv.Itoa(os.Getpid())
+		name = "gvm-" + strconv.Itoa(os.Getpid()) + rc.suffix
 	}
 	s, err := control.Claim(control.DefaultDirectory(), name)
 	switch {
@@ -125,14 +161,33 @@ func (rc *runConfig) claimName() (*control.Server, error) {
 	case err != nil && rc.spec.Name != "":
 		return nil, fmt.Errorf("--name %s: %w", name, err)
 	case err != nil:
+		if i := slices.IndexFunc(rc.spec.Disks, func(d disk.Spec) bool { return d.OnError != disk.Report }); i >= 0 {
+			return nil, configError{fmt.Errorf("--disk %s: error=: nothing could resume the machine: %w",
+				rc.spec.Disks[i].Name(), err)}
+		}
 		note(fmt.Sprintf("gvm disk and gvm list will not find this machine: %v", err))
 		return nil, nil
 	}
 	rc.spec.Name = name
 	urgent.Lock()
-	urgent.release = s.Release
-	urgent.Unlock()
+	defer urgent.Unlock()
+	if urgent.sockets == nil {
+		urgent.sockets = map[*control.Server]bool{}
+	}
+	urgent.sockets[s] = true
 	return s, nil
+}
+
+// closeSocket closes a control socket, unless it is nil.
+func closeSocket(s *control.Server) error {
+	if s == nil {
+		return nil
+	}
+	err := s.Close()
+	urgent.Lock()
+	defer urgent.Unlock()
+	delete(urgent.sockets, s)
+	return err
 }
 
 // info returns the machine's description of itself.
@@ -164,14 +219,22 @@ func theMachine(word string) (*control.Client, error) {
 	if word == "" && len(entries) == 1 {
 		return client(entries[0])
 	}
-	var names []string
+	var names, same []string
+	var found control.Entry
 	for _, e := range entries {
-		if word == e.Name || word == strconv.Itoa(e.PID) {
+		switch {
+		case word == e.Name:
 			return client(e)
+		case word == strconv.Itoa(e.PID):
+			found, same = e, append(same, e.Name)
 		}
 		names = append(names, e.Name)
 	}
 	switch {
+	case len(same) == 1:
+		return client(found)
+	case len(same) > 1:
+		return nil, usageError{fmt.Errorf("process %s has several machines: name one of %s", word, strings.Join(same, ", "))}
 	case len(names) == 0:
 		return nil, usageError{errors.New("no machine of this user runs")}
 	case word == "":

@@ -27,7 +27,7 @@ func ask(t *testing.T, dir string, args ...string) result {
 }
 
 // others matches notes of gvm list about machines of other tests that end meanwhile.
-var others = regexp.MustCompile(`(?m)^note: machine gvm-[0-9]+ .*\n`)
+var others = regexp.MustCompile(`(?m)^note: machine gvm-[0-9-]+ .*\n`)
 
 // TestDiskCommands runs gvm disk on a machine with an idle guest.
 func TestDiskCommands(t *testing.T) {

@@ -46,6 +46,7 @@ type runConfig struct {
 	timing     *timing       // nil: none
 	watch      *watch        // nil: none
 	hidden     bool          // only watch gets the console
+	suffix     string        // of the name of one of several machines of the process
 }
 
 var entries = map[string]boot.Protocol{"auto": 0, "pvh": boot.PVH32, "64": boot.Linux64}
@@ -391,16 +392,11 @@ func run(rc runConfig) (err error) {
 			rc.watch.kernel = k.Image.Name
 		}
 	}
-	socket, err := rc.claimName()
+	socket, err := rc.claimName(note)
 	if err != nil {
 		return err
 	}
-	if socket != nil {
-		defer func() { err = errors.Join(err, socket.Close()) }()
-	} else if i := slices.IndexFunc(spec.Disks, func(d disk.Spec) bool { return d.OnError != disk.Report }); i >= 0 {
-		return configError{fmt.Errorf("--disk %s: error=: without a control socket nothing could resume the machine",
-			spec.Disks[i].Name())}
-	}
+	defer func() { err = errors.Join(err, closeSocket(socket)) }()
 	t := newTerminal(stop)
 	if spec.Console = rc.watch.console(t); rc.hidden {
 		spec.Console = rc.watch.console(machine.Output(io.Discard))
@@ -595,8 +591,8 @@ func stacks() []byte {
 // urgent has the steps that even an immediate end performs.
 var urgent struct {
 	sync.Mutex
-	restore func() error // restores the terminal
-	release func() error // releases the name and its socket
+	restore func() error             // restores the terminal
+	sockets map[*control.Server]bool // of the process's machines
 }
 
 // endNow ends the process without waiting for its end in order. gvm lio gc removes kernel objects
@@ -617,8 +613,8 @@ func exitNow(status int, patience time.Duration, say func()) {
 			_ = urgent.restore()
 		}
 		say()
-		if urgent.release != nil {
-			_ = urgent.release() // on failure the next gvm removes them
+		for s := range urgent.sockets {
+			_ = s.Release() // on failure the next gvm removes it
 		}
 		stderr.flush(-1)
 		os.Exit(status)

@@ -23,7 +23,7 @@ func stopCommand() *cli.Command {
 itself off within --grace is stopped. A guest without a driver for the
 button is stopped at once. gvm run then ends with status 0 if the guest
 powered off, and with 143 if it was stopped. The command returns when the
-machine has ended.
+machine has ended. A machine of gvm test sends its command SIGTERM instead.
 
 EXAMPLES
    gvm stop                       if one machine runs
@@ -62,6 +62,9 @@ func stopMachine(ctx context.Context, client *control.Client, grace time.Duratio
 	answer, err := client.Stop(ctx, control.Stop{GraceMS: grace.Milliseconds()})
 	if err != nil {
 		return refused(err)
+	}
+	if answer.Outlived {
+		process = nil
 	}
 	wait := stopPatience
 	if answer.Asked {

@@ -594,12 +594,25 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 		return untested(err)
 	}
 	defer closeStreams()
+	socket, err := t.claimName(func(s string) { t.say("%s", s) })
+	if err != nil {
+		return untested(err)
+	}
+	defer func() {
+		if err := closeSocket(socket); err != nil {
+			t.note(err.Error())
+		}
+	}()
+	cfg.Spec.Name = spec.Name
 	t.timing.phase("kernel, command, agent")
 	run, err := testrun.Start(ctx, cfg)
 	if err != nil {
 		return untested(err)
 	}
 	begun(run)
+	if socket != nil {
+		socket.Serve(&testRemote{remote{t.info(), run.Machine(), pausePatience}, run, t.matrix != nil})
+	}
 	if t.tty {
 		defer followSize(run)()
 	}

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/term"
@@ -50,6 +51,7 @@ type matrixConfig struct {
 	junit, results outputFile
 	cell           int // --cell; -1: all
 	message        outputFile
+	begun          atomic.Int64 // machines
 }
 
 // parseCPUs reads --cpus.
@@ -291,6 +293,7 @@ func (t *testConfig) attempt(ctx context.Context, c matrix.Cell, n int, p *progr
 		name += fmt.Sprintf("-retry%d", n)
 	}
 	cell.kernel, cell.spec.CPUs = c.Kernel, c.CPUs
+	cell.suffix = fmt.Sprintf("-%d", t.matrix.begun.Add(1))
 	cell.note = func(s string) { p.note(name, s) }
 	cell.output = &cellOutput{}
 	if t.matrix.dir != "" {

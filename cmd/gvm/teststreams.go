@@ -126,8 +126,8 @@ func (s *testSignals) take(cause error) {
 	defer s.mu.Unlock()
 	var end endError
 	first := !s.past
-	if s.past = true; first && s.run != nil && errors.As(cause, &end) && s.run.Signal(end.status-128) {
-		time.AfterFunc(s.grace, panics.Func(func() { s.stop(cause) }))
+	if s.past = true; first && s.run != nil && errors.As(cause, &end) {
+		s.run.Terminate(end.status-128, cause, s.grace)
 		return
 	}
 	s.stop(cause)

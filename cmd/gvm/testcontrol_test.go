@@ -1,0 +1,71 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// TestTestMachine: a machine of gvm test is listed, and gvm's other commands reach it.
+func TestTestMachine(t *testing.T) {
+	t.Parallel()
+	c, running := spinningTest(t)
+	var errs bytes.Buffer
+	c.Stderr = &errs
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	running()
+	name := fmt.Sprintf("gvm-%d", c.Process.Pid)
+	for _, v := range []struct {
+		args   string
+		status int
+		out    string
+		errs   string
+	}{
+		{"list", 0, name + " ", ""},
+		{"inspect VM vcpu/0/mp_state", 0, "vcpu/0/mp_state runnable\n", ""},
+		{"pause VM", 0, "", ""},
+		{"stop VM", 2, "", "the machine is paused"},
+		{"resume VM", 0, "", ""},
+		{"reset VM", 2, "", "machine VM runs a test, which a reset would lose: gvm stop it\n"},
+		{"stop VM", 0, "", ""},
+		{"inspect VM paused", 2, "", "no machine of this user"},
+	} {
+		r := ask(t, t.TempDir(), strings.Fields(strings.ReplaceAll(v.args, "VM", name))...)
+		notes := others.ReplaceAllString(r.errs, "")
+		if r.status != v.status || !strings.Contains(r.out, v.out) ||
+			!strings.Contains(notes, strings.ReplaceAll(v.errs, "VM", name)) || v.errs == "" && notes != "" {
+			t.Errorf("%s: status %d, %q, %q", v.args, r.status, r.out, r.errs)
+		}
+	}
+	if r := wait(t, c); r.status != exitTerminated || !strings.Contains(errs.String(), "stopped by gvm stop") {
+		t.Errorf("gvm test: status %d, %q", r.status, &errs)
+	}
+}
+
+// TestMatrixMachines: the machines of a matrix have names of their own, and gvm stop ends one.
+func TestMatrixMachines(t *testing.T) {
+	t.Parallel()
+	p := startGVM(t, "", "test", "-k", testKernel(t), "-a", "spin", "--repeat=2", "--jobs=2", "--", "sh")
+	pid := fmt.Sprint(p.cmd.Process.Pid)
+	names := []string{"gvm-" + pid + "-1", "gvm-" + pid + "-2"}
+	for listed := 0; listed < len(names); {
+		out := ask(t, t.TempDir(), "list").out
+		listed = strings.Count(out, names[0]) + strings.Count(out, names[1])
+	}
+	r := ask(t, t.TempDir(), "inspect", pid)
+	if r.status != 2 || !strings.Contains(r.errs,
+		"process "+pid+" has several machines: name one of "+strings.Join(names, ", ")+"\n") {
+		t.Errorf("by the PID: %d, %q", r.status, r.errs)
+	}
+	for _, name := range names {
+		if r := ask(t, t.TempDir(), "stop", name); r.status != 0 {
+			t.Errorf("stop %s: %d, %q", name, r.status, r.errs)
+		}
+	}
+	if r := p.wait(); r.status != exitTerminated {
+		t.Errorf("status %d, %q", r.status, r.errs)
+	}
+}
