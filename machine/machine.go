@@ -109,6 +109,8 @@ type Spec struct {
 	Phase func(name string)
 	Stamp func(code byte)
 
+	KeepState bool // Wait's outcome has the state at the end: see vmm.Outcome
+
 	begun    *vmm.Begun
 	prepared *vmm.Prepared
 }
@@ -160,6 +162,7 @@ func (s *Spec) config() vmm.Config {
 		Console:     s.Console,
 		Status:      s.Status,
 		Stamp:       s.Stamp,
+		KeepState:   s.KeepState,
 	}
 }
 
@@ -428,7 +431,8 @@ func (m *Machine) run(ctx context.Context, sys *kvmapi.System, cfg vmm.Config) {
 	close(m.ended)
 	panics.Func(func() { m.err = errors.Join(m.err, m.close()) })()
 	if p := m.panicked.Load(); p != nil {
-		m.outcome = vmm.Outcome{Ending: vmm.Bug, Err: p, Report: p.Stack + m.outcome.Report, Left: m.outcome.Left}
+		m.outcome = vmm.Outcome{Ending: vmm.Bug, Err: p, Report: p.Stack + m.outcome.Report, State: m.outcome.State,
+			Left: m.outcome.Left}
 	}
 }
 

@@ -56,6 +56,8 @@ type Config struct {
 	Inspector *Inspector
 	// Inspect returns what the state has besides the machine of this package; nil: nothing.
 	Inspect func() []inspect.Node
+	// KeepState keeps the state at the machine's end, in Outcome.State.
+	KeepState bool
 	// PanicText takes a Linux kernel's panic message on the console for a panic,
 	// for guests without a pvpanic driver.
 	PanicText bool
@@ -124,6 +126,10 @@ type Outcome struct {
 	// Stopped it has the state of CPUs and devices if Err is context.DeadlineExceeded.
 	Report string
 
+	// State is the machine's state at its end, after the last instruction of each vCPU, if
+	// Config.KeepState is set and Left is not; else nil.
+	State *inspect.Node
+
 	// Left says that threads of vCPUs or devices did not end in time because they wait for the
 	// host. They keep using guest memory and the devices' resources until the process ends.
 	Left bool
@@ -159,6 +165,7 @@ func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 		if out.Left = !over; out.Left {
 			return out, nil
 		}
+		out.State = m.last
 		if out.Ending != GuestReset || !again {
 			return out, nil
 		}

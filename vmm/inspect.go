@@ -58,10 +58,30 @@ func (i *Inspector) set(m *machine) {
 	i.m = m
 }
 
+// finalState returns the state of a machine whose vCPUs' threads have ended; nil if a bug has left it
+// unreadable.
+func (m *machine) finalState() (n *inspect.Node) {
+	ctx, cancel := context.WithTimeout(context.Background(), reportTime)
+	defer cancel()
+	defer func() {
+		if recover() != nil {
+			n = nil
+		}
+	}()
+	root, err := m.stateBy(func(_ context.Context, _ int, f func()) bool { f(); return true }).Read(ctx, "")
+	if err != nil {
+		return nil
+	}
+	return &root
+}
+
 // state returns the tree of the machine's state, which is read later.
-func (m *machine) state() inspect.Node {
+func (m *machine) state() inspect.Node { return m.stateBy(m.ask) }
+
+// stateBy is state with another way to ask the thread of a vCPU.
+func (m *machine) stateBy(ask func(ctx context.Context, i int, f func()) bool) inspect.Node {
 	root := inspect.Group("", inspect.Bool("paused", m.cfg.Pauser != nil && m.cfg.Pauser.Paused()),
-		m.inspectMemory(), m.inspectCPUs(), m.bus.Inspect())
+		m.inspectMemory(), m.inspectCPUs(ask), m.bus.Inspect())
 	for _, p := range m.coms {
 		root.Nodes = append(root.Nodes, p.uart.Inspect(strings.ToLower(p.name)))
 	}
@@ -124,11 +144,11 @@ func (m *machine) answer(i int) {
 var mpStates = [...]string{kvm.MPStateRunnable: "runnable", kvm.MPStateUninitialized: "uninitialized",
 	kvm.MPStateInitReceived: "init_received", kvm.MPStateHalted: "halted", kvm.MPStateSipiReceived: "sipi_received"}
 
-func (m *machine) inspectCPUs() inspect.Node {
+func (m *machine) inspectCPUs(ask func(ctx context.Context, i int, f func()) bool) inspect.Node {
 	cpus := inspect.Group("vcpu")
 	for i, c := range m.cpus {
 		read := func(ctx context.Context) (nodes []inspect.Node, ok bool) {
-			ok = m.ask(ctx, i, func() { nodes = inspectCPU(c, m.ids[i]) })
+			ok = ask(ctx, i, func() { nodes = inspectCPU(c, m.ids[i]) })
 			return nodes, ok
 		}
 		cpus.Nodes = append(cpus.Nodes, inspect.Lazy(fmt.Sprint(i), read))
@@ -195,7 +215,7 @@ func (m *machine) stateReport() string {
 	ctx, cancel := context.WithTimeout(m.life, reportTime)
 	defer cancel()
 	var b strings.Builder
-	cpus := m.inspectCPUs().Nodes
+	cpus := m.inspectCPUs(m.ask).Nodes
 	for _, cpu := range cpus[:min(len(cpus), reportCPUs)] {
 		cpu, _ = cpu.Read(ctx, "")
 		reportCPU(&b, cpu)

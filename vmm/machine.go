@@ -18,6 +18,7 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/vpci"
 	"gvm/guestmem"
+	"gvm/inspect"
 	"gvm/kvmapi"
 	"gvm/kvmapi/eventfd"
 	"gvm/vmm/acpi"
@@ -54,6 +55,7 @@ type machine struct {
 	panicked panicState
 	halt     haltState
 	pm       *acpipm.PM
+	last     *inspect.Node // for Outcome.State
 }
 
 // newMachine builds a machine up to the point where its vCPUs can run. On an error it leaves

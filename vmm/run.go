@@ -128,6 +128,9 @@ func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err erro
 	m.closing.Store("a vCPU")
 	panics.Go(func() { // ends at the latest with the process
 		m.threads.Wait()
+		if m.cfg.KeepState && !again {
+			m.last = m.finalState()
+		}
 		done <- m.close()
 	})
 	for late := time.After(guestEndPatience); late != nil; {

@@ -45,6 +45,7 @@ type runConfig struct {
 	grace      time.Duration // the guest's time to power off when gvm is asked to end
 	timing     *timing       // nil: none
 	watch      *watch        // nil: none
+	record     *crashRecord  // nil: none
 	hidden     bool          // only watch gets the console
 	suffix     string        // of the name of one of several machines of the process
 }
@@ -129,6 +130,9 @@ EXAMPLES
 				Usage: "`N` virtio-scsi request queues (default: one per CPU); " +
 					"with backend=vhost each takes some 21 MiB of the kernel's memory"},
 			pollFlag(),
+			&cli.StringFlag{Name: "crash-dir", TakesFile: true,
+				Usage: "when the guest panics, crashes or meets --timeout, keep the console and the state of " +
+					"all CPUs and devices in a new directory in `DIR`"},
 		}, verdictFlags()...),
 		// The library searches all flags for each flag with an action, which takes 0.2 ms. No flag
 		// has one, and values are read from the parsed command line.
@@ -138,11 +142,14 @@ EXAMPLES
 			if err != nil {
 				return usageError{err}
 			}
+			if rc.record, err = newCrashRecord(c.String("crash-dir")); err != nil {
+				return err
+			}
 			if err := rc.watch.open(); err != nil {
 				return err
 			}
 			_, err = rc.watch.finish(run(rc))
-			return err
+			return rc.record.finish(err)
 		},
 	}
 }
@@ -401,6 +408,9 @@ func run(rc runConfig) (err error) {
 	if spec.Console = rc.watch.console(t); rc.hidden {
 		spec.Console = rc.watch.console(machine.Output(io.Discard))
 	}
+	if rc.record != nil {
+		spec.Console, spec.KeepState = rc.record.console(spec.Console), true
+	}
 	defer func() { err = errors.Join(err, t.close()) }()
 	spec.Note, spec.Phase, spec.Stamp, spec.Words = note, rc.timing.phase, rc.timing.stamp, terminalSize()
 	spec.KernelCache, spec.Version = boot.CacheDir(), version
@@ -434,6 +444,9 @@ func run(rc runConfig) (err error) {
 	rc.timing.phase("the guest's run")
 	err = t.close()
 	out, err2 := m.Wait()
+	if rc.record != nil {
+		rc.record.machine, rc.record.state = m.Name(), out.State
+	}
 	if err = errors.Join(err2, err); err != nil && out.Ending == 0 {
 		return err
 	}

@@ -1,0 +1,142 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/inspect"
+	"gvm/panics"
+	"gvm/vmm"
+)
+
+// crashRecord is --crash-dir: a directory that gets a directory of its own for a guest that panics,
+// crashes or hangs, and for a bug of gvm. A nil crashRecord does nothing.
+type crashRecord struct {
+	dir     string
+	machine string        // its name
+	state   *inspect.Node // at the machine's end; nil: unknown
+
+	mu   sync.Mutex
+	text []byte // the console's last output
+}
+
+// Bounds of a record.
+const (
+	recordConsole  = 1 << 20
+	recordPatience = 800 * time.Millisecond // storage that hangs delays the end by that at most
+	recordNames    = 100                    // records of one second
+)
+
+// recordedEnds are the exit statuses of ends that get a record.
+var recordedEnds = []int{exitCrash, exitPanic, exitFault, exitBug, exitTimeout}
+
+// newCrashRecord checks the directory of --crash-dir; "" is none.
+func newCrashRecord(dir string) (*crashRecord, error) {
+	if dir == "" {
+		return nil, nil
+	}
+	fi, err := os.Stat(dir)
+	if err == nil && !fi.IsDir() {
+		err = &fs.PathError{Op: "open", Path: dir, Err: unix.ENOTDIR}
+	}
+	if err == nil {
+		if err = unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
+			err = &fs.PathError{Op: "write to", Path: dir, Err: err}
+		}
+	}
+	if err != nil {
+		return nil, configError{fmt.Errorf("--crash-dir: %w; name a directory that exists and may be written", err)}
+	}
+	return &crashRecord{dir: dir}, nil
+}
+
+// console returns a console whose last output r keeps.
+func (r *crashRecord) console(to vmm.Console) vmm.Console {
+	if r == nil {
+		return to
+	}
+	return recorded{to, r}
+}
+
+type recorded struct {
+	vmm.Console
+	record *crashRecord
+}
+
+func (c recorded) Write(p []byte) (int, error) {
+	c.record.keep(p)
+	return c.Console.Write(p)
+}
+
+// keep keeps the end of the output.
+func (r *crashRecord) keep(p []byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.text = append(r.text, p[max(0, len(p)-recordConsole):]...)
+	if n := len(r.text) - recordConsole; n > recordConsole {
+		r.text = append(r.text[:0], r.text[n:]...)
+	}
+}
+
+// finish takes the error of a run, and writes a record if that is an end which gets one.
+func (r *crashRecord) finish(err error) error {
+	if r == nil || !slices.Contains(recordedEnds, exitStatus(err)) {
+		return err
+	}
+	done := make(chan error, 1)
+	panics.Go(func() { done <- r.write("gvm: " + errorText(err) + "\n") })
+	select {
+	case werr := <-done:
+		if werr != nil {
+			return errors.Join(err, fmt.Errorf("--crash-dir: %w", werr))
+		}
+		return err
+	case <-time.After(recordPatience):
+		return errors.Join(err, fmt.Errorf("--crash-dir %s: the storage does not answer; gvm ends without a whole record",
+			r.dir))
+	}
+}
+
+// write makes a record: the message of the end, the console, and the state.
+func (r *crashRecord) write(end string) error {
+	dir, err := r.mkdir()
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	console := bytes.Clone(r.text[max(0, len(r.text)-recordConsole):])
+	r.mu.Unlock()
+	var state bytes.Buffer
+	err = errors.Join(writeJSON(&state, r.state),
+		os.WriteFile(filepath.Join(dir, "end"), []byte(end), 0o666),
+		os.WriteFile(filepath.Join(dir, "console"), console, 0o666),
+		os.WriteFile(filepath.Join(dir, "state.json"), state.Bytes(), 0o666))
+	if err == nil {
+		note(fmt.Sprintf("the end, the console and the machine's state are in %s", dir))
+	}
+	return err
+}
+
+// mkdir makes the directory of a record, and returns its path.
+func (r *crashRecord) mkdir() (dir string, err error) {
+	base := filepath.Join(r.dir, time.Now().UTC().Format("20060102T150405Z-")+r.machine)
+	dir = base
+	for i := range recordNames {
+		if i > 0 {
+			dir = fmt.Sprintf("%s-%d", base, i+1)
+		}
+		if err = os.Mkdir(dir, 0o777); !errors.Is(err, fs.ErrExist) {
+			break
+		}
+	}
+	return dir, err
+}
