@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"io"
 
-	"github.com/urfave/cli/v2"
+	"gvm/cli"
 )
 
 func benchCommand() *cli.Command {

@@ -14,8 +14,7 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/devices/block"
 	"gvm/devices/scsi"
 	"gvm/devices/virtio/ringbench"
@@ -48,7 +47,7 @@ EXAMPLES
    gvm bench disk
    gvm bench disk --depth 32 --size 4K --rounds 11 --json disk.json`,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "disk", Usage: "raw image or block device as `PATH`", TakesFile: true},
+			&cli.StringFlag{Name: "disk", Usage: "raw image or block device as `PATH`"},
 			&cli.DurationFlag{Name: "time", Value: 200 * time.Millisecond, Usage: "`DURATION` of each measurement"},
 			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure everything `N` times, in turns"},
 			&cli.StringFlag{Name: "size", Value: "4K,128K", Usage: "`LIST` of request sizes"},
@@ -57,7 +56,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "driver", Value: "interrupt,poll",
 				Usage: "`LIST` of how the driver learns of answers"},
 			pollFlag(),
-			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
+			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`"},
 			plotFlag(),
 		},
 		Action: benchAction(parseBench),

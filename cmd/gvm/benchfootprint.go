@@ -18,8 +18,7 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/guest/embedded"
 	"gvm/panics"
 )
@@ -53,7 +52,7 @@ EXAMPLES
 			&cli.DurationFlag{Name: "time", Value: 10 * time.Second, Usage: "watch them for `DURATION`"},
 			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure one machine of each kind `N` times, in turns"},
 			qemuFlag(),
-			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
+			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`"},
 		},
 		Action: benchAction(parseFootprint),
 	}

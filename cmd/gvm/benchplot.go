@@ -7,8 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/plot"
 )
 
@@ -36,8 +35,7 @@ func (p *benchPanel) add(name string, depth int, kIOPS float64) {
 // plotFlag returns --plot of the benchmarks over depths.
 func plotFlag() cli.Flag {
 	return &cli.StringFlag{Name: "plot",
-		Usage:     "draw the medians, with the lowest and highest, to `FILE`, whose name ends with .svg or .png",
-		TakesFile: true}
+		Usage: "draw the medians, with the lowest and highest, to `FILE`, whose name ends with .svg or .png"}
 }
 
 // checkPlot checks --plot before anything is measured.

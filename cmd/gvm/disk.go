@@ -12,8 +12,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/control"
 	"gvm/machine/disk"
 	"gvm/text"

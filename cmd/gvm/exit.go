@@ -4,8 +4,7 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/machine"
 )
 
@@ -74,14 +73,13 @@ func exitStatus(err error) int {
 		end    endError
 		usage  usageError
 		config configError
-		words  cli.ExitCoder // help for an unknown command
 	)
 	switch {
 	case err == nil:
 		return 0
 	case errors.As(err, &end):
 		return end.status
-	case errors.As(err, &usage), errors.As(err, &words), errors.As(err, &config), machine.IsConfig(err):
+	case errors.As(err, &usage), errors.As(err, &config), machine.IsConfig(err):
 		return exitUsage
 	}
 	return exitHost
@@ -90,10 +88,10 @@ func exitStatus(err error) int {
 // exitStatusCommand exists for its help page: `gvm help exit-status`.
 func exitStatusCommand() *cli.Command {
 	return &cli.Command{
-		Name:               "exit-status",
-		Usage:              "list gvm's exit statuses",
-		Description:        exitStatusHelp,
-		CustomHelpTemplate: "{{.Description}}\n",
+		Name:        "exit-status",
+		Usage:       "list gvm's exit statuses",
+		Description: exitStatusHelp,
+		BareHelp:    true,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usageError{fmt.Errorf("exit-status takes no argument, and got %q", c.Args().First())}

@@ -7,8 +7,7 @@ import (
 	"testing"
 	"unicode/utf8"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/machine/disk"
 )
 
@@ -43,7 +42,7 @@ func TestHelpWidth(t *testing.T) {
 			pages++
 			path := append(slices.Clone(path), c.Name)
 			for line := range strings.Lines(c.Description) {
-				if n := utf8.RuneCountInString(line); n > helpWidth-3+1 && c.CustomHelpTemplate == "" {
+				if n := utf8.RuneCountInString(line); n > helpWidth-3+1 && !c.BareHelp {
 					t.Errorf("%q: a line of %d columns would be broken: %q", path, n, line)
 				}
 			}
@@ -51,7 +50,7 @@ func TestHelpWidth(t *testing.T) {
 			if flag := page(append(path, "--help")...); flag != help {
 				t.Errorf("gvm %s --help differs from its page:\n%s\n%s", strings.Join(path, " "), flag, help)
 			}
-			if !strings.Contains(help, "EXIT") && c.CustomHelpTemplate == "" &&
+			if !strings.Contains(help, "EXIT") && !c.BareHelp &&
 				!strings.Contains(help, "gvm "+strings.Join(path, " ")) {
 				t.Errorf("the page of %q is another's:\n%s", path, help)
 			}

@@ -8,8 +8,7 @@ import (
 	"os"
 	"strings"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/control"
 	"gvm/devices/block"
 	"gvm/devices/scsi/sidecar"

@@ -4,8 +4,7 @@ import (
 	"fmt"
 	"io"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/inspect"
 	"gvm/text"
 )

@@ -8,8 +8,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/guest/kernel"
 	"gvm/text"
 	"gvm/vmm/boot"

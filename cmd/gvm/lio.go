@@ -7,8 +7,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/devices/scsi/lio"
 	"gvm/text"
 )

@@ -7,8 +7,7 @@ import (
 	"sync"
 	"text/tabwriter"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/control"
 	"gvm/panics"
 	"gvm/text"

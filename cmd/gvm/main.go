@@ -13,8 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/guest/agent"
 	"gvm/panics"
 	"gvm/text"
@@ -171,17 +170,13 @@ func app(args []string) *cli.App {
 		Writer:  printer(os.Stdout), ErrWriter: printer(os.Stderr),
 		Description: `gvm run boots a kernel in a virtual machine on this terminal; without any
 argument it boots a small guest of its own and so shows that all works.`,
-		EnableBashCompletion:      true,
-		DisableSliceFlagSeparator: true,
-		Flags:                     []cli.Flag{cli.HelpFlag},
-		HideHelpCommand:           true, // helpCommand replaces it
-		OnUsageError:              flagError,
-		ExitErrHandler:            func(*cli.Context, error) {},
+		Help:       flagHelp,
+		UsageError: flagError,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return unknownCommand(c.App.Commands, nil, c.Args().First())
 			}
-			return cli.ShowAppHelp(c)
+			return helpPage(c, nil)
 		},
 	}
 	rows := commands

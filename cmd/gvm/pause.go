@@ -4,8 +4,7 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/control"
 	"gvm/text"
 )

@@ -13,8 +13,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/guest/embedded"
 	"gvm/guest/initramfs"
 )

@@ -8,8 +8,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"github.com/urfave/cli/v2"
-
+	"gvm/cli"
 	"gvm/devices/scsi/trace"
 )
 
