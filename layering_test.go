@@ -38,6 +38,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/scsi/trace", "devices/scsi kvmapi/nowait text"},
 	{"devices/scsi/scsitest", "devices/scsi devices/block"},
 	{"devices/scsi", "devices/block devices/iovec inspect"},
+	{"devices/i6300esb", "devices/pci inspect"},
 	{"devices/pci/...", "devices/pci kvmapi/eventfd inspect"},
 	{"devices/virtio/virtq", "guestmem inspect"},
 	{"devices/virtio/virtqtest", "devices/virtio devices/virtio/virtq guestmem kvmapi/eventfd"},

@@ -147,6 +147,7 @@ func TestABIMatchesKernelHeaders(t *testing.T) {
 		"value KVM_SET_LAPIC":              uint64(iow[kvm.LAPICState](nrSetLAPIC)),
 		"value KVM_SET_CPUID2":             uint64(kvm.IIOW(nrSetCPUID2, 8)),
 		"value KVM_GET_MP_STATE":           uint64(ior[kvm.MPState](nrGetMPState)),
+		"value KVM_NMI":                    uint64(kvm.IIO(nrNMI)),
 		"value KVM_SET_MP_STATE":           uint64(iow[kvm.MPState](nrSetMPState)),
 		"value KVM_SET_GUEST_DEBUG":        uint64(iow[GuestDebug](nrSetGuestDebug)),
 		"value KVM_GET_TSC_KHZ":            uint64(kvm.IIO(nrGetTSCKHz)),

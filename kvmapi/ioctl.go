@@ -32,6 +32,7 @@ const (
 	nrSetCPUID2           = 0x90
 	nrGetMPState          = 0x98
 	nrSetMPState          = 0x99
+	nrNMI                 = 0x9a
 	nrSetGuestDebug       = 0x9b
 	nrGetTSCKHz           = 0xa3
 	nrEnableCap           = 0xa3

@@ -132,6 +132,12 @@ func (c *VCPU) SetMPState(state uint32) error {
 	return err
 }
 
+// NMI is KVM_NMI: the processor gets a non-maskable interrupt.
+func (c *VCPU) NMI() error {
+	_, err := ioctlInt(c.fd, "KVM_NMI", kvm.IIO(nrNMI), 0)
+	return err
+}
+
 // TSCKHz is KVM_GET_TSC_KHZ: the guest's TSC frequency, 0 if unknown.
 func (c *VCPU) TSCKHz() (int, error) {
 	return ioctlInt(c.fd, "KVM_GET_TSC_KHZ", kvm.IIO(nrGetTSCKHz), 0)

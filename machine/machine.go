@@ -60,7 +60,8 @@ type Spec struct {
 	// APICIDs are the CPUs' local APIC IDs, ascending; nil: 0 to CPUs-1.
 	APICIDs     []uint32
 	CPUFeatures []x86.FeatureChange
-	Rebooting   bool // a reset by the guest starts the machine again in place
+	Watchdog    vmm.WatchdogAction // 0: the guest has no watchdog
+	Rebooting   bool               // a reset by the guest starts the machine again in place
 
 	// Kernel and Initrds belong to the caller, which closes them after Wait. A nil Kernel is the
 	// embedded guest, and GuestArgs are its words.
@@ -156,6 +157,7 @@ func (s *Spec) config() vmm.Config {
 		Protocol:    s.Protocol,
 		KernelCache: s.KernelCache,
 		Rebooting:   s.Rebooting,
+		Watchdog:    s.Watchdog,
 		Kernel:      s.Kernel,
 		Initrds:     s.Initrds,
 		PanicText:   s.Kernel != nil,

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 
+	"gvm/devices/i6300esb"
 	"gvm/devices/rtc"
 	"gvm/devices/statusport"
 	"gvm/devices/virtio"
@@ -47,6 +48,8 @@ type Config struct {
 	// Status takes the reports of a program in the guest at the port of package statusport, on the
 	// vCPU's thread; nil: there is no such port.
 	Status func(statusport.Report)
+	// Watchdog is what is done when the guest's watchdog expires; 0: the guest has none.
+	Watchdog WatchdogAction
 	// Rebooting makes a reset by the guest start the machine again in place,
 	// with fresh memory, until it ends otherwise.
 	Rebooting bool
@@ -68,7 +71,8 @@ type Config struct {
 	// thread just before it enters the guest; nil drops it. A reboot repeats the phases.
 	Phase func(name string)
 
-	battery *rtc.Battery // the clock's state, kept by Run over a reboot
+	battery  *rtc.Battery   // the clock's state, kept by Run over a reboot
+	watchdog *i6300esb.Kept // and the watchdog's
 }
 
 // Entered is the last phase: the first vCPU is about to run its first instruction.
@@ -109,10 +113,12 @@ const (
 	HostFailed                     // an operation on the host failed
 	Bug                            // gvm has a bug
 	Halted                         // Linux printed that it halts, and every CPU halted with interrupts disabled
+	Expired                        // the guest's watchdog expired, with WatchdogExit
 )
 
 func (e Ending) String() string {
-	return [...]string{"?", "powered off", "reset", "panicked", "crashed", "stopped", "host failed", "bug", "halted"}[e]
+	return [...]string{"?", "powered off", "reset", "panicked", "crashed", "stopped", "host failed", "bug", "halted",
+		"hung"}[e]
 }
 
 // Outcome is the end of a run.
@@ -143,7 +149,7 @@ type Outcome struct {
 // the machine: *boot.ImageError and *ConfigError are the user's, everything else the host's.
 func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 	defer cfg.Pauser.end()
-	cfg.battery = &rtc.Battery{}
+	cfg.battery, cfg.watchdog = &rtc.Battery{}, &i6300esb.Kept{}
 	for {
 		m, err := newMachine(sys, cfg)
 		if err != nil {

@@ -11,6 +11,7 @@ import (
 	"gvm/devices/acpipm"
 	"gvm/devices/block"
 	"gvm/devices/debugport"
+	"gvm/devices/i6300esb"
 	"gvm/devices/i8042"
 	"gvm/devices/pci"
 	"gvm/devices/pvpanic"
@@ -170,6 +171,13 @@ func (h *hostile) act() {
 		h.put(&h.mmio, h.config(slot)+h.Uint64N(256), size, h.value())
 	case n < 20:
 		h.get(&h.mmio, h.bar(slot, 0)+aligned(0x3020), size)
+	case n < 21: // the watchdog, behind the virtio devices
+		at := len(h.virtio) + 1
+		h.put(&h.mmio, h.config(at)+4, 2, pci.CommandMemory)
+		h.put(&h.mmio, h.config(at)+0x60+h.Uint64N(12), size, h.value())
+		h.put(&h.mmio, h.bar(at, 0)+0xc, 1, 0x80)
+		h.put(&h.mmio, h.bar(at, 0)+0xc, 1, 0x86)
+		h.put(&h.mmio, h.bar(at, 0)+aligned(16), size, h.value())
 	case n < 22:
 		h.put(&h.mmio, h.bar(slot, 0)+aligned(0x40), size, h.value())
 	case n < 23: // bus mastering, INTx and MSI-X, whose capability is the first
@@ -213,7 +221,7 @@ func TestHostileCPUs(t *testing.T) {
 	before := openFDs(t)
 	m, err := newMachine(sys, Config{
 		Memory: guestmem.Config{Size: 64 << 20}, CPUs: 2, Kernel: embeddedKernel(t),
-		Devices: []virtio.Device{rng.New(), disk, pages},
+		Devices: []virtio.Device{rng.New(), disk, pages}, Watchdog: WatchdogNMI, watchdog: new(i6300esb.Kept),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 
 	"gvm/devices/acpipm"
 	"gvm/devices/debugport"
+	"gvm/devices/i6300esb"
 	"gvm/devices/i8042"
 	"gvm/devices/pci"
 	"gvm/devices/pvpanic"
@@ -30,20 +31,21 @@ import (
 // machine is one life of a virtual machine, from its first instruction to its power-off or reset.
 // The next life gets a new one; only the virtio devices, which are the Config's, stay.
 type machine struct {
-	cfg     Config
-	sys     *kvmapi.System
-	vm      *kvmapi.VM
-	mem     *guestmem.Memory
-	pio     bus.Bus
-	mmio    bus.Bus
-	coms    []*comPort
-	rtc     *rtc.RTC
-	console *consoleWatch
-	irqs    interrupts
-	bus     *pci.Bus
-	virtio  []*vpci.Device
-	ids     []uint32 // local APIC IDs of cpus
-	cpus    []*kvmapi.VCPU
+	cfg      Config
+	sys      *kvmapi.System
+	vm       *kvmapi.VM
+	mem      *guestmem.Memory
+	pio      bus.Bus
+	mmio     bus.Bus
+	coms     []*comPort
+	rtc      *rtc.RTC
+	console  *consoleWatch
+	irqs     interrupts
+	bus      *pci.Bus
+	virtio   []*vpci.Device
+	watchdog *i6300esb.Device // nil: none
+	ids      []uint32         // local APIC IDs of cpus
+	cpus     []*kvmapi.VCPU
 	// questions are for the threads of cpus: each takes them where it is not in the guest.
 	questions []chan question
 	cpuid     []kvm.CPUIDEntry2 // supported by KVM
@@ -225,6 +227,9 @@ func (m *machine) addPCI() error {
 			return err
 		}
 	}
+	if err := m.addWatchdog(); err != nil {
+		return err
+	}
 	return m.bus.Assign(pci.Window{Base: mmio32Base, Size: mmio32Size}, mmio64(m.mem, physBits(m.cpuid)))
 }
 
@@ -347,6 +352,7 @@ func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, boots, x2apic bool, entry 
 // close undoes newMachine in reverse: devices first, so that none writes to freed memory.
 func (m *machine) close() error {
 	var errs []error
+	m.watchdog.Close()
 	for _, p := range m.coms {
 		if m.closing.Store(p.name); p.console == m.cfg.Console {
 			m.closing.Store(closingConsole)

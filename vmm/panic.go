@@ -112,6 +112,9 @@ func (m *machine) verdict(out Outcome) Outcome {
 		told = told || out.tripleFault && m.console.panicProved()
 	case PoweredOff:
 		then = "the guest then powered off"
+	case Expired:
+		then = out.Err.Error()
+		told = told || m.console.panicProved()
 	case Halted:
 		then = "the guest then halted"
 		told = told || m.console.panicProved()

@@ -139,6 +139,7 @@ func (p *Pauser) stopDevices(ctx context.Context, release chan struct{}) error {
 func (p *Pauser) want() error {
 	p.release, p.stopped, p.parked, p.holds = make(chan struct{}), make(chan struct{}), 0, 0
 	p.wanted.Store(true)
+	p.m.watchdog.Pause()
 	err := p.m.kick()
 	if err != nil {
 		p.resume()
@@ -200,6 +201,7 @@ func (p *Pauser) resume() {
 	if p.giveUp != nil {
 		p.giveUp(ErrNotPaused)
 	}
+	p.m.watchdog.Resume()
 	for _, v := range p.m.virtio {
 		v.Resume()
 	}

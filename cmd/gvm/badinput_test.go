@@ -234,6 +234,7 @@ func TestBadInput(t *testing.T) {
 		{"more memory than the host", run("--memory", "7T"), "--memory 7T|this host has|--overcommit", ""},
 		{"more memory than a guest has", run("--memory", "9T", "--overcommit"), "--memory 9T|8 TiB at most", ""},
 		{"memory of odd pages", run("--memory", "20000001K"), "--memory 20000001K", ""},
+		{"an unknown watchdog", run("--watchdog", "rest"), `--watchdog rest|did you mean reset?`, ""},
 		{"a balloon of huge pages", run("--balloon", "--hugepages"), "--balloon and --hugepages|leave one of them out", ""},
 		{"hugepages of odd size", run("--memory", "33M", "--hugepages"), "--memory 33M|2 MiB", ""},
 		{"timeout 0", run("--timeout", "0"), "--timeout 0s", ""},

@@ -165,6 +165,9 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 			return nil, configError{fmt.Errorf("--disk %s: error=: nothing could resume the machine: %w",
 				rc.spec.Disks[i].Name(), err)}
 		}
+		if rc.spec.Watchdog == vmm.WatchdogPause {
+			return nil, configError{fmt.Errorf("--watchdog pause: nothing could resume the machine: %w", err)}
+		}
 		note(fmt.Sprintf("gvm disk and gvm list will not find this machine: %v", err))
 		return nil, nil
 	}

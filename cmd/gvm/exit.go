@@ -18,6 +18,7 @@ const (
 	exitPanic      = 5
 	exitReset      = 6
 	exitFault      = 7
+	exitWatchdog   = 8
 	exitBug        = 70
 	exitTimeout    = 124
 	exitHangup     = 129
@@ -44,6 +45,8 @@ const exitStatusHelp = `gvm run and gvm kunit end with one of these, and nothing
              instead)
    7         with --oops=fail or --strict: the guest ended well, but its kernel
              reported a fault (oops, BUG, KASAN, lockdep, a stall and so on)
+   8         with --watchdog=exit: the guest's watchdog expired; the state of
+             CPUs and devices is on standard error
    70        a bug in gvm; the report is on standard error
    124       --timeout elapsed
    130       stopped by Ctrl-a x, or by an interrupt (SIGINT)

@@ -127,7 +127,7 @@ func (k *keepError) Write(p []byte) (int, error) {
 func errorText(err error) string {
 	s := strings.TrimSpace(err.Error())
 	var end endError
-	reports := []int{exitCrash, exitPanic, exitFault, exitBug}
+	reports := []int{exitCrash, exitPanic, exitFault, exitWatchdog, exitBug}
 	if several(err) || errors.As(err, &end) && slices.Contains(reports, end.status) {
 		return text.Lines(s)
 	}

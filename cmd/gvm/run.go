@@ -52,6 +52,9 @@ type runConfig struct {
 
 var entries = map[string]boot.Protocol{"auto": 0, "pvh": boot.PVH32, "64": boot.Linux64}
 
+var watchdogs = map[string]vmm.WatchdogAction{"reset": vmm.WatchdogReset, "pause": vmm.WatchdogPause,
+	"exit": vmm.WatchdogExit, "nmi": vmm.WatchdogNMI}
+
 func runCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "run",
@@ -115,6 +118,8 @@ EXAMPLES
 					"auto is pvh where the kernel has it and the initrds fit below 4 GiB"},
 			&cli.StringFlag{Name: "on-reset", Value: "exit",
 				Usage: "when the guest asks for a reset: `ACTION` exit (status 6) or reboot"},
+			&cli.StringFlag{Name: "watchdog",
+				Usage: "give the guest a watchdog (6300ESB), and when it expires: `ACTION` reset, pause, exit (status 8) or nmi"},
 			&cli.DurationFlag{Name: "timeout", Usage: "stop the guest after `DURATION`, such as 90s, with status 124"},
 			&cli.DurationFlag{Name: "grace",
 				Usage: "at SIGINT, SIGTERM and SIGHUP press the guest's power button, and stop it `DURATION` later; " +
@@ -235,6 +240,11 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		spec.Rebooting = v == "reboot"
 	default:
 		return rc, text.OneOfNames("--on-reset ", v, []string{"exit", "reboot"})
+	}
+	if given("watchdog") {
+		if spec.Watchdog, ok = watchdogs[c.String("watchdog")]; !ok {
+			return rc, text.OneOf("--watchdog ", c.String("watchdog"), watchdogs)
+		}
 	}
 	if spec.VhostABI, err = parseABI(c.String("vhost-abi")); err != nil {
 		return rc, fmt.Errorf("--vhost-abi: %w", err)
@@ -507,6 +517,8 @@ func ended(out vmm.Outcome) error {
 	case vmm.GuestCrashed:
 		return endError{exitCrash, fmt.Errorf("the guest crashed: %w\n%s", out.Err,
 			strings.TrimRight(out.Report, "\n"))}
+	case vmm.Expired:
+		return endError{exitWatchdog, fmt.Errorf("%w\n%s", out.Err, strings.TrimRight(out.Report, "\n"))}
 	case vmm.Bug:
 		return endError{exitBug, fmt.Errorf("a bug in gvm, please report it: %w\n%s", out.Err, out.Report)}
 	case vmm.Stopped:
