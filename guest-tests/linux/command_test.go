@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -64,20 +65,61 @@ func busybox(t testing.TB) string {
 	return path
 }
 
-// TestCommand: with every kernel gvm test prints the command's output and nothing else. The guest loads
-// the modules of its disks and shares and those of --module, a script has its interpreter with the
-// libraries of it, and the command has the names of the disks of --scratch, whichever of them the kernel
-// finds first. TestRoots does it with the cloud kernel.
+// TestCommand: gvm test prints the command's output and nothing else, and ends as it does.
 func TestCommand(t *testing.T) {
-	dir, bb := t.TempDir(), busybox(t)
+	l, bb := theLab(t), busybox(t)
+	for name, uname := range map[string][]string{"cloud": {bb, "uname", "-r"}, "6.12": {"/usr/bin/uname", "-r"}} {
+		k := kernel(t, name)
+		t.Run(name, func(t *testing.T) {
+			r := testOn(t, k, nil, append([]string{"-v", "--"}, uname...)...)
+			r.want(t, 0, k.Release+"\n", "the agent said hello by ")
+		})
+	}
+	t.Run("status", func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "verdict.json")
+		testOn(t, l.Cloud, nil, "--verdict", file, "--", bb, "sh", "-c", "exit 70").want(t, 70, "")
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var v map[string]any
+		if err := json.Unmarshal(b, &v); err != nil || v["kind"] != "exited" || v["status"] != 70.0 ||
+			v["release"] != l.Cloud.Release {
+			t.Errorf("%v\n%s", err, b)
+		}
+	})
+	t.Run("signal", func(t *testing.T) {
+		testOn(t, l.Cloud, nil, "--", bb, "sh", "-c", "kill -9 $$").want(t, 137, "",
+			"gvm: the command was ended by SIGKILL\n")
+	})
+	t.Run("missing", func(t *testing.T) {
+		testOn(t, l.Cloud, nil, "--", "/no/such/program").want(t, 127, "", "/no/such/program: no such file")
+	})
+}
+
+// TestModules: a test's guest loads the modules of its disks, and a script has its interpreter with
+// the libraries of it, with every kernel.
+func TestModules(t *testing.T) {
+	dir := t.TempDir()
 	script, image := filepath.Join(dir, "script"), filepath.Join(dir, "disk")
-	text := `#!/usr/bin/env bash
-read -r _ _ release _ </proc/version
-echo "$release $1"
-until [[ -b /dev/sda ]]; do :; done
-echo guest >"$2/made"
-[[ ! -v TEST_DEV ]] || exec ` + bb + ` sh -c '
-serials() {
+	text := "#!/usr/bin/env bash\nread -r _ _ release _ </proc/version; echo \"$release $1\"\n" +
+		"until [[ -b /dev/sda ]]; do :; done\n"
+	if err := errors.Join(os.WriteFile(script, []byte(text), 0o700),
+		os.WriteFile(image, make([]byte, 1<<20), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range append([]string{"debian", "cloud"}, lab.Versions()...) {
+		k := kernel(t, name)
+		t.Run(name, func(t *testing.T) {
+			testOn(t, k, nil, "--disk", image, "--timeout", "60s", "--", script, "a  b").want(t, 0, k.Release+" a  b\n")
+		})
+	}
+}
+
+// TestScratch: the command has the names of the disks of --scratch, whichever of them the kernel finds
+// first, and the modules of --module.
+func TestScratch(t *testing.T) {
+	const script = `serials() {
 	for d; do
 		s=/sys/block/${d#/dev/}
 		echo $(tail -c +5 $s/device/vpd_pg80) $(cat $s/size)
@@ -90,35 +132,17 @@ serials $TEST_DEVS | wc -l
 echo data >$TEST_DEV
 head -c 5 $TEST_DEV
 echo ${SCRATCH_DEV-unset}
-grep -c "^dm_mod " /proc/modules'
-`
-	if err := errors.Join(os.WriteFile(script, []byte(text), 0o700),
-		os.WriteFile(image, make([]byte, 1<<20), 0o600)); err != nil {
-		t.Fatal(err)
-	}
-	scratch := ""
+grep -c '^dm_mod ' /proc/modules`
+	var want strings.Builder
 	for i := range 5 {
-		scratch += fmt.Sprintf("gvm-scratch-%d %d\n", i+1, 5<<30>>9)
+		fmt.Fprintf(&want, "gvm-scratch-%d %d\n", i+1, 5<<30>>9)
 	}
-	scratch += "5\ndata\nunset\n1\n"
-	for _, name := range append([]string{"debian"}, lab.Versions()...) {
-		k := kernel(t, name)
-		t.Run(name, func(t *testing.T) {
-			rw := t.TempDir()
-			args, want := []string{"-v", "--disk", image, "--rw", rw, "--timeout", "2m"}, k.Release+" a  b\n"
-			if name == "6.12" {
-				args, want = append(args, "--scratch", "5x5G", "--module", "dm-mod", "--file", bb), want+scratch
-			}
-			testOn(t, k, nil, append(args, "--", script, "a  b", rw)...).want(t, 0, want, "the agent said hello by ")
-			if b, err := os.ReadFile(filepath.Join(rw, "made")); string(b) != "guest\n" {
-				t.Errorf("the guest's file: %q, %v", b, err)
-			}
-		})
-	}
-	t.Run("missing", func(t *testing.T) {
-		testOn(t, theLab(t).Cloud, nil, "--", "/no/such/program").want(t, 127, "", "/no/such/program: no such file")
-	})
+	testOn(t, kernel(t, "6.12"), nil, "--scratch", "5x5G", "--module", "dm-mod", "--", busybox(t), "sh", "-c", script).
+		want(t, 0, want.String()+"5\ndata\nunset\n1\n")
 }
+
+// rungs are the ways to the agent that carry streams.
+var rungs = []string{"vsock", "console", "com2"}
 
 // limit returns the output of ulimit -c here.
 func limit(t *testing.T) string {
@@ -130,22 +154,11 @@ func limit(t *testing.T) string {
 	return string(out)
 }
 
-// TestRungs: each way to the agent carries every byte in both directions, keeps standard error apart,
-// shows the end of the input, and tells of the command's end: its status, also one of gvm's own, and a
-// signal. A fault of the kernel does not count with --oops=ignore.
+// TestRungs: each way to the agent carries every byte in both directions, keeps standard error apart
+// and shows the end of the input. One boot tells all of it.
 func TestRungs(t *testing.T) {
 	k, bb := theLab(t).Cloud, busybox(t)
-	file := filepath.Join(t.TempDir(), "verdict.json")
-	for rung, end := range map[string]struct {
-		args   []string
-		script string
-		status int
-		stderr string
-	}{
-		"vsock":   {[]string{"--verdict", file}, "exit 70", 70, ""},
-		"console": {nil, "kill -9 $$", 137, "gvm: the command was ended by SIGKILL\n"},
-		"com2":    {[]string{"--oops=ignore", "-a", "printk.time=0"}, "echo '<3>BUG: made up' >/dev/kmsg; exit 4", 4, ""},
-	} {
+	for _, rung := range rungs {
 		t.Run(rung, func(t *testing.T) {
 			n := 64 << 20
 			switch {
@@ -159,22 +172,9 @@ func TestRungs(t *testing.T) {
 			fmt.Fprintf(&out, "%s", in)
 			fmt.Fprintf(&out, "%d\n%s\n0\nab c\n", n, dir)
 			out.WriteString(limit(t))
-			r := testOn(t, k, bytes.NewReader(in), append(end.args, "--rung", rung, "--cwd", dir, "--env", "A=ab c", "-v",
-				"--", bb, "sh", "-c", `tee /tmp/in; wc -c </tmp/in; pwd; id -u; echo "$A"; ulimit -c; echo "to stderr" >&2; `+
-					end.script)...)
-			r.want(t, end.status, out.String(), "the agent said hello by "+rung+"\n", "\nto stderr\n", end.stderr)
-			if rung != "vsock" {
-				return
-			}
-			b, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			var v map[string]any
-			if err := json.Unmarshal(b, &v); err != nil || v["kind"] != "exited" || v["status"] != 70.0 ||
-				v["release"] != k.Release {
-				t.Errorf("%v\n%s", err, b)
-			}
+			r := testOn(t, k, bytes.NewReader(in), "--rung", rung, "--cwd", dir, "--env", "A=ab c", "-v", "--",
+				bb, "sh", "-c", `tee /tmp/in; wc -c </tmp/in; pwd; id -u; echo "$A"; ulimit -c; echo "to stderr" >&2; exit 3`)
+			r.want(t, 3, out.String(), "the agent said hello by "+rung+"\n", "\nto stderr\n")
 		})
 	}
 	t.Run("status", func(t *testing.T) {
@@ -196,12 +196,14 @@ func TestFaults(t *testing.T) {
 			"gvm: guest panic: Kernel panic - not syncing: sysrq triggered crash"},
 		{"a fault that it outlives", "echo '<3>BUG: made up' >/dev/kmsg; exit 4", []string{"-a", "printk.time=0"}, 120,
 			"gvm: the guest's kernel reported bug: BUG: made up (fingerprint "},
+		{"a fault that does not count", "echo '<3>BUG: made up' >/dev/kmsg; exit 4",
+			[]string{"-a", "printk.time=0", "--oops=ignore"}, 4, ""},
 		{"power-off", "poweroff -f; sleep 100", nil, 121, "gvm: the guest powered off before the command ended"},
 		// A real-time program has the only CPU, and nothing else runs.
 		{"hang", "echo -1 >/proc/sys/kernel/sched_rt_runtime_us; exec /usr/bin/chrt -f 99 " + bb +
 			" sh -c 'while :; do :; done'", []string{"--hang", "10s", "--file", "/usr/bin/chrt"}, 122,
 			"gvm: the guest hangs: no progress for 10s"},
-		{"timeout", "sleep 1000", []string{"--timeout", "20s"}, 124, "gvm: the timeout of 20s elapsed"},
+		{"timeout", "sleep 1000", []string{"--timeout", "30s"}, 124, "gvm: the timeout of 30s elapsed"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			testOn(t, k, nil, append(c.args, "--", bb, "sh", "-c", c.script)...).want(t, c.status, "", c.stderr)
@@ -225,6 +227,71 @@ func TestUntested(t *testing.T) {
 	}
 }
 
+// bisectExample returns the README's commands for a bisection.
+func bisectExample(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	block := regexp.MustCompile(`(?m)(?:^    .*\n)*^    git bisect run .*\n(?:^    .*\n)*`).FindString(string(b))
+	if block == "" {
+		t.Fatal("README.md has no git bisect run")
+	}
+	return regexp.MustCompile(`(?m)^    `).ReplaceAllString(block, "")
+}
+
+// TestBisect: git bisect run finds a bad kernel by the README's commands, and skips a broken one. The
+// tree has the files by which gvm knows one of Linux, and its build takes a kernel of the lab.
+func TestBisect(t *testing.T) {
+	good, bad, tree := theLab(t).Cloud.BZImage, kernel(t, "6.12").BZImage, t.TempDir()
+	for name, value := range map[string]string{
+		"PATH":                filepath.Dir(lab.Program("gvm")) + ":" + os.Getenv("PATH"),
+		"GIT_CONFIG_GLOBAL":   "/dev/null",
+		"GIT_CONFIG_NOSYSTEM": "1",
+		"GIT_AUTHOR_NAME":     "a", "GIT_AUTHOR_EMAIL": "a@b",
+		"GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b",
+	} {
+		t.Setenv(name, value)
+	}
+	write := func(name, text string) {
+		t.Helper()
+		path := filepath.Join(tree, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	git := func(args ...string) string {
+		t.Helper()
+		out, err := exec.Command("git", append([]string{"-C", tree}, args...)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("git %q: %v\n%s", args, err, out)
+		}
+		return strings.TrimSpace(string(out))
+	}
+	git("init", "-q")
+	for _, name := range []string{"Kbuild", "MAINTAINERS", "arch/x86/Makefile", "broken"} {
+		write(name, "")
+	}
+	write("Makefile", ".PHONY: olddefconfig bzImage\nolddefconfig:\nbzImage:\n"+
+		"\tmkdir -p arch/x86/boot\n\tcp $$(cat kernel) arch/x86/boot/bzImage\n")
+	for i, image := range []string{good, good, "broken", good, bad, bad} { // the third to the fifth are tried
+		write("kernel", image)
+		git("add", ".")
+		git("commit", "-q", "--allow-empty", "-m", fmt.Sprint("commit ", i+1))
+		if i == 0 {
+			git("tag", "v6.1")
+		}
+	}
+	git("tag", "v6.12")
+	r := startProgram(t, "/bin/sh", nil, cacheHome, "-ec", "cd "+tree+"\n"+bisectExample(t)).wait()
+	first, skipped := git("rev-parse", "v6.12~1"), git("rev-parse", "v6.12~3")
+	if r.status != 0 || !strings.Contains(r.console, "\n"+first+" is the first bad commit\n") ||
+		!strings.Contains(git("bisect", "log"), "\ngit bisect skip "+skipped) {
+		r.fatalf(t, "want %s found, and %s skipped", first, skipped)
+	}
+}
+
 // TestTestSignals: a signal reaches the command, which may end by it in its own way; a command that
 // ignores it is ended.
 func TestTestSignals(t *testing.T) {
@@ -245,22 +312,28 @@ func TestTestSignals(t *testing.T) {
 // the host's.
 func TestRoots(t *testing.T) {
 	l := theLab(t)
-	for root, name := range map[string]string{"/": "cloud", l.Tree: "6.12"} {
-		t.Run(name, func(t *testing.T) { testRoot(t, kernel(t, name), root) })
+	for _, name := range []string{"cloud", "6.12"} {
+		t.Run(name, func(t *testing.T) { testRoot(t, kernel(t, name)) })
 	}
+	t.Run("another root", func(t *testing.T) {
+		const file = "/etc/debian_version"
+		testOn(t, l.Cloud, nil, "--root", l.Tree, "--", "cat", file).want(t, 0, tree(t, l, file))
+	})
+	t.Run("without a root", func(t *testing.T) {
+		dir := t.TempDir()
+		testOn(t, l.Cloud, nil, "--rw", dir, "--", busybox(t), "touch", dir+"/made").want(t, 0, "")
+		if _, err := os.Stat(dir + "/made"); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
-func testRoot(t *testing.T, k *lab.Kernel, root string) {
-	rw, ro, image := t.TempDir(), t.TempDir(), diskFile(t, content(t.Name(), 1<<20))
+func testRoot(t *testing.T, k *lab.Kernel) {
+	rw, ro := t.TempDir(), t.TempDir()
 	if err := os.WriteFile(filepath.Join(ro, "file"), []byte("of the host\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	version, err := os.ReadFile(filepath.Join(root, "etc/debian_version"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	script := `set -e
-cat /etc/debian_version
 cat "$2/file"
 touch "$2/no" 2>/dev/null && echo "changed --ro"
 echo guest >"$1/made"
@@ -269,25 +342,26 @@ rm /etc/passwd
 ls -l /etc/gvm-made /etc/passwd 2>/dev/null | wc -l
 stat -f -c %T / /tmp
 pwd
-until [ -b /dev/sda ]; do :; done
-sha256sum </dev/sda`
-	want := string(version) + "of the host\n1\noverlayfs\ntmpfs\n" + rw + "\n" + sum(content(t.Name(), 1<<20)) + "  -\n"
-	if root == "/" {
-		script += "; git --version >/dev/null; uname -r"
-		want += k.Release + "\n"
-	}
-	testOn(t, k, nil, "--root", root, "--rw", rw, "--ro", ro, "--cwd", rw, "--disk", image, "--", "sh", "-c", script, "sh",
-		rw, ro).want(t, 0, want)
+git --version >/dev/null`
+	testOn(t, k, nil, "--root", "/", "--rw", rw, "--ro", ro, "--cwd", rw, "--", "sh", "-c", script, "sh", rw,
+		ro).want(t, 0, "of the host\n1\noverlayfs\ntmpfs\n"+rw+"\n")
 	if b, err := os.ReadFile(filepath.Join(rw, "made")); string(b) != "guest\n" {
 		t.Errorf("the guest's file: %q, %v", b, err)
 	}
-	for path, want := range map[string]bool{
-		filepath.Join(root, "etc/gvm-made"): false, filepath.Join(root, "etc/passwd"): true, filepath.Join(ro, "no"): false,
-	} {
+	for path, want := range map[string]bool{"/etc/gvm-made": false, "/etc/passwd": true, filepath.Join(ro, "no"): false} {
 		if _, err := os.Stat(path); (err == nil) != want {
 			t.Errorf("%s on the host: %v", path, err)
 		}
 	}
+}
+
+func tree(t *testing.T, l *lab.Lab, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(l.Tree, path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }
 
 // TestShell: without a command gvm test is a shell on a terminal of the guest, with job control.
