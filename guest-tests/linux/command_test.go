@@ -3,18 +3,22 @@ package linux
 import (
 	"bytes"
 	"encoding/json"
+	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
 	"gvm/guest-tests/lab"
+	"gvm/vmm"
 )
 
 // tested is a gvm test that has ended.
@@ -71,8 +75,17 @@ func TestCommand(t *testing.T) {
 	for name, uname := range map[string][]string{"cloud": {bb, "uname", "-r"}, "6.12": {"/usr/bin/uname", "-r"}} {
 		k := kernel(t, name)
 		t.Run(name, func(t *testing.T) {
-			r := testOn(t, k, nil, append([]string{"-v", "--"}, uname...)...)
+			r := testOn(t, k, nil, append([]string{"-v", "--timing", "--"}, uname...)...)
 			r.want(t, 0, k.Release+"\n", "the agent said hello by ")
+			at := 0
+			for _, phase := range []string{vmm.Entered, "the agent's hello", "the command's start", "the command's end",
+				"the guest's end"} {
+				i := strings.Index(r.stderr[at:], "  "+phase+"\n")
+				if i < 0 {
+					t.Fatalf("--timing lacks %q in its order:\n%s", phase, r.stderr)
+				}
+				at += i
+			}
 		})
 	}
 	t.Run("status", func(t *testing.T) {
@@ -289,6 +302,82 @@ func TestBisect(t *testing.T) {
 	if r.status != 0 || !strings.Contains(r.console, "\n"+first+" is the first bad commit\n") ||
 		!strings.Contains(git("bisect", "log"), "\ngit bisect skip "+skipped) {
 		r.fatalf(t, "want %s found, and %s skipped", first, skipped)
+	}
+}
+
+// TestMatrix: a matrix of stock kernels and numbers of CPUs has a machine for each cell, and its table,
+// JUnit, JSON and status tell of the one that fails.
+func TestMatrix(t *testing.T) {
+	cloud, newer := theLab(t).Cloud, kernel(t, "6.12")
+	dir := t.TempDir()
+	file := func(name string) string { return filepath.Join(dir, name) }
+	r := testOn(t, cloud, nil, "-k", newer.BZImage, "--cpus", "1,2", "--repeat", "1", "-j", "1", "--output", file("out"),
+		"--junit", file("junit"), "--results", file("results"), "--", busybox(t), "sh", "-c",
+		`echo "$(uname -r) $(nproc)"; [ "$(nproc)" = 1 ] || case $(uname -r) in 6.12.*) echo no; exit 3; esac`)
+	table := "cell verdict seconds retries\n"
+	type cell struct {
+		Name, Kernel string
+		CPUs, Round  int
+		Verdict      struct {
+			Kind, Release string
+			Status        int
+		}
+	}
+	type testcase struct {
+		Name    string    `xml:"name,attr"`
+		Failure *struct{} `xml:"failure"`
+	}
+	var cells []cell
+	var cases []testcase
+	outputs := map[string]string{}
+	for _, k := range []*lab.Kernel{cloud, newer} {
+		for cpus := 1; cpus <= 2; cpus++ {
+			c := cell{Name: fmt.Sprintf("vmlinuz-%s-cpus%d", k.Release, cpus), Kernel: k.BZImage, CPUs: cpus, Round: 1}
+			c.Verdict.Kind, c.Verdict.Release = "exited", k.Release
+			verdict, out, test := "passed", fmt.Sprintf("%s %d\n", k.Release, cpus), testcase{Name: c.Name}
+			if k == newer && cpus == 2 {
+				verdict, c.Verdict.Status, test.Failure = "exited 3", 3, &struct{}{}
+				out += "no\n"
+			}
+			table += fmt.Sprintf("%s %s S 0\n", c.Name, verdict)
+			cells, cases, outputs[c.Name+".out"] = append(cells, c), append(cases, test), out
+		}
+	}
+	got := regexp.MustCompile(` +`).ReplaceAllString(string(r.stdout), " ")
+	got = regexp.MustCompile(` \d+\.\d `).ReplaceAllString(got, " S ")
+	if want := table + "4 cells: 3 passed, 1 failed\n"; r.status != 3 || got != want {
+		t.Fatalf("status %d, want 3, and the table\n%swant\n%s%s", r.status, r.stdout, want, r.stderr)
+	}
+	var results struct {
+		Status int
+		Counts map[string]int
+		Cells  []cell
+	}
+	var junit struct {
+		Tests    int        `xml:"tests,attr"`
+		Failures int        `xml:"failures,attr"`
+		Errors   int        `xml:"errors,attr"`
+		Cases    []testcase `xml:"testsuite>testcase"`
+	}
+	read := func(name string) []byte {
+		b, err := os.ReadFile(file(name))
+		if err != nil {
+			t.Error(err)
+		}
+		return b
+	}
+	if b := read("results"); json.Unmarshal(b, &results) != nil || results.Status != 3 ||
+		results.Counts["passed"] != 3 || results.Counts["failed"] != 1 || !slices.Equal(results.Cells, cells) {
+		t.Errorf("--results has %s", b)
+	}
+	if b := read("junit"); xml.Unmarshal(b, &junit) != nil || junit.Tests != 4 || junit.Failures != 1 ||
+		junit.Errors != 0 || !reflect.DeepEqual(junit.Cases, cases) {
+		t.Errorf("--junit has %s", b)
+	}
+	for name, want := range outputs {
+		if b := read("out/" + name); string(b) != want {
+			t.Errorf("%s has %q, want %q", name, b, want)
+		}
 	}
 }
 
