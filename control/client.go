@@ -126,6 +126,18 @@ func (c *Client) Reset(ctx context.Context) error {
 	return err
 }
 
+// NMI raises a non-maskable interrupt on the CPUs.
+func (c *Client) NMI(ctx context.Context) error {
+	_, err := ask[struct{}](ctx, c, http.MethodPost, "machine/nmi", nil)
+	return err
+}
+
+// SysRq sends a break and a key to the console.
+func (c *Client) SysRq(ctx context.Context, s SysRq) error {
+	_, err := ask[struct{}](ctx, c, http.MethodPost, "machine/sysrq", s)
+	return err
+}
+
 // Name returns the machine's name.
 func (c *Client) Name() string { return c.name }
 

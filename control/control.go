@@ -123,6 +123,11 @@ type Balloon struct {
 	Guest Guest        `json:"guest"` // Told, or Absent: no driver is active
 }
 
+// SysRq is the body of POST /v1/machine/sysrq.
+type SysRq struct {
+	Key string `json:"key"` // one character
+}
+
 // Machine is the machine behind a Server. Its methods are called from several goroutines. An *Error
 // goes to the client with its status, any other error as a failure of the host. A method returns
 // when its context ends, because the client has gone or the server closes.
@@ -135,6 +140,10 @@ type Machine interface {
 	Stop(Stop) (Stopped, error)
 	// Reset starts the guest again. It does not wait for that.
 	Reset() error
+	// NMI raises a non-maskable interrupt on the CPUs.
+	NMI(context.Context) error
+	// SysRq sends a break and a printable ASCII character to the console.
+	SysRq(ctx context.Context, key byte) error
 	Disks() []Disk
 	AddDisk(context.Context, AddDisk) (Change, error)
 	// RemoveDisk and ResizeDisk take a LUN, a serial number or an absolute path.

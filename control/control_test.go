@@ -79,6 +79,15 @@ func (f *fake) ResizeBalloon(r ResizeBalloon) (Balloon, error) {
 	return Balloon{Size: f.balloon, Guest: Absent}, nil
 }
 
+func (f *fake) NMI(context.Context) error { return f.set(Running, Running) }
+
+func (f *fake) SysRq(_ context.Context, key byte) error {
+	if key == '~' {
+		return Errorf(http.StatusGatewayTimeout, "not read")
+	}
+	return f.set(Running, Running)
+}
+
 func (f *fake) Disks() (list []Disk) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -354,6 +363,11 @@ func TestBadRequests(t *testing.T) {
 		{"POST", "/v1/balloon", `{"size": 2000000000}`, 400, "too much", ""},
 		{"POST", "/v1/machine/pause", `{"why": 1}`, 400, bad + `json: unknown field "why"`, ""},
 		{"POST", "/v1/machine/resume", `1`, 400, bad + "json: cannot unmarshal number into Go value of type struct {}", ""},
+		{"POST", "/v1/machine/sysrq", `{"key": "~"}`, 504, "not read", ""},
+		{"POST", "/v1/machine/sysrq", `{}`, 400, `key "": want one letter, digit or mark`, ""},
+		{"POST", "/v1/machine/sysrq", `{"key": "lw"}`, 400, `key "lw": want one letter, digit or mark`, ""},
+		{"POST", "/v1/machine/sysrq", `{"key": "\n"}`, 400, `key "\n": want one letter, digit or mark`, ""},
+		{"POST", "/v1/machine/nmi", `{"cpu": 1}`, 400, bad + `json: unknown field "cpu"`, ""},
 		{"PUT", "/v1/machine", "", 405, "PUT of /v1/machine: want GET", "GET"},
 		{"DELETE", "/v1/disks", "", 405, "DELETE of /v1/disks: want GET or POST", "GET, POST"},
 		{"GET", "/v1/disks/0", "", 405, "GET of /v1/disks/0: want DELETE", "DELETE"},

@@ -48,6 +48,15 @@ func routes(m Machine) []route {
 			})},
 		{"POST", "/v1/machine/reset", "starts the guest again, as the reset button does", nil, nil, []int{conflict},
 			bare(func(*http.Request) (any, error) { return nil, m.Reset() })},
+		{"POST", "/v1/machine/nmi", "raises a non-maskable interrupt on the CPUs", nil, nil, []int{late},
+			bare(func(r *http.Request) (any, error) { return nil, m.NMI(r.Context()) })},
+		{"POST", "/v1/machine/sysrq", "sends a break and a key to the console, which Linux takes for SysRq", SysRq{}, nil,
+			[]int{conflict, late}, with(func(r *http.Request, s SysRq) (any, error) {
+				if len(s.Key) != 1 || s.Key[0] <= ' ' || s.Key[0] > '~' {
+					return nil, Errorf(http.StatusBadRequest, "key %q: want one letter, digit or mark", s.Key)
+				}
+				return nil, m.SysRq(r.Context(), s.Key[0])
+			})},
 		{"GET", "/v1/disks", "lists the disks", nil, []Disk{}, nil,
 			func(*http.Request) (any, error) { return append([]Disk{}, m.Disks()...), nil }},
 		{"POST", "/v1/disks", "adds a disk", AddDisk{}, Change{}, change,

@@ -483,6 +483,13 @@ func (m *Machine) Stop(cause error, grace time.Duration) bool { return m.stopper
 // panic. It does not wait for that. The error is vmm.ErrNotRunning between two lives of the guest.
 func (m *Machine) Reset() error { return m.pauser.Reset() }
 
+// NMI raises a non-maskable interrupt on each CPU that the guest has started. Errors are those of
+// vmm.Inspector.NMI.
+func (m *Machine) NMI(ctx context.Context) error { return m.inspector.NMI(ctx) }
+
+// SysRq sends a break and a key to COM1. Errors are those of vmm.Pauser.SysRq.
+func (m *Machine) SysRq(ctx context.Context, key byte) error { return m.pauser.SysRq(ctx, key) }
+
 // Disks describes the machine's disks.
 func (m *Machine) Disks() []control.Disk { return m.disks.List() }
 

@@ -19,8 +19,8 @@ import (
 // inspectTime bounds one reading of a machine's state: what takes longer is busy.
 const inspectTime = 500 * time.Millisecond
 
-// Inspector reads the state of a running machine. The zero value is for one Config. Its method may
-// be called from any goroutine.
+// Inspector reads the state of a running machine, and raises NMIs. The zero value is for one Config. Its
+// methods may be called from any goroutine.
 type Inspector struct {
 	mu sync.RWMutex // held for reading while the state is read, which the end of a life cuts short
 	m  *machine     // the current life; nil: the machine does not run
@@ -46,6 +46,48 @@ func (i *Inspector) Read(ctx context.Context, path string) (inspect.Node, error)
 		}
 	})
 	return m.state().Read(ctx, path)
+}
+
+// NMI raises a non-maskable interrupt on each vCPU that the guest has started, as the button of a
+// server does. It takes half a second at most. The error is ErrNotRunning, or context.DeadlineExceeded
+// if vCPUs wait for devices; the others have the interrupt.
+func (i *Inspector) NMI(ctx context.Context) error {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	m := i.m
+	if m == nil {
+		return ErrNotRunning
+	}
+	ctx, cancel := context.WithTimeout(ctx, inspectTime)
+	defer cancel()
+	defer context.AfterFunc(m.life, panics.Func(cancel))()
+	errs, waits := make([]error, len(m.cpus)), make([]bool, len(m.cpus))
+	var asked sync.WaitGroup
+	for i, c := range m.cpus {
+		asked.Go(panics.Func(func() {
+			waits[i] = !m.ask(ctx, i, func() { errs[i] = raiseNMI(c) })
+		}))
+	}
+	asked.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	switch i := slices.Index(waits, true); {
+	case m.life.Err() != nil && !slices.Contains(waits, false):
+		return ErrNotRunning
+	case m.life.Err() == nil && i >= 0: // else the interrupt ended the guest
+		return fmt.Errorf("vCPU %d does not stop: %w", i, context.DeadlineExceeded)
+	}
+	return nil
+}
+
+// raiseNMI raises an NMI on a vCPU, on its thread. One that waits for its start ignores it.
+func raiseNMI(c *kvmapi.VCPU) error {
+	state, err := c.MPState()
+	if err != nil || state == kvm.MPStateUninitialized || state == kvm.MPStateInitReceived {
+		return err
+	}
+	return c.NMI()
 }
 
 // set sets the machine to read; nil when a life is over, before anything of it goes.

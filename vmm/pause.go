@@ -7,11 +7,12 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"gvm/devices/serial"
 	"gvm/kvmapi"
 	"gvm/panics"
 )
 
-// Pauser pauses and resumes the vCPUs of a running machine, and presses its power button. The zero
+// Pauser pauses and resumes the vCPUs of a running machine, and presses its buttons and keys. The zero
 // value is for one Config. Its methods may be called from any goroutine.
 //
 // A paused machine stays paused over a reset; cancelling Run's context ends it. In a Pause its devices
@@ -212,6 +213,25 @@ func (p *Pauser) PowerButton() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.m != nil && p.m.pm.PowerButton()
+}
+
+// SysRq sends a break and a key to COM1, which Linux takes for a key of SysRq. The error is
+// ErrNotRunning, ErrPaused, or the cause of ctx if the guest does not take them before ctx ends.
+func (p *Pauser) SysRq(ctx context.Context, key byte) error {
+	p.mu.Lock()
+	m, paused := p.m, p.release != nil
+	p.mu.Unlock()
+	switch {
+	case m == nil:
+		return ErrNotRunning
+	case paused:
+		return ErrPaused
+	}
+	err := m.coms[0].uart.Input().SysRq(ctx, key)
+	if errors.Is(err, serial.ErrStopped) {
+		return ErrNotRunning
+	}
+	return err
 }
 
 // Reset resets the machine, as its reset button does. The machine then starts again in place, whatever

@@ -77,6 +77,32 @@ var errStopped = endError{exitTerminated, errors.New("stopped by gvm stop")}
 // Reset implements gvm reset.
 func (r *remote) Reset() error { return r.pauseError(r.Machine.Reset()) }
 
+// NMI implements gvm nmi.
+func (r *remote) NMI(ctx context.Context) error {
+	err := r.Machine.NMI(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return control.Errorf(http.StatusGatewayTimeout, "a CPU does not stop: is the output of gvm run taken?")
+	}
+	return r.pauseError(err)
+}
+
+// sysRqPatience bounds the wait for the guest's driver.
+const sysRqPatience = 5 * time.Second
+
+var errNoDriver = control.Errorf(http.StatusGatewayTimeout,
+	"the guest does not read its serial port: it hangs, or nothing has its console ttyS0 open")
+
+// SysRq implements gvm sysrq.
+func (r *remote) SysRq(ctx context.Context, key byte) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, sysRqPatience, errNoDriver)
+	defer cancel()
+	err := r.Machine.SysRq(ctx, key)
+	if errors.Is(err, vmm.ErrPaused) {
+		return control.Errorf(http.StatusConflict, "machine %s is paused: gvm resume it first", r.info.Name)
+	}
+	return r.pauseError(err)
+}
+
 // Inspect implements gvm inspect.
 func (r *remote) Inspect(ctx context.Context, path string) (inspect.Node, error) {
 	n, err := r.Machine.Inspect(ctx, path)

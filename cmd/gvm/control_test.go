@@ -74,6 +74,12 @@ func TestDiskCommands(t *testing.T) {
 		{"resume VM", 0, "", ""},
 		{"reset VM", 0, "", ""},
 		{"ps", 0, "VM", ""},
+		{"sysrq VM", 2, "", "sysrq takes [VM] KEY: VM is a machine, and KEY is missing"},
+		{"sysrq VM lw", 2, "", "key \"lw\": want one letter, digit or mark"},
+		{"sysrq", 2, "", "sysrq takes [VM] KEY, and got 0 words"},
+		{"sysrq nobody w", 2, "", "no machine of this user has the name or PID nobody; there "},
+		{"nmi nobody", 2, "", "no machine of this user has the name or PID nobody; there "},
+		{"nmi VM VM", 2, "", "nmi takes [VM], and got 2 words"},
 		{"reset VM VM", 2, "", "reset takes [VM], and got 2 words"},
 		{"balloon VM", 2, "", "the machine has no balloon: start it with gvm run --balloon"},
 		{"balloon VM 1", 2, "", "the machine has no balloon: start it with gvm run --balloon"},
@@ -263,6 +269,36 @@ func TestNothingToPrint(t *testing.T) {
 			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, status, &out, &errs,
 				v.status, v.out, v.errs)
 		}
+	}
+}
+
+// TestSysRqKey: the guest reads the key of gvm sysrq, and ends by it.
+func TestSysRqKey(t *testing.T) {
+	t.Parallel()
+	name := fmt.Sprintf("keys-%d", os.Getpid())
+	p := startGVM(t, t.TempDir(), guestRun("--name="+name, "echo")...)
+	p.expect("ready")
+	for _, key := range []string{"w", "q"} {
+		if r := ask(t, t.TempDir(), "sysrq", name, key); r.status != 0 || r.out+others.ReplaceAllString(r.errs, "") != "" {
+			t.Errorf("%s: status %d, %q, %q", key, r.status, r.out, r.errs)
+		}
+	}
+	if r := p.wait(); r.status != 0 || !strings.Contains(r.out, "w") {
+		t.Errorf("status %d, %q, %q", r.status, r.out, r.errs)
+	}
+}
+
+// TestNMICommand: the interrupt reaches a guest that halts with interrupts off.
+func TestNMICommand(t *testing.T) {
+	t.Parallel()
+	name := fmt.Sprintf("nmi-%d", os.Getpid())
+	p := startGVM(t, t.TempDir(), guestRun("--name="+name, "--cpus=2", "hang")...)
+	p.expect("hanging")
+	if r := ask(t, t.TempDir(), "nmi", name); r.status != 0 || r.out+others.ReplaceAllString(r.errs, "") != "" {
+		t.Errorf("status %d, %q, %q", r.status, r.out, r.errs)
+	}
+	if r := p.wait(); r.status != exitPanic || !strings.Contains(r.out, "FAIL: exception 2, ") {
+		t.Errorf("status %d, %q, %q", r.status, r.out, r.errs)
 	}
 }
 

@@ -203,6 +203,8 @@ func (evilMachine) Balloon(context.Context) (control.Balloon, error) {
 func (evilMachine) ResizeBalloon(control.ResizeBalloon) (control.Balloon, error) {
 	return control.Balloon{Guest: evil}, nil
 }
+func (evilMachine) NMI(context.Context) error         { return nil }
+func (evilMachine) SysRq(context.Context, byte) error { return nil }
 func (evilMachine) Info() control.Info {
 	return control.Info{Name: evil, GVM: evil, Kernel: evil, State: evil}
 }

@@ -177,8 +177,8 @@ func TestCompletion(t *testing.T) {
 	}{
 		{[]string{"gvm", "ru"}, []string{"run"}},
 		{[]string{"gvm", ""}, []string{"abi", "balloon", "bench", "completion", "disk", "doctor", "exit-status", "h", "help",
-			"image", "inspect", "kernel", "kunit", "lio", "list", "pause", "ps",
-			"replay", "reset", "resume", "run", "stop", "test", "trace"}},
+			"image", "inspect", "kernel", "kunit", "lio", "list", "nmi", "pause", "ps",
+			"replay", "reset", "resume", "run", "stop", "sysrq", "test", "trace"}},
 		{[]string{"gvm", "run", "--ker"}, []string{"--kernel"}},
 		{[]string{"gvm", "run", "--cpus", "2", "--mem"}, []string{"--memory"}},
 		{[]string{"gvm", "run", "--cpu"}, []string{"--cpu-features", "--cpus"}},

@@ -1,6 +1,7 @@
 package serial
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"time"
@@ -113,8 +114,38 @@ type Input struct{ u *UART }
 
 // Break sends a break, which Linux takes as SysRq on a console. It waits for its turn like Write.
 func (in Input) Break() error {
-	_, err := in.u.give([]char{{errs: lsrBI}})
+	_, err := in.send([]char{{errs: lsrBI}})
 	return err
+}
+
+// SysRq sends a break and a key, with no other input between them: Linux takes a key that follows a
+// break within 5 s for one of SysRq (uart_handle_sysrq_char). It waits until the driver has read both.
+// If ctx ends first, SysRq takes back those that the driver has not read, and returns the cause of ctx.
+func (in Input) SysRq(ctx context.Context, key byte) error {
+	u := in.u
+	release, err := u.takeTurn(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if _, err := u.give(ctx, []char{{errs: lsrBI}, {data: key}}); err != nil {
+		return err
+	}
+	for !u.stopped && ctx.Err() == nil && len(u.rx) > 0 {
+		u.rxEmpty.Wait()
+	}
+	switch {
+	case len(u.rx) == 0:
+		return nil
+	case u.stopped:
+		return ErrStopped
+	}
+	u.rx = nil
+	u.errs &= lsrOE
+	u.update()
+	return context.Cause(ctx)
 }
 
 // Write sends characters.
@@ -123,23 +154,49 @@ func (in Input) Write(p []byte) (int, error) {
 	for i, b := range p {
 		cs[i].data = b
 	}
-	return in.u.give(cs)
+	return in.send(cs)
+}
+
+// takeTurn waits until no other input is under way. Until release, waits for the receiver end with ctx.
+func (u *UART) takeTurn(ctx context.Context) (release func(), err error) {
+	select {
+	case u.feed <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	stop := context.AfterFunc(ctx, panics.Func(func() {
+		u.mu.Lock() // not between the check of ctx and the wait
+		defer u.mu.Unlock()
+		u.rxEmpty.Broadcast()
+	}))
+	return func() { stop(); <-u.feed }, nil
+}
+
+// send gives characters to the receiver.
+func (in Input) send(cs []char) (int, error) {
+	release, err := in.u.takeTurn(context.Background())
+	if err != nil {
+		return 0, err
+	}
+	defer release()
+	in.u.mu.Lock()
+	defer in.u.mu.Unlock()
+	return in.u.give(context.Background(), cs)
 }
 
 // give waits for an empty receiver, not for room for one character. Each fill then raises the
 // interrupt line, even for a driver that leaves its interrupt handler after a number of characters,
-// and costs one wake-up.
-func (u *UART) give(cs []char) (n int, err error) {
-	u.feed.Lock()
-	defer u.feed.Unlock()
-	u.mu.Lock()
-	defer u.mu.Unlock()
+// and costs one wake-up. The caller has its turn, and mu.
+func (u *UART) give(ctx context.Context, cs []char) (n int, err error) {
 	for n < len(cs) {
-		for !u.stopped && (len(u.rx) > 0 || u.room() == 0) {
+		for !u.stopped && ctx.Err() == nil && (len(u.rx) > 0 || u.room() == 0) {
 			u.rxEmpty.Wait()
 		}
-		if u.stopped {
+		switch {
+		case u.stopped:
 			return n, ErrStopped
+		case ctx.Err() != nil:
+			return n, context.Cause(ctx)
 		}
 		for _, c := range cs[n:min(n+u.room(), len(cs))] {
 			u.accept(c)

@@ -2,11 +2,15 @@ package serial
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 func pattern(n int) []byte {
@@ -303,6 +307,52 @@ func TestBreakPolled(t *testing.T) {
 			}
 		}
 		join.Wait()
+	})
+}
+
+// TestSysRq: the break and the key stay together beside other input, and a receiver that takes nothing
+// does not hold them.
+func TestSysRq(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := New(Config{Out: io.Discard, Raise: func() {}})
+		defer u.Close()
+		late := errors.New("late")
+		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, late)
+		defer cancel()
+		if err := u.Input().SysRq(ctx, 'b'); err != late {
+			t.Errorf("without a driver: %v", err)
+		}
+		var join sync.WaitGroup
+		join.Go(func() {
+			if err := write(u, strings.Repeat("x", 3*fifoSize)); err != nil {
+				t.Error(err)
+			}
+		})
+		synctest.Wait() // it waits for the driver
+		behind, cancel := context.WithTimeoutCause(t.Context(), time.Second, late)
+		defer cancel()
+		if err := u.Input().SysRq(behind, 'b'); err != late {
+			t.Errorf("behind other input: %v", err)
+		}
+		join.Go(func() {
+			if err := u.Input().SysRq(t.Context(), 'w'); err != nil {
+				t.Error(err)
+			}
+		})
+		synctest.Wait()
+		u.Write(regIIR, []byte{fcrEnable})
+		u.Write(regMCR, []byte{mcrRTS})
+		var got []char
+		for len(got) < 3*fifoSize+2 {
+			synctest.Wait()
+			for lsr := in(u, regLSR); lsr&lsrDR != 0; lsr = in(u, regLSR) {
+				got = append(got, char{in(u, regRBR), lsr & lsrErrs})
+			}
+		}
+		join.Wait()
+		if i := slices.Index(got, char{0, lsrBI}); i < 0 || got[i+1] != (char{'w', 0}) {
+			t.Errorf("received %+v", got)
+		}
 	})
 }
 

@@ -111,7 +111,7 @@ type char struct{ data, errs byte }
 // UART is the device. Close must be called, or its goroutine stays.
 type UART struct {
 	cfg  Config
-	feed sync.Mutex // serializes input; taken before mu
+	feed chan struct{} // has room for one: serializes input; taken before mu
 
 	mu       sync.Mutex
 	ier      byte
@@ -142,7 +142,7 @@ type UART struct {
 
 // New returns a UART in its state after reset, its output running.
 func New(cfg Config) *UART {
-	u := &UART{cfg: cfg, done: make(chan struct{})}
+	u := &UART{cfg: cfg, feed: make(chan struct{}, 1), done: make(chan struct{})}
 	u.rxEmpty.L, u.txRoom.L, u.work.L = &u.mu, &u.mu, &u.mu
 	u.reset()
 	panics.Go(u.run)
