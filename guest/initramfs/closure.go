@@ -12,8 +12,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"gvm/vmm/boot"
 )
 
@@ -78,42 +76,20 @@ func (c *closure) host(name string) string { return filepath.Join("/", c.Root, n
 // resolve returns the name of the file that name leads to below Root, without symbolic links. It
 // calls visit with each directory and link on the way.
 func (c *closure) resolve(name string, visit func(at string, st fs.FileInfo, target string)) (string, error) {
-	at, todo := "/", strings.Split(name, "/")
-	for hops := 0; len(todo) > 0; {
-		part := todo[0]
-		todo = todo[1:]
-		switch part {
-		case "", ".":
-			continue
-		case "..":
-			at = path.Dir(at)
-			continue
-		}
-		next := path.Join(at, part)
-		st, err := os.Lstat(c.host(next))
+	return follow(name, func(at string) (target string, err error) {
+		st, err := os.Lstat(c.host(at))
 		if err != nil {
 			return "", err
 		}
-		if st.Mode().Type() != fs.ModeSymlink {
-			if at = next; st.IsDir() {
-				visit(at, st, "")
-			}
-			continue
+		isLink := st.Mode().Type() == fs.ModeSymlink
+		if isLink {
+			target, err = os.Readlink(c.host(at))
 		}
-		target, err := os.Readlink(c.host(next))
-		if hops++; err == nil && hops > maxHops {
-			err = unix.ELOOP
+		if err == nil && (isLink || st.IsDir()) {
+			visit(at, st, target)
 		}
-		if err != nil {
-			return "", err
-		}
-		visit(next, st, target)
-		if strings.HasPrefix(target, "/") {
-			at = "/"
-		}
-		todo = append(strings.Split(target, "/"), todo...)
-	}
-	return at, nil
+		return target, err
+	})
 }
 
 // add adds the file that name leads to, and the links and directories on the way. It returns the

@@ -18,7 +18,6 @@ package initramfs
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -27,6 +26,8 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"gvm/kvmapi/nowait"
 	"gvm/vmm/boot"
@@ -208,7 +209,40 @@ type links map[string]string
 
 const maxHops = 40 // MAXSYMLINKS of Linux
 
-var errLinks = errors.New("has too many symbolic links on its way")
+// follow returns the name of the file that a path from the root directory leads to: it begins with a
+// slash, and has no symbolic links. target returns the target of the link at such a name, "" for a
+// file that is none.
+func follow(name string, target func(at string) (string, error)) (string, error) {
+	at, todo := "/", strings.Split(name, "/")
+	for hops := 0; len(todo) > 0; {
+		part := todo[0]
+		todo = todo[1:]
+		switch part {
+		case "", ".":
+			continue
+		case "..":
+			at = path.Dir(at)
+			continue
+		}
+		next := path.Join(at, part)
+		to, err := target(next)
+		if err != nil {
+			return "", err
+		}
+		if to == "" {
+			at = next
+			continue
+		}
+		if hops++; hops > maxHops {
+			return "", unix.ELOOP
+		}
+		if to[0] == '/' {
+			at = "/"
+		}
+		todo = append(strings.Split(to, "/"), todo...)
+	}
+	return at, nil
+}
 
 // links finds the names of the symbolic links. The place of one may depend on others, so it repeats
 // until no place changes.
@@ -257,31 +291,11 @@ func (t links) place(name string) (string, error) {
 
 // resolve returns the name of the file that a path leads to.
 func (t links) resolve(name string) (string, error) {
-	at, todo := "", strings.Split(name, "/")
-	for hops := 0; len(todo) > 0; {
-		part := todo[0]
-		todo = todo[1:]
-		switch part {
-		case "", ".":
-			continue
-		case "..":
-			at = parent(at)
-			continue
-		}
-		at = path.Join(at, part)
-		target, ok := t[at]
-		if !ok {
-			continue
-		}
-		if hops++; hops > maxHops {
-			return "", fault(name, errLinks.Error(), "remove the loop")
-		}
-		if at = parent(at); strings.HasPrefix(target, "/") {
-			at = ""
-		}
-		todo = append(strings.Split(target, "/"), todo...)
+	at, err := follow(name, func(at string) (string, error) { return t[at[1:]], nil })
+	if err != nil {
+		return "", fault(name, "has too many symbolic links on its way", "remove the loop")
 	}
-	return at, nil
+	return at[1:], nil
 }
 
 // parent returns the directory of a name, "" for the root directory.

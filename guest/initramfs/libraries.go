@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 
+	"gvm/guest/kernel"
 	"gvm/kvmapi/nowait"
 )
 
@@ -206,7 +207,7 @@ func (c *closure) text(name string) []byte {
 		return nil
 	}
 	defer f.Close()
-	b, err := readAll(f, maxTable)
+	b, err := kernel.ReadAll(f, maxTable)
 	if err != nil {
 		return nil
 	}

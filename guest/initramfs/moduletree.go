@@ -157,7 +157,7 @@ func (t *tree) text(name string) ([]byte, error) {
 		return nil, t.fault(name, cause(err), "run depmod")
 	}
 	defer f.Close()
-	b, err := readAll(f, maxList)
+	b, err := kernel.ReadAll(f, maxList)
 	if err != nil {
 		return nil, t.fault(name, cause(err), "run depmod")
 	}
@@ -173,15 +173,6 @@ func cause(err error) error {
 		return fmt.Errorf("it is %v", kind.Is)
 	}
 	return err
-}
-
-// readAll reads at most limit bytes, and takes memory only for bytes that are there.
-func readAll(r io.Reader, limit int64) ([]byte, error) {
-	b, err := io.ReadAll(io.LimitReader(r, limit+1))
-	if err == nil && int64(len(b)) > limit {
-		err = fmt.Errorf("it is larger than %d MiB", limit>>20)
-	}
-	return b, err
 }
 
 // open opens a module in a directory. The modules.order of Linux before 5.3 has paths below kernel/.
@@ -200,7 +191,7 @@ func (t *tree) content(name string) (b []byte, err error) {
 	if err = t.ctx.Err(); err == nil && !ok {
 		var f *os.File
 		if f, err = t.open(file); err == nil {
-			b, err = readAll(f, maxModule)
+			b, err = kernel.ReadAll(f, maxModule)
 			f.Close()
 		}
 	}
@@ -219,7 +210,7 @@ func decompress(b []byte) ([]byte, error) {
 		return nil, err
 	}
 	defer r.Close()
-	return readAll(r, maxModule)
+	return kernel.ReadAll(r, maxModule)
 }
 
 // info returns the dependencies of a module.
@@ -456,7 +447,7 @@ func (t *tree) reread(m kernel.Modules, want map[string]bool) error {
 		if !want[name] || t.paths[name] != file {
 			return nil
 		}
-		if t.contents[name], err = readAll(r, maxModule); err != nil {
+		if t.contents[name], err = kernel.ReadAll(r, maxModule); err != nil {
 			return t.fault(file, err, mendPackage)
 		}
 		if err := t.keep(file, len(t.contents[name])); err != nil {

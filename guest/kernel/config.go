@@ -35,7 +35,7 @@ func readConfig(path string) Config {
 		return Config{}
 	}
 	defer f.Close()
-	b, err := readAll(f, maxConfig)
+	b, err := ReadAll(f, maxConfig)
 	if err == nil && bytes.HasPrefix(b, gzipMagic) {
 		b, err = gunzip(b)
 	}
@@ -54,7 +54,7 @@ func gunzip(b []byte) ([]byte, error) {
 		return nil, err
 	}
 	z.Multistream(false)
-	return readAll(z, maxConfig)
+	return ReadAll(z, maxConfig)
 }
 
 // Value returns the value of an option, without CONFIG_: "y", "m", "n" or another text. It is "" if

@@ -105,7 +105,7 @@ func (k *Kernel) scan(ctx context.Context, file *boot.File, open opener) (versio
 		switch {
 		case version == "" || r == nil || beside && version != image:
 		case kind == "vmlinuz" && k.Image == nil:
-			b, err := readAll(r, maxImage)
+			b, err := ReadAll(r, maxImage)
 			if err != nil {
 				return "", damaged(fmt.Errorf("%s: %w", name, err))
 			}
@@ -115,7 +115,7 @@ func (k *Kernel) scan(ctx context.Context, file *boot.File, open opener) (versio
 				return "", err
 			}
 		case kind == "config" && k.Config.Text == nil:
-			b, err := readAll(r, maxConfig)
+			b, err := ReadAll(r, maxConfig)
 			if err != nil {
 				return "", damaged(fmt.Errorf("%s: %w", name, err))
 			}
@@ -261,11 +261,11 @@ func member(name string) (kind, version string) {
 	return "", ""
 }
 
-// readAll reads at most limit bytes, and takes memory only for bytes that are there.
-func readAll(r io.Reader, limit int64) ([]byte, error) {
+// ReadAll reads a file of at most limit bytes, and takes memory only for bytes that are there.
+func ReadAll(r io.Reader, limit int64) ([]byte, error) {
 	b, err := io.ReadAll(io.LimitReader(r, limit+1))
 	if err == nil && int64(len(b)) > limit {
-		err = fmt.Errorf("larger than %d MiB", limit>>20)
+		err = fmt.Errorf("it is larger than %d MiB", limit>>20)
 	}
 	return b, err
 }
