@@ -48,7 +48,7 @@ type Device struct {
 	share   Share
 	tree    *hostfs.FS
 	workers virtio.Workers
-	slots   chan struct{} // taken by requests that are being served
+	slots   [2]chan struct{} // taken by requests that are being served; of the hiprio queue, and the other
 	broken  func(error)
 }
 
@@ -62,7 +62,8 @@ func New(s Share) (*Device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("share %s: %w", s.Tag, err)
 	}
-	return &Device{share: s, tree: tree, slots: make(chan struct{}, cmp.Or(s.Requests, MaxRequests))}, nil
+	return &Device{share: s, tree: tree, slots: [2]chan struct{}{make(chan struct{}, 1),
+		make(chan struct{}, cmp.Or(s.Requests, MaxRequests))}}, nil
 }
 
 // closePatience bounds the wait of Close for the host, which flushes files that the guest has open.
@@ -101,7 +102,9 @@ func (d *Device) Config() []byte {
 // Activate implements virtio.Device.
 func (d *Device) Activate(a virtio.Activation) error {
 	d.broken = a.Broken
-	return d.workers.Start(a, func(int) (virtio.Handler, time.Duration) { return d.request, 0 })
+	return d.workers.Start(a, func(queue int) (virtio.Handler, time.Duration) {
+		return func(w *virtio.Worker, c *virtq.Chain) error { return d.request(w, c, d.slots[queue]) }, 0
+	})
 }
 
 // Stop implements virtio.Device. The device keeps the inodes and the open files of the guest.
@@ -124,7 +127,7 @@ func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 		inspect.Text("dir", d.share.Dir),
 		inspect.Bool("read_only", d.share.ReadOnly),
 		inspect.Int("requests", c.Requests),
-		inspect.Int("serving", len(d.slots)),
+		inspect.Int("serving", len(d.slots[0])+len(d.slots[1])),
 		inspect.Int("inodes", c.Inodes),
 		inspect.Int("open_files", c.Handles),
 		inspect.Int("descriptors", c.Files),
@@ -133,18 +136,18 @@ func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 }
 
 // request serves a request of either queue in a goroutine of its own: the host's file system may wait.
-func (d *Device) request(w *virtio.Worker, c *virtq.Chain) error {
+func (d *Device) request(w *virtio.Worker, c *virtq.Chain, slots chan struct{}) error {
 	select {
-	case d.slots <- struct{}{}:
+	case slots <- struct{}{}:
 	default:
 		w.Interrupt()
-		d.slots <- struct{}{}
+		slots <- struct{}{}
 	}
 	panics.Go(func() {
 		// The first bytes that the driver sends are the FUSE header, the first that it gets the answer's
 		// (5.11.6.1).
 		n, err := d.tree.Serve(c.Out.Take(c.Out.Len()), c.In.Take(c.In.Len()))
-		<-d.slots
+		<-slots
 		if err != nil {
 			d.broken(&virtq.GuestError{Rule: "virtio 1.3, 5.11.6.1", What: err.Error()})
 		}

@@ -97,9 +97,10 @@ func TestStopAndContinue(t *testing.T) {
 	}
 }
 
-// rig is an active device with a driver of its request queue.
+// rig is an active device with drivers of its request queue and its hiprio queue.
 type rig struct {
 	*virtqtest.Driver
+	hiprio *virtqtest.Driver
 	dev    *Device
 	broken chan error
 }
@@ -116,6 +117,9 @@ func newRig(t testing.TB) *rig {
 		}
 		t.Cleanup(d.Close)
 		a.Queues = append(a.Queues, virtio.Queue{Layout: d.Layout, Kick: d.Kick, Call: d.Call})
+		if i == 0 {
+			r.hiprio = d
+		}
 		r.Driver = d
 	}
 	if err := r.dev.Activate(a); err != nil {
@@ -245,13 +249,45 @@ func TestHungClose(t *testing.T) {
 	<-asked
 }
 
+// TestPriority: a request of the hiprio queue is served while those of the request queue are as many
+// as the host serves at a time, all of which wait (5.11.6.2).
+func TestPriority(t *testing.T) {
+	r := newRig(t)
+	for range cap(r.dev.slots[1]) {
+		r.dev.slots[1] <- struct{}{}
+	}
+	request := rig{Driver: r.hiprio, dev: r.dev}
+	for name, m := range map[string][]byte{
+		"FORGET":    message(2, 2, "\x01\x00\x00\x00\x00\x00\x00\x00"),
+		"INTERRUPT": message(36, 5, "\x04\x00\x00\x00\x00\x00\x00\x00"),
+	} {
+		if n := request.send(t, m, []int{48}, nil); n != 0 {
+			t.Errorf("%s: used length %d", name, n)
+		}
+	}
+	if n := request.send(t, message(36, 5, "\x04\x00\x00\x00\x00\x00\x00\x00"), []int{48}, []int{16}); n != 16 {
+		t.Errorf("an answered INTERRUPT: used length %d", n)
+	}
+	for range cap(r.dev.slots[1]) {
+		<-r.dev.slots[1]
+	}
+	select {
+	case err := <-r.broken:
+		t.Error(err)
+	default:
+	}
+}
+
 func TestConfig(t *testing.T) {
 	tag := strings.Repeat("t", maxTag)
-	d, err := New(Share{Tag: tag, Dir: t.TempDir()})
+	d, err := New(Share{Tag: tag, Dir: t.TempDir(), Requests: 3})
 	if err != nil {
 		t.Fatal(err)
 	}
 	d.Close()
+	if n := cap(d.slots[1]); n != 3 {
+		t.Errorf("%d requests at a time", n)
+	}
 	if b := d.Config(); !bytes.Equal(b, append([]byte(tag), 1, 0, 0, 0)) {
 		t.Errorf("% x", b)
 	}

@@ -6,6 +6,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -318,4 +320,36 @@ func TestKernelInterfaces(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestMountedInterfaces mounts every file system of this kernel that needs no device: all are hidden
+// but those that store files.
+func TestMountedInterfaces(t *testing.T) {
+	stores := []string{"tmpfs", "devtmpfs", "ramfs", "hugetlbfs"}
+	cgroups := []string{"cgroup", "cgroup2", "cpuset"} // a mount moves controllers
+	list, err := os.ReadFile("/proc/filesystems")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	c := open(t, Config{Dir: filepath.Dir(dir)})
+	mounted := 0
+	for line := range strings.Lines(string(list)) {
+		name, ok := strings.CutPrefix(strings.TrimSpace(line), "nodev\t")
+		if !ok || slices.Contains(cgroups, name) || unix.Mount("none", dir, name, 0, "") != nil {
+			continue
+		}
+		mounted++
+		_, err := c.do(opOpendir, c.walk(filepath.Base(dir)), make([]byte, 8))
+		if hidden := err == unix.EACCES; hidden == slices.Contains(stores, name) || err != nil && !hidden {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if mounted == 0 {
+		t.Skipf("needs to mount: %v", unix.Mount("none", dir, "tmpfs", 0, ""))
+	}
+	t.Logf("%d file systems", mounted)
 }

@@ -210,6 +210,9 @@ func (fs *FS) Serve(in, out [][]byte) (int, error) {
 		row = ops[r.opcode]
 	}
 	room := iovec.Len(out)
+	if row.optional && room == 0 {
+		return 0, nil
+	}
 	if !row.unanswered && room < outHeaderLen {
 		return 0, errRoom
 	}
@@ -294,6 +297,7 @@ type op struct {
 	changes    bool // it changes the tree
 	anyNode    bool // it is not about an inode
 	unanswered bool
+	optional   bool // the client may have no room for an answer
 	run        func(*FS, *request) error
 }
 
@@ -327,6 +331,7 @@ var ops = [...]op{
 	opReleasedir:    {args: 24, anyNode: true, run: (*FS).release},
 	opFsyncdir:      {args: 16, run: (*FS).fsync},
 	opCreate:        {args: 16, changes: true, run: (*FS).create},
+	opInterrupt:     {args: 8, anyNode: true, optional: true, run: (*FS).interrupt},
 	opDestroy:       {anyNode: true, run: (*FS).destroy},
 	opBatchForget:   {args: 8, anyNode: true, unanswered: true, run: (*FS).batchForget},
 	opFallocate:     {args: 32, changes: true, run: (*FS).fallocate},
@@ -369,6 +374,12 @@ func (fs *FS) destroy(*request) error {
 	fs.Reset()
 	return nil
 }
+
+// interrupt refuses INTERRUPT, after which the client sends no more. It would end the wait for a lock or
+// for the other end of a FIFO. No request waits for such: locks are the client's, and only regular
+// files and directories are opened. Others wait for storage, which does not end earlier, and an answer
+// before that would give memory back to the client that the host still reads or writes.
+func (fs *FS) interrupt(*request) error { return unix.ENOSYS }
 
 func (fs *FS) syncfs(r *request) error {
 	if err := r.node.shown(unix.S_IFDIR); err != nil {

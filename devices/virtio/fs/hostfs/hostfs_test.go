@@ -259,12 +259,16 @@ func TestMessages(t *testing.T) {
 		{0, nil, unix.ENOSYS},
 		{4096, nil, unix.ENOSYS}, // CUSE_INIT
 		{^uint32(0), nil, unix.ENOSYS},
-		{36, make([]byte, 8), unix.ENOSYS}, // INTERRUPT: the client sends no more
+		{opInterrupt, make([]byte, 8), unix.ENOSYS},
 		{opInit, put32(nil, 7, 22, 0, 0), unix.EPROTO},
 	} {
 		if _, err := c.do(tt.opcode, 1, tt.args); err != tt.want {
 			t.Errorf("opcode %d with %d bytes: %v, want %v", tt.opcode, len(tt.args), err, tt.want)
 		}
+	}
+	// An answer to INTERRUPT is optional.
+	if n, err := c.fs.Serve([][]byte{c.message(opInterrupt, 1, make([]byte, 8))}, nil); n != 0 || err != nil {
+		t.Errorf("INTERRUPT without room for an answer: %d, %v", n, err)
 	}
 	b := c.ok(opInit, 1, put32(nil, 7, 50, 1<<20, ^uint32(0)))
 	if len(b) != initOutLen || order.Uint32(b[4:]) != protocolMinor || order.Uint32(b[12:])&(1<<16|1<<30) != 0 {

@@ -77,7 +77,8 @@ func kernelInterface(fd int) bool {
 		unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC, unix.BPF_FS_MAGIC, unix.EFIVARFS_MAGIC,
 		unix.PSTOREFS_MAGIC, unix.BINFMTFS_MAGIC, unix.SELINUX_MAGIC, unix.SMACK_MAGIC, unix.NSFS_MAGIC,
 		unix.DEVPTS_SUPER_MAGIC, unix.RDTGROUP_SUPER_MAGIC, unix.ANON_INODE_FS_MAGIC, unix.PID_FS_MAGIC,
-		configfsMagic, fusectlMagic:
+		unix.AAFS_MAGIC, unix.BINDERFS_SUPER_MAGIC, unix.XENFS_SUPER_MAGIC,
+		configfsMagic, fusectlMagic, mqueueMagic, nfsdMagic, rpcPipefsMagic, functionfsMagic, gadgetfsMagic:
 		return true
 	}
 	return false
@@ -85,8 +86,13 @@ func kernelInterface(fd int) bool {
 
 // Magic numbers that package unix does not have.
 const (
-	configfsMagic = 0x62656570
-	fusectlMagic  = 0x65735543
+	configfsMagic   = 0x62656570
+	fusectlMagic    = 0x65735543
+	mqueueMagic     = 0x19800202 // a new file is a message queue
+	nfsdMagic       = 0x6e667364 // a write sets up the NFS server
+	rpcPipefsMagic  = 0x67596969
+	functionfsMagic = 0x0a647361 // a read waits for a USB host
+	gadgetfsMagic   = 0xaee71ee7 // likewise
 )
 
 // maxInodes bounds the memory for inodes that a client does not forget.

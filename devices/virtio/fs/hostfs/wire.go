@@ -86,6 +86,7 @@ const (
 	opReleasedir    = 29
 	opFsyncdir      = 30
 	opCreate        = 35
+	opInterrupt     = 36
 	opDestroy       = 38
 	opBatchForget   = 42
 	opFallocate     = 43
