@@ -80,40 +80,33 @@ func Mount(t testing.TB, dir string, reply func(opcode uint32) unix.Errno) (end 
 			if node == 1 && opcode != Lookup {
 				mode = unix.S_IFDIR | 0o755
 			}
-			attr := put32(put64(nil, node+1, 0, 0, 0, 0, 0), 0, 0, 0, mode, 1, 0, 0, 0, 512, 0)
+			attr := words([]uint64{node + 1, 0, 0, 0, 0, 0}, []uint32{0, 0, 0, mode, 1, 0, 0, 0, 512, 0})
 			var body []byte
 			switch {
 			case no != 0:
 			case opcode == initialize:
-				body = append(put32(nil, 7, 31, 0, 0, 0, 4096), make([]byte, 40)...)
+				body = words([]uint32{7, 31, 0, 0, 0, 4096}, make([]byte, 40))
 			case opcode == getattr:
-				body = append(make([]byte, 16), attr...)
+				body = words(make([]byte, 16), attr)
 			case opcode == Lookup:
-				body = append(put64(nil, 2, 0, 0, 0, 0), attr...)
+				body = words([]uint64{2, 0, 0, 0, 0}, attr)
 			case opcode == open:
-				body = put64(nil, 1, 0)
+				body = words([]uint64{1, 0})
 			case opcode == statfs:
 				body = make([]byte, 80)
 			case opcode != Flush && opcode != release:
 				no = unix.ENOSYS
 			}
-			answer := put32(nil, uint32(16+len(body)), uint32(-int32(no)))
-			unix.Write(dev, append(put64(answer, order.Uint64(in[8:])), body...))
+			unix.Write(dev, words([]uint32{uint32(16 + len(body)), uint32(-int32(no))}, in[8:16], body))
 		}
 	})
 	return end
 }
 
-func put32(b []byte, v ...uint32) []byte {
-	for _, v := range v {
-		b = order.AppendUint32(b, v)
-	}
-	return b
-}
-
-func put64(b []byte, v ...uint64) []byte {
-	for _, v := range v {
-		b = order.AppendUint64(b, v)
+// words puts slices of integers behind each other.
+func words(parts ...any) (b []byte) {
+	for _, p := range parts {
+		b, _ = binary.Append(b, order, p) // of a fixed size: no error
 	}
 	return b
 }
