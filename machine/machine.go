@@ -564,7 +564,7 @@ func (m *Machine) DialVsock(ctx context.Context, port uint32) (*vsock.Conn, erro
 //	memory/N         guest RAM
 //	vcpu/N           registers, N counts from 0
 //	pci/00:SS.0      a function: config, intx, msix, and for a virtio device virtio/queue/N
-//	com1, com2, rtc, acpi_pm
+//	com1, com2, rtc, acpi_pm, generation_id
 //	disk/N           the disk of LUN N that this program serves: counters, task/N (the commands
 //	                 that are not answered, the oldest first) and last/N (the newest first)
 //	lio/WWN/N        a disk that the kernel serves

@@ -5,6 +5,7 @@ package vmm
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"io"
 
@@ -73,6 +74,9 @@ type Config struct {
 
 	battery  *rtc.Battery   // the clock's state, kept by Run over a reboot
 	watchdog *i6300esb.Kept // and the watchdog's
+	// generation is the Virtual Machine Generation ID, another one for each Run. Microsoft's
+	// specification has it stay over a reboot.
+	generation [16]byte
 }
 
 // Entered is the last phase: the first vCPU is about to run its first instruction.
@@ -150,6 +154,7 @@ type Outcome struct {
 func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 	defer cfg.Pauser.end()
 	cfg.battery, cfg.watchdog = &rtc.Battery{}, &i6300esb.Kept{}
+	rand.Read(cfg.generation[:])
 	for {
 		m, err := newMachine(sys, cfg)
 		if err != nil {

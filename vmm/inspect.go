@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -127,7 +128,8 @@ func (m *machine) stateBy(ask func(ctx context.Context, i int, f func()) bool) i
 	for _, p := range m.coms {
 		root.Nodes = append(root.Nodes, p.uart.Inspect(strings.ToLower(p.name)))
 	}
-	root.Nodes = append(root.Nodes, m.rtc.Inspect("rtc"), m.pm.Inspect("acpi_pm"))
+	root.Nodes = append(root.Nodes, m.rtc.Inspect("rtc"), m.pm.Inspect("acpi_pm"),
+		inspect.Text("generation_id", hex.EncodeToString(m.cfg.generation[:])))
 	if m.cfg.Inspect != nil {
 		root.Nodes = append(root.Nodes, m.cfg.Inspect()...)
 	}

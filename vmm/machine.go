@@ -256,6 +256,8 @@ func (m *machine) loadKernel() error {
 		SCI:     sciGSI,
 		INTx:    intxIRQs[:],
 		COM2:    m.cfg.COM2 != nil,
+
+		GenerationID: &m.cfg.generation,
 	})
 	if err != nil {
 		return fmt.Errorf("ACPI tables: %w", err)

@@ -46,6 +46,11 @@ type Config struct {
 	COM1IRQ   uint8  // 4
 	COM2      bool   // there is a second UART, at port 0x2f8 with interrupt 3
 	PVPanic   uint16 // 0x505
+
+	// GenerationID identifies the execution of the machine, for the guest's device VM_Gen_Counter; nil:
+	// there is none.
+	GenerationID *[16]byte
+	generationID uint64 // its address
 }
 
 func def[T comparable](field *T, v T) {
@@ -131,6 +136,9 @@ func Build(cfg Config) (tables []byte, rsdp uint64, err error) {
 		return cfg.Area.Base + uint64(len(b)-len(t))
 	}
 	facs := place(facsTable())
+	if id := cfg.GenerationID; id != nil {
+		cfg.generationID = place(id[:])
+	}
 	dsdt := place(table("DSDT", 2, cfg.dsdt()))
 	xsdt := place(table("XSDT", 1, marshal([]uint64{
 		place(cfg.fadt(facs, dsdt)),

@@ -251,6 +251,30 @@ func TestPkgLength(t *testing.T) {
 	}
 }
 
+// TestGenerationID: the ID is where ADDR says, 8-byte aligned.
+func TestGenerationID(t *testing.T) {
+	id := [16]byte{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}
+	for _, base := range []uint64{0xe0000, 0x3_4000_0000} {
+		area := Range{base, 0x20000}
+		image, rsdp, err := Build(Config{APICIDs: ids(1), Area: area, GenerationID: &id})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dsdt := find(t, base, image, rsdp)["DSDT"]
+		_, addr, ok := bytes.Cut(dsdt, []byte("\x08ADDR\x12")) // Name (ADDR, Package
+		if !ok {
+			t.Fatalf("no ADDR in % x", dsdt)
+		}
+		at := uint64(le.Uint32(addr[3:])) // after PkgLength, the number of elements and DWordPrefix
+		if base > 1<<32 {
+			at |= uint64(addr[8]) << 32 // after BytePrefix
+		}
+		if addr[1] != 2 || at%8 != 0 || at < base || !bytes.Equal(image[at-base:][:16], id[:]) {
+			t.Errorf("base %#x: ADDR % x, %#x", base, addr[:10], at)
+		}
+	}
+}
+
 // tool runs one of the reference implementation's programs in dir and returns its output.
 func tool(t *testing.T, dir string, args ...string) string {
 	t.Helper()
@@ -294,7 +318,7 @@ func write(t *testing.T, tables map[string][]byte) string {
 func TestDisassemble(t *testing.T) {
 	for _, cfg := range []Config{
 		{APICIDs: ids(2), MMIO64: mmio64, INTx: []uint8{10, 11, 5}},
-		{APICIDs: ids(1), COM2: true},
+		{APICIDs: ids(1), COM2: true, GenerationID: new([16]byte)},
 		{APICIDs: ids(300), ECAM: 0x1_8000_0000, Area: Range{0x3ffc0000, 0x40000}},
 	} {
 		t.Run(fmt.Sprint(len(cfg.APICIDs), " CPUs"), func(t *testing.T) {
@@ -314,7 +338,8 @@ func TestDisassemble(t *testing.T) {
 
 // TestRecompile has the reference compiler compile the DSDT's source, and compares the bytes.
 func TestRecompile(t *testing.T) {
-	tables := build(t, Config{APICIDs: ids(2), MMIO64: mmio64, INTx: []uint8{10, 11, 5}, COM2: true})
+	tables := build(t, Config{APICIDs: ids(2), MMIO64: mmio64, INTx: []uint8{10, 11, 5}, COM2: true,
+		GenerationID: new([16]byte)})
 	dir := write(t, tables)
 	tool(t, dir, "iasl", "-d", "DSDT.aml")
 	complain(t, "DSDT.dsl", tool(t, dir, "iasl", "-p", "again", "DSDT.dsl"))
@@ -345,6 +370,8 @@ func TestRecompile(t *testing.T) {
 		`Name (_HID, EisaId ("PNP0B00") ) ` +
 			`Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0070, 0x0070, 0x01, 0x02, ) IRQNoFlags () {8} })`,
 		`Name (_HID, "QEMU0001") Name (_CRS, ResourceTemplate () { IO (Decode16, 0x0505, 0x0505, 0x01, 0x01, ) })`,
+		`Name (_CID, "VM_Gen_Counter") Name (_DDN, "VM_Gen_Counter") ` +
+			`Name (ADDR, Package (0x02) { 0x000E0080, Zero })`,
 		`Device (C001) { Name (_HID, "ACPI0007" ) Name (_UID, One) }`,
 	} {
 		if !strings.Contains(source, want) {

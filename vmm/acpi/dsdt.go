@@ -15,6 +15,9 @@ func (c *Config) dsdt() aml {
 	if c.COM2 {
 		sb = append(sb, uart(2, serial.COM2, serial.COM2IRQ))
 	}
+	if c.GenerationID != nil {
+		sb = append(sb, c.generation())
+	}
 	for i := range c.APICIDs {
 		sb = append(sb, device(fmt.Sprintf("C%03X", i), name("_HID", str("ACPI0007")), name("_UID", integer(uint64(i)))))
 	}
@@ -129,5 +132,16 @@ func (c *Config) pvpanic() aml {
 	return device("PEVT",
 		name("_HID", str("QEMU0001")),
 		name("_CRS", resources(io(c.PVPanic, 1))),
+	)
+}
+
+// generation is the device of Microsoft's "Virtual Machine Generation ID", whose ADDR has the address of
+// the ID in two halves. It sends no notification, as the ID does not change while the guest runs.
+func (c *Config) generation() aml {
+	return device("VGEN",
+		name("_HID", str("GVMG0001")),
+		name("_CID", str("VM_Gen_Counter")),
+		name("_DDN", str("VM_Gen_Counter")),
+		name("ADDR", packageOf(integer(c.generationID&0xffffffff), integer(c.generationID>>32))),
 	)
 }
