@@ -201,7 +201,7 @@ func (evilMachine) Balloon(context.Context) (control.Balloon, error) {
 	return control.Balloon{Stats: inspect.Group("", inspect.Text(evil, evil))}, nil
 }
 func (evilMachine) ResizeBalloon(control.ResizeBalloon) (control.Balloon, error) {
-	return control.Balloon{Guest: evil}, nil
+	return control.Balloon{}, errors.New(evil)
 }
 func (evilMachine) NMI(context.Context) error         { return nil }
 func (evilMachine) SysRq(context.Context, byte) error { return nil }
