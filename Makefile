@@ -10,8 +10,9 @@ GOTEST = $(GO) run ./guest-tests/cmd/gotest
 LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostscsi
 UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 
-# HTTP/2, which a control socket does not speak, is left out of the program.
-TAGS = nethttpomithttp2
+# Parts of libraries that the program leaves out: the command line library's documents, whose
+# Markdown parser takes time at each start, and HTTP/2, which a control socket does not speak.
+TAGS = urfave_cli_no_docs,nethttpomithttp2
 
 # Where build puts the programs.
 BIN = bin

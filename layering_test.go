@@ -78,7 +78,6 @@ var may = []struct{ pkg, imports string }{
 	{"control", "inspect text"},
 	{"panics", ""},
 	{"text", ""},
-	{"cli", ""},
 	{"plot/draw", "plot text"},
 	{"plot", ""},
 	{"cmd/gvm-plot", "plot plot/draw"},
@@ -90,9 +89,9 @@ var may = []struct{ pkg, imports string }{
 	{"testrun/matrix", "testrun text verdict verdict/ktap"},
 	{"testrun/kubernetes", "testrun testrun/matrix text"},
 	{"cmd/gvm",
-		"cli machine/... vmm/... devices/... kvmapi/... guestmem control inspect plot text guest/embedded " +
-			"guest/bootinit guest/kernel guest/agent guest/agent/wire guest/initramfs testrun testrun/matrix " +
-			"testrun/kubernetes verdict/..."},
+		"machine/... vmm/... devices/... kvmapi/... guestmem control inspect plot text guest/embedded guest/bootinit " +
+			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun testrun/matrix testrun/kubernetes " +
+			"verdict/..."},
 }
 
 func matches(pattern, pkg string) bool {

@@ -18,7 +18,7 @@ import (
 
 // Limits of gvm before main. Each start of a guest pays for it: see docs/performance.md.
 const (
-	mostBytes    = 12_100_000 // size of the program
+	mostBytes    = 14_250_000 // size of the program: the goal is 14.0 MB, and gvm test's matrix has 82 kB
 	mostInit     = 36 << 10   // allocated by a package
 	mostAllocs   = 64         // allocations of a package
 	mostAllInits = 144 << 10  // allocated by all packages
@@ -35,6 +35,8 @@ var linked = []string{
 	"github.com/mikelolasagasti/xz",
 	"github.com/pierrec/lz4/v4",
 	"github.com/ulikunitz/xz",
+	"github.com/urfave/cli/v2",
+	"github.com/xrash/smetrics",
 	"golang.org/x/sys",
 	"golang.org/x/term",
 }
@@ -44,6 +46,7 @@ var linked = []string{
 var initialized = []string{
 	"github.com/klauspost/compress/internal/snapref", // the tables of CRC-32C, 0.15 ms, with zstd
 	"github.com/mikelolasagasti/xz",                  // the tables of CRC-64
+	"github.com/urfave/cli/v2",
 	"gvm/devices/scsi",
 	"main",
 }

@@ -15,7 +15,7 @@ echo "gvm is under the Apache License 2.0. Its programs contain Go's standard li
 modules, each under its own license, which follows."
 license gvm LICENSE
 license "Go's standard library" "$("$go" env GOROOT)/LICENSE"
-modules=$("$go" list -deps \
+modules=$("$go" list -deps -tags urfave_cli_no_docs \
 	-f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Version}} {{.Dir}}{{end}}{{end}}' ./cmd/gvm ./cmd/gvm-plot | sort -u)
 echo "$modules" | while read -r path version dir; do
 	set -- "$dir"/LICENSE*

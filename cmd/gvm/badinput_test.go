@@ -181,7 +181,7 @@ func TestBadInput(t *testing.T) {
 		{"stray argument after --", run("--", "--cpus"), `"--cpus"`, ""},
 		{"flag without a value", run("--kernel"), "--kernel: want a value, KERNEL", ""},
 		{"help for nothing", []string{"help", "nosuch"}, "nosuch", ""},
-		{"help for nothing of run", run("help", "nosuch"), `unexpected argument "help"`, ""},
+		{"help for nothing of run", run("help", "nosuch"), "nosuch", ""},
 		{"doctor with an argument", []string{"doctor", "kvm"}, `doctor|"kvm"`, ""},
 		{"doctor with a flag", []string{"doctor", "--fix"}, "-fix", ""},
 		{"bench of nothing there is", []string{"bench", "net"}, `unknown command "net" of gvm bench`, ""},

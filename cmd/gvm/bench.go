@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"io"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
 )
 
 func benchCommand() *cli.Command {

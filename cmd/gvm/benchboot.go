@@ -14,7 +14,8 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/guest/bootinit"
 	"gvm/guest/embedded"
 	"gvm/panics"
@@ -56,14 +57,14 @@ EXAMPLES
    gvm bench boot --kernel bzImage --cmdline quiet
    gvm bench boot --kernel bzImage --initrd i.img --until "Run /init as init"`,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "kernel", Usage: "bzImage or ELF vmlinux `FILE`"},
-			&cli.StringFlag{Name: "initrd", Usage: "initramfs `FILE`"},
+			&cli.StringFlag{Name: "kernel", Usage: "bzImage or ELF vmlinux `FILE`", TakesFile: true},
+			&cli.StringFlag{Name: "initrd", Usage: "initramfs `FILE`", TakesFile: true},
 			&cli.StringFlag{Name: "cmdline", Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1"},
 			&cli.StringFlag{Name: "until", Value: bootinit.Line, Usage: "`TEXT` that ends a boot"},
 			&cli.DurationFlag{Name: "timeout", Value: 2 * time.Minute, Usage: "give up on a boot after `DURATION`"},
 			&cli.IntFlag{Name: "rounds", Value: 10, Usage: "measure everything `N` times, in turns"},
 			qemuFlag(),
-			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`"},
+			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 		},
 		Action: benchAction(parseBootBench),
 	}

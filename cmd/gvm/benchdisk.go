@@ -14,7 +14,8 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/devices/block"
 	"gvm/devices/scsi"
 	"gvm/devices/virtio/ringbench"
@@ -47,7 +48,7 @@ EXAMPLES
    gvm bench disk
    gvm bench disk --depth 32 --size 4K --rounds 11 --json disk.json`,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "disk", Usage: "raw image or block device as `PATH`"},
+			&cli.StringFlag{Name: "disk", Usage: "raw image or block device as `PATH`", TakesFile: true},
 			&cli.DurationFlag{Name: "time", Value: 200 * time.Millisecond, Usage: "`DURATION` of each measurement"},
 			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure everything `N` times, in turns"},
 			&cli.StringFlag{Name: "size", Value: "4K,128K", Usage: "`LIST` of request sizes"},
@@ -56,7 +57,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "driver", Value: "interrupt,poll",
 				Usage: "`LIST` of how the driver learns of answers"},
 			pollFlag(),
-			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`"},
+			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 			plotFlag(),
 		},
 		Action: benchAction(parseBench),

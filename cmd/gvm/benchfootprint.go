@@ -18,7 +18,8 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/guest/embedded"
 	"gvm/panics"
 )
@@ -52,7 +53,7 @@ EXAMPLES
 			&cli.DurationFlag{Name: "time", Value: 10 * time.Second, Usage: "watch them for `DURATION`"},
 			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure one machine of each kind `N` times, in turns"},
 			qemuFlag(),
-			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`"},
+			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 		},
 		Action: benchAction(parseFootprint),
 	}

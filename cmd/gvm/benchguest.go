@@ -16,7 +16,8 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/guest/embedded"
 	"gvm/guestmem"
 	"gvm/machine"
@@ -52,12 +53,12 @@ EXAMPLES
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "disk",
 				Usage: "raw image or block device as `PATH`, which is only read; default: an image under $TMPDIR, " +
-					"in the page cache"},
+					"in the page cache", TakesFile: true},
 			&cli.BoolFlag{Name: "write", Usage: "measure writes too, without --disk"},
 			&cli.DurationFlag{Name: "time", Value: 300 * time.Millisecond, Usage: "`DURATION` of each measurement"},
 			&cli.IntFlag{Name: "rounds", Value: 5, Usage: "measure everything `N` times, in turns"},
 			qemuFlag(),
-			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`"},
+			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 			plotFlag(),
 			pollFlag(),
 		},

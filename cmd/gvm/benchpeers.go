@@ -10,7 +10,7 @@ import (
 	"slices"
 	"strings"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
 )
 
 // contender is a VMM to measure: its name, its program and arguments. Without any it is gvm in this
@@ -31,7 +31,7 @@ const systemQEMU = "qemu-system-x86_64"
 
 // qemuFlag returns --qemu of the benchmarks.
 func qemuFlag() cli.Flag {
-	return &cli.GenericFlag{Name: "qemu", Value: new(words),
+	return &cli.GenericFlag{Name: "qemu", Value: new(words), TakesFile: true,
 		Usage: "`PROGRAM` to compare with, which may be given several times; default: " + systemQEMU}
 }
 

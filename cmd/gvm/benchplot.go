@@ -7,7 +7,8 @@ import (
 	"path/filepath"
 	"slices"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/plot"
 )
 
@@ -35,7 +36,8 @@ func (p *benchPanel) add(name string, depth int, kIOPS float64) {
 // plotFlag returns --plot of the benchmarks over depths.
 func plotFlag() cli.Flag {
 	return &cli.StringFlag{Name: "plot",
-		Usage: "draw the medians, with the lowest and highest, to `FILE`, whose name ends with .svg or .png"}
+		Usage:     "draw the medians, with the lowest and highest, to `FILE`, whose name ends with .svg or .png",
+		TakesFile: true}
 }
 
 // checkPlot checks --plot before anything is measured.

@@ -7,12 +7,15 @@ import (
 	"strconv"
 	"strings"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
 	"gvm/machine/disk"
 	"gvm/text"
 )
 
-// The scripts ask gvm itself for the words (cli.CompletionFlag), so that they are never out
+// completionFlag is the last word of a script's question.
+const completionFlag = "--generate-bash-completion"
+
+// The scripts ask gvm itself for the words (--generate-bash-completion), so that they are never out
 // of date. zsh sources its script, or loads it from a directory of $fpath as the body of _gvm.
 var completions = map[string]string{
 	"bash": `_gvm() {
@@ -59,7 +62,7 @@ complete -c gvm -F -n 'not __fish_use_subcommand' \
 // word before the cursor is a disk with options. The cli package completes no values of flags.
 func completeDisk(out io.Writer, args []string) bool {
 	n := len(args)
-	if n < 4 || args[n-1] != cli.CompletionFlag || !strings.Contains(args[n-2], ",") {
+	if n < 4 || args[n-1] != completionFlag || !strings.Contains(args[n-2], ",") {
 		return false
 	}
 	before, value := "", args[n-2]

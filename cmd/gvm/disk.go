@@ -12,7 +12,8 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/control"
 	"gvm/machine/disk"
 	"gvm/text"

@@ -9,8 +9,8 @@ import (
 	"strings"
 
 	"github.com/bobuhiro11/gokvm/kvm"
+	"github.com/urfave/cli/v2"
 
-	"gvm/cli"
 	"gvm/devices/block"
 	"gvm/devices/scsi"
 	"gvm/guestmem"

@@ -4,7 +4,8 @@ import (
 	"errors"
 	"fmt"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/machine"
 )
 
@@ -76,13 +77,14 @@ func exitStatus(err error) int {
 		end    endError
 		usage  usageError
 		config configError
+		words  cli.ExitCoder // help for an unknown command
 	)
 	switch {
 	case err == nil:
 		return 0
 	case errors.As(err, &end):
 		return end.status
-	case errors.As(err, &usage), errors.As(err, &config), machine.IsConfig(err):
+	case errors.As(err, &usage), errors.As(err, &words), errors.As(err, &config), machine.IsConfig(err):
 		return exitUsage
 	}
 	return exitHost
@@ -91,10 +93,10 @@ func exitStatus(err error) int {
 // exitStatusCommand exists for its help page: `gvm help exit-status`.
 func exitStatusCommand() *cli.Command {
 	return &cli.Command{
-		Name:        "exit-status",
-		Usage:       "list gvm's exit statuses",
-		Description: exitStatusHelp,
-		BareHelp:    true,
+		Name:               "exit-status",
+		Usage:              "list gvm's exit statuses",
+		Description:        exitStatusHelp,
+		CustomHelpTemplate: "{{.Description}}\n",
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usageError{fmt.Errorf("exit-status takes no argument, and got %q", c.Args().First())}

@@ -4,14 +4,14 @@ import (
 	"slices"
 	"strings"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
 )
 
 // flagsFirst moves a command's flags in front of its arguments: package flag stops at the first
 // argument, but users write flags behind it as well. Words behind "--" stay in place, and those of gvm
 // test behind the command that it runs.
 func flagsFirst(commands []*cli.Command, args []string) []string {
-	if len(args) == 0 || args[len(args)-1] == cli.CompletionFlag {
+	if len(args) == 0 || args[len(args)-1] == completionFlag {
 		return args
 	}
 	at, command := 1, (*cli.Command)(nil)
@@ -49,15 +49,26 @@ func flagsFirst(commands []*cli.Command, args []string) []string {
 func takesNext(command *cli.Command, word string) bool {
 	name := strings.TrimLeft(word, "-")
 	return slices.ContainsFunc(command.Flags, func(f cli.Flag) bool {
-		return f.TakesValue() && slices.Contains(f.Names(), name)
+		d, ok := f.(cli.DocGenerationFlag)
+		return ok && d.TakesValue() && slices.Contains(f.Names(), name)
 	})
 }
 
-// words is the value of a flag that may be repeated, with any bytes.
+// words is the value of a flag that may be repeated, with any bytes. The cli package's own type
+// goes through JSON, and trims spaces.
 type words []string
 
-func (w *words) Set(s string) error { *w = append(*w, s); return nil }
+// The cli package sets the other names of a flag to aliased. No argument has a NUL.
+const aliased = "\x00"
 
-func (w *words) String() string { return "" }
+func (w *words) Set(s string) error {
+	if s != aliased {
+		*w = append(*w, s)
+	}
+	return nil
+}
+
+func (w *words) String() string    { return "" }
+func (w *words) Serialize() string { return aliased }
 
 func wordsOf(c *cli.Context, flag string) []string { return *c.Generic(flag).(*words) }

@@ -9,7 +9,8 @@ import (
 	"sync"
 	"unicode/utf8"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/text"
 )
 
@@ -19,47 +20,15 @@ const (
 	helpFlags = 24 // columns of a flag's name
 )
 
-// page returns the help page of a command, or the program's for nil.
-func page(a *cli.App, c *cli.Command) string {
-	var b strings.Builder
-	name, usage, description, flags, commands := a.Name, a.Usage, a.Description, a.Flags(), a.Commands
-	synopsis, options := "gvm [global options] command [command options]", "GLOBAL OPTIONS"
-	if c != nil {
-		if c.BareHelp {
-			return c.Description + "\n"
-		}
-		name, usage, description, flags, commands = c.HelpName, c.Usage, c.Description, c.Flags, c.Subcommands
-		synopsis, options = name+" [command options]", "OPTIONS"
-		if c.ArgsUsage != "" {
-			synopsis += " " + c.ArgsUsage
+func init() {
+	cli.FlagStringer = describeFlag
+	cli.HelpPrinter = func(w io.Writer, template string, data any) {
+		var b strings.Builder
+		cli.HelpPrinterCustom(&b, template, data, map[string]any{"wrap": wrap})
+		for line := range strings.Lines(b.String()) {
+			fmt.Fprintln(w, strings.TrimRight(line, " \n"))
 		}
 	}
-	fmt.Fprintf(&b, "NAME:\n   %s - %s\n\nUSAGE:\n   %s\n", name, wrap(usage, len(name)+6), synopsis)
-	if c == nil {
-		fmt.Fprintf(&b, "\nVERSION:\n   %s\n", a.Version)
-	}
-	if description != "" {
-		fmt.Fprintf(&b, "\nDESCRIPTION:\n   %s\n", wrap(description, 3))
-	}
-	if len(commands) > 0 {
-		b.WriteString("\nCOMMANDS:\n")
-		width := 0
-		for _, c := range commands {
-			width = max(width, len(strings.Join(c.Names(), ", ")))
-		}
-		for _, c := range commands {
-			fmt.Fprintf(&b, "   %-*s  %s\n", width, strings.Join(c.Names(), ", "), wrap(c.Usage, width+5))
-		}
-	}
-	b.WriteString("\n" + options + ":\n")
-	for _, f := range flags {
-		fmt.Fprintf(&b, "   %s\n", wrap(describeFlag(f), 6))
-	}
-	lines := strings.Split(b.String(), "\n")
-	for i, l := range lines {
-		lines[i] = strings.TrimRight(l, " ")
-	}
-	return strings.Join(lines, "\n")
 }
 
 // describeFlag returns the entry of a flag in a help page: its names, with its usage beside them or
@@ -67,17 +36,21 @@ func page(a *cli.App, c *cli.Command) string {
 func describeFlag(f cli.Flag) string {
 	names, value, usage := flagWords(f)
 	head := strings.TrimSpace(strings.Join(names, ", ") + " " + value)
-	// The page puts the first line in column 3, and other lines in column 6.
+	// The template puts the first line in column 3, and other lines in column 6.
 	return column(head, helpFlags, usage, helpWidth-6, -3)
 }
 
 // flagWords returns the names of a flag with their dashes, the name of its value, which its usage
 // has in backquotes, and the usage with the default.
 func flagWords(f cli.Flag) (names []string, value, usage string) {
-	for _, n := range f.Names() {
-		names = append(names, cli.Dashed(n))
+	doc, ok := f.(cli.DocGenerationFlag)
+	if !ok {
+		return nil, "", ""
 	}
-	usage, preset := f.Text()
+	for _, n := range f.Names() {
+		names = append(names, dashed(n))
+	}
+	usage = doc.GetUsage()
 	if before, rest, ok := strings.Cut(usage, "`"); ok {
 		var after string
 		value, after, _ = strings.Cut(rest, "`")
@@ -86,13 +59,16 @@ func flagWords(f cli.Flag) (names []string, value, usage string) {
 	if _, many := f.(*cli.GenericFlag); many { // words
 		usage += "; may be repeated"
 	}
-	if f.TakesValue() && preset != "" && preset != "0" && preset != "0s" {
-		usage += " (default: " + preset + ")"
+	if _, isBool := f.(*cli.BoolFlag); !isBool {
+		if s := strings.Trim(doc.GetDefaultText(), `"`); s != "" && s != "0" && s != "0s" {
+			usage += " (default: " + s + ")"
+		}
 	}
 	return names, value, usage
 }
 
-// wrap breaks a text that begins in column offset. It keeps the indentation of lines that it breaks.
+// wrap is the templates' function for a text that begins in column offset. Unlike the cli
+// package's, it keeps the indentation of lines that it breaks.
 func wrap(words string, offset int) string {
 	var lines []string
 	for line := range strings.SplitSeq(words, "\n") {
@@ -138,10 +114,15 @@ func column(head string, n int, words string, width, indent int) string {
 	return b.String()
 }
 
-// complete gives groups of commands a help page.
+// complete adds error messages for unknown words to commands, and a help page to groups of
+// commands.
 func complete(commands []*cli.Command) {
 	for _, c := range commands {
+		if c.OnUsageError == nil {
+			c.OnUsageError = flagError
+		}
 		if len(c.Subcommands) > 0 {
+			c.HideHelpCommand = true
 			complete(c.Subcommands)
 			if c.Action == nil {
 				c.Action = showHelp
@@ -162,20 +143,23 @@ func pattern(s string) func() *regexp.Regexp {
 }
 
 // flagError rewrites an error of the flag package.
-func flagError(c *cli.Context, err error) error {
+func flagError(c *cli.Context, err error, _ bool) error {
 	page := strings.TrimPrefix(c.Command.HelpName, "gvm")
 	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: "); ok {
 		return usageError{unknownFlag(c.Command, name)}
 	}
 	if m := noValue().FindStringSubmatch(err.Error()); m != nil {
-		return usageError{fmt.Errorf("%s: want a value%s; see gvm help%s", cli.Dashed(m[1]),
+		return usageError{fmt.Errorf("%s: want a value%s; see gvm help%s", dashed(m[1]),
 			valueName(c.Command, m[1]), page)}
 	}
 	if m := wrongValue().FindStringSubmatch(err.Error()); m != nil {
-		return usageError{fmt.Errorf("%s %s: %s; see gvm help%s", cli.Dashed(m[2]), m[1], wanted(c.Command, m[2]), page)}
+		return usageError{fmt.Errorf("%s %s: %s; see gvm help%s", dashed(m[2]), m[1], wanted(c.Command, m[2]), page)}
 	}
 	return usageError{fmt.Errorf("%w; see gvm help%s", err, page)}
 }
+
+// dashed returns a flag's name with its dashes.
+func dashed(name string) string { return strings.Repeat("-", min(len(name), 2)) + name }
 
 // flagOf returns the flag with a name, or nil.
 func flagOf(c *cli.Command, name string) cli.Flag {
@@ -189,9 +173,9 @@ func flagOf(c *cli.Command, name string) cli.Flag {
 
 // valueName returns ", FILE" for a flag whose usage calls its value FILE.
 func valueName(c *cli.Command, flag string) string {
-	if f := flagOf(c, flag); f != nil {
-		if usage, _ := f.Text(); strings.Count(usage, "`") == 2 {
-			return ", " + strings.Split(usage, "`")[1]
+	if doc, ok := flagOf(c, flag).(cli.DocGenerationFlag); ok {
+		if parts := strings.Split(doc.GetUsage(), "`"); len(parts) == 3 {
+			return ", " + parts[1]
 		}
 	}
 	return ""
@@ -256,25 +240,18 @@ func showHelp(c *cli.Context) error {
 
 // helpPage prints the page of the command at a path.
 func helpPage(c *cli.Context, path []string) error {
-	c.App.Setup()
-	commands, at := c.App.Commands, (*cli.Command)(nil)
+	if len(path) == 0 {
+		return cli.ShowAppHelp(c)
+	}
+	commands := c.App.Commands
 	for i, word := range path {
-		if at = cli.Find(commands, word); at == nil {
+		n := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(word) })
+		if n < 0 {
 			return unknownCommand(commands, path[:i], word)
 		}
-		commands = at.Subcommands
+		commands = commands[n].Subcommands
 	}
-	_, err := io.WriteString(c.App.Writer, page(c.App, at))
-	return err
-}
-
-// flagHelp is the action of --help. Words behind it name a command below the command.
-func flagHelp(c *cli.Context, words []string) error {
-	path := strings.Fields(c.Command.HelpName)[1:]
-	if len(c.Command.Subcommands) > 0 {
-		path = append(path, words...)
-	}
-	return helpPage(c, path)
+	return c.App.Run(append(append([]string{"gvm"}, path...), "--help"))
 }
 
 // helpCommand makes `gvm help`, whose arguments are the words of any command.
@@ -283,6 +260,6 @@ func helpCommand() *cli.Command {
 		Name: "help", Aliases: []string{"h"}, Usage: "show the help of a command", ArgsUsage: "[COMMAND [SUBCOMMAND]]",
 		Description: "gvm help disk has the options of --disk as well, " +
 			"gvm help exit-status\nthe exit statuses.",
-		Action: func(c *cli.Context) error { return helpPage(c, c.Args()) },
+		Action: func(c *cli.Context) error { return helpPage(c, c.Args().Slice()) },
 	}
 }

@@ -7,7 +7,8 @@ import (
 	"testing"
 	"unicode/utf8"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/machine/disk"
 )
 
@@ -42,7 +43,7 @@ func TestHelpWidth(t *testing.T) {
 			pages++
 			path := append(slices.Clone(path), c.Name)
 			for line := range strings.Lines(c.Description) {
-				if n := utf8.RuneCountInString(line); n > helpWidth-3+1 && !c.BareHelp {
+				if n := utf8.RuneCountInString(line); n > helpWidth-3+1 && c.CustomHelpTemplate == "" {
 					t.Errorf("%q: a line of %d columns would be broken: %q", path, n, line)
 				}
 			}
@@ -50,7 +51,7 @@ func TestHelpWidth(t *testing.T) {
 			if flag := page(append(path, "--help")...); flag != help {
 				t.Errorf("gvm %s --help differs from its page:\n%s\n%s", strings.Join(path, " "), flag, help)
 			}
-			if !strings.Contains(help, "EXIT") && !c.BareHelp &&
+			if !strings.Contains(help, "EXIT") && c.CustomHelpTemplate == "" &&
 				!strings.Contains(help, "gvm "+strings.Join(path, " ")) {
 				t.Errorf("the page of %q is another's:\n%s", path, help)
 			}

@@ -8,7 +8,8 @@ import (
 	"os"
 	"strings"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/control"
 	"gvm/devices/block"
 	"gvm/devices/scsi/sidecar"

@@ -4,7 +4,8 @@ import (
 	"fmt"
 	"io"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/inspect"
 	"gvm/text"
 )

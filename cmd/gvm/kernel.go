@@ -8,7 +8,8 @@ import (
 	"slices"
 	"strings"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/guest/kernel"
 	"gvm/text"
 	"gvm/vmm/boot"

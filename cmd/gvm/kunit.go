@@ -7,7 +7,8 @@ import (
 	"strings"
 	"time"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/guest/kernel"
 	"gvm/machine"
 	"gvm/text"
@@ -32,7 +33,7 @@ EXAMPLES
 The exit status is 0 if every test passed or was skipped, and 1 if one did
 not or none ran. Other ends are those of gvm help exit-status.`,
 		Flags: append([]cli.Flag{
-			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"},
+			&cli.StringFlag{Name: "kernel", Aliases: []string{"k"}, TakesFile: true,
 				Usage: "bzImage or ELF vmlinux `FILE`, or the directory of a kernel tree"},
 			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"}, Usage: "more words of the kernel command `LINE`"},
 			&cli.IntFlag{Name: "cpus", Aliases: []string{"c"}, Value: 1, Usage: "`N` virtual CPUs"},

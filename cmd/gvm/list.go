@@ -7,7 +7,8 @@ import (
 	"sync"
 	"text/tabwriter"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/control"
 	"gvm/panics"
 	"gvm/text"

@@ -13,7 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/guest/agent"
 	"gvm/panics"
 	"gvm/text"
@@ -171,13 +172,17 @@ func app(args []string) *cli.App {
 		Writer:  printer(os.Stdout), ErrWriter: printer(os.Stderr),
 		Description: `gvm run boots a kernel in a virtual machine on this terminal; without any
 argument it boots a small guest of its own and so shows that all works.`,
-		Help:       flagHelp,
-		UsageError: flagError,
+		EnableBashCompletion:      true,
+		DisableSliceFlagSeparator: true,
+		Flags:                     []cli.Flag{cli.HelpFlag},
+		HideHelpCommand:           true, // helpCommand replaces it
+		OnUsageError:              flagError,
+		ExitErrHandler:            func(*cli.Context, error) {},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return unknownCommand(c.App.Commands, nil, c.Args().First())
 			}
-			return helpPage(c, nil)
+			return cli.ShowAppHelp(c)
 		},
 	}
 	rows := commands

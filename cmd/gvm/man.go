@@ -12,7 +12,7 @@ import (
 	"strings"
 	"time"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
 )
 
 // With the tag man, this program is not gvm but writes gvm's man pages into the directory that its
@@ -26,8 +26,9 @@ func manPages(args []string) int {
 		return exitUsage
 	}
 	a := app(nil)
+	a.Setup()
 	pages := map[string]string{"gvm": mainPage(a), "gvm-plot": plotPage()}
-	for _, c := range a.Commands {
+	for _, c := range a.VisibleCommands() {
 		pages["gvm-"+c.Name] = commandPage(a, c)
 	}
 	for name, page := range pages {
@@ -72,10 +73,10 @@ func mainPage(a *cli.App) string {
 	r.describe(a.Description, false)
 	r.text("Each command has a page of its own: gvm-run(1) has the flags of a run, gvm-disk(1) the options of a disk.")
 	r.section("COMMANDS")
-	for _, c := range a.Commands {
+	for _, c := range a.VisibleCommands() {
 		r.entry(bold("gvm-"+c.Name)+"(1)", prose(c.Usage))
 	}
-	r.options("OPTIONS", a.Flags())
+	r.options("OPTIONS", a.VisibleFlags())
 	r.section("EXIT STATUS")
 	r.describe(exitStatusHelp, false)
 	r.terms("ENVIRONMENT", manEnvironment)
@@ -110,10 +111,10 @@ func commandPage(a *cli.App, c *cli.Command) string {
 			r.line(".SS " + quoted(bold(s.HelpName)+prose(strings.TrimPrefix(usageLine(s), s.HelpName))))
 			r.text(sentence(s.Usage))
 			r.describe(s.Description, true)
-			r.options("", s.Flags)
+			r.options("", s.VisibleFlags())
 		}
 	}
-	r.options("OPTIONS", c.Flags)
+	r.options("OPTIONS", c.VisibleFlags())
 	if c.Description != exitStatusHelp {
 		r.section("EXIT STATUS")
 		r.text("gvm(1) lists the exit statuses.")
@@ -144,7 +145,7 @@ func plotPage() string {
 // usageLine is how a command is called.
 func usageLine(c *cli.Command) string {
 	line := c.HelpName
-	if len(c.Flags) > 0 {
+	if len(c.VisibleFlags()) > 0 {
 		line += " [options]"
 	}
 	return strings.TrimSpace(line + " " + c.ArgsUsage)
@@ -253,6 +254,7 @@ func (r *roff) terms(section string, terms []manEntry) {
 
 // options are a command's flags. Without a section they are those of a command within a page.
 func (r *roff) options(section string, flags []cli.Flag) {
+	flags = slices.DeleteFunc(slices.Clone(flags), func(f cli.Flag) bool { return section == "" && f == cli.HelpFlag })
 	if len(flags) > 0 && section != "" {
 		r.section(section)
 	}
@@ -264,8 +266,7 @@ func (r *roff) options(section string, flags []cli.Flag) {
 		head := strings.Join(names, ", ")
 		if value != "" {
 			head += " " + italic(value)
-			marked, _ := f.Text()
-			at := strings.IndexByte(marked, '`')
+			at := strings.IndexByte(f.(cli.DocGenerationFlag).GetUsage(), '`')
 			usage = usage[:at] + "\x00" + usage[at+len(value):]
 		}
 		r.entry(head, strings.ReplaceAll(r.prose(usage), "\x00", italic(value)))
@@ -356,7 +357,7 @@ func (r *roff) seeAlso(a *cli.App, self string) {
 		pages = append(pages, bold("gvm")+"(1)")
 	}
 	names := []string{}
-	for _, c := range a.Commands {
+	for _, c := range a.VisibleCommands() {
 		if c.Name != self && (self == "" || r.mentions[c.Name]) {
 			names = append(names, c.Name)
 		}

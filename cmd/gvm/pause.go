@@ -4,7 +4,8 @@ import (
 	"context"
 	"fmt"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/control"
 	"gvm/text"
 )

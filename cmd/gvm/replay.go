@@ -12,7 +12,8 @@ import (
 	"slices"
 	"strings"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/replay"
 	"gvm/devices/virtio/replay/equivalence"

@@ -1,7 +1,8 @@
 package main
 
 import (
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/control"
 )
 

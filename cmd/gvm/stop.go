@@ -7,9 +7,9 @@ import (
 	"slices"
 	"time"
 
+	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
-	"gvm/cli"
 	"gvm/control"
 	"gvm/text"
 )

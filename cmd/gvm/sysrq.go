@@ -3,7 +3,8 @@ package main
 import (
 	"fmt"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/control"
 	"gvm/text"
 )

@@ -14,10 +14,10 @@ import (
 	"strings"
 	"time"
 
+	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
-	"gvm/cli"
 	"gvm/control"
 	"gvm/devices/virtio/fs"
 	"gvm/guest/agent/wire"
@@ -75,7 +75,7 @@ is stopped: 128 and the number of the signal. A matrix stops at once. It ends
 with 0 if every machine's test passed, else with the gravest status: that of
 a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 		Flags: append([]cli.Flag{
-			&cli.GenericFlag{Name: "kernel", Aliases: []string{"k"}, Value: new(words),
+			&cli.GenericFlag{Name: "kernel", Aliases: []string{"k"}, Value: new(words), TakesFile: true,
 				Usage: "boot `KERNEL`, or each of several: a bzImage or vmlinux, a kernel tree or its O= directory, " +
 					"a .deb or RPM package, the release of an installed kernel, or host, the one that runs here"},
 			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"}, Usage: "more words of the kernel command `LINE`"},
@@ -89,13 +89,13 @@ a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 				Usage: "give the guest `[Nx]SIZE`, N empty disks, named in the command's environment: TEST_DEV and so on"},
 			&cli.GenericFlag{Name: "module", Value: new(words),
 				Usage: "load `NAME`, a module of the kernel or an alias of one, before the command, with those it depends on"},
-			&cli.GenericFlag{Name: "file", Aliases: []string{"f"}, Value: new(words),
+			&cli.GenericFlag{Name: "file", Aliases: []string{"f"}, Value: new(words), TakesFile: true,
 				Usage: "give the guest `PATH` of this host too: a file, a program with its libraries, or a directory"},
-			&cli.StringFlag{Name: "root",
+			&cli.StringFlag{Name: "root", TakesFile: true,
 				Usage: "make `DIR` of this host, such as /, the guest's root: the guest changes it in its memory alone"},
-			&cli.GenericFlag{Name: "rw", Value: new(words),
+			&cli.GenericFlag{Name: "rw", Value: new(words), TakesFile: true,
 				Usage: "share `DIR` of this host at its path, so that the guest changes it"},
-			&cli.GenericFlag{Name: "ro", Value: new(words),
+			&cli.GenericFlag{Name: "ro", Value: new(words), TakesFile: true,
 				Usage: "share `DIR` of this host at its path, read-only"},
 			&cli.GenericFlag{Name: "env", Aliases: []string{"e"}, Value: new(words),
 				Usage: "`NAME[=VALUE]` for the command's environment, which has TERM, LANG, LC_* and TZ of this one"},
@@ -103,21 +103,21 @@ a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 			&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Value: "root",
 				Usage: "run the command as `NAME|UID[:GID]` of this host"},
 			&cli.BoolFlag{Name: "tty", Aliases: []string{"t"}, Usage: "give the command a terminal, which this one must be"},
-			&cli.StringFlag{Name: "klog", Usage: "write the kernel's log into `FILE`"},
+			&cli.StringFlag{Name: "klog", TakesFile: true, Usage: "write the kernel's log into `FILE`"},
 			&cli.DurationFlag{Name: "timeout", Usage: "stop the guest after `DURATION`, with status 124"},
 			&cli.DurationFlag{Name: "grace", Value: 800 * time.Millisecond,
 				Usage: "at SIGINT, SIGTERM and SIGHUP stop the guest `DURATION` after the command got the signal"},
 			&cli.DurationFlag{Name: "hang", Value: time.Minute,
 				Usage: "stop a guest that makes no progress for `DURATION`, with status 122; 0 is never"},
 			&cli.BoolFlag{Name: "bisect", Usage: "make statuses of 128 and more 1, and 126 and 127 125, for git bisect run"},
-			&cli.StringFlag{Name: "verdict", Usage: "write the verdict as JSON into `FILE`"},
+			&cli.StringFlag{Name: "verdict", TakesFile: true, Usage: "write the verdict as JSON into `FILE`"},
 			&cli.StringFlag{Name: "rung", Value: "auto",
 				Usage: "reach the guest's agent by `NAME` vsock, console, com2 or status alone; auto is the best of the kernel's"},
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "tell of each step on standard error"},
 			&cli.BoolFlag{Name: "timing", Usage: "print at the end how long each phase took"},
 		}, slices.Concat(matrixFlags(), policyFlags("fail", exitGuestFault))...),
-		UsageError: func(c *cli.Context, err error) error {
-			return endError{exitUntested, flagError(c, err)}
+		OnUsageError: func(c *cli.Context, err error, sub bool) error {
+			return endError{exitUntested, flagError(c, err, sub)}
 		},
 		Action: func(c *cli.Context) error {
 			if c.IsSet("collect") {

@@ -13,7 +13,8 @@ import (
 	"syscall"
 	"testing"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/guest/embedded"
 	"gvm/guest/initramfs"
 )

@@ -8,7 +8,8 @@ import (
 	"slices"
 	"strings"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/testrun"
 	"gvm/testrun/kubernetes"
 	"gvm/testrun/matrix"
@@ -19,11 +20,11 @@ import (
 func kubernetesFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.IntFlag{Name: "cell", Usage: "run cell `N` of the matrix alone; 0 is the first"},
-		&cli.StringFlag{Name: "message",
+		&cli.StringFlag{Name: "message", TakesFile: true,
 			Usage: "write the verdict of --cell into `FILE`, for --collect; status 1 if it is that of a test that failed"},
 		&cli.StringFlag{Name: "emit", Usage: "print the matrix as a Job: `kubernetes,image=IMAGE[,kvm=RESOURCE]" +
 			"[,mount=DIR]...`; run nothing"},
-		&cli.StringFlag{Name: "collect",
+		&cli.StringFlag{Name: "collect", TakesFile: true,
 			Usage: "report on the Job whose pods `FILE` has, the output of kubectl get pods -o json; - is standard input"},
 	}
 }

@@ -14,9 +14,9 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/urfave/cli/v2"
 	"golang.org/x/term"
 
-	"gvm/cli"
 	"gvm/machine/disk"
 	"gvm/testrun"
 	"gvm/testrun/kubernetes"
@@ -35,10 +35,10 @@ func matrixFlags() []cli.Flag {
 			Usage: "run `N` machines at a time (default: by the host's CPUs and free memory)"},
 		&cli.IntFlag{Name: "retry", Usage: "run a test whose guest crashed, or was lost before the command, again in a " +
 			"fresh machine, `N` times at most"},
-		&cli.StringFlag{Name: "output",
+		&cli.StringFlag{Name: "output", TakesFile: true,
 			Usage: "keep all output, logs and verdicts in the new or empty `DIR`"},
-		&cli.StringFlag{Name: "junit", Usage: "write all verdicts as JUnit into `FILE`"},
-		&cli.StringFlag{Name: "results", Usage: "write all verdicts as JSON into `FILE`"},
+		&cli.StringFlag{Name: "junit", TakesFile: true, Usage: "write all verdicts as JUnit into `FILE`"},
+		&cli.StringFlag{Name: "results", TakesFile: true, Usage: "write all verdicts as JSON into `FILE`"},
 	)
 }
 

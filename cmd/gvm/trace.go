@@ -12,7 +12,8 @@ import (
 	"strings"
 	"time"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/devices/scsi/trace"
 	"gvm/devices/scsi/trace/traceplot"
 	"gvm/machine/disk"
@@ -101,7 +102,7 @@ EXAMPLES
    gvm trace plot run.trace -o latency.svg
    gvm trace plot process.trace vhost.trace -o compare.png`,
 				Flags: []cli.Flag{&cli.StringFlag{Name: "output", Aliases: []string{"o"},
-					Usage: "`FILE` to write, whose name ends with .svg or .png"}},
+					Usage: "`FILE` to write, whose name ends with .svg or .png", TakesFile: true}},
 				Action: onFiles(1, 64, tracePlot),
 			},
 		},
@@ -143,7 +144,7 @@ func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionF
 					valueName(c.Command, flag), topic)}
 			}
 			if err := c.Set(flag, value); err != nil {
-				return usageError{fmt.Errorf("%s %q: %s; see gvm help %s", cli.Dashed(flag), value,
+				return usageError{fmt.Errorf("%s %q: %s; see gvm help %s", dashed(flag), value,
 					wanted(c.Command, flag), topic)}
 			}
 			if flag == "help" {

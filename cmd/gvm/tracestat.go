@@ -8,7 +8,8 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/devices/scsi/trace"
 )
 

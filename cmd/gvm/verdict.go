@@ -11,7 +11,8 @@ import (
 	"strings"
 	"time"
 
-	"gvm/cli"
+	"github.com/urfave/cli/v2"
+
 	"gvm/guest/kernel"
 	"gvm/text"
 	"gvm/verdict"
@@ -26,7 +27,7 @@ func policyFlags(action string, status int) []cli.Flag {
 			Usage: fmt.Sprintf("when the guest's kernel reports a fault other than WARN, `ACTION` fail (status %d) or ignore",
 				status)},
 		&cli.BoolFlag{Name: "strict", Usage: "--oops=fail, and WARN is a fault too"},
-		&cli.StringFlag{Name: "allow",
+		&cli.StringFlag{Name: "allow", TakesFile: true,
 			Usage: "`FILE` of faults that --oops=fail and --strict ignore: " +
 				"a fingerprint or a regular expression of the title a line"},
 	}
@@ -35,9 +36,9 @@ func policyFlags(action string, status int) []cli.Flag {
 // verdictFlags are the flags for what a console shows.
 func verdictFlags() []cli.Flag {
 	return append(policyFlags("ignore", exitFault),
-		&cli.StringFlag{Name: "junit",
+		&cli.StringFlag{Name: "junit", TakesFile: true,
 			Usage: "write the results of the guest's tests (KTAP, TAP, LAVA) as JUnit into `FILE`; status 1 if one failed"},
-		&cli.StringFlag{Name: "results",
+		&cli.StringFlag{Name: "results", TakesFile: true,
 			Usage: "the same as JSON, with the exit status and the kernel's reports, into `FILE`"},
 	)
 }
