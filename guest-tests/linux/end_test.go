@@ -1,7 +1,6 @@
 package linux
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -13,83 +12,59 @@ import (
 	"gvm/guest/bootinit"
 )
 
-// TestEndings: gvm's exit status tells how the guest ended.
+// TestEndings: gvm's exit status tells how the guest ended, which faults its kernel reported and how its
+// tests went. A record of a program counts as the kernel's where the console does not tell them apart.
+// TestCrashKernel has a panic told on the console alone, and TestBoot a kernel without a fault.
 func TestEndings(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
+	const fault = "echo '<3>BUG: made up' >/dev/kmsg; "
 	for _, c := range []struct {
 		name   string
 		guest  guest
+		args   string
 		status int
-		stderr string
+		stderr []string
 		bare   string // the whole command line
 	}{
-		{"panic told on the console", guest{script: "echo c >/proc/sysrq-trigger"}, 5,
-			"guest panic: Kernel panic - not syncing: sysrq triggered crash", ""},
-		{"panic told by pvpanic", guest{modules: []string{"pvpanic_mmio"}, script: "echo c >/proc/sysrq-trigger"}, 5,
-			"guest panic: ", "quiet"},
+		{"panic told by pvpanic", guest{modules: []string{"pvpanic_mmio"}, script: "echo c >/proc/sysrq-trigger"}, "", 5,
+			[]string{"guest panic: "}, "quiet"},
 		{"panic with log levels and callers", guest{cmdline: "console_msg_format=syslog printk.time=1",
-			script: "echo -n 'on this line: '; echo c >/proc/sysrq-trigger"},
-			5, "guest panic: Kernel panic - not syncing: sysrq triggered crash; the guest then reset", ""},
+			script: "echo -n 'on this line: '; echo c >/proc/sysrq-trigger"}, "", 5,
+			[]string{"guest panic: Kernel panic - not syncing: sysrq triggered crash; the guest then reset"}, ""},
 		{"panic of a kernel that stays", guest{cmdline: "console_msg_format=syslog panic=0",
-			script: "echo c >/proc/sysrq-trigger"},
-			5, "guest panic: Kernel panic - not syncing: sysrq triggered crash; its console was then silent for 1s", ""},
-		{"text of a panic", guest{script: "echo 'Kernel panic - not syncing: no'; reboot -f"}, 6,
-			"the guest asked for a reset", ""},
-		{"init exits", guest{script: "exit 3"}, 5,
-			"guest panic: Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300", ""},
-		{"halt", guest{script: "halt -f"}, 0, "", ""},
-		{"halt of two CPUs", guest{script: "halt -f", cmdline: "console_msg_format=syslog"}, 0, "", ""},
-		{"text of a halt", guest{script: "echo 'reboot: System halted'; sleep 3; reboot -f"}, 6,
-			"the guest asked for a reset", ""},
-		{"reboot", guest{script: "reboot -f"}, 6, "the guest asked for a reset", ""},
-		{"reboot by triple fault", guest{script: "reboot -f", cmdline: "reboot=t"}, 4, "triple fault", ""},
+			script: "echo c >/proc/sysrq-trigger"}, "", 5,
+			[]string{"guest panic: Kernel panic - not syncing: sysrq triggered crash; its console was then silent for 1s"}, ""},
+		{"init exits after a fault", guest{script: fault + "exit 3"}, "--oops=fail", 5,
+			[]string{"guest panic: Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300",
+				"the guest's kernel reported bug: BUG: made up\n"}, ""},
+		{"reset after texts of a panic and of a halt", guest{
+			script: "echo 'Kernel panic - not syncing: no'; echo 'reboot: System halted'; sleep 3; reboot -f"}, "", 6,
+			[]string{"the guest asked for a reset"}, ""},
+		{"reset by triple fault", guest{script: "reboot -f", cmdline: "reboot=t"}, "", 4, []string{"triple fault"}, ""},
+		{"halt after a fault that does not count", guest{script: fault + "halt -f"}, "--oops=ignore", 0, nil, ""},
+		{"halt of two CPUs after a program's record", guest{cmdline: "console_msg_format=syslog", script: fault + "halt -f"},
+			"--oops=fail --cpus=2", 0, nil, ""},
+		{"power-off after a fault", guest{script: fault}, "--oops=fail", 7,
+			[]string{"the guest's kernel reported bug: BUG: made up (fingerprint "}, ""},
+		{"tests", guest{script: "echo 'TAP version 13'; echo '1..2'; echo 'ok 1 a'; echo 'not ok 2 b'"},
+			"--junit=/dev/null", 1, []string{"tests failed: 1 passed, 1 failed, 0 crashed, 0 skipped"}, ""},
+		{"a test that crashed", guest{script: "echo '<3>KTAP version 1' >/dev/kmsg; echo '<3>1..1' >/dev/kmsg"},
+			"--junit=/dev/null", 1, []string{"tests failed: 0 passed, 0 failed, 1 crashed, 0 skipped"}, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			c.guest.kernel = l.Cloud
-			args := append(c.guest.build(t), "--cpus", fmt.Sprint(1+strings.Count(c.name, "two CPUs")), "--disk",
-				diskFile(t, content(t.Name(), 1<<20)))
+			args := append(c.guest.build(t), "--disk", diskFile(t, content(t.Name(), 1<<20)))
 			if c.bare != "" {
 				args = append(args, "--bare-cmdline", "--cmdline", c.bare)
 			}
-			r := gvm(t, args...)
+			r := gvm(t, append(args, strings.Fields(c.args)...)...)
 			r.wantStatus(t, c.status)
-			if !strings.Contains(r.stderr, c.stderr) {
-				r.fatalf(t, "standard error lacks %q", c.stderr)
-			}
-		})
-	}
-}
-
-// TestVerdict: a fault that the kernel reports and the results of tests make the exit status. A
-// record of a program counts as the kernel's where the console does not tell them apart.
-func TestVerdict(t *testing.T) {
-	t.Parallel()
-	l := theLab(t)
-	const fault = "echo '<3>BUG: made up' >/dev/kmsg; poweroff -f"
-	for _, c := range []struct {
-		name, cmdline, script, flags string
-		status                       int
-		stderr                       string
-	}{
-		{"a fault", "", fault, "--oops=fail", 7, "the guest's kernel reported bug: BUG: made up (fingerprint "},
-		{"a fault that does not count", "", fault, "--oops=ignore", 0, ""},
-		{"a program's record", "console_msg_format=syslog", fault, "--oops=fail", 0, ""},
-		{"a fault before a panic", "", "echo '<3>BUG: made up' >/dev/kmsg; exit 3", "--oops=fail", 5,
-			"the guest's kernel reported bug: BUG: made up\n"},
-		{"no fault", "", "poweroff -f", "--strict", 0, ""},
-		{"tests", "", "echo 'TAP version 13'; echo '1..2'; echo 'ok 1 a'; echo 'not ok 2 b'; poweroff -f",
-			"--junit=/dev/null", 1, "tests failed: 1 passed, 1 failed, 0 crashed, 0 skipped"},
-		{"a test that crashed", "", "echo '<3>KTAP version 1' >/dev/kmsg; echo '<3>1..1' >/dev/kmsg; poweroff -f",
-			"--junit=/dev/null", 1, "tests failed: 0 passed, 0 failed, 1 crashed, 0 skipped"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
-			r := guest{kernel: l.Cloud, cmdline: c.cmdline, script: c.script}.run(t, c.flags)
-			r.wantStatus(t, c.status)
-			if !strings.Contains(r.stderr, c.stderr) {
-				r.fatalf(t, "standard error lacks %q", c.stderr)
+			for _, want := range c.stderr {
+				if !strings.Contains(r.stderr, want) {
+					r.fatalf(t, "standard error lacks %q", want)
+				}
 			}
 		})
 	}
@@ -275,28 +250,21 @@ func TestSignals(t *testing.T) {
 	}
 }
 
-// TestPowerOffDrains: the output of a script that ends is whole.
-func TestPowerOffDrains(t *testing.T) {
-	r := guest{kernel: kernel(t, "7.3"), script: "numbers=$(seq -s ' ' 1 1000)\necho $numbers end"}.run(t, "--cpus", "3")
-	r.wantStatus(t, 0)
-	if want := strings.ReplaceAll(string(numbers(1, 1000)), "\n", " ") + "end\n"; !strings.Contains(r.console, want) {
-		r.fatalf(t, "the console lacks %q", want)
-	}
-}
-
 // TestConsole: a guest's shell works with a pipe as with a terminal, and no byte of its console is
 // lost in either direction. It gets the terminal's size from the command line, where gvm puts it if
-// it runs on a terminal.
+// it runs on a terminal. At the end the output of a script that ends is whole.
 func TestConsole(t *testing.T) {
 	t.Parallel()
-	l := theLab(t)
 	input := "echo $((6*7))\nstty -echo\necho size $LINES $COLUMNS\n" +
 		strings.Repeat("count=$((count+1)) # a line that is longer than the FIFO of a 16550\n", 40) +
-		"echo counted $count\necho begin; seq 1 13000 | tr '\\n' ' '; echo; echo end\nstty opost # drains\npoweroff -f\n"
-	r := start(t, strings.NewReader(input),
-		guest{kernel: l.Cloud, script: "sh", cmdline: "LINES=50 COLUMNS=132"}.build(t)...).wait()
+		"echo counted $count\necho begin; seq 1 13000 | tr '\\n' ' '; echo; echo end\nexit\n"
+	r := start(t, strings.NewReader(input), append(guest{
+		kernel: kernel(t, "7.3"), cmdline: "LINES=50 COLUMNS=132",
+		script: "sh\nnumbers=$(seq -s ' ' 1 1000)\necho $numbers over",
+	}.build(t), "--cpus=3")...).wait()
 	r.wantStatus(t, 0)
-	for _, line := range []string{"\n42\n", "size 50 132\n", "counted 40\n"} {
+	last := strings.ReplaceAll(string(numbers(1, 1000)), "\n", " ") + "over\n"
+	for _, line := range []string{"\n42\n", "size 50 132\n", "counted 40\n", last} {
 		if !strings.Contains(r.console, line) {
 			r.fatalf(t, "the console lacks %q", line)
 		}
