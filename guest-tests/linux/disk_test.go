@@ -12,13 +12,21 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// TestDisks uses three disks that differ in everything that a guest can see.
+// TestDisks uses disks that differ in everything that a guest can see. A block device of the kernel's NBD
+// client is one, as in the example of docs/storage.md, and the server has the guest's writes. One has
+// protection information, which the guest uses from its block layer to the image's file, and data changed
+// in between is an error to the next guest. That one has fio write blocks of random sizes to four other
+// disks at once, trim some and verify all.
 func TestDisks(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
 	first, second, third := content("first", 8<<20), content("second", 12<<20), content("third", 16<<20)
-	files := []string{diskFile(t, first), diskFile(t, second), diskFile(t, third)}
-	r := guest{kernel: l.Cloud, script: `
+	fourth := content("nbd", 4<<20)
+	files := []string{diskFile(t, first), diskFile(t, second), diskFile(t, third), diskFile(t, fourth)}
+	protected := diskFile(t, make([]byte, 4<<20))
+	disconnect := nbd(t, files[3])
+	r := guest{kernel: l.Debian, script: `
+wait_for /dev/sde
 for d in /sys/block/sd*; do
 	lun=$(basename $(readlink -f $d/device)); lun=${lun##*:}; s=$d/device; dev=/dev/${d##*/}
 	say $lun-sha256 $(sum $dev)
@@ -29,6 +37,7 @@ for d in /sys/block/sd*; do
 	say $lun-serial $(tail -c +5 $s/vpd_pg80)
 	say $lun-name $(cat $s/vendor) $(cat $s/model)
 	say $lun-wwid $(cat $s/wwid)
+	[ $lun = 5 ] && protected=$d && continue
 	printf 'written to lun %5d' $lun | dd of=$dev bs=4k seek=1 conv=sync,fsync,notrunc 2>/dev/null &&
 		say $lun-write done || say $lun-write failed
 	if [ $lun = 3 ]; then
@@ -38,32 +47,56 @@ for d in /sys/block/sd*; do
 	fi
 done
 say disks $(ls -d /sys/block/sd* | wc -l)
+
+say format $(cat $protected/integrity/format)
+say device $(cat $protected/integrity/device_is_integrity_capable) \
+	$(cat /sys/class/scsi_host/host0/prot_capabilities)
+dev=/dev/${protected##*/}
+dd if=/dev/urandom of=/tmp/data bs=64k count=32 2>/dev/null
+dd if=/tmp/data of=$dev bs=64k seek=16 oflag=direct 2>/dev/null || say not written
+dd if=/tmp/data of=$dev bs=64k conv=fsync 2>/dev/null || say not written
+echo 3 >/proc/sys/vm/drop_caches
+dd if=$dev bs=64k count=32 2>/dev/null | cmp - /tmp/data || say another
+dd if=$dev bs=64k skip=16 count=32 iflag=direct 2>/dev/null | tail -c 1048576 >/tmp/tail
+tail -c 1048576 /tmp/data | cmp - /tmp/tail || say another
+say compared
 klog
 `}.run(t,
 		"--disk", files[0]+",serial=one",
 		"--disk", files[1]+",lun=3,readonly,serial=disk two",
-		"--disk", files[2]+",lun=300,block_size=4096,cache=writethrough,serial=three")
+		"--disk", files[2]+",lun=300,block_size=4096,cache=writethrough,serial=three",
+		"--disk", "/dev/nbd0,lun=4,serial=four",
+		"--disk", protected+",lun=5,pi=1,serial=five")
 	r.wantStatus(t, 0)
 	// Linux keeps the addressing method of a LUN past 255 in its number: flat,
 	// 01b (SAM-5 4.7.7.3), so 300 is 0x4000 + 300.
 	r.want(t, map[string]string{
-		"disks":    "3",
-		"0-sha256": sum(first), "3-sha256": sum(second), "16684-sha256": sum(third),
-		"0-bytes": "8388608", "3-bytes": "12582912", "16684-bytes": "16777216",
-		"0-readonly": "0", "3-readonly": "1", "16684-readonly": "0",
+		"disks":    "5",
+		"0-sha256": sum(first), "3-sha256": sum(second), "16684-sha256": sum(third), "4-sha256": sum(fourth),
+		"5-sha256": sum(make([]byte, 4<<20)),
+		"0-bytes":  "8388608", "3-bytes": "12582912", "16684-bytes": "16777216", "4-bytes": "4194304", "5-bytes": "4194304",
+		"0-readonly": "0", "3-readonly": "1", "16684-readonly": "0", "4-readonly": "0", "5-readonly": "0",
 		"0-blocks": "512 512", "3-blocks": "512 512", "16684-blocks": "4096 4096",
-		"0-serial": "one", "3-serial": "disk two", "16684-serial": "three",
-		"0-name": "GVM DISK", "3-name": "GVM DISK", "16684-name": "GVM DISK",
+		"0-serial": "one", "3-serial": "disk two", "16684-serial": "three", "4-serial": "four", "5-serial": "five",
+		"0-name": "GVM DISK", "3-name": "GVM DISK", "16684-name": "GVM DISK", "4-name": "GVM DISK", "5-name": "GVM DISK",
 		"0-cache": "write back fua 1", "16684-cache": "write through fua 0",
-		"0-write": "done", "3-write": "failed", "16684-write": "done", "forced": "failed",
+		"0-write": "done", "3-write": "failed", "16684-write": "done", "4-write": "done", "forced": "failed",
+		"format": "T10-DIF-TYPE1-CRC", "device": "1 119", "compared": "",
 	})
-	wwids := map[string]bool{r.said(t, "0-wwid"): true, r.said(t, "3-wwid"): true, r.said(t, "16684-wwid"): true}
-	if len(wwids) != 3 {
+	wwids := map[string]bool{}
+	for _, lun := range []string{"0", "3", "16684", "4", "5"} {
+		wwids[r.said(t, lun+"-wwid")] = true
+	}
+	if len(wwids) != 5 {
 		r.fatalf(t, "the disks have only %d names between them", len(wwids))
+	}
+	if strings.Contains(r.console, "= not") || strings.Contains(r.console, "= another") {
+		r.fatalf(t, "the data of the protected disk differs from the data written")
 	}
 	r.kernelLog(t, 1,
 		// The errors of the forced write.
 		`\] (sd 0:0:0:3|critical \w+ error, dev sdb|Buffer I/O error on dev sdb)`)
+	disconnect()
 	written := func(lun string) []byte {
 		b := make([]byte, 4096)
 		copy(b, lun)
@@ -71,9 +104,11 @@ klog
 	}
 	copy(first[4096:], written("written to lun     0"))
 	copy(third[4096:], written("written to lun 16684"))
-	wantFile(t, files[0], 0, first)
-	wantFile(t, files[1], 0, second)
-	wantFile(t, files[2], 0, third)
+	copy(fourth[4096:], written("written to lun     4"))
+	for i, b := range [][]byte{first, second, third, fourth} {
+		wantFile(t, files[i], 0, b)
+	}
+	testFio(t, protected)
 }
 
 // TestFilesystemOverReboot: data written to a file system survives a reset of the machine, for the
