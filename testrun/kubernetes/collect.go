@@ -148,10 +148,10 @@ func cellsOf(annotation string) ([]matrix.Done, error) {
 
 // addTo adds the attempts of a pod that has ended to its cell.
 func (p *pod) addTo(d *matrix.Done) {
-	reason, said := p.Status.Reason, p.Status.Message
+	reason, said := p.Status.Reason, strings.TrimSpace(p.Status.Message)
 	for _, c := range p.Status.ContainerStatuses {
 		if t := c.State.Terminated; t != nil {
-			reason, said = fmt.Sprintf("%s, status %d", t.Reason, t.ExitCode), t.Message
+			reason, said = fmt.Sprintf("%s, status %d", t.Reason, t.ExitCode), strings.TrimSpace(t.Message)
 		}
 	}
 	var m matrix.Done
@@ -159,8 +159,10 @@ func (p *pod) addTo(d *matrix.Done) {
 	if err != nil || m.Name != d.Name || len(m.Attempts) == 0 || slices.ContainsFunc(m.Attempts,
 		func(a matrix.Attempt) bool { return a.Result == nil || a.Result.Format != testrun.Format }) {
 		// gvm did not come to its end.
-		lines := strings.Split(strings.TrimSpace(said), "\n")
-		err := fmt.Errorf("pod %s: %s: %s", p.Metadata.Name, reason, lines[len(lines)-1])
+		if said != "" {
+			reason += ": " + said[strings.LastIndexByte(said, '\n')+1:]
+		}
+		err := fmt.Errorf("pod %s: %s", p.Metadata.Name, reason)
 		m = matrix.Done{Attempts: []matrix.Attempt{{Result: testrun.Untested(err)}}}
 	}
 	d.Took += m.Took
