@@ -26,7 +26,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-unit test-lab test-all lint race racelab fuzz soak conformance vhost kernel distribution bench guest clean
+.PHONY: build run demo test test-unit test-lab test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes bench guest clean
 .PHONY: man stage install uninstall deb
 
 build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
@@ -55,7 +55,7 @@ test-lab:
 	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
 
 # All words that test something. One that fails does not keep the others from running.
-ALL ?= test lint race distribution kernel vhost conformance soak fuzz racelab
+ALL ?= test lint race distribution kernel kubernetes vhost conformance soak fuzz racelab
 test-all: ## test, and then all the rest; what took longest comes at the end
 	@times=$$(mktemp) || exit 1; export GVM_TEST_TIMES=$$times; failed=; \
 	for word in $(ALL); do echo "test-all: $$word"; $(MAKE) $$word || failed="$$failed $$word"; done; \
@@ -115,6 +115,10 @@ kernel: ## build a small kernel of Debian's source, and run the guests' tests th
 distribution: ## make a small Debian system, and boot it to its login and down again, in the lab
 	$(GO) run ./guest-tests/cmd/lab distribution
 	$(GOTEST) -tags built -count=1 -timeout 40m -parallel 1 -run '^TestDistribution$$' ./guest-tests/linux
+
+# The build of Kubernetes takes 10 minutes of two processors, once.
+kubernetes: ## run a Job of gvm test --emit kubernetes on Kubernetes's control plane, built from its source
+	cd guest-tests/kubernetes && $(GO) test -trimpath -count=1 -timeout 90m -v .
 
 # The system's QEMU and the lab's, which the benchmarks of Linux fetch before.
 LAB_CACHE = $(or $(GVM_LAB_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gvm-lab)
