@@ -90,7 +90,7 @@ func (t *testConfig) emit(c *cli.Context) error {
 				j.Args = append(j.Args, "--"+name+"="+s)
 			}
 		} else {
-			j.Args = append(j.Args, fmt.Sprintf("--%s=%v", name, c.Value(name)))
+			j.Args = append(j.Args, fmt.Sprintf("--%s=%v", name, c.Generic(name)))
 		}
 	}
 	j.Args = append(append(j.Args, "--"), t.args...)
