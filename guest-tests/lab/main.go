@@ -157,6 +157,9 @@ func (t *transcript) failed() (names []string) {
 
 func mainInLab(ctx context.Context, a testArgs, o Options, start time.Time, out *transcript) (int, error) {
 	l, err := Setup(ctx, os.Stderr)
+	if err == nil {
+		err = l.fillKernelCache(ctx)
+	}
 	if err != nil {
 		return 0, err
 	}

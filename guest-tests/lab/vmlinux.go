@@ -2,9 +2,12 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
+	"gvm/guestmem"
 	"gvm/vmm/boot"
 )
 
@@ -21,4 +24,31 @@ func unpackKernel(bzImage, elf string) error {
 		return fmt.Errorf("unpack kernel: %w", err)
 	}
 	return os.WriteFile(elf, k, 0o644)
+}
+
+// KernelCache is a directory of the lab's kernels as gvm decompresses them (boot.Config.Cache), which Main
+// fills before L1 starts: an emulated processor takes ten seconds for one.
+func (l *Lab) KernelCache() string { return filepath.Join(l.Cache, "gvm", "kernels") }
+
+func (l *Lab) fillKernelCache(ctx context.Context) error {
+	for _, k := range l.kernels {
+		if err := decompress(ctx, k.BZImage, l.KernelCache()); err != nil {
+			return fmt.Errorf("lab: %w", err)
+		}
+	}
+	return nil
+}
+
+// decompress loads a kernel, so that the cache has it.
+func decompress(ctx context.Context, bzImage, cache string) error {
+	mem, err := guestmem.Map(guestmem.Config{Size: 256 << 20})
+	if err != nil {
+		return err
+	}
+	k, err := boot.Open(ctx, bzImage)
+	if err != nil {
+		return errors.Join(err, mem.Close())
+	}
+	_, err = boot.Load(mem, boot.Config{Kernel: k, Mode: boot.ELF, Cache: cache})
+	return errors.Join(err, k.Close(), mem.Close())
 }

@@ -4,6 +4,7 @@
 package linux
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -52,6 +53,12 @@ func testMain(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
+	if os.Getenv(lab.InLabEnv) == "1" {
+		if err := takeKernels(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	}
 	options := lab.Options{
 		Direct:  direct,
 		Build:   []string{"gvm/cmd/gvm", "gvm/guest/diskload", "gvm/guest/vsockecho", "gvm/guest-tests/cmd/posixtest"},
@@ -60,6 +67,20 @@ func testMain(m *testing.M) int {
 		Lost:    lost,
 	}
 	return lab.Main(m, options)
+}
+
+// takeKernels puts the lab's decompressed kernels into gvm's cache.
+func takeKernels() error {
+	l, err := lab.Setup(context.Background(), os.Stderr)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(cacheHome, "gvm", "kernels")
+	files, err := filepath.Glob(filepath.Join(l.KernelCache(), "*"))
+	for _, f := range files {
+		err = errors.Join(err, os.MkdirAll(dir, 0o700), os.Symlink(f, filepath.Join(dir, filepath.Base(f))))
+	}
+	return err
 }
 
 // direct requires a KVM that runs Linux and a vhost-scsi on this machine; the lab has both.
