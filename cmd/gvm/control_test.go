@@ -209,6 +209,10 @@ func TestSocketPlaces(t *testing.T) {
 		{"private", 0o700, nil, 0, ""},
 		{"private, named", 0o700, []string{"--name=vm"}, 0, ""},
 		{"open to others", 0o755, nil, 0, "others can get into it, want 0700"},
+		{"open to others, a pause by the watchdog", 0o755, []string{"--watchdog=pause"}, exitUsage,
+			"gvm: --watchdog pause: nothing could resume the machine: control socket: "},
+		{"open to others, a failing disk", 0o755, []string{"--disk=mem:1M,error=stop"}, exitUsage,
+			"gvm: --disk mem:1M: error=: nothing could resume the machine: control socket: "},
 		{"open to others, named", 0o755, []string{"--name=vm"}, exitHost, "gvm: --name vm: control socket: "},
 	} {
 		t.Run(v.name, func(t *testing.T) {
