@@ -28,7 +28,7 @@ var may = []struct{ pkg, imports string }{
 	{"vmm/acpi", "devices/acpipm devices/pvpanic devices/rtc devices/serial"},
 	{"vmm/boot/...", "guestmem kvmapi/nowait text"},
 	{"vmm/x86", "kvmapi text"},
-	{"vmm", "kvmapi/... vmm/... devices/... guestmem inspect verdict/klog"},
+	{"vmm", "kvmapi/... vmm/... devices/... gdbstub guestmem inspect verdict/klog"},
 	{"devices/block", "devices/internal/durable devices/iovec kvmapi/nowait text"},
 	{"devices/block/blocktest", "devices/block"},
 	{"devices/internal/durable/durabletest", "devices/internal/durable"},
@@ -82,7 +82,7 @@ var may = []struct{ pkg, imports string }{
 	{"plot", ""},
 	{"cmd/gvm-plot", "plot plot/draw"},
 	{"machine/disk", "devices/... control inspect text"},
-	{"machine", "machine/disk control vmm/... devices/... kvmapi guestmem guest/embedded inspect text"},
+	{"machine", "machine/disk control vmm/... devices/... gdbstub kvmapi guestmem guest/embedded inspect text"},
 	{"testrun",
 		"devices/statusport devices/virtio/console devices/virtio/vsock guest/agent/wire machine text " +
 			"verdict verdict/klog vmm"},

@@ -166,7 +166,10 @@ func (s *session) message(m message) error {
 	case body == "D" || strings.HasPrefix(body, "D;"):
 		s.attached = false
 		s.t.Detach()
-		return errors.Join(s.send("OK"), errLeft)
+		if err := s.send("OK"); err != nil {
+			return err
+		}
+		return errLeft
 	case body == "QStartNoAckMode":
 		err := s.send("OK")
 		s.noAck = true

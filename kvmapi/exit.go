@@ -46,6 +46,10 @@ type Exit struct {
 	// reason in Info[0]. ExitSystemEvent: the type.
 	Suberror uint32
 	Info     []uint64
+
+	// ExitDebug: the vector (1 is #DB, 3 is #BP), the linear address of the instruction, and DR6.
+	Exception uint32
+	PC, DR6   uint64
 }
 
 // Item returns the i-th item of an ExitIO's data.
@@ -67,6 +71,9 @@ const (
 	ndata        = runUnion + 4
 	errorData    = runUnion + 8
 	hwReason     = runUnion + 0
+	debugVector  = runUnion + 0
+	debugPC      = runUnion + 8
+	debugDR6     = runUnion + 16
 )
 
 // exit reads struct kvm_run after KVM_RUN returned.
@@ -89,6 +96,9 @@ func (c *VCPU) exit() Exit {
 		e.Size = int(min(le.Uint32(p[mmioLen:]), 8))
 		e.Count = 1
 		e.Data = p[mmioData : mmioData+e.Size]
+	case ExitDebug:
+		e.Exception = le.Uint32(p[debugVector:])
+		e.PC, e.DR6 = le.Uint64(p[debugPC:]), le.Uint64(p[debugDR6:])
 	case ExitInternalError:
 		e.Suberror = le.Uint32(p[suberror:])
 		for i := range int(min(le.Uint32(p[ndata:]), 16)) {

@@ -25,7 +25,9 @@ const (
 	nrGetSregs            = 0x83
 	nrSetSregs            = 0x84
 	nrTranslate           = 0x85
+	nrGetMSRs             = 0x88
 	nrSetMSRs             = 0x89
+	nrGetFPU              = 0x8c
 	nrSetFPU              = 0x8d
 	nrGetLAPIC            = 0x8e
 	nrSetLAPIC            = 0x8f
@@ -34,6 +36,8 @@ const (
 	nrSetMPState          = 0x99
 	nrNMI                 = 0x9a
 	nrSetGuestDebug       = 0x9b
+	nrGetDebugRegs        = 0xa1
+	nrSetDebugRegs        = 0xa2
 	nrGetTSCKHz           = 0xa3
 	nrEnableCap           = 0xa3
 	nrSignalMSI           = 0xa5

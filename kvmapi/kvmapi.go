@@ -33,6 +33,8 @@ const (
 	CapX2APICAPI       = 129
 	CapTSCDeadline     = int(kvm.CapTSCDeadlineTimer)
 	CapIOEventFDAnyLen = 122
+	CapSetGuestDebug   = 23
+	CapSetGuestDebug2  = 195 // the bits of GuestDebug.Control
 )
 
 // System is an open /dev/kvm.

@@ -79,6 +79,12 @@ type FPU struct {
 	MXCSR, _   uint32
 }
 
+// FPU is KVM_GET_FPU.
+func (c *VCPU) FPU() (f FPU, err error) {
+	_, err = ioctl(c.fd, "KVM_GET_FPU", ior[FPU](nrGetFPU), &f)
+	return f, err
+}
+
 // SetFPU is KVM_SET_FPU.
 func (c *VCPU) SetFPU(f FPU) error {
 	_, err := ioctl(c.fd, "KVM_SET_FPU", iow[FPU](nrSetFPU), &f)
@@ -105,6 +111,17 @@ func (c *VCPU) SetMSRs(list []MSR) error {
 		err = fmt.Errorf("KVM_SET_MSRS: MSR %#x = %#x refused", list[n].Index, list[n].Data)
 	}
 	return err
+}
+
+// MSR is KVM_GET_MSRS for one MSR.
+func (c *VCPU) MSR(index uint32) (uint64, error) {
+	m := &msrs{N: 1}
+	m.Entries[0].Index = index
+	n, err := ioctl(c.fd, "KVM_GET_MSRS", kvm.IIOWR(nrGetMSRs, 8), m)
+	if err == nil && n != 1 {
+		err = fmt.Errorf("KVM_GET_MSRS: MSR %#x refused", index)
+	}
+	return m.Entries[0].Data, err
 }
 
 // LAPIC returns the registers of the local APIC.
@@ -174,11 +191,26 @@ const (
 	GuestDebugSingleStep = 1 << 1
 	GuestDebugUseSWBP    = 1 << 16
 	GuestDebugUseHWBP    = 1 << 17
+	GuestDebugInjectDB   = 1 << 18
+	GuestDebugInjectBP   = 1 << 19
+	GuestDebugBlockIRQ   = 1 << 20 // of single steps, if CapSetGuestDebug2 has it
 )
 
 // SetGuestDebug is KVM_SET_GUEST_DEBUG; the zero value turns debugging off.
 func (c *VCPU) SetGuestDebug(d GuestDebug) error {
 	_, err := ioctl(c.fd, "KVM_SET_GUEST_DEBUG", iow[GuestDebug](nrSetGuestDebug), &d)
+	return err
+}
+
+// DebugRegs is KVM_GET_DEBUGREGS: the guest's own debug registers.
+func (c *VCPU) DebugRegs() (d kvm.DebugRegs, err error) {
+	_, err = ioctl(c.fd, "KVM_GET_DEBUGREGS", ior[kvm.DebugRegs](nrGetDebugRegs), &d)
+	return d, err
+}
+
+// SetDebugRegs is KVM_SET_DEBUGREGS.
+func (c *VCPU) SetDebugRegs(d kvm.DebugRegs) error {
+	_, err := ioctl(c.fd, "KVM_SET_DEBUGREGS", iow[kvm.DebugRegs](nrSetDebugRegs), &d)
 	return err
 }
 
@@ -219,12 +251,11 @@ func (c *VCPU) Kick() error {
 }
 
 // Run enters the guest until it exits to user space. If the exit asks for registers (the data of an
-// IN or an MMIO read), set them in the Exit's Data before the next Run.
+// IN or an MMIO read), set them in the Exit's Data before the next Run. At ExitInterrupted KVM has
+// finished the instruction of the last exit.
 func (c *VCPU) Run() (Exit, error) {
-	if c.kicked.Swap(false) {
-		setImmediateExit(c.page, 0)
-		c.exits.Interrupted++
-		return Exit{Reason: ExitInterrupted}, nil
+	if c.kicked.Load() {
+		setImmediateExit(c.page, 1) // Kick does not before Bind
 	}
 	interrupted, err := enter(c.fd)
 	if err != nil {
@@ -238,13 +269,4 @@ func (c *VCPU) Run() (Exit, error) {
 		return Exit{Reason: ExitInterrupted}, nil
 	}
 	return c.exit(), nil
-}
-
-// Complete lets KVM finish the instruction of the last exit (an IN's register write) without
-// running the guest further. A machine calls it before it reads registers or stops for good.
-func (c *VCPU) Complete() error {
-	setImmediateExit(c.page, 1)
-	_, err := enter(c.fd)
-	setImmediateExit(c.page, 0)
-	return err
 }

@@ -56,6 +56,8 @@ type Config struct {
 	Rebooting bool
 	// Pauser pauses the machine; nil: the machine is never paused.
 	Pauser *Pauser
+	// Debugger stops and steps the machine for a debugger; nil: none can.
+	Debugger *Debugger
 	// Inspector reads the machine's state; nil: only the report of a crash does.
 	Inspector *Inspector
 	// Inspect returns what the state has besides the machine of this package; nil: nothing.
@@ -153,6 +155,7 @@ type Outcome struct {
 // the machine: *boot.ImageError and *ConfigError are the user's, everything else the host's.
 func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 	defer cfg.Pauser.end()
+	defer cfg.Debugger.end()
 	cfg.battery, cfg.watchdog = &rtc.Battery{}, &i6300esb.Kept{}
 	rand.Read(cfg.generation[:])
 	for {

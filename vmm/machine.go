@@ -65,6 +65,11 @@ type machine struct {
 func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
 	m := &machine{cfg: cfg, sys: sys}
 	m.lifecycle.init()
+	if cfg.Debugger != nil {
+		if err := canDebug(sys); err != nil {
+			return nil, err
+		}
+	}
 	if m.cfg.Console == nil {
 		m.cfg.Console = nullConsole{}
 	}

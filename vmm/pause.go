@@ -19,7 +19,8 @@ import (
 // are stopped, with everything in flight finished, and continue after it. A request that Holds the
 // machine keeps its device from that, and continues after the resume.
 type Pauser struct {
-	wanted atomic.Bool // whether release is set, for vCPUs to check
+	wanted   atomic.Bool              // whether release is set, for vCPUs to check
+	debugger atomic.Pointer[Debugger] // of m; nil: none
 
 	mu      sync.Mutex
 	m       *machine      // the current life; nil: the machine does not run
@@ -36,6 +37,7 @@ var (
 	ErrNotRunning = errors.New("the machine does not run")
 	ErrPaused     = errors.New("the machine is paused")
 	ErrNotPaused  = errors.New("the machine is not paused")
+	ErrDebugged   = errors.New("a debugger has stopped it; continue or detach there")
 	errHeld       = errors.New("a request holds the machine")
 )
 
@@ -62,6 +64,10 @@ func (p *Pauser) Pause(ctx context.Context) error {
 			return ErrNotRunning
 		}
 		return ErrPaused
+	}
+	if p.debugger.Load().Halted() {
+		defer p.mu.Unlock()
+		return ErrDebugged
 	}
 	err := p.want()
 	release, stopped, over := p.release, p.stopped, p.over
@@ -187,6 +193,8 @@ func (p *Pauser) Resume() error {
 	switch {
 	case p.m == nil:
 		return ErrNotRunning
+	case p.release == nil && p.debugger.Load().Halted():
+		return ErrDebugged
 	case p.release == nil:
 		return ErrNotPaused
 	}
@@ -245,8 +253,8 @@ func (p *Pauser) Reset() error {
 	return nil
 }
 
-// Paused reports whether the machine is paused, or about to be.
-func (p *Pauser) Paused() bool { return p.wanted.Load() }
+// Paused reports whether the machine is paused, by a debugger too, or about to be.
+func (p *Pauser) Paused() bool { return p.wanted.Load() || p.debugger.Load().Halted() }
 
 // begin starts a life of the machine, before its vCPUs run.
 func (p *Pauser) begin(m *machine) {
@@ -259,6 +267,7 @@ func (p *Pauser) begin(m *machine) {
 		p.over = make(chan struct{})
 	}
 	p.m, p.parked = m, 0
+	p.debugger.Store(m.cfg.Debugger)
 }
 
 // end marks the return of Run.

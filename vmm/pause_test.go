@@ -43,15 +43,19 @@ func pausable(t *testing.T, words string, cpus int) (p *Pauser, c *shownConsole,
 
 func pausableBy(t *testing.T, words string, cpus int, rebooting bool) (*Pauser, *shownConsole, func() Outcome) {
 	t.Helper()
+	return pausableWith(t, words, Config{CPUs: cpus, Rebooting: rebooting})
+}
+
+func pausableWith(t *testing.T, words string, cfg Config) (*Pauser, *shownConsole, func() Outcome) {
+	t.Helper()
 	p, c := &Pauser{}, &shownConsole{wrote: make(chan struct{}, 1)}
 	sys := system(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan Outcome, 1)
 	go func() {
-		out, err := Run(ctx, sys, Config{
-			Memory: guestmem.Config{Size: 64 << 20}, CPUs: cpus, Kernel: embeddedKernel(t), CmdLine: words,
-			Devices: []virtio.Device{rng.New()}, Console: c, Rebooting: rebooting, Pauser: p,
-		})
+		cfg.Memory, cfg.Kernel, cfg.CmdLine = guestmem.Config{Size: 64 << 20}, embeddedKernel(t), words
+		cfg.Devices, cfg.Console, cfg.Pauser = []virtio.Device{rng.New()}, c, p
+		out, err := Run(ctx, sys, cfg)
 		if err != nil {
 			t.Error(err)
 		}

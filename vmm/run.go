@@ -67,6 +67,7 @@ func (m *machine) run(ctx context.Context) Outcome {
 		m.end(m.stopOutcome(context.Cause(ctx)))
 	})))
 	m.cfg.Pauser.begin(m)
+	m.cfg.Debugger.begin(m)
 	m.cfg.Inspector.set(m)
 	for i, c := range m.cpus {
 		m.threads.Go(panics.Func(func() {
@@ -172,6 +173,9 @@ func (m *machine) runCPU(index int, c *kvmapi.VCPU) (err error) {
 				Report: stack + afterBug(func() string { return m.vcpuReport(index, c) })})
 		}
 	}()
+	if err := m.cfg.Debugger.sync(m, index, c); err != nil {
+		return fmt.Errorf("vCPU %d: %w", index, err)
+	}
 	if index == 0 {
 		m.cfg.Phase(Entered)
 	}
@@ -200,8 +204,21 @@ func (m *machine) runCPU(index int, c *kvmapi.VCPU) (err error) {
 			access(&m.mmio, &e, e.Data)
 		case kvmapi.ExitInterrupted:
 			m.answer(index)
+			if err := m.cfg.Debugger.sync(m, index, c); err != nil {
+				return fmt.Errorf("vCPU %d: %w", index, err)
+			}
+		case kvmapi.ExitDebug:
+			if err := m.cfg.Debugger.exit(m, index, c, e); err != nil {
+				return fmt.Errorf("vCPU %d: %w", index, err)
+			}
 		default:
-			m.end(m.crash(index, c, e))
+			taken, err := m.cfg.Debugger.emulated(m, index, c, e)
+			if err != nil {
+				return fmt.Errorf("vCPU %d: %w", index, err)
+			}
+			if !taken {
+				m.end(m.crash(index, c, e))
+			}
 		}
 	}
 	return nil

@@ -82,6 +82,11 @@ int main(void)
 	OFF(kvm_run, internal.data);
 	OFF(kvm_run, fail_entry.hardware_entry_failure_reason);
 	OFF(kvm_run, system_event.type);
+	OFF(kvm_run, debug.arch.exception);
+	OFF(kvm_run, debug.arch.pc);
+	OFF(kvm_run, debug.arch.dr6);
+	SIZE(kvm_debugregs);
+	OFF(kvm_debugregs, dr6);
 	NR(KVM_GET_API_VERSION);
 	NR(KVM_CREATE_VM);
 	NR(KVM_CHECK_EXTENSION);
@@ -106,7 +111,9 @@ int main(void)
 	NR(KVM_GET_SREGS);
 	NR(KVM_SET_SREGS);
 	NR(KVM_TRANSLATE);
+	NR(KVM_GET_MSRS);
 	NR(KVM_SET_MSRS);
+	NR(KVM_GET_FPU);
 	NR(KVM_SET_FPU);
 	NR(KVM_GET_LAPIC);
 	NR(KVM_SET_LAPIC);
@@ -115,6 +122,8 @@ int main(void)
 	NR(KVM_SET_MP_STATE);
 	NR(KVM_NMI);
 	NR(KVM_SET_GUEST_DEBUG);
+	NR(KVM_GET_DEBUGREGS);
+	NR(KVM_SET_DEBUGREGS);
 	NR(KVM_GET_TSC_KHZ);
 	NR(KVM_KVMCLOCK_CTRL);
 	NR(KVM_GET_STATS_FD);
@@ -125,6 +134,8 @@ int main(void)
 	NR(KVM_CAP_X2APIC_API);
 	NR(KVM_CAP_TSC_DEADLINE_TIMER);
 	NR(KVM_CAP_IOEVENTFD_ANY_LENGTH);
+	NR(KVM_CAP_SET_GUEST_DEBUG);
+	NR(KVM_CAP_SET_GUEST_DEBUG2);
 	NR(KVM_EXIT_IO);
 	NR(KVM_EXIT_DEBUG);
 	NR(KVM_EXIT_HLT);
@@ -143,6 +154,9 @@ int main(void)
 	NR(KVM_GUESTDBG_SINGLESTEP);
 	NR(KVM_GUESTDBG_USE_SW_BP);
 	NR(KVM_GUESTDBG_USE_HW_BP);
+	NR(KVM_GUESTDBG_INJECT_DB);
+	NR(KVM_GUESTDBG_INJECT_BP);
+	NR(KVM_GUESTDBG_BLOCKIRQ);
 	NR(KVM_PIT_SPEAKER_DUMMY);
 	return 0;
 }

@@ -14,7 +14,9 @@ const (
 	cr0ET = 1 << 4
 	cr0PG = 1 << 31
 
-	cr4PAE = 1 << 5
+	cr4PSE  = 1 << 4
+	cr4PAE  = 1 << 5
+	cr4LA57 = 1 << 12
 
 	eferLME = 1 << 8
 	eferLMA = 1 << 10
