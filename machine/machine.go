@@ -36,6 +36,7 @@ import (
 	"gvm/devices/virtio/fs/hostfs"
 	"gvm/devices/virtio/vhostscsi"
 	"gvm/devices/virtio/vsock"
+	"gvm/gdbstub"
 	"gvm/guest/embedded"
 	"gvm/guestmem"
 	"gvm/inspect"
@@ -96,6 +97,9 @@ type Spec struct {
 
 	// Console is COM1; nil: no input, and output is dropped.
 	Console vmm.Console
+	// Debug lets ServeDebugger serve debuggers. StartStopped has the machine wait for one before
+	// its first instruction, and needs Debug.
+	Debug, StartStopped bool
 	// COM2 is a second serial port, which exists only if it is set: the guest's output goes to its
 	// Write, and its Read's bytes to the guest. It is closed when the machine has ended, which ends
 	// a Read and a Write.
@@ -175,6 +179,7 @@ type Machine struct {
 	pauser    *vmm.Pauser
 	inspector *vmm.Inspector
 	stopper   *stopper
+	debugger  *vmm.Debugger // nil: none
 	disks     *disk.Set
 	vsock     *vsock.Device   // nil: none
 	balloon   *balloon.Device // nil: none
@@ -218,6 +223,10 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	}
 	sys, sysErr := s.begun.System() // errors of the user's files come first
 	cfg := s.config()
+	if s.Debug {
+		m.debugger = vmm.NewDebugger(s.StartStopped, func() { cancel(ErrKilled) })
+		cfg.Debugger = m.debugger
+	}
 	if s.COM2 != nil {
 		port := newStreamPort(s.COM2)
 		cfg.COM2 = port
@@ -489,6 +498,16 @@ func (m *Machine) NMI(ctx context.Context) error { return m.inspector.NMI(ctx) }
 
 // SysRq sends a break and a key to COM1. Errors are those of vmm.Pauser.SysRq.
 func (m *Machine) SysRq(ctx context.Context, key byte) error { return m.pauser.SysRq(ctx, key) }
+
+// ErrKilled is the cause of a machine's end that a debugger asked for.
+var ErrKilled = errors.New("killed by the debugger")
+
+// ServeDebugger serves a debugger that speaks GDB's Remote Serial Protocol, until it has left or the
+// machine has ended, and closes conn: see gdbstub.Serve. One at a time can be served, of a machine
+// with Spec.Debug.
+func (m *Machine) ServeDebugger(conn io.ReadWriteCloser) error {
+	return gdbstub.Serve(conn, m.debugger)
+}
 
 // Disks describes the machine's disks.
 func (m *Machine) Disks() []control.Disk { return m.disks.List() }

@@ -50,7 +50,7 @@ const exitStatusHelp = `gvm run and gvm kunit end with one of these, and nothing
              CPUs and devices is on standard error
    70        a bug in gvm; the report is on standard error
    124       --timeout elapsed
-   130       stopped by Ctrl-a x, or by an interrupt (SIGINT)
+   130       stopped by Ctrl-a x, by an interrupt (SIGINT), or by gdb's kill
    129, 143  stopped by SIGHUP, or by SIGTERM or gvm stop; a terminal that goes
              away is a SIGHUP
    131       SIGQUIT, with a dump of gvm's goroutines on standard error; 132 to

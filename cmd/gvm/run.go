@@ -48,6 +48,7 @@ type runConfig struct {
 	record     *crashRecord  // nil: none
 	hidden     bool          // only watch gets the console
 	suffix     string        // of the name of one of several machines of the process
+	gdb        *gdbAddress   // nil: none
 }
 
 var entries = map[string]boot.Protocol{"auto": 0, "pvh": boot.PVH32, "64": boot.Linux64}
@@ -138,6 +139,11 @@ EXAMPLES
 			&cli.StringFlag{Name: "crash-dir", TakesFile: true,
 				Usage: "when the guest panics, crashes or meets --timeout, keep the console and the state of " +
 					"all CPUs and devices in a new directory in `DIR`"},
+			&cli.StringFlag{Name: "gdb",
+				Usage: "let gdb debug the guest's kernel, at `ADDR` :PORT of this host, HOST:PORT, unix:PATH or stdio, " +
+					"and print the command that starts it"},
+			&cli.BoolFlag{Name: "start-stopped", Aliases: []string{"S"},
+				Usage: "with --gdb: wait for gdb before the guest's first instruction"},
 		}, verdictFlags()...),
 		// The library searches all flags for each flag with an action, which takes 0.2 ms. No flag
 		// has one, and values are read from the parsed command line.
@@ -205,6 +211,14 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 				len(spec.APICIDs), spec.CPUs)
 		}
 		spec.CPUs = len(spec.APICIDs)
+	}
+	if given("gdb") {
+		if rc.gdb, err = parseGDB(c.String("gdb")); err != nil {
+			return rc, fmt.Errorf("--gdb %s: %w", c.String("gdb"), err)
+		}
+	}
+	if spec.Debug, spec.StartStopped = rc.gdb != nil, c.Bool("start-stopped"); spec.StartStopped && !spec.Debug {
+		return rc, errors.New("-S needs --gdb, such as --gdb :1234: nothing else could start the guest")
 	}
 	if given("queues") && (spec.Queues < 1 || spec.Queues > disk.MaxQueues) {
 		return rc, fmt.Errorf("--queues %d: want 1 to %d", spec.Queues, disk.MaxQueues)
@@ -395,13 +409,14 @@ func run(rc runConfig) (err error) {
 		defer f.Close()
 		spec.Initrds = append(spec.Initrds, f)
 	}
+	var found *kernel.Kernel
 	if rc.kernel != "" {
 		k, err := kernel.Finder{}.Find(ctx, rc.kernel)
 		if err != nil {
 			return err
 		}
 		defer k.Close()
-		spec.Kernel = k.Image
+		found, spec.Kernel = k, k.Image
 		if lacks := rc.lacks(k); lacks != "" {
 			note(lacks)
 		}
@@ -414,10 +429,25 @@ func run(rc runConfig) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeSocket(socket)) }()
-	t := newTerminal(stop)
-	if spec.Console = rc.watch.console(t); rc.hidden {
-		spec.Console = rc.watch.console(machine.Output(io.Discard))
+	var gdb *gdbServer
+	if rc.gdb != nil {
+		if gdb, err = rc.gdb.listen(ctx); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, gdb.close()) }()
+		if gdb.listener != nil {
+			note("to debug the guest: " + gdb.command(found, spec.StartStopped))
+		}
 	}
+	t := newTerminal(stop)
+	var console vmm.Console = t
+	switch {
+	case rc.hidden:
+		console = machine.Output(io.Discard)
+	case rc.gdb.isStdio():
+		console = machine.Output(os.Stderr)
+	}
+	spec.Console = rc.watch.console(console)
 	if rc.record != nil {
 		spec.Console, spec.KeepState = rc.record.console(spec.Console), true
 	}
@@ -426,7 +456,7 @@ func run(rc runConfig) (err error) {
 	spec.KernelCache, spec.Version = boot.CacheDir(), version
 	spec.Ready = func(ending context.Context) error {
 		context.AfterFunc(ending, panics.Func(func() { stop(context.Cause(ending)) }))
-		if !rc.hidden {
+		if console == t {
 			if err := t.open(ending); err != nil {
 				return err
 			}
@@ -440,6 +470,9 @@ func run(rc runConfig) (err error) {
 	}
 	addProcs() // not before: it stops the process for some 20 µs
 	end.begin(m.Stop)
+	if gdb != nil {
+		gdb.serve(m)
+	}
 	if socket != nil {
 		socket.Serve(&remote{rc.info(), m, pausePatience})
 	}
@@ -526,7 +559,7 @@ func ended(out vmm.Outcome) error {
 	case vmm.Bug:
 		return endError{exitBug, fmt.Errorf("a bug in gvm, please report it: %w\n%s", out.Err, out.Report)}
 	case vmm.Stopped:
-		if errors.Is(out.Err, errQuit) {
+		if errors.Is(out.Err, errQuit) || errors.Is(out.Err, machine.ErrKilled) {
 			return endError{exitQuit, out.Err}
 		}
 		if errors.Is(out.Err, context.DeadlineExceeded) && out.Report != "" {
@@ -618,6 +651,7 @@ var urgent struct {
 	sync.Mutex
 	restore func() error             // restores the terminal
 	sockets map[*control.Server]bool // of the process's machines
+	gdb     func() error             // removes the socket of --gdb
 }
 
 // endNow ends the process without waiting for its end in order. gvm lio gc removes kernel objects
@@ -638,6 +672,9 @@ func exitNow(status int, patience time.Duration, say func()) {
 			_ = urgent.restore()
 		}
 		say()
+		if urgent.gdb != nil {
+			_ = urgent.gdb()
+		}
 		for s := range urgent.sockets {
 			_ = s.Release() // on failure the next gvm removes it
 		}

@@ -30,6 +30,8 @@ type Kernel struct {
 	Modules Modules
 	Config  Config // from a file or a package; Embedded reads that of the image
 	Cache   string // of the Finder
+
+	path string // of the image, absolute; "": unknown
 }
 
 // Modules tells where the modules of a kernel are.
@@ -126,10 +128,41 @@ func (f Finder) open(ctx context.Context, path string, file *boot.File) (*Kernel
 	k := &Kernel{Image: im, Release: release(im.Release())}
 	if path, err = filepath.EvalSymlinks(path); err == nil {
 		if path, err = filepath.Abs(path); err == nil {
+			k.path = path
 			k.beside(path)
 		}
 	}
 	return k, nil
+}
+
+// Debug returns the kernel's vmlinux with symbols, and the directory whose vmlinux-gdb.py has the
+// kernel's commands for GDB; "" for one that there is not.
+func (k *Kernel) Debug() (vmlinux, scripts string) {
+	if k.path == "" {
+		return "", ""
+	}
+	tree := treeOf(k.path)
+	candidates := []string{filepath.Join(tree, "vmlinux")}
+	if tree == "" {
+		candidates = nil
+		if filepath.Base(k.path) == "vmlinux" {
+			candidates = append(candidates, k.path)
+		}
+		if k.Release != "" { // installed, by Debian's, Fedora's and Arch Linux's places
+			candidates = append(candidates, "/usr/lib/debug/boot/vmlinux-"+k.Release,
+				"/usr/lib/debug/lib/modules/"+k.Release+"/vmlinux", "/lib/modules/"+k.Release+"/build/vmlinux")
+		}
+	}
+	for _, path := range candidates {
+		if !isFile(path) {
+			continue
+		}
+		if isFile(filepath.Join(filepath.Dir(path), "vmlinux-gdb.py")) {
+			scripts = filepath.Dir(path)
+		}
+		return path, scripts
+	}
+	return "", ""
 }
 
 // beside finds the files that belong to the image at an absolute path by its place.

@@ -1,0 +1,241 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/guest/kernel"
+	"gvm/machine"
+	"gvm/panics"
+)
+
+// gdbAddress is a parsed --gdb: where gvm waits for a debugger.
+type gdbAddress struct {
+	network, address string // of package net; network stdio has no address
+}
+
+// isStdio reports whether the debugger has standard input and output, so that the console has not.
+func (a *gdbAddress) isStdio() bool { return a != nil && a.network == "stdio" }
+
+// parseGDB reads stdio, unix:PATH, PORT or HOST:PORT. Without a HOST only this host can connect.
+func parseGDB(s string) (*gdbAddress, error) {
+	const want = "want a port such as :1234, HOST:PORT, unix:PATH or stdio"
+	path, isUnix := strings.CutPrefix(s, "unix:")
+	switch {
+	case s == "stdio":
+		return &gdbAddress{"stdio", ""}, nil
+	case isUnix && path == "":
+		return nil, errors.New("unix: the path is empty")
+	case isUnix && len(path) > maxUnixPath:
+		return nil, fmt.Errorf("the path has %d bytes, and that of a socket %d at most", len(path), maxUnixPath)
+	case isUnix:
+		return &gdbAddress{"unix", path}, nil
+	case strings.Contains(s, "/"):
+		return nil, fmt.Errorf("%s; for a socket at this path: unix:%s", want, s)
+	}
+	s = strings.TrimPrefix(s, "tcp:") // QEMU's word
+	if !strings.Contains(s, ":") {
+		s = ":" + s
+	}
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		return nil, errors.New(want)
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return nil, fmt.Errorf("%q is no port from 1 to 65535; %s", port, want)
+	}
+	if host == "" {
+		host = "localhost"
+	}
+	return &gdbAddress{"tcp", net.JoinHostPort(host, port)}, nil
+}
+
+// maxUnixPath is the longest path of a socket (unix(7)).
+const maxUnixPath = 107
+
+// gdbServer waits for debuggers of a machine and serves one at a time.
+type gdbServer struct {
+	to       string       // gdb's words for target remote
+	listener net.Listener // nil: stdio
+	stdio    io.ReadWriteCloser
+	made     fs.FileInfo // the socket in the file system; nil: none
+	path     string      // its path
+	serving  sync.WaitGroup
+}
+
+// listen opens the place where debuggers connect.
+func (a *gdbAddress) listen(ctx context.Context) (*gdbServer, error) {
+	s := &gdbServer{to: a.address}
+	if a.isStdio() {
+		stdio, err := openStdio()
+		s.stdio = stdio
+		return s, err
+	}
+	config := net.ListenConfig{}
+	if a.network == "unix" {
+		var err error
+		if s.path, err = filepath.Abs(a.address); err != nil {
+			return nil, err
+		}
+		s.to = s.path
+		// A socket has its mode from the beginning: unix_bind takes that of the descriptor.
+		config.Control = func(_, _ string, c syscall.RawConn) (err error) {
+			return errors.Join(c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }), err)
+		}
+	}
+	var err error
+	s.listener, err = config.Listen(ctx, a.network, a.address)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil, context.Cause(ctx)
+	case errors.Is(err, syscall.EADDRINUSE) && s.path != "":
+		return nil, configError{fmt.Errorf("--gdb unix:%s: the file exists; remove it, or give another path", a.address)}
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, configError{fmt.Errorf("--gdb %s: another program waits there; give another port", a.address)}
+	case err != nil:
+		var op *net.OpError
+		if errors.As(err, &op) {
+			err = op.Err
+		}
+		return nil, configError{fmt.Errorf("--gdb: wait at %s %s: %w", a.network, a.address, err)}
+	}
+	if tcp, ok := s.listener.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() {
+		note(fmt.Sprintf("--gdb %s: every host that reaches this port controls the guest", a.address))
+	}
+	if l, ok := s.listener.(*net.UnixListener); ok {
+		l.SetUnlinkOnClose(false) // remove looks first
+		if s.made, err = os.Lstat(s.path); err != nil {
+			return nil, errors.Join(err, s.close())
+		}
+		urgent.Lock()
+		urgent.gdb = s.remove
+		urgent.Unlock()
+	}
+	return s, nil
+}
+
+// remove removes the socket, if it still has its name.
+func (s *gdbServer) remove() error {
+	if s.made == nil {
+		return nil
+	}
+	if now, err := os.Lstat(s.path); err != nil || !os.SameFile(s.made, now) {
+		return nil
+	}
+	return os.Remove(s.path)
+}
+
+// serve serves debuggers until the machine has ended. While one is served, others are refused.
+func (s *gdbServer) serve(m *machine.Machine) {
+	if s.listener == nil {
+		s.serving.Go(panics.Func(func() { s.client(m, s.stdio) }))
+		return
+	}
+	s.serving.Go(panics.Func(func() {
+		var busy sync.Mutex
+		for {
+			c, err := s.listener.Accept()
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err != nil {
+				note(fmt.Sprintf("--gdb: no more debuggers can connect: %v", err))
+				return
+			}
+			if !busy.TryLock() {
+				c.Close()
+				note("--gdb: a second debugger was refused: one is connected")
+				continue
+			}
+			s.serving.Go(panics.Func(func() {
+				defer busy.Unlock()
+				s.client(m, c)
+			}))
+		}
+	}))
+}
+
+// client serves a debugger.
+func (s *gdbServer) client(m *machine.Machine, c io.ReadWriteCloser) {
+	if err := m.ServeDebugger(c); err != nil {
+		note(fmt.Sprintf("--gdb: the debugger was lost: %v", err))
+	}
+}
+
+// close ends the wait for debuggers. A served one ends with the machine.
+func (s *gdbServer) close() error {
+	var err error
+	if s.listener != nil {
+		err = errors.Join(s.listener.Close(), s.remove())
+	}
+	s.serving.Wait()
+	return err
+}
+
+// command returns the words that start gdb for the machine.
+func (s *gdbServer) command(k *kernel.Kernel, stopped bool) string {
+	var vmlinux, scripts string
+	if k != nil {
+		vmlinux, scripts = k.Debug()
+	}
+	words := []string{"gdb"}
+	if scripts != "" {
+		words = append(words, "-iex", shellWord("add-auto-load-safe-path "+scripts))
+	}
+	words = append(words, "-ex", shellWord("target remote "+s.to))
+	if scripts != "" && !stopped { // modules are known once the kernel runs
+		words = append(words, "-ex", "lx-symbols")
+	}
+	if vmlinux != "" {
+		words = append(words, shellWord(vmlinux))
+	}
+	return strings.Join(words, " ")
+}
+
+// shellWord quotes a word for a shell, if it needs that.
+func shellWord(s string) string {
+	if strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+:=,@") == "" && s != "" {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+// stdio is the connection by standard input and output.
+type stdio struct{ in, out *os.File }
+
+func (s stdio) Read(p []byte) (int, error)  { return s.in.Read(p) }
+func (s stdio) Write(p []byte) (int, error) { return s.out.Write(p) }
+func (s stdio) Close() error                { return errors.Join(s.in.Close(), s.out.Close()) }
+
+// openStdio opens standard input and output so that Close ends a Read and a Write: the Go runtime
+// waits for descriptors that do not block. A pipe or terminal is opened anew for it; that of a
+// socket is shared with nothing else.
+func openStdio() (io.ReadWriteCloser, error) {
+	var files [2]*os.File
+	for i, flag := range []int{os.O_RDONLY, os.O_WRONLY} {
+		name := fmt.Sprintf("/proc/self/fd/%d", i)
+		fd, err := unix.Open(name, flag|unix.O_NONBLOCK|unix.O_CLOEXEC|unix.O_NOCTTY, 0)
+		if errors.Is(err, unix.ENXIO) { // a socket
+			if fd, err = unix.FcntlInt(uintptr(i), unix.F_DUPFD_CLOEXEC, 0); err == nil {
+				err = unix.SetNonblock(fd, true)
+			}
+		}
+		if err != nil {
+			return nil, configError{fmt.Errorf("--gdb stdio: %s: %w", [...]string{"standard input", "standard output"}[i], err)}
+		}
+		files[i] = os.NewFile(uintptr(fd), name)
+	}
+	return stdio{files[0], files[1]}, nil
+}

@@ -1,0 +1,164 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// debugger speaks GDB's Remote Serial Protocol.
+type debugger struct {
+	t *testing.T
+	net.Conn
+	r *bufio.Reader
+}
+
+func dialGDB(t *testing.T, network, address string) *debugger {
+	t.Helper()
+	c, err := net.Dial(network, address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return &debugger{t, c, bufio.NewReader(c)}
+}
+
+func (d *debugger) send(body string) {
+	d.t.Helper()
+	sum := byte(0)
+	for i := range len(body) {
+		sum += body[i]
+	}
+	if _, err := fmt.Fprintf(d, "$%s#%02x", body, sum); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// want reads a packet.
+func (d *debugger) want(body string) {
+	d.t.Helper()
+	text, err := d.r.ReadString('#')
+	if err == nil {
+		_, err = d.r.Discard(2)
+	}
+	if got := strings.TrimLeft(text, "+"); got != "$"+body+"#" {
+		d.t.Fatalf("%q, %v; want %q", got, err, body)
+	}
+}
+
+// waitForFile waits until gvm has made a file.
+func waitForFile(p *proc, path string) {
+	p.t.Helper()
+	for start := time.Now(); ; time.Sleep(time.Millisecond) {
+		if _, err := os.Lstat(path); err == nil {
+			return
+		}
+		if time.Since(start) > tooLong {
+			p.t.Fatalf("no %s", path)
+		}
+	}
+}
+
+// TestGDB: a machine waits for its debugger, at a socket of its user's, and runs on when that detaches.
+func TestGDB(t *testing.T) {
+	t.Parallel()
+	socket := filepath.Join(t.TempDir(), "a gdb")
+	p := startGVM(t, "", "run", "--gdb", "unix:"+socket, "-S", "--cpus", "2", "--memory", "64M")
+	waitForFile(p, socket)
+	st, err := os.Lstat(socket)
+	if err != nil || st.Mode() != os.ModeSocket|0o600 {
+		t.Errorf("the socket: %v, %v", st.Mode(), err)
+	}
+	d := dialGDB(t, "unix", socket)
+	d.send("?")
+	d.want("T05thread:1;")
+	second := dialGDB(t, "unix", socket)
+	if _, err := second.r.ReadByte(); err == nil {
+		t.Error("a second debugger is served")
+	}
+	d.send("qfThreadInfo")
+	d.want("m1,2")
+	d.send("D")
+	d.want("OK")
+	p.expect("PASS")
+	if r := p.wait(); r.status != 0 {
+		t.Errorf("status %d: %s", r.status, r.errs)
+	}
+	want := "gvm: to debug the guest: gdb -ex 'target remote " + socket + "'"
+	if got := p.errs.String(); !strings.Contains(got, want) {
+		t.Errorf("standard error %q; want %q", got, want)
+	}
+	if _, err := os.Lstat(socket); err == nil {
+		t.Error("the socket is left")
+	}
+}
+
+// TestGDBEnds: a debugger hears of the machine's end, ends it, or hangs, which delays nothing.
+func TestGDBEnds(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name   string
+		args   []string
+		client func(p *proc, d *debugger)
+		status int
+	}{
+		{"power-off", nil, func(_ *proc, d *debugger) {
+			d.send("vCont;c")
+			d.want("W00")
+		}, 0},
+		{"kill", nil, func(_ *proc, d *debugger) { d.send("k") }, exitQuit},
+		{"hang", []string{"--grace", "1h"}, func(p *proc, d *debugger) {
+			fmt.Fprint(d, "$m0,")
+			_ = p.cmd.Process.Signal(os.Interrupt)
+		}, exitQuit},
+		{"crash", []string{"--guest-arg", "crash=triple"}, func(_ *proc, d *debugger) {
+			d.send("vCont;c")
+			d.want("W00")
+		}, exitCrash},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			socket := filepath.Join(t.TempDir(), "gdb")
+			p := startGVM(t, "", append([]string{"run", "--gdb", "unix:" + socket, "-S", "--memory", "64M"}, c.args...)...)
+			waitForFile(p, socket)
+			d := dialGDB(t, "unix", socket)
+			d.send("?")
+			d.want("T05thread:1;")
+			c.client(p, d)
+			if r := p.wait(); r.status != c.status {
+				t.Errorf("status %d, want %d: %s", r.status, c.status, r.errs)
+			}
+			if _, err := os.Lstat(socket); err == nil {
+				t.Error("the socket is left")
+			}
+		})
+	}
+}
+
+// TestParseGDB reads addresses; those without a host are this host's alone.
+func TestParseGDB(t *testing.T) {
+	t.Parallel()
+	for s, want := range map[string]gdbAddress{
+		":1234": {"tcp", "localhost:1234"}, "1234": {"tcp", "localhost:1234"}, "tcp::1234": {"tcp", "localhost:1234"},
+		"0.0.0.0:1": {"tcp", "0.0.0.0:1"}, "[::1]:1": {"tcp", "[::1]:1"}, "stdio": {"stdio", ""},
+		"unix:a b": {"unix", "a b"},
+	} {
+		if got, err := parseGDB(s); err != nil || *got != want {
+			t.Errorf("%s: %v, %v; want %v", s, got, err, want)
+		}
+	}
+}
+
+func TestShellWord(t *testing.T) {
+	t.Parallel()
+	for s, want := range map[string]string{"a/b-c.d": "a/b-c.d", "a b": "'a b'", "": "''", "it's": `'it'\''s'`} {
+		if got := shellWord(s); got != want {
+			t.Errorf("%q: %s; want %s", s, got, want)
+		}
+	}
+}
