@@ -14,6 +14,11 @@ UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 # Markdown parser takes time at each start, and HTTP/2, which a control socket does not speak.
 TAGS = urfave_cli_no_docs,nethttpomithttp2
 
+# Packages that run seldom are compiled without inlining, which makes the program smaller. Not those
+# whose variables the compiler then no longer initializes, such as net/http.
+SELDOM = archive/tar crypto/tls crypto/x509 encoding/asn1 encoding/xml github.com/urfave/cli/v2 \
+	gvm/devices/virtio/replay gvm/gdbstub math/big text/template text/template/parse
+
 # Where build puts the programs.
 BIN = bin
 
@@ -30,7 +35,7 @@ ZSHDIR = share/zsh/site-functions
 .PHONY: man stage install uninstall deb
 
 build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
-	$(GO) build -tags $(TAGS) -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot
+	$(GO) build -tags $(TAGS) -trimpath -ldflags '$(LDFLAGS)' $(SELDOM:%=-gcflags=%=-l) -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot
 
 run: ## boot the embedded guest
 	$(GO) run ./cmd/gvm run
