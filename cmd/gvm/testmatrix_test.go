@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"testing"
 
 	"gvm/guest-tests/exitkernel"
+	"gvm/guest-tests/lab"
 	"gvm/testrun"
 )
 
@@ -94,6 +96,33 @@ func exitKernel(t *testing.T, status byte) string {
 		t.Fatal(err)
 	}
 	return path
+}
+
+// TestGoExec: go test -exec runs a package's tests by gvm test, and takes its status.
+func TestGoExec(t *testing.T) {
+	t.Parallel()
+	if os.Getenv(lab.InLabEnv) == "1" {
+		t.Skip("the lab has no build cache that Go may write to")
+	}
+	cache, err := exec.Command("go", "env", "GOCACHE").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for status, want := range map[byte]string{0: "\nok  \tx\t", 3: "\nFAIL\tx\t"} {
+		c := command(t)
+		for name, text := range map[string]string{"go.mod": "module x\n", "x_test.go": "package x\n"} {
+			if err := os.WriteFile(filepath.Join(c.Dir, name), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		run := exec.Command("go", "test", "-v", "-exec", self(t)+" test -k "+exitKernel(t, status)+" --", "./...")
+		run.Dir, run.Env = c.Dir, append(c.Env, "GOCACHE="+strings.TrimSpace(string(cache)), "GOWORK=off")
+		out, err := run.CombinedOutput()
+		if (err == nil) != (status == 0) || !strings.Contains(string(out), want) ||
+			!strings.Contains(string(out), "gvm: the kernel has no way for the command's streams") {
+			t.Errorf("status %d: %v, want %q:\n%s", status, err, want, out)
+		}
+	}
 }
 
 // TestMatrixStatus: a matrix passes if all of its cells do, and one that could not be tested hides none
