@@ -31,7 +31,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-unit test-lab test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes bench guest clean
+.PHONY: build run demo test test-unit test-lab test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams bench guest clean
 .PHONY: man stage install uninstall deb
 
 build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
@@ -60,7 +60,7 @@ test-lab:
 	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
 
 # All words that test something. One that fails does not keep the others from running.
-ALL ?= test lint race distribution kernel kubernetes vhost conformance soak fuzz racelab
+ALL ?= test lint race distribution kernel kubernetes streams vhost conformance soak fuzz racelab
 test-all: ## test, and then all the rest; what took longest comes at the end
 	@times=$$(mktemp) || exit 1; export GVM_TEST_TIMES=$$times; failed=; \
 	for word in $(ALL); do echo "test-all: $$word"; $(MAKE) $$word || failed="$$failed $$word"; done; \
@@ -124,6 +124,9 @@ distribution: ## make a small Debian system, and boot it to its login and down a
 # The build of Kubernetes takes 10 minutes of two processors, once.
 kubernetes: ## run a Job of gvm test --emit kubernetes on Kubernetes's control plane, built from its source
 	cd guest-tests/kubernetes && $(GO) test -trimpath -count=1 -timeout 90m -v .
+
+streams: ## 64 MiB through commands in guests and back, in the lab
+	$(GOTEST) -tags built -count=1 -timeout 30m -parallel 1 -run '^TestStreams$$' ./guest-tests/linux
 
 # The system's QEMU and the lab's, which the benchmarks of Linux fetch before.
 LAB_CACHE = $(or $(GVM_LAB_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gvm-lab)

@@ -162,7 +162,7 @@ func TestRungs(t *testing.T) {
 			switch {
 			case rung == "com2": // an exit of the CPU for each byte
 				n = 16 << 10
-			case os.Getenv(lab.InLabEnv) == "1": // 300 KB/s
+			case os.Getenv(lab.InLabEnv) == "1": // 300 KB/s; TestStreams has all of it
 				n = 4 << 20
 			}
 			in, dir := content(t.Name(), n), t.TempDir()

@@ -23,7 +23,7 @@ var cacheHome string
 // lost matches the output of a test whose guest, or whose gvm by a fault of the Go runtime, was lost
 // by the lab, not by gvm: see README.md of package lab. No test brings a double fault about.
 var lost = regexp.MustCompile(`KVM_EXIT_SHUTDOWN|SIGQUIT: quit|BUG: soft lockup|asm_exc_double_fault|` +
-	`no progress for 1m0s before the agent|fatal error: |` + regexp.QuoteMeta(errLate.Error()))
+	`no progress for 1m0s before the agent|rip 0xffffffffc042220c|fatal error: |` + regexp.QuoteMeta(errLate.Error()))
 
 // again runs a guest, and in the lab up to three times more if it is lost before it is done.
 func again(t testing.TB, done func(result) bool, run func() result) (r result) {
