@@ -1,12 +1,14 @@
 package linux
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -205,6 +207,87 @@ func BenchmarkBoot(b *testing.B) {
 		}
 	}
 	report(b, "linux-boot", figures)
+}
+
+// BenchmarkTestTrue measures gvm test -- true, from its start to its end, with a kernel compressed by xz
+// and one by zstd. Beside it are QEMUs, with the same kernel and words for it, and an initramfs of busybox
+// that runs true and powers off. PATH may have a virtme-ng, vng: beside it is a guest of the second kernel
+// with the host's root. Each iteration boots once in every way, one after the other.
+func BenchmarkTestTrue(b *testing.B) {
+	l := theLab(b)
+	initrd := filepath.Join(b.TempDir(), "initrd")
+	if err := (lab.Initramfs{Init: "true; echo status $?\n"}).Build(initrd); err != nil {
+		b.Fatal(err)
+	}
+	type way struct {
+		name, says string // of a guest that has run true
+		args       []string
+	}
+	// took returns the seconds of a run. The output goes to a file: a pipe would have to be read.
+	took := func(b *testing.B, w way) float64 {
+		for tries := 1; ; tries++ {
+			cleanMemory(b)
+			out, err := os.Create(filepath.Join(b.TempDir(), "out"))
+			if err != nil {
+				b.Fatal(err)
+			}
+			ctx, stop := context.WithTimeout(b.Context(), patience)
+			cmd := exec.CommandContext(ctx, w.args[0], w.args[1:]...)
+			cmd.Env = append(os.Environ(), "XDG_CACHE_HOME="+cacheHome)
+			cmd.Stdout, cmd.Stderr = out, out
+			// virtme-ng has a QEMU.
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+			cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+			begin := time.Now()
+			err = cmd.Run()
+			d := time.Since(begin).Seconds()
+			late := ctx.Err()
+			stop()
+			text, readErr := os.ReadFile(out.Name())
+			out.Close()
+			switch {
+			case err == nil && readErr == nil && strings.Contains(string(text), w.says):
+				return d
+			case tries == 4 || late == nil && !lost.Match(text):
+				b.Fatalf("%s: %v, %v\n%s", w.name, err, readErr, text)
+			}
+			b.Logf("%s, try %d: the lab lost a guest", w.name, tries)
+		}
+	}
+	for _, name := range []string{"debian", "6.12"} {
+		b.Run(name, func(b *testing.B) {
+			k := kernel(b, name)
+			gvm := []string{lab.Program("gvm"), "test", "-k", k.BZImage, "--memory", "512M", "--cmdline", benchCmdline}
+			ways := []way{{"gvm", "", append(gvm[:len(gvm):len(gvm)], "--", "true")}}
+			for _, q := range qemus(b, l) {
+				for _, machine := range []string{"q35", "pc"} {
+					args := qemuArgs(machine, k.BZImage, initrd)
+					ways = append(ways, way{q.name + "-" + machine, "status 0", append([]string{q.Path}, args...)})
+				}
+			}
+			if vng, err := exec.LookPath("vng"); err == nil && name == "6.12" {
+				ways = append(ways, way{"gvm-root", "", append(gvm[:len(gvm):len(gvm)], "--root", "/", "--", "true")},
+					way{"virtme-ng", "", []string{vng, "-r", k.BZImage, "--cpus", "1", "--memory", "512M", "--", "true"}})
+			}
+			took(b, ways[0]) // fills the page cache with files, and gvm's cache with the kernel
+			figures := make([]figure, len(ways))
+			for i, w := range ways {
+				figures[i].What, figures[i].Way = "until the end, s", w.name
+			}
+			for b.Loop() {
+				for i, w := range ways {
+					figures[i].Values = append(figures[i].Values, took(b, w))
+				}
+			}
+			for i := 1; i < len(ways); i++ {
+				figures[0].of(figures[i])
+				if ways[i-1].name == "gvm-root" {
+					figures[i-1].of(figures[i])
+				}
+			}
+			report(b, "linux-test-"+name, figures)
+		})
+	}
 }
 
 // BenchmarkDisk has fio, in a Linux guest, read and write blocks of 4 KiB at random places of the
