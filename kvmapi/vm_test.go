@@ -77,6 +77,27 @@ func must(t *testing.T, err error) {
 	}
 }
 
+// TestInterruptedIsComplete: at ExitInterrupted the instruction of the last exit is finished.
+func TestInterruptedIsComplete(t *testing.T) {
+	v := newTestVM(t, []byte{
+		0xe4, 0x42, // 1000: in al, 0x42
+		0xf4, // 1002: hlt
+	}, false)
+	e := v.run(t)
+	if e.Reason != ExitIO || e.Write {
+		t.Fatal(e.String())
+	}
+	e.Data[0] = 0x5a
+	must(t, v.cpu.Kick())
+	if e, err := v.cpu.Run(); err != nil || e.Reason != ExitInterrupted {
+		t.Fatalf("%+v, %v", e, err)
+	}
+	r, err := v.cpu.Regs()
+	if must(t, err); r.RIP != 0x1002 || r.RAX&0xff != 0x5a {
+		t.Errorf("rip %#x, al %#x after a kick behind IN", r.RIP, r.RAX&0xff)
+	}
+}
+
 // TestExits counts the exits of a guest: those that Run returned, and KVM's own.
 func TestExits(t *testing.T) {
 	v := newTestVM(t, []byte{
