@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -15,35 +16,49 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// plugging is the script of a guest whose second disk comes and goes, twice.
+// plugging has a shell function for guests in which one more disk comes and goes, twice, while the
+// others stay.
 const plugging = `
-wait_for /dev/sda
-echo ready
-for life in 1 2; do
-	wait_for /dev/sdb
-	say added-$life $(sum </dev/sdb)
-	echo added $life
-	while [ -e /dev/sdb ]; do sleep 0.1; done
-	say removed-$life $(sum </dev/sda)
-	echo removed $life
-done
+old=$(echo $(ls -d /sys/block/sd* | sed 's,.*/,,'))
+lives() { # NAME of it
+	for life in 1 2; do
+		new=
+		until [ "$new" ]; do
+			sleep 0.1
+			for d in /sys/block/sd*; do
+				case " $old " in *" ${d##*/} "*) ;; *) new=/dev/${d##*/} ;; esac
+			done
+		done
+		wait_for $new
+		say $1-added-$life $(sum <$new)
+		echo $1 added $life
+		while [ -e $new ]; do sleep 0.1; done
+		say $1-removed-$life $(for d in $old; do sum </dev/$d; done | sort)
+		echo $1 removed $life
+	done
+}
 `
 
-// plug adds and removes the second disk of a running guest as its script expects.
-func plug(waitFor func(string), add, remove func()) {
-	waitFor("ready")
+// plug adds and removes the disk with the name as a guest's script expects.
+func plug(waitFor func(string), name string, add, remove func()) {
 	for n := 1; n <= 2; n++ {
 		add()
-		waitFor(fmt.Sprint("added ", n))
+		waitFor(fmt.Sprint(name, " added ", n))
 		remove()
-		waitFor(fmt.Sprint("removed ", n))
+		waitFor(fmt.Sprint(name, " removed ", n))
 	}
 }
 
-// plugged returns the guest's output for it.
-func plugged(first, second []byte) map[string]string {
-	return map[string]string{"added-1": sum(second), "removed-1": sum(first), "added-2": sum(second),
-		"removed-2": sum(first)}
+// plugged adds the guest's output for it to said.
+func plugged(said map[string]string, name string, comes []byte, stay ...[]byte) {
+	var sums []string
+	for _, b := range stay {
+		sums = append(sums, sum(b))
+	}
+	slices.Sort(sums)
+	for _, life := range []string{"1", "2"} {
+		said[name+"-added-"+life], said[name+"-removed-"+life] = sum(comes), strings.Join(sums, " ")
+	}
 }
 
 func must(t testing.TB, err error) {
@@ -101,46 +116,68 @@ func makeByHand(t *testing.T, n int, contents ...[]byte) (m handMade) {
 	return m
 }
 
-// TestVhostPlugByHand: LUNs that are added to a target in configfs and removed from it, as by
-// targetcli, come and go in the guest.
-func TestVhostPlugByHand(t *testing.T) {
-	lioUnchanged(t)
-	contents := [][]byte{content("by hand 0", 1<<20), content("by hand 1", 2<<20)}
-	m := makeByHand(t, 0, contents...)
-	p := start(t, nil, append(guest{kernel: theLab(t).Cloud, script: plugging}.build(t), "--disk",
-		"wwn="+m.wwn+",backend=vhost")...)
-	plug(p.waitFor, func() { m.plugIn(1) }, func() { m.unplug(1) })
-	r := p.wait()
-	r.wantStatus(t, 0)
-	r.want(t, plugged(contents[0], contents[1]))
-}
-
-// TestVhostPlug: disks that gvm disk adds to the kernel's target and removes from it come and go in
-// the guest, and gvm has let go of the image then.
+// TestVhostPlug: the guest sees without a rescan that disks come and go, while it reads from others:
+// those that gvm disk adds and removes, of its own target and of the kernel's, and LUNs that are added to
+// a target in configfs and removed from it, as by targetcli. It sees gvm disk resize one as well. gvm has
+// let go of an image that it removed.
 func TestVhostPlug(t *testing.T) {
 	lioUnchanged(t)
 	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
-	first, second := content("plug 0", 1<<20), content("plug 1", 2<<20)
-	stays, comes := diskFile(t, first), diskFile(t, second)
-	p := start(t, nil, append(guest{kernel: theLab(t).Cloud, script: plugging}.build(t),
-		"--name=plug", "--disk", stays+",backend=vhost")...)
+	stay := [][]byte{content("stays", 1<<20), content("stays with the kernel", 1<<20), content("by hand 0", 1<<20)}
+	second, byHand := content("comes and goes", 2<<20), content("by hand 1", 2<<20)
+	m := makeByHand(t, 0, stay[2], byHand)
+	comes := diskFile(t, second)
+	p := start(t, nil, append(guest{kernel: theLab(t).Debian, script: `
+wait_for /dev/sda; wait_for /dev/sdb; wait_for /dev/sdc` + plugging + `
+( while :; do for d in $old; do
+	dd if=/dev/$d of=/dev/null bs=64k iflag=direct 2>/dev/null || say reads failed
+done; done ) &
+reader=$!
+echo ready
+lives own
+lives kernel
+lives hand
+echo grow
+grown() { for d in $old; do [ $(cat /sys/block/$d/size) = 2048 ] || echo $d; done; }
+until [ "$(grown)" ]; do sleep 0.1; done
+say grown $(cat /sys/block/$(grown)/size) $(head -c 1048576 /dev/$(grown) | sum)
+kill $reader
+`}.build(t), "--name=plug", "--disk", diskFile(t, stay[0])+",serial=STAYS",
+		"--disk", diskFile(t, stay[1])+",backend=vhost", "--disk", "wwn="+m.wwn+",backend=vhost")...)
 	disk := func(want string, args ...string) {
 		t.Helper()
 		r := gvm(t, append([]string{"disk"}, args...)...)
 		r.wantStatus(t, 0)
-		if !strings.HasPrefix(r.console, want+" LUN 1, "+comes) || strings.Contains(r.console, ";") { // the guest is told
+		if !strings.HasPrefix(r.console, want) || strings.Contains(r.console, ";") { // the guest is told
 			t.Errorf("gvm disk %q: %q", args, r.console)
 		}
 	}
-	plug(p.waitFor, func() { disk("added", "add", comes+",backend=vhost") }, func() {
-		disk("removed", "remove", "plug", comes)
+	remove := func() {
+		disk("removed LUN 1, "+comes, "remove", "plug", comes)
 		f, err := block.Open(comes, block.Options{})
 		must(t, err)
 		must(t, f.Close())
-	})
+	}
+	p.waitFor("ready")
+	plug(p.waitFor, "own", func() { disk("added LUN 1, "+comes, "add", comes) }, remove)
+	plug(p.waitFor, "kernel", func() { disk("added LUN 1, "+comes, "add", comes+",backend=vhost") }, remove)
+	plug(p.waitFor, "hand", func() { m.plugIn(1) }, func() { m.unplug(1) })
+	p.waitFor("grow")
+	disk("", "resize", "STAYS", "4M")
 	r := p.wait()
 	r.wantStatus(t, 0)
-	r.want(t, plugged(first, second))
+	want := map[string]string{"grown": "8192 " + sum(stay[0])}
+	plugged(want, "own", second, stay...)
+	plugged(want, "kernel", second, stay...)
+	plugged(want, "hand", byHand, stay...)
+	r.want(t, want)
+	if strings.Contains(r.console, "= reads failed") {
+		r.fatalf(t, "a disk that stayed could not be read")
+	}
+	wantFile(t, comes, 0, second)
+	if left, err := filepath.Glob(os.Getenv("XDG_RUNTIME_DIR") + "/*"); len(left) > 0 {
+		t.Errorf("gvm has left %v, %v", left, err)
+	}
 }
 
 // effort is the work of a process's threads other than vCPUs.
