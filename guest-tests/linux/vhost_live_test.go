@@ -241,31 +241,38 @@ func effortOf(t *testing.T, pid int) (e effort) {
 func TestVhostIdle(t *testing.T) {
 	lioUnchanged(t)
 	l := theLab(t)
-	var process effort
+	files := map[string]string{"bin/diskload": lab.Program("diskload")}
+	p := start(t, nil, append(guest{kernel: l.Debian, files: files, script: `
+wait_for /dev/sda; wait_for /dev/sdb
+for b in process vhost; do
+	d=$(grep -l $b /sys/block/sd*/device/vpd_pg80 | cut -d/ -f4)
+	diskload -file /dev/$d -depth 8 -count 100 # what is done but once
+	echo begin $b
+	for write in true false; do diskload -file /dev/$d -depth 8 -write=$write -count 2000 || say failed; done
+	echo end $b
+	set -- $(cat /sys/block/$d/stat); say requests-$b $(($1+$5))
+done
+`}.build(t), "--disk", diskFile(t, make([]byte, 64<<20))+",serial=process",
+		"--disk", diskFile(t, make([]byte, 64<<20))+",backend=vhost,serial=vhost")...)
+	did := map[string]effort{}
 	for _, b := range []string{"process", "vhost"} {
-		files := map[string]string{"bin/diskload": lab.Program("diskload")}
-		p := start(t, nil, append(guest{kernel: l.Debian, files: files, script: `
-wait_for /dev/sda
-diskload -file /dev/sda -depth 8 -count 100 # what is done but once
-echo begin
-for write in true false; do diskload -file /dev/sda -depth 8 -write=$write -count 2000 || say failed; done
-echo end
-set -- $(cat /sys/block/sda/stat); say requests $(($1+$5))
-`}.build(t), "--disk", diskFile(t, make([]byte, 64<<20))+",backend="+b)...)
-		p.waitFor("begin")
+		p.waitFor("begin " + b)
 		before := effortOf(t, p.cmd.Process.Pid)
-		p.waitFor("end")
-		did := effortOf(t, p.cmd.Process.Pid).since(before)
-		r := p.wait()
-		r.wantStatus(t, 0)
-		requests, _ := strconv.Atoi(r.said(t, "requests"))
+		p.waitFor("end " + b)
+		did[b] = effortOf(t, p.cmd.Process.Pid).since(before)
+	}
+	r := p.wait()
+	r.wantStatus(t, 0)
+	process := did["process"]
+	for b, did := range did {
+		requests, _ := strconv.Atoi(r.said(t, "requests-"+b))
 		t.Logf("backend=%s: %d requests, %d context switches, %d ticks of CPU time of gvm's own",
 			b, requests, did.switches, did.ticks)
 		switch {
 		case requests < 4000:
 			r.fatalf(t, "the guest made %d requests", requests)
 		case b == "process":
-			if process = did; did.switches < requests/8 {
+			if did.switches < requests/8 {
 				t.Errorf("the threads of gvm's target switched %d times for %d requests: the test sees too little",
 					did.switches, requests)
 			}
