@@ -8,7 +8,7 @@ import (
 )
 
 // flagsFirst moves a command's flags in front of its arguments: package flag stops at the first
-// argument, but users write flags behind it as well. Words behind "--" stay in place, and those of gvm
+// argument, but users write flags behind it as well. Words behind "--" are arguments, and those of gvm
 // test behind the command that it runs.
 func flagsFirst(commands []*cli.Command, args []string) []string {
 	if len(args) == 0 || args[len(args)-1] == completionFlag {
@@ -29,7 +29,7 @@ func flagsFirst(commands []*cli.Command, args []string) []string {
 	for words := args[at:]; len(words) > 0; words = words[1:] {
 		word := words[0]
 		if word == "--" {
-			rest = append(rest, words...)
+			rest = append(rest, words[1:]...)
 			break
 		}
 		if len(word) < 2 || word[0] != '-' {
@@ -37,12 +37,15 @@ func flagsFirst(commands []*cli.Command, args []string) []string {
 			continue
 		}
 		flags = append(flags, word)
-		if len(words) > 1 && takesNext(command, word) {
+		if takesNext(command, word) {
+			if len(words) == 1 {
+				return flags // package flag says so
+			}
 			words = words[1:]
 			flags = append(flags, words[0])
 		}
 	}
-	return append(flags, rest...)
+	return append(append(flags, "--"), rest...)
 }
 
 // takesNext reports whether the value of a flag is the next word.

@@ -96,6 +96,9 @@ func TestSuggestions(t *testing.T) {
 		{"stop --grace 5", `--grace "5": want a duration such as 10s; see gvm help stop`},
 		{"trace show x --lun y", `--lun "y": want a number`},
 		{"run --xyzzy", "unknown flag --xyzzy; see gvm help run"},
+		{"stop build --grace", "--grace: want a value, DURATION; see gvm help stop"},
+		{"trace show -- --json", "trace: open --json: no such file"},
+		{"image info a -- --x", "image info takes PATH, and got 2 words"},
 		{"rnu", `unknown command "rnu"; did you mean run? See gvm help`},
 		{"xyzzy", `unknown command "xyzzy"; see gvm help`},
 		{"help rnu", "did you mean run?"},
@@ -146,7 +149,7 @@ func TestSuggestions(t *testing.T) {
 			var b bytes.Buffer
 			a := app(nil)
 			a.Writer, a.ErrWriter = &b, &b
-			err := a.Run(append([]string{"gvm"}, strings.Fields(tt.args)...))
+			err := a.Run(flagsFirst(a.Commands, append([]string{"gvm"}, strings.Fields(tt.args)...)))
 			if err == nil || !strings.Contains(err.Error(), tt.want) || len(err.Error()) > 200 ||
 				exitStatus(err) != exitUsage {
 				t.Errorf("%v\nlacks %q, or is long", err, tt.want)

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -109,53 +108,14 @@ EXAMPLES
 	}
 }
 
-// onFiles returns an action on least to most files. Flags may follow the files, where the cli
-// package does not look for them.
+// onFiles returns an action on least to most files.
 func onFiles(least, most int, do func(*cli.Context, []string) error) cli.ActionFunc {
 	return func(c *cli.Context) error {
-		topic := strings.TrimPrefix(c.Command.HelpName, "gvm ")
-		var files []string
-		for rest := c.Args().Slice(); len(rest) > 0; {
-			word := rest[0]
-			rest = rest[1:]
-			flag, value, has := strings.Cut(strings.TrimLeft(word, "-"), "=")
-			if word == "--" {
-				files = append(files, rest...)
-				break
-			}
-			if len(word) < 2 || word[0] != '-' {
-				files = append(files, word)
-				continue
-			}
-			i := slices.IndexFunc(c.Command.Flags, func(f cli.Flag) bool { return slices.Contains(f.Names(), flag) })
-			if i < 0 {
-				return usageError{unknownFlag(c.Command, strings.TrimLeft(flag, "-"))}
-			}
-			flag = c.Command.Flags[i].Names()[0]
-			_, isBool := c.Command.Flags[i].(*cli.BoolFlag)
-			switch {
-			case has:
-			case isBool:
-				value = "true"
-			case len(rest) > 0:
-				value, rest = rest[0], rest[1:]
-			default:
-				return usageError{fmt.Errorf("%s: want a value%s; see gvm help %s", word,
-					valueName(c.Command, flag), topic)}
-			}
-			if err := c.Set(flag, value); err != nil {
-				return usageError{fmt.Errorf("%s %q: %s; see gvm help %s", dashed(flag), value,
-					wanted(c.Command, flag), topic)}
-			}
-			if flag == "help" {
-				return helpPage(c, strings.Fields(topic))
-			}
-		}
-		if len(files) < least || len(files) > most {
+		if n := c.NArg(); n < least || n > most {
 			return usageError{fmt.Errorf("want %s %s, and got %s", c.Command.HelpName, c.Command.ArgsUsage,
-				text.Count(len(files), "file"))}
+				text.Count(n, "file"))}
 		}
-		return do(c, files)
+		return do(c, c.Args().Slice())
 	}
 }
 

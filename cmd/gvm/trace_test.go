@@ -207,7 +207,7 @@ func gvmTraceNotes(args ...string) (out string, status int, errText, notes strin
 	if args[0] == "replay" {
 		words = append([]string{"gvm"}, args...)
 	}
-	err := app.Run(words)
+	err := app.Run(flagsFirst(app.Commands, words))
 	if err == nil {
 		return b.String(), 0, "", e.String()
 	}
