@@ -111,18 +111,20 @@ klog
 	testFio(t, protected)
 }
 
-// TestFilesystemOverReboot: data written to a file system survives a reset of the machine, for the
-// guest and in the image.
-func TestFilesystemOverReboot(t *testing.T) {
+// TestReboot: data written to a file system survives a reset of the machine, for the guest and in the
+// image, and so does the clock's time. Before, the guest reads and sets the clock, waits for its
+// interrupts and sleeps until its alarm.
+func TestReboot(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
 	disk := diskFile(t, make([]byte, 32<<20))
 	r := guest{
-		kernel:   l.Debian,
-		modules:  []string{"ext4"},
-		programs: []string{"usr/sbin/mkfs.ext4"},
-		files:    map[string]string{"etc/mke2fs.conf": filepath.Join(l.Tree, "etc/mke2fs.conf")},
+		kernel:       l.Debian,
+		modules:      []string{"ext4"},
+		hostPrograms: []string{"/usr/sbin/rtcwake", "/usr/sbin/hwclock", "/usr/sbin/mkfs.ext4"},
+		files:        map[string]string{"etc/mke2fs.conf": filepath.Join(l.Tree, "etc/mke2fs.conf")},
 		script: `
+wait_for /dev/sda
 magic=$(dd if=/dev/sda bs=2 skip=540 count=1 2>/dev/null | hexdump -e '"%04x"')
 if [ "$magic" != ef53 ]; then
 	mkfs.ext4 -q /dev/sda </dev/null || say mkfs failed
@@ -131,9 +133,23 @@ if [ "$magic" != ef53 ]; then
 	seq 1 100000 | dd of=/mnt/dir/numbers bs=64k conv=fsync 2>/dev/null || say write failed
 	say before $(sum /mnt/dir/numbers)
 	umount /mnt || say umount failed
+
+	irqs() { awk '$NF == "rtc0" {n = 0; for (i = 2; i < NF-2; i++) n += $i; print n}' /proc/interrupts; }
+	say line $(awk '$NF == "rtc0" {print $1, $(NF-2), $(NF-1)}' /proc/interrupts)
+	n=$(irqs)
+	# It waits for the end of an update, by interrupt, and gives up after ten seconds.
+	/bin/hwclock --utc -r >/tmp/out 2>&1 && say read ok || { say read failed; cat /tmp/out; }
+	say update $(( $(irqs) > n ))
+	date -s '2031-12-24 12:34:56' >/dev/null
+	/bin/hwclock --utc -w && say written $(/bin/hwclock --utc -r | cut -d: -f1)
+	n=$(irqs)
+	rtcwake -m on -s 2 >/dev/null && say alarm $(( $(irqs) > n ))
+	rtcwake -m freeze -s 3 >/dev/null && say woken yes || say woken no
 	klog
 	reboot -f
 fi
+case $(cat /sys/class/rtc/rtc0/date) in 2031-*) say rebooted in 2031 ;; esac
+date -s '2021-12-24 12:34:56' >/dev/null # e2fsck refuses times of the future
 mount -t ext4 /dev/sda /mnt || say mount failed again
 say after $(sum /mnt/dir/numbers)
 echo second boot >/mnt/second
@@ -142,7 +158,10 @@ klog
 `}.run(t, "--disk", disk, "--on-reset", "reboot", "--cpus", "2")
 	r.wantStatus(t, 0)
 	want := sum(numbers(1, 100000))
-	r.want(t, map[string]string{"before": want, "after": want})
+	r.want(t, map[string]string{
+		"before": want, "after": want, "line": "8: IO-APIC 8-edge", "read": "ok", "update": "1",
+		"written": "2031-12-24 12", "alarm": "1", "woken": "yes", "rebooted": "in 2031",
+	})
 	r.kernelLog(t, 2)
 	fsck(t, disk)
 	if got := sum(debugfs(t, disk, "cat /dir/numbers")); got != want {

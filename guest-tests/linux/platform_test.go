@@ -11,35 +11,6 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// TestRTC reads and sets the clock, waits for its interrupts and sleeps until its alarm. A reboot
-// keeps the time.
-func TestRTC(t *testing.T) {
-	t.Parallel()
-	l := theLab(t)
-	r := guest{kernel: l.Debian, hostPrograms: []string{"/usr/sbin/rtcwake", "/usr/sbin/hwclock"}, script: `
-case $(cat /sys/class/rtc/rtc0/date) in 2031-*) say rebooted in 2031; klog; poweroff -f;; esac
-irqs() { awk '$NF == "rtc0" {print $2}' /proc/interrupts; }
-say line $(awk '$NF == "rtc0" {print $1, $3, $4}' /proc/interrupts)
-n=$(irqs)
-# It waits for the end of an update, by interrupt, and gives up after ten seconds.
-/bin/hwclock --utc -r >/tmp/out 2>&1 && say read ok || { say read failed; cat /tmp/out; }
-say update $(( $(irqs) > n ))
-date -s '2031-12-24 12:34:56' >/dev/null
-/bin/hwclock --utc -w && say written $(/bin/hwclock --utc -r | cut -d: -f1)
-n=$(irqs)
-rtcwake -m on -s 2 >/dev/null && say alarm $(( $(irqs) > n ))
-rtcwake -m freeze -s 3 >/dev/null && say woken yes || say woken no
-klog
-reboot -f
-`}.run(t, "--on-reset", "reboot")
-	r.wantStatus(t, 0)
-	r.want(t, map[string]string{
-		"line": "8: IO-APIC 8-edge", "read": "ok", "update": "1", "written": "2031-12-24 12",
-		"alarm": "1", "woken": "yes", "rebooted": "in 2031",
-	})
-	r.kernelLog(t, 2)
-}
-
 // TestINTx: kernels without MSI have their disks, on both backends, by the IOAPIC and by only the
 // PICs. Devices that share a line work at the same time: a disk of each backend, two of the
 // kernel's, and one of the kernel's and the entropy device. Disks come and go.

@@ -80,36 +80,45 @@ var luns = regexp.MustCompile(`name-\d+`)
 // initrd: Linux computes the same PARTUUID for that partition, whatever the disks' names.
 func TestRootWord(t *testing.T) {
 	k := kernel(t, "7.3")
-	for name, first := range map[string][]byte{"MBR": mbr(0x00c0ffee, 1024), "GPT": gpt(0, 1024)} {
-		disks := []string{"--disk", diskFile(t, first)}
-		for i := range 3 {
-			disks = append(disks, "--disk", fmt.Sprintf("%s,lun=%d", diskFile(t, content(fmt.Sprint(name, i), 8<<20)),
-				[]int{1, 255, 300}[i]))
-		}
-		r := gvm(t, append([]string{"run", "--kernel", k.BZImage, "--memory", "512M"}, disks...)...)
+	lunOf := map[string]string{"MBR": "0", "GPT": "4"} // in the guest that computes both
+	firsts := map[string][]byte{"MBR": mbr(0x00c0ffee, 1024), "GPT": gpt(0, 1024)}
+	var others []string
+	for i, lun := range []int{1, 255, 300} {
+		others = append(others, "--disk", fmt.Sprintf("%s,lun=%d", diskFile(t, content(fmt.Sprint(t.Name(), i), 8<<20)), lun))
+	}
+	script, disks := "", slices.Clone(others)
+	want := map[string]string{}
+	for name, first := range firsts {
+		disk := diskFile(t, first)
+		r := gvm(t, append([]string{"run", "--kernel", k.BZImage, "--memory", "512M", "--disk", disk}, others...)...)
 		r.wantStatus(t, 5) // VFS: Unable to mount root fs: the kernel's disk driver is a module
 		m := rootOnConsole.FindStringSubmatch(r.console)
 		if m == nil {
 			r.fatalf(t, "%s: no root=PARTUUID= on the kernel's command line", name)
 		}
-		r = guest{kernel: k, script: `
-wait_for /dev/sda; wait_for /dev/sdb; wait_for /dev/sdc; wait_for /dev/sdd
-for p in /sys/block/sd*/sd*[0-9]; do
-	grep -qi "^PARTUUID=` + m[1] + `$" $p/uevent || continue
-	say partition $(cat $p/partition)
-	lun=$(readlink -f $p/../device)
-	say lun ${lun##*:}
-done
+		disks = append(disks, "--disk", disk+",lun="+lunOf[name])
+		script += "find_uuid " + name + " " + m[1] + "\n"
+		want[name+"-partition"], want[name+"-lun"] = "2", lunOf[name]
+	}
+	r := guest{kernel: k, script: `
+wait_for /dev/sda; wait_for /dev/sdb; wait_for /dev/sdc; wait_for /dev/sdd; wait_for /dev/sde
+find_uuid() { # NAME PARTUUID
+	for p in /sys/block/sd*/sd*[0-9]; do
+		grep -qi "^PARTUUID=$2$" $p/uevent || continue
+		say $1-partition $(cat $p/partition)
+		lun=$(readlink -f $p/../device)
+		say $1-lun ${lun##*:}
+	done
+}
 for d in /sys/block/sd*; do
 	lun=$(readlink -f $d/device)
 	say name-${lun##*:} ${d##*/}
 done
-`}.run(t, disks...)
-		r.wantStatus(t, 0)
-		r.want(t, map[string]string{"partition": "2", "lun": "0"})
-		names := luns.FindAllString(r.console, -1)
-		if slices.Sort(names); !slices.Equal(names, []string{"name-0", "name-1", "name-16684", "name-255"}) {
-			t.Errorf("%s: LUNs %q, want 300 with the bits of flat space addressing", name, names)
-		}
+` + script}.run(t, disks...)
+	r.wantStatus(t, 0)
+	r.want(t, want)
+	names := luns.FindAllString(r.console, -1)
+	if slices.Sort(names); !slices.Equal(names, []string{"name-0", "name-1", "name-16684", "name-255", "name-4"}) {
+		t.Errorf("LUNs %q, want 300 with the bits of flat space addressing", names)
 	}
 }
