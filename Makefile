@@ -17,7 +17,8 @@ TAGS = urfave_cli_no_docs,nethttpomithttp2
 # Packages that run seldom are compiled without inlining, which makes the program smaller. Not those
 # whose variables the compiler then no longer initializes, such as net/http.
 SELDOM = archive/tar crypto/tls crypto/x509 encoding/asn1 encoding/xml github.com/urfave/cli/v2 \
-	gvm/devices/virtio/replay gvm/gdbstub math/big text/template text/template/parse
+	gvm/control gvm/devices/scsi/lio gvm/machine/disk gvm/testrun/matrix gvm/devices/virtio/replay \
+	gvm/gdbstub math/big text/template text/template/parse
 
 # Where build puts the programs.
 BIN = bin

@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/inspect"
-	"gvm/text"
 )
 
 // maxAnswer bounds an answer, with room to spare.
@@ -138,6 +137,12 @@ func (c *Client) SysRq(ctx context.Context, s SysRq) error {
 	return err
 }
 
+// Break sends a break on the console.
+func (c *Client) Break(ctx context.Context) error {
+	_, err := ask[struct{}](ctx, c, http.MethodPost, "console/break", nil)
+	return err
+}
+
 // Name returns the machine's name.
 func (c *Client) Name() string { return c.name }
 
@@ -239,11 +244,5 @@ func (c *Client) ask(ctx context.Context, method, path string, body, answer any)
 		}
 		return nil
 	}
-	var e struct {
-		Error text.Name `json:"error"`
-	}
-	if json.Unmarshal(b, &e) != nil || e.Error == "" {
-		e.Error = text.Name(resp.Status)
-	}
-	return &Error{resp.StatusCode, string(e.Error)}
+	return refusal(resp, b)
 }

@@ -8,6 +8,7 @@ package control
 import (
 	"context"
 	"fmt"
+	"io"
 	"net/http"
 	"time"
 
@@ -142,6 +143,10 @@ type Machine interface {
 	Reset() error
 	// NMI raises a non-maskable interrupt on the CPUs.
 	NMI(context.Context) error
+	// Console returns a new end of the console, whose Read ends with the machine, and Break sends a break
+	// on it.
+	Console() io.ReadWriteCloser
+	Break()
 	// SysRq sends a break and a printable ASCII character to the console.
 	SysRq(ctx context.Context, key byte) error
 	Disks() []Disk

@@ -32,6 +32,8 @@ type fake struct {
 	disks   map[string]Disk // by path
 	state   State
 	balloon uint64
+	console io.ReadWriteCloser
+	breaks  int
 	adding  chan struct{} // AddDisk sends to it and waits for a reply; nil: it does not
 }
 
@@ -87,6 +89,14 @@ func (f *fake) SysRq(_ context.Context, key byte) error {
 	}
 	return f.set(Running, Running)
 }
+
+func (f *fake) Break() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.breaks++
+}
+
+func (f *fake) Console() io.ReadWriteCloser { return f.console }
 
 func (f *fake) Disks() (list []Disk) {
 	f.mu.Lock()

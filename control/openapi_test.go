@@ -39,7 +39,9 @@ func openAPI(routes []route) object {
 			op["requestBody"] = object{"required": true, "content": content(schema(schemas, reflect.TypeOf(r.body)))}
 		}
 		responses := object{}
-		if r.answer == nil {
+		if _, ok := r.answer.(stream); ok {
+			responses["101"] = object{"description": "the connection carries the console's bytes"}
+		} else if r.answer == nil {
 			responses["204"] = object{"description": "done"}
 		} else {
 			responses["200"] = object{"description": "the answer", "content": content(schema(schemas, reflect.TypeOf(r.answer)))}

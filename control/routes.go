@@ -3,6 +3,7 @@ package control
 import (
 	"errors"
 	"net/http"
+	"strings"
 
 	"gvm/inspect"
 )
@@ -57,6 +58,15 @@ func routes(m Machine) []route {
 				}
 				return nil, m.SysRq(r.Context(), s.Key[0])
 			})},
+		{"GET", "/v1/console", "makes the connection the console, by an Upgrade to " + consoleProtocol, nil, stream{},
+			[]int{http.StatusUpgradeRequired}, func(r *http.Request) (any, error) {
+				if !strings.EqualFold(r.Header.Get("Upgrade"), consoleProtocol) {
+					return nil, Errorf(http.StatusUpgradeRequired, "want Connection: Upgrade and Upgrade: %s", consoleProtocol)
+				}
+				return stream{m.Console()}, nil
+			}},
+		{"POST", "/v1/console/break", "sends a break on the console", nil, nil, nil,
+			bare(func(*http.Request) (any, error) { m.Break(); return nil, nil })},
 		{"GET", "/v1/disks", "lists the disks", nil, []Disk{}, nil,
 			func(*http.Request) (any, error) { return append([]Disk{}, m.Disks()...), nil }},
 		{"POST", "/v1/disks", "adds a disk", AddDisk{}, Change{}, change,

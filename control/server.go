@@ -40,6 +40,7 @@ type Server struct {
 
 	http    *http.Server // nil before Serve
 	clients *clients
+	streams streams
 	accepts sync.WaitGroup
 
 	readTimeout, closeTimeout time.Duration
@@ -76,6 +77,7 @@ func (s *Server) Serve(m Machine) {
 		ErrorLog:          log.New(io.Discard, "", 0), // the client gets its errors itself
 	}
 	s.http.SetKeepAlivesEnabled(false)
+	s.streams.conns = map[net.Conn]bool{}
 	s.clients = &clients{UnixListener: s.listener}
 	s.accepts.Go(panics.Func(func() { _ = s.http.Serve(s.clients) }))
 }
@@ -92,6 +94,7 @@ func (s *Server) Close() error {
 				err = s.http.Close()
 			}
 		}
+		s.streams.close(s.closeTimeout)
 		s.accepts.Wait()
 		s.busy.Lock()
 		s.closed = true // for a request that was just read
@@ -159,6 +162,10 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
 		c.enter(atMachine)
 		value, err = s.guarded(do, r)
 		c.enter(answering)
+	}
+	if st, ok := value.(stream); ok && err == nil {
+		s.streams.serve(w, st)
+		return
 	}
 	status := http.StatusOK
 	if err != nil {

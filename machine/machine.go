@@ -177,6 +177,7 @@ type Machine struct {
 	name      string
 	memory    uint64 // bytes
 	pauser    *vmm.Pauser
+	console   *sharedConsole
 	inspector *vmm.Inspector
 	stopper   *stopper
 	debugger  *vmm.Debugger // nil: none
@@ -227,6 +228,9 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 		m.debugger = vmm.NewDebugger(s.StartStopped, func() { cancel(ErrKilled) })
 		cfg.Debugger = m.debugger
 	}
+	m.console = newSharedConsole(s.Console)
+	m.later(m.console.close)
+	cfg.Console = m.console
 	if s.COM2 != nil {
 		port := newStreamPort(s.COM2)
 		cfg.COM2 = port

@@ -86,6 +86,9 @@ func (r *remote) NMI(ctx context.Context) error {
 	return r.pauseError(err)
 }
 
+// Console implements gvm console.
+func (r *remote) Console() io.ReadWriteCloser { return r.Machine.Attach() }
+
 // sysRqPatience bounds the wait for the guest's driver.
 const sysRqPatience = 5 * time.Second
 

@@ -155,7 +155,7 @@ var commands = []struct {
 	{"run", runCommand}, {"test", testCommand}, {"kunit", kunitCommand}, {"list", listCommand}, {"disk", diskCommand},
 	{"balloon", balloonCommand}, {"inspect", inspectCommand}, {"pause", pauseCommand}, {"resume", resumeCommand},
 	{"reset", resetCommand},
-	{"nmi", nmiCommand}, {"sysrq", sysrqCommand},
+	{"console", consoleCommand}, {"nmi", nmiCommand}, {"sysrq", sysrqCommand},
 	{"stop", stopCommand}, {"image", imageCommand}, {"kernel", kernelCommand}, {"doctor", doctorCommand},
 	{"bench", benchCommand}, {"trace", traceCommand},
 	{"replay", replayCommand}, {"lio", lioCommand}, {"abi", abiCommand}, {"completion", completionCommand},

@@ -205,6 +205,8 @@ func (evilMachine) ResizeBalloon(control.ResizeBalloon) (control.Balloon, error)
 }
 func (evilMachine) NMI(context.Context) error         { return nil }
 func (evilMachine) SysRq(context.Context, byte) error { return nil }
+func (evilMachine) Break()                            {}
+func (evilMachine) Console() io.ReadWriteCloser       { return nil }
 func (evilMachine) Info() control.Info {
 	return control.Info{Name: evil, GVM: evil, Kernel: evil, State: evil}
 }

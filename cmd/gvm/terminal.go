@@ -13,6 +13,7 @@ import (
 	"golang.org/x/term"
 
 	"gvm/kvmapi/eventfd"
+	"gvm/machine"
 	"gvm/panics"
 	"gvm/vmm"
 )
@@ -41,17 +42,11 @@ type terminal struct {
 
 	unwatch func() // stops watching job control; set if there is a tty
 
-	mu     sync.Mutex
-	to     vmm.Input // the guest's input; nil: none
-	queue  [][]byte  // input that the guest has not taken yet; nil is a break
-	queued int       // bytes in queue; a break counts as one
-	change *sync.Cond
-	done   bool
+	keys *machine.InputQueue
+	help string // of the keys after Ctrl-a
+	// leave is the end by Ctrl-a x. If it is errDetached, Ctrl-a d has it too.
+	leave error
 }
-
-// maxQueued bounds the input that waits for the guest. A pipe then blocks its writer; input of a
-// terminal is dropped, since Ctrl-a must work even if the guest takes no input.
-const maxQueued = 1 << 20
 
 // patience bounds how long a stopped run waits for a reader of its output: a pipe to a program that
 // is itself stopped must not keep gvm alive.
@@ -60,9 +55,8 @@ const patience = 500 * time.Millisecond // less than the end of a machine has
 // newTerminal returns standard input and output for a run, for open to take. It calls quit for
 // Ctrl-a x and for output that fails.
 func newTerminal(quit func(error)) *terminal {
-	t := &terminal{in: os.Stdin, out: os.Stdout, quit: quit}
-	t.change = sync.NewCond(&t.mu)
-	return t
+	return &terminal{in: os.Stdin, out: os.Stdout, quit: quit, keys: machine.NewInputQueue(), help: escapeHelp,
+		leave: errQuit}
 }
 
 // open makes the terminal raw, if it is one, until run is done.
@@ -88,7 +82,7 @@ func (t *terminal) open(run context.Context) (err error) {
 		t.unwatch = t.tty.watch(func(err error) { t.quit(fmt.Errorf("terminal: %w", err)) })
 	}
 	t.input.Go(panics.Func(t.read))
-	t.input.Go(panics.Func(t.feed))
+	t.input.Go(panics.Func(t.keys.Feed))
 	return nil
 }
 
@@ -128,61 +122,11 @@ func (t *terminal) gone(what string, err error) {
 }
 
 // Connect sets the guest's input.
-func (t *terminal) Connect(w vmm.Input) {
-	t.mu.Lock()
-	t.to = w
-	t.mu.Unlock()
-	t.change.Broadcast()
-}
+func (t *terminal) Connect(w vmm.Input) { t.keys.Connect(w) }
 
-// put queues input for the guest; nil is a break.
-func (t *terminal) put(p []byte) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for t.tty == nil && t.queued >= maxQueued && !t.done {
-		t.change.Wait()
-	}
-	if t.queued < maxQueued {
-		t.queue = append(t.queue, bytes.Clone(p))
-		t.queued += max(1, len(p))
-		t.change.Broadcast()
-	}
-}
-
-// feed passes the queue to the guest. During a reboot the queue waits for the next machine.
-func (t *terminal) feed() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for {
-		for !t.done && (t.to == nil || len(t.queue) == 0) {
-			t.change.Wait()
-		}
-		if t.done {
-			return
-		}
-		to, p := t.to, t.queue[0]
-		var n int
-		var err error
-		panics.Unlocked(&t.mu, func() { n, err = give(to, p) })
-		if t.queued -= n; err == nil {
-			t.queued -= max(1, len(p)) - len(p)
-			t.queue = t.queue[1:]
-		} else if p != nil {
-			t.queue[0] = p[n:]
-		}
-		if err != nil && t.to == to {
-			t.to = nil
-		}
-		t.change.Broadcast()
-	}
-}
-
-func give(to vmm.Input, p []byte) (int, error) {
-	if p != nil {
-		return to.Write(p)
-	}
-	return 0, to.Break()
-}
+// put queues input for the guest; nil is a break. If the queue is full, a pipe blocks its writer, and
+// input of a terminal is dropped, since Ctrl-a must work even if the guest takes no input.
+func (t *terminal) put(p []byte) { t.keys.Put(p, func() bool { return t.tty != nil }) }
 
 // read passes input on until it ends or close wakes it. Ctrl-a is a command only on a terminal; in
 // a pipe it is data.
@@ -255,17 +199,23 @@ func (t *terminal) read() {
 // command runs the command of the key after Ctrl-a. An unknown key lists the commands.
 func (t *terminal) command(key byte) {
 	switch key {
+	case 'd', 'D':
+		if t.leave != errDetached {
+			_, _ = t.Write([]byte(t.help))
+			return
+		}
+		t.quit(t.leave)
 	case 'x', 'X':
 		if t.run.Err() != nil {
 			endNow(exitQuit, "stopped at once by Ctrl-a x")
 		}
-		t.quit(errQuit)
+		t.quit(t.leave)
 	case 'b', 'B':
 		t.put(nil)
 	case escape:
 		t.put([]byte{escape})
 	default: // h and unknown keys
-		_, _ = t.Write([]byte(escapeHelp))
+		_, _ = t.Write([]byte(t.help))
 	}
 }
 
@@ -274,10 +224,7 @@ func (t *terminal) close() error {
 	if t.wake == nil {
 		return nil // not open
 	}
-	t.mu.Lock()
-	t.done = true
-	t.mu.Unlock()
-	t.change.Broadcast()
+	t.keys.Close()
 	err := t.wake.Signal()
 	t.input.Wait()
 	if t.tty != nil {

@@ -5,13 +5,11 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
-	"gvm/devices/serial"
 	"gvm/guest/embedded"
 	"gvm/panics"
 )
@@ -180,58 +178,6 @@ func TestPipe(t *testing.T) {
 	if r := p.wait(); r.status != 143 {
 		t.Errorf("after the end of input: status %d: %s", r.status, r.errs)
 	}
-}
-
-// guestInput is the input of a machine. A nil channel takes nothing.
-type guestInput chan string
-
-func (g guestInput) Write(p []byte) (int, error) {
-	if g == nil {
-		return 0, serial.ErrStopped
-	}
-	g <- string(p)
-	return len(p), nil
-}
-
-func (g guestInput) Break() error {
-	_, err := g.Write([]byte("break"))
-	return err
-}
-
-// TestBreakQueue: a break that one machine did not take goes to the next one, and breaks are
-// bounded as characters are.
-func TestBreakQueue(t *testing.T) {
-	term := &terminal{tty: &tty{}}
-	term.change = sync.NewCond(&term.mu)
-	for range maxQueued + 1000 {
-		term.put(nil)
-	}
-	if n := len(term.queue); n > maxQueued {
-		t.Errorf("%d breaks wait", n)
-	}
-	term.queue, term.queued = nil, 0
-	term.put(nil)
-	term.put([]byte("g"))
-	var feed sync.WaitGroup
-	feed.Go(term.feed)
-	term.Connect(guestInput(nil))
-	term.mu.Lock()
-	for term.to != nil {
-		term.change.Wait()
-	}
-	term.mu.Unlock()
-	next := make(guestInput)
-	term.Connect(next)
-	for _, want := range []string{"break", "g"} {
-		if got := <-next; got != want {
-			t.Errorf("%q, want %q", got, want)
-		}
-	}
-	term.mu.Lock()
-	term.done = true
-	term.mu.Unlock()
-	term.change.Broadcast()
-	feed.Wait()
 }
 
 // TestTerminalSize: the kernel's command line has the size of a terminal.

@@ -176,7 +176,8 @@ func TestCompletion(t *testing.T) {
 		want  []string
 	}{
 		{[]string{"gvm", "ru"}, []string{"run"}},
-		{[]string{"gvm", ""}, []string{"abi", "balloon", "bench", "completion", "disk", "doctor", "exit-status", "h", "help",
+		{[]string{"gvm", ""}, []string{"abi", "balloon", "bench", "completion", "console", "disk", "doctor", "exit-status",
+			"h", "help",
 			"image", "inspect", "kernel", "kunit", "lio", "list", "nmi", "pause", "ps",
 			"replay", "reset", "resume", "run", "stop", "sysrq", "test", "trace"}},
 		{[]string{"gvm", "run", "--ker"}, []string{"--kernel"}},

@@ -1,0 +1,139 @@
+package control
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"gvm/panics"
+	"gvm/text"
+)
+
+// consoleProtocol is the protocol of a connection to the console: bytes in both directions.
+const consoleProtocol = "gvm-console"
+
+// stream is an answer that takes the connection over.
+type stream struct{ io.ReadWriteCloser }
+
+// streams are the connections that streams have taken.
+type streams struct {
+	mu    sync.Mutex
+	conns map[net.Conn]bool // nil: closed
+	done  sync.WaitGroup
+}
+
+// add adds a connection, unless the streams are closed.
+func (s *streams) add(c net.Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conns == nil {
+		return false
+	}
+	s.conns[c] = true
+	s.done.Add(1)
+	return true
+}
+
+func (s *streams) remove(c net.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.conns, c)
+	s.done.Done()
+}
+
+// close waits up to limit for the clients to read the ends of their streams, and closes the connections.
+func (s *streams) close(limit time.Duration) {
+	s.mu.Lock()
+	conns := s.conns
+	s.conns = nil
+	s.mu.Unlock()
+	late := time.AfterFunc(limit, panics.Func(func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for c := range conns {
+			c.Close()
+		}
+	}))
+	s.done.Wait()
+	late.Stop()
+}
+
+// serve moves bytes between a connection and a stream until either ends.
+func (s *streams) serve(w http.ResponseWriter, of stream) {
+	defer of.Close()
+	conn, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	if !s.add(conn) {
+		return
+	}
+	defer s.remove(conn)
+	_ = conn.SetDeadline(time.Time{}) // those of a request
+	if _, err := io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "+
+		consoleProtocol+"\r\n\r\n"); err != nil {
+		return
+	}
+	var input sync.WaitGroup
+	input.Go(panics.Func(func() {
+		_, _ = io.Copy(of, buffered.Reader)
+		of.Close() // which ends the output
+	}))
+	_, _ = io.Copy(conn, of)
+	conn.Close() // which ends the input
+	of.Close()
+	input.Wait()
+}
+
+// Console connects to the machine's console. The caller closes the connection. It reads as ended when
+// the machine has.
+func (c *Client) Console(ctx context.Context) (io.ReadWriteCloser, error) {
+	conn, err := c.dir.dial(ctx, c.name)
+	if err != nil {
+		return nil, fmt.Errorf("machine %s does not answer: %w", c.name, err)
+	}
+	_ = conn.SetDeadline(time.Now().Add(askTimeout))
+	r, err := http.NewRequest(http.MethodGet, "http://gvm/v1/console", nil)
+	if err == nil {
+		r.Header.Set("Connection", "Upgrade")
+		r.Header.Set("Upgrade", consoleProtocol)
+		err = r.Write(conn)
+	}
+	in := bufio.NewReader(conn)
+	var resp *http.Response
+	if err == nil {
+		resp, err = http.ReadResponse(in, r)
+	}
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("machine %s does not answer: %w", c.name, err)
+	}
+	if resp.StatusCode != http.StatusSwitchingProtocols {
+		defer conn.Close()
+		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+		return nil, refusal(resp, b)
+	}
+	_ = conn.SetDeadline(time.Time{})
+	return struct {
+		io.Reader
+		io.WriteCloser
+	}{in, conn}, nil
+}
+
+// refusal returns the error in an answer.
+func refusal(resp *http.Response, body []byte) error {
+	var e struct {
+		Error text.Name `json:"error"`
+	}
+	if json.Unmarshal(body, &e) != nil || e.Error == "" {
+		e.Error = text.Name(resp.Status)
+	}
+	return &Error{resp.StatusCode, string(e.Error)}
+}

@@ -1,0 +1,109 @@
+package control
+
+import (
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+)
+
+// TestConsole: bytes go both ways, and the end of the console is that of the connection.
+func TestConsole(t *testing.T) {
+	f := newFake()
+	near, far := net.Pipe()
+	f.console = near
+	d, c := serve(t, f)
+	conn, err := c.Console(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := io.WriteString(conn, "typed"); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 5)
+	if _, err := io.ReadFull(far, b); err != nil || string(b) != "typed" {
+		t.Errorf("the machine got %q, %v", b, err)
+	}
+	if err := c.Break(t.Context()); err != nil || f.breaks != 1 {
+		t.Errorf("%d breaks, %v", f.breaks, err)
+	}
+	go func() {
+		_, _ = io.WriteString(far, "printed")
+		far.Close()
+	}()
+	if out, err := io.ReadAll(conn); err != nil || string(out) != "printed" {
+		t.Errorf("the client got %q, %v", out, err)
+	}
+	for _, header := range []string{"", "Connection: Upgrade\r\nUpgrade: websocket\r\n"} {
+		status, _, body := exchange(t, d, "GET /v1/console HTTP/1.1\r\nHost: gvm\r\n"+header+"\r\n")
+		if status != http.StatusUpgradeRequired ||
+			!strings.Contains(body, "want Connection: Upgrade and Upgrade: gvm-console") {
+			t.Errorf("%q: %d %s", header, status, body)
+		}
+	}
+}
+
+// TestConsoleLeft: the machine's end of the console closes when a client goes.
+func TestConsoleLeft(t *testing.T) {
+	f := newFake()
+	near, far := net.Pipe()
+	f.console = near
+	_, c := serve(t, f)
+	conn, err := c.Console(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	if _, err := far.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the console is open: %v", err)
+	}
+}
+
+// flood is a console whose output never ends before Close.
+type flood struct{ closed chan struct{} }
+
+func (f flood) Read(p []byte) (int, error) {
+	select {
+	case <-f.closed:
+		return 0, io.EOF
+	default:
+		return len(p), nil
+	}
+}
+
+func (f flood) Write(p []byte) (int, error) { <-f.closed; return 0, io.ErrClosedPipe }
+
+func (f flood) Close() error {
+	select {
+	case <-f.closed:
+	default:
+		close(f.closed)
+	}
+	return nil
+}
+
+// TestConsoleUnread: a client that does not read, and whose input the guest does not take, does not
+// delay the end of the server.
+func TestConsoleUnread(t *testing.T) {
+	f := newFake()
+	f.console = flood{make(chan struct{})}
+	d := testDir(t)
+	s, err := Claim(d, "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Serve(f)
+	conn, err := NewClient(d, "vm").Console(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := io.WriteString(conn, "typed"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil { // waits for the goroutines of the console
+		t.Error(err)
+	}
+}
