@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -115,9 +116,9 @@ klog
 // DATA HAS CHANGED).
 const lunsChanged = `LUN assignments on this target have changed`
 
-// TestVhostLives: a guest of three lives with three disks that the kernel serves. In each, the
-// driver leaves the device and comes back; the last one ends in another kernel. No disk takes
-// another's place.
+// TestVhostLives: a guest of three lives with a disk of gvm's own target and three that the kernel serves.
+// In each, the drivers leave the devices and come back; the last one ends in another kernel. No disk takes
+// another's place. The own device also survives a PCI rescan, and error recovery with requests in flight.
 func TestVhostLives(t *testing.T) {
 	lioUnchanged(t)
 	l := theLab(t)
@@ -129,60 +130,129 @@ func TestVhostLives(t *testing.T) {
 	for lun, b := range contents {
 		files[lun] = diskFile(t, b)
 	}
+	own := content("own", 8<<20)
+	ownFile := diskFile(t, own)
+	// part N writes numbers from N*10000 to the own disk's Nth MiB, and reads back that and the rest of
+	// the disk's first MiB.
 	const common = `
-disk() { ls -d /sys/bus/scsi/devices/0:0:0:$1/block/* | sed 's,.*/,/dev/,'; }
-there() { wait_for $(disk 0); wait_for $(disk 1); wait_for $(disk 300); }
-see() { say life-$1 $(sum <$(disk 0)) $(tail -c +513 $(disk 1) | sum) $(sum <$(disk 300)); }
+disk() { ls -d /sys/bus/scsi/devices/$1/block/* | sed 's,.*/,/dev/,'; }
+there() {
+	for d in 0:0:0:0 1:0:0:0 1:0:0:1 1:0:0:300; do
+		until [ "$(disk $d 2>/dev/null)" ]; do sleep 0.1; done
+		wait_for $(disk $d)
+	done
+}
+see() { say life-$1 $(sum <$(disk 1:0:0:0)) $(tail -c +513 $(disk 1:0:0:1) | sum) $(sum <$(disk 1:0:0:300)); }
+part() {
+	d=$(disk 0:0:0:0)
+	seq $(($1*10000)) $(($1*10000+9999)) >/tmp/numbers
+	dd if=/tmp/numbers of=$d bs=1M seek=$1 conv=fsync,notrunc 2>/dev/null || say part-$1 write failed
+	echo 3 >/proc/sys/vm/drop_caches
+	say part-$1 $(dd if=$d bs=1M skip=$1 count=1 iflag=direct 2>/dev/null | head -c $(wc -c </tmp/numbers) | sum) \
+		$(dd if=$d bs=1M count=1 2>/dev/null | sum)
+}
 `
-	second := guest{kernel: l.Cloud, script: common + "there; see 4; klog"}
+	second := guest{kernel: l.Cloud, script: common + `there
+say second-cmdline $(cat /proc/cmdline)
+see 4
+part 6
+klog`}
 	r := guest{
 		kernel:   l.Cloud,
-		programs: []string{"usr/sbin/kexec"},
+		modules:  []string{"sg"},
+		programs: []string{"usr/sbin/kexec", "usr/bin/sg_reset"},
 		files:    map[string]string{"kernel": l.Cloud.BZImage, "second": second.initramfs(t)},
 		script: common + `
 driver=/sys/bus/virtio/drivers/virtio_scsi
-virtio=$(basename $driver/virtio*)
+virtio=$(cd $driver; echo virtio*)
+rebind() {
+	for v in $virtio; do echo $v >$driver/unbind; done
+	ls /sys/block/sd* >/dev/null 2>&1 && say unbind a disk is still there
+	for v in $virtio; do echo $v >$driver/bind; done
+	there
+}
 there
-life=$(head -c1 $(disk 1))
-echo $virtio >$driver/unbind
-echo $virtio >$driver/bind
-while [ -z "$(disk 300 2>/dev/null)" ]; do sleep 0.1; done
-there
+life=$(head -c1 $(disk 1:0:0:1))
+rebind
+case $life in
+1)
+	part 1
+	rebind
+	part 2
+	rebind
+	part 3
+	;;
+2)
+	own=$(disk 0:0:0:0)
+	pci=$(readlink -f /sys/bus/scsi/devices/host0 | sed 's,/virtio.*,,; s,.*/,,')
+	echo 1 >/sys/bus/pci/devices/$pci/remove
+	[ -e $own ] && say remove the disk is still there
+	echo 1 >/sys/bus/pci/rescan
+	there
+	part 4
+	;;
+3)
+	own=$(disk 0:0:0:0)
+	(n=0; while [ $n -lt 30 ]; do
+		n=$((n+1))
+		dd if=$own of=/dev/null iflag=direct bs=256k 2>/dev/null || say read failed
+	done; touch /tmp/reads-done) &
+	n=0
+	while [ $n -lt 5 ]; do
+		n=$((n+1))
+		/bin/sg_reset -d $own >/tmp/reset 2>&1 || say reset-$n failed: $(cat /tmp/reset)
+	done
+	[ -e /tmp/reads-done ] && say overlap none || say overlap some
+	wait
+	part 5
+	;;
+esac
 seq $((life*10000)) $((life*10000+999)) >/tmp/numbers
-dd if=/tmp/numbers of=$(disk 0) bs=64k seek=$life conv=fsync,notrunc 2>/dev/null || say write failed
+dd if=/tmp/numbers of=$(disk 1:0:0:0) bs=64k seek=$life conv=fsync,notrunc 2>/dev/null || say write failed
 echo 3 >/proc/sys/vm/drop_caches
 see $life
 say host-$life $(ls -d /sys/bus/scsi/devices/*:*:*:* | sed 's,.*/,,' | sort)
-say readonly-$life $(cat /sys/block/$(basename $(disk 300))/ro)
-say serial-$life $(tail -c +5 /sys/bus/scsi/devices/0:0:0:1/vpd_pg80 | tr -d '\0')
-echo -n $((life+1)) | dd of=$(disk 1) conv=fsync,notrunc 2>/dev/null
+say readonly-$life $(cat /sys/block/$(basename $(disk 1:0:0:300))/ro)
+say serial-$life $(tail -c +5 /sys/bus/scsi/devices/1:0:0:1/vpd_pg80 | tr -d '\0')
+echo -n $((life+1)) | dd of=$(disk 1:0:0:1) conv=fsync,notrunc 2>/dev/null
 klog
 [ $life = 3 ] || reboot -f
-kexec -l /kernel --initrd=/second --command-line="console=ttyS0 panic=-1 quiet" || say kexec cannot load
+kexec -l /kernel --initrd=/second --command-line="console=ttyS0 panic=-1 quiet second" || say kexec cannot load
 drain
 kexec -e
 say kexec cannot start
 `}.run(t, "--cpus", "2", "--on-reset", "reboot",
+		"--disk", ownFile,
 		"--disk", files[0]+",backend=vhost",
 		"--disk", files[1]+",backend=vhost,serial=unit-1",
 		"--disk", files[300]+",backend=vhost,lun=300,readonly")
 	r.wantStatus(t, 0)
-	want := make(map[string]string)
+	want := map[string]string{"second-cmdline": "console=ttyS0 panic=-1 quiet second", "overlap": "some"}
 	for life := 1; life <= lives+1; life++ {
 		if life <= lives {
 			copy(contents[0][life<<16:], numbers(life*10000, life*10000+999))
-			want[fmt.Sprint("host-", life)] = "0:0:0:0 0:0:0:1 0:0:0:300"
+			want[fmt.Sprint("host-", life)] = "0:0:0:0 1:0:0:0 1:0:0:1 1:0:0:300"
 			want[fmt.Sprint("readonly-", life)] = "1"
 			want[fmt.Sprint("serial-", life)] = "unit-1"
 		}
 		want[fmt.Sprint("life-", life)] = strings.Join([]string{sum(contents[0]), sum(contents[1][512:]),
 			sum(contents[300])}, " ")
 	}
+	for i := 1; i <= 6; i++ {
+		b := numbers(i*10000, i*10000+9999)
+		want[fmt.Sprint("part-", i)] = sum(b) + " " + sum(own[:1<<20])
+		copy(own[i<<20:], b)
+	}
 	r.want(t, want)
+	if m := regexp.MustCompile(`(?m)^= (.* failed|unbind |remove |kexec ).*`).FindString(r.console); m != "" {
+		r.fatalf(t, "the guest says %q", m)
+	}
+	// The first kernel's timer is still running when the second one starts.
 	r.kernelLog(t, lives+1, lunsChanged, `\] Spurious LAPIC timer interrupt on cpu \d+$`)
 	wantFile(t, files[0], 0, contents[0])
 	wantFile(t, files[1], 0, append([]byte("4"), contents[1][1:]...))
 	wantFile(t, files[300], 0, contents[300])
+	wantFile(t, ownFile, 0, own)
 }
 
 // TestVhostEndings: after any end of gvm, LIO is in its earlier state.
