@@ -12,13 +12,10 @@ import (
 	"time"
 
 	"gvm/devices/virtio/vsock"
-	"gvm/guest-tests/lab"
-	"gvm/guestmem"
 	"gvm/machine"
-	"gvm/vmm"
 )
 
-// vsockEcho is what TestVsock does with a running guest/vsockecho.
+// vsockEcho is what TestShare does with a running guest/vsockecho.
 type vsockEcho struct {
 	*testing.T
 	m        *machine.Machine
@@ -33,48 +30,14 @@ echo $device >unbind && echo $device >bind && say rebound
 cd /
 `
 
-// TestVsock moves data over vsock between a guest's program, which sends all of it back, and this one.
-func TestVsock(t *testing.T) {
-	for _, name := range []string{"cloud", "5.10", "7.3"} {
-		t.Run(name, func(t *testing.T) {
-			const streams = 20
-			e := vsockEcho{T: t, accepted: make(chan *vsock.Conn, streams)}
-			g := guest{
-				kernel:  kernel(t, name),
-				modules: []string{"vmw_vsock_virtio_transport"},
-				files:   map[string]string{"bin/vsockecho": lab.Program("vsockecho")},
-				script:  fmt.Sprintf(rebindVsock+"vsockecho -connect %d && say echoed\nklog", streams),
-			}
-			var console bytes.Buffer
-			e.boot(g, &console)
-			e.all(streams)
-			out, err := e.m.Wait()
-			r := result{console: strings.ReplaceAll(console.String(), "\r", "")}
-			if err != nil || out.Ending != vmm.PoweredOff || !strings.Contains(r.console, "= rebound\n= echoed\n") {
-				r.fatalf(t, "%v, %v, %v", out.Ending, out.Err, err)
-			}
-			r.kernelLog(t, 1)
-		})
-	}
-}
-
-func (e *vsockEcho) boot(g guest, console *bytes.Buffer) {
-	e.m = g.launch(e, machine.Spec{
-		Memory: guestmem.Config{Size: 256 << 20}, Console: machine.Output(console),
-		Vsock: &vsock.Config{CID: 77, Accept: func(port uint32, c *vsock.Conn) bool {
-			if port == 2000 {
-				e.accepted <- c
-			}
-			return port == 2000
-		}},
-	})
-	e.Cleanup(func() {
-		if e.Failed() {
-			e.m.Stop(errors.New("the test failed"), 0)
-			out, err := e.m.Wait()
-			e.Logf("%v, %v, %v, console:\n%s", out.Ending, out.Err, err, console)
+// config returns the device's configuration.
+func (e *vsockEcho) config() *vsock.Config {
+	return &vsock.Config{CID: 77, Accept: func(port uint32, c *vsock.Conn) bool {
+		if port == 2000 {
+			e.accepted <- c
 		}
-	})
+		return port == 2000
+	}}
 }
 
 // accept waits for a connection of the guest.
