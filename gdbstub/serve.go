@@ -224,10 +224,10 @@ func (s *session) packet(body string) (string, error) {
 		}
 		p := make([]byte, min(n, maxPacket/2))
 		read, err := s.t.ReadMemory(s.thread, addr, p)
-		if read > 0 {
-			err = nil
+		if read == 0 && err != nil {
+			return "E0e", nil // EFAULT; gdb 13 takes the text of an error for data here
 		}
-		return hex.EncodeToString(p[:read]), err
+		return hex.EncodeToString(p[:read]), nil
 	case 'M', 'X':
 		where, data, _ := strings.Cut(rest, ":")
 		addr, n, err := addrLen(where)

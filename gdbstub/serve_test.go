@@ -227,7 +227,7 @@ func TestPackets(t *testing.T) {
 		{"M1000,3:abcd", "E.malformed packet"},
 		{"m1000,3", "abcd00"},
 		{"m10ff8,10", strings.Repeat("00", 8)}, // memory ends
-		{"m0,10", "E.not mapped"},
+		{"m0,10", "E0e"},
 		{"m0", "E.malformed packet"},
 		{"m1000,ffffffffffffffff", "abcd" + strings.Repeat("00", maxPacket/2-2)},
 		{"X1000,4:#$}*", "OK"},
