@@ -2,11 +2,14 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -18,14 +21,20 @@ type debugger struct {
 	r *bufio.Reader
 }
 
-func dialGDB(t *testing.T, network, address string) *debugger {
+// dialGDB connects to the socket of gvm --gdb, once gvm listens. The file is there a little earlier.
+func dialGDB(t *testing.T, socket string) *debugger {
 	t.Helper()
-	c, err := net.Dial(network, address)
-	if err != nil {
-		t.Fatal(err)
+	for start := time.Now(); ; time.Sleep(time.Millisecond) {
+		c, err := net.Dial("unix", socket)
+		if err == nil {
+			t.Cleanup(func() { c.Close() })
+			return &debugger{t, c, bufio.NewReader(c)}
+		}
+		early := errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
+		if !early || time.Since(start) > tooLong {
+			t.Fatal(err)
+		}
 	}
-	t.Cleanup(func() { c.Close() })
-	return &debugger{t, c, bufio.NewReader(c)}
 }
 
 func (d *debugger) send(body string) {
@@ -51,33 +60,18 @@ func (d *debugger) want(body string) {
 	}
 }
 
-// waitForFile waits until gvm has made a file.
-func waitForFile(p *proc, path string) {
-	p.t.Helper()
-	for start := time.Now(); ; time.Sleep(time.Millisecond) {
-		if _, err := os.Lstat(path); err == nil {
-			return
-		}
-		if time.Since(start) > tooLong {
-			p.t.Fatalf("no %s", path)
-		}
-	}
-}
-
 // TestGDB: a machine waits for its debugger, at a socket of its user's, and runs on when that detaches.
 func TestGDB(t *testing.T) {
 	t.Parallel()
 	socket := filepath.Join(t.TempDir(), "a gdb")
 	p := startGVM(t, "", "run", "--gdb", "unix:"+socket, "-S", "--cpus", "2", "--memory", "64M")
-	waitForFile(p, socket)
-	st, err := os.Lstat(socket)
-	if err != nil || st.Mode() != os.ModeSocket|0o600 {
-		t.Errorf("the socket: %v, %v", st.Mode(), err)
+	d := dialGDB(t, socket)
+	if st, err := os.Lstat(socket); err != nil || st.Mode() != os.ModeSocket|0o600 {
+		t.Errorf("the socket: %+v, %v", st, err)
 	}
-	d := dialGDB(t, "unix", socket)
 	d.send("?")
 	d.want("T05thread:1;")
-	second := dialGDB(t, "unix", socket)
+	second := dialGDB(t, socket)
 	if _, err := second.r.ReadByte(); err == nil {
 		t.Error("a second debugger is served")
 	}
@@ -125,8 +119,7 @@ func TestGDBEnds(t *testing.T) {
 			t.Parallel()
 			socket := filepath.Join(t.TempDir(), "gdb")
 			p := startGVM(t, "", append([]string{"run", "--gdb", "unix:" + socket, "-S", "--memory", "64M"}, c.args...)...)
-			waitForFile(p, socket)
-			d := dialGDB(t, "unix", socket)
+			d := dialGDB(t, socket)
 			d.send("?")
 			d.want("T05thread:1;")
 			c.client(p, d)
