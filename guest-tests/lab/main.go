@@ -39,8 +39,13 @@ type Options struct {
 	Writable, Visible []string
 }
 
-// attempts is the number of labs in which Main tries to run a package's tests.
-const attempts = 3
+const (
+	// attempts is the number of labs in which Main runs tests that lose guests.
+	attempts = 3
+	// labs is the number of labs that Main starts for tests that have not ended, as a lab crashed or
+	// wedged.
+	labs = 6
+)
 
 // exitInfrastructure is Main's status if the tests could not be run at all. The testing package
 // ends with 0, 1 or 2.
@@ -109,10 +114,11 @@ func Main(m interface{ Run() int }, o Options) int {
 	start := time.Now()
 	out := new(transcript)
 	code, err := mainInLab(ctx, a, o, start, out)
-	// A lab that crashed or wedged does not judge the tests: all of them run again in a new one,
-	// and the log says so.
-	for try := 1; try < attempts && (errors.Is(err, ErrCrashed) || errors.Is(err, ErrWedged)); try++ {
-		fmt.Fprintf(os.Stderr, "%v\nlab: the tests start again in a new lab\n", err)
+	// A lab that crashed or wedged does not judge the tests: those that have not passed run again in
+	// a new one, and the log says so.
+	for try := 1; try < labs && (errors.Is(err, ErrCrashed) || errors.Is(err, ErrWedged)); try++ {
+		fmt.Fprintf(os.Stderr, "lab: %v; the tests that have not passed start again in a new lab\n", err)
+		a = a.skip(out.passed())
 		out = new(transcript)
 		code, err = mainInLab(ctx, a, o, start, out)
 	}
@@ -144,13 +150,20 @@ func (t *transcript) Write(p []byte) (int, error) {
 	return t.to.Write(p)
 }
 
-// failLine is a test that failed, also in the form that go test -json reads.
-var failLine = regexp.MustCompile(`(?m)^\x16?--- FAIL: (\w+) `)
+// endLine is a test that ended, also in the form that go test -json reads.
+var endLine = regexp.MustCompile(`(?m)^\x16?--- (FAIL|PASS): (\w+) `)
 
 // failed returns the names of the tests that failed, without subtests.
-func (t *transcript) failed() (names []string) {
-	for _, m := range failLine.FindAllSubmatch(t.b, -1) {
-		names = append(names, string(m[1]))
+func (t *transcript) failed() []string { return t.ended("FAIL") }
+
+// passed returns the names of the tests that passed, without subtests.
+func (t *transcript) passed() []string { return t.ended("PASS") }
+
+func (t *transcript) ended(result string) (names []string) {
+	for _, m := range endLine.FindAllSubmatch(t.b, -1) {
+		if string(m[1]) == result {
+			names = append(names, string(m[2]))
+		}
 	}
 	return names
 }
@@ -278,6 +291,23 @@ func parseTestArgs(args []string) testArgs {
 		}
 		a.args = append(a.args, arg)
 	}
+	return a
+}
+
+// skip returns a that leaves out more tests, by their names.
+func (a testArgs) skip(names []string) testArgs {
+	if len(names) == 0 {
+		return a
+	}
+	const flag = "-test.skip="
+	passed := "^(" + strings.Join(names, "|") + ")$"
+	pattern := passed
+	for _, arg := range a.args { // the last one counts
+		if before, ok := strings.CutPrefix(strings.Replace(arg, "--", "-", 1), flag); ok && before != "" {
+			pattern = before + "|" + passed
+		}
+	}
+	a.args = append(slices.Clone(a.args), flag+pattern)
 	return a
 }
 

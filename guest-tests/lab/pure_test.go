@@ -65,6 +65,28 @@ func TestTranscript(t *testing.T) {
 	if got := out.failed(); !reflect.DeepEqual(got, []string{"TestA", "TestC"}) || to.String() != text {
 		t.Errorf("failed: %q, passed on: %q", got, to.String())
 	}
+	if got := out.passed(); !reflect.DeepEqual(got, []string{"TestB"}) {
+		t.Errorf("passed: %q", got)
+	}
+}
+
+// TestSkip: tests that passed before a lab crashed are left out of the next one, and so are those that
+// the arguments leave out.
+func TestSkip(t *testing.T) {
+	for _, tt := range []struct{ args, passed, want string }{
+		{"-test.v", "", "-test.v"},
+		{"-test.v", "TestA", "-test.v -test.skip=^(TestA)$"},
+		{"-test.skip A/^[12]_ -test.v", "TestA TestB", "-test.skip=A/^[12]_ -test.v -test.skip=A/^[12]_|^(TestA|TestB)$"},
+	} {
+		a := parseTestArgs(strings.Fields(tt.args)).skip(strings.Fields(tt.passed))
+		if got := strings.Join(a.args, " "); got != tt.want {
+			t.Errorf("%q: %q, want %q", tt.args, got, tt.want)
+		}
+	}
+	a := parseTestArgs([]string{"-test.skip=A"}).skip([]string{"TestB"}).skip([]string{"TestC"})
+	if got, want := a.args[len(a.args)-1], "-test.skip=A|^(TestB)$|^(TestC)$"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
 }
 
 func TestQEMUVersion(t *testing.T) {

@@ -123,7 +123,8 @@ func (l *Lab) try(ctx context.Context, c Command) (int, error) {
 	if err != nil {
 		err = fmt.Errorf("%w (L1 kernel %s)", err, c.Kernel.Release)
 		if t := strings.TrimSpace(m.console.String()); t != "" {
-			fmt.Fprintf(c.Log, "lab: the end of L1's console:\n%s\n", t)
+			t = strings.ReplaceAll(t, "\n", "\nlab:   ") // each line with the mark of the lab's own
+			fmt.Fprintf(c.Log, "lab: the end of L1's console:\nlab:   %s\n", t)
 		}
 	}
 	return exit, err
