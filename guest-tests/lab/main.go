@@ -39,13 +39,8 @@ type Options struct {
 	Writable, Visible []string
 }
 
-const (
-	// attempts is the number of labs in which Main runs tests that lose guests.
-	attempts = 3
-	// labs is the number of labs that Main starts for tests that have not ended, as a lab crashed or
-	// wedged.
-	labs = 6
-)
+// labs is the number of labs in which Main tries to run a package's tests.
+const labs = 6
 
 // exitInfrastructure is Main's status if the tests could not be run at all. The testing package
 // ends with 0, 1 or 2.
@@ -84,8 +79,9 @@ func build(packages []string) (dir string, err error) {
 //
 // The lab's processor is software, and loses a guest now and then (of those with a busy console one
 // in ten ends in a triple fault, including QEMU's own guests). If tests failed and Options.Lost
-// matches their output, the failed ones run again, in a new lab, and the log says so. The result of
-// the second run counts, or after one more loss, that of the third.
+// matches their output, the failed ones run again, in a new lab, and the result of that counts, or
+// after one more loss, that of the next. If the lab itself crashes or wedges, the tests that have not
+// passed go on in a new one. The log says so.
 func Main(m interface{ Run() int }, o Options) int {
 	a := parseTestArgs(os.Args[1:])
 	if os.Getenv(InLabEnv) == "1" || a.list {
@@ -112,25 +108,32 @@ func Main(m interface{ Run() int }, o Options) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	start := time.Now()
-	out := new(transcript)
-	code, err := mainInLab(ctx, a, o, start, out)
-	// A lab that crashed or wedged does not judge the tests: those that have not passed run again in
-	// a new one, and the log says so.
-	for try := 1; try < labs && (errors.Is(err, ErrCrashed) || errors.Is(err, ErrWedged)); try++ {
-		fmt.Fprintf(os.Stderr, "lab: %v; the tests that have not passed start again in a new lab\n", err)
-		a = a.skip(out.passed())
-		out = new(transcript)
+	var (
+		code int
+		err  error
+	)
+run:
+	for n := range labs {
+		out := new(transcript)
 		code, err = mainInLab(ctx, a, o, start, out)
-	}
-	for try := 1; try < attempts && err == nil && code == 1 && o.Lost != nil && o.Lost.Match(out.b); try++ {
-		failed := out.failed()
-		if len(failed) == 0 {
+		if n == labs-1 {
 			break
 		}
-		fmt.Fprintf(os.Stderr, "lab: a guest was lost; in a new lab run again: %s\n", strings.Join(failed, ", "))
-		a.args = append(slices.Clone(a.args), "-test.run=^("+strings.Join(failed, "|")+")$")
-		out = new(transcript)
-		code, err = mainInLab(ctx, a, o, start, out)
+		switch {
+		case errors.Is(err, ErrCrashed), errors.Is(err, ErrWedged):
+			// A lab that crashed or wedged does not judge the tests.
+			fmt.Fprintf(os.Stderr, "lab: %v; the tests that have not passed start again in a new lab\n", err)
+			a = a.skip(out.passed())
+		case err == nil && code == 1 && o.Lost != nil && o.Lost.Match(out.b):
+			failed := out.failed()
+			if len(failed) == 0 {
+				break run
+			}
+			fmt.Fprintf(os.Stderr, "lab: a guest was lost; in a new lab run again: %s\n", strings.Join(failed, ", "))
+			a.args = append(slices.Clone(a.args), "-test.run=^("+strings.Join(failed, "|")+")$")
+		default:
+			break run
+		}
 	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "%v\nFAIL: the tests did not run to their end\n", err)
