@@ -20,6 +20,8 @@ import (
 	"gvm/guest-tests/lab"
 )
 
+func init() { labCPUs = 2 }
+
 // builtKernel returns the kernel built by ./dev kernel.
 func builtKernel(t *testing.T) *lab.Kernel {
 	t.Helper()
