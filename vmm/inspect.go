@@ -55,10 +55,14 @@ func (i *Inspector) Read(ctx context.Context, path string) (inspect.Node, error)
 func (i *Inspector) NMI(ctx context.Context) error {
 	i.mu.RLock()
 	defer i.mu.RUnlock()
-	m := i.m
-	if m == nil {
+	if i.m == nil {
 		return ErrNotRunning
 	}
+	return i.m.nmi(ctx)
+}
+
+// nmi raises an NMI on all vCPUs at once: see Inspector.NMI.
+func (m *machine) nmi(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, inspectTime)
 	defer cancel()
 	defer context.AfterFunc(m.life, panics.Func(cancel))()

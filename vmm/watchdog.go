@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"errors"
+	"fmt"
 
 	"gvm/devices/i6300esb"
 )
@@ -48,8 +49,8 @@ func (m *machine) watchdogExpired() {
 		m.end(Outcome{Ending: Expired, Err: errors.New(said), Report: m.stateReport()})
 	case WatchdogNMI:
 		m.cfg.Note(said + ": it gets an NMI")
-		for i, c := range m.cpus {
-			m.ask(m.life, i, func() { m.check(c.NMI()) })
+		if err := m.nmi(m.life); err != nil && !errors.Is(err, ErrNotRunning) {
+			m.cfg.Note(fmt.Sprintf("the NMI of the watchdog: %v", err))
 		}
 	}
 }
