@@ -131,7 +131,7 @@ func readPods(c *cli.Context) ([]matrix.Done, error) {
 	in, path := os.Stdin, c.String("collect")
 	if path != "-" {
 		var err error
-		if in, err = os.Open(path); err != nil {
+		if in, err = openInput(path); err != nil {
 			return nil, fmt.Errorf("--collect: %w", err)
 		}
 		defer in.Close()

@@ -105,7 +105,7 @@ func TestKubernetesWords(t *testing.T) {
 		{"-k x --cell -1 -- sh", "--cell -1: want 0 or more"},
 		{"-k x --message m -- sh", "--message has the verdict of one cell: choose it with --cell"},
 		{"--collect none", "--collect: open none: no such file or directory"},
-		{"--collect /dev/null", "--collect /dev/null: want the output of kubectl get pods -o json: EOF"},
+		{"--collect /dev/null", "--collect: /dev/null: is a character device"},
 		{"--collect none --repeat 2",
 			"--collect has the matrix from the pods: give it --junit and --results alone, not --repeat"},
 		{"--collect none -- sh", "--collect has the command from the pods: give none"},
