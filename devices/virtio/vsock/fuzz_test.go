@@ -221,10 +221,11 @@ func (f *fuzzer) read(u *user, n int) {
 
 // check checks the bytes that came, and the device's memory.
 func (f *fuzzer) check() {
-	if err := f.dev.workers[rxQueue].Barrier(); err != nil {
-		f.t.Fatal(err)
-	}
 	for {
+		// take makes the buffer available again, which lets the device send the next packet.
+		if err := f.dev.workers[rxQueue].Barrier(); err != nil {
+			f.t.Fatal(err)
+		}
 		head, n, ok := f.q[rxQueue].Used()
 		if !ok {
 			break
