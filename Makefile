@@ -34,7 +34,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-unit test-lab test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams bench guest clean
+.PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams bench guest clean
 .PHONY: man stage install uninstall deb
 
 build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
@@ -46,9 +46,7 @@ run: ## boot the embedded guest
 demo: ## boot a stock Debian kernel to a shell, here or in the lab
 	$(GO) run ./guest-tests/cmd/demo
 
-# What the kernel's vhost-scsi serves is tested on three kernels; on the second and third in a
-# short form, of what differs between them. `make vhost` has all of it. A part that fails does not
-# keep the other from running.
+# A part that fails does not keep the other from running.
 test: ## the tests of every day; those that need a real KVM run in the lab where there is none
 	@$(MAKE) -k -j1 test-unit test-lab
 
@@ -56,14 +54,22 @@ test-unit:
 	$(GOTEST) -timeout 10m $(UNIT)
 	cd guest-tests/kubernetes && $(GO) test ./manifest
 
+# The tests with Linux guests that take longest: many guests each, or large ones.
+LONG = ^Test(Bisect|CrashKernel|Faults|InitrdAbove4GiB|Killed|Matrix|MemoryCgroup|Roots|Rungs|Share|StopsUnderLoad|TestSignals|VhostLives)$$
+
 test-lab:
-	$(GOTEST) -timeout 40m -p 1 -parallel 1 $(LAB)
+	$(GOTEST) -timeout 30m -p 1 -parallel 1 -skip '$(LONG)' $(LAB)
+
+# What the kernel's vhost-scsi serves is tested on three kernels; on the second and third in a
+# short form, of what differs between them. `make vhost` has all of it.
+long: ## the tests with Linux guests that take longest, and other kernels for the host
+	$(GOTEST) -timeout 30m -p 1 -parallel 1 -run '$(LONG)' ./guest-tests/linux
 	GVM_TEST_L1=6.12 $(GOTEST) -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Tools)' -skip 'Filesystems/^[12]_' ./guest-tests/linux
 	GVM_TEST_L1=7.3 $(GOTEST) -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Equivalence|Filesystems|Plug)' -skip 'Filesystems/^[12]_' ./guest-tests/linux
 	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
 
 # All words that test something. One that fails does not keep the others from running.
-ALL ?= test lint race distribution kernel kubernetes streams vhost conformance soak fuzz racelab
+ALL ?= test long lint race distribution kernel kubernetes streams vhost conformance soak fuzz racelab
 test-all: ## test, and then all the rest; what took longest comes at the end
 	@times=$$(mktemp) || exit 1; export GVM_TEST_TIMES=$$times; failed=; \
 	for word in $(ALL); do echo "test-all: $$word"; $(MAKE) $$word || failed="$$failed $$word"; done; \
