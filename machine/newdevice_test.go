@@ -21,7 +21,7 @@ import (
 	"gvm/vmm/boot"
 )
 
-// steps is the program of a guest: what it does, one after the other.
+// steps is the program of a guest: its actions, one after the other.
 type steps []step
 
 type step struct{ op, at, value uint32 }

@@ -29,7 +29,7 @@ type Report struct {
 	Fails bool `json:"fails"` // by the Policy
 }
 
-// Results are what a console showed.
+// Results have the findings of a console.
 type Results struct {
 	Exit int    `json:"exit"`          // the exit status, set by the caller
 	End  string `json:"end,omitempty"` // the end of the guest and the faults, set by the caller; "": none

@@ -49,7 +49,7 @@ type Config struct {
 	// Status takes the reports of a program in the guest at the port of package statusport, on the
 	// vCPU's thread; nil: there is no such port.
 	Status func(statusport.Report)
-	// Watchdog is what is done when the guest's watchdog expires; 0: the guest has none.
+	// Watchdog is the action when the guest's watchdog expires; 0: the guest has none.
 	Watchdog WatchdogAction
 	// Rebooting makes a reset by the guest start the machine again in place,
 	// with fresh memory, until it ends otherwise.

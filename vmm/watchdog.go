@@ -7,7 +7,7 @@ import (
 	"gvm/devices/i6300esb"
 )
 
-// WatchdogAction is what is done when the guest's watchdog expires.
+// WatchdogAction is the action when the guest's watchdog expires.
 type WatchdogAction int
 
 // Actions. The watchdog expires again only after the guest has reloaded it.

@@ -33,7 +33,7 @@ func policyFlags(action string, status int) []cli.Flag {
 	}
 }
 
-// verdictFlags are the flags for what a console shows.
+// verdictFlags are the flags for a console's verdict.
 func verdictFlags() []cli.Flag {
 	return append(policyFlags("ignore", exitFault),
 		&cli.StringFlag{Name: "junit", TakesFile: true,

@@ -7,7 +7,7 @@ import (
 )
 
 // clusterSet is a set of the clusters of an overlay, as a tree that has nodes only for
-// what is in it: an image of 1 EiB has 2^44 clusters. What a write adds to it is a small part
+// its contents: an image of 1 EiB has 2^44 clusters. What a write adds to it is a small part
 // of the storage that the write takes. Clusters are added and never taken out. Readers need
 // no lock; those that add have Overlay.mu.
 type clusterSet struct {

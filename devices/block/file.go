@@ -23,7 +23,7 @@ import (
 // Options say how Open takes an image.
 type Options struct {
 	ReadOnly bool
-	// Size, in bytes, is what the image shall have; 0 takes it as it is. A file
+	// Size, in bytes, of the image afterwards; 0 takes it as it is. A file
 	// that does not exist is created, sparse; a smaller one grows, and the new
 	// part reads as zeroes. Nothing ever shrinks: a larger file is an error, as
 	// is a block device of another size.
@@ -70,7 +70,7 @@ type openError struct {
 func (e *openError) Error() string { return e.text }
 func (e *openError) Unwrap() error { return e.kind }
 
-// badImage says what is wrong with path.
+// badImage returns an error that says why path is no image.
 func badImage(kind error, path, format string, a ...any) error {
 	return &openError{kind, path + ": " + fmt.Sprintf(format, a...)}
 }
@@ -86,8 +86,8 @@ type File struct {
 	readOnly    bool
 	noLock      bool
 	note        func(string) // nil: dropped
-	below       []io.Closer  // what a block device stands on, locked or claimed
-	uses        []*use       // of the file or device and of what it stands on
+	below       []io.Closer  // the devices below a block device, locked or claimed
+	uses        []*use       // of the file or device and of those below it
 	block       bool
 	made        bool // Open made the file
 	unnamed     bool // it has no path
@@ -167,7 +167,7 @@ func openLocked(path string, o Options) (_ *File, err error) {
 		return nil, err
 	}
 	b.size.Store(size)
-	// Before it grows: what is of another format stays as it is.
+	// Before it grows: a file of another format stays as it is.
 	if !o.Raw && (!o.Direct || size%b.blockSize == 0) {
 		if err := b.checkFormat(); err != nil {
 			return nil, err
@@ -285,7 +285,7 @@ func (b *File) currentSize() (int64, error) {
 	return b.f.Seek(0, io.SeekEnd)
 }
 
-// fit makes the image as large as o says and checks what it has then.
+// fit makes the image as large as o says and checks its size then.
 func (b *File) fit(o Options) error {
 	size, err := b.currentSize()
 	if err != nil {
@@ -323,7 +323,7 @@ func (b *File) fit(o Options) error {
 	return nil
 }
 
-// checkSize tells what is wrong with a size that the image has.
+// checkSize returns an error if no image can have size.
 func (b *File) checkSize(size int64) error {
 	if size == 0 {
 		return badImage(ErrSize, b.path, "is empty (give a size to make it a disk)")

@@ -26,7 +26,7 @@ type Info struct {
 	Base      text.Name `json:"base,omitempty"`   // of an overlay: the path of its base when it was made
 	Writer    int       `json:"writer,omitempty"` // PID of the process that has it for writing, -1 if it is not found
 	Readers   bool      `json:"readers"`          // it is in use for reading
-	Host      text.Name `json:"host,omitempty"`   // what the host has it for, such as a mount
+	Host      text.Name `json:"host,omitempty"`   // the host's use of it, such as a mount
 }
 
 // Inspect looks at an image, which may be in use.

@@ -69,7 +69,7 @@ func ReadsAtOnce(dir string) (bool, error) {
 	return b.ReadVecNow(block, 0), nil
 }
 
-// ReadVecNow implements Prompt: it reads what the page cache has (RWF_NOWAIT).
+// ReadVecNow implements Prompt: it reads from the page cache alone (RWF_NOWAIT).
 func (b *File) ReadVecNow(iov [][]byte, off int64) bool {
 	n := iovec.Len(iov)
 	switch {

@@ -13,7 +13,7 @@ import (
 
 // fakeDisk is the system's side of a transfer, with its moods: it is interrupted
 // at every second call, moves at most 700 bytes and, when fussy, refuses more
-// than one buffer as O_DIRECT refuses what is not aligned.
+// than one buffer as O_DIRECT refuses unaligned ones.
 type fakeDisk struct {
 	data  []byte
 	fussy bool
@@ -44,7 +44,7 @@ func (d *fakeDisk) do(read bool) transfer {
 	}
 }
 
-// TestMove has the whole transfer arrive whatever single calls do.
+// TestMove has the whole transfer arrive with calls that move a part.
 func TestMove(t *testing.T) {
 	for _, fussy := range []bool{false, true} {
 		want := make([]byte, 8192)

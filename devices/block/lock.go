@@ -19,7 +19,7 @@ import (
 type LockedError struct {
 	Path string
 	PID  int    // the process that has it, 0 if it could not be found
-	By   string // what has it if that is not a process, and what to do about it
+	By   string // the user if that is not a process, and the mend
 	// Other is the path by which this process has it, "" if that is not known.
 	Other string
 }

@@ -248,7 +248,7 @@ func (o *Overlay) begin(i overlayInfo, same bool) error {
 	return o.top.Flush()
 }
 
-// restore makes the first bitmap what the second one is.
+// restore copies the second bitmap over the first.
 func (o *Overlay) restore() error {
 	err := o.extents(o.at[0], func(off, n int64) error {
 		err := o.top.Discard(off, n)
@@ -431,7 +431,7 @@ func (o *Overlay) ReadVecNow(iov [][]byte, off int64) bool {
 	return f != nil && f.ReadVecNow(iov, off)
 }
 
-// WriteVecNow implements Prompt. What the base has would have to be copied first.
+// WriteVecNow implements Prompt. Data of the base would have to be copied first.
 func (o *Overlay) WriteVecNow(iov [][]byte, off int64) bool {
 	f, off := o.only(iov, off)
 	return f == o.top && f.WriteVecNow(iov, off)
@@ -453,7 +453,7 @@ func (o *Overlay) only(iov [][]byte, off int64) (*File, int64) {
 	return o.base, off
 }
 
-// WriteVec writes to top, and takes there what was the base's.
+// WriteVec writes to top, and copies the rest of its clusters from the base.
 func (o *Overlay) WriteVec(iov [][]byte, off int64) (int, error) {
 	return o.write(iov, off, o.top.WriteVec)
 }
@@ -564,14 +564,14 @@ func (o *Overlay) DiscardGranularity() int64 {
 	return overlayCluster
 }
 
-// Discard makes holes in top, which hide the base. What the base has as holes stays its.
+// Discard makes holes in top, which hide the base. Holes of the base stay its.
 func (o *Overlay) Discard(off, n int64) error { return o.clear(off, n, o.top.Discard, true) }
 
 // Zero writes zeroes to top.
 func (o *Overlay) Zero(off, n int64) error { return o.clear(off, n, o.top.Zero, false) }
 
 // clear makes a range read as zeroes: of whole clusters by do, of parts by a write. With
-// holes, what is the base's and reads as zeroes already is left alone.
+// holes, clusters of the base that read as zeroes are left alone.
 func (o *Overlay) clear(off, n int64, do func(off, n int64) error, holes bool) error {
 	if err := o.check(off, n); err != nil {
 		return err

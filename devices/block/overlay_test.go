@@ -22,7 +22,7 @@ import (
 const cluster = 64 << 10
 
 // overlay opens an overlay on the image at base, and closes it at the end of the
-// test if nobody else has.
+// test if nothing else has.
 func overlay(t *testing.T, base, path string) *block.Overlay {
 	t.Helper()
 	f, err := block.Open(base, block.Options{ReadOnly: true, Raw: true})
@@ -38,7 +38,7 @@ func overlay(t *testing.T, base, path string) *block.Overlay {
 	return o
 }
 
-// golden makes a base that ends inside a cluster, and returns what it holds.
+// golden makes a base that ends inside a cluster, and returns its contents.
 func golden(t *testing.T) (path string, data []byte) {
 	t.Helper()
 	data = make([]byte, 40*cluster+4096)
@@ -169,8 +169,8 @@ func TestOverlayTogether(t *testing.T) {
 	wantData(t, "all together", o, want)
 }
 
-// TestOverlayPowerCut: what was not flushed may be lost with its bitmap, or without, or
-// the other way round, and shows nothing but what was there at the flush.
+// TestOverlayPowerCut: data not flushed may be lost with its bitmap, or without, or
+// the other way round, and shows only the data of the flush.
 func TestOverlayPowerCut(t *testing.T) {
 	base, want := golden(t)
 	dir := t.TempDir()
@@ -233,7 +233,7 @@ func seal(file []byte) {
 	binary.BigEndian.PutUint32(file[8:], crc32.ChecksumIEEE(file[16:4096]))
 }
 
-// TestOverlayRefuses opens what is no overlay, or another base's.
+// TestOverlayRefuses opens files that are no overlay, or another base's.
 func TestOverlayRefuses(t *testing.T) {
 	base, _ := golden(t)
 	path := filepath.Join(t.TempDir(), "overlay")

@@ -12,12 +12,12 @@ import (
 func TestResize(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
-		outside int64 // the size that somebody else gives the file first, 0: none
+		outside int64 // the size that another program gives the file first, 0: none
 		n       int64
 		shrink  bool
 		o       block.Options
 		want    int64 // 0: refused
-		file    int64 // what the file has afterwards
+		file    int64 // its size afterwards
 		text    string
 	}{
 		{"grow", 0, 2 * mib, false, block.Options{}, 2 * mib, 2 * mib, ""},

@@ -17,7 +17,7 @@ import (
 	"gvm/devices/block"
 )
 
-// run runs a command that sets up what a test needs.
+// run runs a command that prepares a test.
 func run(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	out, err := exec.Command(name, args...).CombinedOutput()
@@ -118,7 +118,7 @@ func refused(t *testing.T, path string, texts ...string) {
 	}
 }
 
-// reads wants Open of path for reading to go on, and returns what it notes.
+// reads wants Open of path for reading to go on, and returns its notes.
 func reads(t *testing.T, path string) string {
 	t.Helper()
 	var notes []string

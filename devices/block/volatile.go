@@ -10,15 +10,15 @@ import (
 // sector is what storage writes as a whole or not at all.
 const sector = 512
 
-// errPowerCut is what a Volatile without power returns.
+// errPowerCut is the error of a Volatile without power.
 var errPowerCut = errors.New("no power")
 
 // Volatile is storage in memory with a write cache that a power cut loses, for tests
-// of what is durable when.
+// of the data that is durable when.
 type Volatile struct {
 	mu     sync.Mutex
 	medium *Mem
-	cached map[int64][][]byte // by sector: what is newer than on the medium, the oldest first
+	cached map[int64][][]byte // by sector: data newer than on the medium, the oldest first
 	off    bool
 }
 
@@ -41,7 +41,7 @@ func (v *Volatile) PowerCut(r *rand.Rand) {
 	clear(v.cached)
 }
 
-// Medium returns what is there after PowerCut.
+// Medium returns the contents after PowerCut.
 func (v *Volatile) Medium() *Mem { return v.medium }
 
 // Size returns the size in bytes.

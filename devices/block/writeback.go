@@ -7,7 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// WriteBack writes what the page cache has of the image, in pieces, until ctx ends; a flush has
+// WriteBack writes the image's pages in the page cache, in pieces, until ctx ends; a flush has
 // little left to do then. A thread that waits for a flush keeps its process from ending, so the end
 // of a machine comes here first. An error of the storage is told once by the kernel, to this.
 func (b *File) WriteBack(ctx context.Context) error {

@@ -88,10 +88,10 @@ type Inspector interface {
 	Inspect() (device []inspect.Node, queues [][]inspect.Node)
 }
 
-// Activation is what a device gets at DRIVER_OK.
+// Activation has a device's parameters at DRIVER_OK.
 type Activation struct {
 	Mem      *guestmem.Memory
-	Features uint64  // what the driver accepted
+	Features uint64  // those that the driver accepted
 	Queues   []Queue // as many as QueueSizes; those the driver left alone have Size 0
 	// Broken reports that the guest broke a rule of the device or the ring:
 	// the transport sets DEVICE_NEEDS_RESET and tells the driver. It may be

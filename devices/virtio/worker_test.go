@@ -21,7 +21,7 @@ import (
 
 const base = 0x10000
 
-// rig is a driver and what the device under test gets at DRIVER_OK.
+// rig is a driver and the parameters of the device under test at DRIVER_OK.
 type rig struct {
 	*virtqtest.Driver
 	a      virtio.Activation

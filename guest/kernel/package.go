@@ -19,7 +19,7 @@ import (
 	"gvm/vmm/boot"
 )
 
-// Bounds of what a package makes gvm read and keep. Nothing else of it is kept.
+// Bounds of the data of a package that gvm reads and keeps. Nothing else of it is kept.
 const (
 	maxImage    = 256 << 20
 	maxUnpacked = 8 << 30 // with debug information a kernel's package has some 5 GiB

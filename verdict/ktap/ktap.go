@@ -101,7 +101,7 @@ func (t *Test) own(of Counts) bool {
 	return of.Total() == 0 || bad && of.Failed+of.Crashed == 0
 }
 
-// Bounds of what a guest can make gvm keep.
+// Bounds of the data that a guest can make gvm keep.
 const (
 	maxTests = 1 << 16
 	maxDepth = 32

@@ -100,7 +100,7 @@ func FuzzTranslate(f *testing.F) {
 	})
 }
 
-// TestDebugState: what is set is what is read, and belongs to the description.
+// TestDebugState: the state set is the state read, and belongs to the description.
 func TestDebugState(t *testing.T) {
 	var s DebugState
 	n := 0

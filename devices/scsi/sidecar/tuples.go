@@ -28,7 +28,7 @@ const (
 	tuplesHeader = 4096
 )
 
-// ErrTuples is a file that is not what it should be.
+// ErrTuples is the error of a file that does not hold tuples.
 var ErrTuples = errors.New("not the protection information of this disk")
 
 // Tuples keeps the protection information of a disk in a file beside its image. It is

@@ -272,7 +272,7 @@ func TestResizeCutsTuples(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// What is no protection information stays.
+	// A file without protection information stays.
 	path := filepath.Join(t.TempDir(), "disk")
 	notes := bytes.Repeat([]byte("my notes"), 4096)
 	if err := errors.Join(os.WriteFile(path, make([]byte, mib), 0o600),

@@ -274,7 +274,7 @@ func (d *Device) Resize(size uint64) {
 	}
 }
 
-// State is what the driver has said.
+// State has the driver's reports.
 type State struct {
 	Size   uint64 // bytes that Resize asked for
 	Actual uint64 // bytes in the balloon

@@ -27,8 +27,8 @@ type Difference struct {
 	Record *trace.Record
 	// What differs: "response", "status", "sense", "residual", "data".
 	What []string
-	// A is what the first side answered, or the trace where there is one side. B
-	// is what the other did.
+	// A is the answer of the first side, or the trace's where there is one side. B
+	// is the other's.
 	A, B Answer
 	// Data are the offsets of the bytes of data-in that differ.
 	Data []int
@@ -143,7 +143,7 @@ func (s *Side) send(r *trace.Record, out []byte) (Answer, error) {
 }
 
 // dataOut returns what a request sends, and false when that is not known and
-// decides what the command does.
+// decides how the command works.
 func dataOut(i int, r *trace.Record) ([]byte, bool) {
 	switch {
 	case r.Payload != nil:

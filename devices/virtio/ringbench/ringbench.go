@@ -39,7 +39,7 @@ const (
 	pageSize = 4096
 )
 
-// Load is what the driver does, on LUN 0.
+// Load is the driver's work, on LUN 0.
 type Load struct {
 	Queues int // request queues that are used, each from a thread of its own
 	Depth  int // requests in flight in each of them

@@ -30,10 +30,10 @@ type Slot interface {
 	Check(written uint32) error
 }
 
-// Load is what the driver does.
+// Load is the driver's work.
 type Load struct {
 	Rounds   int    // how often the device is stopped
-	Features uint64 // what the driver accepts
+	Features uint64 // those that the driver accepts
 	// Slots returns what the driver has in flight in a queue, with memory from d. A queue without
 	// slots is set up, and left to Round.
 	Slots func(queue int, d *virtqtest.Driver) []Slot

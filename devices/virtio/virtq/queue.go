@@ -35,7 +35,7 @@ const (
 // DEVICE_NEEDS_RESET, and no other guest or device is touched by it.
 type GuestError struct {
 	Rule string // the section that states the rule, "virtio 1.3, 2.7.6.1"
-	What string // what the driver did
+	What string // the driver's fault
 }
 
 func (e *GuestError) Error() string { return e.What + " (" + e.Rule + ")" }
@@ -303,7 +303,7 @@ func (q *Queue) Push(c *Chain, written uint32) (signal bool) {
 	return q.Publish()
 }
 
-// DisableKicks advises the driver that nobody waits for notifications, while
+// DisableKicks advises the driver that the device waits for no notifications, while
 // the caller polls Next. With VIRTIO_F_EVENT_IDX there is nothing to write:
 // avail_event stays behind, so the driver sends no more (2.7.10).
 func (q *Queue) DisableKicks() {

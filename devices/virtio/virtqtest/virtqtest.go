@@ -35,7 +35,7 @@ type Driver struct {
 
 	desc, avail, used []byte
 	eventIdx          bool
-	free              []uint16   // descriptors nobody uses, taken from the end
+	free              []uint16   // unused descriptors, taken from the end
 	chains            [][]uint16 // by head: the descriptors of the chain
 	tables            []table    // by head: memory for an indirect table
 	next, published   uint16     // available idx: ours, and the device's view
@@ -198,7 +198,7 @@ func (d *Driver) table(head uint16, segs []Seg) uint64 {
 	return t.addr
 }
 
-// Publish makes what was added available and kicks the device if it asked for
+// Publish makes the added chains available and kicks the device if it asked for
 // that, which kicked tells.
 func (d *Driver) Publish() (kicked bool, err error) {
 	before := d.published
@@ -220,7 +220,7 @@ func (d *Driver) Publish() (kicked bool, err error) {
 }
 
 // Used takes one chain that the device has used, and the length it says it
-// wrote. It panics when the device uses what is not in flight.
+// wrote. It panics when the device uses a chain that is not in flight.
 func (d *Driver) Used() (head uint16, written uint32, ok bool) {
 	if guestmem.LoadUint16(d.used[2:]) == d.lastUsed {
 		return 0, 0, false

@@ -236,7 +236,7 @@ func (d *Device) vector(v uint64) uint16 {
 
 // setStatus follows virtio 1.3, 2.1 and 3.1: bits are added one step after the
 // other, and only a reset clears them. DEVICE_NEEDS_RESET is the device's, so
-// what the driver writes there does not count.
+// the driver's writes there do not count.
 func (d *Device) setStatus(v byte) {
 	if v == 0 {
 		if err := d.resetLocked(); err != nil {

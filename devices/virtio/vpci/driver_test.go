@@ -227,7 +227,7 @@ func (r *rig) log(err error) {
 	r.logs = append(r.logs, err.Error())
 }
 
-// logged checks what was logged since the last time.
+// logged checks the log since the last time.
 func (r *rig) logged(want ...string) {
 	r.t.Helper()
 	r.mu.Lock()
@@ -270,7 +270,7 @@ const (
 	queueDevice         = 48
 )
 
-// driver is what a guest's driver does. It finds everything by the capability
+// driver does the work of a guest's driver. It finds everything by the capability
 // list; load and store go to offsets of the BAR that they name.
 type driver struct {
 	*rig

@@ -66,7 +66,7 @@ type Config struct {
 	Vectors   pci.Vectors
 	Doorbells Doorbells
 	// Log is told what broke: a device that failed or found its guest at
-	// fault, what the machine refused. A guest can cause any number of calls.
+	// fault, the operation that the machine refused. A guest can cause any number of calls.
 	// It comes from any goroutine, with locks held: it does not call back.
 	Log func(error)
 	// Context ends when the guest need not be waited for any more: a CPU that clears Bus Master Enable
@@ -82,7 +82,7 @@ type queue struct {
 	setup
 }
 
-// setup is what the driver tells of a virtqueue, and a reset forgets.
+// setup has the driver's values for a virtqueue, which a reset forgets.
 type setup struct {
 	size, vector       uint16
 	enabled            bool

@@ -96,7 +96,7 @@ func TestEventsNeedFeatures(t *testing.T) {
 }
 
 // TestEventsAcrossReset: a reset forgets buffers and lost events; an inactive
-// device has nobody to tell.
+// device has no driver to tell.
 func TestEventsAcrossReset(t *testing.T) {
 	r := newRig(t, Config{Target: &fake{submit: good}}, allEvents)
 	r.dev.Event(TransportReset, 1<<48, ResetRescan)

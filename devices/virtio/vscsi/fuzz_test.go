@@ -53,7 +53,7 @@ func FuzzRequest(f *testing.F) {
 			q := int(op[0] % 3)
 			d := r.q[q]
 			if d.Free() < 8 {
-				break // event buffers that nobody used
+				break // event buffers without events
 			}
 			out := append(bytes.Clone(image), make([]byte, 1024)...)[:int(op[1])+int(op[5]&6)*64]
 			if q == requestQueue && len(out) > 16 {

@@ -13,7 +13,7 @@ import (
 	"gvm/devices/virtio"
 )
 
-// watcher is an observer that keeps what it is told; every look at its clock is
+// watcher is an observer that keeps its calls; every look at its clock is
 // 1000 ns later.
 type watcher struct {
 	mu   sync.Mutex

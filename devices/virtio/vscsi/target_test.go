@@ -42,7 +42,7 @@ func rw10(op byte, lba uint32, blocks byte) []byte {
 	return b
 }
 
-// TestRealTarget is what a Linux driver does first, on the real target.
+// TestRealTarget does the first steps of a Linux driver, on the real target.
 func TestRealTarget(t *testing.T) {
 	r := newRig(t, Config{Target: newTarget(t, 0, 2, 300), Queues: 2}, virtio.FeatureEventIdx|virtio.FeatureIndirectDesc)
 	do := func(lun string, cdb []byte, out []byte, in int) (code, status byte, sense, data []byte, resid uint32) {

@@ -17,7 +17,7 @@ import (
 	"gvm/devices/virtio/virtq"
 )
 
-// Target is what the device needs of a SCSI target; *scsi.Target is one.
+// Target is the SCSI target that the device needs; *scsi.Target is one.
 type Target interface {
 	Submit(*scsi.Command)
 	AbortTask(scsi.NexusID, scsi.LUN, uint64) scsi.TaskResponse

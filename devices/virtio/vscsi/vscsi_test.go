@@ -16,7 +16,7 @@ import (
 	"gvm/guestmem"
 )
 
-// fake is a target that answers as the test says and notes what it was asked.
+// fake is a target that answers as the test says and notes its calls.
 type fake struct {
 	submit func(*scsi.Command)
 
@@ -466,7 +466,7 @@ func TestSenseAndCDBSize(t *testing.T) {
 	}
 }
 
-// TestBrokenRequests: what the device cannot answer breaks it, until a reset.
+// TestBrokenRequests: a request that the device cannot answer breaks it, until a reset.
 func TestBrokenRequests(t *testing.T) {
 	f := &fake{submit: good}
 	tmf := make([]byte, 24)

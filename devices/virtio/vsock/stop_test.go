@@ -174,7 +174,7 @@ func TestEventWaits(t *testing.T) {
 	}
 }
 
-// TestLastWords: what a guest has sent before its end arrives.
+// TestLastWords: bytes that a guest has sent before its end arrive.
 func TestLastWords(t *testing.T) {
 	r := newRig(t, 8)
 	c := r.connect(1, 1024, 100)

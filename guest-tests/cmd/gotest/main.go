@@ -64,7 +64,7 @@ type testTime struct {
 
 type testTimes []testTime
 
-// report reads events, and writes what a reader of go test expects.
+// report reads events, and writes the text that go test would print.
 func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, err error) {
 	kept := map[string]map[string][]string{} // lines of tests that have not passed, by package and test
 	lines := bufio.NewReader(events)
@@ -119,7 +119,7 @@ func isSummary(line string) bool {
 	return strings.HasPrefix(line, "ok  \t") || strings.HasPrefix(line, "FAIL\t") || strings.HasPrefix(line, "?   \t")
 }
 
-// failed returns what is kept of a package: what it printed itself comes first.
+// failed returns the output kept of a package: its own lines come first.
 func failed(tests map[string][]string) string {
 	var b strings.Builder
 	names := make([]string, 0, len(tests))
