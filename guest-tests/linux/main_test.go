@@ -71,8 +71,9 @@ func testMain(m *testing.M) int {
 		labCPUs = 2
 	}
 	options := lab.Options{
-		Direct:  direct,
-		Build:   []string{"gvm/cmd/gvm", "gvm/guest/diskload", "gvm/guest/vsockecho", "gvm/guest-tests/cmd/posixtest"},
+		Direct: direct,
+		Build: []string{"gvm/cmd/gvm", "gvm/guest/diskload", "gvm/guest/vsockecho", "gvm/guest-tests/cmd/posixtest",
+			"gvm/guest-tests/cmd/escapes"},
 		Memory:  10 << 10, // for a guest of 6 GiB
 		CPUs:    labCPUs,
 		Modules: []string{"nbd", "dm-mod", "raid0"},

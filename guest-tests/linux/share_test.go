@@ -2,15 +2,21 @@ package linux
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"gvm/devices/virtio/fs"
 	"gvm/devices/virtio/vsock"
@@ -164,4 +170,134 @@ umount /ro; umount /rw && say unmounted
 		r.fatalf(t, "see above")
 	}
 	r.kernelLog(t, 1)
+}
+
+// TestEscapes: a guest's root tries to leave the directories that it shares, in 35 ways. None of them gets
+// at a file outside, and none makes one that gives a program of the host rights.
+func TestEscapes(t *testing.T) { testEscapes(t, 0) }
+
+// TestEscapesOfUser does the same with an ordinary user's gvm, whose files those outside are as well.
+func TestEscapesOfUser(t *testing.T) { testEscapes(t, 65534) }
+
+func testEscapes(t *testing.T, uid int) {
+	const attempts = 35
+	base := t.TempDir()
+	dir := func(name ...string) string { return filepath.Join(append([]string{base}, name...)...) }
+	must(t, errors.Join(os.Chmod(filepath.Dir(base), 0o755),
+		os.Mkdir(dir("rw"), 0o755), os.Mkdir(dir("outside"), 0o755), os.Mkdir(dir("rw/moves"), 0o755),
+		os.Symlink("../outside", dir("rw/relative")), os.Symlink(dir("outside"), dir("rw/absolute")),
+		os.Symlink("../outside", dir("rw/exchanged")), unix.Mkfifo(dir("rw/fifo"), 0o666)))
+	writeFile(t, dir("rw/file"), "#!/bin/sh\n")
+	writeFile(t, dir("rw/dir/file"), "")
+	writeFile(t, dir("ro/file"), "read-only")
+	outside := map[string]string{"moves": ""}
+	for i := 1; i <= attempts; i++ {
+		name := fmt.Sprint(i)
+		outside[name] = "secret " + name
+		writeFile(t, dir("outside", name), outside[name])
+		writeFile(t, dir("rw/other", name), "inside")
+	}
+	fifo, err := unix.Open(dir("rw/fifo"), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	must(t, err)
+	defer unix.Close(fifo)
+	socket, err := net.Listen("unix", dir("rw/socket"))
+	must(t, err)
+	defer socket.Close()
+	must(t, filepath.WalkDir(base, func(path string, _ os.DirEntry, err error) error {
+		return errors.Join(err, os.Lchown(path, uid, uid))
+	}))
+
+	// The host exchanges a directory and a link, and moves a directory when the guest asks for it.
+	ctx, stop := context.WithCancel(t.Context())
+	hostDone := make(chan error, 1)
+	go func() {
+		for {
+			err := unix.Renameat2(unix.AT_FDCWD, dir("rw/exchanged"), unix.AT_FDCWD, dir("rw/other"), unix.RENAME_EXCHANGE)
+			if os.Remove(dir("rw/move")) == nil {
+				err = errors.Join(err, os.Rename(dir("rw/moves"), dir("outside/moves")))
+			}
+			if err != nil || ctx.Err() != nil {
+				hostDone <- err
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}()
+	r := asUser(t, uid, theLab(t).Cloud, "escapes", []string{dir("rw"), dir("ro"), dir("outside")},
+		"--timeout", "2m", "--rw", dir("rw"), "--ro", dir("ro"))
+	stop()
+	must(t, <-hostDone)
+	if r.status != 0 {
+		r.fatalf(t, "exit status %d, want 0", r.status)
+	}
+	for _, line := range strings.Split(strings.TrimSuffix(r.console, "\n"), "\n") {
+		attempt, result, _ := strings.Cut(line, ": ")
+		number, name, _ := strings.Cut(attempt, " ")
+		t.Run(name, func(t *testing.T) {
+			if result != "refused" {
+				t.Error(result)
+			}
+			if b, err := os.ReadFile(dir("outside", number)); string(b) != outside[number] {
+				t.Errorf("its file outside has %q, want %q; %v", b, outside[number], err)
+			}
+			delete(outside, number)
+		})
+	}
+	if len(outside) != 1 {
+		r.fatalf(t, "no attempt of %v", outside)
+	}
+	left, err := os.ReadDir(dir("outside"))
+	if err != nil || len(left) != attempts+1 {
+		t.Errorf("outside has %d entries, want %d; %v", len(left), attempts+1, err)
+	}
+	if b, err := os.ReadFile(dir("ro/file")); string(b) != "read-only" {
+		t.Errorf("the read-only file has %q; %v", b, err)
+	}
+	if n, err := unix.Read(fifo, make([]byte, 10)); !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("%d bytes from the FIFO, %v", n, err)
+	}
+	must(t, filepath.WalkDir(base, func(path string, e os.DirEntry, err error) error {
+		info, statErr := os.Lstat(path)
+		if statErr == nil && info.Mode()&(os.ModeSetuid|os.ModeSetgid|os.ModeDevice) != 0 {
+			t.Errorf("%s: %v", path, info.Mode())
+		}
+		return errors.Join(err, statErr)
+	}))
+}
+
+// asUser runs gvm test, with a program of the test's as the command, as a user of the host with no right
+// but that to use KVM. The files that the user cannot reach are mounted where it can.
+func asUser(t *testing.T, uid int, k *lab.Kernel, program string, programArgs []string, args ...string) result {
+	t.Helper()
+	info, err := os.Stat("/dev/kvm")
+	if err == nil && os.Getenv(lab.InLabEnv) == "1" {
+		err = os.Chmod("/dev/kvm", 0o660) // as udev does
+	}
+	must(t, err)
+	open := func() string { // a directory
+		dir := t.TempDir()
+		must(t, errors.Join(os.Chmod(filepath.Dir(dir), 0o755), os.Chown(dir, uid, uid)))
+		return dir
+	}
+	visible := func(path string) string {
+		at := filepath.Join(open(), filepath.Base(path))
+		info, err := os.Stat(path)
+		must(t, err)
+		if info.IsDir() {
+			err = os.Mkdir(at, 0o755)
+		} else {
+			err = os.WriteFile(at, nil, 0o644)
+		}
+		must(t, errors.Join(err, unix.Mount(path, at, "", unix.MS_BIND, "")))
+		t.Cleanup(func() { must(t, unix.Unmount(at, 0)) })
+		return at
+	}
+	tree := filepath.Dir(filepath.Dir(k.BZImage))
+	image := filepath.Join(visible(tree), strings.TrimPrefix(k.BZImage, tree))
+	own, id := open(), fmt.Sprint(uid)
+	args = append([]string{"--reuid", id, "--regid", id, "--groups", fmt.Sprint(info.Sys().(*syscall.Stat_t).Gid),
+		"--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "env", "HOME=" + own, "XDG_RUNTIME_DIR=" + own,
+		visible(lab.Program("gvm")), "test", "-k", image}, args...)
+	args = append(args, "--", visible(lab.Program(program)))
+	return startProgram(t, "/usr/bin/setpriv", nil, own, append(args, programArgs...)...).wait()
 }
