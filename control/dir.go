@@ -17,8 +17,9 @@ import (
 )
 
 // Directory is the directory of the sockets of a user's machines. Each machine has two files there:
-// NAME.lock, which contains its PID and is locked by it (flock(2)), and NAME.sock. A process locks
-// the directory itself while it creates, removes or checks files.
+// NAME.lock, which contains its PID and is locked by it (flock(2)), and NAME.sock. The holder of a name
+// may have NAME.vsock there as well. A process locks the directory itself while it creates, removes or
+// checks files.
 type Directory struct{ path string }
 
 // Errors of Claim and of a Client.
@@ -30,6 +31,7 @@ var (
 const (
 	lockSuffix   = ".lock"
 	socketSuffix = ".sock"
+	vsockSuffix  = ".vsock"
 	maxName      = 64
 )
 
@@ -49,6 +51,9 @@ func DefaultDirectory() Directory {
 	}
 	return Directory{filepath.Join(os.TempDir(), "gvm-"+strconv.Itoa(uid))}
 }
+
+// Vsock returns the path of the socket for the guest's vsock of a machine, for the holder of its name.
+func (d Directory) Vsock(name string) string { return filepath.Join(d.path, name+vsockSuffix) }
 
 // In is the directory at path.
 func In(path string) Directory { return Directory{path} }
@@ -184,10 +189,10 @@ func (d Directory) claim(name string) (lock *os.File, l *net.UnixListener, err e
 	held := lock // a return of an error sets lock to nil
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, d.remove(name), held.Close())
+			err = errors.Join(err, d.remove(name, machineFiles...), held.Close())
 		}
 	}()
-	if err := os.Remove(filepath.Join(d.path, name+socketSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := d.remove(name, socketSuffix, vsockSuffix); err != nil {
 		return nil, nil, err
 	}
 	if err := lock.Truncate(0); err != nil {
@@ -240,13 +245,16 @@ func (d Directory) release(name string, lock *os.File) error {
 		return errors.Join(err, lock.Close())
 	}
 	defer d.unlock(dir)
-	return errors.Join(d.remove(name), lock.Close())
+	return errors.Join(d.remove(name, machineFiles...), lock.Close())
 }
 
-// remove removes the files of a name. The caller holds both locks.
-func (d Directory) remove(name string) error {
+// machineFiles are the suffixes of a machine's files.
+var machineFiles = []string{socketSuffix, vsockSuffix, lockSuffix}
+
+// remove removes files of a name. The caller holds both locks.
+func (d Directory) remove(name string, suffixes ...string) error {
 	var errs []error
-	for _, suffix := range []string{socketSuffix, lockSuffix} {
+	for _, suffix := range suffixes {
 		if err := os.Remove(filepath.Join(d.path, name+suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
@@ -291,7 +299,7 @@ func (d Directory) List() ([]Entry, error) {
 			list = append(list, Entry{name, holder(f)})
 			err = nil
 		case err == nil:
-			err = d.remove(name)
+			err = d.remove(name, machineFiles...)
 		}
 		f.Close()
 		if err != nil {

@@ -122,7 +122,7 @@ func TestDead(t *testing.T) {
 			if err := os.Mkdir(d.path, 0o700); err != nil {
 				t.Fatal(err)
 			}
-			for _, name := range []string{"vm.lock", "vm.sock", "half.lock", "notes.txt", "-no-name.lock"} {
+			for _, name := range []string{"vm.lock", "vm.sock", "vm.vsock", "half.lock", "notes.txt", "-no-name.lock"} {
 				if err := os.WriteFile(filepath.Join(d.path, name), []byte("4711\n"), 0o600); err != nil {
 					t.Fatal(err)
 				}

@@ -120,7 +120,7 @@ func (a *gdbAddress) listen(ctx context.Context) (*gdbServer, error) {
 			return nil, errors.Join(err, s.close())
 		}
 		urgent.Lock()
-		urgent.gdb = s.remove
+		urgent.remove = append(urgent.remove, s.remove)
 		urgent.Unlock()
 	}
 	return s, nil

@@ -49,6 +49,7 @@ type runConfig struct {
 	hidden     bool          // only watch gets the console
 	suffix     string        // of the name of one of several machines of the process
 	gdb        *gdbAddress   // nil: none
+	vsock      *vsockConfig  // nil: none
 }
 
 var entries = map[string]boot.Protocol{"auto": 0, "pvh": boot.PVH32, "64": boot.Linux64}
@@ -91,6 +92,9 @@ EXAMPLES
 			&cli.GenericFlag{Name: "share", Value: new(words),
 				Usage: "`TAG=DIR[,ro]`: a directory of this host that the guest mounts, read-only with ro: " +
 					"mount -t virtiofs TAG /mnt"},
+			&cli.StringFlag{Name: "vsock",
+				Usage: "give the guest sockets (AF_VSOCK): `unix[,cid=N][,path=FILE]` connects them with unix sockets " +
+					"NAME.vsock, or FILE, of this host"},
 			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"},
 				Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, without an initrd, " +
 					"root= for the first disk where that is sure"},
@@ -293,6 +297,11 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		}
 		spec.Shares = append(spec.Shares, share)
 	}
+	if given("vsock") {
+		if rc.vsock, err = parseVsock(c.String("vsock")); err != nil {
+			return rc, err
+		}
+	}
 	if rc.threadNote, err = checkThreads(spec, 1, host); err != nil {
 		return rc, err
 	}
@@ -429,6 +438,13 @@ func run(rc runConfig) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeSocket(socket)) }()
+	bridge, err := rc.listenVsock(socket != nil)
+	if err != nil {
+		return err
+	}
+	if bridge != nil {
+		defer func() { err = errors.Join(err, bridge.Close()) }()
+	}
 	var gdb *gdbServer
 	if rc.gdb != nil {
 		if gdb, err = rc.gdb.listen(ctx); err != nil {
@@ -472,6 +488,9 @@ func run(rc runConfig) (err error) {
 	end.begin(m.Stop)
 	if gdb != nil {
 		gdb.serve(m)
+	}
+	if bridge != nil {
+		bridge.Serve(m.DialVsock)
 	}
 	if socket != nil {
 		socket.Serve(&remote{rc.info(), m, pausePatience})
@@ -651,7 +670,7 @@ var urgent struct {
 	sync.Mutex
 	restore func() error             // restores the terminal
 	sockets map[*control.Server]bool // of the process's machines
-	gdb     func() error             // removes the socket of --gdb
+	remove  []func() error           // remove other sockets
 }
 
 // endNow ends the process without waiting for its end in order. gvm lio gc removes kernel objects
@@ -672,8 +691,8 @@ func exitNow(status int, patience time.Duration, say func()) {
 			_ = urgent.restore()
 		}
 		say()
-		if urgent.gdb != nil {
-			_ = urgent.gdb()
+		for _, remove := range urgent.remove {
+			_ = remove()
 		}
 		for s := range urgent.sockets {
 			_ = s.Release() // on failure the next gvm removes it

@@ -25,6 +25,7 @@ type Conn struct {
 
 	open        bool // in Device.conns
 	established bool
+	held        bool  // by Hold
 	closed      bool  // by Close
 	err         error // why it is not open any more
 	waiting     bool  // in Device.ready
@@ -44,6 +45,39 @@ type Conn struct {
 	peerFwd   uint32 // the guest's fwd_cnt
 }
 
+// Hold leaves the guest without an answer until Accept accepts or Close refuses its connection. It is
+// for Config.Accept, before that returns true.
+func (c *Conn) Hold() {
+	c.d.mu.Lock()
+	defer c.d.mu.Unlock()
+	c.held = true
+}
+
+// Accept accepts a connection after Hold. The error is that of a guest that has given up.
+func (c *Conn) Accept() error {
+	c.d.mu.Lock()
+	defer c.d.mu.Unlock()
+	if !c.open {
+		return c.err
+	}
+	c.held, c.established = false, true
+	c.owe(opResponse)
+	c.d.pump()
+	return nil
+}
+
+// HostPort returns the connection's port of the host.
+func (c *Conn) HostPort() uint32 { return c.hostPort }
+
+// Wait waits until the guest has closed or reset the connection, or Close is called.
+func (c *Conn) Wait() {
+	c.d.mu.Lock()
+	defer c.d.mu.Unlock()
+	for c.open && !c.closed {
+		c.readable.Wait()
+	}
+}
+
 // Read reads bytes that the guest has sent; io.EOF follows the last byte of a guest that sends no
 // more. It waits if nothing is there.
 func (c *Conn) Read(p []byte) (int, error) {
@@ -51,7 +85,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 	defer c.d.mu.Unlock()
 	for {
 		switch {
-		case c.closed:
+		case c.closed || c.shut&shutReceive != 0:
 			return 0, net.ErrClosed
 		case c.in.n > 0 || len(p) == 0:
 			n := c.in.take(p)
@@ -121,6 +155,19 @@ func (c *Conn) CloseWrite() error {
 	return nil
 }
 
+// CloseRead tells the guest that its bytes are not received any more, and drops those that came. A Read
+// that waits ends.
+func (c *Conn) CloseRead() error {
+	c.d.mu.Lock()
+	defer c.d.mu.Unlock()
+	if c.closed || c.shut&shutReceive != 0 {
+		return net.ErrClosed
+	}
+	c.in, c.fwdCnt = ring{}, c.rxCnt
+	c.shutdown(shutReceive)
+	return nil
+}
+
 // Close ends the connection. The guest still gets all that Write has sent. A Read or Write that
 // waits ends.
 func (c *Conn) Close() error {
@@ -136,9 +183,12 @@ func (c *Conn) Close() error {
 func (c *Conn) close() {
 	c.closed = true
 	c.in, c.fwdCnt = ring{}, c.rxCnt
-	if c.open {
+	switch {
+	case c.held && c.open:
+		c.abort(net.ErrClosed)
+	case c.open:
 		c.shutdown(shutBoth) // the guest answers with VIRTIO_VSOCK_OP_RST (5.10.6.5)
-	} else {
+	default:
 		c.release()
 	}
 }
@@ -265,15 +315,15 @@ func (c *Conn) receive(h *header, data *virtq.Buffer) {
 	ok := c.credit(h)
 	switch h.op {
 	case opResponse:
-		ok = ok && !c.established && c.owed&(1<<opRequest) == 0 && n == 0
-		c.established = true
+		ok = ok && !c.established && !c.held && c.owed&(1<<opRequest) == 0 && n == 0
+		c.established = ok
 		c.writable.Broadcast()
 	case opRW:
 		if ok = ok && c.established && c.peerShut&shutSend == 0 && n <= int(c.bufAlloc)-c.in.n; !ok {
 			break
 		}
 		c.rxCnt += h.len
-		if c.closed {
+		if c.shut&shutReceive != 0 {
 			c.fwdCnt = c.rxCnt
 		} else {
 			c.in.fill(data, n, int(c.bufAlloc))

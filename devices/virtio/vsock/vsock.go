@@ -64,7 +64,8 @@ type Config struct {
 	CID uint64 // the guest's; 0 is 3
 	// Accept takes a connection of the guest to a port of the host, or refuses it with false. It is
 	// called by the worker of a queue, and does not wait: other packets, and the device's stop, wait
-	// for it. It may start a goroutine that uses c; c is of no use after false. nil refuses all.
+	// for it. It may start a goroutine that uses c; c is of no use after false. If whether to accept c
+	// takes time to find out, it calls c.Hold and returns true. nil refuses all.
 	Accept func(port uint32, c *Conn) bool
 }
 
@@ -383,7 +384,7 @@ func (d *Device) accept(h *header) {
 		if c.open {
 			c.abort(nil)
 		}
-	case c.open:
+	case c.open && !c.held && !c.established:
 		c.established = true
 		c.owe(opResponse)
 		d.pump()

@@ -1,0 +1,119 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"gvm/control"
+	"gvm/devices/virtio/vsock"
+	"gvm/text"
+)
+
+// vsockConfig is a parsed --vsock.
+type vsockConfig struct {
+	kind string
+	cid  uint64 // 0: the first that is not reserved
+	path string // "": NAME.vsock beside the control socket
+}
+
+const vsockUnix = "unix"
+
+// vsockOptions are the options of --vsock. The value of path is the rest of the flag's.
+var vsockOptions = []struct {
+	name string
+	set  func(*vsockConfig, string) error
+}{
+	{"cid", func(v *vsockConfig, s string) (err error) {
+		if v.cid, err = strconv.ParseUint(s, 10, 32); err != nil || v.cid < 3 || v.cid == math.MaxUint32 {
+			return fmt.Errorf("want a number from 3 to %d", uint32(math.MaxUint32-1))
+		}
+		return nil
+	}},
+	{"path", func(v *vsockConfig, s string) error {
+		if v.path = s; s == "" {
+			return errors.New("the path is empty")
+		}
+		return nil
+	}},
+}
+
+// parseVsock reads unix[,cid=N][,path=FILE]. Options alone are those of unix.
+func parseVsock(s string) (*vsockConfig, error) {
+	v := &vsockConfig{kind: vsockUnix}
+	if word, rest, more := strings.Cut(s, ","); !strings.Contains(word, "=") {
+		if word != vsockUnix {
+			return nil, fmt.Errorf("--vsock %q: want unix, cid=N or path=FILE", word)
+		}
+		if s = rest; !more {
+			return v, nil
+		}
+	}
+	if s == "" {
+		return nil, errors.New("--vsock unix,: want cid or path behind the comma")
+	}
+	given := map[string]bool{}
+	for more := true; more; {
+		var word string
+		if strings.HasPrefix(s, "path=") {
+			word, more = s, false
+		} else {
+			word, s, more = strings.Cut(s, ",")
+		}
+		name, value, _ := strings.Cut(word, "=")
+		var names []string
+		set := func(*vsockConfig, string) error { return nil }
+		for _, o := range vsockOptions {
+			names = append(names, o.name)
+			if o.name == name {
+				set, names = o.set, nil
+				break
+			}
+		}
+		switch err := set(v, value); {
+		case names != nil:
+			return nil, text.OneOfNames("--vsock ", name, names)
+		case given[name]:
+			return nil, fmt.Errorf("--vsock: %s= is given twice", name)
+		case err != nil:
+			return nil, fmt.Errorf("--vsock %s: %w", word, err)
+		}
+		given[name] = true
+	}
+	return v, nil
+}
+
+// listenVsock opens the socket of --vsock, and gives the machine its device. nil: the guest has none.
+func (rc *runConfig) listenVsock(named bool) (*vsock.Bridge, error) {
+	v := rc.vsock
+	if v == nil {
+		return nil, nil
+	}
+	path, chosen := v.path, v.path != ""
+	if !chosen {
+		if !named {
+			return nil, configError{errors.New("--vsock: the machine has no control socket to put one beside; name a file: " +
+				"--vsock path=FILE")}
+		}
+		path = control.DefaultDirectory().Vsock(rc.spec.Name)
+	}
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	b, err := vsock.Listen(path)
+	if err != nil {
+		return nil, configError{fmt.Errorf("--vsock: %w", err)}
+	}
+	urgent.Lock()
+	urgent.remove = append(urgent.remove, b.Remove)
+	urgent.Unlock()
+	if !chosen {
+		note("the guest's vsock is at " + path + ": send CONNECT PORT")
+	}
+	rc.spec.Vsock = &vsock.Config{CID: v.cid, Accept: b.Accept}
+	return b, nil
+}
