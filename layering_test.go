@@ -124,6 +124,9 @@ func TestLayering(t *testing.T) {
 				!strings.HasSuffix(path, "_unsafe_test.go") {
 				t.Errorf("%s imports unsafe; only *_unsafe.go may", path)
 			}
+			if strings.HasPrefix(name, "github.com/prometheus/") && !test {
+				t.Errorf("%s imports %s, which takes 2 MB: only tests may", path, name)
+			}
 			own, ok := strings.CutPrefix(name, "gvm/")
 			if !ok || test || own == "panics" { // all may use it
 				continue

@@ -89,6 +89,18 @@ func routes(m Machine) []route {
 				}
 				return n, err
 			}},
+		{"GET", "/metrics", "shows the numbers of the state in Prometheus's text format", nil, metrics{}, nil,
+			func(r *http.Request) (any, error) {
+				n, err := m.Inspect(r.Context(), "")
+				if err != nil {
+					return nil, err
+				}
+				i := m.Info()
+				n.Nodes = append(n.Nodes, inspect.Group("machine", inspect.Text("name", i.Name), inspect.Text("gvm", i.GVM),
+					inspect.Text("kernel", string(i.Kernel)), inspect.Int("pid", i.PID), inspect.Int("cpus", i.CPUs),
+					inspect.Int("memory_bytes", i.Memory)))
+				return metricsOf(n), nil
+			}},
 	}
 }
 

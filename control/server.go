@@ -114,7 +114,7 @@ func (s *Server) shutdown(limit time.Duration) error {
 // for a process that ends at once. It may be called at any time.
 func (s *Server) Release() error { return s.release() }
 
-// endpoint answers a request with a value for JSON, nil for no content.
+// endpoint answers a request with metrics, a stream, or a value for JSON; nil: no content.
 type endpoint func(*http.Request) (any, error)
 
 // handler routes the paths and methods of the protocol.
@@ -178,6 +178,11 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
 		}{text.Name(err.Error())}
 	} else if value == nil {
 		w.WriteHeader(http.StatusNoContent)
+		return
+	}
+	if b, ok := value.(metrics); ok {
+		w.Header().Set("Content-Type", metricsType)
+		_, _ = w.Write(b)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")

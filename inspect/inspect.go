@@ -25,9 +25,19 @@ type Node struct {
 	Name  string
 	Value any    // a bool, string, Hex, Age, integer or json.Number, or Busy; nil in a group
 	Nodes []Node // of a group, in order
+	Kind  Kind
 
 	open func(context.Context) (nodes []Node, ok bool) // reads Nodes; nil: they are read
 }
+
+// Kind says more of a node to readers that keep numbers, such as metrics.
+type Kind uint8
+
+const (
+	State   Kind = iota // a value as it is now, or a group
+	Counter             // a number that only grows while its owner exists
+	Passing             // of a thing that comes and goes, such as a request or the time: nothing to keep
+)
 
 // Hex is a value that people read in hexadecimal: a register, an address or a set of bits. In JSON
 // it is a string such as "0x1f", because readers of JSON round large numbers.
@@ -67,6 +77,11 @@ func Int[T ~int | ~int32 | ~int64 | ~uint8 | ~uint16 | ~uint32 | ~uint64](name s
 	return Node{Name: name, Value: v}
 }
 
+// Count returns a node for a number that only grows while its owner exists.
+func Count[T ~int | ~int64 | ~uint32 | ~uint64](name string, v T) Node {
+	return Node{Name: name, Value: v, Kind: Counter}
+}
+
 // Bits returns a node for a register, an address or a set of bits.
 func Bits[T ~uint8 | ~uint16 | ~uint32 | ~uint64](name string, v T) Node {
 	return Node{Name: name, Value: Hex(v)}
@@ -80,6 +95,12 @@ func Text(name, v string) Node { return Node{Name: name, Value: v} }
 
 // Group returns a group of nodes.
 func Group(name string, nodes ...Node) Node { return Node{Name: name, Nodes: nodes} }
+
+// As returns n as a node of another kind.
+func (n Node) As(k Kind) Node {
+	n.Kind = k
+	return n
+}
 
 // Lazy returns a group that read reads when a reader needs it. It returns false if it cannot before
 // the context ends: the group is Busy.

@@ -18,8 +18,9 @@ func (c *VCPU) Exits() Exits { return c.exits }
 
 // Stat is a statistic that KVM keeps, with KVM's name for it.
 type Stat struct {
-	Name  string
-	Value uint64
+	Name    string
+	Value   uint64
+	Counter bool // it only grows (KVM_STATS_TYPE_CUMULATIVE)
 }
 
 // Stats returns KVM's statistics of the vCPU, without its histograms (KVM_GET_STATS_FD). It returns
@@ -53,6 +54,9 @@ type statDescriptor struct {
 	BucketSize uint32
 }
 
+// statType is KVM_STATS_TYPE_MASK, where KVM_STATS_TYPE_CUMULATIVE is 0.
+const statType = 0xf
+
 // parseStats reads the file of KVM_GET_STATS_FD (Documentation/virt/kvm/api.rst, 4.133).
 func parseStats(b []byte) (stats []Stat, err error) {
 	var h statHeader
@@ -75,7 +79,7 @@ func parseStats(b []byte) (stats []Stat, err error) {
 			return nil, fmt.Errorf("KVM's statistics: %s is behind their end, at %d", name, len(b))
 		}
 		if d.Size == 1 {
-			stats = append(stats, Stat{string(name), binary.LittleEndian.Uint64(b[value:])})
+			stats = append(stats, Stat{string(name), binary.LittleEndian.Uint64(b[value:]), d.Flags&statType == 0})
 		}
 	}
 	return stats, nil

@@ -132,25 +132,27 @@ func TestExits(t *testing.T) {
 	}
 }
 
-// TestParseStats: statistics of several values are left out, and a file that ends early is an error.
+// TestParseStats: statistics of several values are left out, those that only grow are counters, and a
+// file that ends early is an error.
 func TestParseStats(t *testing.T) {
 	le := binary.LittleEndian
 	b := make([]byte, 0, 128)
-	for _, v := range []uint32{0, 8, 2, 24, 24, 72} { // flags, name_size, num_desc, and offsets
+	for _, v := range []uint32{0, 8, 3, 24, 24, 96} { // flags, name_size, num_desc, and offsets
 		b = le.AppendUint32(b, v)
 	}
-	desc := func(name string, size uint16, offset uint32) {
-		b = le.AppendUint16(le.AppendUint32(b, 0), 0)
+	desc := func(name string, flags uint32, size uint16, offset uint32) {
+		b = le.AppendUint16(le.AppendUint32(b, flags), 0)
 		b = le.AppendUint32(le.AppendUint32(le.AppendUint16(b, size), offset), 0)
 		b = append(b, (name + strings.Repeat("\x00", 8))[:8]...)
 	}
-	desc("hist", 2, 0)
-	desc("exits", 1, 16)
+	desc("hist", 0, 2, 0)
+	desc("exits", 0x10, 1, 16) // KVM_STATS_UNIT_BYTES and other bits besides the type
+	desc("mode", 1, 1, 8)      // KVM_STATS_TYPE_INSTANT
 	for _, v := range []uint64{7, 8, 9} {
 		b = le.AppendUint64(b, v)
 	}
 	got, err := parseStats(b)
-	if err != nil || !slices.Equal(got, []Stat{{"exits", 9}}) {
+	if err != nil || !slices.Equal(got, []Stat{{"exits", 9, true}, {"mode", 8, false}}) {
 		t.Errorf("%+v, %v", got, err)
 	}
 	for n := range b {

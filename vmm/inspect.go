@@ -233,8 +233,8 @@ func inspectCPU(c *kvmapi.VCPU, id uint32) []inspect.Node {
 // inspectExits returns the counts of the exits that a vCPU's thread took.
 func inspectExits(c *kvmapi.VCPU) inspect.Node {
 	e := c.Exits()
-	return inspect.Group("exit", inspect.Int("io", e.IO), inspect.Int("mmio", e.MMIO),
-		inspect.Int("interrupted", e.Interrupted))
+	return inspect.Group("exit", inspect.Count("io", e.IO), inspect.Count("mmio", e.MMIO),
+		inspect.Count("interrupted", e.Interrupted))
 }
 
 // inspectStats returns KVM's statistics of a vCPU, on its thread.
@@ -242,7 +242,11 @@ func inspectStats(c *kvmapi.VCPU) inspect.Node {
 	stats, err := c.Stats()
 	kvm := inspect.Group("kvm")
 	for _, s := range stats {
-		kvm.Nodes = append(kvm.Nodes, inspect.Int(s.Name, s.Value))
+		n := inspect.Int(s.Name, s.Value)
+		if s.Counter {
+			n.Kind = inspect.Counter
+		}
+		kvm.Nodes = append(kvm.Nodes, n)
 	}
 	if err != nil {
 		kvm.Nodes = []inspect.Node{inspect.Text("error", err.Error())}

@@ -10,7 +10,7 @@ import (
 func (r *RTC) Inspect(name string) inspect.Node {
 	return inspect.Locked(name, &r.mu, func() []inspect.Node {
 		return []inspect.Node{
-			inspect.Text("time", r.time().Format(time.RFC3339)),
+			inspect.Text("time", r.time().Format(time.RFC3339)).As(inspect.Passing),
 			inspect.Bool("updating", r.updating()),
 			inspect.Bits("index", r.index),
 			inspect.Bits("register_a", r.ram[regA]), inspect.Bits("register_b", r.ram[regB]),

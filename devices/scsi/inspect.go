@@ -82,13 +82,13 @@ func (u *Unit) Inspect() []inspect.Node {
 		inspect.Bool("wce", u.wce.Load()), inspect.Bool("swp", u.swp.Load()), inspect.Bool("stopped", u.stopped.Load()),
 		inspect.Bool("sanitize", u.sanitizing.Load() != nil),
 		inspect.Int("writes_not_flushed", u.written.Load()-flushed),
-		inspect.Int("commands", s.commands), inspect.Int("check_conditions", s.checkConditions),
-		inspect.Int("data_in_bytes", s.inBytes), inspect.Int("data_out_bytes", s.outBytes),
+		inspect.Count("commands", s.commands), inspect.Count("check_conditions", s.checkConditions),
+		inspect.Count("data_in_bytes", s.inBytes), inspect.Count("data_out_bytes", s.outBytes),
 	}
 	if s.pr.kind != 0 {
 		nodes = append(nodes, inspect.Text("reservation", s.pr.kind.name()))
 	}
-	tasks, last := inspect.Group("task"), inspect.Group("last")
+	tasks, last := inspect.Group("task").As(inspect.Passing), inspect.Group("last").As(inspect.Passing)
 	n := 0
 	for tk := range s.tasks.all() {
 		const most = 64 // a guest can have thousands

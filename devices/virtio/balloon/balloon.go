@@ -318,9 +318,9 @@ func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 		inspect.Int("num_pages", d.field(offNumPages)),
 		inspect.Int("actual", d.field(offActual)),
 		inspect.Bits("poison_val", d.field(offPoisonVal)),
-		inspect.Int("inflated_pages", d.inflated),
-		inspect.Int("deflated_pages", d.deflated),
-		inspect.Int("reported_bytes", d.reported),
+		inspect.Count("inflated_pages", d.inflated),
+		inspect.Count("deflated_pages", d.deflated),
+		inspect.Count("reported_bytes", d.reported),
 	}
 	if d.err != nil {
 		nodes = append(nodes, inspect.Text("error", d.err.Error()))

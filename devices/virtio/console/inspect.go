@@ -19,10 +19,10 @@ func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 			inspect.Bits("messages_due", p.owed),
 			inspect.Int("rx_buffers", len(p.rx)),
 			inspect.Int("rx_pending", len(p.in)),
-			inspect.Int("rx_bytes", p.rxBytes),
+			inspect.Count("rx_bytes", p.rxBytes),
 			inspect.Int("tx_chains", len(p.tx)),
 			inspect.Int("tx_pending", len(p.out)),
-			inspect.Int("tx_bytes", p.txBytes)))
+			inspect.Count("tx_bytes", p.txBytes)))
 	}
 	return []inspect.Node{
 		inspect.Bool("multiport", d.multiport),

@@ -126,7 +126,7 @@ func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 		inspect.Text("tag", d.share.Tag),
 		inspect.Text("dir", d.share.Dir),
 		inspect.Bool("read_only", d.share.ReadOnly),
-		inspect.Int("requests", c.Requests),
+		inspect.Count("requests", c.Requests),
 		inspect.Int("serving", len(d.slots[0])+len(d.slots[1])),
 		inspect.Int("inodes", c.Inodes),
 		inspect.Int("open_files", c.Handles),

@@ -26,18 +26,18 @@ func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 	return []inspect.Node{
 		inspect.Int("guest_cid", d.cfg.CID),
 		inspect.Int("connections", len(d.conns)),
-		inspect.Group("connection", conns...),
+		inspect.Group("connection", conns...).As(inspect.Passing),
 		inspect.Int("unclosed", d.held-len(d.conns)),
 		inspect.Int("rx_buffers", len(d.rx)),
 		inspect.Int("event_buffers", len(d.events)),
 		inspect.Bool("transport_reset_due", d.resetDue),
 		inspect.Int("rsts", len(d.rsts)),
-		inspect.Int("rsts_dropped", d.droppedRSTs),
-		inspect.Int("rx_packets", d.rxPackets),
-		inspect.Int("rx_bytes", d.rxBytes),
-		inspect.Int("tx_packets", d.txPackets),
-		inspect.Int("tx_bytes", d.txBytes),
-		inspect.Int("tx_foreign", d.foreign),
+		inspect.Count("rsts_dropped", d.droppedRSTs),
+		inspect.Count("rx_packets", d.rxPackets),
+		inspect.Count("rx_bytes", d.rxBytes),
+		inspect.Count("tx_packets", d.txPackets),
+		inspect.Count("tx_bytes", d.txBytes),
+		inspect.Count("tx_foreign", d.foreign),
 	}, d.workers.Inspect()
 }
 
