@@ -92,7 +92,7 @@ func testShare(t *testing.T, name, host string) {
 	e := vsockEcho{T: t, accepted: make(chan *vsock.Conn, streams)}
 	g := guest{
 		kernel:       kernel(t, name),
-		modules:      []string{"virtiofs", "vmw_vsock_virtio_transport"},
+		modules:      []string{"virtiofs", "vmw_vsock_virtio_transport", "virtio_balloon"},
 		files:        map[string]string{"bin/posixtest": lab.Program("posixtest"), "bin/vsockecho": lab.Program("vsockecho")},
 		hostPrograms: []string{"/usr/bin/git"},
 		script: `
@@ -140,7 +140,7 @@ umount /ro; umount /rw && say unmounted
 	m = g.launch(t, machine.Spec{
 		Memory: guestmem.Config{Size: 512 << 20}, Console: machine.Output(console),
 		Shares: []fs.Share{{Tag: "rw", Dir: host}, {Tag: "ro", Dir: ref, ReadOnly: true}},
-		Vsock:  e.config(),
+		Vsock:  e.config(), Balloon: true,
 	})
 	close(started)
 	e.m = m

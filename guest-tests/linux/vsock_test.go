@@ -11,11 +11,12 @@ import (
 	"testing"
 	"time"
 
+	"gvm/control"
 	"gvm/devices/virtio/vsock"
 	"gvm/machine"
 )
 
-// vsockEcho is what TestShare does with a running guest/vsockecho.
+// vsockEcho is what TestShare does with a running guest/vsockecho, and with the guest's balloon.
 type vsockEcho struct {
 	*testing.T
 	m        *machine.Machine
@@ -76,11 +77,37 @@ func (e *vsockEcho) all(streams int) {
 		e.Error(err)
 	}
 	sides.Wait()
+	e.balloon()
 	idle := e.dial(3000)
 	e.dial(3001) // the guest ends
 	if n, err := idle.Read(make([]byte, 1)); err != io.EOF && err != syscall.ECONNRESET {
 		e.Errorf("after the end of the guest's program: %d, %v", n, err)
 	}
+}
+
+// balloon has the guest give 64 MiB back, take them again, and report free pages.
+func (e *vsockEcho) balloon() {
+	for _, size := range []uint64{64 << 20, 0} {
+		if _, err := e.m.ResizeBalloon(control.ResizeBalloon{Size: size}); err != nil {
+			e.Error(err)
+		}
+		e.until(func() bool {
+			b, err := e.m.Balloon(e.Context())
+			if err != nil || b.Guest != control.Told {
+				e.Fatalf("%+v, %v", b, err)
+			}
+			free, _ := b.Stats.Get("memfree").(uint64)
+			return b.Actual == size && 0 < free && free < 512<<20-size
+		})
+	}
+	e.until(func() bool {
+		for path, v := range e.inspect() {
+			if strings.HasSuffix(path, "/reported_bytes") && v != "0" {
+				return true
+			}
+		}
+		return false
+	})
 }
 
 // exchange sends bytes and expects to get them back, and the end of each side after them. It reads
@@ -110,18 +137,38 @@ func (e *vsockEcho) exchange(c *vsock.Conn, n int, ready func()) {
 // whenFull waits until a guest that sends back all that it gets, to a program that does not read, has
 // filled the buffers of both sides. A Write waits then.
 func (e *vsockEcho) whenFull() {
-	for full := false; !full; time.Sleep(10 * time.Millisecond) {
-		n, err := e.m.Inspect(e.Context(), "")
-		if err != nil {
-			e.Fatal(err)
-		}
-		values := map[string]string{}
-		for path, v := range n.Values("") {
-			values[path] = fmt.Sprint(v)
-		}
+	e.until(func() bool {
+		values := e.inspect()
 		for path, left := range values {
 			of, ok := strings.CutSuffix(path, "/to_write")
-			full = full || ok && left != "0" && values[of+"/buffered"] == values[of+"/buf_alloc"]
+			if ok && left != "0" && values[of+"/buffered"] == values[of+"/buf_alloc"] {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// until waits for a state of the guest.
+func (e *vsockEcho) until(reached func() bool) {
+	for !reached() {
+		select {
+		case <-e.m.Ended():
+			e.Fatal("the guest ended")
+		case <-time.After(10 * time.Millisecond):
 		}
 	}
+}
+
+// inspect returns the machine's state, by path.
+func (e *vsockEcho) inspect() map[string]string {
+	n, err := e.m.Inspect(e.Context(), "")
+	if err != nil {
+		e.Fatal(err)
+	}
+	values := map[string]string{}
+	for path, v := range n.Values("") {
+		values[path] = fmt.Sprint(v)
+	}
+	return values
 }
