@@ -55,6 +55,8 @@ var may = []struct{ pkg, imports string }{
 	{"devices/virtio/balloon", "devices/virtio devices/virtio/virtq guestmem inspect"},
 	{"devices/virtio/console", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio/vsock", "devices/virtio devices/virtio/virtq inspect"},
+	{"devices/virtio/net/tap", "devices/virtio/net"},
+	{"devices/virtio/net", "devices/iovec devices/virtio devices/virtio/virtq inspect kvmapi/eventfd"},
 	{"devices/virtio/fs/hostfs", "devices/iovec"},
 	{"devices/virtio/fs/hostfs/hostfstest", ""},
 	{"devices/virtio/fs", "devices/virtio devices/virtio/virtq devices/virtio/fs/hostfs inspect"},

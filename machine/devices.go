@@ -21,6 +21,7 @@ type deviceConfig struct {
 	console *console.Device // nil: none
 	balloon *balloon.Device // nil: none
 	shares  []virtio.Device
+	nets    []virtio.Device
 }
 
 // scsiDevice has the parameters of the devices that serve disks.
@@ -66,6 +67,7 @@ var deviceTable = []deviceKind{
 		return []virtio.Device{c.balloon}, nil
 	}},
 	{"virtio-fs", virtio.IDFS, func(c deviceConfig) ([]virtio.Device, error) { return c.shares, nil }},
+	{"virtio-net", virtio.IDNet, func(c deviceConfig) ([]virtio.Device, error) { return c.nets, nil }},
 }
 
 // makeDevices makes the devices of every row.

@@ -95,6 +95,9 @@ type Spec struct {
 	// Shares are directories of the host, a file system device each. Start sets their Files.
 	Shares []fs.Share
 
+	// Nets are network devices.
+	Nets []Net
+
 	// Console is COM1; nil: no input, and output is dropped.
 	Console vmm.Console
 	// Debug lets ServeDebugger serve debuggers. StartStopped has the machine wait for one before
@@ -297,12 +300,17 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if err != nil {
 		return nil, err
 	}
+	nets, err := m.openNets(s.Nets, s.Note)
+	if err != nil {
+		return nil, err
+	}
 	cfg.Devices, err = makeDevices(deviceConfig{
 		scsiDevice: scsiDevice{queues: s.RequestQueues(), poll: s.Poll, trace: file, disks: m.disks},
 		vsock:      m.vsock,
 		console:    ports,
 		balloon:    m.balloon,
 		shares:     shares,
+		nets:       nets,
 	})
 	if err != nil {
 		return nil, err

@@ -133,6 +133,10 @@ const (
 // have all threads that slow storage could keep, it bounds their requests, and returns a note.
 func checkThreads(spec *machine.Spec, machines int, h hostLimits) (note string, err error) {
 	cpus, queues := machines*spec.CPUs, machines*spec.RequestQueues()
+	nets := 0
+	for _, n := range spec.Nets {
+		nets += machines * (2*max(n.Pairs, 1) + 1)
+	}
 	what := fmt.Sprintf("%d CPUs and %d request queues take", cpus, queues)
 	var disks []*disk.Spec
 	for i := range spec.Disks {
@@ -143,7 +147,7 @@ func checkThreads(spec *machine.Spec, machines int, h hostLimits) (note string, 
 	if stores := machines * (len(disks) + len(spec.Shares)); stores > 0 {
 		what = fmt.Sprintf("%d CPUs, %d request queues, and %d disks and shares take", cpus, queues, stores)
 	}
-	return boundWaits(what, cpus+queues+ownThreads(), machines, disks, spec.Shares, h)
+	return boundWaits(what, cpus+queues+nets+ownThreads(), machines, disks, spec.Shares, h)
 }
 
 // boundWaits is checkThreads for base threads besides those of disks and shares.

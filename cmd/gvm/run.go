@@ -95,6 +95,9 @@ EXAMPLES
 			&cli.StringFlag{Name: "vsock",
 				Usage: "give the guest sockets (AF_VSOCK): `unix[,cid=N][,path=FILE]` connects them with unix sockets " +
 					"NAME.vsock, or FILE, of this host"},
+			&cli.GenericFlag{Name: "net", Value: new(words),
+				Usage: "`BACKEND` of a network device: none (default), or tap=NAME[,mac=MAC][,queues=N], " +
+					"a TAP interface of this host"},
 			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"},
 				Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, without an initrd, " +
 					"root= for the first disk where that is sure"},
@@ -302,6 +305,9 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 			return rc, err
 		}
 	}
+	if spec.Nets, err = parseNets(wordsOf(c, "net")); err != nil {
+		return rc, err
+	}
 	if rc.threadNote, err = checkThreads(spec, 1, host); err != nil {
 		return rc, err
 	}
@@ -310,9 +316,9 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 			return rc, fmt.Errorf("%w with --kernel", err)
 		}
 	}
-	if rc.kernel == "" && (len(rc.initrds) > 0 || len(spec.Shares) > 0 || given("cmdline") || spec.BareCmdLine ||
-		spec.Protocol == boot.Linux64) {
-		return rc, errors.New("--initrd, --share, --cmdline, --bare-cmdline and --entry 64 need a --kernel; " +
+	if rc.kernel == "" && (len(rc.initrds) > 0 || len(spec.Shares) > 0 || len(spec.Nets) > 0 ||
+		given("cmdline") || spec.BareCmdLine || spec.Protocol == boot.Linux64) {
+		return rc, errors.New("--initrd, --share, --net, --cmdline, --bare-cmdline and --entry 64 need a --kernel; " +
 			"the embedded guest takes --guest-arg")
 	}
 	if rc.kernel != "" && len(spec.GuestArgs) > 0 {

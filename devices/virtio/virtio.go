@@ -22,6 +22,7 @@ type ID uint16
 
 // Device IDs that gvm has devices for.
 const (
+	IDNet     ID = 1
 	IDConsole ID = 3
 	IDRNG     ID = 4
 	IDBalloon ID = 5

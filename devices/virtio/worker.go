@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"gvm/devices/virtio/virtq"
 	"gvm/inspect"
 	"gvm/kvmapi/eventfd"
@@ -213,6 +215,47 @@ func (w *Worker) Interrupt() {
 	}
 }
 
+// More reports whether a chain is available that the handler has not been given.
+func (w *Worker) More() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.q.Available() != w.q.Position()
+}
+
+// Await waits until fd is ready for the events of poll(2), or has an error, or the driver notifies, or the
+// worker is to stop, which it reports by false: the handler then gives back its chains by Drop. fd -1 is
+// never ready. A handler calls it, and Await first interrupts the driver for what was completed.
+func (w *Worker) Await(fd int, events int16) (goOn bool, err error) {
+	w.mu.Lock()
+	w.serving = false
+	err = w.pay()
+	w.mu.Unlock()
+	defer func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.serving = true
+	}()
+	if err != nil || w.stopping.Load() {
+		return false, err
+	}
+	w.turn.at(inspect.Clock())
+	p := [2]unix.PollFd{{Fd: int32(w.kick.Fd()), Events: unix.POLLIN}, {Fd: int32(fd), Events: events}}
+	for {
+		if _, err := unix.Poll(p[:], -1); err == nil {
+			break
+		} else if err != unix.EINTR {
+			return false, fmt.Errorf("poll: %w", err)
+		}
+	}
+	if p[0].Revents != 0 {
+		if _, err := w.kick.Wait(); err != nil {
+			return false, err
+		}
+	}
+	w.clock = inspect.Clock()
+	return !w.stopping.Load(), nil
+}
+
 // Clock returns about when the worker took the chain that the handler has, by inspect.Clock. A
 // handler calls it before it returns.
 func (w *Worker) Clock() time.Duration { return w.clock }
@@ -231,13 +274,25 @@ func (w *Worker) passBarriers(empty bool) {
 	}
 }
 
+// Completion is a chain to give back, with the bytes written to the front of its device-writable part.
+type Completion struct {
+	Chain   *virtq.Chain
+	Written uint32
+}
+
 // Complete gives a chain back to the driver, with the bytes written to the
 // front of its device-writable part, and has the driver interrupted if it asked for
 // that: at once, or soon while the worker's thread has more chains to hand out. It may
 // be called from any goroutine, once for a chain.
-func (w *Worker) Complete(c *virtq.Chain, written uint32) {
+func (w *Worker) Complete(c *virtq.Chain, written uint32) { w.CompleteAll(Completion{c, written}) }
+
+// CompleteAll is Complete of several chains, all of which the driver sees at once.
+func (w *Worker) CompleteAll(done ...Completion) {
 	w.mu.Lock()
-	signal := w.q.Push(c, written)
+	for _, d := range done {
+		w.q.Add(d.Chain, d.Written)
+	}
+	signal := w.q.Publish()
 	if w.serving {
 		w.owed = w.owed || signal
 		signal = false
@@ -249,7 +304,9 @@ func (w *Worker) Complete(c *virtq.Chain, written uint32) {
 		}
 	}
 	// Last: once the count is zero, the caller of wait may close the eventfds.
-	w.land()
+	for range done {
+		w.land()
+	}
 }
 
 // land counts one chain in flight less.
@@ -264,8 +321,8 @@ func (w *Worker) land() {
 }
 
 // Drop gives back a chain that a handler kept, unused. It is for the function that Workers.Stop
-// calls: when a device is reset for any chain, and when it stops for the chains of a queue that were
-// taken last, which are then taken again.
+// calls, and for a handler after Await: when a device is reset for any chain, and when it stops for the
+// chains of a queue that were taken last, which are then taken again.
 func (w *Worker) Drop(c *virtq.Chain) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

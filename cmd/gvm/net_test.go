@@ -1,0 +1,45 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"strings"
+	"testing"
+)
+
+func TestParseNets(t *testing.T) {
+	for args, want := range map[string]string{
+		"":                                     "",
+		"none":                                 "",
+		"tap=tap0":                             "tap0 0 00:00:00:00:00:00",
+		"tap=a tap=b,queues=4":                 "a 0 00:00:00:00:00:00, b 4 00:00:00:00:00:00",
+		"tap=a,mac=02:00:00:12:34:56":          "a 0 02:00:00:12:34:56",
+		"tap=a,queues=2,mac=52-54-00-12-34-ff": "a 2 52:54:00:12:34:ff",
+
+		"none tap=a":                  "--net none excludes another --net",
+		"tap":                         "--net tap: want none or tap=NAME",
+		"eth0":                        "--net eth0: want none or tap=NAME",
+		"tap=":                        `--net tap=: interface name "": want`,
+		"tap=a/b":                     `--net tap=a/b: interface name "a/b": want`,
+		"tap=a,":                      "--net tap=a,: option : want mac or queues",
+		"tap=a,queue=1":               "--net tap=a,queue=1: option queue: want mac or queues; did you mean queues?",
+		"tap=a,queues=0":              "--net tap=a,queues=0: queues=0: want 1 to 16",
+		"tap=a,queues=17":             "--net tap=a,queues=17: queues=17: want 1 to 16",
+		"tap=a,queues":                "--net tap=a,queues: queues=: want 1 to 16",
+		"tap=a,mac=03:00:00:12:34:56": "--net tap=a,mac=03:00:00:12:34:56: mac=03:00:00:12:34:56: want the address of a",
+		"tap=a,mac=00:00:00:00:00:00": "--net tap=a,mac=00:00:00:00:00:00: mac=00:00:00:00:00:00: want the address of a",
+		"tap=a,mac=02:00:00:12:34":    "--net tap=a,mac=02:00:00:12:34: mac=02:00:00:12:34: want the address of a",
+	} {
+		nets, err := parseNets(strings.Fields(args))
+		var got []string
+		for _, n := range nets {
+			got = append(got, fmt.Sprintf("%s %d %s", n.Tap, n.Pairs, net.HardwareAddr(n.Device.MAC[:])))
+		}
+		if err != nil {
+			got = []string{err.Error()}
+		}
+		if s := strings.Join(got, ", "); s != want && (err == nil || !strings.HasPrefix(s, want)) {
+			t.Errorf("%q: %s, want %s", args, s, want)
+		}
+	}
+}
