@@ -113,20 +113,24 @@ klog
 
 // TestReboot: data written to a file system survives a reset of the machine, for the guest and in the
 // image, and so does the clock's time. Before, the guest reads and sets the clock, waits for its
-// interrupts and sleeps until its alarm.
+// interrupts and sleeps until its alarm. The watchdog resets it, and its driver finds that afterwards.
+// The generation ID has its driver.
 func TestReboot(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
 	disk := diskFile(t, make([]byte, 32<<20))
 	r := guest{
 		kernel:       l.Debian,
-		modules:      []string{"ext4"},
+		modules:      []string{"ext4", "i6300esb"},
 		hostPrograms: []string{"/usr/sbin/rtcwake", "/usr/sbin/hwclock", "/usr/sbin/mkfs.ext4"},
 		files:        map[string]string{"etc/mke2fs.conf": filepath.Join(l.Tree, "etc/mke2fs.conf")},
 		script: `
 wait_for /dev/sda
 magic=$(dd if=/dev/sda bs=2 skip=540 count=1 2>/dev/null | hexdump -e '"%04x"')
+cause() { cat /sys/class/watchdog/watchdog0/bootstatus; }
 if [ "$magic" != ef53 ]; then
+	say first $(cause)
+	say id $(ls -d /sys/bus/*/drivers/vmgenid/GVMG0001*)
 	mkfs.ext4 -q /dev/sda </dev/null || say mkfs failed
 	mount -t ext4 /dev/sda /mnt || say mount failed
 	mkdir /mnt/dir
@@ -146,22 +150,27 @@ if [ "$magic" != ef53 ]; then
 	rtcwake -m on -s 2 >/dev/null && say alarm $(( $(irqs) > n ))
 	rtcwake -m freeze -s 3 >/dev/null && say woken yes || say woken no
 	klog
-	reboot -f
+	watchdog -F -T 2 -t 1000 /dev/watchdog
 fi
 case $(cat /sys/class/rtc/rtc0/date) in 2031-*) say rebooted in 2031 ;; esac
+say then $(cause)
 date -s '2021-12-24 12:34:56' >/dev/null # e2fsck refuses times of the future
 mount -t ext4 /dev/sda /mnt || say mount failed again
 say after $(sum /mnt/dir/numbers)
 echo second boot >/mnt/second
 umount /mnt
 klog
-`}.run(t, "--disk", disk, "--on-reset", "reboot", "--cpus", "2")
+`}.run(t, "--disk", disk, "--watchdog", "reset", "--cpus", "2")
 	r.wantStatus(t, 0)
 	want := sum(numbers(1, 100000))
 	r.want(t, map[string]string{
 		"before": want, "after": want, "line": "8: IO-APIC 8-edge", "read": "ok", "update": "1",
 		"written": "2031-12-24 12", "alarm": "1", "woken": "yes", "rebooted": "in 2031",
+		"first": "0", "then": "32", // WDIOF_CARDRESET
 	})
+	if id := r.said(t, "id"); !strings.HasSuffix(id, "/vmgenid/GVMG0001:00") {
+		t.Errorf("the driver of the generation ID has %q", id)
+	}
 	r.kernelLog(t, 2)
 	fsck(t, disk)
 	if got := sum(debugfs(t, disk, "cat /dir/numbers")); got != want {
