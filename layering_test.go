@@ -28,6 +28,7 @@ var may = []struct{ pkg, imports string }{
 	{"vmm/acpi", "devices/acpipm devices/pvpanic devices/rtc devices/serial"},
 	{"vmm/boot/...", "guestmem kvmapi/nowait text"},
 	{"vmm/x86", "kvmapi text"},
+	{"vmm/vmcore", "guestmem vmm/x86"},
 	{"vmm", "kvmapi/... vmm/... devices/... gdbstub guestmem inspect verdict/klog"},
 	{"devices/block", "devices/internal/durable devices/iovec kvmapi/nowait text"},
 	{"devices/block/blocktest", "devices/block"},

@@ -33,6 +33,7 @@ type fake struct {
 	state   State
 	balloon uint64
 	console io.ReadWriteCloser
+	core    io.ReadCloser // nil: refused
 	breaks  int
 	adding  chan struct{} // AddDisk sends to it and waits for a reply; nil: it does not
 }
@@ -94,6 +95,13 @@ func (f *fake) Break() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.breaks++
+}
+
+func (f *fake) Core(context.Context) (io.ReadCloser, error) {
+	if f.core == nil {
+		return nil, Errorf(http.StatusConflict, "a dump is under way")
+	}
+	return f.core, nil
 }
 
 func (f *fake) Console() io.ReadWriteCloser { return f.console }

@@ -40,7 +40,7 @@ func openAPI(routes []route) object {
 		}
 		responses := object{}
 		if _, ok := r.answer.(stream); ok {
-			responses["101"] = object{"description": "the connection carries the console's bytes"}
+			responses["101"] = object{"description": "the connection carries the bytes of the protocol"}
 		} else if _, ok := r.answer.(metrics); ok {
 			responses["200"] = object{"description": "the metrics",
 				"content": object{"text/plain": object{"schema": object{"type": "string"}}}}

@@ -2,8 +2,8 @@ package control
 
 import (
 	"errors"
+	"io"
 	"net/http"
-	"strings"
 
 	"gvm/inspect"
 )
@@ -58,13 +58,15 @@ func routes(m Machine) []route {
 				}
 				return nil, m.SysRq(r.Context(), s.Key[0])
 			})},
+		{"GET", "/v1/machine/core", "makes the connection an ELF core of the machine, by an Upgrade to " + coreProtocol, nil,
+			stream{}, []int{http.StatusUpgradeRequired, conflict, late},
+			upgrade(coreProtocol, func(r *http.Request) (io.ReadWriteCloser, error) {
+				c, err := m.Core(r.Context())
+				return coreStream{c}, err
+			})},
 		{"GET", "/v1/console", "makes the connection the console, by an Upgrade to " + consoleProtocol, nil, stream{},
-			[]int{http.StatusUpgradeRequired}, func(r *http.Request) (any, error) {
-				if !strings.EqualFold(r.Header.Get("Upgrade"), consoleProtocol) {
-					return nil, Errorf(http.StatusUpgradeRequired, "want Connection: Upgrade and Upgrade: %s", consoleProtocol)
-				}
-				return stream{m.Console()}, nil
-			}},
+			[]int{http.StatusUpgradeRequired},
+			upgrade(consoleProtocol, func(*http.Request) (io.ReadWriteCloser, error) { return m.Console(), nil })},
 		{"POST", "/v1/console/break", "sends a break on the console", nil, nil, nil,
 			bare(func(*http.Request) (any, error) { m.Break(); return nil, nil })},
 		{"GET", "/v1/disks", "lists the disks", nil, []Disk{}, nil,

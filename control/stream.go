@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -19,7 +20,21 @@ import (
 const consoleProtocol = "gvm-console"
 
 // stream is an answer that takes the connection over.
-type stream struct{ io.ReadWriteCloser }
+type stream struct {
+	protocol string
+	io.ReadWriteCloser
+}
+
+// upgrade returns an endpoint that makes the connection a stream of a protocol.
+func upgrade(protocol string, open func(*http.Request) (io.ReadWriteCloser, error)) endpoint {
+	return func(r *http.Request) (any, error) {
+		if !strings.EqualFold(r.Header.Get("Upgrade"), protocol) {
+			return nil, Errorf(http.StatusUpgradeRequired, "want Connection: Upgrade and Upgrade: %s", protocol)
+		}
+		s, err := open(r)
+		return stream{protocol, s}, err
+	}
+}
 
 // streams are the connections that streams have taken.
 type streams struct {
@@ -78,7 +93,7 @@ func (s *streams) serve(w http.ResponseWriter, of stream) {
 	defer s.remove(conn)
 	_ = conn.SetDeadline(time.Time{}) // those of a request
 	if _, err := io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "+
-		consoleProtocol+"\r\n\r\n"); err != nil {
+		of.protocol+"\r\n\r\n"); err != nil {
 		return
 	}
 	var input sync.WaitGroup
@@ -95,15 +110,27 @@ func (s *streams) serve(w http.ResponseWriter, of stream) {
 // Console connects to the machine's console. The caller closes the connection. It reads as ended when
 // the machine has.
 func (c *Client) Console(ctx context.Context) (io.ReadWriteCloser, error) {
+	return c.upgrade(ctx, "console", consoleProtocol, askTimeout)
+}
+
+// upgrade makes a connection a stream of a protocol. The machine answers within limit.
+func (c *Client) upgrade(ctx context.Context, path, protocol string, limit time.Duration) (io.ReadWriteCloser, error) {
+	noAnswer := func(err error) error {
+		if cause := context.Cause(ctx); cause != nil {
+			return cause
+		}
+		return fmt.Errorf("machine %s does not answer: %w", c.name, err)
+	}
 	conn, err := c.dir.dial(ctx, c.name)
 	if err != nil {
-		return nil, fmt.Errorf("machine %s does not answer: %w", c.name, err)
+		return nil, noAnswer(err)
 	}
-	_ = conn.SetDeadline(time.Now().Add(askTimeout))
-	r, err := http.NewRequest(http.MethodGet, "http://gvm/v1/console", nil)
+	_ = conn.SetDeadline(time.Now().Add(limit))
+	defer context.AfterFunc(ctx, panics.Func(func() { _ = conn.SetDeadline(time.Now()) }))()
+	r, err := http.NewRequest(http.MethodGet, "http://gvm/v1/"+path, nil)
 	if err == nil {
 		r.Header.Set("Connection", "Upgrade")
-		r.Header.Set("Upgrade", consoleProtocol)
+		r.Header.Set("Upgrade", protocol)
 		err = r.Write(conn)
 	}
 	in := bufio.NewReader(conn)
@@ -113,7 +140,7 @@ func (c *Client) Console(ctx context.Context) (io.ReadWriteCloser, error) {
 	}
 	if err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("machine %s does not answer: %w", c.name, err)
+		return nil, noAnswer(err)
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		defer conn.Close()

@@ -59,3 +59,6 @@ func StoreUint16(b []byte, v uint16) {
 		}
 	}
 }
+
+// page returns the number of the region's first page in this process. Only the kernel takes it.
+func (r Region) page() uintptr { return uintptr(unsafe.Pointer(&r.Bytes[0])) / pageSize }

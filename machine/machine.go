@@ -189,6 +189,9 @@ type Machine struct {
 	balloon   *balloon.Device // nil: none
 	undo      []func() error  // closes what Start opened; run in reverse
 
+	dump    sync.Mutex
+	dumping bool // a Core is under way; written under dump
+
 	ended, done chan struct{}
 	outcome     vmm.Outcome
 	err         error
@@ -491,8 +494,16 @@ func (m *Machine) Paused() bool { return m.pauser.Paused() }
 // ends first, the machine runs on. Errors are those of vmm.Pauser.Pause.
 func (m *Machine) Pause(ctx context.Context) error { return m.pauser.Pause(ctx) }
 
-// Resume continues the machine after Pause or after a failure of a disk with error=stop.
-func (m *Machine) Resume() error { return m.pauser.Resume() }
+// Resume continues the machine after Pause or after a failure of a disk with error=stop. Errors are
+// ErrDumping and those of vmm.Pauser.Resume.
+func (m *Machine) Resume() error {
+	m.dump.Lock()
+	defer m.dump.Unlock()
+	if m.dumping {
+		return ErrDumping
+	}
+	return m.pauser.Resume()
+}
 
 // Stop presses the guest's power button, and stops the machine with cause when the guest has not
 // powered itself off within grace. Of two calls the one that gives less time counts. Without a

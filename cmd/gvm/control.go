@@ -86,6 +86,17 @@ func (r *remote) NMI(ctx context.Context) error {
 	return r.pauseError(err)
 }
 
+// Core implements gvm dump.
+func (r *remote) Core(ctx context.Context) (io.ReadCloser, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, r.pausePatience, errNotPausing)
+	defer cancel()
+	c, err := r.Machine.Core(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = errNotPausing
+	}
+	return c, r.pauseError(err)
+}
+
 // Console implements gvm console.
 func (r *remote) Console() io.ReadWriteCloser { return r.Machine.Attach() }
 
@@ -122,7 +133,7 @@ func (r *remote) pauseError(err error) error {
 			busy.Device)
 	case errors.Is(err, vmm.ErrPaused):
 		return control.Errorf(http.StatusConflict, "machine %s is paused already", r.info.Name)
-	case errors.Is(err, vmm.ErrDebugged):
+	case errors.Is(err, vmm.ErrDebugged), errors.Is(err, machine.ErrDumping):
 		return control.Errorf(http.StatusConflict, "machine %s: %v", r.info.Name, err)
 	case errors.Is(err, vmm.ErrNotPaused):
 		return control.Errorf(http.StatusConflict, "machine %s is not paused", r.info.Name)

@@ -154,7 +154,7 @@ var commands = []struct {
 }{
 	{"run", runCommand}, {"test", testCommand}, {"kunit", kunitCommand}, {"list", listCommand}, {"disk", diskCommand},
 	{"balloon", balloonCommand}, {"inspect", inspectCommand}, {"pause", pauseCommand}, {"resume", resumeCommand},
-	{"reset", resetCommand},
+	{"reset", resetCommand}, {"dump", dumpCommand},
 	{"console", consoleCommand}, {"nmi", nmiCommand}, {"sysrq", sysrqCommand},
 	{"stop", stopCommand}, {"image", imageCommand}, {"kernel", kernelCommand}, {"doctor", doctorCommand},
 	{"bench", benchCommand}, {"trace", traceCommand},

@@ -176,7 +176,8 @@ func TestCompletion(t *testing.T) {
 		want  []string
 	}{
 		{[]string{"gvm", "ru"}, []string{"run"}},
-		{[]string{"gvm", ""}, []string{"abi", "balloon", "bench", "completion", "console", "disk", "doctor", "exit-status",
+		{[]string{"gvm", ""}, []string{"abi", "balloon", "bench", "completion", "console", "disk", "doctor", "dump",
+			"exit-status",
 			"h", "help",
 			"image", "inspect", "kernel", "kunit", "lio", "list", "nmi", "pause", "ps",
 			"replay", "reset", "resume", "run", "stop", "sysrq", "test", "trace"}},

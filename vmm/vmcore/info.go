@@ -1,0 +1,143 @@
+package vmcore
+
+import (
+	"bytes"
+	"debug/elf"
+	"encoding/binary"
+	"strconv"
+	"strings"
+
+	"gvm/guestmem"
+	"gvm/vmm/x86"
+)
+
+const (
+	infoName = "VMCOREINFO"
+	// infoHeader is the size of the note's Elf64_Nhdr, and of its name with padding.
+	infoHeader, infoNameSize = 12, 12
+	// maxInfo bounds the note's content. Linux gives it a page (VMCOREINFO_BYTES).
+	maxInfo = 16 * pageSize
+	// maxInfos bounds the notes that are looked at: a guest may fill its memory with them.
+	maxInfos = 1000
+	// maxImage is more than any image has, and ends before the modules of a kernel without KASLR.
+	maxImage = 256 << 20
+	// userPageTable is the bit of CR3 that tells a user's page table from the kernel's, with page-table
+	// isolation (PTI_USER_PGTABLE_BIT).
+	userPageTable = 1 << 12
+)
+
+// vmcoreinfo is a note VMCOREINFO: Documentation/admin-guide/kdump/vmcoreinfo.rst.
+type vmcoreinfo struct {
+	desc   []byte
+	values map[string]string
+}
+
+// findInfo finds the note that Linux keeps in its memory; nil: none. The kernel tells its address to
+// its own user space alone (/sys/kernel/vmcoreinfo), so all memory is searched. Memory may have more
+// than one, of a kernel before kexec or in a file: the note is that whose kernel a CPU has mapped where
+// it says, else the first.
+func findInfo(mem *guestmem.Memory, cpus []CPU) (found *vmcoreinfo, err error) {
+	seen := 0
+	for _, r := range mem.Regions() {
+		err := r.Extents(func(from, to int) error {
+			b := r.Bytes[from:to]
+			for seen < maxInfos {
+				i := bytes.Index(b, []byte(infoName+"\x00\x00OSRELEASE="))
+				if i < 0 {
+					return nil
+				}
+				at := to - len(b) + i - infoHeader
+				b = b[i+1:]
+				if at < 0 {
+					continue
+				}
+				seen++
+				info := parseInfo(r.Bytes[at:min(at+infoHeader+infoNameSize+maxInfo, len(r.Bytes))])
+				switch {
+				case info == nil:
+				case info.mapped(mem, cpus):
+					found, seen = info, maxInfos
+				case found == nil:
+					found = info
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+// parseInfo parses the note at the beginning of b, if it is one.
+func parseInfo(b []byte) *vmcoreinfo {
+	if len(b) < infoHeader+infoNameSize || binary.LittleEndian.Uint32(b) != uint32(len(infoName)+1) ||
+		binary.LittleEndian.Uint32(b[8:]) != 0 || string(b[infoHeader:infoHeader+infoNameSize]) != infoName+"\x00\x00" {
+		return nil
+	}
+	size := binary.LittleEndian.Uint32(b[4:])
+	if b = b[infoHeader+infoNameSize:]; size > maxInfo || int(size) > len(b) {
+		return nil
+	}
+	info := &vmcoreinfo{bytes.Clone(b[:size]), map[string]string{}}
+	for line := range strings.Lines(string(info.desc)) {
+		if name, value, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "="); ok {
+			info.values[name] = value
+		}
+	}
+	if info.release() == "" {
+		return nil
+	}
+	return info
+}
+
+func (i *vmcoreinfo) release() string { return i.values["OSRELEASE"] }
+
+// text returns the virtual and the physical address of the kernel's text.
+func (i *vmcoreinfo) text() (virtual, physical uint64, ok bool) {
+	virtual, err := strconv.ParseUint(i.values["SYMBOL(_stext)"], 16, 64)
+	base, err2 := strconv.ParseInt(i.values["NUMBER(phys_base)"], 10, 64)
+	return virtual, virtual - kernelMap + uint64(base), err == nil && err2 == nil && virtual >= kernelMap &&
+		virtual-kernelMap < kernelSize
+}
+
+// mapped reports whether a CPU has the kernel's text mapped where the note says.
+func (i *vmcoreinfo) mapped(mem *guestmem.Memory, cpus []CPU) bool {
+	virtual, physical, ok := i.text()
+	if !ok {
+		return false
+	}
+	for _, c := range cpus {
+		s := c.Sregs
+		for _, cr3 := range []uint64{s.CR3, s.CR3 &^ userPageTable} {
+			s.CR3 = cr3
+			if at, ok := x86.Translate(mem.Read, &s, virtual); ok && at == physical {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// image returns the segment of the kernel's image, without its place in the file. It begins at the 2 MiB
+// page of the text.
+func (i *vmcoreinfo) image(regions []guestmem.Region) (p elf.Prog64, ok bool) {
+	if i == nil {
+		return p, false
+	}
+	virtual, physical, ok := i.text()
+	if !ok {
+		return p, false
+	}
+	physical -= virtual & (2<<20 - 1)
+	virtual &^= 2<<20 - 1
+	for _, r := range regions {
+		if r.Base <= physical && physical < r.End() {
+			n := min(r.End()-physical, kernelMap+kernelSize-virtual, maxImage)
+			return elf.Prog64{Type: uint32(elf.PT_LOAD), Flags: uint32(elf.PF_R | elf.PF_W | elf.PF_X),
+				Vaddr: virtual, Paddr: physical, Filesz: n, Memsz: n}, true
+		}
+	}
+	return p, false
+}
