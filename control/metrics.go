@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -18,7 +19,7 @@ const metricsType = "text/plain; version=0.0.4; charset=utf-8"
 // metricsOf returns the numbers of a tree as metrics. A metric's name is gvm and the names of the
 // path, joined by "_". A name that begins with no letter, or has other characters than letters,
 // digits and "_", such as that of a CPU or a device, is the value of a label, which is named as the
-// group that it is in. Counters end with _total, and times with _seconds. The texts of a group are
+// group that it is in. Counters end with _total, and times and their histograms with _seconds. The texts of a group are
 // labels of one metric of the value 1, which ends with _info. Registers, addresses and sets of bits
 // are no metrics, and nor are nodes of the kind
 // inspect.Passing.
@@ -77,13 +78,17 @@ func (e *exposition) node(n inspect.Node, s series) {
 	number := ""
 	switch v := n.Value.(type) {
 	case nil:
-		e.group(n, s)
+		if n.Kind == inspect.Distribution {
+			e.histogram(inspect.HistogramOf(n), s)
+		} else {
+			e.group(n, s)
+		}
 		return
 	case bool:
 		number = map[bool]string{false: "0", true: "1"}[v]
 	case inspect.Age:
 		s.name += "_seconds"
-		number = fmt.Sprint(time.Duration(v).Seconds())
+		number = strconv.FormatFloat(time.Duration(v).Seconds(), 'f', -1, 64)
 	case inspect.Hex:
 		return
 	default:
@@ -99,6 +104,19 @@ func (e *exposition) node(n inspect.Node, s series) {
 		kind = "counter"
 	}
 	e.add(s, kind, number)
+}
+
+// histogram adds a histogram, with a bucket for each power of two.
+func (e *exposition) histogram(h inspect.Histogram, s series) {
+	s.name += "_seconds"
+	seconds := func(d time.Duration) string { return strconv.FormatFloat(d.Seconds(), 'f', -1, 64) }
+	bucket := func(le string, n uint64) {
+		e.add(s.with("le", le), "histogram", fmt.Sprint(n), "_bucket")
+	}
+	inspect.Octaves(func(d time.Duration) { bucket(seconds(d), h.Below(d)) })
+	bucket("+Inf", h.Count())
+	e.add(s, "histogram", seconds(h.Sum()), "_sum")
+	e.add(s, "histogram", fmt.Sprint(h.Count()), "_count")
 }
 
 // to returns the way on to a node's name.
@@ -141,8 +159,8 @@ var (
 	escapeLabel = strings.NewReplacer(`\`, `\\`, "\n", `\n`, `"`, `\"`)
 )
 
-// add adds a sample to its family.
-func (e *exposition) add(s series, kind, number string) {
+// add adds a sample to its family. One of a histogram has a suffix.
+func (e *exposition) add(s series, kind, number string, suffix ...string) {
 	f := e.families[s.name]
 	if f == nil {
 		f = new(family)
@@ -150,7 +168,7 @@ func (e *exposition) add(s series, kind, number string) {
 		help := escapeHelp.Replace(cmp.Or(s.path, "the machine"))
 		fmt.Fprintf(f, "# HELP %s %s\n# TYPE %s %s\n", s.name, help, s.name, kind)
 	}
-	f.WriteString(s.name)
+	f.WriteString(s.name + strings.Join(suffix, ""))
 	before := byte('{')
 	for _, l := range s.labels {
 		// The format is UTF-8, whatever bytes a path or a guest has.

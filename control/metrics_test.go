@@ -33,6 +33,16 @@ func parse(t *testing.T, b []byte) map[string]string {
 			t.Errorf("%s is a %v, of %q", name, f.GetType(), f.GetHelp())
 		}
 		for _, m := range f.Metric {
+			value := fmt.Sprint(m.GetGauge().GetValue() + m.GetCounter().GetValue())
+			if h := m.Histogram; h != nil {
+				value = fmt.Sprintf("%d in %gs", h.GetSampleCount(), h.GetSampleSum())
+				for _, b := range h.Bucket {
+					if b.GetCumulativeCount() > 0 {
+						value += fmt.Sprintf(", %d below %g", b.GetCumulativeCount(), b.GetUpperBound())
+						break
+					}
+				}
+			}
 			var labels []string
 			for _, l := range m.Label {
 				labels = append(labels, fmt.Sprintf("%s=%q", l.GetName(), l.GetValue()))
@@ -41,7 +51,7 @@ func parse(t *testing.T, b []byte) map[string]string {
 			if _, twice := all[series]; twice {
 				t.Errorf("%s: twice", series)
 			}
-			all[series] = fmt.Sprint(m.GetGauge().GetValue() + m.GetCounter().GetValue())
+			all[series] = value
 		}
 	}
 	return all
@@ -65,6 +75,9 @@ func wantMetrics(t *testing.T, got []byte, want map[string]string) {
 func TestMetrics(t *testing.T) {
 	const evil = "a\"b\\c\nd\xff{}=,é\x1b"
 	const valid = "a\"b\\c\nd\ufffd{}=,é\x1b"
+	var h inspect.Histogram
+	h.Add(300*time.Nanosecond, 2)
+	h.Add(time.Second, 1)
 	root := inspect.Group("",
 		inspect.Bool("paused", true),
 		inspect.Group("vcpu",
@@ -73,7 +86,8 @@ func TestMetrics(t *testing.T) {
 			inspect.Node{Name: "1", Value: inspect.Busy},
 			inspect.Group("2", inspect.Count("exits", 4), inspect.Text("mp_state", "runnable"))),
 		inspect.Group("pci", inspect.Group("00:01.0", inspect.Group("queue", inspect.Group("0",
-			inspect.Node{Name: "age", Value: inspect.Age(1500 * time.Millisecond)}, inspect.Int("depth", -1))))),
+			inspect.Node{Name: "age", Value: inspect.Age(1500 * time.Millisecond)}, inspect.Int("depth", -1),
+			h.Node("latency"))))),
 		inspect.Group("lio", inspect.Group("naa.5", inspect.Group("0", inspect.Int("size", int64(7))))),
 		inspect.Group("task", inspect.Int("lba", 1)).As(inspect.Passing),
 		inspect.Text("time", "now").As(inspect.Passing),
@@ -86,6 +100,7 @@ func TestMetrics(t *testing.T) {
 		`gvm_vcpu_cpl vcpu="0"`: "3", `gvm_vcpu_info vcpu="2" mp_state="runnable"`: "1",
 		fmt.Sprintf(`gvm_vcpu_info vcpu="0" mp_state="halted" error=%q`, valid): "1",
 		`gvm_pci_queue_age_seconds pci="00:01.0" queue="0"`:                     "1.5",
+		`gvm_pci_queue_latency_seconds pci="00:01.0" queue="0"`:                 "3 in 1.0000006s, 2 below 5.12e-07",
 		`gvm_pci_queue_depth pci="00:01.0" queue="0"`:                           "-1",
 		`gvm_lio_size lio="naa.5" lio_2="0"`:                                    "7",
 		fmt.Sprintf(`gvm part=%q part_2=%[1]q`, valid):                          "5",

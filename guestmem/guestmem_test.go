@@ -1,6 +1,7 @@
 package guestmem
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -166,6 +167,32 @@ func TestDiscard(t *testing.T) {
 	m.Regions()[0].Bytes[0] = 1
 	if err := m.Discard(m.Regions()[0].Bytes); err != nil || m.Regions()[0].Bytes[0] != 1 {
 		t.Errorf("memory of a test: %v", err)
+	}
+}
+
+// TestResident counts the pages that were touched, in private and in shared memory.
+func TestResident(t *testing.T) {
+	for _, shared := range []bool{false, true} {
+		m, err := Map(Config{Size: 300 << 20, Shared: shared})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := m.Regions()[0]
+		for i := range 3 {
+			// A huge page comes whole.
+			if n, ok := r.Resident(t.Context()); !ok || n < uint64(i)*4096 || n > uint64(i)*hugePage {
+				t.Errorf("shared %v, %d pages: %d, %v", shared, i, n, ok)
+			}
+			r.Bytes[i*(residentStep+4096)] = 1
+		}
+		over, cancel := context.WithCancel(t.Context())
+		cancel()
+		if n, ok := r.Resident(over); ok {
+			t.Errorf("after the end: %d", n)
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -34,9 +34,10 @@ type Node struct {
 type Kind uint8
 
 const (
-	State   Kind = iota // a value as it is now, or a group
-	Counter             // a number that only grows while its owner exists
-	Passing             // of a thing that comes and goes, such as a request or the time: nothing to keep
+	State        Kind = iota // a value as it is now, or a group
+	Counter                  // a number that only grows while its owner exists
+	Passing                  // of a thing that comes and goes, such as a request or the time: nothing to keep
+	Distribution             // a group that Histogram.Node made
 )
 
 // Hex is a value that people read in hexadecimal: a register, an address or a set of bits. In JSON
@@ -53,7 +54,13 @@ func (h Hex) MarshalJSON() ([]byte, error) { return json.Marshal(h.String()) }
 type Age time.Duration
 
 // String implements fmt.Stringer.
-func (a Age) String() string { return time.Duration(a).Round(time.Microsecond).String() }
+func (a Age) String() string {
+	d := time.Duration(a)
+	if d >= time.Millisecond {
+		d = d.Round(time.Microsecond)
+	}
+	return d.String()
+}
 
 // MarshalJSON implements json.Marshaler.
 func (a Age) MarshalJSON() ([]byte, error) { return json.Marshal(time.Duration(a).Seconds()) }

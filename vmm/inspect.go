@@ -143,8 +143,13 @@ func (m *machine) stateBy(ask func(ctx context.Context, i int, f func()) bool) i
 func (m *machine) inspectMemory() inspect.Node {
 	memory := inspect.Group("memory")
 	for i, r := range m.mem.Regions() {
-		memory.Nodes = append(memory.Nodes, inspect.Group(fmt.Sprint(i),
-			inspect.Bits("base", r.Base), inspect.Int("size", len(r.Bytes))))
+		memory.Nodes = append(memory.Nodes, inspect.Lazy(fmt.Sprint(i), func(ctx context.Context) ([]inspect.Node, bool) {
+			nodes := []inspect.Node{inspect.Bits("base", r.Base), inspect.Int("size", len(r.Bytes))}
+			if n, ok := r.Resident(ctx); ok {
+				nodes = append(nodes, inspect.Int("resident", n))
+			}
+			return nodes, true
+		}))
 	}
 	return memory
 }

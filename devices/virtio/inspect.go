@@ -16,5 +16,6 @@ func (ws Workers) Inspect() [][]inspect.Node {
 func (w *Worker) inspect() []inspect.Node {
 	w.mu.Lock() // never held for long
 	defer w.mu.Unlock()
-	return append(w.q.Inspect(), inspect.Bool("serving", w.serving), inspect.Bool("interrupt_owed", w.owed))
+	return append(w.q.Inspect(), inspect.Bool("serving", w.serving), inspect.Bool("interrupt_owed", w.owed),
+		inspect.Count("requests", w.chains), inspect.Count("interrupts", w.interrupts), w.latency.Node("latency"))
 }

@@ -27,9 +27,13 @@ type Handler func(w *Worker, c *virtq.Chain) error
 // driver that is interrupted for each finds one request each time.
 const maxOwed = 5 * time.Microsecond
 
-// clockEvery is the number of chains after which the thread reads the clock again if it has not slept:
-// a reading takes a good part of the time of a small request.
-const clockEvery = 64
+// The thread reads the clock again, and measures how long a chain takes, after clockEvery chains at
+// most, and more often if chains come more than clockPatience apart: a reading takes a good part of
+// the time of a small request.
+const (
+	clockEvery    = 64
+	clockPatience = 32 * time.Microsecond
+)
 
 // Worker serves one queue on an OS thread of its own: it waits for the
 // doorbell, hands each chain to the handler and interrupts the driver when a
@@ -44,7 +48,6 @@ type Worker struct {
 	landed     chan struct{} // wakes wait, which looks at inFlight again
 	poll       spin
 	clock      time.Duration // inspect.Clock as the thread last read it
-	chains     uint          // that the thread has handed out
 	turn       turn
 
 	mu       sync.Mutex // guards what follows; the handler runs without it
@@ -54,6 +57,13 @@ type Worker struct {
 	barriers []barrier
 	serving  bool // the thread is in drain, and interrupts for what is completed meanwhile
 	owed     bool // the driver has asked for an interrupt, and not got it yet
+
+	chains     uint64 // that the thread has handed out
+	interrupts uint64
+	latency    inspect.Histogram // of measured chains, by their weights
+	measure    uint64            // the number of the next chain to measure
+	every      uint64            // chains between two measured ones
+	measured   time.Duration     // inspect.Clock at the last one
 }
 
 type barrier struct {
@@ -158,8 +168,8 @@ func (w *Worker) drain() (err error) {
 			continue
 		}
 		w.inFlight.Add(1)
-		if w.chains%clockEvery == 0 {
-			w.clock = inspect.Clock()
+		if c.Taken = 0; w.chains == w.measure {
+			w.begin(c)
 		}
 		w.chains++
 		panics.Unlocked(&w.mu, func() { err = w.handle(w, c) })
@@ -183,6 +193,19 @@ func (w *Worker) drain() (err error) {
 	return nil
 }
 
+// begin begins to measure a chain, and decides which one is the next. The caller holds mu.
+func (w *Worker) begin(c *virtq.Chain) {
+	w.clock = inspect.Clock()
+	if w.clock-w.measured < time.Duration(w.every)*clockPatience {
+		w.every = min(2*w.every, clockEvery)
+	} else {
+		w.every = max(w.every/2, 1)
+	}
+	w.measured = w.clock
+	w.measure += w.every
+	c.Taken, c.Weight = w.clock, w.every
+}
+
 // look polls the queue for as long as that pays, and says whether the driver has
 // made a chain available. The caller holds mu, which is free meanwhile.
 func (w *Worker) look() (found bool) {
@@ -201,6 +224,7 @@ func (w *Worker) pay() error {
 		return nil
 	}
 	w.owed = false
+	w.interrupts++
 	return w.call.Signal()
 }
 
@@ -290,12 +314,18 @@ func (w *Worker) Complete(c *virtq.Chain, written uint32) { w.CompleteAll(Comple
 func (w *Worker) CompleteAll(done ...Completion) {
 	w.mu.Lock()
 	for _, d := range done {
+		if d.Chain.Taken != 0 {
+			w.latency.Add(inspect.Clock()-d.Chain.Taken, d.Chain.Weight)
+		}
 		w.q.Add(d.Chain, d.Written)
 	}
 	signal := w.q.Publish()
 	if w.serving {
 		w.owed = w.owed || signal
 		signal = false
+	}
+	if signal {
+		w.interrupts++
 	}
 	w.mu.Unlock()
 	if signal {

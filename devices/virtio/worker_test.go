@@ -16,6 +16,7 @@ import (
 	"gvm/devices/virtio/virtq"
 	"gvm/devices/virtio/virtqtest"
 	"gvm/guestmem"
+	"gvm/inspect"
 	"gvm/panics"
 )
 
@@ -593,6 +594,32 @@ func TestBarrierIndexTakenBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	stop(t, w)
+}
+
+// TestCounts: the state of a queue has its requests, interrupts and latencies. A measured request stands
+// for the others until the next one.
+func TestCounts(t *testing.T) {
+	r := newRig(t, 64, virtio.FeatureEventIdx)
+	w := r.start(t, echo)
+	const runs, depth = 50, 8
+	one := newExchange(r, depth)
+	for range runs {
+		one.run()
+	}
+	stop(t, w)
+	n := inspect.Group("", virtio.Workers{w}.Inspect()[0]...)
+	requests, interrupts := n.Get("requests"), n.Get("interrupts").(uint64)
+	if requests != uint64(runs*depth) || interrupts == 0 || interrupts > runs*depth {
+		t.Errorf("%v requests, %d interrupts", requests, interrupts)
+	}
+	latency, err := n.Read(t.Context(), "latency")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := inspect.HistogramOf(latency)
+	if count := h.Count(); count < runs*depth || count >= runs*depth+64 || h.Sum() <= 0 || h.Quantile(.5) <= 0 {
+		t.Errorf("%d requests, %v: %+v", count, h.Sum(), h)
+	}
 }
 
 var raceDetector bool

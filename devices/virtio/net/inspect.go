@@ -28,12 +28,12 @@ func (p *pair) inspect(i int) inspect.Node {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return inspect.Group(fmt.Sprint(i),
-		inspect.Int("rx_frames", p.rxFrames.Load()),
-		inspect.Int("rx_bytes", p.rxBytes.Load()),
-		inspect.Int("rx_dropped", p.rxDropped.Load()),
+		inspect.Count("rx_frames", p.rxFrames.Load()),
+		inspect.Count("rx_bytes", p.rxBytes.Load()),
+		inspect.Count("rx_dropped", p.rxDropped.Load()),
 		inspect.Int("rx_buffers", len(p.held)),
 		inspect.Int("rx_waiting", len(p.frame)),
-		inspect.Int("tx_frames", p.txFrames.Load()),
-		inspect.Int("tx_bytes", p.txBytes.Load()),
-		inspect.Int("tx_dropped", p.txDropped.Load()))
+		inspect.Count("tx_frames", p.txFrames.Load()),
+		inspect.Count("tx_bytes", p.txBytes.Load()),
+		inspect.Count("tx_dropped", p.txDropped.Load()))
 }

@@ -1,6 +1,9 @@
 package virtq
 
-import "io"
+import (
+	"io"
+	"time"
+)
 
 // Chain is one request of the driver: what the device reads and what it may
 // write. Every byte of both lies in guest RAM. Chains are recycled: nothing of
@@ -10,6 +13,10 @@ type Chain struct {
 	// User is the device's own. It stays with the recycled chain, so that the
 	// state of a request is made once and not for every request.
 	User any
+	// Taken is when the worker of the queue took the chain, by inspect.Clock, if it measures this one, which
+	// stands for Weight chains; else 0.
+	Taken  time.Duration
+	Weight uint64
 
 	head     uint16
 	live     bool
