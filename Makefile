@@ -34,7 +34,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams bench guest clean
+.PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
 
 build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
@@ -136,6 +136,19 @@ kubernetes: ## run a Job of gvm test --emit kubernetes on Kubernetes's control p
 
 streams: ## 64 MiB through commands in guests and back, in the lab
 	$(GOTEST) -tags built -count=1 -timeout 30m -parallel 1 -run '^TestStreams$$' ./guest-tests/linux
+
+# Suites of Linux's own tests, whose sources are elsewhere: not words of ALL. SUITE runs one, of the
+# tests that TESTS names or else the second argument.
+SUITE = @test -x '$($(1))/check' || { echo '$@: $(1)=DIR names no source of it: git clone $(3)' >&2; exit 2; }; \
+	mkdir -p bench && $(MAKE) -C '$($(1))' && $(1)='$(abspath $($(1)))' TESTS='$(or $(TESTS),$(2))' FSTYP=$(FSTYP) \
+	$(GOTEST) -tags built -count=1 -timeout 24h -parallel 1 -v -outputdir bench -run '^$(4)$$' ./guest-tests/linux
+
+blktests: ## blktests' block and scsi groups, or TESTS, on disks of gvm's and QEMU's, in the lab: BLKTESTS=DIR
+	$(call SUITE,BLKTESTS,block scsi,https://github.com/linux-blktests/blktests,TestBlktests)
+
+FSTYP ?= ext4
+xfstests: ## xfstests' quick group, or TESTS, on the same disks: XFSTESTS=DIR, FSTYP=ext4
+	$(call SUITE,XFSTESTS,quick,https://git.kernel.org/pub/scm/fs/xfs/xfstests-dev.git,TestXfstests)
 
 # The system's QEMU and the lab's, which the benchmarks of Linux fetch before.
 LAB_CACHE = $(or $(GVM_LAB_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gvm-lab)

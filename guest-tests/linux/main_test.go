@@ -79,6 +79,11 @@ func testMain(m *testing.M) int {
 		Modules: []string{"nbd", "dm-mod", "raid0"},
 		Lost:    lost,
 	}
+	for _, env := range []string{"BLKTESTS", "XFSTESTS"} { // the trees of suites, which the host has anywhere
+		if dir := os.Getenv(env); dir != "" {
+			options.Visible = append(options.Visible, dir)
+		}
+	}
 	return lab.Main(m, options)
 }
 
