@@ -10,14 +10,13 @@ import (
 	"gvm/devices/virtio/console"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
-	"gvm/devices/virtio/vsock"
 	"gvm/machine/disk"
 )
 
 // deviceConfig has the parameters of the devices.
 type deviceConfig struct {
 	scsiDevice
-	vsock   *vsock.Device   // nil: none
+	vsock   virtio.Device   // nil: none
 	console *console.Device // nil: none
 	balloon *balloon.Device // nil: none
 	shares  []virtio.Device

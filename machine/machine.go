@@ -35,6 +35,7 @@ import (
 	"gvm/devices/virtio/fs"
 	"gvm/devices/virtio/fs/hostfs"
 	"gvm/devices/virtio/vhostscsi"
+	"gvm/devices/virtio/vhostvsock"
 	"gvm/devices/virtio/vsock"
 	"gvm/gdbstub"
 	"gvm/guest/embedded"
@@ -85,7 +86,10 @@ type Spec struct {
 	Trace    string // file to record every SCSI request in; "": none
 	Version  string // the program's version, for Trace
 
-	Vsock *vsock.Config // nil: the guest has no socket device
+	// Vsock is a socket device that this program serves, VhostVsock one that the kernel serves. nil: the
+	// guest has none, as it has one at most.
+	Vsock      *vsock.Config
+	VhostVsock *vhostvsock.Config
 	// Ports are streams that the guest finds by their names, as ports of a virtio console. They are
 	// closed when the machine has ended.
 	Ports []console.Port
@@ -281,10 +285,20 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if err != nil {
 		return nil, err
 	}
+	var sockets virtio.Device
 	if s.Vsock != nil {
 		if m.vsock, err = vsock.New(*s.Vsock); err != nil {
 			return nil, configError{err}
 		}
+		sockets = m.vsock
+	}
+	if s.VhostVsock != nil {
+		d, err := openVhostVsock(s)
+		if err != nil {
+			return nil, err
+		}
+		m.later(d.Close)
+		sockets = d
 	}
 	var ports *console.Device
 	if len(s.Ports) > 0 {
@@ -309,7 +323,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	}
 	cfg.Devices, err = makeDevices(deviceConfig{
 		scsiDevice: scsiDevice{queues: s.RequestQueues(), poll: s.Poll, trace: file, disks: m.disks},
-		vsock:      m.vsock,
+		vsock:      sockets,
 		console:    ports,
 		balloon:    m.balloon,
 		shares:     shares,
@@ -328,6 +342,22 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	}
 	panics.Go(func() { m.run(ctx, sys, cfg) })
 	return m, nil
+}
+
+// openVhostVsock opens a socket device that the kernel serves.
+func openVhostVsock(s Spec) (*vhostvsock.Device, error) {
+	if s.Vsock != nil {
+		return nil, configError{errors.New("two socket devices: want Vsock or VhostVsock")}
+	}
+	cfg := *s.VhostVsock
+	if cfg.Note == nil {
+		cfg.Note = s.Note
+	}
+	d, err := vhostvsock.New(cfg)
+	if errors.Is(err, vhostvsock.ErrInUse) {
+		err = configError{err}
+	}
+	return d, err
 }
 
 // openShares opens the shared directories, which divide the descriptors that they may have.

@@ -2,10 +2,15 @@ package machine
 
 import (
 	"errors"
+	"io/fs"
+	"os"
+	"strings"
 	"testing"
 
+	"gvm/devices/virtio/vhostvsock"
 	"gvm/devices/virtio/vsock"
 	"gvm/guestmem"
+	"gvm/kvmapi/vhost"
 )
 
 // TestVsock: a reserved CID is the user's error, and a machine has a socket device only if its Spec says so.
@@ -14,6 +19,22 @@ func TestVsock(t *testing.T) {
 	if _, err := Start(t.Context(), spec); err == nil || !IsConfig(err) {
 		t.Errorf("CID 2: %v", err)
 	}
+	spec.VhostVsock = &vhostvsock.Config{CID: 77}
+	if _, err := Start(t.Context(), spec); err == nil || !IsConfig(err) {
+		t.Errorf("CID 2, and a second device: %v", err)
+	}
+	spec.Vsock = &vsock.Config{CID: 77}
+	if _, err := Start(t.Context(), spec); err == nil || !IsConfig(err) {
+		t.Errorf("two devices: %v", err)
+	}
+	if _, err := os.Stat(vhost.VsockPath); errors.Is(err, fs.ErrNotExist) {
+		spec.Vsock = nil
+		if _, err := Start(t.Context(), spec); !errors.Is(err, fs.ErrNotExist) || IsConfig(err) ||
+			!strings.Contains(err.Error(), "modprobe vhost_vsock") {
+			t.Errorf("no vhost-vsock: %v", err)
+		}
+	}
+	spec.VhostVsock = nil
 	for want, cfg := range map[string]*vsock.Config{
 		"dial vsock port 22: the guest has no vsock driver: the machine has no socket device": nil,
 		"dial vsock port 22 of the guest: the guest has no vsock driver":                      {},

@@ -94,7 +94,7 @@ EXAMPLES
 					"mount -t virtiofs TAG /mnt"},
 			&cli.StringFlag{Name: "vsock",
 				Usage: "give the guest sockets (AF_VSOCK): `unix[,cid=N][,path=FILE]` connects them with unix sockets " +
-					"NAME.vsock, or FILE, of this host"},
+					"NAME.vsock, or FILE, of this host; vhost,cid=N with AF_VSOCK here, by the kernel (vhost-vsock)"},
 			&cli.GenericFlag{Name: "net", Value: new(words),
 				Usage: "`BACKEND` of a network device: none (default), or tap=NAME[,mac=MAC][,queues=N], " +
 					"a TAP interface of this host"},

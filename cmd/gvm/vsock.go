@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"gvm/control"
+	"gvm/devices/virtio/vhostvsock"
 	"gvm/devices/virtio/vsock"
 	"gvm/text"
 )
@@ -20,7 +21,11 @@ type vsockConfig struct {
 	path string // "": NAME.vsock beside the control socket
 }
 
-const vsockUnix = "unix"
+// Kinds of --vsock.
+const (
+	vsockUnix  = "unix"
+	vsockVhost = "vhost"
+)
 
 // vsockOptions are the options of --vsock. The value of path is the rest of the flag's.
 var vsockOptions = []struct {
@@ -41,19 +46,19 @@ var vsockOptions = []struct {
 	}},
 }
 
-// parseVsock reads unix[,cid=N][,path=FILE]. Options alone are those of unix.
+// parseVsock reads unix[,cid=N][,path=FILE] or vhost,cid=N. Options alone are those of unix.
 func parseVsock(s string) (*vsockConfig, error) {
 	v := &vsockConfig{kind: vsockUnix}
 	if word, rest, more := strings.Cut(s, ","); !strings.Contains(word, "=") {
-		if word != vsockUnix {
-			return nil, fmt.Errorf("--vsock %q: want unix, cid=N or path=FILE", word)
+		if word != vsockUnix && word != vsockVhost {
+			return nil, text.OneOfNames("--vsock ", strconv.Quote(word), []string{vsockUnix, vsockVhost})
 		}
-		if s = rest; !more {
-			return v, nil
+		if v.kind, s = word, rest; more && s == "" {
+			return nil, fmt.Errorf("--vsock %s,: want cid or path behind the comma", word)
 		}
-	}
-	if s == "" {
-		return nil, errors.New("--vsock unix,: want cid or path behind the comma")
+		if !more {
+			return v, v.check()
+		}
 	}
 	given := map[string]bool{}
 	for more := true; more; {
@@ -83,13 +88,28 @@ func parseVsock(s string) (*vsockConfig, error) {
 		}
 		given[name] = true
 	}
-	return v, nil
+	return v, v.check()
 }
 
-// listenVsock opens the socket of --vsock, and gives the machine its device. nil: the guest has none.
+// check refuses options that do not go with each other.
+func (v *vsockConfig) check() error {
+	switch {
+	case v.kind == vsockVhost && v.path != "":
+		return errors.New("--vsock vhost,path=: programs reach the guest by AF_VSOCK; path goes with unix")
+	case v.kind == vsockVhost && v.cid == 0:
+		return errors.New("--vsock vhost: want cid=N, which no other machine of this host has, such as vhost,cid=3")
+	}
+	return nil
+}
+
+// listenVsock gives the machine the device of --vsock, and opens its socket. nil: there is none.
 func (rc *runConfig) listenVsock(named bool) (*vsock.Bridge, error) {
 	v := rc.vsock
 	if v == nil {
+		return nil, nil
+	}
+	if v.kind == vsockVhost {
+		rc.spec.VhostVsock = &vhostvsock.Config{CID: v.cid}
 		return nil, nil
 	}
 	path, chosen := v.path, v.path != ""

@@ -18,6 +18,7 @@ func TestParseVsock(t *testing.T) {
 		"unix":                     {vsockUnix, 0, ""},
 		"cid=3":                    {vsockUnix, 3, ""},
 		"unix,cid=4294967294":      {vsockUnix, 4294967294, ""},
+		"vhost,cid=5":              {vsockVhost, 5, ""},
 		"path=a":                   {vsockUnix, 0, "a"},
 		"unix,cid=7,path=a,cid=8,": {vsockUnix, 7, "a,cid=8,"},
 	} {

@@ -76,7 +76,7 @@ func testMain(m *testing.M) int {
 			"gvm/guest-tests/cmd/escapes"},
 		Memory:  10 << 10, // for a guest of 6 GiB
 		CPUs:    labCPUs,
-		Modules: []string{"nbd", "dm-mod", "raid0"},
+		Modules: []string{"nbd", "dm-mod", "raid0", "vhost_vsock"},
 		Lost:    lost,
 	}
 	for _, env := range []string{"BLKTESTS", "XFSTESTS"} { // the trees of suites, which the host has anywhere

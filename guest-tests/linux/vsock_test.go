@@ -5,15 +5,22 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"gvm/control"
+	"gvm/devices/virtio/vhostvsock"
 	"gvm/devices/virtio/vsock"
+	"gvm/guest-tests/lab"
+	"gvm/guestmem"
 	"gvm/machine"
+	"gvm/vmm"
 )
 
 // vsockEcho is what TestShare does with a running guest/vsockecho, and with the guest's balloon.
@@ -110,9 +117,15 @@ func (e *vsockEcho) balloon() {
 	})
 }
 
+// duplex is the host's end of a connection.
+type duplex interface {
+	io.ReadWriteCloser
+	CloseWrite() error
+}
+
 // exchange sends bytes and expects to get them back, and the end of each side after them. It reads
 // after ready.
-func (e *vsockEcho) exchange(c *vsock.Conn, n int, ready func()) {
+func (e *vsockEcho) exchange(c duplex, n int, ready func()) {
 	out := content(fmt.Sprintf("%p", c), n)
 	var writer sync.WaitGroup
 	writer.Go(func() {
@@ -171,4 +184,104 @@ func (e *vsockEcho) inspect() map[string]string {
 		values[path] = fmt.Sprint(v)
 	}
 	return values
+}
+
+// socket is a socket of the host's own vsock (AF_VSOCK), by vhost-vsock.
+type socket struct{ *os.File }
+
+func newSocket() (int, error) {
+	return unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+}
+
+func (s socket) CloseWrite() error { return unix.Shutdown(int(s.Fd()), unix.SHUT_WR) }
+
+// dialSocket connects to a port of the guest.
+func dialSocket(t *testing.T, cid, port uint32) socket {
+	t.Helper()
+	fd, err := newSocket()
+	must(t, err)
+	s := socket{os.NewFile(uintptr(fd), fmt.Sprintf("vsock %d:%d", cid, port))}
+	t.Cleanup(func() { s.Close() })
+	must(t, unix.Connect(fd, &unix.SockaddrVM{CID: cid, Port: port}))
+	return s
+}
+
+// TestVhostVsock moves data between the guest's program, which sends all of it back, and programs of the
+// host, over the kernel's sockets, while the machine is paused and after the guest's driver was bound anew.
+func TestVhostVsock(t *testing.T) {
+	const cid, streams = 77, 20
+	listener, err := newSocket()
+	must(t, err)
+	defer unix.Close(listener)
+	must(t, unix.Bind(listener, &unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: 2000}))
+	must(t, unix.Listen(listener, streams))
+	accepted := make(chan socket, streams)
+	go func() { // until the listener is shut down
+		for {
+			fd, _, err := unix.Accept(listener)
+			if err != nil {
+				return
+			}
+			accepted <- socket{os.NewFile(uintptr(fd), "accepted")}
+		}
+	}()
+	defer unix.Shutdown(listener, unix.SHUT_RDWR)
+	g := guest{
+		kernel:  kernel(t, "cloud"),
+		modules: []string{"vmw_vsock_virtio_transport"},
+		files:   map[string]string{"bin/vsockecho": lab.Program("vsockecho")},
+		script:  rebindVsock + fmt.Sprintf("vsockecho -connect %d && say echoed\nklog", streams),
+	}
+	console := &watcher{when: func(string) {}}
+	notes := make(chan string, 100)
+	spec := machine.Spec{Memory: guestmem.Config{Size: 256 << 20}, Console: machine.Output(console),
+		VhostVsock: &vhostvsock.Config{CID: cid}, Note: func(s string) { notes <- s }}
+	e := &vsockEcho{T: t, m: g.launch(t, spec)}
+	if _, err := machine.Start(t.Context(), machine.Spec{Memory: spec.Memory, VhostVsock: spec.VhostVsock}); err == nil ||
+		!machine.IsConfig(err) || !errors.Is(err, vhostvsock.ErrInUse) {
+		t.Errorf("a second machine with the CID: %v", err)
+	}
+	accept := func() socket {
+		select {
+		case s := <-accepted:
+			return s
+		case <-e.m.Ended():
+			t.Fatalf("the guest ended:\n%s", console.all.String())
+			return socket{}
+		}
+	}
+	e.exchange(accept(), 8<<20, func() {}) // so the guest listens
+	var sides sync.WaitGroup
+	for range streams - 1 {
+		for _, s := range []socket{accept(), dialSocket(t, cid, 3000)} {
+			sides.Go(func() { e.exchange(s, 300_000, func() {}) })
+		}
+	}
+	must(t, errors.Join(e.m.Pause(t.Context()), e.m.Resume()))
+	sides.Wait()
+	n, err := e.m.Inspect(t.Context(), "")
+	must(t, err)
+	taken := 0
+	for path, v := range n.Values("") {
+		if strings.HasSuffix(path, "/running") && v == true {
+			taken++
+		}
+	}
+	if taken != 1 {
+		t.Errorf("%d devices run", taken)
+	}
+	idle := dialSocket(t, cid, 3000)
+	dialSocket(t, cid, 3001) // the guest ends
+	out, err := e.m.Wait()
+	if err != nil || out.Ending != vmm.PoweredOff || !strings.Contains(console.all.String(), "= rebound") {
+		t.Errorf("%v, %v, %v:\n%s", out.Ending, out.Err, err, console.all.String())
+	}
+	if n, err := idle.Read(make([]byte, 1)); n > 0 || err == nil {
+		t.Errorf("after the machine's end: %d bytes, %v", n, err)
+	}
+	close(notes)
+	for s := range notes {
+		t.Errorf("note: %s", s)
+	}
+	result{console: strings.ReplaceAll(console.all.String(), "\r", "")}.kernelLog(t, 1)
 }

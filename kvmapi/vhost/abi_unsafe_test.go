@@ -89,6 +89,8 @@ func TestABIMatchesKernelHeaders(t *testing.T) {
 		"value VHOST_SCSI_GET_ABI_VERSION":     uint64(scsiGetABIVersion),
 		"value VHOST_SCSI_SET_EVENTS_MISSED":   uint64(scsiSetEventsMissed),
 		"value VHOST_SCSI_GET_EVENTS_MISSED":   uint64(scsiGetEventsMissed),
+		"value VHOST_VSOCK_SET_GUEST_CID":      uint64(vsockSetGuestCID),
+		"value VHOST_VSOCK_SET_RUNNING":        uint64(vsockSetRunning),
 		"value VHOST_SCSI_ABI_VERSION":         SCSIABIVersion,
 		"value -VHOST_FILE_UNBIND":             -fileUnbind,
 		"value VHOST_F_LOG_ALL":                bit(FeatureLogAll),

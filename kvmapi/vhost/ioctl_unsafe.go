@@ -66,6 +66,9 @@ var (
 	scsiGetABIVersion   = iow[int32](0x42)
 	scsiSetEventsMissed = iow[uint32](0x43)
 	scsiGetEventsMissed = iow[uint32](0x44)
+
+	vsockSetGuestCID = iow[uint64](0x60)
+	vsockSetRunning  = iow[int32](0x61)
 )
 
 // Parts of a request number (asm-generic/ioctl.h).

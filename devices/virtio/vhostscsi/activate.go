@@ -6,8 +6,7 @@ import (
 	"fmt"
 
 	"gvm/devices/virtio"
-	"gvm/devices/virtio/virtq"
-	"gvm/guestmem"
+	"gvm/devices/virtio/vhostring"
 	"gvm/kvmapi/vhost"
 )
 
@@ -27,17 +26,6 @@ func (d *Device) activate(a virtio.Activation) error {
 			return err
 		}
 	}
-	var regions []vhost.Region
-	for _, r := range a.Mem.Regions() {
-		regions = append(regions, vhost.Region{GPA: r.Base, Bytes: r.Bytes})
-	}
-	if err := d.dev.SetMemTable(regions); err != nil {
-		return err
-	}
-	// Bits of the transport are none of the kernel's business.
-	if err := d.dev.SetFeatures(a.Features & d.kernel); err != nil {
-		return err
-	}
 	// What an earlier driver missed is no news for this one. One that continues
 	// may have missed what changed while the device was stopped.
 	missed := d.stopped && a.Features&vhost.FeatureSCSIHotplug != 0
@@ -46,33 +34,18 @@ func (d *Device) activate(a virtio.Activation) error {
 	}
 	d.stopped = false
 	var err error
-	if d.watch, err = newWatcher(d.dev, a); err != nil {
+	if d.rings, err = vhostring.New(&d.dev.Device, "vhost-scsi", a, firstRequestQueue+d.cfg.Queues); err != nil {
 		return err
 	}
-	for i, q := range a.Queues {
-		if q.Size == 0 {
-			continue
-		}
-		if err := d.setVring(i, a); err != nil {
-			return err
-		}
+	// Bits of the transport are none of the kernel's business.
+	if err := d.rings.Set(a.Features & d.kernel); err != nil {
+		return err
 	}
 	if err := d.dev.SetEndpoint(d.endpoint); err != nil {
 		return d.explain(err)
 	}
 	d.hear(a.Features, Hears)
-	d.watch.start()
-	// The kernel looks at a queue when its doorbell rings, and one that rang
-	// before the endpoint was there is forgotten.
-	for i, q := range a.Queues {
-		if q.Size == 0 {
-			continue
-		}
-		if err := q.Kick.Signal(); err != nil {
-			return fmt.Errorf("queue %d: %w", i, err)
-		}
-	}
-	return nil
+	return d.rings.Start()
 }
 
 // hear sets Hearing for a driver with these features.
@@ -83,73 +56,21 @@ func (d *Device) hear(features uint64, h Hearing) {
 	d.hearing.Store(int32(h))
 }
 
-func (d *Device) setVring(i int, a virtio.Activation) error {
-	q := a.Queues[i]
-	addr, err := resolve(a.Mem, q.Layout, a.Features)
-	if err != nil {
-		return fmt.Errorf("queue %d: %w", i, err)
-	}
-	if err := d.dev.SetVringNum(i, q.Size); err != nil {
-		return err
-	}
-	if err := d.dev.SetVringBase(i, q.Base); err != nil {
-		return err
-	}
-	if err := d.dev.SetVringAddr(i, addr); err != nil {
-		return err
-	}
-	if err := d.dev.SetVringErr(i, d.watch.errs[i]); err != nil {
-		return err
-	}
-	if err := d.dev.SetVringCall(i, q.Call); err != nil {
-		return err
-	}
-	return d.dev.SetVringKick(i, q.Kick)
-}
-
-// resolve finds a queue's parts in guest RAM; the device side's own New says
-// whether they may be there.
-func resolve(mem *guestmem.Memory, l virtq.Layout, features uint64) (a vhost.VringAddr, err error) {
-	if _, err := virtq.New(mem, l, features, 0); err != nil {
-		return a, err
-	}
-	n := uint64(l.Size)
-	for _, part := range []struct {
-		to      *[]byte
-		addr, n uint64
-	}{{&a.Desc, l.Desc, 16 * n}, {&a.Driver, l.Driver, 6 + 2*n}, {&a.Device, l.Device, 6 + 8*n}} {
-		if *part.to, err = mem.Slice(part.addr, part.n); err != nil {
-			return a, err
-		}
-	}
-	return a, nil
-}
-
 // Stop implements virtio.Device: the kernel lets the target go, once it has
 // answered what it had taken, and forgets the queues. Without the target it hears
 // of no change to a logical unit, so a driver with VIRTIO_SCSI_F_HOTPLUG is told,
 // when it continues, that events were missed. The device keeps nothing else. The kernel
 // cannot be told to give up, so the wait does not end with ctx.
 func (d *Device) Stop(context.Context) ([]uint16, error) {
-	var queues []virtio.Queue
-	var features uint64
-	if d.watch != nil {
-		queues, features = d.watch.a.Queues, d.watch.a.Features
-	}
+	rings := d.rings
 	bases, undone, err := d.stop()
-	// The kernel interrupts for the last requests after it has counted them
-	// as answered, when it may have lost the eventfd already. One more is harmless.
-	for _, q := range queues {
-		if q.Size != 0 {
-			err = errors.Join(err, q.Call.Signal())
-		}
-	}
+	err = errors.Join(err, rings.Interrupt())
 	if err := errors.Join(undone, err); err != nil {
 		return nil, fmt.Errorf("vhost-scsi: %w", err)
 	}
 	if bases != nil {
 		d.stopped = true
-		d.hear(features, Paused)
+		d.hear(rings.Features(), Paused)
 	}
 	return bases, nil
 }
@@ -178,18 +99,18 @@ func (d *Device) Reset() error {
 // queues and the memory for something else. Should the kernel refuse any of it,
 // which undone says, closing does the same, and the next Activate opens anew.
 func (d *Device) stop() (bases []uint16, undone, err error) {
-	if d.watch == nil {
+	if d.rings == nil {
 		return nil, nil, nil
 	}
-	if err := d.watch.halt(); err != nil {
-		return nil, nil, fmt.Errorf("stop watching for errors: %w", err)
+	if err := d.rings.Halt(); err != nil {
+		return nil, nil, err
 	}
 	if bases, undone = d.detach(); undone != nil {
 		err = d.dev.Close()
 		d.dev = nil
 	}
-	err = errors.Join(err, d.watch.close())
-	d.watch = nil
+	err = errors.Join(err, d.rings.Close())
+	d.rings = nil
 	return bases, undone, err
 }
 
@@ -203,51 +124,19 @@ func (d *Device) detach() (bases []uint16, err error) {
 	if err := d.dev.ClearEndpoint(d.endpoint); err != nil {
 		return nil, err
 	}
-	if d.watch.started {
-		if bases, err = d.account(); err != nil {
-			return nil, err
-		}
+	if bases, err = d.rings.Bases(d.account); err != nil {
+		return nil, err
 	}
-	for i := range firstRequestQueue + d.cfg.Queues {
-		if err := d.dev.SetVringKick(i, nil); err != nil {
-			return nil, err
-		}
-		if err := d.dev.SetVringCall(i, nil); err != nil {
-			return nil, err
-		}
-		if err := d.dev.SetVringErr(i, nil); err != nil {
-			return nil, err
-		}
-		if err := d.dev.SetVringAddr(i, vhost.VringAddr{}); err != nil {
-			return nil, err
-		}
-	}
-	return bases, nil
+	return bases, d.rings.Clear()
 }
 
-// account asks the kernel, which has let the target go, how far it came in each
-// vring. By then it has answered what it took, except what it dropped as no request;
-// more than that would be a fault of its own, so the first such time is told.
-func (d *Device) account() ([]uint16, error) {
-	bases := make([]uint16, len(d.watch.a.Queues))
-	for i, q := range d.watch.a.Queues {
-		if q.Size == 0 {
-			continue
-		}
-		base, err := d.dev.VringBase(i)
-		if err != nil {
-			return nil, err
-		}
-		bases[i] = base
-		used, err := d.watch.a.Mem.Slice(q.Device, 4)
-		if err != nil {
-			return nil, err
-		}
-		if n := base - guestmem.LoadUint16(used[2:]); n != 0 && !d.told {
-			d.told = true
-			d.cfg.Note(fmt.Sprintf(
-				"vhost-scsi: queue %d: the kernel stopped with %d of the guest's requests taken and not answered", i, n))
-		}
+// account notes that the kernel has let the target go, and has taken n requests of a queue that it did not
+// answer. It answers what it took, except what it dropped as no request; more than that would be a fault of
+// its own, so the first such time is told.
+func (d *Device) account(queue int, n uint16) {
+	if !d.told {
+		d.told = true
+		d.cfg.Note(fmt.Sprintf(
+			"vhost-scsi: queue %d: the kernel stopped with %d of the guest's requests taken and not answered", queue, n))
 	}
-	return bases, nil
 }

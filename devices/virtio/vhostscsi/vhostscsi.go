@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"gvm/devices/virtio"
+	"gvm/devices/virtio/vhostring"
 	"gvm/kvmapi/vhost"
 )
 
@@ -93,11 +94,11 @@ func (p ABIPolicy) check(v int) (note string, err error) {
 // Device is a virtio SCSI host that the kernel serves.
 type Device struct {
 	cfg      Config
-	endpoint string      // the target's name as the kernel's ioctls have it
-	dev      *vhost.SCSI // nil after the kernel's half had to be closed
-	kernel   uint64      // feature bits that the kernel has
-	watch    *watcher    // while active
-	stopped  bool        // by Stop, for the driver to continue
+	endpoint string           // the target's name as the kernel's ioctls have it
+	dev      *vhost.SCSI      // nil after the kernel's half had to be closed
+	kernel   uint64           // feature bits that the kernel has
+	rings    *vhostring.Rings // while active
+	stopped  bool             // by Stop, for the driver to continue
 	hearing  atomic.Int32
 	told     bool // account has called cfg.Note
 }
