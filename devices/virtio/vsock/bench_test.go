@@ -1,8 +1,15 @@
 package vsock
 
 import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"hash"
 	"io"
+	"math/rand/v2"
+	"net"
 	"os"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -115,5 +122,71 @@ func (g *benchGuest) send(n int) {
 		g.tx += uint32(k)
 		g.free -= k
 		n -= k
+	}
+}
+
+// BenchmarkBridge moves 1 GiB each way over 1,000 connections at a time, half of them made by each side, and
+// compares the checksums.
+func BenchmarkBridge(b *testing.B) {
+	const streams, size = 1000, 1 << 30 / 1000
+	r := newBridged(b, 0)
+	defer r.stop()
+	accepted := r.listen(52, streams)
+	l := r.listenHost(1024)
+	var sums [2][streams][2]hash.Hash // by direction, of the sender and the receiver
+	both := func(i int, side int, c io.ReadWriter, finish func()) {
+		var sender sync.WaitGroup
+		sender.Go(func() {
+			var seed [32]byte
+			binary.LittleEndian.PutUint64(seed[:], uint64(2*i+side))
+			if _, err := io.CopyN(io.MultiWriter(c, sums[side][i][0]), rand.NewChaCha8(seed), size); err != nil {
+				b.Error(err)
+			}
+			finish()
+		})
+		if n, err := io.Copy(sums[1-side][i][1], c); n != size || err != nil {
+			b.Errorf("stream %d: %d bytes, %v", i, n, err)
+		}
+		sender.Wait()
+	}
+	const host, guest = 0, 1
+	b.SetBytes(2 * streams * size)
+	for b.Loop() {
+		var all sync.WaitGroup
+		for i := range streams {
+			for side := range sums {
+				sums[side][i] = [2]hash.Hash{sha256.New(), sha256.New()}
+			}
+			var u *net.UnixConn
+			var g *socket
+			if i%2 == 0 {
+				u, _ = r.client("CONNECT 52\n")
+				g = <-accepted
+			} else {
+				g = r.connect(key{uint32(10_000 + i), 1024}, 50_000)
+				c, err := l.AcceptUnix()
+				if err != nil {
+					b.Fatal(err)
+				}
+				u = c
+			}
+			all.Go(func() {
+				both(i, host, u, func() { u.CloseWrite() })
+				u.Close()
+			})
+			all.Go(func() {
+				both(i, guest, g, func() { g.shutdown(shutSend) })
+				g.shutdown(shutBoth)
+			})
+		}
+		all.Wait()
+		for i := range streams {
+			for side := range sums {
+				if s := sums[side][i]; !bytes.Equal(s[0].Sum(nil), s[1].Sum(nil)) {
+					b.Errorf("stream %d: the checksums differ", i)
+				}
+			}
+		}
+		r.idle()
 	}
 }
