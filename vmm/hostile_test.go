@@ -3,7 +3,9 @@ package vmm
 import (
 	"context"
 	"encoding/binary"
+	"io"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -23,6 +25,7 @@ import (
 	"gvm/devices/virtio/balloon"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
+	"gvm/devices/virtio/vsock"
 	"gvm/guestmem"
 )
 
@@ -38,6 +41,8 @@ const (
 	ringsAt   = 1 << 20
 	ringSize  = 16
 	buffersAt = 2 << 20
+
+	socketSlot = 4 // the socket device's
 )
 
 func (h *hostile) put(space interface{ Write(uint64, []byte) bool }, addr uint64, n int, v uint64) {
@@ -85,11 +90,15 @@ func (h *hostile) value() uint64 {
 func (h *hostile) start(slot int) {
 	cfg := h.config(slot)
 	h.put(&h.mmio, cfg+4, 2, pci.CommandMemory|pci.CommandMaster)
+	features := uint64(6)
+	if slot == socketSlot {
+		features = 1 // VIRTIO_VSOCK_F_STREAM
+	}
 	for _, w := range []struct {
 		off uint64
 		n   int
 		v   uint64
-	}{{0x14, 1, 0}, {0x14, 1, 3}, {0x08, 4, 0}, {0x0c, 4, h.Uint64N(4)<<28 | 6}, {0x08, 4, 1}, {0x0c, 4, 1},
+	}{{0x14, 1, 0}, {0x14, 1, 3}, {0x08, 4, 0}, {0x0c, 4, h.Uint64N(4)<<28 | features}, {0x08, 4, 1}, {0x0c, 4, 1},
 		{0x14, 1, 11}} {
 		h.put(&h.mmio, h.bar(slot, 0)+w.off, w.n, w.v)
 	}
@@ -112,6 +121,14 @@ func (h *hostile) start(slot int) {
 // Sometimes a descriptor has arbitrary content.
 func (h *hostile) ring(slot int) {
 	q := h.Uint64N(4)
+	if slot == socketSlot { // whose data makes sense only after a request
+		if h.get(&h.mmio, h.bar(slot, 0)+0x14, 1) != 15 {
+			h.start(slot)
+		}
+		if h.IntN(4) > 0 {
+			q = 1 // few rx buffers: one that is offered twice breaks the device
+		}
+	}
 	at := ringsAt + q<<16
 	head := h.Uint64N(ringSize/4) * 4
 	request := make([]byte, 51)
@@ -119,10 +136,16 @@ func (h *hostile) ring(slot int) {
 		request[i] = byte(h.value())
 	}
 	lun := []byte{1, 0, 0x40, byte(h.IntN(3)), 0, 0, 0, 0}
-	if q == 0 { // task management (virtio 1.3, 5.6.6.2)
+	switch {
+	case slot == socketSlot: // struct virtio_vsock_hdr (5.10.6), of few ports
+		word := func(n int) []byte { return []byte{byte(h.IntN(n)), 0, 0, 0} }
+		op := []byte{1, 5, byte(h.IntN(9))}[h.IntN(3)] // mostly requests and data
+		copy(request, []byte{3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0})
+		copy(request[16:], slices.Concat(word(2), word(4), word(8), []byte{1, 0, op, 0}, word(4), word(256), word(2)))
+	case q == 0: // task management (virtio 1.3, 5.6.6.2)
 		copy(request, []byte{0, 0, 0, 0, byte(h.IntN(9)), 0, 0, 0})
 		copy(request[8:], lun)
-	} else {
+	default:
 		copy(request, lun)
 	}
 	buffer := buffersAt + q<<16 + head<<10
@@ -133,7 +156,10 @@ func (h *hostile) ring(slot int) {
 		if h.IntN(40) == 0 {
 			d.addr, d.n, d.flags = h.value(), h.value(), h.Uint64N(8)
 		}
-		if q == 1 { // events: only a buffer
+		switch {
+		case slot == socketSlot && q == 1: // tx
+			d.flags = 0
+		case q == 1, slot == socketSlot: // events and rx: only a buffer
 			d.flags = 2
 		}
 		b := le.AppendUint64(nil, d.addr)
@@ -217,11 +243,28 @@ func TestHostileCPUs(t *testing.T) {
 		t.Fatal(err)
 	}
 	pages := balloon.New()
+	var programs sync.WaitGroup
+	sockets, err := vsock.New(vsock.Config{Accept: func(port uint32, c *vsock.Conn) bool {
+		if port == 3 {
+			return false
+		}
+		c.Hold()
+		programs.Go(func() { // until the guest or the test ends it
+			defer c.Close()
+			if port != 2 && c.Accept() == nil {
+				_, _ = io.Copy(c, c)
+			}
+		})
+		return true
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
 	sys := system(t)
 	before := openFDs(t)
 	m, err := newMachine(sys, Config{
 		Memory: guestmem.Config{Size: 64 << 20}, CPUs: 2, Kernel: embeddedKernel(t),
-		Devices: []virtio.Device{rng.New(), disk, pages}, Watchdog: WatchdogNMI, watchdog: new(i6300esb.Kept),
+		Devices: []virtio.Device{rng.New(), disk, pages, sockets}, Watchdog: WatchdogNMI, watchdog: new(i6300esb.Kept),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -250,6 +293,12 @@ func TestHostileCPUs(t *testing.T) {
 			over, cancel := context.WithCancel(t.Context())
 			cancel()
 			pages.State(over)
+			if c, err := sockets.Dial(over, 1); err == nil {
+				_ = c.Close()
+			}
+			if rand.IntN(10) == 0 {
+				sockets.TransportReset()
+			}
 			disk.Event(vscsi.TransportReset, lun, vscsi.ResetRescan)
 			if err := target.Detach(lun); err != nil {
 				t.Error(err)
@@ -302,6 +351,7 @@ func TestHostileCPUs(t *testing.T) {
 	if err := m.close(); err != nil {
 		t.Error(err)
 	}
+	programs.Wait()
 	if after := openFDs(t); after != before {
 		t.Errorf("%d descriptors before, %d after", before, after)
 	}
