@@ -38,8 +38,8 @@ ZSHDIR = share/zsh/site-functions
 .PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
 
-build: ## static binaries: bin/gvm, and bin/gvm-plot, which draws its plots
-	$(GO) build -tags $(TAGS) -trimpath -ldflags '$(LDFLAGS)' $(SELDOM:%=-gcflags=%=-l) -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot
+build: ## static binaries: bin/gvm, bin/gvm-plot, which draws its plots, and bin/gvm-net, its network
+	$(GO) build -tags $(TAGS) -trimpath -ldflags '$(LDFLAGS)' $(SELDOM:%=-gcflags=%=-l) -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
 
 run: ## boot the embedded guest
 	$(GO) run ./cmd/gvm run
@@ -180,7 +180,7 @@ man: ## man pages, in bin/man
 STAGE = $(BIN)/stage
 stage: build man
 	rm -rf $(STAGE)
-	install -D -m 755 -t $(STAGE)/bin $(BIN)/gvm $(BIN)/gvm-plot
+	install -D -m 755 -t $(STAGE)/bin $(BIN)/gvm $(BIN)/gvm-plot $(BIN)/gvm-net
 	install -D -m 644 -t $(STAGE)/share/man/man1 $(BIN)/man/*.1
 	gzip -9n $(STAGE)/share/man/man1/*.1
 	install -d $(STAGE)/share/bash-completion/completions $(STAGE)/$(ZSHDIR) $(STAGE)/share/fish/vendor_completions.d

@@ -86,6 +86,8 @@ var may = []struct{ pkg, imports string }{
 	{"plot/draw", "plot text"},
 	{"plot", ""},
 	{"cmd/gvm-plot", "plot plot/draw"},
+	{"usernet", ""},
+	{"cmd/gvm-net", "usernet"},
 	{"machine/disk", "devices/... control inspect text"},
 	{"machine", "machine/disk control vmm/... devices/... gdbstub kvmapi guestmem guest/embedded inspect text"},
 	{"testrun",

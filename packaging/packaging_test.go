@@ -189,6 +189,7 @@ func TestPackage(t *testing.T) {
 			t.Errorf("gvm help has the commands %q", commands)
 		}
 		manPage(t, usr, "gvm-plot")
+		manPage(t, usr, "gvm-net")
 		options := manPage(t, usr, "gvm-disk")
 		for _, o := range disk.Options() {
 			if !strings.Contains(options, "\n"+`\fB`+strings.ReplaceAll(o.Word(), "-", `\-`)+`\fR`+"\n") {

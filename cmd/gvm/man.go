@@ -16,7 +16,7 @@ import (
 )
 
 // With the tag man, this program is not gvm but writes gvm's man pages into the directory that its
-// argument names: gvm(1), a page for each command, and gvm-plot(1). They come from the tree of
+// argument names: gvm(1), a page for each command, gvm-plot(1) and gvm-net(1). They come from the tree of
 // commands that makes the pages of help.
 func init() { program = manPages }
 
@@ -27,7 +27,7 @@ func manPages(args []string) int {
 	}
 	a := app(nil)
 	a.Setup()
-	pages := map[string]string{"gvm": mainPage(a), "gvm-plot": plotPage()}
+	pages := map[string]string{"gvm": mainPage(a), "gvm-plot": plotPage(), "gvm-net": netPage()}
 	for _, c := range a.VisibleCommands() {
 		pages["gvm-"+c.Name] = commandPage(a, c)
 	}
@@ -139,6 +139,21 @@ func plotPage() string {
 	r.text("0, or 1 if there is no plot, or 2 if there are arguments.")
 	r.section("SEE ALSO")
 	r.text("gvm-bench(1), gvm-trace(1)")
+	return r.String()
+}
+
+// netPage is gvm-net(1).
+func netPage() string {
+	r := newRoff("gvm-net", "the user-mode network of gvm")
+	r.synopsis("gvm-net")
+	r.section("DESCRIPTION")
+	r.text("gvm starts gvm-net for gvm run --net user, one for each machine, and hands over the sockets that it " +
+		"serves. It ends with the machine.")
+	r.text("gvm looks for gvm-net beside itself, then in $PATH.")
+	r.section("EXIT STATUS")
+	r.text("0, or 1 if the network failed or gvm did not start it.")
+	r.section("SEE ALSO")
+	r.text("gvm-run(1)")
 	return r.String()
 }
 

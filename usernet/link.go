@@ -1,0 +1,186 @@
+package usernet
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
+	"gvisor.dev/gvisor/pkg/tcpip/link/ethernet"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// struct virtio_net_hdr_v1: virtio 1.3, 5.1.6.
+const (
+	headerSize  = 12
+	needsCsum   = 1 // VIRTIO_NET_HDR_F_NEEDS_CSUM
+	gsoTCPv4    = 1 // VIRTIO_NET_HDR_GSO_TCPV4
+	gsoTCPv6    = 4 // VIRTIO_NET_HDR_GSO_TCPV6
+	maxFrame    = 65550
+	queueLength = 256
+)
+
+// The offloads that a guest takes, as in linux/if_tun.h.
+const (
+	offloadCsum = 1 // TUN_F_CSUM
+	offloadTSO4 = 2 // TUN_F_TSO4
+	offloadTSO6 = 4 // TUN_F_TSO6
+)
+
+// patience is how long the stack waits for a guest that does not receive before a frame is lost.
+// A loss costs a connection more: its recovery takes 200 ms.
+const patience = 100 * time.Millisecond
+
+// link is the stack's end of the wire. Frames to the guest wait in a queue.
+type link struct {
+	*channel.Endpoint // for all but the queue
+	conn              *net.UnixConn
+	offloads          atomic.Uint32
+	queue             chan *stack.PacketBuffer
+	done              <-chan struct{} // closed at the end of the network
+}
+
+func newLink(conn *net.UnixConn, done <-chan struct{}) *link {
+	l := &link{Endpoint: channel.New(0, mtu+header.EthernetMinimumSize, gatewayMAC), conn: conn,
+		queue: make(chan *stack.PacketBuffer, queueLength), done: done}
+	// The guest's checksums are not checked: memory does not corrupt them, and with
+	// VIRTIO_NET_HDR_F_NEEDS_CSUM they are not there.
+	l.LinkEPCapabilities = stack.CapabilityRXChecksumOffload
+	return l
+}
+
+// endpoint returns the link as the stack's.
+func (l *link) endpoint() stack.LinkEndpoint { return ethernet.New(l) }
+
+// GSOMaxSize implements stack.GSOEndpoint: the most that the length of an IP packet can say.
+func (*link) GSOMaxSize() uint32 { return 65535 }
+
+// SupportedGSO implements stack.GSOEndpoint. The stack asks at the start of a connection.
+func (l *link) SupportedGSO() stack.SupportedGSO {
+	const all = offloadCsum | offloadTSO4 | offloadTSO6
+	if l.offloads.Load()&all == all {
+		return stack.HostGSOSupported
+	}
+	return stack.GVisorGSOSupported
+}
+
+// read takes the device's messages until it closes the socket.
+func (l *link) read() error {
+	message := make([]byte, headerSize+maxFrame)
+	for {
+		n, err := l.conn.Read(message)
+		if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read a frame of the guest: %w", err)
+		}
+		l.receive(message[:n])
+	}
+}
+
+// receive takes one message of the device. The header says nothing that the stack needs: a TCP
+// segment of any size is one segment to it.
+func (l *link) receive(message []byte) {
+	if len(message) == 4 {
+		l.offloads.Store(binary.LittleEndian.Uint32(message))
+		return
+	}
+	if len(message) < headerSize+header.EthernetMinimumSize {
+		return
+	}
+	frame := message[headerSize:]
+	if reply := answer(frame); reply != nil {
+		l.send(reply)
+		return
+	}
+	p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(frame)})
+	defer p.DecRef()
+	l.InjectInbound(0, p)
+}
+
+// send queues a frame that the stack did not make, or loses it.
+func (l *link) send(frame []byte) {
+	p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(frame)})
+	select {
+	case l.queue <- p:
+	default:
+		p.DecRef()
+	}
+}
+
+// WritePackets implements stack.LinkEndpoint.
+func (l *link) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
+	for i, p := range packets.AsSlice() {
+		p = p.Clone()
+		select {
+		case l.queue <- p:
+			continue
+		default:
+		}
+		select {
+		case l.queue <- p:
+		case <-time.After(patience):
+			p.DecRef()
+			return i, &tcpip.ErrNoBufferSpace{}
+		case <-l.done:
+			p.DecRef()
+			return i, &tcpip.ErrClosedForSend{}
+		}
+	}
+	return packets.Len(), nil
+}
+
+// write sends queued frames until the network ends.
+func (l *link) write() {
+	var head [headerSize]byte
+	var message net.Buffers
+	for {
+		select {
+		case p := <-l.queue:
+			if l.describe(p, &head) {
+				message = append(message[:0], head[:])
+				message = append(message, p.AsSlices()...)
+				b := message      // WriteTo consumes it
+				b.WriteTo(l.conn) // fails when the socket is closed, which read sees
+			}
+			p.DecRef()
+		case <-l.done:
+			return
+		}
+	}
+}
+
+// describe writes the header of a frame, and reports false if the guest does not take it: one of a
+// connection that began when the guest took more.
+func (l *link) describe(p *stack.PacketBuffer, head *[headerSize]byte) bool {
+	*head = [headerSize]byte{}
+	gso := p.GSOOptions
+	if !gso.NeedsCsum {
+		return true
+	}
+	kind, need := byte(gsoTCPv4), uint32(offloadCsum|offloadTSO4)
+	if gso.Type == stack.GSOTCPv6 {
+		kind, need = gsoTCPv6, offloadCsum|offloadTSO6
+	}
+	if l.offloads.Load()&need != need {
+		return false
+	}
+	head[0] = needsCsum
+	binary.LittleEndian.PutUint16(head[6:], header.EthernetMinimumSize+gso.L3HdrLen)
+	binary.LittleEndian.PutUint16(head[8:], gso.CsumOffset)
+	if p.Data().Size() > int(gso.MSS) {
+		head[1] = kind
+		binary.LittleEndian.PutUint16(head[2:], uint16(p.HeaderSize()))
+		binary.LittleEndian.PutUint16(head[4:], gso.MSS)
+	}
+	return true
+}
