@@ -3,12 +3,15 @@ package vmm
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"slices"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"gvm/devices/acpipm"
 	"gvm/devices/block"
@@ -23,6 +26,7 @@ import (
 	"gvm/devices/statusport"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/balloon"
+	"gvm/devices/virtio/net"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
 	"gvm/devices/virtio/vsock"
@@ -98,8 +102,8 @@ func (h *hostile) start(slot int) {
 		off uint64
 		n   int
 		v   uint64
-	}{{0x14, 1, 0}, {0x14, 1, 3}, {0x08, 4, 0}, {0x0c, 4, h.Uint64N(4)<<28 | features}, {0x08, 4, 1}, {0x0c, 4, 1},
-		{0x14, 1, 11}} {
+	}{{0x14, 1, 0}, {0x14, 1, 3}, {0x08, 4, 0}, {0x0c, 4, h.Uint64N(4)<<28 | h.Uint64N(256)<<15 | features},
+		{0x08, 4, 1}, {0x0c, 4, 1}, {0x14, 1, 11}} {
 		h.put(&h.mmio, h.bar(slot, 0)+w.off, w.n, w.v)
 	}
 	for q := range uint64(4) {
@@ -151,6 +155,7 @@ func (h *hostile) ring(slot int) {
 	buffer := buffersAt + q<<16 + head<<10
 	h.write(buffer, request)
 	le := binary.LittleEndian
+	network := h.get(&h.mmio, h.config(slot)+2, 2) == 0x1041
 	for i, d := range []struct{ addr, n, flags uint64 }{{buffer, 51, 1}, {buffer + 64, 108, 3},
 		{buffer + 4096, 512 * h.Uint64N(8), 2}} {
 		if h.IntN(40) == 0 {
@@ -161,6 +166,9 @@ func (h *hostile) ring(slot int) {
 			d.flags = 0
 		case q == 1, slot == socketSlot: // events and rx: only a buffer
 			d.flags = 2
+		}
+		if network && q < 3 { // receiveq1, transmitq1, and receiveq2 or controlq
+			d.flags = d.flags&^2 | (1-q%2)<<1
 		}
 		b := le.AppendUint64(nil, d.addr)
 		b = le.AppendUint32(b, uint32(d.n))
@@ -262,9 +270,19 @@ func TestHostileCPUs(t *testing.T) {
 	}
 	sys := system(t)
 	before := openFDs(t)
+	wires, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	network, err := net.New(net.Config{MAC: [6]byte{2}, Queues: []int{wires[0], wires[0]},
+		SetPairs: func(int) error { return nil }})
+	if err != nil {
+		t.Fatal(err)
+	}
 	m, err := newMachine(sys, Config{
 		Memory: guestmem.Config{Size: 64 << 20}, CPUs: 2, Kernel: embeddedKernel(t),
-		Devices: []virtio.Device{rng.New(), disk, pages, sockets}, Watchdog: WatchdogNMI, watchdog: new(i6300esb.Kept),
+		Devices:  []virtio.Device{rng.New(), disk, pages, sockets, network},
+		Watchdog: WatchdogNMI, watchdog: new(i6300esb.Kept),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -289,6 +307,11 @@ func TestHostileCPUs(t *testing.T) {
 			case <-time.After(100 * time.Microsecond): // leaves time for the CPUs
 			}
 			lun := unit(1, "B")
+			frame := make([]byte, 1+rand.IntN(10_000))
+			_, _ = unix.Write(wires[1], frame) // which may be full, or empty
+			for n := 0; n >= 0; {
+				n, _ = unix.Read(wires[1], frame)
+			}
 			pages.Resize(rand.Uint64N(64 << 20))
 			over, cancel := context.WithCancel(t.Context())
 			cancel()
@@ -348,7 +371,7 @@ func TestHostileCPUs(t *testing.T) {
 			t.Errorf("slot %d has status %#x after all that", slot, h.get(&m.mmio, h.bar(slot, 0)+0x14, 1))
 		}
 	}
-	if err := m.close(); err != nil {
+	if err := errors.Join(m.close(), unix.Close(wires[0]), unix.Close(wires[1])); err != nil {
 		t.Error(err)
 	}
 	programs.Wait()
