@@ -129,7 +129,7 @@ func (g *benchGuest) send(n int) {
 // compares the checksums.
 func BenchmarkBridge(b *testing.B) {
 	const streams, size = 1000, 1 << 30 / 1000
-	r := newBridged(b, 0)
+	r := newBridged(b, func(*Bridge) {})
 	defer r.stop()
 	accepted := r.listen(52, streams)
 	l := r.listenHost(1024)
@@ -150,6 +150,7 @@ func BenchmarkBridge(b *testing.B) {
 		sender.Wait()
 	}
 	const host, guest = 0, 1
+	port := uint32(0)
 	b.SetBytes(2 * streams * size)
 	for b.Loop() {
 		var all sync.WaitGroup
@@ -163,7 +164,8 @@ func BenchmarkBridge(b *testing.B) {
 				u, _ = r.client("CONNECT 52\n")
 				g = <-accepted
 			} else {
-				g = r.connect(key{uint32(10_000 + i), 1024}, 50_000)
+				port++
+				g = r.connect(key{port, 1024}, 50_000)
 				c, err := l.AcceptUnix()
 				if err != nil {
 					b.Fatal(err)

@@ -63,6 +63,8 @@ type Bridge struct {
 	listener *net.UnixListener
 	remove   func() error
 
+	requestTimeout, connectTimeout time.Duration
+
 	life   context.Context // until Close
 	cancel context.CancelFunc
 	slots  chan struct{} // one for each connection
@@ -76,7 +78,8 @@ type Bridge struct {
 // Listen makes the socket at path, which this user alone can connect to. It replaces one of this user's
 // that no program listens at any more. Clients wait until Serve.
 func Listen(path string) (_ *Bridge, err error) {
-	b := &Bridge{path: path, name: filepath.Base(path), joints: map[*joint]bool{}}
+	b := &Bridge{path: path, name: filepath.Base(path), joints: map[*joint]bool{},
+		requestTimeout: requestTimeout, connectTimeout: connectTimeout}
 	defer func() {
 		if err != nil {
 			_ = b.dir.Close() // nil if it is not open
@@ -278,7 +281,7 @@ func (b *Bridge) Accept(port uint32, c *Conn) bool {
 // connect connects to the program that listens for connections of the guest to a port. It waits while
 // that has a full backlog.
 func (b *Bridge) connect(port uint32) (*net.UnixConn, error) {
-	ctx, cancel := context.WithTimeout(b.life, connectTimeout)
+	ctx, cancel := context.WithTimeout(b.life, b.connectTimeout)
 	defer cancel()
 	for {
 		c, err := new(net.Dialer).DialContext(ctx, "unix", b.address("_"+strconv.FormatUint(uint64(port), 10)))
@@ -350,7 +353,7 @@ func (b *Bridge) Serve(dial func(context.Context, uint32) (*Conn, error)) {
 func (b *Bridge) client(dial func(context.Context, uint32) (*Conn, error), u *net.UnixConn) {
 	stay := context.AfterFunc(b.life, panics.Func(func() { _ = u.Close() }))
 	defer stay()
-	_ = u.SetReadDeadline(time.Now().Add(requestTimeout))
+	_ = u.SetReadDeadline(time.Now().Add(b.requestTimeout))
 	port, rest, err := readRequest(u)
 	if err == io.EOF {
 		_ = u.Close()
@@ -358,7 +361,7 @@ func (b *Bridge) client(dial func(context.Context, uint32) (*Conn, error), u *ne
 	}
 	var c *Conn
 	if err == nil {
-		ctx, cancel := context.WithTimeoutCause(b.life, connectTimeout, errNoAnswer)
+		ctx, cancel := context.WithTimeoutCause(b.life, b.connectTimeout, errNoAnswer)
 		c, err = dial(ctx, port)
 		cancel()
 	}

@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // bridged is a guest's sockets behind a bridge.
@@ -25,17 +27,15 @@ type bridged struct {
 	path string
 }
 
-// newBridged returns sockets with a bridge that has so many slots; 0 is its default.
-func newBridged(t testing.TB, slots int) *bridged {
+// newBridged returns sockets with a bridge that change has changed.
+func newBridged(t testing.TB, change func(*Bridge)) *bridged {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "vm.vsock")
 	b, err := Listen(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if slots > 0 {
-		b.slots = make(chan struct{}, slots)
-	}
+	change(b)
 	s := newStack(newRig(t, 200))
 	s.dev.cfg.Accept = b.Accept
 	b.Serve(s.dev.Dial)
@@ -120,7 +120,7 @@ func (r *bridged) listenHost(port uint32) *net.UnixListener {
 
 // TestBridge moves bytes over both kinds of connections, with both kinds of half-close.
 func TestBridge(t *testing.T) {
-	r := newBridged(t, 0)
+	r := newBridged(t, func(*Bridge) {})
 	defer r.stop()
 	accepted := r.listen(52, 1)
 	for _, hostFirst := range []bool{true, false} {
@@ -132,8 +132,8 @@ func TestBridge(t *testing.T) {
 		exchange(t, u, g, "early", hostFirst)
 	}
 	l := r.listenHost(1024)
-	for _, hostFirst := range []bool{true, false} {
-		g := r.connect(key{7, 1024}, 1000)
+	for port, hostFirst := range []bool{true, false} {
+		g := r.connect(key{uint32(port), 1024}, 1000)
 		if g.reset {
 			t.Fatal("refused")
 		}
@@ -192,7 +192,7 @@ func exchange(t *testing.T, u *net.UnixConn, g *socket, early string, hostFirst 
 
 // TestBridgeRefuses: neither side connects to nothing, and a client is told why.
 func TestBridgeRefuses(t *testing.T) {
-	r := newBridged(t, 0)
+	r := newBridged(t, func(*Bridge) {})
 	defer r.stop()
 	for line, want := range map[string]string{
 		"CONNECT 53\n":                     "ERR dial vsock port 53 of the guest: connection refused",
@@ -235,7 +235,7 @@ func TestBridgeRefuses(t *testing.T) {
 // TestBridgeGone: a side that is gone as a whole takes the connection with it, also one that its peer
 // neither reads nor writes.
 func TestBridgeGone(t *testing.T) {
-	r := newBridged(t, 0)
+	r := newBridged(t, func(*Bridge) {})
 	defer r.stop()
 	accepted := r.listen(52, 1)
 	wait := func(g *socket, what func() bool) {
@@ -306,7 +306,7 @@ func TestBridgeGone(t *testing.T) {
 // TestBridgeEnd: the machine's end takes every connection, whatever it does. What the guest has sent
 // before its end arrives.
 func TestBridgeEnd(t *testing.T) {
-	r := newBridged(t, 0)
+	r := newBridged(t, func(*Bridge) {})
 	accepted := r.listen(52, 1)
 	last, _ := r.client("CONNECT 52\n")
 	g := <-accepted
@@ -359,7 +359,7 @@ func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 // killed, move data whose checksums are equal.
 func TestBridgeParallel(t *testing.T) {
 	const streams, size = 1000, 100_000
-	r := newBridged(t, 0)
+	r := newBridged(t, func(*Bridge) {})
 	defer r.stop()
 	accepted := r.listen(52, streams)
 	l := r.listenHost(1024)
@@ -429,7 +429,7 @@ func TestBridgeParallel(t *testing.T) {
 // TestBridgeCrowd: clients beyond the bridge's slots wait, and the device refuses those beyond its
 // own. None of them keeps the bridge from its end.
 func TestBridgeCrowd(t *testing.T) {
-	r := newBridged(t, 3)
+	r := newBridged(t, func(b *Bridge) { b.slots = make(chan struct{}, 3) })
 	defer r.stop()
 	accepted := r.listen(52, 10)
 	var crowd []net.Conn
@@ -460,6 +460,72 @@ func TestBridgeCrowd(t *testing.T) {
 	}
 	for _, c := range crowd[1:] {
 		defer c.Close()
+	}
+}
+
+// TestBridgePatience: neither a client that asks for nothing, nor a guest or a program that does not answer,
+// has a place for long.
+func TestBridgePatience(t *testing.T) {
+	for request, want := range map[string]string{
+		"":             "",
+		"CONNECT 52\n": "ERR dial vsock port 52 of the guest: the guest does not answer\n",
+	} {
+		r := newBridged(t, func(b *Bridge) {
+			if b.connectTimeout = time.Millisecond; request == "" {
+				b.requestTimeout = time.Millisecond
+			}
+		})
+		r.end() // the guest does not answer
+		u, err := net.Dial("unix", r.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(u, request)
+		if b, err := io.ReadAll(u); err != nil || string(b) != want {
+			t.Errorf("%q: %q, %v; want %q", request, b, err, want)
+		}
+		u.Close()
+		r.stop()
+	}
+}
+
+// TestBridgeTrusts: a program of another user, which may listen where any user can make a file, gets no
+// connection of the guest.
+func TestBridgeTrusts(t *testing.T) {
+	if os.Geteuid() != 0 {
+		return // no program of another user can be made
+	}
+	r := newBridged(t, func(*Bridge) {})
+	defer r.stop()
+	const other = 65534
+	for uid, refused := range map[int]bool{0: false, other: true} {
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		port := uint32(1024 + uid)
+		path := fmt.Sprintf("%s_%d", r.path, port)
+		if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+			t.Fatal(err)
+		}
+		// listen(2) notes the effective user of its thread.
+		listened := make(chan error)
+		go func() {
+			runtime.LockOSThread() // the thread ends with the goroutine
+			_, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), uintptr(uid), ^uintptr(0))
+			if errno != 0 {
+				listened <- errno
+				return
+			}
+			listened <- unix.Listen(fd, 1)
+		}()
+		if err := <-listened; err != nil {
+			t.Fatal(err)
+		}
+		if g := r.connect(key{7, port}, 1000); g.reset != refused {
+			t.Errorf("user %d: refused is %v", uid, g.reset)
+		}
 	}
 }
 
