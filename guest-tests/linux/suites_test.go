@@ -59,12 +59,15 @@ func suiteCPUs() string {
 	return "4"
 }
 
-// suiteWays run a shell's script in a guest with empty disks, the host's files below an overlay, and the
-// suite's tree. They return its output, and how the guest ended if not by the script's end.
-var suiteWays = []struct {
+// A suiteWay runs a shell's script in a guest with empty disks, the host's files below an overlay, and the
+// suite's tree. It returns the output, and how the guest ended if not by the script's end.
+type suiteWay struct {
 	name string
 	run  func(t *testing.T, k *lab.Kernel, dir string, disks int, script string) (out string, err error)
-}{
+}
+
+// suiteWays are all ways, of which $WAYS may name some.
+var suiteWays = []suiteWay{
 	{"process", func(t *testing.T, k *lab.Kernel, dir string, disks int, script string) (string, error) {
 		return suiteOnGVM(k, dir, script, "--scratch", fmt.Sprintf("%dx%d", disks, suiteDisk))
 	}},
@@ -233,6 +236,11 @@ func (s suite) run(t *testing.T) {
 			tests = append(tests, name)
 		}
 	}
+	if only := os.Getenv("WAYS"); only != "" {
+		suiteWays = slices.DeleteFunc(suiteWays, func(w suiteWay) bool {
+			return !slices.Contains(strings.Fields(only), w.name)
+		})
+	}
 	var all []outcome
 	for _, way := range suiteWays {
 		tries := 0
@@ -331,7 +339,11 @@ func (s suite) report(t *testing.T, tests []string, all []outcome) {
 		cases = append(cases, c)
 	}
 	var table, reasons strings.Builder
-	fmt.Fprintf(&table, "| %s | process | vhost | QEMU | |\n|---|---|---|---|---|\n", s.name)
+	head := []string{s.name}
+	for _, way := range suiteWays {
+		head = append(head, way.name)
+	}
+	fmt.Fprintf(&table, "| %s | |\n|%s\n", strings.Join(head, " | "), strings.Repeat("---|", len(head)+1))
 	for _, test := range tests {
 		row := []string{test}
 		reasons.Reset()
@@ -344,9 +356,9 @@ func (s suite) report(t *testing.T, tests []string, all []outcome) {
 		}
 		fmt.Fprintf(&table, "| %s | %s |\n", strings.Join(row, " | "), strings.TrimSpace(reasons.String()))
 		qemu := of[[2]string{test, "qemu"}].Verdict
-		for _, way := range []string{"process", "vhost"} {
-			if v := of[[2]string{test, way}].Verdict; v != qemu && (v == "failed" || v == "lost") {
-				t.Errorf("%s: %s with %s, %s on QEMU", test, v, way, qemu)
+		for _, way := range suiteWays {
+			if v := of[[2]string{test, way.name}].Verdict; v != qemu && (v == "failed" || v == "lost") {
+				t.Errorf("%s: %q with %s, %q with qemu", test, v, way.name, qemu)
 			}
 		}
 	}
