@@ -2,7 +2,6 @@ package linux
 
 import (
 	"fmt"
-	"io"
 	"os"
 	"strconv"
 	"strings"
@@ -105,10 +104,8 @@ func TestStopsUnderLoad(t *testing.T) {
 	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
 	const rounds = 10
 	mine, kernels := diskFile(t, make([]byte, 1<<20)), diskFile(t, make([]byte, 1<<20))
-	stdin, typed := io.Pipe()
-	defer typed.Close()
 	script := strings.ReplaceAll(load, "ROUNDS", strconv.Itoa(rounds))
-	p := start(t, stdin, append(guest{kernel: l.Debian, script: script}.build(t), "--name=stops",
+	p, typed := startOnPipe(t, append(guest{kernel: l.Debian, script: script}.build(t), "--name=stops",
 		"--disk", mine, "--disk", kernels+",backend=vhost")...)
 	p.waitFor("idle")
 	s := inspect(t, "stops")
@@ -165,7 +162,6 @@ func TestStopsUnderLoad(t *testing.T) {
 	p.waitFor("over")
 	after := requests(inspect(t, "stops"))
 	fmt.Fprintln(typed, "end")
-	typed.Close()
 	r := p.wait()
 	r.wantStatus(t, 0)
 	for i, d := range []string{"sda", "sdb"} {

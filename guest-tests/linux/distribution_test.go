@@ -5,10 +5,10 @@ package linux
 import (
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"gvm/guest-tests/lab"
 )
@@ -18,15 +18,10 @@ import (
 func TestDistribution(t *testing.T) {
 	d, err := theLab(t).Distribution()
 	must(t, err)
-	byPipe := func(t *testing.T, args ...string) (*process, io.Writer) {
-		in, out, err := os.Pipe()
-		must(t, err)
-		t.Cleanup(func() { in.Close(); out.Close() })
-		return start(t, in, args...), out
+	for _, backend := range []string{"process", "vhost"} {
+		t.Run(backend+" by a pipe", func(t *testing.T) { testDistribution(t, d, backend, startOnPipe) })
+		t.Run(backend+" on a terminal", func(t *testing.T) { testDistribution(t, d, backend, startOnTerminal) })
 	}
-	// Console and backend have nothing to do with each other: two boots have each of both.
-	t.Run("process by a pipe", func(t *testing.T) { testDistribution(t, d, "process", byPipe) })
-	t.Run("vhost on a terminal", func(t *testing.T) { testDistribution(t, d, "vhost", startOnTerminal) })
 }
 
 func testDistribution(t *testing.T, d lab.Distribution, backend string,
@@ -34,9 +29,11 @@ func testDistribution(t *testing.T, d lab.Distribution, backend string,
 	lioUnchanged(t)
 	disk := filepath.Join(t.TempDir(), "root.ext4")
 	must(t, d.CopyRoot(disk))
+	begin := time.Now()
 	p, console := start(t, "run", "--cpus", "2", "--kernel", d.BZImage, "--initrd", d.Initrd,
 		"--cmdline", "root=/dev/sda rw quiet systemd.show_status=1", "--disk", disk+",backend="+backend)
 	p.waitForText("\ndebian login: ")
+	t.Logf("the prompt for a login after %.1f s", time.Since(begin).Seconds())
 	fmt.Fprint(console, "root\r")
 	p.waitForText("root@debian:~# ")
 	// One line: the shell would put its prompt before the output of a second one. echo ends the line
@@ -51,6 +48,7 @@ func testDistribution(t *testing.T, d lab.Distribution, backend string,
 		"systemctl poweroff\r",
 	}, "; "))
 	r := p.wait()
+	t.Logf("the end after %.1f s", time.Since(begin).Seconds())
 	r.wantStatus(t, 0)
 	if state := r.said(t, "state"); state != "running" {
 		t.Errorf("systemd is %s, want running; units that failed: %s", state, r.said(t, "failed"))
