@@ -58,6 +58,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/virtio/balloon", "devices/virtio devices/virtio/virtq guestmem inspect"},
 	{"devices/virtio/console", "devices/virtio devices/virtio/virtq inspect"},
 	{"devices/virtio/vsock", "devices/virtio devices/virtio/virtq inspect"},
+	{"devices/virtio/vhostnet", "devices/virtio devices/virtio/vhostring inspect kvmapi/vhost"},
 	{"devices/virtio/net/tap", "devices/virtio/net"},
 	{"devices/virtio/net", "devices/iovec devices/virtio devices/virtio/virtq inspect kvmapi/eventfd"},
 	{"devices/virtio/fs/hostfs", "devices/iovec"},

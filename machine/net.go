@@ -9,6 +9,7 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/net"
 	"gvm/devices/virtio/net/tap"
+	"gvm/devices/virtio/vhostnet"
 	"gvm/text"
 )
 
@@ -21,7 +22,19 @@ type Net struct {
 	Tap string
 	// Pairs is the number of queue pairs with Tap; 0 is 1.
 	Pairs int
+	// Vhost says whether the kernel serves the queue pairs with Tap, by vhost-net.
+	Vhost Vhost
 }
+
+// Vhost is a choice of the kernel's service.
+type Vhost int
+
+// Choices of the kernel's service: never, if the host has it for this user, or always.
+const (
+	VhostOff Vhost = iota
+	VhostAuto
+	VhostOn
+)
 
 // stationMAC returns the MAC address of the guest's end of an interface: a locally administered one
 // that depends on the host and the interface, so that it is the same at the next run.
@@ -58,6 +71,16 @@ func (m *Machine) openNets(nets []Net, note func(string)) (devices []virtio.Devi
 				c.MAC = stationMAC(n.Tap)
 			}
 			c.Queues, c.Offloads, c.SetOffloads, c.SetPairs = t.Queues(), tap.Offloads, t.SetOffloads, t.SetPairs
+			if n.Vhost != VhostOff {
+				k, err := vhostnet.Open(t.Queues(), note)
+				switch {
+				case err == nil:
+					m.later(k.Close)
+					c.Kernel = k
+				case n.Vhost == VhostOn:
+					return nil, configError{err}
+				}
+			}
 			c.Failed = func(err error) {
 				note(fmt.Sprintf("the guest's network is down: interface %s has ended: %v", text.Printable(n.Tap), err))
 			}

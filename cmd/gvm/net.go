@@ -13,6 +13,8 @@ import (
 	"gvm/text"
 )
 
+var vhosts = map[string]machine.Vhost{"auto": machine.VhostAuto, "off": machine.VhostOff, "on": machine.VhostOn}
+
 // netOptions are the options of --net, by its first word, and what sets them.
 var netOptions = map[string]func(n *machine.Net, value string) error{
 	"mac": func(n *machine.Net, value string) error {
@@ -26,6 +28,13 @@ var netOptions = map[string]func(n *machine.Net, value string) error{
 	"queues": func(n *machine.Net, value string) (err error) {
 		if n.Pairs, err = strconv.Atoi(value); err != nil || n.Pairs < 1 || n.Pairs > net.MaxPairs {
 			return fmt.Errorf("want 1 to %d", net.MaxPairs)
+		}
+		return nil
+	},
+	"vhost": func(n *machine.Net, value string) error {
+		var ok bool
+		if n.Vhost, ok = vhosts[value]; !ok {
+			return errors.New("want auto, off or on")
 		}
 		return nil
 	},

@@ -96,7 +96,7 @@ EXAMPLES
 				Usage: "give the guest sockets (AF_VSOCK): `unix[,cid=N][,path=FILE]` connects them with unix sockets " +
 					"NAME.vsock, or FILE, of this host; vhost,cid=N with AF_VSOCK here, by the kernel (vhost-vsock)"},
 			&cli.GenericFlag{Name: "net", Value: new(words),
-				Usage: "`BACKEND` of a network device: none (default), or tap=NAME[,mac=MAC][,queues=N], " +
+				Usage: "`BACKEND` of a network device: none (default), or tap=NAME[,mac=MAC][,queues=N][,vhost=on], " +
 					"a TAP interface of this host"},
 			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"},
 				Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, without an initrd, " +

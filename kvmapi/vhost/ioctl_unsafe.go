@@ -67,6 +67,8 @@ var (
 	scsiSetEventsMissed = iow[uint32](0x43)
 	scsiGetEventsMissed = iow[uint32](0x44)
 
+	netSetBackend = iow[vringFile](0x30)
+
 	vsockSetGuestCID = iow[uint64](0x60)
 	vsockSetRunning  = iow[int32](0x61)
 )

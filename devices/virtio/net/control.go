@@ -21,8 +21,8 @@ const (
 	ackErr = 1 // VIRTIO_NET_ERR
 )
 
-// control serves the control queue.
-func (d *Device) control(w *virtio.Worker, c *virtq.Chain) error {
+// commands serves the control queue.
+func (d *Device) commands(w *virtio.Worker, c *virtq.Chain) error {
 	var h [2]byte // class and command
 	if c.Out.Len() < len(h) || c.In.Len() == 0 {
 		return guestErr("5.1.6.5", "control command of %d bytes, with room for %d", c.Out.Len(), c.In.Len())

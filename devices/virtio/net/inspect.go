@@ -15,13 +15,21 @@ func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 		inspect.Text("mac", fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])),
 		inspect.Bool("link_up", !d.down.Load()),
 		inspect.Int("mtu", d.cfg.MTU),
+		inspect.Bool("vhost", d.cfg.Kernel != nil),
 		inspect.Int("virtqueue_pairs", d.used),
 	}
 	var pairs []inspect.Node
 	for i, p := range d.pairs {
 		pairs = append(pairs, p.inspect(i))
 	}
-	return append(state, inspect.Group("pair", pairs...)), d.workers.Inspect()
+	queues := d.workers.Inspect()
+	if d.kernel > 0 {
+		copy(queues, d.cfg.Kernel.Inspect())
+	}
+	if d.cfg.Kernel != nil {
+		return state, queues
+	}
+	return append(state, inspect.Group("pair", pairs...)), queues
 }
 
 func (p *pair) inspect(i int) inspect.Node {

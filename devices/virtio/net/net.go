@@ -19,12 +19,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtq"
+	"gvm/inspect"
 	"gvm/kvmapi/eventfd"
 )
 
@@ -82,9 +84,23 @@ type Config struct {
 	SetOffloads func(features uint64) error
 	// SetPairs tells a backend with several queues to use the first n alone. It is 1 at first.
 	SetPairs func(n int) error
+	// Kernel serves the queue pairs in place of the device's workers; nil: none does.
+	Kernel Kernel
 	// Failed is called once, with the reason, when the backend has ended. The guest's link is down then.
 	// It does not block.
 	Failed func(error)
+}
+
+// Kernel is the host's kernel, which serves the queue pairs.
+type Kernel interface {
+	// Features returns the bits of the ring and VIRTIO_NET_F_MRG_RXBUF that the kernel has.
+	Features() uint64
+	// Activate is virtio.Device's, for the queues of the pairs alone. After an error nothing is active.
+	Activate(virtio.Activation) error
+	// Stop is virtio.Device's; it does not give up.
+	Stop() (bases []uint16, err error)
+	// Inspect is virtio.Inspector's, for queues.
+	Inspect() [][]inspect.Node
 }
 
 // Device is a network device.
@@ -98,6 +114,7 @@ type Device struct {
 	mu       sync.Mutex // guards what follows; taken before a pair's
 	driven   bool       // from Activate to Reset
 	features uint64
+	kernel   int           // queues that the kernel serves
 	used     int           // pairs that the driver uses
 	kicks    []*eventfd.FD // of the receive queues, while the device is active
 }
@@ -128,8 +145,11 @@ func (*Device) ID() virtio.ID { return virtio.IDNet }
 
 // Features implements virtio.Device.
 func (d *Device) Features() uint64 {
-	f := d.cfg.Offloads&allOffloads | featureMAC | featureMrgRxB | featureStatus | featureCtrlVQ | featureCtrlRX |
-		virtio.FeatureIndirectDesc | virtio.FeatureEventIdx
+	f := uint64(featureMrgRxB | virtio.FeatureIndirectDesc | virtio.FeatureEventIdx)
+	if d.cfg.Kernel != nil {
+		f &= d.cfg.Kernel.Features()
+	}
+	f |= d.cfg.Offloads&allOffloads | featureMAC | featureStatus | featureCtrlVQ | featureCtrlRX
 	if d.cfg.MTU != 0 {
 		f |= featureMTU
 	}
@@ -187,19 +207,42 @@ func (d *Device) activate(a virtio.Activation) error {
 		d.kicks = append(d.kicks, a.Queues[2*i].Kick)
 		p.start(a.Features&featureMrgRxB != 0)
 	}
-	return d.workers.Start(a, func(i int) (virtio.Handler, time.Duration) { return d.handler(i), 0 })
+	if d.cfg.Kernel == nil {
+		return d.workers.Start(a, func(i int) (virtio.Handler, time.Duration) { return d.handler(i), 0 })
+	}
+	n := d.control()
+	rest := a
+	rest.Queues = slices.Clone(a.Queues)
+	for i := range n {
+		rest.Queues[i].Size = 0
+	}
+	if err := d.workers.Start(rest, func(i int) (virtio.Handler, time.Duration) { return d.handler(i), 0 }); err != nil {
+		return err
+	}
+	a.Queues = a.Queues[:n]
+	if err := d.cfg.Kernel.Activate(a); err != nil {
+		_, undone := d.workers.Stop(context.Background(), nil)
+		return errors.Join(err, undone)
+	}
+	d.kernel = n
+	return nil
 }
 
-// handler returns the handler of queue i. The control queue follows the pairs that the driver can use
+// control returns the number of the control queue, which follows the pairs that the driver can use
 // (5.1.2). The caller holds mu.
-func (d *Device) handler(i int) virtio.Handler {
-	control := 2
+func (d *Device) control() int {
 	if d.features&featureMQ != 0 {
-		control = 2 * len(d.pairs)
+		return 2 * len(d.pairs)
 	}
+	return 2
+}
+
+// handler returns the handler of queue i. The caller holds mu.
+func (d *Device) handler(i int) virtio.Handler {
+	control := d.control()
 	switch {
 	case i == control && d.features&featureCtrlVQ != 0:
-		return d.control
+		return d.commands
 	case i >= control:
 		return func(*virtio.Worker, *virtq.Chain) error { return guestErr("5.1.2", "a chain in queue %d", i) }
 	case i%2 == 0:
@@ -221,6 +264,14 @@ func (d *Device) Stop(ctx context.Context) ([]uint16, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.kicks = nil
+	if n := d.kernel; n > 0 {
+		d.kernel = 0
+		served, err := d.cfg.Kernel.Stop()
+		if err != nil {
+			return nil, fmt.Errorf("virtio-net: %w", err)
+		}
+		copy(bases, served)
+	}
 	return bases, nil
 }
 
