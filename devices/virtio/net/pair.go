@@ -175,12 +175,12 @@ func (p *pair) buffers() [][]byte {
 // read reads a frame into the buffers that are held, and where they end into overflow, at the place that
 // this part of the frame has in the whole. The caller holds mu.
 func (p *pair) read() (n int, err error) {
-	iov := p.buffers()
+	p.buffers()
 	if p.room < overflowLen {
-		iov = append(iov, p.overflow[p.room:])
+		p.iov = append(p.iov, p.overflow[p.room:])
 	}
 	for {
-		n, err = unix.Readv(p.fd, iov)
+		n, err = unix.Readv(p.fd, p.iov)
 		switch {
 		case err == unix.EINTR:
 		case err != nil:
