@@ -81,6 +81,7 @@ func doctor(w io.Writer) bool {
 	doctorKVM(line)
 	doctorVhost(line)
 	doctorMemory(line)
+	doctorNet(line)
 	doctorDisks(line)
 	return good
 }
@@ -165,6 +166,24 @@ func doctorVhost(line func(kind, format string, args ...any)) {
 	default:
 		line("note", "LIO is not there: mount -t configfs configfs /sys/kernel/config; "+
 			"modprobe target_core_mod (CONFIG_TARGET_CORE)")
+	}
+}
+
+func doctorNet(line func(kind, format string, args ...any)) {
+	for _, d := range []struct{ path, module, without string }{
+		{"/dev/net/tun", "tun", "there is no --net tap without it"},
+		{"/dev/vhost-net", "vhost_net", "gvm itself serves networks without it"},
+	} {
+		f, err := os.OpenFile(d.path, os.O_RDWR, 0)
+		switch {
+		case err == nil:
+			f.Close()
+			line("ok", "%s, for networks at TAP interfaces", d.path)
+		case errors.Is(err, fs.ErrPermission):
+			line("note", "%s: no permission; %s", d.path, d.without)
+		default:
+			line("note", "%s is not there: modprobe %s; %s", d.path, d.module, d.without)
+		}
 	}
 }
 
