@@ -15,6 +15,7 @@ import (
 	"gvm/devices/scsi"
 	"gvm/guestmem"
 	"gvm/kvmapi"
+	"gvm/kvmapi/vhost"
 	"gvm/machine/disk"
 	"gvm/text"
 	"gvm/vmm"
@@ -81,7 +82,7 @@ func doctor(w io.Writer) bool {
 	doctorKVM(line)
 	doctorVhost(line)
 	doctorMemory(line)
-	doctorNet(line)
+	doctorDevices(line)
 	doctorDisks(line)
 	return good
 }
@@ -169,16 +170,18 @@ func doctorVhost(line func(kind, format string, args ...any)) {
 	}
 }
 
-func doctorNet(line func(kind, format string, args ...any)) {
-	for _, d := range []struct{ path, module, without string }{
-		{"/dev/net/tun", "tun", "there is no --net tap without it"},
-		{"/dev/vhost-net", "vhost_net", "gvm itself serves networks without it"},
+// doctorDevices tells of the devices of networks and sockets.
+func doctorDevices(line func(kind, format string, args ...any)) {
+	for _, d := range []struct{ path, module, use, without string }{
+		{vhost.VsockPath, "vhost_vsock", "for --vsock vhost", "--vsock unix needs none of it"},
+		{"/dev/net/tun", "tun", "for networks at TAP interfaces", "there is no --net tap without it"},
+		{"/dev/vhost-net", "vhost_net", "for networks at TAP interfaces", "gvm itself serves networks without it"},
 	} {
 		f, err := os.OpenFile(d.path, os.O_RDWR, 0)
 		switch {
 		case err == nil:
 			f.Close()
-			line("ok", "%s, for networks at TAP interfaces", d.path)
+			line("ok", "%s, %s", d.path, d.use)
 		case errors.Is(err, fs.ErrPermission):
 			line("note", "%s: no permission; %s", d.path, d.without)
 		default:
