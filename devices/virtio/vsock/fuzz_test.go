@@ -36,6 +36,40 @@ type fuzzer struct {
 
 	mu    sync.Mutex
 	users []*user // those that are not closed
+	held  []*Conn // those that Accept held
+}
+
+// accept takes connections, and holds those to port 1026.
+func (f *fuzzer) accept(port uint32, c *Conn) bool {
+	switch {
+	case port <= 1000:
+		return false
+	case port == 1026:
+		c.Hold()
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.held = append(f.held, c)
+	default:
+		f.use(c)
+	}
+	return true
+}
+
+// answer accepts or refuses the oldest connection that is held.
+func (f *fuzzer) answer(accept bool) {
+	f.mu.Lock()
+	if len(f.held) == 0 {
+		f.mu.Unlock()
+		return
+	}
+	c := f.held[0]
+	f.held = f.held[1:]
+	f.mu.Unlock()
+	if !accept || c.Accept() != nil {
+		c.Close()
+		return
+	}
+	f.use(c)
 }
 
 func (f *fuzzer) use(c *Conn) {
@@ -77,6 +111,8 @@ func (f *fuzzer) step(op []byte) {
 		clear(f.flows)
 	case action == 10:
 		f.dial(uint32(op[1] % 4))
+	case action == 13 && n%4 == 2:
+		f.answer(n%8 == 2)
 	case u == nil:
 	case action <= 12:
 		f.write(u, n%20_000)
@@ -85,6 +121,8 @@ func (f *fuzzer) step(op []byte) {
 		f.mu.Lock()
 		f.users = slices.DeleteFunc(f.users, func(o *user) bool { return o == u })
 		f.mu.Unlock()
+	case action == 13 && n%4 == 3:
+		u.CloseRead()
 	case action == 13:
 		u.CloseWrite()
 	default:
@@ -123,8 +161,6 @@ func (f *fuzzer) packet(op []byte, n int) {
 	switch {
 	case h.op == opRW && ours:
 		data = f.flow(k).tx.fill(make([]byte, n))
-	case op[6] == 6:
-		data = make([]byte, n%100)
 	case h.op == opRequest && ours:
 		f.dev.mu.Lock()
 		if f.dev.conns[k] == nil {
@@ -132,6 +168,9 @@ func (f *fuzzer) packet(op []byte, n int) {
 			h.fwdCnt = 0
 		}
 		f.dev.mu.Unlock()
+	}
+	if op[6] == 6 && data == nil {
+		data = make([]byte, n%100)
 	}
 	f.send(h, data...)
 	if h.op == opRST && ours {
@@ -282,6 +321,11 @@ func FuzzPackets(f *testing.F) {
 		stop    = "\x09\x00\x00\x00\x00\x00\x00\x00"
 		dial    = "\x0a\x01\x00\x00\x00\x00\x00\x00"
 		answer  = "\x40\x11\x02\x00\x00\x00\x00\x00"
+		deaf    = "\x0d\x00\x00\x00\x03\x00\x00\x00" // CloseRead
+		held    = "\x40\x08\x01\x20\x00\x00\x00\x00" // a request to port 1026
+		early   = "\x80\x08\x05\x10\x00\x00\x00\x00" // data for it
+		accept  = "\x0d\x00\x00\x00\x02\x00\x00\x00"
+		refuse  = "\x0d\x00\x00\x00\x06\x00\x00\x00"
 	)
 	for _, s := range []string{
 		request + buffer + data + read + write + buffer + update + stop + buffer + buffer + update,
@@ -292,6 +336,10 @@ func FuzzPackets(f *testing.F) {
 			"\x00\x00\x04\x00\x00\x03\x00\x00" + read,
 		request + "\x07\x01\x2c\x00\x10\x00\x00\x00" + buffer + "\x07\x01\x01\x00\x10\x00\x00\x00",
 		buffer + buffer + request + end + "\x00\x00\x01\x00\x00\x00\x04\x09" + "\x00\x00\x01\x00\x00\x00\x03\x02",
+		request + data + deaf + data + buffer + buffer + write + close,
+		held + buffer + accept + buffer + early + read + write,
+		held + held + refuse + buffer + held + stop + accept,
+		held + early + buffer + accept + buffer,
 		dial + answer + buffer + write, // the answer comes before the request
 	} {
 		f.Add([]byte(s))
@@ -299,12 +347,7 @@ func FuzzPackets(f *testing.F) {
 	f.Fuzz(func(t *testing.T, ops []byte) {
 		ctx, cancel := context.WithCancel(t.Context())
 		r := &fuzzer{rig: newRig(t, 0), ctx: ctx, flows: map[key]*flow{}}
-		r.dev.cfg.Accept = func(port uint32, c *Conn) bool {
-			if port > 1000 {
-				r.use(c)
-			}
-			return port > 1000
-		}
+		r.dev.cfg.Accept = r.accept
 		for ops = ops[:min(len(ops), 8*100)]; len(ops) >= 8; ops = ops[8:] {
 			r.step(ops[:8])
 			if len(r.broken) > 0 {
@@ -319,6 +362,9 @@ func FuzzPackets(f *testing.F) {
 		r.programs.Wait()
 		for _, u := range r.users {
 			u.Close()
+		}
+		for _, c := range r.held {
+			c.Close()
 		}
 		r.empty()
 	})
