@@ -67,11 +67,11 @@ func testMain(m *testing.M) int {
 	}
 	defer os.RemoveAll(runtimeDir)
 	// One CPU: two guests at a time on an L1 with two processors can make the lab hang.
-	return lab.Main(withPlotter{m}, lab.Options{Build: []string{"gvm/cmd/gvm-plot"},
+	return lab.Main(withPlotter{m}, lab.Options{Build: []string{"gvm/cmd/gvm-plot", "gvm/cmd/gvm-net"},
 		Visible: []string{runtimeDir}, Direct: lab.KVM, CPUs: 1})
 }
 
-// withPlotter runs the tests with gvm-plot in $PATH.
+// withPlotter runs the tests with gvm-plot and gvm-net in $PATH.
 type withPlotter struct{ *testing.M }
 
 func (m withPlotter) Run() int {

@@ -47,8 +47,8 @@ var manEnvironment = []manEntry{
 	{"GOMAXPROCS", "the number of processors of the Go runtime; by default one more than this host has CPUs"},
 	{"KBUILD_OUTPUT", "in a kernel's source tree, the directory of its build, where gvm run looks for the kernel"},
 	{"LD_LIBRARY_PATH", "where gvm test looks first for the libraries of its command, which gets the variable too"},
-	{"PATH", "where gvm looks for the command of gvm test, for gvm-plot, if it is not beside gvm, and for the " +
-		"programs that gvm bench measures: QEMU and fio"},
+	{"PATH", "where gvm looks for the command of gvm test, for gvm-plot and gvm-net, if they are not beside gvm, and " +
+		"for the programs that gvm bench measures: QEMU and fio"},
 	{"TMPDIR", "the directory for temporary files: the images of gvm replay and gvm bench, and overlays that " +
 		"are not kept; /tmp by default"},
 	{"XDG_CACHE_HOME", "the directory of the cache of decompressed kernels; ~/.cache by default"},

@@ -15,67 +15,95 @@ import (
 
 var vhosts = map[string]machine.Vhost{"auto": machine.VhostAuto, "off": machine.VhostOff, "on": machine.VhostOn}
 
+// netConfig is a parsed --net.
+type netConfig struct {
+	machine.Net
+	user *userConfig // nil: another backend
+}
+
 // netOptions are the options of --net, by its first word, and what sets them.
-var netOptions = map[string]func(n *machine.Net, value string) error{
-	"mac": func(n *machine.Net, value string) error {
-		mac, err := stdnet.ParseMAC(value)
-		if err != nil || len(mac) != len(n.Device.MAC) || mac[0]&1 != 0 || [6]byte(mac) == [6]byte{} {
-			return errors.New("want the address of a station, such as 02:00:00:12:34:56")
-		}
-		n.Device.MAC = [6]byte(mac)
-		return nil
-	},
-	"queues": func(n *machine.Net, value string) (err error) {
-		if n.Pairs, err = strconv.Atoi(value); err != nil || n.Pairs < 1 || n.Pairs > net.MaxPairs {
-			return fmt.Errorf("want 1 to %d", net.MaxPairs)
-		}
-		return nil
-	},
-	"vhost": func(n *machine.Net, value string) error {
-		var ok bool
-		if n.Vhost, ok = vhosts[value]; !ok {
-			return errors.New("want auto, off or on")
-		}
-		return nil
-	},
+var netOptions = map[string]map[string]func(n *netConfig, value string) error{
+	"tap":  {"mac": setMAC, "queues": setPairs, "vhost": setVhost},
+	"user": {"mac": setMAC, "host": setHost},
+}
+
+func setMAC(n *netConfig, value string) error {
+	mac, err := stdnet.ParseMAC(value)
+	if err != nil || len(mac) != len(n.Device.MAC) || mac[0]&1 != 0 || [6]byte(mac) == [6]byte{} {
+		return errors.New("want the address of a station, such as 02:00:00:12:34:56")
+	}
+	n.Device.MAC = [6]byte(mac)
+	return nil
+}
+
+func setPairs(n *netConfig, value string) (err error) {
+	if n.Pairs, err = strconv.Atoi(value); err != nil || n.Pairs < 1 || n.Pairs > net.MaxPairs {
+		return fmt.Errorf("want 1 to %d", net.MaxPairs)
+	}
+	return nil
+}
+
+func setVhost(n *netConfig, value string) error {
+	var ok bool
+	if n.Vhost, ok = vhosts[value]; !ok {
+		return errors.New("want auto, off or on")
+	}
+	return nil
+}
+
+func setHost(n *netConfig, value string) error {
+	if value != "on" && value != "off" {
+		return errors.New("want on or off")
+	}
+	n.user.hostOff = value == "off"
+	return nil
 }
 
 // parseNets reads the values of --net.
-func parseNets(values []string) (nets []machine.Net, _ error) {
-	for _, s := range values {
+func parseNets(values []string) (nets []machine.Net, user *userConfig, _ error) {
+	for i, s := range values {
 		if s == "none" {
 			if len(values) > 1 {
-				return nil, errors.New("--net none excludes another --net")
+				return nil, nil, errors.New("--net none excludes another --net")
 			}
-			return nil, nil
+			return nil, nil, nil
 		}
 		n, err := parseNet(s)
 		if err != nil {
-			return nil, fmt.Errorf("--net %s: %w", s, err)
+			return nil, nil, fmt.Errorf("--net %s: %w", s, err)
 		}
-		nets = append(nets, n)
+		if n.user != nil {
+			if user != nil {
+				return nil, nil, errors.New("--net user is given twice: a machine has one")
+			}
+			user = n.user
+			user.index = i
+		}
+		nets = append(nets, n.Net)
 	}
-	return nets, nil
+	return nets, user, nil
 }
 
-// parseNet reads tap=NAME[,OPTION=VALUE]….
-func parseNet(s string) (n machine.Net, err error) {
+// parseNet reads tap=NAME[,OPTION=VALUE]… or user[,OPTION=VALUE]….
+func parseNet(s string) (n netConfig, err error) {
 	kind, options, more := strings.Cut(s, ",")
 	word, name, named := strings.Cut(kind, "=")
 	switch {
 	case word == "tap" && named:
 		n.Tap = name
 		err = tap.CheckName(name)
+	case kind == "user":
+		n.user = new(userConfig)
 	default:
-		err = errors.New("want none or tap=NAME")
+		err = errors.New("want none, user or tap=NAME")
 	}
 	for more && err == nil {
 		var option string
 		option, options, more = strings.Cut(options, ",")
 		key, value, _ := strings.Cut(option, "=")
-		set := netOptions[key]
+		set := netOptions[word][key]
 		if set == nil {
-			return n, text.OneOf("option ", key, netOptions)
+			return n, text.OneOf("option ", key, netOptions[word])
 		}
 		if err = set(&n, value); err != nil {
 			err = fmt.Errorf("%s=%s: %w", key, value, err)

@@ -27,14 +27,9 @@ func plotFormat(path string) (string, error) {
 // run` or a plain `go build` knows its source path, and uses go run with that of gvm-plot.
 func plotter() (*exec.Cmd, error) {
 	const name = "gvm-plot"
-	beside := name
-	if exe, err := os.Executable(); err == nil {
-		beside = filepath.Join(filepath.Dir(exe), name)
-	}
-	for _, candidate := range []string{beside, name} {
-		if path, err := exec.LookPath(candidate); err == nil {
-			return exec.Command(path), nil
-		}
+	path, beside := besideProgram(name)
+	if path != "" {
+		return exec.Command(path), nil
 	}
 	if _, file, _, ok := runtime.Caller(0); ok && filepath.IsAbs(file) { // not after a build with -trimpath
 		c := exec.Command("go", "run", ".")
@@ -45,6 +40,21 @@ func plotter() (*exec.Cmd, error) {
 	}
 	return nil, configError{fmt.Errorf("the program that draws plots is missing: put gvm-plot, "+
 		"which make build makes beside gvm, at %s or into $PATH", beside)}
+}
+
+// besideProgram finds a program of gvm's: beside gvm, else in $PATH, else path is "". beside is the
+// first place.
+func besideProgram(name string) (path, beside string) {
+	beside = name
+	if exe, err := os.Executable(); err == nil {
+		beside = filepath.Join(filepath.Dir(exe), name)
+	}
+	for _, candidate := range []string{beside, name} {
+		if path, err := exec.LookPath(candidate); err == nil {
+			return path, beside
+		}
+	}
+	return "", beside
 }
 
 // writePlot draws p into the file at path, whose extension selects the format.

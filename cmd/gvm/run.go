@@ -50,6 +50,7 @@ type runConfig struct {
 	suffix     string        // of the name of one of several machines of the process
 	gdb        *gdbAddress   // nil: none
 	vsock      *vsockConfig  // nil: none
+	user       *userConfig   // --net user; nil: none
 }
 
 var entries = map[string]boot.Protocol{"auto": 0, "pvh": boot.PVH32, "64": boot.Linux64}
@@ -96,8 +97,11 @@ EXAMPLES
 				Usage: "give the guest sockets (AF_VSOCK): `unix[,cid=N][,path=FILE]` connects them with unix sockets " +
 					"NAME.vsock, or FILE, of this host; vhost,cid=N with AF_VSOCK here, by the kernel (vhost-vsock)"},
 			&cli.GenericFlag{Name: "net", Value: new(words),
-				Usage: "`BACKEND` of a network device: none (default), or tap=NAME[,mac=MAC][,queues=N][,vhost=on], " +
-					"a TAP interface of this host"},
+				Usage: "`BACKEND` of a network device: none (default); user[,mac=MAC][,host=off], addresses, names " +
+					"and connections by gvm-net; or tap=NAME[,mac=MAC][,queues=N][,vhost=on], a TAP interface of this host"},
+			&cli.GenericFlag{Name: "publish", Value: new(words),
+				Usage: "with --net user, a port of this host that leads to one of the guest: " +
+					"`[ADDR:]HOSTPORT:GUESTPORT[/udp]`; ADDR is 127.0.0.1"},
 			&cli.StringFlag{Name: "cmdline", Aliases: []string{"a"},
 				Usage: "kernel command `LINE`, added to console=ttyS0 panic=-1 and, without an initrd, " +
 					"root= for the first disk where that is sure"},
@@ -305,7 +309,10 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 			return rc, err
 		}
 	}
-	if spec.Nets, err = parseNets(wordsOf(c, "net")); err != nil {
+	if spec.Nets, rc.user, err = parseNets(wordsOf(c, "net")); err != nil {
+		return rc, err
+	}
+	if err := rc.user.parsePublishes(wordsOf(c, "publish")); err != nil {
 		return rc, err
 	}
 	if rc.threadNote, err = checkThreads(spec, 1, host); err != nil {
@@ -451,6 +458,11 @@ func run(rc runConfig) (err error) {
 	if bridge != nil {
 		defer func() { err = errors.Join(err, bridge.Close()) }()
 	}
+	user, err := rc.startUserNet(note)
+	if err != nil {
+		return err
+	}
+	defer user.close()
 	var gdb *gdbServer
 	if rc.gdb != nil {
 		if gdb, err = rc.gdb.listen(ctx); err != nil {
