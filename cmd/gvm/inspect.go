@@ -1,11 +1,14 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/control"
 	"gvm/inspect"
 	"gvm/text"
 )
@@ -21,6 +24,10 @@ Without it gvm prints everything, a path and its value on a line. A part is
 busy that cannot be read within half a second: a device is stopping, or a CPU
 waits for one. docs/inspect.md explains the names.
 
+On a terminal --watch draws each reading over the last one, as much as fits;
+elsewhere it prints one after the other, with --json each on a line. It ends
+with status 0 when the machine ends.
+
 The exit status is 0, 2 if the machine or the path does not exist, or 3 if
 the machine does not answer.
 
@@ -28,8 +35,9 @@ EXAMPLES
    gvm inspect
    gvm inspect build disk/0/last
    gvm inspect build vcpu/0/rip
+   gvm inspect build disk/0/task --watch
    gvm inspect build disk --json | jq '."0".commands'`,
-		Flags: []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "a JSON object, or one value, instead of lines"}},
+		Flags: watchFlags("a JSON object, or one value, instead of lines"),
 		Action: func(c *cli.Context) error {
 			args := c.Args().Slice()
 			if len(args) > 2 {
@@ -46,16 +54,27 @@ EXAMPLES
 			}
 			client, err := theMachine(vm)
 			if err != nil {
+				if entries, _ := control.DefaultDirectory().List(); path != "" && len(entries) > 1 {
+					err = usageError{fmt.Errorf("%s is no machine, and for a part of the state: %w", path, err)}
+				}
 				return err
 			}
-			n, err := client.Inspect(c.Context, path)
-			if err != nil {
-				return refused(err)
+			out := screen{out: c.App.Writer, watch: c.Bool("watch")}
+			err = follow(c, client, path, 1, func(n inspect.Node) error {
+				if c.Bool("json") {
+					return out.showJSON(n)
+				}
+				var b strings.Builder
+				if err := writeState(&b, path, n); err != nil {
+					return err
+				}
+				return out.show(b.String())
+			})
+			if vm == "" && !out.shown && errors.As(err, new(usageError)) {
+				err = usageError{fmt.Errorf("%s is neither a machine (there is %s%s) nor a part of its state: %w",
+					path, client.Name(), text.Suggest(path, []string{client.Name()}), err)}
 			}
-			if c.Bool("json") {
-				return writeJSON(c.App.Writer, n)
-			}
-			return writeState(c.App.Writer, path, n)
+			return err
 		},
 	}
 }

@@ -153,7 +153,8 @@ var commands = []struct {
 	make func() *cli.Command
 }{
 	{"run", runCommand}, {"test", testCommand}, {"kunit", kunitCommand}, {"list", listCommand}, {"disk", diskCommand},
-	{"balloon", balloonCommand}, {"inspect", inspectCommand}, {"pause", pauseCommand}, {"resume", resumeCommand},
+	{"balloon", balloonCommand}, {"inspect", inspectCommand}, {"stat", statCommand},
+	{"pause", pauseCommand}, {"resume", resumeCommand},
 	{"reset", resetCommand}, {"dump", dumpCommand},
 	{"console", consoleCommand}, {"nmi", nmiCommand}, {"sysrq", sysrqCommand},
 	{"stop", stopCommand}, {"image", imageCommand}, {"kernel", kernelCommand}, {"doctor", doctorCommand},

@@ -180,7 +180,7 @@ func TestCompletion(t *testing.T) {
 			"exit-status",
 			"h", "help",
 			"image", "inspect", "kernel", "kunit", "lio", "list", "nmi", "pause", "ps",
-			"replay", "reset", "resume", "run", "stop", "sysrq", "test", "trace"}},
+			"replay", "reset", "resume", "run", "stat", "stop", "sysrq", "test", "trace"}},
 		{[]string{"gvm", "run", "--ker"}, []string{"--kernel"}},
 		{[]string{"gvm", "run", "--cpus", "2", "--mem"}, []string{"--memory"}},
 		{[]string{"gvm", "run", "--cpu"}, []string{"--cpu-features", "--cpus"}},
