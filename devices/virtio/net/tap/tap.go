@@ -101,7 +101,7 @@ func (e *openError) Unwrap() error { return e.error }
 func (t *Tap) explain(err error) error {
 	var open *openError
 	_, exists := t.link(unix.SIOCGIFFLAGS)
-	make := fmt.Sprintf("sudo ip tuntap add %s mode tap user $USER", t.name)
+	const create = "sudo ip tuntap add %s mode tap user $USER"
 	switch isOpen := errors.As(err, &open); {
 	case isOpen && errors.Is(err, unix.ENOENT):
 		return fmt.Errorf("there is no %s: load the kernel's module tun (modprobe tun)", device)
@@ -110,10 +110,10 @@ func (t *Tap) explain(err error) error {
 	case isOpen:
 		return fmt.Errorf("open %s: %w", device, err)
 	case errors.Is(err, unix.EPERM) && exists == nil:
-		return fmt.Errorf("interface %s is another user's: %s after ip tuntap del, or run gvm with CAP_NET_ADMIN",
-			t.name, make)
+		return fmt.Errorf("interface %s is another user's: use one of your own ("+create+"), or run gvm with "+
+			"CAP_NET_ADMIN", t.name, "NAME")
 	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("there is no interface %s, and only CAP_NET_ADMIN may make one: %s", t.name, make)
+		return fmt.Errorf("there is no interface %s, and only CAP_NET_ADMIN may make one: "+create, t.name, t.name)
 	case errors.Is(err, unix.EBUSY):
 		return fmt.Errorf("interface %s is in use by another program: stop that, or use another interface", t.name)
 	case errors.Is(err, unix.EINVAL) && exists == nil:

@@ -156,12 +156,21 @@ func TestInUse(t *testing.T) {
 func TestNoRight(t *testing.T) {
 	ownNet(t)
 	persist(t, "own", unix.IFF_TAP)
+	persist(t, "other", unix.IFF_TAP)
+	owned, err := Open("other", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(unix.IoctlSetInt(owned.fds[0], unix.TUNSETOWNER, 1), owned.Close()); err != nil {
+		t.Fatal(err)
+	}
 	var none [2]unix.CapUserData
 	if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); err != nil {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{
-		"new": "there is no interface new, and only CAP_NET_ADMIN may make one: sudo ip tuntap add new mode tap user",
+		"other": "interface other is another user's: use one of your own (sudo ip tuntap add NAME mode tap user $USER), or",
+		"new":   "there is no interface new, and only CAP_NET_ADMIN may make one: sudo ip tuntap add new mode tap user",
 	} {
 		if _, err := Open(name, 1); err == nil || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("%v, want %s", err, want)
