@@ -2,6 +2,7 @@ package tap
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -11,7 +12,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/virtio"
 	"gvm/devices/virtio/net"
+	"gvm/devices/virtio/virtqtest"
+	"gvm/guestmem"
 )
 
 func TestCheckName(t *testing.T) {
@@ -247,5 +251,62 @@ func TestFrames(t *testing.T) {
 		if err != nil && err != unix.EAGAIN {
 			t.Fatal(fmt.Errorf("read: %w", err))
 		}
+	}
+}
+
+// TestDeleted: the guest's link goes down when its interface is deleted.
+func TestDeleted(t *testing.T) {
+	ownNet(t)
+	tap := open(t, "deleted", 1)
+	failed := make(chan error, 1)
+	dev, err := net.New(net.Config{MAC: [6]byte{2}, Queues: tap.Queues(), Offloads: Offloads,
+		SetOffloads: tap.SetOffloads, SetPairs: tap.SetPairs, Failed: func(err error) { failed <- err }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := virtio.Activation{Mem: guestmem.Heap(0, 3<<20), Features: Offloads,
+		Broken: func(err error) { t.Error(err) }, ConfigChanged: func() {}}
+	for i, size := range dev.QueueSizes() {
+		d, err := virtqtest.New(a.Mem, uint64(i)<<20, size, a.Features)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		a.Queues = append(a.Queues, virtio.Queue{Layout: d.Layout, Kick: d.Kick, Call: d.Call})
+		if i == 0 {
+			d.Add(virtqtest.Seg{Addr: d.Alloc(2000), Len: 2000, Write: true})
+			if _, err := d.Publish(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := dev.Activate(a); err != nil {
+		t.Fatal(err)
+	}
+	ifr, err := tap.link(unix.SIOCGIFINDEX)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request := make([]byte, unix.SizeofNlMsghdr+unix.SizeofIfInfomsg)
+	binary.LittleEndian.PutUint32(request, uint32(len(request)))
+	binary.LittleEndian.PutUint16(request[4:], unix.RTM_DELLINK)
+	binary.LittleEndian.PutUint16(request[6:], unix.NLM_F_REQUEST)
+	binary.LittleEndian.PutUint32(request[unix.SizeofNlMsghdr+4:], ifr.Uint32())
+	s, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(s)
+	if err := unix.Sendto(s, request, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-failed; !errors.Is(err, unix.EBADFD) {
+		t.Error(err)
+	}
+	if status := dev.Config()[6]; status != 0 {
+		t.Errorf("status %d", status)
+	}
+	if err := dev.Reset(); err != nil {
+		t.Error(err)
 	}
 }
