@@ -106,7 +106,7 @@ echo "= ended"
 		}
 		out, err := suiteRun(q[len(q)-1].Path, args...)
 		out = strings.ReplaceAll(out, "\r", "")
-		if err == nil && !strings.HasSuffix(out, "\n= ended\n") {
+		if err == nil && !strings.Contains(out, "\n= ended\n") {
 			err = errors.New("the guest was lost")
 		}
 		return out, err
@@ -276,6 +276,7 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 mkdir -p /lib/modules
 ln -s %s /lib/modules/
 ln -s %s /boot/
+[ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
 modprobe -q configfs
 mount -t configfs none /sys/kernel/config
 mount -t debugfs none /sys/kernel/debug
@@ -304,7 +305,8 @@ func (s suite) outcomes(out, way string) (all []outcome) {
 		o := outcome{Test: m[1], Way: way, Verdict: "lost", Reason: fmt.Sprintf("no end in %d s", suiteLimit)}
 		if m[3] == m[1] {
 			if o.Verdict, o.Reason = s.outcome(m[2]); o.Verdict == "" {
-				o.Verdict, o.Reason = "failed", "no verdict: "+strings.TrimSpace(m[2])
+				o.Verdict = "failed"
+				o.Reason = "no verdict: " + strings.ReplaceAll(strings.TrimSpace(m[2]), "\n", "; ")
 			}
 			o.Seconds, _ = strconv.Atoi(m[4])
 		}
