@@ -29,10 +29,10 @@ type Net struct {
 // Vhost is a choice of the kernel's service.
 type Vhost int
 
-// Choices of the kernel's service: never, if the host has it for this user, or always.
+// Choices of the kernel's service: if the host has it for this user, never, or always.
 const (
-	VhostOff Vhost = iota
-	VhostAuto
+	VhostAuto Vhost = iota
+	VhostOff
 	VhostOn
 )
 

@@ -98,7 +98,7 @@ EXAMPLES
 					"NAME.vsock, or FILE, of this host; vhost,cid=N with AF_VSOCK here, by the kernel (vhost-vsock)"},
 			&cli.GenericFlag{Name: "net", Value: new(words),
 				Usage: "`BACKEND` of a network device: none (default); user[,mac=MAC][,host=off], addresses, names " +
-					"and connections by gvm-net; or tap=NAME[,mac=MAC][,queues=N][,vhost=on], a TAP interface of this host"},
+					"and connections by gvm-net; or tap=NAME[,mac=MAC][,queues=N][,vhost=on|off], a TAP interface of this host"},
 			&cli.GenericFlag{Name: "publish", Value: new(words),
 				Usage: "with --net user, a port of this host that leads to one of the guest: " +
 					"`[ADDR:]HOSTPORT:GUESTPORT[/udp]`; ADDR is 127.0.0.1"},

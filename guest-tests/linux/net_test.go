@@ -34,11 +34,12 @@ func setLink(t *testing.T, name string, n byte, mtu uint32) {
 	must(t, unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr))
 }
 
-// TestNet: a guest pings the host and moves data both ways, with segmentation offload both ways too. The
-// interfaces go with the machine.
+// TestNet: a guest pings the host and moves data both ways, with segmentation offload, also over a pause of
+// the machine, by gvm's own service and by vhost-net. The interfaces go with the machine.
 func TestNet(t *testing.T) {
-	const size = 4 << 20
-	nets := []machine.Net{{Tap: "gvmtest0", Pairs: 2}}
+	const size = 2 << 20
+	nets := []machine.Net{{Tap: "gvmtest0", Pairs: 2, Vhost: machine.VhostOff},
+		{Tap: "gvmtest1", Pairs: 2, Vhost: machine.VhostOn}}
 	out, in := content("out", size), content("in", size)
 	file := diskFile(t, out)
 	g := guest{
@@ -50,7 +51,7 @@ for n in $(seq 0 %d); do
 	ip addr add 10.99.$n.2/24 dev eth$n && ip link set eth$n up && say up$n
 	say mac$n $(cat /sys/class/net/eth$n/address)
 	say queues$n $(echo /sys/class/net/eth$n/queues/rx-*)
-	ping -c 3 -W 20 10.99.$n.1 >/dev/null && say ping$n ok
+	ping -c 2 -W 20 10.99.$n.1 >/dev/null && say ping$n ok
 	ip link set eth$n promisc on && say promiscuous$n
 	say in$n $(nc 10.99.$n.1 5000 </data | sum)
 	ip link set eth$n down && ip link set eth$n up && ping -c 1 -W 20 10.99.$n.1 >/dev/null && say again$n ok
@@ -75,6 +76,9 @@ klog
 		if err != nil {
 			break // the guest has ended
 		}
+		if err := errors.Join(m.Pause(t.Context()), m.Resume()); err != nil {
+			t.Error(err)
+		}
 		got, err := io.ReadAll(c)
 		if err != nil || !bytes.Equal(got, out) {
 			t.Errorf("network %d: %d of %d bytes came from the guest, or others: %v", i, len(got), size, err)
@@ -90,7 +94,7 @@ klog
 				sent[path[strings.LastIndex(path, "/")+1:]] += n
 			}
 		}
-		if sent["tx_bytes"] < size || sent["tx_bytes"] < 1514*sent["tx_frames"] {
+		if i == 0 && (sent["tx_bytes"] < size || sent["tx_bytes"] < 1514*sent["tx_frames"]) {
 			t.Errorf("the guest sent %d bytes in %d frames", sent["tx_bytes"], sent["tx_frames"])
 		}
 	}
