@@ -48,7 +48,7 @@ func TestQueueKeepsLittle(t *testing.T) {
 			chains = append(chains, c)
 		}
 		for _, c := range chains {
-			q.Push(c, 0)
+			push(q, c, 0)
 		}
 		for range size {
 			if _, _, ok := d.Used(); !ok {

@@ -42,7 +42,7 @@ func (e *GuestError) Error() string { return e.What + " (" + e.Rule + ")" }
 
 // Queue is the device side of one split virtqueue. Its methods are not safe
 // for concurrent use; chains that Next has handed out may be worked on by
-// other goroutines until they are given back to Add or Push.
+// other goroutines until they are given back to Add.
 type Queue struct {
 	mem      *guestmem.Memory
 	size     uint16
@@ -114,7 +114,7 @@ func New(mem *guestmem.Memory, l Layout, features uint64, base uint16) (*Queue, 
 // Next takes the next chain that the driver made available. ok is false when
 // there is none, and also when err says that the driver broke a rule: the
 // queue is then broken, and every later Next returns the same *GuestError.
-// The chain belongs to the caller until Add or Push.
+// The chain belongs to the caller until Add.
 func (q *Queue) Next() (c *Chain, ok bool, err error) {
 	if q.broken != nil {
 		return nil, false, q.broken
@@ -295,12 +295,6 @@ func (q *Queue) Publish() (signal bool) {
 		return q.usedIdx-event-1 < q.usedIdx-before
 	}
 	return guestmem.LoadUint16(q.avail)&availFNoInterrupt == 0
-}
-
-// Push is Add and Publish of one chain.
-func (q *Queue) Push(c *Chain, written uint32) (signal bool) {
-	q.Add(c, written)
-	return q.Publish()
 }
 
 // DisableKicks advises the driver that the device waits for no notifications, while
