@@ -20,7 +20,7 @@ SELDOM = archive/tar crypto/ecdsa crypto/internal/fips140/... crypto/rsa crypto/
 	encoding/asn1 encoding/xml github.com/urfave/cli/v2 gvm/cmd/gvm gvm/control gvm/devices/scsi/lio \
 	gvm/devices/scsi/trace gvm/devices/virtio/net/tap gvm/devices/virtio/replay \
 	gvm/devices/virtio/vhostnet gvm/devices/virtio/vhostring gvm/devices/virtio/vhostscsi \
-	gvm/devices/virtio/vhostvsock gvm/gdbstub gvm/guest/initramfs gvm/guest/kernel \
+	gvm/devices/virtio/vhostvsock gvm/gdbstub gvm/guest/agent gvm/guest/initramfs gvm/guest/kernel \
 	gvm/kvmapi/vhost gvm/machine gvm/machine/disk gvm/testrun/... gvm/vmm/acpi gvm/vmm/boot \
 	gvm/vmm/vmcore math/big text/template/... vendor/golang.org/...
 

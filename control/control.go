@@ -150,6 +150,8 @@ type Machine interface {
 	// on it.
 	Console() io.ReadWriteCloser
 	Break()
+	// Agent connects to the guest's agent, for a session.
+	Agent(context.Context) (io.ReadWriteCloser, error)
 	// SysRq sends a break and a printable ASCII character to the console.
 	SysRq(ctx context.Context, key byte) error
 	Disks() []Disk

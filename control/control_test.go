@@ -104,6 +104,13 @@ func (f *fake) Core(context.Context) (io.ReadCloser, error) {
 	return f.core, nil
 }
 
+func (f *fake) Agent(context.Context) (io.ReadWriteCloser, error) {
+	if f.console == nil {
+		return nil, Errorf(http.StatusNotFound, "no agent")
+	}
+	return f.console, nil
+}
+
 func (f *fake) Console() io.ReadWriteCloser { return f.console }
 
 func (f *fake) Disks() (list []Disk) {

@@ -19,6 +19,9 @@ import (
 // consoleProtocol is the protocol of a connection to the console: bytes in both directions.
 const consoleProtocol = "gvm-console"
 
+// agentProtocol is the protocol of a connection to the agent: that of package wire.
+const agentProtocol = "gvm-agent"
+
 // stream is an answer that takes the connection over.
 type stream struct {
 	protocol string
@@ -111,6 +114,12 @@ func (s *streams) serve(w http.ResponseWriter, of stream) {
 // the machine has.
 func (c *Client) Console(ctx context.Context) (io.ReadWriteCloser, error) {
 	return c.upgrade(ctx, "console", consoleProtocol, askTimeout)
+}
+
+// Agent connects to the agent in the machine's guest, for a session by wire.Accept. The caller closes the
+// connection. It reads as ended when the machine has.
+func (c *Client) Agent(ctx context.Context) (io.ReadWriteCloser, error) {
+	return c.upgrade(ctx, "agent", agentProtocol, changeTimeout)
 }
 
 // upgrade makes a connection a stream of a protocol. The machine answers within limit.

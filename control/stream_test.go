@@ -45,6 +45,30 @@ func TestConsole(t *testing.T) {
 	}
 }
 
+// TestAgent: a session's bytes go both ways.
+func TestAgent(t *testing.T) {
+	f := newFake()
+	_, c := serve(t, f)
+	_, err := c.Agent(t.Context())
+	wantError(t, err, http.StatusNotFound, "no agent")
+	near, far := net.Pipe()
+	f.console = near
+	conn, err := c.Agent(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		_, _ = io.CopyN(far, far, 5)
+		far.Close()
+	}()
+	if _, err := io.WriteString(conn, "hello"); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(conn); err != nil || string(b) != "hello" {
+		t.Errorf("%q, %v", b, err)
+	}
+}
+
 // TestConsoleLeft: the machine's end of the console closes when a client goes.
 func TestConsoleLeft(t *testing.T) {
 	f := newFake()

@@ -167,6 +167,12 @@ func (r *remote) AddDisk(ctx context.Context, a control.AddDisk) (control.Change
 	return r.Machine.AddDisk(ctx, d)
 }
 
+// Agent refuses: the guest's programs are its own.
+func (r *remote) Agent(context.Context) (io.ReadWriteCloser, error) {
+	return nil, control.Errorf(http.StatusNotFound,
+		"machine %s has no agent: gvm exec, gvm shell and gvm cp are for machines of gvm test", r.info.Name)
+}
+
 // testRemote serves a machine of gvm test.
 type testRemote struct {
 	remote
@@ -181,6 +187,26 @@ func (r *testRemote) Stop(s control.Stop) (control.Stopped, error) {
 	}
 	asked := r.run.Terminate(int(unix.SIGTERM), errStopped, time.Duration(s.GraceMS)*time.Millisecond)
 	return control.Stopped{Asked: asked, Outlived: r.matrix}, nil
+}
+
+// agentPatience bounds the wait for the agent.
+const agentPatience = 5 * time.Second
+
+// Agent implements gvm exec.
+func (r *testRemote) Agent(ctx context.Context) (io.ReadWriteCloser, error) {
+	if r.Paused() {
+		return nil, control.Errorf(http.StatusConflict, "machine %s is paused: gvm resume it first", r.info.Name)
+	}
+	ctx, cancel := context.WithTimeout(ctx, agentPatience)
+	defer cancel()
+	c, err := r.run.Dial(ctx)
+	switch {
+	case err == nil:
+		return c, nil
+	case errors.Is(err, testrun.ErrNoHello), errors.As(err, new(*testrun.RungError)):
+		return nil, control.Errorf(http.StatusConflict, "machine %s: %v", r.info.Name, err)
+	}
+	return nil, control.Errorf(http.StatusGatewayTimeout, "the agent of machine %s does not answer: %v", r.info.Name, err)
 }
 
 // Reset refuses: a test has one life of its guest.

@@ -9,7 +9,7 @@ import (
 
 // flagsFirst moves a command's flags in front of its arguments: package flag stops at the first
 // argument, but users write flags behind it as well. Words behind "--" are arguments, and those of gvm
-// test behind the command that it runs.
+// test and gvm exec behind the command that they run.
 func flagsFirst(commands []*cli.Command, args []string) []string {
 	if len(args) == 0 || args[len(args)-1] == completionFlag {
 		return args
@@ -22,7 +22,7 @@ func flagsFirst(commands []*cli.Command, args []string) []string {
 		}
 		command, commands = commands[i], commands[i].Subcommands
 	}
-	if command == nil || len(commands) > 0 || command.Name == "test" {
+	if command == nil || len(commands) > 0 || command.Name == "test" || command.Name == "exec" {
 		return args
 	}
 	flags, rest := slices.Clone(args[:at]), []string(nil)

@@ -203,10 +203,13 @@ func (evilMachine) Balloon(context.Context) (control.Balloon, error) {
 func (evilMachine) ResizeBalloon(control.ResizeBalloon) (control.Balloon, error) {
 	return control.Balloon{}, errors.New(evil)
 }
-func (evilMachine) NMI(context.Context) error                   { return nil }
-func (evilMachine) SysRq(context.Context, byte) error           { return nil }
-func (evilMachine) Break()                                      {}
-func (evilMachine) Console() io.ReadWriteCloser                 { return nil }
+func (evilMachine) NMI(context.Context) error         { return nil }
+func (evilMachine) SysRq(context.Context, byte) error { return nil }
+func (evilMachine) Break()                            {}
+func (evilMachine) Console() io.ReadWriteCloser       { return nil }
+func (evilMachine) Agent(context.Context) (io.ReadWriteCloser, error) {
+	return nil, errors.ErrUnsupported
+}
 func (evilMachine) Core(context.Context) (io.ReadCloser, error) { return nil, errors.ErrUnsupported }
 func (evilMachine) Info() control.Info {
 	return control.Info{Name: evil, GVM: evil, Kernel: evil, State: evil}

@@ -614,7 +614,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 		socket.Serve(&testRemote{remote{t.info(), run.Machine(), pausePatience}, run, t.matrix != nil})
 	}
 	if t.tty {
-		defer followSize(run)()
+		defer followSize(run.Winsize)()
 	}
 	res = t.stopped(run.Wait())
 	res.Kernel, res.Release = k.Image.Name, k.Release

@@ -133,16 +133,16 @@ func (s *testSignals) take(cause error) {
 	s.stop(cause)
 }
 
-// followSize gives the command's terminal each new size of this one, until the returned function is
+// followSize passes each new size of this terminal to that of a command, until the returned function is
 // called.
-func followSize(run *testrun.Run) (stop func()) {
+func followSize(winsize func(rows, columns uint16)) (stop func()) {
 	changed := make(chan os.Signal, 1)
 	signal.Notify(changed, unix.SIGWINCH)
 	var watcher sync.WaitGroup
 	watcher.Go(panics.Func(func() {
 		for range changed {
 			if columns, rows, err := term.GetSize(int(os.Stdout.Fd())); err == nil {
-				run.Winsize(uint16(rows), uint16(columns))
+				winsize(uint16(rows), uint16(columns))
 			}
 		}
 	}))

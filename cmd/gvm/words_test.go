@@ -177,10 +177,10 @@ func TestCompletion(t *testing.T) {
 	}{
 		{[]string{"gvm", "ru"}, []string{"run"}},
 		{[]string{"gvm", ""}, []string{"abi", "balloon", "bench", "completion", "console", "disk", "doctor", "dump",
-			"exit-status",
+			"exec", "exit-status",
 			"h", "help",
 			"image", "inspect", "kernel", "kunit", "lio", "list", "nmi", "pause", "ps",
-			"replay", "reset", "resume", "run", "stat", "stop", "sysrq", "test", "trace"}},
+			"replay", "reset", "resume", "run", "shell", "stat", "stop", "sysrq", "test", "trace"}},
 		{[]string{"gvm", "run", "--ker"}, []string{"--kernel"}},
 		{[]string{"gvm", "run", "--cpus", "2", "--mem"}, []string{"--memory"}},
 		{[]string{"gvm", "run", "--cpu"}, []string{"--cpu-features", "--cpus"}},

@@ -67,6 +67,11 @@ func boot() {
 		end.exit(wire.Exit{Status: exitNoTest, Err: err.Error()})
 		return
 	}
+	if g.sessions {
+		if err := g.serve(cmd); err != nil {
+			end.log(fmt.Sprintf("no sessions by vsock: %v", err))
+		}
+	}
 	end.exit(g.job.run(cmd, end.streams))
 }
 
@@ -75,6 +80,9 @@ type guest struct {
 	job   job
 	lines []string // to log when the host listens
 	wire  *wire.Agent
+	build string // of this program
+
+	sessions bool // the host is reached by vsock
 }
 
 func (g *guest) logf(format string, args ...any) {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -63,9 +64,17 @@ func initMain(command string) error {
 		panics.Go(func() { panic("broken") })
 		select {}
 	}
+	for fd := range sessionsOf(os.Getenv("SESSIONS")) {
+		panics.Go(func() { g.session(os.NewFile(uintptr(4+fd), "session"), cmd) })
+	}
 	e := g.streamEnd()
 	e.exit(g.job.run(cmd, e.streams))
 	return nil
+}
+
+func sessionsOf(s string) int {
+	n, _ := strconv.Atoi(s)
+	return n
 }
 
 // command is a run of a command by an agent that is process 1 of a namespace.
@@ -76,7 +85,7 @@ type command struct {
 	console strings.Builder
 }
 
-func run(t *testing.T, cmd wire.Command) *command {
+func run(t *testing.T, cmd wire.Command, sessions ...*os.File) *command {
 	t.Helper()
 	if cmd.Dir == "" {
 		cmd.Dir = text.Name(t.TempDir())
@@ -106,13 +115,13 @@ func run(t *testing.T, cmd wire.Command) *command {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	c := exec.CommandContext(ctx, exe, file)
 	c.Args[0] = testInit
-	c.ExtraFiles = []*os.File{theirs}
+	c.ExtraFiles = append([]*os.File{theirs}, sessions...)
 	r := &command{started: make(chan int, 1), ended: make(chan error, 1)}
 	c.Stderr = io.MultiWriter(os.Stderr, &r.console)
 	if cmd.Args[0] == testPanic {
 		c.Stderr = &r.console
 	}
-	c.Env = []string{"ENVIRONMENT=of the agent"}
+	c.Env = []string{"ENVIRONMENT=of the agent", fmt.Sprintf("SESSIONS=%d", len(sessions))}
 	if os.Getuid() == 0 {
 		c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID,
 			Unshareflags: syscall.CLONE_NEWNS} // makes mounts private

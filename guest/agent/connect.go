@@ -64,6 +64,7 @@ func (g *guest) connect() end {
 				Signal: g.job.signal, Winsize: g.job.winsize})
 		}
 		if err == nil {
+			g.build, g.sessions = build, r.name == rungs[0].name
 			return g.streamEnd()
 		}
 		g.logf("no %s: %v", r.name, err)

@@ -31,7 +31,7 @@ type streams struct {
 	started        func(pid int) error
 }
 
-// job is the guest's one command. Signals and window sizes may come at any time.
+// job is a command. Signals and window sizes may come at any time.
 type job struct {
 	mu      sync.Mutex
 	group   int           // process group of the command while it runs, else 0
@@ -94,12 +94,11 @@ func (j *job) run(cmd *wire.Command, s streams) wire.Exit {
 	if err != nil {
 		return wire.Exit{Status: exitNoTest, Err: err.Error()}
 	}
-	pid, failed, err := start(cmd, f)
+	pid, ended, failed, err := start(cmd, f)
 	f.closeChild()
 	if err != nil {
 		return wire.Exit{Status: exitNoTest, Err: err.Error()}
 	}
-	ended := reap(pid)
 	if failed != nil {
 		<-ended
 		return *failed
@@ -145,22 +144,53 @@ func (j *job) run(cmd *wire.Command, s streams) wire.Exit {
 	return wire.Exit{Status: ws.ExitStatus()}
 }
 
-// reap waits for all children, as the first program has to: orphans become its own. It sends the
-// end of pid. It ends when there are no children.
-func reap(pid int) <-chan unix.WaitStatus {
-	ended := make(chan unix.WaitStatus, 1)
-	panics.Go(func() {
-		for {
-			var ws unix.WaitStatus
-			switch child, err := unix.Wait4(-1, &ws, 0, nil); {
-			case child == pid:
-				ended <- ws
-			case err != nil && err != unix.EINTR:
-				return
-			}
+// reaper waits for all children, as the first program has to: orphans become its own.
+type reaper struct {
+	mu      sync.Mutex
+	ends    map[int]chan unix.WaitStatus // of the children that start has started
+	running bool
+}
+
+var theReaper reaper
+
+// start starts a child, whose end it sends.
+func (r *reaper) start(fork func() (pid int, err error)) (pid int, ended <-chan unix.WaitStatus, err error) {
+	r.mu.Lock() // the child may end before it is in ends
+	defer r.mu.Unlock()
+	if pid, err = fork(); err != nil {
+		return 0, nil, err
+	}
+	end := make(chan unix.WaitStatus, 1)
+	if r.ends == nil {
+		r.ends = map[int]chan unix.WaitStatus{}
+	}
+	r.ends[pid] = end
+	if !r.running {
+		r.running = true
+		panics.Go(r.reap)
+	}
+	return pid, end, nil
+}
+
+// reap ends when there are no children.
+func (r *reaper) reap() {
+	for {
+		var ws unix.WaitStatus
+		child, err := unix.Wait4(-1, &ws, 0, nil)
+		r.mu.Lock()
+		switch end := r.ends[child]; {
+		case err == nil && end != nil:
+			delete(r.ends, child)
+			end <- ws
+		case err != nil && err != unix.EINTR && len(r.ends) == 0:
+			r.running = false
 		}
-	})
-	return ended
+		over := !r.running
+		r.mu.Unlock()
+		if over {
+			return
+		}
+	}
 }
 
 // files are the ends of a command's streams.
@@ -306,20 +336,20 @@ func (o output) read(buf []byte, late bool) (n int, err error) {
 }
 
 // start starts cmd in a session of its own. It returns when the command runs, or has failed to.
-func start(cmd *wire.Command, f *files) (pid int, failed *wire.Exit, _ error) {
+func start(cmd *wire.Command, f *files) (pid int, ended <-chan unix.WaitStatus, failed *wire.Exit, _ error) {
 	b, err := cmd.Encode()
 	if err != nil {
-		return 0, nil, err
+		return 0, nil, nil, err
 	}
 	var in, out [2]int
 	if err := unix.Pipe2(in[:], unix.O_CLOEXEC); err != nil {
-		return 0, nil, fmt.Errorf("make a pipe: %w", err)
+		return 0, nil, nil, fmt.Errorf("make a pipe: %w", err)
 	}
 	to := os.NewFile(uintptr(in[1]), "command")
 	defer to.Close()
 	if err := unix.Pipe2(out[:], unix.O_CLOEXEC); err != nil {
 		unix.Close(in[0])
-		return 0, nil, fmt.Errorf("make a pipe: %w", err)
+		return 0, nil, nil, fmt.Errorf("make a pipe: %w", err)
 	}
 	from := os.NewFile(uintptr(out[0]), "exit")
 	defer from.Close()
@@ -331,13 +361,13 @@ func start(cmd *wire.Command, f *files) (pid int, failed *wire.Exit, _ error) {
 	for _, fd := range slices.Concat(f.child, []int{in[0], out[1]}) {
 		attr.Files = append(attr.Files, uintptr(fd))
 	}
-	pid, err = syscall.ForkExec(exe, []string{stageName}, attr)
+	pid, ended, err = theReaper.start(func() (int, error) { return syscall.ForkExec(exe, []string{stageName}, attr) })
 	unix.Close(in[0])
 	unix.Close(out[1])
 	if err != nil {
-		return 0, nil, fmt.Errorf("start %s: %w", exe, err)
+		return 0, nil, nil, fmt.Errorf("start %s: %w", exe, err)
 	}
-	to.Write(b) // fails if the process ends, which reap tells
+	to.Write(b) // fails if the process ends, which ended tells
 	to.Close()
-	return pid, readExit(from), nil
+	return pid, ended, readExit(from), nil
 }

@@ -42,6 +42,8 @@
 //	signal   host   the number of a signal for the command's process group, 1 byte
 //	winsize  host   rows and columns of the terminal, 2 bytes each
 //	bye      host   none; the host has taken the exit frame
+//	command  host   a part of a command file, for an agent that has none: see Agent.Command; an empty
+//	                one ends it
 //	started  agent  the process ID of the command, 4 bytes
 //	alive    agent  none; sent every AlivePeriod
 //	log      agent  a line for the user

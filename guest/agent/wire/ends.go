@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -148,6 +149,22 @@ func (h *Host) Wait() (Exit, error) {
 	return h.exit, nil
 }
 
+// Command gives an agent that waits in Agent.Command its command.
+func (h *Host) Command(c *Command) error {
+	b, err := c.Encode()
+	if err != nil {
+		return err
+	}
+	for len(b) > 0 {
+		n := min(len(b), MaxPayload)
+		if err := h.c.write(frameCommand, 0, b[:n]...); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return h.c.write(frameCommand, 0)
+}
+
 // Signal sends a signal to the command's process group. In a terminal that is the group in the
 // foreground.
 func (h *Host) Signal(number int) error { return h.c.write(frameSignal, 0, byte(number)) }
@@ -182,6 +199,10 @@ type Agent struct {
 	c   *conn
 	cfg AgentConfig
 	bye chan struct{} // bye came
+
+	parts   bytes.Buffer  // of the command; reader
+	command chan *Command // has it once
+	whole   bool          // command has or had it; reader
 }
 
 // Dial says hello and waits for the host's answer. To give up, close rw.
@@ -190,7 +211,7 @@ func Dial(rw io.ReadWriteCloser, cfg AgentConfig) (*Agent, error) {
 		cfg.Window = 16 << 10
 	}
 	c := newConn(rw)
-	a := &Agent{c: c, cfg: cfg, bye: make(chan struct{}),
+	a := &Agent{c: c, cfg: cfg, bye: make(chan struct{}), command: make(chan *Command, 1),
 		Stdin: c.receiver(stdin, cfg.Window), Stdout: c.sender(stdout), Stderr: c.sender(stderr)}
 	if _, err := rw.Write(appendHello(nil, roleAgent, cfg.Hello)); err != nil {
 		return nil, fmt.Errorf("say hello to the host: %w", err)
@@ -237,10 +258,30 @@ func (a *Agent) frame(f frame) error {
 		default:
 			close(a.bye)
 		}
+	case f.typ == frameCommand && !a.whole && a.parts.Len()+len(f.payload) <= maxCommand:
+		if a.parts.Write(f.payload); len(f.payload) > 0 {
+			return nil
+		}
+		cmd, err := ReadCommand(&a.parts)
+		if err != nil {
+			return err
+		}
+		a.whole = true
+		a.command <- cmd
 	default:
 		return fmt.Errorf("frame %d of %d bytes is wrong from a host", f.typ, len(f.payload))
 	}
 	return nil
+}
+
+// Command waits for the command of an agent that has no command file.
+func (a *Agent) Command() (*Command, error) {
+	select {
+	case cmd := <-a.command:
+		return cmd, nil
+	case <-a.c.gone:
+		return nil, fmt.Errorf("wait for the command: %w", a.c.err)
+	}
 }
 
 // Started tells the host the command's process ID.

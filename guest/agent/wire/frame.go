@@ -53,6 +53,7 @@ const (
 	frameAlive
 	frameLog
 	frameExit
+	frameCommand
 )
 
 // frame is a decoded frame. Its payload is valid until the next one is read.

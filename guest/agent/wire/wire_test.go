@@ -295,6 +295,24 @@ func TestCommand(t *testing.T) {
 	}
 }
 
+// TestSessionCommand: a command of several frames arrives, one alone, and one that is none ends the
+// connection.
+func TestSessionCommand(t *testing.T) {
+	h, a := pair(t, HostConfig{}, AgentConfig{})
+	want := &Command{Args: []text.Name{"echo", text.Name(strings.Repeat("\xff", 2*MaxPayload))}}
+	go h.Command(want)
+	if got, err := a.Command(); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%v", err)
+	}
+	go h.Command(want) // ends with the pipe
+	<-a.Gone()
+	h, a = pair(t, HostConfig{}, AgentConfig{})
+	go h.Command(&Command{})
+	if got, err := a.Command(); err == nil || !strings.Contains(err.Error(), "it has no command") {
+		t.Errorf("%v, %v", got, err)
+	}
+}
+
 func FuzzFrames(f *testing.F) {
 	f.Add(appendFrame(appendFrame(nil, frame{frameData, 1, []byte("x")}), frame{frameClose, 1, nil}))
 	f.Fuzz(func(t *testing.T, in []byte) {
@@ -318,6 +336,7 @@ func FuzzFrames(f *testing.F) {
 func FuzzHost(f *testing.F) {
 	f.Add([]byte{byte(frameData), 1, 30, 'x', byte(frameClose), 1, 0, 0, byte(frameExit), 0, 2, exited}, []byte(nil))
 	f.Add([]byte{byte(frameStarted), 0, 4, 7, byte(frameAlive), 0, 0, 0, byte(frameWindow), 0, 4, 1}, []byte("\x02"))
+	f.Add([]byte{byte(frameCommand), 0, 0, 0, byte(frameExit), 0, 3, notStarted}, []byte(nil))
 	f.Add([]byte{byte(frameLog), 0, 200, 'x', byte(frameStop), 0, 0, 0, byte(frameData), 2, 255, 1}, []byte(nil))
 	f.Fuzz(func(t *testing.T, in, rest []byte) {
 		b := appendHello(nil, roleAgent, Hello{build, ""})

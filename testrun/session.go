@@ -1,0 +1,51 @@
+package testrun
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"syscall"
+	"time"
+
+	"gvm/guest/agent/wire"
+)
+
+// ErrNoHello is the error of Dial before the agent has said hello.
+var ErrNoHello = errors.New("its agent has not said hello yet")
+
+// RungError is the error of Dial if the agent is reached by another rung than Vsock.
+type RungError struct{ Rung Rung }
+
+func (e *RungError) Error() string {
+	return fmt.Sprintf("its agent is reached by %s, which carries one command; more need vsock (CONFIG_VIRTIO_VSOCKETS)",
+		e.Rung)
+}
+
+// dialPeriod is the time between two attempts to reach the agent, which listens after its hello.
+const dialPeriod = 20 * time.Millisecond
+
+// Dial connects to the agent for a session of its own, which wire.Accept begins. Errors are ErrNoHello,
+// *RungError, and those of machine.Machine.DialVsock.
+func (r *Run) Dial(ctx context.Context) (io.ReadWriteCloser, error) {
+	switch rung := r.chosen(); rung {
+	case 0:
+		return nil, ErrNoHello
+	case Vsock:
+	default:
+		return nil, &RungError{rung}
+	}
+	for {
+		c, err := r.whole.DialVsock(ctx, wire.VsockPort)
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			return c, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-r.exited:
+			return nil, err
+		case <-time.After(dialPeriod):
+		}
+	}
+}
