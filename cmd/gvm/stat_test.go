@@ -172,15 +172,19 @@ func TestStat(t *testing.T) {
 // line.
 func TestStatStopped(t *testing.T) {
 	t.Parallel()
-	name := fmt.Sprintf("stat-stopped-%d", os.Getpid())
-	p := startGVM(t, t.TempDir(), guestRun("--name="+name, "spin")...)
+	const name = "stopped"
+	runtime := "XDG_RUNTIME_DIR=" + t.TempDir() // of its own: gvm list of other tests would wait for it
+	start := func(args ...string) *proc {
+		return startGVMAs(t, "", func(p *proc) { p.cmd.Env = append(p.cmd.Env, runtime) }, args...)
+	}
+	p := start(guestRun("--name="+name, "spin")...)
 	p.expect("spinning")
-	watchers := []*proc{startGVM(t, "", "stat", name, "--watch", "--interval=50ms"),
-		startGVM(t, "", "inspect", name, "vcpu", "--watch", "--interval=50ms")}
+	watchers := []*proc{start("stat", name, "--watch", "--interval=50ms"),
+		start("inspect", name, "vcpu", "--watch", "--interval=50ms")}
 	watchers[0].expect(name)
 	watchers[1].expect("vcpu/0/rip 0x")
 	p.signal(syscall.SIGSTOP)
-	watchers = append(watchers, startGVM(t, "", "stat", name), startGVM(t, "", "inspect", name, "--watch"))
+	watchers = append(watchers, start("stat", name), start("inspect", name, "--watch"))
 	for _, w := range watchers {
 		if r := w.wait(); r.status != exitHost || strings.Count(r.errs, "\n") != 1 ||
 			!strings.Contains(r.errs, "gvm: machine "+name+": no answer within 2s: its process may be stopped") {
