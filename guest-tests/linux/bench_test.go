@@ -348,8 +348,7 @@ func BenchmarkDisk(b *testing.B) {
 	iops, latency := make([]figure, len(loads)*len(ways)), make([]figure, len(loads)*len(ways))
 	for b.Loop() {
 		for i, w := range ways {
-			// QEMU ends with status 0 after a triple fault, too.
-			ended := func(r result) bool { return strings.Contains(r.console, "= "+loads[len(loads)-1]+" ") }
+			ended := func(r result) bool { return r.status == 0 }
 			r := again(b, ended, func() result {
 				program, args, done := w.make()
 				defer done()
@@ -375,4 +374,86 @@ func BenchmarkDisk(b *testing.B) {
 		}
 	}
 	report(b, "linux-disk", append(iops, latency...))
+}
+
+// virtiofsd returns the path of this machine's virtiofsd, which is QEMU's own or the newer one, or "".
+func virtiofsd() string {
+	for _, path := range []string{"/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"} {
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+	}
+	return ""
+}
+
+// BenchmarkShare writes and reads a file of 256 MiB in a directory that the guest shares with the host by
+// virtio-fs: gvm's, and each QEMU's with a virtiofsd if this machine has one. The guest drops its caches
+// before it reads; the host's has the file. Each iteration boots a guest of each, one after the other.
+func BenchmarkShare(b *testing.B) {
+	l := theLab(b)
+	args := guest{kernel: l.Debian, modules: []string{"virtiofs"}, cmdline: benchCmdline, script: `
+mount -t virtiofs share /mnt
+speed() {
+	read start rest </proc/uptime
+	"$@" 2>/dev/null || return
+	read end rest </proc/uptime
+	awk "BEGIN { print 268.435456 / ($end - $start) }"
+}
+say write $(speed dd if=/dev/zero of=/mnt/file bs=1M count=256 conv=fsync)
+umount /mnt
+mount -t virtiofs share /mnt
+echo 3 >/proc/sys/vm/drop_caches
+say read $(speed dd if=/mnt/file of=/dev/null bs=1M)
+umount /mnt
+`}.build(b)
+	dir := b.TempDir()
+	type way struct {
+		name string
+		run  func() result
+	}
+	ways := []way{{"gvm", func() result { return gvm(b, append(slices.Clone(args), "--share", "share="+dir)...) }}}
+	if daemon := virtiofsd(); daemon != "" {
+		for _, q := range qemus(b, l) {
+			ways = append(ways, way{q.name + "-virtiofsd", func() result {
+				socket := filepath.Join(b.TempDir(), "socket")
+				d := startProgram(b, daemon, nil, cacheHome, "--socket-path="+socket, "-o", "source="+dir, "-o", "sandbox=chroot",
+					"-o", "cache=auto")
+				for _, err := os.Stat(socket); err != nil && !d.printed("the end"); _, err = os.Stat(socket) {
+					time.Sleep(10 * time.Millisecond)
+				}
+				r := startProgram(b, q.Path, nil, cacheHome, append(qemuArgs("q35", l.Debian.BZImage, args[4]),
+					"-object", "memory-backend-memfd,id=memory,size=512M,share=on", "-numa", "node,memdev=memory",
+					"-chardev", "socket,id=share,path="+socket,
+					"-device", "vhost-user-fs-pci,chardev=share,tag=share")...).wait()
+				d.wait() // it ends with its connection
+				return r
+			}})
+		}
+	}
+	var figures []figure
+	for _, load := range []string{"write", "read"} {
+		for _, w := range ways {
+			figures = append(figures, figure{What: load + ", MB/s", Way: w.name})
+		}
+	}
+	for b.Loop() {
+		for i, w := range ways {
+			cleanMemory(b)
+			r := again(b, func(r result) bool { return r.status == 0 }, w.run)
+			for j, load := range []string{"write", "read"} {
+				var speed float64
+				if _, err := fmt.Sscan(r.said(b, load), &speed); err != nil {
+					r.fatalf(b, "%s: %v", w.name, err)
+				}
+				f := &figures[j*len(ways)+i]
+				f.Values = append(f.Values, speed)
+			}
+		}
+	}
+	for i := range figures {
+		if first := &figures[i/len(ways)*len(ways)]; first != &figures[i] {
+			first.of(figures[i])
+		}
+	}
+	report(b, "linux-share", figures)
 }
