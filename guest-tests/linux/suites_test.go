@@ -89,7 +89,7 @@ mkdir /memory/upper /memory/work
 mount -t overlay -o lowerdir=/host,upperdir=/memory/upper,workdir=/memory/work overlay /system
 for d in proc sys dev; do mount -t tmpfs none /system/$d; mount --move /$d /system/$d; done
 cp /script /system/script
-chroot /system /bin/bash /script
+chroot /system /bin/bash /script 2>&1 | cat # a terminal would get colors
 exec 0</system/dev/console
 mount --move /system/proc /proc
 echo
