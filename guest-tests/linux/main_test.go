@@ -72,8 +72,8 @@ func testMain(m *testing.M) int {
 	}
 	options := lab.Options{
 		Direct: direct,
-		Build: []string{"gvm/cmd/gvm", "gvm/guest/diskload", "gvm/guest/vsockecho", "gvm/guest-tests/cmd/posixtest",
-			"gvm/guest-tests/cmd/escapes"},
+		Build: []string{"gvm/cmd/gvm", "gvm/cmd/gvm-net", "gvm/guest/diskload", "gvm/guest/vsockecho",
+			"gvm/guest-tests/cmd/posixtest", "gvm/guest-tests/cmd/escapes"},
 		Memory:  10 << 10, // for a guest of 6 GiB
 		CPUs:    labCPUs,
 		Modules: []string{"nbd", "dm-mod", "raid0", "vhost_vsock"},
