@@ -25,7 +25,7 @@ func TestExec(t *testing.T) {
 		c.Stderr = new(bytes.Buffer)
 		return c
 	}
-	test := gvm("test", "-k", k.BZImage, "--cpus", "2", "--timeout", "3m", "--", bb, "sh", "-c", "echo up; cat")
+	test := gvm("test", "-k", k.BZImage, "--memory", "256M", "--timeout", "3m", "--", bb, "sh", "-c", "echo up; cat")
 	in, err := test.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -43,7 +43,7 @@ func TestExec(t *testing.T) {
 		t.Fatalf("%v, %v: %s", err, test.Wait(), test.Stderr)
 	}
 	name := fmt.Sprint("gvm-", test.Process.Pid)
-	data := content(t.Name(), 1<<20)
+	data := content(t.Name(), 256<<10)
 	for _, c := range []struct {
 		args   []string
 		status int
