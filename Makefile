@@ -125,7 +125,7 @@ vhost: ## all guests' tests of what the kernel serves, on three of the lab's ker
 	$(GOTEST) -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux
 	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -count=1 -timeout 30m -p 1 -parallel 1 -run Vhost ./guest-tests/linux || exit 1; done
 
-kernel: ## build a small kernel of Debian's source, and run the guests' tests that need it, in the lab
+kernel: ## build small kernels of Debian's source, and run the guests' tests that need it, in the lab
 	$(GO) run ./guest-tests/cmd/lab kernel
 	$(GO) test -tags built -count=1 -timeout 30m -parallel 1 -run '^TestBuilt' -v ./guest-tests/linux
 

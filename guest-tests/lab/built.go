@@ -15,47 +15,66 @@ import (
 	"strings"
 )
 
-// builtConfig names all options of the kernel that BuildKernel makes.
-//
-//go:embed built.config
-var builtConfig string
+// builtConfig names all options of the kernel "built", kunitConfig those that "kunit" has besides.
+var (
+	//go:embed built.config
+	builtConfig string
+	//go:embed kunit.config
+	kunitConfig string
+)
 
-// built is the row of that kernel. Another configuration is another kernel.
-var built = stock{name: "built", packages: []string{"linux-built-" + hash(builtConfig)}}
+// builds are the kernels that BuildKernels makes, by their configurations.
+var builds = []string{builtConfig, builtConfig + kunitConfig}
+
+// built returns the row of a configuration's kernel. Another configuration is another kernel.
+func built(config string) stock {
+	return stock{name: "built", packages: []string{"linux-built-" + hash(config)}}
+}
 
 // buildTools are Debian's packages for building a kernel.
 var buildTools = []string{"bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make", "xz-utils"}
 
-// Built returns the kernel made by BuildKernel. Its drivers are built in, and its VMLinux has
+// Built returns the small kernel made by BuildKernels. Its drivers are built in, and its VMLinux has
 // symbols.
-func (l *Lab) Built() (*Kernel, error) {
-	k, err := openKernel(l.Cache, built)
+func (l *Lab) Built() (*Kernel, error) { return l.built(builtConfig) }
+
+// KUnit returns the kernel made by BuildKernels that has KUnit's tests besides.
+func (l *Lab) KUnit() (*Kernel, error) { return l.built(builtConfig + kunitConfig) }
+
+func (l *Lab) built(config string) (*Kernel, error) {
+	k, err := openKernel(l.Cache, built(config))
 	if err != nil {
-		return nil, fmt.Errorf("the lab has no built kernel; ./dev kernel builds it: %w", err)
+		return nil, fmt.Errorf("the lab lacks a built kernel; ./dev kernel builds it: %w", err)
 	}
 	return k, nil
 }
 
-// BuildKernel builds a small kernel from Debian's linux-source, with features for tests that
-// Debian's own kernels lack: see built.config. It takes minutes, and a gigabyte meanwhile. It does
-// nothing if the kernel exists.
-func (l *Lab) BuildKernel(ctx context.Context, progress io.Writer) error {
+// BuildKernels builds small kernels from Debian's linux-source, with features for tests that
+// Debian's own kernels lack: see built.config and kunit.config. It takes minutes, and a gigabyte
+// meanwhile. It does nothing if the kernels exist.
+func (l *Lab) BuildKernels(ctx context.Context, progress io.Writer) error {
 	unlock, err := lock(ctx, filepath.Join(l.Cache, "lock"), progress)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if _, err := l.Built(); err == nil {
+	missing := slices.Clone(builds)
+	missing = slices.DeleteFunc(missing, func(config string) bool {
+		_, err := l.built(config)
+		return err == nil
+	})
+	if len(missing) == 0 {
 		return nil
 	}
 	s := setup{ctx: ctx, cache: l.Cache, progress: progress}
-	if err := s.build(); err != nil {
-		return fmt.Errorf("build a kernel in %s: %w", l.Cache, err)
+	if err := s.build(missing); err != nil {
+		return fmt.Errorf("build kernels in %s: %w", l.Cache, err)
 	}
 	return nil
 }
 
-func (s *setup) build() error {
+// build builds kernels in one tree, in which a second one takes less time.
+func (s *setup) build(configs []string) error {
 	if err := s.need(buildTools); err != nil {
 		return err
 	}
@@ -79,18 +98,33 @@ func (s *setup) build() error {
 	if _, err := runCtx(s.ctx, "", "tar", "-x", "-C", tree, "--strip-components=1", "-f", archive); err != nil {
 		return err
 	}
-	config := filepath.Join(tmp, "config")
-	if err := os.WriteFile(config, []byte(builtConfig), 0o644); err != nil {
+	for _, config := range configs {
+		if err := s.buildIn(tree, config); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// buildIn builds the kernel of a configuration in an unpacked tree.
+func (s *setup) buildIn(tree, config string) error {
+	tmp, err := os.MkdirTemp(s.cache, "built.tmp")
+	if err != nil {
 		return err
 	}
-	if _, err := runCtx(s.ctx, tree, "make", "KCONFIG_ALLCONFIG="+config, "allnoconfig"); err != nil {
+	defer os.RemoveAll(tmp)
+	file := filepath.Join(tmp, "config")
+	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
+		return err
+	}
+	if _, err := runCtx(s.ctx, tree, "make", "KCONFIG_ALLCONFIG="+file, "allnoconfig"); err != nil {
 		return err
 	}
 	made, err := os.ReadFile(filepath.Join(tree, ".config"))
 	if err != nil {
 		return err
 	}
-	if lost := lostOptions(builtConfig, string(made)); len(lost) > 0 {
+	if lost := lostOptions(config, string(made)); len(lost) > 0 {
 		return fmt.Errorf("this kernel does not take %s", strings.Join(lost, ", "))
 	}
 	s.say("building the kernel")
@@ -102,7 +136,7 @@ func (s *setup) build() error {
 	if err != nil {
 		return err
 	}
-	return s.keepBuilt(tree, filepath.Join(tmp, "kernel"), strings.TrimSpace(string(release)))
+	return s.keepBuilt(tree, filepath.Join(tmp, "kernel"), strings.TrimSpace(string(release)), built(config))
 }
 
 var sourcePackage = regexp.MustCompile(`(?m)^ *Depends: (linux-source-[0-9.]+)$`)
@@ -139,7 +173,7 @@ func lostOptions(want, made string) (lost []string) {
 
 // keepBuilt moves the parts of a built kernel that tests use to the cache, laid out like a stock
 // kernel's packages.
-func (s *setup) keepBuilt(tree, dir, release string) error {
+func (s *setup) keepBuilt(tree, dir, release string, k stock) error {
 	modules := filepath.Join(dir, "lib", "modules", release)
 	err := errors.Join(os.MkdirAll(modules, 0o755), os.Mkdir(filepath.Join(dir, "boot"), 0o755))
 	for _, f := range []string{"dep", "softdep", "alias"} { // there are no modules
@@ -156,6 +190,6 @@ func (s *setup) keepBuilt(tree, dir, release string) error {
 		return err
 	}
 	// The link's name, and so this one, identifies the configuration.
-	final := filepath.Join(s.cache, built.link())
+	final := filepath.Join(s.cache, k.link())
 	return errors.Join(os.RemoveAll(final), os.Rename(dir, final))
 }

@@ -63,7 +63,7 @@ func run() int {
 		return 0
 	}
 	if flag.NArg() == 1 && flag.Arg(0) == "kernel" {
-		if err := l.BuildKernel(ctx, os.Stderr); err != nil {
+		if err := l.BuildKernels(ctx, os.Stderr); err != nil {
 			return fail(err)
 		}
 		return 0
