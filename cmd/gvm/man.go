@@ -49,6 +49,7 @@ var manEnvironment = []manEntry{
 	{"LD_LIBRARY_PATH", "where gvm test looks first for the libraries of its command, which gets the variable too"},
 	{"PATH", "where gvm looks for the command of gvm test, for gvm-plot and gvm-net, if they are not beside gvm, and " +
 		"for the programs that gvm bench measures: QEMU and fio"},
+	{"TERM", "the type of the terminal, which a command that gvm exec starts on it gets too"},
 	{"TMPDIR", "the directory for temporary files: the images of gvm replay and gvm bench, and overlays that " +
 		"are not kept; /tmp by default"},
 	{"XDG_CACHE_HOME", "the directory of the cache of decompressed kernels; ~/.cache by default"},
