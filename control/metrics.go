@@ -19,10 +19,9 @@ const metricsType = "text/plain; version=0.0.4; charset=utf-8"
 // metricsOf returns the numbers of a tree as metrics. A metric's name is gvm and the names of the
 // path, joined by "_". A name that begins with no letter, or has other characters than letters,
 // digits and "_", such as that of a CPU or a device, is the value of a label, which is named as the
-// group that it is in. Counters end with _total, and times and their histograms with _seconds. The texts of a group are
-// labels of one metric of the value 1, which ends with _info. Registers, addresses and sets of bits
-// are no metrics, and nor are nodes of the kind
-// inspect.Passing.
+// group that it is in. Counters end with _total, and times and their histograms with _seconds. The
+// texts of a group are labels of one metric of the value 1, which ends with _info. Registers,
+// addresses, sets of bits and nodes of the kind inspect.Passing are no metrics.
 func metricsOf(root inspect.Node) metrics {
 	e := exposition{families: map[string]*family{}}
 	e.group(root, series{name: "gvm"})
