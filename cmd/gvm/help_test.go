@@ -164,7 +164,7 @@ func TestSurplusArguments(t *testing.T) {
 	refused := func(words ...string) {
 		t.Helper()
 		status := exitUsage
-		if words[0] == "test" {
+		if slices.Contains([]string{"test", "exec", "shell"}, words[0]) {
 			status = exitUntested
 		}
 		var b bytes.Buffer
