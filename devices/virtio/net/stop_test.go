@@ -17,7 +17,7 @@ import (
 
 // numbered fills a frame whose length and bytes follow from its number.
 func numbered(b []byte, n uint32) []byte {
-	b = b[:HeaderLen+4+n%3000]
+	b = b[:HeaderLen+4+n%(longest-HeaderLen-4)]
 	binary.LittleEndian.PutUint32(b[HeaderLen:], n)
 	for i := HeaderLen + 4; i < len(b); i++ {
 		b[i] = byte(n) + byte(i)
@@ -62,7 +62,10 @@ type rxSlot struct {
 	*receiver
 }
 
-const rxLen = 700
+const (
+	rxLen   = 700
+	longest = HeaderLen + 4 + 3000 // the bound of numbered's frames
+)
 
 // receiver puts frames together.
 type receiver struct {
@@ -137,6 +140,12 @@ func TestStopAndContinue(t *testing.T) {
 					}
 				}
 				return slots
+			},
+			Left: func(queue int) int {
+				if queue == 0 {
+					return longest / rxLen // the next frame may need one more
+				}
+				return 0
 			},
 		})
 		unix.Shutdown(ours, unix.SHUT_RDWR)
