@@ -34,8 +34,8 @@ func setLink(t *testing.T, name string, n byte, mtu uint32) {
 	must(t, unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr))
 }
 
-// TestNet: a guest pings the host and moves data both ways, with segmentation offload, also over a pause of
-// the machine, by gvm's own service and by vhost-net. The interfaces go with the machine.
+// TestNet: a guest pings the host and moves data both ways, also over a pause of the machine, by gvm's own
+// service and by vhost-net. The interfaces go with the machine.
 func TestNet(t *testing.T) {
 	const size = 2 << 20
 	nets := []machine.Net{{Tap: "gvmtest0", Pairs: 2, Vhost: machine.VhostOff},
@@ -49,7 +49,6 @@ func TestNet(t *testing.T) {
 		script: fmt.Sprintf(`
 for n in $(seq 0 %d); do
 	ip addr add 10.99.$n.2/24 dev eth$n && ip link set eth$n up && say up$n
-	say mac$n $(cat /sys/class/net/eth$n/address)
 	say queues$n $(echo /sys/class/net/eth$n/queues/rx-*)
 	ping -c 2 -W 20 10.99.$n.1 >/dev/null && say ping$n ok
 	ip link set eth$n promisc on && say promiscuous$n
@@ -94,7 +93,7 @@ klog
 				sent[path[strings.LastIndex(path, "/")+1:]] += n
 			}
 		}
-		if i == 0 && (sent["tx_bytes"] < size || sent["tx_bytes"] < 1514*sent["tx_frames"]) {
+		if i == 0 && sent["tx_bytes"] < size {
 			t.Errorf("the guest sent %d bytes in %d frames", sent["tx_bytes"], sent["tx_frames"])
 		}
 	}
