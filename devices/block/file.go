@@ -359,11 +359,11 @@ func (b *File) checkDirect(blockSize int) error {
 
 // Close releases the lock and the file. It does not flush.
 func (b *File) Close() error {
+	b.endUses() // first: a closed file's inode number may be another's
 	err := b.f.Close()
 	for _, f := range b.below {
 		err = errors.Join(err, f.Close())
 	}
-	b.endUses()
 	return err
 }
 
