@@ -10,6 +10,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/devices/virtio"
 	"gvm/inspect"
 	"gvm/text"
 )
@@ -172,7 +173,8 @@ func (r *reading) since(before *reading) *stats {
 	}
 	for _, f := range r.nodes("pci") {
 		device := "pci/" + f.Name + "/virtio/"
-		kind := virtioKind(fmt.Sprint(r.values[device+"device_type"]))
+		id, _ := r.number(device + "device_type")
+		kind := virtio.ID(id).Name()
 		if pages, ok := r.number(device + "device/actual"); ok && kind == "balloon" {
 			bytes := pages << 12
 			s.Memory.Balloon = &bytes
@@ -208,27 +210,6 @@ func latency(root inspect.Node, queue string) inspect.Histogram {
 		return inspect.Histogram{}
 	}
 	return inspect.HistogramOf(n)
-}
-
-// virtioKind names a device type of virtio 1.3, 5.
-func virtioKind(number string) string {
-	switch number {
-	case "1":
-		return "net"
-	case "3":
-		return "console"
-	case "4":
-		return "entropy"
-	case "5":
-		return "balloon"
-	case "8":
-		return "scsi"
-	case "19":
-		return "vsock"
-	case "26":
-		return "fs"
-	}
-	return "type " + number
 }
 
 // String returns tables of at most 80 columns.

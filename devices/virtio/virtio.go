@@ -10,6 +10,7 @@ package virtio
 
 import (
 	"context"
+	"fmt"
 
 	"gvm/devices/virtio/virtq"
 	"gvm/guestmem"
@@ -30,6 +31,17 @@ const (
 	IDVsock   ID = 19
 	IDFS      ID = 26
 )
+
+var idNames = map[ID]string{IDNet: "net", IDConsole: "console", IDRNG: "entropy", IDBalloon: "balloon", IDSCSI: "scsi",
+	IDVsock: "vsock", IDFS: "fs"}
+
+// Name returns a word for a kind of device, or its number.
+func (id ID) Name() string {
+	if name := idNames[id]; name != "" {
+		return name
+	}
+	return fmt.Sprintf("type %d", uint16(id))
+}
 
 // Feature bits of the ring and the transport (virtio 1.3, 6).
 const (
