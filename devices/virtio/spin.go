@@ -20,10 +20,10 @@ const (
 	// After aloneAgain sleeps on the core of the guest's CPU there are none for as many.
 	aloneAgain = 64
 	// The core is that of the guest's CPU if the process had one involuntary switch for every
-	// sleepsBeside of the last aloneAgain sleeps. Sleeps of more than beside in all tell nothing:
+	// sleepsBeside of the last aloneAgain sleeps. Sleeps of more than maxBeside in all tell nothing:
 	// meanwhile other threads have had as many.
 	sleepsBeside = 2
-	beside       = aloneAgain * time.Millisecond
+	maxBeside    = aloneAgain * time.Millisecond
 )
 
 // spin decides how long to look for the next event before sleeping until it comes.
@@ -55,20 +55,27 @@ type spin struct {
 	allBefore int64
 	sleeps    int
 	slept     time.Duration
+	began     time.Duration // when the first of these sleeps ended
+	// interrupts counts the guest's from this queue, and interrupted is the count before those sleeps.
+	interrupts  func() uint64
+	interrupted uint64
+	place       placement
 }
 
 // started is for spin.clock: time.Since reads the monotonic clock alone, in half the time of time.Now.
 var started = time.Now()
 
-// newSpin looks for max at most, and never on one CPU: the other side could not run.
-func newSpin(max time.Duration) spin {
+// newSpin looks for max at most, and never on one CPU: the other side could not run. interrupts counts
+// those that the queue's driver got.
+func newSpin(max time.Duration, interrupts func() uint64) spin {
 	if runtime.NumCPU() == 1 {
 		max = 0
 	}
 	return spin{max: max, rest: minRest, next: minRest,
-		clock:    func() time.Duration { return time.Since(started) },
-		switches: func() int64 { return involuntarySwitches(unix.RUSAGE_THREAD) },
-		all:      func() int64 { return involuntarySwitches(unix.RUSAGE_SELF) }}
+		clock:      func() time.Duration { return time.Since(started) },
+		switches:   func() int64 { return involuntarySwitches(unix.RUSAGE_THREAD) },
+		all:        func() int64 { return involuntarySwitches(unix.RUSAGE_SELF) },
+		interrupts: interrupts, place: newPlacement()}
 }
 
 // involuntarySwitches returns ru_nivcsw of the thread or of the process (getrusage(2)).
@@ -118,8 +125,9 @@ func (s *spin) waited(d time.Duration) {
 		return
 	}
 	s.rest--
-	if s.slept += d; s.shared() {
-		s.crowd = max(s.crowd, aloneAgain)
+	s.slept += d
+	if s.sleeps++; s.sleeps == aloneAgain {
+		s.account()
 	}
 	switch {
 	case s.crowd > 0:
@@ -134,13 +142,14 @@ func (s *spin) waited(d time.Duration) {
 	}
 }
 
-// shared says, once in aloneAgain sleeps, whether they ended on the core of the guest's CPU.
-func (s *spin) shared() (yes bool) {
-	if s.sleeps++; s.sleeps < aloneAgain {
-		return false
+// account is called once in aloneAgain sleeps, and finds out whether they ended on the core of the
+// guest's CPU.
+func (s *spin) account() {
+	switches, interrupts, now := s.all(), s.interrupts(), s.clock()
+	beside := switches-s.allBefore >= aloneAgain/sleepsBeside && s.slept <= maxBeside
+	if beside {
+		s.crowd = max(s.crowd, aloneAgain)
 	}
-	n := s.all()
-	yes = n-s.allBefore >= aloneAgain/sleepsBeside && s.slept <= beside
-	s.allBefore, s.sleeps, s.slept = n, 0, 0
-	return yes
+	s.place.review(beside, interrupts-s.interrupted < aloneAgain/sleepsBeside, now-s.began)
+	s.allBefore, s.interrupted, s.sleeps, s.slept, s.began = switches, interrupts, 0, 0, now
 }

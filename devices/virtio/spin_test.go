@@ -11,9 +11,11 @@ func us(n int) time.Duration { return time.Duration(n) * time.Microsecond }
 func testSpin(max, step time.Duration) *spin {
 	var now time.Duration
 	return &spin{max: max, rest: minRest, next: minRest,
-		clock:    func() time.Duration { now += step; return now },
-		switches: func() int64 { return 0 },
-		all:      func() int64 { return 0 }}
+		clock:      func() time.Duration { now += step; return now },
+		switches:   func() int64 { return 0 },
+		all:        func() int64 { return 0 },
+		interrupts: func() uint64 { return 0 },
+		place:      placement{leave: func() int { return -1 }}}
 }
 
 func never() bool { return false }
@@ -129,23 +131,31 @@ func TestSpinLost(t *testing.T) {
 }
 
 // TestSpinShared: while the sleeps end on the core of the guest's CPU, which then gives it up, there
-// is no look. Switches that are fewer, or that come in longer sleeps, end no looks.
+// is no look. Switches that are fewer, or that come in longer sleeps, end no looks. The thread leaves
+// that core if the guest takes few interrupts meanwhile.
 func TestSpinShared(t *testing.T) {
 	for _, test := range []struct {
 		name             string
 		switches, waited int // in each aloneAgain sleeps, and the µs of one
-		looks            bool
+		interrupts       int // in the same
+		looks, leaves    bool
 	}{
-		{"alone", 0, 10, true},
-		{"noise", aloneAgain/sleepsBeside - 1, 10, true},
-		{"shared", aloneAgain / sleepsBeside, 10, false},
-		{"shared, with delays", aloneAgain, 1000, false},
-		{"a guest that rests", 10 * aloneAgain, 1001, true},
+		{"alone", 0, 10, 0, true, false},
+		{"noise", aloneAgain/sleepsBeside - 1, 10, 0, true, false},
+		{"shared", aloneAgain / sleepsBeside, 10, 0, false, true},
+		{"shared, few interrupts", aloneAgain, 10, aloneAgain/sleepsBeside - 1, false, true},
+		{"shared, interrupts", aloneAgain, 10, aloneAgain / sleepsBeside, false, false},
+		{"shared, with delays", aloneAgain, 1000, 0, false, true},
+		{"a guest that rests", 10 * aloneAgain, 1001, 0, true, false},
 	} {
 		s := testSpin(us(2000), us(1))
 		given := int64(1000) // before the thread began
 		s.all = func() int64 { given += int64(test.switches); return given }
 		s.allBefore = given
+		sent, left := uint64(0), 0
+		s.interrupts = func() uint64 { sent += uint64(test.interrupts); return sent }
+		s.place.stay = 10 // no trial
+		s.place.leave = func() int { left++; return 0 }
 		for range aloneAgain {
 			s.waited(us(test.waited))
 		}
@@ -156,6 +166,9 @@ func TestSpinShared(t *testing.T) {
 		}
 		if looks != test.looks {
 			t.Errorf("%s: it looks: %v, want %v", test.name, looks, test.looks)
+		}
+		if test.leaves && left != 4 || !test.leaves && left != 0 {
+			t.Errorf("%s: it left its core %d times in 4, want all or none: %v", test.name, left, test.leaves)
 		}
 		test.switches = 0
 		for range aloneAgain + minRest {

@@ -76,17 +76,24 @@ func newWorker(a Activation, i int, poll time.Duration, handle Handler) (*Worker
 	if err != nil {
 		return nil, fmt.Errorf("queue %d: %w", i, err)
 	}
-	return &Worker{
+	w := &Worker{
 		kick:   a.Queues[i].Kick,
 		call:   a.Queues[i].Call,
 		handle: handle,
 		broken: func(err error) { a.Broken(fmt.Errorf("queue %d: %w", i, err)) },
 		landed: make(chan struct{}, 1),
 		done:   make(chan struct{}),
-		poll:   newSpin(poll),
 		turn:   turn{yield: reschedule},
 		q:      q,
-	}, nil
+	}
+	w.poll = newSpin(poll, w.interruptCount)
+	return w, nil
+}
+
+func (w *Worker) interruptCount() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.interrupts
 }
 
 func (w *Worker) run() {
