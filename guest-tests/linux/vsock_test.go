@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -284,4 +286,75 @@ func TestVhostVsock(t *testing.T) {
 		t.Errorf("note: %s", s)
 	}
 	result{console: strings.ReplaceAll(console.all.String(), "\r", "")}.kernelLog(t, 1)
+}
+
+// TestVsockBridge moves data over a thousand connections at a time between the guest's program, which sends
+// all of it back, and programs of the host, by --vsock unix. Each side has made half of them. The end of the
+// guest's program ends those that are open.
+func TestVsockBridge(t *testing.T) {
+	const streams, size = 500, 20_000 // of each side, of each connection
+	path := filepath.Join(t.TempDir(), "vsock")
+	l, err := net.Listen("unix", path+"_2000")
+	must(t, err)
+	defer l.Close()
+	p := start(t, nil, append(guest{
+		kernel:  kernel(t, "cloud"),
+		modules: []string{"vmw_vsock_virtio_transport"},
+		files:   map[string]string{"bin/vsockecho": lab.Program("vsockecho")},
+		script:  fmt.Sprintf("vsockecho -connect %d && say echoed\nklog", streams),
+	}.build(t), "--vsock", "unix,path="+path)...)
+	go func() { // so that Accept does not wait for a guest that is lost
+		<-p.done
+		l.Close()
+	}()
+	fatal := func(err error) {
+		p.end().fatalf(t, "%v", err)
+	}
+	accept := func() duplex {
+		c, err := l.Accept()
+		if err != nil {
+			fatal(err)
+		}
+		return c.(*net.UnixConn)
+	}
+	dial := func(port int) duplex {
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		fmt.Fprintf(c, "CONNECT %d\n", port)
+		var answer []byte
+		for b := make([]byte, 1); !bytes.HasSuffix(answer, []byte("\n")); answer = append(answer, b...) {
+			if _, err := c.Read(b); err != nil {
+				fatal(err)
+			}
+		}
+		if !strings.HasPrefix(string(answer), "OK ") {
+			fatal(fmt.Errorf("port %d: %s", port, answer))
+		}
+		return c.(*net.UnixConn)
+	}
+	all := []duplex{accept()} // so the guest listens
+	for range streams - 1 {
+		all = append(all, dial(3000), accept())
+	}
+	all = append(all, dial(3000))
+	e := &vsockEcho{T: t}
+	var sides sync.WaitGroup
+	for _, c := range all {
+		sides.Go(func() { e.exchange(c, size, func() {}) })
+	}
+	sides.Wait()
+	idle := []duplex{dial(3000), dial(3000)}
+	dial(3001) // the guest ends
+	r := p.wait()
+	r.wantStatus(t, 0)
+	r.want(t, map[string]string{"echoed": ""})
+	for _, c := range idle {
+		if n, err := c.Read(make([]byte, 1)); n > 0 || err == nil {
+			t.Errorf("after the machine's end: %d bytes, %v", n, err)
+		}
+	}
+	r.kernelLog(t, 1)
 }

@@ -77,7 +77,7 @@ func listen(port uint32) (int, error) {
 		err = unix.Bind(s, &unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: port})
 	}
 	if err == nil {
-		err = unix.Listen(s, 128)
+		err = unix.Listen(s, 1024)
 	}
 	return s, err
 }
