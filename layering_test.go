@@ -33,6 +33,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/block", "devices/internal/durable devices/iovec kvmapi/nowait text"},
 	{"devices/block/blocktest", "devices/block"},
 	{"devices/internal/durable/durabletest", "devices/internal/durable"},
+	{"devices/internal/every", ""},
 	{"devices/scsi/sidecar", "devices/scsi devices/block devices/internal/durable kvmapi/nowait"},
 	{"devices/scsi/lio", "devices/scsi devices/block devices/scsi/trace kvmapi/tracefs text"},
 	{"devices/scsi/trace/traceplot", "devices/scsi/trace plot"},
