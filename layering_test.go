@@ -34,7 +34,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/block/blocktest", "devices/block"},
 	{"devices/internal/durable/durabletest", "devices/internal/durable"},
 	{"devices/internal/every", ""},
-	{"devices/scsi/sidecar", "devices/scsi devices/block devices/internal/durable kvmapi/nowait"},
+	{"devices/scsi/sidecar", "devices/scsi devices/block kvmapi/nowait"},
 	{"devices/scsi/lio", "devices/scsi devices/block devices/scsi/trace kvmapi/tracefs text"},
 	{"devices/scsi/trace/traceplot", "devices/scsi/trace plot"},
 	{"devices/scsi/trace", "devices/scsi kvmapi/nowait text"},
@@ -83,6 +83,8 @@ var may = []struct{ pkg, imports string }{
 	{"verdict", "verdict/klog verdict/ktap"},
 	{"packaging", ""},
 	{"control", "inspect text"},
+	{"broker",
+		"control devices/block devices/scsi devices/scsi/lio devices/scsi/sidecar kvmapi/nowait machine/disk text"},
 	{"panics", ""},
 	{"text", ""},
 	{"plot/draw", "plot text"},
@@ -98,7 +100,8 @@ var may = []struct{ pkg, imports string }{
 	{"testrun/matrix", "testrun text verdict verdict/ktap"},
 	{"testrun/kubernetes", "testrun testrun/matrix text"},
 	{"cmd/gvm",
-		"machine/... vmm/... devices/... kvmapi/... guestmem control inspect plot text guest/embedded guest/bootinit " +
+		"machine/... vmm/... devices/... kvmapi/... guestmem broker control inspect plot text guest/embedded " +
+			"guest/bootinit " +
 			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun testrun/matrix testrun/kubernetes " +
 			"verdict/..."},
 }

@@ -80,6 +80,7 @@ type Spec struct {
 	KernelCache string        // directory for decompressed kernels, such as boot.CacheDir(); "": none
 
 	Disks    []disk.Spec
+	Files    block.Files   // opens the disks' files, now and later; nil: block.System
 	Queues   int           // request queues of a SCSI device; 0: one per CPU, disk.MaxQueues at most
 	Poll     time.Duration // how long a request queue's thread polls before it sleeps
 	VhostABI vhostscsi.ABIPolicy
@@ -253,7 +254,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 		}
 	}
 	m.disks, err = disk.Open(ctx, s.Disks, disk.Config{
-		Queues: s.RequestQueues(), QueuesChosen: s.Queues > 0, ABI: s.VhostABI,
+		Queues: s.RequestQueues(), QueuesChosen: s.Queues > 0, ABI: s.VhostABI, Files: s.Files,
 		Machine: s.Name, Hold: m.pauser.Hold, Note: notes.note, Paused: s.Note,
 	})
 	if err != nil {

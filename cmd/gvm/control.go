@@ -7,7 +7,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -15,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/broker"
 	"gvm/control"
 	"gvm/inspect"
 	"gvm/machine"
@@ -144,20 +144,9 @@ func (r *remote) pauseError(err error) error {
 }
 
 func (r *remote) AddDisk(ctx context.Context, a control.AddDisk) (control.Change, error) {
-	d, err := disk.Parse(string(a.Disk))
+	d, err := disk.Added(a)
 	if err != nil {
-		return control.Change{}, control.Errorf(http.StatusBadRequest, "%v", err)
-	}
-	for _, path := range []*string{&d.Path, &d.Overlay} {
-		if d.Storage != disk.Image || *path == "" || filepath.IsAbs(*path) ||
-			path == &d.Overlay && *path == disk.OverlayOn {
-			continue
-		}
-		if !filepath.IsAbs(string(a.Dir)) {
-			return control.Change{}, control.Errorf(http.StatusBadRequest,
-				"--disk %s: a relative path, and no absolute directory that it starts from", *path)
-		}
-		*path = filepath.Join(string(a.Dir), *path)
+		return control.Change{}, err
 	}
 	if d.Waits() {
 		if _, err := boundWaits("a disk takes", 0, 1, []*disk.Spec{&d}, nil, thisHost()); err != nil {
@@ -240,6 +229,12 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 		return nil, nil
 	}
 	rc.spec.Name = name
+	if brokered {
+		if rc.broker, err = broker.Start(s, control.DefaultDirectory(), name, note); err != nil {
+			return nil, errors.Join(err, s.Close())
+		}
+		rc.spec.Files = rc.broker
+	}
 	urgent.Lock()
 	defer urgent.Unlock()
 	if urgent.sockets == nil {

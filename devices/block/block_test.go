@@ -74,7 +74,7 @@ func TestBackends(t *testing.T) {
 		dir := t.TempDir()
 		t.Setenv("TMPDIR", dir)
 		blocktest.TestBackend(t, func() block.Backend {
-			f, err := block.OpenTemporary(2 * mib)
+			f, err := block.OpenTemporary(2*mib, nil)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -48,6 +48,12 @@ type Options struct {
 	Lend bool
 	// Raw takes the image as raw bytes without looking for another format.
 	Raw bool
+	// Overlay takes the file of an overlay, which is Raw. One that exists has Size already, or is empty.
+	Overlay bool
+	// Uses are those of another process that the image is for: what excludes one of them is in use.
+	Uses []Use
+	// Files opens the image, and what is beside it later; nil: System.
+	Files Files
 }
 
 // Kinds of failure of Open, for errors.Is. Each error names the path and what
@@ -86,15 +92,21 @@ type File struct {
 	readOnly    bool
 	noLock      bool
 	note        func(string) // nil: dropped
-	below       []io.Closer  // the devices below a block device, locked or claimed
-	uses        []*use       // of the file or device and of those below it
+	identity    string
+	files       Files
+	below       []io.Closer // the devices below a block device, locked or claimed
+	uses        []*use      // of the file or device and of those below it
+	others      []Use       // Options.Uses
 	block       bool
 	made        bool // Open made the file
+	imported    bool // another process opened it
 	unnamed     bool // it has no path
 	inMemory    bool // its file system is
 	direct      bool
 	mayWait     atomic.Bool  // the file system does not tell which reads wait
 	found       int64        // the size before Open made it larger
+	changed     int64        // deviceTime of one that is imported
+	boot        string       // the host's boot, of Options.Overlay
 	granularity int64        // of Discard, 0 without
 	lost        atomic.Value // the error of the flush that lost data, an error
 }
@@ -102,13 +114,21 @@ type File struct {
 // Open opens, checks and locks the raw image at path. It changes nothing but
 // what Options.Size asks for, and a file that it created is removed again when
 // it fails.
-func Open(path string, o Options) (_ *File, err error) {
+func Open(path string, o Options) (*File, error) { return filesOr(o.Files).Image(path, o) }
+
+func openImage(path string, o Options) (*File, error) {
 	if o.BlockSize == 0 {
 		o.BlockSize = 512
 	}
 	if o.Size < 0 || o.Size%int64(o.BlockSize) != 0 {
 		return nil, badImage(ErrSize, path, "size %d is not a multiple of the block size %d; %d is",
 			o.Size, o.BlockSize, roundUp(o.Size, int64(o.BlockSize)))
+	}
+	if o.Overlay {
+		o.Raw = true
+		if err := checkTop(path, o.Size); err != nil {
+			return nil, err
+		}
 	}
 	for tries := 0; ; tries++ {
 		b, err := openLocked(path, o)
@@ -128,8 +148,8 @@ func openLocked(path string, o Options) (_ *File, err error) {
 		return nil, err
 	}
 	b := &File{
-		f: f, fd: int(f.Fd()), path: path, made: made, blockSize: int64(o.BlockSize),
-		readOnly: o.ReadOnly, direct: o.Direct, noLock: o.NoLock, note: o.Note,
+		f: f, fd: int(f.Fd()), path: path, identity: realName(path), made: made, blockSize: int64(o.BlockSize),
+		readOnly: o.ReadOnly, direct: o.Direct, noLock: o.NoLock, note: o.Note, files: o.Files, others: o.Uses,
 	}
 	defer func() {
 		if err != nil {
@@ -183,6 +203,13 @@ func openLocked(path string, o Options) (_ *File, err error) {
 	}
 	if !o.ReadOnly {
 		b.granularity = b.discardGranularity()
+	}
+	if o.Overlay {
+		boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+		if err != nil {
+			return nil, err
+		}
+		b.boot = string(boot)
 	}
 	if b.found == 0 { // it is new, or a crash came between its making and this
 		if err := durable.File(f, b.Identity()); err != nil {
@@ -379,14 +406,22 @@ func (b *File) Size() int64 { return b.size.Load() }
 // Identity names the image by its absolute path, so that a disk without a
 // serial number has the same one in every run.
 func (b *File) Identity() string {
-	path, err := filepath.EvalSymlinks(b.path)
+	if b.identity == "" {
+		return realName(b.path)
+	}
+	return b.identity
+}
+
+// realName returns the absolute path without links, or path if there is none.
+func realName(path string) string {
+	name, err := filepath.EvalSymlinks(path)
 	if err == nil {
-		path, err = filepath.Abs(path)
+		name, err = filepath.Abs(name)
 	}
 	if err != nil {
-		return b.path
+		return path
 	}
-	return path
+	return name
 }
 
 // BlockSize returns the logical block size that Open was given.

@@ -25,10 +25,8 @@ var uses struct {
 func (b *File) use(t thing, path string, a access, s span) error {
 	uses.Lock()
 	defer uses.Unlock()
-	for _, u := range uses.list {
-		if u.of == t && u.access.excludes(a) && u.span.meets(s) && !slices.Contains(b.uses, u) {
-			return &LockedError{Path: path, PID: os.Getpid(), Other: u.path}
-		}
+	if u := b.usedBesides(t, a, s); u != nil {
+		return &LockedError{Path: path, PID: os.Getpid(), Other: u.path}
 	}
 	u := &use{t, b.path, a, s}
 	uses.list, b.uses = append(uses.list, u), append(b.uses, u)

@@ -130,8 +130,10 @@ func OpenMemory(size int64) (*File, error) {
 }
 
 // OpenTemporary is OpenMemory with storage in the directory for temporary files ($TMPDIR) instead of
-// memory.
-func OpenTemporary(size int64) (*File, error) { return openTemporary("temporary disk", size) }
+// memory. files opens it; nil: System.
+func OpenTemporary(size int64, files Files) (*File, error) {
+	return openTemporary("temporary disk", size, files)
+}
 
 // unnamed returns a File for a file without a name.
 func unnamed(f *os.File, size int64) *File {

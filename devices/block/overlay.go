@@ -13,9 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"gvm/devices/internal/durable"
 	"gvm/devices/iovec"
-	"gvm/kvmapi/nowait"
 )
 
 // Overlay is storage that reads as its base until it is written: the base, which
@@ -120,13 +118,8 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	}
 	want := overlayInfo{Size: o.size, BaseTime: fi.ModTime().UnixNano(), Base: base.Identity()}
 	if base.block { // the time is the node's
-		want.BaseTime = modTime(thingOf(fi).rdev)
+		want.BaseTime = base.deviceTime()
 	}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return nil, err
-	}
-	copy(want.Boot[:], boot)
 	o.clusters = (o.size + overlayCluster - 1) / overlayCluster
 	o.words = (o.clusters + 31) / 32
 	o.own = newClusterSet(o.clusters)
@@ -135,9 +128,10 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	o.at[1] = o.at[0] + round(4*o.words, 4096)
 	o.data = round(o.at[1]+4*o.words, overlayCluster)
 
-	if o.top, err = openTop(path, o.data+o.clusters*overlayCluster, base.noLock); err != nil {
+	if o.top, err = openTop(path, o.data+o.clusters*overlayCluster, base); err != nil {
 		return nil, err
 	}
+	copy(want.Boot[:], o.top.boot) // one without a name ends before the boot does
 	defer func() {
 		if err != nil {
 			if !o.named {
@@ -154,7 +148,7 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	if bytes.Count(head, []byte{0}) == len(head) && o.top.isBlank() { // new, or its maker crashed
 		o.begun = true
 		if o.named && o.top.found > 0 { // else Open has done that
-			if err := durable.File(o.top.f, o.top.Identity()); err != nil {
+			if err := o.top.Files().Sync(o.top.f, o.top.Identity()); err != nil {
 				return nil, fmt.Errorf("%s: %w", path, err)
 			}
 		}
@@ -182,17 +176,18 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 
 // openTemporary returns a sparse file of n bytes without a name in the directory for temporary files:
 // it is gone with this process, however that ends. The name is for messages.
-func openTemporary(name string, n int64) (*File, error) {
-	fd, err := unix.Open(os.TempDir(), unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+func openTemporary(name string, n int64, files Files) (*File, error) {
+	f, err := filesOr(files).Temporary()
 	if err != nil {
-		return nil, tempError(err)
+		return nil, err
 	}
-	f := os.NewFile(uintptr(fd), filepath.Join(os.TempDir(), name))
 	if err := f.Truncate(n); err != nil {
 		f.Close()
 		return nil, tempError(err)
 	}
-	return unnamed(f, n), nil
+	b := unnamed(f, n)
+	b.path = filepath.Join(os.TempDir(), name)
+	return b, nil
 }
 
 // tempError names the directory for temporary files, which a user may not think of.
@@ -203,26 +198,32 @@ func tempError(err error) error {
 	return fmt.Errorf("temporary file in %s: %w; set TMPDIR to a directory that exists and has room", os.TempDir(), err)
 }
 
-// openTop opens the file of an overlay with n bytes.
-func openTop(path string, n int64, noLock bool) (*File, error) {
+// openTop opens the file of an overlay on base with n bytes.
+func openTop(path string, n int64, base *File) (*File, error) {
 	if path == "" {
-		return openTemporary("overlay", n)
+		return openTemporary("overlay", n, base.files)
 	}
-	if fi, err := os.Stat(path); err == nil && fi.Size() != n && fi.Size() != 0 {
-		f, _, err := openFile(path, Options{ReadOnly: true})
-		if err != nil {
-			return nil, err
-		}
-		head := make([]byte, len(overlayMagic))
-		_, _ = io.ReadFull(f, head)
-		f.Close()
-		if string(head) != overlayMagic {
-			return nil, badImage(ErrFormat, path, "exists, and is not an overlay of gvm's: name another file")
-		}
-		return nil, badImage(ErrBase, path,
-			"belongs to a base of another size, or was cut short: give that base, or remove the overlay to begin anew")
+	return Open(path, Options{Size: n, Overlay: true, NoLock: base.noLock, Files: base.files})
+}
+
+// checkTop refuses a file that is no overlay of n bytes.
+func checkTop(path string, n int64) error {
+	fi, err := os.Stat(path)
+	if err != nil || fi.Size() == n || fi.Size() == 0 {
+		return nil
 	}
-	return Open(path, Options{Size: n, Raw: true, NoLock: noLock})
+	f, _, err := openFile(path, Options{ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	head := make([]byte, len(overlayMagic))
+	_, _ = io.ReadFull(f, head)
+	if string(head) != overlayMagic {
+		return badImage(ErrFormat, path, "exists, and is not an overlay of gvm's: name another file")
+	}
+	return badImage(ErrBase, path,
+		"belongs to a base of another size, or was cut short: give that base, or remove the overlay to begin anew")
 }
 
 // isBlank tells whether the file is nothing but a hole, as one is that gvm has just made.
@@ -372,6 +373,9 @@ func (o *Overlay) check(off, n int64) error {
 // Size returns the size of the base.
 func (o *Overlay) Size() int64 { return o.size }
 
+// Base returns the image that the overlay stands on.
+func (o *Overlay) Base() *File { return o.base }
+
 // Identity is that of the file with a name, so that a disk keeps its serial number
 // from run to run.
 func (o *Overlay) Identity() string {
@@ -386,7 +390,7 @@ func (o *Overlay) Identity() string {
 func (o *Overlay) Undo() {
 	switch {
 	case o.top.made:
-		_ = nowait.Remove(o.top.f, o.top.path)
+		_ = o.top.Files().Discard(o.top.f, o.top.path)
 	case o.begun:
 		_ = errors.Join(o.top.f.Truncate(0), o.top.f.Truncate(o.top.found))
 	}

@@ -4,8 +4,6 @@ import (
 	"errors"
 
 	"golang.org/x/sys/unix"
-
-	"gvm/kvmapi/nowait"
 )
 
 // Resize gives the image n bytes, or takes the size that it has by now if n is
@@ -67,7 +65,7 @@ func (b *File) Undo() {
 		return
 	}
 	if b.made {
-		_ = nowait.Remove(b.f, b.path)
+		_ = b.Files().Discard(b.f, b.path)
 		return
 	}
 	_ = b.f.Truncate(b.found)

@@ -120,7 +120,7 @@ func (ds *Set) ownKernels() *kernelTarget {
 
 // addKernels is the slow part of Add for a disk that the kernel serves.
 func (ds *Set) addKernels(d Spec) (_ control.Change, err error) {
-	own := &Set{mishaps: ds.mishaps} // until the disk is added
+	own := &Set{files: ds.files, mishaps: ds.mishaps} // until the disk is added
 	defer func() {
 		for _, f := range own.open {
 			err = errors.Join(err, f.close(false))
@@ -144,7 +144,7 @@ func (ds *Set) addKernels(d Spec) (_ control.Change, err error) {
 	if ds.closed { // the process is ending
 		return control.Change{}, control.ErrEnded
 	}
-	ds.paths[file.Path()] = Absolute(file.Path())
+	ds.paths[file.Path()] = file.Identity()
 	k.specs, k.units = append(k.specs, d), append(k.units, u)
 	ds.open, own.open = append(ds.open, own.open...), nil
 	list := ds.listKernel(k)

@@ -120,7 +120,14 @@ type served struct {
 func newServed(d Spec, lun scsi.LUN, u *scsi.Unit) served {
 	s := served{Spec: d, at: lun, unit: u}
 	if d.Path != "" && d.Storage == Image {
-		s.path = Absolute(d.Path)
+		switch b := s.backend().(type) {
+		case *block.File:
+			s.path = b.Identity()
+		case *block.Overlay:
+			s.path = b.Base().Identity()
+		default:
+			s.path = Absolute(d.Path)
+		}
 	}
 	return s
 }
@@ -246,7 +253,7 @@ func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 
 // addNow is the slow part of Add.
 func (ds *Set) addNow(d Spec) (control.Change, error) {
-	own := &Set{target: ds.target, mishaps: ds.mishaps} // until the disk is added
+	own := &Set{target: ds.target, files: ds.files, mishaps: ds.mishaps} // until the disk is added
 	f, err := own.openAdded(d)
 	if err != nil {
 		return control.Change{}, err
@@ -549,6 +556,25 @@ func (ds *Set) endChanges(ctx context.Context) (open []opened) {
 		}
 	}
 	return open
+}
+
+// Added returns the disk that a client asks for.
+func Added(a control.AddDisk) (Spec, error) {
+	d, err := Parse(string(a.Disk))
+	if err != nil {
+		return d, control.Errorf(http.StatusBadRequest, "%v", err)
+	}
+	for _, path := range []*string{&d.Path, &d.Overlay} {
+		if d.Storage != Image || *path == "" || filepath.IsAbs(*path) || path == &d.Overlay && *path == OverlayOn {
+			continue
+		}
+		if !filepath.IsAbs(string(a.Dir)) {
+			return d, control.Errorf(http.StatusBadRequest,
+				"--disk %s: a relative path, and no absolute directory that it starts from", *path)
+		}
+		*path = filepath.Join(string(a.Dir), *path)
+	}
+	return d, nil
 }
 
 // refusal converts an error that the user can correct to a conflict. Any other error is a failure

@@ -21,6 +21,7 @@ type Config struct {
 	Queues       int  // request queues of a device
 	QueuesChosen bool // the user chose Queues, and knows the cost
 	ABI          vhostscsi.ABIPolicy
+	Files        block.Files // opens the images, now and later; nil: block.System
 
 	Machine string                     // its name, for messages
 	Hold    func(context.Context) bool // pauses the machine, as vmm.Pauser.Hold does; nil: nothing can resume it
@@ -33,6 +34,7 @@ type Set struct {
 	target  *scsi.Target    // gvm's own
 	kernels []*kernelTarget // the kernel's
 	open    []opened
+	files   block.Files
 	mishaps *mishaps
 	given   []rootDisk // in the order of --disk
 
@@ -92,7 +94,7 @@ func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
 	opened := make(chan result, 1)
 	panics.Go(func() { // ends with the process at the latest
 		k := kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note}
-		ds, err := openDisks(list, k, m)
+		ds, err := openDisks(list, c.Files, k, m)
 		opened <- result{ds, err}
 	})
 	select {
@@ -114,24 +116,24 @@ func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
 	return nil, fmt.Errorf("%w while %s was opened", context.Cause(ctx), what)
 }
 
-func openDisks(list []Spec, k kernelOptions, m *mishaps) (*Set, error) {
+func openDisks(list []Spec, files block.Files, k kernelOptions, m *mishaps) (*Set, error) {
 	m.opening.Store(kernelsTarget)
 	list, fallback, auto := k.choose(list)
-	ds, err := openAll(list, k, m)
+	ds, err := openAll(list, files, k, m)
 	var refused KernelError
 	switch {
 	case err == nil && auto:
 		k.note(autoNote + "by the kernel: vhost-scsi and LIO are there")
 	case fallback != nil && errors.As(err, &refused):
 		k.note(fmt.Sprintf("%sin-process: %v", autoNote, err))
-		return openAll(fallback, k, m)
+		return openAll(fallback, files, k, m)
 	}
 	return ds, err
 }
 
 // openAll opens disks without backend=auto.
-func openAll(list []Spec, k kernelOptions, m *mishaps) (_ *Set, err error) {
-	ds := &Set{target: scsi.NewTarget(), mishaps: m}
+func openAll(list []Spec, files block.Files, k kernelOptions, m *mishaps) (_ *Set, err error) {
+	ds := &Set{target: scsi.NewTarget(), files: files, mishaps: m}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, ds.Close(false))
@@ -212,11 +214,7 @@ func (ds *Set) openImage(d Spec) (block.Backend, error) {
 		if d.Size%int64(d.BlockSize) != 0 {
 			return nil, configError{fmt.Errorf("--disk %s: not a multiple of the block size %d", d.Path, d.BlockSize)}
 		}
-		open := block.OpenMemory
-		if d.Storage == Temporary {
-			open = block.OpenTemporary
-		}
-		f, err := open(d.Size)
+		f, err := ds.openNameless(d)
 		if err != nil {
 			return nil, ImageError{fmt.Errorf("%s: %w", d.Path, err)}
 		}
@@ -225,10 +223,9 @@ func (ds *Set) openImage(d Spec) (block.Backend, error) {
 	case Null:
 		return block.Null(d.Size), nil
 	}
-	f, err := block.Open(d.Path, block.Options{
-		ReadOnly: d.ReadOnly || d.Overlay != "", Size: d.Size, BlockSize: d.BlockSize,
-		NoLock: d.NoLock, Lend: d.Backend == Vhost, Note: ds.mishaps.note, Cut: sidecar.Cut,
-	})
+	options := d.ImageOptions()
+	options.Note, options.Files = ds.mishaps.note, ds.files
+	f, err := block.Open(d.Path, options)
 	if err != nil {
 		return nil, ImageError{err}
 	}
@@ -246,6 +243,22 @@ func (ds *Set) openImage(d Spec) (block.Backend, error) {
 	}
 	ds.open = append(ds.open, opened{backend: o, undo: o.Undo})
 	return o, nil
+}
+
+// openNameless makes the storage of a disk of mem: or temp:.
+func (ds *Set) openNameless(d Spec) (*block.File, error) {
+	if d.Storage == Temporary {
+		return block.OpenTemporary(d.Size, ds.files)
+	}
+	return block.OpenMemory(d.Size)
+}
+
+// ImageOptions returns how the disk's image is opened.
+func (s *Spec) ImageOptions() block.Options {
+	return block.Options{
+		ReadOnly: s.ReadOnly || s.Overlay != "", Size: s.Size, BlockSize: s.BlockSize,
+		NoLock: s.NoLock, Lend: s.Backend == Vhost, Cut: sidecar.Cut,
+	}
 }
 
 // unit returns the target's configuration of the disk's unit.

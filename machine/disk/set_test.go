@@ -41,7 +41,7 @@ func vpd80(t *testing.T, ds *Set, n int) string {
 func TestOpenDisks(t *testing.T) {
 	a, b := testImage(t, "a", 1<<20), testImage(t, "b", 1<<20)
 	ds, err := openDisks([]Spec{{Path: a, LUN: -1, Serial: "SN, 1", BlockSize: 512},
-		{Path: b, LUN: 7, BlockSize: 512}}, kernelOptions{}, &mishaps{})
+		{Path: b, LUN: 7, BlockSize: 512}}, nil, kernelOptions{}, &mishaps{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +58,7 @@ func TestOpenDisks(t *testing.T) {
 func TestUndo(t *testing.T) {
 	dir := t.TempDir()
 	open := func(path string) *Set {
-		ds, err := openDisks([]Spec{{Path: path, LUN: -1, Size: 2 << 20, BlockSize: 512}}, kernelOptions{}, &mishaps{})
+		ds, err := openDisks([]Spec{{Path: path, LUN: -1, Size: 2 << 20, BlockSize: 512}}, nil, kernelOptions{}, &mishaps{})
 		if err != nil {
 			t.Fatal(err)
 		}

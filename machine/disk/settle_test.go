@@ -184,7 +184,7 @@ func TestOverlayEnds(t *testing.T) {
 	}
 	open := func() *Set {
 		t.Helper()
-		ds, err := openDisks([]Spec{d}, kernelOptions{note: func(string) {}}, &mishaps{note: func(string) {}})
+		ds, err := openDisks([]Spec{d}, nil, kernelOptions{note: func(string) {}}, &mishaps{note: func(string) {}})
 		if err != nil {
 			t.Fatal(err)
 		}

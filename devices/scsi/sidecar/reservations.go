@@ -8,10 +8,7 @@ import (
 	"io/fs"
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"gvm/devices/block"
-	"gvm/devices/internal/durable"
 	"gvm/devices/scsi"
 	"gvm/kvmapi/nowait"
 )
@@ -25,7 +22,10 @@ const reservationsMagic = "GVM-PR\x00"
 // Reservations keeps the persistent reservations of a disk in a file beside its
 // image. It is a scsi.ReservationKeeper. The file is there only as long as there
 // is something to keep.
-type Reservations struct{ path string }
+type Reservations struct {
+	path  string
+	files block.Files
+}
 
 // NewReservations returns where the image's persistent reservations are kept:
 // IMAGE.pr, next to the image that symbolic links lead to. The lock on the image
@@ -35,7 +35,7 @@ func NewReservations(b *block.File) *Reservations {
 	if err != nil || path == "" {
 		return nil
 	}
-	return &Reservations{path}
+	return &Reservations{path, b.Files()}
 }
 
 var _ scsi.ReservationKeeper = (*Reservations)(nil)
@@ -45,7 +45,7 @@ func (r *Reservations) Path() string { return r.path }
 
 // Load implements scsi.ReservationKeeper.
 func (r *Reservations) Load() ([]byte, error) {
-	f, err := nowait.Open(r.path, os.O_RDONLY|unix.O_NOFOLLOW, 0, nowait.Regular)
+	f, err := r.files.Open(r.path, os.O_RDONLY, 0)
 	kind := (*nowait.KindError)(nil)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -77,7 +77,7 @@ func (r *Reservations) Save(state []byte) error {
 		return fmt.Errorf("%s: %w", r.path, scsi.ErrReservationState)
 	}
 	if len(state) == 0 {
-		return durable.Remove(r.path)
+		return r.files.Remove(r.path)
 	}
-	return durable.Replace(r.path, state)
+	return r.files.Replace(r.path, state)
 }

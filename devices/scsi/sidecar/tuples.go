@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/block"
-	"gvm/devices/internal/durable"
 	"gvm/devices/scsi"
 	"gvm/kvmapi/nowait"
 )
@@ -35,6 +34,7 @@ var ErrTuples = errors.New("not the protection information of this disk")
 // a scsi.Protection. The file is made with the first tuple.
 type Tuples struct {
 	path      string // "": it has no name
+	files     block.Files
 	blockSize int
 	readOnly  bool
 
@@ -53,7 +53,7 @@ func OpenTuples(b *block.File) (*Tuples, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &Tuples{path: path, blockSize: b.BlockSize(), readOnly: b.ReadOnly()}
+	t := &Tuples{path: path, files: b.Files(), blockSize: b.BlockSize(), readOnly: b.ReadOnly()}
 	if path == "" {
 		fd, err := unix.MemfdCreate("gvm-pi", unix.MFD_CLOEXEC)
 		if err != nil {
@@ -66,11 +66,14 @@ func OpenTuples(b *block.File) (*Tuples, error) {
 	if t.readOnly {
 		flags = os.O_RDONLY
 	}
-	f, err := os.OpenFile(t.path, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if errors.Is(err, fs.ErrNotExist) {
+	f, err := t.files.Open(t.path, flags, 0)
+	kind := (*nowait.KindError)(nil)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return t, nil
-	}
-	if err != nil {
+	case errors.As(err, &kind):
+		return nil, fmt.Errorf("%s: %w", t.path, ErrTuples)
+	case err != nil:
 		return nil, err
 	}
 	err = block.Lock(f, t.path, t.readOnly)
@@ -105,9 +108,6 @@ func (t *Tuples) check(f *os.File) (blank bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if !fi.Mode().IsRegular() {
-		return false, ErrTuples
-	}
 	want := t.header()
 	got := make([]byte, len(want))
 	if _, err := f.ReadAt(got, 0); err != nil && err != io.EOF {
@@ -141,7 +141,7 @@ func Cut(b *block.File, size int64) error {
 	if err != nil || path == "" {
 		return nil
 	}
-	f, err := nowait.Open(path, os.O_RDWR|unix.O_NOFOLLOW, 0, nowait.Regular)
+	f, err := b.Files().Open(path, os.O_RDWR, 0)
 	kind := (*nowait.KindError)(nil)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ELOOP), errors.As(err, &kind):
@@ -172,7 +172,7 @@ func (t *Tuples) file(create bool) (*os.File, error) {
 	if t.f != nil || !create {
 		return t.f, nil
 	}
-	f, err := os.OpenFile(t.path, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
+	f, err := t.files.Open(t.path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -180,7 +180,7 @@ func (t *Tuples) file(create bool) (*os.File, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	if err := t.begin(f); err != nil {
-		return nil, errors.Join(err, nowait.Remove(f, t.path), f.Close())
+		return nil, errors.Join(err, t.files.Discard(f, t.path), f.Close())
 	}
 	t.f = f
 	return f, nil
@@ -191,7 +191,7 @@ func (t *Tuples) begin(f *os.File) error {
 	if _, err := f.WriteAt(t.header(), 0); err != nil {
 		return err
 	}
-	return durable.File(f, t.path)
+	return t.files.Sync(f, t.path)
 }
 
 // tupleOffset is where a block's tuple is.
