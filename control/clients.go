@@ -14,7 +14,7 @@ const maxClients = 64
 // machine: a client that has not sent its request, or does not read its answer, does not lock out
 // others.
 type clients struct {
-	*net.UnixListener
+	net.Listener
 
 	mu   sync.Mutex
 	open []*client // in the order of arrival
@@ -39,7 +39,7 @@ const (
 // Accept returns the next connection. It closes one that comes while maxClients are at the machine.
 func (cs *clients) Accept() (net.Conn, error) {
 	for {
-		conn, err := cs.UnixListener.Accept()
+		conn, err := cs.Listener.Accept()
 		if err != nil {
 			return nil, err
 		}

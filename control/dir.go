@@ -55,6 +55,9 @@ func DefaultDirectory() Directory {
 // Vsock returns the path of the socket for the guest's vsock of a machine, for the holder of its name.
 func (d Directory) Vsock(name string) string { return filepath.Join(d.path, name+vsockSuffix) }
 
+// Path returns the directory's path.
+func (d Directory) Path() string { return d.path }
+
 // In is the directory at path.
 func In(path string) Directory { return Directory{path} }
 

@@ -10,6 +10,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -36,7 +37,8 @@ const (
 // Server is the control socket of a machine.
 type Server struct {
 	release  func() error // gives up the name, once
-	listener *net.UnixListener
+	listener net.Listener
+	lock     *os.File
 
 	http    *http.Server // nil before Serve
 	clients *clients
@@ -60,8 +62,28 @@ func Claim(d Directory, name string) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
-	return &Server{release: sync.OnceValue(func() error { return d.release(name, lock) }), listener: l,
+	return &Server{release: sync.OnceValue(func() error { return d.release(name, lock) }), listener: l, lock: lock,
 		readTimeout: readTimeout, closeTimeout: closeTimeout}, nil
+}
+
+// HandOver gives the socket to a Door, which another process makes of the two files, for the caller to
+// close. connections is where those of Serve come from. Close and Release call end, which returns when
+// the Door has given up the name, or an error if the Door is dead: then the Server does, if it may.
+func (s *Server) HandOver(connections net.Listener, end func() error) (socket, lock *os.File, err error) {
+	l := s.listener.(*net.UnixListener)
+	if socket, err = l.File(); err != nil {
+		return nil, nil, err
+	}
+	own := s.release
+	s.release = sync.OnceValue(func() error {
+		if end() != nil {
+			_ = own() // else the next gvm does
+			return nil
+		}
+		return s.lock.Close()
+	})
+	s.listener = connections
+	return socket, s.lock, l.Close()
 }
 
 // Serve starts answering for m. It may be called once, before Close.
@@ -78,7 +100,7 @@ func (s *Server) Serve(m Machine) {
 	}
 	s.http.SetKeepAlivesEnabled(false)
 	s.streams.conns = map[net.Conn]bool{}
-	s.clients = &clients{UnixListener: s.listener}
+	s.clients = &clients{Listener: s.listener}
 	s.accepts.Go(panics.Func(func() { _ = s.http.Serve(s.clients) }))
 }
 
