@@ -16,14 +16,14 @@ TAGS = urfave_cli_no_docs,nethttpomithttp2
 
 # Packages that run seldom are compiled without inlining, which makes the program smaller. Not those
 # whose variables the compiler then no longer initializes, such as net/http.
-SELDOM = archive/tar crypto/ecdsa crypto/internal/fips140/... crypto/rsa crypto/tls crypto/x509 \
-	encoding/asn1 encoding/xml github.com/urfave/cli/v2 gvm/cmd/gvm gvm/control \
+SELDOM = archive/tar crypto/ecdsa crypto/internal/fips140/... crypto/rsa crypto/tls crypto/x509 debug/... \
+	encoding/asn1 encoding/json encoding/xml github.com/urfave/cli/v2 gvm/broker gvm/cmd/gvm gvm/control \
 	gvm/devices/scsi/lio gvm/devices/scsi/trace gvm/devices/virtio/net/tap \
 	gvm/devices/virtio/replay gvm/devices/virtio/vhostnet gvm/devices/virtio/vhostring \
 	gvm/devices/virtio/vhostscsi gvm/devices/virtio/vhostvsock gvm/gdbstub gvm/guest/agent \
 	gvm/guest/initramfs gvm/guest/kernel gvm/inspect gvm/kvmapi/vhost gvm/machine gvm/machine/disk \
-	gvm/testrun/... gvm/verdict/... gvm/vmm/acpi gvm/vmm/boot gvm/vmm/vmcore math/big \
-	text/template/... vendor/golang.org/...
+	gvm/testrun/... gvm/verdict/... gvm/vmm/acpi gvm/vmm/boot gvm/vmm/vmcore \
+	internal/zstd math/big text/template/... vendor/golang.org/...
 
 # Where build puts the programs.
 BIN = bin

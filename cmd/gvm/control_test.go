@@ -32,6 +32,18 @@ var others = regexp.MustCompile(`(?m)^note: machine gvm-[0-9-]+ .*\n`)
 // TestDiskCommands runs gvm disk on a machine with an idle guest.
 func TestDiskCommands(t *testing.T) {
 	t.Parallel()
+	testDiskCommands(t, fmt.Sprintf("disks-%d", os.Getpid()), func(*proc) {})
+}
+
+// TestDiskCommandsBroker does the same where a broker opens the files.
+func TestDiskCommandsBroker(t *testing.T) {
+	t.Parallel()
+	testDiskCommands(t, fmt.Sprintf("broker-%d", os.Getpid()), func(p *proc) {
+		p.cmd.Env = append(p.cmd.Env, brokerEnv+"=1")
+	})
+}
+
+func testDiskCommands(t *testing.T, name string, change func(*proc)) {
 	dir := t.TempDir()
 	for _, name := range []string{"one.img", "two.img"} {
 		if err := os.WriteFile(filepath.Join(dir, name), make([]byte, 1<<20), 0o600); err != nil {
@@ -42,8 +54,7 @@ func TestDiskCommands(t *testing.T) {
 		os.WriteFile(filepath.Join(dir, "run.trace"), []byte("gvm-trace 1\n{"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	name := fmt.Sprintf("disks-%d", os.Getpid())
-	p := startGVM(t, dir, guestRun("--name="+name, "--disk=one.img,serial=ONE", "spin")...)
+	p := startGVMAs(t, dir, change, guestRun("--name="+name, "--disk=one.img,serial=ONE", "spin")...)
 	p.expect("spinning")
 	pid := fmt.Sprint(p.cmd.Process.Pid)
 	one, two := filepath.Join(dir, "one.img"), filepath.Join(dir, "two.img")

@@ -15,6 +15,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/broker"
 	"gvm/guest/agent"
 	"gvm/panics"
 	"gvm/text"
@@ -34,6 +35,9 @@ func main() {
 
 // gvm runs the command line and returns the exit status.
 func gvm(args []string) (status int) {
+	if args[0] == broker.Arg0 {
+		return runBroker(args)
+	}
 	processStart = startOfProcess()
 	bug := exitBug
 	if len(args) > 1 && args[1] == "test" { // whose other statuses are verdicts

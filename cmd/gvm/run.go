@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"gvm/broker"
 	"gvm/control"
 	"gvm/devices/virtio/fs"
 	"gvm/guest/embedded"
@@ -51,6 +52,8 @@ type runConfig struct {
 	gdb        *gdbAddress   // nil: none
 	vsock      *vsockConfig  // nil: none
 	user       *userConfig   // --net user; nil: none
+
+	broker *broker.Client // of the machine with the name; nil: none
 }
 
 var entries = map[string]boot.Protocol{"auto": 0, "pvh": boot.PVH32, "64": boot.Linux64}
@@ -496,6 +499,9 @@ func run(rc runConfig) (err error) {
 			}
 		}
 		rc.timing.phase("files, disks, control socket")
+		if rc.broker != nil {
+			return rc.broker.Shut()
+		}
 		return nil
 	}
 	m, err := machine.Start(ctx, *spec)

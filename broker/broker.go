@@ -1,0 +1,359 @@
+package broker
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/control"
+	"gvm/devices/block"
+	"gvm/devices/scsi/lio"
+	"gvm/machine/disk"
+	"gvm/panics"
+)
+
+// grantTime is how long after a request its image can be opened. The machine opens it at once, if at
+// all.
+const grantTime = time.Minute
+
+// maxRefusals is how many refusals are logged: a machine may ask for any number of files.
+const maxRefusals = 10
+
+// maxRequests bounds the requests of the machine that are under way, and with that the threads that
+// wait for storage.
+const maxRequests = 64
+
+// broker serves one machine.
+type broker struct {
+	conn    *net.UnixConn
+	machine int // its PID
+	log     func(string)
+	slots   chan struct{} // one for each request under way
+
+	mu          sync.Mutex
+	closed      bool // the command line's files are known
+	images      map[string]image
+	temporaries []time.Time     // ends of the times for a temporary file each
+	beside      map[string]bool // paths beside images; true: to be written
+	refusals    int
+}
+
+// image is a grant to open an image once.
+type image struct {
+	options block.Options
+	until   time.Time
+	made    bool // this process has made the file, and the machine may remove it
+}
+
+func newBroker(c *net.UnixConn, machine int, log func(string)) *broker {
+	return &broker{conn: c, machine: machine, log: log, slots: make(chan struct{}, maxRequests),
+		images: map[string]image{}, beside: map[string]bool{}}
+}
+
+// grant lets the machine open the files of a disk.
+func (b *broker) grant(d disk.Spec) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	until := time.Now().Add(grantTime)
+	if d.Storage == disk.Temporary || d.Storage == disk.Image && d.Overlay == disk.OverlayOn {
+		b.temporaries = append(slices.DeleteFunc(b.temporaries, time.Now().After), until)
+	}
+	if d.Storage != disk.Image || d.Path == "" {
+		return
+	}
+	b.images[d.Path] = image{options: d.ImageOptions(), until: until}
+	if d.Overlay != "" && d.Overlay != disk.OverlayOn {
+		b.images[d.Overlay] = image{options: block.Options{Overlay: true, NoLock: d.NoLock}, until: until}
+	}
+}
+
+// keepBeside lets the machine open the files beside an image.
+func (b *broker) keepBeside(f *block.File) {
+	for _, suffix := range sidecars {
+		if path, err := f.Beside(suffix, ""); err == nil && path != "" {
+			b.beside[path] = b.beside[path] || !f.ReadOnly()
+		}
+	}
+}
+
+// sidecars are the ends of names of the files beside an image.
+var sidecars = []string{".pi", ".pr"}
+
+// refuse logs that the machine asks for a file.
+func (b *broker) refuse(m message) error {
+	b.mu.Lock()
+	b.refusals++
+	n := b.refusals
+	b.mu.Unlock()
+	switch {
+	case n <= maxRefusals:
+		b.log(fmt.Sprintf("%s %q: refused, as no request of the control socket names it", m.Op, string(m.Path)))
+	case n == maxRefusals+1:
+		b.log("more files are refused, and not listed here")
+	}
+	return refusal(m.Path)
+}
+
+// serve answers the machine's requests until the socket's other end is closed. It reports whether the
+// machine has ended in order. Requests that wait for storage end with the process.
+func (b *broker) serve() (inOrder bool) {
+	for r := newReceiver(b.conn); ; {
+		m, data, files, err := r.next()
+		if err != nil {
+			return false
+		}
+		switch m.Op {
+		case end:
+			closeAll(files)
+			return true
+		case keep, closed:
+			closeAll(files)
+			b.keep(m)
+			continue
+		}
+		data = slices.Clone(data)
+		select {
+		case b.slots <- struct{}{}:
+		default:
+			b.answer(m, message{}, nil, unix.EAGAIN)
+			closeAll(files)
+			continue
+		}
+		panics.Go(func() {
+			defer func() { <-b.slots }()
+			defer closeAll(files)
+			a, opened, err := b.do(m, data, files)
+			b.answer(m, a, opened, err)
+			closeAll(opened)
+		})
+	}
+}
+
+// answer answers a request.
+func (b *broker) answer(m, a message, opened []*os.File, err error) {
+	a.ID, a.Op, a.Err = m.ID, m.Op, encodeError(err, b.machine)
+	if err := send(b.conn, a, nil, opened...); err != nil && len(opened) > 0 { // too many of them
+		_ = send(b.conn, message{ID: m.ID, Op: m.Op, Err: encodeError(err, b.machine)}, nil)
+	}
+}
+
+// keep notes files beside the disks of the command line, until the machine has closed itself.
+func (b *broker) keep(m message) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, path := range m.Paths {
+		if !b.closed {
+			b.beside[string(path)] = true
+		}
+	}
+	b.closed = b.closed || m.Op == closed
+}
+
+// do does what the machine asks for, if a request of the control socket allows that. The caller closes
+// the files.
+func (b *broker) do(m message, data []byte, files []*os.File) (a message, opened []*os.File, err error) {
+	path := string(m.Path)
+	switch m.Op {
+	case openImage:
+		return b.image(m)
+	case temporary:
+		if !b.takeTemporary() {
+			return a, nil, b.refuse(m)
+		}
+		return one(block.System{}.Temporary())
+	}
+	b.mu.Lock()
+	writable, beside := b.beside[path]
+	made := b.images[path].made
+	b.mu.Unlock()
+	write := m.Op != openFile || m.Flag&^(unix.O_RDONLY|unix.O_CLOEXEC) != 0
+	switch {
+	case m.Op == discard && made && len(files) == 1:
+		return a, nil, block.System{}.Discard(files[0], path)
+	case !beside, write && !writable:
+		return a, nil, b.refuse(m)
+	}
+	switch m.Op {
+	case openFile:
+		const allowed = unix.O_RDWR | unix.O_CREAT | unix.O_EXCL | unix.O_CLOEXEC
+		if m.Flag&^allowed != 0 {
+			return a, nil, b.refuse(m)
+		}
+		return one(block.System{}.Open(path, m.Flag, m.Perm&0o666))
+	case syncFile:
+		if len(files) == 1 {
+			return a, nil, block.System{}.Sync(files[0], path)
+		}
+	case replace:
+		return a, nil, block.System{}.Replace(path, data)
+	case remove:
+		return a, nil, block.System{}.Remove(path)
+	case discard:
+		if len(files) == 1 {
+			return a, nil, block.System{}.Discard(files[0], path)
+		}
+	}
+	return a, nil, b.refuse(m)
+}
+
+// one returns a single file as an answer.
+func one(f *os.File, err error) (message, []*os.File, error) {
+	if err != nil {
+		return message{}, nil, err
+	}
+	return message{}, []*os.File{f}, nil
+}
+
+// takeTemporary uses up a grant of a temporary file.
+func (b *broker) takeTemporary() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.temporaries = slices.DeleteFunc(b.temporaries, time.Now().After)
+	if len(b.temporaries) == 0 {
+		return false
+	}
+	b.temporaries = b.temporaries[1:]
+	return true
+}
+
+// image opens an image as the request has it. The locks and claims go on with the descriptors.
+func (b *broker) image(m message) (a message, opened []*os.File, err error) {
+	path := string(m.Path)
+	b.mu.Lock()
+	g, ok := b.images[path]
+	if ok && !g.until.IsZero() && m.Options != nil && g.allows(*m.Options) && time.Now().Before(g.until) {
+		g.until = time.Time{}
+		b.images[path] = g
+	} else {
+		ok = false
+	}
+	b.mu.Unlock()
+	if !ok {
+		return a, nil, b.refuse(m)
+	}
+	o := g.options
+	if o.Overlay {
+		o.Size = m.Options.Size
+	}
+	o.Uses = m.Options.Uses
+	o.Note = func(s string) { a.Notes = append(a.Notes, s) }
+	f, err := block.Open(path, o)
+	if err != nil {
+		if locked := (*block.LockedError)(nil); errors.As(err, &locked) && locked.Other != "" {
+			locked.Other = disk.Absolute(locked.Other)
+		}
+		return a, nil, err
+	}
+	facts, files := f.Export()
+	a.Facts = &facts
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if facts.Made {
+		g.made = true
+		b.images[path] = g
+	}
+	if !o.Overlay {
+		b.keepBeside(f)
+	}
+	// The caller closes the descriptors, and this process has no more use of the storage.
+	f.Forget()
+	return a, files, nil
+}
+
+// allows reports whether the machine opens the image as the request says.
+func (g image) allows(o options) bool {
+	want := g.options
+	return o.ReadOnly == want.ReadOnly && o.NoLock == want.NoLock && !o.Direct && o.Lend == want.Lend &&
+		!o.Raw && o.Overlay == want.Overlay && (o.Size == want.Size || o.Overlay) &&
+		max(o.BlockSize, 512) == max(want.BlockSize, 512)
+}
+
+// Arg0 is the first word of a broker's command line; the second one is the machine's name, the third
+// one the directory of its control socket.
+const Arg0 = "gvm-broker"
+
+// Descriptors of the broker.
+const (
+	pairFD = 3 + iota
+	socketFD
+	lockFD
+)
+
+// Main is the program of the broker. log takes a line for the user.
+func Main(args []string, log func(string)) error {
+	if len(args) != 3 {
+		return errors.New("gvm starts this program itself")
+	}
+	name := args[1]
+	pair := os.NewFile(pairFD, "pair")
+	for _, fd := range []int{pairFD, socketFD, lockFD} {
+		unix.CloseOnExec(fd)
+	}
+	cred, err := unix.GetsockoptUcred(pairFD, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return fmt.Errorf("broker of %s: SO_PEERCRED: %w", name, err)
+	}
+	machine := int(cred.Pid)
+	c, err := net.FileConn(pair)
+	if err != nil {
+		return fmt.Errorf("broker of %s: %w", name, err)
+	}
+	pair.Close()
+	process, err := unix.PidfdOpen(machine, 0)
+	if err != nil {
+		process = -1 // it is dead
+	}
+	said := func(s string) { log(fmt.Sprintf("machine %s: %s", name, s)) }
+	door, err := control.NewDoor(control.In(args[2]), name, os.NewFile(socketFD, "socket"), os.NewFile(lockFD, "lock"),
+		machine, func(err error) { said(err.Error()) })
+	if err != nil {
+		return err
+	}
+	b := newBroker(c.(*net.UnixConn), machine, said)
+	door.Serve(b.pass)
+	inOrder := b.serve()
+	err = door.Close()
+	if !inOrder {
+		err = errors.Join(err, afterDeath(process))
+	}
+	return err
+}
+
+// pass passes a connection to the machine, and lets that open the files of the request.
+func (b *broker) pass(conn *net.UnixConn, head []byte, add *control.AddDisk) error {
+	if add != nil {
+		if d, err := disk.Added(*add); err == nil { // else the machine says why
+			b.grant(d)
+		}
+	}
+	f, err := conn.File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return send(b.conn, message{Op: connection}, head, f)
+}
+
+// afterDeath removes the kernel's targets of a machine that was killed.
+func afterDeath(process int) error {
+	if _, err := os.Stat(lio.DefaultRoot); err != nil {
+		return nil
+	}
+	if process >= 0 {
+		// The descriptors of a process are closed before it counts as dead.
+		fds := []unix.PollFd{{Fd: int32(process), Events: unix.POLLIN}}
+		for {
+			if _, err := unix.Poll(fds, -1); err != unix.EINTR {
+				break
+			}
+		}
+	}
+	_, err := lio.Collect("")
+	return err
+}

@@ -1,0 +1,413 @@
+package broker
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/control"
+	"gvm/devices/block"
+	"gvm/panics"
+	"gvm/text"
+)
+
+// endPatience bounds the wait for the broker's end.
+const endPatience = 500 * time.Millisecond
+
+var errEnded = errors.New("the broker has ended: this machine can open no files any more")
+
+// Client is the machine's end. It is the block.Files of the machine's disks, which opens the files
+// itself before Close, and a net.Listener with the connections of the control socket.
+type Client struct {
+	note    func(string)
+	conn    *net.UnixConn
+	started chan struct{} // closed when process and startErr are set
+	process *os.Process
+	failed  error
+	over    chan struct{} // closed when the process has ended
+
+	connections chan net.Conn
+	refuse      func()        // ends Accept
+	refused     chan struct{} // closed by refuse
+
+	mu      sync.Mutex
+	shut    bool // the broker opens the files
+	ending  bool // the machine ends, and so does the broker
+	dead    bool // the broker has ended
+	last    uint64
+	waiting map[uint64]chan answer
+	images  []*block.File // opened before shut
+}
+
+type answer struct {
+	message
+	files []*os.File
+}
+
+// Start starts the broker of a machine, which takes over the machine's control socket, while the caller
+// goes on. note takes a line for the user. d is the socket's directory.
+func Start(s *control.Server, d control.Directory, name string, note func(string)) (*Client, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("broker: socketpair: %w", err)
+	}
+	theirs := os.NewFile(uintptr(fds[1]), "pair")
+	conn, err := pairEnd(fds[0])
+	if err != nil {
+		theirs.Close()
+		return nil, fmt.Errorf("broker: %w", err)
+	}
+	c := newClient(conn, note)
+	socket, lock, err := s.HandOver(listener{c}, c.end)
+	if err != nil {
+		theirs.Close()
+		conn.Close()
+		return nil, fmt.Errorf("broker: %w", err)
+	}
+	panics.Go(func() {
+		c.process, c.failed = execute(d, name, theirs, socket, lock)
+		if c.failed != nil { // which Shut says
+			c.mu.Lock()
+			c.ending = true
+			c.mu.Unlock()
+		}
+		theirs.Close()
+		socket.Close()
+		close(c.started)
+		if c.failed == nil {
+			if s, err := c.process.Wait(); err != nil || !s.Success() {
+				c.failed = errEnded
+			}
+		}
+		close(c.over)
+	})
+	panics.Go(c.receive)
+	return c, nil
+}
+
+func newClient(conn *net.UnixConn, note func(string)) *Client {
+	c := &Client{note: note, conn: conn, started: make(chan struct{}), over: make(chan struct{}),
+		connections: make(chan net.Conn, maxArrivals), refused: make(chan struct{}), waiting: map[uint64]chan answer{}}
+	c.refuse = sync.OnceFunc(func() { close(c.refused) })
+	return c
+}
+
+// pairEnd makes a connection of a descriptor.
+func pairEnd(fd int) (*net.UnixConn, error) {
+	f := os.NewFile(uintptr(fd), "pair")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.UnixConn), nil
+}
+
+// execute starts the program again as a broker, in a session of its own: signals for the machine's group
+// are not for it.
+func execute(d control.Directory, name string, files ...*os.File) (*os.Process, error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("broker: %w", err)
+	}
+	defer null.Close()
+	p, err := os.StartProcess("/proc/self/exe", []string{Arg0, name, d.Path()}, &os.ProcAttr{
+		// It has little to do, and its memory counts for each machine. The first value counts.
+		Env:   append([]string{"GOMAXPROCS=1"}, os.Environ()...),
+		Files: append([]*os.File{null, null, os.Stderr}, files...),
+		Sys:   &syscall.SysProcAttr{Setsid: true},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("broker: %w", err)
+	}
+	return p, nil
+}
+
+// receive takes the broker's messages until it ends.
+func (c *Client) receive() {
+	for r := newReceiver(c.conn); ; {
+		m, data, files, err := r.next()
+		if err != nil {
+			break
+		}
+		if m.Op == connection && len(files) == 1 {
+			c.arrive(files[0], slices.Clone(data))
+			continue
+		}
+		c.mu.Lock()
+		ch := c.waiting[m.ID]
+		delete(c.waiting, m.ID)
+		c.mu.Unlock()
+		if ch == nil {
+			closeAll(files)
+			continue
+		}
+		ch <- answer{m, files}
+	}
+	c.mu.Lock()
+	c.dead = true
+	ending, waiting := c.ending, c.waiting
+	c.waiting = nil
+	c.mu.Unlock()
+	c.refuse()
+	for _, ch := range waiting {
+		close(ch)
+	}
+	if !ending {
+		c.note("the broker has ended: disks can no longer be added, and gvm list, gvm disk, gvm stop and the like " +
+			"do not reach this machine")
+	}
+}
+
+// arrive gives a connection to Accept.
+func (c *Client) arrive(f *os.File, head []byte) {
+	defer f.Close()
+	conn, err := net.FileConn(f)
+	if err != nil {
+		return
+	}
+	select {
+	case c.connections <- &begun{Conn: conn, head: head}:
+	default: // the machine accepts none
+		conn.Close()
+	}
+}
+
+// maxArrivals is how many connections wait for the machine to serve them.
+const maxArrivals = 64
+
+// begun is a connection with the bytes that have been read of it.
+type begun struct {
+	net.Conn
+	head []byte
+}
+
+func (b *begun) Read(p []byte) (int, error) {
+	if len(b.head) > 0 {
+		n := copy(p, b.head)
+		b.head = b.head[n:]
+		return n, nil
+	}
+	return b.Conn.Read(p)
+}
+
+// listener has the connections of the control socket.
+type listener struct{ *Client }
+
+// Accept implements net.Listener.
+func (l listener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.connections:
+		return conn, nil
+	case <-l.refused:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener.
+func (l listener) Close() error {
+	l.refuse()
+	for {
+		select {
+		case conn := <-l.connections:
+			conn.Close()
+		default:
+			return nil
+		}
+	}
+}
+
+// Addr implements net.Listener.
+func (l listener) Addr() net.Addr { return l.conn.LocalAddr() }
+
+// end ends the broker, which gives up the machine's name.
+func (c *Client) end() error {
+	<-c.started
+	c.mu.Lock()
+	c.ending = true
+	c.mu.Unlock()
+	defer c.conn.Close()
+	_ = c.conn.SetWriteDeadline(time.Now().Add(endPatience))
+	_ = send(c.conn, message{Op: end}, nil)
+	select {
+	case <-c.over:
+		return c.failed
+	case <-time.After(endPatience):
+		return errors.New("the broker does not end")
+	}
+}
+
+// Shut has the broker open all files from now on, for a machine that may open none any more.
+func (c *Client) Shut() error {
+	<-c.started
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.process == nil {
+		return c.failed
+	}
+	var paths []text.Name
+	size := 0
+	for _, f := range c.images {
+		for _, suffix := range sidecars {
+			path, err := f.Beside(suffix, "")
+			if err != nil || path == "" || f.ReadOnly() {
+				continue
+			}
+			if size += 2 * len(path); size > maxMessage/2 {
+				if err := send(c.conn, message{Op: keep, Paths: paths}, nil); err != nil {
+					return err
+				}
+				paths, size = nil, 2*len(path)
+			}
+			paths = append(paths, text.Name(path))
+		}
+	}
+	c.shut, c.images = true, nil
+	return send(c.conn, message{Op: closed, Paths: paths}, nil)
+}
+
+// isShut reports whether the broker opens the files.
+func (c *Client) isShut() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.shut
+}
+
+// call asks the broker, and waits for its answer.
+func (c *Client) call(m message, data []byte, files ...*os.File) (answer, error) {
+	ch := make(chan answer, 1)
+	c.mu.Lock()
+	if c.dead {
+		c.mu.Unlock()
+		return answer{}, errEnded
+	}
+	c.last++
+	m.ID = c.last
+	c.waiting[m.ID] = ch
+	c.mu.Unlock()
+	if err := send(c.conn, m, data, files...); err != nil {
+		c.mu.Lock()
+		delete(c.waiting, m.ID)
+		c.mu.Unlock()
+		return answer{}, fmt.Errorf("broker: %w", err)
+	}
+	a, ok := <-ch
+	if !ok {
+		return answer{}, errEnded
+	}
+	err := a.Err.decode()
+	if err != nil {
+		closeAll(a.files)
+	}
+	return a, err
+}
+
+// one is call for one descriptor as answer.
+func (c *Client) one(m message) (*os.File, error) {
+	a, err := c.call(m, nil)
+	if err != nil {
+		return nil, err
+	}
+	if len(a.files) != 1 {
+		closeAll(a.files)
+		return nil, fmt.Errorf("broker: %d files for one", len(a.files))
+	}
+	return a.files[0], nil
+}
+
+// Image implements block.Files.
+func (c *Client) Image(path string, o block.Options) (*block.File, error) {
+	o.Files = c
+	if !c.isShut() {
+		f, err := block.System{}.Image(path, o)
+		if err == nil {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.images = append(c.images, f)
+		}
+		return f, err
+	}
+	m := message{Op: openImage, Path: text.Name(path), Options: &options{ReadOnly: o.ReadOnly, NoLock: o.NoLock,
+		Direct: o.Direct, Lend: o.Lend, Raw: o.Raw, Overlay: o.Overlay, Size: o.Size, BlockSize: o.BlockSize,
+		Uses: block.Uses()}}
+	a, err := c.call(m, nil)
+	if errors.Is(err, unix.EMSGSIZE) { // Import looks for uses too; only the message is worse
+		m.Options.Uses = nil
+		a, err = c.call(m, nil)
+	}
+	for _, note := range a.Notes {
+		if o.Note != nil {
+			o.Note(note)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if a.Facts == nil || len(a.files) == 0 {
+		closeAll(a.files)
+		return nil, fmt.Errorf("broker: no image for %s", path)
+	}
+	return block.Import(*a.Facts, a.files, o)
+}
+
+// Temporary implements block.Files.
+func (c *Client) Temporary() (*os.File, error) {
+	if !c.isShut() {
+		return block.System{}.Temporary()
+	}
+	return c.one(message{Op: temporary})
+}
+
+// Open implements block.Files.
+func (c *Client) Open(path string, flag int, perm fs.FileMode) (*os.File, error) {
+	if !c.isShut() {
+		return block.System{}.Open(path, flag, perm)
+	}
+	return c.one(message{Op: openFile, Path: text.Name(path), Flag: flag, Perm: perm})
+}
+
+// Sync implements block.Files.
+func (c *Client) Sync(f *os.File, path string) error {
+	if !c.isShut() {
+		return block.System{}.Sync(f, path)
+	}
+	_, err := c.call(message{Op: syncFile, Path: text.Name(path)}, nil, f)
+	return err
+}
+
+// Replace implements block.Files.
+func (c *Client) Replace(path string, data []byte) error {
+	if !c.isShut() {
+		return block.System{}.Replace(path, data)
+	}
+	_, err := c.call(message{Op: replace, Path: text.Name(path)}, data)
+	return err
+}
+
+// Remove implements block.Files.
+func (c *Client) Remove(path string) error {
+	if !c.isShut() {
+		return block.System{}.Remove(path)
+	}
+	_, err := c.call(message{Op: remove, Path: text.Name(path)}, nil)
+	return err
+}
+
+// Discard implements block.Files.
+func (c *Client) Discard(f *os.File, path string) error {
+	if !c.isShut() {
+		return block.System{}.Discard(f, path)
+	}
+	_, err := c.call(message{Op: discard, Path: text.Name(path)}, nil, f)
+	return err
+}
+
+var _ block.Files = (*Client)(nil)
