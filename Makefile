@@ -39,7 +39,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams blktests xfstests bench guest clean
+.PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams model blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
 
 build: ## static binaries: bin/gvm, bin/gvm-plot, which draws its plots, and bin/gvm-net, its network
@@ -74,19 +74,22 @@ long: ## the tests with Linux guests that take longest, and other kernels for th
 	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
 
 # All words that test something. One that fails does not keep the others from running.
-ALL ?= test long lint race distribution kernel kubernetes streams vhost conformance soak fuzz racelab
+ALL ?= test model long lint race distribution kernel kubernetes streams vhost conformance soak fuzz racelab
 test-all: ## test, and then all the rest; what took longest comes at the end
 	@times=$$(mktemp) || exit 1; export GVM_TEST_TIMES=$$times; failed=; \
 	for word in $(ALL); do echo "test-all: $$word"; $(MAKE) $$word || failed="$$failed $$word"; done; \
 	echo "test-all: what took longest:"; sort -rn $$times | head -n 30; rm $$times; \
 	test -z "$$failed" || { echo "test-all: failed:$$failed" >&2; exit 1; }
 
+# The packages that have tests with the tag built.
+BUILT = ./guest-tests/linux ./devices/virtio/virtq
+
 lint: ## gofmt, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt would change: $$out"; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
-	$(GO) vet -tags built ./guest-tests/linux
-	$(GO) tool staticcheck -tags built ./guest-tests/linux
+	$(GO) vet -tags built $(BUILT)
+	$(GO) tool staticcheck -tags built $(BUILT)
 	$(GO) vet -tags man ./cmd/gvm
 	$(GO) tool staticcheck -tags man ./cmd/gvm
 
@@ -141,6 +144,9 @@ kubernetes: ## run a Job of gvm test --emit kubernetes on Kubernetes's control p
 
 streams: ## 64 MiB through commands in guests and back, in the lab
 	$(GOTEST) -tags built -count=1 -timeout 30m -parallel 1 -run '^TestStreams$$' ./guest-tests/linux
+
+model: ## every state of the model of the split virtqueue, by spin
+	$(GO) test -tags built -count=1 -timeout 10m -run '^TestModel$$' -v ./devices/virtio/virtq
 
 # Suites of Linux's own tests, whose sources are elsewhere: not words of ALL. SUITE runs one, of the
 # tests that TESTS names or else the second argument.
