@@ -169,7 +169,7 @@ bench: build ## benchmarks without a guest, of Linux in the lab, and of this hos
 	mkdir -p bench
 	bin/gvm bench disk --json bench/disk.json --plot bench/disk.svg
 	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
-	$(GO) test -run '^$$' -bench 'Boot|Disk|Share|TestTrue' -benchtime 3x -timeout 60m -v -outputdir bench ./guest-tests/linux
+	$(GO) test -run '^$$' -bench 'Boot|Disk|Net|Share|TestTrue' -benchtime 3x -timeout 120m -v -outputdir bench ./guest-tests/linux
 	bin/gvm bench guest $(QEMUS) --json bench/guest.json --plot bench/guest.svg
 	bin/gvm bench boot $(QEMUS) --json bench/boot.json
 	bin/gvm bench footprint $(QEMUS) --json bench/footprint.json

@@ -386,6 +386,50 @@ func virtiofsd() string {
 	return ""
 }
 
+// A speedWay runs a guest that says a speed for each load.
+type speedWay struct {
+	name string
+	gvm  string // the way of gvm to compare with this one, or ""
+	run  func(b *testing.B) result
+}
+
+// measureSpeeds runs a guest of each way in each iteration, one after the other, and reports the speeds
+// that they say.
+func measureSpeeds(b *testing.B, name, unit string, loads []string, ways []speedWay) {
+	figures := make([]figure, len(loads)*len(ways))
+	for b.Loop() {
+		for i, w := range ways {
+			cleanMemory(b)
+			r := again(b, func(r result) bool { return r.status == 0 }, func() result { return w.run(b) })
+			for j, load := range loads {
+				var speed float64
+				if _, err := fmt.Sscan(r.said(b, load), &speed); err != nil {
+					r.fatalf(b, "%s: %v", w.name, err)
+				}
+				f := &figures[j*len(ways)+i]
+				f.What, f.Way, f.Values = load+", "+unit, w.name, append(f.Values, speed)
+			}
+		}
+	}
+	for i, peer := range figures {
+		for k := range figures {
+			if f := &figures[k]; f.What == peer.What && f.Way == ways[i%len(ways)].gvm {
+				f.of(peer)
+			}
+		}
+	}
+	report(b, name, figures)
+}
+
+// startDaemon starts a program and waits for its socket.
+func startDaemon(b *testing.B, socket, program string, args ...string) *process {
+	d := startProgram(b, program, nil, cacheHome, args...)
+	for _, err := os.Stat(socket); err != nil && !d.printed("the end"); _, err = os.Stat(socket) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	return d
+}
+
 // BenchmarkShare writes and reads a file of 256 MiB in a directory that the guest shares with the host by
 // virtio-fs: gvm's, and each QEMU's with a virtiofsd if this machine has one. The guest drops its caches
 // before it reads; the host's has the file. Each iteration boots a guest of each, one after the other.
@@ -407,20 +451,15 @@ say read $(speed dd if=/mnt/file of=/dev/null bs=1M)
 umount /mnt
 `}.build(b)
 	dir := b.TempDir()
-	type way struct {
-		name string
-		run  func() result
-	}
-	ways := []way{{"gvm", func() result { return gvm(b, append(slices.Clone(args), "--share", "share="+dir)...) }}}
+	ways := []speedWay{{"gvm", "", func(b *testing.B) result {
+		return gvm(b, append(slices.Clone(args), "--share", "share="+dir)...)
+	}}}
 	if daemon := virtiofsd(); daemon != "" {
 		for _, q := range qemus(b, l) {
-			ways = append(ways, way{q.name + "-virtiofsd", func() result {
+			ways = append(ways, speedWay{q.name + "-virtiofsd", "gvm", func(b *testing.B) result {
 				socket := filepath.Join(b.TempDir(), "socket")
-				d := startProgram(b, daemon, nil, cacheHome, "--socket-path="+socket, "-o", "source="+dir, "-o", "sandbox=chroot",
+				d := startDaemon(b, socket, daemon, "--socket-path="+socket, "-o", "source="+dir, "-o", "sandbox=chroot",
 					"-o", "cache=auto")
-				for _, err := os.Stat(socket); err != nil && !d.printed("the end"); _, err = os.Stat(socket) {
-					time.Sleep(10 * time.Millisecond)
-				}
 				r := startProgram(b, q.Path, nil, cacheHome, append(qemuArgs("q35", l.Debian.BZImage, args[4]),
 					"-object", "memory-backend-memfd,id=memory,size=512M,share=on", "-numa", "node,memdev=memory",
 					"-chardev", "socket,id=share,path="+socket,
@@ -430,30 +469,90 @@ umount /mnt
 			}})
 		}
 	}
-	var figures []figure
-	for _, load := range []string{"write", "read"} {
-		for _, w := range ways {
-			figures = append(figures, figure{What: load + ", MB/s", Way: w.name})
+	measureSpeeds(b, "linux-share", "MB/s", []string{"write", "read"}, ways)
+}
+
+// BenchmarkNet has iperf3, in a Linux guest, send to a server of the host and receive from it, over one TCP
+// connection. A speed is the best of three runs of 3 s. The network is a TAP interface, served by the kernel
+// (vhost-net) and by the VMM, or one in user mode: gvm's, and each QEMU's with libslirp, and with passt if
+// this machine has it. Each iteration boots a guest of each, one after the other.
+func BenchmarkNet(b *testing.B) {
+	const tap = "gvmbench"
+	l := theLab(b)
+	iperf, busybox := hostProgram(b, "iperf3", "iperf3"), hostProgram(b, "busybox", "busybox-static")
+	tunctl := func(option string) {
+		if out, err := exec.Command(busybox, "tunctl", option, tap).CombinedOutput(); err != nil {
+			b.Fatalf("tunctl %s %s: %v\n%s", option, tap, err, out)
 		}
 	}
-	for b.Loop() {
-		for i, w := range ways {
-			cleanMemory(b)
-			r := again(b, func(r result) bool { return r.status == 0 }, w.run)
-			for j, load := range []string{"write", "read"} {
-				var speed float64
-				if _, err := fmt.Sscan(r.said(b, load), &speed); err != nil {
-					r.fatalf(b, "%s: %v", w.name, err)
-				}
-				f := &figures[j*len(ways)+i]
-				f.Values = append(f.Values, speed)
-			}
+	tunctl("-t")
+	defer tunctl("-d")
+	setLink(b, tap, 0, 1500)
+	args := guest{kernel: l.Debian, modules: []string{"virtio_net"}, hostPrograms: []string{iperf}, script: `
+ip link set lo up
+ip addr add $address/24 dev eth0
+ip link set eth0 up mtu $mtu
+speed() {
+	for n in 1 2 3; do
+		iperf3 -c $server -t 3 -f m "$@" | awk '$NF == "receiver" { print $7 }'
+	done | sort -n | tail -n 1
+}
+say send $(speed)
+say receive $(speed -R)
+`}.build(b)
+	// The kernel gives words that it does not know to init, as variables.
+	const (
+		tapWords   = benchCmdline + " address=10.99.0.2 server=10.99.0.1 mtu=1500"
+		userWords  = benchCmdline + " address=10.0.2.15 server=10.0.2.2 mtu=1500"
+		passtWords = benchCmdline + " address=10.0.2.15 server=10.0.2.2 mtu=65520" // the MTU that its DHCP offers
+	)
+	served := func(program string, args ...string) func(*testing.B) result {
+		return func(b *testing.B) result {
+			server := exec.Command(iperf, "-s")
+			must(b, server.Start())
+			defer func() {
+				server.Process.Kill()
+				server.Wait()
+			}()
+			return startProgram(b, program, nil, cacheHome, args...).wait()
 		}
 	}
-	for i := range figures {
-		if first := &figures[i/len(ways)*len(ways)]; first != &figures[i] {
-			first.of(figures[i])
+	onGVM := func(words, network string) func(*testing.B) result {
+		return served(lab.Program("gvm"), append(args[:len(args)-1:len(args)-1], words, "--net", network)...)
+	}
+	onQEMU := func(q qemu, words, network string) func(*testing.B) result {
+		return served(q.Path, append(qemuArgs("q35", l.Debian.BZImage, args[4]),
+			"-append", "console=ttyS0 panic=-1 "+words, "-netdev", network+",id=n",
+			"-device", "virtio-net-pci,netdev=n,romfile=")...)
+	}
+	kinds := map[string][]speedWay{
+		"vhost": {{"gvm", "", onGVM(tapWords, "tap="+tap+",vhost=on")}},
+		"tap":   {{"gvm", "", onGVM(tapWords, "tap="+tap+",vhost=off")}},
+		"user":  {{"gvm", "", onGVM(userWords, "user")}},
+	}
+	passt, noPasst := exec.LookPath("passt")
+	for _, q := range qemus(b, l) {
+		add := func(kind, name string, run func(*testing.B) result) {
+			kinds[kind] = append(kinds[kind], speedWay{q.name + name, "gvm", run})
+		}
+		onTap := "tap,ifname=" + tap + ",script=no,downscript=no,vhost="
+		add("vhost", "", onQEMU(q, tapWords, onTap+"on"))
+		add("tap", "", onQEMU(q, tapWords, onTap+"off"))
+		add("user", "-slirp", onQEMU(q, userWords, "user"))
+		if noPasst == nil {
+			add("user", "-passt", func(b *testing.B) result {
+				socket := filepath.Join(b.TempDir(), "socket")
+				d := startDaemon(b, socket, passt, "--foreground", "--one-off", "--runas", "0", "--ipv4-only", "--socket", socket,
+					"--interface", tap, "--address", "10.0.2.15", "--netmask", "24", "--gateway", "10.0.2.2")
+				r := onQEMU(q, passtWords, "stream,server=off,addr.type=unix,addr.path="+socket)(b)
+				d.wait() // it ends with its connection
+				return r
+			})
 		}
 	}
-	report(b, "linux-share", figures)
+	for _, kind := range slices.Sorted(maps.Keys(kinds)) {
+		b.Run(kind, func(b *testing.B) {
+			measureSpeeds(b, "linux-net-"+kind, "Mbit/s", []string{"send", "receive"}, kinds[kind])
+		})
+	}
 }

@@ -17,7 +17,7 @@ import (
 )
 
 // setLink brings an interface up, with address 10.99.N.1/24 and an MTU.
-func setLink(t *testing.T, name string, n byte, mtu uint32) {
+func setLink(t testing.TB, name string, n byte, mtu uint32) {
 	t.Helper()
 	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	must(t, err)
