@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -46,17 +47,37 @@ func (r Region) fileExtents(each func(from, to int) error) error {
 	return nil
 }
 
+// pagemap is open after OpenPagemap.
+var pagemap atomic.Pointer[os.File]
+
+// OpenPagemap opens the file that Extents of private memory reads, for a process that will not be able to
+// open it. It stays open until the end of the process.
+func OpenPagemap() error {
+	f, err := os.Open("/proc/self/pagemap")
+	if err == nil && !pagemap.CompareAndSwap(nil, f) {
+		err = f.Close()
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
 // pageExtents is Extents of private memory, by /proc/PID/pagemap, which has 8 bytes for each page.
 func (r Region) pageExtents(each func(from, to int) error) error {
 	const there = 3 << 62 // present or swapped: Documentation/admin-guide/mm/pagemap.rst
-	f, err := os.Open("/proc/self/pagemap")
-	if errors.Is(err, os.ErrNotExist) {
-		return each(0, len(r.Bytes)) // without CONFIG_PROC_PAGE_MONITOR
+	f := pagemap.Load()
+	if f == nil {
+		var err error
+		f, err = os.Open("/proc/self/pagemap")
+		if errors.Is(err, os.ErrNotExist) {
+			return each(0, len(r.Bytes)) // without CONFIG_PROC_PAGE_MONITOR
+		}
+		if err != nil {
+			return fmt.Errorf("find the pages of guest memory: %w", err)
+		}
+		defer f.Close()
 	}
-	if err != nil {
-		return fmt.Errorf("find the pages of guest memory: %w", err)
-	}
-	defer f.Close()
 	var entries [64 << 10]byte
 	from, size := -1, len(r.Bytes) // from: where the current extent began; -1: none
 	for at := 0; at < size; {

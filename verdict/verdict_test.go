@@ -206,6 +206,19 @@ func TestJSON(t *testing.T) {
 	}
 }
 
+// decode decodes frames by a script.
+func decode(ctx context.Context, script string, frames []klog.Frame) error {
+	d, err := StartDecoder(script, "vmlinux", ".")
+	if err != nil {
+		return err
+	}
+	var all []*klog.Frame
+	for i := range frames {
+		all = append(all, &frames[i])
+	}
+	return d.Decode(ctx, all)
+}
+
 // TestDecode decodes frames with a script that prints as the kernel's does, and ones that fail.
 func TestDecode(t *testing.T) {
 	script := filepath.Join(t.TempDir(), "decode_stacktrace.sh")
@@ -228,7 +241,7 @@ func TestDecode(t *testing.T) {
 		}
 		frames := []klog.Frame{{Symbol: "f", Offset: 1, Size: 2, Module: "x"}, {Symbol: "g.cold"}, {Symbol: "h"}}
 		got := ""
-		if err := Decode(ctx, script, "vmlinux", ".", frames); err != nil {
+		if err := decode(ctx, script, frames); err != nil {
 			got = err.Error()
 		} else {
 			for _, f := range frames {
@@ -255,7 +268,7 @@ func TestDecodeEnds(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	result := make(chan error)
-	go func() { result <- Decode(ctx, script, "vmlinux", ".", []klog.Frame{{Symbol: "f"}}) }()
+	go func() { result <- decode(ctx, script, []klog.Frame{{Symbol: "f"}}) }()
 	f, err := os.Open(fifo)
 	if err != nil {
 		t.Fatal(err)

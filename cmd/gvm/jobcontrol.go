@@ -110,7 +110,7 @@ func (t *tty) watch(fail func(error)) (stop func()) {
 	if !signal.Ignored(unix.SIGTSTP) {
 		signal.Notify(signals, unix.SIGTSTP)
 	}
-	over := make(chan struct{})
+	over, parents := make(chan struct{}), lineage(os.Getppid())
 	var watcher sync.WaitGroup
 	watcher.Go(panics.Func(func() {
 		tick := time.NewTicker(jobPoll)
@@ -126,7 +126,7 @@ func (t *tty) watch(fail func(error)) (stop func()) {
 					t.mu.Lock()
 					err := t.giveBack()
 					t.mu.Unlock()
-					if err = errors.Join(err, suspend()); err != nil {
+					if err = errors.Join(err, suspend(parents)); err != nil {
 						fail(err)
 						return
 					}
@@ -147,8 +147,8 @@ func (t *tty) watch(fail func(error)) (stop func()) {
 
 // suspend stops the process like SIGTSTP without a handler, since Go cannot remove its handler. It
 // does not stop an orphaned process group, which nothing would continue (POSIX 2.4.3).
-func suspend() error {
-	if orphaned(os.Getppid()) {
+func suspend(parents map[int]int) error {
+	if orphaned(os.Getppid(), parents) {
 		return nil
 	}
 	runtime.LockOSThread() // the signal stops the process before Tgkill returns
@@ -157,8 +157,8 @@ func suspend() error {
 }
 
 // orphaned reports whether the process group is orphaned: its nearest ancestor outside the group,
-// from parent upwards, is not in its session.
-func orphaned(parent int) bool {
+// from parent upwards, is not in its session. parents are those of the ancestors in the group.
+func orphaned(parent int, parents map[int]int) bool {
 	for parent > 1 {
 		session, err := unix.Getsid(parent)
 		own, _ := unix.Getsid(0)
@@ -168,14 +168,30 @@ func orphaned(parent int) bool {
 		if group, err := unix.Getpgid(parent); err != nil || group != unix.Getpgrp() {
 			return err != nil
 		}
-		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", parent))
-		if err != nil {
-			return true
-		}
-		after := string(stat[bytes.LastIndexByte(stat, ')')+1:]) // skips the name (proc_pid_stat(5))
-		if _, err := fmt.Sscanf(after, " %c %d", new(rune), &parent); err != nil {
-			return true
-		}
+		parent = parents[parent]
 	}
 	return true
+}
+
+// lineage returns the parents of the ancestors in the process group, from parent upwards. They are read
+// once: in the sandbox gvm cannot. An ancestor whose own parent has ended has init for one, or a process
+// that the shell is below as well.
+func lineage(parent int) map[int]int {
+	parents := map[int]int{}
+	for parent > 1 && parents[parent] == 0 {
+		if group, err := unix.Getpgid(parent); err != nil || group != unix.Getpgrp() {
+			break
+		}
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", parent))
+		if err != nil {
+			break
+		}
+		next := 0
+		after := string(stat[bytes.LastIndexByte(stat, ')')+1:]) // skips the name (proc_pid_stat(5))
+		if _, err := fmt.Sscanf(after, " %c %d", new(rune), &next); err != nil {
+			break
+		}
+		parents[parent], parent = next, next
+	}
+	return parents
 }

@@ -16,6 +16,7 @@ import (
 	"gvm/guest/kernel"
 	"gvm/text"
 	"gvm/verdict"
+	"gvm/verdict/klog"
 	"gvm/verdict/ktap"
 	"gvm/vmm"
 )
@@ -49,6 +50,7 @@ type watch struct {
 	tests   bool   // the tests' results count
 	kernel  string // path, to decode call traces
 	outputs []*resultFile
+	decoder *verdict.Decoder // nil: not started
 }
 
 // resultFile is a file for the results.
@@ -150,6 +152,9 @@ func (w *watch) finish(err error) (*verdict.Results, error) {
 	if exitStatus(err) < exitTimeout { // else the end was asked for, and is not to wait
 		w.decode(r)
 	}
+	if w.decoder != nil {
+		w.decoder.Close()
+	}
 	switch first := r.First(); {
 	case err == nil && first != nil:
 		err = endError{exitFault, fmt.Errorf("the guest's kernel reported %s", faultText(r, first))}
@@ -201,25 +206,39 @@ const (
 	decodeFrames  = 16
 )
 
+// prepare starts the decoder of call traces: in the sandbox gvm starts no program.
+func (w *watch) prepare() {
+	tree, script := decodeScript(w.kernel)
+	if script == "" || w.decoder != nil {
+		return
+	}
+	var err error
+	if w.decoder, err = verdict.StartDecoder(script, filepath.Join(tree, "vmlinux"), tree); err != nil {
+		note(fmt.Sprintf("call traces are not decoded: %v", err))
+	}
+}
+
 // decode finds the source lines of call traces, if the kernel lies in the tree where it was built.
 func (w *watch) decode(r *verdict.Results) {
-	tree, script := decodeScript(w.kernel)
-	if script == "" || r.Failing == 0 && len(w.outputs) == 0 {
+	var frames []*klog.Frame
+	for i := range min(len(r.Reports), decodeReports) {
+		of := r.Reports[i].Frames
+		for j := range min(len(of), decodeFrames) {
+			frames = append(frames, &of[j])
+		}
+	}
+	if len(frames) == 0 || r.Failing == 0 && len(w.outputs) == 0 {
+		return
+	}
+	if w.prepare(); w.decoder == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), decodeTime)
 	defer cancel()
-	for i := range min(len(r.Reports), decodeReports) {
-		frames := r.Reports[i].Frames
-		frames = frames[:min(len(frames), decodeFrames)]
-		if len(frames) == 0 {
-			continue
-		}
-		if err := verdict.Decode(ctx, script, filepath.Join(tree, "vmlinux"), tree, frames); err != nil {
-			note(fmt.Sprintf("the call trace is not decoded: %v", err))
-			return
-		}
+	if err := w.decoder.Decode(ctx, frames); err != nil {
+		note(fmt.Sprintf("the call trace is not decoded: %v", err))
 	}
+	w.decoder = nil
 }
 
 // decodeScript returns the build directory of a kernel and decode_stacktrace.sh of its source tree,
