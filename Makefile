@@ -23,7 +23,7 @@ SELDOM = archive/tar crypto/ecdsa crypto/internal/fips140/... crypto/rsa crypto/
 	gvm/devices/virtio/replay gvm/devices/virtio/vhostnet gvm/devices/virtio/vhostring \
 	gvm/devices/virtio/vhostscsi gvm/devices/virtio/vhostvsock gvm/gdbstub gvm/guest/agent \
 	gvm/guest/initramfs gvm/guest/kernel gvm/inspect gvm/kvmapi/vhost gvm/machine gvm/machine/disk \
-	gvm/testrun/... gvm/verdict/... gvm/vmm/acpi gvm/vmm/boot gvm/vmm/vmcore internal/zstd math/big \
+	gvm/sandbox gvm/testrun/... gvm/verdict/... gvm/vmm/acpi gvm/vmm/boot gvm/vmm/vmcore internal/zstd math/big \
 	mime/... net/netip net/textproto net/url regexp/syntax text/template/... vendor/golang.org/...
 
 # Where build puts the programs.

@@ -86,6 +86,7 @@ var may = []struct{ pkg, imports string }{
 	{"broker",
 		"control devices/block devices/scsi devices/scsi/lio devices/scsi/sidecar kvmapi/nowait machine/disk text"},
 	{"panics", ""},
+	{"sandbox", ""},
 	{"text", ""},
 	{"plot/draw", "plot text"},
 	{"plot", ""},
@@ -93,14 +94,16 @@ var may = []struct{ pkg, imports string }{
 	{"usernet", ""},
 	{"cmd/gvm-net", "usernet"},
 	{"machine/disk", "devices/... control inspect text"},
-	{"machine", "machine/disk control vmm/... devices/... gdbstub kvmapi guestmem guest/embedded inspect text"},
+	{"machine",
+		"machine/disk control vmm/... devices/... gdbstub kvmapi kvmapi/tracefs guestmem guest/embedded inspect sandbox " +
+			"text"},
 	{"testrun",
 		"devices/statusport devices/virtio/console devices/virtio/vsock guest/agent/wire machine text " +
 			"verdict verdict/klog vmm"},
 	{"testrun/matrix", "testrun text verdict verdict/ktap"},
 	{"testrun/kubernetes", "testrun testrun/matrix text"},
 	{"cmd/gvm",
-		"machine/... vmm/... devices/... kvmapi/... guestmem broker control inspect plot text guest/embedded " +
+		"machine/... vmm/... devices/... kvmapi/... guestmem broker control inspect plot sandbox text guest/embedded " +
 			"guest/bootinit " +
 			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun testrun/matrix testrun/kubernetes " +
 			"verdict/..."},

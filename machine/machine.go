@@ -44,6 +44,7 @@ import (
 	"gvm/kvmapi"
 	"gvm/machine/disk"
 	"gvm/panics"
+	"gvm/sandbox"
 	"gvm/text"
 	"gvm/vmm"
 	"gvm/vmm/boot"
@@ -124,6 +125,8 @@ type Spec struct {
 
 	KeepState bool // Wait's outcome has the state at the end: see vmm.Outcome
 
+	Sandbox *Sandbox // nil: none
+
 	begun    *vmm.Begun
 	prepared *vmm.Prepared
 }
@@ -192,7 +195,9 @@ type Machine struct {
 	disks     *disk.Set
 	vsock     *vsock.Device   // nil: none
 	balloon   *balloon.Device // nil: none
-	undo      []func() error  // closes what Start opened; run in reverse
+	sealed    atomic.Pointer[sandbox.Report]
+	brokered  bool           // Spec.Files is set
+	undo      []func() error // closes what Start opened; run in reverse
 
 	dump    sync.Mutex
 	dumping bool // a Core is under way; written under dump
@@ -211,8 +216,8 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if s.Note == nil {
 		s.Note = func(string) {}
 	}
-	m := &Machine{name: s.Name, memory: s.Memory.Size, pauser: new(vmm.Pauser), inspector: new(vmm.Inspector),
-		ended: make(chan struct{}), done: make(chan struct{})}
+	m := &Machine{name: s.Name, brokered: s.Files != nil, memory: s.Memory.Size, pauser: new(vmm.Pauser),
+		inspector: new(vmm.Inspector), ended: make(chan struct{}), done: make(chan struct{})}
 	ctx, cancel := context.WithCancelCause(ctx)
 	m.later(func() error { cancel(nil); return nil })
 	m.unhandle = panics.Handle(func(p *panics.Panic) {
@@ -260,7 +265,13 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if err != nil {
 		return nil, err
 	}
-	cfg.Inspect = m.disks.Inspect
+	mode := sandbox.Off
+	if s.Sandbox != nil {
+		if mode = s.Sandbox.Policy.Mode; mode != sandbox.Off {
+			cfg.Seal = func() error { return m.seal(&s) }
+		}
+	}
+	cfg.Inspect = func() []inspect.Node { return append(m.disks.Inspect(), m.inspectSandbox(mode)) }
 	var started atomic.Bool // the guest has run, even if a reboot failed
 	cfg.Phase = func(name string) {
 		if name == vmm.Entered {
@@ -569,6 +580,9 @@ func (m *Machine) Disks() []control.Disk { return m.disks.List() }
 // AddDisk adds a disk to the machine and tells the guest. Paths are relative to this process.
 // Errors are *control.Error.
 func (m *Machine) AddDisk(ctx context.Context, d disk.Spec) (control.Change, error) {
+	if err := m.canOpen(d); err != nil {
+		return control.Change{}, err
+	}
 	return m.disks.Add(ctx, d)
 }
 
@@ -638,6 +652,7 @@ func (m *Machine) DialVsock(ctx context.Context, port uint32) (*vsock.Conn, erro
 //	vcpu/N           registers, N counts from 0
 //	pci/00:SS.0      a function: config, intx, msix, and for a virtio device virtio/queue/N
 //	com1, com2, rtc, acpi_pm, generation_id
+//	sandbox          the mode of the sandbox, and what it consists of
 //	disk/N           the disk of LUN N that this program serves: counters, task/N (the commands
 //	                 that are not answered, the oldest first) and last/N (the newest first)
 //	lio/WWN/N        a disk that the kernel serves

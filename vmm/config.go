@@ -6,6 +6,7 @@ package vmm
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 
@@ -73,6 +74,9 @@ type Config struct {
 	// Phase is called at the end of each phase of building the machine, and on the first vCPU's
 	// thread just before it enters the guest; nil drops it. A reboot repeats the phases.
 	Phase func(name string)
+	// Seal is called once, when the machine is built and no thread of a vCPU runs yet; its error ends
+	// Run. nil: no call.
+	Seal func() error
 
 	battery  *rtc.Battery   // the clock's state, kept by Run over a reboot
 	watchdog *i6300esb.Kept // and the watchdog's
@@ -164,6 +168,13 @@ func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 			return Outcome{}, err
 		}
 		cfg.Prepared = nil // a reboot makes its own
+		if cfg.Seal != nil {
+			if err := cfg.Seal(); err != nil {
+				_, closeErr := m.takeDown(ctx, false)
+				return Outcome{}, errors.Join(err, closeErr)
+			}
+			cfg.Seal = nil
+		}
 		out := m.run(ctx)
 		again := out.restart || out.Ending == GuestReset && cfg.Rebooting
 		over, err := m.takeDown(ctx, again)

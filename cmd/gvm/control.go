@@ -19,6 +19,7 @@ import (
 	"gvm/inspect"
 	"gvm/machine"
 	"gvm/machine/disk"
+	"gvm/sandbox"
 	"gvm/testrun"
 	"gvm/text"
 	"gvm/vmm"
@@ -229,7 +230,7 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 		return nil, nil
 	}
 	rc.spec.Name = name
-	if brokered {
+	if brokered || rc.sandbox != sandbox.Off {
 		if rc.broker, err = broker.Start(s, control.DefaultDirectory(), name, note); err != nil {
 			return nil, errors.Join(err, s.Close())
 		}

@@ -17,6 +17,7 @@ import (
 	"gvm/kvmapi"
 	"gvm/kvmapi/vhost"
 	"gvm/machine/disk"
+	"gvm/sandbox"
 	"gvm/text"
 	"gvm/vmm"
 	"gvm/vmm/x86"
@@ -80,6 +81,7 @@ func doctor(w io.Writer) bool {
 		fmt.Fprintf(w, "%-5s %s\n", kind, text.Printable(fmt.Sprintf(format, args...)))
 	}
 	doctorKVM(line)
+	doctorSandbox(line)
 	doctorVhost(line)
 	doctorMemory(line)
 	doctorDevices(line)
@@ -146,6 +148,17 @@ func modules() string {
 		return ""
 	}
 	return ", " + strings.Join(names, ", ")
+}
+
+// doctorSandbox tells of the parts of the sandbox.
+func doctorSandbox(line func(kind, format string, args ...any)) {
+	r := sandbox.Check()
+	for _, lack := range r.Missing {
+		line("note", "sandbox: %s", lack)
+	}
+	if len(r.Missing) == 0 {
+		line("ok", "sandbox: Landlock, version %d, and seccomp, for --sandbox=on and strict", r.Landlock)
+	}
 }
 
 func doctorVhost(line func(kind, format string, args ...any)) {

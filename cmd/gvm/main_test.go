@@ -53,6 +53,12 @@ func TestMain(m *testing.M) {
 		if lock := os.Getenv(panicsEnv); lock != "" {
 			panicAtSignal(lock == "locked")
 		}
+		if what := os.Getenv(attackEnv); what != "" {
+			attackAtSignal(what)
+		}
+		if mode := os.Getenv(sandboxEnv); mode != "" {
+			sandboxDefault = mode
+		}
 		if os.Getenv(asShell) != "" {
 			os.Exit(shell())
 		}

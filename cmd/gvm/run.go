@@ -28,6 +28,7 @@ import (
 	"gvm/machine"
 	"gvm/machine/disk"
 	"gvm/panics"
+	"gvm/sandbox"
 	"gvm/text"
 	"gvm/vmm"
 	"gvm/vmm/boot"
@@ -52,6 +53,7 @@ type runConfig struct {
 	gdb        *gdbAddress   // nil: none
 	vsock      *vsockConfig  // nil: none
 	user       *userConfig   // --net user; nil: none
+	sandbox    sandbox.Mode
 
 	broker *broker.Client // of the machine with the name; nil: none
 }
@@ -158,6 +160,7 @@ EXAMPLES
 					"and print the command that starts it"},
 			&cli.BoolFlag{Name: "start-stopped", Aliases: []string{"S"},
 				Usage: "with --gdb: wait for gdb before the guest's first instruction"},
+			sandboxFlag(),
 		}, verdictFlags()...),
 		// The library searches all flags for each flag with an action, which takes 0.2 ms. No flag
 		// has one, and values are read from the parsed command line.
@@ -233,6 +236,9 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	}
 	if spec.Debug, spec.StartStopped = rc.gdb != nil, c.Bool("start-stopped"); spec.StartStopped && !spec.Debug {
 		return rc, errors.New("-S needs --gdb, such as --gdb :1234: nothing else could start the guest")
+	}
+	if rc.sandbox, err = parseSandbox(c); err != nil {
+		return rc, err
 	}
 	if given("queues") && (spec.Queues < 1 || spec.Queues > disk.MaxQueues) {
 		return rc, fmt.Errorf("--queues %d: want 1 to %d", spec.Queues, disk.MaxQueues)
@@ -504,6 +510,9 @@ func run(rc runConfig) (err error) {
 		}
 		return nil
 	}
+	rc.seal(exitBug, gdb, note)
+	trimmer := newTrimmer()
+	defer trimmer.close()
 	m, err := machine.Start(ctx, *spec)
 	if err != nil {
 		return err
@@ -521,7 +530,7 @@ func run(rc runConfig) (err error) {
 	}
 	settle := time.AfterFunc(settled, panics.Func(func() {
 		debug.SetGCPercent(collect)
-		if err := trim(); err != nil {
+		if err := trimmer.trim(); err != nil {
 			note(fmt.Sprintf("the memory that the start took is kept: %v", err))
 		}
 	}))

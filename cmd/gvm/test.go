@@ -115,6 +115,7 @@ a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 				Usage: "reach the guest's agent by `NAME` vsock, console, com2 or status alone; auto is the best of the kernel's"},
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "tell of each step on standard error"},
 			&cli.BoolFlag{Name: "timing", Usage: "print at the end how long each phase took"},
+			sandboxFlag(),
 		}, slices.Concat(matrixFlags(), policyFlags("fail", exitGuestFault))...),
 		OnUsageError: func(c *cli.Context, err error, sub bool) error {
 			return endError{exitUntested, flagError(c, err, sub)}
@@ -269,6 +270,9 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		return nil, err
 	}
 	if t.threadNote, err = checkThreads(spec, 1, host); err != nil {
+		return nil, err
+	}
+	if t.sandbox, err = parseSandbox(c); err != nil {
 		return nil, err
 	}
 	if t.root != "" && t.root != "/" && !given("cwd") {
@@ -603,7 +607,18 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 			t.note(err.Error())
 		}
 	}()
-	cfg.Spec.Name = spec.Name
+	t.seal(exitUntested, nil, t.note)
+	cfg.Spec.Name, cfg.Spec.Files, cfg.Spec.Sandbox = spec.Name, spec.Files, spec.Sandbox
+	if ready := cfg.Spec.Ready; t.broker != nil {
+		cfg.Spec.Ready = func(ctx context.Context) error {
+			if ready != nil {
+				if err := ready(ctx); err != nil {
+					return err
+				}
+			}
+			return t.broker.Shut()
+		}
+	}
 	t.timing.phase("kernel, command, agent")
 	run, err := testrun.Start(ctx, cfg)
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	"gvm/machine/disk"
+	"gvm/sandbox"
 	"gvm/testrun"
 	"gvm/testrun/kubernetes"
 	"gvm/testrun/matrix"
@@ -92,6 +93,8 @@ func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int) (
 		cell:    -1,
 		message: outputFile{flag: "--message", path: c.String("message")},
 	}
+	strict := t.sandbox == sandbox.Strict
+	t.sandbox = sandbox.Off
 	if given("cell") {
 		m.cell = c.Int("cell")
 	}
@@ -109,6 +112,9 @@ func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int) (
 		return nil, errors.New("--message has the verdict of one cell: choose it with --cell")
 	case m.retry < 0:
 		return nil, fmt.Errorf("--retry %d: want 0 or more", m.retry)
+	case strict:
+		return nil, errors.New("--sandbox=strict is for one machine: those of a matrix start one after the other in a " +
+			"process, which so opens files all the time; leave --sandbox out")
 	case len(t.args) == 0:
 		return nil, errors.New("several machines have no terminal for a shell: give a COMMAND")
 	}

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"time"
@@ -12,18 +14,42 @@ import (
 // settled is the time after which the start of a machine counts as over.
 const settled = time.Second
 
+// trimmer has the files that trim reads, open: in the sandbox they cannot be opened.
+type trimmer struct {
+	status, maps *os.File
+	exe          string
+	err          error
+}
+
+func newTrimmer() (t trimmer) {
+	var errs [3]error
+	t.status, errs[0] = os.Open("/proc/self/status")
+	t.maps, errs[1] = os.Open("/proc/self/maps")
+	t.exe, errs[2] = os.Readlink("/proc/self/exe")
+	t.err = errors.Join(errs[:]...)
+	return t
+}
+
+func (t *trimmer) close() {
+	_ = t.status.Close() // read only
+	_ = t.maps.Close()
+}
+
 // trim releases the program's pages that the start has read, some 10 MiB. Pages that a running
 // machine needs come back from the page cache, a few at a time. Under a debugger trim does nothing,
 // since breakpoints are changes to such pages.
-func trim() error {
-	status, err := os.ReadFile("/proc/self/status")
+func (t *trimmer) trim() error {
+	if t.err != nil {
+		return t.err
+	}
+	status, err := io.ReadAll(t.status)
 	if err != nil {
 		return err
 	}
 	if !strings.Contains(string(status), "\nTracerPid:\t0\n") {
 		return nil
 	}
-	maps, err := programMaps()
+	maps, err := t.programMaps()
 	if err != nil {
 		return err
 	}
@@ -38,12 +64,8 @@ func trim() error {
 type addressRange struct{ from, to uintptr }
 
 // programMaps returns the read-only mappings of the program's file (proc_pid_maps(5)).
-func programMaps() ([]addressRange, error) {
-	exe, err := os.Readlink("/proc/self/exe")
-	if err != nil {
-		return nil, err
-	}
-	text, err := os.ReadFile("/proc/self/maps")
+func (t *trimmer) programMaps() ([]addressRange, error) {
+	text, err := io.ReadAll(t.maps)
 	if err != nil {
 		return nil, err
 	}
@@ -53,7 +75,7 @@ func programMaps() ([]addressRange, error) {
 		var r addressRange
 		var perm string
 		if _, err := fmt.Sscanf(line, "%x-%x %s", &r.from, &r.to, &perm); err == nil && len(perm) == 4 &&
-			perm[1] == '-' && strings.HasSuffix(line, " "+exe) {
+			perm[1] == '-' && strings.HasSuffix(line, " "+t.exe) {
 			found = append(found, r)
 		}
 	}

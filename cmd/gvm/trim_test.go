@@ -11,13 +11,18 @@ import (
 // writable page has changed.
 func TestTrim(t *testing.T) {
 	before := programRSS(t)
-	if err := trim(); err != nil {
+	files := newTrimmer()
+	err := files.trim()
+	files.close()
+	if err != nil {
 		t.Fatal(err)
 	}
 	if after := programRSS(t); after >= before {
 		t.Errorf("%d KiB of the program are resident, %d before", after, before)
 	}
-	maps, err := programMaps()
+	files = newTrimmer()
+	defer files.close()
+	maps, err := files.programMaps()
 	if err != nil || len(maps) < 2 { // code and constants
 		t.Errorf("%x, %v", maps, err)
 	}

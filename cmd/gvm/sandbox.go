@@ -1,0 +1,74 @@
+package main
+
+import (
+	"path/filepath"
+
+	"github.com/urfave/cli/v2"
+
+	"gvm/control"
+	"gvm/machine"
+	"gvm/sandbox"
+	"gvm/text"
+)
+
+// sandboxDefault is the value of --sandbox if it is not given.
+var sandboxDefault = sandbox.Off.String()
+
+func sandboxFlag() cli.Flag {
+	return &cli.StringFlag{Name: "sandbox", Value: sandboxDefault,
+		Usage: "before the guest's first instruction give up every right that the machine does not need: `MODE` on, off, " +
+			"or strict, which fails where the kernel cannot take all of them; see docs/security.md"}
+}
+
+func parseSandbox(c *cli.Context) (sandbox.Mode, error) {
+	mode, ok := sandbox.ParseMode(c.String("sandbox"))
+	if !ok {
+		return mode, text.OneOfNames("--sandbox ", c.String("sandbox"), sandbox.ModeNames[:])
+	}
+	return mode, nil
+}
+
+// seal gives the machine its sandbox, with the files of the process. A refused call ends the process
+// with the status.
+func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
+	p := sandbox.Policy{Mode: rc.sandbox, Refused: func(c sandbox.Refusal) {
+		exitNow(status, patience, func() { stderr.say("gvm: " + c.String() + "\n") })
+	}}
+	if p.Mode == sandbox.Off {
+		return
+	}
+	allow := func(path string, rights sandbox.Right) {
+		p.Paths = append(p.Paths, sandbox.Path{Name: path, Rights: rights})
+	}
+	if rc.broker != nil {
+		p.Uses |= sandbox.Child
+	}
+	if gdb != nil && gdb.path != "" {
+		allow(filepath.Dir(gdb.path), sandbox.Remove)
+	}
+	if rc.spec.Vsock != nil && rc.vsock != nil {
+		p.Uses |= sandbox.Connect
+		dir := control.DefaultDirectory().Path()
+		if rc.vsock.path != "" {
+			dir = filepath.Dir(rc.vsock.path)
+		}
+		allow(dir, sandbox.Remove)
+	}
+	if rc.user != nil {
+		p.Uses |= sandbox.Child
+	}
+	if rc.watch != nil {
+		if rc.watch.prepare(); rc.watch.decoder != nil {
+			p.Uses |= sandbox.Child
+			p.Groups = append(p.Groups, rc.watch.decoder.Group())
+		}
+	}
+	if rc.record != nil {
+		allow(rc.record.dir, sandbox.Read|sandbox.Write|sandbox.Make)
+	}
+	rc.spec.Sandbox = &machine.Sandbox{Policy: p, Entered: func(r sandbox.Report) {
+		for _, s := range r.Missing {
+			note("sandbox: " + s)
+		}
+	}}
+}

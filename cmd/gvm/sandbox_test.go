@@ -1,0 +1,97 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/panics"
+)
+
+const (
+	// sandboxEnv is the default of --sandbox of the test binary as gvm.
+	sandboxEnv = "GVM_TEST_SANDBOX"
+	// attackEnv is what that does at SIGUSR1, as if its guest had taken it over.
+	attackEnv = "GVM_TEST_ATTACK"
+)
+
+// tries are the attacks of attackEnv; package sandbox has more.
+var tries = map[string]func() error{
+	"execve": func() error { return syscall.Exec("/bin/true", nil, nil) },
+	"socket": func() error {
+		_, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+		return err
+	},
+	"ptrace": func() error { return unix.PtraceAttach(1) },
+	"open": func() error {
+		_, err := os.ReadFile("/etc/passwd")
+		return err
+	},
+	"create": func() error { return os.WriteFile("/etc/gvm", nil, 0o600) },
+}
+
+func attackAtSignal(what string) {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGUSR1)
+	panics.Go(func() {
+		<-c
+		note(fmt.Sprintf("%s: %v", what, errors.Is(tries[what](), unix.EACCES)))
+	})
+}
+
+// TestSandbox: a guest runs in the sandbox, and attacks from gvm's process are refused: gvm ends with one
+// line and restores the terminal, which wait checks; files are not there.
+func TestSandbox(t *testing.T) {
+	t.Parallel()
+	if r := gvmRuns(t, command(t, "run", "--sandbox=on")); r.status != 0 || !strings.Contains(r.out, "PASS") {
+		t.Errorf("status %d: %s%s", r.status, r.out, r.errs)
+	}
+	for _, tt := range []struct{ what, text string }{
+		{"execve", "gvm: the sandbox refused the system call "}, // Go sets a limit first
+		{"socket", "gvm: the sandbox refused the system call socket (41), arguments 0x2 0x1 0x0: "},
+		{"ptrace", "gvm: the sandbox refused the system call ptrace (101), arguments 0x10 0x1 0x0: "},
+		{"open", "gvm: open: true"},
+		{"create", "gvm: create: true"},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			t.Parallel()
+			p := startOnTerminalAs(t, func(p *proc) { p.cmd.Env = append(p.cmd.Env, attackEnv+"="+tt.what) },
+				append(guestRun("spin"), "--sandbox=on")...)
+			p.expect("spinning")
+			p.signal(syscall.SIGUSR1)
+			p.expect(tt.text)
+			want := exitBug
+			if strings.HasSuffix(tt.text, "true") {
+				want = exitTerminated
+				p.signal(syscall.SIGTERM)
+			}
+			if r := p.wait(); r.status != want {
+				t.Errorf("status %d, want %d: %q", r.status, want, r.out)
+			}
+		})
+	}
+}
+
+// TestSandboxWords: a value that is none, and a matrix, which has no sandbox.
+func TestSandboxWords(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		args   []string
+		status int
+		text   string
+	}{
+		{[]string{"run", "--sandbox=strikt"}, exitUsage, "--sandbox strikt: want off, on or strict; did you mean strict?"},
+		{[]string{"test", "--sandbox=strict", "--repeat", "2", "--", "true"}, exitUntested,
+			"--sandbox=strict is for one machine"},
+	} {
+		if r := gvmRuns(t, command(t, tt.args...)); r.status != tt.status || !strings.Contains(r.errs, tt.text) {
+			t.Errorf("%q: status %d: %s", tt.args, r.status, r.errs)
+		}
+	}
+}
