@@ -41,9 +41,10 @@ ZSHDIR = share/zsh/site-functions
 
 .PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams model blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
+.PHONY: release
 
 build: ## static binaries: bin/gvm, bin/gvm-plot, which draws its plots, and bin/gvm-net, its network
-	$(GO) build -tags $(TAGS) -trimpath -ldflags '$(LDFLAGS)' $(SELDOM:%=-gcflags=%=-l) -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
+	$(GO) build -tags $(TAGS) -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' $(SELDOM:%=-gcflags=%=-l) -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
 
 run: ## boot the embedded guest
 	$(GO) run ./cmd/gvm run
@@ -74,7 +75,7 @@ long: ## the tests with Linux guests that take longest, and other kernels for th
 	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
 
 # All words that test something. One that fails does not keep the others from running.
-ALL ?= test model long lint race distribution kernel kubernetes streams vhost conformance soak fuzz racelab
+ALL ?= test model long lint race distribution kernel kubernetes streams vhost conformance soak fuzz release racelab
 test-all: ## test, and then all the rest; what took longest comes at the end
 	@times=$$(mktemp) || exit 1; export GVM_TEST_TIMES=$$times; failed=; \
 	for word in $(ALL); do echo "test-all: $$word"; $(MAKE) $$word || failed="$$failed $$word"; done; \
@@ -228,6 +229,9 @@ deb: stage ## a Debian package, bin/gvm_VERSION_amd64.deb
 	sed "s|@VERSION@|$$version|; s|@SIZE@|$$size|; s|@MAINTAINER@|$(MAINTAINER)|" packaging/control >$(BIN)/deb/DEBIAN/control && \
 	chmod -R u=rwX,go=rX $(BIN)/deb && \
 	dpkg-deb --root-owner-group $(DEBFLAGS) --build $(BIN)/deb $(BIN)/gvm_$${version}_amd64.deb
+
+release: ## programs, Debian package, their contents and checksums in bin/release, built twice: VERSION=1.2.3
+	GO='$(GO)' packaging/release.sh '$(abspath $(BIN))/release' '$(VERSION)'
 
 clean:
 	rm -rf bin bench

@@ -81,7 +81,7 @@ var may = []struct{ pkg, imports string }{
 	{"verdict/klog", ""},
 	{"verdict/ktap", "verdict/klog"},
 	{"verdict", "verdict/klog verdict/ktap"},
-	{"packaging", ""},
+	{"packaging/...", ""},
 	{"control", "inspect text"},
 	{"broker",
 		"control devices/block devices/scsi devices/scsi/lio devices/scsi/sidecar kvmapi/nowait machine/disk text"},

@@ -4,6 +4,8 @@ package packaging_test
 import (
 	"bytes"
 	"compress/gzip"
+	"debug/buildinfo"
+	"debug/elf"
 	"io"
 	"io/fs"
 	"maps"
@@ -21,8 +23,15 @@ import (
 // output runs a program at the top of the repository.
 func output(t *testing.T, name string, args ...string) string {
 	t.Helper()
+	return outputIn(t, "..", nil, name, args...)
+}
+
+// outputIn runs a program in a directory.
+func outputIn(t *testing.T, dir string, env []string, name string, args ...string) string {
+	t.Helper()
 	c := exec.Command(name, args...)
-	c.Dir = ".."
+	c.Dir = dir
+	c.Env = append(os.Environ(), env...)
 	var errs bytes.Buffer
 	c.Stderr = &errs
 	out, err := c.Output()
@@ -101,9 +110,40 @@ func sources(t *testing.T, source func(path string)) {
 	}
 }
 
-// TestPackage builds the Debian package twice, which gives the same bytes, and unpacks it: gvm runs,
-// each command and each option of a disk is in a man page, and shells load the completion. Then
-// install, with a PREFIX and a DESTDIR, copies the same files, and uninstall removes no others.
+// copyTree copies the files of the module, without those of version control and of builds.
+func copyTree(t *testing.T, to string) {
+	t.Helper()
+	if err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		dest := filepath.Join(to, strings.TrimPrefix(path, ".."))
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && path != ".." && (d.Name()[0] == '.' || d.Name() == "bin" || d.Name() == "bench"):
+			return fs.SkipDir
+		case d.IsDir():
+			return os.MkdirAll(dest, 0o777)
+		case !d.Type().IsRegular():
+			return nil
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		fi, err := d.Info()
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(dest, text, fi.Mode())
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestPackage builds the Debian package twice, the second time from a copy of the tree without
+// version control, which gives the same bytes, and unpacks it: gvm runs, each command and each option
+// of a disk is in a man page, and shells load the completion. The list of contents and
+// docs/dependencies.md have the modules of the programs. Then install, with a PREFIX and a DESTDIR,
+// copies the same files, and uninstall removes no others.
 func TestPackage(t *testing.T) {
 	environment := map[string]bool{}
 	sources(t, func(path string) {
@@ -121,8 +161,19 @@ func TestPackage(t *testing.T) {
 
 	work := t.TempDir()
 	var packages []string
-	for _, bin := range []string{filepath.Join(work, "one"), filepath.Join(work, "two")} {
-		output(t, "make", "deb", "BIN="+bin, "DEBFLAGS=-Znone") // xz would take most of the time
+	another := filepath.Join(work, "another/directory")
+	copyTree(t, another)
+	for _, build := range []struct {
+		dir, bin, umask string
+		env             []string
+	}{
+		{"..", filepath.Join(work, "one"), "022", []string{"GOFLAGS=-buildvcs=auto", "TZ=UTC"}},
+		{another, filepath.Join(another, "bin"), "077", []string{"TZ=Asia/Kolkata"}},
+	} {
+		outputIn(t, build.dir, build.env, "sh", "-c", `umask "$1"; shift; exec make deb "$@"`, "sh", build.umask,
+			"BIN="+build.bin, "SOURCE_DATE_EPOCH=1700000000", "MAINTAINER=gvm <gvm@example.org>",
+			"DEBFLAGS=-Znone") // xz would take most of the time
+		bin := build.bin
 		found, err := filepath.Glob(filepath.Join(bin, "gvm_*_amd64.deb"))
 		if err != nil || len(found) != 1 {
 			t.Fatalf("packages %q: %v", found, err)
@@ -160,6 +211,26 @@ func TestPackage(t *testing.T) {
 			t.Errorf("%s has mode %v, want %v", name, mode, want)
 		}
 	}
+
+	programs := map[string]*buildinfo.BuildInfo{}
+	for _, name := range []string{"gvm", "gvm-plot", "gvm-net"} {
+		path := filepath.Join(usr, "bin", name)
+		info, err := buildinfo.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		programs[name] = info
+		program, err := elf.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if slices.ContainsFunc(program.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }) {
+			t.Errorf("%s is not static", name)
+		}
+		program.Close()
+	}
+	t.Run("contents", func(t *testing.T) { testContents(t, filepath.Join(usr, "bin"), programs) })
+	t.Run("dependencies", func(t *testing.T) { testDependencies(t, programs) })
 
 	t.Run("man", func(t *testing.T) {
 		top := manPage(t, usr, "gvm")
