@@ -41,7 +41,7 @@ ZSHDIR = share/zsh/site-functions
 
 .PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams model blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
-.PHONY: release
+.PHONY: release fuzz-long fuzz-table
 
 build: ## static binaries: bin/gvm, bin/gvm-plot, which draws its plots, and bin/gvm-net, its network
 	$(GO) build -tags $(TAGS) -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' $(SELDOM:%=-gcflags=%=-l) -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
@@ -120,6 +120,16 @@ fuzz: ## every fuzz target, FUZZTIME each
 	    $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1x $$pkg || exit 1; \
 	  done; \
 	done
+
+# It takes most of a day: not a word of ALL.
+FUZZMINUTES ?= 30
+FUZZ ?= .
+FUZZPARALLEL ?= 0
+fuzz-long: ## the fuzz targets that FUZZ=REGEXP matches, FUZZMINUTES=30 each; goes on after an interruption
+	$(GO) run ./guest-tests/cmd/fuzz -time $(FUZZMINUTES)m -run '$(FUZZ)' -parallel $(FUZZPARALLEL)
+
+fuzz-table: ## add new fuzz targets to docs/fuzzing.md, and measure those again that FUZZ=REGEXP matches
+	$(GO) run ./guest-tests/cmd/fuzz -table -run '$(if $(filter-out .,$(FUZZ)),$(FUZZ),^$$)'
 
 soak: ## kill gvm 200 times while its guest writes, and look for what was lost
 	GVM_TEST_KILLS=40 $(GO) test -run TestKilledInJournal -count=1 -timeout 30m -v ./cmd/gvm

@@ -115,6 +115,7 @@ func TestDoorRefuses(t *testing.T) {
 	}
 }
 
+// FuzzRequest: only a request that posts adds a disk, and one with an error adds none.
 func FuzzRequest(f *testing.F) {
 	for _, request := range []string{
 		"GET /v1/machine HTTP/1.1\r\nHost: gvm\r\n\r\n",

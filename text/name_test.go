@@ -43,6 +43,7 @@ func TestName(t *testing.T) {
 	}
 }
 
+// FuzzName: any name comes back from JSON, and readers that do not know Name can read it.
 func FuzzName(f *testing.F) {
 	f.Add("a\xff😀\\udcff")
 	f.Fuzz(func(t *testing.T, s string) {

@@ -50,6 +50,7 @@ func TestWriter(t *testing.T) {
 	}
 }
 
+// FuzzPrintable: any text becomes printable, and stays as it is the second time.
 func FuzzPrintable(f *testing.F) {
 	f.Add("\x1b[31m")
 	f.Fuzz(func(t *testing.T, s string) {

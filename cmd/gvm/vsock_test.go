@@ -28,6 +28,7 @@ func TestParseVsock(t *testing.T) {
 	}
 }
 
+// FuzzParseVsock: any value of --vsock gives a device or an error, and not both.
 func FuzzParseVsock(f *testing.F) {
 	f.Add("unix,cid=7,path=a,b")
 	f.Fuzz(func(t *testing.T, s string) {

@@ -99,6 +99,7 @@ func TestParseFormat(t *testing.T) {
 	}
 }
 
+// FuzzParsePage reads arbitrary pages of a trace. No field of an event has more than the page.
 func FuzzParsePage(f *testing.F) {
 	fm := format(f)
 	f.Add(page(1000, missedEvents, append(words(6|10<<5), data(1)...), words(30, 5), words(29)))

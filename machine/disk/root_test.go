@@ -111,6 +111,7 @@ func TestRoot(t *testing.T) {
 	}
 }
 
+// FuzzPartitions reads partition tables of arbitrary disks. The number of partitions is bounded.
 func FuzzPartitions(f *testing.F) {
 	for _, b := range []block.Backend{mbr(1, 0x83), gpt(512, linuxRootGUID)} {
 		seed := make([]byte, 20<<10)

@@ -443,6 +443,7 @@ func BenchmarkObserve(b *testing.B) {
 	}
 }
 
+// FuzzReader reads arbitrary traces, with wrong checksums and with right ones.
 func FuzzReader(f *testing.F) {
 	b := write(f, some()...)
 	f.Add(b)

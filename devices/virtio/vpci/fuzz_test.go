@@ -184,6 +184,7 @@ func start() (b []byte) {
 	return b
 }
 
+// FuzzConfig has a guest write any registers, while the device signals, breaks and changes.
 func FuzzConfig(f *testing.F) {
 	seed := func(more ...[]byte) {
 		b := start()

@@ -313,6 +313,7 @@ func TestSessionCommand(t *testing.T) {
 	}
 }
 
+// FuzzFrames: frames read out of arbitrary bytes are those bytes when they are written again.
 func FuzzFrames(f *testing.F) {
 	f.Add(appendFrame(appendFrame(nil, frame{frameData, 1, []byte("x")}), frame{frameClose, 1, nil}))
 	f.Fuzz(func(t *testing.T, in []byte) {
