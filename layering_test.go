@@ -71,7 +71,8 @@ var may = []struct{ pkg, imports string }{
 	{"guest/embedded/...", ""},
 	{"guest/kernel", "vmm/boot kvmapi/nowait text"},
 	{"guest/agent/wire", "text"},
-	{"guest/agent", "guest/agent/wire devices/statusport text"},
+	{"guest/agent/archive", ""},
+	{"guest/agent", "guest/agent/archive guest/agent/wire devices/statusport text"},
 	{"guest/initramfs/initramfstest", ""},
 	{"guest/initramfs", "guest/kernel vmm/boot kvmapi/nowait text"},
 	{"guest/bootinit", "guest/initramfs"},
@@ -106,7 +107,7 @@ var may = []struct{ pkg, imports string }{
 		"machine/... vmm/... devices/... kvmapi/... guestmem broker control inspect plot sandbox text guest/embedded " +
 			"guest/bootinit " +
 			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun testrun/matrix testrun/kubernetes " +
-			"verdict/..."},
+			"verdict/... guest/agent/archive"},
 }
 
 func matches(pattern, pkg string) bool {

@@ -95,33 +95,42 @@ func sessionCommand(c *cli.Command, args []string) *cli.Command {
 // helloPatience bounds the wait for the agent's hello: its guest may hang.
 const helloPatience = 10 * time.Second
 
-// runSession runs a command in the guest of a machine.
-func runSession(client *control.Client, args []string, tty bool) error {
-	cmd := &wire.Command{}
-	for _, a := range args {
-		cmd.Args = append(cmd.Args, text.Name(a))
-	}
+// openSession begins a session with the agent of a machine, which the end of ctx ends.
+func openSession(ctx context.Context, stop func(error), client *control.Client) (*wire.Host, error) {
 	build, err := wire.BuildID(ownProgram)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	ctx, stop := context.WithCancelCause(context.Background())
-	defer stop(nil)
-	s := &execSession{stop: stop}
-	defer catchSignals(ctx, s.take)()
 	conn, err := client.Agent(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer conn.Close()
-	defer context.AfterFunc(ctx, panics.Func(func() { conn.Close() }))()
+	context.AfterFunc(ctx, panics.Func(func() { conn.Close() }))
 	silent := time.AfterFunc(helloPatience, panics.Func(func() {
 		stop(fmt.Errorf("the agent of machine %s does not answer in %v: its guest may hang", client.Name(), helloPatience))
 	}))
 	h, err := wire.Accept(conn, wire.HostConfig{Build: build})
 	silent.Stop()
 	if err != nil {
-		return lostSession(ctx, client, err)
+		conn.Close()
+		return nil, lostSession(ctx, client, err)
+	}
+	return h, nil
+}
+
+// runSession runs a command in the guest of a machine.
+func runSession(client *control.Client, args []string, tty bool) error {
+	cmd := &wire.Command{}
+	for _, a := range args {
+		cmd.Args = append(cmd.Args, text.Name(a))
+	}
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	s := &execSession{stop: stop}
+	defer catchSignals(ctx, s.take)()
+	h, err := openSession(ctx, stop, client)
+	if err != nil {
+		return err
 	}
 	defer h.Close()
 	s.begin(h)

@@ -160,7 +160,7 @@ var commands = []struct {
 	{"balloon", balloonCommand}, {"inspect", inspectCommand}, {"stat", statCommand},
 	{"pause", pauseCommand}, {"resume", resumeCommand},
 	{"reset", resetCommand}, {"dump", dumpCommand},
-	{"console", consoleCommand}, {"exec", execCommand}, {"shell", shellCommand},
+	{"console", consoleCommand}, {"exec", execCommand}, {"shell", shellCommand}, {"cp", cpCommand},
 	{"nmi", nmiCommand}, {"sysrq", sysrqCommand},
 	{"stop", stopCommand}, {"image", imageCommand}, {"kernel", kernelCommand}, {"doctor", doctorCommand},
 	{"bench", benchCommand}, {"trace", traceCommand},

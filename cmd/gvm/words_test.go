@@ -176,7 +176,8 @@ func TestCompletion(t *testing.T) {
 		want  []string
 	}{
 		{[]string{"gvm", "ru"}, []string{"run"}},
-		{[]string{"gvm", ""}, []string{"abi", "balloon", "bench", "completion", "console", "disk", "doctor", "dump",
+		{[]string{"gvm", ""}, []string{"abi", "balloon", "bench", "completion", "console", "cp", "disk", "doctor",
+			"dump",
 			"exec", "exit-status",
 			"h", "help",
 			"image", "inspect", "kernel", "kunit", "lio", "list", "nmi", "pause", "ps",

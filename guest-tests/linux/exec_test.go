@@ -14,7 +14,8 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// TestExec: beside the command of gvm test others run in its guest, by gvm exec and gvm shell, and gvm dump
+// TestExec: beside the command of gvm test others run in its guest, by gvm exec and gvm shell, gvm cp
+// copies files into it and out of it, also of /proc and /sys, and gvm dump
 // finds VMCOREINFO and the kernel's text in its memory.
 func TestExec(t *testing.T) {
 	k, bb := theLab(t).Cloud, busybox(t)
@@ -55,6 +56,17 @@ func TestExec(t *testing.T) {
 		{[]string{"exec", name, "--", "/no/such"}, 127, "", "gvm: run /no/such: no such file or directory\n"},
 		{[]string{"exec", name, "--", "sh", "-c", "kill -9 $$"}, 137, "", ""},
 		{[]string{"shell", name}, 2, "", "sh: "},
+		{[]string{"cp", "-", name + ":/tmp/in"}, 0, "", ""},
+		{[]string{"cp", name + ":/tmp/in", "-"}, 0, string(data), ""},
+		{[]string{"cp", "-r", name + ":/sys/module/kernel", "."}, 2, "",
+			"gvm: machine " + name + ": /sys/module/kernel/uevent: permission denied; files left out: 1\n"},
+		{[]string{"cp", "-r", "kernel", name + ":/tmp/copy"}, 0, "", ""},
+		{[]string{"exec", name, "--", "find", "/tmp/copy/parameters", "-name", "pani[c]"}, 0,
+			"/tmp/copy/parameters/panic\n", ""},
+		{[]string{"cp", name + ":/proc/version", "version"}, 0, "", ""},
+		{[]string{"cp", name + ":/no/such", "."}, 2, "",
+			"gvm: machine " + name + ": /no/such: no such file or directory\n"},
+		{[]string{"cp", "version", name + ":/proc/no/"}, 2, "", "gvm: machine " + name + ": /proc/no/: there is no such"},
 		{[]string{"dump", name, "core"}, 0, "", "gvm: dumped " + name + ", Linux " + k.Release + "\n"},
 	} {
 		cmd := gvm(c.args...)
@@ -69,6 +81,10 @@ func TestExec(t *testing.T) {
 		if cmd.ProcessState.ExitCode() != c.status || out.String() != c.out || !strings.HasPrefix(errs, c.errs) {
 			t.Errorf("gvm %q: status %d, %d bytes, %q", c.args, cmd.ProcessState.ExitCode(), out.Len(), errs)
 		}
+	}
+	b, err := os.ReadFile(filepath.Join(run, "version"))
+	if err != nil || !strings.HasPrefix(string(b), "Linux version "+k.Release) {
+		t.Errorf("the guest's /proc/version: %q, %v", b, err)
 	}
 	e, err := elf.Open(filepath.Join(run, "core"))
 	if err != nil {

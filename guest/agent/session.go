@@ -71,7 +71,7 @@ func (g *guest) session(conn *os.File, own *wire.Command) {
 		return
 	}
 	c := *own
-	c.Args, c.Terminal, c.Env = cmd.Args, cmd.Terminal, append(slices.Clip(cmd.Env), own.Env...)
+	c.Args, c.Terminal, c.Env, c.Copy = cmd.Args, cmd.Terminal, append(slices.Clip(cmd.Env), own.Env...), cmd.Copy
 	there := func(file string) bool { _, err := os.Stat(file); return err == nil }
 	if name := string(c.Args[0]); path.Base(string(own.Args[0])) == "busybox" && !strings.Contains(name, "/") &&
 		!slices.ContainsFunc(candidates(name, c.Env), there) {

@@ -4,11 +4,14 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"gvm/guest/agent/archive"
 	"gvm/guest/agent/wire"
 	"gvm/text"
 )
@@ -100,5 +103,89 @@ func TestSessions(t *testing.T) {
 	hosts[4].Close()
 	if out, _, exit := main.end(t); out != "" || exit != (wire.Exit{}) {
 		t.Errorf("the guest's own command: %q, %+v", out, exit)
+	}
+}
+
+// TestCopies: files are copied in the directory of the guest's own command and as its user, into the guest and
+// out of it; a copy whose host is gone leaves nothing.
+func TestCopies(t *testing.T) {
+	conns, files := make([]net.Conn, 4), make([]*os.File, 4)
+	for i := range conns {
+		conns[i], files[i] = sessionPair(t)
+	}
+	dir := t.TempDir()
+	own := sh("echo up; cat")
+	own.Dir = text.Name(dir)
+	if os.Getuid() == 0 {
+		if own.UID = 1234; os.Chown(dir, 1234, 0) != nil || os.Chmod(filepath.Dir(dir), 0o755) != nil {
+			t.Fatal("cannot give the directory to another user")
+		}
+	}
+	main := run(t, own, files...)
+	for _, f := range files {
+		f.Close()
+	}
+	main.expect(t, "up\n")
+	open := func(i int, c wire.Copy) *wire.Host {
+		t.Helper()
+		h, err := wire.Accept(conns[i], wire.HostConfig{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := h.Command(&wire.Command{Args: []text.Name{"cp"}, Copy: &c}); err != nil {
+			t.Fatal(err)
+		}
+		return h
+	}
+	end := func(h *wire.Host, status int, reason string) {
+		t.Helper()
+		errs, err := io.ReadAll(h.Stderr)
+		exit, werr := h.Wait()
+		if err != nil || werr != nil || exit != (wire.Exit{Status: status}) || string(errs) != reason {
+			t.Errorf("%+v, %v, %v, %q", exit, err, werr, errs)
+		}
+		h.Bye()
+		h.Close()
+	}
+	cut := open(3, wire.Copy{Path: "cut", Into: true})
+	var part strings.Builder
+	data := strings.Repeat("data", 1<<20)
+	if err := archive.PackStream(&part, strings.NewReader(data)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(cut.Stdin, part.String()[:3<<20]); err != nil {
+		t.Fatal(err)
+	}
+	cut.Close()
+
+	h := open(0, wire.Copy{Path: "new", Into: true})
+	if err := archive.PackStream(h.Stdin, strings.NewReader(data)); err != nil {
+		t.Error(err)
+	}
+	h.Stdin.Close()
+	end(h, 0, "")
+	h = open(1, wire.Copy{Path: "new"})
+	var got strings.Builder
+	if err := archive.UnpackStream(h.Stdout, &got); err != nil || got.String() != data {
+		t.Errorf("%d bytes, %v", got.Len(), err)
+	}
+	end(h, 0, "")
+	end(open(2, wire.Copy{Path: "none"}), wire.CopyRefused, "none: no such file or directory\n")
+
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(dir, "new"), &st); err != nil || st.Uid != own.UID && os.Getuid() == 0 {
+		t.Errorf("the file is user %d's: %v", st.Uid, err)
+	}
+	for { // until the agent has seen the end of the cut one
+		if names, err := filepath.Glob(dir + "/.*"); err != nil || len(names) == 0 {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if _, _, exit := main.end(t); exit != (wire.Exit{}) {
+		t.Errorf("the guest's own command: %+v", exit)
+	}
+	if names, err := filepath.Glob(dir + "/*"); err != nil || len(names) != 1 {
+		t.Errorf("%v, %v", names, err)
 	}
 }

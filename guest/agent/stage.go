@@ -44,6 +44,14 @@ func stage() int {
 	cmd, err := wire.ReadCommand(os.NewFile(stageIn, "command"))
 	e := wire.Exit{Status: exitNoTest}
 	if err == nil {
+		err = settle(cmd)
+	}
+	if err == nil && cmd.Copy != nil {
+		unix.Write(stageOut, []byte(stageReady))
+		unix.Close(stageOut)
+		return copyFiles(cmd.Copy)
+	}
+	if err == nil {
 		e.Status, err = become(cmd)
 	}
 	e.Err = err.Error()
@@ -60,12 +68,12 @@ func reserveMemory() {
 	runtime.GC()
 }
 
-// become executes cmd in this process. It returns only a failure and its exit status.
-func become(cmd *wire.Command) (int, error) {
+// settle gives this process the limits, the user and the directory of cmd.
+func settle(cmd *wire.Command) error {
 	reserveMemory()
 	for _, r := range cmd.Rlimits {
 		if err := syscall.Setrlimit(r.Resource, &syscall.Rlimit{Cur: r.Soft, Max: r.Hard}); err != nil {
-			return exitNoTest, fmt.Errorf("set resource limit %d to %d and %d: %w", r.Resource, r.Soft, r.Hard, err)
+			return fmt.Errorf("set resource limit %d to %d and %d: %w", r.Resource, r.Soft, r.Hard, err)
 		}
 	}
 	groups := make([]int, len(cmd.Groups))
@@ -74,21 +82,23 @@ func become(cmd *wire.Command) (int, error) {
 	}
 	// A kernel without CONFIG_MULTIUSER has only user 0, and not these calls.
 	if err := syscall.Setgroups(groups); err != nil && (err != unix.ENOSYS || len(groups) > 0) {
-		return exitNoTest, fmt.Errorf("set the groups %v: %w", groups, err)
+		return fmt.Errorf("set the groups %v: %w", groups, err)
 	}
 	if err := syscall.Setgid(int(cmd.GID)); err != nil && (err != unix.ENOSYS || cmd.GID != 0) {
-		return exitNoTest, fmt.Errorf("set the group %d: %w", cmd.GID, err)
+		return fmt.Errorf("set the group %d: %w", cmd.GID, err)
 	}
 	if err := syscall.Setuid(int(cmd.UID)); err != nil && (err != unix.ENOSYS || cmd.UID != 0) {
-		return exitNoTest, fmt.Errorf("set the user %d: %w", cmd.UID, err)
+		return fmt.Errorf("set the user %d: %w", cmd.UID, err)
 	}
 	dir := string(cmd.Dir)
 	if dir == "" {
 		dir = "/"
 	}
-	if err := os.Chdir(dir); err != nil {
-		return exitNoTest, err
-	}
+	return os.Chdir(dir)
+}
+
+// become executes cmd in this process. It returns only a failure and its exit status.
+func become(cmd *wire.Command) (int, error) {
 	name := string(cmd.Args[0])
 	reason, status := error(unix.ENOENT), 127
 	if !strings.Contains(name, "/") {

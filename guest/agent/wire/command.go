@@ -32,7 +32,24 @@ type Command struct {
 	Hostname string      `json:"hostname,omitempty"`
 
 	Disks []DiskVariable `json:"disks,omitempty"` // set before the command starts, unless Env has them
+
+	Copy *Copy `json:"copy,omitempty"` // in place of a program
 }
+
+// Copy copies files, in an archive of package archive: into the guest from stdin, or out of it to stdout. Its
+// end has the status CopyRefused or CopyFailed and a reason on stderr, or 0.
+type Copy struct {
+	Path      text.Name `json:"path"`
+	Base      text.Name `json:"base,omitempty"` // of the source, for one into the guest
+	Into      bool      `json:"into,omitempty"`
+	Recursive bool      `json:"recursive,omitempty"`
+}
+
+// Statuses of a Copy.
+const (
+	CopyRefused = 2 // the user can mend it
+	CopyFailed  = 3
+)
 
 // DiskVariable is a variable of the command's environment that names disks: their device nodes,
 // separated by spaces.
