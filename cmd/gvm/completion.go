@@ -3,11 +3,14 @@ package main
 import (
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/urfave/cli/v2"
+
+	"gvm/control"
 	"gvm/machine/disk"
 	"gvm/text"
 )
@@ -27,14 +30,14 @@ var completions = map[string]string{
   done
   [[ $last != [=:]* ]] || last=
   words=("${COMP_WORDS[@]:0:i}")
-  [[ $cur != -* && $cur != *,* ]] || words+=("$cur")
+  [[ $cur != -* && $cur != *[,:]* ]] || words+=("$cur")
   mapfile -t words < <("${words[@]}" --generate-bash-completion 2>/dev/null)
   COMPREPLY=()
   for word in "${words[@]}"; do
     [[ $word != "$cur"* ]] || COMPREPLY+=("${word#"${cur%"$last"}"}")
   done
   [[ ${#COMPREPLY[@]} -gt 0 ]] || mapfile -t COMPREPLY < <(compgen -f -- "$last")
-  [[ ${COMPREPLY[0]} != *= ]] || compopt -o nospace 2>/dev/null
+  [[ ${COMPREPLY[0]} != *[=:] ]] || compopt -o nospace 2>/dev/null
 }
 complete -o bashdefault -o default -F _gvm gvm
 `,
@@ -42,8 +45,8 @@ complete -o bashdefault -o default -F _gvm gvm
 _gvm() {
   local -a words_
   local cur_=${(Q)words[CURRENT]}
-  words_=("${(@f)$(${words[1,CURRENT-1]} ${(M)cur_:#(-*|*,*)} --generate-bash-completion 2>/dev/null)}")
-  if [[ $cur_ == *,* ]]; then
+  words_=("${(@f)$(${words[1,CURRENT-1]} ${(M)cur_:#(-*|*[,:]*)} --generate-bash-completion 2>/dev/null)}")
+  if [[ $cur_ == *[,:]* || $words_[1] == *: ]]; then
     compadd -S '' -- $words_ || { compset -P '*='; _files }
   else
     _describe gvm words_ || _files
@@ -58,32 +61,104 @@ complete -c gvm -F -n 'not __fish_use_subcommand' \
 `,
 }
 
-// completeDisk prints the continuations of a disk for a completion script, and reports whether the
-// word before the cursor is a disk with options. The cli package completes no values of flags.
-func completeDisk(out io.Writer, args []string) bool {
-	n := len(args)
-	if n < 4 || args[n-1] != completionFlag || !strings.Contains(args[n-2], ",") {
+// completeWord prints the continuations of the word before the cursor for a completion script, and reports
+// whether it is a value of a flag, or may be the name of a machine. A script gives the word if it begins with a
+// dash or has a comma or a colon; that of fish gives every word.
+func completeWord(out io.Writer, commands []*cli.Command, args []string) bool {
+	n := len(args) - 1
+	if n < 2 || args[n] != completionFlag {
 		return false
 	}
-	before, value := "", args[n-2]
-	switch name, rest, has := strings.Cut(value, "="); {
-	case args[1] == "disk" && args[2] == "add":
-	case args[1] != "run":
-		return false
-	case has && isDiskFlag(name):
-		before, value = name+"=", rest
-	case !isDiskFlag(args[n-3]):
+	c, at := findCommand(commands, args[:n])
+	if c == nil {
 		return false
 	}
-	for _, c := range disk.Complete(value) {
-		fmt.Fprintln(out, before+c)
+	flag, values, rest := "", []string(nil), []string(nil) // flag: whose value is the next word
+	for i, word := range args[at:n] {
+		last := at+i == n-1
+		name, value, has := strings.Cut(word, "=")
+		switch isFlag := len(word) > 1 && word[0] == '-'; {
+		case flag != "":
+			if last {
+				values = valuesOf(c, flag, "", word)
+			}
+			flag = ""
+		case isFlag && has && last:
+			values = valuesOf(c, name, name+"=", value)
+		case isFlag && !has && takesNext(c, word):
+			if flag = word; last {
+				values = valuesOf(c, flag, "", "")
+			}
+		case word == "--", isFlag && last && !hasFlag(c, word):
+			return false // the cli package completes names of flags
+		case !isFlag:
+			rest = append(rest, word)
+		}
 	}
-	return true
+	if values == nil && flag == "" {
+		if args[1] == "disk" && c.Name == "add" && len(rest) > 0 && strings.Contains(rest[len(rest)-1], ",") {
+			values = disk.Complete(rest[len(rest)-1])
+		} else {
+			values = machineNames(c, rest)
+		}
+	}
+	for _, v := range values {
+		fmt.Fprintln(out, v)
+	}
+	return values != nil
 }
 
-// isDiskFlag reports whether a word is the flag --disk.
-func isDiskFlag(word string) bool {
-	return slices.Contains([]string{"--disk", "-disk", "-d", "--d"}, word)
+// valuesOf returns the continuations of the value of a flag of gvm run or gvm test, with what is before it; nil:
+// unknown. The cli package completes no values.
+func valuesOf(c *cli.Command, flag, before, value string) (values []string) {
+	if c.Name != "run" && c.Name != "test" {
+		return nil
+	}
+	switch strings.TrimLeft(flag, "-") {
+	case "disk", "d":
+		values = disk.Complete(value)
+	case "net":
+		values = completeNet(value)
+	case "vsock":
+		values = completeVsock(value)
+	case "publish":
+		values = completePublish(value)
+	case "watchdog":
+		values = slices.Sorted(maps.Keys(watchdogs))
+	default:
+		return nil
+	}
+	for i := range values {
+		values[i] = before + values[i]
+	}
+	return append([]string{}, values...)
+}
+
+// machineNames returns the names of machines if the next of a command's words, or the last one, may be one.
+func machineNames(c *cli.Command, words []string) []string {
+	last := ""
+	if len(words) > 0 {
+		last = words[len(words)-1]
+	}
+	colon := ""
+	switch {
+	case c.Name == "cp":
+		colon = ":"
+	case !strings.HasPrefix(strings.Trim(c.ArgsUsage, "["), "VM") || len(words) > 1:
+		return nil
+	}
+	entries, err := control.DefaultDirectory().List()
+	if err != nil {
+		return nil
+	}
+	var names []string
+	for _, e := range entries {
+		if colon == "" && e.Name == last {
+			return nil // the next word is no machine
+		}
+		names = append(names, e.Name+colon)
+	}
+	return names
 }
 
 func completionCommand() *cli.Command {

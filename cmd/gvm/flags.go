@@ -14,15 +14,8 @@ func flagsFirst(commands []*cli.Command, args []string) []string {
 	if len(args) == 0 || args[len(args)-1] == completionFlag {
 		return args
 	}
-	at, command := 1, (*cli.Command)(nil)
-	for ; at < len(args); at++ {
-		i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(args[at]) })
-		if i < 0 {
-			break
-		}
-		command, commands = commands[i], commands[i].Subcommands
-	}
-	if command == nil || len(commands) > 0 || command.Name == "test" || command.Name == "exec" {
+	command, at := findCommand(commands, args)
+	if command == nil || command.Name == "test" || command.Name == "exec" {
 		return args
 	}
 	flags, rest := slices.Clone(args[:at]), []string(nil)
@@ -48,12 +41,34 @@ func flagsFirst(commands []*cli.Command, args []string) []string {
 	return append(append(flags, "--"), rest...)
 }
 
+// findCommand returns the command that args name, nil for a group or none, and the index of its first word.
+func findCommand(commands []*cli.Command, args []string) (command *cli.Command, at int) {
+	for at = 1; at < len(args); at++ {
+		i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(args[at]) })
+		if i < 0 {
+			break
+		}
+		command, commands = commands[i], commands[i].Subcommands
+	}
+	if len(commands) > 0 {
+		command = nil
+	}
+	return command, at
+}
+
 // takesNext reports whether the value of a flag is the next word.
 func takesNext(command *cli.Command, word string) bool {
 	name := strings.TrimLeft(word, "-")
 	return slices.ContainsFunc(command.Flags, func(f cli.Flag) bool {
 		d, ok := f.(cli.DocGenerationFlag)
 		return ok && d.TakesValue() && slices.Contains(f.Names(), name)
+	})
+}
+
+// hasFlag reports whether a word is the name of a flag.
+func hasFlag(command *cli.Command, word string) bool {
+	return slices.ContainsFunc(command.Flags, func(f cli.Flag) bool {
+		return slices.Contains(f.Names(), strings.TrimLeft(word, "-"))
 	})
 }
 

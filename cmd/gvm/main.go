@@ -78,7 +78,7 @@ func gvm(args []string) (status int) {
 	out := &keepError{w: a.Writer}
 	a.Writer = out
 	var err error
-	if !completeDisk(out, args) {
+	if !completeWord(out, a.Commands, args) {
 		err = a.Run(flagsFirst(a.Commands, args))
 	}
 	if begun != nil {

@@ -3,7 +3,9 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	stdnet "net"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -110,4 +112,29 @@ func parseNet(s string) (n netConfig, err error) {
 		}
 	}
 	return n, err
+}
+
+// completeNet continues a value of --net.
+func completeNet(s string) (values []string) {
+	at := strings.LastIndexByte(s, ',') + 1
+	if at == 0 {
+		return []string{"none", "tap=", "user"}
+	}
+	kind, _, _ := strings.Cut(s[:at-1], ",")
+	kind, _, _ = strings.Cut(kind, "=")
+	given := "," + s[:at]
+	key, _, hasValue := strings.Cut(s[at:], "=")
+	for _, name := range slices.Sorted(maps.Keys(netOptions[kind])) {
+		word := s[:at] + name + "="
+		switch {
+		case strings.Contains(given, ","+name+"="):
+		case !hasValue:
+			values = append(values, word)
+		case name == key && name == "vhost":
+			values = append(values, word+"auto", word+"off", word+"on")
+		case name == key && name == "host":
+			values = append(values, word+"off", word+"on")
+		}
+	}
+	return values
 }

@@ -60,6 +60,14 @@ func parsePublish(s string) (p publication, err error) {
 	return p, nil
 }
 
+// completePublish continues a value of --publish: an address of this host, or the protocol.
+func completePublish(s string) []string {
+	if p, err := parsePublish(s); err == nil && !strings.Contains(p.word, "/") {
+		return []string{s + "/tcp", s + "/udp"}
+	}
+	return []string{"0.0.0.0:", "127.0.0.1:", "[::1]:", "[::]:"}
+}
+
 // cutLast cuts s around its last colon.
 func cutLast(s string) (before, after string, found bool) {
 	if i := strings.LastIndexByte(s, ':'); i >= 0 {

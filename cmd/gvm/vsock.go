@@ -91,6 +91,23 @@ func parseVsock(s string) (*vsockConfig, error) {
 	return v, v.check()
 }
 
+// completeVsock continues a value of --vsock.
+func completeVsock(s string) (values []string) {
+	at := strings.LastIndexByte(s, ',') + 1
+	if at == 0 {
+		return []string{vsockUnix, vsockVhost + ",cid="}
+	}
+	given := "," + s[:at]
+	for _, o := range vsockOptions {
+		path := o.name == "path"
+		if !strings.Contains(given, ","+o.name+"=") && !(path && strings.HasPrefix(s, vsockVhost)) &&
+			!strings.Contains(given, ",path=") {
+			values = append(values, s[:at]+o.name+"=")
+		}
+	}
+	return values
+}
+
 // check refuses options that do not go with each other.
 func (v *vsockConfig) check() error {
 	switch {

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"gvm/control"
 	"gvm/machine/disk"
 )
 
@@ -171,6 +172,14 @@ func TestCompletion(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	run := t.TempDir()
+	for _, name := range []string{"build", "other"} {
+		s, err := control.Claim(control.In(filepath.Join(run, "gvm")), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { s.Close() }) // after the parallel subtests
+	}
 	for _, tt := range []struct {
 		words []string
 		want  []string
@@ -194,6 +203,29 @@ func TestCompletion(t *testing.T) {
 		{[]string{"gvm", "run", "--disk", "disk.img,overlay", "=", "bz"}, []string{"bzImage"}},
 		{[]string{"gvm", "disk", "add", "build", "disk.img,rea"}, []string{"disk.img,readonly"}},
 		{[]string{"gvm", "run", "--cpu-features", "x,rea"}, []string{""}},
+		{[]string{"gvm", "run", "--net", ""}, []string{"none", "tap=", "user"}},
+		{[]string{"gvm", "run", "--net", "=", "us"}, []string{"user"}},
+		{[]string{"gvm", "run", "--net", "user,"}, []string{"user,host=", "user,mac="}},
+		{[]string{"gvm", "run", "--net", "user,host", "="}, []string{"off", "on"}},
+		{[]string{"gvm", "run", "--net", "tap", "=", "tap0,queues", "=", "2,"}, []string{"2,mac=", "2,vhost="}},
+		{[]string{"gvm", "run", "--net", "tap", "=", "tap0,vhost", "=", "o"}, []string{"off", "on"}},
+		{[]string{"gvm", "run", "--vsock", ""}, []string{"unix", "vhost,cid="}},
+		{[]string{"gvm", "run", "--vsock", "unix,"}, []string{"unix,cid=", "unix,path="}},
+		{[]string{"gvm", "run", "--vsock", "vhost,"}, []string{"vhost,cid="}},
+		{[]string{"gvm", "run", "--vsock", "path", "=", "di"}, []string{"disk.img"}},
+		{[]string{"gvm", "run", "--watchdog", ""}, []string{"exit", "nmi", "pause", "reset"}},
+		{[]string{"gvm", "run", "--watchdog", "=", "re"}, []string{"reset"}},
+		{[]string{"gvm", "run", "--publish", "0"}, []string{"0.0.0.0:"}},
+		{[]string{"gvm", "run", "--publish", "8080", ":", "80"}, []string{"80/tcp", "80/udp"}},
+		{[]string{"gvm", "stop", ""}, []string{"build", "other"}},
+		{[]string{"gvm", "stop", "--force", "bu"}, []string{"build"}},
+		{[]string{"gvm", "stop", "--grace", "bz"}, []string{"bzImage"}},
+		{[]string{"gvm", "disk", "list", ""}, []string{"build", "other"}},
+		{[]string{"gvm", "disk", "add", "build", "di"}, []string{"disk.img"}},
+		{[]string{"gvm", "exec", "ot"}, []string{"other"}},
+		{[]string{"gvm", "cp", "-r", "ot"}, []string{"other:"}},
+		{[]string{"gvm", "cp", "disk.img", "b"}, []string{"build:"}},
+		{[]string{"gvm", "cp", "di"}, []string{"disk.img"}},
 	} {
 		t.Run(strings.Join(tt.words, " "), func(t *testing.T) {
 			t.Parallel()
@@ -202,7 +234,7 @@ func TestCompletion(t *testing.T) {
 					`_gvm; printf '%s\n' "${COMPREPLY[@]}"`, "bash")
 			c.Args = append(c.Args, tt.words...)
 			c.Dir = dir
-			c.Env = append(environment(t.TempDir()), "PATH="+bin+":"+os.Getenv("PATH"))
+			c.Env = append(environment(t.TempDir()), "PATH="+bin+":"+os.Getenv("PATH"), "XDG_RUNTIME_DIR="+run)
 			out, err := c.CombinedOutput()
 			got := strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
 			slices.Sort(got)
