@@ -40,16 +40,21 @@ type suite struct {
 type outcome struct {
 	Test    string `json:"test"`
 	Way     string `json:"way"`
-	Verdict string `json:"verdict"` // passed, failed, not run, or lost: the test or its guest had no end
+	Verdict string `json:"verdict"` // passed, failed, not run, timed out, or lost: its guest had no end
 	Reason  string `json:"reason,omitempty"`
 	Seconds int    `json:"seconds"`
 }
 
-// suiteDisk is the size of each disk, and suiteLimit the time that a test has.
-const (
-	suiteDisk  = 2 << 30
-	suiteLimit = 120 // seconds
-)
+// suiteDisk is the size of each disk.
+const suiteDisk = 2 << 30
+
+// suiteLimit is the time that a test has: $LIMIT seconds, or two minutes.
+func suiteLimit() time.Duration {
+	if s, err := strconv.Atoi(os.Getenv("LIMIT")); err == nil {
+		return time.Duration(s) * time.Second
+	}
+	return 2 * time.Minute
+}
 
 // suiteCPUs is the number of a guest's CPUs: the lab, with one, loses guests of more under such loads.
 func suiteCPUs() string {
@@ -121,18 +126,34 @@ func suiteOnGVM(k *lab.Kernel, dir, script string, disks ...string) (string, err
 
 func suiteRun(program string, args ...string) (string, error) {
 	var out, errs bytes.Buffer
-	// Where no test can hold a guest for longer, only a lost guest does not end.
-	ctx, stop := context.WithTimeout(context.Background(), time.Hour)
-	defer stop()
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	// A boot takes less, and a test that has no end is killed before: the guest is lost, or a process in it
+	// does not die.
+	silence := suiteLimit() + 2*time.Minute
+	silent := time.AfterFunc(silence, func() { stop(fmt.Errorf("no output for %v", silence)) })
+	defer silent.Stop()
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = append(os.Environ(), "XDG_CACHE_HOME="+cacheHome)
-	cmd.Stdout, cmd.Stderr = io.MultiWriter(&out, os.Stderr), &errs // it takes long: show it at once
+	// It takes long: show it at once.
+	cmd.Stdout, cmd.Stderr = io.MultiWriter(&out, os.Stderr, sign{func() { silent.Reset(silence) }}), &errs
 	err := cmd.Run()
+	if late := context.Cause(ctx); late != nil {
+		err = late
+	}
 	if err != nil {
 		lines := strings.Split(strings.TrimSpace(errs.String()), "\n")
 		err = fmt.Errorf("%w: %s", err, lines[len(lines)-1])
 	}
 	return out.String(), err
+}
+
+// sign calls a function at each Write.
+type sign struct{ f func() }
+
+func (s sign) Write(p []byte) (int, error) {
+	s.f()
+	return len(p), nil
 }
 
 // suiteFiles makes the files of empty disks.
@@ -250,7 +271,7 @@ func (s suite) run(t *testing.T) {
 			if len(done) == 0 && err == nil {
 				t.Fatalf("%s: no test began:\n%s", way.name, out)
 			}
-			if len(done) < len(left) && (len(done) == 0 || done[len(done)-1].Verdict != "lost") {
+			if len(done) < len(left) && (len(done) == 0 || !done[len(done)-1].endless()) {
 				done = append(done, outcome{Test: left[len(done)], Way: way.name, Verdict: "lost"})
 			}
 			if last := &done[len(done)-1]; last.Verdict == "lost" && err != nil {
@@ -290,30 +311,39 @@ for t in %s; do
 	echo "=== $t"
 	start=$(date +%%s)
 	export t
-	timeout -s KILL %d %s </dev/null 2>&1 || [ $? != 137 ] || exit 0
-	echo "--- $t $(($(date +%%s) - start))"
+	timeout -s KILL %d %s </dev/null 2>&1
+	[ $? != 137 ] || killed=killed
+	echo "--- $t $(($(date +%%s) - start)) $killed"
+	[ -z "$killed" ] || exit 0
 done
 `, k.Modules, filepath.Join(filepath.Dir(k.BZImage), "config-"+k.Release), s.disks, dir, s.setup,
-		strings.Join(tests, " "), suiteLimit, s.check)
+		strings.Join(tests, " "), int(suiteLimit().Seconds()), s.check)
 }
 
-var suiteTest = regexp.MustCompile(`(?ms)^=== (\S+)\n(.*?)(?:^--- (\S+) (\d+)$|\z)`)
+var suiteTest = regexp.MustCompile(`(?ms)^=== (\S+)\n(.*?)(?:^--- (\S+) (\d+) (killed)?$|\z)`)
 
 // outcomes finds the results of tests in the output of script.
 func (s suite) outcomes(out, way string) (all []outcome) {
 	for _, m := range suiteTest.FindAllStringSubmatch(out, -1) {
-		o := outcome{Test: m[1], Way: way, Verdict: "lost", Reason: fmt.Sprintf("no end in %d s", suiteLimit)}
-		if m[3] == m[1] {
+		o := outcome{Test: m[1], Way: way, Verdict: "lost"}
+		switch {
+		case m[3] != m[1]:
+		case m[5] != "":
+			o.Verdict, o.Reason = "timed out", fmt.Sprintf("no end in %v", suiteLimit())
+		default:
 			if o.Verdict, o.Reason = s.outcome(m[2]); o.Verdict == "" {
 				o.Verdict = "failed"
 				o.Reason = "no verdict: " + strings.ReplaceAll(strings.TrimSpace(m[2]), "\n", "; ")
 			}
-			o.Seconds, _ = strconv.Atoi(m[4])
 		}
+		o.Seconds, _ = strconv.Atoi(m[4])
 		all = append(all, o)
 	}
 	return all
 }
+
+// endless tells whether the test had no end; its guest ran no other after it.
+func (o outcome) endless() bool { return o.Verdict == "lost" || o.Verdict == "timed out" }
 
 // report writes the outcomes.
 func (s suite) report(t *testing.T, tests []string, all []outcome) {
@@ -333,7 +363,7 @@ func (s suite) report(t *testing.T, tests []string, all []outcome) {
 		of[[2]string{o.Test, o.Way}] = o
 		c := testcase{Class: s.name + "." + o.Way, Name: o.Test, Time: o.Seconds}
 		switch o.Verdict {
-		case "failed", "lost":
+		case "failed", "lost", "timed out":
 			c.Failure = &problem{o.Verdict + ": " + o.Reason}
 		case "not run":
 			c.Skipped = &problem{o.Reason}
@@ -359,8 +389,8 @@ func (s suite) report(t *testing.T, tests []string, all []outcome) {
 		fmt.Fprintf(&table, "| %s | %s |\n", strings.Join(row, " | "), strings.TrimSpace(reasons.String()))
 		qemu := of[[2]string{test, "qemu"}].Verdict
 		for _, way := range suiteWays {
-			if v := of[[2]string{test, way.name}].Verdict; v != qemu && (v == "failed" || v == "lost") {
-				t.Errorf("%s: %q with %s, %q with qemu", test, v, way.name, qemu)
+			if o := of[[2]string{test, way.name}]; o.Verdict != qemu && (o.Verdict == "failed" || o.endless()) {
+				t.Errorf("%s: %q with %s, %q with qemu", test, o.Verdict, way.name, qemu)
 			}
 		}
 	}
