@@ -267,9 +267,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	}
 	mode := sandbox.Off
 	if s.Sandbox != nil {
-		if mode = s.Sandbox.Policy.Mode; mode != sandbox.Off {
-			cfg.Seal = func() error { return m.seal(&s) }
-		}
+		mode = s.Sandbox.Policy.Mode
 	}
 	cfg.Inspect = func() []inspect.Node { return append(m.disks.Inspect(), m.inspectSandbox(mode)) }
 	var started atomic.Bool // the guest has run, even if a reboot failed
@@ -352,6 +350,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 			return nil, err
 		}
 	}
+	cfg.Seal = m.prepareSandbox(&s)
 	panics.Go(func() { m.run(ctx, sys, cfg) })
 	return m, nil
 }

@@ -12,6 +12,7 @@ import (
 	"gvm/inspect"
 	"gvm/kvmapi/tracefs"
 	"gvm/machine/disk"
+	"gvm/panics"
 	"gvm/sandbox"
 )
 
@@ -20,6 +21,8 @@ import (
 type Sandbox struct {
 	// Policy has the paths and uses of the caller. Start adds those of the machine.
 	Policy sandbox.Policy
+	// Entering is called before, when the machine is built; its error ends the machine. nil: no call.
+	Entering func() error
 	// Entered is called in the sandbox; nil: no call.
 	Entered func(sandbox.Report)
 }
@@ -82,12 +85,29 @@ func besideDir(d disk.Spec) string {
 	return filepath.Dir(disk.Absolute(d.Path))
 }
 
+// prepareSandbox returns the function that enters the sandbox, and begins with that beside what is left of
+// the start: it does not wait, and everything is open. nil: there is no sandbox.
+func (m *Machine) prepareSandbox(s *Spec) (seal func() error) {
+	if s.Sandbox == nil || s.Sandbox.Policy.Mode == sandbox.Off {
+		return nil
+	}
+	policy := s.policy()
+	prepared := make(chan *sandbox.Prepared, 1)
+	panics.Go(func() { prepared <- sandbox.Prepare(policy) })
+	return func() error { return m.seal(s, <-prepared) }
+}
+
 // seal enters the sandbox.
-func (m *Machine) seal(s *Spec) error {
+func (m *Machine) seal(s *Spec, p *sandbox.Prepared) error {
 	if err := guestmem.OpenPagemap(); err != nil {
 		return err
 	}
-	r, err := sandbox.Enter(s.policy())
+	if s.Sandbox.Entering != nil {
+		if err := s.Sandbox.Entering(); err != nil {
+			return err
+		}
+	}
+	r, err := p.Enter()
 	if err != nil {
 		return err
 	}

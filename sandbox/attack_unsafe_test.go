@@ -74,14 +74,14 @@ func child(what string) error {
 			<-stop
 		}()
 	}
-	r, err := Enter(Policy{Mode: mode, Paths: []Path{
+	r, err := Prepare(Policy{Mode: mode, Paths: []Path{
 		{filepath.Join(dir, "read"), Read},
 		{filepath.Join(dir, "write"), Read | Write | Make | Remove},
 		{filepath.Join(dir, "none"), Read},
 	}, Refused: func(c Refusal) {
 		fmt.Println(c)
 		os.Exit(statusRefused)
-	}})
+	}}).Enter()
 	if err != nil {
 		return err
 	}
@@ -124,7 +124,7 @@ func works(dir string, l *net.UnixListener, c net.Conn) error {
 	_, err = s.Write([]byte("hello"))
 	b := make([]byte, 5)
 	_, err2 := io.ReadFull(c, b)
-	if _, err := Enter(Policy{Mode: On}); err == nil {
+	if _, err := Prepare(Policy{Mode: On}).Enter(); err == nil {
 		return errors.New("the process entered twice")
 	}
 	fmt.Println("works")

@@ -2,7 +2,7 @@
 // taken it over has little: the system calls of a table (seccomp), the files of a list (Landlock), no
 // new privileges, few capabilities, no descriptors that it inherited, and no debugger.
 //
-// Enter is for a program that has everything open. There is no way back.
+// Prepare and Enter are for a program that has everything open. There is no way back.
 package sandbox
 
 import (
@@ -116,42 +116,83 @@ func (r *Report) lack(format string, args ...any) {
 	r.Missing = append(r.Missing, fmt.Sprintf(format, args...))
 }
 
-// entered is set by the first Enter.
+// entered is set by the first Prepare.
 var entered atomic.Bool
 
-// Enter gives up all rights but those of p, in all threads. After an error some of them may be gone;
-// it is for the caller to end. A process may enter once.
-func Enter(p Policy) (Report, error) {
+// Prepared is what Enter needs and what can be made earlier.
+type Prepared struct {
+	policy  Policy
+	report  Report
+	rules   int // of Landlock; -1: none
+	program []unix.SockFilter
+	err     error
+}
+
+// Prepare begins to give up rights: it closes the descriptors that the process has from its parent, and
+// opens the paths of p. It may run beside what is left of the start; Enter says what failed.
+func Prepare(p Policy) *Prepared {
+	s := &Prepared{policy: p, rules: -1}
 	if p.Mode == Off {
-		return Report{}, nil
+		return s
 	}
 	if entered.Swap(true) {
-		return Report{}, errors.New("sandbox: the process has entered one")
+		s.err = errors.New("the process has entered one")
+		return s
+	}
+	s.report = Check()
+	if p.Mode == Strict && len(s.report.Missing) > 0 {
+		s.err = s.report.strictError()
+		return s
+	}
+	closeInherited()
+	if s.report.Landlock > 0 {
+		attr := ruleset(s.report.Landlock, p.Uses)
+		if s.rules, s.err = createRuleset(&attr); s.err != nil {
+			return s
+		}
+		for _, path := range p.Paths {
+			if err := addRule(s.rules, path, attr.Handled_access_fs); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				s.err = err
+				return s
+			}
+		}
+	}
+	list := calls(&p, os.Getpid())
+	s.report.Calls, s.program = len(list), compile(list, unix.SECCOMP_RET_USER_NOTIF)
+	return s
+}
+
+// Enter gives up all rights but those of the policy, in all threads. After an error some of them may be
+// gone; it is for the caller to end. A process may enter once.
+func (s *Prepared) Enter() (Report, error) {
+	if s.policy.Mode == Off {
+		return Report{}, nil
+	}
+	if s.rules >= 0 {
+		defer unix.Close(s.rules)
+	}
+	if s.err != nil {
+		return s.report, fmt.Errorf("sandbox: %w (--sandbox=off runs without)", s.err)
 	}
 	runtime.LockOSThread() // no_new_privs is the thread's until seccomp has it in all
 	defer runtime.UnlockOSThread()
-	r := Check()
-	if p.Mode == Strict && len(r.Missing) > 0 {
-		return r, r.strictError()
-	}
 	for _, step := range []struct {
 		name string
-		do   func(*Policy, *Report) error
+		do   func() error
 	}{
-		{"close inherited descriptors", closeInherited},
 		{"PR_SET_DUMPABLE", undump},
-		{"Landlock", enterLandlock},
-		{"capabilities", dropCapabilities},
-		{"seccomp", enterSeccomp},
+		{"Landlock", s.enterLandlock},
+		{"capabilities", s.dropCapabilities},
+		{"seccomp", s.enterSeccomp},
 	} {
-		if err := step.do(&p, &r); err != nil {
-			return r, fmt.Errorf("sandbox: %s: %w (--sandbox=off runs without)", step.name, err)
+		if err := step.do(); err != nil {
+			return s.report, fmt.Errorf("sandbox: %s: %w (--sandbox=off runs without)", step.name, err)
 		}
 	}
-	if p.Mode == Strict && len(r.Missing) > 0 {
-		return r, r.strictError()
+	if s.policy.Mode == Strict && len(s.report.Missing) > 0 {
+		return s.report, s.report.strictError()
 	}
-	return r, nil
+	return s.report, nil
 }
 
 func (r *Report) strictError() error {
@@ -160,7 +201,7 @@ func (r *Report) strictError() error {
 
 // closeInherited closes descriptors that the process has from its parent: its own have the flag
 // close-on-exec, which none had that came through an exec.
-func closeInherited(*Policy, *Report) error {
+func closeInherited() {
 	names, err := os.ReadDir("/proc/self/fd")
 	var fds []int
 	for _, n := range names {
@@ -178,11 +219,10 @@ func closeInherited(*Policy, *Report) error {
 			_ = unix.Close(fd)
 		}
 	}
-	return nil
 }
 
 // undump keeps other processes of the user from reading this one's memory, which a core would have.
-func undump(*Policy, *Report) error { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }
+func undump() error { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }
 
 // landlockRights are Landlock's rights for each of Right, and the rest of those that a version of its
 // interface knows.
@@ -228,30 +268,22 @@ func ruleset(abi int, uses Use) (a unix.LandlockRulesetAttr) {
 	return a
 }
 
-// enterLandlock confines the process to the files of p.
-func enterLandlock(p *Policy, r *Report) error {
-	if r.Landlock == 0 {
+// enterLandlock confines the process to the files of the policy.
+func (s *Prepared) enterLandlock() error {
+	if s.rules < 0 {
 		return nil
 	}
-	attr := ruleset(r.Landlock, p.Uses)
-	rules, err := createRuleset(&attr)
-	if err != nil {
-		return err
+	// CAP_SYS_ADMIN does as well, and seccomp sets it in all threads later.
+	have, err := capget()
+	if err == nil && have.effective>>unix.CAP_SYS_ADMIN&1 == 0 {
+		err = allThreads(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0)
 	}
-	defer unix.Close(rules)
-	for _, path := range p.Paths {
-		if err := addRule(rules, path, attr.Handled_access_fs); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	// With CAP_SYS_ADMIN this is not needed here, and seccomp does it; but it costs little.
-	err = allThreads(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0)
 	if err == nil {
-		err = allThreads(unix.SYS_LANDLOCK_RESTRICT_SELF, uintptr(rules), 0, 0)
+		err = allThreads(unix.SYS_LANDLOCK_RESTRICT_SELF, uintptr(s.rules), 0, 0)
 	}
 	if errors.Is(err, unix.ENOTSUP) {
-		r.Landlock = 0
-		r.lack("a gvm that is built with cgo cannot confine all of its threads: files are not confined")
+		s.report.Landlock = 0
+		s.report.lack("a gvm that is built with cgo cannot confine all of its threads: files are not confined")
 		return nil
 	}
 	return err
@@ -307,7 +339,8 @@ var capabilities = []struct {
 }
 
 // dropCapabilities drops all capabilities but those of the table.
-func dropCapabilities(p *Policy, r *Report) error {
+func (s *Prepared) dropCapabilities() error {
+	p, r := &s.policy, &s.report
 	have, err := capget()
 	if err != nil {
 		return err
@@ -336,31 +369,30 @@ func dropCapabilities(p *Policy, r *Report) error {
 }
 
 // enterSeccomp installs the filter of the table in all threads.
-func enterSeccomp(p *Policy, r *Report) error {
+func (s *Prepared) enterSeccomp() error {
 	if haveSeccomp() != nil {
 		return nil
 	}
+	r := &s.report
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return err
 	}
-	list := calls(p, os.Getpid())
-	r.Calls = len(list)
 	// The listener takes the calls that are refused, and cannot let them through: the ioctl for that is
 	// not in the table.
-	fd, err := install(compile(list, unix.SECCOMP_RET_USER_NOTIF), unix.SECCOMP_FILTER_FLAG_TSYNC|
+	fd, err := install(s.program, unix.SECCOMP_FILTER_FLAG_TSYNC|
 		unix.SECCOMP_FILTER_FLAG_TSYNC_ESRCH|unix.SECCOMP_FILTER_FLAG_NEW_LISTENER)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EBUSY) {
 		// Before Linux 5.7, or below another listener. Go ends the process at the signal SIGSYS.
 		r.lack("this kernel gives no notice of a refused system call (Linux 5.7 does, unless a container's manager has " +
 			"it): it ends gvm with a dump")
-		_, err = install(compile(list, unix.SECCOMP_RET_TRAP), unix.SECCOMP_FILTER_FLAG_TSYNC)
+		_, err = install(compile(calls(&s.policy, os.Getpid()), unix.SECCOMP_RET_TRAP), unix.SECCOMP_FILTER_FLAG_TSYNC)
 		return err
 	}
 	if err != nil {
 		return err
 	}
 	r.Notify = true
-	return watch(fd, p.Refused)
+	return watch(fd, s.policy.Refused)
 }
 
 // Refusal is a system call that the filter refused.

@@ -505,7 +505,7 @@ func run(rc runConfig) (err error) {
 			}
 		}
 		rc.timing.phase("files, disks, control socket")
-		if rc.broker != nil {
+		if rc.broker != nil && rc.sandbox == sandbox.Off {
 			return rc.broker.Shut()
 		}
 		return nil

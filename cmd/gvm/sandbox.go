@@ -66,7 +66,11 @@ func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
 	if rc.record != nil {
 		allow(rc.record.dir, sandbox.Read|sandbox.Write|sandbox.Make)
 	}
-	rc.spec.Sandbox = &machine.Sandbox{Policy: p, Entered: func(r sandbox.Report) {
+	var shut func() error
+	if rc.broker != nil { // until then a failure of the start removes the files that it made
+		shut = rc.broker.Shut
+	}
+	rc.spec.Sandbox = &machine.Sandbox{Policy: p, Entering: shut, Entered: func(r sandbox.Report) {
 		for _, s := range r.Missing {
 			note("sandbox: " + s)
 		}

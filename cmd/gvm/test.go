@@ -609,16 +609,6 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 	}()
 	t.seal(exitUntested, nil, t.note)
 	cfg.Spec.Name, cfg.Spec.Files, cfg.Spec.Sandbox = spec.Name, spec.Files, spec.Sandbox
-	if ready := cfg.Spec.Ready; t.broker != nil {
-		cfg.Spec.Ready = func(ctx context.Context) error {
-			if ready != nil {
-				if err := ready(ctx); err != nil {
-					return err
-				}
-			}
-			return t.broker.Shut()
-		}
-	}
 	t.timing.phase("kernel, command, agent")
 	run, err := testrun.Start(ctx, cfg)
 	if err != nil {
