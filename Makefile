@@ -42,7 +42,7 @@ ZSHDIR = share/zsh/site-functions
 
 .PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams model blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
-.PHONY: release fuzz-long fuzz-table
+.PHONY: release vulncheck fuzz-long fuzz-table
 
 build: ## static binaries: bin/gvm, bin/gvm-plot, which draws its plots, and bin/gvm-net, its network
 	$(GO) build -tags $(TAGS) -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' $(SELDOM:%=-gcflags=%=-l) -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
@@ -243,6 +243,10 @@ deb: stage ## a Debian package, bin/gvm_VERSION_amd64.deb
 
 release: ## programs, Debian package, their contents and checksums in bin/release, built twice: VERSION=1.2.3
 	GO='$(GO)' packaging/release.sh '$(abspath $(BIN))/release' '$(VERSION)'
+
+OPTIONAL =
+vulncheck: ## known vulnerabilities in the programs, by govulncheck: GOVULNDB=URL of the database
+	$(GO) run ./packaging/vulncheck -tags $(TAGS) $(if $(OPTIONAL),-optional) ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
 
 clean:
 	rm -rf bin bench

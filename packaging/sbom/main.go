@@ -76,7 +76,7 @@ type dependency struct {
 
 func run(w io.Writer, args []string) error {
 	if len(args) < 3 {
-		return errors.New("usage: sbom VERSION COMMIT PROGRAM...")
+		return errors.New("want VERSION, COMMIT and at least one PROGRAM")
 	}
 	version, commit, programs := args[0], args[1], args[2:]
 	seconds, err := strconv.ParseInt(os.Getenv("SOURCE_DATE_EPOCH"), 10, 64)
