@@ -41,8 +41,7 @@ const (
 func DefaultDirectory() Directory {
 	uid := os.Geteuid()
 	if dir := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(dir) {
-		var st unix.Stat_t
-		if err := unix.Stat(dir, &st); err != nil || int(st.Uid) == uid {
+		if of, err := owner(dir); err != nil || of == uid {
 			return Directory{filepath.Join(dir, "gvm")}
 		}
 	}
@@ -50,6 +49,26 @@ func DefaultDirectory() Directory {
 		return Directory{filepath.Join(dir, "gvm")}
 	}
 	return Directory{filepath.Join(os.TempDir(), "gvm-"+strconv.Itoa(uid))}
+}
+
+// Foreign returns $XDG_RUNTIME_DIR and its user, if that is another user's, whose machines DefaultDirectory
+// does not find.
+func Foreign() (dir string, uid int, foreign bool) {
+	dir = os.Getenv("XDG_RUNTIME_DIR")
+	if !filepath.IsAbs(dir) {
+		return dir, 0, false
+	}
+	uid, err := owner(dir)
+	return dir, uid, err == nil && uid != os.Geteuid()
+}
+
+// owner returns the user of a directory, or that of the directory above it that does not let this user in.
+func owner(dir string) (uid int, err error) {
+	var st unix.Stat_t
+	for err = unix.Stat(dir, &st); err == unix.EACCES && dir != "/"; err = unix.Stat(dir, &st) {
+		dir = filepath.Dir(dir)
+	}
+	return int(st.Uid), err
 }
 
 // Vsock returns the path of the socket for the guest's vsock of a machine, for the holder of its name.
@@ -83,7 +102,7 @@ func private(path string, uid int) error {
 	case st.Mode&unix.S_IFMT != unix.S_IFDIR:
 		return fmt.Errorf("%s is not a directory", path)
 	case int(st.Uid) != uid:
-		return fmt.Errorf("%s is not this user's, but user %d's", path, st.Uid)
+		return fmt.Errorf("%s is not this user's, but user %d's: %w; run gvm as that user", path, st.Uid, fs.ErrPermission)
 	case st.Mode&0o077 != 0:
 		return fmt.Errorf("%s has mode %04o: others can get into it, want 0700", path, st.Mode&0o7777)
 	}

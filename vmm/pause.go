@@ -34,7 +34,7 @@ type Pauser struct {
 
 // Errors of a Pauser.
 var (
-	ErrNotRunning = errors.New("the machine does not run")
+	ErrNotRunning = errors.New("the machine does not run now: it starts again, or ends")
 	ErrPaused     = errors.New("the machine is paused")
 	ErrNotPaused  = errors.New("the machine is not paused")
 	ErrDebugged   = errors.New("a debugger has stopped it; continue or detach there")

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/user"
 	"slices"
 	"strconv"
 	"strings"
@@ -273,7 +274,7 @@ func theMachine(word string) (*control.Client, error) {
 	dir := control.DefaultDirectory()
 	entries, err := dir.List()
 	if err != nil {
-		return nil, fmt.Errorf("list machines: %w", err)
+		return nil, listError(err)
 	}
 	// Ask the machine a question first, so that no command goes to one that does not answer.
 	client := func(e control.Entry) (*control.Client, error) {
@@ -303,13 +304,31 @@ func theMachine(word string) (*control.Client, error) {
 	case len(same) > 1:
 		return nil, usageError{fmt.Errorf("process %s has several machines: name one of %s", word, strings.Join(same, ", "))}
 	case len(names) == 0:
-		return nil, usageError{errors.New("no machine of this user runs")}
+		return nil, usageError{errors.New(noMachine())}
 	case word == "":
 		return nil, usageError{fmt.Errorf("several machines run: name one of %s", strings.Join(names, ", "))}
 	}
 	return nil, usageError{fmt.Errorf("no machine of this user has the name or PID %s; there %s %s%s", word,
 		map[bool]string{true: "is", false: "are"}[len(names) == 1], strings.Join(names, ", "),
 		text.Suggest(word, names))}
+}
+
+// noMachine says that no machine runs, and where others may run.
+func noMachine() string {
+	said := "no machine of this user runs"
+	if dir, uid, ok := control.Foreign(); ok {
+		name := fmt.Sprintf("user %d", uid)
+		if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
+			name = "user " + u.Username
+		}
+		said += fmt.Sprintf("; XDG_RUNTIME_DIR is %s of %s, for whose machines run gvm as that user", dir, name)
+	}
+	return said
+}
+
+// listError is an error of a list of machines, with its exit status.
+func listError(err error) error {
+	return disk.ImageError{Err: fmt.Errorf("list machines: %w", err)}
 }
 
 // refused gives a machine's refusal the exit status that gvm run would have for the same error.

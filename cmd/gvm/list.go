@@ -40,7 +40,7 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 	dir := control.DefaultDirectory()
 	entries, err := dir.List()
 	if err != nil {
-		return fmt.Errorf("list machines: %w", err)
+		return listError(err)
 	}
 	type row struct {
 		control.Info
@@ -70,7 +70,7 @@ func listMachines(ctx context.Context, out, notes io.Writer, asJSON bool) error 
 		return writeJSON(out, rows)
 	}
 	if len(entries) == 0 {
-		fmt.Fprintln(notes, "note: no machine of this user runs")
+		fmt.Fprintln(notes, "note: "+text.Printable(noMachine()))
 	}
 	if len(rows) == 0 {
 		return nil

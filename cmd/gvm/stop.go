@@ -76,7 +76,7 @@ func stopMachine(ctx context.Context, client *control.Client, grace time.Duratio
 	for {
 		entries, err := control.DefaultDirectory().List()
 		if err != nil {
-			return fmt.Errorf("list machines: %w", err)
+			return listError(err)
 		}
 		listed = listed && slices.ContainsFunc(entries, func(e control.Entry) bool { return e.Name == client.Name() })
 		if !listed && (process == nil || processEnded(process)) {

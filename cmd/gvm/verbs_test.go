@@ -1,0 +1,207 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/urfave/cli/v2"
+)
+
+// verb is a command for a running machine.
+type verb struct {
+	name    string
+	words   string // behind the name of the machine
+	status  int    // on a machine of gvm run whose guest has no drivers
+	once    string // on standard error then
+	status2 int    // the second time
+	twice   string
+}
+
+const noAgent = "gvm: machine build has no agent: "
+
+// verbs are all commands for a running machine, in an order in which each finds what it needs.
+var verbs = []verb{
+	{name: "list"},
+	{name: "balloon", words: "8M", once: "no balloon driver yet", twice: "no balloon driver yet"},
+	{name: "inspect", words: "paused"},
+	{name: "stat"},
+	{name: "disk list"},
+	{name: "disk add", words: "extra.img,serial=extra", status2: exitUsage, twice: "extra.img: given twice: "},
+	{name: "disk resize", words: "extra 2M"},
+	{name: "disk remove", words: "extra", status2: exitUsage, twice: "gvm: no disk of this machine has the LUN, "},
+	{name: "dump", words: "core", once: "no VMCOREINFO", status2: exitUsage, twice: "core: exists; remove it, "},
+	{name: "console", status: exitQuit, once: "stopped by SIGINT", status2: exitQuit, twice: "stopped by SIGINT"},
+	{name: "exec", words: "-- true", status: exitUsage, once: noAgent, status2: exitUsage, twice: noAgent},
+	{name: "shell", status: exitUsage, once: noAgent, status2: exitUsage, twice: noAgent},
+	{name: "cp", words: ":x .", status: exitUsage, once: noAgent, status2: exitUsage, twice: noAgent},
+	{name: "pause", status2: exitUsage, twice: "gvm: machine build is paused already"},
+	{name: "sysrq", words: "h", status: exitUsage, once: "is paused: gvm resume it first",
+		status2: exitUsage, twice: "is paused: gvm resume it first"},
+	{name: "resume", status2: exitUsage, twice: "gvm: machine build is not paused"},
+	{name: "reset"},
+	{name: "stop", status2: exitUsage, twice: "gvm: no machine of this user runs"},
+	{name: "nmi"}, // which a busy host may not raise in time: TestNMICommand
+}
+
+// args returns the words of the command line for a machine.
+func (v verb) args(machine string) []string {
+	words := strings.Fields(v.name)
+	if v.name == "list" {
+		return words
+	}
+	if strings.HasPrefix(v.words, ":") {
+		return append(words, strings.Fields(machine+v.words)...)
+	}
+	return append(append(words, machine), strings.Fields(v.words)...)
+}
+
+// TestVerbs tries each command for a running machine as a newcomer would: without a machine, with a wrong name, the
+// second time, on a machine whose process is stopped, on one that has ended, and as another user. An error is one
+// line with its reason, and its status tells whose it is.
+func TestVerbs(t *testing.T) {
+	var walk func(path string, cs []*cli.Command)
+	walk = func(path string, cs []*cli.Command) {
+		for _, c := range cs {
+			name := strings.TrimSpace(path + " " + c.Name)
+			walk(name, c.Subcommands)
+			tried := slices.ContainsFunc(verbs, func(v verb) bool { return v.name == name })
+			if strings.Contains(c.ArgsUsage, "VM") && !tried {
+				t.Errorf("gvm %s %s is not tried", name, c.ArgsUsage)
+			}
+		}
+	}
+	walk("", app(nil).Commands)
+
+	runtime, dir := t.TempDir(), t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "extra.img"), make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	inDir := func(p *proc) { p.cmd.Env = append(p.cmd.Env, "XDG_RUNTIME_DIR="+runtime) }
+	start := func() *proc {
+		t.Helper()
+		p := startGVMAs(t, dir, inDir, guestRun("--name=build", "--balloon", "spin")...)
+		p.expect("spinning")
+		return p
+	}
+	try := func(v verb, machine string) result {
+		t.Helper()
+		c := command(t, v.args(machine)...)
+		c.Dir, c.Env = dir, append(c.Env, "XDG_RUNTIME_DIR="+runtime)
+		return gvmRuns(t, c)
+	}
+	p := start()
+	for _, v := range verbs {
+		if v.name != "list" {
+			v.check(t, "a wrong name", try(v, "biuld"), exitUsage,
+				"gvm: no machine of this user has the name or PID biuld; there is build")
+		}
+	}
+	for _, v := range verbs {
+		once := func() result { return try(v, "build") }
+		switch v.name {
+		case "nmi":
+			continue
+		case "console": // it ends with the machine
+			once = func() result {
+				c := startGVMAs(t, dir, inDir, v.args("build")...)
+				c.expect("spinning")
+				c.signal(syscall.SIGINT)
+				return c.wait()
+			}
+		}
+		v.check(t, "once", once(), v.status, v.once)
+		if v.name == "reset" { // else the second one may find no guest
+			p.expectCount("spinning", 2)
+		}
+		v.check(t, "twice", once(), v.status2, v.twice)
+		if v.name == "reset" {
+			p.expectCount("spinning", 3)
+		}
+	}
+	p.wait()
+
+	p = start()
+	strangers(t, runtime)
+	p.signal(syscall.SIGSTOP)
+	var tried sync.WaitGroup
+	for _, v := range verbs { // all at once: each waits for an answer
+		tried.Go(func() {
+			status := exitHost
+			if v.name == "list" {
+				status = 0
+			}
+			v.check(t, "a stopped process", try(v, "build"), status,
+				"machine build: no answer within 2s: its process may be stopped (kill -CONT PID), ")
+		})
+	}
+	tried.Wait()
+	p.signal(syscall.SIGKILL)
+	p.wait()
+	for _, v := range verbs {
+		if v.name != "list" {
+			v.check(t, "a killed process", try(v, "build"), exitUsage, "gvm: no machine of this user runs\n")
+		}
+	}
+}
+
+// strangers tries the commands as another user, on the machine build in the directory runtime, which is private.
+func strangers(t *testing.T, runtime string) {
+	if os.Getuid() != 0 {
+		t.Log("not tried as another user, which root can be")
+		return
+	}
+	const uid = 65534
+	home, err := os.MkdirTemp("", "gvm-stranger-") // which the user can reach, not as that of t.TempDir
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(home) })
+	program, err := os.ReadFile(self(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, mixed := filepath.Join(home, "own"), filepath.Join(home, "mixed")
+	if err := errors.Join(os.Chmod(home, 0o755), os.WriteFile(home+"/gvm", program, 0o755), os.Mkdir(own, 0o700),
+		os.Chown(own, uid, uid), os.MkdirAll(mixed+"/gvm", 0o700), os.Chown(mixed, uid, uid)); err != nil {
+		t.Fatal(err)
+	}
+	const none = "no machine of this user runs"
+	foreign := none + "; XDG_RUNTIME_DIR is %s of user root, for whose machines run gvm as that user\n"
+	for _, s := range []struct{ name, runtime, reason string }{
+		{"as another user", own, none + "\n"},
+		{"as another user, in the owner's directory", home, fmt.Sprintf(foreign, home)},
+		{"as another user, in a directory that it cannot reach", runtime, fmt.Sprintf(foreign, runtime)},
+		{"as another user, in a directory with the owner's", mixed, mixed + "/gvm is not this user's, but user 0's: " +
+			"permission denied; run gvm as that user\n"},
+	} {
+		for _, v := range verbs {
+			c := command(t, v.args("build")...)
+			c.Path, c.Dir = home+"/gvm", own
+			c.Env = append(environment(own), "XDG_RUNTIME_DIR="+s.runtime)
+			c.SysProcAttr.Credential = &syscall.Credential{Uid: uid, Gid: uid}
+			status := exitUsage
+			if v.name == "list" && s.runtime != mixed {
+				status = 0
+			}
+			v.check(t, s.name, gvmRuns(t, c), status, s.reason)
+		}
+	}
+}
+
+// check checks the end of a command.
+func (v verb) check(t *testing.T, situation string, r result, status int, reason string) {
+	t.Helper()
+	if status != 0 && (v.name == "exec" || v.name == "shell") {
+		status = exitUntested
+	}
+	if r.status != status || !strings.Contains(r.errs, reason) || strings.Count(r.errs, "\n") != min(len(reason), 1) {
+		t.Errorf("%s: gvm %s: status %d, %q; want %d, %q", situation, v.name, r.status, r.errs, status, reason)
+	}
+}
