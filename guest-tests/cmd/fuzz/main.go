@@ -327,8 +327,11 @@ func link(from, to, but string) error {
 		return err
 	}
 	for _, e := range entries {
+		if e.Name() == but {
+			continue
+		}
 		err := os.Symlink(filepath.Join(from, e.Name()), filepath.Join(to, e.Name()))
-		if e.Name() != but && err != nil && !errors.Is(err, fs.ErrExist) {
+		if err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
 	}

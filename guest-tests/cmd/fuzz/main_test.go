@@ -102,6 +102,32 @@ func TestState(t *testing.T) {
 	}
 }
 
+// TestLink: the directory that was left out stays another one, so that nothing is made in the source.
+func TestLink(t *testing.T) {
+	from, to := t.TempDir(), filepath.Join(t.TempDir(), "to")
+	for _, name := range []string{"a.go", "testdata/b"} {
+		path := filepath.Join(from, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := link(from, to, "testdata"); err != nil {
+		t.Fatal(err)
+	}
+	if err := link(filepath.Join(from, "missing"), filepath.Join(to, "testdata"), ""); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(to, "a.go")); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Join(to, "testdata/b")); err == nil {
+		t.Error("testdata is the source's")
+	}
+}
+
 // TestCoverage reads the lines of go test -cover and of a test program.
 func TestCoverage(t *testing.T) {
 	const runs = "=== RUN   FuzzName\n=== RUN   FuzzName/seed#0\n=== RUN   FuzzName/0123\nPASS\n"
