@@ -58,7 +58,7 @@ func run(program []unix.SockFilter, c call) (answered uint32, steps int) {
 }
 
 const (
-	allUses = Shares | Vhost | Tap | Connect | Child
+	allUses = Shares | Vhost | Tap | Connect | Child | Broker
 	testPID = 4711
 	refused = unix.SECCOMP_RET_USER_NOTIF
 )
@@ -153,7 +153,7 @@ func TestUses(t *testing.T) {
 		Vhost:   {nr: unix.SYS_IOCTL, args: [6]uint64{1: 0xaf01}},
 		Tap:     {nr: unix.SYS_IOCTL, args: [6]uint64{1: unix.TUNSETQUEUE}},
 		Connect: {nr: unix.SYS_SOCKET, args: [6]uint64{unix.AF_UNIX}},
-		Child:   {nr: unix.SYS_WAITID},
+		Child:   {nr: unix.SYS_PIDFD_SEND_SIGNAL},
 	} {
 		c.arch = unix.AUDIT_ARCH_X86_64
 		if got, _ := run(compile(calls(&Policy{Uses: use}, testPID), refused), c); got != unix.SECCOMP_RET_ALLOW {

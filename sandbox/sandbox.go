@@ -71,6 +71,7 @@ const (
 	Tap                     // serves TAP interfaces
 	Connect                 // connects to unix sockets
 	Child                   // waits for and ends a child
+	Broker                  // waits for the broker, a child that ends by itself
 )
 
 // Policy is the rights that a process keeps.

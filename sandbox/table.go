@@ -201,15 +201,14 @@ var table = []Call{
 	{Number: unix.SYS_GETRUSAGE}, // a queue's thread looks whether it has lost its CPU
 	{Number: unix.SYS_SYSINFO},   // the host's memory, for gvm disk add
 	{Number: unix.SYS_UNAME},     // the kernel's release
-	{Number: unix.SYS_GETRLIMIT}, // limits of this process, for gvm disk add
 	{Number: unix.SYS_PRLIMIT64, Args: []Arg{
 		{Index: 0, Values: []uint32{0}}, {Index: 2, Values: []uint32{0}},
 		{Index: 2, High: true, Values: []uint32{0}},
 	}}, // limits of this process, which it does not set
 
 	// A child.
-	{Number: unix.SYS_WAITID, Use: Child},            // the end of gvm-net, and of the script that decodes call traces
-	{Number: unix.SYS_WAIT4, Use: Child},             // the same
+	{Number: unix.SYS_WAITID, Use: Child | Broker},   // ends of gvm-net, the broker, the script that decodes call traces
+	{Number: unix.SYS_WAIT4, Use: Child | Broker},    // the same
 	{Number: unix.SYS_PIDFD_SEND_SIGNAL, Use: Child}, // ends a child: there are descriptors of no other process
 	{Number: unix.SYS_KILL, Use: Child, Args: []Arg{
 		{Groups: true},

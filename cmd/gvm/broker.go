@@ -7,13 +7,13 @@ import (
 	"gvm/broker"
 )
 
-// brokered has gvm run start a broker for a machine with a control socket: a variable for tests.
-var brokered = false
-
 // runBroker is the broker's program. It returns the exit status.
 func runBroker(args []string) int {
 	signal.Ignore(syscall.SIGPIPE) // a closed output gives a write error
 	defer stderr.flush(patience)
+	t := newTrimmer() // its start is over
+	_ = t.trim()      // else it takes more memory, for nothing
+	t.close()
 	if err := broker.Main(args, note); err != nil {
 		note(err.Error())
 		return exitHost

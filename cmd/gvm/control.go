@@ -231,7 +231,7 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 		return nil, nil
 	}
 	rc.spec.Name = name
-	if brokered || rc.sandbox != sandbox.Off {
+	if rc.sandbox != sandbox.Off {
 		if rc.broker, err = broker.Start(s, control.DefaultDirectory(), name, note); err != nil {
 			return nil, errors.Join(err, s.Close())
 		}

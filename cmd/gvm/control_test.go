@@ -35,11 +35,11 @@ func TestDiskCommands(t *testing.T) {
 	testDiskCommands(t, fmt.Sprintf("disks-%d", os.Getpid()), func(*proc) {})
 }
 
-// TestDiskCommandsBroker does the same where a broker opens the files.
-func TestDiskCommandsBroker(t *testing.T) {
+// TestDiskCommandsSandbox does the same in the sandbox, where the broker opens the files.
+func TestDiskCommandsSandbox(t *testing.T) {
 	t.Parallel()
-	testDiskCommands(t, fmt.Sprintf("broker-%d", os.Getpid()), func(p *proc) {
-		p.cmd.Env = append(p.cmd.Env, brokerEnv+"=1")
+	testDiskCommands(t, fmt.Sprintf("sandboxed-%d", os.Getpid()), func(p *proc) {
+		p.cmd.Args = append(p.cmd.Args, "--sandbox=on")
 	})
 }
 

@@ -21,11 +21,10 @@ import (
 )
 
 // With asGVM the test binary is gvm. With readOnlyEnv it first makes that directory read-only for
-// itself. With brokerEnv gvm run has a broker.
+// itself.
 const (
 	asGVM       = "GVM_TEST_AS_GVM"
 	readOnlyEnv = "GVM_TEST_READ_ONLY"
-	brokerEnv   = "GVM_TEST_BROKER"
 )
 
 // tooLong is the time after which a test gives up waiting: long enough for the lab, and for QEMU's
@@ -43,7 +42,6 @@ func TestMain(m *testing.M) {
 				os.Exit(99)
 			}
 		}
-		brokered = os.Getenv(brokerEnv) != ""
 		if os.Getenv(noLocksEnv) != "" {
 			takeLocksAway()
 		}

@@ -505,9 +505,6 @@ func run(rc runConfig) (err error) {
 			}
 		}
 		rc.timing.phase("files, disks, control socket")
-		if rc.broker != nil && rc.sandbox == sandbox.Off {
-			return rc.broker.Shut()
-		}
 		return nil
 	}
 	rc.seal(exitBug, gdb, note)

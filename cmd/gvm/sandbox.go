@@ -41,7 +41,7 @@ func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
 		p.Paths = append(p.Paths, sandbox.Path{Name: path, Rights: rights})
 	}
 	if rc.broker != nil {
-		p.Uses |= sandbox.Child
+		p.Uses |= sandbox.Broker
 	}
 	if gdb != nil && gdb.path != "" {
 		allow(filepath.Dir(gdb.path), sandbox.Remove)
