@@ -48,6 +48,7 @@ import (
 	"gvm/text"
 	"gvm/vmm"
 	"gvm/vmm/boot"
+	"gvm/vmm/vmcore"
 	"gvm/vmm/x86"
 )
 
@@ -124,6 +125,8 @@ type Spec struct {
 	Stamp func(code byte)
 
 	KeepState bool // Wait's outcome has the state at the end: see vmm.Outcome
+	// Final is called at the end, while the guest's memory is there: see vmm.Config.
+	Final func(vmm.Outcome, *guestmem.Memory, []vmcore.CPU)
 
 	Sandbox *Sandbox // nil: none
 
@@ -180,6 +183,7 @@ func (s *Spec) config() vmm.Config {
 		Status:      s.Status,
 		Stamp:       s.Stamp,
 		KeepState:   s.KeepState,
+		Final:       s.Final,
 	}
 }
 

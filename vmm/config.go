@@ -18,6 +18,7 @@ import (
 	"gvm/inspect"
 	"gvm/kvmapi"
 	"gvm/vmm/boot"
+	"gvm/vmm/vmcore"
 	"gvm/vmm/x86"
 )
 
@@ -65,6 +66,9 @@ type Config struct {
 	Inspect func() []inspect.Node
 	// KeepState keeps the state at the machine's end, in Outcome.State.
 	KeepState bool
+	// Final is called at an end that no other life follows, after the last instruction of each vCPU, while the
+	// memory is there; nil: no call. It delays the end, by a second at most.
+	Final func(Outcome, *guestmem.Memory, []vmcore.CPU)
 	// PanicText takes a Linux kernel's panic message on the console for a panic,
 	// for guests without a pvpanic driver.
 	PanicText bool

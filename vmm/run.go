@@ -13,6 +13,7 @@ import (
 	"gvm/kvmapi"
 	"gvm/panics"
 	"gvm/vmm/bus"
+	"gvm/vmm/vmcore"
 )
 
 // lifecycle tracks the machine's end. The first call of end sets the outcome and closes ended; vCPU
@@ -132,6 +133,10 @@ func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err erro
 		if m.cfg.KeepState && !again {
 			m.last = m.finalState()
 		}
+		if m.cfg.Final != nil && !again {
+			m.closing.Store("the record of the CPUs")
+			m.final()
+		}
 		done <- m.close()
 	})
 	for late := time.After(guestEndPatience); late != nil; {
@@ -153,6 +158,16 @@ func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err erro
 		m.cfg.Note(fmt.Sprintf("%s waits for the host and does not end; gvm ends without it", m.closing.Load()))
 		return false, nil
 	}
+}
+
+// final calls Config.Final. A vCPU that cannot be read has no registers.
+func (m *machine) final() {
+	defer func() { _ = recover() }() // a bug may have left anything
+	cpus := make([]vmcore.CPU, len(m.cpus))
+	for i := range cpus {
+		cpus[i], _ = m.coreCPU(i)
+	}
+	m.cfg.Final(m.verdict(m.outcome), m.mem, cpus)
 }
 
 // kick makes every vCPU leave the guest and check for a request.

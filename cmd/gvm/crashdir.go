@@ -13,9 +13,13 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/guest/kernel"
+	"gvm/guestmem"
 	"gvm/inspect"
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 	"gvm/vmm"
+	"gvm/vmm/vmcore"
 )
 
 // crashRecord is --crash-dir: a directory that gets a directory of its own for a guest that panics,
@@ -24,6 +28,8 @@ type crashRecord struct {
 	dir     string
 	machine string        // its name
 	state   *inspect.Node // at the machine's end; nil: unknown
+	vmlinux *os.File      // of the kernel, with symbols; nil: none
+	stacks  []byte        // of the CPUs at the machine's end; nil: unknown
 
 	mu   sync.Mutex
 	text []byte // the console's last output
@@ -87,6 +93,31 @@ func (r *crashRecord) keep(p []byte) {
 	}
 }
 
+// open opens the vmlinux with the symbols of a kernel, if there is one: a machine may open no files.
+func (r *crashRecord) open(k *kernel.Kernel) {
+	if path, _ := k.Debug(); path != "" {
+		r.vmlinux, _ = nowait.Open(path, os.O_RDONLY, 0, nowait.Regular) // an unreadable one gives no stacks
+	}
+}
+
+// final keeps the stacks of the CPUs at an end that gets a record.
+func (r *crashRecord) final(out vmm.Outcome, mem *guestmem.Memory, cpus []vmcore.CPU) {
+	if r.vmlinux == nil || !slices.Contains(recordedEnds, exitStatus(ended(out))) {
+		return
+	}
+	var b bytes.Buffer
+	symbols, err := vmcore.ReadSymbols(r.vmlinux)
+	if err == nil {
+		err = vmcore.Stacks(&b, mem, cpus, symbols)
+	}
+	if err != nil {
+		fmt.Fprintf(&b, "no stacks: %s: %v\n", r.vmlinux.Name(), err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.stacks = b.Bytes()
+}
+
 // finish takes the error of a run, and writes a record if that is an end which gets one.
 func (r *crashRecord) finish(err error) error {
 	if r == nil || !slices.Contains(recordedEnds, exitStatus(err)) {
@@ -113,13 +144,16 @@ func (r *crashRecord) write(end string) error {
 		return err
 	}
 	r.mu.Lock()
-	console := bytes.Clone(r.text[max(0, len(r.text)-recordConsole):])
+	console, stacks := bytes.Clone(r.text[max(0, len(r.text)-recordConsole):]), r.stacks
 	r.mu.Unlock()
 	var state bytes.Buffer
 	err = errors.Join(writeJSON(&state, r.state),
 		os.WriteFile(filepath.Join(dir, "end"), []byte(end), 0o666),
 		os.WriteFile(filepath.Join(dir, "console"), console, 0o666),
 		os.WriteFile(filepath.Join(dir, "state.json"), state.Bytes(), 0o666))
+	if stacks != nil {
+		err = errors.Join(err, os.WriteFile(filepath.Join(dir, "stacks"), stacks, 0o666))
+	}
 	if err == nil {
 		note(fmt.Sprintf("the end, the console and the machine's state are in %s", dir))
 	}

@@ -6,22 +6,34 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"gvm/guest/embedded"
 )
 
 // TestCrashDir: an end that the guest did not choose leaves its message, the console and the state of
 // the CPUs; another end leaves nothing.
 func TestCrashDir(t *testing.T) {
 	dir := t.TempDir()
+	vmlinux := filepath.Join(t.TempDir(), "vmlinux")
+	if err := os.WriteFile(vmlinux, embedded.Image, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, tt := range []struct {
 		word   string
 		status int
 		end    string
+		kernel string
 	}{
-		{"crash=triple", exitCrash, "gvm: the guest crashed: vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)\n"},
-		{"crash=panic", exitPanic, "gvm: guest panic: "},
-		{"crash=reset", exitReset, ""},
+		{"crash=triple", exitCrash, "gvm: the guest crashed: vCPU 0: KVM_EXIT_SHUTDOWN (triple fault)\n", ""},
+		{"crash=panic", exitPanic, "gvm: guest panic: ", ""},
+		{"crash=reset", exitReset, "", ""},
+		{"crash=triple", exitCrash, "gvm: the guest crashed: ", vmlinux},
 	} {
-		r := gvmRuns(t, command(t, "run", "--guest-arg", tt.word, "--crash-dir", dir, "--name", "a"))
+		args := []string{"run", "--guest-arg", tt.word, "--crash-dir", dir, "--name", "a"}
+		if tt.kernel != "" {
+			args = []string{"run", "-k", tt.kernel, "--bare-cmdline", "-a", tt.word, "--crash-dir", dir, "--name", "a"}
+		}
+		r := gvmRuns(t, command(t, args...))
 		if r.status != tt.status {
 			t.Fatalf("%s: status %d, want %d\n%s", tt.word, r.status, tt.status, r.errs)
 		}
@@ -47,6 +59,11 @@ func TestCrashDir(t *testing.T) {
 		}
 		if console := string(text("console")); console != r.out {
 			t.Errorf("%s: the console is %q, want %q", tt.word, console, r.out)
+		}
+		if tt.kernel != "" { // which has no symbols
+			if stacks := string(text("stacks")); stacks != "no stacks: "+vmlinux+": no symbol section\n" {
+				t.Errorf("the stacks are %q", stacks)
+			}
 		}
 		var state struct {
 			VCPU map[string]struct{ Rip string }

@@ -492,7 +492,10 @@ func run(rc runConfig) (err error) {
 	}
 	spec.Console = rc.watch.console(console)
 	if rc.record != nil {
-		spec.Console, spec.KeepState = rc.record.console(spec.Console), true
+		spec.Console, spec.KeepState, spec.Final = rc.record.console(spec.Console), true, rc.record.final
+		if found != nil {
+			rc.record.open(found)
+		}
 	}
 	defer func() { err = errors.Join(err, t.close()) }()
 	spec.Note, spec.Phase, spec.Stamp, spec.Words = note, rc.timing.phase, rc.timing.stamp, terminalSize()

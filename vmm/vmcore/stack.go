@@ -1,0 +1,155 @@
+package vmcore
+
+import (
+	"bytes"
+	"cmp"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	"gvm/guestmem"
+	"gvm/vmm/x86"
+)
+
+const (
+	// stackSize is THREAD_SIZE of Linux without KASAN, to whose multiple its stacks are aligned.
+	stackSize = 16 << 10
+	// maxCalls bounds the return addresses of a stack.
+	maxCalls = 100
+	// maxSymbols bounds a table of symbols, and maxSymbol the name of one.
+	maxSymbols, maxSymbol = 4 << 20, 256
+	// kaslrAlign is the least step of a randomized address (CONFIG_PHYSICAL_ALIGN).
+	kaslrAlign = 2 << 20
+)
+
+// ErrOtherKernel means that the guest's memory has not the kernel of the symbols.
+var ErrOtherKernel = errors.New("the guest's memory has no such kernel")
+
+// Symbols are the functions of a Linux kernel.
+type Symbols struct {
+	functions []elf.Symbol // by address
+	banner    uint64       // address of linux_banner
+	text      []byte       // of linux_banner
+}
+
+// ReadSymbols reads the symbols of a vmlinux.
+func ReadSymbols(r io.ReaderAt) (*Symbols, error) {
+	f, err := elf.NewFile(r)
+	if err != nil {
+		return nil, err
+	}
+	table := f.SectionByType(elf.SHT_SYMTAB)
+	if table == nil || table.Size > maxSymbols*elf.Sym64Size {
+		return nil, elf.ErrNoSymbols
+	}
+	all, err := f.Symbols()
+	if err != nil {
+		return nil, err
+	}
+	s := &Symbols{}
+	for _, y := range all {
+		if y.Section == 0 || int(y.Section) >= len(f.Sections) {
+			continue
+		}
+		section := f.Sections[y.Section]
+		kind := elf.ST_TYPE(y.Info)
+		code := section.Flags&elf.SHF_EXECINSTR != 0 && (kind == elf.STT_FUNC || kind == elf.STT_NOTYPE)
+		switch {
+		case y.Name == "linux_banner" && y.Value >= section.Addr && y.Size < maxSymbol:
+			s.banner, s.text = y.Value, make([]byte, y.Size)
+			if _, err := section.ReadAt(s.text, int64(y.Value-section.Addr)); err != nil {
+				return nil, err
+			}
+		case code && len(y.Name) < maxSymbol:
+			s.functions = append(s.functions, y)
+		}
+	}
+	if len(s.text) == 0 || len(s.functions) == 0 {
+		return nil, elf.ErrNoSymbols
+	}
+	slices.SortStableFunc(s.functions, func(a, b elf.Symbol) int { return cmp.Compare(a.Value, b.Value) })
+	return s, nil
+}
+
+// name returns the function with an address, and the place in it, as Linux writes them; "": none.
+func (s *Symbols) name(addr uint64) string {
+	i, found := slices.BinarySearchFunc(s.functions, addr, func(y elf.Symbol, addr uint64) int {
+		return cmp.Compare(y.Value, addr)
+	})
+	if !found {
+		i--
+	}
+	if i < 0 {
+		return ""
+	}
+	y := s.functions[i]
+	for i > 0 && s.functions[i-1].Value == y.Value && elf.ST_TYPE(y.Info) != elf.STT_FUNC {
+		i--
+		y = s.functions[i]
+	}
+	size := y.Size
+	if size == 0 && i+1 < len(s.functions) { // of assembly
+		size = s.functions[i+1].Value - y.Value
+	}
+	if addr-y.Value >= size {
+		return ""
+	}
+	return fmt.Sprintf("%s+%#x/%#x", y.Name, addr-y.Value, size)
+}
+
+// Stacks writes the function of each CPU, and those of the return addresses on its stack, from the
+// stack pointer upwards. They are marked with ?, as Linux marks those that it is not sure of: some may
+// be left over from earlier calls. The memory may be that of a hostile guest.
+func Stacks(w io.Writer, mem *guestmem.Memory, cpus []CPU, symbols *Symbols) error {
+	space, offset, err := symbols.find(mem, cpus)
+	if err != nil {
+		return err
+	}
+	var b bytes.Buffer
+	for i := range cpus {
+		r, s := &cpus[i].Regs, cpus[i].Sregs
+		fmt.Fprintf(&b, "vCPU %d: rip %#x", i, r.RIP)
+		if name := symbols.name(r.RIP - offset); name != "" {
+			b.WriteString(" " + name)
+		}
+		if s.SS.DPL != 0 {
+			b.WriteString(", in user space")
+		}
+		b.WriteString("\n")
+		s.CR3 = space
+		calls := 0
+		for at := (r.RSP + 7) &^ 7; s.SS.DPL == 0 && calls < maxCalls && at < r.RSP|(stackSize-1); at += 8 {
+			var word [8]byte
+			gpa, ok := x86.Translate(mem.Read, &s, at) // a word lies in one page
+			if !ok || mem.Read(gpa, word[:]) != nil {
+				break
+			}
+			if name := symbols.name(binary.LittleEndian.Uint64(word[:]) - offset); name != "" {
+				calls++
+				b.WriteString("  ? " + name + "\n")
+			}
+		}
+	}
+	_, err = w.Write(b.Bytes())
+	return err
+}
+
+// find returns a page table that has the kernel of the symbols, and the offset of its addresses.
+func (s *Symbols) find(mem *guestmem.Memory, cpus []CPU) (cr3, offset uint64, err error) {
+	got := make([]byte, len(s.text))
+	for _, c := range cpus {
+		sregs := c.Sregs
+		for _, sregs.CR3 = range []uint64{c.Sregs.CR3, c.Sregs.CR3 &^ userPageTable} {
+			for offset := uint64(0); offset < kernelSize; offset += kaslrAlign {
+				gpa, ok := x86.Translate(mem.Read, &sregs, s.banner+offset)
+				if ok && mem.Read(gpa, got) == nil && bytes.Equal(got, s.text) {
+					return sregs.CR3, offset, nil
+				}
+			}
+		}
+	}
+	return 0, 0, ErrOtherKernel
+}
