@@ -48,7 +48,8 @@ const exitStatusHelp = `gvm run and gvm kunit end with one of these, and nothing
              reported a fault (oops, BUG, KASAN, lockdep, a stall and so on)
    8         with --watchdog=exit: the guest's watchdog expired; the state of
              CPUs and devices is on standard error
-   70        a bug in gvm; the report is on standard error
+   70        a bug in gvm, or a system call that its sandbox refused; the report
+             is on standard error
    124       --timeout elapsed
    130       stopped by Ctrl-a x, by an interrupt (SIGINT), or by gdb's kill
    129, 143  stopped by SIGHUP, or by SIGTERM or gvm stop; a terminal that goes

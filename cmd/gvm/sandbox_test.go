@@ -61,13 +61,17 @@ func TestSandbox(t *testing.T) {
 	} {
 		t.Run(tt.what, func(t *testing.T) {
 			t.Parallel()
+			file := strings.HasSuffix(tt.text, "true")
+			if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_GETPPID, 0, 0, 0); file && errno != 0 {
+				t.Skip("Landlock has no threads of a gvm with cgo: ", errno)
+			}
 			p := startOnTerminalAs(t, func(p *proc) { p.cmd.Env = append(p.cmd.Env, attackEnv+"="+tt.what) },
 				append(guestRun("spin"), "--sandbox=on")...)
 			p.expect("spinning")
 			p.signal(syscall.SIGUSR1)
 			p.expect(tt.text)
 			want := exitBug
-			if strings.HasSuffix(tt.text, "true") {
+			if file {
 				want = exitTerminated
 				p.signal(syscall.SIGTERM)
 			}
