@@ -153,8 +153,8 @@ EXAMPLES
 					"with backend=vhost each takes some 21 MiB of the kernel's memory"},
 			pollFlag(),
 			&cli.StringFlag{Name: "crash-dir", TakesFile: true,
-				Usage: "when the guest panics, crashes or meets --timeout, keep the console and the state of " +
-					"all CPUs and devices in a new directory in `DIR`"},
+				Usage: "when the guest panics, crashes or meets --timeout, keep the console, the state of all CPUs " +
+					"and devices, and with a vmlinux the kernel's stacks, in a new directory in `DIR`"},
 			&cli.StringFlag{Name: "gdb",
 				Usage: "let gdb debug the guest's kernel, at `ADDR` :PORT of this host, HOST:PORT, unix:PATH or stdio, " +
 					"and print the command that starts it"},
