@@ -91,7 +91,7 @@ func (s *Symbols) name(addr uint64) string {
 		y = s.functions[i]
 	}
 	size := y.Size
-	if size == 0 && i+1 < len(s.functions) { // of assembly
+	if size == 0 && i+1 < len(s.functions) && s.functions[i+1].Section == y.Section { // of assembly
 		size = s.functions[i+1].Value - y.Value
 	}
 	if addr-y.Value >= size {

@@ -84,6 +84,15 @@ func TestStacks(t *testing.T) {
 	}
 }
 
+// TestEndOfSection: the last symbol of a section, which marks its end, does not reach into the next one.
+func TestEndOfSection(t *testing.T) {
+	s := Symbols{functions: []elf.Symbol{{Name: "_einittext", Section: 1, Value: 0x100},
+		{Name: "next", Section: 2, Value: 0x1000, Size: 8}}}
+	if name := s.name(0x200); name != "" {
+		t.Errorf("between two sections there is %s", name)
+	}
+}
+
 // FuzzSymbols: a damaged file has an error or symbols, which any stack can be read with.
 func FuzzSymbols(f *testing.F) {
 	f.Add(symbolFile(text), uint64(text+0x110))
