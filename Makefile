@@ -181,7 +181,8 @@ bench: build ## benchmarks without a guest, of Linux in the lab, and of this hos
 	mkdir -p bench
 	bin/gvm bench disk --json bench/disk.json --plot bench/disk.svg
 	$(GO) test -run '^$$' -bench . -benchmem $(UNIT)
-	$(GO) test -run '^$$' -bench 'Boot|Disk|Net|Share|TestTrue' -benchtime 3x -timeout 120m -v -outputdir bench ./guest-tests/linux
+	$(GO) run ./guest-tests/cmd/lab distribution
+	$(GO) test -tags built -run '^$$' -bench 'Boot|Disk|Distribution|Net|Share|TestTrue' -benchtime 3x -timeout 150m -v -outputdir bench ./guest-tests/linux
 	bin/gvm bench guest $(QEMUS) --json bench/guest.json --plot bench/guest.svg
 	bin/gvm bench boot $(QEMUS) --json bench/boot.json
 	bin/gvm bench footprint $(QEMUS) --json bench/footprint.json

@@ -69,6 +69,23 @@ func (q qemu) disk(file string) []string {
 		"-device", `{"driver":"scsi-hd","bus":"s.0","drive":"d"}`)
 }
 
+// vhostDisk has the kernel's target serve a file until done. It returns QEMU's arguments for it.
+func vhostDisk(b *testing.B, file string) (args []string, done func()) {
+	f, err := block.Open(file, block.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	target, err := lio.Provision(lio.Config{Units: []lio.Unit{{UnitConfig: scsi.UnitConfig{Backend: f}}}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return []string{"-device", "vhost-scsi-pci,wwpn=" + target.WWN}, func() {
+		if err := errors.Join(target.Close(), f.Close()); err != nil {
+			b.Error(err)
+		}
+	}
+}
+
 // cleanMemory makes the kernel clear the memory that the next guest will get. An emulated processor
 // (the lab's) is slow to store to memory with translated code of an earlier guest; no other
 // processor is.
@@ -329,20 +346,8 @@ func BenchmarkDisk(b *testing.B) {
 		ways = append(ways, way{q.name, 0, func() (string, []string, func()) {
 			return q.Path, append(machine[:len(machine):len(machine)], q.disk(file)...), func() {}
 		}}, way{q.name + "-vhost", 1, func() (string, []string, func()) {
-			f, err := block.Open(file, block.Options{})
-			if err != nil {
-				b.Fatal(err)
-			}
-			target, err := lio.Provision(lio.Config{Units: []lio.Unit{{UnitConfig: scsi.UnitConfig{Backend: f}}}})
-			if err != nil {
-				b.Fatal(err)
-			}
-			return q.Path, append(machine[:len(machine):len(machine)], "-device",
-					"vhost-scsi-pci,wwpn="+target.WWN), func() {
-					if err := errors.Join(target.Close(), f.Close()); err != nil {
-						b.Error(err)
-					}
-				}
+			device, done := vhostDisk(b, file)
+			return q.Path, append(machine[:len(machine):len(machine)], device...), done
 		}})
 	}
 	iops, latency := make([]figure, len(loads)*len(ways)), make([]figure, len(loads)*len(ways))

@@ -7,6 +7,7 @@ import (
 	"io"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -24,6 +25,12 @@ func TestDistribution(t *testing.T) {
 	}
 }
 
+// The words of the system for its kernel's command line, and its last output before a login.
+const (
+	bootDistribution = "root=/dev/sda rw quiet systemd.show_status=1"
+	loginPrompt      = "\ndebian login: "
+)
+
 func testDistribution(t *testing.T, d lab.Distribution, backend string,
 	start func(*testing.T, ...string) (*process, io.Writer)) {
 	lioUnchanged(t)
@@ -31,8 +38,8 @@ func testDistribution(t *testing.T, d lab.Distribution, backend string,
 	must(t, d.CopyRoot(disk))
 	begin := time.Now()
 	p, console := start(t, "run", "--cpus", "2", "--kernel", d.BZImage, "--initrd", d.Initrd,
-		"--cmdline", "root=/dev/sda rw quiet systemd.show_status=1", "--disk", disk+",backend="+backend)
-	p.waitForText("\ndebian login: ")
+		"--cmdline", bootDistribution, "--disk", disk+",backend="+backend)
+	p.waitForText(loginPrompt)
 	t.Logf("the prompt for a login after %.1f s", time.Since(begin).Seconds())
 	fmt.Fprint(console, "root\r")
 	p.waitForText("root@debian:~# ")
@@ -58,4 +65,71 @@ func testDistribution(t *testing.T, d lab.Distribution, backend string,
 	if got, want := debugfs(t, disk, "cat /root/numbers"), numbers(1, 50000); sum(got) != sum(want) {
 		t.Errorf("/root/numbers in the image is %d bytes, not what the guest wrote", len(got))
 	}
+}
+
+// BenchmarkDistribution measures from the start of a VMM to the system's prompt for a login, with 2 CPUs
+// and the disk served by the VMM and by the kernel. Each iteration boots once in every way, one after the
+// other.
+func BenchmarkDistribution(b *testing.B) {
+	l := theLab(b)
+	d, err := l.Distribution()
+	must(b, err)
+	disk := filepath.Join(b.TempDir(), "root.ext4")
+	type way struct {
+		name, peer string
+		make       func() (program string, args []string, done func())
+	}
+	var ways []way
+	for _, backend := range []string{"process", "vhost"} {
+		ways = append(ways, way{"gvm-" + backend, "", func() (string, []string, func()) {
+			return lab.Program("gvm"), []string{"run", "--cpus", "2", "--memory", "512M", "--kernel", d.BZImage, "--initrd",
+				d.Initrd, "--cmdline", bootDistribution, "--disk", disk + ",backend=" + backend}, func() {}
+		}})
+	}
+	for _, q := range qemus(b, l) {
+		args := append(qemuArgs("q35", d.BZImage, d.Initrd), "-append", "console=ttyS0 "+bootDistribution, "-smp", "2")
+		ways = append(ways, way{q.name, "gvm-process", func() (string, []string, func()) {
+			return q.Path, append(args[:len(args):len(args)], q.disk(disk)...), func() {}
+		}}, way{q.name + "-vhost", "gvm-vhost", func() (string, []string, func()) {
+			device, done := vhostDisk(b, disk)
+			return q.Path, append(args[:len(args):len(args)], device...), done
+		}})
+	}
+	boot := func(w way) (took float64) {
+		r := again(b, func(result) bool { return took > 0 }, func() result {
+			must(b, d.CopyRoot(disk))
+			program, args, done := w.make()
+			defer done()
+			cleanMemory(b)
+			begin := time.Now()
+			p := startProgram(b, program, nil, cacheHome, args...)
+			if p.shows(loginPrompt) {
+				took = time.Since(begin).Seconds()
+				p.signal(syscall.SIGTERM)
+			}
+			return p.end()
+		})
+		if took == 0 {
+			r.fatalf(b, "%s: no prompt for a login", w.name)
+		}
+		return took
+	}
+	boot(ways[0]) // fills the page cache with files, and gvm's cache with the kernel
+	figures := make([]figure, len(ways))
+	for i, w := range ways {
+		figures[i].What, figures[i].Way = "until the login, s", w.name
+	}
+	for b.Loop() {
+		for i, w := range ways {
+			figures[i].Values = append(figures[i].Values, boot(w))
+		}
+	}
+	for i, w := range ways {
+		for k := range figures {
+			if figures[k].Way == w.peer {
+				figures[k].of(figures[i])
+			}
+		}
+	}
+	report(b, "linux-distribution", figures)
 }

@@ -103,15 +103,23 @@ func (p *process) waitFor(line string) { p.t.Helper(); p.waitForText("\n" + line
 // waitForText waits for text on the console.
 func (p *process) waitForText(text string) {
 	p.t.Helper()
+	if !p.shows(text) {
+		p.t.Fatalf("gvm ended with no %q on the console:\n%s\nstandard error:\n%s",
+			text, p.console.String(), p.errs.String())
+	}
+}
+
+// shows waits for text on the console, and reports false if gvm ends without it.
+func (p *process) shows(text string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for !strings.Contains("\n"+p.console.String(), text) {
 		if p.ended {
-			p.t.Fatalf("gvm ended with no %q on the console:\n%s\nstandard error:\n%s",
-				text, p.console.String(), p.errs.String())
+			return false
 		}
 		p.changed.Wait()
 	}
+	return true
 }
 
 // printed tells whether a line is on the console, or gvm has ended.
