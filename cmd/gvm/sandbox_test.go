@@ -23,7 +23,11 @@ const (
 
 // tries are the attacks of attackEnv; package sandbox has more.
 var tries = map[string]func() error{
-	"execve": func() error { return syscall.Exec("/bin/true", nil, nil) },
+	// As an exploit has it: Go's Exec first stops new threads, which the message may need.
+	"execve": func() error {
+		_, _, errno := syscall.Syscall(unix.SYS_EXECVE, 0, 0, 0)
+		return errno
+	},
 	"socket": func() error {
 		_, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
 		return err
@@ -53,7 +57,7 @@ func TestSandbox(t *testing.T) {
 		t.Errorf("status %d: %s%s", r.status, r.out, r.errs)
 	}
 	for _, tt := range []struct{ what, text string }{
-		{"execve", "gvm: the sandbox refused the system call "}, // Go sets a limit first
+		{"execve", "gvm: the sandbox refused the system call execve (59), arguments 0x0 0x0 0x0: "},
 		{"socket", "gvm: the sandbox refused the system call socket (41), arguments 0x2 0x1 0x0: "},
 		{"ptrace", "gvm: the sandbox refused the system call ptrace (101), arguments 0x10 0x1 0x0: "},
 		{"open", "gvm: open: true"},

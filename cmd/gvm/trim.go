@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,9 +20,13 @@ type trimmer struct {
 	status, maps *os.File
 	exe          string
 	err          error
+
+	mu     sync.Mutex
+	closed bool
 }
 
-func newTrimmer() (t trimmer) {
+func newTrimmer() *trimmer {
+	t := &trimmer{}
 	var errs [3]error
 	t.status, errs[0] = os.Open("/proc/self/status")
 	t.maps, errs[1] = os.Open("/proc/self/maps")
@@ -31,14 +36,23 @@ func newTrimmer() (t trimmer) {
 }
 
 func (t *trimmer) close() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.closed = true
 	_ = t.status.Close() // read only
 	_ = t.maps.Close()
 }
 
 // trim releases the program's pages that the start has read, some 10 MiB. Pages that a running
 // machine needs come back from the page cache, a few at a time. Under a debugger trim does nothing,
-// since breakpoints are changes to such pages.
+// since breakpoints are changes to such pages; nor does it after close, as a machine that ends needs
+// none.
 func (t *trimmer) trim() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return nil
+	}
 	if t.err != nil {
 		return t.err
 	}
