@@ -95,10 +95,11 @@ lint: ## gofmt, go vet, staticcheck
 	$(GO) vet -tags man ./cmd/gvm
 	$(GO) tool staticcheck -tags man ./cmd/gvm
 
-# Without what takes most of the time: gvm's benchmarks run as programs, the conformance suite on
-# three more kinds of disk, and most of the exhaustive tests.
+# Without what takes most of the time: gvm's benchmarks run as programs, two tests that start gvm
+# hundreds of times, the conformance suite on three more kinds of disk, and most of the exhaustive
+# tests.
 race: ## the unit tests under the race detector
-	CGO_ENABLED=1 $(GOTEST) -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^TestEvery(Table|MSIXSequence)$$|^TestEveryInterleaving$$/^2|^TestTarget$$/^(4096|thick|readonly)$$' $(UNIT)
+	CGO_ENABLED=1 $(GOTEST) -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^Test(CompletionOfDisks|Verbs)$$|^TestEvery(Table|MSIXSequence)$$|^TestEveryInterleaving$$/^2|^TestTarget$$/^(4096|thick|readonly)$$' $(UNIT)
 
 # gvm itself has the detector there as well, and ends when it finds something. Static, for
 # guests, which get diskload, have no C library; xz without, which would decompress a kernel
