@@ -34,8 +34,8 @@ func newPlacement() placement {
 }
 
 // review is told, about as many requests each time, whether the thread ran on the core of the guest's
-// CPU, whether the driver polled, and how long the requests took.
-func (p *placement) review(beside, polled bool, took time.Duration) {
+// CPU, whether the driver polled, and how long the requests took. It returns whether a trial begins.
+func (p *placement) review(beside, polled bool, took time.Duration) (trial bool) {
 	switch {
 	case polled:
 		if p.before = 0; beside {
@@ -53,8 +53,9 @@ func (p *placement) review(beside, polled bool, took time.Duration) {
 		p.stay--
 	default:
 		if p.from = p.leave(); p.from >= 0 {
-			p.before = took
+			p.before, trial = took, true
 		}
 		p.stay = p.next
 	}
+	return trial
 }

@@ -150,6 +150,9 @@ func (s *spin) account() {
 	if beside {
 		s.crowd = max(s.crowd, aloneAgain)
 	}
-	s.place.review(beside, interrupts-s.interrupted < aloneAgain/sleepsBeside, now-s.began)
+	// A trial of the core of the guest's CPU must not be of a look there.
+	if s.place.review(beside, interrupts-s.interrupted < aloneAgain/sleepsBeside, now-s.began) {
+		s.crowd = max(s.crowd, aloneAgain)
+	}
 	s.allBefore, s.interrupted, s.sleeps, s.slept, s.began = switches, interrupts, 0, 0, now
 }

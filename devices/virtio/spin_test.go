@@ -192,3 +192,19 @@ func TestSpinLostAndShared(t *testing.T) {
 		t.Errorf("%d sleeps left without a look, want %d", s.crowd, want)
 	}
 }
+
+// TestSpinTrialOfCore: a thread that tries another core does not look there.
+func TestSpinTrialOfCore(t *testing.T) {
+	s := testSpin(us(2000), us(1))
+	sent := uint64(0)
+	s.interrupts = func() uint64 { sent += aloneAgain; return sent }
+	s.place.leave = func() int { return 0 }
+	for range aloneAgain {
+		s.waited(us(10))
+	}
+	for i := range aloneAgain - 1 {
+		if s.waited(us(10)); s.now > 0 {
+			t.Fatalf("it looks after %d sleeps of a trial", i+1)
+		}
+	}
+}
