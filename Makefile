@@ -47,8 +47,10 @@ ZSHDIR = share/zsh/site-functions
 build: ## static binaries: bin/gvm, bin/gvm-plot, which draws its plots, and bin/gvm-net, its network
 	$(GO) build -tags $(TAGS) -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' $(SELDOM:%=-gcflags=%=-l) -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
 
-run: ## boot the embedded guest
-	$(GO) run ./cmd/gvm run
+run: ## boot the embedded guest; in the lab if this machine has no /dev/kvm
+	@if [ -e /dev/kvm ]; then set -x; $(GO) run ./cmd/gvm run; else \
+		echo 'run: in the lab, as this machine has no /dev/kvm' >&2; \
+		mkdir -p $(BIN) && $(GO) build -o $(BIN)/ ./cmd/gvm && $(GO) run ./guest-tests/cmd/lab -- $(abspath $(BIN))/gvm run; fi
 
 demo: ## boot a stock Debian kernel to a shell, here or in the lab
 	$(GO) run ./guest-tests/cmd/demo
