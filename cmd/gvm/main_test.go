@@ -72,9 +72,10 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(runtimeDir)
-	// One CPU: two guests at a time on an L1 with two processors can make the lab hang.
+	// One CPU: two guests at a time on an L1 with two processors can make the lab hang. Two labs, as
+	// most of the time is the labs' own.
 	return lab.Main(withPlotter{m}, lab.Options{Build: []string{"gvm/cmd/gvm-plot", "gvm/cmd/gvm-net"},
-		Visible: []string{runtimeDir}, Direct: lab.KVM, CPUs: 1})
+		Visible: []string{runtimeDir}, Direct: lab.KVM, CPUs: 1, Labs: 2})
 }
 
 // withPlotter runs the tests with gvm-plot and gvm-net in $PATH.

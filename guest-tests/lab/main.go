@@ -34,6 +34,8 @@ type Options struct {
 	// Lost matches the output of a failed test whose guest was lost by the emulated processor: see
 	// Main. Nil means never.
 	Lost *regexp.Regexp
+	// Labs is how many labs run the tests at the same time, each a part of them; 0 is 1.
+	Labs int
 	// Writable and Visible are as in Command. The directories of profiles that the go command asks
 	// for are always writable.
 	Writable, Visible []string
@@ -107,14 +109,21 @@ func Main(m interface{ Run() int }, o Options) int {
 	fmt.Fprintf(os.Stderr, "lab: tests run in the lab: %s\n", why)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
+	parts, err := a.divide(ctx, max(o.Labs, 1))
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "lab: list the tests: %v\n", err)
+		return exitInfrastructure
+	}
+	return runParts(parts, func(a testArgs, out io.Writer) int { return mainInLabs(ctx, a, o, out) })
+}
+
+// mainInLabs runs tests in a lab, and in further ones those that it lost. It returns the exit status.
+func mainInLabs(ctx context.Context, a testArgs, o Options, to io.Writer) (code int) {
 	start := time.Now()
-	var (
-		code int
-		err  error
-	)
+	var err error
 run:
 	for n := range labs {
-		out := new(transcript)
+		out := &transcript{to: to}
 		code, err = mainInLab(ctx, a, o, start, out)
 		if n == labs-1 {
 			break
@@ -200,7 +209,6 @@ func mainInLab(ctx context.Context, a testArgs, o Options, start time.Time, out 
 		Fast:   os.Getenv(fastEnv) != "0",
 		Stderr: os.Stderr,
 	}
-	out.to = os.Stdout
 	if same(os.Stdout, os.Stderr) {
 		c.Stderr = c.Stdout
 	}
@@ -245,6 +253,8 @@ type testArgs struct {
 	timeout   time.Duration
 	list      bool // tests are to be listed, not run
 	fuzz      bool
+	whole     bool   // the tests cannot be divided among labs
+	run       string // the pattern of the tests to run
 	outputDir string
 }
 
@@ -286,6 +296,11 @@ func parseTestArgs(args []string) testArgs {
 			a.list = value != ""
 		case name == "fuzz":
 			a.fuzz = value != ""
+			a.whole = a.whole || a.fuzz
+		case name == "bench":
+			a.whole = a.whole || value != ""
+		case name == "run":
+			a.run = value
 		case name == "outputdir":
 			a.outputDir = value
 			a.values[name] = value

@@ -89,6 +89,32 @@ func TestSkip(t *testing.T) {
 	}
 }
 
+// TestShare: each of the tests is in one part.
+func TestShare(t *testing.T) {
+	for _, tt := range []struct{ names, want string }{
+		{"", "^()$"},
+		{"TestA", "^(TestA)$"},
+		{"TestA TestB TestC", "^(TestA|TestC)$ ^(TestB)$"},
+	} {
+		var got []string
+		for _, p := range parseTestArgs([]string{"-test.run=Test", "-test.v"}).share(strings.Fields(tt.names), 2) {
+			if len(p.args) != 3 || p.args[1] != "-test.v" {
+				t.Errorf("%q: arguments %q", tt.names, p.args)
+			}
+			got = append(got, strings.TrimPrefix(p.args[len(p.args)-1], "-test.run="))
+		}
+		if got := strings.Join(got, " "); got != tt.want {
+			t.Errorf("%q: %q, want %q", tt.names, got, tt.want)
+		}
+	}
+	for _, args := range []string{"-test.run=A/b", "-test.bench=.", "-test.fuzz=A", "-test.cpuprofile=f", "-test.v x"} {
+		parts, err := parseTestArgs(strings.Fields(args)).divide(t.Context(), 2)
+		if err != nil || len(parts) != 1 {
+			t.Errorf("%s is divided into %d parts, %v", args, len(parts), err)
+		}
+	}
+}
+
 func TestQEMUVersion(t *testing.T) {
 	for _, tt := range []struct {
 		says string
