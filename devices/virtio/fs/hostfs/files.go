@@ -2,6 +2,7 @@ package hostfs
 
 import (
 	"cmp"
+	"math"
 
 	"golang.org/x/sys/unix"
 
@@ -13,17 +14,43 @@ import (
 const passed = unix.O_ACCMODE | unix.O_APPEND | unix.O_TRUNC | unix.O_SYNC | unix.O_DSYNC
 
 // openFile opens a regular file. Its type is checked, and cannot change below a descriptor. The
-// open does not wait for a lease to be given back.
+// open does not wait for a lease to be given back. A file that a machine has as a disk is not opened
+// for writing.
 func (fs *FS) openFile(n *inode, flags int) (int, error) {
 	if err := n.shown(unix.S_IFREG); err != nil {
 		return -1, err
 	}
-	if flags&unix.O_TRUNC != 0 {
-		if err := fs.dropRights(n); err != nil {
-			return -1, err
+	truncates := flags&unix.O_TRUNC != 0
+	if truncates && flags&unix.O_ACCMODE == unix.O_RDONLY {
+		flags = flags&^unix.O_ACCMODE | unix.O_RDWR
+	}
+	fd, err := unix.Open(procPath(n.fd), flags&passed&^unix.O_TRUNC|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil || flags&unix.O_ACCMODE == unix.O_RDONLY {
+		return fd, err
+	}
+	if isDisk(fd) {
+		err = unix.ETXTBSY
+	}
+	if err == nil && truncates {
+		if err = fs.dropRights(n); err == nil {
+			err = unix.Ftruncate(fd, 0)
 		}
 	}
-	return unix.Open(procPath(n.fd), flags&passed|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// isDisk reports whether a machine has an open file as a disk, or writes its results there. Package block
+// locks those from the first byte to lastLocked; locks of parts are other programs' affair.
+func isDisk(fd int) bool {
+	const lastLocked = math.MaxInt64 - 3
+	l := unix.Flock_t{Type: unix.F_WRLCK, Start: lastLocked, Len: 1}
+	err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l)
+	const openFileDescription = -1
+	return err == nil && l.Type != unix.F_UNLCK && l.Pid == openFileDescription && l.Start == 0
 }
 
 func (fs *FS) open(r *request) error {

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/block"
 	"gvm/devices/virtio/fs/hostfs/hostfstest"
 )
 
@@ -42,6 +43,65 @@ func TestReadOnly(t *testing.T) {
 	// That there is no file is remembered too.
 	if b := c.ok(opLookup, 1, nil, "none"); entry(b) != 0 || order.Uint64(b[16:]) != 3600 {
 		t.Errorf("% x", b)
+	}
+}
+
+// TestDisk: the client does not write a file that a machine has as a disk, and writes one of which a program
+// has locked a part.
+func TestDisk(t *testing.T) {
+	dir := t.TempDir()
+	c := open(t, Config{Dir: dir})
+	path := filepath.Join(dir, "disk.img")
+	if err := os.WriteFile(path, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	node := c.walk("disk.img")
+	write := func() (errs []error) {
+		for _, flags := range []uint32{unix.O_WRONLY, unix.O_RDWR, unix.O_RDWR | unix.O_TRUNC, unix.O_TRUNC} {
+			b, err := c.do(opOpen, node, put32(nil, flags, 0))
+			if errs = append(errs, err); err == nil {
+				c.ok(opRelease, node, put64(nil, entry(b), 0, 0))
+			}
+		}
+		_, err := c.do(opCreate, 1, put32(nil, unix.O_RDWR|unix.O_TRUNC, 0o644, 0, 0), "disk.img")
+		errs = append(errs, err)
+		_, err = c.do(opSetattr, node, append(put64(put32(nil, setSize, 0), 0, 8192), make([]byte, 64)...))
+		return append(errs, err)
+	}
+	for _, readOnly := range []bool{false, true} {
+		f, err := block.Open(path, block.Options{ReadOnly: readOnly})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, err := range write() {
+			if err != unix.ETXTBSY {
+				t.Errorf("readonly %v, write %d: %v", readOnly, i, err)
+			}
+		}
+		c.ok(opRelease, node, put64(nil, c.openFile(opOpen, node, unix.O_RDONLY), 0, 0))
+		if fi, err := f.Stat(); err != nil || fi.Size() != 4096 {
+			t.Errorf("%d bytes, %v", fi.Size(), err)
+		}
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	l := unix.Flock_t{Type: unix.F_WRLCK, Start: 100, Len: 100}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err != nil {
+		t.Fatal(err)
+	}
+	for i, err := range write() {
+		if err != nil {
+			t.Errorf("a part is locked, write %d: %v", i, err)
+		}
+	}
+	if fi, err := f.Stat(); err != nil || fi.Size() != 8192 {
+		t.Errorf("%d bytes, %v", fi.Size(), err)
 	}
 }
 
