@@ -22,6 +22,13 @@ import (
 // all.
 const grantTime = time.Minute
 
+// maxGrants bounds the files that the machine may open and has not: more than all connections of the
+// control socket can ask for at a time.
+const maxGrants = 128
+
+// maxPath is PATH_MAX: no longer path can be opened.
+const maxPath = 4096
+
 // maxRefusals is how many refusals are logged: a machine may ask for any number of files.
 const maxRefusals = 10
 
@@ -61,15 +68,39 @@ func (b *broker) grant(d disk.Spec) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	until := time.Now().Add(grantTime)
+	b.prune()
 	if d.Storage == disk.Temporary || d.Storage == disk.Image && d.Overlay == disk.OverlayOn {
-		b.temporaries = append(slices.DeleteFunc(b.temporaries, time.Now().After), until)
+		b.temporaries = append(b.temporaries, until)
 	}
-	if d.Storage != disk.Image || d.Path == "" {
+	if d.Storage != disk.Image || d.Path == "" || max(len(d.Path), len(d.Overlay)) > maxPath {
 		return
 	}
 	b.images[d.Path] = image{options: d.ImageOptions(), until: until}
 	if d.Overlay != "" && d.Overlay != disk.OverlayOn {
 		b.images[d.Overlay] = image{options: block.Options{Overlay: true, NoLock: d.NoLock}, until: until}
+	}
+}
+
+// prune forgets grants that are of no more use, and the oldest if there are too many. It keeps files that
+// this process has made. The caller holds mu.
+func (b *broker) prune() {
+	b.temporaries = slices.DeleteFunc(b.temporaries, time.Now().After)
+	b.temporaries = b.temporaries[max(len(b.temporaries)-maxGrants, 0):]
+	var open []string
+	for path, g := range b.images {
+		switch {
+		case g.made:
+		case time.Now().After(g.until):
+			delete(b.images, path)
+		default:
+			open = append(open, path)
+		}
+	}
+	if n := len(open) - maxGrants; n > 0 {
+		slices.SortFunc(open, func(p, q string) int { return b.images[p].until.Compare(b.images[q].until) })
+		for _, path := range open[:n] {
+			delete(b.images, path)
+		}
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net/http"
 	"os"
@@ -383,6 +384,23 @@ func TestGrantEnds(t *testing.T) {
 	}
 	if _, err := s.Temporary(); !errors.Is(err, unix.EACCES) {
 		t.Error(err)
+	}
+}
+
+// TestGrantsAreBounded: requests that the machine refuses make the broker keep no more and no more of them.
+func TestGrantsAreBounded(t *testing.T) {
+	b := newBroker(nil, 0, nil)
+	b.images["made"] = image{made: true}
+	last := ""
+	for i := range 4 * maxGrants {
+		last = fmt.Sprintf("/%d.img", i)
+		b.grant(disk.Spec{Path: last, Overlay: fmt.Sprintf("/%d.top", i)})
+		b.grant(disk.Spec{Path: last, Overlay: disk.OverlayOn})
+	}
+	b.grant(disk.Spec{Path: "/" + strings.Repeat("x", maxPath)})
+	const most = maxGrants + 3 // of the last two requests, and the file that was made
+	if _, ok := b.images[last]; !ok || len(b.images) > most || len(b.temporaries) > most || !b.images["made"].made {
+		t.Errorf("%d images and %d temporary files; the last one: %v", len(b.images), len(b.temporaries), ok)
 	}
 }
 
