@@ -218,9 +218,15 @@ func (r *Run) Winsize(rows, columns uint16) {
 }
 
 // Terminate sends a signal to the command's process group, and ends the run with cause if it has not
-// ended within grace. Of two calls the one that gives less time counts. Without a grace time, or before
-// the agent's hello, Terminate ends the run at once and returns false.
+// ended within grace. Of two calls the one that gives less time counts. Without a grace time, before the
+// agent's hello, or when only the readers of the output are waited for, Terminate ends the run at once and
+// returns false.
 func (r *Run) Terminate(number int, cause error, grace time.Duration) bool {
+	select {
+	case <-r.machine.Ended():
+		grace = 0
+	default:
+	}
 	if grace <= 0 || !r.Signal(number) {
 		r.stop(cause)
 		return false

@@ -366,6 +366,27 @@ func TestTerminate(t *testing.T) {
 	}
 }
 
+// TestTerminateAfterEnd: once the guest has ended, no grace time holds up the end of the run.
+func TestTerminateAfterEnd(t *testing.T) {
+	out := stuck{make(chan struct{}, 9), t.Context().Done()}
+	cause := errors.New("the test stops it")
+	res := run(t, Config{Stdout: out, Stderr: io.Discard}, func(g *fakeGuest) vmm.Outcome {
+		a := g.agent(t, wire.AgentConfig{})
+		_, _ = io.WriteString(a.Stdout, "output")
+		_ = a.Stdout.Close()
+		_ = a.Exit(wire.Exit{}, time.Minute)
+		return off
+	}, func(r *Run) {
+		<-r.machine.Ended()
+		if r.Terminate(15, cause, time.Hour) {
+			t.Error("a guest that has ended was asked")
+		}
+	})
+	if res.Kind != Stopped || !errors.Is(res.Cause, cause) {
+		t.Errorf("%+v", res)
+	}
+}
+
 // TestVersion: an agent of another build is not taken.
 func TestVersion(t *testing.T) {
 	res := run(t, Config{}, func(g *fakeGuest) vmm.Outcome {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"time"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
@@ -15,7 +14,6 @@ import (
 	"gvm/control"
 	"gvm/kvmapi/nowait"
 	"gvm/machine/disk"
-	"gvm/panics"
 	"gvm/text"
 )
 
@@ -56,17 +54,7 @@ func dump(client *control.Client, path string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.discard()) }()
-	over := make(chan struct{})
-	defer close(over)
-	defer context.AfterFunc(ctx, panics.Func(func() { // storage or a pipe may not take what it gets
-		select {
-		case <-over:
-		case <-time.After(patience):
-			_ = f.remove()
-			cause := context.Cause(ctx)
-			endNow(exitStatus(cause), errorText(cause))
-		}
-	}))()
+	defer endWithin(ctx, func() { _ = f.remove() })()
 	size, release, err := client.Core(ctx, f.put)
 	if err == nil {
 		err = f.finish(size)

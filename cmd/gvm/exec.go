@@ -180,11 +180,13 @@ func runSession(client *control.Client, args []string, tty bool) error {
 		_ = h.Stdin.Close()
 	})
 	exit, err := h.Wait()
+	s.over()
 	drained := make(chan struct{})
 	panics.Go(func() { outputs.Wait(); close(drained) })
 	select {
 	case <-drained:
 	case <-ctx.Done():
+		err = context.Cause(ctx)
 	}
 	_ = h.Bye() // a guest that has ended meanwhile needs none
 	switch {
@@ -220,7 +222,7 @@ type execSession struct {
 	stop func(error)
 
 	mu     sync.Mutex
-	host   *wire.Host // nil: not begun
+	host   *wire.Host // nil: the command does not run
 	past   bool       // a signal came
 	outErr error
 }
@@ -231,7 +233,11 @@ func (s *execSession) begin(h *wire.Host) {
 	s.host = h
 }
 
-// take passes the first signal on, and ends the session at the second.
+// over has the next signal end the session: the command has ended, and the reader of its output may take any
+// time.
+func (s *execSession) over() { s.begin(nil) }
+
+// take passes the first signal on, and ends the session at the second, or when the command has ended.
 func (s *execSession) take(cause error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"strings"
@@ -112,5 +113,39 @@ func TestExec(t *testing.T) {
 	p.signal(syscall.SIGTERM)
 	if r := p.wait(); r.status != exitTerminated || r.errs != "" {
 		t.Errorf("SIGTERM: status %d, %q", r.status, r.errs)
+	}
+}
+
+// TestExecSignals: the command gets the first signal, and the second ends the session. Once the command has
+// ended, the first does: the reader of its output may take any time.
+func TestExecSignals(t *testing.T) {
+	near, far := net.Pipe()
+	defer near.Close()
+	got := make(chan int, 1)
+	go func() {
+		_, _ = wire.Dial(far, wire.AgentConfig{Signal: func(n int) { got <- n }})
+	}()
+	h, err := wire.Accept(near, wire.HostConfig{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, runs := range []bool{true, false} {
+		var ended error
+		s := &execSession{stop: func(err error) { ended = err }}
+		s.begin(h)
+		if !runs {
+			s.over()
+		}
+		cause := endError{exitTerminated, errors.New("SIGTERM")}
+		s.take(cause)
+		if runs {
+			if n := <-got; n != 15 || ended != nil {
+				t.Errorf("signal %d, %v", n, ended)
+			}
+			s.take(cause)
+		}
+		if ended != cause {
+			t.Errorf("runs: %v: %v", runs, ended)
+		}
 	}
 }

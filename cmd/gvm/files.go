@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -193,6 +194,13 @@ func (o *outputFile) fill(write func(io.Writer) error) error {
 		return fmt.Errorf("%s: %w", o.flag, err)
 	}
 	return nil
+}
+
+// endSoon bounds the wait for the reader of a pipe, once the end of the run was asked for.
+func (o *outputFile) endSoon() {
+	if o.file != nil {
+		_ = o.file.SetWriteDeadline(time.Now().Add(patience)) // fails for a regular file
+	}
 }
 
 func (o *outputFile) close() error {

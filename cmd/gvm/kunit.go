@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -58,6 +59,12 @@ not or none ran. Other ends are those of gvm help exit-status.`,
 			case r.Status == ktap.None:
 				note("no test ran; a kernel for gvm kunit has CONFIG_KUNIT=y and tests built in (docs/kunit.md)")
 			case rc.hidden:
+				ctx, stop := context.WithCancelCause(context.Background())
+				defer stop(nil)
+				defer endWithin(ctx, func() {})()
+				if status >= exitTimeout {
+					stop(err)
+				}
 				err = errors.Join(err, printResults(c.App.Writer, r))
 			}
 			return err

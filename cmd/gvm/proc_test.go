@@ -259,3 +259,31 @@ func (p *proc) setTermios(s unix.Termios) {
 
 // lines converts terminal or serial output to the line ends of a file.
 func lines(s string) string { return strings.ReplaceAll(s, "\r\n", "\n") }
+
+// stuckOutput gives a command a standard output that nothing empties, starts it, and sends it a signal when
+// that has something.
+func stuckOutput(t *testing.T, cmd *exec.Cmd, s syscall.Signal) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	if _, err := unix.FcntlInt(r.Fd(), unix.F_SETPIPE_SZ, 4096); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stdout = w
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fds := []unix.PollFd{{Fd: int32(r.Fd()), Events: unix.POLLIN}}
+	if n, err := unix.Poll(fds, int(tooLong.Milliseconds())); n != 1 || fds[0].Revents != unix.POLLIN {
+		_ = cmd.Process.Kill()
+		t.Fatalf("no output: %#x, %v", fds[0].Revents, err)
+	}
+	if err := cmd.Process.Signal(s); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -712,6 +712,25 @@ func endNow(status int, why string) {
 	exitNow(status, patience, func() { stderr.say(fmt.Sprintf("gvm: %s, before the orderly end was over\n", why)) })
 }
 
+// endWithin ends the process, after clean, when ctx has ended for patience, unless the returned function
+// is called before that: the storage or the reader of an output may take any time.
+func endWithin(ctx context.Context, clean func()) (done func()) {
+	over := make(chan struct{})
+	stop := context.AfterFunc(ctx, panics.Func(func() {
+		select {
+		case <-over:
+		case <-time.After(patience):
+			clean()
+			cause := context.Cause(ctx)
+			endNow(exitStatus(cause), errorText(cause))
+		}
+	}))
+	return func() {
+		stop()
+		close(over)
+	}
+}
+
 // dumpPatience bounds the wait for the reader of a dump.
 const dumpPatience = 10 * time.Second
 

@@ -444,6 +444,9 @@ func (t *testConfig) test() error {
 	if t.bisect {
 		res.Bisect()
 	}
+	if res.Kind == testrun.Stopped || res.Kind == testrun.Timeout {
+		file.endSoon()
+	}
 	err := file.fill(res.JSON)
 	if s := explain("gvm: ", res); s != "" {
 		stderr.say(s)

@@ -115,7 +115,7 @@ func collectPods(c *cli.Context) error {
 	}
 	defer m.junit.close()
 	defer m.results.close()
-	return m.report(c.App.Writer, all, endError{status: matrix.Status(all)})
+	return m.report(c.Context, c.App.Writer, all, endError{status: matrix.Status(all)})
 }
 
 // readPods reads the pods of --collect.

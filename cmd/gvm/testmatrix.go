@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	"gvm/machine/disk"
+	"gvm/panics"
 	"gvm/sandbox"
 	"gvm/testrun"
 	"gvm/testrun/kubernetes"
@@ -248,18 +249,24 @@ func (t *testConfig) testMatrix(w io.Writer) error {
 	if m.message.path != "" {
 		end.status = podStatus(&all[0], end.status)
 	}
-	return m.report(w, all, end)
+	return m.report(ctx, w, all, end)
 }
 
 // report writes the files and the table of all cells. It returns end, or without an error in it that
-// of cells that did not pass.
-func (m *matrixConfig) report(w io.Writer, all []matrix.Done, end endError) error {
-	if err := errors.Join(
+// of cells that did not pass. From the end of ctx on it does not wait for readers.
+func (m *matrixConfig) report(ctx context.Context, w io.Writer, all []matrix.Done, end endError) error {
+	hurried := context.AfterFunc(ctx, panics.Func(func() {
+		for _, o := range []*outputFile{&m.junit, &m.results, &m.message} {
+			o.endSoon()
+		}
+	}))
+	err := errors.Join(
 		m.junit.fill(func(w io.Writer) error { return matrix.JUnit(w, all) }),
 		m.results.fill(func(w io.Writer) error { return matrix.JSON(w, all, end.status) }),
-		m.message.fill(func(w io.Writer) error { return kubernetes.Message(w, all[0]) }),
-		matrix.Table(w, all), // last, as its reader may be slow
-	); err != nil {
+		m.message.fill(func(w io.Writer) error { return kubernetes.Message(w, all[0]) }))
+	hurried()
+	defer endWithin(ctx, func() {})()
+	if err = errors.Join(err, matrix.Table(w, all)); err != nil {
 		return endError{exitUntested, err}
 	}
 	if end.status == 0 {

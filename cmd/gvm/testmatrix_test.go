@@ -212,6 +212,16 @@ func TestMatrixStop(t *testing.T) {
 	}
 }
 
+// TestMatrixStuckReader: a signal ends a matrix whose table nothing reads.
+func TestMatrixStuckReader(t *testing.T) {
+	t.Parallel()
+	c := command(t, "test", "-k", "none", "--repeat", "200", "--", "sh")
+	stuckOutput(t, c, syscall.SIGTERM)
+	if r := wait(t, c); r.status != exitTerminated {
+		t.Errorf("status %d", r.status)
+	}
+}
+
 // TestMatrixTerminal: on a terminal the last line has the cells that run.
 func TestMatrixTerminal(t *testing.T) {
 	t.Parallel()

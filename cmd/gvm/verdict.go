@@ -170,6 +170,9 @@ func (w *watch) finish(err error) (*verdict.Results, error) {
 		r.End = errorText(err)
 	}
 	for _, o := range w.outputs {
+		if r.Exit >= exitTimeout {
+			o.endSoon()
+		}
 		if werr := o.fill(func(to io.Writer) error { return o.write(r, to) }); werr != nil {
 			err = errors.Join(err, werr)
 		}

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"gvm/machine"
 	"gvm/verdict"
 )
@@ -92,5 +94,38 @@ func TestResultFiles(t *testing.T) {
 		if err != nil || !strings.Contains(string(j), want) {
 			t.Errorf("%q: %v, JUnit %s", tt.args, err, j)
 		}
+	}
+}
+
+// TestStuckReader: when the end of a run was asked for, a pipe that its reader does not empty does not hold it
+// up, and other outputs are whole.
+func TestStuckReader(t *testing.T) {
+	dir := t.TempDir()
+	pipe, file := filepath.Join(dir, "results"), filepath.Join(dir, "junit")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, err := os.OpenFile(pipe, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	w := &watch{reader: verdict.NewReader(verdict.Policy{}, nil), tests: true, outputs: []*resultFile{
+		{outputFile{flag: "--results", path: pipe}, (*verdict.Results).JSON},
+		{outputFile{flag: "--junit", path: file}, (*verdict.Results).JUnit},
+	}}
+	if err := w.open(); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprint(w.console(machine.Output(io.Discard)), "KTAP version 1\n1..2000\n")
+	for i := range 2000 {
+		fmt.Fprintf(w.console(machine.Output(io.Discard)), "ok %d - %s\n", i+1, strings.Repeat("x", 100))
+	}
+	_, err = w.finish(endError{exitTimeout, errors.New("--timeout elapsed")})
+	if exitStatus(err) != exitTimeout || !strings.Contains(err.Error(), "--results: write "+pipe) {
+		t.Error(err)
+	}
+	if b := readTestFile(t, file); !strings.HasSuffix(string(b), "</testsuites>\n") {
+		t.Errorf("%d bytes of JUnit", len(b))
 	}
 }
