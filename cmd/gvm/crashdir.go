@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,8 +32,9 @@ type crashRecord struct {
 	vmlinux *os.File      // of the kernel, with symbols; nil: none
 	stacks  []byte        // of the CPUs at the machine's end; nil: unknown
 
-	mu   sync.Mutex
-	text []byte // the console's last output
+	mu  sync.Mutex
+	log crashLog
+	end time.Duration // the machine's end, by inspect.Clock; 0: unknown
 }
 
 // Bounds of a record.
@@ -43,7 +45,7 @@ const (
 )
 
 // recordedEnds are the exit statuses of ends that get a record.
-var recordedEnds = []int{exitCrash, exitPanic, exitFault, exitBug, exitTimeout}
+var recordedEnds = []int{exitCrash, exitPanic, exitFault, exitWatchdog, exitBug, exitTimeout}
 
 // newCrashRecord checks the directory of --crash-dir; "" is none.
 func newCrashRecord(dir string) (*crashRecord, error) {
@@ -87,9 +89,30 @@ func (c recorded) Write(p []byte) (int, error) {
 func (r *crashRecord) keep(p []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.text = append(r.text, p[max(0, len(p)-recordConsole):]...)
-	if n := len(r.text) - recordConsole; n > recordConsole {
-		r.text = append(r.text[:0], r.text[n:]...)
+	r.log.output(inspect.Clock(), p)
+}
+
+// notes returns a function that takes a note for the user, which r keeps too.
+func (r *crashRecord) notes(say func(string)) func(string) {
+	if r == nil {
+		return say
+	}
+	return func(s string) {
+		r.add(s)
+		say(s)
+	}
+}
+
+func (r *crashRecord) add(line string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.log.add(inspect.Clock(), line)
+}
+
+// phase takes the end of a phase of the start: see vmm.Config.
+func (r *crashRecord) phase(name string) {
+	if r != nil && name == vmm.Entered {
+		r.add("the guest's " + name)
 	}
 }
 
@@ -102,6 +125,9 @@ func (r *crashRecord) open(k *kernel.Kernel) {
 
 // final keeps the stacks of the CPUs at an end that gets a record.
 func (r *crashRecord) final(out vmm.Outcome, mem *guestmem.Memory, cpus []vmcore.CPU) {
+	r.mu.Lock()
+	r.end = inspect.Clock()
+	r.mu.Unlock()
 	if r.vmlinux == nil || !slices.Contains(recordedEnds, exitStatus(ended(out))) {
 		return
 	}
@@ -137,19 +163,25 @@ func (r *crashRecord) finish(err error) error {
 	}
 }
 
-// write makes a record: the message of the end, the console, and the state.
+// write makes a record: the message of the end, the console, the state, and all of it by time.
 func (r *crashRecord) write(end string) error {
 	dir, err := r.mkdir()
 	if err != nil {
 		return err
 	}
 	r.mu.Lock()
-	console, stacks := bytes.Clone(r.text[max(0, len(r.text)-recordConsole):]), r.stacks
+	if r.end == 0 {
+		r.end = inspect.Clock()
+	}
+	first, _, _ := strings.Cut(strings.TrimPrefix(end, "gvm: "), "\n")
+	r.log.add(r.end, first)
+	console, log, stacks := bytes.Clone(r.log.console()), r.log.merged(r.state, r.end), r.stacks
 	r.mu.Unlock()
 	var state bytes.Buffer
 	err = errors.Join(writeJSON(&state, r.state),
 		os.WriteFile(filepath.Join(dir, "end"), []byte(end), 0o666),
 		os.WriteFile(filepath.Join(dir, "console"), console, 0o666),
+		os.WriteFile(filepath.Join(dir, "log"), log, 0o666),
 		os.WriteFile(filepath.Join(dir, "state.json"), state.Bytes(), 0o666))
 	if stacks != nil {
 		err = errors.Join(err, os.WriteFile(filepath.Join(dir, "stacks"), stacks, 0o666))

@@ -4,10 +4,14 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"gvm/guest/embedded"
+	"gvm/inspect"
 )
 
 // TestCrashDir: an end that the guest did not choose leaves its message, the console and the state of
@@ -60,6 +64,10 @@ func TestCrashDir(t *testing.T) {
 		if console := string(text("console")); console != r.out {
 			t.Errorf("%s: the console is %q, want %q", tt.word, console, r.out)
 		}
+		if log := string(text("log")); !regexp.MustCompile(`Z gvm     the guest's first instruction\n`+
+			`(?s:.*)Z console `).MatchString(log) || !strings.Contains(log, "Z gvm     "+strings.TrimPrefix(tt.end, "gvm: ")) {
+			t.Errorf("%s: the log is %q", tt.word, log)
+		}
 		if tt.kernel != "" { // which has no symbols
 			if stacks := string(text("stacks")); stacks != "no stacks: "+vmlinux+": no symbol section\n" {
 				t.Errorf("the stacks are %q", stacks)
@@ -73,6 +81,63 @@ func TestCrashDir(t *testing.T) {
 		}
 		if err := os.RemoveAll(records[0]); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// TestCrashLog: the log has the lines of the console, gvm's messages and the commands of disks by time,
+// a line for each, and its memory is bounded.
+func TestCrashLog(t *testing.T) {
+	var l crashLog
+	l.add(1*time.Second, "the guest's first instruction")
+	l.output(2*time.Second, []byte("one\r\ntw"))
+	l.output(4*time.Second, []byte("o\n\x1b[31mthree"))
+	l.add(5*time.Second, "a note\nof a file")
+	disk := inspect.Group("0", inspect.Int("size", 512),
+		inspect.Group("task", inspect.Group("0", inspect.Text("command", "READ(10)"), inspect.Int("lba", 8),
+			inspect.Int("blocks", 1), inspect.Node{Name: "age", Value: inspect.Age(7 * time.Second)})),
+		inspect.Group("last",
+			inspect.Group("0", inspect.Text("command", "INQUIRY"), inspect.Node{Name: "age", Value: inspect.Age(6e9)},
+				inspect.Text("status", "CHECK CONDITION"), inspect.Text("sense", "ILLEGAL REQUEST, 24/00")),
+			inspect.Group("1", inspect.Text("command", "TEST UNIT READY"),
+				inspect.Node{Name: "age", Value: inspect.Age(6500 * time.Millisecond)}, inspect.Text("status", "GOOD")),
+			inspect.Group("2", inspect.Text("command", "READ(10)"), inspect.Int("lba", 8), inspect.Int("blocks", 1),
+				inspect.Node{Name: "age", Value: inspect.Age(7 * time.Second)})))
+	state := inspect.Group("", inspect.Bool("paused", false), inspect.Group("disk", disk))
+	var got []string
+	for line := range strings.Lines(string(l.merged(&state, 10*time.Second))) {
+		at, rest, _ := strings.Cut(line, " ")
+		if _, err := time.Parse(time.RFC3339Nano, at); err != nil {
+			t.Error(err)
+		}
+		got = append(got, rest)
+	}
+	want := []string{
+		"gvm     the guest's first instruction\n",
+		"console one\n", "console two\n",
+		"disk/0  READ(10) lba 8 blocks 1: not answered\n",
+		"disk/0  TEST UNIT READY: GOOD\n",
+		"console \\u001b[31mthree\n",
+		"disk/0  INQUIRY: CHECK CONDITION, ILLEGAL REQUEST, 24/00\n",
+		"gvm     a note\\u000aof a file\n",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	for i := range 100_000 {
+		l.output(time.Duration(i)*time.Second, []byte("a\n"))
+		l.add(time.Duration(i)*time.Second, "note")
+	}
+	if len(l.times) > logMarks || len(l.events) > logEvents {
+		t.Errorf("%d times, %d events", len(l.times), len(l.events))
+	}
+	lines := l.lines()
+	if last := lines[len(lines)-1]; last.time != 99_999*time.Second {
+		t.Errorf("the last line is at %v", last.time)
+	}
+	for i, e := range lines[1:] {
+		if e.time < lines[i].time {
+			t.Fatalf("line %d: %v after %v", i+1, e.time, lines[i].time)
 		}
 	}
 }

@@ -153,8 +153,8 @@ EXAMPLES
 					"with backend=vhost each takes some 21 MiB of the kernel's memory"},
 			pollFlag(),
 			&cli.StringFlag{Name: "crash-dir", TakesFile: true,
-				Usage: "when the guest panics, crashes or meets --timeout, keep the console, the state of all CPUs " +
-					"and devices, and with a vmlinux the kernel's stacks, in a new directory in `DIR`"},
+				Usage: "when the guest panics, crashes, hangs or meets --timeout, keep the console, the state of all CPUs " +
+					"and devices, both by time, and with a vmlinux the kernel's stacks, in a new directory in `DIR`"},
 			&cli.StringFlag{Name: "gdb",
 				Usage: "let gdb debug the guest's kernel, at `ADDR` :PORT of this host, HOST:PORT, unix:PATH or stdio, " +
 					"and print the command that starts it"},
@@ -413,6 +413,7 @@ func takeBegun() (b *vmm.Begun) {
 // files are closed when run returns.
 func run(rc runConfig) (err error) {
 	collect := debug.SetGCPercent(startGC)
+	note := rc.record.notes(note)
 	spec := &rc.spec
 	spec.Begin(takeBegun()) // first, so that KVM works during the rest of the start
 	defer func() { err = errors.Join(err, spec.Close()) }()
@@ -498,7 +499,11 @@ func run(rc runConfig) (err error) {
 		}
 	}
 	defer func() { err = errors.Join(err, t.close()) }()
-	spec.Note, spec.Phase, spec.Stamp, spec.Words = note, rc.timing.phase, rc.timing.stamp, terminalSize()
+	spec.Note, spec.Stamp, spec.Words = note, rc.timing.stamp, terminalSize()
+	spec.Phase = func(name string) {
+		rc.timing.phase(name)
+		rc.record.phase(name)
+	}
 	spec.KernelCache, spec.Version = boot.CacheDir(), version
 	spec.Ready = func(ending context.Context) error {
 		context.AfterFunc(ending, panics.Func(func() { stop(context.Cause(ending)) }))

@@ -1,0 +1,152 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"gvm/inspect"
+	"gvm/text"
+)
+
+// crashLog has what the file log of a record merges: the console's last output with its times, and
+// gvm's last messages. Times are those of inspect.Clock. Its memory is bounded, whatever the guest
+// prints.
+type crashLog struct {
+	text   []byte       // the console's last output
+	seen   uint64       // bytes of the console's output
+	times  []outputTime // ascending
+	events []event
+}
+
+// outputTime is the time of the console's output from the byte at on.
+type outputTime struct {
+	at   uint64
+	time time.Duration
+}
+
+// event is a line of the log.
+type event struct {
+	time       time.Duration
+	from, line string
+}
+
+// Bounds of a log. The text has twice recordConsole at most.
+const (
+	logMarks  = 16 << 10 // when there are more, every second one goes
+	logEvents = 1000
+	markEvery = time.Millisecond
+)
+
+// output keeps the end of the console's output.
+func (l *crashLog) output(now time.Duration, p []byte) {
+	if n := len(l.times); n == 0 || now-l.times[n-1].time >= markEvery {
+		l.times = append(l.times, outputTime{l.seen, now})
+	}
+	l.seen += uint64(len(p))
+	l.text = append(l.text, p[max(0, len(p)-recordConsole):]...)
+	if n := len(l.text) - recordConsole; n > recordConsole {
+		l.text = append(l.text[:0], l.text[n:]...)
+	}
+	if len(l.times) <= logMarks {
+		return
+	}
+	kept, n, old := l.times[:0], 0, l.seen-uint64(len(l.text))
+	for i, m := range l.times {
+		last := i+1 == len(l.times)
+		if !last && l.times[i+1].at <= old {
+			continue
+		}
+		if n%2 == 0 || last {
+			kept = append(kept, m)
+		}
+		n++
+	}
+	l.times = kept
+}
+
+// add keeps a line of gvm's.
+func (l *crashLog) add(now time.Duration, line string) {
+	if len(l.events) == logEvents {
+		l.events = append(l.events[:0], l.events[logEvents/2:]...)
+	}
+	l.events = append(l.events, event{now, "gvm", line})
+}
+
+// console returns the last output.
+func (l *crashLog) console() []byte { return l.text[max(0, len(l.text)-recordConsole):] }
+
+// lines returns the lines of the console, each with the time of its beginning.
+func (l *crashLog) lines() (lines []event) {
+	b := l.console()
+	at, times := l.seen-uint64(len(b)), l.times
+	for line := range bytes.Lines(b) {
+		for len(times) > 1 && times[1].at <= at {
+			times = times[1:]
+		}
+		lines = append(lines, event{times[0].time, "console", string(bytes.TrimRight(line, "\r\n"))})
+		at += uint64(len(line))
+	}
+	return lines
+}
+
+// merged returns the file log: a line for each line of the console, each message of gvm's, and each
+// command of a disk that the state has, by time. state was read at the time read.
+func (l *crashLog) merged(state *inspect.Node, read time.Duration) []byte {
+	all := slices.Concat(l.lines(), l.events, diskEvents(state, read))
+	slices.SortStableFunc(all, func(a, b event) int { return cmp.Compare(a.time, b.time) })
+	var b bytes.Buffer
+	begin := time.Now().Add(-inspect.Clock())
+	for _, e := range all {
+		at := begin.Add(e.time).UTC().Format("2006-01-02T15:04:05.000000Z")
+		fmt.Fprintf(&b, "%s %-7s %s\n", at, e.from, text.Printable(e.line))
+	}
+	return b.Bytes()
+}
+
+// diskEvents returns the commands of disks in a machine's state, which was read at a time: the last ones
+// that were answered, and those that were not.
+func diskEvents(state *inspect.Node, read time.Duration) (events []event) {
+	if state == nil {
+		return nil
+	}
+	for _, disks := range state.Nodes {
+		if disks.Name != "disk" {
+			continue
+		}
+		for _, d := range disks.Nodes {
+			for _, part := range d.Nodes {
+				for _, c := range part.Nodes {
+					age, ok := c.Get("age").(inspect.Age)
+					if line := commandLine(part.Name, c); ok && line != "" {
+						events = append(events, event{read - time.Duration(age), "disk/" + d.Name, line})
+					}
+				}
+			}
+		}
+	}
+	return events
+}
+
+// commandLine describes a command of a disk, of the group task or last; "": it is in the other group.
+func commandLine(group string, c inspect.Node) string {
+	words := []string{fmt.Sprint(c.Get("command"))}
+	for _, name := range []string{"lba", "blocks"} {
+		if v := c.Get(name); v != nil {
+			words = append(words, name, fmt.Sprint(v))
+		}
+	}
+	line, status := strings.Join(words, " "), c.Get("status")
+	switch sense := c.Get("sense"); {
+	case group == "task":
+		return line + ": not answered"
+	case group != "last" || status == nil:
+		return ""
+	case sense != nil:
+		return fmt.Sprintf("%s: %v, %v", line, status, sense)
+	}
+	return fmt.Sprintf("%s: %v", line, status)
+}
