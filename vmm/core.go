@@ -12,8 +12,9 @@ import (
 	"gvm/vmm/x86"
 )
 
-// corePatience bounds the wait for a vCPU of a paused machine.
-const corePatience = time.Second
+// corePatience bounds the wait for a vCPU of a paused machine. A busy host may not run its thread for a
+// while.
+const corePatience = 5 * time.Second
 
 // Core calls write with the memory and the CPUs of a paused machine, for vmcore.Write. When the machine
 // ends meanwhile, Core calls cut, after which write returns before long. The error is ErrNotRunning,

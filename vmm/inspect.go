@@ -49,9 +49,12 @@ func (i *Inspector) Read(ctx context.Context, path string) (inspect.Node, error)
 	return m.state().Read(ctx, path)
 }
 
+// nmiPatience bounds the wait of an NMI for the vCPUs. A busy host may not run their threads for a while.
+const nmiPatience = 5 * time.Second
+
 // NMI raises a non-maskable interrupt on each vCPU that the guest has started, as the button of a
-// server does. It takes half a second at most. The error is ErrNotRunning, or context.DeadlineExceeded
-// if vCPUs wait for devices; the others have the interrupt.
+// server does. It takes five seconds at most, which only a vCPU that waits for a device needs. The error
+// is ErrNotRunning, or context.DeadlineExceeded for such a vCPU; the others have the interrupt.
 func (i *Inspector) NMI(ctx context.Context) error {
 	i.mu.RLock()
 	defer i.mu.RUnlock()
@@ -63,14 +66,14 @@ func (i *Inspector) NMI(ctx context.Context) error {
 
 // nmi raises an NMI on all vCPUs at once: see Inspector.NMI.
 func (m *machine) nmi(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, inspectTime)
+	ctx, cancel := context.WithTimeout(ctx, nmiPatience)
 	defer cancel()
 	defer context.AfterFunc(m.life, panics.Func(cancel))()
 	errs, waits := make([]error, len(m.cpus)), make([]bool, len(m.cpus))
 	var asked sync.WaitGroup
 	for i, c := range m.cpus {
 		asked.Go(panics.Func(func() {
-			waits[i] = !m.ask(ctx, i, func() { errs[i] = raiseNMI(c) })
+			waits[i] = !m.askUntil(ctx, i, func() { errs[i] = raiseNMI(c) })
 		}))
 	}
 	asked.Wait()
@@ -157,15 +160,21 @@ func (m *machine) inspectMemory() inspect.Node {
 // question is work for a vCPU's thread.
 type question func()
 
-// askPatience bounds the wait for a vCPU: one that is in the guest stops within microseconds, and
-// one that waits in a device does not.
+// askPatience bounds the wait for a vCPU whose state is read with that of others: one that is in the
+// guest stops within microseconds, unless the host is busy, and one that waits in a device does not.
 const askPatience = 50 * time.Millisecond
 
-// ask has the thread of vCPU i do f outside of the guest, and reports whether it did. Before the end
-// of f it does not return.
+// ask is askUntil for askPatience.
 func (m *machine) ask(ctx context.Context, i int, f func()) bool {
+	ctx, cancel := context.WithTimeout(ctx, askPatience)
+	defer cancel()
+	return m.askUntil(ctx, i, f)
+}
+
+// askUntil has the thread of vCPU i do f outside of the guest, and reports whether it did before the end
+// of ctx. Before the end of f it does not return.
+func (m *machine) askUntil(ctx context.Context, i int, f func()) bool {
 	done := make(chan struct{})
-	late := time.After(askPatience)
 	for {
 		// The thread may have returned from the guest before it can be asked: kick it again.
 		if m.cpus[i].Kick() != nil {
@@ -176,8 +185,6 @@ func (m *machine) ask(ctx context.Context, i int, f func()) bool {
 			<-done
 			return true
 		case <-time.After(time.Millisecond):
-		case <-late:
-			return false
 		case <-ctx.Done():
 			return false
 		}

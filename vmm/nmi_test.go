@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"time"
 )
 
 // TestNMI: an NMI reaches a CPU that halts with interrupts off. Without a handler it is a triple fault.
@@ -23,6 +24,32 @@ func TestNMI(t *testing.T) {
 	}
 	if err := i.NMI(t.Context()); err != ErrNotRunning {
 		t.Errorf("after the end: %v", err)
+	}
+}
+
+// TestNMIOnBusyHost: an NMI waits for a vCPU whose thread the host does not run for a while.
+func TestNMIOnBusyHost(t *testing.T) {
+	i, entered, runs := &Inspector{}, make(chan struct{}), make(chan struct{})
+	raised := make(chan error, 1)
+	go func() {
+		defer close(runs)
+		<-entered
+		go func() { raised <- i.NMI(t.Context()) }()
+		select {
+		case err := <-raised:
+			t.Errorf("it does not wait: %v", err)
+			raised <- nil
+		case <-time.After(2 * inspectTime):
+		}
+	}()
+	out, _ := script{}.print("halts").run(t, false, Config{Inspector: i, Phase: func(name string) {
+		if name == Entered { // on the vCPU's thread
+			close(entered)
+			<-runs
+		}
+	}})
+	if err := <-raised; err != nil || out.Ending != GuestCrashed {
+		t.Errorf("%v; the guest %s: %v", err, out.Ending, out.Err)
 	}
 }
 
