@@ -42,6 +42,9 @@ func TestRootWords(t *testing.T) {
 		{part + " " + b, Spec{}, " root=PARTUUID=deadbeef-01 rw", false},
 		{part + ",overlay=on " + b, Spec{}, " root=PARTUUID=deadbeef-01 rw", false},
 		{a + " " + b, Spec{BareCmdLine: true, CmdLine: "x"}, "x", false},
+		{a, Spec{Debug: true, BootMode: boot.BzImage, CmdLine: "quiet"}, " nokaslr root=/dev/sda rw quiet", false},
+		{a, Spec{Debug: true, BootMode: boot.BzImage, CmdLine: "kaslr"}, "panic=-1 root=/dev/sda rw kaslr", false},
+		{a, Spec{Debug: true}, "panic=-1 root=/dev/sda rw", false},
 	} {
 		spec := tt.spec
 		for _, s := range strings.Fields(tt.disks) {

@@ -72,8 +72,9 @@ type Spec struct {
 	Kernel    *boot.Image
 	GuestArgs []string
 	Initrds   []*boot.File
-	// CmdLine is the kernel's. Unless BareCmdLine is set, it follows console=ttyS0, panic=-1, Words
-	// and, if the first disk can be named reliably, root= for that disk.
+	// CmdLine is the kernel's. Unless BareCmdLine is set, it follows console=ttyS0, panic=-1, Words,
+	// nokaslr for a debugged kernel that decompresses itself, and, if the first disk can be named reliably,
+	// root= for that disk.
 	CmdLine     string
 	BareCmdLine bool
 	Words       []string
@@ -476,6 +477,9 @@ func (s *Spec) cmdLine(root func() (word, why string)) string {
 		return s.CmdLine
 	}
 	words := append([]string{"console=ttyS0", "panic=-1"}, s.Words...)
+	if s.Debug && s.BootMode == boot.BzImage && !strings.Contains(" "+s.CmdLine, "kaslr") {
+		words = append(words, "nokaslr") // else the debugger's symbols do not fit
+	}
 	if len(s.Disks) > 0 && len(s.Initrds) == 0 && !strings.Contains(" "+s.CmdLine, " root=") {
 		if word, why := root(); word == "" {
 			s.Note(why)
