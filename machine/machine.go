@@ -127,7 +127,7 @@ type Spec struct {
 
 	KeepState bool // Wait's outcome has the state at the end: see vmm.Outcome
 	// Final is called at the end, while the guest's memory is there: see vmm.Config.
-	Final func(vmm.Outcome, *guestmem.Memory, []vmcore.CPU)
+	Final func(out vmm.Outcome, mem *guestmem.Memory, cpus []vmcore.CPU, alive func())
 
 	Sandbox *Sandbox // nil: none
 

@@ -17,7 +17,8 @@ import (
 
 var update = flag.Bool("update", false, "write the tables of docs/security.md")
 
-var useNames = []string{"`--share`", "vhost", "`--net tap`", "`--vsock unix`", "a child", "the broker"}
+var useNames = []string{"`--share`", "vhost", "`--net tap`", "`--vsock unix`", "a child", "the broker",
+	"`--crash-core`"}
 
 // with returns the devices of a use in words.
 func (u Use) with() string {

@@ -220,7 +220,7 @@ func (p *Pauser) resume() {
 func (p *Pauser) PowerButton() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.m != nil && p.m.pm.PowerButton()
+	return p.m != nil && !p.m.stop.Load() && p.m.pm.PowerButton()
 }
 
 // SysRq sends a break and a key to COM1, which Linux takes for a key of SysRq. The error is

@@ -27,6 +27,7 @@ type lifecycle struct {
 	stop    atomic.Bool
 	threads sync.WaitGroup // of the vCPUs
 	closing atomic.Value   // string: the thread or device that takeDown waits for
+	alive   atomic.Uint64  // signs of life of Config.Final
 }
 
 func (l *lifecycle) init() {
@@ -123,8 +124,8 @@ const (
 const closingConsole = "the console" // whose reader may take any time
 
 // takeDown waits for the vCPUs' threads and closes the machine. The wait is bounded: from now on if
-// the machine will not start again, else from the end of ctx on. After the bound over is false, and
-// threads, devices and the resources they use stay (TestStuckDevice).
+// the machine will not start again, else from the end of ctx on. Config.Final can extend it. After the
+// bound over is false, and threads, devices and the resources they use stay (TestStuckDevice).
 func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err error) {
 	done := make(chan error, 1)
 	m.closing.Store("a vCPU")
@@ -151,10 +152,16 @@ func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err erro
 			}
 		}
 	}
-	select {
-	case err := <-done:
-		return true, err
-	case <-time.After(endPatience):
+	for alive := m.alive.Load(); ; {
+		select {
+		case err := <-done:
+			return true, err
+		case <-time.After(endPatience):
+		}
+		if now := m.alive.Load(); now != alive {
+			alive = now
+			continue
+		}
 		m.cfg.Note(fmt.Sprintf("%s waits for the host and does not end; gvm ends without it", m.closing.Load()))
 		return false, nil
 	}
@@ -167,7 +174,7 @@ func (m *machine) final() {
 	for i := range cpus {
 		cpus[i], _ = m.coreCPU(i)
 	}
-	m.cfg.Final(m.verdict(m.outcome), m.mem, cpus)
+	m.cfg.Final(m.verdict(m.outcome), m.mem, cpus, func() { m.alive.Add(1) })
 }
 
 // kick makes every vCPU leave the guest and check for a request.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -32,9 +33,15 @@ type crashRecord struct {
 	vmlinux *os.File      // of the kernel, with symbols; nil: none
 	stacks  []byte        // of the CPUs at the machine's end; nil: unknown
 
+	core bool            // --crash-core
+	ctx  context.Context // of the run: its end gives up the core
+
 	mu  sync.Mutex
 	log crashLog
 	end time.Duration // the machine's end, by inspect.Clock; 0: unknown
+
+	made    string // the directory of the record; "": not made
+	coreErr error  // why it has no core
 }
 
 // Bounds of a record.
@@ -47,8 +54,11 @@ const (
 // recordedEnds are the exit statuses of ends that get a record.
 var recordedEnds = []int{exitCrash, exitPanic, exitFault, exitWatchdog, exitBug, exitTimeout}
 
-// newCrashRecord checks the directory of --crash-dir; "" is none.
-func newCrashRecord(dir string) (*crashRecord, error) {
+// newCrashRecord checks the directory of --crash-dir; "" is none. core is --crash-core.
+func newCrashRecord(dir string, core bool) (*crashRecord, error) {
+	if dir == "" && core {
+		return nil, usageError{errors.New("--crash-core needs --crash-dir DIR, which gets the core")}
+	}
 	if dir == "" {
 		return nil, nil
 	}
@@ -64,7 +74,7 @@ func newCrashRecord(dir string) (*crashRecord, error) {
 	if err != nil {
 		return nil, configError{fmt.Errorf("--crash-dir: %w; name a directory that exists and may be written", err)}
 	}
-	return &crashRecord{dir: dir}, nil
+	return &crashRecord{dir: dir, core: core, coreErr: errors.New("the machine did not end in order")}, nil
 }
 
 // console returns a console whose last output r keeps.
@@ -123,14 +133,24 @@ func (r *crashRecord) open(k *kernel.Kernel) {
 	}
 }
 
-// final keeps the stacks of the CPUs at an end that gets a record.
-func (r *crashRecord) final(out vmm.Outcome, mem *guestmem.Memory, cpus []vmcore.CPU) {
+// final keeps the stacks of the CPUs at an end that gets a record, and writes the core.
+func (r *crashRecord) final(out vmm.Outcome, mem *guestmem.Memory, cpus []vmcore.CPU, alive func()) {
 	r.mu.Lock()
 	r.end = inspect.Clock()
 	r.mu.Unlock()
-	if r.vmlinux == nil || !slices.Contains(recordedEnds, exitStatus(ended(out))) {
-		return
+	status := exitStatus(ended(out))
+	if r.vmlinux != nil && slices.Contains(recordedEnds, status) {
+		r.keepStacks(mem, cpus)
 	}
+	if r.core && slices.Contains(coreEnds, status) {
+		err := r.writeCore(mem, cpus, alive)
+		r.mu.Lock()
+		r.coreErr = err
+		r.mu.Unlock()
+	}
+}
+
+func (r *crashRecord) keepStacks(mem *guestmem.Memory, cpus []vmcore.CPU) {
 	var b bytes.Buffer
 	symbols, err := vmcore.ReadSymbols(r.vmlinux)
 	if err == nil {
@@ -150,7 +170,13 @@ func (r *crashRecord) finish(err error) error {
 		return err
 	}
 	done := make(chan error, 1)
-	panics.Go(func() { done <- r.write("gvm: " + errorText(err) + "\n") })
+	end, wanted := "gvm: "+errorText(err)+"\n", r.core && slices.Contains(coreEnds, exitStatus(err))
+	r.mu.Lock()
+	if wanted && r.coreErr != nil {
+		err, wanted = errors.Join(err, fmt.Errorf("--crash-core: %w", r.coreErr)), false
+	}
+	r.mu.Unlock()
+	panics.Go(func() { done <- r.write(end, wanted) })
 	select {
 	case werr := <-done:
 		if werr != nil {
@@ -164,8 +190,8 @@ func (r *crashRecord) finish(err error) error {
 }
 
 // write makes a record: the message of the end, the console, the state, and all of it by time.
-func (r *crashRecord) write(end string) error {
-	dir, err := r.mkdir()
+func (r *crashRecord) write(end string, core bool) error {
+	dir, err := r.directory()
 	if err != nil {
 		return err
 	}
@@ -186,14 +212,23 @@ func (r *crashRecord) write(end string) error {
 	if stacks != nil {
 		err = errors.Join(err, os.WriteFile(filepath.Join(dir, "stacks"), stacks, 0o666))
 	}
-	if err == nil {
+	switch {
+	case err != nil:
+	case core:
+		note(fmt.Sprintf("the end, the console, the machine's state and the guest's memory are in %s", dir))
+	default:
 		note(fmt.Sprintf("the end, the console and the machine's state are in %s", dir))
 	}
 	return err
 }
 
-// mkdir makes the directory of a record, and returns its path.
-func (r *crashRecord) mkdir() (dir string, err error) {
+// directory makes the directory of the record, once, and returns its path.
+func (r *crashRecord) directory() (dir string, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.made != "" {
+		return r.made, nil
+	}
 	base := filepath.Join(r.dir, time.Now().UTC().Format("20060102T150405Z-")+r.machine)
 	dir = base
 	for i := range recordNames {
@@ -203,6 +238,9 @@ func (r *crashRecord) mkdir() (dir string, err error) {
 		if err = os.Mkdir(dir, 0o777); !errors.Is(err, fs.ErrExist) {
 			break
 		}
+	}
+	if err == nil {
+		r.made = dir
 	}
 	return dir, err
 }

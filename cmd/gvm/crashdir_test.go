@@ -145,18 +145,18 @@ func TestCrashLog(t *testing.T) {
 // TestCrashRecordNames: records of one second have names of their own, and the console's end is kept.
 func TestCrashRecordNames(t *testing.T) {
 	dir := t.TempDir()
-	r, err := newCrashRecord(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.machine = "a"
 	line := strings.Repeat("x", 1000) + "\n"
-	for range 5 * recordConsole / len(line) {
-		r.keep([]byte(line))
-	}
-	r.keep([]byte("last\n"))
 	for range 3 {
-		if err := r.write("end"); err != nil {
+		r, err := newCrashRecord(dir, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.machine = "a"
+		for range 5 * recordConsole / len(line) {
+			r.keep([]byte(line))
+		}
+		r.keep([]byte("last\n"))
+		if err := r.write("end", false); err != nil {
 			t.Fatal(err)
 		}
 	}

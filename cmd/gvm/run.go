@@ -155,6 +155,9 @@ EXAMPLES
 			&cli.StringFlag{Name: "crash-dir", TakesFile: true,
 				Usage: "when the guest panics, crashes, hangs or meets --timeout, keep the console, the state of all CPUs " +
 					"and devices, both by time, and with a vmlinux the kernel's stacks, in a new directory in `DIR`"},
+			&cli.BoolFlag{Name: "crash-core",
+				Usage: "with --crash-dir also keep the guest's memory and CPUs, as gvm dump does, unless it powered off: " +
+					"up to the size of --memory"},
 			&cli.StringFlag{Name: "gdb",
 				Usage: "let gdb debug the guest's kernel, at `ADDR` :PORT of this host, HOST:PORT, unix:PATH or stdio, " +
 					"and print the command that starts it"},
@@ -170,7 +173,7 @@ EXAMPLES
 			if err != nil {
 				return usageError{err}
 			}
-			if rc.record, err = newCrashRecord(c.String("crash-dir")); err != nil {
+			if rc.record, err = newCrashRecord(c.String("crash-dir"), c.Bool("crash-core")); err != nil {
 				return err
 			}
 			if err := rc.watch.open(); err != nil {
@@ -494,6 +497,7 @@ func run(rc runConfig) (err error) {
 	spec.Console = rc.watch.console(console)
 	if rc.record != nil {
 		spec.Console, spec.KeepState, spec.Final = rc.record.console(spec.Console), true, rc.record.final
+		rc.record.machine, rc.record.ctx = spec.Name, ctx
 		if found != nil {
 			rc.record.open(found)
 		}
@@ -545,7 +549,7 @@ func run(rc runConfig) (err error) {
 	err = t.close()
 	out, err2 := m.Wait()
 	if rc.record != nil {
-		rc.record.machine, rc.record.state = m.Name(), out.State
+		rc.record.state = out.State
 	}
 	if err = errors.Join(err2, err); err != nil && out.Ending == 0 {
 		return err

@@ -64,7 +64,12 @@ func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
 		}
 	}
 	if rc.record != nil {
-		allow(rc.record.dir, sandbox.Read|sandbox.Write|sandbox.Make)
+		rights := sandbox.Read | sandbox.Write | sandbox.Make
+		if rc.record.core {
+			p.Uses |= sandbox.Link
+			rights |= sandbox.Remove // of one that is not complete
+		}
+		allow(rc.record.dir, rights)
 	}
 	var shut func() error
 	if rc.broker != nil { // until then a failure of the start removes the files that it made
