@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/bobuhiro11/gokvm/kvm"
+
 	"gvm/guestmem"
 	"gvm/vmm/x86"
 )
@@ -21,6 +23,11 @@ const (
 	maxInfos = 1000
 	// maxImage is more than any image has, and ends before the modules of a kernel without KASLR.
 	maxImage = 256 << 20
+	// directMaps bounds the places of a direct map that are tried: those of 64 TiB, a GiB apart
+	// (CONFIG_RANDOMIZE_MEMORY).
+	directMaps = 64 << 10
+	// maxStacks bounds the stacks of a CPU: those of a task and of interrupts and exceptions on it.
+	maxStacks = 8
 	// userPageTable is the bit of CR3 that tells a user's page table from the kernel's, with page-table
 	// isolation (PTI_USER_PGTABLE_BIT).
 	userPageTable = 1 << 12
@@ -30,6 +37,7 @@ const (
 type vmcoreinfo struct {
 	desc   []byte
 	values map[string]string
+	space  *kvm.Sregs // a paging state that maps the kernel where the note says; nil: no CPU has it
 }
 
 // findInfo finds the note that Linux keeps in its memory; nil: none. The kernel tells its address to
@@ -53,11 +61,12 @@ func findInfo(mem *guestmem.Memory, cpus []CPU) (found *vmcoreinfo, err error) {
 				}
 				seen++
 				info := parseInfo(r.Bytes[at:min(at+infoHeader+infoNameSize+maxInfo, len(r.Bytes))])
-				switch {
-				case info == nil:
-				case info.mapped(mem, cpus):
+				if info == nil {
+					continue
+				}
+				if info.space = info.mapped(mem, cpus); info.space != nil {
 					found, seen = info, maxInfos
-				case found == nil:
+				} else if found == nil {
 					found = info
 				}
 			}
@@ -80,7 +89,7 @@ func parseInfo(b []byte) *vmcoreinfo {
 	if b = b[infoHeader+infoNameSize:]; size > maxInfo || int(size) > len(b) {
 		return nil
 	}
-	info := &vmcoreinfo{bytes.Clone(b[:size]), map[string]string{}}
+	info := &vmcoreinfo{desc: bytes.Clone(b[:size]), values: map[string]string{}}
 	for line := range strings.Lines(string(info.desc)) {
 		if name, value, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "="); ok {
 			info.values[name] = value
@@ -102,22 +111,81 @@ func (i *vmcoreinfo) text() (virtual, physical uint64, ok bool) {
 		virtual-kernelMap < kernelSize
 }
 
-// mapped reports whether a CPU has the kernel's text mapped where the note says.
-func (i *vmcoreinfo) mapped(mem *guestmem.Memory, cpus []CPU) bool {
+// mapped returns the paging state of a CPU that has the kernel's text mapped where the note says; nil: none
+// has.
+func (i *vmcoreinfo) mapped(mem *guestmem.Memory, cpus []CPU) *kvm.Sregs {
 	virtual, physical, ok := i.text()
 	if !ok {
-		return false
+		return nil
 	}
 	for _, c := range cpus {
 		s := c.Sregs
 		for _, cr3 := range []uint64{s.CR3, s.CR3 &^ userPageTable} {
 			s.CR3 = cr3
 			if at, ok := x86.Translate(mem.Read, &s, virtual); ok && at == physical {
-				return true
+				return &s
 			}
 		}
 	}
-	return false
+	return nil
+}
+
+// directMap returns the virtual address of the kernel's mapping of all memory; 0: it is not known.
+func (i *vmcoreinfo) directMap(mem *guestmem.Memory) uint64 {
+	if i == nil || i.space == nil {
+		return 0
+	}
+	_, physical, _ := i.text()
+	for _, base := range [...]uint64{0xffff8880_00000000, 0xff110000_00000000} { // with 4 and 5 levels of page tables
+		for range directMaps {
+			if at, ok := x86.Translate(mem.Read, i.space, base+physical); ok && at == physical {
+				return base
+			}
+			base += 1 << 30
+		}
+	}
+	return 0
+}
+
+// stacks returns segments for the stacks of the CPUs, without their places in the file, as far as no other
+// segment has them: CONFIG_VMAP_STACK puts stacks into an area of their own, and a debugger follows one by
+// its virtual addresses. direct is the direct map.
+func (i *vmcoreinfo) stacks(mem *guestmem.Memory, cpus []CPU, direct uint64) (progs []elf.Prog64) {
+	if i == nil || i.space == nil {
+		return nil
+	}
+	seen := map[uint64]bool{}
+	for _, c := range cpus {
+		if c.Sregs.SS.DPL != 0 { // in user space
+			continue
+		}
+		next := []uint64{c.Regs.RSP}
+		for n := 0; n < len(next) && n < maxStacks; n++ {
+			at, mapped := next[n]&^(pageSize-1), 0
+			for ; mapped < stackSize/pageSize && at >= 1<<63 && at < kernelMap; mapped, at = mapped+1, at+pageSize {
+				gpa, ok := x86.Translate(mem.Read, i.space, at)
+				if _, err := mem.Slice(gpa, pageSize); !ok || err != nil || at == direct+gpa {
+					break
+				}
+				if !seen[at] {
+					seen[at] = true
+					progs = append(progs, elf.Prog64{Type: uint32(elf.PT_LOAD), Flags: uint32(elf.PF_R | elf.PF_W), Vaddr: at,
+						Paddr: gpa, Filesz: pageSize, Memsz: pageSize})
+				}
+			}
+			if mapped == 0 {
+				continue
+			}
+			// The stack of an interrupt has the stack pointer before it in its last word, that of an
+			// exception has it in the one before, in struct pt_regs.
+			var words [16]byte
+			last := progs[len(progs)-1].Paddr + pageSize
+			if mem.Read(last-16, words[:]) == nil {
+				next = append(next, binary.LittleEndian.Uint64(words[8:]), binary.LittleEndian.Uint64(words[:]))
+			}
+		}
+	}
+	return progs
 }
 
 // image returns the segment of the kernel's image, without its place in the file. It begins at the 2 MiB

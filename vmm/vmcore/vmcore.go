@@ -2,8 +2,9 @@
 // and QEMU's dump-guest-memory do, for crash, gdb, drgn and makedumpfile.
 //
 // The core has a note NT_PRSTATUS and a note QEMU for each CPU, and the note VMCOREINFO of the guest's
-// kernel. A segment for each region of RAM has its physical addresses. With VMCOREINFO another, before
-// them, has the kernel's image at its virtual addresses, as that of /proc/vmcore.
+// kernel. A segment for each region of RAM has its physical addresses. With VMCOREINFO they have its
+// virtual addresses too, another before them has the kernel's image, as that of /proc/vmcore, and others
+// after them have the stacks of the CPUs.
 package vmcore
 
 import (
@@ -55,26 +56,27 @@ func Write(
 	if info != nil {
 		writeNote(&notes, infoName, 0, info.desc)
 	}
-	count := 1 + len(regions)
-	image, ok := info.image(regions)
-	if ok {
-		count++
-	}
-	progs[0].Off = uint64(headerSize + phdrSize*count)
-	progs[0].Filesz = uint64(notes.Len())
-	progs[0].Memsz = progs[0].Filesz
-	if ok {
+	if image, ok := info.image(regions); ok {
 		progs = append(progs, image)
 	}
-	at := roundUp(progs[0].Off + progs[0].Filesz)
+	direct := info.directMap(mem)
+	first := len(progs)
 	for _, r := range regions {
 		n := uint64(len(r.Bytes))
-		if ok && r.Base <= image.Paddr && image.Paddr < r.End() {
-			progs[1].Off = at + image.Paddr - r.Base
-		}
 		progs = append(progs, elf.Prog64{Type: uint32(elf.PT_LOAD), Flags: uint32(elf.PF_R | elf.PF_W | elf.PF_X),
-			Off: at, Vaddr: r.Base, Paddr: r.Base, Filesz: n, Memsz: n})
-		at += n
+			Vaddr: direct + r.Base, Paddr: r.Base, Filesz: n, Memsz: n})
+	}
+	progs = append(progs, info.stacks(mem, cpus, direct)...)
+	notesAt := uint64(headerSize + phdrSize*len(progs))
+	progs[0].Off, progs[0].Filesz, progs[0].Memsz = notesAt, uint64(notes.Len()), uint64(notes.Len())
+	at := roundUp(notesAt + progs[0].Filesz)
+	for _, r := range regions {
+		for i := range progs[1:] {
+			if p := &progs[1+i]; r.Base <= p.Paddr && p.Paddr < r.End() {
+				p.Off = at + p.Paddr - r.Base
+			}
+		}
+		at += uint64(len(r.Bytes))
 	}
 	var head bytes.Buffer
 	header := elf.Header64{Type: uint16(elf.ET_CORE), Machine: uint16(elf.EM_X86_64), Version: uint32(elf.EV_CURRENT),
@@ -87,7 +89,7 @@ func Write(
 		return 0, "", err
 	}
 	for i, r := range regions {
-		off := int64(progs[len(progs)-len(regions)+i].Off)
+		off := int64(progs[first+i].Off)
 		if err := r.Extents(func(from, to int) error { return putData(r.Bytes[from:to], off+int64(from), put) }); err != nil {
 			return 0, "", err
 		}

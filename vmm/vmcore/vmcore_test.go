@@ -18,6 +18,9 @@ const (
 	lowSize, highBase, highSize = 8 << 20, 4 << 30, 1 << 20
 	textAt                      = 4 << 20 // physical
 	text                        = kernelMap + 0x1220_0000
+	direct                      = 0xffff8880_40000000 // one step above its first place
+	stack, stackAt              = 0xffffc900_00008000, 0x30_0000
+	oldStack                    = stack + 0x10_000 // that of the task which an interrupt interrupted
 )
 
 func infoText(release string, stext uint64, base int64) string {
@@ -46,6 +49,13 @@ func memory(t *testing.T, notes map[uint64]string) *guestmem.Memory {
 	for at, entry := range map[uint64]uint64{ // of page tables at 0x2000, 0x4000 and 0x5000
 		0x2000 + v>>39&511*8: 0x4000 | present, 0x4000 + v>>30&511*8: 0x5000 | present,
 		0x5000 + v>>21&511*8: textAt | present | large,
+		// The direct map, with pages of a GiB, and two stacks of a page.
+		0x2000 + direct>>39&511*8: 0x20_0000 | present, 0x20_0000 + direct>>30&511*8: present | large,
+		0x20_0000 + (direct>>30+4)&511*8: highBase | present | large,
+		0x2000 + stack>>39&511*8:         0x20_1000 | present, 0x20_1000 + stack>>30&511*8: 0x20_2000 | present,
+		0x20_2000 + stack>>21&511*8: 0x20_3000 | present, 0x20_3000 + stack>>12&511*8: stackAt | present,
+		0x20_3000 + oldStack>>12&511*8: (stackAt + 2*pageSize) | present,
+		stackAt + pageSize - 8:         oldStack + 0x123,
 	} {
 		if err := mem.Write(at, binary.LittleEndian.AppendUint64(nil, entry)); err != nil {
 			t.Fatal(err)
@@ -131,7 +141,7 @@ func TestWrite(t *testing.T) {
 		highBase:             infoText("7.0.0-in-a-file", kernelMap+16<<20, 0),
 	})
 	cpus := []CPU{kernelCPU(false), kernelCPU(true)}
-	cpus[0].Regs = kvm.Regs{R15: 15, RBX: 3, RAX: 1, RDI: 6, RIP: 0xffff_ffff_8100_0042, RFLAGS: 0x246, RSP: 0x77}
+	cpus[0].Regs = kvm.Regs{R15: 15, RBX: 3, RAX: 1, RDI: 6, RIP: 0xffff_ffff_8100_0042, RFLAGS: 0x246, RSP: stack + 0x77}
 	cpus[0].Sregs.CS = kvm.Segment{Selector: 0x10, Limit: 0xffffffff, Typ: 0xb, Present: 1, S: 1, L: 1, G: 1}
 	cpus[0].Sregs.SS.Selector, cpus[0].Sregs.GS.Base, cpus[0].Sregs.FS.Base = 0x18, 0x9999, 0x8888
 	cpus[0].Sregs.IDT, cpus[0].Sregs.CR2, cpus[0].KernelGSBase = kvm.Descriptor{Base: 0x1234, Limit: 0xfff}, 0x22, 0x5555
@@ -158,7 +168,7 @@ func TestWrite(t *testing.T) {
 	}
 	at := func(b []byte, off int) uint64 { return binary.LittleEndian.Uint64(b[off:]) }
 	for off, value := range map[int]uint64{112: 15, 112 + 5*8: 3, 112 + 10*8: 1, 112 + 14*8: 6, 112 + 15*8: 1<<64 - 1,
-		112 + 16*8: 0xffff_ffff_8100_0042, 112 + 17*8: 0x10, 112 + 18*8: 0x246, 112 + 19*8: 0x77, 112 + 20*8: 0x18,
+		112 + 16*8: 0xffff_ffff_8100_0042, 112 + 17*8: 0x10, 112 + 18*8: 0x246, 112 + 19*8: stack + 0x77, 112 + 20*8: 0x18,
 		112 + 21*8: 0x8888, 112 + 22*8: 0x9999} {
 		if got := at(status, off); got != value {
 			t.Errorf("elf_prstatus at %d: %#x, want %#x", off, got, value)
@@ -186,8 +196,20 @@ func TestWrite(t *testing.T) {
 	for i, r := range mem.Regions() {
 		p := e.Progs[2+i]
 		b, err := io.ReadAll(p.Open())
-		if p.Type != elf.PT_LOAD || p.Paddr != r.Base || p.Memsz != p.Filesz || err != nil || !bytes.Equal(b, r.Bytes) {
+		if p.Type != elf.PT_LOAD || p.Paddr != r.Base || p.Vaddr != direct+r.Base ||
+			p.Memsz != p.Filesz || err != nil || !bytes.Equal(b, r.Bytes) {
 			t.Errorf("region %d: %+v, %d bytes, %v", i, p.ProgHeader, len(b), err)
+		}
+	}
+	if len(e.Progs) != 6 {
+		t.Fatalf("%d segments", len(e.Progs))
+	}
+	for i, vaddr := range []uint64{stack, oldStack} {
+		p, paddr := e.Progs[4+i], uint64(stackAt+2*pageSize*i)
+		b, err := io.ReadAll(p.Open())
+		if p.Type != elf.PT_LOAD || p.Vaddr != vaddr || p.Paddr != paddr || err != nil ||
+			!bytes.Equal(b, mem.Regions()[0].Bytes[paddr:][:pageSize]) {
+			t.Errorf("stack %d: %+v, %v", i, p.ProgHeader, err)
 		}
 	}
 }
