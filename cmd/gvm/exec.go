@@ -141,7 +141,15 @@ func runSession(client *control.Client, args []string, tty bool) error {
 	var stdin io.Reader
 	var stdout, stderr io.Writer = os.Stdout, os.Stderr
 	if tty {
-		rows, columns := size()
+		var sizes sync.Mutex // the last size to come is the last that the guest gets
+		defer followSize(func(_, _ uint16) {
+			panics.Go(func() { // ends with the connection
+				sizes.Lock()
+				defer sizes.Unlock()
+				_ = h.Winsize(size())
+			})
+		})()
+		rows, columns := size() // after the first look at changes
 		cmd.Terminal = &wire.Terminal{Rows: rows, Columns: columns}
 		cmd.Env = append(cmd.Env, text.Name("TERM="+os.Getenv("TERM")))
 		terminal := newTerminal(stop)
@@ -157,9 +165,6 @@ func runSession(client *control.Client, args []string, tty bool) error {
 		defer r.Close()
 		terminal.Connect(keyboard{w})
 		stdin, stdout, stderr = r, terminal, terminal
-		defer followSize(func(rows, columns uint16) {
-			panics.Go(func() { _ = h.Winsize(rows, columns) }) // ends with the connection
-		})()
 	} else {
 		wake, err := eventfd.New()
 		if err != nil {
