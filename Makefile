@@ -40,7 +40,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel distribution kubernetes streams model blktests xfstests bench guest clean
+.PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel debuggers distribution kubernetes streams model blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
 .PHONY: release vulncheck fuzz-long fuzz-table
 
@@ -78,7 +78,7 @@ long: ## the tests with Linux guests that take longest, and other kernels for th
 	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
 
 # All words that test something. One that fails does not keep the others from running.
-ALL ?= test model long lint race distribution kernel kubernetes streams vhost conformance soak fuzz release racelab
+ALL ?= test model long lint race distribution kernel debuggers kubernetes streams vhost conformance soak fuzz release racelab
 test-all: ## test, and then all the rest; what took longest comes at the end
 	@times=$$(mktemp) || exit 1; export GVM_TEST_TIMES=$$times; failed=; \
 	for word in $(ALL); do echo "test-all: $$word"; $(MAKE) $$word || failed="$$failed $$word"; done; \
@@ -148,6 +148,9 @@ vhost: ## all guests' tests of what the kernel serves, on three of the lab's ker
 kernel: ## build small kernels of Debian's source, and run the guests' tests that need it, in the lab
 	$(GO) run ./guest-tests/cmd/lab kernel
 	$(GO) test -tags built -count=1 -timeout 30m -parallel 1 -run '^TestBuilt' -v ./guest-tests/linux
+
+debuggers: ## crash and gdb on the core of a stock kernel that panicked, in the lab, with Debian's debug symbols
+	$(GOTEST) -tags built -count=1 -timeout 15m -run '^TestDebuggers$$' ./guest-tests/lab
 
 distribution: ## make a small Debian system, and boot it to its login and down again, in the lab
 	$(GO) run ./guest-tests/cmd/lab distribution
