@@ -37,6 +37,7 @@ var needs = []struct{ need, dependents string }{
 	{"sgx", "sgx_lc"},
 	{"smap", "lass"},
 	{"lkgs", "fred"},
+	{"spec_ctrl", "spec_ctrl_ssbd intel_stibp"}, // bits of its MSR
 }
 
 // leafNeeds lists the leaves that describe a single feature.

@@ -71,6 +71,7 @@ func TestDependents(t *testing.T) {
 		{"fxsr", needXSAVE + " sse sse2 mmx mmxext 3dnow 3dnowext cmov fxsr_opt", "fpu tsc"},
 		{"smap", "lass", "smep"},
 		{"lkgs", "fred", "wrmsrns"},
+		{"spec_ctrl", "spec_ctrl_ssbd intel_stibp", "ibrs stibp ssbd"},
 		{"sgx", "sgx_lc", "xsave"},
 	} {
 		for how, e := range map[string][]kvm.CPUIDEntry2{
