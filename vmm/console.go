@@ -15,7 +15,9 @@ import (
 // console's first line, because compiling takes as long as making a vCPU and would delay the start.
 var kernelLines = sync.OnceValue(func() []kernelLine {
 	return []kernelLine{
-		{regexp.MustCompile(`^Kernel panic - not syncing`), func(w *consoleWatch, text string) {
+		// The second one is that of an exception before the kernel can panic (early_fixup_exception in
+		// arch/x86/mm/extable.c).
+		{regexp.MustCompile(`^(Kernel panic - not syncing|PANIC: early exception )`), func(w *consoleWatch, text string) {
 			w.text, w.last, w.own = text, text, true
 		}},
 		// Lines that follow a panic (kernel/panic.c; the notifier in arch/x86/kernel/setup.c), and
@@ -27,8 +29,9 @@ var kernelLines = sync.OnceValue(func() []kernelLine {
 		{regexp.MustCompile(`^(Rebooting in \d+ seconds|---\[ end Kernel panic)`), func(w *consoleWatch, _ string) {
 			w.waits = w.proved
 		}},
-		// The last line of kernel_halt (kernel/reboot.c).
-		{regexp.MustCompile(`^(reboot: )?System halted\.?$`), func(w *consoleWatch, _ string) { w.halts = true }},
+		// The last line of kernel_halt (kernel/reboot.c). After an early exception the kernel halts as well.
+		{regexp.MustCompile(`^((reboot: )?System halted\.?$|PANIC: early exception )`),
+			func(w *consoleWatch, _ string) { w.halts = true }},
 		// A kernel that restarts normally did not panic: a program printed the text.
 		{regexp.MustCompile(`^((reboot: )?Restarting system|sysrq: (SysRq : )?Resetting|kexec_core: Starting new kernel)`),
 			func(w *consoleWatch, _ string) {

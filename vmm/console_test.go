@@ -37,6 +37,8 @@ func TestPanicText(t *testing.T) {
 		{"Android's process", "<0>[   12.345678] [1:      swapper/0:    1] " + panicked + "\r\n", panicked},
 		{"its interrupt", "[   12.345678]I[1:      swapper/0:    1] " + panicked + "\r\n", panicked},
 		{"no colon", "[    0.000000] Kernel panic - not syncing\r\n", "Kernel panic - not syncing"},
+		{"early exception", "PANIC: early exception 0x0d IP 10:ffffffff81c0ffee error 0 cr2 0xffff888001000000\r\n",
+			"PANIC: early exception 0x0d IP 10:ffffffff81c0ffee error 0 cr2 0xffff888001000000"},
 		{"LF", "a\n" + panicked + "\n", panicked},
 		{"CR alone", "a\r" + panicked + "\rb", panicked},
 		{"LF CR", "a\n\r" + panicked + "\n\r", panicked},
@@ -108,7 +110,7 @@ func TestPanicText(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			for _, size := range []int{len(tt.out), 7, 1} { // of a write
 				var passed bytes.Buffer
-				w := &consoleWatch{out: &passed, on: true, final: func() {}}
+				w := &consoleWatch{out: &passed, on: true, final: func() {}, halt: func() {}}
 				for rest := []byte(tt.out); len(rest) > 0; {
 					n, err := w.Write(rest[:min(size, len(rest))])
 					if err != nil {
@@ -161,7 +163,7 @@ func FuzzConsole(f *testing.F) {
 	f.Fuzz(func(t *testing.T, out []byte, size uint8) {
 		read := func(size int) (text string, final bool) { // final may be called for each write
 			var passed bytes.Buffer
-			w := &consoleWatch{out: &passed, on: true, final: func() { final = true }}
+			w := &consoleWatch{out: &passed, on: true, final: func() { final = true }, halt: func() {}}
 			for rest := out; len(rest) > 0; {
 				n := min(size, len(rest))
 				fmt.Fprintf(w, "%s", rest[:n])

@@ -43,7 +43,7 @@ var titles = sync.OnceValue(func() (rows []title) {
 		kind Kind
 		text string
 	}{
-		{Panic, `^Kernel panic - not syncing`},
+		{Panic, `^(Kernel panic - not syncing|PANIC: early exception )`},
 		{KASAN, `^BUG: KASAN: `},
 		{KCSAN, `^BUG: KCSAN: `},
 		{KMSAN, `^BUG: KMSAN: `},

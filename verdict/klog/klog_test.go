@@ -230,6 +230,7 @@ oops Oops: general protection fault, probably for non-canonical address: 0000 [#
 oops general protection fault: 0000 [#1] SMP
 oops BUG: unable to handle page fault for address: ffffffffc0000000
 oops traps: PANIC: double fault, error_code: 0x0
+panic PANIC: early exception 0x0e IP 10:ffffffff81c0ffee error 0 cr2 0x0
 panic Kernel panic - not syncing: VFS: Unable to mount root fs
 bug kernel BUG at mm/slub.c:4321!
 bug BUG: sleeping function called from invalid context at mm/slab.h:1
