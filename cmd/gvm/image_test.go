@@ -49,6 +49,10 @@ func TestImage(t *testing.T) {
 		{"image create b.qcow2 1M", 2, "",
 			"b.qcow2: is the name of a qcow2 image, and gvm makes raw ones: name it b.img, " +
 				"or make it with gvm image create --raw"},
+		{"image create c.hdd 1M", 2, "", "c.hdd: is the name of a Parallels image"},
+		{"image create c.simg 1M", 2, "", "c.simg: is the name of a sparse image of Android's"},
+		{"image create disk.img.pi 1M", 2, "", "disk.img.pi: is the name of a file of gvm's protection information"},
+		{"image create disk.img.pr 1M", 2, "", "disk.img.pr: is the name of a file of gvm's persistent reservations"},
 		{"image create B.VHDX 1M", 2, "", "B.VHDX: is the name of a VHDX image"},
 		{"image create disk.img.gz 1M", 2, "", "disk.img.gz: is the name of a gzip file"},
 		{"run --disk c.vmdk,size=1M", 2, "", "c.vmdk: is the name of a VMDK image"},

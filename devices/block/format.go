@@ -51,7 +51,7 @@ var formats = []format{
 	{"lz4 file", 0, "\x04\x22\x4d\x18", decompress + "lz4 -dc %[2]s > disk.raw"},
 	{"zip archive", 0, "PK\x03\x04", "unpack it first"},
 	{"7z archive", 0, "7z\xbc\xaf\x27\x1c", "unpack it first"},
-	{"Android sparse image", 0, "\x3a\xff\x26\xed", "simg2img %[2]s disk.raw makes a raw one"},
+	{"sparse image of Android's", 0, "\x3a\xff\x26\xed", "simg2img %[2]s disk.raw makes a raw one"},
 }
 
 // trailers are the formats that are told by the last 512 bytes.
@@ -65,7 +65,9 @@ var suffixes = map[string]string{
 	".qcow2": "qcow2 image", ".qcow": "qcow2 image", ".qed": "QED image", ".vmdk": "VMDK image",
 	".vhdx": "VHDX image", ".vhd": "VHD image", ".vdi": "VDI image", ".dmg": "DMG image",
 	".gz": "gzip file", ".xz": "xz file", ".zst": "zstd file", ".bz2": "bzip2 file", ".lz4": "lz4 file",
-	".zip": "zip archive", ".7z": "7z archive",
+	".zip": "zip archive", ".7z": "7z archive", ".hdd": "Parallels image", ".hds": "Parallels image",
+	".simg": "sparse image of Android's", ".pi": "file of gvm's protection information",
+	".pr": "file of gvm's persistent reservations",
 }
 
 // CheckName refuses to make an image by a name that says another format, which other programs would

@@ -2,8 +2,10 @@ package block
 
 import (
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -104,5 +106,15 @@ func TestLockErrors(t *testing.T) {
 	}
 	if f, err := Open(img, Options{NoLock: true}); !errors.Is(err, ErrLocked) {
 		t.Errorf("lock=off of an image that another has: %v, %v", f, err)
+	}
+}
+
+// TestSuffixes: every format of other programs has an ending that CheckName knows.
+func TestSuffixes(t *testing.T) {
+	names := slices.Collect(maps.Values(suffixes))
+	for _, f := range slices.Concat(formats, trailers) {
+		if !slices.Contains(names, f.name) && !strings.HasSuffix(f.name, " of gvm's") {
+			t.Errorf("no ending of a name is that of a %s", f.name)
+		}
 	}
 }
