@@ -235,7 +235,7 @@ func parseABI(s string) (vhostscsi.ABIPolicy, error) {
 	case s == "any":
 		return vhostscsi.AnyABI(), nil
 	case err != nil:
-		return vhostscsi.ABIPolicy{}, fmt.Errorf("%q: want a version number or any", s)
+		return vhostscsi.ABIPolicy{}, fmt.Errorf("%q: want a version number or any%s", s, text.Suggest(s, []string{"any"}))
 	default:
 		return vhostscsi.PinABI(int(n)), nil
 	}

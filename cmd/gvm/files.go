@@ -180,7 +180,7 @@ func (o *outputFile) open() (err error) {
 	return err
 }
 
-// fill makes the output of write the contents of the file.
+// fill makes the output of write, with foreign text escaped, the contents of the file.
 func (o *outputFile) fill(write func(io.Writer) error) error {
 	if o.file == nil {
 		return nil
@@ -188,7 +188,7 @@ func (o *outputFile) fill(write func(io.Writer) error) error {
 	var b bytes.Buffer
 	err := write(&b)
 	if err == nil {
-		err = fillOutput(o.file, false, b.Bytes())
+		err = fillOutput(o.file, false, []byte(text.Lines(b.String())))
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", o.flag, err)

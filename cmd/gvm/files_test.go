@@ -1,7 +1,9 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -30,6 +32,24 @@ func TestOpenOutput(t *testing.T) {
 		if got, err := os.ReadFile(path); err != nil || string(got) != text {
 			t.Errorf("%.20q became %.20q, %v", text, got, err)
 		}
+	}
+}
+
+// TestFillEscapes: files for people and programs have no control characters of a guest.
+func TestFillEscapes(t *testing.T) {
+	o := outputFile{flag: "--results", path: filepath.Join(t.TempDir(), "out")}
+	if err := openOutputs(&o); err != nil {
+		t.Fatal(err)
+	}
+	defer o.close()
+	if err := o.fill(func(w io.Writer) error { return writeJSON(w, evil) }); err != nil {
+		t.Fatal(err)
+	}
+	b := readTestFile(t, o.path)
+	harmless(t, "JSON", string(b))
+	var s string
+	if err := json.Unmarshal(b, &s); err != nil || s != strings.ToValidUTF8(evil, "\ufffd") {
+		t.Errorf("%s is %q, %v", b, s, err)
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 	"gvm/guest/kernel"
 	"gvm/machine"
 	"gvm/panics"
+	"gvm/text"
 )
 
 // gdbAddress is a parsed --gdb: where gvm waits for a debugger.
@@ -54,7 +55,7 @@ func parseGDB(s string) (*gdbAddress, error) {
 		return nil, errors.New(want)
 	}
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-		return nil, fmt.Errorf("%q is no port from 1 to 65535; %s", port, want)
+		return nil, fmt.Errorf("%q is no port from 1 to 65535; %s%s", port, want, text.Suggest(port, []string{"stdio"}))
 	}
 	if host == "" {
 		host = "localhost"

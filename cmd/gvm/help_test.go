@@ -144,14 +144,38 @@ func TestSuggestions(t *testing.T) {
 		{"run --memory 8388608T", `--memory: size "8388608T": too large: the largest is 4194304T`},
 		{"run --disk a,lock=of", "did you mean off?"},
 		{"run --disk a,workers=share,backend=vhost", "did you mean shared?"},
+		{"run --watchdog rest", "did you mean reset?"},
+		{"run --net usr", "did you mean user?"},
+		{"run --net nnoe", "did you mean none?"},
+		{"run --net tpa=tap0", "did you mean tap?"},
+		{"run --net tap,mac=x", "--net tap,mac=x: want none, user or tap=NAME"},
+		{"run --net tap=tap0,vhost=onn", "did you mean on?"},
+		{"run --net user,host=ofF", "did you mean off?"},
+		{"run --net user,hots=off", "did you mean host?"},
+		{"run --vsock vhots,cid=3", "did you mean vhost?"},
+		{"run --vsock unix,pth=/x", "did you mean path?"},
+		{"run --net user --publish 8080:80/upd", "did you mean udp?"},
+		{"run --vhost-abi nay", "did you mean any?"},
+		{"run --sandbox=strcit", "did you mean strict?"},
+		{"run --gdb stido", "did you mean stdio?"},
+		{"run --oops fial", "did you mean fail?"},
+		{"bench disk --driver pol", "did you mean poll?"},
+		{"image resize a 1G --lock of", "did you mean off?"},
+		{"kernel check --feature dsk x", "did you mean disk?"},
+		{"test -k x --emit kubernets,image=a -- true", "did you mean kubernetes?"},
+		{"test -k x --rung vsok -- true", "did you mean vsock?"},
 	} {
 		t.Run(tt.args, func(t *testing.T) {
 			var b bytes.Buffer
 			a := app(nil)
 			a.Writer, a.ErrWriter = &b, &b
+			status := exitUsage
+			if strings.HasPrefix(tt.args, "test ") {
+				status = exitUntested
+			}
 			err := a.Run(flagsFirst(a.Commands, append([]string{"gvm"}, strings.Fields(tt.args)...)))
 			if err == nil || !strings.Contains(err.Error(), tt.want) || len(err.Error()) > 200 ||
-				exitStatus(err) != exitUsage {
+				exitStatus(err) != status {
 				t.Errorf("%v\nlacks %q, or is long", err, tt.want)
 			}
 		})

@@ -48,14 +48,14 @@ func setPairs(n *netConfig, value string) (err error) {
 func setVhost(n *netConfig, value string) error {
 	var ok bool
 	if n.Vhost, ok = vhosts[value]; !ok {
-		return errors.New("want auto, off or on")
+		return errors.New("want auto, off or on" + text.Suggest(value, slices.Collect(maps.Keys(vhosts))))
 	}
 	return nil
 }
 
 func setHost(n *netConfig, value string) error {
 	if value != "on" && value != "off" {
-		return errors.New("want on or off")
+		return errors.New("want on or off" + text.Suggest(value, []string{"on", "off"}))
 	}
 	n.user.hostOff = value == "off"
 	return nil
@@ -97,7 +97,11 @@ func parseNet(s string) (n netConfig, err error) {
 	case kind == "user":
 		n.user = new(userConfig)
 	default:
-		err = errors.New("want none, user or tap=NAME")
+		near, names := "", []string{"none", "tap", "user"}
+		if !slices.Contains(names, word) {
+			near = text.Suggest(word, names)
+		}
+		err = errors.New("want none, user or tap=NAME" + near)
 	}
 	for more && err == nil {
 		var option string

@@ -153,6 +153,7 @@ func TestForeignAnswers(t *testing.T) {
 	defer s.Close()
 	s.Serve(evilMachine{})
 	for _, args := range []string{"list", "list --json", "disk list", "disk list --json", "disk remove 1", "pause",
+		"stat --interval 50ms", "stat --json --interval 50ms",
 		"inspect", "inspect --json", "balloon", "balloon --json", "balloon evil 1"} {
 		var out, notes bytes.Buffer
 		a := app(nil)
@@ -218,7 +219,11 @@ func (evilMachine) Disks() []control.Disk {
 	return []control.Disk{{Path: evil, Serial: evil, Backend: evil, Cache: evil, WWN: evil, BlockSize: 512}}
 }
 func (evilMachine) Inspect(context.Context, string) (inspect.Node, error) {
-	return inspect.Group("", inspect.Group(evil, inspect.Text(evil, evil))), nil
+	queue := inspect.Group("queue", inspect.Group(evil, inspect.Count("requests", 1)))
+	return inspect.Group("", inspect.Group(evil, inspect.Text(evil, evil)),
+		inspect.Group("vcpu", inspect.Group(evil), inspect.Node{Name: evil, Value: inspect.Busy}),
+		inspect.Group("disk", inspect.Group(evil)),
+		inspect.Group("pci", inspect.Group(evil, inspect.Group("virtio", queue)))), nil
 }
 func (m evilMachine) AddDisk(ctx context.Context, _ control.AddDisk) (control.Change, error) {
 	return m.RemoveDisk(ctx, "")

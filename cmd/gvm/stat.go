@@ -215,7 +215,7 @@ func latency(root inspect.Node, queue string) inspect.Histogram {
 // String returns tables of at most 80 columns.
 func (s *stats) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s, %s, %s of memory, %s resident", s.Machine, text.Count(len(s.CPUs), "CPU"),
+	fmt.Fprintf(&b, "%s, %s, %s of memory, %s resident", text.Printable(string(s.Machine)), text.Count(len(s.CPUs), "CPU"),
 		bytesWord(float64(s.Memory.Size)), bytesWord(float64(s.Memory.Resident)))
 	if s.Memory.Balloon != nil {
 		fmt.Fprintf(&b, ", %s in the balloon", bytesWord(float64(*s.Memory.Balloon)))
@@ -226,26 +226,27 @@ func (s *stats) String() string {
 	fmt.Fprintf(&b, "\n\n%-8s%9s%9s%9s%9s%9s%9s%9s\n", "VCPU", "EXITS/s", "IO/s", "MMIO/s", "HALT/s", "IRQ/s", "SIGNAL/s",
 		"INJECT/s")
 	for _, c := range s.CPUs {
+		id := text.Printable(c.ID)
 		if c.Busy {
-			fmt.Fprintf(&b, "%-8s%9s\n", c.ID, "busy")
+			fmt.Fprintf(&b, "%-8s%9s\n", id, "busy")
 			continue
 		}
-		fmt.Fprintf(&b, "%-8s%9s%9s%9s%9s%9s%9s%9s\n", c.ID, rateWord(c.Exits), rateWord(c.IO), rateWord(c.MMIO),
+		fmt.Fprintf(&b, "%-8s%9s%9s%9s%9s%9s%9s%9s\n", id, rateWord(c.Exits), rateWord(c.IO), rateWord(c.MMIO),
 			rateWord(c.Halt), rateWord(c.IRQ), rateWord(c.Interrupted), rateWord(c.Injected))
 	}
 	if len(s.Queues) > 0 {
 		fmt.Fprintf(&b, "\n%-12s%-9s%8s%10s%10s%10s%9s%8s\n", "QUEUE", "DEVICE", "REQ/s", "P50", "P90", "P99", "NOW", "INT/s")
 	}
 	for _, q := range s.Queues {
-		fmt.Fprintf(&b, "%-12s%-9s%8s%10s%10s%10s%9d%8s\n", q.Device+"/"+q.Queue, q.Kind, rateWord(q.Requests),
-			timeWord(q.P50), timeWord(q.P90), timeWord(q.P99), q.InFlight, rateWord(q.Interrupts))
+		fmt.Fprintf(&b, "%-12s%-9s%8s%10s%10s%10s%9d%8s\n", text.Printable(q.Device+"/"+q.Queue), q.Kind,
+			rateWord(q.Requests), timeWord(q.P50), timeWord(q.P90), timeWord(q.P99), q.InFlight, rateWord(q.Interrupts))
 	}
 	if len(s.Disks) > 0 {
 		fmt.Fprintf(&b, "\n%-12s%11s%15s%15s%9s%10s\n", "DISK", "COMMANDS/s", "READ/s", "WRITTEN/s", "NOW", "CHECK/s")
 	}
 	for _, d := range s.Disks {
-		fmt.Fprintf(&b, "%-12s%11s%15s%15s%9d%10s\n", d.LUN, rateWord(d.Commands), rateBytes(d.Read), rateBytes(d.Written),
-			d.Tasks, rateWord(d.CheckConditions))
+		fmt.Fprintf(&b, "%-12s%11s%15s%15s%9d%10s\n", text.Printable(d.LUN), rateWord(d.Commands), rateBytes(d.Read),
+			rateBytes(d.Written), d.Tasks, rateWord(d.CheckConditions))
 	}
 	return b.String()
 }

@@ -38,7 +38,7 @@ func anyHost() hostLimits {
 func parseEmit(s string) (j kubernetes.Job, err error) {
 	target, options, _ := strings.Cut(s, ",")
 	if target != "kubernetes" {
-		return j, fmt.Errorf("--emit %s: want kubernetes,image=IMAGE", s)
+		return j, fmt.Errorf("--emit %s: want kubernetes,image=IMAGE%s", s, text.Suggest(target, []string{"kubernetes"}))
 	}
 	for option := range strings.SplitSeq(options, ",") {
 		switch key, value, _ := strings.Cut(option, "="); {

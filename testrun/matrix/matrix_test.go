@@ -224,6 +224,12 @@ c5    not run         0.0      0
 	if b.String() != want {
 		t.Errorf("%s\nwant\n%s", &b, want)
 	}
+	b.Reset()
+	foreign := Done{Cell: Cell{Name: "a\tb\nc"}, Attempts: []Attempt{{Result: &testrun.Result{Kind: "k\tl\nm"}}}}
+	if err := Table(&b, []Done{foreign}); err != nil || strings.Count(b.String(), "\n") != 3 ||
+		!strings.Contains(b.String(), `\u0009b\u000ac  k\u0009l\u000am 0`) {
+		t.Errorf("words of a pod: %v, %s", err, &b)
+	}
 	if err := Table(full{}, nil); !errors.Is(err, errFull) {
 		t.Errorf("no room: %v", err)
 	}

@@ -113,7 +113,8 @@ func Table(w io.Writer, all []Done) error {
 	fmt.Fprintf(t, "cell\tverdict\tseconds\tretries\t\n")
 	for i := range all {
 		d := &all[i]
-		fmt.Fprintf(t, "%s\t%s\t%.1f\t%d\t%s\n", d.Name, d.Verdict(), d.Took.Seconds(), d.Retries(), d.Reason())
+		fmt.Fprintf(t, "%s\t%s\t%.1f\t%d\t%s\n", text.Printable(d.Name), text.Printable(d.Verdict()), d.Took.Seconds(),
+			d.Retries(), d.Reason())
 	}
 	_ = t.Flush() // into memory
 	for line := range bytes.Lines(b.Bytes()) {
