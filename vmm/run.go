@@ -174,7 +174,9 @@ func (m *machine) final() {
 	for i := range cpus {
 		cpus[i], _ = m.coreCPU(i)
 	}
-	m.cfg.Final(m.verdict(m.outcome), m.mem, cpus, func() { m.alive.Add(1) })
+	out := m.verdict(m.outcome)
+	out.State = m.last
+	m.cfg.Final(out, m.mem, cpus, func() { m.alive.Add(1) })
 }
 
 // kick makes every vCPU leave the guest and check for a request.

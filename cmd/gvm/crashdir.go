@@ -2,9 +2,11 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -13,13 +15,16 @@ import (
 	"sync"
 	"time"
 
+	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
 	"gvm/guest/kernel"
 	"gvm/guestmem"
 	"gvm/inspect"
 	"gvm/kvmapi/nowait"
+	"gvm/machine"
 	"gvm/panics"
+	"gvm/testrun"
 	"gvm/vmm"
 	"gvm/vmm/vmcore"
 )
@@ -54,6 +59,22 @@ const (
 // recordedEnds are the exit statuses of ends that get a record.
 var recordedEnds = []int{exitCrash, exitPanic, exitFault, exitWatchdog, exitBug, exitTimeout}
 
+func crashFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "crash-dir", TakesFile: true,
+			Usage: "when the guest panics, crashes, hangs or meets --timeout, keep the console, the state of all CPUs " +
+				"and devices, both by time, and with a vmlinux the kernel's stacks, in a new directory in `DIR`"},
+		&cli.BoolFlag{Name: "crash-core",
+			Usage: "with --crash-dir also keep the guest's memory and CPUs, as gvm dump does, unless it powered off: " +
+				"up to the size of --memory"},
+	}
+}
+
+// parseCrashRecord reads crashFlags; nil: they are not given.
+func parseCrashRecord(c *cli.Context) (*crashRecord, error) {
+	return newCrashRecord(c.String("crash-dir"), c.Bool("crash-core"))
+}
+
 // newCrashRecord checks the directory of --crash-dir; "" is none. core is --crash-core.
 func newCrashRecord(dir string, core bool) (*crashRecord, error) {
 	if dir == "" && core {
@@ -74,7 +95,15 @@ func newCrashRecord(dir string, core bool) (*crashRecord, error) {
 	if err != nil {
 		return nil, configError{fmt.Errorf("--crash-dir: %w; name a directory that exists and may be written", err)}
 	}
-	return &crashRecord{dir: dir, core: core, coreErr: errors.New("the machine did not end in order")}, nil
+	return (&crashRecord{dir: dir, core: core}).fresh(), nil
+}
+
+// fresh returns the record of another machine.
+func (r *crashRecord) fresh() *crashRecord {
+	if r == nil {
+		return nil
+	}
+	return &crashRecord{dir: r.dir, core: r.core, coreErr: errors.New("the machine did not end in order")}
 }
 
 // console returns a console whose last output r keeps.
@@ -119,30 +148,54 @@ func (r *crashRecord) add(line string) {
 	r.log.add(inspect.Clock(), line)
 }
 
-// phase takes the end of a phase of the start: see vmm.Config.
-func (r *crashRecord) phase(name string) {
-	if r != nil && name == vmm.Entered {
-		r.add("the guest's " + name)
+// begin makes r the record of a machine, before it starts. found is its kernel; nil: none of the user's.
+func (r *crashRecord) begin(ctx context.Context, spec *machine.Spec, found *kernel.Kernel) {
+	if r == nil {
+		return
+	}
+	r.ctx, r.machine = ctx, cmp.Or(spec.Name, "gvm")
+	spec.KeepState, spec.Final = true, r.final
+	phase := spec.Phase
+	spec.Phase = func(name string) {
+		phase(name)
+		if name == vmm.Entered {
+			r.add("the guest's " + name)
+		}
+	}
+	if found == nil {
+		return
+	}
+	if path, _ := found.Debug(); path != "" { // now, as a machine may open no files
+		r.vmlinux, _ = nowait.Open(path, os.O_RDONLY, 0, nowait.Regular) // an unreadable one gives no stacks
 	}
 }
 
-// open opens the vmlinux with the symbols of a kernel, if there is one: a machine may open no files.
-func (r *crashRecord) open(k *kernel.Kernel) {
-	if path, _ := k.Debug(); path != "" {
-		r.vmlinux, _ = nowait.Open(path, os.O_RDONLY, 0, nowait.Regular) // an unreadable one gives no stacks
+// beginTest returns a record like r of a machine of gvm test, before it starts.
+func (r *crashRecord) beginTest(ctx context.Context, cfg *testrun.Config, found *kernel.Kernel) *crashRecord {
+	if r == nil {
+		return nil
 	}
+	r = r.fresh()
+	r.begin(ctx, &cfg.Spec, found)
+	cfg.Spec.Note = r.notes(cfg.Spec.Note)
+	to := cfg.Log
+	if to == nil {
+		to = io.Discard
+	}
+	cfg.Log = r.console(machine.Output(to))
+	return r
 }
 
 // final keeps the stacks of the CPUs at an end that gets a record, and writes the core.
 func (r *crashRecord) final(out vmm.Outcome, mem *guestmem.Memory, cpus []vmcore.CPU, alive func()) {
 	r.mu.Lock()
-	r.end = inspect.Clock()
+	r.end, r.state = inspect.Clock(), out.State
 	r.mu.Unlock()
-	status := exitStatus(ended(out))
-	if r.vmlinux != nil && slices.Contains(recordedEnds, status) {
+	status, late := exitStatus(ended(out)), errors.Is(out.Err, context.DeadlineExceeded) // of gvm test, with its hangs
+	if r.vmlinux != nil && (late || slices.Contains(recordedEnds, status)) {
 		r.keepStacks(mem, cpus)
 	}
-	if r.core && slices.Contains(coreEnds, status) {
+	if r.core && (late || slices.Contains(coreEnds, status)) {
 		err := r.writeCore(mem, cpus, alive)
 		r.mu.Lock()
 		r.coreErr = err
@@ -166,23 +219,43 @@ func (r *crashRecord) keepStacks(mem *guestmem.Memory, cpus []vmcore.CPU) {
 
 // finish takes the error of a run, and writes a record if that is an end which gets one.
 func (r *crashRecord) finish(err error) error {
-	if r == nil || !slices.Contains(recordedEnds, exitStatus(err)) {
+	status := exitStatus(err)
+	if r == nil || !slices.Contains(recordedEnds, status) {
 		return err
 	}
-	done := make(chan error, 1)
-	end, wanted := "gvm: "+errorText(err)+"\n", r.core && slices.Contains(coreEnds, exitStatus(err))
+	if saveErr := r.save(errorText(err), slices.Contains(coreEnds, status)); saveErr != nil {
+		return errors.Join(err, saveErr)
+	}
+	return err
+}
+
+// finishTest is finish for the result of gvm test. note takes an error.
+func (r *crashRecord) finishTest(res *testrun.Result, note func(string)) {
+	ends := []testrun.Kind{testrun.Fault, testrun.Panic, testrun.Crash, testrun.Hang, testrun.Timeout}
+	if r == nil || !slices.Contains(ends, res.Kind) {
+		return
+	}
+	end := strings.Join(append([]string{res.Text}, res.Detail...), "\n")
+	if err := r.save(end, res.Kind != testrun.Fault); err != nil {
+		note(err.Error())
+	}
+}
+
+// save writes the record, with the message of the end. core: the end is one that gets a core.
+func (r *crashRecord) save(end string, core bool) (err error) {
 	r.mu.Lock()
-	if wanted && r.coreErr != nil {
-		err, wanted = errors.Join(err, fmt.Errorf("--crash-core: %w", r.coreErr)), false
+	if core = core && r.core; core && r.coreErr != nil {
+		err, core = fmt.Errorf("--crash-core: %w", r.coreErr), false
 	}
 	r.mu.Unlock()
-	panics.Go(func() { done <- r.write(end, wanted) })
+	done := make(chan error, 1)
+	panics.Go(func() { done <- r.write("gvm: "+end+"\n", core) })
 	select {
-	case werr := <-done:
-		if werr != nil {
-			return errors.Join(err, fmt.Errorf("--crash-dir: %w", werr))
+	case writeErr := <-done:
+		if writeErr != nil {
+			writeErr = fmt.Errorf("--crash-dir: %w", writeErr)
 		}
-		return err
+		return errors.Join(err, writeErr)
 	case <-time.After(recordPatience):
 		return errors.Join(err, fmt.Errorf("--crash-dir %s: the storage does not answer; gvm ends without a whole record",
 			r.dir))
@@ -201,14 +274,14 @@ func (r *crashRecord) write(end string, core bool) error {
 	}
 	first, _, _ := strings.Cut(strings.TrimPrefix(end, "gvm: "), "\n")
 	r.log.add(r.end, first)
-	console, log, stacks := bytes.Clone(r.log.console()), r.log.merged(r.state, r.end), r.stacks
+	console, log, state, stacks := bytes.Clone(r.log.console()), r.log.merged(r.state, r.end), r.state, r.stacks
 	r.mu.Unlock()
-	var state bytes.Buffer
-	err = errors.Join(writeJSON(&state, r.state),
+	var tree bytes.Buffer
+	err = errors.Join(writeJSON(&tree, state),
 		os.WriteFile(filepath.Join(dir, "end"), []byte(end), 0o666),
 		os.WriteFile(filepath.Join(dir, "console"), console, 0o666),
 		os.WriteFile(filepath.Join(dir, "log"), log, 0o666),
-		os.WriteFile(filepath.Join(dir, "state.json"), state.Bytes(), 0o666))
+		os.WriteFile(filepath.Join(dir, "state.json"), tree.Bytes(), 0o666))
 	if stacks != nil {
 		err = errors.Join(err, os.WriteFile(filepath.Join(dir, "stacks"), stacks, 0o666))
 	}

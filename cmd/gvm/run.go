@@ -152,19 +152,13 @@ EXAMPLES
 				Usage: "`N` virtio-scsi request queues (default: one per CPU); " +
 					"with backend=vhost each takes some 21 MiB of the kernel's memory"},
 			pollFlag(),
-			&cli.StringFlag{Name: "crash-dir", TakesFile: true,
-				Usage: "when the guest panics, crashes, hangs or meets --timeout, keep the console, the state of all CPUs " +
-					"and devices, both by time, and with a vmlinux the kernel's stacks, in a new directory in `DIR`"},
-			&cli.BoolFlag{Name: "crash-core",
-				Usage: "with --crash-dir also keep the guest's memory and CPUs, as gvm dump does, unless it powered off: " +
-					"up to the size of --memory"},
 			&cli.StringFlag{Name: "gdb",
 				Usage: "let gdb debug the guest's kernel, at `ADDR` :PORT of this host, HOST:PORT, unix:PATH or stdio, " +
 					"and print the command that starts it"},
 			&cli.BoolFlag{Name: "start-stopped", Aliases: []string{"S"},
 				Usage: "with --gdb: wait for gdb before the guest's first instruction"},
 			sandboxFlag(),
-		}, verdictFlags()...),
+		}, slices.Concat(crashFlags(), verdictFlags())...),
 		// The library searches all flags for each flag with an action, which takes 0.2 ms. No flag
 		// has one, and values are read from the parsed command line.
 		Before: func(c *cli.Context) error { c.Command.Flags = nil; return nil },
@@ -173,7 +167,7 @@ EXAMPLES
 			if err != nil {
 				return usageError{err}
 			}
-			if rc.record, err = newCrashRecord(c.String("crash-dir"), c.Bool("crash-core")); err != nil {
+			if rc.record, err = parseCrashRecord(c); err != nil {
 				return err
 			}
 			if err := rc.watch.open(); err != nil {
@@ -495,19 +489,11 @@ func run(rc runConfig) (err error) {
 		console = machine.Output(os.Stderr)
 	}
 	spec.Console = rc.watch.console(console)
-	if rc.record != nil {
-		spec.Console, spec.KeepState, spec.Final = rc.record.console(spec.Console), true, rc.record.final
-		rc.record.machine, rc.record.ctx = spec.Name, ctx
-		if found != nil {
-			rc.record.open(found)
-		}
-	}
+	spec.Console = rc.record.console(spec.Console)
 	defer func() { err = errors.Join(err, t.close()) }()
 	spec.Note, spec.Stamp, spec.Words = note, rc.timing.stamp, terminalSize()
-	spec.Phase = func(name string) {
-		rc.timing.phase(name)
-		rc.record.phase(name)
-	}
+	spec.Phase = rc.timing.phase
+	rc.record.begin(ctx, spec, found)
 	spec.KernelCache, spec.Version = boot.CacheDir(), version
 	spec.Ready = func(ending context.Context) error {
 		context.AfterFunc(ending, panics.Func(func() { stop(context.Cause(ending)) }))
@@ -548,9 +534,6 @@ func run(rc runConfig) (err error) {
 	rc.timing.phase("the guest's run")
 	err = t.close()
 	out, err2 := m.Wait()
-	if rc.record != nil {
-		rc.record.state = out.State
-	}
 	if err = errors.Join(err2, err); err != nil && out.Ending == 0 {
 		return err
 	}

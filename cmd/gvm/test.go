@@ -116,7 +116,7 @@ a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "tell of each step on standard error"},
 			&cli.BoolFlag{Name: "timing", Usage: "print at the end how long each phase took"},
 			sandboxFlag(),
-		}, slices.Concat(matrixFlags(), policyFlags("fail", exitGuestFault))...),
+		}, slices.Concat(crashFlags(), matrixFlags(), policyFlags("fail", exitGuestFault))...),
 		OnUsageError: func(c *cli.Context, err error, sub bool) error {
 			return endError{exitUntested, flagError(c, err, sub)}
 		},
@@ -273,6 +273,9 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		return nil, err
 	}
 	if t.sandbox, err = parseSandbox(c); err != nil {
+		return nil, err
+	}
+	if t.record, err = parseCrashRecord(c); err != nil && !given("emit") {
 		return nil, err
 	}
 	if t.root != "" && t.root != "/" && !given("cwd") {
@@ -612,6 +615,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 	}()
 	t.seal(exitUntested, nil, t.note)
 	cfg.Spec.Name, cfg.Spec.Files, cfg.Spec.Sandbox = spec.Name, spec.Files, spec.Sandbox
+	record := t.record.beginTest(ctx, &cfg, k)
 	t.timing.phase("kernel, command, agent")
 	run, err := testrun.Start(ctx, cfg)
 	if err != nil {
@@ -625,6 +629,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 		defer followSize(run.Winsize)()
 	}
 	res = t.stopped(run.Wait())
+	record.finishTest(res, t.note)
 	res.Kernel, res.Release = k.Image.Name, k.Release
 	res.Missing = missing
 	if res.Rung == "" && res.Kind != testrun.Stopped && k.Config.Text == nil { // no file had it

@@ -194,7 +194,7 @@ func TestRungs(t *testing.T) {
 	})
 }
 
-// TestFaults: a fault of the guest's kernel is no end of the command.
+// TestFaults: a fault of the guest's kernel is no end of the command, and leaves a record with --crash-dir.
 func TestFaults(t *testing.T) {
 	k, bb := theLab(t).Cloud, busybox(t)
 	for _, c := range []struct {
@@ -202,20 +202,43 @@ func TestFaults(t *testing.T) {
 		args         []string
 		status       int
 		stderr       string
+		record       string
 	}{
 		{"panic", "echo c >/proc/sysrq-trigger", nil, 120,
-			"gvm: guest panic: Kernel panic - not syncing: sysrq triggered crash"},
+			"gvm: guest panic: Kernel panic - not syncing: sysrq triggered crash", "console end log state.json vmcore"},
 		{"a fault that it outlives", "echo '<3>BUG: made up' >/dev/kmsg; exit 4", []string{"-a", "printk.time=0"}, 120,
-			"gvm: the guest's kernel reported bug: BUG: made up (fingerprint "},
-		{"power-off", "poweroff -f; sleep 100", nil, 121, "gvm: the guest powered off before the command ended"},
+			"gvm: the guest's kernel reported bug: BUG: made up (fingerprint ", "console end log state.json"},
+		{"power-off", "poweroff -f; sleep 100", nil, 121, "gvm: the guest powered off before the command ended", ""},
 		// A real-time program has the only CPU, and nothing else runs.
 		{"hang", "echo -1 >/proc/sys/kernel/sched_rt_runtime_us; exec /usr/bin/chrt -f 99 " + bb +
 			" sh -c 'while :; do :; done'", []string{"--hang", "10s", "--file", "/usr/bin/chrt"}, 122,
-			"gvm: the guest hangs: no progress for 10s"},
-		{"timeout", "sleep 1000", []string{"--timeout", "20s"}, 124, "gvm: the timeout of 20s elapsed"},
+			"gvm: the guest hangs: no progress for 10s", "console end log state.json vmcore"},
+		{"timeout", "sleep 1000", []string{"--timeout", "20s"}, 124, "gvm: the timeout of 20s elapsed",
+			"console end log state.json vmcore"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			testOn(t, k, nil, append(c.args, "--", bb, "sh", "-c", c.script)...).want(t, c.status, "", c.stderr)
+			dir := t.TempDir()
+			args := append(c.args, "--crash-dir", dir, "--crash-core", "--", bb, "sh", "-c", c.script)
+			testOn(t, k, nil, args...).want(t, c.status, "", c.stderr)
+			files, err := filepath.Glob(dir + "/*/*")
+			must(t, err)
+			var names []string
+			for _, f := range files {
+				names = append(names, filepath.Base(f))
+			}
+			if got := strings.Join(names, " "); got != c.record {
+				t.Fatalf("the record has %q, want %q", got, c.record)
+			}
+			if c.record == "" {
+				return
+			}
+			log, err := os.ReadFile(filepath.Join(filepath.Dir(files[0]), "log"))
+			must(t, err)
+			last := strings.TrimPrefix(c.stderr, "gvm: ")
+			if !regexp.MustCompile(`Z gvm     the guest's first instruction\n(?s:.*)Z console .*\n(?s:.*)Z gvm     ` +
+				regexp.QuoteMeta(last)).Match(log) {
+				t.Errorf("the log:\n%s", log)
+			}
 		})
 	}
 }
