@@ -62,8 +62,8 @@ var recordedEnds = []int{exitCrash, exitPanic, exitFault, exitWatchdog, exitBug,
 func crashFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "crash-dir", TakesFile: true,
-			Usage: "when the guest panics, crashes, hangs or meets --timeout, keep the console, the state of all CPUs " +
-				"and devices, both by time, and with a vmlinux the kernel's stacks, in a new directory in `DIR`"},
+			Usage: "when the guest panics, crashes, hangs or meets --timeout, keep the console, the state of all CPUs and " +
+				"devices, a log of both by time, and with a vmlinux the kernel's stacks, in a new directory in `DIR`"},
 		&cli.BoolFlag{Name: "crash-core",
 			Usage: "with --crash-dir also keep the guest's memory and CPUs, as gvm dump does, unless it powered off: " +
 				"up to the size of --memory"},
