@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -97,6 +98,26 @@ parts() {
 				`\] PMU not available`)
 		})
 	}
+}
+
+// TestINTxDevices: kernels without MSI have a share and a network as well.
+func TestINTxDevices(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := content(t.Name(), 1<<20)
+	writeFile(t, filepath.Join(dir, "file"), string(file))
+	r := guest{kernel: theLab(t).Cloud, modules: []string{"virtiofs", "virtio_net"}, cmdline: "pci=nomsi", script: `
+say msi $(grep -c MSI /proc/interrupts)
+mkdir -p /mnt
+mount -t virtiofs src /mnt && say share $(sum /mnt/file)
+ip addr add 10.0.2.15/24 dev eth0
+ip link set eth0 up
+ping -c 2 -W 20 10.0.2.2 >/dev/null && say ping ok
+klog
+`}.run(t, "--share", "src="+dir, "--net", "user")
+	r.wantStatus(t, 0)
+	r.want(t, map[string]string{"msi": "0", "share": sum(file), "ping": "ok"})
+	r.kernelLog(t, 1)
 }
 
 // TestBreak: Ctrl-a b and a key on the terminal are SysRq.
