@@ -57,7 +57,8 @@ func TestDebuggers(t *testing.T) {
 			`#0 \[[0-9a-f]+\] panic at `, `mount_block_root at `, `kernel_init at `, `"swapper/0`,
 			`Linux version ` + release}},
 		{[]string{"gdb", "-q", "-nx", "-batch", "-ex", "info threads", "-ex", "p init_task.comm", "-ex", "x/s linux_banner",
-			"-ex", "p ((struct list_head *)init_task.tasks.next)->prev == &init_task.tasks", "-ex", "bt", vmlinux, core,
+			"-ex", "p ((struct list_head *)init_task.tasks.next)->prev == &init_task.tasks",
+			"-ex", "thread apply all -q bt", vmlinux, core,
 		}, []string{
 			`\* 1 .* 0x`, ` 2 .* 0x`, `"swapper/0`, fmt.Sprintf(banner, release), `= 1`,
 			` in panic \(`, ` in mount_block_root \(`, ` in kernel_init \(`}},
