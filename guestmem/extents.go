@@ -1,6 +1,7 @@
 package guestmem
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -11,12 +12,12 @@ import (
 )
 
 // Extents calls each with the parts of a region that may have bytes other than zero, in ascending order,
-// until it returns an error. It does not touch the others, which so take no memory.
-func (r Region) Extents(each func(from, to int) error) error {
+// until it returns an error or ctx ends. It does not touch the others, which so take no memory.
+func (r Region) Extents(ctx context.Context, each func(from, to int) error) error {
 	if r.FD >= 0 {
 		return r.fileExtents(each)
 	}
-	return r.pageExtents(each)
+	return r.pageExtents(ctx, each)
 }
 
 // fileExtents is Extents of memory that a memfd backs.
@@ -64,7 +65,7 @@ func OpenPagemap() error {
 }
 
 // pageExtents is Extents of private memory, by /proc/PID/pagemap, which has 8 bytes for each page.
-func (r Region) pageExtents(each func(from, to int) error) error {
+func (r Region) pageExtents(ctx context.Context, each func(from, to int) error) error {
 	const there = 3 << 62 // present or swapped: Documentation/admin-guide/mm/pagemap.rst
 	f := pagemap.Load()
 	if f == nil {
@@ -81,6 +82,9 @@ func (r Region) pageExtents(each func(from, to int) error) error {
 	var entries [64 << 10]byte
 	from, size := -1, len(r.Bytes) // from: where the current extent began; -1: none
 	for at := 0; at < size; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		n := min(len(entries), (size-at+pageSize-1)/pageSize*8)
 		if _, err := f.ReadAt(entries[:n], int64(r.page()+uintptr(at/pageSize))*8); err != nil {
 			return fmt.Errorf("find the pages of guest memory: %w", err)

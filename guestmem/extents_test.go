@@ -20,7 +20,7 @@ func TestExtents(t *testing.T) {
 		}
 		before := resident(t)
 		last, found := 0, 0
-		if err := r.Extents(func(from, to int) error {
+		if err := r.Extents(t.Context(), func(from, to int) error {
 			if from < last || from >= to || to > len(r.Bytes) {
 				t.Fatalf("shared %v: an extent from %#x to %#x after %#x", shared, from, to, last)
 			}
@@ -33,10 +33,10 @@ func TestExtents(t *testing.T) {
 			t.Errorf("shared %v: %d MiB grew", shared, grew>>20)
 		}
 		failed := errors.New("failed")
-		if err := r.Extents(func(_, _ int) error { return failed }); err != failed {
+		if err := r.Extents(t.Context(), func(_, _ int) error { return failed }); err != failed {
 			t.Errorf("shared %v: %v", shared, err)
 		}
-		if err := m.Regions()[1].Extents(func(from, to int) error {
+		if err := m.Regions()[1].Extents(t.Context(), func(from, to int) error {
 			t.Errorf("shared %v: %#x to %#x of an empty region", shared, from, to)
 			return nil
 		}); err != nil {

@@ -38,7 +38,8 @@ func (m *Machine) Core(ctx context.Context) (io.ReadCloser, error) {
 		defer over()
 		return nil, err
 	}
-	if e := m.inspector.Core(func() {}, func(*guestmem.Memory, []vmcore.CPU) error { return nil }); e != nil {
+	nothing := func(context.Context, *guestmem.Memory, []vmcore.CPU) error { return nil }
+	if e := m.inspector.Core(func() {}, nothing); e != nil {
 		defer over()
 		return nil, e // of a CPU that does not stop
 	}
@@ -53,8 +54,8 @@ func (m *Machine) Core(ctx context.Context) (io.ReadCloser, error) {
 		}
 		defer resume()
 		w.CloseWithError(m.inspector.Core(func() { w.CloseWithError(vmm.ErrNotRunning) },
-			func(mem *guestmem.Memory, cpus []vmcore.CPU) error {
-				size, release, err := vmcore.Write(mem, cpus, func(off int64, p []byte) error {
+			func(life context.Context, mem *guestmem.Memory, cpus []vmcore.CPU) error {
+				size, release, err := vmcore.Write(life, mem, cpus, func(off int64, p []byte) error {
 					return control.PutCore(w, off, p)
 				})
 				if err != nil {

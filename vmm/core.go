@@ -17,9 +17,10 @@ import (
 const corePatience = 5 * time.Second
 
 // Core calls write with the memory and the CPUs of a paused machine, for vmcore.Write. When the machine
-// ends meanwhile, Core calls cut, after which write returns before long. The error is ErrNotRunning,
+// ends meanwhile, the context of write ends and Core calls cut, after which write returns before long:
+// the machine's end waits for it. The error is ErrNotRunning,
 // context.DeadlineExceeded if a vCPU has not stopped, or that of write.
-func (i *Inspector) Core(cut func(), write func(*guestmem.Memory, []vmcore.CPU) error) error {
+func (i *Inspector) Core(cut func(), write func(context.Context, *guestmem.Memory, []vmcore.CPU) error) error {
 	i.mu.RLock()
 	defer i.mu.RUnlock()
 	m := i.m
@@ -33,7 +34,7 @@ func (i *Inspector) Core(cut func(), write func(*guestmem.Memory, []vmcore.CPU) 
 			return err
 		}
 	}
-	return write(m.mem, cpus)
+	return write(m.life, m.mem, cpus)
 }
 
 // askPaused has the thread of vCPU i, which is paused, do f.

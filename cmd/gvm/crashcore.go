@@ -67,14 +67,14 @@ func (r *crashRecord) writeCore(mem *guestmem.Memory, cpus []vmcore.CPU, alive f
 			}
 		}
 	})
-	size, _, err := vmcore.Write(mem, cpus, func(off int64, p []byte) error {
-		if ctx.Err() != nil {
-			return fmt.Errorf("given up: %w", context.Cause(ctx))
-		}
+	size, _, err := vmcore.Write(ctx, mem, cpus, func(off int64, p []byte) error {
 		writing.Store(int64(inspect.Clock()))
 		defer writing.Store(0)
 		return f.put(off, p)
 	})
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("given up: %w", context.Cause(ctx))
+	}
 	if err == nil {
 		err = f.finish(size)
 	}

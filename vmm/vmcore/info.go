@@ -2,6 +2,7 @@ package vmcore
 
 import (
 	"bytes"
+	"context"
 	"debug/elf"
 	"encoding/binary"
 	"strconv"
@@ -44,23 +45,26 @@ type vmcoreinfo struct {
 // its own user space alone (/sys/kernel/vmcoreinfo), so all memory is searched. Memory may have more
 // than one, of a kernel before kexec or in a file: the note is that whose kernel a CPU has mapped where
 // it says, else the first.
-func findInfo(mem *guestmem.Memory, cpus []CPU) (found *vmcoreinfo, err error) {
+func findInfo(ctx context.Context, mem *guestmem.Memory, cpus []CPU) (found *vmcoreinfo, err error) {
+	const begins = infoName + "\x00\x00OSRELEASE="
 	seen := 0
 	for _, r := range mem.Regions() {
-		err := r.Extents(func(from, to int) error {
-			b := r.Bytes[from:to]
-			for seen < maxInfos {
-				i := bytes.Index(b, []byte(infoName+"\x00\x00OSRELEASE="))
-				if i < 0 {
-					return nil
+		err := r.Extents(ctx, func(from, to int) error {
+			for at := from; at < to && seen < maxInfos; {
+				if err := ctx.Err(); err != nil {
+					return err
 				}
-				at := to - len(b) + i - infoHeader
-				b = b[i+1:]
-				if at < 0 {
+				i := bytes.Index(r.Bytes[at:min(at+maxRun+len(begins)-1, to)], []byte(begins))
+				if i < 0 {
+					at += maxRun
+					continue
+				}
+				note := at + i - infoHeader
+				if at += i + 1; note < 0 {
 					continue
 				}
 				seen++
-				info := parseInfo(r.Bytes[at:min(at+infoHeader+infoNameSize+maxInfo, len(r.Bytes))])
+				info := parseInfo(r.Bytes[note:min(note+infoHeader+infoNameSize+maxInfo, len(r.Bytes))])
 				if info == nil {
 					continue
 				}

@@ -9,6 +9,7 @@ package vmcore
 
 import (
 	"bytes"
+	"context"
 	"debug/elf"
 	"encoding/binary"
 
@@ -36,9 +37,10 @@ const (
 )
 
 // Write writes the core by put, in ascending order and without the zeros of memory, and returns its
-// size. release is the kernel's release by VMCOREINFO; "": the memory has no such note.
+// size. release is the kernel's release by VMCOREINFO; "": the memory has no such note. The error may be that
+// of ctx: the size of memory, and a host that has swapped it out, delay no end.
 func Write(
-	mem *guestmem.Memory, cpus []CPU, put func(off int64, p []byte) error,
+	ctx context.Context, mem *guestmem.Memory, cpus []CPU, put func(off int64, p []byte) error,
 ) (size int64, release string, err error) {
 	var notes bytes.Buffer
 	for i := range cpus {
@@ -47,7 +49,7 @@ func Write(
 	for i := range cpus {
 		writeNote(&notes, "QEMU", 0, qemuState(&cpus[i]))
 	}
-	info, err := findInfo(mem, cpus)
+	info, err := findInfo(ctx, mem, cpus)
 	if err != nil {
 		return 0, "", err
 	}
@@ -90,7 +92,9 @@ func Write(
 	}
 	for i, r := range regions {
 		off := int64(progs[first+i].Off)
-		if err := r.Extents(func(from, to int) error { return putData(r.Bytes[from:to], off+int64(from), put) }); err != nil {
+		if err := r.Extents(ctx, func(from, to int) error {
+			return putData(ctx, r.Bytes[from:to], off+int64(from), put)
+		}); err != nil {
 			return 0, "", err
 		}
 	}
@@ -104,24 +108,28 @@ func roundUp(n uint64) uint64 { return (n + pageSize - 1) &^ (pageSize - 1) }
 
 var zeros [pageSize]byte
 
-// putData puts the pages of b that are not zero.
-func putData(b []byte, off int64, put func(off int64, p []byte) error) error {
-	for at := 0; at < len(b); {
-		n := 0
-		for n < maxRun && at+n < len(b) {
-			page := b[at+n : min(at+n+pageSize, len(b))]
-			if bytes.Equal(page, zeros[:len(page)]) {
-				break
-			}
-			n += len(page)
+// putData puts the pages of b that are not zero, by runs of maxRun bytes at most.
+func putData(ctx context.Context, b []byte, off int64, put func(off int64, p []byte) error) error {
+	for ; len(b) > 0; b, off = b[min(maxRun, len(b)):], off+maxRun {
+		if err := ctx.Err(); err != nil {
+			return err
 		}
-		if n > 0 {
-			if err := put(off+int64(at), b[at:at+n]); err != nil {
-				return err
+		part := b[:min(maxRun, len(b))]
+		for at := 0; at < len(part); at += pageSize {
+			n := at
+			for n < len(part) {
+				page := part[n:min(n+pageSize, len(part))]
+				if bytes.Equal(page, zeros[:len(page)]) {
+					break
+				}
+				n += len(page)
 			}
-		}
-		if at += n; n < maxRun {
-			at += pageSize
+			if n > at {
+				if err := put(off+int64(at), part[at:n]); err != nil {
+					return err
+				}
+				at = n
+			}
 		}
 	}
 	return nil

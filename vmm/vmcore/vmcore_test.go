@@ -2,6 +2,7 @@ package vmcore
 
 import (
 	"bytes"
+	"context"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
@@ -94,7 +95,7 @@ func (f *file) put(off int64, p []byte) error {
 func write(t *testing.T, mem *guestmem.Memory, cpus []CPU) (*elf.File, string) {
 	t.Helper()
 	var f file
-	size, release, err := Write(mem, cpus, f.put)
+	size, release, err := Write(t.Context(), mem, cpus, f.put)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -226,7 +227,7 @@ func TestWriteWithoutInfo(t *testing.T) {
 		t.Errorf("%q, %d segments", release, len(e.Progs))
 	}
 	failed := errors.New("no space")
-	if _, _, err := Write(memory(t, nil), nil, func(off int64, _ []byte) error {
+	if _, _, err := Write(t.Context(), memory(t, nil), nil, func(off int64, _ []byte) error {
 		if off > 0 {
 			return failed
 		}
@@ -246,7 +247,7 @@ func FuzzFindInfo(f *testing.F) {
 		b := mem.Regions()[0].Bytes
 		copy(b[int(at)%len(b):], note)
 		var core file
-		size, _, err := Write(mem, []CPU{kernelCPU(false)}, core.put)
+		size, _, err := Write(t.Context(), mem, []CPU{kernelCPU(false)}, core.put)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -260,4 +261,41 @@ func FuzzFindInfo(f *testing.F) {
 			}
 		}
 	})
+}
+
+// looks is a context that ends when it has been looked at so often.
+type looks struct {
+	context.Context
+	left int
+}
+
+func (l *looks) Err() error {
+	if l.left == 0 {
+		return context.Canceled
+	}
+	l.left--
+	return nil
+}
+
+// TestWriteEnds: the search in memory and its copy look for the end of the context at every MiB, although
+// memory without data puts nothing.
+func TestWriteEnds(t *testing.T) {
+	const size = 8 << 20
+	mem := guestmem.Heap(0, size)
+	clear(mem.Regions()[0].Bytes) // touches it
+	write := func(n int) (left int, err error) {
+		ctx := &looks{t.Context(), n}
+		_, _, err = Write(ctx, mem, make([]CPU, 1), new(file).put)
+		return ctx.left, err
+	}
+	const plenty = 1000
+	left, err := write(plenty)
+	if n := plenty - left; n < 2*size>>20 || err != nil {
+		t.Errorf("%d looks at %d MiB, %v", n, size>>20, err)
+	}
+	for n := range plenty - left {
+		if _, err := write(n); err != context.Canceled {
+			t.Errorf("after %d looks: %v", n, err)
+		}
+	}
 }
