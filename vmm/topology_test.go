@@ -36,6 +36,8 @@ func TestAPICIDs(t *testing.T) {
 		mode string
 	}{
 		{idsTo(2), "xAPIC"},
+		{idsTo(8), "xAPIC"},
+		{idsTo(64), "xAPIC"},
 		{[]uint32{0, 2, 9, 254}, "xAPIC"},
 		{[]uint32{5, 77}, "xAPIC"},
 		{[]uint32{0, 255}, "x2APIC"},
