@@ -89,6 +89,9 @@ func Main(m interface{ Run() int }, o Options) int {
 	if os.Getenv(InLabEnv) == "1" || a.list {
 		return m.Run()
 	}
+	if a.fuzz && a.run == "^$" { // of parsers, which need no machine
+		return m.Run()
+	}
 	if len(o.Build) > 0 {
 		dir, err := build(o.Build)
 		if err != nil {
