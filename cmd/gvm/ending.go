@@ -1,0 +1,240 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"gvm/control"
+	"gvm/machine"
+	"gvm/panics"
+	"gvm/text"
+	"gvm/vmm"
+)
+
+// ending lets signals end a run: the machine once there is one, else its start.
+type ending struct {
+	stop  func(error)
+	grace time.Duration
+
+	mu       sync.Mutex
+	machine  func(cause error, grace time.Duration) bool // the machine's Stop; nil: not started
+	signaled bool
+}
+
+// begin makes later signals end a machine by its Stop.
+func (e *ending) begin(machine func(error, time.Duration) bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.machine = machine
+}
+
+// signal ends the machine within its grace time on the first signal, and at once on the second.
+func (e *ending) signal(cause error) {
+	e.mu.Lock()
+	machine, grace := e.machine, e.grace
+	if e.signaled {
+		grace = 0
+	}
+	e.signaled = true
+	e.mu.Unlock()
+	if machine == nil {
+		e.stop(cause)
+		return
+	}
+	machine(cause, grace)
+}
+
+// endError is the end of a run with an exit status of its own.
+type endError struct {
+	status int
+	error
+}
+
+func (e endError) Unwrap() error { return e.error }
+
+// ended converts an outcome to an error; nil if the guest powered off.
+func ended(out vmm.Outcome) error {
+	switch out.Ending {
+	case vmm.PoweredOff, vmm.Halted:
+		return nil
+	case vmm.GuestReset:
+		return endError{exitReset, errors.New("the guest asked for a reset (--on-reset=reboot starts it again)")}
+	case vmm.GuestPanic:
+		err := fmt.Errorf("guest panic: %w", out.Err)
+		if out.Report != "" {
+			err = fmt.Errorf("%w\n%s", err, strings.TrimRight(out.Report, "\n"))
+		}
+		return endError{exitPanic, err}
+	case vmm.GuestCrashed:
+		return endError{exitCrash, fmt.Errorf("the guest crashed: %w\n%s", out.Err,
+			strings.TrimRight(out.Report, "\n"))}
+	case vmm.Expired:
+		return endError{exitWatchdog, fmt.Errorf("%w\n%s", out.Err, strings.TrimRight(out.Report, "\n"))}
+	case vmm.Bug:
+		return endError{exitBug, fmt.Errorf("a bug in gvm, please report it: %w\n%s", out.Err, out.Report)}
+	case vmm.Stopped:
+		if errors.Is(out.Err, errQuit) || errors.Is(out.Err, machine.ErrKilled) {
+			return endError{exitQuit, out.Err}
+		}
+		if errors.Is(out.Err, context.DeadlineExceeded) && out.Report != "" {
+			return errors.Join(out.Err, errors.New(out.Report)) // whose lines are kept
+		}
+	}
+	return out.Err
+}
+
+// timeoutError is the end of --timeout.
+type timeoutError time.Duration
+
+func (e timeoutError) Error() string { return fmt.Sprintf("--timeout %s elapsed", time.Duration(e)) }
+
+func (timeoutError) Is(target error) bool { return target == context.DeadlineExceeded }
+
+// On fatalSignals the Go runtime dumps the goroutines and exits, without restoring the terminal.
+// Faults of the process itself do not arrive on a channel, and stay with the runtime.
+var fatalSignals = []os.Signal{syscall.SIGQUIT, syscall.SIGILL, syscall.SIGTRAP, syscall.SIGABRT, syscall.SIGBUS,
+	syscall.SIGFPE, syscall.SIGSEGV, syscall.SIGSTKFLT, syscall.SIGSYS}
+
+// catchSignals handles signals. Those that ask a process to end stop the run in order, or at once
+// if the run is already ending. Fatal ones dump the goroutines and end the run at once. Others do
+// nothing, as in the runtime. The returned function undoes this.
+func catchSignals(ctx context.Context, stop func(error)) func() {
+	ch := make(chan os.Signal, 2)
+	signal.Notify(ch, append([]os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP}, fatalSignals...)...)
+	signal.Ignore(syscall.SIGPIPE) // a closed output gives a write error
+	// In the background of a terminal gvm can write to it, reads from it fail, and neither stops
+	// gvm.
+	signal.Ignore(syscall.SIGTTOU, syscall.SIGTTIN)
+	ignoreRealTime()
+	panics.Go(func() {
+		var last request
+		for s := range ch {
+			if last.repeated(s, time.Now()) {
+				continue
+			}
+			status, name := 128+int(s.(syscall.Signal)), unix.SignalName(s.(syscall.Signal))
+			switch {
+			case slices.Contains(fatalSignals, s):
+				exitNow(status, dumpPatience, func() {
+					stderr.say(fmt.Sprintf("%s: %s\n\n", name, s))
+					stderr.say(string(stacks()))
+				})
+			case ctx.Err() != nil:
+				endNow(status, "stopped at once by "+name)
+			}
+			stop(endError{status, fmt.Errorf("stopped by %s", name)})
+		}
+	})
+	return func() {
+		signal.Stop(ch)
+		close(ch)
+	}
+}
+
+// sameRequest is the time within which a repeated signal is the same request: timeout(1) sends its
+// signal to its child, and then to the process group that contains the child.
+const sameRequest = 200 * time.Millisecond
+
+// request is a signal and its time.
+type request struct {
+	signal os.Signal
+	at     time.Time
+}
+
+// repeated reports whether a signal at the time now repeats r. Any other signal becomes r.
+func (r *request) repeated(s os.Signal, now time.Time) bool {
+	if s == r.signal && now.Sub(r.at) < sameRequest {
+		return true
+	}
+	*r = request{s, now}
+	return false
+}
+
+// stacks returns the stacks of all goroutines.
+func stacks() []byte {
+	for n := 1 << 20; ; n *= 2 {
+		b := make([]byte, n)
+		if m := runtime.Stack(b, true); m < n || n > 64<<20 {
+			return b[:m]
+		}
+	}
+}
+
+// urgent has the steps that even an immediate end performs.
+var urgent struct {
+	sync.Mutex
+	restore func() error             // restores the terminal
+	sockets map[*control.Server]bool // of the process's machines
+	remove  []func() error           // remove other sockets
+}
+
+// endNow ends the process without waiting for its end in order. gvm lio gc removes kernel objects
+// that are left.
+func endNow(status int, why string) {
+	exitNow(status, patience, func() { stderr.say(fmt.Sprintf("gvm: %s, before the orderly end was over\n", why)) })
+}
+
+// endWithin ends the process, after clean, when ctx has ended for patience, unless the returned function
+// is called before that: the storage or the reader of an output may take any time.
+func endWithin(ctx context.Context, clean func()) (done func()) {
+	over := make(chan struct{})
+	stop := context.AfterFunc(ctx, panics.Func(func() {
+		select {
+		case <-over:
+		case <-time.After(patience):
+			clean()
+			cause := context.Cause(ctx)
+			endNow(exitStatus(cause), errorText(cause))
+		}
+	}))
+	return func() {
+		stop()
+		close(over)
+	}
+}
+
+// dumpPatience bounds the wait for the reader of a dump.
+const dumpPatience = 10 * time.Second
+
+// exitNow performs the steps of urgent and say and ends the process, or gives up on them after
+// patience.
+func exitNow(status int, patience time.Duration, say func()) {
+	panics.Go(func() { // restoring may block, too
+		urgent.Lock() // never released
+		if urgent.restore != nil {
+			_ = urgent.restore()
+		}
+		say()
+		for _, remove := range urgent.remove {
+			_ = remove()
+		}
+		for s := range urgent.sockets {
+			_ = s.Release() // on failure the next gvm removes it
+		}
+		stderr.flush(-1)
+		os.Exit(status)
+	})
+	time.Sleep(patience)
+	os.Exit(status)
+}
+
+// note prints one line to standard error, which may be a raw terminal.
+func note(s string) {
+	end := "\n"
+	if term.IsTerminal(int(os.Stderr.Fd())) {
+		end = "\r\n"
+	}
+	stderr.say("gvm: " + text.Printable(s) + end)
+}
