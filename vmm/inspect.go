@@ -161,8 +161,9 @@ func (m *machine) inspectMemory() inspect.Node {
 type question func()
 
 // askPatience bounds the wait for a vCPU whose state is read with that of others: one that is in the
-// guest stops within microseconds, unless the host is busy, and one that waits in a device does not.
-const askPatience = 50 * time.Millisecond
+// guest stops within microseconds, unless the host is busy, and one that waits in a device does not. It
+// is a variable for tests.
+var askPatience = 50 * time.Millisecond
 
 // ask is askUntil for askPatience.
 func (m *machine) ask(ctx context.Context, i int, f func()) bool {

@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"gvm/devices/block"
 	"gvm/devices/scsi"
@@ -22,6 +23,7 @@ import (
 
 // TestInspectCPUs reads the registers of CPUs that run, wait for their start and are paused.
 func TestInspectCPUs(t *testing.T) {
+	waitForCPUs(t)
 	c, p, i := &shownConsole{wrote: make(chan struct{}, 1)}, &Pauser{}, &Inspector{}
 	if _, err := i.Read(t.Context(), ""); err != ErrNotRunning {
 		t.Errorf("before the start: %v", err)
@@ -215,9 +217,17 @@ func TestInspectRequest(t *testing.T) {
 	}
 }
 
+// waitForCPUs has the state of CPUs wait for a busy host, for a test in which all of them run.
+func waitForCPUs(t *testing.T) {
+	before := askPatience
+	askPatience = 5 * time.Second
+	t.Cleanup(func() { askPatience = before })
+}
+
 // TestReportEnds: a run that ends by its deadline or by a bug of gvm has the state in its report, and
 // one that was asked to end has none.
 func TestReportEnds(t *testing.T) {
+	waitForCPUs(t)
 	for _, tt := range []struct {
 		cause error
 		want  string // the lines, the numbers as N
