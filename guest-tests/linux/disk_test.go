@@ -143,6 +143,8 @@ if [ "$magic" != ef53 ]; then
 	n=$(irqs)
 	# It waits for the end of an update, by interrupt, and gives up after ten seconds.
 	/bin/hwclock --utc -r >/tmp/out 2>&1 && say read ok || { say read failed; cat /tmp/out; }
+	# Where the lab stands still for a second, Linux finds the time past and needs no interrupt.
+	for again in 1 2 3 4 5; do [ $(irqs) -gt $n ] || /bin/hwclock --utc -r >/dev/null; done
 	say update $(( $(irqs) > n ))
 	date -s '2031-12-24 12:34:56' >/dev/null
 	/bin/hwclock --utc -w && say written $(/bin/hwclock --utc -r | cut -d: -f1)
