@@ -19,8 +19,9 @@ import (
 )
 
 const (
-	// dialPatience bounds the wait for the host's answer to a hello.
-	dialPatience = 5 * time.Second
+	// dialPatience bounds the wait for the host's answer to a hello: a busy host may stop the guest for
+	// seconds, and a lesser way has no output.
+	dialPatience = 20 * time.Second
 	// portPatience bounds the wait for the name of a virtio-console port, which the driver learns after
 	// it has found the device.
 	portPatience = time.Second
