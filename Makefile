@@ -253,10 +253,17 @@ deb: stage ## a Debian package, bin/gvm_VERSION_amd64.deb
 	chmod -R u=rwX,go=rX $(BIN)/deb && \
 	dpkg-deb --root-owner-group $(DEBFLAGS) --build $(BIN)/deb $(BIN)/gvm_$${version}_amd64.deb
 
+# These two use the toolchain of go.mod: a release has that one's standard library, whose known faults
+# are mended. With OPTIONAL, and if it cannot be fetched, vulncheck uses the Go at hand.
+OPTIONAL =
+TOOLCHAIN = $(shell sed -n 's/^toolchain //p' go.mod)
+FETCHED = $(shell GOTOOLCHAIN=$(TOOLCHAIN) $(GO) version >/dev/null 2>&1 && echo $(TOOLCHAIN) || echo local)
+release: export GOTOOLCHAIN = $(TOOLCHAIN)
+vulncheck: export GOTOOLCHAIN = $(if $(OPTIONAL),$(FETCHED),$(TOOLCHAIN))
+
 release: ## programs, Debian package, their contents and checksums in bin/release, built twice: VERSION=1.2.3
 	GO='$(GO)' packaging/release.sh '$(abspath $(BIN))/release' '$(VERSION)'
 
-OPTIONAL =
 vulncheck: ## known vulnerabilities in the programs, by govulncheck: GOVULNDB=URL of the database
 	$(GO) run ./packaging/vulncheck -tags $(TAGS) $(if $(OPTIONAL),-optional) ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
 
