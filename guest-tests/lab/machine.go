@@ -3,6 +3,7 @@ package lab
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -41,13 +42,7 @@ const processor = "max,-xsave,-xsaveerptr,-avx,-avx2,-fma,-f16c,-vaes,-vpclmulqd
 // qemuArgs returns QEMU's command line; port, monitor and initrd are its descriptors of those
 // names.
 func qemuArgs(c *Command, j *job, port, monitor, initrd int) []string {
-	memory, cpus := c.Memory, c.CPUs
-	if memory == 0 {
-		memory = 4096
-	}
-	if cpus == 0 {
-		cpus = 2
-	}
+	memory, cpus := cmp.Or(c.Memory, defaultMemory), cmp.Or(c.CPUs, 2)
 	cpu := processor
 	if c.Fast {
 		// Without ERMS and FSRM kernels copy and clear memory by plain moves, which are translated:

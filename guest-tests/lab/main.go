@@ -11,7 +11,9 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -34,15 +36,40 @@ type Options struct {
 	// Lost matches the output of a failed test whose guest was lost by the emulated processor: see
 	// Main. Nil means never.
 	Lost *regexp.Regexp
-	// Labs is how many labs run the tests at the same time, each a part of them; 0 is 1.
+	// Labs is how many labs run the tests at the same time, each a part of them; 0 is 1. It is 1 on a
+	// machine that has fewer processors, or less memory than half of Memory for each.
 	Labs int
 	// Writable and Visible are as in Command. The directories of profiles that the go command asks
 	// for are always writable.
 	Writable, Visible []string
 }
 
-// labs is the number of labs in which Main tries to run a package's tests.
-const labs = 6
+// tries is the number of labs in which Main tries to run tests.
+const tries = 6
+
+// defaultMemory is that of L1, in MiB.
+const defaultMemory = 4 << 10
+
+// atOnce returns the number of labs for this machine. Guests use less memory than L1 has.
+func (o Options) atOnce() int {
+	if o.Labs <= 1 || runtime.NumCPU() < o.Labs || available() < o.Labs*cmp.Or(o.Memory, defaultMemory)/2 {
+		return 1
+	}
+	return o.Labs
+}
+
+var availableLine = regexp.MustCompile(`(?m)^MemAvailable: *(\d+) kB$`)
+
+// available returns this machine's available memory, in MiB, or 0.
+func available() int {
+	info, _ := os.ReadFile("/proc/meminfo")
+	m := availableLine.FindSubmatch(info)
+	if m == nil {
+		return 0
+	}
+	kib, _ := strconv.Atoi(string(m[1]))
+	return kib >> 10
+}
 
 // exitInfrastructure is Main's status if the tests could not be run at all. The testing package
 // ends with 0, 1 or 2.
@@ -112,23 +139,25 @@ func Main(m interface{ Run() int }, o Options) int {
 	fmt.Fprintf(os.Stderr, "lab: tests run in the lab: %s\n", why)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	parts, err := a.divide(ctx, max(o.Labs, 1))
+	labs := o.atOnce()
+	parts, err := a.divide(ctx, labs)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "lab: list the tests: %v\n", err)
 		return exitInfrastructure
 	}
-	return runParts(parts, func(a testArgs, out io.Writer) int { return mainInLabs(ctx, a, o, out) })
+	start := time.Now()
+	return runParts(parts, labs, func(a testArgs, out io.Writer) int { return mainInLabs(ctx, a, o, start, out) })
 }
 
-// mainInLabs runs tests in a lab, and in further ones those that it lost. It returns the exit status.
-func mainInLabs(ctx context.Context, a testArgs, o Options, to io.Writer) (code int) {
-	start := time.Now()
+// mainInLabs runs tests in a lab, and in further ones those that it lost. It returns the exit status. The
+// tests' time has begun at start.
+func mainInLabs(ctx context.Context, a testArgs, o Options, start time.Time, to io.Writer) (code int) {
 	var err error
 run:
-	for n := range labs {
+	for n := range tries {
 		out := &transcript{to: to}
 		code, err = mainInLab(ctx, a, o, start, out)
-		if n == labs-1 {
+		if n == tries-1 {
 			break
 		}
 		switch {
@@ -257,7 +286,7 @@ type testArgs struct {
 	list      bool // tests are to be listed, not run
 	fuzz      bool
 	whole     bool   // the tests cannot be divided among labs
-	run       string // the pattern of the tests to run
+	run, left string // the patterns of the tests to run and to leave out
 	outputDir string
 }
 
@@ -304,6 +333,8 @@ func parseTestArgs(args []string) testArgs {
 			a.whole = a.whole || value != ""
 		case name == "run":
 			a.run = value
+		case name == "skip":
+			a.left = value
 		case name == "outputdir":
 			a.outputDir = value
 			a.values[name] = value

@@ -89,12 +89,14 @@ func TestSkip(t *testing.T) {
 	}
 }
 
-// TestShare: each of the tests is in one part.
+// TestShare: each of the tests is in one part, and the parts become smaller.
 func TestShare(t *testing.T) {
 	for _, tt := range []struct{ names, want string }{
 		{"", "^()$"},
 		{"TestA", "^(TestA)$"},
-		{"TestA TestB TestC", "^(TestA|TestC)$ ^(TestB)$"},
+		{"TestA TestB TestC", "^(TestA|TestB|TestC)$"},
+		{"TestA TestB TestC TestD TestE", "^(TestA|TestC|TestE)$ ^(TestB|TestD)$"},
+		{"A B C D E F G H I J K L M", "^(A|E|I|M)$ ^(B|G|L)$ ^(C|H)$ ^(D|J)$ ^(F|K)$"},
 	} {
 		var got []string
 		for _, p := range parseTestArgs([]string{"-test.run=Test", "-test.v"}).share(strings.Fields(tt.names), 2) {
@@ -106,6 +108,10 @@ func TestShare(t *testing.T) {
 		if got := strings.Join(got, " "); got != tt.want {
 			t.Errorf("%q: %q, want %q", tt.names, got, tt.want)
 		}
+	}
+	parts, err := parseTestArgs([]string{"-test.run=^TestS", "-test.skip=^TestS[^h]"}).divide(t.Context(), 2)
+	if err != nil || len(parts) != 1 || !slices.Contains(parts[0].args, "-test.run=^(TestShare)$") {
+		t.Errorf("without tests to skip: %+v, %v", parts, err)
 	}
 	for _, args := range []string{"-test.run=A/b", "-test.bench=.", "-test.fuzz=A", "-test.cpuprofile=f", "-test.v x"} {
 		parts, err := parseTestArgs(strings.Fields(args)).divide(t.Context(), 2)

@@ -76,6 +76,7 @@ func testMain(m *testing.M) int {
 			"gvm/guest-tests/cmd/posixtest", "gvm/guest-tests/cmd/escapes"},
 		Memory:  10 << 10, // for a guest of 6 GiB
 		CPUs:    labCPUs,
+		Labs:    2,
 		Modules: []string{"nbd", "dm-mod", "raid0", "vhost_vsock"},
 		Lost:    lost,
 	}
