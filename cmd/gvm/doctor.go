@@ -157,7 +157,7 @@ func doctorSandbox(line func(kind, format string, args ...any)) {
 		line("note", "sandbox: %s", lack)
 	}
 	if len(r.Missing) == 0 {
-		line("ok", "sandbox: Landlock, version %d, and seccomp, for --sandbox=on and strict", r.Landlock)
+		line("ok", "sandbox: Landlock, version %d, and seccomp", r.Landlock)
 	}
 }
 

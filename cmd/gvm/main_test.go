@@ -42,8 +42,8 @@ func TestMain(m *testing.M) {
 				os.Exit(99)
 			}
 		}
-		if os.Getenv(noLocksEnv) != "" {
-			takeLocksAway()
+		if calls := os.Getenv(refusedEnv); calls != "" {
+			refuse(calls)
 		}
 		if os.Getenv(asStuck) != "" {
 			stuck()

@@ -2,6 +2,7 @@ package main
 
 import (
 	"path/filepath"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -12,7 +13,7 @@ import (
 )
 
 // sandboxDefault is the value of --sandbox if it is not given.
-var sandboxDefault = sandbox.Off.String()
+var sandboxDefault = sandbox.On.String()
 
 func sandboxFlag() cli.Flag {
 	return &cli.StringFlag{Name: "sandbox", Value: sandboxDefault,
@@ -76,8 +77,8 @@ func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
 		shut = rc.broker.Shut
 	}
 	rc.spec.Sandbox = &machine.Sandbox{Policy: p, Entering: shut, Entered: func(r sandbox.Report) {
-		for _, s := range r.Missing {
-			note("sandbox: " + s)
+		if len(r.Missing) > 0 {
+			note("sandbox: " + strings.Join(r.Missing, "; "))
 		}
 	}}
 }

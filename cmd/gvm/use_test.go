@@ -76,7 +76,7 @@ func TestDiskInUseByHost(t *testing.T) {
 func TestNoLocks(t *testing.T) {
 	gvm := func(args ...string) result {
 		c := command(t, args...)
-		c.Env = append(c.Env, noLocksEnv+"=1")
+		c.Env = append(c.Env, refusedEnv+"=locks")
 		if err := os.WriteFile(filepath.Join(c.Dir, "disk"), make([]byte, 1<<20), 0o600); err != nil {
 			t.Fatal(err)
 		}
