@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -211,7 +212,7 @@ func (r *testRemote) Reset() error {
 func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 	name := rc.spec.Name
 	if name == "" {
-		name = "gvm-" + strconv.Itoa(os.Getpid()) + rc.suffix
+		name = cmp.Or(rc.machineName, "gvm-"+strconv.Itoa(os.Getpid()))
 	}
 	s, err := control.Claim(control.DefaultDirectory(), name)
 	switch {
@@ -287,22 +288,20 @@ func theMachine(word string) (*control.Client, error) {
 	if word == "" && len(entries) == 1 {
 		return client(entries[0])
 	}
-	var names, same []string
-	var found control.Entry
-	for _, e := range entries {
+	var names []string
+	var found *control.Entry // by its PID: one that has the word for a name goes before
+	for i, e := range entries {
 		switch {
 		case word == e.Name:
 			return client(e)
 		case word == strconv.Itoa(e.PID):
-			found, same = e, append(same, e.Name)
+			found = &entries[i]
 		}
 		names = append(names, e.Name)
 	}
 	switch {
-	case len(same) == 1:
-		return client(found)
-	case len(same) > 1:
-		return nil, usageError{fmt.Errorf("process %s has several machines: name one of %s", word, strings.Join(same, ", "))}
+	case found != nil:
+		return client(*found)
 	case len(names) == 0:
 		return nil, usageError{errors.New(noMachine())}
 	case word == "":

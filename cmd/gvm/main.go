@@ -38,6 +38,13 @@ func gvm(args []string) (status int) {
 	if args[0] == broker.Arg0 {
 		return runBroker(args)
 	}
+	if args[0] == cellArg0 {
+		var err error
+		if args, err = takeOrder(args); err != nil {
+			note(err.Error())
+			return exitUntested
+		}
+	}
 	processStart = startOfProcess()
 	bug := exitBug
 	if len(args) > 1 && args[1] == "test" { // whose other statuses are verdicts

@@ -31,23 +31,23 @@ import (
 
 // runConfig is the parsed command line of `gvm run`.
 type runConfig struct {
-	spec       machine.Spec
-	kernel     string // as kernel.Finder takes it; "": the embedded guest
-	initrds    []string
-	memoryNote string // a note about the memory
-	threadNote string // a note about the threads
-	kernelNote string // a note about a kernel found in a tree
-	timeout    time.Duration
-	grace      time.Duration // the guest's time to power off when gvm is asked to end
-	timing     *timing       // nil: none
-	watch      *watch        // nil: none
-	record     *crashRecord  // nil: none
-	hidden     bool          // only watch gets the console
-	suffix     string        // of the name of one of several machines of the process
-	gdb        *gdbAddress   // nil: none
-	vsock      *vsockConfig  // nil: none
-	user       *userConfig   // --net user; nil: none
-	sandbox    sandbox.Mode
+	spec        machine.Spec
+	kernel      string // as kernel.Finder takes it; "": the embedded guest
+	initrds     []string
+	memoryNote  string // a note about the memory
+	threadNote  string // a note about the threads
+	kernelNote  string // a note about a kernel found in a tree
+	timeout     time.Duration
+	grace       time.Duration // the guest's time to power off when gvm is asked to end
+	timing      *timing       // nil: none
+	watch       *watch        // nil: none
+	record      *crashRecord  // nil: none
+	hidden      bool          // only watch gets the console
+	machineName string        // without --name; "": gvm-PID
+	gdb         *gdbAddress   // nil: none
+	vsock       *vsockConfig  // nil: none
+	user        *userConfig   // --net user; nil: none
+	sandbox     sandbox.Mode
 
 	broker *broker.Client // of the machine with the name; nil: none
 }

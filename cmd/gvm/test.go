@@ -133,6 +133,9 @@ a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 			if err != nil {
 				return endError{exitUntested, err}
 			}
+			if ordered != nil {
+				return t.runCell(ordered)
+			}
 			if t.matrix != nil {
 				return t.testMatrix(c.App.Writer)
 			}
@@ -232,7 +235,7 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		return nil, fmt.Errorf("--memory: %w", err)
 	}
 	host := thisHost()
-	if given("emit") {
+	if given("emit") || ordered != nil { // for which the first process has looked
 		host = anyHost()
 	}
 	if t.memoryNote, err = checkMemory(spec.Memory, true, host); err != nil {
@@ -309,7 +312,7 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 	if t.policy, err = parsePolicy(c); err != nil {
 		return nil, err
 	}
-	t.matrix, err = t.parseMatrix(c, kernels, cpus)
+	t.matrix, err = t.parseMatrix(c, kernels, cpus, host)
 	return t, err
 }
 

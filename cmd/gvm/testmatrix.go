@@ -19,12 +19,10 @@ import (
 
 	"gvm/machine/disk"
 	"gvm/panics"
-	"gvm/sandbox"
 	"gvm/testrun"
 	"gvm/testrun/kubernetes"
 	"gvm/testrun/matrix"
 	"gvm/text"
-	"gvm/vmm"
 )
 
 // matrixFlags are the flags of gvm test that make a matrix, besides several kernels or numbers of CPUs.
@@ -76,7 +74,7 @@ func parseCPUs(s string) (list []int, err error) {
 
 // parseMatrix reads the flags of a matrix; nil without any, and with one kernel and number of CPUs at
 // most.
-func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int) (*matrixConfig, error) {
+func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int, host hostLimits) (*matrixConfig, error) {
 	given := func(flag string) bool { return slices.Contains(c.LocalFlagNames(), flag) }
 	if len(kernels) < 2 && len(cpus) < 2 && !slices.ContainsFunc(matrixFlags(), func(f cli.Flag) bool {
 		return given(f.Names()[0])
@@ -94,8 +92,6 @@ func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int) (
 		cell:    -1,
 		message: outputFile{flag: "--message", path: c.String("message")},
 	}
-	strict := t.sandbox == sandbox.Strict
-	t.sandbox = sandbox.Off
 	if given("cell") {
 		m.cell = c.Int("cell")
 	}
@@ -113,9 +109,6 @@ func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int) (
 		return nil, errors.New("--message has the verdict of one cell: choose it with --cell")
 	case m.retry < 0:
 		return nil, fmt.Errorf("--retry %d: want 0 or more", m.retry)
-	case strict:
-		return nil, errors.New("--sandbox=strict is for one machine: those of a matrix start one after the other in a " +
-			"process, which so opens files all the time; leave --sandbox out")
 	case len(t.args) == 0:
 		return nil, errors.New("several machines have no terminal for a shell: give a COMMAND")
 	}
@@ -154,7 +147,7 @@ func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int) (
 	if given("emit") { // each pod runs one machine
 		return m, nil
 	}
-	return m, m.setJobs(t)
+	return m, m.setJobs(t, host)
 }
 
 // parseDisks reads the disks of a cell with a backend.
@@ -174,7 +167,7 @@ func (m *matrixConfig) parseDisks(backend string) (all []disk.Spec, _ error) {
 
 // setJobs checks the number of machines that run at a time, and sets it if it is 0: a guest's CPUs
 // and memory must be free for each.
-func (m *matrixConfig) setJobs(t *testConfig) error {
+func (m *matrixConfig) setJobs(t *testConfig, h hostLimits) error {
 	alone := ""
 	for _, d := range t.spec.Disks {
 		if d.Storage == disk.Image && !d.ReadOnly && d.Overlay != disk.OverlayOn {
@@ -185,7 +178,6 @@ func (m *matrixConfig) setJobs(t *testConfig) error {
 		return fmt.Errorf("--disk %s: machines at the same time cannot share it; give it overlay=on or readonly, or --jobs 1",
 			text.Printable(alone))
 	}
-	h := thisHost()
 	if m.jobs == 0 && alone == "" {
 		free := h.kibibytes("proc/meminfo", "MemAvailable:")
 		if limits := h.memoryLimits(t.spec.Memory); len(limits) > 0 {
@@ -301,44 +293,33 @@ func (m *matrixConfig) makeDir() (made bool, err error) {
 
 // attempt runs a cell in a fresh machine.
 func (t *testConfig) attempt(ctx context.Context, c matrix.Cell, n int, p *progress) matrix.Attempt {
-	cell, name := *t, c.Name
+	name := c.Name
 	if n > 0 {
 		name += fmt.Sprintf("-retry%d", n)
 	}
-	cell.kernel, cell.spec.CPUs = c.Kernel, c.CPUs
-	cell.suffix = fmt.Sprintf("-%d", t.matrix.begun.Add(1))
-	cell.note = func(s string) { p.note(name, s) }
-	cell.output = &cellOutput{}
-	if t.matrix.dir != "" {
-		cell.output.path = filepath.Join(t.matrix.dir, name)
+	order := &cellOrder{Cell: c, Name: name, Machine: fmt.Sprintf("gvm-%d-%d", os.Getpid(), t.matrix.begun.Add(1))}
+	for _, d := range t.spec.Disks {
+		order.Waiting = append(order.Waiting, d.Waiting)
 	}
-	var res *testrun.Result
-	var err error
-	if cell.spec.Disks, err = t.matrix.parseDisks(c.Backend); err != nil {
-		res = testrun.Untested(err)
-	} else {
-		cell.spec.Disks = append(cell.spec.Disks, t.scratch...)
-		for i := range cell.spec.Disks {
-			cell.spec.Disks[i].Waiting = t.spec.Disks[i].Waiting
-		}
-		cell.spec.Begin(vmm.Begin())
-		res = cell.runMachine(ctx, nil, func(*testrun.Run) {})
+	for _, s := range t.spec.Shares {
+		order.Requests = append(order.Requests, s.Requests)
 	}
+	end := t.runProcess(ctx, order, func(s string) { p.note(name, s) })
+	res := end.Result
 	if t.bisect {
 		res.Bisect()
 	}
-	if path := cell.output.path; path != "" {
-		if err := writeVerdict(path+".verdict.json", res); err != nil {
+	if t.matrix.dir != "" {
+		if err := writeVerdict(filepath.Join(t.matrix.dir, name+".verdict.json"), res); err != nil {
 			res = testrun.Untested(fmt.Errorf("--output: %w", err))
 		}
 	}
 	a := matrix.Attempt{Result: res}
 	if !a.Passed() && res.Kind != testrun.Stopped {
-		out, errs := cell.output.out.lines(), cell.output.errs.lines()
-		p.say(section("gvm: "+name+": ", "the end of standard output:", out) +
-			section("gvm: "+name+": ", "the end of standard error:", errs) +
+		p.say(section("gvm: "+name+": ", "the end of standard output:", end.Out) +
+			section("gvm: "+name+": ", "the end of standard error:", end.Errs) +
 			explain("gvm: "+name+": ", res))
-		a.Output = slices.Concat(out, errs)
+		a.Output = slices.Concat(end.Out, end.Errs)
 	}
 	return a
 }

@@ -1,0 +1,148 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"gvm/panics"
+	"gvm/testrun"
+	"gvm/testrun/matrix"
+)
+
+// cellArg0 is the first word of a process that runs a cell of a matrix. The second is its cellOrder, and
+// the rest the command line of gvm test. It ends its machine at the end of standard input, and writes
+// cellMessages to standard output. It is a process as the sandbox holds for all of one.
+const cellArg0 = "gvm-cell"
+
+// cellOrder is what the command line does not say of an attempt at a cell.
+type cellOrder struct {
+	Cell     matrix.Cell
+	Name     string // of the files of --output
+	Machine  string // its name
+	Waiting  []int  // bounds of the disks, by the limits for all machines
+	Requests []int  // and of the shares
+}
+
+// cellMessage is a note, or the end of the attempt, whose output it has.
+type cellMessage struct {
+	Note      string          `json:",omitempty"`
+	Result    *testrun.Result `json:",omitempty"`
+	Out, Errs []string        `json:",omitempty"`
+}
+
+// ordered is the order of this process; nil: it is no cell's.
+var ordered *cellOrder
+
+// takeOrder returns the command line of a cell's process, whose order it sets.
+func takeOrder(args []string) ([]string, error) {
+	if len(args) < 3 {
+		return nil, errors.New("gvm-cell: want an order and a command line")
+	}
+	if err := json.Unmarshal([]byte(args[1]), &ordered); err != nil {
+		return nil, fmt.Errorf("gvm-cell: %w", err)
+	}
+	return slices.Concat([]string{"gvm"}, args[2:]), nil
+}
+
+// runCell runs the attempt of the order, and writes its messages.
+func (t *testConfig) runCell(o *cellOrder) error {
+	out := json.NewEncoder(os.Stdout)
+	t.kernel, t.spec.CPUs, t.machineName = o.Cell.Kernel, o.Cell.CPUs, o.Machine
+	t.note = func(s string) { _ = out.Encode(cellMessage{Note: s}) } // if the parent is gone, so is the reader
+	t.output = &cellOutput{}
+	if t.matrix.dir != "" {
+		t.output.path = filepath.Join(t.matrix.dir, o.Name)
+	}
+	res := t.runOrder(o)
+	return out.Encode(cellMessage{Result: res, Out: t.output.out.lines(), Errs: t.output.errs.lines()})
+}
+
+func (t *testConfig) runOrder(o *cellOrder) (res *testrun.Result) {
+	var err error
+	if t.spec.Disks, err = t.matrix.parseDisks(o.Cell.Backend); err != nil {
+		return testrun.Untested(err)
+	}
+	t.spec.Disks = append(t.spec.Disks, t.scratch...)
+	for i := range t.spec.Disks {
+		t.spec.Disks[i].Waiting = o.Waiting[i]
+	}
+	for i := range t.spec.Shares {
+		t.spec.Shares[i].Requests = o.Requests[i]
+	}
+	t.spec.Begin(takeBegun())
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	defer catchSignals(ctx, stop)()
+	panics.Go(func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		stop(endError{exitTerminated, errors.New("stopped by the process of the matrix")})
+	})
+	return t.runMachine(ctx, nil, func(*testrun.Run) {})
+}
+
+// Bounds of a cell's process.
+const (
+	cellPatience = 5 * time.Second // from the end of its standard input to its own
+	maxMessages  = 64 << 20        // bytes
+)
+
+// runProcess runs an attempt in a process of its own, until the end of ctx. note takes its notes.
+func (t *testConfig) runProcess(ctx context.Context, o *cellOrder, note func(string)) (end cellMessage) {
+	fail := func(err error) cellMessage {
+		return cellMessage{Result: testrun.Untested(fmt.Errorf("the process of the machine: %w", err))}
+	}
+	order, err := json.Marshal(o)
+	if err != nil {
+		return fail(err)
+	}
+	c := exec.CommandContext(ctx, ownProgram)
+	c.Args, c.Stderr = slices.Concat([]string{cellArg0, string(order)}, os.Args[1:]), os.Stderr
+	in, err := c.StdinPipe()
+	if err != nil {
+		return fail(err)
+	}
+	out, err := c.StdoutPipe()
+	if err != nil {
+		return fail(errors.Join(err, in.Close()))
+	}
+	c.Cancel, c.WaitDelay = in.Close, cellPatience // the first ends its machine
+	if err := c.Start(); err != nil {
+		return fail(err)
+	}
+	for messages := json.NewDecoder(io.LimitReader(out, maxMessages)); ; {
+		var m cellMessage
+		if messages.Decode(&m) != nil {
+			break
+		}
+		if m.Note != "" {
+			note(m.Note)
+		}
+		if m.Result != nil {
+			end = m
+		}
+	}
+	_ = in.Close() // the guest may have taken the process over, so that it does not end
+	kill := time.AfterFunc(cellPatience, panics.Func(func() { _ = c.Process.Kill() }))
+	_ = c.Wait() // ProcessState has it
+	kill.Stop()
+	switch cause := context.Cause(ctx); {
+	case end.Result == nil && cause == nil:
+		return fail(fmt.Errorf("it ended without a verdict: %v", c.ProcessState))
+	case end.Result == nil:
+		end = fail(cause)
+		end.Result.Kind = testrun.Stopped
+		fallthrough
+	case end.Result.Kind == testrun.Stopped && cause != nil:
+		end.Result.Cause, end.Result.Text = cause, cause.Error()
+		end.Result = t.stopped(end.Result)
+	}
+	return end
+}
