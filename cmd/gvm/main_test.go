@@ -44,6 +44,7 @@ func TestMain(m *testing.M) {
 		}
 		if calls := os.Getenv(refusedEnv); calls != "" {
 			refuse(calls)
+			os.Unsetenv(refusedEnv) // its children have the filter
 		}
 		if os.Getenv(asStuck) != "" {
 			stuck()
