@@ -78,6 +78,7 @@ func child(what string) error {
 		{filepath.Join(dir, "read"), Read},
 		{filepath.Join(dir, "write"), Read | Write | Make | Remove},
 		{filepath.Join(dir, "none"), Read},
+		{filepath.Join(dir, "read/file/none"), Read}, // that cannot be opened, as another user's
 	}, Refused: func(c Refusal) {
 		fmt.Println(c)
 		os.Exit(statusRefused)

@@ -78,7 +78,7 @@ const (
 // Policy is the rights that a process keeps.
 type Policy struct {
 	Mode  Mode
-	Paths []Path // those that do not exist are left out
+	Paths []Path // those that the process cannot open, such as one that does not exist, are left out
 	Uses  Use
 	// Groups are process groups that it may signal.
 	Groups []int
@@ -153,8 +153,7 @@ func Prepare(p Policy) *Prepared {
 			return s
 		}
 		for _, path := range p.Paths {
-			if err := addRule(s.rules, path, attr.Handled_access_fs); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				s.err = err
+			if s.err = addRule(s.rules, path, attr.Handled_access_fs); s.err != nil {
 				return s
 			}
 		}
@@ -299,16 +298,17 @@ func allThreads(trap, a1, a2, a3 uintptr) error {
 	return nil
 }
 
-// addRule gives the rights to a path. handled are the rights that Landlock knows.
+// addRule gives the rights to a path, unless the process cannot open it: then it has none to keep. handled
+// are the rights that Landlock knows.
 func addRule(rules int, p Path, handled uint64) error {
 	fd, err := unix.Open(p.Name, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return &fs.PathError{Op: "open", Path: p.Name, Err: err}
+		return nil
 	}
 	defer unix.Close(fd)
 	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return &fs.PathError{Op: "stat", Path: p.Name, Err: err}
+	if err := unix.Fstat(fd, &st); err != nil { // FUSE, of another user
+		return nil
 	}
 	var access uint64
 	for _, row := range landlockRights {
