@@ -6,7 +6,8 @@ export CGO_ENABLED = 0
 GOTEST = $(GO) run ./guest-tests/cmd/gotest
 
 # The packages whose tests start the lab, which wants the machine for itself; and
-# the others. Two guests at a time are what loses guests in the lab: -parallel 1.
+# the others. Two guests at a time in one lab are what loses guests: -parallel 1. Package lab starts a
+# second lab where the machine has room for it.
 LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostscsi
 UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 

@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"testing"
 
+	"gvm/devices/block"
 	"gvm/guest/embedded"
 )
 
@@ -169,17 +170,14 @@ func contents(t *testing.T, dir string) string {
 // fault, an exit status, and no change to any file.
 func TestBadInput(t *testing.T) {
 	dir := badFiles(t)
-	holder := startGVM(t, dir, "run", "--guest-arg", "spin", "--disk", "locked")
-	holder.expect("spinning")
-	pid := strconv.Itoa(holder.cmd.Process.Pid)
+	holder, err := block.Open(filepath.Join(dir, "locked"), block.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid := strconv.Itoa(os.Getpid())
 	long := strings.Repeat("x", 3000)
 	run := func(args ...string) []string { return append([]string{"run"}, args...) }
-	tests := []struct {
-		name string
-		args []string
-		want string // parts of the message, apart by |
-		dir  string
-	}{
+	wantAllBad(t, dir, []badInput{
 		{"unknown flag", run("--nosuch"), "unknown flag --nosuch", ""},
 		{"unknown global flag", []string{"--nosuch"}, "unknown flag --nosuch", ""},
 		{"unknown command", []string{"nosuch"}, `unknown command "nosuch"`, ""},
@@ -294,14 +292,12 @@ func TestBadInput(t *testing.T) {
 		{"cmdline without kernel", run("--cmdline", "quiet"), "--cmdline|--kernel", ""},
 		{"bare-cmdline without kernel", run("--bare-cmdline"), "--bare-cmdline|--kernel", ""},
 		{"guest-arg with kernel", run("--kernel", "guest.elf", "--guest-arg", "hang"), "--guest-arg|--cmdline", ""},
-		{"long guest-arg", run("--guest-arg", strings.Repeat("write ", 500)), "command line|3006 bytes|2047", ""},
 		{"newline in guest-arg", run("--guest-arg", "a\nb"), `--guest-arg: unknown word "a\nb"`, ""},
 		{"unknown word for the guest", run("--guest-arg", "wriet"),
 			`--guest-arg: unknown word "wriet"; did you mean write? See gvm help run`, ""},
 		{"unknown word of two", run("--guest-arg", "write crash=tripple"),
 			`unknown word "crash=tripple"; did you mean crash=triple?`, ""},
 		{"number for the guest", run("--guest-arg", "bench-ms=0"), `unknown word "bench-ms=0"`, ""},
-		{"bzimage mode for the embedded guest", run("--boot", "bzimage"), "embedded guest|ELF", ""},
 
 		{"empty kernel", run("--kernel", ""), "--kernel|empty", ""},
 		{"kernel missing", run("--kernel", "none"), "none|does not exist", ""},
@@ -326,19 +322,11 @@ func TestBadInput(t *testing.T) {
 		{"bzImage's first sectors", run("--kernel", "head.bz"), "head.bz|truncated", ""},
 		{"old bzImage", run("--kernel", "old.bz"), "old.bz|2.04", ""},
 		{"32-bit bzImage", run("--kernel", "i386.bz"), "i386.bz|32-bit", ""},
-		{"bzImage without payload in mode elf", run("--kernel", "bz", "--boot", "elf"), "bz has no payload", ""},
-		{"PVH entry of a bzImage", run("--kernel", "bz", "--boot", "bzimage", "--entry", "pvh"), "bz|PVH", ""},
-		{"long cmdline for a bzImage", run("--kernel", "bz", "--boot", "bzimage", "--cmdline", long),
-			"command line|2047", ""},
-		{"long cmdline for an ELF kernel", run("--kernel", "guest.elf", "--cmdline", long), "command line|2047", ""},
-		{"newline in cmdline", run("--kernel", "guest.elf", "--cmdline", "a\nb"), "command line|newline", ""},
 		{"kernel tree without kernel", run(), "kernel tree|bzImage|--kernel", "tree"},
 		{"initrd missing", run("--kernel", "guest.elf", "--initrd", "none"), "none does not exist", ""},
 		{"initrd is a directory", run("--kernel", "guest.elf", "--initrd", "dir"), "dir is a directory", ""},
 		{"second initrd of no bytes", run("--kernel", "guest.elf", "--initrd", "initrd",
 			"--initrd", "empty"), "empty is empty", ""},
-		{"initrd larger than memory", run("--kernel", "guest.elf", "--memory", "16M", "--initrd", "huge"),
-			"huge does not fit as initrd", ""},
 
 		{"empty disk", run("--disk", ""), `--disk ""|no path`, ""},
 		{"disk of options", run("--disk", ",readonly"), "--disk|no path", ""},
@@ -506,18 +494,49 @@ func TestBadInput(t *testing.T) {
 		{"new disk, bad serial", run("--disk", "new,size=1M,serial=ä"), "new|serial", ""},
 		{"new disk, then a missing one", run("--disk", "new2,size=1M", "--disk", "none"), "none", ""},
 		{"new disk, many CPUs", run("--disk", "new3,size=1M", "--cpus", "100000"), "100000 CPUs", ""},
-		{"new disk, long guest-arg", run("--disk", "new4,size=1M", "--guest-arg", strings.Repeat("write ", 500)),
-			"command line", ""},
 		{"grown disk, many CPUs", run("--disk", "grow,size=2M", "--cpus", "100000"), "100000 CPUs", ""},
 		{"new disk given twice", run("--disk", "new5,size=1M", "--disk", "new5"), "new5|given twice", ""},
+	})
+	if err := holder.Close(); err != nil {
+		t.Error(err)
 	}
-	huge, err := os.Create(filepath.Join(dir, "huge"))
-	if err != nil {
+}
+
+// TestBadBoot: gvm has opened /dev/kvm when it finds these.
+func TestBadBoot(t *testing.T) {
+	dir := badFiles(t)
+	if err := os.Truncate(filepath.Join(dir, "large"), 20<<20); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(huge.Truncate(20<<20), huge.Close()); err != nil {
-		t.Fatal(err)
-	}
+	long := strings.Repeat("x", 3000)
+	run := func(args ...string) []string { return append([]string{"run"}, args...) }
+	wantAllBad(t, dir, []badInput{
+		{"long guest-arg", run("--guest-arg", strings.Repeat("write ", 500)), "command line|3006 bytes|2047", ""},
+		{"bzimage mode for the embedded guest", run("--boot", "bzimage"), "embedded guest|ELF", ""},
+		{"bzImage without payload in mode elf", run("--kernel", "bz", "--boot", "elf"), "bz has no payload", ""},
+		{"PVH entry of a bzImage", run("--kernel", "bz", "--boot", "bzimage", "--entry", "pvh"), "bz|PVH", ""},
+		{"long cmdline for a bzImage", run("--kernel", "bz", "--boot", "bzimage", "--cmdline", long),
+			"command line|2047", ""},
+		{"long cmdline for an ELF kernel", run("--kernel", "guest.elf", "--cmdline", long), "command line|2047", ""},
+		{"newline in cmdline", run("--kernel", "guest.elf", "--cmdline", "a\nb"), "command line|newline", ""},
+		{"initrd larger than memory", run("--kernel", "guest.elf", "--memory", "16M", "--initrd", "large"),
+			"large does not fit as initrd", ""},
+		{"new disk, long guest-arg", run("--disk", "new4,size=1M", "--guest-arg", strings.Repeat("write ", 500)),
+			"command line", ""},
+	})
+}
+
+// badInput is a command line that gvm refuses.
+type badInput struct {
+	name string
+	args []string
+	want string // parts of the message, apart by |
+	dir  string
+}
+
+// wantAllBad runs gvm in dir for each of the tests, and compares the files there.
+func wantAllBad(t *testing.T, dir string, tests []badInput) {
+	t.Helper()
 	before := contents(t, dir)
 	t.Run("each", func(t *testing.T) {
 		for _, tt := range tests {
@@ -531,10 +550,6 @@ func TestBadInput(t *testing.T) {
 	})
 	if after := contents(t, dir); after != before {
 		t.Errorf("files changed from\n%sto\n%s", before, after)
-	}
-	holder.signal(syscall.SIGTERM)
-	if r := holder.wait(); r.status != 143 {
-		t.Errorf("the holder of the lock ended with %d: %s", r.status, r.errs)
 	}
 }
 

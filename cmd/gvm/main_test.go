@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -66,6 +67,11 @@ func TestMain(m *testing.M) {
 	os.Exit(testMain(m))
 }
 
+// machineless matches tests that start gvm many times, or work long, but start no machine: they need no
+// lab, where they take up to ten times as long.
+var machineless = regexp.MustCompile(`^Test(BadInput|BenchDisk|Copy|KubernetesWords|MatrixWords|Suggestions|` +
+	`SurplusArguments|TestWords)$`)
+
 func testMain(m *testing.M) int {
 	var err error
 	if runtimeDir, err = os.MkdirTemp("", "gvm-run"); err != nil {
@@ -76,7 +82,7 @@ func testMain(m *testing.M) int {
 	// One CPU: two guests at a time on an L1 with two processors can make the lab hang. Two labs, as
 	// most of the time is the labs' own.
 	return lab.Main(withPlotter{m}, lab.Options{Build: []string{"gvm/cmd/gvm-plot", "gvm/cmd/gvm-net"},
-		Visible: []string{runtimeDir}, Direct: lab.KVM, CPUs: 1, Labs: 2})
+		Visible: []string{runtimeDir}, Direct: lab.KVM, CPUs: 1, Labs: 2, Here: machineless})
 }
 
 // withPlotter runs the tests with gvm-plot and gvm-net in $PATH.

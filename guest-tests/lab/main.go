@@ -39,6 +39,9 @@ type Options struct {
 	// Labs is how many labs run the tests at the same time, each a part of them; 0 is 1. It is 1 on a
 	// machine that has fewer processors, or less memory than half of Memory for each.
 	Labs int
+	// Here matches the names of tests that need nothing of the lab. They run on this machine, beside
+	// the labs, which would take many times as long. Nil means none.
+	Here *regexp.Regexp
 	// Writable and Visible are as in Command. The directories of profiles that the go command asks
 	// for are always writable.
 	Writable, Visible []string
@@ -78,6 +81,9 @@ const exitInfrastructure = 3
 // programsEnv names the directory of the programs of Options.Build.
 const programsEnv = "GVM_LAB_PROGRAMS"
 
+// hereEnv, set to 1, runs tests on this machine.
+const hereEnv = "GVM_LAB_HERE"
+
 // KernelEnv names the environment variable that selects another kernel of L1 for tests.
 const KernelEnv = "GVM_TEST_L1"
 
@@ -113,7 +119,7 @@ func build(packages []string) (dir string, err error) {
 // passed go on in a new one. The log says so.
 func Main(m interface{ Run() int }, o Options) int {
 	a := parseTestArgs(os.Args[1:])
-	if os.Getenv(InLabEnv) == "1" || a.list {
+	if os.Getenv(InLabEnv) == "1" || os.Getenv(hereEnv) == "1" || a.list {
 		return m.Run()
 	}
 	if a.fuzz && a.run == "^$" { // of parsers, which need no machine
@@ -140,13 +146,18 @@ func Main(m interface{ Run() int }, o Options) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	labs := o.atOnce()
-	parts, err := a.divide(ctx, labs)
+	parts, err := a.divide(ctx, labs, o.Here)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "lab: list the tests: %v\n", err)
 		return exitInfrastructure
 	}
 	start := time.Now()
-	return runParts(parts, labs, func(a testArgs, out io.Writer) int { return mainInLabs(ctx, a, o, start, out) })
+	return runParts(parts, labs, func(a testArgs, out io.Writer) int {
+		if a.here {
+			return mainHere(ctx, a, start, out)
+		}
+		return mainInLabs(ctx, a, o, start, out)
+	})
 }
 
 // mainInLabs runs tests in a lab, and in further ones those that it lost. It returns the exit status. The
@@ -286,6 +297,7 @@ type testArgs struct {
 	list      bool // tests are to be listed, not run
 	fuzz      bool
 	whole     bool   // the tests cannot be divided among labs
+	here      bool   // they run on this machine
 	run, left string // the patterns of the tests to run and to leave out
 	outputDir string
 }

@@ -3,6 +3,7 @@ package lab
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -11,15 +12,17 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 )
 
 // testName is the name of a test, an example or a fuzz target in a list of them.
 var testName = regexp.MustCompile(`(?m)^(?:Test|Example|Fuzz)\w*$`)
 
-// divide returns the arguments for runs of parts of the tests, for n labs. A run that writes files, such
-// as profiles, and one of benchmarks, of fuzzing, or of chosen subtests is not divided.
-func (a testArgs) divide(ctx context.Context, n int) ([]testArgs, error) {
-	if n == 1 || a.whole || len(a.values) > 0 || len(a.rest) > 0 || strings.Contains(a.run, "/") {
+// divide returns the arguments for runs of parts of the tests, for n labs, and first for one of the tests
+// that match here, if any does. A run that writes files, such as profiles, and one of benchmarks, of
+// fuzzing, or of chosen subtests is not divided.
+func (a testArgs) divide(ctx context.Context, n int, here *regexp.Regexp) ([]testArgs, error) {
+	if n == 1 && here == nil || a.whole || len(a.values) > 0 || len(a.rest) > 0 || strings.Contains(a.run, "/") {
 		return []testArgs{a}, nil
 	}
 	pattern := a.run
@@ -40,7 +43,26 @@ func (a testArgs) divide(ctx context.Context, n int) ([]testArgs, error) {
 		}
 		names = slices.DeleteFunc(names, left.MatchString)
 	}
-	return a.share(names, n), nil
+	var parts []testArgs
+	if here != nil {
+		labs := func(name string) bool { return !here.MatchString(name) }
+		if direct := slices.DeleteFunc(slices.Clone(names), labs); len(direct) > 0 {
+			names = slices.DeleteFunc(names, here.MatchString)
+			p := a.only(direct)
+			p.here = true
+			parts = append(parts, p)
+		}
+	}
+	if len(names) > 0 || len(parts) == 0 {
+		parts = append(parts, a.share(names, n)...)
+	}
+	return parts, nil
+}
+
+// only returns a that runs the tests of these names alone.
+func (a testArgs) only(names []string) testArgs {
+	a.args = append(slices.Clone(a.args), "-test.run=^("+strings.Join(names, "|")+")$")
+	return a
 }
 
 // share gives each run a part of the tests, for n labs that take a new part when they have run one. The
@@ -48,6 +70,9 @@ func (a testArgs) divide(ctx context.Context, n int) ([]testArgs, error) {
 // tests, at least 2, and at least one of 8n of all, as the start of a lab takes seconds. A part has tests
 // from everywhere, as neighbours take about the same time.
 func (a testArgs) share(names []string, n int) (parts []testArgs) {
+	if n == 1 {
+		return []testArgs{a.only(names)}
+	}
 	least := max(2, len(names)/(8*n))
 	for {
 		var part, rest []string
@@ -59,17 +84,15 @@ func (a testArgs) share(names []string, n int) (parts []testArgs) {
 				rest = append(rest, name)
 			}
 		}
-		p := a
-		p.args = append(slices.Clone(a.args), "-test.run=^("+strings.Join(part, "|")+")$")
-		parts = append(parts, p)
+		parts = append(parts, a.only(part))
 		if names = rest; len(names) == 0 {
 			return parts
 		}
 	}
 }
 
-// runParts runs the parts in their order, n at the same time, and returns the worst exit status. The output
-// of a part comes when it has ended, or if it is the only one, at once.
+// runParts runs the parts in their order, n at the same time and that of this machine beside them, and returns
+// the worst exit status. The output of a part comes when it has ended, or if it is the only one, at once.
 func runParts(parts []testArgs, n int, run func(testArgs, io.Writer) int) int {
 	if len(parts) == 1 {
 		return run(parts[0], os.Stdout)
@@ -78,22 +101,50 @@ func runParts(parts []testArgs, n int, run func(testArgs, io.Writer) int) int {
 	var mu sync.Mutex // of worst and standard output
 	worst := 0
 	var workers sync.WaitGroup
+	one := func(a testArgs) {
+		var out bytes.Buffer
+		code := run(a, &out)
+		mu.Lock()
+		defer mu.Unlock()
+		worst = max(worst, code)
+		_, _ = out.WriteTo(os.Stdout)
+	}
 	for range n {
 		workers.Go(func() {
 			for a := range next {
-				var out bytes.Buffer
-				code := run(a, &out)
-				mu.Lock()
-				worst = max(worst, code)
-				_, _ = out.WriteTo(os.Stdout)
-				mu.Unlock()
+				one(a)
 			}
 		})
 	}
 	for _, a := range parts {
-		next <- a
+		if a.here {
+			workers.Go(func() { one(a) })
+		} else {
+			next <- a
+		}
 	}
 	close(next)
 	workers.Wait()
 	return worst
+}
+
+// mainHere runs tests on this machine, in a process of their own.
+func mainHere(ctx context.Context, a testArgs, start time.Time, out io.Writer) int {
+	args := a.args
+	if a.timeout > 0 {
+		args = append(slices.Clone(args), "-test.timeout="+max(a.timeout-time.Since(start), time.Second).String())
+	}
+	cmd := exec.CommandContext(ctx, os.Args[0], args...)
+	cmd.Env = append(os.Environ(), hereEnv+"=1")
+	cmd.Stdout, cmd.Stderr = out, out
+	err := cmd.Run()
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &exit) && exit.ExitCode() > 0:
+		return exit.ExitCode()
+	}
+	fmt.Fprintf(out, "lab: tests on this machine: %v\n", err)
+	return exitInfrastructure
 }
