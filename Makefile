@@ -124,11 +124,10 @@ racelab: ## what runs in the lab under the race detector, gvm and all
 # exceeded" and no finding (go.dev/issue/75804).
 FUZZTIME ?= 5000x
 fuzz: ## every fuzz target, FUZZTIME each
-	@for pkg in $(UNIT); do \
-	  for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
-	    echo "fuzz $$pkg $$target"; \
-	    $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1x $$pkg || exit 1; \
-	  done; \
+	@grep -rHo '^func Fuzz[A-Za-z0-9_]*' --include='*_test.go' . | sed 's|/[^/]*:func | |' | sort | \
+	while read -r pkg target; do \
+	  echo "fuzz $$pkg $$target"; \
+	  $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1x $$pkg </dev/null || exit 1; \
 	done
 
 # It takes most of a day: not a word of ALL.
