@@ -28,7 +28,7 @@ SELDOM = archive/tar crypto/ecdsa crypto/internal/fips140/... crypto/rsa crypto/
 	gvm/devices/scsi/lio gvm/devices/scsi/trace gvm/devices/statusport gvm/devices/virtio/net/tap \
 	gvm/devices/virtio/replay gvm/devices/virtio/vhostnet gvm/devices/virtio/vhostring \
 	gvm/devices/virtio/vhostscsi gvm/devices/virtio/vhostvsock gvm/gdbstub gvm/guest/agent \
-	gvm/guest/agent/archive gvm/guest/initramfs gvm/guest/kernel gvm/inspect gvm/kvmapi/vhost \
+	gvm/guest/agent/archive gvm/guest/initramfs gvm/guest/kernel gvm/inspect gvm/jail gvm/kvmapi/vhost \
 	gvm/machine gvm/machine/disk gvm/sandbox gvm/testrun/... gvm/verdict/... gvm/vmm/acpi \
 	gvm/vmm/boot gvm/vmm/vmcore internal/zstd math/big mime/... net/netip net/textproto net/url \
 	reflect regexp/syntax text/template/... vendor/golang.org/...

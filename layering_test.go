@@ -86,6 +86,7 @@ var may = []struct{ pkg, imports string }{
 	{"control", "inspect text"},
 	{"broker",
 		"control devices/block devices/scsi devices/scsi/lio devices/scsi/sidecar kvmapi/nowait machine/disk text"},
+	{"jail", "text"},
 	{"panics", ""},
 	{"sandbox", ""},
 	{"text", ""},
@@ -104,7 +105,8 @@ var may = []struct{ pkg, imports string }{
 	{"testrun/matrix", "testrun text verdict verdict/ktap"},
 	{"testrun/kubernetes", "testrun testrun/matrix text"},
 	{"cmd/gvm",
-		"machine/... vmm/... devices/... kvmapi/... guestmem broker control inspect plot sandbox text guest/embedded " +
+		"machine/... vmm/... devices/... kvmapi/... guestmem broker control inspect jail plot sandbox text " +
+			"guest/embedded " +
 			"guest/bootinit " +
 			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun testrun/matrix testrun/kubernetes " +
 			"verdict/... guest/agent/archive"},

@@ -17,6 +17,7 @@ import (
 
 	"gvm/broker"
 	"gvm/guest/agent"
+	"gvm/jail"
 	"gvm/panics"
 	"gvm/text"
 	"gvm/vmm"
@@ -35,8 +36,11 @@ func main() {
 
 // gvm runs the command line and returns the exit status.
 func gvm(args []string) (status int) {
-	if args[0] == broker.Arg0 {
+	switch args[0] {
+	case broker.Arg0:
 		return runBroker(args)
+	case jail.Arg0:
+		return runJanitor(args)
 	}
 	if args[0] == cellArg0 {
 		var err error
@@ -78,7 +82,7 @@ func gvm(args []string) (status int) {
 			}
 		}
 	}()
-	if len(args) > 1 && (args[1] == "run" || args[1] == "test") {
+	if len(args) > 1 && (args[1] == "run" && !asksForJail(args) || args[1] == "test") {
 		begun = vmm.Begin()
 	}
 	a := app(args)

@@ -37,6 +37,7 @@ var runtimeDir string
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asGVM) != "" {
+		jailEnvironment = append(jailEnvironment, asGVM)
 		if dir := os.Getenv(readOnlyEnv); dir != "" {
 			if err := makeReadOnly(dir); err != nil {
 				fmt.Println("read-only mount:", err)

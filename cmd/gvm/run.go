@@ -19,6 +19,7 @@ import (
 	"gvm/devices/virtio/fs"
 	"gvm/guest/embedded"
 	"gvm/guest/kernel"
+	"gvm/jail"
 	"gvm/machine"
 	"gvm/machine/disk"
 	"gvm/panics"
@@ -48,6 +49,7 @@ type runConfig struct {
 	vsock       *vsockConfig  // nil: none
 	user        *userConfig   // --net user; nil: none
 	sandbox     sandbox.Mode
+	jail        *jail.Config // nil: none
 
 	broker *broker.Client // of the machine with the name; nil: none
 }
@@ -78,6 +80,7 @@ EXAMPLES
    gvm run --disk a.img,backend=vhost               served by the kernel
    gvm run -k bzImage --disk debian.img --share src=. --share ref=/usr,ro
    gvm run --cpus 4 --memory 2G --cmdline "ro quiet" --timeout 60s
+   sudo gvm run --jail /srv/jail/1 --uid 2001 --gid 2001 --disk /srv/a.img
    gvm help exit-status                             the exit statuses
 
 ` + guestWords(),
@@ -152,7 +155,7 @@ EXAMPLES
 			&cli.BoolFlag{Name: "start-stopped", Aliases: []string{"S"},
 				Usage: "with --gdb: wait for gdb before the guest's first instruction"},
 			sandboxFlag(),
-		}, slices.Concat(crashFlags(), verdictFlags())...),
+		}, slices.Concat(jailFlags(), crashFlags(), verdictFlags())...),
 		// The library searches all flags for each flag with an action, which takes 0.2 ms. No flag
 		// has one, and values are read from the parsed command line.
 		Before: func(c *cli.Context) error { c.Command.Flags = nil; return nil },
@@ -160,6 +163,9 @@ EXAMPLES
 			rc, err := parseRun(c)
 			if err != nil {
 				return usageError{err}
+			}
+			if rc.jail != nil {
+				return rc.enterJail()
 			}
 			if rc.record, err = parseCrashRecord(c); err != nil {
 				return err
@@ -332,6 +338,9 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 		return rc, errors.New("--guest-arg is for the embedded guest; a kernel takes --cmdline")
 	}
 	if rc.watch, err = parseWatch(c, nil); err != nil {
+		return rc, err
+	}
+	if rc.jail, err = parseJail(c, &rc, given); err != nil {
 		return rc, err
 	}
 	for word := range strings.SplitSeq(strings.Join(spec.GuestArgs, " "), " ") {

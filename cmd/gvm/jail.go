@@ -1,0 +1,196 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"gvm/jail"
+	"gvm/kvmapi"
+	"gvm/kvmapi/vhost"
+	"gvm/machine"
+	"gvm/machine/disk"
+)
+
+// jailFlagNames are removed from the command line of the program in the jail.
+var jailFlagNames = []string{"jail", "uid", "gid", "jail-limit"}
+
+// jailEnvironment is what the program in a jail keeps of root's environment.
+var jailEnvironment = []string{"GOMAXPROCS", "TERM"}
+
+func jailFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "jail",
+			Usage: "as root: run as user --uid and group --gid in a root directory with only the files that the command " +
+				"line names, and with the control socket in `DIR`/run; see docs/security.md"},
+		&cli.Int64Flag{Name: "uid", Usage: "with --jail: the `NUMBER` of the user, one for each machine"},
+		&cli.Int64Flag{Name: "gid", Usage: "with --jail: the `NUMBER` of the group"},
+		&cli.GenericFlag{Name: "jail-limit", Value: new(words),
+			Usage: "with --jail: `NAME=VALUE[,...]` of a control group, memory=SIZE, cpus=N and pids=N (threads), " +
+				"and of the process, nofile=N and fsize=SIZE"},
+	}
+}
+
+// asksForJail reports whether a word of the command line may be --jail. The program in the jail opens KVM.
+func asksForJail(args []string) bool {
+	return slices.ContainsFunc(args, func(s string) bool {
+		return strings.HasPrefix(s, "--jail") || strings.HasPrefix(s, "-jail")
+	})
+}
+
+// parseJail returns nil without --jail.
+func parseJail(c *cli.Context, rc *runConfig, given func(string) bool) (*jail.Config, error) {
+	if !given("jail") {
+		for _, name := range jailFlagNames {
+			if given(name) {
+				return nil, fmt.Errorf("--%s is for --jail DIR", name)
+			}
+		}
+		return nil, nil
+	}
+	if !given("uid") || !given("gid") {
+		return nil, errors.New("--jail needs --uid and --gid, the user and group that gvm becomes")
+	}
+	j := &jail.Config{Dir: c.String("jail"), UID: int(c.Int64("uid")), GID: int(c.Int64("gid")),
+		Devices: []string{kvmapi.Device}}
+	for _, s := range wordsOf(c, "jail-limit") {
+		if err := j.Limits.Add(s); err != nil {
+			return nil, fmt.Errorf("--jail-limit %w", err)
+		}
+	}
+	for _, name := range []string{"trace", "crash-dir", "junit", "results"} {
+		if given(name) {
+			return nil, fmt.Errorf("--%s does not work with --jail, which has no way out for new files; leave one of them out",
+				name)
+		}
+	}
+	if rc.kernel != "" && !given("kernel") {
+		path, err := filepath.Abs(rc.kernel)
+		if err != nil {
+			return nil, fmt.Errorf("--jail: %w", err)
+		}
+		return nil, fmt.Errorf("--jail in a kernel tree: name the kernel, --kernel %s", path)
+	}
+	add := func(flag, path string, write bool) {
+		j.Files = append(j.Files, jail.File{Flag: flag, Path: path, Write: write})
+	}
+	if rc.kernel != "" {
+		add("--kernel", rc.kernel, false)
+	}
+	for _, path := range rc.initrds {
+		add("--initrd", path, false)
+	}
+	if given("allow") {
+		add("--allow", c.String("allow"), false)
+	}
+	for _, d := range rc.spec.Disks {
+		switch {
+		case d.Backend == disk.Vhost:
+			return nil, fmt.Errorf("--disk %s: backend=vhost does not work with --jail: the kernel's target needs root; "+
+				"leave one of them out", d.Name())
+		case d.Storage != disk.Image:
+			continue
+		}
+		add("--disk", d.Path, !d.ReadOnly && d.Overlay == "")
+		if d.Overlay != "" && d.Overlay != disk.OverlayOn {
+			add("--disk overlay", d.Overlay, true)
+		}
+	}
+	for _, s := range rc.spec.Shares {
+		add("--share", s.Dir, false)
+		j.Files[len(j.Files)-1].Write = !s.ReadOnly
+	}
+	if err := jailNetwork(j, rc); err != nil {
+		return nil, err
+	}
+	return j, nil
+}
+
+// jailNetwork decides what of the host's network and sockets a jail has.
+func jailNetwork(j *jail.Config, rc *runConfig) error {
+	if rc.user != nil {
+		return errors.New("--net user does not work with --jail: gvm-net would need the host's files; use tap=NAME, " +
+			"an interface that belongs to --uid (ip tuntap add NAME mode tap user UID)")
+	}
+	for _, n := range rc.spec.Nets {
+		if !j.Network {
+			const id = "/etc/machine-id" // of which, with the interface's name, the device's address is made
+			if _, err := os.Stat(id); err == nil {
+				j.Files = append(j.Files, jail.File{Flag: "--net", Path: id})
+			}
+		}
+		j.Network = true
+		j.Devices = append(j.Devices, "/dev/net/tun")
+		if n.Vhost != machine.VhostOff {
+			j.Devices = append(j.Devices, vhost.NetPath)
+		}
+	}
+	if rc.gdb != nil {
+		if rc.gdb.network == "unix" {
+			return errors.New("--gdb unix: does not work with --jail; use a port, such as --gdb :1234")
+		}
+		j.Network = j.Network || rc.gdb.network == "tcp"
+	}
+	if rc.vsock != nil {
+		if rc.vsock.path != "" {
+			return errors.New("--vsock path= does not work with --jail; leave it out: the socket is NAME.vsock in DIR/run/gvm")
+		}
+		if rc.vsock.kind == vsockVhost {
+			j.Network = true
+			j.Devices = append(j.Devices, vhost.VsockPath)
+		}
+	}
+	return nil
+}
+
+// enterJail starts gvm run in its jail, and returns only errors.
+func (rc *runConfig) enterJail() error {
+	j := rc.jail
+	j.Args = append(slices.Clone(os.Args[:2]), withoutFlags(runCommand(), os.Args[2:], jailFlagNames)...)
+	j.Env = []string{"XDG_RUNTIME_DIR=/run", "TMPDIR=/run"}
+	for _, name := range jailEnvironment {
+		if value, ok := os.LookupEnv(name); ok {
+			j.Env = append(j.Env, name+"="+value)
+		}
+	}
+	err := jail.Enter(*j)
+	var user *jail.UserError
+	if errors.As(err, &user) {
+		return configError{err}
+	}
+	return err
+}
+
+// withoutFlags returns the words of a command line, those behind the command, without the flags of names.
+func withoutFlags(command *cli.Command, args, names []string) (kept []string) {
+	for len(args) > 0 {
+		word, n := args[0], 1
+		if word == "--" {
+			return append(kept, args...)
+		}
+		if len(word) > 1 && word[0] == '-' && takesNext(command, word) {
+			n = min(2, len(args))
+		}
+		if name, _, _ := strings.Cut(strings.TrimLeft(word, "-"), "="); word[:min(1, len(word))] != "-" ||
+			!slices.Contains(names, name) {
+			kept = append(kept, args[:n]...)
+		}
+		args = args[n:]
+	}
+	return kept
+}
+
+// runJanitor is the janitor's program. It returns the exit status.
+func runJanitor(args []string) int {
+	defer stderr.flush(patience)
+	if err := jail.Main(args); err != nil {
+		note("the janitor of --jail: " + err.Error())
+		return exitHost
+	}
+	return 0
+}

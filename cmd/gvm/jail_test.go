@@ -1,0 +1,78 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/urfave/cli/v2"
+)
+
+// TestJailWords: what does not work in a jail is refused with the reason, by every user.
+func TestJailWords(t *testing.T) {
+	for _, tt := range []struct{ words, text string }{
+		{"--uid=5", "--uid is for --jail DIR"},
+		{"--jail-limit=pids=5", "--jail-limit is for --jail DIR"},
+		{"--jail=/j --uid=5", "--jail needs --uid and --gid"},
+		{"--jail=/j --uid=5 --gid=5 --jail-limit=cpu=1", `--jail-limit "cpu": want memory, cpus, pids, nofile or fsize`},
+		{"--jail=/j --uid=5 --gid=5 --trace=t", "--trace does not work with --jail"},
+		{"--jail=/j --uid=5 --gid=5 --disk=/a,backend=vhost", "--disk /a: backend=vhost does not work with --jail"},
+		{"--jail=/j --uid=5 --gid=5 --kernel=/k --net=user", "--net user does not work with --jail"},
+		{"--jail=/j --uid=5 --gid=5 --gdb=unix:/s", "--gdb unix: does not work with --jail"},
+		{"--jail=/j --uid=5 --gid=5 --vsock=unix,path=/s", "--vsock path= does not work with --jail"},
+	} {
+		app := app([]string{"gvm", "run"})
+		var got error
+		app.Commands[0].Action = func(c *cli.Context) error {
+			_, got = parseRun(c)
+			return nil
+		}
+		if err := app.Run(append([]string{"gvm", "run"}, strings.Fields(tt.words)...)); err != nil {
+			t.Fatal(err)
+		}
+		if got == nil || !strings.HasPrefix(got.Error(), tt.text) {
+			t.Errorf("%s: %v, want %s", tt.words, got, tt.text)
+		}
+	}
+}
+
+// TestJailFiles: a jail has the files and devices of the command line.
+func TestJailFiles(t *testing.T) {
+	app := app([]string{"gvm", "run"})
+	var rc runConfig
+	app.Commands[0].Action = func(c *cli.Context) (err error) {
+		rc, err = parseRun(c)
+		return err
+	}
+	if err := app.Run([]string{"gvm", "run", "--jail=/j", "--uid=5", "--gid=6", "--kernel=/k", "--initrd=/i",
+		"--disk=/d", "--disk=/r,readonly", "--disk=/b,overlay=/o", "--disk=/c,overlay=on", "--disk=mem:1M",
+		"--share=s=/s,ro", "--share=w=/w", "--net=tap=t,mac=02:00:00:00:00:01", "--vsock=vhost,cid=5"}); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, f := range rc.jail.Files {
+		if f.Flag != "--net" { // of hosts with /etc/machine-id
+			got = append(got, fmt.Sprintf("%s %s %v", f.Flag, f.Path, f.Write))
+		}
+	}
+	want := []string{"--kernel /k false", "--initrd /i false", "--disk /d true", "--disk /r false", "--disk /b false",
+		"--disk overlay /o true", "--disk /c false", "--share /s false", "--share /w true"}
+	if !slices.Equal(got, want) {
+		t.Errorf("files %q\nwant %q", got, want)
+	}
+	want = []string{"/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/vhost-vsock"}
+	if j := rc.jail; !slices.Equal(j.Devices, want) || !j.Network || j.UID != 5 || j.GID != 6 {
+		t.Errorf("%+v, want devices %q and the network", j, want)
+	}
+}
+
+// TestWithoutFlags: the program in the jail has all words of the command line but those of the jail.
+func TestWithoutFlags(t *testing.T) {
+	got := withoutFlags(runCommand(), []string{"--cpus", "2", "--jail", "/j", "--uid=5", "-gid", "6", "--name", "--uid",
+		"--jail-limit", "pids=9", "", "--balloon", "--cmdline=--jail", "--", "--uid"}, jailFlagNames)
+	want := []string{"--cpus", "2", "--name", "--uid", "", "--balloon", "--cmdline=--jail", "--", "--uid"}
+	if !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+}

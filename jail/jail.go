@@ -1,0 +1,286 @@
+// Package jail starts this program again as an ordinary user in a root directory of its own, which has
+// the files that the program may use and no others.
+//
+// Enter is called by root, and only returns if it fails: the process keeps its PID, parent, terminal and
+// standard files, and so no other process passes on its signals and its exit status. A second process, the
+// janitor, stays outside with root's rights. It holds the lock of the jail's directory, and removes what
+// is left when the first has ended, by SIGKILL too.
+package jail
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Config is a jail and the program in it.
+type Config struct {
+	Dir      string // an absolute path. On the host it has only run/, the jail's /run
+	UID, GID int    // of the program, not root's
+	Files    []File
+	Devices  []string // character devices of the host below /dev, for the program alone
+	Network  bool     // the program keeps the host's network; else it has none
+	Limits   Limits
+	Args     []string // of the program, which is this one
+	Env      []string
+}
+
+// File is a file or directory of the host, which the jail has at the same path.
+type File struct {
+	Flag  string // of the command line, for messages
+	Path  string
+	Write bool
+}
+
+// UserError is an error that the user of Enter can mend on the command line.
+type UserError struct{ Err error }
+
+func (e *UserError) Error() string { return e.Err.Error() }
+
+func (e *UserError) Unwrap() error { return e.Err }
+
+func userError(format string, args ...any) error { return &UserError{fmt.Errorf(format, args...)} }
+
+// runDir is the directory of the jail and of Config.Dir that the program may write.
+const runDir = "run"
+
+// lockPatience bounds the wait for the janitor of the machine before.
+const lockPatience = 2 * time.Second
+
+// Enter makes the jail, gives up root's rights and starts the program. It returns only errors. The caller
+// ends the process after one, since its thread may be in the jail already.
+func Enter(c Config) error {
+	if err := c.check(); err != nil {
+		return err
+	}
+	runtime.LockOSThread() // namespaces, root and rights are this thread's until execve ends the others
+	lock, err := c.lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	g, err := c.Limits.cgroup(c.Dir)
+	if err != nil {
+		return err
+	}
+	if err := startJanitor(c.Dir, g.path, lock); err != nil {
+		return err
+	}
+	if err := g.enter(); err != nil {
+		return err
+	}
+	if err := c.makeRun(lock); err != nil {
+		return err
+	}
+	if err := c.makeRoot(g.path != ""); err != nil {
+		return err
+	}
+	if err := c.drop(); err != nil {
+		return err
+	}
+	for _, f := range c.Files {
+		if err := c.access(f); err != nil {
+			return err
+		}
+	}
+	const exe = "/proc/self/exe"
+	err = unix.CloseRange(3, 1<<32-1, unix.CLOSE_RANGE_CLOEXEC)
+	if err == unix.ENOSYS { // before Linux 5.11; Go's own descriptors close at execve anyway
+		err = nil
+	}
+	if err == nil {
+		err = syscall.Exec(exe, c.Args, c.Env)
+	}
+	if errors.Is(err, unix.EACCES) {
+		return userError("--uid %d: this user may not run gvm: chmod 755 its program", c.UID)
+	}
+	return fmt.Errorf("--jail %s: start gvm in it: %w", c.Dir, err)
+}
+
+// check checks all that needs no change of the host.
+func (c *Config) check() error {
+	if os.Geteuid() != 0 {
+		return userError("--jail needs root, whose rights gvm then gives up: run it by sudo")
+	}
+	const most = 1<<32 - 2
+	switch {
+	case c.UID < 1 || c.UID > most:
+		return userError("--uid %d: want a user from 1 to %d, one for each machine", c.UID, uint32(most))
+	case c.GID < 1 || c.GID > most:
+		return userError("--gid %d: want a group from 1 to %d", c.GID, uint32(most))
+	case !filepath.IsAbs(c.Dir) || filepath.Clean(c.Dir) != c.Dir || c.Dir == "/":
+		return userError("--jail %s: want an absolute path without .. and slashes at its end, such as /srv/jail/1", c.Dir)
+	}
+	for i, f := range c.Files {
+		if err := c.checkPath(f); err != nil {
+			return err
+		}
+		c.Files[i].Path = filepath.Clean(f.Path)
+	}
+	return nil
+}
+
+// checkPath checks that a file can have its place in the jail.
+func (c *Config) checkPath(f File) error {
+	if !filepath.IsAbs(f.Path) {
+		whole, err := filepath.Abs(f.Path)
+		if err != nil {
+			whole = "/" + f.Path
+		}
+		return userError("%s %s: want an absolute path in a jail, such as %s", f.Flag, f.Path, whole)
+	}
+	path := filepath.Clean(f.Path)
+	if path == "/" || below(c.Dir, path) {
+		return userError("%s %s: the jail's own directory %s is below it; give a smaller part of it", f.Flag, path, c.Dir)
+	}
+	for _, own := range []string{"/proc", "/sys", "/" + runDir, "/dev"} {
+		if path != own && (own == "/dev" || !below(path, own)) {
+			continue
+		}
+		return userError("%s %s: a jail has a %s of its own; give a file in another directory", f.Flag, path, own)
+	}
+	return nil
+}
+
+// below reports whether a path is dir or below it.
+func below(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
+
+// lock opens and locks the jail's directory.
+func (c *Config) lock() (*os.File, error) {
+	fd, err := openStrictly(c.Dir, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		if errors.Is(err, unix.ENOENT) {
+			return nil, userError("--jail %s: there is no such directory: mkdir -p -m 755 %s", c.Dir, c.Dir)
+		}
+		return nil, linkError("--jail", c.Dir, err)
+	}
+	f := os.NewFile(uintptr(fd), c.Dir)
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil {
+		switch {
+		case st.Uid != 0:
+			err = userError("--jail %s: the directory is user %d's: chown root %s", c.Dir, st.Uid, c.Dir)
+		case st.Mode&0o022 != 0:
+			err = userError("--jail %s: others may write to the directory: chmod 755 %s", c.Dir, c.Dir)
+		case st.Mode&0o001 == 0:
+			err = userError("--jail %s: user %d may not enter the directory: chmod 755 %s", c.Dir, c.UID, c.Dir)
+		}
+	}
+	for end := time.Now().Add(lockPatience); err == nil; time.Sleep(5 * time.Millisecond) {
+		err = unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if err == unix.EWOULDBLOCK || err == unix.EINTR {
+			if time.Now().Before(end) {
+				err = nil
+				continue
+			}
+			err = userError("--jail %s: another machine is in this jail; stop it, or give another directory", c.Dir)
+		}
+	}
+	f.Close()
+	var user *UserError
+	if !errors.As(err, &user) {
+		err = fmt.Errorf("--jail %s: %w", c.Dir, err)
+	}
+	return nil, err
+}
+
+// makeRun makes the directory of the control socket.
+func (c *Config) makeRun(dir *os.File) error {
+	path := filepath.Join(c.Dir, runDir)
+	err := unix.Mkdirat(int(dir.Fd()), runDir, 0o700)
+	if err == nil {
+		err = unix.Fchownat(int(dir.Fd()), runDir, c.UID, c.GID, unix.AT_SYMLINK_NOFOLLOW)
+	}
+	if err != nil && err != unix.EEXIST {
+		return fmt.Errorf("--jail: make %s: %w", path, err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstatat(int(dir.Fd()), runDir, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return fmt.Errorf("--jail: %s: %w", path, err)
+	}
+	if st.Mode != unix.S_IFDIR|0o700 || int(st.Uid) != c.UID {
+		return userError("--jail %s: %s is not a directory of user %d with mode 0700; remove it, gvm makes it anew",
+			c.Dir, path, c.UID)
+	}
+	return nil
+}
+
+// drop gives up root's rights.
+func (c *Config) drop() error {
+	fail := func(what string, err error) error { return fmt.Errorf("--jail %s: %s: %w", c.Dir, what, err) }
+	if err := c.Limits.setrlimits(); err != nil {
+		return err
+	}
+	for capability := uintptr(0); capability < 64; capability++ {
+		err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0)
+		if err == unix.EINVAL { // the kernel has no more
+			break
+		}
+		if err != nil {
+			return fail("drop capabilities", err)
+		}
+	}
+	if err := syscall.Setgroups(nil); err != nil {
+		return fail("setgroups", err)
+	}
+	if err := syscall.Setresgid(c.GID, c.GID, c.GID); err != nil {
+		return fail("setresgid", err)
+	}
+	if err := syscall.Setresuid(c.UID, c.UID, c.UID); err != nil {
+		return fail("setresuid", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fail("no_new_privs", err)
+	}
+	return nil
+}
+
+// access checks that the user may use a file, before the program tells of it in other words.
+func (c *Config) access(f File) error {
+	mode, what, mend := uint32(unix.R_OK), "read", "r"
+	if f.Write {
+		mode, what, mend = unix.R_OK|unix.W_OK, "read and write", "rw"
+	}
+	err := unix.Access(f.Path, mode)
+	switch {
+	case err == unix.EACCES:
+		return userError("%s %s: user %d may not %s it: chown %d %s, or chmod o+%s %s",
+			f.Flag, f.Path, c.UID, what, c.UID, f.Path, mend, f.Path)
+	case err == unix.EROFS:
+		return userError("%s %s: it is on a file system that is read-only", f.Flag, f.Path)
+	case err != nil:
+		return fmt.Errorf("%s %s: %w", f.Flag, f.Path, err)
+	}
+	return nil
+}
+
+// openStrictly opens a path that has no symbolic link.
+func openStrictly(path string, flags int) (int, error) {
+	return unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: uint64(flags | unix.O_CLOEXEC),
+		Resolve: unix.RESOLVE_NO_SYMLINKS})
+}
+
+// linkError describes a failure of openStrictly.
+func linkError(flag, path string, err error) error {
+	switch {
+	case errors.Is(err, unix.ENOSYS):
+		return fmt.Errorf("%s %s: a jail needs Linux 5.6 or later (openat2)", flag, path)
+	case errors.Is(err, unix.ELOOP):
+		target, err := filepath.EvalSymlinks(path)
+		if err != nil {
+			return userError("%s %s: it is a symbolic link, and leads to no file: %w", flag, path, err)
+		}
+		return userError("%s %s: a path in a jail has no symbolic links: give %s", flag, path, target)
+	}
+	return userError("%s %s: %w", flag, path, err)
+}

@@ -1,0 +1,356 @@
+package jail
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Environment of the test binary: the Config with which it enters a jail, and what it does there.
+const (
+	configEnv = "GVM_TEST_JAIL_CONFIG"
+	insideEnv = "GVM_TEST_JAIL_INSIDE"
+)
+
+func TestMain(m *testing.M) {
+	if os.Args[0] == Arg0 {
+		if err := Main(os.Args); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	if what := os.Getenv(insideEnv); what != "" {
+		os.Exit(inside(what))
+	}
+	if s := os.Getenv(configEnv); s != "" {
+		var c Config
+		err := json.Unmarshal([]byte(s), &c)
+		if limits := os.Getenv("GVM_TEST_JAIL_LIMITS"); limits != "" && err == nil {
+			err = c.Limits.Add(limits)
+		}
+		if err == nil {
+			err = Enter(c)
+		}
+		fmt.Fprintln(os.Stderr, err)
+		var user *UserError
+		if errors.As(err, &user) {
+			os.Exit(2)
+		}
+		os.Exit(3)
+	}
+	os.Exit(m.Run())
+}
+
+// inside is the program in the jail. It prints what it sees, and ends with the status of its first argument.
+func inside(what string) int {
+	if what == "wait" {
+		fmt.Println("waits")
+		c := make(chan os.Signal, 1)
+		signal.Notify(c, syscall.SIGTERM)
+		<-c
+		return 43
+	}
+	_ = filepath.WalkDir("/", func(path string, d fs.DirEntry, err error) error {
+		fmt.Println("path", path, err)
+		if err == nil && (path == "/proc" || path == "/sys") {
+			return fs.SkipDir
+		}
+		return nil
+	})
+	status, _ := os.ReadFile("/proc/self/status")
+	for line := range strings.Lines(string(status)) {
+		fmt.Print("status ", strings.Join(strings.Fields(line), " "), "\n")
+	}
+	limits, _ := os.ReadFile("/proc/self/limits")
+	for line := range strings.Lines(string(limits)) {
+		fmt.Print("limit ", strings.Join(strings.Fields(line), " "), "\n")
+	}
+	mounts, _ := os.ReadFile("/proc/self/mounts")
+	fmt.Printf("mounts %s", bytes.ReplaceAll(mounts, []byte("\n"), []byte("\nmounts ")))
+	groups, err := os.Getgroups()
+	fmt.Println("\ngroups", groups, err)
+	_, err = os.ReadDir("/proc/1")
+	fmt.Println("init", errors.Is(err, fs.ErrNotExist))
+	fds, _ := os.ReadDir("/proc/self/fd")
+	for _, f := range fds {
+		if target, err := os.Readlink("/proc/self/fd/" + f.Name()); err == nil && !strings.HasPrefix(target, "/proc/") &&
+			!strings.HasPrefix(target, "anon_inode:") {
+			fmt.Println("fd", f.Name(), target)
+		}
+	}
+	for _, path := range []string{"/new", "/run/new", "/etc/new", "/sys/new"} {
+		fmt.Println("write", path, os.WriteFile(path, nil, 0o600) == nil)
+	}
+	_ = os.Remove("/run/new")
+	fmt.Println("environment", os.Environ())
+	if links, err := os.ReadDir("/sys/class/net"); err == nil {
+		fmt.Println("interfaces", len(links))
+	}
+	n, _ := strconv.Atoi(os.Args[1])
+	return n
+}
+
+const testUser, testGroup = 41234, 41235
+
+// start returns the test binary as a process that enters a jail.
+func start(t *testing.T, what string, c Config, env ...string) (*exec.Cmd, *bytes.Buffer) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("a jail needs root")
+	}
+	if c.Dir == "" {
+		c.Dir = jailDir(t)
+	}
+	if c.UID == 0 {
+		c.UID, c.GID = testUser, testGroup
+	}
+	c.Args = []string{"test", "42"}
+	c.Env = []string{insideEnv + "=" + what}
+	b, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(append(os.Environ(), configEnv+"="+string(b), "GVM_TEST_SECRET=1"), env...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	return cmd, &out
+}
+
+// jailDir makes a directory for a jail. Its parents let no other user in.
+func jailDir(t *testing.T) string {
+	dir := filepath.Join(t.TempDir(), "jail")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// files makes files with the modes of a list such as "a 0644".
+func files(t *testing.T, list ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for _, s := range list {
+		name, word, _ := strings.Cut(s, " ")
+		mode, err := strconv.ParseUint(word, 8, 32)
+		path := filepath.Join(dir, name)
+		if err = errors.Join(err, os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(name), 0o600),
+			os.Chmod(path, fs.FileMode(mode))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// isEmpty checks that a jail has left nothing in its directory, for which it has some time.
+func isEmpty(t *testing.T, dir string) {
+	t.Helper()
+	var left []os.DirEntry
+	for range 500 {
+		if left, _ = os.ReadDir(dir); len(left) == 0 {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("left in %s: %v", dir, left)
+}
+
+// TestInside: the program in a jail has its files, an ordinary user's rights and nothing else, and its
+// exit status is that of the process which entered.
+func TestInside(t *testing.T) {
+	dir, data := jailDir(t), files(t, "read 0644", "write 0666", "secret 0644", "share/below 0644")
+	if err := os.Chmod(data, 0o700); err != nil { // of the files' parents no right is needed
+		t.Fatal(err)
+	}
+	cmd, out := start(t, "look", Config{Dir: dir, Devices: []string{"/dev/zero", "/dev/missing"}, Files: []File{
+		{"--disk", data + "/write", true}, {"--kernel", data + "/read", false}, {"--share", data + "/share", false},
+	}}, "GVM_TEST_JAIL_LIMITS=nofile=99,fsize=3M")
+	if err := cmd.Run(); cmd.ProcessState.ExitCode() != 42 {
+		t.Fatalf("%v, want status 42\n%s", err, out)
+	}
+	var paths []string
+	for line := range strings.Lines(out.String()) {
+		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, " <nil>\n"), "path "); ok {
+			paths = append(paths, path)
+		}
+	}
+	want := []string{"/", "/dev", "/dev/null", "/dev/zero", "/proc", "/run", "/sys"}
+	for dir := data; dir != "/"; dir = filepath.Dir(dir) {
+		want = append(want, dir)
+	}
+	want = append(want, data+"/read", data+"/write", data+"/share", data+"/share/below")
+	slices.Sort(want)
+	slices.Sort(paths)
+	if !slices.Equal(paths, want) {
+		t.Errorf("files %q\nwant %q", paths, want)
+	}
+	for _, line := range []string{
+		"status Uid: 41234 41234 41234 41234", "status Gid: 41235 41235 41235 41235", "status NoNewPrivs: 1",
+		"status CapPrm: 0000000000000000", "status CapEff: 0000000000000000", "status CapBnd: 0000000000000000",
+		"status CapInh: 0000000000000000", "status CapAmb: 0000000000000000",
+		"groups [] <nil>", "init true",
+		"limit Max core file size 0 0 bytes", "limit Max open files 99 99 files",
+		"limit Max file size 3145728 3145728 bytes",
+		"write /new false", "write /run/new true", "write /etc/new false", "write /sys/new false",
+		"environment [" + insideEnv + "=look]", "interfaces 1",
+	} {
+		if !strings.Contains(out.String(), line+"\n") {
+			t.Errorf("no line %q", line)
+		}
+	}
+	for line := range strings.Lines(out.String()) {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == "fd" && f[1] > "2" {
+			t.Errorf("an open file of the host: %s", line)
+		}
+		f := strings.Fields(line)
+		if len(f) < 5 || f[0] != "mounts" {
+			continue
+		}
+		options := strings.Split(f[4], ",")
+		if !slices.Contains(options, "nosuid") || !slices.Contains(options, "noexec") {
+			t.Errorf("a program runs in %s", line)
+		}
+		if writable := f[2] == "/run" || f[2] == data+"/write"; slices.Contains(options, "rw") != writable {
+			t.Errorf("writable is not %v: %s", writable, line)
+		}
+	}
+	isEmpty(t, dir)
+	if t.Failed() {
+		t.Log(out)
+	}
+}
+
+// TestRefuses: wrong values and files are refused with their mend, and nothing is left.
+func TestRefuses(t *testing.T) {
+	data := files(t, "image 0644", "private 0600", "share/x 0644")
+	if err := os.Symlink(data+"/image", data+"/link"); err != nil {
+		t.Fatal(err)
+	}
+	open, foreign := jailDir(t), jailDir(t)
+	if os.Geteuid() == 0 {
+		if err := errors.Join(os.Chmod(open, 0o777), os.Chown(foreign, 7, 7)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	disk := func(path string, write bool) Config { return Config{Files: []File{{"--disk", path, write}}} }
+	inJail := jailDir(t)
+	for _, tt := range []struct {
+		c      Config
+		status int
+		text   string
+	}{
+		{Config{UID: -1, GID: 1}, 2, "--uid -1: want a user from 1 to"},
+		{Config{UID: 1, GID: 0}, 2, "--gid 0: want a group from 1 to"},
+		{Config{Dir: "jail"}, 2, "--jail jail: want an absolute path"},
+		{Config{Dir: "/nowhere/jail"}, 2, "--jail /nowhere/jail: there is no such directory: mkdir -p -m 755 /nowhere/jail"},
+		{Config{Dir: data + "/link"}, 2, "a path in a jail has no symbolic links: give " + data + "/image"},
+		{Config{Dir: open}, 2, "others may write to the directory: chmod 755 "},
+		{Config{Dir: foreign}, 2, "the directory is user 7's: chown root "},
+		{disk("image", false), 2, "--disk image: want an absolute path in a jail, such as /"},
+		{disk("/proc/cpuinfo", false), 2, "a jail has a /proc of its own"},
+		{disk("/", false), 2, "--disk /: the jail's own directory "},
+		{Config{Dir: inJail, Files: []File{{"--share", filepath.Dir(inJail), false}}}, 2, "is below it"},
+		{disk(data+"/link", false), 2, "no symbolic links: give " + data + "/image"},
+		{disk(data+"/missing", false), 2, "--disk " + data + "/missing: no such file"},
+		{disk(data+"/private", false), 2, "user 41234 may not read it: chown 41234 "},
+		{disk(data+"/image", true), 2, "user 41234 may not read and write it: chown 41234 "},
+	} {
+		if tt.c.Dir == "" {
+			tt.c.Dir = jailDir(t)
+		}
+		cmd, out := start(t, "look", tt.c)
+		err := cmd.Run()
+		if got := cmd.ProcessState.ExitCode(); got != tt.status || !strings.Contains(out.String(), tt.text) ||
+			strings.Count(out.String(), "\n") != 1 {
+			t.Errorf("%+v: %v\n%s\nwant status %d and the line %q", tt.c, err, out, tt.status, tt.text)
+		}
+		if filepath.Base(tt.c.Dir) == "jail" && filepath.IsAbs(tt.c.Dir) {
+			isEmpty(t, tt.c.Dir)
+		}
+	}
+}
+
+// TestEnds: after every end of the program its jail is free and empty afterwards; until then there is no
+// second one in it.
+func TestEnds(t *testing.T) {
+	for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		dir := jailDir(t)
+		cmd, out := start(t, "wait", Config{Dir: dir})
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		cmd.Stdout = w
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		w.Close()
+		if _, err := r.Read(make([]byte, 8)); err != nil {
+			t.Fatal(err, out)
+		}
+		if root, err := os.Readlink(fmt.Sprintf("/proc/%d/root", cmd.Process.Pid)); err != nil || root != "/" {
+			t.Errorf("root %s, %v", root, err) // of its own namespace
+		}
+		second, errs := start(t, "look", Config{Dir: dir})
+		if err := second.Run(); second.ProcessState.ExitCode() != 2 || !strings.Contains(errs.String(),
+			"another machine is in this jail; stop it, or give another directory") {
+			t.Errorf("a second one: %v\n%s", err, errs)
+		}
+		if err := cmd.Process.Signal(s); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait()
+		status := cmd.ProcessState.Sys().(syscall.WaitStatus)
+		if ok := s == syscall.SIGTERM && status.ExitStatus() == 43 || s == syscall.SIGKILL && status.Signal() == s; !ok {
+			t.Errorf("%s: status %#x\n%s", s, status, out)
+		}
+		next, out := start(t, "look", Config{Dir: dir}) // waits for the janitor
+		if err := next.Run(); next.ProcessState.ExitCode() != 42 {
+			t.Errorf("the next one: %v\n%s", err, out)
+		}
+		isEmpty(t, dir)
+		if b, err := os.ReadFile("/proc/self/mounts"); err != nil || bytes.Contains(b, []byte(dir)) {
+			t.Errorf("%v, mounts:\n%s", err, b)
+		}
+	}
+}
+
+// TestLimits reads limits.
+func TestLimits(t *testing.T) {
+	for _, tt := range []struct{ words, want string }{
+		{"memory=4G,cpus=1.5", "[{memory memory.max 4294967296} {cpu cpu.max 150000 100000}] []"},
+		{"pids=300", "[{pids pids.max 300}] []"},
+		{"nofile=99,fsize=1M", fmt.Sprintf("[] [{nofile %d 99} {fsize %d 1048576}]", unix.RLIMIT_NOFILE, unix.RLIMIT_FSIZE)},
+		{"cpu=1", `"cpu": want memory, cpus, pids, nofile or fsize; did you mean cpus?`},
+		{"memory", "memory: want a value, such as memory=4G"},
+		{"cpus=0", "cpus=0: want a number of CPUs such as 1.5, from 0.01 to 16384"},
+		{"cpus=NaN", "cpus=NaN: want a number of CPUs"},
+		{"pids=0", "pids=0: want a number from 1 to"},
+		{"memory=x", "memory=x: "},
+	} {
+		var l Limits
+		got := fmt.Sprint(l.Add(tt.words))
+		if got == "<nil>" {
+			got = fmt.Sprint(l.controls, l.rlimits)
+		}
+		if !strings.HasPrefix(got, tt.want) {
+			t.Errorf("%s: %s\nwant %s", tt.words, got, tt.want)
+		}
+	}
+}

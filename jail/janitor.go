@@ -1,0 +1,103 @@
+package jail
+
+import (
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Arg0 is the name of the program as janitor, the first of its arguments.
+const Arg0 = "gvm-janitor"
+
+// Descriptors of the janitor.
+const (
+	machineFD = 3 // a pidfd of the machine's process
+	lockFD    = 4 // the jail's directory, with the lock
+)
+
+// startJanitor starts the process that removes what the machine leaves, as soon as this one ends.
+func startJanitor(dir, cgroup string, lock *os.File) error {
+	fail := func(err error) error { return fmt.Errorf("--jail %s: start the janitor: %w", dir, err) }
+	fd, err := unix.PidfdOpen(os.Getpid(), 0)
+	if err != nil {
+		return fail(err)
+	}
+	self := os.NewFile(uintptr(fd), "pidfd")
+	defer self.Close()
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return fail(err)
+	}
+	defer null.Close()
+	p, err := os.StartProcess("/proc/self/exe", []string{Arg0, cgroup}, &os.ProcAttr{
+		Dir:   "/",
+		Env:   append([]string{"GOMAXPROCS=1"}, os.Environ()...), // the first value counts
+		Files: []*os.File{null, null, os.Stderr, self, lock},
+		Sys:   &syscall.SysProcAttr{Setsid: true}, // the terminal's signals are not for it
+	})
+	if err != nil {
+		return fail(err)
+	}
+	return p.Release()
+}
+
+// cleanPatience bounds the wait for the end of the last processes of a machine.
+const cleanPatience = time.Second
+
+// Main is the janitor's program.
+func Main(args []string) error {
+	signal.Ignore() // all that can be: it ends after the machine
+	if len(args) != 2 {
+		return fmt.Errorf("%s is a part of gvm run --jail", Arg0)
+	}
+	for {
+		poll := []unix.PollFd{{Fd: machineFD, Events: unix.POLLIN}}
+		if n, err := unix.Poll(poll, -1); n == 1 {
+			break
+		} else if err != unix.EINTR {
+			return fmt.Errorf("wait for the machine: %w", err)
+		}
+	}
+	// The socket is the broker's to remove. What the user's machine has put beside it stays, and so does
+	// the directory then.
+	path := filepath.Join("/proc/self/fd", strconv.Itoa(lockFD), runDir)
+	_ = clean(func() error { return removeRun(path) })
+	if cgroup := args[1]; cgroup != "" {
+		_ = write(cgroup, "cgroup.kill", "1") // Linux 5.14; the others end by themselves
+		left := clean(func() error { return ignoreMissing(unix.Rmdir(cgroup)) })
+		_ = unix.Rmdir(filepath.Dir(cgroup)) // of the last machine
+		if left != nil {
+			return fmt.Errorf("control group %s: %w", cgroup, left)
+		}
+	}
+	return nil
+}
+
+// clean repeats a removal until it succeeds.
+func clean(remove func() error) (err error) {
+	for end := time.Now().Add(cleanPatience); ; time.Sleep(2 * time.Millisecond) {
+		if err = remove(); err == nil || time.Now().After(end) {
+			return err
+		}
+	}
+}
+
+func removeRun(path string) error {
+	if err := ignoreMissing(unix.Rmdir(filepath.Join(path, "gvm"))); err != nil {
+		return err
+	}
+	return ignoreMissing(unix.Rmdir(path))
+}
+
+func ignoreMissing(err error) error {
+	if err == unix.ENOENT {
+		return nil
+	}
+	return err
+}

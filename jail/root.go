@@ -1,0 +1,180 @@
+package jail
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// harmless are the flags of all mounts of the jail without devices.
+const harmless = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+
+// makeRoot makes the jail's root directory, in which this thread then is: a tmpfs that becomes read-only,
+// with the mount points of everything else. It is mounted over Config.Dir, in a mount namespace that ends
+// with its last process.
+func (c *Config) makeRoot(cgroup bool) error {
+	flags := unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
+	if cgroup {
+		flags |= unix.CLONE_NEWCGROUP
+	}
+	if !c.Network {
+		flags |= unix.CLONE_NEWNET
+	}
+	fail := func(what string, err error) error { return fmt.Errorf("--jail %s: %s: %w", c.Dir, what, err) }
+	if err := unix.Unshare(flags); err != nil {
+		return fail("namespaces", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fail("make mounts private", err)
+	}
+	defer unix.Umask(unix.Umask(0o022))
+	// A mount is made of one that is in this namespace, and of the one on top at its path.
+	slices.SortFunc(c.Files, func(a, b File) int { return strings.Compare(a.Path, b.Path) })
+	var binds []bind
+	for _, f := range append([]File{{"--jail", filepath.Join(c.Dir, runDir), true}}, c.Files...) {
+		fd, err := openStrictly(f.Path, unix.O_PATH)
+		if err != nil {
+			return linkError(f.Flag, f.Path, err)
+		}
+		defer unix.Close(fd)
+		b := bind{f, fd, filepath.Join(c.Dir, f.Path), unix.Stat_t{}}
+		if err := unix.Fstat(fd, &b.st); err != nil {
+			return fail(f.Path, err)
+		}
+		binds = append(binds, b)
+	}
+	binds[0].to = filepath.Join(c.Dir, runDir)
+	if err := unix.Mount("tmpfs", c.Dir, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=755,size=1m"); err != nil {
+		return fail("mount tmpfs", err)
+	}
+	if err := c.makeSystem(cgroup); err != nil {
+		return err
+	}
+	for _, b := range binds {
+		if err := b.mount(); err != nil {
+			return fail("mount "+b.Path, err)
+		}
+	}
+	if err := unix.Mount("", c.Dir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NOEXEC,
+		""); err != nil {
+		return fail("make the root read-only", err)
+	}
+	if err := unix.Chdir(c.Dir); err != nil {
+		return fail("chdir", err)
+	}
+	switch err := unix.PivotRoot(".", "."); err {
+	case nil:
+		err = unix.Unmount(".", unix.MNT_DETACH) // the old root, which is on top
+		if err != nil {
+			return fail("unmount the old root", err)
+		}
+	case unix.EINVAL: // the root is the initial ramfs, which stays below
+		if err := errors.Join(unix.Mount(".", "/", "", unix.MS_MOVE, ""), unix.Chroot(".")); err != nil {
+			return fail("move the root", err)
+		}
+	default:
+		return fail("pivot_root", err)
+	}
+	if err := unix.Chdir("/"); err != nil {
+		return fail("chdir", err)
+	}
+	return nil
+}
+
+// bind is a file of the host that is mounted in the jail.
+type bind struct {
+	File
+	fd int
+	to string
+	st unix.Stat_t
+}
+
+func (b *bind) mount() error {
+	flags := uintptr(unix.MS_BIND)
+	if b.st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		flags |= unix.MS_REC
+		if err := os.MkdirAll(b.to, 0o755); err != nil {
+			return err
+		}
+	} else if err := makeFile(b.to); err != nil {
+		return err
+	}
+	if err := unix.Mount(fmt.Sprintf("/proc/self/fd/%d", b.fd), b.to, "", flags, ""); err != nil {
+		return err
+	}
+	flags = unix.MS_REMOUNT | unix.MS_BIND | harmless
+	if b.st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		flags &^= unix.MS_NODEV
+	}
+	if !b.Write {
+		flags |= unix.MS_RDONLY
+	}
+	return unix.Mount("", b.to, "", flags, "")
+}
+
+// makeFile makes an empty file, unless there is one, and the directories above it.
+func makeFile(path string) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// makeSystem mounts the kernel's file systems, and makes the devices.
+func (c *Config) makeSystem(cgroup bool) error {
+	for _, m := range []struct {
+		dir, kind, data string
+		needed          bool
+	}{
+		// Of other users' processes the program sees nothing.
+		{"proc", "proc", "hidepid=invisible", true},
+		{"sys", "sysfs", "", true}, // which loop devices use an image, and the limits of block devices
+		{"sys/fs/cgroup", "cgroup2", "", cgroup},
+	} {
+		if !m.needed {
+			continue
+		}
+		dir := filepath.Join(c.Dir, m.dir)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		err := unix.Mount(m.kind, dir, m.kind, harmless, m.data)
+		if err == unix.EINVAL && m.data != "" {
+			err = unix.Mount(m.kind, dir, m.kind, harmless, "hidepid=2") // before Linux 5.8
+		}
+		if err == nil {
+			err = unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|harmless, "")
+		}
+		if err != nil {
+			return fmt.Errorf("--jail %s: mount /%s: %w", c.Dir, m.dir, err)
+		}
+	}
+	for _, name := range append([]string{"/dev/null"}, c.Devices...) {
+		var st unix.Stat_t
+		if err := unix.Stat(name, &st); err == unix.ENOENT {
+			continue // the program says what it needs it for
+		} else if err != nil {
+			return fmt.Errorf("--jail %s: %s: %w", c.Dir, name, err)
+		}
+		path := filepath.Join(c.Dir, name)
+		err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755),
+			unix.Mknod(path, unix.S_IFCHR|0o600, int(st.Rdev)), unix.Chown(path, c.UID, c.GID))
+		if err != nil {
+			return fmt.Errorf("--jail %s: make the device %s: %w", c.Dir, name, err)
+		}
+	}
+	return nil
+}
