@@ -44,7 +44,9 @@ func TestMain(m *testing.M) {
 				os.Exit(99)
 			}
 		}
+		sandboxNotes = !sandboxLacks() // of which the tests of other things know nothing
 		if calls := os.Getenv(refusedEnv); calls != "" {
+			sandboxNotes = true
 			refuse(calls)
 			os.Unsetenv(refusedEnv) // its children have the filter
 		}

@@ -10,7 +10,7 @@ import (
 )
 
 // refusedEnv names system calls that fail in a gvm of a test: locks (of open file descriptions), as on
-// some network file systems, landlock, as on an old kernel, or seccomp, as in some containers.
+// some network file systems, landlock, as on an old kernel, or seccomp or execve, as in some containers.
 const refusedEnv = "GVM_TEST_REFUSED"
 
 // refuse makes the named calls of this process fail (seccomp(2)).
@@ -31,6 +31,7 @@ func refuse(calls string) {
 		"locks": {load(number), equal(unix.SYS_FCNTL, 0, 4), load(second), equal(unix.F_OFD_GETLK, 1, 0),
 			equal(unix.F_OFD_SETLK, 0, 1), fail(unix.ENOLCK), allow},
 		"landlock": {load(number), equal(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 1), fail(unix.ENOSYS), allow},
+		"execve":   {load(number), equal(unix.SYS_EXECVE, 0, 1), fail(unix.EPERM), allow},
 		"seccomp":  {load(number), equal(unix.SYS_SECCOMP, 0, 1), fail(unix.EPERM), allow},
 	}[calls]
 	if !ok {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"path/filepath"
 	"strings"
 
@@ -14,6 +15,9 @@ import (
 
 // sandboxDefault is the value of --sandbox if it is not given.
 var sandboxDefault = sandbox.On.String()
+
+// sandboxNotes is whether a machine tells of what its sandbox lacks.
+var sandboxNotes = true
 
 func sandboxFlag() cli.Flag {
 	return &cli.StringFlag{Name: "sandbox", Value: sandboxDefault,
@@ -74,10 +78,15 @@ func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
 	}
 	var shut func() error
 	if rc.broker != nil { // until then a failure of the start removes the files that it made
-		shut = rc.broker.Shut
+		shut = func() error {
+			if err := rc.broker.Shut(); err != nil {
+				return fmt.Errorf("%w (--sandbox=off runs without)", err)
+			}
+			return nil
+		}
 	}
 	rc.spec.Sandbox = &machine.Sandbox{Policy: p, Entering: shut, Entered: func(r sandbox.Report) {
-		if len(r.Missing) > 0 {
+		if len(r.Missing) > 0 && sandboxNotes {
 			note("sandbox: " + strings.Join(r.Missing, "; "))
 		}
 	}}

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/panics"
+	"gvm/sandbox"
 )
 
 const (
@@ -42,6 +43,12 @@ var tries = map[string]func() error{
 	"create": func() error { return os.WriteFile(filepath.Join(os.TempDir(), "gvm-attack"), nil, 0o600) },
 }
 
+// sandboxLacks reports whether the sandbox lacks a part on this kernel, or in a build with cgo.
+func sandboxLacks() bool {
+	_, _, errno := syscall.AllThreadsSyscall(unix.SYS_GETPPID, 0, 0, 0)
+	return errno != 0 || len(sandbox.Check().Missing) > 0
+}
+
 func attackAtSignal(what string) {
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, syscall.SIGUSR1)
@@ -68,8 +75,8 @@ func TestSandbox(t *testing.T) {
 		t.Run(tt.what, func(t *testing.T) {
 			t.Parallel()
 			file := strings.HasSuffix(tt.text, "true")
-			if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_GETPPID, 0, 0, 0); file && errno != 0 {
-				t.Skip("Landlock has no threads of a gvm with cgo: ", errno)
+			if file && sandboxLacks() {
+				t.Skip("Landlock is missing, or lacks the threads of a gvm with cgo")
 			}
 			p := startOnTerminalAs(t, func(p *proc) { p.cmd.Env = append(p.cmd.Env, attackEnv+"="+tt.what) },
 				guestRun("spin")...)
@@ -92,24 +99,32 @@ func TestSandbox(t *testing.T) {
 // --sandbox=strict it does not.
 func TestSandboxLacks(t *testing.T) {
 	t.Parallel()
+	without := func(calls string, args ...string) result {
+		c := command(t, args...)
+		c.Env = append(c.Env, refusedEnv+"="+calls)
+		return gvmRuns(t, c)
+	}
 	for calls, lack := range map[string]string{"landlock": "files are not confined",
 		"seccomp": "system calls are not confined"} {
-		gvm := func(args ...string) result {
-			c := command(t, args...)
-			c.Env = append(c.Env, refusedEnv+"="+calls)
-			return gvmRuns(t, c)
-		}
-		if r := gvm("run"); r.status != 0 || strings.Count(r.errs, "\n") != 1 || !strings.Contains(r.errs, lack) ||
+		if r := without(calls, "run"); r.status != 0 || strings.Count(r.errs, "\n") != 1 || !strings.Contains(r.errs, lack) ||
 			strings.Contains(r.out, lack) {
 			t.Errorf("without %s: status %d, %q, %q", calls, r.status, r.errs, r.out)
 		}
-		if r := gvm("run", "--sandbox=strict"); r.status != exitHost || strings.Count(r.errs, "\n") != 1 ||
+		if r := without(calls, "run", "--sandbox=strict"); r.status != exitHost || strings.Count(r.errs, "\n") != 1 ||
 			!strings.Contains(r.errs, lack) || !strings.Contains(r.errs, "--sandbox=on runs without") {
 			t.Errorf("strict without %s: status %d, %q", calls, r.status, r.errs)
 		}
-		if r := gvm("doctor"); !strings.Contains(r.out, lack) {
+		if r := without(calls, "doctor"); !strings.Contains(r.out, lack) {
 			t.Errorf("doctor without %s: %q", calls, r.out)
 		}
+	}
+	// Without its broker, for which it starts a program, it does not run in the sandbox.
+	const want = "gvm: broker: fork/exec /proc/self/exe: operation not permitted (--sandbox=off runs without)\n"
+	if r := without("execve", "run"); r.status != exitHost || r.errs != want {
+		t.Errorf("without execve: status %d, %q, want %q", r.status, r.errs, want)
+	}
+	if r := without("execve", "run", "--sandbox=off"); r.status != 0 || r.errs != "" {
+		t.Errorf("off, without execve: status %d, %q", r.status, r.errs)
 	}
 }
 
