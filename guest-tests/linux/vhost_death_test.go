@@ -1,0 +1,128 @@
+package linux
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// brokerOf returns a pidfd of the broker of the machine with the name.
+func brokerOf(t *testing.T, name string) int {
+	t.Helper()
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	must(t, err)
+	for _, file := range lines {
+		if b, _ := os.ReadFile(file); !strings.HasPrefix(string(b), "gvm-broker\x00"+name+"\x00") {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+		must(t, err)
+		fd, err := unix.PidfdOpen(pid, 0)
+		must(t, err)
+		t.Cleanup(func() {
+			_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+			unix.Close(fd)
+		})
+		return fd
+	}
+	t.Fatalf("%s has no broker", name)
+	return -1
+}
+
+// awaitDeath returns when the process has ended.
+func awaitDeath(t *testing.T, process int) {
+	t.Helper()
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(process), Events: unix.POLLIN}}, int(patience.Milliseconds()))
+		if n == 1 {
+			return
+		}
+		if !errors.Is(err, unix.EINTR) {
+			t.Fatalf("the broker has not ended: %v", err)
+		}
+	}
+}
+
+// TestVhostDeaths: in the sandbox, with a disk of the kernel's, a signal comes to the broker, and then gvm
+// ends. Nothing is left of the machine: no target, file or process. Where no process is left that could
+// remove the files, the next gvm does.
+func TestVhostDeaths(t *testing.T) {
+	const note = "gvm: the broker has ended: disks can no longer be added"
+	for _, c := range []struct {
+		name   string
+		broker unix.Signal // 0: none
+		end    string      // a signal's name, or input of the guest
+		status int
+		next   bool // the next gvm removes the files
+	}{
+		{"gvm killed", 0, "SIGKILL", -1, false},
+		{"broker killed then power-off", unix.SIGKILL, "q", 0, true},
+		{"broker killed then SIGTERM", unix.SIGKILL, "SIGTERM", 143, true},
+		{"broker killed then SIGINT", unix.SIGKILL, "SIGINT", 130, true},
+		{"both killed", unix.SIGKILL, "SIGKILL", -1, true},
+		{"broker stopped then power-off", unix.SIGSTOP, "q", 0, false},
+		{"broker stopped then SIGTERM", unix.SIGSTOP, "SIGTERM", 143, false},
+		{"broker stopped then gvm killed", unix.SIGSTOP, "SIGKILL", -1, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			lioUnchanged(t)
+			run := t.TempDir()
+			t.Setenv("XDG_RUNTIME_DIR", run)
+			in, input, err := os.Pipe()
+			must(t, err)
+			defer in.Close()
+			defer input.Close()
+			// A guest that writes for ever takes no input.
+			words, ready := []string{"--guest-arg", "write", "--guest-arg", "journal"}, "\nwrote 9\n"
+			if c.end == "q" {
+				words, ready = []string{"--guest-arg", "echo"}, "\nready\n"
+			}
+			image := diskFile(t, make([]byte, 1<<20))
+			p := start(t, in, append([]string{"run", "--sandbox=on", "--name=dying", "--disk", image + ",backend=vhost"},
+				words...)...)
+			p.waitForText(ready)
+			broker := brokerOf(t, "dying")
+			if c.broker != 0 {
+				must(t, unix.PidfdSendSignal(broker, c.broker, nil, 0))
+			}
+			if c.broker == unix.SIGKILL && c.end != "SIGKILL" {
+				awaitDeath(t, broker)
+				if r := gvm(t, "stop", "dying"); r.status == 0 || strings.Count(r.stderr, "\n") != 1 {
+					r.fatalf(t, "gvm stop without a broker")
+				}
+			}
+			if s := unix.SignalNum(c.end); s != 0 {
+				p.signal(s)
+			} else {
+				_, err := input.WriteString(c.end)
+				must(t, err)
+			}
+			r := p.wait() // also if the broker is stopped
+			r.wantStatus(t, c.status)
+			if c.broker == unix.SIGKILL && c.end != "SIGKILL" && strings.Count(r.stderr, note) != 1 {
+				r.fatalf(t, "standard error does not say once that the broker has ended")
+			}
+			if c.broker == unix.SIGSTOP {
+				must(t, unix.PidfdSendSignal(broker, unix.SIGCONT, nil, 0))
+			}
+			awaitDeath(t, broker)
+			if c.next {
+				list := gvm(t, "lio", "list")
+				dead := fmt.Sprintf("gvm %d", p.cmd.Process.Pid)
+				if left := strings.Contains(list.console, dead); left != (c.status < 0) {
+					list.fatalf(t, "targets of %s are left: %v", dead, left)
+				}
+				gvm(t, "run", "--sandbox=on", "--name=next", "--disk", image+",backend=vhost").wantStatus(t, 0)
+			}
+			if left, err := filepath.Glob(run + "/*/*"); err != nil || len(left) > 0 {
+				t.Errorf("%v are left, %v", left, err)
+			}
+		})
+	}
+}
