@@ -42,6 +42,7 @@ type broker struct {
 	machine int // its PID
 	log     func(string)
 	slots   chan struct{} // one for each request under way
+	kernel  kernel
 
 	mu          sync.Mutex
 	closed      bool // the command line's files are known
@@ -51,16 +52,24 @@ type broker struct {
 	refusals    int
 }
 
-// image is a grant to open an image once.
+// kernel has the functions of package lio.
+type kernel struct {
+	addTo      func(pid int, wwn string, u lio.Unit) (notes []string, err error)
+	removeFrom func(pid int, wwn string, lun int) error
+}
+
+// image is a grant to open an image once, and to have the kernel serve it once.
 type image struct {
 	options block.Options
 	until   time.Time
-	made    bool // this process has made the file, and the machine may remove it
+	made    bool         // this process has made the file, and the machine may remove it
+	vhost   *disk.Spec   // of a disk that the kernel is to serve
+	facts   *block.Facts // of that, when it is open and not served
 }
 
 func newBroker(c *net.UnixConn, machine int, log func(string)) *broker {
 	return &broker{conn: c, machine: machine, log: log, slots: make(chan struct{}, maxRequests),
-		images: map[string]image{}, beside: map[string]bool{}}
+		kernel: kernel{lio.AddTo, lio.RemoveFrom}, images: map[string]image{}, beside: map[string]bool{}}
 }
 
 // grant lets the machine open the files of a disk.
@@ -75,7 +84,11 @@ func (b *broker) grant(d disk.Spec) {
 	if d.Storage != disk.Image || d.Path == "" || max(len(d.Path), len(d.Overlay)) > maxPath {
 		return
 	}
-	b.images[d.Path] = image{options: d.ImageOptions(), until: until}
+	g := image{options: d.ImageOptions(), until: until}
+	if d.Backend == disk.Vhost {
+		g.vhost = &d
+	}
+	b.images[d.Path] = g
 	if d.Overlay != "" && d.Overlay != disk.OverlayOn {
 		b.images[d.Overlay] = image{options: block.Options{Overlay: true, NoLock: d.NoLock}, until: until}
 	}
@@ -198,6 +211,11 @@ func (b *broker) do(m message, data []byte, files []*os.File) (a message, opened
 			return a, nil, b.refuse(m)
 		}
 		return one(block.System{}.Temporary())
+	case addTo:
+		a.Notes, err = b.addTo(m, files)
+		return a, nil, err
+	case removeFrom:
+		return a, nil, b.kernel.removeFrom(b.machine, m.WWN, m.LUN)
 	}
 	b.mu.Lock()
 	writable, beside := b.beside[path]
@@ -258,7 +276,8 @@ func (b *broker) image(m message) (a message, opened []*os.File, err error) {
 	path := string(m.Path)
 	b.mu.Lock()
 	g, ok := b.images[path]
-	if ok && !g.until.IsZero() && m.Options != nil && g.allows(*m.Options) && time.Now().Before(g.until) {
+	until := g.until
+	if ok && g.facts == nil && m.Options != nil && g.allows(*m.Options) && time.Now().Before(until) {
 		g.until = time.Time{}
 		b.images[path] = g
 	} else {
@@ -285,8 +304,10 @@ func (b *broker) image(m message) (a message, opened []*os.File, err error) {
 	a.Facts = &facts
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if facts.Made {
-		g.made = true
+	if g.made = facts.Made; g.vhost != nil {
+		g.facts, g.until = &facts, until
+	}
+	if g.made || g.vhost != nil {
 		b.images[path] = g
 	}
 	if !o.Overlay {
@@ -295,6 +316,30 @@ func (b *broker) image(m message) (a message, opened []*os.File, err error) {
 	// The caller closes the descriptors, and this process has no more use of the storage.
 	f.Forget()
 	return a, files, nil
+}
+
+// addTo has the kernel serve an image with this process's rights: one that the machine has open, as its
+// request has it.
+func (b *broker) addTo(m message, files []*os.File) (notes []string, err error) {
+	path := string(m.Path)
+	b.mu.Lock()
+	g := b.images[path]
+	facts := g.facts
+	ok := facts != nil && len(files) == 1 && (g.vhost.LUN < 0 || g.vhost.LUN == m.LUN) && time.Now().Before(g.until)
+	if ok {
+		g.facts, g.until = nil, time.Time{}
+		b.images[path] = g
+	}
+	b.mu.Unlock()
+	if !ok {
+		return nil, b.refuse(m)
+	}
+	facts.Uses = nil // the machine has those
+	f, err := block.Import(*facts, files, block.Options{})
+	if err != nil {
+		return nil, err
+	}
+	return b.kernel.addTo(b.machine, m.WWN, lio.Unit{LUN: m.LUN, UnitConfig: g.vhost.Unit(f)})
 }
 
 // allows reports whether the machine opens the image as the request says.

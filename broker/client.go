@@ -15,6 +15,8 @@ import (
 
 	"gvm/control"
 	"gvm/devices/block"
+	"gvm/devices/scsi/lio"
+	"gvm/machine/disk"
 	"gvm/panics"
 	"gvm/text"
 )
@@ -410,4 +412,27 @@ func (c *Client) Discard(f *os.File, path string) error {
 	return err
 }
 
-var _ block.Files = (*Client)(nil)
+// AddTo implements disk.Targets.
+func (c *Client) AddTo(t *lio.Target, u lio.Unit) (notes []string, err error) {
+	if !c.isShut() {
+		return disk.Direct{}.AddTo(t, u)
+	}
+	f := u.Backend.(*block.File)
+	_, files := f.Export()
+	a, err := c.call(message{Op: addTo, Path: text.Name(f.Path()), WWN: t.WWN, LUN: u.LUN}, nil, files[0])
+	return a.Notes, err
+}
+
+// RemoveFrom implements disk.Targets.
+func (c *Client) RemoveFrom(t *lio.Target, lun int) error {
+	if !c.isShut() {
+		return disk.Direct{}.RemoveFrom(t, lun)
+	}
+	_, err := c.call(message{Op: removeFrom, WWN: t.WWN, LUN: lun}, nil)
+	return err
+}
+
+var (
+	_ block.Files  = (*Client)(nil)
+	_ disk.Targets = (*Client)(nil)
+)

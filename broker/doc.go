@@ -3,8 +3,9 @@
 // The broker is a second process of the same program. It accepts the connections of the control socket,
 // reads each request, and passes both to the machine. The machine asks it to open the files that a
 // request names, with those beside them, and gets descriptors. It refuses every other path: a machine
-// that its guest has taken over can open only the files that the owner of the socket has named. It
-// removes the socket, and the kernel's targets of a machine that died, after the machine's end.
+// that its guest has taken over can open only the files that the owner of the socket has named. In the
+// same way it adds them to the kernel's target of the machine (backend=vhost). It removes the socket, and
+// the kernel's targets of a machine that died, after the machine's end.
 //
 // The two have a pair of sockets (SOCK_SEQPACKET). A message is a line of JSON, then data, with
 // descriptors (SCM_RIGHTS).
@@ -24,6 +25,7 @@ import (
 
 	"gvm/devices/block"
 	"gvm/devices/scsi"
+	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/sidecar"
 	"gvm/kvmapi/nowait"
 	"gvm/text"
@@ -48,6 +50,10 @@ const (
 	replace   operation = "replace"
 	remove    operation = "remove"
 	discard   operation = "discard"
+
+	// To the broker, which answers: the methods of disk.Targets.
+	addTo      operation = "addTo"
+	removeFrom operation = "removeFrom"
 )
 
 // message is a message without its data and descriptors.
@@ -60,6 +66,8 @@ type message struct {
 	Flag    int         `json:",omitempty"`
 	Perm    fs.FileMode `json:",omitempty"`
 	Options *options    `json:",omitempty"`
+	WWN     string      `json:",omitempty"` // of a target of the kernel's
+	LUN     int         `json:",omitempty"`
 
 	Facts *block.Facts `json:",omitempty"`
 	Notes []string     `json:",omitempty"`
@@ -157,9 +165,9 @@ func closeAll(files []*os.File) {
 	}
 }
 
-// kinds are the errors that users of block.Files tell apart, by their place here.
+// kinds are the errors that users of block.Files and disk.Targets tell apart, by their place here.
 var kinds = []error{block.ErrLocked, block.ErrFormat, block.ErrSize, block.ErrNotDisk, block.ErrBase,
-	block.ErrNoLocks, sidecar.ErrTuples, scsi.ErrReservationState, errors.ErrUnsupported}
+	block.ErrNoLocks, sidecar.ErrTuples, scsi.ErrReservationState, errors.ErrUnsupported, lio.ErrUnit, lio.ErrBusy}
 
 // wireError is an error in a message.
 type wireError struct {

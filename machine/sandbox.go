@@ -133,14 +133,10 @@ func (m *Machine) inspectSandbox(mode sandbox.Mode) inspect.Node {
 	return n
 }
 
-// canOpen refuses a disk that the sandbox keeps this process, or the kernel for it, from opening.
+// canOpen refuses a disk that the sandbox keeps this process from opening.
 func (m *Machine) canOpen(d disk.Spec) error {
 	switch {
 	case m.sealed.Load() == nil:
-	case d.Backend == disk.Vhost && len(m.disks.KernelDevices()) > 0:
-		return control.Errorf(http.StatusConflict,
-			"--disk %s: in the sandbox the kernel cannot open it: start the machine with --sandbox=off, or leave out "+
-				"backend=vhost", d.Name())
 	case !m.brokered && (d.Storage == disk.Image || d.Storage == disk.Temporary):
 		return control.Errorf(http.StatusConflict,
 			"--disk %s: the sandbox is closed: start the machine with --sandbox=off to add disks", d.Name())

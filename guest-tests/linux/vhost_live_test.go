@@ -142,7 +142,7 @@ grown() { for d in $old; do [ $(cat /sys/block/$d/size) = 2048 ] || echo $d; don
 until [ "$(grown)" ]; do sleep 0.1; done
 say grown $(cat /sys/block/$(grown)/size) $(head -c 1048576 /dev/$(grown) | sum)
 kill $reader
-`}.build(t), "--name=plug", "--sandbox=off", "--disk", diskFile(t, stay[0])+",serial=STAYS",
+`}.build(t), "--name=plug", "--disk", diskFile(t, stay[0])+",serial=STAYS",
 		"--disk", diskFile(t, stay[1])+",backend=vhost", "--disk", "wwn="+m.wwn+",backend=vhost")...)
 	disk := func(want string, args ...string) {
 		t.Helper()

@@ -24,13 +24,37 @@ type kernelOptions struct {
 	chosen bool // the user chose queues
 	abi    vhostscsi.ABIPolicy
 	note   func(string)
+
+	targets Targets
 }
+
+// Targets changes the targets that this process has made in the kernel while the machine runs, if
+// Config.Files has these methods too.
+type Targets interface {
+	// AddTo is t.Add. It returns the notes of the change.
+	AddTo(t *lio.Target, u lio.Unit) (notes []string, err error)
+	// RemoveFrom is t.Remove.
+	RemoveFrom(t *lio.Target, lun int) error
+}
+
+// Direct is the Targets of a process that changes them itself.
+type Direct struct{}
+
+// AddTo implements Targets.
+func (Direct) AddTo(t *lio.Target, u lio.Unit) (notes []string, err error) {
+	told := len(t.Notes())
+	err = t.Add(u)
+	return t.Notes()[told:], err
+}
+
+// RemoveFrom implements Targets.
+func (Direct) RemoveFrom(t *lio.Target, lun int) error { return t.Remove(lun) }
 
 // kernelTarget is a LIO target and the device that presents it to the guest.
 type kernelTarget struct {
 	target *lio.Target
-	plug   func(lio.Unit) error // target.Add; nil: the target is not gvm's
-	unplug func(lun int) error  // target.Remove
+	plug   func(lio.Unit) error // Targets.AddTo; nil: the target is not gvm's
+	unplug func(lun int) error  // Targets.RemoveFrom
 	device *vhostscsi.Device
 	parts  []io.Closer // closed in order: the device, which releases the target, and the target
 	specs  []Spec
@@ -131,7 +155,7 @@ func (ds *Set) addKernels(d Spec) (_ control.Change, err error) {
 		return control.Change{}, err
 	}
 	file := f.(*block.File) // Add has checked that
-	k, u := ds.ownKernels(), lio.Unit{LUN: d.LUN, UnitConfig: d.unit(file)}
+	k, u := ds.ownKernels(), lio.Unit{LUN: d.LUN, UnitConfig: d.Unit(file)}
 	guest := hearing[k.device.Hearing()] // the kernel tells the guest
 	if err := k.plug(u); err != nil {
 		if errors.Is(err, lio.ErrUnit) || errors.Is(err, lio.ErrBusy) {
@@ -235,7 +259,7 @@ func (u *kernelUnits) add(d Spec, f *block.File) error {
 		return fmt.Errorf("workers= differs from %s's: both are on one target", u.specs[0].Path)
 	}
 	u.specs = append(u.specs, d)
-	u.units = append(u.units, lio.Unit{LUN: d.LUN, UnitConfig: d.unit(f)})
+	u.units = append(u.units, lio.Unit{LUN: d.LUN, UnitConfig: d.Unit(f)})
 	return nil
 }
 
@@ -259,15 +283,15 @@ func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 			"this host down when gvm ends; serve one disk, or take backend=process or Linux 6.4", release))
 	}
 	plug := func(u lio.Unit) error {
-		told := len(t.Notes())
-		err := t.Add(u)
-		for _, n := range t.Notes()[told:] {
+		notes, err := k.targets.AddTo(t, u)
+		for _, n := range notes {
 			k.note(n)
 		}
 		return err
 	}
-	return k.device(&kernelTarget{target: t, plug: plug, unplug: t.Remove, parts: []io.Closer{t},
-		specs: u.specs, units: u.units})
+	unplug := func(lun int) error { return k.targets.RemoveFrom(t, lun) }
+	return k.device(&kernelTarget{target: t, plug: plug, unplug: unplug,
+		parts: []io.Closer{t}, specs: u.specs, units: u.units})
 }
 
 // losesResets reports whether a kernel's vhost-scsi corrupts its list of control blocks for LOGICAL

@@ -34,7 +34,7 @@ func kernelDisks(t *testing.T, unplug func(lun int) error, luns ...int) (ds *Set
 		d := Spec{Path: path, LUN: lun, BlockSize: 512, Backend: Vhost, Serial: fmt.Sprint("K", lun)}
 		ds.open, ds.paths[path] = append(ds.open, opened{backend: f}), path
 		k.specs = append(k.specs, d)
-		k.units = append(k.units, lio.Unit{LUN: lun, UnitConfig: d.unit(f)})
+		k.units = append(k.units, lio.Unit{LUN: lun, UnitConfig: d.Unit(f)})
 		paths = append(paths, path)
 	}
 	ds.kernels = []*kernelTarget{k}

@@ -21,7 +21,7 @@ type Config struct {
 	Queues       int  // request queues of a device
 	QueuesChosen bool // the user chose Queues, and knows the cost
 	ABI          vhostscsi.ABIPolicy
-	Files        block.Files // opens the images, now and later; nil: block.System
+	Files        block.Files // opens the images, now and later; nil: block.System. See also Targets
 
 	Machine string                     // its name, for messages
 	Hold    func(context.Context) bool // pauses the machine, as vmm.Pauser.Hold does; nil: nothing can resume it
@@ -94,6 +94,9 @@ func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
 	opened := make(chan result, 1)
 	panics.Go(func() { // ends with the process at the latest
 		k := kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note}
+		if k.targets, _ = c.Files.(Targets); k.targets == nil {
+			k.targets = Direct{}
+		}
 		ds, err := openDisks(list, c.Files, k, m)
 		opened <- result{ds, err}
 	})
@@ -261,8 +264,8 @@ func (s *Spec) ImageOptions() block.Options {
 	}
 }
 
-// unit returns the target's configuration of the disk's unit.
-func (s *Spec) unit(b block.Backend) scsi.UnitConfig {
+// Unit returns the target's configuration of the disk's unit.
+func (s *Spec) Unit(b block.Backend) scsi.UnitConfig {
 	serial := s.Serial
 	if serial == "" && s.Storage != Image {
 		serial = fmt.Sprintf("gvm-memory-%d", max(s.LUN, 0))
@@ -275,7 +278,7 @@ func (s *Spec) unit(b block.Backend) scsi.UnitConfig {
 
 // Attach makes the disk a unit of gvm's own target.
 func (ds *Set) Attach(d Spec, b block.Backend) (err error) {
-	cfg, keeper := d.unit(b), (*sidecar.Reservations)(nil)
+	cfg, keeper := d.Unit(b), (*sidecar.Reservations)(nil)
 	ctx, gone := context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {

@@ -1,0 +1,113 @@
+package broker
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/devices/block"
+	"gvm/devices/scsi"
+	"gvm/devices/scsi/lio"
+	"gvm/text"
+)
+
+// TestVhost: the broker has the kernel serve an image that a request of the owner names so: once, from
+// the machine's own target, as the request has it. It removes disks of that target alone.
+func TestVhost(t *testing.T) {
+	s := newSetup(t)
+	var added []lio.Unit
+	var removed []int
+	target := &lio.Target{WWN: "naa.5001405000000001"}
+	mine := func(pid int, wwn string) error {
+		if pid != os.Getpid() || wwn != target.WWN {
+			return fmt.Errorf("%d, %s: no such target", pid, wwn)
+		}
+		return nil
+	}
+	s.broker.kernel.addTo = func(pid int, wwn string, u lio.Unit) ([]string, error) {
+		if fi, err := u.Backend.(*block.File).Stat(); err != nil || fi.Size() != u.Backend.Size() {
+			t.Error(fi, err)
+		}
+		added = append(added, u)
+		return []string{"a note"}, mine(pid, wwn)
+	}
+	s.broker.kernel.removeFrom = func(pid int, wwn string, lun int) error {
+		removed = append(removed, lun)
+		return mine(pid, wwn)
+	}
+	if err := s.Shut(); err != nil {
+		t.Fatal(err)
+	}
+	path, plain, other := s.image(t, "k.img"), s.image(t, "plain.img"), s.image(t, "other.img")
+	add := func(path string, lun int, files ...*os.File) error {
+		a, err := s.call(message{Op: addTo, Path: text.Name(path), WWN: target.WWN, LUN: lun}, nil, files...)
+		closeAll(a.files)
+		return err
+	}
+	refused := func(what string, err error) {
+		t.Helper()
+		if !errors.Is(err, unix.EACCES) || len(added) > 0 {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	refused("an image that no request names", add(other, 1, null))
+	s.add(t, plain)
+	refused("one that gvm is to serve", add(plain, 1, null))
+	f := s.add(t, path+",backend=vhost,lun=3,serial=S,readonly")
+	s.add(t, s.image(t, "next.img")+",backend=vhost") // which ends no grant of another
+	refused("another LUN", add(path, 4, null))
+	refused("without a file", add(path, 3))
+	refused("two files", add(path, 3, null, null))
+	_, err = s.Image(path, block.Options{ReadOnly: true, BlockSize: 512, Lend: true})
+	refused("the image once more", err)
+
+	u := lio.Unit{LUN: 3, UnitConfig: scsi.UnitConfig{Backend: f, Serial: "forged", BlockSize: 4096}}
+	if notes, err := s.AddTo(target, u); err != nil || len(notes) != 1 || len(added) != 1 {
+		t.Fatalf("%v, %v; added %+v", notes, err, added)
+	}
+	b := added[0].Backend.(*block.File)
+	if g := added[0]; g.LUN != 3 || g.Serial != "S" || !g.ReadOnly || g.BlockSize != 512 || b.Identity() != path {
+		t.Errorf("%+v, %s", g, b.Identity())
+	}
+	added = nil
+	refused("the image twice", add(path, 3, null))
+	if err := s.RemoveFrom(target, 3); err != nil || len(removed) != 1 || removed[0] != 3 {
+		t.Errorf("%v, removed %v", err, removed)
+	}
+	if err := s.RemoveFrom(&lio.Target{WWN: "naa.5001405000000002"}, 3); err == nil {
+		t.Error("a disk of another's target is removed")
+	}
+}
+
+// TestVhostErrors: the machine has the kernel's errors as its own, each one line.
+func TestVhostErrors(t *testing.T) {
+	s := newSetup(t)
+	if err := s.Shut(); err != nil {
+		t.Fatal(err)
+	}
+	target := &lio.Target{WWN: "naa.5001405000000001"}
+	for _, want := range []error{lio.ErrUnit, lio.ErrBusy, lio.ErrPermission} {
+		s.broker.kernel.addTo = func(int, string, lio.Unit) ([]string, error) { return nil, fmt.Errorf("x: %w", want) }
+		f := s.add(t, filepath.Join(s.dir, want.Error()+".img")+",size=1M,backend=vhost")
+		_, err := s.AddTo(target, lio.Unit{UnitConfig: scsi.UnitConfig{Backend: f}})
+		if err == nil || err.Error() != "x: "+want.Error() || want != lio.ErrPermission && !errors.Is(err, want) {
+			t.Errorf("%v, want %v", err, want)
+		}
+	}
+	s.broker.kernel = kernel{lio.AddTo, lio.RemoveFrom}
+	err := s.RemoveFrom(target, 0)
+	if err == nil || strings.Contains(err.Error(), "\n") {
+		t.Errorf("a target that is not there: %v", err)
+	}
+	t.Log(err)
+}

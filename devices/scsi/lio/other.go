@@ -1,0 +1,63 @@
+package lio
+
+import "io"
+
+// A process that may not open an image has another one change its Target, with that one's rights.
+
+// AddTo is Target.Add for the target of a living process that Provision made there. It returns the
+// notes of the change.
+func AddTo(pid int, wwn string, u Unit) (notes []string, err error) {
+	return newHost("").addTo(pid, wwn, u)
+}
+
+// RemoveFrom is Target.Remove for the target of a living process that Provision made there.
+func RemoveFrom(pid int, wwn string, lun int) error { return newHost("").removeFrom(pid, wwn, lun) }
+
+func (h *host) addTo(pid int, wwn string, u Unit) (notes []string, err error) {
+	t, err := h.of(pid, wwn)
+	if err != nil {
+		return nil, err
+	}
+	defer t.unlock() // the owner's lock on its first adapter is enough
+	err = t.Add(u)
+	return t.Notes(), err
+}
+
+func (h *host) removeFrom(pid int, wwn string, lun int) error {
+	t, err := h.of(pid, wwn)
+	if err != nil {
+		return err
+	}
+	return t.Remove(lun)
+}
+
+// unlocked stands for the lock of another process.
+type unlocked struct{}
+
+func (unlocked) Close() error { return nil }
+
+// of returns the target of a living process for one change. It is not to be closed.
+func (h *host) of(pid int, wwn string) (*Target, error) {
+	_, owners, err := h.adapters()
+	if err != nil {
+		return nil, noRoot(h.root, err)
+	}
+	start, running := h.running(pid)
+	for o, adapters := range owners {
+		if !running || o.pid != pid || o.start != start || o.wwn() != wwn {
+			continue
+		}
+		disks, err := h.disksOf(tpgDir(wwn, tag))
+		if err != nil {
+			return nil, err
+		}
+		t := &Target{WWN: wwn, TPGT: tag, h: h, owner: o, own: true, locks: make(map[string]io.Closer), disks: disks}
+		for _, a := range adapters {
+			_, made, _ := parseAdapter(a)
+			t.madeFabric = t.madeFabric || made
+			t.locks[a] = unlocked{}
+		}
+		return t, nil
+	}
+	return nil, fail(ErrNoTarget, nil, "%.40q: process %d has no such target: see gvm lio list", wwn, pid)
+}
