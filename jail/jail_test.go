@@ -285,10 +285,14 @@ func TestRefuses(t *testing.T) {
 	}
 }
 
-// TestEnds: after every end of the program its jail is free and empty afterwards; until then there is no
-// second one in it.
+// TestEnds: after every end of the program its jail is free and empty, and until then there is no second
+// one in it. The next program removes what is left if the janitor was killed too.
 func TestEnds(t *testing.T) {
-	for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+	for _, tt := range []struct {
+		signal syscall.Signal
+		both   bool
+	}{{syscall.SIGTERM, false}, {syscall.SIGKILL, false}, {syscall.SIGKILL, true}} {
+		s := tt.signal
 		dir := jailDir(t)
 		cmd, out := start(t, "wait", Config{Dir: dir})
 		r, w, err := os.Pipe()
@@ -312,6 +316,11 @@ func TestEnds(t *testing.T) {
 			"another machine is in this jail; stop it, or give another directory") {
 			t.Errorf("a second one: %v\n%s", err, errs)
 		}
+		if tt.both {
+			if err := syscall.Kill(janitorOf(t, cmd.Process.Pid), syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
 		if err := cmd.Process.Signal(s); err != nil {
 			t.Fatal(err)
 		}
@@ -329,6 +338,24 @@ func TestEnds(t *testing.T) {
 			t.Errorf("%v, mounts:\n%s", err, b)
 		}
 	}
+}
+
+// janitorOf returns the PID of a program's janitor.
+func janitorOf(t *testing.T, program int) int {
+	t.Helper()
+	files, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, f := range files {
+		stat, _ := os.ReadFile(f)
+		words, _ := os.ReadFile(filepath.Join(filepath.Dir(f), "cmdline"))
+		_, fields, _ := bytes.Cut(stat, []byte(") ")) // the state and the parent
+		if p := bytes.Fields(fields); len(p) > 1 && string(p[1]) == strconv.Itoa(program) &&
+			bytes.HasPrefix(words, []byte(Arg0+"\x00")) {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(f)))
+			return pid
+		}
+	}
+	t.Fatalf("process %d has no janitor", program)
+	return 0
 }
 
 // TestLimits reads limits.
