@@ -173,7 +173,14 @@ func isEmpty(t *testing.T, dir string) {
 // TestInside: the program in a jail has its files, an ordinary user's rights and nothing else, and its
 // exit status is that of the process which entered.
 func TestInside(t *testing.T) {
-	dir, data := jailDir(t), files(t, "read 0644", "write 0666", "secret 0644", "share/below 0644")
+	dir, data := jailDir(t), files(t, "read 0644", "write 0666", "secret 0644", "share/below 0644",
+		"share/mount/hidden 0644")
+	if os.Geteuid() == 0 {
+		if err := unix.Mount("tmpfs", data+"/share/mount", "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = unix.Unmount(data+"/share/mount", 0) }()
+	}
 	if err := os.Chmod(data, 0o700); err != nil { // of the files' parents no right is needed
 		t.Fatal(err)
 	}
@@ -193,7 +200,7 @@ func TestInside(t *testing.T) {
 	for dir := data; dir != "/"; dir = filepath.Dir(dir) {
 		want = append(want, dir)
 	}
-	want = append(want, data+"/read", data+"/write", data+"/share", data+"/share/below")
+	want = append(want, data+"/read", data+"/write", data+"/share", data+"/share/below", data+"/share/mount")
 	slices.Sort(want)
 	slices.Sort(paths)
 	if !slices.Equal(paths, want) {

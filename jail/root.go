@@ -96,26 +96,40 @@ type bind struct {
 }
 
 func (b *bind) mount() error {
-	flags := uintptr(unix.MS_BIND)
-	if b.st.Mode&unix.S_IFMT == unix.S_IFDIR {
-		flags |= unix.MS_REC
+	directory := b.st.Mode&unix.S_IFMT == unix.S_IFDIR
+	if directory {
 		if err := os.MkdirAll(b.to, 0o755); err != nil {
 			return err
 		}
 	} else if err := makeFile(b.to); err != nil {
 		return err
 	}
-	if err := unix.Mount(fmt.Sprintf("/proc/self/fd/%d", b.fd), b.to, "", flags, ""); err != nil {
-		return err
-	}
-	flags = unix.MS_REMOUNT | unix.MS_BIND | harmless
+	from := fmt.Sprintf("/proc/self/fd/%d", b.fd)
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC}
 	if b.st.Mode&unix.S_IFMT == unix.S_IFBLK {
-		flags &^= unix.MS_NODEV
+		attr.Attr_set &^= unix.MOUNT_ATTR_NODEV
 	}
 	if !b.Write {
-		flags |= unix.MS_RDONLY
+		attr.Attr_set |= unix.MOUNT_ATTR_RDONLY
 	}
-	return unix.Mount("", b.to, "", flags, "")
+	if directory { // with what is mounted below it, which remounting leaves as it is
+		if err := unix.Mount(from, b.to, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return err
+		}
+		err := unix.MountSetattr(unix.AT_FDCWD, b.to, unix.AT_RECURSIVE, &attr)
+		if err != unix.ENOSYS {
+			return err
+		}
+		// Before Linux 5.12 the jail does not have those.
+		if err := unix.Unmount(b.to, unix.MNT_DETACH); err != nil {
+			return err
+		}
+	}
+	if err := unix.Mount(from, b.to, "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	// The attributes of these have the numbers of mount(2)'s flags.
+	return unix.Mount("", b.to, "", unix.MS_REMOUNT|unix.MS_BIND|uintptr(attr.Attr_set), "")
 }
 
 // makeFile makes an empty file, unless there is one, and the directories above it.
