@@ -70,7 +70,7 @@ test-unit:
 	cd guest-tests/kubernetes && $(GO) test ./manifest
 
 # The tests with Linux guests that take longest: many guests each, or large ones.
-LONG = ^Test(Bisect|CrashKernel|Escapes|EscapesOfUser|Faults|INTx|InitrdAbove4GiB|Killed|Matrix|MemoryCgroup|Net|NetUser|Reboot|RootWord|Roots|Rungs|Share|StopsUnderLoad|TestSignals|VhostFilesystems|VhostLives|VhostVsock|VsockBridge)$$
+LONG = ^Test(Bisect|Command|CrashKernel|Escapes|EscapesOfUser|Exec|Faults|INTx|InitrdAbove4GiB|Killed|Mapped|Matrix|MemoryCgroup|Net|NetUser|PowerButton|Reboot|RootWord|Roots|Rungs|SMP|Share|StopsUnderLoad|TestSignals|VhostFilesystems|VhostLives|VhostTools|VhostVsock|VsockBridge)$$
 
 test-lab:
 	$(GOTEST) -timeout 30m -p 1 -parallel 1 -skip '$(LONG)' $(LAB)
