@@ -33,6 +33,10 @@ const (
 // stopped.
 var ErrNoAnswer = errors.New("no answer")
 
+// ErrNoListener means that a machine's process lives, and its control socket does not.
+var ErrNoListener = errors.New("nothing listens on its control socket: its broker has ended, or the machine ends " +
+	"just now; kill -TERM PID ends it")
+
 // Client sends requests to the machine with a name in a Directory. It holds no resources.
 type Client struct {
 	dir  Directory
@@ -62,7 +66,11 @@ func (d Directory) dial(ctx context.Context, name string) (net.Conn, error) {
 	}
 	defer dir.Close()
 	var dialer net.Dialer
-	return dialer.DialContext(ctx, "unix", socketPath(dir, name+socketSuffix))
+	conn, err := dialer.DialContext(ctx, "unix", socketPath(dir, name+socketSuffix))
+	if errors.Is(err, unix.ECONNREFUSED) {
+		return nil, ErrNoListener
+	}
+	return conn, err
 }
 
 // Process opens the process that owns the machine's socket, as a descriptor that becomes readable

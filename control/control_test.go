@@ -534,6 +534,27 @@ func TestCloseDoesNotWaitForClients(t *testing.T) {
 	}
 }
 
+// TestClientNoListener: nothing listens on the socket, as after the death of a machine's broker.
+func TestClientNoListener(t *testing.T) {
+	d := testDir(t)
+	lock, l, err := d.claim("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = d.release("vm", lock) })
+	l.Close()
+	c := NewClient(d, "vm")
+	const want = "machine vm does not answer: nothing listens on its control socket: "
+	_, asked := c.Info(t.Context())
+	_, added := c.AddDisk(t.Context(), AddDisk{Disk: "mem:1M"})
+	_, console := c.Console(t.Context())
+	for name, err := range map[string]error{"info": asked, "disk add": added, "console": console} {
+		if !errors.Is(err, ErrNoListener) || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", name, err, want)
+		}
+	}
+}
+
 // TestClientOddAnswers has a server that is not a machine.
 func TestClientOddAnswers(t *testing.T) {
 	d := testDir(t)

@@ -280,7 +280,8 @@ func theMachine(word string) (*control.Client, error) {
 	// Ask the machine a question first, so that no command goes to one that does not answer.
 	client := func(e control.Entry) (*control.Client, error) {
 		c := control.NewClient(dir, e.Name)
-		if _, err := c.Info(context.Background()); errors.Is(err, control.ErrNoAnswer) {
+		_, err := c.Info(context.Background())
+		if errors.Is(err, control.ErrNoAnswer) || errors.Is(err, control.ErrNoListener) {
 			return nil, fmt.Errorf("%w (process %d)", err, e.PID)
 		}
 		return c, nil
