@@ -62,9 +62,21 @@ type kernel struct {
 type image struct {
 	options block.Options
 	until   time.Time
-	made    bool         // this process has made the file, and the machine may remove it
-	vhost   *disk.Spec   // of a disk that the kernel is to serve
-	facts   *block.Facts // of that, when it is open and not served
+	made    bool       // this process has made the file, and the machine may remove it
+	vhost   *disk.Spec // of a disk that the kernel is to serve
+	found   *found     // of that, when the machine has it open and the kernel does not serve it
+}
+
+// found is what this process found when it opened an image.
+type found struct {
+	facts block.Facts
+	file  *os.File // O_PATH, without a lock: another file at the image's path is another one
+}
+
+func (f *found) close() {
+	if f != nil {
+		f.file.Close()
+	}
 }
 
 func newBroker(c *net.UnixConn, machine int, log func(string)) *broker {
@@ -88,6 +100,7 @@ func (b *broker) grant(d disk.Spec) {
 	if d.Backend == disk.Vhost {
 		g.vhost = &d
 	}
+	b.images[d.Path].found.close()
 	b.images[d.Path] = g
 	if d.Overlay != "" && d.Overlay != disk.OverlayOn {
 		b.images[d.Overlay] = image{options: block.Options{Overlay: true, NoLock: d.NoLock}, until: until}
@@ -101,6 +114,11 @@ func (b *broker) prune() {
 	b.temporaries = b.temporaries[max(len(b.temporaries)-maxGrants, 0):]
 	var open []string
 	for path, g := range b.images {
+		if g.found != nil && time.Now().After(g.until) {
+			g.found.close()
+			g.found = nil
+			b.images[path] = g
+		}
 		switch {
 		case g.made:
 		case time.Now().After(g.until):
@@ -112,6 +130,7 @@ func (b *broker) prune() {
 	if n := len(open) - maxGrants; n > 0 {
 		slices.SortFunc(open, func(p, q string) int { return b.images[p].until.Compare(b.images[q].until) })
 		for _, path := range open[:n] {
+			b.images[path].found.close()
 			delete(b.images, path)
 		}
 	}
@@ -212,7 +231,7 @@ func (b *broker) do(m message, data []byte, files []*os.File) (a message, opened
 		}
 		return one(block.System{}.Temporary())
 	case addTo:
-		a.Notes, err = b.addTo(m, files)
+		a.Notes, err = b.addTo(m)
 		return a, nil, err
 	case removeFrom:
 		return a, nil, b.kernel.removeFrom(b.machine, m.WWN, m.LUN)
@@ -277,7 +296,7 @@ func (b *broker) image(m message) (a message, opened []*os.File, err error) {
 	b.mu.Lock()
 	g, ok := b.images[path]
 	until := g.until
-	if ok && g.facts == nil && m.Options != nil && g.allows(*m.Options) && time.Now().Before(until) {
+	if ok && g.found == nil && m.Options != nil && g.allows(*m.Options) && time.Now().Before(until) {
 		g.until = time.Time{}
 		b.images[path] = g
 	} else {
@@ -305,7 +324,12 @@ func (b *broker) image(m message) (a message, opened []*os.File, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if g.made = facts.Made; g.vhost != nil {
-		g.facts, g.until = &facts, until
+		file, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", files[0].Fd()), unix.O_PATH, 0)
+		if err != nil {
+			return a, nil, errors.Join(err, f.Close())
+		}
+		b.images[path].found.close()
+		g.found, g.until = &found{facts, file}, until
 	}
 	if g.made || g.vhost != nil {
 		b.images[path] = g
@@ -318,24 +342,25 @@ func (b *broker) image(m message) (a message, opened []*os.File, err error) {
 	return a, files, nil
 }
 
-// addTo has the kernel serve an image with this process's rights: one that the machine has open, as its
+// addTo has the kernel serve an image with this process's rights: one that the machine has opened, as its
 // request has it.
-func (b *broker) addTo(m message, files []*os.File) (notes []string, err error) {
+func (b *broker) addTo(m message) (notes []string, err error) {
 	path := string(m.Path)
 	b.mu.Lock()
 	g := b.images[path]
-	facts := g.facts
-	ok := facts != nil && len(files) == 1 && (g.vhost.LUN < 0 || g.vhost.LUN == m.LUN) && time.Now().Before(g.until)
+	found := g.found
+	ok := found != nil && (g.vhost.LUN < 0 || g.vhost.LUN == m.LUN) && time.Now().Before(g.until)
 	if ok {
-		g.facts, g.until = nil, time.Time{}
+		g.found, g.until = nil, time.Time{}
 		b.images[path] = g
 	}
 	b.mu.Unlock()
 	if !ok {
 		return nil, b.refuse(m)
 	}
-	facts.Uses = nil // the machine has those
-	f, err := block.Import(*facts, files, block.Options{})
+	defer found.close()
+	found.facts.Uses = nil // the machine has those
+	f, err := block.Import(found.facts, []*os.File{found.file}, block.Options{})
 	if err != nil {
 		return nil, err
 	}

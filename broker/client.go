@@ -417,9 +417,8 @@ func (c *Client) AddTo(t *lio.Target, u lio.Unit) (notes []string, err error) {
 	if !c.isShut() {
 		return disk.Direct{}.AddTo(t, u)
 	}
-	f := u.Backend.(*block.File)
-	_, files := f.Export()
-	a, err := c.call(message{Op: addTo, Path: text.Name(f.Path()), WWN: t.WWN, LUN: u.LUN}, nil, files[0])
+	path := text.Name(u.Backend.(*block.File).Path())
+	a, err := c.call(message{Op: addTo, Path: path, WWN: t.WWN, LUN: u.LUN}, nil)
 	return a.Notes, err
 }
 

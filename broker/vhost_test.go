@@ -22,6 +22,7 @@ func TestVhost(t *testing.T) {
 	s := newSetup(t)
 	var added []lio.Unit
 	var removed []int
+	var opened os.FileInfo
 	target := &lio.Target{WWN: "naa.5001405000000001"}
 	mine := func(pid int, wwn string) error {
 		if pid != os.Getpid() || wwn != target.WWN {
@@ -30,8 +31,11 @@ func TestVhost(t *testing.T) {
 		return nil
 	}
 	s.broker.kernel.addTo = func(pid int, wwn string, u lio.Unit) ([]string, error) {
-		if fi, err := u.Backend.(*block.File).Stat(); err != nil || fi.Size() != u.Backend.Size() {
-			t.Error(fi, err)
+		if fi, err := u.Backend.(*block.File).Stat(); err != nil || !os.SameFile(fi, opened) {
+			t.Errorf("not the file that was opened, but %+v, %v", fi, err)
+		}
+		if _, err := scsi.NewUnit(u.UnitConfig); err != nil {
+			t.Error(err)
 		}
 		added = append(added, u)
 		return []string{"a note"}, mine(pid, wwn)
@@ -44,9 +48,8 @@ func TestVhost(t *testing.T) {
 		t.Fatal(err)
 	}
 	path, plain, other := s.image(t, "k.img"), s.image(t, "plain.img"), s.image(t, "other.img")
-	add := func(path string, lun int, files ...*os.File) error {
-		a, err := s.call(message{Op: addTo, Path: text.Name(path), WWN: target.WWN, LUN: lun}, nil, files...)
-		closeAll(a.files)
+	add := func(path string, lun int) error {
+		_, err := s.call(message{Op: addTo, Path: text.Name(path), WWN: target.WWN, LUN: lun}, nil)
 		return err
 	}
 	refused := func(what string, err error) {
@@ -55,21 +58,21 @@ func TestVhost(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	null, err := os.Open(os.DevNull)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer null.Close()
-	refused("an image that no request names", add(other, 1, null))
+	refused("an image that no request names", add(other, 1))
 	s.add(t, plain)
-	refused("one that gvm is to serve", add(plain, 1, null))
+	refused("one that gvm is to serve", add(plain, 1))
 	f := s.add(t, path+",backend=vhost,lun=3,serial=S,readonly")
 	s.add(t, s.image(t, "next.img")+",backend=vhost") // which ends no grant of another
-	refused("another LUN", add(path, 4, null))
-	refused("without a file", add(path, 3))
-	refused("two files", add(path, 3, null, null))
-	_, err = s.Image(path, block.Options{ReadOnly: true, BlockSize: 512, Lend: true})
+	refused("another LUN", add(path, 4))
+	_, err := s.Image(path, block.Options{ReadOnly: true, BlockSize: 512, Lend: true})
 	refused("the image once more", err)
+	// The path leads elsewhere: package lio refuses that, as the file is another one.
+	if opened, err = f.Stat(); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(path), os.Symlink(other, path)); err != nil {
+		t.Fatal(err)
+	}
 
 	u := lio.Unit{LUN: 3, UnitConfig: scsi.UnitConfig{Backend: f, Serial: "forged", BlockSize: 4096}}
 	if notes, err := s.AddTo(target, u); err != nil || len(notes) != 1 || len(added) != 1 {
@@ -80,7 +83,7 @@ func TestVhost(t *testing.T) {
 		t.Errorf("%+v, %s", g, b.Identity())
 	}
 	added = nil
-	refused("the image twice", add(path, 3, null))
+	refused("the image twice", add(path, 3))
 	if err := s.RemoveFrom(target, 3); err != nil || len(removed) != 1 || removed[0] != 3 {
 		t.Errorf("%v, removed %v", err, removed)
 	}
