@@ -114,7 +114,7 @@ var table = []Call{
 	{Number: unix.SYS_FCHMODAT, Use: Shares},                // the guest sets modes
 	{Number: unix.SYS_FCHOWNAT, Use: Shares},                // the guest sets owners
 	{Number: unix.SYS_LINKAT, Use: Shares | Link},           // the guest makes links; a core gets its name
-	{Number: unix.SYS_SYMLINKAT, Use: Shares | Vhost},       // the guest makes links; LIO's LUNs are links in configfs
+	{Number: unix.SYS_SYMLINKAT, Use: Shares},               // the guest makes links
 	{Number: unix.SYS_MKNODAT, Use: Shares, Args: []Arg{
 		{Index: 2, Mask: unix.S_IFMT,
 			Values: []uint32{0, unix.S_IFREG, unix.S_IFIFO, unix.S_IFSOCK}},
