@@ -98,8 +98,12 @@ func Enter(c Config) error {
 	if err == nil {
 		err = syscall.Exec(exe, c.Args, c.Env)
 	}
-	if errors.Is(err, unix.EACCES) {
+	switch {
+	case errors.Is(err, unix.EACCES):
 		return userError("--uid %d: this user may not run gvm: chmod 755 its program", c.UID)
+	case errors.Is(err, unix.ENOENT): // its interpreter
+		return fmt.Errorf("--jail %s: this gvm needs shared libraries, which a jail does not have: "+
+			"build it with CGO_ENABLED=0", c.Dir)
 	}
 	return fmt.Errorf("--jail %s: start gvm in it: %w", c.Dir, err)
 }
