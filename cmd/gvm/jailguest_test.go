@@ -1,0 +1,148 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// needsJail skips a test without root's rights, and in a build with cgo, whose libraries a jail lacks.
+func needsJail(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("a jail needs root")
+	}
+	if _, _, errno := syscall.AllThreadsSyscall(syscall.SYS_GETPPID, 0, 0, 0); errno != 0 {
+		t.Skip("a jail has no libraries for a program with cgo: ", errno)
+	}
+}
+
+// TestJail: a guest with a disk runs in a jail on a terminal. The user's gvm reaches it, a second machine in
+// the jail does not start, and every end passes its status and leaves nothing.
+func TestJail(t *testing.T) {
+	needsJail(t)
+	dir, data := filepath.Join(t.TempDir(), "jail"), filepath.Join(t.TempDir(), "disk.img")
+	const user = 41234
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(data, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(data, user, user); err != nil {
+		t.Fatal(err)
+	}
+	for _, above := range []string{filepath.Dir(dir), filepath.Dir(filepath.Dir(dir))} { // for the user's gvm list
+		if err := os.Chmod(above, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	jailed := []string{"--jail", dir, fmt.Sprint("--uid=", user), fmt.Sprint("--gid=", user), "--disk", data,
+		"--name", "j"}
+	isEmpty := func() {
+		t.Helper()
+		var left []os.DirEntry
+		for range 1000 {
+			if left, _ = os.ReadDir(dir); len(left) == 0 {
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		t.Errorf("left in %s: %v", dir, left)
+	}
+	if r := gvmRuns(t, command(t, append([]string{"run"}, jailed...)...)); r.status != 0 ||
+		!strings.Contains(r.out, "PASS") {
+		t.Fatalf("status %d: %s%s", r.status, r.out, r.errs)
+	}
+	isEmpty()
+	for _, tt := range []struct {
+		signal syscall.Signal
+		status int
+	}{{syscall.SIGTERM, exitTerminated}, {syscall.SIGKILL, -1}, {0, exitQuit}} {
+		p := startOnTerminal(t, append(guestRun("spin"), jailed...)...)
+		p.expect("spinning")
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+		if err != nil || !strings.Contains(string(status), fmt.Sprintf("Uid:\t%d\t%[1]d\t%[1]d\t%[1]d\n", user)) ||
+			!strings.Contains(string(status), "Seccomp:\t2") {
+			t.Errorf("%v: not user %d in a sandbox:\n%s", err, user, status)
+		}
+		list := command(t, "list")
+		list.Dir = "/"
+		list.Env = append(list.Env, "XDG_RUNTIME_DIR="+filepath.Join(dir, "run"))
+		list.SysProcAttr.Credential = &syscall.Credential{Uid: user, Gid: user}
+		if r := gvmRuns(t, list); r.status != 0 || !strings.Contains(r.out, "\nj ") {
+			t.Errorf("list: status %d: %s%s", r.status, r.out, r.errs)
+		}
+		if r := gvmRuns(t, command(t, append([]string{"run"}, jailed...)...)); r.status != exitUsage ||
+			!strings.Contains(r.errs, "another machine is in this jail") {
+			t.Errorf("a second machine: status %d: %s%s", r.status, r.out, r.errs)
+		}
+		if tt.signal != 0 {
+			p.signal(tt.signal)
+		} else {
+			p.typeIn("\x01x")
+		}
+		if tt.signal == syscall.SIGKILL { // the terminal stays as it is
+			_ = p.cmd.Wait()
+		} else if r := p.wait(); r.status != tt.status {
+			t.Errorf("%v: status %d, want %d: %q", tt.signal, r.status, tt.status, r.out)
+		}
+		if tt.signal != syscall.SIGKILL {
+			isEmpty()
+		}
+	}
+	if mounts, err := os.ReadFile("/proc/self/mounts"); err != nil || strings.Contains(string(mounts), dir) {
+		t.Errorf("%v, mounts: %s", err, mounts)
+	}
+}
+
+// TestJailLimits: limits of control groups hold for a machine, and its group goes with it.
+func TestJailLimits(t *testing.T) {
+	needsJail(t)
+	const groups = "/sys/fs/cgroup"
+	if _, err := os.Stat(filepath.Join(groups, "cgroup.controllers")); err != nil {
+		if err := syscall.Mount("cgroup2", groups, "cgroup2", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir := filepath.Join(t.TempDir(), "jail")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"--jail", dir, "--uid=41234", "--gid=41234", "--memory=64M", "--jail-limit=pids=300,cpus=1.5"}
+	p := startOnTerminal(t, append(guestRun("spin"), append(args, "--jail-limit=memory=512M")...)...)
+	p.expect("spinning")
+	all, err := filepath.Glob(groups + "/gvm/*jail")
+	if err != nil || len(all) != 1 {
+		t.Fatalf("groups %q, %v", all, err)
+	}
+	for file, want := range map[string]string{"memory.max": "536870912\n", "pids.max": "300\n",
+		"cpu.max": "150000 100000\n"} {
+		if b, err := os.ReadFile(filepath.Join(all[0], file)); err != nil || string(b) != want {
+			t.Errorf("%s is %q, %v", file, b, err)
+		}
+	}
+	if b, err := os.ReadFile(filepath.Join(all[0], "cgroup.procs")); err != nil ||
+		!strings.Contains(string(b), fmt.Sprintln(p.cmd.Process.Pid)) {
+		t.Errorf("processes %q, %v", b, err)
+	}
+	p.signal(syscall.SIGKILL)
+	_ = p.cmd.Wait()
+	for range 1000 {
+		if _, err = os.Stat(filepath.Dir(all[0])); err != nil {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err == nil {
+		t.Errorf("%s is left", all[0])
+	}
+	r := gvmRuns(t, command(t, append([]string{"run", "--jail-limit=memory=40M"}, args...)...))
+	if r.status != exitUsage || !strings.Contains(r.errs, "memory.max of cgroup / is 40 MiB") {
+		t.Errorf("too little memory: status %d: %s%s", r.status, r.out, r.errs)
+	}
+}
