@@ -85,8 +85,8 @@ func TestCrashDir(t *testing.T) {
 	}
 }
 
-// TestCrashLog: the log has the lines of the console, gvm's messages and the commands of disks by time,
-// a line for each, and its memory is bounded.
+// TestCrashLog: the log has the lines of the console, gvm's messages, the commands of disks and the task
+// management functions by time, a line for each, and its memory is bounded.
 func TestCrashLog(t *testing.T) {
 	var l crashLog
 	l.add(1*time.Second, "the guest's first instruction")
@@ -103,7 +103,17 @@ func TestCrashLog(t *testing.T) {
 				inspect.Node{Name: "age", Value: inspect.Age(6500 * time.Millisecond)}, inspect.Text("status", "GOOD")),
 			inspect.Group("2", inspect.Text("command", "READ(10)"), inspect.Int("lba", 8), inspect.Int("blocks", 1),
 				inspect.Node{Name: "age", Value: inspect.Age(7 * time.Second)})))
-	state := inspect.Group("", inspect.Bool("paused", false), inspect.Group("disk", disk))
+	function := func(name, op string, age time.Duration, more ...inspect.Node) inspect.Node {
+		return inspect.Group(name, append([]inspect.Node{inspect.Text("function", op), inspect.Int("lun", 3),
+			{Name: "age", Value: inspect.Age(age)}}, more...)...)
+	}
+	scsi := inspect.Group("00:01.0", inspect.Group("virtio", inspect.Group("device", inspect.Group("function",
+		function("0", "LOGICAL UNIT RESET", 5500*time.Millisecond),
+		function("1", "ABORT TASK", 6200*time.Millisecond, inspect.Text("detail", "tag 8d"),
+			inspect.Text("response", "OK"))))))
+	state := inspect.Group("", inspect.Bool("paused", false), inspect.Group("disk", disk),
+		inspect.Group("pci", inspect.Group("00:00.0", inspect.Group("config")), scsi),
+		inspect.Group("lio", inspect.Group("naa.5", inspect.Group("1", inspect.Text("path", "/a")))))
 	var got []string
 	for line := range strings.Lines(string(l.merged(&state, 10*time.Second))) {
 		at, rest, _ := strings.Cut(line, " ")
@@ -117,9 +127,12 @@ func TestCrashLog(t *testing.T) {
 		"console one\n", "console two\n",
 		"disk/0  READ(10) lba 8 blocks 1: not answered\n",
 		"disk/0  TEST UNIT READY: GOOD\n",
+		"disk/3  ABORT TASK tag 8d: OK\n",
 		"console \\u001b[31mthree\n",
 		"disk/0  INQUIRY: CHECK CONDITION, ILLEGAL REQUEST, 24/00\n",
+		"disk/3  LOGICAL UNIT RESET: not answered\n",
 		"gvm     a note\\u000aof a file\n",
+		"lio/naa.5/1 the kernel serves this disk: gvm does not see its commands\n",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("%q, want %q", got, want)

@@ -94,7 +94,8 @@ func (l *crashLog) lines() (lines []event) {
 }
 
 // merged returns the file log: a line for each line of the console, each message of gvm's, and each
-// command of a disk that the state has, by time. state was read at the time read.
+// command of a disk and task management function that the state has, by time. state was read at the
+// time read.
 func (l *crashLog) merged(state *inspect.Node, read time.Duration) []byte {
 	all := slices.Concat(l.lines(), l.events, diskEvents(state, read))
 	slices.SortStableFunc(all, func(a, b event) int { return cmp.Compare(a.time, b.time) })
@@ -108,22 +109,35 @@ func (l *crashLog) merged(state *inspect.Node, read time.Duration) []byte {
 }
 
 // diskEvents returns the commands of disks in a machine's state, which was read at a time: the last ones
-// that were answered, and those that were not.
+// that were answered, and those that were not. Task management functions follow the same rule. Of a disk
+// that the kernel serves there is a line without commands.
 func diskEvents(state *inspect.Node, read time.Duration) (events []event) {
 	if state == nil {
 		return nil
 	}
-	for _, disks := range state.Nodes {
-		if disks.Name != "disk" {
-			continue
+	add := func(from, line string, n inspect.Node) {
+		if age, ok := n.Get("age").(inspect.Age); ok && line != "" {
+			events = append(events, event{read - time.Duration(age), from, line})
 		}
-		for _, d := range disks.Nodes {
-			for _, part := range d.Nodes {
-				for _, c := range part.Nodes {
-					age, ok := c.Get("age").(inspect.Age)
-					if line := commandLine(part.Name, c); ok && line != "" {
-						events = append(events, event{read - time.Duration(age), "disk/" + d.Name, line})
+	}
+	for _, group := range state.Nodes {
+		for _, n := range group.Nodes {
+			switch group.Name {
+			case "disk":
+				for _, part := range n.Nodes {
+					for _, c := range part.Nodes {
+						add("disk/"+n.Name, commandLine(part.Name, c), c)
 					}
+				}
+			case "lio":
+				for _, d := range n.Nodes {
+					events = append(events, event{read, "lio/" + n.Name + "/" + d.Name,
+						"the kernel serves this disk: gvm does not see its commands"})
+				}
+			case "pci":
+				for _, f := range below(n, "virtio", "device", "function") {
+					from, line := functionLine(f)
+					add(from, line, f)
 				}
 			}
 		}
@@ -149,4 +163,31 @@ func commandLine(group string, c inspect.Node) string {
 		return fmt.Sprintf("%s: %v, %v", line, status, sense)
 	}
 	return fmt.Sprintf("%s: %v", line, status)
+}
+
+// below returns the nodes of the group with a path below n.
+func below(n inspect.Node, path ...string) []inspect.Node {
+	for _, name := range path {
+		i := slices.IndexFunc(n.Nodes, func(c inspect.Node) bool { return c.Name == name })
+		if i < 0 {
+			return nil
+		}
+		n = n.Nodes[i]
+	}
+	return n.Nodes
+}
+
+// functionLine returns the disk of a task management function, and its description.
+func functionLine(f inspect.Node) (from, line string) {
+	from, line = "disk", fmt.Sprint(f.Get("function"))
+	if lun := f.Get("lun"); lun != nil {
+		from = fmt.Sprintf("disk/%v", lun)
+	}
+	if detail := f.Get("detail"); detail != nil {
+		line += fmt.Sprintf(" %v", detail)
+	}
+	if response := f.Get("response"); response != nil {
+		return from, fmt.Sprintf("%s: %v", line, response)
+	}
+	return from, line + ": not answered"
 }

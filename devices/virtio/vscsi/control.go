@@ -49,7 +49,8 @@ func (d *Device) control(w *virtio.Worker, c *virtq.Chain) error {
 	}
 	var resp []byte
 	if typ == tTMF {
-		resp = []byte{d.observed(binary.LittleEndian.Uint32(req[4:]), req[8:16], binary.LittleEndian.Uint64(req[16:]))}
+		resp = []byte{d.observed(req[8:16], trace.Record{Function: binary.LittleEndian.Uint32(req[4:]),
+			Tag: binary.LittleEndian.Uint64(req[16:])})}
 	} else {
 		// event_actual is 0: a disk has none of the multimedia events.
 		resp = make([]byte, 5)
@@ -62,19 +63,19 @@ func (d *Device) control(w *virtio.Worker, c *virtq.Chain) error {
 	return nil
 }
 
-// observed calls manage and tells the observer.
-func (d *Device) observed(function uint32, lun []byte, id uint64) byte {
-	o := d.cfg.Observer
-	if o == nil {
-		return d.manage(function, lun, id)
+// observed calls manage, keeps the function for Inspect and tells the observer.
+func (d *Device) observed(lun []byte, r trace.Record) byte {
+	r.Kind, r.Missing, r.LUN = trace.TaskManagement, trace.NoQueue|trace.NoResidual, [8]byte(lun)
+	answered, o := d.functions.add(r), d.cfg.Observer
+	if o != nil {
+		r.Time = o.Now()
 	}
-	r := trace.Record{
-		Kind: trace.TaskManagement, Missing: trace.NoQueue | trace.NoResidual,
-		Time: o.Now(), LUN: [8]byte(lun), Tag: id, Function: function,
+	r.Response = d.manage(r.Function, lun, r.Tag)
+	answered(r.Response)
+	if o != nil {
+		r.Latency = o.Now() - r.Time
+		o.Observe(&r)
 	}
-	r.Response = d.manage(function, lun, id)
-	r.Latency = o.Now() - r.Time
-	o.Observe(&r)
 	return r.Response
 }
 

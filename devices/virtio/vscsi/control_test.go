@@ -10,6 +10,7 @@ import (
 
 	"gvm/devices/scsi"
 	"gvm/devices/virtio"
+	"gvm/inspect"
 )
 
 func tmf(function uint32, lun string, id uint64) []byte {
@@ -53,6 +54,39 @@ func TestTaskManagement(t *testing.T) {
 			t.Errorf("%s: response % x, target asked %q", tt.name, resp, calls)
 		}
 	}
+}
+
+// TestFunctionsInspected: the device shows its last task management functions, the newest first, and that
+// one is not answered yet.
+func TestFunctionsInspected(t *testing.T) {
+	var during []inspect.Node
+	f := &asked{fake: &fake{submit: good}}
+	r := newRig(t, Config{Target: f}, 0)
+	show := func() []inspect.Node { return r.dev.functions.inspect().Nodes }
+	f.reset = func() { during = show() }
+	for i := range 9 {
+		r.roundTrip(0, tmf(tmfAbortTask, lun5, uint64(i)), nil, 1, nil)
+	}
+	r.roundTrip(0, tmf(tmfLogicalUnitReset, lun5, 0), nil, 1, nil)
+	if len(during) != 8 || during[0].Get("response") != nil || during[0].Get("lun") != 5 {
+		t.Errorf("during the function: %v", during)
+	}
+	after := show()
+	if len(after) != 8 || after[0].Get("function") != "LOGICAL UNIT RESET" || after[0].Get("response") != "OK" ||
+		after[1].Get("function") != "ABORT TASK" || after[1].Get("detail") != "tag 8" {
+		t.Errorf("after it: %v", after)
+	}
+}
+
+// asked is a target that calls reset in a LOGICAL UNIT RESET.
+type asked struct {
+	*fake
+	reset func()
+}
+
+func (a *asked) LogicalUnitReset(lun scsi.LUN) scsi.TaskResponse {
+	a.reset()
+	return a.fake.LogicalUnitReset(lun)
 }
 
 func TestAsynchronousNotification(t *testing.T) {

@@ -12,5 +12,6 @@ func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 		inspect.Int("cdb_size", d.cdbSize.Load()),
 		inspect.Int("event_buffers", len(d.events.buffers)),
 		inspect.Bool("events_missed", d.events.missed),
+		d.functions.inspect(),
 	}, d.workers.Inspect()
 }

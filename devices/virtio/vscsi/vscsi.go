@@ -98,6 +98,7 @@ type Device struct {
 	protection         bool // VIRTIO_SCSI_F_T10_PI is negotiated
 	workers            virtio.Workers
 	events             events
+	functions          functions
 }
 
 // New returns a device. The error names the field and its fault.
