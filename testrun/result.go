@@ -96,9 +96,9 @@ type Result struct {
 	Command *CommandEnd `json:"command"`
 	Rung    string      `json:"rung"` // by which the agent said hello; "": it did not
 
-	Kernel  string   `json:"kernel"`  // the image; set by the caller, like the next two
-	Release string   `json:"release"` // "": not known
-	Missing []string `json:"missing"` // options of the kernel's configuration, with the reason
+	Kernel  text.Name `json:"kernel"`  // the image; set by the caller, like the next two
+	Release string    `json:"release"` // "": not known
+	Missing []string  `json:"missing"` // options of the kernel's configuration, with the reason
 
 	// Reports are those of the guest's kernel, with fingerprints; Failing of them fail the run.
 	Reports []verdict.Report `json:"reports"`

@@ -92,3 +92,12 @@ func unit(b []byte) uint64 {
 	u, _ := strconv.ParseUint(string(b[2:6]), 16, 16) // json has checked it
 	return u
 }
+
+// Names returns the words as names.
+func Names(words []string) []Name {
+	var names []Name
+	for _, w := range words {
+		names = append(names, Name(w))
+	}
+	return names
+}

@@ -96,10 +96,10 @@ func featureOptions(c *cli.Context) ([]kernel.Option, error) {
 
 // kernelReport is the JSON of gvm kernel check.
 type kernelReport struct {
-	Kernel  string         `json:"kernel"`
+	Kernel  text.Name      `json:"kernel"`
 	Release string         `json:"release,omitempty"`
-	Modules string         `json:"modules,omitempty"`
-	Config  string         `json:"config"`
+	Modules text.Name      `json:"modules,omitempty"`
+	Config  text.Name      `json:"config"`
 	Options []kernelOption `json:"options"`
 	OK      bool           `json:"ok"` // no required option is missing
 }
@@ -129,7 +129,8 @@ func checkKernel(out io.Writer, name string, options []kernel.Option, asJSON boo
 		return &boot.ImageError{Name: k.Image.Name, What: "has no configuration, inside or beside it",
 			Mend: "give its build directory or package, or build it with CONFIG_IKCONFIG=y"}
 	}
-	r := kernelReport{Kernel: k.Image.Name, Release: k.Release, Modules: k.Modules.Path, Config: config.From, OK: true}
+	r := kernelReport{Kernel: text.Name(k.Image.Name), Release: k.Release, Modules: text.Name(k.Modules.Path),
+		Config: text.Name(config.From), OK: true}
 	var missing []string
 	for _, o := range options {
 		need, value := "recommended", config.Has(o)
@@ -155,8 +156,8 @@ func checkKernel(out io.Writer, name string, options []kernel.Option, asJSON boo
 
 func (r *kernelReport) print(out io.Writer) error {
 	var b strings.Builder
-	for _, row := range [][2]string{{"kernel", r.Kernel}, {"release", r.Release}, {"modules", r.Modules},
-		{"config", r.Config}} {
+	for _, row := range [][2]string{{"kernel", string(r.Kernel)}, {"release", r.Release}, {"modules", string(r.Modules)},
+		{"config", string(r.Config)}} {
 		fmt.Fprintf(&b, "%-8s %s\n", row[0], text.Printable(cmp.Or(row[1], "unknown")))
 	}
 	const columns = 53 // of all but WHY

@@ -69,7 +69,7 @@ func TestKernelCheck(t *testing.T) {
 	r := gvmRuns(t, command(t, "kernel", "check", "--json", lacking))
 	var report kernelReport
 	if err := json.Unmarshal([]byte(r.out), &report); err != nil || report.OK ||
-		len(report.Options) != len(kernel.Options) || report.Config != lacking+"/.config" || r.status != exitLacks {
+		len(report.Options) != len(kernel.Options) || string(report.Config) != lacking+"/.config" || r.status != exitLacks {
 		t.Errorf("status %d, %v, %+v", r.status, err, report)
 	}
 }

@@ -633,7 +633,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 	}
 	res = t.stopped(run.Wait())
 	record.finishTest(res, t.note)
-	res.Kernel, res.Release = k.Image.Name, k.Release
+	res.Kernel, res.Release = text.Name(k.Image.Name), k.Release
 	res.Missing = missing
 	if res.Rung == "" && res.Kind != testrun.Stopped && k.Config.Text == nil { // no file had it
 		if c, err := k.Embedded(boot.CacheDir()); err == nil {

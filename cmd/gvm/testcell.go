@@ -55,7 +55,7 @@ func takeOrder(args []string) ([]string, error) {
 // runCell runs the attempt of the order, and writes its messages.
 func (t *testConfig) runCell(o *cellOrder) error {
 	out := json.NewEncoder(os.Stdout)
-	t.kernel, t.spec.CPUs, t.machineName = o.Cell.Kernel, o.Cell.CPUs, o.Machine
+	t.kernel, t.spec.CPUs, t.machineName = string(o.Cell.Kernel), o.Cell.CPUs, o.Machine
 	t.note = func(s string) { _ = out.Encode(cellMessage{Note: s}) } // if the parent is gone, so is the reader
 	t.output = &cellOutput{}
 	if t.matrix.dir != "" {

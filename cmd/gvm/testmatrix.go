@@ -82,7 +82,7 @@ func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int, h
 		return nil, nil
 	}
 	m := &matrixConfig{
-		axes:    matrix.Axes{Kernels: kernels, CPUs: cpus, Backends: []string{""}, Rounds: 1},
+		axes:    matrix.Axes{Kernels: text.Names(kernels), CPUs: cpus, Backends: []string{""}, Rounds: 1},
 		disks:   wordsOf(c, "disk"),
 		jobs:    c.Int("jobs"),
 		retry:   c.Int("retry"),
@@ -199,7 +199,7 @@ func (t *testConfig) testMatrix(w io.Writer) error {
 		if err := t.chooseKernel(); err != nil {
 			return fail(err)
 		}
-		m.axes.Kernels = []string{t.kernel}
+		m.axes.Kernels = []text.Name{text.Name(t.kernel)}
 	}
 	cells, err := m.axes.Cells()
 	if err == nil && m.cell >= len(cells) {

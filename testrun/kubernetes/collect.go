@@ -12,6 +12,7 @@ import (
 
 	"gvm/testrun"
 	"gvm/testrun/matrix"
+	"gvm/text"
 )
 
 // maxMessage is the largest termination message that Kubernetes keeps of a container.
@@ -50,7 +51,9 @@ func cut(d matrix.Done, keep int) matrix.Done {
 		r := *a.Result
 		a.Result = &r
 		short(&r.Text)
-		short(&r.Kernel)
+		kernel := string(r.Kernel)
+		short(&kernel)
+		r.Kernel = text.Name(kernel)
 		short(&r.Release)
 		if r.Command != nil {
 			c := *r.Command

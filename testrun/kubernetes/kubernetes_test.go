@@ -11,12 +11,13 @@ import (
 
 	"gvm/testrun"
 	"gvm/testrun/matrix"
+	"gvm/text"
 	"gvm/verdict"
 	"gvm/verdict/klog"
 )
 
 // axes have four cells.
-var axes = matrix.Axes{Kernels: []string{"/boot/a", "/boot/b"}, CPUs: []int{1, 4}, Backends: []string{""}, Rounds: 1}
+var axes = matrix.Axes{Kernels: []text.Name{"/boot/a", "/boot/b"}, CPUs: []int{1, 4}, Backends: []string{""}, Rounds: 1}
 
 // attempt is one with a value in each field that JSON has.
 func attempt(kind testrun.Kind, status int) matrix.Attempt {
@@ -144,11 +145,11 @@ func FuzzMessage(f *testing.F) {
 		if lines < 0 || lines > 200 || attempts < 1 || attempts > 20 || len(s) > 4096 {
 			t.Skip()
 		}
-		d := matrix.Done{Cell: matrix.Cell{Name: strings.Repeat("n", 190), Kernel: s}}
+		d := matrix.Done{Cell: matrix.Cell{Name: strings.Repeat("n", 190), Kernel: text.Name(s)}}
 		for range attempts {
 			a := attempt(testrun.NotStarted, 127)
 			r := a.Result
-			r.Text, r.Kernel, r.Release, r.Command.Error = s, s, s, s
+			r.Text, r.Kernel, r.Release, r.Command.Error = s, text.Name(s), s, s
 			r.Reports[0].Title, r.Reports[0].Frames[0].Symbol = s, s
 			for range lines {
 				for _, list := range []*[]string{&r.Log, &r.Missing, &r.Detail, &a.Output} {

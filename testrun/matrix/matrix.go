@@ -19,23 +19,24 @@ import (
 
 	"gvm/panics"
 	"gvm/testrun"
+	"gvm/text"
 )
 
 // Axes are the dimensions of a matrix. Each has a value at least.
 type Axes struct {
-	Kernels  []string `json:"kernels"`
-	CPUs     []int    `json:"cpus"`
-	Backends []string `json:"backends"` // of the disks; "": each disk's own
-	Rounds   int      `json:"rounds"`
+	Kernels  []text.Name `json:"kernels"`
+	CPUs     []int       `json:"cpus"`
+	Backends []string    `json:"backends"` // of the disks; "": each disk's own
+	Rounds   int         `json:"rounds"`
 }
 
 // Cell is a test in one machine.
 type Cell struct {
-	Name    string `json:"name"` // unique, also as the name of a file
-	Kernel  string `json:"kernel"`
-	CPUs    int    `json:"cpus"`
-	Backend string `json:"backend,omitempty"`
-	Round   int    `json:"round"` // from 1
+	Name    string    `json:"name"` // unique, also as the name of a file
+	Kernel  text.Name `json:"kernel"`
+	CPUs    int       `json:"cpus"`
+	Backend string    `json:"backend,omitempty"`
+	Round   int       `json:"round"` // from 1
 }
 
 // MaxCells bounds the cells of a matrix.
@@ -79,18 +80,18 @@ const maxLabel = 150
 
 // kernelLabels returns unique names for kernels: the last elements of their paths, or all of them if
 // two are equal.
-func kernelLabels(kernels []string) []string {
+func kernelLabels(kernels []text.Name) []string {
 	label := func(s string) string {
 		s = regexp.MustCompile(`[^A-Za-z0-9._+]+`).ReplaceAllString(s, "-")
 		return strings.TrimLeft(s[max(0, len(s)-maxLabel):], "-.")
 	}
 	labels := make([]string, len(kernels))
 	for i, k := range kernels {
-		labels[i] = label(filepath.Base(k))
+		labels[i] = label(filepath.Base(string(k)))
 	}
 	if sorted := slices.Sorted(slices.Values(labels)); len(slices.Compact(sorted)) < len(labels) {
 		for i, k := range kernels {
-			labels[i] = label(k)
+			labels[i] = label(string(k))
 		}
 	}
 	for i, name := range labels {

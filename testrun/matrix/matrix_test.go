@@ -14,8 +14,31 @@ import (
 	"time"
 
 	"gvm/testrun"
+	"gvm/text"
 	"gvm/verdict"
 )
+
+// TestKernelOfBytes: the path of a kernel, which may have any bytes, comes back from JSON.
+func TestKernelOfBytes(t *testing.T) {
+	const path = "/boot/\xff"
+	var axes Axes
+	var d Done
+	for _, v := range []struct{ from, to any }{
+		{Axes{Kernels: []text.Name{path}}, &axes},
+		{Done{Cell: Cell{Kernel: path}, Attempts: []Attempt{{Result: &testrun.Result{Kernel: path}}}}, &d},
+	} {
+		b, err := json.Marshal(v.from)
+		if err == nil {
+			err = json.Unmarshal(b, v.to)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if axes.Kernels[0] != path || d.Kernel != path || d.Attempts[0].Result.Kernel != path {
+		t.Errorf("%q, %q, %q", axes.Kernels, d.Kernel, d.Attempts[0].Result.Kernel)
+	}
+}
 
 // TestCells: names are unique, fit for files, and have no more than they need.
 func TestCells(t *testing.T) {
@@ -24,15 +47,15 @@ func TestCells(t *testing.T) {
 		axes Axes
 		want string
 	}{
-		{Axes{[]string{"a/bzImage"}, []int{1}, []string{""}, 1}, "bzImage"},
-		{Axes{[]string{"6.1.0-13-amd64", "host"}, []int{1, 16}, []string{""}, 1},
+		{Axes{[]text.Name{"a/bzImage"}, []int{1}, []string{""}, 1}, "bzImage"},
+		{Axes{[]text.Name{"6.1.0-13-amd64", "host"}, []int{1, 16}, []string{""}, 1},
 			"6.1.0-13-amd64-cpus1 6.1.0-13-amd64-cpus16 host-cpus1 host-cpus16"},
-		{Axes{[]string{"a/bzImage", "../b c/bzImage"}, []int{2}, []string{""}, 1}, "a-bzImage b-c-bzImage"},
-		{Axes{[]string{"k", "k", "k"}, []int{1}, []string{""}, 1}, "k k-k2 k-k3"},
-		{Axes{[]string{"..", "/"}, []int{1}, []string{""}, 1}, "-k2 -k3"},
-		{Axes{[]string{long}, []int{1}, []string{""}, 1}, long[:maxLabel]},
-		{Axes{[]string{"k"}, []int{1}, []string{"process", "vhost"}, 1}, "k-process k-vhost"},
-		{Axes{[]string{"k"}, []int{1}, []string{"vhost"}, 10},
+		{Axes{[]text.Name{"a/bzImage", "../b c/bzImage"}, []int{2}, []string{""}, 1}, "a-bzImage b-c-bzImage"},
+		{Axes{[]text.Name{"k", "k", "k"}, []int{1}, []string{""}, 1}, "k k-k2 k-k3"},
+		{Axes{[]text.Name{"..", "/"}, []int{1}, []string{""}, 1}, "-k2 -k3"},
+		{Axes{[]text.Name{text.Name(long)}, []int{1}, []string{""}, 1}, long[:maxLabel]},
+		{Axes{[]text.Name{"k"}, []int{1}, []string{"process", "vhost"}, 1}, "k-process k-vhost"},
+		{Axes{[]text.Name{"k"}, []int{1}, []string{"vhost"}, 10},
 			"k-run01 k-run02 k-run03 k-run04 k-run05 k-run06 k-run07 k-run08 k-run09 k-run10"},
 	} {
 		cells, err := tt.axes.Cells()
@@ -45,7 +68,7 @@ func TestCells(t *testing.T) {
 		}
 	}
 	for _, rounds := range []int{MaxCells/2 + 1, 1 << 62} {
-		axes := Axes{[]string{"a", "b"}, []int{1}, []string{""}, rounds}
+		axes := Axes{[]text.Name{"a", "b"}, []int{1}, []string{""}, rounds}
 		if cells, err := axes.Cells(); err == nil {
 			t.Errorf("%d rounds: %d cells", rounds, len(cells))
 		}
