@@ -260,14 +260,22 @@ func listen(dir *os.File, file string) (*net.UnixListener, error) {
 	return l, nil
 }
 
-// release undoes claim.
+// release undoes claim. Another process that has the lock may have done so before, if it took this one
+// for dead: then the name can be a new machine's.
 func (d Directory) release(name string, lock *os.File) error {
+	defer lock.Close()
 	dir, err := d.lock(false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
-		return errors.Join(err, lock.Close())
+		return err
 	}
 	defer d.unlock(dir)
-	return errors.Join(d.remove(name, machineFiles...), lock.Close())
+	if !same(lock, filepath.Join(d.path, name+lockSuffix)) {
+		return nil
+	}
+	return d.remove(name, machineFiles...)
 }
 
 // machineFiles are the suffixes of a machine's files.

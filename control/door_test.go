@@ -2,6 +2,7 @@ package control
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -10,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // throughDoor returns a Door on a socket in a directory, and its refusals.
@@ -131,4 +134,47 @@ func FuzzRequest(f *testing.F) {
 			t.Errorf("%q adds %+v, %v", b, add, err)
 		}
 	})
+}
+
+// TestReleasedTwice: a machine that took its slow Door for dead has given up the name itself. Then the
+// Door's end is no error, and a new machine of the name keeps its files.
+func TestReleasedTwice(t *testing.T) {
+	for _, again := range []bool{false, true} {
+		in := In(filepath.Join(t.TempDir(), "run"))
+		s, err := Claim(in, "vm")
+		if err != nil {
+			t.Fatal(err)
+		}
+		socket, lock, err := s.HandOver(nil, func() error { return errors.New("the broker does not end") })
+		if err != nil {
+			t.Fatal(err)
+		}
+		fd, err := unix.Dup(int(lock.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := NewDoor(in, "vm", socket, os.NewFile(uintptr(fd), "lock"), 0, func(error) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Release(); err != nil {
+			t.Fatal(err)
+		}
+		if again {
+			if s, err = Claim(in, "vm"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Close(); err != nil {
+			t.Errorf("the Door's end: %v", err)
+		}
+		if list, err := in.List(); err != nil || (len(list) == 1) != again {
+			t.Errorf("a new machine %v: %v, %v", again, list, err)
+		}
+		if again {
+			if err := s.Release(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
 }
