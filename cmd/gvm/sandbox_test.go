@@ -45,7 +45,7 @@ var tries = map[string]func() error{
 
 // sandboxLacks reports whether the sandbox lacks a part on this kernel, or in a build with cgo.
 func sandboxLacks() bool {
-	_, _, errno := syscall.AllThreadsSyscall(unix.SYS_GETPPID, 0, 0, 0)
+	_, _, errno := syscall.AllThreadsSyscall(unix.SYS_GETPID, 0, 0, 0)
 	return errno != 0 || len(sandbox.Check().Missing) > 0
 }
 
