@@ -20,6 +20,7 @@ import (
 
 	"gvm/control"
 	"gvm/devices/block"
+	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/sidecar"
 	"gvm/machine/disk"
 	"gvm/text"
@@ -74,8 +75,9 @@ type setup struct {
 	asks    *control.Client
 	dir     string
 
-	mu  sync.Mutex
-	log []string
+	mu     sync.Mutex
+	log    []string
+	kernel kernel // of the broker, which holds mu meanwhile
 }
 
 func newSetup(t *testing.T) *setup {
@@ -118,6 +120,19 @@ func newSetup(t *testing.T) *setup {
 		defer s.mu.Unlock()
 		s.log = append(s.log, line)
 	})
+	s.kernel = s.broker.kernel
+	s.broker.kernel = kernel{
+		func(pid int, wwn string, u lio.Unit) ([]string, error) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.kernel.addTo(pid, wwn, u)
+		},
+		func(pid int, wwn string, lun int) error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.kernel.removeFrom(pid, wwn, lun)
+		},
+	}
 	door.Serve(s.broker.pass)
 	go func() {
 		if !s.broker.serve() {

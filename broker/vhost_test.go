@@ -20,7 +20,7 @@ import (
 // the machine's own target, as the request has it. It removes disks of that target alone.
 func TestVhost(t *testing.T) {
 	s := newSetup(t)
-	var added []lio.Unit
+	var added []lio.Unit // this and the next two are guarded by s.mu
 	var removed []int
 	var opened os.FileInfo
 	target := &lio.Target{WWN: "naa.5001405000000001"}
@@ -30,7 +30,7 @@ func TestVhost(t *testing.T) {
 		}
 		return nil
 	}
-	s.broker.kernel.addTo = func(pid int, wwn string, u lio.Unit) ([]string, error) {
+	addUnit := func(pid int, wwn string, u lio.Unit) ([]string, error) {
 		if fi, err := u.Backend.(*block.File).Stat(); err != nil || !os.SameFile(fi, opened) {
 			t.Errorf("not the file that was opened, but %+v, %v", fi, err)
 		}
@@ -40,10 +40,12 @@ func TestVhost(t *testing.T) {
 		added = append(added, u)
 		return []string{"a note"}, mine(pid, wwn)
 	}
-	s.broker.kernel.removeFrom = func(pid int, wwn string, lun int) error {
+	s.mu.Lock()
+	s.kernel = kernel{addUnit, func(pid int, wwn string, lun int) error {
 		removed = append(removed, lun)
 		return mine(pid, wwn)
-	}
+	}}
+	s.mu.Unlock()
 	if err := s.Shut(); err != nil {
 		t.Fatal(err)
 	}
@@ -54,6 +56,8 @@ func TestVhost(t *testing.T) {
 	}
 	refused := func(what string, err error) {
 		t.Helper()
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		if !errors.Is(err, unix.EACCES) || len(added) > 0 {
 			t.Errorf("%s: %v", what, err)
 		}
@@ -67,7 +71,10 @@ func TestVhost(t *testing.T) {
 	_, err := s.Image(path, block.Options{ReadOnly: true, BlockSize: 512, Lend: true})
 	refused("the image once more", err)
 	// The path leads elsewhere: package lio refuses that, as the file is another one.
-	if opened, err = f.Stat(); err != nil {
+	s.mu.Lock()
+	opened, err = f.Stat()
+	s.mu.Unlock()
+	if err != nil {
 		t.Fatal(err)
 	}
 	if err := errors.Join(os.Remove(path), os.Symlink(other, path)); err != nil {
@@ -75,19 +82,26 @@ func TestVhost(t *testing.T) {
 	}
 
 	u := lio.Unit{LUN: 3, UnitConfig: scsi.UnitConfig{Backend: f, Serial: "forged", BlockSize: 4096}}
-	if notes, err := s.AddTo(target, u); err != nil || len(notes) != 1 || len(added) != 1 {
-		t.Fatalf("%v, %v; added %+v", notes, err, added)
+	notes, err := s.AddTo(target, u)
+	s.mu.Lock()
+	got := added
+	added = nil
+	s.mu.Unlock()
+	if err != nil || len(notes) != 1 || len(got) != 1 {
+		t.Fatalf("%v, %v; added %+v", notes, err, got)
 	}
-	b := added[0].Backend.(*block.File)
-	if g := added[0]; g.LUN != 3 || g.Serial != "S" || !g.ReadOnly || g.BlockSize != 512 || b.Identity() != path {
+	b := got[0].Backend.(*block.File)
+	if g := got[0]; g.LUN != 3 || g.Serial != "S" || !g.ReadOnly || g.BlockSize != 512 || b.Identity() != path {
 		t.Errorf("%+v, %s", g, b.Identity())
 	}
-	added = nil
 	refused("the image twice", add(path, 3))
-	if err := s.RemoveFrom(target, 3); err != nil || len(removed) != 1 || removed[0] != 3 {
+	err = s.RemoveFrom(target, 3)
+	s.mu.Lock()
+	if err != nil || len(removed) != 1 || removed[0] != 3 {
 		t.Errorf("%v, removed %v", err, removed)
 	}
-	if err := s.RemoveFrom(&lio.Target{WWN: "naa.5001405000000002"}, 3); err == nil {
+	s.mu.Unlock()
+	if s.RemoveFrom(&lio.Target{WWN: "naa.5001405000000002"}, 3) == nil {
 		t.Error("a disk of another's target is removed")
 	}
 }
@@ -99,18 +113,17 @@ func TestVhostErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	target := &lio.Target{WWN: "naa.5001405000000001"}
+	if err := s.RemoveFrom(target, 0); err == nil || strings.Contains(err.Error(), "\n") {
+		t.Errorf("a target that is not there: %v", err)
+	}
 	for _, want := range []error{lio.ErrUnit, lio.ErrBusy, lio.ErrPermission} {
-		s.broker.kernel.addTo = func(int, string, lio.Unit) ([]string, error) { return nil, fmt.Errorf("x: %w", want) }
+		s.mu.Lock()
+		s.kernel.addTo = func(int, string, lio.Unit) ([]string, error) { return nil, fmt.Errorf("x: %w", want) }
+		s.mu.Unlock()
 		f := s.add(t, filepath.Join(s.dir, want.Error()+".img")+",size=1M,backend=vhost")
 		_, err := s.AddTo(target, lio.Unit{UnitConfig: scsi.UnitConfig{Backend: f}})
 		if err == nil || err.Error() != "x: "+want.Error() || want != lio.ErrPermission && !errors.Is(err, want) {
 			t.Errorf("%v, want %v", err, want)
 		}
 	}
-	s.broker.kernel = kernel{lio.AddTo, lio.RemoveFrom}
-	err := s.RemoveFrom(target, 0)
-	if err == nil || strings.Contains(err.Error(), "\n") {
-		t.Errorf("a target that is not there: %v", err)
-	}
-	t.Log(err)
 }
