@@ -40,7 +40,10 @@ type process struct {
 	ended   bool
 }
 
-// result is a gvm that ended. Console is without carriage returns.
+// sandboxNote is gvm's line on parts of the sandbox that L1 lacks, or a gvm that racelab builds with cgo.
+var sandboxNote = regexp.MustCompile(`(?m)^gvm: sandbox: .*\n`)
+
+// result is a gvm that ended. Console is without carriage returns, and stderr without sandboxNote.
 type result struct {
 	status          int // -1: ended by a signal
 	console, stderr string
@@ -154,7 +157,7 @@ func (p *process) end() (r result) {
 	err := p.err
 	late := errors.Is(p.ctx.Err(), context.DeadlineExceeded)
 	p.stop()
-	r = result{p.cmd.ProcessState.ExitCode(), p.console.String(), p.errs.String(), late}
+	r = result{p.cmd.ProcessState.ExitCode(), p.console.String(), sandboxNote.ReplaceAllString(p.errs.String(), ""), late}
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) && !errors.Is(err, exec.ErrWaitDelay) && !late {
 		r.fatalf(p.t, "gvm: %v", err)
