@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Environment of the test binary: the Config with which it enters a jail, and what it does there.
+// Environment of the test binary: the Config with which it enters a jail, and its task there.
 const (
 	configEnv = "GVM_TEST_JAIL_CONFIG"
 	insideEnv = "GVM_TEST_JAIL_INSIDE"
@@ -56,7 +56,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// inside is the program in the jail. It prints what it sees, and ends with the status of its first argument.
+// inside is the program in the jail. It prints its view of the system, and ends with the status of
+// its first argument.
 func inside(what string) int {
 	if what == "wait" {
 		fmt.Println("waits")
@@ -296,7 +297,7 @@ func TestRefuses(t *testing.T) {
 }
 
 // TestEnds: after every end of the program its jail is free and empty, and until then there is no second
-// one in it. The next program removes what is left if the janitor was killed too.
+// one in it. The next program removes the rest if the janitor was killed too.
 func TestEnds(t *testing.T) {
 	for _, tt := range []struct {
 		signal syscall.Signal

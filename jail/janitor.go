@@ -21,7 +21,7 @@ const (
 	lockFD    = 4 // the jail's directory, with the lock
 )
 
-// startJanitor starts the process that removes what the machine leaves, as soon as this one ends.
+// startJanitor starts the process that cleans up after the machine, as soon as this one ends.
 func startJanitor(dir, cgroup string, lock *os.File) error {
 	fail := func(err error) error { return fmt.Errorf("--jail %s: start the janitor: %w", dir, err) }
 	fd, err := unix.PidfdOpen(os.Getpid(), 0)
@@ -64,7 +64,7 @@ func Main(args []string) error {
 			return fmt.Errorf("wait for the machine: %w", err)
 		}
 	}
-	// The socket is the broker's to remove. What the user's machine has put beside it stays, and so does
+	// The socket is the broker's to remove. Other files of the user's machine stay, and so does
 	// the directory then.
 	path := filepath.Join("/proc/self/fd", strconv.Itoa(lockFD), runDir)
 	_ = clean(func() error { return removeRun(path) })

@@ -16,7 +16,7 @@ import (
 	"gvm/text"
 )
 
-// Limits bound what the program and its children take of the host.
+// Limits bound the host's resources of the program and its children.
 type Limits struct {
 	controls []control
 	rlimits  []rlimit
@@ -106,7 +106,7 @@ type group struct {
 }
 
 // cgroup returns the control group for the machine in a directory, whose name is that of the directory,
-// and removes what a machine left there that was killed together with its janitor.
+// and removes that of a machine that was killed together with its janitor.
 func (l *Limits) cgroup(dir string) (g group, err error) {
 	if len(l.controls) == 0 {
 		return g, nil

@@ -112,7 +112,7 @@ func (b *bind) mount() error {
 	if !b.Write {
 		attr.Attr_set |= unix.MOUNT_ATTR_RDONLY
 	}
-	if directory { // with what is mounted below it, which remounting leaves as it is
+	if directory { // with the mounts below it, which remounting does not change
 		if err := unix.Mount(from, b.to, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 			return err
 		}
@@ -179,7 +179,7 @@ func (c *Config) makeSystem(cgroup bool) error {
 	for _, name := range append([]string{"/dev/null"}, c.Devices...) {
 		var st unix.Stat_t
 		if err := unix.Stat(name, &st); err == unix.ENOENT {
-			continue // the program says what it needs it for
+			continue // the program has a message for that
 		} else if err != nil {
 			return fmt.Errorf("--jail %s: %s: %w", c.Dir, name, err)
 		}

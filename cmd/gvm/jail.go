@@ -20,7 +20,7 @@ import (
 // jailFlagNames are removed from the command line of the program in the jail.
 var jailFlagNames = []string{"jail", "uid", "gid", "jail-limit"}
 
-// jailEnvironment is what the program in a jail keeps of root's environment.
+// jailEnvironment has the variables of root's environment that the program in a jail keeps.
 var jailEnvironment = []string{"GOMAXPROCS", "TERM"}
 
 func jailFlags() []cli.Flag {

@@ -22,7 +22,7 @@ import (
 // cellMessages to standard output. It is a process as the sandbox holds for all of one.
 const cellArg0 = "gvm-cell"
 
-// cellOrder is what the command line does not say of an attempt at a cell.
+// cellOrder has the facts of an attempt at a cell that are not on the command line.
 type cellOrder struct {
 	Cell     matrix.Cell
 	Name     string // of the files of --output
