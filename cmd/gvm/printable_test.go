@@ -21,6 +21,8 @@ import (
 	"gvm/devices/scsi/trace"
 	"gvm/guest/embedded"
 	"gvm/inspect"
+	"gvm/testrun"
+	"gvm/verdict"
 	"gvm/vmm"
 )
 
@@ -287,5 +289,15 @@ func TestNamesOfBytes(t *testing.T) {
 	if r := ask(t, dir, "trace", "diff", "--json", "trace\xff", "trace\xff"); r.status != 0 ||
 		!strings.Contains(r.out, `"a": "trace\udcff"`) {
 		t.Errorf("%+v", r)
+	}
+}
+
+// TestExplainIsPrintable: a guest that has taken over the process of a matrix's cell writes its result.
+func TestExplainIsPrintable(t *testing.T) {
+	report := verdict.Report{Fails: true}
+	report.Fingerprint, report.Text = "\x1b[2J", []string{"\x1b[2J"}
+	res := &testrun.Result{Kind: testrun.Fault, Reports: []verdict.Report{report}}
+	if s := explain("gvm: ", res); !strings.Contains(s, "fingerprint") || strings.Contains(s, "\x1b") {
+		t.Errorf("%q", s)
 	}
 }

@@ -498,7 +498,7 @@ func section(prefix, heading string, lines []string) string {
 	if len(lines) == 0 {
 		return ""
 	}
-	s := prefix + heading + "\n"
+	s := text.Printable(prefix+heading) + "\n"
 	for _, line := range lines {
 		s += "  " + text.Printable(line) + "\n"
 	}

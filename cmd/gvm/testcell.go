@@ -31,7 +31,8 @@ type cellOrder struct {
 	Requests []int  // and of the shares
 }
 
-// cellMessage is a note, or the end of the attempt, whose output it has.
+// cellMessage is a note, or the end of the attempt, whose output it has. A guest may have taken over the
+// process that writes it: the reader bounds it, and prints its text escaped.
 type cellMessage struct {
 	Note      string          `json:",omitempty"`
 	Result    *testrun.Result `json:",omitempty"`
