@@ -19,7 +19,7 @@ import (
 // Directory is the directory of the sockets of a user's machines. Each machine has two files there:
 // NAME.lock, which contains its PID and is locked by it (flock(2)), and NAME.sock. The holder of a name
 // may have NAME.vsock there as well. A process locks the directory itself while it creates, removes or
-// checks files.
+// checks files: shared if it only checks, so that any number of verbs run at the same time.
 type Directory struct{ path string }
 
 // Errors of Claim and of a Client.
@@ -109,9 +109,9 @@ func private(path string, uid int) error {
 	return nil
 }
 
-// lock locks the directory. If create is set it makes a missing directory, otherwise it returns
-// fs.ErrNotExist. The file is for unlock.
-func (d Directory) lock(create bool) (*os.File, error) {
+// lock locks the directory, how is LOCK_EX or LOCK_SH. If create is set it makes a missing directory,
+// otherwise it returns fs.ErrNotExist. The file is for unlock.
+func (d Directory) lock(how int, create bool) (*os.File, error) {
 	for {
 		if create {
 			if err := os.Mkdir(d.path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -132,10 +132,10 @@ func (d Directory) lock(create bool) (*os.File, error) {
 		if err != nil {
 			return nil, err
 		}
-		err = flock(f, unix.LOCK_EX|unix.LOCK_NB)
+		err = flock(f, how|unix.LOCK_NB)
 		for giveUp := time.Now().Add(lockTimeout); errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(giveUp); {
 			time.Sleep(5 * time.Millisecond)
-			err = flock(f, unix.LOCK_EX|unix.LOCK_NB)
+			err = flock(f, how|unix.LOCK_NB)
 		}
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			err = fmt.Errorf("%s: another process has held its lock for %v: look for a gvm that is stopped (kill -CONT it)",
@@ -191,7 +191,7 @@ func (d Directory) claim(name string) (lock *os.File, l *net.UnixListener, err e
 	if err := CheckName(name); err != nil {
 		return nil, nil, err
 	}
-	dir, err := d.lock(true)
+	dir, err := d.lock(unix.LOCK_EX, true)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -264,7 +264,7 @@ func listen(dir *os.File, file string) (*net.UnixListener, error) {
 // for dead: then the name can be a new machine's.
 func (d Directory) release(name string, lock *os.File) error {
 	defer lock.Close()
-	dir, err := d.lock(false)
+	dir, err := d.lock(unix.LOCK_EX, false)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -301,20 +301,29 @@ type Entry struct {
 // List returns the live machines, sorted by name, and removes the files of dead ones. A missing
 // directory has none.
 func (d Directory) List() ([]Entry, error) {
-	dir, err := d.lock(false)
+	list, dead, err := d.list(unix.LOCK_SH)
+	if err == nil && dead {
+		list, _, err = d.list(unix.LOCK_EX)
+	}
+	return list, err
+}
+
+// list returns the live machines, and whether it saw files of dead ones, which it removes under
+// LOCK_EX.
+func (d Directory) list(how int) (list []Entry, dead bool, err error) {
+	dir, err := d.lock(how, false)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+		return nil, false, nil
 	}
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	defer d.unlock(dir)
 	names, err := dir.Readdirnames(-1)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	slices.Sort(names)
-	var list []Entry
 	for _, file := range names {
 		name, ok := strings.CutSuffix(file, lockSuffix)
 		if !ok || CheckName(name) != nil {
@@ -322,19 +331,21 @@ func (d Directory) List() ([]Entry, error) {
 		}
 		f, err := os.OpenFile(filepath.Join(d.path, file), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 		if err != nil {
-			return list, err
+			return list, dead, err
 		}
-		switch err = flock(f, unix.LOCK_EX|unix.LOCK_NB); {
+		switch err = flock(f, how|unix.LOCK_NB); {
 		case errors.Is(err, unix.EWOULDBLOCK):
 			list = append(list, Entry{name, holder(f)})
 			err = nil
-		case err == nil:
+		case err == nil && how == unix.LOCK_EX:
 			err = d.remove(name, machineFiles...)
+		case err == nil:
+			dead = true
 		}
 		f.Close()
 		if err != nil {
-			return list, err
+			return list, dead, err
 		}
 	}
-	return list, nil
+	return list, dead, nil
 }

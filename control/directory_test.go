@@ -256,7 +256,7 @@ func TestCheckName(t *testing.T) {
 // TestLockHeld: the wait for a directory's lock is bounded, as its holder may be stopped.
 func TestLockHeld(t *testing.T) {
 	d := testDir(t)
-	dir, err := d.lock(true)
+	dir, err := d.lock(unix.LOCK_EX, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -264,5 +264,34 @@ func TestLockHeld(t *testing.T) {
 	_, err = d.List() // hangs if it waits for the lock without a limit
 	if err == nil || !strings.Contains(err.Error(), d.path+": another process has held its lock") {
 		t.Errorf("list: %v", err)
+	}
+}
+
+// TestListsTogether: lists do not wait for each other, nor does one see the other's look at a dead
+// machine's lock as a live machine.
+func TestListsTogether(t *testing.T) {
+	d := testDir(t)
+	dir, err := d.lock(unix.LOCK_EX, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.unlock(dir)
+	if err := flock(dir, unix.LOCK_SH); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(d.path, "dead"+lockSuffix)
+	if err := os.WriteFile(path, []byte("1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	other, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if err := flock(other, unix.LOCK_SH); err != nil {
+		t.Fatal(err)
+	}
+	if list, dead, err := d.list(unix.LOCK_SH); len(list) != 0 || !dead || err != nil {
+		t.Errorf("%v, dead %v, %v", list, dead, err)
 	}
 }
