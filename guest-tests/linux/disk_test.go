@@ -26,9 +26,10 @@ func TestDisks(t *testing.T) {
 	protected := diskFile(t, make([]byte, 4<<20))
 	disconnect := nbd(t, files[3])
 	r := guest{kernel: l.Debian, script: `
-wait_for /dev/sde
+for d in a b c d e; do wait_for /dev/sd$d; done
 for d in /sys/block/sd*; do
 	lun=$(basename $(readlink -f $d/device)); lun=${lun##*:}; s=$d/device; dev=/dev/${d##*/}
+	say $lun-disk ${d##*/}
 	say $lun-sha256 $(sum $dev)
 	say $lun-bytes $(blockdev --getsize64 $dev)
 	say $lun-readonly $(cat $d/ro)
@@ -95,7 +96,7 @@ klog
 	}
 	r.kernelLog(t, 1,
 		// The errors of the forced write.
-		`\] (sd 0:0:0:3|critical \w+ error, dev sdb|Buffer I/O error on dev sdb)`)
+		`\] (sd 0:0:0:3|(critical \w+ error,|Buffer I/O error on) dev `+r.said(t, "3-disk")+`)`)
 	disconnect()
 	written := func(lun string) []byte {
 		b := make([]byte, 4096)

@@ -42,6 +42,7 @@ var diskModules = []string{"virtio_pci", "virtio_scsi", "sd_mod"}
 //	sum [FILE]       prints the SHA-256 of a file or its input
 //	klog             shows the kernel's log from warnings on
 //	wait_for FILE    waits for a file, and for a disk to open (its node appears a little earlier)
+//	disk LUN         prints the path of a disk; Linux names the disks in any order
 const prologue = `
 say() { echo "= $*"; }
 sum() { sha256sum "$@" | cut -c1-64; }
@@ -54,6 +55,7 @@ wait_for() {
 		[ $n -lt 300 ] || { say missing "$1"; return 1; }
 	done
 }
+disk() { set -- /sys/class/scsi_device/*:*:*:$1/device/block/*; echo /dev/${1##*/}; }
 `
 
 // build makes the guest's initramfs, and returns the arguments of gvm run for it.

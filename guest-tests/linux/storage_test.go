@@ -36,11 +36,11 @@ func testFio(t *testing.T, protected string) {
 	for i, options := range []string{"", ",cache=writethrough", ",block_size=4096", ",pi=1"} {
 		args = append(args, "--disk", diskFile(t, make([]byte, 8<<20))+options) // half of it for each job
 		for j, rw := range []string{"randwrite", "randtrimwrite"} {
-			job += fmt.Sprintf("[lun%d-%s]\nfilename=/dev/sd%c\noffset=%dk\nrandseed=%d\nrw=%s\n", i, rw, 'a'+i, 4096*j, 7+i, rw)
+			job += fmt.Sprintf("[lun%d-%s]\nfilename=$(disk %d)\noffset=%dk\nrandseed=%d\nrw=%s\n", i, rw, i, 4096*j, 7+i, rw)
 		}
 	}
 	g := guest{kernel: theLab(t).Debian, hostPrograms: []string{hostProgram(t, "fio", "fio")}, script: `
-wait_for /dev/sde
+for d in a b c d e; do wait_for /dev/sd$d; done
 cat >/tmp/job <<-END
 [global]
 size=4m
@@ -57,17 +57,17 @@ END
 fio --output=/tmp/out /tmp/job >/tmp/errors 2>&1
 say fio $? $(grep -c 'err= 0' /tmp/out)
 cat /tmp/errors
-for d in a b c d; do say trims-$d $(awk '{ print ($12 > 0) }' /sys/block/sd$d/stat); done
+for lun in 0 1 2 3; do d=$(disk $lun); say trims-$lun $(awk '{ print ($12 > 0) }' /sys/block/${d##*/}/stat); done
 klog
 
-dd if=/dev/sde of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null && say before read
-dd if=/dev/sde of=/dev/null bs=4k skip=256 count=1 iflag=direct 2>/dev/null || say changed refused
+dd if=$(disk 4) of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null && say before read
+dd if=$(disk 4) of=/dev/null bs=4k skip=256 count=1 iflag=direct 2>/dev/null || say changed refused
 dmesg | grep -q 'protection error\|guard' && say log protection
 `}
 	r := g.run(t, append(args, "--disk", protected+",pi=1", "--cpus", "2")...)
 	r.wantStatus(t, 0)
 	r.want(t, map[string]string{
-		"fio": "0 8", "trims-a": "1", "trims-b": "1", "trims-c": "1", "trims-d": "1",
+		"fio": "0 8", "trims-0": "1", "trims-1": "1", "trims-2": "1", "trims-3": "1",
 		"before": "read", "changed": "refused", "log": "protection",
 	})
 	r.kernelLog(t, 1)
