@@ -5,7 +5,10 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/term"
 
 	"gvm/panics"
 )
@@ -17,6 +20,7 @@ type errorOutput struct {
 	queue   []string
 	dropped int           // since the queue was full
 	idle    chan struct{} // closed when the queue is written; nil: it is empty
+	midLine atomic.Bool   // the guest's last output to the terminal ended no line
 }
 
 // maxErrorQueue bounds the notes that wait for a reader.
@@ -24,8 +28,11 @@ const maxErrorQueue = 256
 
 var stderr errorOutput
 
-// say queues text to be written, in order.
+// say queues text to be written, in order. It begins a line of its own on the terminal of the guest.
 func (e *errorOutput) say(text string) {
+	if e.midLine.Swap(false) && term.IsTerminal(int(os.Stderr.Fd())) {
+		text = "\r\n" + text // the terminal may be raw
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if len(e.queue) == maxErrorQueue {

@@ -35,6 +35,7 @@ type terminal struct {
 	in    *os.File
 	out   *os.File
 	tty   *tty // nil if in is not a terminal
+	shown bool // out is a terminal
 	run   context.Context
 	quit  func(error)
 	wake  *eventfd.FD // ends the input goroutine
@@ -62,6 +63,7 @@ func newTerminal(quit func(error)) *terminal {
 // open makes the terminal raw, if it is one, until run is done.
 func (t *terminal) open(run context.Context) (err error) {
 	t.run = run
+	t.shown = term.IsTerminal(int(t.out.Fd()))
 	if t.wake, err = eventfd.New(); err != nil {
 		return err
 	}
@@ -96,6 +98,7 @@ func (t *terminal) Write(p []byte) (n int, err error) {
 	panics.Go(func() {
 		defer close(written)
 		wn, werr = t.out.Write(p)
+		stderr.midLine.Store(t.shown && wn > 0 && p[wn-1] != '\n')
 	})
 	select {
 	case <-written:
