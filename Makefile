@@ -22,16 +22,16 @@ TAGS = urfave_cli_no_docs,nethttpomithttp2
 
 # Packages that run seldom are compiled without inlining, which makes the program smaller. Not those
 # whose variables the compiler then no longer initializes, such as net/http.
-SELDOM = archive/tar crypto/ecdsa crypto/internal/fips140/... crypto/rsa crypto/tls crypto/x509 \
-	debug/... encoding/asn1 encoding/json encoding/xml flag fmt github.com/urfave/cli/v2 gvm/broker \
-	gvm/cmd/gvm gvm/control gvm/devices/i6300esb gvm/devices/pvpanic gvm/devices/rtc \
-	gvm/devices/scsi/lio gvm/devices/scsi/trace gvm/devices/statusport gvm/devices/virtio/net/tap \
-	gvm/devices/virtio/replay gvm/devices/virtio/vhostnet gvm/devices/virtio/vhostring \
-	gvm/devices/virtio/vhostscsi gvm/devices/virtio/vhostvsock gvm/gdbstub gvm/guest/agent \
-	gvm/guest/agent/archive gvm/guest/initramfs gvm/guest/kernel gvm/inspect gvm/jail gvm/kvmapi/vhost \
-	gvm/machine gvm/machine/disk gvm/sandbox gvm/testrun/... gvm/verdict/... gvm/vmm/acpi \
-	gvm/vmm/boot gvm/vmm/vmcore internal/zstd math/big mime/... net/netip net/textproto net/url \
-	reflect regexp/syntax text/template/... vendor/golang.org/...
+SELDOM = archive/tar crypto/... debug/... encoding/asn1 encoding/json encoding/xml flag fmt \
+	github.com/urfave/cli/v2 gvm/broker gvm/cmd/gvm gvm/control gvm/devices/i6300esb \
+	gvm/devices/pvpanic gvm/devices/rtc gvm/devices/scsi/lio gvm/devices/scsi/trace \
+	gvm/devices/statusport gvm/devices/virtio/net/tap gvm/devices/virtio/replay \
+	gvm/devices/virtio/vhostnet gvm/devices/virtio/vhostring gvm/devices/virtio/vhostscsi \
+	gvm/devices/virtio/vhostvsock gvm/gdbstub gvm/guest/agent gvm/guest/agent/archive \
+	gvm/guest/initramfs gvm/guest/kernel gvm/inspect gvm/jail gvm/kvmapi/vhost gvm/machine \
+	gvm/machine/disk gvm/sandbox gvm/testrun/... gvm/verdict/... gvm/vmm/acpi gvm/vmm/boot \
+	gvm/vmm/vmcore internal/zstd log math/big mime/... net net/netip net/textproto net/url os/exec \
+	reflect regexp/syntax text/tabwriter text/template/... vendor/golang.org/...
 
 # Where build puts the programs.
 BIN = bin
