@@ -663,6 +663,7 @@ func (m *Machine) DialVsock(ctx context.Context, port uint32) (*vsock.Conn, erro
 //	disk/N           the disk of LUN N that this program serves: counters, task/N (the commands
 //	                 that are not answered, the oldest first) and last/N (the newest first)
 //	lio/WWN/N        a disk that the kernel serves
+//	disk_change/N    changes of disks while the machine runs, the newest first
 //
 // Inspect takes half a second at most. A part that cannot be read meanwhile, because a device is
 // stopping or a CPU waits for a device, is inspect.Busy. The error is an *inspect.PathError, or

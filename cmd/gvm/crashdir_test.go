@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"gvm/devices/virtio"
 	"gvm/guest/embedded"
 	"gvm/inspect"
 )
@@ -85,8 +86,9 @@ func TestCrashDir(t *testing.T) {
 	}
 }
 
-// TestCrashLog: the log has the lines of the console, gvm's messages, the commands of disks and the task
-// management functions by time, a line for each, and its memory is bounded.
+// TestCrashLog: the log has the lines of the console, gvm's messages, the commands and changes of disks, the
+// task management functions and the events of virtio devices by time, a line for each, and its memory is
+// bounded.
 func TestCrashLog(t *testing.T) {
 	var l crashLog
 	l.add(1*time.Second, "the guest's first instruction")
@@ -107,13 +109,21 @@ func TestCrashLog(t *testing.T) {
 		return inspect.Group(name, append([]inspect.Node{inspect.Text("function", op), inspect.Int("lun", 3),
 			{Name: "age", Value: inspect.Age(age)}}, more...)...)
 	}
+	happened := func(name, what string, age time.Duration, values ...inspect.Node) inspect.Node {
+		return inspect.Group(name, append(append([]inspect.Node{inspect.Text("event", what)}, values...),
+			inspect.Node{Name: "age", Value: inspect.Age(age)})...)
+	}
 	scsi := inspect.Group("00:01.0", inspect.Group("virtio", inspect.Group("device", inspect.Group("function",
 		function("0", "LOGICAL UNIT RESET", 5500*time.Millisecond),
 		function("1", "ABORT TASK", 6200*time.Millisecond, inspect.Text("detail", "tag 8d"),
-			inspect.Text("response", "OK"))))))
+			inspect.Text("response", "OK")))),
+		inspect.Int("device_type", virtio.IDSCSI), inspect.Group("event",
+			happened("0", "DEVICE_NEEDS_RESET", 4800*time.Millisecond, inspect.Text("error", "ring\n2")),
+			happened("1", "DRIVER_OK", 8500*time.Millisecond, inspect.Int("queues_enabled", 3)))))
 	state := inspect.Group("", inspect.Bool("paused", false), inspect.Group("disk", disk),
 		inspect.Group("pci", inspect.Group("00:00.0", inspect.Group("config")), scsi),
-		inspect.Group("lio", inspect.Group("naa.5", inspect.Group("1", inspect.Text("path", "/a")))))
+		inspect.Group("lio", inspect.Group("naa.5", inspect.Group("1", inspect.Text("path", "/a")))),
+		inspect.Group("disk_change", happened("0", "removing /a is over", 4500*time.Millisecond, inspect.Int("lun", 3))))
 	var got []string
 	for line := range strings.Lines(string(l.merged(&state, 10*time.Second))) {
 		at, rest, _ := strings.Cut(line, " ")
@@ -124,6 +134,7 @@ func TestCrashLog(t *testing.T) {
 	}
 	want := []string{
 		"gvm     the guest's first instruction\n",
+		"pci/00:01.0 scsi: DRIVER_OK, queues_enabled 3\n",
 		"console one\n", "console two\n",
 		"disk/0  READ(10) lba 8 blocks 1: not answered\n",
 		"disk/0  TEST UNIT READY: GOOD\n",
@@ -132,6 +143,8 @@ func TestCrashLog(t *testing.T) {
 		"disk/0  INQUIRY: CHECK CONDITION, ILLEGAL REQUEST, 24/00\n",
 		"disk/3  LOGICAL UNIT RESET: not answered\n",
 		"gvm     a note\\u000aof a file\n",
+		"pci/00:01.0 scsi: DEVICE_NEEDS_RESET, error ring\\u000a2\n",
+		"disk    removing /a is over, lun 3\n",
 		"lio/naa.5/1 the kernel serves this disk: gvm does not see its commands\n",
 	}
 	if !slices.Equal(got, want) {

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"gvm/devices/virtio"
 	"gvm/inspect"
 	"gvm/text"
 )
@@ -94,10 +95,10 @@ func (l *crashLog) lines() (lines []event) {
 }
 
 // merged returns the file log: a line for each line of the console, each message of gvm's, and each
-// command of a disk and task management function that the state has, by time. state was read at the
-// time read.
+// command and change of a disk, task management function and event of a virtio device that the state has,
+// by time. state was read at the time read.
 func (l *crashLog) merged(state *inspect.Node, read time.Duration) []byte {
-	all := slices.Concat(l.lines(), l.events, diskEvents(state, read))
+	all := slices.Concat(l.lines(), l.events, deviceEvents(state, read))
 	slices.SortStableFunc(all, func(a, b event) int { return cmp.Compare(a.time, b.time) })
 	var b bytes.Buffer
 	begin := time.Now().Add(-inspect.Clock())
@@ -108,10 +109,10 @@ func (l *crashLog) merged(state *inspect.Node, read time.Duration) []byte {
 	return b.Bytes()
 }
 
-// diskEvents returns the commands of disks in a machine's state, which was read at a time: the last ones
-// that were answered, and those that were not. Task management functions follow the same rule. Of a disk
-// that the kernel serves there is a line without commands.
-func diskEvents(state *inspect.Node, read time.Duration) (events []event) {
+// deviceEvents returns what a machine's state, which was read at a time, has with times: the last commands of
+// disks that were answered, and those that were not, task management functions alike, changes of disks, and
+// events of virtio devices. Of a disk that the kernel serves there is a line without commands.
+func deviceEvents(state *inspect.Node, read time.Duration) (events []event) {
 	if state == nil {
 		return nil
 	}
@@ -123,6 +124,8 @@ func diskEvents(state *inspect.Node, read time.Duration) (events []event) {
 	for _, group := range state.Nodes {
 		for _, n := range group.Nodes {
 			switch group.Name {
+			case "disk_change":
+				add("disk", eventLine(n), n)
 			case "disk":
 				for _, part := range n.Nodes {
 					for _, c := range part.Nodes {
@@ -139,10 +142,25 @@ func diskEvents(state *inspect.Node, read time.Duration) (events []event) {
 					from, line := functionLine(f)
 					add(from, line, f)
 				}
+				id, _ := n.Get("virtio/device_type").(virtio.ID)
+				for _, e := range below(n, "virtio", "event") {
+					add("pci/"+n.Name, id.Name()+": "+eventLine(e), e)
+				}
 			}
 		}
 	}
 	return events
+}
+
+// eventLine describes an event of package inspect with its values.
+func eventLine(n inspect.Node) string {
+	line := fmt.Sprint(n.Get("event"))
+	for _, v := range n.Nodes {
+		if v.Name != "event" && v.Name != "age" {
+			line += fmt.Sprintf(", %s %v", v.Name, v.Value)
+		}
+	}
+	return line
 }
 
 // commandLine describes a command of a disk, of the group task or last; "": it is in the other group.

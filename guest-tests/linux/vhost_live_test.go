@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -119,14 +120,15 @@ func makeByHand(t *testing.T, n int, contents ...[]byte) (m handMade) {
 // TestVhostPlug: the guest sees without a rescan that disks come and go, while it reads from others:
 // those that gvm disk adds and removes, of its own target and of the kernel's, and LUNs that are added to
 // a target in configfs and removed from it, as by targetcli. It sees gvm disk resize one as well. gvm has
-// let go of an image that it removed.
+// let go of an image that it removed. The guest panics at the end, and the log of its crash record has these
+// changes, and those of the devices that the kernel serves.
 func TestVhostPlug(t *testing.T) {
 	lioUnchanged(t)
 	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
 	stay := [][]byte{content("stays", 1<<20), content("stays with the kernel", 1<<20), content("by hand 0", 1<<20)}
 	second, byHand := content("comes and goes", 2<<20), content("by hand 1", 2<<20)
 	m := makeByHand(t, 0, stay[2], byHand)
-	comes := diskFile(t, second)
+	comes, crashes := diskFile(t, second), t.TempDir()
 	p := start(t, nil, append(guest{kernel: theLab(t).Debian, script: `
 wait_for /dev/sda; wait_for /dev/sdb; wait_for /dev/sdc` + plugging + `
 ( while :; do for d in $old; do
@@ -142,7 +144,8 @@ grown() { for d in $old; do [ $(cat /sys/block/$d/size) = 2048 ] || echo $d; don
 until [ "$(grown)" ]; do sleep 0.1; done
 say grown $(cat /sys/block/$(grown)/size) $(head -c 1048576 /dev/$(grown) | sum)
 kill $reader
-`}.build(t), "--name=plug", "--disk", diskFile(t, stay[0])+",serial=STAYS",
+echo c >/proc/sysrq-trigger
+`}.build(t), "--name=plug", "--crash-dir", crashes, "--disk", diskFile(t, stay[0])+",serial=STAYS",
 		"--disk", diskFile(t, stay[1])+",backend=vhost", "--disk", "wwn="+m.wwn+",backend=vhost")...)
 	disk := func(want string, args ...string) {
 		t.Helper()
@@ -165,7 +168,8 @@ kill $reader
 	p.waitFor("grow")
 	disk("", "resize", "STAYS", "4M")
 	r := p.wait()
-	r.wantStatus(t, 0)
+	r.wantStatus(t, 5)
+	wantVhostLog(t, crashes, comes)
 	want := map[string]string{"grown": "8192 " + sum(stay[0])}
 	plugged(want, "own", second, stay...)
 	plugged(want, "kernel", second, stay...)
@@ -177,6 +181,34 @@ kill $reader
 	wantFile(t, comes, 0, second)
 	if left, err := filepath.Glob(os.Getenv("XDG_RUNTIME_DIR") + "/*"); len(left) > 0 {
 		t.Errorf("gvm has left %v, %v", left, err)
+	}
+}
+
+// wantVhostLog checks the log of a crash record of TestVhostPlug's guest.
+func wantVhostLog(t *testing.T, crashes, comes string) {
+	t.Helper()
+	logs, err := filepath.Glob(crashes + "/*/log")
+	if err != nil || len(logs) != 1 {
+		t.Fatalf("crash records %q, %v", logs, err)
+	}
+	log, err := os.ReadFile(logs[0])
+	must(t, err)
+	comes = regexp.QuoteMeta(comes)
+	for _, want := range []string{
+		`(?s)Z pci/\S+ scsi: FEATURES_OK, driver_feature 0x1\S+\n.*Z pci/\S+ scsi: DRIVER_OK, queues_enabled 3\n` +
+			`.*Z pci/\S+ scsi: active\n.*Z disk    adding `,
+		`(?s)Z disk    adding ` + comes + `\n.*Z disk    adding ` + comes +
+			` is over, lun 1, backend vhost, size 2097152, guest told\n.*Z disk    removing ` + comes +
+			` is over, lun 1, backend vhost, size 2097152, guest told\n.*Z disk    resizing \S+ is over, ` +
+			`lun 0, backend process, size 4194304, guest told\n.*Z gvm     guest panic`,
+		`Z lio/naa\.\S+/0 the kernel serves this disk: gvm does not see its commands\n`,
+	} {
+		if !regexp.MustCompile(want).Match(log) {
+			t.Errorf("the log has no %s:\n%s", want, log)
+		}
+	}
+	for _, e := range regexp.MustCompile(`(?m)^.*Z pci/.*$`).FindAll(log, -1) {
+		t.Logf("%s", e)
 	}
 }
 

@@ -8,8 +8,8 @@ import (
 	"gvm/inspect"
 )
 
-// Inspect returns the state of the disks: groups disk, of those that gvm serves by LUN, and lio, of
-// the kernel's by WWN and LUN.
+// Inspect returns the state of the disks: groups disk, of those that gvm serves by LUN, lio, of the
+// kernel's by WWN and LUN, and disk_change, the last changes while the machine runs.
 func (ds *Set) Inspect() []inspect.Node {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
@@ -27,7 +27,7 @@ func (ds *Set) Inspect() []inspect.Node {
 		}
 		kernels.Nodes = append(kernels.Nodes, target)
 	}
-	return []inspect.Node{own, kernels}
+	return []inspect.Node{own, kernels, ds.history.Node("disk_change")}
 }
 
 // inspectDisk returns the description of a disk.

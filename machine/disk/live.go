@@ -20,6 +20,7 @@ import (
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/sidecar"
 	"gvm/devices/virtio/vscsi"
+	"gvm/inspect"
 	"gvm/panics"
 	"gvm/text"
 )
@@ -40,6 +41,7 @@ type live struct {
 	over    chan struct{}     // closed when ended is set; made by ending
 	paths   map[string]string // absolute paths of the kernel's disks
 	changes sync.WaitGroup
+	history inspect.Events // of the changes
 	bounds
 }
 
@@ -67,6 +69,7 @@ func (l *live) change(
 		error
 	}
 	answers, over := make(chan answer, 1), l.ending()
+	l.history.Add(what)
 	l.changes.Add(1)
 	panics.Go(func() {
 		defer l.changes.Done()
@@ -78,6 +81,7 @@ func (l *live) change(
 			l.mu.Lock()
 			done()
 			l.mu.Unlock()
+			l.history.Add(what+" is over", outcome(a.Change, a.error)...)
 			answers <- a
 		}()
 		a.Change, a.error = work(over)
@@ -96,6 +100,15 @@ func (l *live) change(
 	}
 	return control.Change{}, control.Errorf(http.StatusGatewayTimeout,
 		"%s takes long and goes on: gvm disk list shows when it is over", what)
+}
+
+// outcome returns the values of the end of a change, for its event.
+func outcome(ch control.Change, err error) []inspect.Node {
+	if err != nil {
+		return []inspect.Node{inspect.Text("error", err.Error())}
+	}
+	return []inspect.Node{inspect.Int("lun", ch.Disk.LUN), inspect.Text("backend", ch.Disk.Backend),
+		inspect.Int("size", ch.Disk.Size), inspect.Text("guest", string(ch.Guest))}
 }
 
 // Notifier sends events to the guest; *vscsi.Device is one.
@@ -246,7 +259,7 @@ func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 	d = all[len(all)-1]
 	ds.adding = append(ds.adding, d)
 	work := func(<-chan struct{}) (control.Change, error) { return add(d) }
-	return ds.change(ctx, "adding "+d.Path, work, func() {
+	return ds.change(ctx, "adding "+d.Name(), work, func() {
 		ds.adding = slices.DeleteFunc(ds.adding, func(a Spec) bool { return a.LUN == d.LUN && a.Backend == d.Backend })
 	})
 }
@@ -340,7 +353,7 @@ func (ds *Set) Remove(ctx context.Context, id string) (control.Change, error) {
 	ch := control.Change{Disk: s.describe(), Guest: ds.tell(&s, vscsi.TransportReset, vscsi.ResetRemoved)}
 	s.gone()
 	work := func(over <-chan struct{}) (control.Change, error) { return ch, ds.removeNow(s, over) }
-	return ds.change(ctx, "removing "+s.Spec.Path, work, release)
+	return ds.change(ctx, "removing "+s.Spec.Name(), work, release)
 }
 
 // removeNow is the slow part of Remove.
@@ -384,7 +397,7 @@ func (ds *Set) Resize(ctx context.Context, id string, r control.ResizeDisk) (con
 		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s, keeps its size",
 			s.number(), s.Spec.Path)
 	}
-	return ds.change(ctx, "resizing "+s.Spec.Path, func(over <-chan struct{}) (control.Change, error) {
+	return ds.change(ctx, "resizing "+s.Spec.Name(), func(over <-chan struct{}) (control.Change, error) {
 		return ds.resizeNow(s, over, func() error { return b.Resize(r.Size, r.Shrink, sidecar.Cut) })
 	}, release)
 }

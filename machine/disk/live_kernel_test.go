@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"gvm/control"
@@ -14,6 +16,7 @@ import (
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/lio"
 	"gvm/devices/virtio/vhostscsi"
+	"gvm/inspect"
 )
 
 // kernelDisks is a Set whose kernel's target has an image for each of luns. unplug is that of the
@@ -41,8 +44,31 @@ func kernelDisks(t *testing.T, unplug func(lun int) error, luns ...int) (ds *Set
 	return ds, paths
 }
 
+// wantChanges checks the changes of disks in the state, the newest first.
+func wantChanges(t *testing.T, ds *Set, want ...string) {
+	t.Helper()
+	root := inspect.Group("", ds.Inspect()...)
+	n, err := root.Read(t.Context(), "disk_change")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range n.Nodes {
+		line := ""
+		for _, v := range e.Nodes {
+			if _, ok := v.Value.(inspect.Age); !ok {
+				line += fmt.Sprint(" ", v.Value)
+			}
+		}
+		got = append(got, strings.TrimSpace(line))
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("changes %q, want %q", got, want)
+	}
+}
+
 // TestRemoveKernelDisk removes disks that the kernel serves, by path and by LUN, and to the last. A
-// target that refuses keeps its disk.
+// target that refuses keeps its disk. The state has each change, its outcome and its time.
 func TestRemoveKernelDisk(t *testing.T) {
 	var refusal error
 	var unplugged []int
@@ -56,6 +82,7 @@ func TestRemoveKernelDisk(t *testing.T) {
 	if _, err := ds.Remove(t.Context(), paths[1]); !errors.Is(err, refusal) || len(ds.List()) != 2 {
 		t.Errorf("refused: %v, %+v", err, ds.List())
 	}
+	wantChanges(t, ds, "removing "+paths[1]+" is over configfs is busy", "removing "+paths[1])
 	refusal = nil
 	if _, err := ds.Resize(t.Context(), paths[1], control.ResizeDisk{Size: 2 << 20}); err == nil {
 		t.Error("it has been resized")
@@ -78,6 +105,9 @@ func TestRemoveKernelDisk(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	wantChanges(t, ds, "removing "+paths[0]+" is over 3 vhost 1048576 absent", "removing "+paths[0],
+		"removing "+paths[1]+" is over 5 vhost 1048576 absent", "removing "+paths[1],
+		"removing "+paths[1]+" is over configfs is busy", "removing "+paths[1])
 	var e *control.Error
 	if _, err := ds.Remove(t.Context(), "3"); !errors.As(err, &e) || e.Status != 404 {
 		t.Errorf("a removed disk: %v", err)

@@ -9,6 +9,7 @@ import (
 
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtq"
+	"gvm/inspect"
 )
 
 // Device status bits (virtio 1.3, 2.1).
@@ -254,18 +255,29 @@ func (d *Device) setStatus(v byte) {
 	if v&statusFeaturesOK == 0 || v&statusFailed != 0 && d.status&statusDriverOK == 0 {
 		v &^= statusDriverOK
 	}
-	start := v&^d.status&statusDriverOK != 0
+	begun := v &^ d.status
 	d.status = v
-	if start {
+	if begun&statusFeaturesOK != 0 {
+		d.events.Add("FEATURES_OK", inspect.Bits("driver_feature", d.accepted))
+	}
+	if begun&statusFailed != 0 {
+		d.events.Add("FAILED")
+	}
+	if begun&statusDriverOK != 0 {
 		d.activate()
 	}
 }
 
 func (d *Device) activate() {
 	a := &activation{}
+	enabled := 0
 	for i := range d.queues {
 		a.vectors = a.vectors || d.queues[i].vector != noVector
+		if d.queues[i].enabled {
+			enabled++
+		}
 	}
+	d.events.Add("DRIVER_OK", inspect.Int("queues_enabled", enabled))
 	d.intx.begin(a)
 	err := d.stuck
 	switch {
@@ -303,6 +315,7 @@ func (d *Device) broken(a *activation, err error) {
 		return
 	}
 	a.reason.Store(&err)
+	d.events.Add("DEVICE_NEEDS_RESET", inspect.Text("error", err.Error()))
 	d.cfg.Log(fmt.Errorf("vpci: %s: %w", d.cfg.Name, err))
 	d.interrupt(a)
 }
@@ -343,6 +356,12 @@ func (d *Device) reset() error {
 // is refused then.
 func (d *Device) resetLocked() error {
 	d.stuck = d.cfg.Device.Reset()
+	switch {
+	case d.stuck != nil:
+		d.events.Add("reset", inspect.Text("error", d.stuck.Error()))
+	case d.status != 0:
+		d.events.Add("reset")
+	}
 	d.forget()
 	return d.stuck
 }

@@ -63,7 +63,7 @@ func (d *Device) inspectLocked() []inspect.Node {
 		}
 		queues.Nodes = append(queues.Nodes, n)
 	}
-	nodes = append(nodes, queues)
+	nodes = append(nodes, queues, d.events.Node("event"))
 	if len(own) > 0 {
 		nodes = append(nodes, inspect.Group("device", own...))
 	}

@@ -17,6 +17,7 @@ import (
 	"gvm/devices/pci"
 	"gvm/devices/virtio"
 	"gvm/guestmem"
+	"gvm/inspect"
 	"gvm/kvmapi/eventfd"
 	"gvm/panics"
 )
@@ -128,6 +129,7 @@ type Device struct {
 	gen       atomic.Uint32 // config_generation, the low 8 bits
 	act       atomic.Pointer[activation]
 	paused    atomic.Bool
+	events    inspect.Events
 
 	mu             sync.Mutex
 	status         byte // without DEVICE_NEEDS_RESET, which is act's
@@ -367,6 +369,7 @@ func (d *Device) stop(ctx context.Context, a *activation) error {
 		return nil
 	}
 	a.state = stopped
+	d.events.Add("stopped")
 	for i, base := range bases {
 		a.Queues[i].Base = base
 	}
@@ -384,7 +387,9 @@ func (d *Device) proceed(a *activation) {
 	if err := d.cfg.Device.Activate(act); err != nil {
 		a.state = failed
 		d.broken(a, fmt.Errorf("activate: %w", err))
+		return
 	}
+	d.events.Add("active")
 }
 
 // fail resets the device, and tells the driver to do that too. The caller holds mu.
