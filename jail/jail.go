@@ -37,6 +37,7 @@ type File struct {
 	Flag  string // of the command line, for messages
 	Path  string
 	Write bool
+	Make  bool // if there is none, an empty file of the user's is made
 }
 
 // UserError is an error that the user of Enter can mend on the command line.
@@ -79,16 +80,12 @@ func Enter(c Config) error {
 	if err := c.makeRun(lock); err != nil {
 		return err
 	}
-	if err := c.makeRoot(g.path != ""); err != nil {
-		return err
+	var made outputs
+	if err := c.makeRoot(g.path != "", &made); err != nil {
+		return errors.Join(err, made.remove())
 	}
 	if err := c.drop(); err != nil {
-		return err
-	}
-	for _, f := range c.Files {
-		if err := c.access(f); err != nil {
-			return err
-		}
+		return errors.Join(err, made.remove())
 	}
 	const exe = "/proc/self/exe"
 	err = unix.CloseRange(3, 1<<32-1, unix.CLOSE_RANGE_CLOEXEC)
@@ -219,7 +216,7 @@ func (c *Config) makeRun(dir *os.File) error {
 	return nil
 }
 
-// drop gives up root's rights.
+// drop checks that the user may use the files, and gives up root's rights.
 func (c *Config) drop() error {
 	fail := func(what string, err error) error { return fmt.Errorf("--jail %s: %s: %w", c.Dir, what, err) }
 	if err := c.Limits.setrlimits(); err != nil {
@@ -240,6 +237,14 @@ func (c *Config) drop() error {
 	if err := syscall.Setresgid(c.GID, c.GID, c.GID); err != nil {
 		return fail("setresgid", err)
 	}
+	if err := syscall.Setresuid(c.UID, 0, 0); err != nil { // access checks as the real user
+		return fail("setresuid", err)
+	}
+	for _, f := range c.Files {
+		if err := c.access(f); err != nil {
+			return err
+		}
+	}
 	if err := syscall.Setresuid(c.UID, c.UID, c.UID); err != nil {
 		return fail("setresuid", err)
 	}
@@ -254,6 +259,9 @@ func (c *Config) access(f File) error {
 	mode, what, mend := uint32(unix.R_OK), "read", "r"
 	if f.Write {
 		mode, what, mend = unix.R_OK|unix.W_OK, "read and write", "rw"
+	}
+	if fi, err := os.Stat(f.Path); err == nil && fi.IsDir() {
+		mode, what, mend = mode|unix.X_OK, "enter and "+what, mend+"x"
 	}
 	err := unix.Access(f.Path, mode)
 	switch {

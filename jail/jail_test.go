@@ -66,6 +66,19 @@ func inside(what string) int {
 		<-c
 		return 43
 	}
+	if what == "write" {
+		for _, path := range os.Args[2:] {
+			f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o666)
+			if err == nil {
+				_, err = f.WriteString("results")
+			}
+			if err == nil && f.Close() == nil {
+				continue
+			}
+			fmt.Println(err)
+			return 1
+		}
+	}
 	_ = filepath.WalkDir("/", func(path string, d fs.DirEntry, err error) error {
 		fmt.Println("path", path, err)
 		if err == nil && (path == "/proc" || path == "/sys") {
@@ -124,6 +137,9 @@ func start(t *testing.T, what string, c Config, env ...string) (*exec.Cmd, *byte
 		c.UID, c.GID = testUser, testGroup
 	}
 	c.Args = []string{"test", "42"}
+	for _, f := range c.Files {
+		c.Args = append(c.Args, f.Path)
+	}
 	c.Env = []string{insideEnv + "=" + what}
 	b, err := json.Marshal(c)
 	if err != nil {
@@ -189,7 +205,8 @@ func TestInside(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd, out := start(t, "look", Config{Dir: dir, Devices: []string{"/dev/zero", "/dev/missing"}, Files: []File{
-		{"--disk", data + "/write", true}, {"--kernel", data + "/read", false}, {"--share", data + "/share", false},
+		{Flag: "--disk", Path: data + "/write", Write: true}, {Flag: "--kernel", Path: data + "/read"},
+		{Flag: "--share", Path: data + "/share"},
 	}}, "GVM_TEST_JAIL_LIMITS=nofile=99,fsize=3M")
 	if err := cmd.Run(); cmd.ProcessState.ExitCode() != 42 {
 		t.Fatalf("%v, want status 42\n%s", err, out)
@@ -249,6 +266,9 @@ func TestInside(t *testing.T) {
 // TestRefuses: wrong values and files are refused with their mend, and nothing is left.
 func TestRefuses(t *testing.T) {
 	data := files(t, "image 0644", "private 0600", "share/x 0644")
+	if err := os.Mkdir(data+"/crashes", 0o744); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.Symlink(data+"/image", data+"/link"); err != nil {
 		t.Fatal(err)
 	}
@@ -258,7 +278,9 @@ func TestRefuses(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	disk := func(path string, write bool) Config { return Config{Files: []File{{"--disk", path, write}}} }
+	disk := func(path string, write bool) Config {
+		return Config{Files: []File{{Flag: "--disk", Path: path, Write: write}}}
+	}
 	inJail := jailDir(t)
 	for _, tt := range []struct {
 		c      Config
@@ -275,10 +297,11 @@ func TestRefuses(t *testing.T) {
 		{disk("image", false), 2, "--disk image: want an absolute path in a jail, such as /"},
 		{disk("/proc/cpuinfo", false), 2, "a jail has a /proc of its own"},
 		{disk("/", false), 2, "--disk /: the jail's own directory "},
-		{Config{Dir: inJail, Files: []File{{"--share", filepath.Dir(inJail), false}}}, 2, "is below it"},
+		{Config{Dir: inJail, Files: []File{{Flag: "--share", Path: filepath.Dir(inJail)}}}, 2, "is below it"},
 		{disk(data+"/link", false), 2, "no symbolic links: give " + data + "/image"},
 		{disk(data+"/missing", false), 2, "--disk " + data + "/missing: no such file"},
 		{disk(data+"/private", false), 2, "user 41234 may not read it: chown 41234 "},
+		{disk(data+"/crashes", false), 2, "user 41234 may not enter and read it: chown 41234 "},
 		{disk(data+"/image", true), 2, "user 41234 may not read and write it: chown 41234 "},
 	} {
 		if tt.c.Dir == "" {
@@ -293,6 +316,57 @@ func TestRefuses(t *testing.T) {
 		if filepath.Base(tt.c.Dir) == "jail" && filepath.IsAbs(tt.c.Dir) {
 			isEmpty(t, tt.c.Dir)
 		}
+	}
+}
+
+// TestOutputs: a program writes into files that root makes for its user, and into those of before. The one of
+// a machine that does not start is removed, and the others stay as they are.
+func TestOutputs(t *testing.T) {
+	dir := files(t, "old 0666", "private 0600")
+	if err := unix.Mkfifo(dir+"/pipe", 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Chmod(dir+"/pipe", 0o666), os.Symlink(dir+"/nowhere", dir+"/link")); err != nil {
+		t.Fatal(err)
+	}
+	output := func(name string) File { return File{Flag: "--junit", Path: dir + "/" + name, Write: true, Make: true} }
+	for _, tt := range []struct {
+		bad, text string
+	}{
+		{"private", "--junit " + dir + "/private: user 41234 may not read and write it: chown 41234 "},
+		{"link", "it is a symbolic link, and leads to no file"},
+		{"none/new", "--junit " + dir + "/none/new: no such file or directory"},
+	} {
+		cmd, out := start(t, "look", Config{Files: []File{output("a"), output(tt.bad), output("z")}})
+		if err := cmd.Run(); cmd.ProcessState.ExitCode() != 2 || !strings.Contains(out.String(), tt.text) {
+			t.Errorf("%s: %v\n%s", tt.bad, err, out)
+		}
+		if left, err := os.ReadDir(dir); err != nil || len(left) != 4 {
+			t.Errorf("%s: left %v, %v", tt.bad, left, err)
+		}
+	}
+	c := Config{Dir: jailDir(t), Files: []File{output("new"), output("old"), output("pipe")}}
+	cmd, out := start(t, "write", c)
+	defer unix.Umask(unix.Umask(0o027))
+	reader, err := os.OpenFile(dir+"/pipe", os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	if err := cmd.Run(); cmd.ProcessState.ExitCode() != 42 {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, f := range []string{"new", "old"} {
+		b, err := os.ReadFile(dir + "/" + f)
+		var st unix.Stat_t
+		if err := errors.Join(err, unix.Stat(dir+"/"+f, &st)); err != nil || string(b) != "results" ||
+			(st.Uid == 0) != (f == "old") || f == "new" && (st.Gid != testGroup || st.Mode != unix.S_IFREG|0o640) {
+			t.Errorf("%s has %q, %v, and is user %d's with mode %#o", f, b, err, st.Uid, st.Mode)
+		}
+	}
+	b := make([]byte, 99)
+	if n, err := reader.Read(b); string(b[:n]) != "results" {
+		t.Errorf("the pipe has %q, %v", b[:n], err)
 	}
 }
 

@@ -18,7 +18,7 @@ const harmless = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 // makeRoot makes the jail's root directory, in which this thread then is: a tmpfs that becomes read-only,
 // with the mount points of everything else. It is mounted over Config.Dir, in a mount namespace that ends
 // with its last process.
-func (c *Config) makeRoot(cgroup bool) error {
+func (c *Config) makeRoot(cgroup bool, made *outputs) error {
 	flags := unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
 	if cgroup {
 		flags |= unix.CLONE_NEWCGROUP
@@ -33,12 +33,14 @@ func (c *Config) makeRoot(cgroup bool) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fail("make mounts private", err)
 	}
-	defer unix.Umask(unix.Umask(0o022))
 	// A mount is made of one that is in this namespace, and of the one on top at its path.
 	slices.SortFunc(c.Files, func(a, b File) int { return strings.Compare(a.Path, b.Path) })
 	var binds []bind
-	for _, f := range append([]File{{"--jail", filepath.Join(c.Dir, runDir), true}}, c.Files...) {
+	for _, f := range append([]File{{Flag: "--jail", Path: filepath.Join(c.Dir, runDir), Write: true}}, c.Files...) {
 		fd, err := openStrictly(f.Path, unix.O_PATH)
+		if err == unix.ENOENT && f.Make {
+			fd, err = made.make(f.Path, c.UID, c.GID)
+		}
 		if err != nil {
 			return linkError(f.Flag, f.Path, err)
 		}
@@ -50,6 +52,7 @@ func (c *Config) makeRoot(cgroup bool) error {
 		binds = append(binds, b)
 	}
 	binds[0].to = filepath.Join(c.Dir, runDir)
+	defer unix.Umask(unix.Umask(0o022))
 	if err := unix.Mount("tmpfs", c.Dir, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=755,size=1m"); err != nil {
 		return fail("mount tmpfs", err)
 	}
@@ -145,6 +148,40 @@ func makeFile(path string) error {
 		return err
 	}
 	return f.Close()
+}
+
+// outputs are the files that Enter has made outside of the jail.
+type outputs []output
+
+type output struct {
+	dir  int // descriptor; execve closes it
+	name string
+}
+
+// make makes an empty file of a user's, and opens it. No link leads it elsewhere.
+func (o *outputs) make(path string, uid, gid int) (fd int, err error) {
+	dir, err := openStrictly(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY)
+	if err != nil {
+		return -1, err
+	}
+	name := filepath.Base(path)
+	fd, err = unix.Openat(dir, name, unix.O_RDONLY|unix.O_CREAT|unix.O_EXCL|unix.O_CLOEXEC, 0o666)
+	if err != nil {
+		unix.Close(dir)
+		return -1, err
+	}
+	*o = append(*o, output{dir, name})
+	return fd, unix.Fchown(fd, uid, gid)
+}
+
+// remove removes the files.
+func (o outputs) remove() (err error) {
+	for _, f := range o {
+		if e := unix.Unlinkat(f.dir, f.name, 0); e != nil {
+			err = errors.Join(err, fmt.Errorf("remove %s: %w", f.name, e))
+		}
+	}
+	return err
 }
 
 // makeSystem mounts the kernel's file systems, and makes the devices.

@@ -63,12 +63,6 @@ func parseJail(c *cli.Context, rc *runConfig, given func(string) bool) (*jail.Co
 			return nil, fmt.Errorf("--jail-limit %w", err)
 		}
 	}
-	for _, name := range []string{"trace", "crash-dir", "junit", "results"} {
-		if given(name) {
-			return nil, fmt.Errorf("--%s does not work with --jail, which has no way out for new files; leave one of them out",
-				name)
-		}
-	}
 	if rc.kernel != "" && !given("kernel") {
 		path, err := filepath.Abs(rc.kernel)
 		if err != nil {
@@ -104,6 +98,11 @@ func parseJail(c *cli.Context, rc *runConfig, given func(string) bool) (*jail.Co
 	for _, s := range rc.spec.Shares {
 		add("--share", s.Dir, false)
 		j.Files[len(j.Files)-1].Write = !s.ReadOnly
+	}
+	for _, name := range []string{"trace", "crash-dir", "junit", "results"} {
+		if path := c.String(name); path != "" {
+			j.Files = append(j.Files, jail.File{Flag: "--" + name, Path: path, Write: true, Make: name != "crash-dir"})
+		}
 	}
 	if err := jailNetwork(j, rc); err != nil {
 		return nil, err

@@ -16,7 +16,6 @@ func TestJailWords(t *testing.T) {
 		{"--jail-limit=pids=5", "--jail-limit is for --jail DIR"},
 		{"--jail=/j --uid=5", "--jail needs --uid and --gid"},
 		{"--jail=/j --uid=5 --gid=5 --jail-limit=cpu=1", `--jail-limit "cpu": want memory, cpus, pids, nofile or fsize`},
-		{"--jail=/j --uid=5 --gid=5 --trace=t", "--trace does not work with --jail"},
 		{"--jail=/j --uid=5 --gid=5 --disk=/a,backend=vhost", "--disk /a: backend=vhost does not work with --jail"},
 		{"--jail=/j --uid=5 --gid=5 --kernel=/k --net=user", "--net user does not work with --jail"},
 		{"--jail=/j --uid=5 --gid=5 --gdb=unix:/s", "--gdb unix: does not work with --jail"},
@@ -37,7 +36,7 @@ func TestJailWords(t *testing.T) {
 	}
 }
 
-// TestJailFiles: a jail has the files and devices of the command line.
+// TestJailFiles: a jail has the files and devices of the command line, and makes those for results.
 func TestJailFiles(t *testing.T) {
 	app := app([]string{"gvm", "run"})
 	var rc runConfig
@@ -47,17 +46,20 @@ func TestJailFiles(t *testing.T) {
 	}
 	if err := app.Run([]string{"gvm", "run", "--jail=/j", "--uid=5", "--gid=6", "--kernel=/k", "--initrd=/i",
 		"--disk=/d", "--disk=/r,readonly", "--disk=/b,overlay=/o", "--disk=/c,overlay=on", "--disk=mem:1M",
-		"--share=s=/s,ro", "--share=w=/w", "--net=tap=t,mac=02:00:00:00:00:01", "--vsock=vhost,cid=5"}); err != nil {
+		"--share=s=/s,ro", "--share=w=/w", "--net=tap=t,mac=02:00:00:00:00:01", "--vsock=vhost,cid=5",
+		"--junit=/x", "--results=/y", "--trace=/t", "--crash-dir=/crashes"}); err != nil {
 		t.Fatal(err)
 	}
 	var got []string
 	for _, f := range rc.jail.Files {
 		if f.Flag != "--net" { // of hosts with /etc/machine-id
-			got = append(got, fmt.Sprintf("%s %s %v", f.Flag, f.Path, f.Write))
+			got = append(got, fmt.Sprintf("%s %s %v %v", f.Flag, f.Path, f.Write, f.Make))
 		}
 	}
-	want := []string{"--kernel /k false", "--initrd /i false", "--disk /d true", "--disk /r false", "--disk /b false",
-		"--disk overlay /o true", "--disk /c false", "--share /s false", "--share /w true"}
+	want := []string{"--kernel /k false false", "--initrd /i false false", "--disk /d true false",
+		"--disk /r false false", "--disk /b false false", "--disk overlay /o true false", "--disk /c false false",
+		"--share /s false false", "--share /w true false", "--trace /t true true", "--crash-dir /crashes true false",
+		"--junit /x true true", "--results /y true true"}
 	if !slices.Equal(got, want) {
 		t.Errorf("files %q\nwant %q", got, want)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -144,5 +145,50 @@ func TestJailLimits(t *testing.T) {
 	r := gvmRuns(t, command(t, append([]string{"run", "--jail-limit=memory=40M"}, args...)...))
 	if r.status != exitUsage || !strings.Contains(r.errs, "memory.max of cgroup / is 40 MiB") {
 		t.Errorf("too little memory: status %d: %s%s", r.status, r.out, r.errs)
+	}
+}
+
+// TestJailOutputs: the results of a machine in a jail are outside of it, and are the user's. A second run
+// writes over those of the first, and leaves alone what gvm has not written.
+func TestJailOutputs(t *testing.T) {
+	needsJail(t)
+	const user = 41234
+	dir, out := filepath.Join(t.TempDir(), "jail"), t.TempDir()
+	crashes := filepath.Join(out, "crashes")
+	if err := errors.Join(os.Mkdir(dir, 0o755), os.Mkdir(crashes, 0o755), os.Chown(crashes, user, user)); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"run", "--guest-arg=crash=panic", "--jail", dir, fmt.Sprint("--uid=", user),
+		fmt.Sprint("--gid=", user), "--name=j", "--crash-dir", crashes, "--crash-core", "--memory=64M"}
+	files := []string{"junit", "results", "trace"}
+	for _, name := range files {
+		args = append(args, "--"+name, filepath.Join(out, name))
+	}
+	for i := range 2 {
+		if r := gvmRuns(t, command(t, args...)); r.status != exitPanic {
+			t.Fatalf("status %d: %s%s", r.status, r.out, r.errs)
+		}
+		core, err := filepath.Glob(crashes + "/*Z-j*/vmcore")
+		if err != nil || len(core) != i+1 {
+			t.Errorf("cores %q, %v", core, err)
+		}
+		for _, name := range files {
+			fi, err := os.Stat(filepath.Join(out, name))
+			if err != nil || fi.Size() == 0 || fi.Sys().(*syscall.Stat_t).Uid != user {
+				t.Errorf("%s: %+v, %v", name, fi, err)
+			}
+		}
+		b, err := os.ReadFile(filepath.Join(out, "results"))
+		if err != nil || !strings.Contains(string(b), "guest panic") {
+			t.Errorf("results %s, %v", b, err)
+		}
+	}
+	junit := filepath.Join(out, "junit")
+	if err := os.WriteFile(junit, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := gvmRuns(t, command(t, args...))
+	if b, _ := os.ReadFile(junit); r.status != exitUsage || string(b) != "mine" {
+		t.Errorf("status %d: %s%s, and the file has %q", r.status, r.out, r.errs, b)
 	}
 }
