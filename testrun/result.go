@@ -141,6 +141,13 @@ func Untested(err error) *Result {
 		Reports: []verdict.Report{}}
 }
 
+// TimedOut is the result of a run whose timeout elapsed without a word of the guest.
+func TimedOut(err error) *Result {
+	r := Untested(err)
+	r.Kind, r.Status, r.Err = Timeout, exitTimeout, nil
+	return r
+}
+
 // NoCommand is the result of a command that the host does not have, or may not run.
 func NoCommand(name string, err unix.Errno) *Result {
 	r := &Result{Format: Format, Reports: []verdict.Report{}}
@@ -227,6 +234,7 @@ func (r *Run) decide(out vmm.Outcome, err, cut error) *Result {
 			res.Command = nil
 		}
 	}
+	var timeout TimeoutError
 	silent := ""
 	if !hello {
 		silent = " before the agent said hello"
@@ -254,8 +262,8 @@ func (r *Run) decide(out vmm.Outcome, err, cut error) *Result {
 	case out.Ending == vmm.Bug:
 		untested(fmt.Errorf("a bug in gvm, please report it: %w", out.Err))
 		res.Detail = append(res.Detail, lines(out.Report)...)
-	case out.Ending == vmm.Stopped && errors.Is(out.Err, errTimeout):
-		set(Timeout, "the timeout of %s elapsed%s", r.cfg.Timeout, silent)
+	case out.Ending == vmm.Stopped && errors.As(out.Err, &timeout):
+		set(Timeout, "%v%s", timeout, silent)
 		res.Detail = append(res.Detail, lines(out.Report)...)
 	case out.Ending == vmm.Stopped && errors.Is(out.Err, errHang):
 		set(Hang, "the guest hangs: no progress for %s%s", r.cfg.Hang, silent)
@@ -286,8 +294,8 @@ func (r *Run) decide(out vmm.Outcome, err, cut error) *Result {
 		lost = fmt.Errorf("write the kernel's log: %w", logErr)
 	}
 	switch ended := res.Kind == Exited || res.Kind == Signaled || res.Kind == NotStarted; {
-	case ended && errors.Is(cut, errTimeout):
-		set(Timeout, "the timeout of %s elapsed before all output was read", r.cfg.Timeout)
+	case ended && errors.As(cut, &timeout):
+		set(Timeout, "%v before all output was read", timeout)
 	case ended && cut != nil:
 		set(Stopped, "%v", cut)
 		res.Cause = cut

@@ -42,8 +42,7 @@ type Config struct {
 	Log            io.Writer      // takes the kernel's log; nil: only its end is kept
 	Policy         verdict.Policy // which of the kernel's reports fail the run
 
-	Timeout time.Duration // 0: none
-	Hang    time.Duration // the time without progress that is a hang; 0: none
+	Hang time.Duration // the time without progress that is a hang; 0: none
 
 	Chosen func(Rung)        // the agent said hello; nil: no call
 	Say    func(line string) // a line of the agent for the user; nil: none
@@ -52,11 +51,21 @@ type Config struct {
 // Causes of the end of a run, besides those of the caller's context. With DeadlineExceeded the
 // outcome's report has the state of the machine.
 var (
-	errTimeout = fmt.Errorf("the timeout elapsed: %w", context.DeadlineExceeded)
-	errHang    = fmt.Errorf("no progress: %w", context.DeadlineExceeded)
-	errAgent   = errors.New("the connection to the agent is lost")
-	errOver    = errors.New("the guest did not power off after the command's end")
+	errHang  = fmt.Errorf("no progress: %w", context.DeadlineExceeded)
+	errAgent = errors.New("the connection to the agent is lost")
+	errOver  = errors.New("the guest did not power off after the command's end")
 )
+
+// TimeoutError is a timeout that has elapsed. As the cause of the end of Start's context it makes the
+// verdict Timeout: the caller counts the time, as most of its own start comes first.
+type TimeoutError time.Duration
+
+func (e TimeoutError) Error() string {
+	return fmt.Sprintf("the timeout of %s elapsed", time.Duration(e))
+}
+
+// Is makes a TimeoutError a context.DeadlineExceeded.
+func (TimeoutError) Is(target error) bool { return target == context.DeadlineExceeded }
 
 // powerOffPatience is how long a guest may take to power off after the end of its command.
 const powerOffPatience = 10 * time.Second
@@ -72,7 +81,7 @@ type Run struct {
 	began   chan struct{}    // closed once machine is set
 	conns   atomic.Int32     // of vsock
 	log     *kernelLog
-	stop    context.CancelCauseFunc // for the caller and the timeout: the output is not waited for either
+	stop    context.CancelCauseFunc // for the caller: the output is not waited for either
 	end     context.CancelCauseFunc // of the machine alone
 	start   time.Time
 	exited  chan struct{} // closed once exit is set
@@ -158,9 +167,6 @@ func begin(user context.Context, cfg Config, start func(context.Context, machine
 	panics.Go(func() { r.watch(ctx) })
 	panics.Go(func() {
 		defer close(r.done)
-		if cfg.Timeout > 0 {
-			defer time.AfterFunc(cfg.Timeout, panics.Func(func() { stop(errTimeout) })).Stop()
-		}
 		r.finish(over, listeners)
 	})
 	return r, nil

@@ -212,8 +212,9 @@ func TestVerdicts(t *testing.T) {
 		{"no hello", fail, silent(off), NotTested, 125, 125, "the guest powered off before the agent said hello"},
 		{"the host fails", fail, hello(vmm.Outcome{Ending: vmm.HostFailed, Err: errors.New("KVM_RUN")}), NotTested, 125, 125,
 			"KVM_RUN"},
-		{"timeout", Config{Timeout: time.Millisecond}, silent(vmm.Outcome{}), Timeout, 124, 124,
-			"the timeout of 1ms elapsed"},
+		{"timeout", fail, func(g *fakeGuest) vmm.Outcome {
+			return vmm.Outcome{Ending: vmm.Stopped, Err: TimeoutError(time.Millisecond)}
+		}, Timeout, 124, 124, "the timeout of 1ms elapsed before the agent said hello"},
 		{"hang at boot", Config{Hang: 100 * time.Millisecond}, silent(vmm.Outcome{}), Hang, 122, 122,
 			"the guest hangs: no progress for 100ms before the agent said hello"},
 		{"the status port", Config{Rungs: []Rung{Status}}, reports(statusport.Report{Kind: statusport.Alive, Value: 1},
@@ -462,7 +463,8 @@ func TestStuckOutput(t *testing.T) {
 		text   string
 	}{
 		{Config{}, func(r *Run) { <-r.machine.Ended(); r.Stop(stopped) }, Stopped, 125, "the test stops it"},
-		{Config{Timeout: time.Second}, func(*Run) {}, Timeout, 124, "the timeout of 1s elapsed"},
+		{Config{}, func(r *Run) { <-r.machine.Ended(); r.Stop(TimeoutError(time.Second)) }, Timeout, 124,
+			"the timeout of 1s elapsed before all output was read"},
 	} {
 		c.cfg.Stdout, c.cfg.Stderr = stuck{make(chan struct{}, 9), t.Context().Done()}, io.Discard
 		res := run(t, c.cfg, func(g *fakeGuest) vmm.Outcome {

@@ -65,6 +65,9 @@ func NewReader(p Policy, ended func(t *ktap.Test, depth int)) *Reader {
 	return r
 }
 
+// Allow sets the reports that do not fail the run. It is for before the first Write.
+func (r *Reader) Allow(list Allow) { r.policy.Allow = list }
+
 // Write reads console output; it does not fail.
 func (r *Reader) Write(p []byte) (int, error) {
 	for _, c := range p {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -176,7 +177,7 @@ func abiTable(w io.Writer, f facts) error {
 
 // readFacts reads the output of gvm abi --json.
 func readFacts(path string) (map[string]string, error) {
-	b, err := readInput(path, 16<<20)
+	b, err := readInput(context.Background(), path, 16<<20) // signals end a command that catches none
 	if err != nil {
 		return nil, err
 	}

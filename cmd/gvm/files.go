@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +16,7 @@ import (
 
 	"gvm/kvmapi/nowait"
 	"gvm/machine/disk"
+	"gvm/panics"
 	"gvm/text"
 )
 
@@ -27,15 +29,20 @@ func openInput(path string) (*os.File, error) {
 	return f, nil
 }
 
-// readInput reads a user's file of at most limit bytes.
-func readInput(path string, limit int64) ([]byte, error) {
+// readInput reads a user's file of at most limit bytes. It ends with ctx, as the writer of a pipe may be
+// silent.
+func readInput(ctx context.Context, path string, limit int64) ([]byte, error) {
 	f, err := openInput(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
+	defer context.AfterFunc(ctx, panics.Func(func() { _ = f.SetReadDeadline(time.Now()) }))() // of a pipe alone
 	b, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
+	switch {
+	case ctx.Err() != nil:
+		return nil, fmt.Errorf("%w while %s was read", context.Cause(ctx), path)
+	case err != nil:
 		return nil, disk.ImageError{Err: err}
 	}
 	if int64(len(b)) > limit {

@@ -72,8 +72,8 @@ func TestMain(m *testing.M) {
 
 // machineless matches tests that start gvm many times, or work long, but start no machine: they need no
 // lab, where they take up to ten times as long.
-var machineless = regexp.MustCompile(`^Test(BadInput|BenchDisk|Copy|KubernetesWords|MatrixWords|Suggestions|` +
-	`SurplusArguments|TestWords)$`)
+var machineless = regexp.MustCompile(`^Test(BadInput|BenchDisk|CellRunsOn|Copy|InputEnds|KubernetesWords|MatrixWords|` +
+	`Suggestions|SurplusArguments|TestWords)$`)
 
 func testMain(m *testing.M) int {
 	var err error

@@ -433,6 +433,9 @@ func run(rc runConfig) (err error) {
 			note(s)
 		}
 	}
+	if err := rc.watch.readAllow(ctx); err != nil {
+		return err
+	}
 	for _, path := range rc.initrds {
 		f, err := boot.OpenFile(ctx, path)
 		if err != nil {

@@ -169,6 +169,7 @@ type testConfig struct {
 	rungs   []testrun.Rung // nil: all
 	verbose bool
 	policy  verdict.Policy
+	allow   allowFile
 	note    func(string)
 
 	matrix *matrixConfig // nil: one machine with the streams of gvm
@@ -201,6 +202,7 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		bisect:  c.Bool("bisect"),
 		verdict: c.String("verdict"),
 		verbose: c.Bool("verbose"),
+		allow:   allowFile{path: c.String("allow")},
 		note:    note,
 	}
 	if len(kernels) > 0 {
@@ -527,9 +529,19 @@ func (t *testConfig) hostNotes(note func(string)) {
 	}
 }
 
+// timed returns a context that ends with ctx, and margin after --timeout.
+func (t *testConfig) timed(ctx context.Context, margin time.Duration) (context.Context, func()) {
+	if t.timeout <= 0 {
+		return ctx, func() {}
+	}
+	return context.WithTimeoutCause(ctx, t.timeout+margin, endError{exitTimeout, testrun.TimeoutError(t.timeout)})
+}
+
 // runMachine runs the test in a machine that Begin has begun, and closes it. begun takes the run.
 func (t *testConfig) runMachine(ctx context.Context, stop func(error), begun func(*testrun.Run)) *testrun.Result {
-	res := t.runIn(ctx, stop, begun)
+	timed, over := t.timed(ctx, 0)
+	defer over()
+	res := t.runIn(timed, stop, begun)
 	if err := t.spec.Close(); err != nil && res.Kind == testrun.Exited && res.Status == 0 {
 		return testrun.Untested(err)
 	}
@@ -539,13 +551,24 @@ func (t *testConfig) runMachine(ctx context.Context, stop func(error), begun fun
 func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*testrun.Run)) *testrun.Result {
 	spec := &t.spec
 	untested := func(err error) *testrun.Result {
-		res := testrun.Untested(err)
-		if cause := context.Cause(ctx); cause != nil { // a signal ended the start
-			res.Kind, res.Cause, res.Text = testrun.Stopped, cause, cause.Error()
+		res, cause := testrun.Untested(err), context.Cause(ctx)
+		switch {
+		case errors.As(cause, new(testrun.TimeoutError)):
+			return testrun.TimedOut(err)
+		case cause != nil: // a signal ended the start
+			res.Kind, res.Cause = testrun.Stopped, cause
+			if !errors.Is(err, cause) {
+				res.Text = cause.Error()
+			}
 			return t.stopped(res)
 		}
 		return res
 	}
+	allow, err := t.allow.read(ctx)
+	if err != nil {
+		return untested(err)
+	}
+	t.policy.Allow = allow
 	k, err := t.findTestKernel(ctx)
 	if err != nil {
 		return untested(err)
@@ -576,7 +599,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 	}
 	cfg := testrun.Config{
 		Spec: *spec, Build: build, Rungs: t.rungs, Command: string(cmd.Args[0]),
-		Policy: t.policy, Timeout: t.timeout, Hang: t.hang,
+		Policy: t.policy, Hang: t.hang,
 		Say: func(line string) { t.note("the agent: " + line) },
 	}
 	if !t.verbose {

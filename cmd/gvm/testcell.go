@@ -17,8 +17,8 @@ import (
 	"gvm/testrun/matrix"
 )
 
-// cellArg0 is the first word of a process that runs a cell of a matrix. The second is its cellOrder, and
-// the rest the command line of gvm test. It ends its machine at the end of standard input, and writes
+// cellArg0 is the first word of a process that runs a cell of a matrix, and the rest the command line of
+// gvm test. It reads its cellOrder from standard input, at whose end it ends its machine, and writes
 // cellMessages to standard output. It is a process as the sandbox holds for all of one.
 const cellArg0 = "gvm-cell"
 
@@ -29,6 +29,7 @@ type cellOrder struct {
 	Machine  string // its name
 	Waiting  []int  // bounds of the disks, by the limits for all machines
 	Requests []int  // and of the shares
+	Allow    []byte // the file of --allow, which may be a pipe
 }
 
 // cellMessage is a note, or the end of the attempt, whose output it has. A guest may have taken over the
@@ -44,13 +45,10 @@ var ordered *cellOrder
 
 // takeOrder returns the command line of a cell's process, whose order it sets.
 func takeOrder(args []string) ([]string, error) {
-	if len(args) < 3 {
-		return nil, errors.New("gvm-cell: want an order and a command line")
+	if err := json.NewDecoder(os.Stdin).Decode(&ordered); err != nil {
+		return nil, fmt.Errorf("gvm-cell: read the order: %w", err)
 	}
-	if err := json.Unmarshal([]byte(args[1]), &ordered); err != nil {
-		return nil, fmt.Errorf("gvm-cell: %w", err)
-	}
-	return slices.Concat([]string{"gvm"}, args[2:]), nil
+	return slices.Concat([]string{"gvm"}, args[1:]), nil
 }
 
 // runCell runs the attempt of the order, and writes its messages.
@@ -58,7 +56,7 @@ func (t *testConfig) runCell(o *cellOrder) error {
 	out := json.NewEncoder(os.Stdout)
 	t.kernel, t.spec.CPUs, t.machineName = string(o.Cell.Kernel), o.Cell.CPUs, o.Machine
 	t.note = func(s string) { _ = out.Encode(cellMessage{Note: s}) } // if the parent is gone, so is the reader
-	t.output = &cellOutput{}
+	t.output, t.allow.text = &cellOutput{}, o.Allow
 	if t.matrix.dir != "" {
 		t.output.path = filepath.Join(t.matrix.dir, o.Name)
 	}
@@ -91,21 +89,21 @@ func (t *testConfig) runOrder(o *cellOrder) (res *testrun.Result) {
 
 // Bounds of a cell's process.
 const (
-	cellPatience = 5 * time.Second // from the end of its standard input to its own
-	maxMessages  = 64 << 20        // bytes
+	cellPatience = 900 * time.Millisecond // from the end of its standard input to its own
+	cellMargin   = 5 * time.Second        // from --timeout, which it counts itself, to the end by this process
+	maxMessages  = 64 << 20               // bytes
 )
 
-// runProcess runs an attempt in a process of its own, until the end of ctx. note takes its notes.
+// runProcess runs an attempt in a process of its own, until the end of ctx. note takes its notes. A guest
+// may have taken the process over, so that it counts no time and does not end.
 func (t *testConfig) runProcess(ctx context.Context, o *cellOrder, note func(string)) (end cellMessage) {
 	fail := func(err error) cellMessage {
 		return cellMessage{Result: testrun.Untested(fmt.Errorf("the process of the machine: %w", err))}
 	}
-	order, err := json.Marshal(o)
-	if err != nil {
-		return fail(err)
-	}
-	c := exec.CommandContext(ctx, ownProgram)
-	c.Args, c.Stderr = slices.Concat([]string{cellArg0, string(order)}, os.Args[1:]), os.Stderr
+	timed, over := t.timed(ctx, cellMargin)
+	defer over()
+	c := exec.CommandContext(timed, ownProgram)
+	c.Args, c.Stderr = slices.Concat([]string{cellArg0}, os.Args[1:]), os.Stderr
 	in, err := c.StdinPipe()
 	if err != nil {
 		return fail(err)
@@ -114,11 +112,18 @@ func (t *testConfig) runProcess(ctx context.Context, o *cellOrder, note func(str
 	if err != nil {
 		return fail(errors.Join(err, in.Close()))
 	}
-	c.Cancel, c.WaitDelay = in.Close, cellPatience // the first ends its machine
+	c.WaitDelay = cellPatience
+	c.Cancel = func() error { // the first ends its machine; another process may have the second
+		time.AfterFunc(cellPatience, panics.Func(func() { _ = out.Close() }))
+		return in.Close()
+	}
 	if err := c.Start(); err != nil {
 		return fail(err)
 	}
-	for messages := json.NewDecoder(io.LimitReader(out, maxMessages)); ; {
+	if err := json.NewEncoder(in).Encode(o); err != nil { // also for the end of timed
+		_ = c.Process.Kill()
+	}
+	for messages := json.NewDecoder(io.LimitReader(out, maxMessages)); end.Result == nil; {
 		var m cellMessage
 		if messages.Decode(&m) != nil {
 			break
@@ -130,18 +135,21 @@ func (t *testConfig) runProcess(ctx context.Context, o *cellOrder, note func(str
 			end = m
 		}
 	}
-	_ = in.Close() // the guest may have taken the process over, so that it does not end
+	_ = in.Close()
 	kill := time.AfterFunc(cellPatience, panics.Func(func() { _ = c.Process.Kill() }))
 	_ = c.Wait() // ProcessState has it
 	kill.Stop()
+	cut := end.Result == nil || end.Result.Kind == testrun.Stopped
 	switch cause := context.Cause(ctx); {
+	case cut && cause == nil && timed.Err() != nil:
+		end.Result = testrun.TimedOut(fmt.Errorf("%w, and the process of the machine ran on", context.Cause(timed)))
 	case end.Result == nil && cause == nil:
 		return fail(fmt.Errorf("it ended without a verdict: %v", c.ProcessState))
 	case end.Result == nil:
 		end = fail(cause)
 		end.Result.Kind = testrun.Stopped
 		fallthrough
-	case end.Result.Kind == testrun.Stopped && cause != nil:
+	case cut && cause != nil:
 		end.Result.Cause, end.Result.Text = cause, cause.Error()
 		end.Result = t.stopped(end.Result)
 	}

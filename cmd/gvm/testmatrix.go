@@ -228,6 +228,11 @@ func (t *testConfig) testMatrix(w io.Writer) error {
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
 	defer catchSignals(ctx, stop)()
+	if err := t.readAllow(ctx); err != nil {
+		end := endError{status: exitUntested}
+		errors.As(err, &end)
+		return endError{end.status, err}
+	}
 	p := newProgress(len(cells))
 	all := matrix.Run(ctx, matrix.Config{
 		Cells: cells, Jobs: m.jobs, Retry: m.retry, Began: p.began, Ended: p.ended,
@@ -242,6 +247,14 @@ func (t *testConfig) testMatrix(w io.Writer) error {
 		end.status = podStatus(&all[0], end.status)
 	}
 	return m.report(ctx, w, all, end)
+}
+
+// readAllow reads the file of --allow for all cells.
+func (t *testConfig) readAllow(ctx context.Context) error {
+	ctx, stop := t.timed(ctx, 0)
+	defer stop()
+	_, err := t.allow.read(ctx)
+	return err
 }
 
 // report writes the files and the table of all cells. It returns end, or without an error in it that
@@ -297,7 +310,8 @@ func (t *testConfig) attempt(ctx context.Context, c matrix.Cell, n int, p *progr
 	if n > 0 {
 		name += fmt.Sprintf("-retry%d", n)
 	}
-	order := &cellOrder{Cell: c, Name: name, Machine: fmt.Sprintf("gvm-%d-%d", os.Getpid(), t.matrix.begun.Add(1))}
+	order := &cellOrder{Cell: c, Name: name, Machine: fmt.Sprintf("gvm-%d-%d", os.Getpid(), t.matrix.begun.Add(1)),
+		Allow: t.allow.text}
 	for _, d := range t.spec.Disks {
 		order.Waiting = append(order.Waiting, d.Waiting)
 	}

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -209,6 +210,62 @@ func TestMatrixStop(t *testing.T) {
 	}
 	if b := readTestFile(t, filepath.Join(dir, "junit")); !strings.Contains(string(b), `errors="0" skipped="6"`) {
 		t.Errorf("the JUnit file is %s", b)
+	}
+}
+
+// TestCellRunsOn: the end of a matrix, by --timeout or a signal, does not wait for a cell's process that a
+// guest keeps from counting the time and from ending.
+func TestCellRunsOn(t *testing.T) {
+	t.Parallel()
+	for how, want := range map[string]struct {
+		status int
+		text   string
+	}{
+		"timeout": {124, ": timeout 124 in "},
+		"signal":  {143, ": stopped 143 in "},
+	} {
+		dir := t.TempDir()
+		fifo := filepath.Join(dir, "fifo")
+		if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		silent, err := os.OpenFile(fifo, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer silent.Close()
+		args := []string{"test", "-k", "fifo", "--repeat", "1"}
+		if how == "timeout" {
+			args = append(args, "--timeout", "2s")
+		}
+		p := startGVM(t, dir, append(args, "--", "sh")...)
+		var cell int
+		p.eventually("the cell's process runs", func() bool {
+			pid := fmt.Sprint(p.cmd.Process.Pid)
+			tasks, _ := filepath.Glob("/proc/" + pid + "/task/*/children")
+			for _, path := range tasks {
+				children, _ := os.ReadFile(path)
+				for _, child := range strings.Fields(string(children)) {
+					words, _ := os.ReadFile("/proc/" + child + "/cmdline")
+					if strings.HasPrefix(string(words), cellArg0+"\x00") {
+						cell, _ = strconv.Atoi(child)
+					}
+				}
+			}
+			return cell != 0
+		})
+		if err := syscall.Kill(cell, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		if how == "signal" {
+			p.signal(syscall.SIGTERM)
+		}
+		if r := p.wait(); r.status != want.status || !strings.Contains(r.errs, want.text) {
+			t.Errorf("%s: status %d: %s%s", how, r.status, r.out, r.errs)
+		}
+		if err := syscall.Kill(cell, 0); !errors.Is(err, syscall.ESRCH) {
+			t.Errorf("%s: the cell's process is left: %v", how, err)
+		}
 	}
 }
 

@@ -47,7 +47,8 @@ func verdictFlags() []cli.Flag {
 // watch reads the console of a run for a verdict. A nil watch does nothing.
 type watch struct {
 	reader  *verdict.Reader
-	tests   bool   // the tests' results count
+	tests   bool // the tests' results count
+	allow   allowFile
 	kernel  string // path, to decode call traces
 	outputs []*resultFile
 	decoder *verdict.Decoder // nil: not started
@@ -68,19 +69,32 @@ func parsePolicy(c *cli.Context) (p verdict.Policy, err error) {
 	default:
 		return p, text.OneOfNames("--oops ", v, []string{"fail", "ignore"})
 	}
-	if path := c.String("allow"); path != "" {
-		if !p.Fail {
-			return p, errors.New("--allow needs --oops=fail or --strict")
-		}
-		b, err := readInput(path, 1<<20)
-		if err != nil {
-			return p, fmt.Errorf("--allow: %w", err)
-		}
-		if p.Allow, err = verdict.ReadAllow(bytes.NewReader(b)); err != nil {
-			return p, fmt.Errorf("--allow %s: %w", path, err)
-		}
+	if c.String("allow") != "" && !p.Fail {
+		return p, errors.New("--allow needs --oops=fail or --strict")
 	}
 	return p, nil
+}
+
+// allowFile is the file of --allow. A run reads it, once, as signals and --timeout end the wait for it.
+type allowFile struct {
+	path string // "": none
+	text []byte // read already, unless nil
+}
+
+// read reads the file and parses it.
+func (a *allowFile) read(ctx context.Context) (list verdict.Allow, err error) {
+	if a.path == "" {
+		return nil, nil
+	}
+	if a.text == nil {
+		if a.text, err = readInput(ctx, a.path, 1<<20); err != nil {
+			return nil, fmt.Errorf("--allow: %w", err)
+		}
+	}
+	if list, err = verdict.ReadAllow(bytes.NewReader(a.text)); err != nil {
+		return nil, configError{fmt.Errorf("--allow %s: %w", a.path, err)}
+	}
+	return list, nil
 }
 
 // parseWatch reads verdictFlags; nil if none is given.
@@ -89,7 +103,7 @@ func parseWatch(c *cli.Context, ended func(t *ktap.Test, depth int)) (*watch, er
 	if err != nil {
 		return nil, err
 	}
-	w := &watch{}
+	w := &watch{allow: allowFile{path: c.String("allow")}}
 	for _, o := range []*resultFile{
 		{outputFile{flag: "--junit", path: c.String("junit")}, (*verdict.Results).JUnit},
 		{outputFile{flag: "--results", path: c.String("results")}, (*verdict.Results).JSON},
@@ -121,6 +135,16 @@ func (w *watch) close() (err error) {
 	for _, o := range w.outputs {
 		err = errors.Join(err, o.close())
 	}
+	return err
+}
+
+// readAllow reads the file of --allow.
+func (w *watch) readAllow(ctx context.Context) error {
+	if w == nil {
+		return nil
+	}
+	list, err := w.allow.read(ctx)
+	w.reader.Allow(list)
 	return err
 }
 
