@@ -23,11 +23,16 @@ import (
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/sidecar"
 	"gvm/machine/disk"
+	"gvm/sandbox"
 	"gvm/text"
 )
 
-// With machineEnv the test binary is a machine with a name in that directory, that does nothing.
-const machineEnv = "GVM_TEST_MACHINE"
+// With machineEnv the test binary is a machine with a name in that directory, that does nothing, and with
+// sandboxEnv it is in a sandbox.
+const (
+	machineEnv = "GVM_TEST_MACHINE"
+	sandboxEnv = "GVM_TEST_SANDBOX"
+)
 
 func TestMain(m *testing.M) {
 	if os.Args[0] == Arg0 {
@@ -493,6 +498,13 @@ func idle(dir string) {
 	c, err := Start(s, d, "m", func(s string) { println("note: " + s) })
 	fail(err)
 	fail(c.Shut())
+	if os.Getenv(sandboxEnv) != "" {
+		_, err := sandbox.Prepare(sandbox.Policy{Mode: sandbox.On, Uses: sandbox.Broker, Paths: []sandbox.Path{
+			{Name: d.Path(), Rights: sandbox.RemoveDir, Own: true},
+			{Name: d.Machine("m"), Rights: sandbox.Remove, Own: true},
+		}, Refused: func(c sandbox.Refusal) { println(c.String()) }}).Enter()
+		fail(err)
+	}
 	s.Serve(&fakeMachine{files: c})
 	_, _ = os.Stdout.WriteString("ready\n")
 	_, _ = os.Stdin.Read(make([]byte, 1))
@@ -500,10 +512,13 @@ func idle(dir string) {
 	os.Exit(0)
 }
 
-// TestDeath kills the machine, or its broker, or neither.
+// TestDeath kills the machine, or its broker, or neither, or stops the broker until the machine has ended.
+// None leaves a file; one in the sandbox may leave the directory of all empty.
 func TestDeath(t *testing.T) {
-	for _, kill := range []string{"neither", "machine", "broker"} {
-		t.Run(kill, func(t *testing.T) {
+	for _, how := range []string{"neither", "machine", "broker", "stop", "neither sandboxed", "machine sandboxed",
+		"broker sandboxed", "stop sandboxed"} {
+		t.Run(how, func(t *testing.T) {
+			kill, boxed := strings.CutSuffix(how, " sandboxed")
 			dir := filepath.Join(t.TempDir(), "run")
 			exe, err := os.Executable()
 			if err != nil {
@@ -511,6 +526,9 @@ func TestDeath(t *testing.T) {
 			}
 			c := exec.CommandContext(t.Context(), exe)
 			c.Env = append(os.Environ(), machineEnv+"="+dir)
+			if boxed {
+				c.Env = append(c.Env, sandboxEnv+"=1")
+			}
 			in, err := c.StdinPipe()
 			if err != nil {
 				t.Fatal(err)
@@ -537,6 +555,7 @@ func TestDeath(t *testing.T) {
 			if i, err := asks.Info(t.Context()); err != nil || i.Name != "m" {
 				t.Errorf("%+v, %v", i, err)
 			}
+			var stopped *os.Process
 			const note = "disks can no longer be added"
 			said := ""
 			read := func(until string) {
@@ -553,18 +572,33 @@ func TestDeath(t *testing.T) {
 			case "broker":
 				_ = unix.Kill(child(t, c.Process.Pid), unix.SIGKILL)
 				read(note)
+			case "stop":
+				stopped, _ = os.FindProcess(child(t, c.Process.Pid))
+				_ = stopped.Signal(unix.SIGSTOP)
 			}
 			in.Close()
 			err = c.Wait()
+			if stopped != nil {
+				if left, _ := filepath.Glob(dir + "/*"); len(left) > 0 {
+					t.Errorf("left beside the stopped broker: %v", left)
+				}
+				_ = stopped.Signal(unix.SIGCONT)
+			}
 			read("")
 			if (err == nil) != (kill != "machine") {
 				t.Errorf("%v: %s", err, said)
 			}
-			if strings.Contains(said, note) != (kill == "broker") {
+			if strings.Contains(said, note) != (kill == "broker") || kill != "broker" && said != "" {
 				t.Errorf("%q", said)
 			}
-			if left, _ := filepath.Glob(dir + "*"); len(left) > 0 {
+			if left, _ := filepath.Glob(dir + "/*"); len(left) > 0 {
 				t.Errorf("left: %v: %s", left, said)
+			}
+			if list, err := control.In(dir).List(); err != nil || list != nil {
+				t.Errorf("%v, %v", list, err)
+			}
+			if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("the directory is left: %v", err)
 			}
 		})
 	}

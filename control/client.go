@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
@@ -66,7 +67,10 @@ func (d Directory) dial(ctx context.Context, name string) (net.Conn, error) {
 	}
 	defer dir.Close()
 	var dialer net.Dialer
-	conn, err := dialer.DialContext(ctx, "unix", socketPath(dir, name+socketSuffix))
+	conn, err := dialer.DialContext(ctx, "unix", socketPath(dir, name+inside+socketFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		conn, err = dialer.DialContext(ctx, "unix", socketPath(dir, name+beside+socketFile))
+	}
 	if errors.Is(err, unix.ECONNREFUSED) {
 		return nil, ErrNoListener
 	}

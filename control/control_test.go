@@ -314,7 +314,7 @@ func exchange(t *testing.T, d Directory, text string) (status int, header http.H
 		t.Fatal(err)
 	}
 	defer dir.Close()
-	conn, err := net.Dial("unix", socketPath(dir, "vm.sock"))
+	conn, err := net.Dial("unix", socketPath(dir, "vm/sock"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -517,7 +517,7 @@ func TestCloseDoesNotWaitForClients(t *testing.T) {
 	}
 	defer dir.Close()
 	for _, text := range []string{"", "G", "POST /v1/disks HTTP/1.1\r\nHost: gvm\r\nContent-Length: 10\r\n\r\n{"} {
-		conn, err := net.Dial("unix", socketPath(dir, "vm.sock"))
+		conn, err := net.Dial("unix", socketPath(dir, "vm/sock"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -562,7 +562,10 @@ func TestClientOddAnswers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := listen(dir, "vm.sock")
+	if err := os.Mkdir(filepath.Join(d.path, "vm"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	l, err := listen(dir, "vm/sock")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -629,7 +632,7 @@ func TestManyClients(t *testing.T) {
 		"GET /v1/disks HTTP/1.1\r\nHost: gvm\r\n\r\n",
 	} {
 		for range each {
-			c, err := net.Dial("unix", socketPath(dir, "vm.sock"))
+			c, err := net.Dial("unix", socketPath(dir, "vm/sock"))
 			if err != nil {
 				t.Fatal(err)
 			}

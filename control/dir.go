@@ -16,10 +16,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Directory is the directory of the sockets of a user's machines. Each machine has two files there:
-// NAME.lock, which contains its PID and is locked by it (flock(2)), and NAME.sock. The holder of a name
-// may have NAME.vsock there as well. A process locks the directory itself while it creates, removes or
-// checks files: shared if it only checks, so that any number of verbs run at the same time.
+// Directory is the directory of the sockets of a user's machines. Each machine has a directory NAME there,
+// with the files lock, which contains its PID and is locked by it (flock(2)), and sock. The holder of the
+// name may have vsock there as well. A process locks the Directory itself, exclusively while it creates files,
+// shared while it looks at those of others, and removes those of dead machines: any number of verbs run at
+// the same time.
 type Directory struct{ path string }
 
 // Errors of Claim and of a Client.
@@ -28,12 +29,21 @@ var (
 	ErrInUse = errors.New("in use")
 )
 
+// A machine's files.
 const (
-	lockSuffix   = ".lock"
-	socketSuffix = ".sock"
-	vsockSuffix  = ".vsock"
-	maxName      = 64
+	lockFile   = "lock"
+	socketFile = "sock"
+	vsockFile  = "vsock"
 )
+
+// What is between the name of a machine and that of its file. Until version 0.2 a machine of a gvm without
+// directories for machines is found, too.
+const (
+	inside = "/"
+	beside = "." // of an older gvm
+)
+
+const maxName = 64
 
 // DefaultDirectory is gvm's in $XDG_RUNTIME_DIR, unless that belongs to another user, as it may
 // under su; else in /run/user/UID if that belongs to the user; else one for the user in the
@@ -71,8 +81,14 @@ func owner(dir string) (uid int, err error) {
 	return int(st.Uid), err
 }
 
+// Machine returns the path of the directory of a machine.
+func (d Directory) Machine(name string) string { return filepath.Join(d.path, name) }
+
 // Vsock returns the path of the socket for the guest's vsock of a machine, for the holder of its name.
-func (d Directory) Vsock(name string) string { return filepath.Join(d.path, name+vsockSuffix) }
+func (d Directory) Vsock(name string) string { return d.file(name, inside, vsockFile) }
+
+// file returns the path of a machine's file. place is inside or beside.
+func (d Directory) file(name, place, file string) string { return d.Machine(name) + place + file }
 
 // Path returns the directory's path.
 func (d Directory) Path() string { return d.path }
@@ -158,9 +174,11 @@ func (d Directory) lock(how int, create bool) (*os.File, error) {
 // lockTimeout bounds the wait for a directory's lock. Its holders never block.
 const lockTimeout = 2 * time.Second
 
-// unlock undoes lock, and removes an empty directory.
+// unlock undoes lock, and removes an empty directory, if no other process has it locked: that one does.
 func (d Directory) unlock(f *os.File) {
-	_ = os.Remove(d.path)
+	if flock(f, unix.LOCK_EX|unix.LOCK_NB) == nil && same(f, d.path) {
+		_ = os.Remove(d.path)
+	}
 	f.Close()
 }
 
@@ -196,25 +214,23 @@ func (d Directory) claim(name string) (lock *os.File, l *net.UnixListener, err e
 		return nil, nil, err
 	}
 	defer d.unlock(dir)
-	path := filepath.Join(d.path, name+lockSuffix)
-	if lock, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600); err != nil {
+	older, err := d.look(name, beside)
+	if err != nil {
 		return nil, nil, err
 	}
-	if err := flock(lock, unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		pid := holder(lock)
-		lock.Close()
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, nil, err
-		}
-		return nil, nil, fmt.Errorf("the name %s is %w by process %d", name, ErrInUse, pid)
+	if older != nil {
+		return nil, nil, older.inUse()
+	}
+	if lock, err = d.lockName(name); err != nil {
+		return nil, nil, err
 	}
 	held := lock // a return of an error sets lock to nil
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, d.remove(name, machineFiles...), held.Close())
+			err = errors.Join(err, d.remove(name, inside), held.Close())
 		}
 	}()
-	if err := d.remove(name, socketSuffix, vsockSuffix); err != nil {
+	if err := d.unlink(name, inside, socketFile, vsockFile); err != nil { // of a dead machine
 		return nil, nil, err
 	}
 	if err := lock.Truncate(0); err != nil {
@@ -223,8 +239,40 @@ func (d Directory) claim(name string) (lock *os.File, l *net.UnixListener, err e
 	if _, err := lock.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0); err != nil {
 		return nil, nil, err
 	}
-	l, err = listen(dir, name+socketSuffix)
+	l, err = listen(dir, name+inside+socketFile)
 	return lock, l, err
+}
+
+// lockName makes the directory of a machine and the lock in it. A machine that ends may remove its own at
+// any time.
+func (d Directory) lockName(name string) (*os.File, error) {
+	for {
+		if err := os.Mkdir(d.Machine(name), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, err
+		}
+		err := private(d.Machine(name), os.Geteuid())
+		var f *os.File
+		if err == nil {
+			f, err = os.OpenFile(d.file(name, inside, lockFile), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		err = flock(f, unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil && same(f, f.Name()) {
+			return f, nil
+		}
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = Entry{name, holder(f)}.inUse()
+		}
+		f.Close()
+		if err != nil {
+			return nil, err
+		}
+	}
 }
 
 // holder returns the PID in a lock file, 0 if it has none.
@@ -261,32 +309,46 @@ func listen(dir *os.File, file string) (*net.UnixListener, error) {
 }
 
 // release undoes claim. Another process that has the lock may have done so before, if it took this one
-// for dead: then the name can be a new machine's.
+// for dead: then the name can be a new machine's. This process may be in a sandbox, without a right to
+// lock or remove the Directory; then its last machine leaves it empty.
 func (d Directory) release(name string, lock *os.File) error {
 	defer lock.Close()
-	dir, err := d.lock(unix.LOCK_EX, false)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+	// The lock of claim is that of all processes of the machine. This one is a process's own.
+	own := unix.Flock_t{Type: unix.F_WRLCK}
+	if unix.FcntlFlock(lock.Fd(), unix.F_SETLK, &own) != nil {
+		return nil // the other releases it
 	}
-	if err != nil {
-		return err
+	var err error
+	if same(lock, d.file(name, inside, lockFile)) { // and as long as it is, no other process can have the name
+		err = d.remove(name, inside)
 	}
-	defer d.unlock(dir)
-	if !same(lock, filepath.Join(d.path, name+lockSuffix)) {
-		return nil
+	if dir, e := d.lock(unix.LOCK_SH, false); e == nil {
+		_, e = d.look(name, inside) // the user may have removed the lock
+		err = errors.Join(err, e)
+		d.unlock(dir)
 	}
-	return d.remove(name, machineFiles...)
+	return err
 }
 
-// machineFiles are the suffixes of a machine's files.
-var machineFiles = []string{socketSuffix, vsockSuffix, lockSuffix}
+// remove removes the files of a name, and its directory unless there are others in it, such as the sockets
+// of programs for ports of the guest. The caller holds the name's lock, or the Directory's of a dead one.
+func (d Directory) remove(name, place string) error {
+	err := d.unlink(name, place, socketFile, vsockFile, lockFile)
+	if place == inside {
+		_ = unix.Rmdir(d.Machine(name))
+	}
+	return err
+}
 
-// remove removes files of a name. The caller holds both locks.
-func (d Directory) remove(name string, suffixes ...string) error {
+// unlink removes files of a name.
+func (d Directory) unlink(name, place string, files ...string) error {
 	var errs []error
-	for _, suffix := range suffixes {
-		if err := os.Remove(filepath.Join(d.path, name+suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
+	for _, file := range files {
+		path := d.file(name, place, file)
+		switch err := unix.Unlink(path); err {
+		case nil, unix.ENOENT, unix.EISDIR: // EISDIR: a.lock, a machine beside a
+		default:
+			errs = append(errs, &fs.PathError{Op: "remove", Path: path, Err: err})
 		}
 	}
 	return errors.Join(errs...)
@@ -298,54 +360,64 @@ type Entry struct {
 	PID  int // 0 if unknown
 }
 
+func (e Entry) inUse() error {
+	return fmt.Errorf("the name %s is %w by process %d", e.Name, ErrInUse, e.PID)
+}
+
 // List returns the live machines, sorted by name, and removes the files of dead ones. A missing
 // directory has none.
 func (d Directory) List() ([]Entry, error) {
-	list, dead, err := d.list(unix.LOCK_SH)
-	if err == nil && dead {
-		list, _, err = d.list(unix.LOCK_EX)
-	}
-	return list, err
-}
-
-// list returns the live machines, and whether it saw files of dead ones, which it removes under
-// LOCK_EX.
-func (d Directory) list(how int) (list []Entry, dead bool, err error) {
-	dir, err := d.lock(how, false)
+	dir, err := d.lock(unix.LOCK_SH, false)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, false, nil
+		return nil, nil
 	}
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	defer d.unlock(dir)
-	names, err := dir.Readdirnames(-1)
+	files, err := dir.ReadDir(-1)
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
-	slices.Sort(names)
-	for _, file := range names {
-		name, ok := strings.CutSuffix(file, lockSuffix)
+	var list []Entry
+	for _, file := range files {
+		name, place, ok := file.Name(), inside, file.IsDir()
+		if !ok {
+			place = beside
+			name, ok = strings.CutSuffix(name, beside+lockFile)
+		}
 		if !ok || CheckName(name) != nil {
 			continue
 		}
-		f, err := os.OpenFile(filepath.Join(d.path, file), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		e, err := d.look(name, place)
 		if err != nil {
-			return list, dead, err
+			return list, err
 		}
-		switch err = flock(f, how|unix.LOCK_NB); {
-		case errors.Is(err, unix.EWOULDBLOCK):
-			list = append(list, Entry{name, holder(f)})
-			err = nil
-		case err == nil && how == unix.LOCK_EX:
-			err = d.remove(name, machineFiles...)
-		case err == nil:
-			dead = true
-		}
-		f.Close()
-		if err != nil {
-			return list, dead, err
+		if e != nil {
+			list = append(list, *e)
 		}
 	}
-	return list, dead, nil
+	slices.SortFunc(list, func(a, b Entry) int { return strings.Compare(a.Name, b.Name) })
+	return list, nil
+}
+
+// look returns the machine of a name if it lives, and else removes its files. The caller holds the
+// Directory's lock, so that no process takes the name meanwhile; others may look, and remove the same.
+func (d Directory) look(name, place string) (*Entry, error) {
+	f, err := os.OpenFile(d.file(name, place, lockFile), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EISDIR) {
+		return nil, d.remove(name, place)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	err = flock(f, unix.LOCK_SH|unix.LOCK_NB)
+	switch {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return &Entry{name, holder(f)}, nil
+	case err != nil:
+		return nil, err
+	}
+	return nil, d.remove(name, place)
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -24,7 +25,7 @@ func TestClaim(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, file := range []string{"vm.sock", "vm.lock"} {
+	for _, file := range []string{"vm/sock", "vm/lock"} {
 		if fi, err := os.Stat(filepath.Join(d.path, file)); err != nil || fi.Mode().Perm() != 0o600 {
 			t.Errorf("%s: %v, %v", file, fi.Mode(), err)
 		}
@@ -60,6 +61,27 @@ func TestClaim(t *testing.T) {
 	}
 }
 
+// TestNamesLikeFiles: machines may have the names of each other's files.
+func TestNamesLikeFiles(t *testing.T) {
+	d := testDir(t)
+	var want []Entry
+	for _, name := range []string{"lock", "vm.lock", "vm.sock", "vm.vsock", "vm"} {
+		s, err := Claim(d, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		want = append(want, Entry{name, os.Getpid()})
+	}
+	slices.SortFunc(want, func(a, b Entry) int { return strings.Compare(a.Name, b.Name) })
+	if list, err := d.List(); err != nil || !reflect.DeepEqual(list, want) {
+		t.Errorf("%v, %v, want %v", list, err, want)
+	}
+	if _, err := Claim(d, "vm"); !errors.Is(err, ErrInUse) {
+		t.Error(err)
+	}
+}
+
 // TestClaimOnce: of many claims of one name at a time one succeeds.
 func TestClaimOnce(t *testing.T) {
 	d := testDir(t)
@@ -89,15 +111,18 @@ func TestClaimOnce(t *testing.T) {
 	}
 }
 
-// TestComingAndGoing has machines end while others begin: the last one removes the directory, and
-// the next makes it again.
+// TestComingAndGoing has machines end while others begin, two of them with one name: the last one removes
+// the directory, and the next makes it again.
 func TestComingAndGoing(t *testing.T) {
 	d := testDir(t)
 	var machines sync.WaitGroup
 	for i := range 4 {
 		machines.Go(func() {
 			for range 50 {
-				s, err := Claim(d, fmt.Sprint("vm", i))
+				s, err := Claim(d, fmt.Sprint("vm", i/2*2))
+				if errors.Is(err, ErrInUse) {
+					continue
+				}
 				if err != nil {
 					t.Error(err)
 					return
@@ -114,20 +139,25 @@ func TestComingAndGoing(t *testing.T) {
 	}
 }
 
-// TestDead: the files of a killed machine are taken over, or removed by the next List.
+// TestDead: the files of a killed machine are taken over, or removed by the next List. Of its directory
+// sockets for ports of the guest stay, as programs of the user listen at them.
 func TestDead(t *testing.T) {
 	for _, how := range []string{"claim the name", "claim another", "list"} {
 		t.Run(how, func(t *testing.T) {
 			d := testDir(t)
-			if err := os.Mkdir(d.path, 0o700); err != nil {
-				t.Fatal(err)
+			for _, dir := range []string{"", "vm", "half", "unlocked", "empty", "kept", "-no-name"} {
+				if err := os.Mkdir(filepath.Join(d.path, dir), 0o700); err != nil {
+					t.Fatal(err)
+				}
 			}
-			for _, name := range []string{"vm.lock", "vm.sock", "vm.vsock", "half.lock", "notes.txt", "-no-name.lock"} {
+			for _, name := range []string{"vm/lock", "vm/sock", "vm/vsock", "half/lock", "unlocked/sock", "kept/lock",
+				"kept/vsock_52", "-no-name/lock", "vm.lock", "vm.sock", "vm.vsock", "old.lock", "old.sock", "notes.txt",
+				"-no-name.lock"} {
 				if err := os.WriteFile(filepath.Join(d.path, name), []byte("4711\n"), 0o600); err != nil {
 					t.Fatal(err)
 				}
 			}
-			want := []string{"-no-name.lock", "notes.txt"} // not the Directory's files
+			want := []string{"-no-name/lock", "-no-name.lock", "kept/vsock_52", "notes.txt"}
 			var list []Entry
 			switch name := map[string]string{"claim the name": "vm", "claim another": "other"}[how]; name {
 			case "":
@@ -152,17 +182,86 @@ func TestDead(t *testing.T) {
 				}
 			}
 			var left []string
-			files, err := os.ReadDir(d.path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, f := range files {
-				left = append(left, f.Name())
-			}
-			if !reflect.DeepEqual(left, want) {
-				t.Errorf("left: %q, want %q", left, want)
+			if err := filepath.WalkDir(d.path, func(path string, f fs.DirEntry, err error) error {
+				if list, _ := os.ReadDir(path); err == nil && len(list) == 0 {
+					left = append(left, strings.TrimPrefix(path, d.path+"/"))
+				}
+				return err
+			}); err != nil || !reflect.DeepEqual(left, want) {
+				t.Errorf("left: %q, want %q, %v", left, want, err)
 			}
 		})
+	}
+}
+
+// TestLockRemoved: the user has removed the lock of a machine, which does not leave its socket.
+func TestLockRemoved(t *testing.T) {
+	d := testDir(t)
+	s, err := Claim(d, "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(filepath.Join(d.path, "vm/lock")), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(d.path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory is left: %v", err)
+	}
+}
+
+// TestPortKept: the socket of a program for a port of the guest outlasts the machine, and its directory
+// serves the next of the name.
+func TestPortKept(t *testing.T) {
+	d := testDir(t)
+	port := filepath.Join(d.path, "vm/vsock_52")
+	if err := errors.Join(os.MkdirAll(filepath.Dir(port), 0o700), os.WriteFile(port, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		s, err := Claim(d, "vm")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if left, err := filepath.Glob(d.path + "/*/*"); err != nil || !slices.Equal(left, []string{port}) {
+			t.Errorf("left: %v, %v", left, err)
+		}
+	}
+}
+
+// TestOlder: the machine of an older gvm, whose files are side by side, is listed and answers, and its
+// name is in use.
+func TestOlder(t *testing.T) {
+	d := testDir(t)
+	s, err := Claim(d, "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{"lock", "sock"} {
+		if err := os.Rename(filepath.Join(d.path, "vm", file), filepath.Join(d.path, "vm."+file)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.Serve(newFake())
+	if list, err := d.List(); err != nil || !reflect.DeepEqual(list, []Entry{{"vm", os.Getpid()}}) {
+		t.Errorf("%v, %v", list, err)
+	}
+	if i, err := NewClient(d, "vm").Info(t.Context()); err != nil || i.Name != "vm" {
+		t.Errorf("%+v, %v", i, err)
+	}
+	if _, err := Claim(d, "vm"); !errors.Is(err, ErrInUse) {
+		t.Errorf("claimed: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if list, err := d.List(); err != nil || list != nil {
+		t.Errorf("%v, %v", list, err)
+	}
+	if _, err := os.Lstat(d.path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory is left: %v", err)
 	}
 }
 
@@ -204,8 +303,8 @@ func TestDirectoryTricks(t *testing.T) {
 	// A lock file that is a link is not followed.
 	d := testDir(t)
 	target := filepath.Join(t.TempDir(), "precious")
-	if err := errors.Join(os.WriteFile(target, []byte("data"), 0o600), os.Mkdir(d.path, 0o700),
-		os.Symlink(target, filepath.Join(d.path, "vm.lock"))); err != nil {
+	if err := errors.Join(os.WriteFile(target, []byte("data"), 0o600), os.MkdirAll(filepath.Join(d.path, "vm"), 0o700),
+		os.Symlink(target, filepath.Join(d.path, "vm/lock"))); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Claim(d, "vm"); !errors.Is(err, unix.ELOOP) {
@@ -213,6 +312,14 @@ func TestDirectoryTricks(t *testing.T) {
 	}
 	if b, err := os.ReadFile(target); err != nil || string(b) != "data" {
 		t.Errorf("the link's target: %q, %v", b, err)
+	}
+	// Nor is a machine's directory that is a link.
+	if err := errors.Join(os.RemoveAll(filepath.Join(d.path, "vm")),
+		os.Symlink(t.TempDir(), filepath.Join(d.path, "vm"))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Claim(d, "vm"); err == nil || !strings.HasSuffix(err.Error(), "/vm is not a directory") {
+		t.Errorf("claimed by a link: %v", err)
 	}
 }
 
@@ -279,8 +386,8 @@ func TestListsTogether(t *testing.T) {
 	if err := flock(dir, unix.LOCK_SH); err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(d.path, "dead"+lockSuffix)
-	if err := os.WriteFile(path, []byte("1\n"), 0o600); err != nil {
+	path := filepath.Join(d.path, "dead", lockFile)
+	if err := errors.Join(os.Mkdir(filepath.Dir(path), 0o700), os.WriteFile(path, []byte("1\n"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	other, err := os.Open(path)
@@ -291,7 +398,10 @@ func TestListsTogether(t *testing.T) {
 	if err := flock(other, unix.LOCK_SH); err != nil {
 		t.Fatal(err)
 	}
-	if list, dead, err := d.list(unix.LOCK_SH); len(list) != 0 || !dead || err != nil {
-		t.Errorf("%v, dead %v, %v", list, dead, err)
+	if list, err := d.List(); len(list) != 0 || err != nil {
+		t.Errorf("%v, %v", list, err)
+	}
+	if _, err := os.Lstat(filepath.Dir(path)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the dead machine's directory is left: %v", err)
 	}
 }

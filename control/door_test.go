@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -176,5 +178,61 @@ func TestReleasedTwice(t *testing.T) {
 				t.Error(err)
 			}
 		}
+	}
+}
+
+// TestReleasedAtOnce: while one process of a machine gives up its name, another leaves that to it, so that
+// it cannot remove the files of a new machine of the name.
+func TestReleasedAtOnce(t *testing.T) {
+	const env = "GVM_TEST_RELEASES"
+	if dir := os.Getenv(env); dir != "" {
+		lock := os.NewFile(3, "lock")
+		if err := unix.FcntlFlock(3, unix.F_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = os.Stdout.WriteString("ready\n")
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		if err := In(dir).release("vm", lock); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	d := testDir(t)
+	s, err := Claim(d, "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestReleasedAtOnce$")
+	other.Env = append(os.Environ(), env+"="+d.path)
+	other.ExtraFiles = []*os.File{s.lock}
+	in, err := other.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := other.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 16)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Release(); err != nil {
+		t.Error(err)
+	}
+	if left, err := filepath.Glob(d.path + "/vm/*"); err != nil || len(left) != 2 {
+		t.Errorf("files beside the other: %v, %v", left, err)
+	}
+	if _, err := Claim(d, "vm"); !errors.Is(err, ErrInUse) {
+		t.Errorf("claimed beside the other: %v", err)
+	}
+	in.Close()
+	if err := other.Wait(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(d.path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory is left: %v", err)
 	}
 }

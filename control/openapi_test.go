@@ -62,7 +62,7 @@ func openAPI(routes []route) object {
 	return object{
 		"openapi": "3.1.0",
 		"info": object{"title": "control socket of a gvm machine", "version": fmt.Sprint(Version),
-			"description": "HTTP over the unix socket NAME.sock. docs/control.md explains the requests."},
+			"description": "HTTP over the unix socket NAME/sock. docs/control.md explains the requests."},
 		"servers":    []object{{"url": "http://gvm"}},
 		"paths":      paths,
 		"components": object{"schemas": schemas},

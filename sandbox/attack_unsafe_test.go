@@ -27,7 +27,7 @@ const (
 	childEnv  = "GVM_TEST_SANDBOX_CHILD"  // what to do in it
 	modeEnv   = "GVM_TEST_SANDBOX_MODE"   // "" is on
 	kernelEnv = "GVM_TEST_SANDBOX_KERNEL" // an older kernel: no Landlock, no notices
-	dirEnv    = "GVM_TEST_SANDBOX_DIR"    // has read/file, write/ and other/file
+	dirEnv    = "GVM_TEST_SANDBOX_DIR"    // has read/file, write/, run/ and other/file
 )
 
 const statusRefused = 70
@@ -75,10 +75,12 @@ func child(what string) error {
 		}()
 	}
 	r, err := Prepare(Policy{Mode: mode, Paths: []Path{
-		{filepath.Join(dir, "read"), Read},
-		{filepath.Join(dir, "write"), Read | Write | Make | Remove},
-		{filepath.Join(dir, "none"), Read},
-		{filepath.Join(dir, "read/file/none"), Read}, // that cannot be opened, as another user's
+		{Name: filepath.Join(dir, "read"), Rights: Read},
+		{Name: filepath.Join(dir, "write"), Rights: Read | Write | Make | Remove},
+		{Name: filepath.Join(dir, "run"), Rights: RemoveDir, Own: true},
+		{Name: filepath.Join(dir, "run/own"), Rights: Remove, Own: true},
+		{Name: filepath.Join(dir, "none"), Rights: Read},
+		{Name: filepath.Join(dir, "read/file/none"), Rights: Read}, // that cannot be opened, as another user's
 	}, Refused: func(c Refusal) {
 		fmt.Println(c)
 		os.Exit(statusRefused)
@@ -178,6 +180,9 @@ var attacks = []attack{
 	{"make a directory elsewhere", unix.SYS_MKDIRAT, []any{cwd, "other/new", 0o700}, unix.EACCES},
 	{"remove a file elsewhere", unix.SYS_UNLINKAT, []any{cwd, "other/file", 0}, unix.EACCES},
 	{"rename a file elsewhere", unix.SYS_RENAMEAT, []any{cwd, "other/file", cwd, "other/new"}, unix.EACCES},
+	{"remove a neighbour's control socket", unix.SYS_UNLINKAT, []any{cwd, "run/neighbour/sock", 0}, unix.EACCES},
+	{"take a neighbour's control socket", unix.SYS_RENAMEAT, []any{cwd, "run/neighbour/sock", cwd, "run/own/sock"},
+		unix.EACCES},
 	{"open the processor's memory", unix.SYS_OPENAT, []any{cwd, "/proc/self/mem", unix.O_RDWR}, unix.EACCES},
 	{"open a device", unix.SYS_OPENAT, []any{cwd, "/dev/null", unix.O_RDWR}, unix.EACCES},
 	{"change a file's times", unix.SYS_UTIMENSAT, []any{cwd, "read/file", 0, 0}, unix.EPERM},
@@ -245,7 +250,9 @@ func start(t *testing.T, what string, env ...string) (*exec.Cmd, *bytes.Buffer) 
 	t.Helper()
 	dir := t.TempDir()
 	if err := errors.Join(os.Mkdir(filepath.Join(dir, "read"), 0o755), os.Mkdir(filepath.Join(dir, "other"), 0o777),
-		os.Mkdir(filepath.Join(dir, "write"), 0o777),
+		os.Mkdir(filepath.Join(dir, "write"), 0o777), os.MkdirAll(filepath.Join(dir, "run/own"), 0o777),
+		os.Mkdir(filepath.Join(dir, "run/neighbour"), 0o777),
+		os.WriteFile(filepath.Join(dir, "run/neighbour/sock"), nil, 0o666),
 		os.WriteFile(filepath.Join(dir, "read/file"), []byte("text"), 0o644),
 		os.WriteFile(filepath.Join(dir, "other/file"), []byte("text"), 0o644)); err != nil {
 		t.Fatal(err)
@@ -256,7 +263,8 @@ func start(t *testing.T, what string, env ...string) (*exec.Cmd, *bytes.Buffer) 
 		}
 	}
 	if err := errors.Join(os.Chmod(filepath.Join(dir, "write"), 0o777), os.Chmod(filepath.Join(dir, "other"), 0o777),
-		os.Chmod(filepath.Join(dir, "other/file"), 0o666)); err != nil {
+		os.Chmod(filepath.Join(dir, "other/file"), 0o666), os.Chmod(filepath.Join(dir, "run"), 0o777),
+		os.Chmod(filepath.Join(dir, "run/neighbour"), 0o777)); err != nil {
 		t.Fatal(err)
 	}
 	exe, err := os.Open("/proc/self/exe")

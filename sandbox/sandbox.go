@@ -59,6 +59,7 @@ const (
 type Path struct {
 	Name   string
 	Rights Right
+	Own    bool // this user's, who needs no capability for them
 }
 
 // Use is a set of things for which a process needs more system calls.
@@ -349,7 +350,7 @@ func (s *Prepared) dropCapabilities() error {
 	}
 	changes := false
 	for _, path := range p.Paths {
-		changes = changes || path.Rights&^Read != 0
+		changes = changes || !path.Own && path.Rights&^Read != 0
 	}
 	var keep uint64
 	for _, c := range capabilities {

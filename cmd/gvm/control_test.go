@@ -197,7 +197,7 @@ func testDiskCommands(t *testing.T, name string, change func(*proc)) {
 	}
 	p.signal(syscall.SIGKILL)
 	p.wait()
-	socket := filepath.Join(runtimeDir, "gvm", name+".sock")
+	socket := filepath.Join(runtimeDir, "gvm", name, "sock")
 	if r := ask(t, dir, "list"); r.status != 0 || strings.Contains(r.out, name) {
 		t.Errorf("after the end: %+v", r)
 	}

@@ -137,7 +137,7 @@ func jailNetwork(j *jail.Config, rc *runConfig) error {
 	}
 	if rc.vsock != nil {
 		if rc.vsock.path != "" {
-			return errors.New("--vsock path= does not work with --jail; leave it out: the socket is NAME.vsock in DIR/run/gvm")
+			return errors.New("--vsock path= does not work with --jail; leave it out: the socket is DIR/run/gvm/NAME/vsock")
 		}
 		if rc.vsock.kind == vsockVhost {
 			j.Network = true

@@ -60,7 +60,7 @@ var manFiles = []manEntry{
 	{"/dev/kvm", "the kernel's hypervisor, which gvm needs access to"},
 	{"/dev/vhost-scsi", "the kernel's SCSI target, for disks with backend=vhost"},
 	{"/sys/kernel/config/target", "where gvm configures that target"},
-	{"$XDG_RUNTIME_DIR/gvm/NAME.sock", "the control socket of the machine NAME, and beside it the lock NAME.lock"},
+	{"$XDG_RUNTIME_DIR/gvm/NAME/sock", "the control socket of the machine NAME, and beside it lock and vsock"},
 	{"$XDG_CACHE_HOME/gvm", "decompressed kernels"},
 	{"IMAGE.pi", "the protection information of the disk IMAGE, with pi=1"},
 	{"IMAGE.pr", "the persistent reservations of the disk IMAGE that last when the machine ends"},

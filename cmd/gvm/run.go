@@ -97,7 +97,7 @@ EXAMPLES
 					"mount -t virtiofs TAG /mnt"},
 			&cli.StringFlag{Name: "vsock",
 				Usage: "give the guest sockets (AF_VSOCK): `unix[,cid=N][,path=FILE]` connects them with unix sockets " +
-					"NAME.vsock, or FILE, of this host; vhost,cid=N with AF_VSOCK here, by the kernel (vhost-vsock)"},
+					"NAME/vsock, or FILE, of this host; vhost,cid=N with AF_VSOCK here, by the kernel (vhost-vsock)"},
 			&cli.GenericFlag{Name: "net", Value: new(words),
 				Usage: "`BACKEND` of a network device: none (default); user[,mac=MAC][,host=off], addresses, names " +
 					"and connections by gvm-net; or tap=NAME[,mac=MAC][,queues=N][,vhost=on|off], a TAP interface of this host"},

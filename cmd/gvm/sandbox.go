@@ -47,17 +47,19 @@ func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
 	}
 	if rc.broker != nil {
 		p.Uses |= sandbox.Broker
+		// If the broker is dead, gvm removes the machine's directory. A neighbour's is never empty.
+		dir := control.DefaultDirectory()
+		p.Paths = append(p.Paths, sandbox.Path{Name: dir.Path(), Rights: sandbox.RemoveDir, Own: true},
+			sandbox.Path{Name: dir.Machine(rc.spec.Name), Rights: sandbox.Remove, Own: true})
 	}
 	if gdb != nil && gdb.path != "" {
 		allow(filepath.Dir(gdb.path), sandbox.Remove)
 	}
 	if rc.spec.Vsock != nil && rc.vsock != nil {
 		p.Uses |= sandbox.Connect
-		dir := control.DefaultDirectory().Path()
 		if rc.vsock.path != "" {
-			dir = filepath.Dir(rc.vsock.path)
+			allow(filepath.Dir(rc.vsock.path), sandbox.Remove)
 		}
-		allow(dir, sandbox.Remove)
 	}
 	if rc.user != nil {
 		p.Uses |= sandbox.Child

@@ -201,7 +201,7 @@ func wantRealMetrics(t *testing.T, name string) {
 	t.Helper()
 	h := http.Client{Transport: &http.Transport{DisableKeepAlives: true,
 		DialContext: func(context.Context, string, string) (net.Conn, error) {
-			return net.Dial("unix", filepath.Join(runtimeDir, "gvm", name+".sock"))
+			return net.Dial("unix", filepath.Join(runtimeDir, "gvm", name, "sock"))
 		}}}
 	resp, err := h.Get("http://gvm/metrics")
 	if err != nil {

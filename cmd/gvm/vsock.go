@@ -18,7 +18,7 @@ import (
 type vsockConfig struct {
 	kind string
 	cid  uint64 // 0: the first that is not reserved
-	path string // "": NAME.vsock beside the control socket
+	path string // "": NAME/vsock beside the control socket
 }
 
 // Kinds of --vsock.

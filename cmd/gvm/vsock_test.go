@@ -64,7 +64,7 @@ func TestVsockSocket(t *testing.T) {
 		path := filepath.Join(dir, "a,b")
 		args := guestRun("--vsock=unix,cid=5,path="+path, "spin")
 		if named {
-			path = filepath.Join(dir, "gvm", "vsock-test.vsock")
+			path = filepath.Join(dir, "gvm", "vsock-test", "vsock")
 			args = guestRun("--vsock=unix", "--name=vsock-test", "spin")
 		}
 		start := func() *proc {
