@@ -8,11 +8,13 @@
 package jail
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -48,6 +50,26 @@ func (e *UserError) Error() string { return e.Err.Error() }
 func (e *UserError) Unwrap() error { return e.Err }
 
 func userError(format string, args ...any) error { return &UserError{fmt.Errorf(format, args...)} }
+
+// Inside is what the program in a jail knows of it.
+type Inside struct {
+	Dir    string
+	Limits string // as they are given
+	Lock   int    // the descriptor of /run, with a lock that no second machine takes while the janitor is dead
+}
+
+// insideEnv is the environment variable with Inside.
+const insideEnv = "GVM_JAIL"
+
+// Here returns the jail in which Enter has started this program, and keeps its lock; nil: none.
+func Here() *Inside {
+	var in Inside
+	if s, ok := os.LookupEnv(insideEnv); !ok || json.Unmarshal([]byte(s), &in) != nil {
+		return nil
+	}
+	unix.CloseOnExec(in.Lock) // else the sandbox closes it
+	return &in
+}
 
 // runDir is the directory of the jail and of Config.Dir that the program may write.
 const runDir = "run"
@@ -92,8 +114,12 @@ func Enter(c Config) error {
 	if err == unix.ENOSYS { // before Linux 5.11; Go's own descriptors close at execve anyway
 		err = nil
 	}
+	var env []string
 	if err == nil {
-		err = syscall.Exec(exe, c.Args, c.Env)
+		env, err = c.inside()
+	}
+	if err == nil {
+		err = syscall.Exec(exe, c.Args, env)
 	}
 	switch {
 	case errors.Is(err, unix.EACCES):
@@ -103,6 +129,17 @@ func Enter(c Config) error {
 			"build it with CGO_ENABLED=0", c.Dir)
 	}
 	return fmt.Errorf("--jail %s: start gvm in it: %w", c.Dir, err)
+}
+
+// inside locks /run, and returns the environment of the program.
+func (c *Config) inside() (env []string, err error) {
+	in := Inside{Dir: c.Dir, Limits: strings.Join(c.Limits.words, ",")}
+	in.Lock, err = unix.Open("/"+runDir, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err == nil {
+		err = unix.Flock(in.Lock, unix.LOCK_EX|unix.LOCK_NB)
+	}
+	b, err2 := json.Marshal(in)
+	return append(slices.Clip(c.Env), insideEnv+"="+string(b)), errors.Join(err, err2)
 }
 
 // check checks all that needs no change of the host.
@@ -177,6 +214,9 @@ func (c *Config) lock() (*os.File, error) {
 	for end := time.Now().Add(lockPatience); err == nil; time.Sleep(5 * time.Millisecond) {
 		err = unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
+			err = isFree(fd)
+		}
+		if err == nil {
 			return f, nil
 		}
 		if err == unix.EWOULDBLOCK || err == unix.EINTR {
@@ -193,6 +233,16 @@ func (c *Config) lock() (*os.File, error) {
 		err = fmt.Errorf("--jail %s: %w", c.Dir, err)
 	}
 	return nil, err
+}
+
+// isFree returns EWOULDBLOCK if a machine whose janitor is dead has the jail's /run.
+func isFree(dir int) error {
+	fd, err := unix.Openat(dir, runDir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil { // makeRun says what else is there
+		return nil
+	}
+	defer unix.Close(fd)
+	return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
 }
 
 // makeRun makes the directory of the control socket.

@@ -18,6 +18,7 @@ import (
 
 // Limits bound the host's resources of the program and its children.
 type Limits struct {
+	words    []string
 	controls []control
 	rlimits  []rlimit
 }
@@ -47,6 +48,7 @@ func (l *Limits) Add(s string) error {
 		if err := l.add(name, value); err != nil {
 			return fmt.Errorf("%s=%s: %w", name, value, err)
 		}
+		l.words = append(l.words, word)
 	}
 	return nil
 }

@@ -129,7 +129,8 @@ type Spec struct {
 	// Final is called at the end, while the guest's memory is there: see vmm.Config.
 	Final func(out vmm.Outcome, mem *guestmem.Memory, cpus []vmcore.CPU, alive func())
 
-	Sandbox *Sandbox // nil: none
+	Sandbox *Sandbox       // nil: none
+	Jail    []inspect.Node // tells of the jail of this process, for Inspect; nil: none
 
 	begun    *vmm.Begun
 	prepared *vmm.Prepared
@@ -274,7 +275,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	if s.Sandbox != nil {
 		mode = s.Sandbox.Policy.Mode
 	}
-	cfg.Inspect = func() []inspect.Node { return append(m.disks.Inspect(), m.inspectSandbox(mode)) }
+	cfg.Inspect = func() []inspect.Node { return append(m.disks.Inspect(), m.inspectSandbox(mode, s.Jail)) }
 	var started atomic.Bool // the guest has run, even if a reboot failed
 	cfg.Phase = func(name string) {
 		if name == vmm.Entered {
@@ -659,7 +660,7 @@ func (m *Machine) DialVsock(ctx context.Context, port uint32) (*vsock.Conn, erro
 //	vcpu/N           registers, N counts from 0
 //	pci/00:SS.0      a function: config, intx, msix, and for a virtio device virtio/queue/N
 //	com1, com2, rtc, acpi_pm, generation_id
-//	sandbox          the mode of the sandbox, and what it consists of
+//	sandbox          the mode of the sandbox, and what it consists of; jail, if the machine is in one
 //	disk/N           the disk of LUN N that this program serves: counters, task/N (the commands
 //	                 that are not answered, the oldest first) and last/N (the newest first)
 //	lio/WWN/N        a disk that the kernel serves

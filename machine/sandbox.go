@@ -120,8 +120,8 @@ func (m *Machine) seal(s *Spec, p *sandbox.Prepared) error {
 	return nil
 }
 
-// inspectSandbox shows the sandbox.
-func (m *Machine) inspectSandbox(mode sandbox.Mode) inspect.Node {
+// inspectSandbox shows the sandbox and the jail.
+func (m *Machine) inspectSandbox(mode sandbox.Mode, jail []inspect.Node) inspect.Node {
 	n := inspect.Group("sandbox")
 	r := m.sealed.Load()
 	if r == nil {
@@ -132,6 +132,9 @@ func (m *Machine) inspectSandbox(mode sandbox.Mode) inspect.Node {
 		n.Nodes = append(n.Nodes, inspect.Text(text[0], text[1]))
 	}
 	n.Nodes = append(n.Nodes, inspect.Int("landlock", r.Landlock), inspect.Int("system_calls", r.Calls))
+	if jail != nil {
+		n.Nodes = append(n.Nodes, inspect.Group("jail", jail...))
+	}
 	return n
 }
 

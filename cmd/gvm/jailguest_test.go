@@ -43,7 +43,7 @@ func TestJail(t *testing.T) {
 		}
 	}
 	jailed := []string{"--jail", dir, fmt.Sprint("--uid=", user), fmt.Sprint("--gid=", user), "--disk", data,
-		"--name", "j"}
+		"--name", "j", "--jail-limit=nofile=900"}
 	isEmpty := func() {
 		t.Helper()
 		var left []os.DirEntry
@@ -77,6 +77,15 @@ func TestJail(t *testing.T) {
 		list.SysProcAttr.Credential = &syscall.Credential{Uid: user, Gid: user}
 		if r := gvmRuns(t, list); r.status != 0 || !strings.Contains(r.out, "\nj ") {
 			t.Errorf("list: status %d: %s%s", r.status, r.out, r.errs)
+		}
+		show := command(t, "inspect", "j", "sandbox/jail")
+		show.Dir, show.Env, show.SysProcAttr.Credential = "/", list.Env, list.SysProcAttr.Credential
+		r := gvmRuns(t, show)
+		for _, want := range []string{"directory " + dir, fmt.Sprint("uid ", user), fmt.Sprint("gid ", user),
+			"limits nofile=900"} {
+			if !strings.Contains(strings.Join(strings.Fields(r.out), " ")+" ", want+" ") {
+				t.Errorf("inspect: status %d: %s%s, want %q", r.status, r.out, r.errs, want)
+			}
 		}
 		if r := gvmRuns(t, command(t, append([]string{"run"}, jailed...)...)); r.status != exitUsage ||
 			!strings.Contains(r.errs, "another machine is in this jail") {

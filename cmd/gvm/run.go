@@ -19,6 +19,7 @@ import (
 	"gvm/devices/virtio/fs"
 	"gvm/guest/embedded"
 	"gvm/guest/kernel"
+	"gvm/inspect"
 	"gvm/jail"
 	"gvm/machine"
 	"gvm/machine/disk"
@@ -339,6 +340,10 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	}
 	if rc.watch, err = parseWatch(c, nil); err != nil {
 		return rc, err
+	}
+	if in := jail.Here(); in != nil {
+		spec.Jail = []inspect.Node{inspect.Text("directory", in.Dir), inspect.Int("uid", os.Getuid()),
+			inspect.Int("gid", os.Getgid()), inspect.Text("limits", in.Limits)}
 	}
 	if rc.jail, err = parseJail(c, &rc, given); err != nil {
 		return rc, err
