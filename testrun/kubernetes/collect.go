@@ -9,6 +9,7 @@ import (
 	"sort"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"gvm/testrun"
 	"gvm/testrun/matrix"
@@ -36,9 +37,23 @@ func Message(w io.Writer, d matrix.Done) error {
 // cutLine begins the log of a verdict that is cut.
 const cutLine = "[cut to the size of a pod's termination message; kubectl logs has more]"
 
+// cutName returns the first bytes of a name, and no part of a character.
+func cutName(s text.Name, length int) text.Name {
+	if len(s) <= length {
+		return s
+	}
+	for part := range utf8.UTFMax { // a name may have any bytes
+		if utf8.RuneStart(s[length-part]) {
+			return s[:length-part]
+		}
+	}
+	return s[:length]
+}
+
 // cut returns a cell with keep elements of each list at most, and short strings.
 func cut(d matrix.Done, keep int) matrix.Done {
-	short := func(s *string) { *s = strings.ToValidUTF8((*s)[:min(len(*s), 80+16*keep)], "") }
+	length := 80 + 16*keep
+	short := func(s *string) { *s = strings.ToValidUTF8((*s)[:min(len(*s), length)], "") }
 	last := func(list *[]string) {
 		*list = slices.Clone((*list)[max(0, len(*list)-keep):])
 		for i := range *list {
@@ -51,9 +66,7 @@ func cut(d matrix.Done, keep int) matrix.Done {
 		r := *a.Result
 		a.Result = &r
 		short(&r.Text)
-		kernel := string(r.Kernel)
-		short(&kernel)
-		r.Kernel = text.Name(kernel)
+		r.Kernel = cutName(r.Kernel, length)
 		short(&r.Release)
 		if r.Command != nil {
 			c := *r.Command

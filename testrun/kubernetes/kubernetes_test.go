@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"gvm/testrun"
 	"gvm/testrun/matrix"
@@ -141,6 +142,7 @@ func TestWriteErrors(t *testing.T) {
 func FuzzMessage(f *testing.F) {
 	f.Add("line", 100, 3)
 	f.Add("\x00\u2028\xff<&>", 64, 1)
+	f.Add(strings.Repeat("\u2028\xff\x80", 40), 64, 1)
 	f.Fuzz(func(t *testing.T, s string, lines, attempts int) {
 		if lines < 0 || lines > 200 || attempts < 1 || attempts > 20 || len(s) > 4096 {
 			t.Skip()
@@ -168,6 +170,9 @@ func FuzzMessage(f *testing.F) {
 		if err := json.Unmarshal([]byte(text), &got); err != nil || len(text) > maxMessage || got.Name != d.Name ||
 			got.Result().Kind != testrun.NotStarted || got.Result().Status != 127 {
 			t.Fatalf("%d bytes, %v: %s", len(text), err, text)
+		}
+		if k := string(got.Result().Kernel); !strings.HasPrefix(s, k) || len(k) < min(len(s), 80-utf8.UTFMax) {
+			t.Errorf("the kernel %q became %q", s, k)
 		}
 		if after, err := json.Marshal(d); err != nil || !bytes.Equal(after, before) {
 			t.Error("the cell itself was cut")
