@@ -213,9 +213,9 @@ func TestEmbeddedEndings(t *testing.T) {
 		stderr string
 	}{
 		{"power off", []string{"--cpus", "8"}, 0, ""},
-		// The lab's processor is AMD's.
+		// The lab's processor is AMD's. Hosts before 5.19 keep the general registers.
 		{"triple fault", []string{"--guest-arg", "crash=triple"}, 4,
-			"triple fault)\nthe guest's registers are lost: on AMD, KVM resets a CPU that had a triple fault\n"},
+			": on AMD, KVM resets a CPU that had a triple fault\n"},
 		{"panic", []string{"--guest-arg", "crash=panic"}, 5, "guest panic"},
 		{"reset", []string{"--guest-arg", "crash=reset"}, 6, "reset"},
 		{"timeout of a halted guest", []string{"--guest-arg", "hang", "--timeout", "2s"}, 124, "--timeout 2s elapsed"},
