@@ -15,10 +15,14 @@ import (
 // console's first line, because compiling takes as long as making a vCPU and would delay the start.
 var kernelLines = sync.OnceValue(func() []kernelLine {
 	return []kernelLine{
-		// The second one is that of an exception before the kernel can panic (early_fixup_exception in
-		// arch/x86/mm/extable.c).
-		{regexp.MustCompile(`^(Kernel panic - not syncing|PANIC: early exception )`), func(w *consoleWatch, text string) {
+		{regexp.MustCompile(`^Kernel panic - not syncing`), func(w *consoleWatch, text string) {
 			w.text, w.last, w.own = text, text, true
+		}},
+		// After an exception before it can panic the kernel only halts. With quiet this is its last line
+		// (early_fixup_exception in arch/x86/mm/extable.c).
+		{regexp.MustCompile(`^PANIC: early exception `), func(w *consoleWatch, text string) {
+			w.text, w.last, w.own = text, text, true
+			w.early, w.halts = true, true
 		}},
 		// Lines that follow a panic (kernel/panic.c; the notifier in arch/x86/kernel/setup.c), and
 		// the first line of a crash kernel.
@@ -29,14 +33,15 @@ var kernelLines = sync.OnceValue(func() []kernelLine {
 		{regexp.MustCompile(`^(Rebooting in \d+ seconds|---\[ end Kernel panic)`), func(w *consoleWatch, _ string) {
 			w.waits = w.proved
 		}},
-		// The last line of kernel_halt (kernel/reboot.c). After an early exception the kernel halts as well.
-		{regexp.MustCompile(`^((reboot: )?System halted\.?$|PANIC: early exception )`),
-			func(w *consoleWatch, _ string) { w.halts = true }},
+		// The last line of kernel_halt (kernel/reboot.c). A kernel that prints it had no early exception: a
+		// program printed the text.
+		{regexp.MustCompile(`^(reboot: )?System halted\.?$`),
+			func(w *consoleWatch, _ string) { w.halts, w.early = true, false }},
 		// A kernel that restarts normally did not panic: a program printed the text.
 		{regexp.MustCompile(`^((reboot: )?Restarting system|sysrq: (SysRq : )?Resetting|kexec_core: Starting new kernel)`),
 			func(w *consoleWatch, _ string) {
 				if !w.proved {
-					w.text, w.own = "", false
+					w.text, w.own, w.early = "", false, false
 				}
 			}},
 	}
@@ -64,6 +69,7 @@ type consoleWatch struct {
 	// follows only a panic came after it (proved).
 	text        string
 	own, proved bool
+	early       bool   // it is an early exception's, and no line of an orderly end followed
 	waits       bool   // final must be called
 	halts       bool   // halt must be called
 	last        string // the last message seen, whether it counts or not
@@ -144,11 +150,18 @@ func (w *consoleWatch) panicProved() bool {
 	return w.proved
 }
 
+// haltsEarly reports whether the kernel's last word was an early exception.
+func (w *consoleWatch) haltsEarly() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.early
+}
+
 // forgetPanic forgets the panic that the console showed.
 func (w *consoleWatch) forgetPanic() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.text, w.own, w.proved = "", false, false
+	w.text, w.own, w.proved, w.early = "", false, false, false
 }
 
 // silent returns how long the guest has printed nothing, 0 while output waits to be written.

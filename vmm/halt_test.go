@@ -26,6 +26,12 @@ func TestHalted(t *testing.T) {
 		{"halted after a panic", script{}.print("[ 1.0] " + panicked + "\r\n" + offset + halted), 1, GuestPanic},
 		{"an exception before the kernel can panic", script{}.print("PANIC: early exception 0x0d IP 10:ffffffff81c0ffee " +
 			"error 0 cr2 0x0\n[    0.000000] CPU: 0 UID: 0 PID: 0 Comm: swapper Not tainted 6.12.0 #1\n"), 1, GuestPanic},
+		{"an early exception of a quiet kernel", script{}.print("PANIC: early exception 0x0e IP 10:ffffffff81c0ffee " +
+			"error 0 cr2 0xffff888001000000\n"), 1, GuestPanic},
+		{"halted after a program's early exception", script{}.print("PANIC: early exception 0x0e IP 10:0 error 0 cr2 0x0\n" +
+			halted), 1, Halted},
+		{"idle after a program's early exception", script{}.print("PANIC: early exception 0x0e IP 10:0 error 0 cr2 0x0\n").
+			idle(), 1, Stopped},
 		{"power-off", script{}.print("reboot: System halted\r\n").powerOff(), 1, PoweredOff},
 		{"idle", script{}.print("reboot: System halted\r\n").idle(), 1, Stopped},
 		{"said nothing", script{}.print("hello\r\n"), 1, Stopped},

@@ -97,7 +97,8 @@ func (p *panicState) stopSilence() {
 // guest's kernel panicked: the panic comes first, and the end says how it ended. If only the
 // console showed the panic, the kernel must have reset afterwards, for some values of reboot= by a
 // triple fault. If it powered off it did not panic: a program printed the text. A triple fault
-// belongs to a panic only if the kernel printed the lines that follow one.
+// belongs to a panic only if the kernel printed the lines that follow one, and so does a halt, unless the
+// kernel had an early exception, which with quiet has no further lines.
 func (m *machine) verdict(out Outcome) Outcome {
 	told := m.panicked.told.Load()
 	text := m.console.panicText(told || out.Ending == GuestPanic)
@@ -117,7 +118,7 @@ func (m *machine) verdict(out Outcome) Outcome {
 		told = told || m.console.panicProved()
 	case Halted:
 		then = "the guest then halted"
-		told = told || m.console.panicProved()
+		told = told || m.console.panicProved() || m.console.haltsEarly()
 	case Stopped:
 		then = fmt.Sprintf("the guest was then stopped: %v", out.Err)
 	default:
