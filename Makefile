@@ -154,8 +154,9 @@ kernel: ## build small kernels of Debian's source, and run the guests' tests tha
 	$(GO) run ./guest-tests/cmd/lab kernel
 	$(GO) test -tags built -count=1 -timeout 30m -parallel 1 -run '^TestBuilt' -v ./guest-tests/linux
 
-debuggers: ## crash and gdb on the core of a stock kernel that panicked, in the lab, with Debian's debug symbols
+debuggers: ## crash and gdb on the core of a stock kernel that panicked, and gdb on one that KASLR moved, with debug symbols
 	$(GOTEST) -tags built -count=1 -timeout 15m -run '^TestDebuggers$$' ./guest-tests/lab
+	$(GOTEST) -tags built -count=1 -timeout 15m -run '^TestGDBMoved$$' ./guest-tests/linux
 
 distribution: ## make a small Debian system, and boot it to its login and down again, in the lab
 	$(GO) run ./guest-tests/cmd/lab distribution

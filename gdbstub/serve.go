@@ -300,6 +300,10 @@ func (s *session) query(body string) (string, error) {
 			"vContSupported+;swbreak+;hwbreak+", maxPacket), nil
 	case "qAttached":
 		return "1", nil // a client that ends detaches
+	case "qOffsets": // at target remote; the offset of the text is that of all segments
+		if text, ok := s.t.Moved(s.thread); ok {
+			return fmt.Sprintf("TextSeg=%x", text), nil
+		}
 	case "qC":
 		return fmt.Sprintf("QC%x", s.thread), nil
 	case "qfThreadInfo":

@@ -99,6 +99,10 @@ func (f *fake) WriteMemory(_ int, addr uint64, p []byte) error {
 	return nil
 }
 
+func (f *fake) Moved(thread int) (uint64, bool) {
+	return 0xffffffff_92200000, thread == 2 && f.mem[0] != 0
+}
+
 func (f *fake) Insert(_ int, p Point) error {
 	if p.Kind == ReadWatchpoint {
 		return ErrUnsupported
@@ -186,6 +190,10 @@ func TestPackets(t *testing.T) {
 		{"?", "T05thread:2;"},
 		{"qC", "QC2"},
 		{"qAttached", "1"},
+		{"qOffsets", ""},
+		{"M1000,1:01", "OK"}, // the target has moved
+		{"qOffsets", "TextSeg=ffffffff92200000"},
+		{"M1000,1:00", "OK"},
 		{"qfThreadInfo", "m1,2,3"},
 		{"qsThreadInfo", "l"},
 		{"qXfer:features:read:target.xml:0,9", "m<target>#"},

@@ -513,6 +513,17 @@ func (d *Debugger) WriteMemory(thread int, addr uint64, p []byte) error {
 	})
 }
 
+// Moved is of gdbstub.Target.
+func (d *Debugger) Moved(thread int) (text uint64, ok bool) {
+	err := d.do(thread, func(m *machine, c *kvmapi.VCPU) error {
+		r, err := c.Regs()
+		s, err2 := c.Sregs()
+		text, ok = x86.MovedKernel(m.mem.Read, s, r.RIP)
+		return errors.Join(err, err2)
+	})
+	return text, ok && err == nil
+}
+
 // Resume is of gdbstub.Target.
 func (d *Debugger) Resume(actions []gdbstub.Action) error {
 	d.mu.Lock()

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -138,6 +139,10 @@ func (s *gdbServer) remove() error {
 	return os.Remove(s.path)
 }
 
+// leavePatience is the time that a debugger has to be gone when another comes: gdb closes its connection and
+// connects again at target remote.
+const leavePatience = 2 * time.Second
+
 // serve serves debuggers until the machine has ended. While one is served, others are refused.
 func (s *gdbServer) serve(m *machine.Machine) {
 	if s.listener == nil {
@@ -145,7 +150,7 @@ func (s *gdbServer) serve(m *machine.Machine) {
 		return
 	}
 	s.serving.Go(panics.Func(func() {
-		var busy sync.Mutex
+		busy := make(chan struct{}, 1)
 		for {
 			c, err := s.listener.Accept()
 			if errors.Is(err, net.ErrClosed) {
@@ -155,15 +160,18 @@ func (s *gdbServer) serve(m *machine.Machine) {
 				note(fmt.Sprintf("--gdb: no more debuggers can connect: %v", err))
 				return
 			}
-			if !busy.TryLock() {
+			select {
+			case busy <- struct{}{}:
+				s.serving.Go(panics.Func(func() {
+					s.client(m, c)
+					<-busy
+				}))
+			case <-m.Ended():
+				c.Close()
+			case <-time.After(leavePatience):
 				c.Close()
 				note("--gdb: a second debugger was refused: one is connected")
-				continue
 			}
-			s.serving.Go(panics.Func(func() {
-				defer busy.Unlock()
-				s.client(m, c)
-			}))
 		}
 	}))
 }

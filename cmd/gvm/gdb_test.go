@@ -77,6 +77,12 @@ func TestGDB(t *testing.T) {
 	}
 	d.send("qfThreadInfo")
 	d.want("m1,2")
+	for range 20 { // target remote of a debugger that is connected
+		d.Close()
+		d = dialGDB(t, socket)
+		d.send("?")
+		d.want("T05thread:1;")
+	}
 	d.send("D")
 	d.want("OK")
 	p.expect("PASS")

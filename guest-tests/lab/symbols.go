@@ -11,13 +11,16 @@ import (
 // Symbols returns the path of the vmlinux with symbols and types of the cloud kernel. It fetches that from
 // Debian's debug package, some 300 MB, if the cache lacks it.
 func (l *Lab) Symbols(ctx context.Context, progress io.Writer) (string, error) {
+	dir := filepath.Join(l.Cache, "symbols-"+l.Cloud.Release)
+	path := filepath.Join(dir, "vmlinux")
+	if _, err := os.Stat(path); err == nil { // whole, and in the lab, whose cache is read-only, without a lock
+		return path, nil
+	}
 	unlock, err := lock(ctx, filepath.Join(l.Cache, "lock"), progress)
 	if err != nil {
 		return "", err
 	}
 	defer unlock()
-	dir := filepath.Join(l.Cache, "symbols-"+l.Cloud.Release)
-	path := filepath.Join(dir, "vmlinux")
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
 	}

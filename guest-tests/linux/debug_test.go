@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"testing"
 	"time"
 
@@ -26,7 +27,7 @@ func gdb(t *testing.T, socket, symbols string, commands ...string) string {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	args := []string{"-q", "-nx", "-batch"}
+	args := []string{"-q", "-nx", "-batch", "-readnever"}
 	for _, c := range append([]string{"set pagination off", "set confirm off", "set width 0", "set remotetimeout 60",
 		"target remote " + socket}, commands...) {
 		args = append(args, "-ex", c)
@@ -96,5 +97,49 @@ klog`}
 	r.kernelLog(t, 1, noNetwork)
 	if _, err := os.Stat(socket); err == nil {
 		t.Error("gvm left its socket behind")
+	}
+}
+
+// TestGDBMoved: the symbols of a vmlinux fit a kernel that KASLR has moved when gdb connects; of a gdb that
+// was connected before, once it connects anew. A CPU on its way into the kernel, which has a user's page table
+// with page-table isolation, knows the kernel's place as well.
+func TestGDBMoved(t *testing.T) {
+	k := theLab(t).Cloud
+	vmlinux, err := theLab(t).Symbols(t.Context(), lab.Log(t))
+	must(t, err)
+	for pti, userTable := range map[string]string{"pti=off": "0x[01]0{0,3}", "pti=on": "0x1000"} {
+		t.Run(pti, func(t *testing.T) {
+			socket := filepath.Join(t.TempDir(), "gdb")
+			g := guest{kernel: k, cmdline: "kaslr " + pti, script: `
+say text $(grep -m1 ' _text$' /proc/kallsyms)
+say ready
+while ! read -t 1 line; do sync; done
+`}
+			p, typed := startOnPipe(t, append(g.build(t), "--boot", "bzimage", "--gdb", "unix:"+socket, "-S")...)
+			out := gdb(t, socket, vmlinux, "p/x (long)&_text", "detach")
+			inOrder(t, out, `= 0xffffffff81000000$`, `detached`)
+
+			p.waitFor("= ready")
+			out = gdb(t, socket, vmlinux, "p/x (long)&_text", "x/s (char *)&linux_banner", "hbreak __x64_sys_sync",
+				"continue", "backtrace 2", "x/i $pc", "delete", "hbreak *&entry_SYSCALL_64", "continue",
+				"p/x $cr3 & 0x1000", "maintenance packet qOffsets", "delete", "disconnect", "target remote "+socket,
+				"x/s (char *)&linux_banner", "detach")
+			inOrder(t, out, `"Linux version `+regexp.QuoteMeta(k.Release), `Breakpoint 1, .* in __x64_sys_sync \(\)`,
+				`^#0 .* in __x64_sys_sync`, `^#1 .* in do_syscall_64`, `=> 0x[0-9a-f]+ <__x64_sys_sync`,
+				`Breakpoint 2, .* in entry_SYSCALL_64 \(\)`, `= `+userTable+`$`, `received: "(TextSeg=[0-9a-f]+)?"`,
+				`"Linux version `+regexp.QuoteMeta(k.Release), `detached`)
+			text := regexp.MustCompile(`(?m)= 0x([0-9a-f]+)$`).FindStringSubmatch(out)
+			fmt.Fprintln(typed)
+			r := p.wait()
+			r.wantStatus(t, 0)
+			said, _, _ := strings.Cut(r.said(t, "text"), " ")
+			offsets := "TextSeg=" + said
+			if said == "ffffffff81000000" { // by chance
+				offsets = ""
+			}
+			if text == nil || text[1] != said || !strings.Contains(out, `received: "`+offsets+`"`) {
+				t.Errorf("gdb has _text at %q, and the guest at %s", text, said)
+			}
+		})
 	}
 }

@@ -29,9 +29,6 @@ const (
 	directMaps = 64 << 10
 	// maxStacks bounds the stacks of a CPU: those of a task and of interrupts and exceptions on it.
 	maxStacks = 8
-	// userPageTable is the bit of CR3 that tells a user's page table from the kernel's, with page-table
-	// isolation (PTI_USER_PGTABLE_BIT).
-	userPageTable = 1 << 12
 )
 
 // vmcoreinfo is a note VMCOREINFO: Documentation/admin-guide/kdump/vmcoreinfo.rst.
@@ -111,8 +108,8 @@ func (i *vmcoreinfo) release() string { return i.values["OSRELEASE"] }
 func (i *vmcoreinfo) text() (virtual, physical uint64, ok bool) {
 	virtual, err := strconv.ParseUint(i.values["SYMBOL(_stext)"], 16, 64)
 	base, err2 := strconv.ParseInt(i.values["NUMBER(phys_base)"], 10, 64)
-	return virtual, virtual - kernelMap + uint64(base), err == nil && err2 == nil && virtual >= kernelMap &&
-		virtual-kernelMap < kernelSize
+	return virtual, virtual - x86.KernelMap + uint64(base), err == nil && err2 == nil && virtual >= x86.KernelMap &&
+		virtual-x86.KernelMap < x86.KernelSize
 }
 
 // mapped returns the paging state of a CPU that has the kernel's text mapped where the note says; nil: none
@@ -124,7 +121,7 @@ func (i *vmcoreinfo) mapped(mem *guestmem.Memory, cpus []CPU) *kvm.Sregs {
 	}
 	for _, c := range cpus {
 		s := c.Sregs
-		for _, cr3 := range []uint64{s.CR3, s.CR3 &^ userPageTable} {
+		for _, cr3 := range []uint64{s.CR3, s.CR3 &^ x86.UserPageTable} {
 			s.CR3 = cr3
 			if at, ok := x86.Translate(mem.Read, &s, virtual); ok && at == physical {
 				return &s
@@ -166,7 +163,7 @@ func (i *vmcoreinfo) stacks(mem *guestmem.Memory, cpus []CPU, direct uint64) (pr
 		next := []uint64{c.Regs.RSP}
 		for n := 0; n < len(next) && n < maxStacks; n++ {
 			at, mapped := next[n]&^(pageSize-1), 0
-			for ; mapped < stackSize/pageSize && at >= 1<<63 && at < kernelMap; mapped, at = mapped+1, at+pageSize {
+			for ; mapped < stackSize/pageSize && at >= 1<<63 && at < x86.KernelMap; mapped, at = mapped+1, at+pageSize {
 				gpa, ok := x86.Translate(mem.Read, i.space, at)
 				if _, err := mem.Slice(gpa, pageSize); !ok || err != nil || at == direct+gpa {
 					break
@@ -206,7 +203,7 @@ func (i *vmcoreinfo) image(regions []guestmem.Region) (p elf.Prog64, ok bool) {
 	virtual &^= 2<<20 - 1
 	for _, r := range regions {
 		if r.Base <= physical && physical < r.End() {
-			n := min(r.End()-physical, kernelMap+kernelSize-virtual, maxImage)
+			n := min(r.End()-physical, x86.KernelMap+x86.KernelSize-virtual, maxImage)
 			return elf.Prog64{Type: uint32(elf.PT_LOAD), Flags: uint32(elf.PF_R | elf.PF_W | elf.PF_X),
 				Vaddr: virtual, Paddr: physical, Filesz: n, Memsz: n}, true
 		}

@@ -21,8 +21,6 @@ const (
 	maxCalls = 100
 	// maxSymbols bounds a table of symbols, and maxSymbol the name of one.
 	maxSymbols, maxSymbol = 4 << 20, 256
-	// kaslrAlign is the least step of a randomized address (CONFIG_PHYSICAL_ALIGN).
-	kaslrAlign = 2 << 20
 )
 
 // ErrOtherKernel means that the guest's memory has not the kernel of the symbols.
@@ -142,8 +140,8 @@ func (s *Symbols) find(mem *guestmem.Memory, cpus []CPU) (cr3, offset uint64, er
 	got := make([]byte, len(s.text))
 	for _, c := range cpus {
 		sregs := c.Sregs
-		for _, sregs.CR3 = range []uint64{c.Sregs.CR3, c.Sregs.CR3 &^ userPageTable} {
-			for offset := uint64(0); offset < kernelSize; offset += kaslrAlign {
+		for _, sregs.CR3 = range []uint64{c.Sregs.CR3, c.Sregs.CR3 &^ x86.UserPageTable} {
+			for offset := uint64(0); offset < x86.KernelSize; offset += x86.KernelAlign {
 				gpa, ok := x86.Translate(mem.Read, &sregs, s.banner+offset)
 				if ok && mem.Read(gpa, got) == nil && bytes.Equal(got, s.text) {
 					return sregs.CR3, offset, nil

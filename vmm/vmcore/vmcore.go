@@ -30,10 +30,6 @@ const (
 	headerSize = 64 // of Elf64_Ehdr
 	phdrSize   = 56 // of Elf64_Phdr
 	maxRun     = 1 << 20
-	// kernelMap is __START_KERNEL_map of Linux, and kernelSize the most that the mapping has
-	// (KERNEL_IMAGE_SIZE).
-	kernelMap  = 0xffffffff_80000000
-	kernelSize = 1 << 30
 )
 
 // Write writes the core by put, in ascending order and without the zeros of memory, and returns its

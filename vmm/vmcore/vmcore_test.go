@@ -13,12 +13,13 @@ import (
 	"github.com/bobuhiro11/gokvm/kvm"
 
 	"gvm/guestmem"
+	"gvm/vmm/x86"
 )
 
 const (
 	lowSize, highBase, highSize = 8 << 20, 4 << 30, 1 << 20
 	textAt                      = 4 << 20 // physical
-	text                        = kernelMap + 0x1220_0000
+	text                        = x86.KernelMap + 0x1220_0000
 	direct                      = 0xffff8880_40000000 // one step above its first place
 	stack, stackAt              = 0xffffc900_00008000, 0x30_0000
 	oldStack                    = stack + 0x10_000 // that of the task which an interrupt interrupted
@@ -27,7 +28,7 @@ const (
 func infoText(release string, stext uint64, base int64) string {
 	return fmt.Sprintf(
 		"OSRELEASE=%s\nPAGESIZE=4096\nSYMBOL(_stext)=%x\nNUMBER(phys_base)=%d\nKERNELOFFSET=%x\n",
-		release, stext, base, stext-kernelMap-(16<<20))
+		release, stext, base, stext-x86.KernelMap-(16<<20))
 }
 
 func infoNote(desc string) []byte {
@@ -76,7 +77,7 @@ func memory(t *testing.T, notes map[uint64]string) *guestmem.Memory {
 func kernelCPU(user bool) (c CPU) {
 	c.Sregs.CR0, c.Sregs.CR4, c.Sregs.EFER, c.Sregs.CR3 = 1<<31|1, 1<<5, 1<<10|1<<8, 0x2000
 	if user {
-		c.Sregs.CR3 |= userPageTable
+		c.Sregs.CR3 |= x86.UserPageTable
 	}
 	return c
 }
@@ -135,11 +136,11 @@ func notesOf(t *testing.T, e *elf.File) (notes []note) {
 // TestWrite: the core has all memory, the registers at the offsets of struct elf_prstatus and
 // QEMUCPUState, and the note of the kernel that runs, with its image.
 func TestWrite(t *testing.T) {
-	const base = textAt - (text - kernelMap)
+	const base = textAt - (text - x86.KernelMap)
 	mem := memory(t, map[uint64]string{
-		0x10_0000:            infoText("5.0.0-before-kexec", kernelMap+16<<20, 0),
+		0x10_0000:            infoText("5.0.0-before-kexec", x86.KernelMap+16<<20, 0),
 		lowSize - 2*pageSize: infoText("6.1.0-test", text, base),
-		highBase:             infoText("7.0.0-in-a-file", kernelMap+16<<20, 0),
+		highBase:             infoText("7.0.0-in-a-file", x86.KernelMap+16<<20, 0),
 	})
 	cpus := []CPU{kernelCPU(false), kernelCPU(true)}
 	cpus[0].Regs = kvm.Regs{R15: 15, RBX: 3, RAX: 1, RDI: 6, RIP: 0xffff_ffff_8100_0042, RFLAGS: 0x246, RSP: stack + 0x77}
