@@ -43,6 +43,7 @@ not or none ran. Other ends are those of gvm help exit-status.`,
 			&cli.DurationFlag{Name: "timeout", Value: 5 * time.Minute,
 				Usage: "stop the guest after `DURATION`, with status 124"},
 			&cli.BoolFlag{Name: "raw", Usage: "print the guest's console, instead of the results"},
+			sandboxFlag(),
 		}, verdictFlags()...),
 		Action: func(c *cli.Context) error {
 			rc, err := parseKunit(c)
@@ -101,6 +102,9 @@ func parseKunit(c *cli.Context) (rc runConfig, err error) {
 	}
 	if spec.Memory.Size, err = text.ParseSize(c.String("memory"), 1<<20); err != nil {
 		return rc, fmt.Errorf("--memory: %w", err)
+	}
+	if rc.sandbox, err = parseSandbox(c); err != nil {
+		return rc, err
 	}
 	host := thisHost()
 	if rc.memoryNote, err = checkMemory(spec.Memory, true, host); err != nil {

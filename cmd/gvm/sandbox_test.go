@@ -95,6 +95,19 @@ func TestSandbox(t *testing.T) {
 	}
 }
 
+// TestSandboxKunit: a kernel of gvm kunit, which may be anyone's, is in the sandbox as well.
+func TestSandboxKunit(t *testing.T) {
+	t.Parallel()
+	p := startOnTerminalAs(t, func(p *proc) { p.cmd.Env = append(p.cmd.Env, attackEnv+"=execve") },
+		"kunit", "--raw", "-k", testKernel(t), "-a", "spin")
+	p.expect("spinning")
+	p.signal(syscall.SIGUSR1)
+	p.expect("gvm: the sandbox refused the system call execve (59), ")
+	if r := p.wait(); r.status != exitBug {
+		t.Errorf("status %d: %q", r.status, r.out)
+	}
+}
+
 // TestSandboxLacks: if the kernel lacks a part of the sandbox, gvm says so in one line and goes on, and by
 // --sandbox=strict it does not.
 func TestSandboxLacks(t *testing.T) {
@@ -132,7 +145,9 @@ func TestSandboxLacks(t *testing.T) {
 func TestSandboxWords(t *testing.T) {
 	t.Parallel()
 	const want = "--sandbox strikt: want off, on or strict; did you mean strict?"
-	if r := gvmRuns(t, command(t, "run", "--sandbox=strikt")); r.status != exitUsage || !strings.Contains(r.errs, want) {
-		t.Errorf("status %d: %s", r.status, r.errs)
+	for _, verb := range []string{"run", "kunit"} {
+		if r := gvmRuns(t, command(t, verb, "--sandbox=strikt")); r.status != exitUsage || !strings.Contains(r.errs, want) {
+			t.Errorf("%s: status %d: %s", verb, r.status, r.errs)
+		}
 	}
 }
