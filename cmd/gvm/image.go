@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -92,7 +93,7 @@ EXAMPLES
 				return imageError(fmt.Errorf("%s: %w; gvm image create makes an image", args[0], fs.ErrNotExist))
 			}
 			if errors.Is(err, block.ErrLocked) {
-				err = fmt.Errorf("%w%s", err, ofMachine(args))
+				err = fmt.Errorf("%w%s", err, ofMachine(c.Context, args))
 			}
 			if err != nil {
 				return imageError(err)
@@ -115,16 +116,21 @@ EXAMPLES
 }
 
 // ofMachine returns a hint how to resize an image that a machine uses: words are its path and a
-// size.
-func ofMachine(words []string) string {
-	i, err := block.Inspect(words[0])
+// size. It asks the machines, as an ordinary user sees no files of a process in the sandbox.
+func ofMachine(ctx context.Context, words []string) string {
+	image, err := os.Stat(words[0])
 	if err != nil {
 		return ""
 	}
-	entries, _ := control.DefaultDirectory().List()
+	dir := control.DefaultDirectory()
+	entries, _ := dir.List()
 	for _, e := range entries {
-		if e.PID == i.Writer {
-			return fmt.Sprintf("; gvm disk resize %s %s resizes it there", e.Name, strings.Join(words, " "))
+		disks, _ := control.NewClient(dir, e.Name).Disks(ctx)
+		for _, d := range disks {
+			st, err := os.Stat(string(d.Path))
+			if err == nil && os.SameFile(st, image) && !d.ReadOnly && d.Options["overlay"] == "" {
+				return fmt.Sprintf("; gvm disk resize %s %s resizes it there", e.Name, strings.Join(words, " "))
+			}
 		}
 	}
 	return ""
