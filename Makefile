@@ -41,6 +41,10 @@ BIN = bin
 VERSION =
 LDFLAGS = -s -w -funcalign=16$(if $(VERSION), -X main.version=$(VERSION))
 
+# Those of man too, which then compiles nothing that build has compiled, and neither does a build in
+# another directory.
+BUILDFLAGS = -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' $(SELDOM:%=-gcflags=%=-l)
+
 # Where install puts what it makes: gvm is $(DESTDIR)$(PREFIX)/bin/gvm.
 PREFIX = /usr/local
 DESTDIR =
@@ -51,7 +55,7 @@ ZSHDIR = share/zsh/site-functions
 .PHONY: release vulncheck fuzz-long fuzz-table
 
 build: ## static binaries: bin/gvm, bin/gvm-plot, which draws its plots, and bin/gvm-net, its network
-	$(GO) build -tags $(TAGS) -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' $(SELDOM:%=-gcflags=%=-l) -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
+	$(GO) build -tags $(TAGS) $(BUILDFLAGS) -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
 
 run: ## boot the embedded guest; in the lab if this machine has no /dev/kvm
 	@if [ -e /dev/kvm ]; then set -x; $(GO) run ./cmd/gvm run; else \
@@ -209,7 +213,7 @@ man stage deb: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/de
 man: ## man pages, in bin/man
 	rm -rf $(BIN)/man
 	mkdir -p $(BIN)/man
-	$(GO) run -tags man,$(TAGS) -ldflags '$(LDFLAGS)' ./cmd/gvm $(BIN)/man
+	$(GO) run -tags man,$(TAGS) $(BUILDFLAGS) ./cmd/gvm $(BIN)/man
 
 # The files of install, as they are below PREFIX.
 STAGE = $(BIN)/stage
