@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -87,7 +88,17 @@ func TestImage(t *testing.T) {
 	if err != nil || len(list) != 4 {
 		t.Errorf("%v, %v: what failed has left something", list, err)
 	}
+}
 
+// TestImageInUse: gvm image tells which process has an image, and changes none in use.
+func TestImageInUse(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	err := errors.Join(block.Create(at("disk.img"), 2<<20, false), block.Create(at("full.img"), 1<<20, true))
+	if err != nil {
+		t.Fatal(err)
+	}
 	p := startGVM(t, dir, guestRun("--disk=disk.img", "--disk=full.img,overlay=full.ovl", "spin")...)
 	p.expect("spinning")
 	info := func(name string) (i block.Info) {

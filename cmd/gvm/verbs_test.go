@@ -63,8 +63,8 @@ func (v verb) args(machine string) []string {
 }
 
 // TestVerbs tries each command for a running machine as a newcomer would: without a machine, with a wrong name, the
-// second time, on a machine whose process is stopped, on one that has ended, and as another user. An error is one
-// line with its reason, and its status tells whose it is.
+// second time, on a machine whose process is stopped, and on one that has ended. An error is one line with its
+// reason, and its status tells whose it is.
 func TestVerbs(t *testing.T) {
 	var walk func(path string, cs []*cli.Command)
 	walk = func(path string, cs []*cli.Command) {
@@ -128,7 +128,6 @@ func TestVerbs(t *testing.T) {
 	p.wait()
 
 	p = start()
-	strangers(t, runtime)
 	p.signal(syscall.SIGSTOP)
 	var tried sync.WaitGroup
 	for _, v := range verbs { // all at once: each waits for an answer
@@ -151,8 +150,9 @@ func TestVerbs(t *testing.T) {
 	}
 }
 
-// strangers tries the commands as another user, on the machine build in the directory runtime, which is private.
-func strangers(t *testing.T, runtime string) {
+// TestVerbsOfStranger tries the commands as another user: with a directory of its own for machines, with root's,
+// and with one of root's that it cannot reach. None of them tells of a machine.
+func TestVerbsOfStranger(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Log("not tried as another user, which root can be")
 		return
@@ -168,6 +168,7 @@ func strangers(t *testing.T, runtime string) {
 		t.Fatal(err)
 	}
 	own, mixed := filepath.Join(home, "own"), filepath.Join(home, "mixed")
+	unreachable := t.TempDir()
 	if err := errors.Join(os.Chmod(home, 0o755), os.WriteFile(home+"/gvm", program, 0o755), os.Mkdir(own, 0o700),
 		os.Chown(own, uid, uid), os.MkdirAll(mixed+"/gvm", 0o700), os.Chown(mixed, uid, uid)); err != nil {
 		t.Fatal(err)
@@ -177,7 +178,7 @@ func strangers(t *testing.T, runtime string) {
 	for _, s := range []struct{ name, runtime, reason string }{
 		{"as another user", own, none + "\n"},
 		{"as another user, in the owner's directory", home, fmt.Sprintf(foreign, home)},
-		{"as another user, in a directory that it cannot reach", runtime, fmt.Sprintf(foreign, runtime)},
+		{"as another user, in a directory that it cannot reach", unreachable, fmt.Sprintf(foreign, unreachable)},
 		{"as another user, in a directory with the owner's", mixed, mixed + "/gvm is not this user's, but user 0's: " +
 			"permission denied; run gvm as that user\n"},
 	} {
