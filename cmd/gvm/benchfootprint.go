@@ -118,7 +118,7 @@ func (b footprintBench) run(ctx context.Context, w io.Writer) (err error) {
 	if err := errors.Join(os.WriteFile(kernel, embedded.Image, 0o600), fillImage(disk, 16<<20)); err != nil {
 		return err
 	}
-	gvm, err := os.Executable() // not package machine: a process is what is measured
+	gvm, err := os.Executable() // not package machine: the measure is of a process
 	if err != nil {
 		return err
 	}

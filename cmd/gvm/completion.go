@@ -108,7 +108,7 @@ func completeWord(out io.Writer, commands []*cli.Command, args []string) bool {
 	return values != nil
 }
 
-// valuesOf returns the continuations of the value of a flag of gvm run or gvm test, with what is before it; nil:
+// valuesOf returns the continuations of the value of a flag of gvm run or gvm test, with the text before it; nil:
 // unknown. The cli package completes no values.
 func valuesOf(c *cli.Command, flag, before, value string) (values []string) {
 	if c.Name != "run" && c.Name != "test" {

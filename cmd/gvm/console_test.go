@@ -56,7 +56,7 @@ func TestConsoleCommand(t *testing.T) {
 		t.Errorf("stopped meanwhile: status %d, %q", r.status, r.errs)
 	}
 	for args, want := range map[string]string{
-		"nobody": "no machine of this user", "a b": "console takes [VM], and got 2 words",
+		"absent": "no machine of this user", "a b": "console takes [VM], and got 2 words",
 	} {
 		if r := ask(t, t.TempDir(), append([]string{"console"}, strings.Fields(args)...)...); r.status != 2 ||
 			!strings.Contains(r.errs, want) {

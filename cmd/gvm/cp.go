@@ -173,7 +173,7 @@ func runCopy(client *control.Client, c *wire.Copy, move func(*wire.Host) error) 
 	case e = <-taken:
 	case <-ctx.Done():
 		select {
-		case <-moved: // and has removed what is not whole
+		case <-moved: // and has removed files that are not whole
 		case <-time.After(patience):
 		}
 	}

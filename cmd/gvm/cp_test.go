@@ -154,7 +154,7 @@ func TestCopy(t *testing.T) {
 		{"fake:escape x", 3, `gvm: the archive is broken: it begins with "\x1b/x"` + "\n", "", ""},
 		{"bare:x .", 3, "gvm: unsupported operation\n", "", ""},
 		{"other:x .", 3, "gvm: wait for the agent: the agent and gvm are of different builds: ", "", ""},
-		{"nobody:x .", 2, "gvm: no machine of this user has the name or PID nobody; there are ", "", ""},
+		{"absent:x .", 2, "gvm: no machine of this user has the name or PID absent; there are ", "", ""},
 		{"fake:x", 2, "gvm: cp takes SOURCE DESTINATION, and got 1 word\n", "", ""},
 		{"fake:x fake:y", 2, "gvm: cp: SOURCE and DESTINATION are in guests; if fake:y is a path here, write ./fake:y\n",
 			"", ""},

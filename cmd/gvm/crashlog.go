@@ -14,7 +14,7 @@ import (
 )
 
 // crashLog has what the file log of a record merges: the console's last output with its times, and
-// gvm's last messages. Times are those of inspect.Clock. Its memory is bounded, whatever the guest
+// gvm's last messages. Times are those of inspect.Clock. Its memory is bounded, however much the guest
 // prints.
 type crashLog struct {
 	text   []byte       // the console's last output

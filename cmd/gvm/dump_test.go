@@ -59,7 +59,7 @@ func TestDump(t *testing.T) {
 		{"", 2, "dump takes VM FILE, and got 0 words"},
 		{"VM", 2, "dump takes VM FILE, and got 1 word"},
 		{"VM a b", 2, "dump takes VM FILE, and got 3 words"},
-		{"nobody core2", 2, "no machine of this user has the name or PID nobody"},
+		{"absent core2", 2, "no machine of this user has the name or PID absent"},
 		{"VM " + file, 2, file + ": exists; remove it, or name another file"},
 		{"VM .", 2, ".: is a directory; want a character device or a pipe"},
 		{"VM none/core", 2, "none/core: "},

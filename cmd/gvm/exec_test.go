@@ -88,7 +88,7 @@ func TestExec(t *testing.T) {
 		{"exec fake -- lost", "", 125, "", "gvm: machine fake ended, or its agent, before the command did: "},
 		{"exec bare -- cat", "", 125, "", "gvm: "},
 		{"exec other -- cat", "", 125, "", "gvm: wait for the agent: the agent and gvm are of different builds: "},
-		{"exec nobody -- cat", "", 125, "", "gvm: no machine of this user has the name or PID nobody; there are "},
+		{"exec absent -- cat", "", 125, "", "gvm: no machine of this user has the name or PID absent; there are "},
 		{"exec fake", "", 125, "", "gvm: exec takes VM [--] COMMAND [ARGUMENT...], and got 1 word\n"},
 		{"exec fake --", "", 125, "", "gvm: exec takes VM [--] COMMAND [ARGUMENT...], and got 2 words\n"},
 		{"exec", "", 125, "", "gvm: exec takes VM [--] COMMAND [ARGUMENT...], and got 0 words\n"},

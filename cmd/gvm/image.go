@@ -145,7 +145,7 @@ func imageError(err error) error {
 }
 
 func showImage(out io.Writer, i block.Info) error {
-	use := "nobody"
+	use := "no process"
 	switch {
 	case i.Writer > 0:
 		use = fmt.Sprintf("process %d, for writing", i.Writer)

@@ -60,13 +60,13 @@ func TestImage(t *testing.T) {
 		{"run --disk disk.img,overlay=c.qcow2", 2, "", "c.qcow2: is the name of a qcow2 image"},
 		{"image create --raw raw.vdi 1M", 0, "", ""},
 		{"image info raw.vdi", 0, "path       " + at("raw.vdi") +
-			"\nformat     raw\nsize       1 MiB\nallocated  0 bytes\nin use by  nobody\n", ""},
+			"\nformat     raw\nsize       1 MiB\nallocated  0 bytes\nin use by  no process\n", ""},
 		{"image info disk.img", 0, "path       " + at("disk.img") +
-			"\nformat     raw\nsize       4 MiB\nallocated  0 bytes\nin use by  nobody\n", ""},
+			"\nformat     raw\nsize       4 MiB\nallocated  0 bytes\nin use by  no process\n", ""},
 		{"image info full.img", 0, "path       " + at("full.img") +
-			"\nformat     raw\nsize       1 MiB\nallocated  1 MiB\nin use by  nobody\n", ""},
+			"\nformat     raw\nsize       1 MiB\nallocated  1 MiB\nin use by  no process\n", ""},
 		{"image info disk.qcow2", 0, "path       " + at("disk.qcow2") +
-			"\nformat     qcow2 image\nsize       1 KiB\nallocated  4 KiB\nin use by  nobody\n", ""},
+			"\nformat     qcow2 image\nsize       1 KiB\nallocated  4 KiB\nin use by  no process\n", ""},
 		{"image info none.img", 2, "", "none.img: "},
 		{"image info .", 2, "", "is a directory"},
 		{"image info", 2, "", "image info takes PATH, and got 0 words"},

@@ -85,7 +85,7 @@ func (r *reading) number(path string) (uint64, bool) {
 	return n, err == nil
 }
 
-// nodes returns what is in the group at a path.
+// nodes returns the members of the group at a path.
 func (r *reading) nodes(path string) []inspect.Node {
 	n, err := r.root.Read(context.Background(), path)
 	if err != nil {
@@ -144,7 +144,7 @@ type diskStats struct {
 	CheckConditions *float64 `json:"check_conditions"`
 }
 
-// since returns what the machine did after before.
+// since returns the differences from before, an earlier reading.
 func (r *reading) since(before *reading) *stats {
 	s := &stats{Seconds: r.at.Sub(before.at).Seconds(), Paused: r.values["paused"] == true,
 		CPUs: []cpuStats{}, Queues: []queueStat{}, Disks: []diskStats{}}

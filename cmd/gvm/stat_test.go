@@ -114,7 +114,7 @@ func TestStat(t *testing.T) {
 		"stat VM":                          {0, "VCPU ", ""},
 		"stat VM --json":                   {0, `"vcpus": [`, ""},
 		"stat VM VM":                       {2, "", "stat takes [VM], and got 2 words\n"},
-		"stat nobody":                      {2, "", "no machine of this user has the name or PID nobody; there "},
+		"stat absent":                      {2, "", "no machine of this user has the name or PID absent; there "},
 		"stat --interval=1ms VM":           {2, "", "--interval 1ms: want 50ms to 1h\n"},
 		"stat --watch --interval=2h VM":    {2, "", "--interval 2h0m0s: want 50ms to 1h\n"},
 		"inspect VM nothing --watch":       {2, "", `no "nothing" in the machine, which has paused, `},

@@ -134,7 +134,7 @@ func TestTestWords(t *testing.T) {
 	}
 }
 
-// TestFileLink: --file with a symbolic link to a directory gives the guest what is in it.
+// TestFileLink: --file with a symbolic link to a directory gives the guest the directory's files.
 func TestFileLink(t *testing.T) {
 	dir := t.TempDir()
 	link := filepath.Join(dir, "link")
@@ -201,7 +201,7 @@ func TestTestStop(t *testing.T) {
 	}
 }
 
-// TestTestLostVerdict: a verdict that cannot be written is an error, and what it says is told.
+// TestTestLostVerdict: a verdict that cannot be written is an error, and its text is printed.
 func TestTestLostVerdict(t *testing.T) {
 	t.Parallel()
 	verdict := filepath.Join(t.TempDir(), "verdict")

@@ -186,7 +186,7 @@ func traces(t *testing.T) (a, b string) {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(got, want) {
-			t.Errorf("%s is not what the device records now; if that is right, go test -update", path)
+			t.Errorf("%s is not the device's record now; if that is right, go test -update", path)
 		}
 	}
 	return a, b

@@ -26,7 +26,7 @@ type verb struct {
 
 const noAgent = "gvm: machine build has no agent: "
 
-// verbs are all commands for a running machine, in an order in which each finds what it needs.
+// verbs are all commands for a running machine, in an order that gives each its preconditions.
 var verbs = []verb{
 	{name: "list"},
 	{name: "balloon", words: "8M", once: "no balloon driver yet", twice: "no balloon driver yet"},

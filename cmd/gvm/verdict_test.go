@@ -61,7 +61,7 @@ func TestVerdict(t *testing.T) {
 	}
 }
 
-// TestResultFiles: a run fills both files, whatever its end, and a file of an earlier run is
+// TestResultFiles: a run fills both files, however it ends, and a file of an earlier run is
 // replaced.
 func TestResultFiles(t *testing.T) {
 	t.Parallel()

@@ -86,7 +86,7 @@ func TestVsockSocket(t *testing.T) {
 		}
 		killed.signal(syscall.SIGKILL)
 		killed.wait()
-		if _, err := os.Lstat(path); err != nil && !named { // a broker removes what is beside the control socket
+		if _, err := os.Lstat(path); err != nil && !named { // a broker removes the files beside the control socket
 			t.Fatal(err)
 		}
 		next := start()
