@@ -139,7 +139,7 @@ func called(c *ast.CallExpr) string {
 	return ""
 }
 
-// literal returns the text of an expression of string literals, and adds what it has read to seen.
+// literal returns the text of an expression of string literals, and adds them to seen.
 func literal(e ast.Expr, seen map[ast.Node]bool) string {
 	switch e := e.(type) {
 	case *ast.BasicLit:
@@ -195,7 +195,7 @@ func fault(m message) string {
 	case wants.MatchString(text):
 		return "say it with want, as others do"
 	case strings.Contains(text, "failed to"), strings.Contains(text, "unable to"):
-		return "say what was being done, without failed to"
+		return "name the operation, without failed to"
 	}
 	return ""
 }

@@ -23,7 +23,7 @@ type Target interface {
 	// RegisterSizes are the sizes in bytes of the registers, by number.
 	RegisterSizes() []int
 	Threads() int
-	// Thread returns the name of a thread, and what it is doing.
+	// Thread returns the name of a thread, and its state.
 	Thread(thread int) (name, state string)
 
 	// Registers returns all registers of a stopped thread, by number, without padding.

@@ -67,7 +67,7 @@ func TestNoPath(t *testing.T) {
 	}
 }
 
-// TestBusy: a lock that is held makes its own subtree busy, whatever part of it is read.
+// TestBusy: a lock that is held makes its own subtree busy for a reading of any part.
 func TestBusy(t *testing.T) {
 	var mu sync.Mutex
 	mu.Lock()

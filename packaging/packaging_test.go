@@ -1,4 +1,4 @@
-// Package packaging_test builds gvm's Debian package and looks at what it installs.
+// Package packaging_test builds gvm's Debian package and checks its files.
 package packaging_test
 
 import (

@@ -11,7 +11,7 @@ import (
 	"gvm/panics"
 )
 
-// TestPanics checks that a panic reaches every handler, whatever started the goroutine, and no
+// TestPanics checks that a panic in any goroutine reaches every handler, and no
 // handler that has been canceled.
 func TestPanics(t *testing.T) {
 	var wg sync.WaitGroup

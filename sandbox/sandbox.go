@@ -94,7 +94,7 @@ type Report struct {
 	Calls        int      // number of system calls that are allowed
 	Notify       bool     // a refused call is handed to Policy.Refused, and else is a SIGSYS
 	Capabilities []string // those that are left
-	Missing      []string // what the kernel or the program lacks for the rest, and its effect
+	Missing      []string // the features that the kernel or the program lacks, and the effect
 }
 
 // The kernel: variables, for tests of older ones.
@@ -103,7 +103,7 @@ var (
 	install   = loadFilter
 )
 
-// Check reports what the sandbox would have on this kernel, without entering it.
+// Check reports the sandbox that this kernel allows, without entering it.
 func Check() Report {
 	r := Report{Landlock: kernelABI()}
 	if r.Landlock == 0 {
@@ -132,7 +132,7 @@ type Prepared struct {
 }
 
 // Prepare begins to give up rights: it closes the descriptors that the process has from its parent, and
-// opens the paths of p. It may run beside what is left of the start; Enter says what failed.
+// opens the paths of p. It may run beside the rest of the start; Enter returns its error.
 func Prepare(p Policy) *Prepared {
 	s := &Prepared{policy: p, rules: -1}
 	if p.Mode == Off {

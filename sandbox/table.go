@@ -3,7 +3,7 @@ package sandbox
 import "golang.org/x/sys/unix"
 
 // Call is a row of the table of system calls: one that is allowed, or answered with an error. Of several
-// rows with one number the first that applies counts. The comment at its end says what it is for.
+// rows with one number the first that applies counts. The comment at its end gives its use.
 type Call struct {
 	Args   []Arg // all must match; nil: any
 	Number uint16

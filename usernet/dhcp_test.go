@@ -120,7 +120,7 @@ func TestNotDHCP(t *testing.T) {
 	}
 }
 
-// FuzzAnswer: an answer is a whole frame, whatever the guest has sent.
+// FuzzAnswer: an answer to any frame is a whole frame.
 func FuzzAnswer(f *testing.F) {
 	f.Add(dhcpFrame(0, "0.0.0.0", "\x35\x01\x01\xff"))
 	f.Add(dhcpFrame(0x8000, "10.0.2.15", "\x35\x01\x03\x32\x04\x0a\x00\x02\x0f\xff"))

@@ -132,7 +132,7 @@ func (n *network) join(guest *gonet.TCPConn, ep tcpip.Endpoint, host net.Conn) {
 	n.drain(ep)
 }
 
-// drain waits until a closed endpoint has given up its buffers: it still sends what it has, and a
+// drain waits until a closed endpoint has given up its buffers: it still sends its data, and a
 // guest that does not take it must not have the memory of more connections than there may be.
 func (n *network) drain(ep tcpip.Endpoint) {
 	end := time.Now().Add(closing)

@@ -98,7 +98,7 @@ func (r *Reader) report(k klog.Report) {
 		if !report.Fails || r.results.First() != nil {
 			return
 		}
-		// One report that fails the run is there, whatever came before it.
+		// A report that fails the run is kept, even after maxReports others.
 		last := r.results.Reports[maxReports-1]
 		delete(r.at, last.Fingerprint)
 		r.results.Reports = r.results.Reports[:maxReports-1]

@@ -62,7 +62,7 @@ type Config struct {
 	Debugger *Debugger
 	// Inspector reads the machine's state; nil: only the report of a crash does.
 	Inspector *Inspector
-	// Inspect returns what the state has besides the machine of this package; nil: nothing.
+	// Inspect returns state beside that of this package; nil: none.
 	Inspect func() []inspect.Node
 	// KeepState keeps the state at the machine's end, in Outcome.State.
 	KeepState bool

@@ -192,7 +192,7 @@ func (m *machine) askUntil(ctx context.Context, i int, f func()) bool {
 	}
 }
 
-// answer does what was asked of vCPU i, on its thread.
+// answer does the requests to vCPU i, on its thread.
 func (m *machine) answer(i int) {
 	select {
 	case q := <-m.questions[i]:

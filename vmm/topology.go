@@ -102,7 +102,7 @@ func pinMessage(entry uint64) (m pci.Message, ok bool) {
 }
 
 // raisePin raises an I/O APIC pin that leads to a CPU with an ID above 255, and reports whether the
-// pin does. Such an interrupt is edge-triggered whatever its entry says.
+// pin does. Such an interrupt is edge-triggered with any entry.
 func (m *machine) raisePin(pin uint32) (bool, error) {
 	if !m.irqs.extended {
 		return false, nil

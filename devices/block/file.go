@@ -1,4 +1,4 @@
-// Package block is the storage of disks, whatever command set they have. A Backend can be read,
+// Package block is the storage of disks of any command set. A Backend can be read,
 // written and flushed, and may have more abilities, such as Vectored and Discarder. The package has
 // raw files and block devices (File), memory (OpenMemory, and Mem without a file), nothing (Null),
 // data written over a base that stays as it is (Overlay), a wrapper that fails on purpose (Faulty),
@@ -52,7 +52,7 @@ type Options struct {
 	Overlay bool
 	// Uses are those of another process that the image is for: what excludes one of them is in use.
 	Uses []Use
-	// Files opens the image, and what is beside it later; nil: System.
+	// Files opens the image, and later the files beside it; nil: System.
 	Files Files
 }
 

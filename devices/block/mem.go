@@ -114,7 +114,7 @@ func (m *Mem) Zero(off, n int64) error {
 }
 
 // OpenMemory returns a File of size bytes in memory that has no name, with all
-// that a file can: it takes memory as it is written, gives back what is discarded,
+// that a file can: it takes memory as it is written, gives back discarded parts,
 // and can change its size. It is gone when it is closed.
 func OpenMemory(size int64) (*File, error) {
 	fd, err := unix.MemfdCreate("gvm-disk", unix.MFD_CLOEXEC)

@@ -17,7 +17,7 @@ import (
 )
 
 // Overlay is storage that reads as its base until it is written: the base, which
-// is opened for reading, never changes, and what is written goes to a second
+// is opened for reading, never changes, and writes go to a second
 // file. Many may stand on one base at the same time.
 //
 // The file has a header, two bitmaps with a bit for each cluster, and the
@@ -55,7 +55,7 @@ const (
 // belong to the base as it is.
 var ErrBase = errors.New("another base")
 
-// overlayInfo is the header: what it was made for, and the boot of the host that
+// overlayInfo is the header: the base it was made for, and the boot of the host that
 // its first bitmap is true in.
 type overlayInfo struct {
 	Size, BaseTime int64 // of the base: bytes, and when it changed in nanoseconds, 0 if not known
@@ -103,7 +103,7 @@ func decodeOverlay(b []byte) (i overlayInfo, err error) {
 }
 
 // OpenOverlay returns an overlay on base, which is open for reading. Path is the
-// file of what is written: it is created if it does not exist, and else continued,
+// file of the writes: it is created if it does not exist, and else continued,
 // if it belongs to the base as it is. With an empty path it is a file without a
 // name in the directory for temporary files, which ends with the process. The
 // overlay closes the base; OpenOverlay does not when it fails.

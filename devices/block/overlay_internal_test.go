@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// FuzzOverlayHeader reads headers with good checksums, and writes again what it read.
+// FuzzOverlayHeader reads headers with good checksums, and writes them again.
 func FuzzOverlayHeader(f *testing.F) {
 	f.Add((&overlayInfo{Size: 1 << 20, BaseTime: 1, Base: "/golden.img"}).encode())
 	f.Fuzz(func(t *testing.T, b []byte) {

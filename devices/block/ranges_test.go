@@ -101,7 +101,7 @@ func tryPairs(t *testing.T, pairs ...pair) {
 	}
 }
 
-// TestRanges: what one gvm has, by whatever name, another does not write, and what it writes no
+// TestRanges: a range that one gvm has, by any name, another does not write, and one that it writes no
 // other has; parts of a file or disk that do not overlap are different storage.
 func TestRanges(t *testing.T) {
 	needs(t, "losetup", "addpart")

@@ -12,7 +12,7 @@ import (
 // shrink is set. On an error the size is as it was.
 //
 // The caller keeps all other operations away from an image that becomes smaller. cut, which may be
-// nil, is called before the image changes, and drops what is kept beside it for bytes from size on.
+// nil, is called before the image changes, and drops the data beside it for bytes from size on.
 func (b *File) Resize(n int64, shrink bool, cut func(b *File, size int64) error) error {
 	has, err := b.currentSize()
 	if err != nil {
@@ -39,7 +39,7 @@ func (b *File) Resize(n int64, shrink bool, cut func(b *File, size int64) error)
 	case b.readOnly:
 		return badImage(ErrSize, b.path, "is readonly and keeps its %d bytes", has)
 	default:
-		if cut != nil { // first, so that no new block has what was kept for an old one, whatever happens then
+		if cut != nil { // first, so that no new block gets an old one's data, even after a failure
 			if err := cut(b, min(size, has)); err != nil {
 				return err
 			}

@@ -36,7 +36,7 @@ func accessOf(readOnly bool) access {
 	return writing
 }
 
-// parts is the access to what is below a device whose ranges there are not known.
+// parts is the access to the devices below one whose ranges there are not known.
 func (a access) parts() access {
 	switch a {
 	case reading:
@@ -80,7 +80,7 @@ func (s span) part(off, n uint64) span {
 // meets tells whether the two have bytes in common.
 func (s span) meets(o span) bool { return max(s.from, o.from) < min(s.to, o.to) }
 
-// spanOfLock returns what the last words of a line of fdinfo say, "0 EOF" or "4096 8191".
+// spanOfLock parses the last words of a line of fdinfo, "0 EOF" or "4096 8191".
 func spanOfLock(from, last string) span {
 	s := span{0, math.MaxInt64}
 	_, _ = fmt.Sscan(from, &s.from)

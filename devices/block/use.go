@@ -17,7 +17,7 @@ import (
 	"gvm/kvmapi/nowait"
 )
 
-// A disk that gvm writes is written by nothing else, by whatever name. A lock on the file
+// A disk that gvm writes is written by nothing else, under any name. A lock on the file
 // keeps out programs that lock, O_EXCL on a block device everything that claims
 // devices: mounts, swap, device mapper, md, and of partitions and their disk the other.
 // Neither sees through a loop device, which claims nothing and locks nothing. So the loop

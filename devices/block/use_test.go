@@ -131,7 +131,7 @@ func reads(t *testing.T, path string) string {
 	return strings.Join(notes, "\n")
 }
 
-// TestInUseByHost: what the host writes is not written by a guest too, by whatever name.
+// TestInUseByHost: a guest does not write a disk that the host writes, under any name.
 func TestInUseByHost(t *testing.T) {
 	needs(t, "losetup", "mkfs.ext4")
 	t.Run("mounted", func(t *testing.T) {
@@ -355,7 +355,7 @@ func TestOverlayOnDevice(t *testing.T) {
 	}
 	noted(dev)
 	quiet(dev)
-	// What has no file below it, as this loop device from now on, has no time.
+	// A device with no file below it, as this loop device from now on, has no time.
 	if err := errors.Join(os.Remove(img), os.Remove(file)); err != nil {
 		t.Fatal(err)
 	}

@@ -142,7 +142,7 @@ func TestExtendedCopy(t *testing.T) {
 	} {
 		got := make([]byte, v.n*v.size)
 		if _, err := v.b.ReadAt(got, int64(v.lba*v.size)); err != nil || !bytes.Equal(got, v.want[:len(got)]) {
-			t.Errorf("block %d of %T: %v, or not what was copied", v.lba, v.b, err)
+			t.Errorf("block %d of %T: %v, or not the copied data", v.lba, v.b, err)
 		}
 	}
 	if log := strings.Join(rec.Log(), ", "); log != "durable 16384+8192, durable 819200+12288, read 16384+4096" {

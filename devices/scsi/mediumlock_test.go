@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// TestMediumLock: a command that holds the lock alone is alone, whatever others do, and the lock is
+// TestMediumLock: a command that holds the lock alone is alone, and the lock is
 // free in the end. A grant that is lost hangs the test.
 func TestMediumLock(t *testing.T) {
 	var l mediumLock

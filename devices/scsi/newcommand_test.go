@@ -52,7 +52,7 @@ func TestNewCommand(t *testing.T) {
 		want[i] = ^want[i]
 	}
 	if a := expect(t, target, cdb10(0x28, 0, 3, 2), nil, 2*blockSize, "GOOD"); !bytes.Equal(a.Data, want) {
-		t.Error("the blocks are not the complement of what was written")
+		t.Error("the blocks are not the complement of the written ones")
 	}
 	all := expect(t, target, cdb12(0xa3, 0x0c, 0, 4096), nil, 4096, "GOOD")
 	if !bytes.Contains(all.Data, []byte{0xc0, 0, 0, 0, 0, 0, 0, 12}) {

@@ -39,7 +39,7 @@ func TestRows(t *testing.T) {
 				"a FUA bit that is not looked at":       o.flags&fuaBit != 0 && o.usage[0]&0x08 == 0,
 				"an UNMAP bit that is not looked at":    o.data == oneBlock && o.usage[0]&0x08 == 0,
 				"two ways of counting":                  o.data.ofBlocks() && o.flags&(counts|countsSegments) != 0,
-				"twice what is not counted":             !o.data.ofBlocks() && o.flags&countsTwice != 0,
+				"counts twice, and no blocks":           !o.data.ofBlocks() && o.flags&countsTwice != 0,
 			} {
 				if wrong {
 					t.Errorf("%s: %s", o.name, what)

@@ -336,8 +336,8 @@ func TestPreempt(t *testing.T) {
 			held(0, wear), [3]string{"2a/05", "", ""}},
 		{"itself of all registrants", wear, 2, 0x22, we, "GOOD", "00000010 0000000000000011 0000000000000033",
 			held(0, wear), [3]string{}},
-		{"nobody of all registrants", wear, 2, 0x44, we, "CONFLICT", "", held(0, wear), [3]string{}},
-		{"nobody", we, 2, 0x44, we, "CONFLICT", "", held(0x11, we), [3]string{}},
+		{"no one of all registrants", wear, 2, 0x44, we, "CONFLICT", "", held(0, wear), [3]string{}},
+		{"no one", we, 2, 0x44, we, "CONFLICT", "", held(0x11, we), [3]string{}},
 		{"zero", we, 2, 0, we, "CHECK 5/26/00", "", held(0x11, we), [3]string{}},
 		{"zero, no reservation", 0, 2, 0, we, "CHECK 5/26/00", "", none, [3]string{}},
 	} {

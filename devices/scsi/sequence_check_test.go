@@ -71,7 +71,7 @@ func (s *sequence) check(u *modelUnit, nexus int, cdb, out, in []byte, a scsites
 	// IMMED: a failure is told later
 	flushes := (cdb[0] == 0x35 || cdb[0] == 0x91) && (cdb[1]&0x02 == 0 || !u.disk.failing)
 	if a.Status == scsi.Good && u.disk.dirty && (flushes || !u.wce && !u.doubt) {
-		t.Errorf("%s is answered before what was written is durable", name)
+		t.Errorf("%s is answered before the writes are durable", name)
 	}
 	u.doubt = u.doubt && u.disk.dirty
 	if cdb[0] == 0x48 && a.Status == scsi.Good {

@@ -370,7 +370,7 @@ func (s *sequence) manage() {
 	}()
 	synctest.Wait()
 	if answered && slices.ContainsFunc(held, func(h *heldCommand) bool { return !h.done && ended(h) && h.u.attached }) {
-		s.t.Error("a task management function ends before what it aborts")
+		s.t.Error("a task management function ends before the tasks that it aborts")
 	}
 	s.release()
 	if !answered {

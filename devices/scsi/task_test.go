@@ -522,6 +522,6 @@ func TestCompareAndWriteAlone(t *testing.T) {
 	release()
 	wg.Wait()
 	if a := expect(t, target, cdb10(0x28, 0, 0, 1), nil, blockSize, "GOOD"); !slices.Equal(a.Data, filled(2, 1)) {
-		t.Error("the later write is not what the block holds")
+		t.Error("the block does not hold the later write")
 	}
 }

@@ -278,7 +278,7 @@ func TestModemDeltas(t *testing.T) {
 }
 
 func TestOverrun(t *testing.T) {
-	t.Run("FIFO keeps what it has", func(t *testing.T) {
+	t.Run("FIFO keeps its bytes", func(t *testing.T) {
 		p := newPort(t)
 		p.put(regIIR, 0xc1)
 		p.put(regMCR, 0x10)

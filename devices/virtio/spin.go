@@ -31,7 +31,7 @@ const (
 // takes the host a while. While events come within max of each other a look finds
 // them; once they do not, it ends with the next one, and the core is free.
 //
-// What the sleep itself costs can keep events further apart than max, which would be
+// The cost of the sleep can keep events further apart than max, which would be
 // closer without it. So a look of max is tried now and then, more rarely the more often
 // that fails. A look that shares its core with another thread is worse than a sleep: the
 // other thread may be the CPU of the guest that the event has to come from. When all cores are busy

@@ -56,7 +56,7 @@ const (
 // A device is reset, active or stopped. Activate starts it. Stop ends that with
 // everything in flight finished, and an Activate with the bases that Stop returned
 // continues: the driver does not notice, no chain is lost and none is served twice.
-// Meanwhile the device keeps what the driver set and what it still has to be told;
+// Meanwhile the device keeps the driver's settings and the events it has not yet sent;
 // a device that has such state says so at its Stop. Reset, which may follow at any
 // time, forgets all of it. A pause of the machine and a cleared Bus Master Enable
 // stop devices.
@@ -81,7 +81,7 @@ type Device interface {
 	// waits as long as storage takes. After any other error the device can only
 	// be reset.
 	Stop(ctx context.Context) (bases []uint16, err error)
-	// Reset stops the device too, but aborts what is in flight where it can, and
+	// Reset stops the device too, but aborts requests in flight where it can, and
 	// forgets the driver. Reset of a device that is reset does nothing.
 	Reset() error
 }

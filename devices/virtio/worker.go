@@ -55,7 +55,7 @@ type Worker struct {
 	done     chan struct{} // closed when the thread has stopped
 	stopped  bool          // the thread has stopped because it was told to
 	barriers []barrier
-	serving  bool // the thread is in drain, and interrupts for what is completed meanwhile
+	serving  bool // the thread is in drain, and interrupts for chains completed meanwhile
 	owed     bool // the driver has asked for an interrupt, and not got it yet
 
 	chains     uint64 // that the thread has handed out
@@ -154,7 +154,7 @@ func (w *Worker) drain() (err error) {
 		err = errors.Join(err, w.pay())
 	}()
 	w.q.DisableKicks()
-	var since time.Time // when the thread first saw what is owed now
+	var since time.Time // when the thread first saw the interrupts owed now
 	for !w.stopping.Load() {
 		c, ok, err := w.q.Next()
 		if err != nil {
@@ -235,7 +235,7 @@ func (w *Worker) pay() error {
 	return w.call.Signal()
 }
 
-// Interrupt interrupts the driver now for what was completed, if it asked for that. A
+// Interrupt interrupts the driver now for completed chains, if it asked for that. A
 // handler calls it before it waits for something.
 func (w *Worker) Interrupt() {
 	w.mu.Lock()
@@ -255,7 +255,7 @@ func (w *Worker) More() bool {
 
 // Await waits until fd is ready for the events of poll(2), or has an error, or the driver notifies, or the
 // worker is to stop, which it reports by false: the handler then gives back its chains by Drop. fd -1 is
-// never ready. A handler calls it, and Await first interrupts the driver for what was completed.
+// never ready. A handler calls it, and Await first interrupts the driver for completed chains.
 func (w *Worker) Await(fd int, events int16) (goOn bool, err error) {
 	w.mu.Lock()
 	w.serving = false

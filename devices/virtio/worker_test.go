@@ -67,7 +67,7 @@ func stop(t testing.TB, w *virtio.Worker) uint16 {
 	return bases[0]
 }
 
-// echo answers a chain with the complement of what it holds.
+// echo answers a chain with the complement of its bytes.
 func echo(w *virtio.Worker, c *virtq.Chain) error {
 	var b [8]byte
 	n, _ := c.Out.Read(b[:])
@@ -522,7 +522,7 @@ func TestStopTakesNoMore(t *testing.T) {
 	}
 }
 
-// TestBarrier: what was available before is in the handler's hands after.
+// TestBarrier: after it the handler has every chain that was available before.
 func TestBarrier(t *testing.T) {
 	r := newRig(t, 64, virtio.FeatureEventIdx)
 	var handled atomic.Uint32
@@ -563,7 +563,7 @@ func TestBarrier(t *testing.T) {
 	}
 }
 
-// TestBarrierIndexTakenBack: a driver that takes back what it made available, against the
+// TestBarrierIndexTakenBack: a driver that takes back available chains, against the
 // specification, does not leave anybody waiting.
 func TestBarrierIndexTakenBack(t *testing.T) {
 	r := newRig(t, 64, 0)
@@ -585,7 +585,7 @@ func TestBarrierIndexTakenBack(t *testing.T) {
 	r.SetAvailIdx(2)
 	passed := make(chan error)
 	go func() { passed <- w.Barrier() }()
-	for !r.Kick.Pending() { // Barrier signals it, once it knows for what it waits
+	for !r.Kick.Pending() { // Barrier signals it, once it knows the index to wait for
 		runtime.Gosched()
 	}
 	r.SetAvailIdx(1)

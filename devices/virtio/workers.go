@@ -41,7 +41,7 @@ func (ws *Workers) Start(a Activation, serve func(queue int) (Handler, time.Dura
 
 // Stop stops every worker and returns the Base of each queue, 0 for one that has no worker. When no
 // more chains are taken it calls halted, unless that is nil, which drops the chains that the device
-// keeps and may abort what is in flight. Then Stop waits until the last chain has been given back.
+// keeps and may abort requests in flight. Then Stop waits until the last chain has been given back.
 // If ctx ends first, the workers serve as before, and the error is the cause of ctx. Any other error is
 // the host's, and some workers may still run.
 func (ws *Workers) Stop(ctx context.Context, halted func()) (bases []uint16, err error) {

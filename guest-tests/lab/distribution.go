@@ -18,7 +18,7 @@ type Distribution struct {
 // distributionTools are Debian's packages that it takes to make the distribution.
 var distributionTools = []string{"e2fsprogs", "genext2fs", "mmdebstrap", "uidmap"}
 
-// distributionArgs are mmdebstrap's arguments: what is essential, systemd, and a kernel with the
+// distributionArgs are mmdebstrap's arguments: the essential packages, systemd, and a kernel with the
 // initramfs that its installation makes.
 var distributionArgs = []string{
 	"--variant=essential", "--include=systemd,systemd-sysv,udev,dbus,linux-image-cloud-amd64,initramfs-tools",
@@ -102,7 +102,7 @@ func (s *setup) distribution() error {
 			return err
 		}
 	}
-	for _, f := range []string{"vmlinuz", "initrd.img"} { // debugfs ends with 0 whatever happened
+	for _, f := range []string{"vmlinuz", "initrd.img"} { // debugfs ends with 0 even after a failure
 		if info, err := os.Stat(filepath.Join(tmp, f)); err != nil {
 			return err
 		} else if info.Size() == 0 {

@@ -63,7 +63,7 @@ func testDistribution(t *testing.T, d lab.Distribution, backend string,
 	r.want(t, map[string]string{"cpus": "2", "root": "/dev/sda ext4", "failed": ""})
 	fsck(t, disk)
 	if got, want := debugfs(t, disk, "cat /root/numbers"), numbers(1, 50000); sum(got) != sum(want) {
-		t.Errorf("/root/numbers in the image is %d bytes, not what the guest wrote", len(got))
+		t.Errorf("/root/numbers in the image is %d bytes, not the guest's", len(got))
 	}
 }
 

@@ -167,7 +167,7 @@ func shellOnTerminal(t *testing.T, cmd *exec.Cmd) {
 		}
 	}()
 	late := time.AfterFunc(patience, func() { _ = cmd.Process.Kill(); slave.Close() })
-	// Each reply is computed, so that the echo of what is typed has none.
+	// Each reply is computed, so that the echo of the input has none.
 	for _, step := range [][2]string{
 		{"", "# "},
 		{"tty; stty size; echo $((6*7))\r", "\n/dev/pts/0\n40 100\n42\n"},

@@ -12,7 +12,7 @@ import (
 	"testing"
 )
 
-// TestBuiltKUnit: gvm kunit counts in each suite of a kernel's tests what the kernel has counted. Its
+// TestBuiltKUnit: gvm kunit has the kernel's own counts of each suite of its tests. Its
 // exit status is that of the tests, and a GLOB selects suites.
 func TestBuiltKUnit(t *testing.T) {
 	k, err := theLab(t).KUnit()

@@ -77,7 +77,7 @@ var rootOnConsole = regexp.MustCompile(`Command line: .*\broot=PARTUUID=(\S+)`)
 var luns = regexp.MustCompile(`name-\d+`)
 
 // TestRootWord tests the root= that gvm adds for the first of four disks and a kernel without an
-// initrd: Linux computes the same PARTUUID for that partition, whatever the disks' names.
+// initrd: Linux computes the same PARTUUID for that partition with any names of the disks.
 func TestRootWord(t *testing.T) {
 	k := kernel(t, "7.3")
 	lunOf := map[string]string{"MBR": "0", "GPT": "4"} // in the guest that computes both

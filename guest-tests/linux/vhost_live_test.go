@@ -278,7 +278,7 @@ func TestVhostIdle(t *testing.T) {
 wait_for /dev/sda; wait_for /dev/sdb
 for b in process vhost; do
 	d=$(grep -l $b /sys/block/sd*/device/vpd_pg80 | cut -d/ -f4)
-	diskload -file /dev/$d -depth 8 -count 100 # what is done but once
+	diskload -file /dev/$d -depth 8 -count 100 # of work that is done but once
 	echo begin $b
 	for write in true false; do diskload -file /dev/$d -depth 8 -write=$write -count 2000 || say failed; done
 	echo end $b

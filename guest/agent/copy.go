@@ -17,7 +17,7 @@ func copyFiles(c *wire.Copy) int {
 	debug.SetGCPercent(100) // after reserveMemory
 	var err error
 	if c.Into {
-		signal.Ignore(unix.SIGHUP) // the end of the archive comes with it, and what is not whole is removed
+		signal.Ignore(unix.SIGHUP) // the end of the archive comes with it, and partial files are removed
 		err = archive.Unpack(os.Stdin, string(c.Path), string(c.Base))
 	} else {
 		err = archive.Pack(os.Stdout, string(c.Path), c.Recursive)

@@ -301,7 +301,7 @@ func (o output) copy() {
 			o.from.SetReadDeadline(time.Time{})
 		case err != nil: // io.EOF, or EIO of a terminal that has been closed
 			return
-		case late && left <= 0: // what is left an orphan has written since
+		case late && left <= 0: // an orphan wrote the rest
 			return
 		}
 	}

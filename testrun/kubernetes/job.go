@@ -30,7 +30,7 @@ type Job struct {
 	Mounts      []string // directories of the node that a pod sees read-only, at the same path
 }
 
-// VerdictStatus is the exit status of a cell in a pod that did not pass, whatever its verdict. The
+// VerdictStatus is the exit status of a cell in a pod that did not pass, with any verdict. The
 // Job runs a pod with another status again.
 const VerdictStatus = 1
 

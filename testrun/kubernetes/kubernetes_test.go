@@ -138,7 +138,7 @@ func TestWriteErrors(t *testing.T) {
 	}
 }
 
-// FuzzMessage: a message fits, whatever the verdict has, and keeps its kind and status.
+// FuzzMessage: a message of any verdict fits, and keeps its kind and status.
 func FuzzMessage(f *testing.F) {
 	f.Add("line", 100, 3)
 	f.Add("\x00\u2028\xff<&>", 64, 1)

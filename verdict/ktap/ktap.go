@@ -3,7 +3,7 @@
 //
 // Lines can have printk's prefixes. Results nest by indentation, and by the "# " that kselftest
 // puts before the output of a test. A test that began and has no result has crashed. Memory is
-// bounded, whatever the guest prints.
+// bounded for any output of the guest.
 package ktap
 
 import (

@@ -58,7 +58,7 @@ func write(path string, data []byte) (name string, err error) {
 	return f.Name(), errors.Join(err, f.Close())
 }
 
-// dir makes durable what was made, renamed or removed in the directory of path. A file system that
+// dir makes new, renamed and removed names in the directory of path durable. A file system that
 // cannot (some FUSE and network ones), and a directory that only others may read, are left to do that
 // in their own time.
 func dir(path string) error {

@@ -48,7 +48,7 @@ const (
 	configLen    = 16
 )
 
-// PageSize is the unit of the balloon, whatever pages the guest has (5.5.6).
+// PageSize is the unit of the balloon for guests of any page size (5.5.6).
 const PageSize = 4096
 
 // What one chain does at most, so that it does not keep the worker from stopping: the rest of a longer

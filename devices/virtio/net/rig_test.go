@@ -114,7 +114,7 @@ func (r *rig) stop() {
 	}
 }
 
-// publish shows queue i what was added.
+// publish makes the added chains of queue i available.
 func (r *rig) publish(i int) {
 	r.t.Helper()
 	if _, err := r.q[i].Publish(); err != nil {

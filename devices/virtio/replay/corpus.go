@@ -213,7 +213,7 @@ func (c *corpus) blocks() {
 	c.out(bs, cdb10(0x28, 0, 16, 1))
 	c.in(bs, cdb10(0x2a, 0, 16, 1))
 	c.in(0, cdb10(0x28, 0, 0, 0xffff))
-	// Comparison: block 32 gets what is compared with it.
+	// Comparison: block 32 gets the data to compare.
 	c.filled(cdb10(0x2a, 0, 32, 1), 0x5a, 1)
 	c.filled(cdb10(0x2f, 2, 32, 1), 0x5a, 1) // VERIFY, BYTCHK 01b
 	c.filled(cdb10(0x2f, 2, 32, 1), 0xa5, 1)

@@ -62,7 +62,7 @@ func device(t *testing.T, b block.Backend, queues int) *vscsi.Device {
 	return d
 }
 
-// TestRun holds what is reported against what the backend was asked for.
+// TestRun compares the report with the backend's calls.
 func TestRun(t *testing.T) {
 	const size = 1 << 20
 	for _, write := range []bool{false, true} {

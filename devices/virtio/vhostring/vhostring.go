@@ -31,7 +31,7 @@ type Rings struct {
 	running sync.WaitGroup
 }
 
-// New opens what the rings need, or nothing on an error. The kernel serves the first queues of a; name is
+// New opens the files of the rings, or nothing on an error. The kernel serves the first queues of a; name is
 // the device's in errors.
 func New(dev *vhost.Device, name string, a virtio.Activation, queues int) (r *Rings, err error) {
 	r = &Rings{dev: dev, name: name, a: a, queues: queues,
@@ -169,7 +169,7 @@ func (r *Rings) Bases(unanswered func(queue int, n uint16)) ([]uint16, error) {
 	return bases, nil
 }
 
-// Clear takes the vrings from the kernel: what it holds of them, and above all the addresses, for the next
+// Clear takes the vrings' state from the kernel, above all the addresses, for the next
 // driver may use fewer queues, and the memory for something else.
 func (r *Rings) Clear() error {
 	for i := range r.queues {
@@ -201,7 +201,7 @@ func (r *Rings) Interrupt() (err error) {
 	return err
 }
 
-// Features returns what the driver has negotiated.
+// Features returns the features that the driver has negotiated.
 func (r *Rings) Features() uint64 {
 	if r == nil {
 		return 0

@@ -75,7 +75,7 @@ func (d *Device) Stop(context.Context) ([]uint16, error) {
 	return bases, nil
 }
 
-// Reset implements virtio.Device. What is in flight finishes, as at Stop.
+// Reset implements virtio.Device. Requests in flight finish, as at Stop.
 func (d *Device) Reset() error {
 	d.stopped = false
 	d.hearing.Store(int32(NoDriver))

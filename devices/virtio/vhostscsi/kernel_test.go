@@ -20,7 +20,7 @@ func openSCSI(t *testing.T) *vhost.SCSI {
 	return s
 }
 
-// TestKernelsRules holds the kernel to what the device relies on: the numbers
+// TestKernelsRules checks the kernel's behaviour on which the device relies: the numbers
 // that its ioctls answer.
 func TestKernelsRules(t *testing.T) {
 	tg := newTarget(t, wwn)

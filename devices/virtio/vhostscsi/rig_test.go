@@ -33,7 +33,7 @@ type rig struct {
 	mem    *guestmem.Memory
 	a      virtio.Activation         // the last one
 	queues []*virtqtest.Driver       // those that are used
-	early  func(d *virtqtest.Driver) // what the driver does with a request queue before DRIVER_OK
+	early  func(d *virtqtest.Driver) // the driver's use of a request queue before DRIVER_OK
 
 	mu     sync.Mutex
 	broken []error

@@ -63,13 +63,13 @@ type ABIPolicy struct {
 	version     int
 }
 
-// AnyABI accepts whatever the kernel speaks.
+// AnyABI accepts any version of the kernel's.
 func AnyABI() ABIPolicy { return ABIPolicy{any: true} }
 
 // PinABI accepts version n alone.
 func PinABI(n int) ABIPolicy { return ABIPolicy{pinned: true, version: n} }
 
-// check returns what the user should know of a kernel that speaks version v.
+// check returns a note for the user on a kernel that speaks version v.
 func (p ABIPolicy) check(v int) (note string, err error) {
 	want := vhost.SCSIABIVersion
 	if p.pinned {
@@ -194,7 +194,7 @@ func Check(p ABIPolicy) error {
 	return nil
 }
 
-// ask returns the kernel's feature bits, and what the user should know, if its
+// ask returns the kernel's feature bits, and a note for the user if its
 // interface is one that the policy accepts.
 func (p ABIPolicy) ask(dev *vhost.SCSI) (features uint64, note string, err error) {
 	v, err := dev.ABIVersion()

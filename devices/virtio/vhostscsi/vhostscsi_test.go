@@ -39,7 +39,7 @@ func TestDisks(t *testing.T) {
 			}
 			a = r.request(q, tag, lun, read10(5, 3), nil, 3*512)
 			if want := pattern(byte(lun)+tag, 64)[5*512 : 8*512]; !bytes.Equal(a.data, want) {
-				t.Errorf("tpgt_%d lun %d: READ(10): %v, not what is on the disk", tag, lun, a)
+				t.Errorf("tpgt_%d lun %d: READ(10): %v, not the disk's data", tag, lun, a)
 			}
 			fresh := pattern(byte(lun)+tag+100, 2)
 			if a = r.request(q, tag, lun, write10(61, 2), fresh, 0); a.String() != "response 0 status 0x0" {
@@ -48,7 +48,7 @@ func TestDisks(t *testing.T) {
 			b, err := os.ReadFile(files[lun])
 			want := slices.Concat(pattern(byte(lun)+tag, 64)[:61*512], fresh, pattern(byte(lun)+tag, 64)[63*512:])
 			if err != nil || !bytes.Equal(b, want) {
-				t.Errorf("tpgt_%d lun %d: the file is not what was written to the disk (%v)", tag, lun, err)
+				t.Errorf("tpgt_%d lun %d: the file is not the data written to the disk (%v)", tag, lun, err)
 			}
 			if a = r.request(q, tag, lun, read10(63, 2), nil, 1024); a.String() != "response 0 status 0x2 sense 5/21/00" {
 				t.Errorf("tpgt_%d lun %d: READ(10) past the end: %v", tag, lun, a)
@@ -67,7 +67,7 @@ func TestDisks(t *testing.T) {
 	}
 }
 
-// TestConfig reads what the driver is told, byte by byte.
+// TestConfig reads the configuration, byte by byte.
 func TestConfig(t *testing.T) {
 	tg := newTarget(t, wwn)
 	tg.group(1, true)
@@ -333,7 +333,7 @@ func TestEvents(t *testing.T) {
 	}
 	want("01000000 01000005 00000000 02000000") // transport reset: removed
 	want("01000000 01000005 00000000 01000000") // transport reset: rescan
-	tg.unplug(group, 5)                         // nobody hears of it
+	tg.unplug(group, 5)                         // without an event
 	want("00000080 00000000 00000000 00000000") // events were missed
 	tg.unplug(group, 5)
 	r.mustReset()

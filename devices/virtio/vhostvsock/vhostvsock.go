@@ -100,7 +100,7 @@ func (d *Device) Close() error {
 // ID implements virtio.Device.
 func (*Device) ID() virtio.ID { return virtio.IDVsock }
 
-// Features implements virtio.Device: of what the kernel has, what the transport can carry.
+// Features implements virtio.Device: the kernel's features that the transport can carry.
 func (d *Device) Features() uint64 {
 	return d.kernel & (vhost.FeatureVsockSeqpacket | virtio.FeatureIndirectDesc | virtio.FeatureEventIdx)
 }

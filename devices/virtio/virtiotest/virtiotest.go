@@ -34,7 +34,7 @@ type Slot interface {
 type Load struct {
 	Rounds   int    // how often the device is stopped
 	Features uint64 // those that the driver accepts
-	// Slots returns what the driver has in flight in a queue, with memory from d. A queue without
+	// Slots returns the driver's requests in flight in a queue, with memory from d. A queue without
 	// slots is set up, and left to Round.
 	Slots func(queue int, d *virtqtest.Driver) []Slot
 	// Left is how many chains of a queue with slots a device may keep at the end, because it needs more of

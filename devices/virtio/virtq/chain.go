@@ -33,7 +33,7 @@ func (c *Chain) large() bool {
 // Read, Write and Take. The guest may change the bytes at any time: what is
 // checked is read once, and the copy is used.
 type Buffer struct {
-	segs  [][]byte // what is left, none of them empty
+	segs  [][]byte // the rest, none of them empty
 	n     int      // bytes left
 	views [][]byte // backing of what Take handed out
 }

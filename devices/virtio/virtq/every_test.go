@@ -114,7 +114,7 @@ func (s *tables) choose(pick func(int) int, table uint64, negotiated bool) (d vi
 	switch {
 	case d.Flags&virtq.DescFIndirect == 0:
 		place = buffers[pick(len(buffers))]
-	case d.Flags&both == both || table != 0 || !negotiated: // wrong whatever the rest is
+	case d.Flags&both == both || table != 0 || !negotiated: // wrong with any rest
 		place = span{baitAt, 16}
 	default:
 		place = s.indirect[pick(len(s.indirect))]

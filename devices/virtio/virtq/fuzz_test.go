@@ -13,7 +13,7 @@ import (
 )
 
 // FuzzQueue gives the device rings made of the input: a queue that is right
-// but for what the input pokes into it. Whatever comes out of Next lies in
+// but for the input's changes. Every chain that comes out of Next lies in
 // RAM, and there is a bounded amount of it.
 func FuzzQueue(f *testing.F) {
 	f.Add(uint8(3), uint8(3), []byte{0, 0, 0, 0, 0, 0, 0, 0})

@@ -426,7 +426,7 @@ func TestChainShapes(t *testing.T) {
 }
 
 // TestTakeEverySplit cuts one buffer of three segments at every pair of
-// offsets: the views cover it exactly, and earlier views stay what they were.
+// offsets: the views cover it exactly, and earlier views stay the same.
 func TestTakeEverySplit(t *testing.T) {
 	d, q := newPair(t, 4, 0)
 	a := d.Alloc(64)

@@ -10,7 +10,7 @@ import (
 )
 
 // FuzzRequest sends requests to every queue, mostly of the right form, on a
-// target that does with the command what the input says. Each chain is
+// target that ends the command as the input says. Each chain is
 // answered or breaks the device; the used length is within the chain.
 func FuzzRequest(f *testing.F) {
 	f.Add([]byte{2, 51, 108, 0, 0, 0, 0, 0}, header(lun5, 1, 0, 0x28))

@@ -186,7 +186,7 @@ func (r *request) answer(code byte, res scsi.Result) {
 	r.w.Complete(r.c, uint32(written))
 }
 
-// fillProtection writes what the target left of pi_in, after done bytes, with the tuples that
+// fillProtection writes the rest of pi_in, after done bytes, with the tuples that
 // are not checked (SBC-4 4.21.3). It returns false where that is more than any command can have.
 func (r *request) fillProtection(done int) bool {
 	if r.piIn-done > maxProtection {

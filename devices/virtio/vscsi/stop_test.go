@@ -45,7 +45,7 @@ func (c counted) Next() []virtqtest.Seg {
 	return c.Slot.Next()
 }
 
-// eventDriver is the driver of the event queue: what it hears is what the device delivered.
+// eventDriver is the driver of the event queue: it records the delivered events.
 type eventDriver struct {
 	t                *testing.T
 	dev              *Device
@@ -154,8 +154,8 @@ func TestStopAndContinue(t *testing.T) {
 	}
 }
 
-// TestStopKeeps: what the driver set stays over a stop, and what it has to be told; a reset of the
-// stopped device forgets it.
+// TestStopKeeps: the driver's settings stay over a stop, and so do events that it has not seen; a reset of the
+// stopped device forgets them.
 func TestStopKeeps(t *testing.T) {
 	f := &fake{submit: good}
 	r := newRig(t, Config{Target: f}, allEvents)

@@ -153,7 +153,7 @@ func TestStress(t *testing.T) {
 }
 
 // writeAndRead keeps four requests in flight, each a block of its own: first
-// written, then read back. Whatever a reset ends is tried again.
+// written, then read back. Requests that a reset ends are tried again.
 func writeAndRead(d *virtqtest.Driver, lun string, blocks int, tag byte) error {
 	type slot struct {
 		hdr, resp, data uint64

@@ -61,7 +61,7 @@ const (
 
 	defaultSenseSize = 96
 	defaultCDBSize   = 32
-	// What the driver may set them to: SPC-5 4.4.1 ends sense data at 252
+	// The bounds of the driver's values: SPC-5 4.4.1 ends sense data at 252
 	// bytes, and CDBs have 6 (SPC-5 4.2.2) to 260 (SPC-5 4.2.3).
 	maxSenseSize = 252
 	minCDBSize   = 6
@@ -173,7 +173,7 @@ func (d *Device) Config() []byte {
 }
 
 // WriteConfig implements virtio.ConfigWriter: the driver may set sense_size
-// and cdb_size, and reads back what the device took.
+// and cdb_size, and reads the device's values back.
 func (d *Device) WriteConfig(off uint32, p []byte) {
 	b := d.Config()
 	if int64(off)+int64(len(p)) > configLen {

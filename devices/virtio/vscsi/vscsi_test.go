@@ -157,7 +157,7 @@ func (r *rig) send(q int, out []byte, outCuts []int, in int, inCuts []int) (inSe
 	return segs[n:]
 }
 
-// roundTrip sends one chain and returns what was written, cut to the used
+// roundTrip sends one chain and returns the written bytes, cut to the used
 // length; what lies behind that must not have been touched.
 func (r *rig) roundTrip(q int, out []byte, outCuts []int, in int, inCuts []int) []byte {
 	r.t.Helper()
@@ -305,7 +305,7 @@ func TestCommand(t *testing.T) {
 		t.Errorf("response\n% x, want\n% x", resp, want)
 	}
 
-	// Data-out: nothing is written behind the response, whatever the residual.
+	// Data-out: nothing is written behind the response, with any residual.
 	f.submit = func(c *scsi.Command) {
 		out = bytes.Join(c.Out, nil)
 		if len(c.In) != 0 {

@@ -11,7 +11,7 @@ import (
 	"gvm/devices/virtio/virtqtest"
 )
 
-// TestUsedLength holds the used length against what was written: every byte up to it
+// TestUsedLength compares the used length with the written bytes: every byte up to it
 // (virtio 1.3, 2.7.8.2), and all of the data that the residual says was moved.
 func TestUsedLength(t *testing.T) {
 	target, _ := protectedUnit(t)
@@ -79,7 +79,7 @@ func TestUsedLength(t *testing.T) {
 		{"no such unit", 5, 16, read(0, 2), 16 + 1024, 0},
 		{"no data of a command", 0, 16, make([]byte, 6), 16 + 1024, 0},
 	} {
-		// The memory is set to one value, then to another: what is the same afterwards was written.
+		// The memory is set to one value, then to another: bytes that are the same afterwards were written.
 		var seen [2][]byte
 		for i, pattern := range []byte{0x3c, 0xc3} {
 			resp, n := do(pattern, tt.lun, tt.pi, tt.cdb, tt.room)

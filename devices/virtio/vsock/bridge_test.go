@@ -303,7 +303,7 @@ func TestBridgeGone(t *testing.T) {
 	}
 }
 
-// TestBridgeEnd: the machine's end takes every connection, whatever it does. What the guest has sent
+// TestBridgeEnd: the machine's end takes every connection in any state. What the guest has sent
 // before its end arrives.
 func TestBridgeEnd(t *testing.T) {
 	r := newBridged(t, func(*Bridge) {})

@@ -3,7 +3,7 @@
 //
 //	go run ./guest-tests/cmd/gotest [ARGUMENT]...
 //
-// What it prints before is what go test prints of packages: all output of those that fail, and with
+// Before, it prints the lines of go test on packages: all output of those that fail, and with
 // -v that of all. Besides, it prints the lab's own lines, which tell of lost guests. If
 // GVM_TEST_TIMES is set, it names a file that gets the lines as well.
 package main
@@ -78,7 +78,7 @@ func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, err e
 		}
 		var e event
 		if json.Unmarshal(line, &e) != nil {
-			_, writeErr := w.Write(line) // not an event, such as what the go command itself says
+			_, writeErr := w.Write(line) // not an event, such as a message of the go command
 			err = errors.Join(err, writeErr)
 			continue
 		}

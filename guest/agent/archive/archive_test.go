@@ -188,7 +188,7 @@ func TestPlaces(t *testing.T) {
 	}
 }
 
-// TestPack: a directory needs to be asked for; a file of unknown size arrives whole; what is no file is
+// TestPack: a directory needs to be asked for; a file of unknown size arrives whole; anything but a file is
 // left out, and all else is there.
 func TestPack(t *testing.T) {
 	dir := t.TempDir()
@@ -360,7 +360,7 @@ func unpackHostile(t *testing.T, in string) error {
 	return err
 }
 
-// FuzzUnpack: no archive reaches what is beside its destination, leaves a temporary file, or makes more
+// FuzzUnpack: no archive reaches files beside its destination, leaves a temporary file, or makes more
 // than files, directories and links.
 func FuzzUnpack(f *testing.F) {
 	for _, in := range hostile {

@@ -185,7 +185,7 @@ func (p *packer) part(b []byte) error {
 	return streamError(err)
 }
 
-// add packs what a directory has by a name. It leaves out what it cannot begin to read.
+// add packs a name of a directory. It leaves out a file that it cannot begin to read.
 func (p *packer) add(dir int, name, path string) error {
 	var st unix.Stat_t
 	begun, err := false, unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)

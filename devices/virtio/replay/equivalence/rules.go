@@ -86,7 +86,7 @@ func (r *request) bytes(spans ...int) bool {
 // rule is a row of the list.
 type rule struct {
 	id string
-	// fields are what the rule explains of a request that matches; nil is all.
+	// fields are the parts that the rule explains in a request that matches; nil is all.
 	fields []string
 	match  func(*request) bool
 	// answers are the pairs of answers, as the function answers has them, that the
