@@ -1,6 +1,7 @@
 package control
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/inspect"
+	"gvm/panics"
 )
 
 // maxAnswer bounds an answer, with room to spare.
@@ -42,18 +44,46 @@ var ErrNoListener = errors.New("nothing listens on its control socket: its broke
 type Client struct {
 	dir  Directory
 	name string
-	http http.Client
 }
 
 // NewClient returns a client for the machine of that name. The first request looks for the machine.
 func NewClient(d Directory, name string) *Client {
-	return &Client{dir: d, name: name, http: http.Client{
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		Transport: &http.Transport{
-			DisableKeepAlives: true,
-			DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return d.dial(ctx, name) },
-		},
-	}}
+	return &Client{dir: d, name: name}
+}
+
+// reply is an answer, and the connection that it comes by, whose operations end with the request's
+// context until release.
+type reply struct {
+	*http.Response
+	conn    net.Conn
+	in      *bufio.Reader
+	release func() bool
+}
+
+// send sends a request, and reads the head of the answer. The caller closes the connection.
+func (c *Client) send(ctx context.Context, method, path string, header http.Header, body io.Reader) (*reply, error) {
+	r, err := http.NewRequest(method, "http://gvm/v1/"+path, body)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := c.dir.dial(ctx, c.name)
+	if err != nil {
+		return nil, err
+	}
+	a := &reply{conn: conn, in: bufio.NewReader(conn),
+		release: context.AfterFunc(ctx, panics.Func(func() { _ = conn.SetDeadline(time.Now()) }))}
+	r.Header = header
+	if err = r.Write(conn); err == nil {
+		a.Response, err = http.ReadResponse(a.in, r)
+	}
+	if err != nil {
+		a.release()
+		conn.Close()
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+	}
+	return a, err
 }
 
 // dial connects to the socket of a name.
@@ -231,18 +261,12 @@ func (c *Client) ask(ctx context.Context, method, path string, body, answer any)
 		}
 		content = bytes.NewReader(b)
 	}
-	r, err := http.NewRequestWithContext(ctx, method, "http://gvm/v1/"+path, content)
+	resp, err := c.send(ctx, method, path, http.Header{"Connection": {"close"}}, content)
 	if err != nil {
-		return err
-	}
-	resp, err := c.http.Do(r)
-	if err != nil {
-		if e := (*url.Error)(nil); errors.As(err, &e) {
-			err = e.Err // without the URL, which does not help
-		}
 		return fmt.Errorf("machine %s does not answer: %w", c.name, err)
 	}
-	defer resp.Body.Close()
+	defer resp.conn.Close()
+	defer resp.release()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
 		return fmt.Errorf("machine %s stops in the middle of an answer: %w", c.name, err)
@@ -256,5 +280,5 @@ func (c *Client) ask(ctx context.Context, method, path string, body, answer any)
 		}
 		return nil
 	}
-	return refusal(resp, b)
+	return refusal(resp.Response, b)
 }

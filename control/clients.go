@@ -1,10 +1,13 @@
 package control
 
 import (
-	"context"
+	"errors"
 	"net"
 	"slices"
 	"sync"
+	"time"
+
+	"gvm/panics"
 )
 
 // maxClients bounds the connections of a server, and so its descriptors and goroutines.
@@ -17,7 +20,8 @@ type clients struct {
 	net.Listener
 
 	mu   sync.Mutex
-	open []*client // in the order of arrival
+	open []*client      // in the order of arrival
+	done sync.WaitGroup // requests, of those that serve accepts
 }
 
 // client is a connection.
@@ -34,6 +38,7 @@ const (
 	sending stage = iota // the client has not sent all of it
 	atMachine
 	answering
+	streaming // the request has ended, and the connection may belong to a stream
 )
 
 // Accept returns the next connection. It closes one that comes while maxClients are at the machine.
@@ -60,6 +65,44 @@ func (cs *clients) Accept() (net.Conn, error) {
 	}
 }
 
+// serve calls do with each connection, in a goroutine of its own, until the Listener is closed.
+func (cs *clients) serve(do func(*client)) {
+	for {
+		conn, err := cs.Accept()
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return
+		case err != nil: // such as a lack of descriptors
+			time.Sleep(10 * time.Millisecond)
+			continue
+		}
+		cs.done.Add(1)
+		panics.Go(func() {
+			c := conn.(*client)
+			defer func() {
+				c.Close()
+				c.enter(streaming)
+			}()
+			do(c)
+		})
+	}
+}
+
+// wait waits up to limit for the requests, and reports whether all have ended. serve has returned.
+func (cs *clients) wait(limit time.Duration) bool {
+	done := make(chan struct{})
+	panics.Go(func() {
+		cs.done.Wait()
+		close(done)
+	})
+	select {
+	case <-done:
+		return true
+	case <-time.After(limit):
+		return false
+	}
+}
+
 // Close closes the connection.
 func (c *client) Close() error {
 	c.all.mu.Lock()
@@ -68,26 +111,22 @@ func (c *client) Close() error {
 	return c.Conn.Close()
 }
 
-type clientKey struct{}
-
-// withClient is http.Server.ConnContext.
-func withClient(ctx context.Context, c net.Conn) context.Context {
-	return context.WithValue(ctx, clientKey{}, c)
-}
-
 // enter records that the client's request has reached a stage.
 func (c *client) enter(s stage) {
 	c.all.mu.Lock()
+	defer c.all.mu.Unlock()
+	if s == streaming && c.stage != s {
+		c.all.done.Done()
+	}
 	c.stage = s
-	c.all.mu.Unlock()
 }
 
-// closeSilent closes the connections of clients that have not sent their requests.
-func (cs *clients) closeSilent() {
+// closeUntil closes the connections of clients in the stages up to last.
+func (cs *clients) closeUntil(last stage) {
 	cs.mu.Lock()
-	silent := slices.DeleteFunc(slices.Clone(cs.open), func(c *client) bool { return c.stage != sending })
+	open := slices.DeleteFunc(slices.Clone(cs.open), func(c *client) bool { return c.stage > last })
 	cs.mu.Unlock()
-	for _, c := range silent {
+	for _, c := range open {
 		c.Close()
 	}
 }

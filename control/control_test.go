@@ -413,14 +413,14 @@ func TestBadRequests(t *testing.T) {
 			t.Errorf("%s %s %.40s: %d %v %q, want %d %q", tt.method, tt.path, tt.body, status, header, body, tt.status, want)
 		}
 	}
-	// HTTP's own errors have no JSON.
 	for text, want := range map[string]int{
 		"hello\r\n\r\n":                    400,
 		"GET /v1/machine HTTP/1.1\r\n\r\n": 400, // no host
 		"GET /v1/machine HTTP/1.1\r\nHost: gvm\r\nX: " + strings.Repeat("x", 2*maxHeader) + "\r\n\r\n": 431,
 	} {
-		if status, _, body := exchange(t, d, text); status != want {
-			t.Errorf("%.40q: %d %q, want %d", text, status, body, want)
+		status, header, body := exchange(t, d, text)
+		if status != want || !strings.HasPrefix(body, `{"error":"`) || header.Get("Date") == "" {
+			t.Errorf("%.40q: %d %v %q, want %d", text, status, header, body, want)
 		}
 	}
 	if list := f.Disks(); len(list) > 0 {
@@ -578,7 +578,7 @@ func TestClientOddAnswers(t *testing.T) {
 		"HTTP/1.1 418 Short\r\nContent-Length: 2\r\n\r\n[]":             "418 Short",
 		"HTTP/1.1 301 Gone\r\nLocation: /\r\nContent-Length: 0\r\n\r\n": "301 Gone",
 		"220 mail\r\n\r\n": "machine vm does not answer: ",
-		"":                 "machine vm does not answer: EOF",
+		"":                 "machine vm does not answer: unexpected EOF",
 	} {
 		go func() {
 			conn, err := l.Accept()

@@ -47,22 +47,11 @@ func NewDoor(d Directory, name string, socket, lock *os.File, machine int, refus
 // add is the disk that a request adds, or nil. pass does not keep the connection.
 func (d *Door) Serve(pass func(conn *net.UnixConn, head []byte, add *AddDisk) error) {
 	d.accepts.Go(panics.Func(func() {
-		for {
-			conn, err := d.clients.Accept()
-			switch {
-			case errors.Is(err, net.ErrClosed):
-				return
-			case err != nil: // such as a lack of descriptors
-				time.Sleep(10 * time.Millisecond)
-				continue
+		d.clients.serve(func(c *client) {
+			if err := d.admit(c, pass); err != nil {
+				d.refused(err)
 			}
-			panics.Go(func() {
-				defer conn.Close()
-				if err := d.admit(conn.(*client), pass); err != nil {
-					d.refused(err)
-				}
-			})
-		}
+		})
 	}))
 }
 

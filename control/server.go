@@ -1,13 +1,14 @@
 package control
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"log"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -24,7 +25,6 @@ const (
 	maxBody     = 64 << 10
 	maxHeader   = 16 << 10
 	readTimeout = 10 * time.Second
-	idleTimeout = 30 * time.Second
 	// answerTimeout is for a request and its answer. It is longer than opening a disk takes,
 	// because the answer is lost after it.
 	answerTimeout = 5 * time.Minute
@@ -40,7 +40,7 @@ type Server struct {
 	listener net.Listener
 	lock     *os.File
 
-	http    *http.Server // nil before Serve
+	mux     http.Handler // nil before Serve
 	clients *clients
 	streams streams
 	accepts sync.WaitGroup
@@ -88,36 +88,27 @@ func (s *Server) HandOver(connections net.Listener, end func() error) (socket, l
 
 // Serve starts answering for m. It may be called once, before Close.
 func (s *Server) Serve(m Machine) {
-	s.http = &http.Server{
-		Handler:           s.handler(m),
-		ConnContext:       withClient,
-		ReadHeaderTimeout: s.readTimeout,
-		ReadTimeout:       s.readTimeout,
-		WriteTimeout:      answerTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          log.New(io.Discard, "", 0), // the client gets its errors itself
-	}
-	s.http.SetKeepAlivesEnabled(false)
+	s.mux = s.handler(m)
 	s.streams.conns = map[net.Conn]bool{}
 	s.clients = &clients{Listener: s.listener}
-	s.accepts.Go(panics.Func(func() { _ = s.http.Serve(s.clients) }))
+	s.accepts.Go(panics.Func(func() { s.clients.serve(s.request) }))
 }
 
 // Close ends the service, waits for requests at the machine, and removes the socket.
 func (s *Server) Close() error {
 	var err error
-	if s.http == nil {
+	if s.mux == nil {
 		err = s.listener.Close()
 	} else {
-		if s.shutdown(sendTimeout) != nil {
-			s.clients.closeSilent()
-			if s.shutdown(s.closeTimeout) != nil {
-				err = s.http.Close()
+		_ = s.clients.Listener.Close()
+		s.accepts.Wait()
+		if !s.clients.wait(sendTimeout) {
+			s.clients.closeUntil(sending)
+			if !s.clients.wait(s.closeTimeout) {
+				s.clients.closeUntil(answering)
 			}
 		}
 		s.streams.close(s.closeTimeout)
-		s.accepts.Wait()
 		s.busy.Lock()
 		s.closed = true // for a request that was just read
 		s.busy.Unlock()
@@ -125,16 +116,78 @@ func (s *Server) Close() error {
 	return errors.Join(err, s.release())
 }
 
-// shutdown accepts no more connections, and waits up to limit for the open ones.
-func (s *Server) shutdown(limit time.Duration) error {
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
-	return s.http.Shutdown(ctx)
-}
-
 // Release gives up the name and removes the socket, as Close does, without waiting for requests:
 // for a process that ends at once. It may be called at any time.
 func (s *Server) Release() error { return s.release() }
+
+// call is a connection's request and its answer.
+type call struct {
+	*client
+	in     *bufio.Reader
+	header http.Header
+	status int
+	body   bytes.Buffer
+	taken  bool // by a stream
+	cancel context.CancelFunc
+}
+
+// Header, Write and WriteHeader make a call an http.ResponseWriter.
+func (x *call) Header() http.Header         { return x.header }
+func (x *call) Write(b []byte) (int, error) { return x.body.Write(b) }
+func (x *call) WriteHeader(status int)      { x.status = status }
+
+// request reads the request of a connection, and answers it. That is little work for one request on a
+// connection, and package http's Server and Transport, which can do much more, would make the program a
+// tenth larger, most of it TLS.
+func (s *Server) request(c *client) {
+	_ = c.SetReadDeadline(time.Now().Add(s.readTimeout))
+	_ = c.SetWriteDeadline(time.Now().Add(answerTimeout))
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	head := &io.LimitedReader{R: c, N: maxHeader + 4096}
+	x := &call{client: c, in: bufio.NewReader(head), status: http.StatusOK, cancel: cancel,
+		header: http.Header{"Date": {time.Now().UTC().Format(http.TimeFormat)}}}
+	r, err := http.ReadRequest(x.in)
+	large := head.N <= 0
+	head.N = math.MaxInt64 // serve limits the body
+	switch failed := net.Error(nil); {
+	case err != nil && large:
+		x.reply(nil, Errorf(http.StatusRequestHeaderFieldsTooLarge, "the request's header has more than %d bytes", maxHeader))
+	case errors.As(err, &failed), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return
+	case err != nil:
+		x.reply(nil, Errorf(http.StatusBadRequest, "not a request of HTTP/1.1: %v", err))
+	case r.Host == "":
+		x.reply(nil, Errorf(http.StatusBadRequest, "the request has no Host"))
+	default:
+		if strings.EqualFold(r.Header.Get("Expect"), "100-continue") {
+			_, _ = io.WriteString(c, "HTTP/1.1 100 Continue\r\n\r\n")
+		}
+		s.mux.ServeHTTP(x, r.WithContext(ctx))
+	}
+	if x.taken {
+		return
+	}
+	answer := http.Response{StatusCode: x.status, ProtoMajor: 1, ProtoMinor: 1, Header: x.header, Close: true,
+		ContentLength: int64(x.body.Len()), Body: io.NopCloser(&x.body), Request: r}
+	_ = answer.Write(c) // fails if the client has gone
+}
+
+// watch ends the request's context if the client goes, until stop.
+func (x *call) watch() (stop func()) {
+	_ = x.SetReadDeadline(time.Time{})
+	done := make(chan struct{})
+	panics.Go(func() {
+		defer close(done)
+		if _, err := x.in.Peek(1); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			x.cancel()
+		}
+	})
+	return func() {
+		_ = x.SetReadDeadline(time.Now())
+		<-done
+	}
+}
 
 // endpoint answers a request with metrics, a stream, or a value for JSON; nil: no content.
 type endpoint func(*http.Request) (any, error)
@@ -174,44 +227,51 @@ func (s *Server) handler(m Machine) http.Handler {
 // serve answers one request.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request, do endpoint) {
 	// Read the whole body before entering the machine: the client may never send it.
+	x := w.(*call)
 	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	var value any
 	if err != nil {
 		err = bodyError(err)
 	} else {
 		r.Body = io.NopCloser(bytes.NewReader(b))
-		c := r.Context().Value(clientKey{}).(*client)
-		c.enter(atMachine)
+		x.enter(atMachine)
+		stop := x.watch()
 		value, err = s.guarded(do, r)
-		c.enter(answering)
+		stop()
+		x.enter(answering)
 	}
 	if st, ok := value.(stream); ok && err == nil {
-		s.streams.serve(w, st)
+		x.taken = true
+		x.enter(streaming)
+		s.streams.serve(x.client, x.in, st)
 		return
 	}
-	status := http.StatusOK
+	x.reply(value, err)
+}
+
+// reply makes the answer of a value or an error.
+func (x *call) reply(value any, err error) {
 	if err != nil {
-		status = http.StatusInternalServerError
+		x.status = http.StatusInternalServerError
 		if e := (*Error)(nil); errors.As(err, &e) {
-			status = e.Status
+			x.status = e.Status
 		}
 		value = struct {
 			Error text.Name `json:"error"`
 		}{text.Name(err.Error())}
 	} else if value == nil {
-		w.WriteHeader(http.StatusNoContent)
+		x.status = http.StatusNoContent
 		return
 	}
 	if b, ok := value.(metrics); ok {
-		w.Header().Set("Content-Type", metricsType)
-		_, _ = w.Write(b)
+		x.header.Set("Content-Type", metricsType)
+		x.body.Write(b)
 		return
 	}
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	e := json.NewEncoder(w)
+	x.header.Set("Content-Type", "application/json")
+	e := json.NewEncoder(&x.body)
 	e.SetEscapeHTML(false)
-	_ = e.Encode(value) // fails if the client has gone
+	_ = e.Encode(value)
 }
 
 // guarded runs a request unless the machine has ended. A panic becomes an error: the machine

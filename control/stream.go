@@ -1,13 +1,13 @@
 package control
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -82,14 +82,9 @@ func (s *streams) close(limit time.Duration) {
 	late.Stop()
 }
 
-// serve moves bytes between a connection and a stream until either ends.
-func (s *streams) serve(w http.ResponseWriter, of stream) {
+// serve moves bytes between a connection, whose input is in, and a stream until either ends.
+func (s *streams) serve(conn net.Conn, in io.Reader, of stream) {
 	defer of.Close()
-	conn, buffered, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		return
-	}
-	defer conn.Close()
 	if !s.add(conn) {
 		return
 	}
@@ -101,7 +96,7 @@ func (s *streams) serve(w http.ResponseWriter, of stream) {
 	}
 	var input sync.WaitGroup
 	input.Go(panics.Func(func() {
-		_, _ = io.Copy(of, buffered.Reader)
+		_, _ = io.Copy(of, in)
 		of.Close() // which ends the output
 	}))
 	_, _ = io.Copy(conn, of)
@@ -130,37 +125,27 @@ func (c *Client) upgrade(ctx context.Context, path, protocol string, limit time.
 		}
 		return fmt.Errorf("machine %s does not answer: %w", c.name, err)
 	}
-	conn, err := c.dir.dial(ctx, c.name)
+	limited, cancel := context.WithTimeoutCause(ctx, limit, os.ErrDeadlineExceeded)
+	defer cancel()
+	resp, err := c.send(limited, http.MethodGet, path,
+		http.Header{"Connection": {"Upgrade"}, "Upgrade": {protocol}}, nil)
 	if err != nil {
-		return nil, noAnswer(err)
-	}
-	_ = conn.SetDeadline(time.Now().Add(limit))
-	defer context.AfterFunc(ctx, panics.Func(func() { _ = conn.SetDeadline(time.Now()) }))()
-	r, err := http.NewRequest(http.MethodGet, "http://gvm/v1/"+path, nil)
-	if err == nil {
-		r.Header.Set("Connection", "Upgrade")
-		r.Header.Set("Upgrade", protocol)
-		err = r.Write(conn)
-	}
-	in := bufio.NewReader(conn)
-	var resp *http.Response
-	if err == nil {
-		resp, err = http.ReadResponse(in, r)
-	}
-	if err != nil {
-		conn.Close()
 		return nil, noAnswer(err)
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
-		defer conn.Close()
+		defer resp.release()
+		defer resp.conn.Close()
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-		return nil, refusal(resp, b)
+		return nil, refusal(resp.Response, b)
 	}
-	_ = conn.SetDeadline(time.Time{})
+	if !resp.release() {
+		resp.conn.Close()
+		return nil, noAnswer(os.ErrDeadlineExceeded)
+	}
 	return struct {
 		io.Reader
 		io.WriteCloser
-	}{in, conn}, nil
+	}{resp.in, resp.conn}, nil
 }
 
 // refusal returns the error in an answer.
