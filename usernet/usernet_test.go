@@ -12,8 +12,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -423,66 +421,6 @@ func TestUDP(t *testing.T) {
 	}
 }
 
-// TestDNS: the first resolver is silent, one that answers is asked next.
-func TestDNS(t *testing.T) {
-	silent := hostUDP(t, func([]byte) []byte { return nil })
-	refuses, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.1:0")))
-	if err != nil {
-		t.Fatal(err)
-	}
-	closed := refuses.LocalAddr().(*net.UDPAddr).AddrPort()
-	refuses.Close()
-	good := hostUDP(t, func(b []byte) []byte { return append(b[:2:2], "reply"...) })
-	servers := []netip.AddrPort{closed, good}
-	port := hostTCP(t, "127.0.0.1:0", func(c net.Conn) { io.WriteString(c, "by TCP") })
-	var mu sync.Mutex
-	g := newGuest(t, serve(t, Config{Resolvers: func() []netip.AddrPort {
-		mu.Lock()
-		defer mu.Unlock()
-		return servers
-	}}), allOffloads)
-	for _, resolver := range []netip.Addr{Resolver4, Resolver6} {
-		c := g.udp(t, netip.AddrPortFrom(resolver, 53))
-		for _, id := range []string{"ab", "cd"} {
-			c.Write([]byte(id + "query"))
-			b := make([]byte, 100)
-			n, err := c.Read(b)
-			if got := string(b[:n]); err != nil || got != id+"reply" {
-				t.Errorf("%v: %q, %v", resolver, got, err)
-			}
-		}
-	}
-	mu.Lock()
-	servers = []netip.AddrPort{netip.AddrPortFrom(good.Addr(), port), silent}
-	mu.Unlock()
-	c, err := g.dial(t, netip.AddrPortFrom(Resolver4, 53))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	if b, err := io.ReadAll(c); string(b) != "by TCP" || err != nil {
-		t.Errorf("%q, %v", b, err)
-	}
-}
-
-func TestResolvers(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "resolv.conf")
-	one := []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:53")}
-	if got := resolvers(path); !slices.Equal(got, one) {
-		t.Errorf("without a file: %v", got)
-	}
-	err := os.WriteFile(path, []byte("# nameserver 1.1.1.1\nsearch example\nnameserver 192.0.2.1\n"+
-		"nameserver x\nnameserver fe80::1%eth0\nnameserver\nnameserver 192.0.2.2\nnameserver 192.0.2.3"), 0o666)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53"), netip.MustParseAddrPort("[fe80::1%eth0]:53"),
-		netip.MustParseAddrPort("192.0.2.2:53")}
-	if got := resolvers(path); !slices.Equal(got, want) {
-		t.Errorf("%v, want %v", got, want)
-	}
-}
-
 // TestTarget: which addresses of the host's network the guest reaches, with and without the host.
 func TestTarget(t *testing.T) {
 	for _, test := range []struct {
@@ -533,91 +471,6 @@ func TestTarget(t *testing.T) {
 		a, _ := netip.AddrFromSlice(o.(*net.IPNet).IP)
 		if got, err := n.target(netip.AddrPortFrom(a, 80)); err == nil {
 			t.Errorf("without the host, %v leads to %v", a, got)
-		}
-	}
-}
-
-func TestPublish(t *testing.T) {
-	l, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.1:0")))
-	if err != nil {
-		t.Fatal(err)
-	}
-	u, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.1:0")))
-	if err != nil {
-		t.Fatal(err)
-	}
-	g := newGuest(t, serve(t, Config{Published: []Published{{TCP: l, Port: 80}, {UDP: u, Port: 53}}}), allOffloads)
-
-	// Nothing listens yet.
-	c, err := net.Dial("tcp", l.Addr().String())
-	if err == nil {
-		_, err = c.Read(make([]byte, 1))
-		c.Close()
-	}
-	if !errors.Is(err, syscall.ECONNRESET) {
-		t.Errorf("a port that the guest does not have: %v; want a reset", err)
-	}
-
-	gl, err := gonet.ListenTCP(g.Stack, full(netip.AddrPortFrom(Guest4, 80)), ipv4.ProtocolNumber)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer gl.Close()
-	go func() {
-		for {
-			c, err := gl.Accept()
-			if err != nil {
-				return
-			}
-			if from := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap(); from != Gateway4 {
-				t.Errorf("the guest sees a client at %v", from)
-			}
-			io.Copy(struct{ io.Writer }{c}, c)
-			c.Close()
-		}
-	}()
-	c, err = net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	go func() {
-		io.Copy(c, source(3, 10<<20))
-		c.(*net.TCPConn).CloseWrite()
-	}()
-	if got, want := sum(t, c), sum(t, source(3, 10<<20)); got != want {
-		t.Errorf("the client received %s, want %s", got, want)
-	}
-
-	local := full(netip.AddrPortFrom(Guest4, 53))
-	gu, err := gonet.DialUDP(g.Stack, &local, nil, ipv4.ProtocolNumber)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer gu.Close()
-	go func() {
-		b := make([]byte, 1000)
-		for {
-			n, from, err := gu.ReadFrom(b)
-			if err != nil {
-				return
-			}
-			gu.WriteTo(append([]byte("to "), b[:n]...), from)
-		}
-	}()
-	for i := range 3 { // clients
-		c, err := net.Dial("udp", u.LocalAddr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		for range 2 {
-			fmt.Fprintf(c, "client %d", i)
-			b := make([]byte, 100)
-			n, err := c.Read(b)
-			if got, want := string(b[:n]), fmt.Sprintf("to client %d", i); err != nil || got != want {
-				t.Errorf("%q, %v; want %q", got, err, want)
-			}
 		}
 	}
 }
@@ -759,55 +612,5 @@ func TestDeaf(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
-	}
-}
-
-func routerSolicitation() []byte {
-	f := make([]byte, 14+40+8)
-	header.Ethernet(f).Encode(&header.EthernetFields{SrcAddr: guestMAC, Type: header.IPv6ProtocolNumber,
-		DstAddr: "\x33\x33\x00\x00\x00\x02"})
-	header.IPv6(f[14:]).Encode(&header.IPv6Fields{PayloadLength: 8, TransportProtocol: header.ICMPv6ProtocolNumber,
-		HopLimit: 255, SrcAddr: header.IPv6Any, DstAddr: header.IPv6AllRoutersLinkLocalMulticastAddress})
-	f[54] = byte(header.ICMPv6RouterSolicit)
-	return f
-}
-
-// TestRouterAdvertisement: a host that follows RFC 4862 takes an address of the prefix and the
-// gateway's router.
-func TestRouterAdvertisement(t *testing.T) {
-	ra := answer(routerSolicitation())
-	ip := header.IPv6(ra[14:])
-	if !ip.IsValid(len(ip)) || ip.HopLimit() != 255 || ip.SourceAddress() != tcpip.AddrFromSlice(router6.AsSlice()) {
-		t.Fatalf("% x", ra)
-	}
-	m := header.ICMPv6(ip.Payload())
-	if header.ICMPv6Checksum(header.ICMPv6ChecksumParams{
-		Header: m, Src: ip.SourceAddress(), Dst: ip.DestinationAddress()}) != m.Checksum() {
-		t.Error("the checksum is wrong")
-	}
-	body := header.NDPRouterAdvert(m.MessageBody())
-	if body.RouterLifetime() != lifetime*time.Second || body.ManagedAddrConfFlag() {
-		t.Errorf("% x", body)
-	}
-	it, err := body.Options().Iter(true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var got []string
-	for {
-		o, done, err := it.Next()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if done {
-			break
-		}
-		got = append(got, fmt.Sprint(o))
-	}
-	text := strings.Join(got, "\n")
-	for _, want := range []string{"fd00::", "fd00::3", "52:55:0a:00:02:02"} {
-		if !strings.Contains(text, want) {
-			t.Errorf("no %s in %s", want, text)
-		}
 	}
 }
