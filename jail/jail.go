@@ -32,6 +32,9 @@ type Config struct {
 	Limits   Limits
 	Args     []string // of the program, which is this one
 	Env      []string
+
+	// Prepare is called with root's rights outside of the jail, when the janitor is there; nil: no call.
+	Prepare func() error `json:"-"`
 }
 
 // File is a file or directory of the host, which the jail has at the same path.
@@ -95,6 +98,11 @@ func Enter(c Config) error {
 	}
 	if err := startJanitor(c.Dir, g.path, lock); err != nil {
 		return err
+	}
+	if c.Prepare != nil {
+		if err := c.Prepare(); err != nil {
+			return err
+		}
 	}
 	if err := g.enter(); err != nil {
 		return err

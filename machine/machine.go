@@ -130,7 +130,7 @@ type Spec struct {
 	Final func(out vmm.Outcome, mem *guestmem.Memory, cpus []vmcore.CPU, alive func())
 
 	Sandbox *Sandbox       // nil: none
-	Jail    []inspect.Node // tells of the jail of this process, for Inspect; nil: none
+	Jail    []inspect.Node // tells of the jail of this process, in which disk.Provision has been called; nil: none
 
 	begun    *vmm.Begun
 	prepared *vmm.Prepared
@@ -265,7 +265,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 		}
 	}
 	m.disks, err = disk.Open(ctx, s.Disks, disk.Config{
-		Queues: s.RequestQueues(), QueuesChosen: s.Queues > 0, ABI: s.VhostABI, Files: s.Files,
+		Queues: s.RequestQueues(), QueuesChosen: s.Queues > 0, ABI: s.VhostABI, Files: s.Files, Provisioned: s.Jail != nil,
 		Machine: s.Name, Hold: m.pauser.Hold, Note: notes.note, Paused: s.Note,
 	})
 	if err != nil {

@@ -5,10 +5,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"gvm/devices/scsi/lio"
 )
 
 // needsJail skips a test without root's rights, and in a build with cgo, whose libraries a jail lacks.
@@ -200,4 +204,101 @@ func TestJailOutputs(t *testing.T) {
 	if b, _ := os.ReadFile(junit); r.status != exitUsage || string(b) != "mine" {
 		t.Errorf("status %d: %s%s, and the file has %q", r.status, r.out, r.errs, b)
 	}
+}
+
+// TestJailVhost: root makes the kernel's target of a machine in a jail, and the janitor removes it after
+// every end. If the janitor is dead too, the next jail's does.
+func TestJailVhost(t *testing.T) {
+	needsJail(t)
+	if err := lio.Check(""); err != nil {
+		t.Skip(err)
+	}
+	dir, data := filepath.Join(t.TempDir(), "jail"), filepath.Join(t.TempDir(), "disk.img")
+	if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(data, make([]byte, 1<<20), 0o600),
+		os.Chown(data, 41234, 41234)); err != nil {
+		t.Fatal(err)
+	}
+	jailed := []string{"--jail", dir, "--uid=41234", "--gid=41234", "--disk", data + ",backend=vhost", "--name=j"}
+	objects := func() (list []lio.Object) {
+		t.Helper()
+		list, err := lio.List("")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slices.DeleteFunc(list, func(o lio.Object) bool { return o.Owner == nil })
+	}
+	isEmpty := func() {
+		t.Helper()
+		for range 1000 {
+			if len(objects()) == 0 {
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		t.Errorf("left in LIO: %+v", objects())
+	}
+	for _, tt := range []struct {
+		word    string
+		janitor bool // is killed
+		signal  syscall.Signal
+		status  int
+	}{
+		{"write", false, 0, 0},
+		{"spin", false, syscall.SIGTERM, exitTerminated},
+		{"spin", false, syscall.SIGKILL, -1},
+		{"spin", true, syscall.SIGKILL, -1},
+		{"write", false, 0, 0},
+	} {
+		p := startOnTerminal(t, append(guestRun(tt.word), jailed...)...)
+		if tt.word == "write" {
+			if r := p.wait(); r.status != tt.status || !strings.Contains(r.out, "PASS") {
+				t.Errorf("status %d: %q", r.status, r.out)
+			}
+			isEmpty()
+			continue
+		}
+		p.expect("spinning")
+		pid := p.cmd.Process.Pid
+		if list := objects(); len(list) != 2 || !slices.ContainsFunc(list, func(o lio.Object) bool {
+			return o.Owner.PID == pid && o.Owner.Alive && string(o.Image) == data
+		}) {
+			t.Errorf("objects of process %d: %+v", pid, list)
+		}
+		if tt.janitor {
+			if err := syscall.Kill(childOf(t, pid, "gvm-janitor"), syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p.signal(tt.signal)
+		if tt.signal == syscall.SIGKILL { // the terminal stays as it is
+			_ = p.cmd.Wait()
+		} else if r := p.wait(); r.status != tt.status {
+			t.Errorf("%v: status %d: %q", tt.signal, r.status, r.out)
+		}
+		if !tt.janitor {
+			isEmpty()
+		}
+	}
+	r := gvmRuns(t, command(t, append([]string{"run", "--jail-limit=nofile=1"}, jailed...)...))
+	if r.status == 0 {
+		t.Error("a machine without descriptors runs")
+	}
+	isEmpty()
+}
+
+// childOf returns the PID of a process's child with a name.
+func childOf(t *testing.T, parent int, name string) int {
+	t.Helper()
+	files, _ := filepath.Glob("/proc/[0-9]*/status")
+	for _, f := range files {
+		status, _ := os.ReadFile(f)
+		words, _ := os.ReadFile(filepath.Join(filepath.Dir(f), "cmdline"))
+		if strings.Contains(string(status), fmt.Sprintf("\nPPid:\t%d\n", parent)) &&
+			strings.HasPrefix(string(words), name+"\x00") {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(f)))
+			return pid
+		}
+	}
+	t.Fatalf("process %d has no %s", parent, name)
+	return 0
 }

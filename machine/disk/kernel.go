@@ -25,7 +25,8 @@ type kernelOptions struct {
 	abi    vhostscsi.ABIPolicy
 	note   func(string)
 
-	targets Targets
+	targets     Targets
+	provisioned bool // Config.Provisioned
 }
 
 // Targets changes the targets that this process has made in the kernel while the machine runs, if
@@ -263,17 +264,70 @@ func (u *kernelUnits) add(d Spec, f *block.File) error {
 	return nil
 }
 
+// provision makes a target of the units, unless this process has one.
+func (u *kernelUnits) provision(done bool) (t *lio.Target, err error) {
+	if done {
+		t, err = lio.Provisioned()
+	} else {
+		t, err = lio.Provision(lio.Config{Units: u.units})
+	}
+	if err == nil {
+		return t, nil
+	}
+	if errors.Is(err, lio.ErrUnit) {
+		err = configError{fmt.Errorf("--disk %w", err)}
+	}
+	return nil, KernelError{err}
+}
+
+// Provision makes the kernel's target of the disks with backend=vhost for a later Open in this process, with
+// Config.Provisioned and without the rights for that. The images stay open until the process executes a
+// program. note takes notes for the user.
+func Provision(list []Spec, note func(string)) error {
+	list = slices.Clone(list)
+	for i := range list {
+		if list[i].Backend == Auto { // which Open cannot have the kernel serve
+			list[i].Backend = Process
+		}
+	}
+	if err := assignLUNs(list); err != nil {
+		return err
+	}
+	var u kernelUnits
+	for _, d := range list {
+		if d.Backend != Vhost {
+			continue
+		}
+		f, err := block.Open(d.Path, d.ImageOptions())
+		if err == nil {
+			err = u.add(d, f)
+		}
+		if err != nil {
+			return ImageError{err}
+		}
+	}
+	t, err := u.provision(false)
+	if err != nil {
+		return err
+	}
+	for _, n := range t.Notes() {
+		note(n)
+	}
+	return nil
+}
+
+// errProvisioned refuses a change of a target that Provision made.
+var errProvisioned = control.Errorf(http.StatusConflict,
+	"the kernel's disks of a machine in a jail are those of its start: add one without backend=vhost")
+
 // provision makes the kernel serve the units.
 func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 	if err := vhostscsi.Check(k.abi); err != nil {
 		return nil, KernelError{err}
 	}
-	t, err := lio.Provision(lio.Config{Units: u.units})
+	t, err := u.provision(k.provisioned)
 	if err != nil {
-		if errors.Is(err, lio.ErrUnit) {
-			err = configError{fmt.Errorf("--disk %w", err)}
-		}
-		return nil, KernelError{err}
+		return nil, err
 	}
 	for _, n := range t.Notes() {
 		k.note(n)
@@ -283,13 +337,21 @@ func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 			"this host down when gvm ends; serve one disk, or take backend=process or Linux 6.4", release))
 	}
 	plug := func(u lio.Unit) error {
+		if k.provisioned {
+			return errProvisioned
+		}
 		notes, err := k.targets.AddTo(t, u)
 		for _, n := range notes {
 			k.note(n)
 		}
 		return err
 	}
-	unplug := func(lun int) error { return k.targets.RemoveFrom(t, lun) }
+	unplug := func(lun int) error {
+		if k.provisioned {
+			return errProvisioned
+		}
+		return k.targets.RemoveFrom(t, lun)
+	}
 	return k.device(&kernelTarget{target: t, plug: plug, unplug: unplug,
 		parts: []io.Closer{t}, specs: u.specs, units: u.units})
 }

@@ -21,6 +21,7 @@ type Config struct {
 	Queues       int  // request queues of a device
 	QueuesChosen bool // the user chose Queues, and knows the cost
 	ABI          vhostscsi.ABIPolicy
+	Provisioned  bool        // Provision has made the kernel's target
 	Files        block.Files // opens the images, now and later; nil: block.System. See also Targets
 
 	Machine string                     // its name, for messages
@@ -93,7 +94,8 @@ func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
 	m := &mishaps{name: c.Machine, hold: c.Hold, note: c.Note, paused: c.Paused}
 	opened := make(chan result, 1)
 	panics.Go(func() { // ends with the process at the latest
-		k := kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note}
+		k := kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note,
+			provisioned: c.Provisioned}
 		if k.targets, _ = c.Files.(Targets); k.targets == nil {
 			k.targets = Direct{}
 		}
