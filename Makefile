@@ -77,12 +77,13 @@ test-unit:
 LONG = ^Test(Bisect|Command|CrashKernel|Escapes|EscapesOfUser|Exec|Faults|INTx|InitrdAbove4GiB|Killed|Mapped|Matrix|MemoryCgroup|Net|NetUser|PowerButton|Reboot|RootWord|Roots|Rungs|SMP|Share|StopsUnderLoad|TestSignals|VhostFilesystems|VhostLives|VhostTools|VhostVsock|VsockBridge)$$
 
 test-lab:
-	$(GOTEST) -timeout 30m -p 1 -parallel 1 -skip '$(LONG)' $(LAB)
+	$(GOTEST) -timeout 30m -p 1 -parallel 1 -skip '$(LONG)|^TestDebianPackage$$' $(LAB)
 
 # What the kernel's vhost-scsi serves is tested on three kernels; on the second and third in a
 # short form, of what differs between them. `make vhost` has all of it.
-long: ## the tests with Linux guests that take longest, and other kernels for the host
+long: ## the tests with Linux guests that take longest, the Debian package, and other kernels for the host
 	$(GOTEST) -timeout 30m -p 1 -parallel 1 -run '$(LONG)' ./guest-tests/linux
+	$(GOTEST) -timeout 10m -run '^TestDebianPackage$$' ./guest-tests/lab
 	GVM_TEST_L1=6.12 $(GOTEST) -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Tools)' -skip 'Filesystems/^[12]_' ./guest-tests/linux
 	GVM_TEST_L1=7.3 $(GOTEST) -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Equivalence|Filesystems|Plug)' -skip 'Filesystems/^[12]_' ./guest-tests/linux
 	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
