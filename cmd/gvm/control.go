@@ -12,12 +12,14 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"gvm/broker"
 	"gvm/control"
+	"gvm/guestmem"
 	"gvm/inspect"
 	"gvm/machine"
 	"gvm/machine/disk"
@@ -32,6 +34,9 @@ type remote struct {
 	info control.Info
 	*machine.Machine
 	pausePatience time.Duration
+	memory        guestmem.Config // the guest's
+
+	memoryNoted sync.Once
 }
 
 func (r *remote) Info() control.Info {
@@ -154,6 +159,15 @@ func (r *remote) AddDisk(ctx context.Context, a control.AddDisk) (control.Change
 	if d.Waits() {
 		if _, err := boundWaits("a disk takes", 0, 1, []*disk.Spec{&d}, nil, thisHost()); err != nil {
 			return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: %v", d.Name(), err)
+		}
+	}
+	if d.Storage == disk.Memory {
+		warn, err := checkAddedMemory(r.memory, r.Machine.Disks(), &d, thisHost())
+		if err != nil {
+			return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: %v", d.Name(), err)
+		}
+		if warn != "" {
+			r.memoryNoted.Do(func() { note(warn) })
 		}
 	}
 	return r.Machine.AddDisk(ctx, d)

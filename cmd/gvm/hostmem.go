@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/control"
 	"gvm/devices/scsi"
 	"gvm/devices/virtio/fs"
 	"gvm/guestmem"
@@ -115,6 +116,23 @@ func checkDiskMemory(c guestmem.Config, disks uint64, h hostLimits) (note string
 		}
 	}
 	return note, nil
+}
+
+// checkAddedMemory is checkDiskMemory for a disk that is added to a machine, which has others.
+func checkAddedMemory(c guestmem.Config, has []control.Disk, d *disk.Spec, h hostLimits) (note string, err error) {
+	if d.Storage != disk.Memory {
+		return "", nil
+	}
+	total := uint64(d.Size)
+	for _, o := range has {
+		if o.Storage == "mem" {
+			total += uint64(o.Size)
+		}
+	}
+	if total > text.MaxSize {
+		return "", fmt.Errorf("the disks in memory would have more than %s", text.SizeWord(text.MaxSize))
+	}
+	return checkDiskMemory(c, total, h)
 }
 
 // ownThreads returns the number of gvm's threads besides those of CPUs and request queues, and

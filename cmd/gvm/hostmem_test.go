@@ -17,6 +17,7 @@ import (
 	"gvm/guestmem"
 	"gvm/machine"
 	"gvm/machine/disk"
+	"gvm/text"
 )
 
 // fakeHost makes the files of a host with 8 GiB. A name that ends with / is a directory without a
@@ -278,6 +279,34 @@ func TestCheckDiskMemory(t *testing.T) {
 		if !strings.Contains(note, tt.note) || tt.note == "" && note != "" || (err != nil) != (tt.errs != "") ||
 			err != nil && !strings.Contains(err.Error(), tt.errs) {
 			t.Errorf("%s: %q, %v", tt.name, note, err)
+		}
+	}
+}
+
+// TestCheckAddedMemory: a disk in memory that is added counts together with the guest's memory, and with those
+// that the machine has.
+func TestCheckAddedMemory(t *testing.T) {
+	h := fakeHost(t, map[int]uint64{unix.RLIMIT_AS: 1 << 30}, map[string]string{"proc/self/cgroup": "0::/a",
+		"proc/self/mountinfo": mountV2, "sys/fs/cgroup/a/memory.max": "939524096"})
+	has := []control.Disk{{Path: "/a.img", Size: 1 << 40}, {Storage: "mem", Size: 300 << 20},
+		{Storage: "null", Size: 1 << 40}}
+	for _, tt := range []struct {
+		disk, note, errs string
+	}{
+		{"mem:50M", "", ""},
+		{"null:1T", "", ""},
+		{"/b.img", "", ""},
+		{"mem:100M", "have 912 MiB: memory.max of cgroup /a is 896 MiB", ""},
+		{"mem:200M", "", "have 1012 MiB: RLIMIT_AS (ulimit -v) is 1 GiB"},
+	} {
+		d, err := disk.Added(control.AddDisk{Disk: text.Name(tt.disk)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		note, err := checkAddedMemory(guestmem.Config{Size: 512 << 20}, has, &d, h)
+		if !strings.Contains(note, tt.note) || tt.note == "" && note != "" || (err != nil) != (tt.errs != "") ||
+			err != nil && !strings.Contains(err.Error(), tt.errs) {
+			t.Errorf("%s: %q, %v", tt.disk, note, err)
 		}
 	}
 }

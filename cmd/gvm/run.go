@@ -532,7 +532,7 @@ func run(rc runConfig) (err error) {
 		bridge.Serve(m.DialVsock)
 	}
 	if socket != nil {
-		socket.Serve(&remote{rc.info(), m, pausePatience})
+		socket.Serve(&remote{info: rc.info(), Machine: m, pausePatience: pausePatience, memory: rc.spec.Memory})
 	}
 	settle := time.AfterFunc(settled, panics.Func(func() {
 		debug.SetGCPercent(collect)

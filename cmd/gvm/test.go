@@ -350,7 +350,8 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 	}
 	begun(run)
 	if socket != nil {
-		socket.Serve(&testRemote{remote{t.info(), run.Machine(), pausePatience}, run, t.matrix != nil})
+		socket.Serve(&testRemote{remote: remote{info: t.info(), Machine: run.Machine(), pausePatience: pausePatience,
+			memory: cfg.Spec.Memory}, run: run, matrix: t.matrix != nil})
 	}
 	if t.tty {
 		defer followSize(run.Winsize)()
