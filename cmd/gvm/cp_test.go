@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -197,11 +196,13 @@ func TestCopy(t *testing.T) {
 	}
 
 	inDir := func(p *proc) { p.cmd.Env = append(p.cmd.Env, "XDG_RUNTIME_DIR="+dir) }
-	p := startGVMAs(t, host, inDir, "cp", "fake:hang", "cut")
-	<-m.got
-	p.signal(syscall.SIGINT)
-	if r := p.wait(); r.status != exitQuit || r.errs != "gvm: stopped by SIGINT\n" {
-		t.Errorf("SIGINT: status %d, %q", r.status, r.errs)
+	for _, s := range endSignals {
+		p := startGVMAs(t, host, inDir, "cp", "fake:hang", "cut")
+		<-m.got
+		p.signal(s.Signal)
+		if r := p.wait(); r.status != s.status || r.errs != "gvm: stopped by "+s.name+"\n" {
+			t.Errorf("%s: status %d, %q", s.name, r.status, r.errs)
+		}
 	}
 	for _, dir := range []string{host, guest} {
 		if err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {

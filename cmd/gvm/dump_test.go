@@ -80,18 +80,21 @@ func TestDump(t *testing.T) {
 		!strings.HasPrefix(r.out, elf.ELFMAG) {
 		t.Errorf("standard output: status %d, %d bytes, %q", r.status, len(r.out), r.errs)
 	}
-	stalled, err := os.OpenFile(fifo, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer stalled.Close()
-	interrupted := startGVM(t, dir, "dump", name, "fifo")
-	if _, err := io.ReadFull(stalled, make([]byte, 1)); err != nil {
-		t.Fatal(err)
-	}
-	interrupted.signal(syscall.SIGINT)
-	if r := interrupted.wait(); r.status != exitQuit {
-		t.Errorf("interrupted: status %d, %q", r.status, r.errs)
+	for _, s := range endSignals {
+		stalled, err := os.OpenFile(fifo, os.O_RDWR, 0) // empty each time
+		if err != nil {
+			t.Fatal(err)
+		}
+		interrupted := startGVM(t, dir, "dump", name, "fifo")
+		if _, err := io.ReadFull(stalled, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		interrupted.signal(s.Signal)
+		if r := interrupted.wait(); r.status != s.status || !strings.HasPrefix(r.errs, "gvm: stopped by "+s.name) ||
+			strings.Count(r.errs, "\n") != 1 {
+			t.Errorf("%s: status %d, %q", s.name, r.status, r.errs)
+		}
+		stalled.Close()
 	}
 	if files, err := os.ReadDir(dir); err != nil || len(files) != 2 {
 		t.Errorf("files are left: %v, %v", files, err)

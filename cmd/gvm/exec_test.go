@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"strings"
@@ -45,6 +46,16 @@ func (m agentMachine) Agent(context.Context) (io.ReadWriteCloser, error) {
 		case "sleep":
 			_, _ = io.WriteString(a.Stdout, "sleeps")
 			e.Signal = <-m.signals
+		case "stubborn":
+			_, _ = io.WriteString(a.Stdout, "stubborn")
+			for {
+				select {
+				case n := <-m.signals:
+					fmt.Fprintf(a.Stdout, ", took %d", n)
+				case <-a.Gone():
+					return
+				}
+			}
 		case "lost":
 			return
 		default:
@@ -108,13 +119,41 @@ func TestExec(t *testing.T) {
 			t.Errorf("gvm %s: status %d, %q, %q", c.args, cmd.ProcessState.ExitCode(), &out, &errs)
 		}
 	}
-	p := startGVMAs(t, t.TempDir(), inDir, "exec", "fake", "--", "sleep")
-	p.expect("sleeps")
-	p.signal(syscall.SIGTERM)
-	if r := p.wait(); r.status != exitTerminated || r.errs != "" {
-		t.Errorf("SIGTERM: status %d, %q", r.status, r.errs)
+	for i, first := range endSignals {
+		p := startGVMAs(t, t.TempDir(), inDir, "exec", "fake", "--", "sleep")
+		p.expect("sleeps")
+		p.signal(first.Signal)
+		if r := p.wait(); r.status != first.status || r.errs != "" {
+			t.Errorf("%v: status %d, %q", first, r.status, r.errs)
+		}
+		// A command that ignores the first signal: the second one ends the session.
+		second := endSignals[(i+1)%len(endSignals)]
+		p = startGVMAs(t, t.TempDir(), inDir, "exec", "fake", "--", "stubborn")
+		stubborn := func() result {
+			p.expect("stubborn")
+			p.signal(first.Signal)
+			p.expect(fmt.Sprintf(", took %d", first.Signal))
+			p.signal(second.Signal)
+			return p.wait()
+		}
+		if r := stubborn(); r.status != second.status || r.errs != "gvm: stopped by "+second.name+"\n" {
+			t.Errorf("%v, then %v: status %d, %q", first, second, r.status, r.errs)
+		}
+		p = startOnTerminalAs(t, inDir, "exec", "--tty", "fake", "--", "stubborn")
+		if r := stubborn(); r.status != second.status ||
+			!strings.HasSuffix(r.out, "\r\ngvm: stopped by "+second.name+"\r\n") {
+			t.Errorf("%v, then %v, on a terminal: status %d, %q", first, second, r.status, r.out)
+		}
 	}
 }
+
+// endSignals are the signals that end a verb, and its status then.
+var endSignals = []struct {
+	syscall.Signal
+	name   string
+	status int
+}{{syscall.SIGINT, "SIGINT", exitQuit}, {syscall.SIGTERM, "SIGTERM", exitTerminated},
+	{syscall.SIGHUP, "SIGHUP", exitHangup}}
 
 // TestExecSignals: the command gets the first signal, and the second ends the session. Once the command has
 // ended, the first does: the reader of its output may take any time.

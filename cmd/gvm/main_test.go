@@ -73,7 +73,7 @@ func TestMain(m *testing.M) {
 // machineless matches tests that start gvm many times, or work long, but start no machine: they need no
 // lab, where they take up to ten times as long. One of them becomes another user, as root can, also the lab's.
 func machineless() *regexp.Regexp {
-	names := "BadInput|BenchDisk|CellRunsOn|Copy|Image|InputEnds|KubernetesWords|Matrix(StuckReader|Words)|" +
+	names := "BadInput|BenchDisk|CellRunsOn|Copy|Exec|Image|InputEnds|KubernetesWords|Matrix(StuckReader|Words)|" +
 		"Suggestions|SurplusArguments|TestWords"
 	if os.Getuid() == 0 {
 		names += "|VerbsOfStranger"
