@@ -29,7 +29,11 @@ work() {
 	done
 	say $1 $n $(cat /tmp/bad-$1 2>/dev/null | head -n 5)
 }
-for d in sda sdb; do configs="$configs $(readlink -f /sys/block/$d/device | sed 's,/virtio.*,,')/config"; done
+for d in sda sdb; do
+	function=$(readlink -f /sys/block/$d/device | sed 's,/virtio.*,,')
+	configs="$configs $function/config"
+	say pci/${function##*/0000:} $d
+done
 echo idle
 read go
 work sda &
@@ -164,7 +168,8 @@ func TestStopsUnderLoad(t *testing.T) {
 	fmt.Fprintln(typed, "end")
 	r := p.wait()
 	r.wantStatus(t, 0)
-	for i, d := range []string{"sda", "sdb"} {
+	for i, f := range functions {
+		d := r.said(t, f)
 		n, _ := strconv.Atoi(r.said(t, d)) // 0 if it says what failed
 		t.Logf("%s: %d rounds, %d pauses", d, n, pauses)
 		queued, target := after[i].queued-before[i].queued, after[i].target-before[i].target
