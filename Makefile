@@ -50,7 +50,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-unit test-lab long test-all lint race racelab fuzz soak conformance vhost kernel debuggers distribution kubernetes streams model blktests xfstests bench guest clean
+.PHONY: build run demo test test-unit test-lab long long-guests long-package test-all lint race racelab fuzz soak conformance vhost kernel debuggers distribution kubernetes streams model blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
 .PHONY: release vulncheck fuzz-long fuzz-table
 
@@ -81,12 +81,21 @@ test-lab:
 
 # What the kernel's vhost-scsi serves is tested on three kernels; on the second and third in a
 # short form, of what differs between them. `make vhost` has all of it.
+LONG6.12 = Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Tools)
+LONG7.3 = Vhost(ABI|Equivalence|Filesystems|Plug)
+
 long: ## the tests with Linux guests that take longest, the Debian package, and other kernels for the host
+	@$(MAKE) -k -j1 long-guests long-package long-6.12 long-7.3
+
+long-guests:
 	$(GOTEST) -timeout 30m -p 1 -parallel 1 -run '$(LONG)' ./guest-tests/linux
+
+long-package:
 	$(GOTEST) -timeout 10m -run '^TestDebianPackage$$' ./guest-tests/lab
-	GVM_TEST_L1=6.12 $(GOTEST) -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Tools)' -skip 'Filesystems/^[12]_' ./guest-tests/linux
-	GVM_TEST_L1=7.3 $(GOTEST) -timeout 15m -p 1 -parallel 1 -run 'Vhost(ABI|Equivalence|Filesystems|Plug)' -skip 'Filesystems/^[12]_' ./guest-tests/linux
-	for k in 6.12 7.3; do GVM_TEST_L1=$$k $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi || exit 1; done
+
+long-6.12 long-7.3: long-%:
+	GVM_TEST_L1=$* $(GOTEST) -timeout 15m -p 1 -parallel 1 -run '$(LONG$*)' -skip 'Filesystems/^[12]_' ./guest-tests/linux
+	GVM_TEST_L1=$* $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi
 
 # All words that test something. One that fails does not keep the others from running.
 ALL ?= test model long lint race distribution kernel debuggers kubernetes streams vhost conformance soak fuzz release racelab
