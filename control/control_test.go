@@ -558,7 +558,7 @@ func TestClientNoListener(t *testing.T) {
 // TestClientOddAnswers has a server that is not a machine.
 func TestClientOddAnswers(t *testing.T) {
 	d := testDir(t)
-	dir, err := d.lock(unix.LOCK_EX, true)
+	dir, err := d.lock(unix.LOCK_EX, true, lockTimeout)
 	if err != nil {
 		t.Fatal(err)
 	}

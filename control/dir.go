@@ -125,9 +125,9 @@ func private(path string, uid int) error {
 	return nil
 }
 
-// lock locks the directory, how is LOCK_EX or LOCK_SH. If create is set it makes a missing directory,
-// otherwise it returns fs.ErrNotExist. The file is for unlock.
-func (d Directory) lock(how int, create bool) (*os.File, error) {
+// lock locks the directory, how is LOCK_EX or LOCK_SH, and waits up to limit for other processes. If create
+// is set it makes a missing directory, otherwise it returns fs.ErrNotExist. The file is for unlock.
+func (d Directory) lock(how int, create bool, limit time.Duration) (*os.File, error) {
 	for {
 		if create {
 			if err := os.Mkdir(d.path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -149,13 +149,13 @@ func (d Directory) lock(how int, create bool) (*os.File, error) {
 			return nil, err
 		}
 		err = flock(f, how|unix.LOCK_NB)
-		for giveUp := time.Now().Add(lockTimeout); errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(giveUp); {
+		for giveUp := time.Now().Add(limit); errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(giveUp); {
 			time.Sleep(5 * time.Millisecond)
 			err = flock(f, how|unix.LOCK_NB)
 		}
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			err = fmt.Errorf("%s: another process has held its lock for %v: look for a gvm that is stopped (kill -CONT it)",
-				d.path, lockTimeout)
+				d.path, limit)
 		}
 		if err != nil {
 			f.Close()
@@ -171,7 +171,8 @@ func (d Directory) lock(how int, create bool) (*os.File, error) {
 	}
 }
 
-// lockTimeout bounds the wait for a directory's lock. Its holders never block.
+// lockTimeout bounds the wait for a directory's lock, but at the end of a machine, which does not wait: a
+// holder never blocks, but may be stopped.
 const lockTimeout = 2 * time.Second
 
 // unlock undoes lock, and removes an empty directory, if no other process has it locked: that one does.
@@ -209,7 +210,7 @@ func (d Directory) claim(name string) (lock *os.File, l *net.UnixListener, err e
 	if err := CheckName(name); err != nil {
 		return nil, nil, err
 	}
-	dir, err := d.lock(unix.LOCK_EX, true)
+	dir, err := d.lock(unix.LOCK_EX, true, lockTimeout)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -322,7 +323,7 @@ func (d Directory) release(name string, lock *os.File) error {
 	if same(lock, d.file(name, inside, lockFile)) { // and as long as it is, no other process can have the name
 		err = d.remove(name, inside)
 	}
-	if dir, e := d.lock(unix.LOCK_SH, false); e == nil {
+	if dir, e := d.lock(unix.LOCK_SH, false, 0); e == nil {
 		_, e = d.look(name, inside) // the user may have removed the lock
 		err = errors.Join(err, e)
 		d.unlock(dir)
@@ -367,7 +368,7 @@ func (e Entry) inUse() error {
 // List returns the live machines, sorted by name, and removes the files of dead ones. A missing
 // directory has none.
 func (d Directory) List() ([]Entry, error) {
-	dir, err := d.lock(unix.LOCK_SH, false)
+	dir, err := d.lock(unix.LOCK_SH, false, lockTimeout)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -363,7 +365,7 @@ func TestCheckName(t *testing.T) {
 // TestLockHeld: the wait for a directory's lock is bounded, as its holder may be stopped.
 func TestLockHeld(t *testing.T) {
 	d := testDir(t)
-	dir, err := d.lock(unix.LOCK_EX, true)
+	dir, err := d.lock(unix.LOCK_EX, true, lockTimeout)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -378,7 +380,7 @@ func TestLockHeld(t *testing.T) {
 // machine's lock as a live machine.
 func TestListsTogether(t *testing.T) {
 	d := testDir(t)
-	dir, err := d.lock(unix.LOCK_EX, true)
+	dir, err := d.lock(unix.LOCK_EX, true, lockTimeout)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -403,5 +405,30 @@ func TestListsTogether(t *testing.T) {
 	}
 	if _, err := os.Lstat(filepath.Dir(path)); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the dead machine's directory is left: %v", err)
+	}
+}
+
+// TestReleaseWaitsForNoLock: a machine's end does not wait for the directory's lock, whose holder may be
+// stopped, and removes the machine's files without it.
+func TestReleaseWaitsForNoLock(t *testing.T) {
+	d := testDir(t)
+	lock, l, err := d.claim("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	dir, err := d.lock(unix.LOCK_EX, true, lockTimeout)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.unlock(dir)
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now() // of a clock that only waits advance
+		if err := d.release("vm", lock); err != nil || time.Now() != began {
+			t.Errorf("%v, waited %v", err, time.Since(began))
+		}
+	})
+	if _, err := os.Lstat(d.Machine("vm")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the machine's directory: %v", err)
 	}
 }
