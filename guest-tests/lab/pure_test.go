@@ -375,6 +375,16 @@ func TestJob(t *testing.T) {
 	if want := "local,id=w0,path=" + outer + "/in,,ner,security_model=none"; !strings.Contains(args, want) {
 		t.Errorf("no %q in %s", want, args)
 	}
+	here, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if j, err = l.job(&Command{Args: []string{"x"}, Dir: "testdata", Kernel: k}); err != nil {
+		t.Fatal(err)
+	}
+	if want := filepath.Join(here, "testdata"); j.Dir != want { // the agent's own directory is another one
+		t.Errorf("directory %s, want %s", j.Dir, want)
+	}
 	for _, c := range []Command{{}, {Args: []string{"x"}, Writable: []string{"/nonexistent"}},
 		{Args: []string{"x"}, Writable: []string{"/etc/passwd"}}} {
 		c.Kernel = k

@@ -168,8 +168,12 @@ func (l *Lab) job(c *Command) (*job, error) {
 			j.Dir = d
 		}
 	}
+	var err error
 	if j.Dir == "" {
 		j.Dir = "/tmp"
+	}
+	if j.Dir, err = filepath.Abs(j.Dir); err != nil {
+		return nil, err
 	}
 	// An outer directory is mounted first.
 	slices.SortFunc(j.Mounts, func(a, b share) int { return strings.Compare(a.Path, b.Path) })
@@ -178,7 +182,6 @@ func (l *Lab) job(c *Command) (*job, error) {
 	if filepath.IsAbs(c.Args[0]) {
 		visible = append(visible, c.Args[0])
 	}
-	var err error
 	for _, p := range visible {
 		if p, err = filepath.Abs(p); err != nil {
 			return nil, err
