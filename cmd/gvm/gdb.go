@@ -139,41 +139,72 @@ func (s *gdbServer) remove() error {
 	return os.Remove(s.path)
 }
 
-// leavePatience is the time that a debugger has to be gone when another comes: gdb closes its connection and
-// connects again at target remote.
+// leavePatience is the time that gvm has to let the guest run on after a debugger has left, when another waits:
+// gdb closes its connection and connects again at target remote.
 const leavePatience = 2 * time.Second
 
-// serve serves debuggers until the machine has ended. While one is served, others are refused.
+// serve serves debuggers until the machine has ended. While one is connected, others are refused.
 func (s *gdbServer) serve(m *machine.Machine) {
 	if s.listener == nil {
 		s.serving.Go(panics.Func(func() { s.client(m, s.stdio) }))
 		return
 	}
 	s.serving.Go(panics.Func(func() {
-		busy := make(chan struct{}, 1)
-		for {
-			c, err := s.listener.Accept()
-			if errors.Is(err, net.ErrClosed) {
-				return
-			}
-			if err != nil {
-				note(fmt.Sprintf("--gdb: no more debuggers can connect: %v", err))
-				return
-			}
-			select {
-			case busy <- struct{}{}:
-				s.serving.Go(panics.Func(func() {
-					s.client(m, c)
-					<-busy
-				}))
-			case <-m.Ended():
-				c.Close()
-			case <-time.After(leavePatience):
-				c.Close()
-				note("--gdb: a second debugger was refused: one is connected")
-			}
-		}
+		s.accept(m.Ended(), leavePatience, func(c net.Conn) { s.client(m, c) })
 	}))
+}
+
+// accept calls serve for one connection at a time, and refuses others meanwhile: at once if the peer of that one
+// has not closed it, or else after patience.
+func (s *gdbServer) accept(ended <-chan struct{}, patience time.Duration, serve func(net.Conn)) {
+	busy := make(chan struct{}, 1)
+	var last net.Conn
+	for {
+		c, err := s.listener.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			note(fmt.Sprintf("--gdb: no more debuggers can connect: %v", err))
+			return
+		}
+		wait := patience
+		if connected(last) {
+			wait = 0
+		}
+		select {
+		case busy <- struct{}{}:
+			last = c
+			s.serving.Go(panics.Func(func() {
+				serve(c)
+				<-busy
+			}))
+		case <-ended:
+			c.Close()
+		case <-time.After(wait):
+			c.Close()
+			note("--gdb: a second debugger was refused: one is connected")
+		}
+	}
+}
+
+// connected reports whether neither side has closed the connection c, which may be nil.
+func connected(c net.Conn) bool {
+	s, ok := c.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return false
+	}
+	gone := false
+	err = raw.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(fds, 0)
+		gone = err == nil && n > 0
+	})
+	return err == nil && !gone
 }
 
 // client serves a debugger.

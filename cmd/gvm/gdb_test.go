@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -95,6 +96,53 @@ func TestGDB(t *testing.T) {
 	}
 	if _, err := os.Lstat(socket); err == nil {
 		t.Error("the socket is left")
+	}
+}
+
+// TestSecondDebugger: a debugger that comes while one is connected is refused without a wait, and served if that
+// one has just closed its connection.
+func TestSecondDebugger(t *testing.T) {
+	for _, address := range []gdbAddress{{"tcp", "127.0.0.1:0"}, {"unix", filepath.Join(t.TempDir(), "gdb")}} {
+		s, err := address.listen(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		dial := func() net.Conn {
+			c, err := net.Dial(address.network, s.listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			return c
+		}
+		leave := make(chan struct{}, 1)
+		const never = 1000 * time.Hour
+		s.serving.Go(func() {
+			s.accept(nil, never, func(c net.Conn) {
+				defer c.Close()
+				_, _ = c.Write([]byte("+"))
+				_, _ = io.Copy(io.Discard, c)
+				<-leave
+			})
+		})
+		b := make([]byte, 1)
+		for i := range 20 {
+			first := dial()
+			if i > 0 {
+				leave <- struct{}{} // the end of the one before, which has closed its connection
+			}
+			if n, err := first.Read(b); n != 1 {
+				t.Fatalf("%s: debugger %d is not served: %v", address.network, i, err)
+			}
+			if _, err := dial().Read(b); err == nil {
+				t.Errorf("%s: a second debugger is served", address.network)
+			}
+			first.Close()
+		}
+		leave <- struct{}{}
+		if err := s.close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
