@@ -471,6 +471,17 @@ func createTrace(path string, h trace.Header) (*trace.File, error) {
 	return f, nil
 }
 
+// addsNoKASLR reports whether gvm adds nokaslr to the kernel's command line.
+func (s *Spec) addsNoKASLR() bool {
+	return s.Debug && s.BootMode == boot.BzImage && !s.BareCmdLine && !strings.Contains(s.CmdLine, "kaslr")
+}
+
+// Moves reports whether the kernel chooses its address (KASLR): it decompresses itself, and nokaslr is not on
+// its command line. A kernel that the host fails to decompress is not known to do so yet.
+func (s *Spec) Moves() bool {
+	return s.BootMode == boot.BzImage && !s.addsNoKASLR() && !slices.Contains(strings.Fields(s.CmdLine), "nokaslr")
+}
+
 // cmdLine returns the command line of a Linux guest with the disks; root finds root= for the first
 // one.
 func (s *Spec) cmdLine(root func() (word, why string)) string {
@@ -478,7 +489,7 @@ func (s *Spec) cmdLine(root func() (word, why string)) string {
 		return s.CmdLine
 	}
 	words := append([]string{"console=ttyS0", "panic=-1"}, s.Words...)
-	if s.Debug && s.BootMode == boot.BzImage && !strings.Contains(" "+s.CmdLine, "kaslr") {
+	if s.addsNoKASLR() {
 		words = append(words, "nokaslr") // else the debugger's symbols do not fit
 	}
 	if len(s.Disks) > 0 && len(s.Initrds) == 0 && !strings.Contains(" "+s.CmdLine, " root=") {

@@ -225,7 +225,7 @@ func (s *gdbServer) close() error {
 }
 
 // command returns the words that start gdb for the machine.
-func (s *gdbServer) command(k *kernel.Kernel, stopped bool) string {
+func (s *gdbServer) command(k *kernel.Kernel, spec *machine.Spec) string {
 	var vmlinux, scripts string
 	if k != nil {
 		vmlinux, scripts = k.Debug()
@@ -235,7 +235,8 @@ func (s *gdbServer) command(k *kernel.Kernel, stopped bool) string {
 		words = append(words, "-iex", shellWord("add-auto-load-safe-path "+scripts))
 	}
 	words = append(words, "-ex", shellWord("target remote "+s.to))
-	if scripts != "" && !stopped { // modules are known once the kernel runs
+	// Modules are known once the kernel runs. lx-symbols reads the kernel's symbols anew, without its offset.
+	if scripts != "" && !spec.StartStopped && !spec.Moves() {
 		words = append(words, "-ex", "lx-symbols")
 	}
 	if vmlinux != "" {

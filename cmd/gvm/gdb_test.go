@@ -13,6 +13,11 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"gvm/guest/embedded"
+	"gvm/guest/kernel"
+	"gvm/machine"
+	"gvm/vmm/boot"
 )
 
 // debugger speaks GDB's Remote Serial Protocol.
@@ -197,6 +202,45 @@ func TestParseGDB(t *testing.T) {
 	} {
 		if got, err := parseGDB(s); err != nil || *got != want {
 			t.Errorf("%s: %v, %v; want %v", s, got, err, want)
+		}
+	}
+}
+
+// TestGDBCommand: gvm names lx-symbols where the symbols fit with it, which reads them without the kernel's offset.
+func TestGDBCommand(t *testing.T) {
+	tree := t.TempDir()
+	for name, b := range map[string][]byte{"vmlinux": embedded.Image, "vmlinux-gdb.py": nil} {
+		if err := os.WriteFile(filepath.Join(tree, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	k, err := kernel.Finder{}.Find(t.Context(), filepath.Join(tree, "vmlinux"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	for _, c := range []struct {
+		spec      machine.Spec
+		lxSymbols bool
+	}{
+		{machine.Spec{}, true},
+		{machine.Spec{StartStopped: true}, false}, // no modules are known yet
+		{machine.Spec{CmdLine: "kaslr"}, true},    // gvm enters the kernel at its link address
+		{machine.Spec{BootMode: boot.BzImage}, true},
+		{machine.Spec{BootMode: boot.BzImage, CmdLine: "quiet nokaslr"}, true},
+		{machine.Spec{BootMode: boot.BzImage, CmdLine: "kaslr"}, false},
+		{machine.Spec{BootMode: boot.BzImage, BareCmdLine: true}, false},
+		{machine.Spec{BootMode: boot.BzImage, BareCmdLine: true, CmdLine: "nokaslr"}, true},
+	} {
+		c.spec.Debug = true
+		want := "gdb -iex 'add-auto-load-safe-path " + tree + "' -ex 'target remote localhost:1' "
+		if c.lxSymbols {
+			want += "-ex lx-symbols "
+		}
+		want += tree + "/vmlinux"
+		if got := (&gdbServer{to: "localhost:1"}).command(k, &c.spec); got != want {
+			t.Errorf("boot=%v bare=%v -S=%v %q:\n%s\nwant\n%s", c.spec.BootMode, c.spec.BareCmdLine, c.spec.StartStopped,
+				c.spec.CmdLine, got, want)
 		}
 	}
 }

@@ -488,7 +488,7 @@ func run(rc runConfig) (err error) {
 		}
 		defer func() { err = errors.Join(err, gdb.close()) }()
 		if gdb.listener != nil {
-			note("to debug the guest: " + gdb.command(found, spec.StartStopped))
+			note("to debug the guest: " + gdb.command(found, spec))
 		}
 	}
 	t := newTerminal(stop)
