@@ -56,6 +56,7 @@ type kernelTarget struct {
 	target *lio.Target
 	plug   func(lio.Unit) error // Targets.AddTo; nil: the target is not gvm's
 	unplug func(lun int) error  // Targets.RemoveFrom
+	fixed  bool                 // Provision made it, and this process may not change it
 	device *vhostscsi.Device
 	parts  []io.Closer // closed in order: the device, which releases the target, and the target
 	specs  []Spec
@@ -316,10 +317,6 @@ func Provision(list []Spec, note func(string)) error {
 	return nil
 }
 
-// errProvisioned refuses a change of a target that Provision made.
-var errProvisioned = control.Errorf(http.StatusConflict,
-	"the kernel's disks of a machine in a jail are those of its start: add one without backend=vhost")
-
 // provision makes the kernel serve the units.
 func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 	if err := vhostscsi.Check(k.abi); err != nil {
@@ -337,22 +334,14 @@ func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 			"this host down when gvm ends; serve one disk, or take backend=process or Linux 6.4", release))
 	}
 	plug := func(u lio.Unit) error {
-		if k.provisioned {
-			return errProvisioned
-		}
 		notes, err := k.targets.AddTo(t, u)
 		for _, n := range notes {
 			k.note(n)
 		}
 		return err
 	}
-	unplug := func(lun int) error {
-		if k.provisioned {
-			return errProvisioned
-		}
-		return k.targets.RemoveFrom(t, lun)
-	}
-	return k.device(&kernelTarget{target: t, plug: plug, unplug: unplug,
+	unplug := func(lun int) error { return k.targets.RemoveFrom(t, lun) }
+	return k.device(&kernelTarget{target: t, plug: plug, unplug: unplug, fixed: k.provisioned,
 		parts: []io.Closer{t}, specs: u.specs, units: u.units})
 }
 

@@ -226,6 +226,9 @@ func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 	case d.Backend == Vhost && ds.ownKernels() == nil:
 		return control.Change{}, control.Errorf(http.StatusConflict,
 			"--disk %s: the machine was started without backend=vhost disks and has no device for them", d.Name())
+	case d.Backend == Vhost && ds.ownKernels().fixed:
+		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: in a jail the kernel serves the disks of "+
+			"the command line alone: start the machine with this one, or add it without backend=vhost", d.Name())
 	case d.Backend == Vhost && (d.Storage != Image || d.Path == ""):
 		return control.Change{}, control.Errorf(http.StatusConflict,
 			"--disk %s: only images can be added with backend=vhost to a machine that runs", d.Name())
@@ -340,6 +343,9 @@ func (ds *Set) Remove(ctx context.Context, id string) (control.Change, error) {
 	defer ds.mu.Unlock()
 	switch k, i := ds.findKernels(id); {
 	case ds.ended || k == nil:
+	case ds.index(id) < 0 && k.fixed:
+		return control.Change{}, control.Errorf(http.StatusConflict,
+			"%s: in a jail the kernel serves a disk until the machine's end: stop the machine first", id)
 	case ds.index(id) < 0:
 		return ds.removeKernels(ctx, k, i)
 	default:
