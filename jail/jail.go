@@ -173,6 +173,9 @@ func (c *Config) check() error {
 	return nil
 }
 
+// ownDirs are the directories of which the jail has its own.
+var ownDirs = []string{"/proc", "/sys", "/" + runDir, "/dev"}
+
 // checkPath checks that a file can have its place in the jail.
 func (c *Config) checkPath(f File) error {
 	if !filepath.IsAbs(f.Path) {
@@ -186,7 +189,7 @@ func (c *Config) checkPath(f File) error {
 	if path == "/" || below(c.Dir, path) {
 		return userError("%s %s: the jail's own directory %s is below it; give a smaller part of it", f.Flag, path, c.Dir)
 	}
-	for _, own := range []string{"/proc", "/sys", "/" + runDir, "/dev"} {
+	for _, own := range ownDirs {
 		if path != own && (own == "/dev" || !below(path, own)) {
 			continue
 		}

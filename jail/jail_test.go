@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -59,7 +60,16 @@ func TestMain(m *testing.M) {
 // inside is the program in the jail. It prints its view of the system, and ends with the status of
 // its first argument.
 func inside(what string) int {
-	if what == "wait" {
+	if what == "wait" { // with sockets, which it does not remove
+		run := filepath.Join(Here().Dir, runDir)
+		err := os.MkdirAll(run+"/gvm/name", 0o700)
+		for _, name := range []string{"/socket", "/gvm/name/socket"} {
+			_, err2 := net.Listen("unix", run+name)
+			err = errors.Join(err, err2)
+		}
+		if err != nil {
+			fmt.Println(err)
+		}
 		fmt.Println("waits")
 		c := make(chan os.Signal, 1)
 		signal.Notify(c, syscall.SIGTERM)
@@ -107,11 +117,11 @@ func inside(what string) int {
 			fmt.Println("fd", f.Name(), target)
 		}
 	}
-	for _, path := range []string{"/new", "/run/new", "/etc/new", "/sys/new"} {
+	here := Here()
+	for _, path := range []string{"/new", "/run/new", "/etc/new", "/sys/new", here.Dir + "/run/new", here.Dir + "/new"} {
 		fmt.Println("write", path, os.WriteFile(path, nil, 0o600) == nil)
 	}
 	_ = os.Remove("/run/new")
-	here := Here()
 	fmt.Println("jail", here.Dir, here.Limits)
 	fmt.Println("environment", strings.ReplaceAll(fmt.Sprint(os.Environ()), "="+os.Getenv("GVM_JAIL"), ""))
 	if links, err := os.ReadDir("/sys/class/net"); err == nil {
@@ -223,7 +233,8 @@ func TestInside(t *testing.T) {
 	for dir := data; dir != "/"; dir = filepath.Dir(dir) {
 		want = append(want, dir)
 	}
-	want = append(want, data+"/read", data+"/write", data+"/share", data+"/share/below", data+"/share/mount")
+	want = append(want, data+"/read", data+"/write", data+"/share", data+"/share/below", data+"/share/mount",
+		filepath.Dir(dir), dir, dir+"/run")
 	slices.Sort(want)
 	slices.Sort(paths)
 	if !slices.Equal(paths, want) {
@@ -237,6 +248,7 @@ func TestInside(t *testing.T) {
 		"limit Max core file size 0 0 bytes", "limit Max open files 99 99 files",
 		"limit Max file size 3145728 3145728 bytes",
 		"write /new false", "write /run/new true", "write /etc/new false", "write /sys/new false",
+		"write " + dir + "/run/new true", "write " + dir + "/new false",
 		"environment [" + taskEnv + "=look GVM_JAIL]", "jail " + dir + " nofile=99,fsize=3M", "interfaces 1",
 	} {
 		if !strings.Contains(out.String(), line+"\n") {

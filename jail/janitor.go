@@ -1,6 +1,7 @@
 package jail
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -64,10 +65,13 @@ func Main(args []string) error {
 			return fmt.Errorf("wait for the machine: %w", err)
 		}
 	}
-	// The socket is the broker's to remove. Other files of the user's machine stay, and so does
-	// the directory then.
+	// The control socket is the broker's to remove, if that lives. Other files of the user's machine stay, and
+	// so does the directory then.
 	path := filepath.Join("/proc/self/fd", strconv.Itoa(lockFD), runDir)
-	_ = clean(func() error { return removeRun(path) })
+	if clean(func() error { return removeRun(path) }) != nil {
+		_ = removeSockets(path)
+		_ = removeRun(path)
+	}
 	if cgroup := args[1]; cgroup != "" {
 		_ = write(cgroup, "cgroup.kill", "1") // Linux 5.14; the others end by themselves
 		left := clean(func() error { return ignoreMissing(unix.Rmdir(cgroup)) })
@@ -93,6 +97,22 @@ func removeRun(path string) error {
 		return err
 	}
 	return ignoreMissing(unix.Rmdir(path))
+}
+
+// removeSockets removes the sockets of a machine that was killed. They are in directories of an ordinary user's.
+func removeSockets(path string) error {
+	root, err := os.OpenRoot(path)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	files, err := os.ReadDir(path)
+	for _, f := range files {
+		if f.Type() == os.ModeSocket {
+			err = errors.Join(err, root.Remove(f.Name()))
+		}
+	}
+	return errors.Join(err, root.RemoveAll("gvm"))
 }
 
 func ignoreMissing(err error) error {

@@ -64,6 +64,9 @@ func (c *Config) makeRoot(cgroup bool, made *outputs) error {
 			return fail("mount "+b.Path, err)
 		}
 	}
+	if err := c.linkRun(); err != nil {
+		return fail("link its "+runDir, err)
+	}
 	if err := unix.Mount("", c.Dir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NOEXEC,
 		""); err != nil {
 		return fail("make the root read-only", err)
@@ -88,6 +91,30 @@ func (c *Config) makeRoot(cgroup bool, made *outputs) error {
 		return fail("chdir", err)
 	}
 	return nil
+}
+
+// linkRun makes a link to the jail's /run at the path of that on the host, so that a socket or file there has
+// one path inside and outside. A directory of the user's is not on the way: no file of the jail is above
+// Dir, and below /run there is no link.
+func (c *Config) linkRun() error {
+	if !c.LinksRun() {
+		return nil
+	}
+	at := filepath.Join(c.Dir, c.Dir)
+	if err := os.MkdirAll(at, 0o755); err != nil {
+		return err
+	}
+	up := strings.Repeat("../", strings.Count(c.Dir, "/")) // this thread still has another root directory
+	err := unix.Symlink(up+runDir, filepath.Join(at, runDir))
+	if err == unix.EEXIST { // a file of the command line is there
+		return nil
+	}
+	return err
+}
+
+// LinksRun reports whether the jail has Dir/run at that path too.
+func (c *Config) LinksRun() bool {
+	return !slices.ContainsFunc(ownDirs, func(own string) bool { return below(c.Dir, own) })
 }
 
 // bind is a file of the host that is mounted in the jail.

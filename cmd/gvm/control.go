@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"os/user"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,6 +22,7 @@ import (
 	"gvm/control"
 	"gvm/guestmem"
 	"gvm/inspect"
+	"gvm/jail"
 	"gvm/machine"
 	"gvm/machine/disk"
 	"gvm/sandbox"
@@ -170,7 +172,14 @@ func (r *remote) AddDisk(ctx context.Context, a control.AddDisk) (control.Change
 			r.memoryNoted.Do(func() { note(warn) })
 		}
 	}
-	return r.Machine.AddDisk(ctx, d)
+	change, err := r.Machine.AddDisk(ctx, d)
+	if e := (*control.Error)(nil); errors.As(err, &e) && e.Status == http.StatusNotFound {
+		if in := jail.Here(); in != nil {
+			err = control.Errorf(e.Status, "%v in the machine's jail: put it in %s, and add it as /run/NAME",
+				err, filepath.Join(in.Dir, "run"))
+		}
+	}
+	return change, err
 }
 
 // Agent refuses: the guest's programs are its own.

@@ -135,14 +135,15 @@ func jailNetwork(j *jail.Config, rc *runConfig) error {
 		}
 	}
 	if rc.gdb != nil {
-		if rc.gdb.network == "unix" {
-			return errors.New("--gdb unix: does not work with --jail; use a port, such as --gdb :1234")
+		if rc.gdb.network == "unix" && !inRun(j, rc.gdb.address) {
+			return fmt.Errorf("--gdb unix:%s: %s, or use a port, such as --gdb :1234", rc.gdb.address, wantInRun(j, "gdb"))
 		}
 		j.Network = j.Network || rc.gdb.network == "tcp"
 	}
 	if rc.vsock != nil {
-		if rc.vsock.path != "" {
-			return errors.New("--vsock path= does not work with --jail; leave it out: the socket is DIR/run/gvm/NAME/vsock")
+		if rc.vsock.path != "" && !inRun(j, rc.vsock.path) {
+			return fmt.Errorf("--vsock path=%s: %s, or leave it out: the socket is then DIR/run/gvm/NAME/vsock",
+				rc.vsock.path, wantInRun(j, "vsock"))
 		}
 		if rc.vsock.kind == vsockVhost {
 			j.Network = true
@@ -150,6 +151,18 @@ func jailNetwork(j *jail.Config, rc *runConfig) error {
 		}
 	}
 	return nil
+}
+
+// inRun reports whether a socket can be made at a path: in the jail's run directory, which has no others yet.
+func inRun(j *jail.Config, path string) bool {
+	return j.LinksRun() && filepath.Dir(path) == filepath.Join(j.Dir, "run")
+}
+
+func wantInRun(j *jail.Config, name string) string {
+	if !j.LinksRun() {
+		return fmt.Sprintf("--jail %s has no place for it; give a --jail directory such as /srv/jail/1", j.Dir)
+	}
+	return "a socket of a machine in a jail is in DIR/run: give " + filepath.Join(j.Dir, "run", name)
 }
 
 // enterJail starts gvm run in its jail, and returns only errors.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -41,11 +42,6 @@ func TestJail(t *testing.T) {
 	if err := os.Chown(data, user, user); err != nil {
 		t.Fatal(err)
 	}
-	for _, above := range []string{filepath.Dir(dir), filepath.Dir(filepath.Dir(dir))} { // for the user's gvm list
-		if err := os.Chmod(above, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
 	jailed := []string{"--jail", dir, fmt.Sprint("--uid=", user), fmt.Sprint("--gid=", user), "--disk", data,
 		"--name", "j", "--jail-limit=nofile=900"}
 	isEmpty := func() {
@@ -75,16 +71,10 @@ func TestJail(t *testing.T) {
 			!strings.Contains(string(status), "Seccomp:\t2") {
 			t.Errorf("%v: not user %d in a sandbox:\n%s", err, user, status)
 		}
-		list := command(t, "list")
-		list.Dir = "/"
-		list.Env = append(list.Env, "XDG_RUNTIME_DIR="+filepath.Join(dir, "run"))
-		list.SysProcAttr.Credential = &syscall.Credential{Uid: user, Gid: user}
-		if r := gvmRuns(t, list); r.status != 0 || !strings.Contains(r.out, "\nj ") {
+		if r := gvmRuns(t, jailUser(t, dir, "list")); r.status != 0 || !strings.Contains(r.out, "\nj ") {
 			t.Errorf("list: status %d: %s%s", r.status, r.out, r.errs)
 		}
-		show := command(t, "inspect", "j", "sandbox/jail")
-		show.Dir, show.Env, show.SysProcAttr.Credential = "/", list.Env, list.SysProcAttr.Credential
-		r := gvmRuns(t, show)
+		r := gvmRuns(t, jailUser(t, dir, "inspect", "j", "sandbox/jail"))
 		for _, want := range []string{"directory " + dir, fmt.Sprint("uid ", user), fmt.Sprint("gid ", user),
 			"limits nofile=900"} {
 			if !strings.Contains(strings.Join(strings.Fields(r.out), " ")+" ", want+" ") {
@@ -264,6 +254,16 @@ func TestJailVhost(t *testing.T) {
 		}) {
 			t.Errorf("objects of process %d: %+v", pid, list)
 		}
+		for words, want := range map[string]string{
+			"add " + dir + "/run/new,size=1M,backend=vhost": "start the machine with this one, or add it without backend=vhost",
+			"remove 0":  "in a jail the kernel serves a disk until the machine's end: stop the machine first",
+			"add /none": "--disk /none: the machine was started with backend=vhost disks only",
+		} {
+			if r := gvmRuns(t, jailUser(t, dir, append([]string{"disk"}, strings.Fields(words)...)...)); r.status == 0 ||
+				!strings.Contains(r.errs, want) || strings.Count(r.errs, "\n") != 1 {
+				t.Errorf("disk %s: status %d: %s%s", words, r.status, r.out, r.errs)
+			}
+		}
 		if tt.janitor {
 			if err := syscall.Kill(childOf(t, pid, "gvm-janitor"), syscall.SIGKILL); err != nil {
 				t.Fatal(err)
@@ -284,6 +284,21 @@ func TestJailVhost(t *testing.T) {
 		t.Error("a machine without descriptors runs")
 	}
 	isEmpty()
+}
+
+// jailUser returns the command gvm of the user of a machine in a jail.
+func jailUser(t *testing.T, dir string, args ...string) *exec.Cmd {
+	t.Helper()
+	for _, above := range []string{filepath.Dir(dir), filepath.Dir(filepath.Dir(dir))} {
+		if err := os.Chmod(above, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := command(t, args...)
+	c.Dir = "/"
+	c.Env = append(c.Env, "XDG_RUNTIME_DIR="+filepath.Join(dir, "run"))
+	c.SysProcAttr.Credential = &syscall.Credential{Uid: 41234, Gid: 41234}
+	return c
 }
 
 // childOf returns the PID of a process's child with a name.
