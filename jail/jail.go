@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -118,12 +119,8 @@ func Enter(c Config) error {
 		return errors.Join(err, made.remove())
 	}
 	const exe = "/proc/self/exe"
-	err = unix.CloseRange(3, 1<<32-1, unix.CLOSE_RANGE_CLOEXEC)
-	if err == unix.ENOSYS { // before Linux 5.11; Go's own descriptors close at execve anyway
-		err = nil
-	}
 	var env []string
-	if err == nil {
+	if err = closeAtExec(); err == nil {
 		env, err = c.inside()
 	}
 	if err == nil {
@@ -137,6 +134,21 @@ func Enter(c Config) error {
 			"build it with CGO_ENABLED=0", c.Dir)
 	}
 	return fmt.Errorf("--jail %s: start gvm in it: %w", c.Dir, err)
+}
+
+// closeAtExec has execve close all descriptors but the standard ones.
+func closeAtExec() error {
+	err := unix.CloseRange(3, 1<<32-1, unix.CLOSE_RANGE_CLOEXEC)
+	if err != unix.ENOSYS && err != unix.EINVAL { // before Linux 5.9, and 5.11
+		return err
+	}
+	names, err := os.ReadDir("/proc/self/fd")
+	for _, name := range names {
+		if fd, _ := strconv.Atoi(name.Name()); fd > 2 {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return err
 }
 
 // inside locks /run, and returns the environment of the program.
