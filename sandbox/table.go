@@ -86,7 +86,8 @@ var table = []Call{
 	{Number: unix.SYS_PIPE2},           // Go's splice
 	{Number: unix.SYS_CLOSE},           // every end
 	{Number: unix.SYS_FCNTL, Args: []Arg{{Index: 1, Values: []uint32{unix.F_GETFD, unix.F_SETFD, unix.F_GETFL,
-		unix.F_SETFL, unix.F_DUPFD_CLOEXEC, unix.F_OFD_SETLK, unix.F_OFD_GETLK, unix.F_SETLK, unix.F_GET_SEALS,
+		unix.F_SETFL, unix.F_DUPFD_CLOEXEC, unix.F_OFD_SETLK, unix.F_OFD_GETLK, unix.F_SETLK, unix.F_GETLK,
+		unix.F_GET_SEALS,
 	}}}}, // locks of images and of the machine's name, flags of descriptors; none that sends signals
 	{Number: unix.SYS_FLOCK},        // the lock of the machine's name
 	{Number: unix.SYS_PPOLL},        // doorbells, the console's input

@@ -110,27 +110,33 @@ func TestImageInUse(t *testing.T) {
 		return i
 	}
 	pid := p.cmd.Process.Pid
-	writer, process := pid, fmt.Sprint("process ", pid)
-	if _, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid)); err != nil { // in the sandbox, for an ordinary user
-		writer, process = -1, "another process"
-	}
-	if i := info("disk.img"); i.Writer != writer || i.Readers || i.Size != 2<<20 {
+	if i := info("disk.img"); i.Writer != pid || i.Readers || i.Size != 2<<20 {
 		t.Errorf("%+v", i)
 	}
 	if i := info("full.img"); i.Writer != 0 || !i.Readers {
 		t.Errorf("%+v", i)
 	}
-	if i := info("full.ovl"); i.Writer != writer || i.Format != "overlay" || string(i.Base) != at("full.img") ||
+	if i := info("full.ovl"); i.Writer != pid || i.Format != "overlay" || string(i.Base) != at("full.img") ||
 		i.Size != 1<<20 {
 		t.Errorf("%+v", i)
 	}
 	r := ask(t, dir, "image", "info", "full.ovl")
-	if want := fmt.Sprintf("base       %s\nin use by  %s, for writing\n", at("full.img"),
-		process); !strings.Contains(r.out, want) {
+	if want := fmt.Sprintf("base       %s\nin use by  process %d, for writing\n", at("full.img"),
+		pid); !strings.Contains(r.out, want) {
 		t.Errorf("%s lacks %s", r.out, want)
 	}
+	added := at("added.img")
+	if err := block.Create(added, 1<<20, false); err != nil {
+		t.Fatal(err)
+	}
+	if r := ask(t, dir, "disk", "add", fmt.Sprint("gvm-", pid), added); r.status != 0 {
+		t.Errorf("%+v", r)
+	}
+	if i := info("added.img"); i.Writer != pid { // whose broker opened it
+		t.Errorf("%+v, of process %d", i, pid)
+	}
 	wantBad(t, ask(t, dir, "image", "resize", "disk.img", "8M"),
-		fmt.Sprintf("disk.img: in use by %s|gvm disk resize gvm-%d disk.img 8M", process, pid))
+		fmt.Sprintf("disk.img: in use by process %d|gvm disk resize gvm-%[1]d disk.img 8M", pid))
 	p.signal(syscall.SIGTERM)
 	p.wait()
 	wantBad(t, ask(t, dir, "run", "--disk=full.ovl"), "full.ovl: overlay of gvm's; |overlay=")

@@ -238,6 +238,34 @@ func TestLock(t *testing.T) {
 	w.Close()
 }
 
+// TestLockHolderUnseen: the error names a process whose descriptors the user may not see, as that of a gvm in its
+// sandbox.
+func TestLockHolderUnseen(t *testing.T) {
+	path := image(t, "disk.img", "", mib)
+	parent := filepath.Dir(filepath.Dir(path))                                          // of t.TempDir
+	if err := errors.Join(os.Chmod(path, 0o666), os.Chmod(parent, 0o755)); err != nil { // for another user
+		t.Fatal(err)
+	}
+	for _, read := range []string{"", "read "} {
+		pid, end := otherHas(t, read+path, hiddenEnv+"=1")
+		if os.Getuid() != 0 {
+			if _, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid)); err == nil {
+				t.Error("the holder shows its descriptors")
+			}
+		}
+		c := holder(t, path)
+		if os.Getuid() == 0 {
+			c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		}
+		out, err := c.Output()
+		want := fmt.Sprintf("%s: in use by process %d (exe); end that first\n", path, pid)
+		if err == nil || string(out) != want {
+			t.Errorf("%sthere: %v, %q, want %q", read, err, out, want)
+		}
+		end()
+	}
+}
+
 // TestLockOtherProcess starts this test binary again to hold a lock.
 func TestLockOtherProcess(t *testing.T) {
 	if path := os.Getenv("LOCK_IMAGE"); path != "" {

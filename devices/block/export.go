@@ -100,6 +100,7 @@ func Import(fc Facts, descriptors []*os.File, o Options) (_ *File, err error) {
 			return nil, errors.Join(err, b.Close())
 		}
 	}
+	markHolder(b.fd)
 	return b, nil
 }
 

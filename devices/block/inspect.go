@@ -76,7 +76,7 @@ func Inspect(path string) (i Info, err error) {
 		i.Allocated = st.Blocks * 512
 	}
 	i.Host = text.Name(b.usedBy(&st, Options{ReadOnly: true}))
-	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Len: whole.to}
 	if err := setLock(uintptr(b.fd), unix.F_OFD_GETLK, &l); err != nil {
 		l.Type = unix.F_UNLCK // a file system without locks
 	}

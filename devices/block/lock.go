@@ -54,6 +54,9 @@ func lock(fd int, path string, a access, s span) error {
 	if err := lockRange(fd, path, unix.F_OFD_SETLK, a.shared(), s); err != nil {
 		return err
 	}
+	if s == whole {
+		markHolder(fd)
+	}
 	own, other, ok := a.marks()
 	if !ok {
 		return nil
@@ -93,21 +96,42 @@ func Lock(f *os.File, path string, shared bool) error {
 	return nil
 }
 
+// markHolder marks the file that fd has open as this process's, for markedHolder.
+func markHolder(fd int) {
+	l := unix.Flock_t{Type: unix.F_RDLCK, Whence: io.SeekStart, Start: holderMark, Len: 1}
+	_ = setLock(uintptr(fd), unix.F_SETLK, &l) // without it the message lacks the PID
+}
+
+// markedHolder returns a process that has marked the file that fd has open, and not closed a descriptor of it
+// since. 0 is none.
+func markedHolder(fd int) int {
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: holderMark, Len: 1}
+	if err := setLock(uintptr(fd), unix.F_GETLK, &l); err != nil || l.Type == unix.F_UNLCK {
+		return 0
+	}
+	return max(0, int(l.Pid)) // the kernel answers -1 for the lock of a file description
+}
+
 // lockHolder finds a process with a lock on a range of the file that fd has open. The
 // kernel says nothing of the owner of an open file description lock, but shows
-// the locks of each descriptor in its fdinfo (proc_pid_fdinfo(5)).
+// the locks of each descriptor in its fdinfo (proc_pid_fdinfo(5)). It hides those of other users' processes,
+// and of gvms in their sandboxes from all but root: these have a mark.
 func lockHolder(fd int, shared bool, s span) int {
 	var want unix.Stat_t
 	if err := unix.Fstat(fd, &want); err != nil {
 		return 0
 	}
-	return findOpen(func(st *unix.Stat_t, info string) bool {
+	pid := findOpen(func(st *unix.Stat_t, info string) bool {
 		if st.Dev != want.Dev || st.Ino != want.Ino {
 			return false
 		}
 		b, err := os.ReadFile(info)
 		return err == nil && hasLock(b, shared, s)
 	})
+	if pid == 0 {
+		return markedHolder(fd)
+	}
+	return pid
 }
 
 // findOpen finds a process, this one first, with an open file that match knows, by its

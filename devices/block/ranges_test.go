@@ -21,6 +21,9 @@ import (
 // with "read ", and hold it until its standard input ends.
 const holdEnv = "GVM_TEST_HOLD"
 
+// hiddenEnv has that process not show its descriptors to its user.
+const hiddenEnv = "GVM_TEST_HIDDEN"
+
 // sysfsEnv names its directory in place of /sys.
 const sysfsEnv = "GVM_TEST_SYSFS"
 
@@ -28,6 +31,12 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv(holdEnv); path != "" {
 		if dir := os.Getenv(sysfsEnv); dir != "" {
 			block.SetSysfs(dir)
+		}
+		if os.Getenv(hiddenEnv) != "" {
+			if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+				os.Stdout.WriteString(err.Error() + "\n")
+				os.Exit(1)
+			}
 		}
 		path, readOnly := strings.CutPrefix(path, "read ")
 		f, err := block.Open(path, block.Options{ReadOnly: readOnly, NoLock: true})
@@ -43,12 +52,18 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// holder returns a process that opens what names an image as holdEnv does.
+func holder(t *testing.T, what string, env ...string) *exec.Cmd {
+	c := exec.CommandContext(t.Context(), "/proc/self/exe")
+	c.Env = append(append(os.Environ(), holdEnv+"="+what), env...)
+	return c
+}
+
 // otherHas has another process open what names an image as holdEnv does, until close is called. It
 // returns the PID.
-func otherHas(t *testing.T, what string) (pid int, close func()) {
+func otherHas(t *testing.T, what string, env ...string) (pid int, close func()) {
 	t.Helper()
-	c := exec.CommandContext(t.Context(), "/proc/self/exe")
-	c.Env = append(os.Environ(), holdEnv+"="+what)
+	c := holder(t, what, env...)
 	in, err := c.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

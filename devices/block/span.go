@@ -8,7 +8,7 @@ import (
 // span is a range of the bytes of a file or device.
 type span struct{ from, to int64 }
 
-// whole has every byte that there is, or will be. No storage has the last two of a lock's range.
+// whole has every byte that there is, or will be. No storage has the last three of a lock's range.
 var whole = span{0, math.MaxInt64 - 2}
 
 // The marks tell apart shared locks: each of two uses that exclude each other locks its own mark
@@ -17,6 +17,10 @@ var (
 	markRead  = span{math.MaxInt64 - 2, math.MaxInt64 - 1} // of reading
 	markParts = span{math.MaxInt64 - 1, math.MaxInt64}     // of writingParts
 )
+
+// holderMark is the byte that each process with a lock of the whole locks shared by a lock of the process, which
+// has a PID for other users, and which any close of the file in that process takes away.
+const holderMark = math.MaxInt64
 
 // access is the use of a range of storage.
 type access int
