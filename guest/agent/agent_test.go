@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -44,6 +45,7 @@ func TestMain(m *testing.M) {
 
 // initMain runs the command of a file, with the host at descriptor 3.
 func initMain(command string) error {
+	unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC) // the kernel gives a true one none
 	mountAll([]mount{{"proc", "/proc", "", plain}})
 	cmd, err := readCommand(command)
 	if err != nil {
@@ -370,6 +372,37 @@ func TestDirectory(t *testing.T) {
 	(&guest{}).prepare(&wire.Command{Dir: text.Name(dir)})
 	if st, err := os.Stat(dir); err != nil || !st.IsDir() {
 		t.Error(err)
+	}
+}
+
+// TestAlike: a command is started without a stage if it needs nothing that the agent does not have.
+func TestAlike(t *testing.T) {
+	var core unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_CORE, &core); err != nil {
+		t.Fatal(err)
+	}
+	limit := func(soft uint64) []wire.Rlimit {
+		return []wire.Rlimit{{Resource: unix.RLIMIT_CORE, Soft: soft, Hard: core.Max}}
+	}
+	for _, tt := range []struct {
+		name   string
+		change func(*wire.Command)
+		want   bool
+	}{
+		{"a path", func(*wire.Command) {}, true},
+		{"the agent's limits", func(c *wire.Command) { c.Rlimits = limit(core.Cur) }, true},
+		{"another limit", func(c *wire.Command) { c.Rlimits = limit(core.Cur ^ 1) }, false},
+		{"a name to find", func(c *wire.Command) { c.Args[0] = "sh" }, false},
+		{"a user", func(c *wire.Command) { c.UID = 1 }, false},
+		{"a group", func(c *wire.Command) { c.GID = 1 }, false},
+		{"groups", func(c *wire.Command) { c.Groups = []uint32{0} }, false},
+		{"a copy", func(c *wire.Command) { c.Copy = &wire.Copy{} }, false},
+	} {
+		cmd := wire.Command{Args: []text.Name{"/bin/sh"}}
+		tt.change(&cmd)
+		if got := alike(&cmd); got != tt.want {
+			t.Errorf("%s: %v", tt.name, got)
+		}
 	}
 }
 

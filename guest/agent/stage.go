@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,8 +20,8 @@ import (
 	"gvm/text"
 )
 
-// stageName is the name of the process that becomes the command. Limits, user and directory have to
-// be set in the process itself: with them the agent could no longer do its own work.
+// stageName is the name of the process that becomes a command which is not like the agent. Limits and user
+// have to be set in the process itself: with them the agent could no longer do its own work.
 const stageName = "gvm-agent-command"
 
 // Descriptors of the stage, which its exec closes.
@@ -90,11 +91,7 @@ func settle(cmd *wire.Command) error {
 	if err := syscall.Setuid(int(cmd.UID)); err != nil && (err != unix.ENOSYS || cmd.UID != 0) {
 		return fmt.Errorf("set the user %d: %w", cmd.UID, err)
 	}
-	dir := string(cmd.Dir)
-	if dir == "" {
-		dir = "/"
-	}
-	return os.Chdir(dir)
+	return os.Chdir(cmp.Or(string(cmd.Dir), "/"))
 }
 
 // become executes cmd in this process. It returns only a failure and its exit status.
