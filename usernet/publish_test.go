@@ -34,11 +34,7 @@ func TestPublish(t *testing.T) {
 		t.Errorf("a port that the guest does not have: %v; want a reset", err)
 	}
 
-	gl, err := gonet.ListenTCP(g.Stack, full(netip.AddrPortFrom(Guest4, 80)), ipv4.ProtocolNumber)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer gl.Close()
+	gl := g.listen(t, 80)
 	go func() {
 		for {
 			c, err := gl.Accept()
@@ -61,7 +57,7 @@ func TestPublish(t *testing.T) {
 		io.Copy(c, source(3, 10<<20))
 		c.(*net.TCPConn).CloseWrite()
 	}()
-	if got, want := sum(t, c), sum(t, source(3, 10<<20)); got != want {
+	if got, want := sum(t, transfer{c, t, g}), sum(t, source(3, 10<<20)); got != want {
 		t.Errorf("the client received %s, want %s", got, want)
 	}
 

@@ -75,6 +75,7 @@ type Config struct {
 	Resolvers func() []netip.AddrPort
 
 	dialer func(ctx context.Context, network, address string) (net.Conn, error) // a test's
+	probe  tcp.TCPProbeFunc                                                     // a test's, or nil
 }
 
 // network is a running gateway.
@@ -137,7 +138,7 @@ func start(ctx context.Context, conn *net.UnixConn, c Config) (*network, error) 
 	n.stack = stack.New(stack.Options{
 		NetworkProtocols: []stack.NetworkProtocolFactory{arp.NewProtocol, ipv4.NewProtocol, ipv6.NewProtocol},
 		TransportProtocols: []stack.TransportProtocolFactory{
-			tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
+			tcp.NewProtocolProbe(c.probe), udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
 	})
 	if err := n.configure(); err != nil {
 		n.close()

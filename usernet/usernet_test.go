@@ -63,6 +63,7 @@ func pair(t testing.TB) (device, gateway *net.UnixConn) {
 // fails if the network does not end.
 func serve(t testing.TB, c Config) *net.UnixConn {
 	device, gateway := pair(t)
+	c.probe = probe(t, "gateway")
 	done := make(chan error, 1)
 	go func() { done <- Serve(context.Background(), gateway, c) }()
 	t.Cleanup(func() {
@@ -80,6 +81,46 @@ type guest struct {
 	link *link
 }
 
+// stalled is how long a transfer may be without a byte: then it has ended. The stack gives up after
+// 15 minutes.
+const stalled = 30 * time.Second
+
+// ends has the state of each end of each connection after its last segment.
+var ends sync.Map
+
+// probe returns the function that records the states of one side. Benchmarks have none.
+func probe(t testing.TB, side string) tcp.TCPProbeFunc {
+	if _, ok := t.(*testing.B); ok {
+		return nil
+	}
+	ends.Clear()
+	return func(s *tcp.TCPEndpointState) {
+		ends.Store([3]any{side, s.ID.LocalPort, s.ID.RemotePort}, s)
+	}
+}
+
+// transfer is an end of a connection through the gateway which a test reads. If that stalls, the
+// test fails with the states of both ends of it in the stacks, and the network ends.
+type transfer struct {
+	net.Conn
+	testing.TB
+	guest *guest
+}
+
+func (c transfer) Read(b []byte) (int, error) {
+	c.SetReadDeadline(time.Now().Add(stalled))
+	n, err := c.Conn.Read(b)
+	if e, ok := err.(net.Error); ok && e.Timeout() {
+		ends.Range(func(end, state any) bool {
+			c.Errorf("no byte for %v: %v %+v", stalled, end, state)
+			return true
+		})
+		c.guest.link.conn.Close()
+		c.guest.Close()
+	}
+	return n, err
+}
+
 // newGuest returns a guest that takes offloads, and that checks the sums of all else.
 func newGuest(t testing.TB, device *net.UnixConn, offloads uint32) *guest {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -92,7 +133,7 @@ func newGuest(t testing.TB, device *net.UnixConn, offloads uint32) *guest {
 	g := &guest{link: l, Stack: stack.New(stack.Options{
 		NetworkProtocols: []stack.NetworkProtocolFactory{arp.NewProtocol, ipv4.NewProtocol, ipv6.NewProtocol},
 		TransportProtocols: []stack.TransportProtocolFactory{
-			tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
+			tcp.NewProtocolProbe(probe(t, "guest")), udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
 	})}
 	check := func(err tcpip.Error) {
 		if err != nil {
@@ -152,6 +193,16 @@ func (g *guest) dial(t testing.TB, to netip.AddrPort) (*gonet.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	return gonet.DialContextTCP(ctx, g.Stack, full(to), protocol(to.Addr()))
+}
+
+func (g *guest) listen(t testing.TB, port uint16) *gonet.TCPListener {
+	t.Helper()
+	l, err := gonet.ListenTCP(g.Stack, full(netip.AddrPortFrom(Guest4, port)), ipv4.ProtocolNumber)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
 }
 
 func (g *guest) udp(t testing.TB, to netip.AddrPort) *gonet.UDPConn {
@@ -254,14 +305,14 @@ func TestTCP(t *testing.T) {
 					t.Error(err)
 				}
 				c.(*net.TCPConn).CloseWrite()
-				sent <- sum(t, c)
+				sent <- sum(t, transfer{c, t, g})
 			})
 			c, err := g.dial(t, netip.AddrPortFrom(test.gateway, port))
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer c.Close()
-			if got, want := sum(t, c), sum(t, source(1, test.size)); got != want {
+			if got, want := sum(t, transfer{c, t, g}), sum(t, source(1, test.size)); got != want {
 				t.Errorf("the guest received %s, want %s", got, want)
 			}
 			if _, err := io.Copy(struct{ io.Writer }{c}, source(2, test.size/4)); err != nil {
@@ -319,7 +370,7 @@ func TestParallel(t *testing.T) {
 				io.Copy(struct{ io.Writer }{c}, source(byte(i), 100_000))
 				c.CloseWrite()
 			})
-			if got, want := sum(t, c), sum(t, source(byte(i), 100_000)); got != want {
+			if got, want := sum(t, transfer{c, t, g}), sum(t, source(byte(i), 100_000)); got != want {
 				t.Errorf("connection %d: %s, want %s", i, got, want)
 			}
 		})
@@ -552,6 +603,7 @@ func TestEnd(t *testing.T) {
 			if _, err := c.Read(make([]byte, 1)); err != nil {
 				t.Fatal(err)
 			}
+			g.listen(t, 80)
 			client, err := net.Dial("tcp", l.Addr().String())
 			if err != nil {
 				t.Fatal(err)
