@@ -12,6 +12,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
 	"gvisor.dev/gvisor/pkg/tcpip/link/ethernet"
@@ -120,6 +121,7 @@ func (l *link) send(frame []byte) {
 // WritePackets implements stack.LinkEndpoint.
 func (l *link) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
 	for i, p := range packets.AsSlice() {
+		narrow(p)
 		p = p.Clone()
 		select {
 		case l.queue <- p:
@@ -137,6 +139,26 @@ func (l *link) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
 		}
 	}
 	return packets.Len(), nil
+}
+
+// narrow takes one unit from the window of a TCP segment that the stack made.
+//
+// The stack drops a segment outside its receive window, with the acknowledgment in it, and the end
+// of that window moves back by up to a unit of its scale: what it announces is rounded down. A peer
+// that sent up to an earlier end, and of which the last bytes were not taken, acknowledges from beyond
+// the end. All it acknowledges is lost until the reader makes room. If the reader waits for that
+// itself, as a server that echoes does, the connection is stuck. With a unit less the peer does not
+// get beyond the end. (The window of a SYN has no scale. The next has more units than it had.)
+func narrow(p *stack.PacketBuffer) {
+	segment := header.TCP(p.TransportHeader().Slice())
+	if p.TransportProtocolNumber != header.TCPProtocolNumber || len(segment) < header.TCPMinimumSize ||
+		segment.WindowSize() == 0 {
+		return
+	}
+	segment.SetWindowSize(segment.WindowSize() - 1)
+	if !p.GSOOptions.NeedsCsum { // or else the sum does not have the window yet
+		segment.SetChecksum(checksum.Combine(segment.Checksum(), 1))
+	}
 }
 
 // write sends queued frames until the network ends.
