@@ -49,6 +49,9 @@ func (n *network) publish(p Published) {
 		c, err := p.TCP.AcceptTCP()
 		switch {
 		case n.ctx.Err() != nil:
+			if err == nil {
+				reset(c)
+			}
 			return
 		case err != nil: // such as EMFILE: wait for others to end
 			n.pause()
