@@ -23,6 +23,34 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Check returns what this process and this host lack for jails and their limits, each with its mend.
+func Check() (missing []string) {
+	const needed = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_MKNOD // of a container's root often none
+	var have [2]unix.CapUserData
+	err := unix.Capget(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &have[0])
+	switch {
+	case os.Geteuid() != 0:
+		missing = append(missing, "only root starts one: sudo gvm run --jail; sudo gvm doctor tells more")
+	case err != nil || have[0].Effective&needed != needed:
+		missing = append(missing, "root has no CAP_SYS_ADMIN or CAP_MKNOD: start gvm outside of the container, "+
+			"or give it both")
+	}
+	fd, err := openStrictly("/", unix.O_PATH)
+	if err == nil {
+		unix.Close(fd)
+	} else {
+		missing = append(missing, linkError("gvm run", "--jail", err).Error())
+	}
+	var l Limits
+	if err = l.Add("memory=1G,cpus=1,pids=1"); err == nil {
+		err = l.checkControllers()
+	}
+	if err != nil {
+		missing = append(missing, err.Error())
+	}
+	return missing
+}
+
 // Config is a jail and the program in it.
 type Config struct {
 	Dir      string // an absolute path. On the host it has only run/, the jail's /run

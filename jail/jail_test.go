@@ -457,6 +457,24 @@ func janitorOf(t *testing.T, program int) int {
 	return 0
 }
 
+// TestCheck: a host that lacks the needs of a jail has a line for each, and root on another one has none.
+func TestCheck(t *testing.T) {
+	defer func(before string) { cgroupRoot = before }(cgroupRoot)
+	cgroupRoot = t.TempDir()
+	for controllers, want := range map[string]string{"": "no controller memory", "memory cpu": "no controller pids",
+		"cpu memory pids": ""} {
+		if err := os.WriteFile(filepath.Join(cgroupRoot, "cgroup.controllers"), []byte(controllers), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got := strings.Join(slices.DeleteFunc(Check(), func(s string) bool {
+			return strings.HasPrefix(s, "only root")
+		}), "\n")
+		if want == "" && got != "" || !strings.Contains(got, want) || strings.Contains(got, "\n") {
+			t.Errorf("controllers %q: %q, want %q", controllers, got, want)
+		}
+	}
+}
+
 // TestLimits reads limits.
 func TestLimits(t *testing.T) {
 	for _, tt := range []struct{ words, want string }{

@@ -113,20 +113,8 @@ func (l *Limits) cgroup(dir string) (g group, err error) {
 	if len(l.controls) == 0 {
 		return g, nil
 	}
-	have, err := os.ReadFile(filepath.Join(cgroupRoot, "cgroup.controllers"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return g, fmt.Errorf("--jail-limit %s: this host has no cgroup v2 in %s, which memory, cpus and pids need: "+
-			"boot it with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 cgroup2 %[2]s",
-			l.controls[0].controller, cgroupRoot)
-	}
-	if err != nil {
-		return g, fmt.Errorf("--jail-limit: %w", err)
-	}
-	for _, c := range l.controls {
-		if !slices.Contains(strings.Fields(string(have)), c.controller) {
-			return g, fmt.Errorf("--jail-limit: cgroup v2 in %s has no controller %s: is it in a mount of cgroup v1, "+
-				"or in cgroup_disable= of the host's kernel?", cgroupRoot, c.controller)
-		}
+	if err := l.checkControllers(); err != nil {
+		return g, err
 	}
 	g = group{filepath.Join(cgroupRoot, "gvm", url.PathEscape(dir[1:])), l.controls}
 	if err := unix.Rmdir(g.path); err == unix.EBUSY {
@@ -134,6 +122,26 @@ func (l *Limits) cgroup(dir string) (g group, err error) {
 			dir, g.path)
 	}
 	return g, nil
+}
+
+// checkControllers looks whether this host has the controllers for the limits.
+func (l *Limits) checkControllers() error {
+	have, err := os.ReadFile(filepath.Join(cgroupRoot, "cgroup.controllers"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("--jail-limit %s: this host has no cgroup v2 in %s, which memory, cpus and pids need: "+
+			"boot it with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 cgroup2 %[2]s",
+			l.controls[0].controller, cgroupRoot)
+	}
+	if err != nil {
+		return fmt.Errorf("--jail-limit: %w", err)
+	}
+	for _, c := range l.controls {
+		if !slices.Contains(strings.Fields(string(have)), c.controller) {
+			return fmt.Errorf("--jail-limit: cgroup v2 in %s has no controller %s: is it in a mount of cgroup v1, "+
+				"or in cgroup_disable= of the host's kernel?", cgroupRoot, c.controller)
+		}
+	}
+	return nil
 }
 
 // enter makes the group, and moves this process into it.

@@ -14,6 +14,7 @@ import (
 	"gvm/devices/block"
 	"gvm/devices/scsi"
 	"gvm/guestmem"
+	"gvm/jail"
 	"gvm/kvmapi"
 	"gvm/kvmapi/vhost"
 	"gvm/machine/disk"
@@ -82,6 +83,7 @@ func doctor(w io.Writer) bool {
 	}
 	doctorKVM(line)
 	doctorSandbox(line)
+	doctorJail(line)
 	doctorVhost(line)
 	doctorMemory(line)
 	doctorDevices(line)
@@ -158,6 +160,17 @@ func doctorSandbox(line func(kind, format string, args ...any)) {
 	}
 	if len(r.Missing) == 0 {
 		line("ok", "sandbox: Landlock, version %d, and seccomp", r.Landlock)
+	}
+}
+
+// doctorJail tells of the needs of gvm run --jail.
+func doctorJail(line func(kind, format string, args ...any)) {
+	missing := jail.Check()
+	for _, lack := range missing {
+		line("note", "jail: %s", lack)
+	}
+	if len(missing) == 0 {
+		line("ok", "jail: gvm run --jail, and its limits of memory, cpus and pids")
 	}
 }
 
