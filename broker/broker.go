@@ -56,6 +56,7 @@ type broker struct {
 type kernel struct {
 	addTo      func(pid int, wwn string, u lio.Unit) (notes []string, err error)
 	removeFrom func(pid int, wwn string, lun int) error
+	takeDown   func(pid int, wwn string) error
 }
 
 // image is a grant to open an image once, and to have the kernel serve it once.
@@ -81,7 +82,7 @@ func (f *found) close() {
 
 func newBroker(c *net.UnixConn, machine int, log func(string)) *broker {
 	return &broker{conn: c, machine: machine, log: log, slots: make(chan struct{}, maxRequests),
-		kernel: kernel{lio.AddTo, lio.RemoveFrom}, images: map[string]image{}, beside: map[string]bool{}}
+		kernel: kernel{lio.AddTo, lio.RemoveFrom, lio.TakeDown}, images: map[string]image{}, beside: map[string]bool{}}
 }
 
 // grant lets the machine open the files of a disk.
@@ -235,6 +236,8 @@ func (b *broker) do(m message, data []byte, files []*os.File) (a message, opened
 		return a, nil, err
 	case removeFrom:
 		return a, nil, b.kernel.removeFrom(b.machine, m.WWN, m.LUN)
+	case takeDown:
+		return a, nil, b.kernel.takeDown(b.machine, m.WWN)
 	}
 	b.mu.Lock()
 	writable, beside := b.beside[path]
@@ -420,7 +423,8 @@ func Main(args []string, log func(string)) error {
 	door.Serve(b.pass)
 	inOrder := b.serve()
 	err = door.Close()
-	if !inOrder {
+	if owns := lio.Owns(machine); owns || !inOrder {
+		_ = send(b.conn, message{Op: end}, nil) // it does not wait for this process
 		err = errors.Join(err, afterDeath(process))
 	}
 	return err
@@ -441,7 +445,7 @@ func (b *broker) pass(conn *net.UnixConn, head []byte, add *control.AddDisk) err
 	return send(b.conn, message{Op: connection}, head, f)
 }
 
-// afterDeath removes the kernel's targets of a machine that was killed.
+// afterDeath removes the kernel's targets that a machine has left.
 func afterDeath(process int) error {
 	if _, err := os.Stat(lio.DefaultRoot); err != nil {
 		return nil

@@ -137,6 +137,11 @@ func newSetup(t *testing.T) *setup {
 			defer s.mu.Unlock()
 			return s.kernel.removeFrom(pid, wwn, lun)
 		},
+		func(pid int, wwn string) error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.kernel.takeDown(pid, wwn)
+		},
 	}
 	door.Serve(s.broker.pass)
 	go func() {

@@ -35,6 +35,7 @@ type Client struct {
 	process *os.Process
 	failed  error
 	over    chan struct{} // closed when the process has ended
+	name    chan struct{} // closed when the process has given up the machine's name
 
 	connections chan net.Conn
 	refuse      func()        // ends Accept
@@ -44,6 +45,7 @@ type Client struct {
 	shut    bool // the broker opens the files
 	ending  bool // the machine ends, and so does the broker
 	dead    bool // the broker has ended
+	taking  int  // targets that the broker takes down just now
 	last    uint64
 	waiting map[uint64]chan answer
 	images  []*block.File // opened before shut
@@ -97,7 +99,8 @@ func Start(s *control.Server, d control.Directory, name string, note func(string
 
 func newClient(conn *net.UnixConn, note func(string)) *Client {
 	c := &Client{note: note, conn: conn, started: make(chan struct{}), over: make(chan struct{}),
-		connections: make(chan net.Conn, maxArrivals), refused: make(chan struct{}), waiting: map[uint64]chan answer{}}
+		name: make(chan struct{}), connections: make(chan net.Conn, maxArrivals), refused: make(chan struct{}),
+		waiting: map[uint64]chan answer{}}
 	c.refuse = sync.OnceFunc(func() { close(c.refused) })
 	return c
 }
@@ -143,6 +146,10 @@ func (c *Client) receive() {
 		if m.Op == connection && len(files) == 1 {
 			c.arrive(files[0], slices.Clone(data))
 			continue
+		}
+		if m.Op == end && m.ID == 0 {
+			close(c.name)
+			break
 		}
 		c.mu.Lock()
 		ch := c.waiting[m.ID]
@@ -235,6 +242,10 @@ func (c *Client) end() error {
 	<-c.started
 	c.mu.Lock()
 	c.ending = true
+	patience := endPatience
+	if c.taking > 0 { // the machine has waited for it already
+		patience = 0
+	}
 	c.mu.Unlock()
 	defer c.conn.Close()
 	_ = c.conn.SetWriteDeadline(time.Now().Add(endPatience))
@@ -242,7 +253,9 @@ func (c *Client) end() error {
 	select {
 	case <-c.over:
 		return c.failed
-	case <-time.After(endPatience):
+	case <-c.name:
+		return nil
+	case <-time.After(patience):
 		return errors.New("the broker does not end")
 	}
 }
@@ -299,6 +312,9 @@ func (c *Client) call(m message, data []byte, files ...*os.File) (answer, error)
 		c.mu.Lock()
 		delete(c.waiting, m.ID)
 		c.mu.Unlock()
+		if errors.Is(err, unix.EPIPE) { // before receive knows it
+			err = errEnded
+		}
 		return answer{}, fmt.Errorf("broker: %w", err)
 	}
 	a, ok := <-ch
@@ -428,6 +444,24 @@ func (c *Client) RemoveFrom(t *lio.Target, lun int) error {
 		return disk.Direct{}.RemoveFrom(t, lun)
 	}
 	_, err := c.call(message{Op: removeFrom, WWN: t.WWN, LUN: lun}, nil)
+	return err
+}
+
+// TakeDown implements disk.Targets.
+func (c *Client) TakeDown(t *lio.Target) error {
+	if !c.isShut() {
+		return disk.Direct{}.TakeDown(t)
+	}
+	c.mu.Lock()
+	c.taking++
+	c.mu.Unlock()
+	_, err := c.call(message{Op: takeDown, WWN: t.WWN}, nil)
+	c.mu.Lock()
+	c.taking--
+	c.mu.Unlock()
+	if errors.Is(err, errEnded) {
+		return disk.ErrNoTeardown
+	}
 	return err
 }
 

@@ -4,8 +4,8 @@
 // reads each request, and passes both to the machine. The machine asks it to open the files that a
 // request names, with those beside them, and gets descriptors. It refuses every other path: a machine
 // that its guest has taken over can open only the files that the owner of the socket has named. In the
-// same way it adds them to the kernel's target of the machine (backend=vhost). It removes the socket, and
-// the kernel's targets of a machine that died, after the machine's end.
+// same way it adds them to the kernel's target of the machine (backend=vhost), and takes that down at the
+// machine's end. It removes the socket, and the kernel's targets of a machine that died, after that end.
 //
 // The two have a pair of sockets (SOCK_SEQPACKET). A message is a line of JSON, then data, with
 // descriptors (SCM_RIGHTS).
@@ -40,7 +40,7 @@ const (
 	// To the broker, without an answer.
 	keep   operation = "keep"   // Paths are beside disks of the command line
 	closed operation = "closed" // the machine opens no files any more, and keep is not valid from now on
-	end    operation = "end"    // the machine ends in order
+	end    operation = "end"    // the machine ends in order; to the machine: its name is given up
 
 	// To the broker, which answers: the methods of block.Files.
 	openImage operation = "image"
@@ -54,6 +54,7 @@ const (
 	// To the broker, which answers: the methods of disk.Targets.
 	addTo      operation = "addTo"
 	removeFrom operation = "removeFrom"
+	takeDown   operation = "takeDown"
 )
 
 // message is a message without its data and descriptors.

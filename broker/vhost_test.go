@@ -7,12 +7,15 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/block"
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/lio"
+	"gvm/machine/disk"
 	"gvm/text"
 )
 
@@ -44,7 +47,7 @@ func TestVhost(t *testing.T) {
 	s.kernel = kernel{addUnit, func(pid int, wwn string, lun int) error {
 		removed = append(removed, lun)
 		return mine(pid, wwn)
-	}}
+	}, mine}
 	s.mu.Unlock()
 	if err := s.Shut(); err != nil {
 		t.Fatal(err)
@@ -103,6 +106,47 @@ func TestVhost(t *testing.T) {
 	s.mu.Unlock()
 	if s.RemoveFrom(&lio.Target{WWN: "naa.5001405000000002"}, 3) == nil {
 		t.Error("a disk of another's target is removed")
+	}
+	if s.TakeDown(&lio.Target{WWN: "naa.5001405000000002"}) == nil {
+		t.Error("another's target is taken down")
+	}
+	if err := s.TakeDown(target); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestTakeDownDeaths: a machine whose broker is dead keeps its kernel's target, and the error says so. One whose
+// broker is stopped does not wait for it once more at its end.
+func TestTakeDownDeaths(t *testing.T) {
+	for _, stopped := range []bool{false, true} {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ours, err := pairEnd(fds[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := newClient(ours, func(string) {})
+		c.shut = true
+		close(c.started)
+		go c.receive()
+		if !stopped {
+			unix.Close(fds[1])
+			if err := c.TakeDown(&lio.Target{WWN: "naa.5001405000000001"}); !errors.Is(err, disk.ErrNoTeardown) {
+				t.Error(err)
+			}
+			c.conn.Close()
+			continue
+		}
+		synctest.Test(t, func(t *testing.T) {
+			c.taking++          // which the broker does not answer
+			began := time.Now() // of a clock that only waits advance
+			if err := c.end(); err == nil || time.Now() != began {
+				t.Errorf("%v, waited %v", err, time.Since(began))
+			}
+		})
+		unix.Close(fds[1])
 	}
 }
 

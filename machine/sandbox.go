@@ -42,9 +42,11 @@ func (s *Spec) policy() sandbox.Policy {
 	for _, d := range s.Disks {
 		if d.Backend != disk.Process || d.Path == "" {
 			p.Uses |= sandbox.Vhost
-			// Its end takes down the target. The broker makes the objects of added disks: one could be any block
-			// device.
-			allow(lio.DefaultRoot, changes&^sandbox.Make|sandbox.RemoveDir)
+			// The broker makes the objects of added disks, of which one could be any block device, and takes down the
+			// target.
+			if s.Files == nil {
+				allow(lio.DefaultRoot, changes&^sandbox.Make|sandbox.RemoveDir)
+			}
 			if s.Trace != "" {
 				allow(filepath.Join(tracefs.DefaultRoot, "instances"), changes|sandbox.RemoveDir)
 			}

@@ -3,18 +3,15 @@ package machine
 import (
 	"testing"
 
-	"gvm/devices/scsi/lio"
+	"gvm/broker"
 	"gvm/machine/disk"
 	"gvm/sandbox"
 )
 
-// TestPolicyOfVhost: with a disk that the kernel serves, gvm can take down the kernel's target and make
-// nothing there: a backstore could be any block device of the host.
+// TestPolicyOfVhost: with a disk that the kernel serves and a broker, gvm has no rights in configfs.
 func TestPolicyOfVhost(t *testing.T) {
-	s := Spec{Sandbox: &Sandbox{}, Disks: []disk.Spec{{Path: "/a.img", Backend: disk.Vhost}}}
-	const want = sandbox.Read | sandbox.Write | sandbox.Remove | sandbox.RemoveDir
-	p := s.policy()
-	if len(p.Paths) != 1 || p.Paths[0] != (sandbox.Path{Name: lio.DefaultRoot, Rights: want}) {
-		t.Errorf("%+v", p.Paths)
+	s := Spec{Sandbox: &Sandbox{}, Disks: []disk.Spec{{Path: "/a.img", Backend: disk.Vhost}}, Files: &broker.Client{}}
+	if p := s.policy(); len(p.Paths) != 0 || p.Uses != sandbox.Vhost {
+		t.Errorf("%+v", p)
 	}
 }

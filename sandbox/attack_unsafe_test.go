@@ -152,6 +152,11 @@ func (a *attack) arg(i int) uintptr {
 	case int:
 		return uintptr(v)
 	case string:
+		if below, ok := strings.CutPrefix(v, "lio/"); ok {
+			if _, err := os.Stat(lioRoot); err == nil {
+				v = filepath.Join(lioRoot, below)
+			}
+		}
 		if v[0] != '/' {
 			v = filepath.Join(os.Getenv(dirEnv), v)
 		}
@@ -166,6 +171,10 @@ func (a *attack) arg(i int) uintptr {
 }
 
 var kept []*byte // of attack.arg
+
+// lioRoot is the directory of the kernel's SCSI target, for which lio in the test's directory stands on a host
+// without one.
+const lioRoot = "/sys/kernel/config/target"
 
 const cwd = unix.AT_FDCWD
 
@@ -183,6 +192,10 @@ var attacks = []attack{
 	{"remove a neighbour's control socket", unix.SYS_UNLINKAT, []any{cwd, "run/neighbour/sock", 0}, unix.EACCES},
 	{"take a neighbour's control socket", unix.SYS_RENAMEAT, []any{cwd, "run/neighbour/sock", cwd, "run/own/sock"},
 		unix.EACCES},
+	{"write to the kernel's SCSI target", unix.SYS_OPENAT, []any{cwd, "lio/dbroot", unix.O_WRONLY}, unix.EACCES},
+	{"remove objects of the kernel's SCSI target", unix.SYS_UNLINKAT, []any{cwd, "lio/core", unix.AT_REMOVEDIR},
+		unix.EACCES},
+	{"make objects of the kernel's SCSI target", unix.SYS_MKDIRAT, []any{cwd, "lio/vhost", 0o700}, unix.EACCES},
 	{"open the processor's memory", unix.SYS_OPENAT, []any{cwd, "/proc/self/mem", unix.O_RDWR}, unix.EACCES},
 	{"open a device", unix.SYS_OPENAT, []any{cwd, "/dev/null", unix.O_RDWR}, unix.EACCES},
 	{"change a file's times", unix.SYS_UTIMENSAT, []any{cwd, "read/file", 0, 0}, unix.EPERM},
@@ -253,6 +266,7 @@ func start(t *testing.T, what string, env ...string) (*exec.Cmd, *bytes.Buffer) 
 		os.Mkdir(filepath.Join(dir, "write"), 0o777), os.MkdirAll(filepath.Join(dir, "run/own"), 0o777),
 		os.Mkdir(filepath.Join(dir, "run/neighbour"), 0o777),
 		os.WriteFile(filepath.Join(dir, "run/neighbour/sock"), nil, 0o666),
+		os.MkdirAll(filepath.Join(dir, "lio/core"), 0o777), os.WriteFile(filepath.Join(dir, "lio/dbroot"), nil, 0o666),
 		os.WriteFile(filepath.Join(dir, "read/file"), []byte("text"), 0o644),
 		os.WriteFile(filepath.Join(dir, "other/file"), []byte("text"), 0o644)); err != nil {
 		t.Fatal(err)
@@ -264,7 +278,7 @@ func start(t *testing.T, what string, env ...string) (*exec.Cmd, *bytes.Buffer) 
 	}
 	if err := errors.Join(os.Chmod(filepath.Join(dir, "write"), 0o777), os.Chmod(filepath.Join(dir, "other"), 0o777),
 		os.Chmod(filepath.Join(dir, "other/file"), 0o666), os.Chmod(filepath.Join(dir, "run"), 0o777),
-		os.Chmod(filepath.Join(dir, "run/neighbour"), 0o777)); err != nil {
+		os.Chmod(filepath.Join(dir, "run/neighbour"), 0o777), os.Chmod(filepath.Join(dir, "lio"), 0o777)); err != nil {
 		t.Fatal(err)
 	}
 	exe, err := os.Open("/proc/self/exe")

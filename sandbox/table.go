@@ -103,7 +103,7 @@ var table = []Call{
 	{Number: unix.SYS_NEWFSTATAT},                           // the socket that is removed at the end: is it still gvm's?
 	{Number: unix.SYS_READLINKAT},                           // absolute paths of disks
 	{Number: unix.SYS_GETCWD},                               // absolute paths of disks
-	{Number: unix.SYS_GETDENTS64},                           // directories: --crash-dir, configfs
+	{Number: unix.SYS_GETDENTS64},                           // directories: --crash-dir
 	{Number: unix.SYS_UNLINKAT},                             // the machine's directory at the end
 	{Number: unix.SYS_MKDIRAT},                              // --crash-dir
 	{Number: unix.SYS_RENAMEAT},                             // reservations are replaced whole

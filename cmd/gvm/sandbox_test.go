@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/scsi/lio"
 	"gvm/panics"
 	"gvm/sandbox"
 )
@@ -39,6 +40,7 @@ var tries = map[string]func() error{
 		_, err := os.ReadFile("/etc/passwd")
 		return err
 	},
+	"lio": func() error { return unix.Rmdir(lio.DefaultRoot + "/core") },
 	// Not in /etc, which is read-only in the lab.
 	"create": func() error { return os.WriteFile(filepath.Join(os.TempDir(), "gvm-attack"), nil, 0o600) },
 }
@@ -71,6 +73,7 @@ func TestSandbox(t *testing.T) {
 		{"ptrace", "gvm: the sandbox refused the system call ptrace (101), arguments 0x10 0x1 0x0: "},
 		{"open", "gvm: open: true"},
 		{"create", "gvm: create: true"},
+		{"lio", "gvm: lio: true"},
 	} {
 		t.Run(tt.what, func(t *testing.T) {
 			t.Parallel()
@@ -78,8 +81,12 @@ func TestSandbox(t *testing.T) {
 			if file && sandboxLacks() {
 				t.Skip("Landlock is missing, or lacks the threads of a gvm with cgo")
 			}
+			args := []string{"spin"}
+			if tt.what == "lio" {
+				args = append(args, "--disk="+image(t, "k.img", 0, 1<<20)+",backend=vhost")
+			}
 			p := startOnTerminalAs(t, func(p *proc) { p.cmd.Env = append(p.cmd.Env, attackEnv+"="+tt.what) },
-				guestRun("spin")...)
+				guestRun(args...)...)
 			p.expect("spinning")
 			p.signal(syscall.SIGUSR1)
 			p.expect(tt.text)

@@ -36,7 +36,13 @@ type Targets interface {
 	AddTo(t *lio.Target, u lio.Unit) (notes []string, err error)
 	// RemoveFrom is t.Remove.
 	RemoveFrom(t *lio.Target, lun int) error
+	// TakeDown is t.Close. The error is ErrNoTeardown where the target stays.
+	TakeDown(t *lio.Target) error
 }
+
+// ErrNoTeardown is the error of Targets.TakeDown of a machine that may not take down its target itself, and
+// whose broker has ended.
+var ErrNoTeardown = errors.New("the broker has ended")
 
 // Direct is the Targets of a process that changes them itself.
 type Direct struct{}
@@ -50,6 +56,14 @@ func (Direct) AddTo(t *lio.Target, u lio.Unit) (notes []string, err error) {
 
 // RemoveFrom implements Targets.
 func (Direct) RemoveFrom(t *lio.Target, lun int) error { return t.Remove(lun) }
+
+// TakeDown implements Targets.
+func (Direct) TakeDown(t *lio.Target) error { return t.Close() }
+
+// closer is an io.Closer by a function.
+type closer func() error
+
+func (c closer) Close() error { return c() }
 
 // kernelTarget is a LIO target and the device that presents it to the guest.
 type kernelTarget struct {
@@ -100,21 +114,32 @@ func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) e
 			if r.kernel == nil {
 				break
 			}
+			if errors.Is(r.err, ErrNoTeardown) {
+				ds.mishaps.note(fmt.Sprintf("%s: the kernel's target %s stays, as the broker that takes it down has ended: "+
+					"gvm lio gc removes it", ds.nameOf(r.kernel), r.kernel.target.WWN))
+				r.err = nil
+			}
 			errs = append(errs, r.err)
 			left = slices.DeleteFunc(left, func(k *kernelTarget) bool { return k == r.kernel })
 		}
 		for _, k := range left {
-			name, mend := k.target.WWN, ""
-			for i, u := range k.units {
+			mend := ""
+			for _, u := range k.units {
 				busy[u.Backend] = true
-				if i == 0 {
-					name, mend = ds.paths[u.Backend.(*block.File).Path()], "; gvm lio gc removes the rest"
-				}
+				mend = "; gvm lio gc removes the rest"
 			}
-			ds.mishaps.note(fmt.Sprintf("%s: the kernel has not let go of it; gvm ends without that%s", name, mend))
+			ds.mishaps.note(fmt.Sprintf("%s: the kernel has not let go of it; gvm ends without that%s", ds.nameOf(k), mend))
 		}
 		return errors.Join(errs...)
 	}
+}
+
+// nameOf returns the path of a target's first disk, or the target's name.
+func (ds *Set) nameOf(k *kernelTarget) string {
+	for _, u := range k.units {
+		return ds.paths[u.Backend.(*block.File).Path()]
+	}
+	return k.target.WWN
 }
 
 // findKernels returns the target with the disk of gvm's that the kernel serves and that has a LUN, a
@@ -341,8 +366,12 @@ func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 		return err
 	}
 	unplug := func(lun int) error { return k.targets.RemoveFrom(t, lun) }
+	var end io.Closer = t
+	if !k.provisioned {
+		end = closer(func() error { return k.targets.TakeDown(t) })
+	}
 	return k.device(&kernelTarget{target: t, plug: plug, unplug: unplug, fixed: k.provisioned,
-		parts: []io.Closer{t}, specs: u.specs, units: u.units})
+		parts: []io.Closer{end}, specs: u.specs, units: u.units})
 }
 
 // losesResets reports whether a kernel's vhost-scsi corrupts its list of control blocks for LOGICAL

@@ -21,12 +21,27 @@ func Provisioned() (*Target, error) {
 // RemoveFrom is Target.Remove for the target of a living process that Provision made there.
 func RemoveFrom(pid int, wwn string, lun int) error { return newHost("").removeFrom(pid, wwn, lun) }
 
+// TakeDown is Target.Close for the target of a living process that Provision made there.
+func TakeDown(pid int, wwn string) error { return newHost("").takeDown(pid, wwn) }
+
+// Owns reports whether a process has objects of Provision's.
+func Owns(pid int) bool { return newHost("").owns(pid) }
+
+func (h *host) owns(pid int) bool {
+	_, owners, _ := h.adapters() // where there is no LIO, there are none
+	for o := range owners {
+		if o.pid == pid {
+			return true
+		}
+	}
+	return false
+}
+
 func (h *host) addTo(pid int, wwn string, u Unit) (notes []string, err error) {
 	t, err := h.of(pid, wwn)
 	if err != nil {
 		return nil, err
 	}
-	defer t.unlock() // the owner's lock on its first adapter is enough
 	err = t.Add(u)
 	return t.Notes(), err
 }
@@ -37,6 +52,14 @@ func (h *host) removeFrom(pid int, wwn string, lun int) error {
 		return err
 	}
 	return t.Remove(lun)
+}
+
+func (h *host) takeDown(pid int, wwn string) error {
+	t, err := h.of(pid, wwn)
+	if err != nil {
+		return err
+	}
+	return t.Close()
 }
 
 // unlocked stands for the lock of another process.
@@ -59,7 +82,8 @@ func (h *host) of(pid int, wwn string) (*Target, error) {
 		if err != nil {
 			return nil, err
 		}
-		t := &Target{WWN: wwn, TPGT: tag, h: h, owner: o, own: true, locks: make(map[string]io.Closer), disks: disks}
+		t := &Target{WWN: wwn, TPGT: tag, h: h, owner: o, own: true, other: true, locks: make(map[string]io.Closer),
+			disks: disks}
 		for _, a := range adapters {
 			_, made, _ := parseAdapter(a)
 			t.madeFabric = t.madeFabric || made
@@ -67,5 +91,9 @@ func (h *host) of(pid int, wwn string) (*Target, error) {
 		}
 		return t, nil
 	}
-	return nil, fail(ErrNoTarget, nil, "%.40q: process %d has no such target: see gvm lio list", wwn, pid)
+	return nil, noTargetOf(pid, wwn)
+}
+
+func noTargetOf(pid int, wwn string) error {
+	return fail(ErrNoTarget, nil, "%.40q: process %d has no such target: see gvm lio list", wwn, pid)
 }

@@ -69,3 +69,40 @@ func TestOther(t *testing.T) {
 		t.Errorf("the process has left:\n%s", got)
 	}
 }
+
+// TestTakeDown: another process takes down the target of a living one, and no other target. A change that began
+// before that makes nothing after it.
+func TestTakeDown(t *testing.T) {
+	f := newFake(t)
+	h := fakeHost(f, process{7, 70})
+	foreign(t, h)
+	without := f.snapshot()
+	tg, err := h.provision([]Unit{unit(0, image(t, "a.img"))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, other := f.snapshot(), fakeHost(f, process{7, 70})
+	if !other.owns(os.Getpid()) || other.owns(8) {
+		t.Error("the owner of the target is not known")
+	}
+	for pid, wwn := range map[int]string{os.Getpid(): "naa.5001405a1b2c3d4e", 7: tg.WWN, 8: tg.WWN} {
+		if err := other.takeDown(pid, wwn); !errors.Is(err, ErrNoTarget) || f.snapshot() != before {
+			t.Errorf("%s of process %d: %v\n%s", wwn, pid, err, f.snapshot())
+		}
+	}
+	slow, err := other.of(os.Getpid(), tg.WWN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := other.takeDown(os.Getpid(), tg.WWN); err != nil || f.snapshot() != without || other.owns(os.Getpid()) {
+		t.Errorf("%v; left:\n%s", err, f.snapshot())
+	}
+	u := unit(1, image(t, "b.img"))
+	u.ReadOnly = true // another backstore, whose adapter there is not yet
+	if err := slow.Add(u); !errors.Is(err, ErrNoTarget) || f.snapshot() != without {
+		t.Errorf("added after the end: %v\n%s", err, f.snapshot())
+	}
+	if err := other.takeDown(os.Getpid(), tg.WWN); !errors.Is(err, ErrNoTarget) {
+		t.Errorf("taken down twice: %v", err)
+	}
+}

@@ -34,6 +34,7 @@ type Target struct {
 	h     *host
 	owner owner
 	own   bool // Provision made it
+	other bool // in another process
 
 	mu         sync.Mutex
 	locks      map[string]io.Closer // by adapter, or the path of a found target
@@ -257,6 +258,15 @@ func (t *Target) begin() (end func(), err error) {
 	unlock, err := t.h.change()
 	if err != nil {
 		return nil, err
+	}
+	if t.other { // the owner's lock on its first adapter is enough
+		release := unlock
+		unlock = func() { t.unlock(); release() }
+		// Without that lock its end could have come.
+		if _, owners, err := t.h.adapters(); err != nil || owners[t.owner] == nil {
+			unlock()
+			return nil, errors.Join(err, noTargetOf(t.owner.pid, t.WWN))
+		}
 	}
 	return func() { unlock(); t.mu.Unlock() }, nil
 }
