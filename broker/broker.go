@@ -49,6 +49,8 @@ type broker struct {
 	images      map[string]image
 	temporaries []time.Time     // ends of the times for a temporary file each
 	beside      map[string]bool // paths beside images; true: to be written
+	own         []ownFile       // removed at the end
+	pins        []*os.File      // those of own, until this process ends
 	refusals    int
 }
 
@@ -176,7 +178,7 @@ func (b *broker) serve() (inOrder bool) {
 		case end:
 			closeAll(files)
 			return true
-		case keep, closed:
+		case keep, atEnd, closed:
 			closeAll(files)
 			b.keep(m)
 			continue
@@ -207,7 +209,7 @@ func (b *broker) answer(m, a message, opened []*os.File, err error) {
 	}
 }
 
-// keep notes files beside the disks of the command line, until the machine has closed itself.
+// keep notes files of the command line, until the machine has closed itself.
 func (b *broker) keep(m message) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -216,7 +218,26 @@ func (b *broker) keep(m message) {
 			b.beside[string(path)] = true
 		}
 	}
+	for _, f := range m.Files {
+		if b.closed {
+			break
+		}
+		// An open inode has no successor of its number.
+		if pin, err := unix.Open(string(f.Path), unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0); err == nil {
+			b.own, b.pins = append(b.own, f), append(b.pins, os.NewFile(uintptr(pin), string(f.Path)))
+		}
+	}
 	b.closed = b.closed || m.Op == closed
+}
+
+// removeOwn removes the machine's sockets.
+func (b *broker) removeOwn() (err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, f := range b.own {
+		err = errors.Join(err, f.remove())
+	}
+	return err
 }
 
 // do does what the machine asks for, if a request of the control socket allows that. The caller closes
@@ -422,7 +443,7 @@ func Main(args []string, log func(string)) error {
 	b := newBroker(c.(*net.UnixConn), machine, said)
 	door.Serve(b.pass)
 	inOrder := b.serve()
-	err = door.Close()
+	err = errors.Join(b.removeOwn(), door.Close())
 	if owns := lio.Owns(machine); owns || !inOrder {
 		_ = send(b.conn, message{Op: end}, nil) // it does not wait for this process
 		err = errors.Join(err, afterDeath(process))

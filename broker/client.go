@@ -49,6 +49,7 @@ type Client struct {
 	last    uint64
 	waiting map[uint64]chan answer
 	images  []*block.File // opened before shut
+	own     []ownFile     // that the broker removes
 }
 
 type answer struct {
@@ -237,9 +238,39 @@ func (l listener) Close() error {
 // Addr implements net.Listener.
 func (l listener) Addr() net.Addr { return l.conn.LocalAddr() }
 
+// RemoveAtEnd has the broker remove a socket of the machine's at the end. The caller has made it and not
+// called Shut. remove removes it if Shut has not been called.
+func (c *Client) RemoveAtEnd(path string, made fs.FileInfo) (remove func() error) {
+	st := made.Sys().(*syscall.Stat_t)
+	f := ownFile{text.Name(path), st.Dev, st.Ino}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.own = append(c.own, f)
+	return func() error {
+		if c.isShut() {
+			return nil
+		}
+		return f.remove()
+	}
+}
+
+// tellLeft tells of the machine's sockets that the broker has not removed.
+func (c *Client) tellLeft() {
+	for _, f := range c.own {
+		if f.there() {
+			c.note(fmt.Sprintf("%s stays, as the broker that removes it does not answer: remove it", f.Path))
+		}
+	}
+}
+
 // end ends the broker, which gives up the machine's name.
-func (c *Client) end() error {
+func (c *Client) end() (err error) {
 	<-c.started
+	defer func() {
+		if err != nil {
+			c.tellLeft()
+		}
+	}()
 	c.mu.Lock()
 	c.ending = true
 	patience := endPatience
@@ -283,6 +314,11 @@ func (c *Client) Shut() error {
 				paths, size = nil, 2*len(path)
 			}
 			paths = append(paths, text.Name(path))
+		}
+	}
+	if len(c.own) > 0 {
+		if err := send(c.conn, message{Op: atEnd, Files: c.own}, nil); err != nil {
+			return err
 		}
 	}
 	c.shut, c.images = true, nil

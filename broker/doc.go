@@ -5,7 +5,8 @@
 // request names, with those beside them, and gets descriptors. It refuses every other path: a machine
 // that its guest has taken over can open only the files that the owner of the socket has named. In the
 // same way it adds them to the kernel's target of the machine (backend=vhost), and takes that down at the
-// machine's end. It removes the socket, and the kernel's targets of a machine that died, after that end.
+// machine's end. It removes the socket, and other sockets that the machine names before it may open none, after
+// that end, and the kernel's targets of a machine that died.
 //
 // The two have a pair of sockets (SOCK_SEQPACKET). A message is a line of JSON, then data, with
 // descriptors (SCM_RIGHTS).
@@ -37,9 +38,10 @@ type operation string
 const (
 	connection operation = "connection" // to the machine: a connection, and the beginning of its request as data
 
-	// To the broker, without an answer.
+	// To the broker, without an answer. keep and atEnd are not valid after closed.
 	keep   operation = "keep"   // Paths are beside disks of the command line
-	closed operation = "closed" // the machine opens no files any more, and keep is not valid from now on
+	atEnd  operation = "atEnd"  // Files are sockets of the machine's, removed at its end
+	closed operation = "closed" // the machine opens no files any more
 	end    operation = "end"    // the machine ends in order; to the machine: its name is given up
 
 	// To the broker, which answers: the methods of block.Files.
@@ -63,6 +65,7 @@ type message struct {
 	Op    operation
 	Path  text.Name   `json:",omitempty"`
 	Paths []text.Name `json:",omitempty"`
+	Files []ownFile   `json:",omitempty"`
 
 	Flag    int         `json:",omitempty"`
 	Perm    fs.FileMode `json:",omitempty"`
@@ -73,6 +76,26 @@ type message struct {
 	Facts *block.Facts `json:",omitempty"`
 	Notes []string     `json:",omitempty"`
 	Err   *wireError   `json:",omitempty"`
+}
+
+// ownFile is a file that the machine has made.
+type ownFile struct {
+	Path     text.Name
+	Dev, Ino uint64
+}
+
+// there reports whether the file is at its path.
+func (f *ownFile) there() bool {
+	var st unix.Stat_t
+	return unix.Lstat(string(f.Path), &st) == nil && st.Dev == f.Dev && st.Ino == f.Ino
+}
+
+// remove removes the file, unless another has its path.
+func (f *ownFile) remove() error {
+	if !f.there() {
+		return nil
+	}
+	return os.Remove(string(f.Path))
 }
 
 // options are those of block.Options that the machine gives.

@@ -192,6 +192,8 @@ var attacks = []attack{
 	{"remove a neighbour's control socket", unix.SYS_UNLINKAT, []any{cwd, "run/neighbour/sock", 0}, unix.EACCES},
 	{"take a neighbour's control socket", unix.SYS_RENAMEAT, []any{cwd, "run/neighbour/sock", cwd, "run/own/sock"},
 		unix.EACCES},
+	{"remove a neighbour of gvm's gdb socket", unix.SYS_UNLINKAT, []any{cwd, "gdb/neighbour", 0}, unix.EACCES},
+	{"remove gvm's gdb socket", unix.SYS_UNLINKAT, []any{cwd, "gdb/sock", 0}, unix.EACCES},
 	{"write to the kernel's SCSI target", unix.SYS_OPENAT, []any{cwd, "lio/dbroot", unix.O_WRONLY}, unix.EACCES},
 	{"remove objects of the kernel's SCSI target", unix.SYS_UNLINKAT, []any{cwd, "lio/core", unix.AT_REMOVEDIR},
 		unix.EACCES},
@@ -266,6 +268,8 @@ func start(t *testing.T, what string, env ...string) (*exec.Cmd, *bytes.Buffer) 
 		os.Mkdir(filepath.Join(dir, "write"), 0o777), os.MkdirAll(filepath.Join(dir, "run/own"), 0o777),
 		os.Mkdir(filepath.Join(dir, "run/neighbour"), 0o777),
 		os.WriteFile(filepath.Join(dir, "run/neighbour/sock"), nil, 0o666),
+		os.Mkdir(filepath.Join(dir, "gdb"), 0o777), os.WriteFile(filepath.Join(dir, "gdb/sock"), nil, 0o666),
+		os.WriteFile(filepath.Join(dir, "gdb/neighbour"), nil, 0o666),
 		os.MkdirAll(filepath.Join(dir, "lio/core"), 0o777), os.WriteFile(filepath.Join(dir, "lio/dbroot"), nil, 0o666),
 		os.WriteFile(filepath.Join(dir, "read/file"), []byte("text"), 0o644),
 		os.WriteFile(filepath.Join(dir, "other/file"), []byte("text"), 0o644)); err != nil {
@@ -278,7 +282,8 @@ func start(t *testing.T, what string, env ...string) (*exec.Cmd, *bytes.Buffer) 
 	}
 	if err := errors.Join(os.Chmod(filepath.Join(dir, "write"), 0o777), os.Chmod(filepath.Join(dir, "other"), 0o777),
 		os.Chmod(filepath.Join(dir, "other/file"), 0o666), os.Chmod(filepath.Join(dir, "run"), 0o777),
-		os.Chmod(filepath.Join(dir, "run/neighbour"), 0o777), os.Chmod(filepath.Join(dir, "lio"), 0o777)); err != nil {
+		os.Chmod(filepath.Join(dir, "run/neighbour"), 0o777), os.Chmod(filepath.Join(dir, "lio"), 0o777),
+		os.Chmod(filepath.Join(dir, "gdb"), 0o777)); err != nil {
 		t.Fatal(err)
 	}
 	exe, err := os.Open("/proc/self/exe")

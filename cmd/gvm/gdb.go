@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/broker"
 	"gvm/guest/kernel"
 	"gvm/machine"
 	"gvm/panics"
@@ -72,14 +73,15 @@ type gdbServer struct {
 	to       string       // gdb's words for target remote
 	listener net.Listener // nil: stdio
 	stdio    io.ReadWriteCloser
-	made     fs.FileInfo // the socket in the file system; nil: none
-	path     string      // its path
+	path     string       // of the socket in the file system; "": none
+	remove   func() error // removes it, if it still has its path
 	serving  sync.WaitGroup
 }
 
 // listen opens the place where debuggers connect.
-func (a *gdbAddress) listen(ctx context.Context) (*gdbServer, error) {
-	s := &gdbServer{to: a.address}
+// The broker removes its socket; nil: the gdbServer does.
+func (a *gdbAddress) listen(ctx context.Context, b *broker.Client) (*gdbServer, error) {
+	s := &gdbServer{to: a.address, remove: func() error { return nil }}
 	if a.isStdio() {
 		stdio, err := openStdio()
 		s.stdio = stdio
@@ -118,8 +120,12 @@ func (a *gdbAddress) listen(ctx context.Context) (*gdbServer, error) {
 	}
 	if l, ok := s.listener.(*net.UnixListener); ok {
 		l.SetUnlinkOnClose(false) // remove looks first
-		if s.made, err = os.Lstat(s.path); err != nil {
+		made, err := os.Lstat(s.path)
+		if err != nil {
 			return nil, errors.Join(err, s.close())
+		}
+		if s.remove = removal(s.path, made); b != nil {
+			s.remove = b.RemoveAtEnd(s.path, made)
 		}
 		urgent.Lock()
 		urgent.remove = append(urgent.remove, s.remove)
@@ -128,15 +134,14 @@ func (a *gdbAddress) listen(ctx context.Context) (*gdbServer, error) {
 	return s, nil
 }
 
-// remove removes the socket, if it still has its name.
-func (s *gdbServer) remove() error {
-	if s.made == nil {
-		return nil
+// removal returns a function that removes a file, if it still has its path.
+func removal(path string, made fs.FileInfo) func() error {
+	return func() error {
+		if now, err := os.Lstat(path); err != nil || !os.SameFile(made, now) {
+			return nil
+		}
+		return os.Remove(path)
 	}
-	if now, err := os.Lstat(s.path); err != nil || !os.SameFile(s.made, now) {
-		return nil
-	}
-	return os.Remove(s.path)
 }
 
 // leavePatience is the time that gvm has to let the guest run on after a debugger has left, when another waits:

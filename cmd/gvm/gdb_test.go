@@ -108,7 +108,7 @@ func TestGDB(t *testing.T) {
 // one has just closed its connection.
 func TestSecondDebugger(t *testing.T) {
 	for _, address := range []gdbAddress{{"tcp", "127.0.0.1:0"}, {"unix", filepath.Join(t.TempDir(), "gdb")}} {
-		s, err := address.listen(t.Context())
+		s, err := address.listen(t.Context(), nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -483,7 +483,7 @@ func run(rc runConfig) (err error) {
 	defer user.close()
 	var gdb *gdbServer
 	if rc.gdb != nil {
-		if gdb, err = rc.gdb.listen(ctx); err != nil {
+		if gdb, err = rc.gdb.listen(ctx, rc.broker); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, gdb.close()) }()

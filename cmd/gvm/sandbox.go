@@ -52,12 +52,13 @@ func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
 		p.Paths = append(p.Paths, sandbox.Path{Name: dir.Path(), Rights: sandbox.RemoveDir, Own: true},
 			sandbox.Path{Name: dir.Machine(rc.spec.Name), Rights: sandbox.Remove, Own: true})
 	}
-	if gdb != nil && gdb.path != "" {
+	// A right to remove a file is one to all of its directory.
+	if gdb != nil && gdb.path != "" && rc.broker == nil {
 		allow(filepath.Dir(gdb.path), sandbox.Remove)
 	}
 	if rc.spec.Vsock != nil && rc.vsock != nil {
 		p.Uses |= sandbox.Connect
-		if rc.vsock.path != "" {
+		if rc.vsock.path != "" && rc.broker == nil {
 			allow(filepath.Dir(rc.vsock.path), sandbox.Remove)
 		}
 	}

@@ -12,7 +12,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/broker"
+	"gvm/control"
 	"gvm/devices/scsi/lio"
+	"gvm/devices/virtio/vsock"
 	"gvm/panics"
 	"gvm/sandbox"
 )
@@ -99,6 +102,20 @@ func TestSandbox(t *testing.T) {
 				t.Errorf("status %d, want %d: %q", r.status, want, r.out)
 			}
 		})
+	}
+}
+
+// TestSandboxSockets: with a broker gvm has no right to the directories of its sockets for gdb and vsock.
+func TestSandboxSockets(t *testing.T) {
+	t.Parallel()
+	rc := runConfig{sandbox: sandbox.On, broker: &broker.Client{}, vsock: &vsockConfig{path: "/a/vsock"}}
+	rc.spec.Name, rc.spec.Vsock = "vm", &vsock.Config{}
+	rc.seal(exitBug, &gdbServer{path: "/b/gdb"}, note)
+	dir := control.DefaultDirectory()
+	for _, p := range rc.spec.Sandbox.Policy.Paths {
+		if p.Name != dir.Path() && p.Name != dir.Machine("vm") {
+			t.Errorf("%+v", p)
+		}
 	}
 }
 

@@ -145,6 +145,9 @@ func (rc *runConfig) listenVsock(named bool) (*vsock.Bridge, error) {
 	if err != nil {
 		return nil, configError{fmt.Errorf("--vsock: %w", err)}
 	}
+	if rc.broker != nil && chosen { // the other one is in the machine's own directory
+		b.RemoveBy(rc.broker.RemoveAtEnd)
+	}
 	urgent.Lock()
 	urgent.remove = append(urgent.remove, b.Remove)
 	urgent.Unlock()

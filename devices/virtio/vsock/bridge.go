@@ -61,6 +61,7 @@ type Bridge struct {
 	name     string   // the last part of path
 	dir      *os.File // the rest
 	listener *net.UnixListener
+	made     fs.FileInfo // the socket
 	remove   func() error
 
 	requestTimeout, connectTimeout time.Duration
@@ -110,12 +111,11 @@ func Listen(path string) (_ *Bridge, err error) {
 	}
 	b.listener = l.(*net.UnixListener)
 	b.listener.SetUnlinkOnClose(false) // remove looks first
-	made, err := os.Lstat(b.address(""))
-	if err != nil {
+	if b.made, err = os.Lstat(b.address("")); err != nil {
 		return nil, errors.Join(plain(err), l.Close())
 	}
 	b.remove = sync.OnceValue(func() error {
-		if now, err := os.Lstat(b.address("")); err != nil || !os.SameFile(made, now) {
+		if now, err := os.Lstat(b.address("")); err != nil || !os.SameFile(b.made, now) {
 			return nil
 		}
 		return os.Remove(b.address(""))
@@ -202,6 +202,11 @@ func (b *Bridge) address(suffix string) string {
 
 // Path returns the path of the socket.
 func (b *Bridge) Path() string { return b.path }
+
+// RemoveBy has the function remove the socket, which it gets, instead of the Bridge. It is called before Serve.
+func (b *Bridge) RemoveBy(by func(path string, made fs.FileInfo) (remove func() error)) {
+	b.remove = by(b.path, b.made)
+}
 
 // Remove removes the socket, as Close does: for a process that ends at once. It may be called at any
 // time before Close has returned.
