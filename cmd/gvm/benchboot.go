@@ -19,6 +19,7 @@ import (
 	"gvm/guest/bootinit"
 	"gvm/guest/embedded"
 	"gvm/panics"
+	"gvm/sandbox"
 )
 
 func benchBootCommand() *cli.Command {
@@ -65,6 +66,7 @@ EXAMPLES
 			&cli.IntFlag{Name: "rounds", Value: 10, Usage: "measure everything `N` times, in turns"},
 			qemuFlag(),
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
+			sandboxFlag("guest's first instruction"),
 		},
 		Action: benchAction(parseBootBench),
 	}
@@ -77,12 +79,16 @@ type bootBench struct {
 	rounds                         int
 	qemu                           []string
 	json                           string
+	sandbox                        sandbox.Mode
 }
 
 func parseBootBench(c *cli.Context) (b bootBench, err error) {
 	b = bootBench{
 		kernel: c.String("kernel"), initrd: c.String("initrd"), cmdline: c.String("cmdline"), until: c.String("until"),
 		timeout: c.Duration("timeout"), rounds: c.Int("rounds"), qemu: wordsOf(c, "qemu"), json: c.String("json"),
+	}
+	if b.sandbox, err = parseSandbox(c); err != nil {
+		return b, err
 	}
 	switch {
 	case b.timeout <= 0:
@@ -129,7 +135,7 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 		}
 		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	}
-	run := []string{gvm, "run", "--timing"}
+	run := []string{gvm, "run", "--timing", "--sandbox=" + b.sandbox.String()}
 	kernel, initrd, line := b.kernel, b.initrd, "console=ttyS0 panic=-1 "+b.cmdline
 	if kernel == "" {
 		kernel, line, b.until = filepath.Join(dir, "guest.elf"), "echo", "ready"

@@ -43,7 +43,7 @@ not or none ran. Other ends are those of gvm help exit-status.`,
 			&cli.DurationFlag{Name: "timeout", Value: 5 * time.Minute,
 				Usage: "stop the guest after `DURATION`, with status 124"},
 			&cli.BoolFlag{Name: "raw", Usage: "print the guest's console, instead of the results"},
-			sandboxFlag(),
+			sandboxFlag("guest's first instruction"),
 		}, verdictFlags()...),
 		Action: func(c *cli.Context) error {
 			rc, err := parseKunit(c)

@@ -74,7 +74,7 @@ func TestMain(m *testing.M) {
 // lab, where they take up to ten times as long. One of them becomes another user, as root can, also the lab's.
 func machineless() *regexp.Regexp {
 	names := "BadInput|BenchDisk|CellRunsOn|Copy|Exec|Image|InputEnds|KubernetesWords|Matrix(StuckReader|Words)|" +
-		"Suggestions|SurplusArguments|TestWords"
+		"Suggestions|SurplusArguments|SandboxReplay|TestWords"
 	if os.Getuid() == 0 {
 		names += "|VerbsOfStranger"
 	}

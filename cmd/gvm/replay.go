@@ -14,10 +14,12 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/replay"
 	"gvm/devices/virtio/replay/equivalence"
 	"gvm/machine/disk"
+	"gvm/sandbox"
 	"gvm/text"
 )
 
@@ -58,6 +60,7 @@ EXAMPLES
 				Usage: "one JSON object for each difference, known or not, on a line of its own"},
 			&cli.StringFlag{Name: "vhost-abi",
 				Usage: "as of gvm run: accept version `N|any` of the kernel's vhost-scsi interface"},
+			sandboxFlag("first request"),
 		},
 		Action: onFiles(0, 1, replayTrace),
 	}
@@ -76,8 +79,12 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	if err != nil {
 		return usageError{fmt.Errorf("--vhost-abi %w", err)}
 	}
+	mode, err := parseSandbox(c)
+	if err != nil {
+		return usageError{err}
+	}
 	var header trace.Header
-	var records []trace.Record
+	var load func() ([]trace.Record, error)
 	switch {
 	case c.Bool("corpus") == (len(files) == 1):
 		return usageError{errors.New("want gvm replay FILE, or gvm replay --corpus")}
@@ -85,10 +92,24 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 		if len(names) == 1 {
 			return usageError{errors.New("--corpus has no answers to compare with: add --backend both")}
 		}
-		header, records = replay.Corpus()
+		h, records := replay.Corpus()
+		header, load = h, func() ([]trace.Record, error) { return records, nil }
 	default:
-		if header, records, err = loadTrace(c, files[0]); err != nil {
+		r, done, err := openTrace(files[0])
+		if err != nil {
 			return err
+		}
+		defer done()
+		if err := hasDisks(files[0], r.Header); err != nil {
+			return err
+		}
+		header, load = r.Header, func() ([]trace.Record, error) {
+			records, err := replay.Load(r)
+			if err != nil {
+				return nil, traceError(files[0], err)
+			}
+			noteCut(c, files[0], r)
+			return records, nil
 		}
 	}
 	// The run now makes things to undo, so that signals end it in order.
@@ -96,14 +117,22 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	defer stop(nil)
 	defer catchSignals(ctx, stop)()
 	var sides []replay.Side
+	policy := sandbox.Policy{Mode: mode}
 	for _, name := range names {
 		var undo undoList
 		defer func() { err = errors.Join(err, undo.all()) }()
-		s, err := newSide(ctx, &undo, name, header, disk.Config{Queues: 1, ABI: abi, Note: note})
+		s, err := newSide(ctx, &undo, &policy, name, header, disk.Config{Queues: 1, ABI: abi, Note: note})
 		if err != nil {
 			return err
 		}
 		sides = append(sides, s)
+	}
+	if err := enterSandbox(policy, exitBug); err != nil {
+		return err
+	}
+	records, err := load()
+	if err != nil {
+		return err
 	}
 	w := &report{w: c.App.Writer}
 	shown := differences{report: w, names: names, all: c.Bool("all"), asJSON: c.Bool("json")}
@@ -190,24 +219,15 @@ func (s *differences) verdict(sum replay.Summary) error {
 	return endError{exitDiffers, err}
 }
 
-func loadTrace(c *cli.Context, path string) (trace.Header, []trace.Record, error) {
-	r, done, err := openTrace(path)
-	if err != nil {
-		return trace.Header{}, nil, err
-	}
-	defer done()
-	records, err := replay.Load(r)
-	if err != nil {
-		return trace.Header{}, nil, traceError(path, err)
-	}
-	noteCut(c, path, r)
-	for i, d := range r.Header.Devices {
+// hasDisks refuses a trace whose disks are not known.
+func hasDisks(path string, h trace.Header) error {
+	for i, d := range h.Devices {
 		if len(d.Disks) == 0 {
-			return trace.Header{}, nil, configError{fmt.Errorf(
+			return configError{fmt.Errorf(
 				"%s: device %d has no disks that gvm knows: a run with wwn=… cannot be replayed", path, i)}
 		}
 	}
-	return r.Header, records, nil
+	return nil
 }
 
 // undoList has functions that undo steps, called in reverse order.
@@ -222,8 +242,9 @@ func (u undoList) all() error {
 }
 
 // newSide makes the devices and disks of a trace, served by the named backend, and a driver for
-// each. It appends to undo, also on an error.
-func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, c disk.Config) (replay.Side, error) {
+// each. It appends to undo, also on an error, and gives p the rights that undo needs.
+func newSide(ctx context.Context, undo *undoList, p *sandbox.Policy, name string, h trace.Header,
+	c disk.Config) (replay.Side, error) {
 	side := replay.Side{Name: name}
 	later := func(f func() error) { *undo = append(*undo, f) }
 	dir, err := tempDir("gvm-replay-")
@@ -231,6 +252,13 @@ func newSide(ctx context.Context, undo *undoList, name string, h trace.Header, c
 		return side, err
 	}
 	later(func() error { return os.RemoveAll(dir) })
+	const changes = sandbox.Read | sandbox.Write | sandbox.Remove
+	p.Paths = append(p.Paths, sandbox.Path{Name: dir, Rights: changes | sandbox.Make, Own: true},
+		sandbox.Path{Name: filepath.Dir(dir), Rights: sandbox.RemoveDir, Own: true})
+	if name == "vhost" {
+		p.Uses |= sandbox.Vhost
+		p.Paths = append(p.Paths, sandbox.Path{Name: lio.DefaultRoot, Rights: changes | sandbox.RemoveDir, Own: true})
+	}
 	for i, d := range h.Devices {
 		list, err := scratchDisks(dir, i, name, d.Disks)
 		if err != nil {

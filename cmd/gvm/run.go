@@ -155,7 +155,7 @@ EXAMPLES
 					"and print the command that starts it"},
 			&cli.BoolFlag{Name: "start-stopped", Aliases: []string{"S"},
 				Usage: "with --gdb: wait for gdb before the guest's first instruction"},
-			sandboxFlag(),
+			sandboxFlag("guest's first instruction"),
 		}, slices.Concat(jailFlags(), crashFlags(), verdictFlags())...),
 		// The library searches all flags for each flag with an action, which takes 0.2 ms. No flag
 		// has one, and values are read from the parsed command line.

@@ -19,9 +19,9 @@ var sandboxDefault = sandbox.On.String()
 // sandboxNotes is whether a machine tells of what its sandbox lacks.
 var sandboxNotes = true
 
-func sandboxFlag() cli.Flag {
+func sandboxFlag(first string) cli.Flag {
 	return &cli.StringFlag{Name: "sandbox", Value: sandboxDefault,
-		Usage: "before the guest's first instruction give up every right that the machine does not need: `MODE` on, off, " +
+		Usage: "before the " + first + " give up every right that gvm does not need then: `MODE` on, off, " +
 			"or strict, which fails where the kernel cannot take all of them; see docs/security.md"}
 }
 
@@ -33,12 +33,34 @@ func parseSandbox(c *cli.Context) (sandbox.Mode, error) {
 	return mode, nil
 }
 
+// refusedBy returns a Policy.Refused that ends the process with the status.
+func refusedBy(status int) func(sandbox.Refusal) {
+	return func(c sandbox.Refusal) {
+		exitNow(status, patience, func() { stderr.say("gvm: " + c.String() + "\n") })
+	}
+}
+
+// noteLacks tells of what a sandbox lacks.
+func noteLacks(r sandbox.Report, note func(string)) {
+	if len(r.Missing) > 0 && sandboxNotes {
+		note("sandbox: " + strings.Join(r.Missing, "; "))
+	}
+}
+
+// enterSandbox enters a sandbox without a machine. A refused call ends the process with the status.
+func enterSandbox(p sandbox.Policy, status int) error {
+	p.Refused = refusedBy(status)
+	r, err := sandbox.Prepare(p).Enter()
+	if err == nil {
+		noteLacks(r, note)
+	}
+	return err
+}
+
 // seal gives the machine its sandbox, with the files of the process. A refused call ends the process
 // with the status.
 func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
-	p := sandbox.Policy{Mode: rc.sandbox, Refused: func(c sandbox.Refusal) {
-		exitNow(status, patience, func() { stderr.say("gvm: " + c.String() + "\n") })
-	}}
+	p := sandbox.Policy{Mode: rc.sandbox, Refused: refusedBy(status)}
 	if p.Mode == sandbox.Off {
 		return
 	}
@@ -88,9 +110,6 @@ func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
 			return nil
 		}
 	}
-	rc.spec.Sandbox = &machine.Sandbox{Policy: p, Entering: shut, Entered: func(r sandbox.Report) {
-		if len(r.Missing) > 0 && sandboxNotes {
-			note("sandbox: " + strings.Join(r.Missing, "; "))
-		}
-	}}
+	rc.spec.Sandbox = &machine.Sandbox{Policy: p, Entering: shut,
+		Entered: func(r sandbox.Report) { noteLacks(r, note) }}
 }

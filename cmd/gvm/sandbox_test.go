@@ -15,6 +15,7 @@ import (
 	"gvm/broker"
 	"gvm/control"
 	"gvm/devices/scsi/lio"
+	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/vsock"
 	"gvm/panics"
 	"gvm/sandbox"
@@ -165,11 +166,48 @@ func TestSandboxLacks(t *testing.T) {
 	}
 }
 
+// TestSandboxReplay: gvm replay reads the records of a trace, and sends their requests, in the sandbox, and leaves
+// nothing.
+func TestSandboxReplay(t *testing.T) {
+	t.Parallel()
+	unit := trace.UnitLUN(0)
+	whole := record(t, false, func(g *traced) {
+		g.do(0, unit, make([]byte, 6), nil, 0)
+		g.do(0, unit, rw(0x2a, 8, 2), make([]byte, 1024), 0)
+		g.do(1, unit, rw(0x28, 8, 2), nil, 1024)
+	})
+	path, temp := filepath.Join(t.TempDir(), "a.trace"), t.TempDir()
+	if err := os.WriteFile(path, whole, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	replay := func(calls string, args ...string) result {
+		c := command(t, append([]string{"replay", path}, args...)...)
+		c.Env = append(c.Env, refusedEnv+"="+calls, "TMPDIR="+temp)
+		return gvmRuns(t, c)
+	}
+	const fine = "3 requests, 0 answered differently\n"
+	for _, mode := range sandbox.ModeNames[:2] {
+		if r := replay("", "--sandbox="+mode); r.status != 0 || r.out != fine || r.errs != "" && !sandboxLacks() {
+			t.Errorf("--sandbox=%s: status %d, %q, %q", mode, r.status, r.out, r.errs)
+		}
+	}
+	const lack = "system calls are not confined"
+	if r := replay("seccomp"); r.status != 0 || r.out != fine || !strings.Contains(r.errs, lack) {
+		t.Errorf("without seccomp: status %d, %q, %q", r.status, r.out, r.errs)
+	}
+	if r := replay("seccomp", "--sandbox=strict"); r.status != exitHost || r.out != "" || !strings.Contains(r.errs, lack) {
+		t.Errorf("strict without seccomp: status %d, %q, %q", r.status, r.out, r.errs)
+	}
+	if left, err := os.ReadDir(temp); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
 // TestSandboxWords: a value that is none.
 func TestSandboxWords(t *testing.T) {
 	t.Parallel()
 	const want = "--sandbox strikt: want off, on or strict; did you mean strict?"
-	for _, verb := range []string{"run", "kunit"} {
+	for _, verb := range []string{"run", "kunit", "replay"} {
 		if r := gvmRuns(t, command(t, verb, "--sandbox=strikt")); r.status != exitUsage || !strings.Contains(r.errs, want) {
 			t.Errorf("%s: status %d: %s", verb, r.status, r.errs)
 		}

@@ -103,7 +103,7 @@ a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 				Usage: "reach the guest's agent by `NAME` vsock, console, com2 or status alone; auto is the best of the kernel's"},
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "tell of each step on standard error"},
 			&cli.BoolFlag{Name: "timing", Usage: "print at the end how long each phase took"},
-			sandboxFlag(),
+			sandboxFlag("guest's first instruction"),
 		}, slices.Concat(crashFlags(), matrixFlags(), policyFlags("fail", exitGuestFault))...),
 		OnUsageError: func(c *cli.Context, err error, sub bool) error {
 			return endError{exitUntested, flagError(c, err, sub)}

@@ -205,7 +205,7 @@ func gvmTraceNotes(args ...string) (out string, status int, errText, notes strin
 	app.Writer, app.ErrWriter = &b, &e
 	words := append([]string{"gvm", "trace"}, args...)
 	if args[0] == "replay" {
-		words = append([]string{"gvm"}, args...)
+		words = append([]string{"gvm"}, append(args, "--sandbox=off")...) // which has no way back
 	}
 	err := app.Run(flagsFirst(app.Commands, words))
 	if err == nil {
