@@ -22,12 +22,17 @@ var coreEnds = []int{exitCrash, exitPanic, exitWatchdog, exitTimeout}
 const coreTick = 100 * time.Millisecond
 
 // writeCore writes the core of the stopped machine into the record. It calls alive as long as the storage
-// takes parts of it. A signal, or Ctrl-a x, gives it up; one that comes when another has ended the
-// machine ends the process.
+// takes parts of it. A signal gives it up, and so does Ctrl-a x unless --timeout has ended the machine.
 func (r *crashRecord) writeCore(mem *guestmem.Memory, cpus []vmcore.CPU, alive func()) (err error) {
 	ctx := r.ctx
 	if ctx.Err() != nil { // the end of the machine
-		ctx = context.Background()
+		var giveUp context.CancelCauseFunc
+		ctx, giveUp = context.WithCancelCause(context.WithoutCancel(ctx))
+		setGiveUp(giveUp)
+		defer func() {
+			setGiveUp(nil)
+			giveUp(nil)
+		}()
 	}
 	dir, err := r.directory()
 	if err != nil {

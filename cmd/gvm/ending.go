@@ -125,16 +125,19 @@ func catchSignals(ctx context.Context, stop func(error)) func() {
 				continue
 			}
 			status, name := 128+int(s.(syscall.Signal)), unix.SignalName(s.(syscall.Signal))
+			stopped := fmt.Errorf("stopped by %s", name)
 			switch {
 			case slices.Contains(fatalSignals, s):
 				exitNow(status, dumpPatience, func() {
 					stderr.say(fmt.Sprintf("%s: %s\n\n", name, s))
 					stderr.say(string(stacks()))
 				})
+			case ctx.Err() != nil && giveUp(stopped):
+				continue
 			case ctx.Err() != nil:
 				endNow(status, "stopped at once by "+name)
 			}
-			stop(endError{status, fmt.Errorf("stopped by %s", name)})
+			stop(endError{status, stopped})
 		}
 	})
 	return func() {
@@ -178,6 +181,27 @@ var urgent struct {
 	restore func() error             // restores the terminal
 	sockets map[*control.Server]bool // of the process's machines
 	remove  []func() error           // remove other sockets
+
+	giveUp context.CancelCauseFunc // ends work that follows the end of the machine; nil: there is none
+}
+
+// setGiveUp has the next signal end work that follows the end of the machine, and not the process.
+func setGiveUp(f context.CancelCauseFunc) {
+	urgent.Lock()
+	defer urgent.Unlock()
+	urgent.giveUp = f
+}
+
+// giveUp ends such work, once, and reports whether there was any.
+func giveUp(why error) bool {
+	urgent.Lock()
+	defer urgent.Unlock()
+	f := urgent.giveUp
+	urgent.giveUp = nil
+	if f != nil {
+		f(why)
+	}
+	return f != nil
 }
 
 // endNow ends the process without waiting for its end in order. gvm lio gc removes kernel objects

@@ -72,14 +72,24 @@ func TestOpenLog(t *testing.T) {
 	}
 }
 
+// mountTmpfs returns a directory with a small file system of its own.
+func mountTmpfs(t *testing.T, size string) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("a small file system needs root, to mount it")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
+		t.Fatal("mounting a tmpfs: ", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, 0) })
+	return dir
+}
+
 // TestOutputOnFullFileSystem: an output for which there is no room leaves an existing file
 // unchanged, also through a link, and creates no new one.
 func TestOutputOnFullFileSystem(t *testing.T) {
-	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
-		t.Skipf("mounting a tmpfs: %v", err)
-	}
-	t.Cleanup(func() { _ = unix.Unmount(dir, 0) })
+	dir := mountTmpfs(t, "64k")
 	old, large := "[\n 1\n]\n", strings.Repeat("x", 128<<10)
 	record := func(path string) error {
 		r, err := openBenchRecord(path)
@@ -122,11 +132,7 @@ func TestOutputOnFullFileSystem(t *testing.T) {
 // TestFullFileSystem: a file for which there is no room gives one line that names it, and leaves no
 // empty file.
 func TestFullFileSystem(t *testing.T) {
-	full := t.TempDir()
-	if err := unix.Mount("tmpfs", full, "tmpfs", 0, "size=64k"); err != nil {
-		t.Skipf("mounting a tmpfs: %v", err)
-	}
-	t.Cleanup(func() { _ = unix.Unmount(full, 0) })
+	full := mountTmpfs(t, "64k")
 	if err := os.WriteFile(filepath.Join(full, "fill"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
 		t.Fatalf("filling: %v", err)
 	}
