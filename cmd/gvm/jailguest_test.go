@@ -241,7 +241,11 @@ func TestJailVhost(t *testing.T) {
 	} {
 		p := startOnTerminal(t, append(guestRun(tt.word), jailed...)...)
 		if tt.word == "write" {
-			if r := p.wait(); r.status != tt.status || !strings.Contains(r.out, "PASS") {
+			r := p.wait()
+			if strings.Contains(r.out, "older than Linux 5.11") {
+				t.Skip(r.out)
+			}
+			if r.status != tt.status || !strings.Contains(r.out, "PASS") {
 				t.Errorf("status %d: %q", r.status, r.out)
 			}
 			isEmpty()
