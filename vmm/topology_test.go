@@ -41,6 +41,7 @@ func TestAPICIDs(t *testing.T) {
 		{[]uint32{0, 2, 9, 254}, "xAPIC"},
 		{[]uint32{5, 77}, "xAPIC"},
 		{[]uint32{0, 255}, "x2APIC"},
+		{[]uint32{1, 300, 1022}, "x2APIC"},
 		{[]uint32{1, 300, 1023}, "x2APIC"},
 		{[]uint32{255, 256}, "x2APIC"},
 		{[]uint32{300}, "x2APIC"},
@@ -52,6 +53,10 @@ func TestAPICIDs(t *testing.T) {
 		name := fmt.Sprintf("%d CPUs from %d to %d", len(c.ids), c.ids[0], c.ids[len(c.ids)-1])
 		if limit := sys.Check(kvmapi.CapMaxVCPUs); len(c.ids) > limit {
 			t.Logf("%s: this host's KVM makes %d CPUs", name, limit)
+			continue
+		}
+		if end := sys.Check(kvmapi.CapMaxVCPUID); end != 0 && int(c.ids[len(c.ids)-1]) >= end {
+			t.Logf("%s: this host's KVM gives IDs up to %d", name, end-1)
 			continue
 		}
 		console := &testConsole{}

@@ -81,8 +81,10 @@ func TestVectorKeepsAndDeliversPending(t *testing.T) {
 	}{
 		{"signal while masked", v.Event().Signal, true},
 		{"unmask delivers it", func() error { return v.Unmask(msg) }, false},
-		{"signal while unmasked is consumed", v.Event().Signal, false},
-		{"mask", v.Mask, false},
+		// Before Linux 5.11 the counter keeps it until then.
+		{"signal while unmasked is consumed by mask", func() error {
+			return errors.Join(v.Event().Signal(), v.Mask())
+		}, false},
 		{"mask again", v.Mask, false},
 		{"signal while masked again", v.Event().Signal, true},
 		{"unmask with another message", func() error { return v.Unmask(pci.Message{Addr: 0xfee0_0000, Data: 0x42}) }, false},
