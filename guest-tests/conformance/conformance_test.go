@@ -68,6 +68,7 @@ func TestTarget(t *testing.T) {
 				"PrinReadKeys.Truncate", "ProutRegister.Simple", "ProutReserve.Simple"}},
 	} {
 		t.Run(v.list, func(t *testing.T) {
+			t.Parallel()
 			file, err := block.Open(filepath.Join(t.TempDir(), "disk"), block.Options{Size: Size})
 			if err != nil {
 				t.Fatal(err)
