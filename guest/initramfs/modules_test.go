@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -383,6 +384,23 @@ func TestLargeModules(t *testing.T) {
 				t.Errorf("%s, %s: %v", form, name, err)
 			}
 		}
+	}
+}
+
+// TestOneFile: modules are the same if one file at a time is open.
+func TestOneFile(t *testing.T) {
+	defer func(n int) { maxOpen = n }(maxOpen)
+	for form, k := range kernels(t) {
+		want, err := Modules(t.Context(), k, "ext4")
+		if err != nil {
+			t.Fatal(err)
+		}
+		maxOpen = 1
+		k.Cache = ""
+		if got, err := Modules(t.Context(), k, "ext4"); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %v, %v", form, got, err)
+		}
+		maxOpen = 64
 	}
 }
 

@@ -38,10 +38,11 @@ type tree struct {
 	builtin  map[string]bool     // names
 	aliases  map[string][]string // patterns to names; nil: not read yet
 	infos    map[string]moduleInfo
-	contents map[string][]byte // of modules, perhaps compressed
-	kept     int               // bytes of modules that are needed
-	root     *os.Root          // nil: a package
-	built    bool              // a build directory
+	contents map[string][]byte   // of modules, perhaps compressed
+	kept     int                 // bytes of modules that are needed
+	root     *os.Root            // nil: a package
+	files    map[string]*os.File // modules of a directory that are open, by their names
+	built    bool                // a build directory
 	again    func(want map[string]bool) error
 }
 
@@ -49,7 +50,7 @@ type tree struct {
 // of them, at least those in names.
 func openTree(ctx context.Context, k *kernel.Kernel, names []string) (*tree, error) {
 	t := &tree{ctx: ctx, from: k.Modules.Path, paths: map[string]string{}, builtin: map[string]bool{},
-		infos: map[string]moduleInfo{}, contents: map[string][]byte{}}
+		infos: map[string]moduleInfo{}, contents: map[string][]byte{}, files: map[string]*os.File{}}
 	if t.from == "" {
 		return t, nil
 	}
@@ -72,6 +73,14 @@ func (t *tree) close() {
 	if t.root != nil {
 		t.root.Close()
 	}
+	t.closeFiles()
+}
+
+func (t *tree) closeFiles() {
+	for _, f := range t.files {
+		f.Close()
+	}
+	clear(t.files)
 }
 
 // list reads the names of the modules in a directory.
@@ -175,6 +184,24 @@ func cause(err error) error {
 	return err
 }
 
+// maxOpen bounds the open modules of a directory; tests change it.
+var maxOpen = 64
+
+// file opens a module in a directory, whose path has many parts, once. The next call may close the file.
+func (t *tree) file(name string) (*os.File, error) {
+	if f := t.files[name]; f != nil {
+		return f, nil
+	}
+	if len(t.files) >= maxOpen {
+		t.closeFiles()
+	}
+	f, err := t.open(t.paths[name])
+	if err == nil {
+		t.files[name] = f
+	}
+	return f, err
+}
+
 // open opens a module in a directory. The modules.order of Linux before 5.3 has paths below kernel/.
 func (t *tree) open(file string) (*os.File, error) {
 	f, err := nowait.OpenIn(t.root, file, nowait.Regular)
@@ -190,9 +217,8 @@ func (t *tree) content(name string) (b []byte, err error) {
 	b, ok := t.contents[name]
 	if err = t.ctx.Err(); err == nil && !ok {
 		var f *os.File
-		if f, err = t.open(file); err == nil {
-			b, err = kernel.ReadAll(f, maxModule)
-			f.Close()
+		if f, err = t.file(name); err == nil {
+			b, err = kernel.ReadAll(io.NewSectionReader(f, 0, maxModule+1), maxModule)
 		}
 	}
 	if err == nil && uncompressed(file) != file {
@@ -276,14 +302,10 @@ func (t *tree) builtIn(name string) bool { return t.builtin[name] }
 
 // there reports whether there is a module. A list may have modules that were not built.
 func (t *tree) there(name string) bool {
-	file, ok := t.paths[name]
-	if !ok || t.root == nil {
+	if _, ok := t.paths[name]; !ok || t.root == nil {
 		return ok
 	}
-	f, err := t.open(file)
-	if err == nil {
-		f.Close()
-	}
+	_, err := t.file(name)
 	return !errors.Is(err, fs.ErrNotExist)
 }
 
@@ -352,11 +374,10 @@ func (t *tree) readAliases() error {
 func (t *tree) infoOf(name string) (moduleInfo, error) {
 	file := t.paths[name]
 	if t.root != nil && uncompressed(file) == file {
-		f, err := t.open(file)
+		f, err := t.file(name)
 		if err != nil {
 			return moduleInfo{}, err
 		}
-		defer f.Close()
 		return readInfo(f)
 	}
 	b, err := t.content(name)

@@ -263,12 +263,18 @@ func member(name string) (kind, version string) {
 
 // ReadAll reads a file of at most limit bytes, and takes memory only for bytes that are there.
 func ReadAll(r io.Reader, limit int64) ([]byte, error) {
-	b, err := io.ReadAll(io.LimitReader(r, limit+1))
+	var all bytes.Buffer
+	all.Grow(readSize)
+	_, err := all.ReadFrom(io.LimitReader(r, limit+1))
+	b := all.Bytes()
 	if err == nil && int64(len(b)) > limit {
 		err = fmt.Errorf("it is larger than %d MiB", limit>>20)
 	}
 	return b, err
 }
+
+// readSize is the size of ReadAll's first read, which has most of a module.
+const readSize = 64 << 10
 
 // unpacked is decompressed data, which may be much more than the compressed: reads end with a
 // context and at maxUnpacked.
