@@ -7,6 +7,7 @@ import (
 	iofs "io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -180,6 +181,11 @@ func (t *testConfig) initramfs(ctx context.Context, k *kernel.Kernel, cmd *wire.
 	if cmd.Modules, err = t.addModules(ctx, b, k); err != nil {
 		return nil, err
 	}
+	// With --module it may be one that the command needs.
+	if last := len(cmd.Modules) - 1; last >= 0 && len(t.modules) == 0 &&
+		path.Base(string(cmd.Modules[last])) == laterModule+".ko" {
+		cmd.Modules, cmd.Later = cmd.Modules[:last], cmd.Modules[last:]
+	}
 	file, err := cmd.Encode()
 	if err != nil {
 		return nil, err
@@ -188,11 +194,14 @@ func (t *testConfig) initramfs(ctx context.Context, k *kernel.Kernel, cmd *wire.
 	return b.Image()
 }
 
+// laterModule is of use only to an agent that does not reach the host by vsock.
+const laterModule = "virtio_console"
+
 // Modules for disks, the first of which all devices need, and others that a guest can do without: for
 // the way to the agent, and to tell of a panic.
 var (
 	diskModules    = []string{"virtio_pci", "virtio_scsi", "sd_mod"}
-	helpfulModules = []string{"vmw_vsock_virtio_transport", "virtio_console", "pvpanic_mmio"}
+	helpfulModules = []string{"vmw_vsock_virtio_transport", "pvpanic_mmio", laterModule}
 )
 
 // addModules gives the guest the modules that it needs and the kernel does not have built in, and

@@ -16,6 +16,7 @@ import (
 
 	"gvm/guest/agent/wire"
 	"gvm/panics"
+	"gvm/text"
 )
 
 // byePatience bounds the wait for the host, which may be printing the command's last output.
@@ -80,7 +81,8 @@ type guest struct {
 	job   job
 	lines []string // to log when the host listens
 	wire  *wire.Agent
-	build string // of this program
+	build string      // of this program
+	later []text.Name // modules to load if the host is not reached by vsock
 
 	sessions bool // the host is reached by vsock
 }
@@ -130,7 +132,13 @@ func (g *guest) prepare(cmd *wire.Command) {
 	// The initramfs has the directory, but not a file system that is mounted over it, such as /dev/shm.
 	os.MkdirAll(string(cmd.Dir), 0o755)
 	loopbackUp() // a kernel without a network has none
-	for _, m := range cmd.Modules {
+	g.load(cmd.Modules)
+	g.later = cmd.Later
+}
+
+// load loads modules.
+func (g *guest) load(modules []text.Name) {
+	for _, m := range modules {
 		if err := loadModule(string(m)); err != nil {
 			g.logf("load the module %s: %v", m, err)
 		}

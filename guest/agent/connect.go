@@ -58,7 +58,11 @@ func (g *guest) connect() end {
 	if err != nil {
 		g.logf("%v", err)
 	}
-	for _, r := range rungs {
+	for i, r := range rungs {
+		if i > 0 {
+			g.load(g.later)
+			g.later = nil
+		}
 		rw, err := r.open()
 		if err == nil {
 			g.wire, err = dial(rw, wire.AgentConfig{Hello: wire.Hello{Build: build, Rung: r.name},

@@ -28,6 +28,7 @@ type Command struct {
 
 	Terminal *Terminal   `json:"terminal,omitempty"` // nil: stdin, stdout and stderr are pipes
 	Modules  []text.Name `json:"modules,omitempty"`  // paths of uncompressed modules, in the order to load
+	Later    []text.Name `json:"later,omitempty"`    // modules to load if the agent does not reach the host by vsock
 	Mounts   []Mount     `json:"mounts,omitempty"`   // after the modules, in this order
 	Hostname string      `json:"hostname,omitempty"`
 

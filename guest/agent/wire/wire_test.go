@@ -278,7 +278,7 @@ func TestCommand(t *testing.T) {
 	want := &Command{
 		Args: []text.Name{"/bin/\xff", "", "a b\n\x00"}, Env: []text.Name{"A=\xfe"}, Dir: "/tmp/\xe4",
 		UID: math.MaxUint32, GID: 7, Groups: []uint32{4, 5}, Rlimits: []Rlimit{{7, 1024, math.MaxUint64}},
-		Terminal: &Terminal{24, 80}, Modules: []text.Name{"/lib/a.ko"}, Hostname: "h",
+		Terminal: &Terminal{24, 80}, Modules: []text.Name{"/lib/a.ko"}, Later: []text.Name{"/lib/b.ko"}, Hostname: "h",
 	}
 	b, err := want.Encode()
 	if err != nil {
