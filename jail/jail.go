@@ -61,6 +61,7 @@ type Config struct {
 	Limits   Limits
 	Args     []string // of the program, which is this one
 	Env      []string
+	Parents  map[int]int // the parents of processes that the program cannot see in a jail
 
 	// Prepare is called with root's rights outside of the jail, when the janitor is there; nil: no call.
 	Prepare func() error `json:"-"`
@@ -85,9 +86,10 @@ func userError(format string, args ...any) error { return &UserError{fmt.Errorf(
 
 // Inside is what the program in a jail knows of it.
 type Inside struct {
-	Dir    string
-	Limits string // as they are given
-	Lock   int    // the descriptor of /run, with a lock that no second machine takes while the janitor is dead
+	Dir     string
+	Limits  string      // as they are given
+	Parents map[int]int // Config's
+	Lock    int         // the descriptor of /run, with a lock that no second machine takes while the janitor is dead
 }
 
 // insideEnv is the environment variable with Inside.
@@ -181,10 +183,11 @@ func closeAtExec() error {
 
 // inside locks /run, and returns the environment of the program.
 func (c *Config) inside() (env []string, err error) {
-	in := Inside{Dir: c.Dir, Limits: strings.Join(c.Limits.words, ",")}
+	in := Inside{Dir: c.Dir, Limits: strings.Join(c.Limits.words, ","), Parents: c.Parents}
 	in.Lock, err = unix.Open("/"+runDir, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err == nil {
-		err = unix.Flock(in.Lock, unix.LOCK_EX|unix.LOCK_NB)
+		// No flock(2), which vsock needs of the directory of its socket. A lock for writing needs such a descriptor.
+		err = unix.FcntlFlock(uintptr(in.Lock), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_RDLCK})
 	}
 	b, err2 := json.Marshal(in)
 	return append(slices.Clip(c.Env), insideEnv+"="+string(b)), errors.Join(err, err2)
@@ -293,7 +296,14 @@ func isFree(dir int) error {
 		return nil
 	}
 	defer unix.Close(fd)
-	return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+	l := unix.Flock_t{Type: unix.F_WRLCK}
+	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l); err != nil {
+		return err
+	}
+	if l.Type != unix.F_UNLCK {
+		return unix.EWOULDBLOCK
+	}
+	return nil
 }
 
 // makeRun makes the directory of the control socket.

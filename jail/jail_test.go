@@ -67,8 +67,12 @@ func inside(what string) int {
 			_, err2 := net.Listen("unix", run+name)
 			err = errors.Join(err, err2)
 		}
+		if dir, err2 := os.Open(run); err2 != nil || unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+			err = errors.Join(err, errors.New("no lock of the directory for its sockets"))
+		}
 		if err != nil {
 			fmt.Println(err)
+			return 1
 		}
 		fmt.Println("waits")
 		c := make(chan os.Signal, 1)
@@ -122,7 +126,7 @@ func inside(what string) int {
 		fmt.Println("write", path, os.WriteFile(path, nil, 0o600) == nil)
 	}
 	_ = os.Remove("/run/new")
-	fmt.Println("jail", here.Dir, here.Limits)
+	fmt.Println("jail", here.Dir, here.Limits, here.Parents)
 	fmt.Println("environment", strings.ReplaceAll(fmt.Sprint(os.Environ()), "="+os.Getenv("GVM_JAIL"), ""))
 	if links, err := os.ReadDir("/sys/class/net"); err == nil {
 		fmt.Println("interfaces", len(links))
@@ -216,10 +220,11 @@ func TestInside(t *testing.T) {
 	if err := os.Chmod(data, 0o700); err != nil { // of the files' parents no right is needed
 		t.Fatal(err)
 	}
-	cmd, out := start(t, "look", Config{Dir: dir, Devices: []string{"/dev/zero", "/dev/missing"}, Files: []File{
-		{Flag: "--disk", Path: data + "/write", Write: true}, {Flag: "--kernel", Path: data + "/read"},
-		{Flag: "--share", Path: data + "/share"},
-	}}, "GVM_TEST_JAIL_LIMITS=nofile=99,fsize=3M")
+	cmd, out := start(t, "look", Config{Dir: dir, Parents: map[int]int{5: 6},
+		Devices: []string{"/dev/zero", "/dev/missing"}, Files: []File{
+			{Flag: "--disk", Path: data + "/write", Write: true}, {Flag: "--kernel", Path: data + "/read"},
+			{Flag: "--share", Path: data + "/share"},
+		}}, "GVM_TEST_JAIL_LIMITS=nofile=99,fsize=3M")
 	if err := cmd.Run(); cmd.ProcessState.ExitCode() != 42 {
 		t.Fatalf("%v, want status 42\n%s", err, out)
 	}
@@ -249,7 +254,7 @@ func TestInside(t *testing.T) {
 		"limit Max file size 3145728 3145728 bytes",
 		"write /new false", "write /run/new true", "write /etc/new false", "write /sys/new false",
 		"write " + dir + "/run/new true", "write " + dir + "/new false",
-		"environment [" + taskEnv + "=look GVM_JAIL]", "jail " + dir + " nofile=99,fsize=3M", "interfaces 1",
+		"environment [" + taskEnv + "=look GVM_JAIL]", "jail " + dir + " nofile=99,fsize=3M map[5:6]", "interfaces 1",
 	} {
 		if !strings.Contains(out.String(), line+"\n") {
 			t.Errorf("no line %q", line)

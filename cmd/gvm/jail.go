@@ -175,6 +175,7 @@ func (rc *runConfig) enterJail() error {
 			j.Env = append(j.Env, name+"="+value)
 		}
 	}
+	j.Parents = lineage(os.Getppid()) // for job control, as sudo is of gvm's process group
 	err := jail.Enter(*j)
 	var user *jail.UserError
 	if errors.As(err, &user) {

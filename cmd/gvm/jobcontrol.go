@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/jail"
 	"gvm/panics"
 )
 
@@ -174,9 +175,12 @@ func orphaned(parent int, parents map[int]int) bool {
 }
 
 // lineage returns the parents of the ancestors in the process group, from parent upwards. They are read
-// once: in the sandbox gvm cannot. An ancestor whose own parent has ended has init for one, or a process
-// that the shell is below as well.
+// once: in the sandbox gvm cannot, and in a jail root has read them. An ancestor whose own parent has ended
+// has init for one, or a process that the shell is below as well.
 func lineage(parent int) map[int]int {
+	if in := jail.Here(); in != nil {
+		return in.Parents
+	}
 	parents := map[int]int{}
 	for parent > 1 && parents[parent] == 0 {
 		if group, err := unix.Getpgid(parent); err != nil || group != unix.Getpgrp() {
