@@ -175,7 +175,7 @@ func (r *remote) AddDisk(ctx context.Context, a control.AddDisk) (control.Change
 	change, err := r.Machine.AddDisk(ctx, d)
 	if e := (*control.Error)(nil); errors.As(err, &e) && e.Status == http.StatusNotFound {
 		if in := jail.Here(); in != nil {
-			err = control.Errorf(e.Status, "%v in the machine's jail: put it in %s, and add it as /run/NAME",
+			err = control.Errorf(e.Status, "%v; the machine is in a jail: put it in %s, and add it as /run/NAME",
 				err, filepath.Join(in.Dir, "run"))
 		}
 	}

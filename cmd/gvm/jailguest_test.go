@@ -196,6 +196,51 @@ func TestJailOutputs(t *testing.T) {
 	}
 }
 
+// TestJailTerminal: a machine in a jail stops and goes on as a job of a shell, serves a debugger and vsock at
+// sockets in DIR/run, and takes a disk from there.
+func TestJailTerminal(t *testing.T) {
+	needsJail(t)
+	dir := filepath.Join(t.TempDir(), "jail")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run := filepath.Join(dir, "run")
+	j := startJob(t, 0, append(guestRun("echo"), "--jail", dir, "--uid=41234", "--gid=41234", "--name=j",
+		"--gdb=unix:"+run+"/gdb", "--vsock=path="+run+"/vsock")...)
+	j.expect("target remote "+run+"/gdb", "ready")
+	j.do("give")
+	j.settle("raw", isRaw)
+	j.do("TSTP", "stopped", "take")
+	if s := j.termios(); s != j.settings {
+		t.Errorf("stopped, and the terminal is not as it was: %+v", s)
+	}
+	j.do("continue", "give")
+	j.settle("raw", isRaw)
+	j.typeIn("abc")
+	j.expect("abc")
+	d := dialGDB(t, run+"/gdb") // as root
+	d.send("D")
+	d.want("OK")
+	if fi, err := os.Lstat(run + "/vsock"); err != nil || fi.Mode().Type() != os.ModeSocket {
+		t.Errorf("vsock: %v, %v", fi, err)
+	}
+	for disk, want := range map[string]string{"mem:1M": "", "/run/new,size=1M": "", run + "/new2,size=1M": "",
+		"/none": "; the machine is in a jail: put it in " + run + ", and add it as /run/NAME"} {
+		r := gvmRuns(t, jailUser(t, dir, "disk", "add", "j", disk))
+		if (r.status == 0) != (want == "") || !strings.Contains(r.errs, want) {
+			t.Errorf("add %s: status %d: %s%s", disk, r.status, r.out, r.errs)
+		}
+	}
+	j.typeIn("q")
+	j.end(0)
+	if err := errors.Join(os.Remove(run+"/new"), os.Remove(run+"/new2")); err != nil {
+		t.Error(err)
+	}
+	if left, err := os.ReadDir(run); err == nil && len(left) > 0 {
+		t.Errorf("left in %s: %v", run, left)
+	}
+}
+
 // TestJailVhost: root makes the kernel's target of a machine in a jail, and the janitor removes it after
 // every end. If the janitor is dead too, the next jail's does.
 func TestJailVhost(t *testing.T) {
@@ -220,24 +265,24 @@ func TestJailVhost(t *testing.T) {
 	isEmpty := func() {
 		t.Helper()
 		for range 1000 {
-			if len(objects()) == 0 {
+			if left, _ := os.ReadDir(dir); len(objects()) == 0 && len(left) == 0 {
 				return
 			}
 			time.Sleep(10 * time.Millisecond)
 		}
-		t.Errorf("left in LIO: %+v", objects())
+		t.Errorf("left in LIO: %+v, or in %s", objects(), dir)
 	}
 	for _, tt := range []struct {
-		word    string
-		janitor bool // is killed
-		signal  syscall.Signal
-		status  int
+		word   string
+		killed string // before the signal
+		signal syscall.Signal
+		status int
 	}{
-		{"write", false, 0, 0},
-		{"spin", false, syscall.SIGTERM, exitTerminated},
-		{"spin", false, syscall.SIGKILL, -1},
-		{"spin", true, syscall.SIGKILL, -1},
-		{"write", false, 0, 0},
+		{"write", "", 0, 0},
+		{"spin", "gvm-broker", syscall.SIGTERM, exitTerminated},
+		{"spin", "gvm-broker", syscall.SIGKILL, -1}, // only the janitor is left
+		{"spin", "gvm-janitor", syscall.SIGKILL, -1},
+		{"write", "", 0, 0},
 	} {
 		p := startOnTerminal(t, append(guestRun(tt.word), jailed...)...)
 		if tt.word == "write" {
@@ -268,10 +313,8 @@ func TestJailVhost(t *testing.T) {
 				t.Errorf("disk %s: status %d: %s%s", words, r.status, r.out, r.errs)
 			}
 		}
-		if tt.janitor {
-			if err := syscall.Kill(childOf(t, pid, "gvm-janitor"), syscall.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
+		if err := syscall.Kill(childOf(t, pid, tt.killed), syscall.SIGKILL); err != nil {
+			t.Fatal(err)
 		}
 		p.signal(tt.signal)
 		if tt.signal == syscall.SIGKILL { // the terminal stays as it is
@@ -279,7 +322,7 @@ func TestJailVhost(t *testing.T) {
 		} else if r := p.wait(); r.status != tt.status {
 			t.Errorf("%v: status %d: %q", tt.signal, r.status, r.out)
 		}
-		if !tt.janitor {
+		if tt.killed != "gvm-janitor" {
 			isEmpty()
 		}
 	}
