@@ -269,10 +269,13 @@ func inspectStats(c *kvmapi.VCPU) inspect.Node {
 
 // Bounds of a report.
 const (
-	reportTime  = 200 * time.Millisecond // a timeout's or a bug's report delays the end by that at most
 	reportCPUs  = 16
 	reportLines = 100
 )
+
+// reportTime bounds a report of a timeout or of a bug, which delays the end by that at most. It is a variable for
+// tests.
+var reportTime = 200 * time.Millisecond
 
 // stateReport describes the machine at an end that its guest did not choose. It runs on no vCPU's
 // thread.

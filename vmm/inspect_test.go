@@ -219,9 +219,9 @@ func TestInspectRequest(t *testing.T) {
 
 // waitForCPUs has the state of CPUs wait for a busy host, for a test in which all of them run.
 func waitForCPUs(t *testing.T) {
-	before := askPatience
-	askPatience = 5 * time.Second
-	t.Cleanup(func() { askPatience = before })
+	ask, report := askPatience, reportTime
+	askPatience, reportTime = 5*time.Second, 10*time.Second
+	t.Cleanup(func() { askPatience, reportTime = ask, report })
 }
 
 // TestReportEnds: a run that ends by its deadline or by a bug of gvm has the state in its report, and
