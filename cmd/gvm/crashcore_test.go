@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -112,7 +113,9 @@ func TestCrashCoreSignals(t *testing.T) {
 			return len(names) > 0
 		})
 		p.signal(signal)
+		begin := time.Now()
 		r = p.wait()
+		t.Logf("%s: gvm ended %v after the signal", word, time.Since(begin).Round(time.Millisecond))
 		names, err := filepath.Glob(crashes + "/*/*")
 		if err != nil {
 			t.Fatal(err)
