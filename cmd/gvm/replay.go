@@ -251,7 +251,7 @@ func newSide(ctx context.Context, undo *undoList, p *sandbox.Policy, name string
 	if err != nil {
 		return side, err
 	}
-	later(func() error { return os.RemoveAll(dir) })
+	later(func() error { return removeFlat(dir) })
 	const changes = sandbox.Read | sandbox.Write | sandbox.Remove
 	p.Paths = append(p.Paths, sandbox.Path{Name: dir, Rights: changes | sandbox.Make, Own: true},
 		sandbox.Path{Name: filepath.Dir(dir), Rights: sandbox.RemoveDir, Own: true})
@@ -281,6 +281,15 @@ func newSide(ctx context.Context, undo *undoList, p *sandbox.Policy, name string
 		side.Hosts = append(side.Hosts, host)
 	}
 	return side, nil
+}
+
+// removeFlat removes a directory of files. os.RemoveAll would open its parent, which the sandbox refuses.
+func removeFlat(dir string) error {
+	list, err := os.ReadDir(dir)
+	for _, e := range list {
+		err = errors.Join(err, os.Remove(filepath.Join(dir, e.Name())))
+	}
+	return errors.Join(err, os.Remove(dir))
 }
 
 // scratchDisks returns disks like those of a device, on new images.
