@@ -48,7 +48,13 @@ func (s *Spec) policy() sandbox.Policy {
 				allow(lio.DefaultRoot, changes&^sandbox.Make|sandbox.RemoveDir)
 			}
 			if s.Trace != "" {
-				allow(filepath.Join(tracefs.DefaultRoot, "instances"), changes|sandbox.RemoveDir)
+				// The end stops and removes this process's instances, which there are by now. The right to remove one is
+				// a right to remove others that are not in use.
+				instances := filepath.Join(tracefs.DefaultRoot, "instances")
+				allow(instances, sandbox.RemoveDir)
+				for _, name := range lio.Traces() {
+					allow(filepath.Join(instances, name), sandbox.Read|sandbox.Write)
+				}
 			}
 		}
 		if dir := besideDir(d); dir != "" && s.Files == nil {

@@ -1,9 +1,11 @@
 package machine
 
 import (
+	"strings"
 	"testing"
 
 	"gvm/broker"
+	"gvm/kvmapi/tracefs"
 	"gvm/machine/disk"
 	"gvm/sandbox"
 )
@@ -13,5 +15,16 @@ func TestPolicyOfVhost(t *testing.T) {
 	s := Spec{Sandbox: &Sandbox{}, Disks: []disk.Spec{{Path: "/a.img", Backend: disk.Vhost}}, Files: &broker.Client{}}
 	if p := s.policy(); len(p.Paths) != 0 || p.Uses != sandbox.Vhost {
 		t.Errorf("%+v", p)
+	}
+}
+
+// TestPolicyOfTrace: of the kernel's trace instances gvm changes its own alone.
+func TestPolicyOfTrace(t *testing.T) {
+	s := Spec{Sandbox: &Sandbox{}, Disks: []disk.Spec{{Path: "/a.img", Backend: disk.Vhost}}, Files: &broker.Client{},
+		Trace: "/a.trace"}
+	for _, p := range s.policy().Paths {
+		if strings.HasPrefix(p.Name, tracefs.DefaultRoot) && p.Rights != sandbox.RemoveDir {
+			t.Errorf("%+v", p)
+		}
 	}
 }

@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -139,6 +141,14 @@ func (h *host) collectTraces() (removed []string, err error) {
 		}
 	}
 	return removed, err
+}
+
+// Traces returns the names of this process's trace instances.
+func Traces() []string {
+	names, _ := tracefs.List("") // without tracefs there are none
+	return slices.DeleteFunc(names, func(n string) bool {
+		return !strings.HasPrefix(n, fmt.Sprintf("gvm-%d-", os.Getpid()))
+	})
 }
 
 func (t *Tracer) run() {
