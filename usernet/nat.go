@@ -23,7 +23,8 @@ import (
 const (
 	dialTime = 20 * time.Second
 	flowTime = 60 * time.Second // RFC 4787, REQ-5, wants 2 minutes; a full table wants less
-	closing  = 5 * time.Second  // bounds the end of a connection whose guest does not answer
+	closing  = 5 * time.Second  // how long a closed connection stays in TIME-WAIT
+	silence  = time.Minute      // bounds the end of a connection whose guest does not answer
 	dnsPort  = 53
 )
 
@@ -133,10 +134,15 @@ func (n *network) join(guest *gonet.TCPConn, ep tcpip.Endpoint, host net.Conn) {
 }
 
 // drain waits until a closed endpoint has given up its buffers: it still sends its data, and a
-// guest that does not take it must not have the memory of more connections than there may be.
+// guest that does not take it must not have the memory of more connections than there may be. One
+// that answers, however slowly it reads, gets all of it.
 func (n *network) drain(ep tcpip.Endpoint) {
-	end := time.Now().Add(closing)
+	answers := &ep.Stats().(*tcp.Stats).SegmentsReceived
+	last, end := answers.Value(), time.Now().Add(silence)
 	for wait := time.Millisecond; time.Now().Before(end); wait = min(2*wait, 200*time.Millisecond) {
+		if v := answers.Value(); v != last {
+			last, end = v, time.Now().Add(silence)
+		}
 		switch tcp.EndpointState(ep.State()) {
 		case tcp.StateTimeWait, tcp.StateClose, tcp.StateError:
 			return
