@@ -83,7 +83,7 @@ type guest struct {
 
 // stalled is how long a transfer may be without a byte: then it has ended. The stack gives up after
 // 15 minutes.
-const stalled = 30 * time.Second
+const stalled = time.Minute
 
 // ends has the state of each end of each connection after its last segment.
 var ends sync.Map
