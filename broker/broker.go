@@ -43,6 +43,7 @@ type broker struct {
 	log     func(string)
 	slots   chan struct{} // one for each request under way
 	kernel  kernel
+	keeper  func() error // starts a keeper; nil: there is one
 
 	mu          sync.Mutex
 	closed      bool // the command line's files are known
@@ -82,8 +83,8 @@ func (f *found) close() {
 	}
 }
 
-func newBroker(c *net.UnixConn, machine int, log func(string)) *broker {
-	return &broker{conn: c, machine: machine, log: log, slots: make(chan struct{}, maxRequests),
+func newBroker(c *net.UnixConn, machine int, keeper func() error, log func(string)) *broker {
+	return &broker{conn: c, machine: machine, log: log, keeper: keeper, slots: make(chan struct{}, maxRequests),
 		kernel: kernel{lio.AddTo, lio.RemoveFrom, lio.TakeDown}, images: map[string]image{}, beside: map[string]bool{}}
 }
 
@@ -222,10 +223,12 @@ func (b *broker) keep(m message) {
 		if b.closed {
 			break
 		}
-		// An open inode has no successor of its number.
-		if pin, err := unix.Open(string(f.Path), unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0); err == nil {
-			b.own, b.pins = append(b.own, f), append(b.pins, os.NewFile(uintptr(pin), string(f.Path)))
+		if pin := f.pin(); pin != nil {
+			b.own, b.pins = append(b.own, f), append(b.pins, pin)
 		}
+	}
+	if !b.closed && m.Kept {
+		b.keeper = nil
 	}
 	b.closed = b.closed || m.Op == closed
 }
@@ -378,11 +381,19 @@ func (b *broker) addTo(m message) (notes []string, err error) {
 		g.found, g.until = nil, time.Time{}
 		b.images[path] = g
 	}
+	if ok && b.keeper != nil {
+		if err = b.keeper(); err == nil {
+			b.keeper = nil
+		}
+	}
 	b.mu.Unlock()
 	if !ok {
 		return nil, b.refuse(m)
 	}
 	defer found.close()
+	if err != nil {
+		return nil, err
+	}
 	found.facts.Uses = nil // the machine has those
 	f, err := block.Import(found.facts, []*os.File{found.file}, block.Options{})
 	if err != nil {
@@ -409,6 +420,9 @@ const (
 	socketFD
 	lockFD
 )
+
+// keeperFD is a pidfd of the keeper's machine.
+const keeperFD = 3
 
 // Main is the program of the broker. log takes a line for the user.
 func Main(args []string, log func(string)) error {
@@ -440,7 +454,7 @@ func Main(args []string, log func(string)) error {
 	if err != nil {
 		return err
 	}
-	b := newBroker(c.(*net.UnixConn), machine, said)
+	b := newBroker(c.(*net.UnixConn), machine, func() error { return startKeeper(name, machine, nil) }, said)
 	door.Serve(b.pass)
 	inOrder := b.serve()
 	err = errors.Join(b.removeOwn(), door.Close())
@@ -466,11 +480,8 @@ func (b *broker) pass(conn *net.UnixConn, head []byte, add *control.AddDisk) err
 	return send(b.conn, message{Op: connection}, head, f)
 }
 
-// afterDeath removes the kernel's targets that a machine has left.
+// afterDeath waits for the end of a machine, and removes the kernel's targets that it has left.
 func afterDeath(process int) error {
-	if _, err := os.Stat(lio.DefaultRoot); err != nil {
-		return nil
-	}
 	if process >= 0 {
 		// The descriptors of a process are closed before it counts as dead.
 		fds := []unix.PollFd{{Fd: int32(process), Events: unix.POLLIN}}
@@ -479,6 +490,9 @@ func afterDeath(process int) error {
 				break
 			}
 		}
+	}
+	if _, err := os.Stat(lio.DefaultRoot); err != nil {
+		return nil
 	}
 	_, err := lio.Collect("")
 	return err

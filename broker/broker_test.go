@@ -35,11 +35,18 @@ const (
 )
 
 func TestMain(m *testing.M) {
-	if os.Args[0] == Arg0 {
-		if err := Main(os.Args, func(s string) { println(s) }); err != nil {
-			println(err.Error())
-			os.Exit(1)
-		}
+	var err error
+	switch os.Args[0] {
+	case Arg0:
+		err = Main(os.Args, func(s string) { println(s) })
+	case KeeperArg0:
+		err = Keep(os.Args)
+	}
+	if err != nil {
+		println(err.Error())
+		os.Exit(1)
+	}
+	if os.Args[0] == Arg0 || os.Args[0] == KeeperArg0 {
 		os.Exit(0)
 	}
 	if dir := os.Getenv(machineEnv); dir != "" {
@@ -80,9 +87,10 @@ type setup struct {
 	asks    *control.Client
 	dir     string
 
-	mu     sync.Mutex
-	log    []string
-	kernel kernel // of the broker, which holds mu meanwhile
+	mu      sync.Mutex
+	log     []string
+	kernel  kernel // of the broker, which holds mu meanwhile
+	keepers int
 }
 
 func newSetup(t *testing.T) *setup {
@@ -105,7 +113,7 @@ func newSetup(t *testing.T) *setup {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.Client = newClient(ours, func(string) {})
+	s.Client = newClient("m", ours, func(string) {})
 	s.process = &os.Process{}
 	close(s.started)
 	socket, lock, err := server.HandOver(listener{s.Client}, s.end)
@@ -120,7 +128,13 @@ func newSetup(t *testing.T) *setup {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.broker = newBroker(theirs, os.Getpid(), func(line string) {
+	keeper := func() error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.keepers++
+		return nil
+	}
+	s.broker = newBroker(theirs, os.Getpid(), keeper, func(line string) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.log = append(s.log, line)
@@ -414,7 +428,7 @@ func TestGrantEnds(t *testing.T) {
 
 // TestGrantsAreBounded: requests that the machine refuses make the broker keep no more and no more of them.
 func TestGrantsAreBounded(t *testing.T) {
-	b := newBroker(nil, 0, nil)
+	b := newBroker(nil, 0, nil, nil)
 	b.images["made"] = image{made: true}
 	last := ""
 	for i := range 4 * maxGrants {
@@ -523,12 +537,11 @@ func idle(dir string) {
 	os.Exit(0)
 }
 
-// TestDeath kills the machine, or its broker, or neither, or stops the broker until the machine has ended.
-// None leaves a file; one in the sandbox may leave the directory of all empty. The broker removes a socket elsewhere,
-// and if it is dead, the machine tells of it.
+// TestDeath kills the machine, or its broker, or its keeper, or neither, or stops the broker until the machine
+// has ended. None leaves a file or a socket elsewhere; one in the sandbox may leave the directory of all empty.
 func TestDeath(t *testing.T) {
-	for _, how := range []string{"neither", "machine", "broker", "stop", "neither sandboxed", "machine sandboxed",
-		"broker sandboxed", "stop sandboxed"} {
+	for _, how := range []string{"neither", "machine", "broker", "keeper", "stop", "neither sandboxed",
+		"machine sandboxed", "broker sandboxed", "keeper sandboxed", "stop sandboxed"} {
 		t.Run(how, func(t *testing.T) {
 			kill, boxed := strings.CutSuffix(how, " sandboxed")
 			dir := filepath.Join(t.TempDir(), "run")
@@ -549,7 +562,7 @@ func TestDeath(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// The broker has the other end of errs too, so that its end is that of both processes.
+			// The broker and the keeper have the other end of errs too, so that its end is that of all processes.
 			errs, w, err := os.Pipe()
 			if err != nil {
 				t.Fatal(err)
@@ -582,10 +595,12 @@ func TestDeath(t *testing.T) {
 			case "machine":
 				_ = c.Process.Kill()
 			case "broker":
-				_ = unix.Kill(child(t, c.Process.Pid), unix.SIGKILL)
+				_ = unix.Kill(child(t, c.Process.Pid, Arg0), unix.SIGKILL)
 				read(note)
+			case "keeper":
+				_ = unix.Kill(child(t, c.Process.Pid, KeeperArg0), unix.SIGKILL)
 			case "stop":
-				stopped, _ = os.FindProcess(child(t, c.Process.Pid))
+				stopped, _ = os.FindProcess(child(t, c.Process.Pid, Arg0))
 				_ = stopped.Signal(unix.SIGSTOP)
 				for stat := ""; !strings.Contains(stat, ") T "); { // until then its other threads run on
 					b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", stopped.Pid))
@@ -606,16 +621,10 @@ func TestDeath(t *testing.T) {
 			if (err == nil) != (kill != "machine") {
 				t.Errorf("%v: %s", err, said)
 			}
-			stays := "note: " + dir + ".sock stays, as the broker that removes it does not answer: remove it\n"
-			told := said
-			if kill == "broker" || kill == "stop" {
-				told = strings.Replace(said, stays, "", 1)
-			}
-			if strings.Contains(told, note) != (kill == "broker") || kill != "broker" && told != "" ||
-				(told != said) != (kill == "broker" || kill == "stop") {
+			if strings.Contains(said, note) != (kill == "broker") || kill != "broker" && said != "" {
 				t.Errorf("%q", said)
 			}
-			if _, err := os.Lstat(dir + ".sock"); (err == nil) != (kill == "broker") {
+			if _, err := os.Lstat(dir + ".sock"); !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("the socket: %v", err)
 			}
 			if left, _ := filepath.Glob(dir + "/*"); len(left) > 0 {
@@ -631,20 +640,21 @@ func TestDeath(t *testing.T) {
 	}
 }
 
-// child returns the only child of a process.
-func child(t *testing.T, pid int) int {
+// child returns the child of a process that has the first word.
+func child(t *testing.T, pid int, word string) int {
 	t.Helper()
 	stats, _ := filepath.Glob("/proc/[0-9]*/status")
 	for _, file := range stats {
 		b, _ := os.ReadFile(file)
-		if !bytes.Contains(b, []byte("\nPPid:\t"+strconv.Itoa(pid)+"\n")) {
+		words, _ := os.ReadFile(filepath.Join(filepath.Dir(file), "cmdline"))
+		if !bytes.Contains(b, []byte("\nPPid:\t"+strconv.Itoa(pid)+"\n")) || !bytes.HasPrefix(words, []byte(word+"\x00")) {
 			continue
 		}
 		if child, err := strconv.Atoi(filepath.Base(filepath.Dir(file))); err == nil {
 			return child
 		}
 	}
-	t.Fatal("no broker")
+	t.Fatalf("no %s", word)
 	return 0
 }
 
@@ -673,7 +683,7 @@ func FuzzMessage(f *testing.F) {
 		if len(b) > maxMessage/2 {
 			return
 		}
-		s := newBroker(theirs, 1, func(string) {})
+		s := newBroker(theirs, 1, nil, func(string) {})
 		s.closed = true
 		if _, _, err := ours.WriteMsgUnix(b, nil, nil); err != nil {
 			t.Fatal(err)

@@ -29,6 +29,7 @@ var errEnded = errors.New("the broker has ended: this machine can open no files 
 // Client is the machine's end. It is the block.Files of the machine's disks, which opens the files
 // itself before Close, and a net.Listener with the connections of the control socket.
 type Client struct {
+	machine string // its name
 	note    func(string)
 	conn    *net.UnixConn
 	started chan struct{} // closed when process and startErr are set
@@ -70,7 +71,7 @@ func Start(s *control.Server, d control.Directory, name string, note func(string
 		theirs.Close()
 		return nil, fmt.Errorf("broker: %w", err)
 	}
-	c := newClient(conn, note)
+	c := newClient(name, conn, note)
 	socket, lock, err := s.HandOver(listener{c}, c.end)
 	if err != nil {
 		theirs.Close()
@@ -78,7 +79,7 @@ func Start(s *control.Server, d control.Directory, name string, note func(string
 		return nil, fmt.Errorf("broker: %w", err)
 	}
 	panics.Go(func() {
-		c.process, c.failed = execute(d, name, theirs, socket, lock)
+		c.process, c.failed = execute([]string{Arg0, name, d.Path()}, theirs, socket, lock)
 		if c.failed != nil { // which Shut says
 			c.mu.Lock()
 			c.ending = true
@@ -98,8 +99,8 @@ func Start(s *control.Server, d control.Directory, name string, note func(string
 	return c, nil
 }
 
-func newClient(conn *net.UnixConn, note func(string)) *Client {
-	c := &Client{note: note, conn: conn, started: make(chan struct{}), over: make(chan struct{}),
+func newClient(machine string, conn *net.UnixConn, note func(string)) *Client {
+	c := &Client{machine: machine, note: note, conn: conn, started: make(chan struct{}), over: make(chan struct{}),
 		name: make(chan struct{}), connections: make(chan net.Conn, maxArrivals), refused: make(chan struct{}),
 		waiting: map[uint64]chan answer{}}
 	c.refuse = sync.OnceFunc(func() { close(c.refused) })
@@ -117,15 +118,15 @@ func pairEnd(fd int) (*net.UnixConn, error) {
 	return c.(*net.UnixConn), nil
 }
 
-// execute starts the program again as a broker, in a session of its own: signals for the machine's group
-// are not for it.
-func execute(d control.Directory, name string, files ...*os.File) (*os.Process, error) {
+// execute starts the program again as a broker or keeper, in a session of its own: signals for the machine's
+// group are not for it.
+func execute(args []string, files ...*os.File) (*os.Process, error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return nil, fmt.Errorf("broker: %w", err)
 	}
 	defer null.Close()
-	p, err := os.StartProcess("/proc/self/exe", []string{Arg0, name, d.Path()}, &os.ProcAttr{
+	p, err := os.StartProcess("/proc/self/exe", args, &os.ProcAttr{
 		// It has little to do, and its memory counts for each machine. The first value counts.
 		Env:   append([]string{"GOMAXPROCS=1"}, os.Environ()...),
 		Files: append([]*os.File{null, null, os.Stderr}, files...),
@@ -254,23 +255,9 @@ func (c *Client) RemoveAtEnd(path string, made fs.FileInfo) (remove func() error
 	}
 }
 
-// tellLeft tells of the machine's sockets that the broker has not removed.
-func (c *Client) tellLeft() {
-	for _, f := range c.own {
-		if f.there() {
-			c.note(fmt.Sprintf("%s stays, as the broker that removes it does not answer: remove it", f.Path))
-		}
-	}
-}
-
 // end ends the broker, which gives up the machine's name.
-func (c *Client) end() (err error) {
+func (c *Client) end() error {
 	<-c.started
-	defer func() {
-		if err != nil {
-			c.tellLeft()
-		}
-	}()
 	c.mu.Lock()
 	c.ending = true
 	patience := endPatience
@@ -291,13 +278,20 @@ func (c *Client) end() (err error) {
 	}
 }
 
-// Shut has the broker open all files from now on, for a machine that may open none any more.
+// Shut has the broker open all files from now on, for a machine that may open none any more. If the machine has
+// files to be removed at its end or a target of the kernel's, Shut starts a keeper.
 func (c *Client) Shut() error {
 	<-c.started
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.process == nil {
 		return c.failed
+	}
+	kept := len(c.own) > 0 || lio.Owns(os.Getpid())
+	if kept {
+		if err := startKeeper(c.machine, os.Getpid(), c.own); err != nil {
+			return err
+		}
 	}
 	var paths []text.Name
 	size := 0
@@ -322,7 +316,7 @@ func (c *Client) Shut() error {
 		}
 	}
 	c.shut, c.images = true, nil
-	return send(c.conn, message{Op: closed, Paths: paths}, nil)
+	return send(c.conn, message{Op: closed, Paths: paths, Kept: kept}, nil)
 }
 
 // isShut reports whether the broker opens the files.
@@ -495,8 +489,8 @@ func (c *Client) TakeDown(t *lio.Target) error {
 	c.mu.Lock()
 	c.taking--
 	c.mu.Unlock()
-	if errors.Is(err, errEnded) {
-		return disk.ErrNoTeardown
+	if errors.Is(err, errEnded) { // the keeper does it
+		return nil
 	}
 	return err
 }

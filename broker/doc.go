@@ -8,6 +8,9 @@
 // machine's end. It removes the socket, and other sockets that the machine names before it may open none, after
 // that end, and the kernel's targets of a machine that died.
 //
+// A machine with such a socket or target has a third process, the keeper. It removes them when the machine has
+// ended, if they are still there because the broker was killed.
+//
 // The two have a pair of sockets (SOCK_SEQPACKET). A message is a line of JSON, then data, with
 // descriptors (SCM_RIGHTS).
 package broker
@@ -66,6 +69,7 @@ type message struct {
 	Path  text.Name   `json:",omitempty"`
 	Paths []text.Name `json:",omitempty"`
 	Files []ownFile   `json:",omitempty"`
+	Kept  bool        `json:",omitempty"` // of closed: the machine has a keeper
 
 	Flag    int         `json:",omitempty"`
 	Perm    fs.FileMode `json:",omitempty"`
@@ -84,18 +88,25 @@ type ownFile struct {
 	Dev, Ino uint64
 }
 
-// there reports whether the file is at its path.
-func (f *ownFile) there() bool {
-	var st unix.Stat_t
-	return unix.Lstat(string(f.Path), &st) == nil && st.Dev == f.Dev && st.Ino == f.Ino
+// pin opens the file, because an open inode has no successor of its number; nil: it is not there.
+func (f *ownFile) pin() *os.File {
+	fd, err := unix.Open(string(f.Path), unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil
+	}
+	return os.NewFile(uintptr(fd), string(f.Path))
 }
 
 // remove removes the file, unless another has its path.
 func (f *ownFile) remove() error {
-	if !f.there() {
+	var st unix.Stat_t
+	if unix.Lstat(string(f.Path), &st) != nil || st.Dev != f.Dev || st.Ino != f.Ino {
 		return nil
 	}
-	return os.Remove(string(f.Path))
+	if err := os.Remove(string(f.Path)); !errors.Is(err, fs.ErrNotExist) { // the broker and the keeper may meet
+		return err
+	}
+	return nil
 }
 
 // options are those of block.Options that the machine gives.

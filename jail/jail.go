@@ -131,6 +131,10 @@ func Enter(c Config) error {
 		return err
 	}
 	if c.Prepare != nil {
+		// Another one, in case the first is killed: what Prepare makes would stay.
+		if err := startJanitor(c.Dir, g.path, lock); err != nil {
+			return err
+		}
 		if err := c.Prepare(); err != nil {
 			return err
 		}

@@ -38,7 +38,9 @@ func main() {
 func gvm(args []string) (status int) {
 	switch args[0] {
 	case broker.Arg0:
-		return runBroker(args)
+		return runBroker(args, broker.Main)
+	case broker.KeeperArg0:
+		return runBroker(args, func(args []string, _ func(string)) error { return broker.Keep(args) })
 	case jail.Arg0:
 		return runJanitor(args)
 	}

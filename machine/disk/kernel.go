@@ -36,13 +36,9 @@ type Targets interface {
 	AddTo(t *lio.Target, u lio.Unit) (notes []string, err error)
 	// RemoveFrom is t.Remove.
 	RemoveFrom(t *lio.Target, lun int) error
-	// TakeDown is t.Close. The error is ErrNoTeardown where the target stays.
+	// TakeDown is t.Close.
 	TakeDown(t *lio.Target) error
 }
-
-// ErrNoTeardown is the error of Targets.TakeDown of a machine that may not take down its target itself, and
-// whose broker has ended.
-var ErrNoTeardown = errors.New("the broker has ended")
 
 // Direct is the Targets of a process that changes them itself.
 type Direct struct{}
@@ -113,11 +109,6 @@ func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) e
 			}
 			if r.kernel == nil {
 				break
-			}
-			if errors.Is(r.err, ErrNoTeardown) {
-				ds.mishaps.note(fmt.Sprintf("%s: the kernel's target %s stays, as the broker that takes it down has ended: "+
-					"gvm lio gc removes it", ds.nameOf(r.kernel), r.kernel.target.WWN))
-				r.err = nil
 			}
 			errs = append(errs, r.err)
 			left = slices.DeleteFunc(left, func(k *kernelTarget) bool { return k == r.kernel })
