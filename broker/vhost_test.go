@@ -120,20 +120,13 @@ func TestVhost(t *testing.T) {
 // stopped does not wait for it once more at its end.
 func TestTakeDownDeaths(t *testing.T) {
 	for _, stopped := range []bool{false, true} {
-		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		ours, err := pairEnd(fds[0])
-		if err != nil {
-			t.Fatal(err)
-		}
+		ours, theirs := pair(t)
 		c := newClient("m", ours, func(string) {})
 		c.shut = true
 		close(c.started)
 		go c.receive()
 		if !stopped {
-			unix.Close(fds[1])
+			theirs.Close()
 			if err := c.TakeDown(&lio.Target{WWN: "naa.5001405000000001"}); err != nil {
 				t.Error(err)
 			}
@@ -147,7 +140,7 @@ func TestTakeDownDeaths(t *testing.T) {
 				t.Errorf("%v, waited %v", err, time.Since(began))
 			}
 		})
-		unix.Close(fds[1])
+		theirs.Close()
 	}
 }
 

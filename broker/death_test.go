@@ -1,0 +1,175 @@
+package broker
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/control"
+	"gvm/sandbox"
+)
+
+// idle is a machine with a real broker. It prints a line when the broker has its files, and ends when
+// its input does.
+func idle(dir string) {
+	fail := func(err error) {
+		if err != nil {
+			println(err.Error())
+			os.Exit(1)
+		}
+	}
+	d := control.In(dir)
+	s, err := control.Claim(d, "m")
+	fail(err)
+	c, err := Start(s, d, "m", func(s string) { println("note: " + s) })
+	fail(err)
+	own := dir + ".sock"
+	fail(os.WriteFile(own, nil, 0o600))
+	made, err := os.Lstat(own)
+	fail(err)
+	remove := c.RemoveAtEnd(own, made)
+	fail(c.Shut())
+	if os.Getenv(sandboxEnv) != "" {
+		_, err := sandbox.Prepare(sandbox.Policy{Mode: sandbox.On, Uses: sandbox.Broker, Paths: []sandbox.Path{
+			{Name: d.Path(), Rights: sandbox.RemoveDir, Own: true},
+			{Name: d.Machine("m"), Rights: sandbox.Remove, Own: true},
+		}, Refused: func(c sandbox.Refusal) { println(c.String()) }}).Enter()
+		fail(err)
+	}
+	s.Serve(&fakeMachine{files: c})
+	_, _ = os.Stdout.WriteString("ready\n")
+	_, _ = os.Stdin.Read(make([]byte, 1))
+	fail(remove())
+	fail(s.Close())
+	os.Exit(0)
+}
+
+// TestDeath kills the machine, or its broker, or its keeper, or neither, or stops the broker until the machine
+// has ended. None leaves a file or a socket elsewhere; one in the sandbox may leave the directory of all empty.
+func TestDeath(t *testing.T) {
+	for _, how := range []string{"neither", "machine", "broker", "keeper", "stop", "neither sandboxed",
+		"machine sandboxed", "broker sandboxed", "keeper sandboxed", "stop sandboxed"} {
+		t.Run(how, func(t *testing.T) {
+			kill, boxed := strings.CutSuffix(how, " sandboxed")
+			dir := filepath.Join(t.TempDir(), "run")
+			exe, err := os.Executable()
+			if err != nil {
+				t.Fatal(err)
+			}
+			c := exec.CommandContext(t.Context(), exe)
+			c.Env = append(os.Environ(), machineEnv+"="+dir)
+			if boxed {
+				c.Env = append(c.Env, sandboxEnv+"=1")
+			}
+			in, err := c.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			out, err := c.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			// The broker and the keeper have the other end of errs too, so that its end is that of all processes.
+			errs, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer errs.Close()
+			c.Stderr = w
+			if err := c.Start(); err != nil {
+				t.Fatal(err)
+			}
+			w.Close()
+			if _, err := out.Read(make([]byte, 16)); err != nil {
+				t.Fatal(err)
+			}
+			asks := control.NewClient(control.In(dir), "m")
+			if i, err := asks.Info(t.Context()); err != nil || i.Name != "m" {
+				t.Errorf("%+v, %v", i, err)
+			}
+			var stopped *os.Process
+			const note = "disks can no longer be added"
+			said := ""
+			read := func(until string) {
+				for b := make([]byte, 4096); until == "" || !strings.Contains(said, until); {
+					n, err := errs.Read(b)
+					if said += string(b[:n]); err != nil {
+						return
+					}
+				}
+			}
+			switch kill {
+			case "machine":
+				_ = c.Process.Kill()
+			case "broker":
+				_ = unix.Kill(child(t, c.Process.Pid, Arg0), unix.SIGKILL)
+				read(note)
+			case "keeper":
+				_ = unix.Kill(child(t, c.Process.Pid, KeeperArg0), unix.SIGKILL)
+			case "stop":
+				stopped, _ = os.FindProcess(child(t, c.Process.Pid, Arg0))
+				_ = stopped.Signal(unix.SIGSTOP)
+				for stat := ""; !strings.Contains(stat, ") T "); { // until then its other threads run on
+					b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", stopped.Pid))
+					if stat = string(b); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			in.Close()
+			err = c.Wait()
+			if stopped != nil {
+				if left, _ := filepath.Glob(dir + "/*"); len(left) > 0 {
+					t.Errorf("left beside the stopped broker: %v", left)
+				}
+				_ = stopped.Signal(unix.SIGCONT)
+			}
+			read("")
+			if (err == nil) != (kill != "machine") {
+				t.Errorf("%v: %s", err, said)
+			}
+			if strings.Contains(said, note) != (kill == "broker") || kill != "broker" && said != "" {
+				t.Errorf("%q", said)
+			}
+			if _, err := os.Lstat(dir + ".sock"); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("the socket: %v", err)
+			}
+			if left, _ := filepath.Glob(dir + "/*"); len(left) > 0 {
+				t.Errorf("left: %v: %s", left, said)
+			}
+			if list, err := control.In(dir).List(); err != nil || list != nil {
+				t.Errorf("%v, %v", list, err)
+			}
+			if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("the directory is left: %v", err)
+			}
+		})
+	}
+}
+
+// child returns the child of a process that has the first word.
+func child(t *testing.T, pid int, word string) int {
+	t.Helper()
+	stats, _ := filepath.Glob("/proc/[0-9]*/status")
+	for _, file := range stats {
+		b, _ := os.ReadFile(file)
+		words, _ := os.ReadFile(filepath.Join(filepath.Dir(file), "cmdline"))
+		if !bytes.Contains(b, []byte("\nPPid:\t"+strconv.Itoa(pid)+"\n")) || !bytes.HasPrefix(words, []byte(word+"\x00")) {
+			continue
+		}
+		if child, err := strconv.Atoi(filepath.Base(filepath.Dir(file))); err == nil {
+			return child
+		}
+	}
+	t.Fatalf("no %s", word)
+	return 0
+}
