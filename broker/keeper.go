@@ -15,8 +15,8 @@ import (
 // one the files that it removes, as JSON.
 const KeeperArg0 = "gvm-keeper"
 
-// startKeeper starts the process that removes what a machine has left when the machine has ended: its kernel's
-// target and its own files. The broker does that too, and may have been killed.
+// startKeeper starts a process that waits for the machine's end, and then removes its kernel's target and its own
+// files if they are left. The broker does that too, and may have been killed.
 func startKeeper(name string, machine int, own []ownFile) error {
 	fail := func(err error) error { return fmt.Errorf("start the keeper of %s: %w", name, err) }
 	fd, err := unix.PidfdOpen(machine, 0)

@@ -131,7 +131,7 @@ func Enter(c Config) error {
 		return err
 	}
 	if c.Prepare != nil {
-		// Another one, in case the first is killed: what Prepare makes would stay.
+		// Another one, in case the first is killed: objects that Prepare makes would stay.
 		if err := startJanitor(c.Dir, g.path, lock); err != nil {
 			return err
 		}

@@ -144,7 +144,7 @@ func (l *link) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
 // narrow takes one unit from the window of a TCP segment that the stack made.
 //
 // The stack drops a segment outside its receive window, with the acknowledgment in it, and the end
-// of that window moves back by up to a unit of its scale: what it announces is rounded down. A peer
+// of that window moves back by up to a unit of its scale: the announced size is rounded down. A peer
 // that sent up to an earlier end, and of which the last bytes were not taken, acknowledges from beyond
 // the end. All it acknowledges is lost until the reader makes room. If the reader waits for that
 // itself, as a server that echoes does, the connection is stuck. With a unit less the peer does not

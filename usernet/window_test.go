@@ -106,7 +106,7 @@ func (p *peer) receive() (seq uint32, data []byte) {
 }
 
 // TestFullWindow: a guest that has filled the window of the gateway, and whose last byte was lost,
-// acknowledges what the gateway sends.
+// acknowledges the data that the gateway sends.
 func TestFullWindow(t *testing.T) {
 	for _, offloads := range []uint32{0, allOffloads} {
 		t.Run(fmt.Sprint("offloads=", offloads), func(t *testing.T) { testFullWindow(t, offloads) })

@@ -40,7 +40,7 @@ func refusedBy(status int) func(sandbox.Refusal) {
 	}
 }
 
-// noteLacks tells of what a sandbox lacks.
+// noteLacks tells of the parts that a sandbox lacks.
 func noteLacks(r sandbox.Report, note func(string)) {
 	if len(r.Missing) > 0 && sandboxNotes {
 		note("sandbox: " + strings.Join(r.Missing, "; "))

@@ -114,23 +114,17 @@ func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) e
 			left = slices.DeleteFunc(left, func(k *kernelTarget) bool { return k == r.kernel })
 		}
 		for _, k := range left {
-			mend := ""
-			for _, u := range k.units {
+			name, mend := k.target.WWN, ""
+			for i, u := range k.units {
 				busy[u.Backend] = true
-				mend = "; gvm lio gc removes the rest"
+				if i == 0 {
+					name, mend = ds.paths[u.Backend.(*block.File).Path()], "; gvm lio gc removes the rest"
+				}
 			}
-			ds.mishaps.note(fmt.Sprintf("%s: the kernel has not let go of it; gvm ends without that%s", ds.nameOf(k), mend))
+			ds.mishaps.note(fmt.Sprintf("%s: the kernel has not let go of it; gvm ends without that%s", name, mend))
 		}
 		return errors.Join(errs...)
 	}
-}
-
-// nameOf returns the path of a target's first disk, or the target's name.
-func (ds *Set) nameOf(k *kernelTarget) string {
-	for _, u := range k.units {
-		return ds.paths[u.Backend.(*block.File).Path()]
-	}
-	return k.target.WWN
 }
 
 // findKernels returns the target with the disk of gvm's that the kernel serves and that has a LUN, a
