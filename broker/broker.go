@@ -43,7 +43,6 @@ type broker struct {
 	log     func(string)
 	slots   chan struct{} // one for each request under way
 	kernel  kernel
-	keeper  func() error // starts a keeper; nil: there is one
 
 	mu          sync.Mutex
 	closed      bool // the command line's files are known
@@ -83,8 +82,8 @@ func (f *found) close() {
 	}
 }
 
-func newBroker(c *net.UnixConn, machine int, keeper func() error, log func(string)) *broker {
-	return &broker{conn: c, machine: machine, log: log, keeper: keeper, slots: make(chan struct{}, maxRequests),
+func newBroker(c *net.UnixConn, machine int, log func(string)) *broker {
+	return &broker{conn: c, machine: machine, log: log, slots: make(chan struct{}, maxRequests),
 		kernel: kernel{lio.AddTo, lio.RemoveFrom, lio.TakeDown}, images: map[string]image{}, beside: map[string]bool{}}
 }
 
@@ -226,9 +225,6 @@ func (b *broker) keep(m message) {
 		if pin := f.pin(); pin != nil {
 			b.own, b.pins = append(b.own, f), append(b.pins, pin)
 		}
-	}
-	if !b.closed && m.Kept {
-		b.keeper = nil
 	}
 	b.closed = b.closed || m.Op == closed
 }
@@ -381,19 +377,11 @@ func (b *broker) addTo(m message) (notes []string, err error) {
 		g.found, g.until = nil, time.Time{}
 		b.images[path] = g
 	}
-	if ok && b.keeper != nil {
-		if err = b.keeper(); err == nil {
-			b.keeper = nil
-		}
-	}
 	b.mu.Unlock()
 	if !ok {
 		return nil, b.refuse(m)
 	}
 	defer found.close()
-	if err != nil {
-		return nil, err
-	}
 	found.facts.Uses = nil // the machine has those
 	f, err := block.Import(found.facts, []*os.File{found.file}, block.Options{})
 	if err != nil {
@@ -454,7 +442,7 @@ func Main(args []string, log func(string)) error {
 	if err != nil {
 		return err
 	}
-	b := newBroker(c.(*net.UnixConn), machine, func() error { return startKeeper(name, machine, nil) }, said)
+	b := newBroker(c.(*net.UnixConn), machine, said)
 	door.Serve(b.pass)
 	inOrder := b.serve()
 	err = errors.Join(b.removeOwn(), door.Close())

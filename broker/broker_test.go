@@ -85,10 +85,9 @@ type setup struct {
 	asks    *control.Client
 	dir     string
 
-	mu      sync.Mutex
-	log     []string
-	kernel  kernel // of the broker, which holds mu meanwhile
-	keepers int
+	mu     sync.Mutex
+	log    []string
+	kernel kernel // of the broker, which holds mu meanwhile
 }
 
 // pair returns the two ends of a machine and its broker.
@@ -131,13 +130,7 @@ func newSetup(t *testing.T) *setup {
 	if err != nil {
 		t.Fatal(err)
 	}
-	keeper := func() error {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.keepers++
-		return nil
-	}
-	s.broker = newBroker(theirs, os.Getpid(), keeper, func(line string) {
+	s.broker = newBroker(theirs, os.Getpid(), func(line string) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.log = append(s.log, line)
@@ -431,7 +424,7 @@ func TestGrantEnds(t *testing.T) {
 
 // TestGrantsAreBounded: requests that the machine refuses make the broker keep no more and no more of them.
 func TestGrantsAreBounded(t *testing.T) {
-	b := newBroker(nil, 0, nil, nil)
+	b := newBroker(nil, 0, nil)
 	b.images["made"] = image{made: true}
 	last := ""
 	for i := range 4 * maxGrants {
@@ -519,7 +512,7 @@ func FuzzMessage(f *testing.F) {
 		if len(b) > maxMessage/2 {
 			return
 		}
-		s := newBroker(theirs, 1, nil, func(string) {})
+		s := newBroker(theirs, 1, func(string) {})
 		s.closed = true
 		if _, _, err := ours.WriteMsgUnix(b, nil, nil); err != nil {
 			t.Fatal(err)

@@ -287,9 +287,8 @@ func (c *Client) Shut() error {
 	if c.process == nil {
 		return c.failed
 	}
-	kept := len(c.own) > 0 || lio.Owns(os.Getpid())
-	if kept {
-		if err := startKeeper(c.machine, os.Getpid(), c.own); err != nil {
+	if len(c.own) > 0 || lio.Owns(os.Getpid()) { // no target comes later
+		if err := startKeeper(c.machine, c.own); err != nil {
 			return err
 		}
 	}
@@ -316,7 +315,7 @@ func (c *Client) Shut() error {
 		}
 	}
 	c.shut, c.images = true, nil
-	return send(c.conn, message{Op: closed, Paths: paths, Kept: kept}, nil)
+	return send(c.conn, message{Op: closed, Paths: paths}, nil)
 }
 
 // isShut reports whether the broker opens the files.

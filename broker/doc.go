@@ -69,7 +69,6 @@ type message struct {
 	Path  text.Name   `json:",omitempty"`
 	Paths []text.Name `json:",omitempty"`
 	Files []ownFile   `json:",omitempty"`
-	Kept  bool        `json:",omitempty"` // of closed: the machine has a keeper
 
 	Flag    int         `json:",omitempty"`
 	Perm    fs.FileMode `json:",omitempty"`

@@ -15,11 +15,11 @@ import (
 // one the files that it removes, as JSON.
 const KeeperArg0 = "gvm-keeper"
 
-// startKeeper starts a process that waits for the machine's end, and then removes its kernel's target and its own
+// startKeeper starts a process that waits for this machine's end, and then removes its kernel's target and its own
 // files if they are left. The broker does that too, and may have been killed.
-func startKeeper(name string, machine int, own []ownFile) error {
+func startKeeper(name string, own []ownFile) error {
 	fail := func(err error) error { return fmt.Errorf("start the keeper of %s: %w", name, err) }
-	fd, err := unix.PidfdOpen(machine, 0)
+	fd, err := unix.PidfdOpen(os.Getpid(), 0)
 	if err != nil {
 		return fail(err)
 	}
