@@ -7,4 +7,4 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-func TestMain(m *testing.M) { os.Exit(lab.Main(m, lab.Options{Direct: lab.KVM})) }
+func TestMain(m *testing.M) { os.Exit(lab.Main(m, lab.Options{Direct: lab.KVM, CPUs: 1})) }

@@ -89,7 +89,7 @@ func TestAPICIDs(t *testing.T) {
 		r, err := embeddedtest.ParseReport(text)
 		up := fmt.Sprintf("cpus: %d of %d up, boot CPU has APIC id %d, %s mode", len(c.ids), len(c.ids), c.ids[0], c.mode)
 		if out.Ending != PoweredOff || err != nil || !r.Passed || r.Interrupts == 0 || !strings.Contains(text, up) {
-			t.Errorf("%s: %s, %v, %v: want %q\n%s", name, out.Ending, out.Err, err, up, text)
+			t.Errorf("%s\n%s: %s, %v, %v: want %q", text, name, out.Ending, out.Err, err, up)
 		}
 	}
 }
@@ -110,7 +110,7 @@ func TestPinsReachHighIDs(t *testing.T) {
 		Console: console,
 	})
 	if text := console.out.String(); err != nil || out.Ending != PoweredOff || !strings.Contains(text, "abcq") {
-		t.Errorf("%s, %v, %v\n%s", out.Ending, out.Err, err, text)
+		t.Errorf("%s\n%s, %v, %v", text, out.Ending, out.Err, err)
 	}
 }
 

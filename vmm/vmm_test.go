@@ -175,7 +175,7 @@ func TestEndings(t *testing.T) {
 		}
 		if out.Ending != c.want || (out.Err == nil) != (c.err == "") ||
 			out.Err != nil && !strings.Contains(out.Err.Error(), c.err) {
-			t.Errorf("%s: %s, %v\n%s", c.words, out.Ending, out.Err, console.out.String())
+			t.Errorf("%s\n%s: %s, %v", console.out.String(), c.words, out.Ending, out.Err)
 		}
 		if c.want == GuestCrashed && !strings.Contains(out.Report, "code at rip: ") &&
 			!strings.HasPrefix(out.Report, "the guest's registers are lost: ") &&
