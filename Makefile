@@ -194,17 +194,17 @@ model: ## every state of the model of the split virtqueue, by spin
 	$(GO) test -tags built -count=1 -timeout 10m -run '^TestModel$$' -v ./devices/virtio/virtq
 
 # Suites of Linux's own tests, whose sources are elsewhere: not words of ALL. SUITE runs one, of the
-# tests that TESTS names or else the second argument.
+# tests that TESTS names or else the second argument. With CONTINUE=1 it keeps the outcomes of the run before.
 SUITE = @test -x '$($(1))/check' || { echo '$@: $(1)=DIR names no source of it: git clone $(3)' >&2; exit 2; }; \
-	mkdir -p bench && $(MAKE) -C '$($(1))' && $(1)='$(abspath $($(1)))' TESTS='$(or $(TESTS),$(2))' FSTYP=$(FSTYP) \
+	mkdir -p bench && $(if $(CONTINUE),,rm -f bench/$(5).json &&) $(MAKE) -C '$($(1))' && $(1)='$(abspath $($(1)))' TESTS='$(or $(TESTS),$(2))' FSTYP=$(FSTYP) \
 	$(GOTEST) -tags built -count=1 -timeout 24h -parallel 1 -v -outputdir bench -run '^$(4)$$' ./guest-tests/linux
 
-blktests: ## blktests' block and scsi groups, or TESTS, on disks of gvm's and QEMU's, in the lab: BLKTESTS=DIR
-	$(call SUITE,BLKTESTS,block scsi,https://github.com/linux-blktests/blktests,TestBlktests)
+blktests: ## blktests' block and scsi groups, or TESTS, on disks of gvm's and QEMU's, in the lab: BLKTESTS=DIR; CONTINUE=1 goes on
+	$(call SUITE,BLKTESTS,block scsi,https://github.com/linux-blktests/blktests,TestBlktests,blktests)
 
 FSTYP ?= ext4
-xfstests: ## xfstests' quick group, or TESTS, on the same disks: XFSTESTS=DIR, FSTYP=ext4
-	$(call SUITE,XFSTESTS,quick,https://git.kernel.org/pub/scm/fs/xfs/xfstests-dev.git,TestXfstests)
+xfstests: ## xfstests' quick group, or TESTS, on the same disks: XFSTESTS=DIR, FSTYP=ext4, CONTINUE=1
+	$(call SUITE,XFSTESTS,quick,https://git.kernel.org/pub/scm/fs/xfs/xfstests-dev.git,TestXfstests,xfstests-$(FSTYP))
 
 # The system's QEMU and the lab's, which the benchmarks of Linux fetch before.
 LAB_CACHE = $(or $(GVM_LAB_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gvm-lab)

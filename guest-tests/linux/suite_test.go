@@ -1,0 +1,346 @@
+package linux
+
+import (
+	"cmp"
+	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"gvm/guest-tests/lab"
+)
+
+// A suite is tests of Linux that others maintain. The variable env names its tree, which is built.
+type suite struct {
+	name, env string
+	// setup is a shell's script before the first test, and check runs the test $t.
+	setup, check string
+	disks        int
+	// list returns the tests that a word of $TESTS stands for.
+	list func(dir, word string) ([]string, error)
+	// outcome finds the verdict and its reason in the output of check.
+	outcome func(out string) (verdict, reason string)
+}
+
+// An outcome is the result of one test on the disks of one way.
+type outcome struct {
+	Test    string `json:"test"`
+	Way     string `json:"way"`
+	Verdict string `json:"verdict"` // passed, failed, not run, timed out, or lost: its guest had no end
+	Reason  string `json:"reason,omitempty"`
+	Seconds int    `json:"seconds"`
+}
+
+// suiteLimit is the time that a test has: $LIMIT seconds, or two minutes.
+func suiteLimit() time.Duration {
+	if s, err := strconv.Atoi(os.Getenv("LIMIT")); err == nil {
+		return time.Duration(s) * time.Second
+	}
+	return 2 * time.Minute
+}
+
+// A suiteWay runs a shell's script in a guest with empty disks, the host's files below an overlay, and the
+// suite's tree. It calls progress with the output so far whenever there is more. It returns the output, and
+// how the guest ended if not by the script's end.
+type suiteWay struct {
+	name string
+	run  func(t *testing.T, k *lab.Kernel, dir string, disks int, script string, progress func(out string)) (
+		out string, err error)
+}
+
+// run runs the tests that $TESTS names in each way, except those that have an outcome in out's JSON from a
+// run that was interrupted. It writes JSON to out after each test, and a table and JUnit at the end. It fails
+// if a test passes on QEMU's disk alone.
+func (s suite) run(t *testing.T, k *lab.Kernel, ways []suiteWay, out string) {
+	dir, words := os.Getenv(s.env), strings.Fields(os.Getenv("TESTS"))
+	var tests []string
+	for _, word := range words {
+		some, err := s.list(dir, word)
+		must(t, err)
+		if len(some) == 0 {
+			t.Fatalf("no tests of %s in %s", word, dir)
+		}
+		for _, name := range some {
+			name = strings.TrimPrefix(name, filepath.Join(dir, "tests")+"/")
+			if _, err := os.Stat(filepath.Join(dir, "tests", name)); err != nil {
+				t.Fatal(err)
+			}
+			tests = append(tests, name)
+		}
+	}
+	all := s.load(t, out)
+	only := strings.Fields(cmp.Or(os.Getenv("WAYS"), "process vhost qemu"))
+	for _, way := range ways {
+		if slices.Contains(only, way.name) {
+			all = s.runWay(t, k, way, dir, out, tests, all)
+		}
+	}
+	s.report(t, out, all)
+}
+
+// runWay runs those of tests that all has no outcome of, and returns all with theirs.
+func (s suite) runWay(t *testing.T, k *lab.Kernel, way suiteWay, dir, to string, tests []string,
+	all []outcome) []outcome {
+	left := s.left(tests, way.name, all)
+	for tries := 0; len(left) > 0; {
+		ended := 0
+		out, err := way.run(t, k, dir, s.disks, s.script(k, dir, left), func(out string) {
+			if n := strings.Count(out, "\n--- "); n > ended {
+				ended = n
+				s.save(t, to, merge(all, s.outcomes(out, way.name)))
+			}
+		})
+		done := s.outcomes(out, way.name)
+		if len(done) == 0 && err == nil {
+			t.Fatalf("%s: no test began:\n%s", way.name, out)
+		}
+		if len(done) < len(left) && (len(done) == 0 || !done[len(done)-1].endless()) {
+			done = append(done, outcome{Test: left[len(done)], Way: way.name, Verdict: "lost"})
+		}
+		if last := &done[len(done)-1]; last.Verdict == "lost" && err != nil {
+			last.Reason = err.Error()
+			if tries++; tries < 4 && os.Getenv(lab.InLabEnv) == "1" && lost.MatchString(last.Reason) {
+				t.Logf("%s on %s: the lab lost a guest", last.Test, way.name)
+				done = done[:len(done)-1]
+			}
+		}
+		for _, o := range done {
+			t.Logf("%s on %s: %s in %d s %s", o.Test, o.Way, o.Verdict, o.Seconds, o.Reason)
+		}
+		all, left = merge(all, done), left[len(done):]
+		s.save(t, to, all)
+	}
+	return all
+}
+
+// left returns the tests without an outcome in a way, and after them those that were lost.
+func (s suite) left(tests []string, way string, all []outcome) (left []string) {
+	var again []string
+	for _, test := range tests {
+		switch i := slices.IndexFunc(all, func(o outcome) bool { return o.Test == test && o.Way == way }); {
+		case i < 0:
+			left = append(left, test)
+		case all[i].Verdict == "lost":
+			again = append(again, test)
+		}
+	}
+	return append(left, again...)
+}
+
+// merge returns the outcomes of both, in the order of tests, with those of more in place of all's.
+func merge(all, more []outcome) []outcome {
+	all = slices.DeleteFunc(slices.Clone(all), func(o outcome) bool {
+		return slices.ContainsFunc(more, func(m outcome) bool { return m.Test == o.Test && m.Way == o.Way })
+	})
+	all = append(all, more...)
+	slices.SortStableFunc(all, func(a, b outcome) int { return strings.Compare(a.Test, b.Test) })
+	return all
+}
+
+// load returns the outcomes that out has of a run before, if any.
+func (s suite) load(t *testing.T, out string) (all []outcome) {
+	file := filepath.Join(out, s.name+".json")
+	b, err := os.ReadFile(file)
+	if out == "" || errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	must(t, err)
+	if err := json.Unmarshal(b, &all); err != nil {
+		t.Fatalf("%s has no outcomes of a run before: %v; remove it", file, err)
+	}
+	return all
+}
+
+// save writes the outcomes.
+func (s suite) save(t *testing.T, out string, all []outcome) {
+	if out == "" {
+		return
+	}
+	b, err := json.MarshalIndent(all, "", "\t")
+	must(t, err)
+	file := filepath.Join(out, s.name+".json")
+	must(t, os.WriteFile(file+".new", append(b, '\n'), 0o666))
+	must(t, os.Rename(file+".new", file))
+}
+
+// script returns the script that runs tests one after the other. It ends after one that has no end.
+func (s suite) script(k *lab.Kernel, dir string, tests []string) string {
+	return fmt.Sprintf(`
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+mkdir -p /lib/modules
+ln -s %s /lib/modules/
+ln -s %s /boot/
+[ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
+modprobe -q configfs
+mount -t configfs none /sys/kernel/config
+mount -t debugfs none /sys/kernel/debug
+for d in a b c d e; do
+	[ $d = a ] || [ %d != 1 ] || break
+	until [ -b /dev/sd$d ]; do sleep 0.1; done
+done
+cd %s
+%s
+for t in %s; do
+	echo "=== $t"
+	start=$(date +%%s)
+	export t
+	timeout -s KILL %d %s </dev/null 2>&1
+	[ $? != 137 ] || killed=killed
+	echo "--- $t $(($(date +%%s) - start)) $killed"
+	[ -z "$killed" ] || exit 0
+done
+`, k.Modules, filepath.Join(filepath.Dir(k.BZImage), "config-"+k.Release), s.disks, dir, s.setup,
+		strings.Join(tests, " "), int(suiteLimit().Seconds()), s.check)
+}
+
+var suiteTest = regexp.MustCompile(`(?ms)^=== (\S+)\n(.*?)(?:^--- (\S+) (\d+) (killed)?$|\z)`)
+
+// outcomes finds the results of tests in the output of script.
+func (s suite) outcomes(out, way string) (all []outcome) {
+	for _, m := range suiteTest.FindAllStringSubmatch(strings.ReplaceAll(out, "\r", ""), -1) {
+		o := outcome{Test: m[1], Way: way, Verdict: "lost"}
+		switch {
+		case m[3] != m[1]:
+		case m[5] != "":
+			o.Verdict, o.Reason = "timed out", fmt.Sprintf("no end in %v", suiteLimit())
+		default:
+			if o.Verdict, o.Reason = s.outcome(m[2]); o.Verdict == "" {
+				o.Verdict = "failed"
+				o.Reason = "no verdict: " + strings.ReplaceAll(strings.TrimSpace(m[2]), "\n", "; ")
+			}
+		}
+		o.Seconds, _ = strconv.Atoi(m[4])
+		all = append(all, o)
+	}
+	return all
+}
+
+// endless tells whether the test had no end; its guest ran no other after it.
+func (o outcome) endless() bool { return o.Verdict == "lost" || o.Verdict == "timed out" }
+
+// report writes a table of the outcomes, and JUnit.
+func (s suite) report(t *testing.T, out string, all []outcome) {
+	type problem struct {
+		Message string `xml:"message,attr"`
+	}
+	type testcase struct {
+		Class   string   `xml:"classname,attr"`
+		Name    string   `xml:"name,attr"`
+		Time    int      `xml:"time,attr"`
+		Failure *problem `xml:"failure"`
+		Skipped *problem `xml:"skipped"`
+	}
+	var cases []testcase
+	var tests []string
+	of := map[[2]string]outcome{}
+	for _, o := range all {
+		of[[2]string{o.Test, o.Way}] = o
+		tests = append(tests, o.Test)
+		c := testcase{Class: s.name + "." + o.Way, Name: o.Test, Time: o.Seconds}
+		switch o.Verdict {
+		case "failed", "lost", "timed out":
+			c.Failure = &problem{o.Verdict + ": " + o.Reason}
+		case "not run":
+			c.Skipped = &problem{o.Reason}
+		}
+		cases = append(cases, c)
+	}
+	var table, reasons strings.Builder
+	ways := []string{"process", "vhost", "qemu"}
+	fmt.Fprintf(&table, "| %s | %s | |\n|---|---|---|---|---|\n", s.name, strings.Join(ways, " | "))
+	for _, test := range slices.Compact(tests) {
+		row := []string{test}
+		reasons.Reset()
+		for _, way := range ways {
+			o := of[[2]string{test, way}]
+			row = append(row, o.Verdict)
+			if o.Reason != "" && !strings.Contains(reasons.String(), o.Reason) {
+				reasons.WriteString(strings.ReplaceAll(o.Reason, "|", `\|`) + ". ")
+			}
+		}
+		fmt.Fprintf(&table, "| %s | %s |\n", strings.Join(row, " | "), strings.TrimSpace(reasons.String()))
+		qemu := of[[2]string{test, "qemu"}].Verdict
+		for _, way := range ways {
+			if o := of[[2]string{test, way}]; o.Verdict != qemu && (o.Verdict == "failed" || o.endless()) {
+				t.Errorf("%s: %q with %s, %q with qemu", test, o.Verdict, way, qemu)
+			}
+		}
+	}
+	fmt.Printf("\n%s", &table)
+	if out == "" {
+		return
+	}
+	junit, err := xml.MarshalIndent(struct {
+		XMLName xml.Name   `xml:"testsuite"`
+		Name    string     `xml:"name,attr"`
+		Tests   int        `xml:"tests,attr"`
+		Cases   []testcase `xml:"testcase"`
+	}{Name: s.name, Tests: len(cases), Cases: cases}, "", "\t")
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(out, s.name+".xml"), append(junit, '\n'), 0o666))
+	must(t, os.WriteFile(filepath.Join(out, s.name+".md"), []byte(table.String()), 0o666))
+}
+
+// TestSuiteContinues: what a run had is there after its end in the midst of a guest, and the next run does
+// the rest, and what was lost at last.
+func TestSuiteContinues(t *testing.T) {
+	dir, out := t.TempDir(), t.TempDir()
+	for _, name := range []string{"block/001", "block/002", "scsi/001"} {
+		file := filepath.Join(dir, "tests", name)
+		must(t, os.MkdirAll(filepath.Dir(file), 0o777))
+		must(t, os.WriteFile(file, nil, 0o666))
+	}
+	t.Setenv("SUITE", dir)
+	t.Setenv("WAYS", "")
+	s := suite{name: "suite", env: "SUITE",
+		list:    func(_, word string) ([]string, error) { return []string{word}, nil },
+		outcome: func(out string) (verdict, reason string) { return strings.TrimSpace(out), "" }}
+	// run runs tests with an end of the guest, and after it an end of the run if stop is set.
+	run := func(tests, output string, stop bool) (ran string) {
+		t.Helper()
+		t.Setenv("TESTS", tests)
+		way := suiteWay{"qemu", func(t *testing.T, _ *lab.Kernel, _ string, _ int, script string, progress func(string)) (
+			string, error) {
+			_, ran, _ = strings.Cut(script, "for t in ")
+			ran, _, _ = strings.Cut(ran, ";")
+			progress(output)
+			if stop {
+				panic(errStopped)
+			}
+			return output, nil
+		}}
+		defer func() {
+			if r := recover(); r != nil && r != any(errStopped) {
+				panic(r)
+			}
+		}()
+		s.run(t, &lab.Kernel{}, []suiteWay{way}, out)
+		return ran
+	}
+	const ended = "=== block/001\r\npassed\r\n--- block/001 3 \r\n"
+	run("block/001 block/002 scsi/001", ended+"=== block/002\n", true)
+	if all := s.load(t, out); len(all) != 2 || all[0] != (outcome{"block/001", "qemu", "passed", "", 3}) ||
+		all[1].Verdict != "lost" {
+		t.Errorf("a run that ended in block/002 left %v", all)
+	}
+	ran := run("block/001 block/002 scsi/001",
+		"=== scsi/001\nnot run\n--- scsi/001 1 \n=== block/002\nfailed\n--- block/002 2 \n", false)
+	if ran != "scsi/001 block/002" {
+		t.Errorf("the next run ran %q, want %q", ran, "scsi/001 block/002")
+	}
+	const table = "| suite | process | vhost | qemu | |\n|---|---|---|---|---|\n" +
+		"| block/001 |  |  | passed |  |\n| block/002 |  |  | failed |  |\n| scsi/001 |  |  | not run |  |\n"
+	if b, err := os.ReadFile(filepath.Join(out, "suite.md")); err != nil || string(b) != table {
+		t.Errorf("the table is\n%s%v, want\n%s", b, err, table)
+	}
+}
+
+var errStopped = errors.New("stopped")
