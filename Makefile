@@ -54,8 +54,11 @@ ZSHDIR = share/zsh/site-functions
 .PHONY: man stage install uninstall deb
 .PHONY: release vulncheck fuzz-long fuzz-table
 
-build: ## static binaries: bin/gvm, bin/gvm-plot, which draws its plots, and bin/gvm-net, its network
-	$(GO) build -tags $(TAGS) $(BUILDFLAGS) -o $(BIN)/ ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
+# gvm knows the build ID of its agent: see cmd/gvm/agent.go.
+build: ## static binaries: bin/gvm, bin/gvm-agent for its guests, bin/gvm-plot for its plots, and bin/gvm-net, its network
+	$(GO) build -tags $(TAGS) $(BUILDFLAGS) -o $(BIN)/ ./cmd/gvm-agent ./cmd/gvm-plot ./cmd/gvm-net
+	id=$$($(GO) tool buildid $(BIN)/gvm-agent) && \
+	$(GO) build -tags $(TAGS) $(BUILDFLAGS) -ldflags "$(LDFLAGS) -X main.agentID=$$id" -o $(BIN)/ ./cmd/gvm
 
 run: ## boot the embedded guest; in the lab if this machine has no /dev/kvm
 	@if [ -e /dev/kvm ]; then set -x; $(GO) run ./cmd/gvm run; else \
@@ -236,7 +239,7 @@ man: ## man pages, in bin/man
 STAGE = $(BIN)/stage
 stage: build man
 	rm -rf $(STAGE)
-	install -D -m 755 -t $(STAGE)/bin $(BIN)/gvm $(BIN)/gvm-plot $(BIN)/gvm-net
+	install -D -m 755 -t $(STAGE)/bin $(BIN)/gvm $(BIN)/gvm-agent $(BIN)/gvm-plot $(BIN)/gvm-net
 	install -D -m 644 -t $(STAGE)/share/man/man1 $(BIN)/man/*.1
 	gzip -9n $(STAGE)/share/man/man1/*.1
 	install -d $(STAGE)/share/bash-completion/completions $(STAGE)/$(ZSHDIR) $(STAGE)/share/fish/vendor_completions.d
@@ -287,7 +290,7 @@ release: ## programs, Debian package, their contents and checksums in bin/releas
 	GO='$(GO)' packaging/release.sh '$(abspath $(BIN))/release' '$(VERSION)'
 
 vulncheck: ## known vulnerabilities in the programs, by govulncheck: GOVULNDB=URL of the database
-	$(GO) run ./packaging/vulncheck -tags $(TAGS) $(if $(OPTIONAL),-optional) ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net
+	$(GO) run ./packaging/vulncheck -tags $(TAGS) $(if $(OPTIONAL),-optional) ./cmd/gvm ./cmd/gvm-agent ./cmd/gvm-plot ./cmd/gvm-net
 
 clean:
 	rm -rf bin bench

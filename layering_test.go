@@ -95,6 +95,7 @@ var may = []struct{ pkg, imports string }{
 	{"cmd/gvm-plot", "plot plot/draw"},
 	{"usernet", ""},
 	{"cmd/gvm-net", "usernet"},
+	{"cmd/gvm-agent", "guest/agent"},
 	{"machine/disk", "devices/... control inspect text"},
 	{"machine",
 		"machine/disk control vmm/... devices/... gdbstub kvmapi kvmapi/tracefs guestmem guest/embedded inspect sandbox " +

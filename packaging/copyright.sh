@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prints the licenses of gvm, gvm-plot and gvm-net, and of all that is linked into them.
+# Prints the licenses of gvm, gvm-agent, gvm-plot and gvm-net, and of all that is linked into them.
 set -eu
 cd "$(dirname "$0")/.."
 go=${GO:-go}
@@ -16,7 +16,8 @@ modules, each under its own license, which follows."
 license gvm LICENSE
 license "Go's standard library" "$("$go" env GOROOT)/LICENSE"
 modules=$("$go" list -deps -tags urfave_cli_no_docs \
-	-f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Version}} {{.Dir}}{{end}}{{end}}' ./cmd/gvm ./cmd/gvm-plot ./cmd/gvm-net | sort -u)
+	-f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Version}} {{.Dir}}{{end}}{{end}}' ./cmd/gvm \
+	./cmd/gvm-agent ./cmd/gvm-plot ./cmd/gvm-net | sort -u)
 echo "$modules" | while read -r path version dir; do
 	set -- "$dir"/LICENSE*
 	[ ! -d "$dir/licenses" ] || set -- "$@" "$dir"/licenses/*

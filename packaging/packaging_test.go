@@ -214,7 +214,7 @@ func TestPackage(t *testing.T) {
 	}
 
 	programs := map[string]*buildinfo.BuildInfo{}
-	for _, name := range []string{"gvm", "gvm-plot", "gvm-net"} {
+	for _, name := range []string{"gvm", "gvm-agent", "gvm-plot", "gvm-net"} {
 		path := filepath.Join(usr, "bin", name)
 		info, err := buildinfo.ReadFile(path)
 		if err != nil {
@@ -260,6 +260,7 @@ func TestPackage(t *testing.T) {
 		if len(commands) < 15 {
 			t.Errorf("gvm help has the commands %q", commands)
 		}
+		manPage(t, usr, "gvm-agent")
 		manPage(t, usr, "gvm-plot")
 		manPage(t, usr, "gvm-net")
 		options := manPage(t, usr, "gvm-disk")

@@ -32,7 +32,7 @@ build another/directory 077 Asia/Kolkata 3
 
 one=$work/one/bin
 deb=$(basename "$one"/gvm_*_amd64.deb .deb)
-for f in gvm gvm-plot gvm-net "$deb.deb"; do
+for f in gvm gvm-agent gvm-plot gvm-net "$deb.deb"; do
 	cmp "$one/$f" "$work/another/directory/bin/$f" || {
 		echo "release: two builds of $commit differ in $f: nothing is released" >&2
 		exit 1
@@ -40,7 +40,7 @@ for f in gvm gvm-plot gvm-net "$deb.deb"; do
 	install -D -m "$(stat -c %a "$one/$f")" -t "$work/out" "$one/$f"
 done
 "$go" run ./packaging/sbom "$("$one/gvm" --version | sed 's/.* //')" "$commit" \
-	"$one/gvm" "$one/gvm-plot" "$one/gvm-net" >"$work/out/$deb.cdx.json"
+	"$one/gvm" "$one/gvm-agent" "$one/gvm-plot" "$one/gvm-net" >"$work/out/$deb.cdx.json"
 (cd "$work/out" && sha256sum -- * >"$work/SHA256SUMS" && mv "$work/SHA256SUMS" .)
 rm -rf "$dir"
 mkdir -p "$(dirname "$dir")"

@@ -83,7 +83,7 @@ func (r *Run) accept(port uint32, c *vsock.Conn) bool {
 func (r *Run) serve(l *listener) {
 	<-r.began
 	h, err := wire.Accept(l.stream, wire.HostConfig{
-		Build:   r.cfg.Build,
+		Builds:  []string{r.cfg.Build},
 		Started: func(int) { r.mark(&r.times.Started); r.phase("the command's start") },
 		Alive:   r.touch,
 		Log:     r.cfg.Say,

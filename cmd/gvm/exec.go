@@ -97,7 +97,7 @@ const helloPatience = 10 * time.Second
 
 // openSession begins a session with the agent of a machine, which the end of ctx ends.
 func openSession(ctx context.Context, stop func(error), client *control.Client) (*wire.Host, error) {
-	build, err := wire.BuildID(ownProgram)
+	builds, err := agentIDs()
 	if err != nil {
 		return nil, err
 	}
@@ -109,7 +109,7 @@ func openSession(ctx context.Context, stop func(error), client *control.Client) 
 	silent := time.AfterFunc(helloPatience, panics.Func(func() {
 		stop(fmt.Errorf("the agent of machine %s does not answer in %v: its guest may hang", client.Name(), helloPatience))
 	}))
-	h, err := wire.Accept(conn, wire.HostConfig{Build: build})
+	h, err := wire.Accept(conn, wire.HostConfig{Builds: builds})
 	silent.Stop()
 	if err != nil {
 		conn.Close()

@@ -16,8 +16,8 @@ import (
 )
 
 // With the tag man, this program is not gvm but writes gvm's man pages into the directory that its
-// argument names: gvm(1), a page for each command, gvm-plot(1) and gvm-net(1). They come from the tree of
-// commands that makes the pages of help.
+// argument names: gvm(1), a page for each command, gvm-agent(1), gvm-plot(1) and gvm-net(1). They come from
+// the tree of commands that makes the pages of help.
 func init() { program = manPages }
 
 func manPages(args []string) int {
@@ -27,7 +27,7 @@ func manPages(args []string) int {
 	}
 	a := app(nil)
 	a.Setup()
-	pages := map[string]string{"gvm": mainPage(a), "gvm-plot": plotPage(), "gvm-net": netPage()}
+	pages := map[string]string{"gvm": mainPage(a), "gvm-agent": agentPage(), "gvm-plot": plotPage(), "gvm-net": netPage()}
 	for _, c := range a.VisibleCommands() {
 		pages["gvm-"+c.Name] = commandPage(a, c)
 	}
@@ -125,6 +125,21 @@ func commandPage(a *cli.App, c *cli.Command) string {
 		r.example(examples)
 	}
 	r.seeAlso(a, c.Name)
+	return r.String()
+}
+
+// agentPage is gvm-agent(1).
+func agentPage() string {
+	r := newRoff("gvm-agent", "the first program of the guests of gvm test")
+	r.synopsis("gvm-agent")
+	r.section("DESCRIPTION")
+	r.text("gvm test puts gvm-agent into its guests, where it runs the command. It is of no use elsewhere.")
+	r.text("gvm looks for gvm-agent beside itself. Without one of the same build gvm is the agent itself, which is " +
+		"larger: guests start later and need more memory.")
+	r.section("EXIT STATUS")
+	r.text("2.")
+	r.section("SEE ALSO")
+	r.text("gvm-test(1)")
 	return r.String()
 }
 

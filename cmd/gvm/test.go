@@ -11,7 +11,6 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"gvm/guest/agent/wire"
 	"gvm/guest/kernel"
 	"gvm/testrun"
 	"gvm/text"
@@ -285,7 +284,11 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 	if res != nil {
 		return res
 	}
-	initrd, err := t.initramfs(ctx, k, cmd)
+	agent, build, err := agentProgram()
+	if err != nil {
+		return untested(err)
+	}
+	initrd, err := t.initramfs(ctx, k, cmd, agent)
 	if err != nil {
 		return untested(err)
 	}
@@ -294,10 +297,6 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 	spec.Words = []string{"printk.time=1", "sysrq_always_enabled"}
 	spec.Note, spec.Phase, spec.Stamp = t.note, t.timing.phase, t.timing.stamp
 	spec.KernelCache, spec.Version = boot.CacheDir(), version
-	build, err := wire.BuildID(ownProgram)
-	if err != nil {
-		return untested(err)
-	}
 	cfg := testrun.Config{
 		Spec: *spec, Build: build, Rungs: t.rungs, Command: string(cmd.Args[0]),
 		Policy: t.policy, Hang: t.hang,

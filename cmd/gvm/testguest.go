@@ -154,11 +154,9 @@ func scratchVariables(disks []disk.Spec) []wire.DiskVariable {
 	return all
 }
 
-// ownProgram is gvm itself, which is the agent too.
-const ownProgram = "/proc/self/exe"
-
 // initramfs makes the guest's files: the agent, the command and the files of --file.
-func (t *testConfig) initramfs(ctx context.Context, k *kernel.Kernel, cmd *wire.Command) (_ *boot.File, err error) {
+func (t *testConfig) initramfs(ctx context.Context, k *kernel.Kernel, cmd *wire.Command, agent string) (
+	_ *boot.File, err error) {
 	b := initramfs.New()
 	defer b.Close()
 	for _, dir := range []string{"/dev", "/proc", "/sys", "/run", "/root", "/etc"} {
@@ -166,7 +164,7 @@ func (t *testConfig) initramfs(ctx context.Context, k *kernel.Kernel, cmd *wire.
 	}
 	b.Dir("/tmp", 0o777|os.ModeSticky)
 	b.Dir(t.cwd, 0o755)
-	if err := b.HostFile(ctx, "/init", ownProgram); err != nil {
+	if err := b.HostFile(ctx, "/init", agent); err != nil {
 		return nil, err
 	}
 	files := t.files

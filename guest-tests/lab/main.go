@@ -101,11 +101,32 @@ func build(packages []string) (dir string, err error) {
 	}
 	cmd := exec.Command("go", append([]string{"build", "-o", dir + "/"}, packages...)...)
 	cmd.Env = append([]string{"CGO_ENABLED=0"}, os.Environ()...)
-	if out, err := cmd.CombinedOutput(); err != nil {
+	out, err := cmd.CombinedOutput()
+	if err == nil && slices.Contains(packages, "gvm/cmd/gvm-agent") {
+		out, err = buildForAgent(dir)
+	}
+	if err != nil {
 		os.RemoveAll(dir)
 		return "", fmt.Errorf("lab: build %s: %w\n%s", strings.Join(packages, " "), err, out)
 	}
 	return dir, os.Setenv(programsEnv, dir)
+}
+
+// buildForAgent builds gvm again, for the gvm-agent in dir, as the Makefile does. The linker takes one -ldflags:
+// with those of the environment gvm is its own agent.
+func buildForAgent(dir string) (output []byte, err error) {
+	agent := filepath.Join(dir, "gvm-agent")
+	if strings.Contains(os.Getenv("GOFLAGS"), "-ldflags") {
+		return nil, os.Remove(agent)
+	}
+	id, err := exec.Command("go", "tool", "buildid", agent).Output()
+	if err != nil {
+		return nil, err
+	}
+	flags := "-ldflags=-X main.agentID=" + strings.TrimSpace(string(id))
+	cmd := exec.Command("go", "build", flags, "-o", dir+"/", "gvm/cmd/gvm")
+	cmd.Env = append([]string{"CGO_ENABLED=0"}, os.Environ()...)
+	return cmd.CombinedOutput()
 }
 
 // Main is the body of a TestMain: os.Exit(lab.Main(m, lab.Options{…})). It runs the tests here if

@@ -72,7 +72,8 @@ func busybox(t testing.TB) string {
 // TestCommand: with every kernel gvm test prints the command's output and nothing else. The guest loads
 // the modules of its disks and shares and those of --module, a script has its interpreter with the
 // libraries of it, and the command has the names of the disks of --scratch, whichever of them the kernel
-// finds first. TestRoots does it with the cloud kernel. --timing has the phases up to the guest's end.
+// finds first. TestRoots does it with the cloud kernel. --timing has the phases up to the guest's end. The
+// guest's first program is gvm-agent if it is beside gvm, else gvm.
 func TestCommand(t *testing.T) {
 	dir, bb := t.TempDir(), busybox(t)
 	script, image := filepath.Join(dir, "script"), filepath.Join(dir, "disk")
@@ -81,6 +82,7 @@ read -r _ _ release _ </proc/version
 echo "$release $1"
 until [[ -b /dev/sda ]]; do :; done
 echo guest >"$2/made"
+[[ ! -x ` + bb + ` ]] || ` + bb + ` stat -c %s /init
 [[ ! -v TEST_DEV ]] || exec ` + bb + ` sh -c '
 serials() {
 	for d; do
@@ -106,15 +108,30 @@ grep -c "^dm_mod " /proc/modules'
 		scratch += fmt.Sprintf("gvm-scratch-%d %d\n", i+1, 5<<30>>9)
 	}
 	scratch += "5\ndata\nunset\n1\n"
+	gvm, agent := lab.Program("gvm"), lab.Program("gvm-agent")
+	alone := filepath.Join(dir, "gvm") // has no gvm-agent beside it
+	if b, err := os.ReadFile(gvm); err != nil || os.WriteFile(alone, b, 0o700) != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(agent); err != nil { // under the race detector
+		agent = gvm
+	}
+	agents := map[string][2]string{"5.10": {alone, gvm}, "6.12": {gvm, agent}} // gvm, and its guest's first program
 	for _, name := range append([]string{"debian"}, lab.Versions()...) {
 		k := kernel(t, name)
 		t.Run(name, func(t *testing.T) {
 			rw := t.TempDir()
 			args, want := []string{"-v", "--timing", "--disk", image, "--rw", rw, "--timeout", "2m"}, k.Release+" a  b\n"
-			if name == "6.12" {
-				args, want = append(args, "--scratch", "5x5G", "--module", "dm-mod", "--file", bb), want+scratch
+			program := gvm
+			if a, ok := agents[name]; ok {
+				program = a[0]
+				args, want = append(args, "--file", bb), want+fmt.Sprintln(size(t, a[1]))
 			}
-			r := testOn(t, k, nil, append(args, "--", script, "a  b", rw)...)
+			if name == "6.12" {
+				args, want = append(args, "--scratch", "5x5G", "--module", "dm-mod"), want+scratch
+			}
+			args = append([]string{"test", "-k", k.BZImage}, append(args, "--", script, "a  b", rw)...)
+			r := startProgram(t, program, nil, cacheHome, args...).waitTest()
 			r.want(t, 0, want, "the agent said hello by ")
 			phases := regexp.MustCompile(`(?s)  ` + vmm.Entered + `\n.*  the agent's hello\n.*  the command's start\n.*` +
 				`  the command's end\n.*  the guest's end\n`)
@@ -129,6 +146,16 @@ grep -c "^dm_mod " /proc/modules'
 	t.Run("missing", func(t *testing.T) {
 		testOn(t, theLab(t).Cloud, nil, "--", "/no/such/program").want(t, 127, "", "/no/such/program: no such file")
 	})
+}
+
+// size returns the length of a file.
+func size(t *testing.T, path string) int64 {
+	t.Helper()
+	st, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st.Size()
 }
 
 // limit returns the output of ulimit -c here.

@@ -72,7 +72,7 @@ func testMain(m *testing.M) int {
 	}
 	options := lab.Options{
 		Direct: direct,
-		Build: []string{"gvm/cmd/gvm", "gvm/cmd/gvm-net", "gvm/guest/diskload", "gvm/guest/vsockecho",
+		Build: []string{"gvm/cmd/gvm", "gvm/cmd/gvm-agent", "gvm/cmd/gvm-net", "gvm/guest/diskload", "gvm/guest/vsockecho",
 			"gvm/guest-tests/cmd/posixtest", "gvm/guest-tests/cmd/escapes"},
 		Memory:  10 << 10, // for a guest of 6 GiB
 		CPUs:    labCPUs,

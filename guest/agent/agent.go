@@ -2,7 +2,7 @@
 // modules, connects to the host by the best transport that the kernel has, runs one command, sends
 // its output and its end, and powers the machine off. The command comes in wire.CommandFile.
 //
-// gvm is its own agent: Main takes the program over where it runs as the /init of an initramfs.
+// Main takes its program over where that runs as the /init of an initramfs: gvm-agent, or gvm.
 package agent
 
 import (

@@ -12,7 +12,7 @@
 //
 // A host serves a command like this:
 //
-//	h, err := wire.Accept(stream, wire.HostConfig{Build: build})
+//	h, err := wire.Accept(stream, wire.HostConfig{Builds: []string{build}})
 //	if err != nil {
 //		return err
 //	}

@@ -51,7 +51,7 @@ func parseExit(p []byte) (Exit, error) {
 // HostConfig configures a Host. Its functions are called in order and hold up the connection until
 // they return.
 type HostConfig struct {
-	Build   string        // BuildID of the program that is the agent too
+	Builds  []string      // BuildID of each program that may be the agent
 	Window  int           // bytes buffered for each of Stdout and Stderr; 0 is 256 KiB
 	Started func(pid int) // nil: not called
 	Alive   func()        // each AlivePeriod while the guest's user space runs
@@ -81,10 +81,10 @@ func Accept(rw io.ReadWriteCloser, cfg HostConfig) (*Host, error) {
 	h := &Host{c: c, cfg: cfg, exited: make(chan struct{}), Stdin: c.sender(stdin),
 		Stdout: c.receiver(stdout, cfg.Window), Stderr: c.receiver(stderr, cfg.Window)}
 	var err error
-	if h.Hello, err = c.frames.readHello(roleAgent, cfg.Build); err != nil {
+	if h.Hello, err = c.frames.readHello(roleAgent, cfg.Builds...); err != nil {
 		return nil, fmt.Errorf("wait for the agent: %w", err)
 	}
-	if _, err := rw.Write(appendHello(nil, roleHost, Hello{Build: cfg.Build})); err != nil {
+	if _, err := rw.Write(appendHello(nil, roleHost, Hello{Build: h.Hello.Build})); err != nil {
 		return nil, fmt.Errorf("answer the agent: %w", err)
 	}
 	if err := c.start(h.frame); err != nil {

@@ -10,7 +10,11 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
+	"slices"
+	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Version is the protocol's. Ends of different versions do not talk to each other.
@@ -142,7 +146,7 @@ func (d *frameReader) seek() error {
 
 // Hello is the first message of each end.
 type Hello struct {
-	Build string // BuildID of the sender's program
+	Build string // BuildID of the agent's program
 	Rung  string // name of the transport, for the user; the host's is empty
 }
 
@@ -170,8 +174,8 @@ func appendHello(b []byte, r role, h Hello) []byte {
 	return appendFrame(append(b, Magic...), frame{frameHello, 0, p})
 }
 
-// readHello finds the hello of a peer that has the given role, and compares its build with own.
-func (d *frameReader) readHello(peer role, own string) (Hello, error) {
+// readHello finds the hello of a peer that has the given role, and looks for its build among own.
+func (d *frameReader) readHello(peer role, own ...string) (Hello, error) {
 	if err := d.seek(); err != nil {
 		return Hello{}, err
 	}
@@ -197,8 +201,8 @@ func (d *frameReader) readHello(peer role, own string) (Hello, error) {
 		n := int(binary.LittleEndian.Uint16(p))
 		*s, p = string(p[2:2+n]), p[2+n:]
 	}
-	if h.Build != own {
-		return h, &VersionError{fmt.Sprintf("%q", own), fmt.Sprintf("%q", h.Build)}
+	if !slices.Contains(own, h.Build) {
+		return h, &VersionError{fmt.Sprintf("%q", strings.Join(own, " or ")), fmt.Sprintf("%q", h.Build)}
 	}
 	return h, nil
 }
@@ -206,7 +210,7 @@ func (d *frameReader) readHello(peer role, own string) (Hello, error) {
 // BuildID returns the build ID that Go's linker wrote into the program at path, such as
 // /proc/self/exe: programs of one ID have the same contents.
 func BuildID(path string) (string, error) {
-	file, err := os.Open(path)
+	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // which may be any file
 	if err != nil {
 		return "", err
 	}

@@ -21,7 +21,7 @@ const build = "this build"
 // pair returns both ends of a connection, whose transport has no buffer.
 func pair(t *testing.T, host HostConfig, agent AgentConfig) (*Host, *Agent) {
 	t.Helper()
-	host.Build, agent.Hello = build, Hello{build, "a pipe"}
+	host.Builds, agent.Hello = []string{build}, Hello{build, "a pipe"}
 	hs, as := net.Pipe()
 	type dialed struct {
 		a   *Agent
@@ -202,7 +202,7 @@ func TestHello(t *testing.T) {
 		"another version": {Magic + string(appendFrame(nil, frame{frameHello, 0, []byte{0, 9, 0}})), "version 9"},
 		"a long length":   {Magic + string(appendFrame(nil, frame{frameHello, 0, []byte{0, 1, 0, 9, 0}})), "cut short"},
 	} {
-		h, err := Accept(peer{strings.NewReader(tt.in)}, HostConfig{Build: build})
+		h, err := Accept(peer{strings.NewReader(tt.in)}, HostConfig{Builds: []string{build}})
 		if tt.want == "" {
 			if err != nil || h.Hello.Rung != "ttyS1" {
 				t.Errorf("%s: %v", name, err)
@@ -246,7 +246,7 @@ func TestHostileAgent(t *testing.T) {
 		for _, f := range tt.frames {
 			in = appendFrame(in, f)
 		}
-		h, err := Accept(peer{bytes.NewReader(in)}, HostConfig{Build: build, Window: 100})
+		h, err := Accept(peer{bytes.NewReader(in)}, HostConfig{Builds: []string{build}, Window: 100})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -257,6 +257,26 @@ func TestHostileAgent(t *testing.T) {
 		if _, err := h.Wait(); (err == nil) != (name == "exit twice") {
 			t.Errorf("%s: wait: %v", name, err)
 		}
+	}
+}
+
+// TestBuilds: the host talks to each of its agents, and tells it its own build ID; not to one without an ID.
+func TestBuilds(t *testing.T) {
+	for id, want := range map[string]bool{"large": true, "small": true, "": false, "large or small": false} {
+		host, agent := net.Pipe()
+		dialed := make(chan error, 1)
+		go func() {
+			_, err := Dial(agent, AgentConfig{Hello: Hello{Build: id}})
+			dialed <- err
+		}()
+		_, err := Accept(host, HostConfig{Builds: []string{"large", "small"}})
+		if err != nil {
+			host.Close()
+		}
+		if other := <-dialed; (err == nil) != want || (other == nil) != want {
+			t.Errorf("%q: host %v, agent %v", id, err, other)
+		}
+		host.Close()
 	}
 }
 
@@ -345,7 +365,7 @@ func FuzzHost(f *testing.F) {
 			b = appendFrame(b, frame{frameType(in[0]), int(in[1]), bytes.Repeat(in[3:4], int(in[2]))})
 		}
 		const window = 300
-		h, err := Accept(peer{bytes.NewReader(append(b, rest...))}, HostConfig{Build: build, Window: window})
+		h, err := Accept(peer{bytes.NewReader(append(b, rest...))}, HostConfig{Builds: []string{build}, Window: window})
 		if err != nil {
 			t.Fatal(err)
 		}
