@@ -1,6 +1,7 @@
 package usernet
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
@@ -27,6 +29,10 @@ const (
 	gsoTCPv6    = 4 // VIRTIO_NET_HDR_GSO_TCPV6
 	maxFrame    = 65550
 	queueLength = 256
+
+	// maxSlices bounds the slices of a message as IOV_MAX does: there is one for each write of the
+	// other end, of which the stack merges any number into a segment.
+	maxSlices = 1024
 )
 
 // The offloads that a guest takes, as in linux/if_tun.h.
@@ -44,13 +50,21 @@ const patience = 100 * time.Millisecond
 type link struct {
 	*channel.Endpoint // for all but the queue
 	conn              *net.UnixConn
+	raw               syscall.RawConn // conn's
 	offloads          atomic.Uint32
 	queue             chan *stack.PacketBuffer
 	done              <-chan struct{} // closed at the end of the network
 }
 
+// message is the memory for the messages of one goroutine.
+type message struct {
+	head   [headerSize]byte
+	slices [][]byte
+}
+
 func newLink(conn *net.UnixConn, done <-chan struct{}) *link {
-	l := &link{Endpoint: channel.New(0, mtu+header.EthernetMinimumSize, gatewayMAC), conn: conn,
+	raw, _ := conn.SyscallConn() // fails only if conn is nil
+	l := &link{Endpoint: channel.New(0, mtu+header.EthernetMinimumSize, gatewayMAC), conn: conn, raw: raw,
 		queue: make(chan *stack.PacketBuffer, queueLength), done: done}
 	// The guest's checksums are not checked: memory does not corrupt them, and with
 	// VIRTIO_NET_HDR_F_NEEDS_CSUM they are not there.
@@ -163,22 +177,36 @@ func narrow(p *stack.PacketBuffer) {
 
 // write sends queued frames until the network ends.
 func (l *link) write() {
-	var head [headerSize]byte
-	var message net.Buffers
+	var m message
 	for {
 		select {
 		case p := <-l.queue:
-			if l.describe(p, &head) {
-				message = append(message[:0], head[:])
-				message = append(message, p.AsSlices()...)
-				b := message      // WriteTo consumes it
-				b.WriteTo(l.conn) // fails when the socket is closed, which read sees
-			}
+			l.output(&m, p)
 			p.DecRef()
 		case <-l.done:
 			return
 		}
 	}
+}
+
+// output sends a frame as one message, or not at all if the guest does not take it. It waits for the
+// device to have room.
+func (l *link) output(m *message, p *stack.PacketBuffer) {
+	if !l.describe(p, &m.head) {
+		return
+	}
+	m.slices = append(append(m.slices[:0], m.head[:]), p.AsSlices()...)
+	if len(m.slices) > maxSlices {
+		m.slices = append(m.slices[:0], bytes.Join(m.slices, nil))
+	}
+	l.raw.Write(func(fd uintptr) bool { // fails when the socket is closed, which read sees
+		_, err := unix.Writev(int(fd), m.slices)
+		for err == unix.EINTR {
+			_, err = unix.Writev(int(fd), m.slices)
+		}
+		return err != unix.EAGAIN
+	})
+	clear(m.slices)
 }
 
 // describe writes the header of a frame, and reports false if the guest does not take it: one of a

@@ -329,7 +329,8 @@ func TestTCP(t *testing.T) {
 // TestOffloadsLost: a connection that began with offloads does not send a guest frames that it does
 // not take any longer.
 func TestOffloadsLost(t *testing.T) {
-	l := newLink(nil, nil)
+	device, _ := pair(t)
+	l := newLink(device, nil)
 	p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(make([]byte, 3000))})
 	defer p.DecRef()
 	p.GSOOptions = stack.GSO{Type: stack.GSOTCPv6, NeedsCsum: true, CsumOffset: 16, MSS: 1440, L3HdrLen: 40}

@@ -1,6 +1,7 @@
 package usernet
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -23,6 +24,8 @@ type peer struct {
 	got    uint32 // the first byte that the peer has not received
 	taken  uint32 // the first byte of the peer's that the gateway has not acknowledged
 	window uint16 // the last that the gateway announced
+	room   uint16 // the window that the peer announces, of a scale of 7
+	frame  [headerSize + maxFrame]byte
 }
 
 // send sends a segment of the peer, from seq.
@@ -37,7 +40,7 @@ func (p *peer) send(flags header.TCPFlags, seq uint32, options, payload []byte) 
 		SrcAddr: tcpip.AddrFromSlice(Guest4.AsSlice()), DstAddr: tcpip.AddrFromSlice(Gateway4.AsSlice())})
 	ip.SetChecksum(^ip.CalculateChecksum())
 	header.TCP(f[34:]).Encode(&header.TCPFields{SrcPort: p.port, DstPort: 80, SeqNum: seq, AckNum: p.got,
-		DataOffset: uint8(20 + len(options)), Flags: flags, WindowSize: 0xffff})
+		DataOffset: uint8(20 + len(options)), Flags: flags, WindowSize: p.room})
 	if _, err := p.device.Write(m); err != nil {
 		p.Fatal(err)
 	}
@@ -61,9 +64,10 @@ func (p *peer) resolve(f []byte) {
 	}
 }
 
-// receive waits for a segment of the gateway's, checks its sum, and returns its data.
+// receive waits for a segment of the gateway's, checks its length and sum, and returns its data, which the next call
+// overwrites.
 func (p *peer) receive() (seq uint32, data []byte) {
-	b := make([]byte, headerSize+maxFrame)
+	b := p.frame[:]
 	for {
 		p.device.SetReadDeadline(time.Now().Add(stalled))
 		n, err := p.device.Read(b)
@@ -78,6 +82,9 @@ func (p *peer) receive() (seq uint32, data []byte) {
 		ip := header.IPv4(f[14:])
 		if header.Ethernet(f).Type() != header.IPv4ProtocolNumber || ip.TransportProtocol() != header.TCPProtocolNumber {
 			continue
+		}
+		if len(ip) != int(ip.TotalLength()) {
+			p.Fatalf("a frame with %d bytes of a packet of %d", len(ip), ip.TotalLength())
 		}
 		s := header.TCP(ip.Payload())
 		data = s.Payload()
@@ -105,6 +112,23 @@ func (p *peer) receive() (seq uint32, data []byte) {
 	}
 }
 
+// connect connects a peer through a gateway to far, which has no buffer.
+func connect(t *testing.T, offloads uint32) (p *peer, far net.Conn) {
+	host, far := net.Pipe()
+	t.Cleanup(func() { far.Close() })
+	device := serve(t, Config{Host: true, dialer: func(context.Context, string, string) (net.Conn, error) {
+		return host, nil
+	}})
+	tell(t, device, offloads)
+	p = &peer{TB: t, device: device, port: 1000, next: 5000, room: 0xffff}
+	p.send(header.TCPFlagSyn, p.next, []byte{
+		header.TCPOptionMSS, 4, 1460 >> 8, 1460 & 255, header.TCPOptionNOP, header.TCPOptionWS, 3, 7}, nil)
+	p.receive()
+	p.next++
+	p.send(header.TCPFlagAck, p.next, nil, nil)
+	return p, far
+}
+
 // TestFullWindow: a guest that has filled the window of the gateway, and whose last byte was lost,
 // acknowledges the data that the gateway sends.
 func TestFullWindow(t *testing.T) {
@@ -114,18 +138,7 @@ func TestFullWindow(t *testing.T) {
 }
 
 func testFullWindow(t *testing.T, offloads uint32) {
-	host, far := net.Pipe() // has no buffer: far does not read
-	defer far.Close()
-	device := serve(t, Config{Host: true, dialer: func(context.Context, string, string) (net.Conn, error) {
-		return host, nil
-	}})
-	tell(t, device, offloads)
-	p := &peer{TB: t, device: device, port: 1000, next: 5000}
-	p.send(header.TCPFlagSyn, p.next, []byte{
-		header.TCPOptionMSS, 4, 1460 >> 8, 1460 & 255, header.TCPOptionNOP, header.TCPOptionWS, 3, 7}, nil)
-	p.receive()
-	p.next++
-	p.send(header.TCPFlagAck, p.next, nil, nil)
+	p, far := connect(t, offloads)
 	if p.scale == 0 {
 		t.Fatal("the gateway does not scale its windows")
 	}
@@ -165,5 +178,38 @@ func testFullWindow(t *testing.T, offloads uint32) {
 			t.Fatalf("the gateway sends byte %d for the fifth time after it was acknowledged", seq-first)
 		}
 		p.send(header.TCPFlagAck, p.next, nil, nil)
+	}
+}
+
+// TestManyWrites: what the host wrote in many pieces while the guest's window was closed comes in whole
+// frames. writev takes 1,024 pieces at once, and the rest would be a frame of the writer's making.
+func TestManyWrites(t *testing.T) {
+	for _, offloads := range []uint32{0, allOffloads} {
+		t.Run(fmt.Sprint("offloads=", offloads), func(t *testing.T) {
+			p, far := connect(t, offloads)
+			p.room = 0
+			p.send(header.TCPFlagAck, p.next, nil, nil)
+			first := p.got
+			want := make([]byte, 1300)
+			for i := range want {
+				want[i] = byte(i * 7)
+				if _, err := far.Write(want[i:][:1]); err != nil {
+					t.Fatal(err)
+				}
+			}
+			p.room = 0xffff
+			p.send(header.TCPFlagAck, p.next, nil, nil)
+			for at := 0; at < len(want); at = int(p.got - first) {
+				seq, data := p.receive()
+				if seq != p.got {
+					continue
+				}
+				if !bytes.Equal(data, want[at:][:len(data)]) {
+					t.Fatalf("%d bytes at %d are not those of the host", len(data), at)
+				}
+				p.got += uint32(len(data))
+				p.send(header.TCPFlagAck, p.next, nil, nil)
+			}
+		})
 	}
 }
