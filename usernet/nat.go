@@ -120,11 +120,11 @@ func (n *network) join(guest *gonet.TCPConn, ep tcpip.Endpoint, host net.Conn) {
 	defer stop()
 	var out sync.WaitGroup
 	out.Go(panics.Func(func() {
-		if copyConn(host, guest) != nil || closeWrite(host) != nil {
+		if copyConn(host, guest, copyBuffer) != nil || closeWrite(host) != nil {
 			broken()
 		}
 	}))
-	if copyConn(guest, host) != nil || guest.CloseWrite() != nil {
+	if copyConn(guest, host, toGuest) != nil || guest.CloseWrite() != nil {
 		broken()
 	}
 	out.Wait()
@@ -158,12 +158,12 @@ func (n *network) drain(ep tcpip.Endpoint) {
 
 var buffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 
-// copyConn copies until src ends. Buffers are copied through, and not the sockets' own ways, which
-// take as much memory and are not bounded here.
-func copyConn(dst io.Writer, src io.Reader) error {
+// copyConn copies until src ends, at most size bytes at once. Buffers are copied through, and not the
+// sockets' own ways, which take as much memory and are not bounded here.
+func copyConn(dst io.Writer, src io.Reader, size int) error {
 	b := buffers.Get().(*[copyBuffer]byte)
 	defer buffers.Put(b)
-	_, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, b[:])
+	_, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, b[:size])
 	return err
 }
 
