@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -46,7 +47,8 @@ const (
 // A loss costs a connection more: its recovery takes 200 ms.
 const patience = 100 * time.Millisecond
 
-// link is the stack's end of the wire. Frames to the guest wait in a queue.
+// link is the stack's end of the wire. A frame to the guest is sent by the goroutine that has it, or
+// waits in a queue if the device does not take it at once, or earlier ones wait.
 type link struct {
 	*channel.Endpoint // for all but the queue
 	conn              *net.UnixConn
@@ -54,6 +56,10 @@ type link struct {
 	offloads          atomic.Uint32
 	queue             chan *stack.PacketBuffer
 	done              <-chan struct{} // closed at the end of the network
+
+	mu      sync.Mutex // guards what follows; not held while a goroutine waits
+	waiting int        // frames that are to come into the queue, are in it, or that write sends
+	message message
 }
 
 // message is the memory for the messages of one goroutine.
@@ -122,13 +128,18 @@ func (l *link) receive(message []byte) {
 	l.InjectInbound(0, p)
 }
 
-// send queues a frame that the stack did not make, or loses it.
+// send sends or queues a frame that the stack did not make, or loses it.
 func (l *link) send(frame []byte) {
 	p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(frame)})
+	defer p.DecRef()
+	if l.sendNow(p) {
+		return
+	}
 	select {
-	case l.queue <- p:
+	case l.queue <- p.IncRef():
 	default:
 		p.DecRef()
+		l.waited()
 	}
 }
 
@@ -136,6 +147,9 @@ func (l *link) send(frame []byte) {
 func (l *link) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
 	for i, p := range packets.AsSlice() {
 		narrow(p)
+		if l.sendNow(p) {
+			continue
+		}
 		p = p.Clone()
 		select {
 		case l.queue <- p:
@@ -146,6 +160,7 @@ func (l *link) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
 		case l.queue <- p:
 		case <-time.After(patience):
 			p.DecRef()
+			l.waited()
 			return i, &tcpip.ErrNoBufferSpace{}
 		case <-l.done:
 			p.DecRef()
@@ -153,6 +168,25 @@ func (l *link) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
 		}
 	}
 	return packets.Len(), nil
+}
+
+// sendNow sends a frame if the device takes it now and no other waits. If it reports false, the frame
+// is one that waits: the caller queues it, or calls waited.
+func (l *link) sendNow(p *stack.PacketBuffer) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.waiting == 0 && l.output(&l.message, p, false) {
+		return true
+	}
+	l.waiting++
+	return false
+}
+
+// waited says that a frame waits no longer.
+func (l *link) waited() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.waiting--
 }
 
 // narrow takes one unit from the window of a TCP segment that the stack made.
@@ -181,32 +215,36 @@ func (l *link) write() {
 	for {
 		select {
 		case p := <-l.queue:
-			l.output(&m, p)
+			l.output(&m, p, true)
 			p.DecRef()
+			l.waited()
 		case <-l.done:
 			return
 		}
 	}
 }
 
-// output sends a frame as one message, or not at all if the guest does not take it. It waits for the
-// device to have room.
-func (l *link) output(m *message, p *stack.PacketBuffer) {
+// output sends a frame as one message, or not at all if the guest does not take it. If the device has
+// no room for it, output waits, or reports false.
+func (l *link) output(m *message, p *stack.PacketBuffer, wait bool) (sent bool) {
 	if !l.describe(p, &m.head) {
-		return
+		return true
 	}
 	m.slices = append(append(m.slices[:0], m.head[:]), p.AsSlices()...)
 	if len(m.slices) > maxSlices {
 		m.slices = append(m.slices[:0], bytes.Join(m.slices, nil))
 	}
+	sent = true
 	l.raw.Write(func(fd uintptr) bool { // fails when the socket is closed, which read sees
 		_, err := unix.Writev(int(fd), m.slices)
 		for err == unix.EINTR {
 			_, err = unix.Writev(int(fd), m.slices)
 		}
-		return err != unix.EAGAIN
+		sent = err != unix.EAGAIN
+		return sent || !wait
 	})
 	clear(m.slices)
+	return sent
 }
 
 // describe writes the header of a frame, and reports false if the guest does not take it: one of a
