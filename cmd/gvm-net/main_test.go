@@ -19,7 +19,7 @@ func TestMain(m *testing.M) {
 }
 
 // program returns gvm-net with files from descriptor 3 on.
-func program(t *testing.T, args []string, files ...*os.File) (*exec.Cmd, *bytes.Buffer) {
+func program(t testing.TB, args []string, files ...*os.File) (*exec.Cmd, *bytes.Buffer) {
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -33,7 +33,7 @@ func program(t *testing.T, args []string, files ...*os.File) (*exec.Cmd, *bytes.
 	return c, &errs
 }
 
-func pair(t *testing.T) (device, gateway *os.File) {
+func pair(t testing.TB) (device, gateway *os.File) {
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_SEQPACKET|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
