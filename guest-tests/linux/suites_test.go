@@ -25,12 +25,20 @@ import (
 // suiteDisk is the size of each disk.
 const suiteDisk = 2 << 30
 
-// suiteCPUs is the number of a guest's CPUs: the lab, with one, loses guests of more under such loads.
+// suiteCPUs is the number of a guest's CPUs: $CPUS, or 1 where a processor is emulated, as in the lab, which
+// loses guests of more under such loads, or 4.
 func suiteCPUs() string {
-	if os.Getenv(lab.InLabEnv) == "1" {
-		return "1"
+	n := "4"
+	if os.Getenv(lab.InLabEnv) == "1" || !hasKVM() {
+		n = "1"
 	}
-	return "4"
+	return cmp.Or(os.Getenv("CPUS"), n)
+}
+
+// hasKVM tells whether this machine has KVM. QEMU's guests run without it by GVM_LAB_HERE=1.
+func hasKVM() bool {
+	_, err := os.Stat("/dev/kvm")
+	return err == nil
 }
 
 // suiteWays are all ways, of which $WAYS may name some.
@@ -53,7 +61,7 @@ var suiteWays = []suiteWay{
 		must(t, os.WriteFile(file, []byte(script), 0o644))
 		g := guest{kernel: k, modules: []string{"9p", "9pnet_virtio", "overlay", "sg"},
 			files: map[string]string{"script": file}, script: `mkdir /host /memory /system
-mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,ro host /host
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,ro,cache=loose host /host
 mount -t tmpfs memory /memory
 mkdir /memory/upper /memory/work
 mount -t overlay -o lowerdir=/host,upperdir=/memory/upper,workdir=/memory/work overlay /system
@@ -70,6 +78,9 @@ echo "= ended"
 		args := append(qemuArgs("q35", k.BZImage, g.initramfs(t)), "-smp", suiteCPUs(), "-m", "2048",
 			"-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
 			"-device", "virtio-9p-pci,fsdev=host,mount_tag=host", "-device", "virtio-scsi-pci")
+		if !hasKVM() {
+			args = append(args, "-accel", "tcg", "-cpu", "max,-erms,-fsrm")
+		}
 		for i, file := range suiteFiles(t, disks) {
 			args = append(args, "-device", fmt.Sprintf("scsi-hd,drive=d%d", i), "-drive",
 				fmt.Sprintf("if=none,id=d%d,format=raw,cache=unsafe,discard=unmap,file=%s", i, file))
