@@ -53,8 +53,8 @@ func testDiskCommands(t *testing.T, name, sandbox string) {
 		os.WriteFile(filepath.Join(dir, "run.trace"), []byte("gvm-trace 1\n{"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	p := startGVM(t, dir, guestRun("--name="+name, "--disk=one.img,serial=ONE", "--sandbox="+sandbox, "spin")...)
-	p.expect("spinning")
+	p := startGVM(t, dir, guestRun("--name="+name, "--disk=one.img,serial=ONE", "--sandbox="+sandbox, "hang")...)
+	p.expect("hanging")
 	pid := fmt.Sprint(p.cmd.Process.Pid)
 	one, two := filepath.Join(dir, "one.img"), filepath.Join(dir, "two.img")
 	for _, v := range []struct {
@@ -72,7 +72,7 @@ func testDiskCommands(t *testing.T, name, sandbox string) {
 		{"inspect VM paused", 0, "paused true\n", ""},
 		{"inspect " + pid + " disk/0/path", 0, "disk/0/path " + one + "\n", ""},
 		{"inspect VM disk/0/ --json", 0, `"serial": "ONE",`, ""},
-		{"inspect VM vcpu/0/mp_state --json", 0, `"runnable"` + "\n", ""},
+		{"inspect VM vcpu/0/mp_state --json", 0, `"halted"` + "\n", ""},
 		{"inspect VM pause", 2, "", `no "pause" in the machine; did you mean paused?`},
 		{"inspect VM disk/9", 2, "", `no "9" in disk, which has 0`},
 		{"inspect VM disk 0", 2, "", "inspect takes [VM] [PATH], and got 3 words"},
@@ -373,8 +373,8 @@ func TestStopWaits(t *testing.T) {
 // It is not parallel: tests beside it would see the note about the machine.
 func TestStoppedMachine(t *testing.T) {
 	name := fmt.Sprintf("asleep-%d", os.Getpid())
-	p := startGVM(t, t.TempDir(), guestRun("--name="+name, "spin")...)
-	p.expect("spinning")
+	p := startGVM(t, t.TempDir(), guestRun("--name="+name, "hang")...)
+	p.expect("hanging")
 	p.signal(syscall.SIGSTOP)
 	pid := fmt.Sprintf("(process %d)", p.cmd.Process.Pid)
 	var all []*proc // at the same time, as each waits

@@ -99,8 +99,8 @@ func TestImageInUse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := startGVM(t, dir, guestRun("--disk=disk.img", "--disk=full.img,overlay=full.ovl", "spin")...)
-	p.expect("spinning")
+	p := startGVM(t, dir, guestRun("--disk=disk.img", "--disk=full.img,overlay=full.ovl", "hang")...)
+	p.expect("hanging")
 	info := func(name string) (i block.Info) {
 		t.Helper()
 		r := ask(t, dir, "image", "info", "--json", name)

@@ -64,8 +64,8 @@ func TestJail(t *testing.T) {
 		signal syscall.Signal
 		status int
 	}{{syscall.SIGTERM, exitTerminated}, {syscall.SIGKILL, -1}, {0, exitQuit}} {
-		p := startOnTerminal(t, append(guestRun("spin"), jailed...)...)
-		p.expect("spinning")
+		p := startOnTerminal(t, append(guestRun("hang"), jailed...)...)
+		p.expect("hanging")
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 		if err != nil || !strings.Contains(string(status), fmt.Sprintf("Uid:\t%d\t%[1]d\t%[1]d\t%[1]d\n", user)) ||
 			!strings.Contains(string(status), "Seccomp:\t2") {
@@ -118,8 +118,8 @@ func TestJailLimits(t *testing.T) {
 		t.Fatal(err)
 	}
 	args := []string{"--jail", dir, "--uid=41234", "--gid=41234", "--memory=64M", "--jail-limit=pids=300,cpus=1.5"}
-	p := startOnTerminal(t, append(guestRun("spin"), append(args, "--jail-limit=memory=512M")...)...)
-	p.expect("spinning")
+	p := startOnTerminal(t, append(guestRun("hang"), append(args, "--jail-limit=memory=512M")...)...)
+	p.expect("hanging")
 	all, err := filepath.Glob(groups + "/gvm/*jail")
 	if err != nil || len(all) != 1 {
 		t.Fatalf("groups %q, %v", all, err)
@@ -279,9 +279,9 @@ func TestJailVhost(t *testing.T) {
 		status int
 	}{
 		{"write", "", 0, 0},
-		{"spin", "gvm-broker", syscall.SIGTERM, exitTerminated},
-		{"spin", "gvm-broker", syscall.SIGKILL, -1}, // only the janitors are left
-		{"spin", "gvm-janitor", syscall.SIGKILL, -1},
+		{"hang", "gvm-broker", syscall.SIGTERM, exitTerminated},
+		{"hang", "gvm-broker", syscall.SIGKILL, -1}, // only the janitors are left
+		{"hang", "gvm-janitor", syscall.SIGKILL, -1},
 		{"write", "", 0, 0},
 	} {
 		p := startOnTerminal(t, append(guestRun(tt.word), jailed...)...)
@@ -296,7 +296,7 @@ func TestJailVhost(t *testing.T) {
 			isEmpty()
 			continue
 		}
-		p.expect("spinning")
+		p.expect("hanging")
 		pid := p.cmd.Process.Pid
 		if list := objects(); len(list) != 2 || !slices.ContainsFunc(list, func(o lio.Object) bool {
 			return o.Owner.PID == pid && o.Owner.Alive && string(o.Image) == data

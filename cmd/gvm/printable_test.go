@@ -255,9 +255,9 @@ func TestNamesOfBytes(t *testing.T) {
 	}
 	name := fmt.Sprintf("names-%d", os.Getpid())
 	p := startGVM(t, dir, "run", "--name", name, "--kernel", "kernel\xff", "-i", "one\xff", "-i", " three ",
-		"--cmdline", "spin", "--disk", "one\xff,serial=ONE", "--disk", " three ,serial=THREE",
+		"--cmdline", "hang", "--disk", "one\xff,serial=ONE", "--disk", " three ,serial=THREE",
 		"--disk", "over\xfe,serial=OVER,overlay=layer\xff", "--trace", "trace\xff")
-	p.expect("spinning")
+	p.expect("hanging")
 	for _, tt := range []struct{ args, want string }{
 		{"list", `/d\xe4/kernel\xff`},
 		{"list --json", `/d\udce4/kernel\udcff"`},

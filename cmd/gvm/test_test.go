@@ -159,9 +159,9 @@ func TestFileLink(t *testing.T) {
 	}
 }
 
-// spinningTest returns a gvm test whose guest runs until it is stopped, and a function that waits for
+// haltedTest returns a gvm test whose guest halts until it is stopped, and a function that waits for
 // the guest. The kernel's log is a FIFO.
-func spinningTest(t *testing.T, args ...string) (c *exec.Cmd, wait func()) {
+func haltedTest(t *testing.T, args ...string) (c *exec.Cmd, wait func()) {
 	t.Helper()
 	log := filepath.Join(t.TempDir(), "log")
 	if err := syscall.Mkfifo(log, 0o600); err != nil {
@@ -172,7 +172,7 @@ func spinningTest(t *testing.T, args ...string) (c *exec.Cmd, wait func()) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
-	args = append([]string{"test", "-k", testKernel(t), "-a", "spin", "--klog", log}, args...)
+	args = append([]string{"test", "-k", testKernel(t), "-a", "hang", "--klog", log}, args...)
 	return command(t, append(args, "--", "sh")...), func() {
 		t.Helper()
 		if _, err := f.Read(make([]byte, 1)); err != nil {
@@ -185,7 +185,7 @@ func spinningTest(t *testing.T, args ...string) (c *exec.Cmd, wait func()) {
 func TestTestStop(t *testing.T) {
 	t.Parallel()
 	verdict := filepath.Join(t.TempDir(), "verdict")
-	c, running := spinningTest(t, "--verdict", verdict)
+	c, running := haltedTest(t, "--verdict", verdict)
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -212,7 +212,7 @@ func TestTestLostVerdict(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, running := spinningTest(t, "--verdict", verdict)
+	c, running := haltedTest(t, "--verdict", verdict)
 	var errs bytes.Buffer
 	c.Stderr = &errs
 	if err := c.Start(); err != nil {
@@ -234,7 +234,7 @@ func TestTestPanic(t *testing.T) {
 	for _, lock := range []string{"free", "locked"} {
 		t.Run(lock, func(t *testing.T) {
 			t.Parallel()
-			c, running := spinningTest(t)
+			c, running := haltedTest(t)
 			c.Env = append(c.Env, panicsEnv+"="+lock)
 			var errs bytes.Buffer
 			c.Stderr = &errs

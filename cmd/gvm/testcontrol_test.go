@@ -10,7 +10,7 @@ import (
 // TestTestMachine: a machine of gvm test is listed, and gvm's other commands reach it.
 func TestTestMachine(t *testing.T) {
 	t.Parallel()
-	c, running := spinningTest(t)
+	c, running := haltedTest(t)
 	var errs bytes.Buffer
 	c.Stderr = &errs
 	if err := c.Start(); err != nil {
@@ -25,7 +25,7 @@ func TestTestMachine(t *testing.T) {
 		errs   string
 	}{
 		{"list", 0, name + " ", ""},
-		{"inspect VM vcpu/0/mp_state", 0, "vcpu/0/mp_state runnable\n", ""},
+		{"inspect VM vcpu/0/mp_state", 0, "vcpu/0/mp_state halted\n", ""},
 		{"inspect VM sandbox/mode", 0, "sandbox/mode on\n", ""},
 		{"pause VM", 0, "", ""},
 		{"stop VM", 2, "", "the machine is paused"},
@@ -50,7 +50,7 @@ func TestTestMachine(t *testing.T) {
 // stop ends one.
 func TestMatrixMachines(t *testing.T) {
 	t.Parallel()
-	p := startGVM(t, "", "test", "-k", testKernel(t), "-a", "spin", "--repeat=2", "--jobs=2", "--", "sh")
+	p := startGVM(t, "", "test", "-k", testKernel(t), "-a", "hang", "--repeat=2", "--jobs=2", "--", "sh")
 	pid := fmt.Sprint(p.cmd.Process.Pid)
 	names := []string{"gvm-" + pid + "-1", "gvm-" + pid + "-2"}
 	for listed := 0; listed < len(names); {

@@ -51,16 +51,16 @@ func TestDiskInUseByHost(t *testing.T) {
 	}
 
 	name := fmt.Sprintf("use-%d", os.Getpid())
-	p := startGVM(t, dir, guestRun("--name="+name, "spin")...)
-	p.expect("spinning")
+	p := startGVM(t, dir, guestRun("--name="+name, "hang")...)
+	p.expect("hanging")
 	wantBad(t, ask(t, dir, "disk", "add", name, img), "in use|mounted at "+mnt)
 	p.signal(syscall.SIGTERM)
 	p.wait()
 
 	sh("umount mnt && e2fsck -f -n " + dev)
 	// While a guest has the device, the host does not mount it.
-	p = startGVM(t, dir, guestRun("--disk="+dev, "spin")...)
-	p.expect("spinning")
+	p = startGVM(t, dir, guestRun("--disk="+dev, "hang")...)
+	p.expect("hanging")
 	if err := exec.Command("mount", dev, mnt).Run(); err == nil {
 		t.Error("the host mounted a guest's disk")
 	}

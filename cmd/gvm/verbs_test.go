@@ -86,8 +86,8 @@ func TestVerbs(t *testing.T) {
 	inDir := func(p *proc) { p.cmd.Env = append(p.cmd.Env, "XDG_RUNTIME_DIR="+runtime) }
 	start := func() *proc {
 		t.Helper()
-		p := startGVMAs(t, dir, inDir, guestRun("--name=build", "--balloon", "spin")...)
-		p.expect("spinning")
+		p := startGVMAs(t, dir, inDir, guestRun("--name=build", "--balloon", "hang")...)
+		p.expect("hanging")
 		return p
 	}
 	try := func(v verb, machine string) result {
@@ -111,18 +111,18 @@ func TestVerbs(t *testing.T) {
 		case "console": // it ends with the machine
 			once = func() result {
 				c := startGVMAs(t, dir, inDir, v.args("build")...)
-				c.expect("spinning")
+				c.expect("hanging")
 				c.signal(syscall.SIGINT)
 				return c.wait()
 			}
 		}
 		v.check(t, "once", once(), v.status, v.once)
 		if v.name == "reset" { // else the second one may find no guest
-			p.expectCount("spinning", 2)
+			p.expectCount("hanging", 2)
 		}
 		v.check(t, "twice", once(), v.status2, v.twice)
 		if v.name == "reset" {
-			p.expectCount("spinning", 3)
+			p.expectCount("hanging", 3)
 		}
 	}
 	p.wait()

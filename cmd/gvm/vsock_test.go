@@ -62,15 +62,15 @@ func TestVsockSocket(t *testing.T) {
 	const noDriver = "ERR dial vsock port 52 of the guest: the guest has no vsock driver\n"
 	for _, named := range []bool{false, true} {
 		path := filepath.Join(dir, "a,b")
-		args := guestRun("--vsock=unix,cid=5,path="+path, "spin")
+		args := guestRun("--vsock=unix,cid=5,path="+path, "hang")
 		if named {
 			path = filepath.Join(dir, "gvm", "vsock-test", "vsock")
-			args = guestRun("--vsock=unix", "--name=vsock-test", "spin")
+			args = guestRun("--vsock=unix", "--name=vsock-test", "hang")
 		}
 		start := func(more ...string) *proc {
 			p := startGVMAs(t, dir, func(p *proc) { p.cmd.Env = append(p.cmd.Env, "XDG_RUNTIME_DIR="+dir) },
 				append(args, more...)...)
-			p.expect("spinning")
+			p.expect("hanging")
 			return p
 		}
 		killed := start("--sandbox=off")
