@@ -399,7 +399,7 @@ func (g image) allows(o options) bool {
 }
 
 // Arg0 is the first word of a broker's command line; the second one is the machine's name, the third
-// one the directory of its control socket.
+// one the directory of its control socket, if it has one.
 const Arg0 = "gvm-broker"
 
 // Descriptors of the broker.
@@ -414,14 +414,12 @@ const keeperFD = 3
 
 // Main is the program of the broker. log takes a line for the user.
 func Main(args []string, log func(string)) error {
-	if len(args) != 3 {
+	if len(args) < 2 || len(args) > 3 {
 		return errors.New("gvm starts this program itself")
 	}
 	name := args[1]
 	pair := os.NewFile(pairFD, "pair")
-	for _, fd := range []int{pairFD, socketFD, lockFD} {
-		unix.CloseOnExec(fd)
-	}
+	unix.CloseOnExec(pairFD)
 	cred, err := unix.GetsockoptUcred(pairFD, unix.SOL_SOCKET, unix.SO_PEERCRED)
 	if err != nil {
 		return fmt.Errorf("broker of %s: SO_PEERCRED: %w", name, err)
@@ -437,15 +435,21 @@ func Main(args []string, log func(string)) error {
 		process = -1 // it is dead
 	}
 	said := func(s string) { log(fmt.Sprintf("machine %s: %s", name, s)) }
-	door, err := control.NewDoor(control.In(args[2]), name, os.NewFile(socketFD, "socket"), os.NewFile(lockFD, "lock"),
-		machine, func(err error) { said(err.Error()) })
-	if err != nil {
-		return err
-	}
 	b := newBroker(c.(*net.UnixConn), machine, said)
-	door.Serve(b.pass)
+	closeDoor := func() error { return nil }
+	if len(args) == 3 {
+		unix.CloseOnExec(socketFD)
+		unix.CloseOnExec(lockFD)
+		door, err := control.NewDoor(control.In(args[2]), name, os.NewFile(socketFD, "socket"),
+			os.NewFile(lockFD, "lock"), machine, func(err error) { said(err.Error()) })
+		if err != nil {
+			return err
+		}
+		door.Serve(b.pass)
+		closeDoor = door.Close
+	}
 	inOrder := b.serve()
-	err = errors.Join(b.removeOwn(), door.Close())
+	err = errors.Join(b.removeOwn(), closeDoor())
 	if owns := lio.Owns(machine); owns || !inOrder {
 		_ = send(b.conn, message{Op: end}, nil) // it does not wait for this process
 		err = errors.Join(err, afterDeath(process))

@@ -26,10 +26,11 @@ import (
 )
 
 // With machineEnv the test binary is a machine with a name in that directory, that does nothing, and with
-// sandboxEnv it is in a sandbox.
+// sandboxEnv it is in a sandbox, with aloneEnv it has no control socket.
 const (
 	machineEnv = "GVM_TEST_MACHINE"
 	sandboxEnv = "GVM_TEST_SANDBOX"
+	aloneEnv   = "GVM_TEST_ALONE"
 )
 
 func TestMain(m *testing.M) {
@@ -118,7 +119,7 @@ func newSetup(t *testing.T) *setup {
 	s.Client = newClient("m", ours, func(string) {})
 	s.process = &os.Process{}
 	close(s.started)
-	socket, lock, err := server.HandOver(listener{s.Client}, s.end)
+	socket, lock, err := server.HandOver(listener{s.Client}, s.End)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -32,6 +32,7 @@ type Client struct {
 	machine string // its name
 	note    func(string)
 	conn    *net.UnixConn
+	door    bool          // the machine has a control socket
 	started chan struct{} // closed when process and startErr are set
 	process *os.Process
 	failed  error
@@ -59,7 +60,8 @@ type answer struct {
 }
 
 // Start starts the broker of a machine, which takes over the machine's control socket, while the caller
-// goes on. note takes a line for the user. d is the socket's directory.
+// goes on. note takes a line for the user. d is the socket's directory. Without a socket, s is nil: the caller
+// calls End, which closing the socket does else. What a broker leaves that has died, the keeper removes.
 func Start(s *control.Server, d control.Directory, name string, note func(string)) (*Client, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -72,21 +74,25 @@ func Start(s *control.Server, d control.Directory, name string, note func(string
 		return nil, fmt.Errorf("broker: %w", err)
 	}
 	c := newClient(name, conn, note)
-	socket, lock, err := s.HandOver(listener{c}, c.end)
-	if err != nil {
-		theirs.Close()
-		conn.Close()
-		return nil, fmt.Errorf("broker: %w", err)
+	c.door = s != nil
+	args, files, own := []string{Arg0, name}, []*os.File{theirs}, 1 // files that this function closes
+	if c.door {
+		socket, lock, err := s.HandOver(listener{c}, c.End)
+		if err != nil {
+			theirs.Close()
+			conn.Close()
+			return nil, fmt.Errorf("broker: %w", err)
+		}
+		args, files, own = append(args, d.Path()), append(files, socket, lock), 2
 	}
 	panics.Go(func() {
-		c.process, c.failed = execute([]string{Arg0, name, d.Path()}, theirs, socket, lock)
+		c.process, c.failed = execute(args, files...)
 		if c.failed != nil { // which Shut says
 			c.mu.Lock()
 			c.ending = true
 			c.mu.Unlock()
 		}
-		theirs.Close()
-		socket.Close()
+		closeAll(files[:own])
 		close(c.started)
 		if c.failed == nil {
 			if s, err := c.process.Wait(); err != nil || !s.Success() {
@@ -172,7 +178,7 @@ func (c *Client) receive() {
 	for _, ch := range waiting {
 		close(ch)
 	}
-	if !ending {
+	if !ending && c.door {
 		c.note("the broker has ended: disks can no longer be added, and gvm list, gvm disk, gvm stop and the like " +
 			"do not reach this machine")
 	}
@@ -255,8 +261,8 @@ func (c *Client) RemoveAtEnd(path string, made fs.FileInfo) (remove func() error
 	}
 }
 
-// end ends the broker, which gives up the machine's name.
-func (c *Client) end() error {
+// End ends the broker, which gives up the machine's name.
+func (c *Client) End() error {
 	<-c.started
 	c.mu.Lock()
 	c.ending = true

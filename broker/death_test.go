@@ -28,8 +28,12 @@ func idle(dir string) {
 		}
 	}
 	d := control.In(dir)
-	s, err := control.Claim(d, "m")
-	fail(err)
+	var s *control.Server
+	var err error
+	if os.Getenv(aloneEnv) == "" {
+		s, err = control.Claim(d, "m")
+		fail(err)
+	}
 	c, err := Start(s, d, "m", func(s string) { println("note: " + s) })
 	fail(err)
 	own := dir + ".sock"
@@ -39,27 +43,41 @@ func idle(dir string) {
 	remove := c.RemoveAtEnd(own, made)
 	fail(c.Shut())
 	if os.Getenv(sandboxEnv) != "" {
-		_, err := sandbox.Prepare(sandbox.Policy{Mode: sandbox.On, Uses: sandbox.Broker, Paths: []sandbox.Path{
-			{Name: d.Path(), Rights: sandbox.RemoveDir, Own: true},
-			{Name: d.Machine("m"), Rights: sandbox.Remove, Own: true},
-		}, Refused: func(c sandbox.Refusal) { println(c.String()) }}).Enter()
+		p := sandbox.Policy{Mode: sandbox.On, Uses: sandbox.Broker,
+			Refused: func(c sandbox.Refusal) { println(c.String()) }}
+		if s != nil {
+			p.Paths = []sandbox.Path{{Name: d.Path(), Rights: sandbox.RemoveDir, Own: true},
+				{Name: d.Machine("m"), Rights: sandbox.Remove, Own: true}}
+		}
+		_, err := sandbox.Prepare(p).Enter()
 		fail(err)
 	}
-	s.Serve(&fakeMachine{files: c})
+	end := func() error {
+		_ = c.End()
+		return nil
+	}
+	if s != nil {
+		s.Serve(&fakeMachine{files: c})
+		end = s.Close
+	}
 	_, _ = os.Stdout.WriteString("ready\n")
 	_, _ = os.Stdin.Read(make([]byte, 1))
 	fail(remove())
-	fail(s.Close())
+	fail(end())
 	os.Exit(0)
 }
 
 // TestDeath kills the machine, or its broker, or its keeper, or neither, or stops the broker until the machine
 // has ended. None leaves a file or a socket elsewhere; one in the sandbox may leave the directory of all empty.
+// A machine without a control socket has all that too.
 func TestDeath(t *testing.T) {
 	for _, how := range []string{"neither", "machine", "broker", "keeper", "stop", "neither sandboxed",
-		"machine sandboxed", "broker sandboxed", "keeper sandboxed", "stop sandboxed"} {
+		"machine sandboxed", "broker sandboxed", "keeper sandboxed", "stop sandboxed", "neither alone",
+		"machine alone", "broker alone", "keeper alone", "neither sandboxed alone", "machine sandboxed alone",
+		"broker sandboxed alone", "keeper sandboxed alone"} {
 		t.Run(how, func(t *testing.T) {
-			kill, boxed := strings.CutSuffix(how, " sandboxed")
+			kill, alone := strings.CutSuffix(how, " alone")
+			kill, boxed := strings.CutSuffix(kill, " sandboxed")
 			dir := filepath.Join(t.TempDir(), "run")
 			exe, err := os.Executable()
 			if err != nil {
@@ -69,6 +87,9 @@ func TestDeath(t *testing.T) {
 			c.Env = append(os.Environ(), machineEnv+"="+dir)
 			if boxed {
 				c.Env = append(c.Env, sandboxEnv+"=1")
+			}
+			if alone {
+				c.Env = append(c.Env, aloneEnv+"=1")
 			}
 			in, err := c.StdinPipe()
 			if err != nil {
@@ -92,8 +113,7 @@ func TestDeath(t *testing.T) {
 			if _, err := out.Read(make([]byte, 16)); err != nil {
 				t.Fatal(err)
 			}
-			asks := control.NewClient(control.In(dir), "m")
-			if i, err := asks.Info(t.Context()); err != nil || i.Name != "m" {
+			if i, err := control.NewClient(control.In(dir), "m").Info(t.Context()); (err != nil || i.Name != "m") && !alone {
 				t.Errorf("%+v, %v", i, err)
 			}
 			var stopped *os.Process
@@ -112,7 +132,9 @@ func TestDeath(t *testing.T) {
 				_ = c.Process.Kill()
 			case "broker":
 				_ = unix.Kill(child(t, c.Process.Pid, Arg0), unix.SIGKILL)
-				read(note)
+				if !alone { // which is of no use to its user after the start
+					read(note)
+				}
 			case "keeper":
 				_ = unix.Kill(child(t, c.Process.Pid, KeeperArg0), unix.SIGKILL)
 			case "stop":
@@ -137,7 +159,7 @@ func TestDeath(t *testing.T) {
 			if (err == nil) != (kill != "machine") {
 				t.Errorf("%v: %s", err, said)
 			}
-			if strings.Contains(said, note) != (kill == "broker") || kill != "broker" && said != "" {
+			if strings.Contains(said, note) != (kill == "broker" && !alone) || kill != "broker" && said != "" {
 				t.Errorf("%q", said)
 			}
 			if _, err := os.Lstat(dir + ".sock"); !errors.Is(err, fs.ErrNotExist) {

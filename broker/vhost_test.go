@@ -134,7 +134,7 @@ func TestTakeDownDeaths(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			c.taking++          // which the broker does not answer
 			began := time.Now() // of a clock that only waits advance
-			if err := c.end(); err == nil || time.Now() != began {
+			if err := c.End(); err == nil || time.Now() != began {
 				t.Errorf("%v, waited %v", err, time.Since(began))
 			}
 		})

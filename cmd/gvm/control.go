@@ -252,14 +252,18 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 			return nil, configError{fmt.Errorf("--watchdog pause: nothing could resume the machine: %w", err)}
 		}
 		note(fmt.Sprintf("gvm disk and gvm list will not find this machine: %v", err))
-		return nil, nil
+		s = nil
+	default:
+		rc.spec.Name = name
 	}
-	rc.spec.Name = name
 	if rc.sandbox != sandbox.Off {
 		if rc.broker, err = broker.Start(s, control.DefaultDirectory(), name, note); err != nil {
-			return nil, errors.Join(err, s.Close())
+			return nil, errors.Join(err, rc.closeSocket(s))
 		}
 		rc.spec.Files = rc.broker
+	}
+	if s == nil {
+		return nil, nil
 	}
 	urgent.Lock()
 	defer urgent.Unlock()
@@ -270,9 +274,12 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 	return s, nil
 }
 
-// closeSocket closes a control socket, unless it is nil.
-func closeSocket(s *control.Server) error {
+// closeSocket closes a control socket and ends the broker. Without a socket s is nil.
+func (rc *runConfig) closeSocket(s *control.Server) error {
 	if s == nil {
+		if rc.broker != nil {
+			_ = rc.broker.End() // the keeper is there too
+		}
 		return nil
 	}
 	err := s.Close()

@@ -52,7 +52,7 @@ type runConfig struct {
 	sandbox     sandbox.Mode
 	jail        *jail.Config // nil: none
 
-	broker *broker.Client // of the machine with the name; nil: none
+	broker *broker.Client // of the machine in the sandbox; nil: none
 }
 
 var entries = map[string]boot.Protocol{"auto": 0, "pvh": boot.PVH32, "64": boot.Linux64}
@@ -468,7 +468,7 @@ func run(rc runConfig) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, closeSocket(socket)) }()
+	defer func() { err = errors.Join(err, rc.closeSocket(socket)) }()
 	bridge, err := rc.listenVsock(socket != nil)
 	if err != nil {
 		return err
@@ -516,7 +516,7 @@ func run(rc runConfig) (err error) {
 		rc.timing.phase("files, disks, control socket")
 		return nil
 	}
-	rc.seal(exitBug, gdb, note)
+	rc.seal(exitBug, note)
 	trimmer := newTrimmer()
 	defer trimmer.close()
 	m, err := machine.Start(ctx, *spec)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"path/filepath"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -59,30 +58,22 @@ func enterSandbox(p sandbox.Policy, status int) error {
 
 // seal gives the machine its sandbox, with the files of the process. A refused call ends the process
 // with the status.
-func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
-	p := sandbox.Policy{Mode: rc.sandbox, Refused: refusedBy(status)}
-	if p.Mode == sandbox.Off {
+func (rc *runConfig) seal(status int, note func(string)) {
+	if rc.sandbox == sandbox.Off {
 		return
 	}
+	p := sandbox.Policy{Mode: rc.sandbox, Refused: refusedBy(status), Uses: sandbox.Broker}
 	allow := func(path string, rights sandbox.Right) {
 		p.Paths = append(p.Paths, sandbox.Path{Name: path, Rights: rights})
 	}
-	if rc.broker != nil {
-		p.Uses |= sandbox.Broker
+	if rc.spec.Name != "" {
 		// If the broker is dead, gvm removes the machine's directory. A neighbour's is never empty.
 		dir := control.DefaultDirectory()
 		p.Paths = append(p.Paths, sandbox.Path{Name: dir.Path(), Rights: sandbox.RemoveDir, Own: true},
 			sandbox.Path{Name: dir.Machine(rc.spec.Name), Rights: sandbox.Remove, Own: true})
 	}
-	// A right to remove a file is one to all of its directory.
-	if gdb != nil && gdb.path != "" && rc.broker == nil {
-		allow(filepath.Dir(gdb.path), sandbox.Remove)
-	}
 	if rc.spec.Vsock != nil && rc.vsock != nil {
 		p.Uses |= sandbox.Connect
-		if rc.vsock.path != "" && rc.broker == nil {
-			allow(filepath.Dir(rc.vsock.path), sandbox.Remove)
-		}
 	}
 	if rc.user != nil {
 		p.Uses |= sandbox.Child
@@ -101,14 +92,11 @@ func (rc *runConfig) seal(status int, gdb *gdbServer, note func(string)) {
 		}
 		allow(rc.record.dir, rights)
 	}
-	var shut func() error
-	if rc.broker != nil { // until then a failure of the start removes the files that it made
-		shut = func() error {
-			if err := rc.broker.Shut(); err != nil {
-				return fmt.Errorf("%w (--sandbox=off runs without)", err)
-			}
-			return nil
+	shut := func() error { // until then a failure of the start removes the files that it made
+		if err := rc.broker.Shut(); err != nil {
+			return fmt.Errorf("%w (--sandbox=off runs without)", err)
 		}
+		return nil
 	}
 	rc.spec.Sandbox = &machine.Sandbox{Policy: p, Entering: shut,
 		Entered: func(r sandbox.Report) { noteLacks(r, note) }}

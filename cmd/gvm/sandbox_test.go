@@ -106,12 +106,12 @@ func TestSandbox(t *testing.T) {
 	}
 }
 
-// TestSandboxSockets: with a broker gvm has no right to the directories of its sockets for gdb and vsock.
+// TestSandboxSockets: gvm has no right to the directories of its sockets for gdb and vsock.
 func TestSandboxSockets(t *testing.T) {
 	t.Parallel()
 	rc := runConfig{sandbox: sandbox.On, broker: &broker.Client{}, vsock: &vsockConfig{path: "/a/vsock"}}
 	rc.spec.Name, rc.spec.Vsock = "vm", &vsock.Config{}
-	rc.seal(exitBug, &gdbServer{path: "/b/gdb"}, note)
+	rc.seal(exitBug, note)
 	dir := control.DefaultDirectory()
 	for _, p := range rc.spec.Sandbox.Policy.Paths {
 		if p.Name != dir.Path() && p.Name != dir.Machine("vm") {

@@ -335,11 +335,11 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 		return untested(err)
 	}
 	defer func() {
-		if err := closeSocket(socket); err != nil {
+		if err := t.closeSocket(socket); err != nil {
 			t.note(err.Error())
 		}
 	}()
-	t.seal(exitUntested, nil, t.note)
+	t.seal(exitUntested, t.note)
 	cfg.Spec.Name, cfg.Spec.Files, cfg.Spec.Sandbox = spec.Name, spec.Files, spec.Sandbox
 	record := t.record.beginTest(ctx, &cfg, k)
 	t.timing.phase("kernel, command, agent")

@@ -2,7 +2,9 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -10,6 +12,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestParseVsock(t *testing.T) {
@@ -111,5 +116,34 @@ func TestVsockSocket(t *testing.T) {
 		if says := "gvm: the guest's vsock is at " + path; strings.Contains(next.errs.String(), says) != named {
 			t.Errorf("standard error: %s", next.errs.String())
 		}
+	}
+}
+
+// TestVsockSocketKilled: a machine that has no control socket leaves no other socket either when it is killed.
+func TestVsockSocketKilled(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := unix.Mkdir(filepath.Join(dir, "gvm"), 0o755); err != nil { // open to others: no control socket
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "vsock")
+	p := startGVMAs(t, dir, func(p *proc) { p.cmd.Env = append(p.cmd.Env, "XDG_RUNTIME_DIR="+dir) },
+		guestRun("--vsock=unix,path="+path, "spin")...)
+	p.expect("spinning")
+	if _, err := os.Lstat(path); err != nil {
+		t.Error(err)
+	}
+	p.signal(syscall.SIGKILL)
+	p.wait()
+	for end := time.Now().Add(tooLong); ; time.Sleep(time.Millisecond) {
+		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the socket is left")
+		}
+	}
+	if errs := p.errs.String(); !strings.Contains(errs, "will not find this machine") {
+		t.Errorf("standard error: %s", errs)
 	}
 }
