@@ -152,7 +152,9 @@ func TestBlktests(t *testing.T) {
 	noise := regexp.MustCompile(`^(runtime |--- |\+\+\+ |@@ |Running |$)|^\S+/\d+ .*\)( +\[.*\])?$`)
 	suite{
 		name: "blktests", env: "BLKTESTS", disks: 1,
-		setup: "export TEST_DEVS=/dev/sda TIMEOUT=" + cmp.Or(os.Getenv("TIMEOUT"), "10"), check: "./check -o /tmp/results $t",
+		// TEST_DEV is of xfstests; check has a variable of that name.
+		setup: "unset TEST_DEV; export TEST_DEVS=/dev/sda TIMEOUT=" + cmp.Or(os.Getenv("TIMEOUT"), "10"),
+		check: "./check -o /tmp/results $t",
 		list: func(dir, word string) ([]string, error) {
 			if strings.Contains(word, "/") {
 				return []string{word}, nil
