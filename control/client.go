@@ -26,9 +26,9 @@ import (
 const maxAnswer = 32 << 20
 
 // How long a client waits for the machine's state, and for an operation, which the server abandons
-// before that.
+// before that. A process on a busy host may not run for seconds.
 const (
-	askTimeout    = 2 * time.Second
+	askTimeout    = 10 * time.Second
 	changeTimeout = time.Minute
 )
 

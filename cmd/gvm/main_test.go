@@ -71,15 +71,12 @@ func TestMain(m *testing.M) {
 }
 
 // machineless matches tests that start gvm many times, or work long, but start no machine: they need no
-// lab, where they take up to ten times as long. One of them becomes another user, as root can, also the lab's.
+// lab, where they take up to ten times as long.
 func machineless() *regexp.Regexp {
-	names := "AgentIn|BadInput|Bench(Disk|Nothing|Record)|Cell(Output|RunsOn)|CheckMemory|Completion(OfDisks)?|Copy|" +
-		"Exec|Foreign(Answers|Words)|Help(Width)?|Image|InputEnds|KernelCheck|KnownDifferences|KubernetesWords|" +
-		"Matrix(StuckReader|Words)|(Sandbox)?Replay|Suggestions|SurplusArguments|Test(Shares|Words)|" +
-		"Trace(Cut|Golden|Mistakes|Plot)|Unreadable"
-	if os.Getuid() == 0 {
-		names += "|VerbsOfStranger"
-	}
+	const names = "AgentIn|BadInput|Bench(Disk|Nothing|Record)|Cell(Output|RunsOn)|CheckMemory|" +
+		"Completion(OfDisks)?|Copy|Exec|Foreign(Answers|Words)|Help(Width)?|Image|InputEnds|KernelCheck|" +
+		"KnownDifferences|KubernetesWords|Matrix(StuckReader|Words)|(Sandbox)?Replay|Suggestions|" +
+		"SurplusArguments|Test(Shares|Words)|Trace(Cut|Golden|Mistakes|Plot)|Unreadable|VerbsOfStranger"
 	return regexp.MustCompile("^Test(" + names + ")$")
 }
 
