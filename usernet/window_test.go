@@ -213,3 +213,38 @@ func TestManyWrites(t *testing.T) {
 		})
 	}
 }
+
+// TestOrder: frames that a device had no room for come before later ones, whichever goroutine sends them.
+func TestOrder(t *testing.T) {
+	device, gateway := pair(t)
+	done := make(chan struct{})
+	l := newLink(gateway, done)
+	go l.write()
+	defer close(done)
+	const batch, size = queueLength / 2, 8 << 10 // more than the socket has room for, less than the queue
+	b := make([]byte, headerSize+size)
+	next := byte(0)
+	read := func(n int) {
+		for range n {
+			device.SetReadDeadline(time.Now().Add(stalled))
+			if _, err := device.Read(b); err != nil {
+				t.Fatal(err)
+			}
+			if b[headerSize] != next {
+				t.Fatalf("frame %d, want %d", b[headerSize], next)
+			}
+			next++
+		}
+	}
+	send := func(at, n int) {
+		for i := range n {
+			l.send(bytes.Repeat([]byte{byte(at + i)}, size))
+		}
+	}
+	for at := 0; at < 8*batch; at += batch {
+		send(at, batch/2)
+		read(batch / 4) // makes room while frames wait
+		send(at+batch/2, batch/2)
+		read(batch * 3 / 4)
+	}
+}
