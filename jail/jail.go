@@ -59,6 +59,7 @@ type Config struct {
 	Devices  []string // character devices of the host below /dev, for the program alone
 	Network  bool     // the program keeps the host's network; else it has none
 	Limits   Limits
+	Program  File     // another program, which this one starts by Inside.Program; without a path none
 	Args     []string // of the program, which is this one
 	Env      []string
 	Parents  map[int]int // the parents of processes that the program cannot see in a jail
@@ -71,6 +72,7 @@ type Config struct {
 type File struct {
 	Flag  string // of the command line, for messages
 	Path  string
+	From  string // where the host has it; empty: at Path
 	Write bool
 	Make  bool // if there is none, an empty file of the user's is made
 }
@@ -89,6 +91,7 @@ type Inside struct {
 	Dir     string
 	Limits  string      // as they are given
 	Parents map[int]int // Config's
+	Program int         // the descriptor of Config.Program, for /proc/self/fd of a child; 0: none
 	Lock    int         // the descriptor of /run, with a lock that no second machine takes while the janitor is dead
 }
 
@@ -102,6 +105,9 @@ func Here() *Inside {
 		return nil
 	}
 	unix.CloseOnExec(in.Lock) // else the sandbox closes it
+	if in.Program != 0 {
+		unix.CloseOnExec(in.Program)
+	}
 	return &in
 }
 
@@ -115,6 +121,10 @@ const lockPatience = 2 * time.Second
 // ends the process after one, since its thread may be in the jail already.
 func Enter(c Config) error {
 	if err := c.check(); err != nil {
+		return err
+	}
+	program, err := c.openProgram()
+	if err != nil {
 		return err
 	}
 	runtime.LockOSThread() // namespaces, root and rights are this thread's until execve ends the others
@@ -149,13 +159,13 @@ func Enter(c Config) error {
 	if err := c.makeRoot(g.path != "", &made); err != nil {
 		return errors.Join(err, made.remove())
 	}
-	if err := c.drop(); err != nil {
+	if err := c.drop(program); err != nil {
 		return errors.Join(err, made.remove())
 	}
 	const exe = "/proc/self/exe"
 	var env []string
 	if err = closeAtExec(); err == nil {
-		env, err = c.inside()
+		env, err = c.inside(program)
 	}
 	if err == nil {
 		err = syscall.Exec(exe, c.Args, env)
@@ -185,9 +195,27 @@ func closeAtExec() error {
 	return err
 }
 
-// inside locks /run, and returns the environment of the program.
-func (c *Config) inside() (env []string, err error) {
-	in := Inside{Dir: c.Dir, Limits: strings.Join(c.Limits.words, ","), Parents: c.Parents}
+// openProgram opens Program, which has no path in the jail, for execve. The descriptor cannot be read or written.
+// 0: there is none.
+func (c *Config) openProgram() (int, error) {
+	if c.Program.Path == "" {
+		return 0, nil
+	}
+	fd, err := unix.Open(c.Program.Path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, userError("%s: %s: %w", c.Program.Flag, c.Program.Path, err)
+	}
+	return fd, nil
+}
+
+// inside locks /run, keeps the descriptor of Program, and returns the environment of the program.
+func (c *Config) inside(program int) (env []string, err error) {
+	in := Inside{Dir: c.Dir, Limits: strings.Join(c.Limits.words, ","), Parents: c.Parents, Program: program}
+	if program != 0 {
+		if _, err := unix.FcntlInt(uintptr(program), unix.F_SETFD, 0); err != nil {
+			return nil, err
+		}
+	}
 	in.Lock, err = unix.Open("/"+runDir, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err == nil {
 		// No flock(2), which vsock needs of the directory of its socket. A lock for writing needs such a descriptor.
@@ -331,8 +359,8 @@ func (c *Config) makeRun(dir *os.File) error {
 	return nil
 }
 
-// drop checks that the user may use the files, and gives up root's rights.
-func (c *Config) drop() error {
+// drop checks that the user may use the files and start Program, and gives up root's rights.
+func (c *Config) drop(program int) error {
 	fail := func(what string, err error) error { return fmt.Errorf("--jail %s: %s: %w", c.Dir, what, err) }
 	if err := c.Limits.setrlimits(); err != nil {
 		return err
@@ -358,6 +386,11 @@ func (c *Config) drop() error {
 	for _, f := range c.Files {
 		if err := c.access(f); err != nil {
 			return err
+		}
+	}
+	if program != 0 {
+		if err := unix.Access(fmt.Sprintf("/proc/self/fd/%d", program), unix.X_OK); err != nil {
+			return userError("%s: user %d may not run %s: chmod 755 %[3]s", c.Program.Flag, c.UID, c.Program.Path)
 		}
 	}
 	if err := syscall.Setresuid(c.UID, c.UID, c.UID); err != nil {

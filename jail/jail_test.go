@@ -80,6 +80,14 @@ func inside(what string) int {
 		<-c
 		return 43
 	}
+	if what == "start" {
+		b, err := os.ReadFile("/etc/other")
+		fmt.Println(string(b), err)
+		c := exec.Cmd{Path: "/proc/self/fd/3", Args: []string{Arg0}, Stdout: os.Stdout, Stderr: os.Stdout,
+			ExtraFiles: []*os.File{os.NewFile(uintptr(Here().Program), "program")}}
+		fmt.Println(c.Run())
+		return 42
+	}
 	if what == "write" {
 		for _, path := range os.Args[2:] {
 			f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o666)
@@ -318,6 +326,9 @@ func TestRefuses(t *testing.T) {
 		{disk("/", false), 2, "--disk /: the jail's own directory "},
 		{Config{Dir: inJail, Files: []File{{Flag: "--share", Path: filepath.Dir(inJail)}}}, 2, "is below it"},
 		{disk(data+"/link", false), 2, "no symbolic links: give " + data + "/image"},
+		{Config{Program: File{Flag: "--net user", Path: data + "/image"}}, 2,
+			"--net user: user 41234 may not run " + data + "/image: chmod 755 " + data + "/image"},
+		{Config{Program: File{Flag: "--net user", Path: data + "/missing"}}, 2, "/missing: no such file"},
 		{disk(data+"/missing", false), 2, "--disk " + data + "/missing: no such file"},
 		{disk(data+"/private", false), 2, "user 41234 may not read it: chown 41234 "},
 		{disk(data+"/crashes", false), 2, "user 41234 may not enter and read it: chown 41234 "},
@@ -335,6 +346,22 @@ func TestRefuses(t *testing.T) {
 		if filepath.Base(tt.c.Dir) == "jail" && filepath.IsAbs(tt.c.Dir) {
 			isEmpty(t, tt.c.Dir)
 		}
+	}
+}
+
+// TestProgram: the program in the jail starts another one of the host, which has no path there, and reads a file
+// that has another path on the host.
+func TestProgram(t *testing.T) {
+	data := files(t, "file 0644")
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd, out := start(t, "start", Config{Program: File{Flag: "--net user", Path: program},
+		Files: []File{{Flag: "--net user", Path: "/etc/other", From: data + "/file"}}})
+	const want = "file <nil>\ngvm-janitor is a part of gvm run --jail\nexit status 1\n"
+	if err := cmd.Run(); cmd.ProcessState.ExitCode() != 42 || out.String() != want {
+		t.Errorf("%v\n%s", err, out)
 	}
 }
 

@@ -1,6 +1,7 @@
 package jail
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -37,7 +38,7 @@ func (c *Config) makeRoot(cgroup bool, made *outputs) error {
 	slices.SortFunc(c.Files, func(a, b File) int { return strings.Compare(a.Path, b.Path) })
 	var binds []bind
 	for _, f := range append([]File{{Flag: "--jail", Path: filepath.Join(c.Dir, runDir), Write: true}}, c.Files...) {
-		fd, err := openStrictly(f.Path, unix.O_PATH)
+		fd, err := openStrictly(cmp.Or(f.From, f.Path), unix.O_PATH)
 		if err == unix.ENOENT && f.Make {
 			fd, err = made.make(f.Path, c.UID, c.GID)
 		}

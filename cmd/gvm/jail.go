@@ -118,18 +118,29 @@ func parseJail(c *cli.Context, rc *runConfig, given func(string) bool) (*jail.Co
 // jailNetwork decides what of the host's network and sockets a jail has.
 func jailNetwork(j *jail.Config, rc *runConfig) error {
 	if rc.user != nil {
-		return errors.New("--net user does not work with --jail: gvm-net would need the host's files; use tap=NAME, " +
-			"an interface that belongs to --uid (ip tuntap add NAME mode tap user UID)")
+		path, err := netProgram()
+		if err != nil {
+			return err
+		}
+		j.Network, j.Program = true, jail.File{Flag: "--net user", Path: path}
+		const resolvers = "/etc/resolv.conf" // often a link
+		if from, err := filepath.EvalSymlinks(resolvers); err == nil {
+			j.Files = append(j.Files, jail.File{Flag: "--net user", Path: resolvers, From: from})
+		}
 	}
-	for _, n := range rc.spec.Nets {
-		if !j.Network {
+	const tun = "/dev/net/tun"
+	for i, n := range rc.spec.Nets {
+		if rc.user != nil && i == rc.user.index {
+			continue
+		}
+		if !slices.Contains(j.Devices, tun) {
 			const id = "/etc/machine-id" // of which, with the interface's name, the device's address is made
 			if _, err := os.Stat(id); err == nil {
 				j.Files = append(j.Files, jail.File{Flag: "--net", Path: id})
 			}
 		}
 		j.Network = true
-		j.Devices = append(j.Devices, "/dev/net/tun")
+		j.Devices = append(j.Devices, tun)
 		if n.Vhost != machine.VhostOff {
 			j.Devices = append(j.Devices, vhost.NetPath)
 		}

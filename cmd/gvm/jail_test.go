@@ -20,7 +20,6 @@ func TestJailWords(t *testing.T) {
 			"--disk wwn=naa.5001405123456789: backend=vhost with --jail works for"},
 		{"--jail=/j --uid=5 --gid=5 --disk=/a,backend=vhost,size=1G", "--disk /a: backend=vhost with --jail works for"},
 		{"--jail=/j --uid=5 --gid=5 --trace=/t --disk=/a,backend=vhost", "--disk /a: backend=vhost with --jail works for"},
-		{"--jail=/j --uid=5 --gid=5 --kernel=/k --net=user", "--net user does not work with --jail"},
 		{"--jail=/j --uid=5 --gid=5 --gdb=unix:/s",
 			"--gdb unix:/s: a socket of a machine in a jail is in DIR/run: give /j/run/gdb, or use a port"},
 		{"--jail=/j --uid=5 --gid=5 --gdb=unix:/j/run/a/b", "--gdb unix:/j/run/a/b: a socket of a machine in a jail"},

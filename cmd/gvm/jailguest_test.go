@@ -104,15 +104,22 @@ func TestJail(t *testing.T) {
 	}
 }
 
-// TestJailLimits: limits of control groups hold for a machine, and its group goes with it.
-func TestJailLimits(t *testing.T) {
-	needsJail(t)
-	const groups = "/sys/fs/cgroup"
+const groups = "/sys/fs/cgroup"
+
+// mountGroups mounts the control groups, unless they are mounted.
+func mountGroups(t *testing.T) {
+	t.Helper()
 	if _, err := os.Stat(filepath.Join(groups, "cgroup.controllers")); err != nil {
 		if err := syscall.Mount("cgroup2", groups, "cgroup2", 0, ""); err != nil {
 			t.Fatal(err)
 		}
 	}
+}
+
+// TestJailLimits: limits of control groups hold for a machine, and its group goes with it.
+func TestJailLimits(t *testing.T) {
+	needsJail(t)
+	mountGroups(t)
 	dir := filepath.Join(t.TempDir(), "jail")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/virtio/net"
+	"gvm/jail"
 	"gvm/machine"
 	"gvm/panics"
 	"gvm/text"
@@ -164,24 +165,36 @@ func (f *firstLine) String() string {
 	return text.Printable(line)
 }
 
+const netName = "gvm-net"
+
+// netProgram returns the path of gvm-net.
+func netProgram() (string, error) {
+	path, beside := besideProgram(netName)
+	if path == "" {
+		return "", configError{fmt.Errorf("--net user: the program of the network is missing: put %s, "+
+			"which make build makes beside gvm, at %s or into $PATH", netName, beside)}
+	}
+	return path, nil
+}
+
 // startUserNet opens the ports of --publish and starts gvm-net for the device of --net user. nil: there is
 // none.
 func (rc *runConfig) startUserNet(note func(string)) (_ *userNet, err error) {
 	if rc.user == nil {
 		return nil, nil
 	}
-	const name = "gvm-net"
-	path, beside := besideProgram(name)
-	if path == "" {
-		return nil, configError{fmt.Errorf("--net user: the program of the network is missing: put %s, "+
-			"which make build makes beside gvm, at %s or into $PATH", name, beside)}
+	in, path := jail.Here(), netName
+	if in == nil {
+		if path, err = netProgram(); err != nil {
+			return nil, err
+		}
 	}
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("--net user: make a socket: %w", err)
 	}
-	u := &userNet{c: exec.Command(path), device: fds[0], ended: make(chan struct{})}
-	u.c.ExtraFiles = []*os.File{os.NewFile(uintptr(fds[1]), name)}
+	u := &userNet{c: &exec.Cmd{Path: path, Args: []string{path}}, device: fds[0], ended: make(chan struct{})}
+	u.c.ExtraFiles = []*os.File{os.NewFile(uintptr(fds[1]), netName)}
 	defer func() {
 		for _, f := range u.c.ExtraFiles {
 			f.Close()
@@ -211,10 +224,14 @@ func (rc *runConfig) startUserNet(note func(string)) (_ *userNet, err error) {
 		}
 		u.c.Args = append(u.c.Args, fmt.Sprintf("%s=%d", protocol, p.guest))
 	}
+	if in != nil { // behind all others, so that none of them takes its number in the child
+		u.c.ExtraFiles = append(u.c.ExtraFiles, os.NewFile(uintptr(in.Program), netName))
+		u.c.Path = fmt.Sprintf("/proc/self/fd/%d", 2+len(u.c.ExtraFiles))
+	}
 	u.c.Stderr = &u.errs
 	u.c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // keys of the terminal are gvm's
 	if err := u.c.Start(); err != nil {
-		return nil, fmt.Errorf("--net user: start %s: %w", name, err)
+		return nil, fmt.Errorf("--net user: start %s: %w", netName, err)
 	}
 	panics.Go(func() { u.wait(note) })
 	rc.spec.Nets = slices.Clone(rc.spec.Nets)
