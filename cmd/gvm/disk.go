@@ -61,9 +61,9 @@ func diskCommand() *cli.Command {
 			return diskTable(c.App.Writer, disks)
 		})
 	add := sub("add", "DISK", "give a running machine a disk",
-		`DISK is a value of gvm run --disk (gvm help disk), with backend=process.
-Without lun= the disk gets the lowest LUN that is free. The guest sees it
-come without a rescan.
+		`DISK is a value of gvm run --disk (gvm help disk). With backend=vhost the
+machine must have been started with such a disk. Without lun= the disk gets
+the lowest LUN that is free. The guest sees it come without a rescan.
 
 EXAMPLES
    gvm disk add data.img
