@@ -19,6 +19,7 @@ import (
 
 	"gvm/broker"
 	"gvm/guest/kernel"
+	"gvm/kvmapi/nowait"
 	"gvm/machine"
 	"gvm/panics"
 	"gvm/text"
@@ -108,6 +109,8 @@ func (a *gdbAddress) listen(ctx context.Context, b *broker.Client) (*gdbServer, 
 		return nil, configError{fmt.Errorf("--gdb unix:%s: the file exists; remove it, or give another path", a.address)}
 	case errors.Is(err, syscall.EADDRINUSE):
 		return nil, configError{fmt.Errorf("--gdb %s: another program waits there; give another port", a.address)}
+	case errors.Is(err, syscall.ENOENT) && s.path != "":
+		return nil, configError{fmt.Errorf("--gdb unix:%w", nowait.CreateError(a.address, syscall.ENOENT))}
 	case err != nil:
 		var op *net.OpError
 		if errors.As(err, &op) {

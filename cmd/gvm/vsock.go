@@ -7,10 +7,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"gvm/control"
 	"gvm/devices/virtio/vhostvsock"
 	"gvm/devices/virtio/vsock"
+	"gvm/kvmapi/nowait"
 	"gvm/text"
 )
 
@@ -142,6 +144,9 @@ func (rc *runConfig) listenVsock(named bool) (*vsock.Bridge, error) {
 		return nil, err
 	}
 	b, err := vsock.Listen(path)
+	if errors.Is(err, syscall.ENOENT) {
+		err = nowait.CreateError(path, syscall.ENOENT)
+	}
 	if err != nil {
 		return nil, configError{fmt.Errorf("--vsock: %w", err)}
 	}
