@@ -164,7 +164,7 @@ func TestExecSignals(t *testing.T) {
 	go func() {
 		_, _ = wire.Dial(far, wire.AgentConfig{Signal: func(n int) { got <- n }})
 	}()
-	h, err := wire.Accept(near, wire.HostConfig{})
+	h, err := wire.Accept(near, wire.HostConfig{Builds: []string{""}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -79,6 +79,9 @@ func sessionsOf(s string) int {
 	return n
 }
 
+// noBuild has the build ID of the agents of tests, which have none.
+var noBuild = []string{""}
+
 // command is a run of a command by an agent that is process 1 of a namespace.
 type command struct {
 	*wire.Host
@@ -134,7 +137,7 @@ func run(t *testing.T, cmd wire.Command, sessions ...*os.File) *command {
 	theirs.Close()
 	go func() { r.ended <- c.Wait() }()
 	t.Cleanup(func() { cancel(); <-r.ended })
-	r.Host, err = wire.Accept(conn, wire.HostConfig{Started: func(pid int) { r.started <- pid }})
+	r.Host, err = wire.Accept(conn, wire.HostConfig{Builds: noBuild, Started: func(pid int) { r.started <- pid }})
 	if err != nil {
 		t.Fatal(err)
 	}

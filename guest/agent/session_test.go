@@ -60,7 +60,7 @@ func TestSessions(t *testing.T) {
 		{Args: []text.Name{"sh", "-c", "echo on; sleep 1000"}},
 		{Args: []text.Name{"sh", "-c", "echo on; sleep 1000"}},
 	} {
-		h, err := wire.Accept(conns[i], wire.HostConfig{})
+		h, err := wire.Accept(conns[i], wire.HostConfig{Builds: noBuild})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -128,7 +128,7 @@ func TestCopies(t *testing.T) {
 	main.expect(t, "up\n")
 	open := func(i int, c wire.Copy) *wire.Host {
 		t.Helper()
-		h, err := wire.Accept(conns[i], wire.HostConfig{})
+		h, err := wire.Accept(conns[i], wire.HostConfig{Builds: noBuild})
 		if err != nil {
 			t.Fatal(err)
 		}
