@@ -26,15 +26,20 @@ import (
 const maxAnswer = 32 << 20
 
 // How long a client waits for the machine's state, and for an operation, which the server abandons
-// before that. A process on a busy host may not run for seconds.
+// before that. A process on a busy host may not run for seconds. A client without an answer looks each
+// lookPeriod whether the process is stopped.
 const (
 	askTimeout    = 10 * time.Second
 	changeTimeout = time.Minute
+	lookPeriod    = time.Second
 )
 
 // ErrNoAnswer means that a machine took a request and did not answer it in time. Its process may be
 // stopped.
 var ErrNoAnswer = errors.New("no answer")
+
+// errStopped is ErrNoAnswer with its reason.
+var errStopped = fmt.Errorf("%w: its process is stopped (kill -CONT PID)", ErrNoAnswer)
 
 // ErrNoListener means that a machine's process lives, and its control socket does not.
 var ErrNoListener = errors.New("nothing listens on its control socket: its broker has ended, or the machine ends " +
@@ -233,6 +238,21 @@ func (c *Client) Inspect(ctx context.Context, path string) (inspect.Node, error)
 // segment escapes an ID as one segment of a path, even "." and "..".
 func segment(id string) string { return strings.ReplaceAll(url.PathEscape(id), ".", "%2E") }
 
+// stopped reports whether the machine's process is stopped by a signal (proc_pid_stat(5)).
+func (c *Client) stopped() bool {
+	for _, place := range []string{inside, beside} {
+		lock, err := os.OpenFile(c.dir.file(c.name, place, lockFile), os.O_RDONLY|unix.O_NONBLOCK, 0)
+		if err != nil {
+			continue
+		}
+		defer lock.Close()
+		stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", holder(lock)))
+		_, state, _ := bytes.Cut(stat[bytes.LastIndexByte(stat, ')')+1:], []byte(" "))
+		return bytes.HasPrefix(state, []byte("T"))
+	}
+	return false
+}
+
 // ask makes a request. The error is an *Error if the machine refused it.
 func ask[T any](ctx context.Context, c *Client, method, path string, body any) (answer T, err error) {
 	err = c.ask(ctx, method, path, body, &answer)
@@ -247,10 +267,28 @@ func (c *Client) ask(ctx context.Context, method, path string, body, answer any)
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, ErrNoAnswer)
 	defer cancel()
+	ctx, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
+	panics.Go(func() { // ends with ctx
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(lookPeriod):
+			}
+			if c.stopped() {
+				giveUp(errStopped)
+			}
+		}
+	})
 	defer func() {
-		if err != nil && context.Cause(ctx) == ErrNoAnswer {
+		switch cause := context.Cause(ctx); {
+		case err == nil:
+		case cause == errStopped:
+			err = fmt.Errorf("machine %s: %w", c.name, cause)
+		case cause == ErrNoAnswer:
 			err = fmt.Errorf("machine %s: %w within %v: its process may be stopped (kill -CONT PID), or its host overloaded",
-				c.name, ErrNoAnswer, limit)
+				c.name, cause, limit)
 		}
 	}()
 	var content io.Reader

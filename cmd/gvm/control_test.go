@@ -388,8 +388,8 @@ func TestStoppedMachine(t *testing.T) {
 			status = 0
 		}
 		r := asks.wait()
-		if r.status != status || !strings.Contains(r.errs, "machine "+name+": no answer within") ||
-			!strings.Contains(r.errs, pid) {
+		want := "machine " + name + ": no answer: its process is stopped (kill -CONT PID) " + pid
+		if r.status != status || !strings.Contains(r.errs, want) {
 			t.Errorf("%v: status %d, %q", args, r.status, r.errs)
 		}
 	}

@@ -187,7 +187,7 @@ func TestStatStopped(t *testing.T) {
 	watchers = append(watchers, start("stat", name), start("inspect", name, "--watch"))
 	for _, w := range watchers {
 		if r := w.wait(); r.status != exitHost || strings.Count(r.errs, "\n") != 1 ||
-			!strings.Contains(r.errs, "gvm: machine "+name+": no answer within 10s: its process may be stopped") {
+			!strings.Contains(r.errs, "gvm: machine "+name+": no answer: its process is stopped") {
 			t.Errorf("%+v", r)
 		}
 	}

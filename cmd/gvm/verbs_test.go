@@ -137,7 +137,7 @@ func TestVerbs(t *testing.T) {
 				status = 0
 			}
 			v.check(t, "a stopped process", try(v, "build"), status,
-				"machine build: no answer within 10s: its process may be stopped (kill -CONT PID), ")
+				"machine build: no answer: its process is stopped (kill -CONT PID) (process ")
 		})
 	}
 	tried.Wait()
