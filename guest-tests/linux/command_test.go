@@ -454,6 +454,10 @@ func TestRoots(t *testing.T) {
 
 func testRoot(t *testing.T, k *lab.Kernel, root string) {
 	rw, ro, image := t.TempDir(), t.TempDir(), diskFile(t, content(t.Name(), 1<<20))
+	cwd := rw
+	if root == "/" {
+		cwd = t.TempDir() // which the guest's /tmp lacks
+	}
 	if err := os.WriteFile(filepath.Join(ro, "file"), []byte("of the host\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -473,13 +477,13 @@ stat -f -c %T / /tmp
 pwd
 until [ -b /dev/sda ]; do :; done
 sha256sum </dev/sda`
-	want := string(version) + "of the host\n1\noverlayfs\ntmpfs\n" + rw + "\n" + sum(content(t.Name(), 1<<20)) + "  -\n"
+	want := string(version) + "of the host\n1\noverlayfs\ntmpfs\n" + cwd + "\n" + sum(content(t.Name(), 1<<20)) + "  -\n"
 	if root == "/" {
 		script += "; git --version >/dev/null; uname -r"
 		want += k.Release + "\n"
 	}
-	testOn(t, k, nil, "--root", root, "--rw", rw, "--ro", ro, "--cwd", rw, "--disk", image, "--", "sh", "-c", script, "sh",
-		rw, ro).want(t, 0, want)
+	testOn(t, k, nil, "--root", root, "--rw", rw, "--ro", ro, "--cwd", cwd, "--disk", image, "--", "sh", "-c", script,
+		"sh", rw, ro).want(t, 0, want)
 	if b, err := os.ReadFile(filepath.Join(rw, "made")); string(b) != "guest\n" {
 		t.Errorf("the guest's file: %q, %v", b, err)
 	}

@@ -55,7 +55,7 @@ func boot() {
 	cmd, err := readCommand(wire.CommandFile)
 	if err == nil {
 		g.prepare(cmd)
-		err = mountShares(cmd.Mounts)
+		err = mountShares(cmd)
 	}
 	end := g.connect()
 	for _, line := range g.lines {

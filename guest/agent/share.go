@@ -11,14 +11,17 @@ import (
 	"gvm/guest/agent/wire"
 )
 
-// mountShares mounts directories of the host, the root first.
-func mountShares(shares []wire.Mount) error {
-	for _, s := range shares {
+// mountShares mounts directories of the host, the root first. It makes the command's directory where the root
+// has none, as in /tmp: in the guest's memory.
+func mountShares(cmd *wire.Command) error {
+	for _, s := range cmd.Mounts {
 		dir := string(s.Dir)
 		err := os.MkdirAll(dir, 0o755)
 		switch {
 		case s.Root:
-			err = useRoot(s.Tag)
+			if err = useRoot(s.Tag); err == nil {
+				_ = os.MkdirAll(string(cmd.Dir), 0o755) // its use says why
+			}
 		case err == nil && s.ReadOnly:
 			err = unix.Mount(s.Tag, dir, "virtiofs", unix.MS_RDONLY, "")
 		case err == nil:
