@@ -247,6 +247,13 @@ func (f *fake) lock(p string) (io.Closer, error) {
 	return fakeLock{f, p}, nil
 }
 
+func (f *fake) locked(p string) (bool, error) {
+	if f.nodes[p] == nil {
+		return false, fault("flock", p, unix.ENOENT)
+	}
+	return f.locks[p], nil
+}
+
 // snapshot is the whole tree as text.
 func (f *fake) snapshot() string {
 	var b strings.Builder

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -578,5 +579,50 @@ func TestReplaced(t *testing.T) {
 	if _, err := fakeHost(f).provision([]Unit{u}); !errors.Is(err, ErrBusy) ||
 		!strings.Contains(err.Error(), "was replaced") || f.ops > 0 {
 		t.Errorf("%d changes, %v", f.ops, err)
+	}
+}
+
+// TestLookers: processes that look at the same time whether an owner lives do not take each other for it.
+// gvm lio list, which looks without the lock of all changes, has once kept a janitor from its work.
+func TestLookers(t *testing.T) {
+	h := newHost(t.TempDir())
+	o := owner{pid: 4242}
+	h.running = func(int) (uint64, bool) { return 0, false }
+	name := o.adapter("fileio", false)
+	if err := os.MkdirAll(filepath.Join(h.root, core, name), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	var lookers sync.WaitGroup
+	for range 4 {
+		lookers.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				if alive, err := h.alive(o, []string{name}); alive || err != nil {
+					t.Errorf("alive: %v, %v", alive, err)
+					return
+				}
+			}
+		})
+	}
+	for range 1000 {
+		if alive, err := h.alive(o, []string{name}); alive || err != nil {
+			t.Errorf("alive: %v, %v", alive, err)
+			break
+		}
+	}
+	close(done)
+	lookers.Wait()
+	l, err := h.lock(core + "/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if alive, err := h.alive(o, []string{name}); !alive || err != nil {
+		t.Errorf("with its lock: %v, %v", alive, err)
 	}
 }

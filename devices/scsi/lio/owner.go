@@ -9,8 +9,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // owner is a Target of a process. The start time makes a process id that is
@@ -101,14 +99,9 @@ func (h *host) alive(o owner, adapters []string) (bool, error) {
 		return true, nil
 	}
 	for _, a := range adapters {
-		l, err := h.lock("core/" + a)
-		switch {
-		case errors.Is(err, unix.EWOULDBLOCK):
-			return true, nil
-		case err != nil:
-			return false, err
+		if locked, err := h.locked(core + "/" + a); locked || err != nil {
+			return locked, err
 		}
-		l.Close()
 	}
 	return false, nil
 }

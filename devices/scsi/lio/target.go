@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -137,11 +138,17 @@ func (t *Target) adapter(plugin string) (string, error) {
 	if _, after := os.Stat(module); before != nil && after == nil {
 		t.notes = append(t.notes, "the kernel has loaded "+backstores[plugin].module)
 	}
-	l, err := t.h.lock(core + "/" + name)
-	if err != nil {
-		return "", err
+	for deadline := time.Now().Add(t.h.patience); ; time.Sleep(time.Millisecond) {
+		l, err := t.h.lock(core + "/" + name)
+		if err == nil {
+			t.locks[name] = l
+			break
+		}
+		// A gvm of another PID namespace may just look whether the owner lives.
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(deadline) {
+			return "", err
+		}
 	}
-	t.locks[name] = l
 	return core + "/" + name, nil
 }
 

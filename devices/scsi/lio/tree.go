@@ -35,6 +35,8 @@ type configfs interface {
 	// lock takes an exclusive lock on a directory; unix.EWOULDBLOCK means that another open of it
 	// has one.
 	lock(path string) (io.Closer, error)
+	// locked reports whether one has. Of several that ask at a time none gets the answer for another.
+	locked(path string) (bool, error)
 }
 
 // kernel is the real configfs, with its root.
@@ -95,6 +97,22 @@ func (k kernel) lock(path string) (io.Closer, error) {
 		return nil, &fs.PathError{Op: "flock", Path: k.at(path), Err: err}
 	}
 	return f, nil
+}
+
+func (k kernel) locked(path string) (bool, error) {
+	f, err := os.Open(k.at(path))
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	switch err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err {
+	case nil:
+		return false, nil
+	case unix.EWOULDBLOCK:
+		return true, nil
+	default:
+		return false, &fs.PathError{Op: "flock", Path: k.at(path), Err: err}
+	}
 }
 
 // host is the target's directory, with a function that tells living processes from dead ones.
