@@ -330,10 +330,22 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 			return rc, fmt.Errorf("%w with --kernel", err)
 		}
 	}
-	if rc.kernel == "" && (len(rc.initrds) > 0 || len(spec.Shares) > 0 || len(spec.Nets) > 0 ||
-		given("cmdline") || spec.BareCmdLine || spec.Protocol == boot.Linux64) {
-		return rc, errors.New("--initrd, --share, --net, --cmdline, --bare-cmdline and --entry 64 need a --kernel; " +
-			"the embedded guest takes --guest-arg")
+	if rc.kernel == "" {
+		var unfit []string
+		for _, f := range []struct {
+			name string
+			set  bool
+		}{{"--initrd", len(rc.initrds) > 0}, {"--share", len(spec.Shares) > 0}, {"--net", len(spec.Nets) > 0},
+			{"--cmdline", given("cmdline")}, {"--bare-cmdline", spec.BareCmdLine},
+			{"--entry 64", spec.Protocol == boot.Linux64}} {
+			if f.set {
+				unfit = append(unfit, f.name)
+			}
+		}
+		if len(unfit) > 0 {
+			return rc, fmt.Errorf("%s: not for the embedded guest, which takes --guest-arg; name a kernel with --kernel",
+				strings.Join(unfit, ", "))
+		}
 	}
 	if rc.kernel != "" && len(spec.GuestArgs) > 0 {
 		return rc, errors.New("--guest-arg is for the embedded guest; a kernel takes --cmdline")
