@@ -179,7 +179,10 @@ func (n *network) configure() error {
 	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
 	// One hop of virtual wire does not reorder: a closed connection need not wait for stray segments.
 	wait := tcpip.TCPTimeWaitTimeoutOption(closing)
-	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &moderate, &wait,
+	// A guest that runs late lost nothing. With RACK the stack would probe for the loss of a connection's
+	// last segments after some ms, and send in smaller pieces for long once the guest had them twice.
+	var recovery tcpip.TCPRecovery
+	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &moderate, &wait, &recovery,
 		&tcpip.TCPSendBufferSizeRangeOption{Min: 4 << 10, Default: sending, Max: sending},
 		&tcpip.TCPReceiveBufferSizeRangeOption{Min: 4 << 10, Default: 128 << 10, Max: maxBuffer},
 	} {

@@ -122,7 +122,8 @@ func connect(t *testing.T, offloads uint32) (p *peer, far net.Conn) {
 	tell(t, device, offloads)
 	p = &peer{TB: t, device: device, port: 1000, next: 5000, room: 0xffff}
 	p.send(header.TCPFlagSyn, p.next, []byte{
-		header.TCPOptionMSS, 4, 1460 >> 8, 1460 & 255, header.TCPOptionNOP, header.TCPOptionWS, 3, 7}, nil)
+		header.TCPOptionMSS, 4, 1460 >> 8, 1460 & 255, header.TCPOptionNOP, header.TCPOptionWS, 3, 7,
+		header.TCPOptionNOP, header.TCPOptionNOP, header.TCPOptionSACKPermitted, 2}, nil)
 	p.receive()
 	p.next++
 	p.send(header.TCPFlagAck, p.next, nil, nil)
@@ -178,6 +179,28 @@ func testFullWindow(t *testing.T, offloads uint32) {
 			t.Fatalf("the gateway sends byte %d for the fifth time after it was acknowledged", seq-first)
 		}
 		p.send(header.TCPFlagAck, p.next, nil, nil)
+	}
+}
+
+// TestLateGuest: of what a guest does not acknowledge, the first byte is the first to come again, after the
+// time for that. Its end does not come as a probe before.
+func TestLateGuest(t *testing.T) {
+	p, far := connect(t, 0)
+	first := p.got
+	for range 2 {
+		if _, err := far.Write(make([]byte, 1000)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for next := first; next != first+2000; {
+		seq, data := p.receive()
+		if seq != next {
+			t.Fatalf("byte %d, want %d", seq-first, next-first)
+		}
+		next += uint32(len(data))
+	}
+	if seq, data := p.receive(); seq != first || len(data) == 0 {
+		t.Errorf("%d bytes from byte %d come again, want the first", len(data), seq-first)
 	}
 }
 
