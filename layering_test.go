@@ -93,7 +93,7 @@ var may = []struct{ pkg, imports string }{
 	{"plot/draw", "plot text"},
 	{"plot", ""},
 	{"cmd/gvm-plot", "plot plot/draw"},
-	{"usernet", ""},
+	{"usernet", "kvmapi/nowait"},
 	{"cmd/gvm-net", "usernet"},
 	{"cmd/gvm-agent", "guest/agent"},
 	{"machine/disk", "devices/... control inspect text"},

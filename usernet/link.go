@@ -20,6 +20,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
 	"gvisor.dev/gvisor/pkg/tcpip/link/ethernet"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"gvm/kvmapi/nowait"
 )
 
 // struct virtio_net_hdr_v1: virtio 1.3, 5.1.6.
@@ -64,8 +66,9 @@ type link struct {
 
 // message is the memory for the messages of one goroutine.
 type message struct {
-	head   [headerSize]byte
-	slices [][]byte
+	head    [headerSize]byte
+	slices  [][]byte
+	vectors nowait.Vectors
 }
 
 func newLink(conn *net.UnixConn, done <-chan struct{}) *link {
@@ -96,8 +99,9 @@ func (l *link) SupportedGSO() stack.SupportedGSO {
 // read takes the device's messages until it closes the socket.
 func (l *link) read() error {
 	message := make([]byte, headerSize+maxFrame)
+	device := stream{l.raw}
 	for {
-		n, err := l.conn.Read(message)
+		n, err := device.Read(message)
 		if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
 			return nil
 		}
@@ -236,10 +240,7 @@ func (l *link) output(m *message, p *stack.PacketBuffer, wait bool) (sent bool) 
 	}
 	sent = true
 	l.raw.Write(func(fd uintptr) bool { // fails when the socket is closed, which read sees
-		_, err := unix.Writev(int(fd), m.slices)
-		for err == unix.EINTR {
-			_, err = unix.Writev(int(fd), m.slices)
-		}
+		_, err := m.vectors.Writev(int(fd), m.slices)
 		sent = err != unix.EAGAIN
 		return sent || !wait
 	})

@@ -1,6 +1,7 @@
 package usernet
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,12 +12,14 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
 
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 )
 
@@ -118,13 +121,18 @@ func (n *network) join(guest *gonet.TCPConn, ep tcpip.Endpoint, host net.Conn) {
 	}
 	stop := context.AfterFunc(n.ctx, panics.Func(broken))
 	defer stop()
+	var far io.ReadWriter = host
+	if c, ok := host.(syscall.Conn); ok {
+		raw, _ := c.SyscallConn() // fails only if c is nil
+		far = stream{raw}
+	}
 	var out sync.WaitGroup
 	out.Go(panics.Func(func() {
-		if copyConn(host, guest, copyBuffer) != nil || closeWrite(host) != nil {
+		if copyConn(far, guest, copyBuffer) != nil || closeWrite(host) != nil {
 			broken()
 		}
 	}))
-	if copyConn(guest, host, toGuest) != nil || guest.CloseWrite() != nil {
+	if copyConn(guest, far, toGuest) != nil || guest.CloseWrite() != nil {
 		broken()
 	}
 	out.Wait()
@@ -154,6 +162,33 @@ func (n *network) drain(ep tcpip.Endpoint) {
 		}
 	}
 	ep.Abort()
+}
+
+// stream reads and writes a socket of this process.
+type stream struct{ raw syscall.RawConn }
+
+// Read implements io.Reader.
+func (s stream) Read(b []byte) (n int, err error) {
+	closed := s.raw.Read(func(fd uintptr) bool {
+		n, err = nowait.Read(int(fd), b)
+		return err != unix.EAGAIN
+	})
+	if n == 0 && err == nil {
+		err = io.EOF
+	}
+	return n, cmp.Or(closed, err)
+}
+
+// Write implements io.Writer.
+func (s stream) Write(b []byte) (done int, err error) {
+	closed := s.raw.Write(func(fd uintptr) bool {
+		var n int
+		for err = nil; err == nil && done < len(b); done += n {
+			n, err = nowait.Write(int(fd), b[done:])
+		}
+		return err != unix.EAGAIN
+	})
+	return done, cmp.Or(closed, err)
 }
 
 var buffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
