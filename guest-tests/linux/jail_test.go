@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -13,7 +14,7 @@ import (
 )
 
 // TestJail: Linux in a jail uses a disk behind a block device, a shared directory and an interface, which
-// belong to the jail's user.
+// belong to the jail's user. By --net user it fetches from this host, and answers at a published port.
 func TestJail(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("a jail needs root")
@@ -29,8 +30,11 @@ func TestJail(t *testing.T) {
 	setLink(t, tap, 9, 1500)
 	writeFile(t, filepath.Join(share, "host"), "host")
 	must(t, errors.Join(os.Mkdir(dir, 0o755), os.Chown(disk, user, user), os.Chown(share, user, user)))
+	published, mux := freeAddress(t), http.NewServeMux()
+	mux.HandleFunc("/down", func(w http.ResponseWriter, _ *http.Request) { w.Write(content("down", 1<<20)) })
+	mux.HandleFunc("/published", func(w http.ResponseWriter, r *http.Request) { askPublished(w, r, published) })
 	defer func() { must(t, os.Chown(disk, 0, 0)) }()
-	args := guest{kernel: kernel(t, "cloud"), modules: []string{"virtiofs", "virtio_net"}, script: `
+	args := guest{kernel: kernel(t, "cloud"), modules: []string{"virtiofs", "virtio_net"}, script: fmt.Sprintf(`
 d=$(disk 0)
 wait_for $d
 say disk $(sum $d)
@@ -38,15 +42,23 @@ printf guest | dd of=$d conv=notrunc,fsync 2>/dev/null && say written
 mkdir /s && mount -t virtiofs s /s && say share "$(cat /s/host)" && echo guest >/s/made
 umount /s
 ip addr add 10.99.9.2/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 20 10.99.9.1 >/dev/null && say ping ok
+ip addr add 10.0.2.15/24 dev eth1 && ip link set eth1 up
+say down $(wget -q -O - http://10.0.2.2:%[1]s/down | sum)
+echo from the guest | nc -l -p 80 >/got &
+say reply $(wget -q -O - http://10.0.2.2:%[1]s/published)
+wait
+say got $(cat /got)
 klog
-`}.build(t)
+`, serve(t, "127.0.0.1:0", mux))}.build(t)
 	must(t, os.Chmod(args[4], 0o644)) // the initrd
 	r := gvm(t, append(args, "--jail", dir, fmt.Sprint("--uid=", user), fmt.Sprint("--gid=", user),
-		"--disk", disk+",lock=off", "--share", "s="+share, "--net", "tap="+tap)...)
+		"--disk", disk+",lock=off", "--share", "s="+share, "--net", "tap="+tap, "--net", "user",
+		"--publish", published+":80")...)
 	if r.status != 0 {
 		r.fatalf(t, "status %d", r.status)
 	}
-	r.want(t, map[string]string{"disk": sum(content("jail", 1<<20)), "written": "", "share": "host", "ping": "ok"})
+	r.want(t, map[string]string{"disk": sum(content("jail", 1<<20)), "written": "", "share": "host", "ping": "ok",
+		"down": sum(content("down", 1<<20)), "reply": "from the guest", "got": "from the host"})
 	b, err := os.ReadFile(image)
 	if err != nil || !bytes.HasPrefix(b, []byte("guest")) {
 		t.Errorf("the image has %q, %v", b[:5], err)

@@ -13,39 +13,12 @@ import (
 // and by a published port.
 func TestNetUser(t *testing.T) {
 	const size = 24 << 20
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	published := free.Addr().String()
-	must(t, free.Close())
+	published := freeAddress(t)
 	out := content("out", 4<<20)
 	mux := http.NewServeMux()
 	mux.HandleFunc("/down", func(w http.ResponseWriter, _ *http.Request) { w.Write(content("down", size)) })
 	mux.HandleFunc("/small", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "by IPv6") })
-	mux.HandleFunc("/published", func(w http.ResponseWriter, r *http.Request) {
-		for r.Context().Err() == nil { // until the guest listens
-			c, err := net.Dial("tcp", published)
-			if err != nil {
-				continue
-			}
-			io.WriteString(c, "from the host")
-			c.(*net.TCPConn).CloseWrite()
-			b, err := io.ReadAll(c)
-			c.Close()
-			if err == nil {
-				w.Write(b)
-				return
-			}
-		}
-	})
-	serve := func(addr string) (port string) {
-		l, err := net.Listen("tcp", addr)
-		must(t, err)
-		t.Cleanup(func() { l.Close() })
-		go http.Serve(l, mux)
-		_, port, err = net.SplitHostPort(l.Addr().String())
-		must(t, err)
-		return port
-	}
+	mux.HandleFunc("/published", func(w http.ResponseWriter, r *http.Request) { askPublished(w, r, published) })
 	up, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	defer up.Close()
@@ -90,7 +63,7 @@ until ip -6 addr show dev eth0 scope global | grep -v tentative | grep -q fd00: 
 done
 say six $(wget -q -O - http://[fd00::2]:%[3]s/small)
 klog
-`, serve("127.0.0.1:0"), portOf(t, up), serve("[::1]:0")),
+`, serve(t, "127.0.0.1:0", mux), portOf(t, up), serve(t, "[::1]:0", mux)),
 	}
 	r := g.run(t, "--net", "user", "--publish", published+":80")
 	r.wantStatus(t, 0)
@@ -105,6 +78,44 @@ klog
 		t.Error("nothing came from the guest")
 	}
 	r.kernelLog(t, 1)
+}
+
+// freeAddress returns an address at which no other program listens.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	must(t, l.Close())
+	return l.Addr().String()
+}
+
+// serve serves at an address until the test's end, and returns its port.
+func serve(t *testing.T, addr string, h http.Handler) (port string) {
+	t.Helper()
+	l, err := net.Listen("tcp", addr)
+	must(t, err)
+	t.Cleanup(func() { l.Close() })
+	go http.Serve(l, h)
+	return portOf(t, l)
+}
+
+// askPublished sends a line to a guest at a published port, as soon as it listens there, and answers with
+// its reply.
+func askPublished(w io.Writer, r *http.Request, published string) {
+	for r.Context().Err() == nil {
+		c, err := net.Dial("tcp", published)
+		if err != nil {
+			continue
+		}
+		io.WriteString(c, "from the host")
+		c.(*net.TCPConn).CloseWrite()
+		b, err := io.ReadAll(c)
+		c.Close()
+		if err == nil {
+			w.Write(b)
+			return
+		}
+	}
 }
 
 func portOf(t *testing.T, l net.Listener) string {
