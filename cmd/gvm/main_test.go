@@ -73,10 +73,12 @@ func TestMain(m *testing.M) {
 // machineless matches tests that start gvm many times, or work long, but start no machine: they need no
 // lab, where they take up to ten times as long.
 func machineless() *regexp.Regexp {
-	const names = "AgentIn|BadInput|Bench(Disk|Nothing|Record)|Cell(Output|RunsOn)|CheckMemory|" +
-		"Completion(OfDisks)?|Copy|Exec|Foreign(Answers|Words)|Help(Width)?|Image|InputEnds|KernelCheck|" +
-		"KnownDifferences|KubernetesWords|Matrix(StuckReader|Words)|(Sandbox)?Replay|Suggestions|" +
-		"SurplusArguments|Test(Shares|Words)|Trace(Cut|Golden|Mistakes|Plot)|Unreadable|VerbsOfStranger"
+	const names = "AgentIn|BadInput|Bench(Disk|Nothing|Record)|Cell(Output|RunsOn)|Check(Memory|Threads(OfStorage)?)|" +
+		"Completion(OfDisks)?|Copy|Crash(Log|RecordNames)|Exec|Foreign(Answers|Words)|Help(Width)?|Hugepages|Image|" +
+		"InputEnds|InspectWord|JailWords|KernelCheck|KnownDifferences|KubernetesWords|LioWords|" +
+		"Matrix(StuckReader|Words)|NothingToPrint|PlotterFails|RunAsksLimits|(Sandbox)?Replay|SandboxWords|" +
+		"SecondSignal|StatTables|StuckReader|Suggestions|SurplusArguments|Test(Shares|StopEarly|Words)|" +
+		"Trace(Cut|Golden|Mistakes|Plot)|Unreadable|UserThreads|VerbsOfStranger"
 	return regexp.MustCompile("^Test(" + names + ")$")
 }
 
