@@ -18,7 +18,8 @@ import (
 
 var update = flag.Bool("update", false, "write docs/messages.txt anew")
 
-// message is a text of gvm's sources that a user can see. … stands for operands that are no literal.
+// message is a text of gvm's sources that a user can see. … stands for operands that are no
+// literal.
 type message struct{ file, kind, text string }
 
 // messageKinds are the kinds of the texts that functions and fields take.
@@ -27,8 +28,9 @@ var messageKinds = map[string]string{
 	"Usage": "usage", "ArgsUsage": "usage",
 }
 
-// TestMessages holds docs/messages.txt against the sources, so that a review shows a changed message
-// among all others, and every message against the rules of CONTRIBUTING.md. -update writes the file.
+// TestMessages holds docs/messages.txt against the sources, so that a review shows a changed
+// message among all others, and every message against the rules of CONTRIBUTING.md. -update writes
+// the file.
 func TestMessages(t *testing.T) {
 	var all []message
 	if err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {

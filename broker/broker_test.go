@@ -25,8 +25,8 @@ import (
 	"gvm/text"
 )
 
-// With machineEnv the test binary is a machine with a name in that directory, that does nothing, and with
-// sandboxEnv it is in a sandbox, with aloneEnv it has no control socket.
+// With machineEnv the test binary is a machine with a name in that directory, that does nothing,
+// and with sandboxEnv it is in a sandbox, with aloneEnv it has no control socket.
 const (
 	machineEnv = "GVM_TEST_MACHINE"
 	sandboxEnv = "GVM_TEST_SANDBOX"
@@ -423,7 +423,8 @@ func TestGrantEnds(t *testing.T) {
 	}
 }
 
-// TestGrantsAreBounded: requests that the machine refuses make the broker keep no more and no more of them.
+// TestGrantsAreBounded: requests that the machine refuses make the broker keep no more and no more
+// of them.
 func TestGrantsAreBounded(t *testing.T) {
 	b := newBroker(nil, 0, nil)
 	b.images["made"] = image{made: true}

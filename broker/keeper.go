@@ -11,12 +11,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// KeeperArg0 is the first word of a keeper's command line; the second one is the machine's name, the third
-// one the files that it removes, as JSON.
+// KeeperArg0 is the first word of a keeper's command line; the second one is the machine's name,
+// the third one the files that it removes, as JSON.
 const KeeperArg0 = "gvm-keeper"
 
-// startKeeper starts a process that waits for this machine's end, and then removes its kernel's target and its own
-// files if they are left. The broker does that too, and may have been killed.
+// startKeeper starts a process that waits for this machine's end, and then removes its kernel's
+// target and its own files if they are left. The broker does that too, and may have been killed.
 func startKeeper(name string, own []ownFile) error {
 	fail := func(err error) error { return fmt.Errorf("start the keeper of %s: %w", name, err) }
 	fd, err := unix.PidfdOpen(os.Getpid(), 0)

@@ -18,8 +18,8 @@ import (
 	"gvm/text"
 )
 
-// TestVhost: the broker has the kernel serve an image that a request of the owner names so: once, from
-// the machine's own target, as the request has it. It removes disks of that target alone.
+// TestVhost: the broker has the kernel serve an image that a request of the owner names so: once,
+// from the machine's own target, as the request has it. It removes disks of that target alone.
 func TestVhost(t *testing.T) {
 	s := newSetup(t)
 	var added []lio.Unit // this and the next two are guarded by s.mu
@@ -114,8 +114,8 @@ func TestVhost(t *testing.T) {
 	}
 }
 
-// TestTakeDownDeaths: a machine whose broker is dead leaves its kernel's target to the keeper. One whose broker is
-// stopped does not wait for it once more at its end.
+// TestTakeDownDeaths: a machine whose broker is dead leaves its kernel's target to the keeper. One
+// whose broker is stopped does not wait for it once more at its end.
 func TestTakeDownDeaths(t *testing.T) {
 	for _, stopped := range []bool{false, true} {
 		ours, theirs := pair(t)

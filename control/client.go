@@ -26,8 +26,8 @@ import (
 const maxAnswer = 32 << 20
 
 // How long a client waits for the machine's state, and for an operation, which the server abandons
-// before that. A process on a busy host may not run for seconds. A client without an answer looks each
-// lookPeriod whether the process is stopped.
+// before that. A process on a busy host may not run for seconds. A client without an answer looks
+// each lookPeriod whether the process is stopped.
 const (
 	askTimeout    = 10 * time.Second
 	changeTimeout = time.Minute

@@ -143,11 +143,11 @@ type Machine interface {
 	Reset() error
 	// NMI raises a non-maskable interrupt on the CPUs.
 	NMI(context.Context) error
-	// Core pauses the machine and returns an ELF core of it, by PutCore and EndCore. The machine runs on
-	// after it, or when it is closed.
+	// Core pauses the machine and returns an ELF core of it, by PutCore and EndCore. The machine runs
+	// on after it, or when it is closed.
 	Core(context.Context) (io.ReadCloser, error)
-	// Console returns a new end of the console, whose Read ends with the machine, and Break sends a break
-	// on it.
+	// Console returns a new end of the console, whose Read ends with the machine, and Break sends a
+	// break on it.
 	Console() io.ReadWriteCloser
 	Break()
 	// Agent connects to the guest's agent, for a session.

@@ -18,8 +18,8 @@ const (
 	maxCoreRelease = 4096
 )
 
-// PutCore writes a part of a core, as parts of 1 MiB at most: the place in the file, the length, and the
-// bytes.
+// PutCore writes a part of a core, as parts of 1 MiB at most: the place in the file, the length,
+// and the bytes.
 func PutCore(w io.Writer, off int64, p []byte) error {
 	for len(p) > 0 {
 		part := p[:min(len(p), maxCoreData)]
@@ -49,9 +49,9 @@ type coreStream struct{ io.ReadCloser }
 
 func (coreStream) Write(p []byte) (int, error) { return len(p), nil }
 
-// Core passes the parts of an ELF core of the machine to put, in ascending order. The others are zeros. It
-// returns the size of the core and the release of the guest's kernel, "" if the core has no VMCOREINFO.
-// The machine is paused until it returns.
+// Core passes the parts of an ELF core of the machine to put, in ascending order. The others are
+// zeros. It returns the size of the core and the release of the guest's kernel, "" if the core has
+// no VMCOREINFO. The machine is paused until it returns.
 func (c *Client) Core(
 	ctx context.Context, put func(off int64, p []byte) error,
 ) (size int64, release string, err error) {

@@ -16,11 +16,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Directory is the directory of the sockets of a user's machines. Each machine has a directory NAME there,
-// with the files lock, which contains its PID and is locked by it (flock(2)), and sock. The holder of the
-// name may have vsock there as well. A process locks the Directory itself, exclusively while it creates files,
-// shared while it looks at those of others, and removes those of dead machines: any number of verbs run at
-// the same time.
+// Directory is the directory of the sockets of a user's machines. Each machine has a directory NAME
+// there, with the files lock, which contains its PID and is locked by it (flock(2)), and sock. The
+// holder of the name may have vsock there as well. A process locks the Directory itself,
+// exclusively while it creates files, shared while it looks at those of others, and removes those
+// of dead machines: any number of verbs run at the same time.
 type Directory struct{ path string }
 
 // Errors of Claim and of a Client.
@@ -36,8 +36,8 @@ const (
 	vsockFile  = "vsock"
 )
 
-// What is between the name of a machine and that of its file. Until version 0.2 a machine of a gvm without
-// directories for machines is found, too.
+// What is between the name of a machine and that of its file. Until version 0.2 a machine of a gvm
+// without directories for machines is found, too.
 const (
 	inside = "/"
 	beside = "." // of an older gvm
@@ -61,8 +61,8 @@ func DefaultDirectory() Directory {
 	return Directory{filepath.Join(os.TempDir(), "gvm-"+strconv.Itoa(uid))}
 }
 
-// Foreign returns $XDG_RUNTIME_DIR and its user, if that is another user's, whose machines DefaultDirectory
-// does not find.
+// Foreign returns $XDG_RUNTIME_DIR and its user, if that is another user's, whose machines
+// DefaultDirectory does not find.
 func Foreign() (dir string, uid int, foreign bool) {
 	dir = os.Getenv("XDG_RUNTIME_DIR")
 	if !filepath.IsAbs(dir) {
@@ -72,7 +72,8 @@ func Foreign() (dir string, uid int, foreign bool) {
 	return dir, uid, err == nil && uid != os.Geteuid()
 }
 
-// owner returns the user of a directory, or that of the directory above it that does not let this user in.
+// owner returns the user of a directory, or that of the directory above it that does not let this
+// user in.
 func owner(dir string) (uid int, err error) {
 	var st unix.Stat_t
 	for err = unix.Stat(dir, &st); err == unix.EACCES && dir != "/"; err = unix.Stat(dir, &st) {
@@ -84,7 +85,8 @@ func owner(dir string) (uid int, err error) {
 // Machine returns the path of the directory of a machine.
 func (d Directory) Machine(name string) string { return filepath.Join(d.path, name) }
 
-// Vsock returns the path of the socket for the guest's vsock of a machine, for the holder of its name.
+// Vsock returns the path of the socket for the guest's vsock of a machine, for the holder of its
+// name.
 func (d Directory) Vsock(name string) string { return d.file(name, inside, vsockFile) }
 
 // file returns the path of a machine's file. place is inside or beside.
@@ -125,8 +127,9 @@ func private(path string, uid int) error {
 	return nil
 }
 
-// lock locks the directory, how is LOCK_EX or LOCK_SH, and waits up to limit for other processes. If create
-// is set it makes a missing directory, otherwise it returns fs.ErrNotExist. The file is for unlock.
+// lock locks the directory, how is LOCK_EX or LOCK_SH, and waits up to limit for other processes.
+// If create is set it makes a missing directory, otherwise it returns fs.ErrNotExist. The file is
+// for unlock.
 func (d Directory) lock(how int, create bool, limit time.Duration) (*os.File, error) {
 	for {
 		if create {
@@ -171,11 +174,12 @@ func (d Directory) lock(how int, create bool, limit time.Duration) (*os.File, er
 	}
 }
 
-// lockTimeout bounds the wait for a directory's lock, but at the end of a machine, which does not wait: a
-// holder never blocks, but may be stopped.
+// lockTimeout bounds the wait for a directory's lock, but at the end of a machine, which does not
+// wait: a holder never blocks, but may be stopped.
 const lockTimeout = 2 * time.Second
 
-// unlock undoes lock, and removes an empty directory, if no other process has it locked: that one does.
+// unlock undoes lock, and removes an empty directory, if no other process has it locked: that one
+// does.
 func (d Directory) unlock(f *os.File) {
 	if flock(f, unix.LOCK_EX|unix.LOCK_NB) == nil && same(f, d.path) {
 		_ = os.Remove(d.path)
@@ -244,8 +248,8 @@ func (d Directory) claim(name string) (lock *os.File, l *net.UnixListener, err e
 	return lock, l, err
 }
 
-// lockName makes the directory of a machine and the lock in it. A machine that ends may remove its own at
-// any time.
+// lockName makes the directory of a machine and the lock in it. A machine that ends may remove its
+// own at any time.
 func (d Directory) lockName(name string) (*os.File, error) {
 	for {
 		if err := os.Mkdir(d.Machine(name), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -309,9 +313,9 @@ func listen(dir *os.File, file string) (*net.UnixListener, error) {
 	return l, nil
 }
 
-// release undoes claim. Another process that has the lock may have done so before, if it took this one
-// for dead: then the name can be a new machine's. This process may be in a sandbox, without a right to
-// lock or remove the Directory; then its last machine leaves it empty.
+// release undoes claim. Another process that has the lock may have done so before, if it took this
+// one for dead: then the name can be a new machine's. This process may be in a sandbox, without a
+// right to lock or remove the Directory; then its last machine leaves it empty.
 func (d Directory) release(name string, lock *os.File) error {
 	defer lock.Close()
 	// The lock of claim is that of all processes of the machine. This one is a process's own.
@@ -331,8 +335,9 @@ func (d Directory) release(name string, lock *os.File) error {
 	return err
 }
 
-// remove removes the files of a name, and its directory unless there are others in it, such as the sockets
-// of programs for ports of the guest. The caller holds the name's lock, or the Directory's of a dead one.
+// remove removes the files of a name, and its directory unless there are others in it, such as the
+// sockets of programs for ports of the guest. The caller holds the name's lock, or the Directory's
+// of a dead one.
 func (d Directory) remove(name, place string) error {
 	err := d.unlink(name, place, socketFile, vsockFile, lockFile)
 	if place == inside {
@@ -403,7 +408,8 @@ func (d Directory) List() ([]Entry, error) {
 }
 
 // look returns the machine of a name if it lives, and else removes its files. The caller holds the
-// Directory's lock, so that no process takes the name meanwhile; others may look, and remove the same.
+// Directory's lock, so that no process takes the name meanwhile; others may look, and remove the
+// same.
 func (d Directory) look(name, place string) (*Entry, error) {
 	f, err := os.OpenFile(d.file(name, place, lockFile), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EISDIR) {

@@ -113,8 +113,8 @@ func TestClaimOnce(t *testing.T) {
 	}
 }
 
-// TestComingAndGoing has machines end while others begin, two of them with one name: the last one removes
-// the directory, and the next makes it again.
+// TestComingAndGoing has machines end while others begin, two of them with one name: the last one
+// removes the directory, and the next makes it again.
 func TestComingAndGoing(t *testing.T) {
 	d := testDir(t)
 	var machines sync.WaitGroup
@@ -141,8 +141,8 @@ func TestComingAndGoing(t *testing.T) {
 	}
 }
 
-// TestDead: the files of a killed machine are taken over, or removed by the next List. Of its directory
-// sockets for ports of the guest stay, as programs of the user listen at them.
+// TestDead: the files of a killed machine are taken over, or removed by the next List. Of its
+// directory sockets for ports of the guest stay, as programs of the user listen at them.
 func TestDead(t *testing.T) {
 	for _, how := range []string{"claim the name", "claim another", "list"} {
 		t.Run(how, func(t *testing.T) {
@@ -211,8 +211,8 @@ func TestLockRemoved(t *testing.T) {
 	}
 }
 
-// TestPortKept: the socket of a program for a port of the guest outlasts the machine, and its directory
-// serves the next of the name.
+// TestPortKept: the socket of a program for a port of the guest outlasts the machine, and its
+// directory serves the next of the name.
 func TestPortKept(t *testing.T) {
 	d := testDir(t)
 	port := filepath.Join(d.path, "vm/vsock_52")
@@ -233,8 +233,8 @@ func TestPortKept(t *testing.T) {
 	}
 }
 
-// TestOlder: the machine of an older gvm, whose files are side by side, is listed and answers, and its
-// name is in use.
+// TestOlder: the machine of an older gvm, whose files are side by side, is listed and answers, and
+// its name is in use.
 func TestOlder(t *testing.T) {
 	d := testDir(t)
 	s, err := Claim(d, "vm")
@@ -408,8 +408,8 @@ func TestListsTogether(t *testing.T) {
 	}
 }
 
-// TestReleaseWaitsForNoLock: a machine's end does not wait for the directory's lock, whose holder may be
-// stopped, and removes the machine's files without it.
+// TestReleaseWaitsForNoLock: a machine's end does not wait for the directory's lock, whose holder
+// may be stopped, and removes the machine's files without it.
 func TestReleaseWaitsForNoLock(t *testing.T) {
 	d := testDir(t)
 	lock, l, err := d.claim("vm")

@@ -17,8 +17,8 @@ import (
 	"gvm/panics"
 )
 
-// Door is the socket of a Server in another process. It accepts the connections, reads their requests,
-// and passes both on, so that the Server's process can make no request itself.
+// Door is the socket of a Server in another process. It accepts the connections, reads their
+// requests, and passes both on, so that the Server's process can make no request itself.
 type Door struct {
 	clients clients
 	machine int // PID of the Server's process
@@ -31,8 +31,8 @@ type Door struct {
 // maxRequest bounds a request of which the Door reads the body, as the Server does.
 const maxRequest = maxHeader + 4096 + maxBody
 
-// NewDoor makes a Door of the files of Server.HandOver, for the machine of that name. machine is the
-// process of the Server. refused is told of connections that are not passed on.
+// NewDoor makes a Door of the files of Server.HandOver, for the machine of that name. machine is
+// the process of the Server. refused is told of connections that are not passed on.
 func NewDoor(d Directory, name string, socket, lock *os.File, machine int, refused func(error)) (*Door, error) {
 	l, err := net.FileListener(socket)
 	if err != nil {
@@ -43,8 +43,8 @@ func NewDoor(d Directory, name string, socket, lock *os.File, machine int, refus
 		release: sync.OnceValue(func() error { return d.release(name, lock) })}, socket.Close()
 }
 
-// Serve starts to call pass, in a goroutine each, with connections and the beginnings of their requests.
-// add is the disk that a request adds, or nil. pass does not keep the connection.
+// Serve starts to call pass, in a goroutine each, with connections and the beginnings of their
+// requests. add is the disk that a request adds, or nil. pass does not keep the connection.
 func (d *Door) Serve(pass func(conn *net.UnixConn, head []byte, add *AddDisk) error) {
 	d.accepts.Go(panics.Func(func() {
 		d.clients.serve(func(c *client) {
@@ -72,8 +72,8 @@ func (d *Door) admit(c *client, pass func(*net.UnixConn, []byte, *AddDisk) error
 	return pass(conn, head.Bytes(), add)
 }
 
-// readRequest reads a request as far as it takes to know whether it adds a disk. One that is not valid
-// adds none: the Server says why.
+// readRequest reads a request as far as it takes to know whether it adds a disk. One that is not
+// valid adds none: the Server says why.
 func readRequest(r io.Reader) (add *AddDisk, err error) {
 	req, err := http.ReadRequest(bufio.NewReaderSize(r, 4096))
 	if err != nil || req.Method != http.MethodPost || req.URL.Path != "/v1/disks" {
@@ -91,8 +91,8 @@ func readRequest(r io.Reader) (add *AddDisk, err error) {
 	return add, nil
 }
 
-// check refuses connections of others than the socket's owner and root, and those of the machine's own
-// process.
+// check refuses connections of others than the socket's owner and root, and those of the machine's
+// own process.
 func (d *Door) check(conn *net.UnixConn) error {
 	raw, err := conn.SyscallConn()
 	if err != nil {

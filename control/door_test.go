@@ -138,8 +138,8 @@ func FuzzRequest(f *testing.F) {
 	})
 }
 
-// TestReleasedTwice: a machine that took its slow Door for dead has given up the name itself. Then the
-// Door's end is no error, and a new machine of the name keeps its files.
+// TestReleasedTwice: a machine that took its slow Door for dead has given up the name itself. Then
+// the Door's end is no error, and a new machine of the name keeps its files.
 func TestReleasedTwice(t *testing.T) {
 	for _, again := range []bool{false, true} {
 		in := In(filepath.Join(t.TempDir(), "run"))
@@ -181,8 +181,8 @@ func TestReleasedTwice(t *testing.T) {
 	}
 }
 
-// TestReleasedAtOnce: while one process of a machine gives up its name, another leaves that to it, so that
-// it cannot remove the files of a new machine of the name.
+// TestReleasedAtOnce: while one process of a machine gives up its name, another leaves that to it,
+// so that it cannot remove the files of a new machine of the name.
 func TestReleasedAtOnce(t *testing.T) {
 	const env = "GVM_TEST_RELEASES"
 	if dir := os.Getenv(env); dir != "" {

@@ -142,8 +142,8 @@ func (s series) with(name, value string) series {
 	return s
 }
 
-// isName reports whether a metric and a label may have a name: a letter of ASCII, then letters, digits
-// and "_".
+// isName reports whether a metric and a label may have a name: a letter of ASCII, then letters,
+// digits and "_".
 func isName(s string) bool {
 	for i, c := range s {
 		if (c|0x20 < 'a' || c|0x20 > 'z') && (i == 0 || c != '_' && (c < '0' || c > '9')) {

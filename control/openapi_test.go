@@ -111,8 +111,8 @@ func schema(all object, t reflect.Type) object {
 	panic("no schema for " + t.String())
 }
 
-// TestOpenAPI: docs/openapi.json has the requests that the server answers, with their bodies, answers
-// and statuses. go test ./control -run TestOpenAPI -update writes it.
+// TestOpenAPI: docs/openapi.json has the requests that the server answers, with their bodies,
+// answers and statuses. go test ./control -run TestOpenAPI -update writes it.
 func TestOpenAPI(t *testing.T) {
 	want, err := json.MarshalIndent(openAPI(routes(newFake())), "", "  ")
 	if err != nil {

@@ -17,8 +17,8 @@ type route struct {
 	do           endpoint
 }
 
-// anyRequest are the statuses of errors that each request may have: a bad body or URL, one that is too
-// long, a failure of the host, and the machine's end.
+// anyRequest are the statuses of errors that each request may have: a bad body or URL, one that is
+// too long, a failure of the host, and the machine's end.
 var anyRequest = []int{http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusInternalServerError,
 	http.StatusServiceUnavailable}
 

@@ -66,9 +66,10 @@ func Claim(d Directory, name string) (*Server, error) {
 		readTimeout: readTimeout, closeTimeout: closeTimeout}, nil
 }
 
-// HandOver gives the socket to a Door, which another process makes of the two files, for the caller to
-// close. connections is where those of Serve come from. Close and Release call end, which returns when
-// the Door has given up the name, or an error if the Door is dead: then the Server does, if it may.
+// HandOver gives the socket to a Door, which another process makes of the two files, for the caller
+// to close. connections is where those of Serve come from. Close and Release call end, which
+// returns when the Door has given up the name, or an error if the Door is dead: then the Server
+// does, if it may.
 func (s *Server) HandOver(connections net.Listener, end func() error) (socket, lock *os.File, err error) {
 	l := s.listener.(*net.UnixListener)
 	if socket, err = l.File(); err != nil {
@@ -136,9 +137,9 @@ func (x *call) Header() http.Header         { return x.header }
 func (x *call) Write(b []byte) (int, error) { return x.body.Write(b) }
 func (x *call) WriteHeader(status int)      { x.status = status }
 
-// request reads the request of a connection, and answers it. That is little work for one request on a
-// connection, and package http's Server and Transport, which can do much more, would make the program a
-// tenth larger, most of it TLS.
+// request reads the request of a connection, and answers it. That is little work for one request on
+// a connection, and package http's Server and Transport, which can do much more, would make the
+// program a tenth larger, most of it TLS.
 func (s *Server) request(c *client) {
 	_ = c.SetReadDeadline(time.Now().Add(s.readTimeout))
 	_ = c.SetWriteDeadline(time.Now().Add(answerTimeout))

@@ -65,7 +65,8 @@ func (s *streams) remove(c net.Conn) {
 	s.done.Done()
 }
 
-// close waits up to limit for the clients to read the ends of their streams, and closes the connections.
+// close waits up to limit for the clients to read the ends of their streams, and closes the
+// connections.
 func (s *streams) close(limit time.Duration) {
 	s.mu.Lock()
 	conns := s.conns
@@ -105,14 +106,14 @@ func (s *streams) serve(conn net.Conn, in io.Reader, of stream) {
 	input.Wait()
 }
 
-// Console connects to the machine's console. The caller closes the connection. It reads as ended when
-// the machine has.
+// Console connects to the machine's console. The caller closes the connection. It reads as ended
+// when the machine has.
 func (c *Client) Console(ctx context.Context) (io.ReadWriteCloser, error) {
 	return c.upgrade(ctx, "console", consoleProtocol, askTimeout)
 }
 
-// Agent connects to the agent in the machine's guest, for a session by wire.Accept. The caller closes the
-// connection. It reads as ended when the machine has.
+// Agent connects to the agent in the machine's guest, for a session by wire.Accept. The caller
+// closes the connection. It reads as ended when the machine has.
 func (c *Client) Agent(ctx context.Context) (io.ReadWriteCloser, error) {
 	return c.upgrade(ctx, "agent", agentProtocol, changeTimeout)
 }

@@ -32,9 +32,10 @@ type session struct {
 	xfer     string // the document of which qXfer reads parts
 }
 
-// Serve serves one client until it detaches, its stream ends or the target has ended. It then closes
-// conn, whose Close must end a Read and a Write. The target is stopped at the first packet. A client
-// that leaves without detaching is detached. The error is of the stream or the client's packets.
+// Serve serves one client until it detaches, its stream ends or the target has ended. It then
+// closes conn, whose Close must end a Read and a Write. The target is stopped at the first packet.
+// A client that leaves without detaching is detached. The error is of the stream or the client's
+// packets.
 func Serve(conn io.ReadWriteCloser, t Target) error {
 	s := &session{t: t, conn: conn, thread: 1}
 	in, served := make(chan message), make(chan struct{})

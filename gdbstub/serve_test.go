@@ -14,7 +14,8 @@ import (
 	"testing"
 )
 
-// fake is a target of three threads with two registers, 4 and 2 bytes, and 64 KiB of memory at 0x1000.
+// fake is a target of three threads with two registers, 4 and 2 bytes, and 64 KiB of memory at
+// 0x1000.
 type fake struct {
 	mem      []byte
 	regs     [3][]byte

@@ -34,8 +34,8 @@ type Target interface {
 	ReadMemory(thread int, addr uint64, p []byte) (int, error)
 	WriteMemory(thread int, addr uint64, p []byte) error
 
-	// Moved returns the address of the text of the program that a stopped thread runs, if it has moved from
-	// that in its file: a kernel with KASLR.
+	// Moved returns the address of the text of the program that a stopped thread runs, if it has moved
+	// from that in its file: a kernel with KASLR.
 	Moved(thread int) (text uint64, ok bool)
 
 	// Insert and Remove change the points of the stopped target, for all threads. The thread

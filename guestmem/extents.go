@@ -11,8 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Extents calls each with the parts of a region that may have bytes other than zero, in ascending order,
-// until it returns an error or ctx ends. It does not touch the others, which so take no memory.
+// Extents calls each with the parts of a region that may have bytes other than zero, in ascending
+// order, until it returns an error or ctx ends. It does not touch the others, which so take no
+// memory.
 func (r Region) Extents(ctx context.Context, each func(from, to int) error) error {
 	if r.FD >= 0 {
 		return r.fileExtents(each)
@@ -51,8 +52,8 @@ func (r Region) fileExtents(each func(from, to int) error) error {
 // pagemap is open after OpenPagemap.
 var pagemap atomic.Pointer[os.File]
 
-// OpenPagemap opens the file that Extents of private memory reads, for a process that will not be able to
-// open it. It stays open until the end of the process.
+// OpenPagemap opens the file that Extents of private memory reads, for a process that will not be
+// able to open it. It stays open until the end of the process.
 func OpenPagemap() error {
 	f, err := os.Open("/proc/self/pagemap")
 	if err == nil && !pagemap.CompareAndSwap(nil, f) {

@@ -113,9 +113,9 @@ func (m *Memory) Write(addr uint64, p []byte) error {
 	return nil
 }
 
-// Discard gives the whole pages of b, which is a slice of this memory, back to the host. They read as
-// zeros until they are written again, for every process that has them mapped. Pages of Of and of the
-// host's pool of huge pages stay as they are. It fails on memory that is locked.
+// Discard gives the whole pages of b, which is a slice of this memory, back to the host. They read
+// as zeros until they are written again, for every process that has them mapped. Pages of Of and of
+// the host's pool of huge pages stay as they are. It fails on memory that is locked.
 func (m *Memory) Discard(b []byte) error {
 	b = wholePages(b)
 	if m.advice == 0 || len(b) == 0 {

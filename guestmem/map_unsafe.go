@@ -33,8 +33,8 @@ func mapGuarded(fd int, size uint64, flags int) (b []byte, unmap func() error, e
 	return unsafe.Slice((*byte)(base), size), unmap, nil
 }
 
-// residentStep is how many bytes one mincore(2) looks at: the page tables of so many are read in some
-// hundred microseconds.
+// residentStep is how many bytes one mincore(2) looks at: the page tables of so many are read in
+// some hundred microseconds.
 const residentStep = 128 << 20
 
 // Resident returns how many bytes of the region the host has in memory, as this process sees it

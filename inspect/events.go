@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// Events keeps the last sixteen events of its owner. The zero value has none. Several goroutines may use it.
+// Events keeps the last sixteen events of its owner. The zero value has none. Several goroutines
+// may use it.
 type Events struct {
 	mu    sync.Mutex
 	count uint64

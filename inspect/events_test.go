@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// TestEvents: the newest event comes first, with its values and its age, and no more than sixteen are kept.
+// TestEvents: the newest event comes first, with its values and its age, and no more than sixteen
+// are kept.
 func TestEvents(t *testing.T) {
 	var e Events
 	if n := e.Node("event"); len(n.Nodes) > 0 || n.Kind != Passing || n.Name != "event" {

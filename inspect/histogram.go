@@ -18,8 +18,8 @@ const (
 	octave     = 1 << octaveBits
 )
 
-// Histogram counts times in buckets that are at most a quarter wide. The zero value is empty. Its owner
-// guards it.
+// Histogram counts times in buckets that are at most a quarter wide. The zero value is empty. Its
+// owner guards it.
 type Histogram struct {
 	counts [(lastBits-firstBits)*octave + 2]uint64
 	sum    time.Duration
@@ -82,7 +82,8 @@ func Octaves(f func(time.Duration)) {
 	}
 }
 
-// Quantile returns the time that the part q of the events did not exceed, from 0 to 1; 0 without events.
+// Quantile returns the time that the part q of the events did not exceed, from 0 to 1; 0 without
+// events.
 func (h *Histogram) Quantile(q float64) time.Duration {
 	want, begin := q*float64(h.Count()), time.Duration(0)
 	for i, c := range h.counts {

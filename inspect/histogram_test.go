@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// TestHistogram: a time is in the bucket whose end is the first above it, and quantiles are within a
-// bucket of the truth.
+// TestHistogram: a time is in the bucket whose end is the first above it, and quantiles are within
+// a bucket of the truth.
 func TestHistogram(t *testing.T) {
 	for _, tt := range []struct{ d, end time.Duration }{
 		{-1, 256}, {0, 256}, {255, 256}, {256, 320}, {319, 320}, {320, 384}, {511, 512}, {512, 640},

@@ -180,9 +180,9 @@ func (e *PathError) Error() string {
 	return fmt.Sprintf("no %q in %s%s", e.Name, at, mend)
 }
 
-// Read returns the node at a path below n, with all that is below it. The path's names are separated
-// by slashes; "" is n. Nothing else is read. Groups that cannot be read before ctx ends are Busy, and
-// so is the result if one of them is above it. The error is a *PathError.
+// Read returns the node at a path below n, with all that is below it. The path's names are
+// separated by slashes; "" is n. Nothing else is read. Groups that cannot be read before ctx ends
+// are Busy, and so is the result if one of them is above it. The error is a *PathError.
 func (n Node) Read(ctx context.Context, path string) (Node, error) {
 	at := ""
 	for name := range strings.SplitSeq(path, "/") {

@@ -214,8 +214,8 @@ func isEmpty(t *testing.T, dir string) {
 	t.Errorf("left in %s: %v", dir, left)
 }
 
-// TestInside: the program in a jail has its files, an ordinary user's rights and nothing else, and its
-// exit status is that of the process which entered.
+// TestInside: the program in a jail has its files, an ordinary user's rights and nothing else, and
+// its exit status is that of the process which entered.
 func TestInside(t *testing.T) {
 	dir, data := jailDir(t), files(t, "read 0644", "write 0666", "secret 0644", "share/below 0644",
 		"share/mount/hidden 0644")
@@ -349,8 +349,8 @@ func TestRefuses(t *testing.T) {
 	}
 }
 
-// TestProgram: the program in the jail starts another one of the host, which has no path there, and reads a file
-// that has another path on the host.
+// TestProgram: the program in the jail starts another one of the host, which has no path there, and
+// reads a file that has another path on the host.
 func TestProgram(t *testing.T) {
 	data := files(t, "file 0644")
 	program, err := os.Executable()
@@ -365,8 +365,8 @@ func TestProgram(t *testing.T) {
 	}
 }
 
-// TestOutputs: a program writes into files that root makes for its user, and into those of before. The one of
-// a machine that does not start is removed, and the others stay as they are.
+// TestOutputs: a program writes into files that root makes for its user, and into those of before.
+// The one of a machine that does not start is removed, and the others stay as they are.
 func TestOutputs(t *testing.T) {
 	dir := files(t, "old 0666", "private 0600")
 	if err := unix.Mkfifo(dir+"/pipe", 0o666); err != nil {
@@ -416,8 +416,8 @@ func TestOutputs(t *testing.T) {
 	}
 }
 
-// TestEnds: after every end of the program its jail is free and empty, and until then there is no second
-// one in it, also if the janitor was killed. The next program removes the rest then.
+// TestEnds: after every end of the program its jail is free and empty, and until then there is no
+// second one in it, also if the janitor was killed. The next program removes the rest then.
 func TestEnds(t *testing.T) {
 	for _, tt := range []struct {
 		signal  syscall.Signal
@@ -489,7 +489,8 @@ func janitorOf(t *testing.T, program int) int {
 	return 0
 }
 
-// TestCheck: a host that lacks the needs of a jail has a line for each, and root on another one has none.
+// TestCheck: a host that lacks the needs of a jail has a line for each, and root on another one has
+// none.
 func TestCheck(t *testing.T) {
 	defer func(before string) { cgroupRoot = before }(cgroupRoot)
 	cgroupRoot = t.TempDir()

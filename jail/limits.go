@@ -88,7 +88,8 @@ func (l *Limits) add(name, value string) error {
 	return err
 }
 
-// setrlimits sets the limits of the process. There are no core files, which would have the guest's memory.
+// setrlimits sets the limits of the process. There are no core files, which would have the guest's
+// memory.
 func (l *Limits) setrlimits() error {
 	for _, r := range append(l.rlimits, rlimit{"core", unix.RLIMIT_CORE, 0}) {
 		if err := unix.Setrlimit(r.resource, &unix.Rlimit{Cur: r.value, Max: r.value}); err != nil {
@@ -107,8 +108,8 @@ type group struct {
 	controls []control
 }
 
-// cgroup returns the control group for the machine in a directory, whose name is that of the directory,
-// and removes that of a machine that was killed together with its janitor.
+// cgroup returns the control group for the machine in a directory, whose name is that of the
+// directory, and removes that of a machine that was killed together with its janitor.
 func (l *Limits) cgroup(dir string) (g group, err error) {
 	if len(l.controls) == 0 {
 		return g, nil

@@ -16,9 +16,9 @@ import (
 // harmless are the flags of all mounts of the jail without devices.
 const harmless = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
-// makeRoot makes the jail's root directory, in which this thread then is: a tmpfs that becomes read-only,
-// with the mount points of everything else. It is mounted over Config.Dir, in a mount namespace that ends
-// with its last process.
+// makeRoot makes the jail's root directory, in which this thread then is: a tmpfs that becomes
+// read-only, with the mount points of everything else. It is mounted over Config.Dir, in a mount
+// namespace that ends with its last process.
 func (c *Config) makeRoot(cgroup bool, made *outputs) error {
 	flags := unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
 	if cgroup {
@@ -94,9 +94,9 @@ func (c *Config) makeRoot(cgroup bool, made *outputs) error {
 	return nil
 }
 
-// linkRun makes a link to the jail's /run at the path of that on the host, so that a socket or file there has
-// one path inside and outside. A directory of the user's is not on the way: no file of the jail is above
-// Dir, and below /run there is no link.
+// linkRun makes a link to the jail's /run at the path of that on the host, so that a socket or file
+// there has one path inside and outside. A directory of the user's is not on the way: no file of
+// the jail is above Dir, and below /run there is no link.
 func (c *Config) linkRun() error {
 	if !c.LinksRun() {
 		return nil

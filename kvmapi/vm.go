@@ -41,15 +41,15 @@ func (v *VM) EnableCap(capability int, arg uint64) error {
 	return err
 }
 
-// SetTSSAddr gives KVM on Intel three guest physical pages for the TSS, which it uses while a vCPU is
-// in real mode. They must be outside RAM and below 4 GiB.
+// SetTSSAddr gives KVM on Intel three guest physical pages for the TSS, which it uses while a vCPU
+// is in real mode. They must be outside RAM and below 4 GiB.
 func (v *VM) SetTSSAddr(gpa uint32) error {
 	_, err := ioctlInt(v.fd, "KVM_SET_TSS_ADDR", kvm.IIO(nrSetTSSAddr), uintptr(gpa))
 	return err
 }
 
-// SetIdentityMapAddr gives KVM on Intel a page as SetTSSAddr does, for a page table. It comes before
-// the first vCPU.
+// SetIdentityMapAddr gives KVM on Intel a page as SetTSSAddr does, for a page table. It comes
+// before the first vCPU.
 func (v *VM) SetIdentityMapAddr(gpa uint64) error {
 	_, err := ioctl(v.fd, "KVM_SET_IDENTITY_MAP_ADDR", iow[uint64](nrSetIdentityMapAddr), &gpa)
 	return err

@@ -132,8 +132,8 @@ func TestExits(t *testing.T) {
 	}
 }
 
-// TestParseStats: statistics of several values are left out, those that only grow are counters, and a
-// file that ends early is an error.
+// TestParseStats: statistics of several values are left out, those that only grow are counters, and
+// a file that ends early is an error.
 func TestParseStats(t *testing.T) {
 	le := binary.LittleEndian
 	b := make([]byte, 0, 128)

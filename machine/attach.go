@@ -116,8 +116,9 @@ func (a *Attachment) add(p []byte) {
 	a.more.Broadcast()
 }
 
-// Read reads the guest's output. After output that was lost, because Read was not called in time, it
-// returns a line about that. It returns io.EOF when the machine has ended, or the Attachment is closed.
+// Read reads the guest's output. After output that was lost, because Read was not called in time,
+// it returns a line about that. It returns io.EOF when the machine has ended, or the Attachment is
+// closed.
 func (a *Attachment) Read(p []byte) (int, error) {
 	a.console.mu.Lock()
 	defer a.console.mu.Unlock()
@@ -141,9 +142,9 @@ func (a *Attachment) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// Write adds input for the guest, beside that of the Spec's Console and of other Attachments: each Write
-// stays together, and they mix in the order of their calls. It waits while 1 MiB of input waits for
-// the guest.
+// Write adds input for the guest, beside that of the Spec's Console and of other Attachments: each
+// Write stays together, and they mix in the order of their calls. It waits while 1 MiB of input
+// waits for the guest.
 func (a *Attachment) Write(p []byte) (int, error) {
 	a.console.input.Put(p, func() bool {
 		a.console.mu.Lock()
@@ -165,8 +166,8 @@ func (a *Attachment) Close() error {
 	return nil
 }
 
-// Attach returns a new end of the console, which begins with the last 16 KiB of output. It ends with the
-// machine.
+// Attach returns a new end of the console, which begins with the last 16 KiB of output. It ends
+// with the machine.
 func (m *Machine) Attach() *Attachment { return m.console.attach() }
 
 // Break sends a break on the console, when the guest has taken the input before it.

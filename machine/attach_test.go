@@ -18,8 +18,8 @@ type screen struct {
 
 func (s *screen) Connect(in vmm.Input) { s.input = in }
 
-// TestAttach: each end of the console sees the output, with what came before it, and types; the end of
-// the machine ends it after the last output.
+// TestAttach: each end of the console sees the output, with what came before it, and types; the end
+// of the machine ends it after the last output.
 func TestAttach(t *testing.T) {
 	var screen screen
 	c := newSharedConsole(&screen)
@@ -59,8 +59,8 @@ func TestAttach(t *testing.T) {
 	}
 }
 
-// TestAttachBehind: a reader that is behind loses output, and reads how much, and no reader delays the
-// guest.
+// TestAttachBehind: a reader that is behind loses output, and reads how much, and no reader delays
+// the guest.
 func TestAttachBehind(t *testing.T) {
 	c := newSharedConsole(nil)
 	line := strings.Repeat("x", 1023) + "\n"

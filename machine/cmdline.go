@@ -12,8 +12,8 @@ func (s *Spec) addsNoKASLR() bool {
 	return s.Debug && s.BootMode == boot.BzImage && !s.BareCmdLine && !strings.Contains(s.CmdLine, "kaslr")
 }
 
-// Moves reports whether the kernel chooses its address (KASLR): it decompresses itself, and nokaslr is not on
-// its command line. A kernel that the host fails to decompress is not known to do so yet.
+// Moves reports whether the kernel chooses its address (KASLR): it decompresses itself, and nokaslr
+// is not on its command line. A kernel that the host fails to decompress is not known to do so yet.
 func (s *Spec) Moves() bool {
 	return s.BootMode == boot.BzImage && !s.addsNoKASLR() && !slices.Contains(strings.Fields(s.CmdLine), "nokaslr")
 }

@@ -16,8 +16,8 @@ import (
 var ErrDumping = errors.New("a dump of its memory is under way")
 
 // Core pauses the machine, unless it is paused, and returns an ELF core of it in the form of
-// control.PutCore: see package vmcore. The machine runs on when the core is complete, or is closed before
-// that, or when the machine ends. Errors are ErrDumping and those of Pause.
+// control.PutCore: see package vmcore. The machine runs on when the core is complete, or is closed
+// before that, or when the machine ends. Errors are ErrDumping and those of Pause.
 func (m *Machine) Core(ctx context.Context) (io.ReadCloser, error) {
 	m.dump.Lock()
 	busy := m.dumping

@@ -9,8 +9,8 @@ import (
 	"gvm/vmm"
 )
 
-// TestCore: the machine is paused while a core of it is read, and only then; a reader that stalls delays
-// no end.
+// TestCore: the machine is paused while a core of it is read, and only then; a reader that stalls
+// delays no end.
 func TestCore(t *testing.T) {
 	g := launch(t, "echo")
 	g.expect("ready", 1)

@@ -12,8 +12,8 @@ import (
 	"gvm/guestmem"
 )
 
-// TestGenerationID: each machine has an ID of its own, which its guest finds in memory and which stays
-// over a reset.
+// TestGenerationID: each machine has an ID of its own, which its guest finds in memory and which
+// stays over a reset.
 func TestGenerationID(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()

@@ -11,8 +11,8 @@ import (
 // maxQueued bounds the input of an InputQueue, in bytes; a break counts as one.
 const maxQueued = 1 << 20
 
-// InputQueue holds input for a serial port until the guest takes it. During a reset it waits for the
-// guest's next life.
+// InputQueue holds input for a serial port until the guest takes it. During a reset it waits for
+// the guest's next life.
 type InputQueue struct {
 	mu     sync.Mutex
 	change sync.Cond
@@ -37,8 +37,8 @@ func (q *InputQueue) Connect(in vmm.Input) {
 	q.change.Broadcast()
 }
 
-// Put adds input; nil is a break. While there is no room it waits, unless giveUp returns true: the input is
-// dropped then. Changed makes it call giveUp again.
+// Put adds input; nil is a break. While there is no room it waits, unless giveUp returns true: the
+// input is dropped then. Changed makes it call giveUp again.
 func (q *InputQueue) Put(p []byte, giveUp func() bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

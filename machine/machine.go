@@ -5,8 +5,8 @@
 // while it runs; Wait returns how its guest ended. The package prints nothing and reads no flags: a
 // Spec has functions for notes to the user and for the guest's console. When Wait returns, every
 // goroutine and descriptor of the machine has ended, except those that wait for storage which does
-// not answer (vmm.Outcome.Left). A panic of any goroutine that gvm started ends every machine of the
-// program with the outcome vmm.Bug.
+// not answer (vmm.Outcome.Left). A panic of any goroutine that gvm started ends every machine of
+// the program with the outcome vmm.Bug.
 //
 // IsConfig reports whether an error of Start or Wait is about the Spec. Any other error is about
 // the host.
@@ -73,8 +73,8 @@ type Spec struct {
 	GuestArgs []string
 	Initrds   []*boot.File
 	// CmdLine is the kernel's. Unless BareCmdLine is set, it follows console=ttyS0, panic=-1, Words,
-	// nokaslr for a debugged kernel that decompresses itself, and, if the first disk can be named reliably,
-	// root= for that disk.
+	// nokaslr for a debugged kernel that decompresses itself, and, if the first disk can be named
+	// reliably, root= for that disk.
 	CmdLine     string
 	BareCmdLine bool
 	Words       []string
@@ -90,8 +90,8 @@ type Spec struct {
 	Trace    string // file to record every SCSI request in; "": none
 	Version  string // the program's version, for Trace
 
-	// Vsock is a socket device that this program serves, VhostVsock one that the kernel serves. nil: the
-	// guest has none, as it has one at most.
+	// Vsock is a socket device that this program serves, VhostVsock one that the kernel serves. nil:
+	// the guest has none, as it has one at most.
 	Vsock      *vsock.Config
 	VhostVsock *vhostvsock.Config
 	// Ports are streams that the guest finds by their names, as ports of a virtio console. They are
@@ -408,7 +408,8 @@ func (m *Machine) openShares(ctx context.Context, shares []fs.Share) (devices []
 	return devices, nil
 }
 
-// openShare opens a share. If ctx ends first, a file system of the host that does not answer is left.
+// openShare opens a share. If ctx ends first, a file system of the host that does not answer is
+// left.
 func openShare(ctx context.Context, s fs.Share) (*fs.Device, error) {
 	type opened struct {
 		d   *fs.Device
@@ -515,8 +516,8 @@ func (m *Machine) Name() string { return m.name }
 // Paused reports whether the machine is paused.
 func (m *Machine) Paused() bool { return m.pauser.Paused() }
 
-// Pause stops the CPUs and the devices, and returns when all that they have begun is finished. If ctx
-// ends first, the machine runs on. Errors are those of vmm.Pauser.Pause.
+// Pause stops the CPUs and the devices, and returns when all that they have begun is finished. If
+// ctx ends first, the machine runs on. Errors are those of vmm.Pauser.Pause.
 func (m *Machine) Pause(ctx context.Context) error { return m.pauser.Pause(ctx) }
 
 // Resume continues the machine after Pause or after a failure of a disk with error=stop. Errors are
@@ -536,8 +537,9 @@ func (m *Machine) Resume() error {
 // at once and returns false. Wait returns when the machine has ended.
 func (m *Machine) Stop(cause error, grace time.Duration) bool { return m.stopper.ask(cause, grace) }
 
-// Reset starts the guest again in place, as a reset button does: also with Rebooting unset, or after a
-// panic. It does not wait for that. The error is vmm.ErrNotRunning between two lives of the guest.
+// Reset starts the guest again in place, as a reset button does: also with Rebooting unset, or
+// after a panic. It does not wait for that. The error is vmm.ErrNotRunning between two lives of the
+// guest.
 func (m *Machine) Reset() error { return m.pauser.Reset() }
 
 // NMI raises a non-maskable interrupt on each CPU that the guest has started. Errors are those of
@@ -550,9 +552,9 @@ func (m *Machine) SysRq(ctx context.Context, key byte) error { return m.pauser.S
 // ErrKilled is the cause of a machine's end that a debugger asked for.
 var ErrKilled = errors.New("killed by the debugger")
 
-// ServeDebugger serves a debugger that speaks GDB's Remote Serial Protocol, until it has left or the
-// machine has ended, and closes conn: see gdbstub.Serve. One at a time can be served, of a machine
-// with Spec.Debug.
+// ServeDebugger serves a debugger that speaks GDB's Remote Serial Protocol, until it has left or
+// the machine has ended, and closes conn: see gdbstub.Serve. One at a time can be served, of a
+// machine with Spec.Debug.
 func (m *Machine) ServeDebugger(conn io.ReadWriteCloser) error {
 	return gdbstub.Serve(conn, m.debugger)
 }
@@ -583,8 +585,8 @@ func (m *Machine) ResizeDisk(ctx context.Context, id string, r control.ResizeDis
 // statsPatience bounds the wait for the guest's statistics.
 const statsPatience = 500 * time.Millisecond
 
-// Balloon describes the balloon. It asks the guest for statistics, and waits for them for half a second.
-// The error is a *control.Error: there is no balloon.
+// Balloon describes the balloon. It asks the guest for statistics, and waits for them for half a
+// second. The error is a *control.Error: there is no balloon.
 func (m *Machine) Balloon(ctx context.Context) (control.Balloon, error) {
 	if m.balloon == nil {
 		return control.Balloon{}, errNoBalloon
@@ -616,10 +618,10 @@ func (m *Machine) ResizeBalloon(r control.ResizeBalloon) (control.Balloon, error
 	return m.Balloon(over)
 }
 
-// DialVsock connects to a port of the guest's vsock. It waits for the answer of the guest's driver until
-// ctx ends. The error is syscall.ECONNREFUSED if nothing listens there, and vsock.ErrNoDriver if the
-// guest has no driver yet or any more, or the machine has no socket device. The connection ends with the
-// machine.
+// DialVsock connects to a port of the guest's vsock. It waits for the answer of the guest's driver
+// until ctx ends. The error is syscall.ECONNREFUSED if nothing listens there, and vsock.ErrNoDriver
+// if the guest has no driver yet or any more, or the machine has no socket device. The connection
+// ends with the machine.
 func (m *Machine) DialVsock(ctx context.Context, port uint32) (*vsock.Conn, error) {
 	if m.vsock == nil {
 		return nil, fmt.Errorf("dial vsock port %d: %w: the machine has no socket device", port, vsock.ErrNoDriver)

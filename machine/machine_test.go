@@ -77,8 +77,8 @@ func TestCreateTrace(t *testing.T) {
 	}
 }
 
-// TestPanic: a panic in a goroutine of the machine is an outcome of Wait, with the state of a machine
-// that ran, and all is closed.
+// TestPanic: a panic in a goroutine of the machine is an outcome of Wait, with the state of a
+// machine that ran, and all is closed.
 func TestPanic(t *testing.T) {
 	for name, tt := range map[string]struct {
 		Spec

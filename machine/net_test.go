@@ -14,8 +14,8 @@ import (
 	"gvm/guestmem"
 )
 
-// TestNets: mistakes in networks are the user's, a guest runs beside them, and interfaces that were made
-// for it go.
+// TestNets: mistakes in networks are the user's, a guest runs beside them, and interfaces that were
+// made for it go.
 func TestNets(t *testing.T) {
 	runtime.LockOSThread() // to the end of the thread, which goes with its network namespace
 	if err := unix.Unshare(unix.CLONE_NEWNET); errors.Is(err, unix.EPERM) {

@@ -109,8 +109,9 @@ func (s steps) configure(slot, reg, value uint32) steps {
 	return append(s, step{opOut32, pci.PortBase, 1<<31 | slot<<11 | reg}, step{opOut32, pci.PortBase + 4, value})
 }
 
-// driver is a driver of the device in a slot: it sends text in one request, waits for the answer, which
-// has the same length, prints it and powers off. It expects the first queue to be the one of requests.
+// driver is a driver of the device in a slot: it sends text in one request, waits for the answer,
+// which has the same length, prints it and powers off. It expects the first queue to be the one of
+// requests.
 func driver(slot uint32, text string) (s steps) {
 	const (
 		bar, notify             = 0xd000_0000, 0x3000

@@ -9,8 +9,8 @@ import (
 	"gvm/guestmem"
 )
 
-// TestPorts: two ports of one name are the user's error, and a stream that nothing reads or writes is
-// closed at the end of the machine.
+// TestPorts: two ports of one name are the user's error, and a stream that nothing reads or writes
+// is closed at the end of the machine.
 func TestPorts(t *testing.T) {
 	near, far := net.Pipe()
 	spec := Spec{Memory: guestmem.Config{Size: 64 << 20}, Ports: []console.Port{{Name: "a"}, {Name: "a"}}}

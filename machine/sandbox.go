@@ -16,8 +16,8 @@ import (
 	"gvm/sandbox"
 )
 
-// Sandbox is a sandbox that the whole program enters before the guest's first instruction: it is for
-// a program that has one machine, and opens nothing else later.
+// Sandbox is a sandbox that the whole program enters before the guest's first instruction: it is
+// for a program that has one machine, and opens nothing else later.
 type Sandbox struct {
 	// Policy has the paths and uses of the caller. Start adds those of the machine.
 	Policy sandbox.Policy
@@ -42,14 +42,14 @@ func (s *Spec) policy() sandbox.Policy {
 	for _, d := range s.Disks {
 		if d.Backend != disk.Process || d.Path == "" {
 			p.Uses |= sandbox.Vhost
-			// The broker makes the objects of added disks, of which one could be any block device, and takes down the
-			// target.
+			// The broker makes the objects of added disks, of which one could be any block device, and takes
+			// down the target.
 			if s.Files == nil {
 				allow(lio.DefaultRoot, changes&^sandbox.Make|sandbox.RemoveDir)
 			}
 			if s.Trace != "" {
-				// The end stops and removes this process's instances, which there are by now. The right to remove one is
-				// a right to remove others that are not in use.
+				// The end stops and removes this process's instances, which there are by now. The right to
+				// remove one is a right to remove others that are not in use.
 				instances := filepath.Join(tracefs.DefaultRoot, "instances")
 				allow(instances, sandbox.RemoveDir)
 				for _, name := range lio.Traces() {
@@ -83,8 +83,8 @@ func (s *Spec) policy() sandbox.Policy {
 	return p
 }
 
-// besideDir returns the directory in which a disk's reservations and protection information are, "" if
-// there are none.
+// besideDir returns the directory in which a disk's reservations and protection information are, ""
+// if there are none.
 func besideDir(d disk.Spec) string {
 	if d.Backend == disk.Vhost || d.Storage != disk.Image || d.ReadOnly || d.Overlay != "" {
 		return ""
@@ -95,8 +95,8 @@ func besideDir(d disk.Spec) string {
 	return filepath.Dir(disk.Absolute(d.Path))
 }
 
-// prepareSandbox returns the function that enters the sandbox, and begins with that beside what is left of
-// the start: it does not wait, and everything is open. nil: there is no sandbox.
+// prepareSandbox returns the function that enters the sandbox, and begins with that beside what is
+// left of the start: it does not wait, and everything is open. nil: there is no sandbox.
 func (m *Machine) prepareSandbox(s *Spec) (seal func() error) {
 	if s.Sandbox == nil || s.Sandbox.Policy.Mode == sandbox.Off {
 		return nil

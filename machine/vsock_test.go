@@ -13,7 +13,8 @@ import (
 	"gvm/kvmapi/vhost"
 )
 
-// TestVsock: a reserved CID is the user's error, and a machine has a socket device only if its Spec says so.
+// TestVsock: a reserved CID is the user's error, and a machine has a socket device only if its Spec
+// says so.
 func TestVsock(t *testing.T) {
 	spec := Spec{Memory: guestmem.Config{Size: 64 << 20}, Vsock: &vsock.Config{CID: 2}}
 	if _, err := Start(t.Context(), spec); err == nil || !IsConfig(err) {

@@ -140,8 +140,8 @@ func copyTree(t *testing.T, to string) {
 }
 
 // TestPackage builds the Debian package twice, the second time from a copy of the tree without
-// version control, which gives the same bytes, and unpacks it: gvm runs, each command and each option
-// of a disk is in a man page, and shells load the completion. The list of contents and
+// version control, which gives the same bytes, and unpacks it: gvm runs, each command and each
+// option of a disk is in a man page, and shells load the completion. The list of contents and
 // docs/dependencies.md have the modules of the programs. Then install, with a PREFIX and a DESTDIR,
 // copies the same files, and uninstall removes no others.
 func TestPackage(t *testing.T) {

@@ -172,8 +172,8 @@ func (a *attack) arg(i int) uintptr {
 
 var kept []*byte // of attack.arg
 
-// lioRoot is the directory of the kernel's SCSI target, for which lio in the test's directory stands on a host
-// without one.
+// lioRoot is the directory of the kernel's SCSI target, for which lio in the test's directory
+// stands on a host without one.
 const lioRoot = "/sys/kernel/config/target"
 
 const cwd = unix.AT_FDCWD
@@ -311,8 +311,8 @@ func status(err error) int {
 	return -1
 }
 
-// needsLandlock skips a test on a kernel without Landlock, which Debian's has, and in a build with cgo, as
-// with the race detector, which does not confine its threads.
+// needsLandlock skips a test on a kernel without Landlock, which Debian's has, and in a build with
+// cgo, as with the race detector, which does not confine its threads.
 func needsLandlock(t *testing.T) {
 	t.Helper()
 	if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_GETPPID, 0, 0, 0); landlockVersion() == 0 || errno != 0 {
@@ -320,8 +320,8 @@ func needsLandlock(t *testing.T) {
 	}
 }
 
-// TestAttacks tries each attack in a process of its own, as root and as an ordinary user, and expects
-// the end or the error that a user sees.
+// TestAttacks tries each attack in a process of its own, as root and as an ordinary user, and
+// expects the end or the error that a user sees.
 func TestAttacks(t *testing.T) {
 	needsLandlock(t)
 	if len(attacks) < 40 {
@@ -361,7 +361,8 @@ func as(c *exec.Cmd, user string) {
 	}
 }
 
-// TestWorks: in the sandbox a process goes on, with new threads and with the files that it may have.
+// TestWorks: in the sandbox a process goes on, with new threads and with the files that it may
+// have.
 func TestWorks(t *testing.T) {
 	for _, user := range users() {
 		for _, kernel := range []string{"", "old"} {
@@ -424,7 +425,8 @@ func TestThreads(t *testing.T) {
 	}
 }
 
-// TestOldKernel: without Landlock and notices the rest is there, and the report says so; strict fails.
+// TestOldKernel: without Landlock and notices the rest is there, and the report says so; strict
+// fails.
 func TestOldKernel(t *testing.T) {
 	for _, test := range []struct {
 		what, mode string

@@ -15,8 +15,8 @@ func landlockVersion() int {
 	return int(n)
 }
 
-// createRuleset makes a set of rules. Its attributes are as long as those of version 6; a kernel with
-// shorter ones takes zeroes.
+// createRuleset makes a set of rules. Its attributes are as long as those of version 6; a kernel
+// with shorter ones takes zeroes.
 func createRuleset(a *unix.LandlockRulesetAttr) (int, error) {
 	fd, _, errno := unix.RawSyscall(unix.SYS_LANDLOCK_CREATE_RULESET, uintptr(unsafe.Pointer(a)),
 		unsafe.Offsetof(a.Quiet_access_fs), 0)

@@ -19,8 +19,8 @@ const (
 	answer      = unix.BPF_RET | unix.BPF_K
 )
 
-// compile makes a filter of rows, which answers all other calls with other. It finds the rows of a call
-// by a binary search: each system call of the process passes through it.
+// compile makes a filter of rows, which answers all other calls with other. It finds the rows of a
+// call by a binary search: each system call of the process passes through it.
 func compile(rows []Call, other uint32) []unix.SockFilter {
 	for i := range rows { // stable, as the first row of a call that applies counts
 		for ; i > 0 && rows[i-1].Number > rows[i].Number; i-- {

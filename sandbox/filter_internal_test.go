@@ -63,8 +63,8 @@ const (
 	refused = unix.SECCOMP_RET_USER_NOTIF
 )
 
-// TestFilter runs the filter on every system call: those of the table, as the rows allow them, and all
-// others, which it refuses.
+// TestFilter runs the filter on every system call: those of the table, as the rows allow them, and
+// all others, which it refuses.
 func TestFilter(t *testing.T) {
 	rows := calls(&Policy{Uses: allUses, Groups: []int{815}}, testPID)
 	program := compile(rows, refused)

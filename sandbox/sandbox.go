@@ -1,6 +1,6 @@
 // Package sandbox gives up rights of this process that it no longer needs, so that a guest that has
-// taken it over has little: the system calls of a table (seccomp), the files of a list (Landlock), no
-// new privileges, few capabilities, no descriptors that it inherited, and no debugger.
+// taken it over has little: the system calls of a table (seccomp), the files of a list (Landlock),
+// no new privileges, few capabilities, no descriptors that it inherited, and no debugger.
 //
 // Prepare and Enter are for a program that has everything open. There is no way back.
 package sandbox
@@ -131,8 +131,8 @@ type Prepared struct {
 	err     error
 }
 
-// Prepare begins to give up rights: it closes the descriptors that the process has from its parent, and
-// opens the paths of p. It may run beside the rest of the start; Enter returns its error.
+// Prepare begins to give up rights: it closes the descriptors that the process has from its parent,
+// and opens the paths of p. It may run beside the rest of the start; Enter returns its error.
 func Prepare(p Policy) *Prepared {
 	s := &Prepared{policy: p, rules: -1}
 	if p.Mode == Off {
@@ -164,8 +164,8 @@ func Prepare(p Policy) *Prepared {
 	return s
 }
 
-// Enter gives up all rights but those of the policy, in all threads. After an error some of them may be
-// gone; it is for the caller to end. A process may enter once.
+// Enter gives up all rights but those of the policy, in all threads. After an error some of them
+// may be gone; it is for the caller to end. A process may enter once.
 func (s *Prepared) Enter() (Report, error) {
 	if s.policy.Mode == Off {
 		return Report{}, nil
@@ -226,8 +226,8 @@ func closeInherited() {
 // undump keeps other processes of the user from reading this one's memory, which a core would have.
 func undump() error { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }
 
-// landlockRights are Landlock's rights for each of Right, and the rest of those that a version of its
-// interface knows.
+// landlockRights are Landlock's rights for each of Right, and the rest of those that a version of
+// its interface knows.
 var landlockRights = []struct {
 	right Right
 	files uint64 // rights that a file can have too
@@ -299,8 +299,8 @@ func allThreads(trap, a1, a2, a3 uintptr) error {
 	return nil
 }
 
-// addRule gives the rights to a path, unless the process cannot open it: then it has none to keep. handled
-// are the rights that Landlock knows.
+// addRule gives the rights to a path, unless the process cannot open it: then it has none to keep.
+// handled are the rights that Landlock knows.
 func addRule(rules int, p Path, handled uint64) error {
 	fd, err := unix.Open(p.Name, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -380,8 +380,8 @@ func (s *Prepared) enterSeccomp() error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return err
 	}
-	// The listener takes the calls that are refused, and cannot let them through: the ioctl for that is
-	// not in the table.
+	// The listener takes the calls that are refused, and cannot let them through: the ioctl for that
+	// is not in the table.
 	fd, err := install(s.program, unix.SECCOMP_FILTER_FLAG_TSYNC|
 		unix.SECCOMP_FILTER_FLAG_TSYNC_ESRCH|unix.SECCOMP_FILTER_FLAG_NEW_LISTENER)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EBUSY) {

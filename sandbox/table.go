@@ -2,8 +2,8 @@ package sandbox
 
 import "golang.org/x/sys/unix"
 
-// Call is a row of the table of system calls: one that is allowed, or answered with an error. Of several
-// rows with one number the first that applies counts. The comment at its end gives its use.
+// Call is a row of the table of system calls: one that is allowed, or answered with an error. Of
+// several rows with one number the first that applies counts. The comment at its end gives its use.
 type Call struct {
 	Args   []Arg // all must match; nil: any
 	Number uint16
@@ -11,9 +11,9 @@ type Call struct {
 	Errno  uint16 // the answer; 0: it is allowed
 }
 
-// Arg is a condition for an argument: after the mask its lower half, or with High the upper one, is one
-// of the values. The kernel takes no more than the lower half of those that the table compares, except
-// of pointers.
+// Arg is a condition for an argument: after the mask its lower half, or with High the upper one, is
+// one of the values. The kernel takes no more than the lower half of those that the table compares,
+// except of pointers.
 type Arg struct {
 	Values []uint32
 	Mask   uint32 // 0: all bits
@@ -50,7 +50,8 @@ func calls(p *Policy, pid int) (list []Call) {
 	return append(list, Call{Number: unix.SYS_IOCTL, Args: []Arg{requests}})
 }
 
-// Flags of clone: those that every thread of Go and of the C library has, and those that one may have.
+// Flags of clone: those that every thread of Go and of the C library has, and those that one may
+// have.
 const (
 	threadFlags = unix.CLONE_VM | unix.CLONE_FS | unix.CLONE_FILES | unix.CLONE_SIGHAND | unix.CLONE_THREAD
 	moreFlags   = unix.CLONE_SYSVSEM | unix.CLONE_SETTLS | unix.CLONE_PARENT_SETTID | unix.CLONE_CHILD_CLEARTID |
@@ -222,7 +223,8 @@ type Ioctl struct {
 	Use     Use
 }
 
-// ioctls are the requests to devices that are open, those of linux/kvm.h first: a guest's exit is one.
+// ioctls are the requests to devices that are open, those of linux/kvm.h first: a guest's exit is
+// one.
 var ioctls = []Ioctl{
 	{0xae80, 0},     // KVM_RUN
 	{0x4008ae61, 0}, // KVM_IRQ_LINE

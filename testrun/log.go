@@ -36,8 +36,8 @@ func (l *kernelLog) Connect(in vmm.Input) {
 	l.input = in
 }
 
-// sysRq presses keys of SysRq on the console (Documentation/admin-guide/sysrq.rst). It waits until the
-// kernel has taken them, or the machine ends.
+// sysRq presses keys of SysRq on the console (Documentation/admin-guide/sysrq.rst). It waits until
+// the kernel has taken them, or the machine ends.
 func (l *kernelLog) sysRq(keys string) {
 	l.mu.Lock()
 	in := l.input

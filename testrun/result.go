@@ -160,8 +160,9 @@ func NoCommand(name string, err unix.Errno) *Result {
 }
 
 // Bisect makes the status one that git bisect run takes for its meaning: a command that a signal
-// ended, or whose own status is 128 or more, is bad; a missing command cannot be tested, nor one that
-// a shell of the guest misses. A run that was stopped keeps its status, which ends the bisection.
+// ended, or whose own status is 128 or more, is bad; a missing command cannot be tested, nor one
+// that a shell of the guest misses. A run that was stopped keeps its status, which ends the
+// bisection.
 func (r *Result) Bisect() {
 	switch {
 	case r.Status == exitMissing, r.Status == exitNotStarted:

@@ -25,8 +25,8 @@ func (e *RungError) Error() string {
 // dialPeriod is the time between two attempts to reach the agent, which listens after its hello.
 const dialPeriod = 20 * time.Millisecond
 
-// Dial connects to the agent for a session of its own, which wire.Accept begins. Errors are ErrNoHello,
-// *RungError, and those of machine.Machine.DialVsock.
+// Dial connects to the agent for a session of its own, which wire.Accept begins. Errors are
+// ErrNoHello, *RungError, and those of machine.Machine.DialVsock.
 func (r *Run) Dial(ctx context.Context) (io.ReadWriteCloser, error) {
 	switch rung := r.chosen(); rung {
 	case 0:

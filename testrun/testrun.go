@@ -56,8 +56,8 @@ var (
 	errOver  = errors.New("the guest did not power off after the command's end")
 )
 
-// TimeoutError is a timeout that has elapsed. As the cause of the end of Start's context it makes the
-// verdict Timeout: the caller counts the time, as most of its own start comes first.
+// TimeoutError is a timeout that has elapsed. As the cause of the end of Start's context it makes
+// the verdict Timeout: the caller counts the time, as most of its own start comes first.
 type TimeoutError time.Duration
 
 func (e TimeoutError) Error() string {
@@ -114,8 +114,8 @@ type guest interface {
 	Paused() bool
 }
 
-// Start starts the machine. When ctx is done, its cause ends the run. After an error nothing is left
-// open; errors are those of machine.Start.
+// Start starts the machine. When ctx is done, its cause ends the run. After an error nothing is
+// left open; errors are those of machine.Start.
 func Start(ctx context.Context, cfg Config) (*Run, error) {
 	var m *machine.Machine
 	r, err := begin(ctx, cfg, func(ctx context.Context, s machine.Spec) (_ guest, err error) {
@@ -223,10 +223,10 @@ func (r *Run) Winsize(rows, columns uint16) {
 	}
 }
 
-// Terminate sends a signal to the command's process group, and ends the run with cause if it has not
-// ended within grace. Of two calls the one that gives less time counts. Without a grace time, before the
-// agent's hello, or when only the readers of the output are waited for, Terminate ends the run at once and
-// returns false.
+// Terminate sends a signal to the command's process group, and ends the run with cause if it has
+// not ended within grace. Of two calls the one that gives less time counts. Without a grace time,
+// before the agent's hello, or when only the readers of the output are waited for, Terminate ends
+// the run at once and returns false.
 func (r *Run) Terminate(number int, cause error, grace time.Duration) bool {
 	select {
 	case <-r.machine.Ended():
@@ -291,8 +291,8 @@ func (r *Run) watch(ctx context.Context) {
 // hangTicks is the number of looks at the progress in the time of a hang.
 const hangTicks = 20
 
-// hung ends a run without progress. It first has a kernel that still takes interrupts print the call
-// traces of its CPUs and of blocked tasks.
+// hung ends a run without progress. It first has a kernel that still takes interrupts print the
+// call traces of its CPUs and of blocked tasks.
 func (r *Run) hung(ctx context.Context) {
 	r.mark(&r.times.Hang)
 	panics.Go(func() { r.log.sysRq("lw") }) // ends with the machine
@@ -307,8 +307,8 @@ func (r *Run) hung(ctx context.Context) {
 // hungPatience is the time in which a guest that hangs may print the call traces.
 const hungPatience = time.Second
 
-// finish waits for the end of the machine and of the output, and decides the verdict. over ends with
-// the caller's patience for both.
+// finish waits for the end of the machine and of the output, and decides the verdict. over ends
+// with the caller's patience for both.
 func (r *Run) finish(over context.Context, listeners []*listener) {
 	<-r.machine.Ended()
 	r.mark(&r.times.Ended)

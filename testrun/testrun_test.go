@@ -336,8 +336,8 @@ func TestSignal(t *testing.T) {
 	}
 }
 
-// TestTerminate: the command gets the signal, and the shortest of two grace times ends the run; without an
-// agent or a grace time it ends at once.
+// TestTerminate: the command gets the signal, and the shortest of two grace times ends the run;
+// without an agent or a grace time it ends at once.
 func TestTerminate(t *testing.T) {
 	cause := errors.New("the test stops it")
 	for name, calls := range map[string][]time.Duration{
@@ -417,8 +417,8 @@ func TestSecondHello(t *testing.T) {
 	}
 }
 
-// TestOutput: a command whose reader has gone gets a closed pipe; one whose output cannot be written
-// is not tested.
+// TestOutput: a command whose reader has gone gets a closed pipe; one whose output cannot be
+// written is not tested.
 func TestOutput(t *testing.T) {
 	guest := func(g *fakeGuest) vmm.Outcome {
 		a := g.agent(t, wire.AgentConfig{})
@@ -451,8 +451,8 @@ func (s stuck) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// TestStuckOutput: a status of a command is no success while its output is not taken, and neither the
-// timeout nor the caller's stop waits for the reader.
+// TestStuckOutput: a status of a command is no success while its output is not taken, and neither
+// the timeout nor the caller's stop waits for the reader.
 func TestStuckOutput(t *testing.T) {
 	stopped := errors.New("the test stops it")
 	for _, c := range []struct {
@@ -482,8 +482,8 @@ func TestStuckOutput(t *testing.T) {
 	}
 }
 
-// TestStuckLog: a reader of the kernel's log that takes no more holds up no verdict, and the loss is
-// told.
+// TestStuckLog: a reader of the kernel's log that takes no more holds up no verdict, and the loss
+// is told.
 func TestStuckLog(t *testing.T) {
 	for _, c := range []struct {
 		exit   bool

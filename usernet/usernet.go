@@ -2,8 +2,8 @@
 // the guest's connections in a TCP/IP stack of its own (gVisor's) and makes them again with sockets
 // of the host. The other end of its socket is the network device.
 //
-// The guest gets 10.0.2.15 by DHCP and an address in fd00::/64 by router advertisements. The gateway
-// is 10.0.2.2 and fd00::2, the resolver 10.0.2.3 and fd00::3.
+// The guest gets 10.0.2.15 by DHCP and an address in fd00::/64 by router advertisements. The
+// gateway is 10.0.2.2 and fd00::2, the resolver 10.0.2.3 and fd00::3.
 //
 // Each message on the socket is an Ethernet frame after a struct virtio_net_hdr_v1 (virtio 1.3,
 // 5.1.6). A message of four bytes from the device has the offloads that the guest takes, in the
@@ -49,8 +49,8 @@ var (
 	gatewayMAC = tcpip.LinkAddress("\x52\x55\x0a\x00\x02\x02")
 )
 
-// Bounds on the guest's use of the host. A connection has a socket, two buffers in its stack and two
-// for copying.
+// Bounds on the guest's use of the host. A connection has a socket, two buffers in its stack and
+// two for copying.
 const (
 	maxConnections = 512
 	maxFlows       = 512 // of UDP
@@ -58,8 +58,8 @@ const (
 	maxBuffer      = 512 << 10
 	copyBuffer     = 64 << 10
 
-	// toGuest is how much of a stream the stack takes at once: as many whole segments, with timestamps,
-	// as it sends in one frame. Of 64 KiB it sends a frame of 65,374 bytes and one of 162.
+	// toGuest is how much of a stream the stack takes at once: as many whole segments, with
+	// timestamps, as it sends in one frame. Of 64 KiB it sends a frame of 65,374 bytes and one of 162.
 	toGuest = 45 * (mtu - 52)
 	sending = maxBuffer / toGuest * toGuest // no part of toGuest fills it
 
@@ -109,8 +109,8 @@ func (s slots) take() bool {
 
 func (s slots) give() { <-s }
 
-// Serve runs the network until the device closes its end of conn, which is an AF_UNIX socket of type
-// SOCK_SEQPACKET, or ctx ends. It closes conn.
+// Serve runs the network until the device closes its end of conn, which is an AF_UNIX socket of
+// type SOCK_SEQPACKET, or ctx ends. It closes conn.
 func Serve(ctx context.Context, conn *net.UnixConn, c Config) error {
 	ctx, cancel := context.WithCancel(ctx)
 	n, err := start(ctx, conn, c)
@@ -179,8 +179,9 @@ func (n *network) configure() error {
 	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
 	// One hop of virtual wire does not reorder: a closed connection need not wait for stray segments.
 	wait := tcpip.TCPTimeWaitTimeoutOption(closing)
-	// A guest that runs late lost nothing. With RACK the stack would probe for the loss of a connection's
-	// last segments after some ms, and send in smaller pieces for long once the guest had them twice.
+	// A guest that runs late lost nothing. With RACK the stack would probe for the loss of a
+	// connection's last segments after some ms, and send in smaller pieces for long once the guest had
+	// them twice.
 	var recovery tcpip.TCPRecovery
 	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &moderate, &wait, &recovery,
 		&tcpip.TCPSendBufferSizeRangeOption{Min: 4 << 10, Default: sending, Max: sending},

@@ -64,8 +64,8 @@ func (p *peer) resolve(f []byte) {
 	}
 }
 
-// receive waits for a segment of the gateway's, checks its length and sum, and returns its data, which the next call
-// overwrites.
+// receive waits for a segment of the gateway's, checks its length and sum, and returns its data,
+// which the next call overwrites.
 func (p *peer) receive() (seq uint32, data []byte) {
 	b := p.frame[:]
 	for {
@@ -144,7 +144,8 @@ func testFullWindow(t *testing.T, offloads uint32) {
 		t.Fatal("the gateway does not scale its windows")
 	}
 
-	// Each segment ends one byte further in a unit, so that one of the windows announced is not rounded.
+	// Each segment ends one byte further in a unit, so that one of the windows announced is not
+	// rounded.
 	unit := 1 << p.scale
 	segment := make([]byte, 64*unit+1)
 	for {
@@ -182,8 +183,8 @@ func testFullWindow(t *testing.T, offloads uint32) {
 	}
 }
 
-// TestLateGuest: of what a guest does not acknowledge, the first byte is the first to come again, after the
-// time for that. Its end does not come as a probe before.
+// TestLateGuest: of what a guest does not acknowledge, the first byte is the first to come again,
+// after the time for that. Its end does not come as a probe before.
 func TestLateGuest(t *testing.T) {
 	p, far := connect(t, 0)
 	first := p.got
@@ -204,8 +205,9 @@ func TestLateGuest(t *testing.T) {
 	}
 }
 
-// TestManyWrites: what the host wrote in many pieces while the guest's window was closed comes in whole
-// frames. writev takes 1,024 pieces at once, and the rest would be a frame of the writer's making.
+// TestManyWrites: what the host wrote in many pieces while the guest's window was closed comes in
+// whole frames. writev takes 1,024 pieces at once, and the rest would be a frame of the writer's
+// making.
 func TestManyWrites(t *testing.T) {
 	for _, offloads := range []uint32{0, allOffloads} {
 		t.Run(fmt.Sprint("offloads=", offloads), func(t *testing.T) {
@@ -237,7 +239,8 @@ func TestManyWrites(t *testing.T) {
 	}
 }
 
-// TestOrder: frames that a device had no room for come before later ones, whichever goroutine sends them.
+// TestOrder: frames that a device had no room for come before later ones, whichever goroutine sends
+// them.
 func TestOrder(t *testing.T) {
 	device, gateway := pair(t)
 	done := make(chan struct{})

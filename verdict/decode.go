@@ -15,8 +15,8 @@ import (
 	"gvm/verdict/klog"
 )
 
-// Decoder is the script decode_stacktrace.sh of a kernel tree, which runs and waits for frames. A program
-// that starts one early need not be able to start programs later.
+// Decoder is the script decode_stacktrace.sh of a kernel tree, which runs and waits for frames. A
+// program that starts one early need not be able to start programs later.
 type Decoder struct {
 	cmd  *exec.Cmd
 	in   io.WriteCloser
@@ -31,7 +31,8 @@ func StartDecoder(script, vmlinux, tree string) (*Decoder, error) {
 	ctx, d.stop = context.WithCancel(context.Background())
 	cmd := exec.CommandContext(ctx, script, vmlinux, "auto", tree)
 	cmd.Stdout = &d.out
-	// The script's programs, such as addr2line, read large files for seconds: they end with the script.
+	// The script's programs, such as addr2line, read large files for seconds: they end with the
+	// script.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 100 * time.Millisecond // for a program that left the group
@@ -57,9 +58,9 @@ func (d *Decoder) Close() {
 	_ = d.cmd.Wait() // killed
 }
 
-// Decode fills in the source of frames, and ends the script. The script gets nothing of the guest's but
-// the frames' symbols, offsets and modules, which have letters, digits, "_", "." and "-": it puts its
-// input into shell arithmetic and awk programs.
+// Decode fills in the source of frames, and ends the script. The script gets nothing of the guest's
+// but the frames' symbols, offsets and modules, which have letters, digits, "_", "." and "-": it
+// puts its input into shell arithmetic and awk programs.
 func (d *Decoder) Decode(ctx context.Context, frames []*klog.Frame) error {
 	defer context.AfterFunc(ctx, panics.Func(d.stop))()
 	var in strings.Builder

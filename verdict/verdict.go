@@ -14,8 +14,8 @@ import (
 	"gvm/verdict/ktap"
 )
 
-// Policy says which of the kernel's reports fail a run. A panic is none of them: it is an end of the
-// guest, which is known more surely than from the console alone.
+// Policy says which of the kernel's reports fail a run. A panic is none of them: it is an end of
+// the guest, which is known more surely than from the console alone.
 type Policy struct {
 	Fail   bool // all but WARN
 	Strict bool // WARN too

@@ -132,8 +132,8 @@ func (d *Debugger) Remove(thread int, p gdbstub.Point) error {
 	})
 }
 
-// removeLost removes the software breakpoints of a client that has gone, on a vCPU's thread. The caller
-// holds mu.
+// removeLost removes the software breakpoints of a client that has gone, on a vCPU's thread. The
+// caller holds mu.
 func (d *Debugger) removeLost(m *machine) {
 	for _, p := range d.lost {
 		removeInt3(m, p)

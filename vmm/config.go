@@ -66,9 +66,9 @@ type Config struct {
 	Inspect func() []inspect.Node
 	// KeepState keeps the state at the machine's end, in Outcome.State.
 	KeepState bool
-	// Final is called at an end that no other life follows, after the last instruction of each vCPU, while the
-	// memory is there; nil: no call. It delays the end, by a second at most, and further as long as it calls
-	// alive twice in a second.
+	// Final is called at an end that no other life follows, after the last instruction of each vCPU,
+	// while the memory is there; nil: no call. It delays the end, by a second at most, and further as
+	// long as it calls alive twice in a second.
 	Final func(out Outcome, mem *guestmem.Memory, cpus []vmcore.CPU, alive func())
 	// PanicText takes a Linux kernel's panic message on the console for a panic,
 	// for guests without a pvpanic driver.

@@ -33,8 +33,8 @@ var kernelLines = sync.OnceValue(func() []kernelLine {
 		{regexp.MustCompile(`^(Rebooting in \d+ seconds|---\[ end Kernel panic)`), func(w *consoleWatch, _ string) {
 			w.waits = w.proved
 		}},
-		// The last line of kernel_halt (kernel/reboot.c). A kernel that prints it had no early exception: a
-		// program printed the text.
+		// The last line of kernel_halt (kernel/reboot.c). A kernel that prints it had no early exception:
+		// a program printed the text.
 		{regexp.MustCompile(`^(reboot: )?System halted\.?$`),
 			func(w *consoleWatch, _ string) { w.halts, w.early = true, false }},
 		// A kernel that restarts normally did not panic: a program printed the text.

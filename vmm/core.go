@@ -12,14 +12,14 @@ import (
 	"gvm/vmm/x86"
 )
 
-// corePatience bounds the wait for a vCPU of a paused machine. A busy host may not run its thread for a
-// while.
+// corePatience bounds the wait for a vCPU of a paused machine. A busy host may not run its thread
+// for a while.
 const corePatience = 5 * time.Second
 
-// Core calls write with the memory and the CPUs of a paused machine, for vmcore.Write. When the machine
-// ends meanwhile, the context of write ends and Core calls cut, after which write returns before long:
-// the machine's end waits for it. The error is ErrNotRunning,
-// context.DeadlineExceeded if a vCPU has not stopped, or that of write.
+// Core calls write with the memory and the CPUs of a paused machine, for vmcore.Write. When the
+// machine ends meanwhile, the context of write ends and Core calls cut, after which write returns
+// before long: the machine's end waits for it. The error is ErrNotRunning, context.DeadlineExceeded
+// if a vCPU has not stopped, or that of write.
 func (i *Inspector) Core(cut func(), write func(context.Context, *guestmem.Memory, []vmcore.CPU) error) error {
 	i.mu.RLock()
 	defer i.mu.RUnlock()

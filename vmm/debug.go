@@ -18,9 +18,10 @@ import (
 // Debugger is a machine as a debugger sees it: a gdbstub.Target whose threads are the vCPUs. It is
 // for one Config, and for one client at a time.
 //
-// The vCPUs stop and continue together. A stopped vCPU's thread waits in sync, outside of the guest,
-// and does all work on its vCPU and, for it, on guest memory. Devices do not stop. After a reset of
-// the machine a client finds it stopped at its first instruction, without software breakpoints.
+// The vCPUs stop and continue together. A stopped vCPU's thread waits in sync, outside of the
+// guest, and does all work on its vCPU and, for it, on guest memory. Devices do not stop. After a
+// reset of the machine a client finds it stopped at its first instruction, without software
+// breakpoints.
 type Debugger struct {
 	kill  func()
 	ended chan struct{}
@@ -169,8 +170,8 @@ func (d *Debugger) release() {
 	}
 }
 
-// sync keeps a vCPU where it is while the debugger wants it to, and gives KVM the breakpoints of the
-// vCPU before it goes on. The vCPU's thread calls it, outside of KVM_RUN.
+// sync keeps a vCPU where it is while the debugger wants it to, and gives KVM the breakpoints of
+// the vCPU before it goes on. The vCPU's thread calls it, outside of KVM_RUN.
 func (d *Debugger) sync(m *machine, i int, c *kvmapi.VCPU) error {
 	if d == nil {
 		return nil
@@ -284,8 +285,8 @@ func (d *Debugger) exit(m *machine, i int, c *kvmapi.VCPU, e kvmapi.Exit) error 
 	return d.sync(m, i, c)
 }
 
-// emulated takes an exit for a software breakpoint that KVM would have to emulate: it lacks int3, on
-// hosts where it emulates the guest's kernel.
+// emulated takes an exit for a software breakpoint that KVM would have to emulate: it lacks int3,
+// on hosts where it emulates the guest's kernel.
 func (d *Debugger) emulated(m *machine, i int, c *kvmapi.VCPU, e kvmapi.Exit) (taken bool, err error) {
 	if d == nil || e.Reason != kvmapi.ExitInternalError || e.Suberror != kvmapi.InternalErrorEmulation {
 		return false, nil

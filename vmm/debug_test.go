@@ -179,8 +179,8 @@ func sum(sizes []int) (n int) {
 	return n
 }
 
-// TestDebuggerUnmapped: a breakpoint where nothing is mapped takes a debug register, of which a CPU has
-// four.
+// TestDebuggerUnmapped: a breakpoint where nothing is mapped takes a debug register, of which a CPU
+// has four.
 func TestDebuggerUnmapped(t *testing.T) {
 	d := underDebugger(t, script{}.print("a").powerOff(), Config{})
 	for i := range uint64(4) {

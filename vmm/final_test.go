@@ -9,8 +9,8 @@ import (
 	"gvm/vmm/vmcore"
 )
 
-// TestFinalIsAlive: the end waits for Config.Final as long as that gives signs of life, also after the end
-// of the context, and no longer.
+// TestFinalIsAlive: the end waits for Config.Final as long as that gives signs of life, also after
+// the end of the context, and no longer.
 func TestFinalIsAlive(t *testing.T) {
 	for _, dies := range []bool{false, true} {
 		over := make(chan struct{})

@@ -229,8 +229,8 @@ func (h *hostile) act() {
 }
 
 // TestHostileCPUs has several CPUs access every device of a machine at random at the same time,
-// while the host changes disks, pauses devices and reads the machine's state. It looks for races, panics
-// and deadlocks; at the end the devices must start anew.
+// while the host changes disks, pauses devices and reads the machine's state. It looks for races,
+// panics and deadlocks; at the end the devices must start anew.
 func TestHostileCPUs(t *testing.T) {
 	target := scsi.NewTarget()
 	unit := func(lun int, serial string) scsi.LUN {

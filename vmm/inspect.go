@@ -20,8 +20,8 @@ import (
 // inspectTime bounds one reading of a machine's state: what takes longer is busy.
 const inspectTime = 500 * time.Millisecond
 
-// Inspector reads the state of a running machine, and raises NMIs. The zero value is for one Config. Its
-// methods may be called from any goroutine.
+// Inspector reads the state of a running machine, and raises NMIs. The zero value is for one
+// Config. Its methods may be called from any goroutine.
 type Inspector struct {
 	mu sync.RWMutex // held for reading while the state is read, which the end of a life cuts short
 	m  *machine     // the current life; nil: the machine does not run
@@ -49,12 +49,14 @@ func (i *Inspector) Read(ctx context.Context, path string) (inspect.Node, error)
 	return m.state().Read(ctx, path)
 }
 
-// nmiPatience bounds the wait of an NMI for the vCPUs. A busy host may not run their threads for a while.
+// nmiPatience bounds the wait of an NMI for the vCPUs. A busy host may not run their threads for a
+// while.
 const nmiPatience = 5 * time.Second
 
 // NMI raises a non-maskable interrupt on each vCPU that the guest has started, as the button of a
-// server does. It takes five seconds at most, which only a vCPU that waits for a device needs. The error
-// is ErrNotRunning, or context.DeadlineExceeded for such a vCPU; the others have the interrupt.
+// server does. It takes five seconds at most, which only a vCPU that waits for a device needs. The
+// error is ErrNotRunning, or context.DeadlineExceeded for such a vCPU; the others have the
+// interrupt.
 func (i *Inspector) NMI(ctx context.Context) error {
 	i.mu.RLock()
 	defer i.mu.RUnlock()
@@ -108,8 +110,8 @@ func (i *Inspector) set(m *machine) {
 	i.m = m
 }
 
-// finalState returns the state of a machine whose vCPUs' threads have ended; nil if a bug has left it
-// unreadable.
+// finalState returns the state of a machine whose vCPUs' threads have ended; nil if a bug has left
+// it unreadable.
 func (m *machine) finalState() (n *inspect.Node) {
 	ctx, cancel := context.WithTimeout(context.Background(), reportTime)
 	defer cancel()
@@ -160,9 +162,9 @@ func (m *machine) inspectMemory() inspect.Node {
 // question is work for a vCPU's thread.
 type question func()
 
-// askPatience bounds the wait for a vCPU whose state is read with that of others: one that is in the
-// guest stops within microseconds, unless the host is busy, and one that waits in a device does not. It
-// is a variable for tests.
+// askPatience bounds the wait for a vCPU whose state is read with that of others: one that is in
+// the guest stops within microseconds, unless the host is busy, and one that waits in a device does
+// not. It is a variable for tests.
 var askPatience = 50 * time.Millisecond
 
 // ask is askUntil for askPatience.
@@ -172,8 +174,8 @@ func (m *machine) ask(ctx context.Context, i int, f func()) bool {
 	return m.askUntil(ctx, i, f)
 }
 
-// askUntil has the thread of vCPU i do f outside of the guest, and reports whether it did before the end
-// of ctx. Before the end of f it does not return.
+// askUntil has the thread of vCPU i do f outside of the guest, and reports whether it did before
+// the end of ctx. Before the end of f it does not return.
 func (m *machine) askUntil(ctx context.Context, i int, f func()) bool {
 	done := make(chan struct{})
 	for {
@@ -273,8 +275,8 @@ const (
 	reportLines = 100
 )
 
-// reportTime bounds a report of a timeout or of a bug, which delays the end by that at most. It is a variable for
-// tests.
+// reportTime bounds a report of a timeout or of a bug, which delays the end by that at most. It is
+// a variable for tests.
 var reportTime = 200 * time.Millisecond
 
 // stateReport describes the machine at an end that its guest did not choose. It runs on no vCPU's
@@ -295,8 +297,8 @@ func (m *machine) stateReport() string {
 	return b.String()
 }
 
-// vcpuReport describes what a vCPU did before an end that it caused, and the devices. It runs on the
-// vCPU's thread, and asks no other.
+// vcpuReport describes what a vCPU did before an end that it caused, and the devices. It runs on
+// the vCPU's thread, and asks no other.
 func (m *machine) vcpuReport(index int, c *kvmapi.VCPU) string {
 	ctx, cancel := context.WithTimeout(context.Background(), reportTime)
 	defer cancel()
@@ -343,8 +345,8 @@ func reportCPU(b *strings.Builder, cpu inspect.Node) {
 	}
 }
 
-// reportDevices adds lines about the devices: the status of each, and the queues and disks that have
-// work.
+// reportDevices adds lines about the devices: the status of each, and the queues and disks that
+// have work.
 func (m *machine) reportDevices(ctx context.Context, b *strings.Builder) {
 	var lines strings.Builder
 	for _, group := range m.state().Nodes {

@@ -224,8 +224,8 @@ func waitForCPUs(t *testing.T) {
 	t.Cleanup(func() { askPatience, reportTime = ask, report })
 }
 
-// TestReportEnds: a run that ends by its deadline or by a bug of gvm has the state in its report, and
-// one that was asked to end has none.
+// TestReportEnds: a run that ends by its deadline or by a bug of gvm has the state in its report,
+// and one that was asked to end has none.
 func TestReportEnds(t *testing.T) {
 	waitForCPUs(t)
 	for _, tt := range []struct {

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// TestNMI: an NMI reaches a CPU that halts with interrupts off. Without a handler it is a triple fault.
+// TestNMI: an NMI reaches a CPU that halts with interrupts off. Without a handler it is a triple
+// fault.
 func TestNMI(t *testing.T) {
 	i, c := &Inspector{}, &shownConsole{wrote: make(chan struct{}, 1)}
 	if err := i.NMI(t.Context()); err != ErrNotRunning {
@@ -53,8 +54,8 @@ func TestNMIOnBusyHost(t *testing.T) {
 	}
 }
 
-// TestSysRq: a guest that does not read COM1 holds up a key no longer than its context, nor does a paused
-// one.
+// TestSysRq: a guest that does not read COM1 holds up a key no longer than its context, nor does a
+// paused one.
 func TestSysRq(t *testing.T) {
 	p, c, stop := pausable(t, "spin", 1)
 	c.waitFor("spinning")

@@ -97,8 +97,8 @@ func (p *panicState) stopSilence() {
 // guest's kernel panicked: the panic comes first, and the end says how it ended. If only the
 // console showed the panic, the kernel must have reset afterwards, for some values of reboot= by a
 // triple fault. If it powered off it did not panic: a program printed the text. A triple fault
-// belongs to a panic only if the kernel printed the lines that follow one, and so does a halt, unless the
-// kernel had an early exception, which with quiet has no further lines.
+// belongs to a panic only if the kernel printed the lines that follow one, and so does a halt,
+// unless the kernel had an early exception, which with quiet has no further lines.
 func (m *machine) verdict(out Outcome) Outcome {
 	told := m.panicked.told.Load()
 	text := m.console.panicText(told || out.Ending == GuestPanic)

@@ -12,12 +12,12 @@ import (
 	"gvm/panics"
 )
 
-// Pauser pauses and resumes the vCPUs of a running machine, and presses its buttons and keys. The zero
-// value is for one Config. Its methods may be called from any goroutine.
+// Pauser pauses and resumes the vCPUs of a running machine, and presses its buttons and keys. The
+// zero value is for one Config. Its methods may be called from any goroutine.
 //
-// A paused machine stays paused over a reset; cancelling Run's context ends it. In a Pause its devices
-// are stopped, with everything in flight finished, and continue after it. A request that Holds the
-// machine keeps its device from that, and continues after the resume.
+// A paused machine stays paused over a reset; cancelling Run's context ends it. In a Pause its
+// devices are stopped, with everything in flight finished, and continue after it. A request that
+// Holds the machine keeps its device from that, and continues after the resume.
 type Pauser struct {
 	wanted   atomic.Bool              // whether release is set, for vCPUs to check
 	debugger atomic.Pointer[Debugger] // of m; nil: none
@@ -53,9 +53,9 @@ func (e *BusyError) Error() string {
 
 func (e *BusyError) Unwrap() error { return e.Err }
 
-// Pause returns once no vCPU is in the guest, and no device has anything in flight but requests that
-// Hold the machine. If ctx ends first, it resumes the machine. It returns ErrNotPaused if Resume was
-// called first.
+// Pause returns once no vCPU is in the guest, and no device has anything in flight but requests
+// that Hold the machine. If ctx ends first, it resumes the machine. It returns ErrNotPaused if
+// Resume was called first.
 func (p *Pauser) Pause(ctx context.Context) error {
 	p.mu.Lock()
 	if p.m == nil || p.release != nil {
@@ -99,8 +99,8 @@ func (p *Pauser) Pause(ctx context.Context) error {
 	return err
 }
 
-// stopDevices stops the devices for the Pause that made release. A request that holds the machine may be
-// in flight after it.
+// stopDevices stops the devices for the Pause that made release. A request that holds the machine
+// may be in flight after it.
 func (p *Pauser) stopDevices(ctx context.Context, release chan struct{}) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -242,8 +242,9 @@ func (p *Pauser) SysRq(ctx context.Context, key byte) error {
 	return err
 }
 
-// Reset resets the machine, as its reset button does. The machine then starts again in place, whatever
-// Config.Rebooting says of a reset by the guest. It returns ErrNotRunning between two lives too.
+// Reset resets the machine, as its reset button does. The machine then starts again in place,
+// whatever Config.Rebooting says of a reset by the guest. It returns ErrNotRunning between two
+// lives too.
 func (p *Pauser) Reset() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

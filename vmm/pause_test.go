@@ -140,8 +140,8 @@ func TestPauseOverResets(t *testing.T) {
 	}
 }
 
-// TestReset: the host resets a machine whose own reset would end it, also while it is paused and after
-// its guest panicked.
+// TestReset: the host resets a machine whose own reset would end it, also while it is paused and
+// after its guest panicked.
 func TestReset(t *testing.T) {
 	lives := func(c *shownConsole, n int, text string) {
 		for has := 0; has < n; {

@@ -142,8 +142,8 @@ func TestPauseDevices(t *testing.T) {
 	}
 }
 
-// TestPauseHeld: a request that fails during a pause, and holds the machine, goes on after the resume. The
-// pause does not wait for it.
+// TestPauseHeld: a request that fails during a pause, and holds the machine, goes on after the
+// resume. The pause does not wait for it.
 func TestPauseHeld(t *testing.T) {
 	p := &Pauser{}
 	held := make(chan struct{}, 1)
@@ -186,8 +186,8 @@ func TestPauseHeld(t *testing.T) {
 	}
 }
 
-// TestPauseBusy ends a Pause while a device waits for its storage: by its context, by Resume and by the
-// machine's end. The machine runs on, unless it ended.
+// TestPauseBusy ends a Pause while a device waits for its storage: by its context, by Resume and by
+// the machine's end. The machine runs on, unless it ended.
 func TestPauseBusy(t *testing.T) {
 	p := &Pauser{}
 	dev, storage, c, stop := writing(t, p, nil)

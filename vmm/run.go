@@ -124,8 +124,8 @@ const (
 const closingConsole = "the console" // whose reader may take any time
 
 // takeDown waits for the vCPUs' threads and closes the machine. The wait is bounded: from now on if
-// the machine will not start again, else from the end of ctx on. Config.Final can extend it. After the
-// bound over is false, and threads, devices and the resources they use stay (TestStuckDevice).
+// the machine will not start again, else from the end of ctx on. Config.Final can extend it. After
+// the bound over is false, and threads, devices and the resources they use stay (TestStuckDevice).
 func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err error) {
 	done := make(chan error, 1)
 	m.closing.Store("a vCPU")

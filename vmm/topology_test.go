@@ -114,8 +114,8 @@ func TestPinsReachHighIDs(t *testing.T) {
 	}
 }
 
-// TestSetPinReachesHighIDs: so do the pins that devices set, as the clock, ACPI and INTx do. The guest
-// has routed COM1's pin to its only CPU.
+// TestSetPinReachesHighIDs: so do the pins that devices set, as the clock, ACPI and INTx do. The
+// guest has routed COM1's pin to its only CPU.
 func TestSetPinReachesHighIDs(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()

@@ -1,5 +1,6 @@
-// Command gvm-agent is the first program of gvm test's guests (package agent). gvm test puts it into their
-// initramfs if it is beside gvm and of the same build, else gvm itself, which is five times as large.
+// Command gvm-agent is the first program of gvm test's guests (package agent). gvm test puts it
+// into their initramfs if it is beside gvm and of the same build, else gvm itself, which is five
+// times as large.
 package main
 
 import (

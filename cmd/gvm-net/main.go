@@ -1,5 +1,5 @@
-// Command gvm-net is the user-mode network of one machine, for gvm, which starts it. Descriptor 3 is
-// its end of the socket of the network device (package usernet).
+// Command gvm-net is the user-mode network of one machine, for gvm, which starts it. Descriptor 3
+// is its end of the socket of the network device (package usernet).
 //
 //	gvm-net [host=off] [tcp=PORT|udp=PORT]...
 //

@@ -7,8 +7,8 @@ import (
 	"gvm/guest/agent/wire"
 )
 
-// agentID is the build ID of the gvm-agent that was built before this gvm, by the linker's -X; empty: none was.
-// No other gvm-agent becomes the agent of a guest.
+// agentID is the build ID of the gvm-agent that was built before this gvm, by the linker's -X;
+// empty: none was. No other gvm-agent becomes the agent of a guest.
 var agentID string
 
 // ownProgram is gvm itself, which is an agent too.

@@ -11,8 +11,8 @@ import (
 	"gvm/guest/agent/wire"
 )
 
-// TestAgentIn: only the gvm-agent that was built with gvm becomes an agent. Any other file of the name is left
-// alone, and a FIFO does not hold gvm up.
+// TestAgentIn: only the gvm-agent that was built with gvm becomes an agent. Any other file of the
+// name is left alone, and a FIFO does not hold gvm up.
 func TestAgentIn(t *testing.T) {
 	program := lab.Program("gvm-net") // any program of Go
 	id, err := wire.BuildID(program)

@@ -61,9 +61,9 @@ complete -c gvm -F -n 'not __fish_use_subcommand' \
 `,
 }
 
-// completeWord prints the continuations of the word before the cursor for a completion script, and reports
-// whether it is a value of a flag, or may be the name of a machine. A script gives the word if it begins with a
-// dash or has a comma or a colon; that of fish gives every word.
+// completeWord prints the continuations of the word before the cursor for a completion script, and
+// reports whether it is a value of a flag, or may be the name of a machine. A script gives the word
+// if it begins with a dash or has a comma or a colon; that of fish gives every word.
 func completeWord(out io.Writer, commands []*cli.Command, args []string) bool {
 	n := len(args) - 1
 	if n < 2 || args[n] != completionFlag {
@@ -108,8 +108,8 @@ func completeWord(out io.Writer, commands []*cli.Command, args []string) bool {
 	return values != nil
 }
 
-// valuesOf returns the continuations of the value of a flag of gvm run or gvm test, with the text before it; nil:
-// unknown. The cli package completes no values.
+// valuesOf returns the continuations of the value of a flag of gvm run or gvm test, with the text
+// before it; nil: unknown. The cli package completes no values.
 func valuesOf(c *cli.Command, flag, before, value string) (values []string) {
 	if c.Name != "run" && c.Name != "test" {
 		return nil
@@ -134,7 +134,8 @@ func valuesOf(c *cli.Command, flag, before, value string) (values []string) {
 	return append([]string{}, values...)
 }
 
-// machineNames returns the names of machines if the next of a command's words, or the last one, may be one.
+// machineNames returns the names of machines if the next of a command's words, or the last one, may
+// be one.
 func machineNames(c *cli.Command, words []string) []string {
 	last := ""
 	if len(words) > 0 {

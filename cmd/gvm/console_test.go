@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestConsoleCommand: consoles of a machine in the background see its output, type, leave it running and
-// end with it; one that does not read delays neither.
+// TestConsoleCommand: consoles of a machine in the background see its output, type, leave it
+// running and end with it; one that does not read delays neither.
 func TestConsoleCommand(t *testing.T) {
 	t.Parallel()
 	name := fmt.Sprintf("console-%d", os.Getpid())

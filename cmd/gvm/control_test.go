@@ -35,8 +35,8 @@ func TestDiskCommands(t *testing.T) {
 	testDiskCommands(t, fmt.Sprintf("disks-%d", os.Getpid()), "off")
 }
 
-// TestDiskCommandsSandbox does the same in the sandbox, where the broker opens the files, but for what is not
-// about disks.
+// TestDiskCommandsSandbox does the same in the sandbox, where the broker opens the files, but for
+// what is not about disks.
 func TestDiskCommandsSandbox(t *testing.T) {
 	t.Parallel()
 	testDiskCommands(t, fmt.Sprintf("sandboxed-%d", os.Getpid()), "on")

@@ -92,8 +92,8 @@ func (m copyMachine) copy(a *wire.Agent, c *wire.Copy) (e wire.Exit, ok bool) {
 	return wire.Exit{Status: wire.CopyFailed}, true
 }
 
-// TestCopy: files and directories get where cp(1) would put them, and all that keeps them from it is one line
-// and its status.
+// TestCopy: files and directories get where cp(1) would put them, and all that keeps them from it
+// is one line and its status.
 func TestCopy(t *testing.T) {
 	dir, guest, host := t.TempDir(), t.TempDir(), t.TempDir()
 	t.Setenv("XDG_RUNTIME_DIR", dir)

@@ -14,15 +14,16 @@ import (
 	"gvm/vmm/vmcore"
 )
 
-// coreEnds are the exit statuses of ends that get a core with --crash-core. The memory of a guest that
-// powered off shows no fault, and a bug of gvm is not in the guest.
+// coreEnds are the exit statuses of ends that get a core with --crash-core. The memory of a guest
+// that powered off shows no fault, and a bug of gvm is not in the guest.
 var coreEnds = []int{exitCrash, exitPanic, exitWatchdog, exitTimeout}
 
 // coreTick is the time between two looks at the writing of a core.
 const coreTick = 100 * time.Millisecond
 
-// writeCore writes the core of the stopped machine into the record. It calls alive as long as the storage
-// takes parts of it. A signal gives it up, and so does Ctrl-a x unless --timeout has ended the machine.
+// writeCore writes the core of the stopped machine into the record. It calls alive as long as the
+// storage takes parts of it. A signal gives it up, and so does Ctrl-a x unless --timeout has ended
+// the machine.
 func (r *crashRecord) writeCore(mem *guestmem.Memory, cpus []vmcore.CPU, alive func()) (err error) {
 	ctx := r.ctx
 	if ctx.Err() != nil { // the end of the machine

@@ -21,8 +21,8 @@ import (
 	"gvm/vmm/vmcore"
 )
 
-// TestCrashCore: with --crash-core the record has the guest's memory, in the sandbox too, or the message
-// has the reason, and no part of a core is left.
+// TestCrashCore: with --crash-core the record has the guest's memory, in the sandbox too, or the
+// message has the reason, and no part of a core is left.
 func TestCrashCore(t *testing.T) {
 	kernel, initrd := filepath.Join(t.TempDir(), "vmlinux"), filepath.Join(t.TempDir(), "initrd")
 	for path, b := range map[string][]byte{kernel: embedded.Image, initrd: bytes.Repeat([]byte("x"), 1<<20)} {
@@ -92,8 +92,8 @@ func TestCrashCore(t *testing.T) {
 	}
 }
 
-// TestCrashCoreSignals: a signal in the middle of a core gives it up: no part of it is left, the record has the
-// rest, one line says so, and the status is that of the guest's end.
+// TestCrashCoreSignals: a signal in the middle of a core gives it up: no part of it is left, the
+// record has the rest, one line says so, and the status is that of the guest's end.
 func TestCrashCoreSignals(t *testing.T) {
 	dir := t.TempDir()
 	kernel, initrd := filepath.Join(dir, "vmlinux"), filepath.Join(dir, "initrd")
@@ -160,7 +160,8 @@ func (e *endsAfter) Err() error {
 	return context.Canceled
 }
 
-// TestCrashCoreGivenUp: a signal gives up a core that is being written, unless it is what ended the machine.
+// TestCrashCoreGivenUp: a signal gives up a core that is being written, unless it is what ended the
+// machine.
 func TestCrashCoreGivenUp(t *testing.T) {
 	region := guestmem.Heap(0, 8<<20).Regions()[0]
 	mem, err := guestmem.Of(region)

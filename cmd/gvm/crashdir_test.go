@@ -15,8 +15,8 @@ import (
 	"gvm/inspect"
 )
 
-// TestCrashDir: an end that the guest did not choose leaves its message, the console and the state of
-// the CPUs; another end leaves nothing.
+// TestCrashDir: an end that the guest did not choose leaves its message, the console and the state
+// of the CPUs; another end leaves nothing.
 func TestCrashDir(t *testing.T) {
 	dir := t.TempDir()
 	vmlinux := filepath.Join(t.TempDir(), "vmlinux")
@@ -86,9 +86,9 @@ func TestCrashDir(t *testing.T) {
 	}
 }
 
-// TestCrashLog: the log has the lines of the console, gvm's messages, the commands and changes of disks, the
-// task management functions and the events of virtio devices by time, a line for each, and its memory is
-// bounded.
+// TestCrashLog: the log has the lines of the console, gvm's messages, the commands and changes of
+// disks, the task management functions and the events of virtio devices by time, a line for each,
+// and its memory is bounded.
 func TestCrashLog(t *testing.T) {
 	var l crashLog
 	l.add(1*time.Second, "the guest's first instruction")
@@ -168,7 +168,8 @@ func TestCrashLog(t *testing.T) {
 	}
 }
 
-// TestCrashRecordNames: records of one second have names of their own, and the console's end is kept.
+// TestCrashRecordNames: records of one second have names of their own, and the console's end is
+// kept.
 func TestCrashRecordNames(t *testing.T) {
 	dir := t.TempDir()
 	line := strings.Repeat("x", 1000) + "\n"

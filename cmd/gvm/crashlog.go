@@ -14,8 +14,8 @@ import (
 )
 
 // crashLog has what the file log of a record merges: the console's last output with its times, and
-// gvm's last messages. Times are those of inspect.Clock. Its memory is bounded, however much the guest
-// prints.
+// gvm's last messages. Times are those of inspect.Clock. Its memory is bounded, however much the
+// guest prints.
 type crashLog struct {
 	text   []byte       // the console's last output
 	seen   uint64       // bytes of the console's output
@@ -95,8 +95,8 @@ func (l *crashLog) lines() (lines []event) {
 }
 
 // merged returns the file log: a line for each line of the console, each message of gvm's, and each
-// command and change of a disk, task management function and event of a virtio device that the state has,
-// by time. state was read at the time read.
+// command and change of a disk, task management function and event of a virtio device that the
+// state has, by time. state was read at the time read.
 func (l *crashLog) merged(state *inspect.Node, read time.Duration) []byte {
 	all := slices.Concat(l.lines(), l.events, deviceEvents(state, read))
 	slices.SortStableFunc(all, func(a, b event) int { return cmp.Compare(a.time, b.time) })
@@ -109,9 +109,10 @@ func (l *crashLog) merged(state *inspect.Node, read time.Duration) []byte {
 	return b.Bytes()
 }
 
-// deviceEvents returns what a machine's state, which was read at a time, has with times: the last commands of
-// disks that were answered, and those that were not, task management functions alike, changes of disks, and
-// events of virtio devices. Of a disk that the kernel serves there is a line without commands.
+// deviceEvents returns what a machine's state, which was read at a time, has with times: the last
+// commands of disks that were answered, and those that were not, task management functions alike,
+// changes of disks, and events of virtio devices. Of a disk that the kernel serves there is a line
+// without commands.
 func deviceEvents(state *inspect.Node, read time.Duration) (events []event) {
 	if state == nil {
 		return nil
@@ -163,7 +164,8 @@ func eventLine(n inspect.Node) string {
 	return line
 }
 
-// commandLine describes a command of a disk, of the group task or last; "": it is in the other group.
+// commandLine describes a command of a disk, of the group task or last; "": it is in the other
+// group.
 func commandLine(group string, c inspect.Node) string {
 	words := []string{fmt.Sprint(c.Get("command"))}
 	for _, name := range []string{"lba", "blocks"} {

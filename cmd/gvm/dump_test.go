@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// TestDump: a core has the guest's memory and CPUs, goes into a file or a pipe, and the machine runs on,
-// whatever becomes of the file.
+// TestDump: a core has the guest's memory and CPUs, goes into a file or a pipe, and the machine
+// runs on, whatever becomes of the file.
 func TestDump(t *testing.T) {
 	t.Parallel()
 	name := fmt.Sprintf("dump-%d", os.Getpid())

@@ -210,8 +210,8 @@ func endNow(status int, why string) {
 	exitNow(status, patience, func() { stderr.say(fmt.Sprintf("gvm: %s, before the orderly end was over\n", why)) })
 }
 
-// endWithin ends the process, after clean, when ctx has ended for patience, unless the returned function
-// is called before that: the storage or the reader of an output may take any time.
+// endWithin ends the process, after clean, when ctx has ended for patience, unless the returned
+// function is called before that: the storage or the reader of an output may take any time.
 func endWithin(ctx context.Context, clean func()) (done func()) {
 	over := make(chan struct{})
 	stop := context.AfterFunc(ctx, panics.Func(func() {

@@ -55,8 +55,8 @@ EXAMPLES
 	}, []string{"sh"})
 }
 
-// sessionCommand completes a command that runs args in a guest; nil: those of the user. All that keeps it
-// from that has the status 125, as with gvm test.
+// sessionCommand completes a command that runs args in a guest; nil: those of the user. All that
+// keeps it from that has the status 125, as with gvm test.
 func sessionCommand(c *cli.Command, args []string) *cli.Command {
 	c.OnUsageError = func(c *cli.Context, err error, sub bool) error {
 		return endError{exitUntested, flagError(c, err, sub)}
@@ -238,11 +238,12 @@ func (s *execSession) begin(h *wire.Host) {
 	s.host = h
 }
 
-// over has the next signal end the session: the command has ended, and the reader of its output may take any
-// time.
+// over has the next signal end the session: the command has ended, and the reader of its output may
+// take any time.
 func (s *execSession) over() { s.begin(nil) }
 
-// take passes the first signal on, and ends the session at the second, or when the command has ended.
+// take passes the first signal on, and ends the session at the second, or when the command has
+// ended.
 func (s *execSession) take(cause error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

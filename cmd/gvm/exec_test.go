@@ -15,7 +15,8 @@ import (
 	"gvm/guest/agent/wire"
 )
 
-// agentMachine has an agent without a guest. It runs cat, and commands whose first word is their end.
+// agentMachine has an agent without a guest. It runs cat, and commands whose first word is their
+// end.
 type agentMachine struct {
 	evilMachine
 	build   string
@@ -68,8 +69,8 @@ func (m agentMachine) Agent(context.Context) (io.ReadWriteCloser, error) {
 	return near, nil
 }
 
-// TestExec: a command of a session has its own streams and end, and all that keeps it from running is one
-// line and the status 125.
+// TestExec: a command of a session has its own streams and end, and all that keeps it from running
+// is one line and the status 125.
 func TestExec(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("XDG_RUNTIME_DIR", dir)
@@ -155,8 +156,8 @@ var endSignals = []struct {
 }{{syscall.SIGINT, "SIGINT", exitQuit}, {syscall.SIGTERM, "SIGTERM", exitTerminated},
 	{syscall.SIGHUP, "SIGHUP", exitHangup}}
 
-// TestExecSignals: the command gets the first signal, and the second ends the session. Once the command has
-// ended, the first does: the reader of its output may take any time.
+// TestExecSignals: the command gets the first signal, and the second ends the session. Once the
+// command has ended, the first does: the reader of its output may take any time.
 func TestExecSignals(t *testing.T) {
 	near, far := net.Pipe()
 	defer near.Close()

@@ -8,8 +8,8 @@ import (
 )
 
 // flagsFirst moves a command's flags in front of its arguments: package flag stops at the first
-// argument, but users write flags behind it as well. Words behind "--" are arguments, and those of gvm
-// test and gvm exec behind the command that they run.
+// argument, but users write flags behind it as well. Words behind "--" are arguments, and those of
+// gvm test and gvm exec behind the command that they run.
 func flagsFirst(commands []*cli.Command, args []string) []string {
 	if len(args) == 0 || args[len(args)-1] == completionFlag {
 		return args
@@ -41,7 +41,8 @@ func flagsFirst(commands []*cli.Command, args []string) []string {
 	return append(append(flags, "--"), rest...)
 }
 
-// findCommand returns the command that args name, nil for a group or none, and the index of its first word.
+// findCommand returns the command that args name, nil for a group or none, and the index of its
+// first word.
 func findCommand(commands []*cli.Command, args []string) (command *cli.Command, at int) {
 	for at = 1; at < len(args); at++ {
 		i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(args[at]) })

@@ -27,7 +27,8 @@ type debugger struct {
 	r *bufio.Reader
 }
 
-// dialGDB connects to the socket of gvm --gdb, once gvm listens. The file is there a little earlier.
+// dialGDB connects to the socket of gvm --gdb, once gvm listens. The file is there a little
+// earlier.
 func dialGDB(t *testing.T, socket string) *debugger {
 	t.Helper()
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
@@ -66,7 +67,8 @@ func (d *debugger) want(body string) {
 	}
 }
 
-// TestGDB: a machine waits for its debugger, at a socket of its user's, and runs on when that detaches.
+// TestGDB: a machine waits for its debugger, at a socket of its user's, and runs on when that
+// detaches.
 func TestGDB(t *testing.T) {
 	t.Parallel()
 	socket := filepath.Join(t.TempDir(), "a gdb")
@@ -104,8 +106,8 @@ func TestGDB(t *testing.T) {
 	}
 }
 
-// TestSecondDebugger: a debugger that comes while one is connected is refused without a wait, and served if that
-// one has just closed its connection.
+// TestSecondDebugger: a debugger that comes while one is connected is refused without a wait, and
+// served if that one has just closed its connection.
 func TestSecondDebugger(t *testing.T) {
 	for _, address := range []gdbAddress{{"tcp", "127.0.0.1:0"}, {"unix", filepath.Join(t.TempDir(), "gdb")}} {
 		s, err := address.listen(t.Context(), nil)
@@ -206,7 +208,8 @@ func TestParseGDB(t *testing.T) {
 	}
 }
 
-// TestGDBCommand: gvm names lx-symbols where the symbols fit with it, which reads them without the kernel's offset.
+// TestGDBCommand: gvm names lx-symbols where the symbols fit with it, which reads them without the
+// kernel's offset.
 func TestGDBCommand(t *testing.T) {
 	tree := t.TempDir()
 	for name, b := range map[string][]byte{"vmlinux": embedded.Image, "vmlinux-gdb.py": nil} {

@@ -146,9 +146,10 @@ const (
 	besidesWaits = 3 // a disk's flush of answered commands, SANITIZE, and saved reservations
 )
 
-// checkThreads refuses more CPUs, queues, disks and shares than the host has threads for, in a number
-// of machines. The Go runtime crashes if it cannot create a thread. Where disks and shares cannot
-// have all threads that slow storage could keep, it bounds their requests, and returns a note.
+// checkThreads refuses more CPUs, queues, disks and shares than the host has threads for, in a
+// number of machines. The Go runtime crashes if it cannot create a thread. Where disks and shares
+// cannot have all threads that slow storage could keep, it bounds their requests, and returns a
+// note.
 func checkThreads(spec *machine.Spec, machines int, h hostLimits) (note string, err error) {
 	cpus, queues := machines*spec.CPUs, machines*spec.RequestQueues()
 	nets := 0
@@ -194,8 +195,8 @@ func boundWaits(what string, base, machines int, disks []*disk.Spec, shares []fs
 	return note, nil
 }
 
-// threadLimits returns the limits for this process's threads. One that leaves need or more may leave
-// more than it says.
+// threadLimits returns the limits for this process's threads. One that leaves need or more may
+// leave more than it says.
 func (h hostLimits) threadLimits(need uint64) (all []memoryLimit) {
 	for _, g := range h.cgroupLimits("pids", []string{"pids.max"}, []string{"pids.max"}) {
 		used, _ := h.number(filepath.Join(g.dir, "pids.current"))

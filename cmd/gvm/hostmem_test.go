@@ -283,8 +283,8 @@ func TestCheckDiskMemory(t *testing.T) {
 	}
 }
 
-// TestCheckAddedMemory: a disk in memory that is added counts together with the guest's memory, and with those
-// that the machine has.
+// TestCheckAddedMemory: a disk in memory that is added counts together with the guest's memory, and
+// with those that the machine has.
 func TestCheckAddedMemory(t *testing.T) {
 	h := fakeHost(t, map[int]uint64{unix.RLIMIT_AS: 1 << 30}, map[string]string{"proc/self/cgroup": "0::/a",
 		"proc/self/mountinfo": mountV2, "sys/fs/cgroup/a/memory.max": "939524096"})

@@ -76,7 +76,8 @@ func TestJailFiles(t *testing.T) {
 	}
 }
 
-// TestWithoutFlags: the program in the jail has all words of the command line but those of the jail.
+// TestWithoutFlags: the program in the jail has all words of the command line but those of the
+// jail.
 func TestWithoutFlags(t *testing.T) {
 	got := withoutFlags(runCommand(), []string{"--cpus", "2", "--jail", "/j", "--uid=5", "-gid", "6", "--name", "--uid",
 		"--jail-limit", "pids=9", "", "--balloon", "--cmdline=--jail", "--", "--uid"}, jailFlagNames)

@@ -14,8 +14,8 @@ import (
 	"gvm/guest/embedded"
 )
 
-// TestJailUserNet: gvm-net of a machine in a jail is the jail's user's and in its control group, serves the
-// published port, and nothing is left after the end of each process.
+// TestJailUserNet: gvm-net of a machine in a jail is the jail's user's and in its control group,
+// serves the published port, and nothing is left after the end of each process.
 func TestJailUserNet(t *testing.T) {
 	needsJail(t)
 	mountGroups(t)

@@ -174,9 +174,9 @@ func orphaned(parent int, parents map[int]int) bool {
 	return true
 }
 
-// lineage returns the parents of the ancestors in the process group, from parent upwards. They are read
-// once: in the sandbox gvm cannot, and in a jail root has read them. An ancestor whose own parent has ended
-// has init for one, or a process that the shell is below as well.
+// lineage returns the parents of the ancestors in the process group, from parent upwards. They are
+// read once: in the sandbox gvm cannot, and in a jail root has read them. An ancestor whose own
+// parent has ended has init for one, or a process that the shell is below as well.
 func lineage(parent int) map[int]int {
 	if in := jail.Here(); in != nil {
 		return in.Parents

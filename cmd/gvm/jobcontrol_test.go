@@ -134,8 +134,8 @@ func (j *jobs) settle(what string, done func(unix.Termios) bool) {
 
 func isRaw(s unix.Termios) bool { return s.Lflag&(unix.ICANON|unix.ECHO) == 0 }
 
-// TestRawSettings: gvm knows the settings of a raw terminal without reading them. A process that was
-// stopped meanwhile would read those of another job.
+// TestRawSettings: gvm knows the settings of a raw terminal without reading them. A process that
+// was stopped meanwhile would read those of another job.
 func TestRawSettings(t *testing.T) {
 	_, slave := openPTY(t)
 	fd := int(slave.Fd())

@@ -16,8 +16,8 @@ import (
 )
 
 // With the tag man, this program is not gvm but writes gvm's man pages into the directory that its
-// argument names: gvm(1), a page for each command, gvm-agent(1), gvm-plot(1) and gvm-net(1). They come from
-// the tree of commands that makes the pages of help.
+// argument names: gvm(1), a page for each command, gvm-agent(1), gvm-plot(1) and gvm-net(1). They
+// come from the tree of commands that makes the pages of help.
 func init() { program = manPages }
 
 func manPages(args []string) int {

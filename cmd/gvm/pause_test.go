@@ -10,7 +10,8 @@ import (
 	"gvm/vmm"
 )
 
-// TestPausePatience: a pause that waits for a CPU or a device ends at its bound, and the machine runs on.
+// TestPausePatience: a pause that waits for a CPU or a device ends at its bound, and the machine
+// runs on.
 func TestPausePatience(t *testing.T) {
 	t.Parallel()
 	entered, free := make(chan struct{}), make(chan struct{})

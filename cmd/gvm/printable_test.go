@@ -292,7 +292,8 @@ func TestNamesOfBytes(t *testing.T) {
 	}
 }
 
-// TestExplainIsPrintable: a guest that has taken over the process of a matrix's cell writes its result.
+// TestExplainIsPrintable: a guest that has taken over the process of a matrix's cell writes its
+// result.
 func TestExplainIsPrintable(t *testing.T) {
 	report := verdict.Report{Fails: true}
 	report.Fingerprint, report.Text = "\x1b[2J", []string{"\x1b[2J"}

@@ -260,8 +260,8 @@ func (p *proc) setTermios(s unix.Termios) {
 // lines converts terminal or serial output to the line ends of a file.
 func lines(s string) string { return strings.ReplaceAll(s, "\r\n", "\n") }
 
-// stuckOutput gives a command a standard output that nothing empties, starts it, and sends it a signal when
-// that has something.
+// stuckOutput gives a command a standard output that nothing empties, starts it, and sends it a
+// signal when that has something.
 func stuckOutput(t *testing.T, cmd *exec.Cmd, s syscall.Signal) {
 	t.Helper()
 	r, w, err := os.Pipe()

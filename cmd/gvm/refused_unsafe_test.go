@@ -9,8 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// refusedEnv names system calls that fail in a gvm of a test: locks (of open file descriptions), as on
-// some network file systems, landlock, as on an old kernel, or seccomp or execve, as in some containers.
+// refusedEnv names system calls that fail in a gvm of a test: locks (of open file descriptions), as
+// on some network file systems, landlock, as on an old kernel, or seccomp or execve, as in some
+// containers.
 const refusedEnv = "GVM_TEST_REFUSED"
 
 // refuse makes the named calls of this process fail (seccomp(2)).

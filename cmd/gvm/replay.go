@@ -283,7 +283,8 @@ func newSide(ctx context.Context, undo *undoList, p *sandbox.Policy, name string
 	return side, nil
 }
 
-// removeFlat removes a directory of files. os.RemoveAll would open its parent, which the sandbox refuses.
+// removeFlat removes a directory of files. os.RemoveAll would open its parent, which the sandbox
+// refuses.
 func removeFlat(dir string) error {
 	list, err := os.ReadDir(dir)
 	for _, e := range list {

@@ -56,8 +56,8 @@ func enterSandbox(p sandbox.Policy, status int) error {
 	return err
 }
 
-// seal gives the machine its sandbox, with the files of the process. A refused call ends the process
-// with the status.
+// seal gives the machine its sandbox, with the files of the process. A refused call ends the
+// process with the status.
 func (rc *runConfig) seal(status int, note func(string)) {
 	if rc.sandbox == sandbox.Off {
 		return

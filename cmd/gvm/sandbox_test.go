@@ -64,9 +64,9 @@ func attackAtSignal(what string) {
 	})
 }
 
-// TestSandbox: by default a guest runs in the sandbox, and attacks from gvm's process are refused: gvm ends with one
-// line and restores the terminal, which wait checks; files are not there. Without Landlock gvm says that files
-// are not confined, and system calls are refused all the same.
+// TestSandbox: by default a guest runs in the sandbox, and attacks from gvm's process are refused:
+// gvm ends with one line and restores the terminal, which wait checks; files are not there. Without
+// Landlock gvm says that files are not confined, and system calls are refused all the same.
 func TestSandbox(t *testing.T) {
 	t.Parallel()
 	if r := gvmRuns(t, command(t, "run")); r.status != 0 || !strings.Contains(r.out, "PASS") {
@@ -142,8 +142,8 @@ func TestSandboxKunit(t *testing.T) {
 	}
 }
 
-// TestSandboxLacks: if the kernel lacks a part of the sandbox, gvm says so in one line and goes on, and by
-// --sandbox=strict it does not.
+// TestSandboxLacks: if the kernel lacks a part of the sandbox, gvm says so in one line and goes on,
+// and by --sandbox=strict it does not.
 func TestSandboxLacks(t *testing.T) {
 	t.Parallel()
 	without := func(calls string, args ...string) result {
@@ -175,8 +175,8 @@ func TestSandboxLacks(t *testing.T) {
 	}
 }
 
-// TestSandboxReplay: gvm replay reads the records of a trace, and sends their requests, in the sandbox, and leaves
-// nothing.
+// TestSandboxReplay: gvm replay reads the records of a trace, and sends their requests, in the
+// sandbox, and leaves nothing.
 func TestSandboxReplay(t *testing.T) {
 	t.Parallel()
 	unit := trace.UnitLUN(0)

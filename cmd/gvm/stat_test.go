@@ -168,8 +168,8 @@ func TestStat(t *testing.T) {
 	}
 }
 
-// TestStatStopped: a machine whose process is stopped ends its watchers, and refuses new ones, with a
-// line.
+// TestStatStopped: a machine whose process is stopped ends its watchers, and refuses new ones, with
+// a line.
 func TestStatStopped(t *testing.T) {
 	t.Parallel()
 	const name = "stopped"

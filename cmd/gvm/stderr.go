@@ -28,7 +28,8 @@ const maxErrorQueue = 256
 
 var stderr errorOutput
 
-// say queues text to be written, in order. It begins a line of its own on the terminal of the guest.
+// say queues text to be written, in order. It begins a line of its own on the terminal of the
+// guest.
 func (e *errorOutput) say(text string) {
 	if e.midLine.Swap(false) && term.IsTerminal(int(os.Stderr.Fd())) {
 		text = "\r\n" + text // the terminal may be raw

@@ -127,8 +127,8 @@ func (t *terminal) gone(what string, err error) {
 // Connect sets the guest's input.
 func (t *terminal) Connect(w vmm.Input) { t.keys.Connect(w) }
 
-// put queues input for the guest; nil is a break. If the queue is full, a pipe blocks its writer, and
-// input of a terminal is dropped, since Ctrl-a must work even if the guest takes no input.
+// put queues input for the guest; nil is a break. If the queue is full, a pipe blocks its writer,
+// and input of a terminal is dropped, since Ctrl-a must work even if the guest takes no input.
 func (t *terminal) put(p []byte) { t.keys.Put(p, func() bool { return t.tty != nil }) }
 
 // read passes input on until it ends or close wakes it. Ctrl-a is a command only on a terminal; in

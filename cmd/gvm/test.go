@@ -175,8 +175,8 @@ func (t *testConfig) test() error {
 // shownLog is the number of lines of the kernel's log on standard error after a fault.
 const shownLog = 40
 
-// explain returns text that helps to understand a verdict, for before its reason. Its headings begin
-// with prefix.
+// explain returns text that helps to understand a verdict, for before its reason. Its headings
+// begin with prefix.
 func explain(prefix string, res *testrun.Result) string {
 	switch res.Kind {
 	case testrun.Fault:

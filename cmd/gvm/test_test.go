@@ -159,8 +159,8 @@ func TestFileLink(t *testing.T) {
 	}
 }
 
-// haltedTest returns a gvm test whose guest halts until it is stopped, and a function that waits for
-// the guest. The kernel's log is a FIFO.
+// haltedTest returns a gvm test whose guest halts until it is stopped, and a function that waits
+// for the guest. The kernel's log is a FIFO.
 func haltedTest(t *testing.T, args ...string) (c *exec.Cmd, wait func()) {
 	t.Helper()
 	log := filepath.Join(t.TempDir(), "log")

@@ -17,9 +17,9 @@ import (
 	"gvm/testrun/matrix"
 )
 
-// cellArg0 is the first word of a process that runs a cell of a matrix, and the rest the command line of
-// gvm test. It reads its cellOrder from standard input, at whose end it ends its machine, and writes
-// cellMessages to standard output. It is a process as the sandbox holds for all of one.
+// cellArg0 is the first word of a process that runs a cell of a matrix, and the rest the command
+// line of gvm test. It reads its cellOrder from standard input, at whose end it ends its machine,
+// and writes cellMessages to standard output. It is a process as the sandbox holds for all of one.
 const cellArg0 = "gvm-cell"
 
 // cellOrder has the facts of an attempt at a cell that are not on the command line.
@@ -32,8 +32,8 @@ type cellOrder struct {
 	Allow    []byte // the file of --allow, which may be a pipe
 }
 
-// cellMessage is a note, or the end of the attempt, whose output it has. A guest may have taken over the
-// process that writes it: the reader bounds it, and prints its text escaped.
+// cellMessage is a note, or the end of the attempt, whose output it has. A guest may have taken
+// over the process that writes it: the reader bounds it, and prints its text escaped.
 type cellMessage struct {
 	Note      string          `json:",omitempty"`
 	Result    *testrun.Result `json:",omitempty"`
@@ -94,8 +94,8 @@ const (
 	maxMessages  = 64 << 20               // bytes
 )
 
-// runProcess runs an attempt in a process of its own, until the end of ctx. note takes its notes. A guest
-// may have taken the process over, so that it counts no time and does not end.
+// runProcess runs an attempt in a process of its own, until the end of ctx. note takes its notes. A
+// guest may have taken the process over, so that it counts no time and does not end.
 func (t *testConfig) runProcess(ctx context.Context, o *cellOrder, note func(string)) (end cellMessage) {
 	fail := func(err error) cellMessage {
 		return cellMessage{Result: testrun.Untested(fmt.Errorf("the process of the machine: %w", err))}

@@ -46,8 +46,8 @@ func TestTestMachine(t *testing.T) {
 	}
 }
 
-// TestMatrixMachines: the machines of a matrix have names of their own, each is in the sandbox, and gvm
-// stop ends one.
+// TestMatrixMachines: the machines of a matrix have names of their own, each is in the sandbox, and
+// gvm stop ends one.
 func TestMatrixMachines(t *testing.T) {
 	t.Parallel()
 	p := startGVM(t, "", "test", "-k", testKernel(t), "-a", "hang", "--repeat=2", "--jobs=2", "--", "sh")

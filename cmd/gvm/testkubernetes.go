@@ -143,8 +143,8 @@ func readPods(c *cli.Context) ([]matrix.Done, error) {
 	return all, err
 }
 
-// podStatus is the exit status of a cell with --message: Kubernetes tells verdicts from other ends of a
-// pod by the status alone.
+// podStatus is the exit status of a cell with --message: Kubernetes tells verdicts from other ends
+// of a pod by the status alone.
 func podStatus(d *matrix.Done, status int) int {
 	if r := d.Result(); status != 0 && r != nil && r.Kind != testrun.NotTested && r.Kind != testrun.Stopped {
 		return kubernetes.VerdictStatus

@@ -13,8 +13,9 @@ import (
 	"testing"
 )
 
-// TestKubernetes: the containers of a Job run the cells of a matrix, end with statuses that the Job's
-// policy knows, and their termination messages make the same report as a run of the matrix here.
+// TestKubernetes: the containers of a Job run the cells of a matrix, end with statuses that the
+// Job's policy knows, and their termination messages make the same report as a run of the matrix
+// here.
 func TestKubernetes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -18,9 +18,9 @@ import (
 	"gvm/testrun"
 )
 
-// TestMatrix: a matrix runs each kernel in each round, tells of each on standard error, has a table on
-// standard output, keeps everything in files, and ends with the gravest verdict. The embedded guest
-// runs no agent.
+// TestMatrix: a matrix runs each kernel in each round, tells of each on standard error, has a table
+// on standard output, keeps everything in files, and ends with the gravest verdict. The embedded
+// guest runs no agent.
 func TestMatrix(t *testing.T) {
 	t.Parallel()
 	kernel := testKernel(t)
@@ -126,8 +126,8 @@ func TestGoExec(t *testing.T) {
 	}
 }
 
-// TestMatrixStatus: a matrix passes if all of its cells do, and one that could not be tested hides none
-// that failed.
+// TestMatrixStatus: a matrix passes if all of its cells do, and one that could not be tested hides
+// none that failed.
 func TestMatrixStatus(t *testing.T) {
 	t.Parallel()
 	pass, fail := exitKernel(t, 0), exitKernel(t, 3)
@@ -213,8 +213,8 @@ func TestMatrixStop(t *testing.T) {
 	}
 }
 
-// TestCellRunsOn: the end of a matrix, by --timeout or a signal, does not wait for a cell's process that a
-// guest keeps from counting the time and from ending.
+// TestCellRunsOn: the end of a matrix, by --timeout or a signal, does not wait for a cell's process
+// that a guest keeps from counting the time and from ending.
 func TestCellRunsOn(t *testing.T) {
 	t.Parallel()
 	for how, want := range map[string]struct {
@@ -269,8 +269,8 @@ func TestCellRunsOn(t *testing.T) {
 	}
 }
 
-// TestMatrixStuckReader: a signal ends a matrix whose table nothing reads. The rows are more than the pipe
-// holds.
+// TestMatrixStuckReader: a signal ends a matrix whose table nothing reads. The rows are more than
+// the pipe holds.
 func TestMatrixStuckReader(t *testing.T) {
 	t.Parallel()
 	c := command(t, "test", "-k", "none", "--repeat", "60", "--", "sh")

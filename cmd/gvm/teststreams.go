@@ -93,8 +93,8 @@ func (in *input) Read(p []byte) (int, error) {
 	return 0, os.ErrClosed
 }
 
-// close ends a Read. It does not wait for one whose input another process took first, and which waits
-// for more until the end of this process.
+// close ends a Read. It does not wait for one whose input another process took first, and which
+// waits for more until the end of this process.
 func (in *input) close() {
 	_ = in.wake.Signal() // of an eventfd that is open
 	if in.mu.TryLock() {
@@ -133,8 +133,8 @@ func (s *testSignals) take(cause error) {
 	s.stop(cause)
 }
 
-// followSize passes each new size of this terminal to that of a command, until the returned function is
-// called.
+// followSize passes each new size of this terminal to that of a command, until the returned
+// function is called.
 func followSize(winsize func(rows, columns uint16)) (stop func()) {
 	changed := make(chan os.Signal, 1)
 	signal.Notify(changed, unix.SIGWINCH)

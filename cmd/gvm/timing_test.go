@@ -29,8 +29,8 @@ func TestTiming(t *testing.T) {
 	}
 }
 
-// TestTestTiming: gvm test has the phases of the agent too. That of the status port does not tell of
-// the command's start.
+// TestTestTiming: gvm test has the phases of the agent too. That of the status port does not tell
+// of the command's start.
 func TestTestTiming(t *testing.T) {
 	began := time.Now()
 	r := gvmRuns(t, command(t, "test", "--timing", "-k", exitKernel(t, 3), "--", "sh"))
@@ -43,8 +43,8 @@ func TestTestTiming(t *testing.T) {
 		"the command's end", "the guest's end")
 }
 
-// wantPhases fails the test unless standard error has the phases, whose parts add up to the whole, and
-// the last ends within total milliseconds.
+// wantPhases fails the test unless standard error has the phases, whose parts add up to the whole,
+// and the last ends within total milliseconds.
 func wantPhases(t *testing.T, errs string, total float64, want ...string) {
 	t.Helper()
 	var names []string

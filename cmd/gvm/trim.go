@@ -45,8 +45,8 @@ func (t *trimmer) close() {
 
 // trim releases the program's pages that the start has read, some 10 MiB. Pages that a running
 // machine needs come back from the page cache, a few at a time. Under a debugger trim does nothing,
-// since breakpoints are changes to such pages; nor does it after close, as a machine that ends needs
-// none.
+// since breakpoints are changes to such pages; nor does it after close, as a machine that ends
+// needs none.
 func (t *trimmer) trim() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()

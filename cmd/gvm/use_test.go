@@ -110,8 +110,8 @@ func TestNoLocks(t *testing.T) {
 	}
 }
 
-// TestInputEnds: --timeout and signals end a gvm that reads a file of its command line from a pipe without
-// an end or without data.
+// TestInputEnds: --timeout and signals end a gvm that reads a file of its command line from a pipe
+// without an end or without data.
 func TestInputEnds(t *testing.T) {
 	t.Parallel()
 	for _, args := range []string{"run --kernel fifo", "run --kernel kernel --initrd fifo", "run --strict --allow fifo",

@@ -177,8 +177,8 @@ func netProgram() (string, error) {
 	return path, nil
 }
 
-// startUserNet opens the ports of --publish and starts gvm-net for the device of --net user. nil: there is
-// none.
+// startUserNet opens the ports of --publish and starts gvm-net for the device of --net user. nil:
+// there is none.
 func (rc *runConfig) startUserNet(note func(string)) (_ *userNet, err error) {
 	if rc.user == nil {
 		return nil, nil

@@ -62,9 +62,9 @@ func (v verb) args(machine string) []string {
 	return append(append(words, machine), strings.Fields(v.words)...)
 }
 
-// TestVerbs tries each command for a running machine as a newcomer would: without a machine, with a wrong name, the
-// second time, on a machine whose process is stopped, and on one that has ended. An error is one line with its
-// reason, and its status tells whose it is.
+// TestVerbs tries each command for a running machine as a newcomer would: without a machine, with a
+// wrong name, the second time, on a machine whose process is stopped, and on one that has ended. An
+// error is one line with its reason, and its status tells whose it is.
 func TestVerbs(t *testing.T) {
 	var walk func(path string, cs []*cli.Command)
 	walk = func(path string, cs []*cli.Command) {
@@ -150,9 +150,9 @@ func TestVerbs(t *testing.T) {
 	}
 }
 
-// TestVerbsOfStranger tries the commands as a user who is not the machines' owner, root: with a directory of its own
-// for machines, with root's, and, if this is root, with two of root's that only root can make. None of them tells of
-// a machine.
+// TestVerbsOfStranger tries the commands as a user who is not the machines' owner, root: with a
+// directory of its own for machines, with root's, and, if this is root, with two of root's that
+// only root can make. None of them tells of a machine.
 func TestVerbsOfStranger(t *testing.T) {
 	home, err := os.MkdirTemp("", "gvm-stranger-") // which the user can reach, not as that of t.TempDir
 	if err != nil {

@@ -75,7 +75,8 @@ func parsePolicy(c *cli.Context) (p verdict.Policy, err error) {
 	return p, nil
 }
 
-// allowFile is the file of --allow. A run reads it, once, as signals and --timeout end the wait for it.
+// allowFile is the file of --allow. A run reads it, once, as signals and --timeout end the wait for
+// it.
 type allowFile struct {
 	path string // "": none
 	text []byte // read already, unless nil

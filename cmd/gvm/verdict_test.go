@@ -97,8 +97,8 @@ func TestResultFiles(t *testing.T) {
 	}
 }
 
-// TestStuckReader: when the end of a run was asked for, a pipe that its reader does not empty does not hold it
-// up, and other outputs are whole.
+// TestStuckReader: when the end of a run was asked for, a pipe that its reader does not empty does
+// not hold it up, and other outputs are whole.
 func TestStuckReader(t *testing.T) {
 	dir := t.TempDir()
 	pipe, file := filepath.Join(dir, "results"), filepath.Join(dir, "junit")

@@ -59,8 +59,8 @@ func connectVsock(t *testing.T, path string) string {
 	return line
 }
 
-// TestVsockSocket: a machine has its socket, its user's alone, until it ends; that of a killed gvm without a broker is
-// replaced, and that of a living one is not. Clients that hang delay nothing.
+// TestVsockSocket: a machine has its socket, its user's alone, until it ends; that of a killed gvm
+// without a broker is replaced, and that of a living one is not. Clients that hang delay nothing.
 func TestVsockSocket(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -119,7 +119,8 @@ func TestVsockSocket(t *testing.T) {
 	}
 }
 
-// TestVsockSocketKilled: a machine that has no control socket leaves no other socket either when it is killed.
+// TestVsockSocketKilled: a machine that has no control socket leaves no other socket either when it
+// is killed.
 func TestVsockSocketKilled(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

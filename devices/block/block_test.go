@@ -238,8 +238,8 @@ func TestLock(t *testing.T) {
 	w.Close()
 }
 
-// TestLockHolderUnseen: the error names a process whose descriptors the user may not see, as that of a gvm in its
-// sandbox.
+// TestLockHolderUnseen: the error names a process whose descriptors the user may not see, as that
+// of a gvm in its sandbox.
 func TestLockHolderUnseen(t *testing.T) {
 	path := image(t, "disk.img", "", mib)
 	parent := filepath.Dir(filepath.Dir(path))                                          // of t.TempDir

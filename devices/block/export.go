@@ -53,8 +53,8 @@ type Facts struct {
 	Uses            []Use
 }
 
-// Export returns a File for Import in another process: the first descriptor is the image's. The caller
-// closes b once that process has them; the locks and claims go on with theirs.
+// Export returns a File for Import in another process: the first descriptor is the image's. The
+// caller closes b once that process has them; the locks and claims go on with theirs.
 func (b *File) Export() (Facts, []*os.File) {
 	fc := Facts{
 		Path: text.Name(b.path), Identity: text.Name(b.Identity()), Size: b.Size(), BlockSize: b.blockSize,
@@ -79,8 +79,8 @@ func (b *File) Export() (Facts, []*os.File) {
 // Forget ends the File's use of its storage in this process, when its descriptors are another's.
 func (b *File) Forget() { b.endUses() }
 
-// Import returns the File that another process has opened, and owns its descriptors. It is an error if
-// this process uses the storage already.
+// Import returns the File that another process has opened, and owns its descriptors. It is an error
+// if this process uses the storage already.
 func Import(fc Facts, descriptors []*os.File, o Options) (_ *File, err error) {
 	f := descriptors[0]
 	b := &File{
@@ -113,8 +113,8 @@ func (b *File) deviceTime() int64 {
 	return modTime(st.Rdev)
 }
 
-// usedBesides returns the use that excludes one of b, nil if there is none. The caller holds the lock
-// of uses.
+// usedBesides returns the use that excludes one of b, nil if there is none. The caller holds the
+// lock of uses.
 func (b *File) usedBesides(t thing, a access, s span) *use {
 	excludes := func(u *use) bool {
 		return u.of == t && u.access.excludes(a) && u.span.meets(s) && !slices.Contains(b.uses, u)

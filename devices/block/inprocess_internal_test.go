@@ -10,8 +10,8 @@ type closer func()
 
 func (c closer) Close() error { c(); return nil }
 
-// TestUsesEndFirst: from the end of a descriptor on, its inode number may be another file's, which must
-// not be taken for the one that was closed.
+// TestUsesEndFirst: from the end of a descriptor on, its inode number may be another file's, which
+// must not be taken for the one that was closed.
 func TestUsesEndFirst(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "image")
 	if err := os.WriteFile(path, make([]byte, 4096), 0o600); err != nil {

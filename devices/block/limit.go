@@ -118,8 +118,8 @@ func NewLimiter(requests, bytes Limit) (*Limiter, error) {
 	return l, errors.Join(err, err2)
 }
 
-// Take makes p a place for one request of n bytes, unless it is one already, and reports whether the
-// request is admitted.
+// Take makes p a place for one request of n bytes, unless it is one already, and reports whether
+// the request is admitted.
 func (l *Limiter) Take(p *Place, n uint64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -164,8 +164,8 @@ func (l *Limiter) GiveBack(p *Place) {
 	l.serve(now)
 }
 
-// Drained returns the times since the Limiter was made at which the work admitted so far has had its
-// time at the two rates. Tests of the amount that a request counts for read it.
+// Drained returns the times since the Limiter was made at which the work admitted so far has had
+// its time at the two rates. Tests of the amount that a request counts for read it.
 func (l *Limiter) Drained() (requests, bytes time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -102,8 +102,8 @@ func markHolder(fd int) {
 	_ = setLock(uintptr(fd), unix.F_SETLK, &l) // without it the message lacks the PID
 }
 
-// markedHolder returns a process that has marked the file that fd has open, and not closed a descriptor of it
-// since. 0 is none.
+// markedHolder returns a process that has marked the file that fd has open, and not closed a
+// descriptor of it since. 0 is none.
 func markedHolder(fd int) int {
 	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: holderMark, Len: 1}
 	if err := setLock(uintptr(fd), unix.F_GETLK, &l); err != nil || l.Type == unix.F_UNLCK {
@@ -112,10 +112,10 @@ func markedHolder(fd int) int {
 	return max(0, int(l.Pid)) // the kernel answers -1 for the lock of a file description
 }
 
-// lockHolder finds a process with a lock on a range of the file that fd has open. The
-// kernel says nothing of the owner of an open file description lock, but shows
-// the locks of each descriptor in its fdinfo (proc_pid_fdinfo(5)). It hides those of other users' processes,
-// and of gvms in their sandboxes from all but root: these have a mark.
+// lockHolder finds a process with a lock on a range of the file that fd has open. The kernel says
+// nothing of the owner of an open file description lock, but shows the locks of each descriptor in
+// its fdinfo (proc_pid_fdinfo(5)). It hides those of other users' processes, and of gvms in their
+// sandboxes from all but root: these have a mark.
 func lockHolder(fd int, shared bool, s span) int {
 	var want unix.Stat_t
 	if err := unix.Fstat(fd, &want); err != nil {

@@ -129,8 +129,8 @@ func OpenMemory(size int64) (*File, error) {
 	return unnamed(f, size), nil
 }
 
-// OpenTemporary is OpenMemory with storage in the directory for temporary files ($TMPDIR) instead of
-// memory. files opens it; nil: System.
+// OpenTemporary is OpenMemory with storage in the directory for temporary files ($TMPDIR) instead
+// of memory. files opens it; nil: System.
 func OpenTemporary(size int64, files Files) (*File, error) {
 	return openTemporary("temporary disk", size, files)
 }

@@ -174,8 +174,8 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	return o, o.begin(want, same)
 }
 
-// openTemporary returns a sparse file of n bytes without a name in the directory for temporary files:
-// it is gone with this process, however that ends. The name is for messages.
+// openTemporary returns a sparse file of n bytes without a name in the directory for temporary
+// files: it is gone with this process, however that ends. The name is for messages.
 func openTemporary(name string, n int64, files Files) (*File, error) {
 	f, err := filesOr(files).Temporary()
 	if err != nil {

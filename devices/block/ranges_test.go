@@ -116,8 +116,8 @@ func tryPairs(t *testing.T, pairs ...pair) {
 	}
 }
 
-// TestRanges: a range that one gvm has, by any name, another does not write, and one that it writes no
-// other has; parts of a file or disk that do not overlap are different storage.
+// TestRanges: a range that one gvm has, by any name, another does not write, and one that it writes
+// no other has; parts of a file or disk that do not overlap are different storage.
 func TestRanges(t *testing.T) {
 	needs(t, "losetup", "addpart")
 	img := image(t, "disk.img", "", 32*mib)

@@ -18,8 +18,9 @@ var (
 	markParts = span{math.MaxInt64 - 1, math.MaxInt64}     // of writingParts
 )
 
-// holderMark is the byte that each process with a lock of the whole locks shared by a lock of the process, which
-// has a PID for other users, and which any close of the file in that process takes away.
+// holderMark is the byte that each process with a lock of the whole locks shared by a lock of the
+// process, which has a PID for other users, and which any close of the file in that process takes
+// away.
 const holderMark = math.MaxInt64
 
 // access is the use of a range of storage.

@@ -29,8 +29,8 @@ type Vectored interface {
 
 // Prompt is a Backend that knows which transfers need not wait for storage, because they read from
 // memory or write to it. Its methods do such a transfer completely, as ReadVec and WriteVec do, or
-// return false. The caller then repeats it from the beginning with ReadVec or WriteVec, which return
-// any error.
+// return false. The caller then repeats it from the beginning with ReadVec or WriteVec, which
+// return any error.
 type Prompt interface {
 	ReadVecNow(iov [][]byte, off int64) bool
 	WriteVecNow(iov [][]byte, off int64) bool
@@ -59,8 +59,8 @@ type Mapper interface {
 	Mapped(off, n int64) (mapped bool, length int64, err error)
 }
 
-// Zeroer is a Backend that writes zeroes faster than WriteAt. After errors.ErrUnsupported the caller
-// writes them itself.
+// Zeroer is a Backend that writes zeroes faster than WriteAt. After errors.ErrUnsupported the
+// caller writes them itself.
 type Zeroer interface {
 	Zero(off, n int64) error
 }
@@ -166,8 +166,8 @@ func each(iov [][]byte, off int64, do func([]byte, int64) (int, error), read boo
 	return done, nil
 }
 
-// complete calls do once. io.ReaderAt may return io.EOF with a full buffer, which is no error here. A
-// short transfer without an error is one.
+// complete calls do once. io.ReaderAt may return io.EOF with a full buffer, which is no error here.
+// A short transfer without an error is one.
 func complete(do func([]byte, int64) (int, error), p []byte, off int64) (int, error) {
 	n, err := do(p, off)
 	switch {

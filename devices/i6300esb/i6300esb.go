@@ -1,7 +1,7 @@
-// Package i6300esb is the watchdog timer of Intel's 6300ESB I/O controller hub (Intel 300641), a PCI
-// function that Linux's driver i6300esb knows. A guest enables it and has to reload it before its two
-// stages have run out, one after the other. The first one does nothing: its interrupt, which
-// is no PCI interrupt, is not wired.
+// Package i6300esb is the watchdog timer of Intel's 6300ESB I/O controller hub (Intel 300641), a
+// PCI function that Linux's driver i6300esb knows. A guest enables it and has to reload it before
+// its two stages have run out, one after the other. The first one does nothing: its interrupt,
+// which is no PCI interrupt, is not wired.
 package i6300esb
 
 import (
@@ -27,8 +27,8 @@ const (
 	locked        = 1 << 0 // WDT_LOCK: the register keeps its value until a reset
 )
 
-// Registers in memory (BAR 0), and bits of the last. Before each write they are unlocked by 0x80 and 0x86
-// written to reload.
+// Registers in memory (BAR 0), and bits of the last. Before each write they are unlocked by 0x80
+// and 0x86 written to reload.
 const (
 	preload1 = 0x0 // of the first stage, 20 bits
 	preload2 = 0x4
@@ -45,8 +45,8 @@ const (
 // A stage takes a millisecond at least: a guest cannot keep the host busy with it.
 const shortest = time.Millisecond
 
-// tooLate is how late a timer comes only if this process was stopped meanwhile, and the guest with it:
-// the stage begins again.
+// tooLate is how late a timer comes only if this process was stopped meanwhile, and the guest with
+// it: the stage begins again.
 const tooLate = time.Second
 
 // Kept is what outlives a reset of the machine.

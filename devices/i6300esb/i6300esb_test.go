@@ -242,8 +242,8 @@ func TestPause(t *testing.T) {
 	none.Close()
 }
 
-// FuzzGuest has a guest that does anything. Each 6 bytes are one step. Only an enabled watchdog counts,
-// and a locked one stays enabled.
+// FuzzGuest has a guest that does anything. Each 6 bytes are one step. Only an enabled watchdog
+// counts, and a locked one stays enabled.
 func FuzzGuest(f *testing.F) {
 	f.Add([]byte("\x00\x00\x02\x03\x00\x00\x01\x0c\x01\x80\x00\x00\x01\x0c\x01\x86\x00\x00\x01\x00\x04\x05\x00\x00" +
 		"\x00\x08\x01\x06\x00\x00\x02\x10\x00\x00\x00\x00"))

@@ -24,7 +24,8 @@ type modelVector struct {
 
 const goodAddr, badAddr = 0xfee0_1000, 0x1000 // a message to badAddr is one that the machine refuses
 
-// reset is the state after a reset: MSI-X is disabled and every vector is masked (6.8.2.3, 6.8.2.9).
+// reset is the state after a reset: MSI-X is disabled and every vector is masked (6.8.2.3,
+// 6.8.2.9).
 func (m *msixModel) reset() {
 	m.enabled, m.masked = false, false
 	for i := range m.vectors {
@@ -45,8 +46,8 @@ func (m *msixModel) control(enabled, masked bool) {
 // masked (6.8.2.10). Several requests for a masked vector become one.
 func (m *msixModel) interrupt(i int) { m.vectors[i].pending = m.enabled }
 
-// sends reports whether the function sends the message of vector i now: it is pending, and masked neither
-// by itself nor by the function (6.8.3.5).
+// sends reports whether the function sends the message of vector i now: it is pending, and masked
+// neither by itself nor by the function (6.8.3.5).
 func (m *msixModel) sends(i int) bool {
 	v := m.vectors[i]
 	return v.pending && m.enabled && !m.masked && !v.masked && v.msg.Addr == goodAddr
@@ -110,12 +111,12 @@ func accesses(t *testing.T, n int) (all []access) {
 	return all
 }
 
-// TestEveryMSIXSequence makes every sequence of accesses to MSI-X, of 6 with one vector and of 4 with
-// two, after a reset, and of one less after the three accesses that let a vector interrupt: enable,
-// function mask, mask, message and interrupt of a vector, a read of the pending bits. The reset is that
-// of the sequence before. After each access the function has sent the messages that PCI 3.0, 6.8.2 asks
-// for, each once, and at the end of each sequence, which is the middle of others, it has the right
-// pending bits.
+// TestEveryMSIXSequence makes every sequence of accesses to MSI-X, of 6 with one vector and of 4
+// with two, after a reset, and of one less after the three accesses that let a vector interrupt:
+// enable, function mask, mask, message and interrupt of a vector, a read of the pending bits. The
+// reset is that of the sequence before. After each access the function has sent the messages that
+// PCI 3.0, 6.8.2 asks for, each once, and at the end of each sequence, which is the middle of
+// others, it has the right pending bits.
 func TestEveryMSIXSequence(t *testing.T) {
 	total := 0
 	for _, s := range []struct{ vectors, length int }{{1, 6}, {2, 4}} {

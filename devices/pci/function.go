@@ -182,9 +182,9 @@ func (f *Function) AddCapability(c Capability) (int, error) {
 	return at, nil
 }
 
-// AddRegisters adds registers of the device itself at an offset of configuration space where there are
-// no capabilities. They are described as those of a capability, which is in no list; its ID does not
-// count.
+// AddRegisters adds registers of the device itself at an offset of configuration space where there
+// are no capabilities. They are described as those of a capability, which is in no list; its ID
+// does not count.
 func (f *Function) AddRegisters(at int, c Capability) {
 	copy(f.conf[at:], c.Body)
 	copy(f.rw[at:], c.Writable)

@@ -187,8 +187,8 @@ func (s *schedule) endFunctions() {
 	}
 }
 
-// conditions are the unit attention conditions of a nexus, and the functions that have ended in this
-// step and have yet to establish theirs: they do so at any time in the step.
+// conditions are the unit attention conditions of a nexus, and the functions that have ended in
+// this step and have yet to establish theirs: they do so at any time in the step.
 type conditions struct {
 	queue []string
 	due   []*issued
@@ -244,16 +244,16 @@ func (s *schedule) finish(i int) {
 
 func abortedBy(a scsi.Abort) string { return fmt.Sprint("aborted ", a) }
 
-// settle lets every task begin that nothing blocks. A task that begins in the step in which a function
-// ends may find the function's unit attention condition, or come before it, and of several that begin
-// in one step any may be the first, and report the condition: all of that is right.
+// settle lets every task begin that nothing blocks. A task that begins in the step in which a
+// function ends may find the function's unit attention condition, or come before it, and of several
+// that begin in one step any may be the first, and report the condition: all of that is right.
 func (s *schedule) settle() {
 	for s.begin(true) || s.begin(false) {
 	}
 }
 
-// begin lets a task begin, one that has reported a unit attention condition or one that has not, and
-// returns false if there is none.
+// begin lets a task begin, one that has reported a unit attention condition or one that has not,
+// and returns false if there is none.
 func (s *schedule) begin(reported bool) bool {
 	for _, i := range s.set {
 		tk := s.tasks[i]
@@ -334,7 +334,8 @@ func (s *schedule) call(f function) {
 	s.endFunctions()
 }
 
-// data returns the bytes that some of the commands change: on the medium for writes, in buf for reads.
+// data returns the bytes that some of the commands change: on the medium for writes, in buf for
+// reads.
 func (s *schedule) data(of []int) (all [][]byte) {
 	for _, i := range of {
 		b := slices.Clone(s.tasks[i].buf)
@@ -423,8 +424,8 @@ func (s *schedule) run(pick func(int) int, calls int) {
 	}
 }
 
-// checkEnd checks the data of all commands, and that the unit attention conditions are there that no
-// command has reported.
+// checkEnd checks the data of all commands, and that the unit attention conditions are there that
+// no command has reported.
 func (s *schedule) checkEnd() {
 	for i, tk := range s.tasks {
 		data := s.data([]int{i})[0]
@@ -455,12 +456,12 @@ func (s *schedule) checkEnd() {
 	}
 }
 
-// TestEveryInterleaving sends commands by two queues, with every task attribute, and calls every task
-// management function that ends commands, in every order of these events and of the moments at which
-// the storage lets a command pass. After each event the target is waited for until all its goroutines
-// wait. The commands that have been answered then, those that are at their storage, and the functions
-// that have returned are those of SAM-5 8.6 and 7. Each command is answered once, and none that a
-// function ended changes data after the function has returned.
+// TestEveryInterleaving sends commands by two queues, with every task attribute, and calls every
+// task management function that ends commands, in every order of these events and of the moments at
+// which the storage lets a command pass. After each event the target is waited for until all its
+// goroutines wait. The commands that have been answered then, those that are at their storage, and
+// the functions that have returned are those of SAM-5 8.6 and 7. Each command is answered once, and
+// none that a function ended changes data after the function has returned.
 func TestEveryInterleaving(t *testing.T) {
 	total := 0
 	for _, shape := range []struct {

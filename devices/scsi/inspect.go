@@ -38,8 +38,8 @@ type senseCode struct {
 	asc, ascq uint8
 }
 
-// account counts the commands that come to a task set, whose mu guards it. It is on the way of every
-// command: it reads no clock, and copies a CDB once.
+// account counts the commands that come to a task set, whose mu guards it. It is on the way of
+// every command: it reads no clock, and copies a CDB once.
 type account struct {
 	commands, checkConditions uint64
 	inBytes, outBytes         uint64

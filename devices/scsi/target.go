@@ -82,8 +82,8 @@ func (t *Target) Attach(lun LUN, u *Unit) error {
 // and flushes of answered commands have ended, so that the backend may be closed then.
 func (t *Target) Detach(lun LUN) error { return t.detach(lun, func(*Unit) {}) }
 
-// Remove is Detach that lets commands in flight finish until ctx ends, and aborts only the others. Those
-// that come meanwhile find no unit.
+// Remove is Detach that lets commands in flight finish until ctx ends, and aborts only the others.
+// Those that come meanwhile find no unit.
 func (t *Target) Remove(ctx context.Context, lun LUN) error {
 	return t.detach(lun, func(u *Unit) { endsBy(ctx, u.set.drain()) })
 }

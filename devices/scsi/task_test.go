@@ -392,8 +392,8 @@ func TestAbortWaiting(t *testing.T) {
 	}
 }
 
-// TestRemove takes a unit away under a command, which finishes unless the context ends first. The unit is
-// gone for other commands meanwhile.
+// TestRemove takes a unit away under a command, which finishes unless the context ends first. The
+// unit is gone for other commands meanwhile.
 func TestRemove(t *testing.T) {
 	for _, patient := range []bool{true, false} {
 		target, started, release := stuck(t)

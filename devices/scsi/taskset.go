@@ -56,7 +56,8 @@ type task struct {
 	wake                               chan struct{} // closed to end a wait; nil: it does not wait
 }
 
-// abortWait is a task management function that waits for the tasks it aborted, or the removal of the unit.
+// abortWait is a task management function that waits for the tasks it aborted, or the removal of
+// the unit.
 type abortWait struct {
 	left int           // tasks; guarded by set.mu
 	done chan struct{} // closed when none is left
@@ -400,8 +401,8 @@ func (w *abortWait) add(tk *task) {
 	tk.waiters = append(tk.waiters, w)
 }
 
-// drain lets no more tasks in, until open. The channel is closed when those in the set have ended by
-// themselves.
+// drain lets no more tasks in, until open. The channel is closed when those in the set have ended
+// by themselves.
 func (s *taskSet) drain() <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -119,8 +119,9 @@ func (in Input) Break() error {
 }
 
 // SysRq sends a break and a key, with no other input between them: Linux takes a key that follows a
-// break within 5 s for one of SysRq (uart_handle_sysrq_char). It waits until the driver has read both.
-// If ctx ends first, SysRq takes back those that the driver has not read, and returns the cause of ctx.
+// break within 5 s for one of SysRq (uart_handle_sysrq_char). It waits until the driver has read
+// both. If ctx ends first, SysRq takes back those that the driver has not read, and returns the
+// cause of ctx.
 func (in Input) SysRq(ctx context.Context, key byte) error {
 	u := in.u
 	release, err := u.takeTurn(ctx)
@@ -157,7 +158,8 @@ func (in Input) Write(p []byte) (int, error) {
 	return in.send(cs)
 }
 
-// takeTurn waits until no other input is under way. Until release, waits for the receiver end with ctx.
+// takeTurn waits until no other input is under way. Until release, waits for the receiver end with
+// ctx.
 func (u *UART) takeTurn(ctx context.Context) (release func(), err error) {
 	select {
 	case u.feed <- struct{}{}:

@@ -310,8 +310,8 @@ func TestBreakPolled(t *testing.T) {
 	})
 }
 
-// TestSysRq: the break and the key stay together beside other input, and a receiver that takes nothing
-// does not hold them.
+// TestSysRq: the break and the key stay together beside other input, and a receiver that takes
+// nothing does not hold them.
 func TestSysRq(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u := New(Config{Out: io.Discard, Raise: func() {}})

@@ -6,8 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// leaveCore moves the thread to another of the cores that it may run on, and returns the one that it
-// was on. Without another, or the right to choose, it stays, and -1 is returned.
+// leaveCore moves the thread to another of the cores that it may run on, and returns the one that
+// it was on. Without another, or the right to choose, it stays, and -1 is returned.
 func leaveCore() int {
 	var core uint32
 	if _, _, e := unix.RawSyscall(unix.SYS_GETCPU, uintptr(unsafe.Pointer(&core)), 0, 0); e != 0 {
@@ -29,8 +29,8 @@ func takeCore(core int) {
 	})
 }
 
-// move moves the thread to one of the cores that choose leaves of those that it may run on, and then
-// lets it run on all of them again: the scheduler leaves it where it is.
+// move moves the thread to one of the cores that choose leaves of those that it may run on, and
+// then lets it run on all of them again: the scheduler leaves it where it is.
 func move(choose func(cores *unix.CPUSet)) bool {
 	var all unix.CPUSet
 	if unix.SchedGetaffinity(0, &all) != nil {

@@ -9,8 +9,8 @@ const (
 )
 
 // placement moves a queue's thread to another core when that serves the guest faster. The scheduler
-// balances load, and leaves a thread that mostly sleeps where it is, which on a host whose cores are
-// all busy is as often the wrong place as the right one:
+// balances load, and leaves a thread that mostly sleeps where it is, which on a host whose cores
+// are all busy is as often the wrong place as the right one:
 //
 // A driver that polls is held up by this thread on its CPU's core, and so the thread leaves that.
 //
@@ -33,8 +33,9 @@ func newPlacement() placement {
 	return placement{leave: leaveCore, take: takeCore, stay: 2, next: minStay}
 }
 
-// review is told, about as many requests each time, whether the thread ran on the core of the guest's
-// CPU, whether the driver polled, and how long the requests took. It returns whether a trial begins.
+// review is told, about as many requests each time, whether the thread ran on the core of the
+// guest's CPU, whether the driver polled, and how long the requests took. It returns whether a
+// trial begins.
 func (p *placement) review(beside, polled bool, took time.Duration) (trial bool) {
 	switch {
 	case polled:

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestPlacement: a driver that takes interrupts is served from the core where the same requests take
-// less time, and trials of the other come more rarely while they fail.
+// TestPlacement: a driver that takes interrupts is served from the core where the same requests
+// take less time, and trials of the other come more rarely while they fail.
 func TestPlacement(t *testing.T) {
 	core, moves := 0, 0
 	p := newPlacement()
@@ -45,8 +45,8 @@ func TestPlacement(t *testing.T) {
 	}
 }
 
-// TestPlacementPolled: a driver that polls is left alone on its core, at once and without trials, and
-// one that begins to poll during a trial ends that.
+// TestPlacementPolled: a driver that polls is left alone on its core, at once and without trials,
+// and one that begins to poll during a trial ends that.
 func TestPlacementPolled(t *testing.T) {
 	left := 0
 	p := newPlacement()

@@ -62,11 +62,12 @@ type spin struct {
 	place       placement
 }
 
-// started is for spin.clock: time.Since reads the monotonic clock alone, in half the time of time.Now.
+// started is for spin.clock: time.Since reads the monotonic clock alone, in half the time of
+// time.Now.
 var started = time.Now()
 
-// newSpin looks for max at most, and never on one CPU: the other side could not run. interrupts counts
-// those that the queue's driver got.
+// newSpin looks for max at most, and never on one CPU: the other side could not run. interrupts
+// counts those that the queue's driver got.
 func newSpin(max time.Duration, interrupts func() uint64) spin {
 	if runtime.NumCPU() == 1 {
 		max = 0

@@ -80,9 +80,9 @@ func TestSpinTrial(t *testing.T) {
 	}
 }
 
-// TestSpinLost: after two waits for another thread's slices, which took a quarter of the time, there
-// is no look for a while, unless many events came meanwhile. An interrupt, and a host that keeps the
-// core from the thread, end no looks.
+// TestSpinLost: after two waits for another thread's slices, which took a quarter of the time,
+// there is no look for a while, unless many events came meanwhile. An interrupt, and a host that
+// keeps the core from the thread, end no looks.
 func TestSpinLost(t *testing.T) {
 	const turn = 4 * time.Millisecond // of each of two threads that share a core
 	for _, test := range []struct {
@@ -130,9 +130,9 @@ func TestSpinLost(t *testing.T) {
 	}
 }
 
-// TestSpinShared: while the sleeps end on the core of the guest's CPU, which then gives it up, there
-// is no look. Switches that are fewer, or that come in longer sleeps, end no looks. The thread leaves
-// that core if the guest takes few interrupts meanwhile.
+// TestSpinShared: while the sleeps end on the core of the guest's CPU, which then gives it up,
+// there is no look. Switches that are fewer, or that come in longer sleeps, end no looks. The
+// thread leaves that core if the guest takes few interrupts meanwhile.
 func TestSpinShared(t *testing.T) {
 	for _, test := range []struct {
 		name             string

@@ -9,10 +9,10 @@ import (
 // monitor takes 10 ms for too long.
 const maxTurn = 5 * time.Millisecond
 
-// turn has a goroutine scheduled now and then that never waits in Go, but in system calls alone. The
-// runtime's monitor takes such a goroutine for one that occupies its processor, and takes that away
-// at each system call of 20 µs. For that the monitor and another thread wake some ten thousand times
-// a second, beside the goroutine's own thread or its guest's.
+// turn has a goroutine scheduled now and then that never waits in Go, but in system calls alone.
+// The runtime's monitor takes such a goroutine for one that occupies its processor, and takes that
+// away at each system call of 20 µs. For that the monitor and another thread wake some ten thousand
+// times a second, beside the goroutine's own thread or its guest's.
 type turn struct {
 	began time.Duration
 	yield func()

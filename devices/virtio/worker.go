@@ -18,8 +18,8 @@ import (
 )
 
 // Handler serves one chain: it calls w.Complete for it, before it returns or later from any
-// goroutine. A handler that may wait, or takes long, calls w.Interrupt first. An error says that the
-// driver broke a rule of the device; the chain is then dropped and the queue serves no more.
+// goroutine. A handler that may wait, or takes long, calls w.Interrupt first. An error says that
+// the driver broke a rule of the device; the chain is then dropped and the queue serves no more.
 type Handler func(w *Worker, c *virtq.Chain) error
 
 // maxOwed bounds how long a requested interrupt is coalesced while chains remain, besides the
@@ -253,9 +253,10 @@ func (w *Worker) More() bool {
 	return w.q.Available() != w.q.Position()
 }
 
-// Await waits until fd is ready for the events of poll(2), or has an error, or the driver notifies, or the
-// worker is to stop, which it reports by false: the handler then gives back its chains by Drop. fd -1 is
-// never ready. A handler calls it, and Await first interrupts the driver for completed chains.
+// Await waits until fd is ready for the events of poll(2), or has an error, or the driver notifies,
+// or the worker is to stop, which it reports by false: the handler then gives back its chains by
+// Drop. fd -1 is never ready. A handler calls it, and Await first interrupts the driver for
+// completed chains.
 func (w *Worker) Await(fd int, events int16) (goOn bool, err error) {
 	w.mu.Lock()
 	w.serving = false
@@ -305,7 +306,8 @@ func (w *Worker) passBarriers(empty bool) {
 	}
 }
 
-// Completion is a chain to give back, with the bytes written to the front of its device-writable part.
+// Completion is a chain to give back, with the bytes written to the front of its device-writable
+// part.
 type Completion struct {
 	Chain   *virtq.Chain
 	Written uint32
@@ -358,8 +360,8 @@ func (w *Worker) land() {
 }
 
 // Drop gives back a chain that a handler kept, unused. It is for the function that Workers.Stop
-// calls, and for a handler after Await: when a device is reset for any chain, and when it stops for the
-// chains of a queue that were taken last, which are then taken again.
+// calls, and for a handler after Await: when a device is reset for any chain, and when it stops for
+// the chains of a queue that were taken last, which are then taken again.
 func (w *Worker) Drop(c *virtq.Chain) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -406,8 +408,8 @@ func (w *Worker) halt(ctx context.Context) error {
 	}
 }
 
-// wait waits, after halt, until every chain that was taken has been completed or dropped, or ctx ends,
-// and returns the base.
+// wait waits, after halt, until every chain that was taken has been completed or dropped, or ctx
+// ends, and returns the base.
 func (w *Worker) wait(ctx context.Context) (uint16, error) {
 	for w.inFlight.Load() > 0 {
 		select {

@@ -437,8 +437,8 @@ func TestStopWaits(t *testing.T) {
 	}
 }
 
-// TestStopGivenUp: a Stop whose context ends, while a handler does not return or a chain is in flight,
-// leaves the worker as it was. It takes the chains that were dropped again.
+// TestStopGivenUp: a Stop whose context ends, while a handler does not return or a chain is in
+// flight, leaves the worker as it was. It takes the chains that were dropped again.
 func TestStopGivenUp(t *testing.T) {
 	why := errors.New("enough")
 	for _, returns := range []bool{false, true} {
@@ -596,8 +596,8 @@ func TestBarrierIndexTakenBack(t *testing.T) {
 	stop(t, w)
 }
 
-// TestCounts: the state of a queue has its requests, interrupts and latencies. A measured request stands
-// for the others until the next one.
+// TestCounts: the state of a queue has its requests, interrupts and latencies. A measured request
+// stands for the others until the next one.
 func TestCounts(t *testing.T) {
 	r := newRig(t, 64, virtio.FeatureEventIdx)
 	w := r.start(t, echo)

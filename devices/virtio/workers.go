@@ -13,10 +13,11 @@ import (
 // alone. There are none while the device is not active.
 type Workers []*Worker
 
-// Start starts a worker on every queue that the driver set up, at its Base. serve returns the queue's
-// handler, and for how long at most the worker polls for more chains before it sleeps, which it does
-// only while that pays. Queue 0 starts last: the handler of a control queue finds the workers of the
-// others. After an error none has started; it is a *virtq.GuestError: rings are not where they may be.
+// Start starts a worker on every queue that the driver set up, at its Base. serve returns the
+// queue's handler, and for how long at most the worker polls for more chains before it sleeps,
+// which it does only while that pays. Queue 0 starts last: the handler of a control queue finds the
+// workers of the others. After an error none has started; it is a *virtq.GuestError: rings are not
+// where they may be.
 func (ws *Workers) Start(a Activation, serve func(queue int) (Handler, time.Duration)) error {
 	started := make(Workers, len(a.Queues))
 	for i, q := range a.Queues {
@@ -42,8 +43,8 @@ func (ws *Workers) Start(a Activation, serve func(queue int) (Handler, time.Dura
 // Stop stops every worker and returns the Base of each queue, 0 for one that has no worker. When no
 // more chains are taken it calls halted, unless that is nil, which drops the chains that the device
 // keeps and may abort requests in flight. Then Stop waits until the last chain has been given back.
-// If ctx ends first, the workers serve as before, and the error is the cause of ctx. Any other error is
-// the host's, and some workers may still run.
+// If ctx ends first, the workers serve as before, and the error is the cause of ctx. Any other
+// error is the host's, and some workers may still run.
 func (ws *Workers) Stop(ctx context.Context, halted func()) (bases []uint16, err error) {
 	defer func() {
 		if err != nil && ctx.Err() != nil {

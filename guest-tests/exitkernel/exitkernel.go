@@ -4,7 +4,8 @@ package exitkernel
 
 import "encoding/binary"
 
-// Image returns an ELF file with a PVH note. Its program tells the status by the agent's status port.
+// Image returns an ELF file with a PVH note. Its program tells the status by the agent's status
+// port.
 func Image(status byte) []byte {
 	program := []byte{
 		0x66, 0xba, 0x08, 0x05, // mov $statusport.Port, %dx

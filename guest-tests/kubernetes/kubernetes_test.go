@@ -31,8 +31,8 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// TestJob: the Job of a matrix of which one cell fails runs each cell once, but for one whose pod is
-// lost, and the pods make the report of a matrix that ran here.
+// TestJob: the Job of a matrix of which one cell fails runs each cell once, but for one whose pod
+// is lost, and the pods make the report of a matrix that ran here.
 func TestJob(t *testing.T) {
 	dir := t.TempDir()
 	build(t, filepath.Join(dir, "bin/"), "../..", "./cmd/gvm", "./guest-tests/cmd/exitkernel")
@@ -184,8 +184,8 @@ func eventually(t *testing.T, what string, f func() error) {
 	}
 }
 
-// startControlPlane starts etcd, kube-apiserver and kube-controller-manager. It returns once Jobs can
-// be created.
+// startControlPlane starts etcd, kube-apiserver and kube-controller-manager. It returns once Jobs
+// can be created.
 func startControlPlane(t *testing.T, dir string) *kubernetes.Clientset {
 	t.Helper()
 	ports := freePorts(t, 3)

@@ -18,8 +18,8 @@ import (
 	"k8s.io/kubernetes/third_party/forked/golang/expansion"
 )
 
-// node is scheduler and kubelet in one: it takes all pods, and runs their containers as processes of
-// this machine, each with a /dev of its own.
+// node is scheduler and kubelet in one: it takes all pods, and runs their containers as processes
+// of this machine, each with a /dev of its own.
 type node struct {
 	client *kubernetes.Clientset
 	dir    string // for the files of pods
@@ -78,8 +78,8 @@ func (n *node) runPod(ctx context.Context, p *corev1.Pod) error {
 	return err
 }
 
-// inContainer makes a /dev with the usual devices, the file $1 as termination message, and then pairs of
-// paths: of the machine and in the container. It runs the words after "--".
+// inContainer makes a /dev with the usual devices, the file $1 as termination message, and then
+// pairs of paths: of the machine and in the container. It runs the words after "--".
 const inContainer = `set -e
 dev=$1; mount -t tmpfs dev $dev
 for f in null zero full random urandom tty; do touch $dev/$f; mount --bind /dev/$f $dev/$f; done

@@ -34,8 +34,8 @@ func built(config string) stock {
 // buildTools are Debian's packages for building a kernel.
 var buildTools = []string{"bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make", "xz-utils"}
 
-// Built returns the small kernel made by BuildKernels. Its drivers are built in, and its VMLinux has
-// symbols.
+// Built returns the small kernel made by BuildKernels. Its drivers are built in, and its VMLinux
+// has symbols.
 func (l *Lab) Built() (*Kernel, error) { return l.built(builtConfig) }
 
 // KUnit returns the kernel made by BuildKernels that has KUnit's tests besides.

@@ -13,9 +13,9 @@ import (
 	"testing"
 )
 
-// TestDebuggers: Debian's crash and gdb open the core of a stock kernel that panicked, which gvm run
-// --crash-core wrote, with the kernel's debug symbols: the panic, variables, and the backtraces of the CPUs.
-// They run here, as they are slow in the lab.
+// TestDebuggers: Debian's crash and gdb open the core of a stock kernel that panicked, which gvm
+// run --crash-core wrote, with the kernel's debug symbols: the panic, variables, and the backtraces
+// of the CPUs. They run here, as they are slow in the lab.
 func TestDebuggers(t *testing.T) {
 	l := setUp(t)
 	vmlinux, err := l.Symbols(t.Context(), Log(t))

@@ -8,8 +8,8 @@ import (
 	"path/filepath"
 )
 
-// Distribution is a whole Debian system that boots with systemd to a login prompt on ttyS0. root has
-// no password.
+// Distribution is a whole Debian system that boots with systemd to a login prompt on ttyS0. root
+// has no password.
 type Distribution struct {
 	Root            string // path of an ext4 image: see CopyRoot
 	BZImage, Initrd string // paths of the files in its /boot
@@ -18,8 +18,8 @@ type Distribution struct {
 // distributionTools are Debian's packages that it takes to make the distribution.
 var distributionTools = []string{"e2fsprogs", "genext2fs", "mmdebstrap", "uidmap"}
 
-// distributionArgs are mmdebstrap's arguments: the essential packages, systemd, and a kernel with the
-// initramfs that its installation makes.
+// distributionArgs are mmdebstrap's arguments: the essential packages, systemd, and a kernel with
+// the initramfs that its installation makes.
 var distributionArgs = []string{
 	"--variant=essential", "--include=systemd,systemd-sysv,udev,dbus,linux-image-cloud-amd64,initramfs-tools",
 	"--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",

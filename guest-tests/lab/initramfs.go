@@ -100,8 +100,8 @@ func (i Initramfs) fill(ctx context.Context, b *initramfs.Builder) error {
 	return nil
 }
 
-// writeImage writes an initramfs under another name and renames it, so that a file of the given name
-// is always complete.
+// writeImage writes an initramfs under another name and renames it, so that a file of the given
+// name is always complete.
 func writeImage(b *initramfs.Builder, name string) error {
 	f, err := os.CreateTemp(filepath.Dir(name), filepath.Base(name)+".*")
 	if err != nil {

@@ -12,8 +12,8 @@ import (
 )
 
 // modules adds the named modules of a kernel and those that they need, as files in /modules whose
-// names begin with the order of loading. Those built into the kernel are left out: kernels differ in
-// their sets of modules. So are the parts that make loading slow under emulation: the signature
+// names begin with the order of loading. Those built into the kernel are left out: kernels differ
+// in their sets of modules. So are the parts that make loading slow under emulation: the signature
 // (the kernel would check it) and the name of the BTF section (the kernel would parse it).
 func (k *Kernel) modules(ctx context.Context, b *initramfs.Builder, names []string) error {
 	mods, err := initramfs.Modules(ctx, &kernel.Kernel{Image: &boot.Image{File: &boot.File{Name: k.BZImage}},

@@ -7,9 +7,9 @@ import (
 	"testing"
 )
 
-// TestDebianPackage installs the Debian package with dpkg, below a directory of the lab, and has its gvm boot the
-// embedded guest and run a command on Debian's kernel. The man pages and the completions are where readers look
-// for them. TestPackage of packaging has the contents.
+// TestDebianPackage installs the Debian package with dpkg, below a directory of the lab, and has
+// its gvm boot the embedded guest and run a command on Debian's kernel. The man pages and the
+// completions are where readers look for them. TestPackage of packaging has the contents.
 func TestDebianPackage(t *testing.T) {
 	l := setUp(t)
 	dir := t.TempDir()

@@ -18,9 +18,9 @@ import (
 // testName is the name of a test, an example or a fuzz target in a list of them.
 var testName = regexp.MustCompile(`(?m)^(?:Test|Example|Fuzz)\w*$`)
 
-// divide returns the arguments for runs of parts of the tests, for n labs, and first for one of the tests
-// that match here, if any does. A run that writes files, such as profiles, and one of benchmarks, of
-// fuzzing, or of chosen subtests is not divided.
+// divide returns the arguments for runs of parts of the tests, for n labs, and first for one of the
+// tests that match here, if any does. A run that writes files, such as profiles, and one of
+// benchmarks, of fuzzing, or of chosen subtests is not divided.
 func (a testArgs) divide(ctx context.Context, n int, here *regexp.Regexp) ([]testArgs, error) {
 	if n == 1 && here == nil || a.whole || len(a.values) > 0 || len(a.rest) > 0 || strings.Contains(a.run, "/") {
 		return []testArgs{a}, nil
@@ -65,10 +65,10 @@ func (a testArgs) only(names []string) testArgs {
 	return a
 }
 
-// share gives each run a part of the tests, for n labs that take a new part when they have run one. The
-// parts become smaller, so that the labs end at about the same time: each is one of 2n of the remaining
-// tests, at least 2, and at least one of 8n of all, as the start of a lab takes seconds. A part has tests
-// from everywhere, as neighbours take about the same time.
+// share gives each run a part of the tests, for n labs that take a new part when they have run one.
+// The parts become smaller, so that the labs end at about the same time: each is one of 2n of the
+// remaining tests, at least 2, and at least one of 8n of all, as the start of a lab takes seconds.
+// A part has tests from everywhere, as neighbours take about the same time.
 func (a testArgs) share(names []string, n int) (parts []testArgs) {
 	if n == 1 {
 		return []testArgs{a.only(names)}
@@ -91,8 +91,9 @@ func (a testArgs) share(names []string, n int) (parts []testArgs) {
 	}
 }
 
-// runParts runs the parts in their order, n at the same time and that of this machine beside them, and returns
-// the worst exit status. The output of a part comes when it has ended, or if it is the only one, at once.
+// runParts runs the parts in their order, n at the same time and that of this machine beside them,
+// and returns the worst exit status. The output of a part comes when it has ended, or if it is the
+// only one, at once.
 func runParts(parts []testArgs, n int, run func(testArgs, io.Writer) int) int {
 	if len(parts) == 1 {
 		return run(parts[0], os.Stdout)

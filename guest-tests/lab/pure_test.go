@@ -71,8 +71,8 @@ func TestTranscript(t *testing.T) {
 	}
 }
 
-// TestSkip: tests that passed before a lab crashed are left out of the next one, and so are those that
-// the arguments leave out.
+// TestSkip: tests that passed before a lab crashed are left out of the next one, and so are those
+// that the arguments leave out.
 func TestSkip(t *testing.T) {
 	for _, tt := range []struct{ args, passed, want string }{
 		{"-test.v", "", "-test.v"},

@@ -8,8 +8,8 @@ import (
 	"path/filepath"
 )
 
-// Symbols returns the path of the vmlinux with symbols and types of the cloud kernel. It fetches that from
-// Debian's debug package, some 300 MB, if the cache lacks it.
+// Symbols returns the path of the vmlinux with symbols and types of the cloud kernel. It fetches
+// that from Debian's debug package, some 300 MB, if the cache lacks it.
 func (l *Lab) Symbols(ctx context.Context, progress io.Writer) (string, error) {
 	dir := filepath.Join(l.Cache, "symbols-"+l.Cloud.Release)
 	path := filepath.Join(dir, "vmlinux")

@@ -26,8 +26,8 @@ func unpackKernel(bzImage, elf string) error {
 	return os.WriteFile(elf, k, 0o644)
 }
 
-// KernelCache is a directory of the lab's kernels as gvm decompresses them (boot.Config.Cache), which Main
-// fills before L1 starts: an emulated processor takes ten seconds for one.
+// KernelCache is a directory of the lab's kernels as gvm decompresses them (boot.Config.Cache),
+// which Main fills before L1 starts: an emulated processor takes ten seconds for one.
 func (l *Lab) KernelCache() string { return filepath.Join(l.Cache, "gvm", "kernels") }
 
 func (l *Lab) fillKernelCache(ctx context.Context) error {

@@ -226,10 +226,11 @@ func BenchmarkBoot(b *testing.B) {
 	report(b, "linux-boot", figures)
 }
 
-// BenchmarkTestTrue measures gvm test -- true, from its start to its end, with a kernel compressed by xz
-// and one by zstd. Beside it are QEMUs, with the same kernel and words for it, and an initramfs of busybox
-// that runs true and powers off. PATH may have a virtme-ng, vng: beside it is a guest of the second kernel
-// with the host's root. Each iteration boots once in every way, one after the other.
+// BenchmarkTestTrue measures gvm test -- true, from its start to its end, with a kernel compressed
+// by xz and one by zstd. Beside it are QEMUs, with the same kernel and words for it, and an
+// initramfs of busybox that runs true and powers off. PATH may have a virtme-ng, vng: beside it is
+// a guest of the second kernel with the host's root. Each iteration boots once in every way, one
+// after the other.
 func BenchmarkTestTrue(b *testing.B) {
 	l := theLab(b)
 	initrd := filepath.Join(b.TempDir(), "initrd")
@@ -381,7 +382,8 @@ func BenchmarkDisk(b *testing.B) {
 	report(b, "linux-disk", append(iops, latency...))
 }
 
-// virtiofsd returns the path of this machine's virtiofsd, which is QEMU's own or the newer one, or "".
+// virtiofsd returns the path of this machine's virtiofsd, which is QEMU's own or the newer one, or
+// "".
 func virtiofsd() string {
 	for _, path := range []string{"/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"} {
 		if _, err := os.Stat(path); err == nil {
@@ -398,8 +400,8 @@ type speedWay struct {
 	run  func(b *testing.B) result
 }
 
-// measureSpeeds runs a guest of each way in each iteration, one after the other, and reports the speeds
-// that they say.
+// measureSpeeds runs a guest of each way in each iteration, one after the other, and reports the
+// speeds that they say.
 func measureSpeeds(b *testing.B, name, unit string, loads []string, ways []speedWay) {
 	figures := make([]figure, len(loads)*len(ways))
 	for b.Loop() {
@@ -435,9 +437,10 @@ func startDaemon(b *testing.B, socket, program string, args ...string) *process 
 	return d
 }
 
-// BenchmarkShare writes and reads a file of 256 MiB in a directory that the guest shares with the host by
-// virtio-fs: gvm's, and each QEMU's with a virtiofsd if this machine has one. The guest drops its caches
-// before it reads; the host's has the file. Each iteration boots a guest of each, one after the other.
+// BenchmarkShare writes and reads a file of 256 MiB in a directory that the guest shares with the
+// host by virtio-fs: gvm's, and each QEMU's with a virtiofsd if this machine has one. The guest
+// drops its caches before it reads; the host's has the file. Each iteration boots a guest of each,
+// one after the other.
 func BenchmarkShare(b *testing.B) {
 	l := theLab(b)
 	args := guest{kernel: l.Debian, modules: []string{"virtiofs"}, cmdline: benchCmdline, script: `
@@ -477,10 +480,11 @@ umount /mnt
 	measureSpeeds(b, "linux-share", "MB/s", []string{"write", "read"}, ways)
 }
 
-// BenchmarkNet has iperf3, in a Linux guest, send to a server of the host and receive from it, over one TCP
-// connection. A speed is the best of three runs of 3 s. The network is a TAP interface, served by the kernel
-// (vhost-net) and by the VMM, or one in user mode: gvm's, and each QEMU's with libslirp, and with passt if
-// this machine has it. Each iteration boots a guest of each, one after the other.
+// BenchmarkNet has iperf3, in a Linux guest, send to a server of the host and receive from it, over
+// one TCP connection. A speed is the best of three runs of 3 s. The network is a TAP interface,
+// served by the kernel (vhost-net) and by the VMM, or one in user mode: gvm's, and each QEMU's with
+// libslirp, and with passt if this machine has it. Each iteration boots a guest of each, one after
+// the other.
 func BenchmarkNet(b *testing.B) {
 	const tap = "gvmbench"
 	l := theLab(b)

@@ -30,8 +30,8 @@ say written $(dd if=/dev/sda iflag=direct bs=4k skip=512 count=42 2>/dev/null | 
 // ends at 1 MiB, and the last KiB below 640 KiB.
 const lowRAM = 1<<20 - 639<<10
 
-// TestBoot boots kernels in every way, and each reads and writes a disk. TestSMP does the same with a
-// bzImage of the cloud kernel.
+// TestBoot boots kernels in every way, and each reads and writes a disk. TestSMP does the same with
+// a bzImage of the cloud kernel.
 func TestBoot(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)

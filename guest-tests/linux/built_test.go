@@ -159,9 +159,9 @@ klog`}.run(t, "--cpus", strconv.Itoa(n), "--disk", diskFile(t, data))
 	r.kernelLog(t, 1, noNetwork)
 }
 
-// TestBuiltX2APIC: Linux finds 260 CPUs in the MADT, of which those with an APIC ID above 254 have entries
-// of their own kind. It brings up the first two and then the last, which runs programs and gets the
-// interrupts of a disk's queue.
+// TestBuiltX2APIC: Linux finds 260 CPUs in the MADT, of which those with an APIC ID above 254 have
+// entries of their own kind. It brings up the first two and then the last, which runs programs and
+// gets the interrupts of a disk's queue.
 func TestBuiltX2APIC(t *testing.T) {
 	data := content(t.Name(), 1<<20)
 	r := guest{kernel: builtKernel(t), cmdline: withTime + " maxcpus=2", script: `

@@ -56,8 +56,8 @@ func inOrder(t *testing.T, text string, patterns ...string) {
 	}
 }
 
-// TestBuiltGDB: gdb debugs a kernel of 4 CPUs from its first instruction, by its symbols, and again while
-// it runs; afterwards the guest runs on as if nothing had happened.
+// TestBuiltGDB: gdb debugs a kernel of 4 CPUs from its first instruction, by its symbols, and again
+// while it runs; afterwards the guest runs on as if nothing had happened.
 func TestBuiltGDB(t *testing.T) {
 	k := builtKernel(t)
 	socket := filepath.Join(t.TempDir(), "gdb")
@@ -69,8 +69,8 @@ say cpus $(nproc)
 klog`}
 	p, typed := startOnPipe(t, append(g.build(t), "--cpus", "4", "--gdb", "unix:"+socket, "-S")...)
 
-	// The first breakpoint is set while the guest has no paging yet, and so takes a debug register as the
-	// others, by hbreak, do: the lab's processor does not intercept int3.
+	// The first breakpoint is set while the guest has no paging yet, and so takes a debug register as
+	// the others, by hbreak, do: the lab's processor does not intercept int3.
 	out := gdb(t, socket, k.VMLinux, "info threads", "break start_kernel", "continue", "backtrace 1",
 		"info registers cr0 efer", "stepi", "stepi",
 		"x/i $pc", "delete", "hbreak kernel_init", "continue", "backtrace", "x/s (char *)&linux_banner",
@@ -100,9 +100,9 @@ klog`}
 	}
 }
 
-// TestGDBMoved: the symbols of a vmlinux fit a kernel that KASLR has moved when gdb connects; of a gdb that
-// was connected before, once it connects anew. A CPU on its way into the kernel, which has a user's page table
-// with page-table isolation, knows the kernel's place as well.
+// TestGDBMoved: the symbols of a vmlinux fit a kernel that KASLR has moved when gdb connects; of a
+// gdb that was connected before, once it connects anew. A CPU on its way into the kernel, which has
+// a user's page table with page-table isolation, knows the kernel's place as well.
 func TestGDBMoved(t *testing.T) {
 	k := theLab(t).Cloud
 	vmlinux, err := theLab(t).Symbols(t.Context(), lab.Log(t))

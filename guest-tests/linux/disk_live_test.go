@@ -10,10 +10,11 @@ import (
 	"gvm/devices/scsi/lio"
 )
 
-// load is the script of a guest that writes and reads its disks and checks them, while it turns the bus
-// mastering of their PCI functions off and on. A round is four writes of 8 KiB and four reads. It
-// starts and ends at the test's word, and has done as many rounds on each disk and as many toggles as the
-// test wants. Rewriting the same places, a write that came late or twice would spoil a later round.
+// load is the script of a guest that writes and reads its disks and checks them, while it turns the
+// bus mastering of their PCI functions off and on. A round is four writes of 8 KiB and four reads.
+// It starts and ends at the test's word, and has done as many rounds on each disk and as many
+// toggles as the test wants. Rewriting the same places, a write that came late or twice would spoil
+// a later round.
 const load = `
 wait_for /dev/sda
 wait_for /dev/sdb
@@ -99,9 +100,9 @@ func (s state) want(t *testing.T, dir string, want map[string]string) {
 }
 
 // TestStopsUnderLoad pauses and resumes a machine while its guest turns the bus mastering of its
-// disks off and on, and writes and reads them: no request is lost or done twice by either backend. At
-// every pause gvm inspect shows that the queues' requests are answered, and at the end that they were as
-// many as the targets count.
+// disks off and on, and writes and reads them: no request is lost or done twice by either backend.
+// At every pause gvm inspect shows that the queues' requests are answered, and at the end that they
+// were as many as the targets count.
 func TestStopsUnderLoad(t *testing.T) {
 	l := theLab(t)
 	lioUnchanged(t)
@@ -173,7 +174,8 @@ func TestStopsUnderLoad(t *testing.T) {
 		n, _ := strconv.Atoi(r.said(t, d)) // 0 if it says what failed
 		t.Logf("%s: %d rounds, %d pauses", d, n, pauses)
 		queued, target := after[i].queued-before[i].queued, after[i].target-before[i].target
-		// After each stop the guest looks for changed LUNs of the kernel's target, whose events it may have missed.
+		// After each stop the guest looks for changed LUNs of the kernel's target, whose events it may
+		// have missed.
 		if n < rounds || queued != target || target < 8*n || i == 0 && target != 8*n {
 			r.fatalf(t, "%s after %s rounds: %d requests in the queue, %d at the target", d, r.said(t, d), queued, target)
 		}

@@ -12,11 +12,11 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// TestDisks uses disks that differ in everything that a guest can see. A block device of the kernel's NBD
-// client is one, as in the example of docs/storage.md, and the server has the guest's writes. One has
-// protection information, which the guest uses from its block layer to the image's file, and data changed
-// in between is an error to the next guest. That one has fio write blocks of random sizes to four other
-// disks at once, trim some and verify all.
+// TestDisks uses disks that differ in everything that a guest can see. A block device of the
+// kernel's NBD client is one, as in the example of docs/storage.md, and the server has the guest's
+// writes. One has protection information, which the guest uses from its block layer to the image's
+// file, and data changed in between is an error to the next guest. That one has fio write blocks of
+// random sizes to four other disks at once, trim some and verify all.
 func TestDisks(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -112,10 +112,10 @@ klog
 	testFio(t, protected)
 }
 
-// TestReboot: data written to a file system survives a reset of the machine, for the guest and in the
-// image, and so does the clock's time. Before, the guest reads and sets the clock, waits for its
-// interrupts and sleeps until its alarm. The watchdog resets it, and its driver finds that afterwards.
-// The generation ID has its driver.
+// TestReboot: data written to a file system survives a reset of the machine, for the guest and in
+// the image, and so does the clock's time. Before, the guest reads and sets the clock, waits for
+// its interrupts and sleeps until its alarm. The watchdog resets it, and its driver finds that
+// afterwards. The generation ID has its driver.
 func TestReboot(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)

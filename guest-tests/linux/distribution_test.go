@@ -67,9 +67,9 @@ func testDistribution(t *testing.T, d lab.Distribution, backend string,
 	}
 }
 
-// BenchmarkDistribution measures from the start of a VMM to the system's prompt for a login, with 2 CPUs
-// and the disk served by the VMM and by the kernel. Each iteration boots once in every way, one after the
-// other.
+// BenchmarkDistribution measures from the start of a VMM to the system's prompt for a login, with 2
+// CPUs and the disk served by the VMM and by the kernel. Each iteration boots once in every way,
+// one after the other.
 func BenchmarkDistribution(b *testing.B) {
 	l := theLab(b)
 	d, err := l.Distribution()

@@ -12,9 +12,10 @@ import (
 	"gvm/guest/bootinit"
 )
 
-// TestEndings: gvm's exit status tells how the guest ended, which faults its kernel reported and how its
-// tests went. A record of a program counts as the kernel's where the console does not tell them apart.
-// TestCrashKernel has a panic told on the console alone, and TestBoot a kernel without a fault.
+// TestEndings: gvm's exit status tells how the guest ended, which faults its kernel reported and
+// how its tests went. A record of a program counts as the kernel's where the console does not tell
+// them apart. TestCrashKernel has a panic told on the console alone, and TestBoot a kernel without
+// a fault.
 func TestEndings(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -259,7 +260,8 @@ func TestConsole(t *testing.T) {
 		strings.Repeat("count=$((count+1)) # a line that is longer than the FIFO of a 16550\n", 40) +
 		"echo counted $count\necho begin; seq 1 4500 | tr '\\n' ' '; echo; echo end\nexit\n"
 	r := start(t, strings.NewReader(input), append(guest{
-		// Without the kernel's messages, such as of an RCU stall where the lab is slow, within the output.
+		// Without the kernel's messages, such as of an RCU stall where the lab is slow, within the
+		// output.
 		kernel: kernel(t, "7.3"), cmdline: "loglevel=1 LINES=50 COLUMNS=132",
 		script: "sh\nnumbers=$(seq -s ' ' 1 1000)\necho $numbers over",
 	}.build(t), "--cpus=3")...).wait()

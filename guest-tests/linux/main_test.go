@@ -23,12 +23,12 @@ import (
 var cacheHome string
 
 // labCPUs is the number of L1's CPUs. With two, whose threads compete with QEMU's own for the
-// processors of a small host, the lab loses guests and L1: see README.md of package lab. Guests of dozens
-// of CPUs, and benchmarks, need two.
+// processors of a small host, the lab loses guests and L1: see README.md of package lab. Guests of
+// dozens of CPUs, and benchmarks, need two.
 var labCPUs = 1
 
-// lost matches the output of a test whose guest, or whose gvm by a fault of the Go runtime, was lost
-// by the lab, not by gvm: see README.md of package lab. No test brings a double fault about.
+// lost matches the output of a test whose guest, or whose gvm by a fault of the Go runtime, was
+// lost by the lab, not by gvm: see README.md of package lab. No test brings a double fault about.
 var lost = regexp.MustCompile(`KVM_EXIT_SHUTDOWN|SIGQUIT: quit|BUG: soft lockup|rcu: .*ticks this GP|` +
 	`asm_exc_double_fault|no progress for 1m0s before the agent|rip 0xffffffffc042220c|fatal error: |` +
 	regexp.QuoteMeta(errLate.Error()))

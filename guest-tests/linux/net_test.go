@@ -34,8 +34,8 @@ func setLink(t testing.TB, name string, n byte, mtu uint32) {
 	must(t, unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr))
 }
 
-// TestNet: a guest pings the host and moves data both ways, also over a pause of the machine, by gvm's own
-// service and by vhost-net. The interfaces go with the machine.
+// TestNet: a guest pings the host and moves data both ways, also over a pause of the machine, by
+// gvm's own service and by vhost-net. The interfaces go with the machine.
 func TestNet(t *testing.T) {
 	const size = 2 << 20
 	nets := []machine.Net{{Tap: "gvmtest0", Pairs: 2, Vhost: machine.VhostOff},

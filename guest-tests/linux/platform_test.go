@@ -140,8 +140,8 @@ say typed $line
 	r.want(t, map[string]string{"typed": "plain"})
 }
 
-// startOnPipe starts gvm with a pipe as its input. A pipe of the system's, and no io.Pipe, as exec.Cmd's
-// Wait would wait for that even after gvm's end.
+// startOnPipe starts gvm with a pipe as its input. A pipe of the system's, and no io.Pipe, as
+// exec.Cmd's Wait would wait for that even after gvm's end.
 func startOnPipe(t *testing.T, args ...string) (*process, io.Writer) {
 	t.Helper()
 	in, out, err := os.Pipe()

@@ -73,8 +73,8 @@ dmesg | grep -q 'protection error\|guard' && say log protection
 	r.kernelLog(t, 1)
 }
 
-// mapped makes block devices on one, which the test's end removes. They are the devices, and with each goes
-// the mend that gvm names.
+// mapped makes block devices on one, which the test's end removes. They are the devices, and with
+// each goes the mend that gvm names.
 var mapped = map[string]func(t *testing.T, dev string) (devices []string, mend string){
 	"device mapper": func(t *testing.T, dev string) ([]string, string) {
 		t.Setenv("DM_DISABLE_UDEV", "1")
@@ -118,9 +118,10 @@ var mapped = map[string]func(t *testing.T, dev string) (devices []string, mend s
 	},
 }
 
-// TestMapped: a guest cannot write a device that is part of one of device mapper or md. It can write the
-// mapped one, and then neither host nor guest can use it, nor a guest the device or file below; another
-// device on the same one it can. Readers may share all of them, and keep out those that write.
+// TestMapped: a guest cannot write a device that is part of one of device mapper or md. It can
+// write the mapped one, and then neither host nor guest can use it, nor a guest the device or file
+// below; another device on the same one it can. Readers may share all of them, and keep out those
+// that write.
 func TestMapped(t *testing.T) {
 	for kind, stack := range mapped {
 		t.Run(kind, func(t *testing.T) {
@@ -176,8 +177,8 @@ func TestMapped(t *testing.T) {
 	}
 }
 
-// nbd makes /dev/nbd0 a client of an NBD server of the file. It returns a function that disconnects it,
-// which the test's end does too.
+// nbd makes /dev/nbd0 a client of an NBD server of the file. It returns a function that disconnects
+// it, which the test's end does too.
 func nbd(t *testing.T, file string) (disconnect func()) {
 	t.Helper()
 	if _, err := os.Stat("/dev/nbd0"); err != nil {

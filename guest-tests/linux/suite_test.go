@@ -47,18 +47,18 @@ func suiteLimit() time.Duration {
 	return 2 * time.Minute
 }
 
-// A suiteWay runs a shell's script in a guest with empty disks, the host's files below an overlay, and the
-// suite's tree. It calls progress with the output so far whenever there is more. It returns the output, and
-// how the guest ended if not by the script's end.
+// A suiteWay runs a shell's script in a guest with empty disks, the host's files below an overlay,
+// and the suite's tree. It calls progress with the output so far whenever there is more. It returns
+// the output, and how the guest ended if not by the script's end.
 type suiteWay struct {
 	name string
 	run  func(t *testing.T, k *lab.Kernel, dir string, disks int, script string, progress func(out string)) (
 		out string, err error)
 }
 
-// run runs the tests that $TESTS names in each way, except those that have an outcome in out's JSON from a
-// run that was interrupted. It writes JSON to out after each test, and a table and JUnit at the end. It fails
-// if a test passes on QEMU's disk alone.
+// run runs the tests that $TESTS names in each way, except those that have an outcome in out's JSON
+// from a run that was interrupted. It writes JSON to out after each test, and a table and JUnit at
+// the end. It fails if a test passes on QEMU's disk alone.
 func (s suite) run(t *testing.T, k *lab.Kernel, ways []suiteWay, out string) {
 	dir, words := os.Getenv(s.env), strings.Fields(os.Getenv("TESTS"))
 	var tests []string
@@ -171,8 +171,8 @@ func (s suite) save(t *testing.T, out string, all []outcome) {
 	must(t, os.Rename(file+".new", file))
 }
 
-// script returns the script that runs tests one after the other. It ends after one that has no end. In QEMU's
-// guest it runs below chroot, of which udevadm would tell in the output of a test.
+// script returns the script that runs tests one after the other. It ends after one that has no end.
+// In QEMU's guest it runs below chroot, of which udevadm would tell in the output of a test.
 func (s suite) script(k *lab.Kernel, dir string, tests []string) string {
 	return fmt.Sprintf(`
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root SYSTEMD_IGNORE_CHROOT=1
@@ -290,8 +290,8 @@ func (s suite) report(t *testing.T, out string, all []outcome) {
 	must(t, os.WriteFile(filepath.Join(out, s.name+".md"), []byte(table.String()), 0o666))
 }
 
-// TestSuiteContinues: what a run had is there after its end in the midst of a guest, and the next run does
-// the rest, and what was lost at last.
+// TestSuiteContinues: what a run had is there after its end in the midst of a guest, and the next
+// run does the rest, and what was lost at last.
 func TestSuiteContinues(t *testing.T) {
 	dir, out := t.TempDir(), t.TempDir()
 	for _, name := range []string{"block/001", "block/002", "scsi/001"} {

@@ -25,8 +25,8 @@ import (
 // suiteDisk is the size of each disk.
 const suiteDisk = 2 << 30
 
-// suiteCPUs is the number of a guest's CPUs: $CPUS, or 1 where a processor is emulated, as in the lab, which
-// loses guests of more under such loads, or 4.
+// suiteCPUs is the number of a guest's CPUs: $CPUS, or 1 where a processor is emulated, as in the
+// lab, which loses guests of more under such loads, or 4.
 func suiteCPUs() string {
 	n := "4"
 	if os.Getenv(lab.InLabEnv) == "1" || !hasKVM() {
@@ -104,8 +104,8 @@ func suiteRun(program string, progress func(string), args ...string) (string, er
 	var out, errs bytes.Buffer
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
-	// A boot takes less, and a test that has no end is killed before: the guest is lost, or a process in it
-	// does not die.
+	// A boot takes less, and a test that has no end is killed before: the guest is lost, or a process
+	// in it does not die.
 	silence := suiteLimit() + 2*time.Minute
 	silent := time.AfterFunc(silence, func() { stop(fmt.Errorf("no output for %v", silence)) })
 	defer silent.Stop()
@@ -145,8 +145,8 @@ func suiteFiles(t *testing.T, n int) (files []string) {
 	return files
 }
 
-// TestBlktests runs the tests of blktests that $TESTS names, of groups and single ones, in guests with a
-// disk of each backend of gvm, and with one of QEMU's.
+// TestBlktests runs the tests of blktests that $TESTS names, of groups and single ones, in guests
+// with a disk of each backend of gvm, and with one of QEMU's.
 func TestBlktests(t *testing.T) {
 	status := regexp.MustCompile(`(?m) \[(passed|failed|not run)\]$`)
 	noise := regexp.MustCompile(`^(runtime |--- |\+\+\+ |@@ |Running |$)|^\S+/\d+ .*\)( +\[.*\])?$`)
@@ -178,8 +178,8 @@ func TestBlktests(t *testing.T) {
 	}.run(t, theLab(t).Debian, suiteWays, flag.Lookup("test.outputdir").Value.String())
 }
 
-// TestXfstests runs the tests of xfstests that $TESTS names, of groups such as quick and single ones, on
-// the file system $FSTYP, in the same guests with five disks.
+// TestXfstests runs the tests of xfstests that $TESTS names, of groups such as quick and single
+// ones, on the file system $FSTYP, in the same guests with five disks.
 func TestXfstests(t *testing.T) {
 	fs := os.Getenv("FSTYP")
 	counted := regexp.MustCompile(`(?m)^(Not run|Failures|Passed all 1 tests)`)

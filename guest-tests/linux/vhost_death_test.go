@@ -49,9 +49,9 @@ func awaitDeath(t *testing.T, process int) {
 	}
 }
 
-// TestVhostDeaths: in the sandbox, with a disk of the kernel's, a signal comes to the broker, or SIGKILL to the
-// keeper, and then gvm ends. Nothing is left of the machine: no target, file or process. If the broker and gvm are
-// killed, the next gvm removes the files.
+// TestVhostDeaths: in the sandbox, with a disk of the kernel's, a signal comes to the broker, or
+// SIGKILL to the keeper, and then gvm ends. Nothing is left of the machine: no target, file or
+// process. If the broker and gvm are killed, the next gvm removes the files.
 func TestVhostDeaths(t *testing.T) {
 	const note = "gvm: the broker has ended: disks can no longer be added"
 	for _, c := range []struct {

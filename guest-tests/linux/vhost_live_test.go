@@ -117,11 +117,11 @@ func makeByHand(t *testing.T, n int, contents ...[]byte) (m handMade) {
 	return m
 }
 
-// TestVhostPlug: the guest sees without a rescan that disks come and go, while it reads from others:
-// those that gvm disk adds and removes, of its own target and of the kernel's, and LUNs that are added to
-// a target in configfs and removed from it, as by targetcli. It sees gvm disk resize one as well. gvm has
-// let go of an image that it removed. The guest panics at the end, and the log of its crash record has these
-// changes, and those of the devices that the kernel serves.
+// TestVhostPlug: the guest sees without a rescan that disks come and go, while it reads from
+// others: those that gvm disk adds and removes, of its own target and of the kernel's, and LUNs
+// that are added to a target in configfs and removed from it, as by targetcli. It sees gvm disk
+// resize one as well. gvm has let go of an image that it removed. The guest panics at the end, and
+// the log of its crash record has these changes, and those of the devices that the kernel serves.
 func TestVhostPlug(t *testing.T) {
 	lioUnchanged(t)
 	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())

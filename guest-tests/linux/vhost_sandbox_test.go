@@ -12,9 +12,9 @@ import (
 	"gvm/devices/scsi/lio"
 )
 
-// TestVhostPlugSandbox: in the sandbox the broker has the kernel serve disks that gvm disk adds: of both
-// kinds of backstore, to be read and written, twice. gvm has let go of one that it removed. Nothing is
-// left in LIO, however gvm ends.
+// TestVhostPlugSandbox: in the sandbox the broker has the kernel serve disks that gvm disk adds: of
+// both kinds of backstore, to be read and written, twice. gvm has let go of one that it removed.
+// Nothing is left in LIO, however gvm ends.
 func TestVhostPlugSandbox(t *testing.T) {
 	for _, end := range []string{"in order", "SIGKILL"} {
 		t.Run(end, func(t *testing.T) {

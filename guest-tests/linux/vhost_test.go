@@ -116,9 +116,10 @@ klog
 // DATA HAS CHANGED).
 const lunsChanged = `LUN assignments on this target have changed`
 
-// TestVhostLives: a guest of three lives with a disk of gvm's own target and three that the kernel serves.
-// In each, the drivers leave the devices and come back; the last one ends in another kernel. No disk takes
-// another's place. The own device also survives a PCI rescan, and error recovery with requests in flight.
+// TestVhostLives: a guest of three lives with a disk of gvm's own target and three that the kernel
+// serves. In each, the drivers leave the devices and come back; the last one ends in another
+// kernel. No disk takes another's place. The own device also survives a PCI rescan, and error
+// recovery with requests in flight.
 func TestVhostLives(t *testing.T) {
 	lioUnchanged(t)
 	l := theLab(t)
@@ -132,8 +133,8 @@ func TestVhostLives(t *testing.T) {
 	}
 	own := content("own", 8<<20)
 	ownFile := diskFile(t, own)
-	// part N writes numbers from N*10000 to the own disk's Nth MiB, and reads back that and the rest of
-	// the disk's first MiB.
+	// part N writes numbers from N*10000 to the own disk's Nth MiB, and reads back that and the rest
+	// of the disk's first MiB.
 	const common = `
 disk() { ls -d /sys/bus/scsi/devices/$1/block/* | sed 's,.*/,/dev/,'; }
 there() {
@@ -402,8 +403,8 @@ func TestVhostEquivalence(t *testing.T) {
 	}
 }
 
-// TestVhostTools has a Linux guest's tools and disk driver send commands to each backend. The requests
-// and their results are recorded in the same form by both, and replayed at both.
+// TestVhostTools has a Linux guest's tools and disk driver send commands to each backend. The
+// requests and their results are recorded in the same form by both, and replayed at both.
 func TestVhostTools(t *testing.T) {
 	lioUnchanged(t)
 	l := theLab(t)

@@ -149,8 +149,8 @@ func (e *vsockEcho) exchange(c duplex, n int, ready func()) {
 	}
 }
 
-// whenFull waits until a guest that sends back all that it gets, to a program that does not read, has
-// filled the buffers of both sides. A Write waits then.
+// whenFull waits until a guest that sends back all that it gets, to a program that does not read,
+// has filled the buffers of both sides. A Write waits then.
 func (e *vsockEcho) whenFull() {
 	e.until(func() bool {
 		values := e.inspect()
@@ -208,8 +208,9 @@ func dialSocket(t *testing.T, cid, port uint32) socket {
 	return s
 }
 
-// TestVhostVsock moves data between the guest's program, which sends all of it back, and programs of the
-// host, over the kernel's sockets, while the machine is paused and after the guest's driver was bound anew.
+// TestVhostVsock moves data between the guest's program, which sends all of it back, and programs
+// of the host, over the kernel's sockets, while the machine is paused and after the guest's driver
+// was bound anew.
 func TestVhostVsock(t *testing.T) {
 	const cid, streams = 77, 20
 	listener, err := newSocket()
@@ -288,9 +289,9 @@ func TestVhostVsock(t *testing.T) {
 	result{console: strings.ReplaceAll(console.all.String(), "\r", "")}.kernelLog(t, 1)
 }
 
-// TestVsockBridge moves data over a thousand connections at a time between the guest's program, which sends
-// all of it back, and programs of the host, by --vsock unix. Each side has made half of them. The end of the
-// guest's program ends those that are open.
+// TestVsockBridge moves data over a thousand connections at a time between the guest's program,
+// which sends all of it back, and programs of the host, by --vsock unix. Each side has made half of
+// them. The end of the guest's program ends those that are open.
 func TestVsockBridge(t *testing.T) {
 	const streams, size = 500, 20_000 // of each side, of each connection
 	path := filepath.Join(t.TempDir(), "vsock")

@@ -25,8 +25,8 @@ const byePatience = 10 * time.Second
 // exitNoTest is the status of a command that the agent could not try to start.
 const exitNoTest = 125
 
-// Main takes the program over if it is the first one of a guest, or was started by that one to become
-// the command. It does not return then.
+// Main takes the program over if it is the first one of a guest, or was started by that one to
+// become the command. It does not return then.
 func Main(args []string) {
 	switch {
 	case len(args) == 0:
@@ -99,7 +99,8 @@ func (g *guest) panicked(p *panics.Panic) {
 	}
 }
 
-// openConsole replaces the descriptors that the kernel opened before there was a /dev/console in /dev.
+// openConsole replaces the descriptors that the kernel opened before there was a /dev/console in
+// /dev.
 func openConsole() {
 	fd, err := unix.Open("/dev/console", unix.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -129,7 +130,8 @@ func (g *guest) prepare(cmd *wire.Command) {
 			g.logf("set the host name: %v", err)
 		}
 	}
-	// The initramfs has the directory, but not a file system that is mounted over it, such as /dev/shm.
+	// The initramfs has the directory, but not a file system that is mounted over it, such as
+	// /dev/shm.
 	os.MkdirAll(string(cmd.Dir), 0o755)
 	loopbackUp() // a kernel without a network has none
 	g.load(cmd.Modules)

@@ -24,8 +24,8 @@ import (
 	"gvm/text"
 )
 
-// testInit is the name of the test program as the first one of a guest. It panics instead of running
-// testPanic.
+// testInit is the name of the test program as the first one of a guest. It panics instead of
+// running testPanic.
 const (
 	testInit  = "gvm-agent-test-init"
 	testPanic = "gvm-agent-test-panic"
@@ -332,8 +332,8 @@ func (r *refill) Write(p []byte) (int, error) {
 
 func (*refill) Close() error { return nil }
 
-// TestEndlessOrphan: a program that the command leaves behind, and that never stops to write, does not
-// hold up the end.
+// TestEndlessOrphan: a program that the command leaves behind, and that never stops to write, does
+// not hold up the end.
 func TestEndlessOrphan(t *testing.T) {
 	var p [2]int
 	if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
@@ -480,8 +480,8 @@ func (c *command) expect(t *testing.T, want string) string {
 	return string(all)
 }
 
-// TestTerminal: the command has a terminal of its own: its size is live, Ctrl-C interrupts the group
-// in the foreground, and a shell has job control.
+// TestTerminal: the command has a terminal of its own: its size is live, Ctrl-C interrupts the
+// group in the foreground, and a shell has job control.
 func TestTerminal(t *testing.T) {
 	cmd := wire.Command{
 		Args: []text.Name{"/bin/bash", "--norc", "-i"}, Env: []text.Name{"PS1=$ ", "PATH=/usr/bin:/bin", "HOME=/"},

@@ -19,11 +19,11 @@ import (
 )
 
 const (
-	// dialPatience bounds the wait for the host's answer to a hello: a busy host may stop the guest for
-	// seconds, and a lesser way has no output.
+	// dialPatience bounds the wait for the host's answer to a hello: a busy host may stop the guest
+	// for seconds, and a lesser way has no output.
 	dialPatience = 20 * time.Second
-	// portPatience bounds the wait for the name of a virtio-console port, which the driver learns after
-	// it has found the device.
+	// portPatience bounds the wait for the name of a virtio-console port, which the driver learns
+	// after it has found the device.
 	portPatience = time.Second
 )
 
@@ -190,8 +190,8 @@ func (d *descriptor) Write(p []byte) (written int, _ error) {
 	return written, nil
 }
 
-// Close ends a socket's reads and writes. The number stays taken: another thread may be in a read of
-// it, which no close ends.
+// Close ends a socket's reads and writes. The number stays taken: another thread may be in a read
+// of it, which no close ends.
 func (d *descriptor) Close() error {
 	if !d.socket {
 		return nil

@@ -13,8 +13,8 @@ import (
 	"gvm/text"
 )
 
-// fakeDisks is a /sys and a /dev. Each sleep of the finder adds a disk, the node of which comes with
-// the next sleep.
+// fakeDisks is a /sys and a /dev. Each sleep of the finder adds a disk, the node of which comes
+// with the next sleep.
 type fakeDisks struct {
 	diskFinder
 	t     *testing.T

@@ -30,8 +30,8 @@ var mounts = []mount{
 	{"configfs", "/sys/kernel/config", "", plain},
 }
 
-// mountAll mounts those of list that the kernel has. A tmpfs is not mounted over a directory that is
-// in memory already: it would hide the files of the initramfs.
+// mountAll mounts those of list that the kernel has. A tmpfs is not mounted over a directory that
+// is in memory already: it would hide the files of the initramfs.
 func mountAll(list []mount) {
 	for _, m := range list {
 		os.MkdirAll(m.dir, 0o755) // fails below file systems that the kernel does not have

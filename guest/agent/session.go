@@ -17,8 +17,8 @@ import (
 // maxSessions bounds the sessions at a time.
 const maxSessions = 64
 
-// serve serves sessions of the host by vsock, each a command beside the guest's own, cmd, until the machine
-// ends.
+// serve serves sessions of the host by vsock, each a command beside the guest's own, cmd, until the
+// machine ends.
 func (g *guest) serve(cmd *wire.Command) error {
 	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -56,8 +56,8 @@ func (g *guest) serve(cmd *wire.Command) error {
 	return nil
 }
 
-// session runs a command of the host: as that user, in that directory, and with that environment, which
-// own has, unless the session's command has its own.
+// session runs a command of the host: as that user, in that directory, and with that environment,
+// which own has, unless the session's command has its own.
 func (g *guest) session(conn *os.File, own *wire.Command) {
 	j := &job{}
 	w, err := dial(conn, wire.AgentConfig{Hello: wire.Hello{Build: g.build, Rung: rungs[0].name}, Window: sessionWindow,

@@ -106,8 +106,8 @@ func TestSessions(t *testing.T) {
 	}
 }
 
-// TestCopies: files are copied in the directory of the guest's own command and as its user, into the guest and
-// out of it; a copy whose host is gone leaves nothing.
+// TestCopies: files are copied in the directory of the guest's own command and as its user, into
+// the guest and out of it; a copy whose host is gone leaves nothing.
 func TestCopies(t *testing.T) {
 	conns, files := make([]net.Conn, 4), make([]*os.File, 4)
 	for i := range conns {

@@ -11,8 +11,8 @@ import (
 	"gvm/guest/agent/wire"
 )
 
-// mountShares mounts directories of the host, the root first. It makes the command's directory where the root
-// has none, as in /tmp: in the guest's memory.
+// mountShares mounts directories of the host, the root first. It makes the command's directory
+// where the root has none, as in /tmp: in the guest's memory.
 func mountShares(cmd *wire.Command) error {
 	for _, s := range cmd.Mounts {
 		dir := string(s.Dir)

@@ -20,8 +20,9 @@ import (
 	"gvm/text"
 )
 
-// stageName is the name of the process that becomes a command which is not like the agent. Limits and user
-// have to be set in the process itself: with them the agent could no longer do its own work.
+// stageName is the name of the process that becomes a command which is not like the agent. Limits
+// and user have to be set in the process itself: with them the agent could no longer do its own
+// work.
 const stageName = "gvm-agent-command"
 
 // Descriptors of the stage, which its exec closes.
@@ -30,8 +31,8 @@ const (
 	stageOut = 4 // an Exit in JSON, if the command cannot be started
 )
 
-// stageReady precedes each attempt to execute the command: a space of JSON. A stage that dies before
-// it was not the command.
+// stageReady precedes each attempt to execute the command: a space of JSON. A stage that dies
+// before it was not the command.
 const stageReady = "\n"
 
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -60,8 +61,8 @@ func stage() int {
 	return e.Status
 }
 
-// reserveMemory takes memory for all that follows from the kernel: the command's limits on it hold for
-// Go's larger process as well, which ends where it gets no more.
+// reserveMemory takes memory for all that follows from the kernel: the command's limits on it hold
+// for Go's larger process as well, which ends where it gets no more.
 func reserveMemory() {
 	debug.SetGCPercent(-1)
 	b := make([]byte, 16<<20) // for arguments and environment, which Linux bounds by 6 MiB
@@ -147,7 +148,8 @@ func strs(names []text.Name) []string {
 	return s
 }
 
-// readExit reads the report of a stage. Without one the command runs, if the stage was ready for it.
+// readExit reads the report of a stage. Without one the command runs, if the stage was ready for
+// it.
 func readExit(r io.Reader) (failed *wire.Exit) {
 	b, _ := io.ReadAll(io.LimitReader(r, 1<<20))
 	report := bytes.TrimSpace(b)

@@ -25,8 +25,8 @@ type indexed struct {
 	Size       int
 }
 
-// cachePath returns the path of the file of the cache for modules of a package; "" if there is none.
-// It changes with the package, the names and their order, and the format.
+// cachePath returns the path of the file of the cache for modules of a package; "" if there is
+// none. It changes with the package, the names and their order, and the format.
 func cachePath(ctx context.Context, k *kernel.Kernel, names []string) (string, error) {
 	if k.Cache == "" || k.Modules.Kind != kernel.Packed || k.Modules.Path == "" {
 		return "", nil

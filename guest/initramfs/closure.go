@@ -27,14 +27,16 @@ type Host struct {
 const DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 // Closure returns a program with the files that it needs to start: the symbolic links and
-// directories on the way to each, its dynamic linker and shared libraries, and if it is a script its
-// interpreters. name is an absolute path below Root. Files keep their names, permissions and owners.
+// directories on the way to each, its dynamic linker and shared libraries, and if it is a script
+// its interpreters. name is an absolute path below Root. Files keep their names, permissions and
+// owners.
 //
 // Libraries are found as by ld.so(8) of glibc or by that of musl: DT_RPATH, LD_LIBRARY_PATH,
 // DT_RUNPATH, /etc/ld.so.cache, and the default directories. Not found are the libraries that a
 // program opens by dlopen(3), except those that glibc itself opens, and any other file that it
-// reads: the modules of Python, the data of a database, the programs that a script runs. A file that
-// is no program for x86 and no script is returned alone: the guest's kernel tells whether it runs.
+// reads: the modules of Python, the data of a database, the programs that a script runs. A file
+// that is no program for x86 and no script is returned alone: the guest's kernel tells whether it
+// runs.
 //
 // Errors are *boot.ImageError, or the cause of ctx. One names all libraries that are missing. The
 // entries' files are open, and belong to the caller or to the Builder that they are added to.

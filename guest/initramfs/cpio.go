@@ -30,7 +30,8 @@ type part struct {
 
 const (
 	trailer = "TRAILER!!!"
-	// Linux takes names and targets of this size, NUL included, and skips longer ones (init/initramfs.c).
+	// Linux takes names and targets of this size, NUL included, and skips longer ones
+	// (init/initramfs.c).
 	maxName = unix.PathMax
 	maxSize = math.MaxUint32 // of a file: the field has 8 hexadecimal digits
 )
@@ -73,7 +74,8 @@ func (a *archive) end() {
 	a.append(memory(trailer, make([]byte, -a.size&3)))
 }
 
-// header appends the padding of the file before, and a header. See buffer-format.rst for its fields.
+// header appends the padding of the file before, and a header. See buffer-format.rst for its
+// fields.
 func (a *archive) header(inode int, mode uint32, e Entry, name string, size int64) {
 	b := bytes.NewBuffer(make([]byte, -a.size&3, 128+len(name)))
 	pad := b.Len()

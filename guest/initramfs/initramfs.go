@@ -209,9 +209,9 @@ type links map[string]string
 
 const maxHops = 40 // MAXSYMLINKS of Linux
 
-// follow returns the name of the file that a path from the root directory leads to: it begins with a
-// slash, and has no symbolic links. target returns the target of the link at such a name, "" for a
-// file that is none.
+// follow returns the name of the file that a path from the root directory leads to: it begins with
+// a slash, and has no symbolic links. target returns the target of the link at such a name, "" for
+// a file that is none.
 func follow(name string, target func(at string) (string, error)) (string, error) {
 	at, todo := "/", strings.Split(name, "/")
 	for hops := 0; len(todo) > 0; {

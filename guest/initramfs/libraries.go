@@ -101,7 +101,8 @@ func (c *closure) libraries(program *object) error {
 // users and hosts, and to end threads.
 var glibcOpens = []string{"libnss_files.so.2", "libnss_dns.so.2", "libgcc_s.so.1"}
 
-// ofMusl reports whether musl's dynamic linker itself is a library (load_library in ldso/dynlink.c).
+// ofMusl reports whether musl's dynamic linker itself is a library (load_library in
+// ldso/dynlink.c).
 func ofMusl(name string) bool {
 	rest, ok := strings.CutPrefix(name, "lib")
 	word, _, dot := strings.Cut(rest, ".")

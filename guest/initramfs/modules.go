@@ -71,7 +71,8 @@ func (e *MissingError) Error() string {
 // the error is a *MissingError, and the others are returned with it. Modules of soft dependencies
 // are returned if there are any. Other errors are *boot.ImageError, or the cause of ctx.
 //
-// A package is read to its end, which takes seconds for a large one, unless k.Cache has its modules.
+// A package is read to its end, which takes seconds for a large one, unless k.Cache has its
+// modules.
 func Modules(ctx context.Context, k *kernel.Kernel, names ...string) ([]Module, error) {
 	path, err := cachePath(ctx, k, names)
 	if err != nil {

@@ -231,7 +231,8 @@ func TestModules(t *testing.T) {
 	}
 }
 
-// TestMissing names the option of a module that a kernel lacks, and returns the modules that it has.
+// TestMissing names the option of a module that a kernel lacks, and returns the modules that it
+// has.
 func TestMissing(t *testing.T) {
 	k := kernels(t)["installed"]
 	k.Config.Text = []byte("\nCONFIG_OVERLAY_FS=y\n# CONFIG_VIRTIO_FS is not set\nCONFIG_XFS_FS=m\n")

@@ -187,7 +187,8 @@ func cause(err error) error {
 // maxOpen bounds the open modules of a directory; tests change it.
 var maxOpen = 64
 
-// file opens a module in a directory, whose path has many parts, once. The next call may close the file.
+// file opens a module in a directory, whose path has many parts, once. The next call may close the
+// file.
 func (t *tree) file(name string) (*os.File, error) {
 	if f := t.files[name]; f != nil {
 		return f, nil
@@ -202,7 +203,8 @@ func (t *tree) file(name string) (*os.File, error) {
 	return f, err
 }
 
-// open opens a module in a directory. The modules.order of Linux before 5.3 has paths below kernel/.
+// open opens a module in a directory. The modules.order of Linux before 5.3 has paths below
+// kernel/.
 func (t *tree) open(file string) (*os.File, error) {
 	f, err := nowait.OpenIn(t.root, file, nowait.Regular)
 	if rest, ok := strings.CutPrefix(file, "kernel/"); ok && t.built && errors.Is(err, fs.ErrNotExist) {

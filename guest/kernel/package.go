@@ -137,8 +137,8 @@ func (k *Kernel) scan(ctx context.Context, file *boot.File, open opener) (versio
 // and Ubuntu, and of Fedora.
 var modulePackages = []struct{ prefix, suffix string }{{"linux-modules-", "_"}, {"kernel-modules-core-", ".rpm"}}
 
-// scanBeside finds the modules in another package, in the directory of the kernel's. It is no matter
-// for an error if there is none.
+// scanBeside finds the modules in another package, in the directory of the kernel's. It is no
+// matter for an error if there is none.
 func (k *Kernel) scanBeside(ctx context.Context, path, version string) {
 	dir := filepath.Dir(path)
 	for _, name := range names(dir, 1<<17) {

@@ -16,8 +16,8 @@ import (
 var BuiltImages = []string{"arch/x86/boot/bzImage", "vmlinux"}
 
 // InTree returns the kernel that was built in dir, if dir or a directory above it is a Linux source
-// tree or a build directory (make O=); otherwise "". A tree without a kernel is an error, as the user
-// would not expect another guest there. The note names a kernel from another directory.
+// tree or a build directory (make O=); otherwise "". A tree without a kernel is an error, as the
+// user would not expect another guest there. The note names a kernel from another directory.
 func InTree(dir string) (image, note string, err error) {
 	dir, err = filepath.Abs(dir)
 	if err != nil {

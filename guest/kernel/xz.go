@@ -31,8 +31,8 @@ type xzBlock struct {
 	length              int64 // of the data
 }
 
-// xzBlocks returns the blocks of a file that is one .xz stream, and the stream's header; nil if it is
-// not, or its blocks are too large, too many or one alone.
+// xzBlocks returns the blocks of a file that is one .xz stream, and the stream's header; nil if it
+// is not, or its blocks are too large, too many or one alone.
 func xzBlocks(r io.ReaderAt, size int64) (blocks []xzBlock, header []byte) {
 	header, footer := make([]byte, xzHeader), make([]byte, xzHeader)
 	if size < 2*xzHeader {

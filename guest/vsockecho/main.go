@@ -3,9 +3,10 @@
 //
 //	vsockecho -connect 10
 //
-// It listens on port 3000, makes connections to port 2000 of the host, and ends when these have ended
-// and the host has connected to port 3001. Each connection has a thread that sends bytes back until
-// their end, and then ends its own. First it checks that port 999 of the host refuses connections.
+// It listens on port 3000, makes connections to port 2000 of the host, and ends when these have
+// ended and the host has connected to port 3001. Each connection has a thread that sends bytes back
+// until their end, and then ends its own. First it checks that port 999 of the host refuses
+// connections.
 package main
 
 import (

@@ -114,8 +114,8 @@ func TestChangesWaitForNothing(t *testing.T) {
 	}
 }
 
-// TestRemoveBehindCommand removes a disk while a command of the guest uses it and another waits for that
-// one. Both finish, unless that takes too long or the machine ends.
+// TestRemoveBehindCommand removes a disk while a command of the guest uses it and another waits for
+// that one. Both finish, unless that takes too long or the machine ends.
 func TestRemoveBehindCommand(t *testing.T) {
 	for _, tt := range []struct {
 		name  string

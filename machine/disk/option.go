@@ -13,8 +13,8 @@ import (
 	"gvm/text"
 )
 
-// Option is an option of a disk: a row that parsing, help, errors, String, completion, the control socket
-// and the table of docs/storage.md use. A new option is a new row.
+// Option is an option of a disk: a row that parsing, help, errors, String, completion, the control
+// socket and the table of docs/storage.md use. A new option is a new row.
 type Option struct {
 	Key     string
 	Value   string // the value as help shows it; "": the option has none

@@ -1,9 +1,10 @@
-// Sbom writes a list of the contents of gvm's programs to standard output, as CycloneDX 1.6 in JSON.
+// Sbom writes a list of the contents of gvm's programs to standard output, as CycloneDX 1.6 in
+// JSON.
 //
 //	SOURCE_DATE_EPOCH=SECONDS go run ./packaging/sbom VERSION COMMIT PROGRAM...
 //
-// It reads the modules and the settings of each PROGRAM out of the program, and their licenses out of
-// docs/dependencies.md. The same programs give the same bytes.
+// It reads the modules and the settings of each PROGRAM out of the program, and their licenses out
+// of docs/dependencies.md. The same programs give the same bytes.
 package main
 
 import (

@@ -2,11 +2,12 @@
 //
 //	go run ./packaging/vulncheck [-optional] [-tags TAGS] PACKAGE...
 //
-// The database is the one at GOVULNDB, or else vuln.go.dev, or else the newest copy on the Go module
-// proxy. The status is 1 if a program calls vulnerable code, and if no database could be read.
+// The database is the one at GOVULNDB, or else vuln.go.dev, or else the newest copy on the Go
+// module proxy. The status is 1 if a program calls vulnerable code, and if no database could be
+// read.
 //
-// With -optional the status is 0 for faults that no change of this tree mends: those of the standard
-// library, which a newer Go mends, and the lack of a database. The lines are the same.
+// With -optional the status is 0 for faults that no change of this tree mends: those of the
+// standard library, which a newer Go mends, and the lack of a database. The lines are the same.
 package main
 
 import (

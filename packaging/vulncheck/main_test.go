@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// list is in the form of govulncheck -format json: one vulnerability of a module is called, one only
-// imported; one of the standard library is called.
+// list is in the form of govulncheck -format json: one vulnerability of a module is called, one
+// only imported; one of the standard library is called.
 const list = `{"config":{"protocol_version":"v1.0.0"}}
 {"osv":{"id":"GO-1","summary":"Excessive allocation"}}
 {"osv":{"id":"GO-2","summary":"Panic"}}

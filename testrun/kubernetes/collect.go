@@ -110,8 +110,8 @@ type pod struct {
 }
 
 // Collect reads the pods of a Job, the output of kubectl get pods -o json, and returns all cells of
-// its matrix. A cell without a pod that has ended was not run. All pods of a cell but its last one are
-// retries.
+// its matrix. A cell without a pod that has ended was not run. All pods of a cell but its last one
+// are retries.
 func Collect(r io.Reader) ([]matrix.Done, error) {
 	var list struct{ Items []pod }
 	if err := json.NewDecoder(r).Decode(&list); err != nil {

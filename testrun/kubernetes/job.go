@@ -1,8 +1,8 @@
 // Package kubernetes writes a matrix of gvm test as an Indexed Job of Kubernetes, whose pods run a
 // cell each, and reads the verdicts out of the pods again.
 //
-// It knows the few fields that it needs, without the Go types of Kubernetes, which would multiply the
-// size of gvm.
+// It knows the few fields that it needs, without the Go types of Kubernetes, which would multiply
+// the size of gvm.
 package kubernetes
 
 import (

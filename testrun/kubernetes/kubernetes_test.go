@@ -36,8 +36,8 @@ func attempt(kind testrun.Kind, status int) matrix.Attempt {
 	}
 }
 
-// pods returns the output of kubectl get pods -o json: a pod for each message, of the index, the phase
-// and the second that it begins with.
+// pods returns the output of kubectl get pods -o json: a pod for each message, of the index, the
+// phase and the second that it begins with.
 func pods(t *testing.T, list ...map[string]any) string {
 	t.Helper()
 	text, err := json.Marshal(axes)
@@ -73,8 +73,8 @@ func message(t *testing.T, d matrix.Done) string {
 	return b.String()
 }
 
-// TestCollect: cells come back as they were, with those of earlier pods as retries, in the order of the
-// pods' creation; a pod that gvm did not come to an end in is not tested.
+// TestCollect: cells come back as they were, with those of earlier pods as retries, in the order of
+// the pods' creation; a pod that gvm did not come to an end in is not tested.
 func TestCollect(t *testing.T) {
 	cells, err := axes.Cells()
 	if err != nil {

@@ -165,8 +165,8 @@ func JSON(w io.Writer, all []Done, status int) error {
 	return e.Encode(file)
 }
 
-// JUnit writes the cells as JUnit XML: a test for each cell, and a skipped one for each attempt that
-// was retried.
+// JUnit writes the cells as JUnit XML: a test for each cell, and a skipped one for each attempt
+// that was retried.
 func JUnit(w io.Writer, all []Done) error {
 	suite := &ktap.Test{Name: "gvm test"}
 	for i := range all {

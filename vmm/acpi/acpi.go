@@ -47,8 +47,8 @@ type Config struct {
 	COM2      bool   // there is a second UART, at port 0x2f8 with interrupt 3
 	PVPanic   uint16 // 0x505
 
-	// GenerationID identifies the execution of the machine, for the guest's device VM_Gen_Counter; nil:
-	// there is none.
+	// GenerationID identifies the execution of the machine, for the guest's device VM_Gen_Counter;
+	// nil: there is none.
 	GenerationID *[16]byte
 	generationID uint64 // its address
 }

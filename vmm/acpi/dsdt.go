@@ -135,8 +135,9 @@ func (c *Config) pvpanic() aml {
 	)
 }
 
-// generation is the device of Microsoft's "Virtual Machine Generation ID", whose ADDR has the address of
-// the ID in two halves. It sends no notification, as the ID does not change while the guest runs.
+// generation is the device of Microsoft's "Virtual Machine Generation ID", whose ADDR has the
+// address of the ID in two halves. It sends no notification, as the ID does not change while the
+// guest runs.
 func (c *Config) generation() aml {
 	return device("VGEN",
 		name("_HID", str("GVMG0001")),

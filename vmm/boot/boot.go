@@ -8,8 +8,8 @@
 // the same work far more slowly in the guest. If the host cannot decompress it, the bzImage is
 // entered by the 64-bit boot protocol of Documentation/arch/x86/boot.rst.
 //
-// Libraries decompress: klauspost/compress zstd, pierrec/lz4 the blocks of lz4, the standard library
-// gzip and bzip2, mikelolasagasti/xz xz, and ulikunitz/xz LZMA. This package adds only the
+// Libraries decompress: klauspost/compress zstd, pierrec/lz4 the blocks of lz4, the standard
+// library gzip and bzip2, mikelolasagasti/xz xz, and ulikunitz/xz LZMA. This package adds only the
 // lz4 legacy frame.
 package boot
 

@@ -19,9 +19,10 @@ import (
 )
 
 // The cache holds decompressed kernels, and modules from packages: files named by the hash and size
-// of their source, each followed by a footer. The footer's checksum detects damaged files. Both hashes are
-// XXH64, because a boot waits for them and they are no protection: a user who can write to the
-// cache can boot any kernel. No failure of the cache is an error: the kernel is then decompressed.
+// of their source, each followed by a footer. The footer's checksum detects damaged files. Both
+// hashes are XXH64, because a boot waits for them and they are no protection: a user who can write
+// to the cache can boot any kernel. No failure of the cache is an error: the kernel is then
+// decompressed.
 const (
 	cacheLimit  = 512 << 20 // bytes of kernels to keep, the latest used ones
 	cacheSuffix = ".vmlinux"

@@ -27,8 +27,8 @@ type compression struct {
 	trailer     int // bytes that the kernel build appends: the size (scripts/Makefile.lib, size_append)
 	// open decompresses a stream. nil: gvm reads no streams of this format.
 	open func(io.Reader) (io.Reader, error)
-	// decode fills dst from src, and fails if src holds more, less, or damaged data. nil: it reads what
-	// open returns.
+	// decode fills dst from src, and fails if src holds more, less, or damaged data. nil: it reads
+	// what open returns.
 	decode func(dst, src []byte) error
 }
 
@@ -201,8 +201,8 @@ func ExtractELF(f *File) ([]byte, error) {
 }
 
 // Segments calls look with the content of each of the kernel's segments, as far as the file has it,
-// until look returns false. It decompresses a bzImage, or takes it from the cache directory if there
-// is one and it has it.
+// until look returns false. It decompresses a bzImage, or takes it from the cache directory if
+// there is one and it has it.
 func (im *Image) Segments(cache string, look func([]byte) bool) error {
 	k := im.elf
 	if k == nil {

@@ -38,10 +38,10 @@ type vmcoreinfo struct {
 	space  *kvm.Sregs // a paging state that maps the kernel where the note says; nil: no CPU has it
 }
 
-// findInfo finds the note that Linux keeps in its memory; nil: none. The kernel tells its address to
-// its own user space alone (/sys/kernel/vmcoreinfo), so all memory is searched. Memory may have more
-// than one, of a kernel before kexec or in a file: the note is that whose kernel a CPU has mapped where
-// it says, else the first.
+// findInfo finds the note that Linux keeps in its memory; nil: none. The kernel tells its address
+// to its own user space alone (/sys/kernel/vmcoreinfo), so all memory is searched. Memory may have
+// more than one, of a kernel before kexec or in a file: the note is that whose kernel a CPU has
+// mapped where it says, else the first.
 func findInfo(ctx context.Context, mem *guestmem.Memory, cpus []CPU) (found *vmcoreinfo, err error) {
 	const begins = infoName + "\x00\x00OSRELEASE="
 	seen := 0
@@ -112,8 +112,8 @@ func (i *vmcoreinfo) text() (virtual, physical uint64, ok bool) {
 		virtual-x86.KernelMap < x86.KernelSize
 }
 
-// mapped returns the paging state of a CPU that has the kernel's text mapped where the note says; nil: none
-// has.
+// mapped returns the paging state of a CPU that has the kernel's text mapped where the note says;
+// nil: none has.
 func (i *vmcoreinfo) mapped(mem *guestmem.Memory, cpus []CPU) *kvm.Sregs {
 	virtual, physical, ok := i.text()
 	if !ok {
@@ -148,9 +148,9 @@ func (i *vmcoreinfo) directMap(mem *guestmem.Memory) uint64 {
 	return 0
 }
 
-// stacks returns segments for the stacks of the CPUs, without their places in the file, as far as no other
-// segment has them: CONFIG_VMAP_STACK puts stacks into an area of their own, and a debugger follows one by
-// its virtual addresses. direct is the direct map.
+// stacks returns segments for the stacks of the CPUs, without their places in the file, as far as
+// no other segment has them: CONFIG_VMAP_STACK puts stacks into an area of their own, and a
+// debugger follows one by its virtual addresses. direct is the direct map.
 func (i *vmcoreinfo) stacks(mem *guestmem.Memory, cpus []CPU, direct uint64) (progs []elf.Prog64) {
 	if i == nil || i.space == nil {
 		return nil
@@ -189,8 +189,8 @@ func (i *vmcoreinfo) stacks(mem *guestmem.Memory, cpus []CPU, direct uint64) (pr
 	return progs
 }
 
-// image returns the segment of the kernel's image, without its place in the file. It begins at the 2 MiB
-// page of the text.
+// image returns the segment of the kernel's image, without its place in the file. It begins at the
+// 2 MiB page of the text.
 func (i *vmcoreinfo) image(regions []guestmem.Region) (p elf.Prog64, ok bool) {
 	if i == nil {
 		return p, false

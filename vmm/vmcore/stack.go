@@ -99,8 +99,8 @@ func (s *Symbols) name(addr uint64) string {
 }
 
 // Stacks writes the function of each CPU, and those of the return addresses on its stack, from the
-// stack pointer upwards. They are marked with ?, as Linux marks those that it is not sure of: some may
-// be left over from earlier calls. The memory may be that of a hostile guest.
+// stack pointer upwards. They are marked with ?, as Linux marks those that it is not sure of: some
+// may be left over from earlier calls. The memory may be that of a hostile guest.
 func Stacks(w io.Writer, mem *guestmem.Memory, cpus []CPU, symbols *Symbols) error {
 	space, offset, err := symbols.find(mem, cpus)
 	if err != nil {

@@ -11,7 +11,8 @@ import (
 
 const banner = "Linux version 6.12.0 (of a test)"
 
-// symbolFile makes a vmlinux whose text is at an address. The text has 4 KiB, and the banner follows.
+// symbolFile makes a vmlinux whose text is at an address. The text has 4 KiB, and the banner
+// follows.
 func symbolFile(at uint64) []byte {
 	names := "\x00first\x00of_assembly\x00last\x00linux_banner\x00a_variable\x00"
 	name := func(s string) uint32 { return uint32(strings.Index(names, "\x00"+s+"\x00")) + 1 }
@@ -42,8 +43,8 @@ func symbolFile(at uint64) []byte {
 	return head.Bytes()
 }
 
-// TestStacks: each CPU's function, and the return addresses above its stack pointer, by the symbols of a kernel
-// that may lie elsewhere. A stack ends at its size, and where nothing is mapped.
+// TestStacks: each CPU's function, and the return addresses above its stack pointer, by the symbols
+// of a kernel that may lie elsewhere. A stack ends at its size, and where nothing is mapped.
 func TestStacks(t *testing.T) {
 	for _, offset := range []uint64{0, 2 << 20, 64 << 20} {
 		mem := memory(t, nil)
@@ -84,7 +85,8 @@ func TestStacks(t *testing.T) {
 	}
 }
 
-// TestEndOfSection: the last symbol of a section, which marks its end, does not reach into the next one.
+// TestEndOfSection: the last symbol of a section, which marks its end, does not reach into the next
+// one.
 func TestEndOfSection(t *testing.T) {
 	s := Symbols{functions: []elf.Symbol{{Name: "_einittext", Section: 1, Value: 0x100},
 		{Name: "next", Section: 2, Value: 0x1000, Size: 8}}}

@@ -1,10 +1,10 @@
-// Package vmcore writes the memory and the CPUs of a stopped machine as an ELF core, as Linux's kdump
-// and QEMU's dump-guest-memory do, for crash, gdb, drgn and makedumpfile.
+// Package vmcore writes the memory and the CPUs of a stopped machine as an ELF core, as Linux's
+// kdump and QEMU's dump-guest-memory do, for crash, gdb, drgn and makedumpfile.
 //
-// The core has a note NT_PRSTATUS and a note QEMU for each CPU, and the note VMCOREINFO of the guest's
-// kernel. A segment for each region of RAM has its physical addresses. With VMCOREINFO they have its
-// virtual addresses too, another before them has the kernel's image, as that of /proc/vmcore, and others
-// after them have the stacks of the CPUs.
+// The core has a note NT_PRSTATUS and a note QEMU for each CPU, and the note VMCOREINFO of the
+// guest's kernel. A segment for each region of RAM has its physical addresses. With VMCOREINFO they
+// have its virtual addresses too, another before them has the kernel's image, as that of
+// /proc/vmcore, and others after them have the stacks of the CPUs.
 package vmcore
 
 import (
@@ -33,8 +33,8 @@ const (
 )
 
 // Write writes the core by put, in ascending order and without the zeros of memory, and returns its
-// size. release is the kernel's release by VMCOREINFO; "": the memory has no such note. The error may be that
-// of ctx: the size of memory, and a host that has swapped it out, delay no end.
+// size. release is the kernel's release by VMCOREINFO; "": the memory has no such note. The error
+// may be that of ctx: the size of memory, and a host that has swapped it out, delay no end.
 func Write(
 	ctx context.Context, mem *guestmem.Memory, cpus []CPU, put func(off int64, p []byte) error,
 ) (size int64, release string, err error) {
@@ -131,7 +131,8 @@ func putData(ctx context.Context, b []byte, off int64, put func(off int64, p []b
 	return nil
 }
 
-// writeNote adds an Elf64_Nhdr with its name and content, which the kernel and its readers align to 4.
+// writeNote adds an Elf64_Nhdr with its name and content, which the kernel and its readers align
+// to 4.
 func writeNote(b *bytes.Buffer, name string, kind uint32, desc []byte) {
 	_ = binary.Write(b, binary.LittleEndian, []uint32{uint32(len(name)) + 1, uint32(len(desc)), kind})
 	b.WriteString(name)
@@ -140,8 +141,8 @@ func writeNote(b *bytes.Buffer, name string, kind uint32, desc []byte) {
 	b.Write(zeros[:-len(desc)&3])
 }
 
-// elfPrstatus is struct elf_prstatus of Linux (include/uapi/linux/elfcore.h), with the user_regs_struct
-// of x86-64 (arch/x86/include/asm/user_64.h).
+// elfPrstatus is struct elf_prstatus of Linux (include/uapi/linux/elfcore.h), with the
+// user_regs_struct of x86-64 (arch/x86/include/asm/user_64.h).
 type elfPrstatus struct {
 	_   [32]byte // pr_info, pr_cursig, pr_sigpend, pr_sighold
 	PID uint32

@@ -216,8 +216,8 @@ func TestWrite(t *testing.T) {
 	}
 }
 
-// TestWriteWithoutInfo: a guest without the note is dumped too; with a note that no CPU confirms, this is
-// taken.
+// TestWriteWithoutInfo: a guest without the note is dumped too; with a note that no CPU confirms,
+// this is taken.
 func TestWriteWithoutInfo(t *testing.T) {
 	e, release := write(t, memory(t, nil), make([]CPU, 1))
 	if release != "" || len(e.Progs) != 3 || len(notesOf(t, e)) != 2 {
@@ -278,8 +278,8 @@ func (l *looks) Err() error {
 	return nil
 }
 
-// TestWriteEnds: the search in memory and its copy look for the end of the context at every MiB, although
-// memory without data puts nothing.
+// TestWriteEnds: the search in memory and its copy look for the end of the context at every MiB,
+// although memory without data puts nothing.
 func TestWriteEnds(t *testing.T) {
 	const size = 8 << 20
 	mem := guestmem.Heap(0, size)

@@ -12,19 +12,20 @@ const (
 const (
 	// KernelAlign is the least step of a randomized address (CONFIG_PHYSICAL_ALIGN).
 	KernelAlign = 2 << 20
-	// UserPageTable is the bit of CR3 that tells a user's page table from the kernel's, with page-table
-	// isolation (PTI_USER_PGTABLE_BIT).
+	// UserPageTable is the bit of CR3 that tells a user's page table from the kernel's, with
+	// page-table isolation (PTI_USER_PGTABLE_BIT).
 	UserPageTable = 1 << 12
 	// linkAddress is the address of the text in a vmlinux, with the default of CONFIG_PHYSICAL_START.
 	linkAddress = KernelMap + 16<<20
 )
 
-// MovedKernel returns the address of the text of a Linux kernel that KASLR has moved, for a CPU at rip: the
-// lowest one of its mapping, as __startup_64 leaves nothing mapped before it. ok is false for a kernel that is
-// at its usual link address, or not there yet. read reads guest physical memory, which may say anything.
+// MovedKernel returns the address of the text of a Linux kernel that KASLR has moved, for a CPU at
+// rip: the lowest one of its mapping, as __startup_64 leaves nothing mapped before it. ok is false
+// for a kernel that is at its usual link address, or not there yet. read reads guest physical
+// memory, which may say anything.
 func MovedKernel(read func(gpa uint64, p []byte) error, s kvm.Sregs, rip uint64) (text uint64, ok bool) {
-	// A user's page table of page-table isolation has a part of the kernel. The kernel's own is the page
-	// before, and has all that the user's has.
+	// A user's page table of page-table isolation has a part of the kernel. The kernel's own is the
+	// page before, and has all that the user's has.
 	kernel := s
 	kernel.CR3 &^= UserPageTable
 	at, mapped := Translate(read, &s, rip)

@@ -6,8 +6,8 @@ import (
 	"github.com/bobuhiro11/gokvm/kvm"
 )
 
-// TestMovedKernel: the lowest address of a kernel's mapping, also for a CPU that has the user's page table of
-// page-table isolation, in user space and on its way into the kernel.
+// TestMovedKernel: the lowest address of a kernel's mapping, also for a CPU that has the user's
+// page table of page-table isolation, in user space and on its way into the kernel.
 func TestMovedKernel(t *testing.T) {
 	const user, entry = 0x1abc, KernelMap + 0x1240_0000
 	tables := tables(t, 8, map[uint64]uint64{

@@ -21,8 +21,8 @@ func File(f *os.File, path string) error {
 	return dir(path)
 }
 
-// Replace gives the file at path, which need not exist, new contents. After a crash it has either the
-// old or the new ones.
+// Replace gives the file at path, which need not exist, new contents. After a crash it has either
+// the old or the new ones.
 func Replace(path string, data []byte) error {
 	tmp, err := write(path, data)
 	if err == nil {
@@ -59,8 +59,8 @@ func write(path string, data []byte) (name string, err error) {
 }
 
 // dir makes new, renamed and removed names in the directory of path durable. A file system that
-// cannot (some FUSE and network ones), and a directory that only others may read, are left to do that
-// in their own time.
+// cannot (some FUSE and network ones), and a directory that only others may read, are left to do
+// that in their own time.
 func dir(path string) error {
 	path = filepath.Dir(path)
 	BeforeDir(path)

@@ -582,8 +582,9 @@ func TestReplaced(t *testing.T) {
 	}
 }
 
-// TestLookers: processes that look at the same time whether an owner lives do not take each other for it.
-// gvm lio list, which looks without the lock of all changes, has once kept a janitor from its work.
+// TestLookers: processes that look at the same time whether an owner lives do not take each other
+// for it. gvm lio list, which looks without the lock of all changes, has once kept a janitor from
+// its work.
 func TestLookers(t *testing.T) {
 	h := newHost(t.TempDir())
 	o := owner{pid: 4242}

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestOther: another process adds disks to the target of a living one and removes them, to the last, as
-// that does itself. It changes no other target.
+// TestOther: another process adds disks to the target of a living one and removes them, to the
+// last, as that does itself. It changes no other target.
 func TestOther(t *testing.T) {
 	f := newFake(t)
 	h := fakeHost(f, process{7, 70})
@@ -70,8 +70,8 @@ func TestOther(t *testing.T) {
 	}
 }
 
-// TestTakeDown: another process takes down the target of a living one, and no other target. A change that began
-// before that makes nothing after it.
+// TestTakeDown: another process takes down the target of a living one, and no other target. A
+// change that began before that makes nothing after it.
 func TestTakeDown(t *testing.T) {
 	f := newFake(t)
 	h := fakeHost(f, process{7, 70})

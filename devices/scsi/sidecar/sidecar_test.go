@@ -148,8 +148,8 @@ func TestOpensWithoutWaiting(t *testing.T) {
 	}
 }
 
-// TestNamesAreDurable: the directory of every file that is made, replaced or removed is made durable
-// after that, and by then the file is whole.
+// TestNamesAreDurable: the directory of every file that is made, replaced or removed is made
+// durable after that, and by then the file is whole.
 func TestNamesAreDurable(t *testing.T) {
 	img := image(t, "disk.img")
 	disk := open(t, img, block.Options{})

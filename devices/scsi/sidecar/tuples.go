@@ -134,8 +134,8 @@ func (t *Tuples) cut(f *os.File, blocks uint64) error {
 	return f.Truncate(tupleOffset(blocks))
 }
 
-// Cut drops from IMAGE.pi, if that is there, what is behind size bytes of the image, for good. It is
-// for block.File.Resize.
+// Cut drops from IMAGE.pi, if that is there, what is behind size bytes of the image, for good. It
+// is for block.File.Resize.
 func Cut(b *block.File, size int64) error {
 	path, err := b.Beside(".pi", "protection information")
 	if err != nil || path == "" {
@@ -234,8 +234,8 @@ func (t *Tuples) WriteTuples(p []byte, block uint64) error {
 	return err
 }
 
-// ClearTuples implements scsi.Protection. What reaches to the end of the file is cut off, which takes
-// the same time for any length: zeroes take long where a file system punches no holes.
+// ClearTuples implements scsi.Protection. What reaches to the end of the file is cut off, which
+// takes the same time for any length: zeroes take long where a file system punches no holes.
 func (t *Tuples) ClearTuples(block, n uint64) error {
 	f, err := t.file(false)
 	if f == nil || err != nil {

@@ -218,8 +218,8 @@ func TestTuplesRefused(t *testing.T) {
 	}
 }
 
-// TestResizeCutsTuples makes an image smaller and larger again by a File that has nothing to do with
-// its protection information: blocks that are new have none.
+// TestResizeCutsTuples makes an image smaller and larger again by a File that has nothing to do
+// with its protection information: blocks that are new have none.
 func TestResizeCutsTuples(t *testing.T) {
 	for _, blockSize := range []int{512, 4096} {
 		path := filepath.Join(t.TempDir(), "disk")

@@ -1,7 +1,7 @@
-// Package balloon is the virtio traditional memory balloon device (virtio 1.3, 5.5). The driver gives
-// pages of guest memory back to the host: as many as Resize asks for, which it then does not use (the
-// balloon), and by free page reporting those that it happens not to use. A page that the guest touches
-// again is there again, with zeros, so that deflating needs no work and no answer.
+// Package balloon is the virtio traditional memory balloon device (virtio 1.3, 5.5). The driver
+// gives pages of guest memory back to the host: as many as Resize asks for, which it then does not
+// use (the balloon), and by free page reporting those that it happens not to use. A page that the
+// guest touches again is there again, with zeros, so that deflating needs no work and no answer.
 package balloon
 
 import (
@@ -31,8 +31,8 @@ const (
 	queueSize = 128
 )
 
-// Feature bits (5.5.3). Of these the device does not offer VIRTIO_BALLOON_F_MUST_TELL_HOST: the guest
-// may use a page again without a word.
+// Feature bits (5.5.3). Of these the device does not offer VIRTIO_BALLOON_F_MUST_TELL_HOST: the
+// guest may use a page again without a word.
 const (
 	featureStats        = 1 << 1 // VIRTIO_BALLOON_F_STATS_VQ
 	featureDeflateOnOOM = 1 << 2 // VIRTIO_BALLOON_F_DEFLATE_ON_OOM
@@ -51,8 +51,8 @@ const (
 // PageSize is the unit of the balloon for guests of any page size (5.5.6).
 const PageSize = 4096
 
-// What one chain does at most, so that it does not keep the worker from stopping: the rest of a longer
-// one is not given back. Linux has 256 pages in one.
+// What one chain does at most, so that it does not keep the worker from stopping: the rest of a
+// longer one is not given back. Linux has 256 pages in one.
 const (
 	maxPages = 4096
 	maxStats = 64
@@ -132,7 +132,8 @@ func (d *Device) Activate(a virtio.Activation) error {
 	return nil
 }
 
-// Stop implements virtio.Device. The buffer for statistics is taken again when the device continues.
+// Stop implements virtio.Device. The buffer for statistics is taken again when the device
+// continues.
 func (d *Device) Stop(ctx context.Context) ([]uint16, error) { return d.stop(ctx, func() {}) }
 
 // Reset implements virtio.Device. The size that was asked for stays: the next driver finds it.
@@ -201,8 +202,8 @@ func (d *Device) deflate(w *virtio.Worker, c *virtq.Chain) error {
 	return nil
 }
 
-// report takes free pages (5.5.6.7). The guest uses them again once the chain is given back. They keep
-// their contents if those have to be other than zeros.
+// report takes free pages (5.5.6.7). The guest uses them again once the chain is given back. They
+// keep their contents if those have to be other than zeros.
 func (d *Device) report(w *virtio.Worker, c *virtq.Chain) error {
 	d.mu.Lock()
 	poisoned := d.features&featurePagePoison != 0 && d.field(offPoisonVal) != 0
@@ -219,8 +220,8 @@ func (d *Device) report(w *virtio.Worker, c *virtq.Chain) error {
 	return nil
 }
 
-// discard gives memory back to the host. A host that does not take it has all of its memory in use, as
-// it would without a balloon.
+// discard gives memory back to the host. A host that does not take it has all of its memory in use,
+// as it would without a balloon.
 func (d *Device) discard(b []byte) {
 	if err := d.mem.Discard(b); err != nil {
 		d.mu.Lock()
@@ -229,7 +230,8 @@ func (d *Device) discard(b []byte) {
 	}
 }
 
-// takeStats takes the driver's statistics (5.5.6.3), and keeps the buffer until the next are wanted.
+// takeStats takes the driver's statistics (5.5.6.3), and keeps the buffer until the next are
+// wanted.
 func (d *Device) takeStats(w *virtio.Worker, c *virtq.Chain) error {
 	const entry = 10 // struct virtio_balloon_stat: le16 tag, le64 val
 	b := make([]byte, min(c.Out.Len(), maxStats*entry))
@@ -261,8 +263,8 @@ func (d *Device) takeStats(w *virtio.Worker, c *virtq.Chain) error {
 	return nil
 }
 
-// Resize asks the driver for a balloon of size bytes, of which whole pages below 16 TiB count. The driver
-// takes its time, and one that starts later finds the size.
+// Resize asks the driver for a balloon of size bytes, of which whole pages below 16 TiB count. The
+// driver takes its time, and one that starts later finds the size.
 func (d *Device) Resize(size uint64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -279,8 +281,8 @@ type State struct {
 	Size   uint64 // bytes that Resize asked for
 	Actual uint64 // bytes in the balloon
 	Driven bool   // there is a driver
-	// Stats are the guest's statistics, unverified, by their names in 5.5.6.4, in small letters; nil: none
-	// came.
+	// Stats are the guest's statistics, unverified, by their names in 5.5.6.4, in small letters; nil:
+	// none came.
 	Stats []inspect.Node
 }
 
@@ -305,7 +307,8 @@ func (d *Device) State(ctx context.Context) State {
 	return State{uint64(d.field(offNumPages)) * PageSize, uint64(d.field(offActual)) * PageSize, d.driven, d.stats}
 }
 
-// statNames are the tags (5.5.6.4) without VIRTIO_BALLOON_S_, and those of Linux's virtio_balloon.h.
+// statNames are the tags (5.5.6.4) without VIRTIO_BALLOON_S_, and those of Linux's
+// virtio_balloon.h.
 var statNames = [...]string{"swap_in", "swap_out", "majflt", "minflt", "memfree", "memtot", "avail", "caches",
 	"htlb_pgalloc", "htlb_pgfail", "oom_kill", "alloc_stall", "async_scan", "direct_scan", "async_reclaim",
 	"direct_reclaim"}

@@ -156,8 +156,8 @@ func TestInflate(t *testing.T) {
 
 const r0 = featureStats | featureDeflateOnOOM | featureReporting
 
-// TestReport: a driver reports in the queue that the specification numbers, or in Linux's. Only whole
-// pages go, and none of a guest whose free pages have other contents than zeros.
+// TestReport: a driver reports in the queue that the specification numbers, or in Linux's. Only
+// whole pages go, and none of a guest whose free pages have other contents than zeros.
 func TestReport(t *testing.T) {
 	for name, kind := range kinds {
 		t.Run(name, func(t *testing.T) {
@@ -358,8 +358,9 @@ func TestStopAndContinue(t *testing.T) {
 	}
 }
 
-// FuzzDriver has a driver that does anything. Each 4 bytes are one step, and those that follow a step
-// of inflating are the numbers of pages. Only pages that the driver named may lose their contents.
+// FuzzDriver has a driver that does anything. Each 4 bytes are one step, and those that follow a
+// step of inflating are the numbers of pages. Only pages that the driver named may lose their
+// contents.
 func FuzzDriver(f *testing.F) {
 	f.Add([]byte("\x00\x02\x00\x00\x00\x08\x00\x00\x03\x08\x00\x00\x02\x14\x00\x00\x05\x00\x00\x00\x04\x10\x10\x01"))
 	f.Add([]byte("\x02\x0a\x00\x00\x06\x00\x00\x00\x02\x20\x00\x00\x06\x00\x00\x00\x01\x10\x00\x00\x05\x00\x00\x00"))

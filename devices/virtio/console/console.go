@@ -1,10 +1,11 @@
-// Package console is the virtio console device with multiple ports (virtio 1.3, 5.3): named streams of
-// bytes between programs of the guest and this process. No port is a console of the guest's kernel.
-// A driver without VIRTIO_CONSOLE_F_MULTIPORT, which would take port 0 for one, gets no port.
+// Package console is the virtio console device with multiple ports (virtio 1.3, 5.3): named streams
+// of bytes between programs of the guest and this process. No port is a console of the guest's
+// kernel. A driver without VIRTIO_CONSOLE_F_MULTIPORT, which would take port 0 for one, gets no
+// port.
 //
-// Each port has two goroutines, which read and write its stream. The workers of the queues never wait
-// for a stream: bytes of the guest go through a bounded buffer, and chains that do not fit wait in
-// their queue's order. So a stop of the device waits for no stream either.
+// Each port has two goroutines, which read and write its stream. The workers of the queues never
+// wait for a stream: bytes of the guest go through a bounded buffer, and chains that do not fit
+// wait in their queue's order. So a stop of the device waits for no stream either.
 package console
 
 import (
@@ -46,9 +47,9 @@ const closePatience = 500 * time.Millisecond
 // Port is a stream of the guest.
 type Port struct {
 	Name string // by which the guest finds it
-	// Stream gets the guest's bytes by Write, and its Read's bytes go to the guest, which has to open the
-	// port first. The device's Close closes it, which ends a Read and a Write. For the guest an error of
-	// either is the end of the other side.
+	// Stream gets the guest's bytes by Write, and its Read's bytes go to the guest, which has to open
+	// the port first. The device's Close closes it, which ends a Read and a Write. For the guest an
+	// error of either is the end of the other side.
 	Stream io.ReadWriteCloser
 }
 

@@ -233,8 +233,8 @@ func TestOpen(t *testing.T) {
 	}
 }
 
-// TestBackPressure: a stream that takes nothing makes the guest wait, and not the device's stop. No byte
-// is lost or doubled by it.
+// TestBackPressure: a stream that takes nothing makes the guest wait, and not the device's stop. No
+// byte is lost or doubled by it.
 func TestBackPressure(t *testing.T) {
 	r := newRig(t, featureMultiport, "a")
 	r.open(0)
@@ -276,8 +276,8 @@ func TestWithoutMultiport(t *testing.T) {
 	r.host[0].Close()
 }
 
-// TestClose: a stream that takes nothing and has nothing does not hold up the end. One that is only slow
-// gets the last bytes.
+// TestClose: a stream that takes nothing and has nothing does not hold up the end. One that is only
+// slow gets the last bytes.
 func TestClose(t *testing.T) {
 	for _, slow := range []bool{false, true} {
 		r := newRig(t, featureMultiport, "a")

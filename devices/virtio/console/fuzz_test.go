@@ -7,8 +7,8 @@ import (
 	"gvm/devices/virtio/virtqtest"
 )
 
-// FuzzDriver has a driver that does anything, and streams that take all. Each 6 bytes are one step. The
-// bytes of each stream come in their order and once.
+// FuzzDriver has a driver that does anything, and streams that take all. Each 6 bytes are one step.
+// The bytes of each stream come in their order and once.
 func FuzzDriver(f *testing.F) {
 	const (
 		ready  = "\x00\x00\x00\x00\x01\x00" // DEVICE_READY

@@ -41,8 +41,8 @@ func newPort(d *Device, id int, p Port) *port {
 // owe has a control message sent by the next Device.tell. The caller holds mu.
 func (p *port) owe(event uint16) { p.owed |= 1 << event }
 
-// forget forgets the driver. Bytes that it has given back, or that the stream has for the guest, stay.
-// The caller holds mu.
+// forget forgets the driver. Bytes that it has given back, or that the stream has for the guest,
+// stay. The caller holds mu.
 func (p *port) forget() { p.owed, p.guestOpen, p.skip = 0, false, 0 }
 
 // gone notes that the stream has ended, and tells the guest. The caller holds mu.
@@ -72,8 +72,8 @@ func (p *port) addRx(w *virtio.Worker, c *virtq.Chain) error {
 	return nil
 }
 
-// send fills the driver's buffers. Linux drops bytes for a port that no program has open. The caller
-// holds mu.
+// send fills the driver's buffers. Linux drops bytes for a port that no program has open. The
+// caller holds mu.
 func (p *port) send() {
 	for p.guestOpen && p.d.multiport && len(p.in) > 0 && len(p.rx) > 0 {
 		to := p.rx[0]
@@ -105,7 +105,8 @@ func (p *port) readStream() {
 	}
 }
 
-// sendAll sends bytes to the guest, and waits until it has them. It is false once the device is closed.
+// sendAll sends bytes to the guest, and waits until it has them. It is false once the device is
+// closed.
 func (p *port) sendAll(b []byte) bool {
 	p.d.mu.Lock()
 	defer p.d.mu.Unlock()

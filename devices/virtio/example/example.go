@@ -1,5 +1,6 @@
-// Package example is a complete virtio device, to begin another one from: a driver gets the bytes of
-// each request back in reverse order. TestNewDevice of package machine has its row, and a driver.
+// Package example is a complete virtio device, to begin another one from: a driver gets the bytes
+// of each request back in reverse order. TestNewDevice of package machine has its row, and a
+// driver.
 package example
 
 import (

@@ -1,5 +1,5 @@
-// Package fs is the virtio file system device (virtio 1.3, 5.11): it gives the guest a directory tree
-// of the host, which package hostfs serves.
+// Package fs is the virtio file system device (virtio 1.3, 5.11): it gives the guest a directory
+// tree of the host, which package hostfs serves.
 package fs
 
 import (
@@ -135,7 +135,8 @@ func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 	}, d.workers.Inspect()
 }
 
-// request serves a request of either queue in a goroutine of its own: the host's file system may wait.
+// request serves a request of either queue in a goroutine of its own: the host's file system may
+// wait.
 func (d *Device) request(w *virtio.Worker, c *virtq.Chain, slots chan struct{}) error {
 	select {
 	case slots <- struct{}{}:

@@ -185,8 +185,8 @@ func TestMalformed(t *testing.T) {
 	}
 }
 
-// TestHungHost: a file system of the host that does not answer keeps the device from stopping, which
-// the caller can give up, and from nothing else.
+// TestHungHost: a file system of the host that does not answer keeps the device from stopping,
+// which the caller can give up, and from nothing else.
 func TestHungHost(t *testing.T) {
 	r := newRig(t)
 	hung := filepath.Join(r.dev.share.Dir, "hung")
@@ -249,8 +249,8 @@ func TestHungClose(t *testing.T) {
 	<-asked
 }
 
-// TestPriority: a request of the hiprio queue is served while those of the request queue are as many
-// as the host serves at a time, all of which wait (5.11.6.2).
+// TestPriority: a request of the hiprio queue is served while those of the request queue are as
+// many as the host serves at a time, all of which wait (5.11.6.2).
 func TestPriority(t *testing.T) {
 	r := newRig(t)
 	for range cap(r.dev.slots[1]) {
@@ -302,7 +302,8 @@ func TestConfig(t *testing.T) {
 	}
 }
 
-// FuzzRequest sends messages in any pieces. Each is used, and not with more bytes than it has room for.
+// FuzzRequest sends messages in any pieces. Each is used, and not with more bytes than it has room
+// for.
 func FuzzRequest(f *testing.F) {
 	f.Add([]byte("file\x00"), uint8(1), uint8(40), uint8(16), uint8(200))
 	f.Add(make([]byte, 16), uint8(26), uint8(3), uint8(0), uint8(255))

@@ -59,7 +59,8 @@ func (d *Device) command(h [2]byte, data *virtq.Buffer) bool {
 	return false
 }
 
-// macTables reports whether data is two struct virtio_net_ctrl_mac, of unicast and multicast addresses.
+// macTables reports whether data is two struct virtio_net_ctrl_mac, of unicast and multicast
+// addresses.
 func macTables(data *virtq.Buffer) bool {
 	for range 2 {
 		var entries [4]byte

@@ -36,8 +36,8 @@ func (k *fakeKernel) Inspect() [][]inspect.Node {
 	return slices.Repeat([][]inspect.Node{{inspect.Int("last_avail_idx", 3)}}, len(k.sizes))
 }
 
-// TestKernel: the kernel gets the queue pairs that the driver can use, and the device keeps the control
-// queue.
+// TestKernel: the kernel gets the queue pairs that the driver can use, and the device keeps the
+// control queue.
 func TestKernel(t *testing.T) {
 	r := newRig(t, 2, 0)
 	r.stop()

@@ -1,17 +1,17 @@
-// Package net is the virtio network device (virtio 1.3, 5.1). Its backend is a descriptor for each pair
-// of queues, on which a read or a write is one frame behind a struct virtio_net_hdr: a TAP interface of
-// the host, or a socket of a program that speaks for a network.
+// Package net is the virtio network device (virtio 1.3, 5.1). Its backend is a descriptor for each
+// pair of queues, on which a read or a write is one frame behind a struct virtio_net_hdr: a TAP
+// interface of the host, or a socket of a program that speaks for a network.
 //
 // The device has no goroutines but the workers of its queues. Frames go straight between the
-// descriptor and the guest's memory. The worker of a receive queue takes buffers only for frames that are
-// there, and waits for the descriptor and for the driver at once. The worker of a transmit queue waits
-// while the backend takes no more.
+// descriptor and the guest's memory. The worker of a receive queue takes buffers only for frames
+// that are there, and waits for the descriptor and for the driver at once. The worker of a transmit
+// queue waits while the backend takes no more.
 //
-// The device does not look into frames, nor at the driver's fields of the header: gso_type, hdr_len,
-// gso_size, csum_start and csum_offset go to the backend, which must not trust them. A TAP interface
-// does not: tun_get_user (drivers/net/tun.c) holds hdr_len to the frame's length, virtio_net_hdr_to_skb
-// (include/linux/virtio_net.h) checks the others against the frame, and the write fails with EINVAL. Then
-// the frame is lost, and counted.
+// The device does not look into frames, nor at the driver's fields of the header: gso_type,
+// hdr_len, gso_size, csum_start and csum_offset go to the backend, which must not trust them. A TAP
+// interface does not: tun_get_user (drivers/net/tun.c) holds hdr_len to the frame's length,
+// virtio_net_hdr_to_skb (include/linux/virtio_net.h) checks the others against the frame, and the
+// write fails with EINVAL. Then the frame is lost, and counted.
 package net
 
 import (
@@ -74,20 +74,20 @@ const (
 type Config struct {
 	MAC [6]byte
 	MTU uint16 // the largest that the driver should use; 0: the driver is not told
-	// Queues are the backend's descriptors, one for each pair of queues, in non-blocking mode. The caller
-	// closes them after the device's last Reset.
+	// Queues are the backend's descriptors, one for each pair of queues, in non-blocking mode. The
+	// caller closes them after the device's last Reset.
 	Queues []int
 	// Offloads are the bits CSum to HostECN that the backend is able to do.
 	Offloads uint64
-	// SetOffloads tells the backend which of GuestCSum to GuestECN the driver has accepted: frames to the
-	// guest must need no other. nil: the backend makes no such frames.
+	// SetOffloads tells the backend which of GuestCSum to GuestECN the driver has accepted: frames to
+	// the guest must need no other. nil: the backend makes no such frames.
 	SetOffloads func(features uint64) error
 	// SetPairs tells a backend with several queues to use the first n alone. It is 1 at first.
 	SetPairs func(n int) error
 	// Kernel serves the queue pairs in place of the device's workers; nil: none does.
 	Kernel Kernel
-	// Failed is called once, with the reason, when the backend has ended. The guest's link is down then.
-	// It does not block.
+	// Failed is called once, with the reason, when the backend has ended. The guest's link is down
+	// then. It does not block.
 	Failed func(error)
 }
 
@@ -95,7 +95,8 @@ type Config struct {
 type Kernel interface {
 	// Features returns the bits of the ring and VIRTIO_NET_F_MRG_RXBUF that the kernel has.
 	Features() uint64
-	// Activate is virtio.Device's, for the queues of the pairs alone. After an error nothing is active.
+	// Activate is virtio.Device's, for the queues of the pairs alone. After an error nothing is
+	// active.
 	Activate(virtio.Activation) error
 	// Stop is virtio.Device's; it does not give up.
 	Stop() (bases []uint16, err error)

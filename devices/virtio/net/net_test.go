@@ -137,7 +137,8 @@ func TestReceiveWhole(t *testing.T) {
 	}
 }
 
-// TestBackpressure: the device keeps a frame that the backend does not take, and a stop gives it back.
+// TestBackpressure: the device keeps a frame that the backend does not take, and a stop gives it
+// back.
 func TestBackpressure(t *testing.T) {
 	r := newRig(t, 1, virtio.FeatureEventIdx)
 	d := r.q[1]

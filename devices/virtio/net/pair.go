@@ -20,8 +20,8 @@ const (
 	// TAP interface may add a VLAN tag to MaxFrame.
 	overflowLen = MaxFrame + 64
 
-	// maxSegs bounds the segments of the buffers of one read, beside those of the last buffer, of which
-	// it has queueSize at most: IOV_MAX is 1024.
+	// maxSegs bounds the segments of the buffers of one read, beside those of the last buffer, of
+	// which it has queueSize at most: IOV_MAX is 1024.
 	maxSegs = 1024 - queueSize - 1
 )
 
@@ -94,8 +94,8 @@ func (p *pair) drop() {
 	p.held, p.room, p.segs = p.held[:0], 0, 0
 }
 
-// receive serves the receive queue. It returns when every buffer is filled, or the next frame needs more
-// of them, or the worker is to stop.
+// receive serves the receive queue. It returns when every buffer is filled, or the next frame needs
+// more of them, or the worker is to stop.
 func (p *pair) receive(w *virtio.Worker, c *virtq.Chain) error {
 	n := c.In.Len()
 	switch {
@@ -172,8 +172,8 @@ func (p *pair) buffers() [][]byte {
 	return p.iov
 }
 
-// read reads a frame into the buffers that are held, and where they end into overflow, at the place that
-// this part of the frame has in the whole. The caller holds mu.
+// read reads a frame into the buffers that are held, and where they end into overflow, at the place
+// that this part of the frame has in the whole. The caller holds mu.
 func (p *pair) read() (n int, err error) {
 	p.buffers()
 	if p.room < overflowLen {
@@ -195,8 +195,8 @@ func (p *pair) read() (n int, err error) {
 	}
 }
 
-// deliver gives the driver the first buffers that are held, which have a frame of n bytes. The caller
-// holds mu.
+// deliver gives the driver the first buffers that are held, which have a frame of n bytes. The
+// caller holds mu.
 func (p *pair) deliver(w *virtio.Worker, n int) {
 	p.done = p.done[:0]
 	for left := n; left > 0; {
@@ -260,8 +260,8 @@ func (p *pair) transmit(w *virtio.Worker, c *virtq.Chain) error {
 	return nil
 }
 
-// refused reports whether a failed write is the frame's matter, or one that passes: a header without
-// sense, or an interface that is down or lacks memory.
+// refused reports whether a failed write is the frame's matter, or one that passes: a header
+// without sense, or an interface that is down or lacks memory.
 func refused(err error) bool {
 	for _, e := range []error{unix.EINVAL, unix.EIO, unix.EMSGSIZE, unix.ENOBUFS, unix.ENOMEM, unix.EFAULT} {
 		if errors.Is(err, e) {

@@ -1,6 +1,6 @@
-// Package vhostnet has the kernel serve the queue pairs of a network device by /dev/vhost-net: frames pass
-// between a TAP interface and the guest's memory without this process. What remains of the device,
-// its configuration and its control queue, is package net's.
+// Package vhostnet has the kernel serve the queue pairs of a network device by /dev/vhost-net:
+// frames pass between a TAP interface and the guest's memory without this process. What remains of
+// the device, its configuration and its control queue, is package net's.
 package vhostnet
 
 import (
@@ -29,8 +29,8 @@ type pair struct {
 
 const served = 2 // queues of a pair
 
-// Open opens a device of the kernel's for each queue of a TAP interface. Its errors say how to fix the
-// problem. note takes one line for the user.
+// Open opens a device of the kernel's for each queue of a TAP interface. Its errors say how to fix
+// the problem. note takes one line for the user.
 func Open(taps []int, note func(string)) (*Pairs, error) {
 	k := &Pairs{note: note}
 	for _, tap := range taps {
@@ -81,7 +81,8 @@ func (p *pair) activate(a virtio.Activation, features uint64) (err error) {
 	if p.rings, err = vhostring.New(&p.dev.Device, "vhost-net", a, served); err != nil {
 		return err
 	}
-	// Offloads are between the driver and the TAP interface, and bits of the transport the transport's.
+	// Offloads are between the driver and the TAP interface, and bits of the transport the
+	// transport's.
 	if err := p.rings.Set(a.Features & features); err != nil {
 		return err
 	}

@@ -1,7 +1,7 @@
-// Package vhostring has the kernel serve the queues of a virtio device, by any of its vhost devices: the
-// kernel gets the guest's memory, the rings, the doorbells and the interrupts, and what it says of errors
-// in the rings breaks the device or not. What is of one kind of device, such as the call that starts the
-// service, is in the packages vhostnet, vhostscsi and vhostvsock.
+// Package vhostring has the kernel serve the queues of a virtio device, by any of its vhost
+// devices: the kernel gets the guest's memory, the rings, the doorbells and the interrupts, and
+// what it says of errors in the rings breaks the device or not. What is of one kind of device, such
+// as the call that starts the service, is in the packages vhostnet, vhostscsi and vhostvsock.
 package vhostring
 
 import (
@@ -31,8 +31,8 @@ type Rings struct {
 	running sync.WaitGroup
 }
 
-// New opens the files of the rings, or nothing on an error. The kernel serves the first queues of a; name is
-// the device's in errors.
+// New opens the files of the rings, or nothing on an error. The kernel serves the first queues of
+// a; name is the device's in errors.
 func New(dev *vhost.Device, name string, a virtio.Activation, queues int) (r *Rings, err error) {
 	r = &Rings{dev: dev, name: name, a: a, queues: queues,
 		errs: make([]*eventfd.FD, queues), suspect: make([]suspect, queues)}
@@ -58,7 +58,8 @@ func (r *Rings) served() func(func(int, virtio.Queue) bool) {
 	}
 }
 
-// Set gives the kernel the memory, the features and the vrings. Clear undoes it, also after an error.
+// Set gives the kernel the memory, the features and the vrings. Clear undoes it, also after an
+// error.
 func (r *Rings) Set(features uint64) error {
 	var regions []vhost.Region
 	for _, m := range r.a.Mem.Regions() {
@@ -119,8 +120,9 @@ func resolve(mem *guestmem.Memory, l virtq.Layout, features uint64) (a vhost.Vri
 	return a, nil
 }
 
-// Start is called when the kernel serves the vrings. It begins to watch for errors. The kernel looks at a
-// queue when its doorbell rings, and one that rang earlier is forgotten, so Start rings them all.
+// Start is called when the kernel serves the vrings. It begins to watch for errors. The kernel
+// looks at a queue when its doorbell rings, and one that rang earlier is forgotten, so Start rings
+// them all.
 func (r *Rings) Start() error {
 	r.started = true
 	r.running.Go(panics.Func(r.run))
@@ -141,9 +143,9 @@ func (r *Rings) Halt() error {
 	return nil
 }
 
-// Bases asks the kernel, which has stopped to serve the vrings, how far it came in each; nil if it had not
-// begun. A queue that is not the kernel's is at the base that it had. unanswered is called for a queue of
-// which the kernel took more than it used.
+// Bases asks the kernel, which has stopped to serve the vrings, how far it came in each; nil if it
+// had not begun. A queue that is not the kernel's is at the base that it had. unanswered is called
+// for a queue of which the kernel took more than it used.
 func (r *Rings) Bases(unanswered func(queue int, n uint16)) ([]uint16, error) {
 	if !r.started {
 		return nil, nil
@@ -189,8 +191,8 @@ func (r *Rings) Clear() error {
 	return nil
 }
 
-// Interrupt interrupts for each queue. The kernel interrupts for the last chains after it has counted them
-// as used, when it may have lost the eventfd already. One more is harmless.
+// Interrupt interrupts for each queue. The kernel interrupts for the last chains after it has
+// counted them as used, when it may have lost the eventfd already. One more is harmless.
 func (r *Rings) Interrupt() (err error) {
 	if r == nil {
 		return nil
@@ -220,8 +222,8 @@ func (r *Rings) Close() error {
 	return errors.Join(errs...)
 }
 
-// Inspect returns of each queue the base that the kernel has reached (VHOST_GET_VRING_BASE). The kernel
-// does not show more.
+// Inspect returns of each queue the base that the kernel has reached (VHOST_GET_VRING_BASE). The
+// kernel does not show more.
 func (r *Rings) Inspect() [][]inspect.Node {
 	if r == nil {
 		return nil

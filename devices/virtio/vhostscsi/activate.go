@@ -130,9 +130,9 @@ func (d *Device) detach() (bases []uint16, err error) {
 	return bases, d.rings.Clear()
 }
 
-// account notes that the kernel has let the target go, and has taken n requests of a queue that it did not
-// answer. It answers what it took, except what it dropped as no request; more than that would be a fault of
-// its own, so the first such time is told.
+// account notes that the kernel has let the target go, and has taken n requests of a queue that it
+// did not answer. It answers what it took, except what it dropped as no request; more than that
+// would be a fault of its own, so the first such time is told.
 func (d *Device) account(queue int, n uint16) {
 	if !d.told {
 		d.told = true

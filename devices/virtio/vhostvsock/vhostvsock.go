@@ -1,6 +1,6 @@
 // Package vhostvsock is the virtio socket device (virtio 1.3, 5.10) that the kernel serves by
-// /dev/vhost-vsock: programs of the host reach the guest by AF_VSOCK, at a CID that no other machine of the
-// host has. The guest finds the same PCI device as that of package vsock.
+// /dev/vhost-vsock: programs of the host reach the guest by AF_VSOCK, at a CID that no other
+// machine of the host has. The guest finds the same PCI device as that of package vsock.
 package vhostvsock
 
 import (
@@ -18,8 +18,8 @@ import (
 	"gvm/kvmapi/vhost"
 )
 
-// Queue numbers (5.10.2) and sizes. The kernel serves rx and tx; no event is ever sent, as the guest's
-// connections are never interrupted without its knowledge (5.10.6.7).
+// Queue numbers (5.10.2) and sizes. The kernel serves rx and tx; no event is ever sent, as the
+// guest's connections are never interrupted without its knowledge (5.10.6.7).
 const (
 	served = 2
 
@@ -45,7 +45,8 @@ type Device struct {
 	rings  *vhostring.Rings // while active
 }
 
-// New opens the kernel's device and takes the CID, so that all that can go wrong does before a guest runs.
+// New opens the kernel's device and takes the CID, so that all that can go wrong does before a
+// guest runs.
 func New(cfg Config) (*Device, error) {
 	if cfg.Note == nil {
 		cfg.Note = func(string) {}
@@ -144,8 +145,8 @@ func (d *Device) activate(a virtio.Activation) error {
 	return d.rings.Start()
 }
 
-// Stop implements virtio.Device. The kernel answers what it has taken, and the host's connections stay:
-// what their programs send waits. The wait does not end with ctx.
+// Stop implements virtio.Device. The kernel answers what it has taken, and the host's connections
+// stay: what their programs send waits. The wait does not end with ctx.
 func (d *Device) Stop(context.Context) ([]uint16, error) {
 	rings := d.rings
 	bases, undone, err := d.stop()
@@ -155,8 +156,8 @@ func (d *Device) Stop(context.Context) ([]uint16, error) {
 	return bases, nil
 }
 
-// Reset implements virtio.Device. The kernel does not forget the host's connections: the next driver resets
-// each at its next packet, and Close ends them.
+// Reset implements virtio.Device. The kernel does not forget the host's connections: the next
+// driver resets each at its next packet, and Close ends them.
 func (d *Device) Reset() error {
 	_, undone, err := d.stop()
 	if undone != nil {
@@ -168,8 +169,8 @@ func (d *Device) Reset() error {
 	return nil
 }
 
-// stop undoes Activate and returns the base of each queue. If the kernel refuses a part of it, which undone
-// says, the kernel's half is closed, and the next Activate opens it anew.
+// stop undoes Activate and returns the base of each queue. If the kernel refuses a part of it,
+// which undone says, the kernel's half is closed, and the next Activate opens it anew.
 func (d *Device) stop() (bases []uint16, undone, err error) {
 	if d.rings == nil {
 		return nil, nil, nil

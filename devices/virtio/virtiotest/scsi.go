@@ -22,8 +22,9 @@ const (
 // DiskBlocks is how many logical blocks of 512 bytes n slots of a Disk need.
 func DiskBlocks(n int) int64 { return int64(n) * blocks }
 
-// Disk returns a slot with blocks of its own on target 0, LUN 0. It writes them, reads them back and
-// compares, each time with other data and another tag. number is the slot's number in all queues.
+// Disk returns a slot with blocks of its own on target 0, LUN 0. It writes them, reads them back
+// and compares, each time with other data and another tag. number is the slot's number in all
+// queues.
 func Disk(d *virtqtest.Driver, number int) Slot {
 	s := &disk{
 		mem: d, lba: uint32(number * blocks),
@@ -90,8 +91,8 @@ func (s *disk) Check(uint32) error {
 	return nil
 }
 
-// Management returns a slot of the control queue: QUERY TASK of a task that LUN 0 does not have, and
-// the response that the device gives.
+// Management returns a slot of the control queue: QUERY TASK of a task that LUN 0 does not have,
+// and the response that the device gives.
 func Management(d *virtqtest.Driver, answer byte) Slot {
 	return &management{mem: d, request: d.Alloc(24), response: d.Alloc(1), answer: answer}
 }

@@ -1,5 +1,5 @@
-// Package virtiotest holds virtio devices to the contract of virtio.Device, from the driver's side of
-// their queues.
+// Package virtiotest holds virtio devices to the contract of virtio.Device, from the driver's side
+// of their queues.
 package virtiotest
 
 import (
@@ -37,8 +37,8 @@ type Load struct {
 	// Slots returns the driver's requests in flight in a queue, with memory from d. A queue without
 	// slots is set up, and left to Round.
 	Slots func(queue int, d *virtqtest.Driver) []Slot
-	// Left is how many chains of a queue with slots a device may keep at the end, because it needs more of
-	// them for its next answer; nil: none.
+	// Left is how many chains of a queue with slots a device may keep at the end, because it needs
+	// more of them for its next answer; nil: none.
 	Left func(queue int) int
 	// Round, if it is not nil, is called in each round with the queues, once while the device is
 	// active and once while it is stopped.
@@ -121,8 +121,8 @@ func (s *stopper) breaks(err error) {
 
 var errGivenUp = errors.New("given up")
 
-// round lets the device answer some requests, stops it and has it continue. The first attempt to stop it
-// is given up after patience.
+// round lets the device answer some requests, stops it and has it continue. The first attempt to
+// stop it is given up after patience.
 func (s *stopper) round(
 	dev virtio.Device, a *virtio.Activation, l Load, answers uint64, patience time.Duration,
 ) error {

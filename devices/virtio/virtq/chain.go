@@ -13,8 +13,8 @@ type Chain struct {
 	// User is the device's own. It stays with the recycled chain, so that the
 	// state of a request is made once and not for every request.
 	User any
-	// Taken is when the worker of the queue took the chain, by inspect.Clock, if it measures this one, which
-	// stands for Weight chains; else 0.
+	// Taken is when the worker of the queue took the chain, by inspect.Clock, if it measures this one,
+	// which stands for Weight chains; else 0.
 	Taken  time.Duration
 	Weight uint64
 

@@ -132,8 +132,8 @@ func (s *tables) choose(pick func(int) int, table uint64, negotiated bool) (d vi
 	return d
 }
 
-// bait is the descriptor where a device has no reason to read. One that reads it takes it for the end
-// of a good chain.
+// bait is the descriptor where a device has no reason to read. One that reads it takes it for the
+// end of a good chain.
 var bait = virtqtest.Desc{Addr: bufAt + 2048, Len: 5, Flags: virtq.DescFWrite}
 
 // check gives a queue every table of s, at every index of the available ring, and returns their
@@ -274,20 +274,20 @@ func flagsOf(flags ...uint16) []uint16 {
 }
 
 // TestEveryTable gives the device every descriptor table of queues of 1, 2 and 4 entries, of the
-// values below, with and without VIRTIO_F_INDIRECT_DESC, and compares what it takes with virtio 1.3:
-// chains are taken or refused as the text says, with the same buffers, never more of them than the
-// queue has entries, and without a panic.
+// values below, with and without VIRTIO_F_INDIRECT_DESC, and compares what it takes with virtio
+// 1.3: chains are taken or refused as the text says, with the same buffers, never more of them than
+// the queue has entries, and without a panic.
 //
-// The values: all 16 combinations of NEXT, WRITE, INDIRECT and an undefined flag; every next and head
-// in the table, the first past it and 65535; buffers of 0, 1, 16, 17, 2^31 and 2^32-1 bytes, inside
-// RAM, at its last 16 bytes, after its end and up to the end of the address space; indirect tables of
-// no entry to one more than the queue has, of 2^27 entries, of other lengths, outside RAM, and on top
-// of the queue's table.
+// The values: all 16 combinations of NEXT, WRITE, INDIRECT and an undefined flag; every next and
+// head in the table, the first past it and 65535; buffers of 0, 1, 16, 17, 2^31 and 2^32-1 bytes,
+// inside RAM, at its last 16 bytes, after its end and up to the end of the address space; indirect
+// tables of no entry to one more than the queue has, of 2^27 entries, of other lengths, outside
+// RAM, and on top of the queue's table.
 //
-// All of that is 10^13 tables for 4 entries. Left out are tables that differ only where a chain does
-// not come: there a bait waits for a device that goes too far. Besides, for 4 entries the first set has
-// a good and a wrong buffer, the second all kinds of good ones, and the third more indirect tables, with
-// fewer flags.
+// All of that is 10^13 tables for 4 entries. Left out are tables that differ only where a chain
+// does not come: there a bait waits for a device that goes too far. Besides, for 4 entries the
+// first set has a good and a wrong buffer, the second all kinds of good ones, and the third more
+// indirect tables, with fewer flags.
 func TestEveryTable(t *testing.T) {
 	inner := flagsOf(virtq.DescFNext, virtq.DescFWrite, virtq.DescFIndirect)
 	few := []span{{ramEnd, 0}, {last16, 16}, {last16, 17}}

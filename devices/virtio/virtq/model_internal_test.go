@@ -21,7 +21,8 @@ func TestModelConstants(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// macro returns the first definition of a name, which is the right one where the model has a wrong one too.
+	// macro returns the first definition of a name, which is the right one where the model has a wrong
+	// one too.
 	macro := func(name string) string {
 		m := regexp.MustCompile(`(?m)^#define ` + regexp.QuoteMeta(name) + ` ([^\n/]+)`).FindSubmatch(text)
 		if m == nil {

@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// TestModel has spin visit every state of the model of the split virtqueue. With a rule taken out by a
-// macro spin has to find a fault.
+// TestModel has spin visit every state of the model of the split virtqueue. With a rule taken out
+// by a macro spin has to find a fault.
 func TestModel(t *testing.T) {
 	for _, event := range []string{" -DEVENT_IDX=0", " -DEVENT_IDX=1"} {
 		for _, small := range []string{"-DQSIZE=1 -DMASK=1", "-DQSIZE=1 -DMASK=3"} {
@@ -30,8 +30,8 @@ func TestModel(t *testing.T) {
 	spin(t, "-DQSIZE=2 -DMASK=3 -DEVENT_IDX=1 -DLAST_EVENT_ONLY", "-DSAFETY", true)
 }
 
-// spin checks the model with some macros, for faults (check -DSAFETY) or for cycles without progress
-// (-DNP), and reports whether it has an error as expected.
+// spin checks the model with some macros, for faults (check -DSAFETY) or for cycles without
+// progress (-DNP), and reports whether it has an error as expected.
 func spin(t *testing.T, macros, check string, broken bool) {
 	t.Helper()
 	model, err := filepath.Abs("testdata/models/split.pml")

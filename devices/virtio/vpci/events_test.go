@@ -11,7 +11,8 @@ import (
 	"gvm/inspect"
 )
 
-// TestEvents: the state has what drivers and the device did, from the negotiation of features to a reset.
+// TestEvents: the state has what drivers and the device did, from the negotiation of features to a
+// reset.
 func TestEvents(t *testing.T) {
 	dev := scsi(t)
 	r := newRig(t, dev, dev)

@@ -63,9 +63,9 @@ func continued(t *testing.T, dev *device, before *virtio.Activation) {
 	equal(t, "features", dev.active.Features, before.Features)
 }
 
-// TestNewOwner: an owner of the function that turns its memory decoding off, to see the size of its BARs,
-// while bus mastering is off is a new one, such as a kernel that another has started. It does not know the
-// rings: the device must not continue them when it turns bus mastering on.
+// TestNewOwner: an owner of the function that turns its memory decoding off, to see the size of its
+// BARs, while bus mastering is off is a new one, such as a kernel that another has started. It does
+// not know the rings: the device must not continue them when it turns bus mastering on.
 func TestNewOwner(t *testing.T) {
 	for name, commands := range map[string][]uint64{"then": {2, 0}, "with": {0}, "first": {4, 0}} {
 		t.Run(name, func(t *testing.T) {
@@ -164,8 +164,8 @@ func TestPause(t *testing.T) {
 	equal(t, "base", dev.active.Queues[2].Base, 0)
 }
 
-// TestPauseGivenUp: a device that gives up its stop is as it was, and one that does not continues when it
-// has stopped after all.
+// TestPauseGivenUp: a device that gives up its stop is as it was, and one that does not continues
+// when it has stopped after all.
 func TestPauseGivenUp(t *testing.T) {
 	why := errors.New("enough")
 	dev := scsi(t)

@@ -354,8 +354,8 @@ func (d *Device) command(command uint16) {
 	d.proceed(a)
 }
 
-// stop stops the device if it is active. If it does not, because ctx ends first, stop returns the cause of
-// ctx. A device that cannot stop fails. The caller holds mu.
+// stop stops the device if it is active. If it does not, because ctx ends first, stop returns the
+// cause of ctx. A device that cannot stop fails. The caller holds mu.
 func (d *Device) stop(ctx context.Context, a *activation) error {
 	if a.state != active {
 		return nil
@@ -401,22 +401,23 @@ func (d *Device) fail(a *activation, err error) {
 }
 
 // Pause stops the device, if a driver uses it, until Resume. It does not wait: done gets nil when
-// everything in flight is finished, or the cause of ctx, with the device as it was, if ctx ended first. A
-// device that cannot give up (see virtio.Device's Stop) does not answer before its storage does.
+// everything in flight is finished, or the cause of ctx, with the device as it was, if ctx ended
+// first. A device that cannot give up (see virtio.Device's Stop) does not answer before its storage
+// does.
 func (d *Device) Pause(ctx context.Context) (done <-chan error) {
 	d.paused.Store(true)
 	return d.later(func(a *activation) error { return d.stop(ctx, a) })
 }
 
-// Resume has the device continue after Pause, also one that has not stopped yet. It does not wait: done
-// gets nil then.
+// Resume has the device continue after Pause, also one that has not stopped yet. It does not wait:
+// done gets nil then.
 func (d *Device) Resume() (done <-chan error) {
 	d.paused.Store(false)
 	return d.later(func(*activation) error { return nil })
 }
 
-// later runs do, if there is an activation, and then has the device continue if it may, in a goroutine: mu
-// may be held as long as storage takes.
+// later runs do, if there is an activation, and then has the device continue if it may, in a
+// goroutine: mu may be held as long as storage takes.
 func (d *Device) later(do func(*activation) error) <-chan error {
 	done := make(chan error, 1)
 	panics.Go(func() {

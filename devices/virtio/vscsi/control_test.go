@@ -56,8 +56,8 @@ func TestTaskManagement(t *testing.T) {
 	}
 }
 
-// TestFunctionsInspected: the device shows its last task management functions, the newest first, and that
-// one is not answered yet.
+// TestFunctionsInspected: the device shows its last task management functions, the newest first,
+// and that one is not answered yet.
 func TestFunctionsInspected(t *testing.T) {
 	var during []inspect.Node
 	f := &asked{fake: &fake{submit: good}}

@@ -24,8 +24,8 @@ type function struct {
 	answered bool
 }
 
-// add keeps a function that begins, and returns a function that keeps its answer. The control queue has
-// one thread, so no other function begins before that.
+// add keeps a function that begins, and returns a function that keeps its answer. The control queue
+// has one thread, so no other function begins before that.
 func (f *functions) add(r trace.Record) (answered func(response byte)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -91,7 +91,8 @@ func TestProtection(t *testing.T) {
 		!bytes.Equal(got, data) {
 		t.Errorf("read without: %d, %d, residual %d", code, status, resid)
 	}
-	// What does not fit its buffer is the command's to refuse; what does not fit the request is no request.
+	// What does not fit its buffer is the command's to refuse; what does not fit the request is no
+	// request.
 	if code, status, _, _, _ := do(headerPI(0, 8, read...), nil, 8+1024); code != sOverrun || status != 2 {
 		t.Errorf("room for one tuple: %d, %d", code, status)
 	}

@@ -154,8 +154,8 @@ func TestStopAndContinue(t *testing.T) {
 	}
 }
 
-// TestStopKeeps: the driver's settings stay over a stop, and so do events that it has not seen; a reset of the
-// stopped device forgets them.
+// TestStopKeeps: the driver's settings stay over a stop, and so do events that it has not seen; a
+// reset of the stopped device forgets them.
 func TestStopKeeps(t *testing.T) {
 	f := &fake{submit: good}
 	r := newRig(t, Config{Target: f}, allEvents)

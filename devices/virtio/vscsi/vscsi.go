@@ -221,9 +221,9 @@ func (d *Device) observe(kind trace.Kind) {
 	}
 }
 
-// Stop implements virtio.Device. The device keeps sense_size, cdb_size, whether the driver is to be told
-// of lost events, and as many events that come meanwhile as the driver has given buffers. To the target
-// the I_T nexus stays.
+// Stop implements virtio.Device. The device keeps sense_size, cdb_size, whether the driver is to be
+// told of lost events, and as many events that come meanwhile as the driver has given buffers. To
+// the target the I_T nexus stays.
 func (d *Device) Stop(ctx context.Context) ([]uint16, error) { return d.stop(ctx, d.events.stop) }
 
 // Reset implements virtio.Device: no more requests are taken, those in flight

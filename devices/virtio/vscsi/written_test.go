@@ -79,7 +79,8 @@ func TestUsedLength(t *testing.T) {
 		{"no such unit", 5, 16, read(0, 2), 16 + 1024, 0},
 		{"no data of a command", 0, 16, make([]byte, 6), 16 + 1024, 0},
 	} {
-		// The memory is set to one value, then to another: bytes that are the same afterwards were written.
+		// The memory is set to one value, then to another: bytes that are the same afterwards were
+		// written.
 		var seen [2][]byte
 		for i, pattern := range []byte{0x3c, 0xc3} {
 			resp, n := do(pattern, tt.lun, tt.pi, tt.cdb, tt.room)

@@ -15,8 +15,9 @@ import (
 	"time"
 )
 
-// BenchmarkStream compares a connection with a socketpair, in turns: how long the one takes for what
-// the other does, 1 is as long. The driver of the connection waits for each packet that it sends.
+// BenchmarkStream compares a connection with a socketpair, in turns: how long the one takes for
+// what the other does, 1 is as long. The driver of the connection waits for each packet that it
+// sends.
 func BenchmarkStream(b *testing.B) {
 	const size = 1 << 20
 	for _, bench := range []struct {
@@ -125,8 +126,8 @@ func (g *benchGuest) send(n int) {
 	}
 }
 
-// BenchmarkBridge moves 1 GiB each way over 1,000 connections at a time, half of them made by each side, and
-// compares the checksums.
+// BenchmarkBridge moves 1 GiB each way over 1,000 connections at a time, half of them made by each
+// side, and compares the checksums.
 func BenchmarkBridge(b *testing.B) {
 	const streams, size = 1000, 1 << 30 / 1000
 	r := newBridged(b, func(*Bridge) {})

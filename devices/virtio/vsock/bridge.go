@@ -35,8 +35,8 @@ const (
 	// connection of the guest 2 s.
 	connectTimeout = 5 * time.Second
 	retryInterval  = 10 * time.Millisecond
-	// lastWords is how long Close lets clients take what the guest has sent, and endTimeout how long it
-	// waits for the end of connections after that.
+	// lastWords is how long Close lets clients take what the guest has sent, and endTimeout how long
+	// it waits for the end of connections after that.
 	lastWords  = 200 * time.Millisecond
 	endTimeout = 300 * time.Millisecond
 	// A connection's buffers have minBuffer bytes until it fills one.
@@ -44,18 +44,18 @@ const (
 	maxBuffer = 64 << 10
 )
 
-// ErrExists is the error of Listen for a file that another program uses or that is no stale socket of
-// this user's.
+// ErrExists is the error of Listen for a file that another program uses or that is no stale socket
+// of this user's.
 var ErrExists = errors.New("it exists")
 
-// Bridge connects a guest's sockets with unix sockets of the host, in the convention of Firecracker. A
-// client of the socket at PATH sends "CONNECT PORT\n", gets "OK HOSTPORT\n", and is connected with that
-// port of the guest; instead of OK it may get "ERR reason\n" and the end. A connection of the guest to
-// port P of the host goes to the program of this user's, or root's, that listens at PATH_P. An end of the
-// stream in one direction ends it in the other half of the bridge.
+// Bridge connects a guest's sockets with unix sockets of the host, in the convention of
+// Firecracker. A client of the socket at PATH sends "CONNECT PORT\n", gets "OK HOSTPORT\n", and is
+// connected with that port of the guest; instead of OK it may get "ERR reason\n" and the end. A
+// connection of the guest to port P of the host goes to the program of this user's, or root's, that
+// listens at PATH_P. An end of the stream in one direction ends it in the other half of the bridge.
 //
-// Each connection has two goroutines, which end with it. Their number is bounded, so that neither side
-// takes all descriptors of the process.
+// Each connection has two goroutines, which end with it. Their number is bounded, so that neither
+// side takes all descriptors of the process.
 type Bridge struct {
 	path     string
 	name     string   // the last part of path
@@ -76,8 +76,8 @@ type Bridge struct {
 	joints map[*joint]bool
 }
 
-// Listen makes the socket at path, which this user alone can connect to. It replaces one of this user's
-// that no program listens at any more. Clients wait until Serve.
+// Listen makes the socket at path, which this user alone can connect to. It replaces one of this
+// user's that no program listens at any more. Clients wait until Serve.
 func Listen(path string) (_ *Bridge, err error) {
 	b := &Bridge{path: path, name: filepath.Base(path), joints: map[*joint]bool{},
 		requestTimeout: requestTimeout, connectTimeout: connectTimeout}
@@ -125,8 +125,8 @@ func Listen(path string) (_ *Bridge, err error) {
 	return b, nil
 }
 
-// maxBridged returns how many connections a Bridge has at a time: twice those of a device, as some have
-// not been connected yet, and not more than take a quarter of the process' descriptors.
+// maxBridged returns how many connections a Bridge has at a time: twice those of a device, as some
+// have not been connected yet, and not more than take a quarter of the process' descriptors.
 func maxBridged() int {
 	var files unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
@@ -194,8 +194,8 @@ func plain(err error) error {
 	return err
 }
 
-// address returns the path of the socket, with a suffix, by the open directory: it fits into a socket's
-// address even if the path of the directory is long.
+// address returns the path of the socket, with a suffix, by the open directory: it fits into a
+// socket's address even if the path of the directory is long.
 func (b *Bridge) address(suffix string) string {
 	return fmt.Sprintf("/proc/self/fd/%d/%s%s", b.dir.Fd(), b.name, suffix)
 }
@@ -203,17 +203,18 @@ func (b *Bridge) address(suffix string) string {
 // Path returns the path of the socket.
 func (b *Bridge) Path() string { return b.path }
 
-// RemoveBy has the function remove the socket, which it gets, instead of the Bridge. It is called before Serve.
+// RemoveBy has the function remove the socket, which it gets, instead of the Bridge. It is called
+// before Serve.
 func (b *Bridge) RemoveBy(by func(path string, made fs.FileInfo) (remove func() error)) {
 	b.remove = by(b.path, b.made)
 }
 
-// Remove removes the socket, as Close does: for a process that ends at once. It may be called at any
-// time before Close has returned.
+// Remove removes the socket, as Close does: for a process that ends at once. It may be called at
+// any time before Close has returned.
 func (b *Bridge) Remove() error { return b.remove() }
 
-// Close ends the bridge and its connections. Clients have a moment to take what the guest has sent, if
-// the device has been reset: Close is for the end of the machine.
+// Close ends the bridge and its connections. Clients have a moment to take what the guest has sent,
+// if the device has been reset: Close is for the end of the machine.
 func (b *Bridge) Close() error {
 	b.cancel()
 	err := errors.Join(b.listener.Close(), b.remove())
@@ -244,8 +245,8 @@ func (b *Bridge) Close() error {
 	return errors.Join(err, fmt.Errorf("%s: a connection of the guest's to the host does not end", b.path))
 }
 
-// start runs f as the owner of a connection, in a slot that the caller has taken. After Close it only
-// gives the slot back.
+// start runs f as the owner of a connection, in a slot that the caller has taken. After Close it
+// only gives the slot back.
 func (b *Bridge) start(f func()) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -283,8 +284,8 @@ func (b *Bridge) Accept(port uint32, c *Conn) bool {
 	})
 }
 
-// connect connects to the program that listens for connections of the guest to a port. It waits while
-// that has a full backlog.
+// connect connects to the program that listens for connections of the guest to a port. It waits
+// while that has a full backlog.
 func (b *Bridge) connect(port uint32) (*net.UnixConn, error) {
 	ctx, cancel := context.WithTimeout(b.life, b.connectTimeout)
 	defer cancel()
@@ -309,7 +310,8 @@ func (b *Bridge) connect(port uint32) (*net.UnixConn, error) {
 	}
 }
 
-// trusted refuses a program of another user: the directory may be one where any user can put a socket.
+// trusted refuses a program of another user: the directory may be one where any user can put a
+// socket.
 func trusted(u *net.UnixConn) error {
 	raw, err := u.SyscallConn()
 	if err != nil {
@@ -386,7 +388,8 @@ func (b *Bridge) client(dial func(context.Context, uint32) (*Conn, error), u *ne
 
 var errNoAnswer = errors.New("the guest does not answer")
 
-// readRequest reads "CONNECT PORT\n". rest is what follows it. io.EOF is a client that asks for nothing.
+// readRequest reads "CONNECT PORT\n". rest is what follows it. io.EOF is a client that asks for
+// nothing.
 func readRequest(r io.Reader) (port uint32, rest []byte, err error) {
 	buf := make([]byte, 0, maxRequest)
 	for {
@@ -453,8 +456,8 @@ func (b *begun) Read(p []byte) (int, error) {
 	return b.UnixConn.Read(p)
 }
 
-// join moves bytes both ways, the first to the guest, until each way has ended, or one side is gone as a
-// whole.
+// join moves bytes both ways, the first to the guest, until each way has ended, or one side is gone
+// as a whole.
 func (b *Bridge) join(u *net.UnixConn, c *Conn, first []byte) {
 	j := &joint{u, c}
 	defer j.end()

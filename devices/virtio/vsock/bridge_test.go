@@ -232,8 +232,8 @@ func TestBridgeRefuses(t *testing.T) {
 	r.idle()
 }
 
-// TestBridgeGone: a side that is gone as a whole takes the connection with it, also one that its peer
-// neither reads nor writes.
+// TestBridgeGone: a side that is gone as a whole takes the connection with it, also one that its
+// peer neither reads nor writes.
 func TestBridgeGone(t *testing.T) {
 	r := newBridged(t, func(*Bridge) {})
 	defer r.stop()
@@ -463,8 +463,8 @@ func TestBridgeCrowd(t *testing.T) {
 	}
 }
 
-// TestBridgePatience: neither a client that asks for nothing, nor a guest or a program that does not answer,
-// has a place for long.
+// TestBridgePatience: neither a client that asks for nothing, nor a guest or a program that does
+// not answer, has a place for long.
 func TestBridgePatience(t *testing.T) {
 	for request, want := range map[string]string{
 		"":             "",
@@ -489,8 +489,8 @@ func TestBridgePatience(t *testing.T) {
 	}
 }
 
-// TestBridgeTrusts: a program of another user, which may listen where any user can make a file, gets no
-// connection of the guest.
+// TestBridgeTrusts: a program of another user, which may listen where any user can make a file,
+// gets no connection of the guest.
 func TestBridgeTrusts(t *testing.T) {
 	if os.Geteuid() != 0 {
 		return // no program of another user can be made

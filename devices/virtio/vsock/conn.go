@@ -13,10 +13,11 @@ import (
 // maxPeerAlloc bounds the guest's buf_alloc, so that the order of two counters is known.
 const maxPeerAlloc = 1 << 30
 
-// Conn is a connection with the guest: a stream of bytes in each direction. A guest that sends faster
-// than Read takes has to wait, and Write waits for a guest that does not take. Methods may be called
-// from any goroutine. When the guest resets the connection, the guest's kernel restarts or the machine
-// ends, they return syscall.ECONNRESET. The program closes every Conn, also after an error.
+// Conn is a connection with the guest: a stream of bytes in each direction. A guest that sends
+// faster than Read takes has to wait, and Write waits for a guest that does not take. Methods may
+// be called from any goroutine. When the guest resets the connection, the guest's kernel restarts
+// or the machine ends, they return syscall.ECONNRESET. The program closes every Conn, also after an
+// error.
 type Conn struct {
 	d *Device
 	key
@@ -45,8 +46,8 @@ type Conn struct {
 	peerFwd   uint32 // the guest's fwd_cnt
 }
 
-// Hold leaves the guest without an answer until Accept accepts or Close refuses its connection. It is
-// for Config.Accept, before that returns true.
+// Hold leaves the guest without an answer until Accept accepts or Close refuses its connection. It
+// is for Config.Accept, before that returns true.
 func (c *Conn) Hold() {
 	c.d.mu.Lock()
 	defer c.d.mu.Unlock()
@@ -155,8 +156,8 @@ func (c *Conn) CloseWrite() error {
 	return nil
 }
 
-// CloseRead tells the guest that its bytes are not received any more, and drops those that came. A Read
-// that waits ends.
+// CloseRead tells the guest that its bytes are not received any more, and drops those that came. A
+// Read that waits ends.
 func (c *Conn) CloseRead() error {
 	c.d.mu.Lock()
 	defer c.d.mu.Unlock()
@@ -297,8 +298,8 @@ func (c *Conn) sent(op int, data []byte) *header {
 	return h
 }
 
-// credit takes the guest's credit from a packet. It returns false if the guest has counted bytes that
-// were not sent.
+// credit takes the guest's credit from a packet. It returns false if the guest has counted bytes
+// that were not sent.
 func (c *Conn) credit(h *header) bool {
 	if h.fwdCnt-c.peerFwd <= c.txCnt-c.peerFwd {
 		c.peerFwd, c.peerAlloc = h.fwdCnt, min(h.bufAlloc, maxPeerAlloc)

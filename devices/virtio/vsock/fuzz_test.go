@@ -304,9 +304,9 @@ func (f *fuzzer) check() {
 	}
 }
 
-// FuzzPackets has a guest that does anything, and a program that uses its connections. Bytes come in
-// their order and once, the guest's credit is never exceeded, the device's memory is bounded, and
-// nothing is left at the end.
+// FuzzPackets has a guest that does anything, and a program that uses its connections. Bytes come
+// in their order and once, the guest's credit is never exceeded, the device's memory is bounded,
+// and nothing is left at the end.
 func FuzzPackets(f *testing.F) {
 	const (
 		request = "\x40\x00\x01\x20\x00\x00\x00\x00"

@@ -33,8 +33,8 @@ type rig struct {
 	accepted map[uint32]*Conn // by the port of the host
 }
 
-// newRig returns a device with a driver that has given it buffers to receive with. Accept takes what
-// goes to ports above 1000.
+// newRig returns a device with a driver that has given it buffers to receive with. Accept takes
+// what goes to ports above 1000.
 func newRig(t testing.TB, buffers int) *rig {
 	r := &rig{t: t, rxAt: map[uint16]uint64{}, accepted: map[uint32]*Conn{}, broken: make(chan error, 10)}
 	dev, err := New(Config{Accept: func(port uint32, c *Conn) bool {
@@ -94,8 +94,8 @@ func (r *rig) addBuffer(at uint64) {
 	}
 }
 
-// send sends a packet, whose CIDs and type are those of a stream to the host if they are 0, and waits until
-// the device has handled it. It uses an indirect table or not.
+// send sends a packet, whose CIDs and type are those of a stream to the host if they are 0, and
+// waits until the device has handled it. It uses an indirect table or not.
 func (r *rig) send(h header, data ...byte) {
 	r.t.Helper()
 	if h.srcCID == 0 {
@@ -165,8 +165,8 @@ func (r *rig) expect(op uint16, guestPort, hostPort uint32) (header, []byte) {
 	return h, data
 }
 
-// quiet checks that no packet comes: all that the device had to say is there when it has handled the
-// packets of the driver.
+// quiet checks that no packet comes: all that the device had to say is there when it has handled
+// the packets of the driver.
 func (r *rig) quiet() {
 	r.t.Helper()
 	if head, n, ok := r.q[rxQueue].Used(); ok {

@@ -279,9 +279,10 @@ func move(a side, out []byte, in int, quits bool) (got []byte, err error) {
 	return got[:n], errors.Join(err, failed)
 }
 
-// TestTransfers moves random data both ways over many connections at a time, made by either side. Some end
-// early, by the program, by the guest or by a reset, and the device is stopped and continued all the while. A
-// side gets the other's bytes, from its beginning and in order; all of it if no side ends early.
+// TestTransfers moves random data both ways over many connections at a time, made by either side.
+// Some end early, by the program, by the guest or by a reset, and the device is stopped and
+// continued all the while. A side gets the other's bytes, from its beginning and in order; all of
+// it if no side ends early.
 func TestTransfers(t *testing.T) {
 	const streams, each = 12, 6
 	s := newStack(newRig(t, 50))

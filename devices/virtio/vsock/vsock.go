@@ -1,11 +1,11 @@
 // Package vsock is the virtio socket device (virtio 1.3, 5.10) with stream sockets: connections of
-// the guest to the host are given to Config.Accept, and Device.Dial connects to the guest. There are
-// no seqpacket sockets.
+// the guest to the host are given to Config.Accept, and Device.Dial connects to the guest. There
+// are no seqpacket sockets.
 //
-// The device has no goroutines but the workers of its queues. The worker of the tx queue handles the
-// guest's packets. A packet to the guest is put into a buffer of the rx queue by the goroutine that
-// has something to send, or by the worker that got the buffer. So a Write ends when its last byte is
-// in the guest's memory, and the device keeps nothing of it.
+// The device has no goroutines but the workers of its queues. The worker of the tx queue handles
+// the guest's packets. A packet to the guest is put into a buffer of the rx queue by the goroutine
+// that has something to send, or by the worker that got the buffer. So a Write ends when its last
+// byte is in the guest's memory, and the device keeps nothing of it.
 //
 // A guest can make the device keep maxConns connections, with the bytes that their buf_alloc
 // promises, and maxRSTs replies.
@@ -161,8 +161,8 @@ func (d *Device) Activate(a virtio.Activation) error {
 // Stop implements virtio.Device. Connections and packets that wait for a buffer stay.
 func (d *Device) Stop(ctx context.Context) ([]uint16, error) { return d.stop(ctx, d.dropBuffers) }
 
-// Reset implements virtio.Device. It ends every connection. Packets that the driver has made available
-// are handled first: they may be the last words of a guest that has powered off.
+// Reset implements virtio.Device. It ends every connection. Packets that the driver has made
+// available are handled first: they may be the last words of a guest that has powered off.
 func (d *Device) Reset() error {
 	if len(d.workers) > txQueue && d.workers[txQueue] != nil {
 		if err := d.workers[txQueue].Barrier(); err != nil {
@@ -298,9 +298,9 @@ func (d *Device) send(h *header, data []byte) {
 	to.w.Complete(to.c, uint32(headerLen+len(data)))
 }
 
-// reject replies to a packet with VIRTIO_VSOCK_OP_RST. Without a buffer the reply waits, and one too
-// many is dropped. The device could stop serving the tx queue instead (5.10.6.1), but a driver may do
-// the same with the rx queue, and both would wait for ever. The caller holds mu.
+// reject replies to a packet with VIRTIO_VSOCK_OP_RST. Without a buffer the reply waits, and one
+// too many is dropped. The device could stop serving the tx queue instead (5.10.6.1), but a driver
+// may do the same with the rx queue, and both would wait for ever. The caller holds mu.
 func (d *Device) reject(h *header) {
 	if h.op == opRST {
 		return // which has no reply
@@ -420,9 +420,9 @@ func (d *Device) connect(k key) *Conn {
 // firstPort is the lowest port of the host that Dial uses.
 const firstPort = 49152
 
-// Dial connects to a port of the guest. It waits for the answer of the guest's driver until ctx ends.
-// The error is syscall.ECONNREFUSED if nothing listens there, and ErrNoDriver if the guest has no
-// driver yet or any more.
+// Dial connects to a port of the guest. It waits for the answer of the guest's driver until ctx
+// ends. The error is syscall.ECONNREFUSED if nothing listens there, and ErrNoDriver if the guest
+// has no driver yet or any more.
 func (d *Device) Dial(ctx context.Context, port uint32) (*Conn, error) {
 	c, err := d.dial(ctx, port)
 	if err != nil {

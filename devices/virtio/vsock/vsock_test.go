@@ -204,7 +204,8 @@ func TestRefused(t *testing.T) {
 	r.empty()
 }
 
-// TestImpliedStream: a driver that accepts neither stream sockets nor that they are not implied has them.
+// TestImpliedStream: a driver that accepts neither stream sockets nor that they are not implied has
+// them.
 func TestImpliedStream(t *testing.T) {
 	for features, want := range map[uint64]uint16{
 		0: opResponse, featureStream: opResponse, featureStream | featureNoImpliedStream: opResponse,
@@ -292,7 +293,8 @@ func TestBroken(t *testing.T) {
 	}
 }
 
-// TestWriteWaits: Write never sends more than the guest has space for, and goes on when it has more.
+// TestWriteWaits: Write never sends more than the guest has space for, and goes on when it has
+// more.
 func TestWriteWaits(t *testing.T) {
 	r := newRig(t, 8)
 	c := r.connect(1, 1024, 5000)
@@ -489,7 +491,8 @@ func TestBounds(t *testing.T) {
 	r.empty()
 }
 
-// TestCloseEndsWaits: Close ends a Read and a Write, CloseWrite a Write, and so does a reset of the device.
+// TestCloseEndsWaits: Close ends a Read and a Write, CloseWrite a Write, and so does a reset of the
+// device.
 func TestCloseEndsWaits(t *testing.T) {
 	for name, tt := range map[string]struct {
 		end         func(*rig, *Conn) error

@@ -1,6 +1,6 @@
 // Demo boots a stock Debian kernel by package machine, gives it an empty disk, and puts a file
-// system on it. It uses this host's KVM if that runs Linux, else the test lab. On a terminal it ends
-// in a shell of the guest; otherwise it prints a report.
+// system on it. It uses this host's KVM if that runs Linux, else the test lab. On a terminal it
+// ends in a shell of the guest; otherwise it prints a report.
 package main
 
 import (

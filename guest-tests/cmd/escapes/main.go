@@ -2,9 +2,10 @@
 //
 //	escapes RW RO OUTSIDE
 //
-// RW and RO are the shares, writable and read-only, and OUTSIDE is a directory beside RW on the host
-// with a file of each attempt, named by its number, that begins with "secret". It prints a line for each
-// attempt, "NUMBER NAME: refused" or its result. A name with a slash is none of them: Linux sends none.
+// RW and RO are the shares, writable and read-only, and OUTSIDE is a directory beside RW on the
+// host with a file of each attempt, named by its number, that begins with "secret". It prints a
+// line for each attempt, "NUMBER NAME: refused" or its result. A name with a slash is none of them:
+// Linux sends none.
 package main
 
 import (
@@ -37,7 +38,8 @@ func secret(path string) error {
 	return err
 }
 
-// attempts have the error that refuses each. Without one, only the host can tell that it was in vain.
+// attempts have the error that refuses each. Without one, only the host can tell that it was in
+// vain.
 var attempts = []struct {
 	name string
 	try  func(t *tree) error
@@ -211,8 +213,8 @@ func guessHandles(t *tree) error {
 	return err
 }
 
-// exchanged reads through a name that the host makes a directory and a link out of the tree in turns,
-// until it has seen both twice.
+// exchanged reads through a name that the host makes a directory and a link out of the tree in
+// turns, until it has seen both twice.
 func exchanged(t *tree) error {
 	for seen := [2]int{}; seen[0] < 2 || seen[1] < 2; {
 		b, err := os.ReadFile(t.shared("exchanged", t.victim))

@@ -4,13 +4,13 @@
 //	go run ./guest-tests/cmd/fuzz -table [-run REGEXP]
 //
 // A finding is a file below testdata/fuzz of its package, and a line; fuzzing goes on with the next
-// target. FILE gets each result at once, and targets that it has are not run again, so a run that was
-// interrupted goes on where it was. At the end of all the table of results is printed, FILE is
+// target. FILE gets each result at once, and targets that it has are not run again, so a run that
+// was interrupted goes on where it was. At the end of all the table of results is printed, FILE is
 // removed, and the status is 1 if there were findings.
 //
 // With -table it fuzzes nothing, and writes the table of docs/fuzzing.md anew: the targets, and the
-// statements of their packages that their committed corpora reach. It measures only those that match
-// REGEXP, and those that are new.
+// statements of their packages that their committed corpora reach. It measures only those that
+// match REGEXP, and those that are new.
 package main
 
 import (
@@ -192,7 +192,8 @@ var (
 	seed     = regexp.MustCompile(`^failure while testing seed corpus entry: (\S+)|^\s+--- FAIL: (Fuzz\w+/\S+)`)
 )
 
-// fuzz runs go test -fuzz. An error is one of go test itself; the last 20 lines of its output are in it.
+// fuzz runs go test -fuzz. An error is one of go test itself; the last 20 lines of its output are
+// in it.
 func fuzz(ctx context.Context, t target, d time.Duration, parallel int) (r result, err error) {
 	args := []string{"test", "-run", "^$", "-fuzz", "^" + t.name + "$", "-fuzztime", d.String(),
 		"-fuzzminimizetime", "10s"}
@@ -275,8 +276,8 @@ func cover(ctx context.Context, t target) (percent float64, inputs int, err erro
 	return coverage(out, t.name)
 }
 
-// coverCorpus measures the seeds and the inputs that go test keeps in its cache. It runs the test in
-// a directory that has the cache's files in the place of committed ones.
+// coverCorpus measures the seeds and the inputs that go test keeps in its cache. It runs the test
+// in a directory that has the cache's files in the place of committed ones.
 func coverCorpus(ctx context.Context, t target) (percent float64, err error) {
 	work, err := os.MkdirTemp("", "fuzz")
 	if err != nil {
@@ -366,8 +367,8 @@ func print(w io.Writer, all []target, results map[string]result) (found int) {
 
 const tableHead = "| package | target | seeds | reach | description |\n|---|---|---|---|---|\n"
 
-// writeTable replaces the table of page. It measures the targets that the table lacks, and those that
-// match again.
+// writeTable replaces the table of page. It measures the targets that the table lacks, and those
+// that match again.
 func writeTable(ctx context.Context, page string, all []target, again *regexp.Regexp) error {
 	text, err := os.ReadFile(page)
 	if err != nil {

@@ -102,7 +102,8 @@ func TestState(t *testing.T) {
 	}
 }
 
-// TestLink: the directory that was left out stays another one, so that nothing is made in the source.
+// TestLink: the directory that was left out stays another one, so that nothing is made in the
+// source.
 func TestLink(t *testing.T) {
 	from, to := t.TempDir(), filepath.Join(t.TempDir(), "to")
 	for _, name := range []string{"a.go", "testdata/b"} {

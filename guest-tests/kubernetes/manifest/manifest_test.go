@@ -36,8 +36,8 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// emit returns the Job that gvm prints, decoded so that a field which Kubernetes does not know is an
-// error.
+// emit returns the Job that gvm prints, decoded so that a field which Kubernetes does not know is
+// an error.
 func emit(t *testing.T, args ...string) (job batchv1.Job) {
 	t.Helper()
 	cmd := exec.Command(gvm, append([]string{"test"}, args...)...)
@@ -74,7 +74,8 @@ func TestArguments(t *testing.T) {
 	}
 }
 
-// TestJob: the Job has the cells of the matrix, and the device, memory and directories that they need.
+// TestJob: the Job has the cells of the matrix, and the device, memory and directories that they
+// need.
 func TestJob(t *testing.T) {
 	line := []string{"-k", "/boot/vmlinuz", "--cpus", "1,4", "--repeat", "3", "-m", "2G"}
 	spec := func(emitted string, more ...string) (batchv1.JobSpec, corev1.PodSpec, corev1.Container) {
@@ -117,7 +118,8 @@ func TestJob(t *testing.T) {
 	}
 }
 
-// TestExamples: the examples of docs/ci.md have the form of their CI, and their commands that of sh.
+// TestExamples: the examples of docs/ci.md have the form of their CI, and their commands that of
+// sh.
 func TestExamples(t *testing.T) {
 	b, err := os.ReadFile("../../../docs/ci.md")
 	if err != nil {

@@ -188,8 +188,8 @@ func TestPlaces(t *testing.T) {
 	}
 }
 
-// TestPack: a directory needs to be asked for; a file of unknown size arrives whole; anything but a file is
-// left out, and all else is there.
+// TestPack: a directory needs to be asked for; a file of unknown size arrives whole; anything but a
+// file is left out, and all else is there.
 func TestPack(t *testing.T) {
 	dir := t.TempDir()
 	var b bytes.Buffer
@@ -259,7 +259,8 @@ func (f *failing) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// TestErrors: an error of the stream is told from one of a file, which has the file's name and reason.
+// TestErrors: an error of the stream is told from one of a file, which has the file's name and
+// reason.
 func TestErrors(t *testing.T) {
 	dir := t.TempDir()
 	makeTree(t, dir)
@@ -360,8 +361,8 @@ func unpackHostile(t *testing.T, in string) error {
 	return err
 }
 
-// FuzzUnpack: no archive reaches files beside its destination, leaves a temporary file, or makes more
-// than files, directories and links.
+// FuzzUnpack: no archive reaches files beside its destination, leaves a temporary file, or makes
+// more than files, directories and links.
 func FuzzUnpack(f *testing.F) {
 	for _, in := range hostile {
 		if len(in) < 1<<10 { // long ones are slow

@@ -1,9 +1,10 @@
-// Package archive copies files and directories through a stream between a host and its guest. Both ends take
-// the other one for hostile: no file leaves the destination, and a file that is not whole never has its name.
+// Package archive copies files and directories through a stream between a host and its guest. Both
+// ends take the other one for hostile: no file leaves the destination, and a file that is not whole
+// never has its name.
 //
-// An archive is a sequence of records: a kind of 1 byte, the permissions (2 bytes), the modification time in
-// seconds (8) and nanoseconds (4), and a name with its length (2), all little-endian. The first record, without
-// a name, is the file or the directory that is copied.
+// An archive is a sequence of records: a kind of 1 byte, the permissions (2 bytes), the
+// modification time in seconds (8) and nanoseconds (4), and a name with its length (2), all
+// little-endian. The first record, without a name, is the file or the directory that is copied.
 //
 //	f  a file: its contents in parts, each behind its length of 4 bytes; a length of 0 ends them
 //	l  a symbolic link: its target, as the contents of a file
@@ -56,8 +57,8 @@ type StreamError struct{ error }
 // Unwrap returns the stream's own error.
 func (e *StreamError) Unwrap() error { return e.error }
 
-// LeftOutError tells of the files that Pack has left out of the archive of a directory: devices, pipes and
-// sockets, and those that cannot be read.
+// LeftOutError tells of the files that Pack has left out of the archive of a directory: devices,
+// pipes and sockets, and those that cannot be read.
 type LeftOutError struct {
 	First error
 	Count int
@@ -72,8 +73,8 @@ func Refused(err error) bool {
 		unix.ELOOP, unix.ENAMETOOLONG, unix.EROFS}, is) || errors.As(err, new(Error)) || errors.As(err, new(*LeftOutError))
 }
 
-// Base returns the name that a copy of the file at path has in a directory: "." for the contents of a
-// directory.
+// Base returns the name that a copy of the file at path has in a directory: "." for the contents of
+// a directory.
 func Base(p string) string {
 	if p = path.Base(p); p == "/" || p == ".." {
 		return "."
@@ -81,8 +82,8 @@ func Base(p string) string {
 	return p
 }
 
-// Pack writes an archive of the file at path, or of the directory if recursive is set. A symbolic link at
-// path is followed.
+// Pack writes an archive of the file at path, or of the directory if recursive is set. A symbolic
+// link at path is followed.
 func Pack(w io.Writer, path string, recursive bool) error {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
@@ -220,8 +221,8 @@ func (p *packer) link(dir int, name string, st *unix.Stat_t) (begun bool, err er
 	return true, err
 }
 
-// open packs a file or directory by a name. begun tells that the archive has a part of it; else the error
-// lacks its path.
+// open packs a file or directory by a name. begun tells that the archive has a part of it; else the
+// error lacks its path.
 func (p *packer) open(dir int, file, name, path string, flags int) (begun bool, err error) {
 	fd, err := unix.Openat(dir, file, flags|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0) // it may be a pipe by now
 	if err != nil {

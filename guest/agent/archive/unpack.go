@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Unpack makes the file or directory of an archive at dest, or in the directory dest by the name base; an
-// empty base needs a file.
+// Unpack makes the file or directory of an archive at dest, or in the directory dest by the name
+// base; an empty base needs a file.
 func Unpack(r io.Reader, dest, base string) error {
 	u := newUnpacker(r)
 	h, err := u.first()
@@ -169,8 +169,8 @@ func (u *unpacker) contents(w io.Writer) error {
 	}
 }
 
-// entry makes the file, link or directory of a record in a directory by a name. No other name is used, and no
-// link is followed, so that nothing leaves the copy.
+// entry makes the file, link or directory of a record in a directory by a name. No other name is
+// used, and no link is followed, so that nothing leaves the copy.
 func (u *unpacker) entry(h header, dir int, name, path string, depth int) (err error) {
 	switch h.kind {
 	case isFile:

@@ -11,8 +11,8 @@ import (
 // CommandFile is the path of the command file in the guest's initramfs.
 const CommandFile = "/gvm/command.json"
 
-// maxCommand bounds the size of a command file. Linux bounds arguments and environment by 6 MiB, and
-// a byte takes up to 6 in JSON.
+// maxCommand bounds the size of a command file. Linux bounds arguments and environment by 6 MiB,
+// and a byte takes up to 6 in JSON.
 const maxCommand = 64 << 20
 
 // Command is the command file: a command, and how to run it. Names may hold any bytes.
@@ -37,8 +37,8 @@ type Command struct {
 	Copy *Copy `json:"copy,omitempty"` // in place of a program
 }
 
-// Copy copies files, in an archive of package archive: into the guest from stdin, or out of it to stdout. Its
-// end has the status CopyRefused or CopyFailed and a reason on stderr, or 0.
+// Copy copies files, in an archive of package archive: into the guest from stdin, or out of it to
+// stdout. Its end has the status CopyRefused or CopyFailed and a reason on stderr, or 0.
 type Copy struct {
 	Path      text.Name `json:"path"`
 	Base      text.Name `json:"base,omitempty"` // of the source, for one into the guest

@@ -11,8 +11,8 @@ import (
 	"gvm/panics"
 )
 
-// ErrClosed is the error of a Write to a stream whose receiver takes no more, and of a Read or Write
-// after the stream's own Close.
+// ErrClosed is the error of a Write to a stream whose receiver takes no more, and of a Read or
+// Write after the stream's own Close.
 var ErrClosed = errors.New("the stream is closed")
 
 const (
@@ -24,8 +24,8 @@ const (
 
 var streamNames = [streams]string{"stdin", "stdout", "stderr"}
 
-// conn is either end. Only its reader goroutine reads rw, and it never writes: the two ends' readers
-// could wait for each other otherwise.
+// conn is either end. Only its reader goroutine reads rw, and it never writes: the two ends'
+// readers could wait for each other otherwise.
 type conn struct {
 	rw     io.ReadWriteCloser
 	frames *frameReader
@@ -58,8 +58,8 @@ func (c *conn) sender(i int) *sender {
 	return c.to[i]
 }
 
-// start starts the reader, which gives the frames that belong to no stream to other, and announces the
-// receivers' windows.
+// start starts the reader, which gives the frames that belong to no stream to other, and announces
+// the receivers' windows.
 func (c *conn) start(other func(frame) error) error {
 	panics.Go(func() {
 		err := errors.New("the reader of frames panicked")

@@ -5,10 +5,11 @@
 // for, because a serial line may begin with output of the kernel. Both ends are of one build, or
 // Accept and Dial fail.
 //
-// Then there are three streams of bytes. Stdin goes to the guest; Stdout and Stderr come from it. Each
-// stream has its own credits: a sender sends no more than its receiver has announced room for, so a
-// stream that is not read holds up no other one. The sender ends a stream with Close. A receiver that
-// closes makes the sender's Write fail with ErrClosed, as a pipe without a reader does.
+// Then there are three streams of bytes. Stdin goes to the guest; Stdout and Stderr come from it.
+// Each stream has its own credits: a sender sends no more than its receiver has announced room for,
+// so a stream that is not read holds up no other one. The sender ends a stream with Close. A
+// receiver that closes makes the sender's Write fail with ErrClosed, as a pipe without a reader
+// does.
 //
 // A host serves a command like this:
 //

@@ -181,8 +181,8 @@ func (h *Host) Bye() error { return h.c.write(frameBye, 0) }
 // Close ends the connection. Reads, writes and Wait return.
 func (h *Host) Close() error { return h.c.close() }
 
-// AgentConfig configures an Agent. Its functions are called in order and hold up the connection until
-// they return.
+// AgentConfig configures an Agent. Its functions are called in order and hold up the connection
+// until they return.
 type AgentConfig struct {
 	Hello   Hello
 	Window  int // bytes buffered for Stdin; 0 is 16 KiB, which fits a serial line's buffer

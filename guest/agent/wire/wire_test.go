@@ -162,7 +162,8 @@ func TestExitWithoutBye(t *testing.T) {
 	<-a.Gone()
 }
 
-// TestLostConnection: nothing waits for an agent that is gone, and its absence is no end of a stream.
+// TestLostConnection: nothing waits for an agent that is gone, and its absence is no end of a
+// stream.
 func TestLostConnection(t *testing.T) {
 	h, a := pair(t, HostConfig{}, AgentConfig{})
 	wrote := make(chan error)
@@ -260,7 +261,8 @@ func TestHostileAgent(t *testing.T) {
 	}
 }
 
-// TestBuilds: the host talks to each of its agents, and tells it its own build ID; not to one without an ID.
+// TestBuilds: the host talks to each of its agents, and tells it its own build ID; not to one
+// without an ID.
 func TestBuilds(t *testing.T) {
 	for id, want := range map[string]bool{"large": true, "small": true, "": false, "large or small": false} {
 		host, agent := net.Pipe()
@@ -352,8 +354,9 @@ func FuzzFrames(f *testing.F) {
 	})
 }
 
-// FuzzHost feeds a host an agent's bytes. Each 4 bytes of in are a frame: type, stream, and the length
-// and first byte of the payload, so that most frames have a right checksum. The rest is sent as it is.
+// FuzzHost feeds a host an agent's bytes. Each 4 bytes of in are a frame: type, stream, and the
+// length and first byte of the payload, so that most frames have a right checksum. The rest is sent
+// as it is.
 func FuzzHost(f *testing.F) {
 	f.Add([]byte{byte(frameData), 1, 30, 'x', byte(frameClose), 1, 0, 0, byte(frameExit), 0, 2, exited}, []byte(nil))
 	f.Add([]byte{byte(frameStarted), 0, 4, 7, byte(frameAlive), 0, 0, 0, byte(frameWindow), 0, 4, 1}, []byte("\x02"))

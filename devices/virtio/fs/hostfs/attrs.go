@@ -103,9 +103,9 @@ func (fs *FS) truncate(r *request, set uint32) error {
 	return unix.Ftruncate(fd, size)
 }
 
-// dropRights removes the set-user-ID and set-group-ID bits of a file that is about to be changed: the
-// client's new contents would have them. The host's kernel removes capabilities, and the bits too
-// unless this process may keep them.
+// dropRights removes the set-user-ID and set-group-ID bits of a file that is about to be changed:
+// the client's new contents would have them. The host's kernel removes capabilities, and the bits
+// too unless this process may keep them.
 func (fs *FS) dropRights(n *inode) error {
 	if !fs.owner {
 		return nil

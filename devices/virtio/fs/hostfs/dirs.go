@@ -89,8 +89,8 @@ func (fs *FS) readdir(r *request) error {
 	}
 }
 
-// putDirent appends a fuse_dirent or fuse_direntplus to the reply, unless it has more than room bytes
-// then.
+// putDirent appends a fuse_dirent or fuse_direntplus to the reply, unless it has more than room
+// bytes then.
 func (fs *FS) putDirent(r *request, e dirent, plus bool, room int) bool {
 	size := (direntLen + len(e.name) + 7) &^ 7
 	if plus {

@@ -322,8 +322,8 @@ func TestKernelInterfaces(t *testing.T) {
 	}
 }
 
-// TestMountedInterfaces mounts every file system of this kernel that needs no device: all are hidden
-// but those that store files.
+// TestMountedInterfaces mounts every file system of this kernel that needs no device: all are
+// hidden but those that store files.
 func TestMountedInterfaces(t *testing.T) {
 	stores := []string{"tmpfs", "devtmpfs", "ramfs", "hugetlbfs"}
 	cgroups := []string{"cgroup", "cgroup2", "cpuset"} // a mount moves controllers

@@ -14,8 +14,8 @@ import (
 const passed = unix.O_ACCMODE | unix.O_APPEND | unix.O_TRUNC | unix.O_SYNC | unix.O_DSYNC
 
 // openFile opens a regular file. Its type is checked, and cannot change below a descriptor. The
-// open does not wait for a lease to be given back. A file that a machine has as a disk is not opened
-// for writing.
+// open does not wait for a lease to be given back. A file that a machine has as a disk is not
+// opened for writing.
 func (fs *FS) openFile(n *inode, flags int) (int, error) {
 	if err := n.shown(unix.S_IFREG); err != nil {
 		return -1, err
@@ -43,8 +43,8 @@ func (fs *FS) openFile(n *inode, flags int) (int, error) {
 	return fd, nil
 }
 
-// isDisk reports whether a machine has an open file as a disk, or writes its results there. Package block
-// locks those from the first byte to lastLocked; locks of parts are other programs' affair.
+// isDisk reports whether a machine has an open file as a disk, or writes its results there. Package
+// block locks those from the first byte to lastLocked; locks of parts are other programs' affair.
 func isDisk(fd int) bool {
 	const lastLocked = math.MaxInt64 - 3
 	l := unix.Flock_t{Type: unix.F_WRLCK, Start: lastLocked, Len: 1}

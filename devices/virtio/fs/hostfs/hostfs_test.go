@@ -46,8 +46,8 @@ func TestReadOnly(t *testing.T) {
 	}
 }
 
-// TestDisk: the client does not write a file that a machine has as a disk, and writes one of which a program
-// has locked a part.
+// TestDisk: the client does not write a file that a machine has as a disk, and writes one of which
+// a program has locked a part.
 func TestDisk(t *testing.T) {
 	dir := t.TempDir()
 	c := open(t, Config{Dir: dir})
@@ -181,7 +181,8 @@ func TestFewFiles(t *testing.T) {
 	}
 }
 
-// TestHungClose: the close of a file, for which the host does not answer, keeps back that request alone.
+// TestHungClose: the close of a file, for which the host does not answer, keeps back that request
+// alone.
 func TestHungClose(t *testing.T) {
 	dir := t.TempDir()
 	asked := make(chan struct{}, 10)

@@ -20,8 +20,8 @@ import (
 	"gvm/devices/virtio/fs/hostfs"
 )
 
-// Variables of the process that serves a mount. It is not the process that uses it: while the kernel
-// waits for an answer, Go may wait for the thread that waits for the kernel.
+// Variables of the process that serves a mount. It is not the process that uses it: while the
+// kernel waits for an answer, Go may wait for the thread that waits for the kernel.
 const (
 	serveTree  = "HOSTFS_TEST_SERVE"
 	serveFiles = "HOSTFS_TEST_FILES"

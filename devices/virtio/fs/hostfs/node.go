@@ -170,7 +170,8 @@ func (fs *FS) reopen(n *inode, depth int) error {
 	return nil
 }
 
-// openPath opens the file with a name in a directory that the caller uses, and counts the descriptor.
+// openPath opens the file with a name in a directory that the caller uses, and counts the
+// descriptor.
 func (fs *FS) openPath(dir *inode, name string) (int, unix.Statx_t, error) {
 	if err := fs.reserve(); err != nil {
 		return -1, unix.Statx_t{}, err
@@ -290,8 +291,8 @@ func (fs *FS) unreserve(fd int) {
 	fs.files--
 }
 
-// child returns the file with a name in a directory, as an inode that the caller uses. If the client
-// gets it, know counts that.
+// child returns the file with a name in a directory, as an inode that the caller uses. If the
+// client gets it, know counts that.
 func (fs *FS) child(dir *inode, name string) (*inode, unix.Statx_t, error) {
 	err := checkName(name)
 	if err == nil {

@@ -1,5 +1,6 @@
-// Package tap opens TAP interfaces of the host (Documentation/networking/tuntap.rst): network interfaces
-// whose frames a program reads and writes, here behind a struct virtio_net_hdr (virtio 1.3, 5.1.6).
+// Package tap opens TAP interfaces of the host (Documentation/networking/tuntap.rst): network
+// interfaces whose frames a program reads and writes, here behind a struct virtio_net_hdr (virtio
+// 1.3, 5.1.6).
 package tap
 
 import (
@@ -21,7 +22,8 @@ type Tap struct {
 
 // CheckName checks the name of an interface.
 func CheckName(name string) error {
-	// As dev_valid_name in net/core/dev.c, whose isspace knows Latin-1. To TUNSETIFF % begins a pattern.
+	// As dev_valid_name in net/core/dev.c, whose isspace knows Latin-1. To TUNSETIFF % begins a
+	// pattern.
 	if name == "" || len(name) >= unix.IFNAMSIZ || name == "." || name == ".." ||
 		strings.ContainsAny(name, "/:%\x00 \t\n\v\f\r") || strings.Contains(name, "\xa0") {
 		return fmt.Errorf("interface name %q: want 1 to %d bytes without a space or / : %%", name, unix.IFNAMSIZ-1)
@@ -32,8 +34,9 @@ func CheckName(name string) error {
 // device is the file that makes TAP interfaces.
 const device = "/dev/net/tun"
 
-// Open attaches to a TAP interface with so many queues, of which it uses one. If there is no interface of
-// that name, it is made and goes with the last descriptor. The error says how to mend it.
+// Open attaches to a TAP interface with so many queues, of which it uses one. If there is no
+// interface of that name, it is made and goes with the last descriptor. The error says how to mend
+// it.
 func Open(name string, queues int) (_ *Tap, err error) {
 	if err := CheckName(name); err != nil {
 		return nil, err
@@ -164,7 +167,8 @@ func (t *Tap) Queues() []int { return t.fds }
 const Offloads = net.CSum | net.GuestCSum | net.GuestTSO4 | net.GuestTSO6 | net.GuestECN | net.HostTSO4 | net.HostTSO6 |
 	net.HostECN
 
-// SetOffloads is for net.Config: frames that are read may need these offloads of Offloads, and no others.
+// SetOffloads is for net.Config: frames that are read may need these offloads of Offloads, and no
+// others.
 func (t *Tap) SetOffloads(features uint64) error {
 	set := 0
 	for bit, flag := range map[uint64]int{net.GuestCSum: unix.TUN_F_CSUM, net.GuestTSO4: unix.TUN_F_TSO4,

@@ -95,8 +95,8 @@ func open(t *testing.T, name string, queues int) *Tap {
 	return tap
 }
 
-// TestOpen: interfaces with one queue and with several, made here and before; an interface that Open
-// made goes with its Close.
+// TestOpen: interfaces with one queue and with several, made here and before; an interface that
+// Open made goes with its Close.
 func TestOpen(t *testing.T) {
 	ownNet(t)
 	persist(t, "one", unix.IFF_TAP)
@@ -183,7 +183,8 @@ func TestNoRight(t *testing.T) {
 	open(t, "own", 1) // which has no owner, and so is every user's
 }
 
-// TestFrames: frames pass between the descriptor and the interface; the kernel refuses headers without sense.
+// TestFrames: frames pass between the descriptor and the interface; the kernel refuses headers
+// without sense.
 func TestFrames(t *testing.T) {
 	ownNet(t)
 	tap := open(t, "frames", 1)

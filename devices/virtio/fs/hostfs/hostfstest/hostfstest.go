@@ -32,8 +32,8 @@ const (
 var order = binary.LittleEndian
 
 // Mount mounts a file system, which is one directory with a file in it, at a new directory. It
-// answers a request as reply says: with an error number, or never. The function that it returns ends
-// the file system, as does the end of the test.
+// answers a request as reply says: with an error number, or never. The function that it returns
+// ends the file system, as does the end of the test.
 func Mount(t testing.TB, dir string, reply func(opcode uint32) unix.Errno) (end func()) {
 	t.Helper()
 	if err := os.Mkdir(dir, 0o700); err != nil {
