@@ -6,3 +6,10 @@ func SetSysfs(dir string) (undo func()) {
 	sysfs = dir
 	return func() { sysfs = was }
 }
+
+// SetConfigfs does the same for /sys/kernel/config.
+func SetConfigfs(dir string) (undo func()) {
+	was := configfs
+	configfs = dir
+	return func() { configfs = was }
+}

@@ -1,6 +1,7 @@
 package block
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,8 +21,8 @@ import (
 // A disk that gvm writes is written by nothing else, under any name. A lock on the file
 // keeps out programs that lock, O_EXCL on a block device everything that claims
 // devices: mounts, swap, device mapper, md, and of partitions and their disk the other.
-// Neither sees through a loop device, which claims nothing and locks nothing. So the loop
-// devices on a file or device are looked for, and of what a partition or loop device stands on the
+// Neither sees through a loop device, which claims nothing and locks nothing, nor a server of the
+// kernel. So those on a file or device are looked for, and of what a partition or loop device stands on the
 // range that it has there is locked, so that a gvm that writes it keeps out one that reads the
 // whole, and the other way round.
 
@@ -69,12 +70,16 @@ func (b *File) usedBy(st *unix.Stat_t, o Options) string {
 	case b.block && o.ReadOnly:
 		return deviceUser(st.Rdev, true)
 	case b.block: // is claimed
+		for _, dev := range related(st.Rdev) {
+			if by := (thing{rdev: dev}).server(o.Lend); by != "" {
+				return by
+			}
+		}
+		return ""
 	case t.isSwap():
 		return "it is swap; swapoff " + b.path + " first"
-	case !o.Lend:
-		return t.lioUser("fileio")
 	}
-	return ""
+	return t.server(o.Lend)
 }
 
 // lockPartitions locks those partitions of a disk that have a part of s. Their disk is locked by no
@@ -112,6 +117,9 @@ func (b *File) claimBelow(rdev uint64, s span, a access, o Options, depth int) e
 		if !ok {
 			continue
 		}
+		if by := (thing{rdev: lower}).server(false); by != "" && !o.ReadOnly {
+			return fmt.Errorf("%s: has a part of %w", b.path, &LockedError{Path: devName(lower), By: by})
+		}
 		if err := b.lockBelow(devName(lower), thing{rdev: lower}, whole, a.parts(), 0); err != nil {
 			return fmt.Errorf("%s: has a part of %w", b.path, err)
 		}
@@ -148,7 +156,7 @@ func (b *File) claimBelow(rdev uint64, s span, a access, o Options, depth int) e
 	if err := b.lockBelow(name, t, s, a, claim); err != nil {
 		return fmt.Errorf("%s: is a loop device on %w", b.path, err)
 	}
-	if by := t.loops(filepath.Base(realPath(dir)), s, o.ReadOnly); by != "" && !o.ReadOnly {
+	if by := cmp.Or(t.loops(filepath.Base(realPath(dir)), s, o.ReadOnly), t.server(false)); by != "" && !o.ReadOnly {
 		return fmt.Errorf("%s: is a loop device on %w", b.path, &LockedError{Path: name, By: by})
 	}
 	if t.rdev == 0 {
@@ -300,17 +308,45 @@ func swaps() (paths []string) {
 	return paths
 }
 
-// lioCore is where the kernel's SCSI target has its disks: a variable for tests.
-var lioCore = "/sys/kernel/config/target/core/"
+// configfs is a variable for tests.
+var configfs = "/sys/kernel/config"
 
 // lioUser returns the disk that the kernel's SCSI target has on it, of those made by
 // plugin, and what to do about that.
 func (t thing) lioUser(plugin string) string {
-	disks, _ := filepath.Glob(lioCore + plugin + "_*/*")
+	disks, _ := filepath.Glob(configfs + "/target/core/" + plugin + "_*/*")
 	for _, disk := range disks {
 		if path := lioPath(disk); path != "" && t.is(path) {
 			return fmt.Sprintf("the kernel's SCSI target serves it, as core/%s; see gvm lio list and gvm lio gc",
-				strings.TrimPrefix(disk, lioCore))
+				strings.TrimPrefix(disk, configfs+"/target/core/"))
+		}
+	}
+	return ""
+}
+
+// servers are the servers of the kernel, besides the SCSI target, which claim no device and lock no file.
+var servers = []struct{ files, name, mend string }{
+	{"nvmet/subsystems/*/namespaces/*/device_path", "NVMe target", "see nvmetcli"},
+	{"usb_gadget/*/functions/mass_storage.*/lun.*/file", "USB mass storage", "empty its file first"},
+}
+
+// server returns the server of the kernel that has it, and what to do about that. With lend package lio
+// looks at LIO.
+func (t thing) server(lend bool) string {
+	if by := t.lioUser("*"); by != "" && !lend {
+		return by
+	}
+	for _, s := range servers {
+		files, _ := filepath.Glob(configfs + "/" + s.files)
+		for _, file := range files {
+			dir := filepath.Dir(file)
+			path, _ := os.ReadFile(file)
+			if b, err := os.ReadFile(dir + "/enable"); err == nil && string(b) == "0\n" {
+				continue // has nothing open
+			}
+			if t.is(strings.TrimSuffix(string(path), "\n")) {
+				return fmt.Sprintf("the kernel's %s serves it, as %s; %s", s.name, strings.TrimPrefix(dir, configfs+"/"), s.mend)
+			}
 		}
 	}
 	return ""
@@ -362,7 +398,7 @@ func deviceUser(rdev uint64, writers bool) string {
 		if by := t.loops("", whole, writers); by != "" {
 			return by
 		}
-		if by := t.lioUser("iblock"); by != "" {
+		if by := t.server(false); by != "" {
 			return by
 		}
 	}

@@ -12,37 +12,51 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestServedByLIO: a file that another tool has the kernel's SCSI target serve, by the name that the
-// tool wrote or by the kernel's own description.
-func TestServedByLIO(t *testing.T) {
-	was := lioCore
-	t.Cleanup(func() { lioCore = was })
+// TestServedByKernel: a file that the kernel's SCSI target, its NVMe target or a USB gadget has open without
+// a lock, by the name that another tool wrote or by the kernel's own description.
+func TestServedByKernel(t *testing.T) {
 	img := filepath.Join(t.TempDir(), "disk.img")
 	if err := os.WriteFile(img, make([]byte, 4096), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for name, text := range map[string]string{
-		"udev_path": img + "\n",
-		"info":      "Status: ACTIVATED\nTCM FILEIO ID: 0        File: " + img + "  Size: 4096  Mode: O_DSYNC Async: 0\n",
+	info := "Status: ACTIVATED\nTCM FILEIO ID: 0        File: " + img + "  Size: 4096  Mode: O_DSYNC Async: 0\n"
+	for _, c := range []struct {
+		files map[string]string
+		by    string
+		lends bool // package lio looks itself
+	}{
+		{map[string]string{"target/core/fileio_5/theirs/udev_path": img + "\n"}, "as core/fileio_5/theirs", true},
+		{map[string]string{"target/core/fileio_5/theirs/info": info}, "as core/fileio_5/theirs", true},
+		{map[string]string{"nvmet/subsystems/nqn.a/namespaces/1/device_path": img + "\n",
+			"nvmet/subsystems/nqn.a/namespaces/1/enable": "1\n"}, "as nvmet/subsystems/nqn.a/namespaces/1", false},
+		{map[string]string{"nvmet/subsystems/nqn.a/namespaces/1/device_path": img + "\n",
+			"nvmet/subsystems/nqn.a/namespaces/1/enable": "0\n"}, "", true},
+		{map[string]string{"usb_gadget/g/functions/mass_storage.0/lun.0/file": img + "\n"},
+			"as usb_gadget/g/functions/mass_storage.0/lun.0", false},
 	} {
-		lioCore = t.TempDir() + "/"
-		disk := filepath.Join(lioCore, "fileio_5", "theirs")
-		err := errors.Join(os.MkdirAll(disk, 0o700), os.WriteFile(filepath.Join(disk, name), []byte(text), 0o600))
-		if err != nil {
-			t.Fatal(err)
+		dir := t.TempDir()
+		defer SetConfigfs(dir)()
+		for name, text := range c.files {
+			path := filepath.Join(dir, name)
+			err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte(text), 0o600))
+			if err != nil {
+				t.Fatal(err)
+			}
 		}
 		f, err := Open(img, Options{})
 		if err == nil {
 			f.Close()
 		}
-		if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), "serves it, as core/fileio_5/theirs") {
-			t.Errorf("%s: %v", name, err)
+		if errors.Is(err, ErrLocked) != (c.by != "") || err != nil && !strings.Contains(err.Error(), c.by) {
+			t.Errorf("%v: %v", c.files, err)
 		}
-		if f, err = Open(img, Options{Lend: true}); err != nil {
-			t.Errorf("%s, lent: %v", name, err)
-			continue
+		f, err = Open(img, Options{Lend: true})
+		if err == nil {
+			f.Close()
 		}
-		f.Close()
+		if (err == nil) != c.lends {
+			t.Errorf("%v, lent: %v", c.files, err)
+		}
 	}
 }
 

@@ -190,6 +190,30 @@ func TestInUseByHost(t *testing.T) {
 			refused(t, name, "given twice")
 		}
 	})
+	t.Run("served without a claim", func(t *testing.T) {
+		img := image(t, "disk.img", "", mib)
+		dev := loop(t, img, "--partscan")
+		one := dev // the only one, where no partition can be made
+		if _, err := exec.LookPath("addpart"); err == nil {
+			one = partition(t, dev, 1, 8, 8)
+		}
+		dir := t.TempDir()
+		defer block.SetConfigfs(dir)()
+		disk := filepath.Join(dir, "target/core/fileio_5/theirs")
+		if err := os.MkdirAll(disk, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range []string{dev, one, img} {
+			if err := os.WriteFile(disk+"/udev_path", []byte(path+"\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			refused(t, dev, "core/fileio_5/theirs")
+			refused(t, one, "core/fileio_5/theirs")
+			if note := reads(t, dev); path != img && !strings.Contains(note, "core/fileio_5/theirs") {
+				t.Errorf("readonly, with %s served: noted %q", path, note)
+			}
+		}
+	})
 	t.Run("read-only loop", func(t *testing.T) {
 		img := image(t, "disk.img", "", mib)
 		dev := loop(t, img, "--read-only")
