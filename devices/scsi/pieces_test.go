@@ -170,6 +170,13 @@ func TestDetachAlone(t *testing.T) {
 	}
 }
 
+// unwritten is a disk in memory that leaves the memory of discarded and zeroed ranges untouched.
+type unwritten struct{ *block.Mem }
+
+func (unwritten) Discard(int64, int64) error { return nil }
+
+func (unwritten) Zero(int64, int64) error { return nil }
+
 // TestLongDiscards: UNMAP and WRITE SAME reach the backend in pieces, the first of which has 64
 // MiB.
 func TestLongDiscards(t *testing.T) {
@@ -180,7 +187,7 @@ func TestLongDiscards(t *testing.T) {
 		"discard": {[]byte{0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0}, ranges},
 		"zero":    {cdb16(0x93, 0, 0, 1<<20), make([]byte, blockSize)},
 	} {
-		rec := &scsitest.Recorder{Backend: block.NewMem(1 << 30)}
+		rec := &scsitest.Recorder{Backend: unwritten{block.NewMem(1 << 30)}}
 		target := attach(t, scsi.UnitConfig{Backend: rec})
 		expect(t, target, v.cdb, v.out, 0, "GOOD")
 		log := slices.DeleteFunc(rec.Log(), func(call string) bool { return call == "flush" })
