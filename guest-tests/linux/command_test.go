@@ -34,9 +34,11 @@ func testOn(t testing.TB, k *lab.Kernel, stdin io.Reader, args ...string) tested
 	return startTest(t, k, stdin, args...).waitTest()
 }
 
+// startTest starts a gvm test. Its kernel logs little: the lab emulates two exits for each byte of
+// a log, which takes longer than the rest of most tests. A later -a takes the place of this one.
 func startTest(t testing.TB, k *lab.Kernel, stdin io.Reader, args ...string) *process {
 	t.Helper()
-	return start(t, stdin, append([]string{"test", "-k", k.BZImage}, args...)...)
+	return start(t, stdin, append([]string{"test", "-k", k.BZImage, "-a", "quiet"}, args...)...)
 }
 
 // waitTest returns how a gvm test ended.
@@ -127,6 +129,9 @@ grep -c "^dm_mod " /proc/modules'
 				program = a[0]
 				args, want = append(args, "--file", bb), want+fmt.Sprintln(size(t, a[1]))
 			}
+			if name != "5.10" { // which logs all, and none of it is the command's output
+				args = append(args, "-a", "quiet")
+			}
 			if name == "6.12" {
 				args, want = append(args, "--scratch", "5x5G", "--module", "dm-mod"), want+scratch
 			}
@@ -182,7 +187,8 @@ func TestRungs(t *testing.T) {
 	}{
 		"vsock":   {[]string{"--verdict", file}, "exit 70", 70, ""},
 		"console": {nil, "kill -9 $$", 137, "gvm: the command was ended by SIGKILL\n"},
-		"com2":    {[]string{"--oops=ignore", "-a", "printk.time=0"}, "echo '<3>BUG: made up' >/dev/kmsg; exit 4", 4, ""},
+		"com2": {[]string{"--oops=ignore", "-a", "quiet printk.time=0"}, "echo '<3>BUG: made up' >/dev/kmsg; exit 4", 4,
+			""},
 	} {
 		t.Run(rung, func(t *testing.T) {
 			n := 64 << 20
@@ -190,7 +196,7 @@ func TestRungs(t *testing.T) {
 			case rung == "com2": // an exit of the CPU for each byte
 				n = 16 << 10
 			case os.Getenv(lab.InLabEnv) == "1": // 300 KB/s; TestStreams has all of it
-				n = 4 << 20
+				n = 1 << 20 // four of the agent's windows
 			}
 			in, dir := content(t.Name(), n), t.TempDir()
 			var out bytes.Buffer
@@ -233,14 +239,15 @@ func TestFaults(t *testing.T) {
 	}{
 		{"panic", "echo c >/proc/sysrq-trigger", nil, 120,
 			"gvm: guest panic: Kernel panic - not syncing: sysrq triggered crash", "console end log state.json vmcore"},
-		{"a fault that it outlives", "echo '<3>BUG: made up' >/dev/kmsg; exit 4", []string{"-a", "printk.time=0"}, 120,
+		{"a fault that it outlives", "echo '<3>BUG: made up' >/dev/kmsg; exit 4", []string{"-a", "quiet printk.time=0"}, 120,
 			"gvm: the guest's kernel reported bug: BUG: made up (fingerprint ", "console end log state.json"},
 		{"power-off", "poweroff -f; sleep 100", nil, 121, "gvm: the guest powered off before the command ended", ""},
-		// A real-time program has the only CPU, and nothing else runs.
+		// A real-time program has the only CPU, and nothing else runs. The log shows progress
+		// before that.
 		{"hang", "echo -1 >/proc/sys/kernel/sched_rt_runtime_us; exec /usr/bin/chrt -f 99 " + bb +
-			" sh -c 'while :; do :; done'", []string{"--hang", "10s", "--file", "/usr/bin/chrt"}, 122,
+			" sh -c 'while :; do :; done'", []string{"-a", "", "--hang", "10s", "--file", "/usr/bin/chrt"}, 122,
 			"gvm: the guest hangs: no progress for 10s", "console end log state.json vmcore"},
-		{"timeout", "sleep 1000", []string{"--timeout", "20s"}, 124, "gvm: the timeout of 20s elapsed",
+		{"timeout", "sleep 1000", []string{"-a", "", "--timeout", "20s"}, 124, "gvm: the timeout of 20s elapsed",
 			"console end log state.json vmcore"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -498,7 +505,7 @@ sha256sum </dev/sda`
 
 // TestShell: without a command gvm test is a shell on a terminal of the guest, with job control.
 func TestShell(t *testing.T) {
-	p, keys := startOnTerminal(t, "test", "-k", theLab(t).Cloud.BZImage)
+	p, keys := startOnTerminal(t, "test", "-k", theLab(t).Cloud.BZImage, "-a", "quiet")
 	p.waitForText("# ")
 	fmt.Fprint(keys, "tty; stty size; echo $((6*7))\r")
 	p.waitForText("\n/dev/pts/0\n24 80\n42\n")

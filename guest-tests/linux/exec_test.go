@@ -32,7 +32,8 @@ func TestExec(t *testing.T) {
 		c.Stderr = new(bytes.Buffer)
 		return c
 	}
-	test := gvm("test", "-k", k.BZImage, "--memory", "256M", "--timeout", "3m", "--", bb, "sh", "-c", "echo up; cat")
+	test := gvm("test", "-k", k.BZImage, "-a", "quiet", "--memory", "256M", "--timeout", "3m", "--", bb, "sh", "-c",
+		"echo up; cat")
 	in, err := test.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

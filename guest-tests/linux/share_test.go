@@ -297,7 +297,7 @@ func asUser(t *testing.T, uid int, k *lab.Kernel, program string, programArgs []
 	own, id := open(), fmt.Sprint(uid)
 	args = append([]string{"--reuid", id, "--regid", id, "--groups", fmt.Sprint(info.Sys().(*syscall.Stat_t).Gid),
 		"--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "env", "HOME=" + own, "XDG_RUNTIME_DIR=" + own,
-		visible(lab.Program("gvm")), "test", "-k", image}, args...)
+		visible(lab.Program("gvm")), "test", "-k", image, "-a", "quiet"}, args...)
 	args = append(args, "--", visible(lab.Program(program)))
 	return startProgram(t, "/usr/bin/setpriv", nil, own, append(args, programArgs...)...).wait()
 }
