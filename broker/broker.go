@@ -400,7 +400,7 @@ func (g image) allows(o options) bool {
 
 // Arg0 is the first word of a broker's command line; the second one is the machine's name, the third
 // one the directory of its control socket, if it has one.
-const Arg0 = "gvm-broker"
+const Arg0 = control.BrokerArg0
 
 // Descriptors of the broker.
 const (

@@ -13,6 +13,8 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -38,8 +40,11 @@ const (
 // stopped.
 var ErrNoAnswer = errors.New("no answer")
 
-// errStopped is ErrNoAnswer with its reason.
-var errStopped = fmt.Errorf("%w: its process is stopped (kill -CONT PID)", ErrNoAnswer)
+// stoppedError is ErrNoAnswer with its reason.
+type stoppedError string
+
+func (e stoppedError) Error() string { return ErrNoAnswer.Error() + ": " + string(e) }
+func (e stoppedError) Unwrap() error { return ErrNoAnswer }
 
 // ErrNoListener means that a machine's process lives, and its control socket does not.
 var ErrNoListener = errors.New("nothing listens on its control socket: its broker has ended, or the machine ends " +
@@ -238,19 +243,41 @@ func (c *Client) Inspect(ctx context.Context, path string) (inspect.Node, error)
 // segment escapes an ID as one segment of a path, even "." and "..".
 func segment(id string) string { return strings.ReplaceAll(url.PathEscape(id), ".", "%2E") }
 
-// stopped reports whether the machine's process is stopped by a signal (proc_pid_stat(5)).
-func (c *Client) stopped() bool {
+// BrokerArg0 is the first word of the command line of a process that has a machine's socket.
+const BrokerArg0 = "gvm-broker"
+
+// stopped returns an error if the machine's process, or its broker, is stopped by a signal.
+func (c *Client) stopped() error {
 	for _, place := range []string{inside, beside} {
 		lock, err := os.OpenFile(c.dir.file(c.name, place, lockFile), os.O_RDONLY|unix.O_NONBLOCK, 0)
 		if err != nil {
 			continue
 		}
 		defer lock.Close()
-		stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", holder(lock)))
-		_, state, _ := bytes.Cut(stat[bytes.LastIndexByte(stat, ')')+1:], []byte(" "))
-		return bytes.HasPrefix(state, []byte("T"))
+		pid := holder(lock)
+		if isStopped(pid) {
+			return stoppedError("its process is stopped (kill -CONT PID)")
+		}
+		lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+		for _, list := range lists {
+			children, _ := os.ReadFile(list)
+			for child := range strings.FieldsSeq(string(children)) {
+				words, _ := os.ReadFile("/proc/" + child + "/cmdline")
+				if n, _ := strconv.Atoi(child); bytes.HasPrefix(words, []byte(BrokerArg0+"\x00")) && isStopped(n) {
+					return stoppedError("its broker is stopped: kill -CONT " + child)
+				}
+			}
+		}
+		return nil
 	}
-	return false
+	return nil
+}
+
+// isStopped reports whether a process is stopped by a signal (proc_pid_stat(5)).
+func isStopped(pid int) bool {
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, state, _ := bytes.Cut(stat[bytes.LastIndexByte(stat, ')')+1:], []byte(" "))
+	return bytes.HasPrefix(state, []byte("T"))
 }
 
 // ask makes a request. The error is an *Error if the machine refused it.
@@ -276,15 +303,17 @@ func (c *Client) ask(ctx context.Context, method, path string, body, answer any)
 				return
 			case <-time.After(lookPeriod):
 			}
-			if c.stopped() {
-				giveUp(errStopped)
+			if err := c.stopped(); err != nil {
+				giveUp(err)
 			}
 		}
 	})
 	defer func() {
-		switch cause := context.Cause(ctx); {
+		cause := context.Cause(ctx)
+		var stopped stoppedError
+		switch {
 		case err == nil:
-		case cause == errStopped:
+		case errors.As(cause, &stopped):
 			err = fmt.Errorf("machine %s: %w", c.name, cause)
 		case cause == ErrNoAnswer:
 			err = fmt.Errorf("machine %s: %w within %v: its process may be stopped (kill -CONT PID), or its host overloaded",

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -550,6 +551,33 @@ func TestClientNoListener(t *testing.T) {
 	_, console := c.Console(t.Context())
 	for name, err := range map[string]error{"info": asked, "disk add": added, "console": console} {
 		if !errors.Is(err, ErrNoListener) || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", name, err, want)
+		}
+	}
+}
+
+// TestStoppedBroker: a client does not wait for a machine whose broker is stopped, and names it.
+func TestStoppedBroker(t *testing.T) {
+	d := testDir(t)
+	lock, l, err := d.claim("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = errors.Join(l.Close(), d.release("vm", lock)) })
+	broker := exec.Cmd{Path: "/bin/sleep", Args: []string{BrokerArg0, "600"}}
+	if err := broker.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = errors.Join(broker.Process.Kill(), broker.Wait()) })
+	if err := broker.Process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	c := NewClient(d, "vm")
+	want := fmt.Sprintf("machine vm: no answer: its broker is stopped: kill -CONT %d", broker.Process.Pid)
+	_, asked := c.Info(t.Context())
+	_, stopped := c.Stop(t.Context(), Stop{})
+	for name, err := range map[string]error{"info": asked, "stop": stopped} {
+		if !errors.Is(err, ErrNoAnswer) || err.Error() != want {
 			t.Errorf("%s: %v, want %q", name, err, want)
 		}
 	}
