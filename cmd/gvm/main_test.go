@@ -62,6 +62,10 @@ func TestMain(m *testing.M) {
 		if mode := os.Getenv(sandboxEnv); mode != "" {
 			sandboxDefault = mode
 		}
+		if os.Getenv(netEnv) != "" {
+			startNet()
+			os.Exit(1)
+		}
 		if os.Getenv(asShell) != "" {
 			os.Exit(shell())
 		}

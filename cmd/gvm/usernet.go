@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -229,11 +230,23 @@ func (rc *runConfig) startUserNet(note func(string)) (_ *userNet, err error) {
 		u.c.Path = fmt.Sprintf("/proc/self/fd/%d", 2+len(u.c.ExtraFiles))
 	}
 	u.c.Stderr = &u.errs
-	u.c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // keys of the terminal are gvm's
-	if err := u.c.Start(); err != nil {
+	u.c.SysProcAttr = &syscall.SysProcAttr{
+		Setpgid:   true,         // keys of the terminal are gvm's
+		Pdeathsig: unix.SIGKILL, // also for a stopped one, when gvm is killed
+	}
+	started := make(chan error)
+	panics.Go(func() { // ends after gvm-net
+		runtime.LockOSThread() // its end would be the death of the parent
+		defer runtime.UnlockOSThread()
+		err := u.c.Start()
+		started <- err
+		if err == nil {
+			u.wait(note)
+		}
+	})
+	if err := <-started; err != nil {
 		return nil, fmt.Errorf("--net user: start %s: %w", netName, err)
 	}
-	panics.Go(func() { u.wait(note) })
 	rc.spec.Nets = slices.Clone(rc.spec.Nets)
 	u.connect(&rc.spec.Nets[rc.user.index])
 	return u, nil

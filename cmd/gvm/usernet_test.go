@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"path/filepath"
@@ -95,6 +96,54 @@ func TestUserNetDies(t *testing.T) {
 		t.Errorf("the device reads %d, %v", size, err)
 	}
 	n.close()
+}
+
+// netEnv makes the test binary a process that starts gvm-net, prints its PID, and waits to be killed.
+const netEnv = "GVM_TEST_NET"
+
+func startNet() {
+	rc := runConfig{user: new(userConfig), spec: machine.Spec{Nets: []machine.Net{{}}}}
+	n, err := rc.startUserNet(func(s string) { fmt.Println(s) })
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println(n.c.Process.Pid)
+	select {}
+}
+
+// TestUserNetOrphan: a gvm-net that is stopped ends with a gvm that is killed, also if the reaper of orphans is in
+// its session, as in a container: else its process group is orphaned, and the kernel sends it SIGHUP and SIGCONT.
+func TestUserNetOrphan(t *testing.T) {
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+	c := command(t)
+	c.Env = append(c.Env, netEnv+"=1")
+	out, err := c.StdoutPipe()
+	if err := errors.Join(err, c.Start()); err != nil {
+		t.Fatal(err)
+	}
+	var pid int
+	if _, err := fmt.Fscan(out, &pid); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err := errors.Join(err, unix.Kill(pid, unix.SIGSTOP)); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	_ = errors.Join(c.Process.Kill(), c.Wait())
+	ended := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(ended, int(tooLong.Milliseconds())); n != 1 || err != nil {
+		t.Errorf("gvm-net %d runs on: %d, %v", pid, n, err)
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+	var status unix.WaitStatus
+	if _, err := unix.Wait4(pid, &status, 0, nil); err != nil || status.Signal() != unix.SIGKILL {
+		t.Errorf("%v, %v", status.Signal(), err)
+	}
 }
 
 func TestUserNetFaults(t *testing.T) {
