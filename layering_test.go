@@ -62,7 +62,7 @@ var may = []struct{ pkg, imports string }{
 	{"devices/virtio/vhostnet", "devices/virtio devices/virtio/vhostring inspect kvmapi/vhost"},
 	{"devices/virtio/net/tap", "devices/virtio/net"},
 	{"devices/virtio/net", "devices/iovec devices/virtio devices/virtio/virtq inspect kvmapi/eventfd"},
-	{"devices/virtio/fs/hostfs", "devices/iovec"},
+	{"devices/virtio/fs/hostfs", "devices/iovec kvmapi/nowait"},
 	{"devices/virtio/fs/hostfs/hostfstest", ""},
 	{"devices/virtio/fs", "devices/virtio devices/virtio/virtq devices/virtio/fs/hostfs inspect"},
 	{"devices/virtio/example", "devices/virtio devices/virtio/virtq inspect"},

@@ -285,10 +285,10 @@ func TestAddErrors(t *testing.T) {
 	s.add(t, used)
 	for words, want := range map[string]string{
 		gz:                                "gzip file; decompress it first",
-		filepath.Join(s.dir, "no.img"):    "file does not exist (give a size to create it)",
+		filepath.Join(s.dir, "no.img"):    "file does not exist; check the path, or give a size to create it",
 		used + ",size=2M,block_size=4096": "given twice: one image can be written by one disk only",
 		link:                              "given twice: " + used + " is the same storage",
-		s.dir:                             "is a directory, not a disk image",
+		s.dir:                             "is a directory, not a disk image; want a regular file or a block device",
 	} {
 		_, err := s.asks.AddDisk(t.Context(), control.AddDisk{Disk: text.Name(words)})
 		if err == nil || !strings.Contains(err.Error(), want) {

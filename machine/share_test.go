@@ -12,10 +12,10 @@ import (
 func TestShares(t *testing.T) {
 	dir := t.TempDir()
 	for want, shares := range map[string][]fs.Share{
-		"two shares have the tag a; give each its own":          {{Tag: "a", Dir: dir}, {Tag: "a", Dir: "/"}},
-		"share a: open /nonexistent: no such file or directory": {{Tag: "b", Dir: dir}, {Tag: "a", Dir: "/nonexistent"}},
-		`tag "": want 1 to 36 bytes`:                            {{Dir: dir}},
-		"share a: open /proc: it shows the state of the kernel": {{Tag: "a", Dir: "/proc"}},
+		"two shares have the tag a; give each its own":              {{Tag: "a", Dir: dir}, {Tag: "a", Dir: "/"}},
+		"share a: /none: no such file or directory; check the path": {{Tag: "b", Dir: dir}, {Tag: "a", Dir: "/none"}},
+		`tag "": want 1 to 36 bytes`:                                {{Dir: dir}},
+		"share a: /proc: it shows the state of the kernel":          {{Tag: "a", Dir: "/proc"}},
 		"": {{Tag: "a", Dir: dir}, {Tag: "b", Dir: "/", ReadOnly: true}},
 	} {
 		m, err := Start(t.Context(), Spec{Memory: guestmem.Config{Size: 64 << 20}, Shares: shares})

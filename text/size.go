@@ -86,6 +86,14 @@ func FormatSize(n uint64) string {
 	return fmt.Sprintf("%d bytes", n)
 }
 
+// Word returns a word for a message: in quotes if it is empty or would not stand as one.
+func Word(s string) string {
+	if s == "" || strings.ContainsRune(s, ' ') || Printable(s) != s {
+		return strconv.Quote(s)
+	}
+	return s
+}
+
 // Unknown is the error for an unknown word. It suggests the nearest name, and names the page of
 // help with the names, such as " run".
 func Unknown(thing, near, page string) error {
@@ -104,5 +112,5 @@ func OneOf[V any](what, value string, values map[string]V) error {
 func OneOfNames(what, value string, names []string) error {
 	last := len(names) - 1
 	near := Suggest(strings.Trim(value, `"`), names)
-	return fmt.Errorf("%s%s: want %s or %s%s", what, value, strings.Join(names[:last], ", "), names[last], near)
+	return fmt.Errorf("%s%s: want %s or %s%s", what, Word(value), strings.Join(names[:last], ", "), names[last], near)
 }

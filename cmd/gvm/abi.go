@@ -183,7 +183,7 @@ func readFacts(path string) (map[string]string, error) {
 	}
 	var f facts
 	if err := json.Unmarshal(b, &f); err != nil || f["kernel"] == nil {
-		return nil, configError{fmt.Errorf("%s: not the output of gvm abi --json", path)}
+		return nil, configError{fmt.Errorf("%s: not the output of gvm abi --json; give a file that it made", path)}
 	}
 	flat := map[string]string{}
 	flatten("", f, flat)

@@ -83,17 +83,8 @@ func newCrashRecord(dir string, core bool) (*crashRecord, error) {
 	if dir == "" {
 		return nil, nil
 	}
-	fi, err := os.Stat(dir)
-	if err == nil && !fi.IsDir() {
-		err = &fs.PathError{Op: "open", Path: dir, Err: unix.ENOTDIR}
-	}
-	if err == nil {
-		if err = unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
-			err = &fs.PathError{Op: "write to", Path: dir, Err: err}
-		}
-	}
-	if err != nil {
-		return nil, configError{fmt.Errorf("--crash-dir: %w; name a directory that exists and may be written", err)}
+	if err := checkDir(dir, unix.W_OK|unix.X_OK); err != nil {
+		return nil, fmt.Errorf("--crash-dir: %w", err)
 	}
 	return (&crashRecord{dir: dir, core: core}).fresh(), nil
 }

@@ -24,9 +24,24 @@ import (
 func openInput(path string) (*os.File, error) {
 	f, err := nowait.Open(path, os.O_RDONLY, 0, nowait.Regular|nowait.Pipe)
 	if err != nil {
-		return nil, namedError(err)
+		return nil, namedError(nowait.OpenError(path, err))
 	}
 	return f, nil
+}
+
+// checkDir refuses a path that is no directory with the permissions of mode, as of access(2).
+func checkDir(path string, mode uint32) error {
+	fi, err := os.Stat(path)
+	if err == nil && !fi.IsDir() {
+		err = &nowait.KindError{Path: path, Is: nowait.KindOf(fi.Mode()), Wants: nowait.Directory}
+	}
+	if err == nil {
+		err = unix.Access(path, mode)
+	}
+	if err != nil {
+		return namedError(nowait.OpenError(path, err))
+	}
+	return nil
 }
 
 // readInput reads a user's file of at most limit bytes. It ends with ctx, as the writer of a pipe may be
@@ -67,13 +82,11 @@ func openLog(path string) (f *os.File, made bool, err error) {
 func openFormer(path string, former func(head []byte) bool) (f *os.File, made bool, err error) {
 	f, made, err = nowait.Make(path, os.O_WRONLY, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
 	if errors.Is(err, unix.ENXIO) {
-		return nil, false, configError{fmt.Errorf("%s: is a pipe that no program reads; start that first", path)}
-	}
-	if kind := (*nowait.KindError)(nil); err != nil && !errors.As(err, &kind) {
-		err = nowait.CreateError(path, err)
+		return nil, false, configError{
+			fmt.Errorf("%s: is a pipe that no program reads; start that first, or name another file", path)}
 	}
 	if err != nil {
-		return nil, false, namedError(err)
+		return nil, false, namedError(nowait.CreateError(path, err))
 	}
 	if fi, err := f.Stat(); err == nil && fi.Mode().IsRegular() {
 		l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}

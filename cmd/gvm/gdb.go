@@ -109,8 +109,11 @@ func (a *gdbAddress) listen(ctx context.Context, b *broker.Client) (*gdbServer, 
 		return nil, configError{fmt.Errorf("--gdb unix:%s: the file exists; remove it, or give another path", a.address)}
 	case errors.Is(err, syscall.EADDRINUSE):
 		return nil, configError{fmt.Errorf("--gdb %s: another program waits there; give another port", a.address)}
-	case errors.Is(err, syscall.ENOENT) && s.path != "":
-		return nil, configError{fmt.Errorf("--gdb unix:%w", nowait.CreateError(a.address, syscall.ENOENT))}
+	case s.path != "":
+		if errno := syscall.Errno(0); errors.As(err, &errno) {
+			err = nowait.CreateError(a.address, errno)
+		}
+		return nil, configError{fmt.Errorf("--gdb unix:%w", err)}
 	case err != nil:
 		var op *net.OpError
 		if errors.As(err, &op) {

@@ -121,6 +121,7 @@ func complete(commands []*cli.Command) {
 		if c.OnUsageError == nil {
 			c.OnUsageError = flagError
 		}
+		c.Before = refuseEmpty
 		if len(c.Subcommands) > 0 {
 			c.HideHelpCommand = true
 			complete(c.Subcommands)
@@ -153,9 +154,30 @@ func flagError(c *cli.Context, err error, _ bool) error {
 			valueName(c.Command, m[1]), page)}
 	}
 	if m := wrongValue().FindStringSubmatch(err.Error()); m != nil {
-		return usageError{fmt.Errorf("%s %s: %s; see gvm help%s", dashed(m[2]), m[1], wanted(c.Command, m[2]), page)}
+		return usageError{fmt.Errorf("%s %s: %s; see gvm help%s", dashed(m[2]), m[1], wanted(c.Command, m[2], m[1]), page)}
 	}
 	return usageError{fmt.Errorf("%w; see gvm help%s", err, page)}
+}
+
+// refuseEmpty refuses an empty path, as of a variable that is not set: it would be the current
+// directory, or as if the flag were not given. Other empty values are the parsers' to refuse.
+func refuseEmpty(c *cli.Context) error {
+	for _, f := range c.Command.Flags {
+		empty := false
+		switch f := f.(type) {
+		case *cli.StringFlag:
+			empty = (f.TakesFile || slices.Contains([]string{"cpu-features", "cwd", "vhost-abi"}, f.Name)) &&
+				c.String(f.Name) == "" && c.IsSet(f.Name)
+		case *cli.GenericFlag:
+			w, ok := f.Value.(*words)
+			empty = ok && f.TakesFile && slices.Contains(*w, "")
+		}
+		if name := f.Names()[0]; empty {
+			return c.Command.OnUsageError(c, fmt.Errorf("--%s: the value is empty: want%s, or leave the flag out", name,
+				strings.TrimPrefix(valueName(c.Command, name), ",")), true)
+		}
+	}
+	return nil
 }
 
 // dashed returns a flag's name with its dashes.
@@ -182,16 +204,22 @@ func valueName(c *cli.Command, flag string) string {
 }
 
 // wanted describes a valid value of a flag, after one that the flag package cannot read.
-func wanted(c *cli.Command, flag string) string {
+func wanted(c *cli.Command, flag, value string) string {
 	switch f := flagOf(c, flag).(type) {
 	case *cli.DurationFlag:
 		such := "90s"
 		if f.Value != 0 {
 			such = f.Value.String()
 		}
+		if regexp.MustCompile(`^"[+-]?[0-9][0-9.]*(ns|us|µs|ms|s|m|h)"$`).MatchString(value) {
+			return "want a shorter duration, such as " + such
+		}
 		return "want a duration such as " + such
 	case *cli.BoolFlag, nil: // nil is --help
 		return "want true or false"
+	}
+	if regexp.MustCompile(`^"[+-]?[0-9]+"$`).MatchString(value) {
+		return "want a smaller number"
 	}
 	return "want a number"
 }

@@ -89,7 +89,7 @@ EXAMPLES
 				return usageError{text.OneOfNames("--lock ", lock, []string{"on", "off"})}
 			}
 			f, err := block.Open(args[0], block.Options{NoLock: lock == "off"})
-			if _, there := os.Lstat(args[0]); errors.Is(there, fs.ErrNotExist) {
+			if _, there := os.Lstat(args[0]); args[0] != "" && errors.Is(there, fs.ErrNotExist) {
 				return imageError(fmt.Errorf("%s: %w; gvm image create makes an image", args[0], fs.ErrNotExist))
 			}
 			if errors.Is(err, block.ErrLocked) {

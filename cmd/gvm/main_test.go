@@ -80,7 +80,7 @@ func machineless() *regexp.Regexp {
 	const names = "AgentIn|BadInput|Bench(Disk|Nothing|Record)|Cell(Output|RunsOn)|Check(Memory|Threads(OfStorage)?)|" +
 		"Completion(OfDisks)?|Copy|Crash(Log|RecordNames)|Exec|Foreign(Answers|Words)|Help(Width)?|Hugepages|Image|" +
 		"InputEnds|InspectWord|JailWords|KernelCheck|KnownDifferences|KubernetesWords|LioWords|" +
-		"Matrix(StuckReader|Words)|NothingToPrint|PlotterFails|RunAsksLimits|(Sandbox)?Replay|SandboxWords|" +
+		"Matrix(StuckReader|Words)|NothingToPrint|Operands|PlotterFails|RunAsksLimits|(Sandbox)?Replay|SandboxWords|" +
 		"SecondSignal|StatTables|StuckReader|Suggestions|SurplusArguments|Test(Shares|StopEarly|Words)|" +
 		"Trace(Cut|Golden|Mistakes|Plot)|Unreadable|UserThreads|VerbsOfStranger"
 	return regexp.MustCompile("^Test(" + names + ")$")

@@ -206,9 +206,6 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	if c.Bool("timing") {
 		rc.timing = newTiming()
 	}
-	if given("kernel") && rc.kernel == "" {
-		return rc, errors.New("--kernel: the path is empty")
-	}
 	if given("name") {
 		if err := control.CheckName(spec.Name); err != nil {
 			return rc, fmt.Errorf("--name: %w", err)

@@ -122,10 +122,10 @@ func TestTestWords(t *testing.T) {
 		{"-k {} -- {}", 126, "kernel: permission denied"},
 		{"-k {} -- /etc", 126, "/etc: is a directory"},
 		{"-k {} -- /etc/passwd/x", 127, "/etc/passwd/x: not a directory"},
-		{"-k {} --rw= -- sh", 125, "--rw: the path is empty"},
-		{"-k {} --file= -- sh", 125, "--file: the path is empty"},
-		{"-k {} --root= -- sh", 125, "--root: the path is empty"},
-		{"-k {} --verdict= -- sh", 125, "--verdict: the path is empty"},
+		{"-k {} --rw= -- sh", 125, "--rw: the value is empty"},
+		{"-k {} --file= -- sh", 125, "--file: the value is empty"},
+		{"-k {} --root= -- sh", 125, "--root: the value is empty"},
+		{"-k {} --verdict= -- sh", 125, "--verdict: the value is empty"},
 	} {
 		r := gvmRuns(t, command(t, append([]string{"test"}, strings.Fields(strings.ReplaceAll(tt.args, "{}", kernel))...)...))
 		if r.status != tt.status || !strings.Contains(r.errs, tt.errs) || r.out != "" || strings.Count(r.errs, "\n") != 1 {
@@ -351,11 +351,11 @@ func TestScratchVariables(t *testing.T) {
 func TestTestShares(t *testing.T) {
 	t.Parallel()
 	for want, args := range map[string][]string{
-		"gvm: --root none: stat ":           {"--root", "none"},
-		"gvm: --rw /etc/passwd: not a dir":  {"--root", "/", "--rw", "/etc/passwd"},
-		"gvm: --ro none: stat ":             {"--ro", "none"},
-		"gvm: --file is for a guest withou": {"--root", "/", "--file", "/etc/passwd"},
-		"gvm: share gvm0: open /proc: it s": {"--rw", "/proc"},
+		"gvm: --root: none: no such ":                           {"--root", "none"},
+		"gvm: --rw: /etc/passwd: is a regular file; want a dir": {"--root", "/", "--rw", "/etc/passwd"},
+		"gvm: --ro: none: no such ":                             {"--ro", "none"},
+		"gvm: --file is for a guest withou":                     {"--root", "/", "--file", "/etc/passwd"},
+		"gvm: share gvm0: /proc: it s":                          {"--rw", "/proc"},
 	} {
 		c := command(t, slices.Concat([]string{"test", "-k", testKernel(t)}, args, []string{"--", "sh"})...)
 		if r := gvmRuns(t, c); r.status != 125 || r.out != "" || !strings.HasPrefix(r.errs, want) {

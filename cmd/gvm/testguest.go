@@ -227,6 +227,11 @@ func (t *testConfig) addModules(ctx context.Context, b *initramfs.Builder, k *ke
 		if known && slices.ContainsFunc(missing.Modules, func(m initramfs.Missing) bool {
 			return slices.Contains(needed, m.Name)
 		}) {
+			for _, m := range missing.Modules {
+				if slices.Contains(t.modules, m.Name) {
+					return nil, fmt.Errorf("--module %s: check the name: %w", m.Name, err)
+				}
+			}
 			return nil, err
 		}
 	} else if err != nil {

@@ -105,7 +105,7 @@ func TestKubernetesWords(t *testing.T) {
 		{"-k x --cell 1 -- sh", "--cell 1: the matrix has 1 cell, from 0"},
 		{"-k x --cell -1 -- sh", "--cell -1: want 0 or more"},
 		{"-k x --message m -- sh", "--message has the verdict of one cell: choose it with --cell"},
-		{"--collect none", "--collect: open none: no such file or directory"},
+		{"--collect none", "--collect: none: no such file or directory; check the path"},
 		{"--collect /dev/null", "--collect: /dev/null: is a character device"},
 		{"--collect none --repeat 2",
 			"--collect has the matrix from the pods: give it --junit and --results alone, not --repeat"},

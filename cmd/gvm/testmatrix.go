@@ -15,8 +15,10 @@ import (
 	"sync/atomic"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"gvm/kvmapi/nowait"
 	"gvm/machine/disk"
 	"gvm/panics"
 	"gvm/testrun"
@@ -127,6 +129,10 @@ func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int, h
 			return nil, errors.New("--backend needs a --disk")
 		}
 		m.axes.Backends = strings.Split(c.String("backend"), ",")
+		if slices.Contains(m.axes.Backends, "") {
+			return nil, fmt.Errorf("--backend %s: want process, vhost or auto, or several apart by commas",
+				text.Word(c.String("backend")))
+		}
 	}
 	if given("emit") {
 		for _, flag := range []string{"cell", "message", "output", "junit", "results"} {
@@ -293,10 +299,14 @@ func (m *matrixConfig) makeDir() (made bool, err error) {
 		return true, nil
 	}
 	if errors.Is(err, os.ErrExist) {
-		var list []os.DirEntry
-		if list, err = os.ReadDir(m.dir); err == nil && len(list) > 0 {
-			err = fmt.Errorf("%s: is not empty; name a new directory", m.dir)
+		if err = checkDir(m.dir, unix.R_OK|unix.W_OK|unix.X_OK); err == nil {
+			var list []os.DirEntry
+			if list, err = os.ReadDir(m.dir); err == nil && len(list) > 0 {
+				err = fmt.Errorf("%s: is not empty; name a new directory", m.dir)
+			}
 		}
+	} else {
+		err = nowait.CreateError(m.dir, err)
 	}
 	if err != nil {
 		err = fmt.Errorf("--output: %w", err)

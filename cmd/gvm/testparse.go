@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -57,9 +56,6 @@ type testConfig struct {
 
 func parseTest(c *cli.Context) (t *testConfig, err error) {
 	kernels := wordsOf(c, "kernel")
-	if slices.Contains(kernels, "") {
-		return nil, errors.New("--kernel: the path is empty")
-	}
 	cpus, err := parseCPUs(c.String("cpus"))
 	if err != nil {
 		return nil, err
@@ -91,16 +87,6 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 	spec := &t.spec
 	if c.Bool("timing") {
 		t.timing = newTiming()
-	}
-	for _, flag := range []string{"root", "cwd", "klog", "verdict", "allow"} {
-		if given(flag) && c.String(flag) == "" {
-			return nil, fmt.Errorf("--%s: the path is empty", flag)
-		}
-	}
-	for _, flag := range []string{"file", "rw", "ro"} { // where an empty one would be the current directory
-		if slices.Contains(wordsOf(c, flag), "") {
-			return nil, fmt.Errorf("--%s: the path is empty", flag)
-		}
 	}
 	if given("timeout") && t.timeout <= 0 {
 		return nil, fmt.Errorf("--timeout %s: want a positive duration, such as 90s", t.timeout)
@@ -237,11 +223,11 @@ const scratchUnit = 4096
 func (t *testConfig) parseShares(root string, rw, ro []string) error {
 	add := func(flag, dir string, share fs.Share, m wire.Mount) error {
 		path, err := filepath.Abs(dir)
-		if st, err2 := os.Stat(path); err == nil && (err2 != nil || !st.IsDir()) {
-			err = cmp.Or(err2, error(unix.ENOTDIR))
+		if err == nil {
+			err = checkDir(dir, unix.R_OK|unix.X_OK)
 		}
 		if err != nil {
-			return fmt.Errorf("--%s %s: %w", flag, dir, err)
+			return fmt.Errorf("--%s: %w", flag, err)
 		}
 		share.Dir, share.Tag = path, fmt.Sprint("gvm", len(t.mounts))
 		m.Tag, m.Dir, m.ReadOnly = share.Tag, text.Name(path), share.ReadOnly

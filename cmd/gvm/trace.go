@@ -133,7 +133,7 @@ func traceError(path string, err error) error {
 func openTrace(path string) (*trace.Reader, func(), error) {
 	f, err := openInput(path)
 	if err != nil {
-		return nil, nil, fmt.Errorf("trace: %w", err)
+		return nil, nil, err
 	}
 	r, err := trace.NewReader(f)
 	if err != nil {
@@ -199,6 +199,9 @@ func traceShow(c *cli.Context, files []string) error {
 	lun := c.Int("lun")
 	if c.IsSet("lun") && (lun < 0 || lun > 16383) {
 		return usageError{fmt.Errorf("--lun %d: want 0 to 16383", lun)}
+	}
+	if least := c.Duration("min-latency"); least < 0 {
+		return usageError{fmt.Errorf("--min-latency %v: want 0 or more", least)}
 	}
 	w := &report{w: c.App.Writer}
 	header := func(h *trace.Header) {

@@ -144,8 +144,8 @@ func (rc *runConfig) listenVsock(named bool) (*vsock.Bridge, error) {
 		return nil, err
 	}
 	b, err := vsock.Listen(path)
-	if errors.Is(err, syscall.ENOENT) {
-		err = nowait.CreateError(path, syscall.ENOENT)
+	if errno := syscall.Errno(0); errors.As(err, &errno) && errno != syscall.EWOULDBLOCK { // of a lock
+		err = nowait.CreateError(path, errno)
 	}
 	if err != nil {
 		return nil, configError{fmt.Errorf("--vsock: %w", err)}

@@ -24,7 +24,13 @@ import (
 func watchFlags(json string) []cli.Flag {
 	return []cli.Flag{
 		&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "repeat until Ctrl-C or the machine's end"},
-		&cli.DurationFlag{Name: "interval", Value: time.Second, Usage: "`DURATION` between two readings"},
+		&cli.DurationFlag{Name: "interval", Value: time.Second, Usage: "`DURATION` between two readings",
+			Action: func(_ *cli.Context, d time.Duration) error {
+				if d < minInterval || d > time.Hour {
+					return usageError{fmt.Errorf("--interval %v: want %v to 1h", d, minInterval)}
+				}
+				return nil
+			}},
 		&cli.BoolFlag{Name: "json", Usage: json},
 	}
 }
@@ -35,11 +41,7 @@ const minInterval = 50 * time.Millisecond
 // follow reads a machine's state at a path times times, or with --watch until the machine's end, and
 // calls show with it.
 func follow(c *cli.Context, client *control.Client, path string, times int, show func(inspect.Node) error) error {
-	interval := c.Duration("interval")
-	if interval < minInterval || interval > time.Hour {
-		return configError{fmt.Errorf("--interval %v: want %v to 1h", interval, minInterval)}
-	}
-	ticks := time.NewTicker(interval)
+	ticks := time.NewTicker(c.Duration("interval"))
 	defer ticks.Stop()
 	for i := 0; ; {
 		n, err := client.Inspect(c.Context, path)

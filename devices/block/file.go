@@ -232,6 +232,8 @@ func openFile(path string, o Options) (f *os.File, made bool, err error) {
 	const disk = nowait.Regular | nowait.BlockDevice
 	fi, err := os.Stat(path)
 	switch {
+	case path == "":
+		return nil, false, nowait.OpenError(path, err)
 	case errors.Is(err, fs.ErrNotExist) && o.Size > 0 && !o.ReadOnly:
 		if err := CheckName(path); err != nil {
 			return nil, false, err
@@ -247,7 +249,7 @@ func openFile(path string, o Options) (f *os.File, made bool, err error) {
 	case errors.Is(err, fs.ErrNotExist) && isLink(path):
 		return nil, false, nowait.CreateError(path, err)
 	case errors.Is(err, fs.ErrNotExist) && !o.ReadOnly && !isDeviceName(path):
-		return nil, false, fmt.Errorf("%s: %w (give a size to create it)", path, fs.ErrNotExist)
+		return nil, false, fmt.Errorf("%s: %w; check the path, or give a size to create it", path, fs.ErrNotExist)
 	case err != nil:
 	case !o.ReadOnly && nowait.KindOf(fi.Mode()) == nowait.BlockDevice:
 		t := thingOf(fi)
@@ -264,7 +266,7 @@ func openFile(path string, o Options) (f *os.File, made bool, err error) {
 	}
 	if err != nil {
 		if kind := (*nowait.KindError)(nil); errors.As(err, &kind) {
-			return nil, false, badImage(ErrNotDisk, path, "is %v, not a disk image", kind.Is)
+			return nil, false, badImage(ErrNotDisk, path, "is %v, not a disk image; want %v", kind.Is, disk)
 		}
 		var pe *fs.PathError
 		if errors.As(err, &pe) {
@@ -276,7 +278,7 @@ func openFile(path string, o Options) (f *os.File, made bool, err error) {
 		case !o.ReadOnly && (errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS)):
 			return nil, false, fmt.Errorf("%s: cannot be opened for writing (readonly may work): %w", path, err)
 		}
-		return nil, false, fmt.Errorf("%s: %w", path, err)
+		return nil, false, nowait.OpenError(path, err)
 	}
 	return f, made, nil
 }

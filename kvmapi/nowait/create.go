@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // createError is an error with its own text.
@@ -50,6 +52,20 @@ func Leads(path string, f *os.File) bool {
 // CreateError turns err, from an attempt to make the file at path, into an error that names the
 // path, the reason and the remedy.
 func CreateError(path string, err error) error {
+	return explain(path, err, "make it first, or name another", "name another file")
+}
+
+// OpenError is CreateError for an attempt to open a file that exists.
+func OpenError(path string, err error) error {
+	return explain(path, err, "check the path", "check the path")
+}
+
+// explain makes the error of a path. noDir and noFile are the remedies if the directory or the file is
+// missing.
+func explain(path string, err error, noDir, noFile string) error {
+	if kind := (*KindError)(nil); errors.As(err, &kind) {
+		return err // says the types that would do
+	}
 	if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
 		err = pe.Err
 	}
@@ -59,11 +75,27 @@ func CreateError(path string, err error) error {
 	dir := filepath.Dir(path)
 	_, dirErr := os.Stat(dir)
 	switch {
+	case path == "":
+		text = "the path is empty; name a file"
 	case linkErr == nil && errors.Is(fileErr, fs.ErrNotExist):
 		text = fmt.Sprintf("%s: is a symbolic link to %s, which does not exist; remove the link, or name that file",
 			path, target)
 	case errors.Is(err, fs.ErrNotExist) && errors.Is(dirErr, fs.ErrNotExist):
-		text += fmt.Sprintf("; there is no directory %s: make it first, or name another", dir)
+		text += fmt.Sprintf("; there is no directory %s: %s", dir, noDir)
+	case errors.Is(err, fs.ErrNotExist):
+		text += "; " + noFile
+	case errors.Is(err, unix.ENOTDIR) && fileErr == nil:
+		text += "; name a directory"
+	case errors.Is(err, unix.ENOTDIR):
+		text += "; " + dir + " is a file, or lies below one: check the path"
+	case errors.Is(err, unix.ELOOP):
+		text += "; remove a link of them, or name another file"
+	case errors.Is(err, unix.ENAMETOOLONG):
+		text += "; give a shorter one"
+	case errors.Is(err, fs.ErrPermission):
+		text += "; change its permissions or those of its directory, or name another"
+	case errors.Is(err, unix.EROFS):
+		text += "; name one on another file system"
 	case errors.Is(err, fs.ErrExist):
 		text += "; name another file, or remove that one first"
 	}

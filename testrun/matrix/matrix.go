@@ -49,7 +49,8 @@ func (a Axes) Cells() ([]Cell, error) {
 		return nil, errors.New("no cells: want a value or more of each axis")
 	}
 	if perRound > MaxCells || a.Rounds > MaxCells/perRound {
-		return nil, fmt.Errorf("%d rounds of %d cells: want %d cells at most", a.Rounds, perRound, MaxCells)
+		return nil, fmt.Errorf("--repeat %d of %s: want %d cells at most", a.Rounds, text.Count(perRound, "cell"),
+			MaxCells)
 	}
 	cells := make([]Cell, 0, perRound*a.Rounds)
 	labels := kernelLabels(a.Kernels)

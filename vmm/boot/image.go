@@ -2,6 +2,7 @@ package boot
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,7 +21,9 @@ import (
 // completes a sentence that starts with Name, and Mend says how to fix it.
 type ImageError struct{ Name, What, Mend string }
 
-func (e *ImageError) Error() string { return e.Name + " " + e.What + ": " + e.Mend }
+func (e *ImageError) Error() string {
+	return cmp.Or(e.Name, `""`) + " " + e.What + ": " + e.Mend
+}
 
 // File is a file that Load reads into guest memory.
 type File struct {

@@ -76,20 +76,23 @@ var features = sync.OnceValue(func() map[string]feature {
 // for the paravirtual ones), each with a sign.
 func ParseFeatures(list string) ([]FeatureChange, error) {
 	var out []FeatureChange
+	if list == "" {
+		return nil, nil
+	}
 	for word := range strings.SplitSeq(list, ",") {
-		if word == "" {
-			continue
+		name, hidden := strings.CutPrefix(word, "-")
+		if !hidden {
+			var shown bool
+			if name, shown = strings.CutPrefix(word, "+"); !shown {
+				return nil, fmt.Errorf("CPU feature %q: want + or - before a name", word)
+			}
 		}
-		name, sign := word[1:], word[0]
 		f, ok := features()[name]
-		if sign != '-' && sign != '+' {
-			return nil, fmt.Errorf("CPU feature %q: begin it with + or -", word)
-		}
 		if !ok {
 			return nil, fmt.Errorf("CPU feature %q is not known; the names are those of /proc/cpuinfo%s",
 				name, text.Suggest(name, slices.Collect(maps.Keys(features()))))
 		}
-		out = append(out, FeatureChange{Name: name, Enable: sign == '+', feature: f})
+		out = append(out, FeatureChange{Name: name, Enable: !hidden, feature: f})
 	}
 	return out, nil
 }

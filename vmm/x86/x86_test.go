@@ -71,7 +71,7 @@ func TestFeatures(t *testing.T) {
 		t.Errorf("leaf 1 ECX %#x, leaf 7 EBX %#x", find(e, 1, 0).Ecx, find(e, 7, 0).Ebx)
 	}
 	for list, want := range map[string]string{
-		"x2apic":  "begin it with + or -",
+		"x2apic":  "want + or - before a name",
 		"-avx51":  "did you mean avx512f?",
 		"+nosuch": "is not known",
 		"-":       `"" is not known`,

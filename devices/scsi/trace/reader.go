@@ -48,7 +48,7 @@ func NewReader(r io.Reader) (*Reader, error) {
 		return nil, fmt.Errorf("trace: %w", err)
 	}
 	if !IsTrace(start) {
-		return nil, &FormatError{What: "not a trace of gvm"}
+		return nil, &FormatError{What: "not a trace of gvm; gvm run --trace makes one"}
 	}
 	first, err := t.line()
 	if err != nil {

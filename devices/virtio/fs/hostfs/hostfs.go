@@ -23,6 +23,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/kvmapi/nowait"
+
 	"gvm/devices/iovec"
 )
 
@@ -85,18 +87,18 @@ func Open(cfg Config) (*FS, error) {
 	}
 	fd, err := unix.Open(cfg.Dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: cfg.Dir, Err: err}
+		return nil, nowait.OpenError(cfg.Dir, err)
 	}
 	st, err := stat(fd)
 	if err == nil && kernelInterface(fd) {
-		err = errors.New("it shows the state of the kernel, and is not shared")
+		err = errors.New("it shows the state of the kernel, and is not shared; name another")
 	}
 	if err == nil {
 		err = unix.Access(procPath(fd), unix.R_OK|unix.X_OK)
 	}
 	if err != nil {
 		unix.Close(fd)
-		return nil, &os.PathError{Op: "open", Path: cfg.Dir, Err: err}
+		return nil, nowait.OpenError(cfg.Dir, err)
 	}
 	fs := &FS{cfg: cfg, valid: cfg.Valid, owner: os.Geteuid() == 0, devices: map[uint64]uint64{}, files: 1,
 		root: &inode{id: 1, fd: fd, key: keyOf(&st), kind: uint32(st.Mode) & unix.S_IFMT, lookups: 1}}
