@@ -471,6 +471,60 @@ func TestEnds(t *testing.T) {
 	}
 }
 
+// TestTidy leaves a run directory as a killed machine does: with a process in the control group that
+// makes a new socket for each that is removed, until it is killed.
+func TestTidy(t *testing.T) {
+	run, group := filepath.Join(t.TempDir(), "run"), filepath.Join(t.TempDir(), "group")
+	kill, machine := filepath.Join(group, "cgroup.kill"), filepath.Join(run, "gvm", "vm")
+	if err := errors.Join(os.Mkdir(group, 0o700), os.WriteFile(kill, nil, 0o600), os.MkdirAll(machine, 0o700),
+		os.WriteFile(filepath.Join(machine, "lock"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			_ = unix.Mknod(filepath.Join(run, "new"), unix.S_IFSOCK|0o600, 0)
+			_ = unix.Mknod(filepath.Join(machine, "new"), unix.S_IFSOCK|0o600, 0)
+			if b, err := os.ReadFile(kill); err == nil && string(b) == "1" {
+				_ = os.Remove(kill)
+				return
+			}
+		}
+	}()
+	if err := tidy(run, group); err != nil {
+		t.Error(err)
+	}
+	<-done
+	if _, err := os.Lstat(run); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory of sockets stays: %v", err)
+	}
+}
+
+// TestTidyIsBounded fills the directories of a killed machine. The janitor, which has the lock of the
+// jail, leaves all but some of the files.
+func TestTidyIsBounded(t *testing.T) {
+	for _, dir := range []string{".", "gvm", "gvm/vm", "gvm/vm/deep"} {
+		t.Run(dir, func(t *testing.T) {
+			run := t.TempDir()
+			full := filepath.Join(run, dir)
+			if err := os.MkdirAll(full, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			const most = 3 * mostFiles
+			for i := range most {
+				if err := unix.Mknod(filepath.Join(full, strconv.Itoa(i)), unix.S_IFSOCK|0o600, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			_ = removeSockets(run)
+			if left, err := os.ReadDir(full); err != nil || len(left) < most-mostFiles {
+				t.Errorf("%d files are left, %v", len(left), err)
+			}
+		})
+	}
+}
+
 // janitorOf returns the PID of a program's janitor.
 func janitorOf(t *testing.T, program int) int {
 	t.Helper()

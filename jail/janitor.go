@@ -3,6 +3,7 @@ package jail
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -67,20 +68,25 @@ func Main(args []string) error {
 	}
 	// The control socket is the broker's to remove, if that lives. Other files of the user's machine stay, and
 	// so does the directory then.
-	path := filepath.Join("/proc/self/fd", strconv.Itoa(lockFD), runDir)
-	if clean(func() error { return removeRun(path) }) != nil {
-		_ = removeSockets(path)
-		_ = removeRun(path)
-	}
-	if cgroup := args[1]; cgroup != "" {
+	return tidy(filepath.Join("/proc/self/fd", strconv.Itoa(lockFD), runDir), args[1])
+}
+
+// tidy removes a machine's directory of sockets and its control group. The machine's last processes end
+// before gvm removes their sockets: they could make new ones.
+func tidy(run, cgroup string) (err error) {
+	left := clean(func() error { return removeRun(run) })
+	if cgroup != "" {
 		_ = write(cgroup, "cgroup.kill", "1") // Linux 5.14; the others end by themselves
-		left := clean(func() error { return ignoreMissing(unix.Rmdir(cgroup)) })
-		_ = unix.Rmdir(filepath.Dir(cgroup)) // of the last machine
-		if left != nil {
-			return fmt.Errorf("control group %s: %w", cgroup, left)
+		if err = clean(func() error { return ignoreMissing(unix.Rmdir(cgroup)) }); err != nil {
+			err = fmt.Errorf("control group %s: %w", cgroup, err)
 		}
+		_ = unix.Rmdir(filepath.Dir(cgroup)) // of the last machine
 	}
-	return nil
+	if left != nil {
+		_ = removeSockets(run)
+		_ = removeRun(run)
+	}
+	return err
 }
 
 // clean repeats a removal until it succeeds.
@@ -99,6 +105,10 @@ func removeRun(path string) error {
 	return ignoreMissing(unix.Rmdir(path))
 }
 
+// mostFiles bounds the files that the janitor reads of a machine that was killed, as it has the jail's
+// lock meanwhile: the machine's user may have made any number.
+const mostFiles = 1000
+
 // removeSockets removes the sockets of a machine that was killed. They are in directories of an ordinary user's.
 func removeSockets(path string) error {
 	root, err := os.OpenRoot(path)
@@ -106,13 +116,46 @@ func removeSockets(path string) error {
 		return err
 	}
 	defer root.Close()
-	files, err := os.ReadDir(path)
+	left := mostFiles
+	files, err := readFiles(root, ".", &left)
 	for _, f := range files {
 		if f.Type() == os.ModeSocket {
 			err = errors.Join(err, root.Remove(f.Name()))
 		}
 	}
-	return errors.Join(err, root.RemoveAll("gvm"))
+	const own = "gvm" // has a directory for each machine, and that its files
+	machines, err2 := readFiles(root, own, &left)
+	err = errors.Join(err, err2)
+	for _, m := range machines {
+		name := filepath.Join(own, m.Name())
+		if m.IsDir() {
+			files, err2 := readFiles(root, name, &left)
+			err = errors.Join(err, err2)
+			for _, f := range files {
+				err = errors.Join(err, root.Remove(filepath.Join(name, f.Name())))
+			}
+		}
+		err = errors.Join(err, root.Remove(name))
+	}
+	return err
+}
+
+// readFiles reads the first of the files of a directory, and takes their number from left.
+func readFiles(root *os.Root, dir string, left *int) ([]os.DirEntry, error) {
+	if *left < 1 {
+		return nil, fmt.Errorf("%s: more files than a machine has", dir)
+	}
+	d, err := root.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	files, err := d.ReadDir(*left)
+	*left -= len(files)
+	if err == io.EOF {
+		err = nil
+	}
+	return files, err
 }
 
 func ignoreMissing(err error) error {
