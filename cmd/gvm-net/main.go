@@ -15,6 +15,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -23,6 +24,9 @@ import (
 )
 
 func main() {
+	// A frame passes through several goroutines, and Go wakes a thread for each while it has a
+	// processor free. The guest and gvm need the others.
+	runtime.GOMAXPROCS(max(1, runtime.NumCPU()/2))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, os.Args[1:]); err != nil {
