@@ -93,13 +93,16 @@ const fastEnv = "GVM_LAB_FAST"
 // Program returns the path of a program of Options.Build, by its last name.
 func Program(name string) string { return filepath.Join(os.Getenv(programsEnv), name) }
 
+// tags are the Makefile's: the programs are those that users get, and start as fast.
+const tags = "-tags=urfave_cli_no_docs,nethttpomithttp2"
+
 // build makes the programs in a directory of their own. They are static by CGO_ENABLED=0, or as set
 // in the environment: the race detector needs 1.
 func build(packages []string) (dir string, err error) {
 	if dir, err = os.MkdirTemp("", "lab-programs"); err != nil {
 		return "", err
 	}
-	cmd := exec.Command("go", append([]string{"build", "-o", dir + "/"}, packages...)...)
+	cmd := exec.Command("go", append([]string{"build", tags, "-o", dir + "/"}, packages...)...)
 	cmd.Env = append([]string{"CGO_ENABLED=0"}, os.Environ()...)
 	out, err := cmd.CombinedOutput()
 	if err == nil && slices.Contains(packages, "gvm/cmd/gvm-agent") {
@@ -124,7 +127,7 @@ func buildForAgent(dir string) (output []byte, err error) {
 		return nil, err
 	}
 	flags := "-ldflags=-X main.agentID=" + strings.TrimSpace(string(id))
-	cmd := exec.Command("go", "build", flags, "-o", dir+"/", "gvm/cmd/gvm")
+	cmd := exec.Command("go", "build", tags, flags, "-o", dir+"/", "gvm/cmd/gvm")
 	cmd.Env = append([]string{"CGO_ENABLED=0"}, os.Environ()...)
 	return cmd.CombinedOutput()
 }
