@@ -156,8 +156,8 @@ func TestOverlay(t *testing.T) {
 	t.Parallel()
 	golden := image(t, 9, 1<<20)
 	before := read(t, golden)
-	g := launch(t, "spin", golden+",overlay=on")
-	g.expect("spinning", 1)
+	g := launch(t, "hang", golden+",overlay=on")
+	g.expect("hanging", 1)
 	file := filepath.Join(t.TempDir(), "overlay")
 	for range 2 {
 		passes(t, "write", golden+",overlay=on", golden+",overlay="+file+",lun=1")
@@ -191,8 +191,8 @@ func TestOverlayOfHoles(t *testing.T) {
 		t.Skip(err)
 	}
 	passes(t, "write", base+",overlay="+dir+"/one")
-	g := launch(t, "spin")
-	g.expect("spinning", 1)
+	g := launch(t, "hang")
+	g.expect("hanging", 1)
 	change, err := g.AddDisk(t.Context(), parse(t, base+",overlay="+dir+"/two"))
 	if err != nil || change.Disk.Size != 1<<60 {
 		t.Errorf("%+v, %v", change, err)
@@ -247,8 +247,8 @@ func TestAddPipe(t *testing.T) {
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	g := launch(t, "spin")
-	g.expect("spinning", 1)
+	g := launch(t, "hang")
+	g.expect("hanging", 1)
 	for _, d := range []string{img + ",overlay=" + fifo, fifo} {
 		if _, err := g.AddDisk(t.Context(), parse(t, d)); err == nil || !strings.Contains(err.Error(), "is a pipe") {
 			t.Errorf("%s: %v", d, err)

@@ -354,8 +354,8 @@ func TestStopWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	name := fmt.Sprintf("waits-%d", os.Getpid())
-	p := startGVMAs(t, t.TempDir(), func(p *proc) { p.cmd.Stderr = w }, guestRun("--name="+name, "spin")...)
-	p.expect("spinning")
+	p := startGVMAs(t, t.TempDir(), func(p *proc) { p.cmd.Stderr = w }, guestRun("--name="+name, "hang")...)
+	p.expect("hanging")
 	if r := ask(t, t.TempDir(), "stop", "--force", name); r.status != 0 {
 		t.Errorf("status %d, %q", r.status, r.errs)
 	}

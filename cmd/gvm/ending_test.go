@@ -393,8 +393,8 @@ func TestErrorsNotRead(t *testing.T) {
 func TestKilled(t *testing.T) {
 	t.Parallel()
 	img := image(t, "disk", 3, 1<<20)
-	p := startGVM(t, "", guestRun("--disk="+img, "spin")...)
-	p.expect("spinning")
+	p := startGVM(t, "", guestRun("--disk="+img, "hang")...)
+	p.expect("hanging")
 	p.signal(syscall.SIGKILL)
 	if r := p.wait(); r.status != 137 {
 		t.Errorf("status %d", r.status)

@@ -107,8 +107,8 @@ DISK         COMMANDS/s         READ/s      WRITTEN/s      NOW   CHECK/s
 func TestStat(t *testing.T) {
 	t.Parallel()
 	name := fmt.Sprintf("stat-%d", os.Getpid())
-	p := startGVM(t, t.TempDir(), guestRun("--name="+name, "--disk=mem:1M", "spin")...)
-	p.expect("spinning")
+	p := startGVM(t, t.TempDir(), guestRun("--name="+name, "--disk=mem:1M", "hang")...)
+	p.expect("hanging")
 	quick := "--interval=50ms"
 	for args, want := range map[string][]any{
 		"stat VM":                          {0, "VCPU ", ""},
@@ -177,8 +177,8 @@ func TestStatStopped(t *testing.T) {
 	start := func(args ...string) *proc {
 		return startGVMAs(t, "", func(p *proc) { p.cmd.Env = append(p.cmd.Env, runtime) }, args...)
 	}
-	p := start(guestRun("--name="+name, "spin")...)
-	p.expect("spinning")
+	p := start(guestRun("--name="+name, "hang")...)
+	p.expect("hanging")
 	watchers := []*proc{start("stat", name, "--watch", "--interval=50ms"),
 		start("inspect", name, "vcpu", "--watch", "--interval=50ms")}
 	watchers[0].expect(name)

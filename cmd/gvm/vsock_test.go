@@ -129,8 +129,8 @@ func TestVsockSocketKilled(t *testing.T) {
 	}
 	path := filepath.Join(dir, "vsock")
 	p := startGVMAs(t, dir, func(p *proc) { p.cmd.Env = append(p.cmd.Env, "XDG_RUNTIME_DIR="+dir) },
-		guestRun("--vsock=unix,path="+path, "spin")...)
-	p.expect("spinning")
+		guestRun("--vsock=unix,path="+path, "hang")...)
+	p.expect("hanging")
 	if _, err := os.Lstat(path); err != nil {
 		t.Error(err)
 	}
