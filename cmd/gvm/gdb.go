@@ -109,7 +109,7 @@ func (a *gdbAddress) listen(ctx context.Context, b *broker.Client) (*gdbServer, 
 		return nil, configError{fmt.Errorf("--gdb unix:%s: the file exists; remove it, or give another path", a.address)}
 	case errors.Is(err, syscall.EADDRINUSE):
 		return nil, configError{fmt.Errorf("--gdb %s: another program waits there; give another port", a.address)}
-	case s.path != "":
+	case err != nil && s.path != "":
 		if errno := syscall.Errno(0); errors.As(err, &errno) {
 			err = nowait.CreateError(a.address, errno)
 		}

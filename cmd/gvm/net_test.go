@@ -28,7 +28,7 @@ func TestParseNets(t *testing.T) {
 		"eth0":                        "--net eth0: want none, user or tap=NAME",
 		"tap=":                        `--net tap=: interface name "": want`,
 		"tap=a/b":                     `--net tap=a/b: interface name "a/b": want`,
-		"tap=a,":                      "--net tap=a,: option : want mac, queues or vhost",
+		"tap=a,":                      `--net tap=a,: option "": want mac, queues or vhost`,
 		"tap=a,queue=1":               "--net tap=a,queue=1: option queue: want mac, queues or vhost; did you mean queues?",
 		"tap=a,vhost=yes":             "--net tap=a,vhost=yes: vhost=yes: want auto, off or on",
 		"tap=a,queues=0":              "--net tap=a,queues=0: queues=0: want 1 to 16",

@@ -1,6 +1,5 @@
 // Package example is a complete virtio device, to begin another one from: a driver gets the bytes
-// of each request back in reverse order. TestNewDevice of package machine has its row, and a
-// driver.
+// of each request back in reverse order. Its row and a driver are in package machine's tests.
 package example
 
 import (
