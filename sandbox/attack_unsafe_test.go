@@ -95,6 +95,16 @@ func child(what string) error {
 		_, _, errno := unix.Syscall6(a.nr, a.arg(0), a.arg(1), a.arg(2), a.arg(3), a.arg(4), a.arg(5))
 		fmt.Println("the system call returned", int(errno))
 		return nil
+	case what == "hold":
+		go func() {
+			for {
+				runtime.GC() // waits for the goroutine of the call
+			}
+		}()
+		time.Sleep(10 * time.Millisecond)
+		_, _, errno := unix.RawSyscall(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_STREAM, 0)
+		fmt.Println("the system call returned", int(errno))
+		select {}
 	case what == "wait":
 		_, err = io.Copy(io.Discard, os.Stdin)
 		return err
@@ -344,6 +354,20 @@ func TestAttacks(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestHeldRuntime: a refused call that holds up Go's runtime, of which that does not know that it
+// may wait, ends the process as others do.
+func TestHeldRuntime(t *testing.T) {
+	for _, procs := range []string{"1", "2"} {
+		t.Run(procs, func(t *testing.T) {
+			t.Parallel()
+			c, out := start(t, "hold", "GOMAXPROCS="+procs)
+			if got := status(c.Run()); got != statusRefused || !strings.Contains(out.String(), "the system call socket (41)") {
+				t.Errorf("status %d:\n%s", got, out)
+			}
+		})
 	}
 }
 

@@ -1,6 +1,8 @@
 package sandbox
 
 import (
+	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -96,12 +98,42 @@ type notification struct {
 	args       [6]uint64
 }
 
-// receive takes a notice of a refused call. It returns false if the call was given up meanwhile.
-func receive(fd int) (c Refusal, ok bool) {
-	var n notification
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SECCOMP_IOCTL_NOTIF_RECV,
-		uintptr(unsafe.Pointer(&n))); errno != 0 {
-		return c, false
-	}
-	return Refusal{Name: callName(int(n.nr)), Number: int(n.nr), Args: n.args, Arch: n.arch}, true
+// refusal is the notice's call.
+func (n *notification) refusal() Refusal {
+	return Refusal{Name: callName(int(n.nr)), Number: int(n.nr), Args: n.args, Arch: n.arch}
 }
+
+// held is the time for which a refused call waits at most.
+var held = unix.NsecToTimespec(int64(500 * time.Millisecond))
+
+// one is what is written to an eventfd.
+var one = uint64(1)
+
+// listen waits for a notice of a refused call, writes to the eventfd wake, and closes the listener
+// fd when held is over. In between its thread has no processor of Go's scheduler, and needs none.
+//
+//go:nosplit
+//go:norace
+func listen(fd, wake int, n *notification) syscall.Errno {
+	entersyscallblock()
+	errno := unix.EINTR
+	for errno == unix.EINTR || errno == unix.ENOENT { // ENOENT: the call was given up meanwhile
+		_, _, errno = unix.RawSyscall(unix.SYS_IOCTL, uintptr(fd), unix.SECCOMP_IOCTL_NOTIF_RECV,
+			uintptr(unsafe.Pointer(n)))
+	}
+	if errno == 0 {
+		unix.RawSyscall(unix.SYS_WRITE, uintptr(wake), uintptr(unsafe.Pointer(&one)), unsafe.Sizeof(one))
+		unix.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&held)), 0, 0)
+		unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0)
+	}
+	exitsyscall()
+	return errno
+}
+
+// The two halves of a system call of package syscall (runtime/proc.go), which other packages may use.
+//
+//go:linkname entersyscallblock runtime.entersyscallblock
+func entersyscallblock()
+
+//go:linkname exitsyscall runtime.exitsyscall
+func exitsyscall()

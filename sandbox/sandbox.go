@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 
@@ -418,34 +419,33 @@ func (c Refusal) String() string {
 const askReport = ": this is a bug in gvm, or an attack by the guest; please report it with this line " +
 	"(--sandbox=off runs without)"
 
-// watch waits for refused calls until the process ends, and hands the first one to refused.
+// watch hands the first refused call to refused, and ends the process.
+//
+// The call waits for an answer that never comes. If Go's runtime does not know that it may wait
+// (syscall.RawSyscall), that can hold up the runtime and refused with it: the garbage collector waits
+// for the call's goroutine. So the listener's thread, which needs nothing of the runtime, closes the
+// listener a little later, by which the call returns with ENOSYS.
 func watch(fd int, refused func(Refusal)) error {
-	if err := unix.SetNonblock(fd, true); err != nil { // for Go's poller, which needs no thread
-		return err
-	}
-	file := os.NewFile(uintptr(fd), "seccomp")
-	conn, err := file.SyscallConn()
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
 		return err
 	}
-	panics.Go(func() {
-		var c Refusal
-		err := conn.Read(func(fd uintptr) bool {
-			fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-			if n, err := unix.Poll(fds, 0); n == 0 || err != nil { // a receipt would wait
-				return false
-			}
-			var ok bool
-			c, ok = receive(int(fd))
-			return ok
-		})
-		if err != nil { // the calls do not return
-			return
-		}
+	file, n := os.NewFile(uintptr(wake), "eventfd"), new(notification)
+	end := sync.OnceFunc(func() {
 		if refused != nil {
-			refused(c)
+			refused(n.refusal())
 		}
 		os.Exit(1)
+	})
+	panics.Go(func() {
+		if listen(fd, wake, n) == 0 {
+			end()
+		}
+	})
+	panics.Go(func() {
+		if _, err := file.Read(make([]byte, 8)); err == nil {
+			end()
+		}
 	})
 	return nil
 }

@@ -7,7 +7,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
-	"time"
+	"testing/synctest"
 
 	"gvm/devices/block"
 	"gvm/devices/scsi"
@@ -396,45 +396,46 @@ func TestAbortWaiting(t *testing.T) {
 // unit is gone for other commands meanwhile.
 func TestRemove(t *testing.T) {
 	for _, patient := range []bool{true, false} {
-		target, started, release := stuck(t)
-		done := make(chan scsi.Result, 1)
-		go target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)},
-			Done: func(r scsi.Result) { done <- r }})
-		<-started
-		ctx, cancel := context.WithCancel(t.Context())
-		removed := make(chan error, 1)
-		go func() { removed <- target.Remove(ctx, 0) }()
-		for target.Unit(0) != nil {
-			runtime.Gosched()
-		}
-		if a := scsitest.Do(target, 0, testUnitReady, nil, 0); a.String() != "CHECK 5/25/00" || !a.NoLUN {
-			t.Errorf("another command: %v", a)
-		}
-		if len(removed)+len(done) > 0 {
-			t.Error("Remove does not wait for the command")
-		}
-		if !patient {
-			cancel()
-			select {
-			case <-removed:
-				t.Error("Remove does not wait for the aborted command")
-			case <-time.After(time.Millisecond):
-			}
-		}
-		release()
-		if err := <-removed; err != nil {
-			t.Error(err)
-		}
-		select {
-		case r := <-done:
-			if aborted := r.Abort == scsi.AbortedByReset; aborted == patient || patient && r.Status != scsi.Good {
-				t.Errorf("patient %v: %+v", patient, r)
-			}
-		default:
-			t.Error("Remove returned before the command was answered")
-		}
-		cancel()
+		synctest.Test(t, func(t *testing.T) { testRemove(t, patient) })
 	}
+}
+
+func testRemove(t *testing.T, patient bool) {
+	target, started, release := stuck(t)
+	done := make(chan scsi.Result, 1)
+	go target.Submit(&scsi.Command{CDB: cdb10(0x28, 0, 0, 1), In: [][]byte{make([]byte, blockSize)},
+		Done: func(r scsi.Result) { done <- r }})
+	<-started
+	ctx, cancel := context.WithCancel(t.Context())
+	removed := make(chan error, 1)
+	go func() { removed <- target.Remove(ctx, 0) }()
+	synctest.Wait()
+	if a := scsitest.Do(target, 0, testUnitReady, nil, 0); a.String() != "CHECK 5/25/00" || !a.NoLUN {
+		t.Errorf("another command: %v", a)
+	}
+	if len(removed)+len(done) > 0 {
+		t.Error("Remove does not wait for the command")
+	}
+	if !patient {
+		cancel()
+		synctest.Wait()
+		if len(removed) > 0 {
+			t.Error("Remove does not wait for the aborted command")
+		}
+	}
+	release()
+	if err := <-removed; err != nil {
+		t.Error(err)
+	}
+	select {
+	case r := <-done:
+		if aborted := r.Abort == scsi.AbortedByReset; aborted == patient || patient && r.Status != scsi.Good {
+			t.Errorf("patient %v: %+v", patient, r)
+		}
+	default:
+		t.Error("Remove returned before the command was answered")
+	}
+	cancel()
 }
 
 // TestDetach takes a unit away under a command: the command is answered before
