@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"unicode/utf8"
 )
 
 // may lists, for each package or tree ("/..."), the packages of this module that its non-test files
@@ -242,28 +241,4 @@ func isPanics(e ast.Expr, function string) bool {
 	}
 	pkg, ok := of.X.(*ast.Ident)
 	return ok && pkg.Name == "panics"
-}
-
-// TestLines checks that every line of Go ends by column 120. A tab counts as one column.
-func TestLines(t *testing.T) {
-	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
-		if err != nil || !strings.HasSuffix(path, ".go") {
-			return err
-		}
-		text, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		n := 0
-		for line := range strings.Lines(string(text)) {
-			n++
-			if width := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); width > 120 {
-				t.Errorf("%s:%d has %d columns; break it by column 120", path, n, width)
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
 }

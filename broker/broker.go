@@ -18,12 +18,12 @@ import (
 	"gvm/panics"
 )
 
-// grantTime is how long after a request its image can be opened. The machine opens it at once, if at
-// all.
+// grantTime is how long after a request its image can be opened. The machine opens it at once, if
+// at all.
 const grantTime = time.Minute
 
-// maxGrants bounds the files that the machine may open and has not: more than all connections of the
-// control socket can ask for at a time.
+// maxGrants bounds the files that the machine may open and has not: more than all connections of
+// the control socket can ask for at a time.
 const maxGrants = 128
 
 // maxPath is PATH_MAX: no longer path can be opened.
@@ -70,7 +70,7 @@ type image struct {
 	found   *found     // of that, when the machine has it open and the kernel does not serve it
 }
 
-// found is what this process found when it opened an image.
+// found is the state of an image when this process opened it.
 type found struct {
 	facts block.Facts
 	file  *os.File // O_PATH, without a lock: another file at the image's path is another one
@@ -110,8 +110,8 @@ func (b *broker) grant(d disk.Spec) {
 	}
 }
 
-// prune forgets grants that are of no more use, and the oldest if there are too many. It keeps files that
-// this process has made. The caller holds mu.
+// prune forgets grants that are of no more use, and the oldest if there are too many. It keeps
+// files that this process has made. The caller holds mu.
 func (b *broker) prune() {
 	b.temporaries = slices.DeleteFunc(b.temporaries, time.Now().After)
 	b.temporaries = b.temporaries[max(len(b.temporaries)-maxGrants, 0):]
@@ -166,8 +166,8 @@ func (b *broker) refuse(m message) error {
 	return refusal(m.Path)
 }
 
-// serve answers the machine's requests until the socket's other end is closed. It reports whether the
-// machine has ended in order. Requests that wait for storage end with the process.
+// serve answers the machine's requests until the socket's other end is closed. It reports whether
+// the machine has ended in order. Requests that wait for storage end with the process.
 func (b *broker) serve() (inOrder bool) {
 	for r := newReceiver(b.conn); ; {
 		m, data, files, err := r.next()
@@ -239,8 +239,8 @@ func (b *broker) removeOwn() (err error) {
 	return err
 }
 
-// do does what the machine asks for, if a request of the control socket allows that. The caller closes
-// the files.
+// do answers a request of the machine, if a request of the control socket allows that. The caller
+// closes the files.
 func (b *broker) do(m message, data []byte, files []*os.File) (a message, opened []*os.File, err error) {
 	path := string(m.Path)
 	switch m.Op {
@@ -365,8 +365,8 @@ func (b *broker) image(m message) (a message, opened []*os.File, err error) {
 	return a, files, nil
 }
 
-// addTo has the kernel serve an image with this process's rights: one that the machine has opened, as its
-// request has it.
+// addTo has the kernel serve an image with this process's rights: one that the machine has opened,
+// as its request has it.
 func (b *broker) addTo(m message) (notes []string, err error) {
 	path := string(m.Path)
 	b.mu.Lock()
@@ -398,8 +398,8 @@ func (g image) allows(o options) bool {
 		max(o.BlockSize, 512) == max(want.BlockSize, 512)
 }
 
-// Arg0 is the first word of a broker's command line; the second one is the machine's name, the third
-// one the directory of its control socket, if it has one.
+// Arg0 is the first word of a broker's command line; the second one is the machine's name, the
+// third one the directory of its control socket, if it has one.
 const Arg0 = control.BrokerArg0
 
 // Descriptors of the broker.

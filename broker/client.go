@@ -59,9 +59,10 @@ type answer struct {
 	files []*os.File
 }
 
-// Start starts the broker of a machine, which takes over the machine's control socket, while the caller
-// goes on. note takes a line for the user. d is the socket's directory. Without a socket, s is nil: the caller
-// calls End, which closing the socket does else. What a broker leaves that has died, the keeper removes.
+// Start starts the broker of a machine, which takes over the machine's control socket, while the
+// caller goes on. note takes a line for the user. d is the socket's directory. Without a socket, s
+// is nil: the caller calls End, which closing the socket does else. What a broker leaves that has
+// died, the keeper removes.
 func Start(s *control.Server, d control.Directory, name string, note func(string)) (*Client, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -124,8 +125,8 @@ func pairEnd(fd int) (*net.UnixConn, error) {
 	return c.(*net.UnixConn), nil
 }
 
-// execute starts the program again as a broker or keeper, in a session of its own: signals for the machine's
-// group are not for it.
+// execute starts the program again as a broker or keeper, in a session of its own: signals for the
+// machine's group are not for it.
 func execute(args []string, files ...*os.File) (*os.Process, error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
@@ -245,8 +246,8 @@ func (l listener) Close() error {
 // Addr implements net.Listener.
 func (l listener) Addr() net.Addr { return l.conn.LocalAddr() }
 
-// RemoveAtEnd has the broker remove a socket of the machine's at the end. The caller has made it and not
-// called Shut. remove removes it if Shut has not been called.
+// RemoveAtEnd has the broker remove a socket of the machine's at the end. The caller has made it
+// and not called Shut. remove removes it if Shut has not been called.
 func (c *Client) RemoveAtEnd(path string, made fs.FileInfo) (remove func() error) {
 	st := made.Sys().(*syscall.Stat_t)
 	f := ownFile{text.Name(path), st.Dev, st.Ino}
@@ -284,8 +285,8 @@ func (c *Client) End() error {
 	}
 }
 
-// Shut has the broker open all files from now on, for a machine that may open none any more. If the machine has
-// files to be removed at its end or a target of the kernel's, Shut starts a keeper.
+// Shut has the broker open all files from now on, for a machine that may open none any more. If the
+// machine has files to be removed at its end or a target of the kernel's, Shut starts a keeper.
 func (c *Client) Shut() error {
 	<-c.started
 	c.mu.Lock()

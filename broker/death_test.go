@@ -18,8 +18,8 @@ import (
 	"gvm/sandbox"
 )
 
-// idle is a machine with a real broker. It prints a line when the broker has its files, and ends when
-// its input does.
+// idle is a machine with a real broker. It prints a line when the broker has its files, and ends
+// when its input does.
 func idle(dir string) {
 	fail := func(err error) {
 		if err != nil {
@@ -67,9 +67,9 @@ func idle(dir string) {
 	os.Exit(0)
 }
 
-// TestDeath kills the machine, or its broker, or its keeper, or neither, or stops the broker until the machine
-// has ended. None leaves a file or a socket elsewhere; one in the sandbox may leave the directory of all empty.
-// A machine without a control socket has all that too.
+// TestDeath kills the machine, or its broker, or its keeper, or neither, or stops the broker until
+// the machine has ended. None leaves a file or a socket elsewhere; one in the sandbox may leave the
+// directory of all empty. A machine without a control socket has all that too.
 func TestDeath(t *testing.T) {
 	for _, how := range []string{"neither", "machine", "broker", "keeper", "stop", "neither sandboxed",
 		"machine sandboxed", "broker sandboxed", "keeper sandboxed", "stop sandboxed", "neither alone",
@@ -99,7 +99,8 @@ func TestDeath(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// The broker and the keeper have the other end of errs too, so that its end is that of all processes.
+			// The broker and the keeper have the other end of errs too, so that its end is that of all
+			// processes.
 			errs, w, err := os.Pipe()
 			if err != nil {
 				t.Fatal(err)

@@ -1,15 +1,15 @@
 // Package broker opens files for a machine whose process may open none any more.
 //
-// The broker is a second process of the same program. It accepts the connections of the control socket,
-// reads each request, and passes both to the machine. The machine asks it to open the files that a
-// request names, with those beside them, and gets descriptors. It refuses every other path: a machine
-// that its guest has taken over can open only the files that the owner of the socket has named. In the
-// same way it adds them to the kernel's target of the machine (backend=vhost), and takes that down at the
-// machine's end. It removes the socket, and other sockets that the machine names before it may open none, after
-// that end, and the kernel's targets of a machine that died.
+// The broker is a second process of the same program. It accepts the connections of the control
+// socket, reads each request, and passes both to the machine. The machine asks it to open the files
+// that a request names, with those beside them, and gets descriptors. It refuses every other path:
+// a machine that its guest has taken over can open only the files that the owner of the socket has
+// named. In the same way it adds them to the kernel's target of the machine (backend=vhost), and
+// takes that down at the machine's end. It removes the socket, and other sockets that the machine
+// names before it may open none, after that end, and the kernel's targets of a machine that died.
 //
-// A machine with such a socket or target has a third process, the keeper. It removes them when the machine has
-// ended, if they are still there because the broker was killed.
+// A machine with such a socket or target has a third process, the keeper. It removes them when the
+// machine has ended, if they are still there because the broker was killed.
 //
 // The two have a pair of sockets (SOCK_SEQPACKET). A message is a line of JSON, then data, with
 // descriptors (SCM_RIGHTS).
@@ -151,8 +151,8 @@ func newReceiver(c *net.UnixConn) *receiver {
 	return &receiver{c, make([]byte, maxMessage), make([]byte, unix.CmsgSpace(4*maxFiles))}
 }
 
-// next returns the next message. The data is valid until the next call; the files are the caller's. An
-// error is the end of the socket, or of its other end.
+// next returns the next message. The data is valid until the next call; the files are the caller's.
+// An error is the end of the socket, or of its other end.
 func (r *receiver) next() (m message, data []byte, files []*os.File, err error) {
 	n, oobn, flags, _, err := r.conn.ReadMsgUnix(r.b, r.oob)
 	if err != nil {

@@ -36,8 +36,8 @@ const (
 	vsockFile  = "vsock"
 )
 
-// What is between the name of a machine and that of its file. Until version 0.2 a machine of a gvm
-// without directories for machines is found, too.
+// Separators between the name of a machine and that of its file. Until version 0.2 a machine of a
+// gvm without directories for machines is found, too.
 const (
 	inside = "/"
 	beside = "." // of an older gvm

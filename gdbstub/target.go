@@ -71,7 +71,7 @@ const (
 	AccessWatchpoint
 )
 
-// Action tells what a thread does after a Resume.
+// Action is a thread's part in a Resume.
 type Action struct {
 	Kind       ActionKind
 	Start, End uint64 // of StepRange: the thread steps until it has left [Start, End)

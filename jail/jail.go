@@ -1,10 +1,10 @@
-// Package jail starts this program again as an ordinary user in a root directory of its own, which has
-// the files that the program may use and no others.
+// Package jail starts this program again as an ordinary user in a root directory of its own, which
+// has the files that the program may use and no others.
 //
-// Enter is called by root, and only returns if it fails: the process keeps its PID, parent, terminal and
-// standard files, and so no other process passes on its signals and its exit status. A second process, the
-// janitor, stays outside with root's rights. It holds the lock of the jail's directory, and removes what
-// is left when the first has ended, by SIGKILL too.
+// Enter is called by root, and only returns if it fails: the process keeps its PID, parent,
+// terminal and standard files, and so no other process passes on its signals and its exit status. A
+// second process, the janitor, stays outside with root's rights. It holds the lock of the jail's
+// directory, and removes what is left when the first has ended, by SIGKILL too.
 package jail
 
 import (
@@ -23,7 +23,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Check returns what this process and this host lack for jails and their limits, each with its mend.
+// Check returns the features that this process and this host lack for jails and their limits, each
+// with its mend.
 func Check() (missing []string) {
 	const needed = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_MKNOD // of a container's root often none
 	var have [2]unix.CapUserData
@@ -64,7 +65,8 @@ type Config struct {
 	Env      []string
 	Parents  map[int]int // the parents of processes that the program cannot see in a jail
 
-	// Prepare is called with root's rights outside of the jail, when the janitor is there; nil: no call.
+	// Prepare is called with root's rights outside of the jail, when the janitor is there; nil: no
+	// call.
 	Prepare func() error `json:"-"`
 }
 
@@ -86,7 +88,7 @@ func (e *UserError) Unwrap() error { return e.Err }
 
 func userError(format string, args ...any) error { return &UserError{fmt.Errorf(format, args...)} }
 
-// Inside is what the program in a jail knows of it.
+// Inside describes a jail to the program in it.
 type Inside struct {
 	Dir     string
 	Limits  string      // as they are given
@@ -117,8 +119,8 @@ const runDir = "run"
 // lockPatience bounds the wait for the janitor of the machine before.
 const lockPatience = 2 * time.Second
 
-// Enter makes the jail, gives up root's rights and starts the program. It returns only errors. The caller
-// ends the process after one, since its thread may be in the jail already.
+// Enter makes the jail, gives up root's rights and starts the program. It returns only errors. The
+// caller ends the process after one, since its thread may be in the jail already.
 func Enter(c Config) error {
 	if err := c.check(); err != nil {
 		return err
@@ -195,8 +197,8 @@ func closeAtExec() error {
 	return err
 }
 
-// openProgram opens Program, which has no path in the jail, for execve. The descriptor cannot be read or written.
-// 0: there is none.
+// openProgram opens Program, which has no path in the jail, for execve. The descriptor cannot be
+// read or written. 0: there is none.
 func (c *Config) openProgram() (int, error) {
 	if c.Program.Path == "" {
 		return 0, nil
@@ -218,7 +220,8 @@ func (c *Config) inside(program int) (env []string, err error) {
 	}
 	in.Lock, err = unix.Open("/"+runDir, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err == nil {
-		// No flock(2), which vsock needs of the directory of its socket. A lock for writing needs such a descriptor.
+		// No flock(2), which vsock needs of the directory of its socket. A lock for writing needs such a
+		// descriptor.
 		err = unix.FcntlFlock(uintptr(in.Lock), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_RDLCK})
 	}
 	b, err2 := json.Marshal(in)

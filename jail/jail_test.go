@@ -471,8 +471,8 @@ func TestEnds(t *testing.T) {
 	}
 }
 
-// TestTidy leaves a run directory as a killed machine does: with a process in the control group that
-// makes a new socket for each that is removed, until it is killed.
+// TestTidy leaves a run directory as a killed machine does: with a process in the control group
+// that makes a new socket for each that is removed, until it is killed.
 func TestTidy(t *testing.T) {
 	run, group := filepath.Join(t.TempDir(), "run"), filepath.Join(t.TempDir(), "group")
 	kill, machine := filepath.Join(group, "cgroup.kill"), filepath.Join(run, "gvm", "vm")
@@ -501,8 +501,8 @@ func TestTidy(t *testing.T) {
 	}
 }
 
-// TestTidyIsBounded fills the directories of a killed machine. The janitor, which has the lock of the
-// jail, leaves all but some of the files.
+// TestTidyIsBounded fills the directories of a killed machine. The janitor, which has the lock of
+// the jail, leaves all but some of the files.
 func TestTidyIsBounded(t *testing.T) {
 	for _, dir := range []string{".", "gvm", "gvm/vm", "gvm/vm/deep"} {
 		t.Run(dir, func(t *testing.T) {

@@ -66,13 +66,13 @@ func Main(args []string) error {
 			return fmt.Errorf("wait for the machine: %w", err)
 		}
 	}
-	// The control socket is the broker's to remove, if that lives. Other files of the user's machine stay, and
-	// so does the directory then.
+	// The control socket is the broker's to remove, if that lives. Other files of the user's machine
+	// stay, and so does the directory then.
 	return tidy(filepath.Join("/proc/self/fd", strconv.Itoa(lockFD), runDir), args[1])
 }
 
-// tidy removes a machine's directory of sockets and its control group. The machine's last processes end
-// before gvm removes their sockets: they could make new ones.
+// tidy removes a machine's directory of sockets and its control group. The machine's last processes
+// end before gvm removes their sockets: they could make new ones.
 func tidy(run, cgroup string) (err error) {
 	left := clean(func() error { return removeRun(run) })
 	if cgroup != "" {
@@ -105,11 +105,12 @@ func removeRun(path string) error {
 	return ignoreMissing(unix.Rmdir(path))
 }
 
-// mostFiles bounds the files that the janitor reads of a machine that was killed, as it has the jail's
-// lock meanwhile: the machine's user may have made any number.
+// mostFiles bounds the files that the janitor reads of a machine that was killed, as it has the
+// jail's lock meanwhile: the machine's user may have made any number.
 const mostFiles = 1000
 
-// removeSockets removes the sockets of a machine that was killed. They are in directories of an ordinary user's.
+// removeSockets removes the sockets of a machine that was killed. They are in directories of an
+// ordinary user's.
 func removeSockets(path string) error {
 	root, err := os.OpenRoot(path)
 	if err != nil {

@@ -123,7 +123,7 @@ func (r *Report) lack(format string, args ...any) {
 // entered is set by the first Prepare.
 var entered atomic.Bool
 
-// Prepared is what Enter needs and what can be made earlier.
+// Prepared is the part of Enter that can be made earlier.
 type Prepared struct {
 	policy  Policy
 	report  Report
@@ -256,7 +256,7 @@ func handledFS(abi int) uint64 {
 	return all
 }
 
-// ruleset returns what Landlock takes from a process with the uses.
+// ruleset returns the rights that Landlock takes from a process with the uses.
 func ruleset(abi int, uses Use) (a unix.LandlockRulesetAttr) {
 	a.Handled_access_fs = handledFS(abi)
 	if abi >= 4 {

@@ -190,7 +190,7 @@ var table = []Call{
 	{Number: unix.SYS_EXIT},       // threads
 	{Number: unix.SYS_EXIT_GROUP}, // the end
 
-	// What a process may know of itself.
+	// Facts about the process itself.
 	{Number: unix.SYS_GETPID},    // kicks of vCPUs
 	{Number: unix.SYS_GETPPID},   // job control
 	{Number: unix.SYS_GETPGID},   // job control

@@ -49,8 +49,8 @@ const (
 // A loss costs a connection more: its recovery takes 200 ms.
 const patience = 100 * time.Millisecond
 
-// link is the stack's end of the wire. A frame to the guest is sent by the goroutine that has it, or
-// waits in a queue if the device does not take it at once, or earlier ones wait.
+// link is the stack's end of the wire. A frame to the guest is sent by the goroutine that has it,
+// or waits in a queue if the device does not take it at once, or earlier ones wait.
 type link struct {
 	*channel.Endpoint // for all but the queue
 	conn              *net.UnixConn
@@ -59,7 +59,7 @@ type link struct {
 	queue             chan *stack.PacketBuffer
 	done              <-chan struct{} // closed at the end of the network
 
-	mu      sync.Mutex // guards what follows; not held while a goroutine waits
+	mu      sync.Mutex // guards the fields below; not held while a goroutine waits
 	waiting int        // frames that are to come into the queue, are in it, or that write sends
 	message message
 }
@@ -174,8 +174,8 @@ func (l *link) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
 	return packets.Len(), nil
 }
 
-// sendNow sends a frame if the device takes it now and no other waits. If it reports false, the frame
-// is one that waits: the caller queues it, or calls waited.
+// sendNow sends a frame if the device takes it now and no other waits. If it reports false, the
+// frame is one that waits: the caller queues it, or calls waited.
 func (l *link) sendNow(p *stack.PacketBuffer) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -196,11 +196,12 @@ func (l *link) waited() {
 // narrow takes one unit from the window of a TCP segment that the stack made.
 //
 // The stack drops a segment outside its receive window, with the acknowledgment in it, and the end
-// of that window moves back by up to a unit of its scale: the announced size is rounded down. A peer
-// that sent up to an earlier end, and of which the last bytes were not taken, acknowledges from beyond
-// the end. All it acknowledges is lost until the reader makes room. If the reader waits for that
-// itself, as a server that echoes does, the connection is stuck. With a unit less the peer does not
-// get beyond the end. (The window of a SYN has no scale. The next has more units than it had.)
+// of that window moves back by up to a unit of its scale: the announced size is rounded down. A
+// peer that sent up to an earlier end, and of which the last bytes were not taken, acknowledges
+// from beyond the end. All it acknowledges is lost until the reader makes room. If the reader waits
+// for that itself, as a server that echoes does, the connection is stuck. With a unit less the peer
+// does not get beyond the end. (The window of a SYN has no scale. The next has more units than it
+// had.)
 func narrow(p *stack.PacketBuffer) {
 	segment := header.TCP(p.TransportHeader().Slice())
 	if p.TransportProtocolNumber != header.TCPProtocolNumber || len(segment) < header.TCPMinimumSize ||
@@ -228,8 +229,8 @@ func (l *link) write() {
 	}
 }
 
-// output sends a frame as one message, or not at all if the guest does not take it. If the device has
-// no room for it, output waits, or reports false.
+// output sends a frame as one message, or not at all if the guest does not take it. If the device
+// has no room for it, output waits, or reports false.
 func (l *link) output(m *message, p *stack.PacketBuffer, wait bool) (sent bool) {
 	if !l.describe(p, &m.head) {
 		return true

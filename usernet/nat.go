@@ -193,8 +193,8 @@ func (s stream) Write(b []byte) (done int, err error) {
 
 var buffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 
-// copyConn copies until src ends, at most size bytes at once. Buffers are copied through, and not the
-// sockets' own ways, which take as much memory and are not bounded here.
+// copyConn copies until src ends, at most size bytes at once. Buffers are copied through, and not
+// the sockets' own ways, which take as much memory and are not bounded here.
 func copyConn(dst io.Writer, src io.Reader, size int) error {
 	b := buffers.Get().(*[copyBuffer]byte)
 	defer buffers.Put(b)

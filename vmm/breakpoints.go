@@ -90,7 +90,8 @@ func (d *Debugger) Insert(thread int, p gdbstub.Point) error {
 	return nil
 }
 
-// hardParts divides a point into what a debug register can watch: 1, 2, 4 or 8 bytes, aligned.
+// hardParts divides a point into parts that a debug register can watch: 1, 2, 4 or 8 bytes,
+// aligned.
 func hardParts(p gdbstub.Point) (parts []hardPoint) {
 	if p.Kind <= gdbstub.HardwareBreakpoint {
 		return []hardPoint{{p, p.Addr, 1}}

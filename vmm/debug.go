@@ -216,7 +216,7 @@ func (d *Debugger) sync(m *machine, i int, c *kvmapi.VCPU) error {
 	return c.StoppedByHost()
 }
 
-// guestDebug returns what KVM is to do for a vCPU. The caller holds mu.
+// guestDebug returns the debugging that KVM does for a vCPU. The caller holds mu.
 func (d *Debugger) guestDebug(cpu *debuggedCPU) (g kvmapi.GuestDebug) {
 	if len(d.soft) > 0 {
 		g.Control |= kvmapi.GuestDebugUseSWBP

@@ -50,8 +50,8 @@ func (r *remote) Info() control.Info {
 	return i
 }
 
-// pausePatience bounds the wait of a pause for CPUs and devices. A CPU may be blocked on console output
-// that no program reads, a device by storage that does not answer.
+// pausePatience bounds the wait of a pause for CPUs and devices. A CPU may be blocked on console
+// output that no program reads, a device by storage that does not answer.
 const pausePatience = 10 * time.Second
 
 var errNotPausing = control.Errorf(http.StatusGatewayTimeout, "a CPU does not stop: is the output of gvm run taken?")
@@ -230,8 +230,9 @@ func (r *testRemote) Reset() error {
 		"machine %s runs a test, which a reset would lose: gvm stop it", r.info.Name)
 }
 
-// claimName claims the machine's name and opens its control socket, for closeSocket. If no socket can
-// be opened, a machine with a chosen name fails, and any other runs without a socket, with a note.
+// claimName claims the machine's name and opens its control socket, for closeSocket. If no socket
+// can be opened, a machine with a chosen name fails, and any other runs without a socket, with a
+// note.
 func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 	name := rc.spec.Name
 	if name == "" {

@@ -157,7 +157,7 @@ func runCopy(client *control.Client, c *wire.Copy, move func(*wire.Host) error) 
 		exit, err := h.Wait()
 		ended <- end{exit, err}
 	})
-	taken := ended // by a guest that takes no more of what may never end
+	taken := ended // by a guest that takes no more of a file that may never end
 	if !c.Into {
 		taken = nil
 	}

@@ -139,7 +139,8 @@ func (r *crashRecord) add(line string) {
 	r.log.add(inspect.Clock(), line)
 }
 
-// begin makes r the record of a machine, before it starts. found is its kernel; nil: none of the user's.
+// begin makes r the record of a machine, before it starts. found is its kernel; nil: none of the
+// user's.
 func (r *crashRecord) begin(ctx context.Context, spec *machine.Spec, found *kernel.Kernel) {
 	if r == nil {
 		return

@@ -44,8 +44,8 @@ func checkDir(path string, mode uint32) error {
 	return nil
 }
 
-// readInput reads a user's file of at most limit bytes. It ends with ctx, as the writer of a pipe may be
-// silent.
+// readInput reads a user's file of at most limit bytes. It ends with ctx, as the writer of a pipe
+// may be silent.
 func readInput(ctx context.Context, path string, limit int64) ([]byte, error) {
 	f, err := openInput(path)
 	if err != nil {
@@ -72,8 +72,8 @@ func openOutput(path string) (f *os.File, made bool, err error) {
 	return openFormer(path, formerOutput)
 }
 
-// openLog is openOutput for a text that the guest prints, so that the file of an earlier run may be any
-// text.
+// openLog is openOutput for a text that the guest prints, so that the file of an earlier run may be
+// any text.
 func openLog(path string) (f *os.File, made bool, err error) {
 	return openFormer(path, func(head []byte) bool { return !bytes.Contains(head, []byte{0}) })
 }
@@ -173,8 +173,8 @@ type outputFile struct {
 	made       bool
 }
 
-// openOutputs opens files and empties them: results of an earlier run must not be taken for those of
-// a run that dies. After an error no new file is left.
+// openOutputs opens files and empties them: results of an earlier run must not be taken for those
+// of a run that dies. After an error no new file is left.
 func openOutputs(files ...*outputFile) error {
 	for i, o := range files {
 		if err := o.open(); err != nil {

@@ -150,8 +150,8 @@ func removal(path string, made fs.FileInfo) func() error {
 	}
 }
 
-// leavePatience is the time that gvm has to let the guest run on after a debugger has left, when another waits:
-// gdb closes its connection and connects again at target remote.
+// leavePatience is the time that gvm has to let the guest run on after a debugger has left, when
+// another waits: gdb closes its connection and connects again at target remote.
 const leavePatience = 2 * time.Second
 
 // serve serves debuggers until the machine has ended. While one is connected, others are refused.
@@ -165,8 +165,8 @@ func (s *gdbServer) serve(m *machine.Machine) {
 	}))
 }
 
-// accept calls serve for one connection at a time, and refuses others meanwhile: at once if the peer of that one
-// has not closed it, or else after patience.
+// accept calls serve for one connection at a time, and refuses others meanwhile: at once if the
+// peer of that one has not closed it, or else after patience.
 func (s *gdbServer) accept(ended <-chan struct{}, patience time.Duration, serve func(net.Conn)) {
 	busy := make(chan struct{}, 1)
 	var last net.Conn
@@ -246,7 +246,8 @@ func (s *gdbServer) command(k *kernel.Kernel, spec *machine.Spec) string {
 		words = append(words, "-iex", shellWord("add-auto-load-safe-path "+scripts))
 	}
 	words = append(words, "-ex", shellWord("target remote "+s.to))
-	// Modules are known once the kernel runs. lx-symbols reads the kernel's symbols anew, without its offset.
+	// Modules are known once the kernel runs. lx-symbols reads the kernel's symbols anew, without its
+	// offset.
 	if scripts != "" && !spec.StartStopped && !spec.Moves() {
 		words = append(words, "-ex", "lx-symbols")
 	}

@@ -37,7 +37,8 @@ func jailFlags() []cli.Flag {
 	}
 }
 
-// asksForJail reports whether a word of the command line may be --jail. The program in the jail opens KVM.
+// asksForJail reports whether a word of the command line may be --jail. The program in the jail
+// opens KVM.
 func asksForJail(args []string) bool {
 	return slices.ContainsFunc(args, func(s string) bool {
 		return strings.HasPrefix(s, "--jail") || strings.HasPrefix(s, "-jail")
@@ -115,7 +116,7 @@ func parseJail(c *cli.Context, rc *runConfig, given func(string) bool) (*jail.Co
 	return j, nil
 }
 
-// jailNetwork decides what of the host's network and sockets a jail has.
+// jailNetwork decides which parts of the host's network and sockets a jail has.
 func jailNetwork(j *jail.Config, rc *runConfig) error {
 	if rc.user != nil {
 		path, err := netProgram()
@@ -164,7 +165,8 @@ func jailNetwork(j *jail.Config, rc *runConfig) error {
 	return nil
 }
 
-// inRun reports whether a socket can be made at a path: in the jail's run directory, which has no others yet.
+// inRun reports whether a socket can be made at a path: in the jail's run directory, which has no
+// others yet.
 func inRun(j *jail.Config, path string) bool {
 	return j.LinksRun() && filepath.Dir(path) == filepath.Join(j.Dir, "run")
 }
@@ -195,7 +197,8 @@ func (rc *runConfig) enterJail() error {
 	return err
 }
 
-// withoutFlags returns the words of a command line, those behind the command, without the flags of names.
+// withoutFlags returns the words of a command line, those behind the command, without the flags of
+// names.
 func withoutFlags(command *cli.Command, args, names []string) (kept []string) {
 	for len(args) > 0 {
 		word, n := args[0], 1

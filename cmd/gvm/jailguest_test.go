@@ -16,7 +16,8 @@ import (
 	"gvm/devices/scsi/lio"
 )
 
-// needsJail skips a test without root's rights, and in a build with cgo, whose libraries a jail lacks.
+// needsJail skips a test without root's rights, and in a build with cgo, whose libraries a jail
+// lacks.
 func needsJail(t *testing.T) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -27,8 +28,8 @@ func needsJail(t *testing.T) {
 	}
 }
 
-// TestJail: a guest with a disk runs in a jail on a terminal. The user's gvm reaches it, a second machine in
-// the jail does not start, and every end passes its status and leaves nothing.
+// TestJail: a guest with a disk runs in a jail on a terminal. The user's gvm reaches it, a second
+// machine in the jail does not start, and every end passes its status and leaves nothing.
 func TestJail(t *testing.T) {
 	needsJail(t)
 	dir, data := filepath.Join(t.TempDir(), "jail"), filepath.Join(t.TempDir(), "disk.img")
@@ -158,8 +159,8 @@ func TestJailLimits(t *testing.T) {
 	}
 }
 
-// TestJailOutputs: the results of a machine in a jail are outside of it, and are the user's. A second run
-// writes over those of the first, and leaves alone what gvm has not written.
+// TestJailOutputs: the results of a machine in a jail are outside of it, and are the user's. A
+// second run writes over those of the first, and leaves alone what gvm has not written.
 func TestJailOutputs(t *testing.T) {
 	needsJail(t)
 	const user = 41234
@@ -203,8 +204,8 @@ func TestJailOutputs(t *testing.T) {
 	}
 }
 
-// TestJailTerminal: a machine in a jail stops and goes on as a job of a shell, serves a debugger and vsock at
-// sockets in DIR/run, and takes a disk from there.
+// TestJailTerminal: a machine in a jail stops and goes on as a job of a shell, serves a debugger
+// and vsock at sockets in DIR/run, and takes a disk from there.
 func TestJailTerminal(t *testing.T) {
 	needsJail(t)
 	dir := filepath.Join(t.TempDir(), "jail")
@@ -248,8 +249,8 @@ func TestJailTerminal(t *testing.T) {
 	}
 }
 
-// TestJailVhost: root makes the kernel's target of a machine in a jail, and a janitor removes it after
-// every end, also if another is killed.
+// TestJailVhost: root makes the kernel's target of a machine in a jail, and a janitor removes it
+// after every end, also if another is killed.
 func TestJailVhost(t *testing.T) {
 	needsJail(t)
 	if err := lio.Check(""); err != nil {

@@ -26,7 +26,8 @@ import (
 // version is set by the Makefile's build for a release.
 var version = "0.1.0-dev"
 
-// program is what main runs: gvm, or in a build with the tag man the writer of its man pages.
+// program is the function that main runs: gvm, or in a build with the tag man the writer of its man
+// pages.
 var program = gvm
 
 func main() {

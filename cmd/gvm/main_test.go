@@ -74,8 +74,8 @@ func TestMain(m *testing.M) {
 	os.Exit(testMain(m))
 }
 
-// machineless matches tests that start gvm many times, or work long, but start no machine: they need no
-// lab, where they take up to ten times as long.
+// machineless matches tests that start gvm many times, or work long, but start no machine: they
+// need no lab, where they take up to ten times as long.
 func machineless() *regexp.Regexp {
 	const names = "AgentIn|BadInput|Bench(Disk|Nothing|Record)|Cell(Output|RunsOn)|Check(Memory|Threads(OfStorage)?)|" +
 		"Completion(OfDisks)?|Copy|Crash(Log|RecordNames)|Exec|Foreign(Answers|Words)|Help(Width)?|Hugepages|Image|" +
@@ -148,8 +148,8 @@ func self(t testing.TB) string {
 // tempEnv names the directory of environment.
 const tempEnv = "GVM_TEST_TEMP"
 
-// environment is a gvm's, whose temporary files and cache are in temp: of each gvm alone, so that no
-// gvm that was killed fails another's test. It includes a directory for the output of coverage
+// environment is a gvm's, whose temporary files and cache are in temp: of each gvm alone, so that
+// no gvm that was killed fails another's test. It includes a directory for the output of coverage
 // instrumentation.
 func environment(temp string) []string {
 	env := append(os.Environ(), asGVM+"=1", tempEnv+"="+temp, "TMPDIR="+temp, "XDG_CACHE_HOME="+temp,

@@ -323,7 +323,7 @@ var (
 	commandWord = regexp.MustCompile(`\bgvm (?:help )?([a-z-]+)`)
 )
 
-// headed tells whether a description begins with a heading.
+// headed reports whether a description begins with a heading.
 func headed(description string) bool {
 	first, _, _ := strings.Cut(description, "\n")
 	return heading.MatchString(first)

@@ -23,7 +23,7 @@ type netConfig struct {
 	user *userConfig // nil: another backend
 }
 
-// netOptions are the options of --net, by its first word, and what sets them.
+// netOptions are the options of --net, by its first word, and their setters.
 var netOptions = map[string]map[string]func(n *netConfig, value string) error{
 	"tap":  {"mac": setMAC, "queues": setPairs, "vhost": setVhost},
 	"user": {"mac": setMAC, "host": setHost},

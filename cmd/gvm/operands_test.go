@@ -16,8 +16,8 @@ import (
 	"gvm/text"
 )
 
-// badValues are values of each kind that no operand of that kind takes, in a directory of badFiles. All
-// ways in which an open can fail are in TestNamedErrors of package nowait.
+// badValues are values of each kind that no operand of that kind takes, in a directory of badFiles.
+// All ways in which an open can fail are in TestNamedErrors of package nowait.
 var badValues = map[string][]string{
 	"input":    {"missing", "text/x", "dir", "", "new\nline\x1b[7m"},
 	"output":   {"none/x", "text/x", "dir", "", "none/new\nline\x1b[7m"},
@@ -31,8 +31,9 @@ var badValues = map[string][]string{
 	"machine":  {"nosuch", "", "no\nsuch"},
 }
 
-// operands has a row for each flag with a value and each argument of gvm: the commands, its name, the
-// kind of its value or the reason why no value is bad, and the words that it needs, where % is the value.
+// operands has a row for each flag with a value and each argument of gvm: the commands, its name,
+// the kind of its value or the reason why no value is bad, and the words that it needs, where % is
+// the value.
 var operands = []struct{ commands, name, kind, words string }{
 	{"run", "--kernel", "input", ""},
 	{"test", "--kernel", "input", ""},

@@ -15,7 +15,7 @@ import (
 // sandboxDefault is the value of --sandbox if it is not given.
 var sandboxDefault = sandbox.On.String()
 
-// sandboxNotes is whether a machine tells of what its sandbox lacks.
+// sandboxNotes is whether a machine notes the parts that its sandbox lacks.
 var sandboxNotes = true
 
 func sandboxFlag(first string) cli.Flag {

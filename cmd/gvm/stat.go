@@ -94,7 +94,7 @@ func (r *reading) nodes(path string) []inspect.Node {
 	return n.Nodes
 }
 
-// stats are what a machine did between two readings. A rate is per second; nil: it is not counted.
+// stats are a machine's work between two readings. A rate is per second; nil: it is not counted.
 type stats struct {
 	Machine text.Name   `json:"machine"`
 	Seconds float64     `json:"seconds"`

@@ -26,8 +26,8 @@ import (
 	"gvm/vmm/boot"
 )
 
-// passedEnv are the variables of gvm's environment that the command gets; a name that ends with * is
-// a prefix.
+// passedEnv are the variables of gvm's environment that the command gets; a name that ends with *
+// is a prefix.
 var passedEnv = []string{"TERM", "COLORTERM", "LANG", "LANGUAGE", "LC_*", "TZ", "LD_LIBRARY_PATH"}
 
 // environment returns the command's environment.
@@ -61,8 +61,8 @@ func (t *testConfig) environment(home, name string) (env []string) {
 	return env
 }
 
-// passedLimits are the resource limits of gvm that the command gets. Go changes the one on open files,
-// and others are shared by all processes of a user.
+// passedLimits are the resource limits of gvm that the command gets. Go changes the one on open
+// files, and others are shared by all processes of a user.
 var passedLimits = []int{unix.RLIMIT_AS, unix.RLIMIT_CORE, unix.RLIMIT_CPU, unix.RLIMIT_DATA, unix.RLIMIT_FSIZE,
 	unix.RLIMIT_STACK}
 
@@ -128,8 +128,8 @@ func (t *testConfig) command() (*wire.Command, *testrun.Result) {
 	return cmd, nil
 }
 
-// scratchVariables returns the variables by which blktests (TEST_DEVS) and xfstests find their disks.
-// xfstests takes SCRATCH_DEV or SCRATCH_DEV_POOL, not both.
+// scratchVariables returns the variables by which blktests (TEST_DEVS) and xfstests find their
+// disks. xfstests takes SCRATCH_DEV or SCRATCH_DEV_POOL, not both.
 func scratchVariables(disks []disk.Spec) []wire.DiskVariable {
 	if len(disks) == 0 {
 		return nil
@@ -195,8 +195,8 @@ func (t *testConfig) initramfs(ctx context.Context, k *kernel.Kernel, cmd *wire.
 // laterModule is of use only to an agent that does not reach the host by vsock.
 const laterModule = "virtio_console"
 
-// Modules for disks, the first of which all devices need, and others that a guest can do without: for
-// the way to the agent, and to tell of a panic.
+// Modules for disks, the first of which all devices need, and others that a guest can do without:
+// for the way to the agent, and to tell of a panic.
 var (
 	diskModules    = []string{"virtio_pci", "virtio_scsi", "sd_mod"}
 	helpfulModules = []string{"vmw_vsock_virtio_transport", "pvpanic_mmio", laterModule}
@@ -264,8 +264,8 @@ func (t *testConfig) addFile(ctx context.Context, b *initramfs.Builder, path str
 	return b.HostFile(ctx, path, path)
 }
 
-// addDirectory gives the guest a directory with all directories, regular files and symbolic links in
-// it.
+// addDirectory gives the guest a directory with all directories, regular files and symbolic links
+// in it.
 func addDirectory(ctx context.Context, b *initramfs.Builder, dir string) error {
 	// The slash leads to the directory that a symbolic link names.
 	return filepath.WalkDir(dir+"/", func(path string, d iofs.DirEntry, err error) error {

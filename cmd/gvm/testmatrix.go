@@ -27,7 +27,8 @@ import (
 	"gvm/text"
 )
 
-// matrixFlags are the flags of gvm test that make a matrix, besides several kernels or numbers of CPUs.
+// matrixFlags are the flags of gvm test that make a matrix, besides several kernels or numbers of
+// CPUs.
 func matrixFlags() []cli.Flag {
 	return append(kubernetesFlags(),
 		&cli.StringFlag{Name: "backend", Usage: "serve each --disk by `BACKEND[,BACKEND]...` process, vhost or auto, " +
@@ -74,8 +75,8 @@ func parseCPUs(s string) (list []int, err error) {
 	return list, nil
 }
 
-// parseMatrix reads the flags of a matrix; nil without any, and with one kernel and number of CPUs at
-// most.
+// parseMatrix reads the flags of a matrix; nil without any, and with one kernel and number of CPUs
+// at most.
 func (t *testConfig) parseMatrix(c *cli.Context, kernels []string, cpus []int, host hostLimits) (*matrixConfig, error) {
 	given := func(flag string) bool { return slices.Contains(c.LocalFlagNames(), flag) }
 	if len(kernels) < 2 && len(cpus) < 2 && !slices.ContainsFunc(matrixFlags(), func(f cli.Flag) bool {
@@ -263,8 +264,8 @@ func (t *testConfig) readAllow(ctx context.Context) error {
 	return err
 }
 
-// report writes the files and the table of all cells. It returns end, or without an error in it that
-// of cells that did not pass. From the end of ctx on it does not wait for readers.
+// report writes the files and the table of all cells. It returns end, or without an error in it
+// that of cells that did not pass. From the end of ctx on it does not wait for readers.
 func (m *matrixConfig) report(ctx context.Context, w io.Writer, all []matrix.Done, end endError) error {
 	hurried := context.AfterFunc(ctx, panics.Func(func() {
 		for _, o := range []*outputFile{&m.junit, &m.results, &m.message} {
@@ -422,8 +423,8 @@ func (t *tail) lines() []string {
 	return all[max(0, len(all)-tailLines):]
 }
 
-// progress tells of the cells on standard error: a line for each that ended, and on a terminal a last
-// line, rewritten, with those that run.
+// progress tells of the cells on standard error: a line for each that ended, and on a terminal a
+// last line, rewritten, with those that run.
 type progress struct {
 	terminal bool
 	total    int

@@ -98,7 +98,8 @@ func TestUserNetDies(t *testing.T) {
 	n.close()
 }
 
-// netEnv makes the test binary a process that starts gvm-net, prints its PID, and waits to be killed.
+// netEnv makes the test binary a process that starts gvm-net, prints its PID, and waits to be
+// killed.
 const netEnv = "GVM_TEST_NET"
 
 func startNet() {
@@ -112,8 +113,9 @@ func startNet() {
 	select {}
 }
 
-// TestUserNetOrphan: a gvm-net that is stopped ends with a gvm that is killed, also if the reaper of orphans is in
-// its session, as in a container: else its process group is orphaned, and the kernel sends it SIGHUP and SIGCONT.
+// TestUserNetOrphan: a gvm-net that is stopped ends with a gvm that is killed, also if the reaper
+// of orphans is in its session, as in a container: else its process group is orphaned, and the
+// kernel sends it SIGHUP and SIGCONT.
 func TestUserNetOrphan(t *testing.T) {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		t.Fatal(err)

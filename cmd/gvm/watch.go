@@ -38,8 +38,8 @@ func watchFlags(json string) []cli.Flag {
 // minInterval keeps a watcher from stopping the CPUs all the time.
 const minInterval = 50 * time.Millisecond
 
-// follow reads a machine's state at a path times times, or with --watch until the machine's end, and
-// calls show with it.
+// follow reads a machine's state at a path times times, or with --watch until the machine's end,
+// and calls show with it.
 func follow(c *cli.Context, client *control.Client, path string, times int, show func(inspect.Node) error) error {
 	ticks := time.NewTicker(c.Duration("interval"))
 	defer ticks.Stop()
@@ -78,8 +78,8 @@ func isBetween(err error) bool {
 		errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
-// screen shows one text after the other: on a terminal each over the one before and as much as fits,
-// elsewhere below it.
+// screen shows one text after the other: on a terminal each over the one before and as much as
+// fits, elsewhere below it.
 type screen struct {
 	out   io.Writer
 	watch bool

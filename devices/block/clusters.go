@@ -7,8 +7,8 @@ import (
 )
 
 // clusterSet is a set of the clusters of an overlay, as a tree that has nodes only for
-// its contents: an image of 1 EiB has 2^44 clusters. What a write adds to it is a small part
-// of the storage that the write takes. Clusters are added and never taken out. Readers need
+// its contents: an image of 1 EiB has 2^44 clusters. A write adds a small part of the
+// storage that it takes. Clusters are added and never taken out. Readers need
 // no lock; those that add have Overlay.mu.
 type clusterSet struct {
 	root []atomic.Pointer[clusterUpper]

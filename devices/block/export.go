@@ -36,7 +36,7 @@ func Uses() (list []Use) {
 	return list
 }
 
-// Facts are what a File has besides its descriptors.
+// Facts are the parts of a File besides its descriptors.
 type Facts struct {
 	Path, Identity  text.Name
 	Size, BlockSize int64

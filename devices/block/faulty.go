@@ -21,7 +21,7 @@ const (
 	AnyOp = OpRead | OpWrite | OpFlush | OpDiscard | OpZero
 )
 
-// Fault is what shall go wrong, and when. Operations that it matches are
+// Fault is a failure to inject, and its time. Operations that it matches are
 // counted; it strikes at the Nth of them, or at all of them if Nth is 0.
 type Fault struct {
 	Op  Op  // operations that match

@@ -40,15 +40,16 @@ type Options struct {
 	// minds those of others, where that has them. A loop device on a file that it cannot find is
 	// taken.
 	NoLock bool
-	// Cut, which may be nil, is called before the image grows to Size: what lies beside it and is about
-	// bytes behind size is of an earlier image.
+	// Cut, which may be nil, is called before the image grows to Size: what lies beside it and is
+	// about bytes behind size is of an earlier image.
 	Cut func(b *File, size int64) error
 	// Lend leaves a block device unclaimed, because the kernel's SCSI target claims it. That
 	// it can be claimed is checked.
 	Lend bool
 	// Raw takes the image as raw bytes without looking for another format.
 	Raw bool
-	// Overlay takes the file of an overlay, which is Raw. One that exists has Size already, or is empty.
+	// Overlay takes the file of an overlay, which is Raw. One that exists has Size already, or is
+	// empty.
 	Overlay bool
 	// Uses are those of another process that the image is for: what excludes one of them is in use.
 	Uses []Use
@@ -283,7 +284,7 @@ func openFile(path string, o Options) (f *os.File, made bool, err error) {
 	return f, made, nil
 }
 
-// isLink tells whether path is a symbolic link.
+// isLink reports whether path is a symbolic link.
 func isLink(path string) bool {
 	_, err := os.Readlink(path)
 	return err == nil
@@ -436,8 +437,8 @@ func (b *File) ReadOnly() bool { return b.readOnly }
 func (b *File) FoundSize() int64 { return b.found }
 
 // Beside returns the path of a file that keeps more of the disk than its bytes: that of the image,
-// with suffix. what is in the file. The path is "" for memory, which has no name, and a block device
-// has no such place, which is ErrNotDisk.
+// with suffix. what is in the file. The path is "" for memory, which has no name, and a block
+// device has no such place, which is ErrNotDisk.
 func (b *File) Beside(suffix, what string) (string, error) {
 	switch {
 	case b.block:

@@ -12,7 +12,7 @@ type format struct {
 	name  string
 	off   int
 	magic string
-	mend  string // what makes it raw; %[2]s is the path
+	mend  string // the command that makes it raw; %[2]s is the path
 }
 
 const (

@@ -6,8 +6,8 @@ import (
 	"sync"
 )
 
-// use is what a File of this process has of a file or block device. Locks do not replace these: an
-// image of Options.NoLock may have none, and a lock does not tell the other path.
+// use is the part of a file or block device that a File of this process has. Locks do not replace
+// these: an image of Options.NoLock may have none, and a lock does not tell the other path.
 type use struct {
 	of     thing
 	path   string // of the File
@@ -33,7 +33,7 @@ func (b *File) use(t thing, path string, a access, s span) error {
 	return nil
 }
 
-// endUses takes back what use registered.
+// endUses takes back the registrations of use.
 func (b *File) endUses() {
 	uses.Lock()
 	defer uses.Unlock()

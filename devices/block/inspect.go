@@ -15,7 +15,7 @@ import (
 	"gvm/text"
 )
 
-// Info is what there is to know of an image without taking it.
+// Info has the facts of an image that can be known without taking it.
 type Info struct {
 	Path   text.Name `json:"path"`
 	Format string    `json:"format"` // "raw", "block device", "overlay", or a name such as "qcow2 image"

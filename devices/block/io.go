@@ -45,14 +45,14 @@ func (b *File) WriteVec(iov [][]byte, off int64) (int, error) {
 	return b.move("pwritev", writev, iov, off, false)
 }
 
-// isInMemory says whether a file is in a file system that keeps its files in memory,
+// isInMemory reports whether a file is in a file system that keeps its files in memory,
 // which reads and writes without waiting, and does not always know RWF_NOWAIT.
 func isInMemory(fd int) bool {
 	var st unix.Statfs_t
 	return unix.Fstatfs(fd, &st) == nil && (st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC)
 }
 
-// ReadsAtOnce says whether a file in dir can be read without a wait where the page cache
+// ReadsAtOnce reports whether a file in dir can be read without a wait where the page cache
 // has its data. Else each read of a File there goes over a thread that may wait.
 func ReadsAtOnce(dir string) (bool, error) {
 	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)

@@ -153,8 +153,9 @@ func findOpen(match func(st *unix.Stat_t, info string) bool) int {
 	return 0
 }
 
-// hasLock says whether fdinfo shows a lock, of an open file description or a process, that excludes
-// a shared or an exclusive one of a range: "lock:	1: OFDLCK  ADVISORY  WRITE -1 08:01:42 0 EOF".
+// hasLock reports whether fdinfo shows a lock, of an open file description or a process, that
+// excludes a shared or an exclusive one of a range: "lock:	1: OFDLCK  ADVISORY  WRITE -1 08:01:42 0
+// EOF".
 func hasLock(info []byte, shared bool, s span) bool {
 	for lines := bufio.NewScanner(bytes.NewReader(info)); lines.Scan(); {
 		f := strings.Fields(lines.Text())

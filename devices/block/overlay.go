@@ -226,7 +226,7 @@ func checkTop(path string, n int64) error {
 		"belongs to a base of another size, or was cut short: give that base, or remove the overlay to begin anew")
 }
 
-// isBlank tells whether the file is nothing but a hole, as one is that gvm has just made.
+// isBlank reports whether the file is nothing but a hole, as one is that gvm has just made.
 func (b *File) isBlank() bool {
 	_, err := unix.Seek(b.fd, 0, unix.SEEK_DATA)
 	return b.found == 0 || errors.Is(err, unix.ENXIO)

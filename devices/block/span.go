@@ -52,7 +52,7 @@ func (a access) parts() access {
 	return a
 }
 
-// shared tells whether the lock of the range is shared.
+// shared reports whether the lock of the range is shared.
 func (a access) shared() bool { return a != writing }
 
 // marks returns the mark of a, and the one that excludes it; false if a has none.
@@ -66,7 +66,7 @@ func (a access) marks() (own, other span, ok bool) {
 	return span{}, span{}, false
 }
 
-// excludes tells whether no two uses may have a range in common as a and o.
+// excludes reports whether no two uses may have a range in common as a and o.
 func (a access) excludes(o access) bool {
 	return !a.shared() || !o.shared() || min(a, o) == reading && max(a, o) == writingParts
 }
@@ -82,7 +82,7 @@ func (s span) part(off, n uint64) span {
 	return span{shift(s.from), min(shift(s.to), all)}
 }
 
-// meets tells whether the two have bytes in common.
+// meets reports whether the two have bytes in common.
 func (s span) meets(o span) bool { return max(s.from, o.from) < min(s.to, o.to) }
 
 // spanOfLock parses the last words of a line of fdinfo, "0 EOF" or "4096 8191".

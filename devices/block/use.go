@@ -18,13 +18,12 @@ import (
 	"gvm/kvmapi/nowait"
 )
 
-// A disk that gvm writes is written by nothing else, under any name. A lock on the file
-// keeps out programs that lock, O_EXCL on a block device everything that claims
-// devices: mounts, swap, device mapper, md, and of partitions and their disk the other.
-// Neither sees through a loop device, which claims nothing and locks nothing, nor a server of the
-// kernel. So those on a file or device are looked for, and of what a partition or loop device stands on the
-// range that it has there is locked, so that a gvm that writes it keeps out one that reads the
-// whole, and the other way round.
+// A disk that gvm writes is written by nothing else, under any name. A lock on the file keeps out
+// programs that lock, O_EXCL on a block device everything that claims devices: mounts, swap, device
+// mapper, md, and of partitions and their disk the other. Neither sees through a loop device, which
+// claims nothing and locks nothing, nor a server of the kernel. So those on a file or device are
+// looked for, and of what a partition or loop device stands on the range that it has there is
+// locked, so that a gvm that writes it keeps out one that reads the whole, and the other way round.
 
 // claim makes sure of the disk's storage beyond the locks that its own descriptor has.
 // A disk that is only read goes on where another writes, with a note.
@@ -101,8 +100,8 @@ func (b *File) lockPartitions(disk uint64, s span, a access) error {
 // claimBelow locks what a block device stands on: of the file or device below a loop device, or
 // below the one that a partition is of, the range that s, of the device, is there. A loop device
 // that is written claims the device below it. Which ranges a device of device mapper or md has is
-// not known: two such devices on one may be used at the same time, but not one that is written and a
-// disk that has a known range.
+// not known: two such devices on one may be used at the same time, but not one that is written and
+// a disk that has a known range.
 func (b *File) claimBelow(rdev uint64, s span, a access, o Options, depth int) error {
 	dir := sysDir(rdev)
 	if depth > 16 || s.from >= s.to { // deeper than the kernel goes, or nothing
@@ -224,7 +223,7 @@ func modTime(rdev uint64) int64 {
 	return 0
 }
 
-// thing is what names lead to: a file, or the device of a node.
+// thing is the object that names lead to: a file, or the device of a node.
 type thing struct{ dev, ino, rdev uint64 }
 
 func thingOf(fi fs.FileInfo) thing {
@@ -235,13 +234,13 @@ func thingOf(fi fs.FileInfo) thing {
 	return thing{dev: st.Dev, ino: st.Ino}
 }
 
-// is tells whether a path leads there.
+// is reports whether a path leads there.
 func (t thing) is(path string) bool {
 	fi, err := os.Stat(path)
 	return err == nil && thingOf(fi) == t
 }
 
-// behind tells whether a loop device stands on it. The device itself knows, under
+// behind reports whether a loop device stands on it. The device itself knows, under
 // whatever name it was attached; where it may not be asked, the name has to do.
 func (t thing) behind(loop string) bool {
 	if fd, err := unix.Open("/dev/"+loop, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err == nil {
@@ -293,7 +292,7 @@ func (t thing) loop(but string, s span, reader bool) (by string, going bool) {
 	return "", false
 }
 
-// isSwap tells whether the kernel swaps to the file.
+// isSwap reports whether the kernel swaps to the file.
 func (t thing) isSwap() bool {
 	return slices.ContainsFunc(swaps(), t.is)
 }
@@ -312,7 +311,7 @@ func swaps() (paths []string) {
 var configfs = "/sys/kernel/config"
 
 // lioUser returns the disk that the kernel's SCSI target has on it, of those made by
-// plugin, and what to do about that.
+// plugin, and the mend.
 func (t thing) lioUser(plugin string) string {
 	disks, _ := filepath.Glob(configfs + "/target/core/" + plugin + "_*/*")
 	for _, disk := range disks {
@@ -324,13 +323,14 @@ func (t thing) lioUser(plugin string) string {
 	return ""
 }
 
-// servers are the servers of the kernel, besides the SCSI target, which claim no device and lock no file.
+// servers are the servers of the kernel, besides the SCSI target, which claim no device and lock no
+// file.
 var servers = []struct{ files, name, mend string }{
 	{"nvmet/subsystems/*/namespaces/*/device_path", "NVMe target", "see nvmetcli"},
 	{"usb_gadget/*/functions/mass_storage.*/lun.*/file", "USB mass storage", "empty its file first"},
 }
 
-// server returns the server of the kernel that has it, and what to do about that. With lend package lio
+// server returns the server of the kernel that has it, and the mend. With lend package lio
 // looks at LIO.
 func (t thing) server(lend bool) string {
 	if by := t.lioUser("*"); by != "" && !lend {
@@ -497,7 +497,7 @@ func realPath(path string) string {
 	return path
 }
 
-// isReadOnly tells whether a device of /sys takes no writes.
+// isReadOnly reports whether a device of /sys takes no writes.
 func isReadOnly(dir string) bool { return readNumber(dir+"/ro") == 1 }
 
 // readNumber reads a file of /sys with a number; 0 if it cannot be read.

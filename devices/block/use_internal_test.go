@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestServedByKernel: a file that the kernel's SCSI target, its NVMe target or a USB gadget has open without
-// a lock, by the name that another tool wrote or by the kernel's own description.
+// TestServedByKernel: a file that the kernel's SCSI target, its NVMe target or a USB gadget has
+// open without a lock, by the name that another tool wrote or by the kernel's own description.
 func TestServedByKernel(t *testing.T) {
 	img := filepath.Join(t.TempDir(), "disk.img")
 	if err := os.WriteFile(img, make([]byte, 4096), 0o600); err != nil {

@@ -7,7 +7,7 @@ import (
 	"sync"
 )
 
-// sector is what storage writes as a whole or not at all.
+// sector is the unit that storage writes as a whole or not at all.
 const sector = 512
 
 // errPowerCut is the error of a Volatile without power.

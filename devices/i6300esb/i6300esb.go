@@ -49,7 +49,7 @@ const shortest = time.Millisecond
 // it: the stage begins again.
 const tooLate = time.Second
 
-// Kept is what outlives a reset of the machine.
+// Kept is the state that outlives a reset of the machine.
 type Kept struct {
 	Timeout bool // the second stage has ended
 }

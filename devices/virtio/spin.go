@@ -88,7 +88,7 @@ func involuntarySwitches(of int) int64 {
 	return u.Nivcsw
 }
 
-// until calls event until it says true, but no longer than pays, and says whether it did.
+// until calls event until it says true, but no longer than pays, and reports whether it did.
 func (s *spin) until(event func() bool) bool {
 	if s.now == 0 {
 		return false

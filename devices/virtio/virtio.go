@@ -87,7 +87,7 @@ type Device interface {
 }
 
 // ConfigWriter is a Device whose configuration space the driver may write. The
-// device clamps what it takes.
+// device clamps the values that it takes.
 type ConfigWriter interface {
 	// WriteConfig stores p at offset off; the range is inside Config().
 	WriteConfig(off uint32, p []byte)
@@ -118,7 +118,7 @@ type Activation struct {
 // doorbell to wait on and the interrupt to raise.
 type Queue struct {
 	virtq.Layout
-	Base uint16      // index of the first available entry to take: 0, or what Stop returned
+	Base uint16      // index of the first available entry to take: 0, or one from Stop
 	Kick *eventfd.FD // signalled when the driver notifies
 	Call *eventfd.FD // signal it to interrupt the driver
 }

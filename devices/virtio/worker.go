@@ -50,7 +50,7 @@ type Worker struct {
 	clock      time.Duration // inspect.Clock as the thread last read it
 	turn       turn
 
-	mu       sync.Mutex // guards what follows; the handler runs without it
+	mu       sync.Mutex // guards the fields below; the handler runs without it
 	q        *virtq.Queue
 	done     chan struct{} // closed when the thread has stopped
 	stopped  bool          // the thread has stopped because it was told to
@@ -213,7 +213,7 @@ func (w *Worker) begin(c *virtq.Chain) {
 	c.Taken, c.Weight = w.clock, w.every
 }
 
-// look polls the queue for as long as that pays, and says whether the driver has
+// look polls the queue for as long as that pays, and reports whether the driver has
 // made a chain available. The caller holds mu, which is free meanwhile.
 func (w *Worker) look() (found bool) {
 	position := w.q.Position()

@@ -115,8 +115,8 @@ func build(packages []string) (dir string, err error) {
 	return dir, os.Setenv(programsEnv, dir)
 }
 
-// buildForAgent builds gvm again, for the gvm-agent in dir, as the Makefile does. The linker takes one -ldflags:
-// with those of the environment gvm is its own agent.
+// buildForAgent builds gvm again, for the gvm-agent in dir, as the Makefile does. The linker takes
+// one -ldflags: with those of the environment gvm is its own agent.
 func buildForAgent(dir string) (output []byte, err error) {
 	agent := filepath.Join(dir, "gvm-agent")
 	if strings.Contains(os.Getenv("GOFLAGS"), "-ldflags") {
@@ -139,8 +139,8 @@ func buildForAgent(dir string) (output []byte, err error) {
 // The lab's processor is software, and loses a guest now and then (of those with a busy console one
 // in ten ends in a triple fault, including QEMU's own guests). If tests failed and Options.Lost
 // matches their output, the failed ones run again, in a new lab, and the result of that counts, or
-// after one more loss, that of the next. If the lab itself crashes or wedges, the tests that have not
-// passed go on in a new one. The log says so.
+// after one more loss, that of the next. If the lab itself crashes or wedges, the tests that have
+// not passed go on in a new one. The log says so.
 func Main(m interface{ Run() int }, o Options) int {
 	a := parseTestArgs(os.Args[1:])
 	if os.Getenv(InLabEnv) == "1" || os.Getenv(hereEnv) == "1" || a.list {
@@ -184,8 +184,8 @@ func Main(m interface{ Run() int }, o Options) int {
 	})
 }
 
-// mainInLabs runs tests in a lab, and in further ones those that it lost. It returns the exit status. The
-// tests' time has begun at start.
+// mainInLabs runs tests in a lab, and in further ones those that it lost. It returns the exit
+// status. The tests' time has begun at start.
 func mainInLabs(ctx context.Context, a testArgs, o Options, start time.Time, to io.Writer) (code int) {
 	var err error
 run:

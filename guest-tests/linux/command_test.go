@@ -71,11 +71,11 @@ func busybox(t testing.TB) string {
 	return path
 }
 
-// TestCommand: with every kernel gvm test prints the command's output and nothing else. The guest loads
-// the modules of its disks and shares and those of --module, a script has its interpreter with the
-// libraries of it, and the command has the names of the disks of --scratch, whichever of them the kernel
-// finds first. TestRoots does it with the cloud kernel. --timing has the phases up to the guest's end. The
-// guest's first program is gvm-agent if it is beside gvm, else gvm.
+// TestCommand: with every kernel gvm test prints the command's output and nothing else. The guest
+// loads the modules of its disks and shares and those of --module, a script has its interpreter
+// with the libraries of it, and the command has the names of the disks of --scratch, whichever of
+// them the kernel finds first. TestRoots does it with the cloud kernel. --timing has the phases up
+// to the guest's end. The guest's first program is gvm-agent if it is beside gvm, else gvm.
 func TestCommand(t *testing.T) {
 	dir, bb := t.TempDir(), busybox(t)
 	script, image := filepath.Join(dir, "script"), filepath.Join(dir, "disk")
@@ -173,9 +173,9 @@ func limit(t *testing.T) string {
 	return string(out)
 }
 
-// TestRungs: each way to the agent carries every byte in both directions, keeps standard error apart,
-// shows the end of the input, and tells of the command's end: its status, also one of gvm's own, and a
-// signal. A fault of the kernel does not count with --oops=ignore.
+// TestRungs: each way to the agent carries every byte in both directions, keeps standard error
+// apart, shows the end of the input, and tells of the command's end: its status, also one of gvm's
+// own, and a signal. A fault of the kernel does not count with --oops=ignore.
 func TestRungs(t *testing.T) {
 	k, bb := theLab(t).Cloud, busybox(t)
 	file := filepath.Join(t.TempDir(), "verdict.json")
@@ -227,7 +227,8 @@ func TestRungs(t *testing.T) {
 	})
 }
 
-// TestFaults: a fault of the guest's kernel is no end of the command, and leaves a record with --crash-dir.
+// TestFaults: a fault of the guest's kernel is no end of the command, and leaves a record with
+// --crash-dir.
 func TestFaults(t *testing.T) {
 	k, bb := theLab(t).Cloud, busybox(t)
 	for _, c := range []struct {
@@ -307,8 +308,8 @@ func bisectExample(t *testing.T) string {
 	return regexp.MustCompile(`(?m)^    `).ReplaceAllString(block, "")
 }
 
-// TestBisect: git bisect run finds a bad kernel by the README's commands, and skips a broken one. The
-// tree has the files by which gvm knows one of Linux, and its build takes a kernel of the lab.
+// TestBisect: git bisect run finds a bad kernel by the README's commands, and skips a broken one.
+// The tree has the files by which gvm knows one of Linux, and its build takes a kernel of the lab.
 func TestBisect(t *testing.T) {
 	good, bad, tree := theLab(t).Cloud.BZImage, kernel(t, "6.12").BZImage, t.TempDir()
 	for name, value := range map[string]string{
@@ -358,8 +359,8 @@ func TestBisect(t *testing.T) {
 	}
 }
 
-// TestMatrix: a matrix of stock kernels and numbers of CPUs has a machine for each cell, and its table,
-// JUnit, JSON and status tell of the one that fails.
+// TestMatrix: a matrix of stock kernels and numbers of CPUs has a machine for each cell, and its
+// table, JUnit, JSON and status tell of the one that fails.
 func TestMatrix(t *testing.T) {
 	cloud, newer := theLab(t).Cloud, kernel(t, "6.12")
 	dir := t.TempDir()

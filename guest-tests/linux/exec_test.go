@@ -20,9 +20,9 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// TestExec: beside the command of gvm test others run in its guest, by gvm exec and gvm shell, gvm cp
-// copies files into it and out of it, also of /proc and /sys, and gvm dump finds VMCOREINFO and the
-// kernel's text in its memory, which gdb opens.
+// TestExec: beside the command of gvm test others run in its guest, by gvm exec and gvm shell, gvm
+// cp copies files into it and out of it, also of /proc and /sys, and gvm dump finds VMCOREINFO and
+// the kernel's text in its memory, which gdb opens.
 func TestExec(t *testing.T) {
 	k, bb := theLab(t).Cloud, busybox(t)
 	run := t.TempDir()
@@ -117,8 +117,8 @@ func TestExec(t *testing.T) {
 	}
 }
 
-// gdbOpens has Debian's gdb open a core without the kernel's symbols: the CPU is in the kernel or in user
-// space, and the release is where VMCOREINFO says.
+// gdbOpens has Debian's gdb open a core without the kernel's symbols: the CPU is in the kernel or
+// in user space, and the release is where VMCOREINFO says.
 func gdbOpens(t *testing.T, path string, core *elf.File, release string) {
 	t.Helper()
 	notes, err := io.ReadAll(core.Progs[0].Open())
@@ -142,8 +142,8 @@ func gdbOpens(t *testing.T, path string, core *elf.File, release string) {
 	}
 }
 
-// shellOnTerminal uses gvm shell on a terminal: its size, also a new one, Ctrl-C, Ctrl-Z and jobs are those of
-// the shell in the guest, and at the end the terminal is as it was.
+// shellOnTerminal uses gvm shell on a terminal: its size, also a new one, Ctrl-C, Ctrl-Z and jobs
+// are those of the shell in the guest, and at the end the terminal is as it was.
 func shellOnTerminal(t *testing.T, cmd *exec.Cmd) {
 	t.Helper()
 	master, slave := terminal(t, 40, 100)

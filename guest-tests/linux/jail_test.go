@@ -13,8 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestJail: Linux in a jail uses a disk behind a block device, a shared directory and an interface, which
-// belong to the jail's user. By --net user it fetches from this host, and answers at a published port.
+// TestJail: Linux in a jail uses a disk behind a block device, a shared directory and an interface,
+// which belong to the jail's user. By --net user it fetches from this host, and answers at a
+// published port.
 func TestJail(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("a jail needs root")

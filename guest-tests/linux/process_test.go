@@ -17,8 +17,8 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// patience is how long a run of gvm may take before it is killed and the test fails. A guest that the
-// lab loses in a hang costs it, and its test runs again in a new lab.
+// patience is how long a run of gvm may take before it is killed and the test fails. A guest that
+// the lab loses in a hang costs it, and its test runs again in a new lab.
 const patience = 150 * time.Second
 
 // process is a running gvm, or a program that it is compared with.
@@ -40,7 +40,8 @@ type process struct {
 	ended   bool
 }
 
-// sandboxNote is gvm's line on parts of the sandbox that L1 lacks, or a gvm that racelab builds with cgo.
+// sandboxNote is gvm's line on parts of the sandbox that L1 lacks, or a gvm that racelab builds
+// with cgo.
 var sandboxNote = regexp.MustCompile(`(?m)^gvm: sandbox: .*\n`)
 
 // result is a gvm that ended. Console is without carriage returns, and stderr without sandboxNote.
@@ -125,7 +126,7 @@ func (p *process) shows(text string) bool {
 	return true
 }
 
-// printed tells whether a line is on the console, or gvm has ended.
+// printed reports whether a line is on the console, or gvm has ended.
 func (p *process) printed(line string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -51,9 +51,10 @@ func (w *watcher) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// TestShare mounts a writable and a read-only directory of the host: the test suite of go-fuse, git in
-// a tree of 2,000 files, edits on the host, a program that runs from it, and a pause meanwhile. Then it
-// moves data over vsock between the guest's program, which sends all of it back, and this one.
+// TestShare mounts a writable and a read-only directory of the host: the test suite of go-fuse, git
+// in a tree of 2,000 files, edits on the host, a program that runs from it, and a pause meanwhile.
+// Then it moves data over vsock between the guest's program, which sends all of it back, and this
+// one.
 func TestShare(t *testing.T) {
 	host := t.TempDir()
 	tree, posix := filepath.Join(host, "tree"), filepath.Join(host, "posix")
@@ -172,11 +173,12 @@ umount /ro; umount /rw && say unmounted
 	r.kernelLog(t, 1)
 }
 
-// TestEscapes: a guest's root tries to leave the directories that it shares, in 35 ways. None of them gets
-// at a file outside, and none makes one that gives a program of the host rights.
+// TestEscapes: a guest's root tries to leave the directories that it shares, in 35 ways. None of
+// them gets at a file outside, and none makes one that gives a program of the host rights.
 func TestEscapes(t *testing.T) { testEscapes(t, 0) }
 
-// TestEscapesOfUser does the same with an ordinary user's gvm, whose files those outside are as well.
+// TestEscapesOfUser does the same with an ordinary user's gvm, whose files those outside are as
+// well.
 func TestEscapesOfUser(t *testing.T) { testEscapes(t, 65534) }
 
 func testEscapes(t *testing.T, uid int) {
@@ -265,8 +267,8 @@ func testEscapes(t *testing.T, uid int) {
 	}))
 }
 
-// asUser runs gvm test, with a program of the test's as the command, as a user of the host with no right
-// but that to use KVM. The files that the user cannot reach are mounted where it can.
+// asUser runs gvm test, with a program of the test's as the command, as a user of the host with no
+// right but that to use KVM. The files that the user cannot reach are mounted where it can.
 func asUser(t *testing.T, uid int, k *lab.Kernel, program string, programArgs []string, args ...string) result {
 	t.Helper()
 	info, err := os.Stat("/dev/kvm")

@@ -35,7 +35,7 @@ func suiteCPUs() string {
 	return cmp.Or(os.Getenv("CPUS"), n)
 }
 
-// hasKVM tells whether this machine has KVM. QEMU's guests run without it by GVM_LAB_HERE=1.
+// hasKVM reports whether this machine has KVM. QEMU's guests run without it by GVM_LAB_HERE=1.
 func hasKVM() bool {
 	_, err := os.Stat("/dev/kvm")
 	return err == nil

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// TestNetUser: a guest gets its addresses, and moves data with this host's loopback over IPv4 and IPv6
-// and by a published port.
+// TestNetUser: a guest gets its addresses, and moves data with this host's loopback over IPv4 and
+// IPv6 and by a published port.
 func TestNetUser(t *testing.T) {
 	const size = 24 << 20
 	published := freeAddress(t)
@@ -99,8 +99,8 @@ func serve(t *testing.T, addr string, h http.Handler) (port string) {
 	return portOf(t, l)
 }
 
-// askPublished sends a line to a guest at a published port, as soon as it listens there, and answers with
-// its reply.
+// askPublished sends a line to a guest at a published port, as soon as it listens there, and
+// answers with its reply.
 func askPublished(w io.Writer, r *http.Request, published string) {
 	for r.Context().Err() == nil {
 		c, err := net.Dial("tcp", published)

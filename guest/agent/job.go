@@ -318,7 +318,7 @@ func capacity(file *os.File) (n int) {
 	return n
 }
 
-// read reads what there is. It waits for it unless late.
+// read reads the bytes that are there. It waits for some unless late.
 func (o output) read(buf []byte, late bool) (n int, err error) {
 	if !late {
 		return o.from.Read(buf)

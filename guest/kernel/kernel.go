@@ -308,7 +308,7 @@ func names(dir string, limit int) []string {
 		return nil
 	}
 	defer d.Close()
-	all, _ := d.Readdirnames(limit) // what could be read is enough for a hint
+	all, _ := d.Readdirnames(limit) // the names that could be read are enough for a hint
 	return all
 }
 

@@ -60,8 +60,8 @@ func OpenError(path string, err error) error {
 	return explain(path, err, "check the path", "check the path")
 }
 
-// explain makes the error of a path. noDir and noFile are the remedies if the directory or the file is
-// missing.
+// explain makes the error of a path. noDir and noFile are the remedies if the directory or the file
+// is missing.
 func explain(path string, err error, noDir, noFile string) error {
 	if kind := (*KindError)(nil); errors.As(err, &kind) {
 		return err // says the types that would do

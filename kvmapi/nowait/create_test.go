@@ -13,8 +13,8 @@ import (
 	"gvm/kvmapi/nowait"
 )
 
-// TestNamedErrors opens and makes files in every way that can fail. An error is the kernel's, and names
-// the path and a remedy.
+// TestNamedErrors opens and makes files in every way that can fail. An error is the kernel's, and
+// names the path and a remedy.
 func TestNamedErrors(t *testing.T) {
 	t.Chdir(t.TempDir())
 	long := strings.Repeat("x", 256)

@@ -1,6 +1,6 @@
-// Package nowait has file operations that do not wait. Preadv, Read, Write and Writev do not notify Go's
-// scheduler, which prepares for a long absence at every other system call; that would add a tenth to the
-// time of a small read from the page cache.
+// Package nowait has file operations that do not wait. Preadv, Read, Write and Writev do not notify
+// Go's scheduler, which prepares for a long absence at every other system call; that would add a
+// tenth to the time of a small read from the page cache.
 package nowait
 
 import (

@@ -6,9 +6,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Read is read(2) of a descriptor in non-blocking mode, without a notice to Go's scheduler: after a call
-// of more than some 20 µs, which copies 64 KiB on a slow host, the scheduler had given the goroutine's
-// processor to another thread, and woken that for it.
+// Read is read(2) of a descriptor in non-blocking mode, without a notice to Go's scheduler: after a
+// call of more than some 20 µs, which copies 64 KiB on a slow host, the scheduler had given the
+// goroutine's processor to another thread, and woken that for it.
 func Read(fd int, b []byte) (int, error) {
 	return result(unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))),
 		uintptr(len(b))))

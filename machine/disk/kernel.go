@@ -127,8 +127,8 @@ func (ds *Set) endKernels() (wait func(ctx context.Context, busy map[any]bool) e
 	}
 }
 
-// findKernels returns the target with the disk of gvm's that the kernel serves and that has a LUN, a
-// serial number or a path, and the disk's index; nil: there is none. The caller holds mu.
+// findKernels returns the target with the disk of gvm's that the kernel serves and that has a LUN,
+// a serial number or a path, and the disk's index; nil: there is none. The caller holds mu.
 func (ds *Set) findKernels(id string) (k *kernelTarget, i int) {
 	n, err := strconv.Atoi(id)
 	for _, k := range ds.kernels {
@@ -145,8 +145,8 @@ func (ds *Set) findKernels(id string) (k *kernelTarget, i int) {
 	return nil, -1
 }
 
-// ownKernels returns the kernel's target that gvm made; nil: there is none. It does not change while
-// the machine runs.
+// ownKernels returns the kernel's target that gvm made; nil: there is none. It does not change
+// while the machine runs.
 func (ds *Set) ownKernels() *kernelTarget {
 	if i := slices.IndexFunc(ds.kernels, func(k *kernelTarget) bool { return k.plug != nil }); i >= 0 {
 		return ds.kernels[i]
@@ -215,7 +215,7 @@ func (ds *Set) removeKernels(ctx context.Context, k *kernelTarget, i int) (contr
 	}, release)
 }
 
-// hearing says whether the guest's driver is told of a change by the kernel.
+// hearing reports whether the guest's driver is told of a change by the kernel.
 var hearing = map[vhostscsi.Hearing]control.Guest{vhostscsi.NoDriver: control.Absent,
 	vhostscsi.Deaf: control.Deaf, vhostscsi.Paused: control.Missed, vhostscsi.Hears: control.Told}
 
@@ -291,9 +291,9 @@ func (u *kernelUnits) provision(done bool) (t *lio.Target, err error) {
 	return nil, KernelError{err}
 }
 
-// Provision makes the kernel's target of the disks with backend=vhost for a later Open in this process, with
-// Config.Provisioned and without the rights for that. The images stay open until the process executes a
-// program. note takes notes for the user.
+// Provision makes the kernel's target of the disks with backend=vhost for a later Open in this
+// process, with Config.Provisioned and without the rights for that. The images stay open until the
+// process executes a program. note takes notes for the user.
 func Provision(list []Spec, note func(string)) error {
 	list = slices.Clone(list)
 	for i := range list {
@@ -401,9 +401,9 @@ func (k kernelOptions) device(t *kernelTarget) (_ *kernelTarget, err error) {
 	return t, nil
 }
 
-// QueueMemory is about what vhost-scsi allocates for a request queue of 256 entries once the
-// guest's driver runs: each entry has a scatterlist of 2,048 segments (vhost_scsi_setup_vq_cmds in
-// the kernel's drivers/vhost/scsi.c). It is the kernel's own memory, which no control group of
+// QueueMemory is about the memory that vhost-scsi allocates for a request queue of 256 entries once
+// the guest's driver runs: each entry has a scatterlist of 2,048 segments (vhost_scsi_setup_vq_cmds
+// in the kernel's drivers/vhost/scsi.c). It is the kernel's own memory, which no control group of
 // gvm's bounds.
 const QueueMemory = 21 << 20
 

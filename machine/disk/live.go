@@ -335,9 +335,10 @@ func (ds *Set) mark(key any, lun int, path, change string) (release func(), err 
 	}, nil
 }
 
-// Remove tells the guest that a disk is going and removes it without waiting for the guest. Commands in
-// flight are finished; those that take longer than bounds.commands are aborted, unless the kernel serves
-// the disk. It makes the guest's writes durable, since the guest can no longer flush.
+// Remove tells the guest that a disk is going and removes it without waiting for the guest.
+// Commands in flight are finished; those that take longer than bounds.commands are aborted, unless
+// the kernel serves the disk. It makes the guest's writes durable, since the guest can no longer
+// flush.
 func (ds *Set) Remove(ctx context.Context, id string) (control.Change, error) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()

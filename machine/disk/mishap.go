@@ -27,7 +27,7 @@ type mishaps struct {
 	// and must not drop it.
 	note, paused func(string)
 
-	opening atomic.Value // string: what Open waits for
+	opening atomic.Value // string: the wait that Open is in
 
 	mu   sync.Mutex
 	told map[string]bool // by disk and cause

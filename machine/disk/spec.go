@@ -344,7 +344,7 @@ func option(key string) *Option {
 	return nil
 }
 
-// ParseSize reads the size of a disk in bytes. An error begins with what.
+// ParseSize reads the size of a disk in bytes. Errors have the prefix what.
 func ParseSize(what, word string) (int64, error) {
 	n, err := text.ParseSize(word, 1)
 	switch {

@@ -151,7 +151,7 @@ type vulnerability struct {
 	caller                              string // "" if they do not call its functions
 }
 
-// standard tells whether it is in Go itself, and not in a module of go.mod.
+// standard reports whether it is in Go itself, and not in a module of go.mod.
 func (v *vulnerability) standard() bool { return v.module == "stdlib" || v.module == "toolchain" }
 
 // read reads the messages of govulncheck -format json.

@@ -79,8 +79,8 @@ func (a Axes) Cells() ([]Cell, error) {
 // maxLabel bounds a kernel's part of a cell's name, which is also that of a file.
 const maxLabel = 150
 
-// kernelLabels returns unique names for kernels: the last elements of their paths, or all of them if
-// two are equal.
+// kernelLabels returns unique names for kernels: the last elements of their paths, or all of them
+// if two are equal.
 func kernelLabels(kernels []text.Name) []string {
 	label := func(s string) string {
 		s = regexp.MustCompile(`[^A-Za-z0-9._+]+`).ReplaceAllString(s, "-")

@@ -28,7 +28,7 @@ type compression struct {
 	// open decompresses a stream. nil: gvm reads no streams of this format.
 	open func(io.Reader) (io.Reader, error)
 	// decode fills dst from src, and fails if src holds more, less, or damaged data. nil: it reads
-	// what open returns.
+	// the result of open.
 	decode func(dst, src []byte) error
 }
 

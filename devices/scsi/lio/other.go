@@ -10,9 +10,9 @@ func AddTo(pid int, wwn string, u Unit) (notes []string, err error) {
 	return newHost("").addTo(pid, wwn, u)
 }
 
-// Provisioned returns the first target of this process, which Provision made there before the process gave
-// up the rights to LIO. No method of it changes LIO: the target is for Collect in another process, after the
-// end of this one.
+// Provisioned returns the first target of this process, which Provision made there before the
+// process gave up the rights to LIO. No method of it changes LIO: the target is for Collect in
+// another process, after the end of this one.
 func Provisioned() (*Target, error) {
 	o, err := newHost("").self()
 	return &Target{WWN: o.wwn(), TPGT: tag, owner: o}, err

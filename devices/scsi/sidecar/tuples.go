@@ -1,5 +1,5 @@
-// Package sidecar keeps what a SCSI disk has besides its data in files beside its image: persistent
-// reservations in IMAGE.pr, protection information in IMAGE.pi.
+// Package sidecar keeps the state of a SCSI disk besides its data in files beside its image:
+// persistent reservations in IMAGE.pr, protection information in IMAGE.pi.
 package sidecar
 
 import (
@@ -134,7 +134,7 @@ func (t *Tuples) cut(f *os.File, blocks uint64) error {
 	return f.Truncate(tupleOffset(blocks))
 }
 
-// Cut drops from IMAGE.pi, if that is there, what is behind size bytes of the image, for good. It
+// Cut drops from IMAGE.pi, if that is there, all behind size bytes of the image, for good. It
 // is for block.File.Resize.
 func Cut(b *block.File, size int64) error {
 	path, err := b.Beside(".pi", "protection information")

@@ -51,7 +51,7 @@ const (
 // PageSize is the unit of the balloon for guests of any page size (5.5.6).
 const PageSize = 4096
 
-// What one chain does at most, so that it does not keep the worker from stopping: the rest of a
+// Bounds of one chain's work, so that it does not keep the worker from stopping: the rest of a
 // longer one is not given back. Linux has 256 pages in one.
 const (
 	maxPages = 4096

@@ -58,7 +58,7 @@ type Device struct {
 	ports   []*port
 	workers virtio.Workers
 
-	// mu guards what follows, and all of every port. It is taken before a worker's lock.
+	// mu guards the fields below, and all of every port. It is taken before a worker's lock.
 	mu        sync.Mutex
 	multiport bool     // the driver has VIRTIO_CONSOLE_F_MULTIPORT
 	started   bool     // the goroutines of the ports

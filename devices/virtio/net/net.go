@@ -112,7 +112,7 @@ type Device struct {
 	down    atomic.Bool            // the backend has ended
 	changed atomic.Pointer[func()] // ConfigChanged of the last activation
 
-	mu       sync.Mutex // guards what follows; taken before a pair's
+	mu       sync.Mutex // guards the fields below; taken before a pair's
 	driven   bool       // from Activate to Reset
 	features uint64
 	kernel   int           // queues that the kernel serves

@@ -42,7 +42,7 @@ type pair struct {
 
 	rxFrames, rxBytes, rxDropped, txFrames, txBytes, txDropped atomic.Uint64
 
-	// mu guards what follows, all of the receive queue. It is not held while a worker waits.
+	// mu guards the fields below, all of the receive queue. It is not held while a worker waits.
 	mu        sync.Mutex
 	mergeable bool     // VIRTIO_NET_F_MRG_RXBUF
 	held      []buffer // the oldest first

@@ -22,7 +22,7 @@ var corpusDisks = []trace.Disk{
 // Corpus returns requests that find out where two targets differ, and the disks
 // that they are for: every operation code that gvm's target or LIO has, with good
 // and bad fields, at both ends of the disk and past it, with allocation lengths
-// and buffers that are too short and too long; what sg3_utils send; every
+// and buffers that are too short and too long; those of sg3_utils; every
 // operation code that neither has; logical units that there are not; and task
 // management. They build on one another: some are there to bring a unit into
 // the state that the next ones are about.
@@ -427,7 +427,7 @@ func (c *corpus) sweep() {
 	c.in(0, cdb6(0x00, 0, 0, 0))
 }
 
-// transport is what virtio-scsi adds: addresses, attributes, directions, task
+// transport has the requests of virtio-scsi itself: addresses, attributes, directions, task
 // management, resets.
 func (c *corpus) transport() {
 	at := func(lun [8]byte, n int, cdb []byte) {

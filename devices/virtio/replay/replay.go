@@ -14,7 +14,7 @@ import (
 	"gvm/devices/scsi/trace"
 )
 
-// Side is what requests are replayed at.
+// Side is one of the devices that get the requests.
 type Side struct {
 	Name string
 	// Hosts are the devices, in the order of the trace's header.
@@ -25,7 +25,7 @@ type Side struct {
 type Difference struct {
 	Number int // of the request in the trace, from 0, by its time
 	Record *trace.Record
-	// What differs: "response", "status", "sense", "residual", "data".
+	// The part that differs: "response", "status", "sense", "residual", "data".
 	What []string
 	// A is the answer of the first side, or the trace's where there is one side. B
 	// is the other's.
@@ -41,7 +41,7 @@ func (a *Answer) Text(r *trace.Record) string {
 	return x.Outcome()
 }
 
-// Summary counts what Run did.
+// Summary counts the requests of a Run.
 type Summary struct {
 	Requests  int // that were sent
 	Different int // of them
@@ -142,7 +142,7 @@ func (s *Side) send(r *trace.Record, out []byte) (Answer, error) {
 	return s.Hosts[r.Device].Command(r, out)
 }
 
-// dataOut returns what a request sends, and false when that is not known and
+// dataOut returns the data that a request sends, and false when that is not known and
 // decides how the command works.
 func dataOut(i int, r *trace.Record) ([]byte, bool) {
 	switch {

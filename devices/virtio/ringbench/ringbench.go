@@ -52,7 +52,7 @@ type Load struct {
 	Time      time.Duration
 }
 
-// Result is what came of a Load.
+// Result is the outcome of a Load.
 type Result struct {
 	Requests uint64
 	Elapsed  time.Duration // from the first request to the last answer

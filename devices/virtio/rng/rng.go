@@ -12,7 +12,7 @@ import (
 	"gvm/inspect"
 )
 
-// maxFill bounds what one request takes, so that a guest cannot keep the
+// maxFill bounds the bytes of one request, so that a guest cannot keep the
 // worker from stopping; the device may fill less than it was given
 // (virtio 1.3, 5.4.6.2).
 const maxFill = 64 << 10

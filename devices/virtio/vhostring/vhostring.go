@@ -211,7 +211,7 @@ func (r *Rings) Features() uint64 {
 	return r.a.Features
 }
 
-// Close closes what New opened.
+// Close closes all that New opened.
 func (r *Rings) Close() error {
 	errs := []error{r.stop.Close()}
 	for _, fd := range r.errs {

@@ -33,7 +33,7 @@ const (
 	maxQueues       = 1024
 )
 
-// Config says what New makes.
+// Config has the parameters of New.
 type Config struct {
 	// WWPN is the target's name in LIO, under configfs's target/vhost:
 	// naa.5001405…, or one that begins with fc. or iqn.
@@ -181,7 +181,7 @@ func (d *Device) open() error {
 	return nil
 }
 
-// Check tells whether this host has a vhost-scsi that gvm can use.
+// Check reports whether this host has a vhost-scsi that gvm can use.
 func Check(p ABIPolicy) error {
 	dev, err := vhost.OpenSCSI()
 	if err == nil {
@@ -339,7 +339,7 @@ func (d *Device) QueueSizes() []uint16 {
 
 // Config implements virtio.Device (5.6.4). The kernel's sizes of CDB and sense
 // data cannot be changed, so the device is no ConfigWriter: what the driver
-// writes to them is dropped by the transport, and it reads what is in force.
+// writes to them is dropped by the transport, and it reads the values in force.
 func (d *Device) Config() []byte {
 	ring := uint32(d.cfg.RingSize)
 	// Beside the data, header and response take a descriptor each. Half of the

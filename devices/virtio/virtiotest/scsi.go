@@ -43,7 +43,7 @@ type disk struct {
 	ready                  bool   // a request has been carried out
 }
 
-// pattern is what request n writes, or reads if it is odd.
+// pattern is the data that request n writes, or reads if it is odd.
 func (s *disk) pattern(n uint32) []byte {
 	word := binary.BigEndian.AppendUint64(nil, uint64(s.lba)<<32|uint64(n/2))
 	return bytes.Repeat(word, blocks*blockSize/len(word))

@@ -20,11 +20,11 @@ type Chain struct {
 
 	head     uint16
 	live     bool
-	segs     [][]byte // what Out and In divide
+	segs     [][]byte // the segments that Out and In divide
 	writable uint64   // bytes of In at the start
 }
 
-// large says whether the chain has room for more than keepSegs segments.
+// large reports whether the chain has room for more than keepSegs segments.
 func (c *Chain) large() bool {
 	return cap(c.segs) > keepSegs || cap(c.Out.views) > 2*keepSegs || cap(c.In.views) > 2*keepSegs
 }
@@ -35,7 +35,7 @@ func (c *Chain) large() bool {
 type Buffer struct {
 	segs  [][]byte // the rest, none of them empty
 	n     int      // bytes left
-	views [][]byte // backing of what Take handed out
+	views [][]byte // backing of the slices that Take handed out
 }
 
 func (b *Buffer) set(segs [][]byte, n int) {

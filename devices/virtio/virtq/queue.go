@@ -277,7 +277,7 @@ func (q *Queue) recycle(c *Chain) {
 }
 
 // Publish makes every chain given to Add since the last Publish visible to
-// the driver, and tells whether the driver asked to be interrupted for them.
+// the driver, and reports whether the driver asked to be interrupted for them.
 func (q *Queue) Publish() (signal bool) {
 	if q.usedIdx == q.published {
 		return false
@@ -306,7 +306,7 @@ func (q *Queue) DisableKicks() {
 	}
 }
 
-// EnableKicks asks for a notification of the next chain and tells whether one
+// EnableKicks asks for a notification of the next chain and reports whether one
 // is there already: the driver may have added it before it saw the request,
 // so the caller that gets true polls again instead of waiting.
 func (q *Queue) EnableKicks() (more bool) {

@@ -236,7 +236,7 @@ func (d *Driver) Used() (head uint16, written uint32, ok bool) {
 	return uint16(id), binary.LittleEndian.Uint32(e[4:]), true
 }
 
-// EnableCalls asks for an interrupt at the next used chain and tells whether
+// EnableCalls asks for an interrupt at the next used chain and reports whether
 // one is there already.
 func (d *Driver) EnableCalls() (more bool) {
 	if d.eventIdx {

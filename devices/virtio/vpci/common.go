@@ -45,7 +45,7 @@ const (
 
 const noVector = 0xffff // VIRTIO_MSI_NO_VECTOR
 
-// regs is what BAR 0 answers.
+// regs are the registers of BAR 0.
 type regs struct{ d *Device }
 
 func (r regs) Read(off uint64, p []byte) {
@@ -225,7 +225,7 @@ func setHalf(f *uint64, at, v uint64, n int) {
 	*f = *f&^mask | v<<(8*at)&mask
 }
 
-// vector is what a vector register holds after v was written: one that does
+// vector is the value of a vector register after v was written: one that does
 // not exist reads back as none, which tells the driver (virtio 1.3,
 // 4.1.5.1.2.1).
 func (d *Device) vector(v uint64) uint16 {

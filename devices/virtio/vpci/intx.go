@@ -31,7 +31,7 @@ const (
 type intx struct {
 	d    *Device
 	pin  *pci.INTx
-	wake *eventfd.FD // has the goroutine look at what to wait for, or end
+	wake *eventfd.FD // has the goroutine look for the next event to wait for, or end
 
 	mu      sync.Mutex
 	status  byte
@@ -40,7 +40,7 @@ type intx struct {
 	done    chan struct{} // closed when the goroutine has ended
 }
 
-// begin begins an activation: what was signalled before is not its.
+// begin begins an activation: earlier signals are not its.
 func (x *intx) begin(a *activation) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -114,7 +114,7 @@ func (x *intx) changed() {
 	x.watch()
 }
 
-// watch has the goroutine follow what the driver has chosen. It starts with the first
+// watch has the goroutine follow the driver's choice. It starts with the first
 // driver that does without MSI-X, and ends with the device. mu is held.
 func (x *intx) watch() {
 	if !x.started {

@@ -59,7 +59,7 @@ type Doorbells interface {
 	RemoveDoorbell(addr uint64, fd *eventfd.FD) error
 }
 
-// Config is what New needs; all but Log and Context is required.
+// Config has the parameters of New; all but Log and Context are required.
 type Config struct {
 	Name      string // for messages
 	Device    virtio.Device

@@ -10,7 +10,7 @@ import (
 	"gvm/devices/virtio/virtq"
 )
 
-// EventType is the kind of an event, Reason what happened (5.6.6.3).
+// EventType is the kind of an event, Reason its cause (5.6.6.3).
 type (
 	EventType uint32
 	Reason    uint32
@@ -66,7 +66,7 @@ type events struct {
 	missed   bool
 }
 
-// event is what an event says.
+// event is the content of an event.
 type event struct {
 	EventType
 	scsi.LUN

@@ -27,7 +27,7 @@ const (
 // CDB of 10 bytes has no more bits.
 const maxPayload = 64 << 10
 
-// maxProtection bounds what fillProtection writes: the tuples of the largest transfer.
+// maxProtection bounds the output of fillProtection: the tuples of the largest transfer.
 const maxProtection = 65536 * scsi.TupleSize
 
 // promptRead bounds the read of cached data, in bytes, that may delay the interrupt for
@@ -181,7 +181,7 @@ func (r *request) answer(code byte, res scsi.Result) {
 	if r.observer != nil {
 		r.end(code, &res)
 	}
-	// What lies in guest memory is not kept past the request.
+	// Nothing in guest memory is kept past the request.
 	r.to, r.cmd.Out, r.cmd.In, r.cmd.ProtectionOut, r.cmd.ProtectionIn = nil, nil, nil, nil, nil
 	r.w.Complete(r.c, uint32(written))
 }

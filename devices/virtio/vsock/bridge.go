@@ -388,7 +388,7 @@ func (b *Bridge) client(dial func(context.Context, uint32) (*Conn, error), u *ne
 
 var errNoAnswer = errors.New("the guest does not answer")
 
-// readRequest reads "CONNECT PORT\n". rest is what follows it. io.EOF is a client that asks for
+// readRequest reads "CONNECT PORT\n". rest is the input after it. io.EOF is a client that asks for
 // nothing.
 func readRequest(r io.Reader) (port uint32, rest []byte, err error) {
 	buf := make([]byte, 0, maxRequest)

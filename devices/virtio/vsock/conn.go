@@ -22,7 +22,7 @@ type Conn struct {
 	d *Device
 	key
 	bufAlloc           uint32
-	readable, writable sync.Cond // of Device.mu, which guards what follows
+	readable, writable sync.Cond // of Device.mu, which guards the fields below
 
 	open        bool // in Device.conns
 	established bool
@@ -33,7 +33,7 @@ type Conn struct {
 
 	in      ring
 	rxCnt   uint32 // bytes that the guest has sent; like every counter of bytes modulo 2^32
-	fwdCnt  uint32 // of those, what Read has taken
+	fwdCnt  uint32 // of those, the bytes that Read has taken
 	toldFwd uint32 // the fwd_cnt that the guest has been told
 
 	owed      uint16 // the operations to send, by bit
@@ -202,7 +202,7 @@ func (c *Conn) shutdown(flags uint32) {
 	c.wake()
 }
 
-// What follows is called with Device.mu held.
+// The caller of the functions below holds Device.mu.
 
 func (c *Conn) wake() {
 	c.readable.Broadcast()
@@ -259,7 +259,7 @@ func (c *Conn) peerFree() int {
 	return max(int(c.peerAlloc)-int(c.txCnt-c.peerFwd), 0)
 }
 
-// next returns what to send next with at most room bytes, or opInvalid.
+// next returns the next packet to send, of at most room bytes, or opInvalid.
 func (c *Conn) next(room int) (op int, data []byte) {
 	owes := func(op int) bool { return c.owed&(1<<op) != 0 }
 	switch n := min(len(c.out), c.peerFree(), room, maxPacket); {

@@ -44,7 +44,7 @@ const (
 
 const eventLen = 4 // struct virtio_vsock_event, whose only id is 0: VIRTIO_VSOCK_EVENT_TRANSPORT_RESET
 
-// Bounds of what a guest makes the device keep.
+// Bounds of the state that a guest makes the device keep.
 const (
 	maxConns = 1024
 	maxRSTs  = 1024
@@ -101,8 +101,8 @@ type Device struct {
 	cfg     Config
 	workers virtio.Workers
 
-	// mu guards what follows and all of every Conn. It is taken before a worker's lock, and not held
-	// while Accept runs.
+	// mu guards the fields below and all of every Conn. It is taken before a worker's lock, and not
+	// held while Accept runs.
 	mu       sync.Mutex
 	driven   bool // from Activate to Reset
 	streams  bool // the driver has stream sockets

@@ -226,7 +226,7 @@ func fuzz(ctx context.Context, t target, d time.Duration, parallel int) (r resul
 	return r, err
 }
 
-// deadline tells whether go test has failed because the time was over, which it can for no other
+// deadline reports whether go test has failed because the time was over, which it can for no other
 // reason (go.dev/issue/75804).
 func deadline(output []string) bool {
 	return slices.ContainsFunc(output, func(line string) bool {

@@ -114,7 +114,7 @@ func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, err e
 	}
 }
 
-// isSummary tells whether a line is the one that go test prints of a package.
+// isSummary reports whether a line is the one that go test prints of a package.
 func isSummary(line string) bool {
 	return strings.HasPrefix(line, "ok  \t") || strings.HasPrefix(line, "FAIL\t") || strings.HasPrefix(line, "?   \t")
 }

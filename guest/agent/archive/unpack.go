@@ -256,7 +256,7 @@ func (u *unpacker) entries(dir int, path string, depth int) error {
 	}
 }
 
-// replace gives what create makes its name, in place of a file or a link.
+// replace gives its name to the object that create makes, in place of a file or a link.
 func replace(dir int, name string, create func(temp string) error) error {
 	var st unix.Stat_t
 	err := unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)

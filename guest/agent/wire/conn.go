@@ -33,7 +33,7 @@ type conn struct {
 	writeMu sync.Mutex // held while a frame is written
 	out     []byte
 
-	mu   sync.Mutex // guards the streams and what follows
+	mu   sync.Mutex // guards the streams and the fields below
 	cond sync.Cond  // something changed
 	in   [streams]*receiver
 	to   [streams]*sender

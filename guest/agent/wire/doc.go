@@ -34,8 +34,8 @@
 //	4  CRC-32C of the header before this field, and of the payload
 //
 //	type     from   payload
-//	hello    both   role, 1 byte: 0 agent, 1 host; Version, 2 bytes; build and rung, each a length of 2
-//	                bytes and the text
+//	hello    both   role, 1 byte: 0 agent, 1 host; Version, 2 bytes; build and rung, each a length
+//	                of 2 bytes and the text
 //	data     both   bytes of a stream
 //	window   both   room for this many more bytes of a stream, 4 bytes
 //	close    both   none; the sender's end of a stream
@@ -48,6 +48,6 @@
 //	started  agent  the process ID of the command, 4 bytes
 //	alive    agent  none; sent every AlivePeriod
 //	log      agent  a line for the user
-//	exit     agent  kind, 1 byte: 0 exited, 1 signaled, 2 not started; status or signal, 1 byte; text.
-//	                It ends stdout and stderr.
+//	exit     agent  kind, 1 byte: 0 exited, 1 signaled, 2 not started; status or signal, 1 byte;
+//	                text. It ends stdout and stderr.
 package wire

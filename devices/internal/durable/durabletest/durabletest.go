@@ -1,4 +1,4 @@
-// Package durabletest shows tests what package durable makes durable.
+// Package durabletest shows tests which files package durable makes durable.
 package durabletest
 
 import (
@@ -8,8 +8,8 @@ import (
 	"gvm/devices/internal/durable"
 )
 
-// Watch returns a function that returns what was in the directory that was made durable last, with
-// its sizes: nil if none was since Watch.
+// Watch returns a function that returns the names in the directory that was made durable last, with
+// their sizes: nil if none was since Watch.
 func Watch(t *testing.T) func() map[string]int64 {
 	var seen map[string]int64
 	was := durable.BeforeDir

@@ -36,7 +36,7 @@ type dirent struct {
 	name      []byte
 }
 
-// parseDirent splits an entry off what getdents64 returned.
+// parseDirent splits an entry off the result of getdents64.
 func parseDirent(b []byte) (dirent, []byte) {
 	size := order.Uint16(b[16:])
 	name, _, _ := bytes.Cut(b[19:size], []byte{0})

@@ -1,11 +1,12 @@
 // Package hostfs serves a directory tree of the host by the FUSE protocol. The client is a guest's
 // kernel, and hostile: it may send any message, and change the memory of a message meanwhile.
 //
-// The tree is a trust boundary. Each inode that the client knows has an O_PATH descriptor, and a name
-// is looked up below such a descriptor of a directory: one component, never "." or "..", never
-// through a symbolic link. So no path is ever resolved for the client, which resolves symbolic links
-// itself, in its own root. Only regular files and directories are opened; FIFOs, sockets and devices
-// are shown. The file systems that are interfaces of the host's kernel, such as proc, are empty.
+// The tree is a trust boundary. Each inode that the client knows has an O_PATH descriptor, and a
+// name is looked up below such a descriptor of a directory: one component, never "." or "..", never
+// through a symbolic link. So no path is ever resolved for the client, which resolves symbolic
+// links itself, in its own root. Only regular files and directories are opened; FIFOs, sockets and
+// devices are shown. The file systems that are interfaces of the host's kernel, such as proc, are
+// empty.
 //
 // Permissions are checked by the client's kernel, from the attributes (default_permissions), and
 // then by the host's for this process. Set-user-ID and set-group-ID bits, devices and file
@@ -52,7 +53,7 @@ type FS struct {
 
 	uid, gid uint32 // that the client has as 0, if Config.Root holds; else 0
 
-	mu      sync.Mutex // guards what follows, and the counts of inodes and handles
+	mu      sync.Mutex // guards the fields below, and the counts of inodes and handles
 	nodes   map[uint64]*inode
 	byKey   map[key]*inode
 	handles map[uint64]*handle
@@ -197,8 +198,8 @@ var (
 )
 
 // Serve serves the request in the buffers in, and writes the answer to the buffers out. It returns
-// the number of bytes written, 0 for a request that has no answer. An error says that in and out are
-// no FUSE message; every other mistake of the client is answered with an error number.
+// the number of bytes written, 0 for a request that has no answer. An error says that in and out
+// are no FUSE message; every other mistake of the client is answered with an error number.
 func (fs *FS) Serve(in, out [][]byte) (int, error) {
 	head := make([]byte, inHeaderLen)
 	size := iovec.Len(in)
@@ -377,10 +378,11 @@ func (fs *FS) destroy(*request) error {
 	return nil
 }
 
-// interrupt refuses INTERRUPT, after which the client sends no more. It would end the wait for a lock or
-// for the other end of a FIFO. No request waits for such: locks are the client's, and only regular
-// files and directories are opened. Others wait for storage, which does not end earlier, and an answer
-// before that would give memory back to the client that the host still reads or writes.
+// interrupt refuses INTERRUPT, after which the client sends no more. It would end the wait for a
+// lock or for the other end of a FIFO. No request waits for such: locks are the client's, and only
+// regular files and directories are opened. Others wait for storage, which does not end earlier,
+// and an answer before that would give memory back to the client that the host still reads or
+// writes.
 func (fs *FS) interrupt(*request) error { return unix.ENOSYS }
 
 func (fs *FS) syncfs(r *request) error {

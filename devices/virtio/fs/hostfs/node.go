@@ -34,7 +34,7 @@ type inode struct {
 	kind   uint32 // S_IFMT of its mode
 	hidden bool   // in a file system that is not shown
 
-	// What follows is guarded by FS.mu; fd does not change while the inode is used.
+	// FS.mu guards the fields below; fd does not change while the inode is used.
 	fd      int    // O_PATH; -1 while it is closed because of Config.Files
 	parent  *inode // where it was found last, to open it again; nil for the root
 	name    string

@@ -55,7 +55,7 @@ const (
 
 const overrun = 1 // VIRTIO_SCSI_S_OVERRUN
 
-// request is a Difference with what rules look at in hand. A is the answer of gvm's target, B the
+// request is a Difference with the facts that rules look at. A is the answer of gvm's target, B the
 // kernel's.
 type request struct {
 	*replay.Difference
@@ -71,7 +71,7 @@ func (r *request) op(names ...string) bool {
 	return slices.ContainsFunc(names, func(n string) bool { return r.name == n || strings.HasPrefix(r.name, n+"(") })
 }
 
-// bytes tells whether only these offsets of the data differ, given as first and last ones.
+// bytes reports whether only these offsets of the data differ, given as first and last ones.
 func (r *request) bytes(spans ...int) bool {
 	return !slices.ContainsFunc(r.Data, func(n int) bool {
 		for i := 0; i < len(spans); i += 2 {
@@ -163,7 +163,7 @@ var rules = []rule{
 		return r.op("READ", "WRITE") && r.cdb[1]&0x18 != 0 && r.readOnly && r.b == invalidField
 	}, ""},
 
-	// Of what commands tell.
+	// Of the answers of commands.
 	{"inquiry", []string{"data"}, func(r *request) bool {
 		return r.op("INQUIRY") && r.cdb[1] == 0 && r.bytes(3, 3, 5, 5, 60, 60, 62, 63, 66, 66)
 	}, ""},
@@ -193,7 +193,7 @@ var rules = []rule{
 	}, "5/1a/00>5/26/00 5/24/00>5/1a/00 5/24/00>5/26/00 5/24/00>good " +
 		"5/26/00>5/1a/00 5/26/00>5/24/00 good>5/1a/00 good>5/24/00 good>5/26/00"},
 
-	// Of what commands do.
+	// Of the effects of commands.
 	{"verify", nil, func(r *request) bool { return r.op("VERIFY") && r.cdb[1]&6 != 0 }, "5/24/00>good e/1d/00>good"},
 	{"compare-and-write", nil, func(r *request) bool {
 		return r.op("COMPARE AND WRITE") && (r.cdb[13] != 1 || r.cdb[1]&0xe0 != 0 || r.b == invalidField)
@@ -208,7 +208,7 @@ var rules = []rule{
 
 func (r *request) vpd(page byte) bool { return r.op("INQUIRY") && r.cdb[1] == 1 && r.cdb[2] == page }
 
-// modeBytes tells whether only those bytes of mode pages differ that the list
+// modeBytes reports whether only those bytes of mode pages differ that the list
 // has, wherever the pages are in the data.
 func (r *request) modeBytes() bool {
 	changeable := r.cdb[2]>>6 == 1
@@ -319,7 +319,7 @@ func (l *List) Explain(d *replay.Difference) (rows, left []string) {
 	return rows, left
 }
 
-// readOnly tells whether the disk that a request is for is read-only.
+// readOnly reports whether the disk that a request is for is read-only.
 func (l *List) readOnly(r *trace.Record) bool {
 	n, ok := r.UnitNumber()
 	return ok && int(r.Device) < len(l.header.Devices) &&
