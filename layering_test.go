@@ -1,6 +1,7 @@
 package gvm_test
 
 import (
+	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
@@ -13,127 +14,114 @@ import (
 	"testing"
 )
 
-// may lists, for each package or tree ("/..."), the packages of this module that its non-test files
-// may import; the first entry that matches a package counts. DESIGN.md gives the reasons.
-var may = []struct{ pkg, imports string }{
-	{"kvmapi/eventfd", ""},
-	{"kvmapi/nowait", ""},
-	{"kvmapi/tracefs", ""},
-	{"kvmapi/...", "kvmapi/eventfd"},
-	{"guestmem", ""},
-	{"gdbstub", ""},
-	{"inspect", "text"},
-	{"vmm/bus", ""},
-	{"vmm/acpi", "devices/acpipm devices/pvpanic devices/rtc devices/serial"},
-	{"vmm/boot/...", "guestmem kvmapi/nowait text"},
-	{"vmm/x86", "kvmapi text"},
-	{"vmm/vmcore", "guestmem vmm/x86"},
-	{"vmm", "kvmapi/... vmm/... devices/... gdbstub guestmem inspect verdict/klog"},
-	{"devices/block", "devices/internal/durable devices/iovec kvmapi/nowait text"},
-	{"devices/block/blocktest", "devices/block"},
-	{"devices/internal/durable/durabletest", "devices/internal/durable"},
-	{"devices/internal/every", ""},
-	{"devices/scsi/sidecar", "devices/scsi devices/block kvmapi/nowait"},
-	{"devices/scsi/lio", "devices/scsi devices/block devices/scsi/trace kvmapi/tracefs text"},
-	{"devices/scsi/trace/traceplot", "devices/scsi/trace plot"},
-	{"devices/scsi/trace", "devices/scsi kvmapi/nowait text"},
-	{"devices/scsi/scsitest", "devices/scsi devices/block"},
-	{"devices/scsi", "devices/block devices/iovec inspect"},
-	{"devices/i6300esb", "devices/pci inspect"},
-	{"devices/pci/...", "devices/pci kvmapi/eventfd inspect"},
-	{"devices/virtio/virtq", "guestmem inspect"},
-	{"devices/virtio/virtqtest", "devices/virtio devices/virtio/virtq guestmem kvmapi/eventfd"},
-	{"devices/virtio/virtiotest", "devices/virtio devices/virtio/virtqtest guestmem"},
-	{"devices/virtio/vpci", "devices/virtio devices/virtio/virtq devices/pci guestmem inspect kvmapi/eventfd"},
-	{"devices/virtio/vscsi",
-		"devices/iovec devices/virtio devices/virtio/virtq devices/scsi devices/scsi/trace guestmem inspect"},
-	{"devices/virtio/replay/equivalence", "devices/virtio/replay devices/scsi devices/scsi/trace"},
-	{"devices/virtio/replay",
-		"devices/virtio devices/virtio/virtqtest devices/scsi devices/scsi/trace kvmapi/eventfd guestmem"},
-	{"devices/virtio/ringbench", "devices/scsi/trace devices/virtio devices/virtio/virtqtest kvmapi/eventfd guestmem"},
-	{"devices/virtio/vhostring", "devices/virtio devices/virtio/virtq kvmapi/vhost kvmapi/eventfd guestmem inspect"},
-	{"devices/virtio/vhostscsi", "devices/virtio devices/virtio/vhostring kvmapi/vhost inspect"},
-	{"devices/virtio/vhostvsock", "devices/virtio devices/virtio/vhostring devices/virtio/virtq kvmapi/vhost inspect"},
-	{"devices/virtio/rng", "devices/virtio devices/virtio/virtq guestmem inspect"},
-	{"devices/virtio/balloon", "devices/virtio devices/virtio/virtq guestmem inspect"},
-	{"devices/virtio/console", "devices/virtio devices/virtio/virtq inspect"},
-	{"devices/virtio/vsock", "devices/virtio devices/virtio/virtq inspect"},
-	{"devices/virtio/vhostnet", "devices/virtio devices/virtio/vhostring inspect kvmapi/vhost"},
-	{"devices/virtio/net/tap", "devices/virtio/net"},
-	{"devices/virtio/net", "devices/iovec devices/virtio devices/virtio/virtq inspect kvmapi/eventfd"},
-	{"devices/virtio/fs/hostfs", "devices/iovec kvmapi/nowait"},
-	{"devices/virtio/fs/hostfs/hostfstest", ""},
-	{"devices/virtio/fs", "devices/virtio devices/virtio/virtq devices/virtio/fs/hostfs inspect"},
-	{"devices/virtio/example", "devices/virtio devices/virtio/virtq inspect"},
-	{"devices/virtio", "devices/virtio/virtq guestmem inspect kvmapi/eventfd"},
-	{"devices/...", "inspect"},
-	{"guest/embedded/...", ""},
-	{"guest/kernel", "vmm/boot kvmapi/nowait text"},
-	{"guest/agent/wire", "text"},
-	{"guest/agent/archive", ""},
-	{"guest/agent", "guest/agent/archive guest/agent/wire devices/statusport text"},
-	{"guest/initramfs/initramfstest", ""},
-	{"guest/initramfs", "guest/kernel vmm/boot kvmapi/nowait text"},
-	{"guest/bootinit", "guest/initramfs"},
-	{"guest/diskload", ""},
-	{"guest/vsockecho", ""},
-	{"guest-tests/...", "guest-tests/... guest/... guestmem machine machine/disk vmm vmm/boot"},
-	{"verdict/klog", ""},
-	{"verdict/ktap", "verdict/klog"},
-	{"verdict", "verdict/klog verdict/ktap"},
-	{"packaging/...", ""},
-	{"control", "inspect text"},
-	{"broker",
-		"control devices/block devices/scsi devices/scsi/lio devices/scsi/sidecar kvmapi/nowait machine/disk text"},
-	{"jail", "text"},
-	{"panics", ""},
-	{"sandbox", ""},
-	{"text", ""},
-	{"plot/draw", "plot text"},
-	{"plot", ""},
-	{"cmd/gvm-plot", "plot plot/draw"},
-	{"usernet", "kvmapi/nowait"},
-	{"cmd/gvm-net", "usernet"},
-	{"cmd/gvm-agent", "guest/agent"},
-	{"machine/disk", "devices/... control inspect text"},
-	{"machine",
-		"machine/disk control vmm/... devices/... gdbstub kvmapi kvmapi/tracefs guestmem guest/embedded inspect sandbox " +
-			"text"},
-	{"testrun",
-		"devices/statusport devices/virtio/console devices/virtio/vsock guest/agent/wire machine text " +
-			"verdict verdict/klog vmm"},
-	{"testrun/matrix", "testrun text verdict verdict/ktap"},
-	{"testrun/kubernetes", "testrun testrun/matrix text"},
-	{"cmd/gvm",
-		"machine/... vmm/... devices/... kvmapi/... guestmem broker control inspect jail plot sandbox text " +
-			"guest/embedded " +
-			"guest/bootinit " +
-			"guest/kernel guest/agent guest/agent/wire guest/initramfs testrun testrun/matrix testrun/kubernetes " +
-			"verdict/... guest/agent/archive"},
-}
-
-func matches(pattern, pkg string) bool {
-	tree, ok := strings.CutSuffix(pattern, "/...")
-	return pkg == pattern || ok && (pkg == tree || strings.HasPrefix(pkg, tree+"/"))
-}
-
-// TestLayering checks every import of the module's own packages against the table, and allows
-// unsafe only in files named for it.
+// TestLayering holds the tables of DESIGN.md against the imports of the files that are not tests.
+// Each package has a row; its last column names every package of this module that it imports, but
+// panics, which all may import. A package imports only packages below it. -update writes that
+// column. The test also allows unsafe only in files named for it.
 func TestLayering(t *testing.T) {
-	seen := map[string]bool{}
-	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
-		if err != nil || !strings.HasSuffix(path, ".go") {
+	imports, err := importsOfAll(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const path = "DESIGN.md"
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, rest, _ := strings.Cut(string(text), "\n## Packages\n")
+	section, after, found := strings.Cut(rest, "\n## ")
+	if !found {
+		t.Fatalf("%s has no section Packages with another one after it", path)
+	}
+	at := map[string]int{} // the row of a package
+	lines := strings.Split(section, "\n")
+	for i, line := range lines {
+		cells := strings.Split(line, "|")
+		if len(cells) != 5 || strings.HasPrefix(line, "|--") || strings.HasPrefix(line, "| package |") {
+			continue
+		}
+		names := strings.Split(strings.TrimSpace(cells[1]), ", ")
+		for j, name := range names {
+			if j > 0 { // a row of several has them without their directory, which is that of the first
+				name = filepath.Join(filepath.Dir(names[0]), name)
+			}
+			switch of, ok := imports[name]; {
+			case !ok:
+				t.Errorf("%s has a row of %s, which is no package", path, name)
+			case at[name] != 0:
+				t.Errorf("%s has two rows of %s", path, name)
+			default:
+				if want := shortNames(imports, of); strings.TrimSpace(cells[3]) != want {
+					t.Errorf("%s: %s imports %q, and its row has %q: go test -run TestLayering . -update", path, name, want,
+						strings.TrimSpace(cells[3]))
+					lines[i] = strings.ReplaceAll(fmt.Sprintf("|%s|%s| %s |", cells[1], cells[2], want), "|  |", "| |")
+				}
+			}
+			at[name] = i + 1
+		}
+	}
+	for name, of := range imports {
+		if at[name] == 0 {
+			t.Errorf("%s has no row of %s", path, name)
+		}
+		for _, own := range of {
+			if at[own] != 0 && at[own] <= at[name] {
+				t.Errorf("%s imports %s, whose row is not below its own: imports point down", name, own)
+			}
+		}
+	}
+	if *update {
+		text := before + "\n## Packages\n" + strings.Join(lines, "\n") + "\n## " + after
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// shortNames returns the names of packages, each by as few of its last parts as tell it apart.
+func shortNames(all map[string][]string, of []string) string {
+	var list []string
+	for _, name := range of {
+		parts := strings.Split(name, "/")
+		for i := range slices.Backward(parts) {
+			short := strings.Join(parts[i:], "/")
+			same := 0
+			for other := range all {
+				if other == short && short != name {
+					same = 2 // that one has no shorter name
+				} else if strings.HasSuffix("/"+other, "/"+short) {
+					same++
+				}
+			}
+			if same == 1 || i == 0 {
+				list = append(list, short)
+				break
+			}
+		}
+	}
+	slices.Sort(list)
+	return strings.Join(list, ", ")
+}
+
+// importsOfAll returns the imports of every package of this module but that of this file.
+func importsOfAll(t *testing.T) (map[string][]string, error) {
+	imports := map[string][]string{}
+	return imports, filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && path != "." {
+			if _, err := os.Stat(filepath.Join(path, "go.mod")); err == nil {
+				return fs.SkipDir // another module
+			}
+		}
+		pkg := filepath.Dir(path)
+		if err != nil || !strings.HasSuffix(path, ".go") || pkg == "." {
 			return err
 		}
 		f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ImportsOnly)
 		if err != nil {
 			return err
 		}
-		pkg := filepath.Dir(path)
-		i := slices.IndexFunc(may, func(row struct{ pkg, imports string }) bool { return matches(row.pkg, pkg) })
-		if i < 0 && pkg != "." {
-			t.Errorf("%s: package %s has no row in the table", path, pkg)
-			return nil
+		if imports[pkg] == nil {
+			imports[pkg] = []string{}
 		}
 		test := strings.HasSuffix(path, "_test.go")
 		for _, spec := range f.Imports {
@@ -146,24 +134,12 @@ func TestLayering(t *testing.T) {
 				t.Errorf("%s imports %s, which takes 2 MB: only tests may", path, name)
 			}
 			own, ok := strings.CutPrefix(name, "gvm/")
-			if !ok || test || own == "panics" { // all may use it
-				continue
-			}
-			seen[may[i].pkg] = true
-			if !slices.ContainsFunc(strings.Fields(may[i].imports), func(p string) bool { return matches(p, own) }) {
-				t.Errorf("%s imports %s, which %s may not", path, own, pkg)
+			if ok && !test && own != "panics" && !slices.Contains(imports[pkg], own) {
+				imports[pkg] = append(imports[pkg], own)
 			}
 		}
 		return nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, row := range may {
-		if row.imports != "" && !seen[row.pkg] {
-			t.Errorf("the row of %s matches no import", row.pkg)
-		}
-	}
 }
 
 // TestGoroutines checks that every goroutine of gvm is started through package panics, so that its
