@@ -130,7 +130,8 @@ func listen(fd, wake int, n *notification) syscall.Errno {
 	return errno
 }
 
-// The two halves of a system call of package syscall (runtime/proc.go), which other packages may use.
+// The two halves of a system call of package syscall (runtime/proc.go), which other packages may
+// use.
 //
 //go:linkname entersyscallblock runtime.entersyscallblock
 func entersyscallblock()

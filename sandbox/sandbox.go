@@ -422,9 +422,9 @@ const askReport = ": this is a bug in gvm, or an attack by the guest; please rep
 // watch hands the first refused call to refused, and ends the process.
 //
 // The call waits for an answer that never comes. If Go's runtime does not know that it may wait
-// (syscall.RawSyscall), that can hold up the runtime and refused with it: the garbage collector waits
-// for the call's goroutine. So the listener's thread, which needs nothing of the runtime, closes the
-// listener a little later, by which the call returns with ENOSYS.
+// (syscall.RawSyscall), that can hold up the runtime and refused with it: the garbage collector
+// waits for the call's goroutine. So the listener's thread, which needs nothing of the runtime,
+// closes the listener a little later, by which the call returns with ENOSYS.
 func watch(fd int, refused func(Refusal)) error {
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
