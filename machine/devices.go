@@ -13,7 +13,7 @@ import (
 	"gvm/machine/disk"
 )
 
-// deviceConfig has the parameters of the devices.
+// deviceConfig has the devices that the machine has made already, and the parameters of the others.
 type deviceConfig struct {
 	scsiDevice
 	vsock   virtio.Device   // nil: none
@@ -35,53 +35,57 @@ type scsiDevice struct {
 type deviceKind struct {
 	name string    // for messages
 	id   virtio.ID // the PCI device ID is 0x1040 more (virtio 1.3, 4.1.2.1)
-	// make makes the machine's devices of this kind, perhaps none. What else a device can do, such as
-	// virtio.ConfigWriter and vmm.PowerCycler, is found by its methods.
-	make func(deviceConfig) ([]virtio.Device, error)
+	// make makes the machine's devices of this kind, perhaps none. Other abilities of a device, such
+	// as virtio.ConfigWriter and vmm.PowerCycler, are found by its methods.
+	make func() ([]virtio.Device, error)
 }
 
-// deviceTable has a row for every kind of virtio device that a guest gets, in the order of their
-// PCI slots. A new kind of device is a row here and a package of its own: package example below
-// devices/virtio is one, and TestNewDevice has its row.
-var deviceTable = []deviceKind{
-	{"virtio-scsi", virtio.IDSCSI, deviceConfig.inProcess},
-	{"vhost-scsi", virtio.IDSCSI, deviceConfig.kernel},
-	{"virtio-rng", virtio.IDRNG, func(deviceConfig) ([]virtio.Device, error) { return []virtio.Device{rng.New()}, nil }},
-	{"virtio-vsock", virtio.IDVsock, func(c deviceConfig) ([]virtio.Device, error) {
-		if c.vsock == nil {
-			return nil, nil
-		}
-		return []virtio.Device{c.vsock}, nil
-	}},
-	{"virtio-console", virtio.IDConsole, func(c deviceConfig) ([]virtio.Device, error) {
-		if c.console == nil {
-			return nil, nil
-		}
-		return []virtio.Device{c.console}, nil
-	}},
-	{"virtio-balloon", virtio.IDBalloon, func(c deviceConfig) ([]virtio.Device, error) {
-		if c.balloon == nil {
-			return nil, nil
-		}
-		return []virtio.Device{c.balloon}, nil
-	}},
-	{"virtio-fs", virtio.IDFS, func(c deviceConfig) ([]virtio.Device, error) { return c.shares, nil }},
-	{"virtio-net", virtio.IDNet, func(c deviceConfig) ([]virtio.Device, error) { return c.nets, nil }},
+// deviceTable returns a row for every kind of virtio device that a guest gets, in the order of
+// their PCI slots. A row gets its own part of the configuration alone. A new kind of device is a
+// row here and a package of its own: package example below devices/virtio is one, and TestNewDevice
+// has its row.
+var deviceTable = func(c deviceConfig) []deviceKind {
+	return []deviceKind{
+		{"virtio-scsi", virtio.IDSCSI, c.inProcess},
+		{"vhost-scsi", virtio.IDSCSI, c.kernel},
+		{"virtio-rng", virtio.IDRNG, optional(rng.New())},
+		{"virtio-vsock", virtio.IDVsock, optional(c.vsock)},
+		{"virtio-console", virtio.IDConsole, optional(c.console)},
+		{"virtio-balloon", virtio.IDBalloon, optional(c.balloon)},
+		{"virtio-fs", virtio.IDFS, made(c.shares)},
+		{"virtio-net", virtio.IDNet, made(c.nets)},
+	}
+}
+
+// made returns the function of a row whose devices are there.
+func made(devices []virtio.Device) func() ([]virtio.Device, error) {
+	return func() ([]virtio.Device, error) { return devices, nil }
+}
+
+// optional is made for one device, or none if it is nil.
+func optional[D interface {
+	comparable
+	virtio.Device
+}](device D) func() ([]virtio.Device, error) {
+	if none := *new(D); device == none {
+		return made(nil)
+	}
+	return made([]virtio.Device{device})
 }
 
 // makeDevices makes the devices of every row.
 func makeDevices(c deviceConfig) (devices []virtio.Device, _ error) {
-	for _, row := range deviceTable {
-		made, err := row.make(c)
+	for _, row := range deviceTable(c) {
+		list, err := row.make()
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", row.name, err)
 		}
-		for _, d := range made {
+		for _, d := range list {
 			if d.ID() != row.id {
 				return nil, fmt.Errorf("%s: its row has device ID %d, the device has %d", row.name, row.id, d.ID())
 			}
 		}
-		devices = append(devices, made...)
+		devices = append(devices, list...)
 	}
 	return devices, nil
 }
@@ -104,9 +108,9 @@ func (s scsiDevice) inProcess() ([]virtio.Device, error) {
 }
 
 // kernel makes the devices of the kernel's targets.
-func (s scsiDevice) kernel() (made []virtio.Device, _ error) {
+func (s scsiDevice) kernel() (devices []virtio.Device, _ error) {
 	for _, d := range s.disks.KernelDevices() {
-		made = append(made, d)
+		devices = append(devices, d)
 	}
-	return made, nil
+	return devices, nil
 }

@@ -22,8 +22,8 @@ func TestQueues(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		made, err := deviceTable[0].make(deviceConfig{scsiDevice: scsiDevice{
-			queues: (&Spec{CPUs: tt.cpus, Queues: tt.queues}).RequestQueues(), disks: none}})
+		made, err := scsiDevice{
+			queues: (&Spec{CPUs: tt.cpus, Queues: tt.queues}).RequestQueues(), disks: none}.inProcess()
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -151,8 +151,9 @@ func printed(at, n uint32) (s steps) {
 func TestNewDevice(t *testing.T) {
 	rows := deviceTable
 	defer func() { deviceTable = rows }()
-	deviceTable = append(rows[:len(rows):len(rows)], deviceKind{"example", example.ID,
-		func(deviceConfig) ([]virtio.Device, error) { return []virtio.Device{&example.Device{}}, nil }})
+	deviceTable = func(c deviceConfig) []deviceKind {
+		return append(rows(c), deviceKind{"example", example.ID, optional(&example.Device{})})
+	}
 
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // bounds a guest that waits for the device
 	defer cancel()
@@ -174,8 +175,9 @@ func TestNewDevice(t *testing.T) {
 func TestDeviceTable(t *testing.T) {
 	rows := deviceTable
 	defer func() { deviceTable = rows }()
-	deviceTable = append(rows[:len(rows):len(rows)], deviceKind{"console", 3,
-		func(deviceConfig) ([]virtio.Device, error) { return []virtio.Device{&example.Device{}}, nil }})
+	deviceTable = func(c deviceConfig) []deviceKind {
+		return append(rows(c), deviceKind{"console", 3, optional(&example.Device{})})
+	}
 	want := fmt.Sprintf("console: its row has device ID 3, the device has %d", example.ID)
 	if _, err := Start(t.Context(), Spec{Memory: guestmem.Config{Size: 64 << 20}}); err == nil || err.Error() != want {
 		t.Errorf("%v, want %s", err, want)
@@ -206,8 +208,9 @@ func TestNotesOfMachine(t *testing.T) {
 			cancel()
 		}
 	}}
-	deviceTable = append(rows[:len(rows):len(rows)], deviceKind{"example", example.ID,
-		func(deviceConfig) ([]virtio.Device, error) { return []virtio.Device{d}, nil }})
+	deviceTable = func(c deviceConfig) []deviceKind {
+		return append(rows(c), deviceKind{"example", example.ID, optional(d)})
+	}
 
 	guest := driver(3, "")
 	end := slices.Index(guest, step{opStore8, 0xd000_0014, 15}) // DRIVER_OK
