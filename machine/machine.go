@@ -203,7 +203,7 @@ type Machine struct {
 	balloon   *balloon.Device // nil: none
 	sealed    atomic.Pointer[sandbox.Report]
 	brokered  bool           // Spec.Files is set
-	undo      []func() error // closes what Start opened; run in reverse
+	undo      []func() error // closes all that Start opened; run in reverse
 
 	dump    sync.Mutex
 	dumping bool // a Core is under way; written under dump
@@ -636,8 +636,8 @@ func (m *Machine) DialVsock(ctx context.Context, port uint32) (*vsock.Conn, erro
 //	memory/N         guest RAM
 //	vcpu/N           registers, N counts from 0
 //	pci/00:SS.0      a function: config, intx, msix, and for a virtio device virtio/queue/N
-//	com1, com2, rtc, acpi_pm, generation_id
-//	sandbox          the mode of the sandbox, and what it consists of; jail, if the machine is in one
+//	com1, com2, status_port, rtc, acpi_pm, generation_id
+//	sandbox          the mode of the sandbox, and its parts; jail, if the machine is in one
 //	disk/N           the disk of LUN N that this program serves: counters, task/N (the commands
 //	                 that are not answered, the oldest first) and last/N (the newest first)
 //	lio/WWN/N        a disk that the kernel serves

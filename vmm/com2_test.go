@@ -26,17 +26,20 @@ func TestCOM2(t *testing.T) {
 	}
 }
 
-// TestCOM2Inspect: the state has the second UART, if there is one.
-func TestCOM2Inspect(t *testing.T) {
+// TestInspectPorts: the state has the second UART and the status port, if they are there.
+func TestInspectPorts(t *testing.T) {
 	m, err := newMachine(system(t), Config{
 		Kernel: embeddedKernel(t), Memory: guestmem.Config{Size: 64 << 20}, COM2: new(testConsole),
+		Status: func(statusport.Report) {},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer m.close()
-	if n, err := m.state().Read(t.Context(), "com2/lsr"); err != nil || n.Value != inspect.Hex(0x60) {
-		t.Errorf("%+v, %v", n, err)
+	for path, want := range map[string]any{"com2/lsr": inspect.Hex(0x60), "status_port/reports": uint64(0)} {
+		if n, err := m.state().Read(t.Context(), path); err != nil || n.Value != want {
+			t.Errorf("%+v, %v", n, err)
+		}
 	}
 }
 

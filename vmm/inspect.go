@@ -137,6 +137,11 @@ func (m *machine) stateBy(ask func(ctx context.Context, i int, f func()) bool) i
 	for _, p := range m.coms {
 		root.Nodes = append(root.Nodes, p.uart.Inspect(strings.ToLower(p.name)))
 	}
+	if m.status != nil {
+		value, reports, last := m.status.State()
+		root.Nodes = append(root.Nodes, inspect.Group("status_port", inspect.Bits("value", value),
+			inspect.Count("reports", reports), inspect.Int("last_kind", last.Kind), inspect.Int("last_value", last.Value)))
+	}
 	root.Nodes = append(root.Nodes, m.rtc.Inspect("rtc"), m.pm.Inspect("acpi_pm"),
 		inspect.Text("generation_id", hex.EncodeToString(m.cfg.generation[:])))
 	if m.cfg.Inspect != nil {
@@ -297,7 +302,7 @@ func (m *machine) stateReport() string {
 	return b.String()
 }
 
-// vcpuReport describes what a vCPU did before an end that it caused, and the devices. It runs on
+// vcpuReport describes a vCPU's part in an end that it caused, and the devices. It runs on
 // the vCPU's thread, and asks no other.
 func (m *machine) vcpuReport(index int, c *kvmapi.VCPU) string {
 	ctx, cancel := context.WithTimeout(context.Background(), reportTime)

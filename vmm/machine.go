@@ -38,6 +38,7 @@ type machine struct {
 	pio      bus.Bus
 	mmio     bus.Bus
 	coms     []*comPort
+	status   *statusport.Device // nil: none
 	rtc      *rtc.RTC
 	console  *consoleWatch
 	irqs     interrupts
@@ -130,7 +131,8 @@ func (m *machine) addPlatform() error {
 		}
 	}
 	if s := m.cfg.Status; s != nil {
-		if err := m.pio.Add("status port", statusport.Port, statusport.Size, statusport.New(s)); err != nil {
+		m.status = statusport.New(s)
+		if err := m.pio.Add("status port", statusport.Port, statusport.Size, m.status); err != nil {
 			return err
 		}
 	}

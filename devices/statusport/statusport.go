@@ -37,8 +37,10 @@ type Report struct {
 type Device struct {
 	report func(Report)
 
-	mu    sync.Mutex
-	value byte
+	mu      sync.Mutex
+	value   byte
+	reports uint64
+	last    Report
 }
 
 // New returns a device that calls report, on the vCPU's thread.
@@ -64,9 +66,19 @@ func (d *Device) Write(off uint64, p []byte) {
 			d.mu.Unlock()
 		case 1:
 			d.mu.Lock()
-			v := d.value
+			r := Report{Kind(b), d.value}
+			d.reports++
+			d.last = r
 			d.mu.Unlock()
-			d.report(Report{Kind(b), v})
+			d.report(r)
 		}
 	}
+}
+
+// State returns the register of the value, the number of reports, and the last one. It is for the
+// machine to show: this package is a part of programs in guests too, and stays small.
+func (d *Device) State() (value byte, reports uint64, last Report) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.value, d.reports, d.last
 }

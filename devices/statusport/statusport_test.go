@@ -16,6 +16,9 @@ func TestDevice(t *testing.T) {
 	if want := []Report{{Exited, 7}, {Signaled, 9}, {Alive, 9}}; !slices.Equal(got, want) {
 		t.Errorf("reports %v, want %v", got, want)
 	}
+	if value, reports, last := d.State(); value != 9 || reports != 3 || last != (Report{Alive, 9}) {
+		t.Errorf("the state is %d, %d, %v", value, reports, last)
+	}
 	p := []byte{1, 2, 3}
 	if d.Read(0, p); string(p) != Magic+"\xff" {
 		t.Errorf("read %q", p)
