@@ -9,7 +9,7 @@ GOTEST = $(GO) run ./guest-tests/cmd/gotest -vet=off
 # The packages whose tests start the lab, which wants the machine for itself; and
 # the others. Two guests at a time in one lab are what loses guests: -parallel 1. Package lab starts a
 # second lab where the machine has room for it.
-LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostscsi
+LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostring ./devices/virtio/vhostscsi
 UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
 
 # The packages of UNIT whose tests need /dev/kvm, and start the lab where there is none. Their machines
@@ -51,7 +51,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-unit test-lab test-lab-linux test-lab-others long long-guests long-package test-all lint race racelab fuzz soak conformance vhost kernel debuggers distribution kubernetes streams model blktests xfstests bench guest clean
+.PHONY: build run demo test test-unit test-lab test-lab-linux test-lab-others long long-guests long-rings long-package test-all lint race racelab fuzz soak conformance vhost kernel debuggers distribution kubernetes streams model blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
 .PHONY: release vulncheck fuzz-long fuzz-table
 
@@ -88,18 +88,21 @@ test-lab-linux:
 
 # Unlike linux, each of these mostly has one lab at a time, which keeps one processor busy: two of them at once.
 test-lab-others:
-	$(GOTEST) -timeout 30m -p 2 -parallel 1 -skip '^TestDebianPackage$$' $(filter-out ./guest-tests/linux,$(LAB))
+	$(GOTEST) -timeout 30m -p 2 -parallel 1 -skip '^TestDebianPackage$$' $(filter-out ./guest-tests/linux ./devices/virtio/vhostring,$(LAB))
 
 # What the kernel's vhost-scsi serves is tested on three kernels; on the second and third in a
 # short form, of what differs between them. `make vhost` has all of it.
 LONG6.12 = Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Tools)
 LONG7.3 = Vhost(ABI|Equivalence|Filesystems|Plug)
 
-long: ## the tests with Linux guests that take longest, the Debian package, and other kernels for the host
-	@$(MAKE) -k -j1 long-guests long-package long-6.12 long-7.3
+long: ## the tests with Linux guests that take longest, the kernel's devices under load, the Debian package, and other kernels for the host
+	@$(MAKE) -k -j1 long-guests long-rings long-package long-6.12 long-7.3
 
 long-guests:
 	$(GOTEST) -timeout 30m -p 1 -parallel 1 -run '$(LONG)' ./guest-tests/linux
+
+long-rings:
+	$(GOTEST) -timeout 15m ./devices/virtio/vhostring
 
 long-package:
 	$(GOTEST) -timeout 10m -run '^TestDebianPackage$$' ./guest-tests/lab
