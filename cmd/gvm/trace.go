@@ -77,9 +77,9 @@ EXAMPLES
 				Usage:     "show where two guests' requests or answers differ",
 				ArgsUsage: "A B",
 				Description: `The requests of each logical unit are aligned in the order in which they were
-made. Told are requests of one trace only (- and +), and those whose
-response, status, sense data, residual or length differs (~). Times, tags,
-queues, and the order of requests that both have do not count.
+made. gvm shows those of one trace only (- and +), and those whose response,
+status, sense data, residual or length differs (~). Times, tags, queues, and
+the order of requests that both have do not count.
 
 The exit status is 0 when nothing differs, 1 when something does, and 2 or 3
 when a trace cannot be read.
