@@ -16,6 +16,7 @@ import (
 	"gvm/devices/scsi/lio"
 	"gvm/machine/disk"
 	"gvm/panics"
+	"gvm/text"
 )
 
 // grantTime is how long after a request its image can be opened. The machine opens it at once, if
@@ -51,6 +52,7 @@ type broker struct {
 	beside      map[string]bool // paths beside images; true: to be written
 	own         []ownFile       // removed at the end
 	pins        []*os.File      // those of own, until this process ends
+	record      *Record         // of the machine's end; nil: none
 	refusals    int
 }
 
@@ -182,6 +184,9 @@ func (b *broker) serve() (inOrder bool) {
 			closeAll(files)
 			b.keep(m)
 			continue
+		case records:
+			b.keepRecord(m, files)
+			continue
 		}
 		data = slices.Clone(data)
 		select {
@@ -229,6 +234,52 @@ func (b *broker) keep(m message) {
 	b.closed = b.closed || m.Op == closed
 }
 
+// keepRecord notes the directory for the machine's record, until the machine has closed itself.
+func (b *broker) keepRecord(m message, files []*os.File) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed || b.record != nil || len(m.Paths) != 2 || len(files) != 1 {
+		closeAll(files)
+		return
+	}
+	b.record = &Record{Machine: string(m.Paths[1]), in: string(m.Paths[0]), parent: files[0]}
+}
+
+// doRecord makes a part of the machine's record.
+func (b *broker) doRecord(m message) (a message, opened []*os.File, err error) {
+	b.mu.Lock()
+	r := b.record
+	b.mu.Unlock()
+	if r == nil {
+		return a, nil, b.refuse(m)
+	}
+	switch m.Op {
+	case recordDirectory:
+		var path string
+		path, err = r.Directory()
+		a.Path = text.Name(path)
+	case recordFiles:
+		var names []string
+		for _, name := range m.Paths {
+			names = append(names, string(name))
+		}
+		opened, err = r.Create(names...)
+	case recordCore:
+		var f *os.File
+		if f, a.Named, err = r.Core(); err == nil {
+			opened = []*os.File{f}
+		}
+	case linkCore:
+		err = r.LinkCore()
+	case removeCore:
+		err = r.RemoveCore()
+	}
+	for _, f := range opened {
+		a.Paths = append(a.Paths, text.Name(f.Name()))
+	}
+	return a, opened, err
+}
+
 // removeOwn removes the machine's sockets.
 func (b *broker) removeOwn() (err error) {
 	b.mu.Lock()
@@ -258,6 +309,8 @@ func (b *broker) do(m message, data []byte, files []*os.File) (a message, opened
 		return a, nil, b.kernel.removeFrom(b.machine, m.WWN, m.LUN)
 	case takeDown:
 		return a, nil, b.kernel.takeDown(b.machine, m.WWN)
+	case recordDirectory, recordFiles, recordCore, linkCore, removeCore:
+		return b.doRecord(m)
 	}
 	b.mu.Lock()
 	writable, beside := b.beside[path]

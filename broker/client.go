@@ -52,6 +52,7 @@ type Client struct {
 	waiting map[uint64]chan answer
 	images  []*block.File // opened before shut
 	own     []ownFile     // that the broker removes
+	record  *Record       // that the broker makes; nil: none
 }
 
 type answer struct {
@@ -262,6 +263,34 @@ func (c *Client) RemoveAtEnd(path string, made fs.FileInfo) (remove func() error
 	}
 }
 
+// KeepRecord has the broker make a record after Shut, which closes the record's directory.
+func (c *Client) KeepRecord(r *Record) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.record, r.client = r, c
+}
+
+// recordFiles asks for n files of the record.
+func (c *Client) recordFiles(m message, n int) (files []*os.File, named bool, err error) {
+	a, err := c.call(m, nil)
+	if err != nil {
+		return nil, false, err
+	}
+	defer closeAll(a.files)
+	if len(a.files) != n || len(a.Paths) != n {
+		return nil, false, fmt.Errorf("broker: %d files for %d", len(a.files), n)
+	}
+	for i, f := range a.files {
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0) // for a name
+		if err != nil {
+			closeAll(files)
+			return nil, false, fmt.Errorf("broker: dup: %w", err)
+		}
+		files = append(files, os.NewFile(uintptr(fd), string(a.Paths[i])))
+	}
+	return files, a.Named, nil
+}
+
 // End ends the broker, which gives up the machine's name.
 func (c *Client) End() error {
 	<-c.started
@@ -318,6 +347,15 @@ func (c *Client) Shut() error {
 	}
 	if len(c.own) > 0 {
 		if err := send(c.conn, message{Op: atEnd, Files: c.own}, nil); err != nil {
+			return err
+		}
+	}
+	if r := c.record; r != nil {
+		names := []text.Name{text.Name(r.in), text.Name(r.Machine)}
+		if err := send(c.conn, message{Op: records, Paths: names}, nil, r.parent); err != nil {
+			return err
+		}
+		if err := r.Close(); err != nil {
 			return err
 		}
 	}

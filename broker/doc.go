@@ -5,8 +5,9 @@
 // that a request names, with those beside them, and gets descriptors. It refuses every other path:
 // a machine that its guest has taken over can open only the files that the owner of the socket has
 // named. In the same way it adds them to the kernel's target of the machine (backend=vhost), and
-// takes that down at the machine's end. It removes the socket, and other sockets that the machine
-// names before it may open none, after that end, and the kernel's targets of a machine that died.
+// takes that down at the machine's end. It makes the machine's Record, in a directory that the
+// machine names before it may open no files. It removes the socket, and other sockets that the
+// machine names by then, after that end, and the kernel's targets of a machine that died.
 //
 // A machine with such a socket or target has a third process, the keeper. It removes them when the
 // machine has ended, if they are still there because the broker was killed.
@@ -41,11 +42,12 @@ type operation string
 const (
 	connection operation = "connection" // to the machine: a connection, and the beginning of its request as data
 
-	// To the broker, without an answer. keep and atEnd are not valid after closed.
-	keep   operation = "keep"   // Paths are beside disks of the command line
-	atEnd  operation = "atEnd"  // Files are sockets of the machine's, removed at its end
-	closed operation = "closed" // the machine opens no files any more
-	end    operation = "end"    // the machine ends in order; to the machine: its name is given up
+	// To the broker, without an answer. keep, atEnd and records are not valid after closed.
+	keep    operation = "keep"    // Paths are beside disks of the command line
+	atEnd   operation = "atEnd"   // Files are sockets of the machine's, removed at its end
+	records operation = "records" // Paths are the directory for the machine's record, and the machine's name in it
+	closed  operation = "closed"  // the machine opens no files any more
+	end     operation = "end"     // the machine ends in order; to the machine: its name is given up
 
 	// To the broker, which answers: the methods of block.Files.
 	openImage operation = "image"
@@ -60,6 +62,13 @@ const (
 	addTo      operation = "addTo"
 	removeFrom operation = "removeFrom"
 	takeDown   operation = "takeDown"
+
+	// To the broker, which answers: the methods of Record.
+	recordDirectory operation = "recordDirectory"
+	recordFiles     operation = "recordFiles"
+	recordCore      operation = "recordCore"
+	linkCore        operation = "linkCore"
+	removeCore      operation = "removeCore"
 )
 
 // message is a message without its data and descriptors.
@@ -76,6 +85,7 @@ type message struct {
 	WWN     string      `json:",omitempty"` // of a target of the kernel's
 	LUN     int         `json:",omitempty"`
 
+	Named bool         `json:",omitempty"` // a core has its name
 	Facts *block.Facts `json:",omitempty"`
 	Notes []string     `json:",omitempty"`
 	Err   *wireError   `json:",omitempty"`

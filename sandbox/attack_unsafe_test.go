@@ -204,6 +204,11 @@ var attacks = []attack{
 		unix.EACCES},
 	{"remove a neighbour of gvm's gdb socket", unix.SYS_UNLINKAT, []any{cwd, "gdb/neighbour", 0}, unix.EACCES},
 	{"remove gvm's gdb socket", unix.SYS_UNLINKAT, []any{cwd, "gdb/sock", 0}, unix.EACCES},
+	{"list --crash-dir", unix.SYS_OPENAT, []any{cwd, "crashes", unix.O_RDONLY | unix.O_DIRECTORY}, unix.EACCES},
+	{"read another machine's record", unix.SYS_OPENAT, []any{cwd, "crashes/other/end", unix.O_RDONLY}, unix.EACCES},
+	{"change another machine's record", unix.SYS_OPENAT, []any{cwd, "crashes/other/end", unix.O_WRONLY}, unix.EACCES},
+	{"remove another machine's record", unix.SYS_UNLINKAT, []any{cwd, "crashes/other/end", 0}, unix.EACCES},
+	{"make a record", unix.SYS_MKDIRAT, []any{cwd, "crashes/new", 0o700}, unix.EACCES},
 	{"write to the kernel's SCSI target", unix.SYS_OPENAT, []any{cwd, "lio/dbroot", unix.O_WRONLY}, unix.EACCES},
 	{"remove objects of the kernel's SCSI target", unix.SYS_UNLINKAT, []any{cwd, "lio/core", unix.AT_REMOVEDIR},
 		unix.EACCES},
@@ -280,6 +285,8 @@ func start(t *testing.T, what string, env ...string) (*exec.Cmd, *bytes.Buffer) 
 		os.WriteFile(filepath.Join(dir, "run/neighbour/sock"), nil, 0o666),
 		os.Mkdir(filepath.Join(dir, "gdb"), 0o777), os.WriteFile(filepath.Join(dir, "gdb/sock"), nil, 0o666),
 		os.WriteFile(filepath.Join(dir, "gdb/neighbour"), nil, 0o666),
+		os.MkdirAll(filepath.Join(dir, "crashes/other"), 0o777),
+		os.WriteFile(filepath.Join(dir, "crashes/other/end"), nil, 0o666),
 		os.MkdirAll(filepath.Join(dir, "lio/core"), 0o777), os.WriteFile(filepath.Join(dir, "lio/dbroot"), nil, 0o666),
 		os.WriteFile(filepath.Join(dir, "read/file"), []byte("text"), 0o644),
 		os.WriteFile(filepath.Join(dir, "other/file"), []byte("text"), 0o644)); err != nil {
@@ -293,7 +300,9 @@ func start(t *testing.T, what string, env ...string) (*exec.Cmd, *bytes.Buffer) 
 	if err := errors.Join(os.Chmod(filepath.Join(dir, "write"), 0o777), os.Chmod(filepath.Join(dir, "other"), 0o777),
 		os.Chmod(filepath.Join(dir, "other/file"), 0o666), os.Chmod(filepath.Join(dir, "run"), 0o777),
 		os.Chmod(filepath.Join(dir, "run/neighbour"), 0o777), os.Chmod(filepath.Join(dir, "lio"), 0o777),
-		os.Chmod(filepath.Join(dir, "gdb"), 0o777)); err != nil {
+		os.Chmod(filepath.Join(dir, "gdb"), 0o777), os.Chmod(filepath.Join(dir, "crashes"), 0o777),
+		os.Chmod(filepath.Join(dir, "crashes/other"), 0o777),
+		os.Chmod(filepath.Join(dir, "crashes/other/end"), 0o666)); err != nil {
 		t.Fatal(err)
 	}
 	exe, err := os.Open("/proc/self/exe")

@@ -17,8 +17,7 @@ import (
 
 var update = flag.Bool("update", false, "write the tables of docs/security.md")
 
-var useNames = []string{"`--share`", "vhost", "`--net tap`", "`--vsock unix`", "a child", "the broker",
-	"`--crash-core`"}
+var useNames = []string{"`--share`", "vhost", "`--net tap`", "`--vsock unix`", "a child", "the broker"}
 
 // with returns the devices of a use in words.
 func (u Use) with() string {

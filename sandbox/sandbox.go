@@ -74,7 +74,6 @@ const (
 	Connect                 // connects to unix sockets
 	Child                   // waits for and ends a child
 	Broker                  // waits for the broker, a child that ends by itself
-	Link                    // gives a file that it made without a name its name
 )
 
 // Policy is the rights that a process keeps.

@@ -100,13 +100,13 @@ var table = []Call{
 	{Number: unix.SYS_MEMFD_CREATE}, // guest RAM of --shared-memory after a reset; gvm disk add mem:
 
 	// Files by name: which, is Landlock's.
-	{Number: unix.SYS_OPENAT},                               // reservations, --crash-dir, cached kernels after a reset
+	{Number: unix.SYS_OPENAT},                               // reservations, cached kernels after a reset
 	{Number: unix.SYS_NEWFSTATAT},                           // the socket that is removed at the end: is it still gvm's?
 	{Number: unix.SYS_READLINKAT},                           // absolute paths of disks
 	{Number: unix.SYS_GETCWD},                               // absolute paths of disks
-	{Number: unix.SYS_GETDENTS64},                           // directories: --crash-dir
+	{Number: unix.SYS_GETDENTS64},                           // shared directories, those of gvm replay
 	{Number: unix.SYS_UNLINKAT},                             // the machine's directory at the end
-	{Number: unix.SYS_MKDIRAT},                              // --crash-dir
+	{Number: unix.SYS_MKDIRAT},                              // the guest makes directories; a lost cache of kernels
 	{Number: unix.SYS_RENAMEAT},                             // reservations are replaced whole
 	{Number: unix.SYS_UTIMENSAT, Use: Shares},               // the guest sets times
 	{Number: unix.SYS_UTIMENSAT, Errno: uint16(unix.EPERM)}, // the use of a cached kernel; gvm goes on
@@ -115,7 +115,7 @@ var table = []Call{
 	{Number: unix.SYS_FACCESSAT2, Use: Shares},              // a shared directory
 	{Number: unix.SYS_FCHMODAT, Use: Shares},                // the guest sets modes
 	{Number: unix.SYS_FCHOWNAT, Use: Shares},                // the guest sets owners
-	{Number: unix.SYS_LINKAT, Use: Shares | Link},           // the guest makes links; a core gets its name
+	{Number: unix.SYS_LINKAT, Use: Shares},                  // the guest makes links
 	{Number: unix.SYS_SYMLINKAT, Use: Shares},               // the guest makes links
 	{Number: unix.SYS_MKNODAT, Use: Shares, Args: []Arg{
 		{Index: 2, Mask: unix.S_IFMT,

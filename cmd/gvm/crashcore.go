@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"sync/atomic"
 	"time"
 
@@ -35,14 +34,11 @@ func (r *crashRecord) writeCore(mem *guestmem.Memory, cpus []vmcore.CPU, alive f
 			giveUp(nil)
 		}()
 	}
-	dir, err := r.directory()
+	file, named, err := r.files.Core()
 	if err != nil {
 		return err
 	}
-	f, err := createCore(filepath.Join(dir, "vmcore"))
-	if err != nil {
-		return err
-	}
+	f := &coreFile{File: file, path: file.Name(), regular: true, named: named, record: r.files}
 	defer func() { err = errors.Join(err, f.discard()) }()
 	if f.named {
 		urgent.Lock()

@@ -7,17 +7,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
+	"gvm/broker"
 	"gvm/guest/kernel"
 	"gvm/guestmem"
 	"gvm/inspect"
@@ -33,7 +33,7 @@ import (
 // crashes or hangs, and for a bug of gvm. A nil crashRecord does nothing.
 type crashRecord struct {
 	dir     string
-	machine string        // its name
+	files   *broker.Record
 	state   *inspect.Node // at the machine's end; nil: unknown
 	vmlinux *os.File      // of the kernel, with symbols; nil: none
 	stacks  []byte        // of the CPUs at the machine's end; nil: unknown
@@ -45,15 +45,20 @@ type crashRecord struct {
 	log crashLog
 	end time.Duration // the machine's end, by inspect.Clock; 0: unknown
 
-	made    string // the directory of the record; "": not made
-	coreErr error  // why it has no core
+	coreErr error // why it has no core
+
+	open  func() error        // makes the directory and opens the files of text in it, once
+	path  string              // of the directory; this and texts are set when open has returned nil
+	texts map[string]*os.File // by their names
+	begun bool                // open was called, so that the end gets a record
+	steps atomic.Int64        // of the storage and the broker
+	late  bool                // they have stopped
 }
 
 // Bounds of a record.
 const (
 	recordConsole  = 1 << 20
-	recordPatience = 800 * time.Millisecond // storage that hangs delays the end by that at most
-	recordNames    = 100                    // records of one second
+	recordPatience = 800 * time.Millisecond // storage that hangs delays the end by that
 )
 
 // recordedEnds are the exit statuses of ends that get a record.
@@ -86,15 +91,14 @@ func newCrashRecord(dir string, core bool) (*crashRecord, error) {
 	if err := checkDir(dir, unix.W_OK|unix.X_OK); err != nil {
 		return nil, fmt.Errorf("--crash-dir: %w", err)
 	}
-	return (&crashRecord{dir: dir, core: core}).fresh(), nil
-}
-
-// fresh returns the record of another machine.
-func (r *crashRecord) fresh() *crashRecord {
-	if r == nil {
-		return nil
+	files, err := broker.NewRecord(dir)
+	if err != nil {
+		return nil, fmt.Errorf("--crash-dir: %w", namedError(nowait.OpenError(dir, err)))
 	}
-	return &crashRecord{dir: r.dir, core: r.core, coreErr: errors.New("the machine did not end in order")}
+	files.Machine = "gvm"
+	r := &crashRecord{dir: dir, core: core, files: files, coreErr: errors.New("the machine did not end in order")}
+	r.open = sync.OnceValue(r.openTexts)
+	return r, nil
 }
 
 // console returns a console whose last output r keeps.
@@ -145,7 +149,7 @@ func (r *crashRecord) begin(ctx context.Context, spec *machine.Spec, found *kern
 	if r == nil {
 		return
 	}
-	r.ctx, r.machine = ctx, cmp.Or(spec.Name, "gvm")
+	r.ctx, r.files.Machine = ctx, cmp.Or(spec.Name, "gvm")
 	spec.KeepState, spec.Final = true, r.final
 	phase := spec.Phase
 	spec.Phase = func(name string) {
@@ -162,12 +166,11 @@ func (r *crashRecord) begin(ctx context.Context, spec *machine.Spec, found *kern
 	}
 }
 
-// beginTest returns a record like r of a machine of gvm test, before it starts.
-func (r *crashRecord) beginTest(ctx context.Context, cfg *testrun.Config, found *kernel.Kernel) *crashRecord {
+// beginTest is begin for a machine of gvm test.
+func (r *crashRecord) beginTest(ctx context.Context, cfg *testrun.Config, found *kernel.Kernel) {
 	if r == nil {
-		return nil
+		return
 	}
-	r = r.fresh()
 	r.begin(ctx, &cfg.Spec, found)
 	cfg.Spec.Note = r.notes(cfg.Spec.Note)
 	to := cfg.Log
@@ -175,7 +178,6 @@ func (r *crashRecord) beginTest(ctx context.Context, cfg *testrun.Config, found 
 		to = io.Discard
 	}
 	cfg.Log = r.console(machine.Output(to))
-	return r
 }
 
 // final keeps the stacks of the CPUs at an end that gets a record, and writes the core.
@@ -209,10 +211,40 @@ func (r *crashRecord) keepStacks(mem *guestmem.Memory, cpus []vmcore.CPU) {
 	r.stacks = b.Bytes()
 }
 
+// prepare opens the files of the record of a run with this error, if that is an end which gets one:
+// the broker, which may have to make them, ends before the verdict.
+func (r *crashRecord) prepare(err error, w *watch) {
+	if r == nil || !slices.Contains(recordedEnds, exitStatus(err)) && (err != nil || !w.fails()) {
+		return
+	}
+	r.begun = true
+	done := make(chan error, 1)
+	panics.Go(func() { done <- r.open() })
+	_ = r.await(done) // save has the error
+}
+
+// errRecordLate is the error of storage that does not answer.
+var errRecordLate = errors.New("the storage does not answer; gvm ends without a whole record")
+
+// await waits for a part of the record, until the storage, or the broker, has done nothing for
+// recordPatience, once.
+func (r *crashRecord) await(done <-chan error) error {
+	for steps := r.steps.Load(); !r.late; {
+		select {
+		case err := <-done:
+			return err
+		case <-time.After(recordPatience):
+		}
+		now := r.steps.Load()
+		r.late, steps = now == steps, now
+	}
+	return errRecordLate
+}
+
 // finish takes the error of a run, and writes a record if that is an end which gets one.
 func (r *crashRecord) finish(err error) error {
 	status := exitStatus(err)
-	if r == nil || !slices.Contains(recordedEnds, status) {
+	if r == nil || !r.begun && !slices.Contains(recordedEnds, status) {
 		return err
 	}
 	if saveErr := r.save(errorText(err), slices.Contains(coreEnds, status)); saveErr != nil {
@@ -242,22 +274,44 @@ func (r *crashRecord) save(end string, core bool) (err error) {
 	r.mu.Unlock()
 	done := make(chan error, 1)
 	panics.Go(func() { done <- r.write("gvm: "+end+"\n", core) })
-	select {
-	case writeErr := <-done:
-		if writeErr != nil {
-			writeErr = fmt.Errorf("--crash-dir: %w", writeErr)
-		}
-		return errors.Join(err, writeErr)
-	case <-time.After(recordPatience):
-		return errors.Join(err, fmt.Errorf("--crash-dir %s: the storage does not answer; gvm ends without a whole record",
-			r.dir))
+	writeErr := r.await(done)
+	switch {
+	case writeErr == errRecordLate:
+		writeErr = fmt.Errorf("--crash-dir %s: %w", r.dir, writeErr)
+	case writeErr != nil:
+		writeErr = fmt.Errorf("--crash-dir: %w", writeErr)
 	}
+	return errors.Join(err, writeErr)
+}
+
+// openTexts makes the directory of the record and opens the files of text in it.
+func (r *crashRecord) openTexts() error {
+	names := []string{"end", "console", "log", "state.json"}
+	r.mu.Lock()
+	if r.stacks != nil {
+		names = append(names, "stacks")
+	}
+	r.mu.Unlock()
+	path, err := r.files.Directory()
+	if err != nil {
+		return err
+	}
+	r.steps.Add(1)
+	files, err := r.files.Create(names...)
+	if err != nil {
+		return err
+	}
+	r.steps.Add(1)
+	r.path, r.texts = path, map[string]*os.File{}
+	for i, name := range names {
+		r.texts[name] = files[i]
+	}
+	return nil
 }
 
 // write makes a record: the message of the end, the console, the state, and all of it by time.
 func (r *crashRecord) write(end string, core bool) error {
-	dir, err := r.directory()
-	if err != nil {
+	if err := r.open(); err != nil {
 		return err
 	}
 	r.mu.Lock()
@@ -269,43 +323,21 @@ func (r *crashRecord) write(end string, core bool) error {
 	console, log, state, stacks := bytes.Clone(r.log.console()), r.log.merged(r.state, r.end), r.state, r.stacks
 	r.mu.Unlock()
 	var tree bytes.Buffer
-	err = errors.Join(writeJSON(&tree, state),
-		os.WriteFile(filepath.Join(dir, "end"), []byte(end), 0o666),
-		os.WriteFile(filepath.Join(dir, "console"), console, 0o666),
-		os.WriteFile(filepath.Join(dir, "log"), log, 0o666),
-		os.WriteFile(filepath.Join(dir, "state.json"), tree.Bytes(), 0o666))
-	if stacks != nil {
-		err = errors.Join(err, os.WriteFile(filepath.Join(dir, "stacks"), stacks, 0o666))
+	err := writeJSON(&tree, state)
+	for name, b := range map[string][]byte{"end": []byte(end), "console": console, "log": log,
+		"state.json": tree.Bytes(), "stacks": stacks} {
+		if f := r.texts[name]; f != nil {
+			_, writeErr := f.Write(b)
+			err = errors.Join(err, writeErr, f.Close())
+			r.steps.Add(1)
+		}
 	}
 	switch {
 	case err != nil:
 	case core:
-		note(fmt.Sprintf("the end, the console, the machine's state and the guest's memory are in %s", dir))
+		note(fmt.Sprintf("the end, the console, the machine's state and the guest's memory are in %s", r.path))
 	default:
-		note(fmt.Sprintf("the end, the console and the machine's state are in %s", dir))
+		note(fmt.Sprintf("the end, the console and the machine's state are in %s", r.path))
 	}
 	return err
-}
-
-// directory makes the directory of the record, once, and returns its path.
-func (r *crashRecord) directory() (dir string, err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.made != "" {
-		return r.made, nil
-	}
-	base := filepath.Join(r.dir, time.Now().UTC().Format("20060102T150405Z-")+r.machine)
-	dir = base
-	for i := range recordNames {
-		if i > 0 {
-			dir = fmt.Sprintf("%s-%d", base, i+1)
-		}
-		if err = os.Mkdir(dir, 0o777); !errors.Is(err, fs.ErrExist) {
-			break
-		}
-	}
-	if err == nil {
-		r.made = dir
-	}
-	return dir, err
 }

@@ -13,6 +13,7 @@ import (
 	"gvm/devices/virtio"
 	"gvm/guest/embedded"
 	"gvm/inspect"
+	"gvm/verdict"
 )
 
 // TestCrashDir: an end that the guest did not choose leaves its message, the console and the state
@@ -178,7 +179,7 @@ func TestCrashRecordNames(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		r.machine = "a"
+		r.files.Machine = "a"
 		for range 5 * recordConsole / len(line) {
 			r.keep([]byte(line))
 		}
@@ -194,5 +195,38 @@ func TestCrashRecordNames(t *testing.T) {
 	b, err := os.ReadFile(records[0])
 	if err != nil || len(b) != recordConsole || !strings.HasSuffix(string(b), "x\nlast\n") {
 		t.Errorf("%d bytes, %v", len(b), err)
+	}
+}
+
+// TestCrashRecordOfFault: gvm run opens the record of a fault that the verdict of the console will
+// find while its broker is there, and no other.
+func TestCrashRecordOfFault(t *testing.T) {
+	for console, want := range map[string]int{
+		"[    1.000000] BUG: kernel NULL pointer dereference, address: 0000000000000000\n" +
+			"[    1.000001] Oops: 0002 [#1] SMP\n[    1.000002] ---[ end trace 0000000000000000 ]---\n": 4,
+		"[    1.000000] fine\n": 0,
+	} {
+		dir := t.TempDir()
+		r, err := newCrashRecord(dir, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := &watch{reader: verdict.NewReader(verdict.Policy{Fail: true}, nil)}
+		if _, err := w.reader.Write([]byte(console)); err != nil {
+			t.Fatal(err)
+		}
+		r.prepare(nil, w)
+		opened, _ := filepath.Glob(dir + "/*/*")
+		_, err = w.finish(nil)
+		err = r.finish(err)
+		written, _ := filepath.Glob(dir + "/*/*")
+		if len(opened) != want || len(written) != want || (exitStatus(err) == exitFault) != (want > 0) {
+			t.Errorf("%q: %v, then %v, and %v", console, opened, written, err)
+		}
+		if want > 0 {
+			if b, err := os.ReadFile(filepath.Dir(written[0]) + "/end"); !strings.Contains(string(b), "NULL pointer") {
+				t.Errorf("the end is %q, %v", b, err)
+			}
+		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"gvm/broker"
 	"gvm/control"
 	"gvm/kvmapi/nowait"
 	"gvm/machine/disk"
@@ -76,8 +77,9 @@ type coreFile struct {
 	*os.File // nil: complete
 	path     string
 	regular  bool
-	named    bool  // the file system has no O_TMPFILE: path names the file already
-	at       int64 // of a pipe: the bytes that it has got
+	named    bool           // the file system has no O_TMPFILE: path names the file already
+	at       int64          // of a pipe: the bytes that it has got
+	record   *broker.Record // of a record's file, whose name it makes and removes; nil: of none
 }
 
 // createCore makes the file for a dump, or opens the pipe or the character device at path.
@@ -155,7 +157,12 @@ func (c *coreFile) finish(size int64) error {
 	if err := c.Truncate(size); err != nil {
 		return hostError(err)
 	}
-	if !c.named {
+	switch {
+	case c.record != nil:
+		if err := c.record.LinkCore(); err != nil {
+			return hostError(err)
+		}
+	case !c.named:
 		err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", c.Fd()), unix.AT_FDCWD, c.path,
 			unix.AT_SYMLINK_FOLLOW)
 		if err == unix.EEXIST {
@@ -180,7 +187,10 @@ func (c *coreFile) discard() error {
 
 // remove removes the name of a file that has one.
 func (c *coreFile) remove() error {
-	if c.regular && c.named {
+	switch {
+	case c.record != nil:
+		return c.record.RemoveCore()
+	case c.regular && c.named:
 		return nowait.Remove(c.File, c.path)
 	}
 	return nil

@@ -478,6 +478,7 @@ func run(rc runConfig) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, rc.closeSocket(socket)) }()
+	defer func() { rc.record.prepare(err, rc.watch) }() // while the broker is there
 	bridge, err := rc.listenVsock(socket != nil)
 	if err != nil {
 		return err

@@ -63,9 +63,6 @@ func (rc *runConfig) seal(status int, note func(string)) {
 		return
 	}
 	p := sandbox.Policy{Mode: rc.sandbox, Refused: refusedBy(status), Uses: sandbox.Broker}
-	allow := func(path string, rights sandbox.Right) {
-		p.Paths = append(p.Paths, sandbox.Path{Name: path, Rights: rights})
-	}
 	if rc.spec.Name != "" {
 		// If the broker is dead, gvm removes the machine's directory. A neighbour's is never empty.
 		dir := control.DefaultDirectory()
@@ -85,12 +82,7 @@ func (rc *runConfig) seal(status int, note func(string)) {
 		}
 	}
 	if rc.record != nil {
-		rights := sandbox.Read | sandbox.Write | sandbox.Make
-		if rc.record.core {
-			p.Uses |= sandbox.Link
-			rights |= sandbox.Remove // of one that is not complete
-		}
-		allow(rc.record.dir, rights)
+		rc.broker.KeepRecord(rc.record.files)
 	}
 	shut := func() error { // until then a failure of the start removes the files that it made
 		if err := rc.broker.Shut(); err != nil {

@@ -45,6 +45,19 @@ var tries = map[string]func() error{
 		return err
 	},
 	"lio": func() error { return unix.Rmdir(lio.DefaultRoot + "/core") },
+	"crashes": func() error { // a neighbour's record, in the directory of --crash-dir
+		dir := filepath.Join(os.TempDir(), "crashes")
+		_, read := os.ReadFile(dir + "/other")
+		_, list := os.ReadDir(dir)
+		for _, err := range []error{read, list, os.WriteFile(dir+"/other", nil, 0o600),
+			unix.Unlink(dir + "/other"), os.Rename(dir+"/other", dir+"/mine"), os.Mkdir(dir+"/new", 0o700),
+			os.WriteFile(dir+"/new", nil, 0o600)} {
+			if !errors.Is(err, unix.EACCES) {
+				return fmt.Errorf("one was not refused: %v", err)
+			}
+		}
+		return read
+	},
 	// Not in /etc, which is read-only in the lab.
 	"create": func() error { return os.WriteFile(filepath.Join(os.TempDir(), "gvm-attack"), nil, 0o600) },
 }
@@ -79,6 +92,7 @@ func TestSandbox(t *testing.T) {
 		{"open", "", "gvm: open: true"},
 		{"create", "", "gvm: create: true"},
 		{"lio", "", "gvm: lio: true"},
+		{"crashes", "", "gvm: crashes: true"},
 		{"socket", "landlock", "gvm: the sandbox refused the system call socket (41), arguments 0x2 0x1 0x0: "},
 		{"open", "landlock", "gvm: open: false"}, // which gvm said before
 		{"create", "landlock", "gvm: create: false"},
@@ -94,6 +108,13 @@ func TestSandbox(t *testing.T) {
 				args = append(args, "--disk="+image(t, "k.img", 0, 1<<20)+",backend=vhost")
 			}
 			temp := t.TempDir()
+			crashes := filepath.Join(temp, "crashes")
+			if tt.what == "crashes" {
+				args = append(args, "--crash-dir="+crashes, "--crash-core")
+			}
+			if err := errors.Join(os.Mkdir(crashes, 0o755), os.WriteFile(crashes+"/other", []byte("text"), 0o600)); err != nil {
+				t.Fatal(err)
+			}
 			p := startOnTerminalAs(t, func(p *proc) {
 				p.cmd.Env = append(p.cmd.Env, attackEnv+"="+tt.what, refusedEnv+"="+tt.refused, "TMPDIR="+temp)
 			}, guestRun(args...)...)
@@ -111,14 +132,23 @@ func TestSandbox(t *testing.T) {
 			if r := p.wait(); r.status != want {
 				t.Errorf("status %d, want %d: %q", r.status, want, r.out)
 			}
+			if b, err := os.ReadFile(crashes + "/other"); err != nil || string(b) != "text" {
+				t.Errorf("a neighbour's record has %q, %v", b, err)
+			}
 		})
 	}
 }
 
-// TestSandboxSockets: gvm has no right to the directories of its sockets for gdb and vsock.
-func TestSandboxSockets(t *testing.T) {
+// TestSandboxPaths: gvm has no right to the directories of its sockets for gdb and vsock, and to
+// that of --crash-dir.
+func TestSandboxPaths(t *testing.T) {
 	t.Parallel()
-	rc := runConfig{sandbox: sandbox.On, broker: &broker.Client{}, vsock: &vsockConfig{path: "/a/vsock"}}
+	record, err := newCrashRecord(t.TempDir(), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer record.files.Close()
+	rc := runConfig{sandbox: sandbox.On, broker: &broker.Client{}, vsock: &vsockConfig{path: "/a/vsock"}, record: record}
 	rc.spec.Name, rc.spec.Vsock = "vm", &vsock.Config{}
 	rc.seal(exitBug, note)
 	dir := control.DefaultDirectory()

@@ -341,7 +341,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 	}()
 	t.seal(exitUntested, t.note)
 	cfg.Spec.Name, cfg.Spec.Files, cfg.Spec.Sandbox = spec.Name, spec.Files, spec.Sandbox
-	record := t.record.beginTest(ctx, &cfg, k)
+	t.record.beginTest(ctx, &cfg, k)
 	t.timing.phase("kernel, command, agent")
 	run, err := testrun.Start(ctx, cfg)
 	if err != nil {
@@ -356,7 +356,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 		defer followSize(run.Winsize)()
 	}
 	res = t.stopped(run.Wait())
-	record.finishTest(res, t.note)
+	t.record.finishTest(res, t.note)
 	res.Kernel, res.Release = text.Name(k.Image.Name), k.Release
 	res.Missing = missing
 	if res.Rung == "" && res.Kind != testrun.Stopped && k.Config.Text == nil { // no file had it

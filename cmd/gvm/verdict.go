@@ -52,6 +52,7 @@ type watch struct {
 	kernel  string // path, to decode call traces
 	outputs []*resultFile
 	decoder *verdict.Decoder // nil: not started
+	results *verdict.Results // nil: the reader is not closed
 }
 
 // resultFile is a file for the results.
@@ -167,13 +168,25 @@ func (c watched) Write(p []byte) (int, error) {
 	return c.Console.Write(p)
 }
 
+// fails reports whether the console shows a fault of the kernel's that fails a run. No more output
+// comes.
+func (w *watch) fails() bool { return w != nil && w.read().First() != nil }
+
+// read returns what the console shows, at the end.
+func (w *watch) read() *verdict.Results {
+	if w.results == nil {
+		w.results = w.reader.Close()
+	}
+	return w.results
+}
+
 // finish takes the error of a run, writes the results, and returns the error with the verdict: the
 // guest's end comes first, then the kernel's reports, then the tests.
 func (w *watch) finish(err error) (*verdict.Results, error) {
 	if w == nil {
 		return nil, err
 	}
-	r := w.reader.Close()
+	r := w.read()
 	if exitStatus(err) < exitTimeout { // else the end was asked for, and is not to wait
 		w.decode(r)
 	}
