@@ -101,6 +101,9 @@ func inside(what string) int {
 			return 1
 		}
 	}
+	if what == "here" {
+		return 42
+	}
 	_ = filepath.WalkDir("/", func(path string, d fs.DirEntry, err error) error {
 		fmt.Println("path", path, err)
 		if err == nil && (path == "/proc" || path == "/sys") {
@@ -467,6 +470,46 @@ func TestEnds(t *testing.T) {
 		isEmpty(t, dir)
 		if b, err := os.ReadFile("/proc/self/mounts"); err != nil || bytes.Contains(b, []byte(dir)) {
 			t.Errorf("%v, mounts:\n%s", err, b)
+		}
+	}
+}
+
+// TestEndsFull kills a program that has filled a directory of its jail with sockets: its janitor
+// removes some, and the next program gets the jail.
+func TestEndsFull(t *testing.T) {
+	for full, most := range map[string]int{"": 3 * mostFiles, "gvm": 3 * mostFiles, "gvm/name": 20 * mostFiles} {
+		dir := jailDir(t)
+		cmd, out := start(t, "wait", Config{Dir: dir})
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		cmd.Stdout = w
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		w.Close()
+		if _, err := r.Read(make([]byte, 8)); err != nil {
+			t.Fatal(err, out)
+		}
+		run := filepath.Join(dir, runDir, full)
+		for i := range most {
+			if err := unix.Mknod(filepath.Join(run, strconv.Itoa(i)), unix.S_IFSOCK|0o600, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait()
+		next, errs := start(t, "here", Config{Dir: dir}) // waits for the janitor
+		if err := next.Run(); next.ProcessState.ExitCode() != 42 {
+			t.Errorf("%q is full, the next one: %v\n%s", full, err, errs)
+		}
+		left, err := os.ReadDir(run)
+		if removed := most - len(left); err != nil || removed < mostFiles/2 || removed > 2*mostFiles { // by two janitors
+			t.Errorf("%q: %d files of %d are removed, %v", full, removed, most, err)
 		}
 	}
 }
