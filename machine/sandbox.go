@@ -36,9 +36,6 @@ func (s *Spec) policy() sandbox.Policy {
 	allow := func(name string, rights sandbox.Right) {
 		p.Paths = append(p.Paths, sandbox.Path{Name: name, Rights: rights})
 	}
-	if s.KernelCache != "" {
-		allow(s.KernelCache, sandbox.Read) // a reset loads the kernel again
-	}
 	for _, d := range s.Disks {
 		if d.Backend != disk.Process || d.Path == "" {
 			p.Uses |= sandbox.Vhost
@@ -111,6 +108,11 @@ func (m *Machine) prepareSandbox(s *Spec) (seal func() error) {
 func (m *Machine) seal(s *Spec, p *sandbox.Prepared) error {
 	if err := guestmem.OpenPagemap(); err != nil {
 		return err
+	}
+	if s.Kernel != nil {
+		if path := s.Kernel.Cached(); path != "" { // a reset loads the kernel again
+			p.Allow(sandbox.Path{Name: path, Rights: sandbox.Read})
+		}
 	}
 	if s.Sandbox.Entering != nil {
 		if err := s.Sandbox.Entering(); err != nil {

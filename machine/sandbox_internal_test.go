@@ -19,6 +19,14 @@ func TestPolicyOfVhost(t *testing.T) {
 	}
 }
 
+// TestPolicyOfCache: gvm has no right to the cache of kernels, which has other machines' too.
+func TestPolicyOfCache(t *testing.T) {
+	s := Spec{Sandbox: &Sandbox{}, KernelCache: "/cache", Files: &broker.Client{}}
+	if p := s.policy(); len(p.Paths) != 0 {
+		t.Errorf("%+v", p)
+	}
+}
+
 // TestPolicyOfTrace: of the kernel's trace instances gvm changes its own alone.
 func TestPolicyOfTrace(t *testing.T) {
 	s := Spec{Sandbox: &Sandbox{}, Disks: []disk.Spec{{Path: "/a.img", Backend: disk.Vhost}}, Files: &broker.Client{},

@@ -164,6 +164,15 @@ func Prepare(p Policy) *Prepared {
 	return s
 }
 
+// Allow adds a path, of a file that Prepare may not have found yet, before Enter, which returns its
+// error.
+func (s *Prepared) Allow(p Path) {
+	s.policy.Paths = append(s.policy.Paths, p)
+	if s.rules >= 0 && s.err == nil {
+		s.err = addRule(s.rules, p, handledFS(s.report.Landlock))
+	}
+}
+
 // Enter gives up all rights but those of the policy, in all threads. After an error some of them
 // may be gone; it is for the caller to end. A process may enter once.
 func (s *Prepared) Enter() (Report, error) {

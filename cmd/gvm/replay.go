@@ -14,7 +14,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"gvm/devices/scsi/lio"
+	"gvm/broker"
+	"gvm/control"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/replay"
 	"gvm/devices/virtio/replay/equivalence"
@@ -118,14 +119,27 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	defer catchSignals(ctx, stop)()
 	var sides []replay.Side
 	policy := sandbox.Policy{Mode: mode}
+	config := disk.Config{Queues: 1, ABI: abi, Note: note}
+	shut := func() error { return nil }
+	if mode != sandbox.Off && slices.Contains(names, "vhost") { // the broker takes the kernel's targets down
+		b, err := broker.Start(nil, control.DefaultDirectory(), fmt.Sprint("gvm-replay-", os.Getpid()), note)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = b.End() }() // the keeper is there too
+		config.Files, shut, policy.Uses = b, b.Shut, sandbox.Broker
+	}
 	for _, name := range names {
 		var undo undoList
 		defer func() { err = errors.Join(err, undo.all()) }()
-		s, err := newSide(ctx, &undo, &policy, name, header, disk.Config{Queues: 1, ABI: abi, Note: note})
+		s, err := newSide(ctx, &undo, &policy, name, header, config)
 		if err != nil {
 			return err
 		}
 		sides = append(sides, s)
+	}
+	if err := shut(); err != nil {
+		return fmt.Errorf("%w (--sandbox=off runs without)", err)
 	}
 	if err := enterSandbox(policy, exitBug); err != nil {
 		return err
@@ -252,12 +266,11 @@ func newSide(ctx context.Context, undo *undoList, p *sandbox.Policy, name string
 		return side, err
 	}
 	later(func() error { return removeFlat(dir) })
-	const changes = sandbox.Read | sandbox.Write | sandbox.Remove
-	p.Paths = append(p.Paths, sandbox.Path{Name: dir, Rights: changes | sandbox.Make, Own: true},
+	const changes = sandbox.Read | sandbox.Write | sandbox.Make | sandbox.Remove
+	p.Paths = append(p.Paths, sandbox.Path{Name: dir, Rights: changes, Own: true},
 		sandbox.Path{Name: filepath.Dir(dir), Rights: sandbox.RemoveDir, Own: true})
 	if name == "vhost" {
 		p.Uses |= sandbox.Vhost
-		p.Paths = append(p.Paths, sandbox.Path{Name: lio.DefaultRoot, Rights: changes | sandbox.RemoveDir, Own: true})
 	}
 	for i, d := range h.Devices {
 		list, err := scratchDisks(dir, i, name, d.Disks)

@@ -16,9 +16,11 @@ import (
 	"gvm/control"
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/trace"
+	"gvm/devices/virtio/vhostscsi"
 	"gvm/devices/virtio/vsock"
 	"gvm/panics"
 	"gvm/sandbox"
+	"gvm/vmm/boot"
 )
 
 const (
@@ -58,6 +60,10 @@ var tries = map[string]func() error{
 		}
 		return read
 	},
+	"cache": func() error { // another machine's kernel
+		_, err := os.ReadFile(filepath.Join(boot.CacheDir(), "other.vmlinux"))
+		return err
+	},
 	// Not in /etc, which is read-only in the lab.
 	"create": func() error { return os.WriteFile(filepath.Join(os.TempDir(), "gvm-attack"), nil, 0o600) },
 }
@@ -93,6 +99,7 @@ func TestSandbox(t *testing.T) {
 		{"create", "", "gvm: create: true"},
 		{"lio", "", "gvm: lio: true"},
 		{"crashes", "", "gvm: crashes: true"},
+		{"cache", "", "gvm: cache: true"},
 		{"socket", "landlock", "gvm: the sandbox refused the system call socket (41), arguments 0x2 0x1 0x0: "},
 		{"open", "landlock", "gvm: open: false"}, // which gvm said before
 		{"create", "landlock", "gvm: create: false"},
@@ -112,11 +119,14 @@ func TestSandbox(t *testing.T) {
 			if tt.what == "crashes" {
 				args = append(args, "--crash-dir="+crashes, "--crash-core")
 			}
-			if err := errors.Join(os.Mkdir(crashes, 0o755), os.WriteFile(crashes+"/other", []byte("text"), 0o600)); err != nil {
+			if err := errors.Join(os.Mkdir(crashes, 0o755), os.WriteFile(crashes+"/other", []byte("text"), 0o600),
+				os.MkdirAll(temp+"/gvm/kernels", 0o700),
+				os.WriteFile(temp+"/gvm/kernels/other.vmlinux", nil, 0o600)); err != nil {
 				t.Fatal(err)
 			}
 			p := startOnTerminalAs(t, func(p *proc) {
-				p.cmd.Env = append(p.cmd.Env, attackEnv+"="+tt.what, refusedEnv+"="+tt.refused, "TMPDIR="+temp)
+				p.cmd.Env = append(p.cmd.Env, attackEnv+"="+tt.what, refusedEnv+"="+tt.refused, "TMPDIR="+temp,
+					"XDG_CACHE_HOME="+temp)
 			}, guestRun(args...)...)
 			if tt.refused != "" {
 				p.expect("files are not confined")
@@ -239,6 +249,52 @@ func TestSandboxReplay(t *testing.T) {
 	}
 	if left, err := os.ReadDir(temp); err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// TestSandboxReplayVhost: gvm replay has no right to the kernel's SCSI target while it sends
+// requests, and leaves no object there at its end, and after SIGKILL.
+func TestSandboxReplayVhost(t *testing.T) {
+	if err := vhostscsi.Check(vhostscsi.ABIPolicy{}); err != nil {
+		t.Skip(err)
+	}
+	whole := record(t, false, func(g *traced) { g.do(0, trace.UnitLUN(0), make([]byte, 6), nil, 0) })
+	for _, kill := range []bool{false, true} {
+		fifo := filepath.Join(t.TempDir(), "trace")
+		if err := unix.Mkfifo(fifo, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.OpenFile(fifo, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := f.Write(whole); err != nil {
+			t.Fatal(err)
+		}
+		p := startOnTerminalAs(t, func(p *proc) { p.cmd.Env = append(p.cmd.Env, attackEnv+"=lio") },
+			"replay", "--backend=vhost", fifo)
+		p.eventually("the kernel's target and the sandbox", func() bool {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+			return err == nil && strings.Contains(string(b), "Seccomp:\t2") && lio.Owns(p.cmd.Process.Pid)
+		})
+		p.signal(syscall.SIGUSR1)
+		if sandboxLacks() {
+			t.Log("Landlock is missing, or lacks the threads of a gvm with cgo")
+			p.expect("gvm: lio: false")
+		} else {
+			p.expect("gvm: lio: true")
+		}
+		if kill {
+			p.signal(syscall.SIGKILL)
+			_ = p.cmd.Wait()
+		} else {
+			f.Close()
+			if r := p.wait(); r.status != 0 && r.status != exitTests { // as the answers differ
+				t.Errorf("status %d: %s", r.status, r.out)
+			}
+		}
+		p.eventually("no object of the kernel's is left", func() bool { return !lio.Owns(p.cmd.Process.Pid) })
 	}
 }
 

@@ -25,12 +25,19 @@ func TestCache(t *testing.T) {
 		}
 		return v
 	}
+	if path := im.Cached(); path != "" {
+		t.Errorf("%s before it is made", path)
+	}
 	get().free()
 	names, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err != nil || len(names) != 1 {
 		t.Fatalf("%q, %v", names, err)
 	}
 	path := names[0]
+	if got := im.Cached(); got != path {
+		t.Errorf("made %s, want %s", got, path)
+	}
+	im = image(t, bz)
 	whole, err := os.ReadFile(path)
 	if err != nil || !bytes.Equal(whole[:len(want)], want) {
 		t.Fatal(err)
@@ -38,6 +45,9 @@ func TestCache(t *testing.T) {
 	v := get()
 	equalBytes(t, "vmlinux", v.image, want)
 	v.free()
+	if got := im.Cached(); got != path {
+		t.Errorf("found %s, want %s", got, path)
+	}
 	// A kernel that only the cache has proves that the cache is used.
 	other := bytes.Clone(want)
 	other[len(other)/2] ^= 0xff

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -169,6 +170,17 @@ type Image struct {
 	*File
 	elf *elfKernel   // an ELF kernel, or
 	hdr *setupHeader // a bzImage
+
+	cached atomic.Pointer[string] // its file in the cache; nil: none is known
+}
+
+// Cached returns the path in the cache of the bzImage's decompressed kernel, which Load has read or
+// stored, or "".
+func (im *Image) Cached() string {
+	if path := im.cached.Load(); path != nil {
+		return *path
+	}
+	return ""
 }
 
 // Open opens a kernel, as OpenFile does, and checks its headers.

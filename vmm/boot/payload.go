@@ -108,7 +108,9 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 		v.image, v.mapping = cached(path)
 	}
 	hit := v.image != nil
-	if !hit {
+	if hit {
+		im.cached.Store(&path)
+	} else {
 		src, err := scratch(int(size))
 		if err != nil {
 			return nil, err
@@ -142,6 +144,7 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 		k, err := parseELF(im.Name, bytes.NewReader(trimmed), int64(len(trimmed)))
 		if err == nil && k.entry == whole.entry && k.pvh == whole.pvh { // neither was in the trimmed part
 			Store(path, trimmed)
+			im.cached.Store(&path)
 		}
 	}
 	return v, nil
