@@ -69,7 +69,7 @@ func agentMain() {
 		}
 		a.out.send(frameFail, []byte(err.Error()))
 	}
-	// The host ends QEMU as soon as it has the last frame. Process 1 must not return before: the
+	// The host ends QEMU as soon as it has the frame. Process 1 must not return before: the
 	// kernel would panic.
 	select {}
 }
@@ -80,6 +80,7 @@ type agent struct {
 	out   frameWriter
 	stdin io.WriteCloser
 	pty   *os.File
+	next  chan []string // arguments of the next command
 }
 
 func (a *agent) run() error {
@@ -149,7 +150,17 @@ func (a *agent) run() error {
 	if err := unix.Sethostname([]byte("lab")); err != nil {
 		return fmt.Errorf("set host name: %w", err)
 	}
-	return a.command()
+	for {
+		if err := a.command(); err != nil {
+			return err
+		}
+		a.job.Args = <-a.next
+		// A process that the last command left behind may be in the way of the next one: process 1
+		// sends the signal to all others.
+		if err := unix.Kill(-1, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("kill the last command's processes: %w", err)
+		}
+	}
 }
 
 type mountPoint struct {
@@ -324,8 +335,11 @@ func (a *agent) command() error {
 	if err != nil {
 		return err
 	}
-	a.out.send(frameHello, nil)
-	go a.receive()
+	if a.next == nil { // the first one
+		a.next = make(chan []string, 1)
+		a.out.send(frameHello, nil)
+		go a.receive()
+	}
 	p, err := os.StartProcess("/proc/self/exe", append([]string{enterName, a.job.Dir}, a.job.Args...), &os.ProcAttr{
 		Env:   a.job.Env,
 		Dir:   "/",
@@ -504,6 +518,11 @@ func (a *agent) receive() {
 			in <- append([]byte(nil), p...)
 		case kind == frameSize && a.pty != nil && len(p) == 4:
 			setSize(a.pty, binary.LittleEndian.Uint16(p), binary.LittleEndian.Uint16(p[2:]))
+		case kind == frameNext:
+			var args []string
+			if err := json.Unmarshal(p, &args); err == nil {
+				a.next <- args
+			}
 		}
 	}
 }

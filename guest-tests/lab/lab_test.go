@@ -388,13 +388,38 @@ func TestRunCrashed(t *testing.T) {
 	}
 }
 
-func TestRunNoProgram(t *testing.T) {
+// TestKeeper: several commands run in one lab. Of the one before, each sees the files in /tmp and no
+// process. A program that does not exist is no reason to end the lab, and a crash is.
+func TestKeeper(t *testing.T) {
 	l := setUp(t)
-	var errs bytes.Buffer
-	code, err := l.Run(t.Context(), Command{Args: []string{"no-such-program"}, Stderr: &errs, Log: Log(t)})
-	if code != 127 || err != nil || !strings.Contains(errs.String(), "no-such-program") {
-		t.Errorf("status %d, %v, stderr %q", code, err, &errs)
+	var k keeper
+	defer k.end()
+	lab := k.m
+	for i, c := range []struct {
+		args      []string
+		code      int
+		out, errs string
+	}{
+		{shell("echo first >/tmp/mark; sleep 1000 & exit 3"), 3, "", ""},
+		{shell("cat /tmp/mark; pgrep sleep; exit 4"), 4, "first\n", ""},
+		{[]string{"no-such-program"}, 127, "", "no-such-program"},
+		{shell("cat /tmp/mark"), 0, "first\n", ""},
+	} {
+		var out, errs bytes.Buffer
+		code, err := l.run(t.Context(), Command{Args: c.args, Stdout: &out, Stderr: &errs, Log: Log(t)}, &k)
+		if code != c.code || err != nil || out.String() != c.out || !strings.Contains(errs.String(), c.errs) {
+			t.Errorf("%q: status %d, %v, stdout %q, stderr %q", c.args, code, err, &out, &errs)
+		}
+		if k.m == nil || i > 0 && k.m != lab {
+			t.Fatalf("%q ran in another lab, or left none", c.args)
+		}
+		lab = k.m
 	}
+	_, err := l.run(t.Context(), Command{Args: shell("echo c > /proc/sysrq-trigger"), Log: Log(t)}, &k)
+	if !errors.Is(err, ErrCrashed) || k.m != nil {
+		t.Errorf("error %v; kept a lab: %t", err, k.m != nil)
+	}
+	noChildren(t)
 }
 
 // TestRunKilled: a killed process takes its QEMU with it.

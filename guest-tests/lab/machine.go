@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -26,8 +27,10 @@ import (
 // machine is one QEMU that runs L1.
 type machine struct {
 	cmd     *exec.Cmd
-	port    net.Conn // the other end of L1's virtio-serial port
-	monitor net.Conn // QEMU's human monitor
+	port    net.Conn      // the other end of L1's virtio-serial port
+	monitor net.Conn      // QEMU's human monitor
+	in      *bufio.Reader // from port
+	up      bool          // the agent has given a sign of life
 	console tail
 	exited  chan struct{} // closed when QEMU has ended and its output is read
 }
@@ -89,6 +92,7 @@ func startMachine(qemu string, c *Command, j *job, initrd *os.File) (*machine, e
 		}
 		defer theirs[i].Close()
 	}
+	m.in = bufio.NewReaderSize(m.port, maxPayload)
 	const first = 3 // number of the first of ExtraFiles
 	m.cmd = exec.Command(qemu, qemuArgs(c, j, first, first+1, first+2)...)
 	m.cmd.ExtraFiles = []*os.File{theirs[0], theirs[1], initrd}
@@ -130,6 +134,20 @@ func (m *machine) stop() {
 	m.closeConns()
 }
 
+// next has the agent run another command, after the end of the last one.
+func (m *machine) next(args []string) error {
+	text, err := json.Marshal(args)
+	if err == nil && len(text) > maxPayload {
+		err = fmt.Errorf("the arguments have %d bytes, more than %d", len(text), maxPayload)
+	}
+	if err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	// If the lab has ended, serve reports that.
+	_ = (&frameWriter{w: m.port}).send(frameNext, text)
+	return nil
+}
+
 // serve passes data between the command and its caller until the command, the context or the lab
 // ends.
 func (m *machine) serve(ctx context.Context, c *Command) (exit int, err error) {
@@ -140,17 +158,17 @@ func (m *machine) serve(ctx context.Context, c *Command) (exit int, err error) {
 	taken := make(chan struct{}, 1)
 	over := make(chan struct{})
 	defer close(over)
-	silence, limit := c.Silence, bootSilence
-	if silence == 0 {
-		silence = 40 * time.Second
-	}
-	r := bufio.NewReaderSize(m.port, maxPayload)
+	silence := cmp.Or(c.Silence, 40*time.Second)
 	buf := make([]byte, maxPayload)
 	for {
+		limit := silence
+		if !m.up {
+			limit = bootSilence
+		}
 		// The clock runs only here, while there is nothing to read: a caller that is slow to take
 		// output does not make the lab look dead.
 		m.port.SetReadDeadline(time.Now().Add(limit))
-		kind, p, err := readFrame(r, buf)
+		kind, p, err := readFrame(m.in, buf)
 		switch {
 		case ctx.Err() != nil:
 			return 0, fmt.Errorf("lab: stopped: %w", context.Cause(ctx))
@@ -165,7 +183,7 @@ func (m *machine) serve(ctx context.Context, c *Command) (exit int, err error) {
 			}
 			return 0, fmt.Errorf("%w: L1 ended before the command", ErrCrashed)
 		}
-		limit = silence
+		m.up = true
 		switch kind {
 		case frameHello:
 			fmt.Fprintf(c.Log, "lab: L1 is up after %.1f s, on kernel %s\n", time.Since(start).Seconds(), c.Kernel.Release)

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -176,22 +177,41 @@ func Main(m interface{ Run() int }, o Options) int {
 		return exitInfrastructure
 	}
 	start := time.Now()
-	return runParts(parts, labs, func(a testArgs, out io.Writer) int {
+	prepared := sync.OnceValues(func() (*Lab, error) {
+		l, err := Setup(ctx, os.Stderr)
+		if err == nil {
+			err = l.fillKernelCache(ctx)
+		}
+		return l, err
+	})
+	keepers := make([]keeper, labs)
+	defer func() {
+		for i := range keepers {
+			keepers[i].end()
+		}
+	}()
+	return runParts(parts, labs, func(a testArgs, lab int, out io.Writer) int {
 		if a.here {
 			return mainHere(ctx, a, start, out)
 		}
-		return mainInLabs(ctx, a, o, start, out)
+		l, err := prepared()
+		if err != nil {
+			fmt.Fprintf(os.Stderr, "%v\n", err)
+			return exitInfrastructure
+		}
+		return l.mainInLabs(ctx, a, o, &keepers[lab], start, out)
 	})
 }
 
-// mainInLabs runs tests in a lab, and in further ones those that it lost. It returns the exit
+// mainInLabs runs tests in the lab of k, and in new ones those that it lost. It returns the exit
 // status. The tests' time has begun at start.
-func mainInLabs(ctx context.Context, a testArgs, o Options, start time.Time, to io.Writer) (code int) {
+func (l *Lab) mainInLabs(ctx context.Context, a testArgs, o Options, k *keeper, start time.Time, to io.Writer) (
+	code int) {
 	var err error
 run:
 	for n := range tries {
 		out := &transcript{to: to}
-		code, err = mainInLab(ctx, a, o, start, out)
+		code, err = l.mainInLab(ctx, a, o, k, start, out)
 		if n == tries-1 {
 			break
 		}
@@ -207,6 +227,7 @@ run:
 			}
 			fmt.Fprintf(os.Stderr, "lab: a guest was lost; in a new lab run again: %s\n", strings.Join(failed, ", "))
 			a.args = append(slices.Clone(a.args), "-test.run=^("+strings.Join(failed, "|")+")$")
+			k.end()
 		default:
 			break run
 		}
@@ -247,14 +268,8 @@ func (t *transcript) ended(result string) (names []string) {
 	return names
 }
 
-func mainInLab(ctx context.Context, a testArgs, o Options, start time.Time, out *transcript) (int, error) {
-	l, err := Setup(ctx, os.Stderr)
-	if err == nil {
-		err = l.fillKernelCache(ctx)
-	}
-	if err != nil {
-		return 0, err
-	}
+func (l *Lab) mainInLab(ctx context.Context, a testArgs, o Options, k *keeper, start time.Time, out *transcript) (
+	int, error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return 0, err
@@ -290,7 +305,7 @@ func mainInLab(ctx context.Context, a testArgs, o Options, start time.Time, out 
 		c.Timeout = left + 2*bootTime
 	}
 	c.Args = slices.Concat([]string{exe}, args, a.rest)
-	return l.Run(ctx, c)
+	return l.run(ctx, c, k)
 }
 
 // moduleRoot is the directory of the Go module that dir is in, or dir.

@@ -67,13 +67,13 @@ func (a testArgs) only(names []string) testArgs {
 
 // share gives each run a part of the tests, for n labs that take a new part when they have run one.
 // The parts become smaller, so that the labs end at about the same time: each is one of 2n of the
-// remaining tests, at least 2, and at least one of 8n of all, as the start of a lab takes seconds.
-// A part has tests from everywhere, as neighbours take about the same time.
+// remaining tests, and at least one of 16n of all. A part has tests from everywhere, as neighbours
+// take about the same time.
 func (a testArgs) share(names []string, n int) (parts []testArgs) {
 	if n == 1 {
 		return []testArgs{a.only(names)}
 	}
-	least := max(2, len(names)/(8*n))
+	least := max(1, len(names)/(16*n))
 	for {
 		var part, rest []string
 		step := max(1, min(2*n, len(names)/least))
@@ -93,33 +93,33 @@ func (a testArgs) share(names []string, n int) (parts []testArgs) {
 
 // runParts runs the parts in their order, n at the same time and that of this machine beside them,
 // and returns the worst exit status. The output of a part comes when it has ended, or if it is the
-// only one, at once.
-func runParts(parts []testArgs, n int, run func(testArgs, io.Writer) int) int {
+// only one, at once. It gives run the number of the lab, from 0 to n-1, that the part has for itself.
+func runParts(parts []testArgs, n int, run func(a testArgs, lab int, out io.Writer) int) int {
 	if len(parts) == 1 {
-		return run(parts[0], os.Stdout)
+		return run(parts[0], 0, os.Stdout)
 	}
 	next := make(chan testArgs)
 	var mu sync.Mutex // of worst and standard output
 	worst := 0
 	var workers sync.WaitGroup
-	one := func(a testArgs) {
+	one := func(a testArgs, lab int) {
 		var out bytes.Buffer
-		code := run(a, &out)
+		code := run(a, lab, &out)
 		mu.Lock()
 		defer mu.Unlock()
 		worst = max(worst, code)
 		_, _ = out.WriteTo(os.Stdout)
 	}
-	for range n {
+	for lab := range n {
 		workers.Go(func() {
 			for a := range next {
-				one(a)
+				one(a, lab)
 			}
 		})
 	}
 	for _, a := range parts {
 		if a.here {
-			workers.Go(func() { one(a) })
+			workers.Go(func() { one(a, 0) })
 		} else {
 			next <- a
 		}

@@ -95,9 +95,9 @@ func TestShare(t *testing.T) {
 	for _, tt := range []struct{ names, want string }{
 		{"", "^()$"},
 		{"TestA", "^(TestA)$"},
-		{"TestA TestB TestC", "^(TestA|TestB|TestC)$"},
-		{"TestA TestB TestC TestD TestE", "^(TestA|TestC|TestE)$ ^(TestB|TestD)$"},
-		{"A B C D E F G H I J K L M", "^(A|E|I|M)$ ^(B|G|L)$ ^(C|H)$ ^(D|J)$ ^(F|K)$"},
+		{"TestA TestB TestC", "^(TestA)$ ^(TestB)$ ^(TestC)$"},
+		{"TestA TestB TestC TestD TestE", "^(TestA|TestE)$ ^(TestB)$ ^(TestC)$ ^(TestD)$"},
+		{"A B C D E F G H I J K L M", "^(A|E|I|M)$ ^(B|G|L)$ ^(C|J)$ ^(D)$ ^(F)$ ^(H)$ ^(K)$"},
 	} {
 		var got []string
 		for _, p := range parseTestArgs([]string{"-test.run=Test", "-test.v"}).share(strings.Fields(tt.names), 2) {

@@ -78,7 +78,22 @@ const bootSilence = 2 * time.Minute
 // command killed by signal n. An error means that there is no status: ErrWedged, ErrCrashed, the
 // context's end, or an invalid set-up. A wedged lab is started once more, and Log says so; the
 // command's earlier output stays. Run leaves no process or file behind.
-func (l *Lab) Run(ctx context.Context, c Command) (exit int, err error) {
+func (l *Lab) Run(ctx context.Context, c Command) (exit int, err error) { return l.run(ctx, c, nil) }
+
+// A keeper keeps a lab running after its command. The next one runs in it, with the Command of the
+// first but for Args and Timeout, and sees what the last one left in /tmp; processes are killed.
+type keeper struct{ m *machine }
+
+// end ends the lab, if there is one.
+func (k *keeper) end() {
+	if k.m != nil {
+		k.m.stop()
+		k.m = nil
+	}
+}
+
+// run is Run in the lab that k keeps, or in a new one, which k keeps after that. A nil k keeps none.
+func (l *Lab) run(ctx context.Context, c Command, k *keeper) (exit int, err error) {
 	if c.Timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, c.Timeout, fmt.Errorf("timeout of %v: %w",
@@ -88,46 +103,63 @@ func (l *Lab) Run(ctx context.Context, c Command) (exit int, err error) {
 	if c.Log == nil {
 		c.Log = os.Stderr
 	}
-	exit, err = l.try(ctx, c)
+	exit, err = l.try(ctx, c, k)
 	if errors.Is(err, ErrWedged) && c.Stdin == nil {
 		fmt.Fprintf(c.Log, "lab: %v; trying once more\n", err)
-		exit, err = l.try(ctx, c)
+		exit, err = l.try(ctx, c, k)
 	}
 	return exit, err
 }
 
-func (l *Lab) try(ctx context.Context, c Command) (int, error) {
+func (l *Lab) try(ctx context.Context, c Command, k *keeper) (exit int, err error) {
 	if c.Kernel == nil {
 		c.Kernel = l.Debian
 	}
-	j, err := l.job(&c)
-	if err != nil {
-		return 0, fmt.Errorf("lab: %w", err)
+	if k == nil {
+		k = &keeper{}
+		defer k.end()
 	}
-	restore, err := rawTerminal(&c, j)
-	if err != nil {
-		return 0, fmt.Errorf("lab: %w", err)
-	}
-	defer restore()
-	initrd, err := l.initrd(ctx, &c, j)
-	if err != nil {
-		return 0, fmt.Errorf("lab: pack the initramfs: %w", err)
-	}
-	defer initrd.Close()
-	m, err := startMachine(l.qemu, &c, j, initrd)
-	if err != nil {
-		return 0, fmt.Errorf("lab: %w", err)
-	}
-	exit, err := m.serve(ctx, &c)
-	m.stop()
-	if err != nil {
-		err = fmt.Errorf("%w (L1 kernel %s)", err, c.Kernel.Release)
-		if t := strings.TrimSpace(m.console.String()); t != "" {
-			t = strings.ReplaceAll(t, "\n", "\nlab:   ") // each line with the mark of the lab's own
-			fmt.Fprintf(c.Log, "lab: the end of L1's console:\nlab:   %s\n", t)
+	if k.m == nil {
+		restore, err := l.begin(ctx, &c, k)
+		if err != nil {
+			return 0, fmt.Errorf("lab: %w", err)
 		}
+		defer restore()
+	} else if err := k.m.next(c.Args); err != nil {
+		return 0, err
+	}
+	exit, err = k.m.serve(ctx, &c)
+	if err == nil {
+		return exit, nil
+	}
+	console := &k.m.console
+	k.end()
+	err = fmt.Errorf("%w (L1 kernel %s)", err, c.Kernel.Release)
+	if t := strings.TrimSpace(console.String()); t != "" {
+		t = strings.ReplaceAll(t, "\n", "\nlab:   ") // each line with the mark of the lab's own
+		fmt.Fprintf(c.Log, "lab: the end of L1's console:\nlab:   %s\n", t)
 	}
 	return exit, err
+}
+
+// begin starts a lab for the command. After it the command's terminal is to be restored.
+func (l *Lab) begin(ctx context.Context, c *Command, k *keeper) (restore func(), err error) {
+	j, err := l.job(c)
+	if err != nil {
+		return nil, err
+	}
+	if restore, err = rawTerminal(c, j); err != nil {
+		return nil, err
+	}
+	initrd, err := l.initrd(ctx, c, j)
+	if err == nil {
+		k.m, err = startMachine(l.qemu, c, j, initrd)
+		initrd.Close()
+	}
+	if err != nil {
+		restore()
+	}
+	return restore, err
 }
 
 // job makes the agent's instructions.

@@ -15,11 +15,12 @@ const (
 	frameBeat                   // agent: still alive; sent every beatPeriod
 	frameStdout                 // agent: bytes the command wrote
 	frameStderr                 // agent
-	frameExit                   // agent: the command's exit status, one byte; the last frame
+	frameExit                   // agent: the command's exit status, one byte; its last frame
 	frameFail                   // agent: the command could not be started, and the reason; the last frame
 	frameTaken                  // agent: the last frameStdin reached the command, send the next
 	frameStdin                  // host: bytes for the command; empty means end of file
 	frameSize                   // host: terminal size, rows and columns, two bytes each
+	frameNext                   // host, after frameExit: another command's arguments, in JSON
 )
 
 const (
