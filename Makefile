@@ -6,15 +6,19 @@ export CGO_ENABLED = 0
 # of two processors on a fresh machine: lint has all of it.
 GOTEST = $(GO) run ./guest-tests/cmd/gotest -vet=off
 
+# Flags of tests that need no names for a debugger: they link faster.
+BARE = -ldflags='-s -w'
+
 # The packages whose tests start the lab, which wants the machine for itself; and
 # the others. Two guests at a time in one lab are what loses guests: -parallel 1. Package lab starts a
 # second lab where the machine has room for it.
 LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostring ./devices/virtio/vhostscsi
-UNIT = $(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$))
+UNIT = $(KVM:./%=gvm/%) $(filter-out $(KVM:./%=gvm/%),$(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$)))
 
-# The packages of UNIT whose tests need /dev/kvm, and start the lab where there is none. Their machines
-# take minutes there, and with the race detector longer than CI has: racelab runs gvm with it.
-KVM = ./cmd/gvm ./kvmapi ./machine ./vmm
+# The packages of UNIT whose tests need /dev/kvm, and start the lab where there is none. They come
+# first: at the end a lab would keep one processor and leave the other idle. Their machines take
+# minutes there, and with the race detector longer than CI has: racelab runs gvm with it.
+KVM = ./cmd/gvm ./vmm ./machine ./kvmapi
 RACE = $(if $(wildcard /dev/kvm),$(UNIT),$(filter-out $(KVM:./%=gvm/%),$(UNIT)))
 
 # Parts of libraries that the program leaves out: the command line library's documents, whose
@@ -74,8 +78,11 @@ test: ## the tests of every day; those that need a real KVM run in the lab where
 	@$(MAKE) -k -j1 test-unit test-lab
 
 test-unit:
-	$(GOTEST) -timeout 20m $(UNIT)
+	$(GOTEST) $(BARE) -timeout 20m -skip '^Test($(RELEASE))$$' $(UNIT)
 	cd guest-tests/kubernetes && $(GO) test ./manifest
+
+# The tests that compile gvm and the library with the flags of a release.
+RELEASE = SameBytes|Size
 
 # The tests with Linux guests that take longest: many guests each, or large ones.
 LONG = ^Test(Bisect|Command|CrashKernel|Escapes|EscapesOfUser|Exec|Faults|INTx|InitrdAbove4GiB|Killed|Mapped|Matrix|MemoryCgroup|Net|NetUser|PowerButton|Reboot|RootWord|Roots|Rungs|SMP|Share|StopsUnderLoad|TestSignals|VhostFilesystems|VhostLives|VhostTools|VhostVsock|VsockBridge)$$
@@ -84,32 +91,32 @@ test-lab:
 	@$(MAKE) -k -j1 test-lab-linux test-lab-others
 
 test-lab-linux:
-	$(GOTEST) -timeout 30m -parallel 1 -skip '$(LONG)' ./guest-tests/linux
+	$(GOTEST) $(BARE) -timeout 30m -parallel 1 -skip '$(LONG)' ./guest-tests/linux
 
 # Unlike linux, each of these mostly has one lab at a time, which keeps one processor busy: two of them at once.
 test-lab-others:
-	$(GOTEST) -timeout 30m -p 2 -parallel 1 -skip '^TestDebianPackage$$' $(filter-out ./guest-tests/linux ./devices/virtio/vhostring,$(LAB))
+	$(GOTEST) $(BARE) -timeout 30m -p 2 -parallel 1 -skip '^TestDebianPackage$$' $(filter-out ./guest-tests/linux ./devices/virtio/vhostring,$(LAB))
 
 # What the kernel's vhost-scsi serves is tested on three kernels; on the second and third in a
 # short form, of what differs between them. `make vhost` has all of it.
 LONG6.12 = Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Tools)
 LONG7.3 = Vhost(ABI|Equivalence|Filesystems|Plug)
 
-long: ## the tests with Linux guests that take longest, the kernel's devices under load, the Debian package, and other kernels for the host
+long: ## the tests with Linux guests that take longest, the kernel's devices under load, the build of a release, and other kernels for the host
 	@$(MAKE) -k -j1 long-guests long-rings long-package long-6.12 long-7.3
 
 long-guests:
-	$(GOTEST) -timeout 30m -p 1 -parallel 1 -run '$(LONG)' ./guest-tests/linux
+	$(GOTEST) $(BARE) -timeout 30m -p 1 -parallel 1 -run '$(LONG)' ./guest-tests/linux
 
 long-rings:
-	$(GOTEST) -timeout 15m ./devices/virtio/vhostring
+	$(GOTEST) $(BARE) -timeout 15m ./devices/virtio/vhostring
 
 long-package:
-	$(GOTEST) -timeout 10m -run '^TestDebianPackage$$' ./guest-tests/lab
+	$(GOTEST) $(BARE) -timeout 20m -run '^Test(DebianPackage|$(RELEASE))$$' . ./packaging ./guest-tests/lab
 
 long-6.12 long-7.3: long-%:
-	GVM_TEST_L1=$* $(GOTEST) -timeout 15m -p 1 -parallel 1 -run '$(LONG$*)' -skip 'Filesystems/^[12]_' ./guest-tests/linux
-	GVM_TEST_L1=$* $(GOTEST) -timeout 15m ./devices/virtio/vhostscsi
+	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 15m -p 1 -parallel 1 -run '$(LONG$*)' -skip 'Filesystems/^[12]_' ./guest-tests/linux
+	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 15m ./devices/virtio/vhostscsi
 
 # All words that test something. One that fails does not keep the others from running.
 ALL ?= test model long lint race distribution kernel debuggers kubernetes streams vhost conformance soak fuzz release racelab
@@ -132,10 +139,10 @@ lint: ## gofmt, go vet, staticcheck
 	$(GO) tool staticcheck -tags man ./cmd/gvm
 
 # Without what takes most of the time: gvm's benchmarks run as programs, two tests that start gvm
-# hundreds of times, the conformance suite on three more kinds of disk, and most of the exhaustive
-# tests.
+# hundreds of times, the conformance suite on three more kinds of disk, the builds of a release, and
+# most of the exhaustive tests.
 race: ## the unit tests under the race detector
-	CGO_ENABLED=1 $(GOTEST) -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^Test(CompletionOfDisks|Verbs)$$|^TestEvery(Table|MSIXSequence)$$|^TestEveryInterleaving$$/^2|^TestTarget$$/^(4096|thick|readonly)$$' $(RACE)
+	CGO_ENABLED=1 $(GOTEST) -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^Test(CompletionOfDisks|Verbs)$$|^TestEvery(Table|MSIXSequence)$$|^TestEveryInterleaving$$/^2|^TestTarget$$/^(4096|thick|readonly)$$|^Test($(RELEASE))$$' $(RACE)
 
 # gvm itself has the detector there as well, and ends when it finds something. Static, for
 # guests, which get diskload, have no C library; xz without, which would decompress a kernel

@@ -139,9 +139,43 @@ func copyTree(t *testing.T, to string) {
 	}
 }
 
-// TestPackage builds the Debian package twice, the second time from a copy of the tree without
-// version control, which gives the same bytes, and unpacks it: gvm runs, each command and each
-// option of a disk is in a man page, and shells load the completion. The list of contents and
+// deb builds the Debian package from a tree, with more words for make, and returns its path.
+func deb(t *testing.T, dir, bin, umask string, env []string, words ...string) string {
+	t.Helper()
+	outputIn(t, dir, env, "sh", append([]string{"-c", `umask "$1"; shift; exec make deb "$@"`, "sh", umask, "BIN=" + bin,
+		"SOURCE_DATE_EPOCH=1700000000", "MAINTAINER=gvm <gvm@example.org>",
+		"DEBFLAGS=-Znone"}, words...)...) // xz would take most of the time
+	found, err := filepath.Glob(filepath.Join(bin, "gvm_*_amd64.deb"))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("packages %q: %v", found, err)
+	}
+	return found[0]
+}
+
+// TestSameBytes builds the Debian package twice, the second time from a copy of the tree without
+// version control, with another time zone and umask: the bytes are the same. It compiles gvm and
+// the library with the flags of a release, which no other test of every day does.
+func TestSameBytes(t *testing.T) {
+	sources(t, func(string) {})
+	work := t.TempDir()
+	another := filepath.Join(work, "another/directory")
+	copyTree(t, another)
+	one, err := os.ReadFile(deb(t, "..", filepath.Join(work, "one"), "022", []string{"GOFLAGS=-buildvcs=auto", "TZ=UTC"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	two, err := os.ReadFile(deb(t, another, filepath.Join(another, "bin"), "077", []string{"TZ=Asia/Kolkata"}))
+	if err != nil || !bytes.Equal(one, two) {
+		t.Errorf("the second package differs from the first: %v", err)
+	}
+}
+
+// plain takes the place of the Makefile's flags for releases: packages compile as in the other
+// tests.
+const plain = "BUILDFLAGS=-buildvcs=false -ldflags=-s"
+
+// TestPackage builds the Debian package and unpacks it: gvm runs, each command and each option of a
+// disk is in a man page, and shells load the completion. The list of contents and
 // docs/dependencies.md have the modules of the programs. Then install, with a PREFIX and a DESTDIR,
 // copies the same files, and uninstall removes no others.
 func TestPackage(t *testing.T) {
@@ -161,41 +195,14 @@ func TestPackage(t *testing.T) {
 	})
 
 	work := t.TempDir()
-	var packages []string
-	another := filepath.Join(work, "another/directory")
-	copyTree(t, another)
-	for _, build := range []struct {
-		dir, bin, umask string
-		env             []string
-	}{
-		{"..", filepath.Join(work, "one"), "022", []string{"GOFLAGS=-buildvcs=auto", "TZ=UTC"}},
-		{another, filepath.Join(another, "bin"), "077", []string{"TZ=Asia/Kolkata"}},
-	} {
-		outputIn(t, build.dir, build.env, "sh", "-c", `umask "$1"; shift; exec make deb "$@"`, "sh", build.umask,
-			"BIN="+build.bin, "SOURCE_DATE_EPOCH=1700000000", "MAINTAINER=gvm <gvm@example.org>",
-			"DEBFLAGS=-Znone") // xz would take most of the time
-		bin := build.bin
-		found, err := filepath.Glob(filepath.Join(bin, "gvm_*_amd64.deb"))
-		if err != nil || len(found) != 1 {
-			t.Fatalf("packages %q: %v", found, err)
-		}
-		packages = append(packages, found[0])
-	}
-	one, err := os.ReadFile(packages[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	if two, err := os.ReadFile(packages[1]); err != nil || !bytes.Equal(one, two) {
-		t.Errorf("the second package differs from the first: %v", err)
-	}
-
+	one := deb(t, "..", filepath.Join(work, "one"), "022", nil, plain)
 	root := filepath.Join(work, "root")
-	output(t, "dpkg-deb", "--extract", packages[0], root)
+	output(t, "dpkg-deb", "--extract", one, root)
 	usr := filepath.Join(root, "usr")
 	gvm := filepath.Join(usr, "bin/gvm")
 	version := strings.TrimSpace(strings.TrimPrefix(output(t, gvm, "--version"), "gvm version"))
 	field := func(name string) string {
-		return strings.TrimSpace(output(t, "dpkg-deb", "--field", packages[0], name))
+		return strings.TrimSpace(output(t, "dpkg-deb", "--field", one, name))
 	}
 	if field := field("Version"); version == "" || field != strings.Replace(version, "-", "~", 1) {
 		t.Errorf("the package has version %q, gvm %q", field, version)
@@ -329,7 +336,7 @@ func TestPackage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		words := []string{"BIN=" + filepath.Join(work, "one"), "PREFIX=/opt/gvm", "DESTDIR=" + relative}
+		words := []string{"BIN=" + filepath.Join(work, "one"), "PREFIX=/opt/gvm", "DESTDIR=" + relative, plain}
 		foreign := filepath.Join(prefix, "share/man/man1/gvm-foreign.1.gz")
 		if err := os.MkdirAll(filepath.Dir(foreign), 0o755); err != nil {
 			t.Fatal(err)

@@ -388,8 +388,8 @@ func TestRunCrashed(t *testing.T) {
 	}
 }
 
-// TestKeeper: several commands run in one lab. Of the one before, each sees the files in /tmp and no
-// process. A program that does not exist is no reason to end the lab, and a crash is.
+// TestKeeper: several commands run in one lab. Of the one before, each sees the files in /tmp and
+// no process. A program that does not exist is no reason to end the lab, and a crash is.
 func TestKeeper(t *testing.T) {
 	l := setUp(t)
 	var k keeper

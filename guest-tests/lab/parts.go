@@ -93,7 +93,8 @@ func (a testArgs) share(names []string, n int) (parts []testArgs) {
 
 // runParts runs the parts in their order, n at the same time and that of this machine beside them,
 // and returns the worst exit status. The output of a part comes when it has ended, or if it is the
-// only one, at once. It gives run the number of the lab, from 0 to n-1, that the part has for itself.
+// only one, at once. It gives run the number of the lab, from 0 to n-1, that the part has for
+// itself.
 func runParts(parts []testArgs, n int, run func(a testArgs, lab int, out io.Writer) int) int {
 	if len(parts) == 1 {
 		return run(parts[0], 0, os.Stdout)

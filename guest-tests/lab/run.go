@@ -92,7 +92,8 @@ func (k *keeper) end() {
 	}
 }
 
-// run is Run in the lab that k keeps, or in a new one, which k keeps after that. A nil k keeps none.
+// run is Run in the lab that k keeps, or in a new one, which k keeps after that. A nil k keeps
+// none.
 func (l *Lab) run(ctx context.Context, c Command, k *keeper) (exit int, err error) {
 	if c.Timeout > 0 {
 		var cancel context.CancelFunc

@@ -67,6 +67,7 @@ type testTimes []testTime
 // report reads events, and writes the text that go test would print.
 func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, err error) {
 	kept := map[string]map[string][]string{} // lines of tests that have not passed, by package and test
+	subs := map[string]float64{}             // times of all subtests of a test
 	lines := bufio.NewReader(events)
 	for {
 		line, readErr := lines.ReadBytes('\n')
@@ -88,7 +89,7 @@ func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, err e
 			tests = map[string][]string{}
 			kept[e.Package] = tests
 		}
-		top, _, sub := strings.Cut(e.Test, "/")
+		top, below, sub := strings.Cut(e.Test, "/")
 		switch e.Action {
 		case "build-output":
 			text = e.Output
@@ -102,8 +103,14 @@ func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, err e
 				text = failed(tests) + text
 			}
 		case "pass", "skip", "fail":
-			if e.Test != "" && !sub {
-				times = append(times, testTime{e.Elapsed, e.Package + " " + e.Test})
+			switch {
+			case e.Test == "":
+			case sub && !strings.Contains(below, "/"):
+				subs[e.Package+" "+top] += e.Elapsed
+			case !sub:
+				name := e.Package + " " + e.Test
+				// The time of a test has none of its subtests if they are parallel.
+				times = append(times, testTime{max(e.Elapsed, subs[name]), name})
 			}
 			if e.Action != "fail" && !sub {
 				delete(tests, e.Test)

@@ -22,6 +22,10 @@ const events = `{"Action":"start","Package":"a"}
 {"Action":"output","Package":"b","Output":"lab: L1 is up\n"}
 {"Action":"output","Package":"b","Test":"TestSlow","Output":"noise\n"}
 {"Action":"pass","Package":"b","Test":"TestSlow","Elapsed":61.25}
+{"Action":"pass","Package":"b","Test":"TestParallel/one","Elapsed":20}
+{"Action":"pass","Package":"b","Test":"TestParallel/two/deep","Elapsed":30}
+{"Action":"pass","Package":"b","Test":"TestParallel/two","Elapsed":30}
+{"Action":"pass","Package":"b","Test":"TestParallel","Elapsed":0.5}
 {"Action":"output","Package":"b","Output":"PASS\n"}
 {"Action":"output","Package":"b","Output":"ok  \tb\t61.3s\n"}
 {"Action":"pass","Package":"b","Elapsed":61.3}
@@ -44,7 +48,7 @@ func TestReport(t *testing.T) {
 	if err := times.print(&out, file); err != nil {
 		t.Fatal(err)
 	}
-	want = "    61.2 s  b TestSlow\n     7.0 s  a TestBad\n"
+	want = "    61.2 s  b TestSlow\n    50.0 s  b TestParallel\n     7.0 s  a TestBad\n"
 	if out.String() != want {
 		t.Errorf("the longest are %q, want %q", out.String(), want)
 	}
