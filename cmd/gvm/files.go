@@ -238,12 +238,15 @@ func namedError(err error) error {
 	return disk.ImageError{Err: err}
 }
 
-// tempDir is os.MkdirTemp in the directory for temporary files. Its error says how to choose
-// another directory.
-func tempDir(pattern string) (string, error) {
-	dir, err := os.MkdirTemp("", pattern)
+// tempDir is nowait.TempDir. Its error says how to choose another directory.
+func tempDir(prefix string) (string, error) {
+	dir, err := nowait.TempDir(prefix)
 	if err != nil {
-		return "", disk.ImageError{Err: fmt.Errorf("%w; set TMPDIR to a directory that exists and has room", err)}
+		if e := (*fs.PathError)(nil); errors.As(err, &e) {
+			err = e.Err
+		}
+		return "", disk.ImageError{Err: fmt.Errorf("temporary directory in %s: %w; "+
+			"set TMPDIR to a directory that exists and has room", os.TempDir(), err)}
 	}
 	return dir, nil
 }

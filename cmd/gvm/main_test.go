@@ -87,12 +87,13 @@ func machineless() *regexp.Regexp {
 }
 
 func testMain(m *testing.M) int {
-	var err error
-	if runtimeDir, err = os.MkdirTemp("", "gvm-run"); err != nil {
+	dir, remove, err := lab.TempDir("gvm-run")
+	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	defer os.RemoveAll(runtimeDir)
+	defer remove()
+	runtimeDir = dir
 	// One CPU: two guests at a time on an L1 with two processors can make the lab hang. Two labs, as
 	// most of the time is the labs' own.
 	return lab.Main(withPlotter{m}, lab.Options{Build: []string{"gvm/cmd/gvm-plot", "gvm/cmd/gvm-net"},

@@ -97,11 +97,11 @@ func Program(name string) string { return filepath.Join(os.Getenv(programsEnv), 
 // tags are the Makefile's: the programs are those that users get, and start as fast.
 const tags = "-tags=urfave_cli_no_docs,nethttpomithttp2"
 
-// build makes the programs in a directory of their own. They are static by CGO_ENABLED=0, or as set
-// in the environment: the race detector needs 1.
-func build(packages []string) (dir string, err error) {
-	if dir, err = os.MkdirTemp("", "lab-programs"); err != nil {
-		return "", err
+// build makes the programs in a directory of their own, which remove removes. They are static by
+// CGO_ENABLED=0, or as set in the environment: the race detector needs 1.
+func build(packages []string) (dir string, remove func(), err error) {
+	if dir, remove, err = TempDir("lab-programs"); err != nil {
+		return "", nil, err
 	}
 	cmd := exec.Command("go", append([]string{"build", tags, "-o", dir + "/"}, packages...)...)
 	cmd.Env = append([]string{"CGO_ENABLED=0"}, os.Environ()...)
@@ -110,10 +110,10 @@ func build(packages []string) (dir string, err error) {
 		out, err = buildForAgent(dir)
 	}
 	if err != nil {
-		os.RemoveAll(dir)
-		return "", fmt.Errorf("lab: build %s: %w\n%s", strings.Join(packages, " "), err, out)
+		remove()
+		return "", nil, fmt.Errorf("lab: build %s: %w\n%s", strings.Join(packages, " "), err, out)
 	}
-	return dir, os.Setenv(programsEnv, dir)
+	return dir, remove, os.Setenv(programsEnv, dir)
 }
 
 // buildForAgent builds gvm again, for the gvm-agent in dir, as the Makefile does. The linker takes
@@ -151,12 +151,12 @@ func Main(m interface{ Run() int }, o Options) int {
 		return m.Run()
 	}
 	if len(o.Build) > 0 {
-		dir, err := build(o.Build)
+		dir, remove, err := build(o.Build)
 		if err != nil {
 			fmt.Fprintf(os.Stderr, "%v\n", err)
 			return exitInfrastructure
 		}
-		defer os.RemoveAll(dir)
+		defer remove()
 		o.Visible = append(slices.Clone(o.Visible), dir)
 	}
 	direct, why := false, "this package's tests always do"

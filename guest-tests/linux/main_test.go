@@ -49,12 +49,13 @@ func again(t testing.TB, done func(result) bool, run func() result) (r result) {
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
 func testMain(m *testing.M) int {
-	var err error
-	if cacheHome, err = os.MkdirTemp("", "gvm-linux-test"); err != nil {
+	dir, remove, err := lab.TempDir("gvm-linux-test")
+	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	defer os.RemoveAll(cacheHome)
+	defer remove()
+	cacheHome = dir
 	// The directory of every gvm's control socket: sockets of killed ones stay.
 	run := filepath.Join(cacheHome, "run")
 	if err := errors.Join(os.Mkdir(run, 0o700), os.Setenv("XDG_RUNTIME_DIR", run)); err != nil {

@@ -1,0 +1,58 @@
+package nowait_test
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
+)
+
+// TestTempDir: what a process that was killed has left is removed, and what another one uses stays.
+func TestTempDir(t *testing.T) {
+	parent := t.TempDir()
+	t.Setenv("TMPDIR", parent)
+	for _, dir := range []string{"name-left/in", "name-used", "name", "other-left"} {
+		if err := os.MkdirAll(filepath.Join(parent, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	used, err := os.Open(filepath.Join(parent, "name-used"))
+	if err == nil {
+		err = unix.Flock(int(used.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer used.Close()
+	dirs := func() (names []string) {
+		entries, err := os.ReadDir(parent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			names = append(names, filepath.Join(parent, e.Name()))
+		}
+		return names
+	}
+	var want []string
+	for _, name := range []string{"name", "name-used", "other-left"} {
+		want = append(want, filepath.Join(parent, name))
+	}
+	first, err := nowait.TempDir("name-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := nowait.TempDir("name-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	made := append([]string{first, second}, want...)
+	slices.Sort(made)
+	if got := dirs(); !slices.Equal(got, made) {
+		t.Errorf("%q, want %q", got, made)
+	}
+}
