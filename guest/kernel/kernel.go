@@ -84,6 +84,9 @@ func (f Finder) Find(ctx context.Context, name string) (*Kernel, error) {
 			return nil, err
 		}
 	case errors.Is(err, fs.ErrNotExist):
+		if _, err := os.Readlink(name); err == nil {
+			break // a link to nothing, which OpenFile refuses
+		}
 		release := name
 		if running = name == Host; running {
 			release = f.running()

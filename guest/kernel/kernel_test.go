@@ -212,6 +212,8 @@ func TestFind(t *testing.T) {
 		{"release, misspelt", installed, "6.1.0-13-amd6", "!6.1.0-13-amd6 does not exist|did you mean " + v + "?"},
 		{"another release", installed, "5.10.0-1", "!5.10.0-1 does not exist|installed: " + v},
 		{"path as a release", installed, "../boot/vmlinuz-" + v, "!does not exist|check the path"},
+		{"link to nothing", map[string]string{"link": "->none"}, "%/link",
+			"!%/link is a symbolic link to none, which does not exist|remove the link, or name that file"},
 		{"path, misspelt", installed, "%/boot/vmlinz", "!does not exist|did you mean %/boot/vmlinuz?"},
 		{"deb", map[string]string{"k.deb": debFile("", plain, debian...)}, "%/k.deb",
 			v + " packed:%/k.deb deb %/k.deb (./boot/config-" + v + ")"},

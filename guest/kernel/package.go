@@ -110,8 +110,7 @@ func (k *Kernel) scan(ctx context.Context, file *boot.File, open opener) (versio
 				return "", damaged(fmt.Errorf("%s: %w", name, err))
 			}
 			image = version
-			if k.Image, err = boot.NewImage(&boot.File{Name: file.Name + " (" + name + ")", ReaderAt: bytes.NewReader(b),
-				Size: int64(len(b))}); err != nil {
+			if k.Image, err = boot.NewImage(boot.InMemory(ctx, file.Name+" ("+name+")", b)); err != nil {
 				return "", err
 			}
 		case kind == "config" && k.Config.Text == nil:

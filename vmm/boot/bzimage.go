@@ -148,7 +148,7 @@ func (ld *loader) bzImage() (Entry, error) {
 				return e, err
 			}
 		}
-		if ld.cfg.Mode == ELF {
+		if ld.cfg.Mode == ELF || errors.As(err, new(*stoppedError)) {
 			return Entry{}, err
 		}
 		var ie *ImageError

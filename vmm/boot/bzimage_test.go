@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"hash/crc32"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -302,6 +303,51 @@ func TestTruncated(t *testing.T) {
 	}
 }
 
+// never is the end of a context that does not end.
+func never() error { return nil }
+
+// endingFile is a file whose context ends at the second look at it.
+type endingFile struct {
+	io.ReaderAt
+	looks int
+}
+
+func (f *endingFile) ended() error {
+	if f.looks++; f.looks > 1 {
+		return &stoppedError{io.ErrClosedPipe}
+	}
+	return nil
+}
+
+// TestDecompressEnds: the end of the context ends the decompression of a stream, and no mode of the
+// boot goes on after that.
+func TestDecompressEnds(t *testing.T) {
+	all := allPayloads(t, bigELF())
+	for _, name := range []string{"gzip", "xz", "lzma", "bzip2"} {
+		bz := makeBzImage(all[name], nil)
+		for _, mode := range []Mode{Auto, ELF} {
+			f := &endingFile{ReaderAt: bytes.NewReader(bz)}
+			im, err := NewImage(&File{"kernel", f, int64(len(bz))})
+			if err != nil {
+				t.Fatal(err)
+			}
+			note := func(s string) { t.Errorf("%s: %s", name, s) }
+			if _, err = Load(guestmem.Heap(0, 16<<20), Config{Kernel: im, Mode: mode, Note: note}); err == nil ||
+				!errors.Is(err, io.ErrClosedPipe) || f.looks != 2 {
+				t.Errorf("%s: %v after %d looks at the context", name, err, f.looks)
+			}
+		}
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	f := InMemory(ctx, "kernel", nil)
+	if err := f.ended(); err != nil {
+		t.Error(err)
+	}
+	if stop(); !errors.Is(f.ended(), context.Canceled) {
+		t.Errorf("after the end of the context: %v", f.ended())
+	}
+}
+
 // BenchmarkDecompress decompresses synthetic kernels, which do not show a format's true speed, and
 // the bzImage named by GVM_TEST_KERNEL, which does.
 func BenchmarkDecompress(b *testing.B) {
@@ -358,14 +404,14 @@ func TestCutPayload(t *testing.T) {
 		}
 		c := detect(b)
 		for _, n := range []int{6, 13, 16, 17, 18, 30, 36, len(b) / 2, len(b) - 30, len(b) - 1} {
-			if err := c.decompress(dst, b[:n:n]); err == nil {
+			if err := c.decompress(dst, b[:n:n], never); err == nil {
 				t.Errorf("%s cut at %d of %d went unseen", name, n, len(b))
 			}
-			if err := c.decompress(dst, append(b[:n:n], "\x00YZ"...)); err == nil && n <= len(b)/2 {
+			if err := c.decompress(dst, append(b[:n:n], "\x00YZ"...), never); err == nil && n <= len(b)/2 {
 				t.Errorf("%s with other data from %d of %d went unseen", name, n, len(b))
 			}
 		}
-		if err := c.decompress(dst, append(b[:len(b):len(b)], 0)); err == nil {
+		if err := c.decompress(dst, append(b[:len(b):len(b)], 0), never); err == nil {
 			t.Errorf("%s: took data behind the end", name)
 		}
 	}
@@ -385,14 +431,14 @@ func TestLargeWindow(t *testing.T) {
 	h := b[12:24]
 	h[6] = 40
 	binary.LittleEndian.PutUint32(h[8:], crc32.ChecksumIEEE(h[:8]))
-	if err := detect(b).decompress(dst, b); !errors.Is(err, xz.ErrMemlimit) {
+	if err := detect(b).decompress(dst, b, never); !errors.Is(err, xz.ErrMemlimit) {
 		t.Errorf("xz: a dictionary of 4 GiB: %v", err)
 	}
 	if b, err = os.ReadFile(filepath.Join("testdata", "vmlinux.lzma")); err != nil {
 		t.Fatal(err)
 	}
 	copy(b[1:], "\x00\x00\xff\xff")
-	if err := detect(b).decompress(dst, b); err == nil {
+	if err := detect(b).decompress(dst, b, never); err == nil {
 		t.Error("lzma: took a dictionary of 4 GiB")
 	}
 	if runtime.ReadMemStats(&after); after.TotalAlloc-before.TotalAlloc > maxWindow {

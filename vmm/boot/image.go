@@ -106,14 +106,43 @@ type input struct {
 
 func (in *input) ReadAt(b []byte, off int64) (n int, err error) {
 	for err == nil && n < len(b) {
-		if in.ctx.Err() != nil {
-			return n, stopped(in.ctx, in.path)
+		if err := in.ended(); err != nil {
+			return n, err
 		}
 		var m int
 		m, err = in.File.ReadAt(b[n:min(len(b), n+pieceSize)], off+int64(n))
 		n += m
 	}
 	return n, err
+}
+
+func (in *input) ended() error {
+	if in.ctx.Err() != nil {
+		return stopped(in.ctx, in.path)
+	}
+	return nil
+}
+
+// memory is a file in memory, work on which ends with a context.
+type memory struct {
+	ctx  context.Context
+	path string
+	*bytes.Reader
+}
+
+func (m *memory) ended() error { return (&input{ctx: m.ctx, path: m.path}).ended() }
+
+// InMemory returns a file with the contents b. Work on it ends with ctx.
+func InMemory(ctx context.Context, name string, b []byte) *File {
+	return &File{name, &memory{ctx, name, bytes.NewReader(b)}, int64(len(b))}
+}
+
+// ended returns an error once the file's context has ended.
+func (f *File) ended() error {
+	if r, ok := f.ReaderAt.(interface{ ended() error }); ok {
+		return r.ended()
+	}
+	return nil
 }
 
 // stopped returns the error for a context that ended while a file was read.
@@ -135,9 +164,13 @@ func (f *File) Close() error {
 
 func openError(path string, err error) error {
 	kind := (*nowait.KindError)(nil)
+	target, linkErr := os.Readlink(path)
 	switch {
 	case errors.As(err, &kind):
 		return &ImageError{path, "is " + kind.Is.String(), "give a file"}
+	case errors.Is(err, fs.ErrNotExist) && linkErr == nil:
+		return &ImageError{path, "is a symbolic link to " + target + ", which does not exist",
+			"remove the link, or name that file"}
 	case errors.Is(err, fs.ErrNotExist):
 		return &ImageError{path, "does not exist", "check the path"}
 	case errors.Is(err, fs.ErrPermission):

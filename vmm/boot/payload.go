@@ -128,8 +128,11 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 			return nil, err
 		}
 		v.mapping = v.image
-		if err := c.decompress(v.image, src[:len(src)-c.trailer]); err != nil {
+		if err := c.decompress(v.image, src[:len(src)-c.trailer], im.File.ended); err != nil {
 			v.free()
+			if errors.As(err, new(*stoppedError)) {
+				return nil, err
+			}
 			return bad("has a payload that cannot be decompressed (%s: %v)", c.name, err)
 		}
 	}
@@ -234,8 +237,12 @@ func (im *Image) Segments(cache string, look func([]byte) bool) error {
 
 var errLength = errors.New("the length is not the one that the payload's end tells")
 
-// decompress fills dst from src, and fails if src holds more, less, or damaged data.
-func (c *compression) decompress(dst, src []byte) error {
+// decompressPiece is the size of a read of a stream between two calls of ended.
+const decompressPiece = 1 << 20
+
+// decompress fills dst from src, and fails if src holds more, less, or damaged data, or once ended
+// returns an error.
+func (c *compression) decompress(dst, src []byte, ended func() error) error {
 	if c.decode != nil {
 		return c.decode(dst, src)
 	}
@@ -244,8 +251,15 @@ func (c *compression) decompress(dst, src []byte) error {
 	if err != nil {
 		return err
 	}
-	if _, err := io.ReadFull(r, dst); err != nil {
-		return err
+	for len(dst) > 0 {
+		if err := ended(); err != nil {
+			return err
+		}
+		n, err := io.ReadFull(r, dst[:min(len(dst), decompressPiece)])
+		if err != nil {
+			return err
+		}
+		dst = dst[n:]
 	}
 	// The checksum is verified at the end of the stream.
 	var more [1]byte
