@@ -118,7 +118,7 @@ func private(path string, uid int) error {
 	}
 	switch {
 	case st.Mode&unix.S_IFMT != unix.S_IFDIR:
-		return fmt.Errorf("%s is not a directory", path)
+		return fmt.Errorf("%s is not a directory; remove it", path)
 	case int(st.Uid) != uid:
 		return fmt.Errorf("%s is not this user's, but user %d's: %w; run gvm as that user", path, st.Uid, fs.ErrPermission)
 	case st.Mode&0o077 != 0:
@@ -134,7 +134,7 @@ func (d Directory) lock(how int, create bool, limit time.Duration) (*os.File, er
 	for {
 		if create {
 			if err := os.Mkdir(d.path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-				return nil, err
+				return nil, d.unusable(err)
 			}
 		}
 		err := private(d.path, os.Geteuid())
@@ -142,14 +142,14 @@ func (d Directory) lock(how int, create bool, limit time.Duration) (*os.File, er
 			continue // the last machine in it has just ended
 		}
 		if err != nil {
-			return nil, err
+			return nil, d.unusable(err)
 		}
 		f, err := os.OpenFile(d.path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 		if errors.Is(err, fs.ErrNotExist) && create {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return nil, d.unusable(err)
 		}
 		err = flock(f, how|unix.LOCK_NB)
 		for giveUp := time.Now().Add(limit); errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(giveUp); {
@@ -172,6 +172,14 @@ func (d Directory) lock(how int, create bool, limit time.Duration) (*os.File, er
 			return nil, &fs.PathError{Op: "lock", Path: d.path, Err: fs.ErrNotExist}
 		}
 	}
+}
+
+// unusable adds the mend to an error of the system about the directory's path.
+func (d Directory) unusable(err error) error {
+	if e := (*fs.PathError)(nil); errors.As(err, &e) {
+		return fmt.Errorf("%s: %w; set XDG_RUNTIME_DIR to a directory of this user's", d.path, e.Err)
+	}
+	return err
 }
 
 // lockTimeout bounds the wait for a directory's lock, but at the end of a machine, which does not

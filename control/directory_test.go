@@ -280,13 +280,18 @@ func TestDirectoryTricks(t *testing.T) {
 		"open": {func(path string) error { return errors.Join(os.Mkdir(path, 0o700), os.Chmod(path, 0o755)) },
 			"has mode 0755: others can get into it"},
 		"parent": {func(path string) error { return os.Remove(filepath.Dir(path)) }, "no such file or directory"},
+		"above": {func(path string) error {
+			return errors.Join(os.Remove(filepath.Dir(path)), os.WriteFile(filepath.Dir(path), nil, 0o600))
+		}, "not a directory"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := testDir(t)
 			if err := tt.make(d.path); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := Claim(d, "vm"); err == nil || !strings.Contains(err.Error(), tt.want) {
+			if _, err := Claim(d, "vm"); err == nil || !strings.Contains(err.Error(), tt.want) ||
+				strings.Count(err.Error(), "; remove it")+strings.Count(err.Error(), "; set XDG_RUNTIME_DIR to")+
+					strings.Count(err.Error(), "want 0700") != 1 {
 				t.Errorf("claimed: %v", err)
 			}
 			if name != "parent" {
@@ -320,7 +325,7 @@ func TestDirectoryTricks(t *testing.T) {
 		os.Symlink(t.TempDir(), filepath.Join(d.path, "vm"))); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Claim(d, "vm"); err == nil || !strings.HasSuffix(err.Error(), "/vm is not a directory") {
+	if _, err := Claim(d, "vm"); err == nil || !strings.HasSuffix(err.Error(), "/vm is not a directory; remove it") {
 		t.Errorf("claimed by a link: %v", err)
 	}
 }

@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/text"
 )
 
 // Check returns the features that this process and this host lack for jails and their limits, each
@@ -240,7 +242,8 @@ func (c *Config) check() error {
 	case c.GID < 1 || c.GID > most:
 		return userError("--gid %d: want a group from 1 to %d", c.GID, uint32(most))
 	case !filepath.IsAbs(c.Dir) || filepath.Clean(c.Dir) != c.Dir || c.Dir == "/":
-		return userError("--jail %s: want an absolute path without .. and slashes at its end, such as /srv/jail/1", c.Dir)
+		return userError("--jail %s: want an absolute path without .. and slashes at its end, such as /srv/jail/1",
+			text.Word(c.Dir))
 	}
 	for i, f := range c.Files {
 		if err := c.checkPath(f); err != nil {

@@ -611,7 +611,7 @@ func TestLimits(t *testing.T) {
 		{"memory=4G,cpus=1.5", "[{memory memory.max 4294967296} {cpu cpu.max 150000 100000}] []"},
 		{"pids=300", "[{pids pids.max 300}] []"},
 		{"nofile=99,fsize=1M", fmt.Sprintf("[] [{nofile %d 99} {fsize %d 1048576}]", unix.RLIMIT_NOFILE, unix.RLIMIT_FSIZE)},
-		{"cpu=1", `"cpu": want memory, cpus, pids, nofile or fsize; did you mean cpus?`},
+		{"cpu=1", `cpu: want memory, cpus, pids, nofile or fsize; did you mean cpus?`},
 		{"memory", "memory: want a value, such as memory=4G"},
 		{"cpus=0", "cpus=0: want a number of CPUs such as 1.5, from 0.01 to 16384"},
 		{"cpus=NaN", "cpus=NaN: want a number of CPUs"},

@@ -40,7 +40,7 @@ func (l *Limits) Add(s string) error {
 	for word := range strings.SplitSeq(s, ",") {
 		name, value, ok := strings.Cut(word, "=")
 		if !slices.Contains(LimitNames, name) {
-			return text.OneOfNames("", strconv.Quote(name), LimitNames)
+			return text.OneOfNames("", name, LimitNames)
 		}
 		if !ok {
 			return fmt.Errorf("%s: want a value, such as %s=4G", name, "memory")

@@ -55,8 +55,9 @@ func tooLarge(s string) error {
 func badSize(s, num string) error {
 	such := ""
 	if number, ok := strings.CutSuffix(num, "P"); ok {
-		if f, err := strconv.ParseFloat(number, 64); err == nil && f > 0 && f < 1<<20 {
-			such = fmt.Sprintf(", such as %gT; the largest is %s", 1024*f, SizeWord(MaxSize))
+		if f, err := strconv.ParseFloat(number, 64); err == nil && f > 0 && f <= MaxSize>>50 {
+			such = fmt.Sprintf(", such as %sT; the largest is %s", strconv.FormatFloat(1024*f, 'f', -1, 64),
+				SizeWord(MaxSize))
 		}
 	}
 	return &SizeError{s, "want a number and K, M, G or T" + such}

@@ -223,7 +223,7 @@ func TestBadInput(t *testing.T) {
 			"page|4096 bytes|request of 8192", ""},
 		{"bench into a directory", []string{"bench", "disk", "--json", "dir"}, "dir", ""},
 		{"completion of nothing", []string{"completion"}, "want bash, fish or zsh", ""},
-		{"completion of an unknown shell", []string{"completion", "tcsh"}, `"tcsh"|want bash, fish or zsh`, ""},
+		{"completion of an unknown shell", []string{"completion", "tcsh"}, `completion tcsh|want bash, fish or zsh`, ""},
 		{"completion of two shells", []string{"completion", "bash", "zsh"}, "want bash, fish or zsh", ""},
 
 		{"no CPU", run("--cpus", "0"), "--cpus 0", ""},
@@ -257,7 +257,7 @@ func TestBadInput(t *testing.T) {
 			"gvm: --share: not for the embedded guest|name a kernel with --kernel", ""},
 		{"words of a kernel for the embedded guest", run("--cmdline", "quiet", "--initrd", "i", "--net", "none"),
 			"gvm: --initrd, --cmdline: not for", ""},
-		{"vsock of another kind", run("--vsock", "unx"), `--vsock "unx": want unix or vhost; did you mean unix?`, ""},
+		{"vsock of another kind", run("--vsock", "unx"), `--vsock unx: want unix or vhost; did you mean unix?`, ""},
 		{"vsock without a kind", run("--vsock", ""), `--vsock "": want unix`, ""},
 		{"vsock without an option", run("--vsock", "unix,"), `--vsock unix,: want cid or path`, ""},
 		{"vsock's unknown option", run("--vsock", "unix,cd=3"), "--vsock cd: want cid or path; did you mean cid?", ""},
@@ -567,7 +567,7 @@ func TestFileSystemLimit(t *testing.T) {
 	if os.Truncate(probe, 1<<62) == nil {
 		t.Skip("the file system of the temporary directory takes files of 4 EiB")
 	}
-	wantBad(t, gvmRuns(t, c), "new|file too large")
+	wantBad(t, gvmRuns(t, c), "new|file too large; give a smaller size")
 	if _, err := os.Lstat(filepath.Join(c.Dir, "new")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the disk was left: %v", err)
 	}

@@ -35,7 +35,7 @@ EXAMPLES
 			if len(args) == 2 {
 				var err error
 				if size, err = text.ParseSize(args[1], 1<<20); err != nil {
-					return usageError{fmt.Errorf("balloon of %s: %w", args[1], err)}
+					return usageError{fmt.Errorf("balloon of %s: %w", text.Word(args[1]), err)}
 				}
 			}
 			client, err := theMachine(c.Args().First())

@@ -107,7 +107,7 @@ func parseBench(c *cli.Context) (b diskBench, err error) {
 				err = errors.New("want a multiple of 4096")
 			}
 			if err != nil {
-				return b, fmt.Errorf("--%s %s: %w", l.flag, word, err)
+				return b, fmt.Errorf("--%s %s: %w", l.flag, text.Word(word), err)
 			}
 			*l.to = append(*l.to, int(v))
 		}

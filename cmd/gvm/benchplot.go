@@ -9,6 +9,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/kvmapi/nowait"
 	"gvm/plot"
 )
 
@@ -49,7 +50,7 @@ func checkPlot(path string) error {
 		return fmt.Errorf("--plot %w", err)
 	}
 	if _, err := os.Stat(filepath.Dir(path)); err != nil {
-		return fmt.Errorf("--plot: %w", err)
+		return fmt.Errorf("--plot: %w", nowait.CreateError(path, err))
 	}
 	if _, err := plotter(); err != nil {
 		return fmt.Errorf("--plot: %w", err)

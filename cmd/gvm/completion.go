@@ -5,7 +5,6 @@ import (
 	"io"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -169,9 +168,12 @@ func completionCommand() *cli.Command {
 		ArgsUsage:   "bash|zsh|fish",
 		Description: "EXAMPLE\n   source <(gvm completion bash)",
 		Action: func(c *cli.Context) error {
+			if c.NArg() > 1 {
+				return usageError{fmt.Errorf("completion takes one word, and got %d: want bash, fish or zsh", c.NArg())}
+			}
 			script, ok := completions[c.Args().First()]
-			if !ok || c.NArg() != 1 {
-				return usageError{text.OneOf("completion ", strconv.Quote(c.Args().First()), completions)}
+			if !ok {
+				return usageError{text.OneOf("completion ", c.Args().First(), completions)}
 			}
 			_, err := fmt.Fprint(c.App.Writer, script)
 			return err

@@ -241,7 +241,7 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 	s, err := control.Claim(control.DefaultDirectory(), name)
 	switch {
 	case errors.Is(err, control.ErrInUse):
-		return nil, configError{fmt.Errorf("--name %s: %w", name, err)}
+		return nil, configError{fmt.Errorf("--name %s: %w; choose another name, or gvm stop %[1]s first", name, err)}
 	case err != nil && rc.spec.Name != "":
 		return nil, fmt.Errorf("--name %s: %w", name, err)
 	case err != nil:
@@ -335,7 +335,11 @@ func theMachine(word string) (*control.Client, error) {
 	case found != nil:
 		return client(*found)
 	case len(names) == 0:
-		return nil, usageError{errors.New(noMachine())}
+		said := noMachine()
+		if !strings.Contains(said, ";") {
+			said += "; start one with gvm run or gvm test"
+		}
+		return nil, usageError{errors.New(said)}
 	case word == "":
 		return nil, usageError{fmt.Errorf("several machines run: name one of %s", strings.Join(names, ", "))}
 	}

@@ -66,7 +66,10 @@ EXAMPLES
 			}
 			switch {
 			case host == "":
-				return usageError{errors.New("cp: a path is empty")}
+				return usageError{errors.New("cp: SOURCE or DESTINATION is empty: want a path")}
+			case vm == "":
+				return usageError{fmt.Errorf("cp: %q names no machine: want VM:PATH; a path here begins with ./ or /",
+					map[bool]string{true: from, false: to}[out])}
 			case host == "-" && c.Bool("recursive"):
 				return usageError{errors.New("cp: - is for one file, and --recursive for a directory")}
 			}

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"gvm/control"
 	"gvm/guest/agent/archive"
 	"gvm/guest/agent/wire"
@@ -119,6 +121,11 @@ func TestCopy(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	for _, path := range []string{host + "/pipe", host + "/d/file"} {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), unix.Mkfifo(path, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, c := range []struct {
 		args   string
 		status int
@@ -137,16 +144,23 @@ func TestCopy(t *testing.T) {
 		{"-r tree fake:dir", 0, "", "guest/dir/tree/t", "t"},
 		{"- fake:stdin", 0, "", "guest/stdin", big},
 		{"- fake:dir", 2, "gvm: machine fake: " + guest + "/dir: is a directory: name the file in it\n", "", ""},
-		{"fake:none .", 2, "gvm: machine fake: " + guest + "/none: no such file or directory\n", "", ""},
+		{"fake:none .", 2, "gvm: machine fake: " + guest + "/none: no such file or directory; check the path\n", "", ""},
 		{"fake:dir .", 2, "gvm: machine fake: " + guest + "/dir: is a directory, which --recursive copies\n", "", ""},
 		{"tree fake:", 2, "gvm: tree: is a directory, which --recursive copies\n", "", ""},
-		{"none fake:x", 2, "gvm: none: no such file or directory\n", "", ""},
-		{"fake:file none/x", 2, "gvm: none: no such file or directory\n", "", ""},
-		{"fake:file none/", 2, "gvm: none/: there is no such directory\n", "", ""},
-		{"fake:file own/x", 2, "gvm: own/x: not a directory\n", "", ""},
-		{"-r fake:dir own", 2, "gvm: own: is not a directory\n", "", ""},
-		{"own fake:none/x", 2, "gvm: machine fake: " + guest + "/none: no such file or directory\n", "", ""},
-		{"- fake:none/x", 2, "gvm: machine fake: " + guest + "/none: no such file or directory\n", "", ""},
+		{"none fake:x", 2, "gvm: none: no such file or directory; check the path\n", "", ""},
+		{"fake:file none/x", 2, "gvm: none/x: no such file or directory; there is no directory none: make it first, " +
+			"or name another\n", "", ""},
+		{"fake:file none/", 2, "gvm: none/: there is no such directory; make it first, or name another\n", "", ""},
+		{"fake:file own/x", 2, "gvm: own/x: not a directory; own is a file, or lies below one: check the path\n", "", ""},
+		{"fake:file pipe", 2, "gvm: pipe: is no file, directory or symbolic link; name another\n", "", ""},
+		{"fake:file d", 2, "gvm: d/file: is there already, and is no file; remove it first, or name another\n",
+			"", ""},
+		{"-r fake:dir own", 2, "gvm: own: is not a directory; remove it first, or name another\n", "", ""},
+		{"pipe fake:x", 2, "gvm: pipe: is no file, directory or symbolic link; name another\n", "", ""},
+		{"own fake:none/x", 2, "gvm: machine fake: " + guest + "/none/x: no such file or directory; there is no directory " +
+			guest + "/none: make it first, or name another\n", "", ""},
+		{"- fake:none/x", 2, "gvm: machine fake: " + guest + "/none/x: no such file or directory; there is no directory " +
+			guest + "/none: make it first, or name another\n", "", ""},
 		{"fake:lost x", 3, "gvm: machine fake ended, or its agent, before the command did: ", "", ""},
 		{"fake:noise x", 3, `gvm: machine fake: evil\u001b[2J\u000axxxxx`, "", ""},
 		{"fake:odd x", 3, "gvm: machine fake: its agent could not copy:  (status 77, signal 0)\n", "", ""},
@@ -154,6 +168,8 @@ func TestCopy(t *testing.T) {
 		{"bare:x .", 3, "gvm: unsupported operation\n", "", ""},
 		{"other:x .", 3, "gvm: wait for the agent: the agent and gvm are of different builds: ", "", ""},
 		{"absent:x .", 2, "gvm: no machine of this user has the name or PID absent; there are ", "", ""},
+		{":x .", 2, `gvm: cp: ":x" names no machine: want VM:PATH; a path here begins with ./ or /` + "\n", "", ""},
+		{"own :x", 2, `gvm: cp: ":x" names no machine: want VM:PATH; a path here begins with ./ or /` + "\n", "", ""},
 		{"fake:x", 2, "gvm: cp takes SOURCE DESTINATION, and got 1 word\n", "", ""},
 		{"fake:x fake:y", 2, "gvm: cp: SOURCE and DESTINATION are in guests; if fake:y is a path here, write ./fake:y\n",
 			"", ""},

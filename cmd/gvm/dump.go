@@ -101,9 +101,9 @@ func createCore(path string) (*coreFile, error) {
 	case err == nil:
 		f, err := nowait.Open(path, os.O_WRONLY, 0, nowait.Pipe|nowait.CharDevice)
 		if errors.Is(err, unix.ENXIO) {
-			err = configError{fmt.Errorf("%s: is a pipe that no program reads; start that first", path)}
+			err = configError{fmt.Errorf("%s: is a pipe that no program reads; start that first, or name another file", path)}
 		} else if err != nil {
-			err = namedError(err)
+			err = namedError(nowait.OpenError(path, err))
 		}
 		return &coreFile{File: f, path: path}, err
 	}
@@ -169,7 +169,7 @@ func (c *coreFile) finish(size int64) error {
 			return configError{fmt.Errorf("%s: exists by now; remove it, or name another file", c.path)}
 		}
 		if err != nil {
-			return hostError(&os.PathError{Op: "link", Path: c.path, Err: err})
+			return hostError(nowait.CreateError(c.path, err))
 		}
 	}
 	f := c.File

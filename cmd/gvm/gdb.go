@@ -41,7 +41,7 @@ func parseGDB(s string) (*gdbAddress, error) {
 	case s == "stdio":
 		return &gdbAddress{"stdio", ""}, nil
 	case isUnix && path == "":
-		return nil, errors.New("unix: the path is empty")
+		return nil, errors.New("the path is empty; name a file")
 	case isUnix && len(path) > maxUnixPath:
 		return nil, fmt.Errorf("the path has %d bytes, and that of a socket %d at most", len(path), maxUnixPath)
 	case isUnix:
@@ -119,7 +119,8 @@ func (a *gdbAddress) listen(ctx context.Context, b *broker.Client) (*gdbServer, 
 		if errors.As(err, &op) {
 			err = op.Err
 		}
-		return nil, configError{fmt.Errorf("--gdb: wait at %s %s: %w", a.network, a.address, err)}
+		return nil, configError{fmt.Errorf("--gdb: wait at %s %s: %w; give an address of this host, or a port alone",
+			a.network, a.address, err)}
 	}
 	if tcp, ok := s.listener.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() {
 		note(fmt.Sprintf("--gdb %s: every host that reaches this port controls the guest", a.address))

@@ -121,7 +121,13 @@ func complete(commands []*cli.Command) {
 		if c.OnUsageError == nil {
 			c.OnUsageError = flagError
 		}
-		c.Before = refuseEmpty
+		own := c.Before
+		c.Before = func(ctx *cli.Context) error {
+			if err := refuseEmpty(ctx); err != nil || own == nil {
+				return err
+			}
+			return own(ctx)
+		}
 		if len(c.Subcommands) > 0 {
 			c.HideHelpCommand = true
 			complete(c.Subcommands)
@@ -159,23 +165,29 @@ func flagError(c *cli.Context, err error, _ bool) error {
 	return usageError{fmt.Errorf("%w; see gvm help%s", err, page)}
 }
 
-// refuseEmpty refuses an empty path, as of a variable that is not set: it would be the current
-// directory, or as if the flag were not given. Other empty values are the parsers' to refuse.
+// refuseEmpty refuses an empty path and an empty name of a machine, as of a variable that is not
+// set: it would be the current directory, the only machine that runs, or as if the flag were not
+// given. Other empty values are the parsers' to refuse.
 func refuseEmpty(c *cli.Context) error {
-	for _, f := range c.Command.Flags {
-		empty := false
+	for _, name := range c.LocalFlagNames() {
+		f, empty := flagOf(c.Command, name), false
 		switch f := f.(type) {
 		case *cli.StringFlag:
 			empty = (f.TakesFile || slices.Contains([]string{"cpu-features", "cwd", "vhost-abi"}, f.Name)) &&
-				c.String(f.Name) == "" && c.IsSet(f.Name)
+				c.String(f.Name) == ""
 		case *cli.GenericFlag:
 			w, ok := f.Value.(*words)
 			empty = ok && f.TakesFile && slices.Contains(*w, "")
 		}
-		if name := f.Names()[0]; empty {
-			return c.Command.OnUsageError(c, fmt.Errorf("--%s: the value is empty: want%s, or leave the flag out", name,
-				strings.TrimPrefix(valueName(c.Command, name), ",")), true)
+		if empty {
+			return c.Command.OnUsageError(c, fmt.Errorf("--%s: the value is empty: want%s, or leave the flag out",
+				f.Names()[0], strings.TrimPrefix(valueName(c.Command, name), ",")), true)
 		}
+	}
+	words := c.Command.ArgsUsage
+	if strings.HasPrefix(strings.TrimPrefix(words, "["), "VM") && c.Args().Present() && c.Args().First() == "" {
+		return c.Command.OnUsageError(c, fmt.Errorf("%s: the first word is empty: want %s",
+			strings.TrimPrefix(c.Command.HelpName, "gvm "), words), true)
 	}
 	return nil
 }
@@ -211,14 +223,14 @@ func wanted(c *cli.Command, flag, value string) string {
 		if f.Value != 0 {
 			such = f.Value.String()
 		}
-		if regexp.MustCompile(`^"[+-]?[0-9][0-9.]*(ns|us|µs|ms|s|m|h)"$`).MatchString(value) {
+		if regexp.MustCompile(`^"\+?[0-9][0-9.]*(ns|us|µs|ms|s|m|h)"$`).MatchString(value) {
 			return "want a shorter duration, such as " + such
 		}
 		return "want a duration such as " + such
 	case *cli.BoolFlag, nil: // nil is --help
 		return "want true or false"
 	}
-	if regexp.MustCompile(`^"[+-]?[0-9]+"$`).MatchString(value) {
+	if regexp.MustCompile(`^"\+?[0-9]+"$`).MatchString(value) {
 		return "want a smaller number"
 	}
 	return "want a number"

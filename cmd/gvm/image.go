@@ -92,6 +92,10 @@ EXAMPLES
 			if _, there := os.Lstat(args[0]); args[0] != "" && errors.Is(there, fs.ErrNotExist) {
 				return imageError(fmt.Errorf("%s: %w; gvm image create makes an image", args[0], fs.ErrNotExist))
 			}
+			if fi, _ := os.Stat(args[0]); errors.Is(err, block.ErrSize) && fi != nil && fi.Size() == 0 {
+				err = fmt.Errorf("%s: is empty; remove it, and make an image with gvm image create", args[0])
+				return configError{err}
+			}
 			if errors.Is(err, block.ErrLocked) {
 				err = fmt.Errorf("%w%s", err, ofMachine(c.Context, args))
 			}

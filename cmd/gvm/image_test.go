@@ -22,6 +22,9 @@ func TestImage(t *testing.T) {
 	if err := os.WriteFile(at("disk.qcow2"), append([]byte("QFI\xfb"), make([]byte, 1020)...), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.WriteFile(at("empty.img"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	// A tmpfs, as in the lab, makes a file of any size with holes.
 	prealloc, status := "", 2
 	var st unix.Statfs_t
@@ -75,6 +78,9 @@ func TestImage(t *testing.T) {
 		{"image resize --shrink disk.img 2M", 0, "", ""},
 		{"image resize disk.qcow2 8M", 2, "", "qcow2 image; gvm takes raw images"},
 		{"image resize disk.img 1000", 2, "", "not a multiple"},
+		{"image resize empty.img 1M", 2, "", "empty.img: is empty; remove it, and make an image with gvm image create\n"},
+		{"image create new.img 5000P", 2, "", `new.img: size "5000P": want a number and K, M, G or T` + "\n"},
+		{"image create new.img 2000P", 2, "", "want a number and K, M, G or T, such as 2048000T; the largest is 4194304T"},
 		{"image convert", 2, "", `unknown command "convert" of gvm image`},
 	} {
 		r := ask(t, dir, strings.Fields(v.args)...)
@@ -85,7 +91,7 @@ func TestImage(t *testing.T) {
 		}
 	}
 	list, err := os.ReadDir(dir)
-	if err != nil || len(list) != 4 {
+	if err != nil || len(list) != 5 {
 		t.Errorf("%v, %v: what failed has left something", list, err)
 	}
 }

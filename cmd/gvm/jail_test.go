@@ -15,7 +15,7 @@ func TestJailWords(t *testing.T) {
 		{"--uid=5", "--uid is for --jail DIR"},
 		{"--jail-limit=pids=5", "--jail-limit is for --jail DIR"},
 		{"--jail=/j --uid=5", "--jail needs --uid and --gid"},
-		{"--jail=/j --uid=5 --gid=5 --jail-limit=cpu=1", `--jail-limit "cpu": want memory, cpus, pids, nofile or fsize`},
+		{"--jail=/j --uid=5 --gid=5 --jail-limit=cpu=1", `--jail-limit cpu: want memory, cpus, pids, nofile or fsize`},
 		{"--jail=/j --uid=5 --gid=5 --disk=wwn=naa.5001405123456789,backend=vhost",
 			"--disk wwn=naa.5001405123456789: backend=vhost with --jail works for"},
 		{"--jail=/j --uid=5 --gid=5 --disk=/a,backend=vhost,size=1G", "--disk /a: backend=vhost with --jail works for"},

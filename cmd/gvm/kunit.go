@@ -87,6 +87,8 @@ func parseKunit(c *cli.Context) (rc runConfig, err error) {
 		return rc, fmt.Errorf("unexpected argument %q; one GLOB selects the tests", c.Args().Get(1))
 	case strings.ContainsAny(glob, " \t\n\""):
 		return rc, fmt.Errorf("%q: a GLOB for the kernel's command line has no spaces and quotes", glob)
+	case glob == "" && c.NArg() == 1:
+		return rc, errors.New("kunit: the GLOB is empty: want one, or leave it out for all tests")
 	case glob != "":
 		words = append(words, "kunit.filter_glob="+glob)
 	}

@@ -72,7 +72,7 @@ func parseNets(values []string) (nets []machine.Net, user *userConfig, _ error) 
 		}
 		n, err := parseNet(s)
 		if err != nil {
-			return nil, nil, fmt.Errorf("--net %s: %w", s, err)
+			return nil, nil, fmt.Errorf("--net %s: %w", text.Word(s), err)
 		}
 		if n.user != nil {
 			if user != nil {

@@ -143,7 +143,7 @@ var operands = []struct{ commands, name, kind, words string }{
 	{"trace plot", "FILE...", "input", "-o x.svg %"},
 	{"trace diff", "A B", "input", "% %"},
 	{"trace show", "--lun", "number", "% whole.tr"},
-	{"trace show", "--op", "a name that no request has shows none", ""},
+	{"trace show", "--op", "word", "% whole.tr"},
 	{"trace show", "--min-latency", "duration", "% whole.tr"},
 	{"trace plot", "--output", "output", "% good.tr"},
 	{"replay", "FILE", "input", "%"},
@@ -234,15 +234,19 @@ func testOperand(t *testing.T, dir, of, name, value, words string) {
 		if r.out != "" || !strings.HasPrefix(r.errs, "gvm: ") || strings.Index(r.errs, "\n") != len(r.errs)-1 {
 			t.Errorf("%q, and one line is due on standard error: %q", r.out, r.errs)
 		}
-		if strings.HasPrefix(r.errs, "gvm: no machine of this user runs") { // the name does not matter
-			return
-		}
 		if !mends.MatchString(r.errs) {
 			t.Errorf("%q names no mend", r.errs)
 		}
+		empty := value == "" && name == "VM"
+		if strings.HasPrefix(r.errs, "gvm: no machine of this user runs") && !empty { // the name does not matter
+			return
+		}
+		if value == "" && !strings.Contains(r.errs, `""`) && !strings.Contains(r.errs, "empty") {
+			t.Errorf("%q does not show that the value is empty", r.errs)
+		}
 		if !slices.ContainsFunc([]string{name, text.Printable(value), strconv.Quote(value)}, func(s string) bool {
 			return s != "" && strings.Contains(r.errs, s)
-		}) && (value != "" || !strings.Contains(r.errs, "empty")) {
+		}) && value != "" {
 			t.Errorf("%q does not name %s or its value %q", r.errs, name, value)
 		}
 		if goWords.MatchString(r.errs) {

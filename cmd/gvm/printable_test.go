@@ -270,7 +270,7 @@ func TestNamesOfBytes(t *testing.T) {
 		{"disk resize VM two\xff 2M", `resized LUN 3, PATH/d\xe4/two\xff, serial TWO, 2 MiB`},
 		{"disk remove VM two\xff", `removed LUN 3, PATH/d\xe4/two\xff`},
 		{"disk add VM none\xff", `none\xff: file does not exist`},
-		{"disk remove VM none\xff", `no disk of this machine has the LUN, serial number or path none\xff`},
+		{"disk remove VM none\xff", `no disk of this machine has the LUN, serial number or path none\xff; gvm disk list`},
 	} {
 		args := strings.Fields(strings.ReplaceAll(tt.args, "VM", name))
 		if len(args) > 1 && args[1] == "list" {

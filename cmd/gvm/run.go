@@ -226,7 +226,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	}
 	if given("gdb") {
 		if rc.gdb, err = parseGDB(c.String("gdb")); err != nil {
-			return rc, fmt.Errorf("--gdb %s: %w", c.String("gdb"), err)
+			return rc, fmt.Errorf("--gdb %s: %w", text.Word(c.String("gdb")), err)
 		}
 	}
 	if spec.Debug, spec.StartStopped = rc.gdb != nil, c.Bool("start-stopped"); spec.StartStopped && !spec.Debug {
@@ -304,7 +304,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 	for _, s := range wordsOf(c, "share") {
 		share, err := parseShare(s)
 		if err != nil {
-			return rc, fmt.Errorf("--share %s: %w", s, err)
+			return rc, fmt.Errorf("--share %s: %w", text.Word(s), err)
 		}
 		spec.Shares = append(spec.Shares, share)
 	}

@@ -38,7 +38,8 @@ func anyHost() hostLimits {
 func parseEmit(s string) (j kubernetes.Job, err error) {
 	target, options, _ := strings.Cut(s, ",")
 	if target != "kubernetes" {
-		return j, fmt.Errorf("--emit %s: want kubernetes,image=IMAGE%s", s, text.Suggest(target, []string{"kubernetes"}))
+		return j, fmt.Errorf("--emit %s: want kubernetes,image=IMAGE%s", text.Word(s),
+			text.Suggest(target, []string{"kubernetes"}))
 	}
 	for option := range strings.SplitSeq(options, ",") {
 		switch key, value, _ := strings.Cut(option, "="); {
@@ -138,7 +139,7 @@ func readPods(c *cli.Context) ([]matrix.Done, error) {
 	}
 	all, err := kubernetes.Collect(in)
 	if err != nil {
-		err = fmt.Errorf("--collect %s: %w", path, err)
+		err = fmt.Errorf("--collect %s: %w", text.Word(path), err)
 	}
 	return all, err
 }

@@ -122,7 +122,7 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		spec.Disks = append(spec.Disks, t.scratch...)
 	}
 	if slices.Contains(t.modules, "") {
-		return nil, errors.New("--module: the name is empty")
+		return nil, errors.New("--module: the name is empty: want that of a module of the kernel")
 	}
 	for _, e := range t.env {
 		if name, _, _ := strings.Cut(e, "="); name == "" {
@@ -152,7 +152,7 @@ func parseTest(c *cli.Context) (t *testConfig, err error) {
 		t.cwd = "/"
 	}
 	if err := t.parseUser(c.String("user")); err != nil {
-		return nil, fmt.Errorf("--user %s: %w", c.String("user"), err)
+		return nil, fmt.Errorf("--user %s: %w", text.Word(c.String("user")), err)
 	}
 	for i := range spec.Shares {
 		spec.Shares[i].Root = t.uid == 0
@@ -195,11 +195,11 @@ func (t *testConfig) parseScratch(s string) error {
 	if count, each, ok := strings.Cut(s, "x"); ok {
 		var err error
 		if n, err = strconv.Atoi(count); err != nil || n < 1 || n > maxScratch {
-			return fmt.Errorf("--scratch %s: want 1 to %d disks, such as 5x5G", s, maxScratch)
+			return fmt.Errorf("--scratch %s: want 1 to %d disks, such as 5x5G", text.Word(s), maxScratch)
 		}
 		size = each
 	}
-	switch bytes, err := disk.ParseSize("--scratch "+s, size); {
+	switch bytes, err := disk.ParseSize("--scratch "+text.Word(s), size); {
 	case err != nil:
 		return err
 	case bytes%scratchUnit != 0:

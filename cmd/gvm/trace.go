@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -177,24 +178,45 @@ func noteCut(c *cli.Context, path string, r *trace.Reader) {
 
 // opFilter returns a filter for the value of --op.
 func opFilter(s string) (func(*trace.Record) bool, error) {
-	if s == "" {
-		return func(*trace.Record) bool { return true }, nil
-	}
 	if code, err := strconv.ParseUint(s, 0, 8); err == nil {
 		return func(r *trace.Record) bool {
 			return r.Kind == trace.Command && len(r.CDB) > 0 && r.CDB[0] == byte(code)
 		}, nil
 	}
-	if s[0] >= '0' && s[0] <= '9' {
-		return nil, fmt.Errorf("--op %s: want a name or an operation code from 0 to 0xff", s)
+	if s != "" && s[0] >= '0' && s[0] <= '9' {
+		return nil, fmt.Errorf("--op %s: want a name or an operation code from 0 to 0xff", text.Word(s))
 	}
-	return func(r *trace.Record) bool { return strings.HasPrefix(r.Op(), strings.ToUpper(s)) }, nil
+	begins := func(name string) bool { return s != "" && len(name) >= len(s) && strings.EqualFold(name[:len(s)], s) }
+	all := trace.Ops()
+	if !slices.ContainsFunc(all, begins) {
+		return nil, text.OneOfNames("--op ", s, append(shortNames(all), "an operation code such as 0x2a"))
+	}
+	return func(r *trace.Record) bool { return begins(r.Op()) }, nil
+}
+
+// shortNames returns the beginnings of the names of operations that the target knows, up to the
+// length of the CDB or the service action.
+func shortNames(ops []string) (names []string) {
+	for _, op := range ops {
+		name := op
+		if i := strings.IndexAny(op, "(,"); i > 0 {
+			name = op[:i]
+		}
+		unknown := strings.HasPrefix(op, "operation code ") || strings.Contains(op, ", service action ")
+		if !unknown && !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 func traceShow(c *cli.Context, files []string) error {
-	op, err := opFilter(c.String("op"))
-	if err != nil {
-		return usageError{err}
+	op := func(*trace.Record) bool { return true }
+	if c.IsSet("op") {
+		var err error
+		if op, err = opFilter(c.String("op")); err != nil {
+			return usageError{err}
+		}
 	}
 	lun := c.Int("lun")
 	if c.IsSet("lun") && (lun < 0 || lun > 16383) {
@@ -212,7 +234,7 @@ func traceShow(c *cli.Context, files []string) error {
 	if c.Bool("json") {
 		header = func(*trace.Header) {}
 	}
-	err = eachRecord(c, files[0], header, func(_ *trace.Header, r *trace.Record) error {
+	err := eachRecord(c, files[0], header, func(_ *trace.Header, r *trace.Record) error {
 		if n, ok := r.UnitNumber(); lun >= 0 && (!ok || n != lun) ||
 			c.Bool("errors") && !r.Failed() ||
 			r.Latency < c.Duration("min-latency") || !op(r) {
@@ -229,7 +251,10 @@ func traceShow(c *cli.Context, files []string) error {
 		}
 		return w.err
 	})
-	return errors.Join(err, w.flush())
+	if e := w.flush(); err == nil { // else perhaps the same error
+		err = e
+	}
+	return err
 }
 
 // report writes printable lines, through a buffer, until one fails.

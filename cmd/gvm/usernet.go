@@ -60,7 +60,8 @@ func parsePublish(s string) (p publication, err error) {
 	from, fromErr := strconv.ParseUint(port, 10, 16)
 	to, toErr := strconv.ParseUint(guest, 10, 16)
 	if !ok || given && !p.udp && protocol != "tcp" || addrErr != nil || fromErr != nil || toErr != nil || to == 0 {
-		return p, fmt.Errorf("--publish %s: want [ADDR:]HOSTPORT:GUESTPORT, or that and /udp, such as 8080:80%s", s, near)
+		return p, fmt.Errorf("--publish %s: want [ADDR:]HOSTPORT:GUESTPORT, or that and /udp, such as 8080:80%s",
+			text.Word(s), near)
 	}
 	p.addr, p.guest = netip.AddrPortFrom(a, uint16(from)), uint16(to)
 	return p, nil

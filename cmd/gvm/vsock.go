@@ -42,7 +42,7 @@ var vsockOptions = []struct {
 	}},
 	{"path", func(v *vsockConfig, s string) error {
 		if v.path = s; s == "" {
-			return errors.New("the path is empty")
+			return errors.New("the path is empty; name a file")
 		}
 		return nil
 	}},
@@ -53,7 +53,7 @@ func parseVsock(s string) (*vsockConfig, error) {
 	v := &vsockConfig{kind: vsockUnix}
 	if word, rest, more := strings.Cut(s, ","); !strings.Contains(word, "=") {
 		if word != vsockUnix && word != vsockVhost {
-			return nil, text.OneOfNames("--vsock ", strconv.Quote(word), []string{vsockUnix, vsockVhost})
+			return nil, text.OneOfNames("--vsock ", word, []string{vsockUnix, vsockVhost})
 		}
 		if v.kind, s = word, rest; more && s == "" {
 			return nil, fmt.Errorf("--vsock %s,: want cid or path behind the comma", word)
@@ -86,7 +86,7 @@ func parseVsock(s string) (*vsockConfig, error) {
 		case given[name]:
 			return nil, fmt.Errorf("--vsock: %s= is given twice", name)
 		case err != nil:
-			return nil, fmt.Errorf("--vsock %s: %w", word, err)
+			return nil, fmt.Errorf("--vsock %s: %w", text.Word(word), err)
 		}
 		given[name] = true
 	}

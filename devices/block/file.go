@@ -342,7 +342,7 @@ func (b *File) fit(o Options) error {
 			}
 		}
 		if err := b.f.Truncate(o.Size); err != nil {
-			return err
+			return nowait.CreateError(b.path, err)
 		}
 		size = o.Size
 	}

@@ -106,13 +106,12 @@ func Create(path string, size int64, allocate bool) error {
 	}
 	if allocate {
 		err = unix.Fallocate(int(f.Fd()), 0, 0, size)
-		if err != nil {
-			err = fmt.Errorf("%s: allocate %d bytes: %w", path, size, err)
-		}
 	} else {
 		err = f.Truncate(size)
 	}
-	if err == nil {
+	if err != nil {
+		err = nowait.CreateError(path, err)
+	} else {
 		err = durable.File(f, path)
 	}
 	if err != nil {

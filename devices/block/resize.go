@@ -4,6 +4,8 @@ import (
 	"errors"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // Resize gives the image n bytes, or takes the size that it has by now if n is
@@ -45,7 +47,7 @@ func (b *File) Resize(n int64, shrink bool, cut func(b *File, size int64) error)
 			}
 		}
 		if err := b.f.Truncate(size); err != nil {
-			return err
+			return nowait.CreateError(b.path, err)
 		}
 	}
 	b.size.Store(size)

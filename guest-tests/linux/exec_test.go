@@ -72,7 +72,7 @@ func TestExec(t *testing.T) {
 			"/tmp/copy/parameters/panic\n", ""},
 		{[]string{"cp", name + ":/proc/version", "version"}, 0, "", ""},
 		{[]string{"cp", name + ":/no/such", "."}, 2, "",
-			"gvm: machine " + name + ": /no/such: no such file or directory\n"},
+			"gvm: machine " + name + ": /no/such: no such file or directory; there is no directory /no: check the path\n"},
 		{[]string{"cp", "version", name + ":/proc/no/"}, 2, "", "gvm: machine " + name + ": /proc/no/: there is no such"},
 		{[]string{"dump", name, "core"}, 0, "", "gvm: dumped " + name + ", Linux " + k.Release + "\n"},
 	} {

@@ -96,6 +96,12 @@ func explain(path string, err error, noDir, noFile string) error {
 		text += "; change its permissions or those of its directory, or name another"
 	case errors.Is(err, unix.EROFS):
 		text += "; name one on another file system"
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		text += "; make room, or name one on another file system"
+	case errors.Is(err, unix.EFBIG):
+		text += "; give a smaller size, or name one on another file system"
+	case errors.Is(err, unix.ETXTBSY):
+		text += "; it is a program that runs: name another file"
 	case errors.Is(err, fs.ErrExist):
 		text += "; name another file, or remove that one first"
 	}

@@ -480,7 +480,8 @@ func (ds *Set) find(id string) (int, error) {
 		return 0, control.Errorf(http.StatusConflict,
 			"disk %s has backend=vhost: it keeps its size while the machine runs", id)
 	}
-	return 0, control.Errorf(http.StatusNotFound, "no disk of this machine has the LUN, serial number or path %s", id)
+	return 0, control.Errorf(http.StatusNotFound,
+		"no disk of this machine has the LUN, serial number or path %s; gvm disk list shows them", id)
 }
 
 // index returns the index of the disk of gvm's own target with a LUN, a serial number or a path, or
@@ -517,7 +518,7 @@ func (ds *Set) findStorage(id string, kind Storage, size string) (int, error) {
 	}
 	if found < 0 {
 		return 0, control.Errorf(http.StatusNotFound,
-			"no disk of this machine has the LUN, serial number or path %s", id)
+			"no disk of this machine has the LUN, serial number or path %s; gvm disk list shows them", id)
 	}
 	return found, nil
 }

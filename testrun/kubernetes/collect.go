@@ -114,7 +114,9 @@ type pod struct {
 // are retries.
 func Collect(r io.Reader) ([]matrix.Done, error) {
 	var list struct{ Items []pod }
-	if err := json.NewDecoder(r).Decode(&list); err != nil {
+	if err := json.NewDecoder(r).Decode(&list); err == io.EOF {
+		return nil, errors.New("is empty; want the output of kubectl get pods -o json")
+	} else if err != nil {
 		return nil, fmt.Errorf("want the output of kubectl get pods -o json: %w", err)
 	}
 	if len(list.Items) == 0 {

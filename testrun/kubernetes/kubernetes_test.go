@@ -116,7 +116,7 @@ func TestCollectErrors(t *testing.T) {
 	two := strings.Replace(one, `{"items":[`, `{"items":[{"metadata":{"creationTimestamp":"2026-01-01T00:00:01Z",`+
 		`"labels":{"batch.kubernetes.io/job-name":"k"}}},`, 1)
 	for _, tt := range []struct{ in, want string }{
-		{"", "want the output of kubectl get pods -o json: EOF"},
+		{"", "is empty; want the output of kubectl get pods -o json"},
 		{"[]", "want the output of kubectl get pods -o json: "},
 		{`{"items":[]}`, "has no pods"},
 		{`{"items":[{}]}`, "is of no Job of gvm test --emit"},

@@ -3,6 +3,7 @@ package trace
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"strings"
 
 	"gvm/devices/scsi"
@@ -16,15 +17,34 @@ func (r *Record) Op() string {
 		return scsi.OpcodeName(r.CDB)
 	case TaskManagement:
 		if int64(r.Function) >= int64(len(functions)) {
-			return "unknown function"
+			return opUnknown
 		}
 		return functions[r.Function]
 	case Reset:
-		return "device reset"
+		return opReset
 	case PowerOn:
-		return "power on"
+		return opPowerOn
 	}
-	return "lost"
+	return opLost
+}
+
+// Names of records that are no command.
+const (
+	opUnknown = "unknown function"
+	opReset   = "device reset"
+	opPowerOn = "power on"
+	opLost    = "lost"
+)
+
+// Ops returns the names that Op has for records.
+func Ops() []string {
+	var names []string
+	for code := range 1 << 8 {
+		for action := range 1 << 5 {
+			names = append(names, scsi.OpcodeName([]byte{byte(code), byte(action)}))
+		}
+	}
+	return slices.Concat(slices.Compact(names), functions, []string{opUnknown, opReset, opPowerOn, opLost})
 }
 
 func name(names []string, n int, unknown string) string {

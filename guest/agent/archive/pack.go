@@ -27,6 +27,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 const (
@@ -48,7 +50,7 @@ func (e Error) Error() string { return string(e) }
 
 const (
 	errKind = Error("is no file, directory or symbolic link")
-	errDeep = Error("has too many directories above it")
+	errDeep = Error("has too many directories above it; copy one of them")
 )
 
 // StreamError is an error of the stream: the other end has the reason.
@@ -87,19 +89,19 @@ func Base(p string) string {
 func Pack(w io.Writer, path string, recursive bool) error {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
-		return fault(path, err)
+		return nowait.OpenError(path, err)
 	}
 	switch {
 	case st.Mode&unix.S_IFMT == unix.S_IFDIR && !recursive:
 		return fault(path, Error("is a directory, which --recursive copies"))
 	case st.Mode&unix.S_IFMT != unix.S_IFDIR && st.Mode&unix.S_IFMT != unix.S_IFREG:
-		return fault(path, errKind)
+		return fault(path, errKind+"; name another")
 	}
 	p := newPacker(w)
 	if begun, err := p.open(unix.AT_FDCWD, path, "", path, 0); begun && err != nil {
 		return err
 	} else if err != nil {
-		return fault(path, err)
+		return nowait.OpenError(path, err)
 	}
 	return p.end()
 }

@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // Unpack makes the file or directory of an archive at dest, or in the directory dest by the name
@@ -25,14 +27,15 @@ func Unpack(r io.Reader, dest, base string) error {
 	}
 	dir, name, err := place(dest, base, h.kind == isDir)
 	if err != nil {
-		return fault(dest, err)
+		return nowait.CreateError(dest, err)
 	}
 	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	path := filepath.Join(dir, name)
 	if err != nil {
-		return fault(dir, err)
+		return nowait.CreateError(path, err)
 	}
 	defer unix.Close(fd)
-	if err := u.entry(h, fd, name, filepath.Join(dir, name), 0); err != nil {
+	if err := u.entry(h, fd, name, path, 0); err != nil {
 		return err
 	}
 	return u.end()
@@ -62,9 +65,9 @@ func place(dest, base string, isDir bool) (dir, name string, err error) {
 	case err == nil && fi.IsDir():
 		return dest, base, nil
 	case err == nil && isDir:
-		return "", "", Error("is not a directory")
+		return "", "", Error("is not a directory; remove it first, or name another")
 	case err == nil && !fi.Mode().IsRegular():
-		return "", "", errKind
+		return "", "", errKind + "; name another"
 	case err == nil: // a link to a file stays
 		if dest, err = filepath.EvalSymlinks(dest); err != nil {
 			return "", "", err
@@ -72,7 +75,7 @@ func place(dest, base string, isDir bool) (dir, name string, err error) {
 	case !errors.Is(err, fs.ErrNotExist):
 		return "", "", err
 	case strings.HasSuffix(dest, "/") && !isDir:
-		return "", "", Error("there is no such directory")
+		return "", "", Error("there is no such directory; make it first, or name another")
 	}
 	dest = filepath.Clean(dest)
 	return filepath.Dir(dest), filepath.Base(dest), nil
@@ -193,7 +196,7 @@ func (u *unpacker) entry(h header, dir int, name, path string, depth int) (err e
 		err = broken("a record of kind %q", h.kind)
 	}
 	if err != nil && !errors.As(err, new(*StreamError)) {
-		err = fault(path, err)
+		err = nowait.CreateError(path, err)
 	}
 	return err
 }
@@ -213,7 +216,7 @@ func (u *unpacker) dir(h header, parent int, name, path string, depth int) error
 	err := unix.Mkdirat(parent, name, 0o700)
 	isNew := err == nil
 	if err != nil && err != unix.EEXIST {
-		return fault(path, err)
+		return nowait.CreateError(path, err)
 	}
 	if depth == maxDepth {
 		return fault(path, errDeep)
@@ -224,7 +227,7 @@ func (u *unpacker) dir(h header, parent int, name, path string, depth int) error
 	}
 	dir, err := unix.Openat(parent, name, flags, 0)
 	if err != nil {
-		return fault(path, err)
+		return nowait.CreateError(path, err)
 	}
 	defer unix.Close(dir)
 	err = u.entries(dir, path, depth+1)
@@ -261,7 +264,7 @@ func replace(dir int, name string, create func(temp string) error) error {
 	var st unix.Stat_t
 	err := unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 	if kind := st.Mode & unix.S_IFMT; err == nil && kind != unix.S_IFREG && kind != unix.S_IFLNK {
-		return Error("is there already, and is no file")
+		return Error("is there already, and is no file; remove it first, or name another")
 	}
 	temp := fmt.Sprintf(".gvm-cp-%016x", rand.Uint64())
 	if err = create(temp); err == nil {
