@@ -452,14 +452,18 @@ func (g image) allows(o options) bool {
 }
 
 // Arg0 is the first word of a broker's command line; the second one is the machine's name, the
-// third one the directory of its control socket, if it has one.
+// third one the directory of its control socket, if it has one, and the fourth one is there if it
+// has a Janitor.
 const Arg0 = control.BrokerArg0
+
+const withJanitor = "janitor"
 
 // Descriptors of the broker.
 const (
 	pairFD = 3 + iota
 	socketFD
 	lockFD
+	janitorFD
 )
 
 // keeperFD is a pidfd of the keeper's machine.
@@ -467,7 +471,7 @@ const keeperFD = 3
 
 // Main is the program of the broker. log takes a line for the user.
 func Main(args []string, log func(string)) error {
-	if len(args) < 2 || len(args) > 3 {
+	if len(args) < 2 || len(args) > 4 {
 		return errors.New("gvm starts this program itself")
 	}
 	name := args[1]
@@ -490,7 +494,15 @@ func Main(args []string, log func(string)) error {
 	said := func(s string) { log(fmt.Sprintf("machine %s: %s", name, s)) }
 	b := newBroker(c.(*net.UnixConn), machine, said)
 	closeDoor := func() error { return nil }
-	if len(args) == 3 {
+	if len(args) == 4 {
+		unix.CloseOnExec(janitorFD)
+		conn, err := pairEnd(janitorFD)
+		if err != nil {
+			return fmt.Errorf("broker of %s: %w", name, err)
+		}
+		b.kernel = newJailed(name, conn)
+	}
+	if len(args) > 2 {
 		unix.CloseOnExec(socketFD)
 		unix.CloseOnExec(lockFD)
 		door, err := control.NewDoor(control.In(args[2]), name, os.NewFile(socketFD, "socket"),

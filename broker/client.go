@@ -63,29 +63,37 @@ type answer struct {
 // Start starts the broker of a machine, which takes over the machine's control socket, while the
 // caller goes on. note takes a line for the user. d is the socket's directory. Without a socket, s
 // is nil: the caller calls End, which closing the socket does else. What a broker leaves that has
-// died, the keeper removes.
-func Start(s *control.Server, d control.Directory, name string, note func(string)) (*Client, error) {
+// died, the keeper removes. janitor leads to the machine's Janitor, and is the broker's afterwards;
+// nil: there is none.
+func Start(s *control.Server, d control.Directory, name string, note func(string), janitor *os.File) (*Client, error) {
+	mine := []*os.File{janitor} // which this function closes
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
+		closeAll(mine)
 		return nil, fmt.Errorf("broker: socketpair: %w", err)
 	}
 	theirs := os.NewFile(uintptr(fds[1]), "pair")
+	mine = append(mine, theirs)
 	conn, err := pairEnd(fds[0])
 	if err != nil {
-		theirs.Close()
+		closeAll(mine)
 		return nil, fmt.Errorf("broker: %w", err)
 	}
 	c := newClient(name, conn, note)
 	c.door = s != nil
-	args, files, own := []string{Arg0, name}, []*os.File{theirs}, 1 // files that this function closes
+	args, files := []string{Arg0, name}, []*os.File{theirs}
 	if c.door {
 		socket, lock, err := s.HandOver(listener{c}, c.End)
 		if err != nil {
-			theirs.Close()
+			closeAll(mine)
 			conn.Close()
 			return nil, fmt.Errorf("broker: %w", err)
 		}
-		args, files, own = append(args, d.Path()), append(files, socket, lock), 2
+		mine = append(mine, socket)
+		args, files = append(args, d.Path()), append(files, socket, lock)
+		if janitor != nil {
+			args, files = append(args, withJanitor), append(files, janitor)
+		}
 	}
 	panics.Go(func() {
 		c.process, c.failed = execute(args, files...)
@@ -94,7 +102,7 @@ func Start(s *control.Server, d control.Directory, name string, note func(string
 			c.ending = true
 			c.mu.Unlock()
 		}
-		closeAll(files[:own])
+		closeAll(mine)
 		close(c.started)
 		if c.failed == nil {
 			if s, err := c.process.Wait(); err != nil || !s.Success() {

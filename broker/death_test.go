@@ -34,7 +34,7 @@ func idle(dir string) {
 		s, err = control.Claim(d, "m")
 		fail(err)
 	}
-	c, err := Start(s, d, "m", func(s string) { println("note: " + s) })
+	c, err := Start(s, d, "m", func(s string) { println("note: " + s) }, nil)
 	fail(err)
 	own := dir + ".sock"
 	fail(os.WriteFile(own, nil, 0o600))

@@ -9,6 +9,10 @@
 // machine names before it may open no files. It removes the socket, and other sockets that the
 // machine names by then, after that end, and the kernel's targets of a machine that died.
 //
+// In a jail the broker has no right to LIO. It has the machine's Janitor add and remove disks, a
+// process outside of the jail, which sees to it that the user of the jail gets no more rights by
+// that.
+//
 // A machine with such a socket or target has a third process, the keeper. It removes them when the
 // machine has ended, if they are still there because the broker was killed.
 //
@@ -58,7 +62,7 @@ const (
 	remove    operation = "remove"
 	discard   operation = "discard"
 
-	// To the broker, which answers: the methods of disk.Targets.
+	// To the broker, which answers: the methods of disk.Targets. The first two are also for a Janitor.
 	addTo      operation = "addTo"
 	removeFrom operation = "removeFrom"
 	takeDown   operation = "takeDown"
@@ -84,6 +88,7 @@ type message struct {
 	Options *options    `json:",omitempty"`
 	WWN     string      `json:",omitempty"` // of a target of the kernel's
 	LUN     int         `json:",omitempty"`
+	Unit    *unit       `json:",omitempty"` // to a Janitor
 
 	Named bool         `json:",omitempty"` // a core has its name
 	Facts *block.Facts `json:",omitempty"`

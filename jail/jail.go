@@ -68,8 +68,9 @@ type Config struct {
 	Parents  map[int]int // the parents of processes that the program cannot see in a jail
 
 	// Prepare is called with root's rights outside of the jail, when the janitor is there; nil: no
-	// call.
+	// call. With it the program can have a second janitor change what Prepare has made: see Requests.
 	Prepare func() error `json:"-"`
+	Images  []string     // of Requests
 }
 
 // File is a file or directory of the host, which the jail has at the same path.
@@ -97,6 +98,7 @@ type Inside struct {
 	Parents map[int]int // Config's
 	Program int         // the descriptor of Config.Program, for /proc/self/fd of a child; 0: none
 	Lock    int         // the descriptor of /run, with a lock that no second machine takes while the janitor is dead
+	Janitor int         // the descriptor of the other end of Requests.Pair; 0: none
 }
 
 // insideEnv is the environment variable with Inside.
@@ -109,8 +111,10 @@ func Here() *Inside {
 		return nil
 	}
 	unix.CloseOnExec(in.Lock) // else the sandbox closes it
-	if in.Program != 0 {
-		unix.CloseOnExec(in.Program)
+	for _, fd := range []int{in.Program, in.Janitor} {
+		if fd != 0 {
+			unix.CloseOnExec(fd)
+		}
 	}
 	return &in
 }
@@ -141,12 +145,13 @@ func Enter(c Config) error {
 	if err != nil {
 		return err
 	}
-	if err := startJanitor(c.Dir, g.path, lock); err != nil {
+	if err := startJanitor(c.Dir, lock, []string{g.path}, nil); err != nil {
 		return err
 	}
+	janitor := 0
 	if c.Prepare != nil {
 		// Another one, in case the first is killed: objects that Prepare makes would stay.
-		if err := startJanitor(c.Dir, g.path, lock); err != nil {
+		if janitor, err = c.startSecond(g.path, lock); err != nil {
 			return err
 		}
 		if err := c.Prepare(); err != nil {
@@ -169,7 +174,7 @@ func Enter(c Config) error {
 	const exe = "/proc/self/exe"
 	var env []string
 	if err = closeAtExec(); err == nil {
-		env, err = c.inside(program)
+		env, err = c.inside(program, janitor)
 	}
 	if err == nil {
 		err = syscall.Exec(exe, c.Args, env)
@@ -212,11 +217,15 @@ func (c *Config) openProgram() (int, error) {
 	return fd, nil
 }
 
-// inside locks /run, keeps the descriptor of Program, and returns the environment of the program.
-func (c *Config) inside(program int) (env []string, err error) {
-	in := Inside{Dir: c.Dir, Limits: strings.Join(c.Limits.words, ","), Parents: c.Parents, Program: program}
-	if program != 0 {
-		if _, err := unix.FcntlInt(uintptr(program), unix.F_SETFD, 0); err != nil {
+// inside locks /run, keeps the descriptors for the program, and returns its environment.
+func (c *Config) inside(program, janitor int) (env []string, err error) {
+	in := Inside{Dir: c.Dir, Limits: strings.Join(c.Limits.words, ","), Parents: c.Parents, Program: program,
+		Janitor: janitor}
+	for _, fd := range []int{program, janitor} {
+		if fd == 0 {
+			continue
+		}
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0); err != nil {
 			return nil, err
 		}
 	}

@@ -29,7 +29,7 @@ const (
 
 func TestMain(m *testing.M) {
 	if os.Args[0] == Arg0 {
-		if err := Main(os.Args); err != nil {
+		if err := Main(os.Args, answer); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -43,6 +43,9 @@ func TestMain(m *testing.M) {
 		err := json.Unmarshal([]byte(s), &c)
 		if limits := os.Getenv("GVM_TEST_JAIL_LIMITS"); limits != "" && err == nil {
 			err = c.Limits.Add(limits)
+		}
+		if len(c.Images) > 0 {
+			c.Prepare = func() error { return os.WriteFile(c.Images[0], []byte("prepared"), 0o600) }
 		}
 		if err == nil {
 			err = Enter(c)
@@ -79,6 +82,20 @@ func inside(what string) int {
 		signal.Notify(c, syscall.SIGTERM)
 		<-c
 		return 43
+	}
+	if what == "ask" {
+		c, err := net.FileConn(os.NewFile(uintptr(Here().Janitor), "pair"))
+		if err == nil {
+			_, err = c.Write([]byte("who?"))
+		}
+		b := make([]byte, 1000)
+		if err == nil {
+			var n int
+			n, err = c.Read(b)
+			b = b[:n]
+		}
+		fmt.Printf("%d: %s %v\n", os.Getpid(), b, err)
+		return 42
 	}
 	if what == "start" {
 		b, err := os.ReadFile("/etc/other")
@@ -144,6 +161,19 @@ func inside(what string) int {
 	}
 	n, _ := strconv.Atoi(os.Args[1])
 	return n
+}
+
+// answer answers the requests of a program in the jail.
+func answer(r Requests) {
+	c, err := net.FileConn(r.Pair)
+	b := make([]byte, 1000)
+	for err == nil {
+		var n int
+		if n, err = c.Read(b); err == nil {
+			image, _ := os.ReadFile(r.Images[0])
+			_, err = fmt.Fprintf(c, "%s %d %s %q %s %d", b[:n], r.Program, r.Jail.Name(), r.Images, image, os.Geteuid())
+		}
+	}
 }
 
 const testUser, testGroup = 41234, 41235
@@ -366,6 +396,19 @@ func TestProgram(t *testing.T) {
 	if err := cmd.Run(); cmd.ProcessState.ExitCode() != 42 || out.String() != want {
 		t.Errorf("%v\n%s", err, out)
 	}
+}
+
+// TestRequests: the second janitor, which is root outside of the jail, answers the program in it,
+// and ends with it as the first one does.
+func TestRequests(t *testing.T) {
+	c := Config{Dir: jailDir(t), Images: []string{filepath.Join(t.TempDir(), "image")}}
+	cmd, out := start(t, "ask", c)
+	err := cmd.Run()
+	want := fmt.Sprintf("%d: who? %[1]d %s %q prepared 0 <nil>\n", cmd.Process.Pid, c.Dir, c.Images)
+	if cmd.ProcessState.ExitCode() != 42 || out.String() != want {
+		t.Errorf("%v\n%s\nwant %s", err, out, want)
+	}
+	isEmpty(t, c.Dir)
 }
 
 // TestOutputs: a program writes into files that root makes for its user, and into those of before.

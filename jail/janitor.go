@@ -1,6 +1,7 @@
 package jail
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/panics"
 )
 
 // Arg0 is the name of the program as janitor, the first of its arguments.
@@ -21,10 +24,36 @@ const Arg0 = "gvm-janitor"
 const (
 	machineFD = 3 // a pidfd of the machine's process
 	lockFD    = 4 // the jail's directory, with the lock
+	pairFD    = 5 // Requests.Pair, of the second janitor
 )
 
-// startJanitor starts the process that cleans up after the machine, as soon as this one ends.
-func startJanitor(dir, cgroup string, lock *os.File) error {
+// Requests is what the second janitor of a jail needs to serve the program in it, which a hostile
+// guest or the jail's user may control.
+type Requests struct {
+	Program int      // the program's PID
+	Images  []string // Config's
+	Jail    *os.File `json:"-"` // the jail's directory, by its path
+	Pair    *os.File `json:"-"` // one end of a pair of sockets (SOCK_SEQPACKET); the program has the other
+}
+
+// startSecond starts the second janitor, and returns the program's descriptor for Requests.
+func (c *Config) startSecond(cgroup string, lock *os.File) (fd int, err error) {
+	request, err := json.Marshal(Requests{Program: os.Getpid(), Images: c.Images})
+	if err != nil {
+		return 0, err
+	}
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("--jail %s: socketpair: %w", c.Dir, err)
+	}
+	pair := os.NewFile(uintptr(fds[0]), "pair")
+	defer pair.Close()
+	return fds[1], startJanitor(c.Dir, lock, []string{cgroup, c.Dir, string(request)}, pair)
+}
+
+// startJanitor starts the process that cleans up after the machine, as soon as this one ends. Of
+// the words the first is the machine's control group, and the others are for Requests, as is pair.
+func startJanitor(dir string, lock *os.File, words []string, pair *os.File) error {
 	fail := func(err error) error { return fmt.Errorf("--jail %s: start the janitor: %w", dir, err) }
 	fd, err := unix.PidfdOpen(os.Getpid(), 0)
 	if err != nil {
@@ -37,10 +66,14 @@ func startJanitor(dir, cgroup string, lock *os.File) error {
 		return fail(err)
 	}
 	defer null.Close()
-	p, err := os.StartProcess("/proc/self/exe", []string{Arg0, cgroup}, &os.ProcAttr{
+	files := []*os.File{null, null, os.Stderr, self, lock}
+	if pair != nil {
+		files = append(files, pair)
+	}
+	p, err := os.StartProcess("/proc/self/exe", append([]string{Arg0}, words...), &os.ProcAttr{
 		Dir:   "/",
 		Env:   append([]string{"GOMAXPROCS=1"}, os.Environ()...), // the first value counts
-		Files: []*os.File{null, null, os.Stderr, self, lock},
+		Files: files,
 		Sys:   &syscall.SysProcAttr{Setsid: true}, // the terminal's signals are not for it
 	})
 	if err != nil {
@@ -52,11 +85,18 @@ func startJanitor(dir, cgroup string, lock *os.File) error {
 // cleanPatience bounds the wait for the end of the last processes of a machine.
 const cleanPatience = time.Second
 
-// Main is the janitor's program.
-func Main(args []string) error {
+// Main is the janitor's program. serve answers the requests of the program in the jail, in a
+// goroutine that ends with this process, if it is the second janitor.
+func Main(args []string, serve func(Requests)) error {
 	signal.Ignore() // all that can be: it ends after the machine
-	if len(args) != 2 {
+	var r Requests
+	if len(args) != 2 && (len(args) != 4 || json.Unmarshal([]byte(args[3]), &r) != nil) {
 		return fmt.Errorf("%s is a part of gvm run --jail", Arg0)
+	}
+	if len(args) == 4 {
+		unix.CloseOnExec(pairFD)
+		r.Jail, r.Pair = os.NewFile(lockFD, args[2]), os.NewFile(pairFD, "pair")
+		panics.Go(func() { serve(r) })
 	}
 	for {
 		poll := []unix.PollFd{{Fd: machineFD, Events: unix.POLLIN}}

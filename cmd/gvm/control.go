@@ -257,11 +257,17 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 	default:
 		rc.spec.Name = name
 	}
+	var janitor *os.File
+	if in := jail.Here(); in != nil && in.Janitor != 0 {
+		janitor = os.NewFile(uintptr(in.Janitor), "janitor")
+	}
 	if rc.sandbox != sandbox.Off {
-		if rc.broker, err = broker.Start(s, control.DefaultDirectory(), name, note); err != nil {
+		if rc.broker, err = broker.Start(s, control.DefaultDirectory(), name, note, janitor); err != nil {
 			return nil, errors.Join(err, rc.closeSocket(s))
 		}
 		rc.spec.Files = rc.broker
+	} else {
+		janitor.Close()
 	}
 	if s == nil {
 		return nil, nil

@@ -10,6 +10,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/broker"
 	"gvm/devices/scsi/lio"
 	"gvm/jail"
 	"gvm/kvmapi"
@@ -97,6 +98,7 @@ func parseJail(c *cli.Context, rc *runConfig, given func(string) bool) (*jail.Co
 			j.Prepare = func() error { return disk.Provision(rc.spec.Disks, note) }
 		}
 		add("--disk", d.Path, !d.ReadOnly && d.Overlay == "")
+		j.Images = append(j.Images, filepath.Clean(d.Path))
 		if d.Overlay != "" && d.Overlay != disk.OverlayOn {
 			add("--disk overlay", d.Overlay, true)
 		}
@@ -220,7 +222,12 @@ func withoutFlags(command *cli.Command, args, names []string) (kept []string) {
 // runJanitor is the janitor's program. It returns the exit status.
 func runJanitor(args []string) int {
 	defer stderr.flush(patience)
-	err := jail.Main(args)
+	err := jail.Main(args, func(r jail.Requests) {
+		j := broker.Janitor{Machine: r.Program, Jail: r.Jail, Images: r.Images}
+		if err := j.Serve(r.Pair); err != nil {
+			note("the janitor of --jail: " + err.Error())
+		}
+	})
 	if _, missing := os.Stat(lio.DefaultRoot); missing == nil { // disks with backend=vhost, also of dead janitors
 		_, e := lio.Collect("")
 		err = errors.Join(err, e)

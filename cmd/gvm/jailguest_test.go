@@ -249,8 +249,9 @@ func TestJailTerminal(t *testing.T) {
 	}
 }
 
-// TestJailVhost: root makes the kernel's target of a machine in a jail, and a janitor removes it
-// after every end, also if another is killed.
+// TestJailVhost: root makes the kernel's target of a machine in a jail. The user adds disks of the
+// kernel's and removes them, and a janitor removes what is left after every end, also if any other
+// process is killed.
 func TestJailVhost(t *testing.T) {
 	needsJail(t)
 	if err := lio.Check(""); err != nil {
@@ -262,6 +263,7 @@ func TestJailVhost(t *testing.T) {
 		t.Fatal(err)
 	}
 	jailed := []string{"--jail", dir, "--uid=41234", "--gid=41234", "--disk", data + ",backend=vhost", "--name=j"}
+	added := filepath.Join(dir, "run", "new")
 	objects := func() (list []lio.Object) {
 		t.Helper()
 		list, err := lio.List("")
@@ -280,19 +282,43 @@ func TestJailVhost(t *testing.T) {
 		}
 		t.Errorf("left in LIO: %+v, or in %s", objects(), dir)
 	}
+	disk := func(words, want string) {
+		t.Helper()
+		r := gvmRuns(t, jailUser(t, dir, append([]string{"disk"}, strings.Fields(words)...)...))
+		if text := r.out + r.errs; !strings.Contains(text, want) || strings.Count(text, "\n") != 1 ||
+			(r.status == 0) != (r.errs == "") {
+			t.Errorf("disk %s: status %d: %s%s", words, r.status, r.out, r.errs)
+		}
+	}
+	serves := func(pid int, images ...string) {
+		t.Helper()
+		list := objects()
+		for _, o := range list {
+			if i := slices.Index(images, string(o.Image)); i >= 0 && o.Owner.PID == pid && o.Owner.Alive {
+				images = slices.Delete(images, i, i+1)
+			}
+		}
+		if len(images) > 0 {
+			t.Errorf("objects of process %d lack %q: %+v", pid, images, list)
+		}
+	}
+	const second = "gvm-janitor\x00\x00/" // and the jail
 	for _, tt := range []struct {
-		word   string
-		killed string // before the signal
-		signal syscall.Signal
-		status int
+		word    string
+		killed  string // before the signal
+		options string
+		signal  syscall.Signal
+		status  int
 	}{
-		{"write", "", 0, 0},
-		{"hang", "gvm-broker", syscall.SIGTERM, exitTerminated},
-		{"hang", "gvm-broker", syscall.SIGKILL, -1}, // only the janitors are left
-		{"hang", "gvm-janitor", syscall.SIGKILL, -1},
-		{"write", "", 0, 0},
+		{"write", "", "", 0, 0},
+		{"hang", "gvm-broker", "", syscall.SIGTERM, exitTerminated},
+		{"hang", "gvm-broker", "", syscall.SIGKILL, -1}, // only the janitors are left
+		{"hang", "gvm-janitor", "", syscall.SIGKILL, -1},
+		{"hang", second, "", syscall.SIGKILL, -1},
+		{"hang", "gvm-janitor", "--sandbox=off", syscall.SIGTERM, exitTerminated},
+		{"write", "", "", 0, 0},
 	} {
-		p := startOnTerminal(t, append(guestRun(tt.word), jailed...)...)
+		p := startOnTerminal(t, append(append(guestRun(tt.word), jailed...), strings.Fields(tt.options)...)...)
 		if tt.word == "write" {
 			r := p.wait()
 			if strings.Contains(r.out, "older than Linux 5.11") { // then it is refused, and leaves nothing either
@@ -310,23 +336,32 @@ func TestJailVhost(t *testing.T) {
 		}
 		p.expect("hanging")
 		pid := p.cmd.Process.Pid
-		if list := objects(); len(list) != 2 || !slices.ContainsFunc(list, func(o lio.Object) bool {
-			return o.Owner.PID == pid && o.Owner.Alive && string(o.Image) == data
-		}) {
-			t.Errorf("objects of process %d: %+v", pid, list)
-		}
-		for words, want := range map[string]string{
-			"add " + dir + "/run/new,size=1M,backend=vhost": "start the machine with this one, or add it without backend=vhost",
-			"remove 0":  "in a jail the kernel serves a disk until the machine's end: stop the machine first",
-			"add /none": "--disk /none: the machine was started with backend=vhost disks only",
-		} {
-			if r := gvmRuns(t, jailUser(t, dir, append([]string{"disk"}, strings.Fields(words)...)...)); r.status == 0 ||
-				!strings.Contains(r.errs, want) || strings.Count(r.errs, "\n") != 1 {
-				t.Errorf("disk %s: status %d: %s%s", words, r.status, r.out, r.errs)
+		serves(pid, data)
+		disk("add j /none", "--disk /none: the machine was started with backend=vhost disks only")
+		if tt.options != "" {
+			disk("add j "+added+",size=1M,backend=vhost", "--sandbox=off the kernel serves the disks of the command line alone")
+			disk("remove j 0", "in a jail with --sandbox=off the kernel serves a disk until the machine's end")
+		} else {
+			disk("add j "+added+",size=1M,backend=vhost,serial=new", "added LUN 1, /run/new")
+			serves(pid, data, added)
+			disk("remove j new", "removed LUN 1, /run/new")
+			disk("remove j 0", "removed LUN 0, "+data)
+			if list := objects(); slices.ContainsFunc(list, func(o lio.Object) bool { return o.Image != "" }) {
+				t.Errorf("objects of process %d: %+v", pid, list)
+			}
+			disk("add j /etc/passwd,backend=vhost", "in a jail: put it in "+filepath.Dir(added)+", and add it as /run/NAME")
+			disk("add j "+data+",backend=vhost", "added LUN 0, "+data)
+			disk("add j /run/new,backend=vhost", "added LUN 1, /run/new")
+			serves(pid, data, added)
+			if err := os.Remove(added); err != nil { // which the janitor leaves alone
+				t.Error(err)
 			}
 		}
 		if err := syscall.Kill(childOf(t, pid, tt.killed), syscall.SIGKILL); err != nil {
 			t.Fatal(err)
+		}
+		if tt.killed == second {
+			disk("add j /run/newer,size=1M,backend=vhost", "the janitor that changes the kernel's disks has ended")
 		}
 		p.signal(tt.signal)
 		if tt.signal == syscall.SIGKILL { // the terminal stays as it is
@@ -358,19 +393,20 @@ func jailUser(t *testing.T, dir string, args ...string) *exec.Cmd {
 	return c
 }
 
-// childOf returns the PID of a process's child with a name.
-func childOf(t *testing.T, parent int, name string) int {
+// childOf returns the PID of a process's child whose command line begins with words, separated by
+// zeros.
+func childOf(t *testing.T, parent int, words string) int {
 	t.Helper()
 	files, _ := filepath.Glob("/proc/[0-9]*/status")
 	for _, f := range files {
 		status, _ := os.ReadFile(f)
-		words, _ := os.ReadFile(filepath.Join(filepath.Dir(f), "cmdline"))
+		line, _ := os.ReadFile(filepath.Join(filepath.Dir(f), "cmdline"))
 		if strings.Contains(string(status), fmt.Sprintf("\nPPid:\t%d\n", parent)) &&
-			strings.HasPrefix(string(words), name+"\x00") {
+			strings.HasPrefix(string(line), words) {
 			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(f)))
 			return pid
 		}
 	}
-	t.Fatalf("process %d has no %s", parent, name)
+	t.Fatalf("process %d has no %q", parent, words)
 	return 0
 }

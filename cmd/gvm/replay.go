@@ -122,7 +122,8 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	config := disk.Config{Queues: 1, ABI: abi, Note: note}
 	shut := func() error { return nil }
 	if mode != sandbox.Off && slices.Contains(names, "vhost") { // the broker takes the kernel's targets down
-		b, err := broker.Start(nil, control.DefaultDirectory(), fmt.Sprint("gvm-replay-", os.Getpid()), note)
+		b, err := broker.Start(nil, control.DefaultDirectory(), fmt.Sprint("gvm-replay-", os.Getpid()), note,
+			nil)
 		if err != nil {
 			return err
 		}

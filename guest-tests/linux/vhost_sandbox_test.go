@@ -1,6 +1,8 @@
 package linux
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,15 +16,19 @@ import (
 
 // TestVhostPlugSandbox: in the sandbox the broker has the kernel serve disks that gvm disk adds: of
 // both kinds of backstore, to be read and written, twice. gvm has let go of one that it removed.
-// Nothing is left in LIO, however gvm ends.
+// Nothing is left in LIO, however gvm ends. In a jail the broker has a janitor do it, also for a
+// device of the command line.
 func TestVhostPlugSandbox(t *testing.T) {
-	for _, end := range []string{"in order", "SIGKILL"} {
+	const user = 41234
+	for _, end := range []string{"in order", "SIGKILL", "in order in a jail", "SIGKILL in a jail"} {
 		t.Run(end, func(t *testing.T) {
 			lioUnchanged(t)
-			t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
+			end, inJail := strings.CutSuffix(end, " in a jail")
+			run := t.TempDir()
 			stays, comes := diskFile(t, content("stays", 1<<20)), diskFile(t, make([]byte, 2<<20))
 			device := loopDevice(t, diskFile(t, content("device", 3<<20)))
-			p := start(t, nil, append(guest{kernel: theLab(t).Debian, script: `
+			shown, options := comes, ",backend=vhost"
+			args := guest{kernel: theLab(t).Debian, script: `
 wait_for /dev/sda
 new() { # BLOCKS of it
 	until [ "$(cat /sys/block/sd[b-z]/size 2>/dev/null)" = $1 ]; do sleep 0.1; done
@@ -41,7 +47,21 @@ echo added twice; gone twice
 new 6144
 say device $(sum <$new)
 echo added device
-`}.build(t), "--name=plugged", "--sandbox=on", "--disk", stays+",backend=vhost")...)
+`}.build(t)
+			args = append(args, "--name=plugged", "--sandbox=on", "--disk", stays+",backend=vhost")
+			if inJail {
+				if os.Geteuid() != 0 {
+					t.Skip("a jail needs root")
+				}
+				defer func() { must(t, os.Chown(device, 0, 0)) }()
+				must(t, errors.Join(os.Chmod(args[4], 0o644), os.Chmod(run, 0o755), // the initrd, the jail
+					os.Chown(stays, user, user), os.Chown(device, user, user)))
+				args = append(args, "--jail", run, fmt.Sprint("--uid=", user), fmt.Sprint("--gid=", user),
+					"--disk", device+options+",lock=off")
+				run = filepath.Join(run, "run")
+			}
+			t.Setenv("XDG_RUNTIME_DIR", run)
+			p := start(t, nil, args...)
 			p.waitFor("ready")
 			disk := func(want string, args ...string) {
 				t.Helper()
@@ -51,14 +71,21 @@ echo added device
 					r.fatalf(t, "gvm disk %q", args)
 				}
 			}
+			if inJail {
+				at := filepath.Join(run, "comes") // of a directory that gvm has made
+				must(t, errors.Join(os.Rename(comes, at), os.Chown(at, user, user)))
+				comes, shown = at, "/run/comes"
+				options += ",lock=off" // whose file is not in the jail
+				disk("removed LUN 1, "+device, "remove", "plugged", device)
+			}
 			for _, n := range []string{"once", "twice"} {
-				disk("added LUN 1, "+comes, "add", "plugged", comes+",backend=vhost")
+				disk("added LUN 1, "+shown, "add", "plugged", comes+",backend=vhost")
 				p.waitFor("added " + n)
 				if r := gvm(t, "disk", "add", "plugged", comes+",backend=vhost"); r.status != 2 ||
 					!strings.Contains(r.stderr, "given twice") {
 					r.fatalf(t, "the same image once more")
 				}
-				disk("removed LUN 1, "+comes, "remove", "plugged", comes)
+				disk("removed LUN 1, "+shown, "remove", "plugged", shown)
 				p.waitFor("removed " + n)
 				f, err := block.Open(comes, block.Options{})
 				must(t, err)
@@ -69,26 +96,26 @@ echo added device
 					t.Errorf("the image has %.20q", b)
 				}
 			}
-			disk("added LUN 1, "+device, "add", "plugged", device+",backend=vhost")
+			disk("added LUN 1, "+device, "add", "plugged", device+options)
 			p.waitFor("added device")
 			if end == "SIGKILL" {
 				p.signal(syscall.SIGKILL)
 				p.wait().wantStatus(t, -1)
-				for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-					left, _ := filepath.Glob(lio.DefaultRoot + "/core/*_1???????????????????")
-					if len(left) == 0 {
-						break
-					}
-					if time.Now().After(deadline) {
-						t.Fatalf("the broker has left %v", left)
-					}
-				}
 			} else {
 				r := p.wait()
 				r.wantStatus(t, 0)
 				r.want(t, map[string]string{"kept": "written once", "device": sum(content("device", 3<<20))})
 				if strings.Contains(r.console, "= write failed") {
 					r.fatalf(t, "a disk could not be written")
+				}
+			}
+			for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+				left, _ := filepath.Glob(lio.DefaultRoot + "/core/*_1???????????????????")
+				if len(left) == 0 {
+					break
+				}
+				if time.Now().After(deadline) {
+					t.Fatalf("left in LIO: %v", left)
 				}
 			}
 		})

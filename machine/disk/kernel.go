@@ -27,6 +27,7 @@ type kernelOptions struct {
 
 	targets     Targets
 	provisioned bool // Config.Provisioned
+	fixed       bool // kernelTarget.fixed
 }
 
 // Targets changes the targets that this process has made in the kernel while the machine runs, if
@@ -66,7 +67,7 @@ type kernelTarget struct {
 	target *lio.Target
 	plug   func(lio.Unit) error // Targets.AddTo; nil: the target is not gvm's
 	unplug func(lun int) error  // Targets.RemoveFrom
-	fixed  bool                 // Provision made it, and this process may not change it
+	fixed  bool                 // Provision made it, and this process can neither change it nor have it changed
 	device *vhostscsi.Device
 	parts  []io.Closer // closed in order: the device, which releases the target, and the target
 	specs  []Spec
@@ -355,7 +356,7 @@ func (k kernelOptions) provision(u kernelUnits) (*kernelTarget, error) {
 	if !k.provisioned {
 		end = closer(func() error { return k.targets.TakeDown(t) })
 	}
-	return k.device(&kernelTarget{target: t, plug: plug, unplug: unplug, fixed: k.provisioned,
+	return k.device(&kernelTarget{target: t, plug: plug, unplug: unplug, fixed: k.fixed,
 		parts: []io.Closer{end}, specs: u.specs, units: u.units})
 }
 

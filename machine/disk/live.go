@@ -227,8 +227,9 @@ func (ds *Set) Add(ctx context.Context, d Spec) (control.Change, error) {
 		return control.Change{}, control.Errorf(http.StatusConflict,
 			"--disk %s: the machine was started without backend=vhost disks and has no device for them", d.Name())
 	case d.Backend == Vhost && ds.ownKernels().fixed:
-		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: in a jail the kernel serves the disks of "+
-			"the command line alone: start the machine with this one, or add it without backend=vhost", d.Name())
+		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: in a jail with --sandbox=off the kernel "+
+			"serves the disks of the command line alone: start the machine with this one, or add it without backend=vhost",
+			d.Name())
 	case d.Backend == Vhost && (d.Storage != Image || d.Path == ""):
 		return control.Change{}, control.Errorf(http.StatusConflict,
 			"--disk %s: only images can be added with backend=vhost to a machine that runs", d.Name())
@@ -346,7 +347,7 @@ func (ds *Set) Remove(ctx context.Context, id string) (control.Change, error) {
 	case ds.ended || k == nil:
 	case ds.index(id) < 0 && k.fixed:
 		return control.Change{}, control.Errorf(http.StatusConflict,
-			"%s: in a jail the kernel serves a disk until the machine's end: stop the machine first", id)
+			"%s: in a jail with --sandbox=off the kernel serves a disk until the machine's end: stop the machine first", id)
 	case ds.index(id) < 0:
 		return ds.removeKernels(ctx, k, i)
 	default:

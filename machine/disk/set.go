@@ -21,7 +21,7 @@ type Config struct {
 	Queues       int  // request queues of a device
 	QueuesChosen bool // the user chose Queues, and knows the cost
 	ABI          vhostscsi.ABIPolicy
-	Provisioned  bool        // Provision has made the kernel's target
+	Provisioned  bool        // Provision has made the kernel's target, which Files can change if it has Targets
 	Files        block.Files // opens the images, now and later; nil: block.System. See also Targets
 
 	Machine string                     // its name, for messages
@@ -97,7 +97,7 @@ func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
 		k := kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note,
 			provisioned: c.Provisioned}
 		if k.targets, _ = c.Files.(Targets); k.targets == nil {
-			k.targets = Direct{}
+			k.targets, k.fixed = Direct{}, c.Provisioned
 		}
 		ds, err := openDisks(list, c.Files, k, m)
 		opened <- result{ds, err}

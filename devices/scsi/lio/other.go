@@ -11,8 +11,8 @@ func AddTo(pid int, wwn string, u Unit) (notes []string, err error) {
 }
 
 // Provisioned returns the first target of this process, which Provision made there before the
-// process gave up the rights to LIO. No method of it changes LIO: the target is for Collect in
-// another process, after the end of this one.
+// process gave up the rights to LIO. No method of it changes LIO: another process does, by AddTo
+// and RemoveFrom, and by Collect after the end of this one.
 func Provisioned() (*Target, error) {
 	o, err := newHost("").self()
 	return &Target{WWN: o.wwn(), TPGT: tag, owner: o}, err
@@ -50,6 +50,9 @@ func (h *host) removeFrom(pid int, wwn string, lun int) error {
 	t, err := h.of(pid, wwn)
 	if err != nil {
 		return err
+	}
+	if t.disks[lun] == "" { // before the lock, which a process that asks in vain again and again would take from others
+		return t.noLUN(lun)
 	}
 	return t.Remove(lun)
 }

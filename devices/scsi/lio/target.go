@@ -231,9 +231,13 @@ func (t *Target) Remove(lun int) error {
 	}
 	defer unlock()
 	if t.disks[lun] == "" {
-		return fail(ErrNoLUN, nil, "%s: no LUN %d of this gvm", t.WWN, lun)
+		return t.noLUN(lun)
 	}
 	return t.remove(lun)
+}
+
+func (t *Target) noLUN(lun int) error {
+	return fail(ErrNoLUN, nil, "%s: no LUN %d of this gvm", t.WWN, lun)
 }
 
 func (t *Target) remove(lun int) error {
