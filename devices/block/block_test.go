@@ -455,12 +455,12 @@ func TestBlockDevice(t *testing.T) {
 	for _, direct := range []bool{false, true} {
 		name := map[bool]string{false: "buffered", true: "direct"}[direct]
 		t.Run(name, func(t *testing.T) {
+			control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+			if err != nil {
+				t.Skipf("no loop device can be set up here: %v", err)
+			}
+			control.Close()
 			blocktest.TestBackend(t, func() block.Backend {
-				control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
-				if err != nil {
-					t.Skipf("no loop device can be set up here: %v", err)
-				}
-				control.Close()
 				out, err := exec.Command("losetup", "--find", "--show", image(t, "disk.img", "", 2*mib)).Output()
 				if err != nil {
 					t.Fatalf("losetup: %v", err)
