@@ -145,10 +145,28 @@ func run(t *testing.T, cmd wire.Command, sessions ...*os.File) *command {
 	return r
 }
 
+// own returns a command as this user, with the environment of the agent.
+func own(args ...text.Name) wire.Command {
+	c := wire.Command{Args: args, UID: uint32(os.Getuid()), GID: uint32(os.Getgid())}
+	if groups, err := os.Getgroups(); err == nil && c.UID != 0 { // who cannot set others
+		for _, g := range groups {
+			c.Groups = append(c.Groups, uint32(g))
+		}
+	}
+	return c
+}
+
+// with returns the command after a change.
+func with(c wire.Command, change func(*wire.Command)) wire.Command {
+	change(&c)
+	return c
+}
+
 // sh returns a command of the shell.
 func sh(script string) wire.Command {
-	return wire.Command{Args: []text.Name{"/bin/sh", "-c", text.Name(script)}, Env: []text.Name{"PATH=/usr/bin:/bin"},
-		UID: uint32(os.Getuid()), GID: uint32(os.Getgid())}
+	c := own("/bin/sh", "-c", text.Name(script))
+	c.Env = []text.Name{"PATH=/usr/bin:/bin"}
+	return c
 }
 
 // end returns all output and the end of the command, whose stdin it closes.
@@ -187,7 +205,7 @@ func TestCommands(t *testing.T) {
 		return text.Name(name)
 	}
 	args := func(a ...text.Name) wire.Command {
-		return wire.Command{Args: a, UID: uint32(os.Getuid()), GID: uint32(os.Getgid())}
+		return own(a...)
 	}
 	for _, tt := range []struct {
 		name   string
@@ -200,7 +218,9 @@ func TestCommands(t *testing.T) {
 		{"a status", sh("exit 7"), "", "", wire.Exit{Status: 7}},
 		{"a signal", sh("kill -9 $$"), "", "", wire.Exit{Signal: 9}},
 		{"the end of stdin", sh("cat; echo end"), "end\n", "", wire.Exit{}},
-		{"the environment", wire.Command{Args: []text.Name{"env"}, Env: []text.Name{"PATH=/usr/bin", "X=\xff a\nb"}},
+		{"the environment", with(own("env"), func(c *wire.Command) {
+			c.Env = []text.Name{"PATH=/usr/bin", "X=\xff a\nb"}
+		}),
 			"PATH=/usr/bin\nX=\xff a\nb\n", "", wire.Exit{}},
 		{"arguments", args("/usr/bin/printf", "[%s]", "", "a b", "\xfe", "'\n"), "[][a b][\xfe]['\n]", "", wire.Exit{}},
 		{"a default PATH", args("true"), "", "", wire.Exit{}},
@@ -221,7 +241,7 @@ func TestCommands(t *testing.T) {
 			wire.Exit{Status: 126, Err: "exec format error"}},
 		{"no interpreter", args(script(0o755, "#!/no/such\n")), "", "",
 			wire.Exit{Status: 127, Err: "its interpreter, or the loader of its libraries, is not in the guest"}},
-		{"no directory", wire.Command{Args: []text.Name{"true"}, Dir: "/no/such"}, "", "",
+		{"no directory", with(own("true"), func(c *wire.Command) { c.Dir = "/no/such" }), "", "",
 			wire.Exit{Status: 125, Err: "chdir /no/such: no such file or directory"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -283,7 +303,7 @@ func TestBytes(t *testing.T) {
 
 // TestClosedOutput: a host that takes no more ends the command as a closed pipe does.
 func TestClosedOutput(t *testing.T) {
-	c := run(t, wire.Command{Args: []text.Name{"yes"}})
+	c := run(t, own("yes"))
 	io.ReadFull(c.Stdout, make([]byte, 10000))
 	c.Stdout.Close()
 	if exit, err := c.Wait(); err != nil || exit.Signal != int(unix.SIGPIPE) {

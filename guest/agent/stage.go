@@ -11,6 +11,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -82,9 +83,12 @@ func settle(cmd *wire.Command) error {
 	for i, g := range cmd.Groups {
 		groups[i] = int(g)
 	}
-	// A kernel without CONFIG_MULTIUSER has only user 0, and not these calls.
-	if err := syscall.Setgroups(groups); err != nil && (err != unix.ENOSYS || len(groups) > 0) {
-		return fmt.Errorf("set the groups %v: %w", groups, err)
+	// A kernel without CONFIG_MULTIUSER has only user 0, and not these calls. Only root may set the
+	// groups, also to those that it has.
+	if now, err := syscall.Getgroups(); err != nil || !slices.Equal(now, groups) {
+		if err := syscall.Setgroups(groups); err != nil && (err != unix.ENOSYS || len(groups) > 0) {
+			return fmt.Errorf("set the groups %v: %w", groups, err)
+		}
 	}
 	if err := syscall.Setgid(int(cmd.GID)); err != nil && (err != unix.ENOSYS || cmd.GID != 0) {
 		return fmt.Errorf("set the group %d: %w", cmd.GID, err)
