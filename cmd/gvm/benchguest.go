@@ -18,10 +18,10 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"gvm/devices/block"
 	"gvm/guest/embedded"
-	"gvm/guestmem"
-	"gvm/machine"
 	"gvm/machine/disk"
+	"gvm/sandbox"
 )
 
 func benchGuestCommand() *cli.Command {
@@ -34,7 +34,7 @@ number of requests in flight, and learns of completed ones by polling or by
 interrupt. The same image does the same work under each QEMU of --qemu: on
 the same KVM, with an iothread (from QEMU 10 on by iothread-vq-mapping), with
 io_uring and with threads, and with the host's page cache (writeback) and
-past it (none). They take turns, in every round.
+past it (none). They take turns, in every round. gvm's machine is a gvm run.
 
 Where this host's KVM emulates kernel mode, because there is no hardware
 virtualization, the guest runs in user mode, at the processor's speed. Its
@@ -61,6 +61,7 @@ EXAMPLES
 			&cli.StringFlag{Name: "json", Usage: "write every measurement to `FILE`", TakesFile: true},
 			plotFlag(),
 			pollFlag(),
+			sandboxFlag("guest's first instruction"),
 		},
 		Action: benchAction(parseGuestBench),
 	}
@@ -73,6 +74,7 @@ type guestBench struct {
 	write            bool
 	time, poll       time.Duration
 	rounds           int
+	sandbox          sandbox.Mode
 }
 
 func parseGuestBench(c *cli.Context) (b guestBench, err error) {
@@ -85,6 +87,9 @@ func parseGuestBench(c *cli.Context) (b guestBench, err error) {
 		return b, errors.New("--write: would overwrite the disk of --disk; leave one of them out")
 	}
 	if b.poll, err = parsePoll(c); err != nil {
+		return b, err
+	}
+	if b.sandbox, err = parseSandbox(c); err != nil {
 		return b, err
 	}
 	return b, checkPlot(b.plot)
@@ -149,27 +154,26 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 	if _, err := kernel.Write(embedded.Image); err != nil {
 		return err
 	}
-	words := []string{"bench", fmt.Sprintf("bench-ms=%d", b.time.Milliseconds())}
+	words := fmt.Sprintf("bench bench-ms=%d", b.time.Milliseconds())
 	if b.write {
-		words = append(words, "write")
+		words += " write"
 	}
-	vmms := []contender{{"gvm", nil}}
+	gvm, err := b.gvm(kernel.Name(), path, words)
+	if err != nil {
+		return err
+	}
+	vmms := []contender{{"gvm", gvm}}
 	for _, q := range qemus(ctx, b.qemu) {
 		for _, cache := range []string{"writeback", "none"} {
 			for _, aio := range []string{"io_uring", "threads"} {
 				vmms = append(vmms, contender{q.name + " " + aio + " " + cache,
-					q.withDisk(kernel.Name(), path, strings.Join(words, " "), aio, cache, b.write)})
+					q.withDisk(kernel.Name(), path, words, aio, cache, b.write)})
 			}
 		}
 	}
 	var all []guestSample
 	_, err = inTurns(ctx, b.rounds, vmms, func(round int, v contender) error {
-		var console []byte
-		if v.args == nil {
-			console, err = b.machine(ctx, path, words)
-		} else {
-			console, err = consoleOf(ctx, v.args)
-		}
+		console, err := consoleOf(ctx, v.args)
 		if err != nil {
 			return err
 		}
@@ -201,31 +205,30 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 	return guestTable(w, all)
 }
 
-// machine runs the guest with the disk in this process and returns its console output.
-func (b guestBench) machine(ctx context.Context, path string, words []string) ([]byte, error) {
+// gvm returns the command line of gvm run with the guest and the disk. It is another process, as a
+// sandbox is for one machine.
+func (b guestBench) gvm(kernel, path, words string) ([]string, error) {
 	option := ""
 	if !b.write {
 		option = ",readonly"
 	}
-	d, err := disk.Parse(strings.ReplaceAll(path, ",", ",,") + option)
+	word := strings.ReplaceAll(path, ",", ",,") + option
+	d, err := disk.Parse(word)
 	if err != nil {
 		return nil, usageError{err}
 	}
-	var console bytes.Buffer
-	m, err := machine.Start(ctx, machine.Spec{
-		Name:      "bench",
-		Memory:    guestmem.Config{Size: 512 << 20},
-		GuestArgs: words,
-		Disks:     []disk.Spec{d},
-		Poll:      b.poll,
-		Console:   machine.Output(&console),
-		Note:      note,
-	})
-	if err != nil {
-		return nil, err
+	if d.Storage == disk.Image { // gvm run may print a note before its error
+		f, err := block.Open(path, d.ImageOptions())
+		if err != nil {
+			return nil, disk.ImageError{Err: err}
+		}
+		if err := f.Close(); err != nil {
+			return nil, err
+		}
 	}
-	out, err := m.Wait()
-	return console.Bytes(), errors.Join(ended(out), err)
+	gvm, err := os.Executable()
+	return []string{gvm, "run", "--sandbox=" + b.sandbox.String(), "--memory=512M", "--poll=" + b.poll.String(),
+		"--disk", word, "--kernel", kernel, "--bare-cmdline", "--cmdline", words}, err
 }
 
 // consoleOf runs a program that is a machine and returns its console output. The error has the

@@ -13,8 +13,7 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// contender is a VMM to measure: its name, its program and arguments. Without any it is gvm in this
-// process.
+// contender is a VMM to measure: its name, its program and arguments.
 type contender struct {
 	name string
 	args []string

@@ -66,7 +66,7 @@ var operands = []struct{ commands, name, kind, words string }{
 	{"run", "--poll", "duration", ""},
 	{"run", "--gdb", "list", ""},
 	{"run,test,kunit", "--sandbox", "word", ""},
-	{"bench boot", "--sandbox", "word", ""},
+	{"bench boot,bench guest", "--sandbox", "word", ""},
 	{"replay", "--sandbox", "word", "% whole.tr"},
 	{"run", "--jail", "dir", "--uid 1 --gid 1 %"},
 	{"run", "--uid", "number", "--jail / --gid 1 %"},

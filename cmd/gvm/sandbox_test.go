@@ -298,12 +298,55 @@ func TestSandboxReplayVhost(t *testing.T) {
 	}
 }
 
+// TestSandboxBench: the machine that gvm bench guest measures is in the sandbox, by default too,
+// and a signal to the benchmark ends it.
+func TestSandboxBench(t *testing.T) {
+	t.Parallel()
+	image := filepath.Join(t.TempDir(), "a,b.img")
+	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	bench := []string{"bench", "guest", "--disk", image, "--qemu=none", "--rounds=1"}
+	for mode, want := range map[string]int{"off": 0, "strict": exitHost} {
+		c := command(t, append(bench, "--time=1ms", "--sandbox="+mode)...)
+		c.Env = append(c.Env, refusedEnv+"=seccomp")
+		r := gvmRuns(t, c)
+		if r.status != want || strings.Contains(r.out, " gvm ") != (want == 0) ||
+			strings.Contains(r.errs, "system calls are not confined") != (want != 0) {
+			t.Errorf("%s without seccomp: status %d, %q, %q", mode, r.status, r.out, r.errs)
+		}
+	}
+	p := startGVM(t, "", append(bench, "--time=1m")...)
+	machine, parent := "", fmt.Sprintf("\nPPid:\t%d\n", p.cmd.Process.Pid)
+	run := "\x00run\x00--sandbox=" + sandbox.On.String() + "\x00"
+	p.eventually("had a machine in the sandbox", func() bool {
+		all, _ := filepath.Glob("/proc/[0-9]*")
+		for _, dir := range all {
+			words, _ := os.ReadFile(dir + "/cmdline")
+			status, _ := os.ReadFile(dir + "/status")
+			if strings.Contains(string(words), run) && strings.Contains(string(status), parent) &&
+				strings.Contains(string(status), "\nSeccomp:\t2\n") {
+				machine = dir
+			}
+		}
+		return machine != ""
+	})
+	p.signal(syscall.SIGTERM)
+	if r := p.wait(); r.status != exitTerminated {
+		t.Errorf("status %d: %s", r.status, r.errs)
+	}
+	if _, err := os.Stat(machine); err == nil {
+		t.Error("the machine outlives the benchmark")
+	}
+}
+
 // TestSandboxWords: a value that is none.
 func TestSandboxWords(t *testing.T) {
 	t.Parallel()
 	const want = "--sandbox strikt: want off, on or strict; did you mean strict?"
-	for _, verb := range []string{"run", "kunit", "replay"} {
-		if r := gvmRuns(t, command(t, verb, "--sandbox=strikt")); r.status != exitUsage || !strings.Contains(r.errs, want) {
+	for _, verb := range []string{"run", "kunit", "replay", "bench boot", "bench guest"} {
+		r := gvmRuns(t, command(t, append(strings.Fields(verb), "--sandbox=strikt")...))
+		if r.status != exitUsage || !strings.Contains(r.errs, want) {
 			t.Errorf("%s: status %d: %s", verb, r.status, r.errs)
 		}
 	}
