@@ -170,7 +170,7 @@ func TestCopies(t *testing.T) {
 		t.Errorf("%d bytes, %v", got.Len(), err)
 	}
 	end(h, 0, "")
-	end(open(2, wire.Copy{Path: "none"}), wire.CopyRefused, "none: no such file or directory\n")
+	end(open(2, wire.Copy{Path: "none"}), wire.CopyRefused, "none: no such file or directory; check the path\n")
 
 	var st unix.Stat_t
 	if err := unix.Stat(filepath.Join(dir, "new"), &st); err != nil || st.Uid != own.UID && os.Getuid() == 0 {
