@@ -129,10 +129,10 @@ func TestCrashCoreSignals(t *testing.T) {
 	}{
 		{syscall.SIGTERM, "crash=panic", "1h", exitPanic},
 		{syscall.SIGINT, "crash=triple", "1h", exitCrash},
-		{syscall.SIGTERM, "spin", "10s", exitTimeout},
+		{syscall.SIGTERM, "hang", "10s", exitTimeout},
 	} {
-		r, names := run(tt.word, tt.timeout, tt.signal, 96)
-		for mib := 192; mib <= 768 && strings.Contains(r.errs, "guest's memory are in "); mib *= 2 {
+		r, names := run(tt.word, tt.timeout, tt.signal, 24)
+		for mib := 48; mib <= 768 && strings.Contains(r.errs, "guest's memory are in "); mib *= 2 {
 			t.Log("the signal came after the core")
 			r, names = run(tt.word, tt.timeout, tt.signal, mib)
 		}
