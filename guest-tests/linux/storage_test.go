@@ -34,16 +34,16 @@ func testFio(t *testing.T, protected string) {
 	var args []string
 	job := ""
 	for i, options := range []string{"", ",cache=writethrough", ",block_size=4096", ",pi=1"} {
-		args = append(args, "--disk", diskFile(t, make([]byte, 4<<20))+options) // half of it for each job
+		args = append(args, "--disk", diskFile(t, make([]byte, 2<<20))+options) // half of it for each job
 		for j, rw := range []string{"randwrite", "randtrimwrite"} {
-			job += fmt.Sprintf("[lun%d-%s]\nfilename=$(disk %d)\noffset=%dk\nrandseed=%d\nrw=%s\n", i, rw, i, 2048*j, 7+i, rw)
+			job += fmt.Sprintf("[lun%d-%s]\nfilename=$(disk %d)\noffset=%dk\nrandseed=%d\nrw=%s\n", i, rw, i, 1024*j, 7+i, rw)
 		}
 	}
 	g := guest{kernel: theLab(t).Debian, hostPrograms: []string{hostProgram(t, "fio", "fio")}, script: `
 for d in a b c d e; do wait_for /dev/sd$d; done
 cat >/tmp/job <<-END
 [global]
-size=2m
+size=1m
 bsrange=4k-128k
 blockalign=4k
 direct=1
