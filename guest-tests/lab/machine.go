@@ -75,7 +75,7 @@ func qemuArgs(c *Command, j *job, port, monitor, initrd int) []string {
 		// not with the kernel's defaults: see hugePages.
 		"-append", "console=ttyS0 maxcpus=1 transparent_hugepage=never panic=-1 quiet mitigations=off tsc=reliable "+
 			"no_timer_check nokaslr cryptomgr.notests "+
-			"random.trust_cpu=on apparmor=0 audit=0 rcupdate.rcu_expedited=1 "+agentEnv+"=1")
+			"random.trust_cpu=on apparmor=0 audit=0 rcupdate.rcu_expedited=1 init_on_alloc=0 "+agentEnv+"=1")
 }
 
 // escape doubles commas, which separate QEMU's suboptions.
