@@ -85,7 +85,7 @@ test-unit:
 RELEASE = SameBytes|Size
 
 # The tests with Linux guests that take longest: many guests each, or large ones.
-LONG = ^Test(Bisect|Command|CrashKernel|Escapes|EscapesOfUser|Exec|Faults|INTx|InitrdAbove4GiB|Killed|Mapped|Matrix|MemoryCgroup|Net|NetUser|PowerButton|Reboot|RootWord|Roots|Rungs|SMP|Share|StopsUnderLoad|TestSignals|VhostFilesystems|VhostLives|VhostTools|VhostVsock|VsockBridge)$$
+LONG = ^Test(Bisect|Command|CrashKernel|Escapes|EscapesOfUser|Exec|Faults|INTx|InitrdAbove4GiB|Killed|Mapped|Matrix|MemoryCgroup|Net|NetUser|PowerButton|Reboot|RootWord|Roots|Rungs|SMP|Share|StopsUnderLoad|TestSignals|VhostDeaths|VhostFilesystems|VhostLives|VhostPlug|VhostTools|VhostVsock|VsockBridge)$$
 
 test-lab:
 	@$(MAKE) -k -j1 test-lab-linux test-lab-others
