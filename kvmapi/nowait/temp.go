@@ -12,12 +12,13 @@ import (
 
 // TempDir makes a directory for temporary files, whose name begins with prefix, for the caller to
 // remove. A process that is killed cannot do that: the next TempDir with the same prefix removes
-// the directories of this user's processes that have ended. A process has its directory locked.
+// the directories of this user's processes that have ended. A process has its directory locked. A
+// directory with another name than os.MkdirTemp's, or another mode, is not one of them.
 func TempDir(prefix string) (string, error) {
 	parent := os.TempDir()
 	entries, _ := os.ReadDir(parent) // a parent that cannot be read may be written
 	for _, e := range entries {
-		if e.IsDir() && strings.HasPrefix(e.Name(), prefix) {
+		if name, ok := strings.CutPrefix(e.Name(), prefix); ok && name != "" && strings.Trim(name, "0123456789") == "" {
 			removeUnlocked(filepath.Join(parent, e.Name()))
 		}
 	}
@@ -39,7 +40,7 @@ func TempDir(prefix string) (string, error) {
 	}
 }
 
-// removeUnlocked removes a directory of this user's that no process has locked.
+// removeUnlocked removes a directory of this user's alone that no process has locked.
 func removeUnlocked(dir string) {
 	fd, err := lockDir(dir, unix.LOCK_NB)
 	if err != nil {
@@ -47,7 +48,7 @@ func removeUnlocked(dir string) {
 	}
 	defer unix.Close(fd)
 	var st unix.Stat_t
-	if unix.Fstat(fd, &st) == nil && int(st.Uid) == os.Geteuid() {
+	if unix.Fstat(fd, &st) == nil && int(st.Uid) == os.Geteuid() && st.Mode&0o777 == 0o700 {
 		_ = os.RemoveAll(dir) // what stays is tried again
 	}
 }

@@ -1,6 +1,7 @@
 package nowait_test
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,14 +16,14 @@ import (
 func TestTempDir(t *testing.T) {
 	parent := t.TempDir()
 	t.Setenv("TMPDIR", parent)
-	for _, dir := range []string{"name-left/in", "name-used", "name", "other-left"} {
+	for _, dir := range []string{"name-1/in", "name-2", "name-mine", "name-3", "other-4"} {
 		if err := os.MkdirAll(filepath.Join(parent, dir), 0o700); err != nil {
 			t.Fatal(err)
 		}
 	}
-	used, err := os.Open(filepath.Join(parent, "name-used"))
+	used, err := os.Open(filepath.Join(parent, "name-2"))
 	if err == nil {
-		err = unix.Flock(int(used.Fd()), unix.LOCK_EX)
+		err = errors.Join(unix.Flock(int(used.Fd()), unix.LOCK_EX), os.Chmod(filepath.Join(parent, "name-3"), 0o755))
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -39,7 +40,7 @@ func TestTempDir(t *testing.T) {
 		return names
 	}
 	var want []string
-	for _, name := range []string{"name", "name-used", "other-left"} {
+	for _, name := range []string{"name-2", "name-3", "name-mine", "other-4"} {
 		want = append(want, filepath.Join(parent, name))
 	}
 	first, err := nowait.TempDir("name-")

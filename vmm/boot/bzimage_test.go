@@ -306,19 +306,6 @@ func TestTruncated(t *testing.T) {
 // never is the end of a context that does not end.
 func never() error { return nil }
 
-// endingFile is a file whose context ends at the second look at it.
-type endingFile struct {
-	io.ReaderAt
-	looks int
-}
-
-func (f *endingFile) ended() error {
-	if f.looks++; f.looks > 1 {
-		return &stoppedError{io.ErrClosedPipe}
-	}
-	return nil
-}
-
 // TestDecompressEnds: the end of the context ends the decompression of a stream, and no mode of the
 // boot goes on after that.
 func TestDecompressEnds(t *testing.T) {
@@ -326,15 +313,20 @@ func TestDecompressEnds(t *testing.T) {
 	for _, name := range []string{"gzip", "xz", "lzma", "bzip2"} {
 		bz := makeBzImage(all[name], nil)
 		for _, mode := range []Mode{Auto, ELF} {
-			f := &endingFile{ReaderAt: bytes.NewReader(bz)}
-			im, err := NewImage(&File{"kernel", f, int64(len(bz))})
+			looks := 0
+			im, err := NewImage(&File{"kernel", bytes.NewReader(bz), int64(len(bz)), func() error {
+				if looks++; looks > 1 {
+					return &stoppedError{io.ErrClosedPipe}
+				}
+				return nil
+			}})
 			if err != nil {
 				t.Fatal(err)
 			}
 			note := func(s string) { t.Errorf("%s: %s", name, s) }
 			if _, err = Load(guestmem.Heap(0, 16<<20), Config{Kernel: im, Mode: mode, Note: note}); err == nil ||
-				!errors.Is(err, io.ErrClosedPipe) || f.looks != 2 {
-				t.Errorf("%s: %v after %d looks at the context", name, err, f.looks)
+				!errors.Is(err, io.ErrClosedPipe) || looks != 2 {
+				t.Errorf("%s: %v after %d looks at the context", name, err, looks)
 			}
 		}
 	}
@@ -468,7 +460,7 @@ func TestLargePayload(t *testing.T) {
 		binary.LittleEndian.PutUint32(h[hdrSysSize:], (4<<30-1024)/16)
 	})
 	h := &holes{b: bz}
-	im, err := NewImage(&File{"sparse", h, 4 << 30})
+	im, err := NewImage(&File{Name: "sparse", ReaderAt: h, Size: 4 << 30})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -483,7 +475,7 @@ func TestLargePayload(t *testing.T) {
 func TestInitrdSizes(t *testing.T) {
 	var list []*File
 	for range 4 {
-		list = append(list, &File{"huge", &holes{}, 1 << 62})
+		list = append(list, &File{Name: "huge", ReaderAt: &holes{}, Size: 1 << 62})
 	}
 	_, err := Load(sparse(t), Config{Kernel: image(t, kernelELF()), Initrds: list})
 	var ie *ImageError

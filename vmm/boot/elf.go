@@ -224,7 +224,8 @@ func (ld *loader) startELF(k *elfKernel, h *setupHeader) (Entry, error) {
 		if err != nil {
 			return Entry{}, err
 		}
-		if err := (&File{ld.cfg.Kernel.Name, k.r, int64(p.Off + p.Filesz)}).ReadFull(b[:p.Filesz], int64(p.Off)); err != nil {
+		f := File{Name: ld.cfg.Kernel.Name, ReaderAt: k.r, Size: int64(p.Off + p.Filesz)}
+		if err := f.ReadFull(b[:p.Filesz], int64(p.Off)); err != nil {
 			return Entry{}, err
 		}
 		if ld.cfg.Dirty {

@@ -31,6 +31,8 @@ type File struct {
 	Name string // for messages
 	io.ReaderAt
 	Size int64 // bytes
+
+	look func() error // its error ends work on the file; nil: nothing does
 }
 
 // maxStream bounds the data read from a pipe or device.
@@ -52,8 +54,9 @@ func OpenFile(ctx context.Context, path string) (*File, error) {
 		f.Close()
 		return nil, openError(path, err)
 	}
+	look := until(ctx, path)
 	if st.Mode().IsRegular() && st.Size() > 0 {
-		return &File{path, &input{ctx, path, f}, st.Size()}, nil
+		return &File{path, &input{f, look}, st.Size(), look}, nil
 	}
 	defer f.Close()
 	all, size, err := drain(ctx, path, f)
@@ -70,7 +73,7 @@ func OpenFile(ctx context.Context, path string) (*File, error) {
 		all.Close()
 		return nil, err
 	}
-	return &File{path, &input{ctx, path, all}, size}, nil
+	return &File{path, &input{all, look}, size, look}, nil
 }
 
 // drain reads a file into memory of just its size, until it exceeds maxStream.
@@ -97,16 +100,15 @@ func drain(ctx context.Context, path string, f *os.File) (all *os.File, size int
 	return all, size, nil
 }
 
-// input is a file whose reads end with a context.
+// input is a file whose reads end with the error of look.
 type input struct {
-	ctx  context.Context
-	path string
 	*os.File
+	look func() error
 }
 
 func (in *input) ReadAt(b []byte, off int64) (n int, err error) {
 	for err == nil && n < len(b) {
-		if err := in.ended(); err != nil {
+		if err := in.look(); err != nil {
 			return n, err
 		}
 		var m int
@@ -116,33 +118,27 @@ func (in *input) ReadAt(b []byte, off int64) (n int, err error) {
 	return n, err
 }
 
-func (in *input) ended() error {
-	if in.ctx.Err() != nil {
-		return stopped(in.ctx, in.path)
-	}
-	return nil
-}
-
-// memory is a file in memory, work on which ends with a context.
-type memory struct {
-	ctx  context.Context
-	path string
-	*bytes.Reader
-}
-
-func (m *memory) ended() error { return (&input{ctx: m.ctx, path: m.path}).ended() }
-
 // InMemory returns a file with the contents b. Work on it ends with ctx.
 func InMemory(ctx context.Context, name string, b []byte) *File {
-	return &File{name, &memory{ctx, name, bytes.NewReader(b)}, int64(len(b))}
+	return &File{name, bytes.NewReader(b), int64(len(b)), until(ctx, name)}
 }
 
-// ended returns an error once the file's context has ended.
+// ended returns an error once work on the file has to end.
 func (f *File) ended() error {
-	if r, ok := f.ReaderAt.(interface{ ended() error }); ok {
-		return r.ended()
+	if f.look == nil {
+		return nil
 	}
-	return nil
+	return f.look()
+}
+
+// until returns a File.look for a file whose work ends with ctx.
+func until(ctx context.Context, path string) func() error {
+	return func() error {
+		if ctx.Err() != nil {
+			return stopped(ctx, path)
+		}
+		return nil
+	}
 }
 
 // stopped returns the error for a context that ended while a file was read.
@@ -246,11 +242,8 @@ func NewImage(f *File) (*Image, error) {
 	default:
 		err = foreign(f.Name, head)
 	}
-	if in, ok := f.ReaderAt.(*input); ok && err != nil && in.ctx.Err() != nil {
-		return nil, stopped(in.ctx, in.path)
-	}
 	if err != nil {
-		return nil, err
+		return nil, cmp.Or(f.ended(), err)
 	}
 	return im, nil
 }

@@ -82,7 +82,7 @@ func TestLargeInitrd(t *testing.T) {
 			}
 			defer mem.Close()
 			c.cfg.Kernel = image(t, c.kernel)
-			c.cfg.Initrds = []*File{{"big.img", hollow{c.size}, c.size}}
+			c.cfg.Initrds = []*File{{Name: "big.img", ReaderAt: hollow{c.size}, Size: c.size}}
 			e, err := Load(mem, c.cfg)
 			if c.err != "" {
 				var ie *ImageError

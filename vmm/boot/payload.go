@@ -101,7 +101,7 @@ func (im *Image) extract(cache string) (*vmlinux, error) {
 	path := ""
 	if cache != "" {
 		var err error
-		payload := &File{im.Name, io.NewSectionReader(im.File, base+off, size), size}
+		payload := &File{Name: im.Name, ReaderAt: io.NewSectionReader(im.File, base+off, size), Size: size}
 		if path, err = CachePath(cache, payload, cacheSuffix); err != nil {
 			return nil, err
 		}
@@ -225,7 +225,7 @@ func (im *Image) Segments(cache string, look func([]byte) bool) error {
 				maxVmlinux>>20), wantWhole}
 		}
 		b := make([]byte, p.Filesz)
-		if err := (&File{im.Name, k.r, int64(p.Off + p.Filesz)}).ReadFull(b, int64(p.Off)); err != nil {
+		if err := (&File{Name: im.Name, ReaderAt: k.r, Size: int64(p.Off + p.Filesz)}).ReadFull(b, int64(p.Off)); err != nil {
 			return err
 		}
 		if !look(b) {

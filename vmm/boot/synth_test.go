@@ -73,7 +73,9 @@ func kernelELF() []byte {
 }
 
 // file makes a File of bytes.
-func file(name string, b []byte) *File { return &File{name, bytes.NewReader(b), int64(len(b))} }
+func file(name string, b []byte) *File {
+	return &File{Name: name, ReaderAt: bytes.NewReader(b), Size: int64(len(b))}
+}
 
 func image(t testing.TB, b []byte) *Image {
 	t.Helper()
