@@ -61,14 +61,13 @@ func init() {
 
 func agentMain() {
 	a := new(agent)
-	if err := a.run(); err != nil {
-		if a.port == nil {
-			// Only the console is left, and an end that the host detects.
-			fmt.Fprintln(os.Stderr, "lab agent:", err)
-			unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
-		}
-		a.out.send(frameFail, []byte(err.Error()))
+	err := a.run()
+	if a.port == nil {
+		// Only the console is left, and an end that the host detects.
+		fmt.Fprintln(os.Stderr, "lab agent:", err)
+		unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
 	}
+	a.out.send(frameFail, []byte(err.Error()))
 	// The host ends QEMU as soon as it has the frame. Process 1 must not return before: the
 	// kernel would panic.
 	select {}
@@ -83,6 +82,7 @@ type agent struct {
 	next  chan []string // arguments of the next command
 }
 
+// run does the commands of the host, and returns the error that ends that.
 func (a *agent) run() error {
 	for _, m := range []mountPoint{
 		{"proc", "/proc", "proc", 0, ""},
