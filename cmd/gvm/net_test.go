@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"net"
 	"strings"
@@ -68,7 +69,7 @@ func TestParsePublish(t *testing.T) {
 		got := fmt.Sprint(p.addr, p.guest, p.udp)
 		if err != nil {
 			got = ""
-			if fault := err.Error(); !strings.HasPrefix(fault, "--publish "+word+": want ") {
+			if fault := err.Error(); !strings.HasPrefix(fault, "--publish "+cmp.Or(word, `""`)+": want ") {
 				t.Error(err)
 			}
 		}

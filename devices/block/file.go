@@ -46,6 +46,8 @@ type Options struct {
 	// Lend leaves a block device unclaimed, because the kernel's SCSI target claims it. That
 	// it can be claimed is checked.
 	Lend bool
+	// Lent says that the kernel's SCSI target has the device already, and has claimed it.
+	Lent bool
 	// Raw takes the image as raw bytes without looking for another format.
 	Raw bool
 	// Overlay takes the file of an overlay, which is Raw. One that exists has Size already, or is
@@ -252,7 +254,7 @@ func openFile(path string, o Options) (f *os.File, made bool, err error) {
 	case errors.Is(err, fs.ErrNotExist) && !o.ReadOnly && !isDeviceName(path):
 		return nil, false, fmt.Errorf("%s: %w; check the path, or give a size to create it", path, fs.ErrNotExist)
 	case err != nil:
-	case !o.ReadOnly && nowait.KindOf(fi.Mode()) == nowait.BlockDevice:
+	case !o.ReadOnly && !o.Lent && nowait.KindOf(fi.Mode()) == nowait.BlockDevice:
 		t := thingOf(fi)
 		f, err = openDevice(path, flags, o.Lend)
 		switch {

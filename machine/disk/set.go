@@ -39,6 +39,8 @@ type Set struct {
 	mishaps *mishaps
 	given   []rootDisk // in the order of --disk
 
+	provisioned bool // Config.Provisioned; not of a disk that is added
+
 	live // the state that changes while the machine runs
 }
 
@@ -147,6 +149,7 @@ func openAll(list []Spec, files block.Files, k kernelOptions, m *mishaps) (_ *Se
 	if err := assignLUNs(list); err != nil {
 		return nil, err
 	}
+	ds.provisioned = k.provisioned
 	var provision kernelUnits
 	for _, d := range list {
 		m.opening.Store(d.Name())
@@ -230,6 +233,7 @@ func (ds *Set) openImage(d Spec) (block.Backend, error) {
 	}
 	options := d.ImageOptions()
 	options.Note, options.Files = ds.mishaps.note, ds.files
+	options.Lent = options.Lend && ds.provisioned
 	f, err := block.Open(d.Path, options)
 	if err != nil {
 		return nil, ImageError{err}
