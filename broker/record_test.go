@@ -126,10 +126,13 @@ func TestRecordGivenUp(t *testing.T) {
 			t.Fatal(err)
 		}
 		if named {
-			s.broker.record.mu.Lock()
-			f, err := s.broker.record.open(coreName, unix.O_CREAT|unix.O_EXCL, 0o600)
-			s.broker.record.core, s.broker.record.named = f, true
-			s.broker.record.mu.Unlock()
+			s.broker.mu.Lock()
+			made := s.broker.record
+			s.broker.mu.Unlock()
+			made.mu.Lock()
+			f, err := made.open(coreName, unix.O_CREAT|unix.O_EXCL, 0o600)
+			made.core, made.named = f, true
+			made.mu.Unlock()
 			if err != nil {
 				t.Fatal(err)
 			}
