@@ -30,10 +30,9 @@ func TestVhostPlugSandbox(t *testing.T) {
 			device := loopDevice(t, diskFile(t, content("device", 3<<20)))
 			shown, options := comes, ",backend=vhost"
 			args := guest{kernel: theLab(t).Debian, script: `
-wait_for /dev/sda
-new() { # BLOCKS of it
-	until [ "$(cat /sys/block/sd[b-z]/size 2>/dev/null)" = $1 ]; do sleep 0.1; done
-	new=$(echo /sys/block/sd[b-z]); new=/dev/${new##*/}
+until d=$(disk 0); [ -b "$d" ]; do sleep 0.1; done
+new() { # BLOCKS of LUN 1
+	until new=$(disk 1); [ "$(cat "/sys/block/${new##*/}/size" 2>/dev/null)" = $1 ]; do sleep 0.1; done
 	wait_for $new
 }
 gone() { while [ -e $new ]; do sleep 0.1; done; echo removed $1; }
