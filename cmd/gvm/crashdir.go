@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -51,14 +50,13 @@ type crashRecord struct {
 	path  string              // of the directory; this and texts are set when open has returned nil
 	texts map[string]*os.File // by their names
 	begun bool                // open was called, so that the end gets a record
-	steps atomic.Int64        // of the storage and the broker
-	late  bool                // they have stopped
+	spent time.Duration       // of recordPatience
 }
 
 // Bounds of a record.
 const (
 	recordConsole  = 1 << 20
-	recordPatience = 800 * time.Millisecond // storage that hangs delays the end by that
+	recordPatience = 800 * time.Millisecond // storage that hangs delays the end by that at most
 )
 
 // recordedEnds are the exit statuses of ends that get a record.
@@ -226,19 +224,17 @@ func (r *crashRecord) prepare(err error, w *watch) {
 // errRecordLate is the error of storage that does not answer.
 var errRecordLate = errors.New("the storage does not answer; gvm ends without a whole record")
 
-// await waits for a part of the record, until the storage, or the broker, has done nothing for
-// recordPatience, once.
+// await waits for a part of the record. All of them together have recordPatience: storage that does
+// each of them slowly delays the end no longer than storage that hangs.
 func (r *crashRecord) await(done <-chan error) error {
-	for steps := r.steps.Load(); !r.late; {
-		select {
-		case err := <-done:
-			return err
-		case <-time.After(recordPatience):
-		}
-		now := r.steps.Load()
-		r.late, steps = now == steps, now
+	begin := inspect.Clock()
+	defer func() { r.spent += inspect.Clock() - begin }()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(recordPatience - r.spent):
+		return errRecordLate
 	}
-	return errRecordLate
 }
 
 // finish takes the error of a run, and writes a record if that is an end which gets one.
@@ -296,12 +292,10 @@ func (r *crashRecord) openTexts() error {
 	if err != nil {
 		return err
 	}
-	r.steps.Add(1)
 	files, err := r.files.Create(names...)
 	if err != nil {
 		return err
 	}
-	r.steps.Add(1)
 	r.path, r.texts = path, map[string]*os.File{}
 	for i, name := range names {
 		r.texts[name] = files[i]
@@ -329,7 +323,6 @@ func (r *crashRecord) write(end string, core bool) error {
 		if f := r.texts[name]; f != nil {
 			_, writeErr := f.Write(b)
 			err = errors.Join(err, writeErr, f.Close())
-			r.steps.Add(1)
 		}
 	}
 	switch {

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"gvm/devices/virtio"
@@ -167,6 +168,25 @@ func TestCrashLog(t *testing.T) {
 			t.Fatalf("line %d: %v after %v", i+1, e.time, lines[i].time)
 		}
 	}
+}
+
+// TestCrashRecordLate: all parts of a record together have recordPatience, so storage that does each
+// of them slowly delays the end no longer than storage that hangs.
+func TestCrashRecordLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, begin := &crashRecord{}, time.Now()
+		var last error
+		for range 10 {
+			done := make(chan error, 1)
+			time.AfterFunc(recordPatience/4-1, func() { done <- nil })
+			if last = r.await(done); last != nil {
+				break
+			}
+		}
+		if got := time.Since(begin); last != errRecordLate || got != recordPatience {
+			t.Errorf("%v after %v, want %v after %v", last, got, errRecordLate, recordPatience)
+		}
+	})
 }
 
 // TestCrashRecordNames: records of one second have names of their own, and the console's end is
