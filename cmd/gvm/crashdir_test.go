@@ -170,8 +170,8 @@ func TestCrashLog(t *testing.T) {
 	}
 }
 
-// TestCrashRecordLate: all parts of a record together have recordPatience, so storage that does each
-// of them slowly delays the end no longer than storage that hangs.
+// TestCrashRecordLate: all parts of a record together have recordPatience, so storage that does
+// each of them slowly delays the end no longer than storage that hangs.
 func TestCrashRecordLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, begin := &crashRecord{}, time.Now()

@@ -212,9 +212,8 @@ func connected(c net.Conn) bool {
 	}
 	gone := false
 	err = raw.Control(func(fd uintptr) {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
-		n, err := unix.Poll(fds, 0)
-		gone = err == nil && n > 0
+		events, err := nowait.Events(int(fd), unix.POLLRDHUP)
+		gone = err == nil && events != 0
 	})
 	return err == nil && !gone
 }

@@ -260,6 +260,20 @@ func (p *proc) setTermios(s unix.Termios) {
 // lines converts terminal or serial output to the line ends of a file.
 func lines(s string) string { return strings.ReplaceAll(s, "\r\n", "\n") }
 
+// await waits until a descriptor has something to read, and returns its events; 0: it has none for
+// too long.
+func await(t *testing.T, fd int) int16 {
+	t.Helper()
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for {
+		if _, err := unix.Poll(fds, int(tooLong.Milliseconds())); err == nil {
+			return fds[0].Revents
+		} else if err != unix.EINTR {
+			t.Fatal(err)
+		}
+	}
+}
+
 // stuckOutput gives a command a standard output that nothing empties, starts it, and sends it a
 // signal when that has something.
 func stuckOutput(t *testing.T, cmd *exec.Cmd, s syscall.Signal) {
@@ -278,10 +292,9 @@ func stuckOutput(t *testing.T, cmd *exec.Cmd, s syscall.Signal) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fds := []unix.PollFd{{Fd: int32(r.Fd()), Events: unix.POLLIN}}
-	if n, err := unix.Poll(fds, int(tooLong.Milliseconds())); n != 1 || fds[0].Revents != unix.POLLIN {
+	if events := await(t, int(r.Fd())); events != unix.POLLIN {
 		_ = cmd.Process.Kill()
-		t.Fatalf("no output: %#x, %v", fds[0].Revents, err)
+		t.Fatalf("no output: events %#x", events)
 	}
 	if err := cmd.Process.Signal(s); err != nil {
 		t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/control"
+	"gvm/kvmapi/nowait"
 	"gvm/text"
 )
 
@@ -96,7 +97,6 @@ func stopMachine(ctx context.Context, client *control.Client, grace time.Duratio
 
 // processEnded reports whether the process of a pidfd has ended.
 func processEnded(pidfd *os.File) bool {
-	fds := []unix.PollFd{{Fd: int32(pidfd.Fd()), Events: unix.POLLIN}}
-	n, err := unix.Poll(fds, 0)
-	return n > 0 && err == nil
+	events, err := nowait.Events(int(pidfd.Fd()), unix.POLLIN)
+	return err == nil && events != 0
 }

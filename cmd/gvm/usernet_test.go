@@ -36,9 +36,7 @@ func frame(t *testing.T, n *userNet) (int, error) {
 	if _, err := unix.Write(n.device, m); err != nil {
 		return 0, err
 	}
-	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(n.device), Events: unix.POLLIN}}, -1); err != nil {
-		return 0, err
-	}
+	await(t, n.device)
 	return unix.Read(n.device, m)
 }
 
@@ -137,9 +135,8 @@ func TestUserNetOrphan(t *testing.T) {
 	}
 	defer unix.Close(fd)
 	_ = errors.Join(c.Process.Kill(), c.Wait())
-	ended := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	if n, err := unix.Poll(ended, int(tooLong.Milliseconds())); n != 1 || err != nil {
-		t.Errorf("gvm-net %d runs on: %d, %v", pid, n, err)
+	if await(t, fd) == 0 {
+		t.Errorf("gvm-net %d runs on", pid)
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}
 	var status unix.WaitStatus

@@ -13,6 +13,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // FD is one eventfd with a 64-bit counter. All methods may be called from several goroutines. Close
@@ -69,14 +71,8 @@ func (f *FD) Wait() (uint64, error) {
 // Pending reports whether the counter is not zero, and does not change it. The pending bit of a
 // masked MSI-X vector reads it.
 func (f *FD) Pending() bool {
-	p := []unix.PollFd{{Fd: int32(f.fd), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(p, 0)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		return err == nil && n == 1 && p[0].Revents&unix.POLLIN != 0
-	}
+	events, err := nowait.Events(f.fd, unix.POLLIN)
+	return err == nil && events&unix.POLLIN != 0
 }
 
 // Drain resets the counter without blocking, and reports whether it was not zero.

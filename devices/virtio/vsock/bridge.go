@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 )
 
@@ -517,8 +518,7 @@ func waitGone(u *net.UnixConn) {
 		return
 	}
 	_ = raw.Read(func(fd uintptr) bool {
-		fds := []unix.PollFd{{Fd: int32(fd)}}
-		_, err := unix.Poll(fds, 0)
-		return err == nil && fds[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0
+		events, err := nowait.Events(int(fd), 0)
+		return err == nil && events&(unix.POLLHUP|unix.POLLERR) != 0
 	})
 }
