@@ -462,6 +462,26 @@ func TestOutputs(t *testing.T) {
 	}
 }
 
+// waiting starts a process in a jail, which ends by a signal, and waits until it is there.
+func waiting(t *testing.T, dir string) (*exec.Cmd, fmt.Stringer) {
+	t.Helper()
+	cmd, out := start(t, "wait", Config{Dir: dir})
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	cmd.Stdout = w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	if _, err := r.Read(make([]byte, 8)); err != nil {
+		t.Fatal(err, out)
+	}
+	return cmd, out
+}
+
 // TestEnds: after every end of the program its jail is free and empty, and until then there is no
 // second one in it, also if the janitor was killed. The next program removes the rest then.
 func TestEnds(t *testing.T) {
@@ -471,20 +491,7 @@ func TestEnds(t *testing.T) {
 	}{{syscall.SIGTERM, false}, {syscall.SIGKILL, false}, {syscall.SIGKILL, true}, {syscall.SIGTERM, true}} {
 		s := tt.signal
 		dir := jailDir(t)
-		cmd, out := start(t, "wait", Config{Dir: dir})
-		r, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer r.Close()
-		cmd.Stdout = w
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		w.Close()
-		if _, err := r.Read(make([]byte, 8)); err != nil {
-			t.Fatal(err, out)
-		}
+		cmd, out := waiting(t, dir)
 		if root, err := os.Readlink(fmt.Sprintf("/proc/%d/root", cmd.Process.Pid)); err != nil || root != "/" {
 			t.Errorf("root %s, %v", root, err) // of its own namespace
 		}
@@ -522,20 +529,7 @@ func TestEnds(t *testing.T) {
 func TestEndsFull(t *testing.T) {
 	for full, most := range map[string]int{"": 3 * mostFiles, "gvm": 3 * mostFiles, "gvm/name": 20 * mostFiles} {
 		dir := jailDir(t)
-		cmd, out := start(t, "wait", Config{Dir: dir})
-		r, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer r.Close()
-		cmd.Stdout = w
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		w.Close()
-		if _, err := r.Read(make([]byte, 8)); err != nil {
-			t.Fatal(err, out)
-		}
+		cmd, _ := waiting(t, dir)
 		run := filepath.Join(dir, runDir, full)
 		for i := range most {
 			if err := unix.Mknod(filepath.Join(run, strconv.Itoa(i)), unix.S_IFSOCK|0o600, 0); err != nil {

@@ -8,21 +8,22 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"gvm/devices/virtio/virtiotest"
 	"gvm/devices/virtio/virtqtest"
 )
 
 // flow is a connection as the driver sees it.
 type flow struct {
 	live   bool
-	tx, rx counting // from the guest, and to it
-	got    uint64   // bytes to the guest
-	limit  uint64   // how many of those the guest has said it has space for, at most
+	tx, rx virtiotest.Counting // from the guest, and to it
+	got    uint64              // bytes to the guest
+	limit  uint64              // how many of those the guest has said it has space for, at most
 }
 
 // user is the program's side of a connection.
 type user struct {
 	*Conn
-	in, out counting
+	in, out virtiotest.Counting
 	writing atomic.Bool
 }
 
@@ -160,7 +161,7 @@ func (f *fuzzer) packet(op []byte, n int) {
 	var data []byte
 	switch {
 	case h.op == opRW && ours:
-		data = f.flow(k).tx.fill(make([]byte, n))
+		data = f.flow(k).tx.Fill(make([]byte, n))
 	case h.op == opRequest && ours:
 		f.dev.mu.Lock()
 		if f.dev.conns[k] == nil {
@@ -227,7 +228,7 @@ func (f *fuzzer) write(u *user, n int) {
 	if u.writing.Swap(true) {
 		return
 	}
-	data := u.out.fill(make([]byte, n))
+	data := u.out.Fill(make([]byte, n))
 	f.programs.Go(func() {
 		u.Write(data)
 		u.writing.Store(false)
@@ -253,7 +254,7 @@ func (f *fuzzer) read(u *user, n int) {
 	if err != nil || n != min(there, len(b)) {
 		f.t.Fatalf("read %d of %d bytes: %v", n, there, err)
 	}
-	if err := u.in.check(b[:n]); err != nil {
+	if err := u.in.Check(b[:n]); err != nil {
 		f.t.Fatalf("from the guest: %v", err)
 	}
 }
@@ -279,7 +280,7 @@ func (f *fuzzer) check() {
 			if fl.got += uint64(len(data)); !fl.live || len(data) == 0 || fl.got > fl.limit {
 				f.t.Fatalf("%d bytes: %+v", len(data), fl)
 			}
-			if err := fl.rx.check(data); err != nil {
+			if err := fl.rx.Check(data); err != nil {
 				f.t.Fatalf("to the guest: %v", err)
 			}
 		}
