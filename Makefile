@@ -9,9 +9,7 @@ GOTEST = $(GO) run ./guest-tests/cmd/gotest -vet=off
 # Flags of tests that need no names for a debugger: they link faster.
 BARE = -ldflags='-s -w'
 
-# The packages whose tests start the lab, which wants the machine for itself; and
-# the others. Two guests at a time in one lab are what loses guests: -parallel 1. Package lab starts a
-# second lab where the machine has room for it.
+# The packages whose tests always start the lab, and the others.
 LAB = ./guest-tests/lab ./guest-tests/linux ./devices/scsi/lio ./devices/virtio/vhostring ./devices/virtio/vhostscsi
 UNIT = $(KVM:./%=gvm/%) $(filter-out $(KVM:./%=gvm/%),$(shell $(GO) list ./... | grep -v $(LAB:.%=-e gvm%$$)))
 
@@ -55,7 +53,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-unit test-lab test-lab-linux test-lab-others long long-guests long-rings long-package test-all lint race racelab fuzz soak conformance vhost kernel debuggers distribution kubernetes streams model blktests xfstests bench guest clean
+.PHONY: build run demo test test-unit test-lab long long-machines long-guests long-rings long-package test-all lint race racelab fuzz soak conformance vhost kernel debuggers distribution kubernetes streams model blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
 .PHONY: release vulncheck fuzz-long fuzz-table
 
@@ -78,32 +76,43 @@ test: ## the tests of every day; those that need a real KVM run in the lab where
 	@$(MAKE) -k -j1 test-unit test-lab
 
 test-unit:
-	$(GOTEST) $(BARE) -timeout 20m -skip '^Test($(RELEASE))$$' $(UNIT)
+	$(GOTEST) $(BARE) -timeout 20m -skip '^Test(DebianPackage|$(RELEASE)|$(SLOW))$$|$(KINDS)' $(KVM) $(ONELAB) $(UNIT)
 	cd guest-tests/kubernetes && $(GO) test ./manifest
 
 # The tests that compile gvm and the library with the flags of a release.
 RELEASE = SameBytes|Size
 
+# Tests of KVM and of the lab that take longest without /dev/kvm.
+SLOW = APICIDs|Bench(Boot|Footprint|Guest)|CrashCore|CrashCoreSignals|DiskCommandsSandbox|EndOfSanitize|EverySignal|Guest|Halted|JailUserNet|JailVhost|KilledInJournal|MainInLab|RunKVM|RunWedged|TestEnds
+
+# The conformance suite on other kinds of disk.
+KINDS = ^TestTarget$$/^(4096|thick|readonly)$$
+
+# The packages of LAB that mostly have one lab at a time, which keeps one processor busy: they run
+# beside cmd/gvm, whose labs wait now and then.
+ONELAB = ./guest-tests/lab ./devices/scsi/lio ./devices/virtio/vhostscsi
+
 # The tests with Linux guests that take longest: many guests each, or large ones.
-LONG = ^Test(Bisect|Command|CrashKernel|Escapes|EscapesOfUser|Exec|Faults|INTx|InitrdAbove4GiB|Killed|Mapped|Matrix|MemoryCgroup|Net|NetUser|PowerButton|Reboot|RootWord|Roots|Rungs|SMP|Share|StopsUnderLoad|TestSignals|VhostDeaths|VhostFilesystems|VhostLives|VhostPlug|VhostTools|VhostVsock|VsockBridge)$$
+LONG = ^Test(Bisect|Command|CrashKernel|Escapes|EscapesOfUser|Exec|Faults|HighAPICIDs|INTx|InitrdAbove4GiB|Killed|Mapped|Matrix|MemoryCgroup|Net|NetUser|PowerButton|Reboot|RootWord|Roots|Rungs|SMP|Share|StopsUnderLoad|TestSignals|VhostDeaths|VhostFilesystems|VhostIdle|VhostLives|VhostPlug|VhostPlugSandbox|VhostTools|VhostVsock|VsockBridge)$$
 
+# Its two labs use two processors. Two guests at a time in one lab are what loses guests: -parallel 1.
 test-lab:
-	@$(MAKE) -k -j1 test-lab-linux test-lab-others
-
-test-lab-linux:
 	$(GOTEST) $(BARE) -timeout 30m -parallel 1 -skip '$(LONG)' ./guest-tests/linux
-
-# Unlike linux, each of these mostly has one lab at a time, which keeps one processor busy: two of them at once.
-test-lab-others:
-	$(GOTEST) $(BARE) -timeout 30m -p 2 -parallel 1 -skip '^TestDebianPackage$$' $(filter-out ./guest-tests/linux ./devices/virtio/vhostring,$(LAB))
 
 # What the kernel's vhost-scsi serves is tested on three kernels; on the second and third in a
 # short form, of what differs between them. `make vhost` has all of it.
 LONG6.12 = Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Tools)
 LONG7.3 = Vhost(ABI|Equivalence|Filesystems|Plug)
 
-long: ## the tests with Linux guests that take longest, the kernel's devices under load, the build of a release, and other kernels for the host
-	@$(MAKE) -k -j1 long-guests long-rings long-package long-6.12 long-7.3
+# The packages that are tested on these kernels as well.
+TARGETS6.12 = ./devices/virtio/vhostscsi ./devices/scsi/lio
+TARGETS7.3 = ./devices/virtio/vhostscsi
+
+long: ## the tests with Linux guests that take longest, the kernel's devices under load, other kinds of disk, the build of a release, and other kernels for the host
+	@$(MAKE) -k -j1 long-machines long-guests long-rings long-package long-6.12 long-7.3
+
+long-machines:
+	$(GOTEST) $(BARE) -timeout 15m -run '^Test($(SLOW))$$' $(KVM) ./guest-tests/lab
 
 long-guests:
 	$(GOTEST) $(BARE) -timeout 30m -p 1 -parallel 1 -run '$(LONG)' ./guest-tests/linux
@@ -113,10 +122,11 @@ long-rings:
 
 long-package:
 	$(GOTEST) $(BARE) -timeout 20m -run '^Test(DebianPackage|$(RELEASE))$$' . ./packaging ./guest-tests/lab
+	$(GOTEST) $(BARE) -timeout 10m -run '$(KINDS)' ./guest-tests/conformance
 
 long-6.12 long-7.3: long-%:
 	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 15m -p 1 -parallel 1 -run '$(LONG$*)' -skip 'Filesystems/^[12]_|VhostPlugSandbox/jail' ./guest-tests/linux
-	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 15m ./devices/virtio/vhostscsi
+	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 15m -p 2 $(TARGETS$*)
 
 # All words that test something. One that fails does not keep the others from running.
 ALL ?= test model long lint race distribution kernel debuggers kubernetes streams vhost conformance soak fuzz release racelab
@@ -139,10 +149,10 @@ lint: ## gofmt, go vet, staticcheck
 	$(GO) tool staticcheck -tags man ./cmd/gvm
 
 # Without what takes most of the time: gvm's benchmarks run as programs, two tests that start gvm
-# hundreds of times, the conformance suite on three more kinds of disk, the builds of a release, and
+# hundreds of times, the conformance suite on other kinds of disk, the builds of a release, and
 # most of the exhaustive tests.
 race: ## the unit tests under the race detector
-	CGO_ENABLED=1 $(GOTEST) -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^Test(CompletionOfDisks|Verbs)$$|^TestEvery(Table|MSIXSequence)$$|^TestEveryInterleaving$$/^2|^TestTarget$$/^(4096|thick|readonly)$$|^Test($(RELEASE))$$' $(RACE)
+	CGO_ENABLED=1 $(GOTEST) -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^Test(CompletionOfDisks|Verbs)$$|^TestEvery(Table|MSIXSequence)$$|^TestEveryInterleaving$$/^2|$(KINDS)|^Test($(RELEASE))$$' $(RACE)
 
 # gvm itself has the detector there as well, and ends when it finds something. Static, for
 # guests, which get diskload, have no C library; xz without, which would decompress a kernel

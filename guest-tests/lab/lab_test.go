@@ -139,7 +139,8 @@ func TestGuest(t *testing.T) {
 		}
 		var out bytes.Buffer
 		code, err := l.Run(t.Context(), Command{
-			Args: []string{exe, "-test.run=^TestGuest$", "-test.v"}, Env: os.Environ(), Stdout: &out, Stderr: &out, Log: Log(t),
+			Args: []string{exe, "-test.run=^TestGuest$", "-test.v"}, Env: os.Environ(), CPUs: 1, Fast: true,
+			Stdout: &out, Stderr: &out, Log: Log(t),
 		})
 		if err != nil || code != 0 {
 			t.Errorf("status %d, %v", code, err)

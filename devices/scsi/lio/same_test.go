@@ -73,7 +73,12 @@ func shown(t *testing.T, tg *Target) map[int]string {
 			found, _ := filepath.Glob(fmt.Sprintf(
 				"/sys/bus/scsi/devices/*:0:1:%d/block/sd*/device/scsi_disk/*/cache_type", n))
 			if len(found) == 1 {
-				out[n] = strings.Split(found[0], "/device/scsi_disk")[0]
+				dir := strings.Split(found[0], "/device/scsi_disk")[0]
+				_, queueErr := os.Stat(dir + "/queue/rotational") // sd makes these later
+				_, nodeErr := os.Stat("/dev/" + filepath.Base(dir))
+				if queueErr == nil && nodeErr == nil {
+					out[n] = dir
+				}
 			}
 			if time.Now().After(deadline) {
 				t.Fatalf("LUN %d does not appear", n)
