@@ -6,6 +6,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -181,6 +185,51 @@ func TestDeviceTable(t *testing.T) {
 	want := fmt.Sprintf("console: its row has device ID 3, the device has %d", example.ID)
 	if _, err := Start(t.Context(), Spec{Memory: guestmem.Config{Size: 64 << 20}}); err == nil || err.Error() != want {
 		t.Errorf("%v, want %s", err, want)
+	}
+}
+
+// TestEachDevice: docs/devices.md has a row for each kind of device, and no other of virtio's or
+// vhost's, and TestHostileCPUs of vmm has the device of each package below devices/virtio that a
+// machine uses, but those of the kernel.
+func TestEachDevice(t *testing.T) {
+	read := func(path string) string {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	rows, kinds := map[string]bool{}, map[string]bool{}
+	row := regexp.MustCompile(`(?m)^\| ((virtio|vhost)-\w+) \|`)
+	for _, m := range row.FindAllStringSubmatch(read("../docs/devices.md"), -1) {
+		rows[m[1]] = true
+	}
+	for _, k := range deviceTable(deviceConfig{}) {
+		kinds[k.name] = true
+	}
+	if !maps.Equal(rows, kinds) {
+		t.Errorf("documented: %v; devices: %v", slices.Sorted(maps.Keys(rows)), slices.Sorted(maps.Keys(kinds)))
+	}
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	hostile, used := read("../vmm/hostile_test.go"), map[string]bool{}
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		for _, m := range regexp.MustCompile(`"gvm/devices/virtio/(\w+)"`).FindAllStringSubmatch(read(file), -1) {
+			if strings.HasPrefix(m[1], "vhost") {
+				continue
+			}
+			if used[m[1]] = true; !strings.Contains(hostile, m[0]) {
+				t.Errorf("%s uses %s, and TestHostileCPUs does not", file, m[1])
+			}
+		}
+	}
+	if len(used) < len(kinds)-1 { // of the kernel's disks
+		t.Errorf("packages %v for devices %v", used, kinds)
 	}
 }
 

@@ -6,6 +6,9 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	stdnet "net"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -26,6 +29,8 @@ import (
 	"gvm/devices/statusport"
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/balloon"
+	"gvm/devices/virtio/console"
+	"gvm/devices/virtio/fs"
 	"gvm/devices/virtio/net"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
@@ -49,6 +54,11 @@ const (
 	socketSlot = 4 // the socket device's
 )
 
+// fuseOpcodes are requests of a file system (linux/fuse.h): LOOKUP, FORGET, GETATTR, SETATTR,
+// MKNOD, MKDIR, UNLINK, RENAME, OPEN, READ, WRITE, RELEASE, FLUSH, INIT, OPENDIR, READDIR, CREATE,
+// BATCH_FORGET and one that does not exist.
+var fuseOpcodes = []uint32{1, 2, 3, 4, 8, 9, 10, 12, 14, 15, 16, 18, 25, 26, 27, 28, 35, 42, 99}
+
 func (h *hostile) put(space interface{ Write(uint64, []byte) bool }, addr uint64, n int, v uint64) {
 	space.Write(addr, binary.LittleEndian.AppendUint64(nil, v)[:n:n])
 }
@@ -64,6 +74,11 @@ func (h *hostile) write(addr uint64, b []byte) {
 	if err := h.mem.Write(addr, b); err != nil {
 		panic(err)
 	}
+}
+
+// kind returns the type of the device in a slot.
+func (h *hostile) kind(slot int) virtio.ID {
+	return virtio.ID(h.get(&h.mmio, h.config(slot)+2, 2) - 0x1040)
 }
 
 // config returns the address of slot's configuration space, bar the memory address in its BAR i.
@@ -124,14 +139,15 @@ func (h *hostile) start(slot int) {
 // ring makes a chain of three descriptors available in one of the queues and rings its doorbell.
 // Sometimes a descriptor has arbitrary content.
 func (h *hostile) ring(slot int) {
-	q := h.Uint64N(4)
-	if slot == socketSlot { // whose data makes sense only after a request
+	q, kind := h.Uint64N(4), h.kind(slot)
+	switch kind { // whose requests make sense only after others
+	case virtio.IDVsock, virtio.IDConsole, virtio.IDFS:
 		if h.get(&h.mmio, h.bar(slot, 0)+0x14, 1) != 15 {
 			h.start(slot)
 		}
-		if h.IntN(4) > 0 {
-			q = 1 // few rx buffers: one that is offered twice breaks the device
-		}
+	}
+	if kind == virtio.IDVsock && h.IntN(4) > 0 {
+		q = 1 // few rx buffers: one that is offered twice breaks the device
 	}
 	at := ringsAt + q<<16
 	head := h.Uint64N(ringSize/4) * 4
@@ -146,6 +162,17 @@ func (h *hostile) ring(slot int) {
 		op := []byte{1, 5, byte(h.IntN(9))}[h.IntN(3)] // mostly requests and data
 		copy(request, []byte{3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0})
 		copy(request[16:], slices.Concat(word(2), word(4), word(8), []byte{1, 0, op, 0}, word(4), word(256), word(2)))
+	case kind == virtio.IDFS: // struct fuse_in_header, of few inodes, and two names
+		le := binary.LittleEndian
+		m := le.AppendUint32(nil, uint32(len(request)))
+		m = le.AppendUint32(m, fuseOpcodes[h.IntN(len(fuseOpcodes))])
+		m = le.AppendUint64(le.AppendUint64(m, h.Uint64()), 1+h.Uint64N(3))
+		copy(request, append(m, make([]byte, 16)...))
+		if h.IntN(2) == 0 {
+			copy(request[40:], "file\x00other\x00")
+		}
+	case kind == virtio.IDConsole && q == 3: // struct virtio_console_control (5.3.6.2), of few ports
+		copy(request, []byte{byte(h.IntN(3)), 0, 0, 0, byte(h.IntN(9)), 0, byte(h.IntN(3)), 0})
 	case q == 0: // task management (virtio 1.3, 5.6.6.2)
 		copy(request, []byte{0, 0, 0, 0, byte(h.IntN(9)), 0, 0, 0})
 		copy(request[8:], lun)
@@ -155,7 +182,8 @@ func (h *hostile) ring(slot int) {
 	buffer := buffersAt + q<<16 + head<<10
 	h.write(buffer, request)
 	le := binary.LittleEndian
-	network := h.get(&h.mmio, h.config(slot)+2, 2) == 0x1041
+	// The queues of these are by turns to the driver and to the device; a network's fourth has both.
+	turns := kind == virtio.IDConsole || kind == virtio.IDNet && q < 3
 	for i, d := range []struct{ addr, n, flags uint64 }{{buffer, 51, 1}, {buffer + 64, 108, 3},
 		{buffer + 4096, 512 * h.Uint64N(8), 2}} {
 		if h.IntN(40) == 0 {
@@ -164,10 +192,11 @@ func (h *hostile) ring(slot int) {
 		switch {
 		case slot == socketSlot && q == 1: // tx
 			d.flags = 0
+		case kind == virtio.IDFS: // both
 		case q == 1, slot == socketSlot: // events and rx: only a buffer
 			d.flags = 2
 		}
-		if network && q < 3 { // receiveq1, transmitq1, and receiveq2 or controlq
+		if turns {
 			d.flags = d.flags&^2 | (1-q%2)<<1
 		}
 		b := le.AppendUint64(nil, d.addr)
@@ -279,9 +308,26 @@ func TestHostileCPUs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	near, far := stdnet.Pipe()
+	programs.Go(func() { // sends back what the guest sends
+		_, _ = io.Copy(near, near)
+		_ = near.Close()
+	})
+	ports, err := console.New([]console.Port{{Name: "echo", Stream: far}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "file"), []byte("data"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	share, err := fs.New(fs.Share{Tag: "tree", Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
 	m, err := newMachine(sys, Config{
 		Memory: guestmem.Config{Size: 64 << 20}, CPUs: 2, Kernel: embeddedKernel(t),
-		Devices:  []virtio.Device{rng.New(), disk, pages, sockets, network},
+		Devices:  []virtio.Device{rng.New(), disk, pages, sockets, network, ports, share},
 		Watchdog: WatchdogNMI, watchdog: new(i6300esb.Kept),
 	})
 	if err != nil {
@@ -371,9 +417,10 @@ func TestHostileCPUs(t *testing.T) {
 			t.Errorf("slot %d has status %#x after all that", slot, h.get(&m.mmio, h.bar(slot, 0)+0x14, 1))
 		}
 	}
-	if err := errors.Join(m.close(), unix.Close(wires[0]), unix.Close(wires[1])); err != nil {
+	if err := errors.Join(m.close(), ports.Close(), unix.Close(wires[0]), unix.Close(wires[1])); err != nil {
 		t.Error(err)
 	}
+	share.Close()
 	programs.Wait()
 	if after := openFDs(t); after != before {
 		t.Errorf("%d descriptors before, %d after", before, after)
