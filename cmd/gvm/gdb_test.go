@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -23,16 +24,18 @@ import (
 // debugger speaks GDB's Remote Serial Protocol.
 type debugger struct {
 	t *testing.T
-	net.Conn
+	io.ReadWriteCloser
 	r *bufio.Reader
 }
 
 // dialGDB connects to the socket of gvm --gdb, once gvm listens. The file is there a little
 // earlier.
-func dialGDB(t *testing.T, socket string) *debugger {
+func dialGDB(t *testing.T, socket string) *debugger { return dialGDBAt(t, "unix", socket) }
+
+func dialGDBAt(t *testing.T, network, address string) *debugger {
 	t.Helper()
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
-		c, err := net.Dial("unix", socket)
+		c, err := net.Dial(network, address)
 		if err == nil {
 			t.Cleanup(func() { c.Close() })
 			return &debugger{t, c, bufio.NewReader(c)}
@@ -103,6 +106,68 @@ func TestGDB(t *testing.T) {
 	}
 	if _, err := os.Lstat(socket); err == nil {
 		t.Error("the socket is left")
+	}
+}
+
+// TestGDBPlaces: a debugger connects to a port of this host, or has gvm's standard input and
+// output; the guest's console is on standard error then.
+func TestGDBPlaces(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	for _, place := range []string{address, "stdio"} {
+		c := command(t, "run", "--gdb", place, "-S", "--memory", "64M")
+		in, err := c.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := c.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var errs bytes.Buffer
+		c.Stderr = &errs
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Process.Kill() })
+		var d *debugger
+		if place == "stdio" {
+			d = &debugger{t, struct {
+				io.Reader
+				io.WriteCloser
+			}{out, in}, bufio.NewReader(out)}
+		} else {
+			d = dialGDBAt(t, "tcp", place)
+		}
+		d.send("?")
+		d.want("T05thread:1;")
+		d.send("D")
+		d.want("OK")
+		console, err := io.ReadAll(d.r) // to the end of the connection
+		if err != nil {
+			t.Error(err)
+		}
+		if place != "stdio" {
+			console, err = io.ReadAll(out)
+		}
+		if err := errors.Join(err, c.Wait()); err != nil {
+			t.Errorf("%s: %v: %s", place, err, &errs)
+		}
+		text := string(console)
+		if place == "stdio" {
+			if text != "" && text != "+" {
+				t.Errorf("the debugger gets %q", text)
+			}
+			text = errs.String()
+		}
+		if !strings.Contains(text, "PASS") {
+			t.Errorf("%s: the console is %q", place, text)
+		}
 	}
 }
 

@@ -63,8 +63,8 @@ func (v verb) args(machine string) []string {
 }
 
 // TestVerbs tries each command for a running machine as a newcomer would: without a machine, with a
-// wrong name, the second time, on a machine whose process is stopped, and on one that has ended. An
-// error is one line with its reason, and its status tells whose it is.
+// wrong name, the second time, on a machine that is paused, on one whose process is stopped, and on
+// one that has ended. An error is one line with its reason, and its status tells whose it is.
 func TestVerbs(t *testing.T) {
 	var walk func(path string, cs []*cli.Command)
 	walk = func(path string, cs []*cli.Command) {
@@ -128,6 +128,32 @@ func TestVerbs(t *testing.T) {
 	p.wait()
 
 	p = start()
+	if err := os.Remove(filepath.Join(dir, "core")); err != nil {
+		t.Fatal(err)
+	}
+	if r := try(verb{name: "pause"}, "build"); r.status != 0 {
+		t.Errorf("gvm pause: %+v", r)
+	}
+	for _, v := range verbs {
+		status, reason := v.status, v.once
+		switch v.name {
+		case "console", "nmi", "resume":
+			continue
+		case "pause":
+			status, reason = v.status2, v.twice
+		case "stop":
+			status, reason = exitUsage, "gvm: the machine is paused, and its guest cannot power off: gvm resume it first, "
+		}
+		v.check(t, "paused", try(v, "build"), status, reason)
+	}
+	resumed := try(verb{name: "resume"}, "build")
+	for strings.Contains(resumed.errs, "does not run now") { // between two lives of the guest
+		resumed = try(verb{name: "resume"}, "build")
+	}
+	if resumed.status != 0 {
+		t.Errorf("gvm resume: %+v", resumed)
+	}
+	p.expectCount("hanging", 2) // once after the reset
 	p.signal(syscall.SIGSTOP)
 	var tried sync.WaitGroup
 	for _, v := range verbs { // all at once: each waits for an answer
