@@ -36,9 +36,10 @@ func TestCrashDir(t *testing.T) {
 		{"crash=reset", exitReset, "", ""},
 		{"crash=triple", exitCrash, "gvm: the guest crashed: ", vmlinux},
 	} {
-		args := []string{"run", "--guest-arg", tt.word, "--crash-dir", dir, "--name", "a"}
+		args := []string{"run", "--guest-arg", tt.word, "--crash-dir", dir, "--name", "a", "--cpus=2"}
 		if tt.kernel != "" {
-			args = []string{"run", "-k", tt.kernel, "--bare-cmdline", "-a", tt.word, "--crash-dir", dir, "--name", "a"}
+			args = []string{"run", "-k", tt.kernel, "--bare-cmdline", "-a", tt.word, "--crash-dir", dir, "--name", "a",
+				"--cpus=2"}
 		}
 		r := gvmRuns(t, command(t, args...))
 		if r.status != tt.status {
@@ -77,9 +78,10 @@ func TestCrashDir(t *testing.T) {
 			}
 		}
 		var state struct {
-			VCPU map[string]struct{ Rip string }
+			VCPU map[string]struct{ Rip, CR3 string }
 		}
-		if err := json.Unmarshal(text("state.json"), &state); err != nil || state.VCPU["0"].Rip == "" {
+		if err := json.Unmarshal(text("state.json"), &state); err != nil || state.VCPU["0"].Rip == "" ||
+			state.VCPU["1"].CR3 == "" {
 			t.Errorf("%s: %v, %+v", tt.word, err, state)
 		}
 		if err := os.RemoveAll(records[0]); err != nil {
