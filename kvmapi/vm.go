@@ -121,16 +121,30 @@ type irqchip struct {
 	Base             uint64
 	Select, APICID   uint32
 	IRR, _           uint32
-	RedirectionTable [24]uint64
+	RedirectionTable [IOAPICPins]uint64
 	_                [296]byte // the union has 512 bytes
 }
 
-// IOAPICEntry returns the redirection table entry of an I/O APIC pin (82093AA, 3.2.4), with
-// the bits that KVM itself ignores.
-func (v *VM) IOAPICEntry(pin uint32) (uint64, error) {
+// IOAPICPins is the number of the I/O APIC's pins.
+const IOAPICPins = 24
+
+// IOAPIC is the state of the I/O APIC.
+type IOAPIC struct {
+	Requested   uint32             // by pin: an interrupt waits
+	Redirection [IOAPICPins]uint64 // the redirection table (82093AA, 3.2.4), with the bits that KVM itself ignores
+}
+
+// IOAPIC returns the state of the I/O APIC.
+func (v *VM) IOAPIC() (IOAPIC, error) {
 	c := &irqchip{ID: ChipIOAPIC}
 	_, err := ioctl(v.fd, "KVM_GET_IRQCHIP", iowr[irqchip](nrGetIRQChip), c)
-	return c.RedirectionTable[pin], err
+	return IOAPIC{c.IRR, c.RedirectionTable}, err
+}
+
+// IOAPICEntry returns the redirection table entry of a pin.
+func (v *VM) IOAPICEntry(pin uint32) (uint64, error) {
+	io, err := v.IOAPIC()
+	return io.Redirection[pin], err
 }
 
 // msi is struct kvm_msi.

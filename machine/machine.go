@@ -635,6 +635,7 @@ func (m *Machine) DialVsock(ctx context.Context, port uint32) (*vsock.Conn, erro
 //	paused
 //	memory/N         guest RAM
 //	vcpu/N           registers, N counts from 0
+//	ioapic/pin/N     the I/O APIC
 //	pci/00:SS.0      a function: config, intx, msix, and for a virtio device virtio/queue/N
 //	com1, com2, status_port, rtc, acpi_pm, generation_id
 //	sandbox          the mode of the sandbox, and its parts; jail, if the machine is in one

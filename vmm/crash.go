@@ -52,11 +52,11 @@ func registers(reason uint32, r kvm.Regs, s kvm.Sregs) (text string, lost bool) 
 	if reason == kvmapi.ExitShutdown && afterINIT(r, s) {
 		return lostRegisters(r), true
 	}
-	return fmt.Sprintf("rip %016x  rflags %016x  cs %04x base %x  cpl %d  efer %x\n",
+	return fmt.Sprintf("rip %016x  rflags %016x  cs %04x  cs_base %x  cpl %d  efer %x\n",
 		r.RIP, r.RFLAGS, s.CS.Selector, s.CS.Base, s.SS.DPL, s.EFER) +
 		generalRegisters(r) +
 		fmt.Sprintf("cr0 %016x  cr2 %016x  cr3 %016x  cr4 %016x\n", s.CR0, s.CR2, s.CR3, s.CR4) +
-		fmt.Sprintf("gdt %016x+%x  idt %016x+%x  tr %04x  apic base %x\n",
+		fmt.Sprintf("gdt_base %016x+%x  idt_base %016x+%x  tr %04x  apic_base %x\n",
 			s.GDT.Base, s.GDT.Limit, s.IDT.Base, s.IDT.Limit, s.TR.Selector, s.ApicBase), false
 }
 

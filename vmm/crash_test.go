@@ -1,13 +1,40 @@
 package vmm
 
 import (
+	"regexp"
 	"strings"
 	"testing"
 
 	"github.com/bobuhiro11/gokvm/kvm"
 
+	"gvm/guestmem"
 	"gvm/kvmapi"
 )
+
+// TestReportNames: the report of a crash has the names of the machine's state for registers.
+func TestReportNames(t *testing.T) {
+	m, err := newMachine(system(t), Config{Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := map[string]bool{}
+	for _, n := range inspectCPU(m.cpus[0], 0) {
+		names[n.Name] = true
+	}
+	text, _ := registers(kvmapi.ExitInternalError, kvm.Regs{}, kvm.Sregs{})
+	said := regexp.MustCompile(`(\w+) +[0-9a-f]+`).FindAllStringSubmatch(text, -1)
+	for _, s := range said {
+		if !names[s[1]] {
+			t.Errorf("%s is no name of a register in the state", s[1])
+		}
+	}
+	if len(said) < 25 {
+		t.Errorf("%d registers in %q", len(said), text)
+	}
+	if err := m.close(); err != nil {
+		t.Error(err)
+	}
+}
 
 // TestAfterINIT uses the registers that KVM reports after a triple fault.
 func TestAfterINIT(t *testing.T) {

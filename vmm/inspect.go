@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -133,7 +134,7 @@ func (m *machine) state() inspect.Node { return m.stateBy(m.ask) }
 // stateBy is state with another way to ask the thread of a vCPU.
 func (m *machine) stateBy(ask func(ctx context.Context, i int, f func()) bool) inspect.Node {
 	root := inspect.Group("", inspect.Bool("paused", m.cfg.Pauser != nil && m.cfg.Pauser.Paused()),
-		m.inspectMemory(), m.inspectCPUs(ask), m.bus.Inspect())
+		m.inspectMemory(), m.inspectCPUs(ask), m.inspectIOAPIC(), m.bus.Inspect())
 	for _, p := range m.coms {
 		root.Nodes = append(root.Nodes, p.uart.Inspect(strings.ToLower(p.name)))
 	}
@@ -246,8 +247,47 @@ func inspectCPU(c *kvmapi.VCPU, id uint32) []inspect.Node {
 		bits("cs", uint64(s.CS.Selector)), bits("cs_base", s.CS.Base),
 		bits("fs_base", s.FS.Base), bits("gs_base", s.GS.Base),
 		bits("gdt_base", s.GDT.Base), bits("idt_base", s.IDT.Base), bits("tr", uint64(s.TR.Selector)),
-		inspectExits(c), inspectStats(c),
+		inspectAPIC(c), inspectExits(c), inspectStats(c),
 	}
+}
+
+// inspectAPIC returns registers of a vCPU's local APIC (Intel SDM volume 3, 12.4.1), on its thread.
+func inspectAPIC(c *kvmapi.VCPU) inspect.Node {
+	l, err := c.LAPIC()
+	if err != nil {
+		return inspect.Group("apic", inspect.Text("error", err.Error()))
+	}
+	word := func(at int) uint32 { return binary.LittleEndian.Uint32(l.Regs[at:]) }
+	reg := func(name string, at int) inspect.Node { return inspect.Bits(name, word(at)) }
+	vectors := func(name string, at int) inspect.Node {
+		var set []string
+		for v := range 256 {
+			if word(at+v/32*16)>>(v%32)&1 != 0 {
+				set = append(set, fmt.Sprintf("%#x", v))
+			}
+		}
+		return inspect.Text(name, strings.Join(set, " ")).As(inspect.Passing)
+	}
+	return inspect.Group("apic", vectors("isr", 0x100), vectors("irr", 0x200), reg("tpr", 0x80), reg("ppr", 0xa0),
+		reg("svr", 0xf0), reg("esr", 0x280), reg("lvt_timer", 0x320), reg("lvt_lint0", 0x350), reg("lvt_lint1", 0x360),
+		reg("lvt_error", 0x370), reg("timer_initial", 0x380), reg("timer_current", 0x390), reg("timer_divide", 0x3e0))
+}
+
+// inspectIOAPIC returns the pins of the I/O APIC.
+func (m *machine) inspectIOAPIC() inspect.Node {
+	return inspect.Lazy("ioapic", func(context.Context) ([]inspect.Node, bool) {
+		io, err := m.vm.IOAPIC()
+		if err != nil {
+			return []inspect.Node{inspect.Text("error", err.Error())}, true
+		}
+		pins := inspect.Group("pin")
+		for i, e := range io.Redirection {
+			pins.Nodes = append(pins.Nodes, inspect.Group(fmt.Sprint(i),
+				inspect.Bits("redirection", e), inspect.Bits("vector", byte(e)), inspect.Bool("masked", e>>16&1 != 0),
+				inspect.Bool("remote_irr", e>>14&1 != 0), inspect.Bool("requested", io.Requested>>i&1 != 0)))
+		}
+		return []inspect.Node{pins}, true
+	})
 }
 
 // inspectExits returns the counts of the exits that a vCPU's thread took.

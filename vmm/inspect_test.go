@@ -62,6 +62,8 @@ func TestInspectCPUs(t *testing.T) {
 			"pci/00:01.0/virtio/device_type": rng.New().ID(), "pci/00:01.0/virtio/device_status": inspect.Hex(0),
 			"pci/00:01.0/virtio/queue/0/queue_enable": false, "pci/00:00.0/config/vendor_id": inspect.Hex(0x8086),
 			"rtc/register_a": inspect.Hex(0x26), "acpi_pm/pm1_cnt": inspect.Hex(1),
+			"ioapic/pin/23/masked": true, "ioapic/pin/23/requested": false, "vcpu/1/apic/svr": inspect.Hex(0xff),
+			"vcpu/1/apic/irr": "", "vcpu/1/apic/isr": "",
 		} {
 			if got := n.Get(path); got != want {
 				t.Errorf("%s is %v (%[2]T), want %v (%[3]T)", path, got, want)
