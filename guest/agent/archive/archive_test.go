@@ -149,6 +149,7 @@ func TestPlaces(t *testing.T) {
 		{"file", "d2", "!d2/file: is there already, and is no file"},
 		{"dir", "f", "!f: is not a directory"},
 		{"dir", "d3", "!d3/dir: not a directory"},
+		{"file", "disk", "!disk: a program has it locked"},
 		{"none", "new", "!no such file or directory"},
 		{"/dev/null", "new", "!is no file, directory"},
 	} {
@@ -156,16 +157,25 @@ func TestPlaces(t *testing.T) {
 		p := func(name string) string { return filepath.Join(dst, name) }
 		if err := errors.Join(os.Mkdir(p("d"), 0o755), os.WriteFile(p("f"), []byte("old"), 0o600), os.Symlink("f", p("lf")),
 			os.Symlink("d", p("ld")), unix.Mkfifo(p("pipe"), 0o600), os.MkdirAll(p("d2/file"), 0o755),
-			os.Mkdir(p("d3"), 0o755), os.WriteFile(p("d3/dir"), nil, 0o600)); err != nil {
+			os.Mkdir(p("d3"), 0o755), os.WriteFile(p("d3/dir"), nil, 0o600), os.WriteFile(p("disk"), []byte("data"), 0o600),
+		); err != nil {
 			t.Fatal(err)
 		}
+		disk, err := os.Open(p("disk"))
+		if err == nil {
+			err = unix.FcntlFlock(disk.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_RDLCK})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer disk.Close()
 		before := files(t, dst)
 		from := tt.from
 		if !filepath.IsAbs(from) {
 			from = src + "/" + tt.from
 		}
 		var b bytes.Buffer
-		err := Pack(&b, from, true)
+		err = Pack(&b, from, true)
 		if err == nil {
 			err = Unpack(&b, dst+"/"+tt.to, Base(tt.from))
 		}

@@ -265,6 +265,8 @@ func replace(dir int, name string, create func(temp string) error) error {
 	err := unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 	if kind := st.Mode & unix.S_IFMT; err == nil && kind != unix.S_IFREG && kind != unix.S_IFLNK {
 		return Error("is there already, and is no file; remove it first, or name another")
+	} else if err == nil && kind == unix.S_IFREG && isLocked(dir, name) {
+		return Error("a program has it locked, as a machine its disks; end that first, or name another")
 	}
 	temp := fmt.Sprintf(".gvm-cp-%016x", rand.Uint64())
 	if err = create(temp); err == nil {
@@ -274,6 +276,17 @@ func replace(dir int, name string, create func(temp string) error) error {
 		_ = unix.Unlinkat(dir, temp, 0) // it may not be there
 	}
 	return err
+}
+
+// isLocked reports whether a program has a lock on a file (fcntl(2)).
+func isLocked(dir int, name string) bool {
+	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	l := unix.Flock_t{Type: unix.F_WRLCK}
+	return unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l) == nil && l.Type != unix.F_UNLCK
 }
 
 // file makes a file.
