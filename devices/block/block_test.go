@@ -521,6 +521,13 @@ func TestNoFileInDev(t *testing.T) {
 	if !errors.Is(err, fs.ErrNotExist) || strings.Contains(err.Error(), "give a size") {
 		t.Errorf("without a size: %v", err)
 	}
+	if err := block.Create("/dev/null", 1<<20, false); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("in place of a device: %v", err)
+	}
+	const null = "/dev/null: is a character device, and gvm makes no file in /dev; name a file elsewhere"
+	if err := block.CheckName("/dev/null"); !errors.Is(err, block.ErrNotDisk) || err.Error() != null {
+		t.Errorf("the name of a device: %v", err)
+	}
 	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("it is there: %v", err)
 		_ = os.Remove(path)

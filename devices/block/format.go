@@ -3,8 +3,11 @@ package block
 import (
 	"bytes"
 	"io"
+	"os"
 	"path/filepath"
 	"strings"
+
+	"gvm/kvmapi/nowait"
 )
 
 // format is a container or a compression that is not a raw image.
@@ -73,8 +76,12 @@ var suffixes = map[string]string{
 // CheckName refuses to make an image by a name that says another format, which other programs would
 // believe, or that is a device's.
 func CheckName(path string) error {
-	if isDeviceName(path) {
-		return badImage(ErrNotDisk, path, "there is no such device, and gvm makes no file in /dev")
+	if fi, err := os.Lstat(path); isDeviceName(path) && err == nil {
+		return badImage(ErrNotDisk, path, "is %v, and gvm makes no file in /dev; name a file elsewhere",
+			nowait.KindOf(fi.Mode()))
+	} else if isDeviceName(path) {
+		return badImage(ErrNotDisk, path, "there is no such device, and gvm makes no file in /dev; "+
+			"check the name, or name a file elsewhere")
 	}
 	suffix := filepath.Ext(path)
 	name, ok := suffixes[strings.ToLower(suffix)]
