@@ -47,7 +47,8 @@ func checkDir(path string, mode uint32) error {
 // readInput reads a user's file of at most limit bytes. It ends with ctx, as the writer of a pipe
 // may be silent.
 func readInput(ctx context.Context, path string, limit int64) ([]byte, error) {
-	f, err := openInput(path)
+	f, err := nowait.Until(ctx, func() string { return path + " was read" },
+		func() (*os.File, error) { return openInput(path) }, func(f *os.File) { _ = f.Close() })
 	if err != nil {
 		return nil, err
 	}

@@ -19,6 +19,7 @@ import (
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/replay"
 	"gvm/devices/virtio/replay/equivalence"
+	"gvm/kvmapi/nowait"
 	"gvm/machine/disk"
 	"gvm/sandbox"
 	"gvm/text"
@@ -145,7 +146,8 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	if err := enterSandbox(policy, exitBug); err != nil {
 		return err
 	}
-	records, err := load()
+	records, err := nowait.Until(ctx, func() string { return strings.Join(files, " ") + " was read" }, load,
+		func([]trace.Record) {})
 	if err != nil {
 		return err
 	}

@@ -6,7 +6,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/trace"
@@ -175,5 +179,53 @@ func TestKnownDifferences(t *testing.T) {
 		if (err == nil) != (tt.err == "") || err != nil && !strings.HasPrefix(err.Error(), tt.err) {
 			t.Errorf("%s: %v", tt.name, err)
 		}
+	}
+}
+
+// TestReplayEnds: a signal ends gvm replay while it reads a trace from a pipe that has no end.
+func TestReplayEnds(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	disks := []trace.Disk{{Serial: "A", Size: 1 << 20, BlockSize: 512}}
+	w, err := trace.NewWriter(f, trace.Header{Devices: []trace.Device{{Backend: "process", Queues: 1, Disks: disks}}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	p := startGVM(t, dir, "replay", "fifo")
+	taken := func() bool {
+		n, err := unix.IoctlGetInt(int(f.Fd()), unix.TIOCINQ)
+		if err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-p.eof:
+			return true
+		default:
+			return n == 0
+		}
+	}
+	for !taken() { // the header
+		time.Sleep(time.Millisecond)
+	}
+	if _, err := f.Write([]byte{0}); err != nil {
+		t.Fatal(err)
+	}
+	for !taken() { // a part of the first record
+		time.Sleep(time.Millisecond)
+	}
+	p.signal(syscall.SIGTERM)
+	if r := p.wait(); r.status != 143 || !strings.HasSuffix(r.errs, "stopped by SIGTERM while fifo was read\n") {
+		t.Errorf("status %d: %s", r.status, r.errs)
 	}
 }

@@ -77,6 +77,11 @@ type Finder struct {
 //
 // A file or directory is preferred to a release. Errors are *boot.ImageError, or the cause of ctx.
 func (f Finder) Find(ctx context.Context, name string) (*Kernel, error) {
+	return nowait.Until(ctx, func() string { return name + " was read" },
+		func() (*Kernel, error) { return f.find(ctx, name) }, func(k *Kernel) { k.Close() })
+}
+
+func (f Finder) find(ctx context.Context, name string) (*Kernel, error) {
 	path, running := name, false
 	switch st, err := os.Stat(name); {
 	case err == nil && st.IsDir():

@@ -310,7 +310,7 @@ func never() error { return nil }
 // boot goes on after that.
 func TestDecompressEnds(t *testing.T) {
 	all := allPayloads(t, bigELF())
-	for _, name := range []string{"gzip", "xz", "lzma", "bzip2"} {
+	for _, name := range []string{"gzip", "xz", "lzma", "bzip2", "lz4"} {
 		bz := makeBzImage(all[name], nil)
 		for _, mode := range []Mode{Auto, ELF} {
 			looks := 0

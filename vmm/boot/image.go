@@ -45,6 +45,11 @@ const pieceSize = 4 << 20
 // device is read at once, to its end; a pipe without a writer is empty. Errors are *ImageError, or
 // those of stopped.
 func OpenFile(ctx context.Context, path string) (*File, error) {
+	return nowait.Until(ctx, func() string { return path + " was read" },
+		func() (*File, error) { return openFile(ctx, path) }, func(f *File) { f.Close() })
+}
+
+func openFile(ctx context.Context, path string) (*File, error) {
 	f, err := nowait.Open(path, os.O_RDONLY, 0, nowait.Regular|nowait.Pipe|nowait.BlockDevice)
 	if err != nil {
 		return nil, openError(path, err)

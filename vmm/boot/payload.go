@@ -27,9 +27,9 @@ type compression struct {
 	trailer     int // bytes that the kernel build appends: the size (scripts/Makefile.lib, size_append)
 	// open decompresses a stream. nil: gvm reads no streams of this format.
 	open func(io.Reader) (io.Reader, error)
-	// decode fills dst from src, and fails if src holds more, less, or damaged data. nil: it reads
-	// the result of open.
-	decode func(dst, src []byte) error
+	// decode fills dst from src, and fails if src holds more, less, or damaged data, or once ended
+	// returns an error. nil: it reads the result of open.
+	decode func(dst, src []byte, ended func() error) error
 }
 
 var compressions = []compression{
@@ -41,7 +41,9 @@ var compressions = []compression{
 	{"lzma", "\x5d\x00\x00", 4, func(r io.Reader) (io.Reader, error) {
 		return lzma.ReaderConfig{DictCap: maxWindow}.NewReader(r)
 	}, nil},
-	{"lzo", "\x89LZO", 4, nil, func(dst, src []byte) error { return errors.New("gvm does not read it") }},
+	{"lzo", "\x89LZO", 4, nil, func(_, _ []byte, _ func() error) error {
+		return errors.New("gvm does not read it")
+	}},
 }
 
 // detect returns the compression whose magic b starts with, or nil.
@@ -244,7 +246,7 @@ const decompressPiece = 1 << 20
 // returns an error.
 func (c *compression) decompress(dst, src []byte, ended func() error) error {
 	if c.decode != nil {
-		return c.decode(dst, src)
+		return c.decode(dst, src, ended)
 	}
 	in := bytes.NewReader(src)
 	r, err := c.open(in)
@@ -306,7 +308,9 @@ func openZstd(r io.Reader) (io.Reader, error) {
 	return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 }
 
-func decodeZstd(dst, src []byte) error {
+// decodeZstd is one call of the library, which nothing ends. A stream, which could end, would need
+// as much memory again.
+func decodeZstd(dst, src []byte, _ func() error) error {
 	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow),
 		zstd.WithDecodeAllCapLimit(true))
 	if err != nil {
@@ -328,9 +332,12 @@ const lz4Block = 8 << 20
 
 // decodeLZ4 reads the legacy frame format: the magic number, and blocks that each start with their
 // compressed size.
-func decodeLZ4(dst, src []byte) error {
+func decodeLZ4(dst, src []byte, ended func() error) error {
 	src = src[4:]
 	for len(dst) > 0 {
+		if err := ended(); err != nil {
+			return err
+		}
 		if len(src) < 4 {
 			return io.ErrUnexpectedEOF
 		}

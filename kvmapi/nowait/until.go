@@ -1,0 +1,44 @@
+package nowait
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"gvm/panics"
+)
+
+// patience bounds how long Until goes on after the end of its context.
+const patience = 500 * time.Millisecond
+
+// Until returns the result of do, which may wait for storage that does not answer. It returns
+// patience after the end of ctx at the latest: with the cause of ctx and what was done, such as
+// "FILE was opened". Then undo gets what do returns later without an error.
+func Until[T any](ctx context.Context, what func() string, do func() (T, error), undo func(T)) (T, error) {
+	type result struct {
+		value T
+		err   error
+	}
+	done := make(chan result, 1)
+	panics.Go(func() { // ends with the process at the latest
+		value, err := do()
+		done <- result{value, err}
+	})
+	select {
+	case r := <-done:
+		return r.value, r.err
+	case <-ctx.Done():
+	}
+	select {
+	case r := <-done:
+		return r.value, r.err
+	case <-time.After(patience):
+	}
+	panics.Go(func() { // likewise
+		if r := <-done; r.err == nil {
+			undo(r.value)
+		}
+	})
+	var none T
+	return none, fmt.Errorf("%w while %s", context.Cause(ctx), what())
+}

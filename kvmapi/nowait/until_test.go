@@ -1,0 +1,43 @@
+package nowait_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"testing/synctest"
+
+	"gvm/kvmapi/nowait"
+)
+
+// TestUntil: Until returns what is done, also shortly after the end of its context, and does not
+// wait longer; what is done later is undone.
+func TestUntil(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cause, failed := errors.New("told to"), errors.New("failed")
+		what := func() string { return "it was done" }
+		ctx, cancel := context.WithCancelCause(t.Context())
+		undo := func(n int) { t.Errorf("%d is undone", n) }
+		if n, err := nowait.Until(ctx, what, func() (int, error) { return 1, nil }, undo); n != 1 || err != nil {
+			t.Errorf("done: %d, %v", n, err)
+		}
+		if _, err := nowait.Until(ctx, what, func() (int, error) { return 0, failed }, undo); err != failed {
+			t.Errorf("failed: %v", err)
+		}
+		cancel(cause)
+		if n, err := nowait.Until(ctx, what, func() (int, error) { return 2, nil }, undo); n != 2 || err != nil {
+			t.Errorf("done after the end: %d, %v", n, err)
+		}
+		for _, late := range []error{nil, failed} {
+			answer, undone := make(chan struct{}), make(chan int, 1)
+			_, err := nowait.Until(ctx, what, func() (int, error) { <-answer; return 3, late }, func(n int) { undone <- n })
+			if !errors.Is(err, cause) || err.Error() != "told to while it was done" {
+				t.Errorf("not done: %v", err)
+			}
+			close(answer)
+			synctest.Wait()
+			if len(undone) > 0 != (late == nil) {
+				t.Errorf("%v: %d results are undone", late, len(undone))
+			}
+		}
+	})
+}
