@@ -222,19 +222,33 @@ func (t *terminal) command(key byte) {
 	}
 }
 
-// close restores the terminal and ends the input goroutine, once.
+// close restores the terminal and ends the input goroutines, once. A goroutine goes on to the end
+// of the process that reads input which another process took first, or passes it to a machine that
+// does not take it.
 func (t *terminal) close() error {
 	if t.wake == nil {
 		return nil // not open
 	}
 	t.keys.Close()
 	err := t.wake.Signal()
-	t.input.Wait()
+	ended := make(chan struct{})
+	panics.Go(func() {
+		t.input.Wait()
+		close(ended)
+	})
+	left := false
+	select {
+	case <-ended:
+	case <-time.After(patience):
+		left = true
+	}
 	if t.tty != nil {
 		t.unwatch()
 		err = errors.Join(err, t.tty.restore())
 	}
-	err = errors.Join(err, t.wake.Close())
+	if !left {
+		err = errors.Join(err, t.wake.Close())
+	}
 	t.wake = nil
 	return err
 }

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -220,4 +222,61 @@ func TestTerminalSize(t *testing.T) {
 	if !strings.Contains(r.out, `command line: "console=ttyS0 panic=-1 crash=reset"`) {
 		t.Errorf("not on a terminal: status %d, %q", r.status, r.out)
 	}
+}
+
+// TestStolenInput: the end does not wait for a read of the terminal that waits although there was
+// input, as it does if another process reads the terminal too, or has changed it.
+func TestStolenInput(t *testing.T) {
+	master, slave := openPTY(t)
+	out, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	x := newTerminal(func(err error) { t.Error(err) })
+	x.in, x.out = slave, out
+	if err := x.open(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	fd := int(slave.Fd())
+	s, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Cc[unix.VMIN], s.Cc[unix.VTIME] = 255, 255 // a read waits 25 s for a second byte
+	if err := unix.IoctlSetTermios(fd, unix.TCSETS, s); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := master.WriteString("x"); err != nil {
+		t.Fatal(err)
+	}
+	for !reads(t, fd) {
+		time.Sleep(time.Millisecond)
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- x.close() }()
+	select {
+	case err := <-closed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("the end waits for the terminal")
+	}
+}
+
+// reads reports whether a thread of this process waits in read(2) of a descriptor.
+func reads(t *testing.T, fd int) bool {
+	t.Helper()
+	files, err := filepath.Glob("/proc/self/task/*/syscall")
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	for _, name := range files {
+		b, _ := os.ReadFile(name) // the thread may have ended
+		if strings.HasPrefix(string(b), fmt.Sprintf("%d %#x ", unix.SYS_READ, fd)) {
+			return true
+		}
+	}
+	return false
 }
