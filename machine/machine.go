@@ -42,6 +42,7 @@ import (
 	"gvm/guestmem"
 	"gvm/inspect"
 	"gvm/kvmapi"
+	"gvm/kvmapi/nowait"
 	"gvm/machine/disk"
 	"gvm/panics"
 	"gvm/sandbox"
@@ -297,7 +298,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	} else {
 		cfg.CmdLine = s.cmdLine(m.disks.Root)
 	}
-	file, err := m.trace(&s)
+	file, err := m.trace(ctx, &s)
 	if err != nil {
 		return nil, err
 	}
@@ -443,21 +444,34 @@ func embeddedKernel() (*boot.Image, error) {
 }
 
 // trace starts recording to s.Trace.
-func (m *Machine) trace(s *Spec) (*trace.File, error) {
+func (m *Machine) trace(ctx context.Context, s *Spec) (*trace.File, error) {
 	if s.Trace == "" {
 		return nil, nil
 	}
-	f, err := createTrace(s.Trace, m.disks.TraceHeader(s.Version, s.RequestQueues()))
+	header := m.disks.TraceHeader(s.Version, s.RequestQueues())
+	f, err := nowait.Until(ctx, func() string { return s.Trace + " was opened" },
+		func() (*trace.File, error) { return createTrace(s.Trace, header) }, func(f *trace.File) { _ = f.Close() })
 	if err != nil {
 		return nil, err
 	}
-	m.later(f.Close)
+	m.later(func() error { return closeTrace(ctx, s.Trace, f) })
 	stop, err := m.disks.TraceKernels(f)
 	if err != nil {
 		return nil, err
 	}
 	m.later(stop)
 	return f, nil
+}
+
+// closeTrace closes a trace. An end that was asked for, which ends ctx, does not wait for storage
+// that does not answer.
+func closeTrace(ctx context.Context, path string, f io.Closer) error {
+	_, err := nowait.Until(ctx, func() string { return path + " was closed" },
+		func() (struct{}, error) { return struct{}{}, f.Close() }, func(struct{}) {})
+	if cause := context.Cause(ctx); cause != nil && errors.Is(err, cause) {
+		err = fmt.Errorf("trace %s: its storage does not answer; gvm ends without the end of the trace", path)
+	}
+	return err
 }
 
 // createTrace creates the trace file of a run, before the run starts.

@@ -1,11 +1,14 @@
 package machine
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"gvm/devices/block"
@@ -107,3 +110,34 @@ func TestPanic(t *testing.T) {
 type broken struct{}
 
 func (broken) Write([]byte) (int, error) { panic("broken") }
+
+// stuckCloser is a file on storage that does not answer until it is closed as a channel.
+type stuckCloser chan struct{}
+
+func (c stuckCloser) Close() error {
+	<-c
+	return errors.New("late")
+}
+
+// TestCloseTrace: the end of a machine waits for the storage of its trace, until an end was asked
+// for.
+func TestCloseTrace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		stuck, ended := make(stuckCloser), make(chan error, 1)
+		go func() { ended <- closeTrace(ctx, "t.trace", stuck) }()
+		synctest.Wait()
+		if len(ended) > 0 {
+			t.Error("it does not wait")
+		}
+		cancel()
+		const want = "trace t.trace: its storage does not answer; gvm ends without the end of the trace"
+		if err := <-ended; err == nil || err.Error() != want {
+			t.Errorf("after the end: %v", err)
+		}
+		close(stuck)
+		if err := closeTrace(ctx, "t.trace", stuck); err == nil || err.Error() != "late" {
+			t.Errorf("storage that answers: %v", err)
+		}
+	})
+}

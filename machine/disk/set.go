@@ -7,13 +7,12 @@ import (
 	"io"
 	"math/bits"
 	"slices"
-	"time"
 
 	"gvm/devices/block"
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/sidecar"
 	"gvm/devices/virtio/vhostscsi"
-	"gvm/panics"
+	"gvm/kvmapi/nowait"
 )
 
 // Config has the settings that the disks of a machine share.
@@ -78,49 +77,27 @@ func (ds *Set) Root() (word, why string) { return rootWord(ds.given) }
 // kernel's.
 func (ds *Set) InProcess() bool { return len(ds.kernels) == 0 || len(ds.target.LUNs()) > 0 }
 
-// openPatience bounds how long Open goes on after the end of its context.
-const openPatience = 500 * time.Millisecond
-
 // Open opens, checks and locks every image, and gives each its LUN on a target: gvm's own or the
 // kernel's, as its Backend says. On an error nothing stays open or provisioned, and the effects of
 // size= are undone. IsConfig reports whether the user can correct the error.
 //
-// Storage, and other processes that change the kernel's target, may block Open. Open returns
-// openPatience after the end of ctx at the latest. Its error then has the cause of ctx and the name
-// of the image or target that it waited for, and its work is undone once that wait is over.
+// Storage, and other processes that change the kernel's target, may block Open: see nowait.Until.
+// The error names the image or target that it waited for, and its work is undone once that wait is
+// over.
 func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
-	type result struct {
-		ds  *Set
-		err error
-	}
 	m := &mishaps{name: c.Machine, hold: c.Hold, note: c.Note, paused: c.Paused}
-	opened := make(chan result, 1)
-	panics.Go(func() { // ends with the process at the latest
+	what := func() string {
+		what, _ := m.opening.Load().(string)
+		return what + " was opened"
+	}
+	return nowait.Until(ctx, what, func() (*Set, error) {
 		k := kernelOptions{queues: c.Queues, chosen: c.QueuesChosen, abi: c.ABI, note: c.Note,
 			provisioned: c.Provisioned}
 		if k.targets, _ = c.Files.(Targets); k.targets == nil {
 			k.targets, k.fixed = Direct{}, c.Provisioned
 		}
-		ds, err := openDisks(list, c.Files, k, m)
-		opened <- result{ds, err}
-	})
-	select {
-	case r := <-opened:
-		return r.ds, r.err
-	case <-ctx.Done():
-	}
-	select {
-	case r := <-opened:
-		return r.ds, r.err
-	case <-time.After(openPatience):
-	}
-	panics.Go(func() { // ends with the process at the latest
-		if r := <-opened; r.err == nil {
-			_ = r.ds.Close(false)
-		}
-	})
-	what, _ := m.opening.Load().(string)
-	return nil, fmt.Errorf("%w while %s was opened", context.Cause(ctx), what)
+		return openDisks(list, c.Files, k, m)
+	}, func(ds *Set) { _ = ds.Close(false) })
 }
 
 func openDisks(list []Spec, files block.Files, k kernelOptions, m *mishaps) (*Set, error) {
