@@ -31,7 +31,7 @@ func (f *fuzzer) step(op []byte) {
 	case 1:
 		b := numbered(make([]byte, 4000), f.injected)
 		if op[1] == 1 {
-			b = b[:n%HeaderLen+1]
+			b = b[:n%(HeaderLen-1)+1] // no whole header
 		}
 		if err := unix.Sendto(f.peer[0], b, unix.MSG_DONTWAIT, nil); err == nil && op[1] != 1 {
 			f.injected++
