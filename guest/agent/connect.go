@@ -209,7 +209,9 @@ func openVsock() (io.ReadWriteCloser, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: wire.VsockPort})
+	for err = unix.EINTR; err == unix.EINTR; { // Go's own signals interrupt it
+		err = unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: wire.VsockPort})
+	}
 	if err != nil {
 		unix.Close(fd)
 		if err == unix.ENODEV {

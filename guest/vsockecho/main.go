@@ -85,7 +85,10 @@ func listen(port uint32) (int, error) {
 
 func connect(port uint32) (int, error) {
 	s, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM, 0)
-	if err == nil {
+	if err != nil {
+		return s, err
+	}
+	for err = unix.EINTR; err == unix.EINTR; { // Go's own signals interrupt it
 		err = unix.Connect(s, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: port})
 	}
 	return s, err
