@@ -57,11 +57,11 @@ ZSHDIR = share/zsh/site-functions
 .PHONY: man stage install uninstall deb
 .PHONY: release vulncheck fuzz-long fuzz-table
 
-# gvm knows the build ID of its agent (cmd/gvm/agent.go), and has an entry of its own (cmd/gvm/entry.go).
+# gvm knows the build ID of its agent: see cmd/gvm/agent.go.
 build: ## static binaries: bin/gvm, bin/gvm-agent for its guests, bin/gvm-plot for its plots, and bin/gvm-net, its network
 	$(GO) build -tags $(TAGS) $(BUILDFLAGS) -o $(BIN)/ ./cmd/gvm-agent ./cmd/gvm-plot ./cmd/gvm-net
 	id=$$($(GO) tool buildid $(BIN)/gvm-agent) && \
-	$(GO) build -tags $(TAGS) $(BUILDFLAGS) -ldflags "$(LDFLAGS) -E main.start -X main.agentID=$$id" -o $(BIN)/ ./cmd/gvm
+	$(GO) build -tags $(TAGS) $(BUILDFLAGS) -ldflags "$(LDFLAGS) -X main.agentID=$$id" -o $(BIN)/ ./cmd/gvm
 
 run: ## boot the embedded guest; in the lab if this machine has no /dev/kvm
 	@if [ -e /dev/kvm ]; then set -x; $(GO) run ./cmd/gvm run; else \

@@ -267,19 +267,14 @@ func TestOutput(t *testing.T) {
 		}
 		return gvmRuns(t, c)
 	}
-	const closed = closedEnv + "=1 "
 	for _, tt := range []struct {
 		name, script string
 		status       int
 		errs         string
 	}{
 		{"input closed", `exec "$0" run <&-`, 0, `^$`},
-		{"output closed", closed + `exec "$0" run >&-`, exitHost,
-			`^gvm: console output: [^\n]*bad file descriptor\n$`},
-		{"list, output closed", closed + `exec "$0" list --json >&-`, exitHost, `^gvm: [^\n]*bad file descriptor\n$`},
-		{"help, output closed", closed + `exec "$0" help run >&-`, exitHost, `^gvm: [^\n]*bad file descriptor\n$`},
-		{"nothing to print, output closed", closed + `exec "$0" image create image 1M >&-`, 0, `^$`},
-		{"all closed", closed + `exec "$0" run <&- >&- 2>&-`, exitHost, `^$`},
+		{"output closed", `exec "$0" run >&-`, 0, `^$`},
+		{"all closed", `exec "$0" run <&- >&- 2>&-`, 0, `^$`},
 		{"input is a directory", `exec "$0" run </`, 0, `^$`},
 		{"disk full", `exec "$0" run >/dev/full`, exitHost, `^gvm: console output: [^\n]*no space left on device\n$`},
 		{"doctor, disk full", `exec "$0" completion bash >/dev/full`, exitHost,

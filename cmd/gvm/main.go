@@ -37,7 +37,6 @@ func main() {
 
 // gvm runs the command line and returns the exit status.
 func gvm(args []string) (status int) {
-	keepClosed()
 	switch args[0] {
 	case broker.Arg0:
 		return runBroker(args, broker.Main)

@@ -21,12 +21,10 @@ import (
 	"gvm/guest-tests/lab"
 )
 
-// With asGVM the test binary is gvm. With closedEnv its standard output was closed at the start,
-// which only start (entry.go) could find out. With readOnlyEnv it first makes that directory
-// read-only for itself.
+// With asGVM the test binary is gvm. With readOnlyEnv it first makes that directory read-only for
+// itself.
 const (
 	asGVM       = "GVM_TEST_AS_GVM"
-	closedEnv   = "GVM_TEST_CLOSED"
 	readOnlyEnv = "GVM_TEST_READ_ONLY"
 )
 
@@ -64,9 +62,6 @@ func TestMain(m *testing.M) {
 		if mode := os.Getenv(sandboxEnv); mode != "" {
 			sandboxDefault = mode
 		}
-		if os.Getenv(closedEnv) != "" {
-			stdoutFlags = -int64(unix.EBADF)
-		}
 		if os.Getenv(netEnv) != "" {
 			startNet()
 			os.Exit(1)
@@ -84,7 +79,7 @@ func TestMain(m *testing.M) {
 func machineless() *regexp.Regexp {
 	const names = "AgentIn|BadInput|Bench(Disk|Nothing|Record)|Cell(Output|RunsOn)|Check(Memory|Threads(OfStorage)?)|" +
 		"Completion(OfDisks)?|Copy|Crash(Log|RecordNames)|Exec|Foreign(Answers|Words)|Help(Width)?|Hugepages|Image|" +
-		"HungInput|InputEnds|InspectWord|JailWords|KernelCheck|KnownDifferences|KubernetesWords|LioWords|" +
+		"InputEnds|InspectWord|JailWords|KernelCheck|KnownDifferences|KubernetesWords|LioWords|" +
 		"Matrix(StuckReader|Words)|NothingToPrint|Operands|PlotterFails|ReplayEnds|RunAsksLimits|(Sandbox)?Replay|" +
 		"SandboxWords|SecondSignal|StatTables|StolenInput|StuckReader|Suggestions|SurplusArguments|" +
 		"Test(Shares|StopEarly|Words)|Trace(Cut|Golden|Mistakes|Plot)|Unreadable|UserThreads|VerbsOfStranger"
