@@ -57,6 +57,9 @@ func ReadSymbols(r io.ReaderAt) (*Symbols, error) {
 		code := section.Flags&elf.SHF_EXECINSTR != 0 && (kind == elf.STT_FUNC || kind == elf.STT_NOTYPE)
 		switch {
 		case y.Name == "linux_banner" && y.Value >= section.Addr && y.Size < maxSymbol:
+			if section.ReaderAt == nil { // compressed, which no kernel has it
+				return nil, elf.ErrNoSymbols
+			}
 			s.banner, s.text = y.Value, make([]byte, y.Size)
 			if _, err := section.ReadAt(s.text, int64(y.Value-section.Addr)); err != nil {
 				return nil, err
