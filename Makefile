@@ -211,8 +211,8 @@ distribution: ## make a small Debian system, and boot it to its login and down a
 kubernetes: ## run a Job of gvm test --emit kubernetes on Kubernetes's control plane, built from its source
 	cd guest-tests/kubernetes && $(GO) test -trimpath -count=1 -timeout 90m -v .
 
-streams: ## 64 MiB through commands in guests and back, in the lab
-	$(GOTEST) -tags built -count=1 -timeout 30m -parallel 1 -run '^TestStreams$$' ./guest-tests/linux
+streams: ## 64 MiB through commands in guests and back, and 1 GiB by vsock, in the lab
+	$(GOTEST) -tags built -count=1 -timeout 30m -parallel 1 -run '^Test(Vsock)?Streams$$' ./guest-tests/linux
 
 model: ## every state of the model of the split virtqueue, by spin
 	$(GO) test -tags built -count=1 -timeout 10m -run '^TestModel$$' -v ./devices/virtio/virtq

@@ -19,7 +19,7 @@ import (
 
 // patience is how long a run of gvm may take before it is killed and the test fails. A guest that
 // the lab loses in a hang costs it, and its test runs again in a new lab.
-const patience = 150 * time.Second
+var patience = 150 * time.Second
 
 // process is a running gvm, or a program that it is compared with.
 type process struct {

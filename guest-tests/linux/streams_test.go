@@ -12,6 +12,16 @@ import (
 	"gvm/guest-tests/lab"
 )
 
+// TestVsockStreams: 1 GiB each way passes a thousand connections at a time unchanged, by --vsock
+// unix.
+func TestVsockStreams(t *testing.T) {
+	begin := time.Now()
+	defer func(p time.Duration) { patience = p }(patience)
+	patience = 15 * time.Minute
+	vsockBridge(t, 1<<30/1000+1)
+	t.Logf("%v", time.Since(begin))
+}
+
 // TestStreams: 64 MiB of any bytes pass a command in a guest of a stock kernel unchanged, by each
 // fast way to the agent. That takes a minute of the lab for each, so TestRungs has less there.
 func TestStreams(t *testing.T) {
