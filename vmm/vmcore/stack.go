@@ -57,7 +57,7 @@ func ReadSymbols(r io.ReaderAt) (*Symbols, error) {
 		code := section.Flags&elf.SHF_EXECINSTR != 0 && (kind == elf.STT_FUNC || kind == elf.STT_NOTYPE)
 		switch {
 		case y.Name == "linux_banner" && y.Value >= section.Addr && y.Size < maxSymbol:
-			if section.ReaderAt == nil { // compressed, which no kernel has it
+			if section.ReaderAt == nil { // compressed: the file is damaged
 				return nil, elf.ErrNoSymbols
 			}
 			s.banner, s.text = y.Value, make([]byte, y.Size)
