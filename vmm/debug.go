@@ -257,7 +257,7 @@ func (d *Debugger) exit(m *machine, i int, c *kvmapi.VCPU, e kvmapi.Exit) error 
 	case e.Exception == vectBP && soft == nil:
 		inject = kvmapi.GuestDebugInjectBP
 	case e.Exception == vectBP:
-		stop.Point = &gdbstub.Point{Kind: gdbstub.SoftwareBreakpoint, Addr: soft.addr}
+		stop.Point = &gdbstub.Point{Kind: gdbstub.SoftwareBreakpoint, Addr: soft.addr, Len: 1}
 	case d.hit(e.DR6) >= 0:
 		p := d.hard[d.hit(e.DR6)]
 		if hit = &p; p.Kind <= gdbstub.HardwareBreakpoint {

@@ -18,7 +18,7 @@ import (
 // serves the published port, and nothing is left after the end of each process.
 func TestJailUserNet(t *testing.T) {
 	needsJail(t)
-	mountGroups(t)
+	needsGroups(t)
 	dir, kernel := filepath.Join(t.TempDir(), "jail"), filepath.Join(t.TempDir(), "guest.elf")
 	if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(kernel, embedded.Image, 0o600),
 		os.Chmod(kernel, 0o644)); err != nil {

@@ -18,6 +18,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/scsi/lio"
+	"gvm/devices/virtio/vhostscsi"
 	"gvm/guest-tests/lab"
 )
 
@@ -97,7 +99,22 @@ func testMain(m *testing.M) int {
 	// One CPU: two guests at a time on an L1 with two processors can make the lab hang. Two labs, as
 	// most of the time is the labs' own.
 	return lab.Main(withPlotter{m}, lab.Options{Build: []string{"gvm/cmd/gvm-plot", "gvm/cmd/gvm-net"},
-		Visible: []string{runtimeDir}, Direct: lab.KVM, CPUs: 1, Labs: 2, Here: machineless()})
+		Visible: []string{runtimeDir}, Direct: lab.KVM, CPUs: 1, Labs: 2, Here: machineless(), Needs: []lab.Need{
+			{Tests: regexp.MustCompile("^Test(JailVhost|Sandbox(Replay)?Vhost)$"), Lacks: lacksVhost},
+			{Tests: regexp.MustCompile("^TestJail(Limits|UserNet)$"), Lacks: lacksGroups},
+		}})
+}
+
+// lacksVhost returns an error if this kernel serves no disks.
+func lacksVhost() error { return errors.Join(lio.Check(""), vhostscsi.Check(vhostscsi.ABIPolicy{})) }
+
+// needsVhost skips a test that was chosen by name on a machine whose kernel serves no disks: Main
+// runs it in the lab otherwise.
+func needsVhost(t *testing.T) {
+	t.Helper()
+	if err := lacksVhost(); err != nil {
+		t.Skip(err)
+	}
 }
 
 // withPlotter runs the tests with gvm-plot and gvm-net in $PATH.
@@ -141,6 +158,21 @@ func self(t testing.TB) string {
 	t.Helper()
 	path, err := os.Executable()
 	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// copyOfSelf returns the path of a copy of self in dir, which other users can run: the directory
+// that the go command makes for a test's program is its user's alone.
+func copyOfSelf(t testing.TB, dir string) string {
+	t.Helper()
+	path := filepath.Join(dir, "gvm")
+	if _, err := os.Stat(path); err == nil {
+		return path
+	}
+	program, err := os.ReadFile(self(t))
+	if err := errors.Join(err, os.WriteFile(path, program, 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	return path

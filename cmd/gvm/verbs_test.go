@@ -200,9 +200,8 @@ func TestVerbsOfStranger(t *testing.T) {
 	path, credential := self(t), (*syscall.Credential)(nil)
 	if os.Getuid() == 0 {
 		const uid = 65534
-		path, credential = home+"/gvm", &syscall.Credential{Uid: uid, Gid: uid}
-		program, err := os.ReadFile(self(t))
-		if err := errors.Join(err, os.WriteFile(path, program, 0o755), os.Chown(own, uid, uid),
+		path, credential = copyOfSelf(t, home), &syscall.Credential{Uid: uid, Gid: uid}
+		if err := errors.Join(os.Chown(own, uid, uid),
 			os.MkdirAll(mixed+"/gvm", 0o700), os.Chown(mixed, uid, uid)); err != nil {
 			t.Fatal(err)
 		}

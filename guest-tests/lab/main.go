@@ -40,12 +40,34 @@ type Options struct {
 	// Labs is how many labs run the tests at the same time, each a part of them; 0 is 1. It is 1 on a
 	// machine that has fewer processors, or less memory than half of Memory for each.
 	Labs int
+	// Needs are of tests that need more than Direct finds. On a machine that runs the tests itself,
+	// those whose need it lacks run in a lab beside the others.
+	Needs []Need
 	// Here matches the names of tests that need nothing of the lab. They run on this machine, beside
 	// the labs, which would take many times as long. Nil means none.
 	Here *regexp.Regexp
 	// Writable and Visible are as in Command. The directories of profiles that the go command asks
 	// for are always writable.
 	Writable, Visible []string
+}
+
+// Need is what some tests of a package need of a machine.
+type Need struct {
+	// Tests matches the names of the tests.
+	Tests *regexp.Regexp
+	// Lacks returns why this machine cannot run them; nil: it can.
+	Lacks func() error
+}
+
+// lacking returns the needs that this machine does not meet. Each is reported in one line.
+func (o Options) lacking() (all []*regexp.Regexp) {
+	for _, n := range o.Needs {
+		if err := n.Lacks(); err != nil {
+			fmt.Fprintf(os.Stderr, "lab: tests %s run in the lab: %v\n", n.Tests, err)
+			all = append(all, n.Tests)
+		}
+	}
+	return all
 }
 
 // tries is the number of labs in which Main tries to run tests.
@@ -163,15 +185,23 @@ func Main(m interface{ Run() int }, o Options) int {
 	if o.Direct != nil {
 		direct, why = o.Direct()
 	}
+	here := func(name string) bool { return o.Here != nil && o.Here.MatchString(name) }
 	if direct {
 		fmt.Fprintf(os.Stderr, "lab: tests run on this machine: %s\n", why)
-		return m.Run()
+		lacking := o.lacking()
+		if len(lacking) == 0 || a.undivided() {
+			return m.Run()
+		}
+		here = func(name string) bool {
+			return !slices.ContainsFunc(lacking, func(r *regexp.Regexp) bool { return r.MatchString(name) })
+		}
+	} else {
+		fmt.Fprintf(os.Stderr, "lab: tests run in the lab: %s\n", why)
 	}
-	fmt.Fprintf(os.Stderr, "lab: tests run in the lab: %s\n", why)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	labs := o.atOnce()
-	parts, err := a.divide(ctx, labs, o.Here)
+	parts, err := a.divide(ctx, labs, here)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "lab: list the tests: %v\n", err)
 		return exitInfrastructure

@@ -18,11 +18,16 @@ import (
 // testName is the name of a test, an example or a fuzz target in a list of them.
 var testName = regexp.MustCompile(`(?m)^(?:Test|Example|Fuzz)\w*$`)
 
+// undivided reports whether the tests run as one: a run that writes files, such as profiles, and
+// one of benchmarks, of fuzzing, or of chosen subtests.
+func (a testArgs) undivided() bool {
+	return a.whole || len(a.values) > 0 || len(a.rest) > 0 || strings.Contains(a.run, "/")
+}
+
 // divide returns the arguments for runs of parts of the tests, for n labs, and first for one of the
-// tests that match here, if any does. A run that writes files, such as profiles, and one of
-// benchmarks, of fuzzing, or of chosen subtests is not divided.
-func (a testArgs) divide(ctx context.Context, n int, here *regexp.Regexp) ([]testArgs, error) {
-	if n == 1 && here == nil || a.whole || len(a.values) > 0 || len(a.rest) > 0 || strings.Contains(a.run, "/") {
+// tests that are to run on this machine, if there are any.
+func (a testArgs) divide(ctx context.Context, n int, here func(name string) bool) ([]testArgs, error) {
+	if a.undivided() {
 		return []testArgs{a}, nil
 	}
 	pattern := a.run
@@ -44,14 +49,12 @@ func (a testArgs) divide(ctx context.Context, n int, here *regexp.Regexp) ([]tes
 		names = slices.DeleteFunc(names, left.MatchString)
 	}
 	var parts []testArgs
-	if here != nil {
-		labs := func(name string) bool { return !here.MatchString(name) }
-		if direct := slices.DeleteFunc(slices.Clone(names), labs); len(direct) > 0 {
-			names = slices.DeleteFunc(names, here.MatchString)
-			p := a.only(direct)
-			p.here = true
-			parts = append(parts, p)
-		}
+	labs := func(name string) bool { return !here(name) }
+	if direct := slices.DeleteFunc(slices.Clone(names), labs); len(direct) > 0 {
+		names = slices.DeleteFunc(names, here)
+		p := a.only(direct)
+		p.here = true
+		parts = append(parts, p)
 	}
 	if len(names) > 0 || len(parts) == 0 {
 		parts = append(parts, a.share(names, n)...)

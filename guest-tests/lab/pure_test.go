@@ -110,20 +110,22 @@ func TestShare(t *testing.T) {
 			t.Errorf("%q: %q, want %q", tt.names, got, tt.want)
 		}
 	}
-	parts, err := parseTestArgs([]string{"-test.run=^TestS", "-test.skip=^TestS[^h]"}).divide(t.Context(), 2, nil)
+	none := func(string) bool { return false }
+	parts, err := parseTestArgs([]string{"-test.run=^TestS", "-test.skip=^TestS[^h]"}).divide(t.Context(), 2, none)
 	if err != nil || len(parts) != 1 || !slices.Contains(parts[0].args, "-test.run=^(TestShare)$") {
 		t.Errorf("without tests to skip: %+v, %v", parts, err)
 	}
 	parts, err = parseTestArgs([]string{"-test.run=^Test(Share|Skip|Job)$"}).divide(t.Context(), 1,
-		regexp.MustCompile("^TestS"))
+		regexp.MustCompile("^TestS").MatchString)
 	if err != nil || len(parts) != 2 || !parts[0].here || parts[1].here ||
 		!slices.Contains(parts[0].args, "-test.run=^(TestSkip|TestShare)$") ||
 		!slices.Contains(parts[1].args, "-test.run=^(TestJob)$") {
 		t.Errorf("with tests on this machine: %+v, %v", parts, err)
 	}
 	for _, args := range []string{"-test.run=A/b", "-test.bench=.", "-test.fuzz=A", "-test.cpuprofile=f", "-test.v x"} {
-		parts, err := parseTestArgs(strings.Fields(args)).divide(t.Context(), 2, nil)
-		if err != nil || len(parts) != 1 {
+		a := parseTestArgs(strings.Fields(args))
+		parts, err := a.divide(t.Context(), 2, none)
+		if err != nil || len(parts) != 1 || !a.undivided() {
 			t.Errorf("%s is divided into %d parts, %v", args, len(parts), err)
 		}
 	}
