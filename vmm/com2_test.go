@@ -28,7 +28,7 @@ func TestCOM2(t *testing.T) {
 
 // TestInspectPorts: the state has the second UART and the status port, if they are there.
 func TestInspectPorts(t *testing.T) {
-	m, err := newMachine(system(t), Config{
+	m, err := newMachine(t.Context(), system(t), Config{
 		Kernel: embeddedKernel(t), Memory: guestmem.Config{Size: 64 << 20}, COM2: new(testConsole),
 		Status: func(statusport.Report) {},
 	})

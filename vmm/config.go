@@ -160,15 +160,20 @@ type Outcome struct {
 }
 
 // Run builds the machine of cfg and runs it until it ends or ctx is cancelled. It releases
-// everything it made before it returns, unless Outcome.Left is set. An error is a failure to build
-// the machine: *boot.ImageError and *ConfigError are the user's, everything else the host's.
+// everything it made before it returns, unless Outcome.Left is set, or the storage of the kernel or
+// an initrd did not answer when ctx ended: then that read and the guest's memory stay until it
+// does. An error is a failure to build the machine: *boot.ImageError and *ConfigError are the
+// user's, everything else the host's.
 func Run(ctx context.Context, sys *kvmapi.System, cfg Config) (Outcome, error) {
 	defer cfg.Pauser.end()
 	defer cfg.Debugger.end()
 	cfg.battery, cfg.watchdog = &rtc.Battery{}, &i6300esb.Kept{}
 	rand.Read(cfg.generation[:])
 	for {
-		m, err := newMachine(sys, cfg)
+		m, err := newMachine(ctx, sys, cfg)
+		if cause := context.Cause(ctx); cause != nil && errors.Is(err, cause) {
+			return Outcome{Ending: Stopped, Err: err}, nil
+		}
 		if err != nil {
 			return Outcome{}, err
 		}

@@ -13,7 +13,8 @@ import (
 
 // TestReportNames: the report of a crash has the names of the machine's state for registers.
 func TestReportNames(t *testing.T) {
-	m, err := newMachine(system(t), Config{Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t)})
+	cfg := Config{Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t)}
+	m, err := newMachine(t.Context(), system(t), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -325,7 +325,7 @@ func TestHostileCPUs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := newMachine(sys, Config{
+	m, err := newMachine(t.Context(), sys, Config{
 		Memory: guestmem.Config{Size: 64 << 20}, CPUs: 2, Kernel: embeddedKernel(t),
 		Devices:  []virtio.Device{rng.New(), disk, pages, sockets, network, ports, share},
 		Watchdog: WatchdogNMI, watchdog: new(i6300esb.Kept),

@@ -108,7 +108,7 @@ func TestInspectCPUs(t *testing.T) {
 // waits for it answers once it is free.
 func TestInspectStuckDevice(t *testing.T) {
 	s := &stuck{rng.New(), make(chan struct{}, 1), make(chan struct{})}
-	m, err := newMachine(system(t), Config{
+	m, err := newMachine(t.Context(), system(t), Config{
 		Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t), Devices: []virtio.Device{s, rng.New()},
 	})
 	if err != nil {
@@ -164,7 +164,7 @@ func TestInspectRequest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := newMachine(system(t), Config{
+	m, err := newMachine(t.Context(), system(t), Config{
 		Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t), Devices: []virtio.Device{rng.New(), disk},
 		Inspect: func() []inspect.Node {
 			return []inspect.Node{inspect.Group("disk", inspect.Group("0", u.Inspect()...))}
@@ -272,7 +272,7 @@ func TestReportBounds(t *testing.T) {
 		disks = append(disks, inspect.Group(fmt.Sprint(i), inspect.Group("task",
 			inspect.Group("0", inspect.Text("command", "WRITE(10)")))))
 	}
-	m, err := newMachine(system(t), Config{
+	m, err := newMachine(t.Context(), system(t), Config{
 		Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t), CPUs: reportCPUs + 3,
 		Inspect: func() []inspect.Node { return []inspect.Node{inspect.Group("disk", disks...)} },
 	})

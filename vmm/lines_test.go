@@ -25,7 +25,7 @@ func TestInterruptLines(t *testing.T) {
 	enable := script{}.out(rtc.Port, 0x0b).in(slavePIC)                    // register B
 	guest := enable.out(rtc.Port+1, 0x42).stamp(1).in(slavePIC).powerOff() // PIE, 24 hours
 	console := new(testConsole)
-	m, err := newMachine(system(t), Config{
+	m, err := newMachine(t.Context(), system(t), Config{
 		Memory: guestmem.Config{Size: 64 << 20}, Kernel: guest.kernel(t, false), Protocol: boot.Linux64, Console: console,
 		Devices: []virtio.Device{rng.New()},
 		Stamp:   func(byte) { time.Sleep(20 * time.Millisecond) }, // many periods of the clock
@@ -81,7 +81,8 @@ func TestClockKept(t *testing.T) {
 
 // TestClockAlarm: the clock's alarm sets RTC_STS (ACPI 6.5, 4.8.3.1.1).
 func TestClockAlarm(t *testing.T) {
-	m, err := newMachine(system(t), Config{Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t)})
+	cfg := Config{Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t)}
+	m, err := newMachine(t.Context(), system(t), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -62,8 +63,8 @@ type machine struct {
 }
 
 // newMachine builds a machine up to the point where its vCPUs can run. On an error it leaves
-// nothing behind.
-func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
+// nothing behind but what Prepared.load does.
+func newMachine(ctx context.Context, sys *kvmapi.System, cfg Config) (_ *machine, err error) {
 	m := &machine{cfg: cfg, sys: sys}
 	m.lifecycle.init()
 	if cfg.Debugger != nil {
@@ -93,7 +94,7 @@ func newMachine(sys *kvmapi.System, cfg Config) (_ *machine, err error) {
 		do   func() error
 	}{
 		// Loading needs only the memory; meanwhile KVM makes the rest.
-		{"ACPI tables, kernel, initrd", m.loadKernel},
+		{"ACPI tables, kernel, initrd", func() error { return m.loadKernel(ctx) }},
 		{"virtual machine and memory", m.createVM},
 		{"platform", m.addPlatform},
 		{"PCI devices", m.addPCI},
@@ -241,7 +242,7 @@ func (m *machine) addPCI() error {
 }
 
 // loadKernel writes the ACPI tables and the kernel into memory.
-func (m *machine) loadKernel() error {
+func (m *machine) loadKernel(ctx context.Context) error {
 	p := m.cfg.Prepared
 	<-p.mapped
 	if p.mem == nil {
@@ -272,7 +273,7 @@ func (m *machine) loadKernel() error {
 	if err := m.mem.Write(acpiBase, tables); err != nil {
 		return fmt.Errorf("ACPI tables: %w", err)
 	}
-	m.entry, err = boot.Load(m.mem, boot.Config{
+	m.entry, err = p.load(ctx, boot.Config{
 		Kernel:   m.cfg.Kernel,
 		Initrds:  m.cfg.Initrds,
 		CmdLine:  m.cfg.CmdLine,

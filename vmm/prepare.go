@@ -1,13 +1,17 @@
 package vmm
 
 import (
+	"context"
 	"errors"
+	"sync/atomic"
 
 	"github.com/bobuhiro11/gokvm/kvm"
 
 	"gvm/guestmem"
 	"gvm/kvmapi"
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
+	"gvm/vmm/boot"
 )
 
 // Begun is an open KVM and a virtual machine without memory or devices.
@@ -154,6 +158,32 @@ func (p *Prepared) fillVM(ids []uint32) (err error) {
 		return p.vm.SetBootCPU(ids[0])
 	}
 	return nil
+}
+
+// load has boot.Load write the kernel and the initrds into the memory. It does not wait for storage
+// that does not answer when ctx has ended. The read of it goes on then, and the memory stays until
+// the end of that.
+func (p *Prepared) load(ctx context.Context, cfg boot.Config) (boot.Entry, error) {
+	mem := p.mem
+	var file atomic.Pointer[string] // that is being read
+	cfg.Reading = func(name string) { file.Store(&name) }
+	cfg.Reading(cfg.Kernel.Name)
+	over := make(chan struct{})
+	entry, err := nowait.Until(ctx, func() string { return *file.Load() + " was read" }, func() (boot.Entry, error) {
+		defer close(over)
+		return boot.Load(mem, cfg)
+	}, func(boot.Entry) {})
+	select {
+	case <-over:
+	default:
+		<-p.done // which uses the memory
+		p.mem = nil
+		panics.Go(func() { // ends with the process at the latest
+			<-over
+			_ = mem.Close()
+		})
+	}
+	return entry, err
 }
 
 // Close waits until the machine has been made, and releases it unless Run has taken it.

@@ -1,10 +1,13 @@
 package vmm
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
+	"io"
 	"math/rand/v2"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,7 +17,10 @@ import (
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/rng"
 	"gvm/devices/virtio/vscsi"
+	"gvm/guest/embedded"
 	"gvm/guestmem"
+	"gvm/kvmapi"
+	"gvm/vmm/boot"
 )
 
 // stuck is a device whose Reset blocks, as if storage did not finish a request.
@@ -150,7 +156,7 @@ func TestEndOfLongCommands(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m, err := newMachine(system(t), Config{
+		m, err := newMachine(t.Context(), system(t), Config{
 			Memory: guestmem.Config{Size: 64 << 20}, Kernel: embeddedKernel(t), Devices: []virtio.Device{rng.New(), disk},
 		})
 		if err != nil {
@@ -175,5 +181,81 @@ func TestEndOfLongCommands(t *testing.T) {
 			t.Errorf("%s: still at it", name)
 		}
 		cancel()
+	}
+}
+
+// deaf is a file on storage that answers until it is struck, and then not before it is free.
+type deaf struct {
+	io.ReaderAt
+	struck  atomic.Bool
+	reading chan struct{} // takes a word at a read that waits
+	free    chan struct{}
+}
+
+func (d *deaf) ReadAt(b []byte, off int64) (int, error) {
+	if d.struck.Load() {
+		select {
+		case d.reading <- struct{}{}:
+		case <-d.free:
+		}
+		<-d.free
+	}
+	return d.ReaderAt.ReadAt(b, off)
+}
+
+// TestDeafKernel: storage that does not answer while a kernel or an initrd is loaded, at the start
+// or by a restart in place, holds up no end of the machine. The memory that such a read fills stays
+// until its end.
+func TestDeafKernel(t *testing.T) {
+	cause := errors.New("told to")
+	for _, where := range []string{"kernel", "initrd", "restart"} {
+		before := openFDs(t)
+		sys, err := kvmapi.Open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := &deaf{bytes.NewReader(embedded.Image), atomic.Bool{}, make(chan struct{}), make(chan struct{})}
+		file := &boot.File{Name: "deaf", ReaderAt: d, Size: int64(len(embedded.Image))}
+		cfg := Config{Memory: guestmem.Config{Size: 64 << 20, Shared: true}, CmdLine: "crash=reset", Rebooting: true,
+			Devices: []virtio.Device{rng.New()}}
+		if where == "initrd" {
+			cfg.Kernel, cfg.Initrds = script{}.kernel(t, false), []*boot.File{file}
+		} else if cfg.Kernel, err = boot.NewImage(file); err != nil {
+			t.Fatal(err)
+		}
+		cfg.Phase = func(name string) {
+			if name == Entered {
+				d.struck.Store(true)
+			}
+		}
+		d.struck.Store(where != "restart")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		ended := make(chan Outcome, 1)
+		go func() {
+			out, err := Run(ctx, sys, cfg)
+			if err != nil {
+				t.Error(err)
+			}
+			ended <- out
+		}()
+		<-d.reading
+		cancel(cause)
+		select {
+		case out := <-ended:
+			if out.Ending != Stopped || !errors.Is(out.Err, cause) || out.Err.Error() != "told to while deaf was read" {
+				t.Errorf("%s: %+v", where, out)
+			}
+			close(d.free)
+		case <-time.After(30 * time.Second):
+			t.Errorf("%s: the end waits for the storage", where)
+			close(d.free)
+			<-ended
+		}
+		if err := sys.Close(); err != nil {
+			t.Error(err)
+		}
+		for openFDs(t) != before { // among others that of the memory
+			time.Sleep(time.Millisecond)
+		}
 	}
 }

@@ -119,7 +119,7 @@ func TestPinsReachHighIDs(t *testing.T) {
 func TestSetPinReachesHighIDs(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	m, err := newMachine(system(t), Config{
+	m, err := newMachine(t.Context(), system(t), Config{
 		Memory:  guestmem.Config{Size: 64 << 20},
 		APICIDs: []uint32{300},
 		Kernel:  embeddedKernel(t),

@@ -85,6 +85,8 @@ type Config struct {
 	Dirty bool
 	// Note takes one-line remarks about each fallback; nil drops them.
 	Note func(string)
+	// Reading takes the name of each file before its contents are read; nil: no call.
+	Reading func(name string)
 }
 
 // Entry is the state in which the first vCPU starts.
@@ -125,6 +127,7 @@ func Load(mem *guestmem.Memory, cfg Config) (Entry, error) {
 		return Entry{}, &ImageError{"the kernel command line", "holds a NUL or a newline", "give one line of text"}
 	}
 	ld.free = newLayout(mem, ld.e820)
+	ld.reading(cfg.Kernel.Name)
 	if cfg.Kernel.elf != nil {
 		if cfg.Mode == BzImage {
 			return Entry{}, &ImageError{cfg.Kernel.Name, "is an ELF kernel, and the boot mode bzimage takes a bzImage",
@@ -141,6 +144,12 @@ func Load(mem *guestmem.Memory, cfg Config) (Entry, error) {
 func (ld *loader) note(format string, args ...any) {
 	if ld.cfg.Note != nil {
 		ld.cfg.Note(fmt.Sprintf(format, args...))
+	}
+}
+
+func (ld *loader) reading(name string) {
+	if ld.cfg.Reading != nil {
+		ld.cfg.Reading(name)
 	}
 }
 

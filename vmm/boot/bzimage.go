@@ -151,6 +151,9 @@ func (ld *loader) bzImage() (Entry, error) {
 		if ld.cfg.Mode == ELF || errors.As(err, new(*stoppedError)) {
 			return Entry{}, err
 		}
+		if err := im.File.ended(); err != nil { // without the note
+			return Entry{}, err
+		}
 		var ie *ImageError
 		if errors.As(err, &ie) {
 			err = errors.New(ie.Name + " " + ie.What) // without the mend: the fallback needs none

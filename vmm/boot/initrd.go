@@ -64,6 +64,7 @@ func (ld *loader) initrd(lim initrdLimit) (addr, size uint64, err error) {
 		}
 		clear(pad)
 		at += uint64(len(pad))
+		ld.reading(f.Name)
 		b, err := ld.mem.Slice(at, uint64(f.Size))
 		if err != nil {
 			return 0, 0, err
