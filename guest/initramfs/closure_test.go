@@ -2,6 +2,7 @@ package initramfs
 
 import (
 	"bytes"
+	"compress/zlib"
 	"context"
 	"debug/elf"
 	"encoding/binary"
@@ -247,6 +248,37 @@ func TestClosure(t *testing.T) {
 	cancel(cause)
 	if _, err := (Host{Root: root}).Closure(ctx, "/bin/static"); !errors.Is(err, cause) {
 		t.Error(err)
+	}
+}
+
+// TestCompressedLibraries: no table of a program is decompressed, as that could have any size. A
+// link may lead to a section of any type.
+func TestCompressedLibraries(t *testing.T) {
+	const dynamic, dynstr = 1, 2
+	le := binary.LittleEndian
+	for _, section := range []uint64{dynamic, dynstr} {
+		b := []byte(spec("interp=/lib/ld.so needed=liba.so").build())
+		if o := readObject(bytes.NewReader(b)); o == nil || !slices.Equal(o.needed, []string{"liba.so"}) {
+			t.Fatalf("%+v", o)
+		}
+		header := b[le.Uint64(b[40:])+section*64:][:64]
+		off, size := le.Uint64(header[24:]), le.Uint64(header[32:])
+		var zip bytes.Buffer
+		if err := binary.Write(&zip, le, elf.Chdr64{Type: uint32(elf.COMPRESS_ZLIB), Size: size, Addralign: 1}); err != nil {
+			t.Fatal(err)
+		}
+		z := zlib.NewWriter(&zip)
+		_, _ = z.Write(b[off:][:size]) // a Buffer takes all
+		_ = z.Close()
+		if section == dynstr {
+			le.PutUint32(header[4:], uint32(elf.SHT_PROGBITS))
+		}
+		le.PutUint64(header[8:], uint64(elf.SHF_COMPRESSED))
+		le.PutUint64(header[24:], uint64(len(b)))
+		le.PutUint64(header[32:], uint64(zip.Len()))
+		if o := readObject(bytes.NewReader(append(b, zip.Bytes()...))); o != nil {
+			t.Errorf("section %d: %+v", section, o)
+		}
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 
+	"gvm/elffile"
 	"gvm/guest/kernel"
 	"gvm/kvmapi/nowait"
 )
@@ -29,43 +30,74 @@ type object struct {
 	by          *object // the one that needs it first
 }
 
-// maxTable bounds the sections that tell of libraries; the largest known have a few MiB.
-const maxTable = 64 << 20
+// Bounds of what tells of libraries: the section .dynamic, of which the largest known have some
+// KiB, a list of directories, and other tables, of which the largest known have a few MiB.
+const (
+	maxDynamic = 64 << 10
+	maxPath    = 64 << 10
+	maxTable   = 64 << 20
+)
 
 // readObject reads the ELF headers of a program or library for x86; nil if r is none.
 func readObject(r io.ReaderAt) *object {
-	f, err := openELF(r)
+	f, err := elffile.Open(r)
 	if err != nil || f.Machine != elf.EM_X86_64 && f.Machine != elf.EM_386 ||
 		f.Type != elf.ET_EXEC && f.Type != elf.ET_DYN {
 		return nil
 	}
-	for _, s := range f.Sections {
-		if (s.Type == elf.SHT_DYNAMIC || s.Type == elf.SHT_STRTAB) && max(s.Size, s.FileSize) > maxTable {
-			return nil
-		}
-	}
 	o := &object{class: f.Class, machine: f.Machine}
 	for _, p := range f.Progs {
-		if p.Type == elf.PT_INTERP && p.Filesz <= maxName {
-			b, err := io.ReadAll(p.Open())
-			if err != nil {
+		if elf.ProgType(p.Type) == elf.PT_INTERP && p.Filesz <= maxName {
+			b := make([]byte, p.Filesz)
+			if f.ReadFull(b, p.Off) != nil {
 				return nil
 			}
 			o.interpreter = string(bytes.TrimRight(b, "\x00"))
 		}
 	}
-	lists := map[elf.DynTag]*[]string{elf.DT_NEEDED: &o.needed, elf.DT_RPATH: &o.rpath, elf.DT_RUNPATH: &o.runpath}
-	for tag, list := range lists {
-		all, err := f.DynString(tag)
-		if err != nil {
-			return nil
+	s := f.SectionOf(elf.SHT_DYNAMIC)
+	if s == nil {
+		return o
+	}
+	entries, err := f.Data(s, maxDynamic)
+	if err != nil {
+		return nil
+	}
+	words, err := f.Table(s.Link, maxTable)
+	if err != nil {
+		return nil
+	}
+	size, le := 8, binary.LittleEndian // elf.Dyn32
+	if f.Class == elf.ELFCLASS64 {
+		size = 16
+	}
+	for ; len(entries) >= size; entries = entries[size:] {
+		tag, at := uint64(le.Uint32(entries)), uint64(le.Uint32(entries[4:]))
+		if f.Class == elf.ELFCLASS64 {
+			tag, at = le.Uint64(entries), le.Uint64(entries[8:])
 		}
-		if tag != elf.DT_NEEDED && len(all) > 0 {
-			all = strings.Split(all[0], ":")
+		switch elf.DynTag(tag) {
+		case elf.DT_NEEDED:
+			if name, ok := elffile.Word(words, at, maxName); ok {
+				o.needed = append(o.needed, string(name))
+			}
+		case elf.DT_RPATH:
+			o.rpath = paths(o.rpath, words, at)
+		case elf.DT_RUNPATH:
+			o.runpath = paths(o.runpath, words, at)
 		}
-		*list = all
 	}
 	return o
+}
+
+// paths returns the directories of the list at an offset of a table, unless there is a list.
+func paths(list []string, table []byte, at uint64) []string {
+	if list == nil {
+		if b, ok := elffile.Word(table, at, maxPath); ok {
+			return strings.Split(string(b), ":")
+		}
+	}
+	return list
 }
 
 // libraries adds the libraries of a program: breadth first, as ld.so does, each name once.

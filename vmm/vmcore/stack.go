@@ -10,6 +10,7 @@ import (
 	"io"
 	"slices"
 
+	"gvm/elffile"
 	"gvm/guestmem"
 	"gvm/vmm/x86"
 )
@@ -19,8 +20,8 @@ const (
 	stackSize = 16 << 10
 	// maxCalls bounds the return addresses of a stack.
 	maxCalls = 100
-	// maxSymbols bounds a table of symbols, and maxSymbol the name of one.
-	maxSymbols, maxSymbol = 4 << 20, 256
+	// maxSymbols bounds a table of symbols, maxSymbol the name of one, and maxNames all of them.
+	maxSymbols, maxSymbol, maxNames = 4 << 20, 256, 128 << 20
 )
 
 // ErrOtherKernel means that the guest's memory has not the kernel of the symbols.
@@ -28,57 +29,73 @@ var ErrOtherKernel = errors.New("the guest's memory has no such kernel")
 
 // Symbols are the functions of a Linux kernel.
 type Symbols struct {
-	functions []elf.Symbol // by address
-	banner    uint64       // address of linux_banner
-	text      []byte       // of linux_banner
+	functions []function // by address
+	banner    uint64     // address of linux_banner
+	text      []byte     // of linux_banner
+}
+
+// function is a symbol of code.
+type function struct {
+	name        string
+	value, size uint64
+	section     uint16
+	kind        elf.SymType
 }
 
 // ReadSymbols reads the symbols of a vmlinux.
 func ReadSymbols(r io.ReaderAt) (*Symbols, error) {
-	f, err := elf.NewFile(r)
+	f, err := elffile.Open(r)
 	if err != nil {
 		return nil, err
 	}
-	table := f.SectionByType(elf.SHT_SYMTAB)
-	if table == nil || table.Size > maxSymbols*elf.Sym64Size {
+	section := f.SectionOf(elf.SHT_SYMTAB)
+	if section == nil || f.Class != elf.ELFCLASS64 {
 		return nil, elf.ErrNoSymbols
 	}
-	all, err := f.Symbols()
+	table, err := f.Data(section, maxSymbols*elf.Sym64Size)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("the symbols: %w", err)
 	}
+	words, err := f.Table(section.Link, maxNames)
+	if err != nil {
+		return nil, fmt.Errorf("the names of symbols: %w", err)
+	}
+	names := string(words) // which the functions share
 	s := &Symbols{}
-	for _, y := range all {
-		if y.Section == 0 || int(y.Section) >= len(f.Sections) {
+	for ; len(table) >= elf.Sym64Size; table = table[elf.Sym64Size:] {
+		le := binary.LittleEndian // elf.Sym64
+		info, number, value, size := table[4], le.Uint16(table[6:]), le.Uint64(table[8:]), le.Uint64(table[16:])
+		at := uint64(le.Uint32(table))
+		name, ok := elffile.Word(words, at, maxSymbol-1)
+		if !ok || number == 0 || int(number) >= len(f.Sections) {
 			continue
 		}
-		section := f.Sections[y.Section]
-		kind := elf.ST_TYPE(y.Info)
-		code := section.Flags&elf.SHF_EXECINSTR != 0 && (kind == elf.STT_FUNC || kind == elf.STT_NOTYPE)
+		section, kind := &f.Sections[number], elf.ST_TYPE(info)
 		switch {
-		case y.Name == "linux_banner" && y.Value >= section.Addr && y.Size < maxSymbol:
-			if section.ReaderAt == nil { // compressed: the file is damaged
-				return nil, elf.ErrNoSymbols
+		case string(name) == "linux_banner" && value >= section.Addr && size < maxSymbol:
+			if off := value - section.Addr; off > section.Size || size > section.Size-off ||
+				elf.SectionFlag(section.Flags)&elf.SHF_COMPRESSED != 0 {
+				return nil, elf.ErrNoSymbols // the file is damaged
 			}
-			s.banner, s.text = y.Value, make([]byte, y.Size)
-			if _, err := section.ReadAt(s.text, int64(y.Value-section.Addr)); err != nil {
+			s.banner, s.text = value, make([]byte, size)
+			if err := f.ReadFull(s.text, section.Off+value-section.Addr); err != nil {
 				return nil, err
 			}
-		case code && len(y.Name) < maxSymbol:
-			s.functions = append(s.functions, y)
+		case elf.SectionFlag(section.Flags)&elf.SHF_EXECINSTR != 0 && (kind == elf.STT_FUNC || kind == elf.STT_NOTYPE):
+			s.functions = append(s.functions, function{names[at:][:len(name)], value, size, number, kind})
 		}
 	}
 	if len(s.text) == 0 || len(s.functions) == 0 {
 		return nil, elf.ErrNoSymbols
 	}
-	slices.SortStableFunc(s.functions, func(a, b elf.Symbol) int { return cmp.Compare(a.Value, b.Value) })
+	slices.SortStableFunc(s.functions, func(a, b function) int { return cmp.Compare(a.value, b.value) })
 	return s, nil
 }
 
 // name returns the function with an address, and the place in it, as Linux writes them; "": none.
 func (s *Symbols) name(addr uint64) string {
-	i, found := slices.BinarySearchFunc(s.functions, addr, func(y elf.Symbol, addr uint64) int {
-		return cmp.Compare(y.Value, addr)
+	i, found := slices.BinarySearchFunc(s.functions, addr, func(y function, addr uint64) int {
+		return cmp.Compare(y.value, addr)
 	})
 	if !found {
 		i--
@@ -87,18 +104,18 @@ func (s *Symbols) name(addr uint64) string {
 		return ""
 	}
 	y := s.functions[i]
-	for i > 0 && s.functions[i-1].Value == y.Value && elf.ST_TYPE(y.Info) != elf.STT_FUNC {
+	for i > 0 && s.functions[i-1].value == y.value && y.kind != elf.STT_FUNC {
 		i--
 		y = s.functions[i]
 	}
-	size := y.Size
-	if size == 0 && i+1 < len(s.functions) && s.functions[i+1].Section == y.Section { // of assembly
-		size = s.functions[i+1].Value - y.Value
+	size := y.size
+	if size == 0 && i+1 < len(s.functions) && s.functions[i+1].section == y.section { // of assembly
+		size = s.functions[i+1].value - y.value
 	}
-	if addr-y.Value >= size {
+	if addr-y.value >= size {
 		return ""
 	}
-	return fmt.Sprintf("%s+%#x/%#x", y.Name, addr-y.Value, size)
+	return fmt.Sprintf("%s+%#x/%#x", y.name, addr-y.value, size)
 }
 
 // Stacks writes the function of each CPU, and those of the return addresses on its stack, from the

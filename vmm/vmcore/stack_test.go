@@ -2,9 +2,11 @@ package vmcore
 
 import (
 	"bytes"
+	"compress/zlib"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -88,10 +90,62 @@ func TestStacks(t *testing.T) {
 // TestEndOfSection: the last symbol of a section, which marks its end, does not reach into the next
 // one.
 func TestEndOfSection(t *testing.T) {
-	s := Symbols{functions: []elf.Symbol{{Name: "_einittext", Section: 1, Value: 0x100},
-		{Name: "next", Section: 2, Value: 0x1000, Size: 8}}}
+	s := Symbols{functions: []function{{name: "_einittext", section: 1, value: 0x100},
+		{name: "next", section: 2, value: 0x1000, size: 8}}}
 	if name := s.name(0x200); name != "" {
 		t.Errorf("between two sections there is %s", name)
+	}
+}
+
+// TestHostileSymbols: a table that is compressed, to any size, or larger than those of kernels is
+// not read.
+func TestHostileSymbols(t *testing.T) {
+	const symtab, strtab = 3, 4
+	le := binary.LittleEndian
+	file := func(section int, change func(header, data []byte) []byte) []byte {
+		b := symbolFile(text)
+		le.PutUint16(b[62:], 0) // e_shstrndx: the sections have no names
+		header := b[64+section*64:][:64]
+		off, size := le.Uint64(header[24:]), le.Uint64(header[32:])
+		return append(b, change(header, b[off:][:size])...)
+	}
+	compress := func(section int) []byte {
+		return file(section, func(header, data []byte) []byte {
+			var zip bytes.Buffer
+			size := uint64(len(data) + 1<<20)
+			binary.Write(&zip, le, elf.Chdr64{Type: uint32(elf.COMPRESS_ZLIB), Size: size, Addralign: 1})
+			z := zlib.NewWriter(&zip)
+			z.Write(append(slices.Clone(data), make([]byte, 1<<20)...))
+			z.Close()
+			le.PutUint64(header[8:], uint64(elf.SHF_COMPRESSED))
+			le.PutUint64(header[24:], uint64(len(symbolFile(text))))
+			le.PutUint64(header[32:], uint64(zip.Len()))
+			return zip.Bytes()
+		})
+	}
+	enlarge := func(section int, size uint64) []byte {
+		return file(section, func(header, _ []byte) []byte {
+			le.PutUint64(header[32:], size)
+			return nil
+		})
+	}
+	if _, err := ReadSymbols(bytes.NewReader(enlarge(strtab, 1))); err != elf.ErrNoSymbols {
+		t.Errorf("a table of one byte: %v", err)
+	}
+	for name, tt := range map[string]struct {
+		b    []byte
+		want string
+	}{
+		"compressed symbols": {compress(symtab), "the symbols: the section is compressed"},
+		"compressed names":   {compress(strtab), "the names of symbols: the section is compressed"},
+		"many symbols": {enlarge(symtab, maxSymbols*elf.Sym64Size+1),
+			"the symbols: the section has 98304 KiB, and 98304 KiB are the most"},
+		"long names": {enlarge(strtab, maxNames+1),
+			"the names of symbols: the section has 131072 KiB, and 131072 KiB are the most"},
+	} {
+		if _, err := ReadSymbols(bytes.NewReader(tt.b)); err == nil || err.Error() != tt.want {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 
