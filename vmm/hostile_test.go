@@ -110,8 +110,11 @@ func (h *hostile) start(slot int) {
 	cfg := h.config(slot)
 	h.put(&h.mmio, cfg+4, 2, pci.CommandMemory|pci.CommandMaster)
 	features := uint64(6)
-	if slot == socketSlot {
+	switch {
+	case slot == socketSlot:
 		features = 1 // VIRTIO_VSOCK_F_STREAM
+	case h.kind(slot) == virtio.IDConsole:
+		features = 1 | h.Uint64N(2)<<1 // VIRTIO_CONSOLE_F_SIZE, and perhaps VIRTIO_CONSOLE_F_MULTIPORT
 	}
 	for _, w := range []struct {
 		off uint64
@@ -308,12 +311,16 @@ func TestHostileCPUs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	near, far := stdnet.Pipe()
-	programs.Go(func() { // sends back what the guest sends
-		_, _ = io.Copy(near, near)
-		_ = near.Close()
-	})
-	ports, err := console.New([]console.Port{{Name: "echo", Stream: far}})
+	echo := func() stdnet.Conn {
+		near, far := stdnet.Pipe()
+		programs.Go(func() { // sends back what the guest sends
+			_, _ = io.Copy(near, near)
+			_ = near.Close()
+		})
+		return far
+	}
+	ports, err := console.New([]console.Port{{Name: "console", Stream: echo(), Console: true},
+		{Name: "echo", Stream: echo()}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -359,6 +366,7 @@ func TestHostileCPUs(t *testing.T) {
 				n, _ = unix.Read(wires[1], frame)
 			}
 			pages.Resize(rand.Uint64N(64 << 20))
+			ports.Resize(uint16(rand.UintN(1<<16)), uint16(rand.UintN(100)))
 			over, cancel := context.WithCancel(t.Context())
 			cancel()
 			pages.State(over)

@@ -1,7 +1,11 @@
 // Package console is the virtio console device with multiple ports (virtio 1.3, 5.3): named streams
-// of bytes between programs of the guest and this process. No port is a console of the guest's
-// kernel. A driver without VIRTIO_CONSOLE_F_MULTIPORT, which would take port 0 for one, gets no
-// port.
+// of bytes between programs of the guest and this process, of which the first may be a console of
+// the guest's kernel, such as hvc0. A driver without VIRTIO_CONSOLE_F_MULTIPORT takes port 0 for a
+// console, and gets it only if it is one.
+//
+// A device whose one port is a console does not offer VIRTIO_CONSOLE_F_MULTIPORT, because then the
+// driver reads the console's size in configuration space. VIRTIO_CONSOLE_RESIZE of the other way
+// has columns before rows (5.3.6.2), and most versions of Linux read rows before columns.
 //
 // Each port has two goroutines, which read and write its stream. The workers of the queues never
 // wait for a stream: bytes of the guest go through a bounded buffer, and chains that do not fit
@@ -30,7 +34,11 @@ const (
 	queueSize = 64
 )
 
-const featureMultiport = 1 << 1 // VIRTIO_CONSOLE_F_MULTIPORT (5.3.3)
+// Feature bits (5.3.3).
+const (
+	featureSize      = 1 << 0 // VIRTIO_CONSOLE_F_SIZE
+	featureMultiport = 1 << 1 // VIRTIO_CONSOLE_F_MULTIPORT
+)
 
 // MaxPorts bounds the ports of a device: each queue has a thread.
 const MaxPorts = 16
@@ -51,6 +59,9 @@ type Port struct {
 	// the port first. The device's Close closes it, which ends a Read and a Write. For the guest an
 	// error of either is the end of the other side.
 	Stream io.ReadWriteCloser
+	// Console makes the port a console of the guest's kernel, which opens it itself and waits for each
+	// Write of the guest's bytes: they have to be quick. It is for the first port of a device.
+	Console bool
 }
 
 // Device is a console device.
@@ -60,7 +71,11 @@ type Device struct {
 
 	// mu guards the fields below, and all of every port. It is taken before a worker's lock.
 	mu        sync.Mutex
-	multiport bool     // the driver has VIRTIO_CONSOLE_F_MULTIPORT
+	multiport bool   // the driver has VIRTIO_CONSOLE_F_MULTIPORT
+	cols      uint16 // of the console; 0: unknown
+	rows      uint16
+	changed   func()   // tells the driver of a change of the size; nil: it does not want that, or is not there
+	due       bool     // the next driver that wants it is told
 	started   bool     // the goroutines of the ports
 	closed    bool     // Close was called
 	control   []buffer // of the driver, for control messages
@@ -87,6 +102,9 @@ func New(ports []Port) (*Device, error) {
 				i, p.Name, maxName)
 		}
 		names[p.Name] = true
+		if p.Console && i > 0 {
+			return nil, fmt.Errorf("virtio-console: port %d is a console: want port 0", i)
+		}
 		d.ports = append(d.ports, newPort(d, i, p))
 	}
 	return d, nil
@@ -95,28 +113,50 @@ func New(ports []Port) (*Device, error) {
 // ID implements virtio.Device.
 func (*Device) ID() virtio.ID { return virtio.IDConsole }
 
+// alone reports whether the only port is a console.
+func (d *Device) alone() bool { return len(d.ports) == 1 && d.ports[0].console }
+
 // Features implements virtio.Device.
-func (*Device) Features() uint64 {
-	return featureMultiport | virtio.FeatureIndirectDesc | virtio.FeatureEventIdx
+func (d *Device) Features() uint64 {
+	features := uint64(virtio.FeatureIndirectDesc | virtio.FeatureEventIdx)
+	if d.ports[0].console {
+		features |= featureSize
+	}
+	if !d.alone() {
+		features |= featureMultiport
+	}
+	return features
 }
 
 // QueueSizes implements virtio.Device.
 func (d *Device) QueueSizes() []uint16 {
 	sizes := make([]uint16, 2*len(d.ports)+2)
+	if d.alone() {
+		sizes = sizes[:2] // no queues for control messages
+	}
 	for i := range sizes {
 		sizes[i] = queueSize
 	}
 	return sizes
 }
 
-// Config implements virtio.Device: struct virtio_console_config (5.3.4), of which the driver uses
-// max_nr_ports.
-func (d *Device) Config() []byte { return []byte{4: byte(len(d.ports)), 11: 0} }
+// Config implements virtio.Device: struct virtio_console_config (5.3.4) without emerg_wr.
+func (d *Device) Config() []byte {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	b := []byte{4: byte(len(d.ports)), 11: 0}
+	binary.LittleEndian.PutUint16(b, d.cols)
+	binary.LittleEndian.PutUint16(b[2:], d.rows)
+	return b
+}
 
 // Activate implements virtio.Device.
 func (d *Device) Activate(a virtio.Activation) error {
 	d.mu.Lock()
 	d.multiport = a.Features&featureMultiport != 0
+	if p := d.ports[0]; p.console && !d.multiport {
+		p.guestOpen = true // the driver does not say so
+	}
 	if !d.started && !d.closed {
 		d.started = true
 		for _, p := range d.ports {
@@ -141,11 +181,41 @@ func (d *Device) Activate(a virtio.Activation) error {
 	if err != nil {
 		return fmt.Errorf("virtio-console: %w", err)
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if a.Features&featureSize == 0 {
+		return nil
+	}
+	if d.changed = a.ConfigChanged; d.due {
+		d.due = false
+		d.changed()
+	}
 	return nil
 }
 
+// Resize sets the size of the console, in characters, and tells the driver. A size of 0 columns or
+// rows is none, and changes nothing. Of several sizes that the driver has not taken it gets the
+// last one, and so does one that starts later.
+func (d *Device) Resize(cols, rows uint16) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if cols == 0 || rows == 0 || cols == d.cols && rows == d.rows || !d.ports[0].console {
+		return
+	}
+	d.cols, d.rows = cols, rows
+	if d.changed != nil {
+		d.changed()
+	} else {
+		d.due = true
+	}
+	if d.ports[0].ready {
+		d.ports[0].owe(resize)
+		d.tell()
+	}
+}
+
 // Stop implements virtio.Device. Ports that the driver opened stay open, and bytes that a stream
-// has for the guest wait.
+// has for the guest, and a new size, wait.
 func (d *Device) Stop(ctx context.Context) ([]uint16, error) { return d.stop(ctx, d.dropBuffers) }
 
 // Reset implements virtio.Device.
@@ -159,6 +229,9 @@ func (d *Device) Reset() error {
 			p.forget()
 		}
 	})
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.due = d.cols != 0
 	return err
 }
 
@@ -167,6 +240,9 @@ func (d *Device) stop(ctx context.Context, halted func()) ([]uint16, error) {
 	if err != nil {
 		return nil, fmt.Errorf("virtio-console: %w", err)
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.changed = nil
 	return bases, nil
 }
 
@@ -232,6 +308,8 @@ const (
 	deviceReady = 0 // VIRTIO_CONSOLE_DEVICE_READY, of the driver
 	deviceAdd   = 1 // VIRTIO_CONSOLE_DEVICE_ADD
 	portReady   = 3 // VIRTIO_CONSOLE_PORT_READY, of the driver
+	consolePort = 4 // VIRTIO_CONSOLE_CONSOLE_PORT
+	resize      = 5 // VIRTIO_CONSOLE_RESIZE
 	portOpen    = 6 // VIRTIO_CONSOLE_PORT_OPEN, of both
 	portName    = 7 // VIRTIO_CONSOLE_PORT_NAME
 )
@@ -259,7 +337,14 @@ func (d *Device) message(w *virtio.Worker, c *virtq.Chain) error {
 	case id >= uint32(len(d.ports)): // the driver knows ports that the device does not: nothing to do
 	case event == portReady && value == 1:
 		p := d.ports[id]
+		p.ready = true
 		p.owe(portName)
+		if p.console {
+			p.owe(consolePort)
+			if d.cols != 0 {
+				p.owe(resize)
+			}
+		}
 		if !p.hostGone {
 			p.owe(portOpen)
 		}
@@ -283,10 +368,14 @@ func (d *Device) addControl(w *virtio.Worker, c *virtq.Chain) error {
 	return nil
 }
 
+// messages are the device's events in the order in which a port's are sent: Linux ignores the size
+// of a port that is no console yet.
+var messages = [...]uint16{deviceAdd, consolePort, portName, portOpen, resize}
+
 // tell sends the control messages that are owed while there are buffers. The caller holds mu.
 func (d *Device) tell() {
 	for _, p := range d.ports {
-		for _, event := range []uint16{deviceAdd, portName, portOpen} {
+		for _, event := range messages {
 			if p.owed&(1<<event) == 0 {
 				continue
 			}
@@ -295,14 +384,18 @@ func (d *Device) tell() {
 			}
 			p.owed &^= 1 << event
 			value := uint16(1)
-			if event == portOpen && p.hostGone {
+			if event == portOpen && p.hostGone || event == resize { // which has no value
 				value = 0
 			}
 			m := binary.LittleEndian.AppendUint32(nil, uint32(p.id))
 			m = binary.LittleEndian.AppendUint16(m, event)
 			m = binary.LittleEndian.AppendUint16(m, value)
-			if event == portName {
+			switch event {
+			case portName:
 				m = append(m, p.name...)
+			case resize: // struct virtio_console_resize
+				m = binary.LittleEndian.AppendUint16(m, d.cols)
+				m = binary.LittleEndian.AppendUint16(m, d.rows)
 			}
 			to := d.control[0]
 			d.control = d.control[1:]

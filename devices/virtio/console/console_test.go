@@ -10,6 +10,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"gvm/devices/virtio"
@@ -22,6 +23,8 @@ import (
 
 const queueSpan = 1 << 20 // of guest memory for each queue
 
+const hvc = "hvc" // the name of a port that is a console
+
 // rig is a device with the driver's side of its queues, and the host's side of its streams.
 type rig struct {
 	t      testing.TB
@@ -30,6 +33,9 @@ type rig struct {
 	q      []*virtqtest.Driver
 	broken chan error
 	host   []net.Conn
+
+	changes    atomic.Int32 // of configuration space
+	cols, rows uint16       // of the fuzz target's last size
 }
 
 func newRig(t testing.TB, features uint64, names ...string) *rig {
@@ -38,7 +44,7 @@ func newRig(t testing.TB, features uint64, names ...string) *rig {
 	var ports []Port
 	for _, name := range names {
 		near, far := net.Pipe()
-		ports = append(ports, Port{name, far})
+		ports = append(ports, Port{name, far, name == hvc})
 		r.host = append(r.host, near)
 	}
 	var err error
@@ -47,7 +53,7 @@ func newRig(t testing.TB, features uint64, names ...string) *rig {
 	}
 	sizes := r.dev.QueueSizes()
 	r.a = virtio.Activation{Mem: guestmem.Heap(0, len(sizes)*queueSpan), Features: features,
-		Broken: func(err error) { r.broken <- err }}
+		Broken: func(err error) { r.broken <- err }, ConfigChanged: func() { r.changes.Add(1) }}
 	for i, size := range sizes {
 		d, err := virtqtest.New(r.a.Mem, uint64(i)*queueSpan, size, features)
 		if err != nil {
@@ -141,12 +147,21 @@ func (r *rig) expect(id uint32, event, value uint16, name string) {
 	}
 }
 
+// setUp acts as Linux does for a port that it learns of.
+func (r *rig) setUp(id uint32) {
+	r.t.Helper()
+	r.say(id, portReady, 1)
+	if r.dev.ports[id].console {
+		r.expect(id, consolePort, 1, "")
+	}
+	r.expect(id, portName, 1, r.dev.ports[id].name)
+	r.expect(id, portOpen, 1, "")
+}
+
 // open does what Linux does for a port that a program opens.
 func (r *rig) open(id uint32) {
 	r.t.Helper()
-	r.say(id, portReady, 1)
-	r.expect(id, portName, 1, r.dev.ports[id].name)
-	r.expect(id, portOpen, 1, "")
+	r.setUp(id)
 	r.say(id, portOpen, 1)
 }
 
@@ -155,6 +170,51 @@ func rxOf(id int) int {
 		return 0
 	}
 	return 2*id + 2
+}
+
+// reset resets the device, which then has a new driver.
+func (r *rig) reset(features uint64) {
+	r.t.Helper()
+	if err := r.dev.Reset(); err != nil {
+		r.t.Fatal(err)
+	}
+	r.a.Features = features
+	for i, old := range r.q {
+		old.Close()
+		d, err := virtqtest.New(r.a.Mem, uint64(i)*queueSpan, old.Size, features)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		r.q[i], r.a.Queues[i] = d, virtio.Queue{Layout: d.Layout, Kick: d.Kick, Call: d.Call}
+	}
+	r.activate()
+}
+
+// bothWays sends bytes of the guest and of the host through an open port.
+func (r *rig) bothWays(id int) {
+	r.t.Helper()
+	rx := rxOf(id)
+	data := make([]byte, 200<<10)
+	rand.Read(data)
+	d := r.q[rx+1]
+	at := d.Alloc(len(data))
+	copy(d.Bytes(at, len(data)), data)
+	r.put(rx+1, virtqtest.Seg{Addr: at, Len: 1000}, virtqtest.Seg{Addr: at + 1000, Len: uint32(len(data) - 1000)})
+	got := make([]byte, len(data))
+	if _, err := io.ReadFull(r.host[id], got); err != nil || !bytes.Equal(got, data) {
+		r.t.Errorf("port %d: the guest's bytes differ: %v", id, err)
+	}
+	r.wait(rx + 1)
+	go r.host[id].Write(data)
+	d = r.q[rx]
+	at = d.Alloc(40000)
+	for got = got[:0]; len(got) < len(data); {
+		r.put(rx, virtqtest.Seg{Addr: at, Len: 10, Write: true}, virtqtest.Seg{Addr: at + 10, Len: 39990, Write: true})
+		got = append(got, d.Bytes(at, int(r.wait(rx)))...)
+	}
+	if !bytes.Equal(got, data) {
+		r.t.Errorf("port %d: the host's bytes differ", id)
+	}
 }
 
 // TestPorts: the driver learns of each port, and bytes go both ways unchanged.
@@ -168,29 +228,110 @@ func TestPorts(t *testing.T) {
 	r.expect(1, deviceAdd, 1, "")
 	for id := range uint32(2) {
 		r.open(id)
-		rx := rxOf(int(id))
-		data := make([]byte, 200<<10)
-		rand.Read(data)
-		d := r.q[rx+1]
-		at := d.Alloc(len(data))
-		copy(d.Bytes(at, len(data)), data)
-		r.put(rx+1, virtqtest.Seg{Addr: at, Len: 1000}, virtqtest.Seg{Addr: at + 1000, Len: uint32(len(data) - 1000)})
-		got := make([]byte, len(data))
-		if _, err := io.ReadFull(r.host[id], got); err != nil || !bytes.Equal(got, data) {
-			t.Errorf("port %d: the guest's bytes differ: %v", id, err)
+		r.bothWays(int(id))
+	}
+}
+
+// TestConsole: a console that is the only port needs no control messages, and a driver learns its
+// size, and each change of it, by configuration space.
+func TestConsole(t *testing.T) {
+	r := newRig(t, featureSize, hvc)
+	want := func(changes int32, cols, rows byte) {
+		t.Helper()
+		if got := r.changes.Load(); got != changes {
+			t.Errorf("%d changes, want %d", got, changes)
 		}
-		r.wait(rx + 1)
-		go r.host[id].Write(data)
-		d = r.q[rx]
-		at = d.Alloc(40000)
-		for got = got[:0]; len(got) < len(data); {
-			r.put(rx, virtqtest.Seg{Addr: at, Len: 10, Write: true}, virtqtest.Seg{Addr: at + 10, Len: 39990, Write: true})
-			got = append(got, d.Bytes(at, int(r.wait(rx)))...)
-		}
-		if !bytes.Equal(got, data) {
-			t.Errorf("port %d: the host's bytes differ", id)
+		if got := r.dev.Config(); !bytes.Equal(got, []byte{cols, 0, rows, 0, 1, 11: 0}) {
+			t.Errorf("configuration % x, want %d columns and %d rows", got, cols, rows)
 		}
 	}
+	if f := r.dev.Features(); f&featureSize == 0 || f&featureMultiport != 0 || len(r.dev.QueueSizes()) != 2 {
+		t.Fatalf("features %#x, queues %v", f, r.dev.QueueSizes())
+	}
+	r.bothWays(0)
+	r.dev.Resize(0, 24)
+	r.dev.Resize(80, 0)
+	want(0, 0, 0)
+	r.dev.Resize(132, 43)
+	r.dev.Resize(132, 43)
+	want(1, 132, 43)
+	r.stop()
+	r.dev.Resize(100, 50)
+	r.dev.Resize(101, 51)
+	want(1, 101, 51)
+	r.activate()
+	want(2, 101, 51)
+	r.stop()
+	r.activate()
+	want(2, 101, 51)
+	r.reset(featureSize)
+	want(3, 101, 51)
+	r.bothWays(0)
+	r.reset(0) // a driver that does not want to know
+	r.dev.Resize(90, 30)
+	want(3, 90, 30)
+	r.reset(featureSize)
+	want(4, 90, 30)
+	var node inspect.Node
+	node.Nodes, _ = r.dev.Inspect()
+	for path, want := range map[string]any{"multiport": false, "cols": uint16(90), "rows": uint16(30),
+		"port/0/console": true, "port/0/guest_open": true} {
+		if got := node.Get(path); got != want {
+			t.Errorf("%s is %v, want %v", path, got, want)
+		}
+	}
+}
+
+// TestConsolePort: a driver of several ports learns which is a console before it gets its size, of
+// which only the last one counts.
+func TestConsolePort(t *testing.T) {
+	const features = featureMultiport | featureSize
+	r := newRig(t, features, hvc, "another")
+	if f := r.dev.Features(); f&features != features || len(r.dev.QueueSizes()) != 6 {
+		t.Fatalf("features %#x, queues %v", f, r.dev.QueueSizes())
+	}
+	r.setUp(0)
+	due := func(want bool) {
+		t.Helper()
+		r.dev.mu.Lock()
+		defer r.dev.mu.Unlock()
+		for _, p := range r.dev.ports {
+			if got := p.owed != 0; got != (want && p.console) {
+				t.Errorf("port %d owes %#x", p.id, p.owed)
+			}
+		}
+	}
+	due(false)
+	for rows := range uint16(100) {
+		r.dev.Resize(300, rows)
+	}
+	due(true)
+	r.expect(0, resize, 0, "\x2c\x01\x63\x00")
+	due(false)
+	r.say(0, portOpen, 1)
+	r.bothWays(0)
+	r.setUp(1)
+	due(false)
+
+	r.dev.Resize(80, 24)
+	r.stop()
+	r.dev.Resize(81, 25)
+	r.activate()
+	r.expect(0, resize, 0, "\x51\x00\x19\x00")
+
+	r.dev.Resize(82, 26) // which the driver does not take
+	r.reset(features)
+	r.dev.Resize(83, 27)
+	due(false)
+	for range 2 {
+		r.setUp(0)
+		r.expect(0, resize, 0, "\x53\x00\x1b\x00")
+		due(false)
+	}
+	r.reset(featureSize) // a driver of one port takes it for a console
+	r.bothWays(0)
+	r.put(5, virtqtest.Seg{Addr: r.q[5].Alloc(100 << 10), Len: 100 << 10})
+	r.wait(5) // the other port's bytes are dropped
 }
 
 // TestOpen: bytes wait for a program that opens the port, and the guest learns of the stream's end.
@@ -338,6 +479,7 @@ func TestNew(t *testing.T) {
 		`port 0 has the name ""`:  {{}},
 		`port 1 has the name "a"`: {{Name: "a"}, {Name: "a"}},
 		"of 1 to 256 bytes":       {{Name: strings.Repeat("x", 257)}},
+		"port 1 is a console":     {{Name: "a"}, {Name: "b", Console: true}},
 	} {
 		if _, err := New(ports); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %s", err, want)
@@ -396,13 +538,15 @@ func (s *slot) Check(n uint32) error {
 }
 
 func TestStopAndContinue(t *testing.T) {
-	for features, rounds := range map[uint64]int{0: 50, virtio.FeatureEventIdx: 200} {
+	for features, rounds := range map[uint64]int{featureMultiport: 50, featureMultiport | virtio.FeatureEventIdx: 200,
+		featureSize: 100} {
 		var ports []Port
 		var host sync.WaitGroup
 		var near []net.Conn
-		for i := range 2 {
+		alone := features&featureMultiport == 0
+		for i := range map[bool]int{false: 2, true: 1}[alone] {
 			n, far := net.Pipe()
-			near, ports = append(near, n), append(ports, Port{fmt.Sprint(i), far})
+			near, ports = append(near, n), append(ports, Port{fmt.Sprint(i), far, alone})
 			host.Go(func() {
 				var out counting
 				for k := 1; ; k = k*5%3331 + 1 {
@@ -431,7 +575,7 @@ func TestStopAndContinue(t *testing.T) {
 			t.Fatal(err)
 		}
 		virtiotest.StopAndContinue(t, dev, guestmem.Heap(0, 6*virtiotest.QueueSpan), virtiotest.Load{
-			Rounds: rounds, Features: features | featureMultiport,
+			Rounds: rounds, Features: features,
 			Slots: func(queue int, d *virtqtest.Driver) (slots []virtiotest.Slot) {
 				add := func(s slot) {
 					s.d, s.at = d, d.Alloc(s.len)

@@ -1,33 +1,51 @@
 package console
 
 import (
+	"bytes"
+	"encoding/binary"
 	"testing"
 
 	"gvm/devices/virtio"
 	"gvm/devices/virtio/virtqtest"
 )
 
-// FuzzDriver has a driver that does anything, and streams that take all. Each 6 bytes are one step.
-// The bytes of each stream come in their order and once.
+// FuzzDriver has drivers that do anything, of a console and another port, or of a console alone,
+// and streams that take all. Each 6 bytes are one step. The bytes of each stream come in their
+// order and once, and a driver that sets up the console learns its last size.
 func FuzzDriver(f *testing.F) {
 	const (
-		ready  = "\x00\x00\x00\x00\x01\x00" // DEVICE_READY
-		port   = "\x00\x00\x03\x00\x01\x00" // PORT_READY
-		open   = "\x00\x00\x06\x00\x01\x00"
-		shut   = "\x00\x00\x06\x00\x00\x00"
-		hear   = "\x01\x02\x08\xff\x01\x00"
-		rx     = "\x01\x00\x20\x10\x01\x00"
-		tx     = "\x02\x01\xff\x10\x00\x00"
-		stop   = "\x03\x00\x00\x00\x00\x00"
-		write  = "\x04\x00\x20\x00\x00\x00"
-		closed = "\x05\x00\x00\x00\x00\x00"
-		reset  = "\x06\x00\x00\x00\x00\x00"
+		ready   = "\x00\x00\x00\x00\x01\x00" // DEVICE_READY
+		port    = "\x00\x00\x03\x00\x01\x00" // PORT_READY
+		open    = "\x00\x00\x06\x00\x01\x00"
+		shut    = "\x00\x00\x06\x00\x00\x00"
+		hear    = "\x01\x02\x08\xff\x01\x00"
+		rx      = "\x01\x00\x20\x10\x01\x00"
+		tx      = "\x02\x01\xff\x10\x00\x00"
+		stop    = "\x03\x00\x00\x00\x00\x00"
+		write   = "\x04\x00\x20\x00\x00\x00"
+		closed  = "\x05\x00\x00\x00\x00\x00"
+		reset   = "\x06\x00\x00\x00\x00\x00"
+		single  = "\x06\x01\x00\x00\x00\x00" // reset, and a driver of one port
+		size    = "\x07\x00\x50\x18\x00\x00"
+		larger  = "\x07\x01\x2c\x40\x00\x00"
+		alone   = "\x07\x00\x00\x00\x00\x01" // first: a console alone
+		typed   = "\x04\x00\x08\x00\x00\x00"
+		printed = "\x02\x00\x08\x08\x00\x00"
+		keys    = "\x01\x00\x20\x10\x01\x00"
 	)
 	f.Add([]byte(ready + hear + hear + port + hear + hear + open + rx + write + tx + stop + tx + write + rx))
 	f.Add([]byte(open + tx + tx + tx + tx + stop + tx + shut + write + rx + stop + open + closed + tx + hear))
 	f.Add([]byte(port + rx + write + open + reset + open + rx + tx))
+	f.Add([]byte(ready + port + hear + size + hear + hear + larger + size + hear + stop + larger + hear + open + typed +
+		keys + printed + reset + port + hear + hear + hear + hear + single + printed + typed + keys + size))
+	f.Add([]byte(alone + size + printed + typed + keys + stop + larger + keys + reset + printed + size + keys + closed))
 	f.Fuzz(func(t *testing.T, ops []byte) {
-		r := newRig(t, featureMultiport, "a", "b")
+		const all = featureMultiport | featureSize
+		names, features := []string{hvc, "b"}, uint64(all)
+		if len(ops) >= 6 && ops[5]&1 != 0 {
+			names, features = names[:1], featureSize
+		}
+		r := newRig(t, features, names...)
 		var out [2]counting
 		var at []uint64
 		for _, d := range r.q {
@@ -50,15 +68,44 @@ func FuzzDriver(f *testing.F) {
 		for ops = ops[:min(len(ops), 6*64)]; len(ops) >= 6 && len(r.broken) == 0; ops = ops[6:] {
 			r.step(ops[:6], at, &out)
 		}
+		r.changes.Store(0)
+		r.reset(features)
+		r.wantSize()
 	})
+}
+
+// wantSize checks that a new driver learns the size of the console.
+func (r *rig) wantSize() {
+	r.t.Helper()
+	size := binary.LittleEndian.AppendUint16(binary.LittleEndian.AppendUint16(nil, r.cols), r.rows)
+	known := r.cols != 0
+	if got := r.dev.Config()[:4]; !bytes.Equal(got, size) || (r.changes.Load() > 0) != known {
+		r.t.Errorf("configuration % x, %d changes; want % x", got, r.changes.Load(), size)
+	}
+	if !known || r.dev.alone() {
+		return
+	}
+	r.say(0, portReady, 1)
+	for range len(messages) + 1 { // PORT_OPEN comes twice if the stream ends just now
+		if m := r.hear(); m[4] == resize {
+			if m[8:] != string(size) {
+				r.t.Errorf("size % x, want % x", m[8:], size)
+			}
+			return
+		}
+	}
+	r.t.Error("the driver does not learn the size")
 }
 
 // step does one step. Data that the driver sends is what its port's stream wants next.
 func (r *rig) step(op []byte, at []uint64, out *[2]counting) {
 	queue := int(op[1]) % len(r.q)
-	port := (int(op[1]) / 2) % 2
-	switch op[0] % 7 {
+	port := (int(op[1]) / 2) % len(r.host)
+	switch op[0] % 8 {
 	case 0:
+		if len(r.q) <= controlTx {
+			break
+		}
 		d := r.q[controlTx]
 		copy(d.Bytes(at[controlTx], controlLen), message(uint32(op[1]%4), uint16(op[2]), uint16(op[4])))
 		r.send(controlTx, virtqtest.Seg{Addr: at[controlTx], Len: controlLen})
@@ -70,7 +117,7 @@ func (r *rig) step(op []byte, at []uint64, out *[2]counting) {
 		queue = []int{1, 5}[port]
 		n := 1 + int(op[2])*int(op[3])%(64<<10-1)
 		d := r.q[queue]
-		if d.Free() == 0 {
+		if d.Free() == 0 || port > 0 && r.a.Features&featureMultiport == 0 { // whose bytes are dropped
 			break
 		}
 		out[port].fill(d.Bytes(at[queue], n))
@@ -91,21 +138,24 @@ func (r *rig) step(op []byte, at []uint64, out *[2]counting) {
 	case 5:
 		r.host[port].Close()
 	case 6:
-		if err := r.dev.Reset(); err != nil {
-			r.t.Fatal(err)
+		features := r.dev.Features() &^ (virtio.FeatureIndirectDesc | virtio.FeatureEventIdx)
+		if op[1]&1 != 0 {
+			features &^= featureMultiport
 		}
-		for i, old := range r.q { // a new driver, whose memory is where that of the old one was
-			old.Close()
-			d, err := virtqtest.New(r.a.Mem, uint64(i)*queueSpan, old.Size, r.a.Features)
-			if err != nil {
-				r.t.Fatal(err)
-			}
+		if op[1]&2 != 0 {
+			features &^= featureSize
+		}
+		r.reset(features)
+		for i, d := range r.q { // whose memory is where that of the old driver was
 			if got := d.Alloc(64 << 10); got != at[i] {
 				r.t.Fatalf("memory at %#x, and %#x before", got, at[i])
 			}
-			r.q[i], r.a.Queues[i] = d, virtio.Queue{Layout: d.Layout, Kick: d.Kick, Call: d.Call}
 		}
-		r.activate()
+	case 7:
+		cols, rows := uint16(op[1])<<8|uint16(op[2]), uint16(op[3])
+		if r.dev.Resize(cols, rows); cols != 0 && rows != 0 {
+			r.cols, r.rows = cols, rows
+		}
 	}
 }
 

@@ -14,6 +14,7 @@ func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 	for _, p := range d.ports {
 		ports = append(ports, inspect.Group(strconv.Itoa(p.id),
 			inspect.Text("name", p.name),
+			inspect.Bool("console", p.console),
 			inspect.Bool("guest_open", p.guestOpen),
 			inspect.Bool("host_open", !p.hostGone),
 			inspect.Bits("messages_due", p.owed),
@@ -26,6 +27,8 @@ func (d *Device) Inspect() ([]inspect.Node, [][]inspect.Node) {
 	}
 	return []inspect.Node{
 		inspect.Bool("multiport", d.multiport),
+		inspect.Int("cols", d.cols),
+		inspect.Int("rows", d.rows),
 		inspect.Int("control_buffers", len(d.control)),
 		inspect.Group("port", ports...),
 	}, d.workers.Inspect()

@@ -9,15 +9,17 @@ import (
 	"gvm/panics"
 )
 
-// port is a port of a Device, whose mu guards all but the first four fields.
+// port is a port of a Device, whose mu guards the fields from owed on.
 type port struct {
-	d      *Device
-	id     int
-	name   string
-	stream io.ReadWriteCloser
-	wake   sync.Cond // for the port's goroutines
+	d       *Device
+	id      int
+	name    string
+	console bool
+	stream  io.ReadWriteCloser
+	wake    sync.Cond // for the port's goroutines
 
 	owed      uint16 // control messages to send, by bit
+	ready     bool   // the driver has set it up
 	guestOpen bool
 	hostGone  bool // the stream has failed or ended
 
@@ -33,7 +35,7 @@ type port struct {
 }
 
 func newPort(d *Device, id int, p Port) *port {
-	q := &port{d: d, id: id, name: p.Name, stream: p.Stream}
+	q := &port{d: d, id: id, name: p.Name, console: p.Console, stream: p.Stream}
 	q.wake.L = &d.mu
 	return q
 }
@@ -43,7 +45,11 @@ func (p *port) owe(event uint16) { p.owed |= 1 << event }
 
 // forget forgets the driver. Bytes that it has given back, or that the stream has for the guest,
 // stay. The caller holds mu.
-func (p *port) forget() { p.owed, p.guestOpen, p.skip = 0, false, 0 }
+func (p *port) forget() { p.owed, p.ready, p.guestOpen, p.skip = 0, false, false, 0 }
+
+// driven reports whether the driver knows the port's kind: without multiple ports it takes port 0
+// for a console. The caller holds mu.
+func (p *port) driven() bool { return p.d.multiport || p.console }
 
 // gone notes that the stream has ended, and tells the guest. The caller holds mu.
 func (p *port) gone() {
@@ -75,7 +81,7 @@ func (p *port) addRx(w *virtio.Worker, c *virtq.Chain) error {
 // send fills the driver's buffers. Linux drops bytes for a port that no program has open. The
 // caller holds mu.
 func (p *port) send() {
-	for p.guestOpen && p.d.multiport && len(p.in) > 0 && len(p.rx) > 0 {
+	for p.guestOpen && len(p.in) > 0 && len(p.rx) > 0 {
 		to := p.rx[0]
 		p.rx = p.rx[1:]
 		n, _ := to.c.In.Write(p.in) // as much as fits
@@ -135,7 +141,7 @@ func (p *port) addTx(w *virtio.Worker, c *virtq.Chain) error {
 
 // take takes bytes from the driver's chains while there is room. The caller holds mu.
 func (p *port) take() {
-	discard := p.hostGone || !p.d.multiport
+	discard := p.hostGone || !p.driven()
 	for len(p.tx) > 0 {
 		from := p.tx[0]
 		n := from.c.Out.Len()
