@@ -195,6 +195,12 @@ func (c *Client) Break(ctx context.Context) error {
 	return err
 }
 
+// ResizeHVC tells the guest the size of the virtio console's terminal.
+func (c *Client) ResizeHVC(ctx context.Context, s TerminalSize) error {
+	_, err := ask[struct{}](ctx, c, http.MethodPost, "hvc/size", s)
+	return err
+}
+
 // Name returns the machine's name.
 func (c *Client) Name() string { return c.name }
 

@@ -110,6 +110,12 @@ type Stopped struct {
 	Outlived bool `json:"outlived,omitempty"`
 }
 
+// TerminalSize is the body of POST /v1/hvc/size.
+type TerminalSize struct {
+	Columns uint16 `json:"columns"`
+	Rows    uint16 `json:"rows"`
+}
+
 // ResizeBalloon is the body of POST /v1/balloon.
 type ResizeBalloon struct {
 	Size uint64 `json:"size"` // bytes
@@ -150,6 +156,10 @@ type Machine interface {
 	// break on it.
 	Console() io.ReadWriteCloser
 	Break()
+	// HVC returns a new end of the virtio console, as Console does, and ResizeHVC tells the guest the
+	// size of its terminal.
+	HVC() (io.ReadWriteCloser, error)
+	ResizeHVC(TerminalSize) error
 	// Agent connects to the guest's agent, for a session.
 	Agent(context.Context) (io.ReadWriteCloser, error)
 	// SysRq sends a break and a printable ASCII character to the console.

@@ -34,6 +34,7 @@ type fake struct {
 	state   State
 	balloon uint64
 	console io.ReadWriteCloser
+	size    TerminalSize  // of the virtio console; zero: none
 	core    io.ReadCloser // nil: refused
 	breaks  int
 	adding  chan struct{} // AddDisk sends to it and waits for a reply; nil: it does not
@@ -113,6 +114,23 @@ func (f *fake) Agent(context.Context) (io.ReadWriteCloser, error) {
 }
 
 func (f *fake) Console() io.ReadWriteCloser { return f.console }
+
+func (f *fake) HVC() (io.ReadWriteCloser, error) {
+	if f.console == nil {
+		return nil, Errorf(http.StatusNotFound, "no virtio console")
+	}
+	return f.console, nil
+}
+
+func (f *fake) ResizeHVC(s TerminalSize) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if s.Columns == 0 {
+		return Errorf(http.StatusBadRequest, "no columns")
+	}
+	f.size = s
+	return nil
+}
 
 func (f *fake) Disks() (list []Disk) {
 	f.mu.Lock()

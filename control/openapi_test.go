@@ -88,6 +88,8 @@ func schema(all object, t reflect.Type) object {
 		return object{"type": "boolean"}
 	case reflect.Int, reflect.Int64, reflect.Uint64:
 		return object{"type": "integer", "format": "int64"}
+	case reflect.Uint16:
+		return object{"type": "integer", "minimum": 0, "maximum": 65535}
 	case reflect.Slice:
 		return object{"type": "array", "items": schema(all, t.Elem())}
 	case reflect.Map:

@@ -112,6 +112,11 @@ func (c *Client) Console(ctx context.Context) (io.ReadWriteCloser, error) {
 	return c.upgrade(ctx, "console", consoleProtocol, askTimeout)
 }
 
+// HVC connects to the machine's virtio console, as Console does to COM1.
+func (c *Client) HVC(ctx context.Context) (io.ReadWriteCloser, error) {
+	return c.upgrade(ctx, "hvc", consoleProtocol, askTimeout)
+}
+
 // Agent connects to the agent in the machine's guest, for a session by wire.Accept. The caller
 // closes the connection. It reads as ended when the machine has.
 func (c *Client) Agent(ctx context.Context) (io.ReadWriteCloser, error) {

@@ -1,6 +1,8 @@
 package control
 
 import (
+	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -45,15 +47,12 @@ func TestConsole(t *testing.T) {
 	}
 }
 
-// TestAgent: a session's bytes go both ways.
-func TestAgent(t *testing.T) {
-	f := newFake()
-	_, c := serve(t, f)
-	_, err := c.Agent(t.Context())
-	wantError(t, err, http.StatusNotFound, "no agent")
+// echo connects to a stream of the machine, by which bytes go both ways, and the end comes back.
+func (f *fake) echo(t *testing.T, connect func(context.Context) (io.ReadWriteCloser, error)) {
+	t.Helper()
 	near, far := net.Pipe()
 	f.console = near
-	conn, err := c.Agent(t.Context())
+	conn, err := connect(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,6 +66,37 @@ func TestAgent(t *testing.T) {
 	if b, err := io.ReadAll(conn); err != nil || string(b) != "hello" {
 		t.Errorf("%q, %v", b, err)
 	}
+}
+
+// TestHVC: bytes of the virtio console go both ways, and sizes of its terminal are checked.
+func TestHVC(t *testing.T) {
+	f := newFake()
+	d, c := serve(t, f)
+	_, err := c.HVC(t.Context())
+	wantError(t, err, http.StatusNotFound, "no virtio console")
+	f.echo(t, c.HVC)
+	want := TerminalSize{Columns: 65535, Rows: 1}
+	if err := c.ResizeHVC(t.Context(), want); err != nil || f.size != want {
+		t.Errorf("%+v, %v", f.size, err)
+	}
+	wantError(t, c.ResizeHVC(t.Context(), TerminalSize{Rows: 24}), http.StatusBadRequest, "no columns")
+	for _, body := range []string{`{"columns": 65536, "rows": 1}`, `{"columns": -1, "rows": 1}`,
+		`{"columns": 80, "rows": 24, "cells": 1}`, `{"columns": "80"}`, ``} {
+		status, _, answer := exchange(t, d, fmt.Sprintf(
+			"POST /v1/hvc/size HTTP/1.1\r\nHost: gvm\r\nContent-Length: %d\r\n\r\n%s", len(body), body))
+		if status != http.StatusBadRequest || f.size != want {
+			t.Errorf("%s: %d %s, %+v", body, status, answer, f.size)
+		}
+	}
+}
+
+// TestAgent: a session's bytes go both ways.
+func TestAgent(t *testing.T) {
+	f := newFake()
+	_, c := serve(t, f)
+	_, err := c.Agent(t.Context())
+	wantError(t, err, http.StatusNotFound, "no agent")
+	f.echo(t, c.Agent)
 }
 
 // TestConsoleLeft: the machine's end of the console closes when a client goes.

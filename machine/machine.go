@@ -98,6 +98,10 @@ type Spec struct {
 	// Ports are streams that the guest finds by their names, as ports of a virtio console. They are
 	// closed when the machine has ended.
 	Ports []console.Port
+	// HVC gives the guest a virtio console, which Linux calls hvc0, beside COM1: AttachHVC is its
+	// other side. With Ports, it is the first port of their device, and most versions of Linux take
+	// the columns of a terminal for its rows then (package console).
+	HVC bool
 	// Balloon gives the guest a balloon device: the guest reports its free memory, which then is the
 	// host's again, and ResizeBalloon takes more.
 	Balloon bool
@@ -201,6 +205,8 @@ type Machine struct {
 	debugger  *vmm.Debugger // nil: none
 	disks     *disk.Set
 	vsock     *vsock.Device   // nil: none
+	hvc       *hvc            // nil: none
+	ports     *console.Device // nil: none
 	balloon   *balloon.Device // nil: none
 	sealed    atomic.Pointer[sandbox.Report]
 	brokered  bool           // Spec.Files is set
@@ -317,12 +323,8 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 		m.later(d.Close)
 		sockets = d
 	}
-	var ports *console.Device
-	if len(s.Ports) > 0 {
-		if ports, err = console.New(s.Ports); err != nil {
-			return nil, configError{err}
-		}
-		m.later(ports.Close)
+	if err := m.openPorts(&s); err != nil {
+		return nil, err
 	}
 	if s.Balloon {
 		if s.Memory.Hugepages {
@@ -341,7 +343,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	cfg.Devices, err = makeDevices(deviceConfig{
 		scsiDevice: scsiDevice{queues: s.RequestQueues(), poll: s.Poll, trace: file, disks: m.disks},
 		vsock:      sockets,
-		console:    ports,
+		console:    m.ports,
 		balloon:    m.balloon,
 		shares:     shares,
 		nets:       nets,
@@ -360,6 +362,24 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 	cfg.Seal = m.prepareSandbox(&s)
 	panics.Go(func() { m.run(ctx, sys, cfg) })
 	return m, nil
+}
+
+// openPorts makes the device of the ports, of which the virtio console is the first.
+func (m *Machine) openPorts(s *Spec) (err error) {
+	ports := s.Ports
+	if s.HVC {
+		m.hvc = newHVC()
+		m.later(m.hvc.close)
+		ports = append([]console.Port{m.hvc.port()}, ports...)
+	}
+	if len(ports) == 0 {
+		return nil
+	}
+	if m.ports, err = console.New(ports); err != nil {
+		return configError{err}
+	}
+	m.later(m.ports.Close)
+	return nil
 }
 
 // openVhostVsock opens a socket device that the kernel serves.

@@ -110,6 +110,15 @@ func (r *remote) Core(ctx context.Context) (io.ReadCloser, error) {
 // Console implements gvm console.
 func (r *remote) Console() io.ReadWriteCloser { return r.Machine.Attach() }
 
+// HVC implements gvm console --hvc.
+func (r *remote) HVC() (io.ReadWriteCloser, error) {
+	a, err := r.Machine.AttachHVC()
+	if err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
 // sysRqPatience bounds the wait for the guest's driver.
 const sysRqPatience = 5 * time.Second
 

@@ -93,6 +93,7 @@ func testDiskCommands(t *testing.T, name, sandbox string) {
 		{"reset VM VM", 2, "", "reset takes [VM], and got 2 words"},
 		{"balloon VM", 2, "", "the machine has no balloon: start it with gvm run --balloon"},
 		{"balloon VM 1", 2, "", "the machine has no balloon: start it with gvm run --balloon"},
+		{"console VM --hvc", 2, "", "the machine has no virtio console: start it with gvm run --hvc"},
 		{"balloon VM lots", 2, "", "balloon of lots: "},
 		{"balloon VM 1 2", 2, "", "balloon takes ["},
 		{"reset absent", 2, "", "no machine of this user has the name or PID absent; there "},

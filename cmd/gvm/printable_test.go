@@ -156,7 +156,8 @@ func TestForeignAnswers(t *testing.T) {
 	s.Serve(evilMachine{})
 	for _, args := range []string{"list", "list --json", "disk list", "disk list --json", "disk remove 1", "pause",
 		"stat --interval 50ms", "stat --json --interval 50ms",
-		"inspect", "inspect --json", "balloon", "balloon --json", "balloon evil 1"} {
+		"inspect", "inspect --json", "balloon", "balloon --json", "balloon evil 1",
+		"console --hvc"} {
 		var out, notes bytes.Buffer
 		a := app(nil)
 		a.Writer, a.ErrWriter = printer(&out), printer(&notes)
@@ -210,6 +211,10 @@ func (evilMachine) NMI(context.Context) error         { return nil }
 func (evilMachine) SysRq(context.Context, byte) error { return nil }
 func (evilMachine) Break()                            {}
 func (evilMachine) Console() io.ReadWriteCloser       { return nil }
+func (evilMachine) HVC() (io.ReadWriteCloser, error)  { return nil, errors.New(evil) }
+func (evilMachine) ResizeHVC(control.TerminalSize) error {
+	return errors.New(evil)
+}
 func (evilMachine) Agent(context.Context) (io.ReadWriteCloser, error) {
 	return nil, errors.ErrUnsupported
 }

@@ -124,6 +124,8 @@ EXAMPLES
 			&cli.BoolFlag{Name: "hugepages", Usage: "guest RAM from the host's pool of 2 MiB pages"},
 			&cli.BoolFlag{Name: "balloon",
 				Usage: "give the guest a balloon: memory that it frees is the host's again, and gvm balloon takes more"},
+			&cli.BoolFlag{Name: "hvc",
+				Usage: "give the guest a virtio console (hvc0) beside the serial port, for gvm console --hvc"},
 			&cli.BoolFlag{Name: "shared-memory", Usage: "guest RAM in a memfd"},
 			&cli.StringFlag{Name: "boot", Value: "auto",
 				Usage: "`MODE` for a bzImage: auto decompresses it on the host if it can, elf does or fails, " +
@@ -194,6 +196,7 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 			GuestArgs:   wordsOf(c, "guest-arg"),
 			Queues:      c.Int("queues"),
 			Trace:       c.String("trace"),
+			HVC:         c.Bool("hvc"),
 		},
 		kernel:  c.String("kernel"),
 		initrds: wordsOf(c, "initrd"),

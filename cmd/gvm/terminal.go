@@ -45,6 +45,7 @@ type terminal struct {
 
 	keys *machine.InputQueue
 	help string // of the keys after Ctrl-a
+	deaf bool   // Ctrl-a b is no command, as the guest takes no break
 	// leave is the end by Ctrl-a x. If it is errDetached, Ctrl-a d has it too.
 	leave error
 }
@@ -214,6 +215,10 @@ func (t *terminal) command(key byte) {
 		}
 		t.quit(t.leave)
 	case 'b', 'B':
+		if t.deaf {
+			_, _ = t.Write([]byte(t.help))
+			return
+		}
 		t.put(nil)
 	case escape:
 		t.put([]byte{escape})

@@ -24,7 +24,10 @@ type verb struct {
 	twice   string
 }
 
-const noAgent = "gvm: machine build has no agent: "
+const (
+	noAgent = "gvm: machine build has no agent: "
+	noHVC   = "gvm: the machine has no virtio console: start it with gvm run --hvc"
+)
 
 // verbs are all commands for a running machine, in an order that gives each its preconditions.
 var verbs = []verb{
@@ -38,6 +41,7 @@ var verbs = []verb{
 	{name: "disk remove", words: "extra", status2: exitUsage, twice: "gvm: no disk of this machine has the LUN, "},
 	{name: "dump", words: "core", once: "no VMCOREINFO", status2: exitUsage, twice: "core: exists; remove it, "},
 	{name: "console", status: exitQuit, once: "stopped by SIGINT", status2: exitQuit, twice: "stopped by SIGINT"},
+	{name: "console", words: "--hvc", status: exitUsage, once: noHVC, status2: exitUsage, twice: noHVC},
 	{name: "exec", words: "-- true", status: exitUsage, once: noAgent, status2: exitUsage, twice: noAgent},
 	{name: "shell", status: exitUsage, once: noAgent, status2: exitUsage, twice: noAgent},
 	{name: "cp", words: ":x .", status: exitUsage, once: noAgent, status2: exitUsage, twice: noAgent},
@@ -105,7 +109,7 @@ func TestVerbs(t *testing.T) {
 	}
 	for _, v := range verbs {
 		once := func() result { return try(v, "build") }
-		switch v.name {
+		switch strings.TrimSpace(v.name + " " + v.words) {
 		case "nmi":
 			continue
 		case "console": // it ends with the machine

@@ -143,8 +143,29 @@ func gdbOpens(t *testing.T, path string, core *elf.File, release string) {
 }
 
 // shellOnTerminal uses gvm shell on a terminal: its size, also a new one, Ctrl-C, Ctrl-Z and jobs
-// are those of the shell in the guest, and at the end the terminal is as it was.
+// are those of the shell in the guest.
 func shellOnTerminal(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	useTerminal(t, cmd, 5, [][2]string{
+		{"", "# "},
+		{"tty; stty size; echo $((6*7))\r", "\n/dev/pts/0\n40 100\n42\n"},
+		{"size", ""},
+		{`until [ "$(stty size)" = "50 132" ]; do sleep 0.1; done; echo siz$((1))` + "\r", "\nsiz1\n"},
+		{"sh -c 'echo in fron$((1)); exec sleep 1000'\r", "\nin fron1\n"},
+		{"\x03echo after $?\r", "\nafter 130\n"},
+		{"sh -c 'echo in fron$((2)); exec sleep 1000'\r", "\nin fron2\n"},
+		{"\x1a", "Stopped"},
+		{"jobs | grep -c Stopped; echo job$((3))\r", "\n1\njob3\n"},
+		{"bg; kill %1; wait %1; echo waited $?\r", "\nwaited 143\n"},
+		{"exit 5\r", ""},
+	})
+}
+
+// useTerminal runs a command on a terminal of 40 rows and 100 columns to its end with a status, and
+// leaves the terminal as it was. Each step is typed, and waits for text in the output, without
+// carriage returns; the step "size" makes the terminal one of 50 rows and 132 columns. Each text is
+// computed, so that the echo of the input has none.
+func useTerminal(t *testing.T, cmd *exec.Cmd, status int, steps [][2]string) {
 	t.Helper()
 	master, slave := terminal(t, 40, 100)
 	before, err := unix.IoctlGetTermios(int(slave.Fd()), unix.TCGETS)
@@ -168,20 +189,7 @@ func shellOnTerminal(t *testing.T, cmd *exec.Cmd) {
 		}
 	}()
 	late := time.AfterFunc(patience, func() { _ = cmd.Process.Kill(); slave.Close() })
-	// Each reply is computed, so that the echo of the input has none.
-	for _, step := range [][2]string{
-		{"", "# "},
-		{"tty; stty size; echo $((6*7))\r", "\n/dev/pts/0\n40 100\n42\n"},
-		{"size", ""},
-		{`until [ "$(stty size)" = "50 132" ]; do sleep 0.1; done; echo siz$((1))` + "\r", "\nsiz1\n"},
-		{"sh -c 'echo in fron$((1)); exec sleep 1000'\r", "\nin fron1\n"},
-		{"\x03echo after $?\r", "\nafter 130\n"},
-		{"sh -c 'echo in fron$((2)); exec sleep 1000'\r", "\nin fron2\n"},
-		{"\x1a", "Stopped"},
-		{"jobs | grep -c Stopped; echo job$((3))\r", "\n1\njob3\n"},
-		{"bg; kill %1; wait %1; echo waited $?\r", "\nwaited 143\n"},
-		{"exit 5\r", ""},
-	} {
+	for _, step := range steps {
 		if step[0] == "size" {
 			must(t, unix.IoctlSetWinsize(int(slave.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 50, Col: 132}))
 			continue
@@ -204,7 +212,7 @@ func shellOnTerminal(t *testing.T, cmd *exec.Cmd) {
 	late.Stop()
 	after, err := unix.IoctlGetTermios(int(slave.Fd()), unix.TCGETS)
 	must(t, err)
-	if cmd.ProcessState.ExitCode() != 5 || *after != *before {
+	if cmd.ProcessState.ExitCode() != status || *after != *before {
 		t.Errorf("status %d, settings %+v, were %+v: %q", cmd.ProcessState.ExitCode(), after, before, all)
 	}
 }
