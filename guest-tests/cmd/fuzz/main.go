@@ -277,7 +277,8 @@ func cover(ctx context.Context, t target) (percent float64, inputs int, err erro
 }
 
 // coverCorpus measures the seeds and the inputs that go test keeps in its cache. It runs the test
-// in a directory that has the cache's files in the place of committed ones.
+// in a directory of a module that has the cache's files beside the committed ones, and all else by
+// links: a TestMain may run go build there, and a test read files of other packages.
 func coverCorpus(ctx context.Context, t target) (percent float64, err error) {
 	work, err := os.MkdirTemp("", "fuzz")
 	if err != nil {
@@ -296,20 +297,23 @@ func coverCorpus(ctx context.Context, t target) (percent float64, err error) {
 	if _, err := command(ctx, "", "go", "test", "-c", "-cover", "-o", test, "./"+t.dir); err != nil {
 		return 0, err
 	}
-	source, err := filepath.Abs(t.dir)
+	from, err := filepath.Abs(".")
 	if err != nil {
 		return 0, err
 	}
-	dir, corpus := filepath.Join(work, "dir"), filepath.Join("testdata/fuzz", t.name)
+	to := filepath.Join(work, "module")
+	for name := range strings.SplitSeq(filepath.Join(t.dir, "testdata/fuzz"), "/") {
+		err = errors.Join(err, link(from, to, name))
+		from, to = filepath.Join(from, name), filepath.Join(to, name)
+	}
 	trimmed := func(b []byte) string { return strings.TrimSpace(string(b)) }
-	err = errors.Join(
-		link(source, dir, "testdata"),
-		link(filepath.Join(source, "testdata"), filepath.Join(dir, "testdata"), "fuzz"),
-		link(filepath.Join(source, corpus), filepath.Join(dir, corpus), ""),
-		link(filepath.Join(trimmed(cache), "fuzz", trimmed(path), t.name), filepath.Join(dir, corpus), ""))
+	err = errors.Join(err,
+		link(filepath.Join(from, t.name), filepath.Join(to, t.name), ""),
+		link(filepath.Join(trimmed(cache), "fuzz", trimmed(path), t.name), filepath.Join(to, t.name), ""))
 	if err != nil {
 		return 0, err
 	}
+	dir := filepath.Join(work, "module", t.dir)
 	out, err := command(ctx, dir, test, "-test.v", "-test.run", "^"+t.name+"$", "-test.gocoverdir", work)
 	if err != nil {
 		return 0, err
@@ -318,7 +322,8 @@ func coverCorpus(ctx context.Context, t target) (percent float64, err error) {
 	return percent, err
 }
 
-// link makes symbolic links in directory to for the files of from but one. There may be no from.
+// link makes symbolic links in directory to for the files of from but one, and but .git, which go
+// build would read the state of. There may be no from.
 func link(from, to, but string) error {
 	entries, err := os.ReadDir(from)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -328,7 +333,7 @@ func link(from, to, but string) error {
 		return err
 	}
 	for _, e := range entries {
-		if e.Name() == but {
+		if e.Name() == but || e.Name() == ".git" {
 			continue
 		}
 		err := os.Symlink(filepath.Join(from, e.Name()), filepath.Join(to, e.Name()))

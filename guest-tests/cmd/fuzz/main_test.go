@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -126,6 +127,77 @@ func TestLink(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(to, "testdata/b")); err == nil {
 		t.Error("testdata is the source's")
+	}
+}
+
+// TestCoverCorpus: the inputs of go test's cache count, in a package whose TestMain needs the
+// module and whose test reads a file of another package.
+func TestCoverCorpus(t *testing.T) {
+	module := fmt.Sprintf("fuzzed%d", os.Getpid()) // whose inputs in the cache are the test's own
+	top := t.TempDir()
+	for name, text := range map[string]string{
+		"go.mod":        "module " + module + "\n\ngo 1.21\n",
+		"other/main.go": "package main\n\nfunc main() {}\n",
+		"below/it/it.go": `package it
+
+func Is(s string) bool {
+	if s == "it" {
+		return true
+	}
+	return false
+}
+`,
+		"below/it/it_test.go": `package it
+
+import (
+	"os"
+	"os/exec"
+	"testing"
+)
+
+func TestMain(m *testing.M) {
+	if out, err := exec.Command("go", "build", "-o", os.DevNull, "` + module + `/other").CombinedOutput(); err != nil {
+		panic(string(out))
+	}
+	m.Run()
+}
+
+func FuzzIs(f *testing.F) {
+	if _, err := os.ReadFile("../../other/main.go"); err != nil {
+		f.Fatal(err)
+	}
+	f.Add("not it")
+	f.Fuzz(func(t *testing.T, s string) { Is(s) })
+}
+`} {
+		if err := os.MkdirAll(filepath.Join(top, filepath.Dir(name)), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(top, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Chdir(top)
+	is := target{dir: "below/it", name: "FuzzIs"}
+	without, err := coverCorpus(t.Context(), is)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cache, err := command(t.Context(), "", "go", "env", "GOCACHE")
+	if err != nil {
+		t.Fatal(err)
+	}
+	inputs := filepath.Join(strings.TrimSpace(string(cache)), "fuzz", module)
+	defer os.RemoveAll(inputs)
+	if err := os.MkdirAll(filepath.Join(inputs, is.dir, is.name), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	const input = "go test fuzz v1\nstring(\"it\")\n"
+	if err := os.WriteFile(filepath.Join(inputs, is.dir, is.name, "01"), []byte(input), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if with, err := coverCorpus(t.Context(), is); err != nil || without >= 100 || with != 100 {
+		t.Errorf("%v%% without the input, %v%% with it, %v", without, with, err)
 	}
 }
 
