@@ -66,6 +66,11 @@ func (c *Client) Core(
 			err = cause
 		}
 	}()
+	return c.readCore(conn, put)
+}
+
+// readCore reads the parts of a core, which may be a hostile machine's.
+func (c *Client) readCore(conn io.Reader, put func(off int64, p []byte) error) (size int64, release string, err error) {
 	cut := func(err error) error {
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 			return fmt.Errorf("machine %s ended before its dump was complete", c.name)

@@ -56,3 +56,42 @@ func TestCore(t *testing.T) {
 		t.Errorf("cancelled: %v", err)
 	}
 }
+
+// FuzzCore: the parts of a core come in ascending order and are those that were sent, and nothing
+// else is read.
+func FuzzCore(f *testing.F) {
+	var b bytes.Buffer
+	if err := errors.Join(PutCore(&b, 0, []byte("head")), PutCore(&b, 4096, []byte("page")),
+		EndCore(&b, 1<<40, "6.1.0")); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b.Bytes())
+	f.Add(b.Bytes()[:30])
+	f.Add(b.Bytes()[20:])
+	f.Add(append(coreHead(-1, 1), 0))
+	f.Add(append(coreHead(1<<63-1, 1), 0))
+	f.Add(append(coreHead(0, maxCoreData+1), make([]byte, 64)...))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var sent bytes.Buffer
+		end := int64(0)
+		c := &Client{name: "vm"}
+		size, release, err := c.readCore(bytes.NewReader(b), func(off int64, p []byte) error {
+			if off < end || len(p) == 0 || len(p) > maxCoreData || off+int64(len(p)) < off {
+				t.Errorf("%d bytes at %d, behind %d", len(p), off, end)
+			}
+			end = off + int64(len(p))
+			return PutCore(&sent, off, p)
+		})
+		if err == nil {
+			err = EndCore(&sent, size, release)
+			if size < end || len(release) > maxCoreRelease || err != nil {
+				t.Errorf("%d bytes for %d, %q, %v", size, end, release, err)
+			}
+		} else if size != 0 || release != "" {
+			t.Errorf("%d bytes, %q and the error %v", size, release, err)
+		}
+		if !bytes.HasPrefix(b, sent.Bytes()) {
+			t.Errorf("%q is read of %q", sent.Bytes(), b)
+		}
+	})
+}

@@ -268,23 +268,30 @@ func (n Node) MarshalJSON() ([]byte, error) {
 }
 
 // UnmarshalJSON implements json.Unmarshaler. Numbers become json.Number, and every value that is a
-// string in JSON becomes one.
+// string in JSON becomes one. An array is an error. The time and the memory that it takes go with
+// the length of b, also if each group is in another one: b may be the answer of a hostile machine.
 func (n *Node) UnmarshalJSON(b []byte) error {
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.UseNumber()
+	return n.decode(b, d)
+}
+
+// decode reads a value by d, which reads b from its beginning on.
+func (n *Node) decode(b []byte, d *json.Decoder) error {
 	*n = Node{Name: n.Name}
-	switch b = bytes.TrimSpace(b); {
-	case len(b) == 0:
+	switch next := bytes.TrimLeft(b[d.InputOffset():], " \t\r\n:,"); {
+	case len(next) == 0:
 		return fmt.Errorf("inspect: no value")
-	case b[0] == '"':
+	case next[0] == '"':
 		var v text.Name
-		err := v.UnmarshalJSON(b)
+		err := d.Decode(&v)
 		n.Value = string(v)
 		return err
-	case b[0] != '{':
-		d := json.NewDecoder(bytes.NewReader(b))
-		d.UseNumber()
+	case next[0] == '[':
+		return fmt.Errorf("inspect: an array is no value")
+	case next[0] != '{':
 		return d.Decode(&n.Value)
 	}
-	d := json.NewDecoder(bytes.NewReader(b))
 	if _, err := d.Token(); err != nil {
 		return err
 	}
@@ -294,10 +301,11 @@ func (n *Node) UnmarshalJSON(b []byte) error {
 			return err
 		}
 		c := Node{Name: name.(string)}
-		if err := d.Decode(&c); err != nil {
+		if err := c.decode(b, d); err != nil {
 			return err
 		}
 		n.Nodes = append(n.Nodes, c)
 	}
-	return nil
+	_, err := d.Token()
+	return err
 }

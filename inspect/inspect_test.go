@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -105,4 +106,55 @@ func TestJSON(t *testing.T) {
 	if again, err := json.Marshal(back); err != nil || string(again) != want {
 		t.Errorf("%s, %v", again, err)
 	}
+}
+
+// TestDeepJSON: groups in each other do not cost more than beside each other.
+func TestDeepJSON(t *testing.T) {
+	allocated := func(depth int) uint64 {
+		b := []byte(strings.Repeat(`{"g":`, depth) + fmt.Sprintf("%q", strings.Repeat("x", 100*depth)) +
+			strings.Repeat("}", depth))
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		var n Node
+		if err := json.Unmarshal(b, &n); err != nil {
+			t.Fatal(err)
+		}
+		runtime.ReadMemStats(&after)
+		return after.TotalAlloc - before.TotalAlloc
+	}
+	if one, two := allocated(1000), allocated(2000); two > 3*one {
+		t.Errorf("%d bytes for 1000 groups, %d for 2000", one, two)
+	}
+}
+
+// FuzzNode: a tree of any JSON is the same one after it was written, and has no array.
+func FuzzNode(f *testing.F) {
+	for _, s := range []string{`{"z":9223372036854775808,"a":"0x1f","g":{"t":"\u001b\udcff","":null},"age":1.5e9,"e":{}}`,
+		`"\ud800"`, ` { "a" : { "b" : [ 1 ] } } `, `{"a":1,"a":{"a":false}}`, "1", "[]", "{"} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var n Node
+		if json.Unmarshal(b, &n) != nil {
+			return
+		}
+		for path, v := range n.Values("") {
+			switch v.(type) {
+			case bool, string, json.Number:
+			default:
+				t.Errorf("%q has %s of the type %T", b, path, v)
+			}
+		}
+		once, err := json.Marshal(n)
+		if err != nil {
+			t.Fatalf("%q is not written: %v", b, err)
+		}
+		var again Node
+		if err := json.Unmarshal(once, &again); err != nil {
+			t.Fatalf("%q is written as %q, which is not read: %v", b, once, err)
+		}
+		if list(again, "") != list(n, "") {
+			t.Errorf("%q is %q; written as %q it is %q", b, list(n, ""), once, list(again, ""))
+		}
+	})
 }

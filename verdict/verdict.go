@@ -155,7 +155,8 @@ type allowed struct {
 func ReadAllow(r io.Reader) (list Allow, err error) {
 	fingerprint := regexp.MustCompile(`^[0-9a-f]{16}$`)
 	lines := bufio.NewScanner(r)
-	for n := 1; lines.Scan(); n++ {
+	n := 1
+	for ; lines.Scan(); n++ {
 		text := strings.TrimSpace(lines.Text())
 		switch {
 		case text == "" || text[0] == '#':
@@ -169,7 +170,10 @@ func ReadAllow(r io.Reader) (list Allow, err error) {
 			list = append(list, allowed{title: re})
 		}
 	}
-	return list, lines.Err()
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("line %d: %w", n, err)
+	}
+	return list, nil
 }
 
 func (a Allow) matches(k klog.Report) bool {

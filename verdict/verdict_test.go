@@ -132,6 +132,36 @@ func TestPolicy(t *testing.T) {
 	}
 }
 
+// FuzzAllow: each line of a list allows something, is a comment, or is named by the error, with
+// which there is no list.
+func FuzzAllow(f *testing.F) {
+	for _, s := range []string{"# known\n\n ^WARNING: .* at lib/c\\.c: \r\n", "0123456789abcdef\n", "ok\n(\n",
+		"(?i)a{1,1000}", strings.Repeat("x", 70_000)} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		list, err := ReadAllow(strings.NewReader(s))
+		lines := 1 + strings.Count(s, "\n")
+		if err != nil {
+			var n int
+			if _, scanned := fmt.Sscanf(err.Error(), "line %d: ", &n); scanned != nil || n < 1 || n > lines || list != nil {
+				t.Errorf("%q: %d rows and the error %v", s, len(list), err)
+			}
+			return
+		}
+		rows := 0
+		for line := range strings.Lines(s) {
+			if line = strings.TrimSpace(line); line != "" && line[0] != '#' {
+				rows++
+			}
+		}
+		if len(list) != rows {
+			t.Errorf("%q: %d rows, want %d", s, len(list), rows)
+		}
+		list.matches(klog.Report{Title: s, Fingerprint: s})
+	})
+}
+
 const wantJUnit = `<?xml version="1.0" encoding="UTF-8"?>
 <testsuites tests="6" failures="2" errors="2" skipped="1">
  <testsuite name="list" tests="3" failures="1" errors="0" skipped="1">

@@ -103,6 +103,7 @@ func parseNet(s string) (n netConfig, err error) {
 		}
 		err = errors.New("want none, user or tap=NAME" + near)
 	}
+	given := map[string]bool{}
 	for more && err == nil {
 		var option string
 		option, options, more = strings.Cut(options, ",")
@@ -111,6 +112,10 @@ func parseNet(s string) (n netConfig, err error) {
 		if set == nil {
 			return n, text.OneOf("option ", key, netOptions[word])
 		}
+		if given[key] {
+			return n, fmt.Errorf("%s= is given twice", key)
+		}
+		given[key] = true
 		if err = set(&n, value); err != nil {
 			err = fmt.Errorf("%s=%s: %w", key, value, err)
 		}

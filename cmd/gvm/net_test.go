@@ -32,6 +32,7 @@ func TestParseNets(t *testing.T) {
 		"tap=a,":                      `--net tap=a,: option "": want mac, queues or vhost`,
 		"tap=a,queue=1":               "--net tap=a,queue=1: option queue: want mac, queues or vhost; did you mean queues?",
 		"tap=a,vhost=yes":             "--net tap=a,vhost=yes: vhost=yes: want auto, off or on",
+		"tap=a,queues=2,queues=2":     "--net tap=a,queues=2,queues=2: queues= is given twice",
 		"tap=a,queues=0":              "--net tap=a,queues=0: queues=0: want 1 to 16",
 		"tap=a,queues=17":             "--net tap=a,queues=17: queues=17: want 1 to 16",
 		"tap=a,queues":                "--net tap=a,queues: queues=: want 1 to 16",

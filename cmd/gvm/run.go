@@ -371,10 +371,11 @@ func parseRun(c *cli.Context) (rc runConfig, err error) {
 // parseShare reads TAG=DIR[,ro].
 func parseShare(s string) (share fs.Share, err error) {
 	var ok bool
-	if share.Tag, share.Dir, ok = strings.Cut(s, "="); !ok || share.Dir == "" {
+	share.Tag, share.Dir, ok = strings.Cut(s, "=")
+	share.Dir, share.ReadOnly = strings.CutSuffix(share.Dir, ",ro")
+	if !ok || share.Dir == "" {
 		return share, errors.New("want TAG=DIR, or TAG=DIR,ro")
 	}
-	share.Dir, share.ReadOnly = strings.CutSuffix(share.Dir, ",ro")
 	return share, fs.CheckTag(share.Tag)
 }
 

@@ -45,6 +45,8 @@ func parseEmit(s string) (j kubernetes.Job, err error) {
 		switch key, value, _ := strings.Cut(option, "="); {
 		case value == "":
 			return j, fmt.Errorf("--emit %s: want image=IMAGE, and perhaps kvm=RESOURCE and mount=DIR", s)
+		case key == "image" && j.Image != "", key == "kvm" && j.KVM != "":
+			return j, fmt.Errorf("--emit %s: %s= is given twice", s, key)
 		case key == "image":
 			j.Image = value
 		case key == "kvm":

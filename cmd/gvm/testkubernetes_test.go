@@ -94,6 +94,7 @@ func TestKubernetesWords(t *testing.T) {
 		{emit + " -- sh", "--emit kubernetes: want image=IMAGE, and perhaps"},
 		{emit + ",kvm=x/y -- sh", "has no image=IMAGE, of a container with gvm and the command"},
 		{emit + ",image= -- sh", "image=: want image=IMAGE, and perhaps kvm=RESOURCE"},
+		{emit + ",image=x,image=y -- sh", "--emit kubernetes,image=x,image=y: image= is given twice"},
 		{emit + ",img=x -- sh", "--emit: img: want image, kvm or mount"},
 		{emit + ",image=x,mount=y -- sh", "mount=y: want an absolute path, of a directory of the node"},
 		{"--emit kubernetes,image=x -- sh", "--emit: the pods have no kernel: name one that they see with --kernel"},

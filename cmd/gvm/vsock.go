@@ -59,7 +59,7 @@ func parseVsock(s string) (*vsockConfig, error) {
 			return nil, fmt.Errorf("--vsock %s,: want cid or path behind the comma", word)
 		}
 		if !more {
-			return v, v.check()
+			return v.checked()
 		}
 	}
 	given := map[string]bool{}
@@ -90,7 +90,7 @@ func parseVsock(s string) (*vsockConfig, error) {
 		}
 		given[name] = true
 	}
-	return v, v.check()
+	return v.checked()
 }
 
 // completeVsock continues a value of --vsock.
@@ -110,15 +110,15 @@ func completeVsock(s string) (values []string) {
 	return values
 }
 
-// check refuses options that do not go with each other.
-func (v *vsockConfig) check() error {
+// checked returns v, unless its options do not go with each other.
+func (v *vsockConfig) checked() (*vsockConfig, error) {
 	switch {
 	case v.kind == vsockVhost && v.path != "":
-		return errors.New("--vsock vhost,path=: programs reach the guest by AF_VSOCK; path goes with unix")
+		return nil, errors.New("--vsock vhost,path=: programs reach the guest by AF_VSOCK; path goes with unix")
 	case v.kind == vsockVhost && v.cid == 0:
-		return errors.New("--vsock vhost: want cid=N, which no other machine of this host has, such as vhost,cid=3")
+		return nil, errors.New("--vsock vhost: want cid=N, which no other machine of this host has, such as vhost,cid=3")
 	}
-	return nil
+	return v, nil
 }
 
 // listenVsock gives the machine the device of --vsock, and opens its socket. nil: there is none.

@@ -33,16 +33,6 @@ func TestParseVsock(t *testing.T) {
 	}
 }
 
-// FuzzParseVsock: any value of --vsock gives a device or an error, and not both.
-func FuzzParseVsock(f *testing.F) {
-	f.Add("unix,cid=7,path=a,b")
-	f.Fuzz(func(t *testing.T, s string) {
-		if v, err := parseVsock(s); (v == nil) == (err == nil) {
-			t.Errorf("%q: %v, %v", s, v, err)
-		}
-	})
-}
-
 // connectVsock asks for a port of the guest, and returns the answer.
 func connectVsock(t *testing.T, path string) string {
 	t.Helper()

@@ -1,7 +1,11 @@
 package scsi
 
 import (
+	"bytes"
+	"encoding/binary"
 	"fmt"
+	"hash/crc32"
+	"reflect"
 	"runtime"
 	"testing"
 )
@@ -52,4 +56,28 @@ func TestKeptIsBounded(t *testing.T) {
 	if len(p.registered) != maxRegistrations {
 		t.Errorf("%d registrations, want %d", len(p.registered), maxRegistrations)
 	}
+}
+
+// FuzzKept: bytes are read as persistent reservations only if these are written as the same bytes.
+func FuzzKept(f *testing.F) {
+	p := persistent{kind: writeExclusive, holder: 7, aptpl: true, registered: []registration{{7, 0x11}, {9, 0x12}}}
+	f.Add(p.kept())
+	p.kind, p.holder = writeExclusiveAllRegistrants, 0
+	f.Add(p.kept())
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		inputs := [][]byte{b}
+		if body := len(b) - 4; body >= 0 { // with the right sum as well
+			inputs = append(inputs, binary.BigEndian.AppendUint32(bytes.Clone(b[:body]), crc32.Checksum(b[:body], keptCRC)))
+		}
+		for _, b := range inputs {
+			p, err := parseKept(b)
+			if err != nil && (err != ErrReservationState || !reflect.DeepEqual(p, persistent{})) {
+				t.Errorf("% x: %+v, %v", b, p, err)
+			}
+			if err == nil && !bytes.Equal(p.kept(), b) {
+				t.Errorf("% x is %+v, which is written as % x", b, p, p.kept())
+			}
+		}
+	})
 }

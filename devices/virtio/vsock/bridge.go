@@ -399,8 +399,10 @@ func readRequest(r io.Reader) (port uint32, rest []byte, err error) {
 		line, rest, whole := bytes.Cut(buf, []byte("\n"))
 		switch {
 		case whole:
-			port, err := parseRequest(string(line))
-			return port, rest, err
+			if port, err = parseRequest(string(line)); err != nil {
+				return 0, nil, err
+			}
+			return port, rest, nil
 		case len(buf) == cap(buf), err != nil && len(buf) > 0:
 			return 0, nil, errRequest
 		case err != nil:

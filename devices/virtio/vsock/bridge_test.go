@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -230,6 +232,55 @@ func TestBridgeRefuses(t *testing.T) {
 		t.Error("a file listens, and the guest is connected")
 	}
 	r.idle()
+}
+
+// FuzzConnect: a client's bytes are one request and the stream behind it, in any pieces, and no
+// more bytes are read than the longest request has.
+func FuzzConnect(f *testing.F) {
+	for _, b := range []string{"CONNECT 52\n", "connect 4294967294\r\nfirst bytes", "CONNECT 4294967295\n",
+		"CONNECT 1 2\n", "\n", "CONNECT", "", strings.Repeat("0", maxRequest)} {
+		f.Add([]byte(b), byte(3))
+	}
+	f.Fuzz(func(t *testing.T, b []byte, piece byte) {
+		pieces := &piecewise{b, max(int(piece), 1)}
+		port, rest, err := readRequest(pieces)
+		if n := len(b) - len(pieces.b); n > maxRequest {
+			t.Errorf("%d bytes are read of %q", n, b)
+		}
+		if whole, _, wholeErr := readRequest(bytes.NewReader(b)); whole != port || wholeErr != err {
+			t.Errorf("%q is port %d, %v; in pieces of %d %d, %v", b, whole, wholeErr, piece, port, err)
+		}
+		if err != nil {
+			if err != errRequest && (err != io.EOF || len(b) > 0) || port != 0 || rest != nil {
+				t.Errorf("%q is port %d, %q, %v", b, port, rest, err)
+			}
+			return
+		}
+		line, after, _ := bytes.Cut(b, []byte("\n"))
+		if !bytes.Equal(slices.Concat(rest, pieces.b), after) {
+			t.Errorf("%q is followed by %q and %q", b, rest, pieces.b)
+		}
+		again, err := parseRequest(fmt.Sprintf("CONNECT %d", port))
+		if err != nil || again != port || port == math.MaxUint32 ||
+			!strings.EqualFold(strings.Fields(string(line))[0], "CONNECT") {
+			t.Errorf("%q is port %d, which is %d, %v", line, port, again, err)
+		}
+	})
+}
+
+// piecewise is a reader of b by n bytes at a time.
+type piecewise struct {
+	b []byte
+	n int
+}
+
+func (r *piecewise) Read(p []byte) (int, error) {
+	if len(r.b) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(p, r.b[:min(len(r.b), r.n)])
+	r.b = r.b[n:]
+	return n, nil
 }
 
 // TestBridgeGone: a side that is gone as a whole takes the connection with it, also one that its
