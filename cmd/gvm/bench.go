@@ -39,6 +39,7 @@ func benchAction[B interface {
 		ctx, stop := context.WithCancelCause(context.Background())
 		defer stop(nil)
 		defer catchSignals(ctx, stop)()
+		defer endWithin(ctx, hostPatience, func() {})()
 		return b.run(ctx, c.App.Writer)
 	}
 }

@@ -130,10 +130,11 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 	}
 	dir := ""
 	if b.initrd == "" {
-		if dir, err = tempDir("gvm-bench-"); err != nil {
+		var remove func() error
+		if dir, remove, err = benchDir(); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+		defer func() { err = errors.Join(err, remove()) }()
 	}
 	run := []string{gvm, "run", "--timing", "--sandbox=" + b.sandbox.String()}
 	kernel, initrd, line := b.kernel, b.initrd, "console=ttyS0 panic=-1 "+b.cmdline

@@ -58,6 +58,18 @@ func (r *benchRecord) close(err error) error {
 	return errors.Join(err, r.f.Close())
 }
 
+// benchDir makes a temporary directory. remove removes it, and an immediate end does.
+func benchDir() (dir string, remove func() error, err error) {
+	if dir, err = tempDir("gvm-bench-"); err != nil {
+		return "", nil, err
+	}
+	remove = func() error { return os.RemoveAll(dir) }
+	urgent.Lock()
+	defer urgent.Unlock()
+	urgent.remove = append(urgent.remove, remove)
+	return dir, remove, nil
+}
+
 // benchImage is the size of the image that a benchmark without --disk makes.
 const benchImage = 256 << 20
 
@@ -66,11 +78,10 @@ func benchFile(path string) (_ string, remove func() error, err error) {
 	if path != "" {
 		return path, func() error { return nil }, nil
 	}
-	dir, err := tempDir("gvm-bench-")
+	dir, remove, err := benchDir()
 	if err != nil {
 		return "", nil, err
 	}
-	remove = func() error { return os.RemoveAll(dir) }
 	path = filepath.Join(dir, "disk.img")
 	if err := fillImage(path, benchImage); err != nil {
 		return "", nil, errors.Join(err, remove())

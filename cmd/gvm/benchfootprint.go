@@ -109,11 +109,11 @@ func (b footprintBench) run(ctx context.Context, w io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = record.close(err) }()
-	dir, err := tempDir("gvm-bench-")
+	dir, remove, err := benchDir()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	defer func() { err = errors.Join(err, remove()) }()
 	kernel, disk := filepath.Join(dir, "guest.elf"), filepath.Join(dir, "disk.img")
 	if err := errors.Join(os.WriteFile(kernel, embedded.Image, 0o600), fillImage(disk, 16<<20)); err != nil {
 		return err

@@ -50,12 +50,13 @@ func dump(client *control.Client, path string) (err error) {
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
 	defer catchSignals(ctx, stop)()
-	f, err := createCore(path)
+	f, err := nowait.Until(ctx, func() string { return path + " was made" },
+		func() (*coreFile, error) { return createCore(path) }, func(f *coreFile) { _ = f.discard() })
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.discard()) }()
-	defer endWithin(ctx, func() { _ = f.remove() })()
+	defer endWithin(ctx, patience, func() { _ = f.remove() })()
 	size, release, err := client.Core(ctx, f.put)
 	if err == nil {
 		err = f.finish(size)

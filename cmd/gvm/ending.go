@@ -100,6 +100,8 @@ type timeoutError time.Duration
 
 func (e timeoutError) Error() string { return fmt.Sprintf("--timeout %s elapsed", time.Duration(e)) }
 
+func endOfTimeout(d time.Duration) error { return endError{exitTimeout, timeoutError(d)} }
+
 func (timeoutError) Is(target error) bool { return target == context.DeadlineExceeded }
 
 // On fatalSignals the Go runtime dumps the goroutines and exits, without restoring the terminal.
@@ -212,7 +214,7 @@ func endNow(status int, why string) {
 
 // endWithin ends the process, after clean, when ctx has ended for patience, unless the returned
 // function is called before that: the storage or the reader of an output may take any time.
-func endWithin(ctx context.Context, clean func()) (done func()) {
+func endWithin(ctx context.Context, patience time.Duration, clean func()) (done func()) {
 	over := make(chan struct{})
 	stop := context.AfterFunc(ctx, panics.Func(func() {
 		select {
@@ -236,22 +238,27 @@ const dumpPatience = 10 * time.Second
 // patience.
 func exitNow(status int, patience time.Duration, say func()) {
 	panics.Go(func() { // restoring may block, too
-		urgent.Lock() // never released
-		if urgent.restore != nil {
-			_ = urgent.restore()
-		}
-		say()
-		for _, remove := range urgent.remove {
-			_ = remove()
-		}
-		for s := range urgent.sockets {
-			_ = s.Release() // on failure the next gvm removes it
-		}
+		tidy(say)
 		stderr.flush(-1)
 		os.Exit(status)
 	})
 	time.Sleep(patience)
 	os.Exit(status)
+}
+
+// tidy performs the steps of urgent, and say.
+func tidy(say func()) {
+	urgent.Lock() // never released
+	if urgent.restore != nil {
+		_ = urgent.restore()
+	}
+	say()
+	for _, remove := range urgent.remove {
+		_ = remove()
+	}
+	for s := range urgent.sockets {
+		_ = s.Release() // on failure the next gvm removes it
+	}
 }
 
 // note prints one line to standard error, which may be a raw terminal.

@@ -224,6 +224,28 @@ func (o *outputFile) endSoon() {
 	}
 }
 
+// saveOutputs returns the error of save, which fills and closes files. If soon, as the end of the
+// run was asked for, it waits neither for a pipe's reader nor for storage that does not answer.
+func saveOutputs(soon bool, files []*outputFile, save func() error) error {
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	var paths []string
+	for _, o := range files {
+		if o.path != "" {
+			paths = append(paths, o.path)
+		}
+		if soon {
+			o.endSoon()
+		}
+	}
+	if soon {
+		stop(disk.ImageError{Err: errors.New("the storage does not answer")})
+	}
+	_, err := nowait.Within(ctx, hostPatience, func() string { return strings.Join(paths, " and ") + " was written" },
+		func() (struct{}, error) { return struct{}{}, save() }, func(struct{}) {})
+	return err
+}
+
 func (o *outputFile) close() error {
 	if o.file == nil {
 		return nil

@@ -46,14 +46,18 @@ not or none ran. Other ends are those of gvm help exit-status.`,
 			sandboxFlag("guest's first instruction"),
 		}, verdictFlags()...),
 		Action: func(c *cli.Context) error {
-			rc, err := parseKunit(c)
+			timeout := c.Duration("timeout")
+			rc, err := within(timeout, endOfTimeout(timeout), func() (runConfig, error) {
+				rc, err := parseKunit(c)
+				if err != nil {
+					return rc, usageError{err}
+				}
+				return rc, rc.watch.open()
+			})
 			if err != nil {
-				return usageError{err}
-			}
-			if err := rc.watch.open(); err != nil {
 				return err
 			}
-			r, err := rc.watch.finish(run(rc))
+			r, err := rc.watch.finish(run(&rc))
 			switch status := exitStatus(err); {
 			case status == exitUsage, status == exitHost: // no guest ran, or its results are not to be trusted
 				return err
@@ -62,7 +66,7 @@ not or none ran. Other ends are those of gvm help exit-status.`,
 			case rc.hidden:
 				ctx, stop := context.WithCancelCause(context.Background())
 				defer stop(nil)
-				defer endWithin(ctx, func() {})()
+				defer endWithin(ctx, patience, func() {})()
 				if status >= exitTimeout {
 					stop(err)
 				}

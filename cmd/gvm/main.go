@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -36,7 +37,23 @@ func main() {
 }
 
 // gvm runs the command line and returns the exit status.
-func gvm(args []string) (status int) {
+//
+// It does so in another thread than the main one, which waits: Linux gives the signal of a process
+// to the main thread if it can, and to no other while that one waits for storage that does not
+// answer, so that the signal would wait too. Only the jail is made by the main thread, which
+// /proc/self shows.
+func gvm(args []string) int {
+	if asksForJail(args) {
+		return runCommandLine(args)
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	status := make(chan int)
+	panics.Go(func() { status <- runCommandLine(args) }) // which reports its panics itself
+	return <-status
+}
+
+func runCommandLine(args []string) (status int) {
 	switch args[0] {
 	case broker.Arg0:
 		return runBroker(args, broker.Main)

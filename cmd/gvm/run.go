@@ -163,23 +163,35 @@ EXAMPLES
 		// has one, and values are read from the parsed command line.
 		Before: func(c *cli.Context) error { c.Command.Flags = nil; return nil },
 		Action: func(c *cli.Context) error {
-			rc, err := parseRun(c)
+			timeout := c.Duration("timeout")
+			rc, err := within(timeout, endOfTimeout(timeout), func() (runConfig, error) {
+				rc, err := parseRun(c)
+				if err != nil {
+					return rc, usageError{err}
+				}
+				if rc.jail == nil {
+					err = rc.openRecords(c)
+				}
+				return rc, err
+			})
 			if err != nil {
-				return usageError{err}
+				return err
 			}
 			if rc.jail != nil {
 				return rc.enterJail()
 			}
-			if rc.record, err = parseCrashRecord(c); err != nil {
-				return err
-			}
-			if err := rc.watch.open(); err != nil {
-				return err
-			}
-			_, err = rc.watch.finish(run(rc))
+			_, err = rc.watch.finish(run(&rc))
 			return rc.record.finish(err)
 		},
 	}
+}
+
+// openRecords opens the files and the directory for the records of a run.
+func (rc *runConfig) openRecords(c *cli.Context) (err error) {
+	if rc.record, err = parseCrashRecord(c); err != nil {
+		return err
+	}
+	return rc.watch.open()
 }
 
 func parseRun(c *cli.Context) (rc runConfig, err error) {
@@ -429,7 +441,7 @@ func takeBegun() (b *vmm.Begun) {
 
 // run boots the guest and returns the end as an error, which gvm maps to an exit status. All open
 // files are closed when run returns.
-func run(rc runConfig) (err error) {
+func run(rc *runConfig) (err error) {
 	collect := debug.SetGCPercent(startGC)
 	note := rc.record.notes(note)
 	spec := &rc.spec
@@ -442,8 +454,7 @@ func run(rc runConfig) (err error) {
 	end := &ending{stop: stop, grace: rc.grace}
 	defer catchSignals(ctx, end.signal)()
 	if rc.timeout > 0 {
-		timer := time.AfterFunc(rc.timeout, panics.Func(
-			func() { stop(endError{exitTimeout, timeoutError(rc.timeout)}) }))
+		timer := time.AfterFunc(rc.timeout, panics.Func(func() { stop(endOfTimeout(rc.timeout)) }))
 		defer timer.Stop()
 	}
 	for _, s := range []string{rc.kernelNote, rc.memoryNote, rc.threadNote} {
@@ -451,6 +462,15 @@ func run(rc runConfig) (err error) {
 			note(s)
 		}
 	}
+	l := newLife[error](ctx)
+	return l.run(func() error { return rc.live(l, stop, end, collect, note) }, func(err error) error { return err })
+}
+
+// live is the life of the machine of gvm run. stop ends it, and end gets the machine for signals.
+// It sets the garbage collector to collect when the start has settled.
+func (rc *runConfig) live(l *life[error], stop context.CancelCauseFunc, end *ending, collect int,
+	note func(string)) (err error) {
+	ctx, spec := l.ctx, &rc.spec
 	if err := rc.watch.readAllow(ctx); err != nil {
 		return err
 	}
@@ -477,12 +497,14 @@ func run(rc runConfig) (err error) {
 			rc.watch.kernel = k.Image.Name
 		}
 	}
+	l.at("the control socket was made")
 	socket, err := rc.claimName(note)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, rc.closeSocket(socket)) }()
 	defer func() { rc.record.prepare(err, rc.watch) }() // while the broker is there
+	l.at("the socket of --vsock was made")
 	bridge, err := rc.listenVsock(socket != nil)
 	if err != nil {
 		return err
@@ -490,6 +512,7 @@ func run(rc runConfig) (err error) {
 	if bridge != nil {
 		defer func() { err = errors.Join(err, bridge.Close()) }()
 	}
+	l.at("gvm-net was started")
 	user, err := rc.startUserNet(note)
 	if err != nil {
 		return err
@@ -497,6 +520,7 @@ func run(rc runConfig) (err error) {
 	defer user.close()
 	var gdb *gdbServer
 	if rc.gdb != nil {
+		l.at("the socket of --gdb was made")
 		if gdb, err = rc.gdb.listen(ctx, rc.broker); err != nil {
 			return err
 		}
@@ -505,6 +529,7 @@ func run(rc runConfig) (err error) {
 			note("to debug the guest: " + gdb.command(found, spec))
 		}
 	}
+	l.at("the kernel's vmlinux was opened")
 	t := newTerminal(stop)
 	var console vmm.Console = t
 	switch {
@@ -530,6 +555,7 @@ func run(rc runConfig) (err error) {
 		rc.timing.phase("files, disks, control socket")
 		return nil
 	}
+	l.at("the machine was started")
 	rc.seal(exitBug, note)
 	trimmer := newTrimmer()
 	defer trimmer.close()
@@ -537,6 +563,7 @@ func run(rc runConfig) (err error) {
 	if err != nil {
 		return err
 	}
+	l.begins()
 	addProcs() // not before: it stops the process for some 20 µs
 	end.begin(m.Stop)
 	if gdb != nil {
@@ -559,9 +586,10 @@ func run(rc runConfig) (err error) {
 	rc.timing.phase("the guest's run")
 	err = t.close()
 	out, err2 := m.Wait()
-	if err = errors.Join(err2, err); err != nil && out.Ending == 0 {
-		return err
+	if err = errors.Join(err2, err); err == nil || out.Ending != 0 {
+		rc.timing.print()
+		err = errors.Join(ended(out), err)
 	}
-	rc.timing.print()
-	return errors.Join(ended(out), err)
+	l.ends(err, exitStatus(err) >= exitTimeout)
+	return err
 }

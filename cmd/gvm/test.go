@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/guest/kernel"
+	"gvm/kvmapi/nowait"
 	"gvm/testrun"
 	"gvm/text"
 	"gvm/vmm/boot"
@@ -111,14 +112,18 @@ a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 			if c.IsSet("collect") {
 				return collectPods(c)
 			}
-			t, err := parseTest(c)
+			timeout := c.Duration("timeout")
+			if ordered != nil { // the first process counts the time
+				timeout = 0
+			}
+			t, err := within(timeout, endOfTest(timeout), func() (*testConfig, error) { return parseTest(c) })
 			if err == nil && c.IsSet("emit") {
 				if err = t.emit(c); err == nil {
 					return nil
 				}
 			}
 			if err != nil {
-				return endError{exitUntested, err}
+				return notTested(err)
 			}
 			if ordered != nil {
 				return t.runCell(ordered)
@@ -130,6 +135,17 @@ a stop, 120, 121, 122, 124, of a signal, of COMMAND, 127 or 126, 125.`,
 		},
 	}
 }
+
+// notTested gives an error of a test that has not begun its exit status, unless it has one.
+func notTested(err error) error {
+	if end := (endError{}); errors.As(err, &end) {
+		return err
+	}
+	return endError{exitUntested, err}
+}
+
+// endOfTest is the end by --timeout.
+func endOfTest(d time.Duration) error { return endError{exitTimeout, testrun.TimeoutError(d)} }
 
 // exitGuestFault is the status of gvm test for a panic or a fault of the guest's kernel.
 const exitGuestFault = 120
@@ -144,18 +160,16 @@ func (t *testConfig) say(format string, args ...any) {
 // test runs the test, prints the reason of its verdict, and writes the verdict file.
 func (t *testConfig) test() error {
 	file := outputFile{flag: "--verdict", path: t.verdict}
-	if err := openOutputs(&file); err != nil {
-		return endError{exitUntested, err}
+	_, err := within(t.timeout, endOfTest(t.timeout), func() (struct{}, error) { return struct{}{}, openOutputs(&file) })
+	if err != nil {
+		return notTested(err)
 	}
-	defer file.close()
 	res := t.run()
 	if t.bisect {
 		res.Bisect()
 	}
-	if res.Kind == testrun.Stopped || res.Kind == testrun.Timeout {
-		file.endSoon()
-	}
-	err := file.fill(res.JSON)
+	soon := res.Kind == testrun.Stopped || res.Kind == testrun.Timeout
+	err = saveOutputs(soon, []*outputFile{&file}, func() error { return errors.Join(file.fill(res.JSON), file.close()) })
 	if s := explain("gvm: ", res); s != "" {
 		stderr.say(s)
 	}
@@ -234,36 +248,43 @@ func (t *testConfig) timed(ctx context.Context, margin time.Duration) (context.C
 	if t.timeout <= 0 {
 		return ctx, func() {}
 	}
-	return context.WithTimeoutCause(ctx, t.timeout+margin, endError{exitTimeout, testrun.TimeoutError(t.timeout)})
+	return context.WithTimeoutCause(ctx, t.timeout+margin, endOfTest(t.timeout))
 }
 
-// runMachine runs the test in a machine that Begin has begun, and closes it. begun takes the run.
+// runMachine runs the test in a machine that Begin has begun, and closes it. begun takes the
+// run, and nil at its end.
 func (t *testConfig) runMachine(ctx context.Context, stop func(error), begun func(*testrun.Run)) *testrun.Result {
 	timed, over := t.timed(ctx, 0)
 	defer over()
-	res := t.runIn(timed, stop, begun)
+	l := newLife[*testrun.Result](timed)
+	res := l.run(func() *testrun.Result { return t.live(l, stop, begun) },
+		func(err error) *testrun.Result { return t.untested(timed, err) })
 	if err := t.spec.Close(); err != nil && res.Kind == testrun.Exited && res.Status == 0 {
 		return testrun.Untested(err)
 	}
 	return res
 }
 
-func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*testrun.Run)) *testrun.Result {
-	spec := &t.spec
-	untested := func(err error) *testrun.Result {
-		res, cause := testrun.Untested(err), context.Cause(ctx)
-		switch {
-		case errors.As(cause, new(testrun.TimeoutError)):
-			return testrun.TimedOut(err)
-		case cause != nil: // a signal ended the start
-			res.Kind, res.Cause = testrun.Stopped, cause
-			if !errors.Is(err, cause) {
-				res.Text = cause.Error()
-			}
-			return t.stopped(res)
+// untested is the result for an error of the start, which the end of ctx may have caused.
+func (t *testConfig) untested(ctx context.Context, err error) *testrun.Result {
+	res, cause := testrun.Untested(err), context.Cause(ctx)
+	switch {
+	case errors.As(cause, new(testrun.TimeoutError)):
+		return testrun.TimedOut(err)
+	case cause != nil: // a signal ended the start
+		res.Kind, res.Cause = testrun.Stopped, cause
+		if !errors.Is(err, cause) {
+			res.Text = cause.Error()
 		}
-		return res
+		return t.stopped(res)
 	}
+	return res
+}
+
+// live is the life of the machine.
+func (t *testConfig) live(l *life[*testrun.Result], stop func(error), begun func(*testrun.Run)) *testrun.Result {
+	ctx, spec := l.ctx, &t.spec
+	untested := func(err error) *testrun.Result { return t.untested(ctx, err) }
 	allow, err := t.allow.read(ctx)
 	if err != nil {
 		return untested(err)
@@ -280,14 +301,17 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 	for _, s := range missing {
 		t.note(s)
 	}
+	l.at("the command was looked up")
 	cmd, res := t.command()
 	if res != nil {
 		return res
 	}
+	l.at("gvm-agent was read")
 	agent, build, err := agentProgram()
 	if err != nil {
 		return untested(err)
 	}
+	l.at("the guest's files were read")
 	initrd, err := t.initramfs(ctx, k, cmd, agent)
 	if err != nil {
 		return untested(err)
@@ -315,6 +339,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 		}
 	}
 	if t.klog != "" {
+		l.at(t.klog + " was opened")
 		f, made, err := openLog(t.klog)
 		if err == nil {
 			err = fillOutput(f, made, nil)
@@ -325,11 +350,13 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 		defer f.Close()
 		cfg.Log = f
 	}
+	l.at("the command's output was opened")
 	closeStreams, err := t.streams(ctx, stop, &cfg)
 	if err != nil {
 		return untested(err)
 	}
 	defer closeStreams()
+	l.at("the control socket was made")
 	socket, err := t.claimName(func(s string) { t.say("%s", s) })
 	if err != nil {
 		return untested(err)
@@ -339,6 +366,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 			t.note(err.Error())
 		}
 	}()
+	l.at("the machine was started")
 	t.seal(exitUntested, t.note)
 	cfg.Spec.Name, cfg.Spec.Files, cfg.Spec.Sandbox = spec.Name, spec.Files, spec.Sandbox
 	t.record.beginTest(ctx, &cfg, k)
@@ -347,6 +375,7 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 	if err != nil {
 		return untested(err)
 	}
+	l.begins()
 	begun(run)
 	if socket != nil {
 		socket.Serve(&testRemote{remote: remote{info: t.info(), Machine: run.Machine(), pausePatience: pausePatience,
@@ -360,10 +389,14 @@ func (t *testConfig) runIn(ctx context.Context, stop func(error), begun func(*te
 	res.Kernel, res.Release = text.Name(k.Image.Name), k.Release
 	res.Missing = missing
 	if res.Rung == "" && res.Kind != testrun.Stopped && k.Config.Text == nil { // no file had it
-		if c, err := k.Embedded(boot.CacheDir()); err == nil {
+		c, err := nowait.Until(ctx, func() string { return k.Image.Name + " was read" },
+			func() (kernel.Config, error) { return k.Embedded(boot.CacheDir()) }, func(kernel.Config) {})
+		if err == nil {
 			res.Missing = t.missing(c)
 		}
 	}
+	begun(nil) // there is nothing that signals would go to
+	l.ends(res, res.Kind == testrun.Stopped || res.Kind == testrun.Timeout)
 	return res
 }
 

@@ -267,6 +267,7 @@ func (t *testConfig) readAllow(ctx context.Context) error {
 // report writes the files and the table of all cells. It returns end, or without an error in it
 // that of cells that did not pass. From the end of ctx on it does not wait for readers.
 func (m *matrixConfig) report(ctx context.Context, w io.Writer, all []matrix.Done, end endError) error {
+	defer endWithin(ctx, hostPatience, func() {})()
 	hurried := context.AfterFunc(ctx, panics.Func(func() {
 		for _, o := range []*outputFile{&m.junit, &m.results, &m.message} {
 			o.endSoon()
@@ -277,7 +278,7 @@ func (m *matrixConfig) report(ctx context.Context, w io.Writer, all []matrix.Don
 		m.results.fill(func(w io.Writer) error { return matrix.JSON(w, all, end.status) }),
 		m.message.fill(func(w io.Writer) error { return kubernetes.Message(w, all[0]) }))
 	hurried()
-	defer endWithin(ctx, func() {})()
+	defer endWithin(ctx, patience, func() {})()
 	if err = errors.Join(err, matrix.Table(w, all)); err != nil {
 		return endError{exitUntested, err}
 	}

@@ -126,11 +126,14 @@ func (w *watch) open() error {
 	if w == nil {
 		return nil
 	}
-	var files []*outputFile
+	return openOutputs(w.files()...)
+}
+
+func (w *watch) files() (files []*outputFile) {
 	for _, o := range w.outputs {
 		files = append(files, &o.outputFile)
 	}
-	return openOutputs(files...)
+	return files
 }
 
 func (w *watch) close() (err error) {
@@ -207,15 +210,13 @@ func (w *watch) finish(err error) (*verdict.Results, error) {
 	if r.Exit = exitStatus(err); err != nil {
 		r.End = errorText(err)
 	}
-	for _, o := range w.outputs {
-		if r.Exit >= exitTimeout {
-			o.endSoon()
+	saveErr := saveOutputs(r.Exit >= exitTimeout, w.files(), func() (err error) {
+		for _, o := range w.outputs {
+			err = errors.Join(err, o.fill(func(to io.Writer) error { return o.write(r, to) }))
 		}
-		if werr := o.fill(func(to io.Writer) error { return o.write(r, to) }); werr != nil {
-			err = errors.Join(err, werr)
-		}
-	}
-	return r, errors.Join(err, w.close())
+		return errors.Join(err, w.close())
+	})
+	return r, errors.Join(err, saveErr)
 }
 
 // faultText describes the first report that fails the run, and its call trace.

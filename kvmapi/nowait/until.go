@@ -11,10 +11,16 @@ import (
 // patience bounds how long Until goes on after the end of its context.
 const patience = 500 * time.Millisecond
 
-// Until returns the result of do, which may wait for storage that does not answer. It returns
+// Until is Within for half a second.
+func Until[T any](ctx context.Context, what func() string, do func() (T, error), undo func(T)) (T, error) {
+	return Within(ctx, patience, what, do, undo)
+}
+
+// Within returns the result of do, which may wait for storage that does not answer. It returns
 // patience after the end of ctx at the latest: with the cause of ctx and what was done, such as
 // "FILE was opened". Then undo gets what do returns later without an error.
-func Until[T any](ctx context.Context, what func() string, do func() (T, error), undo func(T)) (T, error) {
+func Within[T any](ctx context.Context, patience time.Duration, what func() string, do func() (T, error),
+	undo func(T)) (T, error) {
 	type result struct {
 		value T
 		err   error

@@ -3,10 +3,13 @@ package hostfstest
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,7 +24,9 @@ const (
 	Lookup      = 1
 	forget      = 2
 	getattr     = 3
+	setattr     = 4
 	open        = 14
+	write       = 16
 	statfs      = 17
 	release     = 18
 	Flush       = 25
@@ -36,10 +41,86 @@ var order = binary.LittleEndian
 // ends the file system, as does the end of the test.
 func Mount(t testing.TB, dir string, reply func(opcode uint32) unix.Errno) (end func()) {
 	t.Helper()
+	s := mount(t, dir)
+	end = sync.OnceFunc(s.end)
+	t.Cleanup(end)
+	s.serve(reply)
+	return end
+}
+
+// Mortal is a file system that answers until it is struck. After that it does not even take
+// requests, so that a signal still ends a process that waits for it.
+type Mortal struct {
+	t testing.TB
+	*server
+}
+
+// MountMortal mounts a file system like that of Mount, until the end of the test.
+func MountMortal(t testing.TB, dir string) *Mortal {
+	t.Helper()
+	s := mount(t, dir)
+	t.Cleanup(s.end)
+	// The kernel learns that there are no such requests: nothing ends the wait for FLUSH, which a
+	// process sends for each file at its exit, and Go's runtime stops for POLL.
+	released := make(chan struct{}, 1)
+	s.serve(func(opcode uint32) unix.Errno {
+		switch opcode {
+		case Flush:
+			return unix.ENOSYS
+		case release:
+			select {
+			case released <- struct{}{}:
+			default:
+			}
+		}
+		return 0
+	})
+	fd, err := unix.Open(filepath.Join(dir, "file"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, pollErr := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	if err := errors.Join(pollErr, unix.Close(fd)); err != nil {
+		t.Fatal(err)
+	}
+	<-released
+	return &Mortal{t, s}
+}
+
+// Strike ends the answers.
+func (m *Mortal) Strike() {
+	if _, err := unix.Write(m.wake, order.AppendUint64(nil, 1)); err != nil {
+		m.t.Error(err)
+	}
+	<-m.done
+}
+
+// Asked waits until a process waits for an answer, and reports whether that is before the time.
+func (m *Mortal) Asked(most time.Duration) bool {
+	for end := time.Now().Add(most); time.Now().Before(end); {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(m.dev), Events: unix.POLLIN}}, 100)
+		if n > 0 && err == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// server serves a file system.
+type server struct {
+	t    testing.TB
+	dir  string
+	dev  int
+	wake int // an eventfd, which ends the service
+	done chan struct{}
+}
+
+func mount(t testing.TB, dir string) *server {
+	t.Helper()
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		t.Skipf("needs /dev/fuse: %v", err)
 	}
@@ -48,59 +129,81 @@ func Mount(t testing.TB, dir string, reply func(opcode uint32) unix.Errno) (end 
 		unix.Close(dev)
 		t.Skipf("needs to mount: %v", err)
 	}
-	done := make(chan struct{})
-	end = sync.OnceFunc(func() {
-		if err := unix.Unmount(dir, unix.MNT_FORCE|unix.MNT_DETACH); err != nil { // which aborts requests
-			t.Error(err)
-		}
-		<-done
-		unix.Close(dev)
-	})
-	t.Cleanup(end)
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &server{t, dir, dev, wake, make(chan struct{})}
+}
+
+func (s *server) end() {
+	if err := unix.Unmount(s.dir, unix.MNT_FORCE|unix.MNT_DETACH); err != nil { // which aborts requests
+		s.t.Error(err)
+	}
+	<-s.done
+	unix.Close(s.dev)
+	unix.Close(s.wake)
+}
+
+// serve answers requests until the end of the file system, or until it is woken.
+func (s *server) serve(reply func(opcode uint32) unix.Errno) {
 	panics.Go(func() {
-		defer close(done)
-		in := make([]byte, 1<<16)
+		defer close(s.done)
+		in := make([]byte, 1<<20)
 		for {
-			n, err := unix.Read(dev, in)
+			fds := []unix.PollFd{{Fd: int32(s.dev), Events: unix.POLLIN}, {Fd: int32(s.wake), Events: unix.POLLIN}}
+			if _, err := unix.Poll(fds, -1); err != nil && err != unix.EINTR {
+				return
+			}
+			if fds[1].Revents != 0 {
+				return
+			}
+			n, err := unix.Read(s.dev, in)
 			if err == unix.EINTR || err == unix.ENOENT || err == unix.EAGAIN {
 				continue
 			}
 			if err != nil {
 				return // unmounted
 			}
-			opcode, node := order.Uint32(in[4:]), order.Uint64(in[16:n])
-			if opcode == forget || opcode == batchForget {
-				continue
-			}
-			no := reply(opcode)
-			if no == Hang {
-				continue
-			}
-			mode := uint32(unix.S_IFREG | 0o644)
-			if node == 1 && opcode != Lookup {
-				mode = unix.S_IFDIR | 0o755
-			}
-			attr := words([]uint64{node + 1, 0, 0, 0, 0, 0}, []uint32{0, 0, 0, mode, 1, 0, 0, 0, 512, 0})
-			var body []byte
-			switch {
-			case no != 0:
-			case opcode == initialize:
-				body = words([]uint32{7, 31, 0, 0, 0, 4096}, make([]byte, 40))
-			case opcode == getattr:
-				body = words(make([]byte, 16), attr)
-			case opcode == Lookup:
-				body = words([]uint64{2, 0, 0, 0, 0}, attr)
-			case opcode == open:
-				body = words([]uint64{1, 0})
-			case opcode == statfs:
-				body = make([]byte, 80)
-			case opcode != Flush && opcode != release:
-				no = unix.ENOSYS
-			}
-			unix.Write(dev, words([]uint32{uint32(16 + len(body)), uint32(-int32(no))}, in[8:16], body))
+			s.answer(in[:n], reply)
 		}
 	})
-	return end
+}
+
+// answer answers a request.
+func (s *server) answer(in []byte, reply func(opcode uint32) unix.Errno) {
+	opcode, node := order.Uint32(in[4:]), order.Uint64(in[16:])
+	if opcode == forget || opcode == batchForget {
+		return
+	}
+	no := reply(opcode)
+	if no == Hang {
+		return
+	}
+	mode := uint32(unix.S_IFREG | 0o644)
+	if node == 1 && opcode != Lookup {
+		mode = unix.S_IFDIR | 0o755
+	}
+	attr := words([]uint64{node + 1, 0, 0, 0, 0, 0}, []uint32{0, 0, 0, mode, 1, 0, 0, 0, 512, 0})
+	var body []byte
+	switch {
+	case no != 0:
+	case opcode == initialize:
+		body = words([]uint32{7, 31, 0, 0, 0, 4096}, make([]byte, 40))
+	case opcode == getattr, opcode == setattr:
+		body = words(make([]byte, 16), attr)
+	case opcode == Lookup:
+		body = words([]uint64{2, 0, 0, 0, 0}, attr)
+	case opcode == open:
+		body = words([]uint64{1, 0})
+	case opcode == write:
+		body = words([]uint32{order.Uint32(in[56:]), 0}) // the size of fuse_write_in
+	case opcode == statfs:
+		body = make([]byte, 80)
+	case opcode != Flush && opcode != release:
+		no = unix.ENOSYS
+	}
+	unix.Write(s.dev, words([]uint32{uint32(16 + len(body)), uint32(-int32(no))}, in[8:16], body))
 }
 
 // words puts slices of integers behind each other.

@@ -1,0 +1,115 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"gvm/kvmapi/nowait"
+	"gvm/panics"
+)
+
+// Bounds of the waits of a life.
+const (
+	hostPatience = 900 * time.Millisecond // more than that of nowait.Until, whose errors name a file, and of a record
+	tidyPatience = 100 * time.Millisecond
+)
+
+// life is a command that runs a machine. Its start, and the steps behind the machine's end, may
+// wait for the host: for a file system that does not answer, or a process that hangs. Once the end
+// was asked for, the command goes on without them after hostPatience. They end with the process.
+type life[T any] struct {
+	ctx     context.Context // its end asks for the end of the start
+	step    atomic.Pointer[string]
+	started chan struct{}
+	ended   chan endOfLife[T]
+	leave   func() // is the function leave, but in tests
+}
+
+type endOfLife[T any] struct {
+	result T
+	asked  bool
+}
+
+func newLife[T any](ctx context.Context) *life[T] {
+	l := &life[T]{ctx: ctx, started: make(chan struct{}), leave: leave,
+		ended: make(chan endOfLife[T], 1)}
+	l.at("the machine was prepared")
+	return l
+}
+
+// at names the step of the start that follows, such as "FILE was opened".
+func (l *life[T]) at(step string) { l.step.Store(&step) }
+
+// begins is the end of the start.
+func (l *life[T]) begins() { close(l.started) }
+
+// ends is the end of the machine, with the result of the command. asked: the end was asked for.
+func (l *life[T]) ends(result T, asked bool) { l.ended <- endOfLife[T]{result, asked} }
+
+// run returns the result of f, which calls begins and ends. If it leaves f, the result is that of
+// ends, or before the machine begins that of failed.
+func (l *life[T]) run(f func() T, failed func(error) T) T {
+	done, broke := make(chan T, 1), make(chan struct{})
+	panics.Go(func() { // ends with the process at the latest
+		defer close(broke) // after the handlers of a panic
+		panics.Func(func() { done <- f() })()
+	})
+	var result T
+	starts, asked, late := l.started, l.ctx.Done(), (<-chan time.Time)(nil)
+	for {
+		select {
+		case result := <-done:
+			return result
+		case <-broke:
+			select {
+			case result := <-done:
+				return result
+			default:
+				return failed(endError{exitBug, errors.New("")}) // a handler says what
+			}
+		case <-starts:
+			starts, asked, late = nil, nil, nil
+		case <-asked:
+			asked, late = nil, time.After(hostPatience)
+		case end := <-l.ended:
+			if result = end.result; end.asked {
+				late = time.After(hostPatience)
+			} else if l.ctx.Err() == nil { // else the next signal ends the process
+				asked = l.ctx.Done()
+			}
+		case <-late:
+			l.leave()
+			if starts != nil {
+				return failed(fmt.Errorf("%w while %s", context.Cause(l.ctx), *l.step.Load()))
+			}
+			return result
+		}
+	}
+}
+
+// leave performs the steps of urgent that the goroutine which is left behind does not.
+func leave() {
+	done := make(chan struct{})
+	panics.Go(func() { // ends with the process at the latest
+		defer close(done)
+		tidy(func() {})
+	})
+	select {
+	case <-done:
+	case <-time.After(tidyPatience):
+	}
+}
+
+// within runs a part of a command that comes before its machine and looks at files, for the time of
+// --timeout at most, if there is one. Signals end gvm, which catches none yet.
+func within[T any](timeout time.Duration, late error, f func() (T, error)) (T, error) {
+	if timeout <= 0 {
+		return f()
+	}
+	ctx, stop := context.WithTimeoutCause(context.Background(), timeout, late)
+	defer stop()
+	return nowait.Until(ctx, func() string { return "the files of the command line were looked at" }, f, func(T) {})
+}

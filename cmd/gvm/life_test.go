@@ -1,0 +1,167 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"gvm/devices/virtio/fs/hostfs/hostfstest"
+	"gvm/guest/embedded"
+)
+
+// TestLife: a start or a closing that waits for the host is left once the end was asked for, and
+// not before.
+func TestLife(t *testing.T) {
+	cause := errors.New("told to")
+	failed := func(err error) string { return err.Error() }
+	for name, tt := range map[string]struct {
+		f    func(l *life[string], free chan struct{}) string
+		want string
+	}{
+		"no wait": {func(*life[string], chan struct{}) string { return "done" }, "done"},
+		"start": {func(l *life[string], free chan struct{}) string {
+			l.at("FILE was opened")
+			<-free
+			return "late"
+		}, "told to while FILE was opened"},
+		"run": {func(l *life[string], _ chan struct{}) string {
+			l.begins()
+			<-l.ctx.Done()
+			time.Sleep(time.Hour)
+			return "ended"
+		}, "ended"},
+		"closing": {func(l *life[string], free chan struct{}) string {
+			l.begins()
+			l.ends("ended", true)
+			<-free
+			return "late"
+		}, "ended"},
+		"closing, and then the end": {func(l *life[string], free chan struct{}) string {
+			l.begins()
+			l.ends("ended", false)
+			<-free
+			return "late"
+		}, "ended"},
+		"short closing": {func(l *life[string], _ chan struct{}) string {
+			l.begins()
+			l.ends("ended", true)
+			return "closed"
+		}, "closed"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancelCause(t.Context())
+			l, free, got := newLife[string](ctx), make(chan struct{}), make(chan string, 1)
+			l.leave = func() {}
+			go func() {
+				got <- l.run(func() string { return tt.f(l, free) }, failed)
+			}()
+			synctest.Wait()
+			time.Sleep(time.Hour)
+			cancel(cause)
+			if s := <-got; s != tt.want {
+				t.Errorf("%s: %s", name, s)
+			}
+			close(free)
+		})
+	}
+}
+
+// TestDeafStorage: a signal or --timeout ends each command while a path of its command line is on
+// storage that does not answer.
+func TestDeafStorage(t *testing.T) {
+	const looked = " while the files of the command line were looked at"
+	for name, tt := range map[string]struct {
+		args    string
+		message string // behind the reason; "": it depends on what is over first
+		early   bool   // gvm catches no signals yet, and says nothing
+		endless bool   // the command has no --timeout
+	}{
+		"kernel":        {args: "run --kernel hung/file"},
+		"initrd":        {args: "run --kernel guest --initrd hung/file"},
+		"allow":         {args: "run --oops=fail --allow hung/file"},
+		"disk":          {args: "run --disk hung/file"},
+		"overlay":       {args: "run --disk disk,overlay=hung/file"},
+		"trace":         {args: "run --trace hung/file"},
+		"vsock":         {args: "run --vsock path=hung/file", message: " while the socket of --vsock was made"},
+		"gdb":           {args: "run --gdb unix:hung/file", message: " while the socket of --gdb was made"},
+		"share":         {args: "run --kernel guest --share t=hung"},
+		"results":       {args: "run --results hung/file", message: looked, early: true},
+		"crash record":  {args: "run --crash-dir hung", message: looked, early: true},
+		"kunit results": {args: "kunit --kernel guest --junit hung/file", message: looked, early: true},
+		"verdict":       {args: "test -k guest --verdict hung/file -- true", message: looked, early: true},
+		"shared":        {args: "test -k guest --rw hung -- true", message: looked, early: true},
+		"program":       {args: "test -k guest -- ./hung/file", message: " while the command was looked up"},
+		"file":          {args: "test -k guest --file hung/file -- true", message: " while the guest's files were read"},
+		"log":           {args: "test -k guest --klog hung/file -- true"},
+		"image create":  {args: "image create hung/file 1M", early: true, endless: true},
+		"image info":    {args: "image info hung/file", early: true, endless: true},
+		"kernel check":  {args: "kernel check hung/file", early: true, endless: true},
+		"replay":        {args: "replay hung/file", early: true, endless: true},
+		"bench":         {args: "bench disk --disk hung/file", message: ", before the orderly end was over", endless: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, timeout := range []bool{false, true} {
+				if timeout && tt.endless {
+					continue
+				}
+				dir := t.TempDir()
+				for name, b := range map[string][]byte{"guest": embedded.Image, "disk": make([]byte, 1<<20)} {
+					if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+						t.Fatal(err)
+					}
+				}
+				m := hostfstest.MountMortal(t, filepath.Join(dir, "hung"))
+				m.Strike()
+				args, status, want := strings.Fields(tt.args), 143, "stopped by SIGTERM"+tt.message
+				if timeout {
+					args = slices.Insert(args, 1, "--timeout=100ms")
+					status, want = exitTimeout, "elapsed"+tt.message
+				} else if tt.early {
+					want = ""
+				}
+				p := startGVM(t, dir, args...)
+				if !m.Asked(tooLong) {
+					t.Fatal("it does not look at the file")
+				}
+				if !timeout {
+					p.signal(syscall.SIGTERM)
+				}
+				if r := p.wait(); r.status != status || !strings.Contains(r.errs, want) || want == "" && r.errs != "" {
+					t.Errorf("with --timeout %v: status %d: %s", timeout, r.status, r.errs)
+				}
+			}
+		})
+	}
+}
+
+// TestDeafResults: a signal ends a run whose files for results, or other files that it still has
+// open, are by then on storage that does not answer.
+func TestDeafResults(t *testing.T) {
+	for _, tt := range []struct{ name, args, said string }{
+		{"results", "run --guest-arg spin --results hung/file",
+			"stopped by SIGTERM\nthe storage does not answer while hung/file was written\n"},
+		{"junit", "run --guest-arg spin --junit hung/file",
+			"stopped by SIGTERM\nthe storage does not answer while hung/file was written\n"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			m := hostfstest.MountMortal(t, filepath.Join(dir, "hung"))
+			p := startGVM(t, dir, strings.Fields(tt.args)...)
+			p.expect("gvm embedded guest")
+			m.Strike()
+			p.signal(syscall.SIGTERM)
+			if r := p.wait(); r.status != 143 || !strings.HasSuffix(r.errs, "gvm: "+tt.said) {
+				t.Errorf("status %d: %s", r.status, r.errs)
+			}
+		})
+	}
+}
