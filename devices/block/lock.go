@@ -49,9 +49,13 @@ var noLocks = []error{unix.ENOLCK, unix.EOPNOTSUPP, unix.ENOSYS, unix.EINVAL}
 var setLock = unix.FcntlFlock
 
 // lock puts open file description locks on a range of a file, exclusive to write it, else shared,
-// and on the mark of the access. They go with the descriptor, and cannot outlive the process.
+// and on markDisk and the mark of the access. They go with the descriptor, and cannot outlive the
+// process.
 func lock(fd int, path string, a access, s span) error {
 	if err := lockRange(fd, path, unix.F_OFD_SETLK, a.shared(), s); err != nil {
+		return err
+	}
+	if err := lockRange(fd, path, unix.F_OFD_SETLK, true, markDisk); err != nil {
 		return err
 	}
 	if s == whole {

@@ -8,8 +8,12 @@ import (
 // span is a range of the bytes of a file or device.
 type span struct{ from, to int64 }
 
-// whole has every byte that there is, or will be. No storage has the last three of a lock's range.
-var whole = span{0, math.MaxInt64 - 2}
+// whole has every byte that there is, or will be. No storage has the last four of a lock's range.
+var whole = span{0, math.MaxInt64 - 3}
+
+// markDisk is locked shared by each use of a part or of the whole, so that a lock of a part shows
+// that a machine has it (isDisk in package hostfs).
+var markDisk = span{math.MaxInt64 - 3, math.MaxInt64 - 2}
 
 // The marks tell apart shared locks: each of two uses that exclude each other locks its own mark
 // shared, and then asks for the other's.

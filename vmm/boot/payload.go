@@ -308,8 +308,8 @@ func openZstd(r io.Reader) (io.Reader, error) {
 	return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 }
 
-// decodeZstd is one call of the library, which nothing ends. A stream, which could end, would need
-// as much memory again.
+// decodeZstd is one call of the library, which nothing ends: the end of a machine does not wait for
+// it (Prepared.load in vmm). A stream, which could end, would need as much memory again.
 func decodeZstd(dst, src []byte, _ func() error) error {
 	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow),
 		zstd.WithDecodeAllCapLimit(true))

@@ -43,14 +43,15 @@ func (fs *FS) openFile(n *inode, flags int) (int, error) {
 	return fd, nil
 }
 
-// isDisk reports whether a machine has an open file as a disk, or writes its results there. Package
-// block locks those from the first byte to lastLocked; locks of parts are other programs' affair.
+// isDisk reports whether a machine has an open file as a disk, or a part of it by a loop device, or
+// writes its results there. Package block locks the byte mark of those, and package main all bytes;
+// other locks of parts are other programs' affair.
 func isDisk(fd int) bool {
-	const lastLocked = math.MaxInt64 - 3
-	l := unix.Flock_t{Type: unix.F_WRLCK, Start: lastLocked, Len: 1}
+	const mark = math.MaxInt64 - 3
+	l := unix.Flock_t{Type: unix.F_WRLCK, Start: mark, Len: 1}
 	err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l)
 	const openFileDescription = -1
-	return err == nil && l.Type != unix.F_UNLCK && l.Pid == openFileDescription && l.Start == 0
+	return err == nil && l.Type != unix.F_UNLCK && l.Pid == openFileDescription && (l.Start == 0 || l.Start == mark)
 }
 
 func (fs *FS) open(r *request) error {

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -86,6 +88,20 @@ func TestDisk(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	if by, ok := loopOn(t, path); ok {
+		for _, readOnly := range []bool{false, true} {
+			f, err := block.Open(by, block.Options{ReadOnly: readOnly})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i, err := range write() {
+				if err != unix.ETXTBSY {
+					t.Errorf("by %s, readonly %v, write %d: %v", by, readOnly, i, err)
+				}
+			}
+			f.Close()
+		}
+	}
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -103,6 +119,18 @@ func TestDisk(t *testing.T) {
 	if fi, err := f.Stat(); err != nil || fi.Size() != 8192 {
 		t.Errorf("%d bytes, %v", fi.Size(), err)
 	}
+}
+
+// loopOn makes a loop device on the middle of a file of 4096 bytes, if this process may.
+func loopOn(t *testing.T, path string) (device string, ok bool) {
+	c := exec.Command("losetup", "--find", "--show", "--offset", "1024", "--sizelimit", "2048", path)
+	out, err := c.CombinedOutput()
+	if device = strings.TrimSpace(string(out)); err != nil {
+		t.Logf("without a loop device: losetup: %v: %s", err, device)
+		return "", false
+	}
+	t.Cleanup(func() { _ = exec.Command("losetup", "--detach", device).Run() })
+	return device, true
 }
 
 // TestIdentity replaces a file on the host by another, which may get the number of its inode.
