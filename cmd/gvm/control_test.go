@@ -26,6 +26,21 @@ func ask(t *testing.T, dir string, args ...string) result {
 	return gvmRuns(t, c)
 }
 
+// awaitHalt waits until the first CPU of a machine has halted, which it does after the guest's
+// words.
+func awaitHalt(t *testing.T, name string) {
+	t.Helper()
+	for {
+		r := ask(t, t.TempDir(), "inspect", name, "vcpu/0/mp_state")
+		switch {
+		case r.status == 0 && r.out == "vcpu/0/mp_state halted\n":
+			return
+		case r.status != 0 && !strings.Contains(r.errs, "the machine does not run now"):
+			t.Fatalf("inspect: status %d, %q, %q", r.status, r.out, r.errs)
+		}
+	}
+}
+
 // others matches notes of gvm list about machines of other tests that end meanwhile.
 var others = regexp.MustCompile(`(?m)^note: machine gvm-[0-9-]+ .*\n`)
 
@@ -55,6 +70,7 @@ func testDiskCommands(t *testing.T, name, sandbox string) {
 	}
 	p := startGVM(t, dir, guestRun("--name="+name, "--disk=one.img,serial=ONE", "--sandbox="+sandbox, "hang")...)
 	p.expect("hanging")
+	awaitHalt(t, name)
 	pid := fmt.Sprint(p.cmd.Process.Pid)
 	one, two := filepath.Join(dir, "one.img"), filepath.Join(dir, "two.img")
 	for _, v := range []struct {
