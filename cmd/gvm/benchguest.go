@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -146,19 +147,20 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, remove()) }()
-	kernel, err := os.CreateTemp("", "gvm-bench-*.elf")
+	dir, removeDir, err := benchDir()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, kernel.Close(), os.Remove(kernel.Name())) }()
-	if _, err := kernel.Write(embedded.Image); err != nil {
+	defer func() { err = errors.Join(err, removeDir()) }()
+	kernel := filepath.Join(dir, "guest.elf")
+	if err := os.WriteFile(kernel, embedded.Image, 0o600); err != nil {
 		return err
 	}
 	words := fmt.Sprintf("bench bench-ms=%d", b.time.Milliseconds())
 	if b.write {
 		words += " write"
 	}
-	gvm, err := b.gvm(kernel.Name(), path, words)
+	gvm, err := b.gvm(kernel, path, words)
 	if err != nil {
 		return err
 	}
@@ -167,7 +169,7 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 		for _, cache := range []string{"writeback", "none"} {
 			for _, aio := range []string{"io_uring", "threads"} {
 				vmms = append(vmms, contender{q.name + " " + aio + " " + cache,
-					q.withDisk(kernel.Name(), path, words, aio, cache, b.write)})
+					q.withDisk(kernel, path, words, aio, cache, b.write)})
 			}
 		}
 	}
