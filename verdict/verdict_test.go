@@ -158,7 +158,8 @@ func FuzzAllow(f *testing.F) {
 		if len(list) != rows {
 			t.Errorf("%q: %d rows, want %d", s, len(list), rows)
 		}
-		list.matches(klog.Report{Title: s, Fingerprint: s})
+		title := s[:min(len(s), klog.MaxLine)] // the time of a match grows with expression and title
+		list.matches(klog.Report{Title: title, Fingerprint: s})
 	})
 }
 
