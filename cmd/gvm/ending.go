@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -183,25 +184,26 @@ var urgent struct {
 	restore func() error             // restores the terminal
 	sockets map[*control.Server]bool // of the process's machines
 	remove  []func() error           // remove other sockets
-
-	giveUp context.CancelCauseFunc // ends work that follows the end of the machine; nil: there is none
 }
+
+// lateWork ends work that follows the end of the machine; nil: there is none. It is not in urgent,
+// whose lock is held while its steps wait for storage: a second signal asks for it.
+var lateWork atomic.Pointer[context.CancelCauseFunc]
 
 // setGiveUp has the next signal end work that follows the end of the machine, and not the process.
 func setGiveUp(f context.CancelCauseFunc) {
-	urgent.Lock()
-	defer urgent.Unlock()
-	urgent.giveUp = f
+	if f == nil {
+		lateWork.Store(nil)
+		return
+	}
+	lateWork.Store(&f)
 }
 
 // giveUp ends such work, once, and reports whether there was any.
 func giveUp(why error) bool {
-	urgent.Lock()
-	defer urgent.Unlock()
-	f := urgent.giveUp
-	urgent.giveUp = nil
+	f := lateWork.Swap(nil)
 	if f != nil {
-		f(why)
+		(*f)(why)
 	}
 	return f != nil
 }
@@ -246,9 +248,9 @@ func exitNow(status int, patience time.Duration, say func()) {
 	os.Exit(status)
 }
 
-// tidy performs the steps of urgent, and say.
+// tidy performs the steps of urgent, and say. The caller releases urgent, or ends the process.
 func tidy(say func()) {
-	urgent.Lock() // never released
+	urgent.Lock()
 	if urgent.restore != nil {
 		_ = urgent.restore()
 	}

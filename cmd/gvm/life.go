@@ -96,6 +96,8 @@ func leave() {
 	panics.Go(func() { // ends with the process at the latest
 		defer close(done)
 		tidy(func() {})
+		urgent.restore, urgent.remove, urgent.sockets = nil, nil, nil
+		urgent.Unlock() // a second signal ends the process at once
 	})
 	select {
 	case <-done:

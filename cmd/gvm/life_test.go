@@ -165,3 +165,18 @@ func TestDeafResults(t *testing.T) {
 		})
 	}
 }
+
+// TestSignalAfterLeave: a second signal ends the process also when a life was left: nothing of what
+// it takes is locked.
+func TestSignalAfterLeave(t *testing.T) {
+	removed := 0
+	urgent.Lock()
+	urgent.remove = append(urgent.remove, func() error { removed++; return nil })
+	urgent.Unlock()
+	leave()
+	urgent.Lock() // waits for ever if leave has it
+	defer urgent.Unlock()
+	if removed != 1 || urgent.remove != nil || giveUp(nil) {
+		t.Errorf("removed %d times, %d steps are left", removed, len(urgent.remove))
+	}
+}
