@@ -98,7 +98,7 @@ func newMachine(ctx context.Context, sys *kvmapi.System, cfg Config) (_ *machine
 		{"virtual machine and memory", m.createVM},
 		{"platform", m.addPlatform},
 		{"PCI devices", m.addPCI},
-		{"CPUs", m.createCPUs},
+		{"CPUs", m.startCPUs},
 	} {
 		if err := step.do(); err != nil {
 			return nil, err
@@ -108,15 +108,18 @@ func newMachine(ctx context.Context, sys *kvmapi.System, cfg Config) (_ *machine
 	return m, nil
 }
 
-// createVM moves the virtual machine and its memory from Prepared to the machine.
+// createVM moves the virtual machine, its memory and its vCPUs from Prepared to the machine.
 func (m *machine) createVM() error {
 	p := m.cfg.Prepared
 	<-p.done
 	if p.err != nil {
 		return p.err
 	}
-	m.vm, m.irqs.vm = p.vm, p.vm
-	p.vm, p.mem = nil, nil
+	m.vm, m.irqs.vm, m.cpus = p.vm, p.vm, p.cpus
+	for range m.cpus {
+		m.questions = append(m.questions, make(chan question))
+	}
+	p.vm, p.mem, p.cpus = nil, nil, nil
 	return nil
 }
 
@@ -287,71 +290,21 @@ func (m *machine) loadKernel(ctx context.Context) error {
 	return err
 }
 
-// createCPUs makes the vCPUs and sets the first one to the kernel's entry. The others wait for the
-// start-up IPI.
-func (m *machine) createCPUs() error {
-	for i, id := range m.ids {
-		c, err := m.vm.CreateVCPU(int(id))
-		if err != nil {
-			return err
-		}
-		m.cpus, m.questions = append(m.cpus, c), append(m.questions, make(chan question))
-		cpuid, err := x86.CPUID(m.cpuid, x86.CPUIDConfig{
-			APICID:      id,
-			MaxAPICID:   m.ids[len(m.ids)-1],
-			CPUs:        len(m.ids),
-			X2APIC:      x2apic(m.ids),
-			TSCDeadline: m.sys.Check(kvmapi.CapTSCDeadline) != 0,
-			Features:    m.cfg.CPUFeatures,
-		})
-		if err != nil {
-			return &ConfigError{err.Error()}
-		}
-		if err := initCPU(c, cpuid, i == 0, x2apic(m.ids), m.entry); err != nil {
-			return fmt.Errorf("vCPU %d: %w", id, err)
-		}
-	}
-	return nil
-}
-
-func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, boots, x2apic bool, entry boot.Entry) error {
-	if err := c.SetCPUID(cpuid); err != nil {
-		return err
-	}
-	if err := c.SetMSRs(x86.MSRs()); err != nil {
-		return err
-	}
-	if err := c.SetFPU(x86.InitialFPU()); err != nil {
-		return err
-	}
+// startCPUs sets the first vCPU to the kernel's entry.
+func (m *machine) startCPUs() error {
+	c := m.cpus[0]
 	s, err := c.Sregs()
 	if err != nil {
 		return err
 	}
-	if x2apic {
-		s.ApicBase |= x86.X2APICMode
-		if err := c.SetSregs(s); err != nil {
-			return err
-		}
-	}
-	lapic, err := c.LAPIC()
-	if err != nil {
-		return err
-	}
-	if err := c.SetLAPIC(x86.WireLAPIC(lapic)); err != nil {
-		return err
-	}
-	if !boots {
-		return nil
-	}
 	var r kvm.Regs
-	switch entry.Protocol {
+	switch m.entry.Protocol {
 	case boot.PVH32:
-		r, s = x86.StartPVH32(s, entry.RIP, entry.StartInfo)
+		r, s = x86.StartPVH32(s, m.entry.RIP, m.entry.StartInfo)
 	case boot.Linux64:
-		r, s = x86.StartLong64(s, entry.RIP, entry.ZeroPage, entry.CR3, entry.GDT, entry.GDTLimit)
+		r, s = x86.StartLong64(s, m.entry.RIP, m.entry.ZeroPage, m.entry.CR3, m.entry.GDT, m.entry.GDTLimit)
 	default:
-		return fmt.Errorf("boot protocol %v", entry.Protocol)
+		return fmt.Errorf("boot protocol %v", m.entry.Protocol)
 	}
 	if err := c.SetSregs(s); err != nil {
 		return err

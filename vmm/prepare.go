@@ -3,6 +3,7 @@ package vmm
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync/atomic"
 
 	"github.com/bobuhiro11/gokvm/kvm"
@@ -12,6 +13,7 @@ import (
 	"gvm/kvmapi/nowait"
 	"gvm/panics"
 	"gvm/vmm/boot"
+	"gvm/vmm/x86"
 )
 
 // Begun is an open KVM and a virtual machine without memory or devices.
@@ -67,6 +69,9 @@ func (b *Begun) Prepare(cfg Config) *Prepared {
 		if p.err == nil {
 			p.err = p.fillVM(cfg.apicIDs())
 		}
+		if p.err == nil {
+			p.err = p.makeCPUs(b.sys, cfg)
+		}
 	})
 	return p
 }
@@ -83,14 +88,15 @@ func (b *Begun) Close() (err error) {
 	return err
 }
 
-// Prepared is a virtual machine with memory and KVM's own devices.
+// Prepared is a virtual machine with memory, KVM's own devices and its vCPUs.
 type Prepared struct {
 	mapped chan struct{} // closed once mem and cpuid are set, or nil because of err
 	mem    *guestmem.Memory
 	cpuid  []kvm.CPUIDEntry2 // supported by KVM
 
-	done chan struct{} // closed once vm, or err, is set
+	done chan struct{} // closed once vm and cpus, or err, are set
 	vm   *kvmapi.VM
+	cpus []*kvmapi.VCPU // one for each APIC ID
 	err  error
 }
 
@@ -160,6 +166,60 @@ func (p *Prepared) fillVM(ids []uint32) (err error) {
 	return nil
 }
 
+// makeCPUs makes the vCPUs, which wait for the start-up IPI.
+func (p *Prepared) makeCPUs(sys *kvmapi.System, cfg Config) error {
+	ids := cfg.apicIDs()
+	for _, id := range ids {
+		c, err := p.vm.CreateVCPU(int(id))
+		if err != nil {
+			return err
+		}
+		p.cpus = append(p.cpus, c)
+		cpuid, err := x86.CPUID(p.cpuid, x86.CPUIDConfig{
+			APICID:      id,
+			MaxAPICID:   ids[len(ids)-1],
+			CPUs:        len(ids),
+			X2APIC:      x2apic(ids),
+			TSCDeadline: sys.Check(kvmapi.CapTSCDeadline) != 0,
+			Features:    cfg.CPUFeatures,
+		})
+		if err != nil {
+			return &ConfigError{err.Error()}
+		}
+		if err := initCPU(c, cpuid, x2apic(ids)); err != nil {
+			return fmt.Errorf("vCPU %d: %w", id, err)
+		}
+	}
+	return nil
+}
+
+func initCPU(c *kvmapi.VCPU, cpuid []kvm.CPUIDEntry2, x2apic bool) error {
+	if err := c.SetCPUID(cpuid); err != nil {
+		return err
+	}
+	if err := c.SetMSRs(x86.MSRs()); err != nil {
+		return err
+	}
+	if err := c.SetFPU(x86.InitialFPU()); err != nil {
+		return err
+	}
+	if x2apic {
+		s, err := c.Sregs()
+		if err != nil {
+			return err
+		}
+		s.ApicBase |= x86.X2APICMode
+		if err := c.SetSregs(s); err != nil {
+			return err
+		}
+	}
+	lapic, err := c.LAPIC()
+	if err != nil {
+		return err
+	}
+	return c.SetLAPIC(x86.WireLAPIC(lapic))
+}
+
 // load has boot.Load write the kernel and the initrds into the memory. It does not wait for storage
 // that does not answer when ctx has ended. The read of it goes on then, and the memory stays until
 // the end of that.
@@ -189,12 +249,15 @@ func (p *Prepared) load(ctx context.Context, cfg boot.Config) (boot.Entry, error
 // Close waits until the machine has been made, and releases it unless Run has taken it.
 func (p *Prepared) Close() (err error) {
 	<-p.done
+	for _, c := range p.cpus {
+		err = errors.Join(err, c.Close())
+	}
 	if p.vm != nil {
-		err = p.vm.Close()
+		err = errors.Join(err, p.vm.Close())
 	}
 	if p.mem != nil {
 		err = errors.Join(err, p.mem.Close())
 	}
-	p.vm, p.mem = nil, nil
+	p.cpus, p.vm, p.mem = nil, nil, nil
 	return err
 }
