@@ -115,7 +115,12 @@ var fatalSignals = []os.Signal{syscall.SIGQUIT, syscall.SIGILL, syscall.SIGTRAP,
 // nothing, as in the runtime. The returned function undoes this.
 func catchSignals(ctx context.Context, stop func(error)) func() {
 	ch := make(chan os.Signal, 2)
-	signal.Notify(ch, append([]os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP}, fatalSignals...)...)
+	signal.Notify(ch, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	fatal := make(chan struct{})
+	panics.Go(func() { // beside the start: each takes two switches of threads
+		defer close(fatal)
+		signal.Notify(ch, fatalSignals...)
+	})
 	signal.Ignore(syscall.SIGPIPE) // a closed output gives a write error
 	// In the background of a terminal gvm can write to it, reads from it fail, and neither stops
 	// gvm.
@@ -144,6 +149,7 @@ func catchSignals(ctx context.Context, stop func(error)) func() {
 		}
 	})
 	return func() {
+		<-fatal
 		signal.Stop(ch)
 		close(ch)
 	}
