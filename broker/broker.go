@@ -40,10 +40,12 @@ const maxRequests = 64
 // broker serves one machine.
 type broker struct {
 	conn    *net.UnixConn
-	machine int // its PID
+	name    string // of the machine
+	machine int    // its PID
 	log     func(string)
 	slots   chan struct{} // one for each request under way
 	kernel  kernel
+	door    *control.Door // nil: the machine has no control socket
 
 	mu          sync.Mutex
 	closed      bool // the command line's files are known
@@ -84,8 +86,8 @@ func (f *found) close() {
 	}
 }
 
-func newBroker(c *net.UnixConn, machine int, log func(string)) *broker {
-	return &broker{conn: c, machine: machine, log: log, slots: make(chan struct{}, maxRequests),
+func newBroker(c *net.UnixConn, name string, machine int, log func(string)) *broker {
+	return &broker{conn: c, name: name, machine: machine, log: log, slots: make(chan struct{}, maxRequests),
 		kernel: kernel{lio.AddTo, lio.RemoveFrom, lio.TakeDown}, images: map[string]image{}, beside: map[string]bool{}}
 }
 
@@ -180,6 +182,9 @@ func (b *broker) serve() (inOrder bool) {
 		case end:
 			closeAll(files)
 			return true
+		case door:
+			b.openDoor(m, files)
+			continue
 		case keep, atEnd, closed:
 			closeAll(files)
 			b.keep(m)
@@ -212,6 +217,35 @@ func (b *broker) answer(m, a message, opened []*os.File, err error) {
 	if err := send(b.conn, a, nil, opened...); err != nil && len(opened) > 0 { // too many of them
 		_ = send(b.conn, message{ID: m.ID, Op: m.Op, Err: encodeError(err, b.machine)}, nil)
 	}
+}
+
+// openDoor takes over the machine's control socket, until the machine has closed itself.
+func (b *broker) openDoor(m message, files []*os.File) {
+	b.mu.Lock()
+	late := b.closed
+	b.mu.Unlock()
+	if late || b.door != nil || len(files) != 2 {
+		_ = b.refuse(m)
+		closeAll(files)
+		return
+	}
+	d, err := control.NewDoor(control.In(string(m.Path)), b.name, files[0], files[1], b.machine,
+		func(err error) { b.log(err.Error()) })
+	if err != nil {
+		b.log(err.Error())
+		closeAll(files)
+		return
+	}
+	d.Serve(b.pass)
+	b.door = d
+}
+
+// closeDoor gives up the machine's name.
+func (b *broker) closeDoor() error {
+	if b.door == nil {
+		return nil
+	}
+	return b.door.Close()
 }
 
 // keep notes files of the command line, until the machine has closed itself.
@@ -451,9 +485,8 @@ func (g image) allows(o options) bool {
 		max(o.BlockSize, 512) == max(want.BlockSize, 512)
 }
 
-// Arg0 is the first word of a broker's command line; the second one is the machine's name, the
-// third one the directory of its control socket, if it has one, and the fourth one is there if it
-// has a Janitor.
+// Arg0 is the first word of a broker's command line; the second one is the machine's name, and the
+// third one is there if it has a Janitor.
 const Arg0 = control.BrokerArg0
 
 const withJanitor = "janitor"
@@ -461,8 +494,6 @@ const withJanitor = "janitor"
 // Descriptors of the broker.
 const (
 	pairFD = 3 + iota
-	socketFD
-	lockFD
 	janitorFD
 )
 
@@ -471,7 +502,7 @@ const keeperFD = 3
 
 // Main is the program of the broker. log takes a line for the user.
 func Main(args []string, log func(string)) error {
-	if len(args) < 2 || len(args) > 4 {
+	if len(args) < 2 || len(args) > 3 {
 		return errors.New("gvm starts this program itself")
 	}
 	name := args[1]
@@ -492,9 +523,8 @@ func Main(args []string, log func(string)) error {
 		process = -1 // it is dead
 	}
 	said := func(s string) { log(fmt.Sprintf("machine %s: %s", name, s)) }
-	b := newBroker(c.(*net.UnixConn), machine, said)
-	closeDoor := func() error { return nil }
-	if len(args) == 4 {
+	b := newBroker(c.(*net.UnixConn), name, machine, said)
+	if len(args) == 3 {
 		unix.CloseOnExec(janitorFD)
 		conn, err := pairEnd(janitorFD)
 		if err != nil {
@@ -502,19 +532,8 @@ func Main(args []string, log func(string)) error {
 		}
 		b.kernel = newJailed(name, conn)
 	}
-	if len(args) > 2 {
-		unix.CloseOnExec(socketFD)
-		unix.CloseOnExec(lockFD)
-		door, err := control.NewDoor(control.In(args[2]), name, os.NewFile(socketFD, "socket"),
-			os.NewFile(lockFD, "lock"), machine, func(err error) { said(err.Error()) })
-		if err != nil {
-			return err
-		}
-		door.Serve(b.pass)
-		closeDoor = door.Close
-	}
 	inOrder := b.serve()
-	err = errors.Join(b.removeOwn(), closeDoor())
+	err = errors.Join(b.removeOwn(), b.closeDoor())
 	if owns := lio.Owns(machine); owns || !inOrder {
 		_ = send(b.conn, message{Op: end}, nil) // it does not wait for this process
 		err = errors.Join(err, afterDeath(process))

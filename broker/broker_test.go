@@ -117,7 +117,6 @@ func newSetup(t *testing.T) *setup {
 		t.Fatal(err)
 	}
 	s.Client = newClient("m", ours, func(string) {})
-	s.process = &os.Process{}
 	close(s.started)
 	socket, lock, err := server.HandOver(listener{s.Client}, s.End)
 	if err != nil {
@@ -131,7 +130,7 @@ func newSetup(t *testing.T) *setup {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.broker = newBroker(theirs, os.Getpid(), func(line string) {
+	s.broker = newBroker(theirs, "m", os.Getpid(), func(line string) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.log = append(s.log, line)
@@ -426,7 +425,7 @@ func TestGrantEnds(t *testing.T) {
 // TestGrantsAreBounded: requests that the machine refuses make the broker keep no more and no more
 // of them.
 func TestGrantsAreBounded(t *testing.T) {
-	b := newBroker(nil, 0, nil)
+	b := newBroker(nil, "m", 0, nil)
 	b.images["made"] = image{made: true}
 	last := ""
 	for i := range 4 * maxGrants {
@@ -514,7 +513,7 @@ func FuzzMessage(f *testing.F) {
 		if len(b) > maxMessage/2 {
 			return
 		}
-		s := newBroker(theirs, 1, func(string) {})
+		s := newBroker(theirs, "m", 1, func(string) {})
 		s.closed = true
 		if _, _, err := ours.WriteMsgUnix(b, nil, nil); err != nil {
 			t.Fatal(err)
@@ -533,4 +532,88 @@ func FuzzMessage(f *testing.F) {
 			t.Errorf("%+v, %v", r, err)
 		}
 	})
+}
+
+// TestDoorMessage: the control socket is handed over once, with its lock, and before closed.
+func TestDoorMessage(t *testing.T) {
+	ours, theirs := pair(t)
+	refusals := make(chan string, maxRefusals+1)
+	b := newBroker(theirs, "m", 1, func(line string) { refusals <- line })
+	over := make(chan struct{})
+	go func() {
+		b.serve()
+		close(over)
+	}()
+	d := control.In(filepath.Join(t.TempDir(), "run"))
+	s, err := control.Claim(d, "m")
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket, lock, err := s.HandOver(nil, func() error { return errOwn })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		notice
+		files   []*os.File
+		refused bool
+	}{
+		{notice{Op: door, Path: text.Name(d.Path())}, nil, true},
+		{notice{Op: door, Path: text.Name(d.Path())}, []*os.File{socket}, true},
+		{notice{Op: door, Path: text.Name(d.Path())}, []*os.File{lock, lock}, true}, // no socket
+		{notice{Op: door, Path: text.Name(d.Path())}, []*os.File{socket, lock}, false},
+		{notice{Op: door, Path: text.Name(d.Path())}, []*os.File{lock, lock}, true},
+		{notice{Op: closed}, nil, false},
+		{notice{Op: door, Path: text.Name(d.Path())}, []*os.File{lock, lock}, true},
+	} {
+		if err := send(ours, step.notice, nil, step.files...); err != nil {
+			t.Fatal(err)
+		}
+		if step.refused {
+			t.Log(<-refusals)
+		}
+	}
+	socket.Close()
+	ours.Close()
+	<-over
+	if err := b.closeDoor(); err != nil {
+		t.Error(err)
+	}
+	if len(refusals) > 0 {
+		t.Errorf("refused too: %s", <-refusals)
+	}
+	if list, err := d.List(); err != nil || len(list) > 0 {
+		t.Errorf("left: %v, %v", list, err)
+	}
+	if err := s.Release(); err != nil { // the lock is closed
+		t.Error(err)
+	}
+}
+
+// TestEndBeforeShut: a start that fails gives up the machine's name, which the broker has not got.
+func TestEndBeforeShut(t *testing.T) {
+	d := control.In(filepath.Join(t.TempDir(), "run"))
+	s, err := control.Claim(d, "m")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours, theirs := pair(t)
+	c := newClient("m", ours, func(line string) { t.Error(line) })
+	close(c.started)
+	go c.receive()
+	go func() {
+		b := newBroker(theirs, "m", 1, func(line string) { t.Error(line) })
+		b.serve()
+		theirs.Close()
+		close(c.over)
+	}()
+	if err := c.Serve(s, d); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(d.Path(), "*")); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
 }

@@ -1,12 +1,12 @@
 package broker
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -25,17 +25,19 @@ import (
 // endPatience bounds the wait for the broker's end.
 const endPatience = 500 * time.Millisecond
 
-var errEnded = errors.New("the broker has ended: this machine can open no files any more")
+var (
+	errOwn   = errors.New("the machine's name is not the broker's")
+	errEnded = errors.New("the broker has ended: this machine can open no files any more")
+)
 
 // Client is the machine's end. It is the block.Files of the machine's disks, which opens the files
 // itself before Close, and a net.Listener with the connections of the control socket.
 type Client struct {
 	machine string // its name
 	note    func(string)
-	conn    *net.UnixConn
-	door    bool          // the machine has a control socket
-	started chan struct{} // closed when process and startErr are set
-	process *os.Process
+	started chan struct{} // closed when conn and pid are set, or failed
+	conn    *net.UnixConn // nil: there is no broker
+	pid     int
 	failed  error
 	over    chan struct{} // closed when the process has ended
 	name    chan struct{} // closed when the process has given up the machine's name
@@ -43,17 +45,20 @@ type Client struct {
 	connections chan net.Conn
 	refuse      func()        // ends Accept
 	refused     chan struct{} // closed by refuse
+	end         func() error  // is endOnce, once
 
-	mu      sync.Mutex
-	shut    bool // the broker opens the files
-	ending  bool // the machine ends, and so does the broker
-	dead    bool // the broker has ended
-	taking  int  // targets that the broker takes down just now
-	last    uint64
-	waiting map[uint64]chan answer
-	images  []*block.File // opened before shut
-	own     []ownFile     // that the broker removes
-	record  *Record       // that the broker makes; nil: none
+	mu        sync.Mutex
+	door      string     // the directory of the control socket; "": there is none
+	doorFiles []*os.File // the socket and its lock, until Shut
+	shut      bool       // the broker opens the files
+	ending    bool       // the machine ends, and so does the broker
+	dead      bool       // the broker has ended
+	taking    int        // targets that the broker takes down just now
+	last      uint64
+	waiting   map[uint64]chan answer
+	images    []*block.File // opened before shut
+	own       []ownFile     // that the broker removes
+	record    *Record       // that the broker makes; nil: none
 }
 
 type answer struct {
@@ -61,69 +66,74 @@ type answer struct {
 	files []*os.File
 }
 
-// Start starts the broker of a machine, which takes over the machine's control socket, while the
-// caller goes on. note takes a line for the user. d is the socket's directory. Without a socket, s
-// is nil: the caller calls End, which closing the socket does else. What a broker leaves that has
-// died, the keeper removes. janitor leads to the machine's Janitor, and is the broker's afterwards;
-// nil: there is none.
-func Start(s *control.Server, d control.Directory, name string, note func(string), janitor *os.File) (*Client, error) {
-	mine := []*os.File{janitor} // which this function closes
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		closeAll(mine)
-		return nil, fmt.Errorf("broker: socketpair: %w", err)
-	}
-	theirs := os.NewFile(uintptr(fds[1]), "pair")
-	mine = append(mine, theirs)
-	conn, err := pairEnd(fds[0])
-	if err != nil {
-		closeAll(mine)
-		return nil, fmt.Errorf("broker: %w", err)
-	}
-	c := newClient(name, conn, note)
-	c.door = s != nil
-	args, files := []string{Arg0, name}, []*os.File{theirs}
-	if c.door {
-		socket, lock, err := s.HandOver(listener{c}, c.End)
-		if err != nil {
-			closeAll(mine)
-			conn.Close()
-			return nil, fmt.Errorf("broker: %w", err)
-		}
-		mine = append(mine, socket)
-		args, files = append(args, d.Path()), append(files, socket, lock)
-		if janitor != nil {
-			args, files = append(args, withJanitor), append(files, janitor)
-		}
-	}
+// Start starts the broker of a machine of the name, while the caller goes on. note takes a line for
+// the user. The caller calls End, which the end of Serve's socket does too. What a broker leaves
+// that has died, the keeper removes. janitor leads to the machine's Janitor, and is the broker's
+// afterwards; nil: there is none.
+func Start(name string, note func(string), janitor *os.File) *Client {
+	c := newClient(name, nil, note)
 	panics.Go(func() {
-		c.process, c.failed = execute(args, files...)
-		if c.failed != nil { // which Shut says
+		err := c.start(janitor)
+		if err != nil { // which Shut says
 			c.mu.Lock()
-			c.ending = true
+			c.ending, c.failed = true, err
 			c.mu.Unlock()
+			close(c.over)
 		}
-		closeAll(mine)
 		close(c.started)
-		// The encoder makes its tables of a type at the first value: 0.1 ms that Shut would take, for
-		// which the guest waits. This is beside the rest of the start.
-		_, _ = json.Marshal(message{})
-		if c.failed == nil {
-			if s, err := c.process.Wait(); err != nil || !s.Success() {
-				c.failed = errEnded
-			}
+		if err != nil {
+			return
 		}
+		yieldFirst(c.pid)
+		c.receive()
+		// Not before: each thread that waits makes the entry into the sandbox longer.
+		c.failed = ended(c.pid)
 		close(c.over)
 	})
-	panics.Go(c.receive)
-	return c, nil
+	return c
+}
+
+// start starts the process.
+func (c *Client) start(janitor *os.File) error {
+	defer janitor.Close()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("broker: socketpair: %w", err)
+	}
+	theirs := os.NewFile(uintptr(fds[1]), "pair")
+	defer theirs.Close()
+	if c.conn, err = pairEnd(fds[0]); err != nil {
+		return fmt.Errorf("broker: %w", err)
+	}
+	args, files := []string{Arg0, c.machine}, []*os.File{theirs}
+	if janitor != nil {
+		args, files = append(args, withJanitor), append(files, janitor)
+	}
+	if c.pid, err = execute(args, files...); err != nil {
+		c.conn.Close()
+		c.conn = nil
+	}
+	return err
+}
+
+// Serve has the broker take over the machine's control socket, in the directory d, at Shut.
+func (c *Client) Serve(s *control.Server, d control.Directory) error {
+	socket, lock, err := s.HandOver(listener{c}, c.End)
+	if err != nil {
+		return fmt.Errorf("broker: %w", err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.door, c.doorFiles = d.Path(), []*os.File{socket, lock}
+	return nil
 }
 
 func newClient(machine string, conn *net.UnixConn, note func(string)) *Client {
-	c := &Client{machine: machine, note: note, conn: conn, started: make(chan struct{}), over: make(chan struct{}),
-		name: make(chan struct{}), connections: make(chan net.Conn, maxArrivals), refused: make(chan struct{}),
-		waiting: map[uint64]chan answer{}}
+	c := &Client{machine: machine, note: note, conn: conn,
+		started: make(chan struct{}), over: make(chan struct{}), name: make(chan struct{}), refused: make(chan struct{}),
+		connections: make(chan net.Conn, maxArrivals), waiting: map[uint64]chan answer{}}
 	c.refuse = sync.OnceFunc(func() { close(c.refused) })
+	c.end = sync.OnceValue(c.endOnce)
 	return c
 }
 
@@ -139,23 +149,76 @@ func pairEnd(fd int) (*net.UnixConn, error) {
 }
 
 // execute starts the program again as a broker or keeper, in a session of its own: signals for the
-// machine's group are not for it.
-func execute(args []string, files ...*os.File) (*os.Process, error) {
+// machine's group are not for it. It returns the PID. os.StartProcess would take half as long
+// again: its first use in a process starts and ends a child to see whether there are pidfds.
+func execute(args []string, files ...*os.File) (pid int, err error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
-		return nil, fmt.Errorf("broker: %w", err)
+		return 0, fmt.Errorf("broker: %w", err)
 	}
 	defer null.Close()
-	p, err := os.StartProcess("/proc/self/exe", args, &os.ProcAttr{
+	var fds []uintptr
+	for _, f := range append([]*os.File{null, null, os.Stderr}, files...) {
+		fds = append(fds, f.Fd())
+	}
+	pid, err = syscall.ForkExec("/proc/self/exe", args, &syscall.ProcAttr{
 		// It has little to do, and its memory counts for each machine. The first value counts.
 		Env:   append([]string{"GOMAXPROCS=1"}, os.Environ()...),
-		Files: append([]*os.File{null, null, os.Stderr}, files...),
+		Files: fds,
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
+	runtime.KeepAlive(files)
 	if err != nil {
-		return nil, fmt.Errorf("broker: %w", err)
+		return 0, fmt.Errorf("broker: start %s: %w", args[0], err)
 	}
-	return p, nil
+	return pid, nil
+}
+
+// ended waits for the end of a child, and returns errEnded unless that has done all.
+func ended(pid int) error {
+	var s unix.WaitStatus
+	for {
+		switch _, err := unix.Wait4(pid, &s, 0, nil); {
+		case err == unix.EINTR:
+		case err != nil || s != 0:
+			return errEnded
+		default:
+			return nil
+		}
+	}
+}
+
+// Weights of a process's autogroup (sched(7)), as nice values.
+const (
+	startNice  = "19"
+	normalNice = "0"
+)
+
+// startTime is longer than the start of a machine, and than the time that Linux wants between two
+// writes to an autogroup without CAP_SYS_ADMIN.
+const startTime = 150 * time.Millisecond
+
+// yieldFirst has the broker, which takes several milliseconds of a processor to start, yield to the
+// machine for startTime: nothing waits for it until the guest runs. Without autogroups it does
+// nothing.
+func yieldFirst(pid int) {
+	f, err := os.OpenFile(fmt.Sprintf("/proc/%d/autogroup", pid), os.O_WRONLY, 0)
+	if err != nil {
+		return
+	}
+	if _, err := f.WriteString(startNice); err != nil {
+		f.Close()
+		return
+	}
+	time.AfterFunc(startTime, panics.Func(func() {
+		defer f.Close()
+		for range 20 { // other machines may start
+			if _, err := f.WriteString(normalNice); !errors.Is(err, unix.EAGAIN) {
+				return
+			}
+			time.Sleep(startTime / 3)
+		}
+	}))
 }
 
 // receive takes the broker's messages until it ends.
@@ -185,14 +248,15 @@ func (c *Client) receive() {
 	}
 	c.mu.Lock()
 	c.dead = true
-	ending, waiting := c.ending, c.waiting
+	said := c.door != "" && c.doorFiles == nil && !c.ending
+	waiting := c.waiting
 	c.waiting = nil
 	c.mu.Unlock()
 	c.refuse()
 	for _, ch := range waiting {
 		close(ch)
 	}
-	if !ending && c.door {
+	if said {
 		c.note("the broker has ended: disks can no longer be added, and gvm list, gvm disk, gvm stop and the like " +
 			"do not reach this machine")
 	}
@@ -257,7 +321,7 @@ func (l listener) Close() error {
 }
 
 // Addr implements net.Listener.
-func (l listener) Addr() net.Addr { return l.conn.LocalAddr() }
+func (l listener) Addr() net.Addr { return &net.UnixAddr{Name: l.machine, Net: "unix"} }
 
 // RemoveAtEnd has the broker remove a socket of the machine's at the end. The caller has made it
 // and not called Shut. remove removes it if Shut has not been called.
@@ -304,7 +368,9 @@ func (c *Client) recordFiles(m message, n int) (files []*os.File, named bool, er
 }
 
 // End ends the broker, which gives up the machine's name.
-func (c *Client) End() error {
+func (c *Client) End() error { return c.end() }
+
+func (c *Client) endOnce() error {
 	<-c.started
 	c.mu.Lock()
 	c.ending = true
@@ -312,18 +378,30 @@ func (c *Client) End() error {
 	if c.taking > 0 { // the machine has waited for it already
 		patience = 0
 	}
+	own := c.doorFiles != nil // the socket's name is not the broker's yet
+	if own {
+		c.doorFiles[0].Close()
+		c.doorFiles = nil
+	}
 	c.mu.Unlock()
+	if c.conn == nil {
+		return c.failed
+	}
 	defer c.conn.Close()
 	_ = c.conn.SetWriteDeadline(time.Now().Add(endPatience))
 	_ = send(c.conn, message{Op: end}, nil)
+	err := errors.New("the broker does not end")
 	select {
 	case <-c.over:
-		return c.failed
+		err = c.failed
 	case <-c.name:
-		return nil
+		err = nil
 	case <-time.After(patience):
-		return errors.New("the broker does not end")
 	}
+	if own {
+		err = errors.Join(err, errOwn)
+	}
+	return err
 }
 
 // Shut has the broker open all files from now on, for a machine that may open none any more. If the
@@ -332,7 +410,7 @@ func (c *Client) Shut() error {
 	<-c.started
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.process == nil {
+	if c.conn == nil {
 		return c.failed
 	}
 	if len(c.own) > 0 || lio.Owns(os.Getpid()) { // no target comes later
@@ -349,7 +427,7 @@ func (c *Client) Shut() error {
 				continue
 			}
 			if size += 2 * len(path); size > maxMessage/2 {
-				if err := send(c.conn, message{Op: keep, Paths: paths}, nil); err != nil {
+				if err := send(c.conn, notice{Op: keep, Paths: paths}, nil); err != nil {
 					return err
 				}
 				paths, size = nil, 2*len(path)
@@ -357,14 +435,21 @@ func (c *Client) Shut() error {
 			paths = append(paths, text.Name(path))
 		}
 	}
+	if c.doorFiles != nil {
+		if err := send(c.conn, notice{Op: door, Path: text.Name(c.door)}, nil, c.doorFiles...); err != nil {
+			return err
+		}
+		c.doorFiles[0].Close()
+		c.doorFiles = nil
+	}
 	if len(c.own) > 0 {
-		if err := send(c.conn, message{Op: atEnd, Files: c.own}, nil); err != nil {
+		if err := send(c.conn, notice{Op: atEnd, Files: c.own}, nil); err != nil {
 			return err
 		}
 	}
 	if r := c.record; r != nil {
 		names := []text.Name{text.Name(r.in), text.Name(r.Machine)}
-		if err := send(c.conn, message{Op: records, Paths: names}, nil, r.parent); err != nil {
+		if err := send(c.conn, notice{Op: records, Paths: names}, nil, r.parent); err != nil {
 			return err
 		}
 		if err := r.Close(); err != nil {
@@ -372,7 +457,7 @@ func (c *Client) Shut() error {
 		}
 	}
 	c.shut, c.images = true, nil
-	return send(c.conn, message{Op: closed, Paths: paths}, nil)
+	return send(c.conn, notice{Op: closed, Paths: paths}, nil)
 }
 
 // isShut reports whether the broker opens the files.

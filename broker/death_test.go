@@ -34,8 +34,10 @@ func idle(dir string) {
 		s, err = control.Claim(d, "m")
 		fail(err)
 	}
-	c, err := Start(s, d, "m", func(s string) { println("note: " + s) }, nil)
-	fail(err)
+	c := Start("m", func(s string) { println("note: " + s) }, nil)
+	if s != nil {
+		fail(c.Serve(s, d))
+	}
 	own := dir + ".sock"
 	fail(os.WriteFile(own, nil, 0o600))
 	made, err := os.Lstat(own)

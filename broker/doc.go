@@ -46,7 +46,8 @@ type operation string
 const (
 	connection operation = "connection" // to the machine: a connection, and the beginning of its request as data
 
-	// To the broker, without an answer. keep, atEnd and records are not valid after closed.
+	// To the broker, without an answer. The first four are not valid after closed.
+	door    operation = "door"    // Path is the directory of the control socket; descriptors of that and of its lock
 	keep    operation = "keep"    // Paths are beside disks of the command line
 	atEnd   operation = "atEnd"   // Files are sockets of the machine's, removed at its end
 	records operation = "records" // Paths are the directory for the machine's record, and the machine's name in it
@@ -96,6 +97,15 @@ type message struct {
 	Err   *wireError   `json:",omitempty"`
 }
 
+// notice has the fields of the messages up to closed. The encoder of JSON makes its tables of a
+// type at the first value: of message it takes 0.1 ms, for which the guest would wait.
+type notice struct {
+	Op    operation
+	Path  text.Name   `json:",omitempty"`
+	Paths []text.Name `json:",omitempty"`
+	Files []ownFile   `json:",omitempty"`
+}
+
 // ownFile is a file that the machine has made.
 type ownFile struct {
 	Path     text.Name
@@ -137,8 +147,8 @@ const (
 	maxFiles   = 253 // SCM_MAX_FD
 )
 
-// send sends a message.
-func send(c *net.UnixConn, m message, data []byte, files ...*os.File) error {
+// send sends a message or a notice.
+func send[M message | notice](c *net.UnixConn, m M, data []byte, files ...*os.File) error {
 	b, err := json.Marshal(m)
 	if err != nil {
 		return err

@@ -29,11 +29,10 @@ func startKeeper(name string, own []ownFile) error {
 	if err != nil {
 		return fail(err)
 	}
-	p, err := execute([]string{KeeperArg0, name, string(files)}, process)
-	if err != nil {
+	if _, err := execute([]string{KeeperArg0, name, string(files)}, process); err != nil {
 		return fail(err)
 	}
-	return p.Release()
+	return nil
 }
 
 // Keep is the keeper's program.

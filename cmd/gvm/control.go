@@ -239,14 +239,38 @@ func (r *testRemote) Reset() error {
 		"machine %s runs a test, which a reset would lose: gvm stop it", r.info.Name)
 }
 
+// name returns the machine's name, if it can have that.
+func (rc *runConfig) name() string {
+	return cmp.Or(rc.spec.Name, rc.machineName, "gvm-"+strconv.Itoa(os.Getpid()))
+}
+
+// startBroker starts the machine's broker, unless there is no sandbox. It is early, because
+// everything else of the start is beside it.
+func (rc *runConfig) startBroker(note func(string)) {
+	var janitor *os.File
+	if in := jail.Here(); in != nil && in.Janitor != 0 {
+		janitor = os.NewFile(uintptr(in.Janitor), "janitor")
+	}
+	if rc.sandbox == sandbox.Off {
+		janitor.Close()
+		return
+	}
+	rc.broker = broker.Start(rc.name(), note, janitor)
+	rc.spec.Files = rc.broker
+}
+
+// endBroker ends the broker, unless closeSocket has.
+func (rc *runConfig) endBroker() {
+	if rc.broker != nil {
+		_ = rc.broker.End() // the keeper is there too
+	}
+}
+
 // claimName claims the machine's name and opens its control socket, for closeSocket. If no socket
 // can be opened, a machine with a chosen name fails, and any other runs without a socket, with a
 // note.
 func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
-	name := rc.spec.Name
-	if name == "" {
-		name = cmp.Or(rc.machineName, "gvm-"+strconv.Itoa(os.Getpid()))
-	}
+	name := rc.name()
 	s, err := control.Claim(control.DefaultDirectory(), name)
 	switch {
 	case errors.Is(err, control.ErrInUse):
@@ -266,20 +290,13 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 	default:
 		rc.spec.Name = name
 	}
-	var janitor *os.File
-	if in := jail.Here(); in != nil && in.Janitor != 0 {
-		janitor = os.NewFile(uintptr(in.Janitor), "janitor")
-	}
-	if rc.sandbox != sandbox.Off {
-		if rc.broker, err = broker.Start(s, control.DefaultDirectory(), name, note, janitor); err != nil {
-			return nil, errors.Join(err, rc.closeSocket(s))
-		}
-		rc.spec.Files = rc.broker
-	} else {
-		janitor.Close()
-	}
 	if s == nil {
 		return nil, nil
+	}
+	if rc.broker != nil {
+		if err := rc.broker.Serve(s, control.DefaultDirectory()); err != nil {
+			return nil, errors.Join(err, rc.closeSocket(s))
+		}
 	}
 	urgent.Lock()
 	defer urgent.Unlock()
@@ -293,9 +310,7 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 // closeSocket closes a control socket and ends the broker. Without a socket s is nil.
 func (rc *runConfig) closeSocket(s *control.Server) error {
 	if s == nil {
-		if rc.broker != nil {
-			_ = rc.broker.End() // the keeper is there too
-		}
+		rc.endBroker()
 		return nil
 	}
 	err := s.Close()

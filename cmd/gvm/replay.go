@@ -15,7 +15,6 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"gvm/broker"
-	"gvm/control"
 	"gvm/devices/scsi/trace"
 	"gvm/devices/virtio/replay"
 	"gvm/devices/virtio/replay/equivalence"
@@ -123,11 +122,7 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	config := disk.Config{Queues: 1, ABI: abi, Note: note}
 	shut := func() error { return nil }
 	if mode != sandbox.Off && slices.Contains(names, "vhost") { // the broker takes the kernel's targets down
-		b, err := broker.Start(nil, control.DefaultDirectory(), fmt.Sprint("gvm-replay-", os.Getpid()), note,
-			nil)
-		if err != nil {
-			return err
-		}
+		b := broker.Start(fmt.Sprint("gvm-replay-", os.Getpid()), note, nil)
 		defer func() { _ = b.End() }() // the keeper is there too
 		config.Files, shut, policy.Uses = b, b.Shut, sandbox.Broker
 	}

@@ -471,6 +471,8 @@ func run(rc *runConfig) (err error) {
 func (rc *runConfig) live(l *life[error], stop context.CancelCauseFunc, end *ending, collect int,
 	note func(string)) (err error) {
 	ctx, spec := l.ctx, &rc.spec
+	rc.startBroker(note)
+	defer rc.endBroker()
 	if err := rc.watch.readAllow(ctx); err != nil {
 		return err
 	}

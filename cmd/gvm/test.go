@@ -285,6 +285,8 @@ func (t *testConfig) untested(ctx context.Context, err error) *testrun.Result {
 func (t *testConfig) live(l *life[*testrun.Result], stop func(error), begun func(*testrun.Run)) *testrun.Result {
 	ctx, spec := l.ctx, &t.spec
 	untested := func(err error) *testrun.Result { return t.untested(ctx, err) }
+	t.startBroker(func(s string) { t.say("%s", s) })
+	defer t.endBroker()
 	allow, err := t.allow.read(ctx)
 	if err != nil {
 		return untested(err)
