@@ -186,6 +186,97 @@ func TestGoroutines(t *testing.T) {
 	}
 }
 
+// otherOpens are the sources that open files by package os, which TestOpens lets them do.
+var otherOpens = map[string]string{
+	"cmd/gvm/abi.go":                        "of sysfs",
+	"cmd/gvm/benchfootprint.go":             "of the kernel's control groups",
+	"cmd/gvm/doctor.go":                     "devices",
+	"cmd/gvm/man.go":                        "of the build",
+	"control/client.go":                     "a directory",
+	"devices/block/lock.go":                 "of /proc",
+	"devices/block/space.go":                "of sysfs",
+	"devices/block/use.go":                  "of sysfs",
+	"devices/internal/durable/durable.go":   "a directory",
+	"devices/scsi/lio/tree.go":              "of configfs",
+	"devices/scsi/lio/unit.go":              "of sysfs",
+	"devices/virtio/vhostscsi/vhostscsi.go": "of configfs",
+	"guest/agent/agent.go":                  "in a guest",
+	"guest/agent/connect.go":                "in a guest",
+	"guest/agent/disks.go":                  "in a guest",
+	"guest/diskload/main.go":                "in a guest",
+	"jail/limits.go":                        "of the kernel's control groups",
+	"jail/root.go":                          "in the tmpfs of the jail",
+	"kvmapi/nowait/open.go":                 "in a root, without openat2(2)",
+	"kvmapi/tracefs/tracefs.go":             "of tracefs",
+	"usernet/dns.go":                        "/etc/resolv.conf",
+}
+
+// TestOpens checks that package nowait opens the files which a user, a client or a file can choose.
+// The functions of package os put a regular file into the poller of Go's runtime, by a system call
+// in which a FUSE server may stop all goroutines. No directory, block device or O_PATH descriptor
+// can be polled, and the kernel's own files answer.
+func TestOpens(t *testing.T) {
+	found := map[string]bool{}
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && slices.Contains([]string{"guest-tests", "packaging"}, path) {
+			return fs.SkipDir
+		}
+		if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		set := token.NewFileSet()
+		f, err := parser.ParseFile(set, path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok || !opens(call) {
+				return true
+			}
+			if found[path] = true; otherOpens[path] == "" {
+				t.Errorf("%s: open the file with package nowait", set.Position(n.Pos()))
+			}
+			return true
+		})
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path := range otherOpens {
+		if !found[path] {
+			t.Errorf("%s opens no files: take it out of otherOpens", path)
+		}
+	}
+}
+
+// opens reports whether a call may put a file into the runtime's poller that is no file of the
+// kernel's with a constant path.
+func opens(call *ast.CallExpr) bool {
+	of, ok := call.Fun.(*ast.SelectorExpr)
+	if !ok || len(call.Args) == 0 {
+		return false
+	}
+	from := types.ExprString(of.X)
+	names := []string{"Open", "OpenFile", "Create", "CreateTemp", "ReadFile", "WriteFile", "CopyFS"}
+	switch {
+	case from == "os" && slices.Contains(names, of.Sel.Name), (from == "elf" || from == "buildinfo") &&
+		(of.Sel.Name == "Open" || of.Sel.Name == "ReadFile"), from != "boot" && of.Sel.Name == "OpenFile":
+	default:
+		return false
+	}
+	for _, arg := range call.Args[1:] {
+		if flags := types.ExprString(arg); strings.Contains(flags, "O_PATH") || strings.Contains(flags, "O_DIRECTORY") {
+			return false
+		}
+	}
+	name := strings.TrimPrefix(types.ExprString(call.Args[0]), "fmt.Sprintf(")
+	kernels := []string{"os.DevNull", `"/proc/`, `"/sys/`, `"/dev/`, `"/etc/machine-id"`}
+	return strings.HasPrefix(name, `"/proc/self/fd/`) ||
+		!slices.ContainsFunc(kernels, func(s string) bool { return strings.HasPrefix(name, s) })
+}
+
 // unlocks checks a function that defers Unlock: a mutex is unlocked for a while by panics.Unlocked.
 func unlocks(t *testing.T, set *token.FileSet, body *ast.BlockStmt) {
 	deferred := map[string]bool{}

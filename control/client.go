@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/inspect"
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 )
 
@@ -255,7 +256,7 @@ const BrokerArg0 = "gvm-broker"
 // stopped returns an error if the machine's process, or its broker, is stopped by a signal.
 func (c *Client) stopped() error {
 	for _, place := range []string{inside, beside} {
-		lock, err := os.OpenFile(c.dir.file(c.name, place, lockFile), os.O_RDONLY|unix.O_NONBLOCK, 0)
+		lock, err := nowait.Open(c.dir.file(c.name, place, lockFile), os.O_RDONLY, 0, nowait.Regular)
 		if err != nil {
 			continue
 		}

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // Directory is the directory of the sockets of a user's machines. Each machine has a directory NAME
@@ -266,7 +268,7 @@ func (d Directory) lockName(name string) (*os.File, error) {
 		err := private(d.Machine(name), os.Geteuid())
 		var f *os.File
 		if err == nil {
-			f, err = os.OpenFile(d.file(name, inside, lockFile), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+			f, err = nowait.Open(d.file(name, inside, lockFile), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600, nowait.Regular)
 		}
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -419,7 +421,7 @@ func (d Directory) List() ([]Entry, error) {
 // Directory's lock, so that no process takes the name meanwhile; others may look, and remove the
 // same.
 func (d Directory) look(name, place string) (*Entry, error) {
-	f, err := os.OpenFile(d.file(name, place, lockFile), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	f, err := nowait.Open(d.file(name, place, lockFile), os.O_RDWR|unix.O_NOFOLLOW, 0, nowait.Regular|nowait.Directory)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EISDIR) {
 		return nil, d.remove(name, place)
 	}

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 	"gvm/verdict/klog"
 )
@@ -18,6 +19,7 @@ import (
 // Decoder is the script decode_stacktrace.sh of a kernel tree, which runs and waits for frames. A
 // program that starts one early need not be able to start programs later.
 type Decoder struct {
+	path string
 	cmd  *exec.Cmd
 	in   io.WriteCloser
 	out  bytes.Buffer
@@ -26,10 +28,10 @@ type Decoder struct {
 
 // StartDecoder starts the script for a kernel of a tree. The caller calls Decode or Close.
 func StartDecoder(script, vmlinux, tree string) (*Decoder, error) {
-	d := &Decoder{}
+	d := &Decoder{path: script}
 	var ctx context.Context
 	ctx, d.stop = context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, script, vmlinux, "auto", tree)
+	cmd := nowait.Command(ctx, script, vmlinux, "auto", tree)
 	cmd.Stdout = &d.out
 	// The script's programs, such as addr2line, read large files for seconds: they end with the
 	// script.
@@ -76,12 +78,12 @@ func (d *Decoder) Decode(ctx context.Context, frames []*klog.Frame) error {
 	err := d.cmd.Wait()
 	d.stop()
 	if err != nil {
-		return fmt.Errorf("%s: %w", d.cmd.Path, err)
+		return fmt.Errorf("%s: %w", d.path, err)
 	}
 	source := regexp.MustCompile(`\(([^()]+:\d+[^()]*(?:\([^()]*\)[^()]*)*)\)`)
 	lines := bytes.Split(bytes.TrimRight(d.out.Bytes(), "\n"), []byte("\n"))
 	if len(lines) != len(frames) {
-		return fmt.Errorf("%s: %d lines of output for %d frames", d.cmd.Path, len(lines), len(frames))
+		return fmt.Errorf("%s: %d lines of output for %d frames", d.path, len(lines), len(frames))
 	}
 	for i, line := range lines {
 		if m := source.FindSubmatch(line); m != nil {

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"gvm/devices/virtio/fs/hostfs/hostfstest"
 	"gvm/verdict/klog"
 )
 
@@ -248,6 +249,19 @@ func decode(ctx context.Context, script string, frames []klog.Frame) error {
 		all = append(all, &frames[i])
 	}
 	return d.Decode(ctx, all)
+}
+
+// TestDecodeStarts: the start of a script waits for no storage, as no goroutine would go on
+// meanwhile.
+func TestDecodeStarts(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "hung")
+	m := hostfstest.MountMortal(t, dir)
+	m.Strike()
+	d, err := StartDecoder(filepath.Join(dir, "file"), "vmlinux", ".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
 }
 
 // TestDecode decodes frames with a script that prints as the kernel's does, and ones that fail.

@@ -140,7 +140,7 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 	kernel, initrd, line := b.kernel, b.initrd, "console=ttyS0 panic=-1 "+b.cmdline
 	if kernel == "" {
 		kernel, line, b.until = filepath.Join(dir, "guest.elf"), "echo", "ready"
-		if err := os.WriteFile(kernel, embedded.Image, 0o600); err != nil {
+		if err := writeNew(kernel, embedded.Image); err != nil {
 			return err
 		}
 		run = append(run, "--guest-arg", line)
@@ -151,7 +151,7 @@ func (b bootBench) run(ctx context.Context, w io.Writer) (err error) {
 				return err
 			}
 			initrd = filepath.Join(dir, "initrd")
-			if err := os.WriteFile(initrd, archive, 0o600); err != nil {
+			if err := writeNew(initrd, archive); err != nil {
 				return err
 			}
 		}

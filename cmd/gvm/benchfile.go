@@ -89,9 +89,19 @@ func benchFile(path string) (_ string, remove func() error, err error) {
 	return path, remove, nil
 }
 
+// writeNew makes a file of gvm's own.
+func writeNew(path string, b []byte) error {
+	f, err := nowait.Open(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600, nowait.Regular)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	return errors.Join(err, f.Close())
+}
+
 // fillImage makes an image without holes, with data that varies.
 func fillImage(path string, size int) error {
-	f, err := os.Create(path)
+	f, err := nowait.Open(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600, nowait.Regular)
 	if err != nil {
 		return err
 	}

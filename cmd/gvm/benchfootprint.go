@@ -115,7 +115,7 @@ func (b footprintBench) run(ctx context.Context, w io.Writer) (err error) {
 	}
 	defer func() { err = errors.Join(err, remove()) }()
 	kernel, disk := filepath.Join(dir, "guest.elf"), filepath.Join(dir, "disk.img")
-	if err := errors.Join(os.WriteFile(kernel, embedded.Image, 0o600), fillImage(disk, 16<<20)); err != nil {
+	if err := errors.Join(writeNew(kernel, embedded.Image), fillImage(disk, 16<<20)); err != nil {
 		return err
 	}
 	gvm, err := os.Executable() // not package machine: the measure is of a process

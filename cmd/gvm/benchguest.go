@@ -153,7 +153,7 @@ func (b guestBench) run(ctx context.Context, w io.Writer) (err error) {
 	}
 	defer func() { err = errors.Join(err, removeDir()) }()
 	kernel := filepath.Join(dir, "guest.elf")
-	if err := os.WriteFile(kernel, embedded.Image, 0o600); err != nil {
+	if err := writeNew(kernel, embedded.Image); err != nil {
 		return err
 	}
 	words := fmt.Sprintf("bench bench-ms=%d", b.time.Milliseconds())

@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"github.com/urfave/cli/v2"
+
+	"gvm/kvmapi/nowait"
 )
 
 // contender is a VMM to measure: its name, its program and arguments.
@@ -47,7 +49,7 @@ func qemus(ctx context.Context, programs []string) (all []qemu) {
 			note(program + " is not installed (Debian: apt install qemu-system-x86): nothing to compare with")
 			continue
 		}
-		out, _ := exec.CommandContext(ctx, path, "--version").Output()
+		out, _ := nowait.Command(ctx, path, "--version").Output()
 		found := qemuVersion().FindStringSubmatch(string(out))
 		if found == nil {
 			note(program + " --version prints no version of QEMU: left out")

@@ -106,7 +106,7 @@ func openFormer(path string, former func(head []byte) bool) (f *os.File, made bo
 
 // headOf returns the first bytes of a file that is open for writing; a NUL if they cannot be read.
 func headOf(f *os.File) []byte {
-	r, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	r, err := nowait.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), os.O_RDONLY, 0, nowait.Regular)
 	if err != nil {
 		return []byte{0}
 	}

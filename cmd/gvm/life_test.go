@@ -7,10 +7,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"gvm/devices/virtio/fs/hostfs/hostfstest"
 	"gvm/guest/embedded"
@@ -73,51 +76,63 @@ func TestLife(t *testing.T) {
 	}
 }
 
+// onStorage are command lines with a path below hung, where a test mounts a file system, and the
+// ends while that does not answer.
+var onStorage = map[string]struct {
+	args    string
+	message string // behind the reason; "": it depends on what is over first
+	early   bool   // gvm catches no signals yet, and says nothing
+	endless bool   // the command has no --timeout
+}{
+	"kernel":        {args: "run --kernel hung/file"},
+	"initrd":        {args: "run --kernel guest --initrd hung/file"},
+	"allow":         {args: "run --oops=fail --allow hung/file"},
+	"disk":          {args: "run --disk hung/file"},
+	"overlay":       {args: "run --disk disk,overlay=hung/file"},
+	"trace":         {args: "run --trace hung/file"},
+	"vsock":         {args: "run --vsock path=hung/file", message: " while the socket of --vsock was made"},
+	"gdb":           {args: "run --gdb unix:hung/file", message: " while the socket of --gdb was made"},
+	"share":         {args: "run --kernel guest --share t=hung"},
+	"results":       {args: "run --results hung/file", message: looked, early: true},
+	"crash record":  {args: "run --crash-dir hung", message: looked, early: true},
+	"kunit results": {args: "kunit --kernel guest --junit hung/file", message: looked, early: true},
+	"verdict":       {args: "test -k guest --verdict hung/file -- true", message: looked, early: true},
+	"shared":        {args: "test -k guest --rw hung -- true", message: looked, early: true},
+	"program":       {args: "test -k guest -- ./hung/file", message: " while the command was looked up"},
+	"file":          {args: "test -k guest --file hung/file -- true", message: " while the guest's files were read"},
+	"log":           {args: "test -k guest --klog hung/file -- true"},
+	"image create":  {args: "image create hung/file 1M", early: true, endless: true},
+	"image info":    {args: "image info hung/file", early: true, endless: true},
+	"kernel check":  {args: "kernel check hung/file", early: true, endless: true},
+	"replay":        {args: "replay hung/file", early: true, endless: true},
+	"bench":         {args: "bench disk --disk hung/file", message: ", before the orderly end was over", endless: true},
+}
+
+const looked = " while the files of the command line were looked at"
+
+// onStorageDir returns the directory of a command of onStorage, without the file system yet.
+func onStorageDir(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	for name, b := range map[string][]byte{"guest": embedded.Image, "disk": make([]byte, 1<<20)} {
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
 // TestDeafStorage: a signal or --timeout ends each command while a path of its command line is on
 // storage that does not answer.
 func TestDeafStorage(t *testing.T) {
-	const looked = " while the files of the command line were looked at"
-	for name, tt := range map[string]struct {
-		args    string
-		message string // behind the reason; "": it depends on what is over first
-		early   bool   // gvm catches no signals yet, and says nothing
-		endless bool   // the command has no --timeout
-	}{
-		"kernel":        {args: "run --kernel hung/file"},
-		"initrd":        {args: "run --kernel guest --initrd hung/file"},
-		"allow":         {args: "run --oops=fail --allow hung/file"},
-		"disk":          {args: "run --disk hung/file"},
-		"overlay":       {args: "run --disk disk,overlay=hung/file"},
-		"trace":         {args: "run --trace hung/file"},
-		"vsock":         {args: "run --vsock path=hung/file", message: " while the socket of --vsock was made"},
-		"gdb":           {args: "run --gdb unix:hung/file", message: " while the socket of --gdb was made"},
-		"share":         {args: "run --kernel guest --share t=hung"},
-		"results":       {args: "run --results hung/file", message: looked, early: true},
-		"crash record":  {args: "run --crash-dir hung", message: looked, early: true},
-		"kunit results": {args: "kunit --kernel guest --junit hung/file", message: looked, early: true},
-		"verdict":       {args: "test -k guest --verdict hung/file -- true", message: looked, early: true},
-		"shared":        {args: "test -k guest --rw hung -- true", message: looked, early: true},
-		"program":       {args: "test -k guest -- ./hung/file", message: " while the command was looked up"},
-		"file":          {args: "test -k guest --file hung/file -- true", message: " while the guest's files were read"},
-		"log":           {args: "test -k guest --klog hung/file -- true"},
-		"image create":  {args: "image create hung/file 1M", early: true, endless: true},
-		"image info":    {args: "image info hung/file", early: true, endless: true},
-		"kernel check":  {args: "kernel check hung/file", early: true, endless: true},
-		"replay":        {args: "replay hung/file", early: true, endless: true},
-		"bench":         {args: "bench disk --disk hung/file", message: ", before the orderly end was over", endless: true},
-	} {
+	for name, tt := range onStorage {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for _, timeout := range []bool{false, true} {
 				if timeout && tt.endless {
 					continue
 				}
-				dir := t.TempDir()
-				for name, b := range map[string][]byte{"guest": embedded.Image, "disk": make([]byte, 1<<20)} {
-					if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
-						t.Fatal(err)
-					}
-				}
+				dir := onStorageDir(t)
 				m := hostfstest.MountMortal(t, filepath.Join(dir, "hung"))
 				m.Strike()
 				args, status, want := strings.Fields(tt.args), 143, "stopped by SIGTERM"+tt.message
@@ -139,6 +154,45 @@ func TestDeafStorage(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestNoPoll: the commands ask the server of a FUSE file system for no POLL, for which Go's
+// scheduler would wait, neither of a file that is there nor of a new one.
+func TestNoPoll(t *testing.T) {
+	for name, tt := range onStorage {
+		if strings.Contains(tt.args, "hung/file") {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				for _, there := range []bool{true, false} {
+					var made, polled atomic.Bool
+					var opened atomic.Int32
+					made.Store(there)
+					dir := onStorageDir(t)
+					hostfstest.Mount(t, filepath.Join(dir, "hung"), func(opcode uint32) unix.Errno {
+						switch opcode {
+						case hostfstest.Lookup:
+							if !made.Load() {
+								return unix.ENOENT
+							}
+						case hostfstest.Create:
+							made.Store(true)
+							opened.Add(1)
+						case hostfstest.Open:
+							opened.Add(1)
+						case hostfstest.Poll:
+							polled.Store(true)
+						}
+						return 0
+					})
+					r := startGVM(t, dir, strings.Fields(tt.args)...).wait()
+					if polled.Load() {
+						t.Errorf("file there: %v: the server was asked for POLL", there)
+					}
+					t.Logf("file there: %v: opened %d times, status %d: %s", there, opened.Load(), r.status, r.errs)
+				}
+			})
+		}
 	}
 }
 

@@ -315,7 +315,7 @@ func scratchDisks(dir string, device int, backendName string, like []trace.Disk)
 				"use the gvm that recorded it", k.Cache)}
 		}
 		path := filepath.Join(dir, fmt.Sprintf("disk-%d-%d", device, k.LUN))
-		f, err := os.Create(path)
+		f, err := nowait.Open(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600, nowait.Regular)
 		if err != nil {
 			return nil, disk.ImageError{Err: err}
 		}

@@ -378,7 +378,7 @@ func (o *cellOutput) connect(cfg *testrun.Config) (func(), error) {
 		}
 	}
 	for _, suffix := range []string{".out", ".err", ".klog"} {
-		f, err := os.OpenFile(o.path+suffix, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
+		f, err := nowait.Open(o.path+suffix, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666, nowait.Regular)
 		if err != nil {
 			closeAll()
 			return nil, fmt.Errorf("--output: %w", err)

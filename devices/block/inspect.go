@@ -97,7 +97,8 @@ func Create(path string, size int64, allocate bool) error {
 	if size <= 0 || size%512 != 0 {
 		return badImage(ErrSize, path, "size %d is not a multiple of 512; %d is", size, roundUp(size, 512))
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_CLOEXEC, 0o644)
+	const any = ^nowait.Kinds(0) // of a file that is there already, which is an error
+	f, err := nowait.Open(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644, any)
 	if err != nil {
 		return nowait.CreateError(path, err)
 	}

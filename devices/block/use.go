@@ -174,14 +174,14 @@ func (b *File) lockBelow(name string, t thing, s span, a access, claim int) erro
 	if err := b.use(t, name, a, s); err != nil {
 		return err
 	}
-	flags := os.O_RDWR | unix.O_NONBLOCK | claim
+	flags := os.O_RDWR | claim
 	if a.shared() {
-		flags = os.O_RDONLY | unix.O_NONBLOCK | claim
+		flags = os.O_RDONLY | claim
 	}
-	lower, err := os.OpenFile(name, flags, 0)
+	lower, err := nowait.Open(name, flags, 0, nowait.Regular|nowait.BlockDevice)
 	if err != nil && !a.shared() && !(claim != 0 && errors.Is(err, unix.EBUSY)) {
 		a = reading
-		lower, err = os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|claim, 0)
+		lower, err = nowait.Open(name, os.O_RDONLY|claim, 0, nowait.Regular|nowait.BlockDevice)
 	}
 	switch {
 	case claim != 0 && errors.Is(err, unix.EBUSY):

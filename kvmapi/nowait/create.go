@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +29,17 @@ func Make(path string, flag int, perm fs.FileMode, want Kinds) (f *os.File, made
 	}
 	f, err = Open(path, flag, perm, want)
 	return f, false, err
+}
+
+// CreateTemp makes a file for this user alone in a directory, by a name that no other file has.
+func CreateTemp(dir, prefix, suffix string) (*os.File, error) {
+	for {
+		path := filepath.Join(dir, prefix+strconv.FormatUint(rand.Uint64(), 36)+suffix)
+		f, err := Open(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600, Regular)
+		if !errors.Is(err, fs.ErrExist) {
+			return f, err
+		}
+	}
 }
 
 // Remove removes the file at path, which the caller made and has open as f, unless path now names

@@ -1,6 +1,7 @@
 package nowait
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -54,6 +55,23 @@ func KindOf(m fs.FileMode) Kinds {
 	return Socket
 }
 
+// kindOf is KindOf for a mode of stat(2).
+func kindOf(mode uint32) Kinds {
+	switch mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		return Regular
+	case unix.S_IFDIR:
+		return Directory
+	case unix.S_IFCHR:
+		return CharDevice
+	case unix.S_IFBLK:
+		return BlockDevice
+	case unix.S_IFIFO:
+		return Pipe
+	}
+	return Socket
+}
+
 // KindError reports a file of a type that Open was not asked for.
 type KindError struct {
 	Path      string
@@ -68,32 +86,90 @@ func (e *KindError) Error() string { return fmt.Sprintf("%s: is %v; want %v", e.
 // have effects, and again after it. A pipe stays non-blocking: reads wait in the runtime's poller,
 // where Close ends them. Another type is a *KindError.
 func Open(path string, flag int, perm fs.FileMode, want Kinds) (*os.File, error) {
-	return open(os.Stat, os.OpenFile, path, flag, perm, want)
+	fi, err := os.Stat(path)
+	return open(fi, err, path, want, func() (int, error) {
+		return unix.Open(path, flag|nonBlock, uint32(perm.Perm()))
+	})
 }
 
 // OpenIn is Open for reading, for a path below root, which it does not leave.
 func OpenIn(root *os.Root, path string, want Kinds) (*os.File, error) {
-	return open(root.Stat, root.OpenFile, path, os.O_RDONLY, 0, want)
-}
-
-func open(
-	stat func(string) (fs.FileInfo, error), openFile func(string, int, fs.FileMode) (*os.File, error),
-	path string, flag int, perm fs.FileMode, want Kinds,
-) (*os.File, error) {
-	if fi, err := stat(path); err == nil && KindOf(fi.Mode())&want == 0 {
-		return nil, &KindError{path, KindOf(fi.Mode()), want}
-	}
-	f, err := openFile(path, flag|unix.O_NONBLOCK|unix.O_NOCTTY, perm)
+	dir, err := root.OpenFile(".", os.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, err
 	}
-	fi, err := f.Stat()
-	if err == nil && KindOf(fi.Mode())&want == 0 {
-		err = &KindError{path, KindOf(fi.Mode()), want}
+	defer dir.Close()
+	fi, err := root.Stat(path)
+	return open(fi, err, path, want, func() (int, error) {
+		fd, err := openat2(int(dir.Fd()), path, &unix.OpenHow{Flags: nonBlock, Resolve: unix.RESOLVE_BENEATH})
+		switch err {
+		case unix.EXDEV:
+			err = errEscapes
+		case unix.ENOSYS, unix.EPERM: // before Linux 5.6, and in containers that do not know the call
+			f, err := root.OpenFile(path, nonBlock, 0)
+			if err != nil {
+				return -1, err
+			}
+			defer f.Close()
+			return unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		}
+		return fd, err
+	})
+}
+
+var errEscapes = errors.New("path escapes from parent") // the text of package os
+
+var openat2 = unix.Openat2 // tests change it
+
+const nonBlock = unix.O_NONBLOCK | unix.O_NOCTTY | unix.O_CLOEXEC
+
+func open(fi fs.FileInfo, statErr error, path string, want Kinds, openFile func() (int, error)) (*os.File, error) {
+	if statErr == nil && KindOf(fi.Mode())&want == 0 {
+		return nil, &KindError{path, KindOf(fi.Mode()), want}
+	}
+	fd, err := openFile()
+	for err == unix.EINTR {
+		fd, err = openFile()
 	}
 	if err != nil {
+		if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
+			err = pe.Err
+		}
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	f, is, err := newFile(fd, path)
+	if err == nil && is&want == 0 {
 		f.Close()
+		err = &KindError{path, is, want}
+	}
+	if err != nil {
 		return nil, err
 	}
 	return f, nil
+}
+
+// NewFile is os.NewFile for a descriptor that was opened without waiting (O_NONBLOCK), as Open
+// opens: only the file of a pipe, a socket or a terminal stays non-blocking, and in the runtime's
+// poller. The runtime adds a file to the poller by a system call of which its scheduler does not
+// know, and in which the kernel asks the server of a FUSE file system: all goroutines stop at the
+// next garbage collection until that answers. On an error the descriptor is closed.
+func NewFile(fd int, path string) (*os.File, error) {
+	f, _, err := newFile(fd, path)
+	return f, err
+}
+
+func newFile(fd int, path string) (_ *os.File, is Kinds, err error) {
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil {
+		is = kindOf(st.Mode)
+		_, notTerminal := unix.IoctlGetTermios(fd, unix.TCGETS)
+		if is&(Pipe|Socket) == 0 && (is != CharDevice || notTerminal != nil) {
+			err = unix.SetNonblock(fd, false)
+		}
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, 0, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), is, nil
 }

@@ -7,10 +7,12 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/virtio/fs/hostfs/hostfstest"
 	"gvm/kvmapi/nowait"
 )
 
@@ -91,5 +93,71 @@ func TestOpen(t *testing.T) {
 	_, err = w.WriteString("late")
 	if got := <-func() chan string { w.Close(); return text }(); got != "late" || err != nil {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// TestNoPoll: the kernel asks the server of a FUSE file system for no POLL. Go's runtime would wait
+// for the answer without its scheduler, so that all goroutines would stop at the next garbage
+// collection.
+func TestNoPoll(t *testing.T) {
+	in := func(dir string) (*os.File, error) {
+		root, err := os.OpenRoot(dir)
+		if err != nil {
+			return nil, err
+		}
+		defer root.Close()
+		return nowait.OpenIn(root, "file", nowait.Regular)
+	}
+	for name, open := range map[string]func(dir string) (*os.File, error){
+		"open": func(dir string) (*os.File, error) {
+			return nowait.Open(filepath.Join(dir, "file"), os.O_RDWR, 0, nowait.Regular)
+		},
+		"open in a root": in,
+		"open a directory": func(dir string) (*os.File, error) {
+			return nowait.Open(dir, os.O_RDONLY, 0, nowait.Directory)
+		},
+		"make": func(dir string) (*os.File, error) {
+			f, _, err := nowait.Make(filepath.Join(dir, "file"), os.O_RDWR, 0o600, nowait.Regular)
+			return f, err
+		},
+		"make a temporary file": func(dir string) (*os.File, error) {
+			return nowait.CreateTemp(dir, "a", ".tmp")
+		},
+		"adopt": func(dir string) (*os.File, error) {
+			fd, err := unix.Open(filepath.Join(dir, "file"), unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+			if err != nil {
+				return nil, err
+			}
+			return nowait.NewFile(fd, "file")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "fuse")
+			var there, polled atomic.Bool
+			there.Store(name[0] != 'm')
+			hostfstest.Mount(t, dir, func(opcode uint32) unix.Errno {
+				switch opcode {
+				case hostfstest.Lookup:
+					if !there.Load() {
+						return unix.ENOENT
+					}
+				case hostfstest.Create:
+					there.Store(true)
+				case hostfstest.Poll:
+					polled.Store(true)
+				}
+				return 0
+			})
+			f, err := open(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := f.Close(); err != nil {
+				t.Error(err)
+			}
+			if polled.Load() {
+				t.Error("the server was asked for POLL")
+			}
+		})
 	}
 }

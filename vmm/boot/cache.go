@@ -105,7 +105,7 @@ func Store(path string, image []byte) {
 	if os.MkdirAll(dir, 0o700) != nil {
 		return
 	}
-	f, err := os.CreateTemp(dir, "*"+cacheTemp)
+	f, err := nowait.CreateTemp(dir, "", cacheTemp)
 	if err != nil {
 		return
 	}

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // BeforeDir is called with each directory that is about to be made durable. Tests set it.
@@ -47,7 +49,7 @@ func Remove(path string) error {
 
 // write writes a new file beside path that is on stable storage when it returns.
 func write(path string, data []byte) (name string, err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*.tmp")
+	f, err := nowait.CreateTemp(filepath.Dir(path), filepath.Base(path)+".", ".tmp")
 	if err != nil {
 		return "", err
 	}

@@ -15,6 +15,7 @@ import (
 
 	"gvm/devices/block"
 	"gvm/devices/scsi"
+	"gvm/kvmapi/nowait"
 )
 
 // Unit is a disk of a Target.
@@ -259,7 +260,8 @@ func readOnlyLoop(image *os.File, p *plan) (*os.File, error) {
 			"%s: readonly with backend=vhost needs a loop device: modprobe loop (CONFIG_BLK_DEV_LOOP)", p.path)
 	}
 	defer ctl.Close()
-	file, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", image.Fd()))
+	file, err := nowait.Open(fmt.Sprintf("/proc/self/fd/%d", image.Fd()), os.O_RDONLY, 0,
+		nowait.Regular|nowait.BlockDevice)
 	if err != nil {
 		return nil, err
 	}

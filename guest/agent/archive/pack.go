@@ -230,7 +230,10 @@ func (p *packer) open(dir int, file, name, path string, flags int) (begun bool, 
 	if err != nil {
 		return false, err
 	}
-	f := os.NewFile(uintptr(fd), path)
+	f, err := nowait.NewFile(fd, path)
+	if err != nil {
+		return false, err
+	}
 	defer f.Close()
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {

@@ -14,7 +14,7 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"gvm/kvmapi/nowait"
 )
 
 // Version is the protocol's. Ends of different versions do not talk to each other.
@@ -210,7 +210,7 @@ func (d *frameReader) readHello(peer role, own ...string) (Hello, error) {
 // BuildID returns the build ID that Go's linker wrote into the program at path, such as
 // /proc/self/exe: programs of one ID have the same contents.
 func BuildID(path string) (string, error) {
-	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // which may be any file
+	file, err := nowait.Open(path, os.O_RDONLY, 0, nowait.Regular)
 	if err != nil {
 		return "", err
 	}

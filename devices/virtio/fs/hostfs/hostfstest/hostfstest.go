@@ -3,7 +3,6 @@ package hostfstest
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -25,12 +24,14 @@ const (
 	forget      = 2
 	getattr     = 3
 	setattr     = 4
-	open        = 14
+	Open        = 14
 	write       = 16
 	statfs      = 17
 	release     = 18
 	Flush       = 25
 	initialize  = 26
+	Create      = 35
+	Poll        = 40
 	batchForget = 42
 )
 
@@ -60,8 +61,8 @@ func MountMortal(t testing.TB, dir string) *Mortal {
 	t.Helper()
 	s := mount(t, dir)
 	t.Cleanup(s.end)
-	// The kernel learns that there are no such requests: nothing ends the wait for FLUSH, which a
-	// process sends for each file at its exit, and Go's runtime stops for POLL.
+	// The kernel learns that there is no FLUSH, which a process sends for each file at its exit, and
+	// whose wait nothing ends.
 	released := make(chan struct{}, 1)
 	s.serve(func(opcode uint32) unix.Errno {
 		switch opcode {
@@ -79,8 +80,7 @@ func MountMortal(t testing.TB, dir string) *Mortal {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, pollErr := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
-	if err := errors.Join(pollErr, unix.Close(fd)); err != nil {
+	if err := unix.Close(fd); err != nil {
 		t.Fatal(err)
 	}
 	<-released
@@ -181,7 +181,7 @@ func (s *server) answer(in []byte, reply func(opcode uint32) unix.Errno) {
 		return
 	}
 	mode := uint32(unix.S_IFREG | 0o644)
-	if node == 1 && opcode != Lookup {
+	if node == 1 && opcode != Lookup && opcode != Create {
 		mode = unix.S_IFDIR | 0o755
 	}
 	attr := words([]uint64{node + 1, 0, 0, 0, 0, 0}, []uint32{0, 0, 0, mode, 1, 0, 0, 0, 512, 0})
@@ -194,7 +194,9 @@ func (s *server) answer(in []byte, reply func(opcode uint32) unix.Errno) {
 		body = words(make([]byte, 16), attr)
 	case opcode == Lookup:
 		body = words([]uint64{2, 0, 0, 0, 0}, attr)
-	case opcode == open:
+	case opcode == Create:
+		body = words([]uint64{2, 0, 0, 0, 0}, attr, []uint64{1, 0})
+	case opcode == Open:
 		body = words([]uint64{1, 0})
 	case opcode == write:
 		body = words([]uint32{order.Uint32(in[56:]), 0}) // the size of fuse_write_in
