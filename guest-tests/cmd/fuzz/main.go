@@ -3,10 +3,10 @@
 //	go run ./guest-tests/cmd/fuzz [-time 30m] [-run REGEXP] [-state FILE]
 //	go run ./guest-tests/cmd/fuzz -table [-run REGEXP]
 //
-// A finding is a file below testdata/fuzz of its package, and a line; fuzzing goes on with the next
-// target. FILE gets each result at once, and targets that it has are not run again, so a run that
-// was interrupted goes on where it was. At the end of all the table of results is printed, FILE is
-// removed, and the status is 1 if there were findings.
+// A finding is a file below testdata/fuzz of its package, and a line with its reason; fuzzing goes
+// on with the next target. FILE gets each result at once, and targets that it has are not run
+// again, so a run that was interrupted goes on where it was. At the end of all the table of results
+// is printed, FILE is removed, and the status is 1 if there were findings.
 //
 // With -table it fuzzes nothing, and writes the table of docs/fuzzing.md anew: the targets, and the
 // statements of their packages that their committed corpora reach. It measures only those that
@@ -92,7 +92,7 @@ func run(ctx context.Context, args []string) error {
 		}
 		results[t.String()] = r
 		if r.Finding != "" {
-			fmt.Printf("fuzz: %s: found %s\n", t, r.Finding)
+			fmt.Printf("fuzz: %s: found %s: %s\n", t, r.Finding, r.Reason)
 		}
 		if err := save(*state, results); err != nil {
 			return err
@@ -152,6 +152,7 @@ func targets(top string) (all []target, err error) {
 type result struct {
 	Execs, New int
 	Finding    string  `json:",omitempty"`
+	Reason     string  `json:",omitempty"` // the first line that go test says of a failure
 	Seeds      float64 // statements of the package that its seeds reach, in percent
 	Corpus     float64 // with the inputs that fuzzing has found on this machine
 }
@@ -189,6 +190,7 @@ func save(state string, results map[string]result) error {
 var (
 	progress = regexp.MustCompile(`^fuzz: elapsed: .*, execs: (\d+) \(.*\), new interesting: (\d+) `)
 	written  = regexp.MustCompile(`^\s+Failing input written to (testdata/fuzz/\S+)`)
+	failed   = regexp.MustCompile(`^\s*--- FAIL: `)
 	seed     = regexp.MustCompile(`^failure while testing seed corpus entry: (\S+)|^\s+--- FAIL: (Fuzz\w+/\S+)`)
 )
 
@@ -238,9 +240,15 @@ func deadline(output []string) bool {
 func (r *result) read(t target, out io.Reader) (last []string, err error) {
 	lines := bufio.NewScanner(out)
 	lines.Buffer(nil, 16<<20)
+	failure := false
 	for lines.Scan() {
 		line := lines.Text()
 		last = append(last[max(0, len(last)-19):], line)
+		if failed.MatchString(line) {
+			failure = true
+		} else if failure && r.Reason == "" {
+			r.Reason = strings.TrimSpace(line)
+		}
 		if m := progress.FindStringSubmatch(line); m != nil {
 			r.Execs, _ = strconv.Atoi(m[1])
 			r.New, _ = strconv.Atoi(m[2])

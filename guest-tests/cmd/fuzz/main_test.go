@@ -48,22 +48,27 @@ func TestRead(t *testing.T) {
 		"fuzz: elapsed: 3s, execs: 52 (17/sec), new interesting: 1 (total: 4)\n" +
 		"fuzz: elapsed: 5s, execs: 90 (19/sec), new interesting: 2 (total: 5)\n"
 	for _, tt := range []struct {
-		name, output, finding string
-		deadline              bool
+		name, output, finding, reason string
+		deadline                      bool
 	}{
-		{"clean", begin + "PASS\nok  \tgvm/text\t5.2s\n", "", false},
+		{"clean", begin + "PASS\nok  \tgvm/text\t5.2s\n", "", "", false},
 		{"finding", begin + "--- FAIL: FuzzName (0.02s)\n    --- FAIL: FuzzName (0.00s)\n        name_test.go:50: wrong\n" +
 			"    \n    Failing input written to testdata/fuzz/FuzzName/0123\n    To re-run:\n",
-			"text/testdata/fuzz/FuzzName/0123", false},
-		{"seed", "failure while testing seed corpus entry: FuzzName/seed#0\n--- FAIL: FuzzName (0.02s)\n",
-			"again by the seed FuzzName/seed#0", false},
-		{"deadline", begin + "--- FAIL: FuzzName (5.02s)\n    context deadline exceeded\nFAIL\n", "", true},
+			"text/testdata/fuzz/FuzzName/0123", "name_test.go:50: wrong", false},
+		{"hung", begin + "--- FAIL: FuzzName (5.02s)\n    fuzzing process hung or terminated unexpectedly: exit status 2\n" +
+			"    Failing input written to testdata/fuzz/FuzzName/0123\n    To re-run:\n",
+			"text/testdata/fuzz/FuzzName/0123", "fuzzing process hung or terminated unexpectedly: exit status 2", false},
+		{"seed", "failure while testing seed corpus entry: FuzzName/seed#0\n--- FAIL: FuzzName (0.02s)\n" +
+			"    --- FAIL: FuzzName (0.00s)\n        name_test.go:50: wrong\n        name_test.go:51: more\n",
+			"again by the seed FuzzName/seed#0", "name_test.go:50: wrong", false},
+		{"deadline", begin + "--- FAIL: FuzzName (5.02s)\n    context deadline exceeded\nFAIL\n", "",
+			"context deadline exceeded", true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var r result
 			last, err := r.read(target{dir: "text", name: "FuzzName"}, strings.NewReader(tt.output))
-			if err != nil || r.Finding != tt.finding || deadline(last) != tt.deadline {
-				t.Errorf("finding %q, deadline %v, error %v", r.Finding, deadline(last), err)
+			if err != nil || r.Finding != tt.finding || r.Reason != tt.reason || deadline(last) != tt.deadline {
+				t.Errorf("finding %q, reason %q, deadline %v, error %v", r.Finding, r.Reason, deadline(last), err)
 			}
 			if strings.HasPrefix(tt.output, begin) && (r.Execs != 90 || r.New != 2) {
 				t.Errorf("%d executions and %d new inputs, want 90 and 2", r.Execs, r.New)
