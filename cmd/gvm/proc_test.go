@@ -91,18 +91,30 @@ func newProc(t *testing.T, args []string) *proc {
 	return p
 }
 
+// lastOutput is enough time to read what a process wrote before its end.
+const lastOutput = time.Second
+
 // start starts the command, whose output comes from r.
 func (p *proc) start(r *os.File) {
 	p.t.Helper()
 	if err := p.cmd.Start(); err != nil {
 		p.t.Fatal(err)
 	}
-	giveUp := time.AfterFunc(tooLong, func() {
+	late := func() {
 		p.mu.Lock()
 		p.late = true
 		p.mu.Unlock()
 		p.more.Broadcast()
-	})
+	}
+	giveUp := time.AfterFunc(tooLong, late)
+	pid := p.cmd.Process.Pid
+	if p.slave != nil { // which keeps the terminal's output open behind the end of the process
+		go func() {
+			for unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+			}
+			giveUp.Reset(lastOutput)
+		}()
+	}
 	p.t.Cleanup(func() {
 		giveUp.Stop()
 		if p.cmd.ProcessState == nil {
