@@ -104,6 +104,7 @@ func (s state) want(t *testing.T, dir string, want map[string]string) {
 // At every pause gvm inspect shows that the queues' requests are answered, and at the end that they
 // were as many as the targets count.
 func TestStopsUnderLoad(t *testing.T) {
+	needsTarget(t)
 	l := theLab(t)
 	lioUnchanged(t)
 	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())

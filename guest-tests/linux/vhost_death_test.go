@@ -53,6 +53,7 @@ func awaitDeath(t *testing.T, process int) {
 // SIGKILL to the keeper, and then gvm ends. Nothing is left of the machine: no target, file or
 // process. If the broker and gvm are killed, the next gvm removes the files.
 func TestVhostDeaths(t *testing.T) {
+	needsTarget(t)
 	const note = "gvm: the broker has ended: disks can no longer be added"
 	for _, c := range []struct {
 		name   string

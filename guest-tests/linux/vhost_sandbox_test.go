@@ -20,6 +20,7 @@ import (
 // Nothing is left in LIO, however gvm ends. In a jail the broker has a janitor do it, also for a
 // device of the command line.
 func TestVhostPlugSandbox(t *testing.T) {
+	needsTarget(t)
 	const user = 41234
 	for _, end := range []string{"in order", "SIGKILL", "in order in a jail", "SIGKILL in a jail"} {
 		t.Run(end, func(t *testing.T) {
