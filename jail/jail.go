@@ -136,6 +136,11 @@ func Enter(c Config) error {
 		return err
 	}
 	runtime.LockOSThread() // namespaces, root and rights are this thread's until execve ends the others
+	hear, err := deaf()
+	if err != nil {
+		return err
+	}
+	defer hear()
 	lock, err := c.lock()
 	if err != nil {
 		return err
@@ -177,6 +182,7 @@ func Enter(c Config) error {
 		env, err = c.inside(program, janitor)
 	}
 	if err == nil {
+		hear()
 		err = syscall.Exec(exe, c.Args, env)
 	}
 	switch {
@@ -187,6 +193,20 @@ func Enter(c Config) error {
 			"build it with CGO_ENABLED=0", c.Dir)
 	}
 	return fmt.Errorf("--jail %s: start gvm in it: %w", c.Dir, err)
+}
+
+// deaf blocks the signals that ask a process to end for this thread, until hear is called: Linux
+// gives them to another one, which ends the process also while this one waits for storage that does
+// not answer.
+func deaf() (hear func(), err error) {
+	var ends, old unix.Sigset_t
+	for _, s := range []unix.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM} {
+		ends.Val[0] |= 1 << (s - 1)
+	}
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &ends, &old); err != nil {
+		return nil, err
+	}
+	return func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) }, nil
 }
 
 // closeAtExec has execve close all descriptors but the standard ones.

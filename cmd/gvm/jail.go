@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -17,6 +18,7 @@ import (
 	"gvm/kvmapi/vhost"
 	"gvm/machine"
 	"gvm/machine/disk"
+	"gvm/panics"
 )
 
 // jailFlagNames are removed from the command line of the program in the jail.
@@ -191,7 +193,17 @@ func (rc *runConfig) enterJail() error {
 		}
 	}
 	j.Parents = lineage(os.Getppid()) // for job control, as sudo is of gvm's process group
-	err := jail.Enter(*j)
+	if rc.timeout > 0 {
+		late := time.AfterFunc(rc.timeout-sinceStart(), panics.Func(func() {
+			exitNow(exitTimeout, patience, func() {
+				stderr.say(fmt.Sprintf("gvm: %v while the jail was made\n", endOfTimeout(rc.timeout)))
+			})
+		}))
+		defer late.Stop()
+	}
+	entered := make(chan error, 1)
+	onMainThread <- panics.Func(func() { entered <- jail.Enter(*j) })
+	err := <-entered
 	var user *jail.UserError
 	if errors.As(err, &user) {
 		return configError{err}

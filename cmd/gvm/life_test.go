@@ -98,14 +98,21 @@ var onStorage = map[string]struct {
 	"kunit results": {args: "kunit --kernel guest --junit hung/file", message: looked, early: true},
 	"verdict":       {args: "test -k guest --verdict hung/file -- true", message: looked, early: true},
 	"shared":        {args: "test -k guest --rw hung -- true", message: looked, early: true},
-	"program":       {args: "test -k guest -- ./hung/file", message: " while the command was looked up"},
-	"file":          {args: "test -k guest --file hung/file -- true", message: " while the guest's files were read"},
-	"log":           {args: "test -k guest --klog hung/file -- true"},
-	"image create":  {args: "image create hung/file 1M", early: true, endless: true},
-	"image info":    {args: "image info hung/file", early: true, endless: true},
-	"kernel check":  {args: "kernel check hung/file", early: true, endless: true},
-	"replay":        {args: "replay hung/file", early: true, endless: true},
-	"bench":         {args: "bench disk --disk hung/file", message: ", before the orderly end was over", endless: true},
+	"jail": {args: "run --jail DIR/jail --uid 2001 --gid 2001 --disk DIR/hung/file",
+		message: " while the jail was made", early: true},
+	"jail's directory": {args: "run --jail DIR/hung --uid 2001 --gid 2001",
+		message: " while the jail was made", early: true},
+	"matrix": {args: "test -k guest --repeat 2 --junit hung/file -- true", message: looked, early: true},
+	"matrix's directory": {args: "test -k guest --repeat 2 --output hung/file -- true", message: looked,
+		early: true},
+	"program":      {args: "test -k guest -- ./hung/file", message: " while the command was looked up"},
+	"file":         {args: "test -k guest --file hung/file -- true", message: " while the guest's files were read"},
+	"log":          {args: "test -k guest --klog hung/file -- true"},
+	"image create": {args: "image create hung/file 1M", early: true, endless: true},
+	"image info":   {args: "image info hung/file", early: true, endless: true},
+	"kernel check": {args: "kernel check hung/file", early: true, endless: true},
+	"replay":       {args: "replay hung/file", early: true, endless: true},
+	"bench":        {args: "bench disk --disk hung/file", message: ", before the orderly end was over", endless: true},
 }
 
 const looked = " while the files of the command line were looked at"
@@ -119,6 +126,9 @@ func onStorageDir(t *testing.T) string {
 			t.Fatal(err)
 		}
 	}
+	if err := os.Mkdir(filepath.Join(dir, "jail"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	return dir
 }
 
@@ -128,6 +138,9 @@ func TestDeafStorage(t *testing.T) {
 	for name, tt := range onStorage {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			if strings.Contains(tt.args, "--jail") {
+				needsJail(t)
+			}
 			for _, timeout := range []bool{false, true} {
 				if timeout && tt.endless {
 					continue
@@ -135,9 +148,10 @@ func TestDeafStorage(t *testing.T) {
 				dir := onStorageDir(t)
 				m := hostfstest.MountMortal(t, filepath.Join(dir, "hung"))
 				m.Strike()
-				args, status, want := strings.Fields(tt.args), 143, "stopped by SIGTERM"+tt.message
+				args := strings.Fields(strings.ReplaceAll(tt.args, "DIR", dir))
+				status, want := 143, "stopped by SIGTERM"+tt.message
 				if timeout {
-					args = slices.Insert(args, 1, "--timeout=100ms")
+					args = slices.Insert(args, 1, "--timeout=500ms")
 					status, want = exitTimeout, "elapsed"+tt.message
 				} else if tt.early {
 					want = ""
@@ -161,7 +175,7 @@ func TestDeafStorage(t *testing.T) {
 // scheduler would wait, neither of a file that is there nor of a new one.
 func TestNoPoll(t *testing.T) {
 	for name, tt := range onStorage {
-		if strings.Contains(tt.args, "hung/file") {
+		if strings.Contains(tt.args, " hung/file") || strings.Contains(tt.args, "=hung/file") {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
 				for _, there := range []bool{true, false} {

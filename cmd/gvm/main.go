@@ -41,17 +41,24 @@ func main() {
 // It does so in another thread than the main one, which waits: Linux gives the signal of a process
 // to the main thread if it can, and to no other while that one waits for storage that does not
 // answer, so that the signal would wait too. Only the jail is made by the main thread, which
-// /proc/self shows.
+// /proc/self shows; it takes no signals meanwhile.
 func gvm(args []string) int {
-	if asksForJail(args) {
-		return runCommandLine(args)
-	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	status := make(chan int)
+	status := make(chan int, 1)
 	panics.Go(func() { status <- runCommandLine(args) }) // which reports its panics itself
-	return <-status
+	for {
+		select {
+		case s := <-status:
+			return s
+		case do := <-onMainThread:
+			do()
+		}
+	}
 }
+
+// onMainThread takes functions for the main thread.
+var onMainThread = make(chan func())
 
 func runCommandLine(args []string) (status int) {
 	switch args[0] {

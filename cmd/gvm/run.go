@@ -454,7 +454,7 @@ func run(rc *runConfig) (err error) {
 	end := &ending{stop: stop, grace: rc.grace}
 	defer catchSignals(ctx, end.signal)()
 	if rc.timeout > 0 {
-		timer := time.AfterFunc(rc.timeout, panics.Func(func() { stop(endOfTimeout(rc.timeout)) }))
+		timer := time.AfterFunc(rc.timeout-sinceStart(), panics.Func(func() { stop(endOfTimeout(rc.timeout)) }))
 		defer timer.Stop()
 	}
 	for _, s := range []string{rc.kernelNote, rc.memoryNote, rc.threadNote} {

@@ -254,7 +254,7 @@ func (t *testConfig) timed(ctx context.Context, margin time.Duration) (context.C
 // runMachine runs the test in a machine that Begin has begun, and closes it. begun takes the
 // run, and nil at its end.
 func (t *testConfig) runMachine(ctx context.Context, stop func(error), begun func(*testrun.Run)) *testrun.Result {
-	timed, over := t.timed(ctx, 0)
+	timed, over := t.timed(ctx, -sinceStart())
 	defer over()
 	l := newLife[*testrun.Result](timed)
 	res := l.run(func() *testrun.Result { return t.live(l, stop, begun) },

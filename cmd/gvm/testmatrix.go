@@ -219,15 +219,9 @@ func (t *testConfig) testMatrix(w io.Writer) error {
 		cells = cells[m.cell : m.cell+1]
 	}
 	t.hostNotes(note)
-	made, err := m.makeDir()
+	_, err = within(t.timeout, endOfTest(t.timeout), func() (struct{}, error) { return struct{}{}, m.open() })
 	if err != nil {
-		return fail(err)
-	}
-	if err := openOutputs(&m.junit, &m.results, &m.message); err != nil {
-		if made {
-			err = errors.Join(err, os.Remove(m.dir))
-		}
-		return fail(err)
+		return notTested(err)
 	}
 	defer m.junit.close()
 	defer m.results.close()
@@ -289,6 +283,19 @@ func (m *matrixConfig) report(ctx context.Context, w io.Writer, all []matrix.Don
 		end.error = fmt.Errorf("not all cells passed: %s", matrix.Count(all))
 	}
 	return end
+}
+
+// open makes the directory and opens the files for the results.
+func (m *matrixConfig) open() error {
+	made, err := m.makeDir()
+	if err != nil {
+		return err
+	}
+	err = openOutputs(&m.junit, &m.results, &m.message)
+	if err != nil && made {
+		err = errors.Join(err, os.Remove(m.dir))
+	}
+	return err
 }
 
 // makeDir makes the directory of --output, and reports whether it did. Files of an earlier run must

@@ -42,6 +42,14 @@ func startOfProcess() time.Time {
 	return now
 }
 
+// sinceStart returns the age of the process, which --timeout counts too.
+func sinceStart() time.Duration {
+	if processStart.IsZero() {
+		return 0
+	}
+	return time.Since(processStart)
+}
+
 func newTiming() *timing {
 	t := &timing{start: processStart}
 	t.phase("program start, command line")

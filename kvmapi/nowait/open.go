@@ -162,8 +162,12 @@ func newFile(fd int, path string) (_ *os.File, is Kinds, err error) {
 	var st unix.Stat_t
 	if err = unix.Fstat(fd, &st); err == nil {
 		is = kindOf(st.Mode)
-		_, notTerminal := unix.IoctlGetTermios(fd, unix.TCGETS)
-		if is&(Pipe|Socket) == 0 && (is != CharDevice || notTerminal != nil) {
+		waits := is&(Pipe|Socket) != 0
+		if is == CharDevice {
+			_, notTerminal := unix.IoctlGetTermios(fd, unix.TCGETS)
+			waits = notTerminal == nil
+		}
+		if !waits {
 			err = unix.SetNonblock(fd, false)
 		}
 	}
