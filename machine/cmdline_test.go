@@ -65,7 +65,7 @@ func TestRootWords(t *testing.T) {
 			(notes > 0) != tt.noted {
 			t.Errorf("%s: %q with %d notes, want %q", tt.disks, got, notes, tt.want)
 		}
-		if err := ds.Close(false); err != nil {
+		if err := ds.Close(t.Context(), false); err != nil {
 			t.Error(err)
 		}
 	}

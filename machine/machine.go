@@ -292,7 +292,7 @@ func Start(ctx context.Context, s Spec) (_ *Machine, err error) {
 			s.Phase(name)
 		}
 	}
-	m.later(func() error { return m.disks.Close(started.Load()) })
+	m.later(func() error { return m.disks.Close(ctx, started.Load()) })
 	if s.Kernel == nil {
 		if len(s.Disks) == 0 {
 			if err := m.disks.Attach(disk.Spec{Serial: "gvm-memory-disk"}, block.NewMem(EmbeddedDisk)); err != nil {

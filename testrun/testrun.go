@@ -21,6 +21,7 @@ import (
 
 	"gvm/devices/statusport"
 	"gvm/guest/agent/wire"
+	"gvm/kvmapi/nowait"
 	"gvm/machine"
 	"gvm/panics"
 	"gvm/verdict"
@@ -332,7 +333,7 @@ func (r *Run) finish(over context.Context, listeners []*listener) {
 	case <-stopped:
 		select {
 		case <-drained:
-		case <-time.After(drainPatience):
+		case <-time.After(nowait.Left(over, drainPatience)):
 			cut = context.Cause(over)
 		}
 	}

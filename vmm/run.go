@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"gvm/kvmapi"
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 	"gvm/vmm/bus"
 	"gvm/vmm/vmcore"
@@ -156,9 +157,10 @@ func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err erro
 		select {
 		case err := <-done:
 			return true, err
-		case <-time.After(endPatience):
+		case <-time.After(nowait.Left(ctx, endPatience)):
 		}
 		if now := m.alive.Load(); now != alive {
+			nowait.Extend(ctx)
 			alive = now
 			continue
 		}

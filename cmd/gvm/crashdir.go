@@ -40,17 +40,17 @@ type crashRecord struct {
 	core bool            // --crash-core
 	ctx  context.Context // of the run: its end gives up the core
 
-	mu  sync.Mutex
-	log crashLog
-	end time.Duration // the machine's end, by inspect.Clock; 0: unknown
-
-	coreErr error // why it has no core
+	mu      sync.Mutex
+	log     crashLog
+	end     time.Duration // the machine's end, by inspect.Clock; 0: unknown
+	coreErr error         // why it has no core
+	begun   bool          // open was called, so that the end gets a record
+	spent   time.Duration // of recordPatience
+	late    bool          // a part of it was
 
 	open  func() error        // makes the directory and opens the files of text in it, once
 	path  string              // of the directory; this and texts are set when open has returned nil
 	texts map[string]*os.File // by their names
-	begun bool                // open was called, so that the end gets a record
-	spent time.Duration       // of recordPatience
 }
 
 // Bounds of a record.
@@ -215,7 +215,9 @@ func (r *crashRecord) prepare(err error, w *watch) {
 	if r == nil || !slices.Contains(recordedEnds, exitStatus(err)) && (err != nil || !w.fails()) {
 		return
 	}
+	r.mu.Lock()
 	r.begun = true
+	r.mu.Unlock()
 	done := make(chan error, 1)
 	panics.Go(func() { done <- r.open() })
 	_ = r.await(done) // save has the error
@@ -224,23 +226,40 @@ func (r *crashRecord) prepare(err error, w *watch) {
 // errRecordLate is the error of storage that does not answer.
 var errRecordLate = errors.New("the storage does not answer; gvm ends without a whole record")
 
-// await waits for a part of the record. All of them together have recordPatience: storage that does
-// each of them slowly delays the end no longer than storage that hangs.
+// await waits for a part of the record. All of them together have recordPatience, or the rest of
+// the end's time: storage that does each of them slowly delays the end no longer than storage that
+// hangs.
 func (r *crashRecord) await(done <-chan error) error {
-	begin := inspect.Clock()
-	defer func() { r.spent += inspect.Clock() - begin }()
+	r.mu.Lock()
+	patience, late, begin := recordPatience-r.spent, r.late, inspect.Clock()
+	r.mu.Unlock()
+	if late {
+		return errRecordLate
+	}
 	select {
 	case err := <-done:
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.spent += inspect.Clock() - begin
 		return err
-	case <-time.After(recordPatience - r.spent):
+	case <-time.After(left(patience)):
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.late = true
 		return errRecordLate
 	}
 }
 
 // finish takes the error of a run, and writes a record if that is an end which gets one.
 func (r *crashRecord) finish(err error) error {
+	if r == nil {
+		return err
+	}
 	status := exitStatus(err)
-	if r == nil || !r.begun && !slices.Contains(recordedEnds, status) {
+	r.mu.Lock()
+	begun := r.begun
+	r.mu.Unlock()
+	if !begun && !slices.Contains(recordedEnds, status) {
 		return err
 	}
 	if saveErr := r.save(errorText(err), slices.Contains(coreEnds, status)); saveErr != nil {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	"gvm/control"
+	"gvm/kvmapi/nowait"
 	"gvm/machine"
 	"gvm/panics"
 	"gvm/text"
@@ -216,21 +217,26 @@ func giveUp(why error) bool {
 
 // endNow ends the process without waiting for its end in order. gvm lio gc removes kernel objects
 // that are left.
-func endNow(status int, why string) {
+func endNow(status int, why string) { endLate(status, why, patience) }
+
+// endLate is endNow with a bound of its own.
+func endLate(status int, why string, patience time.Duration) {
 	exitNow(status, patience, func() { stderr.say(fmt.Sprintf("gvm: %s, before the orderly end was over\n", why)) })
 }
 
-// endWithin ends the process, after clean, when ctx has ended for patience, unless the returned
-// function is called before that: the storage or the reader of an output may take any time.
+// endWithin ends the process, after clean, when ctx has ended for patience, or for nowait.Left,
+// unless the returned function is called before that: the storage or the reader of an output may
+// take any time.
 func endWithin(ctx context.Context, patience time.Duration, clean func()) (done func()) {
+	ctx = nowait.WithOneEnd(ctx)
 	over := make(chan struct{})
 	stop := context.AfterFunc(ctx, panics.Func(func() {
 		select {
 		case <-over:
-		case <-time.After(patience):
+		case <-time.After(nowait.Left(ctx, patience)):
 			clean()
 			cause := context.Cause(ctx)
-			endNow(exitStatus(cause), errorText(cause))
+			endLate(exitStatus(cause), errorText(cause), nowait.Left(ctx, patience))
 		}
 	}))
 	return func() {

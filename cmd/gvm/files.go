@@ -218,7 +218,7 @@ func (o *outputFile) fill(write func(io.Writer) error) error {
 }
 
 // endSoon bounds the wait for the reader of a pipe, once the end of the run was asked for.
-func (o *outputFile) endSoon() {
+func (o *outputFile) endSoon(patience time.Duration) {
 	if o.file != nil {
 		_ = o.file.SetWriteDeadline(time.Now().Add(patience)) // fails for a regular file
 	}
@@ -230,18 +230,19 @@ func saveOutputs(soon bool, files []*outputFile, save func() error) error {
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
 	var paths []string
+	patience := left(hostPatience)
 	for _, o := range files {
 		if o.path != "" {
 			paths = append(paths, o.path)
 		}
 		if soon {
-			o.endSoon()
+			o.endSoon(patience / 2)
 		}
 	}
 	if soon {
 		stop(disk.ImageError{Err: errors.New("the storage does not answer")})
 	}
-	_, err := nowait.Within(ctx, hostPatience, func() string { return strings.Join(paths, " and ") + " was written" },
+	_, err := nowait.Within(ctx, patience, func() string { return strings.Join(paths, " and ") + " was written" },
 		func() (struct{}, error) { return struct{}{}, save() }, func(struct{}) {})
 	return err
 }

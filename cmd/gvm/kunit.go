@@ -66,7 +66,7 @@ not or none ran. Other ends are those of gvm help exit-status.`,
 			case rc.hidden:
 				ctx, stop := context.WithCancelCause(context.Background())
 				defer stop(nil)
-				defer endWithin(ctx, patience, func() {})()
+				defer endWithin(ctx, left(patience), func() {})()
 				if status >= exitTimeout {
 					stop(err)
 				}

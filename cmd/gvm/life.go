@@ -19,13 +19,15 @@ const (
 
 // life is a command that runs a machine. Its start, and the steps behind the machine's end, may
 // wait for the host: for a file system that does not answer, or a process that hangs. Once the end
-// was asked for, the command goes on without them after hostPatience. They end with the process.
+// was asked for, the command goes on without them after hostPatience, and all waits that follow
+// have the rest of a second: see left. They end with the process.
 type life[T any] struct {
 	ctx     context.Context // its end asks for the end of the start
 	step    atomic.Pointer[string]
 	started chan struct{}
 	ended   chan endOfLife[T]
-	leave   func() // is the function leave, but in tests
+	stop    context.CancelCauseFunc
+	leave   func(patience time.Duration) // is the function leave, but in tests
 }
 
 type endOfLife[T any] struct {
@@ -34,7 +36,9 @@ type endOfLife[T any] struct {
 }
 
 func newLife[T any](ctx context.Context) *life[T] {
-	l := &life[T]{ctx: ctx, started: make(chan struct{}), leave: leave,
+	ctx, stop := context.WithCancelCause(nowait.WithOneEnd(ctx))
+	theLife.Store(&ctx)
+	l := &life[T]{ctx: ctx, stop: stop, started: make(chan struct{}), leave: leave,
 		ended: make(chan endOfLife[T], 1)}
 	l.at("the machine was prepared")
 	return l
@@ -47,7 +51,26 @@ func (l *life[T]) at(step string) { l.step.Store(&step) }
 func (l *life[T]) begins() { close(l.started) }
 
 // ends is the end of the machine, with the result of the command. asked: the end was asked for.
-func (l *life[T]) ends(result T, asked bool) { l.ended <- endOfLife[T]{result, asked} }
+func (l *life[T]) ends(result T, asked bool) {
+	if asked {
+		l.stop(errEnded)
+	}
+	l.ended <- endOfLife[T]{result, asked}
+}
+
+// errEnded is the end of the context of a life that ended by itself.
+var errEnded = errors.New("the machine has ended")
+
+// theLife is the context of the life of this process; nil: it has none yet.
+var theLife atomic.Pointer[context.Context]
+
+// left returns how long a wait behind the life of this process may take: see nowait.Left.
+func left(most time.Duration) time.Duration {
+	if ctx := theLife.Load(); ctx != nil {
+		return nowait.Left(*ctx, most)
+	}
+	return most
+}
 
 // run returns the result of f, which calls begins and ends. If it leaves f, the result is that of
 // ends, or before the machine begins that of failed.
@@ -73,15 +96,15 @@ func (l *life[T]) run(f func() T, failed func(error) T) T {
 		case <-starts:
 			starts, asked, late = nil, nil, nil
 		case <-asked:
-			asked, late = nil, time.After(hostPatience)
+			asked, late = nil, time.After(nowait.Left(l.ctx, hostPatience))
 		case end := <-l.ended:
 			if result = end.result; end.asked {
-				late = time.After(hostPatience)
+				late = time.After(nowait.Left(l.ctx, hostPatience))
 			} else if l.ctx.Err() == nil { // else the next signal ends the process
 				asked = l.ctx.Done()
 			}
 		case <-late:
-			l.leave()
+			l.leave(nowait.Left(l.ctx, tidyPatience))
 			if starts != nil {
 				return failed(fmt.Errorf("%w while %s", context.Cause(l.ctx), *l.step.Load()))
 			}
@@ -91,7 +114,7 @@ func (l *life[T]) run(f func() T, failed func(error) T) T {
 }
 
 // leave performs the steps of urgent that the goroutine which is left behind does not.
-func leave() {
+func leave(patience time.Duration) {
 	done := make(chan struct{})
 	panics.Go(func() { // ends with the process at the latest
 		defer close(done)
@@ -101,7 +124,7 @@ func leave() {
 	})
 	select {
 	case <-done:
-	case <-time.After(tidyPatience):
+	case <-time.After(patience):
 	}
 }
 

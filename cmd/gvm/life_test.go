@@ -22,6 +22,7 @@ import (
 // TestLife: a start or a closing that waits for the host is left once the end was asked for, and
 // not before.
 func TestLife(t *testing.T) {
+	defer theLife.Store(nil)
 	cause := errors.New("told to")
 	failed := func(err error) string { return err.Error() }
 	for name, tt := range map[string]struct {
@@ -61,7 +62,7 @@ func TestLife(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			ctx, cancel := context.WithCancelCause(t.Context())
 			l, free, got := newLife[string](ctx), make(chan struct{}), make(chan string, 1)
-			l.leave = func() {}
+			l.leave = func(time.Duration) {}
 			go func() {
 				got <- l.run(func() string { return tt.f(l, free) }, failed)
 			}()
@@ -74,6 +75,35 @@ func TestLife(t *testing.T) {
 			close(free)
 		})
 	}
+}
+
+// TestOneEnd: the start, its steps that are urgent, the files for results and a crash record, all
+// on storage that does not answer, have one time together after the end was asked for.
+func TestOneEnd(t *testing.T) {
+	defer theLife.Store(nil)
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		free, begin := make(chan struct{}), time.Now()
+		l := newLife[error](ctx)
+		l.leave = func(patience time.Duration) { time.Sleep(patience) }
+		hangs, record := func() error { <-free; return nil }, new(crashRecord)
+		cancel(errors.New("told to"))
+		steps := []error{
+			l.run(hangs, func(err error) error { return err }),
+			saveOutputs(true, []*outputFile{{path: "FILE"}}, hangs),
+			record.await(make(chan error)),
+			record.await(make(chan error)), // which is not tried after that
+		}
+		if took, want := time.Since(begin), hostPatience+3*50*time.Millisecond; took != want {
+			t.Errorf("took %v, want %v", took, want)
+		}
+		for i, err := range steps {
+			if err == nil {
+				t.Errorf("step %d has ended", i)
+			}
+		}
+		close(free)
+	})
 }
 
 // onStorage are command lines with a path below hung, where a test mounts a file system, and the
@@ -241,7 +271,7 @@ func TestSignalAfterLeave(t *testing.T) {
 	urgent.Lock()
 	urgent.remove = append(urgent.remove, func() error { removed++; return nil })
 	urgent.Unlock()
-	leave()
+	leave(tidyPatience)
 	urgent.Lock() // waits for ever if leave has it
 	defer urgent.Unlock()
 	if removed != 1 || urgent.remove != nil || giveUp(nil) {

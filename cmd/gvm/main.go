@@ -94,7 +94,7 @@ func runCommandLine(args []string) (status int) {
 		}
 	})()
 	defer func() {
-		wait := patience
+		wait := left(patience)
 		if status < exitTimeout { // no end was requested: a pager may take its time
 			wait = -1
 		}

@@ -279,7 +279,7 @@ func newSide(ctx context.Context, undo *undoList, p *sandbox.Policy, name string
 		if err != nil {
 			return side, err
 		}
-		later(func() error { return ds.Close(true) })
+		later(func() error { return ds.Close(ctx, true) })
 		dev, err := ds.Device()
 		if err != nil {
 			return side, err

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/term"
 
 	"gvm/kvmapi/eventfd"
+	"gvm/kvmapi/nowait"
 	"gvm/machine"
 	"gvm/panics"
 	"gvm/vmm"
@@ -106,7 +107,7 @@ func (t *terminal) Write(p []byte) (n int, err error) {
 	case <-t.run.Done():
 		select {
 		case <-written:
-		case <-time.After(patience):
+		case <-time.After(nowait.Left(t.run, patience)):
 			return 0, context.Cause(t.run)
 		}
 	}
@@ -244,7 +245,7 @@ func (t *terminal) close() error {
 	left := false
 	select {
 	case <-ended:
-	case <-time.After(patience):
+	case <-time.After(nowait.Left(t.run, patience)):
 		left = true
 	}
 	if t.tty != nil {

@@ -228,6 +228,7 @@ func (t *testConfig) testMatrix(w io.Writer) error {
 	defer m.message.close()
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
+	ctx = nowait.WithOneEnd(ctx)
 	defer catchSignals(ctx, stop)()
 	if err := t.readAllow(ctx); err != nil {
 		end := endError{status: exitUntested}
@@ -264,7 +265,7 @@ func (m *matrixConfig) report(ctx context.Context, w io.Writer, all []matrix.Don
 	defer endWithin(ctx, hostPatience, func() {})()
 	hurried := context.AfterFunc(ctx, panics.Func(func() {
 		for _, o := range []*outputFile{&m.junit, &m.results, &m.message} {
-			o.endSoon()
+			o.endSoon(nowait.Left(ctx, patience))
 		}
 	}))
 	err := errors.Join(

@@ -17,8 +17,8 @@ func Until[T any](ctx context.Context, what func() string, do func() (T, error),
 }
 
 // Within returns the result of do, which may wait for storage that does not answer. It returns
-// patience after the end of ctx at the latest: with the cause of ctx and what was done, such as
-// "FILE was opened". Then undo gets what do returns later without an error.
+// patience after the end of ctx at the latest, or earlier as Left says: with the cause of ctx and
+// what was done, such as "FILE was opened". Then undo gets what do returns later without an error.
 func Within[T any](ctx context.Context, patience time.Duration, what func() string, do func() (T, error),
 	undo func(T)) (T, error) {
 	type result struct {
@@ -38,7 +38,7 @@ func Within[T any](ctx context.Context, patience time.Duration, what func() stri
 	select {
 	case r := <-done:
 		return r.value, r.err
-	case <-time.After(patience):
+	case <-time.After(Left(ctx, patience)):
 	}
 	panics.Go(func() { // likewise
 		if r := <-done; r.err == nil {

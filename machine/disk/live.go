@@ -547,10 +547,10 @@ func (ds *Set) taken(b block.Backend) (f opened) {
 	return f
 }
 
-// endChanges ends changes and waits for those under way, until ctx is done. It returns the open
-// files that no change uses any more; the rest closes with the process.
-func (ds *Set) endChanges(ctx context.Context) (open []opened) {
-	ctx, cancel := context.WithTimeout(ctx, settlePatience/3) // the rest is for the disks
+// endChanges ends changes and waits for those under way, for the time of patience. It returns the
+// open files that no change uses any more; the rest closes with the process.
+func (ds *Set) endChanges(ctx context.Context, patience time.Duration) (open []opened) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	ds.mu.Lock()
 	if !ds.ended {

@@ -112,7 +112,7 @@ func TestRemoveKernelDisk(t *testing.T) {
 	if _, err := ds.Remove(t.Context(), "3"); !errors.As(err, &e) || e.Status != 404 {
 		t.Errorf("a removed disk: %v", err)
 	}
-	if err := ds.Close(true); err != nil {
+	if err := ds.Close(t.Context(), true); err != nil {
 		t.Error(err)
 	}
 }
@@ -163,7 +163,7 @@ func TestAddKernelDisk(t *testing.T) {
 	k.plug = nil // another's target
 	_, err = ds.Add(t.Context(), d)
 	wantConflict(t, err, "the machine was started without backend=vhost disks")
-	if err := ds.Close(true); err != nil {
+	if err := ds.Close(t.Context(), true); err != nil {
 		t.Error(err)
 	}
 }
@@ -184,7 +184,7 @@ func TestRemoveKernelDiskWaits(t *testing.T) {
 	}
 	_, err := ds.Remove(t.Context(), paths[0])
 	wantConflict(t, err, "removing is under way")
-	if err := ds.Close(true); err != nil {
+	if err := ds.Close(t.Context(), true); err != nil {
 		t.Error(err)
 	}
 	if err := <-result; err != control.ErrEnded {
@@ -213,7 +213,7 @@ func TestRemoveWhichDisk(t *testing.T) {
 			t.Errorf("%s: %v", id, err)
 		}
 	}
-	if err := ds.Close(true); err != nil {
+	if err := ds.Close(t.Context(), true); err != nil {
 		t.Error(err)
 	}
 }

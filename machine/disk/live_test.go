@@ -104,7 +104,7 @@ func TestChangesWaitForNothing(t *testing.T) {
 			if list := ds.List(); len(list) != 1 || list[0].Change != tt.state {
 				t.Errorf("the list after that: %+v", list)
 			}
-			if err := ds.Close(true); err != nil { // would hang
+			if err := ds.Close(t.Context(), true); err != nil { // would hang
 				t.Error(err)
 			}
 			if _, err := ds.Resize(t.Context(), "0", control.ResizeDisk{}); err != control.ErrEnded {
@@ -145,7 +145,7 @@ func TestRemoveBehindCommand(t *testing.T) {
 				runtime.Gosched()
 			}
 			if tt.ends {
-				go func() { ended <- ds.Close(true) }()
+				go func() { ended <- ds.Close(t.Context(), true) }()
 				if err := <-removed; err != control.ErrEnded {
 					t.Error(err)
 				}
@@ -203,7 +203,7 @@ func TestResizeBehindCommand(t *testing.T) {
 		if _, err := ds.Resize(t.Context(), "0", control.ResizeDisk{Size: 1 << 20}); err != nil {
 			t.Errorf("after it: %v", err)
 		}
-		if err := ds.Close(true); err != nil {
+		if err := ds.Close(t.Context(), true); err != nil {
 			t.Error(err)
 		}
 	}
@@ -226,7 +226,7 @@ func TestResizeAtEnd(t *testing.T) {
 	for ds.List()[0].Change == "" {
 		time.Sleep(time.Millisecond)
 	}
-	if err := ds.Close(true); err != nil {
+	if err := ds.Close(t.Context(), true); err != nil {
 		t.Error(err)
 	}
 	if err := <-resized; err != control.ErrEnded {

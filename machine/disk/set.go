@@ -97,7 +97,7 @@ func Open(ctx context.Context, list []Spec, c Config) (*Set, error) {
 			k.targets, k.fixed = Direct{}, c.Provisioned
 		}
 		return openDisks(list, c.Files, k, m)
-	}, func(ds *Set) { _ = ds.Close(false) })
+	}, func(ds *Set) { _ = ds.Close(context.Background(), false) })
 }
 
 func openDisks(list []Spec, files block.Files, k kernelOptions, m *mishaps) (*Set, error) {
@@ -120,7 +120,7 @@ func openAll(list []Spec, files block.Files, k kernelOptions, m *mishaps) (_ *Se
 	ds := &Set{target: scsi.NewTarget(), files: files, mishaps: m}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, ds.Close(false))
+			err = errors.Join(err, ds.Close(context.Background(), false))
 		}
 	}()
 	if err := assignLUNs(list); err != nil {
@@ -339,13 +339,14 @@ func (i opened) close(had bool) error {
 }
 
 // Close removes the kernel's targets and closes the images; if no guest was started, it undoes
-// size= in between. It makes the guest's unflushed writes durable as far as settlePatience allows;
-// the rest stays in the page cache. The Set cannot be changed afterwards.
-func (ds *Set) Close(started bool) error {
-	ctx, cancel := context.WithTimeout(context.Background(), settlePatience)
+// size= in between. It makes the guest's unflushed writes durable as far as settlePatience allows,
+// or nowait.Left of ctx; the rest stays in the page cache. The Set cannot be changed afterwards.
+func (ds *Set) Close(ctx context.Context, started bool) error {
+	left := nowait.Left(ctx, settlePatience)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), left)
 	defer cancel()
 	kernels := ds.endKernels()
-	open := ds.endChanges(ctx)
+	open := ds.endChanges(ctx, left/3) // the rest is for the disks
 	busy := ds.end(ctx)
 	var errs []error
 	if started {

@@ -45,7 +45,7 @@ func TestOpenDisks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ds.Close(true)
+	defer ds.Close(t.Context(), true)
 	if s := vpd80(t, ds, 0); s != "SN, 1" {
 		t.Errorf("serial %q", s)
 	}
@@ -97,7 +97,7 @@ func TestUndo(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if err := ds.Close(false); err != nil {
+			if err := ds.Close(t.Context(), false); err != nil {
 				t.Fatal(err)
 			}
 			if got := size(path); got != tt.want {

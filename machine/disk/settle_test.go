@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"gvm/control"
@@ -22,6 +23,7 @@ import (
 	"gvm/devices/scsi/lio"
 	"gvm/devices/scsi/scsitest"
 	"gvm/devices/virtio/vscsi"
+	"gvm/kvmapi/nowait"
 )
 
 // sideFile is protection information that logs its operations with those of the image.
@@ -114,8 +116,8 @@ func TestSettle(t *testing.T) {
 		want []string
 	}{
 		{"remove", func(ds *Set) error { _, err := ds.Remove(context.Background(), "0"); return err }, both},
-		{"end", func(ds *Set) error { return ds.Close(true) }, both},
-		{"end of a guest that never ran", func(ds *Set) error { return ds.Close(false) }, nil},
+		{"end", func(ds *Set) error { return ds.Close(t.Context(), true) }, both},
+		{"end of a guest that never ran", func(ds *Set) error { return ds.Close(t.Context(), false) }, nil},
 		{"grow", func(ds *Set) error {
 			_, err := ds.Resize(context.Background(), "0", control.ResizeDisk{Size: 2 << 20})
 			return err
@@ -159,7 +161,7 @@ func TestSettle(t *testing.T) {
 		t.Fatal(a)
 	}
 	rec.Log()
-	if err := ds.Close(true); err != nil || len(rec.Log()) > 0 {
+	if err := ds.Close(t.Context(), true); err != nil || len(rec.Log()) > 0 {
 		t.Errorf("%v, and flushed once more", err)
 	}
 	// A failed write-back is followed by a flush all the same, with the files beside the image.
@@ -168,7 +170,7 @@ func TestSettle(t *testing.T) {
 	rec.Log()
 	bad := errors.New("no pages today")
 	ds.served[0].backend().(*sized).writeBack = bad
-	err := ds.Close(true)
+	err := ds.Close(t.Context(), true)
 	if got := rec.Log(); !errors.Is(err, bad) || !slices.Equal(got, both) {
 		t.Errorf("%v, %q after a write-back that failed", err, got)
 	}
@@ -195,7 +197,7 @@ func TestOverlayEnds(t *testing.T) {
 	}
 	ds := open()
 	writeBlock(t, ds, 0x5a)
-	if err := ds.Close(true); err != nil {
+	if err := ds.Close(t.Context(), true); err != nil {
 		t.Fatal(err)
 	}
 	file, err := os.ReadFile(d.Overlay)
@@ -212,7 +214,7 @@ func TestOverlayEnds(t *testing.T) {
 	if a.Status != scsi.Good || !bytes.Equal(a.Data, bytes.Repeat([]byte{0x5a}, 512)) {
 		t.Errorf("%v, % x", a, a.Data[:4])
 	}
-	if err := ds.Close(true); err != nil {
+	if err := ds.Close(t.Context(), true); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -236,6 +238,29 @@ func TestSettleGivesUp(t *testing.T) {
 	}
 }
 
+// TestSettleInOneEnd: the disks have the rest of the time that the end of a machine has.
+func TestSettleInOneEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hang := make(chan struct{})
+		defer close(hang)
+		ds, _, _ := protectedDisks(t, block.Fault{Op: block.OpFlush, Hang: hang})
+		ds.mishaps.note = func(string) {}
+		writeBlock(t, ds, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		ctx = nowait.WithOneEnd(ctx)
+		cancel()
+		synctest.Wait()
+		time.Sleep(700 * time.Millisecond)
+		begin := time.Now()
+		if err := ds.Close(ctx, true); err != nil {
+			t.Error(err)
+		}
+		if took, want := time.Since(begin), 200*time.Millisecond; took != want {
+			t.Errorf("took %v, want %v", took, want)
+		}
+	})
+}
+
 // TestEndOfStuckDisk ends a machine with a request that storage does not complete: the end does not
 // wait, one note names the disk, and its storage stays open.
 func TestEndOfStuckDisk(t *testing.T) {
@@ -253,7 +278,7 @@ func TestEndOfStuckDisk(t *testing.T) {
 	ds.target.Submit(&scsi.Command{CDB: []byte{0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0}, Out: [][]byte{make([]byte, 512)},
 		Done: func(scsi.Result) { close(done) }})
 	<-begun
-	if err := ds.Close(true); err != nil {
+	if err := ds.Close(t.Context(), true); err != nil {
 		t.Error(err)
 	}
 	if log := rec.Log(); len(notes) != 1 || !strings.Contains(notes[0], "not finished a request") ||
@@ -291,7 +316,7 @@ func TestEndOfStuckKernelTarget(t *testing.T) {
 	add(func() error { <-hang; close(closed); return nil })
 	add(func() error { return refused })
 	writeBlock(t, ds, 1) // its flush takes all the time
-	if err := ds.Close(false); !errors.Is(err, refused) {
+	if err := ds.Close(t.Context(), false); !errors.Is(err, refused) {
 		t.Error(err)
 	}
 	if len(notes) != 1 || !strings.Contains(notes[0], files[0].Path()) || !strings.Contains(notes[0], "gvm lio gc") {
