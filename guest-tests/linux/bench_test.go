@@ -31,8 +31,15 @@ const benchCmdline = "quiet mitigations=off cryptomgr.notests"
 
 // qemuArgs returns arguments that make QEMU as similar to gvm run as possible, without disks.
 func qemuArgs(machine, kernel, initrd string) []string {
-	return []string{"-accel", "kvm", "-cpu", "host", "-machine", machine, "-m", "512", "-nodefaults", "-no-user-config",
-		"-display", "none",
+	return slices.Concat(qemuKVM, qemuMachine(machine, kernel, initrd))
+}
+
+// qemuKVM is a processor of QEMU's guests. QEMU takes the first -accel that this machine has.
+var qemuKVM = []string{"-accel", "kvm", "-cpu", "host"}
+
+// qemuMachine returns qemuArgs without the processor.
+func qemuMachine(machine, kernel, initrd string) []string {
+	return []string{"-machine", machine, "-m", "512", "-nodefaults", "-no-user-config", "-display", "none",
 		"-serial", "stdio", "-no-reboot", "-kernel", kernel, "-initrd", initrd, "-append",
 		"console=ttyS0 panic=-1 " + benchCmdline,
 		"-device", "virtio-rng-pci"}

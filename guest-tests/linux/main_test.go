@@ -30,7 +30,7 @@ var labCPUs = 1
 // lost matches the output of a test whose guest, or whose gvm by a fault of the Go runtime, was
 // lost by the lab, not by gvm: see README.md of package lab. No test brings a double fault about.
 var lost = regexp.MustCompile(`KVM_EXIT_SHUTDOWN|SIGQUIT: quit|BUG: soft lockup|rcu: .*ticks this GP|` +
-	`asm_exc_double_fault|no progress for 1m0s before the agent|rip 0xffffffffc042220c|fatal error: |` +
+	`asm_exc_double_fault|no progress for [13]m0s before the agent|rip 0xffffffffc042220c|fatal error: |` +
 	regexp.QuoteMeta(errLate.Error()))
 
 // again runs a guest, and in the lab up to three times more if it is lost before it is done.

@@ -2,20 +2,24 @@ package linux
 
 import (
 	"cmp"
+	"debug/elf"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"gvm/guest-tests/lab"
+	"gvm/vmm"
 )
 
 // A suite is tests of Linux that others maintain. The variable env names its tree, which is built.
@@ -45,6 +49,37 @@ func suiteLimit() time.Duration {
 		return time.Duration(s) * time.Second
 	}
 	return 2 * time.Minute
+}
+
+// A processor is that of the suites' guests: their number of CPUs, and QEMU's words for it.
+type processor struct {
+	cpus string
+	qemu []string
+}
+
+// suiteProcessor returns the processor of this machine. One that is emulated has one CPU unless
+// $CPUS says otherwise: the lab loses guests of more under such loads.
+func suiteProcessor() processor {
+	inLab := os.Getenv(lab.InLabEnv) == "1"
+	linux := inLab
+	if !inLab {
+		linux, _ = kvmRunsLinux()
+	}
+	return processorOf(inLab, linux, os.Getenv("CPUS"))
+}
+
+var kvmRunsLinux = sync.OnceValues(vmm.RunsLinux)
+
+// processorOf returns the processor of the lab, or of a machine whose KVM runs Linux. On another,
+// which has none or one that emulates the guest's kernel, QEMU emulates a processor itself.
+func processorOf(inLab, linux bool, cpus string) processor {
+	switch {
+	case inLab:
+		return processor{cmp.Or(cpus, "1"), qemuKVM}
+	case linux:
+		return processor{cmp.Or(cpus, "4"), qemuKVM}
+	}
+	return processor{cmp.Or(cpus, "1"), []string{"-accel", "tcg", "-cpu", "max,-erms,-fsrm"}}
 }
 
 // A suiteWay runs a shell's script in a guest with empty disks, the host's files below an overlay,
@@ -177,12 +212,15 @@ func (s suite) script(k *lab.Kernel, dir string, tests []string) string {
 	return fmt.Sprintf(`
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root SYSTEMD_IGNORE_CHROOT=1
 mkdir -p /lib/modules
-ln -s %s /lib/modules/
+mount -t tmpfs modules /lib/modules
+%s
+%s
 ln -s %s /boot/
 [ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
 modprobe -q configfs
 mount -t configfs none /sys/kernel/config
 mount -t debugfs none /sys/kernel/debug
+mountpoint -q /sys/fs/cgroup || mount -t cgroup2 none /sys/fs/cgroup
 for d in a b c d e; do
 	[ $d = a ] || [ %d != 1 ] || break
 	until [ -b /dev/sd$d ]; do sleep 0.1; done
@@ -198,8 +236,96 @@ for t in %s; do
 	echo "--- $t $(($(date +%%s) - start)) $killed"
 	[ -z "$killed" ] || exit 0
 done
-`, k.Modules, filepath.Join(filepath.Dir(k.BZImage), "config-"+k.Release), s.disks, dir, s.setup,
+`, inMemory(), linkModules(k.Modules, "/lib/modules/"+k.Release),
+		filepath.Join(filepath.Dir(k.BZImage), "config-"+k.Release), s.disks, dir, s.setup,
 		strings.Join(tests, " "), int(suiteLimit().Seconds()), s.check)
+}
+
+// suitePrograms are those that the suites' scripts run again and again.
+const suitePrograms = `awk basename bash blkdiscard blockdev cat chmod chown cmp cp cut date dd df diff dirname dmesg
+du e2fsck egrep env expr fgrep find fio fsck fstrim gawk getconf getfattr getopt grep head hexdump hostname id kill
+ln logger losetup ls lsblk md5sum mkdir mkfs mkfs.ext4 mkfs.xfs mktemp modinfo modprobe mount mountpoint mv nproc od
+perl pgrep pkill ps readlink realpath rm rmdir rmmod sed seq setfattr sg_inq sg_raw sh sleep sort stat sync sysctl
+tail tee timeout touch tr truncate true tune2fs udevadm umount uname uniq wc xargs xfs_db xfs_growfs xfs_info xfs_io
+xfs_repair xxd`
+
+// inMemory returns a command that copies the suites' programs and their libraries up to the guest's
+// overlay. Of a program of the host's a guest opens each file again at each start: in the lab
+// /bin/true takes 150 ms so, and 25 ms from memory.
+var inMemory = sync.OnceValue(func() string { return "touch -ac " + strings.Join(programFiles(suitePrograms), " ") })
+
+// programFiles returns the files of those of programs that this machine has, and of their
+// libraries, without large ones, of which a program uses little.
+func programFiles(programs string) []string {
+	files := []string{"/etc/ld.so.cache", "/etc/nsswitch.conf", "/etc/passwd", "/etc/group"}
+	for _, name := range strings.Fields(programs) {
+		for _, dir := range []string{"/usr/bin", "/usr/sbin", "/bin", "/sbin"} {
+			if file := filepath.Join(dir, name); isFile(file) {
+				files = append(files, file)
+				break
+			}
+		}
+	}
+	for i := 0; i < len(files); i++ { // files grows by the libraries, which have libraries
+		for _, library := range libraries(files[i]) {
+			if !slices.Contains(files, library) {
+				files = append(files, library)
+			}
+		}
+	}
+	return slices.DeleteFunc(files, func(file string) bool {
+		info, err := os.Stat(file)
+		return err != nil || info.Size() > 4<<20
+	})
+}
+
+func isFile(name string) bool {
+	info, err := os.Stat(name)
+	return err == nil && info.Mode().IsRegular()
+}
+
+// libraries returns the files of the libraries that an ELF file names, and of its loader. ldd
+// starts the file's loader several times, which takes a minute for all programs in the lab.
+func libraries(file string) (files []string) {
+	f, err := elf.Open(file)
+	if err != nil {
+		return nil // a script
+	}
+	defer f.Close()
+	names, _ := f.ImportedLibraries()
+	dirs, _ := f.DynString(elf.DT_RUNPATH)
+	dirs = append(dirs, "/lib64", "/usr/lib64", "/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu")
+	for _, name := range names {
+		for _, dir := range dirs {
+			if library := filepath.Join(dir, name); isFile(library) {
+				files = append(files, library)
+				break
+			}
+		}
+	}
+	if p := f.Section(".interp"); p != nil {
+		if b, err := p.Data(); err == nil {
+			files = append(files, strings.TrimRight(string(b), "\x00"))
+		}
+	}
+	return files
+}
+
+// linkModules returns a command that makes the directory to with links to all of a kernel's
+// modules. Tests look for a module with find in all 900 directories, which takes a guest of the lab
+// 15 to 50 s in the host's tree, and a second in its own memory.
+func linkModules(modules, to string) string {
+	return `perl -we '
+my ($from, $to) = @ARGV;
+sub parents { my ($dir) = @_; -d $dir or $dir =~ m{^(.+)/} && parents($1), mkdir $dir or die "$dir: $!\n"; }
+parents($to);
+symlink $_, $to . substr($_, length $from) or die "$_: $!\n" for glob "$from/modules.*";
+open my $dep, "<", "$from/modules.dep" or die "$from/modules.dep: $!\n";
+while (<$dep>) {
+	my ($dir, $name) = m{^(.+)/([^/:]+):} or next;
+	parents("$to/$dir");
+	symlink "$from/$dir/$name", "$to/$dir/$name" or die "$name: $!\n";
+}' ` + modules + " " + to
 }
 
 var suiteTest = regexp.MustCompile(`(?ms)^=== (\S+)\n(.*?)(?:^--- (\S+) (\d+) (killed)?$|\z)`)
@@ -345,3 +471,61 @@ func TestSuiteContinues(t *testing.T) {
 }
 
 var errStopped = errors.New("stopped")
+
+// TestSuiteProcessor: QEMU's guests have a KVM that runs Linux or none: not one that only exists.
+func TestSuiteProcessor(t *testing.T) {
+	for _, c := range []struct {
+		inLab, linux bool
+		cpus, want   string
+	}{
+		{true, true, "", "1 -accel kvm -cpu host"},
+		{true, true, "2", "2 -accel kvm -cpu host"},
+		{false, true, "", "4 -accel kvm -cpu host"},
+		{false, false, "", "1 -accel tcg -cpu max,-erms,-fsrm"},
+		{false, false, "2", "2 -accel tcg -cpu max,-erms,-fsrm"},
+	} {
+		p := processorOf(c.inLab, c.linux, c.cpus)
+		if got := strings.Join(append([]string{p.cpus}, p.qemu...), " "); got != c.want {
+			t.Errorf("in the lab %v, Linux on KVM %v, CPUS=%q: %q, want %q", c.inLab, c.linux, c.cpus, got, c.want)
+		}
+	}
+}
+
+// TestLinkModules: find sees every module below the new directory, and modprobe reads it there.
+func TestLinkModules(t *testing.T) {
+	from, to := filepath.Join(t.TempDir(), "modules"), filepath.Join(t.TempDir(), "lib", "6.1")
+	files := map[string]string{
+		"modules.dep":            "kernel/fs/ext4/ext4.ko: kernel/lib/crc16.ko\nkernel/lib/crc16.ko:\n",
+		"modules.alias":          "alias",
+		"kernel/fs/ext4/ext4.ko": "ext4",
+		"kernel/lib/crc16.ko":    "crc16",
+	}
+	for name, contents := range files {
+		must(t, os.MkdirAll(filepath.Dir(filepath.Join(from, name)), 0o777))
+		must(t, os.WriteFile(filepath.Join(from, name), []byte(contents), 0o666))
+	}
+	if out, err := exec.Command("sh", "-c", linkModules(from, to)).CombinedOutput(); err != nil || len(out) > 0 {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for name, contents := range files {
+		if b, err := os.ReadFile(filepath.Join(to, name)); string(b) != contents {
+			t.Errorf("%s has %q, %v; want %q", name, b, err, contents)
+		}
+	}
+}
+
+// TestProgramFiles: a program comes with its libraries and their loader, and one that is not there
+// is left out.
+func TestProgramFiles(t *testing.T) {
+	files := programFiles("bash nonesuch\nldd")
+	for _, name := range []string{"bash", "ldd", "libc.so.6", "ld-linux-x86-64.so.2"} {
+		if !slices.ContainsFunc(files, func(f string) bool { return filepath.Base(f) == name }) {
+			t.Errorf("no %s in %q", name, files)
+		}
+	}
+	for _, f := range files {
+		if _, err := os.Stat(f); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -25,22 +25,6 @@ import (
 // suiteDisk is the size of each disk.
 const suiteDisk = 2 << 30
 
-// suiteCPUs is the number of a guest's CPUs: $CPUS, or 1 where a processor is emulated, as in the
-// lab, which loses guests of more under such loads, or 4.
-func suiteCPUs() string {
-	n := "4"
-	if os.Getenv(lab.InLabEnv) == "1" || !hasKVM() {
-		n = "1"
-	}
-	return cmp.Or(os.Getenv("CPUS"), n)
-}
-
-// hasKVM reports whether this machine has KVM. QEMU's guests run without it by GVM_LAB_HERE=1.
-func hasKVM() bool {
-	_, err := os.Stat("/dev/kvm")
-	return err == nil
-}
-
 // suiteWays are all ways, of which $WAYS may name some.
 var suiteWays = []suiteWay{
 	{"process", func(t *testing.T, k *lab.Kernel, dir string, disks int, script string,
@@ -60,7 +44,11 @@ var suiteWays = []suiteWay{
 		file := filepath.Join(t.TempDir(), "script")
 		must(t, os.WriteFile(file, []byte(script), 0o644))
 		g := guest{kernel: k, modules: []string{"9p", "9pnet_virtio", "overlay", "sg"},
+			// The kernel's requests for modules, such as a file system's, are not below chroot.
 			files: map[string]string{"script": file}, script: `mkdir /host /memory /system
+printf '#!/bin/sh\nexec chroot /system /sbin/modprobe "$@"\n' >/request
+chmod +x /request
+echo /request >/proc/sys/kernel/modprobe
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,ro,cache=loose host /host
 mount -t tmpfs memory /memory
 mkdir /memory/upper /memory/work
@@ -75,12 +63,10 @@ echo "= ended"
 `}
 		q, err := theLab(t).QEMUs(t.Context())
 		must(t, err)
-		args := append(qemuArgs("q35", k.BZImage, g.initramfs(t)), "-smp", suiteCPUs(), "-m", "2048",
+		p := suiteProcessor()
+		args := slices.Concat(p.qemu, qemuMachine("q35", k.BZImage, g.initramfs(t)), []string{"-smp", p.cpus, "-m", "2048",
 			"-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
-			"-device", "virtio-9p-pci,fsdev=host,mount_tag=host", "-device", "virtio-scsi-pci")
-		if !hasKVM() {
-			args = append(args, "-accel", "tcg", "-cpu", "max,-erms,-fsrm")
-		}
+			"-device", "virtio-9p-pci,fsdev=host,mount_tag=host", "-device", "virtio-scsi-pci"})
 		for i, file := range suiteFiles(t, disks) {
 			args = append(args, "-device", fmt.Sprintf("scsi-hd,drive=d%d", i), "-drive",
 				fmt.Sprintf("if=none,id=d%d,format=raw,cache=unsafe,discard=unmap,file=%s", i, file))
@@ -95,8 +81,9 @@ echo "= ended"
 }
 
 func suiteOnGVM(k *lab.Kernel, dir, script string, progress func(string), disks ...string) (string, error) {
-	args := append([]string{"test", "-k", k.BZImage, "--cpus", suiteCPUs(), "--memory", "2G", "--oops=ignore",
-		"--module", "sg", "--root", "/", "--ro", dir}, disks...)
+	args := append([]string{"test", "-k", k.BZImage, "--cpus", suiteProcessor().cpus, "--memory", "2G", "--oops=ignore",
+		// A test may keep an emulated CPU from the agent for long.
+		"--hang", "3m", "--module", "sg", "--root", "/", "--ro", dir}, disks...)
 	return suiteRun(lab.Program("gvm"), progress, append(args, "--", "bash", "-c", script)...)
 }
 
@@ -121,6 +108,7 @@ func suiteRun(program string, progress func(string), args ...string) (string, er
 		err = late
 	}
 	if err != nil {
+		fmt.Fprint(os.Stderr, errs.String())
 		lines := strings.Split(strings.TrimSpace(errs.String()), "\n")
 		err = fmt.Errorf("%w: %s", err, lines[len(lines)-1])
 	}
@@ -189,6 +177,13 @@ func TestXfstests(t *testing.T) {
 		setup: "export FSTYP=" + fs + ` TEST_DEV=/dev/sda SCRATCH_DEV_POOL="/dev/sdb /dev/sdc /dev/sdd" LOGWRITES_DEV=/dev/sde
 export TEST_DIR=/mnt/test SCRATCH_MNT=/mnt/scratch RESULT_BASE=/tmp/results
 mkdir -p $TEST_DIR $SCRATCH_MNT $RESULT_BASE
+id=12345
+for user in fsgqa fsgqa2 123456-fsgqa; do
+	id=$((id + 1))
+	echo "$user:x:$id:$id::/tmp:/bin/bash" >>/etc/passwd
+	echo "$user:*:20000::::::" >>/etc/shadow
+	echo "$user:x:$id:" >>/etc/group
+done
 mkfs.$FSTYP $TEST_DEV >/dev/null 2>&1`,
 		check: "./check $t",
 		list: func(dir, word string) (tests []string, err error) {
