@@ -271,6 +271,7 @@ func (rc *runConfig) endBroker() {
 // note.
 func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 	name := rc.name()
+	awaitFatal()
 	s, err := control.Claim(control.DefaultDirectory(), name)
 	switch {
 	case errors.Is(err, control.ErrInUse):

@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -117,11 +116,7 @@ var fatalSignals = []os.Signal{syscall.SIGQUIT, syscall.SIGILL, syscall.SIGTRAP,
 func catchSignals(ctx context.Context, stop func(error)) func() {
 	ch := make(chan os.Signal, 2)
 	signal.Notify(ch, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	fatal := make(chan struct{})
-	panics.Go(func() { // beside the start: each takes two switches of threads
-		defer close(fatal)
-		signal.Notify(ch, fatalSignals...)
-	})
+	catchFatal()
 	signal.Ignore(syscall.SIGPIPE) // a closed output gives a write error
 	// In the background of a terminal gvm can write to it, reads from it fail, and neither stops
 	// gvm.
@@ -136,11 +131,6 @@ func catchSignals(ctx context.Context, stop func(error)) func() {
 			status, name := 128+int(s.(syscall.Signal)), unix.SignalName(s.(syscall.Signal))
 			stopped := fmt.Errorf("stopped by %s", name)
 			switch {
-			case slices.Contains(fatalSignals, s):
-				exitNow(status, dumpPatience, func() {
-					stderr.say(fmt.Sprintf("%s: %s\n\n", name, s))
-					stderr.say(string(stacks()))
-				})
 			case ctx.Err() != nil && giveUp(stopped):
 				continue
 			case ctx.Err() != nil:
@@ -150,11 +140,31 @@ func catchSignals(ctx context.Context, stop func(error)) func() {
 		}
 	})
 	return func() {
-		<-fatal
 		signal.Stop(ch)
 		close(ch)
 	}
 }
+
+// catchFatal has fatalSignals dump the goroutines and end the process at once, from when the
+// returned channel is closed: Go's runtime takes two switches of threads for each.
+var catchFatal = sync.OnceValue(func() <-chan struct{} {
+	caught := make(chan struct{})
+	panics.Go(func() {
+		ch := make(chan os.Signal, 1)
+		signal.Notify(ch, fatalSignals...)
+		close(caught)
+		s := (<-ch).(syscall.Signal)
+		exitNow(128+int(s), dumpPatience, func() {
+			stderr.say(fmt.Sprintf("%s: %s\n\n", unix.SignalName(s), s))
+			stderr.say(string(stacks()))
+		})
+	})
+	return caught
+})
+
+// awaitFatal waits until the fatal signals are caught, so that they undo what comes behind: a raw
+// terminal, a machine's name and sockets. A busy host can delay it until the guest runs.
+func awaitFatal() { <-catchFatal() }
 
 // sameRequest is the time within which a repeated signal is the same request: timeout(1) sends its
 // signal to its child, and then to the process group that contains the child.

@@ -15,11 +15,13 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"gvm/control"
 	"gvm/guest/embedded/embeddedtest"
 )
 
@@ -197,6 +199,38 @@ func TestEverySignal(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestFatalFirst: a machine claims its name once the signals are caught that would leave it behind.
+func TestFatalFirst(t *testing.T) {
+	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
+	synctest.Test(t, func(t *testing.T) {
+		caught := make(chan struct{})
+		defer func(f func() <-chan struct{}) { catchFatal = f }(catchFatal)
+		catchFatal = func() <-chan struct{} { return caught }
+		rc := &runConfig{}
+		rc.spec.Name = "a"
+		var socket *control.Server
+		var err error
+		claimed := make(chan struct{})
+		go func() {
+			defer close(claimed)
+			socket, err = rc.claimName(func(s string) { t.Error(s) })
+		}()
+		synctest.Wait()
+		dir := control.DefaultDirectory().Machine("a")
+		if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is there: %v", dir, err)
+		}
+		close(caught)
+		<-claimed
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := rc.closeSocket(socket); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestSecondSignal: a second signal ends a gvm at once that is already ending.

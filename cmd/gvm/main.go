@@ -111,6 +111,7 @@ func runCommandLine(args []string) (status int) {
 	}()
 	if len(args) > 1 && (args[1] == "run" && !asksForJail(args) || args[1] == "test") {
 		begun = vmm.Begin()
+		catchFatal()
 	}
 	a := app(args)
 	out := &keepError{w: a.Writer}

@@ -71,6 +71,10 @@ func (t *terminal) open(run context.Context) (err error) {
 	}
 	if fd := int(t.in.Fd()); term.IsTerminal(fd) {
 		t.tty = &tty{fd: fd}
+		awaitFatal()
+		urgent.Lock() // before it is raw
+		urgent.restore = t.tty.restore
+		urgent.Unlock()
 		has, err := t.tty.look(false)
 		if err != nil {
 			err = errors.Join(fmt.Errorf("terminal: raw mode: %w", err), t.wake.Close())
@@ -80,9 +84,6 @@ func (t *terminal) open(run context.Context) (err error) {
 		if !has {
 			note("in the background of this terminal: the guest gets no input until fg (with timeout(1): --foreground)")
 		}
-		urgent.Lock()
-		urgent.restore = t.tty.restore
-		urgent.Unlock()
 		t.unwatch = t.tty.watch(func(err error) { t.quit(fmt.Errorf("terminal: %w", err)) })
 	}
 	t.input.Go(panics.Func(t.read))
