@@ -599,7 +599,6 @@ func TestEndBeforeShut(t *testing.T) {
 	}
 	ours, theirs := pair(t)
 	c := newClient("m", ours, func(line string) { t.Error(line) })
-	close(c.started)
 	go c.receive()
 	go func() {
 		b := newBroker(theirs, "m", 1, func(line string) { t.Error(line) })
@@ -610,6 +609,7 @@ func TestEndBeforeShut(t *testing.T) {
 	if err := c.Serve(s, d); err != nil {
 		t.Fatal(err)
 	}
+	close(c.started) // too late for Serve, and before Start's own look
 	if err := s.Close(); err != nil {
 		t.Error(err)
 	}

@@ -49,7 +49,7 @@ type Client struct {
 
 	mu        sync.Mutex
 	door      string     // the directory of the control socket; "": there is none
-	doorFiles []*os.File // the socket and its lock, until Shut
+	doorFiles []*os.File // the socket and its lock, until the broker has them
 	shut      bool       // the broker opens the files
 	ending    bool       // the machine ends, and so does the broker
 	dead      bool       // the broker has ended
@@ -84,6 +84,9 @@ func Start(name string, note func(string), janitor *os.File) *Client {
 		if err != nil {
 			return
 		}
+		c.mu.Lock()
+		_ = c.handDoor() // Shut says why not
+		c.mu.Unlock()
 		yieldFirst(c.pid)
 		c.receive()
 		// Not before: each thread that waits makes the entry into the sandbox longer.
@@ -116,7 +119,8 @@ func (c *Client) start(janitor *os.File) error {
 	return err
 }
 
-// Serve has the broker take over the machine's control socket, in the directory d, at Shut.
+// Serve has the broker take over the machine's control socket, in the directory d, as soon as it is
+// there, or by Shut.
 func (c *Client) Serve(s *control.Server, d control.Directory) error {
 	socket, lock, err := s.HandOver(listener{c}, c.End)
 	if err != nil {
@@ -125,6 +129,24 @@ func (c *Client) Serve(s *control.Server, d control.Directory) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.door, c.doorFiles = d.Path(), []*os.File{socket, lock}
+	select {
+	case <-c.started:
+		_ = c.handDoor() // Shut says why not
+	default:
+	}
+	return nil
+}
+
+// handDoor hands the control socket over, unless it has. The caller holds mu after started.
+func (c *Client) handDoor() error {
+	if c.doorFiles == nil || c.conn == nil {
+		return nil
+	}
+	if err := send(c.conn, notice{Op: door, Path: text.Name(c.door)}, nil, c.doorFiles...); err != nil {
+		return err
+	}
+	c.doorFiles[0].Close()
+	c.doorFiles = nil
 	return nil
 }
 
@@ -407,6 +429,14 @@ func (c *Client) endOnce() error {
 // Shut has the broker open all files from now on, for a machine that may open none any more. If the
 // machine has files to be removed at its end or a target of the kernel's, Shut starts a keeper.
 func (c *Client) Shut() error {
+	err := c.shutNow()
+	if errors.Is(err, unix.EPIPE) {
+		return errors.New("broker: the process has ended during the start")
+	}
+	return err
+}
+
+func (c *Client) shutNow() error {
 	<-c.started
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -435,12 +465,8 @@ func (c *Client) Shut() error {
 			paths = append(paths, text.Name(path))
 		}
 	}
-	if c.doorFiles != nil {
-		if err := send(c.conn, notice{Op: door, Path: text.Name(c.door)}, nil, c.doorFiles...); err != nil {
-			return err
-		}
-		c.doorFiles[0].Close()
-		c.doorFiles = nil
+	if err := c.handDoor(); err != nil {
+		return err
 	}
 	if len(c.own) > 0 {
 		if err := send(c.conn, notice{Op: atEnd, Files: c.own}, nil); err != nil {
