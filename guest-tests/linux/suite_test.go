@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"gvm/guest-tests/lab"
-	"gvm/vmm"
 )
 
 // A suite is tests of Linux that others maintain. The variable env names its tree, which is built.
@@ -56,19 +55,6 @@ type processor struct {
 	cpus string
 	qemu []string
 }
-
-// suiteProcessor returns the processor of this machine. One that is emulated has one CPU unless
-// $CPUS says otherwise: the lab loses guests of more under such loads.
-func suiteProcessor() processor {
-	inLab := os.Getenv(lab.InLabEnv) == "1"
-	linux := inLab
-	if !inLab {
-		linux, _ = kvmRunsLinux()
-	}
-	return processorOf(inLab, linux, os.Getenv("CPUS"))
-}
-
-var kvmRunsLinux = sync.OnceValues(vmm.RunsLinux)
 
 // processorOf returns the processor of the lab, or of a machine whose KVM runs Linux. On another,
 // which has none or one that emulates the guest's kernel, QEMU emulates a processor itself.

@@ -16,11 +16,26 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"gvm/guest-tests/lab"
+	"gvm/vmm"
 )
+
+// suiteProcessor returns the processor of this machine. One that is emulated has one CPU unless
+// $CPUS says otherwise: the lab loses guests of more under such loads.
+func suiteProcessor() processor {
+	inLab := os.Getenv(lab.InLabEnv) == "1"
+	linux := inLab
+	if !inLab {
+		linux, _ = kvmRunsLinux()
+	}
+	return processorOf(inLab, linux, os.Getenv("CPUS"))
+}
+
+var kvmRunsLinux = sync.OnceValues(vmm.RunsLinux)
 
 // suiteDisk is the size of each disk.
 const suiteDisk = 2 << 30
