@@ -47,22 +47,31 @@ func checkDir(path string, mode uint32) error {
 // readInput reads a user's file of at most limit bytes. It ends with ctx, as the writer of a pipe
 // may be silent.
 func readInput(ctx context.Context, path string, limit int64) ([]byte, error) {
-	f, err := nowait.Until(ctx, func() string { return path + " was read" },
-		func() (*os.File, error) { return openInput(path) }, func(f *os.File) { _ = f.Close() })
+	b, err := nowait.Until(ctx, func() string { return path + " was read" },
+		func() ([]byte, error) { return readWhole(ctx, path, limit+1) }, func([]byte) {})
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(b)) > limit {
+		return nil, configError{fmt.Errorf("%s: larger than %s", path, text.FormatSize(uint64(limit)))}
+	}
+	return b, nil
+}
+
+// readWhole is readInput without an end for storage that does not answer. It cuts the file off.
+func readWhole(ctx context.Context, path string, limit int64) ([]byte, error) {
+	f, err := openInput(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
 	defer context.AfterFunc(ctx, panics.Func(func() { _ = f.SetReadDeadline(time.Now()) }))() // of a pipe alone
-	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	b, err := io.ReadAll(io.LimitReader(f, limit))
 	switch {
 	case ctx.Err() != nil:
 		return nil, fmt.Errorf("%w while %s was read", context.Cause(ctx), path)
 	case err != nil:
 		return nil, disk.ImageError{Err: err}
-	}
-	if int64(len(b)) > limit {
-		return nil, configError{fmt.Errorf("%s: larger than %s", path, text.FormatSize(uint64(limit)))}
 	}
 	return b, nil
 }

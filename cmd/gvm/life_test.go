@@ -3,8 +3,10 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -198,6 +200,33 @@ func TestDeafStorage(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestDeafRead: a signal ends each read of a file whose storage stops to answer after the open, and
+// the error names the file.
+func TestDeafRead(t *testing.T) {
+	for _, args := range []string{"--kernel hung/file", "--kernel guest --initrd hung/file",
+		"--oops=fail --allow hung/file"} {
+		for answers := range 3 {
+			t.Run(fmt.Sprint(args, " ", answers), func(t *testing.T) {
+				t.Parallel()
+				dir := onStorageDir(t)
+				m := hostfstest.MountMortal(t, filepath.Join(dir, "hung"))
+				m.StrikeAfter(answers + 1)
+				p := startGVM(t, dir, append([]string{"run"}, strings.Fields(args)...)...)
+				<-m.Struck()
+				if !m.Asked(tooLong) {
+					t.Fatal("it does not read the file")
+				}
+				p.signal(syscall.SIGTERM)
+				// The file may have been read by then.
+				r, want := p.wait(), regexp.MustCompile(`stopped by SIGTERM( while hung/file was \w+)?\n$`)
+				if r.status != 143 || !want.MatchString(r.errs) {
+					t.Errorf("status %d: %s", r.status, r.errs)
+				}
+			})
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -54,6 +55,7 @@ func Mount(t testing.TB, dir string, reply func(opcode uint32) unix.Errno) (end 
 type Mortal struct {
 	t testing.TB
 	*server
+	left atomic.Int32 // answers from the next OPEN on; 0: all
 }
 
 // MountMortal mounts a file system like that of Mount, until the end of the test.
@@ -64,7 +66,13 @@ func MountMortal(t testing.TB, dir string) *Mortal {
 	// The kernel learns that there is no FLUSH, which a process sends for each file at its exit, and
 	// whose wait nothing ends.
 	released := make(chan struct{}, 1)
+	m := &Mortal{t: t, server: s}
+	opened := false
 	s.serve(func(opcode uint32) unix.Errno {
+		opened = opened || opcode == Open && m.left.Load() > 0
+		if opened && m.left.Add(-1) == 0 {
+			m.wakeUp()
+		}
 		switch opcode {
 		case Flush:
 			return unix.ENOSYS
@@ -84,15 +92,25 @@ func MountMortal(t testing.TB, dir string) *Mortal {
 		t.Fatal(err)
 	}
 	<-released
-	return &Mortal{t, s}
+	return m
 }
 
 // Strike ends the answers.
 func (m *Mortal) Strike() {
+	m.wakeUp()
+	<-m.done
+}
+
+// StrikeAfter ends the answers after n of them, of which the first is to the next OPEN.
+func (m *Mortal) StrikeAfter(n int) { m.left.Store(int32(n)) }
+
+// Struck is closed when there are no more answers.
+func (m *Mortal) Struck() <-chan struct{} { return m.done }
+
+func (m *Mortal) wakeUp() {
 	if _, err := unix.Write(m.wake, order.AppendUint64(nil, 1)); err != nil {
 		m.t.Error(err)
 	}
-	<-m.done
 }
 
 // Asked waits until a process waits for an answer, and reports whether that is before the time.
