@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -165,5 +166,31 @@ func TestFullFileSystem(t *testing.T) {
 	}
 	if list, err := os.ReadDir(full); err != nil || len(list) != 1 {
 		t.Errorf("left behind: %v, %v", list, err)
+	}
+}
+
+// TestFewFiles: a limit of open files that is too low gives a line with the way on.
+func TestFewFiles(t *testing.T) {
+	for _, tt := range []struct {
+		limit  int
+		args   []string
+		status int
+		want   string
+	}{
+		{8, []string{"run"}, exitHost, "gvm: RLIMIT_NOFILE (ulimit -n) is 8: raise it to 64 at least\n"},
+		{8, []string{"test", "-k", "none", "--", "true"}, exitUntested,
+			"gvm: RLIMIT_NOFILE (ulimit -n) is 8: raise it to 64 at least\n"},
+		{leastFiles, []string{"run", "--timeout", "100ms"}, exitTimeout, ""},
+		{leastFiles, strings.Fields("run" + strings.Repeat(" --disk temp:1M", 40)), exitHost,
+			": too many open files; raise RLIMIT_NOFILE (ulimit -n)\n"},
+	} {
+		c := command(t, tt.args...)
+		c.Args = append([]string{"sh", "-c", fmt.Sprintf(`ulimit -n %d && exec "$0" "$@"`, tt.limit), c.Path}, c.Args[1:]...)
+		c.Path = "/bin/sh"
+		out, err := c.CombinedOutput()
+		oneLine := strings.HasPrefix(string(out), "gvm: ") && strings.Count(string(out), "\n") == 1
+		if c.ProcessState.ExitCode() != tt.status || !strings.HasSuffix(string(out), tt.want) || tt.want != "" && !oneLine {
+			t.Errorf("%d files, %s: %v: %s", tt.limit, tt.args[0], err, out)
+		}
 	}
 }

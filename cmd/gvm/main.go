@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"gvm/broker"
 	"gvm/guest/agent"
@@ -73,14 +74,20 @@ func runCommandLine(args []string) (status int) {
 		var err error
 		if args, err = takeOrder(args); err != nil {
 			note(err.Error())
+			stderr.flush(patience)
 			return exitUntested
 		}
 	}
-	processStart = startOfProcess()
-	bug := exitBug
+	bug, host := exitBug, exitHost
 	if len(args) > 1 && args[1] == "test" { // whose other statuses are verdicts
-		bug = exitUntested
+		bug, host = exitUntested, exitUntested
 	}
+	if err := enoughFiles(); err != nil {
+		note(err.Error())
+		stderr.flush(patience)
+		return host
+	}
+	processStart = startOfProcess()
 	defer func() {
 		if r := recover(); r != nil {
 			fmt.Fprintf(printer(os.Stderr), "gvm: "+bugReport+"%v\n%s", r, debug.Stack())
@@ -132,6 +139,9 @@ func runCommandLine(args []string) (status int) {
 	}
 	if s := errorText(err); s != "" { // a command of gvm test says its own reason
 		told = strings.HasPrefix(s, bugReport)
+		if errors.Is(err, unix.EMFILE) {
+			s += "; raise RLIMIT_NOFILE (ulimit -n)"
+		}
 		stderr.say("gvm: " + s + "\n")
 	}
 	return exitStatus(err)
