@@ -47,6 +47,15 @@ func dialGDBAt(t *testing.T, network, address string) *debugger {
 	}
 }
 
+// Close shuts the connection down first: a process that another test starts has the descriptor too
+// until its exec, and the connection is open as long.
+func (d *debugger) Close() error {
+	if c, ok := d.ReadWriteCloser.(*net.UnixConn); ok {
+		_, _ = c.CloseWrite(), c.CloseRead()
+	}
+	return d.ReadWriteCloser.Close()
+}
+
 func (d *debugger) send(body string) {
 	d.t.Helper()
 	sum := byte(0)
