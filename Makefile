@@ -152,7 +152,7 @@ lint: ## gofmt, go vet, staticcheck
 # hundreds of times, the conformance suite on other kinds of disk, the builds of a release, and
 # most of the exhaustive tests.
 race: ## the unit tests under the race detector
-	CGO_ENABLED=1 $(GOTEST) -race -timeout 10m -skip '^TestBench(Boot|Footprint|Guest)$$|^Test(CompletionOfDisks|Verbs)$$|^TestEvery(Table|MSIXSequence)$$|^TestEveryInterleaving$$/^2|$(KINDS)|^Test($(RELEASE))$$' $(RACE)
+	CGO_ENABLED=1 $(GOTEST) -race -timeout 20m -skip '^TestBench(Boot|Footprint|Guest)$$|^Test(CompletionOfDisks|Verbs)$$|^TestEvery(Table|MSIXSequence)$$|^TestEveryInterleaving$$/^2|$(KINDS)|^Test($(RELEASE))$$' $(RACE)
 
 # gvm itself has the detector there as well, and ends when it finds something. Static, for
 # guests, which get diskload, have no C library; xz without, which would decompress a kernel
