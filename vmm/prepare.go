@@ -98,6 +98,8 @@ type Prepared struct {
 	vm   *kvmapi.VM
 	cpus []*kvmapi.VCPU // one for each APIC ID
 	err  error
+
+	released atomic.Bool // by Close, for which makeCPUs ends early
 }
 
 // Prepare starts making the virtual machine and memory of Run's first machine, so that the caller
@@ -166,10 +168,16 @@ func (p *Prepared) fillVM(ids []uint32) (err error) {
 	return nil
 }
 
+// errReleased is the error of a Prepared that nothing runs.
+var errReleased = errors.New("the virtual machine was released")
+
 // makeCPUs makes the vCPUs, which wait for the start-up IPI.
 func (p *Prepared) makeCPUs(sys *kvmapi.System, cfg Config) error {
 	ids := cfg.apicIDs()
 	for _, id := range ids {
+		if p.released.Load() { // 1,024 take half a second
+			return errReleased
+		}
 		c, err := p.vm.CreateVCPU(int(id))
 		if err != nil {
 			return err
@@ -246,8 +254,10 @@ func (p *Prepared) load(ctx context.Context, cfg boot.Config) (boot.Entry, error
 	return entry, err
 }
 
-// Close waits until the machine has been made, and releases it unless Run has taken it.
+// Close waits until the machine has been made, but for vCPUs that are left, and releases it unless
+// Run has taken it.
 func (p *Prepared) Close() (err error) {
+	p.released.Store(true)
 	<-p.done
 	for _, c := range p.cpus {
 		err = errors.Join(err, c.Close())

@@ -243,6 +243,11 @@ func TestPrepareForNothing(t *testing.T) {
 			t.Errorf("%d bytes: %d descriptors before, %d after", size, before, after)
 		}
 	}
+	var released Prepared
+	released.released.Store(true)
+	if err := released.makeCPUs(sys, Config{CPUs: 1024}); !errors.Is(err, errReleased) {
+		t.Errorf("vCPUs of a machine that is released: %v", err)
+	}
 	before := openFDs(t)
 	b := Begin()
 	if _, err := b.System(); err != nil {

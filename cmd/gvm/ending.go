@@ -111,8 +111,8 @@ var fatalSignals = []os.Signal{syscall.SIGQUIT, syscall.SIGILL, syscall.SIGTRAP,
 	syscall.SIGFPE, syscall.SIGSEGV, syscall.SIGSTKFLT, syscall.SIGSYS}
 
 // catchSignals handles signals. Those that ask a process to end stop the run in order, or at once
-// if the run is already ending. Fatal ones dump the goroutines and end the run at once. Others do
-// nothing, as in the runtime. The returned function undoes this.
+// if the run is already ending. The returned function undoes this. Fatal ones stay with catchFatal.
+// Others do nothing, as in the runtime.
 func catchSignals(ctx context.Context, stop func(error)) func() {
 	ch := make(chan os.Signal, 2)
 	signal.Notify(ch, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)

@@ -139,9 +139,6 @@ func runCommandLine(args []string) (status int) {
 	}
 	if s := errorText(err); s != "" { // a command of gvm test says its own reason
 		told = strings.HasPrefix(s, bugReport)
-		if errors.Is(err, unix.EMFILE) {
-			s += "; raise RLIMIT_NOFILE (ulimit -n)"
-		}
 		stderr.say("gvm: " + s + "\n")
 	}
 	return exitStatus(err)
@@ -180,6 +177,9 @@ func (k *keepError) Write(p []byte) (int, error) {
 // about the guest's end; in other errors a line break can only come from a name, and is escaped.
 func errorText(err error) string {
 	s := strings.TrimSpace(err.Error())
+	if errors.Is(err, unix.EMFILE) {
+		s += "; raise RLIMIT_NOFILE (ulimit -n)"
+	}
 	var end endError
 	reports := []int{exitCrash, exitPanic, exitFault, exitWatchdog, exitBug}
 	if several(err) || errors.As(err, &end) && slices.Contains(reports, end.status) {
