@@ -148,9 +148,9 @@ func one(pattern string) (string, error) {
 }
 
 // l1Modules are loaded by every L1: first those for the connection to its host, then those for gvm,
-// and those for tests of the kernel's SCSI target.
-var l1Modules = []string{"virtio_pci", "virtio_console", "9pnet_virtio", "9p", "kvm_amd", "vhost_scsi", "vhost_net",
-	"target_core_file", "target_core_iblock", "loop"}
+// those for tests of the kernel's SCSI target, and KVM, which waits: see calibratedTSC.
+var l1Modules = []string{"virtio_pci", "virtio_console", "9pnet_virtio", "9p", "vhost_scsi", "vhost_net",
+	"target_core_file", "target_core_iblock", "loop", "kvm_amd"}
 
 // hash shortens a description to a part of a file name.
 func hash(s string) string {

@@ -232,6 +232,16 @@ func TestProbe(t *testing.T) {
 	if orphans, missing := x86.Orphans(cpuid); len(orphans) > 0 {
 		t.Errorf("the processor has %s without %s: no such processor exists", orphans, missing)
 	}
+	kmsg, err := exec.Command("dmesg").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// See calibratedTSC.
+	tsc := bytes.Index(kmsg, []byte("clocksource: Switched to clocksource tsc\n"))
+	svm := bytes.Index(kmsg, []byte("Nested Virtualization enabled"))
+	if tsc < 0 || svm < tsc {
+		t.Errorf("KVM was loaded before the kernel knew the TSC's frequency:\n%s", kmsg)
+	}
 	vhost, err := os.OpenFile("/dev/vhost-scsi", os.O_RDWR, 0)
 	if err != nil {
 		t.Error(err)
