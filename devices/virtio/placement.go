@@ -16,14 +16,19 @@ const (
 //
 // A CPU that waits for an interrupt frees its core meanwhile, and each wakes the other up more
 // cheaply on one core than across two, of which another process has one. Which core is better shows
-// by trial: the thread moves, and goes back unless the next requests take much less time.
+// by trial: the thread moves, and goes back unless the next requests take much less time each.
+//
+// On the core of the guest's CPU the thread must not look for events, and on another it may. So a
+// trial changes both.
 //
 // Neither gives the thread more of a core than it had.
 type placement struct {
 	leave  func() int     // moves the thread to another core, and returns the one it was on, or -1
 	take   func(core int) // moves it to that core
+	quiet  bool           // the thread must not look for events
 	from   int            // core before the trial
-	before time.Duration  // that the reviewed requests took there; 0: no trial is under way
+	loud   bool           // quiet was false there
+	before time.Duration  // that a reviewed request took there; 0: no trial is under way
 	stay   int            // reviews until the next trial
 	next   int            // stay after a trial that fails
 }
@@ -33,18 +38,18 @@ func newPlacement() placement {
 	return placement{leave: leaveCore, take: takeCore, stay: 2, next: minStay}
 }
 
-// review is told, about as many requests each time, whether the thread ran on the core of the
-// guest's CPU, whether the driver polled, and how long the requests took. It returns whether a
-// trial begins.
+// review is told whether the thread ran on the core of the guest's CPU, whether the driver polled,
+// and how long a request took since the last review. It returns whether a trial begins.
 func (p *placement) review(beside, polled bool, took time.Duration) (trial bool) {
 	switch {
 	case polled:
-		if p.before = 0; beside {
+		if p.before, p.quiet = 0, false; beside {
 			p.leave()
 		}
 	case p.before > 0:
 		if took > p.before-p.before/5 {
 			p.take(p.from)
+			p.quiet = !p.loud
 			p.next = min(2*p.next, maxStay)
 		} else {
 			p.next = minStay
@@ -54,7 +59,8 @@ func (p *placement) review(beside, polled bool, took time.Duration) (trial bool)
 		p.stay--
 	default:
 		if p.from = p.leave(); p.from >= 0 {
-			p.before, trial = took, true
+			p.before, p.loud, trial = took, !p.quiet, true
+			p.quiet = p.loud && !beside
 		}
 		p.stay = p.next
 	}

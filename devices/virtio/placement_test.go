@@ -69,6 +69,34 @@ func TestPlacementPolled(t *testing.T) {
 	}
 }
 
+// TestPlacementQuiet: looks are tried with the core. They are off on the core of the guest's CPU,
+// and a trial that fails leaves them as they were.
+func TestPlacementQuiet(t *testing.T) {
+	core := 0
+	p := newPlacement()
+	p.leave = func() int { core = 1 - core; return 1 - core }
+	p.take = func(c int) { core = c }
+	const guest = 1 // core of the guest's CPU
+	cost := [2]time.Duration{100, 50}
+	trial := func() {
+		for !p.review(core == guest, false, cost[core]) {
+		}
+		if p.quiet != (core == guest) {
+			t.Errorf("on trial on core %d it is quiet: %v", core, p.quiet)
+		}
+		p.review(core == guest, false, cost[core])
+		if core != guest {
+			t.Fatal("it left the better core")
+		}
+	}
+	if trial(); !p.quiet {
+		t.Error("it looks on the core of the guest's CPU")
+	}
+	if trial(); !p.quiet {
+		t.Error("it looks on the core of the guest's CPU after a trial of another")
+	}
+}
+
 // TestCores: the thread moves, and may run on all its cores again.
 func TestCores(t *testing.T) {
 	runtime.LockOSThread()

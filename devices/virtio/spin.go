@@ -19,6 +19,10 @@ const (
 	crowdRest = 8192
 	// After aloneAgain sleeps on the core of the guest's CPU there are none for as many.
 	aloneAgain = 64
+	// The place is reviewed after so many events, of which fewer than aloneAgain took a sleep.
+	reviewed = 256
+	// The first ones of a trial do not count: the thread may have waited for its new core.
+	settled = 8
 	// The core is that of the guest's CPU if the process had one involuntary switch for every
 	// sleepsBeside of the last aloneAgain sleeps. Sleeps of more than maxBeside in all tell nothing:
 	// meanwhile other threads have had as many.
@@ -53,13 +57,16 @@ type spin struct {
 	// sleeps, which took slept.
 	all       func() int64
 	allBefore int64
-	sleeps    int
+	events    int // since the last review, or settled ones later
+	sleeps    int // that they took
 	slept     time.Duration
-	began     time.Duration // when the first of these sleeps ended
-	// interrupts counts the guest's from this queue, and interrupted is the count before those sleeps.
+	began     time.Duration // when the first of these events had come
+	// interrupts counts the guest's from this queue, and interrupted is the count before those events.
 	interrupts  func() uint64
 	interrupted uint64
+	asked       func() bool // whether the driver has asked for interrupts since the last call
 	place       placement
+	unsettled   bool // a trial has had no settled events yet
 }
 
 // started is for spin.clock: time.Since reads the monotonic clock alone, in half the time of
@@ -67,8 +74,9 @@ type spin struct {
 var started = time.Now()
 
 // newSpin looks for max at most, and never on one CPU: the other side could not run. interrupts
-// counts those that the queue's driver got.
-func newSpin(max time.Duration, interrupts func() uint64) spin {
+// counts those that the queue's driver got, and asked reports whether it has asked for any since
+// the last call.
+func newSpin(max time.Duration, interrupts func() uint64, asked func() bool) spin {
 	if runtime.NumCPU() == 1 {
 		max = 0
 	}
@@ -76,7 +84,7 @@ func newSpin(max time.Duration, interrupts func() uint64) spin {
 		clock:      func() time.Duration { return time.Since(started) },
 		switches:   func() int64 { return involuntarySwitches(unix.RUSAGE_THREAD) },
 		all:        func() int64 { return involuntarySwitches(unix.RUSAGE_SELF) },
-		interrupts: interrupts, place: newPlacement()}
+		interrupts: interrupts, asked: asked, place: newPlacement()}
 }
 
 // involuntarySwitches returns ru_nivcsw of the thread or of the process (getrusage(2)).
@@ -98,6 +106,7 @@ func (s *spin) until(event func() bool) bool {
 		if event() {
 			s.next = minRest
 			s.found++
+			s.event()
 			return true
 		}
 		now := s.clock()
@@ -127,13 +136,13 @@ func (s *spin) waited(d time.Duration) {
 	}
 	s.rest--
 	s.slept += d
-	if s.sleeps++; s.sleeps == aloneAgain {
-		s.account()
-	}
+	s.sleeps++
 	switch {
 	case s.crowd > 0:
 		s.now = 0
 		s.crowd--
+	case s.place.quiet:
+		s.now = 0
 	case s.now+d <= s.max:
 		s.now = min(max(2*s.now, minSpin), s.max)
 	case s.rest <= 0:
@@ -141,19 +150,46 @@ func (s *spin) waited(d time.Duration) {
 	default:
 		s.now = 0
 	}
+	s.event()
 }
 
-// account is called once in aloneAgain sleeps, and finds out whether they ended on the core of the
-// guest's CPU.
+// event counts an event, and has the place reviewed after as many as tell something: in a trial
+// fewer, as the place may be a bad one.
+func (s *spin) event() {
+	s.events++
+	switch trial := s.place.before > 0; {
+	case s.sleeps == aloneAgain, s.events == reviewed, trial && s.events == aloneAgain:
+		s.account()
+	case trial && s.unsettled && s.events == settled:
+		s.unsettled = false
+		s.count(s.all(), s.interrupts(), s.clock())
+	}
+}
+
+// count begins to count events anew.
+func (s *spin) count(switches int64, interrupts uint64, now time.Duration) {
+	s.allBefore, s.interrupted, s.events, s.sleeps, s.slept, s.began = switches, interrupts, 0, 0, 0, now
+}
+
+// account finds out whether the sleeps since the last call ended on the core of the guest's CPU.
 func (s *spin) account() {
 	switches, interrupts, now := s.all(), s.interrupts(), s.clock()
-	beside := switches-s.allBefore >= aloneAgain/sleepsBeside && s.slept <= maxBeside
+	beside := s.sleeps == aloneAgain && switches-s.allBefore >= aloneAgain/sleepsBeside && s.slept <= maxBeside
 	if beside {
 		s.crowd = max(s.crowd, aloneAgain)
 	}
-	// A trial of the core of the guest's CPU must not be of a look there.
-	if s.place.review(beside, interrupts-s.interrupted < aloneAgain/sleepsBeside, now-s.began) {
-		s.crowd = max(s.crowd, aloneAgain)
+	polled := !s.asked() && interrupts-s.interrupted < uint64(s.events/sleepsBeside)
+	ends := s.place.before > 0
+	begins := s.place.review(beside, polled, (now-s.began)/time.Duration(s.events))
+	if begins && !s.place.quiet && s.crowd <= aloneAgain {
+		s.crowd = 0 // it was for the core that the thread has left
 	}
-	s.allBefore, s.interrupted, s.sleeps, s.slept, s.began = switches, interrupts, 0, 0, now
+	switch {
+	case s.place.quiet || s.crowd > 0:
+		s.now = 0
+	case begins || ends:
+		s.now = s.max
+	}
+	s.unsettled = begins
+	s.count(switches, interrupts, now)
 }

@@ -15,6 +15,7 @@ func testSpin(max, step time.Duration) *spin {
 		switches:   func() int64 { return 0 },
 		all:        func() int64 { return 0 },
 		interrupts: func() uint64 { return 0 },
+		asked:      func() bool { return true },
 		place:      placement{leave: func() int { return -1 }}}
 }
 
@@ -132,21 +133,23 @@ func TestSpinLost(t *testing.T) {
 
 // TestSpinShared: while the sleeps end on the core of the guest's CPU, which then gives it up,
 // there is no look. Switches that are fewer, or that come in longer sleeps, end no looks. The
-// thread leaves that core if the guest takes few interrupts meanwhile.
+// thread leaves that core if the guest takes few interrupts meanwhile and asks for none.
 func TestSpinShared(t *testing.T) {
 	for _, test := range []struct {
 		name             string
 		switches, waited int // in each aloneAgain sleeps, and the µs of one
 		interrupts       int // in the same
+		asks             bool
 		looks, leaves    bool
 	}{
-		{"alone", 0, 10, 0, true, false},
-		{"noise", aloneAgain/sleepsBeside - 1, 10, 0, true, false},
-		{"shared", aloneAgain / sleepsBeside, 10, 0, false, true},
-		{"shared, few interrupts", aloneAgain, 10, aloneAgain/sleepsBeside - 1, false, true},
-		{"shared, interrupts", aloneAgain, 10, aloneAgain / sleepsBeside, false, false},
-		{"shared, with delays", aloneAgain, 1000, 0, false, true},
-		{"a guest that rests", 10 * aloneAgain, 1001, 0, true, false},
+		{"alone", 0, 10, 0, false, true, false},
+		{"noise", aloneAgain/sleepsBeside - 1, 10, 0, false, true, false},
+		{"shared", aloneAgain / sleepsBeside, 10, 0, false, false, true},
+		{"shared, few interrupts", aloneAgain, 10, aloneAgain/sleepsBeside - 1, false, false, true},
+		{"shared, interrupts", aloneAgain, 10, aloneAgain / sleepsBeside, false, false, false},
+		{"shared, early answers", aloneAgain, 10, 0, true, false, false},
+		{"shared, with delays", aloneAgain, 1000, 0, false, false, true},
+		{"a guest that rests", 10 * aloneAgain, 1001, 0, false, true, false},
 	} {
 		s := testSpin(us(2000), us(1))
 		given := int64(1000) // before the thread began
@@ -154,6 +157,7 @@ func TestSpinShared(t *testing.T) {
 		s.allBefore = given
 		sent, left := uint64(0), 0
 		s.interrupts = func() uint64 { sent += uint64(test.interrupts); return sent }
+		s.asked = func() bool { return test.asks }
 		s.place.stay = 10 // no trial
 		s.place.leave = func() int { left++; return 0 }
 		for range aloneAgain {
@@ -193,18 +197,61 @@ func TestSpinLostAndShared(t *testing.T) {
 	}
 }
 
-// TestSpinTrialOfCore: a thread that tries another core does not look there.
+// TestSpinTrialOfCore: a thread that finds events by looking tries the other core after reviewed of
+// them, and sleeps there. It stays if the events come much faster, and looks again if not.
 func TestSpinTrialOfCore(t *testing.T) {
-	s := testSpin(us(2000), us(1))
-	sent := uint64(0)
-	s.interrupts = func() uint64 { sent += aloneAgain; return sent }
-	s.place.leave = func() int { return 0 }
-	for range aloneAgain {
-		s.waited(us(10))
+	for _, faster := range []bool{true, false} {
+		var now time.Duration
+		s := testSpin(us(2000), 0)
+		s.clock = func() time.Duration { return now }
+		sent, core := uint64(0), 0
+		s.interrupts = func() uint64 { sent += reviewed; return sent }
+		s.place = placement{next: minStay, leave: func() int { core = 1 - core; return 1 - core },
+			take: func(c int) { core = c }}
+		found := func(d time.Duration) { s.until(func() bool { now += d; return true }) }
+		s.now = s.max
+		for range reviewed {
+			if core != 0 {
+				t.Fatal("it moves before it has found enough events")
+			}
+			found(us(100))
+		}
+		if core != 1 || !s.place.quiet {
+			t.Fatalf("after %d events it is on core %d, quiet: %v", reviewed, core, s.place.quiet)
+		}
+		took := us(100)
+		if faster {
+			took = us(50)
+		}
+		for range settled + aloneAgain {
+			now += took
+			if s.waited(took); s.now > 0 && core == 1 {
+				t.Fatal("it looks on trial")
+			}
+		}
+		if want := map[bool]int{true: 1, false: 0}[faster]; core != want || s.place.quiet != faster {
+			t.Errorf("faster %v: core %d, quiet %v", faster, core, s.place.quiet)
+		}
+		if s.waited(us(1)); (s.now == 0) != faster {
+			t.Errorf("faster %v: it looks for %v", faster, s.now)
+		}
 	}
-	for i := range aloneAgain - 1 {
-		if s.waited(us(10)); s.now > 0 {
-			t.Fatalf("it looks after %d sleeps of a trial", i+1)
+}
+
+// TestSpinTrialBeside: a thread that sleeps on the core of the guest's CPU looks on the other one
+// on trial, unless another thread there was in its way.
+func TestSpinTrialBeside(t *testing.T) {
+	for _, crowd := range []int{0, crowdRest} {
+		s := testSpin(us(50), us(1))
+		s.crowd = crowd
+		given := int64(0)
+		s.all = func() int64 { given += aloneAgain; return given }
+		s.place.leave = func() int { return 0 }
+		for range aloneAgain {
+			s.waited(us(10))
+		}
+		if s.place.before == 0 || (s.now > 0) != (crowd == 0) {
+			t.Errorf("crowd %d: trial at %v, it looks for %v", crowd, s.place.before, s.now)
 		}
 	}
 }

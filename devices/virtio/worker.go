@@ -86,7 +86,7 @@ func newWorker(a Activation, i int, poll time.Duration, handle Handler) (*Worker
 		turn:   turn{yield: reschedule},
 		q:      q,
 	}
-	w.poll = newSpin(poll, w.interruptCount)
+	w.poll = newSpin(poll, w.interruptCount, w.asked)
 	return w, nil
 }
 
@@ -94,6 +94,13 @@ func (w *Worker) interruptCount() uint64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.interrupts
+}
+
+// asked reports whether the driver has asked for interrupts since the last call.
+func (w *Worker) asked() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.q.Asked()
 }
 
 func (w *Worker) run() {

@@ -51,6 +51,7 @@ type Queue struct {
 
 	desc, avail, used     []byte // the three parts in guest RAM, resolved once
 	usedEvent, availEvent []byte // where the two event fields lie in them
+	asked                 uint16 // used_event as Asked last read it
 
 	availIdx  uint16 // the driver's idx as last read
 	nextAvail uint16 // the next available entry to take
@@ -295,6 +296,17 @@ func (q *Queue) Publish() (signal bool) {
 		return q.usedIdx-event-1 < q.usedIdx-before
 	}
 	return guestmem.LoadUint16(q.avail)&availFNoInterrupt == 0
+}
+
+// Asked reports whether the driver has asked for interrupts since the last call: it has moved
+// used_event, or, without VIRTIO_F_EVENT_IDX, VIRTQ_AVAIL_F_NO_INTERRUPT is clear now (2.7.7).
+func (q *Queue) Asked() bool {
+	if !q.eventIdx {
+		return guestmem.LoadUint16(q.avail)&availFNoInterrupt == 0
+	}
+	last := q.asked
+	q.asked = guestmem.LoadUint16(q.usedEvent)
+	return q.asked != last
 }
 
 // DisableKicks advises the driver that the device waits for no notifications, while

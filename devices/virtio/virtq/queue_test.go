@@ -532,6 +532,30 @@ func TestInterruptSuppression(t *testing.T) {
 	}
 }
 
+// TestAsked: a driver that moves used_event asks for interrupts, and one that leaves it polls.
+// Without VIRTIO_F_EVENT_IDX its flag tells.
+func TestAsked(t *testing.T) {
+	d, q := newPair(t, 4, virtq.FeatureEventIdx)
+	d.SetUsedEvent(7)
+	for i, want := range []bool{true, false, false} {
+		if got := q.Asked(); got != want {
+			t.Errorf("call %d: asked %v, want %v", i, got, want)
+		}
+	}
+	if d.SetUsedEvent(6); !q.Asked() {
+		t.Error("the driver moved used_event back, and has not asked")
+	}
+	d, q = newPair(t, 4, 0)
+	for range 2 {
+		if d.DisableCalls(); q.Asked() {
+			t.Error("asked with VIRTQ_AVAIL_F_NO_INTERRUPT")
+		}
+		if d.EnableCalls(); !q.Asked() {
+			t.Error("not asked without VIRTQ_AVAIL_F_NO_INTERRUPT")
+		}
+	}
+}
+
 // TestKickSuppression follows the driver's kicks over the wrap of idx: one
 // after EnableKicks, none while the device polls.
 func TestKickSuppression(t *testing.T) {
