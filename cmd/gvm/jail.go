@@ -186,7 +186,8 @@ func wantInRun(j *jail.Config, name string) string {
 func (rc *runConfig) enterJail() error {
 	j := rc.jail
 	j.Args = append(slices.Clone(os.Args[:2]), withoutFlags(runCommand(), os.Args[2:], jailFlagNames)...)
-	j.Env = []string{"XDG_RUNTIME_DIR=/run", "TMPDIR=/run"}
+	j.Env = []string{"XDG_RUNTIME_DIR=/run", "TMPDIR=/run",
+		fmt.Sprintf("%s=%d", startedEnv, monotonic()-sinceStart())}
 	for _, name := range jailEnvironment {
 		if value, ok := os.LookupEnv(name); ok {
 			j.Env = append(j.Env, name+"="+value)

@@ -89,3 +89,23 @@ func TestTimingStamps(t *testing.T) {
 	none.phase("x")
 	none.print()
 }
+
+// TestStartOfProcess: --timeout counts from the start of the gvm that entered the jail, if there is
+// one, and no word of the environment puts the start into the future.
+func TestStartOfProcess(t *testing.T) {
+	for _, tt := range []struct {
+		started string
+		hourAgo bool
+	}{
+		{strconv.FormatInt(int64(monotonic()-time.Hour), 10), true},
+		{strconv.FormatInt(int64(monotonic()+time.Hour), 10), false},
+		{"1h", false},
+		{"", false},
+	} {
+		t.Setenv(startedEnv, tt.started)
+		got := startOfProcess()
+		if age := time.Since(got); age < 0 || (age >= time.Hour) != tt.hourAgo {
+			t.Errorf("%s=%s: started %v ago", startedEnv, tt.started, age)
+		}
+	}
+}

@@ -10,7 +10,7 @@ import (
 
 // Bounds of the waits behind the end of a context of WithOneEnd.
 const (
-	endTime   = 900 * time.Millisecond // of all together
+	endTime   = 750 * time.Millisecond // of all together
 	leastTime = 50 * time.Millisecond  // of each in any case
 )
 
@@ -27,7 +27,7 @@ func (e *end) begin() time.Time {
 }
 
 // WithOneEnd returns a context like ctx. When it or a context derived from it has ended, all waits
-// for the host that come behind, of one part of the process after another, have a second together:
+// for the host that come behind, of one part of the process after another, have endTime together:
 // see Left.
 func WithOneEnd(ctx context.Context) context.Context {
 	if ctx.Value(endKey{}) != nil {

@@ -35,10 +35,10 @@ func TestLeft(t *testing.T) {
 			want(most)
 			cancel()
 			synctest.Wait()
-			time.Sleep(100 * time.Millisecond)
+			time.Sleep(50 * time.Millisecond)
 			want(most)
 			time.Sleep(500 * time.Millisecond)
-			want(300 * time.Millisecond)
+			want(200 * time.Millisecond)
 			time.Sleep(time.Hour)
 			want(50 * time.Millisecond)
 			if got := nowait.Left(ctx, time.Millisecond); got != time.Millisecond {
@@ -46,7 +46,7 @@ func TestLeft(t *testing.T) {
 			}
 			nowait.Extend(ctx)
 			time.Sleep(500 * time.Millisecond)
-			want(400 * time.Millisecond)
+			want(250 * time.Millisecond)
 			if got := nowait.Left(parent, most); got != most {
 				t.Errorf("%v of a context without one end", got)
 			}
@@ -59,7 +59,7 @@ func TestLeft(t *testing.T) {
 		part, end := context.WithCancel(ctx)
 		end()
 		nowait.Left(part, most)
-		time.Sleep(800 * time.Millisecond)
+		time.Sleep(650 * time.Millisecond)
 		if got := nowait.Left(ctx, most); got != most {
 			t.Errorf("%v before the end", got)
 		}
