@@ -48,7 +48,7 @@ func (b *File) claim(o Options) error {
 			return fmt.Errorf("%s: is %w", b.path, err)
 		}
 	}
-	if err := b.lockPartitions(st.Rdev, whole, accessOf(o.ReadOnly)); err != nil {
+	if err := b.lockPartitions(st.Rdev, whole, accessOf(o.ReadOnly), o); err != nil {
 		return err
 	}
 	return b.claimBelow(st.Rdev, whole, accessOf(o.ReadOnly), o, 0)
@@ -84,12 +84,16 @@ func (b *File) usedBy(st *unix.Stat_t, o Options) string {
 // lockPartitions locks those partitions of a disk that have a part of s. Their disk is locked by no
 // partition: to lock a range of it for writing it has to be open for writing, and when that ends
 // udev has the kernel read the partition table anew, which takes all partitions away for a moment.
-func (b *File) lockPartitions(disk uint64, s span, a access) error {
+func (b *File) lockPartitions(disk uint64, s span, a access, o Options) error {
 	files, _ := filepath.Glob(sysDir(disk) + "/*/partition")
 	for _, file := range files {
 		dir := filepath.Dir(file)
 		if rdev, ok := readDev(dir + "/dev"); ok && partSpan(dir, whole).meets(s) {
-			if err := b.lockBelow("/dev/"+filepath.Base(dir), thing{rdev: rdev}, whole, a, 0); err != nil {
+			t, name := thing{rdev: rdev}, "/dev/"+filepath.Base(dir)
+			if by := t.writer(name, whole, o); by != nil {
+				return fmt.Errorf("%s: has the partition %w", b.path, by)
+			}
+			if err := b.lockBelow(name, t, whole, a, 0); err != nil {
 				return fmt.Errorf("%s: has the partition %w", b.path, err)
 			}
 		}
@@ -108,21 +112,26 @@ func (b *File) claimBelow(rdev uint64, s span, a access, o Options, depth int) e
 		return nil
 	}
 	if disk, ok := diskOf(dir); ok {
-		return b.claimBelow(disk, partSpan(dir, s), a, o, depth+1)
+		s = partSpan(dir, s)
+		if by := (thing{rdev: disk}).writer(devName(disk), s, o); by != nil {
+			return fmt.Errorf("%s: is a part of %w", b.path, by)
+		}
+		return b.claimBelow(disk, s, a, o, depth+1)
 	}
+	o.Lend = false // package lio looks for users of the disk alone
 	below, _ := filepath.Glob(dir + "/slaves/*/dev")
 	for _, file := range below {
 		lower, ok := readDev(file)
 		if !ok {
 			continue
 		}
-		if by := (thing{rdev: lower}).server(false); by != "" && !o.ReadOnly {
-			return fmt.Errorf("%s: has a part of %w", b.path, &LockedError{Path: devName(lower), By: by})
+		if by := (thing{rdev: lower}).writer(devName(lower), whole, o); by != nil {
+			return fmt.Errorf("%s: has a part of %w", b.path, by)
 		}
 		if err := b.lockBelow(devName(lower), thing{rdev: lower}, whole, a.parts(), 0); err != nil {
 			return fmt.Errorf("%s: has a part of %w", b.path, err)
 		}
-		if err := b.lockPartitions(lower, whole, a.parts()); err != nil {
+		if err := b.lockPartitions(lower, whole, a.parts(), o); err != nil {
 			return err
 		}
 		if err := b.claimBelow(lower, whole, a.parts(), o, depth+1); err != nil {
@@ -161,7 +170,7 @@ func (b *File) claimBelow(rdev uint64, s span, a access, o Options, depth int) e
 	if t.rdev == 0 {
 		return nil
 	}
-	if err := b.lockPartitions(t.rdev, s, a); err != nil {
+	if err := b.lockPartitions(t.rdev, s, a, o); err != nil {
 		return err
 	}
 	return b.claimBelow(t.rdev, s, a, o, depth+1)
@@ -295,6 +304,19 @@ func (t thing) loop(but string, s span, reader bool) (by string, going bool) {
 // isSwap reports whether the kernel swaps to the file.
 func (t thing) isSwap() bool {
 	return slices.ContainsFunc(swaps(), t.is)
+}
+
+// writer returns the user of a range of a device below or above the disk, which name leads to, that
+// claims nothing and locks nothing: a loop device or a server of the kernel. A disk that is only
+// read minds none.
+func (t thing) writer(name string, s span, o Options) error {
+	if o.ReadOnly {
+		return nil
+	}
+	if by := cmp.Or(t.loops("", s, false), t.server(o.Lend)); by != "" {
+		return &LockedError{Path: name, By: by}
+	}
+	return nil
 }
 
 // swaps lists the files and devices of swap.

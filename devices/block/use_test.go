@@ -287,6 +287,32 @@ func TestInUseByHost(t *testing.T) {
 		w.Close()
 		run(t, "mount", one, dir) // what Cleanup unmounts
 	})
+	t.Run("loop on a partition", func(t *testing.T) {
+		needs(t, "addpart")
+		dev := loop(t, image(t, "disk.img", "", 32*mib), "--partscan")
+		one, two := partition(t, dev, 1, 2048, 20480), partition(t, dev, 2, 24576, 20480)
+		onOne := loop(t, one)
+		for _, upper := range []string{onOne, loop(t, onOne)} { // the second is on the first
+			run(t, "mkfs.ext4", "-q", "-F", upper)
+			dir := mount(t, upper)
+			refused(t, dev, onOne, "losetup --detach "+onOne)
+			refused(t, one, onOne, "losetup --detach "+onOne)
+			open(t, two, block.Options{}).Close()
+			reads(t, dev)
+			run(t, "umount", dir)
+			run(t, "mount", upper, dir) // for Cleanup
+		}
+	})
+	t.Run("loop on a disk with partitions", func(t *testing.T) {
+		needs(t, "addpart")
+		dev := loop(t, image(t, "disk.img", "", 32*mib), "--partscan")
+		one, two := partition(t, dev, 1, 2048, 20480), partition(t, dev, 2, 24576, 20480)
+		part := loop(t, dev, "--offset", "1M", "--sizelimit", "10M")
+		refused(t, one, part, "losetup --detach "+part)
+		open(t, two, block.Options{}).Close()
+		reads(t, one)
+		refused(t, loop(t, one), part, "losetup --detach "+part)
+	})
 	t.Run("device mapper", func(t *testing.T) {
 		needs(t, "dmsetup")
 		dev := loop(t, image(t, "disk.img", "", mib))
