@@ -134,8 +134,14 @@ static void measure(uint8_t operation, unsigned depth, bool by_interrupt)
 			if (i >= depth)
 				fatal("the used ring names request %u of %u", i, depth);
 			const uint8_t *status = requests[i].response + STATUS_AT;
-			if (status[0] != SCSI_GOOD || status[1] != VIRTIO_SCSI_S_OK)
-				fatal("a request ended with status %#x, response %u", (uint32_t)status[0], (uint32_t)status[1]);
+			if (status[0] != SCSI_GOOD || status[1] != VIRTIO_SCSI_S_OK) {
+				struct command c;
+				vscsi_read_response(requests[i].response, &c);
+				if (!vscsi_attention(&c)) // such as that of a disk that was added
+					fatal("a request ended with status %#x, response %u", (uint32_t)status[0], (uint32_t)status[1]);
+				send(i, now);
+				continue;
+			}
 			uint64_t took = now - requests[i].sent;
 			histogram[bucket_of(took)]++;
 			if (took > longest)

@@ -6,7 +6,7 @@ enum {
 	TEST_UNIT_READY = 0x00, INQUIRY = 0x12, MODE_SENSE_6 = 0x1a, READ_CAPACITY_10 = 0x25, READ_10 = 0x28,
 	WRITE_10 = 0x2a, SYNCHRONIZE_CACHE_10 = 0x35, READ_16 = 0x88, WRITE_16 = 0x8a, SERVICE_ACTION_IN_16 = 0x9e,
 	READ_CAPACITY_16 = 0x10, REPORT_LUNS = 0xa0, NO_SUCH_COMMAND = 0xc1,
-	ILLEGAL_REQUEST = 5, UNIT_ATTENTION = 6, DATA_PROTECT = 7,
+	ILLEGAL_REQUEST = 5, DATA_PROTECT = 7,
 	TARGETS_TRIED = 8, MAX_DISKS_PER_TARGET = 16,
 	MAX_TRANSFER = 8192, AREA_BYTES = MAX_TRANSFER + 512, // the gaps of scatter need less
 };
@@ -38,12 +38,14 @@ static struct command new_command(struct address at, const uint8_t *cdb, unsigne
 	return c;
 }
 
+enum { TRIES = 5 }; // of a command that finds unit attentions
+
 // run executes a command, again after each unit attention, which it shows.
 static void run(struct command *c)
 {
-	for (unsigned tries = 0; tries < 5; tries++) {
+	for (unsigned tries = 0; tries < TRIES; tries++) {
 		vscsi_execute(REQUEST_QUEUE, c);
-		if (c->response != VIRTIO_SCSI_S_OK || c->status != SCSI_CHECK_CONDITION || c->key != UNIT_ATTENTION)
+		if (!vscsi_attention(c))
 			return;
 		print("  unit attention %02x/%02x\n", (uint32_t)c->asc, (uint32_t)c->ascq);
 	}
@@ -260,21 +262,29 @@ static void check_refusals(const struct disk *d)
 	}
 }
 
-// check_depth has as many reads in flight at once as there are slots, on every request queue in turn.
+// check_depth has as many reads in flight at once as there are slots, on every request queue in turn, and all of them again after a
+// unit attention, which one of them finds when a disk is added meanwhile.
 static void check_depth(const struct disk *d)
 {
 	static struct command c[SLOTS];
 	for (unsigned queue = REQUEST_QUEUE; queue < REQUEST_QUEUE + request_queues; queue++) {
-		bool ok = true;
-		unsigned notified = virtio_statistics.notifications;
-		uint32_t interrupts = interrupts_taken[virtqueues[queue].vector];
+		bool ok = true, attention = true;
+		unsigned notified = 0;
+		uint32_t interrupts = 0;
 		for (unsigned i = 0; i < SLOTS; i++) {
 			c[i] = transfer_command(d, false, i < d->blocks ? i : 0, 1);
 			c[i].in[0] = (struct segment){ (uint8_t *)again + i * 512, d->block_size < 512 ? d->block_size : 512 };
 			c[i].in[1] = (struct segment){ area, d->block_size - c[i].in[0].length };
 			c[i].ins = d->block_size > 512 ? 2 : 1;
 		}
-		vscsi_batch(queue, c, SLOTS);
+		for (unsigned tries = 0; attention && tries < TRIES; tries++) {
+			notified = virtio_statistics.notifications;
+			interrupts = interrupts_taken[virtqueues[queue].vector];
+			vscsi_batch(queue, c, SLOTS);
+			attention = false;
+			for (unsigned i = 0; i < SLOTS; i++)
+				attention = attention || vscsi_attention(&c[i]);
+		}
 		for (unsigned i = 0; i < SLOTS; i++)
 			ok = ok && good(&c[i]) && c[i].residual == 0;
 		check(ok, "queue %u: %u reads at once, %u notifications, %u interrupts", queue, (uint32_t)SLOTS,

@@ -52,7 +52,7 @@ unsigned queue_take(struct virtqueue *q);                // the slot of the next
 enum {
 	VIRTIO_SCSI_S_OK = 0, VIRTIO_SCSI_S_BAD_TARGET = 3, VIRTIO_SCSI_S_FAILURE = 9, VIRTIO_SCSI_S_FUNCTION_COMPLETE = 0,
 	VIRTIO_SCSI_S_FUNCTION_SUCCEEDED = 10,
-	SCSI_GOOD = 0, SCSI_CHECK_CONDITION = 2,
+	SCSI_GOOD = 0, SCSI_CHECK_CONDITION = 2, UNIT_ATTENTION = 6,
 	NO_RESPONSE = 0xff,
 	CONTROL_QUEUE = 0, EVENT_QUEUE = 1, REQUEST_QUEUE = 2,
 };
@@ -77,6 +77,8 @@ void vscsi_execute(unsigned queue, struct command *c);
 void vscsi_batch(unsigned queue, struct command *commands, unsigned n); // n ≤ SLOTS at once, one notification
 void vscsi_submit(unsigned queue, unsigned slot, struct command *c);    // the parts of execute,
 void vscsi_finish(unsigned queue, unsigned expected);                   // for a caller that looks in between
+void vscsi_read_response(const uint8_t *response, struct command *c);   // what the device wrote
+bool vscsi_attention(const struct command *c);                          // c found a unit attention, and has to be sent again
 void vscsi_start_first(void);                                           // the first device of the machine
 void vscsi_first_command(struct command *c);                            // again while the unit tells of unit attentions
 uint8_t vscsi_reset_lun(struct address to);                             // the task management response

@@ -88,10 +88,9 @@ void vscsi_submit(unsigned queue, unsigned slot, struct command *c)
 	queue_add(&virtqueues[queue], slot, s, out, in);
 }
 
-static void read_response(const struct slot *r)
+void vscsi_read_response(const uint8_t *p, struct command *c)
 {
-	struct command *c = r->command;
-	const uint8_t *p = r->response, *sense = p + SENSE_AT;
+	const uint8_t *sense = p + SENSE_AT;
 	c->sense_length = le32(p);
 	c->residual = le32(p + 4);
 	c->status = p[10];
@@ -105,15 +104,21 @@ static void read_response(const struct slot *r)
 	c->ascq = sense[descriptor_format ? 3 : 13];
 }
 
+bool vscsi_attention(const struct command *c)
+{
+	return c->response == VIRTIO_SCSI_S_OK && c->status == SCSI_CHECK_CONDITION && c->key == UNIT_ATTENTION;
+}
+
 void vscsi_finish(unsigned queue, unsigned expected)
 {
 	queue_wait(&virtqueues[queue], expected);
 	for (unsigned i = 0; i < expected; i++) {
 		unsigned slot = queue_take(&virtqueues[queue]);
-		if (!slots[queue][slot].command)
+		struct slot *r = &slots[queue][slot];
+		if (!r->command)
 			fatal("queue %u: used ring names slot %u, which is not in flight", queue, slot);
-		read_response(&slots[queue][slot]);
-		slots[queue][slot].command = 0;
+		vscsi_read_response(r->response, r->command);
+		r->command = 0;
 	}
 }
 
