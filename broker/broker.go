@@ -185,9 +185,12 @@ func (b *broker) serve() (inOrder bool) {
 		case door:
 			b.openDoor(m, files)
 			continue
-		case keep, atEnd, closed:
+		case keep, closed:
 			closeAll(files)
 			b.keep(m)
+			continue
+		case atEnd:
+			b.keepOwn(m, files)
 			continue
 		case records:
 			b.keepRecord(m, files)
@@ -257,15 +260,19 @@ func (b *broker) keep(m message) {
 			b.beside[string(path)] = true
 		}
 	}
-	for _, f := range m.Files {
-		if b.closed {
-			break
-		}
-		if pin := f.pin(); pin != nil {
-			b.own, b.pins = append(b.own, f), append(b.pins, pin)
-		}
-	}
 	b.closed = b.closed || m.Op == closed
+}
+
+// keepOwn notes files that the machine has made, with a descriptor of each, until the machine has
+// closed itself.
+func (b *broker) keepOwn(m message, files []*os.File) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed || len(files) != len(m.Files) {
+		closeAll(files)
+		return
+	}
+	b.own, b.pins = append(b.own, m.Files...), append(b.pins, files...)
 }
 
 // keepRecord notes the directory for the machine's record, until the machine has closed itself.

@@ -26,11 +26,13 @@ import (
 )
 
 // With machineEnv the test binary is a machine with a name in that directory, that does nothing,
-// and with sandboxEnv it is in a sandbox, with aloneEnv it has no control socket.
+// and with sandboxEnv it is in a sandbox, with aloneEnv it has no control socket, with earlyEnv it
+// is still at its start.
 const (
 	machineEnv = "GVM_TEST_MACHINE"
 	sandboxEnv = "GVM_TEST_SANDBOX"
 	aloneEnv   = "GVM_TEST_ALONE"
+	earlyEnv   = "GVM_TEST_EARLY"
 )
 
 func TestMain(m *testing.M) {

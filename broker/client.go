@@ -58,6 +58,7 @@ type Client struct {
 	waiting   map[uint64]chan answer
 	images    []*block.File // opened before shut
 	own       []ownFile     // that the broker removes
+	pins      []*os.File    // the last ones of own, until the broker has them
 	record    *Record       // that the broker makes; nil: none
 }
 
@@ -85,7 +86,7 @@ func Start(name string, note func(string), janitor *os.File) *Client {
 			return
 		}
 		c.mu.Lock()
-		_ = c.handDoor() // Shut says why not
+		_ = c.hand() // Shut says why not
 		c.mu.Unlock()
 		yieldFirst(c.pid)
 		c.receive()
@@ -129,24 +130,40 @@ func (c *Client) Serve(s *control.Server, d control.Directory) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.door, c.doorFiles = d.Path(), []*os.File{socket, lock}
-	select {
-	case <-c.started:
-		_ = c.handDoor() // Shut says why not
-	default:
-	}
+	c.handSoon()
 	return nil
 }
 
-// handDoor hands the control socket over, unless it has. The caller holds mu after started.
-func (c *Client) handDoor() error {
-	if c.doorFiles == nil || c.conn == nil {
+// handSoon is hand, if the broker is there: else Start calls that. The caller holds mu.
+func (c *Client) handSoon() {
+	select {
+	case <-c.started:
+		_ = c.hand() // Shut says why not
+	default:
+	}
+}
+
+// hand gives the broker the files to remove that it has not yet: the sooner, the less is left of a
+// machine that is killed. The caller holds mu after started.
+func (c *Client) hand() error {
+	if c.conn == nil {
 		return nil
 	}
-	if err := send(c.conn, notice{Op: door, Path: text.Name(c.door)}, nil, c.doorFiles...); err != nil {
-		return err
+	if c.doorFiles != nil {
+		if err := send(c.conn, notice{Op: door, Path: text.Name(c.door)}, nil, c.doorFiles...); err != nil {
+			return err
+		}
+		c.doorFiles[0].Close()
+		c.doorFiles = nil
 	}
-	c.doorFiles[0].Close()
-	c.doorFiles = nil
+	if len(c.pins) > 0 {
+		files := c.own[len(c.own)-len(c.pins):]
+		if err := send(c.conn, notice{Op: atEnd, Files: files}, nil, c.pins...); err != nil {
+			return err
+		}
+		closeAll(c.pins)
+		c.pins = nil
+	}
 	return nil
 }
 
@@ -345,14 +362,18 @@ func (l listener) Close() error {
 // Addr implements net.Listener.
 func (l listener) Addr() net.Addr { return &net.UnixAddr{Name: l.machine, Net: "unix"} }
 
-// RemoveAtEnd has the broker remove a socket of the machine's at the end. The caller has made it
-// and not called Shut. remove removes it if Shut has not been called.
+// RemoveAtEnd has the broker remove a socket of the machine's at the end. The broker knows of it as
+// soon as it is there itself, or from Shut on. The caller has made the socket and not called Shut.
+// remove removes it if Shut has not been called.
 func (c *Client) RemoveAtEnd(path string, made fs.FileInfo) (remove func() error) {
 	st := made.Sys().(*syscall.Stat_t)
 	f := ownFile{text.Name(path), st.Dev, st.Ino}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.own = append(c.own, f)
+	if pin := f.pin(); pin != nil {
+		c.own, c.pins = append(c.own, f), append(c.pins, pin)
+		c.handSoon()
+	}
 	return func() error {
 		if c.isShut() {
 			return nil
@@ -405,6 +426,8 @@ func (c *Client) endOnce() error {
 		c.doorFiles[0].Close()
 		c.doorFiles = nil
 	}
+	closeAll(c.pins)
+	c.pins = nil
 	c.mu.Unlock()
 	if c.conn == nil {
 		return c.failed
@@ -465,13 +488,8 @@ func (c *Client) shutNow() error {
 			paths = append(paths, text.Name(path))
 		}
 	}
-	if err := c.handDoor(); err != nil {
+	if err := c.hand(); err != nil {
 		return err
-	}
-	if len(c.own) > 0 {
-		if err := send(c.conn, notice{Op: atEnd, Files: c.own}, nil); err != nil {
-			return err
-		}
 	}
 	if r := c.record; r != nil {
 		names := []text.Name{text.Name(r.in), text.Name(r.Machine)}

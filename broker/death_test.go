@@ -38,11 +38,19 @@ func idle(dir string) {
 	if s != nil {
 		fail(c.Serve(s, d))
 	}
+	early := os.Getenv(earlyEnv) != ""
+	if early {
+		<-c.started
+	}
 	own := dir + ".sock"
 	fail(os.WriteFile(own, nil, 0o600))
 	made, err := os.Lstat(own)
 	fail(err)
 	remove := c.RemoveAtEnd(own, made)
+	if early {
+		_, _ = os.Stdout.WriteString("ready\n")
+		_, _ = os.Stdin.Read(make([]byte, 1))
+	}
 	fail(c.Shut())
 	if os.Getenv(sandboxEnv) != "" {
 		p := sandbox.Policy{Mode: sandbox.On, Uses: sandbox.Broker,
@@ -71,14 +79,16 @@ func idle(dir string) {
 
 // TestDeath kills the machine, or its broker, or its keeper, or neither, or stops the broker until
 // the machine has ended. None leaves a file or a socket elsewhere; one in the sandbox may leave the
-// directory of all empty. A machine without a control socket has all that too.
+// directory of all empty. A machine without a control socket has all that too, and one that is
+// killed before it has shut itself in.
 func TestDeath(t *testing.T) {
 	for _, how := range []string{"neither", "machine", "broker", "keeper", "stop", "neither sandboxed",
 		"machine sandboxed", "broker sandboxed", "keeper sandboxed", "stop sandboxed", "neither alone",
 		"machine alone", "broker alone", "keeper alone", "neither sandboxed alone", "machine sandboxed alone",
-		"broker sandboxed alone", "keeper sandboxed alone"} {
+		"broker sandboxed alone", "keeper sandboxed alone", "machine early alone"} {
 		t.Run(how, func(t *testing.T) {
 			kill, alone := strings.CutSuffix(how, " alone")
+			kill, early := strings.CutSuffix(kill, " early")
 			kill, boxed := strings.CutSuffix(kill, " sandboxed")
 			dir := filepath.Join(t.TempDir(), "run")
 			exe, err := os.Executable()
@@ -92,6 +102,9 @@ func TestDeath(t *testing.T) {
 			}
 			if alone {
 				c.Env = append(c.Env, aloneEnv+"=1")
+			}
+			if early {
+				c.Env = append(c.Env, earlyEnv+"=1")
 			}
 			in, err := c.StdinPipe()
 			if err != nil {

@@ -49,7 +49,7 @@ const (
 	// To the broker, without an answer. The first four are not valid after closed.
 	door    operation = "door"    // Path is the directory of the control socket; descriptors of that and of its lock
 	keep    operation = "keep"    // Paths are beside disks of the command line
-	atEnd   operation = "atEnd"   // Files are sockets of the machine's, removed at its end
+	atEnd   operation = "atEnd"   // Files are sockets of the machine's, removed at its end, with a descriptor of each
 	records operation = "records" // Paths are the directory for the machine's record, and the machine's name in it
 	closed  operation = "closed"  // the machine opens no files any more
 	end     operation = "end"     // the machine ends in order; to the machine: its name is given up
