@@ -288,7 +288,7 @@ func TestBadInput(t *testing.T) {
 		{"gdb at a path", run("--gdb", "/tmp/gdb"), "--gdb /tmp/gdb|unix:/tmp/gdb", ""},
 		{"gdb at no path", run("--gdb", "unix:"), "--gdb unix:|the path is empty", ""},
 		{"gdb at a long path", run("--gdb", "unix:"+strings.Repeat("a", 108)), "--gdb|108 bytes|107 at most", ""},
-		{"gdb at a file", run("--gdb", "unix:guest.elf"), "--gdb unix:guest.elf: the file exists|remove it", ""},
+		{"gdb at a file", run("--gdb", "unix:guest.elf"), "--gdb unix:guest.elf: it exists and is no socket|remove it", ""},
 		{"gdb in no directory", run("--gdb", "unix:none/gdb"), "--gdb|none/gdb|no directory none: make it first", ""},
 		{"polling before the start", run("--poll", "-1us"), "--poll -1µs|0 to 10ms", ""},
 		{"many queues", run("--queues", "1000"), "--queues 1000|64", ""},

@@ -23,6 +23,7 @@ import (
 	"gvm/machine"
 	"gvm/panics"
 	"gvm/text"
+	"gvm/unixsocket"
 )
 
 // gdbAddress is a parsed --gdb: where gvm waits for a debugger.
@@ -74,7 +75,6 @@ type gdbServer struct {
 	to       string       // gdb's words for target remote
 	listener net.Listener // nil: stdio
 	stdio    io.ReadWriteCloser
-	path     string       // of the socket in the file system; "": none
 	remove   func() error // removes it, if it still has its path
 	serving  sync.WaitGroup
 }
@@ -88,32 +88,16 @@ func (a *gdbAddress) listen(ctx context.Context, b *broker.Client) (*gdbServer, 
 		s.stdio = stdio
 		return s, err
 	}
-	config := net.ListenConfig{}
 	if a.network == "unix" {
-		var err error
-		if s.path, err = filepath.Abs(a.address); err != nil {
-			return nil, err
-		}
-		s.to = s.path
-		// A socket has its mode from the beginning: unix_bind takes that of the descriptor.
-		config.Control = func(_, _ string, c syscall.RawConn) (err error) {
-			return errors.Join(c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }), err)
-		}
+		return s, s.listenUnix(a.address, b)
 	}
 	var err error
-	s.listener, err = config.Listen(ctx, a.network, a.address)
+	s.listener, err = new(net.ListenConfig).Listen(ctx, a.network, a.address)
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return nil, context.Cause(ctx)
-	case errors.Is(err, syscall.EADDRINUSE) && s.path != "":
-		return nil, configError{fmt.Errorf("--gdb unix:%s: the file exists; remove it, or give another path", a.address)}
 	case errors.Is(err, syscall.EADDRINUSE):
 		return nil, configError{fmt.Errorf("--gdb %s: another program waits there; give another port", a.address)}
-	case err != nil && s.path != "":
-		if errno := syscall.Errno(0); errors.As(err, &errno) {
-			err = nowait.CreateError(a.address, errno)
-		}
-		return nil, configError{fmt.Errorf("--gdb unix:%w", err)}
 	case err != nil:
 		var op *net.OpError
 		if errors.As(err, &op) {
@@ -122,23 +106,39 @@ func (a *gdbAddress) listen(ctx context.Context, b *broker.Client) (*gdbServer, 
 		return nil, configError{fmt.Errorf("--gdb: wait at %s %s: %w; give an address of this host, or a port alone",
 			a.network, a.address, err)}
 	}
-	if tcp, ok := s.listener.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() {
+	if !s.listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
 		note(fmt.Sprintf("--gdb %s: every host that reaches this port controls the guest", a.address))
 	}
-	if l, ok := s.listener.(*net.UnixListener); ok {
-		l.SetUnlinkOnClose(false) // remove looks first
-		made, err := os.Lstat(s.path)
-		if err != nil {
-			return nil, errors.Join(err, s.close())
-		}
-		if s.remove = removal(s.path, made); b != nil {
-			s.remove = b.RemoveAtEnd(s.path, made)
-		}
-		urgent.Lock()
-		urgent.remove = append(urgent.remove, s.remove)
-		urgent.Unlock()
-	}
 	return s, nil
+}
+
+// listenUnix is listen for a path, at which no program waits.
+func (s *gdbServer) listenUnix(path string, b *broker.Client) error {
+	var err error
+	if s.to, err = filepath.Abs(path); err != nil {
+		return err
+	}
+	dir, err := os.OpenFile(filepath.Dir(path), os.O_RDONLY|unix.O_DIRECTORY, 0)
+	var l *net.UnixListener
+	var made fs.FileInfo
+	if err == nil {
+		defer dir.Close()
+		l, made, err = unixsocket.Listen(dir, path)
+	}
+	if errno := syscall.Errno(0); errors.As(err, &errno) && errno != syscall.EWOULDBLOCK { // of a lock
+		return configError{fmt.Errorf("--gdb unix:%w", nowait.CreateError(path, errno))}
+	}
+	if err != nil {
+		return configError{fmt.Errorf("--gdb unix:%s: %w", path, err)}
+	}
+	s.listener = l
+	if s.remove = removal(s.to, made); b != nil {
+		s.remove = b.RemoveAtEnd(s.to, made)
+	}
+	urgent.Lock()
+	urgent.remove = append(urgent.remove, s.remove)
+	urgent.Unlock()
+	return nil
 }
 
 // removal returns a function that removes a file, if it still has its path.

@@ -118,6 +118,27 @@ func TestGDB(t *testing.T) {
 	}
 }
 
+// TestGDBStaleSocket: a socket that a gvm left which was killed is replaced, and one at which a
+// program listens is not.
+func TestGDBStaleSocket(t *testing.T) {
+	t.Parallel()
+	socket := filepath.Join(t.TempDir(), "gdb")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"run", "--gdb", "unix:" + socket, "--memory", "64M"}
+	wantBad(t, ask(t, "", args...), "--gdb unix:"+socket+": it exists and a program listens there|name another file")
+	l.SetUnlinkOnClose(false)
+	l.Close()
+	if r := ask(t, "", args...); r.status != 0 {
+		t.Errorf("status %d: %s", r.status, r.errs)
+	}
+	if _, err := os.Lstat(socket); err == nil {
+		t.Error("the socket is left")
+	}
+}
+
 // TestGDBPlaces: a debugger connects to a port of this host, or has gvm's standard input and
 // output; the guest's console is on standard error then.
 func TestGDBPlaces(t *testing.T) {

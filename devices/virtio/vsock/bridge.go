@@ -15,13 +15,13 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"gvm/kvmapi/nowait"
 	"gvm/panics"
+	"gvm/unixsocket"
 )
 
 // Limits of a Bridge.
@@ -44,10 +44,6 @@ const (
 	minBuffer = 4 << 10
 	maxBuffer = 64 << 10
 )
-
-// ErrExists is the error of Listen for a file that another program uses or that is no stale socket
-// of this user's.
-var ErrExists = errors.New("it exists")
 
 // Bridge connects a guest's sockets with unix sockets of the host, in the convention of
 // Firecracker. A client of the socket at PATH sends "CONNECT PORT\n", gets "OK HOSTPORT\n", and is
@@ -94,26 +90,8 @@ func Listen(path string) (_ *Bridge, err error) {
 	if b.dir, err = openDir(filepath.Dir(path)); err != nil {
 		return nil, err
 	}
-	// The lock keeps another gvm from replacing the same stale socket.
-	if err := lockDir(b.dir); err != nil {
+	if b.listener, b.made, err = unixsocket.Listen(b.dir, b.address("")); err != nil {
 		return nil, err
-	}
-	defer unix.Flock(int(b.dir.Fd()), unix.LOCK_UN)
-	if err := b.removeStale(); err != nil {
-		return nil, err
-	}
-	// A socket has its mode from the beginning: unix_bind takes that of the descriptor.
-	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
-		return errors.Join(c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }), err)
-	}}
-	l, err := config.Listen(context.Background(), "unix", b.address(""))
-	if err != nil {
-		return nil, plain(err)
-	}
-	b.listener = l.(*net.UnixListener)
-	b.listener.SetUnlinkOnClose(false) // remove looks first
-	if b.made, err = os.Lstat(b.address("")); err != nil {
-		return nil, errors.Join(plain(err), l.Close())
 	}
 	b.remove = sync.OnceValue(func() error {
 		if now, err := os.Lstat(b.address("")); err != nil || !os.SameFile(b.made, now) {
@@ -138,61 +116,10 @@ func maxBridged() int {
 
 func openDir(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY, 0)
-	if err != nil {
-		return nil, plain(err)
+	if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
+		return nil, pe.Err
 	}
-	return f, nil
-}
-
-// lockTimeout bounds the wait for a directory's lock, which Listen holds for microseconds.
-const lockTimeout = time.Second
-
-func lockDir(dir *os.File) error {
-	for giveUp := time.Now().Add(lockTimeout); ; time.Sleep(time.Millisecond) {
-		err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return nil
-		}
-		if err != unix.EINTR && (err != unix.EWOULDBLOCK || time.Now().After(giveUp)) {
-			return fmt.Errorf("lock the directory: %w", err)
-		}
-	}
-}
-
-// removeStale removes a socket that no program listens at.
-func (b *Bridge) removeStale() error {
-	fi, err := os.Lstat(b.address(""))
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil
-	case err != nil:
-		return plain(err)
-	case fi.Mode().Type() != fs.ModeSocket:
-		return fmt.Errorf("%w and is no socket; remove it, or name another file", ErrExists)
-	case int(fi.Sys().(*syscall.Stat_t).Uid) != os.Geteuid():
-		return fmt.Errorf("%w and is another user's; name another file", ErrExists)
-	}
-	c, err := net.Dial("unix", b.address(""))
-	if err == nil {
-		c.Close()
-	}
-	if !errors.Is(err, unix.ECONNREFUSED) {
-		return fmt.Errorf("%w and a program listens there; name another file", ErrExists)
-	}
-	return plain(os.Remove(b.address("")))
-}
-
-// plain returns the error of a system call without the path of address.
-func plain(err error) error {
-	var op *net.OpError
-	var path *fs.PathError
-	switch {
-	case errors.As(err, &op):
-		return op.Err
-	case errors.As(err, &path):
-		return path.Err
-	}
-	return err
+	return f, err
 }
 
 // address returns the path of the socket, with a suffix, by the open directory: it fits into a
