@@ -288,11 +288,7 @@ func namedError(err error) error {
 func tempDir(prefix string) (string, error) {
 	dir, err := nowait.TempDir(prefix)
 	if err != nil {
-		if e := (*fs.PathError)(nil); errors.As(err, &e) {
-			err = e.Err
-		}
-		return "", disk.ImageError{Err: fmt.Errorf("temporary directory in %s: %w; "+
-			"set TMPDIR to a directory that exists and has room", os.TempDir(), err)}
+		return "", disk.ImageError{Err: nowait.TempError("directory", err)}
 	}
 	return dir, nil
 }

@@ -21,6 +21,7 @@ import (
 	"gvm/guest/agent"
 	"gvm/jail"
 	"gvm/panics"
+	"gvm/testrun"
 	"gvm/text"
 	"gvm/vmm"
 )
@@ -176,16 +177,32 @@ func (k *keepError) Write(p []byte) (int, error) {
 // errorText formats an error for printing. It keeps the lines of joined errors and of a report
 // about the guest's end; in other errors a line break can only come from a name, and is escaped.
 func errorText(err error) string {
-	s := strings.TrimSpace(err.Error())
-	if errors.Is(err, unix.EMFILE) {
-		s += "; raise RLIMIT_NOFILE (ulimit -n)"
-	}
+	s := strings.TrimSpace(err.Error()) + mend(err)
 	var end endError
 	reports := []int{exitCrash, exitPanic, exitFault, exitWatchdog, exitBug}
 	if several(err) || errors.As(err, &end) && slices.Contains(reports, end.status) {
 		return text.Lines(s)
 	}
 	return text.Printable(s)
+}
+
+// mend returns the remedy of an error that comes from many places, for behind its text; "" if it is
+// not known.
+func mend(err error) string {
+	switch {
+	case errors.Is(err, unix.EMFILE):
+		return "; raise RLIMIT_NOFILE (ulimit -n)"
+	case errors.Is(err, unix.ENFILE):
+		return "; raise fs.file-max (sysctl)"
+	}
+	return ""
+}
+
+// untested is the result of a test for an error of the host.
+func untested(err error) *testrun.Result {
+	res := testrun.Untested(err)
+	res.Text += mend(err)
+	return res
 }
 
 // several reports whether errors.Join combined more than one error into err.

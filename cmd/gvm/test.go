@@ -260,14 +260,14 @@ func (t *testConfig) runMachine(ctx context.Context, stop func(error), begun fun
 	res := l.run(func() *testrun.Result { return t.live(l, stop, begun) },
 		func(err error) *testrun.Result { return t.untested(timed, err) })
 	if err := t.spec.Close(); err != nil && res.Kind == testrun.Exited && res.Status == 0 {
-		return testrun.Untested(err)
+		return untested(err)
 	}
 	return res
 }
 
 // untested is the result for an error of the start, which the end of ctx may have caused.
 func (t *testConfig) untested(ctx context.Context, err error) *testrun.Result {
-	res, cause := testrun.Untested(err), context.Cause(ctx)
+	res, cause := untested(err), context.Cause(ctx)
 	switch {
 	case errors.As(cause, new(testrun.TimeoutError)):
 		return testrun.TimedOut(err)
@@ -387,6 +387,9 @@ func (t *testConfig) live(l *life[*testrun.Result], stop func(error), begun func
 		defer followSize(run.Winsize)()
 	}
 	res = t.stopped(run.Wait())
+	if res.Kind == testrun.NotTested && res.Err != nil {
+		res.Text += mend(res.Err)
+	}
 	t.record.finishTest(res, t.note)
 	res.Kernel, res.Release = text.Name(k.Image.Name), k.Release
 	res.Missing = missing
@@ -412,7 +415,7 @@ func (t *testConfig) stopped(res *testrun.Result) *testrun.Result {
 	case errors.Is(res.Cause, errQuit):
 		res.Status = exitQuit
 	default:
-		return testrun.Untested(res.Cause)
+		return untested(res.Cause)
 	}
 	return res
 }

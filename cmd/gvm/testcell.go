@@ -67,7 +67,7 @@ func (t *testConfig) runCell(o *cellOrder) error {
 func (t *testConfig) runOrder(o *cellOrder) (res *testrun.Result) {
 	var err error
 	if t.spec.Disks, err = t.matrix.parseDisks(o.Cell.Backend); err != nil {
-		return testrun.Untested(err)
+		return untested(err)
 	}
 	t.spec.Disks = append(t.spec.Disks, t.scratch...)
 	for i := range t.spec.Disks {
@@ -98,7 +98,7 @@ const (
 // guest may have taken the process over, so that it counts no time and does not end.
 func (t *testConfig) runProcess(ctx context.Context, o *cellOrder, note func(string)) (end cellMessage) {
 	fail := func(err error) cellMessage {
-		return cellMessage{Result: testrun.Untested(fmt.Errorf("the process of the machine: %w", err))}
+		return cellMessage{Result: untested(fmt.Errorf("the process of the machine: %w", err))}
 	}
 	timed, over := t.timed(ctx, cellMargin)
 	defer over()

@@ -109,7 +109,7 @@ func (t *testConfig) command() (*wire.Command, *testrun.Result) {
 	cmd := &wire.Command{Dir: text.Name(t.cwd), UID: t.uid, GID: t.gid, Groups: t.groups, Hostname: "gvm",
 		Mounts: t.mounts}
 	if cmd.Rlimits, err = limits(); err != nil {
-		return nil, testrun.Untested(err)
+		return nil, untested(err)
 	}
 	cmd.Args = []text.Name{text.Name(path)}
 	for _, a := range args[1:] {

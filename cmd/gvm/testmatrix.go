@@ -345,7 +345,7 @@ func (t *testConfig) attempt(ctx context.Context, c matrix.Cell, n int, p *progr
 	}
 	if t.matrix.dir != "" {
 		if err := writeVerdict(filepath.Join(t.matrix.dir, name+".verdict.json"), res); err != nil {
-			res = testrun.Untested(fmt.Errorf("--output: %w", err))
+			res = untested(fmt.Errorf("--output: %w", err))
 		}
 	}
 	a := matrix.Attempt{Result: res}

@@ -40,7 +40,7 @@ func (System) Image(path string, o Options) (*File, error) { return openImage(pa
 func (System) Temporary() (*os.File, error) {
 	fd, err := unix.Open(os.TempDir(), unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return nil, tempError(err)
+		return nil, nowait.TempError("file", err)
 	}
 	return os.NewFile(uintptr(fd), "temporary file"), nil
 }

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/iovec"
+	"gvm/kvmapi/nowait"
 )
 
 // Overlay is storage that reads as its base until it is written: the base, which
@@ -135,7 +136,7 @@ func OpenOverlay(base *File, path string) (_ *Overlay, err error) {
 	defer func() {
 		if err != nil {
 			if !o.named {
-				err = tempError(err)
+				err = nowait.TempError("file", err)
 			}
 			o.Undo()
 			o.top.Close()
@@ -183,19 +184,11 @@ func openTemporary(name string, n int64, files Files) (*File, error) {
 	}
 	if err := f.Truncate(n); err != nil {
 		f.Close()
-		return nil, tempError(err)
+		return nil, nowait.TempError("file", err)
 	}
 	b := unnamed(f, n)
 	b.path = filepath.Join(os.TempDir(), name)
 	return b, nil
-}
-
-// tempError names the directory for temporary files, which a user may not think of.
-func tempError(err error) error {
-	if errno := unix.Errno(0); errors.As(err, &errno) {
-		err = errno
-	}
-	return fmt.Errorf("temporary file in %s: %w; set TMPDIR to a directory that exists and has room", os.TempDir(), err)
 }
 
 // openTop opens the file of an overlay on base with n bytes.

@@ -120,3 +120,16 @@ func explain(path string, err error, noDir, noFile string) error {
 	}
 	return &createError{text, err}
 }
+
+// TempError is the error of making a temporary file or directory, as kind says. It names the
+// directory of those, which a user may not think of.
+func TempError(kind string, err error) error {
+	if errno := unix.Errno(0); errors.As(err, &errno) {
+		err = errno
+	}
+	mend := "; set TMPDIR to a directory that exists and has room"
+	if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) { // another one does not help
+		mend = ""
+	}
+	return fmt.Errorf("temporary %s in %s: %w%s", kind, os.TempDir(), err, mend)
+}
