@@ -44,19 +44,6 @@ func checkDir(path string, mode uint32) error {
 	return nil
 }
 
-// leastFiles is enough for a machine without disks. With very few, Go's runtime ends the process at
-// its first use of the poller.
-const leastFiles = 64
-
-// enoughFiles refuses a limit of open files that leaves no room for a message.
-func enoughFiles() error {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil || limit.Cur >= leastFiles {
-		return nil
-	}
-	return fmt.Errorf("RLIMIT_NOFILE (ulimit -n) is %d: raise it to %d at least", limit.Cur, leastFiles)
-}
-
 // readInput reads a user's file of at most limit bytes. It ends with ctx, as the writer of a pipe
 // may be silent.
 func readInput(ctx context.Context, path string, limit int64) ([]byte, error) {

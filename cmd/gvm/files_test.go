@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -166,36 +165,5 @@ func TestFullFileSystem(t *testing.T) {
 	}
 	if list, err := os.ReadDir(full); err != nil || len(list) != 1 {
 		t.Errorf("left behind: %v, %v", list, err)
-	}
-}
-
-// TestFewFiles: a limit of open files that is too low gives a line with the way on.
-func TestFewFiles(t *testing.T) {
-	const full = ": too many open files; raise RLIMIT_NOFILE (ulimit -n)"
-	kernel, many := exitKernel(t, 0), strings.Repeat(" --disk temp:1M", 40)
-	for _, tt := range []struct {
-		limit  int
-		args   []string
-		status int
-		want   string
-	}{
-		{8, []string{"run"}, exitHost, "gvm: RLIMIT_NOFILE (ulimit -n) is 8: raise it to 64 at least"},
-		{8, []string{"test", "-k", "none", "--", "true"}, exitUntested,
-			"gvm: RLIMIT_NOFILE (ulimit -n) is 8: raise it to 64 at least"},
-		{leastFiles, []string{"run", "--timeout", "100ms"}, exitTimeout, ""},
-		{leastFiles, strings.Fields("run" + many), exitHost, full},
-		{leastFiles, strings.Fields("test -k " + kernel + many + " -- sh"), exitUntested, full},
-		{leastFiles, strings.Fields("test -k " + kernel + many + " --results /dev/null -- sh"), exitUntested, full},
-	} {
-		c := command(t, tt.args...)
-		c.Args = append([]string{"sh", "-c", fmt.Sprintf(`ulimit -n %d && exec "$0" "$@"`, tt.limit), c.Path}, c.Args[1:]...)
-		c.Path = "/bin/sh"
-		r := gvmRuns(t, c)
-		first, rest, _ := strings.Cut(r.errs, "\n")
-		more := rest != "" && !strings.HasPrefix(rest, "gvm: not all cells ") // of a matrix
-		if r.status != tt.status || !strings.HasSuffix(first, tt.want) ||
-			tt.want != "" && (!strings.HasPrefix(first, "gvm: ") || more) {
-			t.Errorf("%d files, %s: status %d: %s", tt.limit, tt.args[0], r.status, r.errs)
-		}
 	}
 }

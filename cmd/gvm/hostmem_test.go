@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -463,16 +462,7 @@ func TestAddDiskAsksLimits(t *testing.T) {
 // TestUserThreads: a user whose limit leaves too few threads gets a line rather than a crash of the
 // Go runtime.
 func TestUserThreads(t *testing.T) {
-	const otherUser = 65534
-	c := command(t)
-	c.Args = []string{"sh", "-c", `ulimit -p 60 2>/dev/null || ulimit -u 60; exec "$0" run --cpus 80`, c.Path}
-	c.Path = "/bin/sh"
-	if os.Getuid() == 0 {
-		c.Dir = "/" // the test's files are root's
-		c.SysProcAttr.Credential = &syscall.Credential{Uid: otherUser}
-		c.SysProcAttr.AmbientCaps = []uintptr{unix.CAP_DAC_OVERRIDE}
-	}
-	r := gvmRuns(t, c)
+	r := gvmRuns(t, fewThreads(t, 60, "run --cpus 80"))
 	if r.status != exitUsage || strings.Count(r.errs, "\n") != 1 ||
 		!strings.HasPrefix(r.errs, "gvm: 80 CPUs and 64 request queues take some ") ||
 		!strings.Contains(r.errs, " threads: RLIMIT_NPROC (ulimit -u), which is 60, leaves ") {

@@ -45,6 +45,13 @@ func main() {
 // answer, so that the signal would wait too. Only the jail is made by the main thread, which
 // /proc/self shows; it takes no signals meanwhile.
 func gvm(args []string) int {
+	if err := enoughLimits(thisHost()); err != nil { // before a goroutine needs another thread
+		fmt.Fprintf(printer(os.Stderr), "gvm: %v\n", err)
+		if args[0] == cellArg0 || len(args) > 1 && args[1] == "test" {
+			return exitUntested
+		}
+		return exitHost
+	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	status := make(chan int, 1)
@@ -79,14 +86,9 @@ func runCommandLine(args []string) (status int) {
 			return exitUntested
 		}
 	}
-	bug, host := exitBug, exitHost
+	bug := exitBug
 	if len(args) > 1 && args[1] == "test" { // whose other statuses are verdicts
-		bug, host = exitUntested, exitUntested
-	}
-	if err := enoughFiles(); err != nil {
-		note(err.Error())
-		stderr.flush(patience)
-		return host
+		bug = exitUntested
 	}
 	processStart = startOfProcess()
 	defer func() {
