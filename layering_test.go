@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -146,45 +147,68 @@ func importsOfAll(t *testing.T) (map[string][]string, error) {
 // panic ends the machine, and does not leave the terminal raw, and that no function unlocks a mutex
 // whose Unlock it has deferred. Programs in guests and of tests end as Go ends them.
 func TestGoroutines(t *testing.T) {
-	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
-		if err == nil && d.IsDir() && slices.Contains([]string{"guest", "guest-tests", "panics"}, path) {
-			return fs.SkipDir
-		}
-		if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
-			return err
-		}
-		set := token.NewFileSet()
-		f, err := parser.ParseFile(set, path, nil, parser.SkipObjectResolution)
-		if err != nil {
-			return err
-		}
-		ast.Inspect(f, func(n ast.Node) bool {
+	for _, src := range sources(t, "guest", "guest-tests", "panics") {
+		ast.Inspect(src.file, func(n ast.Node) bool {
 			switch n := n.(type) {
 			case *ast.GoStmt:
-				t.Errorf("%s: start the goroutine with panics.Go", set.Position(n.Pos()))
+				t.Errorf("%s: start the goroutine with panics.Go", src.position(n))
 			case *ast.FuncDecl:
 				if n.Body != nil {
-					unlocks(t, set, n.Body)
+					unlocks(t, src, n.Body)
 				}
 			case *ast.FuncLit:
-				unlocks(t, set, n.Body)
+				unlocks(t, src, n.Body)
 			case *ast.CallExpr:
 				of, ok := n.Fun.(*ast.SelectorExpr)
 				if !ok || of.Sel.Name != "AfterFunc" && of.Sel.Name != "Go" || isPanics(of, "Go") {
 					break
 				}
 				if f, ok := n.Args[len(n.Args)-1].(*ast.CallExpr); !ok || !isPanics(f.Fun, "Func") {
-					t.Errorf("%s: give %s a panics.Func", set.Position(n.Pos()), of.Sel.Name)
+					t.Errorf("%s: give %s a panics.Func", src.position(n), of.Sel.Name)
 				}
 			}
 			return true
 		})
-		return nil
-	})
+	}
+}
+
+// source is a parsed file that is no test.
+type source struct {
+	path string
+	file *ast.File
+	set  *token.FileSet
+}
+
+func (s source) position(n ast.Node) token.Position { return s.set.Position(n.Pos()) }
+
+// sources returns the files of this module that are no tests, but those in some directories.
+func sources(t *testing.T, without ...string) (some []source) {
+	t.Helper()
+	all, err := allSources()
 	if err != nil {
 		t.Fatal(err)
 	}
+	for _, src := range all {
+		if !slices.ContainsFunc(without, func(dir string) bool { return strings.HasPrefix(src.path, dir+"/") }) {
+			some = append(some, src)
+		}
+	}
+	return some
 }
+
+// allSources parses each file once for all tests.
+var allSources = sync.OnceValues(func() (all []source, err error) {
+	set := token.NewFileSet()
+	err = filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		f, err := parser.ParseFile(set, path, nil, parser.SkipObjectResolution)
+		all = append(all, source{path, f, set})
+		return err
+	})
+	return all, err
+})
 
 // otherOpens are the sources that open files by package os, which TestOpens lets them do.
 var otherOpens = map[string]string{
@@ -217,32 +241,17 @@ var otherOpens = map[string]string{
 // can be polled, and the kernel's own files answer.
 func TestOpens(t *testing.T) {
 	found := map[string]bool{}
-	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
-		if err == nil && d.IsDir() && slices.Contains([]string{"guest-tests", "packaging"}, path) {
-			return fs.SkipDir
-		}
-		if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
-			return err
-		}
-		set := token.NewFileSet()
-		f, err := parser.ParseFile(set, path, nil, parser.SkipObjectResolution)
-		if err != nil {
-			return err
-		}
-		ast.Inspect(f, func(n ast.Node) bool {
+	for _, src := range sources(t, "guest-tests", "packaging") {
+		ast.Inspect(src.file, func(n ast.Node) bool {
 			call, ok := n.(*ast.CallExpr)
 			if !ok || !opens(call) {
 				return true
 			}
-			if found[path] = true; otherOpens[path] == "" {
-				t.Errorf("%s: open the file with package nowait", set.Position(n.Pos()))
+			if found[src.path] = true; otherOpens[src.path] == "" {
+				t.Errorf("%s: open the file with package nowait", src.position(n))
 			}
 			return true
 		})
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
 	for path := range otherOpens {
 		if !found[path] {
@@ -278,7 +287,7 @@ func opens(call *ast.CallExpr) bool {
 }
 
 // unlocks checks a function that defers Unlock: a mutex is unlocked for a while by panics.Unlocked.
-func unlocks(t *testing.T, set *token.FileSet, body *ast.BlockStmt) {
+func unlocks(t *testing.T, src source, body *ast.BlockStmt) {
 	deferred := map[string]bool{}
 	for _, s := range body.List {
 		if s, ok := s.(*ast.DeferStmt); ok {
@@ -292,7 +301,7 @@ func unlocks(t *testing.T, set *token.FileSet, body *ast.BlockStmt) {
 				return false
 			case *ast.CallExpr:
 				if of, ok := n.Fun.(*ast.SelectorExpr); ok && of.Sel.Name == "Unlock" && deferred[types.ExprString(of.X)] {
-					t.Errorf("%s: the Unlock is deferred already: use panics.Unlocked", set.Position(n.Pos()))
+					t.Errorf("%s: the Unlock is deferred already: use panics.Unlocked", src.position(n))
 				}
 			}
 			return true
