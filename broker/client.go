@@ -200,7 +200,8 @@ func execute(args []string, files ...*os.File) (pid int, err error) {
 	for _, f := range append([]*os.File{null, null, os.Stderr}, files...) {
 		fds = append(fds, f.Fd())
 	}
-	pid, err = syscall.ForkExec("/proc/self/exe", args, &syscall.ProcAttr{
+	const exe = "/proc/self/exe"
+	pid, err = syscall.ForkExec(exe, args, &syscall.ProcAttr{
 		// It has little to do, and its memory counts for each machine. The first value counts.
 		Env:   append([]string{"GOMAXPROCS=1"}, os.Environ()...),
 		Files: fds,
@@ -208,7 +209,7 @@ func execute(args []string, files ...*os.File) (pid int, err error) {
 	})
 	runtime.KeepAlive(files)
 	if err != nil {
-		return 0, fmt.Errorf("broker: start %s: %w", args[0], err)
+		return 0, fmt.Errorf("broker: start %s: %w", args[0], &fs.PathError{Op: "fork/exec", Path: exe, Err: err})
 	}
 	return pid, nil
 }

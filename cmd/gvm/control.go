@@ -286,7 +286,7 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 		if rc.spec.Watchdog == vmm.WatchdogPause {
 			return nil, configError{fmt.Errorf("--watchdog pause: nothing could resume the machine: %w", err)}
 		}
-		note(fmt.Sprintf("gvm disk and gvm list will not find this machine: %v", err))
+		note(fmt.Sprintf("gvm disk and gvm list will not find this machine: %v%s", err, mend(err)))
 		s = nil
 	default:
 		rc.spec.Name = name

@@ -167,3 +167,36 @@ func TestFullFileSystem(t *testing.T) {
 		t.Errorf("left behind: %v, %v", list, err)
 	}
 }
+
+// TestNoProc: without the proc file system an error names the file there that gvm needs.
+func TestNoProc(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to hide /proc")
+	}
+	const mount = "; mount /proc: mount -t proc proc /proc\n"
+	jail := t.TempDir()
+	if err := errors.Join(os.Chmod(filepath.Dir(jail), 0o755), os.Chmod(jail, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		args   []string
+		status int
+		want   string
+	}{
+		{[]string{"run"}, exitHost, "gvm: broker: start gvm-broker: fork/exec /proc/self/exe: no such file or directory " +
+			"(--sandbox=off runs without)" + mount},
+		{[]string{"run"}, exitHost, "gvm: gvm disk and gvm list will not find this machine: control socket: "},
+		{[]string{"run", "--jail", jail, "--uid", "41234", "--gid", "41234"}, exitHost,
+			"start the janitor: fork/exec /proc/self/exe: no such file or directory" + mount},
+		{[]string{"run", "--sandbox=off", "--vsock", "unix,path=" + jail + "/vsock"}, exitUsage,
+			"gvm: --vsock: " + jail + "/vsock: no such file or directory" + mount},
+		{[]string{"bench", "guest"}, exitHost, "gvm: readlink /proc/self/exe: no such file or directory" + mount},
+	} {
+		c := command(t, tt.args...)
+		c.Args = append([]string{"sh", "-c", `mount -t tmpfs none /proc && exec "$0" "$@"`, c.Path}, c.Args[1:]...)
+		c.Path, c.SysProcAttr.Unshareflags = "/bin/sh", unix.CLONE_NEWNS
+		if r := gvmRuns(t, c); r.status != tt.status || !strings.Contains(r.errs, tt.want) {
+			t.Errorf("%q: status %d, %s; want %d, %s", tt.args, r.status, r.errs, tt.status, tt.want)
+		}
+	}
+}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"net"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -20,6 +22,7 @@ import (
 	"gvm/broker"
 	"gvm/guest/agent"
 	"gvm/jail"
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 	"gvm/testrun"
 	"gvm/text"
@@ -196,6 +199,21 @@ func mend(err error) string {
 		return "; raise RLIMIT_NOFILE (ulimit -n)"
 	case errors.Is(err, unix.ENFILE):
 		return "; raise fs.file-max (sysctl)"
+	case errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(pathOf(err), "/proc/") && nowait.NoProc():
+		return "; " + nowait.ProcMend
+	}
+	return ""
+}
+
+// pathOf returns the path of the file or socket that an error names, or "".
+func pathOf(err error) string {
+	var file *fs.PathError
+	var socket *net.OpError
+	switch {
+	case errors.As(err, &file):
+		return file.Path
+	case errors.As(err, &socket) && socket.Addr != nil:
+		return socket.Addr.String()
 	}
 	return ""
 }

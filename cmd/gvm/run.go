@@ -580,7 +580,7 @@ func (rc *runConfig) live(l *life[error], stop context.CancelCauseFunc, end *end
 	settle := time.AfterFunc(settled, panics.Func(func() {
 		debug.SetGCPercent(collect)
 		if err := trimmer.trim(); err != nil {
-			note(fmt.Sprintf("the memory that the start took is kept: %v", err))
+			note(fmt.Sprintf("the memory that the start took is kept: %v%s", err, mend(err)))
 		}
 	}))
 	<-m.Ended()

@@ -65,7 +65,21 @@ func Leads(path string, f *os.File) bool {
 // CreateError turns err, from an attempt to make the file at path, into an error that names the
 // path, the reason and the remedy.
 func CreateError(path string, err error) error {
-	return explain(path, err, "make it first, or name another", "name another file")
+	mend := "name another file"
+	if NoProc() { // gvm makes sockets by a descriptor of the directory
+		mend = ProcMend
+	}
+	return explain(path, err, "make it first, or name another", mend)
+}
+
+// ProcMend is the remedy of NoProc.
+const ProcMend = "mount /proc: mount -t proc proc /proc"
+
+// NoProc reports whether the proc file system, by which gvm starts itself and reaches open files,
+// is not there.
+func NoProc() bool {
+	_, err := os.Lstat("/proc/self")
+	return err != nil
 }
 
 // OpenError is CreateError for an attempt to open a file that exists.
