@@ -148,11 +148,21 @@ func (p *proc) expect(texts ...string) {
 	for _, text := range texts {
 		for !bytes.Contains(p.out, []byte(text)) {
 			if p.ended || p.late {
-				p.t.Fatalf("no %q in the output: %q", text, p.out)
+				p.t.Fatalf("no %q in the output: %q%s", text, p.out, p.failure())
 			}
 			p.more.Wait()
 		}
 	}
+}
+
+// failure ends the process, and returns its standard error, if that is not on its terminal.
+func (p *proc) failure() string {
+	if p.slave != nil || p.cmd.ProcessState != nil {
+		return ""
+	}
+	_ = p.cmd.Process.Kill()
+	_ = p.cmd.Wait()
+	return fmt.Sprintf("; standard error: %q", p.errs.String())
 }
 
 // expectCount waits until the output has text n times.
@@ -162,7 +172,7 @@ func (p *proc) expectCount(text string, n int) {
 	defer p.mu.Unlock()
 	for bytes.Count(p.out, []byte(text)) < n {
 		if p.ended || p.late {
-			p.t.Fatalf("not %d times %q in the output: %q", n, text, p.out)
+			p.t.Fatalf("not %d times %q in the output: %q%s", n, text, p.out, p.failure())
 		}
 		p.more.Wait()
 	}

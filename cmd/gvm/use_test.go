@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/devices/block/blocktest"
 	"gvm/guest/embedded"
 )
 
@@ -58,6 +59,7 @@ func TestDiskInUseByHost(t *testing.T) {
 	p.wait()
 
 	sh("umount mnt && e2fsck -f -n " + dev)
+	blocktest.AwaitUnclaimed(t, dev)
 	// While a guest has the device, the host does not mount it.
 	p = startGVM(t, dir, guestRun("--disk="+dev, "hang")...)
 	p.expect("hanging")

@@ -452,7 +452,8 @@ func deviceLocked(path string, rdev uint64) *LockedError {
 func mountedAt(devs []uint64, has func(string) bool, writers bool) string {
 	files, _ := filepath.Glob("/proc/[0-9]*/mountinfo")
 	seen := map[string]bool{}
-	for _, file := range append([]string{"/proc/self/mountinfo"}, files...) {
+	const own = "/proc/self/mountinfo"
+	for _, file := range append([]string{own}, files...) {
 		ns, err := os.Readlink(filepath.Dir(file) + "/ns/mnt")
 		if err != nil || seen[ns] {
 			continue
@@ -472,7 +473,11 @@ func mountedAt(devs []uint64, has func(string) bool, writers bool) string {
 			if !is || writers && readOnly {
 				continue
 			}
-			return fmt.Sprintf("%s is mounted at %s; umount %[2]s first", source, unescape(at[4]))
+			where, mend := unescape(at[4]), "umount"
+			if file != own { // where umount finds no mount
+				mend = fmt.Sprintf("nsenter -t %s -m umount", filepath.Base(filepath.Dir(file)))
+			}
+			return fmt.Sprintf("%s is mounted at %s; %s %[2]s first", source, where, mend)
 		}
 	}
 	return ""

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/block"
+	"gvm/devices/block/blocktest"
 )
 
 // run runs a command that prepares a test.
@@ -157,6 +158,27 @@ func TestInUseByHost(t *testing.T) {
 			t.Errorf("readonly, behind a mounted loop device: noted %q", note)
 		}
 	})
+	t.Run("mounted in another namespace", func(t *testing.T) {
+		needs(t, "nsenter")
+		dev := loop(t, ext4(t))
+		dir := mount(t, dev)
+		c := exec.Command("cat")
+		c.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
+		in, err := c.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { in.Close(); _ = c.Wait() })
+		run(t, "umount", dir)
+		refused(t, dev, "mounted at "+dir, "nsenter -t ", " -m umount "+dir+" first")
+		run(t, "nsenter", "-t", strconv.Itoa(c.Process.Pid), "-m", "umount", dir)
+		blocktest.AwaitUnclaimed(t, dev)
+		open(t, dev, block.Options{}).Close()
+		run(t, "mount", dev, dir) // what Cleanup unmounts
+	})
 	t.Run("loop", func(t *testing.T) {
 		img := image(t, "disk.img", "", mib)
 		link, bound := img+".link", filepath.Join(t.TempDir(), "bound.img")
@@ -278,6 +300,7 @@ func TestInUseByHost(t *testing.T) {
 		refused(t, dev)
 		w.Close()
 		run(t, "umount", dir)
+		blocktest.AwaitUnclaimed(t, one)
 		a, b := open(t, one, block.Options{}), open(t, two, block.Options{})
 		refused(t, dev, "given twice")
 		a.Close()
