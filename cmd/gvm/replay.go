@@ -116,7 +116,11 @@ func replayTrace(c *cli.Context, files []string) (err error) {
 	// The run now makes things to undo, so that signals end it in order.
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
+	ctx = nowait.WithOneEnd(ctx)
 	defer catchSignals(ctx, stop)()
+	// The scratch disks may be on storage that does not answer. The broker and the next gvm remove
+	// the rest.
+	defer endWithin(ctx, hostPatience, func() {})()
 	var sides []replay.Side
 	policy := sandbox.Policy{Mode: mode}
 	config := disk.Config{Queues: 1, ABI: abi, Note: note}

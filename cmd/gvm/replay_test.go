@@ -14,6 +14,7 @@ import (
 
 	"gvm/devices/scsi"
 	"gvm/devices/scsi/trace"
+	"gvm/devices/virtio/fs/hostfs/hostfstest"
 	"gvm/devices/virtio/replay"
 	"gvm/devices/virtio/replay/equivalence"
 	"gvm/devices/virtio/vhostscsi"
@@ -226,6 +227,27 @@ func TestReplayEnds(t *testing.T) {
 	}
 	p.signal(syscall.SIGTERM)
 	if r := p.wait(); r.status != 143 || !strings.HasSuffix(r.errs, "stopped by SIGTERM while fifo was read\n") {
+		t.Errorf("status %d: %s", r.status, r.errs)
+	}
+}
+
+// TestReplayDeafStorage: a signal ends gvm replay while the directory of its scratch disks is on
+// storage that does not answer.
+func TestReplayDeafStorage(t *testing.T) {
+	dir := t.TempDir()
+	hung := filepath.Join(dir, "hung")
+	m := hostfstest.MountMortal(t, hung)
+	m.Strike()
+	trace, err := filepath.Abs("testdata/a.trace")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := startGVMAs(t, dir, func(p *proc) { p.cmd.Env = append(p.cmd.Env, "TMPDIR="+hung) }, "replay", trace)
+	if !m.Asked(tooLong) {
+		t.Fatal("it does not look at the directory")
+	}
+	p.signal(syscall.SIGTERM)
+	if r := p.wait(); r.status != exitTerminated || !strings.HasPrefix(r.errs, "gvm: stopped by SIGTERM") {
 		t.Errorf("status %d: %s", r.status, r.errs)
 	}
 }
