@@ -334,6 +334,7 @@ func scratchDisks(dir string, device int, backendName string, like []trace.Disk)
 			LUN:       k.LUN,
 			Cache:     cache,
 			BlockSize: k.BlockSize,
+			NoLock:    true, // the directory is gvm's own, on a file system that may have no locks
 		})
 	}
 	return list, nil

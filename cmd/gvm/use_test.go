@@ -99,6 +99,15 @@ func TestNoLocks(t *testing.T) {
 		!strings.Contains(r.errs, "disk.ovl: the file system has no locks (no") {
 		t.Errorf("overlay: status %d: %s%s", r.status, r.out, r.errs)
 	}
+	trace, err := filepath.Abs("testdata/a.trace")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range []string{"replay " + trace, "bench guest --write --time=1ms --rounds=1 --qemu=none"} {
+		if r := gvm(strings.Fields(args)...); strings.Contains(r.errs, "no locks") || r.status > exitDiffers {
+			t.Errorf("%s: status %d: %s", args, r.status, r.errs)
+		}
+	}
 	for disks, notes := range map[string][]string{ // a guest for all of the same notes
 		"disk,readonly two,overlay=on":                                     {"disk", "two"},
 		"disk,lock=off two,pi=1,lock=off three,overlay=three.ovl,lock=off": nil,
