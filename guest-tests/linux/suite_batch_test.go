@@ -17,7 +17,7 @@ import (
 // watch returns a command that runs check, a command of one line, with the names of tests as
 // arguments, and frames the output of each as loop does. A test begins as check prints its name at
 // the beginning of a line, and ends as the next one begins, or by a line "Ran: ...". One that takes
-// longer than limit seconds ends check.
+// longer than limit seconds ends check, which itself has as long as suiteRun gives it.
 func watch(limit int, check, names string) string {
 	return fmt.Sprintf(`perl -we '
 use strict;
@@ -37,10 +37,9 @@ sub end { print "--- $test ", time - $began, " $_[0]\n" if $test ne ""; $test = 
 while (1) {
 	my $ready = "";
 	vec($ready, fileno $out, 1) = 1;
-	my $wait = $began + $limit - time;
-	if ($wait <= 0 || !select $ready, undef, undef, $wait) {
+	my $wait = $test eq "" ? undef : $began + $limit - time;
+	if (defined $wait && $wait <= 0 || !select $ready, undef, undef, $wait) {
 		kill KILL => -$pid;
-		begin() if $test eq "" && @left;
 		print "$text\n" if $text ne "";
 		end("killed");
 		POSIX::_exit(0); # exit would wait for check

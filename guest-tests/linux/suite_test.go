@@ -70,9 +70,9 @@ func processorOf(inLab, linux bool, cpus string) processor {
 	return processor{cmp.Or(cpus, "1"), []string{"-accel", "tcg", "-cpu", "max,-erms,-fsrm"}}
 }
 
-// A suiteWay runs a shell's script in a guest with empty disks, the host's files below an overlay,
-// and the suite's tree. It calls progress with the output so far whenever there is more. It returns
-// the output, and how the guest ended if not by the script's end.
+// A suiteWay runs a shell's script in a guest with empty disks, and the host's files below an
+// overlay, those of dir among them. It calls progress with the output so far whenever there is
+// more. It returns the output, and how the guest ended if not by the script's end.
 type suiteWay struct {
 	name string
 	run  func(t *testing.T, k *lab.Kernel, dir string, disks int, script string, progress func(out string)) (
@@ -101,24 +101,25 @@ func (s suite) run(t *testing.T, k *lab.Kernel, ways []suiteWay, out string) {
 	}
 	all := s.load(t, out)
 	only := strings.Fields(cmp.Or(os.Getenv("WAYS"), "process vhost qemu"))
+	archive := s.archive(t, dir)
 	for _, way := range ways {
 		if slices.Contains(only, way.name) {
-			all = s.runWay(t, k, way, dir, out, tests, all)
+			all = s.runWay(t, k, way, dir, archive, out, tests, all)
 		}
 	}
 	s.report(t, out, all)
 }
 
 // runWay runs those of tests that all has no outcome of, and returns all with theirs.
-func (s suite) runWay(t *testing.T, k *lab.Kernel, way suiteWay, dir, to string, tests []string,
-	all []outcome) []outcome {
+func (s suite) runWay(t *testing.T, k *lab.Kernel, way suiteWay, dir, archive, to string,
+	tests []string, all []outcome) []outcome {
 	left := s.left(tests, way.name, all)
 	for tries := 0; len(left) > 0; {
 		ended, some := 0, left
 		if s.batch > 0 {
 			some = left[:min(s.batch, len(left))]
 		}
-		out, err := way.run(t, k, dir, s.disks, s.script(k, dir, some), func(out string) {
+		out, err := way.run(t, k, filepath.Dir(archive), s.disks, s.script(k, dir, archive, some), func(out string) {
 			if n := strings.Count(out, "\n--- "); n > ended {
 				ended = n
 				s.save(t, to, merge(all, s.outcomes(out, way.name)))
@@ -200,7 +201,7 @@ func (s suite) save(t *testing.T, out string, all []outcome) {
 
 // script returns the script that runs tests one after the other. It ends after one that has no end.
 // In QEMU's guest it runs below chroot, of which udevadm would tell in the output of a test.
-func (s suite) script(k *lab.Kernel, dir string, tests []string) string {
+func (s suite) script(k *lab.Kernel, dir, archive string, tests []string) string {
 	return fmt.Sprintf(`
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root SYSTEMD_IGNORE_CHROOT=1
 mkdir -p /lib/modules
@@ -217,10 +218,26 @@ for d in a b c d e; do
 	[ $d = a ] || [ %d != 1 ] || break
 	until [ -b /dev/sd$d ]; do sleep 0.1; done
 done
-cd %s
-%s
-%s`, inMemory(), linkModules(k.Modules, "/lib/modules/"+k.Release),
-		filepath.Join(filepath.Dir(k.BZImage), "config-"+k.Release), s.disks, dir, s.setup, s.loop(tests))
+mkdir -p %[5]s
+mount -t tmpfs -o mode=755 tree %[5]s
+tar -C %[5]s -xf %[6]s
+cd %[5]s
+%[7]s
+%[8]s`, inMemory(), linkModules(k.Modules, "/lib/modules/"+k.Release),
+		filepath.Join(filepath.Dir(k.BZImage), "config-"+k.Release), s.disks, dir, archive,
+		s.setup, s.loop(tests))
+}
+
+// archive makes an archive of the suite's tree for the guests' memory, and returns its name. Of a
+// tree of the host's a guest opens each file again at each use, which takes the lab long, and it
+// could not write beside them as some tests of xfstests do.
+func (s suite) archive(t *testing.T, dir string) string {
+	file := filepath.Join(t.TempDir(), "tree.tar")
+	if out, err := exec.Command("tar", "-C", dir, "--exclude=./.git", "--exclude=*.o", "-cf", file, ".").
+		CombinedOutput(); err != nil {
+		t.Fatalf("tar of %s: %v: %s", dir, err, out)
+	}
+	return file
 }
 
 // loop returns the end of script, which frames the output of each test by two lines: "=== TEST",
