@@ -167,6 +167,9 @@ func (r *remote) AddDisk(ctx context.Context, a control.AddDisk) (control.Change
 	if err != nil {
 		return control.Change{}, err
 	}
+	if err := spareFiles(thisHost()); err != nil {
+		return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: %v", d.Name(), err)
+	}
 	if d.Waits() {
 		if _, err := boundWaits("a disk takes", 0, 1, []*disk.Spec{&d}, nil, thisHost()); err != nil {
 			return control.Change{}, control.Errorf(http.StatusConflict, "--disk %s: %v", d.Name(), err)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 
 	"golang.org/x/sys/unix"
 
@@ -44,6 +45,26 @@ func enoughLimits(h hostLimits) error {
 	if used := h.userThreads(); less(n, used) < leastThreads {
 		return fmt.Errorf("RLIMIT_NPROC (ulimit -u) is %d, and this user's processes have %d threads: "+
 			"raise it to %d at least", n, used, used+4*leastThreads)
+	}
+	return nil
+}
+
+// keptFiles is how many open files an added disk leaves for the requests of the control socket.
+// Without one for a connection gvm stop would not reach the machine.
+const keptFiles = 16
+
+// spareFiles refuses a disk for which the process has too many open files. Linux gives a file the
+// lowest number that is free.
+func spareFiles(h hostLimits) error {
+	limit := h.rlimit(unix.RLIMIT_NOFILE)
+	if limit > math.MaxInt32 {
+		return nil
+	}
+	for n := limit - keptFiles; n < limit; n++ {
+		if _, err := unix.FcntlInt(uintptr(n), unix.F_GETFD, 0); err != unix.EBADF {
+			return fmt.Errorf("RLIMIT_NOFILE (ulimit -n), which is %d, leaves the machine fewer than %d open files: "+
+				"start it with a higher limit", limit, keptFiles)
+		}
 	}
 	return nil
 }

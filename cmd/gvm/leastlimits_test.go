@@ -106,3 +106,29 @@ func TestEnoughLimits(t *testing.T) {
 		}
 	}
 }
+
+// TestAddDisksUntilFull: a machine that has no more open files for disks can still be reached.
+func TestAddDisksUntilFull(t *testing.T) {
+	t.Parallel()
+	name := fmt.Sprintf("full-%d", os.Getpid())
+	p := startGVMAs(t, "", func(p *proc) {
+		line := fmt.Sprintf(`ulimit -n %d && exec "$0" "$@"`, leastFiles)
+		p.cmd.Path, p.cmd.Args = "/bin/sh", append([]string{"sh", "-c", line, p.cmd.Path}, p.cmd.Args[1:]...)
+	}, guestRun("--name="+name, "hang")...)
+	p.expect("hanging")
+	var r result
+	for r.status == 0 {
+		r = ask(t, "", "disk", "add", name, "temp:1M")
+	}
+	const want = "RLIMIT_NOFILE (ulimit -n), which is 64, leaves the machine fewer than 16 open files: " +
+		"start it with a higher limit"
+	if !strings.Contains(r.errs, want) {
+		t.Errorf("status %d, %s; want %s", r.status, r.errs, want)
+	}
+	if r := ask(t, "", "stop", name); r.status != 0 {
+		t.Errorf("status %d, %s", r.status, r.errs)
+	}
+	if r := p.wait(); r.status != exitTerminated {
+		t.Errorf("status %d, %s", r.status, r.errs)
+	}
+}
