@@ -213,7 +213,8 @@ func TestSandboxLacks(t *testing.T) {
 		}
 	}
 	// Without its broker, for which it starts a program, it does not run in the sandbox.
-	const want = "gvm: broker: start gvm-broker: operation not permitted (--sandbox=off runs without)\n"
+	const want = "gvm: broker: start gvm-broker: fork/exec /proc/self/exe: operation not permitted " +
+		"(--sandbox=off runs without)\n"
 	if r := without("execve", "run"); r.status != exitHost || r.errs != want {
 		t.Errorf("without execve: status %d, %q, want %q", r.status, r.errs, want)
 	}
