@@ -95,10 +95,13 @@ func kernelLabels(kernels []text.Name) []string {
 			labels[i] = label(string(k))
 		}
 	}
+	taken, next := map[string]bool{"": true}, map[string]int{} // the same kernel may be given MaxCells times
 	for i, name := range labels {
-		for n := 2; labels[i] == "" || slices.Contains(labels[:i], labels[i]); n++ {
-			labels[i] = fmt.Sprintf("%s-k%d", name, n)
+		for taken[labels[i]] {
+			next[name]++
+			labels[i] = fmt.Sprintf("%s-k%d", name, next[name]+1)
 		}
+		taken[labels[i]] = true
 	}
 	return labels
 }

@@ -67,6 +67,11 @@ func TestCells(t *testing.T) {
 			t.Errorf("%v: %q, %v, want %q", tt.axes, got, err, tt.want)
 		}
 	}
+	// The time for a name does not grow with their number: with all of them that would take hours.
+	cells, err := Axes{slices.Repeat([]text.Name{"k"}, MaxCells), []int{1}, []string{""}, 1}.Cells()
+	if want := fmt.Sprint("k-k", MaxCells); err != nil || cells[MaxCells-1].Name != want {
+		t.Errorf("%d cells, %v, want %s at the end", len(cells), err, want)
+	}
 	for _, rounds := range []int{MaxCells/2 + 1, 1 << 62} {
 		axes := Axes{[]text.Name{"a", "b"}, []int{1}, []string{""}, rounds}
 		if cells, err := axes.Cells(); err == nil {
