@@ -344,7 +344,10 @@ func (t *testConfig) attempt(ctx context.Context, c matrix.Cell, n int, p *progr
 		res.Bisect()
 	}
 	if t.matrix.dir != "" {
-		if err := writeVerdict(filepath.Join(t.matrix.dir, name+".verdict.json"), res); err != nil {
+		path := filepath.Join(t.matrix.dir, name+".verdict.json")
+		_, err := nowait.Until(ctx, func() string { return path + " was written" },
+			func() (struct{}, error) { return struct{}{}, writeVerdict(path, res) }, func(struct{}) {})
+		if err != nil {
 			res = untested(fmt.Errorf("--output: %w", err))
 		}
 	}
