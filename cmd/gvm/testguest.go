@@ -32,9 +32,14 @@ var passedEnv = []string{"TERM", "COLORTERM", "LANG", "LANGUAGE", "LC_*", "TZ", 
 
 // environment returns the command's environment.
 func (t *testConfig) environment(home, name string) (env []string) {
+	at := map[string]int{} // in env, of each name
 	set := func(s string) {
 		name, _, _ := strings.Cut(s, "=")
-		env = slices.DeleteFunc(env, func(e string) bool { return strings.HasPrefix(e, name+"=") })
+		if i, ok := at[name]; ok {
+			env[i] = s
+			return
+		}
+		at[name] = len(env)
 		env = append(env, s)
 	}
 	set("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
