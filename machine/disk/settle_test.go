@@ -250,7 +250,7 @@ func TestSettleInOneEnd(t *testing.T) {
 		ctx = nowait.WithOneEnd(ctx)
 		cancel()
 		synctest.Wait()
-		time.Sleep(700 * time.Millisecond)
+		time.Sleep(550 * time.Millisecond)
 		begin := time.Now()
 		if err := ds.Close(ctx, true); err != nil {
 			t.Error(err)
