@@ -165,6 +165,7 @@ var (
 		regexp.MustCompile(`\] sd \S+ Power-on or device reset occurred$`),
 		// A vCPU that did not run for a while, on a busy host.
 		regexp.MustCompile(`\] clocksource: Long readout interval, skipping watchdog check`),
+		regexp.MustCompile(`\] clocksource: .* read-back delay of \d+ns.*, marking .*unstable$`),
 		regexp.MustCompile(`\] hrtimer: interrupt took \d+ ns$`),
 		// 6.12 on AMD processors, where firmware describes no frequency scaling.
 		regexp.MustCompile(`\] amd_pstate: the _CPC object is not present in SBIOS or ACPI disabled$`),
