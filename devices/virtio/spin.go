@@ -23,6 +23,8 @@ const (
 	reviewed = 256
 	// The first ones of a trial do not count: the thread may have waited for its new core.
 	settled = 8
+	// A trial ends after so many more if they were slower than those before it.
+	slower = 16
 	// The core is that of the guest's CPU if the process had one involuntary switch for every
 	// sleepsBeside of the last aloneAgain sleeps. Sleeps of more than maxBeside in all tell nothing:
 	// meanwhile other threads have had as many.
@@ -160,9 +162,13 @@ func (s *spin) event() {
 	switch trial := s.place.before > 0; {
 	case s.sleeps == aloneAgain, s.events == reviewed, trial && s.events == aloneAgain:
 		s.account()
-	case trial && s.unsettled && s.events == settled:
-		s.unsettled = false
-		s.count(s.all(), s.interrupts(), s.clock())
+	case trial && s.unsettled:
+		if s.events == settled {
+			s.unsettled = false
+			s.count(s.all(), s.interrupts(), s.clock())
+		}
+	case trial && s.events == slower && s.clock()-s.began > slower*s.place.before:
+		s.account()
 	}
 }
 

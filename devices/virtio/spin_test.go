@@ -229,6 +229,15 @@ func TestSpinTrialOfCore(t *testing.T) {
 				t.Fatal("it looks on trial")
 			}
 		}
+		if !faster { // and if they are even slower, sooner
+			for s.place.before == 0 {
+				found(us(100))
+			}
+			for range settled + slower {
+				now += us(101)
+				s.waited(us(101))
+			}
+		}
 		if want := map[bool]int{true: 1, false: 0}[faster]; core != want || s.place.quiet != faster {
 			t.Errorf("faster %v: core %d, quiet %v", faster, core, s.place.quiet)
 		}
