@@ -24,6 +24,7 @@ var ErrExists = errors.New("it exists")
 // the address.
 func Listen(dir *os.File, address string) (l *net.UnixListener, made fs.FileInfo, err error) {
 	// The lock keeps another gvm from replacing the same stale socket, or this one before it listens.
+	// A directory without locks, as on NFS, has a socket without that.
 	if err := lock(dir); err != nil {
 		return nil, nil, err
 	}
@@ -50,13 +51,13 @@ func Listen(dir *os.File, address string) (l *net.UnixListener, made fs.FileInfo
 // lockTimeout bounds the wait for a directory's lock, which Listen holds for microseconds.
 const lockTimeout = time.Second
 
+// lock locks a directory if it can be locked.
 func lock(dir *os.File) error {
 	for giveUp := time.Now().Add(lockTimeout); ; time.Sleep(time.Millisecond) {
-		err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
+		switch err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+		case err != unix.EINTR && err != unix.EWOULDBLOCK:
 			return nil
-		}
-		if err != unix.EINTR && (err != unix.EWOULDBLOCK || time.Now().After(giveUp)) {
+		case time.Now().After(giveUp):
 			return fmt.Errorf("lock the directory: %w", err)
 		}
 	}

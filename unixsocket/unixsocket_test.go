@@ -8,6 +8,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestListen: of many at a time that find the same stale socket, one replaces it, and the others
@@ -47,6 +49,24 @@ func TestListen(t *testing.T) {
 		}
 		(<-winners).Close() // which leaves a stale socket
 	}
+}
+
+// TestNoLocks: a directory that cannot be locked, here for its descriptor, has a socket too.
+func TestNoLocks(t *testing.T) {
+	path := t.TempDir()
+	dir, err := os.OpenFile(path, unix.O_PATH, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != unix.EBADF {
+		t.Fatalf("flock: %v", err)
+	}
+	l, _, err := Listen(dir, filepath.Join(path, "socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
 }
 
 // TestLocked: another program has the directory's lock for as long as a Listen takes at most.
