@@ -344,9 +344,9 @@ func (t *testConfig) attempt(ctx context.Context, c matrix.Cell, n int, p *progr
 		res.Bisect()
 	}
 	if t.matrix.dir != "" {
-		path := filepath.Join(t.matrix.dir, name+".verdict.json")
+		path, written := filepath.Join(t.matrix.dir, name+".verdict.json"), res // the write may outlast this call
 		_, err := nowait.Until(ctx, func() string { return path + " was written" },
-			func() (struct{}, error) { return struct{}{}, writeVerdict(path, res) }, func(struct{}) {})
+			func() (struct{}, error) { return struct{}{}, writeVerdict(path, written) }, func(struct{}) {})
 		if err != nil {
 			res = untested(fmt.Errorf("--output: %w", err))
 		}
