@@ -27,7 +27,7 @@ type placement struct {
 	take   func(core int) // moves it to that core
 	quiet  bool           // the thread must not look for events
 	from   int            // core before the trial
-	loud   bool           // quiet was false there
+	was    bool           // quiet there
 	before time.Duration  // that a reviewed request took there; 0: no trial is under way
 	stay   int            // reviews until the next trial
 	next   int            // stay after a trial that fails
@@ -49,7 +49,7 @@ func (p *placement) review(beside, polled bool, took time.Duration) (trial bool)
 	case p.before > 0:
 		if took > p.before-p.before/5 {
 			p.take(p.from)
-			p.quiet = !p.loud
+			p.quiet = p.was
 			p.next = min(2*p.next, maxStay)
 		} else {
 			p.next = minStay
@@ -59,8 +59,8 @@ func (p *placement) review(beside, polled bool, took time.Duration) (trial bool)
 		p.stay--
 	default:
 		if p.from = p.leave(); p.from >= 0 {
-			p.before, p.loud, trial = took, !p.quiet, true
-			p.quiet = p.loud && !beside
+			p.before, p.was, trial = took, p.quiet, true
+			p.quiet = !p.was && !beside
 		}
 		p.stay = p.next
 	}
