@@ -81,10 +81,7 @@ func TestDump(t *testing.T) {
 		t.Errorf("standard output: status %d, %d bytes, %q", r.status, len(r.out), r.errs)
 	}
 	for _, s := range endSignals {
-		stalled, err := os.OpenFile(fifo, os.O_RDWR, 0) // empty each time
-		if err != nil {
-			t.Fatal(err)
-		}
+		stalled, dir := openFIFO(t)
 		interrupted := startGVM(t, dir, "dump", name, "fifo")
 		if _, err := io.ReadFull(stalled, make([]byte, 1)); err != nil {
 			t.Fatal(err)
@@ -94,7 +91,6 @@ func TestDump(t *testing.T) {
 			strings.Count(r.errs, "\n") != 1 {
 			t.Errorf("%s: status %d, %q", s.name, r.status, r.errs)
 		}
-		stalled.Close()
 	}
 	if files, err := os.ReadDir(dir); err != nil || len(files) != 2 {
 		t.Errorf("files are left: %v, %v", files, err)

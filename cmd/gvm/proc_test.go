@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -321,4 +322,22 @@ func stuckOutput(t *testing.T, cmd *exec.Cmd, s syscall.Signal) {
 	if err := cmd.Process.Signal(s); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// openFIFO makes the pipe fifo in a directory of its own, and opens it to read and write. Each gvm
+// gets one of its own: a pipe that is closed and opened again still has its bytes while a child has
+// it, which another test forks at that moment.
+func openFIFO(t *testing.T) (f *os.File, dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	path := filepath.Join(dir, "fifo")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f, dir
 }

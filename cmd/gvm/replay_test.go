@@ -185,16 +185,7 @@ func TestKnownDifferences(t *testing.T) {
 
 // TestReplayEnds: a signal ends gvm replay while it reads a trace from a pipe that has no end.
 func TestReplayEnds(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "fifo")
-	if err := unix.Mkfifo(path, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f, dir := openFIFO(t)
 	disks := []trace.Disk{{Serial: "A", Size: 1 << 20, BlockSize: 512}}
 	w, err := trace.NewWriter(f, trace.Header{Devices: []trace.Device{{Backend: "process", Queues: 1, Disks: disks}}}, nil)
 	if err != nil {

@@ -266,15 +266,8 @@ func TestSandboxReplayVhost(t *testing.T) {
 	needsVhost(t)
 	whole := record(t, false, func(g *traced) { g.do(0, trace.UnitLUN(0), make([]byte, 6), nil, 0) })
 	for _, kill := range []bool{false, true} {
-		fifo := filepath.Join(t.TempDir(), "trace")
-		if err := unix.Mkfifo(fifo, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		f, err := os.OpenFile(fifo, os.O_RDWR, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
+		f, _ := openFIFO(t)
+		fifo := f.Name()
 		if _, err := f.Write(whole); err != nil {
 			t.Fatal(err)
 		}

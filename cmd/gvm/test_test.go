@@ -163,19 +163,11 @@ func TestFileLink(t *testing.T) {
 // for the guest. The kernel's log is a FIFO.
 func haltedTest(t *testing.T, args ...string) (c *exec.Cmd, wait func()) {
 	t.Helper()
-	log := filepath.Join(t.TempDir(), "log")
-	if err := syscall.Mkfifo(log, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	f, err := os.OpenFile(log, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { f.Close() })
-	args = append([]string{"test", "-k", testKernel(t), "-a", "hang", "--klog", log}, args...)
+	log, _ := openFIFO(t)
+	args = append([]string{"test", "-k", testKernel(t), "-a", "hang", "--klog", log.Name()}, args...)
 	return command(t, append(args, "--", "sh")...), func() {
 		t.Helper()
-		if _, err := f.Read(make([]byte, 1)); err != nil {
+		if _, err := log.Read(make([]byte, 1)); err != nil {
 			t.Fatal(err)
 		}
 	}

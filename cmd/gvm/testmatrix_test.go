@@ -224,16 +224,7 @@ func TestCellRunsOn(t *testing.T) {
 		"timeout": {124, ": timeout 124 in "},
 		"signal":  {143, ": stopped 143 in "},
 	} {
-		dir := t.TempDir()
-		fifo := filepath.Join(dir, "fifo")
-		if err := syscall.Mkfifo(fifo, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		silent, err := os.OpenFile(fifo, os.O_RDWR, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer silent.Close()
+		_, dir := openFIFO(t)
 		args := []string{"test", "-k", "fifo", "--repeat", "1"}
 		if how == "timeout" {
 			args = append(args, "--timeout", "2s")

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -147,14 +146,8 @@ func TestInputEnds(t *testing.T) {
 				if words[0] == "test" {
 					words = append(words, "--", "sh")
 				}
-				dir := t.TempDir()
-				fifo := filepath.Join(dir, "fifo")
-				if err := errors.Join(syscall.Mkfifo(fifo, 0o600),
-					os.WriteFile(filepath.Join(dir, "kernel"), embedded.Image, 0o600)); err != nil {
-					t.Fatal(err)
-				}
-				f, err := os.OpenFile(fifo, os.O_RDWR, 0)
-				if err != nil {
+				f, dir := openFIFO(t)
+				if err := os.WriteFile(filepath.Join(dir, "kernel"), embedded.Image, 0o600); err != nil {
 					t.Fatal(err)
 				}
 				const some = 4
