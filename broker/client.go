@@ -46,6 +46,7 @@ type Client struct {
 	refuse      func()        // ends Accept
 	refused     chan struct{} // closed by refuse
 	end         func() error  // is endOnce, once
+	wake        func()        // lets a held process go on, once
 
 	mu        sync.Mutex
 	door      string     // the directory of the control socket; "": there is none
@@ -80,6 +81,8 @@ func Start(name string, note func(string), janitor *os.File) *Client {
 			c.ending, c.failed = true, err
 			c.mu.Unlock()
 			close(c.over)
+		} else {
+			c.hold()
 		}
 		close(c.started)
 		if err != nil {
@@ -113,7 +116,8 @@ func (c *Client) start(janitor *os.File) error {
 	if janitor != nil {
 		args, files = append(args, withJanitor), append(files, janitor)
 	}
-	if c.pid, err = execute(args, files...); err != nil {
+	// Also the end of the thread that starts it sends the signal, which then does no harm.
+	if c.pid, err = execute(args, unix.SIGCONT, files...); err != nil {
 		c.conn.Close()
 		c.conn = nil
 	}
@@ -173,6 +177,11 @@ func newClient(machine string, conn *net.UnixConn, note func(string)) *Client {
 		connections: make(chan net.Conn, maxArrivals), waiting: map[uint64]chan answer{}}
 	c.refuse = sync.OnceFunc(func() { close(c.refused) })
 	c.end = sync.OnceValue(c.endOnce)
+	c.wake = sync.OnceFunc(func() {
+		if c.pid != 0 {
+			_ = unix.Kill(c.pid, unix.SIGCONT)
+		}
+	})
 	return c
 }
 
@@ -188,9 +197,10 @@ func pairEnd(fd int) (*net.UnixConn, error) {
 }
 
 // execute starts the program again as a broker or keeper, in a session of its own: signals for the
-// machine's group are not for it. It returns the PID. os.StartProcess would take half as long
-// again: its first use in a process starts and ends a child to see whether there are pidfds.
-func execute(args []string, files ...*os.File) (pid int, err error) {
+// machine's group are not for it. It returns the PID. The process gets the signal death when this
+// one dies; 0: none. os.StartProcess would take half as long again: its first use in a process
+// starts and ends a child to see whether there are pidfds.
+func execute(args []string, death syscall.Signal, files ...*os.File) (pid int, err error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return 0, fmt.Errorf("broker: %w", err)
@@ -205,7 +215,7 @@ func execute(args []string, files ...*os.File) (pid int, err error) {
 		// It has little to do, and its memory counts for each machine. The first value counts.
 		Env:   append([]string{"GOMAXPROCS=1"}, os.Environ()...),
 		Files: fds,
-		Sys:   &syscall.SysProcAttr{Setsid: true},
+		Sys:   &syscall.SysProcAttr{Setsid: true, Pdeathsig: death},
 	})
 	runtime.KeepAlive(files)
 	if err != nil {
@@ -233,6 +243,18 @@ const (
 	startNice  = "19"
 	normalNice = "0"
 )
+
+// holdTime bounds the time for which the broker is stopped: a start that takes longer than the
+// embedded guest's would show it as stopped to gvm list.
+var holdTime = 20 * time.Millisecond
+
+// hold stops the broker, which takes a share of the processors to start, until Shut: two hardware
+// threads of one core slow each other even if no thread waits for a processor. The broker goes on
+// when this process dies, too.
+func (c *Client) hold() {
+	_ = unix.Kill(c.pid, unix.SIGSTOP)
+	time.AfterFunc(holdTime, panics.Func(c.wake))
+}
 
 // startTime is longer than the start of a machine, and than the time that Linux wants between two
 // writes to an autogroup without CAP_SYS_ADMIN.
@@ -416,6 +438,7 @@ func (c *Client) End() error { return c.end() }
 
 func (c *Client) endOnce() error {
 	<-c.started
+	c.wake()
 	c.mu.Lock()
 	c.ending = true
 	patience := endPatience
@@ -462,6 +485,7 @@ func (c *Client) Shut() error {
 
 func (c *Client) shutNow() error {
 	<-c.started
+	defer c.wake() // the last step, and before the sandbox refuses it
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.conn == nil {

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -34,11 +35,14 @@ func idle(dir string) {
 		s, err = control.Claim(d, "m")
 		fail(err)
 	}
+	early := os.Getenv(earlyEnv) != ""
+	if early {
+		holdTime = time.Hour
+	}
 	c := Start("m", func(s string) { println("note: " + s) }, nil)
 	if s != nil {
 		fail(c.Serve(s, d))
 	}
-	early := os.Getenv(earlyEnv) != ""
 	if early {
 		<-c.started
 	}
@@ -80,12 +84,12 @@ func idle(dir string) {
 // TestDeath kills the machine, or its broker, or its keeper, or neither, or stops the broker until
 // the machine has ended. None leaves a file or a socket elsewhere; one in the sandbox may leave the
 // directory of all empty. A machine without a control socket has all that too, and one that is
-// killed before it has shut itself in.
+// killed before it has shut itself in, while it holds its broker.
 func TestDeath(t *testing.T) {
 	for _, how := range []string{"neither", "machine", "broker", "keeper", "stop", "neither sandboxed",
 		"machine sandboxed", "broker sandboxed", "keeper sandboxed", "stop sandboxed", "neither alone",
 		"machine alone", "broker alone", "keeper alone", "neither sandboxed alone", "machine sandboxed alone",
-		"broker sandboxed alone", "keeper sandboxed alone", "machine early alone"} {
+		"broker sandboxed alone", "keeper sandboxed alone", "machine early alone", "neither early alone"} {
 		t.Run(how, func(t *testing.T) {
 			kill, alone := strings.CutSuffix(how, " alone")
 			kill, early := strings.CutSuffix(kill, " early")
@@ -132,6 +136,9 @@ func TestDeath(t *testing.T) {
 			if i, err := control.NewClient(control.In(dir), "m").Info(t.Context()); (err != nil || i.Name != "m") && !alone {
 				t.Errorf("%+v, %v", i, err)
 			}
+			if early { // the start holds it
+				awaitStopped(t, child(t, c.Process.Pid, Arg0))
+			}
 			var stopped *os.Process
 			const note = "disks can no longer be added"
 			said := ""
@@ -156,12 +163,7 @@ func TestDeath(t *testing.T) {
 			case "stop":
 				stopped, _ = os.FindProcess(child(t, c.Process.Pid, Arg0))
 				_ = stopped.Signal(unix.SIGSTOP)
-				for stat := ""; !strings.Contains(stat, ") T "); { // until then its other threads run on
-					b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", stopped.Pid))
-					if stat = string(b); err != nil {
-						t.Fatal(err)
-					}
-				}
+				awaitStopped(t, stopped.Pid)
 			}
 			in.Close()
 			err = c.Wait()
@@ -191,6 +193,17 @@ func TestDeath(t *testing.T) {
 				t.Errorf("the directory is left: %v", err)
 			}
 		})
+	}
+}
+
+// awaitStopped waits until a process is stopped: until then its other threads run on.
+func awaitStopped(t *testing.T, pid int) {
+	t.Helper()
+	for stat := ""; !strings.Contains(stat, ") T "); {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if stat = string(b); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
