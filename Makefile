@@ -93,7 +93,7 @@ KINDS = ^TestTarget$$/^(4096|thick|readonly)$$
 ONELAB = ./guest-tests/lab ./devices/scsi/lio ./devices/virtio/vhostscsi
 
 # The tests with Linux guests that take longest: many guests each, or large ones.
-LONG = ^Test(Bisect|Command|CrashKernel|Escapes|EscapesOfUser|Exec|Faults|HighAPICIDs|HVC|INTx|InitrdAbove4GiB|Killed|Mapped|Matrix|MemoryCgroup|Net|NetUser|PowerButton|Reboot|RootWord|Roots|Rungs|SMP|Share|StopsUnderLoad|TestSignals|VhostDeaths|VhostFilesystems|VhostIdle|VhostLives|VhostPlug|VhostPlugSandbox|VhostTools|VhostVsock|VsockBridge)$$
+LONG = ^Test(Bisect|Command|CrashKernel|Escapes|EscapesOfUser|Exec|Faults|FreePageReporting|HighAPICIDs|HVC|INTx|InitrdAbove4GiB|Killed|Mapped|Matrix|MemoryCgroup|Net|NetUser|PowerButton|Reboot|RootWord|Roots|Rungs|SMP|Share|StopsUnderLoad|TestSignals|VhostDeaths|VhostFilesystems|VhostIdle|VhostLives|VhostPlug|VhostPlugSandbox|VhostTools|VhostVsock|VsockBridge)$$
 
 # Its two labs use two processors. Two guests at a time in one lab are what loses guests: -parallel 1.
 test-lab:
