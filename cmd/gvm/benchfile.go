@@ -60,12 +60,12 @@ func (r *benchRecord) close(err error) error {
 
 // benchDir makes a temporary directory. remove removes it, and an immediate end does.
 func benchDir() (dir string, remove func() error, err error) {
+	urgent.Lock() // before it is there: during an immediate end none is made
+	defer urgent.Unlock()
 	if dir, err = tempDir("gvm-bench-"); err != nil {
 		return "", nil, err
 	}
 	remove = func() error { return os.RemoveAll(dir) }
-	urgent.Lock()
-	defer urgent.Unlock()
 	urgent.remove = append(urgent.remove, remove)
 	return dir, remove, nil
 }

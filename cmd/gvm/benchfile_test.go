@@ -4,6 +4,8 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strings"
 	"testing"
 )
 
@@ -30,4 +32,39 @@ func TestFailedBenchRecord(t *testing.T) {
 			t.Errorf("an empty file was there: %t; afterwards: %v", there, err)
 		}
 	}
+}
+
+// TestBenchDirAtEnd: no directory is made behind the steps of an immediate end, as it would stay.
+func TestBenchDirAtEnd(t *testing.T) {
+	temp := t.TempDir()
+	t.Setenv("TMPDIR", temp)
+	urgent.Lock() // as such an end does
+	made := make(chan error, 1)
+	go func() {
+		_, remove, err := benchDir()
+		if err == nil {
+			err = remove()
+		}
+		made <- err
+	}()
+	for !waitsForLock("benchDir") {
+		runtime.Gosched()
+	}
+	if left, err := os.ReadDir(temp); err != nil || len(left) > 0 {
+		t.Errorf("made: %v, %v", left, err)
+	}
+	urgent.Unlock()
+	if err := <-made; err != nil {
+		t.Error(err)
+	}
+}
+
+// waitsForLock reports whether a goroutine in the function waits for a lock.
+func waitsForLock(function string) bool {
+	for s := range strings.SplitSeq(string(stacks()), "\n\n") {
+		if strings.Contains(s, "[sync.Mutex.Lock") && strings.Contains(s, "."+function+"(") {
+			return true
+		}
+	}
+	return false
 }
