@@ -330,7 +330,7 @@ func (m *machine) close() error {
 		m.closing.Store(deviceName(i, m.cfg.Devices[i]))
 		errs = append(errs, v.Close())
 	}
-	m.closing.Store("KVM")
+	m.closing.Store(closingKVM)
 	m.tellMore()
 	for _, c := range m.cpus {
 		errs = append(errs, c.Close())

@@ -122,7 +122,11 @@ const (
 	guestEndPatience = 5 * time.Second
 )
 
-const closingConsole = "the console" // whose reader may take any time
+// Parts that takeDown waits for in a way of their own.
+const (
+	closingConsole = "the console" // whose reader may take any time
+	closingKVM     = "KVM"         // which a busy host frees late; so would the end of the process
+)
 
 // takeDown waits for the vCPUs' threads and closes the machine. The wait is bounded: from now on if
 // the machine will not start again, else from the end of ctx on. Config.Final can extend it. After
@@ -164,7 +168,9 @@ func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err erro
 			alive = now
 			continue
 		}
-		m.cfg.Note(fmt.Sprintf("%s waits for the host and does not end; gvm ends without it", m.closing.Load()))
+		if part := m.closing.Load(); part != closingKVM {
+			m.cfg.Note(fmt.Sprintf("%s waits for the host and does not end; gvm ends without it", part))
+		}
 		return false, nil
 	}
 }

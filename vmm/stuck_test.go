@@ -20,6 +20,7 @@ import (
 	"gvm/guest/embedded"
 	"gvm/guestmem"
 	"gvm/kvmapi"
+	"gvm/kvmapi/nowait"
 	"gvm/vmm/boot"
 )
 
@@ -79,6 +80,30 @@ func TestStuckDevice(t *testing.T) {
 		close(s.until)
 		cancel(nil)
 	}
+}
+
+// TestSlowKVM: the end's wait for KVM, after all threads and devices, is bounded, and no note says
+// that it was left.
+func TestSlowKVM(t *testing.T) {
+	closing, until := make(chan struct{}), make(chan struct{})
+	var notes []string
+	m := &machine{cfg: Config{Note: func(s string) {
+		select {
+		case <-closing:
+			notes = append(notes, s)
+		default: // of tellMore, behind the devices
+			close(closing)
+			<-until
+		}
+	}}}
+	m.troubles.more = 1
+	ctx, cancel := context.WithCancel(nowait.WithOneEnd(t.Context()))
+	cancel()
+	if over, err := m.takeDown(ctx, false); over || err != nil || len(notes) > 0 {
+		t.Errorf("over %v, %v, notes %q", over, err, notes)
+	}
+	<-closing
+	close(until)
 }
 
 // TestEndHasTime: the end of a guest waits for a device that takes seconds, and for the console's

@@ -108,7 +108,7 @@ func (t *terminal) Write(p []byte) (n int, err error) {
 	case <-t.run.Done():
 		select {
 		case <-written:
-		case <-time.After(nowait.Left(t.run, patience)):
+		case <-time.After(nowait.LeftInside(t.run, patience)): // the machine's end waits for the console
 			return 0, context.Cause(t.run)
 		}
 	}

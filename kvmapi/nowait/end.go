@@ -12,6 +12,7 @@ import (
 const (
 	endTime   = 750 * time.Millisecond // of all together
 	leastTime = 50 * time.Millisecond  // of each in any case
+	innerTime = 150 * time.Millisecond // by which LeftInside is shorter
 )
 
 // end is the time at which a context ended; nil: it has not.
@@ -46,6 +47,12 @@ func Left(ctx context.Context, most time.Duration) time.Duration {
 		return most
 	}
 	return min(most, max(leastTime, endTime-time.Since(e.begin())))
+}
+
+// LeftInside is Left for a wait that another one with Left waits for: it ends first, so that the
+// other one sees that it is over.
+func LeftInside(ctx context.Context, most time.Duration) time.Duration {
+	return max(leastTime, Left(ctx, most+innerTime)-innerTime)
 }
 
 // Extend lets the time of the end begin again, after work that may take longer.

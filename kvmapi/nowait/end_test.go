@@ -47,6 +47,19 @@ func TestLeft(t *testing.T) {
 			nowait.Extend(ctx)
 			time.Sleep(500 * time.Millisecond)
 			want(250 * time.Millisecond)
+			inside := func(want time.Duration) {
+				t.Helper()
+				if got := nowait.LeftInside(ctx, 400*time.Millisecond); got != want {
+					t.Errorf("inside: %v, want %v", got, want)
+				}
+			}
+			inside(100 * time.Millisecond)
+			nowait.Extend(ctx)
+			inside(400 * time.Millisecond)
+			time.Sleep(300 * time.Millisecond)
+			inside(300 * time.Millisecond)
+			time.Sleep(time.Hour)
+			inside(50 * time.Millisecond)
 			if got := nowait.Left(parent, most); got != most {
 				t.Errorf("%v of a context without one end", got)
 			}
