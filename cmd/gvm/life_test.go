@@ -293,6 +293,38 @@ func TestDeafResults(t *testing.T) {
 	}
 }
 
+// TestDeafOutput: a signal ends a matrix whose --output is on storage that stops to answer when a
+// machine's output is to be made, or its verdict.
+func TestDeafOutput(t *testing.T) {
+	for _, suffix := range []string{".out", ".verdict.json"} {
+		t.Run(suffix[1:], func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			m := hostfstest.MountMortal(t, filepath.Join(dir, "hung"))
+			m.StrikeAfterLookup("exit0-run1" + suffix)
+			p := startGVM(t, dir, "test", "-k", exitKernel(t, 0), "--repeat", "2", "-j", "1", "--output", "hung/out",
+				"--", "sh")
+			p.eventually("the storage stops to answer", func() bool {
+				select {
+				case <-m.Struck():
+					return true
+				default:
+					return false
+				}
+			})
+			if !m.Asked(tooLong) {
+				t.Fatal("it does not make the file")
+			}
+			p.signal(syscall.SIGTERM)
+			const why = "--output: stopped by SIGTERM while hung/out/exit0-run1.verdict.json was written\n"
+			if r := p.wait(); r.status != exitTerminated || !strings.Contains(r.out, why) ||
+				!strings.HasSuffix(r.out, "2 cells: 0 passed, 1 not tested, 1 not run\n") {
+				t.Errorf("status %d:\n%s\n%s", r.status, r.out, r.errs)
+			}
+		})
+	}
+}
+
 // TestSignalAfterLeave: a second signal ends the process also when a life was left: nothing of what
 // it takes is locked.
 func TestSignalAfterLeave(t *testing.T) {

@@ -25,6 +25,7 @@ const (
 	forget      = 2
 	getattr     = 3
 	setattr     = 4
+	mkdir       = 9
 	Open        = 14
 	write       = 16
 	statfs      = 17
@@ -38,15 +39,15 @@ const (
 
 var order = binary.LittleEndian
 
-// Mount mounts a file system, which is one directory with a file in it, at a new directory. It
-// answers a request as reply says: with an error number, or never. The function that it returns
-// ends the file system, as does the end of the test.
+// Mount mounts a file system with one file, named file, at a new directory. Files and directories
+// can be made, but files keep nothing. It answers a request as reply says: with an error number, or
+// never. The function that it returns ends the file system, as does the end of the test.
 func Mount(t testing.TB, dir string, reply func(opcode uint32) unix.Errno) (end func()) {
 	t.Helper()
 	s := mount(t, dir)
 	end = sync.OnceFunc(s.end)
 	t.Cleanup(end)
-	s.serve(reply)
+	s.serve(func(opcode uint32, _ string) unix.Errno { return reply(opcode) })
 	return end
 }
 
@@ -55,7 +56,8 @@ func Mount(t testing.TB, dir string, reply func(opcode uint32) unix.Errno) (end 
 type Mortal struct {
 	t testing.TB
 	*server
-	left atomic.Int32 // answers from the next OPEN on; 0: all
+	left atomic.Int32           // answers from the next OPEN on; 0: all
+	last atomic.Pointer[string] // the name whose LOOKUP has the last answer; nil: none
 }
 
 // MountMortal mounts a file system like that of Mount, until the end of the test.
@@ -68,9 +70,10 @@ func MountMortal(t testing.TB, dir string) *Mortal {
 	released := make(chan struct{}, 1)
 	m := &Mortal{t: t, server: s}
 	opened := false
-	s.serve(func(opcode uint32) unix.Errno {
+	s.serve(func(opcode uint32, name string) unix.Errno {
 		opened = opened || opcode == Open && m.left.Load() > 0
-		if opened && m.left.Add(-1) == 0 {
+		last := m.last.Load()
+		if opened && m.left.Add(-1) == 0 || opcode == Lookup && last != nil && *last == name {
 			m.wakeUp()
 		}
 		switch opcode {
@@ -104,6 +107,9 @@ func (m *Mortal) Strike() {
 // StrikeAfter ends the answers after n of them, of which the first is to the next OPEN.
 func (m *Mortal) StrikeAfter(n int) { m.left.Store(int32(n)) }
 
+// StrikeAfterLookup ends the answers with that to the next LOOKUP of a name.
+func (m *Mortal) StrikeAfterLookup(name string) { m.last.Store(&name) }
+
 // Struck is closed when there are no more answers.
 func (m *Mortal) Struck() <-chan struct{} { return m.done }
 
@@ -131,7 +137,12 @@ type server struct {
 	dev  int
 	wake int // an eventfd, which ends the service
 	done chan struct{}
+
+	nodes []node // the first has number 1, and is the root
 }
+
+// node is a directory, or a file, which has no names.
+type node struct{ names map[string]uint64 }
 
 func mount(t testing.TB, dir string) *server {
 	t.Helper()
@@ -151,7 +162,7 @@ func mount(t testing.TB, dir string) *server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &server{t, dir, dev, wake, make(chan struct{})}
+	return &server{t, dir, dev, wake, make(chan struct{}), []node{{map[string]uint64{"file": 2}}, {}}}
 }
 
 func (s *server) end() {
@@ -164,7 +175,7 @@ func (s *server) end() {
 }
 
 // serve answers requests until the end of the file system, or until it is woken.
-func (s *server) serve(reply func(opcode uint32) unix.Errno) {
+func (s *server) serve(reply func(opcode uint32, name string) unix.Errno) {
 	panics.Go(func() {
 		defer close(s.done)
 		in := make([]byte, 1<<20)
@@ -189,31 +200,33 @@ func (s *server) serve(reply func(opcode uint32) unix.Errno) {
 }
 
 // answer answers a request.
-func (s *server) answer(in []byte, reply func(opcode uint32) unix.Errno) {
-	opcode, node := order.Uint32(in[4:]), order.Uint64(in[16:])
+func (s *server) answer(in []byte, reply func(opcode uint32, name string) unix.Errno) {
+	opcode, id := order.Uint32(in[4:]), order.Uint64(in[16:])
 	if opcode == forget || opcode == batchForget {
 		return
 	}
-	no := reply(opcode)
+	name := ""
+	if args, ok := beforeName[opcode]; ok {
+		name = unix.ByteSliceToString(in[40+args:])
+	}
+	no := reply(opcode, name)
 	if no == Hang {
 		return
 	}
-	mode := uint32(unix.S_IFREG | 0o644)
-	if node == 1 && opcode != Lookup && opcode != Create {
-		mode = unix.S_IFDIR | 0o755
+	if no == 0 && name != "" {
+		id, no = s.named(id, name, opcode)
 	}
-	attr := words([]uint64{node + 1, 0, 0, 0, 0, 0}, []uint32{0, 0, 0, mode, 1, 0, 0, 0, 512, 0})
 	var body []byte
 	switch {
 	case no != 0:
 	case opcode == initialize:
 		body = words([]uint32{7, 31, 0, 0, 0, 4096}, make([]byte, 40))
 	case opcode == getattr, opcode == setattr:
-		body = words(make([]byte, 16), attr)
-	case opcode == Lookup:
-		body = words([]uint64{2, 0, 0, 0, 0}, attr)
+		body = words(make([]byte, 16), s.attr(id))
+	case opcode == Lookup, opcode == mkdir:
+		body = words([]uint64{id, 0, 0, 0, 0}, s.attr(id))
 	case opcode == Create:
-		body = words([]uint64{2, 0, 0, 0, 0}, attr, []uint64{1, 0})
+		body = words([]uint64{id, 0, 0, 0, 0}, s.attr(id), []uint64{1, 0})
 	case opcode == Open:
 		body = words([]uint64{1, 0})
 	case opcode == write:
@@ -224,6 +237,39 @@ func (s *server) answer(in []byte, reply func(opcode uint32) unix.Errno) {
 		no = unix.ENOSYS
 	}
 	unix.Write(s.dev, words([]uint32{uint32(16 + len(body)), uint32(-int32(no))}, in[8:16], body))
+}
+
+// beforeName has the sizes of the arguments before the name, of requests that have one.
+var beforeName = map[uint32]int{Lookup: 0, mkdir: 8, Create: 16}
+
+// named returns the node of a name in a directory, which a request other than LOOKUP makes.
+func (s *server) named(dir uint64, name string, opcode uint32) (uint64, unix.Errno) {
+	names := s.nodes[dir-1].names
+	id, ok := names[name]
+	switch {
+	case opcode == Lookup && !ok:
+		return 0, unix.ENOENT
+	case opcode == mkdir && ok:
+		return 0, unix.EEXIST
+	case !ok:
+		n := node{}
+		if opcode == mkdir {
+			n.names = map[string]uint64{}
+		}
+		s.nodes = append(s.nodes, n)
+		id = uint64(len(s.nodes))
+		names[name] = id
+	}
+	return id, 0
+}
+
+// attr returns a node's struct fuse_attr.
+func (s *server) attr(id uint64) []byte {
+	mode := uint32(unix.S_IFREG | 0o644)
+	if s.nodes[id-1].names != nil {
+		mode = unix.S_IFDIR | 0o755
+	}
+	return words([]uint64{id, 0, 0, 0, 0, 0}, []uint32{0, 0, 0, mode, 1, 0, 0, 0, 512, 0})
 }
 
 // words puts slices of integers behind each other.
