@@ -53,7 +53,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-unit test-lab long long-machines long-guests long-rings long-package test-all lint race racelab fuzz soak conformance vhost kernel debuggers distribution kubernetes streams model blktests xfstests bench guest clean
+.PHONY: build run demo test test-unit test-lab long long-machines long-guests long-rings long-package test-all user lint race racelab fuzz soak conformance vhost kernel debuggers distribution kubernetes streams model blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
 .PHONY: release vulncheck fuzz-long fuzz-table
 
@@ -128,8 +128,12 @@ long-6.12 long-7.3: long-%:
 	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 15m -p 1 -parallel 1 -run '$(LONG$*)' -skip 'Filesystems/^[12]_|VhostPlugSandbox/jail' ./guest-tests/linux
 	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 15m -p 2 $(TARGETS$*)
 
+# GVM_TEST_USER: see guest-tests/lab/README.md.
+user: ## the tests with Linux guests again, with gvm as an ordinary user, in the lab
+	GVM_TEST_USER=65534 $(GOTEST) $(BARE) -timeout 60m -parallel 1 ./guest-tests/linux
+
 # All words that test something. One that fails does not keep the others from running.
-ALL ?= test model long lint race distribution kernel debuggers kubernetes streams vhost conformance soak fuzz release racelab
+ALL ?= test model long user lint race distribution kernel debuggers kubernetes streams vhost conformance soak fuzz release racelab
 test-all: ## test, and then all the rest; what took longest comes at the end
 	@times=$$(mktemp) || exit 1; export GVM_TEST_TIMES=$$times; failed=; \
 	for word in $(ALL); do echo "test-all: $$word"; $(MAKE) $$word || failed="$$failed $$word"; done; \

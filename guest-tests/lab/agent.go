@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,8 +24,10 @@ type job struct {
 	Args    []string
 	Env     []string
 	Dir     string
+	User    int // UID and GID of the commands
 	Mounts  []share
-	Visible []string // host paths under /tmp that stay visible below the tmpfs
+	Closed  []string // host directories that User cannot enter, which a tmpfs covers, as it does /tmp
+	Visible []string // host paths that stay visible below a tmpfs
 	Stdin   bool
 	TTY     bool
 	Merge   bool // stdout and stderr are one stream
@@ -40,8 +43,8 @@ const (
 	agentEnv   = "gvm_lab" // the kernel passes unknown key=value parameters to init
 	enterName  = "gvm-lab-enter"
 	portName   = "gvm.lab"
-	hostRoot   = "/h"    // mount point of the host's root
-	hostTmp    = "/htmp" // the host's /tmp, before a tmpfs covers it
+	hostRoot   = "/h"      // mount point of the host's root
+	hiddenRoot = "/hidden" // has the host's directories that a tmpfs covers
 	beatPeriod = 2 * time.Second
 )
 
@@ -147,6 +150,11 @@ func (a *agent) run() error {
 	if err := loopbackUp(); err != nil {
 		return err
 	}
+	if a.job.User != 0 {
+		if err := giveDevices(a.job.User); err != nil {
+			return err
+		}
+	}
 	if err := unix.Sethostname([]byte("lab")); err != nil {
 		return fmt.Errorf("set host name: %w", err)
 	}
@@ -187,12 +195,16 @@ func (a *agent) mounts() error {
 		{"tracefs", "/sys/kernel/tracing", "tracefs", 0, ""},
 		// cache=loose: the host's root does not change during a short run.
 		{"root", hostRoot, "9p", unix.MS_RDONLY | unix.MS_NOATIME, p9 + ",cache=loose"},
-		{h("/tmp"), hostTmp, "", unix.MS_BIND, ""},
+		{h("/tmp"), hiddenRoot + "/tmp", "", unix.MS_BIND, ""},
 		{"tmpfs", h("/tmp"), "tmpfs", 0, "size=80%,mode=1777"},
 		{"/dev", h("/dev"), "", unix.MS_BIND | unix.MS_REC, ""},
 		{"/proc", h("/proc"), "", unix.MS_BIND, ""},
 		{"/sys", h("/sys"), "", unix.MS_BIND | unix.MS_REC, ""},
 		{"tmpfs", h("/run"), "tmpfs", 0, "mode=0755"},
+	}
+	for _, d := range a.job.Closed {
+		ms = append(ms, mountPoint{h(d), hiddenRoot + d, "", unix.MS_BIND, ""},
+			mountPoint{"tmpfs", h(d), "tmpfs", 0, "mode=0755"})
 	}
 	for _, m := range ms {
 		if err := m.mount(); err != nil {
@@ -200,11 +212,7 @@ func (a *agent) mounts() error {
 		}
 	}
 	for _, p := range a.job.Visible {
-		rel, err := filepath.Rel("/tmp", p)
-		if err != nil || !filepath.IsLocal(rel) {
-			return fmt.Errorf("%s is not under /tmp", p)
-		}
-		from := filepath.Join(hostTmp, rel)
+		from := filepath.Join(hiddenRoot, p)
 		st, err := os.Stat(from)
 		if err != nil {
 			return fmt.Errorf("path to be visible: %w", err)
@@ -359,6 +367,20 @@ func loopbackUp() error {
 	return nil
 }
 
+// giveDevices gives the devices to a group that udev gives to the group kvm, and that of network
+// interfaces, as udev does, to all users.
+func giveDevices(group int) error {
+	for path, mode := range map[string]os.FileMode{
+		"/dev/kvm": 0o660, "/dev/vhost-net": 0o660, "/dev/vhost-vsock": 0o660, "/dev/net/tun": 0o666,
+	} {
+		err := errors.Join(os.Chown(path, 0, group), os.Chmod(path, mode))
+		if err != nil && !errors.Is(err, os.ErrNotExist) { // its module is not loaded
+			return err
+		}
+	}
+	return nil
+}
+
 // command runs the job and reports how it ended.
 func (a *agent) command() error {
 	files, pumps, err := a.stdio()
@@ -370,7 +392,8 @@ func (a *agent) command() error {
 		a.out.send(frameHello, nil)
 		go a.receive()
 	}
-	p, err := os.StartProcess("/proc/self/exe", append([]string{enterName, a.job.Dir}, a.job.Args...), &os.ProcAttr{
+	args := append([]string{enterName, a.job.Dir, strconv.Itoa(a.job.User)}, a.job.Args...)
+	p, err := os.StartProcess("/proc/self/exe", args, &os.ProcAttr{
 		Env:   a.job.Env,
 		Dir:   "/",
 		Files: files,
@@ -558,9 +581,9 @@ func (a *agent) receive() {
 }
 
 // enter makes the host's root this process's root, and executes the command in the new mount
-// namespace. It returns only an error.
+// namespace, as a user who is in no other group. It returns only an error.
 func enter(args []string) error {
-	dir, args := args[0], args[1:]
+	dir, user, args := args[0], args[1], args[2:]
 	if err := os.Chdir(hostRoot); err != nil {
 		return err
 	}
@@ -577,6 +600,15 @@ func enter(args []string) error {
 	path, err := exec.LookPath(args[0])
 	if err != nil {
 		return fmt.Errorf("lab: %w", err)
+	}
+	if user != "0" {
+		uid, err := strconv.Atoi(user)
+		if err == nil {
+			err = errors.Join(syscall.Setgroups(nil), syscall.Setgid(uid), syscall.Setuid(uid))
+		}
+		if err != nil {
+			return fmt.Errorf("lab: become user %s: %w", user, err)
+		}
 	}
 	return fmt.Errorf("lab: exec %s: %w", path, unix.Exec(path, args, os.Environ()))
 }

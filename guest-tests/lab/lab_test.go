@@ -45,7 +45,9 @@ func setUp(t *testing.T) *Lab {
 	return l
 }
 
-func shell(script string) []string { return []string{"sh", "-c", script} }
+func shell(script string, args ...string) []string {
+	return append([]string{"sh", "-c", script, "sh"}, args...)
+}
 
 func TestRunShell(t *testing.T) {
 	l := setUp(t)
@@ -76,6 +78,38 @@ func TestRunShell(t *testing.T) {
 		t.Errorf("result file %q, %v", b, err)
 	}
 	noChildren(t)
+}
+
+// TestRunUser: an ordinary user reads visible files, also below a directory that the user cannot
+// enter, has a home, and the devices of the group kvm, and no others.
+func TestRunUser(t *testing.T) {
+	l := setUp(t)
+	dir, err := os.MkdirTemp("/var/tmp", "gvm-lab-test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	visible := filepath.Join(dir, "closed", "visible")
+	for _, err := range []error{os.MkdirAll(visible, 0o755), os.Chmod(filepath.Dir(visible), 0o700),
+		os.WriteFile(filepath.Join(visible, "file"), []byte("from the host\n"), 0o644),
+		os.WriteFile(filepath.Join(dir, "other"), nil, 0o644)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	var out, errs bytes.Buffer
+	code, err := l.Run(t.Context(), Command{
+		Args: shell(`cat "$1"/file; ls "$2"; id -u; id -G
+			echo "$HOME $XDG_RUNTIME_DIR"; touch ~/file; [ -r "$GVM_LAB_CACHE" ] && echo cache
+			for d in kvm vhost-net vhost-scsi; do [ -w /dev/$d ] && echo $d; done
+			grep ^CapEff /proc/self/status`, visible, dir),
+		Env: append(os.Environ(), "XDG_RUNTIME_DIR=/run/user/0"), User: 65534, Visible: []string{visible},
+		Stdout: &out, Stderr: &errs, Log: Log(t),
+	})
+	want := "from the host\nclosed\n65534\n65534\n/tmp \ncache\nkvm\nvhost-net\nCapEff:\t0000000000000000\n"
+	if err != nil || code != 0 || out.String() != want || errs.String() != "" {
+		t.Errorf("status %d, %v, %q, want %q; %s", code, err, out.String(), want, errs.String())
+	}
 }
 
 // TestRunBytes sends one MiB of random data into the lab and back.

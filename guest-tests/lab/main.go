@@ -49,6 +49,8 @@ type Options struct {
 	// Writable and Visible are as in Command. The directories of profiles that the go command asks
 	// for are always writable.
 	Writable, Visible []string
+
+	user int // of UserEnv
 }
 
 // Need is what some tests of a package need of a machine.
@@ -110,6 +112,10 @@ const hereEnv = "GVM_LAB_HERE"
 // KernelEnv names the environment variable that selects another kernel of L1 for tests.
 const KernelEnv = "GVM_TEST_L1"
 
+// UserEnv names the environment variable with the UID of an ordinary user, as whom all tests of a
+// package then run, in the lab.
+const UserEnv = "GVM_TEST_USER"
+
 // fastEnv, set to 0, runs tests without Command.Fast.
 const fastEnv = "GVM_LAB_FAST"
 
@@ -128,6 +134,9 @@ func build(packages []string) (dir string, remove func(), err error) {
 	cmd := exec.Command("go", append([]string{"build", tags, "-o", dir + "/"}, packages...)...)
 	cmd.Env = append([]string{"CGO_ENABLED=0"}, os.Environ()...)
 	out, err := cmd.CombinedOutput()
+	if err == nil {
+		err = os.Chmod(dir, 0o755) // for UserEnv
+	}
 	if err == nil && slices.Contains(packages, "gvm/cmd/gvm-agent") {
 		out, err = buildForAgent(dir)
 	}
@@ -172,6 +181,15 @@ func Main(m interface{ Run() int }, o Options) int {
 	if a.fuzz && a.run == "^$" { // of parsers, which need no machine
 		return m.Run()
 	}
+	if user := os.Getenv(UserEnv); user != "" {
+		uid, err := strconv.ParseUint(user, 10, 31)
+		if err != nil || uid == 0 {
+			fmt.Fprintf(os.Stderr, "lab: %s=%s: want the UID of an ordinary user, such as 65534\n", UserEnv, user)
+			return exitInfrastructure
+		}
+		o.user, o.Here = int(uid), nil
+		o.Direct = func() (bool, string) { return false, UserEnv + " is set" }
+	}
 	if len(o.Build) > 0 {
 		dir, remove, err := build(o.Build)
 		if err != nil {
@@ -211,6 +229,9 @@ func Main(m interface{ Run() int }, o Options) int {
 		l, err := Setup(ctx, os.Stderr)
 		if err == nil {
 			err = l.fillKernelCache(ctx)
+		}
+		if err == nil && o.user != 0 {
+			err = l.openKernelCache()
 		}
 		return l, err
 	})
@@ -309,6 +330,7 @@ func (l *Lab) mainInLab(ctx context.Context, a testArgs, o Options, k *keeper, s
 		return 0, err
 	}
 	c := Command{
+		User:     o.user,
 		Dir:      cwd,
 		Env:      os.Environ(),
 		Writable: slices.Concat(a.writable(cwd), o.Writable),

@@ -23,12 +23,15 @@ type Command struct {
 	// Env is the whole environment. If nil, it is a small one: PATH, HOME=/tmp, LC_ALL=C, TERM.
 	// GVM_IN_LAB=1, GVM_LAB_CACHE and TMPDIR=/tmp are set in either case.
 	Env []string
+	// User is the UID and GID of the command; 0 is root. The user may use KVM, and the devices of
+	// vhost but for vhost-scsi. HOME is /tmp, and no XDG_ variable is set.
+	User int
 	// Dir is the working directory. The default is Writable[0], or else /tmp.
 	Dir string
 	// Writable are directories of this machine that the command may write to.
 	Writable []string
-	// Visible are paths under /tmp that the command may read. Args[0], Dir and the lab's cache are
-	// always visible.
+	// Visible are paths under /tmp that the command may read, or, by User, under a directory that
+	// User cannot enter, such as /root. Args[0], Dir and the lab's cache are always visible.
 	Visible []string
 
 	// Kernel is L1's kernel; the default is Lab.Debian. Each of Lab.Kernel works except cloud,
@@ -172,6 +175,7 @@ func (l *Lab) job(c *Command) (*job, error) {
 		Args:  c.Args,
 		Env:   c.Env,
 		Dir:   c.Dir,
+		User:  c.User,
 		Stdin: c.Stdin != nil,
 		TTY:   c.TTY,
 		Merge: c.Stdout == c.Stderr,
@@ -181,7 +185,12 @@ func (l *Lab) job(c *Command) (*job, error) {
 		j.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/tmp", "LC_ALL=C",
 			"TERM=" + os.Getenv("TERM")}
 	}
-	for key, value := range map[string]string{InLabEnv: "1", CacheEnv: l.Cache, "TMPDIR": "/tmp"} {
+	set := map[string]string{InLabEnv: "1", CacheEnv: l.Cache, "TMPDIR": "/tmp"}
+	if c.User != 0 { // who has no right to the directories of this machine's user
+		set["HOME"] = "/tmp"
+		j.Env = slices.DeleteFunc(slices.Clone(j.Env), func(s string) bool { return strings.HasPrefix(s, "XDG_") })
+	}
+	for key, value := range set {
 		// A second definition would be ignored.
 		j.Env = slices.DeleteFunc(slices.Clone(j.Env), func(s string) bool { return strings.HasPrefix(s, key+"=") })
 		j.Env = append(j.Env, key+"="+value)
@@ -219,15 +228,32 @@ func (l *Lab) job(c *Command) (*job, error) {
 		if p, err = filepath.Abs(p); err != nil {
 			return nil, err
 		}
-		if p != "/tmp" && within(p, "/tmp") &&
-			!slices.ContainsFunc(j.Mounts, func(s share) bool { return within(p, s.Path) }) {
+		covered := p != "/tmp" && within(p, "/tmp")
+		if c.User != 0 && !within(p, "/tmp") {
+			if d := closed(p); d != "" {
+				covered, j.Closed = true, append(j.Closed, d)
+			}
+		}
+		if covered && !slices.ContainsFunc(j.Mounts, func(s share) bool { return within(p, s.Path) }) {
 			j.Visible = append(j.Visible, p)
 		}
 	}
+	slices.Sort(j.Closed)
+	j.Closed = slices.Compact(j.Closed)
 	slices.Sort(j.Visible)
 	// Paths inside a visible directory are visible with it.
 	j.Visible = slices.CompactFunc(j.Visible, func(a, b string) bool { return within(a, b) || within(b, a) })
 	return j, nil
+}
+
+// closed returns the uppermost directory above p that only its owner and group may enter, or "".
+func closed(p string) (dir string) {
+	for d := filepath.Dir(p); d != "/"; d = filepath.Dir(d) {
+		if st, err := os.Stat(d); err == nil && st.Mode()&0o001 == 0 {
+			dir = d
+		}
+	}
+	return dir
 }
 
 // within reports whether path p is dir or below it.

@@ -39,6 +39,19 @@ func (l *Lab) fillKernelCache(ctx context.Context) error {
 	return nil
 }
 
+// openKernelCache lets every user read the cache, which package boot keeps for its owner.
+func (l *Lab) openKernelCache() error {
+	dir := l.KernelCache()
+	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	err = errors.Join(err, os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o755))
+	for _, f := range files {
+		if e := os.Chmod(f, 0o644); !errors.Is(e, os.ErrNotExist) { // removed meanwhile
+			err = errors.Join(err, e)
+		}
+	}
+	return err
+}
+
 // decompress loads a kernel, so that the cache has it.
 func decompress(ctx context.Context, bzImage, cache string) error {
 	mem, err := guestmem.Map(guestmem.Config{Size: 256 << 20})

@@ -14,9 +14,10 @@ import (
 
 // TestDisks uses disks that differ in everything that a guest can see. A block device of the
 // kernel's NBD client is one, as in the example of docs/storage.md, and the server has the guest's
-// writes. One has protection information, which the guest uses from its block layer to the image's
-// file, and data changed in between is an error to the next guest. That one has fio write blocks of
-// random sizes to four other disks at once, trim some and verify all.
+// writes; an ordinary user, who cannot connect the client, has a file instead. One has protection
+// information, which the guest uses from its block layer to the image's file, and data changed in
+// between is an error to the next guest. That one has fio write blocks of random sizes to four
+// other disks at once, trim some and verify all.
 func TestDisks(t *testing.T) {
 	t.Parallel()
 	l := theLab(t)
@@ -24,7 +25,10 @@ func TestDisks(t *testing.T) {
 	fourth := content("nbd", 1<<20)
 	files := []string{diskFile(t, first), diskFile(t, second), diskFile(t, third), diskFile(t, fourth)}
 	protected := diskFile(t, make([]byte, 4<<20))
-	disconnect := nbd(t, files[3])
+	remote, disconnect := files[3], func() {}
+	if os.Geteuid() == 0 {
+		remote, disconnect = "/dev/nbd0", nbd(t, files[3])
+	}
 	r := guest{kernel: l.Debian, script: `
 for d in a b c d e; do wait_for /dev/sd$d; done
 for d in /sys/block/sd*; do
@@ -75,7 +79,7 @@ klog
 		"--disk", files[0]+",serial=one",
 		"--disk", files[1]+",lun=3,readonly,serial=disk two",
 		"--disk", files[2]+",lun=300,block_size=4096,cache=writethrough,serial=three",
-		"--disk", "/dev/nbd0,lun=4,serial=four",
+		"--disk", remote+",lun=4,serial=four",
 		"--disk", protected+",lun=5,pi=1,serial=five")
 	r.wantStatus(t, 0)
 	// Linux keeps the addressing method of a LUN past 255 in its number: flat,

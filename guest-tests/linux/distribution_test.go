@@ -33,6 +33,9 @@ const (
 
 func testDistribution(t *testing.T, d lab.Distribution, backend string,
 	start func(*testing.T, ...string) (*process, io.Writer)) {
+	if backend == "vhost" {
+		needsTarget(t)
+	}
 	lioUnchanged(t)
 	disk := filepath.Join(t.TempDir(), "root.ext4")
 	must(t, d.CopyRoot(disk))

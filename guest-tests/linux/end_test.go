@@ -152,6 +152,7 @@ echo c >/proc/sysrq-trigger`,
 // TestMemoryCgroup: a guest with more memory than a nested memory cgroup allows is refused.
 func TestMemoryCgroup(t *testing.T) {
 	t.Parallel()
+	needsRoot(t, "a control group")
 	root := t.TempDir()
 	if err := syscall.Mount("cgroup2", root, "cgroup2", 0, ""); err != nil {
 		t.Fatal(err)

@@ -17,9 +17,7 @@ import (
 // which belong to the jail's user. By --net user it fetches from this host, and answers at a
 // published port.
 func TestJail(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("a jail needs root")
-	}
+	needsRoot(t, "a jail")
 	if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_GETPPID, 0, 0, 0); errno != 0 {
 		t.Skip("a jail has no libraries for a program with cgo: ", errno)
 	}

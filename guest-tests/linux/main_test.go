@@ -1,6 +1,6 @@
 // Package linux tests gvm with stock Linux kernels: directly if this host's KVM runs them, else
 // inside the lab. GVM_TEST_L1=6.12 makes the lab run on Debian's 6.12 kernel; lab.Versions lists
-// the others.
+// the others. GVM_TEST_USER=65534 makes it run the tests and gvm as an ordinary user.
 package linux
 
 import (
@@ -115,6 +115,14 @@ func direct() (bool, string) {
 	}
 	dev.Close()
 	return true, why
+}
+
+// needsRoot skips a test of something that no ordinary user may do (lab.UserEnv).
+func needsRoot(t testing.TB, what string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip(what + " needs root")
+	}
 }
 
 // kernel returns a kernel of the lab: see lab.Lab.Kernel.

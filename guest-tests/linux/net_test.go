@@ -37,6 +37,7 @@ func setLink(t testing.TB, name string, n byte, mtu uint32) {
 // TestNet: a guest pings the host and moves data both ways, also over a pause of the machine, by
 // gvm's own service and by vhost-net. The interfaces go with the machine.
 func TestNet(t *testing.T) {
+	needsRoot(t, "a network interface")
 	const size = 2 << 20
 	nets := []machine.Net{{Tap: "gvmtest0", Pairs: 2, Vhost: machine.VhostOff},
 		{Tap: "gvmtest1", Pairs: 2, Vhost: machine.VhostOn}}

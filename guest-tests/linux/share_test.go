@@ -182,6 +182,7 @@ func TestEscapes(t *testing.T) { testEscapes(t, 0) }
 func TestEscapesOfUser(t *testing.T) { testEscapes(t, 65534) }
 
 func testEscapes(t *testing.T, uid int) {
+	needsRoot(t, "a test of one user's gvm by another")
 	const attempts = 35
 	base := t.TempDir()
 	dir := func(name ...string) string { return filepath.Join(append([]string{base}, name...)...) }

@@ -123,6 +123,7 @@ var mapped = map[string]func(t *testing.T, dev string) (devices []string, mend s
 // below; another device on the same one it can. Readers may share all of them, and keep out those
 // that write.
 func TestMapped(t *testing.T) {
+	needsRoot(t, "a loop device")
 	for kind, stack := range mapped {
 		t.Run(kind, func(t *testing.T) {
 			file := diskFile(t, content("mapped", 1<<20))

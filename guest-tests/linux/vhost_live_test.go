@@ -320,6 +320,7 @@ done
 // TestVhostABI: gvm abi reports the known facts of this kernel, and its diff finds features that
 // another kernel has and this one lacks.
 func TestVhostABI(t *testing.T) {
+	needsRoot(t, "/dev/vhost-scsi")
 	r := gvm(t, "abi", "--json")
 	r.wantStatus(t, 0)
 	var f struct {

@@ -51,9 +51,6 @@ echo added device
 `}.build(t)
 			args = append(args, "--name=plugged", "--sandbox=on", "--disk", stays+",backend=vhost")
 			if inJail {
-				if os.Geteuid() != 0 {
-					t.Skip("a jail needs root")
-				}
 				defer func() { must(t, os.Chown(device, 0, 0)) }()
 				must(t, errors.Join(os.Chmod(args[4], 0o644), os.Chmod(run, 0o755), // the initrd, the jail
 					os.Chown(stays, user, user), os.Chown(device, user, user)))

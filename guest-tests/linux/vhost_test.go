@@ -69,6 +69,7 @@ func linuxBefore(t *testing.T, major, minor int) bool {
 // needsTarget skips a test of backend=vhost where gvm refuses the kernel's target (docs/limits.md).
 func needsTarget(t *testing.T) {
 	t.Helper()
+	needsRoot(t, "the kernel's SCSI target")
 	if linuxBefore(t, 5, 11) {
 		t.Skip("the kernel's SCSI target is older than Linux 5.11")
 	}

@@ -36,6 +36,7 @@ func run() int {
 	flag.Var(&writable, "w", "`directory` that the command may write to; may be repeated")
 	flag.Var(&modules, "module", "kernel `module` that L1 loads besides its usual ones; may be repeated")
 	flag.StringVar(&c.Dir, "C", "", "working `directory` (default the first -w, or the current one)")
+	flag.IntVar(&c.User, "u", 0, "run the command as the user with this `UID`, who may use /dev/kvm")
 	flag.IntVar(&c.Memory, "m", 4096, "`MiB` of memory")
 	flag.IntVar(&c.CPUs, "c", 2, "number of `CPUs`")
 	flag.DurationVar(&c.Timeout, "t", 0, "end the run after this `duration`")
