@@ -129,8 +129,15 @@ long-6.12 long-7.3: long-%:
 	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 15m -p 2 $(TARGETS$*)
 
 # GVM_TEST_USER: see guest-tests/lab/README.md.
-user: ## the tests with Linux guests again, with gvm as an ordinary user, in the lab
-	GVM_TEST_USER=65534 $(GOTEST) $(BARE) -timeout 60m -parallel 1 ./guest-tests/linux
+user: export GVM_TEST_USER = 65534
+user: ## the tests of machines and those with Linux guests again, with gvm as an ordinary user, in the lab
+	@$(MAKE) -k -j1 user-machines user-guests
+
+user-machines:
+	$(GOTEST) $(BARE) -timeout 30m -p 1 $(KVM)
+
+user-guests:
+	$(GOTEST) $(BARE) -timeout 60m -parallel 1 ./guest-tests/linux
 
 # All words that test something. One that fails does not keep the others from running.
 ALL ?= test model long user lint race distribution kernel debuggers kubernetes streams vhost conformance soak fuzz release racelab
