@@ -90,8 +90,8 @@ const (
 	mbrProtective = 0xee
 )
 
-// partitions reads a disk's partition table, and reports whether it has one. A table that is
-// broken, or that gvm does not read to its end, has no partitions.
+// partitions reads a disk's partition table, and reports whether it has one. A table that is broken
+// has no partitions. Of one that gvm does not read to its end none can be the root.
 func partitions(d rootDisk) ([]partition, bool) {
 	b := make([]byte, 512)
 	if n, _ := d.image.ReadAt(b, 0); n < len(b) || b[510] != 0x55 || b[511] != 0xaa {
@@ -121,8 +121,10 @@ func partitions(d rootDisk) ([]partition, bool) {
 			list = append(list, partition{fmt.Sprintf("%08x-%02x", signature, i+1), otherUse})
 		}
 	}
-	if chained {
-		return nil, true // an extended partition has any number of logical ones
+	if chained { // an extended partition has any number of logical ones, with other numbers
+		for i := range list {
+			list[i].use = otherUse
+		}
 	}
 	return list, found
 }
