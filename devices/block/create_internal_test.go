@@ -63,6 +63,46 @@ func TestCreatedAtOnce(t *testing.T) {
 	}
 }
 
+// TestCreateWhole: an image that is allocated gets its name when it is whole, and replaces no file
+// that has come meanwhile.
+func TestCreateWhole(t *testing.T) {
+	defer func(was func(int, uint32, int64, int64) error) { fallocate = was }(fallocate)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "new.img")
+	fd, lacks := unix.Open(dir, unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
+	if lacks == nil {
+		unix.Close(fd)
+	}
+	fallocate = func(fd int, mode uint32, off, n int64) error {
+		if _, err := os.Lstat(path); (err == nil) != (lacks != nil) {
+			t.Errorf("the image that is not whole: %v; files without names: %v", err, lacks)
+		}
+		return unix.Fallocate(fd, mode, off, n)
+	}
+	if err := Create(path, 1<<20, true); err != nil {
+		t.Fatal(err)
+	}
+	if fi, err := os.Stat(path); err != nil || fi.Size() != 1<<20 || fi.Mode().Perm()&0o600 != 0o600 {
+		t.Errorf("%v, %v", fi, err)
+	}
+	if lacks == nil {
+		path = filepath.Join(dir, "other.img")
+		fallocate = func(int, uint32, int64, int64) error { return os.WriteFile(path, []byte("other"), 0o600) }
+		err := Create(path, 1<<20, true)
+		if b, err2 := os.ReadFile(path); !errors.Is(err, fs.ErrExist) || string(b) != "other" {
+			t.Errorf("%v, and the file has %q, %v", err, b, err2)
+		}
+	}
+	fallocate = func(int, uint32, int64, int64) error { return unix.ENOSPC }
+	path = filepath.Join(dir, "none.img")
+	if err := Create(path, 1<<20, true); !errors.Is(err, unix.ENOSPC) {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("what failed has left a file: %v", err)
+	}
+}
+
 // TestUndo takes back what Open did, and nothing else.
 func TestUndo(t *testing.T) {
 	dir := t.TempDir()

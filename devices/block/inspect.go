@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -97,26 +98,50 @@ func Create(path string, size int64, allocate bool) error {
 	if size <= 0 || size%512 != 0 {
 		return badImage(ErrSize, path, "size %d is not a multiple of 512; %d is", size, roundUp(size, 512))
 	}
-	const any = ^nowait.Kinds(0) // of a file that is there already, which is an error
-	f, err := nowait.Open(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644, any)
+	f, named, err := openNew(path, allocate)
 	if err != nil {
-		return nowait.CreateError(path, err)
-	}
-	if err := Lock(f, path, false); err != nil {
-		return errors.Join(err, f.Close()) // the file is another's, which found it before the lock
+		return err
 	}
 	if allocate {
-		err = unix.Fallocate(int(f.Fd()), 0, 0, size)
+		err = fallocate(int(f.Fd()), 0, 0, size)
 	} else {
 		err = f.Truncate(size)
+	}
+	if err == nil && !named {
+		err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), unix.AT_FDCWD, path,
+			unix.AT_SYMLINK_FOLLOW)
+		named = err == nil
 	}
 	if err != nil {
 		err = nowait.CreateError(path, err)
 	} else {
 		err = durable.File(f, path)
 	}
-	if err != nil {
+	if err != nil && named {
 		err = errors.Join(err, nowait.Remove(f, path))
 	}
 	return errors.Join(err, f.Close())
+}
+
+// fallocate is a variable for tests.
+var fallocate = unix.Fallocate
+
+// openNew opens the file of a new image. That of one which takes a while to allocate has no name
+// yet, if the file system has such files: nothing is left of it if a signal ends gvm meanwhile.
+func openNew(path string, allocate bool) (f *os.File, named bool, err error) {
+	if _, err := os.Lstat(path); allocate && path != "" && errors.Is(err, fs.ErrNotExist) {
+		fd, err := unix.Open(filepath.Dir(path), unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
+		if err == nil {
+			return os.NewFile(uintptr(fd), path), false, nil
+		}
+	}
+	const any = ^nowait.Kinds(0) // of a file that is there already, which is an error
+	f, err = nowait.Open(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644, any)
+	if err != nil {
+		return nil, false, nowait.CreateError(path, err)
+	}
+	if err := Lock(f, path, false); err != nil {
+		return nil, false, errors.Join(err, f.Close()) // the file is another's, which found it before the lock
+	}
+	return f, true, nil
 }
