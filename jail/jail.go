@@ -119,6 +119,9 @@ func Here() *Inside {
 	return &in
 }
 
+// ownProgram is the file of this process's program.
+const ownProgram = "/proc/self/exe"
+
 // runDir is the directory of the jail and of Config.Dir that the program may write.
 const runDir = "run"
 
@@ -176,18 +179,17 @@ func Enter(c Config) error {
 	if err := c.drop(program); err != nil {
 		return errors.Join(err, made.remove())
 	}
-	const exe = "/proc/self/exe"
 	var env []string
 	if err = closeAtExec(); err == nil {
 		env, err = c.inside(program, janitor)
 	}
 	if err == nil {
 		hear()
-		err = syscall.Exec(exe, c.Args, env)
+		err = syscall.Exec(ownProgram, c.Args, env)
 	}
 	switch {
-	case errors.Is(err, unix.EACCES):
-		return userError("--uid %d: this user may not run gvm: chmod 755 its program", c.UID)
+	case errors.Is(err, unix.EAGAIN):
+		return userError("--uid %d: this user has as many processes as RLIMIT_NPROC (ulimit -u) allows: raise it", c.UID)
 	case errors.Is(err, unix.ENOENT): // its interpreter
 		return fmt.Errorf("--jail %s: this gvm needs shared libraries, which a jail does not have: "+
 			"build it with CGO_ENABLED=0", c.Dir)
@@ -422,6 +424,9 @@ func (c *Config) drop(program int) error {
 		if err := c.access(f); err != nil {
 			return err
 		}
+	}
+	if unix.Access(ownProgram, unix.X_OK) == unix.EACCES { // execve tells, without the rights to undo makeRoot
+		return userError("--uid %d: this user may not run gvm: chmod 755 its program", c.UID)
 	}
 	if program != 0 {
 		if err := unix.Access(fmt.Sprintf("/proc/self/fd/%d", program), unix.X_OK); err != nil {

@@ -411,6 +411,17 @@ func TestRequests(t *testing.T) {
 	isEmpty(t, c.Dir)
 }
 
+// copyOf makes a copy of a file, with a mode.
+func copyOf(t *testing.T, path string, mode fs.FileMode) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	to := filepath.Join(t.TempDir(), "copy")
+	if err = errors.Join(err, os.WriteFile(to, b, mode)); err != nil {
+		t.Fatal(err)
+	}
+	return to
+}
+
 // TestOutputs: a program writes into files that root makes for its user, and into those of before.
 // The one of a machine that does not start is removed, and the others stay as they are.
 func TestOutputs(t *testing.T) {
@@ -437,8 +448,16 @@ func TestOutputs(t *testing.T) {
 			t.Errorf("%s: left %v, %v", tt.bad, left, err)
 		}
 	}
+	cmd, out := start(t, "look", Config{Files: []File{output("a")}})
+	if cmd.Path = copyOf(t, "/proc/self/exe", 0o700); cmd.Run() == nil || cmd.ProcessState.ExitCode() != 2 ||
+		!strings.HasPrefix(out.String(), "--uid 41234: this user may not run gvm: chmod 755 its program\n") {
+		t.Errorf("a program that the user may not run: status %d\n%s", cmd.ProcessState.ExitCode(), out)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 4 {
+		t.Errorf("left %v, %v", left, err)
+	}
 	c := Config{Dir: jailDir(t), Files: []File{output("new"), output("old"), output("pipe")}}
-	cmd, out := start(t, "write", c)
+	cmd, out = start(t, "write", c)
 	defer unix.Umask(unix.Umask(0o027))
 	reader, err := os.OpenFile(dir+"/pipe", os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {

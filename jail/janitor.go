@@ -70,7 +70,7 @@ func startJanitor(dir string, lock *os.File, words []string, pair *os.File) erro
 	if pair != nil {
 		files = append(files, pair)
 	}
-	p, err := os.StartProcess("/proc/self/exe", append([]string{Arg0}, words...), &os.ProcAttr{
+	p, err := os.StartProcess(ownProgram, append([]string{Arg0}, words...), &os.ProcAttr{
 		Dir:   "/",
 		Env:   append([]string{"GOMAXPROCS=1"}, os.Environ()...), // the first value counts
 		Files: files,
