@@ -482,5 +482,9 @@ func linkError(flag, path string, err error) error {
 		}
 		return userError("%s %s: a path in a jail has no symbolic links: give %s", flag, path, target)
 	}
+	if errors.Is(err, unix.ENOENT) {
+		return userError("%s %s: %w; check the path, or make it first: a jail makes files for results alone", flag, path,
+			err)
+	}
 	return userError("%s %s: %w", flag, path, err)
 }

@@ -362,7 +362,8 @@ func TestRefuses(t *testing.T) {
 		{Config{Program: File{Flag: "--net user", Path: data + "/image"}}, 2,
 			"--net user: user 41234 may not run " + data + "/image: chmod 755 " + data + "/image"},
 		{Config{Program: File{Flag: "--net user", Path: data + "/missing"}}, 2, "/missing: no such file"},
-		{disk(data+"/missing", false), 2, "--disk " + data + "/missing: no such file"},
+		{disk(data+"/missing", false), 2, "--disk " + data + "/missing: no such file or directory; check the path, or make " +
+			"it first: a jail makes files for results alone"},
 		{disk(data+"/private", false), 2, "user 41234 may not read it: chown 41234 "},
 		{disk(data+"/crashes", false), 2, "user 41234 may not enter and read it: chown 41234 "},
 		{disk(data+"/image", true), 2, "user 41234 may not read and write it: chown 41234 "},
