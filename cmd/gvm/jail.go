@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	iofs "io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +14,7 @@ import (
 
 	"gvm/broker"
 	"gvm/devices/scsi/lio"
+	"gvm/guest/kernel"
 	"gvm/jail"
 	"gvm/kvmapi"
 	"gvm/kvmapi/vhost"
@@ -75,6 +77,9 @@ func parseJail(c *cli.Context, rc *runConfig, given func(string) bool) (*jail.Co
 		}
 		return nil, fmt.Errorf("--jail in a kernel tree: name the kernel, --kernel %s", path)
 	}
+	if err := checkKernelPath(kernel.Finder{}, rc.kernel); err != nil {
+		return nil, err
+	}
 	add := func(flag, path string, write bool) {
 		j.Files = append(j.Files, jail.File{Flag: flag, Path: path, Write: write})
 	}
@@ -118,6 +123,21 @@ func parseJail(c *cli.Context, rc *runConfig, given func(string) bool) (*jail.Co
 		return nil, err
 	}
 	return j, nil
+}
+
+// checkKernelPath refuses the release of an installed kernel, for which no file is in a jail.
+func checkKernelPath(f kernel.Finder, name string) error {
+	if name == "" || filepath.IsAbs(name) {
+		return nil
+	}
+	if _, err := os.Lstat(name); !errors.Is(err, iofs.ErrNotExist) {
+		return nil
+	}
+	path, err := f.Installed(name)
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("--kernel %s: a jail has the files that are named by their paths: give --kernel %s", name, path)
 }
 
 // jailNetwork decides which parts of the host's network and sockets a jail has.

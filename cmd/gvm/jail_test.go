@@ -1,12 +1,17 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/urfave/cli/v2"
+
+	"gvm/guest/kernel"
 )
 
 // TestJailWords: what does not work in a jail is refused with the reason, by every user.
@@ -27,6 +32,8 @@ func TestJailWords(t *testing.T) {
 		{"--jail=/j --uid=5 --gid=5 --gdb=unix:/j/run/s --vsock=path=/j/run/v", "<nil>"},
 		{"--jail=/j --uid=5 --gid=5 --vsock=unix,path=/s",
 			"--vsock path=/s: a socket of a machine in a jail is in DIR/run: give /j/run/vsock, or leave it out"},
+		{"--jail=/j --uid=5 --gid=5 --kernel=0.0.1-none",
+			"0.0.1-none does not exist, neither as a file nor as the release of an installed kernel"},
 	} {
 		app := app([]string{"gvm", "run"})
 		var got error
@@ -73,6 +80,24 @@ func TestJailFiles(t *testing.T) {
 	want = []string{"/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/vhost-vsock"}
 	if j := rc.jail; !slices.Equal(j.Devices, want) || !j.Network || j.UID != 5 || j.GID != 6 {
 		t.Errorf("%+v, want devices %q and the network", j, want)
+	}
+}
+
+// TestJailKernel: the release of an installed kernel is no path in a jail; the message has the file's.
+func TestJailKernel(t *testing.T) {
+	t.Chdir(t.TempDir())
+	root := t.TempDir()
+	image := filepath.Join(root, "boot", "vmlinuz-6.1-x")
+	if err := errors.Join(os.WriteFile("file", nil, 0o600), os.Mkdir(filepath.Dir(image), 0o700),
+		os.WriteFile(image, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"": "", "/none": "", "file": "", "6.1-x": "give --kernel " + image,
+		kernel.Host: "give --kernel " + image, "6.2": "6.2 does not exist"} {
+		err := checkKernelPath(kernel.Finder{Root: root, Running: "6.1-x"}, name)
+		if (err != nil) != (want != "") || !strings.Contains(fmt.Sprint(err), want) {
+			t.Errorf("%s: %v, want %s", name, err, want)
+		}
 	}
 }
 

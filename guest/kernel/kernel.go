@@ -92,11 +92,8 @@ func (f Finder) find(ctx context.Context, name string) (*Kernel, error) {
 		if _, err := os.Readlink(name); err == nil {
 			break // a link to nothing, which OpenFile refuses
 		}
-		release := name
-		if running = name == Host; running {
-			release = f.running()
-		}
-		if path, err = f.installed(name, release); err != nil {
+		running = name == Host
+		if path, err = f.Installed(name); err != nil {
 			return nil, err
 		}
 	}
@@ -258,8 +255,13 @@ func (f Finder) images(version string) (paths []string) {
 	return paths
 }
 
-// installed returns the image of an installed kernel. name is the user's word for it.
-func (f Finder) installed(name, version string) (string, error) {
+// Installed returns the path of the image of an installed kernel, by the user's word for it: its
+// release, or Host.
+func (f Finder) Installed(name string) (string, error) {
+	version := name
+	if name == Host {
+		version = f.running()
+	}
 	if release(version) != "" {
 		for _, path := range f.images(version) {
 			if _, err := os.Stat(path); err == nil {
