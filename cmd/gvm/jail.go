@@ -14,6 +14,7 @@ import (
 
 	"gvm/broker"
 	"gvm/devices/scsi/lio"
+	"gvm/devices/virtio/fs"
 	"gvm/guest/kernel"
 	"gvm/jail"
 	"gvm/kvmapi"
@@ -111,8 +112,9 @@ func parseJail(c *cli.Context, rc *runConfig, given func(string) bool) (*jail.Co
 		}
 	}
 	for _, s := range rc.spec.Shares {
-		add("--share", s.Dir, false)
-		j.Files[len(j.Files)-1].Write = !s.ReadOnly
+		add("--share", s.Dir, slices.ContainsFunc(rc.spec.Shares, func(o fs.Share) bool { // the directory has one mount
+			return !o.ReadOnly && filepath.Clean(o.Dir) == filepath.Clean(s.Dir)
+		}))
 	}
 	for _, name := range []string{"trace", "crash-dir", "junit", "results"} {
 		if path := c.String(name); path != "" {

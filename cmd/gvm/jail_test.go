@@ -60,7 +60,8 @@ func TestJailFiles(t *testing.T) {
 	}
 	if err := app.Run([]string{"gvm", "run", "--jail=/j", "--uid=5", "--gid=6", "--kernel=/k", "--initrd=/i",
 		"--disk=/d", "--disk=/r,readonly", "--disk=/b,overlay=/o", "--disk=/c,overlay=on", "--disk=mem:1M",
-		"--share=s=/s,ro", "--share=w=/w", "--net=tap=t,mac=02:00:00:00:00:01", "--vsock=vhost,cid=5",
+		"--share=s=/s,ro", "--share=w=/w", "--share=both=/s2,ro", "--share=too=/s2/",
+		"--net=tap=t,mac=02:00:00:00:00:01", "--vsock=vhost,cid=5",
 		"--junit=/x", "--results=/y", "--trace=/t", "--crash-dir=/crashes"}); err != nil {
 		t.Fatal(err)
 	}
@@ -72,7 +73,8 @@ func TestJailFiles(t *testing.T) {
 	}
 	want := []string{"--kernel /k false false", "--initrd /i false false", "--disk /d true false",
 		"--disk /r false false", "--disk /b false false", "--disk overlay /o true false", "--disk /c false false",
-		"--share /s false false", "--share /w true false", "--trace /t true true", "--crash-dir /crashes true false",
+		"--share /s false false", "--share /w true false",
+		"--share /s2 true false", "--share /s2/ true false", "--trace /t true true", "--crash-dir /crashes true false",
 		"--junit /x true true", "--results /y true true"}
 	if !slices.Equal(got, want) {
 		t.Errorf("files %q\nwant %q", got, want)
@@ -83,7 +85,8 @@ func TestJailFiles(t *testing.T) {
 	}
 }
 
-// TestJailKernel: the release of an installed kernel is no path in a jail; the message has the file's.
+// TestJailKernel: the release of an installed kernel is no path in a jail; the message has the
+// file's.
 func TestJailKernel(t *testing.T) {
 	t.Chdir(t.TempDir())
 	root := t.TempDir()
