@@ -336,6 +336,9 @@ func TestHostile(t *testing.T) {
 	opened := func(path string, flag int) error {
 		f, err := s.Open(path, flag, 0o600)
 		if err == nil {
+			if f.Name() != path {
+				t.Errorf("messages call %s %s", path, f.Name())
+			}
 			f.Close()
 		}
 		return err
@@ -365,6 +368,9 @@ func TestHostile(t *testing.T) {
 	}
 	refused("to write beside it", opened(named+".pi", os.O_RDWR|os.O_CREATE))
 	refused("the image itself", opened(named, os.O_RDONLY))
+	if err := opened(kept+".pr", os.O_RDWR|os.O_CREATE); err != nil {
+		t.Error(err)
+	}
 	refused("a truncated file", opened(kept+".pr", os.O_RDWR|os.O_TRUNC))
 	refused("a name that means the same", opened(s.dir+"/./kept.img.pr", os.O_RDWR))
 	refused("a file of the host", opened("/etc/passwd", os.O_RDONLY))

@@ -423,12 +423,12 @@ func (c *Client) recordFiles(m message, n int) (files []*os.File, named bool, er
 		return nil, false, fmt.Errorf("broker: %d files for %d", len(a.files), n)
 	}
 	for i, f := range a.files {
-		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0) // for a name
+		f, err := renamed(f, string(a.Paths[i]))
 		if err != nil {
 			closeAll(files)
-			return nil, false, fmt.Errorf("broker: dup: %w", err)
+			return nil, false, err
 		}
-		files = append(files, os.NewFile(uintptr(fd), string(a.Paths[i])))
+		files = append(files, f)
 	}
 	return files, a.Named, nil
 }
@@ -568,8 +568,8 @@ func (c *Client) call(m message, data []byte, files ...*os.File) (answer, error)
 	return a, err
 }
 
-// one is call for one descriptor as answer.
-func (c *Client) one(m message) (*os.File, error) {
+// one is call for one descriptor as answer, and names its file.
+func (c *Client) one(m message, name string) (*os.File, error) {
 	a, err := c.call(m, nil)
 	if err != nil {
 		return nil, err
@@ -578,7 +578,17 @@ func (c *Client) one(m message) (*os.File, error) {
 		closeAll(a.files)
 		return nil, fmt.Errorf("broker: %d files for one", len(a.files))
 	}
-	return a.files[0], nil
+	return renamed(a.files[0], name)
+}
+
+// renamed returns an open file by another name, for messages. It closes f.
+func renamed(f *os.File, name string) (*os.File, error) {
+	defer f.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("broker: dup: %w", err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
 }
 
 // Image implements block.Files.
@@ -621,7 +631,7 @@ func (c *Client) Temporary() (*os.File, error) {
 	if !c.isShut() {
 		return block.System{}.Temporary()
 	}
-	return c.one(message{Op: temporary})
+	return c.one(message{Op: temporary}, "temporary file")
 }
 
 // Open implements block.Files.
@@ -629,7 +639,7 @@ func (c *Client) Open(path string, flag int, perm fs.FileMode) (*os.File, error)
 	if !c.isShut() {
 		return block.System{}.Open(path, flag, perm)
 	}
-	return c.one(message{Op: openFile, Path: text.Name(path), Flag: flag, Perm: perm})
+	return c.one(message{Op: openFile, Path: text.Name(path), Flag: flag, Perm: perm}, path)
 }
 
 // Sync implements block.Files.
