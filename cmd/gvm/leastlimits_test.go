@@ -1,9 +1,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -133,5 +135,45 @@ func TestAddDisksUntilFull(t *testing.T) {
 	}
 	if r := p.wait(); r.status != exitTerminated {
 		t.Errorf("status %d, %s", r.status, r.errs)
+	}
+}
+
+// TestFileLimit: a limit of the sizes of files that cuts a file off is named, once.
+func TestFileLimit(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for name, size := range map[string]int64{"disk.img": 1 << 20, "small.img": 4 << 10} {
+		if err := errors.Join(os.WriteFile(filepath.Join(dir, name), nil, 0o600),
+			os.Truncate(filepath.Join(dir, name), size)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const mend = "; raise RLIMIT_FSIZE (ulimit -f)"
+	for _, tt := range []struct {
+		args   string
+		status int
+		want   string
+	}{
+		{"image create new.img 1M", exitUsage, "gvm: new.img: file too large"},
+		{"image create --prealloc new.img 1M", exitUsage, "gvm: new.img: file too large"},
+		{"image resize small.img 1M", exitUsage, "gvm: small.img: file too large"},
+		{"run --disk new.img,size=1M", exitUsage, "gvm: new.img: file too large"},
+		{"run --disk disk.img,overlay=new.ovl", exitUsage, "gvm: overlay: new.ovl: file too large"},
+		{"run --disk temp:1M", exitUsage, "gvm: temp:1M: temporary file in "},
+		{"run --disk mem:1M", exitUsage, "gvm: mem:1M: memory disk: "},
+		{"run --disk disk.img --guest-arg write", exitPanic, "gvm: disk.img: the guest gets an error: write at byte "},
+	} {
+		c := command(t, strings.Fields(tt.args)...)
+		c.Dir = dir
+		c.Path, c.Args = "/bin/sh", append([]string{"sh", "-c", `ulimit -f 16 && exec "$0" "$@"`, c.Path}, c.Args[1:]...)
+		r := gvmRuns(t, c)
+		first, _, _ := strings.Cut(r.errs, "\n")
+		if r.status != tt.status || !strings.HasPrefix(first, tt.want) || !strings.HasSuffix(first, mend) ||
+			strings.Count(r.errs, mend) != 1 {
+			t.Errorf("%s: status %d: %s", tt.args, r.status, r.errs)
+		}
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 2 {
+		t.Errorf("left %v, %v", left, err)
 	}
 }

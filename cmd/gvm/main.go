@@ -199,6 +199,8 @@ func mend(err error) string {
 		return "; raise RLIMIT_NOFILE (ulimit -n)"
 	case errors.Is(err, unix.ENFILE):
 		return "; raise fs.file-max (sysctl)"
+	case errors.Is(err, unix.EFBIG):
+		return nowait.LimitMend(err)
 	case errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(pathOf(err), "/proc/") && nowait.NoProc():
 		return "; " + nowait.ProcMend
 	}

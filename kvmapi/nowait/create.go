@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -125,6 +126,8 @@ func explain(path string, err error, noDir, noFile string) error {
 		text += "; name one on another file system"
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
 		text += "; make room, or name one on another file system"
+	case LimitMend(err) != "":
+		text += LimitMend(err)
 	case errors.Is(err, unix.EFBIG):
 		text += "; give a smaller size, or name one on another file system"
 	case errors.Is(err, unix.ETXTBSY):
@@ -135,6 +138,18 @@ func explain(path string, err error, noDir, noFile string) error {
 	return &createError{text, err}
 }
 
+// LimitMend returns the remedy of a file that is too large if this process may not make larger
+// ones, for behind the text of err: "" for another error, or if the text has it.
+func LimitMend(err error) string {
+	const mend = "; raise RLIMIT_FSIZE (ulimit -f)"
+	var r unix.Rlimit
+	if !errors.Is(err, unix.EFBIG) || unix.Prlimit(0, unix.RLIMIT_FSIZE, nil, &r) != nil ||
+		r.Cur == unix.RLIM_INFINITY || strings.Contains(err.Error(), mend) {
+		return ""
+	}
+	return mend
+}
+
 // TempError is the error of making a temporary file or directory, as kind says. It names the
 // directory of those, which a user may not think of.
 func TempError(kind string, err error) error {
@@ -142,8 +157,13 @@ func TempError(kind string, err error) error {
 		err = errno
 	}
 	mend := "; set TMPDIR to a directory that exists and has room"
-	if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) { // another one does not help
+	switch {
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE): // another one does not help
 		mend = ""
+	case LimitMend(err) != "":
+		mend = LimitMend(err)
+	case errors.Is(err, unix.EFBIG):
+		mend = "; give a smaller size, or set TMPDIR to a directory on another file system"
 	}
 	return fmt.Errorf("temporary %s in %s: %w%s", kind, os.TempDir(), err, mend)
 }

@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 // stops reports whether the machine pauses for err.
@@ -48,7 +50,8 @@ func (m *mishaps) watch(ctx context.Context, d Spec) (tell func(error), retry fu
 		}
 		// All commands of a disk may fail at the same time: only the first is reported.
 		if m.holds(d.Name(), 1) == 1 {
-			m.paused(fmt.Sprintf("%s: %v; the machine is paused until: gvm resume %s", d.Name(), err, m.name))
+			m.paused(fmt.Sprintf("%s: %v%s; the machine is paused until: gvm resume %s", d.Name(), err, nowait.LimitMend(err),
+				m.name))
 		}
 		defer m.holds(d.Name(), -1)
 		return m.hold(ctx)
@@ -83,6 +86,6 @@ func (m *mishaps) report(disk string, err error) {
 	m.told[key] = true
 	m.mu.Unlock()
 	if !said {
-		m.note(fmt.Sprintf("%s: the guest gets an error: %v", disk, err))
+		m.note(fmt.Sprintf("%s: the guest gets an error: %v%s", disk, err, nowait.LimitMend(err)))
 	}
 }

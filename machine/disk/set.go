@@ -201,7 +201,7 @@ func (ds *Set) openImage(d Spec) (block.Backend, error) {
 		}
 		f, err := ds.openNameless(d)
 		if err != nil {
-			return nil, ImageError{fmt.Errorf("%s: %w", d.Path, err)}
+			return nil, ImageError{fmt.Errorf("%s: %w%s", d.Path, err, nowait.LimitMend(err))}
 		}
 		ds.open = append(ds.open, opened{backend: f})
 		return f, nil
