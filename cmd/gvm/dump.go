@@ -101,12 +101,10 @@ func createCore(path string) (*coreFile, error) {
 		return nil, configError{fmt.Errorf("%s: exists; remove it, or name another file", path)}
 	case err == nil:
 		f, err := nowait.Open(path, os.O_WRONLY, 0, nowait.Pipe|nowait.CharDevice)
-		if errors.Is(err, unix.ENXIO) {
-			err = configError{fmt.Errorf("%s: is a pipe that no program reads; start that first, or name another file", path)}
-		} else if err != nil {
-			err = namedError(nowait.OpenError(path, err))
+		if err != nil {
+			return nil, outputError(path, err)
 		}
-		return &coreFile{File: f, path: path}, err
+		return &coreFile{File: f, path: path}, nil
 	}
 	c := &coreFile{path: path, regular: true}
 	dir := filepath.Dir(path)

@@ -91,12 +91,8 @@ func openLog(path string) (f *os.File, made bool, err error) {
 // openFormer opens an output. former reports whether a file with such a head may be overwritten.
 func openFormer(path string, former func(head []byte) bool) (f *os.File, made bool, err error) {
 	f, made, err = nowait.Make(path, os.O_WRONLY, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
-	if errors.Is(err, unix.ENXIO) {
-		return nil, false, configError{
-			fmt.Errorf("%s: is a pipe that no program reads; start that first, or name another file", path)}
-	}
 	if err != nil {
-		return nil, false, namedError(nowait.CreateError(path, err))
+		return nil, false, outputError(path, err)
 	}
 	if fi, err := f.Stat(); err == nil && fi.Mode().IsRegular() {
 		l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
@@ -111,6 +107,18 @@ func openFormer(path string, former func(head []byte) bool) (f *os.File, made bo
 		}
 	}
 	return f, made, nil
+}
+
+// outputError is the error of opening a user's file or pipe for writing.
+func outputError(path string, err error) error {
+	// Devices have this error too, such as /dev/tty of a process without a terminal.
+	if fi, statErr := os.Stat(path); errors.Is(err, unix.ENXIO) && statErr == nil && fi.Mode()&fs.ModeNamedPipe != 0 {
+		return configError{fmt.Errorf("%s: is a pipe that no program reads; start that first, or name another file", path)}
+	}
+	if errors.Is(err, unix.ENXIO) {
+		return configError{fmt.Errorf("%s: %w; name another file", path, unix.ENXIO)}
+	}
+	return namedError(nowait.CreateError(path, err))
 }
 
 // headOf returns the first bytes of a file that is open for writing; a NUL if they cannot be read.

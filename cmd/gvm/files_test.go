@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -197,6 +198,23 @@ func TestNoProc(t *testing.T) {
 		c.Path, c.SysProcAttr.Unshareflags = "/bin/sh", unix.CLONE_NEWNS
 		if r := gvmRuns(t, c); r.status != tt.status || !strings.Contains(r.errs, tt.want) {
 			t.Errorf("%q: status %d, %s; want %d, %s", tt.args, r.status, r.errs, tt.status, tt.want)
+		}
+	}
+}
+
+// TestOutputError: only a pipe waits for a reader; a device with the same error does not.
+func TestOutputError(t *testing.T) {
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{
+		pipe:        ": is a pipe that no program reads; start that first, or name another file",
+		"/dev/null": ": no such device or address; name another file",
+	} {
+		err := outputError(path, &fs.PathError{Op: "open", Path: path, Err: unix.ENXIO})
+		if err.Error() != path+want || exitStatus(err) != exitUsage {
+			t.Errorf("%v, status %d; want %s", err, exitStatus(err), want)
 		}
 	}
 }

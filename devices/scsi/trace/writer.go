@@ -221,7 +221,7 @@ func Create(path string, h Header) (_ *File, err error) {
 	f, made, err := nowait.Make(path, flags, 0o666, nowait.Regular|nowait.Pipe|nowait.CharDevice)
 	kind := (*nowait.KindError)(nil)
 	switch {
-	case errors.Is(err, unix.ENXIO):
+	case errors.Is(err, unix.ENXIO) && flags == os.O_WRONLY:
 		return nil, fmt.Errorf("trace %s: it is a pipe that no program reads; start that first, or %w",
 			path, ErrRefused)
 	case errors.As(err, &kind):
