@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -133,6 +134,8 @@ func testDiskCommands(t *testing.T, name, sandbox string) {
 		{"disk add VM", 2, "", "VM is a machine, and DISK is missing"},
 		{"disk resize VM", 2, "", "VM is a machine, and DISK is missing"},
 		{"disk resize VM 2M", 2, "", "VM is a machine, and DISK is missing"},
+		{"disk remove VM EMPTY", 2, "", "disk remove: DISK is empty: want [VM] DISK"},
+		{"disk resize VM EMPTY 2M", 2, "", "disk resize: DISK is empty: want [VM] DISK [SIZE]"},
 		{"disk resize VM 0 2M 3M", 2, "", "disk resize takes [VM] DISK [SIZE], and got 4 words"},
 		{"disk add VM two.img,lun=0", 2, "", "lun=0 is"},
 		{"disk add VM two.img,serial=ONE", 2, "",
@@ -176,6 +179,9 @@ func testDiskCommands(t *testing.T, name, sandbox string) {
 		{"run --name=7", 2, "", `--name: "7" is not a name of a machine`},
 	} {
 		args := strings.Fields(strings.ReplaceAll(v.args, "VM", name))
+		if i := slices.Index(args, "EMPTY"); i >= 0 {
+			args[i] = ""
+		}
 		if sandbox == "on" && args[0] != "disk" {
 			continue
 		}

@@ -39,6 +39,9 @@ func diskCommand() *cli.Command {
 				if len(args) == n+1 || optional > 0 && len(args) > 1 && n > 1 && isMachine(args[0]) {
 					vm, args = args[0], args[1:]
 				}
+				if len(args) > 0 && args[0] == "" { // which the path of the request would leave out
+					return usageError{fmt.Errorf("disk %s: DISK is empty: want %s", name, strings.TrimSpace("[VM] "+words))}
+				}
 				client, err := theMachine(vm)
 				if err == nil {
 					err = refused(do(c, client, args))
