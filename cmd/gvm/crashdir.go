@@ -337,11 +337,17 @@ func (r *crashRecord) write(end string, core bool) error {
 	r.mu.Unlock()
 	var tree bytes.Buffer
 	err := writeJSON(&tree, state)
-	for name, b := range map[string][]byte{"end": []byte(end), "console": console, "log": log,
-		"state.json": tree.Bytes(), "stacks": stacks} {
-		if f := r.texts[name]; f != nil {
-			_, writeErr := f.Write(b)
-			err = errors.Join(err, writeErr, f.Close())
+	for _, file := range []struct {
+		name string
+		data []byte
+	}{{"end", []byte(end)}, {"console", console}, {"log", log}, {"state.json", tree.Bytes()}, {"stacks", stacks}} {
+		f := r.texts[file.name]
+		if f == nil {
+			continue
+		}
+		_, writeErr := f.Write(file.data)
+		if e := cmp.Or(writeErr, f.Close()); e != nil && err == nil { // the others have the same, as a rule
+			err = nowait.CreateError(f.Name(), e)
 		}
 	}
 	switch {

@@ -17,6 +17,23 @@ import (
 	"gvm/verdict"
 )
 
+// TestCrashDirFull: a file system without room gives one line, with the mend.
+func TestCrashDirFull(t *testing.T) {
+	r := &crashRecord{open: func() error { return nil }, texts: map[string]*os.File{}}
+	for _, name := range []string{"end", "console", "log"} {
+		f, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.texts[name] = f
+	}
+	r.keep([]byte("console"))
+	const want = "/dev/full: no space left on device; make room, or name one on another file system"
+	if err := r.write("gvm: end\n", false); err == nil || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+}
+
 // TestCrashDir: an end that the guest did not choose leaves its message, the console and the state
 // of the CPUs; another end leaves nothing.
 func TestCrashDir(t *testing.T) {
