@@ -552,7 +552,7 @@ func (c *Client) call(m message, data []byte, files ...*os.File) (answer, error)
 		c.mu.Lock()
 		delete(c.waiting, m.ID)
 		c.mu.Unlock()
-		if errors.Is(err, unix.EPIPE) { // before receive knows it
+		if errors.Is(err, unix.EPIPE) || errors.Is(err, net.ErrClosed) { // before receive knows it
 			err = errEnded
 		}
 		return answer{}, fmt.Errorf("broker: %w", err)
