@@ -120,12 +120,13 @@ func afterBug(report func() string) (text string) {
 const (
 	endPatience      = 700 * time.Millisecond
 	guestEndPatience = 5 * time.Second
+	kvmPatience      = 5 * time.Second // for KVM's release of the machine, beside that
 )
 
 // Parts that takeDown waits for in a way of their own.
 const (
 	closingConsole = "the console" // whose reader may take any time
-	closingKVM     = "KVM"         // which a busy host frees late; so would the end of the process
+	closingKVM     = "KVM"         // which a busy host frees late
 )
 
 // takeDown waits for the vCPUs' threads and closes the machine. The wait is bounded: from now on if
@@ -170,8 +171,16 @@ func (m *machine) takeDown(ctx context.Context, again bool) (over bool, err erro
 		}
 		if part := m.closing.Load(); part != closingKVM {
 			m.cfg.Note(fmt.Sprintf("%s waits for the host and does not end; gvm ends without it", part))
+			return false, nil
 		}
-		return false, nil
+		// Nothing else is left, and the end of the process would wait for the same.
+		select {
+		case err := <-done:
+			nowait.Extend(ctx) // for the rest of the end
+			return true, err
+		case <-time.After(kvmPatience):
+			return false, nil
+		}
 	}
 }
 
