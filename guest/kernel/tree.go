@@ -21,7 +21,8 @@ var BuiltImages = []string{"arch/x86/boot/bzImage", "vmlinux"}
 func InTree(dir string) (image, note string, err error) {
 	dir, err = filepath.Abs(dir)
 	if err != nil {
-		return "", "", fmt.Errorf("look for a kernel tree: %w", err)
+		return "", "", fmt.Errorf("the current directory, which may be a kernel tree, cannot be found (%w): "+
+			"change to another, or name a kernel", err)
 	}
 	for top := dir; ; top = filepath.Dir(top) {
 		if trees := outputs(top); trees != nil {

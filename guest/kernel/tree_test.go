@@ -108,6 +108,24 @@ func TestInTree(t *testing.T) {
 	}
 }
 
+// TestInNoDirectory: a current directory that was removed gives a line with the mend.
+func TestInNoDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "gone")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(dir)
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	const begin, end = "the current directory, which may be a kernel tree, cannot be found (", "): change to another, " +
+		"or name a kernel"
+	if _, _, err := InTree("."); err == nil || !strings.HasPrefix(err.Error(), begin) ||
+		!strings.HasSuffix(err.Error(), end) {
+		t.Error(err)
+	}
+}
+
 // TestTreeOfPipes: InTree does not wait for a pipe in place of a file of a kernel tree.
 func TestTreeOfPipes(t *testing.T) {
 	dir := t.TempDir()
