@@ -5,6 +5,7 @@ package verdict
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"regexp"
@@ -170,7 +171,11 @@ func ReadAllow(r io.Reader) (list Allow, err error) {
 			list = append(list, allowed{title: re})
 		}
 	}
-	if err := lines.Err(); err != nil {
+	err = lines.Err()
+	if errors.Is(err, bufio.ErrTooLong) {
+		err = fmt.Errorf("has more than %d bytes; want a fingerprint or a regular expression", bufio.MaxScanTokenSize-1)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("line %d: %w", n, err)
 	}
 	return list, nil

@@ -131,6 +131,10 @@ func TestPolicy(t *testing.T) {
 	if _, err := ReadAllow(strings.NewReader("ok\n(\n")); err == nil || !strings.HasPrefix(err.Error(), "line 2: ") {
 		t.Errorf("a wrong expression: %v", err)
 	}
+	const want = "line 2: has more than 65535 bytes; want a fingerprint or a regular expression"
+	if _, err := ReadAllow(strings.NewReader("ok\n" + strings.Repeat("x", 1<<16))); err == nil || err.Error() != want {
+		t.Errorf("a long line: %v, want %s", err, want)
+	}
 }
 
 // FuzzAllow: each line of a list allows something, is a comment, or is named by the error, with
