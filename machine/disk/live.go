@@ -162,6 +162,9 @@ func (s *served) number() int {
 	return n
 }
 
+// label is the disk's path in messages. The embedded guest's own disk has none.
+func (s *served) label() string { return cmp.Or(s.Spec.Path, "(memory)") }
+
 func (s *served) backend() block.Backend { return s.unit.Config().Backend }
 
 // describe returns the disk as the control socket shows it.
@@ -315,7 +318,7 @@ func (ds *Set) claim(id, change string) (s served, release func(), err error) {
 		return s, nil, err
 	}
 	s = ds.served[i]
-	release, err = ds.mark(s.unit, s.number(), s.Spec.Path, change)
+	release, err = ds.mark(s.unit, s.number(), s.label(), change)
 	return s, release, err
 }
 
@@ -403,7 +406,7 @@ func (ds *Set) Resize(ctx context.Context, id string, r control.ResizeDisk) (con
 	if !ok {
 		release()
 		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s, keeps its size",
-			s.number(), s.Spec.Path)
+			s.number(), s.label())
 	}
 	return ds.change(ctx, "resizing "+s.Spec.Name(), func(over <-chan struct{}) (control.Change, error) {
 		return ds.resizeNow(s, over, func() error { return b.Resize(r.Size, r.Shrink, sidecar.Cut) })
@@ -437,10 +440,10 @@ func (ds *Set) resizeNow(s served, over <-chan struct{}, do func() error) (contr
 	switch {
 	case errors.Is(err, scsi.ErrBusy) && held():
 		return control.Change{}, control.Errorf(http.StatusConflict,
-			"LUN %d, %s: a command has failed and waits: gvm resume %s first", s.number(), s.Spec.Path, ds.mishaps.name)
+			"LUN %d, %s: a command has failed and waits: gvm resume %s first", s.number(), s.label(), ds.mishaps.name)
 	case errors.Is(err, scsi.ErrBusy):
 		return control.Change{}, control.Errorf(http.StatusConflict, "LUN %d, %s: %v; try again",
-			s.number(), s.Spec.Path, err)
+			s.number(), s.label(), err)
 	case err != nil:
 		return control.Change{}, refusal(ImageError{err})
 	}

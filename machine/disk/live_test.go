@@ -259,3 +259,15 @@ func TestBusyDisk(t *testing.T) {
 	release()
 	ds.mu.Unlock()
 }
+
+// TestResizeOfNameless: a refusal names the disk of a machine that has no path for it.
+func TestResizeOfNameless(t *testing.T) {
+	ds := &Set{target: scsi.NewTarget(), mishaps: &mishaps{}}
+	if err := ds.Attach(Spec{BlockSize: 512, Serial: "X"}, block.NewMem(1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	const want = "LUN 0, (memory), keeps its size"
+	if _, err := ds.Resize(t.Context(), "0", control.ResizeDisk{Size: 2 << 20}); err == nil || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+}
