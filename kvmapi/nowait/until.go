@@ -11,9 +11,10 @@ import (
 // patience bounds how long Until goes on after the end of its context.
 const patience = 500 * time.Millisecond
 
-// Until is Within for half a second.
+// Until is Within for half a second, or as LeftInside says: another wait, such as that of a command
+// for all of its start, does not end first, whose error names no file.
 func Until[T any](ctx context.Context, what func() string, do func() (T, error), undo func(T)) (T, error) {
-	return Within(ctx, patience, what, do, undo)
+	return within(ctx, patience, LeftInside, what, do, undo)
 }
 
 // Within returns the result of do, which may wait for storage that does not answer. It returns
@@ -21,6 +22,11 @@ func Until[T any](ctx context.Context, what func() string, do func() (T, error),
 // what was done, such as "FILE was opened". Then undo gets what do returns later without an error.
 func Within[T any](ctx context.Context, patience time.Duration, what func() string, do func() (T, error),
 	undo func(T)) (T, error) {
+	return within(ctx, patience, Left, what, do, undo)
+}
+
+func within[T any](ctx context.Context, patience time.Duration, left func(context.Context, time.Duration) time.Duration,
+	what func() string, do func() (T, error), undo func(T)) (T, error) {
 	type result struct {
 		value T
 		err   error
@@ -38,7 +44,7 @@ func Within[T any](ctx context.Context, patience time.Duration, what func() stri
 	select {
 	case r := <-done:
 		return r.value, r.err
-	case <-time.After(Left(ctx, patience)):
+	case <-time.After(left(ctx, patience)):
 	}
 	panics.Go(func() { // likewise
 		if r := <-done; r.err == nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"gvm/kvmapi/nowait"
 )
@@ -38,6 +39,24 @@ func TestUntil(t *testing.T) {
 			if len(undone) > 0 != (late == nil) {
 				t.Errorf("%v: %d results are undone", late, len(undone))
 			}
+		}
+	})
+}
+
+// TestUntilInside: Until ends before a wait that began at the end, however late it begins itself.
+func TestUntilInside(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(nowait.WithOneEnd(t.Context()))
+		cancel()
+		synctest.Wait()
+		end := time.Now().Add(nowait.Left(ctx, time.Second))
+		time.Sleep(400 * time.Millisecond)
+		never := make(chan struct{})
+		defer close(never)
+		_, err := nowait.Until(ctx, func() string { return "it was done" },
+			func() (int, error) { <-never; return 0, nil }, func(int) {})
+		if err == nil || !time.Now().Before(end) {
+			t.Errorf("%v, %v behind the end", err, time.Since(end))
 		}
 	})
 }
