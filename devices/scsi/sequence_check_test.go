@@ -196,9 +196,7 @@ func (s *sequence) predict(u *modelUnit, nexus int, cdb, out, in []byte, a scsit
 			clear(u.content)
 		}
 	case 0x1b: // START STOP UNIT
-		if cdb[4]>>4 == 0 {
-			u.stopped = cdb[4]&1 == 0
-		}
+		u.stopped = cdb[4]&0xf1 == 0 // neither START nor the power condition ACTIVE
 	case 0x25:
 		if len(in) >= 8 && int(be.Uint32(in))+1 != len(u.content)/size {
 			s.t.Errorf("READ CAPACITY(10): %d blocks of %d", be.Uint32(in)+1, len(u.content)/size)
