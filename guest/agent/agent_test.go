@@ -389,6 +389,27 @@ func TestSmallLimit(t *testing.T) {
 	}
 }
 
+// TestLimitNothing: a stage that may get no more memory still reports its failure.
+func TestLimitNothing(t *testing.T) {
+	cmd := own("gvm-none")
+	cmd.Rlimits = []wire.Rlimit{{Resource: unix.RLIMIT_AS, Soft: 0, Hard: 0}}
+	want := wire.Exit{Status: 127, Err: "run gvm-none: there is no such command in PATH"}
+	if out, errs, exit := run(t, cmd).end(t); exit != want {
+		t.Errorf("%q, %.300q, %+v; want %+v", out, errs, exit, want)
+	}
+}
+
+// TestOpenFiles: the command has the limit on open files that the agent was started with.
+func TestOpenFiles(t *testing.T) {
+	want, err := exec.Command("sh", "-c", "ulimit -Sn; ulimit -Hn").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, errs, exit := run(t, own("sh", "-c", "ulimit -Sn; ulimit -Hn")).end(t); out != string(want) {
+		t.Errorf("%q, %q, %+v; want %q", out, errs, exit, want)
+	}
+}
+
 // TestDirectory: the agent makes the command's directory.
 func TestDirectory(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "a/b")
@@ -431,14 +452,17 @@ func TestAlike(t *testing.T) {
 
 // TestStageReport: a stage that dies is no command that ends.
 func TestStageReport(t *testing.T) {
+	cmd := sh("true")
 	for report, want := range map[string]wire.Exit{
 		"":                                     {Status: 125, Err: "the agent's process ended before it became the command"},
 		"\n\n":                                 {},
 		"\n\n{\"Status\":127,\"Err\":\"x\"}\n": {Status: 127, Err: "x"},
 		"{\"Status\":125,\"Err\":\"y\"}\n":     {Status: 125, Err: "y"},
+		"\n{\"Errno\":7,\"File\":0}":           {Status: 126, Err: "run /bin/sh: argument list too long"},
+		"{\"Errno\":1,\"File\":1}":             {Status: 125, Err: "set the resource limits: operation not permitted"},
 		"\n{\"Sta":                             {Status: 125, Err: "the agent's process ended before it became the command"},
 	} {
-		got := readExit(strings.NewReader(report))
+		got := readExit(strings.NewReader(report), &cmd)
 		if (got == nil) != (want == wire.Exit{}) || got != nil && *got != want {
 			t.Errorf("%q: %+v, want %+v", report, got, want)
 		}

@@ -14,7 +14,7 @@ import (
 
 // copyFiles copies files in place of the command, and returns the status.
 func copyFiles(c *wire.Copy) int {
-	debug.SetGCPercent(100) // after reserveMemory
+	debug.SetGCPercent(100) // stage ended it
 	var err error
 	if c.Into {
 		signal.Ignore(unix.SIGHUP) // the end of the archive comes with it, and partial files are removed

@@ -381,7 +381,7 @@ func start(cmd *wire.Command, f *files) (pid int, ended <-chan unix.WaitStatus, 
 	}
 	to.Write(b) // fails if the process ends, which ended tells
 	to.Close()
-	return pid, ended, readExit(from), nil
+	return pid, ended, readExit(from, cmd), nil
 }
 
 // alike reports whether cmd is a path of a program, with the user and the limits of the agent.

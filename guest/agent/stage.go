@@ -4,12 +4,10 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"math"
 	"os"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -40,12 +38,13 @@ const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bi
 
 // stage becomes the command, or reports the reason why it cannot.
 func stage() int {
+	// A collection would go on behind the limits, see execution.
+	debug.SetGCPercent(-1)
 	if unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC) != nil { // before Linux 5.11
 		unix.CloseOnExec(stageIn)
 		unix.CloseOnExec(stageOut)
 	}
 	cmd, err := wire.ReadCommand(os.NewFile(stageIn, "command"))
-	e := wire.Exit{Status: exitNoTest}
 	if err == nil {
 		err = settle(cmd)
 	}
@@ -55,27 +54,17 @@ func stage() int {
 		return copyFiles(cmd.Copy)
 	}
 	if err == nil {
-		e.Status, err = become(cmd)
+		err = become(cmd)
 	}
-	e.Err = err.Error()
+	e := wire.Exit{Status: exitNoTest, Err: err.Error()}
 	json.NewEncoder(os.NewFile(stageOut, "exit")).Encode(e)
 	return e.Status
 }
 
-// reserveMemory takes memory for all that follows from the kernel: the command's limits on it hold
-// for Go's larger process as well, which ends where it gets no more.
-func reserveMemory() {
-	debug.SetGCPercent(-1)
-	b := make([]byte, 16<<20) // for arguments and environment, which Linux bounds by 6 MiB
-	runtime.KeepAlive(b)
-	runtime.GC()
-}
-
-// settle gives this process the limits, the user and the directory of cmd.
+// settle gives this process the user and the directory of cmd, and the right to its limits.
 func settle(cmd *wire.Command) error {
-	reserveMemory()
 	for _, r := range cmd.Rlimits {
-		if err := syscall.Setrlimit(r.Resource, &syscall.Rlimit{Cur: r.Soft, Max: r.Hard}); err != nil {
+		if err := allow(r); err != nil {
 			return fmt.Errorf("set resource limit %d to %d and %d: %w", r.Resource, r.Soft, r.Hard, err)
 		}
 	}
@@ -99,27 +88,45 @@ func settle(cmd *wire.Command) error {
 	return os.Chdir(cmp.Or(string(cmd.Dir), "/"))
 }
 
-// become executes cmd in this process. It returns only a failure and its exit status.
-func become(cmd *wire.Command) (int, error) {
-	name := string(cmd.Args[0])
-	reason, status := error(unix.ENOENT), 127
-	if !strings.Contains(name, "/") {
-		reason = errors.New("there is no such command in PATH")
+// allow raises the hard limit of this process where r is above it, which the command's user may not
+// do. All that is left to do for r needs no privilege.
+func allow(r wire.Rlimit) error {
+	var own unix.Rlimit
+	if err := unix.Getrlimit(r.Resource, &own); err != nil {
+		return err
 	}
-	for _, file := range candidates(name, cmd.Env) {
-		unix.Write(stageOut, []byte(stageReady))
-		switch err := syscall.Exec(file, strs(cmd.Args), strs(cmd.Env)); err {
-		case unix.ENOENT, unix.ENOTDIR:
-			if _, err := os.Stat(file); err == nil {
-				return 127, fmt.Errorf("run %s: its interpreter, or the loader of its libraries, is not in the guest", file)
-			}
-		case unix.EACCES: // another directory may have one
-			reason, status = err, 126
-		default:
-			return 126, fmt.Errorf("run %s: %w", file, err)
+	if r.Soft > r.Hard {
+		return unix.EINVAL
+	}
+	if r.Hard <= own.Max {
+		return nil
+	}
+	return unix.Setrlimit(r.Resource, &unix.Rlimit{Cur: own.Cur, Max: r.Hard})
+}
+
+// become executes cmd in this process. It returns only a failure before the first attempt.
+func become(cmd *wire.Command) error {
+	x := execution{report: make([]byte, 0, 64)}
+	for _, r := range cmd.Rlimits {
+		x.resources = append(x.resources, r.Resource)
+		x.limits = append(x.limits, unix.Rlimit{Cur: r.Soft, Max: r.Hard})
+	}
+	var err error
+	for _, file := range candidates(string(cmd.Args[0]), cmd.Env) {
+		x.files = append(x.files, nil)
+		if x.files[len(x.files)-1], err = unix.BytePtrFromString(file); err != nil {
+			return fmt.Errorf("run %q: %w", file, err)
 		}
 	}
-	return status, fmt.Errorf("run %s: %w", name, reason)
+	if x.argv, err = syscall.SlicePtrFromStrings(strs(cmd.Args)); err != nil {
+		return fmt.Errorf("pass the arguments: %w", err)
+	}
+	if x.envv, err = syscall.SlicePtrFromStrings(strs(cmd.Env)); err != nil {
+		return fmt.Errorf("pass the environment: %w", err)
+	}
+	syscall.Exec("", nil, nil) // fails, and gives back the limit on open files that Go raised at its start
+	x.run()
+	return nil
 }
 
 // candidates returns the paths to try for a command, as execvp(3) does.
@@ -152,17 +159,49 @@ func strs(names []text.Name) []string {
 	return s
 }
 
-// readExit reads the report of a stage. Without one the command runs, if the stage was ready for
-// it.
-func readExit(r io.Reader) (failed *wire.Exit) {
+// readExit reads the report of the stage of cmd. Without one the command runs, if the stage was
+// ready for it.
+func readExit(r io.Reader, cmd *wire.Command) (failed *wire.Exit) {
 	b, _ := io.ReadAll(io.LimitReader(r, 1<<20))
 	report := bytes.TrimSpace(b)
 	if len(b) > 0 && len(report) == 0 {
 		return nil
 	}
-	e := wire.Exit{}
-	if json.Unmarshal(report, &e) != nil || e.Err == "" {
-		return &wire.Exit{Status: exitNoTest, Err: "the agent's process ended before it became the command"}
+	var e struct {
+		wire.Exit
+		notExecuted
+	}
+	switch err := json.Unmarshal(report, &e); {
+	case err == nil && e.Errno != 0:
+		return e.exit(cmd)
+	case err == nil && e.Err != "":
+		return &e.Exit
+	}
+	return &wire.Exit{Status: exitNoTest, Err: "the agent's process ended before it became the command"}
+}
+
+// notExecuted is the report of an execution.
+type notExecuted struct {
+	Errno unix.Errno
+	File  int // the index of the candidate, their number if a limit could not be set
+}
+
+// exit returns the exit of cmd.
+func (n notExecuted) exit(cmd *wire.Command) *wire.Exit {
+	name := string(cmd.Args[0])
+	files := candidates(name, cmd.Env)
+	if n.File < 0 || n.File >= len(files) {
+		return &wire.Exit{Status: exitNoTest, Err: fmt.Sprintf("set the resource limits: %v", n.Errno)}
+	}
+	e := wire.Exit{Status: 126, Err: fmt.Sprintf("run %s: %v", files[n.File], n.Errno)}
+	switch {
+	case n.Errno == unix.ELIBACC:
+		e.Status = 127
+		e.Err = fmt.Sprintf("run %s: its interpreter, or the loader of its libraries, is not in the guest", files[n.File])
+	case n.Errno == unix.ENOENT && !strings.Contains(name, "/"):
+		e.Status, e.Err = 127, fmt.Sprintf("run %s: there is no such command in PATH", name)
+	case n.Errno == unix.ENOENT:
+		e.Status = 127
 	}
 	return &e
 }
