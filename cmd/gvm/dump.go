@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
@@ -106,11 +105,8 @@ func createCore(path string) (*coreFile, error) {
 		}
 		return &coreFile{File: f, path: path}, nil
 	}
-	c := &coreFile{path: path, regular: true}
-	dir := filepath.Dir(path)
-	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
-	if err == nil {
-		c.File = os.NewFile(uintptr(fd), path)
+	c := &coreFile{File: nowait.Unnamed(path, 0o600), path: path, regular: true}
+	if c.File != nil {
 		return c, nil
 	}
 	c.named = true
@@ -162,8 +158,7 @@ func (c *coreFile) finish(size int64) error {
 			return hostError(err)
 		}
 	case !c.named:
-		err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", c.Fd()), unix.AT_FDCWD, c.path,
-			unix.AT_SYMLINK_FOLLOW)
+		err := nowait.Name(c.File)
 		if err == unix.EEXIST {
 			return configError{fmt.Errorf("%s: exists by now; remove it, or name another file", c.path)}
 		}

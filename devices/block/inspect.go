@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -108,8 +107,7 @@ func Create(path string, size int64, allocate bool) error {
 		err = f.Truncate(size)
 	}
 	if err == nil && !named {
-		err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), unix.AT_FDCWD, path,
-			unix.AT_SYMLINK_FOLLOW)
+		err = nowait.Name(f)
 		named = err == nil
 	}
 	if err != nil {
@@ -123,16 +121,21 @@ func Create(path string, size int64, allocate bool) error {
 	return errors.Join(err, f.Close())
 }
 
+// absent reports whether no file has the path.
+func absent(path string) bool {
+	_, err := os.Lstat(path)
+	return errors.Is(err, fs.ErrNotExist)
+}
+
 // fallocate is a variable for tests.
 var fallocate = unix.Fallocate
 
 // openNew opens the file of a new image. That of one which takes a while to allocate has no name
 // yet, if the file system has such files: nothing is left of it if a signal ends gvm meanwhile.
 func openNew(path string, allocate bool) (f *os.File, named bool, err error) {
-	if _, err := os.Lstat(path); allocate && path != "" && errors.Is(err, fs.ErrNotExist) {
-		fd, err := unix.Open(filepath.Dir(path), unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
-		if err == nil {
-			return os.NewFile(uintptr(fd), path), false, nil
+	if allocate && path != "" && absent(path) {
+		if f := nowait.Unnamed(path, 0o644); f != nil {
+			return f, false, nil
 		}
 	}
 	const any = ^nowait.Kinds(0) // of a file that is there already, which is an error

@@ -43,6 +43,25 @@ func CreateTemp(dir, prefix, suffix string) (*os.File, error) {
 	}
 }
 
+// Unnamed opens a new file without a name, to write, for Name: nothing is left of it if the process
+// ends first. It is nil if the file system of path has none, or /proc is missing, which Name needs.
+func Unnamed(path string, perm uint32) *os.File {
+	if NoProc() {
+		return nil
+	}
+	fd, err := unix.Open(filepath.Dir(path), unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, perm)
+	if err != nil {
+		return nil
+	}
+	return os.NewFile(uintptr(fd), path)
+}
+
+// Name gives a file of Unnamed its path, where no file may be: else the error is unix.EEXIST.
+func Name(f *os.File) error {
+	return unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), unix.AT_FDCWD, f.Name(),
+		unix.AT_SYMLINK_FOLLOW)
+}
+
 // Remove removes the file at path, which the caller made and has open as f, unless path now names
 // another file.
 func Remove(f *os.File, path string) error {
