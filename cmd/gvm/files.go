@@ -111,14 +111,14 @@ func openFormer(path string, former func(head []byte) bool) (f *os.File, made bo
 
 // outputError is the error of opening a user's file or pipe for writing.
 func outputError(path string, err error) error {
-	// Devices have this error too, such as /dev/tty of a process without a terminal.
-	if fi, statErr := os.Stat(path); errors.Is(err, unix.ENXIO) && statErr == nil && fi.Mode()&fs.ModeNamedPipe != 0 {
+	if !errors.Is(err, unix.ENXIO) {
+		return namedError(nowait.CreateError(path, err))
+	}
+	if fi, err := os.Stat(path); err == nil && fi.Mode()&fs.ModeNamedPipe != 0 {
 		return configError{fmt.Errorf("%s: is a pipe that no program reads; start that first, or name another file", path)}
 	}
-	if errors.Is(err, unix.ENXIO) {
-		return configError{fmt.Errorf("%s: %w; name another file", path, unix.ENXIO)}
-	}
-	return namedError(nowait.CreateError(path, err))
+	// A device has this error too, such as /dev/tty of a process without a terminal.
+	return configError{fmt.Errorf("%s: %w; name another file", path, unix.ENXIO)}
 }
 
 // headOf returns the first bytes of a file that is open for writing; a NUL if they cannot be read.
