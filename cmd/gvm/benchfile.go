@@ -60,8 +60,8 @@ func (r *benchRecord) close(err error) error {
 
 // benchDir makes a temporary directory. remove removes it, and an immediate end does.
 func benchDir() (dir string, remove func() error, err error) {
-	urgent.Lock() // before it is there: during an immediate end none is made
-	defer urgent.Unlock()
+	urgent.making.Lock() // before it is there: behind the steps of an immediate end none is made
+	defer urgent.making.Unlock()
 	if dir, err = tempDir("gvm-bench-"); err != nil {
 		return "", nil, err
 	}

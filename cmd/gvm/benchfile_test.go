@@ -38,7 +38,7 @@ func TestFailedBenchRecord(t *testing.T) {
 func TestBenchDirAtEnd(t *testing.T) {
 	temp := t.TempDir()
 	t.Setenv("TMPDIR", temp)
-	urgent.Lock() // as such an end does
+	urgent.making.Lock() // as such an end does
 	made := make(chan error, 1)
 	go func() {
 		_, remove, err := benchDir()
@@ -53,10 +53,25 @@ func TestBenchDirAtEnd(t *testing.T) {
 	if left, err := os.ReadDir(temp); err != nil || len(left) > 0 {
 		t.Errorf("made: %v, %v", left, err)
 	}
-	urgent.Unlock()
+	urgent.making.Unlock()
 	if err := <-made; err != nil {
 		t.Error(err)
 	}
+}
+
+// TestEndSaysFirst: an immediate end says why before it waits for storage on which a file is made.
+func TestEndSaysFirst(t *testing.T) {
+	urgent.making.Lock()
+	said, over := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(over)
+		tidy(func() { close(said) })
+		urgent.making.Unlock()
+		urgent.Unlock()
+	}()
+	<-said
+	urgent.making.Unlock()
+	<-over
 }
 
 // waitsForLock reports whether a goroutine in the function waits for a lock.

@@ -41,9 +41,7 @@ func (r *crashRecord) writeCore(mem *guestmem.Memory, cpus []vmcore.CPU, alive f
 	f := &coreFile{File: file, path: file.Name(), regular: true, named: named, record: r.files}
 	defer func() { err = errors.Join(err, f.discard()) }()
 	if f.named {
-		urgent.Lock()
-		urgent.remove = append(urgent.remove, f.remove)
-		urgent.Unlock()
+		removeAtEnd(f.remove)
 	}
 	var writing atomic.Int64 // since when, by inspect.Clock; 0: nothing is being written
 	over, done := make(chan struct{}), make(chan struct{})

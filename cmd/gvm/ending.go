@@ -200,7 +200,18 @@ var urgent struct {
 	sync.Mutex
 	restore func() error             // restores the terminal
 	sockets map[*control.Server]bool // of the process's machines
-	remove  []func() error           // remove other sockets
+
+	// making guards remove. Its holder makes a file and then adds its removal, and such an
+	// end makes its message known before it waits for that.
+	making sync.Mutex
+	remove []func() error // remove files and other sockets
+}
+
+// removeAtEnd has an immediate end call remove.
+func removeAtEnd(remove func() error) {
+	urgent.making.Lock()
+	defer urgent.making.Unlock()
+	urgent.remove = append(urgent.remove, remove)
 }
 
 // lateWork ends work that follows the end of the machine; nil: there is none. It is not in urgent,
@@ -270,13 +281,15 @@ func exitNow(status int, patience time.Duration, say func()) {
 	os.Exit(status)
 }
 
-// tidy performs the steps of urgent, and say. The caller releases urgent, or ends the process.
+// tidy performs the steps of urgent, and say. The caller releases both locks of urgent, or ends the
+// process.
 func tidy(say func()) {
 	urgent.Lock()
 	if urgent.restore != nil {
 		_ = urgent.restore()
 	}
 	say()
+	urgent.making.Lock()
 	for _, remove := range urgent.remove {
 		_ = remove()
 	}

@@ -135,9 +135,7 @@ func (s *gdbServer) listenUnix(path string, b *broker.Client) error {
 	if s.remove = removal(s.to, made); b != nil {
 		s.remove = b.RemoveAtEnd(s.to, made)
 	}
-	urgent.Lock()
-	urgent.remove = append(urgent.remove, s.remove)
-	urgent.Unlock()
+	removeAtEnd(s.remove)
 	return nil
 }
 

@@ -120,6 +120,7 @@ func leave(patience time.Duration) {
 		defer close(done)
 		tidy(func() {})
 		urgent.restore, urgent.remove, urgent.sockets = nil, nil, nil
+		urgent.making.Unlock()
 		urgent.Unlock() // a second signal ends the process at once
 	})
 	select {

@@ -153,9 +153,7 @@ func (rc *runConfig) listenVsock(named bool) (*vsock.Bridge, error) {
 	if rc.broker != nil && chosen { // the other one is in the machine's own directory
 		b.RemoveBy(rc.broker.RemoveAtEnd)
 	}
-	urgent.Lock()
-	urgent.remove = append(urgent.remove, b.Remove)
-	urgent.Unlock()
+	removeAtEnd(b.Remove)
 	if !chosen {
 		note("the guest's vsock is at " + path + ": send CONNECT PORT")
 	}
