@@ -581,7 +581,7 @@ func (a *agent) receive() {
 }
 
 // enter makes the host's root this process's root, and executes the command in the new mount
-// namespace, as a user who is in no other group. It returns only an error.
+// namespace, as a user in no other group. It returns only an error.
 func enter(args []string) error {
 	dir, user, args := args[0], args[1], args[2:]
 	if err := os.Chdir(hostRoot); err != nil {

@@ -186,7 +186,7 @@ func (l *Lab) job(c *Command) (*job, error) {
 			"TERM=" + os.Getenv("TERM")}
 	}
 	set := map[string]string{InLabEnv: "1", CacheEnv: l.Cache, "TMPDIR": "/tmp"}
-	if c.User != 0 { // who has no right to the directories of this machine's user
+	if c.User != 0 { // without rights to the directories of this machine's user
 		set["HOME"] = "/tmp"
 		j.Env = slices.DeleteFunc(slices.Clone(j.Env), func(s string) bool { return strings.HasPrefix(s, "XDG_") })
 	}
