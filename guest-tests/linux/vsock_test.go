@@ -24,6 +24,7 @@ import (
 	"gvm/devices/virtio/vsock"
 	"gvm/guest-tests/lab"
 	"gvm/guestmem"
+	"gvm/kvmapi/nowait"
 	"gvm/machine"
 	"gvm/vmm"
 )
@@ -46,6 +47,7 @@ cd /
 // config returns the device's configuration.
 func (e *vsockEcho) config() *vsock.Config {
 	return &vsock.Config{CID: 77, Accept: func(port uint32, c *vsock.Conn) bool {
+		time.Sleep(20 * time.Millisecond) // a signal reaches the guest's connect, which waits for the answer
 		if port == 2000 {
 			e.accepted <- c
 		}
@@ -225,7 +227,7 @@ func dialSocket(t *testing.T, cid, port uint32) socket {
 	must(t, err)
 	s := socket{os.NewFile(uintptr(fd), fmt.Sprintf("vsock %d:%d", cid, port))}
 	t.Cleanup(func() { s.Close() })
-	must(t, unix.Connect(fd, &unix.SockaddrVM{CID: cid, Port: port}))
+	must(t, nowait.Connect(fd, &unix.SockaddrVM{CID: cid, Port: port}))
 	return s
 }
 

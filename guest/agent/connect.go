@@ -15,6 +15,7 @@ import (
 
 	"gvm/devices/statusport"
 	"gvm/guest/agent/wire"
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 )
 
@@ -209,10 +210,7 @@ func openVsock() (io.ReadWriteCloser, error) {
 	if err != nil {
 		return nil, err
 	}
-	for err = unix.EINTR; err == unix.EINTR; { // Go's own signals interrupt it
-		err = unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: wire.VsockPort})
-	}
-	if err != nil {
+	if err = nowait.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: wire.VsockPort}); err != nil {
 		unix.Close(fd)
 		if err == unix.ENODEV {
 			err = errAbsent

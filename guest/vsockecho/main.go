@@ -15,9 +15,12 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"strconv"
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"gvm/kvmapi/nowait"
 )
 
 func main() {
@@ -51,19 +54,46 @@ func run() error {
 			go func() { report(echo(s)) }()
 		}
 	}()
-	var threads sync.WaitGroup
+	var threads, connecting sync.WaitGroup
+	connecting.Add(*connections)
 	for range *connections {
 		threads.Go(func() {
 			s, err := connect(2000)
+			connecting.Done()
 			if err == nil {
 				err = echo(s)
 			}
 			report(err)
 		})
 	}
+	stop := make(chan struct{})
+	go signalThreads(stop)
+	connecting.Wait()
+	close(stop)
 	threads.Wait()
 	_, _, err = unix.Accept(last)
 	return err
+}
+
+// signalThreads sends all threads a signal of Go's scheduler again and again.
+func signalThreads(stop chan struct{}) {
+	for {
+		tasks, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			report(err)
+			return
+		}
+		for _, task := range tasks {
+			if tid, err := strconv.Atoi(task.Name()); err == nil {
+				unix.Tgkill(os.Getpid(), tid, unix.SIGURG)
+			}
+		}
+		select {
+		case <-stop:
+			return
+		default:
+		}
+	}
 }
 
 func report(err error) {
@@ -88,10 +118,7 @@ func connect(port uint32) (int, error) {
 	if err != nil {
 		return s, err
 	}
-	for err = unix.EINTR; err == unix.EINTR; { // Go's own signals interrupt it
-		err = unix.Connect(s, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: port})
-	}
-	return s, err
+	return s, nowait.Connect(s, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: port})
 }
 
 // echo sends back all that comes from s.
