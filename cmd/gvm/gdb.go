@@ -164,8 +164,12 @@ func (s *gdbServer) serve(m *machine.Machine) {
 	}))
 }
 
-// accept calls serve for one connection at a time, and refuses others meanwhile: at once if the
-// peer of that one has not closed it, or else after patience.
+// closePatience is the time that the close of a TCP connection has to get through a busy kernel: a
+// debugger that connects again behind it may be here first.
+const closePatience = 100 * time.Millisecond
+
+// accept calls serve for one connection at a time, and refuses others meanwhile: after
+// closePatience if the peer of that one has not closed it, or else after patience.
 func (s *gdbServer) accept(ended <-chan struct{}, patience time.Duration, serve func(net.Conn)) {
 	busy := make(chan struct{}, 1)
 	var last net.Conn
@@ -179,8 +183,11 @@ func (s *gdbServer) accept(ended <-chan struct{}, patience time.Duration, serve 
 			return
 		}
 		wait := patience
-		if connected(last) {
-			wait = 0
+		for since := time.Now(); connected(last); time.Sleep(time.Millisecond) {
+			if time.Since(since) > closePatience {
+				wait = 0
+				break
+			}
 		}
 		select {
 		case busy <- struct{}{}:

@@ -201,8 +201,8 @@ func TestGDBPlaces(t *testing.T) {
 	}
 }
 
-// TestSecondDebugger: a debugger that comes while one is connected is refused without a wait, and
-// served if that one has just closed its connection.
+// TestSecondDebugger: a debugger that comes while one is connected is refused soon, and served if
+// that one has just closed its connection.
 func TestSecondDebugger(t *testing.T) {
 	for _, address := range []gdbAddress{{"tcp", "127.0.0.1:0"}, {"unix", filepath.Join(t.TempDir(), "gdb")}} {
 		s, err := address.listen(t.Context(), nil)
@@ -228,7 +228,7 @@ func TestSecondDebugger(t *testing.T) {
 			})
 		})
 		b := make([]byte, 1)
-		for i := range 20 {
+		for i := range 10 {
 			first := dial()
 			if i > 0 {
 				leave <- struct{}{} // the end of the one before, which has closed its connection
