@@ -2,9 +2,10 @@ package nowait
 
 import "golang.org/x/sys/unix"
 
-// Connect connects the socket fd, which is in blocking mode, and is again behind it. A signal does
-// not end the attempt: by connect(2) it would give up a vsock connection that the other end may
-// have accepted, and a second connect(2) makes another one.
+// Connect connects the socket fd, which is in blocking mode, and is again after a success. The
+// kernel bounds the attempt, a vsock one by 2 s. A signal does not end it: by connect(2) it would
+// give up a vsock connection that the other end may have accepted, and a second connect(2) makes
+// another one.
 func Connect(fd int, sa unix.Sockaddr) error {
 	if err := unix.SetNonblock(fd, true); err != nil {
 		return err
