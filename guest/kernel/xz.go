@@ -32,7 +32,8 @@ type xzBlock struct {
 }
 
 // xzBlocks returns the blocks of a file that is one .xz stream, and the stream's header; nil if it
-// is not, or its blocks are too large, too many or one alone.
+// is not, or its blocks are too large, too many or one alone. It checks all of the index and the
+// footer, as no decoder of a block sees them: a damaged file is for one decoder to refuse.
 func xzBlocks(r io.ReaderAt, size int64) (blocks []xzBlock, header []byte) {
 	header, footer := make([]byte, xzHeader), make([]byte, xzHeader)
 	if size < 2*xzHeader {
@@ -46,18 +47,18 @@ func xzBlocks(r io.ReaderAt, size int64) (blocks []xzBlock, header []byte) {
 	le := binary.LittleEndian
 	indexSize := (int64(le.Uint32(footer[4:])) + 1) * 4
 	if string(header[:6]) != xzMagic || string(footer[10:]) != "YZ" || string(header[6:8]) != string(footer[8:10]) ||
-		indexSize > min(maxIndex, size-2*xzHeader) {
+		crc32.ChecksumIEEE(footer[4:10]) != le.Uint32(footer) || indexSize > min(maxIndex, size-2*xzHeader) {
 		return nil, nil
 	}
 	index := make([]byte, indexSize)
-	if n, _ := r.ReadAt(index, size-xzHeader-indexSize); n < len(index) ||
+	if n, _ := r.ReadAt(index, size-xzHeader-indexSize); n < len(index) || index[0] != 0 ||
 		crc32.ChecksumIEEE(index[:indexSize-4]) != le.Uint32(index[indexSize-4:]) {
 		return nil, nil
 	}
-	rest := index[1:] // behind the indicator
+	rest := index[1 : indexSize-4]
 	number := func() int64 {
 		v, n := binary.Uvarint(rest)
-		if n <= 0 || v > 1<<62 {
+		if n <= 0 || v > 1<<62 || n > 1 && rest[n-1] == 0 { // a zero more than it needs
 			rest = nil
 			return -1
 		}
@@ -76,6 +77,9 @@ func xzBlocks(r io.ReaderAt, size int64) (blocks []xzBlock, header []byte) {
 		b.size = (b.unpadded + 3) &^ 3
 		off += b.size
 		blocks = append(blocks, b)
+	}
+	if len(rest) > 3 || len(bytes.Trim(rest, "\x00")) > 0 { // padding
+		return nil, nil
 	}
 	if off+indexSize+xzHeader != size {
 		return nil, nil
