@@ -101,7 +101,7 @@ test-lab:
 
 # What the kernel's vhost-scsi serves is tested on three kernels; on the second and third in a
 # short form, of what differs between them. `make vhost` has all of it.
-LONG6.12 = Vhost(ABI|Endings|Equivalence|Filesystems|Plug|Told|Tools)
+LONG6.12 = Vhost(ABI|Deaths|Endings|Equivalence|Filesystems|Plug|Told|Tools)
 LONG7.3 = Vhost(ABI|Equivalence|Filesystems|Plug)
 
 # The packages that are tested on these kernels as well.

@@ -500,12 +500,12 @@ const withJanitor = "janitor"
 
 // Descriptors of the broker.
 const (
-	pairFD = 3 + iota
+	pairFD = lifeFD + 1 + iota
 	janitorFD
 )
 
 // keeperFD is a pidfd of the keeper's machine.
-const keeperFD = 3
+const keeperFD = lifeFD + 1
 
 // Main is the program of the broker. log takes a line for the user.
 func Main(args []string, log func(string)) error {

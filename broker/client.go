@@ -37,6 +37,7 @@ type Client struct {
 	started chan struct{} // closed when conn and pid are set, or failed
 	conn    *net.UnixConn // nil: there is no broker
 	pid     int
+	life    int // of execute
 	failed  error
 	over    chan struct{} // closed when the process has ended
 	name    chan struct{} // closed when the process has given up the machine's name
@@ -94,6 +95,7 @@ func Start(name string, note func(string), janitor *os.File) *Client {
 		c.receive()
 		// Not before: each thread that waits makes the entry into the sandbox longer.
 		c.failed = ended(c.pid)
+		unix.Close(c.life)
 		close(c.over)
 	})
 	return c
@@ -115,8 +117,7 @@ func (c *Client) start(janitor *os.File) error {
 	if janitor != nil {
 		args, files = append(args, withJanitor), append(files, janitor)
 	}
-	// Also the end of the thread that starts it sends the signal, which then does no harm.
-	if c.pid, err = execute(args, unix.SIGCONT, files...); err != nil {
+	if c.pid, c.life, err = execute(args, files...); err != nil {
 		c.conn.Close()
 		c.conn = nil
 	}

@@ -82,14 +82,16 @@ func idle(dir string) {
 }
 
 // TestDeath kills the machine, or its broker, or its keeper, or neither, or stops the broker until
-// the machine has ended. None leaves a file or a socket elsewhere; one in the sandbox may leave the
+// the machine has ended, or stops the broker or the keeper and kills the machine, by which they go
+// on. None leaves a process, a file or a socket elsewhere; one in the sandbox may leave the
 // directory of all empty. A machine without a control socket has all that too, and one that is
 // killed before it has shut itself in, while it holds its broker.
 func TestDeath(t *testing.T) {
 	for _, how := range []string{"neither", "machine", "broker", "keeper", "stop", "neither sandboxed",
 		"machine sandboxed", "broker sandboxed", "keeper sandboxed", "stop sandboxed", "neither alone",
 		"machine alone", "broker alone", "keeper alone", "neither sandboxed alone", "machine sandboxed alone",
-		"broker sandboxed alone", "keeper sandboxed alone", "machine early alone", "neither early alone"} {
+		"broker sandboxed alone", "keeper sandboxed alone", "machine early alone", "neither early alone",
+		"stopped broker", "stopped broker sandboxed", "stopped broker sandboxed alone", "stopped keeper sandboxed"} {
 		t.Run(how, func(t *testing.T) {
 			kill, alone := strings.CutSuffix(how, " alone")
 			kill, early := strings.CutSuffix(kill, " early")
@@ -160,6 +162,11 @@ func TestDeath(t *testing.T) {
 				}
 			case "keeper":
 				_ = unix.Kill(child(t, c.Process.Pid, KeeperArg0), unix.SIGKILL)
+			case "stopped broker", "stopped keeper":
+				helper := child(t, c.Process.Pid, map[string]string{"stopped broker": Arg0, "stopped keeper": KeeperArg0}[kill])
+				_ = unix.Kill(helper, unix.SIGSTOP)
+				awaitStopped(t, helper)
+				_ = c.Process.Kill()
 			case "stop":
 				stopped, _ = os.FindProcess(child(t, c.Process.Pid, Arg0))
 				_ = stopped.Signal(unix.SIGSTOP)
@@ -174,7 +181,7 @@ func TestDeath(t *testing.T) {
 				_ = stopped.Signal(unix.SIGCONT)
 			}
 			read("")
-			if (err == nil) != (kill != "machine") {
+			if killed := kill == "machine" || strings.HasPrefix(kill, "stopped "); (err != nil) != killed {
 				t.Errorf("%v: %s", err, said)
 			}
 			if strings.Contains(said, note) != (kill == "broker" && !alone) || kill != "broker" && said != "" {

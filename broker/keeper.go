@@ -29,7 +29,7 @@ func startKeeper(name string, own []ownFile) error {
 	if err != nil {
 		return fail(err)
 	}
-	if _, err := execute([]string{KeeperArg0, name, string(files)}, 0, process); err != nil {
+	if _, _, err := execute([]string{KeeperArg0, name, string(files)}, process); err != nil { // its life is this process's
 		return fail(err)
 	}
 	return nil

@@ -11,21 +11,33 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 )
 
+// lifeFD is a descriptor of each broker and keeper, which does nothing with it: see execute.
+const lifeFD = 3
+
 // execute starts the program again as a broker or keeper, in a session of its own: signals for the
-// machine's group are not for it. It returns the PID. The process gets the signal death when this
-// one dies; 0: none. os.StartProcess would take half as long again: its first use in a process
-// starts and ends a child to see whether there are pidfds.
-func execute(args []string, death syscall.Signal, files ...*os.File) (pid int, err error) {
+// machine's group are not for it. It returns the PID. If a signal has stopped the process, it goes
+// on when the descriptor life is closed, at the latest by the end of this process. os.StartProcess
+// would take half as long again: its first use in a process starts and ends a child to see whether
+// there are pidfds.
+func execute(args []string, files ...*os.File) (pid, life int, err error) {
+	fail := func(err error) (int, int, error) { return 0, -1, fmt.Errorf("broker: start %s: %w", args[0], err) }
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
-		return 0, fmt.Errorf("broker: %w", err)
+		return fail(err)
 	}
 	defer null.Close()
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		return fail(os.NewSyscallError("pipe2", err))
+	}
+	r := os.NewFile(uintptr(pipe[0]), "life")
+	defer r.Close()
 	var fds []uintptr
-	for _, f := range append([]*os.File{null, null, os.Stderr}, files...) {
+	for _, f := range append([]*os.File{null, null, os.Stderr, r}, files...) {
 		fds = append(fds, f.Fd())
 	}
 	const exe = "/proc/self/exe"
@@ -33,13 +45,15 @@ func execute(args []string, death syscall.Signal, files ...*os.File) (pid int, e
 		// It has little to do, and its memory counts for each machine. The first value counts.
 		Env:   append([]string{"GOMAXPROCS=1"}, os.Environ()...),
 		Files: fds,
-		Sys:   &syscall.SysProcAttr{Setsid: true, Pdeathsig: death},
+		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
 	runtime.KeepAlive(files)
 	if err != nil {
-		return 0, fmt.Errorf("broker: start %s: %w", args[0], &fs.PathError{Op: "fork/exec", Path: exe, Err: err})
+		unix.Close(pipe[1])
+		return fail(&fs.PathError{Op: "fork/exec", Path: exe, Err: err})
 	}
-	return pid, nil
+	_ = nowait.WakeAtClose(r, pid) // fails if it has ended
+	return pid, pipe[1], nil
 }
 
 // ended waits for the end of a child, and returns errEnded unless that has done all.
@@ -68,7 +82,7 @@ var holdTime = 20 * time.Millisecond
 
 // hold stops the broker, which takes a share of the processors to start, until Shut: two hardware
 // threads of one core slow each other even if no thread waits for a processor. The broker goes on
-// when this process dies, too.
+// when this process dies, too, see execute.
 func (c *Client) hold() {
 	_ = unix.Kill(c.pid, unix.SIGSTOP)
 	time.AfterFunc(holdTime, panics.Func(c.wake))

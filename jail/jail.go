@@ -99,6 +99,12 @@ type Inside struct {
 	Program int         // the descriptor of Config.Program, for /proc/self/fd of a child; 0: none
 	Lock    int         // the descriptor of /run, with a lock that no second machine takes while the janitor is dead
 	Janitor int         // the descriptor of the other end of Requests.Pair; 0: none
+	Lives   []int       // descriptors whose end wakes the janitors
+}
+
+// kept returns the descriptors for the program, but for Lock.
+func (in *Inside) kept() []int {
+	return slices.DeleteFunc(append([]int{in.Program, in.Janitor}, in.Lives...), func(fd int) bool { return fd == 0 })
 }
 
 // insideEnv is the environment variable with Inside.
@@ -111,10 +117,8 @@ func Here() *Inside {
 		return nil
 	}
 	unix.CloseOnExec(in.Lock) // else the sandbox closes it
-	for _, fd := range []int{in.Program, in.Janitor} {
-		if fd != 0 {
-			unix.CloseOnExec(fd)
-		}
+	for _, fd := range in.kept() {
+		unix.CloseOnExec(fd)
 	}
 	return &in
 }
@@ -153,13 +157,13 @@ func Enter(c Config) error {
 	if err != nil {
 		return err
 	}
-	if err := startJanitor(c.Dir, lock, []string{g.path}, nil); err != nil {
+	var in Inside
+	if err := in.startJanitor(c.Dir, lock, []string{g.path}, nil); err != nil {
 		return err
 	}
-	janitor := 0
 	if c.Prepare != nil {
 		// Another one, in case the first is killed: objects that Prepare makes would stay.
-		if janitor, err = c.startSecond(g.path, lock); err != nil {
+		if err := in.startSecond(&c, g.path, lock); err != nil {
 			return err
 		}
 		if err := c.Prepare(); err != nil {
@@ -181,7 +185,8 @@ func Enter(c Config) error {
 	}
 	var env []string
 	if err = closeAtExec(); err == nil {
-		env, err = c.inside(program, janitor)
+		in.Program = program
+		env, err = c.inside(&in)
 	}
 	if err == nil {
 		hear()
@@ -239,14 +244,11 @@ func (c *Config) openProgram() (int, error) {
 	return fd, nil
 }
 
-// inside locks /run, keeps the descriptors for the program, and returns its environment.
-func (c *Config) inside(program, janitor int) (env []string, err error) {
-	in := Inside{Dir: c.Dir, Limits: strings.Join(c.Limits.words, ","), Parents: c.Parents, Program: program,
-		Janitor: janitor}
-	for _, fd := range []int{program, janitor} {
-		if fd == 0 {
-			continue
-		}
+// inside completes in, locks /run, keeps the descriptors for the program, and returns its
+// environment.
+func (c *Config) inside(in *Inside) (env []string, err error) {
+	in.Dir, in.Limits, in.Parents = c.Dir, strings.Join(c.Limits.words, ","), c.Parents
+	for _, fd := range in.kept() {
 		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0); err != nil {
 			return nil, err
 		}

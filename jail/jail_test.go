@@ -503,20 +503,22 @@ func waiting(t *testing.T, dir string) (*exec.Cmd, fmt.Stringer) {
 }
 
 // TestEnds: after every end of the program its jail is free and empty, and until then there is no
-// second one in it, also if the janitor was killed. The next program removes the rest then.
+// second one in it, also if the janitor was killed or stopped. The next program removes the rest
+// then, or the janitor goes on.
 func TestEnds(t *testing.T) {
 	for _, tt := range []struct {
 		signal  syscall.Signal
-		janitor bool // is killed before
-	}{{syscall.SIGTERM, false}, {syscall.SIGKILL, false}, {syscall.SIGKILL, true}, {syscall.SIGTERM, true}} {
+		janitor syscall.Signal // comes to the janitor before; 0: none
+	}{{syscall.SIGTERM, 0}, {syscall.SIGKILL, 0}, {syscall.SIGKILL, syscall.SIGKILL}, {syscall.SIGTERM, syscall.SIGKILL},
+		{syscall.SIGKILL, syscall.SIGSTOP}, {syscall.SIGTERM, syscall.SIGSTOP}} {
 		s := tt.signal
 		dir := jailDir(t)
 		cmd, out := waiting(t, dir)
 		if root, err := os.Readlink(fmt.Sprintf("/proc/%d/root", cmd.Process.Pid)); err != nil || root != "/" {
 			t.Errorf("root %s, %v", root, err) // of its own namespace
 		}
-		if tt.janitor {
-			if err := syscall.Kill(janitorOf(t, cmd.Process.Pid), syscall.SIGKILL); err != nil {
+		if tt.janitor != 0 {
+			if err := syscall.Kill(janitorOf(t, cmd.Process.Pid), tt.janitor); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 )
 
@@ -24,7 +25,8 @@ const Arg0 = "gvm-janitor"
 const (
 	machineFD = 3 // a pidfd of the machine's process
 	lockFD    = 4 // the jail's directory, with the lock
-	pairFD    = 5 // Requests.Pair, of the second janitor
+	lifeFD    = 5 // the read end of the pipe of nowait.WakeAtClose
+	pairFD    = 6 // Requests.Pair, of the second janitor
 )
 
 // Requests is what the second janitor of a jail needs to serve the program in it, which a hostile
@@ -36,24 +38,26 @@ type Requests struct {
 	Pair    *os.File `json:"-"` // one end of a pair of sockets (SOCK_SEQPACKET); the program has the other
 }
 
-// startSecond starts the second janitor, and returns the program's descriptor for Requests.
-func (c *Config) startSecond(cgroup string, lock *os.File) (fd int, err error) {
+// startSecond starts the second janitor, and sets Janitor.
+func (in *Inside) startSecond(c *Config, cgroup string, lock *os.File) error {
 	request, err := json.Marshal(Requests{Program: os.Getpid(), Images: c.Images})
 	if err != nil {
-		return 0, err
+		return err
 	}
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return 0, fmt.Errorf("--jail %s: socketpair: %w", c.Dir, err)
+		return fmt.Errorf("--jail %s: socketpair: %w", c.Dir, err)
 	}
 	pair := os.NewFile(uintptr(fds[0]), "pair")
 	defer pair.Close()
-	return fds[1], startJanitor(c.Dir, lock, []string{cgroup, c.Dir, string(request)}, pair)
+	in.Janitor = fds[1]
+	return in.startJanitor(c.Dir, lock, []string{cgroup, c.Dir, string(request)}, pair)
 }
 
-// startJanitor starts the process that cleans up after the machine, as soon as this one ends. Of
-// the words the first is the machine's control group, and the others are for Requests, as is pair.
-func startJanitor(dir string, lock *os.File, words []string, pair *os.File) error {
+// startJanitor starts the process that cleans up after the machine, as soon as this one ends, also
+// if a signal has stopped it. Of the words the first is the machine's control group, and the others
+// are for Requests, as is pair.
+func (in *Inside) startJanitor(dir string, lock *os.File, words []string, pair *os.File) error {
 	fail := func(err error) error { return fmt.Errorf("--jail %s: start the janitor: %w", dir, err) }
 	fd, err := unix.PidfdOpen(os.Getpid(), 0)
 	if err != nil {
@@ -66,7 +70,14 @@ func startJanitor(dir string, lock *os.File, words []string, pair *os.File) erro
 		return fail(err)
 	}
 	defer null.Close()
-	files := []*os.File{null, null, os.Stderr, self, lock}
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		return fail(os.NewSyscallError("pipe2", err))
+	}
+	in.Lives = append(in.Lives, pipe[1])
+	life := os.NewFile(uintptr(pipe[0]), "life")
+	defer life.Close()
+	files := []*os.File{null, null, os.Stderr, self, lock, life}
 	if pair != nil {
 		files = append(files, pair)
 	}
@@ -79,6 +90,7 @@ func startJanitor(dir string, lock *os.File, words []string, pair *os.File) erro
 	if err != nil {
 		return fail(err)
 	}
+	_ = nowait.WakeAtClose(life, p.Pid) // fails if it has ended
 	return p.Release()
 }
 

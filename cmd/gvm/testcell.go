@@ -12,6 +12,7 @@ import (
 	"slices"
 	"time"
 
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 	"gvm/testrun"
 	"gvm/testrun/matrix"
@@ -104,13 +105,16 @@ func (t *testConfig) runProcess(ctx context.Context, o *cellOrder, note func(str
 	defer over()
 	c := exec.CommandContext(timed, ownProgram)
 	c.Args, c.Stderr = slices.Concat([]string{cellArg0}, os.Args[1:]), os.Stderr
-	in, err := c.StdinPipe()
+	stdin, in, err := os.Pipe()
 	if err != nil {
 		return fail(err)
 	}
+	defer stdin.Close()
+	defer in.Close()
+	c.Stdin = stdin
 	out, err := c.StdoutPipe()
 	if err != nil {
-		return fail(errors.Join(err, in.Close()))
+		return fail(err)
 	}
 	c.WaitDelay = cellPatience
 	c.Cancel = func() error { // the first ends its machine; another process may have the second
@@ -120,7 +124,11 @@ func (t *testConfig) runProcess(ctx context.Context, o *cellOrder, note func(str
 	if err := c.Start(); err != nil {
 		return fail(err)
 	}
-	if err := json.NewEncoder(in).Encode(o); err != nil { // also for the end of timed
+	err = nowait.WakeAtClose(stdin, c.Process.Pid) // this process may be killed while that one is stopped
+	if err == nil {
+		err = json.NewEncoder(in).Encode(o)
+	}
+	if err != nil { // also for the end of timed
 		_ = c.Process.Kill()
 	}
 	for messages := json.NewDecoder(io.LimitReader(out, maxMessages)); end.Result == nil; {
