@@ -142,9 +142,9 @@ user-guests:
 # All words that test something. One that fails does not keep the others from running.
 ALL ?= test model long user lint race distribution kernel debuggers kubernetes streams vhost conformance soak fuzz release racelab
 test-all: ## test, and then all the rest; what took longest comes at the end
-	@times=$$(mktemp) || exit 1; export GVM_TEST_TIMES=$$times; failed=; \
+	@times=$$(mktemp) failures=$$(mktemp) || exit 1; export GVM_TEST_TIMES=$$times GVM_TEST_FAILURES=$$failures; failed=; \
 	for word in $(ALL); do echo "test-all: $$word"; $(MAKE) $$word || failed="$$failed $$word"; done; \
-	echo "test-all: what took longest:"; sort -rn $$times | head -n 30; rm $$times; \
+	echo "test-all: what took longest:"; sort -rn $$times | head -n 30; cat $$failures; rm $$times $$failures; \
 	test -z "$$failed" || { echo "test-all: failed:$$failed" >&2; exit 1; }
 
 # The packages that have tests with the tag built.

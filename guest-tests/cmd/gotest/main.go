@@ -14,14 +14,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 )
 
-// timesEnv names the file that gets the lines of several runs.
-const timesEnv = "GVM_TEST_TIMES"
+// These name files that get lines of several runs.
+const (
+	timesEnv    = "GVM_TEST_TIMES"
+	failuresEnv = "GVM_TEST_FAILURES"
+)
 
 // A run says at most longest tests, and none that took less than short seconds.
 const longest, short = 20, 5
@@ -39,8 +44,9 @@ func run(args []string) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	times, err := report(os.Stdout, out, slices.Contains(args, "-v"))
-	err = errors.Join(err, cmd.Wait(), times.print(os.Stdout, os.Getenv(timesEnv)))
+	times, failures, err := report(os.Stdout, out, slices.Contains(args, "-v"))
+	err = errors.Join(err, cmd.Wait(), times.print(os.Stdout, os.Getenv(timesEnv)),
+		appendTo(os.Getenv(failuresEnv), failures))
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		fmt.Fprintln(os.Stderr, err)
@@ -64,8 +70,9 @@ type testTime struct {
 
 type testTimes []testTime
 
-// report reads events, and writes the text that go test would print.
-func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, err error) {
+// report reads events, and writes the text that go test would print. failures has the lines of it
+// that tell most.
+func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, failures []string, err error) {
 	kept := map[string]map[string][]string{} // lines of tests that have not passed, by package and test
 	subs := map[string]float64{}             // times of all subtests of a test
 	lines := bufio.NewReader(events)
@@ -75,7 +82,7 @@ func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, err e
 			if !errors.Is(readErr, io.EOF) {
 				err = errors.Join(err, readErr)
 			}
-			return times, err
+			return times, failures, err
 		}
 		var e event
 		if json.Unmarshal(line, &e) != nil {
@@ -96,11 +103,16 @@ func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, err e
 		case "output":
 			if verbose || e.Test == "" && isSummary(e.Output) || strings.HasPrefix(e.Output, "lab: ") {
 				text = e.Output
-			} else if !strings.HasPrefix(e.Output, "=== ") {
+			}
+			if text == "" && !strings.HasPrefix(e.Output, "=== ") || verbose {
 				tests[top] = append(tests[top], e.Output)
 			}
-			if e.Test == "" && strings.HasPrefix(e.Output, "FAIL\t") && !verbose {
-				text = failed(tests) + text
+			if e.Test == "" && strings.HasPrefix(e.Output, "FAIL\t") {
+				lines := failed(tests)
+				if !verbose {
+					text = strings.Join(lines, "") + text
+				}
+				failures = append(append(failures, brief(lines)...), e.Output)
 			}
 		case "pass", "skip", "fail":
 			switch {
@@ -127,20 +139,26 @@ func isSummary(line string) bool {
 }
 
 // failed returns the output kept of a package: its own lines come first.
-func failed(tests map[string][]string) string {
-	var b strings.Builder
-	names := make([]string, 0, len(tests))
-	for name := range tests {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	for _, name := range names {
-		for _, line := range tests[name] {
-			b.WriteString(line)
-		}
+func failed(tests map[string][]string) (lines []string) {
+	for _, name := range slices.Sorted(maps.Keys(tests)) {
+		lines = append(lines, tests[name]...)
 		delete(tests, name)
 	}
-	return b.String()
+	return lines
+}
+
+// mostBrief bounds the lines on a package.
+const mostBrief = 30
+
+// telling matches lines that say which test failed, and why, also by a panic or a timeout, which
+// lists the tests that ran.
+var telling = regexp.MustCompile(`^\s*--- FAIL: |^\s+\w+_test\.go:\d+: |^(panic|fatal error): |^WARNING: DATA RACE` +
+	`|^\trunning tests:|^\t\tTest`)
+
+// brief returns the first of the telling lines.
+func brief(lines []string) []string {
+	lines = slices.DeleteFunc(slices.Clone(lines), func(line string) bool { return !telling.MatchString(line) })
+	return lines[:min(len(lines), mostBrief)]
 }
 
 // print writes the longest of the times to w, and all that are not short to the end of file, if it
@@ -162,8 +180,13 @@ func (t testTimes) print(w io.Writer, file string) error {
 		}
 	}
 	_, err := io.WriteString(w, strings.Join(lines[:min(len(lines), longest)], ""))
-	if err != nil || file == "" {
-		return err
+	return errors.Join(err, appendTo(file, lines))
+}
+
+// appendTo writes lines to the end of a file, if it is named.
+func appendTo(file string, lines []string) error {
+	if file == "" || len(lines) == 0 {
+		return nil
 	}
 	f, err := os.OpenFile(file, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {

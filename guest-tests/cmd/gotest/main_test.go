@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -34,7 +35,7 @@ not an event
 
 func TestReport(t *testing.T) {
 	var out strings.Builder
-	times, err := report(&out, strings.NewReader(events), false)
+	times, failures, err := report(&out, strings.NewReader(events), false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,6 +43,10 @@ func TestReport(t *testing.T) {
 		"FAIL\ta\t7.5s\nlab: L1 is up\nok  \tb\t61.3s\nnot an event\n"
 	if out.String() != want {
 		t.Errorf("prints %q, want %q", out.String(), want)
+	}
+	want = "    bad_test.go:1: wrong\n--- FAIL: TestBad (7.00s)\nFAIL\ta\t7.5s\n"
+	if got := strings.Join(failures, ""); got != want {
+		t.Errorf("the failures are %q, want %q", got, want)
 	}
 	out.Reset()
 	file := filepath.Join(t.TempDir(), "times")
@@ -59,10 +64,22 @@ func TestReport(t *testing.T) {
 
 func TestReportVerbose(t *testing.T) {
 	var out strings.Builder
-	if _, err := report(&out, strings.NewReader(events), true); err != nil {
+	if _, _, err := report(&out, strings.NewReader(events), true); err != nil {
 		t.Fatal(err)
 	}
 	if n := strings.Count(out.String(), "noise\n"); n != 2 {
 		t.Errorf("noise is printed %d times, want 2", n)
+	}
+}
+
+// TestBrief: of a package whose tests took too long, the tests that ran are told.
+func TestBrief(t *testing.T) {
+	lines := []string{"panic: test timed out after 1s\n", "\trunning tests:\n", "\t\tTestSlow (1s)\n", "\n",
+		"goroutine 1 [running]:\n", "main.main()\n", "\t/a/main_test.go:1 +0x1\n"}
+	if got := brief(lines); !slices.Equal(got, lines[:3]) {
+		t.Errorf("%q", got)
+	}
+	if got := brief(slices.Repeat(lines, 100)); len(got) != mostBrief {
+		t.Errorf("%d lines", len(got))
 	}
 }
