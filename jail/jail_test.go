@@ -142,14 +142,17 @@ func inside(what string) int {
 	fmt.Println("\ngroups", groups, err)
 	_, err = os.ReadDir("/proc/1")
 	fmt.Println("init", errors.Is(err, fs.ErrNotExist))
+	here := Here()
 	fds, _ := os.ReadDir("/proc/self/fd")
 	for _, f := range fds {
+		if fd, _ := strconv.Atoi(f.Name()); slices.Contains(here.Lives, fd) {
+			continue // a pipe to a janitor, which does not read it
+		}
 		if target, err := os.Readlink("/proc/self/fd/" + f.Name()); err == nil && !strings.HasPrefix(target, "/proc/") &&
 			!strings.HasPrefix(target, "anon_inode:") {
 			fmt.Println("fd", f.Name(), target)
 		}
 	}
-	here := Here()
 	for _, path := range []string{"/new", "/run/new", "/etc/new", "/sys/new", here.Dir + "/run/new", here.Dir + "/new"} {
 		fmt.Println("write", path, os.WriteFile(path, nil, 0o600) == nil)
 	}
