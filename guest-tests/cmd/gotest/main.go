@@ -74,6 +74,7 @@ type testTimes []testTime
 // that tell most.
 func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, failures []string, err error) {
 	kept := map[string]map[string][]string{} // lines of tests that have not passed, by package and test
+	labs := map[string][]string{}            // the lab's lines, by package
 	subs := map[string]float64{}             // times of all subtests of a test
 	lines := bufio.NewReader(events)
 	for {
@@ -104,7 +105,9 @@ func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, failu
 			if verbose || e.Test == "" && isSummary(e.Output) || strings.HasPrefix(e.Output, "lab: ") {
 				text = e.Output
 			}
-			if text == "" && !strings.HasPrefix(e.Output, "=== ") || verbose {
+			if strings.HasPrefix(e.Output, "lab: ") {
+				labs[e.Package] = append(labs[e.Package], e.Output)
+			} else if text == "" && !strings.HasPrefix(e.Output, "=== ") || verbose {
 				tests[top] = append(tests[top], e.Output)
 			}
 			if e.Test == "" && strings.HasPrefix(e.Output, "FAIL\t") {
@@ -112,7 +115,7 @@ func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, failu
 				if !verbose {
 					text = strings.Join(lines, "") + text
 				}
-				failures = append(append(failures, brief(lines)...), e.Output)
+				failures = append(append(failures, brief(append(labs[e.Package], lines...))...), e.Output)
 			}
 		case "pass", "skip", "fail":
 			switch {
@@ -147,18 +150,22 @@ func failed(tests map[string][]string) (lines []string) {
 	return lines
 }
 
-// mostBrief bounds the lines on a package.
-const mostBrief = 30
+// mostBrief bounds the lines on a package, and lastBrief those on one whose tests have not failed.
+const mostBrief, lastBrief = 30, 5
 
 // telling matches lines that say which test failed, and why, also by a panic or a timeout, which
 // lists the tests that ran.
 var telling = regexp.MustCompile(`^\s*--- FAIL: |^\s+\w+_test\.go:\d+: |^(panic|fatal error): |^WARNING: DATA RACE` +
 	`|^\trunning tests:|^\t\tTest`)
 
-// brief returns the first of the telling lines.
+// brief returns the first of the telling lines. Without one it returns the last lines: a package
+// may have no lab, or a test may have left a process behind.
 func brief(lines []string) []string {
-	lines = slices.DeleteFunc(slices.Clone(lines), func(line string) bool { return !telling.MatchString(line) })
-	return lines[:min(len(lines), mostBrief)]
+	told := slices.DeleteFunc(slices.Clone(lines), func(line string) bool { return !telling.MatchString(line) })
+	if len(told) == 0 {
+		return lines[max(0, len(lines)-lastBrief):]
+	}
+	return told[:min(len(told), mostBrief)]
 }
 
 // print writes the longest of the times to w, and all that are not short to the end of file, if it

@@ -72,11 +72,15 @@ func TestReportVerbose(t *testing.T) {
 	}
 }
 
-// TestBrief: of a package whose tests took too long, the tests that ran are told.
+// TestBrief: of a package whose tests took too long, the tests that ran are told, and of one that
+// failed without a test the last lines.
 func TestBrief(t *testing.T) {
 	lines := []string{"panic: test timed out after 1s\n", "\trunning tests:\n", "\t\tTestSlow (1s)\n", "\n",
 		"goroutine 1 [running]:\n", "main.main()\n", "\t/a/main_test.go:1 +0x1\n"}
 	if got := brief(lines); !slices.Equal(got, lines[:3]) {
+		t.Errorf("%q", got)
+	}
+	if got := brief(lines[3:]); !slices.Equal(got, lines[3:]) {
 		t.Errorf("%q", got)
 	}
 	if got := brief(slices.Repeat(lines, 100)); len(got) != mostBrief {
