@@ -123,6 +123,7 @@ type UART struct {
 	errs     byte // LSR's error bits
 	delta    byte // MSR's low half
 	thre     bool // a THRE interrupt is pending, whether enabled or not
+	shown    bool // LSR had THRE when the driver last read it, and it has not sent since
 	causes   byte // the causes of the high interrupt line, as IER bits
 	rx       []char
 	tx       []byte // the transmitter FIFO
@@ -162,7 +163,7 @@ func (u *UART) Reset() {
 
 func (u *UART) reset() {
 	u.ier, u.fcr, u.lcr, u.mcr, u.scr, u.dll, u.dlm = 0, 0, 0, 0, 0, 0x0c, 0
-	u.errs, u.delta, u.thre, u.causes = 0, 0, false, 0
+	u.errs, u.delta, u.thre, u.shown, u.causes = 0, 0, false, false, 0
 	u.rx, u.tx, u.polls = nil, nil, 0
 }
 
@@ -316,7 +317,7 @@ func (u *UART) modem() byte {
 
 func (u *UART) lsr() byte {
 	v := u.lineStatus()
-	u.errs = 0
+	u.errs, u.shown = 0, v&lsrTHRE != 0
 	if v == lsrTHRE|lsrTEMT {
 		if u.polls = min(u.polls+1, pollsAlone); u.polls == pollsAlone {
 			u.rxEmpty.Broadcast()
@@ -434,6 +435,13 @@ func (u *UART) transmit(b byte) {
 		u.accept(char{data: b})
 		u.thre = true
 		return
+	}
+	// The write lowers the line if it is high for THRE alone, and it rises when the byte has gone. A
+	// driver may wait for that edge that reads LSR in its handler and not IIR. After IIR the causes
+	// have no THRE: a driver that sends a batch without another read gets one edge for it.
+	if u.shown {
+		u.shown = false
+		u.causes &^= ierTHRI
 	}
 	for len(u.tx) >= u.capacity() {
 		u.update()

@@ -186,6 +186,26 @@ func TestTransmitInterrupt(t *testing.T) {
 	}
 }
 
+// TestTransmitInterruptByLSR: a driver whose handler reads LSR, and never IIR, gets an interrupt
+// for each write that empties the transmitter (PC16550D, table IV: writing THR resets the
+// interrupt).
+func TestTransmitInterruptByLSR(t *testing.T) {
+	p := newPort(t)
+	p.put(regMCR, 0x0b)
+	p.put(regIER, 0x02)
+	p.wantEdges("enabled", 1)
+	for range 3 {
+		p.want("room", regLSR, 0x60)
+		p.put(regRBR, 'x')
+		p.wantEdges("sent", 1)
+	}
+	p.put(regRBR, 'y')
+	p.wantEdges("sent without another look", 0)
+	if err := p.Close(); err != nil || p.out.String() != "xxxy" {
+		t.Errorf("output %q, %v", p.out, err)
+	}
+}
+
 func TestReceive(t *testing.T) {
 	for _, c := range []struct {
 		name  string
