@@ -161,6 +161,9 @@ func (d *Debugger) settle() {
 
 // release lets the vCPUs go on as their actions tell. The caller holds mu.
 func (d *Debugger) release() {
+	if d.m != nil {
+		d.m.panicked.resume()
+	}
 	d.halted.Store(false)
 	for i := range d.cpus {
 		select {

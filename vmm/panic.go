@@ -14,7 +14,8 @@ import (
 // A guest that panicked runs on until it ends by itself: the kernel signals the pvpanic device
 // first, and then prints the output of panic_print=. A guest that does not end is ended after its
 // console has been silent for panicSilence, or for haltSilence after the last line of a kernel that
-// waits for ever, and at the latest panicLimit after the panic.
+// waits for ever, and at the latest panicLimit after the panic. After a pause these times begin
+// anew.
 const (
 	panicSilence = 5 * time.Second
 	haltSilence  = time.Second
@@ -29,28 +30,44 @@ type panicState struct {
 	timer   *time.Timer   // nil: no wait for silence
 	silence time.Duration // how long the console must be silent
 	began   time.Time     // start of the wait
+	resumed time.Time     // end of the last pause
+	final   bool          // pvpanic told of a panic without a crash kernel
 }
 
 // pvpanic handles the guest's panic notification. A guest that starts its crash kernel ends when
-// the crash kernel does.
+// the crash kernel does. A wait for silence that began before the first notification was for a
+// program's text: the kernel prints its last line later.
 func (m *machine) pvpanic(e pvpanic.Event) {
 	if e&(pvpanic.Panicked|pvpanic.CrashLoaded) == 0 {
 		return
 	}
-	m.panicked.told.Store(true)
+	p := &m.panicked
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	known := p.told.Swap(true)
+	if e&pvpanic.CrashLoaded == 0 {
+		known, p.final = p.final, true
+	}
+	if !known && p.timer != nil {
+		p.timer.Stop()
+		p.timer = nil
+	}
 	if e&pvpanic.CrashLoaded == 0 {
 		m.awaitSilence(panicSilence)
 	}
 }
 
 // panicFinal is called when the console shows that the guest panicked and waits for ever.
-func (m *machine) panicFinal() { m.awaitSilence(haltSilence) }
+func (m *machine) panicFinal() {
+	m.panicked.mu.Lock()
+	defer m.panicked.mu.Unlock()
+	m.awaitSilence(haltSilence)
+}
 
-// awaitSilence ends the machine when its console has been silent for d.
+// awaitSilence ends the machine when its console has been silent for d. The caller holds
+// panicked.mu.
 func (m *machine) awaitSilence(d time.Duration) {
 	p := &m.panicked
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	switch {
 	case m.stop.Load():
 	case p.timer == nil:
@@ -66,11 +83,11 @@ func (m *machine) checkSilence() {
 	p := &m.panicked
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	silent := m.console.silent()
+	silent := min(m.console.silent(), time.Since(p.resumed))
 	switch {
 	case m.stop.Load():
+	case p.timer == nil: // stopped too late
 	case m.cfg.Pauser != nil && m.cfg.Pauser.Paused():
-		p.began = time.Now()
 		p.timer.Reset(p.silence)
 	case silent >= p.silence:
 		m.end(Outcome{Ending: GuestPanic, Err: fmt.Errorf("its console was then silent for %v", p.silence)})
@@ -82,6 +99,14 @@ func (m *machine) checkSilence() {
 		m.console.forgetPanic()
 		p.timer = nil
 	}
+}
+
+// resume is called when the guest's CPUs go on after a pause.
+func (p *panicState) resume() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.resumed = time.Now()
+	p.began = p.resumed
 }
 
 // stopSilence stops the timer, once the machine has ended.

@@ -124,6 +124,86 @@ func TestPanicSilence(t *testing.T) {
 	}
 }
 
+// wantSilence checks that the machine ends because it is silent for panicSilence from now on.
+func wantSilence(t *testing.T, m *machine) {
+	t.Helper()
+	start := time.Now()
+	<-m.ended
+	const want = "its console was then silent for 5s"
+	if got := time.Since(start); m.outcome.Err.Error() != want || got != panicSilence {
+		t.Errorf("%v after %v, want %s after %v", m.outcome.Err, got, want, panicSilence)
+	}
+	m.panicked.stopSilence()
+}
+
+// TestPanicResumed: the time of a pause, also of one between two looks at the console, is no
+// silence of the guest. It gets all of panicSilence after the resume.
+func TestPanicResumed(t *testing.T) {
+	pause := func(m *machine) (resume func()) {
+		p := m.cfg.Pauser
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		m.check(p.want())
+		return func() { m.check(p.Resume()) }
+	}
+	debug := func(m *machine) (resume func()) {
+		d := m.cfg.Debugger
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.halted.Store(true)
+		return func() {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.release()
+		}
+	}
+	for name, pause := range map[string]func(*machine) func(){"paused": pause, "debugged": debug} {
+		for _, d := range []time.Duration{4 * time.Second, 8 * time.Second, 10 * time.Minute} {
+			t.Run(fmt.Sprint(name, " ", d), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					m := &machine{console: &consoleWatch{out: io.Discard}}
+					m.cfg.Pauser, m.cfg.Debugger = new(Pauser), NewDebugger(false, nil)
+					m.lifecycle.init()
+					m.cfg.Pauser.begin(m)
+					m.cfg.Debugger.m = m
+					m.pvpanic(pvpanic.Panicked)
+					time.Sleep(time.Second / 2)
+					resume := pause(m)
+					time.Sleep(d)
+					resume()
+					wantSilence(t, m)
+				})
+			})
+		}
+	}
+}
+
+// TestPanicAfterPrinted: a program printed a panic's last line, and nearly panicLimit later the
+// kernel panics. The bounds of its own panic hold.
+func TestPanicAfterPrinted(t *testing.T) {
+	for _, e := range []pvpanic.Event{pvpanic.Panicked, pvpanic.CrashLoaded} {
+		synctest.Test(t, func(t *testing.T) {
+			m := &machine{console: &consoleWatch{out: io.Discard, on: true}}
+			m.console.final = m.panicFinal
+			m.lifecycle.init()
+			fmt.Fprint(m.console, panicked+"\r\n"+endMarker+"\r\n")
+			chatter(m, 119, time.Second/2)
+			m.pvpanic(e)
+			time.Sleep(4 * time.Second)
+			fmt.Fprintln(m.console, "more")
+			m.pvpanic(e)                  // again, which begins nothing anew
+			if e == pvpanic.CrashLoaded { // a crash kernel may be silent
+				time.Sleep(time.Hour)
+				if m.stop.Load() {
+					t.Errorf("crash kernel: %s, %v", m.outcome.Ending, m.outcome.Err)
+				}
+				return
+			}
+			wantSilence(t, m)
+		})
+	}
+}
+
 // TestCrashKernelSilence: a guest that starts its crash kernel may be silent.
 func TestCrashKernelSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

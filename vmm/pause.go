@@ -211,6 +211,7 @@ func (p *Pauser) resume() {
 		p.giveUp(ErrNotPaused)
 	}
 	p.m.watchdog.Resume()
+	p.m.panicked.resume()
 	for _, v := range p.m.virtio {
 		v.Resume()
 	}
