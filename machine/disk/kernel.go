@@ -396,9 +396,6 @@ func (k kernelOptions) device(t *kernelTarget) (_ *kernelTarget, err error) {
 		return nil, KernelError{errors.Join(err, t.close())}
 	}
 	t.parts = slices.Insert(t.parts, 0, io.Closer(t.device))
-	if n := k.queueNote(); n != "" {
-		k.note(n)
-	}
 	return t, nil
 }
 
@@ -408,12 +405,18 @@ func (k kernelOptions) device(t *kernelTarget) (_ *kernelTarget, err error) {
 // gvm's bounds.
 const QueueMemory = 21 << 20
 
-// queueNote returns a note about many request queues that the user did not ask for.
-func (k kernelOptions) queueNote() string {
-	if k.chosen || k.queues <= 4 {
+// queueNote returns a note about many request queues that the user did not ask for. Each target has
+// k.queues of them.
+func (k kernelOptions) queueNote(targets int) string {
+	n := targets * k.queues
+	if k.chosen || n <= 4 {
 		return ""
 	}
-	return fmt.Sprintf("the kernel takes some %s for each of %d request queues, one a CPU: "+
+	each := ""
+	if targets > 1 {
+		each = fmt.Sprintf(" for each of %d targets", targets)
+	}
+	return fmt.Sprintf("the kernel takes some %s for each of %d request queues, one a CPU%s: "+
 		"%s of its memory; --queues N bounds that",
-		text.FormatSize(QueueMemory), k.queues, text.FormatSize(uint64(k.queues)*QueueMemory))
+		text.FormatSize(QueueMemory), n, each, text.FormatSize(uint64(n)*QueueMemory))
 }

@@ -165,6 +165,9 @@ func openAll(list []Spec, files block.Files, k kernelOptions, m *mishaps) (_ *Se
 		}
 		ds.kernels = append(ds.kernels, t)
 	}
+	if n := k.queueNote(len(ds.kernels)); n != "" {
+		k.note(n)
+	}
 	return ds, nil
 }
 
