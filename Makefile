@@ -53,7 +53,7 @@ PREFIX = /usr/local
 DESTDIR =
 ZSHDIR = share/zsh/site-functions
 
-.PHONY: build run demo test test-unit test-lab long long-machines long-guests long-rings long-package test-all user lint race racelab fuzz soak conformance vhost kernel debuggers distribution kubernetes streams model blktests xfstests bench guest clean
+.PHONY: build run demo test lab-setup test-unit test-lab long long-machines long-guests long-rings long-package test-all user lint race racelab fuzz soak conformance vhost kernel debuggers distribution kubernetes streams model blktests xfstests bench guest clean
 .PHONY: man stage install uninstall deb
 .PHONY: release vulncheck fuzz-long fuzz-table
 
@@ -71,9 +71,13 @@ run: ## boot the embedded guest; in the lab if this machine has no /dev/kvm
 demo: ## boot a stock Debian kernel to a shell, here or in the lab
 	$(GO) run ./guest-tests/cmd/demo
 
-# A part that fails does not keep the other from running.
+# A part that fails does not keep the others from running. The lab is fetched first: on a slow network
+# that takes longer than the tests, whose time is bounded.
 test: ## the tests of every day; those that need a real KVM run in the lab where there is none
-	@$(MAKE) -k -j1 test-unit test-lab
+	@$(MAKE) -k -j1 lab-setup test-unit test-lab
+
+lab-setup:
+	$(GO) run ./guest-tests/cmd/lab setup
 
 test-unit:
 	$(GOTEST) $(BARE) -timeout 20m -skip '^Test(DebianPackage|$(RELEASE)|$(SLOW))$$|$(KINDS)' $(KVM) $(ONELAB) $(UNIT)
