@@ -52,9 +52,13 @@ func (m *machine) askPaused(i int, f func() error) error {
 
 // coreCPU returns the state of a vCPU for a core, on its thread.
 func (m *machine) coreCPU(i int) (c vmcore.CPU, err error) {
-	var errs [3]error
+	var errs [4]error
 	c.Regs, errs[0] = m.cpus[i].Regs()
 	c.Sregs, errs[1] = m.cpus[i].Sregs()
 	c.KernelGSBase, errs[2] = m.cpus[i].MSR(x86.MSRKernelGSBase)
-	return c, errors.Join(errs[:]...)
+	state, err := m.cpus[i].MPState()
+	errs[3] = err
+	err = errors.Join(errs[:]...)
+	c.Lost = err == nil && registersLost(state, c.Regs, c.Sregs)
+	return c, err
 }

@@ -7,6 +7,7 @@ import (
 	"github.com/bobuhiro11/gokvm/kvm"
 
 	"gvm/kvmapi"
+	"gvm/vmm/vmcore"
 )
 
 // crash describes an exit after which the guest cannot continue. It runs on the vCPU's thread.
@@ -79,12 +80,23 @@ func afterINIT(r kvm.Regs, s kvm.Sregs) bool {
 	return r.RIP == 0xfff0 && s.CS.Selector == 0xf000 && s.CS.Base == 0xffff_0000 && s.CR0&1 == 0 && s.EFER == 0
 }
 
-// lostRegisters is the report for a CPU after INIT. Kernels before 5.19 keep the general registers.
+// registersLost reports whether KVM has reset a CPU after a triple fault. One that the guest has
+// not started has the same registers, but waits for its start.
+func registersLost(mpState uint32, r kvm.Regs, s kvm.Sregs) bool {
+	return mpState == kvm.MPStateRunnable && afterINIT(r, s)
+}
+
+// generalKept reports whether KVM has kept the general registers of a CPU after INIT, as kernels
+// before 5.19 do.
+func generalKept(r kvm.Regs) bool {
+	r.RIP, r.RFLAGS, r.RDX = 0, 0, 0 // RDX is the processor's signature
+	return r != (kvm.Regs{})
+}
+
+// lostRegisters is the report for a CPU after INIT.
 func lostRegisters(r kvm.Regs) string {
-	text := "the guest's registers are lost: on AMD, KVM resets a CPU that had a triple fault\n"
-	kept := r
-	kept.RIP, kept.RFLAGS, kept.RDX = 0, 0, 0 // RDX is the processor's signature
-	if kept != (kvm.Regs{}) {
+	text := "the guest's " + vmcore.LostRegisters + "\n"
+	if generalKept(r) {
 		text = "the guest's general registers are all that is left: on AMD, KVM resets a CPU that had a triple fault\n" +
 			generalRegisters(r)
 	}

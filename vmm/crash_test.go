@@ -37,6 +37,41 @@ func TestReportNames(t *testing.T) {
 	}
 }
 
+// TestLostRegisters: after a triple fault on AMD the state of a machine does not show the registers
+// of a reset as the guest's. A CPU that was never started has them.
+func TestLostRegisters(t *testing.T) {
+	reset := kvm.Sregs{CR0: 0x6000_0010}
+	reset.CS.Selector, reset.CS.Base = 0xf000, 0xffff_0000
+	long := kvm.Sregs{CR0: 0x8000_0031, EFER: 0x500}
+	for _, tt := range []struct {
+		name     string
+		mp       uint32
+		r        kvm.Regs
+		s        kvm.Sregs
+		has, not string // names of values
+	}{
+		{"AMD", kvm.MPStateRunnable, kvm.Regs{RIP: 0xfff0, RFLAGS: 2, RDX: 0x600}, reset, "error", "rip rax cr0"},
+		{"AMD, Linux 5.10", kvm.MPStateRunnable, kvm.Regs{RIP: 0xfff0, RFLAGS: 2, RAX: 1}, reset, "error rax rsp", "rip cr0"},
+		{"never started", kvm.MPStateUninitialized, kvm.Regs{RIP: 0xfff0, RFLAGS: 2}, reset, "rip rax cr0", "error"},
+		{"Intel", kvm.MPStateRunnable, kvm.Regs{RIP: 0x10059f}, long, "rip rax cr0", "error"},
+	} {
+		names := map[string]bool{}
+		for _, n := range inspectRegisters(tt.mp, tt.r, tt.s) {
+			names[n.Name] = true
+		}
+		for _, name := range strings.Fields(tt.has) {
+			if !names[name] {
+				t.Errorf("%s: the state lacks %s", tt.name, name)
+			}
+		}
+		for _, name := range strings.Fields(tt.not) {
+			if names[name] {
+				t.Errorf("%s: the state has %s", tt.name, name)
+			}
+		}
+	}
+}
+
 // TestAfterINIT uses the registers that KVM reports after a triple fault.
 func TestAfterINIT(t *testing.T) {
 	reset := kvm.Sregs{CR0: 0x6000_0010}

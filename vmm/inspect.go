@@ -16,6 +16,7 @@ import (
 	"gvm/inspect"
 	"gvm/kvmapi"
 	"gvm/panics"
+	"gvm/vmm/vmcore"
 )
 
 // inspectTime bounds one reading of a machine's state: what takes longer is busy.
@@ -233,22 +234,42 @@ func inspectCPU(c *kvmapi.VCPU, id uint32) []inspect.Node {
 	if err := errors.Join(err, err2, err3); err != nil {
 		return []inspect.Node{inspect.Text("error", err.Error())}
 	}
-	bits := inspect.Bits[uint64]
-	return []inspect.Node{
+	nodes := []inspect.Node{
 		inspect.Int("apic_id", id), inspect.Text("mp_state", mpStates[min(int(state), len(mpStates)-1)]),
-		bits("rip", r.RIP), bits("rflags", r.RFLAGS),
+	}
+	nodes = append(nodes, inspectRegisters(state, r, s)...)
+	if !registersLost(state, r, s) || generalKept(r) { // else KVM has reset the APIC too
+		nodes = append(nodes, inspectAPIC(c))
+	}
+	return append(nodes, inspectExits(c), inspectStats(c))
+}
+
+// inspectRegisters returns the registers of a vCPU, or an error in the place of those that are
+// lost.
+func inspectRegisters(mpState uint32, r kvm.Regs, s kvm.Sregs) []inspect.Node {
+	bits := inspect.Bits[uint64]
+	place := []inspect.Node{bits("rip", r.RIP), bits("rflags", r.RFLAGS)}
+	general := []inspect.Node{
 		bits("rax", r.RAX), bits("rbx", r.RBX), bits("rcx", r.RCX), bits("rdx", r.RDX),
 		bits("rsi", r.RSI), bits("rdi", r.RDI), bits("rbp", r.RBP), bits("rsp", r.RSP),
 		bits("r8", r.R8), bits("r9", r.R9), bits("r10", r.R10), bits("r11", r.R11),
 		bits("r12", r.R12), bits("r13", r.R13), bits("r14", r.R14), bits("r15", r.R15),
+	}
+	if registersLost(mpState, r, s) {
+		text := []inspect.Node{inspect.Text("error", vmcore.LostRegisters)}
+		if generalKept(r) {
+			return append(text, general...)
+		}
+		return text
+	}
+	return append(append(place, general...),
 		bits("cr0", s.CR0), bits("cr2", s.CR2), bits("cr3", s.CR3), bits("cr4", s.CR4), bits("cr8", s.CR8),
 		bits("efer", s.EFER), bits("apic_base", s.ApicBase),
 		inspect.Int("cpl", s.SS.DPL),
 		bits("cs", uint64(s.CS.Selector)), bits("cs_base", s.CS.Base),
 		bits("fs_base", s.FS.Base), bits("gs_base", s.GS.Base),
 		bits("gdt_base", s.GDT.Base), bits("idt_base", s.IDT.Base), bits("tr", uint64(s.TR.Selector)),
-		inspectAPIC(c), inspectExits(c), inspectStats(c),
-	}
+	)
 }
 
 // inspectAPIC returns registers of a vCPU's local APIC (Intel SDM volume 3, 12.4.1), on its thread.

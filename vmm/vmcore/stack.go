@@ -118,6 +118,9 @@ func (s *Symbols) name(addr uint64) string {
 	return fmt.Sprintf("%s+%#x/%#x", y.name, addr-y.value, size)
 }
 
+// cr0PG enables paging (Intel SDM 3, 2.5).
+const cr0PG = 1 << 31
+
 // Stacks writes the function of each CPU, and those of the return addresses on its stack, from the
 // stack pointer upwards. They are marked with ?, as Linux marks those that it is not sure of: some
 // may be left over from earlier calls. The memory may be that of a hostile guest.
@@ -129,6 +132,10 @@ func Stacks(w io.Writer, mem *guestmem.Memory, cpus []CPU, symbols *Symbols) err
 	var b bytes.Buffer
 	for i := range cpus {
 		r, s := &cpus[i].Regs, cpus[i].Sregs
+		if cpus[i].Lost {
+			fmt.Fprintf(&b, "vCPU %d: its %s\n", i, LostRegisters)
+			continue
+		}
 		fmt.Fprintf(&b, "vCPU %d: rip %#x", i, r.RIP)
 		if name := symbols.name(r.RIP - offset); name != "" {
 			b.WriteString(" " + name)
@@ -137,6 +144,9 @@ func Stacks(w io.Writer, mem *guestmem.Memory, cpus []CPU, symbols *Symbols) err
 			b.WriteString(", in user space")
 		}
 		b.WriteString("\n")
+		if s.CR0&cr0PG == 0 { // not started, or in early code: it has no stack of the kernel
+			continue
+		}
 		s.CR3 = space
 		calls := 0
 		for at := (r.RSP + 7) &^ 7; s.SS.DPL == 0 && calls < maxCalls && at < r.RSP|(stackSize-1); at += 8 {

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/bobuhiro11/gokvm/kvm"
 )
 
 const banner = "Linux version 6.12.0 (of a test)"
@@ -81,6 +83,25 @@ func TestStacks(t *testing.T) {
 	symbols, err := ReadSymbols(bytes.NewReader(symbolFile(text)))
 	if err != nil {
 		t.Fatal(err)
+	}
+	mem := memory(t, nil)
+	for at, b := range map[uint64][]byte{textAt + 0x1000: []byte(banner),
+		0x18: binary.LittleEndian.AppendUint64(nil, text+0x14f)} {
+		if err := mem.Write(at, b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reset := CPU{Regs: kvm.Regs{RIP: 0xfff0}}
+	lost := reset
+	lost.Lost = true
+	var b bytes.Buffer
+	if err := Stacks(&b, mem, []CPU{kernelCPU(true), reset, lost}, symbols); err != nil {
+		t.Fatal(err)
+	}
+	const want = "vCPU 0: rip 0x0\nvCPU 1: rip 0xfff0\nvCPU 2: its registers are lost: on AMD, KVM resets a CPU that " +
+		"had a triple fault\n"
+	if b.String() != want {
+		t.Errorf("without paging: %s\nwant %s", &b, want)
 	}
 	if err := Stacks(&bytes.Buffer{}, memory(t, nil), []CPU{kernelCPU(false)}, symbols); !errors.Is(err, ErrOtherKernel) {
 		t.Error(err)

@@ -23,7 +23,11 @@ type CPU struct {
 	Regs         kvm.Regs
 	Sregs        kvm.Sregs
 	KernelGSBase uint64 // MSR_KERNEL_GS_BASE
+	Lost         bool   // KVM has reset the CPU: see LostRegisters
 }
+
+// LostRegisters says why the registers of a CPU are not those of the guest.
+const LostRegisters = "registers are lost: on AMD, KVM resets a CPU that had a triple fault"
 
 const (
 	pageSize   = 4096
