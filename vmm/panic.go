@@ -20,6 +20,10 @@ const (
 	panicSilence = 5 * time.Second
 	haltSilence  = time.Second
 	panicLimit   = time.Minute
+
+	// tooLate is how late a timer comes only if this process was stopped meanwhile, and the guest with
+	// it.
+	tooLate = time.Second
 )
 
 // panicState is the known state of the guest's panic.
@@ -30,6 +34,7 @@ type panicState struct {
 	timer   *time.Timer   // nil: no wait for silence
 	silence time.Duration // how long the console must be silent
 	began   time.Time     // start of the wait
+	due     time.Time     // when the timer is to look at the console
 	resumed time.Time     // end of the last pause
 	final   bool          // pvpanic told of a panic without a crash kernel
 }
@@ -72,27 +77,37 @@ func (m *machine) awaitSilence(d time.Duration) {
 	case m.stop.Load():
 	case p.timer == nil:
 		p.silence, p.began = d, time.Now()
+		p.due = p.began.Add(d)
 		p.timer = time.AfterFunc(d, panics.Func(m.checkSilence))
 	case d < p.silence:
 		p.silence = d
-		p.timer.Reset(d)
+		p.wait(d)
 	}
+}
+
+// wait sets the timer. The caller holds mu.
+func (p *panicState) wait(d time.Duration) {
+	p.due = time.Now().Add(d)
+	p.timer.Reset(d)
 }
 
 func (m *machine) checkSilence() {
 	p := &m.panicked
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if time.Since(p.due) > tooLate {
+		p.goOn()
+	}
 	silent := min(m.console.silent(), time.Since(p.resumed))
 	switch {
 	case m.stop.Load():
 	case p.timer == nil: // stopped too late
 	case m.cfg.Pauser != nil && m.cfg.Pauser.Paused():
-		p.timer.Reset(p.silence)
+		p.wait(p.silence)
 	case silent >= p.silence:
 		m.end(Outcome{Ending: GuestPanic, Err: fmt.Errorf("its console was then silent for %v", p.silence)})
 	case time.Since(p.began) < panicLimit:
-		p.timer.Reset(p.silence - silent)
+		p.wait(p.silence - silent)
 	case p.told.Load():
 		m.end(Outcome{Ending: GuestPanic, Err: fmt.Errorf("its console was still busy %v later", panicLimit)})
 	default: // a program printed the text, and runs on
@@ -105,6 +120,11 @@ func (m *machine) checkSilence() {
 func (p *panicState) resume() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.goOn()
+}
+
+// goOn begins the times anew. The caller holds mu.
+func (p *panicState) goOn() {
 	p.resumed = time.Now()
 	p.began = p.resumed
 }

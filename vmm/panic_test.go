@@ -178,6 +178,21 @@ func TestPanicResumed(t *testing.T) {
 	}
 }
 
+// TestPanicStoppedProcess: the time in which gvm itself was stopped, so that its timer came late,
+// is no silence of the guest.
+func TestPanicStoppedProcess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &machine{console: &consoleWatch{out: io.Discard}}
+		m.lifecycle.init()
+		m.pvpanic(pvpanic.Panicked)
+		m.panicked.mu.Lock()
+		m.panicked.due = m.panicked.due.Add(-2 * tooLate)
+		m.panicked.mu.Unlock()
+		time.Sleep(panicSilence)
+		wantSilence(t, m)
+	})
+}
+
 // TestPanicAfterPrinted: a program printed a panic's last line, and nearly panicLimit later the
 // kernel panics. The bounds of its own panic hold.
 func TestPanicAfterPrinted(t *testing.T) {
