@@ -118,6 +118,7 @@ func (d *Debugger) halt(stop gdbstub.Stop) {
 	d.halted.Store(true)
 	d.stop, d.all = stop, make(chan struct{})
 	m, all, stops := d.m, d.all, d.stops
+	m.followStops()
 	if d.parked == len(d.cpus) {
 		close(all)
 	}
@@ -163,6 +164,7 @@ func (d *Debugger) settle() {
 func (d *Debugger) release() {
 	if d.m != nil {
 		d.m.panicked.resume()
+		defer d.m.followStops()
 	}
 	d.halted.Store(false)
 	for i := range d.cpus {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 
 	"github.com/bobuhiro11/gokvm/kvm"
 
@@ -46,6 +47,7 @@ type machine struct {
 	bus      *pci.Bus
 	virtio   []*vpci.Device
 	watchdog *i6300esb.Device // nil: none
+	stops    sync.Mutex       // serializes followStops
 	ids      []uint32         // local APIC IDs of cpus
 	cpus     []*kvmapi.VCPU
 	// questions are for the threads of cpus: each takes them where it is not in the guest.

@@ -102,7 +102,7 @@ func (m *machine) checkSilence() {
 	switch {
 	case m.stop.Load():
 	case p.timer == nil: // stopped too late
-	case m.cfg.Pauser != nil && m.cfg.Pauser.Paused():
+	case m.stopped():
 		p.wait(p.silence)
 	case silent >= p.silence:
 		m.end(Outcome{Ending: GuestPanic, Err: fmt.Errorf("its console was then silent for %v", p.silence)})

@@ -146,7 +146,7 @@ func (p *Pauser) stopDevices(ctx context.Context, release chan struct{}) error {
 func (p *Pauser) want() error {
 	p.release, p.stopped, p.parked, p.holds = make(chan struct{}), make(chan struct{}), 0, 0
 	p.wanted.Store(true)
-	p.m.watchdog.Pause()
+	p.m.followStops()
 	err := p.m.kick()
 	if err != nil {
 		p.resume()
@@ -204,14 +204,14 @@ func (p *Pauser) Resume() error {
 
 // resume is Resume. The caller holds mu.
 func (p *Pauser) resume() {
+	p.m.panicked.resume()
 	p.wanted.Store(false)
 	close(p.release)
 	p.release = nil
 	if p.giveUp != nil {
 		p.giveUp(ErrNotPaused)
 	}
-	p.m.watchdog.Resume()
-	p.m.panicked.resume()
+	p.m.followStops()
 	for _, v := range p.m.virtio {
 		v.Resume()
 	}
@@ -257,6 +257,11 @@ func (p *Pauser) Reset() error {
 
 // Paused reports whether the machine is paused, by a debugger too, or about to be.
 func (p *Pauser) Paused() bool { return p.wanted.Load() || p.debugger.Load().Halted() }
+
+// stopped reports whether the machine is paused, or a debugger has stopped it, or about to be.
+func (m *machine) stopped() bool {
+	return m.cfg.Pauser != nil && m.cfg.Pauser.Paused() || m.cfg.Debugger.Halted()
+}
 
 // begin starts a life of the machine, before its vCPUs run.
 func (p *Pauser) begin(m *machine) {

@@ -30,6 +30,19 @@ func (m *machine) addWatchdog() (err error) {
 	return err
 }
 
+// followStops stops the watchdog's clock while the guest is stopped, and lets it go on. It is
+// called after each change of a pause or of a debugger's stop, in any order: the last call sees
+// them all.
+func (m *machine) followStops() {
+	m.stops.Lock()
+	defer m.stops.Unlock()
+	if m.stopped() {
+		m.watchdog.Pause()
+	} else {
+		m.watchdog.Resume()
+	}
+}
+
 // watchdogExpired returns soon after the end of the machine's life at the latest.
 func (m *machine) watchdogExpired() {
 	if m.stop.Load() {
