@@ -140,11 +140,12 @@ func (g *guest) expect(text string, n int) {
 	}
 }
 
-// wait waits for the end.
+// wait waits for the end. Outcome.Left depends on the load of the host: TestNothingLeft looks for
+// threads that do not end.
 func (g *guest) wait() vmm.Outcome {
 	g.t.Helper()
 	out, err := g.Wait()
-	if err != nil || errors.Is(out.Err, errTooLong) || out.Left {
+	if err != nil || errors.Is(out.Err, errTooLong) {
 		g.t.Errorf("%+v, %v:\n%s", out, err, g.screen.text())
 	}
 	return out

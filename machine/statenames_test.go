@@ -225,6 +225,17 @@ func (g *guest) state() inspect.Node {
 		if age, ok := n.Get("disk/0/task/0/age").(inspect.Age); ok && time.Duration(age) > 100*time.Millisecond && !busy {
 			return n
 		}
+		g.runs()
+	}
+}
+
+// runs fails the test if the machine has ended, as it does after tooLong.
+func (g *guest) runs() {
+	g.t.Helper()
+	select {
+	case <-g.Ended():
+		g.t.Fatalf("the machine has ended: %+v\n%s", g.wait(), g.screen.text())
+	default:
 	}
 }
 
@@ -264,6 +275,7 @@ func (g *guest) metrics() map[string]string {
 			g.t.Fatalf("%s, %v: %s", resp.Status, err, b)
 		}
 		if !strings.Contains(string(b), "\ngvm_busy 0\n") {
+			g.runs()
 			continue
 		}
 		all := map[string]string{}
