@@ -47,7 +47,8 @@ type stoppedError string
 func (e stoppedError) Error() string { return ErrNoAnswer.Error() + ": " + string(e) }
 func (e stoppedError) Unwrap() error { return ErrNoAnswer }
 
-// ErrNoListener means that a machine's process lives, and its control socket does not.
+// ErrNoListener means that a machine's process lives, as Directory.List has told, and its control
+// socket does not, or is not there.
 var ErrNoListener = errors.New("nothing listens on its control socket: its broker has ended, or the machine ends " +
 	"just now; kill -TERM PID ends it")
 
@@ -99,6 +100,14 @@ func (c *Client) send(ctx context.Context, method, path string, header http.Head
 
 // dial connects to the socket of a name.
 func (d Directory) dial(ctx context.Context, name string) (net.Conn, error) {
+	conn, err := d.dialSocket(ctx, name)
+	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) { // the directory goes with the last machine
+		return nil, ErrNoListener
+	}
+	return conn, err
+}
+
+func (d Directory) dialSocket(ctx context.Context, name string) (net.Conn, error) {
 	if err := private(d.path, os.Geteuid()); err != nil {
 		return nil, err
 	}
@@ -111,9 +120,6 @@ func (d Directory) dial(ctx context.Context, name string) (net.Conn, error) {
 	conn, err := dialer.DialContext(ctx, "unix", socketPath(dir, name+inside+socketFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		conn, err = dialer.DialContext(ctx, "unix", socketPath(dir, name+beside+socketFile))
-	}
-	if errors.Is(err, unix.ECONNREFUSED) {
-		return nil, ErrNoListener
 	}
 	return conn, err
 }

@@ -512,7 +512,7 @@ func TestCloseWaits(t *testing.T) {
 	if err := <-closed; err != nil {
 		t.Error(err)
 	}
-	if _, err := c.Info(t.Context()); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := c.Info(t.Context()); !errors.Is(err, ErrNoListener) {
 		t.Errorf("a request after Close: %v", err)
 	}
 	if _, err := s.guarded(func(*http.Request) (any, error) { return 1, nil }, nil); err != ErrEnded {
@@ -553,7 +553,8 @@ func TestCloseDoesNotWaitForClients(t *testing.T) {
 	}
 }
 
-// TestClientNoListener: nothing listens on the socket, as after the death of a machine's broker.
+// TestClientNoListener: nothing listens on the socket, as after the death of a machine's broker, or
+// it has been removed, as by a machine that ends.
 func TestClientNoListener(t *testing.T) {
 	d := testDir(t)
 	lock, l, err := d.claim("vm")
@@ -564,12 +565,17 @@ func TestClientNoListener(t *testing.T) {
 	l.Close()
 	c := NewClient(d, "vm")
 	const want = "machine vm does not answer: nothing listens on its control socket: "
-	_, asked := c.Info(t.Context())
-	_, added := c.AddDisk(t.Context(), AddDisk{Disk: "mem:1M"})
-	_, console := c.Console(t.Context())
-	for name, err := range map[string]error{"info": asked, "disk add": added, "console": console} {
-		if !errors.Is(err, ErrNoListener) || !strings.HasPrefix(err.Error(), want) {
-			t.Errorf("%s: %v, want %q", name, err, want)
+	for _, state := range []string{"deaf", "removed"} {
+		_, asked := c.Info(t.Context())
+		_, added := c.AddDisk(t.Context(), AddDisk{Disk: "mem:1M"})
+		_, console := c.Console(t.Context())
+		for name, err := range map[string]error{"info": asked, "disk add": added, "console": console} {
+			if !errors.Is(err, ErrNoListener) || !strings.HasPrefix(err.Error(), want) {
+				t.Errorf("%s, %s: %v, want %q", state, name, err, want)
+			}
+		}
+		if err := os.Remove(d.file("vm", inside, socketFile)); (err == nil) != (state == "deaf") {
+			t.Error(err)
 		}
 	}
 }

@@ -42,8 +42,16 @@ func awaitHalt(t *testing.T, name string) {
 	}
 }
 
-// others matches notes of gvm list about machines of other tests that end meanwhile.
-var others = regexp.MustCompile(`(?m)^note: machine gvm-[0-9-]+ .*\n`)
+// errsOf returns the messages without gvm list's notes about machines of other tests, which end
+// meanwhile.
+func errsOf(name, errs string) string {
+	return regexp.MustCompile(`(?m)^note: machine .*\n`).ReplaceAllStringFunc(errs, func(note string) string {
+		if strings.HasPrefix(note, "note: machine "+name+" ") {
+			return note
+		}
+		return ""
+	})
+}
 
 // TestDiskCommands runs gvm disk on a machine with an idle guest.
 func TestDiskCommands(t *testing.T) {
@@ -189,7 +197,7 @@ func testDiskCommands(t *testing.T, name, sandbox string) {
 		out := strings.ReplaceAll(v.out, "VM", name)
 		v.errs = strings.ReplaceAll(strings.ReplaceAll(v.errs, "[VM]", "[vm]"), "VM", name)
 		v.errs = strings.ReplaceAll(v.errs, "[vm]", "[VM]")
-		r.errs = others.ReplaceAllString(r.errs, "")
+		r.errs = errsOf(name, r.errs)
 		if r.status != v.status || !strings.Contains(r.out, out) || !strings.Contains(r.errs, v.errs) ||
 			strings.Count(r.errs, "\n") > min(v.status, 1) {
 			t.Errorf("%s: status %d, output %q, errors %q; want %d, %q, %q", v.args, r.status, r.out,
@@ -319,7 +327,7 @@ func TestSysRqKey(t *testing.T) {
 	p := startGVM(t, t.TempDir(), guestRun("--name="+name, "echo")...)
 	p.expect("ready")
 	for _, key := range []string{"w", "q"} {
-		if r := ask(t, t.TempDir(), "sysrq", name, key); r.status != 0 || r.out+others.ReplaceAllString(r.errs, "") != "" {
+		if r := ask(t, t.TempDir(), "sysrq", name, key); r.status != 0 || r.out+errsOf(name, r.errs) != "" {
 			t.Errorf("%s: status %d, %q, %q", key, r.status, r.out, r.errs)
 		}
 	}
@@ -334,7 +342,7 @@ func TestNMICommand(t *testing.T) {
 	name := fmt.Sprintf("nmi-%d", os.Getpid())
 	p := startGVM(t, t.TempDir(), guestRun("--name="+name, "--cpus=2", "hang")...)
 	p.expect("hanging")
-	if r := ask(t, t.TempDir(), "nmi", name); r.status != 0 || r.out+others.ReplaceAllString(r.errs, "") != "" {
+	if r := ask(t, t.TempDir(), "nmi", name); r.status != 0 || r.out+errsOf(name, r.errs) != "" {
 		t.Errorf("status %d, %q, %q", r.status, r.out, r.errs)
 	}
 	if r := p.wait(); r.status != exitPanic || !strings.Contains(r.out, "FAIL: exception 2, ") {
@@ -351,7 +359,7 @@ func TestStop(t *testing.T) {
 		p := startGVM(t, t.TempDir(), guestRun("--name="+name, "spin")...)
 		p.expect("spinning")
 		if r := ask(t, t.TempDir(), append(args, name)...); r.status != 0 ||
-			r.out+others.ReplaceAllString(r.errs, "") != "" {
+			r.out+errsOf(name, r.errs) != "" {
 			t.Errorf("%v: status %d, %q, %q", args, r.status, r.out, r.errs)
 		}
 		if r := p.wait(); r.status != exitTerminated || !strings.Contains(r.errs, "stopped by gvm stop") {

@@ -35,7 +35,7 @@ func TestTestMachine(t *testing.T) {
 		{"inspect VM paused", 2, "", "no machine of this user"},
 	} {
 		r := ask(t, t.TempDir(), strings.Fields(strings.ReplaceAll(v.args, "VM", name))...)
-		notes := others.ReplaceAllString(r.errs, "")
+		notes := errsOf(name, r.errs)
 		if r.status != v.status || !strings.Contains(r.out, v.out) ||
 			!strings.Contains(notes, strings.ReplaceAll(v.errs, "VM", name)) || v.errs == "" && notes != "" {
 			t.Errorf("%s: status %d, %q, %q", v.args, r.status, r.out, r.errs)
@@ -53,10 +53,10 @@ func TestMatrixMachines(t *testing.T) {
 	p := startGVM(t, "", "test", "-k", testKernel(t), "-a", "hang", "--repeat=2", "--jobs=2", "--", "sh")
 	pid := fmt.Sprint(p.cmd.Process.Pid)
 	names := []string{"gvm-" + pid + "-1", "gvm-" + pid + "-2"}
-	for listed := 0; listed < len(names); {
+	p.eventually("both machines are listed", func() bool {
 		out := ask(t, t.TempDir(), "list").out
-		listed = strings.Count(out, names[0]) + strings.Count(out, names[1])
-	}
+		return strings.Contains(out, names[0]) && strings.Contains(out, names[1])
+	})
 	for _, name := range names {
 		r := ask(t, t.TempDir(), "inspect", name, "sandbox/mode")
 		for strings.Contains(r.errs, "the machine does not run now") { // it is listed before it runs
