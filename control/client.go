@@ -47,10 +47,14 @@ type stoppedError string
 func (e stoppedError) Error() string { return ErrNoAnswer.Error() + ": " + string(e) }
 func (e stoppedError) Unwrap() error { return ErrNoAnswer }
 
-// ErrNoListener means that a machine's process lives, as Directory.List has told, and its control
-// socket does not, or is not there.
-var ErrNoListener = errors.New("nothing listens on its control socket: its broker has ended, or the machine ends " +
-	"just now; kill -TERM PID ends it")
+// Errors of a machine whose process lives, as Directory.List has told, and whose control socket
+// does not, or is gone.
+var (
+	ErrNoListener = errors.New("nothing listens on its control socket: its broker has ended, or the machine ends " +
+		"just now; kill -TERM PID ends it")
+	ErrNoSocket = errors.New("its control socket is gone: the machine ends just now, or a program removed the socket; " +
+		"kill -TERM PID ends it")
+)
 
 // Client sends requests to the machine with a name in a Directory. It holds no resources.
 type Client struct {
@@ -101,8 +105,11 @@ func (c *Client) send(ctx context.Context, method, path string, header http.Head
 // dial connects to the socket of a name.
 func (d Directory) dial(ctx context.Context, name string) (net.Conn, error) {
 	conn, err := d.dialSocket(ctx, name)
-	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) { // the directory goes with the last machine
+	switch {
+	case errors.Is(err, unix.ECONNREFUSED):
 		return nil, ErrNoListener
+	case errors.Is(err, fs.ErrNotExist): // the directory goes with the last machine
+		return nil, ErrNoSocket
 	}
 	return conn, err
 }

@@ -296,7 +296,7 @@ func TestDirectoryTricks(t *testing.T) {
 			}
 			_, asked := NewClient(d, "vm").Info(t.Context())
 			if name == "parent" { // there is no machine
-				if !errors.Is(asked, ErrNoListener) {
+				if !errors.Is(asked, ErrNoSocket) {
 					t.Errorf("asked: %v", asked)
 				}
 				return

@@ -346,7 +346,8 @@ func theMachine(word string) (*control.Client, error) {
 	client := func(e control.Entry) (*control.Client, error) {
 		c := control.NewClient(dir, e.Name)
 		_, err := c.Info(context.Background())
-		if errors.Is(err, control.ErrNoAnswer) || errors.Is(err, control.ErrNoListener) {
+		if errors.Is(err, control.ErrNoAnswer) || errors.Is(err, control.ErrNoListener) ||
+			errors.Is(err, control.ErrNoSocket) {
 			return nil, fmt.Errorf("%w (process %d)", err, e.PID)
 		}
 		return c, nil

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net/http"
 	"os"
 	"strings"
@@ -68,7 +67,7 @@ func follow(c *cli.Context, client *control.Client, path string, times int, show
 
 // hasEnded reports whether the machine of a request is gone.
 func hasEnded(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
+	return errors.Is(err, control.ErrNoSocket)
 }
 
 // isBetween reports whether the machine is ending, or its guest is between two lives.
