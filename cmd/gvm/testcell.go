@@ -125,6 +125,7 @@ func (t *testConfig) runProcess(ctx context.Context, o *cellOrder, note func(str
 		return fail(err)
 	}
 	err = nowait.WakeAtClose(stdin, c.Process.Pid) // this process may be killed while that one is stopped
+	_ = stdin.Close()                              // else a long order to a dead process waits for ever
 	if err == nil {
 		err = json.NewEncoder(in).Encode(o)
 	}
