@@ -172,6 +172,33 @@ func TestGoroutines(t *testing.T) {
 	}
 }
 
+// TestCauses checks that an operation whose context has ended reports the cause of that, such as a
+// signal or the end of the machine: ctx.Err says "context canceled" to a user.
+func TestCauses(t *testing.T) {
+	for _, src := range sources(t, "guest-tests") {
+		compared := map[ast.Expr]bool{}
+		ast.Inspect(src.file, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.BinaryExpr:
+				if types.ExprString(n.Y) == "nil" {
+					compared[n.X] = true
+				}
+			case *ast.CallExpr:
+				of, ok := n.Fun.(*ast.SelectorExpr)
+				if !ok || of.Sel.Name != "Err" || len(n.Args) != 0 || compared[n] {
+					break
+				}
+				from := types.ExprString(of.X)
+				if name := from[strings.LastIndexByte(from, '.')+1:]; slices.Contains([]string{"ctx", "life", "over"}, name) ||
+					strings.HasSuffix(from, "Context()") {
+					t.Errorf("%s: report context.Cause(%s)", src.position(n), from)
+				}
+			}
+			return true
+		})
+	}
+}
+
 // source is a parsed file that is no test.
 type source struct {
 	path string

@@ -83,8 +83,8 @@ func (r Region) pageExtents(ctx context.Context, each func(from, to int) error) 
 	var entries [64 << 10]byte
 	from, size := -1, len(r.Bytes) // from: where the current extent began; -1: none
 	for at := 0; at < size; {
-		if err := ctx.Err(); err != nil {
-			return err
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
 		n := min(len(entries), (size-at+pageSize-1)/pageSize*8)
 		if _, err := f.ReadAt(entries[:n], int64(r.page()+uintptr(at/pageSize))*8); err != nil {

@@ -23,8 +23,8 @@ type lifecycle struct {
 	once    sync.Once
 	outcome Outcome
 	ended   chan struct{}
-	life    context.Context // done when ended is closed
-	endLife context.CancelFunc
+	life    context.Context // done when ended is closed, with ErrNotRunning
+	endLife context.CancelCauseFunc
 	stop    atomic.Bool
 	threads sync.WaitGroup // of the vCPUs
 	closing atomic.Value   // string: the thread or device that takeDown waits for
@@ -33,7 +33,7 @@ type lifecycle struct {
 
 func (l *lifecycle) init() {
 	l.ended = make(chan struct{})
-	l.life, l.endLife = context.WithCancel(context.Background())
+	l.life, l.endLife = context.WithCancelCause(context.Background())
 }
 
 // end sets the outcome unless there is one, and reports whether it did. It does not wait.
@@ -42,7 +42,7 @@ func (l *lifecycle) end(o Outcome) (set bool) {
 		l.outcome, set = o, true
 		l.stop.Store(true)
 		close(l.ended)
-		l.endLife()
+		l.endLife(ErrNotRunning)
 	})
 	return set
 }

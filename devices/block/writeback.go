@@ -14,8 +14,8 @@ func (b *File) WriteBack(ctx context.Context) error {
 	const most, least = 1 << 16, 4 << 20 // pieces, and bytes of one
 	step := max((b.Size()/most+least-1)/least*least, least)
 	for off := int64(0); off < b.Size(); off += step {
-		if err := ctx.Err(); err != nil {
-			return err
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
 		err := unix.SyncFileRange(b.fd, off, step,
 			unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)

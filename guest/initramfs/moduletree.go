@@ -140,7 +140,7 @@ func (t *tree) addBuiltIn(text []byte) {
 func (t *tree) walk() error {
 	err := fs.WalkDir(t.root.FS(), ".", func(file string, d fs.DirEntry, err error) error {
 		if err == nil {
-			err = t.ctx.Err()
+			err = context.Cause(t.ctx)
 		}
 		if err == nil && d.Type().IsRegular() && strings.HasSuffix(uncompressed(file), ".ko") {
 			if len(t.paths) == maxPaths {
@@ -217,7 +217,7 @@ func (t *tree) open(file string) (*os.File, error) {
 func (t *tree) content(name string) (b []byte, err error) {
 	file := t.paths[name]
 	b, ok := t.contents[name]
-	if err = t.ctx.Err(); err == nil && !ok {
+	if err = context.Cause(t.ctx); err == nil && !ok {
 		var f *os.File
 		if f, err = t.file(name); err == nil {
 			b, err = kernel.ReadAll(io.NewSectionReader(f, 0, maxModule+1), maxModule)
@@ -362,7 +362,7 @@ func (t *tree) readAliases() error {
 		return nil
 	}
 	for name, file := range t.paths {
-		if err := t.ctx.Err(); err != nil {
+		if err := context.Cause(t.ctx); err != nil {
 			return t.fault(file, err, "")
 		}
 		if info, err := t.infoOf(name); err == nil { // one that cannot be read counts only if it is needed

@@ -48,8 +48,8 @@ func findInfo(ctx context.Context, mem *guestmem.Memory, cpus []CPU) (found *vmc
 	for _, r := range mem.Regions() {
 		err := r.Extents(ctx, func(from, to int) error {
 			for at := from; at < to && seen < maxInfos; {
-				if err := ctx.Err(); err != nil {
-					return err
+				if ctx.Err() != nil {
+					return context.Cause(ctx)
 				}
 				i := bytes.Index(r.Bytes[at:min(at+maxRun+len(begins)-1, to)], []byte(begins))
 				if i < 0 {

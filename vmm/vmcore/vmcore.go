@@ -111,8 +111,8 @@ var zeros [pageSize]byte
 // putData puts the pages of b that are not zero, by runs of maxRun bytes at most.
 func putData(ctx context.Context, b []byte, off int64, put func(off int64, p []byte) error) error {
 	for ; len(b) > 0; b, off = b[min(maxRun, len(b)):], off+maxRun {
-		if err := ctx.Err(); err != nil {
-			return err
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
 		part := b[:min(maxRun, len(b))]
 		for at := 0; at < len(part); at += pageSize {

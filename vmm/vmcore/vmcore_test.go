@@ -264,18 +264,21 @@ func FuzzFindInfo(f *testing.F) {
 	})
 }
 
-// looks is a context that ends when it has been looked at so often.
+// looks is a context that ends, with errLooks, when it has been looked at so often.
 type looks struct {
 	context.Context
 	left int
+	end  context.CancelCauseFunc
 }
+
+var errLooks = errors.New("looked at too often")
 
 func (l *looks) Err() error {
 	if l.left == 0 {
-		return context.Canceled
+		l.end(errLooks)
 	}
 	l.left--
-	return nil
+	return l.Context.Err()
 }
 
 // TestWriteEnds: the search in memory and its copy look for the end of the context at every MiB,
@@ -285,7 +288,9 @@ func TestWriteEnds(t *testing.T) {
 	mem := guestmem.Heap(0, size)
 	clear(mem.Regions()[0].Bytes) // touches it
 	write := func(n int) (left int, err error) {
-		ctx := &looks{t.Context(), n}
+		ctx := &looks{left: n}
+		ctx.Context, ctx.end = context.WithCancelCause(t.Context())
+		defer ctx.end(nil)
 		_, _, err = Write(ctx, mem, make([]CPU, 1), new(file).put)
 		return ctx.left, err
 	}
@@ -295,7 +300,7 @@ func TestWriteEnds(t *testing.T) {
 		t.Errorf("%d looks at %d MiB, %v", n, size>>20, err)
 	}
 	for n := range plenty - left {
-		if _, err := write(n); err != context.Canceled {
+		if _, err := write(n); err != errLooks {
 			t.Errorf("after %d looks: %v", n, err)
 		}
 	}
