@@ -78,7 +78,7 @@ func (b *File) usedBy(st *unix.Stat_t, o Options) string {
 	case t.isSwap():
 		return "it is swap; swapoff " + b.path + " first"
 	}
-	return t.server(o.Lend)
+	return cmp.Or(t.mounted(o.ReadOnly, b.isEROFS()), t.server(o.Lend))
 }
 
 // lockPartitions locks those partitions of a disk that have a part of s. Their disk is locked by no
@@ -164,7 +164,8 @@ func (b *File) claimBelow(rdev uint64, s span, a access, o Options, depth int) e
 	if err := b.lockBelow(name, t, s, a, claim); err != nil {
 		return fmt.Errorf("%s: is a loop device on %w", b.path, err)
 	}
-	if by := cmp.Or(t.loops(filepath.Base(realPath(dir)), s, o.ReadOnly), t.server(false)); by != "" && !o.ReadOnly {
+	by := cmp.Or(t.loops(filepath.Base(realPath(dir)), s, o.ReadOnly), t.mounted(o.ReadOnly, true), t.server(false))
+	if by != "" && !o.ReadOnly {
 		return fmt.Errorf("%s: is a loop device on %w", b.path, &LockedError{Path: name, By: by})
 	}
 	if t.rdev == 0 {
@@ -306,6 +307,25 @@ func (t thing) isSwap() bool {
 	return slices.ContainsFunc(swaps(), t.is)
 }
 
+// mounted returns where a file is mounted without a loop device, and the mend: by EROFS, or by a
+// FUSE server such as fuse2fs. Of mounts that cannot write a reader sees nothing. Other mount
+// namespaces cost milliseconds, as every process may have one.
+func (t thing) mounted(reader, everywhere bool) string {
+	if t.rdev != 0 {
+		return ""
+	}
+	return mountedAt(nil, func(m mount) bool {
+		return (m.kind == "erofs" || strings.HasPrefix(m.kind, "fuse")) && t.is(m.source)
+	}, reader, everywhere)
+}
+
+// isEROFS reports whether the image is a file system of EROFS (fs/erofs/erofs_fs.h of Linux).
+func (b *File) isEROFS() bool {
+	magic := make([]byte, 4)
+	_, err := unix.Pread(b.fd, magic, 1024)
+	return err == nil && string(magic) == "\xe2\xe1\xf5\xe0"
+}
+
 // writer returns the user of a range of a device below or above the disk, which name leads to, that
 // claims nothing and locks nothing: a loop device or a server of the kernel. A disk that is only
 // read minds none.
@@ -396,7 +416,7 @@ func deviceUser(rdev uint64, writers bool) string {
 		fi, err := os.Stat(path)
 		return err == nil && slices.Contains(devs, thingOf(fi).rdev) && thingOf(fi).rdev != 0
 	}
-	if by := mountedAt(devs, has, writers); by != "" {
+	if by := mountedAt(devs, func(m mount) bool { return has(m.source) }, writers, true); by != "" {
 		return by
 	}
 	for _, path := range swaps() {
@@ -447,10 +467,16 @@ func deviceLocked(path string, rdev uint64) *LockedError {
 	return e
 }
 
-// mountedAt returns where a file system of one of the devices is mounted, in this
-// or any other mount namespace.
-func mountedAt(devs []uint64, has func(string) bool, writers bool) string {
-	files, _ := filepath.Glob("/proc/[0-9]*/mountinfo")
+// mount is a mounted file system, with the path that its mounter gave for it.
+type mount struct{ kind, source string }
+
+// mountedAt returns where a file system of one of the devices, or one whose source has knows, is
+// mounted, in this mount namespace or everywhere.
+func mountedAt(devs []uint64, has func(mount) bool, writers, everywhere bool) string {
+	var files []string
+	if everywhere {
+		files, _ = filepath.Glob("/proc/[0-9]*/mountinfo")
+	}
 	seen := map[string]bool{}
 	const own = "/proc/self/mountinfo"
 	for _, file := range append([]string{own}, files...) {
@@ -469,7 +495,7 @@ func mountedAt(devs []uint64, has func(string) bool, writers bool) string {
 			readOnly := slices.Contains(strings.Split(of[2], ","), "ro")
 			dev, known := parseDev(at[2])
 			source := unescape(of[1])
-			is := known && slices.Contains(devs, dev) || strings.HasPrefix(source, "/") && has(source)
+			is := known && slices.Contains(devs, dev) || strings.HasPrefix(source, "/") && has(mount{of[0], source})
 			if !is || writers && readOnly {
 				continue
 			}

@@ -1,6 +1,7 @@
 package block_test
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -93,11 +94,43 @@ func mount(t *testing.T, dev string) string {
 	return dir
 }
 
+// keepMounts starts a process that keeps all mounts in a namespace of its own until the test ends.
+func keepMounts(t *testing.T) (pid int) {
+	t.Helper()
+	c := exec.Command("cat")
+	c.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close(); _ = c.Wait() })
+	return c.Process.Pid
+}
+
 // ext4 is an image of a file system.
 func ext4(t *testing.T) string {
 	path := image(t, "fs.img", "", 16*mib)
 	run(t, "mkfs.ext4", "-q", "-F", path)
 	return path
+}
+
+// emptyEROFS returns an EROFS file system with an empty root directory
+// (Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h of Linux).
+func emptyEROFS() string {
+	const rootInode = 64 // of 32 bytes each
+	b := make([]byte, 8<<10)
+	super, root := b[1024:], b[rootInode*32:]
+	binary.LittleEndian.PutUint32(super, 0xe0f5e1e2) // magic
+	super[12] = 12                                   // blkszbits
+	binary.LittleEndian.PutUint16(super[14:], rootInode)
+	binary.LittleEndian.PutUint64(super[16:], 1) // inos
+	binary.LittleEndian.PutUint32(super[36:], 2) // blocks
+	binary.LittleEndian.PutUint16(root[4:], unix.S_IFDIR|0o755)
+	binary.LittleEndian.PutUint16(root[6:], 2) // i_nlink
+	return string(b)
 }
 
 // refused wants Open of path for writing to say that it is in use, by what texts name.
@@ -162,19 +195,10 @@ func TestInUseByHost(t *testing.T) {
 		needs(t, "nsenter")
 		dev := loop(t, ext4(t))
 		dir := mount(t, dev)
-		c := exec.Command("cat")
-		c.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
-		in, err := c.StdinPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := c.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { in.Close(); _ = c.Wait() })
+		pid := keepMounts(t)
 		run(t, "umount", dir)
 		refused(t, dev, "mounted at "+dir, "nsenter -t ", " -m umount "+dir+" first")
-		run(t, "nsenter", "-t", strconv.Itoa(c.Process.Pid), "-m", "umount", dir)
+		run(t, "nsenter", "-t", strconv.Itoa(pid), "-m", "umount", dir)
 		blocktest.AwaitUnclaimed(t, dev)
 		open(t, dev, block.Options{}).Close()
 		run(t, "mount", dev, dir) // what Cleanup unmounts
@@ -346,6 +370,35 @@ func TestInUseByHost(t *testing.T) {
 		}
 		t.Cleanup(func() { run(t, "dmsetup", "remove", name) })
 		refused(t, dev, name)
+	})
+	t.Run("file mounted without a loop device", func(t *testing.T) {
+		path := image(t, "erofs.img", emptyEROFS(), mib)
+		link := filepath.Join(filepath.Dir(path), "link")
+		if err := os.Link(path, link); err != nil {
+			t.Fatal(err)
+		}
+		dir := t.TempDir()
+		// mount(8) would attach a loop device first.
+		if err := unix.Mount(path, dir, "erofs", unix.MS_RDONLY, ""); err != nil {
+			t.Skipf("no EROFS on files here (Linux 6.12): %v", err)
+		}
+		t.Cleanup(func() { run(t, "umount", dir) })
+		refused(t, path, dir, "umount")
+		refused(t, link, dir, "umount")
+		if notes := reads(t, path); strings.Contains(notes, dir) {
+			t.Errorf("a mount that cannot write is noted: %s", notes)
+		}
+		refused(t, loop(t, link), dir, "umount")
+	})
+	t.Run("file mounted without a loop device in another namespace", func(t *testing.T) {
+		path := image(t, "erofs.img", emptyEROFS(), mib)
+		dir := t.TempDir()
+		if err := unix.Mount(path, dir, "erofs", unix.MS_RDONLY, ""); err != nil {
+			t.Skipf("no EROFS on files here (Linux 6.12): %v", err)
+		}
+		keepMounts(t)
+		run(t, "umount", dir)
+		refused(t, path, "mounted at "+dir, "nsenter -t ", " -m umount "+dir+" first")
 	})
 	t.Run("swap", func(t *testing.T) {
 		needs(t, "mkswap", "swapon")
