@@ -388,6 +388,26 @@ func TestLargeModules(t *testing.T) {
 	}
 }
 
+// TestManyWords bounds the memory for the words about modules in a directory: for aliases, of all
+// modules where no list has them, and for dependencies.
+func TestManyWords(t *testing.T) {
+	defer func(n int) { maxWords = n }(maxWords)
+	maxWords = 1 << 20
+	dir := t.TempDir()
+	for i := range 16 {
+		words := slices.Repeat([]string{"alias=a"}, 1<<10)
+		next := fmt.Sprintf("m%d,", i+1)
+		write(t, filepath.Join(dir, fmt.Sprintf("m%d.ko", i)),
+			makeModule(append(words, "depends="+strings.Repeat(next, 1<<10))...))
+	}
+	for _, name := range []string{"m1", "nosuch"} {
+		_, err := Modules(t.Context(), fakeKernel(dir, kernel.Installed), name)
+		if err == nil || !strings.Contains(err.Error(), "those read before have more than 1 MiB") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // TestOneFile: modules are the same if one file at a time is open.
 func TestOneFile(t *testing.T) {
 	defer func(n int) { maxOpen = n }(maxOpen)

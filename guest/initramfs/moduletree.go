@@ -27,8 +27,9 @@ const (
 	maxPaths  = 1 << 17 // modules of a kernel
 )
 
-// maxKept bounds the memory for the modules that a list of names leads to; tests change it.
-var maxKept = 1 << 30
+// maxKept bounds the memory for the modules that a list of names leads to, and maxWords that for
+// the words of .modinfo sections, of which all modules of Linux have some MiB; tests change them.
+var maxKept, maxWords = 1 << 30, 256 << 20
 
 // tree is the modules of a kernel.
 type tree struct {
@@ -40,6 +41,7 @@ type tree struct {
 	infos    map[string]moduleInfo
 	contents map[string][]byte   // of modules, perhaps compressed
 	kept     int                 // bytes of modules that are needed
+	words    int                 // bytes of infos and aliases
 	root     *os.Root            // nil: a package
 	files    map[string]*os.File // modules of a directory that are open, by their names
 	built    bool                // a build directory
@@ -258,7 +260,16 @@ func (t *tree) info(name string) (moduleInfo, error) {
 		return moduleInfo{}, t.fault(t.paths[name], cause(err), "build or install the modules again")
 	}
 	t.infos[name] = info
-	return info, nil
+	return info, t.count(name, info)
+}
+
+// count counts memory for the words of a module.
+func (t *tree) count(name string, info moduleInfo) error {
+	if t.words += info.size; t.words > maxWords {
+		return t.fault(t.paths[name], fmt.Errorf("its section .modinfo and those read before have more than %d MiB",
+			maxWords>>20), "build or install the modules again")
+	}
+	return nil
 }
 
 // read reads modules.
@@ -366,6 +377,9 @@ func (t *tree) readAliases() error {
 			return t.fault(file, err, "")
 		}
 		if info, err := t.infoOf(name); err == nil { // one that cannot be read counts only if it is needed
+			if err := t.count(name, info); err != nil {
+				return err
+			}
 			t.addAliases(name, info)
 		}
 	}
