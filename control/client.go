@@ -56,6 +56,16 @@ var (
 		"kill -TERM PID ends it")
 )
 
+// ErrCut means that a machine closed a connection before its answer was complete.
+var ErrCut = errors.New("it closed the connection, as it ends just now or has too many clients")
+
+// IsCut reports whether err, of a read or a write, means that the other end has closed the
+// connection. Which of these errors comes depends on what was under way.
+func IsCut(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) ||
+		errors.Is(err, unix.EPIPE)
+}
+
 // Client sends requests to the machine with a name in a Directory. It holds no resources.
 type Client struct {
 	dir  Directory
@@ -95,9 +105,6 @@ func (c *Client) send(ctx context.Context, method, path string, header http.Head
 	if err != nil {
 		a.release()
 		conn.Close()
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
 	}
 	return a, err
 }
@@ -306,12 +313,8 @@ func ask[T any](ctx context.Context, c *Client, method, path string, body any) (
 	return answer, err
 }
 
-// ask is the function ask, once for all types of answers.
-func (c *Client) ask(ctx context.Context, method, path string, body, answer any) (err error) {
-	limit := changeTimeout
-	if method == http.MethodGet {
-		limit = askTimeout
-	}
+// patiently has do make a request within limit. It gives up on a machine whose process is stopped.
+func (c *Client) patiently(ctx context.Context, limit time.Duration, do func(context.Context) error) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, ErrNoAnswer)
 	defer cancel()
 	ctx, giveUp := context.WithCancelCause(ctx)
@@ -328,44 +331,65 @@ func (c *Client) ask(ctx context.Context, method, path string, body, answer any)
 			}
 		}
 	})
-	defer func() {
-		cause := context.Cause(ctx)
-		var stopped stoppedError
-		switch {
-		case err == nil:
-		case errors.As(cause, &stopped):
-			err = fmt.Errorf("machine %s: %w", c.name, cause)
-		case cause == ErrNoAnswer:
-			err = fmt.Errorf("machine %s: %w within %v: its process may be stopped (kill -CONT PID), or its host overloaded",
-				c.name, cause, limit)
-		}
-	}()
-	var content io.Reader
+	err := do(ctx)
+	cause := context.Cause(ctx)
+	var stopped stoppedError
+	switch {
+	case err == nil:
+	case errors.As(cause, &stopped):
+		err = fmt.Errorf("machine %s: %w", c.name, cause)
+	case cause == ErrNoAnswer:
+		err = fmt.Errorf("machine %s: %w within %v: its process may be stopped (kill -CONT PID), or its host overloaded",
+			c.name, cause, limit)
+	}
+	return err
+}
+
+// noAnswer is the error of a request whose answer did not come, or not all of it. If ctx has ended,
+// that is its cause.
+func (c *Client) noAnswer(ctx context.Context, err error) error {
+	if IsCut(err) {
+		err = ErrCut
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
+	}
+	return fmt.Errorf("machine %s does not answer: %w", c.name, err)
+}
+
+// ask is the function ask, once for all types of answers.
+func (c *Client) ask(ctx context.Context, method, path string, body, answer any) error {
+	limit := changeTimeout
+	if method == http.MethodGet {
+		limit = askTimeout
+	}
+	var content []byte
 	if body != nil {
-		b, err := json.Marshal(body)
-		if err != nil {
+		var err error
+		if content, err = json.Marshal(body); err != nil {
 			return err
 		}
-		content = bytes.NewReader(b)
 	}
-	resp, err := c.send(ctx, method, path, http.Header{"Connection": {"close"}}, content)
-	if err != nil {
-		return fmt.Errorf("machine %s does not answer: %w", c.name, err)
-	}
-	defer resp.conn.Close()
-	defer resp.release()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	if err != nil {
-		return fmt.Errorf("machine %s stops in the middle of an answer: %w", c.name, err)
-	}
-	switch resp.StatusCode {
-	case http.StatusNoContent:
-		return nil
-	case http.StatusOK:
-		if err := json.Unmarshal(b, answer); err != nil {
-			return fmt.Errorf("machine %s sends an answer that this gvm does not understand: %w", c.name, err)
+	return c.patiently(ctx, limit, func(ctx context.Context) error {
+		resp, err := c.send(ctx, method, path, http.Header{"Connection": {"close"}}, bytes.NewReader(content))
+		if err != nil {
+			return c.noAnswer(ctx, err)
 		}
-		return nil
-	}
-	return refusal(resp.Response, b)
+		defer resp.conn.Close()
+		defer resp.release()
+		b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+		if err != nil {
+			return c.noAnswer(ctx, err)
+		}
+		switch resp.StatusCode {
+		case http.StatusNoContent:
+			return nil
+		case http.StatusOK:
+			if err := json.Unmarshal(b, answer); err != nil {
+				return fmt.Errorf("machine %s sends an answer that this gvm does not understand: %w", c.name, err)
+			}
+			return nil
+		}
+		return refusal(resp.Response, b)
+	})
 }

@@ -3,14 +3,16 @@ package control
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"gvm/panics"
 	"gvm/text"
@@ -125,33 +127,54 @@ func (c *Client) Agent(ctx context.Context) (io.ReadWriteCloser, error) {
 
 // upgrade makes a connection a stream of a protocol. The machine answers within limit.
 func (c *Client) upgrade(ctx context.Context, path, protocol string, limit time.Duration) (io.ReadWriteCloser, error) {
-	noAnswer := func(err error) error {
-		if cause := context.Cause(ctx); cause != nil {
-			return cause
+	var s streamConn
+	err := c.patiently(ctx, limit, func(ctx context.Context) error {
+		resp, err := c.send(ctx, http.MethodGet, path, http.Header{"Connection": {"Upgrade"}, "Upgrade": {protocol}}, nil)
+		if err != nil {
+			return c.noAnswer(ctx, err)
 		}
-		return fmt.Errorf("machine %s does not answer: %w", c.name, err)
-	}
-	limited, cancel := context.WithTimeoutCause(ctx, limit, os.ErrDeadlineExceeded)
-	defer cancel()
-	resp, err := c.send(limited, http.MethodGet, path,
-		http.Header{"Connection": {"Upgrade"}, "Upgrade": {protocol}}, nil)
-	if err != nil {
-		return nil, noAnswer(err)
-	}
-	if resp.StatusCode != http.StatusSwitchingProtocols {
-		defer resp.release()
+		if resp.StatusCode == http.StatusSwitchingProtocols {
+			if !resp.release() {
+				resp.conn.Close()
+				return c.noAnswer(ctx, nil)
+			}
+			s = streamConn{resp.conn, resp.in}
+			return nil
+		}
 		defer resp.conn.Close()
-		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-		return nil, refusal(resp.Response, b)
+		defer resp.release()
+		b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+		if err != nil {
+			return c.noAnswer(ctx, err)
+		}
+		if resp.StatusCode < http.StatusMultipleChoices {
+			return fmt.Errorf("machine %s sends an answer that this gvm does not understand: %s", c.name, resp.Status)
+		}
+		return refusal(resp.Response, b)
+	})
+	if err == nil {
+		return s, nil
 	}
-	if !resp.release() {
-		resp.conn.Close()
-		return nil, noAnswer(os.ErrDeadlineExceeded)
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
 	}
-	return struct {
-		io.Reader
-		io.WriteCloser
-	}{resp.in, resp.conn}, nil
+	return nil, err
+}
+
+// streamConn is the client's end of a stream, whose input is in.
+type streamConn struct {
+	net.Conn
+	in io.Reader
+}
+
+// Read returns io.EOF at the machine's end, also if it has not read all that was written: Linux
+// resets the connection then.
+func (s streamConn) Read(p []byte) (int, error) {
+	n, err := s.in.Read(p)
+	if errors.Is(err, unix.ECONNRESET) {
+		err = io.EOF
+	}
+	return n, err
 }
 
 // refusal returns the error in an answer.

@@ -99,6 +99,30 @@ func TestAgent(t *testing.T) {
 	f.echo(t, c.Agent)
 }
 
+// TestConsoleEnds: a console ends with the machine, also if that has not read all input, for which
+// Linux resets the connection.
+func TestConsoleEnds(t *testing.T) {
+	f := newFake()
+	near, far := net.Pipe()
+	f.console = near
+	_, c := serve(t, f)
+	conn, err := c.Console(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write(make([]byte, 64<<10)); err != nil { // more than the server reads at a time
+		t.Fatal(err)
+	}
+	if _, err := far.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	far.Close()
+	if out, err := io.ReadAll(conn); err != nil || len(out) > 0 {
+		t.Errorf("%q, %v", out, err)
+	}
+}
+
 // TestConsoleLeft: the machine's end of the console closes when a client goes.
 func TestConsoleLeft(t *testing.T) {
 	f := newFake()

@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"os"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -73,8 +72,7 @@ func hasEnded(err error) bool {
 // isBetween reports whether the machine is ending, or its guest is between two lives.
 func isBetween(err error) bool {
 	var e *control.Error
-	return errors.As(err, &e) && e.Status == http.StatusServiceUnavailable || errors.Is(err, io.EOF) ||
-		errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+	return errors.As(err, &e) && e.Status == http.StatusServiceUnavailable || errors.Is(err, control.ErrCut)
 }
 
 // screen shows one text after the other: on a terminal each over the one before and as much as
