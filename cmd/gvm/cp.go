@@ -174,6 +174,15 @@ func runCopy(client *control.Client, c *wire.Copy, move func(*wire.Host) error) 
 		e = <-ended
 		_ = h.Bye() // a guest that has ended meanwhile needs none
 	case e = <-taken:
+		if e == (end{}) { // it has all, but what was left out is not known yet
+			select {
+			case err = <-moved:
+			case <-ctx.Done():
+			case <-time.After(helloPatience):
+				return fmt.Errorf("machine %s: its agent has ended before it had all", client.Name())
+			}
+		}
+		_ = h.Bye()
 	case <-ctx.Done():
 		select {
 		case <-moved: // and has removed files that are not whole

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -161,7 +162,7 @@ func TestCopy(t *testing.T) {
 			guest + "/none: make it first, or name another\n", "", ""},
 		{"- fake:none/x", 2, "gvm: machine fake: " + guest + "/none/x: no such file or directory; there is no directory " +
 			guest + "/none: make it first, or name another\n", "", ""},
-		{"fake:lost x", 3, "gvm: machine fake ended, or its agent, before the command did: ", "", ""},
+		{"fake:lost x", 3, "gvm: machine fake ended, or its agent, before the command did\n", "", ""},
 		{"fake:noise x", 3, `gvm: machine fake: evil\u001b[2J\u000axxxxx`, "", ""},
 		{"fake:odd x", 3, "gvm: machine fake: its agent could not copy:  (status 77, signal 0)\n", "", ""},
 		{"fake:escape x", 3, `gvm: the archive is broken: it begins with "\x1b/x"` + "\n", "", ""},
@@ -228,6 +229,42 @@ func TestCopy(t *testing.T) {
 			return err
 		}); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// TestCopyEndsEarly: files that were left out are told of also if the agent's end comes before this
+// side knows its own.
+func TestCopyEndsEarly(t *testing.T) {
+	t.Setenv("XDG_RUNTIME_DIR", t.TempDir())
+	builds, err := agentIDs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := control.Claim(control.DefaultDirectory(), "fake")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.Serve(copyMachine{build: builds[0], dir: t.TempDir()})
+	client := control.NewClient(control.DefaultDirectory(), "fake")
+	want := &archive.LeftOutError{First: errors.New("a pipe"), Count: 1}
+	for range 20 { // the two ends come at a time
+		err := runCopy(client, &wire.Copy{Path: "file", Base: "file", Into: true}, func(h *wire.Host) error {
+			if err := archive.PackStream(h.Stdin, strings.NewReader("data")); err != nil {
+				t.Error(err)
+			}
+			_ = h.Stdin.Close()
+			if _, err := h.Wait(); err != nil {
+				t.Error(err)
+			}
+			for range 100 {
+				runtime.Gosched()
+			}
+			return want
+		})
+		if !errors.Is(err, want) || exitStatus(err) != exitUsage {
+			t.Fatalf("%v, want %v", err, want)
 		}
 	}
 }

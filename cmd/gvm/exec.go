@@ -219,7 +219,11 @@ func lostSession(ctx context.Context, client *control.Client, err error) error {
 	case errors.As(err, new(*wire.VersionError)):
 		return err
 	}
-	return fmt.Errorf("machine %s ended, or its agent, before the command did: %w", client.Name(), err)
+	lost := fmt.Errorf("machine %s ended, or its agent, before the command did", client.Name())
+	if err != nil && !control.IsCut(err) {
+		lost = fmt.Errorf("%w: %w", lost, err)
+	}
+	return lost
 }
 
 // execSession is a command in a guest, for the signals of gvm exec.
