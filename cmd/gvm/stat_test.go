@@ -196,6 +196,25 @@ func TestStatStopped(t *testing.T) {
 	p.wait()
 }
 
+// TestStatKilled: a machine that was killed, and left its socket, has ended.
+func TestStatKilled(t *testing.T) {
+	t.Parallel()
+	name := fmt.Sprintf("killed-%d", os.Getpid())
+	p := startGVM(t, t.TempDir(), guestRun("--name="+name, "--sandbox=off", "hang")...)
+	p.expect("hanging")
+	watchers := []*proc{startGVM(t, "", "stat", name, "--watch", "--interval=50ms"),
+		startGVM(t, "", "inspect", name, "paused", "--watch", "--interval=50ms")}
+	watchers[0].expect(name)
+	watchers[1].expect("paused false")
+	p.signal(syscall.SIGKILL)
+	p.wait()
+	for _, w := range watchers {
+		if r := w.wait(); r.status != 0 || r.errs != "gvm: machine "+name+" has ended\n" {
+			t.Errorf("%+v", r)
+		}
+	}
+}
+
 // wantRealMetrics checks /metrics of a machine by Prometheus's parser.
 func wantRealMetrics(t *testing.T, name string) {
 	t.Helper()

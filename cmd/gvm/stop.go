@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -56,12 +55,16 @@ EXAMPLES
 
 // stopMachine asks the machine to stop, and returns when it and its process are gone.
 func stopMachine(ctx context.Context, client *control.Client, grace time.Duration) error {
+	before, err := find(client)
+	if err != nil {
+		return listError(err)
+	}
 	process, err := client.Process(ctx)
 	if err == nil {
 		defer process.Close()
 	} // else its process cannot be waited for: other PID namespace, or kernel before 5.3
 	answer, err := client.Stop(ctx, control.Stop{GraceMS: grace.Milliseconds()})
-	if err != nil {
+	if err != nil && !isBetween(err) { // else the machine ends already
 		return refused(err)
 	}
 	if answer.Outlived {
@@ -71,25 +74,34 @@ func stopMachine(ctx context.Context, client *control.Client, grace time.Duratio
 	if answer.Asked {
 		wait += grace
 	}
-	ctx, cancel := context.WithTimeout(ctx, wait)
-	defer cancel()
-	listed := true
-	for {
-		entries, err := control.DefaultDirectory().List()
-		if err != nil {
-			return listError(err)
+	late, lost := time.After(wait), (<-chan time.Time)(nil)
+	for listed := true; ; {
+		now, e := find(client)
+		if e != nil {
+			return listError(e)
 		}
-		listed = listed && slices.ContainsFunc(entries, func(e control.Entry) bool { return e.Name == client.Name() })
-		if !listed && (process == nil || processEnded(process)) {
+		// Another machine may have the name by now.
+		listed = listed && now != nil && before != nil && now.PID == before.PID
+		switch {
+		case !listed && (process == nil || processEnded(process)):
 			return nil
+		case !listed && err != nil && lost == nil:
+			lost = time.After(patience)
 		}
 		select {
-		case <-ctx.Done():
-			if !listed {
+		case <-lost: // its process may run on, with other machines: the answer would tell
+			return nil
+		case <-late:
+			switch {
+			case !listed:
 				return fmt.Errorf("machine %s has ended, but not its process after %v: "+
 					"it may wait for a reader of its output", client.Name(), wait)
+			case err != nil:
+				return err
 			}
 			return fmt.Errorf("machine %s has not ended after %v; kill -9 its process (gvm list)", client.Name(), wait)
+		case <-ctx.Done():
+			return context.Cause(ctx)
 		case <-time.After(20 * time.Millisecond):
 		}
 	}

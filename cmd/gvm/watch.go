@@ -41,20 +41,26 @@ const minInterval = 50 * time.Millisecond
 func follow(c *cli.Context, client *control.Client, path string, times int, show func(inspect.Node) error) error {
 	ticks := time.NewTicker(c.Duration("interval"))
 	defer ticks.Stop()
+	var deaf time.Time // since then nothing has listened on the control socket
 	for i := 0; ; {
 		n, err := client.Inspect(c.Context, path)
+		if !errors.Is(err, control.ErrNoListener) {
+			deaf = time.Time{}
+		} else if deaf.IsZero() {
+			deaf = time.Now()
+		}
 		switch {
 		case err == nil:
 			if err := show(n); err != nil {
 				return err
 			}
 			i++
-		case i > 0 && hasEnded(err) && c.Bool("watch"):
+		case i > 0 && hasEnded(client, err) && c.Bool("watch"):
 			note("machine " + client.Name() + " has ended")
 			return nil
-		case i > 0 && hasEnded(err):
+		case i > 0 && hasEnded(client, err):
 			return fmt.Errorf("machine %s has ended", client.Name())
-		case i == 0 || !isBetween(err):
+		case i == 0 || !isBetween(err) || !deaf.IsZero() && time.Since(deaf) > stopPatience:
 			return refused(err)
 		}
 		if i >= times && !c.Bool("watch") {
@@ -64,15 +70,32 @@ func follow(c *cli.Context, client *control.Client, path string, times int, show
 	}
 }
 
-// hasEnded reports whether the machine of a request is gone.
-func hasEnded(err error) bool {
-	return errors.Is(err, control.ErrNoSocket)
+// hasEnded reports whether the machine of a request is gone. One whose processes were killed leaves
+// its socket.
+func hasEnded(client *control.Client, err error) bool {
+	if !errors.Is(err, control.ErrNoListener) {
+		return errors.Is(err, control.ErrNoSocket)
+	}
+	entry, err := find(client)
+	return err == nil && entry == nil
+}
+
+// find returns the living machine of the client's name, or nil.
+func find(client *control.Client) (*control.Entry, error) {
+	entries, err := control.DefaultDirectory().List()
+	for _, e := range entries {
+		if e.Name == client.Name() {
+			return &e, nil
+		}
+	}
+	return nil, err
 }
 
 // isBetween reports whether the machine is ending, or its guest is between two lives.
 func isBetween(err error) bool {
 	var e *control.Error
-	return errors.As(err, &e) && e.Status == http.StatusServiceUnavailable || errors.Is(err, control.ErrCut)
+	return errors.As(err, &e) && e.Status == http.StatusServiceUnavailable || errors.Is(err, control.ErrCut) ||
+		errors.Is(err, control.ErrNoListener) || errors.Is(err, control.ErrNoSocket)
 }
 
 // screen shows one text after the other: on a terminal each over the one before and as much as
