@@ -14,6 +14,7 @@ const (
 	nrCreateIRQChip       = 0x60
 	nrIRQLine             = 0x61
 	nrGetIRQChip          = 0x62
+	nrSetIRQChip          = 0x63
 	nrSetGSIRouting       = 0x6a
 	nrIRQFD               = 0x76
 	nrCreatePIT2          = 0x77

@@ -20,6 +20,8 @@ const (
 	RoutingIRQChip = 1
 	RoutingMSI     = 2
 
+	ChipPIC0   = 0 // GSIs 0 to 7
+	ChipPIC1   = 1 // GSIs 8 to 15
 	ChipIOAPIC = 2
 )
 
@@ -82,7 +84,7 @@ func pinRoutes() *routing {
 	}
 	for gsi := range uint32(FirstMSIGSI) {
 		if gsi < 16 {
-			add(gsi, gsi/8, gsi%8) // chips 0 and 1 are the PICs
+			add(gsi, ChipPIC0+gsi/8, gsi%8)
 		}
 		switch gsi {
 		case 0:

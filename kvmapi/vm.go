@@ -115,6 +115,31 @@ func (v *VM) SetIRQ(irq uint32, level bool) error {
 	return err
 }
 
+// pic is struct kvm_irqchip with struct kvm_pic_state in its union.
+type pic struct {
+	ID, _ uint32
+	_     [14]byte
+	ELCR  byte
+	_     [497]byte // the union has 512 bytes
+}
+
+// SetELCR sets the edge/level control registers of the PICs, ports 0x4d0 and 0x4d1: they take the
+// interrupts of the bits that are set as level-triggered. KVM_CREATE_IRQCHIP leaves all of them
+// edge-triggered.
+func (v *VM) SetELCR(levels uint16) error {
+	for _, chip := range []uint32{ChipPIC0, ChipPIC1} {
+		c := &pic{ID: chip}
+		if _, err := ioctl(v.fd, "KVM_GET_IRQCHIP", iowr[pic](nrGetIRQChip), c); err != nil {
+			return err
+		}
+		c.ELCR = byte(levels >> (8 * chip))
+		if _, err := ioctl(v.fd, "KVM_SET_IRQCHIP", ior[pic](nrSetIRQChip), c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // irqchip is struct kvm_irqchip with struct kvm_ioapic_state in its union.
 type irqchip struct {
 	ID, _            uint32

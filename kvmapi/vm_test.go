@@ -333,6 +333,56 @@ func TestMessageForNobody(t *testing.T) {
 	}
 }
 
+// TestELCR: an interrupt that ELCR makes level-triggered comes again after its end, as long as its
+// line is high. One that is edge-triggered comes once.
+func TestELCR(t *testing.T) {
+	const interrupted, waiting = 0x42, 0x43
+	for _, level := range []bool{false, true} {
+		v := newTestVM(t, []byte{
+			0xb0, 0x11, 0xe6, 0x20, 0xe6, 0xa0, // ICW1 of both PICs
+			0xb0, 0x20, 0xe6, 0x21, 0xb0, 0x28, 0xe6, 0xa1, // ICW2: IRQ n is vector 0x20+n
+			0xb0, 0x04, 0xe6, 0x21, 0xb0, 0x02, 0xe6, 0xa1, // ICW3: the cascade
+			0xb0, 0x01, 0xe6, 0x21, 0xe6, 0xa1, // ICW4
+			0xb0, 0xfb, 0xe6, 0x21, 0xe6, 0xa1, // all but 2 and 10 are masked
+			0xfb,          // sti
+			0xe6, waiting, // 1: out waiting, al
+			0xeb, 0xfc, // jmp 1b
+		}, true)
+		copy(v.ram[0x1100:], []byte{
+			0xe6, interrupted, // out interrupted, al
+			0xb0, 0x20, 0xe6, 0xa0, 0xe6, 0x20, // EOI
+			0xcf, // iret
+		})
+		binary.LittleEndian.PutUint32(v.ram[4*0x2a:], 0x1100)
+		if level {
+			must(t, v.SetELCR(1<<10))
+		}
+		count := func() (n int) {
+			for range 10 {
+				e := v.run(t)
+				if e.Reason != ExitIO || e.Addr != interrupted && e.Addr != waiting {
+					t.Fatal(e.String())
+				}
+				if e.Addr == interrupted {
+					n++
+				}
+			}
+			return n
+		}
+		if n := count(); n != 0 {
+			t.Errorf("level-triggered %v: %d interrupts with the line low", level, n)
+		}
+		must(t, v.SetIRQ(10, true))
+		if n := count(); level && n < 2 || !level && n != 1 {
+			t.Errorf("level-triggered %v: %d interrupts with the line high", level, n)
+		}
+		must(t, v.SetIRQ(10, false))
+		if n := count(); n > 1 { // one may be on its way
+			t.Errorf("level-triggered %v: %d interrupts with the line low again", level, n)
+		}
+	}
+}
+
 func TestSupportedCPUIDAndCaps(t *testing.T) {
 	sys, err := Open()
 	must(t, err)

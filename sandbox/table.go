@@ -264,6 +264,7 @@ var ioctls = []Ioctl{
 	{0xae47, 0},     // KVM_SET_TSS_ADDR
 	{0x4008ae48, 0}, // KVM_SET_IDENTITY_MAP_ADDR
 	{0xae60, 0},     // KVM_CREATE_IRQCHIP
+	{0x8208ae63, 0}, // KVM_SET_IRQCHIP
 	{0x4040ae77, 0}, // KVM_CREATE_PIT2
 	{0xae78, 0},     // KVM_SET_BOOT_CPU_ID
 	{0x4068aea3, 0}, // KVM_ENABLE_CAP

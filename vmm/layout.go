@@ -36,6 +36,17 @@ const (
 // kernel with one of them unused (noapic, pci=nomsi) has a disk.
 var intxIRQs = [...]uint8{10, 11, 5}
 
+// levelIRQs has a bit for each ISA interrupt that is level-triggered: INTx#, which functions share
+// (PCI 3.0, 2.2.6), and the SCI (ACPI 6.5, 5.2.9). The PICs need it of firmware: ACPI tells it to
+// the kernels that use ACPI, and others take the lines as firmware left them.
+func levelIRQs() uint16 {
+	levels := uint16(1) << sciGSI
+	for _, irq := range intxIRQs {
+		levels |= 1 << irq
+	}
+	return levels
+}
+
 // mmio64 returns the window for 64-bit BARs: the first whole GiB past RAM. physBits is the width of
 // the guest's physical addresses. If RAM leaves no room below that limit there is no window, and
 // the BARs go below 4 GiB.

@@ -63,6 +63,26 @@ func TestInterruptLines(t *testing.T) {
 	}
 }
 
+// TestLevelTriggeredLines: the PICs take the lines that several devices may share, PCI's and the
+// SCI's, as level-triggered, as firmware leaves them, in every life of the machine. A kernel that
+// finds its interrupts by the interrupt line registers (acpi=off) changes nothing of that.
+func TestLevelTriggeredLines(t *testing.T) {
+	const elcr = 0x4d0 // and 0x4d1: the PICs' edge/level control registers
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	lives := 0
+	guest := script{}.in(elcr).in(elcr+1).out(elcr, 0).out(elcr+1, 0).stamp(1).reset()
+	_, console := guest.runContext(ctx, t, false, Config{Rebooting: true, Stamp: func(byte) {
+		if lives++; lives == 2 {
+			cancel(errors.New("enough"))
+		}
+	}})
+	const once = "\x20\x0e" // 5, and 9 to 11
+	if got := console[:min(4, len(console))]; got != once+once {
+		t.Errorf("level-triggered: %q, want %q, and again after a reset", got, once)
+	}
+}
+
 // TestClockKept: the clock's memory outlives a reset of the machine.
 func TestClockKept(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())

@@ -154,6 +154,9 @@ func (p *Prepared) fillVM(ids []uint32) (err error) {
 	if err := p.vm.CreateIRQChip(); err != nil {
 		return err
 	}
+	if err := p.vm.SetELCR(levelIRQs()); err != nil {
+		return err
+	}
 	if err := p.vm.CreatePIT(); err != nil {
 		return err
 	}

@@ -33,12 +33,12 @@ func (s script) reset() script                  { return s.out(acpipm.ResetPort,
 // idle makes the CPU halt with interrupts enabled at the end of the script.
 func (s script) idle() script { return s.out(idlePort, 0) }
 
-// in prints the byte read from a port below 0x100.
-func (s script) in(port byte) script { return s.out(inPort, port) }
+// in prints the byte read from a port.
+func (s script) in(port uint16) script { return s.out(inPort|port>>8, byte(port)) }
 
 const (
 	idlePort = 0xfff0 // ports without a device
-	inPort   = 0xfff1
+	inPort   = 0xf100
 )
 
 // powerOff writes SLP_TYP and SLP_EN to the high byte of PM1_CNT (ACPI 6.5, 4.8.3.2.1).
@@ -57,9 +57,11 @@ func (s script) kernel(t *testing.T, tripleFault bool) *boot.Image {
 		0x48, 0x83, 0xc6, 0x03, // add $3, %rsi
 		0x66, 0x85, 0xd2, // test %dx, %dx
 		0x74, 0x12, // jz 2f
-		0x66, 0x81, 0xfa, 0xf1, 0xff, // cmp $inPort, %dx
-		0x75, 0x08, // jne 3f
-		0x0f, 0xb6, 0xd0, // movzx %al, %edx
+		0x90,             // nop
+		0x80, 0xfe, 0xf1, // cmp $(inPort >> 8), %dh
+		0x75, 0x09, // jne 3f
+		0x88, 0xd6, // mov %dl, %dh
+		0x88, 0xc2, // mov %al, %dl
 		0xec,                   // in (%dx), %al
 		0x66, 0xba, 0xf8, 0x03, // mov $COM1, %dx
 		0xee,       // 3: out %al, (%dx)

@@ -19,6 +19,7 @@ int main(void)
 	SIZE(kvm_irqchip);
 	OFF(kvm_irqchip, chip);
 	OFF(kvm_ioapic_state, redirtbl);
+	OFF(kvm_pic_state, elcr);
 	SIZE(kvm_msi);
 	OFF(kvm_msi, data);
 	SIZE(kvm_irqfd);
@@ -99,6 +100,7 @@ int main(void)
 	NR(KVM_CREATE_IRQCHIP);
 	NR(KVM_IRQ_LINE);
 	NR(KVM_GET_IRQCHIP);
+	NR(KVM_SET_IRQCHIP);
 	NR(KVM_SIGNAL_MSI);
 	NR(KVM_SET_GSI_ROUTING);
 	NR(KVM_IRQFD);
@@ -149,6 +151,8 @@ int main(void)
 	NR(KVM_IOEVENTFD_FLAG_DEASSIGN);
 	NR(KVM_IRQFD_FLAG_DEASSIGN);
 	NR(KVM_IRQ_ROUTING_IRQCHIP);
+	NR(KVM_IRQCHIP_PIC_MASTER);
+	NR(KVM_IRQCHIP_PIC_SLAVE);
 	NR(KVM_IRQ_ROUTING_MSI);
 	NR(KVM_GUESTDBG_ENABLE);
 	NR(KVM_GUESTDBG_SINGLESTEP);
