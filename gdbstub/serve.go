@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"gvm/panics"
@@ -35,7 +36,8 @@ type session struct {
 // Serve serves one client until it detaches, its stream ends or the target has ended. It then
 // closes conn, whose Close must end a Read and a Write. The target is stopped at the first packet.
 // A client that leaves without detaching is detached. The error is of the stream or the client's
-// packets.
+// packets; it is nil if the client has left, or the target has ended, whatever the stream says of
+// that.
 func Serve(conn io.ReadWriteCloser, t Target) error {
 	s := &session{t: t, conn: conn, thread: 1}
 	in, served := make(chan message), make(chan struct{})
@@ -77,10 +79,22 @@ func Serve(conn io.ReadWriteCloser, t Target) error {
 	if err == errStream {
 		err = readErr
 	}
-	if err == io.EOF {
-		err = nil
+	if hasLeft(err) {
+		return nil
 	}
-	return err
+	select {
+	case <-t.Ended():
+		return nil
+	default:
+		return err
+	}
+}
+
+// hasLeft reports whether err means that the client has closed its end. Which of these errors comes
+// depends on what was under way.
+func hasLeft(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
+		errors.Is(err, syscall.EPIPE)
 }
 
 // errStream stands for the error of the reader, which is known when that has ended.

@@ -8,9 +8,11 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 )
 
@@ -346,6 +348,11 @@ func TestEnds(t *testing.T) {
 	}{
 		{"no packet", func(c *client) string { c.Close(); return "" }, ""},
 		{"gone", func(c *client) string { c.ask("?"); c.Close(); return "" }, "attach detach"},
+		{"gone in a packet", func(c *client) string {
+			c.write("$qC")
+			c.Close()
+			return ""
+		}, ""},
 		{"gone while the target runs", func(c *client) string {
 			go c.write(string(packet("vCont;c")))
 			_, _ = c.r.ReadByte()
@@ -387,10 +394,39 @@ func TestEnds(t *testing.T) {
 			}
 			err := <-c.served
 			c.served <- err
-			if got := c.f.said(); got != row.said {
+			if got := c.f.said(); got != row.said || err != nil {
 				t.Errorf("%q; want %q (%v)", got, row.said, err)
 			}
 		})
+	}
+}
+
+// TestKilledClient: a client that ends without having read all has left. Its socket is reset then,
+// or the reply has no reader.
+func TestKilledClient(t *testing.T) {
+	var ends [2]net.Conn
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "pair")
+		if ends[i], err = net.FileConn(f); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+	}
+	served := make(chan error, 1)
+	go func() { served <- Serve(ends[1], newFake()) }()
+	if _, err := ends[0].Write(packet("?")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ends[0].Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	ends[0].Close()
+	if err := <-served; err != nil {
+		t.Error(err)
 	}
 }
 

@@ -168,20 +168,33 @@ func (s *gdbServer) serve(m *machine.Machine) {
 // debugger that connects again behind it may be here first.
 const closePatience = 100 * time.Millisecond
 
+// acceptPeriod is the time between two attempts to accept a debugger, if the first failed.
+const acceptPeriod = 50 * time.Millisecond
+
 // accept calls serve for one connection at a time, and refuses others meanwhile: after
 // closePatience if the peer of that one has not closed it, or else after patience.
 func (s *gdbServer) accept(ended <-chan struct{}, patience time.Duration, serve func(net.Conn)) {
 	busy := make(chan struct{}, 1)
 	var last net.Conn
+	refused := false
 	for {
 		c, err := s.listener.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
-		if err != nil {
-			note(fmt.Sprintf("--gdb: no more debuggers can connect: %v", err))
-			return
+		if err != nil { // the process may have too many files for now
+			if !refused {
+				note(fmt.Sprintf("--gdb: no debugger can connect now: %v%s", err, mend(err)))
+			}
+			refused = true
+			select {
+			case <-ended:
+				return
+			case <-time.After(acceptPeriod):
+			}
+			continue
 		}
+		refused = false
 		wait := patience
 		for since := time.Now(); connected(last); time.Sleep(time.Millisecond) {
 			if time.Since(since) > closePatience {

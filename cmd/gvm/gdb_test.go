@@ -248,6 +248,50 @@ func TestSecondDebugger(t *testing.T) {
 	}
 }
 
+// fullListener is a listener of a process that has too many files at first.
+type fullListener struct {
+	net.Listener
+	failures int
+}
+
+func (l *fullListener) Accept() (net.Conn, error) {
+	if l.failures--; l.failures >= 0 {
+		return nil, &net.OpError{Op: "accept", Net: "tcp", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
+	}
+	return l.Listener.Accept()
+}
+
+// TestGDBManyFiles: a debugger can connect when the process has a free descriptor again.
+func TestGDBManyFiles(t *testing.T) {
+	s, err := (&gdbAddress{"tcp", "127.0.0.1:0"}).listen(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := s.listener.Addr().String()
+	s.listener = &fullListener{s.listener, 2}
+	s.serving.Go(func() { s.accept(nil, time.Hour, func(c net.Conn) { c.Close() }) })
+	c, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	served := make(chan error, 1)
+	go func() { _, err := c.Read(make([]byte, 1)); served <- err }()
+	ended := make(chan struct{})
+	go func() { s.serving.Wait(); close(ended) }()
+	select {
+	case err := <-served:
+		if err != io.EOF {
+			t.Error(err)
+		}
+	case <-ended:
+		t.Error("no debugger is accepted any more")
+	}
+	if err := s.close(); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestGDBEnds: a debugger hears of the machine's end, ends it, or hangs, which delays nothing.
 func TestGDBEnds(t *testing.T) {
 	t.Parallel()
