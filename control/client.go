@@ -60,7 +60,7 @@ var (
 var ErrCut = errors.New("it closed the connection, as it ends just now or has too many clients")
 
 // IsCut reports whether err, of a read or a write, means that the other end has closed the
-// connection. Which of these errors comes depends on what was under way.
+// connection. Which of these errors comes depends on the work that was under way.
 func IsCut(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) ||
 		errors.Is(err, unix.EPIPE)

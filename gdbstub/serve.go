@@ -91,7 +91,7 @@ func Serve(conn io.ReadWriteCloser, t Target) error {
 }
 
 // hasLeft reports whether err means that the client has closed its end. Which of these errors comes
-// depends on what was under way.
+// depends on the work that was under way.
 func hasLeft(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
 		errors.Is(err, syscall.EPIPE)

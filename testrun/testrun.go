@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"gvm/devices/statusport"
+	"gvm/devices/virtio/vsock"
 	"gvm/guest/agent/wire"
 	"gvm/kvmapi/nowait"
 	"gvm/machine"
@@ -113,6 +114,7 @@ type guest interface {
 	Ended() <-chan struct{}
 	Wait() (vmm.Outcome, error)
 	Paused() bool
+	DialVsock(ctx context.Context, port uint32) (*vsock.Conn, error)
 }
 
 // Start starts the machine. When ctx is done, its cause ends the run. After an error nothing is

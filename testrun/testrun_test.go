@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"gvm/devices/statusport"
+	"gvm/devices/virtio/vsock"
 	"gvm/guest/agent/wire"
 	"gvm/machine"
 	"gvm/verdict"
@@ -32,6 +33,9 @@ type fakeGuest struct {
 func (g *fakeGuest) Ended() <-chan struct{}     { return g.ended }
 func (g *fakeGuest) Wait() (vmm.Outcome, error) { <-g.ended; return g.out, nil }
 func (g *fakeGuest) Paused() bool               { return false }
+func (g *fakeGuest) DialVsock(context.Context, uint32) (*vsock.Conn, error) {
+	return nil, vsock.ErrNoDriver
+}
 
 // print prints a line on the console.
 func (g *fakeGuest) print(line string) { _, _ = io.WriteString(g.spec.Console, line+"\r\n") }
@@ -507,6 +511,30 @@ func TestStuckLog(t *testing.T) {
 		})
 		if res.Kind != c.kind || res.Status != c.status || res.Text != c.text {
 			t.Errorf("%s %d %q", res.Kind, res.Status, res.Text)
+		}
+	}
+}
+
+// TestDialEnds: a session that meets the end of the test has its error, and not one of the rest of
+// the guest.
+func TestDialEnds(t *testing.T) {
+	exited, ended, runs := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	close(exited)
+	close(ended)
+	for name, tt := range map[string]struct {
+		exited, ended chan struct{}
+		rung          Rung
+		want          error
+	}{
+		"runs":                   {runs, runs, Vsock, vsock.ErrNoDriver},
+		"the command has ended":  {exited, runs, Vsock, ErrOver},
+		"the machine has ended":  {runs, ended, Vsock, ErrOver},
+		"ended before the hello": {runs, ended, 0, ErrOver},
+		"runs before the hello":  {runs, runs, 0, ErrNoHello},
+	} {
+		r := &Run{machine: &fakeGuest{ended: tt.ended}, exited: tt.exited, rung: tt.rung}
+		if _, err := r.Dial(t.Context()); err != tt.want {
+			t.Errorf("%s: %v, want %v", name, err, tt.want)
 		}
 	}
 }

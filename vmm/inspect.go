@@ -30,8 +30,8 @@ type Inspector struct {
 }
 
 // Read returns the part of the machine's state at a path: see inspect.Node.Read. It takes half a
-// second at most, and less if ctx or the machine's life ends. The error is ErrNotRunning or an
-// *inspect.PathError.
+// second at most, and less if ctx or the machine's life ends. The error is ErrNotRunning, also if
+// that life has ended meanwhile, or an *inspect.PathError.
 func (i *Inspector) Read(ctx context.Context, path string) (inspect.Node, error) {
 	i.mu.RLock()
 	defer i.mu.RUnlock()
@@ -48,7 +48,11 @@ func (i *Inspector) Read(ctx context.Context, path string) (inspect.Node, error)
 		case <-ctx.Done():
 		}
 	})
-	return m.state().Read(ctx, path)
+	n, err := m.state().Read(ctx, path)
+	if m.life.Err() != nil { // which made parts busy
+		return inspect.Node{}, ErrNotRunning
+	}
+	return n, err
 }
 
 // nmiPatience bounds the wait of an NMI for the vCPUs. A busy host may not run their threads for a

@@ -104,6 +104,24 @@ func TestInspectCPUs(t *testing.T) {
 	}
 }
 
+// TestInspectMeetsEnd: a reading that the machine's end cuts short is none.
+func TestInspectMeetsEnd(t *testing.T) {
+	i := &Inspector{}
+	var stop func() Outcome
+	var c *shownConsole
+	_, c, stop = pausableWith(t, "spin", Config{CPUs: 1, Inspector: i, Inspect: func() []inspect.Node {
+		return []inspect.Node{inspect.Lazy("slow", func(ctx context.Context) ([]inspect.Node, bool) {
+			go stop()
+			<-ctx.Done()
+			return nil, false
+		})}
+	}})
+	c.waitFor("spinning")
+	if n, err := i.Read(t.Context(), ""); err != ErrNotRunning {
+		t.Errorf("%v, %v", n.Get("slow"), err)
+	}
+}
+
 // TestInspectStuckDevice: a device that does not stop is busy, and nothing else is; the vCPU that
 // waits for it answers once it is free.
 func TestInspectStuckDevice(t *testing.T) {

@@ -219,17 +219,23 @@ func (r *testRemote) Stop(s control.Stop) (control.Stopped, error) {
 // agentPatience bounds the wait for the agent.
 const agentPatience = 5 * time.Second
 
+var errSilentAgent = fmt.Errorf("not within %v: its guest may hang", agentPatience)
+
 // Agent implements gvm exec.
 func (r *testRemote) Agent(ctx context.Context) (io.ReadWriteCloser, error) {
 	if r.Paused() {
 		return nil, control.Errorf(http.StatusConflict, "machine %s is paused: gvm resume it first", r.info.Name)
 	}
-	ctx, cancel := context.WithTimeout(ctx, agentPatience)
+	ctx, cancel := context.WithTimeoutCause(ctx, agentPatience, errSilentAgent)
 	defer cancel()
 	c, err := r.run.Dial(ctx)
 	switch {
 	case err == nil:
 		return c, nil
+	case errors.Is(err, testrun.ErrOver):
+		return nil, control.Errorf(http.StatusServiceUnavailable, "machine %s ends: %v", r.info.Name, err)
+	case errors.Is(err, errSilentAgent):
+		err = errSilentAgent
 	case errors.Is(err, testrun.ErrNoHello), errors.As(err, new(*testrun.RungError)):
 		return nil, control.Errorf(http.StatusConflict, "machine %s: %v", r.info.Name, err)
 	}

@@ -174,7 +174,7 @@ func runCopy(client *control.Client, c *wire.Copy, move func(*wire.Host) error) 
 		e = <-ended
 		_ = h.Bye() // a guest that has ended meanwhile needs none
 	case e = <-taken:
-		if e == (end{}) { // it has all, but what was left out is not known yet
+		if e == (end{}) { // it has all, but the files left out are not known yet
 			select {
 			case err = <-moved:
 			case <-ctx.Done():
