@@ -289,9 +289,12 @@ func (r *Run) decide(out vmm.Outcome, err, cut error) *Result {
 		return res
 	}
 	var lost error
-	if r.exit != nil && r.outErr != nil {
+	switch {
+	case r.exit != nil && r.outErr != nil:
 		lost = fmt.Errorf("write the command's output: %w", r.outErr)
-	} else if logErr != nil {
+	case r.exit != nil && r.inErr != nil:
+		lost = fmt.Errorf("read the command's input: %w", r.inErr)
+	case logErr != nil:
 		lost = fmt.Errorf("write the kernel's log: %w", logErr)
 	}
 	switch ended := res.Kind == Exited || res.Kind == Signaled || res.Kind == NotStarted; {

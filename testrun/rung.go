@@ -149,6 +149,11 @@ func (r *Run) copyIn(to io.WriteCloser) {
 			r.touch()
 		}
 		if err != nil {
+			r.mu.Lock()
+			if err != io.EOF && r.exit == nil {
+				r.inErr = err
+			}
+			r.mu.Unlock()
 			break
 		}
 	}

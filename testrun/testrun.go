@@ -38,8 +38,10 @@ type Config struct {
 	Build string // of the agent: see wire.BuildID
 	Rungs []Rung // ways to the agent; nil: all
 
-	Command        string    // its name, for messages
-	Stdin          io.Reader // nil: empty. Its Read may return after Wait.
+	Command string // its name, for messages
+	// Stdin may return from Read after Wait; nil: empty. A command whose input has failed, with
+	// another error than io.EOF, is not tested.
+	Stdin          io.Reader
 	Stdout, Stderr io.Writer
 	Log            io.Writer      // takes the kernel's log; nil: only its end is kept
 	Policy         verdict.Policy // which of the kernel's reports fail the run
@@ -104,6 +106,7 @@ type Run struct {
 	exit     *wire.Exit  // nil: the command has not ended
 	agentErr error       // of the connection
 	outErr   error       // of Stdout and Stderr
+	inErr    error       // of Stdin, before the command's end
 	times    Times
 	copies   sync.WaitGroup // of the command's output
 	sessions sync.WaitGroup // of the listeners

@@ -443,6 +443,38 @@ func TestOutput(t *testing.T) {
 	}
 }
 
+// TestInput: the status of a command whose input was cut off by an error is no success. An error
+// that comes after the command's end is none of its affair.
+func TestInput(t *testing.T) {
+	failed := errors.New("input/output error")
+	for _, late := range []bool{false, true} {
+		r, w := io.Pipe()
+		res := run(t, Config{Stdin: r}, func(g *fakeGuest) vmm.Outcome {
+			a := g.agent(t, wire.AgentConfig{})
+			if _, err := w.Write([]byte("beg")); err != nil {
+				t.Error(err)
+			}
+			if !late {
+				w.CloseWithError(failed)
+				if b, err := io.ReadAll(a.Stdin); string(b) != "beg" || err != nil {
+					t.Errorf("%q, %v", b, err)
+				}
+			}
+			a.Stdout.Close()
+			a.Stderr.Close()
+			if err := a.Exit(wire.Exit{}, time.Minute); err != nil {
+				t.Error(err)
+			}
+			w.CloseWithError(failed)
+			return off
+		})
+		if late && (res.Kind != Exited || res.Status != 0) ||
+			!late && (res.Kind != NotTested || res.Text != "read the command's input: input/output error") {
+			t.Errorf("late %t: %+v", late, res)
+		}
+	}
+}
+
 // stuck is a writer whose reader takes nothing until the test ends.
 type stuck struct {
 	writes chan struct{} // a Write waits

@@ -181,7 +181,7 @@ func runSession(client *control.Client, args []string, tty bool) error {
 	outputs.Go(panics.Func(func() { copyOut(stdout, h.Stdout, s.failed) }))
 	outputs.Go(panics.Func(func() { copyOut(stderr, h.Stderr, s.failed) }))
 	panics.Go(func() { // ends with h, or with stdin
-		_, _ = io.Copy(h.Stdin, stdin)
+		copyIn(h.Stdin, stdin, s.inputFailed)
 		_ = h.Stdin.Close()
 	})
 	exit, err := h.Wait()
@@ -230,10 +230,10 @@ func lostSession(ctx context.Context, client *control.Client, err error) error {
 type execSession struct {
 	stop func(error)
 
-	mu     sync.Mutex
-	host   *wire.Host // nil: the command does not run
-	past   bool       // a signal came
-	outErr error
+	mu        sync.Mutex
+	host      *wire.Host // nil: the command does not run
+	past      bool       // a signal came
+	streamErr error
 }
 
 func (s *execSession) begin(h *wire.Host) {
@@ -261,17 +261,45 @@ func (s *execSession) take(cause error) {
 	s.stop(cause)
 }
 
-// failed takes an error of the output.
+// failed takes an error of the streams.
 func (s *execSession) failed(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.outErr = errors.Join(s.outErr, err)
+	s.streamErr = errors.Join(s.streamErr, err)
+}
+
+// inputFailed takes an error of the input, which matters to a command that runs.
+func (s *execSession) inputFailed(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.host != nil {
+		s.streamErr = errors.Join(s.streamErr, fmt.Errorf("read the command's input: %w", err))
+	}
 }
 
 func (s *execSession) err() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.outErr
+	return s.streamErr
+}
+
+// copyIn copies the input of the command, which may take none.
+func copyIn(to io.Writer, from io.Reader, failed func(error)) {
+	b := make([]byte, 64<<10)
+	for {
+		n, err := from.Read(b)
+		if n > 0 {
+			if _, err := to.Write(b[:n]); err != nil {
+				return
+			}
+		}
+		if err != nil {
+			if err != io.EOF {
+				failed(err)
+			}
+			return
+		}
+	}
 }
 
 // copyOut copies a stream of the command. A closed pipe is the command's affair.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -120,6 +121,30 @@ func TestExec(t *testing.T) {
 		if cmd.ProcessState.ExitCode() != c.status || out.String() != c.out || !strings.HasPrefix(errs.String(), c.errs) ||
 			strings.Count(errs.String(), "\n") != 1 && c.in == "" {
 			t.Errorf("gvm %s: status %d, %q, %q", c.args, cmd.ProcessState.ExitCode(), &out, &errs)
+		}
+	}
+	for _, c := range []struct {
+		in     string
+		flag   int
+		status int
+		errs   string
+	}{
+		{"/proc/self/mem", os.O_RDONLY, 125, "errors\ngvm: read the command's input: input/output error\n"},
+		{dir, os.O_RDONLY, 0, "errors\n"},
+		{os.DevNull, os.O_WRONLY, 0, "errors\n"}, // nohup
+	} {
+		cmd := command(t, "exec", "fake", "--", "cat")
+		cmd.Env = append(cmd.Env, "XDG_RUNTIME_DIR="+dir)
+		in, err := os.OpenFile(c.in, c.flag, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var errs strings.Builder
+		cmd.Stdin, cmd.Stderr = in, &errs
+		_ = cmd.Run()
+		in.Close()
+		if cmd.ProcessState.ExitCode() != c.status || errs.String() != c.errs {
+			t.Errorf("input from %s: status %d, %q", c.in, cmd.ProcessState.ExitCode(), &errs)
 		}
 	}
 	for i, first := range endSignals {

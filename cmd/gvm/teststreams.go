@@ -63,7 +63,8 @@ type input struct {
 	wake *eventfd.FD // nil: closed
 }
 
-// Read reads input. A terminal that another job has reads as ended.
+// Read reads input. A terminal that another job has reads as ended, and so does a directory, or a
+// file that is open for writing alone, as nohup(1) gives it: a command need not read any.
 func (in *input) Read(p []byte) (int, error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -83,10 +84,11 @@ func (in *input) Read(p []byte) (int, error) {
 		switch {
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 			continue
+		case n == 0 && err == nil, errors.Is(err, unix.EBADF), errors.Is(err, unix.EISDIR),
+			errors.Is(err, unix.EIO) && term.IsTerminal(int(in.file.Fd())):
+			return 0, io.EOF
 		case err != nil:
 			return 0, err
-		case n == 0:
-			return 0, io.EOF
 		}
 		return n, nil
 	}
