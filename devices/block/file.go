@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -361,8 +362,12 @@ func (b *File) checkSize(size int64) error {
 		return badImage(ErrSize, b.path, "is empty (give a size to make it a disk)")
 	}
 	if rest := size % b.blockSize; rest != 0 {
+		whole := size - rest
+		if whole <= math.MaxInt64-b.blockSize {
+			whole += b.blockSize // loses no data
+		}
 		return badImage(ErrSize, b.path, "has %d bytes, not a multiple of the block size %d (truncate -s %d makes it one)",
-			size, b.blockSize, size-rest+b.blockSize)
+			size, b.blockSize, whole)
 	}
 	return nil
 }

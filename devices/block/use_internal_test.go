@@ -3,6 +3,7 @@ package block
 import (
 	"errors"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -129,6 +130,17 @@ func TestSuffixes(t *testing.T) {
 	for _, f := range slices.Concat(formats, trailers) {
 		if !slices.Contains(names, f.name) && !strings.HasSuffix(f.name, " of gvm's") {
 			t.Errorf("no ending of a name is that of a %s", f.name)
+		}
+	}
+}
+
+// TestMendOfSize: the size that an error suggests is one of a file.
+func TestMendOfSize(t *testing.T) {
+	for size, want := range map[int64]string{513: "1024", math.MaxInt64 - 512: "9223372036854775296",
+		math.MaxInt64: "9223372036854775296"} {
+		err := (&File{path: "x", blockSize: 512}).checkSize(size)
+		if err == nil || !strings.Contains(err.Error(), "(truncate -s "+want+" makes it one)") {
+			t.Errorf("%d: %v", size, err)
 		}
 	}
 }
