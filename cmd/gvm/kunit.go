@@ -61,6 +61,7 @@ not or none ran. Other ends are those of gvm help exit-status.`,
 			switch status := exitStatus(err); {
 			case status == exitUsage, status == exitHost: // no guest ran, or its results are not to be trusted
 				return err
+			case status >= exitTimeout && !rc.watch.began.Load(): // perhaps before the guest
 			case r.Status == ktap.None:
 				note("no test ran; a kernel for gvm kunit has CONFIG_KUNIT=y and tests built in (docs/kunit.md)")
 			case rc.hidden:

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -51,6 +52,7 @@ type watch struct {
 	allow   allowFile
 	kernel  string // path, to decode call traces
 	outputs []*resultFile
+	began   atomic.Bool      // the console has output
 	decoder *verdict.Decoder // nil: not started
 	results *verdict.Results // nil: the reader is not closed
 }
@@ -158,16 +160,17 @@ func (w *watch) console(to vmm.Console) vmm.Console {
 	if w == nil {
 		return to
 	}
-	return watched{to, w.reader}
+	return watched{to, w}
 }
 
 type watched struct {
 	vmm.Console
-	reader *verdict.Reader
+	by *watch
 }
 
 func (c watched) Write(p []byte) (int, error) {
-	_, _ = c.reader.Write(p)
+	c.by.began.Store(true)
+	_, _ = c.by.reader.Write(p)
 	return c.Console.Write(p)
 }
 
