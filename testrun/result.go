@@ -104,6 +104,7 @@ type Result struct {
 	Reports []verdict.Report `json:"reports"`
 	Failing int              `json:"failing_reports"`
 	Dropped int              `json:"dropped_reports"`
+	Lost    int              `json:"lost_messages"` // that the kernel dropped: see verdict.LostText
 
 	Times  Times    `json:"times"`
 	Log    []string `json:"log"`    // the end of the kernel's log
@@ -207,7 +208,8 @@ func (r *Run) decide(out vmm.Outcome, err, cut error) *Result {
 	r.log.mu.Lock()
 	reports := r.log.reader.Close()
 	res := &Result{Format: Format, Reports: reports.Reports, Failing: reports.Failing, Dropped: reports.Dropped,
-		Log: tailLines(r.log.tail)}
+		Lost: reports.Lost,
+		Log:  tailLines(r.log.tail)}
 	logErr := r.log.err
 	if r.log.writing {
 		logErr = errors.New("its reader takes no more")

@@ -475,6 +475,23 @@ func TestInput(t *testing.T) {
 	}
 }
 
+// TestLostMessages: a verdict tells of messages that the kernel dropped.
+func TestLostMessages(t *testing.T) {
+	res := run(t, Config{}, func(g *fakeGuest) vmm.Outcome {
+		g.print("[    1.000000] Linux version 6.12\r\n** 57 printk messages dropped **\r\n")
+		a := g.agent(t, wire.AgentConfig{})
+		a.Stdout.Close()
+		a.Stderr.Close()
+		if err := a.Exit(wire.Exit{}, time.Minute); err != nil {
+			t.Error(err)
+		}
+		return off
+	})
+	if res.Kind != Exited || res.Lost != 57 {
+		t.Errorf("%+v", res)
+	}
+}
+
 // stuck is a writer whose reader takes nothing until the test ends.
 type stuck struct {
 	writes chan struct{} // a Write waits

@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"strings"
 
+	"gvm/text"
 	"gvm/verdict/klog"
 	"gvm/verdict/ktap"
 )
@@ -43,6 +44,8 @@ type Results struct {
 	// Dropped is the number of reports beyond those kept, Failing that of all that fail the run.
 	Dropped int `json:"dropped_reports"`
 	Failing int `json:"failing_reports"`
+	// Lost is the number of messages that the kernel dropped: see LostText.
+	Lost int `json:"lost_messages"`
 }
 
 // maxReports bounds the reports that are kept.
@@ -116,6 +119,7 @@ func (p *Policy) fails(k klog.Report) bool {
 func (r *Reader) Close() *Results {
 	r.read()
 	r.kernel.Close()
+	r.results.Lost = r.kernel.Lost
 	root := r.tests.Close()
 	r.results.Status, r.results.Counts = root.Status, root.Counts()
 	r.results.Tests, r.results.Errors = root.Tests, root.Errors
@@ -123,6 +127,15 @@ func (r *Reader) Close() *Results {
 		r.results.Tests = []*ktap.Test{}
 	}
 	return &r.results
+}
+
+// LostText says what it means that the kernel dropped n messages; "" for 0.
+func LostText(n int) string {
+	if n == 0 {
+		return ""
+	}
+	return fmt.Sprintf("the guest's kernel dropped %s of its log, where faults and results of tests may have been: "+
+		"give it a larger log buffer (--cmdline log_buf_len=16M)", text.Count(n, "message"))
 }
 
 // First returns the first report that fails the run, or nil.

@@ -101,6 +101,18 @@ func TestKernelLog(t *testing.T) {
 	}
 }
 
+// TestLostText: the results have the number of messages that the kernel dropped, and words for it.
+func TestLostText(t *testing.T) {
+	r := NewReader(Policy{Fail: true}, nil)
+	if _, err := io.WriteString(r, "** 1 printk messages dropped **\n"); err != nil {
+		t.Fatal(err)
+	}
+	lost := r.Close().Lost
+	if s := LostText(lost); lost != 1 || !strings.Contains(s, "dropped 1 message of its log") || LostText(0) != "" {
+		t.Errorf("%d: %q, %q", lost, s, LostText(0))
+	}
+}
+
 // TestPolicy: which reports fail a run.
 func TestPolicy(t *testing.T) {
 	bug := read(console, Policy{Fail: true}).First().Fingerprint

@@ -15,6 +15,7 @@ import (
 	"gvm/kvmapi/nowait"
 	"gvm/testrun"
 	"gvm/text"
+	"gvm/verdict"
 	"gvm/vmm/boot"
 )
 
@@ -391,6 +392,9 @@ func (t *testConfig) live(l *life[*testrun.Result], stop func(error), begun func
 		res.Text += mend(res.Err)
 	}
 	t.record.finishTest(res, t.note)
+	if s := verdict.LostText(res.Lost); s != "" {
+		t.note(s)
+	}
 	res.Kernel, res.Release = text.Name(k.Image.Name), k.Release
 	res.Missing = missing
 	if res.Rung == "" && res.Kind != testrun.Stopped && k.Config.Text == nil { // no file had it

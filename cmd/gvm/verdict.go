@@ -199,6 +199,9 @@ func (w *watch) finish(err error) (*verdict.Results, error) {
 	if w.decoder != nil {
 		w.decoder.Close()
 	}
+	if s := verdict.LostText(r.Lost); s != "" {
+		note(s)
+	}
 	switch first := r.First(); {
 	case err == nil && first != nil:
 		err = endError{exitFault, fmt.Errorf("the guest's kernel reported %s", faultText(r, first))}

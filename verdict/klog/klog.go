@@ -114,6 +114,9 @@ const (
 type Reader struct {
 	// Report takes a report when it is complete.
 	Report func(Report)
+	// Lost is the number of messages that the kernel dropped, as the console was too slow for them: a
+	// report may have been among them.
+	Lost int
 
 	line    Line
 	stamped bool // the kernel's records have time stamps, or the like
@@ -151,6 +154,10 @@ func (r *Reader) Close() {
 
 // Read reads one line, as Line collects it.
 func (r *Reader) Read(line []byte) {
+	if m := dropped().FindSubmatch(line); m != nil {
+		n, _ := strconv.Atoi(string(m[1]))
+		r.Lost = min(r.Lost+n, maxLost)
+	}
 	Records(line, func(rec Record) {
 		if rec.FromUser() {
 			return
@@ -163,6 +170,13 @@ func (r *Reader) Read(line []byte) {
 		r.record(rec)
 	})
 }
+
+// dropped matches the line before the next record (console_prepend_dropped in
+// kernel/printk/printk.c), which has no prefix.
+var dropped = pattern(`\*\* (\d{1,9}) printk messages dropped \*\*`)
+
+// maxLost bounds Lost: a program can print such lines too.
+const maxLost = 1 << 30
 
 const cutHere = "------------[ cut here ]------------"
 

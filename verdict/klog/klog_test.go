@@ -302,6 +302,23 @@ func TestOtherCaller(t *testing.T) {
 	}
 }
 
+// TestLost: the messages that the kernel dropped are counted, before, behind and without stamps.
+func TestLost(t *testing.T) {
+	r := Reader{Report: func(Report) {}}
+	_, _ = r.Write([]byte("** 3 printk messages dropped **\r\n[    1.000000] Linux version 6.12\n" +
+		"login: ** 40 printk messages dropped **\n** 999999999999 printk messages dropped **\n"))
+	r.Close()
+	if r.Lost != 43 {
+		t.Errorf("%d messages, want 43", r.Lost)
+	}
+	for range 10 {
+		_, _ = r.Write([]byte("** 999999999 printk messages dropped **\n"))
+	}
+	if r.Lost != maxLost {
+		t.Errorf("%d messages, want %d", r.Lost, maxLost)
+	}
+}
+
 // TestFingerprint: the fingerprint survives another boot, and tells two faults apart.
 func TestFingerprint(t *testing.T) {
 	again := strings.NewReplacer("0xba/0x110", "0xbc/0x120", "CPU: 1", "CPU: 3", "PID: 77", "PID: 1078",
