@@ -560,7 +560,14 @@ func (b *broker) pass(conn *net.UnixConn, head []byte, add *control.AddDisk) err
 		return err
 	}
 	defer f.Close()
-	return send(b.conn, message{Op: connection}, head, f)
+	err = send(b.conn, message{Op: connection}, head, f)
+	switch {
+	case errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET), errors.Is(err, net.ErrClosed):
+		return nil // the machine has ended
+	case err != nil:
+		return fmt.Errorf("control socket: a request is lost: %w", err)
+	}
+	return nil
 }
 
 // afterDeath waits for the end of a machine, and removes the kernel's targets that it has left.

@@ -398,6 +398,20 @@ func TestHostile(t *testing.T) {
 	}
 }
 
+// TestPassMeetsEnd: the broker says nothing of a request to a machine that has ended.
+func TestPassMeetsEnd(t *testing.T) {
+	ours, theirs := pair(t)
+	defer theirs.Close()
+	connection, far := pair(t)
+	defer connection.Close()
+	defer far.Close()
+	ours.Close()
+	b := newBroker(theirs, "m", 1, func(string) {})
+	if err := b.pass(connection, []byte("GET"), nil); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestGrantEnds: a request that the machine has refused is not for later.
 func TestGrantEnds(t *testing.T) {
 	s := newSetup(t)
