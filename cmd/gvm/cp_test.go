@@ -198,6 +198,33 @@ func TestCopy(t *testing.T) {
 			t.Errorf("gvm cp %s: %d bytes, want %d", c.args, len(data), len(c.data))
 		}
 	}
+	for _, c := range []struct {
+		path   string
+		flag   int
+		status int
+		errs   string
+	}{
+		{"/proc/self/mem", os.O_RDONLY, exitHost, "gvm: standard input: input/output error\n"},
+		{dir, os.O_RDONLY, exitUsage, "gvm: standard input: is a directory\n"},
+		{os.DevNull, os.O_WRONLY, exitHost, "gvm: standard input: bad file descriptor\n"},
+	} {
+		in, err := os.OpenFile(c.path, c.flag, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		cmd := command(t, "cp", "-", "fake:unread")
+		cmd.Env = append(cmd.Env, "XDG_RUNTIME_DIR="+dir)
+		var errs strings.Builder
+		cmd.Stdin, cmd.Stderr = in, &errs
+		_ = cmd.Run()
+		if cmd.ProcessState.ExitCode() != c.status || errs.String() != c.errs {
+			t.Errorf("input from %s: status %d, %q", c.path, cmd.ProcessState.ExitCode(), &errs)
+		}
+		if _, err := os.Stat(guest + "/unread"); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("input from %s: the guest has the file: %v", c.path, err)
+		}
+	}
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)

@@ -170,7 +170,7 @@ func runSession(client *control.Client, args []string, tty bool) error {
 		if err != nil {
 			return err
 		}
-		in := &input{file: os.Stdin, wake: wake}
+		in := &input{file: os.Stdin, spare: true, wake: wake}
 		defer in.close()
 		stdin = in
 	}

@@ -28,7 +28,7 @@ func (t *testConfig) streams(ctx context.Context, stop func(error), cfg *testrun
 		if err != nil {
 			return nil, err
 		}
-		in := &input{file: os.Stdin, wake: wake}
+		in := &input{file: os.Stdin, spare: true, wake: wake}
 		cfg.Stdin, cfg.Stdout, cfg.Stderr = in, os.Stdout, os.Stderr
 		return in.close, nil
 	}
@@ -59,12 +59,15 @@ func (keyboard) Break() error { return nil }
 // input is gvm's standard input, whose Read ends with the run.
 type input struct {
 	file *os.File
-	mu   sync.Mutex  // held while Read uses wake
-	wake *eventfd.FD // nil: closed
+	// spare is set for the input of a command, which need not read it: input that cannot be read at
+	// all is empty then.
+	spare bool
+	mu    sync.Mutex  // held while Read uses wake
+	wake  *eventfd.FD // nil: closed
 }
 
-// Read reads input. A terminal that another job has reads as ended, and so does a directory, or a
-// file that is open for writing alone, as nohup(1) gives it: a command need not read any.
+// Read reads input. Spare input has ended if it is a terminal that another job has, a directory, or
+// a file that is open for writing alone, as nohup(1) gives it.
 func (in *input) Read(p []byte) (int, error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -84,8 +87,8 @@ func (in *input) Read(p []byte) (int, error) {
 		switch {
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 			continue
-		case n == 0 && err == nil, errors.Is(err, unix.EBADF), errors.Is(err, unix.EISDIR),
-			errors.Is(err, unix.EIO) && term.IsTerminal(int(in.file.Fd())):
+		case err == nil && n == 0, in.spare && (errors.Is(err, unix.EBADF) || errors.Is(err, unix.EISDIR) ||
+			errors.Is(err, unix.EIO) && term.IsTerminal(int(in.file.Fd()))):
 			return 0, io.EOF
 		case err != nil:
 			return 0, err
