@@ -13,6 +13,7 @@ import (
 
 // msixModel is a function's MSI-X state as PCI 3.0, 6.8.2 has it.
 type msixModel struct {
+	master          bool // Bus Master Enable, without which a function writes no message (6.2.2)
 	enabled, masked bool // MSI-X Enable and Function Mask (6.8.2.3)
 	vectors         []modelVector
 }
@@ -24,10 +25,10 @@ type modelVector struct {
 
 const goodAddr, badAddr = 0xfee0_1000, 0x1000 // a message to badAddr is one that the machine refuses
 
-// reset is the state after a reset: MSI-X is disabled and every vector is masked (6.8.2.3,
-// 6.8.2.9).
+// reset is the state after a reset: bus mastering is off, MSI-X is disabled and every vector is
+// masked (6.8.2.3, 6.8.2.9).
 func (m *msixModel) reset() {
-	m.enabled, m.masked = false, false
+	m.master, m.enabled, m.masked = false, false, false
 	for i := range m.vectors {
 		m.vectors[i] = modelVector{masked: true}
 	}
@@ -43,14 +44,15 @@ func (m *msixModel) control(enabled, masked bool) {
 }
 
 // interrupt has the device ask for vector i: its message is sent, or its pending bit set if it is
-// masked (6.8.2.10). Several requests for a masked vector become one.
+// masked (6.8.2.10) or the function is no bus master. Several requests for a pending vector become
+// one.
 func (m *msixModel) interrupt(i int) { m.vectors[i].pending = m.enabled }
 
-// sends reports whether the function sends the message of vector i now: it is pending, and masked
-// neither by itself nor by the function (6.8.3.5).
+// sends reports whether the function sends the message of vector i now: it is pending, masked
+// neither by itself nor by the function (6.8.3.5), and the function is a bus master.
 func (m *msixModel) sends(i int) bool {
 	v := m.vectors[i]
-	return v.pending && m.enabled && !m.masked && !v.masked && v.msg.Addr == goodAddr
+	return v.pending && m.enabled && m.master && !m.masked && !v.masked && v.msg.Addr == goodAddr
 }
 
 // pendingBits has no bit of a message that is being sent.
@@ -70,7 +72,8 @@ type access struct {
 	do    func(r *rig, m *msixModel) // after model
 }
 
-// accesses returns every access to a function with n vectors.
+// accesses returns every access to a function with n vectors, the last of which changes Bus Master
+// Enable.
 func accesses(t *testing.T, n int) (all []access) {
 	for v, name := range []string{"disable", "disable and mask", "enable", "enable and mask"} {
 		all = append(all, access{name,
@@ -108,19 +111,29 @@ func accesses(t *testing.T, n int) (all []access) {
 				readPending(r, m) // before the machine has taken the event
 			}})
 	}
-	return all
+	return append(all, access{"change Bus Master Enable",
+		func(m *msixModel) { m.master = !m.master },
+		func(r *rig, m *msixModel) { r.master(m.master) }})
 }
 
 // TestEveryMSIXSequence makes every sequence of accesses to MSI-X, of 6 with one vector and of 4
-// with two, after a reset, and of one less after the three accesses that let a vector interrupt:
-// enable, function mask, mask, message and interrupt of a vector, a read of the pending bits. The
-// reset is that of the sequence before. After each access the function has sent the messages that
-// PCI 3.0, 6.8.2 asks for, each once, and at the end of each sequence, which is the middle of
-// others, it has the right pending bits.
+// with two, after a reset and with bus mastering on, and of one less after the three more accesses
+// that let a vector interrupt: enable, function mask, mask, message and interrupt of a vector, a
+// read of the pending bits. Sequences that change Bus Master Enable as well are one access shorter.
+// The reset is that of the sequence before. After each access the function has sent the messages
+// that PCI 3.0, 6.2.2 and 6.8.2 ask for, each once, and at the end of each sequence, which is the
+// middle of others, it has the right pending bits.
 func TestEveryMSIXSequence(t *testing.T) {
 	total := 0
-	for _, s := range []struct{ vectors, length int }{{1, 6}, {2, 4}} {
+	for _, s := range []struct {
+		vectors, length int
+		master          bool
+	}{{1, 6, false}, {2, 4, false}, {1, 5, true}, {2, 3, true}} {
 		all := accesses(t, s.vectors)
+		choice := all
+		if !s.master {
+			choice = all[:len(all)-1]
+		}
 		r := newMSIX(t, s.vectors)
 		r.vs.Refuse = func(m pci.Message) error {
 			if m.Addr != goodAddr {
@@ -138,13 +151,13 @@ func TestEveryMSIXSequence(t *testing.T) {
 			}
 		}}
 		for _, start := range [][]access{
-			{reset},
-			{reset, named("enable"), named("change the address of 0"), named("unmask 0")},
+			{reset, named("change Bus Master Enable")},
+			{reset, named("change Bus Master Enable"), named("enable"), named("change the address of 0"), named("unmask 0")},
 		} {
 			n := every.Run(func(pick func(int) int) {
 				made := slices.Clone(start)
 				for range s.length - len(start)/4 {
-					made = append(made, all[pick(len(all))])
+					made = append(made, choice[pick(len(choice))])
 				}
 				r.reports = r.reports[:0]
 				for i, a := range append(made, named("read the pending bits")) {

@@ -310,6 +310,9 @@ func (f *Function) write(reg int, p []byte) {
 	if command != before && f.intx != nil {
 		f.intx.disable(command&commandINTxDisable != 0)
 	}
+	if f.msix != nil { // before the hook, in which the device may interrupt
+		f.msix.setMaster(command&CommandMaster != 0)
+	}
 	if command != before && f.Command != nil {
 		f.Command(command)
 	}

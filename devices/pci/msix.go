@@ -25,9 +25,10 @@ const (
 	entryMasked = 1
 )
 
-// MSIX is a function's MSI-X capability. A vector is connected only while MSI-X is enabled and
-// neither the function nor the vector is masked. Each change of that is one call of the machine's
-// Vector, because each is a system call that briefly stops interrupt delivery in the whole guest.
+// MSIX is a function's MSI-X capability. A vector is connected only while MSI-X is enabled, neither
+// the function nor the vector is masked, and the function is a bus master: its messages are writes
+// to memory (PCI 3.0, 6.2.2). Each change of that is one call of the machine's Vector, because each
+// is a system call that briefly stops interrupt delivery in the whole guest.
 type MSIX struct {
 	// Changed, if set, is called after a write that may have enabled or disabled MSI-X;
 	// configuration space is locked meanwhile.
@@ -40,6 +41,7 @@ type MSIX struct {
 
 	mu     sync.Mutex // innermost: no lock is taken under it
 	masked bool       // the function mask
+	master bool       // Bus Master Enable
 	table  []byte
 	vec    []vector
 }
@@ -182,11 +184,24 @@ func (m *MSIX) control(v uint16) {
 	}
 }
 
+// setMaster follows Bus Master Enable.
+func (m *MSIX) setMaster(on bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if on == m.master {
+		return
+	}
+	m.master = on
+	for i := range m.vec {
+		m.apply(i)
+	}
+}
+
 // apply makes the machine's vector i match the table; mu is held.
 func (m *MSIX) apply(i int) {
 	v, e := &m.vec[i], m.table[i*entrySize:][:entrySize]
 	msg := Message{binary.LittleEndian.Uint64(e), binary.LittleEndian.Uint32(e[entryData:])}
-	if !m.Enabled() || m.masked || e[entryCtrl]&entryMasked != 0 {
+	if !m.Enabled() || !m.master || m.masked || e[entryCtrl]&entryMasked != 0 {
 		m.mask(i)
 		return
 	}
@@ -239,7 +254,7 @@ func (m *MSIX) reset() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.enabled.Store(false)
-	m.masked = false
+	m.masked, m.master = false, false
 	m.clear()
 	for i := range m.vec {
 		m.mask(i)

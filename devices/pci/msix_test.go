@@ -43,6 +43,7 @@ func newMSIX(t *testing.T, n int) *rig {
 		t.Fatalf("MSI-X capabilities at %#x", caps)
 	}
 	r.cap = caps[0]
+	r.master(true)
 	t.Cleanup(func() {
 		for i, v := range r.vs.All {
 			if v.Fault() != "" {
@@ -54,6 +55,14 @@ func newMSIX(t *testing.T, n int) *rig {
 		}
 	})
 	return r
+}
+
+func (r *rig) master(on bool) {
+	command := uint64(pci.CommandMemory)
+	if on {
+		command |= pci.CommandMaster
+	}
+	r.cfg.Write(4, 2, command)
 }
 
 func (r *rig) control(v uint64) { r.cfg.Write(r.cap+2, 2, v) }
@@ -218,6 +227,17 @@ func TestMSIXMasks(t *testing.T) {
 	expect(t, "pending on a connected vector", r.pending(), 0)
 	r.delivered(t, "unmasked", 0, "0x41 to 0xfee00000")
 
+	r.master(false)
+	r.calls(t, "bus mastering off", 3)
+	r.master(false)
+	r.Event(0).Signal()
+	r.Event(0).Signal()
+	expect(t, "pending without bus mastering", r.pending(), 0b001)
+	r.master(true)
+	r.calls(t, "bus mastering on", 3)
+	r.delivered(t, "bus mastering on", 0, "0x41 to 0xfee00000")
+	r.delivered(t, "once", 0, "")
+
 	r.mask(0, 1)
 	r.Event(0).Signal()
 	r.Event(0).Signal()
@@ -269,8 +289,12 @@ func TestMSIXMasks(t *testing.T) {
 			t.Errorf("vector %d is connected after reset", i)
 		}
 	}
+	r.vs.Calls()
 	r.control(enable)
 	expect(t, "pending after reset", r.pending(), 0)
+	r.message(0, 0xfee0_0000, 0x41)
+	r.mask(0, 0)
+	r.calls(t, "bus mastering is off after reset", 0)
 	if len(r.reports) != 0 {
 		t.Errorf("reports %q", r.reports)
 	}

@@ -2,6 +2,8 @@ package vpci_test
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"testing"
@@ -177,4 +179,53 @@ func TestINTxMSIX(t *testing.T) {
 	equal(t, "its ISR status", d.load(d.isr, 1), 0)
 	followers(t, "MSI-X was disabled", 1)
 	r.logged()
+}
+
+// TestINTxNewOwner: messages that wait for bus mastering are their driver's. A new owner that
+// disables MSI-X gets no INTx# from the device, whose line another device may share.
+func TestINTxNewOwner(t *testing.T) {
+	dev := scsi(t)
+	r, levels := newWiredRig(t, dev)
+	cfg := pcitest.ECAM(r.bus, 1)
+	d := r.attach(cfg, false)
+	c := pcitest.Caps(cfg, 0x11)[0]
+	d.interrupts()
+	d.start()
+	a := dev.active
+	dev.stops = func(context.Context) error { return a.Queues[0].Call.Signal() } // the last request
+	cfg.Write(4, 2, 2)
+	a.ConfigChanged()
+	cfg.Write(4, 2, 0)
+	r.logged("vpci: dev: bus mastering and memory decoding were turned off")
+	cfg.Write(c+2, 2, 0)
+	cfg.Write(4, 2, 6)
+	followers(t, "without MSI-X", 1)
+	equal(t, "ISR status", d.load(d.isr, 1), 0)
+	level(t, "a new owner", levels)
+	equal(t, "interrupt status", cfg.Read(6, 2)&8, 0)
+	r.took("a new owner")
+}
+
+// TestINTxStopFails: the driver of a device that does not stop learns by INTx# that it must reset
+// it. A new owner has an idle line.
+func TestINTxStopFails(t *testing.T) {
+	dev := scsi(t)
+	r, levels := newWiredRig(t, dev)
+	cfg := pcitest.ECAM(r.bus, 1)
+	d := r.attach(cfg, false)
+	d.start()
+	dev.stops = func(context.Context) error { return errors.New("no stop") }
+	cfg.Write(4, 2, 2)
+	level(t, "a device that broke", levels, true)
+	equal(t, "ISR status", d.load(d.isr, 1), 2)
+	level(t, "read", levels, false)
+	r.logged("vpci: dev: stop: no stop")
+
+	cfg.Write(4, 2, 6)
+	d.start()
+	cfg.Write(4, 2, 2)
+	level(t, "a device that broke", levels, true)
+	cfg.Write(4, 2, 0)
+	level(t, "a new owner", levels, false)
+	r.logged("vpci: dev: stop: no stop")
 }

@@ -19,8 +19,9 @@ func TestBusMaster(t *testing.T) {
 	cfg.Write(4, 2, 2)
 	equal(t, "status without bus mastering", d.start(), 0x4f)
 	r.logged("vpci: dev: activate: bus mastering is off")
-	r.took("without bus mastering", 0x40)
+	r.took("without bus mastering")
 	cfg.Write(4, 2, 6)
+	r.took("with it", 0x40)
 	equal(t, "status with it", d.start(), 0x0f)
 	cfg.Write(4, 2, 0x406)
 	if dev.active == nil {
@@ -47,6 +48,47 @@ func TestBusMaster(t *testing.T) {
 	equal(t, "base after a reset", dev.active.Queues[0].Base, 0)
 	r.took("no interrupt is the transport's")
 	r.logged()
+}
+
+// TestMessagesNeedBusMaster: an interrupt by MSI-X is a write to memory, which the function must
+// not make while Bus Master Enable is 0. It is pending until the bit is set, or the device reset.
+func TestMessagesNeedBusMaster(t *testing.T) {
+	dev := scsi(t)
+	r := newRig(t, dev, dev)
+	cfg := pcitest.CF8(r.bus, 1)
+	d := r.attach(cfg, false)
+	d.interrupts()
+	table, _ := r.v.Function().Region(2)
+	pending := func() uint64 { return pcitest.Load(table, 2048, 8) }
+	d.start()
+	a := dev.active
+	dev.stops = func(context.Context) error { return a.Queues[0].Call.Signal() } // the last request
+	cfg.Write(4, 2, 2)
+	r.took("from a device that stops")
+	equal(t, "pending bits", pending(), 0b10)
+	a.ConfigChanged()
+	a.ConfigChanged()
+	r.took("from one that has stopped")
+	equal(t, "pending bits", pending(), 0b11)
+	cfg.Write(4, 2, 6)
+	r.took("bus mastering on", 0x40, 0x41)
+	equal(t, "pending bits", pending(), 0)
+	r.took("once")
+
+	dev.stops = nil
+	cfg.Write(4, 2, 2)
+	a.ConfigChanged()
+	d.status(0)
+	cfg.Write(4, 2, 6)
+	r.took("what a reset has discarded")
+
+	d.start()
+	dev.stops = func(context.Context) error { return errors.New("no stop") }
+	cfg.Write(4, 2, 2)
+	r.took("from a device that broke")
+	cfg.Write(4, 2, 6)
+	r.took("bus mastering on", 0x40)
+	r.logged("vpci: dev: stop: no stop")
 }
 
 // continued checks that the device continues at dev.bases, and that nothing else has changed.

@@ -334,7 +334,8 @@ func (d *Device) disconnect(base uint64) {
 // device, whose rings are not there any more. But to find the sizes of the BARs it turned
 // memory decoding off before, which a driver that only clears the bit for a while has
 // no reason to do. So then the device does not continue, and its driver has to reset it.
-// It lowers its line: the next kernel may enable a device that shares it first.
+// It also takes back its interrupts: the next kernel may enable a device that shares its
+// line first, and does not know its messages, which wait for bus mastering.
 func (d *Device) command(command uint16) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -347,8 +348,12 @@ func (d *Device) command(command uint16) {
 		if err := d.stop(d.cfg.Context, a); err != nil { // the machine ends
 			d.fail(a, fmt.Errorf("bus mastering was turned off: %w", err))
 		}
-		if command&pci.CommandMemory == 0 && a.state == stopped {
-			d.fail(a, errors.New("bus mastering and memory decoding were turned off"))
+		if command&pci.CommandMemory == 0 {
+			if a.state == stopped {
+				d.fail(a, errors.New("bus mastering and memory decoding were turned off"))
+			}
+			d.intx.reset()
+			d.msix.Discard()
 		}
 	}
 	d.proceed(a)
@@ -397,7 +402,6 @@ func (d *Device) fail(a *activation, err error) {
 	d.stuck = d.cfg.Device.Reset()
 	a.state = failed
 	d.broken(a, errors.Join(err, d.stuck))
-	d.intx.reset()
 }
 
 // Pause stops the device, if a driver uses it, until Resume. It does not wait: done gets nil when
