@@ -85,7 +85,8 @@ func checkCPUs(cfg Config, check func(capability int) int, supported []kvm.CPUID
 // pinMessage returns the message that the I/O APIC would send for a pin, by the pin's redirection
 // table entry, if it goes to an ID above 255. KVM's own I/O APIC has 8 bits of the ID and would
 // interrupt another CPU. The entry has bits 8 to 14 of the ID in bits 49 to 55, where Linux writes
-// them.
+// them. A masked entry sends nothing: KVM keeps a level and delivers it at the unmask, which gvm
+// does not see, to 8 bits of the ID (docs/limits.md).
 func pinMessage(entry uint64) (m pci.Message, ok bool) {
 	const (
 		masked      = 1 << 16
