@@ -152,6 +152,11 @@ func (r *Reader) Close() {
 	r.finish()
 }
 
+// printed matches a prefix that only printk prints: a log level, a time stamp with six decimals,
+// or a caller of six characters (print_time and print_caller in kernel/printk/printk.c). Programs
+// begin lines with other things in brackets, such as addresses of hosts.
+var printed = pattern(`<\d{1,3}>|\[ *\d+\.\d{6}|\[(?: {4}[TC]\d| {3}[TC]\d{2}| {2}[TC]\d{3}| [TC]\d{4}|[TC]\d{5,})\]`)
+
 // Read reads one line, as Line collects it.
 func (r *Reader) Read(line []byte) {
 	if m := dropped().FindSubmatch(line); m != nil {
@@ -162,7 +167,7 @@ func (r *Reader) Read(line []byte) {
 		if rec.FromUser() {
 			return
 		}
-		if own := rec.Level >= 0 || rec.Time() != "" || rec.Caller() != ""; own {
+		if printed().MatchString(rec.Prefix) {
 			r.stamped = true
 		} else if r.stamped {
 			return // a program's

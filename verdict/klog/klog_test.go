@@ -283,6 +283,12 @@ func TestForms(t *testing.T) {
 		"a program, syslog":             {"<12>[    1.000000] " + bug + "\r\n", 0},
 		"a program, no time":            {bug + "\r\n", 1},
 		"a program behind a time stamp": {"[    1.000000] Linux\r\n" + bug + "\r\n", 0},
+		"a program's address":           {"[10.0.0.1]:22 is up\r\n" + bug + "\r\n", 1},
+		"a program's seconds":           {"[1.5] built [0.52s]\r\n" + bug + "\r\n", 1},
+		"a program's name in brackets":  {"[T1] begins\r\n[C12] too\r\n" + bug + "\r\n", 1},
+		"a program behind a caller":     {"[    T1] Linux\r\n" + bug + "\r\n", 0},
+		"a program behind a high task":  {"[T12345] Linux\r\n" + bug + "\r\n", 0},
+		"a program behind a level":      {"<6>Linux\r\n" + bug + "\r\n", 0},
 		"quoted":                        {"grep '" + bug + "' log\r\n", 0},
 		"two":                           {"[    1.000000] " + bug + "\r\n[    1.000001] " + bug + "\r\n", 2},
 	} {
