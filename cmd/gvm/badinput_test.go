@@ -626,8 +626,8 @@ func wantBad(t *testing.T, r result, want string) {
 // capabilities to override them (capabilities(7)).
 func TestUnreadable(t *testing.T) {
 	dir := badFiles(t)
-	for _, args := range [][]string{{"--kernel", "secret"}, {"--disk", "secret"}, {"--disk", "secret,readonly"}} {
-		c := command(t, append([]string{"run"}, args...)...)
+	unreadable := func(args ...string) result {
+		c := command(t, args...)
 		c.Dir = dir
 		if os.Getuid() == 0 {
 			setpriv, err := exec.LookPath("setpriv") // of util-linux, which every Debian has
@@ -638,7 +638,19 @@ func TestUnreadable(t *testing.T) {
 				"--", c.Path}, c.Args[1:]...)
 			c.Path = setpriv
 		}
-		wantBad(t, gvmRuns(t, c), "secret|permi")
+		return gvmRuns(t, c)
+	}
+	for _, args := range [][]string{{"--kernel", "secret"}, {"--disk", "secret"}, {"--disk", "secret,readonly"}} {
+		wantBad(t, unreadable(append([]string{"run"}, args...)...), "secret|permi")
+	}
+	closed := filepath.Join(dir, "tree/closed")
+	if err := errors.Join(os.MkdirAll(closed, 0), os.WriteFile(dir+"/kernel", embedded.Image, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	r := unreadable("test", "--kernel", "kernel", "--file", "tree", "--", "/bin/true")
+	if want := "gvm: " + closed + ": permission denied; change its permissions or those of its directory, or name " +
+		"another\n"; r.status != exitUntested || !strings.HasSuffix(r.errs, want) {
+		t.Errorf("--file: status %d: %s, want %s", r.status, r.errs, want)
 	}
 }
 

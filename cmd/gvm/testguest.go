@@ -19,6 +19,7 @@ import (
 	"gvm/guest/agent/wire"
 	"gvm/guest/initramfs"
 	"gvm/guest/kernel"
+	"gvm/kvmapi/nowait"
 	"gvm/machine/disk"
 	"gvm/panics"
 	"gvm/testrun"
@@ -276,15 +277,17 @@ func addDirectory(ctx context.Context, b *initramfs.Builder, dir string) error {
 	return filepath.WalkDir(dir+"/", func(path string, d iofs.DirEntry, err error) error {
 		switch {
 		case err != nil:
+			err = nowait.OpenError(path, err)
 		case ctx.Err() != nil:
 			err = context.Cause(ctx)
 		case d.IsDir():
 			b.Dir(path, 0o755)
 		case d.Type() == iofs.ModeSymlink:
 			var target string
-			if target, err = os.Readlink(path); err == nil {
-				b.Symlink(path, target)
+			if target, err = os.Readlink(path); err != nil {
+				return nowait.OpenError(path, err)
 			}
+			b.Symlink(path, target)
 		case d.Type().IsRegular():
 			err = b.HostFile(ctx, path, path)
 		}
