@@ -166,9 +166,7 @@ type waiting struct {
 // startWaiting starts a machine and returns once a line on its console has the text. The machine
 // inherits files from descriptor 3 on.
 func startWaiting(ctx context.Context, args []string, text string, files ...*os.File) (_ *waiting, err error) {
-	m := &waiting{c: exec.CommandContext(ctx, args[0], args[1:]...)}
-	m.c.Cancel = func() error { return m.c.Process.Signal(syscall.SIGTERM) } // lets the program clean up
-	m.c.WaitDelay = 10 * time.Second
+	m := &waiting{c: benchMachine(ctx, args)}
 	m.c.Stderr = &m.errs
 	m.c.ExtraFiles = files
 	if m.stdin, err = m.c.StdinPipe(); err != nil {

@@ -6,9 +6,11 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -307,7 +309,7 @@ func TestSandboxReplayVhost(t *testing.T) {
 }
 
 // TestSandboxBench: the machine that gvm bench guest measures is in the sandbox, by default too,
-// and a signal to the benchmark ends it.
+// and ends with the benchmark, also if it is stopped.
 func TestSandboxBench(t *testing.T) {
 	t.Parallel()
 	image := filepath.Join(t.TempDir(), "a,b.img")
@@ -324,28 +326,59 @@ func TestSandboxBench(t *testing.T) {
 			t.Errorf("%s without seccomp: status %d, %q, %q", mode, r.status, r.out, r.errs)
 		}
 	}
-	p := startGVM(t, "", append(bench, "--time=1m")...)
-	machine, parent := "", fmt.Sprintf("\nPPid:\t%d\n", p.cmd.Process.Pid)
-	run := "\x00run\x00--sandbox=" + sandbox.On.String() + "\x00"
-	p.eventually("had a machine in the sandbox", func() bool {
-		all, _ := filepath.Glob("/proc/[0-9]*")
-		for _, dir := range all {
-			words, _ := os.ReadFile(dir + "/cmdline")
-			status, _ := os.ReadFile(dir + "/status")
-			if strings.Contains(string(words), run) && strings.Contains(string(status), parent) &&
-				strings.Contains(string(status), "\nSeccomp:\t2\n") {
-				machine = dir
+	for _, stopped := range []bool{false, true} {
+		p := startGVM(t, "", append(bench, "--time=1m")...)
+		machine := p.machine("\x00run\x00--sandbox="+sandbox.On.String()+"\x00", "\nSeccomp:\t2\n")
+		if stopped {
+			if err := syscall.Kill(machine, syscall.SIGSTOP); err != nil {
+				t.Error(err)
 			}
 		}
-		return machine != ""
+		p.signal(syscall.SIGTERM)
+		if r := p.wait(); r.status != exitTerminated {
+			t.Errorf("stopped %v: status %d: %s", stopped, r.status, r.errs)
+		}
+		if err := syscall.Kill(machine, syscall.SIGKILL); err == nil {
+			t.Errorf("stopped %v: the machine outlives the benchmark", stopped)
+		}
+	}
+}
+
+// TestBenchKilled: the machines of a benchmark that is killed end, also those that wait for input.
+func TestBenchKilled(t *testing.T) {
+	t.Parallel()
+	p := startGVM(t, "", "bench", "footprint", "--qemu=none", "--rounds=1", "--guests=1")
+	machine := p.machine("\x00run\x00", "")
+	p.eventually("had a guest that waits", func() bool {
+		r := ask(t, t.TempDir(), "inspect", fmt.Sprintf("gvm-%d", machine), "vcpu/0/mp_state")
+		return r.out == "vcpu/0/mp_state halted\n"
 	})
-	p.signal(syscall.SIGTERM)
-	if r := p.wait(); r.status != exitTerminated {
-		t.Errorf("status %d: %s", r.status, r.errs)
+	p.signal(syscall.SIGKILL)
+	_ = p.cmd.Wait()
+	for end := time.Now().Add(tooLong); syscall.Kill(machine, 0) == nil; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the machine outlives the benchmark")
+		}
 	}
-	if _, err := os.Stat(machine); err == nil {
-		t.Error("the machine outlives the benchmark")
-	}
+}
+
+// machine waits for a child with words in its command line and status, and returns its PID.
+func (p *proc) machine(words, status string) (pid int) {
+	p.t.Helper()
+	parent := fmt.Sprintf("\nPPid:\t%d\n", p.cmd.Process.Pid)
+	p.eventually("had a machine", func() bool {
+		all, _ := filepath.Glob("/proc/[0-9]*")
+		for _, dir := range all {
+			line, _ := os.ReadFile(dir + "/cmdline")
+			is, _ := os.ReadFile(dir + "/status")
+			if strings.Contains(string(line), words) && strings.Contains(string(is), parent) &&
+				strings.Contains(string(is), status) {
+				pid, _ = strconv.Atoi(filepath.Base(dir))
+			}
+		}
+		return pid != 0
+	})
+	return pid
 }
 
 // TestSandboxWords: a value that is none.
