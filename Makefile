@@ -80,7 +80,7 @@ lab-setup:
 	$(GO) run ./guest-tests/cmd/lab setup
 
 test-unit:
-	$(GOTEST) $(BARE) -timeout 20m -skip '^Test(DebianPackage|$(RELEASE)|$(SLOW))$$|$(KINDS)' $(KVM) $(ONELAB) $(UNIT)
+	$(GOTEST) $(BARE) -timeout 40m -skip '^Test(DebianPackage|$(RELEASE)|$(SLOW))$$|$(KINDS)' $(KVM) $(ONELAB) $(UNIT)
 	cd guest-tests/kubernetes && $(GO) test ./manifest
 
 # The tests that compile gvm and the library with the flags of a release.
@@ -116,21 +116,21 @@ long: ## the tests with Linux guests that take longest, the kernel's devices und
 	@$(MAKE) -k -j1 long-machines long-guests long-rings long-package long-6.12 long-7.3
 
 long-machines:
-	$(GOTEST) $(BARE) -timeout 15m -run '^Test($(SLOW))$$' $(KVM) ./guest-tests/lab
+	$(GOTEST) $(BARE) -timeout 30m -run '^Test($(SLOW))$$' $(KVM) ./guest-tests/lab
 
 long-guests:
 	$(GOTEST) $(BARE) -timeout 30m -p 1 -parallel 1 -run '$(LONG)' ./guest-tests/linux
 
 long-rings:
-	$(GOTEST) $(BARE) -timeout 15m ./devices/virtio/vhostring
+	$(GOTEST) $(BARE) -timeout 30m ./devices/virtio/vhostring
 
 long-package:
-	$(GOTEST) $(BARE) -timeout 20m -run '^Test(DebianPackage|$(RELEASE))$$' . ./packaging ./guest-tests/lab
-	$(GOTEST) $(BARE) -timeout 10m -run '$(KINDS)' ./guest-tests/conformance
+	$(GOTEST) $(BARE) -timeout 30m -run '^Test(DebianPackage|$(RELEASE))$$' . ./packaging ./guest-tests/lab
+	$(GOTEST) $(BARE) -timeout 30m -run '$(KINDS)' ./guest-tests/conformance
 
 long-6.12 long-7.3: long-%:
-	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 15m -p 1 -parallel 1 -run '$(LONG$*)' -skip 'Filesystems/^[12]_|VhostPlugSandbox/jail' ./guest-tests/linux
-	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 15m -p 2 $(TARGETS$*)
+	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 30m -p 1 -parallel 1 -run '$(LONG$*)' -skip 'Filesystems/^[12]_|VhostPlugSandbox/jail' ./guest-tests/linux
+	GVM_TEST_L1=$* $(GOTEST) $(BARE) -timeout 30m -p 2 $(TARGETS$*)
 
 # GVM_TEST_USER: see guest-tests/lab/README.md.
 user: export GVM_TEST_USER = 65534
@@ -167,7 +167,7 @@ lint: ## gofmt, go vet, staticcheck
 # hundreds of times, the conformance suite on other kinds of disk, the builds of a release, and
 # most of the exhaustive tests.
 race: ## the unit tests under the race detector
-	CGO_ENABLED=1 $(GOTEST) -race -timeout 20m -skip '^TestBench(Boot|Footprint|Guest)$$|^Test(CompletionOfDisks|Verbs)$$|^TestEvery(Table|MSIXSequence)$$|^TestEveryInterleaving$$/^2|$(KINDS)|^Test($(RELEASE))$$' $(RACE)
+	CGO_ENABLED=1 $(GOTEST) -race -timeout 40m -skip '^TestBench(Boot|Footprint|Guest)$$|^Test(CompletionOfDisks|Verbs)$$|^TestEvery(Table|MSIXSequence)$$|^TestEveryInterleaving$$/^2|$(KINDS)|^Test($(RELEASE))$$' $(RACE)
 
 # gvm itself has the detector there as well, and ends when it finds something. Static, for
 # guests, which get diskload, have no C library; xz without, which would decompress a kernel
