@@ -117,6 +117,11 @@ func suiteRun(program string, progress func(string), args ...string) (string, er
 	defer silent.Stop()
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = append(os.Environ(), "XDG_CACHE_HOME="+cacheHome)
+	cmd.Cancel = func() error {
+		showStacks(cmd.Process.Pid)
+		return cmd.Process.Kill()
+	}
+	cmd.WaitDelay = 10 * time.Second // a process that it started may have its output
 	// It takes long: show it at once.
 	cmd.Stdout, cmd.Stderr = io.MultiWriter(&out, os.Stderr, sign{func() {
 		silent.Reset(silence)
@@ -132,6 +137,15 @@ func suiteRun(program string, progress func(string), args ...string) (string, er
 		err = fmt.Errorf("%w: %s", err, lines[len(lines)-1])
 	}
 	return out.String(), err
+}
+
+// showStacks shows where the threads of a process wait in L1's kernel.
+func showStacks(pid int) {
+	stacks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stack", pid))
+	for _, stack := range stacks {
+		b, err := os.ReadFile(stack) // fails of a thread that has ended, and without root
+		fmt.Fprintf(os.Stderr, "%s: %v\n%s", stack, err, b)
+	}
 }
 
 // sign calls a function at each Write.
