@@ -57,10 +57,13 @@ func (l *kernelLog) sysRq(keys string) {
 
 // Write keeps the log. A file that cannot take it does not stop the guest.
 func (l *kernelLog) Write(p []byte) (int, error) {
-	l.touch()
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	before := l.reader.Progress()
 	_, _ = l.reader.Write(p)
+	if l.reader.Progress() != before {
+		l.touch()
+	}
 	l.tail = append(l.tail, p...)
 	if n := len(l.tail) - maxTail; n > maxTail {
 		l.tail = append(l.tail[:0], l.tail[n:]...)

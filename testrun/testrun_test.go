@@ -297,6 +297,21 @@ func TestHang(t *testing.T) {
 	if log := strings.Join(res.Log, ","); log != "sysrq l,sysrq w" {
 		t.Errorf("the log is %q", log)
 	}
+	// The kernel's own reports that it hangs are no progress.
+	stalled := run(t, Config{Hang: 100 * time.Millisecond}, func(g *fakeGuest) vmm.Outcome {
+		for i := range 10_000 {
+			select {
+			case <-g.ctx.Done():
+				return vmm.Outcome{}
+			case <-time.After(time.Millisecond):
+				g.print(fmt.Sprintf("[%5d.000000] watchdog: BUG: soft lockup - CPU#0 stuck for %[1]ds! [init:1]\r\n", 26*(i+1)))
+			}
+		}
+		return off
+	})
+	if stalled.Kind != Hang {
+		t.Errorf("a soft lockup: %s, %s", stalled.Kind, stalled.Text)
+	}
 	if res.Kind != Hang || len(res.Detail) != 1 || res.Detail[0] != "vcpu/0: halted" || res.Times.Hang == 0 {
 		t.Errorf("a hang: %+v", res)
 	}

@@ -55,6 +55,7 @@ const maxReports = 64
 type Reader struct {
 	policy  Policy
 	line    klog.Line
+	lines   uint64 // see Progress
 	kernel  klog.Reader
 	tests   ktap.Parser
 	results Results
@@ -86,7 +87,14 @@ func (r *Reader) read() {
 	line := r.line.Take()
 	r.kernel.Read(line)
 	r.tests.Read(line)
+	if len(line) > 0 && !r.kernel.Stalled {
+		r.lines++
+	}
 }
+
+// Progress returns the number of lines so far by which the guest makes progress: all but those of
+// the kernel's reports that a CPU or a task makes none, which come again and again.
+func (r *Reader) Progress() uint64 { return r.lines }
 
 func (r *Reader) report(k klog.Report) {
 	report := Report{Report: k, Count: 1, Fails: r.policy.fails(k)}

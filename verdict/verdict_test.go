@@ -101,6 +101,38 @@ func TestKernelLog(t *testing.T) {
 	}
 }
 
+// TestProgress: lines of the kernel that say that it makes no progress, and those of other CPUs at
+// their time, are none. Later lines are, and a program's.
+func TestProgress(t *testing.T) {
+	r := NewReader(Policy{}, nil)
+	for i, c := range []struct {
+		line string
+		is   bool
+	}{
+		{"[    1.000000][    T1] Linux version 6.12", true},
+		{"", false},
+		{"[   26.000000][    C0] watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [a:1]", false},
+		{"[   26.000100][    C0] CPU: 0 UID: 0 PID: 1 Comm: a", false},
+		{"[   26.000200][    C1] NMI backtrace for cpu 1", false},
+		{"[   26.000300][    C0] Call Trace:", false},
+		{"a program's", true},
+		{"[   27.500000][    T7] usb: hello", true},
+		{"[   48.000000][    C0] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:", false},
+		{"[   70.000000][    C0] INFO: task a:1 blocked for more than 20 seconds.", false},
+		{"[   70.000000][    C0] watchdog: CPU0: Watchdog detected hard LOCKUP on cpu 0", false},
+		{"[   90.000000][    C0] BUG: KASAN: out-of-bounds in f+0x1/0x2", true},
+		{"[   90.000000][    C0] Call Trace:", true},
+	} {
+		before := r.Progress()
+		if _, err := io.WriteString(r, c.line+"\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		if is := r.Progress() > before; is != c.is {
+			t.Errorf("line %d, %q: progress %t, want %t", i, c.line, is, c.is)
+		}
+	}
+}
+
 // TestLostText: the results have the number of messages that the kernel dropped, and words for it.
 func TestLostText(t *testing.T) {
 	r := NewReader(Policy{Fail: true}, nil)

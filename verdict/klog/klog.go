@@ -117,12 +117,16 @@ type Reader struct {
 	// Lost is the number of messages that the kernel dropped, as the console was too slow for them: a
 	// report may have been among them.
 	Lost int
+	// Stalled reports whether the last line tells that a CPU or a task makes no progress: it is of
+	// such a report, or of the time of one, as other CPUs add lines of theirs.
+	Stalled bool
 
 	line    Line
 	stamped bool // the kernel's records have time stamps, or the like
 	open    *report
-	before  string // the line after "cut here", which can be the message of a WARN
-	cut     bool   // "cut here" was the last line, or the last but one
+	before  string  // the line after "cut here", which can be the message of a WARN
+	cut     bool    // "cut here" was the last line, or the last but one
+	stall   float64 // time stamp of the last line of a stall; 0: none
 }
 
 // report is one that is not complete.
@@ -159,6 +163,7 @@ var printed = pattern(`<\d{1,3}>|\[ *\d+\.\d{6}|\[(?: {4}[TC]\d| {3}[TC]\d{2}| {
 
 // Read reads one line, as Line collects it.
 func (r *Reader) Read(line []byte) {
+	r.Stalled = false
 	if m := dropped().FindSubmatch(line); m != nil {
 		n, _ := strconv.Atoi(string(m[1]))
 		r.Lost = min(r.Lost+n, maxLost)
@@ -200,6 +205,9 @@ var (
 func (r *Reader) record(rec Record) {
 	text := strings.TrimRight(rec.Text, " \t")
 	bare := strings.TrimSpace(text)
+	if at := seconds(rec.Time()); r.stall > 0 && at >= r.stall && at <= r.stall+quiet {
+		r.Stalled = true
+	}
 	if bare == cutHere {
 		r.finish()
 		r.cut, r.before = true, ""
@@ -236,6 +244,7 @@ func (r *Reader) record(rec Record) {
 		return
 	}
 	o.add(text)
+	r.note(o)
 	if endMark().MatchString(bare) || len(o.Text) == maxText || o.bytes > maxBytes {
 		r.finish()
 	}
@@ -260,6 +269,15 @@ func (r *Reader) begin(kind Kind, text string, rec Record) {
 	}
 	r.cut = false
 	r.open.add(text)
+	r.note(r.open)
+}
+
+// note takes the last line for one of a stall, if the report is of one.
+func (r *Reader) note(o *report) {
+	switch o.Kind {
+	case RCUStall, HungTask, SoftLockup, HardLockup:
+		r.Stalled, r.stall = true, o.last
+	}
 }
 
 func seconds(stamp string) float64 {
