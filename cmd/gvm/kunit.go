@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/urfave/cli/v2"
 
@@ -166,10 +167,10 @@ func printResults(w io.Writer, r *verdict.Results) error {
 	printFailed(&b, "", r.Tests)
 	width := len("total")
 	for _, t := range r.Tests {
-		width = max(width, len(t.Name))
+		width = max(width, utf8.RuneCountInString(text.Printable(t.Name)))
 	}
 	row := func(name string, words ...any) {
-		fmt.Fprintf(&b, "%-*s%8v%8v%9v%9v\n", append([]any{width, name}, words...)...)
+		fmt.Fprintf(&b, "%-*s%8v%8v%9v%9v\n", append([]any{width, text.Printable(name)}, words...)...)
 	}
 	row("suite", "passed", "failed", "crashed", "skipped")
 	for _, t := range r.Tests {
@@ -188,7 +189,7 @@ func printFailed(b *strings.Builder, path string, tests []*ktap.Test) {
 		if t.Status == ktap.Pass || t.Status == ktap.Skip || !t.Own() {
 			continue
 		}
-		fmt.Fprintf(b, "%s: %s\n", name, strings.TrimSpace(string(t.Status)+" "+t.Reason))
+		b.WriteString(text.Printable(fmt.Sprintf("%s: %s", name, strings.TrimSpace(string(t.Status)+" "+t.Reason))) + "\n")
 		for _, line := range t.Log {
 			fmt.Fprintf(b, "    %s\n", strings.TrimSpace(line))
 		}
