@@ -66,7 +66,7 @@ func benchDir() (dir string, remove func() error, err error) {
 		return "", nil, err
 	}
 	remove = func() error { return os.RemoveAll(dir) }
-	urgent.remove = append(urgent.remove, remove)
+	removeAtEnd(remove)
 	return dir, remove, nil
 }
 

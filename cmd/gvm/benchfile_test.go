@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -59,8 +60,53 @@ func TestBenchDirAtEnd(t *testing.T) {
 	}
 }
 
-// TestEndSaysFirst: an immediate end says why before it waits for storage on which a file is made.
+// TestSocketsAtEnd: no socket is made behind the steps of an immediate end either, for a debugger,
+// the guest's vsock or the machine's name.
+func TestSocketsAtEnd(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("XDG_RUNTIME_DIR", dir)
+	rc := &runConfig{vsock: &vsockConfig{kind: vsockUnix, path: filepath.Join(dir, "vsock")}}
+	rc.spec.Name = "vm"
+	for function, listen := range map[string]func() (io.Closer, error){
+		"(*gdbServer).listenUnix": func() (io.Closer, error) {
+			s := &gdbServer{}
+			err := s.listenUnix(filepath.Join(dir, "gdb"), nil)
+			return closer(s.close), err
+		},
+		"(*runConfig).listenVsock": func() (io.Closer, error) { return rc.listenVsock(true) },
+		"(*runConfig).claimName": func() (io.Closer, error) {
+			s, err := rc.claimName(func(string) {})
+			return closer(func() error { return rc.closeSocket(s) }), err
+		},
+	} {
+		urgent.making.Lock() // as such an end does
+		made := make(chan error, 1)
+		go func() {
+			c, err := listen()
+			made <- errors.Join(err, c.Close())
+		}()
+		for !waitsForLock(function) && len(made) == 0 {
+			runtime.Gosched()
+		}
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 || len(made) > 0 {
+			t.Errorf("%s made: %v, %v", function, left, err)
+		}
+		urgent.making.Unlock()
+		if err := <-made; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+type closer func() error
+
+func (c closer) Close() error { return c() }
+
+// TestEndSaysFirst: an immediate end says why, and removes what there is, before it waits for
+// storage on which a file is made.
 func TestEndSaysFirst(t *testing.T) {
+	removed := make(chan string, 2)
+	removeAtEnd(func() error { removed <- "first"; return nil })
 	urgent.making.Lock()
 	said, over := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -70,8 +116,15 @@ func TestEndSaysFirst(t *testing.T) {
 		urgent.Unlock()
 	}()
 	<-said
+	if r := <-removed; r != "first" {
+		t.Errorf("removed the %s", r)
+	}
+	removeAtEnd(func() error { removed <- "second"; return nil })
 	urgent.making.Unlock()
 	<-over
+	if r := <-removed; r != "second" {
+		t.Errorf("removed the %s", r)
+	}
 }
 
 // waitsForLock reports whether a goroutine in the function waits for a lock.

@@ -281,6 +281,8 @@ func (rc *runConfig) endBroker() {
 func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 	name := rc.name()
 	awaitFatal()
+	urgent.making.Lock()
+	defer urgent.making.Unlock()
 	s, err := control.Claim(control.DefaultDirectory(), name)
 	switch {
 	case errors.Is(err, control.ErrInUse):
@@ -308,12 +310,7 @@ func (rc *runConfig) claimName(note func(string)) (*control.Server, error) {
 			return nil, errors.Join(err, rc.closeSocket(s))
 		}
 	}
-	urgent.Lock()
-	defer urgent.Unlock()
-	if urgent.sockets == nil {
-		urgent.sockets = map[*control.Server]bool{}
-	}
-	urgent.sockets[s] = true
+	releaseAtEnd(s)
 	return s, nil
 }
 
@@ -324,9 +321,7 @@ func (rc *runConfig) closeSocket(s *control.Server) error {
 		return nil
 	}
 	err := s.Close()
-	urgent.Lock()
-	defer urgent.Unlock()
-	delete(urgent.sockets, s)
+	forgetAtEnd(s)
 	return err
 }
 

@@ -20,6 +20,21 @@ var coreEnds = []int{exitCrash, exitPanic, exitWatchdog, exitTimeout}
 // coreTick is the time between two looks at the writing of a core.
 const coreTick = 100 * time.Millisecond
 
+// makeCore makes the file of the core.
+func (r *crashRecord) makeCore() (*coreFile, error) {
+	urgent.making.Lock()
+	defer urgent.making.Unlock()
+	file, named, err := r.files.Core()
+	if err != nil {
+		return nil, err
+	}
+	f := &coreFile{File: file, path: file.Name(), regular: true, named: named, record: r.files}
+	if f.named {
+		removeAtEnd(f.remove)
+	}
+	return f, nil
+}
+
 // writeCore writes the core of the stopped machine into the record. It calls alive as long as the
 // storage takes parts of it. A signal gives it up, and so does Ctrl-a x unless --timeout has ended
 // the machine.
@@ -34,15 +49,11 @@ func (r *crashRecord) writeCore(mem *guestmem.Memory, cpus []vmcore.CPU, alive f
 			giveUp(nil)
 		}()
 	}
-	file, named, err := r.files.Core()
+	f, err := r.makeCore()
 	if err != nil {
 		return err
 	}
-	f := &coreFile{File: file, path: file.Name(), regular: true, named: named, record: r.files}
 	defer func() { err = errors.Join(err, f.discard()) }()
-	if f.named {
-		removeAtEnd(f.remove)
-	}
 	var writing atomic.Int64 // since when, by inspect.Clock; 0: nothing is being written
 	over, done := make(chan struct{}), make(chan struct{})
 	defer func() { close(over); <-done }()

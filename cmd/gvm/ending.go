@@ -198,20 +198,56 @@ func stacks() []byte {
 // urgent has the steps that even an immediate end performs.
 var urgent struct {
 	sync.Mutex
-	restore func() error             // restores the terminal
-	sockets map[*control.Server]bool // of the process's machines
+	restore func() error // restores the terminal
 
-	// making guards remove. Its holder makes a file and then adds its removal, and such an
-	// end makes its message known before it waits for that.
+	// making is held while a file or a socket is made and its removal is added, and from the last step
+	// of such an end on: none is made behind that, and would stay. The end waits for it after all that
+	// it can do without.
 	making sync.Mutex
-	remove []func() error // remove files and other sockets
+
+	files   sync.Mutex               // guards the fields below, for no longer than their use
+	sockets map[*control.Server]bool // of the process's machines
+	remove  []func() error           // remove files and other sockets
 }
 
-// removeAtEnd has an immediate end call remove.
+// removeAtEnd has an immediate end call remove. The caller has held urgent.making since before the
+// file was made.
 func removeAtEnd(remove func() error) {
-	urgent.making.Lock()
-	defer urgent.making.Unlock()
+	urgent.files.Lock()
+	defer urgent.files.Unlock()
 	urgent.remove = append(urgent.remove, remove)
+}
+
+// releaseAtEnd has an immediate end release a control socket. The caller has held urgent.making
+// since before it was made.
+func releaseAtEnd(s *control.Server) {
+	urgent.files.Lock()
+	defer urgent.files.Unlock()
+	if urgent.sockets == nil {
+		urgent.sockets = map[*control.Server]bool{}
+	}
+	urgent.sockets[s] = true
+}
+
+// forgetAtEnd undoes releaseAtEnd.
+func forgetAtEnd(s *control.Server) {
+	urgent.files.Lock()
+	defer urgent.files.Unlock()
+	delete(urgent.sockets, s)
+}
+
+// removeFiles removes the files and sockets that there are.
+func removeFiles() {
+	urgent.files.Lock()
+	remove, sockets := urgent.remove, urgent.sockets
+	urgent.remove, urgent.sockets = nil, nil
+	urgent.files.Unlock()
+	for _, remove := range remove {
+		_ = remove()
+	}
+	for s := range sockets {
+		_ = s.Release() // on failure the next gvm removes it
+	}
 }
 
 // lateWork ends work that follows the end of the machine; nil: there is none. It is not in urgent,
@@ -289,13 +325,9 @@ func tidy(say func()) {
 		_ = urgent.restore()
 	}
 	say()
+	removeFiles()
 	urgent.making.Lock()
-	for _, remove := range urgent.remove {
-		_ = remove()
-	}
-	for s := range urgent.sockets {
-		_ = s.Release() // on failure the next gvm removes it
-	}
+	removeFiles() // those that were made meanwhile
 }
 
 // note prints one line to standard error, which may be a raw terminal.

@@ -118,6 +118,8 @@ func (s *gdbServer) listenUnix(path string, b *broker.Client) error {
 	if s.to, err = filepath.Abs(path); err != nil {
 		return err
 	}
+	urgent.making.Lock()
+	defer urgent.making.Unlock()
 	dir, err := os.OpenFile(filepath.Dir(path), os.O_RDONLY|unix.O_DIRECTORY, 0)
 	var l *net.UnixListener
 	var made fs.FileInfo

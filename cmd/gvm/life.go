@@ -118,10 +118,16 @@ func leave(patience time.Duration) {
 	done := make(chan struct{})
 	panics.Go(func() { // ends with the process at the latest
 		defer close(done)
-		tidy(func() {})
-		urgent.restore, urgent.remove, urgent.sockets = nil, nil, nil
-		urgent.making.Unlock()
+		urgent.Lock()
+		if urgent.restore != nil {
+			_ = urgent.restore()
+			urgent.restore = nil
+		}
 		urgent.Unlock() // a second signal ends the process at once
+		removeFiles()
+		urgent.making.Lock()
+		defer urgent.making.Unlock()
+		removeFiles() // those that were made meanwhile
 	})
 	select {
 	case <-done:

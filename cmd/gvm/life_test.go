@@ -329,9 +329,7 @@ func TestDeafOutput(t *testing.T) {
 // it takes is locked.
 func TestSignalAfterLeave(t *testing.T) {
 	removed := 0
-	urgent.Lock()
-	urgent.remove = append(urgent.remove, func() error { removed++; return nil })
-	urgent.Unlock()
+	removeAtEnd(func() error { removed++; return nil })
 	leave(tidyPatience)
 	urgent.Lock() // waits for ever if leave has it
 	defer urgent.Unlock()

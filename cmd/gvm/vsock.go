@@ -143,6 +143,8 @@ func (rc *runConfig) listenVsock(named bool) (*vsock.Bridge, error) {
 	if err != nil {
 		return nil, err
 	}
+	urgent.making.Lock()
+	defer urgent.making.Unlock()
 	b, err := vsock.Listen(path)
 	if errno := syscall.Errno(0); errors.As(err, &errno) && errno != syscall.EWOULDBLOCK { // of a lock
 		err = nowait.CreateError(path, errno)
