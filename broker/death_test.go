@@ -214,18 +214,21 @@ func awaitStopped(t *testing.T, pid int) {
 	}
 }
 
-// child returns the child of a process that has the first word.
+// child returns the child of a process that has the first word, which it may get a moment after its
+// start.
 func child(t *testing.T, pid int, word string) int {
 	t.Helper()
-	stats, _ := filepath.Glob("/proc/[0-9]*/status")
-	for _, file := range stats {
-		b, _ := os.ReadFile(file)
-		words, _ := os.ReadFile(filepath.Join(filepath.Dir(file), "cmdline"))
-		if !bytes.Contains(b, []byte("\nPPid:\t"+strconv.Itoa(pid)+"\n")) || !bytes.HasPrefix(words, []byte(word+"\x00")) {
-			continue
-		}
-		if child, err := strconv.Atoi(filepath.Base(filepath.Dir(file))); err == nil {
-			return child
+	for unix.Kill(pid, 0) == nil {
+		stats, _ := filepath.Glob("/proc/[0-9]*/status")
+		for _, file := range stats {
+			b, _ := os.ReadFile(file)
+			words, _ := os.ReadFile(filepath.Join(filepath.Dir(file), "cmdline"))
+			if !bytes.Contains(b, []byte("\nPPid:\t"+strconv.Itoa(pid)+"\n")) || !bytes.HasPrefix(words, []byte(word+"\x00")) {
+				continue
+			}
+			if child, err := strconv.Atoi(filepath.Base(filepath.Dir(file))); err == nil {
+				return child
+			}
 		}
 	}
 	t.Fatalf("no %s", word)
