@@ -240,12 +240,17 @@ func (c *Client) receive() {
 // arrive gives a connection to Accept.
 func (c *Client) arrive(f *os.File, head []byte) {
 	defer f.Close()
-	conn, err := net.FileConn(f)
+	general, err := net.FileConn(f)
 	if err != nil {
 		return
 	}
+	conn, ok := general.(*net.UnixConn)
+	if !ok {
+		general.Close()
+		return
+	}
 	select {
-	case c.connections <- &begun{Conn: conn, head: head}:
+	case c.connections <- &begun{UnixConn: conn, head: head}:
 	default: // the machine accepts none
 		conn.Close()
 	}
@@ -256,7 +261,7 @@ const maxArrivals = 64
 
 // begun is a connection with the bytes that have been read of it.
 type begun struct {
-	net.Conn
+	*net.UnixConn
 	head []byte
 }
 
@@ -266,7 +271,7 @@ func (b *begun) Read(p []byte) (int, error) {
 		b.head = b.head[n:]
 		return n, nil
 	}
-	return b.Conn.Read(p)
+	return b.UnixConn.Read(p)
 }
 
 // listener has the connections of the control socket.

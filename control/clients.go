@@ -3,10 +3,13 @@ package control
 import (
 	"errors"
 	"net"
+	"os"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 )
 
@@ -26,9 +29,28 @@ type clients struct {
 
 // client is a connection.
 type client struct {
-	net.Conn
+	socket
 	all   *clients
 	stage stage // guarded by all.mu
+}
+
+// socket is a connection of the Listener.
+type socket interface {
+	net.Conn
+	syscall.Conn
+}
+
+// hasGone reports whether the other end, which sends no more, has closed the connection. It waits
+// for that until the deadline for reading: a client may close its output alone, as socat(1) does.
+func (c *client) hasGone() bool {
+	raw, err := c.SyscallConn()
+	if err == nil {
+		err = raw.Read(func(fd uintptr) bool {
+			events, err := nowait.Events(int(fd), 0)
+			return err != nil || events != 0 // POLLHUP
+		})
+	}
+	return !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // stage is the progress of a client's request.
@@ -48,7 +70,7 @@ func (cs *clients) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		c := &client{Conn: conn, all: cs}
+		c := &client{socket: conn.(socket), all: cs}
 		cs.mu.Lock()
 		cs.open = append(cs.open, c)
 		var victim *client
@@ -108,7 +130,7 @@ func (c *client) Close() error {
 	c.all.mu.Lock()
 	c.all.open = slices.DeleteFunc(c.all.open, func(o *client) bool { return o == c })
 	c.all.mu.Unlock()
-	return c.Conn.Close()
+	return c.socket.Close()
 }
 
 // enter records that the client's request has reached a stage.

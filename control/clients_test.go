@@ -1,10 +1,12 @@
 package control
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -65,5 +67,70 @@ func TestManyClients(t *testing.T) {
 	}
 	if _, err := conns[0].Read(make([]byte, 1)); !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
 		t.Errorf("the oldest client: %v", err)
+	}
+}
+
+// slowPause is a machine whose Pause lasts until its client has gone, or proceed is closed.
+type slowPause struct {
+	*fake
+	began, proceed chan struct{}
+	gaveUp         chan error
+}
+
+func (s slowPause) Pause(ctx context.Context) error {
+	s.began <- struct{}{}
+	for range 10_000 { // time for the server to look at the client
+		runtime.Gosched()
+	}
+	select {
+	case <-ctx.Done():
+		s.gaveUp <- context.Cause(ctx)
+		return context.Cause(ctx)
+	case <-s.proceed:
+		return s.fake.Pause(ctx)
+	}
+}
+
+// TestHalfClosedClient: a client that has closed its output waits for the answer, until it closes
+// the connection.
+func TestHalfClosedClient(t *testing.T) {
+	d := testDir(t)
+	s, err := Claim(d, "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	m := slowPause{newFake(), make(chan struct{}), make(chan struct{}), make(chan error, 1)}
+	s.Serve(m)
+	ask := func() *net.UnixConn {
+		t.Helper()
+		dir, err := os.Open(d.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer dir.Close()
+		c, err := net.Dial("unix", socketPath(dir, "vm/sock"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		u := c.(*net.UnixConn)
+		if _, err := io.WriteString(u, "POST /v1/machine/pause HTTP/1.1\r\nHost: gvm\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		if err := u.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		return u
+	}
+	gone := ask()
+	<-m.began
+	gone.Close()
+	<-m.gaveUp
+	waits := ask()
+	defer waits.Close()
+	<-m.began
+	close(m.proceed)
+	if b, err := io.ReadAll(waits); err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 204 ") {
+		t.Errorf("%q, %v", b, err)
 	}
 }

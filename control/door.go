@@ -57,7 +57,7 @@ func (d *Door) Serve(pass func(conn *net.UnixConn, head []byte, add *AddDisk) er
 
 // admit reads a request, and passes it on.
 func (d *Door) admit(c *client, pass func(*net.UnixConn, []byte, *AddDisk) error) error {
-	conn := c.Conn.(*net.UnixConn)
+	conn := c.socket.(*net.UnixConn)
 	if err := d.check(conn); err != nil {
 		return err
 	}

@@ -180,7 +180,7 @@ func (x *call) watch() (stop func()) {
 	done := make(chan struct{})
 	panics.Go(func() {
 		defer close(done)
-		if _, err := x.in.Peek(1); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		if _, err := x.in.Peek(1); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) && x.hasGone() {
 			x.cancel()
 		}
 	})

@@ -50,16 +50,19 @@ type deafListener struct{ net.Listener }
 
 func (l deafListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
-	return &deafConn{Conn: c}, err
+	if err != nil {
+		return nil, err
+	}
+	return &deafConn{UnixConn: c.(*net.UnixConn)}, nil
 }
 
 type deafConn struct {
-	net.Conn
+	*net.UnixConn
 	deaf bool
 }
 
 func (c *deafConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
+	n, err := c.UnixConn.Read(p)
 	c.deaf = c.deaf || bytes.Contains(p[:n], []byte("machine/stop"))
 	return n, err
 }
@@ -68,7 +71,7 @@ func (c *deafConn) Write(p []byte) (int, error) {
 	if c.deaf {
 		return 0, errors.Join(c.Close(), unix.EPIPE)
 	}
-	return c.Conn.Write(p)
+	return c.UnixConn.Write(p)
 }
 
 // TestStopMeetsEnd: gvm stop succeeds if the machine ends before it has answered, and if another
