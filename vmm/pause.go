@@ -37,6 +37,7 @@ var (
 	ErrNotRunning = errors.New("the machine does not run now: it starts again, or ends")
 	ErrPaused     = errors.New("the machine is paused")
 	ErrNotPaused  = errors.New("the machine is not paused")
+	ErrResumed    = errors.New("it was resumed before it had paused")
 	ErrDebugged   = errors.New("a debugger has stopped it; continue or detach there")
 	errHeld       = errors.New("a request holds the machine")
 )
@@ -54,8 +55,8 @@ func (e *BusyError) Error() string {
 func (e *BusyError) Unwrap() error { return e.Err }
 
 // Pause returns once no vCPU is in the guest, and no device has anything in flight but requests
-// that Hold the machine. If ctx ends first, it resumes the machine. It returns ErrNotPaused if
-// Resume was called first.
+// that Hold the machine. If ctx ends first, it resumes the machine. It returns ErrResumed if Resume
+// was called first.
 func (p *Pauser) Pause(ctx context.Context) error {
 	p.mu.Lock()
 	if p.m == nil || p.release != nil {
@@ -81,7 +82,7 @@ func (p *Pauser) Pause(ctx context.Context) error {
 	case <-over:
 		return ErrNotRunning
 	case <-release:
-		return ErrNotPaused
+		return ErrResumed
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	}
@@ -92,7 +93,7 @@ func (p *Pauser) Pause(ctx context.Context) error {
 	case p.m == nil:
 		return ErrNotRunning
 	case p.release != release:
-		return ErrNotPaused
+		return ErrResumed
 	case err != nil:
 		p.resume()
 	}
@@ -133,7 +134,7 @@ func (p *Pauser) stopDevices(ctx context.Context, release chan struct{}) error {
 		switch cause := context.Cause(ctx); cause {
 		case errHeld:
 			return nil
-		case ErrNotPaused, ErrNotRunning:
+		case ErrResumed, ErrNotRunning:
 			return cause
 		default:
 			return &BusyError{deviceName(i, m.cfg.Devices[i]), cause}
@@ -209,7 +210,7 @@ func (p *Pauser) resume() {
 	close(p.release)
 	p.release = nil
 	if p.giveUp != nil {
-		p.giveUp(ErrNotPaused)
+		p.giveUp(ErrResumed)
 	}
 	p.m.followStops()
 	for _, v := range p.m.virtio {

@@ -192,7 +192,7 @@ func TestPauseGivenUp(t *testing.T) {
 		t.Errorf("%v, paused %v", err, p.Paused())
 	}
 	for want, do := range map[error]func(*Pauser) error{
-		ErrNotPaused:  (*Pauser).Resume,
+		ErrResumed:    (*Pauser).Resume,
 		ErrNotRunning: func(p *Pauser) error { p.end(); return nil },
 	} {
 		p := begun()

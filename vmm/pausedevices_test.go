@@ -202,7 +202,7 @@ func TestPauseBusy(t *testing.T) {
 			if err := p.Resume(); err != nil {
 				t.Error(err)
 			}
-		}, ErrNotPaused},
+		}, ErrResumed},
 		{"end", nil, ErrNotRunning},
 	} {
 		flying, free := make(chan struct{}), make(chan struct{})

@@ -152,7 +152,7 @@ func (r *remote) pauseError(err error) error {
 			busy.Device)
 	case errors.Is(err, vmm.ErrPaused):
 		return control.Errorf(http.StatusConflict, "machine %s is paused already", r.info.Name)
-	case errors.Is(err, vmm.ErrDebugged), errors.Is(err, machine.ErrDumping):
+	case errors.Is(err, vmm.ErrDebugged), errors.Is(err, vmm.ErrResumed), errors.Is(err, machine.ErrDumping):
 		return control.Errorf(http.StatusConflict, "machine %s: %v", r.info.Name, err)
 	case errors.Is(err, vmm.ErrNotPaused):
 		return control.Errorf(http.StatusConflict, "machine %s is not paused", r.info.Name)

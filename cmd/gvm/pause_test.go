@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -37,10 +38,17 @@ func TestPausePatience(t *testing.T) {
 	if err := r.Pause(t.Context()); err != nil || !m.Paused() {
 		t.Errorf("paused %v: %v", m.Paused(), err)
 	}
-	const want = "virtio device 0 (type 8) does not finish the guest's requests: does its storage answer, " +
-		"and are iops= and bps= not too low?"
-	if err := r.pauseError(&vmm.BusyError{Device: "virtio device 0 (type 8)", Err: errNotPausing}); err.Error() != want {
-		t.Errorf("%v, want %s", err, want)
+	r.info.Name = "vm"
+	for want, err := range map[string]error{
+		"virtio device 0 (type 8) does not finish the guest's requests: does its storage answer, " +
+			"and are iops= and bps= not too low?": &vmm.BusyError{Device: "virtio device 0 (type 8)", Err: errNotPausing},
+		"machine vm: it was resumed before it had paused": vmm.ErrResumed,
+		"machine vm is not paused":                        vmm.ErrNotPaused,
+	} {
+		if err := r.pauseError(err); err.Error() != want || exitStatus(refused(err)) != map[bool]int{
+			true: exitUsage, false: exitHost}[strings.HasPrefix(want, "machine")] {
+			t.Errorf("%v, want %s", err, want)
+		}
 	}
 	m.Stop(errors.New("over"), 0)
 	if out, err := m.Wait(); err != nil || out.Ending != vmm.Stopped {
