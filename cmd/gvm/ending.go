@@ -305,9 +305,21 @@ func endWithin(ctx context.Context, patience time.Duration, clean func()) (done 
 // dumpPatience bounds the wait for the reader of a dump.
 const dumpPatience = 10 * time.Second
 
+// atOnce is set when an immediate end has begun.
+var atOnce atomic.Bool
+
+// awaitImmediateEnd waits for the end of the process, if an immediate end has begun: that has the
+// last word, and the status.
+func awaitImmediateEnd() {
+	if atOnce.Load() {
+		select {}
+	}
+}
+
 // exitNow performs the steps of urgent and say and ends the process, or gives up on them after
 // patience.
 func exitNow(status int, patience time.Duration, say func()) {
+	atOnce.Store(true)
 	panics.Go(func() { // restoring may block, too
 		tidy(say)
 		stderr.flush(-1)

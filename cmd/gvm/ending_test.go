@@ -153,11 +153,20 @@ func stuck() {
 			fmt.Println(err)
 		}
 	}
+	restoring := make(chan struct{})
+	if os.Getenv(asStuck) == stuckAtOnce {
+		urgent.restore = func() error { close(restoring); select {} }
+	}
 	fmt.Println("ready")
 	<-ctx.Done()
 	fmt.Println("ending")
-	time.Sleep(time.Hour)
+	<-restoring // never, but for stuckAtOnce
+	os.Exit(gvm([]string{"gvm", "exit-status", "surplus"}))
 }
+
+// stuckAtOnce is the value of asStuck for a gvm whose end in order is over during an immediate one,
+// which does not finish.
+const stuckAtOnce = "at once"
 
 // TestEverySignal sends every signal that can be caught to a gvm on a terminal: it continues, or
 // ends with the terminal restored and its name released. Fatal signals dump its goroutines.
@@ -233,22 +242,29 @@ func TestFatalFirst(t *testing.T) {
 	})
 }
 
+// endStuck starts a gvm of a value of asStuck, and ends it by a first signal.
+func endStuck(t *testing.T, as string) *proc {
+	t.Helper()
+	p := newProc(t, nil)
+	p.cmd.Env = append(p.cmd.Env, asStuck+"="+as)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.cmd.Stdout, p.cmd.Stderr = w, &p.errs
+	p.start(r)
+	w.Close()
+	p.expect("ready")
+	p.signal(syscall.SIGTERM)
+	p.expect("ending")
+	return p
+}
+
 // TestSecondSignal: a second signal ends a gvm at once that is already ending.
 func TestSecondSignal(t *testing.T) {
 	t.Parallel()
 	for _, second := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP} {
-		p := newProc(t, nil)
-		p.cmd.Env = append(p.cmd.Env, asStuck+"=1")
-		r, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		p.cmd.Stdout, p.cmd.Stderr = w, &p.errs
-		p.start(r)
-		w.Close()
-		p.expect("ready")
-		p.signal(syscall.SIGTERM)
-		p.expect("ending")
+		p := endStuck(t, "1")
 		time.Sleep(2 * sameRequest)
 		p.signal(second)
 		if r := p.wait(); r.status != 128+int(second) || !strings.Contains(r.out, "restored") ||
@@ -262,6 +278,17 @@ func TestSecondSignal(t *testing.T) {
 	p.expect("ending")
 	p.typeIn("\x01x")
 	if r := p.wait(); r.status != exitQuit || !strings.Contains(r.out, "stopped at once by Ctrl-a x") {
+		t.Errorf("%+v", r)
+	}
+}
+
+// TestOneEndOfTwo: an immediate end has the last word and the status, also if the end in order is
+// over before it.
+func TestOneEndOfTwo(t *testing.T) {
+	t.Parallel()
+	p := endStuck(t, stuckAtOnce)
+	p.signal(syscall.SIGINT)
+	if r := p.wait(); r.status != exitQuit || r.errs != "" {
 		t.Errorf("%+v", r)
 	}
 }

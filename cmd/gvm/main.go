@@ -137,6 +137,7 @@ func runCommandLine(args []string) (status int) {
 		err = errors.Join(err, begun.Close())
 		begun = nil
 	}
+	awaitImmediateEnd()
 	if err == nil {
 		err = out.err // functions that print help return no error
 	}
