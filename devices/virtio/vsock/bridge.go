@@ -301,7 +301,9 @@ func (b *Bridge) client(dial func(context.Context, uint32) (*Conn, error), u *ne
 		cancel()
 	}
 	if err != nil {
-		_, _ = fmt.Fprintf(u, "ERR %v\n", err)
+		if b.life.Err() == nil { // else it says no more than the end of the connection
+			_, _ = fmt.Fprintf(u, "ERR %v\n", err)
+		}
 		_ = u.Close()
 		return
 	}

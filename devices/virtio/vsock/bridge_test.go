@@ -3,6 +3,7 @@ package vsock
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -539,6 +540,38 @@ func TestBridgePatience(t *testing.T) {
 		}
 		u.Close()
 		r.stop()
+	}
+}
+
+// TestBridgeEndInDial: a client that waits for the guest at the end of the bridge reads the end of
+// the connection, and no error of the bridge's own context.
+func TestBridgeEndInDial(t *testing.T) {
+	for range 50 { // the end closes the connection at the same time
+		b, err := Listen(filepath.Join(t.TempDir(), "vsock"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		dialed := make(chan struct{})
+		b.Serve(func(ctx context.Context, _ uint32) (*Conn, error) {
+			close(dialed)
+			<-ctx.Done()
+			return nil, context.Cause(ctx)
+		})
+		c, err := net.Dial("unix", b.Path())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(c, "CONNECT 52\n"); err != nil {
+			t.Fatal(err)
+		}
+		<-dialed
+		if err := b.Close(); err != nil {
+			t.Error(err)
+		}
+		if said, err := io.ReadAll(c); err != nil || len(said) > 0 {
+			t.Fatalf("%q, %v", said, err)
+		}
+		c.Close()
 	}
 }
 
