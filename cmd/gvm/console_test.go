@@ -126,6 +126,13 @@ func TestHVCCommand(t *testing.T) {
 	first.resize(30, 90)
 	p.signal(syscall.SIGCONT)
 	size(first, 30, 90)
+	piped.eventually("connected, and has read its input", func() bool {
+		n, err := unix.IoctlGetInt(int(piped.input.(*os.File).Fd()), unix.TIOCINQ)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n == 0
+	})
 	p.signal(syscall.SIGTERM)
 	for who, c := range map[string]*proc{"on a terminal": first, "on pipes": piped} {
 		if r := c.wait(); r.status != 0 || !strings.Contains(r.out+r.errs, "machine "+name+" has ended") {
