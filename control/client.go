@@ -59,13 +59,6 @@ var (
 // ErrCut means that a machine closed a connection before its answer was complete.
 var ErrCut = errors.New("it closed the connection, as it ends just now or has too many clients")
 
-// IsCut reports whether err, of a read or a write, means that the other end has closed the
-// connection. Which of these errors comes depends on the work that was under way.
-func IsCut(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) ||
-		errors.Is(err, unix.EPIPE)
-}
-
 // Client sends requests to the machine with a name in a Directory. It holds no resources.
 type Client struct {
 	dir  Directory
@@ -348,7 +341,7 @@ func (c *Client) patiently(ctx context.Context, limit time.Duration, do func(con
 // noAnswer is the error of a request whose answer did not come, or not all of it. If ctx has ended,
 // that is its cause.
 func (c *Client) noAnswer(ctx context.Context, err error) error {
-	if IsCut(err) {
+	if nowait.IsCut(err) {
 		err = ErrCut
 	}
 	if cause := context.Cause(ctx); cause != nil {

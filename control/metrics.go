@@ -170,7 +170,7 @@ func (e *exposition) add(s series, kind, number string, suffix ...string) {
 	f.WriteString(s.name + strings.Join(suffix, ""))
 	before := byte('{')
 	for _, l := range s.labels {
-		// The format is UTF-8, whatever bytes a path or a guest has.
+		// The format is UTF-8; a path or a guest may have any bytes.
 		value := escapeLabel.Replace(strings.ToValidUTF8(l.value, "\ufffd"))
 		fmt.Fprintf(f, `%c%s="%s"`, before, l.name, value)
 		before = ','

@@ -134,7 +134,7 @@ func TestServeMetrics(t *testing.T) {
 	})
 }
 
-// FuzzMetrics: whatever a tree has for names and texts, Prometheus reads the values and texts of
+// FuzzMetrics: of a tree with any names and texts, Prometheus reads the values and texts of
 // it.
 func FuzzMetrics(f *testing.F) {
 	f.Add("queue", "0", "a\"b\\c\nd\xff\x00\r# {}=,1 2")

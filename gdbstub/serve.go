@@ -9,9 +9,9 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 )
 
@@ -36,7 +36,7 @@ type session struct {
 // Serve serves one client until it detaches, its stream ends or the target has ended. It then
 // closes conn, whose Close must end a Read and a Write. The target is stopped at the first packet.
 // A client that leaves without detaching is detached. The error is of the stream or the client's
-// packets; it is nil if the client has left, or the target has ended, whatever the stream says of
+// packets; it is nil if the client has left, or the target has ended, also if the stream fails by
 // that.
 func Serve(conn io.ReadWriteCloser, t Target) error {
 	s := &session{t: t, conn: conn, thread: 1}
@@ -79,7 +79,7 @@ func Serve(conn io.ReadWriteCloser, t Target) error {
 	if err == errStream {
 		err = readErr
 	}
-	if hasLeft(err) {
+	if nowait.IsCut(err) {
 		return nil
 	}
 	select {
@@ -88,13 +88,6 @@ func Serve(conn io.ReadWriteCloser, t Target) error {
 	default:
 		return err
 	}
-}
-
-// hasLeft reports whether err means that the client has closed its end. Which of these errors comes
-// depends on the work that was under way.
-func hasLeft(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
-		errors.Is(err, syscall.EPIPE)
 }
 
 // errStream stands for the error of the reader, which is known when that has ended.

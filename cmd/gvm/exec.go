@@ -16,6 +16,7 @@ import (
 	"gvm/control"
 	"gvm/guest/agent/wire"
 	"gvm/kvmapi/eventfd"
+	"gvm/kvmapi/nowait"
 	"gvm/panics"
 	"gvm/text"
 )
@@ -220,7 +221,7 @@ func lostSession(ctx context.Context, client *control.Client, err error) error {
 		return err
 	}
 	lost := fmt.Errorf("machine %s ended, or its agent, before the command did", client.Name())
-	if err != nil && !control.IsCut(err) {
+	if err != nil && !nowait.IsCut(err) {
 		lost = fmt.Errorf("%w: %w", lost, err)
 	}
 	return lost

@@ -205,8 +205,10 @@ var (
 func (r *Reader) record(rec Record) {
 	text := strings.TrimRight(rec.Text, " \t")
 	bare := strings.TrimSpace(text)
-	if at := seconds(rec.Time()); r.stall > 0 && at >= r.stall && at <= r.stall+quiet {
-		r.Stalled = true
+	if r.stall > 0 {
+		if at := seconds(rec.Time()); at >= r.stall && at <= r.stall+quiet {
+			r.Stalled = true
+		}
 	}
 	if bare == cutHere {
 		r.finish()
