@@ -70,12 +70,13 @@ type testTime struct {
 
 type testTimes []testTime
 
-// report reads events, and writes the text that go test would print. failures has the lines of it
-// that tell most.
+// report reads events, and writes the text that go test would print, and why tests are skipped.
+// failures has the lines of it that tell most.
 func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, failures []string, err error) {
 	kept := map[string]map[string][]string{} // lines of tests that have not passed, by package and test
 	labs := map[string][]string{}            // the lab's lines, by package
 	subs := map[string]float64{}             // times of all subtests of a test
+	places := map[string]string{}            // the last line with a place in a file, by package and test
 	lines := bufio.NewReader(events)
 	for {
 		line, readErr := lines.ReadBytes('\n')
@@ -105,6 +106,9 @@ func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, failu
 			if verbose || e.Test == "" && isSummary(e.Output) || strings.HasPrefix(e.Output, "lab: ") {
 				text = e.Output
 			}
+			if place.MatchString(e.Output) {
+				places[e.Package+" "+e.Test] = strings.TrimSpace(e.Output)
+			}
 			if strings.HasPrefix(e.Output, "lab: ") {
 				labs[e.Package] = append(labs[e.Package], e.Output)
 			} else if text == "" && !strings.HasPrefix(e.Output, "=== ") || verbose {
@@ -118,6 +122,9 @@ func report(w io.Writer, events io.Reader, verbose bool) (times testTimes, failu
 				failures = append(append(failures, brief(append(labs[e.Package], lines...))...), e.Output)
 			}
 		case "pass", "skip", "fail":
+			if reason := places[e.Package+" "+e.Test]; e.Action == "skip" && reason != "" && !verbose {
+				text = fmt.Sprintf("skip\t%s %s: %s\n", e.Package, e.Test, reason)
+			}
 			switch {
 			case e.Test == "":
 			case sub && !strings.Contains(below, "/"):
@@ -157,6 +164,9 @@ const mostBrief, lastBrief = 30, 5
 // lists the tests that ran.
 var telling = regexp.MustCompile(`^\s*--- FAIL: |^\s+\w+_test\.go:\d+: |^(panic|fatal error): |^WARNING: DATA RACE` +
 	`|^\trunning tests:|^\t\tTest`)
+
+// place matches a line that a test prints, such as the reason of a skip.
+var place = regexp.MustCompile(`^\s+\w+_test\.go:\d+: `)
 
 // brief returns the first of the telling lines. Without one it returns the last lines: a package
 // may have no lab, or a test may have left a process behind.

@@ -27,6 +27,9 @@ const events = `{"Action":"start","Package":"a"}
 {"Action":"pass","Package":"b","Test":"TestParallel/two/deep","Elapsed":30}
 {"Action":"pass","Package":"b","Test":"TestParallel/two","Elapsed":30}
 {"Action":"pass","Package":"b","Test":"TestParallel","Elapsed":0.5}
+{"Action":"output","Package":"b","Test":"TestRoot/sub","Output":"    b_test.go:2: needs root\n"}
+{"Action":"skip","Package":"b","Test":"TestRoot/sub","Elapsed":0}
+{"Action":"pass","Package":"b","Test":"TestRoot","Elapsed":0}
 {"Action":"output","Package":"b","Output":"PASS\n"}
 {"Action":"output","Package":"b","Output":"ok  \tb\t61.3s\n"}
 {"Action":"pass","Package":"b","Elapsed":61.3}
@@ -40,7 +43,7 @@ func TestReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := "FAIL\n    bad_test.go:1: wrong\n--- FAIL: TestBad (7.00s)\n" +
-		"FAIL\ta\t7.5s\nlab: L1 is up\nok  \tb\t61.3s\nnot an event\n"
+		"FAIL\ta\t7.5s\nlab: L1 is up\nskip\tb TestRoot/sub: b_test.go:2: needs root\nok  \tb\t61.3s\nnot an event\n"
 	if out.String() != want {
 		t.Errorf("prints %q, want %q", out.String(), want)
 	}
