@@ -201,7 +201,7 @@ func (s *setup) add(t *testing.T, words string) *block.File {
 	return f
 }
 
-// TestAdd: the machine gets the image that a request names, locked, with what is beside it.
+// TestAdd: the machine gets the image that a request names, locked, with the files beside it.
 func TestAdd(t *testing.T) {
 	s := newSetup(t)
 	if err := s.Shut(); err != nil {

@@ -125,7 +125,7 @@ func (j *Janitor) serve(c *net.UnixConn) {
 	}
 }
 
-// do does what a request asks for. The caller closes the files.
+// do serves a request. The caller closes the files.
 func (j *Janitor) do(m message, files []*os.File) (notes []string, err error) {
 	switch {
 	case m.Op == addTo && m.Unit != nil && len(files) == 1:

@@ -28,7 +28,7 @@ type inJail struct {
 	mu      sync.Mutex
 	added   []lio.Unit
 	removed []int
-	fails   error // of what the janitor does
+	fails   error // of the janitor's steps
 }
 
 const jailedWWN = "naa.5001405000000001"
@@ -91,7 +91,7 @@ func newInJail(t *testing.T, added int) *inJail {
 	return s
 }
 
-// changes returns what has been added and removed since the last call.
+// changes returns the additions and removals since the last call.
 func (s *inJail) changes() (added []lio.Unit, removed []int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

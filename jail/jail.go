@@ -4,7 +4,7 @@
 // Enter is called by root, and only returns if it fails: the process keeps its PID, parent,
 // terminal and standard files, and so no other process passes on its signals and its exit status. A
 // second process, the janitor, stays outside with root's rights. It holds the lock of the jail's
-// directory, and removes what is left when the first has ended, by SIGKILL too.
+// directory, and cleans up when the first has ended, by SIGKILL too.
 package jail
 
 import (

@@ -29,7 +29,7 @@ const (
 	pairFD    = 6 // Requests.Pair, of the second janitor
 )
 
-// Requests is what the second janitor of a jail needs to serve the program in it, which a hostile
+// Requests lets the second janitor of a jail serve the program in it, which a hostile
 // guest or the jail's user may control.
 type Requests struct {
 	Program int      // the program's PID

@@ -31,7 +31,7 @@ func hang(t *testing.T) (s steps) {
 	return s.configure(slot, 0x68, 2)
 }
 
-// TestWatchdog: what gvm does when the watchdog of a guest that hangs expires.
+// TestWatchdog: the actions of gvm when the watchdog of a guest that hangs expires.
 func TestWatchdog(t *testing.T) {
 	powerOff := step{opOut8, acpipm.Port + acpipm.OffControl + 1, acpipm.SleepTypeS5<<2 | 1<<5}
 	for _, tt := range []struct {

@@ -13,8 +13,8 @@ import (
 	"testing"
 )
 
-// testContents checks that the list of contents that a release has is what the programs say
-// of themselves.
+// testContents compares the list of contents of a release with those that the programs have in
+// them.
 func testContents(t *testing.T, bin string, programs map[string]*buildinfo.BuildInfo) {
 	args := []string{"run", "./packaging/sbom", "1.2.3", "0123abcd"}
 	names := slices.Sorted(maps.Keys(programs))

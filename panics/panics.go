@@ -37,7 +37,7 @@ func Handle(h func(*Panic)) (cancel func()) {
 }
 
 // Go runs f in a goroutine. After a panic the handlers are called and the goroutine ends; what it
-// was to deliver is not delivered, so a handler ends whatever waits for that.
+// was to deliver is not delivered, so a handler ends each wait for that.
 func Go(f func()) {
 	go func() {
 		defer Catch()

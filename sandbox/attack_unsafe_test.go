@@ -24,7 +24,7 @@ import (
 
 // Environment of the test binary as a process that enters a sandbox.
 const (
-	childEnv  = "GVM_TEST_SANDBOX_CHILD"  // what to do in it
+	childEnv  = "GVM_TEST_SANDBOX_CHILD"  // its action
 	modeEnv   = "GVM_TEST_SANDBOX_MODE"   // "" is on
 	kernelEnv = "GVM_TEST_SANDBOX_KERNEL" // an older kernel: no Landlock, no notices
 	dirEnv    = "GVM_TEST_SANDBOX_DIR"    // has read/file, write/, run/ and other/file

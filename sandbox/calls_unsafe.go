@@ -106,7 +106,7 @@ func (n *notification) refusal() Refusal {
 // held is the time for which a refused call waits at most.
 var held = unix.NsecToTimespec(int64(500 * time.Millisecond))
 
-// one is what is written to an eventfd.
+// one is the number that is written to an eventfd.
 var one = uint64(1)
 
 // listen waits for a notice of a refused call, writes to the eventfd wake, and closes the listener

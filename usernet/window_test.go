@@ -183,7 +183,7 @@ func testFullWindow(t *testing.T, offloads uint32) {
 	}
 }
 
-// TestLateGuest: of what a guest does not acknowledge, the first byte is the first to come again,
+// TestLateGuest: of data that a guest does not acknowledge, the first byte comes again first,
 // after the time for that. Its end does not come as a probe before.
 func TestLateGuest(t *testing.T) {
 	p, far := connect(t, 0)
@@ -205,8 +205,8 @@ func TestLateGuest(t *testing.T) {
 	}
 }
 
-// TestManyWrites: what the host wrote in many pieces while the guest's window was closed comes in
-// whole frames. writev takes 1,024 pieces at once, and the rest would be a frame of the writer's
+// TestManyWrites: data that the host wrote in many pieces while the guest's window was closed comes
+// in whole frames. writev takes 1,024 pieces at once, and the rest would be a frame of the writer's
 // making.
 func TestManyWrites(t *testing.T) {
 	for _, offloads := range []uint32{0, allOffloads} {

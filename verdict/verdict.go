@@ -137,7 +137,7 @@ func (r *Reader) Close() *Results {
 	return &r.results
 }
 
-// LostText says what it means that the kernel dropped n messages; "" for 0.
+// LostText explains that the kernel dropped n messages; "" for 0.
 func LostText(n int) string {
 	if n == 0 {
 		return ""

@@ -313,7 +313,7 @@ func TestHostileCPUs(t *testing.T) {
 	}
 	echo := func() stdnet.Conn {
 		near, far := stdnet.Pipe()
-		programs.Go(func() { // sends back what the guest sends
+		programs.Go(func() { // sends back the guest's data
 			_, _ = io.Copy(near, near)
 			_ = near.Close()
 		})

@@ -244,8 +244,8 @@ func (p *Pauser) SysRq(ctx context.Context, key byte) error {
 	return err
 }
 
-// Reset resets the machine, as its reset button does. The machine then starts again in place,
-// whatever Config.Rebooting says of a reset by the guest. It returns ErrNotRunning between two
+// Reset resets the machine, as its reset button does. The machine then starts again in place:
+// Config.Rebooting is of a reset by the guest. It returns ErrNotRunning between two
 // lives too.
 func (p *Pauser) Reset() error {
 	p.mu.Lock()

@@ -83,8 +83,8 @@ func carry(dst io.Writer, src io.Reader, frames *atomic.Int64) {
 }
 
 // BenchmarkTCP is a stream of one connection between the host and a guest, for which the kernel of
-// this machine stands, in another network namespace. It counts what gvm-net does for a MiB: its CPU
-// time, frames to and from the guest, reads and writes, and the times that a thread slept.
+// this machine stands, in another network namespace. It counts the work of gvm-net for a MiB: its
+// CPU time, frames to and from the guest, reads and writes, and the times that a thread slept.
 func BenchmarkTCP(b *testing.B) {
 	for _, down := range []bool{true, false} {
 		b.Run(fmt.Sprintf("down=%v", down), func(b *testing.B) { benchmarkTCP(b, down) })

@@ -60,7 +60,7 @@ func TestDiskCommands(t *testing.T) {
 }
 
 // TestDiskCommandsSandbox does the same in the sandbox, where the broker opens the files, but for
-// what is not about disks.
+// all but disks.
 func TestDiskCommandsSandbox(t *testing.T) {
 	t.Parallel()
 	testDiskCommands(t, fmt.Sprintf("sandboxed-%d", os.Getpid()), "on")

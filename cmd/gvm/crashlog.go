@@ -13,7 +13,7 @@ import (
 	"gvm/text"
 )
 
-// crashLog has what the file log of a record merges: the console's last output with its times, and
+// crashLog has the parts of the file log of a record: the console's last output with its times, and
 // gvm's last messages. Times are those of inspect.Clock. Its memory is bounded, however much the
 // guest prints.
 type crashLog struct {
@@ -109,10 +109,10 @@ func (l *crashLog) merged(state *inspect.Node, read time.Duration) []byte {
 	return b.Bytes()
 }
 
-// deviceEvents returns what a machine's state, which was read at a time, has with times: the last
-// commands of disks that were answered, and those that were not, task management functions alike,
-// changes of disks, and events of virtio devices. Of a disk that the kernel serves there is a line
-// without commands.
+// deviceEvents returns the events with times in a machine's state, which was read at a time: the
+// last commands of disks that were answered, and those that were not, task management functions
+// alike, changes of disks, and events of virtio devices. Of a disk that the kernel serves there is
+// a line without commands.
 func deviceEvents(state *inspect.Node, read time.Duration) (events []event) {
 	if state == nil {
 		return nil

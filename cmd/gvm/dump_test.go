@@ -13,7 +13,7 @@ import (
 )
 
 // TestDump: a core has the guest's memory and CPUs, goes into a file or a pipe, and the machine
-// runs on, whatever becomes of the file.
+// runs on, also if the file fails.
 func TestDump(t *testing.T) {
 	t.Parallel()
 	name := fmt.Sprintf("dump-%d", os.Getpid())

@@ -177,7 +177,7 @@ func TestJailLimits(t *testing.T) {
 }
 
 // TestJailOutputs: the results of a machine in a jail are outside of it, and are the user's. A
-// second run writes over those of the first, and leaves alone what gvm has not written.
+// second run writes over those of the first, and leaves other files alone.
 func TestJailOutputs(t *testing.T) {
 	needsJail(t)
 	const user = 41234
@@ -267,7 +267,7 @@ func TestJailTerminal(t *testing.T) {
 }
 
 // TestJailVhost: root makes the kernel's target of a machine in a jail. The user adds disks of the
-// kernel's and removes them, and a janitor removes what is left after every end, also if any other
+// kernel's and removes them, and a janitor removes the rest after every end, also if any other
 // process is killed.
 func TestJailVhost(t *testing.T) {
 	needsJail(t)

@@ -12,7 +12,7 @@ import (
 )
 
 // TestKunitResults prints a table, and the tests that did not pass with their logs. A name is in
-// one column, whatever the guest has chosen.
+// one column, for any name that the guest chooses.
 func TestKunitResults(t *testing.T) {
 	r := verdict.NewReader(verdict.Policy{}, nil)
 	io.WriteString(r, `KTAP version 1

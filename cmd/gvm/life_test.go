@@ -110,7 +110,7 @@ func TestOneEnd(t *testing.T) {
 // ends while that does not answer.
 var onStorage = map[string]struct {
 	args    string
-	message string // behind the reason; "": it depends on what is over first
+	message string // behind the reason; "": it depends on which part is over first
 	early   bool   // gvm catches no signals yet, and says nothing
 	endless bool   // the command has no --timeout
 }{

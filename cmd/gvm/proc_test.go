@@ -92,7 +92,7 @@ func newProc(t *testing.T, args []string) *proc {
 	return p
 }
 
-// lastOutput is enough time to read what a process wrote before its end.
+// lastOutput is enough time to read the output of a process before its end.
 const lastOutput = time.Second
 
 // start starts the command, whose output comes from r.

@@ -27,7 +27,7 @@ import (
 const (
 	// sandboxEnv is the default of --sandbox of the test binary as gvm.
 	sandboxEnv = "GVM_TEST_SANDBOX"
-	// attackEnv is what that does at SIGUSR1, as if its guest had taken it over.
+	// attackEnv is its action at SIGUSR1, as if its guest had taken it over.
 	attackEnv = "GVM_TEST_ATTACK"
 )
 

@@ -167,7 +167,7 @@ func TestInputEnds(t *testing.T) {
 					<-taken
 					p.signal(syscall.SIGTERM)
 				}
-				// No guest ran: nothing is said of what its console shows.
+				// No guest ran: nothing is said of its console.
 				if r := p.wait(); r.status != want || !strings.Contains(r.errs, " while fifo was read\n") ||
 					strings.Contains(r.errs, "no test ran") {
 					t.Errorf("%s, endless %v, %s: status %d: %s", args, endless, how, r.status, r.errs)

@@ -178,7 +178,7 @@ func (c watched) Write(p []byte) (int, error) {
 // comes.
 func (w *watch) fails() bool { return w != nil && w.read().First() != nil }
 
-// read returns what the console shows, at the end.
+// read returns the text of the console, at the end.
 func (w *watch) read() *verdict.Results {
 	if w.results == nil {
 		w.results = w.reader.Close()

@@ -287,7 +287,7 @@ func TestOverlayRefuses(t *testing.T) {
 			t.Errorf("%s: the file was changed", v.name)
 		}
 	}
-	// What a crash leaves between the making of the file and its header.
+	// A crash leaves this between the making of the file and its header.
 	for _, size := range []int{0, len(good)} {
 		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, int64(size))); err != nil {
 			t.Fatal(err)

@@ -101,11 +101,11 @@ func (b *File) lockPartitions(disk uint64, s span, a access, o Options) error {
 	return nil
 }
 
-// claimBelow locks what a block device stands on: of the file or device below a loop device, or
-// below the one that a partition is of, the range that s, of the device, is there. A loop device
-// that is written claims the device below it. Which ranges a device of device mapper or md has is
-// not known: two such devices on one may be used at the same time, but not one that is written and
-// a disk that has a known range.
+// claimBelow locks the things that a block device stands on: of the file or device below a loop
+// device, or below the one that a partition is of, the range that s, of the device, is there. A
+// loop device that is written claims the device below it. Which ranges a device of device mapper or
+// md has is not known: two such devices on one may be used at the same time, but not one that is
+// written and a disk that has a known range.
 func (b *File) claimBelow(rdev uint64, s span, a access, o Options, depth int) error {
 	dir := sysDir(rdev)
 	if depth > 16 || s.from >= s.to { // deeper than the kernel goes, or nothing

@@ -27,7 +27,7 @@ func NewVolatile(size int64) *Volatile {
 	return &Volatile{medium: NewMem(size), cached: map[int64][][]byte{}}
 }
 
-// PowerCut ends all operations, and leaves of each sector what was on the medium or
+// PowerCut ends all operations, and leaves of each sector the data that was on the medium or
 // any of the contents that the cache has had for it since, as r will have it.
 func (v *Volatile) PowerCut(r *rand.Rand) {
 	v.mu.Lock()

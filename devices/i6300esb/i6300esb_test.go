@@ -79,7 +79,7 @@ func (r *rig) want(expired, stage int, what string) {
 	}
 }
 
-// start is what Linux's driver does for a heartbeat of 2 s.
+// start does the steps of Linux's driver for a heartbeat of 2 s.
 func (r *rig) start() {
 	r.config.Write(0x60, 2, 0x0003)
 	r.config.Write(0x68, 1, 0)

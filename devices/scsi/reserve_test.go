@@ -218,7 +218,7 @@ func TestReserveRelease(t *testing.T) {
 		c.out(1, prReserve, typ, 0x11, 0, "GOOD") // again
 		other := map[byte]byte{we: ea, ea: we, wero: earo, earo: wero, wear: eaar, eaar: wear}[typ]
 		c.out(1, prReserve, other, 0x11, 0, "CONFLICT")
-		// Another nexus may reserve only what it holds already, and releases nothing that it does
+		// Another nexus may reserve only units that it holds already, and releases nothing that it does
 		// not hold.
 		if all {
 			c.out(2, prReserve, typ, 0x22, 0, "GOOD")

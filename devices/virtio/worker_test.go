@@ -564,7 +564,7 @@ func TestBarrier(t *testing.T) {
 }
 
 // TestBarrierIndexTakenBack: a driver that takes back available chains, against the
-// specification, does not leave anybody waiting.
+// specification, leaves no caller waiting.
 func TestBarrierIndexTakenBack(t *testing.T) {
 	r := newRig(t, 64, 0)
 	r.Add(virtqtest.Seg{Addr: r.Alloc(8), Len: 8})

@@ -84,7 +84,8 @@ const bootSilence = 2 * time.Minute
 func (l *Lab) Run(ctx context.Context, c Command) (exit int, err error) { return l.run(ctx, c, nil) }
 
 // A keeper keeps a lab running after its command. The next one runs in it, with the Command of the
-// first but for Args and Timeout, and sees what the last one left in /tmp; processes are killed.
+// first but for Args and Timeout, and sees the files that the last one left in /tmp; processes are
+// killed.
 type keeper struct{ m *machine }
 
 // end ends the lab, if there is one.

@@ -10,7 +10,7 @@ import (
 )
 
 // TestHVC: Linux finds the virtio console. A getty there, the kernel's messages and the size of the
-// terminal come and go by gvm console --hvc, whatever the order in which this kernel reads the
+// terminal come and go by gvm console --hvc, in any order in which this kernel reads the
 // message of a size, and a driver that starts anew learns the size.
 func TestHVC(t *testing.T) {
 	for _, name := range []string{"cloud", "7.3"} {

@@ -142,7 +142,7 @@ echo "Failures: generic/002 generic/009"
 	way := suiteWay{"qemu", func(t *testing.T, _ *lab.Kernel, _ string, _ int, script string, progress func(string)) (
 		string, error) {
 		t.Setenv("LIMIT", "10000")
-		script = script[strings.LastIndex(script, "perl -we"):] // what is before is for a guest
+		script = script[strings.LastIndex(script, "perl -we"):] // the part before is for a guest
 		_, ran, _ := strings.Cut(script, "--exact-order ")
 		ran, _, _ = strings.Cut(ran, " <")
 		guests = append(guests, ran)

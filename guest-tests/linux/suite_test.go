@@ -435,8 +435,8 @@ func (s suite) report(t *testing.T, out string, all []outcome) {
 	must(t, os.WriteFile(filepath.Join(out, s.name+".md"), []byte(table.String()), 0o666))
 }
 
-// TestSuiteContinues: what a run had is there after its end in the midst of a guest, and the next
-// run does the rest, and what was lost at last.
+// TestSuiteContinues: the outcomes of a run are there after its end in the midst of a guest, and
+// the next run does the rest, and the lost tests at last.
 func TestSuiteContinues(t *testing.T) {
 	dir, out := t.TempDir(), t.TempDir()
 	for _, name := range []string{"block/001", "block/002", "scsi/001"} {

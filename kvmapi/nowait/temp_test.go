@@ -12,7 +12,7 @@ import (
 	"gvm/kvmapi/nowait"
 )
 
-// TestTempDir: what a process that was killed has left is removed, and what another one uses stays.
+// TestTempDir: the files that a killed process has left are removed, and those in use stay.
 func TestTempDir(t *testing.T) {
 	parent := t.TempDir()
 	t.Setenv("TMPDIR", parent)

@@ -19,7 +19,7 @@ func Until[T any](ctx context.Context, what func() string, do func() (T, error),
 
 // Within returns the result of do, which may wait for storage that does not answer. It returns
 // patience after the end of ctx at the latest, or earlier as Left says: with the cause of ctx and
-// what was done, such as "FILE was opened". Then undo gets what do returns later without an error.
+// the work, such as "FILE was opened". Then undo gets the later result of do, if it has no error.
 func Within[T any](ctx context.Context, patience time.Duration, what func() string, do func() (T, error),
 	undo func(T)) (T, error) {
 	return within(ctx, patience, Left, what, do, undo)

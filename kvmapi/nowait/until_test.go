@@ -10,8 +10,8 @@ import (
 	"gvm/kvmapi/nowait"
 )
 
-// TestUntil: Until returns what is done, also shortly after the end of its context, and does not
-// wait longer; what is done later is undone.
+// TestUntil: Until returns the result, also shortly after the end of its context, and does not
+// wait longer; a later result is undone.
 func TestUntil(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cause, failed := errors.New("told to"), errors.New("failed")

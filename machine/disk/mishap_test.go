@@ -48,7 +48,7 @@ func TestMishaps(t *testing.T) {
 	}
 	m.hold = nil
 	if _, retry := m.watch(t.Context(), Spec{OnError: Stop}); retry != nil {
-		t.Error("waits for nobody")
+		t.Error("waits for no reader")
 	}
 }
 

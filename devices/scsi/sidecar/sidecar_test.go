@@ -38,7 +38,7 @@ func image(t *testing.T, name string) string {
 	return path
 }
 
-// TestSideFilesAreNotDisks: what gvm keeps beside an image is not taken as a disk, and is
+// TestSideFilesAreNotDisks: a file that gvm keeps beside an image is not taken as a disk, and is
 // not put in place of one.
 func TestSideFilesAreNotDisks(t *testing.T) {
 	img := image(t, "disk.img")

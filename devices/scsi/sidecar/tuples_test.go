@@ -149,8 +149,8 @@ func TestTuplesCut(t *testing.T) {
 	}
 }
 
-// TestTuplesOfCrash: what a crash leaves between the making of IMAGE.pi and its header has no
-// tuples, and is continued.
+// TestTuplesOfCrash: the file that a crash leaves between the making of IMAGE.pi and its header has
+// no tuples, and is continued.
 func TestTuplesOfCrash(t *testing.T) {
 	for name, left := range map[string][]byte{"empty": nil, "zeroes": make([]byte, 12)} {
 		path := filepath.Join(t.TempDir(), name)

@@ -120,7 +120,7 @@ func TestCompare(t *testing.T) {
 		{"what counts", plain(1), []Record{read10(1, 0,
 			Record{Status: 8, Response: 1, Residual: 2, Sense: []byte{1}, In: 3})}, 1, 0,
 			[]string{"response", "status", "sense", "residual", "length"}, nil, nil, false},
-		{"what one does not know", plain(1), []Record{read10(1, 0,
+		{"an unknown one", plain(1), []Record{read10(1, 0,
 			Record{Response: 1, Residual: 2, Missing: NoResidual | NoResponse})}, 1, 0, nil, nil, nil, true},
 		{"a longer buffer of sense data", []Record{read10(1, 0, Record{Sense: []byte{1, 0}})},
 			[]Record{read10(1, 0, Record{Sense: []byte{1}})}, 1, 0, nil, nil, nil, true},

@@ -158,7 +158,7 @@ func (r *rig) setUp(id uint32) {
 	r.expect(id, portOpen, 1, "")
 }
 
-// open does what Linux does for a port that a program opens.
+// open does Linux's steps for a port that a program opens.
 func (r *rig) open(id uint32) {
 	r.t.Helper()
 	r.setUp(id)

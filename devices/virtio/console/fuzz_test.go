@@ -97,7 +97,7 @@ func (r *rig) wantSize() {
 	r.t.Error("the driver does not learn the size")
 }
 
-// step does one step. Data that the driver sends is what its port's stream wants next.
+// step does one step. Data that the driver sends are the next of its port's stream.
 func (r *rig) step(op []byte, at []uint64, out *[2]counting) {
 	queue := int(op[1]) % len(r.q)
 	port := (int(op[1]) / 2) % len(r.host)

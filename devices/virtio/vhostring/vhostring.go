@@ -1,7 +1,7 @@
 // Package vhostring has the kernel serve the queues of a virtio device, by any of its vhost
 // devices: the kernel gets the guest's memory, the rings, the doorbells and the interrupts, and
-// what it says of errors in the rings breaks the device or not. What is of one kind of device, such
-// as the call that starts the service, is in the packages vhostnet, vhostscsi and vhostvsock.
+// its report of an error in the rings breaks the device or not. The rest, such as the call that
+// starts the service, is in the packages vhostnet, vhostscsi and vhostvsock.
 package vhostring
 
 import (

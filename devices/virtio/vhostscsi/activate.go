@@ -26,7 +26,7 @@ func (d *Device) activate(a virtio.Activation) error {
 			return err
 		}
 	}
-	// What an earlier driver missed is no news for this one. One that continues
+	// Events that an earlier driver missed are no news for this one. One that continues
 	// may have missed what changed while the device was stopped.
 	missed := d.stopped && a.Features&vhost.FeatureSCSIHotplug != 0
 	if err := d.dev.SetEventsMissed(missed); err != nil {
@@ -57,7 +57,7 @@ func (d *Device) hear(features uint64, h Hearing) {
 }
 
 // Stop implements virtio.Device: the kernel lets the target go, once it has
-// answered what it had taken, and forgets the queues. Without the target it hears
+// answered all that it had taken, and forgets the queues. Without the target it hears
 // of no change to a logical unit, so a driver with VIRTIO_SCSI_F_HOTPLUG is told,
 // when it continues, that events were missed. The device keeps nothing else. The kernel
 // cannot be told to give up, so the wait does not end with ctx.
@@ -131,8 +131,8 @@ func (d *Device) detach() (bases []uint16, err error) {
 }
 
 // account notes that the kernel has let the target go, and has taken n requests of a queue that it
-// did not answer. It answers what it took, except what it dropped as no request; more than that
-// would be a fault of its own, so the first such time is told.
+// did not answer. It answers all that it took, but those that it dropped as no request; more than
+// that would be a fault of its own, so the first such time is told.
 func (d *Device) account(queue int, n uint16) {
 	if !d.told {
 		d.told = true

@@ -66,7 +66,7 @@ func newMemory(t testing.TB) *guestmem.Memory {
 	return mem
 }
 
-// start is what a driver does up to DRIVER_OK; queues from used on are left
+// start does a driver's steps up to DRIVER_OK; queues from used on are left
 // alone. It returns Activate's error.
 func (r *rig) start(used int) error {
 	r.t.Helper()

@@ -262,7 +262,7 @@ func TestErrors(t *testing.T) {
 	r.ready(requestQueue, 0, 0)
 }
 
-// TestUnanswered has the kernel drop what is no request, and tell so once, at a
+// TestUnanswered has the kernel drop chains that are no request, and tell so once, at a
 // reset.
 func TestUnanswered(t *testing.T) {
 	tg := newTarget(t, wwn)

@@ -145,8 +145,8 @@ func (d *Device) activate(a virtio.Activation) error {
 	return d.rings.Start()
 }
 
-// Stop implements virtio.Device. The kernel answers what it has taken, and the host's connections
-// stay: what their programs send waits. The wait does not end with ctx.
+// Stop implements virtio.Device. The kernel answers all that it has taken, and the host's
+// connections stay: what their programs send waits. The wait does not end with ctx.
 func (d *Device) Stop(context.Context) ([]uint16, error) {
 	rings := d.rings
 	bases, undone, err := d.stop()

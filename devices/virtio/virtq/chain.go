@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// Chain is one request of the driver: what the device reads and what it may
+// Chain is one request of the driver: bytes that the device reads and those that it may
 // write. Every byte of both lies in guest RAM. Chains are recycled: nothing of
 // one is used after it was given back to the queue.
 type Chain struct {

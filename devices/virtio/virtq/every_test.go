@@ -274,7 +274,7 @@ func flagsOf(flags ...uint16) []uint16 {
 }
 
 // TestEveryTable gives the device every descriptor table of queues of 1, 2 and 4 entries, of the
-// values below, with and without VIRTIO_F_INDIRECT_DESC, and compares what it takes with virtio
+// values below, with and without VIRTIO_F_INDIRECT_DESC, and compares its requests with virtio
 // 1.3: chains are taken or refused as the text says, with the same buffers, never more of them than
 // the queue has entries, and without a panic.
 //

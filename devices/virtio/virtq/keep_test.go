@@ -9,8 +9,8 @@ import (
 	"gvm/guestmem"
 )
 
-// TestQueueKeepsLittle has all chains of a queue as long as chains can be, once: what the queue
-// keeps of them afterwards is little.
+// TestQueueKeepsLittle has all chains of a queue as long as chains can be, once: the memory that
+// the queue keeps of them afterwards is little.
 func TestQueueKeepsLittle(t *testing.T) {
 	const size = 256
 	d, err := virtqtest.New(guestmem.Heap(base, 4<<20), base, size, virtq.FeatureIndirectDesc)

@@ -18,7 +18,7 @@ import (
 	"gvm/kvmapi/eventfd"
 )
 
-// device is a virtio device that records what the transport does with it, and
+// device is a virtio device that records the calls of the transport, and
 // notices when two of its methods run at the same time.
 type device struct {
 	t        testing.TB

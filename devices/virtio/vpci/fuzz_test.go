@@ -89,7 +89,7 @@ func (r *rig) do(b []byte) {
 	}
 }
 
-// check checks what must hold whatever the guest did.
+// check checks the rules that hold after any act of the guest.
 func (r *rig) check() {
 	r.t.Helper()
 	cfg := pcitest.ECAM(r.bus, 1)

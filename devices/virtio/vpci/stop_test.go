@@ -80,7 +80,7 @@ func TestMessagesNeedBusMaster(t *testing.T) {
 	a.ConfigChanged()
 	d.status(0)
 	cfg.Write(4, 2, 6)
-	r.took("what a reset has discarded")
+	r.took("interrupts that a reset has discarded")
 
 	d.start()
 	dev.stops = func(context.Context) error { return errors.New("no stop") }

@@ -16,7 +16,7 @@ import (
 )
 
 // BenchmarkStream compares a connection with a socketpair, in turns: how long the one takes for
-// what the other does, 1 is as long. The driver of the connection waits for each packet that it
+// the other's work, 1 is as long. The driver of the connection waits for each packet that it
 // sends.
 func BenchmarkStream(b *testing.B) {
 	const size = 1 << 20

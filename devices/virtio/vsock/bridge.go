@@ -36,8 +36,8 @@ const (
 	// connection of the guest 2 s.
 	connectTimeout = 5 * time.Second
 	retryInterval  = 10 * time.Millisecond
-	// lastWords is how long Close lets clients take what the guest has sent, and endTimeout how long
-	// it waits for the end of connections after that.
+	// lastWords is how long Close lets clients take data that the guest has sent, and endTimeout
+	// how long it waits for the end of connections after that.
 	lastWords  = 200 * time.Millisecond
 	endTimeout = 300 * time.Millisecond
 	// A connection's buffers have minBuffer bytes until it fills one.
@@ -141,8 +141,8 @@ func (b *Bridge) RemoveBy(by func(path string, made fs.FileInfo) (remove func() 
 // any time before Close has returned.
 func (b *Bridge) Remove() error { return b.remove() }
 
-// Close ends the bridge and its connections. Clients have a moment to take what the guest has sent,
-// if the device has been reset: Close is for the end of the machine.
+// Close ends the bridge and its connections. Clients have a moment to take data that the guest has
+// sent, if the device has been reset: Close is for the end of the machine.
 func (b *Bridge) Close() error {
 	b.cancel()
 	err := errors.Join(b.listener.Close(), b.remove())

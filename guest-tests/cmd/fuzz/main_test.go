@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestTable checks that docs/fuzzing.md lists each fuzz target and no other, and that each says in
-// its comment what it checks.
+// TestTable checks that docs/fuzzing.md lists each fuzz target and no other, and that the
+// comment of each tells its check.
 func TestTable(t *testing.T) {
 	all, err := targets("../../..")
 	if err != nil {

@@ -168,9 +168,9 @@ func TestIdentity(t *testing.T) {
 	}
 }
 
-// TestFewFiles walks a tree that has more files than there are descriptors, and works with what was
-// closed: by its new name after a rename, after its removal, and while a program of the client has
-// it open.
+// TestFewFiles walks a tree that has more files than there are descriptors, and works with those
+// that were closed: by its new name after a rename, after its removal, and while a program of the
+// client has it open.
 func TestFewFiles(t *testing.T) {
 	dir := t.TempDir()
 	c := open(t, Config{Dir: dir, Files: 12})
